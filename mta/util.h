@@ -1,0 +1,341 @@
+// util.h: what every program of this family needs and libc lacks: errors as text, checked sizes, aligned memory, a CRC, mapped and
+// synced files, a clock, paths and a growing string. No model mathematics.
+//
+// Two ways to report a mistake. A reader that can be called in the middle of something returns bool and fills an Error; the first message
+// wins, so that an outer layer may call fail() again without hiding the cause. A program that can only stop calls die(), which prints
+// one line "program: message" on stderr and exits with 1. A mistake of the programmer is an assert.
+#ifndef MTA_UTIL_H
+#define MTA_UTIL_H
+
+#ifndef _GNU_SOURCE
+#define _GNU_SOURCE
+#endif
+#include <assert.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <stdarg.h>
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <time.h>
+#include <unistd.h>
+
+#ifndef __cplusplus
+extern char* program_invocation_short_name;  // errno.h declares it only if _GNU_SOURCE came before the first header
+#endif
+
+#if !defined(__BYTE_ORDER__) || __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
+#error "mta.c reads and writes its little-endian files by memcpy: a big-endian machine is not supported"
+#endif
+
+enum { PATH_SIZE = 4096 };  // bytes of every path buffer
+
+// ---------------------------------------------------------------------------------------------------------------------------------------
+// Errors
+
+typedef struct { char text[512]; } Error;  // text[0] == 0: none
+
+// Writes the message unless one is there already. Returns false, so that a reader can `return fail(e, ...)`. e may be NULL.
+__attribute__((format(printf, 2, 3)))
+static inline bool fail(Error* e, const char* fmt, ...) {
+    if (e && !e->text[0]) {
+        va_list args;
+        va_start(args, fmt);
+        vsnprintf(e->text, sizeof e->text, fmt, args);
+        va_end(args);
+    }
+    return false;
+}
+
+// One line on stderr, then exit(1).
+__attribute__((format(printf, 1, 2), noreturn))
+static inline void die(const char* fmt, ...) {
+    va_list args;
+    fflush(stdout);
+    fprintf(stderr, "%s: ", program_invocation_short_name);
+    va_start(args, fmt);
+    vfprintf(stderr, fmt, args);
+    va_end(args);
+    fputc('\n', stderr);
+    exit(1);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------------------------
+// Sizes and memory
+
+// *out = a * b, or a + b; false, and *out untouched, where that does not fit.
+static inline bool mul_size(size_t a, size_t b, size_t* out) {
+    size_t r;
+    if (__builtin_mul_overflow(a, b, &r)) { return false; }
+    *out = r;
+    return true;
+}
+
+static inline bool add_size(size_t a, size_t b, size_t* out) {
+    size_t r;
+    if (__builtin_add_overflow(a, b, &r)) { return false; }
+    *out = r;
+    return true;
+}
+
+// count * size bytes, zeroed, aligned to a cache line; the caller frees with free(). Never NULL, also for nothing at all.
+static inline void* alloc_or_die(size_t count, size_t size, const char* what) {
+    size_t bytes = 0;
+    void* p = NULL;
+    if (!mul_size(count, size, &bytes) || bytes > (size_t)PTRDIFF_MAX || posix_memalign(&p, 64, bytes ? bytes : 1)) {
+        die("out of memory: %s needs %.1f MiB", what, (double)count * (double)size / 1048576.0);
+    }
+    memset(p, 0, bytes);
+    return p;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------------------------
+// CRC-32 of zlib (polynomial 0xEDB88320), 16 bytes at a time: a table per byte position (Kounavis and Berry, "slicing").
+
+static inline const uint32_t (*crc32_tables(void))[256] {
+    static uint32_t table[16][256];
+    static int ready = 0;
+    if (!__atomic_load_n(&ready, __ATOMIC_ACQUIRE)) {  // two threads may both fill it, with the same numbers
+        for (uint32_t i = 0; i < 256; i++) {
+            uint32_t c = i;
+            for (int k = 0; k < 8; k++) { c = (c >> 1) ^ (c & 1 ? 0xEDB88320u : 0u); }
+            __atomic_store_n(&table[0][i], c, __ATOMIC_RELAXED);
+        }
+        for (uint32_t i = 0; i < 256; i++) {
+            for (int s = 1; s < 16; s++) {
+                uint32_t c = table[s - 1][i];
+                __atomic_store_n(&table[s][i], (c >> 8) ^ table[0][c & 255], __ATOMIC_RELAXED);
+            }
+        }
+        __atomic_store_n(&ready, 1, __ATOMIC_RELEASE);
+    }
+    return (const uint32_t (*)[256])table;
+}
+
+// CRC of what `crc` covers followed by n more bytes; start with 0.
+static inline uint32_t crc32_update(uint32_t crc, const void* data, size_t n) {
+    const uint32_t (*t)[256] = crc32_tables();
+    const uint8_t* p = (const uint8_t*)data;
+    uint32_t c = ~crc;
+    for (; n >= 16; n -= 16, p += 16) {
+        uint32_t w[4];
+        memcpy(w, p, 16);
+        w[0] ^= c;
+        c = 0;
+        for (int k = 0; k < 4; k++) {
+            c ^= t[15 - 4 * k][w[k] & 255] ^ t[14 - 4 * k][w[k] >> 8 & 255] ^ t[13 - 4 * k][w[k] >> 16 & 255] ^ t[12 - 4 * k][w[k] >> 24];
+        }
+    }
+    for (; n; n--, p++) { c = (c >> 8) ^ t[0][(c ^ *p) & 255]; }
+    return ~c;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------------------------
+// Files and directories
+
+static inline bool dir_exists(const char* path) {
+    struct stat st;
+    return stat(path, &st) == 0 && S_ISDIR(st.st_mode);
+}
+
+static inline bool file_exists(const char* path) {  // something that can be read as a file: not a directory
+    struct stat st;
+    return stat(path, &st) == 0 && !S_ISDIR(st.st_mode);
+}
+
+typedef struct { const uint8_t* data; size_t size; } MappedFile;  // data NULL: an empty file
+
+// Maps a regular file read-only. The mapping stays until unmap_file; the file must not shrink meanwhile.
+static inline bool map_file(MappedFile* m, const char* path, Error* e) {
+    m->data = NULL;
+    m->size = 0;
+    int fd = open(path, O_RDONLY | O_CLOEXEC);
+    if (fd < 0) { return fail(e, "%s: %s", path, strerror(errno)); }
+    struct stat st;
+    if (fstat(fd, &st) || !S_ISREG(st.st_mode)) {
+        close(fd);
+        return fail(e, "%s: not a regular file", path);
+    }
+    if (st.st_size > 0) {
+        void* p = mmap(NULL, (size_t)st.st_size, PROT_READ, MAP_PRIVATE, fd, 0);
+        if (p == MAP_FAILED) {
+            int why = errno;
+            close(fd);
+            return fail(e, "%s: cannot map %lld bytes: %s", path, (long long)st.st_size, strerror(why));
+        }
+        m->data = (const uint8_t*)p;
+        m->size = (size_t)st.st_size;
+    }
+    close(fd);
+    return true;
+}
+
+static inline void unmap_file(MappedFile* m) {
+    if (m->data) { munmap((void*)(uintptr_t)m->data, m->size); }
+    m->data = NULL;
+    m->size = 0;
+}
+
+// Reads a whole file (or pipe) of at most max_bytes into *text, malloc'ed, with a NUL behind its *n bytes.
+static inline bool read_file(const char* path, size_t max_bytes, char** text, size_t* n, Error* e) {
+    *text = NULL;
+    *n = 0;
+    int fd = open(path, O_RDONLY | O_CLOEXEC);
+    if (fd < 0) { return fail(e, "%s: %s", path, strerror(errno)); }
+    size_t cap = 4096, have = 0;
+    char* buffer = (char*)malloc(cap);
+    for (;;) {
+        ssize_t got = buffer ? read(fd, buffer + have, cap - 1 - have) : -1;
+        if (got < 0 && buffer && errno == EINTR) { continue; }
+        if (got < 0) {
+            fail(e, "%s: %s", path, buffer ? strerror(errno) : "out of memory");
+            break;
+        }
+        have += (size_t)got;
+        if (have > max_bytes) {
+            fail(e, "%s: more than the %zu bytes that such a file may have", path, max_bytes);
+            break;
+        }
+        if (got == 0) {
+            buffer[have] = 0;
+            close(fd);
+            *text = buffer;
+            *n = have;
+            return true;
+        }
+        if (have == cap - 1) {
+            char* larger = (char*)realloc(buffer, cap * 2);
+            if (!larger) { free(buffer); }
+            buffer = larger;
+            cap *= 2;
+        }
+    }
+    free(buffer);
+    close(fd);
+    return false;
+}
+
+// write(2) until all n bytes are out; false with errno set (ENOSPC where write makes no progress).
+static inline bool write_all(int fd, const void* data, size_t n) {
+    const char* p = (const char*)data;
+    while (n) {
+        ssize_t put = write(fd, p, n < (1u << 30) ? n : (1u << 30));
+        if (put < 0 && errno == EINTR) { continue; }
+        if (put <= 0) {
+            if (put == 0) { errno = ENOSPC; }
+            return false;
+        }
+        p += put;
+        n -= (size_t)put;
+    }
+    return true;
+}
+
+// Creates (or empties) the file, writes it whole, syncs it to the disk. On failure the file is removed.
+static inline bool write_file_synced(const char* path, const void* data, size_t n, Error* e) {
+    int fd = open(path, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0644);
+    if (fd < 0) { return fail(e, "%s: cannot create: %s", path, strerror(errno)); }
+    bool good = write_all(fd, data, n) && fsync(fd) == 0;
+    int why = errno;
+    if (close(fd) && good) {
+        good = false;
+        why = errno;
+    }
+    if (good) { return true; }
+    unlink(path);
+    return fail(e, "%s: cannot write %zu bytes: %s", path, n, strerror(why));
+}
+
+// Makes the names in a directory (new files, renames) survive a power cut.
+static inline bool sync_dir(const char* path, Error* e) {
+    int fd = open(path, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    if (fd < 0) { return fail(e, "%s: %s", path, strerror(errno)); }
+    bool good = fsync(fd) == 0 || errno == EINVAL;  // EINVAL: a file system that has nothing to sync
+    int why = errno;
+    close(fd);
+    return good || fail(e, "%s: cannot sync: %s", path, strerror(why));
+}
+
+// mkdir -p.
+static inline bool make_dirs(const char* path, Error* e) {
+    char part[PATH_SIZE];
+    size_t n = strlen(path);
+    if (n == 0 || n >= sizeof part) { return fail(e, "directory name of %zu bytes, wanted 1 to %d", n, PATH_SIZE - 1); }
+    for (size_t i = 1; i <= n; i++) {
+        if (path[i] != '/' && path[i] != 0) { continue; }
+        memcpy(part, path, i);
+        part[i] = 0;
+        if (mkdir(part, 0777) && !dir_exists(part)) {
+            return fail(e, "%s: cannot create directory: %s", part, strerror(errno));
+        }
+    }
+    return true;
+}
+
+// "a/b" into out of n bytes; b alone where it is absolute or a is empty. Dies if it does not fit.
+static inline void path_join(char* out, size_t n, const char* a, const char* b) {
+    size_t la = strlen(a);
+    const char* slash = la && a[la - 1] != '/' ? "/" : "";
+    int len = b[0] == '/' || !la ? snprintf(out, n, "%s", b) : snprintf(out, n, "%s%s%s", a, slash, b);
+    if (len < 0 || (size_t)len >= n) { die("path of %d bytes is too long, at most %zu: %.200s...", len, n - 1, out); }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------------------------
+// Time
+
+static inline double seconds_now(void) {  // monotonic
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------------------------
+// A growing string: start from {0}, always NUL-terminated once something was added, freed by text_free.
+
+typedef struct { char* text; size_t n, cap; } Text;
+
+static inline void text_reserve(Text* t, size_t more) {  // room for `more` bytes and a NUL
+    size_t need;
+    if (!add_size(t->n, more, &need) || !add_size(need, 1, &need)) { die("out of memory: a text of %zu + %zu bytes", t->n, more); }
+    if (need <= t->cap) { return; }
+    size_t cap = t->cap ? t->cap : 256;
+    while (cap < need) { cap = cap > SIZE_MAX / 2 ? need : cap * 2; }
+    char* p = (char*)realloc(t->text, cap);
+    if (!p) { die("out of memory: a text of %zu bytes", cap); }
+    t->text = p;
+    t->cap = cap;
+}
+
+static inline void text_append(Text* t, const char* s, size_t n) {
+    text_reserve(t, n);
+    if (n) { memcpy(t->text + t->n, s, n); }
+    t->n += n;
+    t->text[t->n] = 0;
+}
+
+__attribute__((format(printf, 2, 3)))
+static inline void text_printf(Text* t, const char* fmt, ...) {
+    va_list args, again;
+    va_start(args, fmt);
+    va_copy(again, args);
+    int n = vsnprintf(NULL, 0, fmt, args);
+    va_end(args);
+    assert(n >= 0);
+    text_reserve(t, (size_t)n);
+    vsnprintf(t->text + t->n, (size_t)n + 1, fmt, again);
+    va_end(again);
+    t->n += (size_t)n;
+}
+
+static inline void text_free(Text* t) {
+    free(t->text);
+    t->text = NULL;
+    t->n = t->cap = 0;
+}
+
+#endif
