@@ -1,0 +1,294 @@
+// mta/options.h: one table per program that is both the parser and the --help text.
+//
+//   Opt table[] = {{"Training", OPT_HEADING, NULL, NULL, NULL, 0, 0, false},
+//                  {"--lr", OPT_FLOAT, &o.lr, "X", "peak learning rate", 0, 10, false},
+//                  {"--schedule", OPT_CHOICE, &o.schedule, "linear|cosine", "shape after warmup", 0, 0, false},
+//                  OPT_END};
+//   const char* files[2];
+//   int n = options_parse(table, "usage: train_mta [options]", argc, argv, files, 2);
+//
+// Spelled --name VALUE or --name=VALUE; a later one wins over an earlier one; "--" ends the options. The value a field holds before the
+// parse is its default and is what --help prints. A mistake of the user gives one line on stderr (what, got, wanted) and exit 1.
+#ifndef MTA_OPTIONS_H
+#define MTA_OPTIONS_H
+#include <errno.h>
+#include <math.h>
+#include <stdbool.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include "util.h"
+
+typedef enum {
+    OPT_HEADING,  // name is a heading of --help
+    OPT_FLAG,  // bool*: --x sets it
+    OPT_SWITCH,  // int*: --x on|off gives 1 or 0, -1 means not given
+    OPT_INT,  // int*
+    OPT_LONG,  // int64_t*
+    OPT_FLOAT,  // double*, finite
+    OPT_STRING,  // const char**, points into argv
+    OPT_CHOICE  // const char**, one of arg = "a|b|c"; points into argv
+} OptType;
+
+typedef struct {
+    const char* name;  // with its dashes
+    OptType type;
+    void* value;
+    const char* arg;  // what --help shows for the value, NULL: the type's own word; the choices of OPT_CHOICE
+    const char* help;  // one line
+    double min, max;  // accepted range of a number, both 0: any
+    bool given;  // set by the parse
+} Opt;
+
+#define OPT_END {NULL, OPT_HEADING, NULL, NULL, NULL, 0, 0, false}
+
+static inline const char* opt_value_word(const Opt* o) {
+    if (o->type == OPT_FLAG) { return ""; }
+    if (o->arg != NULL) { return o->arg; }
+    switch (o->type) {
+        case OPT_SWITCH: return "on|off";
+        case OPT_INT:
+        case OPT_LONG: return "N";
+        case OPT_FLOAT: return "X";
+        default: return "TEXT";
+    }
+}
+
+// What is accepted, for an error line: "a whole number from 1 to 8".
+static inline void opt_wanted(const Opt* o, char* out, size_t n) {
+    const char* kind = o->type == OPT_FLOAT ? "a number" : "a whole number";
+    switch (o->type) {
+        case OPT_SWITCH: snprintf(out, n, "on or off"); break;
+        case OPT_CHOICE: snprintf(out, n, "one of %s", o->arg); break;
+        case OPT_INT:
+        case OPT_LONG:
+        case OPT_FLOAT:
+            if (o->min != 0 || o->max != 0) {
+                if (o->max >= 1e15 || isinf(o->max)) {
+                    snprintf(out, n, "%s of at least %.15g", kind, o->min);
+                } else {
+                    snprintf(out, n, "%s from %.15g to %.15g", kind, o->min, o->max);
+                }
+            } else {
+                snprintf(out, n, "%s", kind);
+            }
+            break;
+        default: snprintf(out, n, "a value"); break;
+    }
+}
+
+static inline bool opt_in_range(const Opt* o, double x) { return (o->min == 0 && o->max == 0) || (x >= o->min && x <= o->max); }
+
+// Is `text` one of the words of "a|b|c"?
+static inline bool opt_is_choice(const char* choices, const char* text) {
+    size_t n = strlen(text);
+    for (const char* p = choices; n > 0;) {
+        const char* bar = strchr(p, '|');
+        size_t len = bar != NULL ? (size_t)(bar - p) : strlen(p);
+        if (len == n && strncmp(p, text, n) == 0) { return true; }
+        if (bar == NULL) { return false; }
+        p = bar + 1;
+    }
+    return false;
+}
+
+// A decimal integer and nothing else (strtoll alone would take leading blanks).
+static inline bool opt_parse_integer(const char* text, int64_t* out) {
+    const char* digits = text + (text[0] == '-' || text[0] == '+');
+    if (digits[0] < '0' || digits[0] > '9') { return false; }
+    char* end = NULL;
+    errno = 0;
+    long long x = strtoll(text, &end, 10);
+    if (errno != 0 || *end != 0) { return false; }
+    *out = x;
+    return true;
+}
+
+// A finite decimal number and nothing else (strtod alone would take blanks, "nan", "infinity" and hexadecimal).
+static inline bool opt_parse_number(const char* text, double* out) {
+    if (text[0] == 0 || strspn(text, "0123456789+-.eE") != strlen(text)) { return false; }
+    char* end = NULL;
+    double x = strtod(text, &end);
+    if (end == text || *end != 0 || !isfinite(x)) { return false; }
+    *out = x;
+    return true;
+}
+
+// Stores `text` into the option; false if it is not acceptable.
+static inline bool opt_store(Opt* o, const char* text) {
+    int64_t integer = 0;
+    double number = 0;
+    switch (o->type) {
+        case OPT_SWITCH:
+            if (strcmp(text, "on") != 0 && strcmp(text, "off") != 0) { return false; }
+            *(int*)o->value = strcmp(text, "on") == 0;
+            return true;
+        case OPT_INT:
+            if (!opt_parse_integer(text, &integer) || integer < INT32_MIN || integer > INT32_MAX) { return false; }
+            if (!opt_in_range(o, (double)integer)) { return false; }
+            *(int*)o->value = (int)integer;
+            return true;
+        case OPT_LONG:
+            if (!opt_parse_integer(text, &integer) || !opt_in_range(o, (double)integer)) { return false; }
+            *(int64_t*)o->value = integer;
+            return true;
+        case OPT_FLOAT:
+            if (!opt_parse_number(text, &number) || !opt_in_range(o, number)) { return false; }
+            *(double*)o->value = number;
+            return true;
+        case OPT_CHOICE:
+            if (!opt_is_choice(o->arg, text)) { return false; }
+            *(const char**)o->value = text;
+            return true;
+        case OPT_STRING: *(const char**)o->value = text; return true;
+        default: return false;
+    }
+}
+
+// Prints the default of an option into out; empty if there is none worth printing.
+static inline void opt_default(const Opt* o, char* out, size_t n) {
+    out[0] = 0;
+    if (o->value == NULL) { return; }
+    switch (o->type) {
+        case OPT_SWITCH:
+            if (*(int*)o->value >= 0) { snprintf(out, n, "%s", *(int*)o->value ? "on" : "off"); }
+            break;
+        case OPT_INT: snprintf(out, n, "%d", *(int*)o->value); break;
+        case OPT_LONG: snprintf(out, n, "%lld", (long long)*(int64_t*)o->value); break;
+        case OPT_FLOAT: snprintf(out, n, "%.10g", *(double*)o->value); break;
+        case OPT_STRING:
+        case OPT_CHOICE:
+            if (*(const char**)o->value != NULL) { snprintf(out, n, "%s", *(const char**)o->value); }
+            break;
+        default: break;
+    }
+}
+
+// Usage line and the table with defaults; the help text starts at column 34, on a line of its own after a long name.
+static inline void options_help(const Opt* table, const char* usage, FILE* f) {
+    fprintf(f, "%s\n", usage);
+    for (const Opt* o = table; o->name != NULL; o++) {
+        if (o->type == OPT_HEADING) {
+            fprintf(f, "\n%s\n", o->name);
+            continue;
+        }
+        char left[256], value[128];
+        const char* word = opt_value_word(o);
+        snprintf(left, sizeof(left), "%s%s%s", o->name, word[0] ? " " : "", word);
+        opt_default(o, value, sizeof(value));
+        if (strlen(left) > 30) {
+            fprintf(f, "  %s\n%34s", left, "");
+        } else {
+            fprintf(f, "  %-32s", left);
+        }
+        fprintf(f, "%s", o->help != NULL ? o->help : "");
+        if (value[0]) { fprintf(f, " (default: %s)", value); }
+        fprintf(f, "\n");
+    }
+    fprintf(f, "  %-32s%s\n", "--help", "this text");
+}
+
+// Edit distance between a (length na) and b, for names up to 63 characters; longer ones are cut.
+static inline int opt_distance(const char* a, size_t na, const char* b) {
+    int row[64];
+    size_t nb = strlen(b);
+    if (na > 63) { na = 63; }
+    if (nb > 63) { nb = 63; }
+    for (size_t j = 0; j <= nb; j++) { row[j] = (int)j; }
+    for (size_t i = 1; i <= na; i++) {
+        int diagonal = row[0];
+        row[0] = (int)i;
+        for (size_t j = 1; j <= nb; j++) {
+            int best = diagonal + (a[i - 1] != b[j - 1]);
+            if (row[j] + 1 < best) { best = row[j] + 1; }
+            if (row[j - 1] + 1 < best) { best = row[j - 1] + 1; }
+            diagonal = row[j];
+            row[j] = best;
+        }
+    }
+    return row[nb];
+}
+
+// The option whose name is nearest to text (length n), NULL if none is near: at most a third of the letters differ, or one starts the other.
+static inline const char* opt_nearest(const Opt* table, const char* text, size_t n) {
+    const char* best = NULL;
+    int best_distance = (int)n / 3 + 1;
+    for (const Opt* o = table; o->name != NULL; o++) {
+        if (o->type == OPT_HEADING) { continue; }
+        int d = n > 3 && strncmp(o->name, text, n) == 0 ? 1 : opt_distance(text, n, o->name);
+        if (d < best_distance) {
+            best_distance = d;
+            best = o->name;
+        }
+    }
+    return best;
+}
+
+static inline Opt* opt_find(Opt* table, const char* text, size_t n) {
+    for (Opt* o = table; o->name != NULL; o++) {
+        if (o->type != OPT_HEADING && strlen(o->name) == n && strncmp(o->name, text, n) == 0) { return o; }
+    }
+    return NULL;
+}
+
+// Was the option of this name (with dashes) on the command line?
+static inline bool option_given(const Opt* table, const char* name) {
+    for (const Opt* o = table; o->name != NULL; o++) {
+        if (o->type != OPT_HEADING && strcmp(o->name, name) == 0) { return o->given; }
+    }
+    return false;
+}
+
+// Parses argv[1..]; stores up to max_positional other arguments into positional and returns their number.
+static inline int options_parse(Opt* table, const char* usage, int argc, char** argv, const char** positional, int max_positional) {
+    int n_positional = 0;
+    bool ended = false;
+    for (int i = 1; i < argc; i++) {
+        const char* arg = argv[i];
+        if (ended || arg[0] != '-' || arg[1] == 0) {
+            if (n_positional >= max_positional) {
+                die("unexpected argument \"%s\"; options start with --, --help lists them", arg);
+            }
+            positional[n_positional++] = arg;
+            continue;
+        }
+        if (strcmp(arg, "--") == 0) {
+            ended = true;
+            continue;
+        }
+        if (strcmp(arg, "--help") == 0 || strcmp(arg, "-h") == 0) {
+            options_help(table, usage, stdout);
+            exit(fflush(stdout) == 0 ? 0 : 1);
+        }
+        const char* equals = strchr(arg, '=');
+        size_t name_length = equals != NULL ? (size_t)(equals - arg) : strlen(arg);
+        Opt* o = opt_find(table, arg, name_length);
+        if (o == NULL) {
+            const char* near = opt_nearest(table, arg, name_length);
+            die("unknown option %.*s; %s%s%s--help lists all options", (int)name_length, arg, near ? "did you mean " : "", near ? near : "",
+                near ? "? " : "");
+        }
+        o->given = true;
+        if (o->type == OPT_FLAG) {
+            if (equals != NULL) { die("%s: takes no value, got \"%s\"", o->name, equals + 1); }
+            *(bool*)o->value = true;
+            continue;
+        }
+        char wanted[256];
+        opt_wanted(o, wanted, sizeof(wanted));
+        // A value that looks like an option is a forgotten value; --name=--VALUE says what is meant.
+        const char* value = equals != NULL ? equals + 1 : i + 1 < argc ? argv[i + 1] : NULL;
+        if (value == NULL) { die("%s: the value is missing, wanted %s", o->name, wanted); }
+        if (equals == NULL) {
+            if (strncmp(value, "--", 2) == 0) {
+                die("%s: the value is missing (%s follows), wanted %s", o->name, value, wanted);
+            }
+            i++;
+        }
+        if (!opt_store(o, value)) { die("%s: got \"%s\", wanted %s", o->name, value, wanted); }
+    }
+    return n_positional;
+}
+
+#endif
