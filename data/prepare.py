@@ -26,7 +26,7 @@ class BytesTokenizer:
     name, vocab, bos, eos = "bytes", 259, 256, 257
 
     def encode(self, text):
-        return array.array("H", text.encode("utf-8"))
+        return array.array("H", list(text.encode("utf-8")))
 
 
 class ToyTokenizer:
