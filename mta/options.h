@@ -11,14 +11,8 @@
 // parse is its default and is what --help prints. A mistake of the user gives one line on stderr (what, got, wanted) and exit 1.
 #ifndef MTA_OPTIONS_H
 #define MTA_OPTIONS_H
-#include <errno.h>
-#include <math.h>
-#include <stdbool.h>
-#include <stdint.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
 #include "util.h"
+#include <math.h>
 
 typedef enum {
     OPT_HEADING,  // name is a heading of --help

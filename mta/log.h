@@ -1,0 +1,201 @@
+// mta/log.h: what a run leaves behind (DIR/log.jsonl) and what it shows on the way (a progress line).
+//
+// The log is one JSON object per line and event. Each line is one write(2) to a file opened for appending, so that a crash leaves whole
+// lines, or one torn line at the end, which the next --resume cuts together with every line of a step after the resumed one.
+// The progress line overwrites itself on a terminal and becomes ordinary lines elsewhere (a file, a pipe, TERM=dumb); colours are left
+// out there and where NO_COLOR is set (no-color.org).
+#ifndef MTA_LOG_H
+#define MTA_LOG_H
+#include "util.h"
+#include "json.h"
+#include <sys/ioctl.h>
+
+// ---------------------------------------------------------------------------------------------------------------------------------------
+// log.jsonl
+
+typedef struct {
+    int fd;               // -1: closed
+    off_t size;           // bytes of whole lines written so far
+    bool warned;          // a failed write has been reported
+    char path[PATH_SIZE];
+} RunLog;
+
+// How many leading bytes of a log stay when a run resumes at `step`: up to the first line that is torn, is no JSON object, or belongs to
+// a later step. Steps never fall within a log, so that a prefix is all that is needed.
+static inline size_t runlog_keep(const char* text, size_t n, long step) {
+    size_t kept = 0;
+    while (kept < n) {
+        const char* newline = (const char*)memchr(text + kept, '\n', n - kept);
+        if (newline == NULL) { break; }
+        size_t length = (size_t)(newline - (text + kept));
+        Error e;
+        e.text[0] = 0;
+        Json* line = json_parse(text + kept, length, &e);
+        int64_t at = 0;
+        const Json* number = json_get(line, "step");
+        bool good = line != NULL && line->type == JSON_OBJECT && (number == NULL || (json_integer(number, 0, INT64_MAX, &at) && at <= step));
+        json_free(line);
+        if (!good) { break; }
+        kept += length + 1;
+    }
+    return kept;
+}
+
+// Opens run_dir/log.jsonl. resume_step -1: a new run, whose log must not exist. Otherwise the log is cut as runlog_keep says (made, if it
+// is missing) and appended to.
+static inline bool runlog_open(RunLog* log, const char* run_dir, long resume_step, Error* e) {
+    log->fd = -1;
+    log->size = 0;
+    log->warned = false;
+    path_join(log->path, sizeof(log->path), run_dir, "log.jsonl");
+    if (resume_step < 0) {
+        log->fd = open(log->path, O_WRONLY | O_CREAT | O_EXCL | O_APPEND | O_CLOEXEC, 0644);
+        if (log->fd < 0 && errno == EEXIST) { return fail(e, "%s exists: a run was here; --resume continues it", log->path); }
+        if (log->fd < 0) { return fail(e, "%s: cannot create: %s", log->path, strerror(errno)); }
+        return true;
+    }
+    size_t keep = 0;
+    if (file_exists(log->path)) {
+        char* text = NULL;
+        size_t n = 0;
+        if (!read_file(log->path, (size_t)1 << 40, &text, &n, e)) { return false; }
+        keep = runlog_keep(text, n, resume_step);
+        free(text);
+    }
+    log->fd = open(log->path, O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0644);
+    if (log->fd < 0) { return fail(e, "%s: cannot open for writing: %s", log->path, strerror(errno)); }
+    if (ftruncate(log->fd, (off_t)keep) != 0) { return fail(e, "%s: cannot cut to %zu bytes: %s", log->path, keep, strerror(errno)); }
+    log->size = (off_t)keep;
+    return true;
+}
+
+// Appends one object (no newline in it). A write that fails (a full disk) leaves no torn line, is reported once on stderr, and returns
+// false: the run goes on, since its checkpoints matter more than its log.
+static inline bool runlog_line(RunLog* log, const char* json_object) {
+    if (log->fd < 0) { return false; }
+    size_t n = strlen(json_object);
+    Text line;
+    memset(&line, 0, sizeof(line));
+    text_append(&line, json_object, n);
+    text_append(&line, "\n", 1);
+    ssize_t put = write(log->fd, line.text, line.n);
+    bool whole = put == (ssize_t)line.n;
+    if (!whole && !log->warned) {
+        fprintf(stderr, "%s: %s: cannot write: %s; the run goes on without this line\n", program_invocation_short_name, log->path,
+                put < 0 ? strerror(errno) : "no space left");
+        log->warned = true;
+    }
+    if (whole) {
+        log->size += put;
+    } else if (put > 0 && ftruncate(log->fd, log->size) != 0) {
+        log->warned = true;  // the torn line stays; a resume cuts it
+    }
+    text_free(&line);
+    return whole;
+}
+
+// Syncs and closes; called before a checkpoint is announced and at the end.
+static inline void runlog_sync(RunLog* log) {
+    if (log->fd >= 0) { fsync(log->fd); }
+}
+
+static inline void runlog_close(RunLog* log) {
+    if (log->fd >= 0) {
+        fsync(log->fd);
+        close(log->fd);
+    }
+    log->fd = -1;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------------------------
+// Progress
+
+typedef struct {
+    FILE* out;
+    bool terminal;  // the line may overwrite itself
+    bool colour;
+    bool open;      // an unfinished line stands on the terminal
+    double last;    // when the line was drawn, seconds_now()
+} Progress;
+
+static inline Progress progress_make(FILE* out) {
+    Progress p;
+    const char* term = getenv("TERM");
+    const char* no_color = getenv("NO_COLOR");
+    p.out = out;
+    p.terminal = isatty(fileno(out)) && (term == NULL || strcmp(term, "dumb") != 0);
+    p.colour = p.terminal && !(no_color != NULL && no_color[0] != 0);
+    p.open = false;
+    p.last = -1e9;
+    return p;
+}
+
+// ANSI code of a style, or "": "1" bold, "2" dim, "31" red, "32" green, "33" yellow, "0" back to normal.
+static inline const char* progress_style(const Progress* p, const char* code, char* buffer, size_t n) {
+    buffer[0] = 0;
+    if (p->colour) { snprintf(buffer, n, "\033[%sm", code); }
+    return buffer;
+}
+
+// Columns of the terminal, 0 where there is none to ask.
+static inline int progress_columns(const Progress* p) {
+    struct winsize w;
+    return p->terminal && ioctl(fileno(p->out), TIOCGWINSZ, &w) == 0 ? w.ws_col : 0;
+}
+
+// Shows `text` (plain ASCII, no newline). On a terminal it replaces the line before, cut to the width, at most ten times a second unless
+// keep; elsewhere it is printed as a line if keep is set and dropped if not. keep: this line is to stay.
+static inline void progress_line(Progress* p, const char* text, bool keep) {
+    double now = seconds_now();
+    if (!p->terminal) {
+        if (keep) { fprintf(p->out, "%s\n", text); }
+        fflush(p->out);
+        return;
+    }
+    if (!keep && now - p->last < 0.1) { return; }
+    int columns = progress_columns(p);
+    int length = (int)strlen(text);
+    if (!keep && columns > 1 && length > columns - 1) { length = columns - 1; }
+    fprintf(p->out, "\r%.*s\033[K%s", length, text, keep ? "\n" : "");
+    fflush(p->out);
+    p->open = !keep;
+    p->last = now;
+}
+
+// Ends an unfinished line, so that something else can be printed.
+static inline void progress_break(Progress* p) {
+    if (p->open) { fputc('\n', p->out); }
+    fflush(p->out);
+    p->open = false;
+}
+
+// 93784 s as "1d 02:03", 3723 s as "1:02:03", 83 s as "1:23".
+static inline const char* format_duration(double seconds, char* out, size_t n) {
+    if (!(seconds >= 0 && seconds < 1e9)) {
+        snprintf(out, n, "?");
+        return out;
+    }
+    long s = (long)(seconds + 0.5);
+    if (s >= 86400) {
+        snprintf(out, n, "%ldd %02ld:%02ld", s / 86400, s / 3600 % 24, s / 60 % 60);
+    } else if (s >= 3600) {
+        snprintf(out, n, "%ld:%02ld:%02ld", s / 3600, s / 60 % 60, s % 60);
+    } else {
+        snprintf(out, n, "%ld:%02ld", s / 60, s % 60);
+    }
+    return out;
+}
+
+// 1234567 as "1.23M": three digits and k, M, G, T.
+static inline const char* format_count(double x, char* out, size_t n) {
+    const char* unit[] = {"", "k", "M", "G", "T"};
+    int u = 0;
+    while (x >= 999.5 && u < 4) {
+        x /= 1000;
+        u++;
+    }
+    snprintf(out, n, "%.*f%s", u == 0 || x >= 99.95 ? 0 : x >= 9.995 ? 1 : 2, x, unit[u]);
+    return out;
+}
+
+#endif

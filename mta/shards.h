@@ -1,0 +1,570 @@
+// mta/shards.h: token shards on disk, and the loader that gives a trainer one window of them after another.
+//
+// A shard is llm.c's: 256 int32 of header ([0] magic, [1] version, [2] token count, and of its spare words [3] vocabulary size, [4] CRC-32
+// of the tokens, [5] 1 if NAME.mask lies beside NAME.bin; 0 = unknown, none), then the tokens as uint16 (magic 20240520, version 1) or
+// uint32 (20240801, 7). A mask has one byte a token, 1 if the token counts as a target. Files are mapped, never read whole.
+//
+// Window w of a shard is tokens wT .. wT+T: T inputs and T targets, of which the last is the first input of the next window. Windows are
+// what is shuffled. The k-th window that a loader gives is a function of (seed, k) and of the data alone, whatever the batch size or the
+// number of processes: sources take turns by a schedule without chance (shares hold to within one window at any moment), and epoch e of
+// source s is a permutation named by (seed, s, e), computed, not stored.
+#ifndef MTA_SHARDS_H
+#define MTA_SHARDS_H
+#include "util.h"
+#include "json.h"
+#include "random.h"
+#include <glob.h>
+#include <math.h>
+
+enum { SHARD_HEADER_BYTES = 1024, SHARD_MAGIC_U16 = 20240520, SHARD_VERSION_U16 = 1, SHARD_MAGIC_U32 = 20240801, SHARD_VERSION_U32 = 7 };
+enum { IGNORED_TARGET = -100 };
+
+// ---------------------------------------------------------------------------------------------------------------------------------------
+// One shard
+
+typedef struct {
+    char* path;           // owned
+    MappedFile file, mask;  // mask.data NULL: every token counts
+    uint64_t tokens;
+    int bytes_per_token;  // 2 or 4
+    int vocab_size;       // of the header, 0 unknown
+    uint32_t crc;         // of the header, 0 unknown
+    uint64_t windows;
+} Shard;
+
+// NAME.bin -> NAME.mask; a name without .bin gets .mask added.
+static inline void shard_mask_path(const char* path, char* out, size_t n) {
+    size_t length = strlen(path);
+    if (length > 4 && strcmp(path + length - 4, ".bin") == 0) { length -= 4; }
+    if (length + 6 > n) { die("path too long: %s", path); }
+    memcpy(out, path, length);
+    memcpy(out + length, ".mask", 6);
+}
+
+static inline void shard_close(Shard* s) {
+    unmap_file(&s->file);
+    unmap_file(&s->mask);
+    free(s->path);
+    s->path = NULL;
+}
+
+// Checks that the header and the two files agree; fills the rest of s.
+static inline bool shard_check(Shard* s, Error* e) {
+    if (s->file.size < SHARD_HEADER_BYTES) {
+        return fail(e, "%s: %zu bytes, a shard has a header of %d; it is cut off or no shard", s->path, s->file.size, SHARD_HEADER_BYTES);
+    }
+    int32_t h[6];
+    memcpy(h, s->file.data, sizeof(h));
+    if (h[0] != SHARD_MAGIC_U16 && h[0] != SHARD_MAGIC_U32) {
+        return fail(e, "%s: magic %d, wanted %d (uint16) or %d (uint32); make shards with data/prepare.py", s->path, h[0], SHARD_MAGIC_U16,
+                    SHARD_MAGIC_U32);
+    }
+    int version = h[0] == SHARD_MAGIC_U16 ? SHARD_VERSION_U16 : SHARD_VERSION_U32;
+    if (h[1] != version) { return fail(e, "%s: version %d, wanted %d for magic %d", s->path, h[1], version, h[0]); }
+    if (h[2] < 0) { return fail(e, "%s: the header counts %d tokens", s->path, h[2]); }
+    if (h[3] < 0) { return fail(e, "%s: the header has a vocabulary of %d", s->path, h[3]); }
+    if (h[5] != 0 && h[5] != 1) { return fail(e, "%s: word 5 of the header is %d, wanted 0 (no mask) or 1 (mask beside)", s->path, h[5]); }
+    s->tokens = (uint64_t)h[2];
+    s->bytes_per_token = h[0] == SHARD_MAGIC_U16 ? 2 : 4;
+    s->vocab_size = h[3];
+    memcpy(&s->crc, s->file.data + 16, 4);
+    uint64_t want = SHARD_HEADER_BYTES + s->tokens * (uint64_t)s->bytes_per_token;  // below 2^34
+    if (s->file.size != want) {
+        return fail(e, "%s: %zu bytes, but its header's %llu tokens of %d bytes make %llu; the file is %s, copy or make it again", s->path,
+                    s->file.size, (unsigned long long)s->tokens, s->bytes_per_token, (unsigned long long)want,
+                    s->file.size < want ? "cut off" : "too long");
+    }
+    if (h[5] == 1) {
+        char path[PATH_SIZE];
+        shard_mask_path(s->path, path, sizeof(path));
+        if (!map_file(&s->mask, path, e)) { return false; }
+        if (s->mask.size != s->tokens) {
+            return fail(e, "%s: %zu bytes, wanted one for each of the %llu tokens of %s", path, s->mask.size, (unsigned long long)s->tokens,
+                        s->path);
+        }
+    }
+    return true;
+}
+
+static inline bool shard_open(Shard* s, const char* path, Error* e) {
+    memset(s, 0, sizeof(*s));
+    s->path = strdup(path);
+    if (s->path == NULL) { die("out of memory"); }
+    if (map_file(&s->file, path, e) && shard_check(s, e)) { return true; }
+    shard_close(s);
+    return false;
+}
+
+static inline uint32_t shard_token(const Shard* s, uint64_t i) {
+    const uint8_t* p = s->file.data + SHARD_HEADER_BYTES + i * (uint64_t)s->bytes_per_token;
+    if (s->bytes_per_token == 2) {
+        uint16_t x;
+        memcpy(&x, p, 2);
+        return x;
+    }
+    uint32_t x;
+    memcpy(&x, p, 4);
+    return x;
+}
+
+// Copies window w into tokens (T) and targets (T, IGNORED_TARGET where masked). Every id is checked against vocab_size, the mask against 0
+// and 1.
+static inline bool shard_window(const Shard* s, uint64_t w, int T, int vocab_size, int32_t* tokens, int32_t* targets, Error* e) {
+    assert(w < s->windows);
+    uint64_t start = w * (uint64_t)T;
+    for (int t = 0; t <= T; t++) {
+        uint32_t id = shard_token(s, start + (uint64_t)t);
+        if (id >= (uint32_t)vocab_size) {
+            return fail(e, "%s: token id %u at position %llu, the model's vocabulary is %d; use the tokenizer the shards were made with",
+                        s->path, id, (unsigned long long)(start + (uint64_t)t), vocab_size);
+        }
+        if (t < T) { tokens[t] = (int32_t)id; }
+        if (t > 0) { targets[t - 1] = (int32_t)id; }
+    }
+    for (int t = 0; t < T && s->mask.data != NULL; t++) {
+        uint8_t counts = s->mask.data[start + (uint64_t)t + 1];
+        if (counts > 1) {
+            return fail(e, "mask of %s: byte %u at position %llu, wanted 0 or 1", s->path, counts, (unsigned long long)(start + (uint64_t)t + 1));
+        }
+        if (!counts) { targets[t] = IGNORED_TARGET; }
+    }
+    return true;
+}
+
+// Writes a shard, and its mask (n bytes, or NULL for none). For tests and small tools: the whole file is built in memory.
+static inline bool shard_write(const char* path, const uint32_t* tokens, size_t n, int bytes_per_token, int vocab_size, const uint8_t* mask,
+                               Error* e) {
+    assert(bytes_per_token == 2 || bytes_per_token == 4);
+    if (n > INT32_MAX) { return fail(e, "%s: %zu tokens, a shard holds %d at most", path, n, INT32_MAX); }
+    size_t bytes = n * (size_t)bytes_per_token;
+    uint8_t* file = (uint8_t*)alloc_or_die(SHARD_HEADER_BYTES + bytes, 1, "a shard");
+    uint8_t* data = file + SHARD_HEADER_BYTES;
+    bool good = true;
+    for (size_t i = 0; i < n; i++) {
+        if (bytes_per_token == 2) {
+            uint16_t x = (uint16_t)tokens[i];
+            if (x != tokens[i]) { good = fail(e, "%s: token id %u does not fit into two bytes", path, tokens[i]); }
+            memcpy(data + 2 * i, &x, 2);
+        } else {
+            memcpy(data + 4 * i, &tokens[i], 4);
+        }
+    }
+    uint32_t crc = crc32_update(0, data, bytes);
+    int32_t h[6];
+    h[0] = bytes_per_token == 2 ? SHARD_MAGIC_U16 : SHARD_MAGIC_U32;
+    h[1] = bytes_per_token == 2 ? SHARD_VERSION_U16 : SHARD_VERSION_U32;
+    h[2] = (int32_t)n;
+    h[3] = vocab_size;
+    memcpy(&h[4], &crc, 4);
+    h[5] = mask != NULL;
+    memcpy(file, h, sizeof(h));
+    char mask_path[PATH_SIZE];
+    shard_mask_path(path, mask_path, sizeof(mask_path));
+    good = good && (mask == NULL || write_file_synced(mask_path, mask, n, e));
+    good = good && write_file_synced(path, file, SHARD_HEADER_BYTES + bytes, e);
+    free(file);
+    return good;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------------------------
+// Sources: the shards of one glob
+
+typedef enum { MIX_TOKEN, MIX_DOCUMENT } LoaderMix;
+
+typedef struct {
+    char name[64];     // the glob's last part without _train_*.bin and the like
+    char* pattern;     // owned
+    double weight;     // as given
+    double share;      // of windows, all sources together 1
+    uint64_t units;    // the share as a whole number, of 2^40 in all: turns are computed without rounding, equally by every compiler
+    Shard* shards;     // owned, sorted by path
+    int n_shards;
+    uint64_t tokens, windows;
+    double documents;  // only read with MIX_DOCUMENT, else 0
+    uint64_t drawn;    // windows given so far
+} LoaderSource;
+
+typedef struct {
+    LoaderSource* sources;  // owned
+    int n_sources;
+    int seq_len;            // T
+    int vocab_size;         // of the model
+    uint64_t seed;
+    LoaderMix mix;
+    uint64_t total_units;   // about 2^40
+    uint64_t position;      // windows given so far, over all sources
+} Loader;
+
+static inline void loader_close(Loader* l) {
+    for (int i = 0; i < l->n_sources; i++) {
+        for (int j = 0; j < l->sources[i].n_shards; j++) { shard_close(&l->sources[i].shards[j]); }
+        free(l->sources[i].shards);
+        free(l->sources[i].pattern);
+    }
+    free(l->sources);
+    memset(l, 0, sizeof(*l));
+}
+
+// "data/c4_train_*.bin" -> "c4": the last part, up to _train, _val or _test, else up to the first wildcard or .bin.
+static inline void source_name(const char* pattern, char* out, size_t n) {
+    const char* cuts[] = {"_train", "_val", "_test", "*", "?", "[", ".bin"};
+    const char* base = strrchr(pattern, '/');
+    base = base != NULL ? base + 1 : pattern;
+    size_t length = strlen(base);
+    for (int i = 0; i < 7; i++) {
+        const char* cut = strstr(base, cuts[i]);
+        if (cut != NULL && cut != base && (size_t)(cut - base) < length) { length = (size_t)(cut - base); }
+    }
+    while (length > 1 && (base[length - 1] == '_' || base[length - 1] == '-')) { length--; }
+    snprintf(out, n, "%.*s", (int)(length < n ? length : n - 1), length > 0 ? base : "data");
+}
+
+static inline int compare_paths(const void* a, const void* b) { return strcmp(*(const char* const*)a, *(const char* const*)b); }
+
+// Opens every file that the pattern matches, sorted by name whatever the locale.
+static inline bool source_open(LoaderSource* s, const char* pattern, double weight, int T, int vocab_size, Error* e) {
+    memset(s, 0, sizeof(*s));
+    s->pattern = strdup(pattern);
+    if (s->pattern == NULL) { die("out of memory"); }
+    s->weight = weight;
+    source_name(pattern, s->name, sizeof(s->name));
+    glob_t found;
+    int status = glob(pattern, GLOB_NOSORT, NULL, &found);
+    if (status != 0) {
+        if (status == GLOB_NOMATCH) { return fail(e, "%s: no such shard; wanted .bin files made by data/prepare.py or data/toy_task.py", pattern); }
+        return fail(e, "%s: cannot list the files", pattern);
+    }
+    qsort(found.gl_pathv, found.gl_pathc, sizeof(char*), compare_paths);
+    s->shards = (Shard*)alloc_or_die(found.gl_pathc, sizeof(Shard), "the list of shards");
+    bool good = found.gl_pathc < INT32_MAX;
+    for (size_t i = 0; i < found.gl_pathc && good; i++) {
+        Shard* shard = &s->shards[i];
+        good = shard_open(shard, found.gl_pathv[i], e);
+        if (!good) { break; }
+        s->n_shards++;
+        if (shard->vocab_size > vocab_size) {
+            good = fail(e, "%s: made with a vocabulary of %d, the model has %d; use the same tokenizer, or --vocab-size", shard->path,
+                        shard->vocab_size, vocab_size);
+        }
+        shard->windows = shard->tokens > 0 ? (shard->tokens - 1) / (uint64_t)T : 0;
+        s->tokens += shard->tokens;
+        s->windows += shard->windows;
+    }
+    globfree(&found);
+    if (good && s->windows == 0) {
+        good = fail(e, "%s: %llu tokens%s, one window needs %d; use a smaller --seq-len or more data", pattern, (unsigned long long)s->tokens,
+                    s->n_shards > 1 ? " in shards that are all too short" : "", T + 1);
+    }
+    return good;
+}
+
+// Window w of a source, in file order.
+static inline bool source_window(const LoaderSource* s, uint64_t w, int T, int vocab_size, int32_t* tokens, int32_t* targets, Error* e) {
+    for (int i = 0; i < s->n_shards; i++) {
+        if (w < s->shards[i].windows) { return shard_window(&s->shards[i], w, T, vocab_size, tokens, targets, e); }
+        w -= s->shards[i].windows;
+    }
+    assert(!"window beyond the source");
+    return false;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------------------------
+// Documents of a source, for MIX_DOCUMENT: DIR/manifest.json, as data/prepare.py leaves it beside the shards, has
+//   {"shards": {"c4_train_000000.bin": {"documents": 1234, "tokens": 567890, ...}, ...}, ...}
+
+static inline bool source_count_documents(LoaderSource* s, Error* e) {
+    char dir[PATH_SIZE] = "", path[PATH_SIZE];
+    Json* manifest = NULL;
+    bool good = true;
+    for (int i = 0; i < s->n_shards && good; i++) {
+        const char* slash = strrchr(s->shards[i].path, '/');
+        const char* base = slash != NULL ? slash + 1 : s->shards[i].path;
+        size_t n = (size_t)(base - s->shards[i].path);
+        if (manifest == NULL || strlen(dir) != n || strncmp(dir, s->shards[i].path, n) != 0) {  // another directory than the shard before
+            char* text = NULL;
+            size_t length = 0;
+            json_free(manifest);
+            manifest = NULL;
+            memcpy(dir, s->shards[i].path, n);
+            dir[n] = 0;
+            path_join(path, sizeof(path), dir, "manifest.json");
+            if (!read_file(path, (size_t)1 << 30, &text, &length, e)) {
+                fail(e, "%s: unreadable", path);
+            } else {
+                Error why;
+                why.text[0] = 0;
+                manifest = json_parse(text, length, &why);
+                if (manifest == NULL) { fail(e, "%s: %s", path, why.text); }
+            }
+            free(text);
+            good = manifest != NULL;
+        }
+        if (!good) { break; }
+        const Json* entry = json_get(json_get(manifest, "shards"), base);
+        int64_t documents = 0, tokens = 0;
+        if (!json_integer(json_get(entry, "documents"), 0, INT32_MAX, &documents)) {
+            good = fail(e, "%s: no count of documents for %s, which --mix document needs; use --mix token", path, base);
+        } else if (!json_integer(json_get(entry, "tokens"), 0, INT32_MAX, &tokens) || (uint64_t)tokens != s->shards[i].tokens) {
+            good = fail(e, "%s: %lld tokens for %s, which has %llu; make the shards again", path, (long long)tokens, base,
+                        (unsigned long long)s->shards[i].tokens);
+        }
+        s->documents += (double)documents;
+    }
+    json_free(manifest);
+    if (good && !(s->documents > 0)) { good = fail(e, "%s: no documents in its shards, which --mix document needs", s->pattern); }
+    return good;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------------------------
+// --train GLOB[=WEIGHT],... or @RECIPE, a file with one GLOB=WEIGHT a line
+
+// Splits "GLOB=WEIGHT" in place and opens the source as the loader's next. What follows the last '=' is a weight unless it holds a '/' or
+// a wildcard, so that a folder may be called "lr=3". where: for messages.
+static inline bool loader_add_source(Loader* l, char* text, const char* dir, const char* where, Error* e) {
+    double weight = 1;
+    char* equals = strrchr(text, '=');
+    if (equals != NULL && strpbrk(equals, "/*?[") == NULL) {
+        char* end = NULL;
+        weight = strtod(equals + 1, &end);
+        while (end[0] == ' ' || end[0] == '\t') { end++; }
+        if (end == equals + 1 || *end != 0 || !(weight > 0 && weight < 1e30)) {
+            return fail(e, "%s: weight \"%s\" of %.*s, wanted a number above 0", where, equals + 1, (int)(equals - text), text);
+        }
+        do { *equals-- = 0; } while (equals > text && (*equals == ' ' || *equals == '\t'));
+    }
+    if (text[0] == 0) { return fail(e, "%s: an empty name, wanted GLOB[=WEIGHT]", where); }
+    char pattern[PATH_SIZE];
+    path_join(pattern, sizeof(pattern), dir, text);
+    LoaderSource* sources = (LoaderSource*)realloc(l->sources, ((size_t)l->n_sources + 1) * sizeof(LoaderSource));
+    if (sources == NULL) { die("out of memory"); }
+    l->sources = sources;
+    l->n_sources++;
+    return source_open(&l->sources[l->n_sources - 1], pattern, weight, l->seq_len, l->vocab_size, e);
+}
+
+static inline bool loader_read_recipe(Loader* l, const char* path, Error* e) {
+    char* text = NULL;
+    char dir[PATH_SIZE], where[PATH_SIZE + 32];
+    size_t n = 0;
+    if (!read_file(path, (size_t)1 << 24, &text, &n, e)) { return false; }
+    const char* slash = strrchr(path, '/');
+    snprintf(dir, sizeof(dir), "%.*s", slash != NULL ? (int)(slash - path) + 1 : 0, path);
+    bool good = strlen(text) == n || fail(e, "%s: not a text file", path);
+    int number = 0;
+    for (char* line = text; good && line != NULL;) {
+        char* next = strchr(line, '\n');
+        if (next != NULL) { *next++ = 0; }
+        number++;
+        line[strcspn(line, "#\r")] = 0;
+        while (*line == ' ' || *line == '\t') { line++; }
+        size_t length = strlen(line);
+        while (length > 0 && (line[length - 1] == ' ' || line[length - 1] == '\t')) { line[--length] = 0; }
+        snprintf(where, sizeof(where), "%s line %d", path, number);
+        if (length > 0) { good = loader_add_source(l, line, dir, where, e); }
+        line = next;
+    }
+    free(text);
+    return good && (l->n_sources > 0 || fail(e, "%s: a recipe without a source, wanted lines GLOB=WEIGHT", path));
+}
+
+static inline bool loader_read_spec(Loader* l, const char* spec, Error* e) {
+    if (spec[0] == '@') { return loader_read_recipe(l, spec + 1, e); }
+    char* copy = strdup(spec);
+    if (copy == NULL) { die("out of memory"); }
+    bool good = true;
+    for (char* part = copy; good && part != NULL;) {
+        char* comma = strchr(part, ',');
+        if (comma != NULL) { *comma++ = 0; }
+        good = loader_add_source(l, part, "", "shards", e);
+        part = comma;
+    }
+    free(copy);
+    return good;
+}
+
+// Shares of windows: by token, a weight is a share of windows. By document, a weight is a share of draws of a document, and a draw brings
+// that source's tokens per document: shares of windows are weight * tokens / documents.
+static inline bool loader_shares(Loader* l, Error* e) {
+    double total = 0;
+    for (int i = 0; i < l->n_sources; i++) {
+        LoaderSource* s = &l->sources[i];
+        if (l->mix == MIX_DOCUMENT && !source_count_documents(s, e)) { return false; }
+        s->share = l->mix == MIX_DOCUMENT ? s->weight * (double)s->tokens / s->documents : s->weight;
+        total += s->share;
+    }
+    for (int i = 0; i < l->n_sources; i++) {
+        LoaderSource* s = &l->sources[i];
+        s->share /= total;
+        s->units = (uint64_t)llround(ldexp(s->share, 40));
+        if (s->units == 0) { return fail(e, "%s: its share %.3g of the windows is too small; drop it", s->pattern, s->share); }
+        l->total_units += s->units;
+    }
+    return true;
+}
+
+static inline bool loader_open_mix(Loader* l, const char* spec, int seq_len, int vocab_size, uint64_t seed, LoaderMix mix, Error* e) {
+    assert(seq_len > 0 && vocab_size > 0);
+    memset(l, 0, sizeof(*l));
+    l->seq_len = seq_len;
+    l->vocab_size = vocab_size;
+    l->seed = seed;
+    l->mix = mix;
+    if (loader_read_spec(l, spec, e) && loader_shares(l, e)) { return true; }
+    loader_close(l);
+    return false;
+}
+
+static inline bool loader_open(Loader* l, const char* spec, int seq_len, int vocab_size, uint64_t seed, Error* e) {
+    return loader_open_mix(l, spec, seq_len, vocab_size, seed, MIX_TOKEN, e);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------------------------
+// The order
+
+// Whose turn it is. Tijdeman's rule (The chairman assignment problem, 1980): of the sources that are behind their share by at least
+// 1/(2n-2) of a window, counting the one to be given now, the one that would be the first to be behind by a window less that much. Every
+// source is then always within one window of its share. The deficits add up to one window, so that at least one source qualifies.
+static inline int loader_turn(const Loader* l) {
+    if (l->n_sources == 1) { return 0; }
+    const __int128 slack = 2 * l->n_sources - 2;  // all terms are multiplied by it and by total_units
+    __int128 best_deadline = 0;
+    int best = -1;
+    for (int i = 0; i < l->n_sources; i++) {
+        const LoaderSource* s = &l->sources[i];
+        __int128 deficit = (__int128)s->units * (l->position + 1) - (__int128)l->total_units * s->drawn;
+        if (deficit * slack < (__int128)l->total_units) { continue; }
+        __int128 deadline = (__int128)(s->drawn + 1) * slack - 1;  // over units: the time
+        if (best < 0 || deadline * l->sources[best].units < best_deadline * s->units) {
+            best_deadline = deadline;
+            best = i;
+        }
+    }
+    assert(best >= 0);
+    return best;
+}
+
+// Which window of its source the d-th draw of source s is.
+static inline uint64_t loader_order(const Loader* l, int s, uint64_t d) {
+    uint64_t n = l->sources[s].windows;
+    uint64_t key = mix64(mix64(mix64(l->seed) ^ (uint64_t)s) ^ (d / n));
+    return permute_index(d % n, n, key);
+}
+
+// Takes the next window without reading it: source and window number. A process of several takes all and reads its own.
+static inline void loader_take(Loader* l, int* source, uint64_t* window) {
+    int s = loader_turn(l);
+    *source = s;
+    *window = loader_order(l, s, l->sources[s].drawn);
+    l->sources[s].drawn++;
+    l->position++;
+}
+
+static inline void loader_skip(Loader* l, uint64_t n) {
+    for (; n > 0; n--) {
+        l->sources[loader_turn(l)].drawn++;
+        l->position++;
+    }
+}
+
+// The next window: tokens (T), targets (T, IGNORED_TARGET where masked).
+static inline bool loader_next(Loader* l, int32_t* tokens, int32_t* targets, Error* e) {
+    int s = 0;
+    uint64_t w = 0;
+    loader_take(l, &s, &w);
+    return source_window(&l->sources[s], w, l->seq_len, l->vocab_size, tokens, targets, e);
+}
+
+// All windows in file order, for validation.
+static inline uint64_t loader_windows(const Loader* l) {
+    uint64_t n = 0;
+    for (int i = 0; i < l->n_sources; i++) { n += l->sources[i].windows; }
+    return n;
+}
+
+static inline bool loader_window(const Loader* l, uint64_t w, int32_t* tokens, int32_t* targets, Error* e) {
+    for (int i = 0; i < l->n_sources; i++) {
+        const LoaderSource* s = &l->sources[i];
+        if (w < s->windows) { return source_window(s, w, l->seq_len, l->vocab_size, tokens, targets, e); }
+        w -= s->windows;
+    }
+    return fail(e, "validation window beyond the last");
+}
+
+// Has any shard a mask? Then a validation set counts wrong sequences too.
+static inline bool loader_masked(const Loader* l) {
+    for (int i = 0; i < l->n_sources; i++) {
+        for (int j = 0; j < l->sources[i].n_shards; j++) {
+            if (l->sources[i].shards[j].mask.data != NULL) { return true; }
+        }
+    }
+    return false;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------------------------
+// Its state in trainer.json
+
+static inline const char* loader_mix_name(LoaderMix mix) { return mix == MIX_DOCUMENT ? "document" : "token"; }
+
+// Appends an object. The seed is text, since a JSON number holds 53 bits.
+static inline void loader_state_write(const Loader* l, Text* json) {
+    text_printf(json, "{\"seed\": \"%llu\", \"seq_len\": %d, \"mix\": \"%s\", \"windows\": %llu, \"sources\": [", (unsigned long long)l->seed,
+                l->seq_len, loader_mix_name(l->mix), (unsigned long long)l->position);
+    for (int i = 0; i < l->n_sources; i++) {
+        const LoaderSource* s = &l->sources[i];
+        text_printf(json, "%s{\"name\": ", i > 0 ? ", " : "");
+        text_json_string(json, s->name, strlen(s->name));
+        text_printf(json, ", \"weight\": %.17g, \"windows\": %llu, \"drawn\": %llu}", s->weight, (unsigned long long)s->windows,
+                    (unsigned long long)s->drawn);
+    }
+    text_printf(json, "]}");
+}
+
+static inline bool loader_state_differs(Error* e, const char* what, const char* got, const char* wanted) {
+    return fail(e, "resume: the checkpoint's data has %s %s, this run %s; give the same --train, --seq-len, --mix and --seed", what, got, wanted);
+}
+
+// Continues where the state was written; refuses one of other sources, window length, mixing or seed.
+static inline bool loader_state_read(Loader* l, const Json* state, Error* e) {
+    const Json* list = json_get(state, "sources");
+    const Json* seed = json_get(state, "seed");
+    const Json* mix = json_get(state, "mix");
+    int64_t T = 0, position = 0;
+    if (list == NULL || list->type != JSON_ARRAY || seed == NULL || seed->type != JSON_STRING || mix == NULL || mix->type != JSON_STRING ||
+        !json_integer(json_get(state, "seq_len"), 1, INT32_MAX, &T) || !json_integer(json_get(state, "windows"), 0, (int64_t)1 << 53, &position)) {
+        return fail(e, "resume: the loader's state in the checkpoint is incomplete");
+    }
+    char got[128], wanted[128];
+    snprintf(wanted, sizeof(wanted), "%llu", (unsigned long long)l->seed);
+    if (strcmp(seed->string, wanted) != 0) { return loader_state_differs(e, "seed", seed->string, wanted); }
+    snprintf(got, sizeof(got), "%lld", (long long)T);
+    snprintf(wanted, sizeof(wanted), "%d", l->seq_len);
+    if (T != l->seq_len) { return loader_state_differs(e, "window length", got, wanted); }
+    if (strcmp(mix->string, loader_mix_name(l->mix)) != 0) { return loader_state_differs(e, "mixing by", mix->string, loader_mix_name(l->mix)); }
+    snprintf(got, sizeof(got), "%zu", list->count);
+    snprintf(wanted, sizeof(wanted), "%d", l->n_sources);
+    if (list->count != (size_t)l->n_sources) { return loader_state_differs(e, "number of sources", got, wanted); }
+    uint64_t sum = 0;
+    int i = 0;
+    for (const Json* j = list->child; j != NULL; j = j->next, i++) {
+        LoaderSource* s = &l->sources[i];
+        const Json* name = json_get(j, "name");
+        const Json* weight = json_get(j, "weight");
+        int64_t windows = 0, drawn = 0;
+        if (name == NULL || name->type != JSON_STRING || weight == NULL || weight->type != JSON_NUMBER ||
+            !json_integer(json_get(j, "windows"), 1, INT64_MAX, &windows) || !json_integer(json_get(j, "drawn"), 0, (int64_t)1 << 53, &drawn)) {
+            return fail(e, "resume: the loader's state of source %d in the checkpoint is incomplete", i);
+        }
+        snprintf(got, sizeof(got), "%.60s (%lld windows, weight %.6g)", name->string, (long long)windows, weight->number);
+        snprintf(wanted, sizeof(wanted), "%.60s (%llu windows, weight %.6g)", s->name, (unsigned long long)s->windows, s->weight);
+        if (strcmp(name->string, s->name) != 0 || (uint64_t)windows != s->windows || weight->number != s->weight) {
+            return loader_state_differs(e, "source", got, wanted);
+        }
+        s->drawn = (uint64_t)drawn;
+        sum += (uint64_t)drawn;
+    }
+    l->position = (uint64_t)position;
+    return sum == l->position || fail(e, "resume: the loader's state in the checkpoint is inconsistent (%llu windows by source, %llu in all)",
+                                      (unsigned long long)sum, (unsigned long long)l->position);
+}
+
+#endif
