@@ -216,7 +216,8 @@ static inline void source_name(const char* pattern, char* out, size_t n) {
         if (cut != NULL && cut != base && (size_t)(cut - base) < length) { length = (size_t)(cut - base); }
     }
     while (length > 1 && (base[length - 1] == '_' || base[length - 1] == '-')) { length--; }
-    snprintf(out, n, "%.*s", (int)(length < n ? length : n - 1), length > 0 ? base : "data");
+    snprintf(out, n, "%.*s", (int)(length < n ? length : n - 1), base);
+    if (length == 0) { snprintf(out, n, "data"); }
 }
 
 static inline int compare_paths(const void* a, const void* b) { return strcmp(*(const char* const*)a, *(const char* const*)b); }
