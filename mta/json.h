@@ -98,7 +98,7 @@ static inline bool json_escape(JsonReader* r, char* out, size_t* n) {
         out[(*n)++] = to[simple - from];
         return true;
     }
-    uint32_t code, low;
+    uint32_t code = 0, low = 0;
     if (c != 'u') { return json_fail(r, "unknown escape in a string"); }
     if (!json_hex4(r, &code)) { return false; }
     if (code >= 0xD800 && code < 0xDC00 && r->n - r->at >= 2 && r->text[r->at] == '\\' && r->text[r->at + 1] == 'u') {
