@@ -336,7 +336,7 @@ typedef struct {
 static inline void st_writer_abort(StWriter* w) {  // closes and removes the file
     if (w->fd >= 0) {
         close(w->fd);
-        unlink(w->path);
+        unlink_regular(w->path);
     }
     w->fd = -1;
 }
@@ -413,7 +413,7 @@ static inline bool st_writer_close(StWriter* w, uint64_t* bytes, uint32_t* crc, 
     }
     w->fd = -1;
     if (!good) {
-        unlink(w->path);
+        unlink_regular(w->path);
         return fail(e, "%s: cannot write: %s", w->path, strerror(why));
     }
     if (bytes) { *bytes = w->written; }

@@ -236,6 +236,11 @@ static inline bool write_all(int fd, const void* data, size_t n) {
     return true;
 }
 
+static inline void unlink_regular(const char* path) {  // removes a file of ours, never a device that stands in its place
+    struct stat st;
+    if (lstat(path, &st) == 0 && S_ISREG(st.st_mode)) { unlink(path); }
+}
+
 // Creates (or empties) the file, writes it whole, syncs it to the disk. On failure the file is removed.
 static inline bool write_file_synced(const char* path, const void* data, size_t n, Error* e) {
     int fd = open(path, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0644);
@@ -247,7 +252,7 @@ static inline bool write_file_synced(const char* path, const void* data, size_t 
         why = errno;
     }
     if (good) { return true; }
-    unlink(path);
+    unlink_regular(path);
     return fail(e, "%s: cannot write %zu bytes: %s", path, n, strerror(why));
 }
 
