@@ -1,0 +1,463 @@
+// cuda_cpu.h: runs the kernels of train_mta.cu, unchanged, on a CPU. A test instrument: it finds mistakes, it does not predict speed.
+//   g++ -x c++ -std=c++17 -Idev/cuda_cpu train_mta.cu      (the headers of this folder stand in for the toolkit's)
+//
+// One block runs at a time, and its threads are fibers on one CPU thread: a fiber runs until it meets a barrier or a warp operation,
+// so an execution is a fixed interleaving that set_order() changes. What it reports, by one line on stderr and abort():
+//   - a barrier or a warp operation that not every thread reaches, or that threads reach at different source lines;
+//   - a launch that a GPU would refuse (too many threads, too much shared memory) comes back as a CUDA error instead;
+//   - uninitialised reads: device, dynamic shared and static shared memory start as NaN in every floating-point format;
+//   - out-of-bounds accesses: every allocation is its own malloc, so -fsanitize=address sees them;
+//   - races past a missing barrier: run twice, with set_order(0) and set_order(1) or a seed, and compare the results.
+// Not modelled: memory ordering between blocks, occupancy, independent progress inside a warp, textures, clusters, tensor-core
+// instructions. Static __shared__ arrays inside function templates are not poisoned (g++ ignores sections there): use DYNAMIC_SHARED.
+#ifndef CUDA_CPU_H
+#define CUDA_CPU_H
+
+#include <math.h>
+#include <stdarg.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <algorithm>
+#include <functional>
+#include <map>
+#include <tuple>
+#include <type_traits>
+#include <vector>
+#if !defined(__x86_64__)
+#include <ucontext.h>
+#endif
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/common_interface_defs.h>
+#endif
+
+#define CUDA_CPU 1
+#define __global__
+#define __device__
+#define __host__
+#define __constant__
+#define __forceinline__ inline __attribute__((always_inline))
+#define __noinline__ __attribute__((noinline))
+#define __launch_bounds__(...)
+#define __align__(n) alignas(n)
+#define __shared__ static __attribute__((section("cuda_shared")))
+
+// ---- vector types -----------------------------------------------------------------------------------------------------------------
+
+struct dim3 {
+    unsigned x, y, z;
+    dim3(unsigned x_ = 1, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {}
+};
+typedef struct uint3 { unsigned x, y, z; } uint3;
+struct alignas(8) float2 { float x, y; };
+struct alignas(16) float4 { float x, y, z, w; };
+struct alignas(8) int2 { int x, y; };
+struct alignas(16) int4 { int x, y, z, w; };
+struct alignas(8) uint2 { unsigned x, y; };
+struct alignas(16) uint4 { unsigned x, y, z, w; };
+static inline float2 make_float2(float x, float y) { return float2{x, y}; }
+static inline float4 make_float4(float x, float y, float z, float w) { return float4{x, y, z, w}; }
+static inline int2 make_int2(int x, int y) { return int2{x, y}; }
+static inline int4 make_int4(int x, int y, int z, int w) { return int4{x, y, z, w}; }
+static inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return uint4{x, y, z, w}; }
+
+// ---- fibers -----------------------------------------------------------------------------------------------------------------------
+
+#if defined(__x86_64__)
+// Saves the callee-saved registers and the stack pointer of the running fiber, loads another's.
+extern "C" void cuda_cpu_switch(void** save, void* load);
+__asm__(".text\n.p2align 4\n.type cuda_cpu_switch,@function\ncuda_cpu_switch:\n"
+        "pushq %rbp\npushq %rbx\npushq %r12\npushq %r13\npushq %r14\npushq %r15\n"
+        "movq %rsp, (%rdi)\nmovq %rsi, %rsp\n"
+        "popq %r15\npopq %r14\npopq %r13\npopq %r12\npopq %rbx\npopq %rbp\nret\n"
+        ".size cuda_cpu_switch,.-cuda_cpu_switch\n");
+#endif
+
+namespace cuda_cpu {
+
+enum { WARP = 32, MAX_THREADS = 1024, STACK_BYTES = 256 << 10, MAX_SHARED = 227 << 10, DEFAULT_SHARED = 48 << 10 };
+
+struct Fiber {
+    void* stack;             // STACK_BYTES, mapped at first use and kept; its lowest page is a guard
+    void* sp;                // saved stack pointer while not running
+    unsigned thread;         // linear index of the CUDA thread it runs
+    const char* wait;        // NULL: running or ready; else what it waits for: "__syncthreads" or a warp operation
+    int line;                // source line of that barrier
+#if !defined(__x86_64__)
+    ucontext_t context;
+#endif
+    void* fake;              // address sanitizer's bookkeeping
+};
+
+// A warp operation that waits for lanes (arrived < mask) or for its lanes to fetch the result (unread > 0).
+struct WarpOp {
+    unsigned mask, arrived;
+    int unread;
+    const char* what;
+    uint64_t value[WARP];
+    Fiber* waiting[WARP];
+    int n_waiting;
+};
+enum { WARP_OPS = 8 };  // of a warp at a time: more than one only where its lanes diverged
+
+// Everything about the launch and block that runs. One CPU thread, hence plain globals.
+struct Machine {
+    Fiber fibers[MAX_THREADS];
+    WarpOp warp_ops[MAX_THREADS / WARP][WARP_OPS];
+    std::vector<Fiber*> ready, idle;
+    std::vector<Fiber*> at_barrier;
+    std::vector<unsigned> order;       // the order in which threads start
+    Fiber* current;
+    Fiber scheduler;
+    const std::function<void()>* body; // the kernel with its arguments
+    const char* kernel;
+    unsigned n_threads, next, finished;
+    dim3 block_dim, grid_dim;
+    uint3 thread_idx, block_idx;
+    char* shared;                      // dynamic shared memory, exactly as large as the launch asked
+    uint64_t order_seed = 0, order_state = 0;
+    uint64_t launches = 0, switches = 0;
+    const void* main_stack;            // bounds of the scheduler's stack, for the address sanitizer
+    size_t main_stack_bytes;
+};
+inline Machine machine;
+
+[[noreturn]] inline void fault(const char* fmt, ...) {
+    Machine& m = machine;
+    fflush(stdout);
+    fprintf(stderr, "cuda_cpu: kernel %s, block (%u,%u,%u), thread (%u,%u,%u): ", m.kernel ? m.kernel : "none", m.block_idx.x,
+            m.block_idx.y, m.block_idx.z, m.thread_idx.x, m.thread_idx.y, m.thread_idx.z);
+    va_list args;
+    va_start(args, fmt);
+    vfprintf(stderr, fmt, args);
+    va_end(args);
+    fprintf(stderr, "\n");
+    abort();
+}
+
+// 0: threads start and continue in their order; 1: in reverse; anything else seeds a permutation that changes with every barrier.
+inline void set_order(uint64_t seed) { machine.order_seed = seed, machine.order_state = seed; }
+
+inline uint64_t next_random() {  // splitmix64
+    uint64_t z = (machine.order_state += 0x9e3779b97f4a7c15ull);
+    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9ull;
+    z = (z ^ (z >> 27)) * 0x94d049bb133111ebull;
+    return z ^ (z >> 31);
+}
+
+template <typename T> inline void permute(std::vector<T>& v) {
+    if (machine.order_seed == 1) { std::reverse(v.begin(), v.end()); }
+    if (machine.order_seed > 1) {
+        for (size_t i = v.size(); i > 1; i--) { std::swap(v[i - 1], v[next_random() % i]); }
+    }
+}
+
+inline void switch_to(Fiber* from, Fiber* to) {
+    machine.switches++;
+#if defined(__SANITIZE_ADDRESS__)
+    bool to_scheduler = to == &machine.scheduler;
+    __sanitizer_start_switch_fiber(&from->fake, to_scheduler ? machine.main_stack : to->stack,
+                                   to_scheduler ? machine.main_stack_bytes : (size_t)STACK_BYTES);
+#endif
+#if defined(__x86_64__)
+    cuda_cpu_switch(&from->sp, to->sp);
+#else
+    swapcontext(&from->context, &to->context);
+#endif
+#if defined(__SANITIZE_ADDRESS__)
+    __sanitizer_finish_switch_fiber(from->fake, NULL, NULL);
+#endif
+}
+
+inline void set_thread(unsigned t) {
+    Machine& m = machine;
+    m.thread_idx = uint3{t % m.block_dim.x, t / m.block_dim.x % m.block_dim.y, t / (m.block_dim.x * m.block_dim.y)};
+}
+
+// A fiber takes thread after thread for as long as none of them has to wait: kernels without barriers never switch.
+inline void fiber_main() {
+    Machine& m = machine;
+#if defined(__SANITIZE_ADDRESS__)
+    __sanitizer_finish_switch_fiber(NULL, &m.main_stack, &m.main_stack_bytes);  // entered from the scheduler
+#endif
+    for (;;) {
+        Fiber* self = m.current;
+        while (m.next < m.n_threads) {
+            self->thread = m.order[m.next++];
+            set_thread(self->thread);
+            (*m.body)();
+            m.finished++;
+        }
+        m.idle.push_back(self);
+        switch_to(self, &m.scheduler);
+    }
+}
+
+inline void fiber_create(Fiber* f) {
+    f->stack = mmap(NULL, STACK_BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (f->stack == MAP_FAILED || mprotect(f->stack, 4096, PROT_NONE) != 0) { fault("no memory for a fiber's stack"); }
+#if defined(__x86_64__)
+    void** top = (void**)((char*)f->stack + STACK_BYTES);
+    *--top = NULL;                   // keeps the alignment that a called function expects
+    *--top = (void*)fiber_main;      // where the first switch returns to
+    for (int i = 0; i < 6; i++) { *--top = NULL; }
+    f->sp = top;
+#else
+    getcontext(&f->context);
+    f->context.uc_stack.ss_sp = f->stack;
+    f->context.uc_stack.ss_size = STACK_BYTES;
+    makecontext(&f->context, fiber_main, 0);
+#endif
+}
+
+// The running thread stops here until something puts its fiber on the ready list.
+inline void wait_for(const char* what, int line) {
+    Machine& m = machine;
+    Fiber* self = m.current;
+    self->wait = what;
+    self->line = line;
+    switch_to(self, &m.scheduler);
+    self->wait = NULL;
+    set_thread(self->thread);
+}
+
+inline void barrier(int line) {
+    Machine& m = machine;
+    if (!m.at_barrier.empty() && m.at_barrier[0]->line != line) {
+        fault("reaches the barrier of line %d while others wait at the one of line %d", line, m.at_barrier[0]->line);
+    }
+    m.at_barrier.push_back(m.current);
+    wait_for("__syncthreads", line);
+}
+
+// Every lane of `mask` brings a value; returns all lanes' values. Lanes outside the mask read as all ones (NaN).
+inline const uint64_t* warp_exchange(const char* what, unsigned mask, uint64_t value, int line) {
+    Machine& m = machine;
+    WarpOp* ops = m.warp_ops[m.current->thread / WARP];
+    unsigned lane = m.current->thread % WARP;
+    if (!(mask >> lane & 1)) { fault("%s of line %d: lane %u is not in its own mask %08x", what, line, lane, mask); }
+    WarpOp* op = NULL;
+    for (int i = 0; i < WARP_OPS; i++) {
+        bool same = ops[i].arrived != 0 && ops[i].mask == mask && strcmp(ops[i].what, what) == 0;
+        if (same || (!op && ops[i].arrived == 0 && ops[i].unread == 0)) { op = &ops[i]; }
+        if (same) { break; }
+    }
+    if (!op) { fault("%s of line %d: too many warp operations at once", what, line); }
+    if (op->arrived == 0) {
+        op->mask = mask, op->what = what;
+        memset(op->value, 0xff, sizeof op->value);
+    }
+    op->value[lane] = value;
+    op->arrived |= 1u << lane;
+    if (op->arrived == mask) {
+        m.ready.insert(m.ready.end(), op->waiting, op->waiting + op->n_waiting);
+        op->unread = op->n_waiting;
+        op->arrived = 0, op->n_waiting = 0;
+    } else {
+        op->waiting[op->n_waiting++] = m.current;
+        wait_for(what, line);
+        op->unread--;  // the caller reads its lane before any other fiber can run
+    }
+    return op->value;
+}
+
+// No thread can go on: either all wait at the barrier (release them) or some never will.
+inline void release_barrier() {
+    Machine& m = machine;
+    for (unsigned w = 0; w * WARP < m.n_threads; w++) {
+        for (const WarpOp& op : m.warp_ops[w]) {
+            if (op.arrived == 0) { continue; }
+            fault("%s waits for lanes %08x of warp %u, only %08x came (%u of %u threads have returned)", op.what, op.mask, w, op.arrived,
+                  m.finished, m.n_threads);
+        }
+    }
+    if (m.at_barrier.size() != m.n_threads) {
+        fault("divergent barrier: %zu of %u threads wait at line %d, %u have returned", m.at_barrier.size(), m.n_threads,
+              m.at_barrier[0]->line, m.finished);
+    }
+    std::sort(m.at_barrier.begin(), m.at_barrier.end(), [](Fiber* a, Fiber* b) { return a->thread < b->thread; });
+    permute(m.at_barrier);
+    m.ready.swap(m.at_barrier);
+    m.at_barrier.clear();
+}
+
+inline void run_block() {
+    Machine& m = machine;
+    m.next = m.finished = 0;
+    size_t at = 0;
+    m.ready.clear();
+    while (m.finished < m.n_threads) {
+        if (at < m.ready.size()) {
+            m.current = m.ready[at++];
+        } else if (m.next < m.n_threads) {
+            if (m.idle.empty()) { fault("more fibers than threads"); }
+            m.current = m.idle.back();
+            m.idle.pop_back();
+            if (!m.current->stack) { fiber_create(m.current); }
+        } else {
+            at = 0;
+            m.ready.clear();
+            release_barrier();
+            continue;
+        }
+        switch_to(&m.scheduler, m.current);
+    }
+}
+
+// rep stosb, since the address sanitizer would refuse memset over the red zones between static shared arrays
+__attribute__((no_sanitize("address"))) inline void poison(void* p, size_t n) {
+#if defined(__x86_64__)
+    __asm__ volatile("rep stosb" : "+D"(p), "+c"(n) : "a"(0xff) : "memory");
+#else
+    for (volatile unsigned char* c = (unsigned char*)p; n > 0; n--) { *c++ = 0xff; }
+#endif
+}
+
+extern "C" char __start_cuda_shared[] __attribute__((weak));
+extern "C" char __stop_cuda_shared[] __attribute__((weak));
+
+// Runs every block of the grid. shared: bytes of dynamic shared memory.
+inline void run_grid(const char* kernel, dim3 grid, dim3 block, size_t shared, const std::function<void()>& body) {
+    Machine& m = machine;
+    m.kernel = kernel, m.grid_dim = grid, m.block_dim = block, m.body = &body;
+    m.n_threads = block.x * block.y * block.z;
+    m.launches++;
+    if (m.idle.empty()) {
+        for (int i = MAX_THREADS - 1; i >= 0; i--) { m.idle.push_back(&m.fibers[i]); }
+    }
+    m.order.resize(m.n_threads);
+    for (unsigned i = 0; i < m.n_threads; i++) { m.order[i] = i; }
+    permute(m.order);
+    void* bytes = NULL;
+    if (shared && posix_memalign(&bytes, 16, shared) != 0) { fault("no memory for %zu bytes of shared memory", shared); }
+    m.shared = (char*)bytes;
+    size_t static_bytes = __start_cuda_shared ? (size_t)(__stop_cuda_shared - __start_cuda_shared) : 0;
+    size_t n_blocks = (size_t)grid.x * grid.y * grid.z;
+    for (size_t k = 0; k < n_blocks; k++) {
+        size_t b = m.order_seed == 1 ? n_blocks - 1 - k : k;
+        m.block_idx = uint3{(unsigned)(b % grid.x), (unsigned)(b / grid.x % grid.y), (unsigned)(b / grid.x / grid.y)};
+        if (shared) { poison(m.shared, shared); }
+        if (static_bytes) { poison(__start_cuda_shared, static_bytes); }
+        run_block();
+    }
+    free(m.shared);
+    m.kernel = NULL, m.shared = NULL;
+}
+
+inline void* dynamic_shared() {
+    if (!machine.shared) { fault("uses dynamic shared memory, the launch gave none"); }
+    return machine.shared;
+}
+
+template <typename T> inline uint64_t to_bits(T v) {
+    static_assert(sizeof(T) <= 8 && std::is_trivially_copyable<T>::value, "a shuffled value has at most 8 bytes");
+    uint64_t bits = 0;
+    memcpy(&bits, (const void*)&v, sizeof(T));
+    return bits;
+}
+template <typename T> inline T from_bits(uint64_t bits) {
+    T v;
+    memcpy((void*)&v, &bits, sizeof(T));
+    return v;
+}
+
+// source: the lane to read for each shuffle flavour, or -1 for the thread's own value
+template <typename T> inline T shuffle(const char* what, unsigned mask, T v, int source, int line) {
+    const uint64_t* values = warp_exchange(what, mask, to_bits(v), line);
+    return source < 0 ? v : from_bits<T>(values[source]);
+}
+inline int lane() { return (int)(machine.current->thread % WARP); }
+
+}  // namespace cuda_cpu
+
+// ---- what a kernel sees -----------------------------------------------------------------------------------------------------------
+
+#define threadIdx (cuda_cpu::machine.thread_idx)
+#define blockIdx (cuda_cpu::machine.block_idx)
+#define blockDim (cuda_cpu::machine.block_dim)
+#define gridDim (cuda_cpu::machine.grid_dim)
+#define warpSize 32
+
+#define DYNAMIC_SHARED(type, name) type* name = (type*)cuda_cpu::dynamic_shared()
+
+#define __syncthreads() cuda_cpu::barrier(__LINE__)
+#define __syncwarp(...) cuda_cpu::sync_warp(__LINE__, ##__VA_ARGS__)
+#define __shfl_sync(...) cuda_cpu::shfl(__LINE__, __VA_ARGS__)
+#define __shfl_xor_sync(...) cuda_cpu::shfl_xor(__LINE__, __VA_ARGS__)
+#define __shfl_down_sync(...) cuda_cpu::shfl_down(__LINE__, __VA_ARGS__)
+#define __shfl_up_sync(...) cuda_cpu::shfl_up(__LINE__, __VA_ARGS__)
+#define __ballot_sync(mask, p) cuda_cpu::ballot(__LINE__, mask, (p) != 0)
+#define __any_sync(mask, p) (cuda_cpu::ballot(__LINE__, mask, (p) != 0) != 0)
+#define __all_sync(mask, p) (cuda_cpu::ballot(__LINE__, mask, (p) == 0) == 0)
+#define __reduce_add_sync(mask, v) cuda_cpu::reduce(__LINE__, mask, v, 0)
+#define __reduce_max_sync(mask, v) cuda_cpu::reduce(__LINE__, mask, v, 1)
+#define __reduce_min_sync(mask, v) cuda_cpu::reduce(__LINE__, mask, v, 2)
+
+namespace cuda_cpu {
+inline void sync_warp(int line, unsigned mask = 0xffffffffu) { warp_exchange("__syncwarp", mask, 0, line); }
+template <typename T> inline T shfl(int line, unsigned mask, T v, int source, int width = 32) {
+    int l = lane();
+    return shuffle("__shfl_sync", mask, v, (l & ~(width - 1)) | (source & (width - 1)), line);
+}
+template <typename T> inline T shfl_xor(int line, unsigned mask, T v, int flip, int width = 32) {
+    int l = lane(), s = l ^ flip;
+    return shuffle("__shfl_xor_sync", mask, v, s / width <= l / width ? s : -1, line);
+}
+template <typename T> inline T shfl_down(int line, unsigned mask, T v, unsigned delta, int width = 32) {
+    int l = lane(), s = l + (int)delta;
+    return shuffle("__shfl_down_sync", mask, v, s / width == l / width ? s : -1, line);
+}
+template <typename T> inline T shfl_up(int line, unsigned mask, T v, unsigned delta, int width = 32) {
+    int l = lane(), s = l - (int)delta;
+    return shuffle("__shfl_up_sync", mask, v, s >= l / width * width ? s : -1, line);
+}
+inline unsigned ballot(int line, unsigned mask, bool p) {
+    const uint64_t* values = warp_exchange("a vote", mask, p, line);
+    unsigned bits = 0;
+    for (int l = 0; l < WARP; l++) { bits |= (mask >> l & 1) && values[l] == 1 ? 1u << l : 0; }
+    return bits;
+}
+template <typename T> inline T reduce(int line, unsigned mask, T v, int kind) {
+    static_assert(std::is_integral<T>::value, "__reduce_*_sync takes integers");
+    const uint64_t* values = warp_exchange("__reduce_sync", mask, to_bits(v), line);
+    bool first = true;
+    T r = 0;
+    for (int l = 0; l < WARP; l++) {
+        if (!(mask >> l & 1)) { continue; }
+        T x = from_bits<T>(values[l]);
+        r = first ? x : kind == 0 ? (T)(r + x) : kind == 1 ? std::max(r, x) : std::min(r, x);
+        first = false;
+    }
+    return r;
+}
+}  // namespace cuda_cpu
+
+// One fiber runs at a time, so plain read-modify-write is atomic.
+template <typename T> static inline T atomicAdd(T* p, T v) { T old = *p; *p = (T)(old + v); return old; }
+template <typename T> static inline T atomicMax(T* p, T v) { T old = *p; *p = std::max(old, v); return old; }
+template <typename T> static inline T atomicMin(T* p, T v) { T old = *p; *p = std::min(old, v); return old; }
+template <typename T> static inline T atomicExch(T* p, T v) { T old = *p; *p = v; return old; }
+template <typename T> static inline T atomicOr(T* p, T v) { T old = *p; *p = (T)(old | v); return old; }
+template <typename T> static inline T atomicCAS(T* p, T compare, T v) { T old = *p; *p = old == compare ? v : old; return old; }
+static inline void __threadfence(void) {}
+
+template <typename T> static inline T __ldg(const T* p) { return *p; }
+template <typename T> static inline T __ldcs(const T* p) { return *p; }
+template <typename T> static inline T __ldcg(const T* p) { return *p; }
+template <typename T> static inline void __stcs(T* p, T v) { *p = v; }
+template <typename T> static inline void __stcg(T* p, T v) { *p = v; }
+#define __expf(x) expf(x)  // macros, since glibc declares functions of these names
+#define __logf(x) logf(x)
+static inline float rsqrtf(float x) { return 1.0f / sqrtf(x); }
+static inline float __fdividef(float a, float b) { return a / b; }
+static inline unsigned __float_as_uint(float x) { return cuda_cpu::from_bits<unsigned>(cuda_cpu::to_bits(x)); }
+static inline int __float_as_int(float x) { return cuda_cpu::from_bits<int>(cuda_cpu::to_bits(x)); }
+static inline float __uint_as_float(unsigned x) { return cuda_cpu::from_bits<float>(cuda_cpu::to_bits(x)); }
+static inline float __int_as_float(int x) { return cuda_cpu::from_bits<float>(cuda_cpu::to_bits(x)); }
+static inline int __popc(unsigned x) { return __builtin_popcount(x); }
+static inline int __clz(int x) { return x == 0 ? 32 : __builtin_clz((unsigned)x); }
+static inline int __ffs(int x) { return __builtin_ffs(x); }
+
+#endif

@@ -1,0 +1,36 @@
+// cuda_fp16.h: stand-in for the toolkit's header: __half with round to nearest even, subnormals and infinities.
+#ifndef CUDA_CPU_FP16_H
+#define CUDA_CPU_FP16_H
+#include "cuda_cpu.h"
+
+struct __half {
+    uint16_t bits;
+    __half() = default;
+    __half(float f) {
+        uint32_t u = __float_as_uint(f), sign = u >> 16 & 0x8000u;
+        u &= 0x7fffffffu;
+        if (u > 0x7f800000u) { bits = 0x7fff; return; }                          // NaN
+        if (u >= 0x477ff000u) { bits = (uint16_t)(sign | 0x7c00u); return; }     // 65520 and above round to infinity
+        if (u < 0x38800000u) {                                                   // below 2^-14: a multiple of 2^-24
+            float scaled = __uint_as_float(u) * 16777216.0f;
+            bits = (uint16_t)(sign | (uint32_t)lrintf(scaled));                  // the default rounding mode: nearest even
+            return;
+        }
+        bits = (uint16_t)(sign | ((u + 0xfffu + (u >> 13 & 1) - 0x38000000u) >> 13));
+    }
+    operator float() const {
+        uint32_t sign = (uint32_t)(bits & 0x8000u) << 16, e = bits >> 10 & 31, m = bits & 1023u;
+        if (e == 31) { return __uint_as_float(sign | 0x7f800000u | m << 13); }
+        if (e == 0) { return (sign ? -1.0f : 1.0f) * (float)m / 16777216.0f; }
+        return __uint_as_float(sign | (e + 112) << 23 | m << 13);
+    }
+};
+struct alignas(4) __half2 { __half x, y; };
+typedef __half half;
+
+static inline __half __float2half(float f) { return __half(f); }
+static inline __half __float2half_rn(float f) { return __half(f); }
+static inline float __half2float(__half h) { return h; }
+static inline __half2 __floats2half2_rn(float x, float y) { return __half2{x, y}; }
+static inline float2 __half22float2(__half2 h) { return float2{h.x, h.y}; }
+#endif

@@ -1,0 +1,220 @@
+// cuda_runtime.h: stand-in for the CUDA runtime. Device memory is malloc'ed, poisoned with NaN and counted against a pretended size;
+// streams run at once, and a captured stream keeps its work in a graph.
+// The environment pretends other machines: CUDA_CPU_DEVICES=0 (no GPU), CUDA_CPU_DRIVER=old, CUDA_CPU_MEMORY_MIB=N.
+#ifndef CUDA_CPU_RUNTIME_H
+#define CUDA_CPU_RUNTIME_H
+#include "cuda_cpu.h"
+#include <time.h>
+
+typedef enum {
+    cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorMemoryAllocation = 2, cudaErrorInvalidConfiguration = 9,
+    cudaErrorInvalidDevicePointer = 17, cudaErrorInsufficientDriver = 35, cudaErrorNoDevice = 100
+} cudaError_t;
+typedef enum {
+    cudaMemcpyHostToHost, cudaMemcpyHostToDevice, cudaMemcpyDeviceToHost, cudaMemcpyDeviceToDevice, cudaMemcpyDefault
+} cudaMemcpyKind;
+typedef enum { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 } cudaFuncAttribute;
+typedef enum {
+    cudaDevAttrMultiProcessorCount = 16, cudaDevAttrComputeCapabilityMajor = 75, cudaDevAttrComputeCapabilityMinor = 76,
+    cudaDevAttrMaxSharedMemoryPerBlockOptin = 97
+} cudaDeviceAttr;
+typedef enum { cudaStreamCaptureModeGlobal, cudaStreamCaptureModeThreadLocal, cudaStreamCaptureModeRelaxed } cudaStreamCaptureMode;
+enum { cudaStreamNonBlocking = 1, cudaEventDisableTiming = 2, cudaHostAllocDefault = 0 };
+
+struct cudaDeviceProp {
+    char name[256];
+    size_t totalGlobalMem, sharedMemPerBlockOptin;
+    int major, minor, multiProcessorCount, l2CacheSize;
+};
+
+namespace cuda_cpu {
+typedef std::vector<std::function<void()>> Graph;
+struct Stream { Graph* capture; };
+struct Event { double seconds; };
+
+inline std::map<void*, size_t> allocations;     // device memory: address -> bytes
+inline std::map<const void*, size_t> shared_limit;  // kernel -> dynamic shared memory it was allowed
+inline size_t allocated = 0;
+inline cudaError_t last_error = cudaSuccess;
+inline Stream default_stream = {NULL};
+
+inline cudaError_t set_error(cudaError_t e) {
+    if (e != cudaSuccess) { last_error = e; }
+    return e;
+}
+inline size_t memory_total() {
+    const char* mib = getenv("CUDA_CPU_MEMORY_MIB");
+    return (mib ? (size_t)atoll(mib) : (size_t)8192) << 20;
+}
+inline cudaError_t device_state() {
+    const char* devices = getenv("CUDA_CPU_DEVICES");
+    const char* driver = getenv("CUDA_CPU_DRIVER");
+    if (driver && strcmp(driver, "old") == 0) { return cudaErrorInsufficientDriver; }
+    return devices && atoi(devices) == 0 ? cudaErrorNoDevice : cudaSuccess;
+}
+inline double seconds() {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
+// Runs the work now, or keeps it if the stream is being captured into a graph.
+template <typename F> inline void submit(Stream* stream, F&& work) {
+    Stream* s = stream ? stream : &default_stream;
+    if (s->capture) { s->capture->push_back(work); } else { work(); }
+}
+
+template <typename... P, typename... A>
+inline void launch(const char* name, dim3 grid, dim3 block, size_t shared, Stream* stream, void (*kernel)(P...), A&&... args) {
+    auto limit = shared_limit.find((const void*)kernel);
+    size_t allowed = limit == shared_limit.end() ? (size_t)DEFAULT_SHARED : limit->second;
+    size_t threads = (size_t)block.x * block.y * block.z;
+    if (threads == 0 || threads > MAX_THREADS || block.z > 64 || grid.x == 0 || grid.y == 0 || grid.z == 0 || grid.x > 0x7fffffffu ||
+        grid.y > 65535 || grid.z > 65535 || shared > allowed || device_state() != cudaSuccess) {
+        set_error(device_state() != cudaSuccess ? device_state() : cudaErrorInvalidConfiguration);
+        return;
+    }
+    std::tuple<std::decay_t<P>...> params(std::forward<A>(args)...);  // evaluated and converted once, as a launch does
+    submit(stream, [=] {
+        std::function<void()> body = [&] { std::apply(kernel, params); };
+        run_grid(name, grid, block, shared, body);
+    });
+}
+}  // namespace cuda_cpu
+
+// train_mta.cu launches through this macro alone; with nvcc it becomes the triple brackets.
+#define LAUNCH(kernel, grid, block, shared, stream, ...) cuda_cpu::launch(#kernel, grid, block, shared, stream, kernel, __VA_ARGS__)
+
+typedef cuda_cpu::Stream* cudaStream_t;
+typedef cuda_cpu::Event* cudaEvent_t;
+typedef cuda_cpu::Graph* cudaGraph_t;
+typedef cuda_cpu::Graph* cudaGraphExec_t;
+
+static inline const char* cudaGetErrorString(cudaError_t e) {
+    switch (e) {
+        case cudaSuccess: return "no error";
+        case cudaErrorMemoryAllocation: return "out of memory";
+        case cudaErrorInvalidConfiguration: return "invalid configuration argument";
+        case cudaErrorInvalidDevicePointer: return "invalid device pointer";
+        case cudaErrorInsufficientDriver: return "CUDA driver version is insufficient for CUDA runtime version";
+        case cudaErrorNoDevice: return "no CUDA-capable device is detected";
+        default: return "invalid argument";
+    }
+}
+static inline const char* cudaGetErrorName(cudaError_t e) { return cudaGetErrorString(e); }
+static inline cudaError_t cudaGetLastError(void) {
+    cudaError_t e = cuda_cpu::last_error;
+    cuda_cpu::last_error = cudaSuccess;
+    return e;
+}
+static inline cudaError_t cudaPeekAtLastError(void) { return cuda_cpu::last_error; }
+static inline cudaError_t cudaGetDeviceCount(int* n) {
+    *n = cuda_cpu::device_state() == cudaSuccess ? 1 : 0;
+    return cuda_cpu::device_state();
+}
+static inline cudaError_t cudaSetDevice(int device) { return device == 0 ? cuda_cpu::device_state() : cudaErrorInvalidValue; }
+static inline cudaError_t cudaGetDeviceProperties(cudaDeviceProp* p, int) {
+    memset(p, 0, sizeof(*p));
+    snprintf(p->name, sizeof(p->name), "CPU emulator (dev/cuda_cpu)");
+    p->totalGlobalMem = cuda_cpu::memory_total();
+    p->sharedMemPerBlockOptin = cuda_cpu::MAX_SHARED;
+    p->major = 9, p->minor = 0, p->multiProcessorCount = 4, p->l2CacheSize = 50 << 20;
+    return cudaSuccess;
+}
+static inline cudaError_t cudaRuntimeGetVersion(int* v) { *v = 13000; return cudaSuccess; }
+static inline cudaError_t cudaDriverGetVersion(int* v) {
+    *v = cuda_cpu::device_state() == cudaErrorInsufficientDriver ? 11000 : 13000;
+    return cudaSuccess;
+}
+static inline cudaError_t cudaMemGetInfo(size_t* free_bytes, size_t* total) {
+    *total = cuda_cpu::memory_total();
+    *free_bytes = *total - std::min(*total, cuda_cpu::allocated);
+    return cudaSuccess;
+}
+static inline cudaError_t cudaDeviceSynchronize(void) { return cudaSuccess; }
+
+template <typename T> static inline cudaError_t cudaMalloc(T** p, size_t n) {
+    *p = NULL;
+    if (cuda_cpu::device_state() != cudaSuccess) { return cuda_cpu::device_state(); }
+    void* block = n <= cuda_cpu::memory_total() - std::min(cuda_cpu::memory_total(), cuda_cpu::allocated) ? malloc(n ? n : 1) : NULL;
+    if (!block) { return cuda_cpu::set_error(cudaErrorMemoryAllocation); }
+    memset(block, 0xff, n);
+    cuda_cpu::allocations[block] = n;
+    cuda_cpu::allocated += n;
+    *p = (T*)block;
+    return cudaSuccess;
+}
+static inline cudaError_t cudaFree(void* p) {
+    if (!p) { return cudaSuccess; }
+    auto found = cuda_cpu::allocations.find(p);
+    if (found == cuda_cpu::allocations.end()) { return cuda_cpu::set_error(cudaErrorInvalidDevicePointer); }
+    cuda_cpu::allocated -= found->second;
+    cuda_cpu::allocations.erase(found);
+    free(p);
+    return cudaSuccess;
+}
+template <typename T> static inline cudaError_t cudaMallocHost(T** p, size_t n) {
+    *p = (T*)malloc(n ? n : 1);
+    return *p ? cudaSuccess : cudaErrorMemoryAllocation;
+}
+static inline cudaError_t cudaFreeHost(void* p) { free(p); return cudaSuccess; }
+static inline cudaError_t cudaMemcpy(void* to, const void* from, size_t n, cudaMemcpyKind) {
+    if (n) { memmove(to, from, n); }
+    return cudaSuccess;
+}
+static inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t n, cudaMemcpyKind, cudaStream_t stream = NULL) {
+    cuda_cpu::submit(stream, [=] { if (n) { memmove(to, from, n); } });
+    return cudaSuccess;
+}
+static inline cudaError_t cudaMemset(void* p, int value, size_t n) { memset(p, value, n); return cudaSuccess; }
+static inline cudaError_t cudaMemsetAsync(void* p, int value, size_t n, cudaStream_t stream = NULL) {
+    cuda_cpu::submit(stream, [=] { memset(p, value, n); });
+    return cudaSuccess;
+}
+template <typename F> static inline cudaError_t cudaFuncSetAttribute(F* kernel, cudaFuncAttribute, int bytes) {
+    if (bytes > cuda_cpu::MAX_SHARED) { return cuda_cpu::set_error(cudaErrorInvalidValue); }
+    cuda_cpu::shared_limit[(const void*)kernel] = (size_t)std::max<int>(bytes, cuda_cpu::DEFAULT_SHARED);
+    return cudaSuccess;
+}
+static inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attr, int) {
+    *value = attr == cudaDevAttrMultiProcessorCount ? 4 : attr == cudaDevAttrComputeCapabilityMajor ? 9
+           : attr == cudaDevAttrMaxSharedMemoryPerBlockOptin ? (int)cuda_cpu::MAX_SHARED : 0;
+    return cudaSuccess;
+}
+
+static inline cudaError_t cudaStreamCreate(cudaStream_t* s) { *s = new cuda_cpu::Stream{NULL}; return cudaSuccess; }
+static inline cudaError_t cudaStreamCreateWithFlags(cudaStream_t* s, unsigned) { return cudaStreamCreate(s); }
+static inline cudaError_t cudaStreamDestroy(cudaStream_t s) { delete s; return cudaSuccess; }
+static inline cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
+static inline cudaError_t cudaStreamWaitEvent(cudaStream_t, cudaEvent_t, unsigned = 0) { return cudaSuccess; }
+static inline cudaError_t cudaEventCreate(cudaEvent_t* e) { *e = new cuda_cpu::Event{0}; return cudaSuccess; }
+static inline cudaError_t cudaEventCreateWithFlags(cudaEvent_t* e, unsigned) { return cudaEventCreate(e); }
+static inline cudaError_t cudaEventDestroy(cudaEvent_t e) { delete e; return cudaSuccess; }
+static inline cudaError_t cudaEventRecord(cudaEvent_t e, cudaStream_t = NULL) { e->seconds = cuda_cpu::seconds(); return cudaSuccess; }
+static inline cudaError_t cudaEventSynchronize(cudaEvent_t) { return cudaSuccess; }
+static inline cudaError_t cudaEventElapsedTime(float* ms, cudaEvent_t a, cudaEvent_t b) {
+    *ms = (float)(1e3 * (b->seconds - a->seconds));
+    return cudaSuccess;
+}
+
+static inline cudaError_t cudaStreamBeginCapture(cudaStream_t s, cudaStreamCaptureMode) {
+    if (!s || s->capture) { return cudaErrorInvalidValue; }
+    s->capture = new cuda_cpu::Graph;
+    return cudaSuccess;
+}
+static inline cudaError_t cudaStreamEndCapture(cudaStream_t s, cudaGraph_t* g) {
+    *g = s->capture;
+    s->capture = NULL;
+    return *g ? cudaSuccess : cudaErrorInvalidValue;
+}
+static inline cudaError_t cudaGraphInstantiate(cudaGraphExec_t* e, cudaGraph_t g, unsigned long long = 0) {
+    *e = new cuda_cpu::Graph(*g);
+    return cudaSuccess;
+}
+static inline cudaError_t cudaGraphLaunch(cudaGraphExec_t e, cudaStream_t stream) {
+    for (auto& work : *e) { cuda_cpu::submit(stream, work); }
+    return cudaSuccess;
+}
+static inline cudaError_t cudaGraphDestroy(cudaGraph_t g) { delete g; return cudaSuccess; }
+static inline cudaError_t cudaGraphExecDestroy(cudaGraphExec_t e) { delete e; return cudaSuccess; }
+
+#endif

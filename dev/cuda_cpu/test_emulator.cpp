@@ -1,0 +1,390 @@
+// test_emulator.cpp: tests of dev/cuda_cpu, the emulator that runs train_mta.cu's kernels on a CPU. Among them planted faults: an
+// instrument that cannot see a missing barrier would let every kernel pass.
+//   g++ -x c++ -std=c++17 -O1 -g -fsanitize=address,undefined -fsanitize-sections=cuda_shared -Idev/cuda_cpu dev/cuda_cpu/test_emulator.cpp
+#include <cuda_runtime.h>
+#include <cublas_v2.h>
+#include <sys/wait.h>
+#include <unistd.h>
+#include <string>
+
+static int passed = 0, failed = 0, skipped = 0;
+static void check(bool ok, const char* what) {
+    (ok ? passed : failed)++;
+    if (!ok) { printf("FAIL %s\n", what); }
+}
+
+// ---- kernels that are right -------------------------------------------------------------------------------------------------------
+
+static __global__ void index_kernel(int* out) {
+    int block = (int)(blockIdx.x + gridDim.x * (blockIdx.y + gridDim.y * blockIdx.z));
+    int thread = (int)(threadIdx.x + blockDim.x * (threadIdx.y + blockDim.y * threadIdx.z));
+    out[block * (int)(blockDim.x * blockDim.y * blockDim.z) + thread] += 1000 * block + thread;
+}
+
+static __global__ void block_sum_kernel(float* out, const float* inp, int n) {
+    __shared__ float warp_sum[32];
+    float v = (int)threadIdx.x < n ? inp[threadIdx.x] : 0.0f;
+    for (int o = 16; o > 0; o /= 2) { v += __shfl_xor_sync(0xffffffffu, v, o); }
+    if (threadIdx.x % 32 == 0) { warp_sum[threadIdx.x / 32] = v; }
+    __syncthreads();
+    float sum = 0;
+    for (unsigned w = 0; w < blockDim.x / 32; w++) { sum += warp_sum[w]; }
+    if ((int)threadIdx.x < n) { out[threadIdx.x] = sum; }
+}
+
+static __global__ void warp_kernel(int* out) {
+    int t = (int)threadIdx.x, *o = out + 8 * t;
+    o[0] = __shfl_sync(0xffffffffu, t, 5);
+    o[1] = __shfl_up_sync(0xffffffffu, t, 3);
+    o[2] = __shfl_down_sync(0xffffffffu, t, 4, 8);
+    o[3] = (int)__ballot_sync(0xffffffffu, t % 3 == 0);
+    o[4] = __any_sync(0xffffffffu, t == 40) + 2 * __all_sync(0xffffffffu, t < 40);
+    o[5] = __reduce_max_sync(0xffffffffu, t % 32 == 7 ? 99 : t);
+    o[6] = t % 2 ? __shfl_xor_sync(0xaaaaaaaau, t, 2) : __shfl_xor_sync(0x55555555u, -t, 2);
+    o[7] = __reduce_add_sync(0xffffffffu, 1);
+}
+
+static __global__ void atomic_kernel(int* out) {
+    atomicAdd(&out[0], 1);
+    atomicMax(&out[1], (int)threadIdx.x);
+    atomicCAS(&out[2], 0, (int)threadIdx.x + 1);
+}
+
+// Reverses n floats through dynamic shared memory; BARRIER 0 is the planted race.
+template <int BARRIER> static __global__ void reverse_kernel(float* out, const float* inp) {
+    DYNAMIC_SHARED(float, s);
+    s[threadIdx.x] = inp[threadIdx.x];
+    if (BARRIER) { __syncthreads(); }
+    out[threadIdx.x] = s[blockDim.x - 1 - threadIdx.x];
+}
+
+// A running sum in place: BARRIER 0 lets a thread overwrite what its neighbour still has to read.
+template <int BARRIER> static __global__ void shift_kernel(float* x) {
+    float left = threadIdx.x > 0 ? x[threadIdx.x - 1] : 0.0f;
+    if (BARRIER) { __syncthreads(); }
+    x[threadIdx.x] += left;
+}
+
+static __global__ void scale_kernel(float* x, int n, float a) {
+    int i = (int)(blockIdx.x * blockDim.x + threadIdx.x);
+    if (i < n) { x[i] *= a; }
+}
+
+// ---- kernels that are wrong -------------------------------------------------------------------------------------------------------
+
+static __global__ void divergent_kernel(float* x) {
+    if (threadIdx.x >= 50) { return; }
+    __syncthreads();
+    x[threadIdx.x] = 1;
+}
+static __global__ void two_barriers_kernel(float* x) {
+    if (threadIdx.x < 10) {
+        x[threadIdx.x] = 1;
+        __syncthreads();
+    } else {
+        __syncthreads();
+    }
+}
+static __global__ void lost_lane_kernel(int* x) {
+    if (threadIdx.x != 7) { x[threadIdx.x] = __shfl_xor_sync(0xffffffffu, (int)threadIdx.x, 1); }
+}
+static __global__ void wrong_mask_kernel(int* x) { x[threadIdx.x] = __shfl_xor_sync(threadIdx.x % 2 ? 0xffffffffu : 0x55555555u, 1, 2); }
+static __global__ void write_kernel(float* x, int i) { x[i] = 1; }
+static __global__ void write_shared_kernel(float* x, int i) {
+    __shared__ float before[8], s[8], after[8];
+    before[threadIdx.x] = after[threadIdx.x] = s[threadIdx.x] = 1;
+    s[i] = 2;
+    x[threadIdx.x] = s[0] + before[0] + after[0];
+}
+static __global__ void write_dynamic_kernel(float* x, int i) {
+    DYNAMIC_SHARED(float, s);
+    s[i] = 2;
+    x[0] = s[i];
+}
+static __global__ void read_shared_kernel(float* out) {
+    __shared__ float s[4];
+    DYNAMIC_SHARED(float, d);
+    if (threadIdx.x == 1) { s[1] = 1, d[1] = 1; }
+    __syncthreads();
+    out[threadIdx.x] = s[threadIdx.x];
+    out[4 + threadIdx.x] = d[threadIdx.x];
+}
+
+// ---- tests ------------------------------------------------------------------------------------------------------------------------
+
+template <typename T> struct Device {  // n elements of device memory, freed at the end of the scope
+    T* p;
+    explicit Device(size_t n) { if (cudaMalloc(&p, n * sizeof(T)) != cudaSuccess) { abort(); } }
+    ~Device() { cudaFree(p); }
+};
+
+static void test_index() {
+    Device<int> out(2 * 3 * 2 * 4 * 2 * 3);
+    cudaMemset(out.p, 0, 288 * sizeof(int));
+    LAUNCH(index_kernel, dim3(2, 3, 2), dim3(4, 2, 3), 0, NULL, out.p);
+    bool ok = cudaGetLastError() == cudaSuccess;
+    for (int i = 0; i < 288; i++) { ok = ok && out.p[i] == 1000 * (i / 24) + i % 24; }
+    check(ok, "every thread of every block runs once, with its indices");
+}
+
+static void test_reduction() {
+    Device<float> in(200), out(200);
+    for (int i = 0; i < 200; i++) { in.p[i] = (float)i; }
+    bool ok = true;
+    for (uint64_t seed = 0; seed < 6; seed++) {
+        cuda_cpu::set_order(seed);
+        LAUNCH(block_sum_kernel, 1, 256, 0, NULL, out.p, in.p, 200);
+        for (int i = 0; i < 200; i++) { ok = ok && out.p[i] == 19900.0f; }
+    }
+    cuda_cpu::set_order(0);
+    check(ok, "block sum by shuffles and shared memory, in every order");
+}
+
+static void test_warp() {
+    Device<int> out(64 * 8);
+    cudaMemset(out.p, 0, 64 * 8 * sizeof(int));
+    LAUNCH(warp_kernel, 1, 64, 0, NULL, out.p);
+    bool ok = true;
+    for (int t = 0; t < 64; t++) {
+        int *o = out.p + 8 * t, w = t / 32 * 32, l = t % 32;
+        unsigned votes = 0;
+        for (int i = 0; i < 32; i++) { votes |= (w + i) % 3 == 0 ? 1u << i : 0; }
+        ok = ok && o[0] == w + 5 && o[1] == (l < 3 ? t : t - 3) && o[2] == (l % 8 < 4 ? t + 4 : t) && o[3] == (int)votes &&
+             o[4] == (w ? 1 : 2) && o[5] == 99 && o[6] == (t % 2 ? t ^ 2 : -(t ^ 2)) && o[7] == 32;
+    }
+    check(ok, "shuffles, votes and reductions, with widths and half masks");
+    Device<int> a(3);
+    cudaMemset(a.p, 0, 12);
+    LAUNCH(atomic_kernel, 3, 100, 0, NULL, a.p);
+    check(a.p[0] == 300 && a.p[1] == 99 && a.p[2] == 1, "atomics");
+}
+
+static void test_half_types() {
+    bool ok = true;
+    for (uint32_t b = 0; b < 65536; b++) {
+        __half h;
+        __nv_bfloat16 q;
+        h.bits = q.bits = (uint16_t)b;
+        float fh = h, fq = q;
+        ok = ok && (isnan(fh) ? isnan((float)__half(fh)) : __half(fh).bits == b);
+        ok = ok && (isnan(fq) ? isnan((float)__nv_bfloat16(fq)) : __nv_bfloat16(fq).bits == b);
+        // halfway to the next value: to the even one; a little beyond: up
+        if (b >= 0x7bff) { continue; }
+        __half up = h;
+        up.bits++;
+        float middle = (fh + (float)up) / 2, above = nextafterf(middle, INFINITY);
+        ok = ok && __half(middle).bits == (b % 2 ? b + 1 : b) && __half(above).bits == b + 1;
+        __nv_bfloat16 qu = q;
+        qu.bits++;
+        middle = __uint_as_float((b << 16) + 0x8000u), above = __uint_as_float((b << 16) + 0x8001u);
+        ok = ok && __nv_bfloat16(middle).bits == (b % 2 ? b + 1 : b) && __nv_bfloat16(above).bits == b + 1;
+    }
+    ok = ok && isinf((float)__half(65520.0f)) && (float)__half(65519.0f) == 65504.0f && (float)__half(1e-8f) == 0.0f;
+    check(ok, "half and bfloat16 round to nearest even, all 65536 values and their midpoints");
+}
+
+template <typename T> static bool gemm_case(cudaDataType type, bool ta, bool tb, float beta) {
+    const int m = 5, n = 7, k = 11, batch = 2, lda = (ta ? k : m) + 2, ldb = (tb ? n : k) + 1, ldc = m + 3;
+    int sa = lda * (ta ? m : k), sb = ldb * (tb ? k : n), sc = ldc * n;
+    Device<T> a(batch * sa), b(batch * sb);
+    Device<float> c(batch * sc);
+    std::vector<float> before(batch * sc);
+    for (int i = 0; i < batch * sa; i++) { a.p[i] = (T)(float)(i % 13 - 6); }
+    for (int i = 0; i < batch * sb; i++) { b.p[i] = (T)(float)(i % 7 - 3); }
+    for (int i = 0; i < batch * sc; i++) { before[i] = c.p[i] = beta == 0 ? NAN : (float)(i % 5); }
+    cublasHandle_t h;
+    cublasCreate(&h);
+    float alpha = 0.5f;
+    bool ok = cublasGemmStridedBatchedEx(h, ta ? CUBLAS_OP_T : CUBLAS_OP_N, tb ? CUBLAS_OP_T : CUBLAS_OP_N, m, n, k, &alpha, a.p, type, lda, sa,
+        b.p, type, ldb, sb, &beta, c.p, CUDA_R_32F, ldc, sc, batch, CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT) == CUBLAS_STATUS_SUCCESS;
+    for (int q = 0; q < batch; q++) {
+        for (int i = 0; i < m; i++) {
+            for (int j = 0; j < n; j++) {
+                double sum = 0;
+                for (int l = 0; l < k; l++) {
+                    sum += (double)(float)a.p[q * sa + (ta ? i * lda + l : l * lda + i)] * (float)b.p[q * sb + (tb ? l * ldb + j : j * ldb + l)];
+                }
+                double want = 0.5 * sum + (beta == 0 ? 0 : beta * before[q * sc + j * ldc + i]);
+                ok = ok && c.p[q * sc + j * ldc + i] == (float)want;
+            }
+        }
+    }
+    ok = ok && cublasGemmEx(h, CUBLAS_OP_N, CUBLAS_OP_N, m, n, k, &alpha, a.p, type, m - 1, b.p, type, k, &beta, c.p, CUDA_R_32F, m,
+                            CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT) == CUBLAS_STATUS_INVALID_VALUE;
+    cublasDestroy(h);
+    return ok;
+}
+
+static void test_gemm() {
+    bool ok = true;
+    for (int i = 0; i < 8; i++) {
+        ok = ok && gemm_case<float>(CUDA_R_32F, i & 1, i & 2, i & 4 ? 1.0f : 0.0f);
+        ok = ok && gemm_case<__nv_bfloat16>(CUDA_R_16BF, i & 1, i & 2, i & 4 ? 2.0f : 0.0f);
+        ok = ok && gemm_case<__half>(CUDA_R_16F, i & 1, i & 2, i & 4 ? 1.0f : 0.0f);
+    }
+    check(ok, "matrix products: every transposition and type, strided batches, beta; a short leading dimension is refused");
+    cublasHandle_t h;
+    cublasCreate(&h);
+    float one = 1, x[4] = {0, 0, 0, 0};
+    check(cublasGemmEx(h, CUBLAS_OP_N, CUBLAS_OP_N, 1, 1, 1, &one, x, CUDA_R_16BF, 1, x, CUDA_R_16BF, 1, &one, x, CUDA_R_16F, 1, CUBLAS_COMPUTE_32F,
+                       CUBLAS_GEMM_DEFAULT) == CUBLAS_STATUS_NOT_SUPPORTED, "a mix of types that cuBLAS lacks is refused");
+    cublasDestroy(h);
+}
+
+static void test_graph() {
+    Device<float> x(10);
+    for (int i = 0; i < 10; i++) { x.p[i] = 1; }
+    cudaStream_t s;
+    cudaStreamCreate(&s);
+    cudaStreamBeginCapture(s, cudaStreamCaptureModeGlobal);
+    float a = 3;
+    LAUNCH(scale_kernel, 1, 32, 0, s, x.p, 10, a);
+    a = 5;  // a launch keeps the value it was given
+    LAUNCH(scale_kernel, 1, 32, 0, s, x.p, 5, a);
+    cudaGraph_t g;
+    cudaGraphExec_t e;
+    bool ok = cudaStreamEndCapture(s, &g) == cudaSuccess && x.p[0] == 1;
+    cudaGraphInstantiate(&e, g);
+    cudaGraphLaunch(e, s);
+    cudaGraphLaunch(e, s);
+    ok = ok && x.p[0] == 225 && x.p[9] == 9;
+    cudaGraphExecDestroy(e);
+    cudaGraphDestroy(g);
+    cudaStreamDestroy(s);
+    check(ok, "a captured graph runs when launched, with the arguments of its capture");
+}
+
+static void test_runtime() {
+    float* x = NULL;
+    bool ok = cudaMalloc(&x, 12) == cudaSuccess && isnan(x[0]) && isnan(x[2]) && isnan((float)*(__half*)x) && isnan((float)*(__nv_bfloat16*)x);
+    check(ok, "device memory starts as NaN in every format");
+    check(cudaFree(x + 1) == cudaErrorInvalidDevicePointer && cudaFree(x) == cudaSuccess, "freeing what was not allocated is an error");
+    cudaGetLastError();
+    setenv("CUDA_CPU_MEMORY_MIB", "1", 1);
+    float* y = NULL;
+    check(cudaMalloc(&y, 2 << 20) == cudaErrorMemoryAllocation && !y, "more than the pretended memory cannot be had");
+    unsetenv("CUDA_CPU_MEMORY_MIB");
+    setenv("CUDA_CPU_DEVICES", "0", 1);
+    int n = -1;
+    check(cudaGetDeviceCount(&n) == cudaErrorNoDevice && n == 0, "a machine without a GPU can be pretended");
+    unsetenv("CUDA_CPU_DEVICES");
+    setenv("CUDA_CPU_DRIVER", "old", 1);
+    check(cudaGetDeviceCount(&n) == cudaErrorInsufficientDriver, "and one with an old driver");
+    unsetenv("CUDA_CPU_DRIVER");
+    cudaGetLastError();
+    Device<float> z(64);
+    LAUNCH(scale_kernel, 1, 1025, 0, NULL, z.p, 4, 1.0f);
+    ok = cudaGetLastError() == cudaErrorInvalidConfiguration;
+    LAUNCH(reverse_kernel<1>, 1, 32, 64 << 10, NULL, z.p, z.p);
+    ok = ok && cudaGetLastError() == cudaErrorInvalidConfiguration;
+    cudaFuncSetAttribute(reverse_kernel<1>, cudaFuncAttributeMaxDynamicSharedMemorySize, 64 << 10);
+    LAUNCH(reverse_kernel<1>, 1, 32, 64 << 10, NULL, z.p, z.p);
+    check(ok && cudaGetLastError() == cudaSuccess, "launches beyond the limits of a GPU are refused, the opt-in limit of shared memory works");
+}
+
+template <typename K> static bool orders_agree(K run, int n) {
+    std::vector<float> first(n), x(n);
+    bool same = true;
+    for (uint64_t seed = 0; seed < 8; seed++) {
+        cuda_cpu::set_order(seed);
+        run(x.data());
+        if (seed == 0) { first = x; }
+        same = same && memcmp(x.data(), first.data(), n * sizeof(float)) == 0;
+    }
+    cuda_cpu::set_order(0);
+    return same;
+}
+
+static void test_races() {
+    auto reverse = [](bool barrier) {
+        return orders_agree([=](float* host) {
+            Device<float> in(64), out(64);
+            for (int i = 0; i < 64; i++) { in.p[i] = (float)i; }
+            if (barrier) { LAUNCH(reverse_kernel<1>, 1, 64, 256, NULL, out.p, in.p); }
+            else { LAUNCH(reverse_kernel<0>, 1, 64, 256, NULL, out.p, in.p); }
+            memcpy(host, out.p, 256);
+        }, 64);
+    };
+    auto shift = [](bool barrier) {
+        return orders_agree([=](float* host) {
+            for (int i = 0; i < 64; i++) { host[i] = (float)i; }
+            if (barrier) { LAUNCH(shift_kernel<1>, 1, 64, 0, NULL, host); }
+            else { LAUNCH(shift_kernel<0>, 1, 64, 0, NULL, host); }
+        }, 64);
+    };
+    check(reverse(true) && shift(true), "right kernels give the same bits under every order of threads");
+    check(!reverse(false), "planted: a read after write past a missing barrier differs under a permuted order");
+    check(!shift(false), "planted: a write after read past a missing barrier differs under a permuted order");
+}
+
+static void test_uninitialised() {
+    Device<float> out(8), x(4), y(4);
+    LAUNCH(read_shared_kernel, 1, 4, 16, NULL, out.p);
+    check(out.p[1] == 1 && out.p[5] == 1 && isnan(out.p[0]) && isnan(out.p[4]), "planted: shared memory read before it is written is NaN");
+    LAUNCH(scale_kernel, 1, 4, 0, NULL, x.p, 4, 0.0f);
+    check(isnan(x.p[0]), "planted: device memory read before it is written is NaN, even times zero");
+}
+
+// Runs the fault in a child; it must die and say `message`.
+template <typename F> static void check_fault(F run, const char* message, const char* what) {
+    int pipes[2];
+    if (pipe(pipes) != 0) { abort(); }
+    fflush(stdout);
+    pid_t child = fork();
+    if (child == 0) {
+        dup2(pipes[1], 2);
+        close(pipes[0]);
+        run();
+        _exit(0);
+    }
+    close(pipes[1]);
+    std::string text;
+    char buffer[4096];
+    for (ssize_t n; (n = read(pipes[0], buffer, sizeof buffer)) > 0;) { text.append(buffer, (size_t)n); }
+    close(pipes[0]);
+    int status = 0;
+    waitpid(child, &status, 0);
+    bool ok = !(WIFEXITED(status) && WEXITSTATUS(status) == 0) && text.find(message) != std::string::npos;
+    check(ok, what);
+    if (!ok) { printf("  status %d, stderr: %.300s\n", status, text.c_str()); }
+}
+
+static void test_faults() {
+    Device<float> x(64);
+    Device<int> n(64);
+    float* p = x.p;
+    int* q = n.p;
+    check_fault([=] { LAUNCH(divergent_kernel, 1, 64, 0, NULL, p); }, "divergent barrier: 50 of 64", "planted: an early return ahead of a barrier");
+    check_fault([=] { LAUNCH(two_barriers_kernel, 1, 64, 0, NULL, p); }, "reaches the barrier of line", "planted: two branches, two barriers");
+    check_fault([=] { LAUNCH(lost_lane_kernel, 1, 32, 0, NULL, q); }, "only ffffff7f came", "planted: a shuffle that one lane misses");
+    check_fault([=] { LAUNCH(wrong_mask_kernel, 1, 32, 0, NULL, q); }, "only aaaaaaaa came", "planted: lanes that disagree about the mask");
+#if defined(__SANITIZE_ADDRESS__)
+    check_fault([=] { LAUNCH(write_kernel, 1, 1, 0, NULL, p, 64); }, "AddressSanitizer", "planted: a write past the end of device memory");
+    check_fault([=] { LAUNCH(write_kernel, 1, 1, 0, NULL, p, -1); }, "AddressSanitizer", "planted: a write ahead of device memory");
+    check_fault([=] { LAUNCH(write_shared_kernel, 1, 8, 0, NULL, p, 8); }, "AddressSanitizer", "planted: a write past a static shared array");
+    check_fault([=] { LAUNCH(write_dynamic_kernel, 1, 1, 20, NULL, p, 5); }, "AddressSanitizer", "planted: a write past dynamic shared memory");
+    check_fault([=] { cudaFree(p); LAUNCH(write_kernel, 1, 1, 0, NULL, p, 0); }, "AddressSanitizer", "planted: a write to freed device memory");
+    LAUNCH(write_shared_kernel, 1, 8, 0, NULL, p, 7);
+    check(p[0] == 3, "a write inside the static shared array passes");
+#else
+    printf("SKIP out-of-bounds faults: built without -fsanitize=address\n");
+    skipped += 6;
+    (void)write_kernel, (void)write_shared_kernel, (void)write_dynamic_kernel;
+#endif
+}
+
+int main() {
+    test_index();
+    test_reduction();
+    test_warp();
+    test_half_types();
+    test_gemm();
+    test_graph();
+    test_runtime();
+    test_races();
+    test_uninitialised();
+    test_faults();
+    printf("%d passed, %d failed", passed, failed);
+    printf(skipped ? ", %d skipped\n" : "\n", skipped);
+    return failed != 0;
+}
