@@ -1,0 +1,169 @@
+#!/usr/bin/env python3
+"""Tests of data/toy_task.py: every sequence of its shards is taken apart and checked against the task's definition.
+
+python3 dev/tests/test_toy.py
+"""
+import array
+import collections
+import filecmp
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import unittest
+import zlib
+
+ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+SCRIPT = os.path.join(ROOT, "data", "toy_task.py")
+sys.path.insert(0, os.path.join(ROOT, "data"))
+import toy_task  # noqa: E402
+
+
+def run(*arguments):
+    return subprocess.run([sys.executable, SCRIPT, *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def read_shard(path):
+    """Tokens and mask of a shard, its header checked word by word."""
+    with open(path, "rb") as f:
+        data = f.read()
+    with open(path[:-4] + ".mask", "rb") as f:
+        mask = f.read()
+    header = array.array("i", data[:1024])
+    tokens = array.array("H", data[1024:])
+    assert list(header[:4]) == [20240520, 1, len(tokens), 32], list(header[:4])
+    assert header[4] & 0xFFFFFFFF == zlib.crc32(data[1024:]) and header[5] == 1 and not any(header[6:])
+    assert len(mask) == len(tokens)
+    return list(tokens), list(mask)
+
+
+def sequences(folder, split, length):
+    """(tokens, mask) of every sequence of a split."""
+    out = []
+    for name in sorted(os.listdir(folder)):
+        if f"_{split}_" in name and name.endswith(".bin"):
+            tokens, mask = read_shard(os.path.join(folder, name))
+            assert len(tokens) % length == 1 and tokens[-1] == 29 and mask[-1] == 0, "one masked token follows the last window"
+            out += [(tokens[i:i + length], mask[i:i + length]) for i in range(0, len(tokens) - 1, length)]
+    return out
+
+
+class Toy(unittest.TestCase):
+    def check_sequence(self, tokens, mask, n, l, kind, blocks):
+        """Takes one sequence apart; returns its prompt and the place of the matching block."""
+        self.assertEqual(tokens[0], 29)
+        end = tokens.index(30)
+        self.assertEqual(tokens[end + 1:], [28] * (len(tokens) - end - 1))
+        mark = tokens.index(27)
+        body, tail = tokens[1:mark], tokens[mark + 1:end]
+        self.assertEqual(len(body), blocks * (n + 1) - 1)
+        self.assertEqual([t for t in body[n::n + 1]], [26] * (blocks - 1))
+        rows = [body[i:i + n] for i in range(0, len(body), n + 1)]
+        for row in rows:
+            self.assertEqual(len(set(row)), n)
+            self.assertTrue(all(t < 26 for t in row))
+        question, answer = tail[:l], tail[l:]
+        self.assertEqual(len(set(question)), l)
+        matches = [i for i, row in enumerate(rows) if set(question) <= set(row)]
+        self.assertEqual(len(matches), 1)
+        target = rows[matches[0]]
+        self.assertEqual(answer, {"all": target, "first": target[:1], "last": target[-1:]}[kind])
+        counted = range(mark + 1 + l, end + 1)
+        self.assertEqual([i for i, m in enumerate(mask) if m], list(counted))
+        return tuple(tokens[:mark + 1 + l]), matches[0]
+
+    def check_task(self, n, l, kind, blocks, length, extra=()):
+        with tempfile.TemporaryDirectory() as folder:
+            done = run("--out", folder, "--n", n, "--l", l, "--kind", kind, "--blocks", blocks, "--train-samples", 3000, "--test-samples", 300,
+                       "--seed", 3, *extra)
+            self.assertEqual(done.returncode, 0, done.stderr)
+            self.assertIn(f"--seq-len {length}", done.stdout)
+            with open(os.path.join(folder, "toy_task.json")) as f:
+                self.assertEqual(json.load(f)["length"], length)
+            prompts, places = {}, collections.Counter()
+            for split, count in (("train", 3000), ("val", 300)):
+                rows = sequences(folder, split, length)
+                self.assertEqual(len(rows), count)
+                prompts[split] = []
+                for tokens, mask in rows:
+                    prompt, place = self.check_sequence(tokens, mask, n, l, kind, blocks)
+                    prompts[split].append(prompt)
+                    places[place] += 1
+            self.assertFalse(set(prompts["train"]) & set(prompts["val"]), "training and test sets overlap")
+            self.assertEqual(len(set(prompts["val"])), 300)
+            if blocks > 1:  # the place is uniform: 3300 draws, five standard deviations
+                expected = 3300 / blocks
+                self.assertLess(max(abs(places[i] - expected) for i in range(blocks)), 5 * expected ** 0.5 + 1)
+            self.assertFalse([name for name in os.listdir(folder) if "partial" in name])
+
+    def test_paper_sizes(self):
+        self.check_task(5, 2, "all", 52, 321)
+        self.check_task(8, 2, "last", 34, 1 + 34 * 9 - 1 + 1 + 2 + 1 + 1)
+
+    def test_quickstart_size(self):
+        self.check_task(4, 2, "first", 8, 45)
+
+    def test_kinds_and_padding(self):
+        self.check_task(4, 2, "all", 8, 60, ("--length", 60))
+        self.check_task(4, 3, "last", 8, 46)
+        self.check_task(14, 2, "first", 6, 1 + 89 + 1 + 2 + 1 + 1)
+        self.check_task(5, 5, "all", 1, 1 + 5 + 1 + 5 + 5 + 1)
+
+    def test_little_room(self):
+        """Of one block of two letters there are only 1300 prompts: test and training set still do not overlap."""
+        self.check_task(2, 2, "all", 1, 1 + 2 + 1 + 2 + 2 + 1)
+
+    def test_defaults_fit_the_paper(self):
+        self.assertEqual(toy_task.Task(5, 2, "all", 52).length, 321)
+        self.assertLessEqual(toy_task.Task(8, 2, "all", 34).length, 321)
+        done = run("--examples", 4, "--n", 8)
+        self.assertEqual(done.returncode, 0)
+        self.assertEqual([line.count(".") for line in done.stdout.splitlines()], [33] * 4)
+
+    def test_seeds_jobs_and_shards(self):
+        """The same seed gives the same bytes whatever the number of processes; another one shares no prompt; shards only cut."""
+        with tempfile.TemporaryDirectory() as folder:
+            names = {}
+            for name, seed, jobs in (("a", 1, 1), ("b", 1, 3), ("c", 2, 1)):
+                out = os.path.join(folder, name)
+                self.assertEqual(run("--out", out, "--n", 4, "--blocks", 8, "--train-samples", 20001, "--test-samples", 50, "--seed", seed,
+                                     "--jobs", jobs).returncode, 0)
+                names[name] = os.path.join(out, "toy_train_000000.bin")
+            self.assertTrue(filecmp.cmp(names["a"], names["b"], shallow=False))
+            a, c = (set(map(tuple, (s[0] for s in sequences(os.path.join(folder, x), "train", 48)))) for x in "ac")
+            self.assertFalse(a & c)
+            task, old = toy_task.Task(4, 2, "all", 8), toy_task.SHARD_TOKENS
+            toy_task.SHARD_TOKENS = 48 * 100 + 1
+            try:
+                pairs = toy_task.take(task, toy_task.chunk_rng(task, 1, "x", 0), 250, set(), False)
+                files = toy_task.write_split(task, 1, "x", [pairs[:130], pairs[130:]], os.path.join(folder, "s_train"), 250, False)
+            finally:
+                toy_task.SHARD_TOKENS = old
+            self.assertEqual(files, [f"s_train_00000{i}.bin" for i in range(3)])
+            want = [list(toy_task.finish(task, *pair)[0]) for pair in pairs]
+            self.assertEqual([tokens for tokens, _ in sequences(folder, "train", 48)], want)
+
+    def test_refused(self):
+        with tempfile.TemporaryDirectory() as folder:
+            blocked = os.path.join(folder, "file")
+            open(blocked, "w").close()
+            for arguments, piece in (
+                    (("--n", 0), "--n: got 0"), (("--n", 27), "--n: got 27"), (("--l", 6), "--l: got 6"), (("--blocks", 0), "--blocks: got 0"),
+                    (("--n", 26), "every block holds every letter"), (("--length", 320), "--length: got 320, the sequences have 321"),
+                    (("--n", 2, "--blocks", 1, "--test-samples", 1301), "found only 1300 of 1301"),
+                    (("--n", 2, "--blocks", 1, "--test-samples", 1300, "--train-samples", 5), "found only 0 of 5"),
+                    (("--train-samples", -1), "wanted 0 or more"), (("--out", blocked), "File exists")):
+                done = run("--out", os.path.join(folder, "x"), *arguments)
+                self.assertEqual(done.returncode, 1, (arguments, done.stdout, done.stderr))
+                self.assertIn(piece, done.stderr)
+                self.assertEqual(done.stderr.count("\n"), 1, done.stderr)
+            self.assertEqual(run().returncode, 1)
+
+
+if __name__ == "__main__":
+    program = unittest.main(exit=False, verbosity=1)
+    result = program.result
+    bad = len(result.failures) + len(result.errors)
+    print(f"{result.testsRun - bad - len(result.skipped)} passed, {bad} failed" + (f", {len(result.skipped)} skipped" if result.skipped else ""))
+    sys.exit(bad != 0)
