@@ -1,0 +1,1399 @@
+// train_mta.c: trains a LLaMA-style language model with Multi-Token Attention (arXiv 2504.00927) on the CPU, in fp32.
+// The readable truth that train_mta.cu is tested against: every layer forward, then backward, in the order data meets them.
+//
+//   make train_mta && ./train_mta --model 3m --train "data/shards/text_train_*.bin" --val "data/shards/text_val_*.bin" --out runs/text
+//
+// What it is: one file with the whole model. What it is not: a framework; there is no graph, each backward is written below its forward.
+// Equations are those of dev/MODEL.md. What all programs share (configuration, checkpoints, shards, options) is in mta/.
+//
+//   B batch   T positions   C channels   L layers   NH heads   NKV key/value heads   HS head size   FF hidden units of the MLP   V vocabulary
+//   cq, ck    queries and keys of the convolution;   ch heads of a mixing group;   N = B*T rows
+//   b t h i(query) j(key) c l are the loops over them. "scores" are before the softmax, "att" after; _pre and _post the same.
+//
+// Memory: nothing of size T x T. Attention works on a chunk of queries at a time and its backward recomputes the chunk from q, k and the
+// row's log-sum-exp. Threads: work is cut the same way whatever their number, sums have a fixed order: same seed, same bits.
+
+#include <assert.h>
+#include <math.h>
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#ifdef _OPENMP
+#include <omp.h>
+#else
+static int omp_get_max_threads(void) { return 1; }
+static int omp_get_thread_num(void) { return 0; }
+#endif
+
+#include "mta/config.h"
+#include "mta/random.h"
+#include "mta/trainer.h"
+#include "mta/util.h"
+
+// Arithmetic and storage. The tests include this file a second time with MTA_REAL double, for finite differences.
+#ifdef MTA_REAL
+typedef MTA_REAL real;
+#else
+typedef float real;
+#define MTA_REAL_IS_FLOAT
+#if defined(MTA_CBLAS)
+#include <cblas.h>
+#endif
+#endif
+
+// One vector register: 16 floats with AVX-512, 8 with AVX. In memory it may lie anywhere.
+#if defined(__AVX512F__)
+enum { VECTOR_BYTES = 64, GEMM_ROWS = 14 };
+#else
+enum { VECTOR_BYTES = 32, GEMM_ROWS = 6 };
+#endif
+typedef real Vec __attribute__((vector_size(VECTOR_BYTES)));
+typedef real VecInMemory __attribute__((vector_size(VECTOR_BYTES), aligned(4), may_alias));
+enum { VEC = VECTOR_BYTES / (int)sizeof(real) };
+#define INLINE static inline __attribute__((always_inline))
+INLINE Vec load(const real* p) { return (Vec) * (const VecInMemory*)p; }
+INLINE void store(real* p, Vec v) { *(VecInMemory*)p = v; }
+
+static inline int min_int(int a, int b) { return a < b ? a : b; }
+static inline int max_int(int a, int b) { return a > b ? a : b; }
+static inline int round_up(int n, int to) { return (n + to - 1) / to * to; }
+static inline int lcm(int a, int b) {
+    int x = a, y = b;
+    while (y) { int r = x % y; x = y; y = r; }
+    return a / x * b;
+}
+
+// exp for arguments up to 88, relative error below 2e-7, written so that the compiler vectorises it: 2^n by the exponent bits times a
+// Taylor polynomial of e^r on |r| <= ln(2)/2. Below -87 it returns e^-87 = 1e-38. NaN stays NaN.
+#ifdef MTA_REAL_IS_FLOAT
+INLINE float exp_real(float x) {
+    x = x < -87.0f ? -87.0f : x;
+    x = x > 88.0f ? 88.0f : x;
+    float shifted = x * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: adding it rounds to a whole number, held in the low bits
+    float n = shifted - 12582912.0f;
+    float r = (x - n * 0.693145752f) - n * 1.42860677e-6f;  // ln 2 in two parts
+    float p = 1.0f / 5040;
+    p = p * r + 1.0f / 720;
+    p = p * r + 1.0f / 120;
+    p = p * r + 1.0f / 24;
+    p = p * r + 1.0f / 6;
+    p = p * r + 0.5f;
+    p = p * r + 1.0f;
+    p = p * r + 1.0f;
+    int32_t bits;
+    memcpy(&bits, &shifted, sizeof bits);
+    bits = (int32_t)((uint32_t)bits << 23) + 0x3f800000;
+    float power;
+    memcpy(&power, &bits, sizeof power);
+    return p * power;
+}
+INLINE float sqrt_real(float x) { return sqrtf(x); }
+#else
+INLINE real exp_real(real x) { return exp(x); }
+INLINE real sqrt_real(real x) { return sqrt(x); }
+#endif
+
+// =================================================================================================================================
+// Matrix products
+
+// out (M,N) = alpha * A B + beta * out on one thread; A (M,K), or its transpose (K,M) if ta; B (K,N), or (N,K) if tb; ld* are row strides.
+#if defined(MTA_REAL_IS_FLOAT) && defined(MTA_CBLAS)
+static void gemm_serial(bool ta, bool tb, int M, int N, int K, real alpha, const real* A, size_t lda, const real* B, size_t ldb, real beta,
+                        real* out, size_t ldo) {
+    if (M <= 0 || N <= 0) { return; }
+    cblas_sgemm(CblasRowMajor, ta ? CblasTrans : CblasNoTrans, tb ? CblasTrans : CblasNoTrans, M, N, K, alpha, A, (int)lda, B, (int)ldb, beta,
+                out, (int)ldo);
+}
+#else
+// Without a BLAS: blocks of A and B are packed so that the inner kernel reads both in order (Goto and van de Geijn, "Anatomy of
+// High-Performance Matrix Multiplication", 2008). The kernel keeps GEMM_ROWS x 2 vectors of sums in registers.
+enum { GEMM_COLS = 2 * VEC, GEMM_M = 8 * GEMM_ROWS, GEMM_N = 256, GEMM_K = 256 };
+
+// a (kc, GEMM_ROWS), b (kc, GEMM_COLS) packed; acc (GEMM_ROWS, GEMM_COLS)
+static void gemm_kernel(real* acc, const real* a, const real* b, int kc) {
+    Vec sum[GEMM_ROWS][2] = {{{0}}};
+    for (int k = 0; k < kc; k++, a += GEMM_ROWS, b += GEMM_COLS) {
+        Vec b0 = load(b), b1 = load(b + VEC);
+#pragma GCC unroll 16
+        for (int m = 0; m < GEMM_ROWS; m++) {
+            sum[m][0] += a[m] * b0;
+            sum[m][1] += a[m] * b1;
+        }
+    }
+#pragma GCC unroll 16
+    for (int m = 0; m < GEMM_ROWS; m++) {
+        store(acc + m * GEMM_COLS, sum[m][0]);
+        store(acc + m * GEMM_COLS + VEC, sum[m][1]);
+    }
+}
+
+// Panels of `width` rows (of a matrix (n, K)) or columns (of (K, n)): out[panel][k][width], zeros beyond n.
+static void gemm_pack(real* out, const real* X, size_t ld, bool k_is_row, int n, int kc, int width) {
+    for (int p = 0; p < n; p += width) {
+        int w = min_int(width, n - p);
+        for (int k = 0; k < kc; k++, out += width) {
+            if (k_is_row) {
+                memcpy(out, X + (size_t)k * ld + p, (size_t)w * sizeof(real));
+            } else {
+                for (int x = 0; x < w; x++) { out[x] = X[(size_t)(p + x) * ld + k]; }
+            }
+            for (int x = w; x < width; x++) { out[x] = 0; }
+        }
+    }
+}
+
+static void gemm_serial(bool ta, bool tb, int M, int N, int K, real alpha, const real* A, size_t lda, const real* B, size_t ldb, real beta,
+                        real* out, size_t ldo) {
+    real pa[GEMM_M * GEMM_K] __attribute__((aligned(64))), pb[GEMM_N * GEMM_K] __attribute__((aligned(64)));
+    real acc[GEMM_ROWS * GEMM_COLS] __attribute__((aligned(64)));
+    for (int m = 0; m < M; m++) {
+        if (beta == 0) { memset(out + (size_t)m * ldo, 0, (size_t)N * sizeof(real)); }
+        else if (beta != 1) { for (int n = 0; n < N; n++) { out[(size_t)m * ldo + n] *= beta; } }
+    }
+    for (int n0 = 0; n0 < N; n0 += GEMM_N) {
+        for (int k0 = 0; k0 < K; k0 += GEMM_K) {
+            int nc = min_int(GEMM_N, N - n0), kc = min_int(GEMM_K, K - k0);
+            gemm_pack(pb, tb ? B + (size_t)n0 * ldb + k0 : B + (size_t)k0 * ldb + n0, ldb, !tb, nc, kc, GEMM_COLS);
+            for (int m0 = 0; m0 < M; m0 += GEMM_M) {
+                int mc = min_int(GEMM_M, M - m0);
+                gemm_pack(pa, ta ? A + (size_t)k0 * lda + m0 : A + (size_t)m0 * lda + k0, lda, ta, mc, kc, GEMM_ROWS);
+                for (int n = 0; n < nc; n += GEMM_COLS) {
+                    for (int m = 0; m < mc; m += GEMM_ROWS) {
+                        gemm_kernel(acc, pa + (size_t)m * kc, pb + (size_t)n * kc, kc);
+                        for (int r = 0; r < min_int(GEMM_ROWS, mc - m); r++) {
+                            real* o = out + (size_t)(m0 + m + r) * ldo + n0 + n;
+                            int w = min_int(GEMM_COLS, nc - n);
+                            for (int c = 0; c < w; c++) { o[c] += alpha * acc[r * GEMM_COLS + c]; }
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+#endif
+
+// The same on all threads: the output is cut into blocks that depend on its size alone, each block one serial product.
+static void gemm(bool ta, bool tb, int M, int N, int K, real alpha, const real* A, size_t lda, const real* B, size_t ldb, real beta, real* out,
+                 size_t ldo) {
+    enum { TARGET_M = 256, TARGET_N = 512 };
+    int mb = (M + TARGET_M - 1) / TARGET_M, nb = (N + TARGET_N - 1) / TARGET_N;
+    if (mb * nb % 2) { if (M > N) { mb++; } else { nb++; } }  // an odd number of blocks leaves one of two cores waiting
+    int bm = round_up((M + mb - 1) / mb, 16), bn = round_up((N + nb - 1) / nb, 32);
+    mb = (M + bm - 1) / bm, nb = (N + bn - 1) / bn;
+#pragma omp parallel for schedule(dynamic, 1)
+    for (int block = 0; block < mb * nb; block++) {
+        int m = block % mb * bm, n = block / mb * bn;
+        gemm_serial(ta, tb, min_int(bm, M - m), min_int(bn, N - n), K, alpha, ta ? A + m : A + (size_t)m * lda, lda,
+                    tb ? B + (size_t)n * ldb : B + n, ldb, beta, out + (size_t)m * ldo + n, ldo);
+    }
+}
+
+// out (N,OC) = inp (N,C) weight^T, weight (OC,C)
+static void matmul_forward(real* out, const real* inp, const real* weight, int N, int C, int OC) {
+    gemm(false, true, N, OC, C, 1, inp, (size_t)C, weight, (size_t)C, 0, out, (size_t)OC);
+}
+
+// dinp (N,C) = dout weight, or += with add_dinp; dweight (OC,C) += dout^T inp. Either may be NULL.
+static void matmul_backward(real* dinp, real* dweight, const real* dout, const real* inp, const real* weight, int N, int C, int OC,
+                            bool add_dinp) {
+    if (dinp) { gemm(false, false, N, C, OC, 1, dout, (size_t)OC, weight, (size_t)C, add_dinp ? 1 : 0, dinp, (size_t)C); }
+    if (dweight) { gemm(true, false, OC, C, N, 1, dout, (size_t)OC, inp, (size_t)C, 1, dweight, (size_t)C); }
+}
+
+// =================================================================================================================================
+// Embedding
+
+// out (N,C) = weight[tokens[n]], weight (V,C)
+static void embedding_forward(real* out, const int32_t* tokens, const real* weight, int N, int C) {
+#pragma omp parallel for schedule(static)
+    for (int n = 0; n < N; n++) { memcpy(out + (size_t)n * C, weight + (size_t)tokens[n] * C, (size_t)C * sizeof(real)); }
+}
+
+// dweight[tokens[n]] += dout[n]. Threads own columns, so that a token's rows are added in order.
+static void embedding_backward(real* dweight, const real* dout, const int32_t* tokens, int N, int C) {
+    enum { STRIPE = 64 };
+#pragma omp parallel for schedule(static)
+    for (int c0 = 0; c0 < C; c0 += STRIPE) {
+        int c1 = min_int(c0 + STRIPE, C);
+        for (int n = 0; n < N; n++) {
+            real* d = dweight + (size_t)tokens[n] * C;
+            const real* o = dout + (size_t)n * C;
+            for (int c = c0; c < c1; c++) { d[c] += o[c]; }
+        }
+    }
+}
+
+// =================================================================================================================================
+// RMSNorm (MODEL.md eq. 1), also the norm of a head's output (eq. 10), where `scale` is 1 - lambda_init
+
+// out (N,C) = scale * weight * inp * rstd, rstd (N) = 1 / sqrt(mean(inp^2) + eps)
+static void rmsnorm_forward(real* out, real* rstd, const real* inp, const real* weight, int N, int C, double eps, double scale) {
+#pragma omp parallel for schedule(static)
+    for (int n = 0; n < N; n++) {
+        const real* x = inp + (size_t)n * C;
+        real* o = out + (size_t)n * C;
+        real sum = 0;
+#pragma omp simd reduction(+ : sum)
+        for (int c = 0; c < C; c++) { sum += x[c] * x[c]; }
+        real r = (real)(1.0 / sqrt((double)sum / C + eps)), s = r * (real)scale;
+        rstd[n] = r;
+        for (int c = 0; c < C; c++) { o[c] = x[c] * s * weight[c]; }
+    }
+}
+
+// dinp (N,C) = (or += with add_dinp) scale * rstd * (g - xhat * mean(g . xhat)), g = dout * weight, xhat = inp * rstd; dinp may be dout;
+// dweight (C) += scale * sum_n dout * xhat. parts (NORM_PARTS,C) is scratch: each part sums its own rows, then parts are added in order.
+enum { NORM_PARTS = 32 };
+static void rmsnorm_backward(real* dinp, real* dweight, const real* dout, const real* inp, const real* weight, const real* rstd, int N, int C,
+                             double scale, real* parts, bool add_dinp) {
+#pragma omp parallel for schedule(static)
+    for (int p = 0; p < NORM_PARTS; p++) {
+        real* dw = parts + (size_t)p * C;
+        memset(dw, 0, (size_t)C * sizeof(real));
+        int n0 = (int)((int64_t)N * p / NORM_PARTS), n1 = (int)((int64_t)N * (p + 1) / NORM_PARTS);
+        for (int n = n0; n < n1; n++) {
+            const real* x = inp + (size_t)n * C;
+            const real* dy = dout + (size_t)n * C;
+            real* dx = dinp + (size_t)n * C;
+            real r = rstd[n], dot = 0;
+#pragma omp simd reduction(+ : dot)
+            for (int c = 0; c < C; c++) { dot += dy[c] * weight[c] * x[c]; }
+            real k = dot * r * r / (real)C, s = r * (real)scale;
+            for (int c = 0; c < C; c++) { dw[c] += dy[c] * x[c] * s; }  // before dx, which may be dy
+            if (add_dinp) {
+                for (int c = 0; c < C; c++) { dx[c] += s * (dy[c] * weight[c] - x[c] * k); }
+            } else {
+                for (int c = 0; c < C; c++) { dx[c] = s * (dy[c] * weight[c] - x[c] * k); }
+            }
+        }
+    }
+    for (int p = 0; p < NORM_PARTS; p++) {
+        for (int c = 0; c < C; c++) { dweight[c] += parts[(size_t)p * C + c]; }
+    }
+}
+
+// =================================================================================================================================
+// RoPE (MODEL.md eq. 2): pairs (t, t + HS/2) of a head are rotated by position times frequency
+
+// cosine, sine (T, HS/2)
+static void rope_table(real* cosine, real* sine, const Config* config, int T) {
+    int half = config_head_size(config) / 2;
+    for (int t = 0; t < T; t++) {
+        for (int i = 0; i < half; i++) {
+            double angle = t * config_rope_frequency(config, i);
+            cosine[(size_t)t * half + i] = (real)cos(angle);
+            sine[(size_t)t * half + i] = (real)sin(angle);
+        }
+    }
+}
+
+// x (B,T,heads,HS) in place; direction 1 rotates, -1 rotates back, which is the backward pass
+static void rope_forward(real* x, const real* cosine, const real* sine, int B, int T, int heads, int HS, int direction) {
+    int half = HS / 2;
+#pragma omp parallel for schedule(static)
+    for (int n = 0; n < B * T; n++) {
+        const real* c = cosine + (size_t)(n % T) * half;
+        const real* s = sine + (size_t)(n % T) * half;
+        for (int h = 0; h < heads; h++) {
+            real* a = x + ((size_t)n * heads + h) * HS;
+            real* b = a + half;
+            for (int i = 0; i < half; i++) {
+                real s1 = direction * s[i], x0 = a[i], x1 = b[i];
+                a[i] = x0 * c[i] - x1 * s1;
+                b[i] = x1 * c[i] + x0 * s1;
+            }
+        }
+    }
+}
+
+static void rope_backward(real* dx, const real* cosine, const real* sine, int B, int T, int heads, int HS) {
+    rope_forward(dx, cosine, sine, B, T, heads, HS, -1);  // the inverse of a rotation is its transpose
+}
+
+// =================================================================================================================================
+// Attention, a chunk of queries at a time (MODEL.md eq. 3 to 9). The steps first, each on a tile, forward then backward; then the chunk.
+//
+// A tile holds rows of scores of the heads of one mixing group: rows are queries i0 <= i < i0 + rows, columns are keys. Left of key 0 lie
+// PAD zeros, and right of a row's last allowed key (its own query: causality) zeros up to tail(nk), so that the convolution reads beyond
+// the edges without asking. Rows outside the sequence are zero throughout.
+
+enum { PAD = 32 };  // >= (MAX_KERNEL - 1) / 2, a multiple of VEC for fp32
+
+typedef struct {
+    real* data;
+    int i0, rows, ld;
+} Tile;
+
+static inline real* tile_row(const Tile* t, int head, int i) {
+    assert(i >= t->i0 && i < t->i0 + t->rows);
+    return t->data + ((size_t)head * t->rows + (size_t)(i - t->i0)) * t->ld + PAD;
+}
+static inline int tile_stride(int T) { return round_up(T, 2 * PAD) + 2 * PAD; }
+static inline int tail(int nk) { return round_up(nk, PAD) + PAD; }  // keys 0 .. nk-1 matter; columns up to here are defined
+
+static void tile_clear_pads(const Tile* t, int H) {
+    for (int r = 0; r < H * t->rows; r++) { memset(t->data + (size_t)r * t->ld, 0, PAD * sizeof(real)); }
+}
+
+// Keys that query i may see among the first nk: key <= query; none outside the sequence.
+static inline int row_length(int i, int T, int nk) { return i < 0 || i >= T ? 0 : min_int(i + 1, nk); }
+
+// Zeros right of the diagonal, by each row's own query (mask_0).
+static inline void row_mask(real* row, int length, int nk) { memset(row + length, 0, (size_t)(tail(nk) - length) * sizeof(real)); }
+
+// What attention needs to know. Strides: a token of q and out is NH*HS apart, of k and v NKV*HS.
+typedef struct {
+    int B, T, NH, NKV, HS, cq, ck, ch_pre, ch_post;  // ch_*: heads of a mixing group, 0 = off
+    const real *conv_pre, *conv_post;                // (NH,cq,ck), NULL = off
+    const real *mix_pre, *mix_post;                  // (NH/ch,ch,ch), NULL = off
+    int chunk;                                       // queries of a chunk
+} Attention;
+
+// ---- scores: S[i,j] = q_i . k_j / sqrt(HS), masked
+
+// Rows lo <= i < hi of every head h0 .. h0+H-1, keys 0 .. nk-1; q (T,NH,HS), k (T,NKV,HS) of one sequence
+static void scores_forward(const Tile* out, const real* q, const real* k, const Attention* a, int h0, int H, int lo, int hi, int nk) {
+    size_t qs = (size_t)a->NH * a->HS, ks = (size_t)a->NKV * a->HS;
+    real scale = (real)(1.0 / sqrt(a->HS));
+    int from = max_int(lo, 0), to = min_int(hi, a->T);
+    for (int h = 0; h < H; h++) {
+        const real* kh = k + (size_t)((h0 + h) / (a->NH / a->NKV)) * a->HS;
+        if (from < to) {
+            gemm_serial(false, true, to - from, nk, a->HS, scale, q + (size_t)from * qs + (size_t)(h0 + h) * a->HS, qs, kh, ks, 0,
+                        tile_row(out, h, from), (size_t)out->ld);
+        }
+        for (int i = lo; i < hi; i++) { row_mask(tile_row(out, h, i), row_length(i, a->T, nk), nk); }
+    }
+}
+
+// dq_i += dS[i,:] k / sqrt(HS);  dk_j += dS[:,j]^T q / sqrt(HS), rows lo <= i < hi
+static void scores_backward(real* dq, real* dk, const Tile* dout, const real* q, const real* k, const Attention* a, int h0, int H, int lo, int hi) {
+    size_t qs = (size_t)a->NH * a->HS, ks = (size_t)a->NKV * a->HS;
+    real scale = (real)(1.0 / sqrt(a->HS));
+    for (int h = 0; h < H; h++) {
+        size_t qo = (size_t)lo * qs + (size_t)(h0 + h) * a->HS, ko = (size_t)((h0 + h) / (a->NH / a->NKV)) * a->HS;
+        const real* ds = tile_row(dout, h, lo);
+        gemm_serial(false, false, hi - lo, a->HS, hi, scale, ds, (size_t)dout->ld, k + ko, ks, 0, dq + qo, qs);
+        gemm_serial(true, false, hi, a->HS, hi - lo, scale, ds, (size_t)dout->ld, q + qo, qs, 1, dk + ko, ks);
+    }
+}
+
+// ---- kq_conv: out[i,j] = sum_{a<cq, b<ck} weight[a,b] inp[i-(cq-1)+a, j-(ck-1)/2+b], inp masked by its own rows
+
+// `taps` rows of the kernel: out rows 0 .. rows-1 += (or = with first) rows of inp, where inp is the row that tap 0 of row 0 reads.
+// Walks down a strip of two vectors of columns; sum[a] is the row whose tap a meets the current input row, so each load serves all taps.
+INLINE void conv_strip(real* out, const real* inp, const real* weight, int rows, int cols, size_t ld, int ck, const int taps, bool first) {
+    int r = (ck - 1) / 2;
+    for (int j = 0; j < cols; j += 2 * VEC) {
+        Vec sum[8][2] = {{{0}}};
+        for (int s = 0; s < rows + taps - 1; s++) {
+            const real* x = inp + (size_t)s * ld + j - r;
+            for (int b = 0; b < ck; b++) {
+                Vec x0 = load(x + b), x1 = load(x + b + VEC);
+#pragma GCC unroll 8
+                for (int a = 0; a < taps; a++) {
+                    real w = weight[a * ck + b];
+                    sum[a][0] += w * x0;
+                    sum[a][1] += w * x1;
+                }
+            }
+            int done = s - (taps - 1);
+            if (done >= 0) {
+                real* o = out + (size_t)done * ld + j;
+                store(o, first ? sum[taps - 1][0] : load(o) + sum[taps - 1][0]);
+                store(o + VEC, first ? sum[taps - 1][1] : load(o + VEC) + sum[taps - 1][1]);
+            }
+#pragma GCC unroll 8
+            for (int a = taps - 1; a > 0; a--) { sum[a][0] = sum[a - 1][0]; sum[a][1] = sum[a - 1][1]; }
+            sum[0][0] = sum[0][1] = (Vec){0};
+        }
+    }
+}
+
+// A kernel of any height as pieces of at most 6 rows, the height a constant in each so that the sums stay in registers.
+static void conv_rows(real* out, const real* inp, const real* weight, int rows, int cols, size_t ld, int cq, int ck) {
+    for (int a = 0; a < cq; a += 6) {
+        const real* x = inp + (size_t)a * ld;
+        const real* w = weight + (size_t)a * ck;
+        switch (min_int(6, cq - a)) {
+            case 1: conv_strip(out, x, w, rows, cols, ld, ck, 1, a == 0); break;
+            case 2: conv_strip(out, x, w, rows, cols, ld, ck, 2, a == 0); break;
+            case 3: conv_strip(out, x, w, rows, cols, ld, ck, 3, a == 0); break;
+            case 4: conv_strip(out, x, w, rows, cols, ld, ck, 4, a == 0); break;
+            case 5: conv_strip(out, x, w, rows, cols, ld, ck, 5, a == 0); break;
+            default: conv_strip(out, x, w, rows, cols, ld, ck, 6, a == 0); break;
+        }
+    }
+}
+
+// Rows lo <= i < hi of each head, masked; inp must hold rows lo-(cq-1) .. hi-1. weight (NH,cq,ck)
+static void kq_conv_forward(const Tile* out, const Tile* inp, const real* weight, const Attention* a, int h0, int H, int lo, int hi, int nk) {
+    for (int h = 0; h < H; h++) {
+        conv_rows(tile_row(out, h, lo), tile_row(inp, h, lo - (a->cq - 1)), weight + (size_t)(h0 + h) * a->cq * a->ck, hi - lo, nk,
+                  (size_t)out->ld, a->cq, a->ck);
+        for (int i = lo; i < hi; i++) { row_mask(tile_row(out, h, i), row_length(i, a->T, nk), nk); }
+    }
+}
+
+// dinp[i,j] = sum weight[a,b] dout[i+(cq-1)-a, j+(ck-1)/2-b], masked: the same walk with the kernel turned around.
+// Rows lo <= i < hi of dinp; dout must hold rows lo .. hi-1+(cq-1), masked.
+static void kq_conv_backward_input(const Tile* dinp, const Tile* dout, const real* weight, const Attention* a, int h0, int H, int lo, int hi, int nk) {
+    real turned[MAX_KERNEL * MAX_KERNEL];
+    int n = a->cq * a->ck;
+    for (int h = 0; h < H; h++) {
+        const real* w = weight + (size_t)(h0 + h) * n;
+        for (int x = 0; x < n; x++) { turned[x] = w[n - 1 - x]; }
+        conv_rows(tile_row(dinp, h, lo), tile_row(dout, h, lo), turned, hi - lo, nk, (size_t)dinp->ld, a->cq, a->ck);
+        for (int i = lo; i < hi; i++) { row_mask(tile_row(dinp, h, i), row_length(i, a->T, nk), nk); }
+    }
+}
+
+// dweight[a, b..b+2] += sum_{i,j} dout[i,j] inp[i-(cq-1)+a, j-r+b..] for `taps` rows a of the kernel; three columns b share each load of dout.
+INLINE void conv_weight_strip(double* dweight, const real* dout, const real* inp, int rows, int cols, size_t ld, int ck, const int taps, int b0) {
+    int r = (ck - 1) / 2, nb = min_int(3, ck - b0);
+    Vec sum[6][3] = {{{0}}};
+    for (int j = 0; j < cols; j += VEC) {
+        Vec d[6] = {{0}};  // d[a]: the row of dout whose tap a reads the current row of inp
+        for (int s = 0; s < rows + taps - 1; s++) {
+#pragma GCC unroll 8
+            for (int a = taps - 1; a > 0; a--) { d[a] = d[a - 1]; }
+            d[0] = s < rows ? load(dout + (size_t)s * ld + j) : (Vec){0};
+            const real* x = inp + (size_t)s * ld + j - r + b0;
+            Vec x0 = load(x), x1 = load(x + 1), x2 = load(x + 2);
+#pragma GCC unroll 8
+            for (int a = 0; a < taps; a++) {
+                sum[a][0] += d[a] * x0;
+                sum[a][1] += d[a] * x1;
+                sum[a][2] += d[a] * x2;
+            }
+        }
+    }
+    for (int a = 0; a < taps; a++) {
+        for (int b = 0; b < nb; b++) {
+            double total = 0;
+            for (int lane = 0; lane < VEC; lane++) { total += (double)sum[a][b][lane]; }
+            dweight[a * ck + b0 + b] += total;
+        }
+    }
+}
+
+// dweight (H,cq,ck) += over the rows lo <= i < hi of dout; sums over chunks are kept in double
+static void kq_conv_backward_weight(double* dweight, const Tile* dout, const Tile* inp, const Attention* a, int H, int lo, int hi, int nk) {
+    for (int h = 0; h < H; h++) {
+        for (int tap = 0; tap < a->cq; tap += 6) {
+            const real* d = tile_row(dout, h, lo);
+            const real* x = tile_row(inp, h, lo - (a->cq - 1) + tap);
+            double* dw = dweight + ((size_t)h * a->cq + tap) * a->ck;
+            for (int b = 0; b < a->ck; b += 3) {
+                switch (min_int(6, a->cq - tap)) {
+                    case 1: conv_weight_strip(dw, d, x, hi - lo, nk, (size_t)dout->ld, a->ck, 1, b); break;
+                    case 2: conv_weight_strip(dw, d, x, hi - lo, nk, (size_t)dout->ld, a->ck, 2, b); break;
+                    case 3: conv_weight_strip(dw, d, x, hi - lo, nk, (size_t)dout->ld, a->ck, 3, b); break;
+                    case 4: conv_weight_strip(dw, d, x, hi - lo, nk, (size_t)dout->ld, a->ck, 4, b); break;
+                    case 5: conv_weight_strip(dw, d, x, hi - lo, nk, (size_t)dout->ld, a->ck, 5, b); break;
+                    default: conv_weight_strip(dw, d, x, hi - lo, nk, (size_t)dout->ld, a->ck, 6, b); break;
+                }
+            }
+        }
+    }
+}
+
+// ---- head_mix: out_o = sum_n W[o,n] inp_n within groups of ch heads; zeros above the diagonal stay zeros
+
+// Rows lo <= i < hi of the H heads of a tile, H a multiple of ch; weight (H/ch,ch,ch), its transpose for the backward pass.
+// out may be inp: a vector of all heads is read before any is written.
+static void head_mix_forward(const Tile* out, const Tile* inp, const real* weight, bool transpose, int ch, int T, int H, int lo, int hi, int nk) {
+    Vec x[MAX_HEADS];
+    for (int g = 0; g < H; g += ch, weight += ch * ch) {
+        for (int i = lo; i < hi; i++) {
+            int n1 = row_length(i, T, nk);
+            const real* src = tile_row(inp, g, i);
+            real* dst = tile_row(out, g, i);
+            size_t is = (size_t)inp->rows * inp->ld, os = (size_t)out->rows * out->ld;
+            if (ch == 2) {  // the paper's groups of two, without the detour through x
+                real w00 = weight[0], w01 = weight[transpose ? 2 : 1], w10 = weight[transpose ? 1 : 2], w11 = weight[3];
+                for (int j = 0; j < n1; j += VEC) {
+                    Vec a = load(src + j), b = load(src + is + j);
+                    store(dst + j, w00 * a + w01 * b);
+                    store(dst + os + j, w10 * a + w11 * b);
+                }
+            } else {
+                for (int j = 0; j < n1; j += VEC) {
+                    for (int n = 0; n < ch; n++) { x[n] = load(src + n * is + j); }
+                    for (int o = 0; o < ch; o++) {
+                        Vec sum = {0};
+                        for (int n = 0; n < ch; n++) { sum += weight[transpose ? n * ch + o : o * ch + n] * x[n]; }
+                        store(dst + o * os + j, sum);
+                    }
+                }
+            }
+            for (int o = 0; o < ch; o++) { row_mask(tile_row(out, g + o, i), n1, nk); }
+        }
+    }
+}
+
+static void head_mix_backward_input(const Tile* dinp, const Tile* dout, const real* weight, int ch, int T, int H, int lo, int hi, int nk) {
+    head_mix_forward(dinp, dout, weight, true, ch, T, H, lo, hi, nk);
+}
+
+// dweight[o,n] += sum_{i,j} dout_o[i,j] inp_n[i,j]: a (ch,ch) product over the keys of each row, rows summed in double
+static void head_mix_backward_weight(double* dweight, const Tile* dout, const Tile* inp, int ch, int H, int lo, int hi) {
+    real row[MAX_HEADS];
+    for (int g = 0; g < H; g += ch, dweight += ch * ch) {
+        for (int i = lo; i < hi; i++) {
+            for (int o = 0; o < ch; o++) {
+                const real* d = tile_row(dout, g + o, i);
+                if (ch > 2) {
+                    size_t ld = (size_t)inp->rows * inp->ld;
+                    gemm_serial(false, true, 1, ch, i + 1, 1, d, ld, tile_row(inp, g, i), ld, 0, row, (size_t)ch);
+                } else {
+                    for (int n = 0; n < ch; n++) {
+                        const real* x = tile_row(inp, g + n, i);
+                        real dot = 0;
+#pragma omp simd reduction(+ : dot)
+                        for (int j = 0; j <= i; j++) { dot += d[j] * x[j]; }
+                        row[n] = dot;
+                    }
+                }
+                for (int n = 0; n < ch; n++) { dweight[o * ch + n] += (double)row[n]; }
+            }
+        }
+    }
+}
+
+// ---- softmax over keys <= query, fp32; the log-sum-exp of each row is kept for the backward pass
+
+// out and inp may be the same tile. lse (NH,T) of the sequence is written for the rows from `own` on (those above are another chunk's).
+static void softmax_forward(const Tile* out, const Tile* inp, real* lse, const Attention* a, int h0, int H, int lo, int own, int hi, int nk) {
+    for (int h = 0; h < H; h++) {
+        for (int i = lo; i < hi; i++) {
+            real* p = tile_row(out, h, i);
+            if (i >= 0 && i < a->T) {
+                const real* s = tile_row(inp, h, i);
+                real max = -INFINITY, sum = 0;
+#pragma omp simd reduction(max : max)
+                for (int j = 0; j <= i; j++) { max = s[j] > max ? s[j] : max; }
+#pragma omp simd reduction(+ : sum)
+                for (int j = 0; j <= i; j++) { p[j] = exp_real(s[j] - max); sum += p[j]; }
+                real inverse = 1 / sum;
+                for (int j = 0; j <= i; j++) { p[j] *= inverse; }
+                if (i >= own) { lse[(size_t)(h0 + h) * a->T + i] = max + (real)log((double)sum); }
+            }
+            row_mask(p, row_length(i, a->T, nk), nk);
+        }
+    }
+}
+
+// The same rows in the backward pass, from the log-sum-exp.
+static void softmax_recompute(const Tile* out, const Tile* inp, const real* lse, const Attention* a, int h0, int H, int lo, int hi, int nk) {
+    for (int h = 0; h < H; h++) {
+        for (int i = lo; i < hi; i++) {
+            real* p = tile_row(out, h, i);
+            if (i >= 0 && i < a->T) {
+                const real* s = tile_row(inp, h, i);
+                real shift = lse[(size_t)(h0 + h) * a->T + i];
+#pragma omp simd
+                for (int j = 0; j <= i; j++) { p[j] = exp_real(s[j] - shift); }
+            }
+            row_mask(p, row_length(i, a->T, nk), nk);
+        }
+    }
+}
+
+// dinp = att (dout - sum_j att dout); dinp may be dout. Rows beyond the sequence become zero.
+static void softmax_backward(const Tile* dinp, const Tile* dout, const Tile* att, const Attention* a, int H, int lo, int hi, int nk) {
+    for (int h = 0; h < H; h++) {
+        for (int i = lo; i < hi; i++) {
+            real* dx = tile_row(dinp, h, i);
+            if (i < a->T) {
+                const real* dy = tile_row(dout, h, i);
+                const real* p = tile_row(att, h, i);
+                real dot = 0;
+#pragma omp simd reduction(+ : dot)
+                for (int j = 0; j <= i; j++) { dot += p[j] * dy[j]; }
+                for (int j = 0; j <= i; j++) { dx[j] = p[j] * (dy[j] - dot); }
+            }
+            row_mask(dx, row_length(i, a->T, nk), nk);
+        }
+    }
+}
+
+// ---- values: O_i = sum_j att[i,j] v_j
+
+// out (T,NH,HS), v (T,NKV,HS) of one sequence
+static void values_forward(real* out, const Tile* att, const real* v, const Attention* a, int h0, int H, int lo, int hi) {
+    size_t os = (size_t)a->NH * a->HS, vs = (size_t)a->NKV * a->HS;
+    for (int h = 0; h < H; h++) {
+        gemm_serial(false, false, hi - lo, a->HS, hi, 1, tile_row(att, h, lo), (size_t)att->ld, v + (size_t)((h0 + h) / (a->NH / a->NKV)) * a->HS, vs,
+                    0, out + (size_t)lo * os + (size_t)(h0 + h) * a->HS, os);
+    }
+}
+
+// datt[i,j] = dO_i . v_j, masked, rows lo <= i < hi
+static void values_backward_att(const Tile* datt, const real* dout, const real* v, const Attention* a, int h0, int H, int lo, int hi, int nk) {
+    size_t os = (size_t)a->NH * a->HS, vs = (size_t)a->NKV * a->HS;
+    int to = min_int(hi, a->T);
+    for (int h = 0; h < H; h++) {
+        gemm_serial(false, true, to - lo, nk, a->HS, 1, dout + (size_t)lo * os + (size_t)(h0 + h) * a->HS, os,
+                    v + (size_t)((h0 + h) / (a->NH / a->NKV)) * a->HS, vs, 0, tile_row(datt, h, lo), (size_t)datt->ld);
+        for (int i = lo; i < hi; i++) { row_mask(tile_row(datt, h, i), row_length(i, a->T, nk), nk); }
+    }
+}
+
+// dv_j += sum_i att[i,j] dO_i
+static void values_backward_v(real* dv, const Tile* att, const real* dout, const Attention* a, int h0, int H, int lo, int hi) {
+    size_t os = (size_t)a->NH * a->HS, vs = (size_t)a->NKV * a->HS;
+    for (int h = 0; h < H; h++) {
+        gemm_serial(true, false, hi, a->HS, hi - lo, 1, tile_row(att, h, lo), (size_t)att->ld, dout + (size_t)lo * os + (size_t)(h0 + h) * a->HS, os,
+                    1, dv + (size_t)((h0 + h) / (a->NH / a->NKV)) * a->HS, vs);
+    }
+}
+
+// ---- the chunk: all steps for the queries lo <= i < hi of one group of heads of one sequence
+
+// Heads that must be in one tile, and heads that one thread must own (mixing groups, and the heads that share keys and values).
+static int attention_group(const Attention* a) { return lcm(a->mix_pre ? a->ch_pre : 1, a->mix_post ? a->ch_post : 1); }
+static int attention_unit(const Attention* a) { return lcm(attention_group(a), a->NH / a->NKV); }
+static int halo_pre(const Attention* a) { return a->conv_pre ? a->cq - 1 : 0; }
+static int halo_post(const Attention* a) { return a->conv_post ? a->cq - 1 : 0; }
+
+enum { ATTENTION_TILES = 7 };  // S C L R A of the maps, and two for gradients
+// Reals of one tile: every row any step needs, chunk plus halos above and below.
+static size_t attention_tile_size(const Attention* a) {
+    return (size_t)attention_group(a) * (size_t)(a->chunk + 2 * (halo_pre(a) + halo_post(a))) * (size_t)tile_stride(a->T);
+}
+// Queries of a chunk: a tile of a group should fit a core's L2 cache beside its neighbours. Measured in dev/SPEED.md.
+static int attention_chunk(int T, int group) {
+    int rows = (1 << 17) / (tile_stride(T) * group) / 16 * 16;
+    return min_int(T, max_int(32, min_int(128, rows)));
+}
+
+static Tile tile_make(real* scratch, int which, const Attention* a, int i0) {
+    Tile t = {scratch + (size_t)which * attention_tile_size(a), i0, a->chunk + 2 * (halo_pre(a) + halo_post(a)), tile_stride(a->T)};
+    return t;
+}
+
+// The maps of the chunk: S scores, C convolved, L mixed, P softmax, R convolved, A mixed. A step that is off shares its input's tile, and P
+// takes L's place. For the forward pass rows lo-halo_post .. hi-1 of P; with `backward` S, C, L, P have halo_pre rows more below hi, and every map
+// that a gradient needs is kept in a tile of its own.
+typedef struct { Tile S, C, L, P, R, A; int tiles; } Maps;
+
+static Maps attention_maps(real* scratch, real* lse, const real* q, const real* k, const Attention* a, int h0, int lo, int hi, bool backward) {
+    int H = attention_group(a), p = halo_pre(a), r = halo_post(a), end = hi + (backward ? p : 0), nk = min_int(end, a->T);
+    Maps m;
+    m.tiles = 0;
+    m.S = tile_make(scratch, m.tiles++, a, lo - r - p);
+    scores_forward(&m.S, q, k, a, h0, H, lo - r - p, end, nk);
+    m.C = m.S;
+    if (a->conv_pre) {
+        m.C = tile_make(scratch, m.tiles++, a, lo - r - p);
+        kq_conv_forward(&m.C, &m.S, a->conv_pre, a, h0, H, lo - r, end, nk);
+    }
+    m.L = m.C;
+    if (a->mix_pre) {
+        if (backward) { m.L = tile_make(scratch, m.tiles++, a, lo - r - p); }
+        head_mix_forward(&m.L, &m.C, a->mix_pre + (size_t)h0 * a->ch_pre, false, a->ch_pre, a->T, H, lo - r, end, nk);
+    }
+    m.P = m.L;
+    if (backward) { softmax_recompute(&m.P, &m.L, lse, a, h0, H, lo - r, end, nk); }
+    else { softmax_forward(&m.P, &m.L, lse, a, h0, H, lo - r, lo, end, nk); }
+    m.R = m.P;
+    if (a->conv_post) {
+        m.R = tile_make(scratch, m.tiles++, a, lo - r - p);
+        kq_conv_forward(&m.R, &m.P, a->conv_post, a, h0, H, lo, hi, nk);
+    }
+    m.A = m.R;
+    if (a->mix_post) {
+        if (backward) { m.A = tile_make(scratch, m.tiles++, a, lo - r - p); }
+        head_mix_forward(&m.A, &m.R, a->mix_post + (size_t)h0 * a->ch_post, false, a->ch_post, a->T, H, lo, hi, nk);
+    }
+    return m;
+}
+
+// Gradients of the attention's own weights, as sums in double of one sequence each, so that threads share nothing: (B, NH*cq*ck), (B, NH*ch)
+typedef struct { double *conv_pre, *conv_post, *mix_pre, *mix_post; } AttentionSums;
+
+// dq is set, dk, dv and the sums are added to. q, dq, dout (T,NH,HS), k, v, dk, dv (T,NKV,HS), lse (NH,T) of one sequence.
+// Rows of dS come from rows of dC up to halo_pre further down, those from rows of dA up to halo_post further: all are recomputed here.
+static void attention_chunk_backward(real* dq, real* dk, real* dv, const AttentionSums* sums, const real* dout, const real* q, const real* k,
+                                     const real* v, real* lse, const Attention* a, int h0, int lo, int hi, real* scratch) {
+    int H = attention_group(a), p = halo_pre(a), r = halo_post(a), end = hi + p, far = hi + p + r, n = a->cq * a->ck;
+    int nk = min_int(end, a->T), nk_far = min_int(far, a->T);
+    Maps m = attention_maps(scratch, lse, q, k, a, h0, lo, hi, true);
+    Tile d = tile_make(scratch, m.tiles++, a, lo), e = d;
+    if (a->conv_pre || a->conv_post) { e = tile_make(scratch, m.tiles++, a, lo); }
+    assert(m.tiles <= ATTENTION_TILES);
+
+    values_backward_v(dv, &m.A, dout, a, h0, H, lo, hi);                        // O = A v
+    values_backward_att(&d, dout, v, a, h0, H, lo, far, nk_far);
+    if (a->mix_post) {                                                          // A = mix(R)
+        const real* w = a->mix_post + (size_t)h0 * a->ch_post;
+        head_mix_backward_weight(sums->mix_post + (size_t)h0 * a->ch_post, &d, &m.R, a->ch_post, H, lo, hi);
+        head_mix_backward_input(&d, &d, w, a->ch_post, a->T, H, lo, far, nk_far);
+    }
+    if (a->conv_post) {                                                         // R = conv(P)
+        kq_conv_backward_weight(sums->conv_post + (size_t)h0 * n, &d, &m.P, a, H, lo, hi, hi);
+        kq_conv_backward_input(&e, &d, a->conv_post, a, h0, H, lo, end, nk);
+        Tile swap = d; d = e; e = swap;
+    }
+    softmax_backward(&d, &d, &m.P, a, H, lo, end, nk);                          // P = softmax(L)
+    if (a->mix_pre) {                                                           // L = mix(C)
+        const real* w = a->mix_pre + (size_t)h0 * a->ch_pre;
+        head_mix_backward_weight(sums->mix_pre + (size_t)h0 * a->ch_pre, &d, &m.C, a->ch_pre, H, lo, hi);
+        head_mix_backward_input(&d, &d, w, a->ch_pre, a->T, H, lo, end, nk);
+    }
+    if (a->conv_pre) {                                                          // C = conv(S)
+        kq_conv_backward_weight(sums->conv_pre + (size_t)h0 * n, &d, &m.S, a, H, lo, hi, hi);
+        kq_conv_backward_input(&e, &d, a->conv_pre, a, h0, H, lo, hi, hi);
+        d = e;
+    }
+    scores_backward(dq, dk, &d, q, k, a, h0, H, lo, hi);                        // S = q k^T / sqrt(HS)
+}
+
+static void attention_clear_pads(real* scratch, const Attention* a) {
+    for (int i = 0; i < ATTENTION_TILES; i++) {
+        Tile t = tile_make(scratch, i, a, 0);
+        tile_clear_pads(&t, attention_group(a));
+    }
+}
+
+// out (B,T,NH,HS); lse (B,NH,T) for the backward pass; q (B,T,NH,HS), k, v (B,T,NKV,HS), q and k rotated; scratch: ATTENTION_TILES tiles a thread.
+// Threads own (sequence, heads) whole: a unit of heads shares no result with another.
+static void attention_forward(real* out, real* lse, const real* q, const real* k, const real* v, const Attention* a, real* scratch) {
+    int unit = attention_unit(a), units = a->NH / unit;
+    size_t qn = (size_t)a->T * a->NH * a->HS, kn = (size_t)a->T * a->NKV * a->HS;
+#pragma omp parallel for schedule(dynamic, 1)
+    for (int task = 0; task < a->B * units; task++) {
+        int b = task / units, first = task % units * unit;
+        real* mine = scratch + (size_t)omp_get_thread_num() * ATTENTION_TILES * attention_tile_size(a);
+        real* lb = lse + (size_t)b * a->NH * a->T;
+        attention_clear_pads(mine, a);
+        for (int h = first; h < first + unit; h += attention_group(a)) {
+            for (int lo = 0; lo < a->T; lo += a->chunk) {
+                int hi = min_int(lo + a->chunk, a->T);
+                Maps m = attention_maps(mine, lb, q + b * qn, k + b * kn, a, h, lo, hi, false);
+                values_forward(out + b * qn, &m.A, v + b * kn, a, h, attention_group(a), lo, hi);
+            }
+        }
+    }
+}
+
+// dq, dk, dv are set; the sums of each sequence are set
+static void attention_backward(real* dq, real* dk, real* dv, const AttentionSums* sums, const real* dout, const real* q, const real* k, const real* v,
+                               real* lse, const Attention* a, real* scratch) {
+    int unit = attention_unit(a), units = a->NH / unit;
+    size_t qn = (size_t)a->T * a->NH * a->HS, kn = (size_t)a->T * a->NKV * a->HS;
+    size_t conv = (size_t)a->NH * a->cq * a->ck, pre = (size_t)a->NH * a->ch_pre, post = (size_t)a->NH * a->ch_post;
+    memset(dk, 0, (size_t)a->B * kn * sizeof(real));
+    memset(dv, 0, (size_t)a->B * kn * sizeof(real));
+    if (a->conv_pre) { memset(sums->conv_pre, 0, (size_t)a->B * conv * sizeof(double)); }
+    if (a->conv_post) { memset(sums->conv_post, 0, (size_t)a->B * conv * sizeof(double)); }
+    if (a->mix_pre) { memset(sums->mix_pre, 0, (size_t)a->B * pre * sizeof(double)); }
+    if (a->mix_post) { memset(sums->mix_post, 0, (size_t)a->B * post * sizeof(double)); }
+#pragma omp parallel for schedule(dynamic, 1)
+    for (int task = 0; task < a->B * units; task++) {
+        int b = task / units, first = task % units * unit;
+        real* mine = scratch + (size_t)omp_get_thread_num() * ATTENTION_TILES * attention_tile_size(a);
+        AttentionSums s = {sums->conv_pre + b * conv, sums->conv_post + b * conv, sums->mix_pre + b * pre, sums->mix_post + b * post};
+        attention_clear_pads(mine, a);
+        for (int h = first; h < first + unit; h += attention_group(a)) {
+            for (int lo = 0; lo < a->T; lo += a->chunk) {
+                attention_chunk_backward(dq + b * qn, dk + b * kn, dv + b * kn, &s, dout + b * qn, q + b * qn, k + b * kn, v + b * kn,
+                                         lse + (size_t)b * a->NH * a->T, a, h, lo, min_int(lo + a->chunk, a->T), mine);
+            }
+        }
+    }
+}
+
+// dweight (n) += the sequences' sums (B,n), in order
+static void attention_sums_add(real* dweight, const double* sums, int B, size_t n) {
+    for (size_t i = 0; i < n; i++) {
+        double total = 0;
+        for (int b = 0; b < B; b++) { total += sums[b * n + i]; }
+        dweight[i] += (real)total;
+    }
+}
+
+// ---- head_gate (MODEL.md eq. 11): each head's output times sigmoid(out . weight + bias)
+
+// out, inp (N,HS), N = B*T*NH; weight (HS), bias (1). out may be inp only where no backward pass follows.
+static void head_gate_forward(real* out, const real* inp, const real* weight, const real* bias, int N, int HS) {
+#pragma omp parallel for schedule(static)
+    for (int n = 0; n < N; n++) {
+        const real* x = inp + (size_t)n * HS;
+        real* o = out + (size_t)n * HS;
+        real dot = 0;
+#pragma omp simd reduction(+ : dot)
+        for (int c = 0; c < HS; c++) { dot += x[c] * weight[c]; }
+        real gate = 1 / (1 + exp_real(-(dot + *bias)));
+        for (int c = 0; c < HS; c++) { o[c] = x[c] * gate; }
+    }
+}
+
+// dinp = g dout + weight ds, ds = g (1-g) (dout . inp); dweight += ds inp, dbias += ds. dinp may be dout. parts (NORM_PARTS,HS+1) is scratch.
+static void head_gate_backward(real* dinp, real* dweight, real* dbias, const real* dout, const real* inp, const real* weight, const real* bias,
+                               int N, int HS, real* parts) {
+#pragma omp parallel for schedule(static)
+    for (int p = 0; p < NORM_PARTS; p++) {
+        real* dw = parts + (size_t)p * (HS + 1);
+        memset(dw, 0, (size_t)(HS + 1) * sizeof(real));
+        int n0 = (int)((int64_t)N * p / NORM_PARTS), n1 = (int)((int64_t)N * (p + 1) / NORM_PARTS);
+        for (int n = n0; n < n1; n++) {
+            const real* x = inp + (size_t)n * HS;
+            const real* dy = dout + (size_t)n * HS;
+            real* dx = dinp + (size_t)n * HS;
+            real dot = 0, through = 0;
+#pragma omp simd reduction(+ : dot, through)
+            for (int c = 0; c < HS; c++) { dot += x[c] * weight[c]; through += x[c] * dy[c]; }
+            real gate = 1 / (1 + exp_real(-(dot + *bias))), ds = gate * (1 - gate) * through;
+            for (int c = 0; c < HS; c++) { dx[c] = gate * dy[c] + ds * weight[c]; }
+            for (int c = 0; c < HS; c++) { dw[c] += ds * x[c]; }
+            dw[HS] += ds;
+        }
+    }
+    for (int p = 0; p < NORM_PARTS; p++) {
+        const real* dw = parts + (size_t)p * (HS + 1);
+        for (int c = 0; c < HS; c++) { dweight[c] += dw[c]; }
+        *dbias += dw[HS];
+    }
+}
+
+// ---- diff (MODEL.md eq. 12): P_2p - lambda P_2p+1 on both heads' values is a mixing after softmax with W = [[1,-lambda],[1,-lambda]]
+
+typedef struct { const real *q1, *k1, *q2, *k2; } Lambda;  // (HS) each
+
+static double lambda_dot(const real* a, const real* b, int HS) {
+    double sum = 0;
+    for (int i = 0; i < HS; i++) { sum += (double)a[i] * (double)b[i]; }
+    return sum;
+}
+
+// mix (NH/2,2,2), lambda = exp(q1 . k1) - exp(q2 . k2) + lambda_init
+static void diff_lambda_forward(real* mix, const Lambda* w, double lambda_init, int NH, int HS) {
+    double lambda = exp(lambda_dot(w->q1, w->k1, HS)) - exp(lambda_dot(w->q2, w->k2, HS)) + lambda_init;
+    for (int i = 0; i < NH * 2; i++) { mix[i] = i % 2 ? (real)-lambda : (real)1; }
+}
+
+// d* (HS) += from dmix (NH/2,2,2)
+static void diff_lambda_backward(real* dq1, real* dk1, real* dq2, real* dk2, const real* dmix, const Lambda* w, int NH, int HS) {
+    double dlambda = 0;
+    for (int i = 1; i < NH * 2; i += 2) { dlambda -= (double)dmix[i]; }
+    double d1 = dlambda * exp(lambda_dot(w->q1, w->k1, HS)), d2 = -dlambda * exp(lambda_dot(w->q2, w->k2, HS));
+    for (int i = 0; i < HS; i++) {
+        dq1[i] += (real)(d1 * (double)w->k1[i]);
+        dk1[i] += (real)(d1 * (double)w->q1[i]);
+        dq2[i] += (real)(d2 * (double)w->k2[i]);
+        dk2[i] += (real)(d2 * (double)w->q2[i]);
+    }
+}
+
+// =================================================================================================================================
+// SwiGLU (MODEL.md eq. 13): out = silu(gate) * up
+
+// out, gate, up (n)
+static void swiglu_forward(real* out, const real* gate, const real* up, size_t n) {
+#pragma omp parallel for simd schedule(static)
+    for (size_t i = 0; i < n; i++) { out[i] = gate[i] / (1 + exp_real(-gate[i])) * up[i]; }
+}
+
+// dgate = dout up s (1 + gate (1 - s)), dup = dout gate s, s = sigmoid(gate); act = the forward result again, for down_proj's gradient.
+// dgate may be dout.
+static void swiglu_backward(real* dgate, real* dup, real* act, const real* dout, const real* gate, const real* up, size_t n) {
+#pragma omp parallel for simd schedule(static)
+    for (size_t i = 0; i < n; i++) {
+        real g = gate[i], s = 1 / (1 + exp_real(-g)), d = dout[i];
+        act[i] = g * s * up[i];
+        dup[i] = d * g * s;
+        dgate[i] = d * up[i] * s * (1 + g * (1 - s));
+    }
+}
+
+// =================================================================================================================================
+// Cross-entropy (MODEL.md eq. 14)
+
+// losses (N) = -log softmax(logits)[target], wrong (N) = 1 where another id scores higher; 0 where target < 0 (not counted).
+// With `gradient`, logits (N,V) become dlogits = (softmax - onehot) * dloss, zero where not counted.
+static void crossentropy_forward_backward(real* losses, unsigned char* wrong, real* logits, const int32_t* targets, int N, int V, real dloss,
+                                          bool gradient) {
+#pragma omp parallel for schedule(static)
+    for (int n = 0; n < N; n++) {
+        real* x = logits + (size_t)n * V;
+        int target = targets[n];
+        losses[n] = 0;
+        wrong[n] = 0;
+        if (target < 0) {
+            if (gradient) { memset(x, 0, (size_t)V * sizeof(real)); }
+            continue;
+        }
+        real max = -INFINITY, sum = 0, own = x[target];
+#pragma omp simd reduction(max : max)
+        for (int v = 0; v < V; v++) { max = x[v] > max ? x[v] : max; }
+        if (gradient) {
+#pragma omp simd reduction(+ : sum)
+            for (int v = 0; v < V; v++) { x[v] = exp_real(x[v] - max); sum += x[v]; }
+            real scale = dloss / sum;
+            for (int v = 0; v < V; v++) { x[v] *= scale; }
+            x[target] -= dloss;
+        } else {
+#pragma omp simd reduction(+ : sum)
+            for (int v = 0; v < V; v++) { sum += exp_real(x[v] - max); }
+        }
+        losses[n] = (real)(log((double)sum) + (double)max - (double)own);
+        wrong[n] = !(own >= max);
+    }
+}
+
+// =================================================================================================================================
+// The model: state and memory
+
+// Pointers to one layer's tensors inside an arena (weights or gradients); NULL where the model has none.
+typedef struct {
+    real *input_norm, *q, *k, *v, *o, *kq_conv, *kq_conv_post, *head_mix_pre, *head_mix, *head_norm, *gate_weight, *gate_bias;
+    real *lambda_q1, *lambda_k1, *lambda_q2, *lambda_k2, *post_norm, *gate_proj, *up_proj, *down_proj;
+} Layer;
+
+// What the forward pass keeps for the backward pass. N = B*T rows, all layers behind one another: layer l of x starts at l*N*C.
+typedef struct {
+    real *x;               // (L+1,N,C) residual stream before each layer, and after the last
+    real *x_mid;           // (L,N,C) after attention
+    real *ln1, *ln2;       // (L,N,C) normalised inputs of attention and MLP
+    real *rstd1, *rstd2;   // (L,N)
+    real *q;               // (L,N,NH,HS) rotated
+    real *k, *v;           // (L,N,NKV,HS) k rotated
+    real *lse;             // (L,B,NH,T) log-sum-exp of the score rows
+    real *att;             // (L,N,NH,HS) output of the heads
+    real *normed;          // (L,N,NH,HS) after head_norm, where there is one
+    real *head_rstd;       // (L,N,NH)
+    real *gated;           // (L,N,NH,HS) after head_gate, where there is one
+    real *gate, *up;       // (L,N,FF)
+    real *ln_f, *rstd_f;   // (N,C), (N)
+} Activations;
+
+// What no pass keeps.
+typedef struct {
+    real *act, *dgate, *dup;         // (N,FF)
+    real *dx, *dln;                  // (N,C) gradient of the residual stream, of a normalised input
+    real *datt, *dq, *dk, *dv;       // as att, q, k, v of one layer
+    real *logits;                    // (rows of a classifier chunk, V)
+    real *losses;                    // (N)
+    real *parts;                     // partial sums of norm and gate weights
+    real *diff_mix, *diff_dmix;      // (NH/2,2,2)
+    real *tiles;                     // attention tiles of every thread
+    real *cosine, *sine;             // (T,HS/2)
+} Scratch;
+
+typedef struct { const char* name; real** ptr; size_t numel; } Buffer;
+
+typedef struct {
+    Config config;
+    TensorList tensors;
+    int B, T;                         // the largest micro-batch
+    int chunk;                        // queries of an attention chunk
+    int logit_rows;                   // rows of a classifier chunk
+    real *weights, *grads, *m, *v;    // arenas of tensors.numel
+    real *activation_memory, *scratch_memory;
+    double* sum_memory;               // attention's weight gradients, (B, ...) doubles
+    unsigned char* wrong;             // (N) counted targets that another id beats
+    Activations acts;
+    Scratch scratch;
+    AttentionSums sums;
+} Model;
+
+// Sets every pointer of the list; with base NULL it only measures, so that size and layout cannot disagree. Returns reals.
+static size_t carve(const Buffer* buffers, int n, real* base) {
+    size_t offset = 0;
+    for (int i = 0; i < n; i++) {
+        *buffers[i].ptr = base && buffers[i].numel ? base + offset : NULL;
+        offset += (buffers[i].numel + 63) / 64 * 64;
+    }
+    return offset;
+}
+
+static size_t carve_activations(Activations* a, const Config* c, int B, int T, real* base) {
+    size_t N = (size_t)B * T, L = (size_t)c->num_hidden_layers, C = (size_t)c->hidden_size, FF = (size_t)c->intermediate_size;
+    size_t NH = (size_t)c->num_attention_heads, KV = (size_t)c->num_key_value_heads * config_head_size(c);
+    bool norm = c->head_norm != HEAD_NORM_NONE;
+    const Buffer list[] = {
+        {"x", &a->x, (L + 1) * N * C}, {"x_mid", &a->x_mid, L * N * C}, {"ln1", &a->ln1, L * N * C}, {"ln2", &a->ln2, L * N * C},
+        {"rstd1", &a->rstd1, L * N}, {"rstd2", &a->rstd2, L * N}, {"q", &a->q, L * N * C}, {"k", &a->k, L * N * KV}, {"v", &a->v, L * N * KV},
+        {"lse", &a->lse, L * N * NH}, {"att", &a->att, L * N * C}, {"normed", &a->normed, norm ? L * N * C : 0},
+        {"head_rstd", &a->head_rstd, norm ? L * N * NH : 0}, {"gated", &a->gated, c->head_gate ? L * N * C : 0},
+        {"gate", &a->gate, L * N * FF}, {"up", &a->up, L * N * FF}, {"ln_f", &a->ln_f, N * C}, {"rstd_f", &a->rstd_f, N},
+    };
+    return carve(list, (int)(sizeof list / sizeof list[0]), base);
+}
+
+static Attention attention_of(const Model* m, const Layer* w, int B, int T) {
+    const Config* c = &m->config;
+    bool diff = c->attention_type == ATTENTION_DIFF;
+    Attention a = {B, T, c->num_attention_heads, c->num_key_value_heads, config_head_size(c), c->kq_conv_query_size, c->kq_conv_key_size,
+                   c->head_mix_pre_softmax, diff ? 2 : c->head_mix_post_softmax, w->kq_conv, w->kq_conv_post, w->head_mix_pre,
+                   diff ? m->scratch.diff_mix : w->head_mix, min_int(m->chunk, T)};
+    return a;
+}
+
+// The largest tile of all layers: with every convolution and mixing that some layer has.
+static Attention attention_largest(const Config* c, int B, int T, int chunk) {
+    static const real one = 1;
+    bool pre = false, post = false, diff = c->attention_type == ATTENTION_DIFF;
+    for (int l = 0; l < c->num_hidden_layers; l++) { pre = pre || config_conv_pre(c, l); post = post || config_conv_post(c, l); }
+    Attention a = {B, T, c->num_attention_heads, c->num_key_value_heads, config_head_size(c), c->kq_conv_query_size, c->kq_conv_key_size,
+                   c->head_mix_pre_softmax, diff ? 2 : c->head_mix_post_softmax, pre ? &one : NULL, post ? &one : NULL,
+                   c->head_mix_pre_softmax ? &one : NULL, diff || c->head_mix_post_softmax ? &one : NULL, chunk};
+    if (!a.chunk) { a.chunk = attention_chunk(T, attention_group(&a)); }
+    a.chunk = min_int(a.chunk, T);
+    return a;
+}
+
+static int logit_rows(int V, int N) { return min_int(N, max_int(16, (1 << 22) / V)); }  // 16 MiB of logits
+
+static size_t carve_scratch(Scratch* s, const Config* c, int B, int T, int chunk, real* base) {
+    size_t N = (size_t)B * T, C = (size_t)c->hidden_size, FF = (size_t)c->intermediate_size, HS = (size_t)config_head_size(c);
+    size_t NH = (size_t)c->num_attention_heads, KV = (size_t)c->num_key_value_heads * HS;
+    Attention a = attention_largest(c, B, T, chunk);
+    size_t widest = C > 2 * HS + 1 ? C : 2 * HS + 1;
+    const Buffer list[] = {
+        {"act", &s->act, N * FF}, {"dgate", &s->dgate, N * FF}, {"dup", &s->dup, N * FF}, {"dx", &s->dx, N * C}, {"dln", &s->dln, N * C},
+        {"datt", &s->datt, N * C}, {"dq", &s->dq, N * C}, {"dk", &s->dk, N * KV}, {"dv", &s->dv, N * KV},
+        {"logits", &s->logits, (size_t)logit_rows(c->vocab_size, (int)N) * c->vocab_size}, {"losses", &s->losses, N},
+        {"parts", &s->parts, NORM_PARTS * widest}, {"diff_mix", &s->diff_mix, 2 * NH}, {"diff_dmix", &s->diff_dmix, 2 * NH},
+        {"tiles", &s->tiles, (size_t)omp_get_max_threads() * ATTENTION_TILES * attention_tile_size(&a)},
+        {"cosine", &s->cosine, (size_t)T * HS / 2}, {"sine", &s->sine, (size_t)T * HS / 2},
+    };
+    return carve(list, (int)(sizeof list / sizeof list[0]), base);
+}
+
+static size_t carve_sums(AttentionSums* s, const Config* c, int B, double* base) {
+    size_t conv = (size_t)B * c->num_attention_heads * c->kq_conv_query_size * c->kq_conv_key_size;
+    size_t pre = (size_t)B * c->num_attention_heads * c->head_mix_pre_softmax;
+    size_t post = (size_t)B * c->num_attention_heads * (c->attention_type == ATTENTION_DIFF ? 2 : c->head_mix_post_softmax);
+    s->conv_pre = base; s->conv_post = s->conv_pre + conv; s->mix_pre = s->conv_post + conv; s->mix_post = s->mix_pre + pre;
+    return 2 * conv + pre + post;
+}
+
+// Bytes of each allocation of a model, in the order of the plan that is printed before any is made.
+typedef struct { size_t weights, gradients, optimizer, activations, scratch; } MemoryPlan;
+
+static MemoryPlan model_memory(const Config* c, int B, int T) {
+    TensorList list;
+    Activations acts;
+    Scratch scratch;
+    tensor_list(&list, c);
+    size_t arena = list.numel * sizeof(real);
+    double base;  // only so that the measuring walk has a pointer to add to
+    AttentionSums sums;
+    MemoryPlan p = {arena, arena, 2 * arena, carve_activations(&acts, c, B, T, NULL) * sizeof(real),
+                    carve_scratch(&scratch, c, B, T, 0, NULL) * sizeof(real) + (size_t)B * T + carve_sums(&sums, c, B, &base) * sizeof(double)};
+    tensor_list_free(&list);
+    return p;
+}
+
+// The tensors of layer l inside an arena.
+static Layer model_layer(const Model* m, real* arena, int l) {
+    const TensorList* t = &m->tensors;
+#define AT(kind) (tensor_at(t, l, kind) < 0 ? NULL : arena + t->specs[tensor_at(t, l, kind)].offset)
+    Layer w = {AT(TENSOR_INPUT_NORM), AT(TENSOR_Q), AT(TENSOR_K), AT(TENSOR_V), AT(TENSOR_O), AT(TENSOR_KQ_CONV), AT(TENSOR_KQ_CONV_POST),
+               AT(TENSOR_HEAD_MIX_PRE), AT(TENSOR_HEAD_MIX), AT(TENSOR_HEAD_NORM), AT(TENSOR_GATE_WEIGHT), AT(TENSOR_GATE_BIAS),
+               AT(TENSOR_LAMBDA_Q1), AT(TENSOR_LAMBDA_K1), AT(TENSOR_LAMBDA_Q2), AT(TENSOR_LAMBDA_K2), AT(TENSOR_POST_NORM),
+               AT(TENSOR_GATE_PROJ), AT(TENSOR_UP_PROJ), AT(TENSOR_DOWN_PROJ)};
+#undef AT
+    return w;
+}
+static real* model_tensor(const Model* m, real* arena, TensorKind kind) { return arena + m->tensors.specs[tensor_at(&m->tensors, 0, kind)].offset; }
+static real* model_head(const Model* m, real* arena) {  // the classifier: the embedding itself if tied
+    return model_tensor(m, arena, m->config.tie_word_embeddings ? TENSOR_EMBED : TENSOR_LM_HEAD);
+}
+
+// A model for micro-batches of at most B x T; chunk 0: chosen. with_optimizer false leaves out gradients, m and v (evaluation only).
+static Model* model_create(const Config* config, int B, int T, int chunk) {
+    Model* m = (Model*)alloc_or_die(1, sizeof(Model), "model");
+    m->config = *config;
+    m->B = B; m->T = T;
+    m->logit_rows = logit_rows(config->vocab_size, B * T);
+    tensor_list(&m->tensors, config);
+    m->chunk = attention_largest(config, B, T, chunk).chunk;
+    m->weights = (real*)alloc_or_die(m->tensors.numel, sizeof(real), "weights");
+    m->grads = (real*)alloc_or_die(m->tensors.numel, sizeof(real), "gradients");
+    m->m = (real*)alloc_or_die(m->tensors.numel, sizeof(real), "optimizer state m");
+    m->v = (real*)alloc_or_die(m->tensors.numel, sizeof(real), "optimizer state v");
+    m->activation_memory = (real*)alloc_or_die(carve_activations(&m->acts, config, B, T, NULL), sizeof(real), "activations");
+    m->scratch_memory = (real*)alloc_or_die(carve_scratch(&m->scratch, config, B, T, chunk, NULL), sizeof(real), "scratch");
+    carve_activations(&m->acts, config, B, T, m->activation_memory);
+    carve_scratch(&m->scratch, config, B, T, chunk, m->scratch_memory);
+    double measure;
+    m->sum_memory = (double*)alloc_or_die(carve_sums(&m->sums, config, B, &measure), sizeof(double), "gradient sums");
+    carve_sums(&m->sums, config, B, m->sum_memory);
+    m->wrong = (unsigned char*)alloc_or_die((size_t)B * T, 1, "wrong targets");
+    rope_table(m->scratch.cosine, m->scratch.sine, config, T);
+    return m;
+}
+
+static void model_free(Model* m) {
+    void* const memory[] = {m->weights, m->grads, m->m, m->v, m->activation_memory, m->scratch_memory, m->sum_memory, m->wrong};
+    for (size_t i = 0; i < sizeof memory / sizeof memory[0]; i++) { free(memory[i]); }
+    tensor_list_free(&m->tensors);
+    free(m);
+}
+
+// Identity kernels and mixers, norm weights 1, gate bias 0, lambda vectors normal with std 0.1, all else normal with std C^-0.5
+// (down_proj FF^-0.5), cut at 3 sigma. Blocks of a tensor draw from streams of their own: the values do not depend on threads.
+static void tensor_initialise(real* w, const TensorSpec* s, int index, const Config* c, uint64_t seed) {
+    enum { BLOCK = 1 << 16 };
+    size_t n = s->numel;
+    if (s->kind == TENSOR_KQ_CONV || s->kind == TENSOR_KQ_CONV_POST) {
+        size_t cq = s->shape[1], ck = s->shape[2];
+        for (size_t i = 0; i < n; i++) { w[i] = i % (cq * ck) == (cq - 1) * ck + (ck - 1) / 2; }
+    } else if (s->kind == TENSOR_HEAD_MIX_PRE || s->kind == TENSOR_HEAD_MIX) {
+        size_t ch = s->shape[1];
+        for (size_t i = 0; i < n; i++) { w[i] = i / ch % ch == i % ch; }
+    } else if (tensor_is_norm(s) || s->kind == TENSOR_GATE_BIAS) {
+        for (size_t i = 0; i < n; i++) { w[i] = tensor_is_norm(s); }
+    } else {
+        bool lambda = s->kind >= TENSOR_LAMBDA_Q1 && s->kind <= TENSOR_LAMBDA_K2;
+        double std = lambda ? 0.1 : pow(s->kind == TENSOR_DOWN_PROJ ? c->intermediate_size : c->hidden_size, -0.5);
+        int blocks = (int)((n + BLOCK - 1) / BLOCK);
+#pragma omp parallel for schedule(static)
+        for (int b = 0; b < blocks; b++) {
+            Rng rng = rng_make(seed, (uint64_t)index << 32 | (uint64_t)b);
+            size_t end = n < (size_t)(b + 1) * BLOCK ? n : (size_t)(b + 1) * BLOCK;
+            for (size_t i = (size_t)b * BLOCK; i < end; i++) {
+                w[i] = (real)(float)(std * (lambda ? rng_normal(&rng) : rng_truncated_normal(&rng, 3)));
+            }
+        }
+    }
+}
+
+static void model_initialise(Model* m, uint64_t seed) {
+    for (int i = 0; i < m->tensors.n; i++) {
+        tensor_initialise(m->weights + m->tensors.specs[i].offset, &m->tensors.specs[i], i, &m->config, seed);
+    }
+}
+
+// =================================================================================================================================
+// Forward, backward, update
+
+// From tokens (B,T) to the normalised last state acts.ln_f (N,C).
+static void model_forward(Model* m, const int32_t* tokens, int B, int T) {
+    const Config* c = &m->config;
+    Activations* a = &m->acts;
+    int N = B * T, C = c->hidden_size, FF = c->intermediate_size, NH = c->num_attention_heads, NKV = c->num_key_value_heads;
+    int HS = config_head_size(c), KV = NKV * HS, wide = config_norm_heads(c);
+    size_t NC = (size_t)N * C, NF = (size_t)N * FF, NK = (size_t)N * KV;
+    assert(B <= m->B && T <= m->T);
+    embedding_forward(a->x, tokens, model_tensor(m, m->weights, TENSOR_EMBED), N, C);
+    for (int l = 0; l < c->num_hidden_layers; l++) {
+        Layer w = model_layer(m, m->weights, l);
+        real *x = a->x + l * NC, *ln1 = a->ln1 + l * NC, *ln2 = a->ln2 + l * NC, *x_mid = a->x_mid + l * NC;
+        real *q = a->q + l * NC, *k = a->k + l * NK, *v = a->v + l * NK, *att = a->att + l * NC, *out = att;
+        rmsnorm_forward(ln1, a->rstd1 + (size_t)l * N, x, w.input_norm, N, C, c->rms_norm_eps, 1);
+        matmul_forward(q, ln1, w.q, N, C, C);
+        matmul_forward(k, ln1, w.k, N, C, KV);
+        matmul_forward(v, ln1, w.v, N, C, KV);
+        rope_forward(q, m->scratch.cosine, m->scratch.sine, B, T, NH, HS, 1);
+        rope_forward(k, m->scratch.cosine, m->scratch.sine, B, T, NKV, HS, 1);
+        if (w.lambda_q1) {
+            Lambda lambda = {w.lambda_q1, w.lambda_k1, w.lambda_q2, w.lambda_k2};
+            diff_lambda_forward(m->scratch.diff_mix, &lambda, config_lambda_init(l), NH, HS);
+        }
+        Attention shape = attention_of(m, &w, B, T);
+        attention_forward(att, a->lse + (size_t)l * N * NH, q, k, v, &shape, m->scratch.tiles);
+        if (w.head_norm) {
+            double scale = c->head_norm == HEAD_NORM_GROUP_DEPTH_SCALED ? 1 - config_lambda_init(l) : 1;
+            out = a->normed + l * NC;
+            rmsnorm_forward(out, a->head_rstd + (size_t)l * N * NH, att, w.head_norm, N * NH / wide, HS * wide, 1e-5, scale);
+        }
+        if (w.gate_weight) {
+            head_gate_forward(a->gated + l * NC, out, w.gate_weight, w.gate_bias, N * NH, HS);
+            out = a->gated + l * NC;
+        }
+        memcpy(x_mid, x, NC * sizeof(real));
+        gemm(false, true, N, C, C, 1, out, (size_t)C, w.o, (size_t)C, 1, x_mid, (size_t)C);  // x_mid = x + out Wo^T
+        rmsnorm_forward(ln2, a->rstd2 + (size_t)l * N, x_mid, w.post_norm, N, C, c->rms_norm_eps, 1);
+        matmul_forward(a->gate + l * NF, ln2, w.gate_proj, N, C, FF);
+        matmul_forward(a->up + l * NF, ln2, w.up_proj, N, C, FF);
+        swiglu_forward(m->scratch.act, a->gate + l * NF, a->up + l * NF, NF);
+        memcpy(x + NC, x_mid, NC * sizeof(real));
+        gemm(false, true, N, C, FF, 1, m->scratch.act, (size_t)FF, w.down_proj, (size_t)FF, 1, x + NC, (size_t)C);
+    }
+    rmsnorm_forward(a->ln_f, a->rstd_f, a->x + c->num_hidden_layers * NC, model_tensor(m, m->weights, TENSOR_NORM), N, C, c->rms_norm_eps, 1);
+}
+
+// The classifier and its loss, a chunk of rows at a time so that the logits of all rows never exist: returns the sum of the counted losses,
+// fills scratch.losses and wrong. With `gradient`: scratch.dln = dL/d(ln_f) and the head's gradient, L = sum * dloss. logits (N,V) unless NULL.
+static double model_loss(Model* m, const int32_t* targets, int N, real dloss, bool gradient, float* logits) {
+    int C = m->config.hidden_size, V = m->config.vocab_size;
+    const real* head = model_head(m, m->weights);
+    for (int n = 0; n < N; n += m->logit_rows) {
+        int rows = min_int(m->logit_rows, N - n);
+        const real* x = m->acts.ln_f + (size_t)n * C;
+        real* chunk = m->scratch.logits;
+        matmul_forward(chunk, x, head, rows, C, V);
+        if (logits) { for (size_t i = 0; i < (size_t)rows * V; i++) { logits[(size_t)n * V + i] = (float)chunk[i]; } }
+        crossentropy_forward_backward(m->scratch.losses + n, m->wrong + n, chunk, targets + n, rows, V, dloss, gradient);
+        if (gradient) { matmul_backward(m->scratch.dln + (size_t)n * C, model_head(m, m->grads), chunk, x, head, rows, C, V, false); }
+    }
+    double sum = 0;
+    for (int n = 0; n < N; n++) { sum += (double)m->scratch.losses[n]; }
+    return sum;
+}
+
+// The exact reverse of model_forward, from scratch.dln; adds to the gradients.
+static void model_backward(Model* m, const int32_t* tokens, int B, int T) {
+    const Config* c = &m->config;
+    const Activations* a = &m->acts;
+    Scratch* s = &m->scratch;
+    int N = B * T, C = c->hidden_size, FF = c->intermediate_size, NH = c->num_attention_heads, NKV = c->num_key_value_heads;
+    int HS = config_head_size(c), KV = NKV * HS, wide = config_norm_heads(c), L = c->num_hidden_layers;
+    size_t NC = (size_t)N * C, NF = (size_t)N * FF, NK = (size_t)N * KV, kernel = (size_t)NH * c->kq_conv_query_size * c->kq_conv_key_size;
+    rmsnorm_backward(s->dx, model_tensor(m, m->grads, TENSOR_NORM), s->dln, a->x + L * NC, model_tensor(m, m->weights, TENSOR_NORM), a->rstd_f, N, C,
+                     1, s->parts, false);
+    for (int l = L - 1; l >= 0; l--) {
+        Layer w = model_layer(m, m->weights, l), g = model_layer(m, m->grads, l);
+        const real *x = a->x + l * NC, *ln1 = a->ln1 + l * NC, *ln2 = a->ln2 + l * NC, *x_mid = a->x_mid + l * NC;
+        const real *q = a->q + l * NC, *k = a->k + l * NK, *v = a->v + l * NK, *att = a->att + l * NC;
+        const real *normed = w.head_norm ? a->normed + l * NC : att, *out = w.gate_weight ? a->gated + l * NC : normed;
+        // x + down(act)
+        matmul_backward(s->dgate, NULL, s->dx, NULL, w.down_proj, N, FF, C, false);
+        swiglu_backward(s->dgate, s->dup, s->act, s->dgate, a->gate + l * NF, a->up + l * NF, NF);
+        matmul_backward(NULL, g.down_proj, s->dx, s->act, NULL, N, FF, C, false);
+        matmul_backward(s->dln, g.gate_proj, s->dgate, ln2, w.gate_proj, N, C, FF, false);
+        matmul_backward(s->dln, g.up_proj, s->dup, ln2, w.up_proj, N, C, FF, true);
+        rmsnorm_backward(s->dx, g.post_norm, s->dln, x_mid, w.post_norm, a->rstd2 + (size_t)l * N, N, C, 1, s->parts, true);
+        // x + o(out)
+        matmul_backward(s->datt, g.o, s->dx, out, w.o, N, C, C, false);
+        if (w.gate_weight) {
+            head_gate_backward(s->datt, g.gate_weight, g.gate_bias, s->datt, normed, w.gate_weight, w.gate_bias, N * NH, HS, s->parts);
+        }
+        if (w.head_norm) {
+            double scale = c->head_norm == HEAD_NORM_GROUP_DEPTH_SCALED ? 1 - config_lambda_init(l) : 1;
+            rmsnorm_backward(s->datt, g.head_norm, s->datt, att, w.head_norm, a->head_rstd + (size_t)l * N * NH, N * NH / wide, HS * wide, scale,
+                             s->parts, false);
+        }
+        if (w.lambda_q1) {
+            Lambda lambda = {w.lambda_q1, w.lambda_k1, w.lambda_q2, w.lambda_k2};
+            diff_lambda_forward(s->diff_mix, &lambda, config_lambda_init(l), NH, HS);
+        }
+        Attention shape = attention_of(m, &w, B, T);
+        attention_backward(s->dq, s->dk, s->dv, &m->sums, s->datt, q, k, v, a->lse + (size_t)l * N * NH, &shape, s->tiles);
+        if (g.kq_conv) { attention_sums_add(g.kq_conv, m->sums.conv_pre, B, kernel); }
+        if (g.kq_conv_post) { attention_sums_add(g.kq_conv_post, m->sums.conv_post, B, kernel); }
+        if (g.head_mix_pre) { attention_sums_add(g.head_mix_pre, m->sums.mix_pre, B, (size_t)NH * c->head_mix_pre_softmax); }
+        if (g.head_mix) { attention_sums_add(g.head_mix, m->sums.mix_post, B, (size_t)NH * c->head_mix_post_softmax); }
+        if (w.lambda_q1) {
+            Lambda lambda = {w.lambda_q1, w.lambda_k1, w.lambda_q2, w.lambda_k2};
+            memset(s->diff_dmix, 0, 2 * (size_t)NH * sizeof(real));
+            attention_sums_add(s->diff_dmix, m->sums.mix_post, B, 2 * (size_t)NH);
+            diff_lambda_backward(g.lambda_q1, g.lambda_k1, g.lambda_q2, g.lambda_k2, s->diff_dmix, &lambda, NH, HS);
+        }
+        rope_backward(s->dq, s->cosine, s->sine, B, T, NH, HS);
+        rope_backward(s->dk, s->cosine, s->sine, B, T, NKV, HS);
+        matmul_backward(s->dln, g.q, s->dq, ln1, w.q, N, C, C, false);
+        matmul_backward(s->dln, g.k, s->dk, ln1, w.k, N, C, KV, true);
+        matmul_backward(s->dln, g.v, s->dv, ln1, w.v, N, C, KV, true);
+        rmsnorm_backward(s->dx, g.input_norm, s->dln, x, w.input_norm, a->rstd1 + (size_t)l * N, N, C, 1, s->parts, true);
+    }
+    embedding_backward(model_tensor(m, m->grads, TENSOR_EMBED), s->dx, tokens, N, C);
+}
+
+enum { UPDATE_BLOCK = 1 << 16 };  // elements of an arena that one thread handles at a time; the order of the norm's sum hangs on it
+
+static void model_zero_gradients(Model* m) {
+#pragma omp parallel for schedule(static)
+    for (size_t i = 0; i < m->tensors.numel; i += UPDATE_BLOCK) {
+        size_t n = m->tensors.numel - i < UPDATE_BLOCK ? m->tensors.numel - i : UPDATE_BLOCK;
+        memset(m->grads + i, 0, n * sizeof(real));
+    }
+}
+
+// Square root of the sum of squares of all gradients; not finite if any is not.
+static double gradient_norm(const Model* m) {
+    size_t blocks = (m->tensors.numel + UPDATE_BLOCK - 1) / UPDATE_BLOCK;
+    double* sums = (double*)alloc_or_die(blocks, sizeof(double), "norm sums");
+#pragma omp parallel for schedule(static)
+    for (size_t b = 0; b < blocks; b++) {
+        const real* g = m->grads + b * UPDATE_BLOCK;
+        size_t n = m->tensors.numel - b * UPDATE_BLOCK < UPDATE_BLOCK ? m->tensors.numel - b * UPDATE_BLOCK : UPDATE_BLOCK;
+        double sum = 0;
+#pragma omp simd reduction(+ : sum)
+        for (size_t i = 0; i < n; i++) { sum += (double)g[i] * (double)g[i]; }
+        sums[b] = sum;
+    }
+    double total = 0;
+    for (size_t b = 0; b < blocks; b++) { total += sums[b]; }
+    free(sums);
+    return sqrt(total);
+}
+
+// AdamW with decoupled decay on every tensor (MODEL.md eq. 15); step counts from 1. Gradients are scaled down to the norm grad_clip (0 = off).
+// Returns the norm before clipping. If it is not finite nothing is changed: the caller counts and decides.
+static double model_update(Model* m, const AdamW* h, long step) {
+    double norm = gradient_norm(m);
+    if (!isfinite(norm)) { return norm; }
+    real clip = (real)(h->grad_clip > 0 && norm > h->grad_clip ? h->grad_clip / norm : 1);
+    real b1 = (real)h->beta1, b2 = (real)h->beta2, eps = (real)h->eps;
+    real decay = (real)(1 - h->lr * h->weight_decay), rate = (real)(h->lr / (1 - pow(h->beta1, (double)step)));
+    real correct = (real)(1 / sqrt(1 - pow(h->beta2, (double)step)));
+    real *w = m->weights, *am = m->m, *av = m->v;
+    const real* g = m->grads;
+#pragma omp parallel for simd schedule(static)
+    for (size_t i = 0; i < m->tensors.numel; i++) {
+        real d = g[i] * clip;
+        am[i] = b1 * am[i] + (1 - b1) * d;
+        av[i] = b2 * av[i] + (1 - b2) * d * d;
+        w[i] = w[i] * decay - rate * am[i] / (sqrt_real(av[i]) * correct + eps);
+    }
+    return norm;
+}
+
+// =================================================================================================================================
+// The table of functions that the tests drive (mta/trainer.h)
+
+static void* table_create(const Config* c, int B, int T, int chunk, Error* e) {
+    (void)e;  // on the CPU, memory that cannot be had ends the program with a line that says how much
+    return model_create(c, B, T, chunk);
+}
+static void table_destroy(void* m) { model_free((Model*)m); }
+static void table_initialise(void* m, uint64_t seed) { model_initialise((Model*)m, seed); }
+static const TensorList* table_tensors(const void* m) { return &((const Model*)m)->tensors; }
+
+static real* table_state(const Model* m, StateKind kind, int i) {
+    real* const arenas[] = {m->weights, m->grads, m->m, m->v};
+    return arenas[kind] + m->tensors.specs[i].offset;
+}
+static void table_set(void* model, StateKind kind, int tensor, const float* data) {
+    Model* m = (Model*)model;
+    for (size_t i = 0; i < m->tensors.specs[tensor].numel; i++) { table_state(m, kind, tensor)[i] = data[i]; }
+}
+static void table_get(const void* model, StateKind kind, int tensor, float* data) {
+    const Model* m = (const Model*)model;
+    for (size_t i = 0; i < m->tensors.specs[tensor].numel; i++) { data[i] = (float)table_state(m, kind, tensor)[i]; }
+}
+
+static double table_run(Model* m, const int32_t* tokens, const int32_t* targets, int B, int T, bool gradient, float* logits) {
+    int counted = 0;
+    for (int n = 0; n < B * T; n++) { counted += targets[n] >= 0; }
+    model_forward(m, tokens, B, T);
+    double sum = model_loss(m, targets, B * T, counted ? (real)(1.0 / counted) : 0, gradient, logits);
+    if (gradient) { model_backward(m, tokens, B, T); }
+    return counted ? sum / counted : 0;
+}
+static double table_forward(void* m, const int32_t* tokens, const int32_t* targets, int B, int T, float* logits) {
+    return table_run((Model*)m, tokens, targets, B, T, false, logits);
+}
+static double table_forward_backward(void* m, const int32_t* tokens, const int32_t* targets, int B, int T) {
+    return table_run((Model*)m, tokens, targets, B, T, true, NULL);
+}
+static void table_zero_gradients(void* m) { model_zero_gradients((Model*)m); }
+static double table_update(void* m, const AdamW* hyper, long step) { return model_update((Model*)m, hyper, step); }
+
+#ifdef MTA_REAL_IS_FLOAT
+const Trainer* trainer_cpu(void) {
+    static const Trainer table = {"cpu fp32", true, table_create, table_destroy, table_initialise, table_tensors, table_set, table_get,
+                                  table_forward, table_forward_backward, table_zero_gradients, table_update, NULL};
+    return &table;
+}
+#endif
