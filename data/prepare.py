@@ -8,6 +8,7 @@ One document: its last 5% become the validation set. Several: each goes whole to
 """
 import argparse
 import array
+import base64
 import hashlib
 import os
 import sys
@@ -17,8 +18,56 @@ MAGIC = {2: (20240520, 1), 4: (20240801, 7)}    # bytes a token -> llm.c's magic
 TOY = "abcdefghijklmnopqrstuvwxyz.#_"
 
 
+# How text is cut into pieces before byte-pair merging. gpt2, cl100k_base and o200k_base as tiktoken 0.14.0 has them, llama3 as Meta published it.
+PATTERNS = {
+    "gpt2": r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s""",
+    "cl100k_base": r"""'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$"""
+                   r"""|\s*[\r\n]|\s+(?!\S)|\s""",
+    "llama3": r"""(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"""
+              r"""|\s+(?!\S)|\s+""",
+    "o200k_base": r"""[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?"""
+                  r"""|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"""
+                  r"""|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+""",
+}
+
+
 class UserError(Exception):
     """A mistake of the user's: printed as one line, exit status 1."""
+
+
+def read_ranks(path):
+    """A tiktoken rank file as a dictionary {bytes: rank}; refused with file and line where it is not whole."""
+    ranks, lines = {}, {}
+    try:
+        with open(path, "rb") as f:
+            data = f.read()
+    except OSError as e:
+        raise UserError("%s: %s" % (path, e.strerror))
+    if data[:1] == b"{":
+        raise UserError("%s: JSON (Hugging Face's tokenizer.json?), wanted a tiktoken rank file, such as the model's tokenizer.model" % path)
+    for number, line in enumerate(data.split(b"\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            encoded, rank = line.split()
+            token, rank = base64.b64decode(encoded, validate=True), int(rank)
+        except ValueError:
+            raise UserError("%s:%d: wanted a line of a tiktoken rank file: BASE64 RANK" % (path, number))
+        if not token or rank < 0:
+            raise UserError("%s:%d: wanted a token of one byte at least and a rank from 0" % (path, number))
+        if token in ranks:
+            raise UserError("%s:%d: the same token as on line %d" % (path, number, lines[ranks[token]]))
+        if rank in lines:
+            raise UserError("%s:%d: rank %d a second time, it was on line %d" % (path, number, rank, lines[rank]))
+        ranks[token] = rank
+        lines[rank] = number
+    for expected, rank in enumerate(sorted(lines)):
+        if rank != expected:
+            raise UserError("%s:%d: a hole: got rank %d, but no line has rank %d" % (path, lines[rank], rank, expected))
+    for byte in range(256):
+        if bytes([byte]) not in ranks:
+            raise UserError("%s: no token for the single byte 0x%02x, wanted one for each of the 256" % (path, byte))
+    return ranks
 
 
 class BytesTokenizer:

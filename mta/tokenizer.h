@@ -7,8 +7,8 @@
 //   llama3       (?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+
 //   o200k_base   [^\r\n\p{L}\p{N}]?U*W+C?|[^\r\n\p{L}\p{N}]?U+W*C?|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+
 //                U = [\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}], W = [\p{Ll}\p{Lm}\p{Lo}\p{M}], C = (?i:'s|'t|'re|'ve|'m|'ll|'d)
-// Encoding: the text is cut into pieces by a scanner written by hand for each pattern (classes of characters from unicode_tables.h); a piece
-// that is a token is that token; any other starts as single bytes, and the adjacent pair whose joined bytes have the lowest rank, leftmost
+// Encoding: the text is cut into pieces by a scanner written by hand for each pattern (classes of characters from unicode_tables.h); a
+// piece that is a token is that token; any other starts as single bytes, and the adjacent pair whose joined bytes have the lowest rank, leftmost
 // first, is merged until none is a token (a scan for short pieces, a heap for long ones, so a megabyte of one letter takes no longer than
 // a megabyte of text, roughly). Nothing in a text is special: "<|endoftext|>" is encoded as the letters it has.
 //
@@ -47,7 +47,7 @@ typedef struct Tokenizer {
     uint8_t* classes;     // 0x110000: class of a code point
 } Tokenizer;
 
-// ---------------------------------------------------------------------------------------------------------------------------------------
+// ---------------------------------------------------------------------------------------------------------------------
 // Ranks: bytes of a token -> rank
 
 static inline uint64_t token_load(const char* p, size_t n) {  // up to 8 bytes as a number
@@ -88,7 +88,7 @@ static inline int32_t token_rank(const Tokenizer* t, const char* p, size_t n) {
     }
 }
 
-// ---------------------------------------------------------------------------------------------------------------------------------------
+// ---------------------------------------------------------------------------------------------------------------------
 // Reading a rank file
 
 enum { RANKS_MAX = 1 << 24, TOKEN_BYTES_MAX = 4096 };  // more is no tokenizer that a model of ours could use
@@ -232,7 +232,7 @@ static inline bool ranks_read(Tokenizer* t, const char* path, Error* e) {
     } else if (m.size >= UINT32_MAX) {
         ok = fail(e, "%s: %zu bytes, too large for a rank file", path, m.size);
     } else if (p[0] == '{') {
-        ok = fail(e, "%s: JSON (Hugging Face's tokenizer.json?), wanted a tiktoken rank file: use the model's original tokenizer.model", path);
+        ok = fail(e, "%s: JSON (Hugging Face's tokenizer.json?), wanted a tiktoken rank file, such as the model's tokenizer.model", path);
     } else if (m.size > 2 && p[0] == '\n' && (p[1] & 0x80 || p[2] == '\n')) {
         ok = fail(e, "%s: a SentencePiece model (Llama 2's?), wanted a tiktoken rank file, as Llama 3's tokenizer.model is one", path);
     }
@@ -246,7 +246,7 @@ static inline bool ranks_read(Tokenizer* t, const char* path, Error* e) {
     return ok;
 }
 
-// ---------------------------------------------------------------------------------------------------------------------------------------
+// ---------------------------------------------------------------------------------------------------------------------
 // Opening
 
 // The pattern that a rank file's name tells, SPLIT_COUNT where it tells none.
@@ -344,7 +344,7 @@ static inline int tokenizer_vocab(const Tokenizer* t) { return t->vocab; }  // i
 static inline int tokenizer_bos(const Tokenizer* t) { return t->bos; }
 static inline int tokenizer_eos(const Tokenizer* t) { return t->eos; }      // -1: none
 static inline const char* tokenizer_name(const Tokenizer* t) { return split_pattern_name(t->pattern); }  // bytes, toy or the pattern
-static inline const char* tokenizer_file(const Tokenizer* t) { return t->file[0] ? t->file : NULL; }     // the rank file, NULL where built in
+static inline const char* tokenizer_file(const Tokenizer* t) { return t->file[0] ? t->file : NULL; }  // the rank file, NULL: built in
 
 // A file name for a copy of the rank file that tells its pattern, such as cl100k_base.tiktoken; for a built-in tokenizer its name.
 static inline const char* tokenizer_file_name(const Tokenizer* t) {
@@ -353,7 +353,7 @@ static inline const char* tokenizer_file_name(const Tokenizer* t) {
     return names[t->pattern];
 }
 
-// ---------------------------------------------------------------------------------------------------------------------------------------
+// ---------------------------------------------------------------------------------------------------------------------
 // Characters
 
 // Bytes of the character at p (1 to 4), 0 where it is no UTF-8: overlong, a surrogate, beyond U+10FFFF, cut off.
@@ -416,7 +416,7 @@ static inline const unsigned char* scan_run(const Scan* s, const unsigned char* 
     return p;
 }
 
-// ---------------------------------------------------------------------------------------------------------------------------------------
+// ---------------------------------------------------------------------------------------------------------------------
 // The scanners: where the piece that begins at p ends. Always beyond p: every character is a letter, a number, a space or other.
 
 static inline bool is_newline(unsigned char c) { return c == '\n' || c == '\r'; }
@@ -433,8 +433,8 @@ static inline const unsigned char* scan_contraction(const Scan* s, const unsigne
     return (a == 'l' && b == 'l') || (a == 'v' && b == 'e') || (a == 'r' && b == 'e') ? p + 3 : p;
 }
 
-// A run of spaces at p that no word has claimed. newlines: up to the last newline in it (\s*[\r\n]); end_first: but a run that ends the text
-// is one piece (\s++$); otherwise all but the last space, which the next word may want (\s+(?!\S)), or the only one (\s).
+// A run of spaces at p that no word has claimed. newlines: up to the last newline in it (\s*[\r\n]); end_first: but a run that ends the
+// text is one piece (\s++$); otherwise all but the last space, which the next word may want (\s+(?!\S)), or the only one (\s).
 static inline const unsigned char* scan_spaces(const Scan* s, const unsigned char* p, bool newlines, bool end_first) {
     const unsigned char* last = p;           // start of the last character of the run
     const unsigned char* after_newline = NULL;
@@ -501,18 +501,19 @@ static inline const unsigned char* scan_o200k_word(const Scan* s, const unsigned
 }
 
 static inline const unsigned char* scan_o200k(const Scan* s, const unsigned char* p) {
-    const unsigned char* first;  // behind the one character that may lead a word, [^\r\n\p{L}\p{N}]?
-    const unsigned char* capitals;
-    const unsigned char* ignored;
-    int k = scan_class(s, p, &first);
-    if (k == CLASS_NUMBER) { return scan_numbers(s, p); }
-    if (SET_LETTERS >> k & 1 || is_newline(*p)) { first = p; }
-    const unsigned char* q = is_newline(*p) ? NULL : scan_o200k_word(s, first, &capitals);
-    if (!q && k == CLASS_MARK) { q = scan_o200k_word(s, p, &ignored); }  // a mark may lead a word or be part of it
-    if (!q && !is_newline(*p) && capitals > first) { q = capitals; }     // the second alternative, U+W*, where W* finds nothing
-    if (q) { return scan_contraction(s, q, true); }
     const unsigned char* next;
-    q = p + (*p == ' ');
+    int k = scan_class(s, p, &next);
+    if (k == CLASS_NUMBER) { return scan_numbers(s, p); }
+    if (!is_newline(*p)) {
+        const unsigned char* word = SET_LETTERS >> k & 1 ? p : next;  // behind the one character that may lead a word, [^\r\n\p{L}\p{N}]?
+        const unsigned char* capitals = word;
+        const unsigned char* ignored;
+        const unsigned char* q = scan_o200k_word(s, word, &capitals);
+        if (!q && k == CLASS_MARK) { q = scan_o200k_word(s, p, &ignored); }  // a mark may also be part of the word
+        if (!q && capitals > word) { q = capitals; }                         // the second alternative, U+W*, where W* finds nothing
+        if (q) { return scan_contraction(s, q, true); }
+    }
+    const unsigned char* q = p + (*p == ' ');
     if (SET_OTHERS >> scan_class(s, q, &next) & 1) {
         q = scan_run(s, next, SET_OTHERS);
         while (q < s->end && (is_newline(*q) || *q == '/')) { q++; }
@@ -530,7 +531,7 @@ static inline const unsigned char* scan_piece(const Tokenizer* t, const Scan* s,
     }
 }
 
-// ---------------------------------------------------------------------------------------------------------------------------------------
+// ---------------------------------------------------------------------------------------------------------------------
 // Byte-pair merging
 
 enum { MERGE_SHORT = 96 };  // bytes; longer pieces are merged with a heap
@@ -626,7 +627,7 @@ static inline size_t merge_long(const Tokenizer* t, const char* p, size_t n, int
     return parts;
 }
 
-// ---------------------------------------------------------------------------------------------------------------------------------------
+// ---------------------------------------------------------------------------------------------------------------------
 // Encoding
 
 typedef struct { int32_t* ids; size_t n, cap; } IdList;
@@ -665,7 +666,7 @@ static inline bool encode_pieces(const Tokenizer* t, const char* text, size_t n,
         } else if (size <= MERGE_SHORT) {
             out->n += merge_short(t, (const char*)p, size, out->ids + out->n);
         } else if (size >= UINT32_MAX) {
-            return fail(e, "%zu bytes at offset %zu without a place to split, wanted less than 4 GiB", size, (size_t)((const char*)p - text));
+            return fail(e, "offset %zu: %zu bytes without a place to split, wanted less than 4 GiB", (size_t)((const char*)p - text), size);
         } else {
             out->n += merge_long(t, (const char*)p, size, out->ids + out->n);
         }
@@ -695,7 +696,7 @@ static inline bool tokenizer_encode(const Tokenizer* t, const char* text, size_t
     return ok;
 }
 
-// ---------------------------------------------------------------------------------------------------------------------------------------
+// ---------------------------------------------------------------------------------------------------------------------
 // Decoding. A character may be spread over tokens: its bytes wait in the stream until it is whole. Bytes that can belong to no character
 // come out as U+FFFD, as many as Python's decode("utf-8", "replace") gives.
 

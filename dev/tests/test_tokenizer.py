@@ -1,0 +1,287 @@
+#!/usr/bin/env python3
+"""mta/tokenizer.h against Python's tiktoken: the same ids, none different, and decode(encode(x)) = x.
+
+    data/.venv/bin/python dev/tests/test_tokenizer.py [--full] [--strings N] [--text-mb N] [--text DIR ...] [--seed N]
+
+Default: the golden texts, every code point, 20,000 random strings, 4 MB of the machine's own text: about a minute.
+--full: 1,000,000 random strings and 100 MB of text. Each text goes through all four patterns with real ranks (cl100k_base's; gpt2's for
+gpt2), and through all four again with made-up ranks in which any two bytes are a token, so that a piece that ends one character too
+early or too late changes the ids even where the real ranks would hide it.
+Without tiktoken only the golden texts are compared.
+"""
+import argparse
+import ctypes
+import glob
+import json
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import time
+
+try:
+    import tiktoken
+except ImportError:
+    tiktoken = None
+
+ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+GOLDEN = os.path.join(ROOT, "dev", "golden", "tokenizers")
+sys.path.insert(0, os.path.join(ROOT, "data"))
+from prepare import PATTERNS, read_ranks, UserError  # noqa: E402
+
+
+class Library:
+    """mta/tokenizer.h, compiled into a shared library."""
+
+    def __init__(self, folder):
+        path = os.path.join(folder, "tokenizer_lib.so")
+        command = [os.environ.get("CC", "cc"), "-std=gnu11", "-O2", "-Wall", "-Wextra", "-shared", "-fPIC", "-I" + ROOT,
+                   os.path.join(ROOT, "dev", "tests", "tokenizer_lib.c"), "-o", path]
+        subprocess.run(command, check=True)
+        self.lib = ctypes.CDLL(path)
+        self.lib.lib_open.restype = ctypes.c_void_p
+        self.lib.lib_encode.restype = ctypes.c_long
+        self.lib.lib_encode.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_size_t, ctypes.c_void_p, ctypes.c_char_p]
+        self.lib.lib_decode.restype = self.lib.lib_max_bytes.restype = ctypes.c_size_t
+        self.lib.lib_decode.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_char_p]
+        for name in ("lib_max_bytes", "lib_vocab", "lib_bos", "lib_eos", "lib_close"):
+            getattr(self.lib, name).argtypes = [ctypes.c_void_p]
+
+
+class Tokenizer:
+    """One tokenizer of the library; with `reference`, tiktoken's of the same ranks and pattern."""
+
+    def __init__(self, library, path, pattern):
+        self.lib = library.lib
+        self.message = ctypes.create_string_buffer(512)
+        self.handle = self.lib.lib_open(path.encode(), pattern.encode(), self.message)
+        if not self.handle:
+            raise UserError(self.message.value.decode())
+        self.pattern = pattern
+        self.room = 1 << 16
+        self.ids = (ctypes.c_int32 * self.room)()
+        self.longest = self.lib.lib_max_bytes(self.handle) + 8
+        self.reference = None
+        if tiktoken:
+            self.reference = tiktoken.Encoding(pattern, pat_str=PATTERNS[pattern], mergeable_ranks=read_ranks(path), special_tokens={})
+
+    def encode(self, data):
+        """Ids of UTF-8 bytes as a slice of C's own array, and their number."""
+        if len(data) + 1 > self.room:
+            self.room = len(data) * 2
+            self.ids = (ctypes.c_int32 * self.room)()
+        n = self.lib.lib_encode(self.handle, data, len(data), self.ids, self.message)
+        if n < 0:
+            raise UserError(self.message.value.decode())
+        return self.ids[:n]
+
+    def decode(self, ids, size=None):
+        """Text of ids as UTF-8 bytes, decoded one id after another; `size` where it is known that there are so many."""
+        array = (ctypes.c_int32 * len(ids))(*ids)
+        room = len(ids) * self.longest if size is None else 4 * size + self.longest
+        out = ctypes.create_string_buffer(room + 8)
+        n = self.lib.lib_decode(self.handle, array, len(ids), out)
+        return ctypes.string_at(out, n)
+
+
+class Checker:
+    """Counts what is equal and what is not, and shows the first differences."""
+
+    def __init__(self):
+        self.passed = self.failed = 0
+
+    def check(self, name, ok, detail=""):
+        self.passed += ok
+        self.failed += not ok
+        print("%s %s%s" % ("ok  " if ok else "FAIL", name, detail), flush=True)
+
+    def compare(self, name, tokenizers, texts):
+        """Every text through every tokenizer and its reference: one check a tokenizer."""
+        for key, t in tokenizers.items():
+            start, wrong, size, first = time.time(), 0, 0, None
+            for text in texts:
+                data = text.encode("utf-8")
+                size += len(data)
+                got = t.encode(data)
+                if got != t.reference.encode_ordinary(text) or t.decode(got, size=len(data)) != data:
+                    wrong += 1
+                    first = first or text
+            detail = ": %d texts, %.1f MB, %d different, %.1f s" % (len(texts), size / 1e6, wrong, time.time() - start)
+            self.check("%s, %s" % (name, key), wrong == 0, detail)
+            if first:
+                print("     first: %s" % ascii(smallest(t, first)))
+
+
+def smallest(t, text):
+    """A part of the text that still differs, found by leaving away what can be left away."""
+    def differs(s):
+        ids = t.encode(s.encode("utf-8"))
+        return ids != t.reference.encode_ordinary(s) or t.decode(ids) != s.encode("utf-8")
+    size = max(1, len(text) // 2)
+    while size:
+        at = 0
+        while at < len(text):
+            shorter = text[:at] + text[at + size:]
+            if differs(shorter):
+                text = shorter
+            else:
+                at += size
+        size //= 2
+    return text
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Texts
+
+def code_point_texts():
+    """Every code point but the surrogates, each in the places where a pattern could treat it specially."""
+    texts = []
+    for first in range(0, 0x110000, 256):
+        if 0xD800 <= first < 0xE000:
+            continue
+        texts.append("".join("{0} {0}a A{0}B{0} 1{0}2 {0}{0}.'{0}x '{0}{0}\n{0}".format(chr(c)) for c in range(first, first + 256)))
+    return texts
+
+
+WORDS = ["the", " model", "Hello", " WORLD", "'s", "'LL", "'\u017f", "'Ve", "'re", "don't", "I'M", "\u2019s", "12345", "3.14", "0xFF", " ", "  ", "    ",
+         "\t", "\n", "\r\n", "\n\n", " \n ", "\u00a0", "\u3000", "\u2028", "\x85", "\x0b", "\x1c", "...", "!?", "/", "//", "\n/", "#", "<|endoftext|>",
+         "\u00e9", "e\u0301", "\u0301", "\u0915\u094d\u0937", "\u0e44\u0e17\u0e22", "\uc548\ub155", "\u4f60\u597d", "\U0001F600", "\U0001F469\u200d\U0001F467", "\u01c5", "\u02b0", "\u00aa",
+         "\u2160", "\u00bd", "\u0660\u0661", "\U0001D7D8", "\ufeff", "\x00", "\u1e9e", "\ufb01", "K", "\u212a", "_x", "camelCase", "HTTPServer", "\U0002A6D6"]
+
+
+def random_text(rng, pools):
+    """A short string that mixes words, spaces and characters of all classes and planes."""
+    parts = []
+    for _ in range(rng.randrange(1, 14)):
+        kind = rng.random()
+        if kind < 0.45:
+            parts.append(rng.choice(WORDS))
+        elif kind < 0.85:
+            pool = rng.choice(pools)
+            parts.append("".join(rng.choices(pool, k=rng.randrange(1, 6))))
+        elif kind < 0.95:
+            parts.append(rng.choice(WORDS) * rng.randrange(1, 9))
+        else:
+            c = rng.randrange(0x110000 - 0x800)
+            parts.append(chr(c if c < 0xD800 else c + 0x800))
+    return "".join(parts)
+
+
+def character_pools():
+    """Characters by general category (of Python's own Unicode version; it only steers what is drawn)."""
+    import unicodedata
+    pools = {}
+    for c in range(0x110000):
+        if not 0xD800 <= c < 0xE000:
+            pools.setdefault(unicodedata.category(chr(c)), []).append(chr(c))
+    return list(pools.values()) + [" \t\n\r\u00a0\u2003", "'sStTdDmMlLvVeErR\u017f", "aAbB'. \n", "0123456789 "]
+
+
+def machine_texts(folders, limit):
+    """Text files of this machine, whole, up to `limit` bytes of valid UTF-8 in all."""
+    texts, size = [], 0
+    for folder in folders:
+        for path in sorted(glob.iglob(os.path.join(folder, "**", "*"), recursive=True)):
+            if size >= limit:
+                return texts
+            try:
+                if os.path.islink(path) or not os.path.isfile(path) or not 0 < os.path.getsize(path) < 8 << 20:
+                    continue
+                with open(path, "rb") as f:
+                    data = f.read()
+                if b"\0" in data[:4096]:
+                    continue
+                texts.append(data.decode("utf-8"))
+            except (OSError, UnicodeDecodeError):
+                continue
+            size += len(data)
+    return texts
+
+
+def write_pair_ranks(path):
+    """A rank file in which every two bytes are a token, in an order that has no pattern."""
+    import base64
+    pairs = [bytes([a, b]) for a in range(256) for b in range(256)]
+    random.Random(7).shuffle(pairs)
+    with open(path, "w") as f:
+        for rank, token in enumerate([bytes([a]) for a in range(256)] + pairs):
+            f.write("%s %d\n" % (base64.b64encode(token).decode(), rank))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+
+def check_golden(checker, library):
+    for pattern in ("cl100k_base", "gpt2"):
+        t = Tokenizer(library, os.path.join(GOLDEN, pattern + ".tiktoken"), pattern)
+        with open(os.path.join(GOLDEN, "golden.jsonl"), encoding="utf-8") as f:
+            cases = [json.loads(line) for line in f]
+        wrong = sum(t.encode(c["text"].encode()) != c[pattern] or t.decode(c[pattern]) != c["text"].encode() for c in cases)
+        checker.check("golden texts, %s" % pattern, wrong == 0 and len(cases) == 300, ": %d, %d different" % (len(cases), wrong))
+
+
+def check_streaming(checker, tokenizers, rng):
+    """Arbitrary ids, whose bytes need not be characters: as Python decodes them, and whole characters at every step."""
+    for key, t in tokenizers.items():
+        wrong = 0
+        for _ in range(2000):
+            ids = [rng.randrange(t.reference.max_token_value + 1) if rng.random() < 0.5 else rng.randrange(256) for _ in range(rng.randrange(12))]
+            wrong += t.decode(ids) != b"".join(t.reference.decode_single_token_bytes(i) for i in ids).decode("utf-8", "replace").encode()
+        checker.check("arbitrary ids decoded as Python's errors='replace', %s" % key, wrong == 0, ": 2000, %d different" % wrong)
+
+
+def check_long_runs(checker, tokenizers):
+    runs = ["a", "ab", " ", "\n", "=", "\u00e9", "A", "7", " \t", "\u0301", "\U0001F600"]
+    for key, t in tokenizers.items():
+        slowest = 0.0
+        for run in runs:
+            data = (run * (1 << 20)).encode("utf-8")[:1 << 20]
+            data = data.decode("utf-8", "ignore").encode()
+            start = time.time()
+            ids = t.encode(data)
+            slowest = max(slowest, time.time() - start)
+            if t.decode(ids, size=len(data)) != data:
+                slowest = float("inf")
+        checker.check("a megabyte of one thing, %s" % key, slowest < 1.0, ": slowest %.2f s" % slowest)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--full", action="store_true", help="1,000,000 strings and 100 MB of text")
+    parser.add_argument("--strings", type=int, help="random strings, default 20000")
+    parser.add_argument("--text-mb", type=float, help="MB of this machine's text, default 4")
+    parser.add_argument("--text", nargs="+", default=["/usr/share", "/usr/lib/python3", "/usr/local/lib", "/usr/include", "/usr/lib"],
+                        help="folders to take text from")
+    parser.add_argument("--seed", type=int, default=1)
+    args = parser.parse_args()
+    strings = args.strings if args.strings is not None else 1000000 if args.full else 20000
+    megabytes = args.text_mb if args.text_mb is not None else 100 if args.full else 4
+    checker = Checker()
+    with tempfile.TemporaryDirectory() as folder:
+        library = Library(folder)
+        check_golden(checker, library)
+        if tiktoken:
+            pair_file = os.path.join(folder, "pairs.tiktoken")
+            write_pair_ranks(pair_file)
+            real, pairs = {}, {}
+            for pattern in PATTERNS:
+                ranks = "gpt2" if pattern == "gpt2" else "cl100k_base"
+                real["%s with %s's ranks" % (pattern, ranks)] = Tokenizer(library, os.path.join(GOLDEN, ranks + ".tiktoken"), pattern)
+                pairs["%s with any two bytes" % pattern] = Tokenizer(library, pair_file, pattern)
+            rng = random.Random(args.seed)
+            check_streaming(checker, {k: real[k] for k in list(real)[:2]}, rng)
+            check_long_runs(checker, real)
+            everything = {**pairs, **real}
+            some = {k: pairs[k] for k in pairs if k.startswith(("gpt2", "o200k"))}  # the classes that these two tell apart are all there are
+            checker.compare("every code point", everything if args.full else some, code_point_texts())
+            pools = character_pools()
+            checker.compare("random strings", everything, [random_text(rng, pools) for _ in range(strings)])
+            checker.compare("text of this machine", real, machine_texts(args.text, megabytes * 1e6))
+        else:
+            print("skipped: comparisons with tiktoken, which is not installed (data/README.md says how)")
+    print("%d passed, %d failed%s" % (checker.passed, checker.failed, "" if tiktoken else ", 1 skipped"))
+    return 1 if checker.failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
