@@ -1,0 +1,130 @@
+#!/usr/bin/env python3
+"""Tests of scripts/plot_run.py and scripts/plot_kernels.py on logs and checkpoints made here.
+
+python3 dev/tests/test_plots.py    (uses data/.venv's python where it is there; skipped without numpy and matplotlib)
+"""
+import array
+import json
+import os
+import struct
+import subprocess
+import sys
+import tempfile
+import unittest
+
+ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+VENV = os.path.join(ROOT, "data", ".venv", "bin", "python")
+PYTHON = VENV if os.path.exists(VENV) else sys.executable
+HAS_PLOTS = subprocess.run([PYTHON, "-c", "import numpy, matplotlib"], stderr=subprocess.DEVNULL).returncode == 0
+
+
+def run(script, *arguments, python=PYTHON):
+    return subprocess.run([python, os.path.join(ROOT, "scripts", script), *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def png_size(path):
+    with open(path, "rb") as f:
+        head = f.read(24)
+    assert head[:8] == b"\x89PNG\r\n\x1a\n"
+    return struct.unpack(">II", head[16:24])
+
+
+def write_checkpoint(folder, tensors, dtype="F32"):
+    """tensors: {name: shape}; values count up from -1 in steps of 1/64."""
+    os.makedirs(folder)
+    header, data = {"__metadata__": {"format": "pt"}}, b""
+    for name, shape in tensors.items():
+        count = 1
+        for n in shape:
+            count *= n
+        raw = array.array("f", [i / 64 - 1 for i in range(count)]).tobytes()
+        if dtype == "BF16":
+            raw = b"".join(raw[i + 2:i + 4] for i in range(0, len(raw), 4))
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [len(data), len(data) + len(raw)]}
+        data += raw
+    text = json.dumps(header).encode()
+    with open(os.path.join(folder, "model.safetensors"), "wb") as f:
+        f.write(struct.pack("<Q", len(text)) + text + data)
+
+
+@unittest.skipUnless(HAS_PLOTS, "numpy and matplotlib are missing")
+class Plots(unittest.TestCase):
+    def setUp(self):
+        self.folder = tempfile.TemporaryDirectory()
+        self.addCleanup(self.folder.cleanup)
+
+    def path(self, *parts):
+        return os.path.join(self.folder.name, *parts)
+
+    def write_log(self, name, events):
+        os.makedirs(self.path(name))
+        with open(self.path(name, "log.jsonl"), "w") as f:
+            f.write(events)
+
+    def test_curves(self):
+        lines = ['{"event":"start","step":0}']
+        for i in range(1, 200):
+            lines.append(json.dumps({"event": "step", "step": i, "loss": None if i == 7 else 5 / i}))
+        lines.append(json.dumps({"event": "val", "step": 199, "name": "toy", "loss": 0.1, "error": 0.25}))
+        self.write_log("a", "\n".join(lines) + '\n{"event":"st')
+        self.write_log("b", '{"event":"step","step":1,"loss":3}\n{"event":"val","step":1,"name":"x","loss":2}\n')
+        done = run("plot_run.py", "one=" + self.path("a"), "two=" + self.path("b"), "--out", self.path("ab.png"))
+        self.assertEqual((done.returncode, done.stderr, done.stdout), (0, "", self.path("ab.png") + "\n"))
+        three = png_size(self.path("ab.png"))
+        self.assertEqual(run("plot_run.py", self.path("b", "log.jsonl")).returncode, 0)
+        two = png_size(self.path("b", "curves.png"))
+        self.assertGreater(three[0], two[0], "a masked set adds a panel")
+
+    def test_curves_refused(self):
+        self.write_log("empty", "")
+        for arguments in ((self.path("nothing"),), (self.path("empty"),)):
+            done = run("plot_run.py", *arguments)
+            self.assertEqual(done.returncode, 1)
+            self.assertEqual(done.stderr.count("\n"), 1, done.stderr)
+
+    def test_kernels(self):
+        base = "model.layers.{}.self_attn.{}.weight"
+        tensors = {base.format(layer, "kq_conv"): [2, 2, 7] for layer in (0, 1)}
+        tensors.update({base.format(layer, "head_mix"): [2, 3, 3] for layer in range(7)})
+        tensors[base.format(0, "kq_conv_post")] = [9, 6, 11]
+        tensors[base.format(0, "q_proj")] = [8, 8]
+        for dtype in ("F32", "BF16"):
+            write_checkpoint(self.path(dtype, "step-00000009"), tensors, dtype)
+            write_checkpoint(self.path(dtype, "step-00000003"), {base.format(0, "q_proj"): [1, 1]})
+            done = run("plot_kernels.py", self.path(dtype))
+            self.assertEqual((done.returncode, done.stderr), (0, ""))
+            for name in ("kq_conv", "kq_conv_post", "head_mix"):
+                self.assertGreater(min(png_size(self.path(dtype, name + ".png"))), 200)
+            self.assertFalse(os.path.exists(self.path(dtype, "head_mix_pre.png")))
+        self.assertEqual(png_size(self.path("F32", "kq_conv.png")), png_size(self.path("BF16", "kq_conv.png")))
+
+    def test_kernels_refused(self):
+        write_checkpoint(self.path("plain", "step-00000001"), {"model.norm.weight": [4]})
+        done = run("plot_kernels.py", self.path("plain"))
+        self.assertEqual(done.returncode, 1)
+        self.assertIn("plain Transformer", done.stderr)
+        with open(self.path("plain", "step-00000001", "model.safetensors"), "wb") as f:
+            f.write(b"\xff" * 100)
+        done = run("plot_kernels.py", self.path("plain"))
+        self.assertEqual((done.returncode, done.stderr.count("\n")), (1, 1), done.stderr)
+
+
+class WithoutMatplotlib(unittest.TestCase):
+    def test_hint(self):
+        """With the modules hidden, each script says in one line what to install."""
+        for script in ("plot_run.py", "plot_kernels.py"):
+            code = ("import sys, runpy; sys.modules['matplotlib'] = None; sys.argv = ['x', 'y']; "
+                    f"runpy.run_path({os.path.join(ROOT, 'scripts', script)!r}, run_name='__main__')")
+            done = subprocess.run([PYTHON, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+            self.assertEqual((done.returncode, done.stderr.count("\n")), (1, 1), done.stderr)
+            self.assertIn("pip install numpy matplotlib", done.stderr)
+
+
+if __name__ == "__main__":
+    program = unittest.main(exit=False, verbosity=1)
+    result = program.result
+    bad = len(result.failures) + len(result.errors)
+    for _, reason in result.skipped:
+        print(f"skipped: {reason}")
+    print(f"{result.testsRun - bad - len(result.skipped)} passed, {bad} failed" + (f", {len(result.skipped)} skipped" if result.skipped else ""))
+    sys.exit(bad != 0)

@@ -1,0 +1,177 @@
+#!/usr/bin/env python3
+"""Draws the curves of one or several runs from their log.jsonl: training loss, validation loss, and the error of masked sets.
+
+    data/.venv/bin/python scripts/plot_run.py runs/text --out curves.png
+    data/.venv/bin/python scripts/plot_run.py mta=runs/mta_1 mta=runs/mta_2 plain=runs/plain_1 plain=runs/plain_2 --title "Toy task"
+
+A run is a folder with log.jsonl, or such a file; LABEL= in front of it names it. Runs of one label (seeds) share a colour. numpy and
+matplotlib are needed.
+"""
+import argparse
+import json
+import os
+import sys
+
+try:
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    import numpy as np
+except ImportError as missing:
+    sys.exit(f"plot_run.py: {missing}; python3 -m venv data/.venv && data/.venv/bin/pip install numpy matplotlib, then run it with "
+             "data/.venv/bin/python")
+
+COLOURS = ["#c1272d", "#0000a7", "#008176", "#eecc16", "#7b3294", "#555555", "#e66101", "#1b9e77"]
+LN2 = 0.6931471805599453
+
+
+def number(x):
+    """A value of the log as a float; null, which stands for NaN and infinity, as NaN."""
+    return float("nan") if x is None else float(x)
+
+
+class Run:
+    """What a log says: steps (n, 2) of step and loss; val[name] (n, 3) of step, loss and error (NaN where there is none)."""
+
+    def __init__(self, label, path):
+        self.label, self.path = label, path
+        file = os.path.join(path, "log.jsonl") if os.path.isdir(path) else path
+        steps, val = {}, {}
+        with open(file, encoding="utf-8") as f:
+            for line in f:
+                try:
+                    event = json.loads(line)
+                    kind, step = event.get("event"), event.get("step")
+                except (ValueError, AttributeError):
+                    continue  # the torn last line of a run that was killed, or is writing
+                if kind == "step":
+                    steps[step] = number(event.get("loss"))
+                elif kind == "val":
+                    val.setdefault(str(event.get("name", "val")), {})[step] = (number(event.get("loss")), number(event.get("error")))
+        self.steps = np.array(sorted(steps.items()), dtype=float).reshape(-1, 2)
+        self.val = {name: np.array([(s, *v) for s, v in sorted(rows.items())], dtype=float) for name, rows in val.items()}
+        if not len(self.steps) and not self.val:
+            raise ValueError(f"{file}: no step and no validation in this log")
+        self.bytes = is_byte_level(path)
+
+
+def is_byte_level(path):
+    """Does the run's newest checkpoint name the tokenizer `bytes`? Then a token is a byte, and loss / ln 2 is bits per byte."""
+    if not os.path.isdir(path):
+        return False
+    for name in sorted((n for n in os.listdir(path) if n.startswith("step-")), reverse=True):
+        try:
+            with open(os.path.join(path, name, "config.json"), encoding="utf-8") as f:
+                return json.load(f).get("tokenizer") == "bytes"
+        except (OSError, ValueError):
+            continue
+    return False
+
+
+def smooth(y, width):
+    """Mean over a window of `width` values that shrinks towards the ends; NaN are left out of it."""
+    if width < 2:
+        return y
+    good = np.isfinite(y)
+    total, count = np.cumsum(np.r_[0, np.where(good, y, 0)]), np.cumsum(np.r_[0, good])
+    i = np.arange(len(y))
+    lo, hi = np.maximum(i - width // 2, 0), np.minimum(i + width // 2 + 1, len(y))
+    return (total[hi] - total[lo]) / np.maximum(count[hi] - count[lo], 1)
+
+
+def draw_training(ax, runs, colours):
+    used = set()
+    for run in runs:
+        if not len(run.steps):
+            continue
+        step, loss = run.steps[:, 0], run.steps[:, 1]
+        width = max(1, len(step) // 50)
+        name = run.label if run.label not in used else None
+        used.add(run.label)
+        if len(runs) == 1 and width > 1:
+            ax.plot(step, loss, color=colours[run.label], alpha=0.25, linewidth=0.7)
+        ax.plot(step, smooth(loss, width), color=colours[run.label], linewidth=1.4, label=name)
+    widths = sorted({max(1, len(r.steps) // 50) for r in runs if len(r.steps)})
+    smoothed = f" (mean of {widths[-1]} steps)" if widths and widths[-1] > 1 else ""
+    ax.set_ylabel("loss (nats per counted token)")
+    ax.set_title("training loss" + smoothed)
+    ax.legend()
+
+
+def draw_validation(ax, runs, colours, column, scale):
+    """Column 1 is the loss, 2 the error; one line a run and set, dashes telling the sets apart."""
+    names = sorted({name for run in runs for name in run.val})
+    dashes = ["-", "--", ":", "-."]
+    used = set()
+    for run in runs:
+        for name, rows in run.val.items():
+            good = np.isfinite(rows[:, column])
+            if not good.any():
+                continue
+            label = run.label if len(names) == 1 else name if len(runs) == 1 else f"{run.label}, {name}"
+            style = dashes[names.index(name) % len(dashes)]
+            colour = colours[run.label] if len(runs) > 1 or len(names) == 1 else COLOURS[names.index(name) % len(COLOURS)]
+            ax.plot(rows[good, 0], rows[good, column] * scale, style, color=colour, marker="o", markersize=3, linewidth=1.4,
+                    label=label if label not in used else None)
+            used.add(label)
+    ax.legend()
+
+
+def draw(runs, title, out):
+    labels = list(dict.fromkeys(run.label for run in runs))
+    colours = {label: COLOURS[i % len(COLOURS)] for i, label in enumerate(labels)}
+    panels = []
+    if any(len(run.steps) for run in runs):
+        panels.append("training")
+    if any(run.val for run in runs):
+        panels.append("validation")
+    if any(np.isfinite(rows[:, 2]).any() for run in runs for rows in run.val.values()):
+        panels.append("error")
+    figure, axes = plt.subplots(1, len(panels), figsize=(5.2 * len(panels) + 0.6, 4.2), squeeze=False, layout="constrained")
+    for ax, panel in zip(axes[0], panels):
+        if panel == "training":
+            draw_training(ax, runs, colours)
+        elif panel == "validation":
+            draw_validation(ax, runs, colours, 1, 1.0)
+            ax.set_ylabel("loss (nats per counted token)")
+            ax.set_title("validation loss")
+            if all(run.bytes for run in runs):
+                ax.secondary_yaxis("right", functions=(lambda x: x / LN2, lambda x: x * LN2)).set_ylabel("bits per byte")
+        else:
+            draw_validation(ax, runs, colours, 2, 100.0)
+            ax.set_ylabel("sequences with a wrong answer token (%)")
+            ax.set_title("error on the test set")
+            ax.set_ylim(-2, 102)
+        ax.set_xlabel("optimizer step")
+        ax.grid(alpha=0.25)
+    figure.suptitle(title)
+    figure.savefig(out, dpi=110)
+    plt.close(figure)
+
+
+def split_label(text):
+    """LABEL=PATH, or a path whose last part is its label."""
+    label, equals, path = text.partition("=")
+    if equals and not os.path.exists(text):
+        return label, path
+    return os.path.basename(os.path.normpath(text)), text
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("runs", nargs="+", metavar="[LABEL=]RUN", help="folder with log.jsonl, or the file")
+    parser.add_argument("--out", help="PNG to write (default: curves.png in the first run's folder)")
+    parser.add_argument("--title", help="heading (default: the names of the runs)")
+    options = parser.parse_args()
+    try:
+        runs = [Run(*split_label(text)) for text in options.runs]
+        first = runs[0].path if os.path.isdir(runs[0].path) else os.path.dirname(runs[0].path)
+        out = options.out or os.path.join(first, "curves.png")
+        draw(runs, options.title or ", ".join(dict.fromkeys(run.label for run in runs)), out)
+    except (OSError, ValueError, TypeError) as error:
+        sys.exit(f"plot_run.py: {error}")
+    print(out)
+
+
+if __name__ == "__main__":
+    main()
