@@ -173,7 +173,7 @@ static inline bool rank_lines_read(const char* path, const MappedFile* m, RankLi
         }
         p = newline ? newline + 1 : end;
     }
-    qsort(*lines, n, sizeof **lines, rank_line_compare);
+    if (n) { qsort(*lines, n, sizeof **lines, rank_line_compare); }
     for (size_t i = 0; i < n; i++) {
         const RankLine* line = &(*lines)[i];
         if (line->rank < i) {
