@@ -30,6 +30,7 @@ static int omp_get_thread_num(void) { return 0; }
 
 #include "mta/config.h"
 #include "mta/random.h"
+#include "mta/run.h"
 #include "mta/trainer.h"
 #include "mta/util.h"
 
@@ -175,6 +176,14 @@ static void gemm_serial(bool ta, bool tb, int M, int N, int K, real alpha, const
     }
 }
 #endif
+
+// Our blocks run side by side, so the library inside must keep to one thread. Called once, before the first product.
+static void blas_single_thread(void) {
+#if defined(MTA_REAL_IS_FLOAT) && defined(MTA_CBLAS)
+    extern void openblas_set_num_threads(int) __attribute__((weak));
+    if (openblas_set_num_threads) { openblas_set_num_threads(1); }
+#endif
+}
 
 // The same on all threads: the output is cut into blocks that depend on its size alone, each block one serial product.
 static void gemm(bool ta, bool tb, int M, int N, int K, real alpha, const real* A, size_t lda, const real* B, size_t ldb, real beta, real* out,
@@ -1299,6 +1308,14 @@ static void model_backward(Model* m, const int32_t* tokens, int B, int T) {
     embedding_backward(model_tensor(m, m->grads, TENSOR_EMBED), s->dx, tokens, N, C);
 }
 
+// Floating-point operations of training on one token, as MFU counts them (MODEL.md): 6 per parameter that is multiplied (the classifier counts,
+// tied or not; looking up an embedding does not) and three times the causal half of the attention products; no convolution, no mixing.
+static double model_flops_per_token(const Config* c, int T) {
+    double C = c->hidden_size, KV = (double)c->num_key_value_heads * config_head_size(c), FF = c->intermediate_size;
+    double parameters = c->num_hidden_layers * (2 * C * C + 2 * C * KV + 3 * C * FF) + C * c->vocab_size;
+    return 6 * parameters + 3.0 * c->num_hidden_layers * 2 * C * T;
+}
+
 enum { UPDATE_BLOCK = 1 << 16 };  // elements of an arena that one thread handles at a time; the order of the norm's sum hangs on it
 
 static void model_zero_gradients(Model* m) {
@@ -1349,6 +1366,221 @@ static double model_update(Model* m, const AdamW* h, long step) {
     return norm;
 }
 
+#ifdef MTA_REAL_IS_FLOAT  // the rest is left out where the tests include this file in double
+// =================================================================================================================================
+// A training step, evaluation, samples, checkpoints
+
+// One optimizer step over the run's windows: the loss is the sum over all counted targets of the step over their number. Stops between
+// micro-batches when a signal has come; then nothing is changed.
+static StepStats train_step(Model* m, Run* r) {
+    const TrainOptions* o = &r->options;
+    StepStats s = {0, 0, learning_rate(o, r->step), 0, false, false};
+    double start = seconds_now(), sum = 0;
+    int T = o->seq_len;
+    int64_t counted = run_load_step(r);
+    model_zero_gradients(m);
+    for (int w = 0; w < r->windows; w += o->batch_size) {
+        if (run_signal) { return s; }
+        int B = min_int(o->batch_size, r->windows - w);
+        const int32_t *tokens = r->tokens + (size_t)w * T, *targets = r->targets + (size_t)w * T;
+        model_forward(m, tokens, B, T);
+        sum += model_loss(m, targets, B * T, counted ? (real)(1.0 / (double)counted) : 0, true, NULL);
+        model_backward(m, tokens, B, T);
+    }
+    AdamW hyper = {s.lr, o->beta1, o->beta2, o->eps, o->weight_decay, o->grad_clip};
+    s.loss = counted ? sum / (double)counted : 0;
+    s.grad_norm = isfinite(s.loss) ? model_update(m, &hyper, (long)r->step + 1) : NAN;
+    s.skipped = !isfinite(s.loss) || !isfinite(s.grad_norm);
+    s.seconds = seconds_now() - start;
+    s.complete = true;
+    return s;
+}
+
+// Loss of every validation set over --eval-windows sequences spread evenly over it; with masks, the share of sequences that have a wrong
+// counted token (teacher forcing). Given up when a signal comes.
+static void evaluate(Model* m, Run* r) {
+    int T = r->options.seq_len;
+    Error e = {{0}};
+    for (int set = 0; set < r->n_val; set++) {
+        ValSet* v = &r->val[set];
+        int64_t all = (int64_t)loader_windows(&v->loader), n = r->options.eval_windows, counted = 0, wrong = 0;
+        if (n == 0 || n > all) { n = all; }
+        double sum = 0;
+        for (int64_t w = 0; w < n; w += r->options.batch_size) {
+            if (run_signal) { return; }
+            int B = (int)(n - w < r->options.batch_size ? n - w : r->options.batch_size);
+            for (int b = 0; b < B; b++) {
+                if (!loader_window(&v->loader, (uint64_t)((w + b) * all / n), r->tokens + (size_t)b * T, r->targets + (size_t)b * T, &e)) { die("--val: %s", e.text); }
+            }
+            model_forward(m, r->tokens, B, T);
+            sum += model_loss(m, r->targets, B * T, 0, false, NULL);
+            for (int b = 0; b < B; b++) {
+                int bad = 0;
+                for (int t = b * T; t < (b + 1) * T; t++) { bad |= m->wrong[t]; counted += r->targets[t] >= 0; }
+                wrong += bad;
+            }
+        }
+        run_log_val(r, v, sum, counted, wrong, n);
+    }
+}
+
+// The id drawn from softmax(logits / temperature); the likeliest at temperature 0. logits (V) are overwritten.
+static int draw_token(real* logits, int V, double temperature, Rng* rng) {
+    int best = 0;
+    for (int v = 1; v < V; v++) { if (logits[v] > logits[best]) { best = v; } }
+    if (temperature <= 0) { return best; }
+    double top = (double)logits[best], sum = 0;
+    for (int v = 0; v < V; v++) { logits[v] = (real)exp(((double)logits[v] - top) / temperature); sum += (double)logits[v]; }
+    double u = rng_uniform(rng) * sum;
+    for (int v = 0; v < V; v++) { u -= (double)logits[v]; if (u < 0) { return v; } }
+    return best;
+}
+
+// Continues --sample-prompt, a full forward pass for every token: infer_mta has the fast way.
+static void sample(Model* m, Run* r) {
+    const TrainOptions* o = &r->options;
+    const char* prompt = o->sample_prompt ? o->sample_prompt : "";
+    int C = m->config.hidden_size, V = m->config.vocab_size, n = 0;
+    int32_t *ids = NULL, *tokens = r->tokens;  // free between steps; at least T of them
+    size_t count = 0;
+    Error e = {{0}};
+    Text text = {NULL, 0, 0};
+    TokenStream stream = {{0}, 0};
+    if (!r->tokenizer) { return; }
+    if (!tokenizer_encode(r->tokenizer, prompt, strlen(prompt), &ids, &count, &e)) { die("--sample-prompt: %s", e.text); }
+    if (tokenizer_bos(r->tokenizer) >= 0) { tokens[n++] = tokenizer_bos(r->tokenizer); }
+    for (size_t i = 0; i < count && n < o->seq_len; i++) { tokens[n++] = ids[i]; }
+    free(ids);
+    text_append(&text, prompt, strlen(prompt));
+    Rng rng = rng_make((uint64_t)o->seed, (uint64_t)1 << 63 | (uint64_t)r->step);
+    char* piece = (char*)alloc_or_die(tokenizer_max_bytes(r->tokenizer) + 16, 1, "a token's text");
+    for (int64_t i = 0; i < o->sample_tokens && n > 0 && n < o->seq_len && !run_signal; i++) {
+        model_forward(m, tokens, 1, n);
+        matmul_forward(m->scratch.logits, m->acts.ln_f + (size_t)(n - 1) * C, model_head(m, m->weights), 1, C, V);
+        int id = draw_token(m->scratch.logits, min_int(V, tokenizer_vocab(r->tokenizer)), o->sample_temperature, &rng);
+        if (id == tokenizer_eos(r->tokenizer)) { break; }
+        tokens[n++] = id;
+        text_append(&text, piece, tokenizer_decode(r->tokenizer, &stream, id, piece));
+    }
+    text_append(&text, piece, tokenizer_flush(&stream, piece));
+    run_log_sample(r, text.text ? text.text : "", text.n);
+    text_free(&text);
+    free(piece);
+}
+
+// ---- checkpoints: groups of tensors are the weights, or m and v, or the fp32 master weights of a bf16 model
+
+typedef struct { Model* m; int n; real* arenas[3]; } TensorGroups;
+
+static const void* fetch_tensor(void* ctx, int group, int tensor) {
+    const TensorGroups* g = (const TensorGroups*)ctx;
+    return g->arenas[group] + g->m->tensors.specs[tensor].offset;
+}
+
+static bool store_tensor(void* ctx, int group, int tensor, const float* data, Error* e) {
+    (void)e;
+    const TensorGroups* g = (const TensorGroups*)ctx;
+    const TensorSpec* s = &g->m->tensors.specs[tensor];
+    for (size_t i = 0; i < s->numel; i++) { g->arenas[group][s->offset + i] = data[i]; }
+    return true;
+}
+
+static void save(Model* m, Run* r) {
+    static const char* const no_prefix[] = {""};
+    static const char* const moments[] = {"m.", "v."};
+    TensorGroups weights = {m, 1, {m->weights}}, optimizer = {m, 2, {m->m, m->v}};
+    CheckpointWriter w;
+    Error e = {{0}};
+    char path[PATH_SIZE];
+    double start = seconds_now();
+    progress_break(&r->progress);
+    bool good = checkpoint_begin(&w, r->options.out, (long)r->step, &e) &&
+                checkpoint_add_tensors(&w, "model.safetensors", &m->tensors, no_prefix, 1, DT_F32, fetch_tensor, &weights, &e) &&
+                checkpoint_add_tensors(&w, "optimizer.safetensors", &m->tensors, moments, 2, DT_F32, fetch_tensor, &optimizer, &e) &&
+                run_save_texts(r, &w, &e) && checkpoint_commit(&w, path, &e);
+    if (!good) { run_save_failed(r, &e); }
+    run_saved(r, path, seconds_now() - start);
+}
+
+// Weights at random, from --init-from, or everything from the checkpoint that is resumed.
+static void model_start(Model* m, Run* r) {
+    static const char* const no_prefix[] = {""};
+    static const char* const moments[] = {"m.", "v.", "master."};
+    TensorGroups weights = {m, 1, {m->weights}}, optimizer = {m, 3, {m->m, m->v, m->weights}};
+    Text absent = {NULL, 0, 0};
+    Error e = {{0}};
+    bool good = true;
+    if (r->resume_dir[0]) {
+        char path[PATH_SIZE];
+        path_join(path, sizeof path, r->resume_dir, "optimizer.safetensors");
+        bool master = safetensors_holds(path, "master.model.embed_tokens.weight");
+        good = checkpoint_read_tensors(r->resume_dir, &m->tensors, no_prefix, 1, false, NULL, store_tensor, &weights, &e) &&
+               checkpoint_read_tensors(path, &m->tensors, moments, master ? 3 : 2, false, NULL, store_tensor, &optimizer, &e);
+    } else {
+        model_initialise(m, (uint64_t)r->options.seed);
+        if (r->init_dir[0]) { good = checkpoint_read_tensors(r->init_dir, &m->tensors, no_prefix, 1, true, &absent, store_tensor, &weights, &e); }
+        if (good && r->init_dir[0]) { printf("weights from %s\n", r->init_dir); }
+        if (good && absent.n) { printf("absent there, started at the identity: %s\n", absent.text); }
+    }
+    if (!good) { die("%s", e.text); }
+    text_free(&absent);
+}
+
+// =================================================================================================================================
+// Options are those of mta/run.h, shared with train_mta.cu; here is only what the plan must know of this machine
+
+// Operations a second of a matrix product of 1024^3, measured for a moment: what MFU and the plan's time are relative to.
+static double matmul_rate(void) {
+    enum { SIDE = 1024 };
+    real* a = (real*)alloc_or_die(3 * (size_t)SIDE * SIDE, sizeof(real), "a test product");
+    double best = 0;
+    for (size_t i = 0; i < 2 * (size_t)SIDE * SIDE; i++) { a[i] = (real)(i % 97); }
+    for (int i = 0; i < 5; i++) {
+        double start = seconds_now();
+        gemm(false, false, SIDE, SIDE, SIDE, 1, a, SIDE, a + (size_t)SIDE * SIDE, SIDE, 0, a + 2 * (size_t)SIDE * SIDE, SIDE);
+        best = fmax(best, 2.0 * SIDE * SIDE * SIDE / (seconds_now() - start));
+    }
+    free(a);
+    return best;
+}
+
+static void print_plan(Run* r) {
+    char device[64];
+    MemoryPlan p = model_memory(&r->config, r->options.batch_size, r->options.seq_len);
+    const PlanRow rows[] = {{"weights fp32", p.weights}, {"gradients", p.gradients}, {"optimizer m, v", p.optimizer},
+                            {"activations", p.activations}, {"scratch", p.scratch}};
+    snprintf(device, sizeof device, "%d threads", omp_get_max_threads());
+    r->flops_per_token = model_flops_per_token(&r->config, r->options.seq_len);
+    r->flops_per_second = matmul_rate();
+    run_print_plan(r, device, rows, (int)(sizeof rows / sizeof rows[0]));
+}
+
+// =================================================================================================================================
+// main
+
+static int train_main(int argc, char** argv) {
+    Run run;
+    blas_single_thread();
+    run_parse(&run, argc, argv);
+    print_plan(&run);
+    if (run.options.dry_run) { return EXIT_DONE; }
+    run_open(&run);
+    Model* m = model_create(&run.config, run.options.batch_size, run.options.seq_len, 0);
+    model_start(m, &run);
+    run_log_start(&run, m->tensors.parameters);
+    while (run_goes_on(&run)) {
+        StepStats s = train_step(m, &run);
+        if (!s.complete) { break; }
+        run_log_step(&run, &s);
+        if (run_due(&run, run_eval_every(&run)) || run.step == run.steps) { evaluate(m, &run); }
+        if (run_due(&run, run.options.sample_every)) { sample(m, &run); }
+        if (run_due(&run, run.options.save_every) && !s.skipped) { save(m, &run); }
+    }
+    if (run.saved_step != run.step && run.skipped_in_a_row < MAX_SKIPPED_IN_A_ROW) { save(m, &run); }
+    model_free(m);
+    return run_end(&run);
+}
+
 // =================================================================================================================================
 // The table of functions that the tests drive (mta/trainer.h)
 
@@ -1390,10 +1622,13 @@ static double table_forward_backward(void* m, const int32_t* tokens, const int32
 static void table_zero_gradients(void* m) { model_zero_gradients((Model*)m); }
 static double table_update(void* m, const AdamW* hyper, long step) { return model_update((Model*)m, hyper, step); }
 
-#ifdef MTA_REAL_IS_FLOAT
 const Trainer* trainer_cpu(void) {
     static const Trainer table = {"cpu fp32", true, table_create, table_destroy, table_initialise, table_tensors, table_set, table_get,
-                                  table_forward, table_forward_backward, table_zero_gradients, table_update, NULL};
+                                  table_forward, table_forward_backward, table_zero_gradients, table_update, train_main};
     return &table;
 }
+
+#ifndef MTA_LIBRARY
+int main(int argc, char** argv) { return train_main(argc, argv); }
 #endif
+#endif  // MTA_REAL_IS_FLOAT

@@ -131,16 +131,16 @@ static const char* const ATTENTION_NAMES = "transformer, mta, mta-full, talking-
 typedef struct {
     const char* name;
     int C, L, NH, FF, V, context, first_conv, conv_stride;
-    double rope_theta;
+    double rope_theta, lr;  // lr: peak learning rate, the paper's for 880m and toy, else what worked
 } Preset;
 
 static inline const Preset* preset_find(const char* name) {
     static const Preset presets[] = {
-        {"toy", 256, 4, 2, 768, 32, 512, 0, 1, 100000},     {"1m", 128, 4, 4, 352, 259, 1024, 1, 2, 10000},
-        {"3m", 192, 6, 6, 512, 259, 1024, 1, 2, 10000},     {"11m", 384, 6, 6, 1024, 259, 1024, 1, 2, 10000},
-        {"25m", 512, 8, 8, 1408, 259, 1024, 1, 2, 10000},   {"300m", 1024, 20, 16, 2816, 128256, 2048, 2, 4, 100000},
-        {"550m", 1280, 24, 10, 3584, 128256, 2048, 2, 4, 100000}, {"880m", 1536, 24, 16, 4096, 128256, 2048, 2, 4, 100000},
-        {"1b", 2048, 24, 16, 5632, 128256, 2048, 2, 4, 100000},
+        {"toy", 256, 4, 2, 768, 32, 512, 0, 1, 100000, 1e-4},     {"1m", 128, 4, 4, 352, 259, 1024, 1, 2, 10000, 1e-3},
+        {"3m", 192, 6, 6, 512, 259, 1024, 1, 2, 10000, 1e-3},     {"11m", 384, 6, 6, 1024, 259, 1024, 1, 2, 10000, 6e-4},
+        {"25m", 512, 8, 8, 1408, 259, 1024, 1, 2, 10000, 6e-4},   {"300m", 1024, 20, 16, 2816, 128256, 2048, 2, 4, 100000, 1.5e-4},
+        {"550m", 1280, 24, 10, 3584, 128256, 2048, 2, 4, 100000, 1.5e-4}, {"880m", 1536, 24, 16, 4096, 128256, 2048, 2, 4, 100000, 1.5e-4},
+        {"1b", 2048, 24, 16, 5632, 128256, 2048, 2, 4, 100000, 1.5e-4},
     };
     for (size_t i = 0; i < sizeof presets / sizeof presets[0]; i++) { if (!strcmp(name, presets[i].name)) { return &presets[i]; } }
     return NULL;

@@ -1,0 +1,91 @@
+# mta.c: `make help` lists the targets. Nothing but a C compiler is needed; OpenBLAS and the CUDA toolkit are used where they are found.
+
+CC ?= gcc
+CXX ?= g++
+NVCC ?= nvcc
+ARCH ?= -march=native
+OPT ?= -O3
+WARN = -Wall -Wextra
+# No -ffast-math: masks use infinities, guards use isfinite. What is given up here is errno and floating-point traps, no value changes.
+MATH = -fno-math-errno -fno-trapping-math
+OPENMP ?= -fopenmp
+CFLAGS = -std=gnu11 $(OPT) -g $(ARCH) $(WARN) $(MATH) $(OPENMP)
+LDLIBS = -lm
+
+# A CBLAS for the CPU's matrix products: OpenBLAS by pkg-config or by trying to link. NO_CBLAS=1: the plain OpenMP product of train_mta.c.
+ifndef NO_CBLAS
+BLAS_CFLAGS := $(shell pkg-config --cflags openblas 2>/dev/null)
+BLAS_LIBS := $(shell pkg-config --libs openblas 2>/dev/null || echo -lopenblas)
+BLAS_FOUND := $(shell printf '\#include <cblas.h>\nint main(void){return cblas_sgemm==0;}\n' | $(CC) -x c - $(BLAS_CFLAGS) $(BLAS_LIBS) -o /dev/null 2>/dev/null && echo yes)
+endif
+ifeq ($(BLAS_FOUND),yes)
+BLAS = -DMTA_CBLAS $(BLAS_CFLAGS)
+BLAS_LINK = $(BLAS_LIBS)
+endif
+
+HEADERS = $(wildcard mta/*.h)
+GOLDEN = $(wildcard dev/golden/*.safetensors)
+
+.PHONY: help all test asan clean
+help:
+	@echo "make train_mta           CPU trainer ($(if $(BLAS),with CBLAS: $(BLAS_LINK),without CBLAS: plain OpenMP products))"
+	@echo "make infer_mta           CPU inference: prompt, stream, score"
+	@echo "make train_mta_cuda      CUDA trainer (needs nvcc; NVCC_ARCH=sm_80|sm_90a|sm_100, PRECISION=BF16|FP32)"
+	@echo "make test_mta            tests of the CPU trainer; test_mta_nocblas: the same without CBLAS"
+	@echo "make test_mta_cuda       tests of the CUDA trainer on a GPU, and --compare"
+	@echo "make test_mta_cuda_cpu   the CUDA trainer's own kernels executed on the CPU (fp32); test_mta_cuda_cpu_bf16"
+	@echo "make test                scripts/test.sh: everything"
+	@echo "make asan                test_mta under the address and undefined-behaviour sanitizers"
+	@echo "make clean               removes what make made"
+	@echo "variables: CC, ARCH=-march=native, OPT=-O3, NO_CBLAS=1, NVCC, NVCC_ARCH, PRECISION"
+
+all: train_mta infer_mta test_mta
+
+train_mta: train_mta.c $(HEADERS)
+	$(CC) $(CFLAGS) $(BLAS) $< -o $@ $(BLAS_LINK) $(LDLIBS)
+
+infer_mta: infer_mta.c $(HEADERS)
+	$(CC) $(CFLAGS) $(BLAS) $< -o $@ $(BLAS_LINK) $(LDLIBS)
+
+build/train_mta.o: train_mta.c $(HEADERS)
+	@mkdir -p build
+	$(CC) $(CFLAGS) $(BLAS) -DMTA_LIBRARY -c $< -o $@
+
+build/train_mta_nocblas.o: train_mta.c $(HEADERS)
+	@mkdir -p build
+	$(CC) $(CFLAGS) -DMTA_LIBRARY -c $< -o $@
+
+# The tests hold train_mta.c twice: in fp32 behind its table, and in double inside test_mta.c for finite differences.
+build/test_mta.o: test_mta.c train_mta.c $(HEADERS)
+	@mkdir -p build
+	$(CC) $(CFLAGS) -c $< -o $@
+
+test_mta: build/test_mta.o build/train_mta.o
+	$(CC) $(CFLAGS) $^ -o $@ $(BLAS_LINK) $(LDLIBS)
+
+test_mta_nocblas: build/test_mta.o build/train_mta_nocblas.o
+	$(CC) $(CFLAGS) $^ -o $@ $(LDLIBS)
+
+# Run with: make asan && build/asan/test_mta
+ASAN = -std=gnu11 -O1 -g $(ARCH) $(WARN) $(MATH) $(OPENMP) -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer
+asan: build/asan/test_mta build/asan/train_mta build/asan/infer_mta
+	ASAN_OPTIONS=detect_leaks=0 build/asan/test_mta
+
+build/asan/test_mta: test_mta.c train_mta.c $(HEADERS)
+	@mkdir -p build/asan
+	$(CC) $(ASAN) -DMTA_LIBRARY -c train_mta.c -o build/asan/train_mta.o
+	$(CC) $(ASAN) test_mta.c build/asan/train_mta.o -o $@ $(LDLIBS)
+
+build/asan/train_mta: train_mta.c $(HEADERS)
+	@mkdir -p build/asan
+	$(CC) $(ASAN) $< -o $@ $(LDLIBS)
+
+build/asan/infer_mta: infer_mta.c $(HEADERS)
+	@mkdir -p build/asan
+	$(CC) $(ASAN) $< -o $@ $(LDLIBS)
+
+test:
+	scripts/test.sh
+
+clean:
+	rm -rf build train_mta infer_mta test_mta test_mta_nocblas train_mta_cuda test_mta_cuda test_mta_cuda_cpu test_mta_cuda_cpu_bf16

@@ -1,0 +1,724 @@
+// mta/run.h: what the two trainers share around their model: options, the model's configuration from them, the plan, the run directory,
+// the learning rate, one step's data, the log, signals, and trainer.json. No model mathematics, no device.
+#ifndef MTA_RUN_H
+#define MTA_RUN_H
+
+#include <math.h>
+#include <signal.h>
+#include <sys/statvfs.h>
+
+#include "checkpoint.h"
+#include "config.h"
+#include "log.h"
+#include "options.h"
+#include "shards.h"
+#include "tokenizer.h"
+#include "trainer.h"
+
+// Exit statuses of the trainers.
+enum { EXIT_DONE = 0, EXIT_USER_ERROR = 1, EXIT_NOT_FINITE = 3, EXIT_STOPPED = 75 };
+enum { MAX_SKIPPED_IN_A_ROW = 5, MAX_VAL_SETS = 64 };
+
+// ---------------------------------------------------------------------------------------------------------------------------------
+// Options
+
+typedef struct {
+    const char *model, *attention, *train, *val, *out, *init_from, *tokenizer, *mix, *schedule, *recompute;
+    bool resume, dry_run;
+    // fields of config.json; 0, -1 or NULL: not given
+    int hidden_size, intermediate_size, num_hidden_layers, num_attention_heads, num_key_value_heads, vocab_size, max_position_embeddings;
+    int tie_word_embeddings, kq_conv_query_size, kq_conv_key_size, kq_conv_pre_softmax, kq_conv_post_softmax;
+    int head_mix_pre_softmax, head_mix_post_softmax, head_gate;
+    const char *kq_conv_layers, *head_norm, *attention_type;
+    double rope_theta, rms_norm_eps;
+    // training
+    int seq_len, batch_size;
+    int64_t tokens_per_step, steps, schedule_steps, warmup, seed;
+    double lr, min_lr, beta1, beta2, eps, weight_decay, grad_clip;
+    // reports
+    int64_t eval_every, eval_windows, save_every, keep, sample_every, sample_tokens, log_every;
+    const char* sample_prompt;
+    double sample_temperature;
+} TrainOptions;
+
+static inline TrainOptions options_default(void) {
+    TrainOptions o;
+    memset(&o, 0, sizeof o);
+    o.tie_word_embeddings = o.kq_conv_pre_softmax = o.kq_conv_post_softmax = o.head_mix_pre_softmax = o.head_mix_post_softmax = o.head_gate = -1;
+    o.mix = "token"; o.schedule = "linear"; o.recompute = "none";
+    o.batch_size = 4; o.steps = 1000; o.warmup = 50; o.seed = 1;
+    o.beta1 = 0.9; o.beta2 = 0.98; o.eps = 1e-8; o.weight_decay = 0.05; o.grad_clip = 1;
+    o.eval_windows = 128; o.keep = 2; o.sample_tokens = 100; o.sample_temperature = 0.8; o.log_every = 10;
+    return o;
+}
+
+static const char* const TRAIN_USAGE =
+    "usage: PROGRAM --model NAME|config.json --train GLOB[=WEIGHT],... --out DIR [options]\n"
+    "Trains a language model with Multi-Token Attention. --dry-run prints the plan and stops.\n"
+    "Exit status: 0 done, 1 a mistake in options or files, 3 stopped after steps with NaN or infinite loss, 75 stopped by a signal and saved.";
+
+// The one table of both trainers. `table` has room for 64 rows.
+static inline void train_options_table(Opt* table, TrainOptions* o) {
+    const double any = 1e300;
+    int n = 0;
+#define ROW(name, type, field, arg, help, low, high) { Opt row = {name, type, (void*)(field), arg, help, low, high, false}; table[n++] = row; }
+#define HEADING(name) ROW(name, OPT_HEADING, NULL, NULL, NULL, 0, 0)
+    HEADING("Model")
+    ROW("--model", OPT_STRING, &o->model, "NAME|config.json", "toy, 1m, 3m, 11m, 25m, 300m, 550m, 880m, 1b, or a configuration file", 0, 0)
+    ROW("--attention", OPT_STRING, &o->attention, "KIND", "transformer, mta (default), mta-full, talking-heads or diff", 0, 0)
+    ROW("--init-from", OPT_STRING, &o->init_from, "DIR", "start from the weights of a checkpoint, or of any LLaMA-family model", 0, 0)
+    ROW("--tokenizer", OPT_STRING, &o->tokenizer, "NAME|FILE", "bytes, toy or a tiktoken rank file, for samples and the checkpoint", 0, 0)
+    HEADING("Model, field by field (over what --model and --attention say)")
+    ROW("--hidden-size", OPT_INT, &o->hidden_size, NULL, "width of the residual stream", 2, MAX_DIM)
+    ROW("--intermediate-size", OPT_INT, &o->intermediate_size, NULL, "hidden units of the MLP", 1, MAX_DIM)
+    ROW("--num-hidden-layers", OPT_INT, &o->num_hidden_layers, NULL, "layers", 1, MAX_LAYERS)
+    ROW("--num-attention-heads", OPT_INT, &o->num_attention_heads, NULL, "heads", 1, MAX_HEADS)
+    ROW("--num-key-value-heads", OPT_INT, &o->num_key_value_heads, NULL, "key/value heads (grouped-query attention)", 1, MAX_HEADS)
+    ROW("--vocab-size", OPT_INT, &o->vocab_size, NULL, "vocabulary (default: the model's or the shards', whichever is larger)", 1, MAX_VOCAB)
+    ROW("--max-position-embeddings", OPT_INT, &o->max_position_embeddings, NULL, "context the model states (default: --seq-len)", 1, MAX_CONTEXT)
+    ROW("--rope-theta", OPT_FLOAT, &o->rope_theta, NULL, "base of RoPE's frequencies", 1e-3, 1e12)
+    ROW("--rms-norm-eps", OPT_FLOAT, &o->rms_norm_eps, NULL, "epsilon of RMSNorm", 1e-20, 0.1)
+    ROW("--tie-word-embeddings", OPT_SWITCH, &o->tie_word_embeddings, NULL, "classifier shares the embedding's weights", 0, 0)
+    ROW("--attention-type", OPT_CHOICE, &o->attention_type, "mta|diff", "config.json's attention_type", 0, 0)
+    ROW("--kq-conv-layers", OPT_STRING, &o->kq_conv_layers, "LIST|all|none", "layers with key-query convolution, from 0, like 2,6,10", 0, 0)
+    ROW("--kq-conv-query-size", OPT_INT, &o->kq_conv_query_size, NULL, "queries the convolution spans, cq", 1, MAX_KERNEL)
+    ROW("--kq-conv-key-size", OPT_INT, &o->kq_conv_key_size, NULL, "keys the convolution spans, ck, odd", 1, MAX_KERNEL)
+    ROW("--kq-conv-pre-softmax", OPT_SWITCH, &o->kq_conv_pre_softmax, NULL, "convolution before the softmax", 0, 0)
+    ROW("--kq-conv-post-softmax", OPT_SWITCH, &o->kq_conv_post_softmax, NULL, "convolution after the softmax", 0, 0)
+    ROW("--head-mix-pre-softmax", OPT_INT, &o->head_mix_pre_softmax, NULL, "heads mixed before the softmax, 0 = off", 0, MAX_HEADS)
+    ROW("--head-mix-post-softmax", OPT_INT, &o->head_mix_post_softmax, NULL, "heads mixed after the softmax, 0 = off", 0, MAX_HEADS)
+    ROW("--head-norm", OPT_CHOICE, &o->head_norm, "none|group|group_depth_scaled", "norm of each head's output", 0, 0)
+    ROW("--head-gate", OPT_SWITCH, &o->head_gate, NULL, "sigmoid gate of each head's output", 0, 0)
+    HEADING("Data")
+    ROW("--train", OPT_STRING, &o->train, "GLOB[=WEIGHT],...|@RECIPE", "token shards to train on", 0, 0)
+    ROW("--mix", OPT_CHOICE, &o->mix, "token|document", "what the weights share out", 0, 0)
+    ROW("--val", OPT_STRING, &o->val, "[NAME=]GLOB,...", "token shards to evaluate on, each a set with its own figures", 0, 0)
+    ROW("--seq-len", OPT_INT, &o->seq_len, NULL, "tokens of a sequence (default: the model's context, 2048 at most)", 1, MAX_CONTEXT)
+    ROW("--batch-size", OPT_INT, &o->batch_size, NULL, "sequences computed at once", 1, 1 << 20)
+    ROW("--tokens-per-step", OPT_LONG, &o->tokens_per_step, NULL, "tokens of an optimizer step (default: batch size x sequence length)", 1, any)
+    HEADING("Training (AdamW; the paper's recipe unless said otherwise)")
+    ROW("--steps", OPT_LONG, &o->steps, NULL, "optimizer steps in all", 0, any)
+    ROW("--lr", OPT_FLOAT, &o->lr, NULL, "peak learning rate (default: the preset's; 1.5e-4 for 880m)", 0, 1e3)
+    ROW("--schedule", OPT_CHOICE, &o->schedule, "linear|cosine|constant|wsd", "learning rate after warmup; wsd: constant, the last fifth linear", 0, 0)
+    ROW("--schedule-steps", OPT_LONG, &o->schedule_steps, NULL, "length of the schedule where it is not --steps", 1, any)
+    ROW("--warmup", OPT_LONG, &o->warmup, NULL, "steps of linear warmup", 0, any)
+    ROW("--min-lr", OPT_FLOAT, &o->min_lr, NULL, "learning rate at the end of the schedule", 0, 1e3)
+    ROW("--beta1", OPT_FLOAT, &o->beta1, NULL, "decay of the first moment", 0, 0.999999)
+    ROW("--beta2", OPT_FLOAT, &o->beta2, NULL, "decay of the second moment", 0, 0.999999999)
+    ROW("--eps", OPT_FLOAT, &o->eps, NULL, "AdamW's epsilon", 1e-20, 1)
+    ROW("--weight-decay", OPT_FLOAT, &o->weight_decay, NULL, "decoupled decay of every tensor", 0, 1e3)
+    ROW("--grad-clip", OPT_FLOAT, &o->grad_clip, NULL, "largest global gradient norm, 0 = off", 0, 1e9)
+    ROW("--seed", OPT_LONG, &o->seed, NULL, "of initialisation, data order and samples", 0, 9e15)
+    ROW("--recompute", OPT_CHOICE, &o->recompute, "none|elementwise|block", "activations computed again in the backward pass (CUDA)", 0, 0)
+    HEADING("Run")
+    ROW("--out", OPT_STRING, &o->out, "DIR", "run directory: log.jsonl and checkpoints", 0, 0)
+    ROW("--resume", OPT_FLAG, &o->resume, NULL, "continue from the newest good checkpoint in --out", 0, 0)
+    ROW("--eval-every", OPT_LONG, &o->eval_every, NULL, "steps between evaluations (default: a tenth of the run)", 0, any)
+    ROW("--eval-windows", OPT_LONG, &o->eval_windows, NULL, "sequences of a set per evaluation, spread over it; 0 = all", 0, any)
+    ROW("--save-every", OPT_LONG, &o->save_every, NULL, "steps between checkpoints, 0 = only the last", 0, any)
+    ROW("--keep", OPT_LONG, &o->keep, NULL, "checkpoints kept, 0 = all", 0, 1e9)
+    ROW("--sample-every", OPT_LONG, &o->sample_every, NULL, "steps between samples, 0 = none", 0, any)
+    ROW("--sample-tokens", OPT_LONG, &o->sample_tokens, NULL, "tokens of a sample", 1, 1e6)
+    ROW("--sample-prompt", OPT_STRING, &o->sample_prompt, "TEXT", "what a sample continues", 0, 0)
+    ROW("--sample-temperature", OPT_FLOAT, &o->sample_temperature, NULL, "0 = the likeliest token", 0, 100)
+    ROW("--log-every", OPT_LONG, &o->log_every, NULL, "steps between lines that stay on the screen", 1, any)
+    ROW("--dry-run", OPT_FLAG, &o->dry_run, NULL, "print parameters, memory and time, then stop", 0, 0)
+#undef ROW
+#undef HEADING
+    Opt end = OPT_END;
+    table[n++] = end;
+    assert(n <= 72);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------------------
+// A run
+
+typedef struct {
+    char name[64];
+    Loader loader;
+} ValSet;
+
+typedef struct {
+    TrainOptions options;
+    Config config;
+    int argc;
+    char** argv;
+    bool fresh_config;          // from a preset, a file or options: not from a checkpoint
+    int windows;                // sequences of an optimizer step
+    int64_t steps;
+    char init_dir[PATH_SIZE];   // directory whose tensors start the run, "" = random
+    char resume_dir[PATH_SIZE]; // checkpoint that is continued, "" = none
+    Tokenizer* tokenizer;       // NULL = unknown: no samples
+    Loader train;
+    ValSet val[MAX_VAL_SETS];
+    int n_val;
+    int32_t *tokens, *targets;  // (windows, T) of the current step
+    Text loader_state;          // as of the last finished step
+    RunLog log;
+    Progress progress;
+    int64_t step;               // finished optimizer steps
+    int64_t tokens_seen;
+    int64_t skipped;            // updates left out because loss or gradient norm was not finite
+    int skipped_in_a_row;
+    int64_t saved_step;         // of the newest checkpoint, -1 = none
+    double flops_per_token, flops_per_second;  // for MFU: the model's, and the machine's peak as the trainer states it
+    double started;             // seconds_now() when training began
+    double training_seconds;    // in train_step since then: what tokens/s and ETA are of
+    int64_t first_step;
+} Run;
+
+// The one variable that a signal handler may write.
+static volatile sig_atomic_t run_signal = 0;
+
+static inline void run_on_signal(int number) {
+    if (run_signal) { _exit(128 + number); }  // the second one stops at once
+    run_signal = number;
+}
+
+static inline void run_catch_signals(void) {
+    struct sigaction a;
+    memset(&a, 0, sizeof a);
+    a.sa_handler = run_on_signal;
+    sigaction(SIGINT, &a, NULL);
+    sigaction(SIGTERM, &a, NULL);
+    signal(SIGPIPE, SIG_IGN);  // a closed terminal pipe must not end a run
+    signal(SIGXFSZ, SIG_IGN);  // a file size limit shows as a failed write
+}
+
+// ---- the model's configuration
+
+static inline void run_override_fields(Config* c, const TrainOptions* o) {
+    if (o->hidden_size) { c->hidden_size = o->hidden_size; }
+    if (o->intermediate_size) { c->intermediate_size = o->intermediate_size; }
+    if (o->num_hidden_layers) { c->num_hidden_layers = o->num_hidden_layers; }
+    if (o->num_attention_heads) { c->num_attention_heads = c->num_key_value_heads = o->num_attention_heads; }
+    if (o->num_key_value_heads) { c->num_key_value_heads = o->num_key_value_heads; }
+    if (o->vocab_size) { c->vocab_size = o->vocab_size; }
+    if (o->rope_theta > 0) { c->rope_theta = o->rope_theta; }
+    if (o->rms_norm_eps > 0) { c->rms_norm_eps = o->rms_norm_eps; }
+    if (o->tie_word_embeddings >= 0) { c->tie_word_embeddings = o->tie_word_embeddings; }
+    for (int l = c->num_hidden_layers; l < MAX_LAYERS; l++) { c->kq_conv_layer[l] = false; }
+}
+
+static inline void run_override_attention(Config* c, const TrainOptions* o) {
+    Error e = {{0}};
+    bool good = true;
+    if (o->attention_type) { good = config_set_attention_type(c, o->attention_type, &e); }
+    if (o->kq_conv_layers) { good = good && config_set_conv_layers(c, o->kq_conv_layers, &e); }
+    if (o->kq_conv_query_size) { c->kq_conv_query_size = o->kq_conv_query_size; }
+    if (o->kq_conv_key_size) { c->kq_conv_key_size = o->kq_conv_key_size; }
+    if (o->kq_conv_pre_softmax >= 0) { c->kq_conv_pre_softmax = o->kq_conv_pre_softmax; }
+    if (o->kq_conv_post_softmax >= 0) { c->kq_conv_post_softmax = o->kq_conv_post_softmax; }
+    if (o->head_mix_pre_softmax >= 0) { c->head_mix_pre_softmax = o->head_mix_pre_softmax; }
+    if (o->head_mix_post_softmax >= 0) { c->head_mix_post_softmax = o->head_mix_post_softmax; }
+    if (o->head_norm) { good = good && config_set_head_norm(c, o->head_norm, &e); }
+    if (o->head_gate >= 0) { c->head_gate = o->head_gate; }
+    if (!good) { die("%s", e.text); }
+}
+
+static inline bool run_holds_run(const char* dir) {
+    char path[PATH_SIZE];
+    long* steps;
+    path_join(path, sizeof path, dir, "log.jsonl");
+    int n = checkpoint_list(dir, &steps);
+    free(steps);
+    return n > 0 || file_exists(path);
+}
+
+// The largest vocabulary that the headers of the training shards state; 0 = unknown.
+static inline int run_shard_vocabulary(const TrainOptions* o) {
+    Loader l;
+    Error e = {{0}};
+    int largest = 0;
+    if (!o->train) { return 0; }
+    if (!loader_open(&l, o->train, 1, MAX_VOCAB, 0, &e)) { die("--train: %s", e.text); }
+    for (int s = 0; s < l.n_sources; s++) {
+        for (int i = 0; i < l.sources[s].n_shards; i++) {
+            if (l.sources[s].shards[i].vocab_size > largest) { largest = l.sources[s].shards[i].vocab_size; }
+        }
+    }
+    loader_close(&l);
+    return largest;
+}
+
+// A tokenizer's file from a checkpoint directory, or its built-in name, into path; false if config.json names none.
+static inline bool run_checkpoint_tokenizer(const Config* c, const char* dir, char* path) {
+    if (!c->tokenizer[0]) { return false; }
+    path_join(path, PATH_SIZE, dir, c->tokenizer);
+    if (!file_exists(path)) { snprintf(path, PATH_SIZE, "%s", c->tokenizer); }
+    return true;
+}
+
+static inline void run_open_tokenizer(Run* r, const char* from_dir, int shard_vocabulary) {
+    char path[PATH_SIZE] = "";
+    Error e = {{0}};
+    const TrainOptions* o = &r->options;
+    if (o->tokenizer) {
+        snprintf(path, sizeof path, "%s", o->tokenizer);
+    } else if (!from_dir[0] || !run_checkpoint_tokenizer(&r->config, from_dir, path)) {
+        if (shard_vocabulary == 259) { snprintf(path, sizeof path, "bytes"); }  // the built-in ones are told by their size
+        if (shard_vocabulary == 32) { snprintf(path, sizeof path, "toy"); }
+    }
+    if (!path[0]) { return; }
+    r->tokenizer = tokenizer_open(path, NULL, &e);
+    if (!r->tokenizer) { die("--tokenizer: %s", e.text); }
+    snprintf(r->config.tokenizer, sizeof r->config.tokenizer, "%s", tokenizer_file_name(r->tokenizer));
+    r->config.bos_token_id = tokenizer_bos(r->tokenizer);
+    r->config.eos_token_id = tokenizer_eos(r->tokenizer);
+}
+
+// Which model: a checkpoint that is resumed, a preset, a configuration file, or --init-from's.
+static inline void run_configure(Run* r) {
+    TrainOptions* o = &r->options;
+    Config* c = &r->config;
+    Error e = {{0}};
+    char path[PATH_SIZE];
+    const Preset* preset = o->model ? preset_find(o->model) : NULL;
+    const char* base = o->model;
+    bool loaded = false;  // from a file, whose attention fields hold unless --attention is given
+    if (o->init_from) {
+        if (!dir_exists(o->init_from)) { die("--init-from: %s is not a directory", o->init_from); }
+        snprintf(r->init_dir, sizeof r->init_dir, "%s", o->init_from);
+    }
+    if (!base && r->resume_dir[0]) { base = r->resume_dir; }
+    if (!base && o->init_from) { base = o->init_from; }
+    if (!base) { die("--model is missing, wanted one of %s or a config.json; see --help", MODEL_NAMES); }
+    if (preset) {
+        config_from_preset(c, preset);
+    } else {
+        snprintf(path, sizeof path, "%s", base);
+        if (dir_exists(base)) { path_join(path, sizeof path, base, "config.json"); }
+        if (!file_exists(path)) { die("--model: got \"%s\", wanted one of %s or a config.json", base, MODEL_NAMES); }
+        if (!config_read(c, path, &e)) { die("%s", e.text); }
+        loaded = true;
+    }
+    run_override_fields(c, o);
+    if (preset && o->num_hidden_layers) {  // the preset's pattern of layers, over another number of them
+        for (int l = 0; l < c->num_hidden_layers; l++) { c->kq_conv_layer[l] = l >= preset->first_conv && (l - preset->first_conv) % preset->conv_stride == 0; }
+    }
+    if (o->attention || !loaded) {
+        if (!config_set_attention(c, o->attention ? o->attention : "mta", preset && !strcmp(preset->name, "toy"), &e)) { die("--%s", e.text); }
+    }
+    run_override_attention(c, o);
+    int shard_vocabulary = run_shard_vocabulary(o);
+    run_open_tokenizer(r, r->resume_dir[0] ? r->resume_dir : r->init_dir, shard_vocabulary);
+    int needed = r->tokenizer ? tokenizer_vocab(r->tokenizer) : 0;
+    if (shard_vocabulary > needed) { needed = shard_vocabulary; }
+    if (preset && !o->vocab_size && needed > c->vocab_size) { c->vocab_size = needed; }
+    if (r->tokenizer && tokenizer_vocab(r->tokenizer) > c->vocab_size) {
+        die("--tokenizer: %s has %d ids, the model's vocabulary is %d", tokenizer_file_name(r->tokenizer), tokenizer_vocab(r->tokenizer), c->vocab_size);
+    }
+    if (o->max_position_embeddings) { c->max_position_embeddings = o->max_position_embeddings; }
+    if (!o->seq_len) { o->seq_len = c->max_position_embeddings < 2048 ? c->max_position_embeddings : 2048; }
+    if (!o->max_position_embeddings && (preset || o->seq_len > c->max_position_embeddings)) { c->max_position_embeddings = o->seq_len; }
+    if (o->seq_len > c->max_position_embeddings) {
+        die("--seq-len: got %d, wanted at most --max-position-embeddings %d", o->seq_len, c->max_position_embeddings);
+    }
+    if (o->lr == 0) { o->lr = preset ? preset->lr : 1.5e-4; }
+    if (!config_check(c, &e)) { die("model: %s", e.text); }
+    if (r->resume_dir[0]) {
+        Config saved;
+        path_join(path, sizeof path, r->resume_dir, "config.json");
+        if (!config_read(&saved, path, &e)) { die("%s", e.text); }
+        if (!config_same_model(c, &saved, &e)) { die("--resume: %s is another model: %s", r->resume_dir, e.text); }
+    }
+}
+
+// ---- options into a run
+
+static inline void run_check_step(Run* r) {
+    TrainOptions* o = &r->options;
+    int64_t T = o->seq_len;
+    if (!o->tokens_per_step) { o->tokens_per_step = T * o->batch_size; }
+    if (o->tokens_per_step % T || o->tokens_per_step / T > (1 << 24)) {
+        die("--tokens-per-step: got %lld, wanted a multiple of --seq-len %lld", (long long)o->tokens_per_step, (long long)T);
+    }
+    r->windows = (int)(o->tokens_per_step / T);
+    if (o->batch_size > r->windows) { o->batch_size = r->windows; }
+    if (!o->schedule_steps) { o->schedule_steps = o->steps; }
+    if (o->min_lr > o->lr) { die("--min-lr: got %g, wanted at most --lr %g", o->min_lr, o->lr); }
+}
+
+// Reads the command line; finds the checkpoint to continue; settles the model. Ends the program on a mistake, or with --help.
+static inline void run_parse(Run* r, int argc, char** argv) {
+    Opt table[72];
+    char usage[1024];
+    memset(r, 0, sizeof *r);
+    r->options = options_default();
+    r->argc = argc;
+    r->argv = argv;
+    r->saved_step = -1;
+    r->log.fd = -1;
+    train_options_table(table, &r->options);
+    const char* rest = strstr(TRAIN_USAGE, "PROGRAM") + strlen("PROGRAM");
+    snprintf(usage, sizeof usage, "usage: %s%s", program_invocation_short_name, rest);
+    const char* extra[1] = {""};
+    if (options_parse(table, usage, argc, argv, extra, 1)) { die("unexpected \"%s\"; every option starts with --, see --help", extra[0]); }
+    TrainOptions* o = &r->options;
+    if (!o->dry_run) {
+        if (!o->train) { die("--train is missing: wanted token shards, made by data/prepare.py; see --help"); }
+        if (!o->out) { die("--out is missing: wanted a directory for the log and checkpoints; see --help"); }
+        if (!o->resume && run_holds_run(o->out)) { die("--out: %s holds a run; --resume continues it, or choose another directory", o->out); }
+        if (o->resume) { r->saved_step = checkpoint_newest(o->out, r->resume_dir); }
+        if (r->saved_step < 0) { r->resume_dir[0] = 0; }
+    }
+    run_configure(r);
+    run_check_step(r);
+    r->steps = o->steps;
+    r->progress = progress_make(stdout);
+}
+
+// ---- the plan
+
+// 876563136 -> "876,563,136"
+static inline const char* format_grouped(uint64_t x, char* out, size_t n) {
+    char digits[32];
+    size_t length = (size_t)snprintf(digits, sizeof digits, "%llu", (unsigned long long)x), used = 0;
+    for (size_t i = 0; i < length && used + 2 < n; i++) {
+        if (i && (length - i) % 3 == 0) { out[used++] = ','; }
+        out[used++] = digits[i];
+    }
+    out[used] = 0;
+    return out;
+}
+
+typedef struct { const char* name; size_t bytes; } PlanRow;
+
+static inline void run_print_plan(const Run* r, const char* device, const PlanRow* rows, int n) {
+    const TrainOptions* o = &r->options;
+    const Config* c = &r->config;
+    TensorList list;
+    char grouped[32], time[32], count[32];
+    size_t total = 0;
+    tensor_list(&list, c);
+    printf("model       %s, attention %s: %d layers, %d channels, %d heads of %d, vocabulary %d\n", o->model ? o->model : "from the checkpoint",
+           config_is_plain(c) ? "transformer" : o->attention ? o->attention : c->attention_type == ATTENTION_DIFF ? "diff" : "mta", c->num_hidden_layers,
+           c->hidden_size, c->num_attention_heads, config_head_size(c), c->vocab_size);
+    printf("parameters  %zu (%s)\n", list.parameters, format_grouped(list.parameters, grouped, sizeof grouped));
+    for (int i = 0; i < n; i++) {
+        printf("%-11s %-22s %10.1f MiB\n", i ? "" : "memory", rows[i].name, (double)rows[i].bytes / 1048576);
+        total += rows[i].bytes;
+    }
+    printf("%-11s %-22s %10.1f MiB\n", "", "total", (double)total / 1048576);
+    printf("step        %d sequences of %d = %s tokens, %d at once\n", r->windows, o->seq_len,
+           format_grouped((uint64_t)o->tokens_per_step, grouped, sizeof grouped), o->batch_size);
+    double all = (double)o->steps * (double)o->tokens_per_step, rate = r->flops_per_second / r->flops_per_token / 2;
+    printf("run         %lld steps, %s tokens\n", (long long)o->steps, format_count(all, count, sizeof count));
+    if (r->flops_per_second > 0) {
+        printf("time        about %s at half of this machine's matrix products (%s, %.0f GFLOP/s)\n", format_duration(all / rate, time, sizeof time), device,
+               r->flops_per_second * 1e-9);
+    }
+    fflush(stdout);
+    tensor_list_free(&list);
+}
+
+// ---- opening: data, directory, log
+
+static inline void run_open_val(Run* r) {
+    TrainOptions* o = &r->options;
+    Error e = {{0}};
+    if (!o->val) { return; }
+    char* copy = strdup(o->val);
+    for (char *save = NULL, *part = strtok_r(copy, ",", &save); part; part = strtok_r(NULL, ",", &save)) {
+        if (r->n_val == MAX_VAL_SETS) { die("--val: more than %d sets", MAX_VAL_SETS); }
+        ValSet* v = &r->val[r->n_val++];
+        char *equals = strchr(part, '='), *glob = equals ? equals + 1 : part;
+        if (equals) { *equals = 0; }
+        if (!loader_open(&v->loader, glob, o->seq_len, r->config.vocab_size, 0, &e)) { die("--val: %s", e.text); }
+        snprintf(v->name, sizeof v->name, "%s", equals ? part : v->loader.sources[0].name);
+    }
+    free(copy);
+}
+
+// Refuses a directory that cannot be written or has no room for one checkpoint.
+static inline void run_check_directory(const Run* r) {
+    Error e = {{0}};
+    struct statvfs fs;
+    char path[PATH_SIZE];
+    TensorList list;
+    if (!make_dirs(r->options.out, &e)) { die("--out: %s", e.text); }
+    path_join(path, sizeof path, r->options.out, ".writable");
+    if (!write_file_synced(path, "1", 1, &e)) { die("--out: %s", e.text); }
+    unlink(path);
+    tensor_list(&list, &r->config);
+    double needed = (double)list.numel * 12 + (1 << 20);
+    tensor_list_free(&list);
+    if (!statvfs(r->options.out, &fs) && (double)fs.f_bavail * (double)fs.f_frsize < needed) {
+        die("--out: %s has %.0f MiB free, one checkpoint needs %.0f", r->options.out, (double)fs.f_bavail * (double)fs.f_frsize / 1048576, needed / 1048576);
+    }
+}
+
+static inline void run_read_state(Run* r);
+
+// Data, run directory, log, signals; reads trainer.json of the checkpoint that is resumed. Ends the program on any mistake.
+static inline void run_open(Run* r) {
+    TrainOptions* o = &r->options;
+    Error e = {{0}};
+    LoaderMix mix = strcmp(o->mix, "document") ? MIX_TOKEN : MIX_DOCUMENT;
+    if (!loader_open_mix(&r->train, o->train, o->seq_len, r->config.vocab_size, (uint64_t)o->seed, mix, &e)) { die("--train: %s", e.text); }
+    run_open_val(r);
+    run_check_directory(r);
+    if (r->resume_dir[0]) { run_read_state(r); }
+    if (!runlog_open(&r->log, o->out, o->resume ? (long)r->step : -1, &e)) { die("--out: %s", e.text); }
+    size_t n = (size_t)r->windows * (size_t)o->seq_len;
+    r->tokens = (int32_t*)alloc_or_die(n, sizeof(int32_t), "a step's tokens");
+    r->targets = (int32_t*)alloc_or_die(n, sizeof(int32_t), "a step's targets");
+    loader_state_write(&r->train, &r->loader_state);
+    r->first_step = r->step;
+    run_catch_signals();
+}
+
+// ---- trainer.json
+
+static inline void run_state_json(const Run* r, Text* t) {
+    text_printf(t, "{\n  \"format\": 1,\n  \"step\": %lld,\n  \"tokens_seen\": %lld,\n  \"skipped\": %lld,\n", (long long)r->step, (long long)r->tokens_seen,
+                (long long)r->skipped);
+    text_printf(t, "  \"random\": {\"seed\": %lld, \"step\": %lld},\n  \"loader\": ", (long long)r->options.seed, (long long)r->step);
+    text_append(t, r->loader_state.text, r->loader_state.n);
+    text_printf(t, ",\n  \"program\": ");
+    text_json_string(t, program_invocation_short_name, strlen(program_invocation_short_name));
+    text_printf(t, ",\n  \"compiler\": ");
+    text_json_string(t, __VERSION__, strlen(__VERSION__));
+    text_printf(t, ",\n  \"arguments\": [");
+    for (int i = 1; i < r->argc; i++) {
+        if (i > 1) { text_append(t, ", ", 2); }
+        text_json_string(t, r->argv[i], strlen(r->argv[i]));
+    }
+    text_printf(t, "]\n}\n");
+}
+
+static inline void run_read_state(Run* r) {
+    char path[PATH_SIZE];
+    char* text;
+    size_t n;
+    Error e = {{0}};
+    path_join(path, sizeof path, r->resume_dir, "trainer.json");
+    if (!read_file(path, (size_t)16 << 20, &text, &n, &e)) { die("%s", e.text); }
+    Json* j = json_parse(text, n, &e);
+    if (!j) { die("%s: %s", path, e.text); }
+    if (!json_integer(json_get(j, "step"), 0, INT64_MAX, &r->step) || !json_integer(json_get(j, "tokens_seen"), 0, INT64_MAX, &r->tokens_seen) ||
+        !json_integer(json_get(j, "skipped"), 0, INT64_MAX, &r->skipped)) { die("%s: step, tokens_seen or skipped is missing", path); }
+    if (!loader_state_read(&r->train, json_get(j, "loader"), &e)) { die("%s", e.text); }
+    json_free(j);
+    free(text);
+}
+
+// ---- one step
+
+// Learning rate of step `step`, counted from 0: linear warmup, then the schedule down to min_lr over schedule_steps.
+static inline double learning_rate(const TrainOptions* o, int64_t step) {
+    if (step < o->warmup) { return o->lr * (double)(step + 1) / (double)o->warmup; }
+    int64_t rest = o->schedule_steps - o->warmup;
+    double p = rest > 0 ? (double)(step - o->warmup) / (double)rest : 1;  // share of the schedule that is over
+    if (p > 1) { p = 1; }
+    double share = 1;  // of the way from min_lr up to lr
+    if (!strcmp(o->schedule, "linear")) { share = 1 - p; }
+    if (!strcmp(o->schedule, "cosine")) { share = 0.5 * (1 + cos(3.14159265358979323846 * p)); }
+    if (!strcmp(o->schedule, "wsd")) { share = p < 0.8 ? 1 : (1 - p) / 0.2; }
+    return o->min_lr + (o->lr - o->min_lr) * share;
+}
+
+// Reads the step's windows into tokens and targets; returns how many targets count. A bad token ends the program: the checkpoints stay.
+static inline int64_t run_load_step(Run* r) {
+    Error e = {{0}};
+    int64_t counted = 0;
+    size_t T = (size_t)r->options.seq_len;
+    for (int w = 0; w < r->windows; w++) {
+        if (!loader_next(&r->train, r->tokens + (size_t)w * T, r->targets + (size_t)w * T, &e)) { die("--train: %s", e.text); }
+    }
+    for (size_t i = 0; i < (size_t)r->windows * T; i++) { counted += r->targets[i] >= 0; }
+    return counted;
+}
+
+typedef struct {
+    double loss, grad_norm, lr, seconds;
+    bool complete;  // false: a signal came in between, nothing was changed
+    bool skipped;   // loss or norm not finite, nothing was changed
+} StepStats;
+
+// Counts a finished step, writes its log line, shows progress.
+static inline void run_log_step(Run* r, const StepStats* s) {
+    char line[512], eta[32], rate_text[32];
+    int64_t tokens = r->options.tokens_per_step;
+    r->step++;
+    r->tokens_seen += tokens;
+    r->skipped += s->skipped;
+    r->skipped_in_a_row = s->skipped ? r->skipped_in_a_row + 1 : 0;
+    r->training_seconds += s->seconds;
+    r->loader_state.n = 0;
+    loader_state_write(&r->train, &r->loader_state);
+    double rate = (double)tokens / s->seconds, mfu = r->flops_per_second > 0 ? rate * r->flops_per_token / r->flops_per_second : 0;
+    double average = (double)(r->step - r->first_step) / r->training_seconds;
+    Text t = {NULL, 0, 0};
+    const struct { const char* name; double value; } fields[] = {{"loss", s->loss}, {"grad_norm", s->grad_norm}, {"lr", s->lr}, {"tokens", (double)r->tokens_seen},
+                                                                 {"tokens_per_s", rate}, {"mfu", mfu}, {"skipped", (double)r->skipped}};
+    text_printf(&t, "{\"event\": \"step\", \"step\": %lld", (long long)r->step);
+    for (size_t i = 0; i < sizeof fields / sizeof fields[0]; i++) {
+        text_printf(&t, ", \"%s\": ", fields[i].name);
+        text_json_number(&t, fields[i].value);
+    }
+    if (r->train.n_sources > 1) {
+        text_printf(&t, ", \"sources\": {");
+        for (int i = 0; i < r->train.n_sources; i++) {
+            text_printf(&t, "%s", i ? ", " : "");
+            text_json_string(&t, r->train.sources[i].name, strlen(r->train.sources[i].name));
+            text_printf(&t, ": %llu", (unsigned long long)r->train.sources[i].drawn * (unsigned long long)r->options.seq_len);
+        }
+        text_printf(&t, "}");
+    }
+    text_printf(&t, "}");
+    runlog_line(&r->log, t.text);
+    text_free(&t);
+    snprintf(line, sizeof line, "step %lld/%lld  loss %.4f  norm %.3f  lr %.2e  %s tokens/s  MFU %.1f%%  ETA %s%s", (long long)r->step, (long long)r->steps,
+             s->loss, s->grad_norm, s->lr, format_count(rate, rate_text, sizeof rate_text), 100 * mfu,
+             format_duration((double)(r->steps - r->step) / average, eta, sizeof eta), s->skipped ? "  update skipped: not finite" : "");
+    progress_line(&r->progress, line, s->skipped || r->step % r->options.log_every == 0 || r->step == r->steps || r->step == r->first_step + 1);
+}
+
+// Is something due that happens every `every` steps (0 = never)?
+static inline bool run_due(const Run* r, int64_t every) { return every > 0 && r->step % every == 0; }
+static inline int64_t run_eval_every(const Run* r) {
+    int64_t tenth = r->steps / 10;
+    return r->options.eval_every ? r->options.eval_every : tenth > 0 ? tenth : 1;
+}
+
+// ---- reports
+
+static inline void run_log_start(Run* r, size_t parameters) {
+    Text t = {NULL, 0, 0}, config = {NULL, 0, 0};
+    config_to_json(&r->config, &config);
+    for (size_t i = 0; i < config.n; i++) { if (config.text[i] == '\n') { config.text[i] = ' '; } }
+    text_printf(&t, "{\"event\": \"start\", \"step\": %lld, \"parameters\": %zu, \"tokens_per_step\": %lld, \"seq_len\": %d, \"flops_per_token\": %.17g, \"config\": ",
+                (long long)r->step, parameters, (long long)r->options.tokens_per_step, r->options.seq_len, r->flops_per_token);
+    text_append(&t, config.text, config.n);
+    text_printf(&t, ", \"arguments\": [");
+    for (int i = 1; i < r->argc; i++) {
+        if (i > 1) { text_append(&t, ", ", 2); }
+        text_json_string(&t, r->argv[i], strlen(r->argv[i]));
+    }
+    text_printf(&t, "]}");
+    runlog_line(&r->log, t.text);
+    text_free(&t);
+    text_free(&config);
+    r->started = seconds_now();
+    if (r->resume_dir[0]) {
+        printf("resumed from %s\n", r->resume_dir);
+    } else if (r->options.resume) {
+        printf("no checkpoint in %s: starting from step 0\n", r->options.out);
+    }
+    fflush(stdout);
+}
+
+// One validation set's result: loss over `counted` targets; wrong of `sequences` where the set has a mask.
+static inline void run_log_val(Run* r, const ValSet* v, double loss_sum, int64_t counted, int64_t wrong, int64_t sequences) {
+    char line[256], error[64] = "";
+    Text t = {NULL, 0, 0};
+    double loss = counted ? loss_sum / (double)counted : NAN;
+    text_printf(&t, "{\"event\": \"val\", \"step\": %lld, \"name\": ", (long long)r->step);
+    text_json_string(&t, v->name, strlen(v->name));
+    text_printf(&t, ", \"loss\": ");
+    text_json_number(&t, loss);
+    text_printf(&t, ", \"perplexity\": ");
+    text_json_number(&t, exp(loss));
+    text_printf(&t, ", \"tokens\": %lld", (long long)counted);
+    if (loader_masked(&v->loader)) {
+        text_printf(&t, ", \"error\": ");
+        text_json_number(&t, (double)wrong / (double)sequences);
+        snprintf(error, sizeof error, "  error %.2f%% of %lld sequences", 100.0 * (double)wrong / (double)sequences, (long long)sequences);
+    }
+    text_printf(&t, "}");
+    runlog_line(&r->log, t.text);
+    text_free(&t);
+    snprintf(line, sizeof line, "val %s  step %lld  loss %.4f  perplexity %.3f%s", v->name, (long long)r->step, loss, exp(loss), error);
+    progress_line(&r->progress, line, true);
+}
+
+static inline void run_log_sample(Run* r, const char* text, size_t n) {
+    Text t = {NULL, 0, 0};
+    size_t valid = utf8_valid_up_to(text, n);  // a sample may end inside a character
+    text_printf(&t, "{\"event\": \"sample\", \"step\": %lld, \"text\": ", (long long)r->step);
+    text_json_string(&t, text, valid);
+    text_printf(&t, "}");
+    runlog_line(&r->log, t.text);
+    text_free(&t);
+    progress_break(&r->progress);
+    printf("sample at step %lld: ", (long long)r->step);
+    for (size_t i = 0; i < n; i++) {  // what could steer a terminal is shown, not sent
+        unsigned char b = (unsigned char)text[i];
+        if ((b < 32 && b != '\n' && b != '\t') || b == 127) { printf("\\x%02x", b); } else { putchar(b); }
+    }
+    printf("\n");
+    fflush(stdout);
+}
+
+// Files of a checkpoint that are not tensors: config.json, the tokenizer's ranks, trainer.json.
+static inline bool run_save_texts(const Run* r, CheckpointWriter* w, Error* e) {
+    Text config = {NULL, 0, 0}, state = {NULL, 0, 0};
+    config_to_json(&r->config, &config);
+    run_state_json(r, &state);
+    bool good = checkpoint_add_text(w, "config.json", config.text, config.n, e) && checkpoint_add_text(w, "trainer.json", state.text, state.n, e);
+    if (good && r->tokenizer && tokenizer_file(r->tokenizer)) {
+        good = checkpoint_add_copy(w, tokenizer_file_name(r->tokenizer), tokenizer_file(r->tokenizer), e);
+    }
+    text_free(&config);
+    text_free(&state);
+    return good;
+}
+
+// After a checkpoint was committed to `path`.
+static inline void run_saved(Run* r, const char* path, double seconds) {
+    char line[PATH_SIZE + 64];
+    Text t = {NULL, 0, 0};
+    r->saved_step = r->step;
+    checkpoint_prune(r->options.out, (int)r->options.keep);
+    text_printf(&t, "{\"event\": \"save\", \"step\": %lld, \"seconds\": %.3f, \"path\": ", (long long)r->step, seconds);
+    text_json_string(&t, path, strlen(path));
+    text_printf(&t, "}");
+    runlog_line(&r->log, t.text);
+    runlog_sync(&r->log);
+    text_free(&t);
+    snprintf(line, sizeof line, "saved %s", path);
+    progress_line(&r->progress, line, true);
+}
+
+// A checkpoint that could not be written: says so, names what is left, ends the program.
+static inline void run_save_failed(const Run* r, const Error* e) {
+    char path[PATH_SIZE];
+    if (r->saved_step < 0) { die("checkpoint of step %lld not saved: %s; there is no earlier one", (long long)r->step, e->text); }
+    checkpoint_path(r->options.out, (long)r->saved_step, path);
+    die("checkpoint of step %lld not saved: %s; the last good one is %s", (long long)r->step, e->text, path);
+}
+
+static inline bool run_goes_on(const Run* r) { return r->step < r->steps && !run_signal && r->skipped_in_a_row < MAX_SKIPPED_IN_A_ROW; }
+
+// Says how the run ended; the exit status.
+static inline int run_end(Run* r) {
+    const char* reason = r->skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW ? "not finite" : run_signal ? "signal" : "done";
+    char line[256];
+    int status = EXIT_DONE;
+    snprintf(line, sizeof line, "{\"event\": \"stop\", \"step\": %lld, \"reason\": \"%s\", \"seconds\": %.3f}", (long long)r->step, reason, seconds_now() - r->started);
+    runlog_line(&r->log, line);
+    runlog_close(&r->log);
+    progress_break(&r->progress);
+    if (r->skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW) {
+        char path[PATH_SIZE] = "none was saved";
+        if (r->saved_step >= 0) { checkpoint_path(r->options.out, (long)r->saved_step, path); }
+        fprintf(stderr, "%s: loss or gradient norm was not finite in %d steps in a row, stopped at step %lld; the last good checkpoint: %s\n",
+                program_invocation_short_name, r->skipped_in_a_row, (long long)r->step, path);
+        status = EXIT_NOT_FINITE;
+    } else if (run_signal && r->step < r->steps) {
+        printf("stopped by signal %d at step %lld, saved; --resume continues\n", (int)run_signal, (long long)r->step);
+        status = EXIT_STOPPED;
+    } else {
+        printf("done: %lld steps, %lld updates skipped\n", (long long)r->step, (long long)r->skipped);
+    }
+    loader_close(&r->train);
+    for (int i = 0; i < r->n_val; i++) { loader_close(&r->val[i].loader); }
+    if (r->tokenizer) { tokenizer_free(r->tokenizer); }
+    text_free(&r->loader_state);
+    free(r->tokens);
+    free(r->targets);
+    return status;
+}
+
+#endif
