@@ -16,7 +16,7 @@ LDLIBS = -lm
 ifndef NO_CBLAS
 BLAS_CFLAGS := $(shell pkg-config --cflags openblas 2>/dev/null)
 BLAS_LIBS := $(shell pkg-config --libs openblas 2>/dev/null || echo -lopenblas)
-BLAS_FOUND := $(shell printf '\#include <cblas.h>\nint main(void){return cblas_sgemm==0;}\n' | $(CC) -x c - $(BLAS_CFLAGS) $(BLAS_LIBS) -o /dev/null 2>/dev/null && echo yes)
+BLAS_FOUND := $(shell echo 'int main(void){return cblas_sgemm == 0;}' | $(CC) -include cblas.h -x c - $(BLAS_CFLAGS) $(BLAS_LIBS) -o /dev/null 2>/dev/null && echo yes)
 endif
 ifeq ($(BLAS_FOUND),yes)
 BLAS = -DMTA_CBLAS $(BLAS_CFLAGS)
