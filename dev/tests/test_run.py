@@ -1,0 +1,683 @@
+#!/usr/bin/env python3
+"""Black-box tests of train_mta: runs, resume, signals, and every kind of bad input. Whatever a user can do wrong gives one line and exit 1.
+
+python3 dev/tests/test_run.py [-k PATTERN]     (MTA_BIN: folder of the binary, default the repository; TRAINER: its name, default train_mta)
+"""
+import array
+import glob
+import json
+import math
+import os
+import random
+import re
+import resource
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+import unittest
+import zlib
+
+ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+BINARY = os.path.join(os.environ.get("MTA_BIN", ROOT), os.environ.get("TRAINER", "train_mta"))
+NAME = os.path.basename(BINARY)
+SMALL = {"--model": "toy", "--attention": "mta", "--hidden-size": 32, "--num-hidden-layers": 2, "--num-attention-heads": 2,
+         "--num-key-value-heads": 2, "--intermediate-size": 48, "--vocab-size": 32, "--kq-conv-key-size": 5, "--seq-len": 16, "--batch-size": 2,
+         "--steps": 6, "--lr": 1e-3, "--schedule": "constant", "--warmup": 0, "--log-every": 1, "--sample-every": 0, "--seed": 5}
+TIMEOUT = 120
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------------
+# Files
+
+def write_shard(path, tokens, vocab=32, width=2, magic=None, version=None, count=None, mask=None):
+    magic = magic if magic is not None else 20240520 if width == 2 else 20240801
+    version = version if version is not None else 1 if width == 2 else 7
+    data = array.array("H" if width == 2 else "I", tokens).tobytes()
+    header = struct.pack("<4iIi", magic, version, len(tokens) if count is None else count, vocab, zlib.crc32(data), int(mask is not None))
+    with open(path, "wb") as f:
+        f.write(header.ljust(1024, b"\0") + data)
+    if mask is not None:
+        with open(path[:-4] + ".mask", "wb") as f:
+            f.write(bytes(mask))
+
+
+def read_safetensors(path):
+    """{name: (dtype, shape, bytes)} and the metadata."""
+    with open(path, "rb") as f:
+        data = f.read()
+    length = struct.unpack("<Q", data[:8])[0]
+    header = json.loads(data[8:8 + length])
+    metadata = header.pop("__metadata__", {})
+    start = 8 + length
+    return {n: (e["dtype"], e["shape"], data[start + e["data_offsets"][0]:start + e["data_offsets"][1]]) for n, e in header.items()}, metadata
+
+
+def write_safetensors(path, tensors, metadata=None):
+    header, at = {"__metadata__": metadata or {"format": "pt"}}, 0
+    for name, (dtype, shape, raw) in tensors.items():
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [at, at + len(raw)]}
+        at += len(raw)
+    text = json.dumps(header).encode()
+    text += b" " * (-(8 + len(text)) % 64)
+    with open(path, "wb") as f:
+        f.write(struct.pack("<Q", len(text)) + text + b"".join(raw for _, _, raw in tensors.values()))
+
+
+def read_bytes(path):
+    with open(path, "rb") as f:
+        return f.read()
+
+
+def mend_manifest(folder):
+    """Makes the manifest agree with the files again, so that what was changed in them is what is refused."""
+    path = os.path.join(folder, "manifest.json")
+    with open(path) as f:
+        manifest = json.load(f)
+    for name in manifest["files"]:
+        data = read_bytes(os.path.join(folder, name))
+        manifest["files"][name].update(bytes=len(data), crc32=zlib.crc32(data))
+    with open(path, "w") as f:
+        json.dump(manifest, f)
+
+
+def checkpoints(out):
+    return sorted(glob.glob(os.path.join(out, "step-*")))
+
+
+def log_events(out, kind=None):
+    with open(os.path.join(out, "log.jsonl")) as f:
+        events = [json.loads(line) for line in f]
+    return [e for e in events if kind is None or e["event"] == kind]
+
+
+def tree(folder):
+    """Every file below the folder with its bytes."""
+    return {os.path.relpath(os.path.join(d, n), folder): read_bytes(os.path.join(d, n)) for d, _, names in os.walk(folder) for n in names}
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------------
+
+class Trainer(unittest.TestCase):
+    """A folder with two shards of a learnable sequence, and ways to run the trainer in it."""
+
+    @classmethod
+    def setUpClass(cls):
+        if not os.path.exists(BINARY):
+            raise unittest.SkipTest(f"{BINARY} is not built: make {NAME}")
+        cls.folder = tempfile.mkdtemp(prefix="test_run_")
+        rng = random.Random(1)
+        period = [rng.randrange(32) for _ in range(50)]
+        write_shard(cls.path("a_train_000000.bin"), [period[i % 50] if i % 7 else rng.randrange(32) for i in range(16 * 200 + 1)])
+        write_shard(cls.path("a_val_000000.bin"), [period[i % 50] for i in range(16 * 8 + 1)])
+
+    @classmethod
+    def tearDownClass(cls):
+        shutil.rmtree(cls.folder)
+
+    @classmethod
+    def path(cls, *parts):
+        return os.path.join(cls.folder, *parts)
+
+    def arguments(self, out, changes=None, flags=()):
+        """changes: options that differ from the small run's; None drops one."""
+        options = dict(SMALL)
+        options.update({"--train": self.path("a_train_*.bin"), "--val": self.path("a_val_*.bin"), "--out": out, "--threads": None})
+        options.update(changes or {})
+        words = [BINARY]
+        for name, value in options.items():
+            if value is not None:
+                words += [name, str(value)]
+        return words + list(flags)
+
+    def out(self):
+        return os.path.join(tempfile.mkdtemp(dir=self.folder), "run")
+
+    def launch(self, words, threads=1, limit=None):
+        def prepare():
+            if limit is not None:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+        environment = dict(os.environ, OMP_NUM_THREADS=str(threads), OPENBLAS_NUM_THREADS="1")
+        return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, preexec_fn=prepare,
+                                cwd=self.folder)
+
+    def execute(self, words, threads=1, limit=None):
+        with self.launch(words, threads, limit) as child:
+            try:
+                stdout, stderr = child.communicate(timeout=TIMEOUT)
+            except subprocess.TimeoutExpired:
+                child.kill()
+                raise
+        return subprocess.CompletedProcess(words, child.returncode, stdout, stderr)
+
+    def run_ok(self, out, changes=None, flags=(), threads=1):
+        done = self.execute(self.arguments(out, changes, flags), threads)
+        self.assertEqual(done.returncode, 0, done.stdout[-2000:] + done.stderr)
+        return done
+
+    def assert_refused(self, done, *pieces):
+        """Exit 1 and one line on stderr that starts with the program's name and holds every piece."""
+        self.assertEqual(done.returncode, 1, done.stdout[-1000:] + done.stderr)
+        self.assertEqual(done.stderr.count("\n"), 1, done.stderr)
+        self.assertTrue(done.stderr.startswith(NAME + ": "), done.stderr)
+        for piece in pieces:
+            self.assertIn(str(piece), done.stderr)
+
+    def refused(self, pieces, changes=None, flags=(), out=None):
+        """A new run with these options is refused and leaves no checkpoint."""
+        out = out or self.out()
+        done = self.execute(self.arguments(out, changes, flags))
+        self.assert_refused(done, *pieces)
+        self.assertEqual(checkpoints(out), [])
+
+
+class Runs(Trainer):
+    def test_a_run(self):
+        out = self.out()
+        self.run_ok(out, {"--steps": 60, "--lr": 1e-2, "--eval-every": 20, "--save-every": 20, "--keep": 2})
+        names = [os.path.basename(c) for c in checkpoints(out)]
+        self.assertEqual(names, ["step-00000040", "step-00000060"])
+        steps, val = log_events(out, "step"), log_events(out, "val")
+        self.assertEqual([e["step"] for e in steps], list(range(1, 61)))
+        self.assertTrue(all(math.isfinite(e[k]) for e in steps for k in ("loss", "grad_norm", "lr")))
+        self.assertLess(val[-1]["loss"], val[0]["loss"] - 0.3)
+        self.assertEqual(val[-1]["step"], 60)
+        self.assertAlmostEqual(val[-1]["perplexity"], math.exp(val[-1]["loss"]), delta=1e-4 * val[-1]["perplexity"])
+        self.assertNotIn("error", val[-1])
+        self.assertEqual(log_events(out)[0]["event"], "start")
+        self.assertEqual(log_events(out)[-1]["event"], "stop")
+        last = checkpoints(out)[-1]
+        with open(os.path.join(last, "manifest.json")) as f:
+            manifest = json.load(f)
+        self.assertEqual(manifest["step"], 60)
+        self.assertEqual(set(manifest["files"]) | {"manifest.json"}, set(os.listdir(last)))
+        for name, entry in manifest["files"].items():
+            data = read_bytes(os.path.join(last, name))
+            self.assertEqual((entry["bytes"], entry["crc32"]), (len(data), zlib.crc32(data)), name)
+        tensors, metadata = read_safetensors(os.path.join(last, "model.safetensors"))
+        self.assertEqual(metadata.get("format"), "pt")
+        self.assertEqual(tensors["model.layers.0.self_attn.kq_conv.weight"][1], [2, 2, 5])
+        moments, _ = read_safetensors(os.path.join(last, "optimizer.safetensors"))
+        self.assertEqual(set(moments), {p + n for n in tensors for p in ("m.", "v.")})
+        self.assertFalse([n for n in os.listdir(out) if "partial" in n])
+
+    def test_masked_set_reports_error(self):
+        tokens = [5, 6, 7, 8] * 32 + [0]
+        write_shard(self.path("m_train_000000.bin"), tokens * 4, mask=[1] * (4 * len(tokens)))
+        write_shard(self.path("m_val_000000.bin"), tokens, mask=[int(i % 16 == 15) for i in range(len(tokens))])
+        out = self.out()
+        self.run_ok(out, {"--train": self.path("m_train_*.bin"), "--val": "easy=" + self.path("m_val_*.bin"), "--steps": 60, "--lr": 1e-2,
+                          "--eval-every": 60})
+        val = log_events(out, "val")[-1]
+        self.assertEqual(val["name"], "easy")
+        self.assertEqual(val["tokens"], 8)
+        self.assertEqual(val["error"], 0)
+
+    def test_mixture_from_a_recipe(self):
+        write_shard(self.path("x_train_000000.bin"), [i % 32 for i in range(400)])
+        with open(self.path("recipe.txt"), "w") as f:
+            f.write("a_train_*.bin=0.75 # most\nx_train_*.bin=0.25\n")
+        out = self.out()
+        self.run_ok(out, {"--train": "@" + self.path("recipe.txt")})
+        with open(os.path.join(checkpoints(out)[-1], "trainer.json")) as f:
+            text = f.read()
+        self.assertEqual([int(x) for x in re.findall(r'"drawn": (\d+)', text)], [9, 3])
+
+    def test_same_bits(self):
+        """The same run twice, and with one or two threads."""
+        trees = []
+        for threads in (1, 1, 2):
+            out = self.out()
+            self.run_ok(out, {"--steps": 8}, threads=threads)
+            last = checkpoints(out)[-1]
+            steps = [(e["loss"], e["grad_norm"], e["lr"]) for e in log_events(out, "step")]
+            trees.append((read_bytes(os.path.join(last, "model.safetensors")), read_bytes(os.path.join(last, "optimizer.safetensors")), steps))
+        self.assertTrue(trees[0] == trees[1], "the same run gave other bits")
+        self.assertTrue(trees[0] == trees[2], "two threads gave other bits than one")
+        out = self.out()
+        self.run_ok(out, {"--steps": 8, "--seed": 6})
+        self.assertNotEqual(read_bytes(os.path.join(checkpoints(out)[-1], "model.safetensors")), trees[0][0])
+
+    def test_accumulation_does_not_depend_on_the_batch_size(self):
+        """The loss is a mean over all targets of a step: 8 windows as 1 x 8 or 4 x 2 agree to rounding."""
+        losses = []
+        for batch in (8, 2, 1):
+            out = self.out()
+            self.run_ok(out, {"--batch-size": batch, "--tokens-per-step": 128, "--steps": 5})
+            losses.append([e["loss"] for e in log_events(out, "step")])
+        for other in losses[1:]:
+            for a, b in zip(losses[0], other):
+                self.assertAlmostEqual(a, b, delta=2e-5)
+
+    def test_dry_run_counts(self):
+        """The parameter counts of the paper's sizes, without --train and --out and without the memory."""
+        for model, attention, count in (("880m", "transformer", 876553728), ("880m", "mta", 876563136), ("880m", "mta-full", 876583320),
+                                        ("880m", "talking-heads", 876566016), ("880m", "diff", 876567552), ("300m", "transformer", 388277248),
+                                        ("550m", "transformer", 651818240), ("1b", "transformer", 1495894016)):
+            done = self.execute([BINARY, "--model", model, "--attention", attention, "--dry-run"])
+            self.assertEqual(done.returncode, 0, done.stderr)
+            self.assertIn(str(count), re.sub(r"(?<=\d)[,_'](?=\d)", "", done.stdout), (model, attention))
+
+    def test_help(self):
+        done = self.execute([BINARY, "--help"])
+        self.assertEqual(done.returncode, 0)
+        for name in ("--model", "--attention", "--train", "--val", "--out", "--resume", "--init-from", "--dry-run", "--kq-conv-layers"):
+            self.assertIn(name + " " if name not in ("--resume", "--dry-run") else name, done.stdout)
+
+
+class Resume(Trainer):
+    def compare(self, whole, parts, first_step):
+        """Weights, optimizer state, and the log from first_step on are equal bit for bit."""
+        a, b = checkpoints(whole)[-1], checkpoints(parts)[-1]
+        self.assertEqual(os.path.basename(a), os.path.basename(b))
+        for name in ("model.safetensors", "optimizer.safetensors"):
+            self.assertTrue(read_bytes(os.path.join(a, name)) == read_bytes(os.path.join(b, name)), name + " differs")
+        keys = ("step", "loss", "grad_norm", "lr")
+        rows = [[tuple(e[k] for k in keys) for e in log_events(out, "step") if e["step"] >= first_step] for out in (whole, parts)]
+        self.assertEqual(rows[0], rows[1])
+        self.assertEqual([e["step"] for e in log_events(parts, "step")], list(range(1, rows[0][-1][0] + 1)))
+
+    def test_ten_and_ten_is_twenty(self):
+        whole, parts = self.out(), self.out()
+        common = {"--tokens-per-step": 64, "--eval-every": 5}
+        self.run_ok(whole, dict(common, **{"--steps": 20}))
+        self.run_ok(parts, dict(common, **{"--steps": 10}))
+        self.run_ok(parts, dict(common, **{"--steps": 20}), ["--resume"])
+        self.compare(whole, parts, 1)
+
+    def test_stopped_and_resumed_on_a_schedule(self):
+        """Stopped by a signal at whatever step, resumed with the same options, linear decay and warmup."""
+        common = {"--steps": 400, "--schedule": "linear", "--warmup": 7, "--save-every": 150, "--keep": 0}
+        whole, parts = self.out(), self.out()
+        self.run_ok(whole, common)
+        child = self.launch(self.arguments(parts, common))
+        self.wait_for_step(parts, 20)
+        child.send_signal(signal.SIGTERM)
+        child.communicate(timeout=TIMEOUT)
+        self.assertEqual(child.returncode, 75)
+        self.assertLess(int(checkpoints(parts)[-1][-8:]), 400)
+        self.run_ok(parts, common, ["--resume"])
+        self.compare(whole, parts, 1)
+
+    def wait_for_step(self, out, step):
+        start = time.time()
+        while time.time() - start < TIMEOUT:
+            try:
+                with open(os.path.join(out, "log.jsonl")) as f:
+                    if f'"step":{step},' in f.read().replace(" ", ""):
+                        return
+            except OSError:
+                pass
+            time.sleep(0.005)
+        self.fail("the run did not get there")
+
+    def test_killed_and_resumed(self):
+        """kill -9 between checkpoints: the log's later lines are cut, the end is the same."""
+        common = {"--steps": 300, "--save-every": 25, "--keep": 0}
+        whole, parts = self.out(), self.out()
+        self.run_ok(whole, common)
+        child = self.launch(self.arguments(parts, common))
+        self.wait_for_step(parts, 60)
+        child.kill()
+        child.communicate()
+        with open(os.path.join(parts, "log.jsonl"), "a") as f:
+            f.write('{"event":"step","step":')
+        os.makedirs(os.path.join(parts, ".step-00000099.partial"))
+        self.run_ok(parts, common, ["--resume"])
+        self.compare(whole, parts, 1)
+        self.assertFalse([n for n in os.listdir(parts) if "partial" in n])
+
+    def test_broken_newest_is_passed_over(self):
+        out, whole = self.out(), self.out()
+        common = {"--steps": 6, "--save-every": 2, "--keep": 0}
+        self.run_ok(whole, common)
+        self.run_ok(out, common)
+        newest, second = checkpoints(out)[-1], checkpoints(out)[-2]
+        with open(os.path.join(newest, "model.safetensors"), "r+b") as f:
+            f.seek(-3, 2)
+            f.write(b"\xff\xff\xff")
+        os.remove(os.path.join(second, "manifest.json"))
+        done = self.run_ok(out, common, ["--resume"])
+        self.assertIn("step-00000006", done.stderr)
+        self.assertIn("step-00000004", done.stderr)
+        self.compare(whole, out, 1)
+
+    def test_resume_without_a_checkpoint(self):
+        out = self.out()
+        done = self.run_ok(out, None, ["--resume"])
+        self.assertIn("step 0", done.stdout + done.stderr)
+        self.assertEqual(len(checkpoints(out)), 1)
+
+    def test_resume_of_a_finished_run(self):
+        out = self.out()
+        self.run_ok(out)
+        before = read_bytes(os.path.join(checkpoints(out)[-1], "model.safetensors"))
+        self.run_ok(out, None, ["--resume"])
+        self.assertEqual(len(checkpoints(out)), 1)
+        self.assertTrue(before == read_bytes(os.path.join(checkpoints(out)[-1], "model.safetensors")))
+
+    def test_refused(self):
+        """A run in the way, another model, other data, another seed: refused, and nothing changes."""
+        out = self.out()
+        self.run_ok(out)
+        before = tree(out)
+        more = {"--steps": 12}
+        for pieces, changes, flags in (
+                (("--resume",), more, ()),
+                (("hidden", "32"), dict(more, **{"--hidden-size": 64}), ["--resume"]),
+                (("kq",), dict(more, **{"--kq-conv-key-size": 7}), ["--resume"]),
+                (("resume",), dict(more, **{"--attention": "transformer"}), ["--resume"]),
+                (("seed",), dict(more, **{"--seed": 6}), ["--resume"]),
+                (("source",), dict(more, **{"--train": self.path("a_val_*.bin")}), ["--resume"]),
+                (("window length",), dict(more, **{"--seq-len": 15}), ["--resume"])):
+            done = self.execute(self.arguments(out, changes, flags))
+            self.assert_refused(done, *pieces)
+            self.assertTrue(tree(out) == before, f"{changes} {flags} changed the run's files")
+
+    def test_bad_checkpoints(self):
+        """Tensors that do not fit the model, under a manifest that holds."""
+        out = self.out()
+        self.run_ok(out, {"--steps": 2})
+        for file in ("model.safetensors", "optimizer.safetensors"):
+            prefix = "m." if file.startswith("opt") else ""
+            for what, pieces in BAD_TENSORS.items():
+                copy = self.out()
+                shutil.copytree(out, copy)
+                path = os.path.join(checkpoints(copy)[-1], file)
+                name = spoil(path, what, prefix)
+                mend_manifest(checkpoints(copy)[-1])
+                before = tree(copy)
+                done = self.execute(self.arguments(copy, {"--steps": 4}, ["--resume"]))
+                with self.subTest(file=file, what=what):
+                    self.assert_refused(done, *(p.format(name=name) for p in pieces))
+                    self.assertTrue(tree(copy) == before, "files changed")
+
+
+BAD_TENSORS = {  # what is done to a tensor file, and what the message must hold
+    "missing": ("{name}",), "extra": ("model.layers.0.surprise.weight",), "shape": ("{name}",), "nan": ("{name}",), "inf": ("{name}",),
+    "cut": ("safetensors",), "longer": ("safetensors",), "header length": ("safetensors",), "offsets": ("safetensors",), "dtype": ("{name}",),
+    "huge shape": ("safetensors",), "not json": ("safetensors",),
+}
+
+
+def spoil(path, what, prefix=""):
+    """Damages a safetensors file; returns the name of the tensor that is hit."""
+    tensors, metadata = read_safetensors(path)
+    name = prefix + "model.layers.1.self_attn.q_proj.weight"
+    dtype, shape, raw = tensors[name]
+    if what == "missing":
+        del tensors[name]
+    elif what == "extra":
+        tensors[prefix + "model.layers.0.surprise.weight"] = ("F32", [2], bytes(8))
+    elif what == "shape":
+        tensors[name] = (dtype, [shape[0] // 2, shape[1] * 2], raw)
+    elif what in ("nan", "inf"):
+        tensors[name] = (dtype, shape, raw[:40] + struct.pack("<f", float(what)) + raw[44:])
+    elif what == "dtype":
+        tensors[name] = ("I32", shape, raw)
+    if what in ("missing", "extra", "shape", "nan", "inf", "dtype"):
+        write_safetensors(path, tensors, metadata)
+        return name
+    data = bytearray(read_bytes(path))
+    length = struct.unpack("<Q", data[:8])[0]
+    header = bytes(data[8:8 + length])
+    if what == "cut":
+        data = data[:-4]
+    elif what == "longer":
+        data += b"\0\0\0\0"
+    elif what == "header length":
+        data[:8] = struct.pack("<Q", 1 << 62)
+    elif what == "not json":
+        data[8:10] = b"[["
+    else:
+        old, new = header, header
+        entries = json.loads(header)
+        if what == "offsets":
+            entries[name]["data_offsets"][1] += 4
+        else:
+            entries[name]["shape"] = [1 << 32, 1 << 33]
+        new = json.dumps(entries).encode()
+        data = bytearray(struct.pack("<Q", len(new))) + new + data[8 + length:]
+        assert old != new
+    with open(path, "wb") as f:
+        f.write(data)
+    return name
+
+
+class InitFrom(Trainer):
+    def test_longer_context(self):
+        """Fine-tuning with another length, RoPE theta, decay and warmup starts from the weights and a fresh optimizer."""
+        base, out = self.out(), self.out()
+        self.run_ok(base, {"--steps": 30, "--lr": 1e-2})
+        self.run_ok(out, {"--init-from": checkpoints(base)[-1], "--seq-len": 32, "--rope-theta": 500000, "--weight-decay": 0, "--warmup": 2,
+                          "--steps": 2, "--lr": 1e-9, "--eval-every": 1})
+        first = log_events(out, "step")[0]["loss"]
+        self.assertLess(first, log_events(base, "step")[0]["loss"] - 0.2)
+        with open(os.path.join(checkpoints(out)[-1], "config.json")) as f:
+            self.assertEqual(json.load(f)["rope_theta"], 500000)
+
+    def test_plain_checkpoint_starts_mta_at_the_identity(self):
+        base, out = self.out(), self.out()
+        self.run_ok(base, {"--attention": "transformer", "--kq-conv-key-size": None})
+        done = self.run_ok(out, {"--init-from": checkpoints(base)[-1], "--steps": 1, "--lr": 0})
+        self.assertIn("kq_conv", done.stdout + done.stderr)
+        tensors, _ = read_safetensors(os.path.join(checkpoints(out)[-1], "model.safetensors"))
+        kernel = array.array("f", tensors["model.layers.1.self_attn.kq_conv.weight"][2]).tolist()
+        self.assertEqual(kernel, ([0] * 5 + [0, 0, 1, 0, 0]) * 2)
+        plain, _ = read_safetensors(os.path.join(checkpoints(base)[-1], "model.safetensors"))
+        for name, entry in plain.items():
+            self.assertEqual(tensors[name], entry, name)
+
+    def test_bad_checkpoints(self):
+        base = self.out()
+        self.run_ok(base, {"--steps": 2})
+        for what, pieces in BAD_TENSORS.items():
+            copy = self.out()
+            shutil.copytree(checkpoints(base)[-1], copy)
+            name = spoil(os.path.join(copy, "model.safetensors"), what)
+            with self.subTest(what=what):
+                self.refused([p.format(name=name) for p in pieces], {"--init-from": copy})
+        with self.subTest(what="no such folder"):
+            self.refused(["/no/such"], {"--init-from": "/no/such"})
+        with self.subTest(what="another size"):
+            self.refused(["64"], {"--init-from": checkpoints(base)[-1], "--hidden-size": 64})
+
+
+class Refused(Trainer):
+    def test_options(self):
+        self.refused(["unknown option --bacth-size", "--batch-size"], flags=["--bacth-size", "4"])
+        self.refused(["--steps", "many"], {"--steps": "many"})
+        self.refused(["--lr", "-1"], {"--lr": -1})
+        self.refused(["--schedule", "sideways"], {"--schedule": "sideways"})
+        self.refused(["--batch-size", "0"], {"--batch-size": 0})
+        self.refused(["--seq-len", "0"], {"--seq-len": 0})
+        self.refused(["--attention", "some"], {"--attention": "some"})
+        self.refused(["no-such-model"], {"--model": "no-such-model"})
+        self.refused(["stray"], flags=["stray"])
+        self.refused(["--tokens-per-step"], {"--tokens-per-step": 33})
+        self.refused(["--train"], {"--train": None})
+
+    def test_models(self):
+        self.refused(["32", "3"], {"--num-attention-heads": 3, "--num-key-value-heads": 3})
+        self.refused(["4", "3"], {"--num-attention-heads": 4, "--num-key-value-heads": 3})
+        self.refused(["odd", "6"], {"--kq-conv-key-size": 6})
+        self.refused(["0"], {"--kq-conv-query-size": 0})
+        self.refused(["3"], {"--head-mix-post-softmax": 3})
+        self.refused(["7"], {"--kq-conv-layers": "1,7"})
+        self.refused(["x"], {"--kq-conv-layers": "x"})
+        self.refused(["diff"], {"--attention-type": "diff", "--kq-conv-layers": "all"})
+        self.refused(["odd"], {"--hidden-size": 30, "--num-attention-heads": 2, "--intermediate-size": 30})
+        path = self.path("broken.json")
+        for text, pieces in (("{", ["broken.json"]), ("[]", ["broken.json"]), ('{"hidden_size": "big"}', ["hidden_size"]),
+                             ('{"hidden_size": 1e30}', ["hidden_size"]),
+                             ('{"hidden_size": 64, "num_attention_heads": 4, "head_dim": 8}', ["head_dim"])):
+            with open(path, "w") as f:
+                f.write(text)
+            changes = {name: None for name in SMALL if name.startswith(("--hidden", "--num", "--inter", "--vocab", "--kq", "--attention"))}
+            with self.subTest(config=text):
+                self.refused(pieces, dict(changes, **{"--model": path}))
+
+    def test_shards(self):
+        bad = self.path("bad.bin")
+        tokens = [i % 32 for i in range(200)]
+        self.refused(["/no/such_*.bin"], {"--train": "/no/such_*.bin"})
+        write_shard(bad, tokens)
+        os.truncate(bad, 1024 + 399)
+        self.refused(["bad.bin", "cut off"], {"--train": bad})
+        os.truncate(bad, 500)
+        self.refused(["bad.bin", "header"], {"--train": bad})
+        write_shard(bad, tokens)
+        with open(bad, "ab") as f:
+            f.write(b"\0\0")
+        self.refused(["bad.bin", "too long"], {"--train": bad})
+        write_shard(bad, tokens, magic=20240521)
+        self.refused(["bad.bin", "magic 20240521"], {"--train": bad})
+        write_shard(bad, tokens, version=2)
+        self.refused(["bad.bin", "version 2"], {"--train": bad})
+        write_shard(bad, tokens, count=-3)
+        self.refused(["bad.bin", "-3"], {"--train": bad})
+        write_shard(bad, tokens, vocab=33)
+        self.refused(["bad.bin", "33", "32"], {"--train": bad})
+        write_shard(bad, [40] * 200, vocab=0)
+        self.refused(["bad.bin", "token id 40", "32"], {"--train": bad})
+        self.refused(["bad.bin", "token id 40", "32"], {"--val": bad, "--eval-every": 1})
+        write_shard(bad, tokens, mask=[1] * 199)
+        self.refused(["bad.mask", "199"], {"--train": bad})
+        write_shard(bad, tokens)
+        self.refused(["200 tokens", "301"], {"--train": bad, "--seq-len": 300})
+        self.refused(["weight"], {"--train": bad + "=-1"})
+        self.refused(["/no/val.bin"], {"--val": "/no/val.bin"})
+
+    def test_output(self):
+        blocked = self.path("a_file")
+        with open(blocked, "w") as f:
+            f.write("x")
+        self.refused(["a_file"], out=os.path.join(blocked, "run"))
+        self.refused(["a_file"], out=blocked)
+        self.refused(["/proc"], out="/proc/no/run")
+        self.assertEqual(read_bytes(blocked), b"x")
+
+    def test_full_disk(self):
+        """A file size limit stands for a full disk: one line, no half checkpoint, the one before stays good."""
+        out = self.out()
+        self.run_ok(out, {"--steps": 2})
+        good = tree(checkpoints(out)[0])
+        done = self.execute(self.arguments(out, {"--steps": 4}, ["--resume"]), limit=20000)
+        self.assert_refused(done, "safetensors")
+        self.assertEqual([os.path.basename(c) for c in checkpoints(out)], ["step-00000002"])
+        self.assertTrue(tree(checkpoints(out)[0]) == good)
+        self.assertFalse([n for n in os.listdir(out) if "partial" in n])
+        self.run_ok(out, {"--steps": 4}, ["--resume"])
+
+    def test_full_file_system(self):
+        """A tmpfs, where this user may mount one: too small for a checkpoint, and with room for some and not for all."""
+        mount = self.path("mount")
+        os.makedirs(mount)
+        for size, changes, piece, left in (("256k", {}, "free", 0), ("5m", {"--save-every": 1, "--keep": 0, "--steps": 9}, "No space left", 1)):
+            if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", mount], stderr=subprocess.DEVNULL).returncode != 0:
+                self.skipTest("mounting a tmpfs is not allowed here")
+            try:
+                out = os.path.join(mount, "run")
+                done = self.execute(self.arguments(out, dict(changes, **{"--hidden-size": 128})))
+                self.assert_refused(done, piece)
+                good = checkpoints(out)
+                self.assertGreaterEqual(len(good), left)
+                if good:
+                    self.assertIn(good[-1], done.stderr)
+                    with open(os.path.join(good[-1], "manifest.json")) as f:
+                        for name, entry in json.load(f)["files"].items():
+                            self.assertEqual(entry["crc32"], zlib.crc32(read_bytes(os.path.join(good[-1], name))))
+                    self.assertFalse([n for n in os.listdir(out) if "partial" in n])
+            finally:
+                subprocess.run(["umount", mount], check=True)
+
+
+class Failing(Trainer):
+    def test_nan_is_skipped_and_counted(self):
+        """Weights so large that scores overflow: every loss is not finite, each update is skipped and changes nothing, the run stops and names
+        the last good checkpoint."""
+        out = self.out()
+        self.run_ok(out, {"--steps": 3})
+        last = checkpoints(out)[-1]
+        path = os.path.join(last, "model.safetensors")
+        tensors, metadata = read_safetensors(path)
+        for name in ("model.layers.0.self_attn.q_proj.weight", "model.layers.0.self_attn.k_proj.weight"):
+            dtype, shape, raw = tensors[name]
+            tensors[name] = (dtype, shape, array.array("f", [3e38 if i % 3 else -3e38 for i in range(len(raw) // 4)]).tobytes())
+        write_safetensors(path, tensors, metadata)
+        mend_manifest(last)
+        before = tree(last)
+        done = self.execute(self.arguments(out, {"--steps": 200}, ["--resume"]))
+        self.assertEqual(done.returncode, 3, done.stdout[-500:] + done.stderr)
+        self.assertEqual(done.stderr.count("\n"), 1)
+        self.assertIn("step-00000003", done.stderr)
+        steps = log_events(out, "step")[3:]
+        self.assertEqual([e["skipped"] for e in steps], list(range(1, len(steps) + 1)))
+        self.assertTrue(all(e["loss"] is None for e in steps))
+        self.assertTrue(2 <= len(steps) <= 20)
+        self.assertEqual(log_events(out)[-1]["event"], "stop")
+        self.assertEqual(checkpoints(out), [last])
+        self.assertTrue(tree(last) == before)
+
+    def wait_for_log(self, out, child):
+        start = time.time()
+        while time.time() - start < TIMEOUT and child.poll() is None:
+            try:
+                if log_events(out, "step"):
+                    return
+            except (OSError, ValueError):
+                pass
+            time.sleep(0.005)
+        self.fail("no step was logged")
+
+    def test_signals(self):
+        for sig in (signal.SIGINT, signal.SIGTERM):
+            with self.subTest(signal=sig):
+                out = self.out()
+                child = self.launch(self.arguments(out, {"--steps": 10 ** 6}))
+                self.wait_for_log(out, child)
+                child.send_signal(sig)
+                stdout, stderr = child.communicate(timeout=TIMEOUT)
+                self.assertEqual(child.returncode, 75, stderr)
+                last = checkpoints(out)[-1]
+                self.assertIn(os.path.basename(last), stdout + stderr)
+                self.assertEqual(log_events(out)[-1]["event"], "stop")
+                self.assertEqual(log_events(out, "step")[-1]["step"], int(last[-8:]))
+                self.run_ok(out, {"--steps": int(last[-8:]) + 1}, ["--resume"])
+
+    def test_second_signal_stops_at_once(self):
+        """In a step that takes seconds, two signals end the process without a save."""
+        for _ in range(5):  # the first signal may come just before the step notices it
+            out = self.out()
+            child = self.launch(self.arguments(out, {"--hidden-size": 256, "--num-hidden-layers": 8, "--intermediate-size": 1024,
+                                                     "--batch-size": 200, "--tokens-per-step": 16 * 200 * 100, "--steps": 5}))
+            start = time.time()
+            while not os.path.exists(os.path.join(out, "log.jsonl")) and time.time() - start < TIMEOUT:
+                time.sleep(0.01)
+            time.sleep(1)
+            child.send_signal(signal.SIGINT)
+            time.sleep(0.3)
+            if child.poll() is not None or checkpoints(out):
+                child.communicate()
+                continue
+            child.send_signal(signal.SIGINT)
+            start = time.time()
+            child.communicate(timeout=TIMEOUT)
+            self.assertLess(time.time() - start, 1)
+            self.assertEqual(child.returncode, 128 + signal.SIGINT)
+            self.assertEqual(checkpoints(out), [])
+            return
+        self.fail("the steps were too short for this test")
+
+
+if __name__ == "__main__":
+    program = unittest.main(exit=False, verbosity=1)
+    result = program.result
+    bad = len(result.failures) + len(result.errors)
+    for test, reason in result.skipped:
+        print(f"skipped: {test}: {reason}")
+    print(f"{max(0, result.testsRun - bad - len(result.skipped))} passed, {bad} failed" + (f", {len(result.skipped)} skipped" if result.skipped else ""))
+    sys.exit(bad != 0)

@@ -1,0 +1,113 @@
+#!/usr/bin/env python3
+"""Prints the errors of toy-task runs beside the paper's (arXiv 2504.00927, table 1). The standard library suffices.
+
+    python3 scripts/toy_report.py runs/quickstart/n4_first                 # one task: a column a seed
+    python3 scripts/toy_report.py runs/toy_table/n*_*                      # several: mean +- standard deviation, a column a task
+
+A task's folder is called nN_KIND and holds runs called MODEL_SEED (transformer_1, mta_3); the last validation of each log.jsonl counts.
+"""
+import argparse
+import json
+import os
+import re
+import statistics
+import sys
+
+PAPER = {  # error in percent; the one standard deviation the paper's text gives is kept
+    "transformer": {"n5_all": "51.6 +- 43.1", "n5_first": "78.2", "n5_last": "1.3", "n8_all": "31.2", "n8_first": "28.9", "n8_last": "58.4"},
+    "mta": {"n5_all": "0.1", "n5_first": "0.0", "n5_last": "0.0", "n8_all": "0.1", "n8_first": "0.0", "n8_last": "0.0"},
+}
+
+
+def last_error(run):
+    """(step, error in percent) of a run's last masked validation; None if it has none yet."""
+    found = None
+    try:
+        with open(os.path.join(run, "log.jsonl"), encoding="utf-8") as f:
+            for line in f:
+                try:
+                    event = json.loads(line)
+                except ValueError:
+                    continue
+                if event.get("event") == "val" and event.get("error") is not None:
+                    found = (event["step"], 100.0 * event["error"])
+    except OSError:
+        return None
+    return found
+
+
+def read_task(folder):
+    """{model: {seed: (step, error)}} of a task's folder."""
+    out = {}
+    for name in sorted(os.listdir(folder)):
+        match = re.fullmatch(r"([a-z-]+)_(\d+)", name)
+        result = match and last_error(os.path.join(folder, name))
+        if result:
+            out.setdefault(match[1], {})[int(match[2])] = result
+    return out
+
+
+def models_of(tasks):
+    """Models in a fixed order: transformer, mta, then others."""
+    found = {model for task in tasks.values() for model in task}
+    return [m for m in PAPER if m in found] + sorted(found - set(PAPER))
+
+
+def print_table(rows):
+    """Rows of cells, the first left-aligned; the widths fit."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    for number, row in enumerate(rows):
+        print("  " + "  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths))).rstrip())
+        if number == 0:
+            print("  " + "  ".join("-" * w for w in widths))
+
+
+def one_task(name, task):
+    seeds = sorted({seed for runs in task.values() for seed in runs})
+    kind = name.rpartition("_")[2]
+    rows = [["error in %"] + [f"seed {s}" for s in seeds] + ["mean", f"paper, N=5 {kind}", f"paper, N=8 {kind}"]]
+    for model in models_of({name: task}):
+        runs = task[model]
+        cells = [f"{runs[s][1]:.1f}" if s in runs else "-" for s in seeds]
+        paper = [PAPER.get(model, {}).get(f"n{n}_{kind}", "-") for n in (5, 8)]
+        rows.append([model] + cells + [f"{statistics.mean(e for _, e in runs.values()):.1f}"] + paper)
+    print_table(rows)
+    pairs = [(task["mta"][s][1], task["transformer"][s][1]) for s in seeds if s in task.get("mta", {}) and s in task.get("transformer", {})]
+    if pairs:
+        below = sum(a < b for a, b in pairs)
+        print(f"  mta is below transformer on {below} of {len(pairs)} seeds")
+
+
+def several_tasks(tasks):
+    names = sorted(tasks)
+    rows = [["error in %"] + [name.replace("_", " ").upper()[:2] + " " + name.partition("_")[2] for name in names]]
+    for model in models_of(tasks):
+        row = [model]
+        for name in names:
+            errors = [e for _, e in tasks[name].get(model, {}).values()]
+            spread = f" +- {statistics.stdev(errors):.1f}" if len(errors) > 1 else ""
+            row.append(f"{statistics.mean(errors):.1f}{spread} ({len(errors)})" if errors else "-")
+        rows.append(row)
+        rows.append(["  paper"] + [PAPER.get(model, {}).get(name, "-") for name in names])
+    print_table(rows)
+    print("  mean +- standard deviation over seeds (their number)")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("folders", nargs="+", help="folders of tasks: nN_KIND")
+    options = parser.parse_args()
+    try:
+        tasks = {os.path.basename(os.path.normpath(f)): read_task(f) for f in options.folders}
+    except OSError as error:
+        sys.exit(f"toy_report.py: {error}")
+    if not any(tasks.values()):
+        sys.exit(f"toy_report.py: no run with a masked validation set below {' '.join(options.folders)}")
+    if len(tasks) == 1:
+        one_task(*next(iter(tasks.items())))
+    else:
+        several_tasks(tasks)
+
+
+if __name__ == "__main__":
+    main()
