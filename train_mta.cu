@@ -1,0 +1,2086 @@
+// train_mta.cu: trains a LLaMA-style language model with Multi-Token Attention (arXiv 2504.00927) on one NVIDIA GPU.
+// The same sections, names and order as train_mta.c, which is the truth this file is tested against: read them in two windows.
+//
+//   make train_mta_cuda && ./train_mta_cuda --model 880m --train "data/shards/*_train_*.bin" --out runs/880m
+//
+// Storage is bf16 (floatX) with fp32 accumulation, fp32 master weights, gradients and AdamW state; PRECISION=FP32 stores fp32, for tests.
+// Matrix products are cuBLAS; everything else is a kernel below, each a few lines, followed by its launcher, which keeps the CPU's signature
+// and adds the Cuda context. Attention is the chunked algorithm (a chunk of queries of all heads of some sequences at a time): nothing of
+// size T x T. Deterministic: every sum has a fixed order, no floating-point atomics.
+// dev/cuda_cpu compiles this file with a C++ compiler and runs these kernels on a CPU; so launches go through LAUNCH, and dynamic shared
+// memory through DYNAMIC_SHARED.
+//
+//   B batch   T positions   C channels   L layers   NH heads   NKV key/value heads   HS head size   FF hidden units of the MLP   V vocabulary
+//   cq, ck    queries and keys of the convolution;   ch heads of a mixing group;   N = B*T rows;   S sequences of an attention batch
+//   b t h i(query) j(key) c l are the loops over them. W: elements that a thread loads at once (16 bytes of floatX, or 1 where sizes are odd)
+
+#include <assert.h>
+#include <math.h>
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <algorithm>
+
+#include <cublas_v2.h>
+#include <cuda_bf16.h>
+#include <cuda_runtime.h>
+
+#include "mta/config.h"
+#include "mta/random.h"
+#include "mta/run.h"
+#include "mta/trainer.h"
+#include "mta/util.h"
+
+#if defined(PRECISION_FP32)
+typedef float floatX;
+#define PRECISION_NAME "fp32"
+#else
+typedef __nv_bfloat16 floatX;
+#define PRECISION_NAME "bf16"
+#endif
+enum { EXACT = sizeof(floatX) == 4 };  // weights and master weights are one arena
+
+#if !defined(CUDA_CPU)
+#define LAUNCH(kernel, grid, block, shared, stream, ...) kernel<<<grid, block, shared, stream>>>(__VA_ARGS__)
+#define DYNAMIC_SHARED(type, name)                                        \
+    extern __shared__ __align__(16) unsigned char dynamic_shared_bytes[]; \
+    type* name = reinterpret_cast<type*>(dynamic_shared_bytes)
+#endif
+
+#if defined(__CUDACC__)
+#define UNROLL _Pragma("unroll")
+#else
+#define UNROLL
+#endif
+
+static __host__ __device__ inline int min_int(int a, int b) { return a < b ? a : b; }
+static __host__ __device__ inline int max_int(int a, int b) { return a > b ? a : b; }
+static inline int ceil_div(size_t n, size_t by) { return (int)((n + by - 1) / by); }
+static inline int round_up(int n, int to) { return (n + to - 1) / to * to; }
+
+// =================================================================================================================================
+// The device: context, checks, small device functions
+
+typedef struct {
+    cudaStream_t stream;
+    cublasHandle_t blas;
+} Cuda;
+
+enum { EXIT_CUDA = 70 };  // a CUDA call failed that should not have; a missing GPU or too little memory is exit 1
+
+static void cuda_fail(const char* what, const char* call, const char* file, int line) {
+    fflush(stdout);
+    fprintf(stderr, "train_mta_cuda: CUDA error at %s:%d: %s, in %s\n", file, line, what, call);
+    exit(EXIT_CUDA);
+}
+static void cuda_check(cudaError_t e, const char* call, const char* file, int line) {
+    if (e != cudaSuccess) { cuda_fail(cudaGetErrorString(e), call, file, line); }
+}
+static void blas_check(cublasStatus_t s, const char* call, const char* file, int line) {
+    if (s != CUBLAS_STATUS_SUCCESS) { cuda_fail(cublasGetStatusString(s), call, file, line); }
+}
+#define cudaCheck(call) cuda_check(call, #call, __FILE__, __LINE__)
+#define blasCheck(call) blas_check(call, #call, __FILE__, __LINE__)
+
+// After every launch. With DEBUG_SYNC it waits, and so blames the right kernel.
+static void launch_check(cudaStream_t stream, const char* file, int line) {
+    cuda_check(cudaGetLastError(), "a kernel launch", file, line);
+#if defined(DEBUG_SYNC)
+    cuda_check(cudaStreamSynchronize(stream), "a kernel", file, line);
+#else
+    (void)stream;
+#endif
+}
+#define launchCheck(stream) launch_check(stream, __FILE__, __LINE__)
+
+// A kernel that needs more dynamic shared memory than the default 48 KiB has to say so once.
+template <typename Kernel>
+static void allow_shared(Kernel* kernel, size_t bytes) {
+    if (bytes > (48 << 10)) { cudaCheck(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes)); }
+}
+
+// W elements side by side, moved by one or two 16-byte accesses where W = WIDE
+template <typename T, int W>
+struct alignas(sizeof(T) * W) Pack {
+    T v[W];
+};
+enum { WIDE = 16 / sizeof(floatX) };
+template <int W, typename T>
+static __device__ inline Pack<T, W> load(const T* p) {
+    return *reinterpret_cast<const Pack<T, W>*>(p);
+}
+template <int W, typename T>
+static __device__ inline void store(T* p, const Pack<T, W>& x) {
+    *reinterpret_cast<Pack<T, W>*>(p) = x;
+}
+// Launches kernel<WIDE> where every row starts at a multiple of WIDE elements, else kernel<1>.
+#define LAUNCH_WIDE(size, kernel, grid, block, shared, stream, ...)                                        \
+    do {                                                                                                   \
+        if ((size) % WIDE == 0) { LAUNCH(kernel<WIDE>, (grid), block, shared, stream, __VA_ARGS__); }      \
+        else { LAUNCH(kernel<1>, (grid), block, shared, stream, __VA_ARGS__); }                            \
+        launchCheck(stream);                                                                               \
+    } while (0)
+
+enum { WARP_SIZE = 32, ROW_WARPS = 8, ROW_THREADS = ROW_WARPS * WARP_SIZE };  // kernels that give each row a warp: warps of a block
+#define ALL_LANES 0xffffffffu
+
+static __device__ inline float warp_sum(float x) {
+    for (int o = WARP_SIZE / 2; o > 0; o /= 2) { x += __shfl_xor_sync(ALL_LANES, x, o); }
+    return x;
+}
+static __device__ inline float warp_max(float x) {
+    for (int o = WARP_SIZE / 2; o > 0; o /= 2) { x = fmaxf(x, __shfl_xor_sync(ALL_LANES, x, o)); }
+    return x;
+}
+// The sum (or maximum) over the block, for every thread; all threads must call, blockDim.x a multiple of 32.
+static __device__ inline float block_reduce(float x, bool maximum) {
+    __shared__ float warps[WARP_SIZE];
+    int lane = threadIdx.x % WARP_SIZE, warp = threadIdx.x / WARP_SIZE, n = blockDim.x / WARP_SIZE;
+    x = maximum ? warp_max(x) : warp_sum(x);
+    __syncthreads();  // a slow warp may still read the result of the call before
+    if (lane == 0) { warps[warp] = x; }
+    __syncthreads();  // all partial results are there
+    x = lane < n ? warps[lane] : maximum ? -INFINITY : 0.0f;
+    return maximum ? warp_max(x) : warp_sum(x);
+}
+
+// parts (n_parts, n): dweight[i] += the sum of its column, in order
+static __global__ void parts_add_kernel(float* dweight, const float* parts, int n_parts, int n, int stride) {
+    int i = blockIdx.x * blockDim.x + threadIdx.x;
+    if (i >= n) { return; }
+    float sum = 0;
+    for (int p = 0; p < n_parts; p++) { sum += parts[(size_t)p * stride + i]; }
+    dweight[i] += sum;
+}
+static void parts_add(float* dweight, const float* parts, int n_parts, int n, int stride, Cuda* g) {
+    LAUNCH(parts_add_kernel, ceil_div(n, 128), 128, 0, g->stream, dweight, parts, n_parts, n, stride);
+    launchCheck(g->stream);
+}
+
+// to (n) = from (n) in another precision
+template <typename To, typename From>
+static __global__ void convert_kernel(To* to, const From* from, size_t n) {
+    size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
+    if (i < n) { to[i] = (To)(float)from[i]; }
+}
+template <typename To, typename From>
+static void convert(To* to, const From* from, size_t n, Cuda* g) {
+    LAUNCH((convert_kernel<To, From>), ceil_div(n, 256), 256, 0, g->stream, to, from, n);
+    launchCheck(g->stream);
+}
+
+// =================================================================================================================================
+// Matrix products
+
+template <typename T>
+static cudaDataType_t blas_type(void) {
+    return sizeof(T) == 4 ? CUDA_R_32F : CUDA_R_16BF;
+}
+
+// out (M,N) = alpha * A B + beta * out, row-major; A (M,K), or its transpose (K,M) if ta; B (K,N), or (N,K) if tb; ld* are row strides.
+// `batch` products, stride_* elements apart. cuBLAS is column-major, so it is asked for the transpose, out^T = B^T A^T.
+template <typename Out>
+static void gemm(bool ta, bool tb, int M, int N, int K, float alpha, const floatX* A, size_t lda, size_t stride_a, const floatX* B, size_t ldb,
+                 size_t stride_b, float beta, Out* out, size_t ldo, size_t stride_o, int batch, Cuda* g) {
+    blasCheck(cublasGemmStridedBatchedEx(g->blas, tb ? CUBLAS_OP_T : CUBLAS_OP_N, ta ? CUBLAS_OP_T : CUBLAS_OP_N, N, M, K, &alpha, B,
+                                         blas_type<floatX>(), (int)ldb, (long long)stride_b, A, blas_type<floatX>(), (int)lda, (long long)stride_a,
+                                         &beta, out, blas_type<Out>(), (int)ldo, (long long)stride_o, batch, CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT));
+}
+
+// out (N,OC), rows ldo apart = inp (N,C) weight^T, weight (OC,C)
+static void matmul_forward(floatX* out, size_t ldo, const floatX* inp, const floatX* weight, int N, int C, int OC, Cuda* g) {
+    gemm(false, true, N, OC, C, 1, inp, C, 0, weight, C, 0, 0, out, ldo, 0, 1, g);
+}
+
+// dinp (N,C) = dout weight, or += with add_dinp; dweight (OC,C) += dout^T inp in fp32. Either may be NULL. Rows of dout are ldd apart.
+static void matmul_backward(floatX* dinp, float* dweight, const floatX* dout, size_t ldd, const floatX* inp, const floatX* weight, int N, int C, int OC,
+                            bool add_dinp, Cuda* g) {
+    if (dinp) { gemm(false, false, N, C, OC, 1, dout, ldd, 0, weight, C, 0, add_dinp, dinp, C, 0, 1, g); }
+    if (dweight) { gemm(true, false, OC, C, N, 1, dout, ldd, 0, inp, C, 0, 1, dweight, C, 0, 1, g); }
+}
+
+// Several weights (OC_i,C) of one input, outputs side by side in rows of `width`: one product where the weights lie behind one another.
+static void matmul_joined_forward(floatX* out, size_t width, const floatX* inp, const floatX* const* weights, const int* OC, int n, int N, int C, Cuda* g) {
+    for (int i = 0; i < n;) {
+        int first = i, columns = OC[i++];
+        for (; i < n && weights[i] == weights[first] + (size_t)columns * C; i++) { columns += OC[i]; }
+        matmul_forward(out, width, inp, weights[first], N, C, columns, g);
+        out += columns;
+    }
+}
+static void matmul_joined_backward(floatX* dinp, float* const* dweights, const floatX* dout, size_t width, const floatX* inp,
+                                   const floatX* const* weights, const int* OC, int n, int N, int C, Cuda* g) {
+    for (int i = 0; i < n;) {
+        int first = i, columns = OC[i++];
+        for (; i < n && weights[i] == weights[first] + (size_t)columns * C; i++) { columns += OC[i]; }
+        matmul_backward(dinp, dweights[first], dout, width, inp, weights[first], N, C, columns, first > 0, g);
+        dout += columns;
+    }
+}
+
+// =================================================================================================================================
+// Embedding
+
+// out (N,C) = weight[tokens[n]], weight (V,C). A thread moves W elements.
+template <int W>
+static __global__ void embedding_forward_kernel(floatX* out, const int* tokens, const floatX* weight, int N, int C) {
+    size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * W;
+    if (i >= (size_t)N * C) { return; }
+    size_t n = i / C, c = i % C;
+    store<W>(out + i, load<W>(weight + (size_t)tokens[n] * C + c));
+}
+static void embedding_forward(floatX* out, const int* tokens, const floatX* weight, int N, int C, Cuda* g) {
+    LAUNCH_WIDE(C, embedding_forward_kernel, ceil_div((size_t)N * C, (size_t)256 * (C % WIDE ? 1 : WIDE)), 256, 0, g->stream, out, tokens, weight, N, C);
+}
+
+// dweight[id] += the rows of dout where that token stands, in order. The host has sorted the rows by token: occurrences of the k-th distinct
+// token are rows[starts[k]] .. rows[starts[k+1]-1]. A block owns one token and blockDim.x*W columns, so no two threads add to one place.
+template <int W>
+static __global__ void embedding_backward_kernel(float* dweight, const floatX* dout, const int* tokens, const int* rows, const int* starts, int C) {
+    int k = blockIdx.x, c = (blockIdx.y * blockDim.x + threadIdx.x) * W;
+    if (c >= C) { return; }
+    float sum[W] = {};
+    for (int i = starts[k]; i < starts[k + 1]; i++) {
+        Pack<floatX, W> d = load<W>(dout + (size_t)rows[i] * C + c);
+        for (int e = 0; e < W; e++) { sum[e] += (float)d.v[e]; }
+    }
+    float* dw = dweight + (size_t)tokens[rows[starts[k]]] * C + c;
+    Pack<float, W> w = load<W>(dw);
+    for (int e = 0; e < W; e++) { w.v[e] += sum[e]; }
+    store<W>(dw, w);
+}
+static void embedding_backward(float* dweight, const floatX* dout, const int* tokens, const int* rows, const int* starts, int distinct, int C, Cuda* g) {
+    dim3 grid(distinct, ceil_div(C, 64 * (C % WIDE ? 1 : WIDE)));
+    LAUNCH_WIDE(C, embedding_backward_kernel, grid, 64, 0, g->stream, dweight, dout, tokens, rows, starts, C);
+}
+
+// =================================================================================================================================
+// RMSNorm (MODEL.md eq. 1), with the residual sum before it
+
+// sum (N,C) = inp + branch (sum and branch NULL: sum is inp); out = weight * sum * rstd, rstd (N) = 1 / sqrt(mean(sum^2) + eps).
+// A warp owns a row and reads back what it stored itself.
+template <int W>
+static __global__ void rmsnorm_forward_kernel(floatX* out, float* rstd, floatX* sum, const floatX* inp, const floatX* branch, const floatX* weight, int N,
+                                              int C, float eps) {
+    int n = blockIdx.x * ROW_WARPS + threadIdx.x / WARP_SIZE, lane = threadIdx.x % WARP_SIZE;
+    if (n >= N) { return; }  // whole warps leave
+    float squares = 0;
+    for (int c = lane * W; c < C; c += WARP_SIZE * W) {
+        Pack<floatX, W> x = load<W>(inp + (size_t)n * C + c);
+        if (branch) {
+            Pack<floatX, W> y = load<W>(branch + (size_t)n * C + c);
+            for (int e = 0; e < W; e++) { x.v[e] = (floatX)((float)x.v[e] + (float)y.v[e]); }
+            store<W>(sum + (size_t)n * C + c, x);
+        }
+        for (int e = 0; e < W; e++) { squares += (float)x.v[e] * (float)x.v[e]; }
+    }
+    float r = 1.0f / sqrtf(warp_sum(squares) / C + eps);
+    if (lane == 0) { rstd[n] = r; }
+    const floatX* row = (branch ? sum : inp) + (size_t)n * C;
+    for (int c = lane * W; c < C; c += WARP_SIZE * W) {
+        Pack<floatX, W> x = load<W>(row + c), w = load<W>(weight + c);
+        for (int e = 0; e < W; e++) { x.v[e] = (floatX)((float)w.v[e] * (float)x.v[e] * r); }
+        store<W>(out + (size_t)n * C + c, x);
+    }
+}
+static void residual_rmsnorm_forward(floatX* out, float* rstd, floatX* sum, const floatX* inp, const floatX* branch, const floatX* weight, int N, int C,
+                                     double eps, Cuda* g) {
+    LAUNCH_WIDE(C, rmsnorm_forward_kernel, ceil_div(N, ROW_WARPS), ROW_THREADS, 0, g->stream, out, rstd, sum, inp, branch, weight, N, C, (float)eps);
+}
+static void rmsnorm_forward(floatX* out, float* rstd, const floatX* inp, const floatX* weight, int N, int C, double eps, Cuda* g) {
+    residual_rmsnorm_forward(out, rstd, NULL, inp, NULL, weight, N, C, eps, g);
+}
+
+// dinp (N,C) = (or += with add_dinp) rstd * (d - xhat * mean(d . xhat)), d = dout * weight, xhat = inp * rstd. A warp owns a row.
+template <int W>
+static __global__ void rmsnorm_backward_kernel(floatX* dinp, const floatX* dout, const floatX* inp, const floatX* weight, const float* rstd, int N, int C,
+                                               bool add_dinp) {
+    int n = blockIdx.x * ROW_WARPS + threadIdx.x / WARP_SIZE, lane = threadIdx.x % WARP_SIZE;
+    if (n >= N) { return; }
+    size_t row = (size_t)n * C;
+    float r = rstd[n], dot = 0;
+    for (int c = lane * W; c < C; c += WARP_SIZE * W) {
+        Pack<floatX, W> d = load<W>(dout + row + c), x = load<W>(inp + row + c), w = load<W>(weight + c);
+        for (int e = 0; e < W; e++) { dot += (float)d.v[e] * (float)w.v[e] * (float)x.v[e]; }
+    }
+    float mean = warp_sum(dot) * r / C;
+    for (int c = lane * W; c < C; c += WARP_SIZE * W) {
+        Pack<floatX, W> d = load<W>(dout + row + c), x = load<W>(inp + row + c), w = load<W>(weight + c), dx = {};
+        if (add_dinp) { dx = load<W>(dinp + row + c); }
+        for (int e = 0; e < W; e++) {
+            float xhat = (float)x.v[e] * r, before = add_dinp ? (float)dx.v[e] : 0.0f;
+            dx.v[e] = (floatX)(before + r * ((float)d.v[e] * (float)w.v[e] - xhat * mean));
+        }
+        store<W>(dinp + row + c, dx);
+    }
+}
+enum { NORM_PARTS = 256 };  // rows are summed in so many parts, then the parts in order
+// parts (NORM_PARTS,C): part p of sum_n dout * xhat. A thread owns W columns and walks down its part's rows.
+template <int W>
+static __global__ void rmsnorm_backward_weight_kernel(float* parts, const floatX* dout, const floatX* inp, const float* rstd, int N, int C) {
+    int c = (blockIdx.x * blockDim.x + threadIdx.x) * W, p = blockIdx.y;
+    if (c >= C) { return; }
+    int n0 = (int)((int64_t)N * p / NORM_PARTS), n1 = (int)((int64_t)N * (p + 1) / NORM_PARTS);
+    Pack<float, W> sum = {};
+    for (int n = n0; n < n1; n++) {
+        Pack<floatX, W> d = load<W>(dout + (size_t)n * C + c), x = load<W>(inp + (size_t)n * C + c);
+        float r = rstd[n];
+        for (int e = 0; e < W; e++) { sum.v[e] += (float)d.v[e] * (float)x.v[e] * r; }
+    }
+    store<W>(parts + (size_t)p * C + c, sum);
+}
+// dweight (C) += sum_n dout * xhat; parts (NORM_PARTS,C) is scratch
+static void rmsnorm_backward(floatX* dinp, float* dweight, const floatX* dout, const floatX* inp, const floatX* weight, const float* rstd, int N, int C,
+                             float* parts, bool add_dinp, Cuda* g) {
+    dim3 columns(ceil_div(C, 64 * (C % WIDE ? 1 : WIDE)), NORM_PARTS);
+    LAUNCH_WIDE(C, rmsnorm_backward_weight_kernel, columns, 64, 0, g->stream, parts, dout, inp, rstd, N, C);
+    parts_add(dweight, parts, NORM_PARTS, C, C, g);
+    LAUNCH_WIDE(C, rmsnorm_backward_kernel, ceil_div(N, ROW_WARPS), ROW_THREADS, 0, g->stream, dinp, dout, inp, weight, rstd, N, C, add_dinp);
+}
+
+// =================================================================================================================================
+// RoPE (MODEL.md eq. 2) with the split of qkv: pairs (t, t + HS/2) of a head are rotated by position times frequency
+
+// cosine, sine (T, HS/2), on the host
+static void rope_table(float* cosine, float* sine, const Config* config, int T) {
+    int half = config_head_size(config) / 2;
+    for (int t = 0; t < half; t++) {
+        double frequency = config_rope_frequency(config, t);
+        for (int i = 0; i < T; i++) {
+            cosine[(size_t)i * half + t] = (float)cos(i * frequency);
+            sine[(size_t)i * half + t] = (float)sin(i * frequency);
+        }
+    }
+}
+
+// qkv (B,T,NH+2*NKV,HS) becomes q, k, v (B,NH,T,HS): q and k rotated, k and v repeated for the heads that share them, so that every product of
+// attention is one strided batch. A thread moves W pairs of one head of one token.
+template <int W>
+static __global__ void rope_forward_kernel(floatX* q, floatX* k, floatX* v, const floatX* qkv, const float* cosine, const float* sine, int B, int T, int NH,
+                                           int NKV, int HS) {
+    int half = HS / 2, packs = half / W;
+    size_t id = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
+    if (id >= (size_t)B * T * 3 * NH * packs) { return; }
+    int t2 = (int)(id % packs) * W, which = (int)(id / packs % (3 * NH));
+    int n = (int)(id / packs / (3 * NH)), b = n / T, t = n % T, h = which % NH, kind = which / NH;  // kind: 0 q, 1 k, 2 v
+    int from = kind == 0 ? h : NH + (kind - 1) * NKV + h / (NH / NKV);
+    const floatX* inp = qkv + ((size_t)n * (NH + 2 * NKV) + from) * HS + t2;
+    floatX* out = (kind == 0 ? q : kind == 1 ? k : v) + (((size_t)b * NH + h) * T + t) * HS + t2;
+    Pack<floatX, W> x = load<W>(inp), y = load<W>(inp + half);
+    if (kind < 2) {
+        Pack<float, W> cs = load<W>(cosine + (size_t)t * half + t2), sn = load<W>(sine + (size_t)t * half + t2);
+        for (int e = 0; e < W; e++) {
+            float a = (float)x.v[e], c = (float)y.v[e];
+            x.v[e] = (floatX)(a * cs.v[e] - c * sn.v[e]);
+            y.v[e] = (floatX)(c * cs.v[e] + a * sn.v[e]);
+        }
+    }
+    store<W>(out, x);
+    store<W>(out + half, y);
+}
+static void rope_forward(floatX* q, floatX* k, floatX* v, const floatX* qkv, const float* cosine, const float* sine, int B, int T, int NH, int NKV, int HS,
+                         Cuda* g) {
+    int W = HS / 2 % WIDE ? 1 : WIDE;
+    LAUNCH_WIDE(HS / 2, rope_forward_kernel, ceil_div((size_t)B * T * 3 * NH * (HS / 2 / W), 256), 256, 0, g->stream, q, k, v, qkv, cosine, sine, B, T, NH,
+                NKV, HS);
+}
+
+// The reverse for S sequences: dq (S,NH,T,HS) of floatX, dk and dv (S,NH,T,HS) in fp32, where the chunks were summed, become dqkv (S,T,NH+2*NKV,HS);
+// heads that share keys are added in order, then rotated back.
+template <int W>
+static __global__ void rope_backward_kernel(floatX* dqkv, const floatX* dq, const float* dk, const float* dv, const float* cosine, const float* sine, int S,
+                                            int T, int NH, int NKV, int HS) {
+    int half = HS / 2, packs = half / W, heads = NH + 2 * NKV, share = NH / NKV;
+    size_t id = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
+    if (id >= (size_t)S * T * heads * packs) { return; }
+    int t2 = (int)(id % packs) * W, which = (int)(id / packs % heads), n = (int)(id / packs / heads), b = n / T, t = n % T;
+    Pack<float, W> x = {}, y = {};
+    if (which < NH) {
+        const floatX* inp = dq + (((size_t)b * NH + which) * T + t) * HS + t2;
+        Pack<floatX, W> xi = load<W>(inp), yi = load<W>(inp + half);
+        for (int e = 0; e < W; e++) { x.v[e] = (float)xi.v[e], y.v[e] = (float)yi.v[e]; }
+    } else {
+        const float* from = which < NH + NKV ? dk : dv;
+        for (int s = 0; s < share; s++) {
+            const float* inp = from + (((size_t)b * NH + (which - NH) % NKV * share + s) * T + t) * HS + t2;
+            Pack<float, W> xi = load<W>(inp), yi = load<W>(inp + half);
+            for (int e = 0; e < W; e++) { x.v[e] += xi.v[e], y.v[e] += yi.v[e]; }
+        }
+    }
+    if (which < NH + NKV) {
+        Pack<float, W> cs = load<W>(cosine + (size_t)t * half + t2), sn = load<W>(sine + (size_t)t * half + t2);
+        for (int e = 0; e < W; e++) {
+            float a = x.v[e], c = y.v[e];
+            x.v[e] = a * cs.v[e] + c * sn.v[e];
+            y.v[e] = c * cs.v[e] - a * sn.v[e];
+        }
+    }
+    Pack<floatX, W> xo, yo;
+    for (int e = 0; e < W; e++) { xo.v[e] = (floatX)x.v[e], yo.v[e] = (floatX)y.v[e]; }
+    floatX* out = dqkv + ((size_t)n * heads + which) * HS + t2;
+    store<W>(out, xo);
+    store<W>(out + half, yo);
+}
+static void rope_backward(floatX* dqkv, const floatX* dq, const float* dk, const float* dv, const float* cosine, const float* sine, int S, int T, int NH,
+                          int NKV, int HS, Cuda* g) {
+    int W = HS / 2 % WIDE ? 1 : WIDE;
+    LAUNCH_WIDE(HS / 2, rope_backward_kernel, ceil_div((size_t)S * T * (NH + 2 * NKV) * (HS / 2 / W), 256), 256, 0, g->stream, dqkv, dq, dk, dv, cosine,
+                sine, S, T, NH, NKV, HS);
+}
+
+// =================================================================================================================================
+// Attention, a chunk of queries at a time (MODEL.md eq. 3 to 9). The steps first, each on a tile, forward then backward; then the chunk.
+//
+// A tile holds rows of scores of all heads of S sequences: rows are queries i0 <= i < i0 + rows, columns are keys. Every step writes zeros right
+// of the diagonal and reads through a mask: nothing outside 0 <= j <= i < T is ever used. Rows outside the sequence are never touched.
+// Steps work in fp32; what a matrix product reads next is written in floatX beside or instead (`rounded`; NULL = not wanted).
+
+template <typename T>
+struct TileOf {
+    T* data;           // (S*NH, rows, ld)
+    int i0, rows, ld;
+    __host__ __device__ T* row(int head, int i) const { return data + ((size_t)head * rows + (size_t)(i - i0)) * ld; }
+};
+typedef TileOf<float> Tile;
+typedef TileOf<floatX> TileX;
+
+static inline int tile_stride(int T) { return round_up(T, 8); }
+
+// What attention needs to know. q, k, v, out and their gradients are (B,NH,T,HS).
+typedef struct {
+    int B, S, T, NH, HS, cq, ck, ch_pre, ch_post;  // S: sequences at a time; ch_*: heads of a mixing group, 0 = off
+    const floatX *conv_pre, *conv_post;            // (NH,cq,ck), NULL = off
+    const floatX* mix_pre;                         // (NH/ch,ch,ch), NULL = off
+    const floatX* mix_post;
+    const float* diff_mix;                         // (NH/2,2,2): takes the place of mix_post for diff
+    int chunk;                                     // queries of a chunk
+} Attention;
+
+static inline __device__ void tile_put(const Tile& out, const TileX& rounded, int head, int i, int j, float x) {
+    if (out.data) { out.row(head, i)[j] = x; }
+    if (rounded.data) { rounded.row(head, i)[j] = (floatX)x; }
+}
+
+// ---- scores: S[i,j] = q_i . k_j / sqrt(HS); not masked, its readers are
+
+// Rows lo <= i < hi within the sequence, keys 0 .. nk-1; q, k of S sequences
+static void scores_forward(const Tile* out, const floatX* q, const floatX* k, const Attention* a, int S, int lo, int hi, int nk, Cuda* g) {
+    size_t head = (size_t)a->T * a->HS;
+    lo = max_int(lo, 0), hi = min_int(hi, a->T);
+    gemm(false, true, hi - lo, nk, a->HS, (float)(1.0 / sqrt(a->HS)), q + (size_t)lo * a->HS, a->HS, head, k, a->HS, head, 0, out->row(0, lo), out->ld,
+         (size_t)out->rows * out->ld, S * a->NH, g);
+}
+
+// dq_i = dS[i,:] k / sqrt(HS);  dk_j += dS[:,j]^T q / sqrt(HS), rows lo <= i < hi
+static void scores_backward(floatX* dq, float* dk, const TileX* dout, const floatX* q, const floatX* k, const Attention* a, int S, int lo, int hi, Cuda* g) {
+    size_t head = (size_t)a->T * a->HS, tile = (size_t)dout->rows * dout->ld, at = (size_t)lo * a->HS;
+    float scale = (float)(1.0 / sqrt(a->HS));
+    gemm(false, false, hi - lo, a->HS, hi, scale, dout->row(0, lo), dout->ld, tile, k, a->HS, head, 0, dq + at, a->HS, head, S * a->NH, g);
+    gemm(true, false, hi, a->HS, hi - lo, scale, dout->row(0, lo), dout->ld, tile, q + at, a->HS, head, 1, dk, a->HS, head, S * a->NH, g);
+}
+
+// ---- kq_conv: out[i,j] = sum_{a<cq, b<ck} weight[a,b] inp[i-(cq-1)+a, j-(ck-1)/2+b], inp masked by its own rows
+
+enum { CONV_ROWS = 32, CONV_COLS = 64, CONV_STRIP = 8, CONV_THREADS = CONV_ROWS / CONV_STRIP * CONV_COLS };
+
+static size_t conv_shared(int cq, int ck) {
+    return ((size_t)(CONV_ROWS + cq - 1) * (CONV_COLS + ck - 1) + (size_t)cq * ck) * sizeof(float);
+}
+// Rows top .. top+rows-1, columns left .. left+cols-1 of one head into shared memory; zero outside begin <= i < end and right of the diagonal
+static __device__ inline void tile_load(float* shared, const Tile& inp, int head, int top, int left, int rows, int cols, int begin, int end) {
+    for (int t = threadIdx.x; t < rows * cols; t += blockDim.x) {
+        int i = top + t / cols, j = left + t % cols;
+        shared[t] = i >= begin && i < end && j >= 0 && j <= i ? inp.row(head, i)[j] : 0.0f;
+    }
+}
+
+// Output rows lo <= i < hi, columns < nk; input rows begin <= i < end. backward: the transpose, the same walk with the kernel turned around:
+//   dinp[i,j] = sum weight[a,b] dout[i+(cq-1)-a, j+(ck-1)/2-b].
+// A block owns CONV_ROWS x CONV_COLS outputs of a head; a thread CONV_STRIP rows of one column. CQ: cq where it is worth a kernel of its own (the
+// inputs of a column slide through registers), 0 = any.
+template <int CQ>
+static __global__ void kq_conv_kernel(Tile out, TileX rounded, Tile inp, const floatX* weight, int cq_, int ck, int NH, int lo, int hi, int nk, int begin,
+                                      int end, bool backward) {
+    DYNAMIC_SHARED(float, s);
+    const int cq = CQ ? CQ : cq_, rows = CONV_ROWS + cq - 1, cols = CONV_COLS + ck - 1;
+    float* w = s + rows * cols;
+    int head = blockIdx.z, i0 = lo + blockIdx.y * CONV_ROWS, j0 = blockIdx.x * CONV_COLS;
+    int c = threadIdx.x % CONV_COLS, r0 = threadIdx.x / CONV_COLS * CONV_STRIP, j = j0 + c;
+    float sum[CONV_STRIP] = {};
+    if (j0 < i0 + CONV_ROWS) {  // else all of the block lies right of the diagonal
+        tile_load(s, inp, head, backward ? i0 : i0 - (cq - 1), j0 - (ck - 1) / 2, rows, cols, begin, end);
+        const floatX* own = weight + (size_t)(head % NH) * cq * ck;
+        for (int t = threadIdx.x; t < cq * ck; t += blockDim.x) { w[t] = (float)own[backward ? cq * ck - 1 - t : t]; }
+        __syncthreads();  // the tile and the kernel are there
+        for (int b = 0; b < ck; b++) {
+            const float* x = s + r0 * cols + c + b;
+            if (CQ) {
+                float column[CONV_STRIP + (CQ ? CQ : 1) - 1];
+UNROLL
+                for (int r = 0; r < CONV_STRIP + CQ - 1; r++) { column[r] = x[r * cols]; }
+UNROLL
+                for (int a = 0; a < CQ; a++) {
+                    float tap = w[a * ck + b];
+UNROLL
+                    for (int r = 0; r < CONV_STRIP; r++) { sum[r] += tap * column[r + a]; }
+                }
+            } else {
+                for (int a = 0; a < cq; a++) {
+                    float tap = w[a * ck + b];
+                    for (int r = 0; r < CONV_STRIP; r++) { sum[r] += tap * x[(r + a) * cols]; }
+                }
+            }
+        }
+    }
+    for (int r = 0; r < CONV_STRIP; r++) {
+        int i = i0 + r0 + r;
+        if (i < hi && j < nk) { tile_put(out, rounded, head, i, j, j <= i ? sum[r] : 0.0f); }
+    }
+}
+static void kq_conv(const Tile* out, const TileX* rounded, const Tile* inp, const floatX* weight, const Attention* a, int S, int lo, int hi, int nk,
+                    int begin, int end, bool backward, Cuda* g) {
+    lo = max_int(lo, 0), hi = min_int(hi, a->T), begin = max_int(begin, 0), end = min_int(end, a->T);
+    dim3 grid(ceil_div(nk, CONV_COLS), ceil_div(hi - lo, CONV_ROWS), S * a->NH);
+    size_t shared = conv_shared(a->cq, a->ck);
+    auto kernel = a->cq == 6 ? kq_conv_kernel<6> : a->cq == 2 ? kq_conv_kernel<2> : kq_conv_kernel<0>;
+    allow_shared(kernel, shared);
+    LAUNCH(kernel, grid, CONV_THREADS, shared, g->stream, *out, *rounded, *inp, weight, a->cq, a->ck, a->NH, lo, hi, nk, begin, end, backward);
+    launchCheck(g->stream);
+}
+// Rows lo <= i < hi of each head; inp must hold rows lo-(cq-1) .. hi-1. weight (NH,cq,ck)
+static void kq_conv_forward(const Tile* out, const TileX* rounded, const Tile* inp, const floatX* weight, const Attention* a, int S, int lo, int hi, int nk,
+                            Cuda* g) {
+    kq_conv(out, rounded, inp, weight, a, S, lo, hi, nk, lo - (a->cq - 1), hi, false, g);
+}
+// Rows lo <= i < hi of dinp; dout must hold rows lo .. hi-1+(cq-1)
+static void kq_conv_backward_input(const Tile* dinp, const TileX* rounded, const Tile* dout, const floatX* weight, const Attention* a, int S, int lo, int hi,
+                                   int nk, Cuda* g) {
+    kq_conv(dinp, rounded, dout, weight, a, S, lo, hi, nk, lo, hi + a->cq - 1, true, g);
+}
+
+// parts (heads, blocks of rows, cq*ck): dweight[a,b] of one head over CONV_ROWS rows and all their keys,
+//   sum_{i,j} dout[i,j] inp[i-(cq-1)+a, j-r+b], rows lo <= i < hi.
+// A thread owns a tap; where there are fewer taps than threads, `slices` threads share one, each with every slices-th row.
+static __global__ void kq_conv_backward_weight_kernel(float* parts, Tile dout, Tile inp, int cq, int ck, int lo, int hi) {
+    DYNAMIC_SHARED(float, d);  // (CONV_ROWS, CONV_COLS), then (CONV_ROWS+cq-1, CONV_COLS+ck-1) of inp, then the slices' sums
+    const int rows = CONV_ROWS + cq - 1, cols = CONV_COLS + ck - 1, taps = cq * ck, threads = blockDim.x;
+    float *s = d + CONV_ROWS * CONV_COLS, *sums = s + rows * cols;
+    const int slices = max_int(1, threads / taps), step = slices > 1 ? taps : threads;
+    int head = blockIdx.y, i0 = lo + blockIdx.x * CONV_ROWS, last = min_int(i0 + CONV_ROWS, hi) - 1;
+    for (int first = 0; first < taps; first += step) {
+        int slice = slices > 1 ? threadIdx.x / taps : 0, tap = first + (slices > 1 ? threadIdx.x % taps : threadIdx.x);
+        bool own = slice < slices && tap < taps;
+        const float* at = s + (own ? tap / ck * cols + tap % ck : 0);
+        float sum = 0;
+        for (int j0 = 0; j0 <= last; j0 += CONV_COLS) {
+            __syncthreads();  // the tiles before are used up
+            tile_load(d, dout, head, i0, j0, CONV_ROWS, CONV_COLS, i0, hi);
+            tile_load(s, inp, head, i0 - (cq - 1), j0 - (ck - 1) / 2, rows, cols, 0, hi);
+            __syncthreads();  // the new ones are there
+            for (int r = slice; own && r < CONV_ROWS; r += slices) {
+                for (int c = 0; c < CONV_COLS; c++) { sum += d[r * CONV_COLS + c] * at[r * cols + c]; }
+            }
+        }
+        __syncthreads();  // the sums of the taps before have been read
+        sums[threadIdx.x] = sum;
+        __syncthreads();  // all slices have written
+        if (own && slice == 0) {
+            for (int q = 1; q < slices; q++) { sum += sums[q * taps + threadIdx.x]; }
+            parts[((size_t)head * gridDim.x + blockIdx.x) * taps + tap] = sum;
+        }
+    }
+}
+
+// sums (groups, n) += parts (S, groups, blocks, n), sequence after sequence, block after block, in double
+static __global__ void sums_add_kernel(double* sums, const float* parts, int S, int groups, int blocks, int n) {
+    int e = blockIdx.x * blockDim.x + threadIdx.x;
+    if (e >= groups * n) { return; }
+    double sum = 0;
+    for (int b = 0; b < S; b++) {
+        for (int k = 0; k < blocks; k++) { sum += (double)parts[(((size_t)b * groups + e / n) * blocks + k) * n + e % n]; }
+    }
+    sums[e] += sum;
+}
+static void sums_add(double* sums, const float* parts, int S, int groups, int blocks, int n, Cuda* g) {
+    LAUNCH(sums_add_kernel, ceil_div((size_t)groups * n, 128), 128, 0, g->stream, sums, parts, S, groups, blocks, n);
+    launchCheck(g->stream);
+}
+
+// dweight (NH,cq,ck) += over the rows lo <= i < hi of dout; sums over chunks are kept in double; parts is scratch
+static void kq_conv_backward_weight(double* dweight, const Tile* dout, const Tile* inp, const Attention* a, int S, int lo, int hi, float* parts, Cuda* g) {
+    int taps = a->cq * a->ck, blocks = ceil_div(hi - lo, CONV_ROWS);
+    size_t shared = ((size_t)CONV_ROWS * CONV_COLS + (size_t)(CONV_ROWS + a->cq - 1) * (CONV_COLS + a->ck - 1) + CONV_THREADS) * sizeof(float);
+    allow_shared(kq_conv_backward_weight_kernel, shared);
+    LAUNCH(kq_conv_backward_weight_kernel, dim3(blocks, S * a->NH), CONV_THREADS, shared, g->stream, parts, *dout, *inp, a->cq, a->ck, lo, hi);
+    launchCheck(g->stream);
+    sums_add(dweight, parts, S, a->NH, blocks, taps, g);
+}
+
+// ---- head_mix: out_o = sum_n W[o,n] inp_n within groups of ch heads
+
+// A thread owns one column of all heads of a group: it reads them into its own column of shared memory, then writes them, so that out may be inp.
+template <typename Weight>
+static __global__ void head_mix_kernel(Tile out, TileX rounded, Tile inp, const Weight* weight, bool transpose, int ch, int groups, int lo, int nk) {
+    DYNAMIC_SHARED(float, s);  // (ch, blockDim.x)
+    int j = blockIdx.x * blockDim.x + threadIdx.x, i = lo + blockIdx.y, head = blockIdx.z * ch, threads = blockDim.x;
+    if (j >= nk) { return; }
+    const Weight* w = weight + (size_t)(blockIdx.z % groups) * ch * ch;
+    float* own = s + threadIdx.x;
+    for (int n = 0; n < ch; n++) { own[n * threads] = j <= i ? inp.row(head + n, i)[j] : 0.0f; }
+    for (int o = 0; o < ch; o++) {
+        float sum = 0;
+        for (int n = 0; n < ch; n++) { sum += (float)w[transpose ? n * ch + o : o * ch + n] * own[n * threads]; }
+        tile_put(out, rounded, head + o, i, j, sum);
+    }
+}
+// Rows lo <= i < hi; weight (NH/ch,ch,ch), its transpose for the backward pass
+template <typename Weight>
+static void head_mix_forward(const Tile* out, const TileX* rounded, const Tile* inp, const Weight* weight, bool transpose, int ch, const Attention* a, int S,
+                             int lo, int hi, int nk, Cuda* g) {
+    lo = max_int(lo, 0), hi = min_int(hi, a->T);
+    int threads = ch <= 64 ? 128 : 32;
+    size_t shared = (size_t)ch * threads * sizeof(float);
+    allow_shared(head_mix_kernel<Weight>, shared);
+    LAUNCH(head_mix_kernel<Weight>, dim3(ceil_div(nk, threads), hi - lo, S * a->NH / ch), threads, shared, g->stream, *out, *rounded, *inp, weight,
+           transpose, ch, a->NH / ch, lo, nk);
+    launchCheck(g->stream);
+}
+template <typename Weight>
+static void head_mix_backward_input(const Tile* dinp, const TileX* rounded, const Tile* dout, const Weight* weight, int ch, const Attention* a, int S, int lo,
+                                    int hi, int nk, Cuda* g) {
+    head_mix_forward(dinp, rounded, dout, weight, true, ch, a, S, lo, hi, nk, g);
+}
+
+// parts (sequences*groups, blocks of rows, ch*ch): dweight[o,n] = sum_{i,j} dout_o[i,j] inp_n[i,j] over MIX_ROWS rows.
+// A block stages `cols` columns of all heads; a thread owns a pair (o,n), or shares it as the taps above are shared.
+enum { MIX_ROWS = 8, MIX_THREADS = 256 };
+static int mix_columns(int ch) { return max_int(1, min_int(64, 5120 / ch)); }  // two stages within 40 KiB up to ch = 80
+static __global__ void head_mix_backward_weight_kernel(float* parts, Tile dout, Tile inp, int ch, int cols, int lo, int hi) {
+    DYNAMIC_SHARED(float, d);  // (ch, cols) of dout, the same of inp, then the slices' sums
+    float *x = d + ch * cols, *sums = x + ch * cols;
+    const int pairs = ch * ch, threads = blockDim.x, slices = max_int(1, threads / pairs), step = slices > 1 ? pairs : threads;
+    int head = blockIdx.y * ch, i0 = lo + blockIdx.x * MIX_ROWS, i1 = min_int(i0 + MIX_ROWS, hi);
+    for (int first = 0; first < pairs; first += step) {
+        int slice = slices > 1 ? threadIdx.x / pairs : 0, pair = first + (slices > 1 ? threadIdx.x % pairs : threadIdx.x);
+        bool own = slice < slices && pair < pairs;
+        const float *dp = d + (own ? pair / ch * cols : 0), *xp = x + (own ? pair % ch * cols : 0);
+        float sum = 0;
+        for (int i = i0; i < i1; i++) {
+            for (int j0 = 0; j0 <= i; j0 += cols) {
+                __syncthreads();  // the stages before are used up
+                for (int t = threadIdx.x; t < ch * cols; t += threads) {
+                    int n = t / cols, j = j0 + t % cols;
+                    d[t] = j <= i ? dout.row(head + n, i)[j] : 0.0f;
+                    x[t] = j <= i ? inp.row(head + n, i)[j] : 0.0f;
+                }
+                __syncthreads();  // the new ones are there
+                for (int c = slice; own && c < cols; c += slices) { sum += dp[c] * xp[c]; }
+            }
+        }
+        __syncthreads();  // the sums of the pairs before have been read
+        sums[threadIdx.x] = sum;
+        __syncthreads();  // all slices have written
+        if (own && slice == 0) {
+            for (int q = 1; q < slices; q++) { sum += sums[q * pairs + threadIdx.x]; }
+            parts[((size_t)blockIdx.y * gridDim.x + blockIdx.x) * pairs + pair] = sum;
+        }
+    }
+}
+static void head_mix_backward_weight(double* dweight, const Tile* dout, const Tile* inp, int ch, const Attention* a, int S, int lo, int hi, float* parts,
+                                     Cuda* g) {
+    int blocks = ceil_div(hi - lo, MIX_ROWS), cols = mix_columns(ch);
+    size_t shared = ((size_t)2 * ch * cols + MIX_THREADS) * sizeof(float);
+    LAUNCH(head_mix_backward_weight_kernel, dim3(blocks, S * a->NH / ch), MIX_THREADS, shared, g->stream, parts, *dout, *inp, ch, cols, lo, hi);
+    launchCheck(g->stream);
+    sums_add(dweight, parts, S, a->NH / ch, blocks, ch * ch, g);
+}
+
+// ---- softmax over keys <= query, fp32; the log-sum-exp of each row is kept for the backward pass
+
+// out and inp may be the same tile. lse (heads,T) is written for the rows from `own` on. A warp owns a row.
+static __global__ void softmax_forward_kernel(Tile out, TileX rounded, float* lse, Tile inp, int heads, int lo, int own, int hi, int nk, int T) {
+    int row = blockIdx.x * ROW_WARPS + threadIdx.x / WARP_SIZE, lane = threadIdx.x % WARP_SIZE;
+    if (row >= heads * (hi - lo)) { return; }  // whole warps leave
+    int head = row / (hi - lo), i = lo + row % (hi - lo);
+    const float* x = inp.row(head, i);
+    float max = -INFINITY, sum = 0;
+    for (int j = lane; j <= i; j += WARP_SIZE) { max = fmaxf(max, x[j]); }
+    max = warp_max(max);
+    for (int j = lane; j <= i; j += WARP_SIZE) { sum += expf(x[j] - max); }
+    sum = warp_sum(sum);
+    for (int j = lane; j < nk; j += WARP_SIZE) { tile_put(out, rounded, head, i, j, j <= i ? expf(x[j] - max) / sum : 0.0f); }
+    if (lane == 0 && i >= own) { lse[(size_t)head * T + i] = max + logf(sum); }
+}
+static void softmax_forward(const Tile* out, const TileX* rounded, const Tile* inp, float* lse, const Attention* a, int S, int lo, int own, int hi, int nk,
+                            Cuda* g) {
+    lo = max_int(lo, 0), hi = min_int(hi, a->T);
+    LAUNCH(softmax_forward_kernel, ceil_div((size_t)S * a->NH * (hi - lo), ROW_WARPS), ROW_THREADS, 0, g->stream, *out, *rounded, lse, *inp, S * a->NH, lo,
+           own, hi, nk, a->T);
+    launchCheck(g->stream);
+}
+
+// The same rows in the backward pass, from the log-sum-exp.
+static __global__ void softmax_recompute_kernel(Tile out, TileX rounded, Tile inp, const float* lse, int heads, int lo, int hi, int nk, int T) {
+    int row = blockIdx.x * ROW_WARPS + threadIdx.x / WARP_SIZE, lane = threadIdx.x % WARP_SIZE;
+    if (row >= heads * (hi - lo)) { return; }
+    int head = row / (hi - lo), i = lo + row % (hi - lo);
+    const float* x = inp.row(head, i);
+    float shift = lse[(size_t)head * T + i];
+    for (int j = lane; j < nk; j += WARP_SIZE) { tile_put(out, rounded, head, i, j, j <= i ? expf(x[j] - shift) : 0.0f); }
+}
+static void softmax_recompute(const Tile* out, const TileX* rounded, const Tile* inp, const float* lse, const Attention* a, int S, int lo, int hi, int nk,
+                              Cuda* g) {
+    lo = max_int(lo, 0), hi = min_int(hi, a->T);
+    LAUNCH(softmax_recompute_kernel, ceil_div((size_t)S * a->NH * (hi - lo), ROW_WARPS), ROW_THREADS, 0, g->stream, *out, *rounded, *inp, lse, S * a->NH, lo,
+           hi, nk, a->T);
+    launchCheck(g->stream);
+}
+
+// dinp = att (dout - sum_j att dout); dinp may be dout. A warp owns a row.
+static __global__ void softmax_backward_kernel(Tile dinp, TileX rounded, Tile dout, Tile att, int heads, int lo, int hi, int nk) {
+    int row = blockIdx.x * ROW_WARPS + threadIdx.x / WARP_SIZE, lane = threadIdx.x % WARP_SIZE;
+    if (row >= heads * (hi - lo)) { return; }
+    int head = row / (hi - lo), i = lo + row % (hi - lo);
+    const float *p = att.row(head, i), *d = dout.row(head, i);
+    float dot = 0;
+    for (int j = lane; j <= i; j += WARP_SIZE) { dot += p[j] * d[j]; }
+    dot = warp_sum(dot);
+    for (int j = lane; j < nk; j += WARP_SIZE) { tile_put(dinp, rounded, head, i, j, j <= i ? p[j] * (d[j] - dot) : 0.0f); }
+}
+static void softmax_backward(const Tile* dinp, const TileX* rounded, const Tile* dout, const Tile* att, const Attention* a, int S, int lo, int hi, int nk,
+                             Cuda* g) {
+    lo = max_int(lo, 0), hi = min_int(hi, a->T);
+    LAUNCH(softmax_backward_kernel, ceil_div((size_t)S * a->NH * (hi - lo), ROW_WARPS), ROW_THREADS, 0, g->stream, *dinp, *rounded, *dout, *att, S * a->NH,
+           lo, hi, nk);
+    launchCheck(g->stream);
+}
+
+// ---- values: O_i = sum_j att[i,j] v_j
+
+static void values_forward(floatX* out, const TileX* att, const floatX* v, const Attention* a, int S, int lo, int hi, Cuda* g) {
+    size_t head = (size_t)a->T * a->HS;
+    gemm(false, false, hi - lo, a->HS, hi, 1, att->row(0, lo), att->ld, (size_t)att->rows * att->ld, v, a->HS, head, 0, out + (size_t)lo * a->HS, a->HS, head,
+         S * a->NH, g);
+}
+// datt[i,j] = dO_i . v_j, rows lo <= i < hi within the sequence; not masked, its readers are
+static void values_backward_att(const Tile* datt, const floatX* dout, const floatX* v, const Attention* a, int S, int lo, int hi, int nk, Cuda* g) {
+    size_t head = (size_t)a->T * a->HS;
+    hi = min_int(hi, a->T);
+    gemm(false, true, hi - lo, nk, a->HS, 1, dout + (size_t)lo * a->HS, a->HS, head, v, a->HS, head, 0, datt->row(0, lo), datt->ld,
+         (size_t)datt->rows * datt->ld, S * a->NH, g);
+}
+// dv_j += sum_i att[i,j] dO_i, in fp32
+static void values_backward_v(float* dv, const TileX* att, const floatX* dout, const Attention* a, int S, int lo, int hi, Cuda* g) {
+    size_t head = (size_t)a->T * a->HS;
+    gemm(true, false, hi, a->HS, hi - lo, 1, att->row(0, lo), att->ld, (size_t)att->rows * att->ld, dout + (size_t)lo * a->HS, a->HS, head, 1, dv, a->HS,
+         head, S * a->NH, g);
+}
+
+// ---- the chunk: all steps for the queries lo <= i < hi of all heads of S sequences
+
+static int halo_pre(const Attention* a) { return a->conv_pre ? a->cq - 1 : 0; }
+static int halo_post(const Attention* a) { return a->conv_post ? a->cq - 1 : 0; }
+static bool mixes_post(const Attention* a) { return a->mix_post || a->diff_mix; }
+
+// Scratch of attention, shared by all layers. Tiles in fp32: S C L R of the maps and two for gradients; in floatX: A and dS.
+enum { ATTENTION_TILES = 6, ATTENTION_TILES_X = 2 };
+typedef struct {
+    float* tiles;     // (ATTENTION_TILES, tile)
+    floatX* tiles_x;  // (ATTENTION_TILES_X, tile)
+    float *dk, *dv;   // (S,NH,T,HS)
+    float* parts;     // partial sums of the weight gradients
+} AttentionScratch;
+
+static size_t attention_tile_size(const Attention* a) {
+    return (size_t)a->S * a->NH * (size_t)(a->chunk + 2 * (halo_pre(a) + halo_post(a))) * (size_t)tile_stride(a->T);
+}
+static size_t attention_parts_size(const Attention* a) {
+    size_t conv = (size_t)a->NH * a->cq * a->ck * (size_t)ceil_div(a->chunk, CONV_ROWS);
+    size_t mix = (size_t)a->NH * (size_t)max_int(a->ch_pre, a->ch_post) * (size_t)ceil_div(a->chunk, MIX_ROWS);
+    return (size_t)a->S * (conv > mix ? conv : mix);
+}
+// Queries of a chunk: enough that products are large, few enough that a chunk of a sequence stays near the L2 cache (16 heads x 256 x 2048 x 4 = 34 MB).
+static int attention_chunk(int T) { return min_int(T, 256); }
+// Sequences at a time: as many as let the tiles fit into a GiB, so that few launches do much.
+static int attention_sequences(const Attention* one, int B) {
+    size_t bytes = attention_tile_size(one) * (ATTENTION_TILES * sizeof(float) + ATTENTION_TILES_X * sizeof(floatX));
+    return max_int(1, min_int(B, (int)(((size_t)1 << 30) / bytes)));
+}
+
+template <typename T>
+static TileOf<T> tile_make(T* scratch, int which, const Attention* a, int i0) {
+    TileOf<T> t = {scratch + (size_t)which * attention_tile_size(a), i0, a->chunk + 2 * (halo_pre(a) + halo_post(a)), tile_stride(a->T)};
+    return t;
+}
+
+// The maps of the chunk: S scores, C convolved, L mixed, P softmax, R convolved, A mixed. A step that is off shares its input's tile, and P
+// takes L's place; A, which the products read, is in floatX. For the forward pass rows lo-halo_post .. hi-1 of P; with `backward` S, C, L, P have
+// halo_pre rows more below hi, and every map that a gradient needs is kept in a tile of its own.
+typedef struct { Tile S, C, L, P, R; TileX A; int tiles; } Maps;
+
+static Maps attention_maps(const AttentionScratch* scratch, float* lse, const floatX* q, const floatX* k, const Attention* a, int S, int lo, int hi,
+                           bool backward, Cuda* g) {
+    int p = halo_pre(a), r = halo_post(a), end = hi + (backward ? p : 0), nk = min_int(end, a->T);
+    const TileX none = {NULL, 0, 0, 0};
+    const Tile nothing = {NULL, 0, 0, 0};
+    Maps m;
+    m.tiles = 0;
+    m.A = tile_make(scratch->tiles_x, 0, a, lo - r - p);
+    m.S = tile_make(scratch->tiles, m.tiles++, a, lo - r - p);
+    scores_forward(&m.S, q, k, a, S, lo - r - p, end, nk, g);
+    m.C = m.S;
+    if (a->conv_pre) {
+        m.C = tile_make(scratch->tiles, m.tiles++, a, lo - r - p);
+        kq_conv_forward(&m.C, &none, &m.S, a->conv_pre, a, S, lo - r, end, nk, g);
+    }
+    m.L = m.C;
+    if (a->mix_pre) {
+        if (backward) { m.L = tile_make(scratch->tiles, m.tiles++, a, lo - r - p); }
+        head_mix_forward(&m.L, &none, &m.C, a->mix_pre, false, a->ch_pre, a, S, lo - r, end, nk, g);
+    }
+    m.P = m.L;
+    bool last = !a->conv_post && !mixes_post(a);  // then P is A, and the forward pass needs it in floatX only
+    const TileX* rounded = last ? &m.A : &none;
+    if (backward) { softmax_recompute(&m.P, rounded, &m.L, lse, a, S, lo - r, end, nk, g); }
+    else { softmax_forward(last ? &nothing : &m.P, rounded, &m.L, lse, a, S, lo - r, lo, end, nk, g); }
+    m.R = m.P;
+    if (a->conv_post) {
+        m.R = tile_make(scratch->tiles, m.tiles++, a, lo - r - p);
+        bool kept = mixes_post(a);
+        kq_conv_forward(kept ? &m.R : &nothing, kept ? &none : &m.A, &m.P, a->conv_post, a, S, lo, hi, nk, g);
+    }
+    if (a->diff_mix) { head_mix_forward(&nothing, &m.A, &m.R, a->diff_mix, false, 2, a, S, lo, hi, nk, g); }
+    else if (a->mix_post) { head_mix_forward(&nothing, &m.A, &m.R, a->mix_post, false, a->ch_post, a, S, lo, hi, nk, g); }
+    return m;
+}
+
+// Gradients of the attention's own weights, as sums in double over the chunks of a layer: (NH*cq*ck), (NH*ch)
+typedef struct { double *conv_pre, *conv_post, *mix_pre, *mix_post; } AttentionSums;
+
+// dq is set, scratch dk, dv and the sums are added to. q, k, v, dq, dout (S,NH,T,HS), lse (S,NH,T).
+// Rows of dS come from rows of dC up to halo_pre further down, those from rows of dA up to halo_post further down: all are recomputed here.
+static void attention_chunk_backward(floatX* dq, const AttentionSums* sums, const floatX* dout, const floatX* q, const floatX* k, const floatX* v, float* lse,
+                                     const Attention* a, int S, int lo, int hi, const AttentionScratch* scratch, Cuda* g) {
+    int p = halo_pre(a), r = halo_post(a), end = hi + p, far = hi + p + r, nk = min_int(end, a->T), nk_far = min_int(far, a->T);
+    const TileX none = {NULL, 0, 0, 0};
+    const Tile nothing = {NULL, 0, 0, 0};
+    Maps m = attention_maps(scratch, lse, q, k, a, S, lo, hi, true, g);
+    Tile d = tile_make(scratch->tiles, m.tiles++, a, lo), e = d;
+    if (a->conv_post) { e = tile_make(scratch->tiles, m.tiles++, a, lo); }
+    assert(m.tiles <= ATTENTION_TILES);
+    TileX dS = tile_make(scratch->tiles_x, 1, a, lo);
+    // the step that gives dS writes it in floatX
+    bool conv = a->conv_pre != NULL, mix = a->mix_pre != NULL;
+
+    values_backward_v(scratch->dv, &m.A, dout, a, S, lo, hi, g);                    // O = A v
+    values_backward_att(&d, dout, v, a, S, lo, far, nk_far, g);
+    if (mixes_post(a)) {                                                            // A = mix(R)
+        head_mix_backward_weight(sums->mix_post, &d, &m.R, a->ch_post, a, S, lo, hi, scratch->parts, g);
+        if (a->diff_mix) { head_mix_backward_input(&d, &none, &d, a->diff_mix, 2, a, S, lo, far, nk_far, g); }
+        else { head_mix_backward_input(&d, &none, &d, a->mix_post, a->ch_post, a, S, lo, far, nk_far, g); }
+    }
+    if (a->conv_post) {                                                             // R = conv(P)
+        kq_conv_backward_weight(sums->conv_post, &d, &m.P, a, S, lo, hi, scratch->parts, g);
+        kq_conv_backward_input(&e, &none, &d, a->conv_post, a, S, lo, end, nk, g);
+        d = e;
+    }
+    bool kept = conv || mix;
+    softmax_backward(kept ? &d : &nothing, kept ? &none : &dS, &d, &m.P, a, S, lo, end, nk, g);  // P = softmax(L)
+    if (mix) {                                                                      // L = mix(C)
+        head_mix_backward_weight(sums->mix_pre, &d, &m.C, a->ch_pre, a, S, lo, hi, scratch->parts, g);
+        head_mix_backward_input(conv ? &d : &nothing, conv ? &none : &dS, &d, a->mix_pre, a->ch_pre, a, S, lo, end, nk, g);
+    }
+    if (conv) {                                                                     // C = conv(S)
+        kq_conv_backward_weight(sums->conv_pre, &d, &m.S, a, S, lo, hi, scratch->parts, g);
+        kq_conv_backward_input(&nothing, &dS, &d, a->conv_pre, a, S, lo, hi, hi, g);
+    }
+    scores_backward(dq, scratch->dk, &dS, q, k, a, S, lo, hi, g);                   // S = q k^T / sqrt(HS)
+}
+
+// out, q, k, v (B,NH,T,HS), q and k rotated; lse (B,NH,T) for the backward pass
+static void attention_forward(floatX* out, float* lse, const floatX* q, const floatX* k, const floatX* v, const Attention* a, const AttentionScratch* scratch,
+                              Cuda* g) {
+    size_t sequence = (size_t)a->NH * a->T * a->HS;
+    for (int b = 0; b < a->B; b += a->S) {
+        int S = min_int(a->S, a->B - b);
+        for (int lo = 0; lo < a->T; lo += a->chunk) {
+            int hi = min_int(lo + a->chunk, a->T);
+            Maps m = attention_maps(scratch, lse + (size_t)b * a->NH * a->T, q + b * sequence, k + b * sequence, a, S, lo, hi, false, g);
+            values_forward(out + b * sequence, &m.A, v + b * sequence, a, S, lo, hi, g);
+        }
+    }
+}
+
+// dqkv (B,T,NH+2*NKV,HS) is set, gradients of q and k rotated back; the sums are set. dq (S,NH,T,HS) is scratch.
+static void attention_backward(floatX* dqkv, floatX* dq, const AttentionSums* sums, size_t n_sums, const floatX* dout, const floatX* q, const floatX* k,
+                               const floatX* v, float* lse, const float* cosine, const float* sine, const Attention* a, int NKV,
+                               const AttentionScratch* scratch, Cuda* g) {
+    size_t sequence = (size_t)a->NH * a->T * a->HS, packed = (size_t)a->T * (a->NH + 2 * NKV) * a->HS;
+    if (n_sums) { cudaCheck(cudaMemsetAsync(sums->conv_pre, 0, n_sums * sizeof(double), g->stream)); }
+    for (int b = 0; b < a->B; b += a->S) {
+        int S = min_int(a->S, a->B - b);
+        size_t at = b * sequence;
+        cudaCheck(cudaMemsetAsync(scratch->dk, 0, S * sequence * sizeof(float), g->stream));
+        cudaCheck(cudaMemsetAsync(scratch->dv, 0, S * sequence * sizeof(float), g->stream));
+        for (int lo = 0; lo < a->T; lo += a->chunk) {
+            attention_chunk_backward(dq, sums, dout + at, q + at, k + at, v + at, lse + (size_t)b * a->NH * a->T, a, S, lo, min_int(lo + a->chunk, a->T),
+                                     scratch, g);
+        }
+        rope_backward(dqkv + b * packed, dq, scratch->dk, scratch->dv, cosine, sine, S, a->T, a->NH, NKV, a->HS, g);
+    }
+}
+
+// dweight (n) += sums (n)
+static __global__ void attention_sums_add_kernel(float* dweight, const double* sums, size_t n) {
+    size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
+    if (i < n) { dweight[i] += (float)sums[i]; }
+}
+static void attention_sums_add(float* dweight, const double* sums, size_t n, Cuda* g) {
+    LAUNCH(attention_sums_add_kernel, ceil_div(n, 128), 128, 0, g->stream, dweight, sums, n);
+    launchCheck(g->stream);
+}
+
+// ---- head_norm and head_gate (MODEL.md eq. 10 and 11), one pass: the heads' outputs become rows of channels
+
+// What the pass needs: wide heads share a norm (2 for diff); norm (wide*HS), gate (HS), bias (1), NULL = off; scale is 1 - lambda_init
+typedef struct {
+    const floatX *norm, *gate, *bias;
+    float scale;
+    int B, T, NH, HS, wide;
+} HeadOutput;
+
+// A warp owns the `wide` heads h of token n of `inp` (B,NH,T,HS): element e of them
+static __device__ inline size_t head_at(const HeadOutput& o, int n, int h, int e) {
+    return (((size_t)(n / o.T) * o.NH + (size_t)(h * o.wide + e / o.HS)) * o.T + n % o.T) * o.HS + e % o.HS;
+}
+
+// out (B,T,NH*HS) = gate(norm(inp)), inp (B,NH,T,HS)
+template <int W>
+static __global__ void head_output_forward_kernel(floatX* out, const floatX* inp, HeadOutput o) {
+    int units = o.NH / o.wide, size = o.wide * o.HS, lane = threadIdx.x % WARP_SIZE;
+    size_t row = (size_t)blockIdx.x * ROW_WARPS + threadIdx.x / WARP_SIZE;
+    if (row >= (size_t)o.B * o.T * units) { return; }
+    int n = (int)(row / units), h = (int)(row % units);
+    float r = 1, s = 1;
+    if (o.norm) {
+        float squares = 0;
+        for (int e = lane * W; e < size; e += WARP_SIZE * W) {
+            Pack<floatX, W> x = load<W>(inp + head_at(o, n, h, e));
+            for (int i = 0; i < W; i++) { squares += (float)x.v[i] * (float)x.v[i]; }
+        }
+        r = o.scale / sqrtf(warp_sum(squares) / size + 1e-5f);
+    }
+    if (o.gate) {
+        float dot = 0;
+        for (int e = lane * W; e < size; e += WARP_SIZE * W) {
+            Pack<floatX, W> x = load<W>(inp + head_at(o, n, h, e));
+            for (int i = 0; i < W; i++) { dot += (float)x.v[i] * r * (o.norm ? (float)o.norm[e + i] : 1.0f) * (float)o.gate[e + i]; }
+        }
+        s = 1.0f / (1.0f + expf(-(warp_sum(dot) + (float)*o.bias)));
+    }
+    for (int e = lane * W; e < size; e += WARP_SIZE * W) {
+        Pack<floatX, W> x = load<W>(inp + head_at(o, n, h, e));
+        for (int i = 0; i < W; i++) { x.v[i] = (floatX)((float)x.v[i] * r * (o.norm ? (float)o.norm[e + i] : 1.0f) * s); }
+        store<W>(out + (size_t)n * o.NH * o.HS + (size_t)h * size + e, x);
+    }
+}
+static void head_output_forward(floatX* out, const floatX* inp, const HeadOutput* o, Cuda* g) {
+    LAUNCH_WIDE(o->HS, head_output_forward_kernel, ceil_div((size_t)o->B * o->T * (o->NH / o->wide), ROW_WARPS), ROW_THREADS, 0, g->stream, out, inp, *o);
+}
+
+// With y = norm(inp), s = sigmoid(y . gate + bias), out = s y: ds = s (1-s) (dout . y), dy = s dout + ds gate, and RMSNorm's backward of dy.
+// stats (B*T, NH/wide, 3): 1/rms, s, ds of each row, for the weights' gradients
+template <int W>
+static __global__ void head_output_backward_kernel(floatX* dinp, float* stats, const floatX* dout, const floatX* inp, HeadOutput o) {
+    int units = o.NH / o.wide, size = o.wide * o.HS, lane = threadIdx.x % WARP_SIZE;
+    size_t row = (size_t)blockIdx.x * ROW_WARPS + threadIdx.x / WARP_SIZE;
+    if (row >= (size_t)o.B * o.T * units) { return; }
+    int n = (int)(row / units), h = (int)(row % units);
+    const floatX* dy = dout + (size_t)n * o.NH * o.HS + (size_t)h * size;
+    float r = 1, s = 1, ds = 0, mean = 0;
+    if (o.norm) {
+        float squares = 0;
+        for (int e = lane * W; e < size; e += WARP_SIZE * W) {
+            Pack<floatX, W> x = load<W>(inp + head_at(o, n, h, e));
+            for (int i = 0; i < W; i++) { squares += (float)x.v[i] * (float)x.v[i]; }
+        }
+        r = 1.0f / sqrtf(warp_sum(squares) / size + 1e-5f);
+    }
+    if (o.gate) {
+        float dot = 0, through = 0;
+        for (int e = lane * W; e < size; e += WARP_SIZE * W) {
+            Pack<floatX, W> x = load<W>(inp + head_at(o, n, h, e)), d = load<W>(dy + e);
+            for (int i = 0; i < W; i++) {
+                float y = (float)x.v[i] * (o.norm ? r * o.scale * (float)o.norm[e + i] : 1.0f);
+                dot += y * (float)o.gate[e + i];
+                through += y * (float)d.v[i];
+            }
+        }
+        s = 1.0f / (1.0f + expf(-(warp_sum(dot) + (float)*o.bias)));
+        ds = s * (1 - s) * warp_sum(through);
+    }
+    if (o.norm) {
+        float dot = 0;
+        for (int e = lane * W; e < size; e += WARP_SIZE * W) {
+            Pack<floatX, W> x = load<W>(inp + head_at(o, n, h, e)), d = load<W>(dy + e);
+            for (int i = 0; i < W; i++) {
+                float through = s * (float)d.v[i] + (o.gate ? ds * (float)o.gate[e + i] : 0.0f);
+                dot += through * o.scale * (float)o.norm[e + i] * (float)x.v[i] * r;
+            }
+        }
+        mean = warp_sum(dot) / size;
+    }
+    for (int e = lane * W; e < size; e += WARP_SIZE * W) {
+        Pack<floatX, W> x = load<W>(inp + head_at(o, n, h, e)), d = load<W>(dy + e);
+        for (int i = 0; i < W; i++) {
+            float through = s * (float)d.v[i] + (o.gate ? ds * (float)o.gate[e + i] : 0.0f);
+            float dx = o.norm ? r * (through * o.scale * (float)o.norm[e + i] - (float)x.v[i] * r * mean) : through;
+            x.v[i] = (floatX)dx;
+        }
+        store<W>(dinp + head_at(o, n, h, e), x);
+    }
+    if (lane == 0) { stats[3 * row] = r, stats[3 * row + 1] = s, stats[3 * row + 2] = ds; }
+}
+// parts (NORM_PARTS, wide*HS + HS + 1): the part's sums of the gradients of norm, gate and bias. A thread owns one element of a head.
+static __global__ void head_output_backward_weight_kernel(float* parts, const floatX* dout, const floatX* inp, const float* stats, HeadOutput o) {
+    int units = o.NH / o.wide, size = o.wide * o.HS, e = blockIdx.x * blockDim.x + threadIdx.x, p = blockIdx.y;
+    if (e >= size) { return; }
+    size_t rows = (size_t)o.B * o.T * units, row0 = rows * p / NORM_PARTS, row1 = rows * (p + 1) / NORM_PARTS;
+    float norm = 0, gate = 0, bias = 0;
+    for (size_t row = row0; row < row1; row++) {
+        int n = (int)(row / units), h = (int)(row % units);
+        float r = stats[3 * row], s = stats[3 * row + 1], ds = stats[3 * row + 2];
+        float x = (float)inp[head_at(o, n, h, e)], d = s * (float)dout[(size_t)n * o.NH * o.HS + (size_t)h * size + e];
+        if (o.gate) { d += ds * (float)o.gate[e]; }
+        norm += d * o.scale * x * r;
+        gate += ds * x * (o.norm ? r * o.scale * (float)o.norm[e] : 1.0f);
+        bias += ds;
+    }
+    float* part = parts + (size_t)p * (size + o.HS + 1);
+    part[e] = norm;
+    if (e < o.HS) { part[size + e] = gate; }
+    if (e == 0) { part[size + o.HS] = bias; }
+}
+// dinp (B,NH,T,HS) is set; dnorm, dgate, dbias are added to; stats and parts are scratch
+static void head_output_backward(floatX* dinp, float* dnorm, float* dgate, float* dbias, const floatX* dout, const floatX* inp, const HeadOutput* o,
+                                 float* stats, float* parts, Cuda* g) {
+    int size = o->wide * o->HS, width = size + o->HS + 1;
+    LAUNCH_WIDE(o->HS, head_output_backward_kernel, ceil_div((size_t)o->B * o->T * (o->NH / o->wide), ROW_WARPS), ROW_THREADS, 0, g->stream, dinp, stats, dout,
+                inp, *o);
+    if (!o->norm && !o->gate) { return; }
+    LAUNCH(head_output_backward_weight_kernel, dim3(ceil_div(size, 64), NORM_PARTS), 64, 0, g->stream, parts, dout, inp, stats, *o);
+    launchCheck(g->stream);
+    if (o->norm) { parts_add(dnorm, parts, NORM_PARTS, size, width, g); }
+    if (o->gate) {
+        parts_add(dgate, parts + size, NORM_PARTS, o->HS, width, g);
+        parts_add(dbias, parts + size + o->HS, NORM_PARTS, 1, width, g);
+    }
+}
+
+// ---- diff (MODEL.md eq. 12): P_2p - lambda P_2p+1 on both heads' values is a mixing after softmax with W = [[1,-lambda],[1,-lambda]]
+
+typedef struct { const floatX *q1, *k1, *q2, *k2; } Lambda;  // (HS) each
+
+static __device__ inline float lambda_dot(const floatX* a, const floatX* b, int HS) {  // by one warp
+    float sum = 0;
+    for (int i = threadIdx.x; i < HS; i += WARP_SIZE) { sum += (float)a[i] * (float)b[i]; }
+    return warp_sum(sum);
+}
+// mix (NH/2,2,2), lambda = exp(q1 . k1) - exp(q2 . k2) + lambda_init; one warp
+static __global__ void diff_lambda_forward_kernel(float* mix, Lambda w, float lambda_init, int NH, int HS) {
+    float lambda = expf(lambda_dot(w.q1, w.k1, HS)) - expf(lambda_dot(w.q2, w.k2, HS)) + lambda_init;
+    for (int i = threadIdx.x; i < NH * 2; i += WARP_SIZE) { mix[i] = i % 2 ? -lambda : 1.0f; }
+}
+static void diff_lambda_forward(float* mix, const Lambda* w, double lambda_init, int NH, int HS, Cuda* g) {
+    LAUNCH(diff_lambda_forward_kernel, 1, WARP_SIZE, 0, g->stream, mix, *w, (float)lambda_init, NH, HS);
+    launchCheck(g->stream);
+}
+// d* (HS) += from dmix (NH/2,2,2); one warp
+static __global__ void diff_lambda_backward_kernel(float* dq1, float* dk1, float* dq2, float* dk2, const double* dmix, Lambda w, int NH, int HS) {
+    float dlambda = 0;
+    for (int i = threadIdx.x; i < NH; i += WARP_SIZE) { dlambda -= (float)dmix[2 * i + 1]; }
+    dlambda = warp_sum(dlambda);
+    float d1 = dlambda * expf(lambda_dot(w.q1, w.k1, HS)), d2 = -dlambda * expf(lambda_dot(w.q2, w.k2, HS));
+    for (int i = threadIdx.x; i < HS; i += WARP_SIZE) {
+        dq1[i] += d1 * (float)w.k1[i];
+        dk1[i] += d1 * (float)w.q1[i];
+        dq2[i] += d2 * (float)w.k2[i];
+        dk2[i] += d2 * (float)w.q2[i];
+    }
+}
+static void diff_lambda_backward(float* dq1, float* dk1, float* dq2, float* dk2, const double* dmix, const Lambda* w, int NH, int HS, Cuda* g) {
+    LAUNCH(diff_lambda_backward_kernel, 1, WARP_SIZE, 0, g->stream, dq1, dk1, dq2, dk2, dmix, *w, NH, HS);
+    launchCheck(g->stream);
+}
+
+// =================================================================================================================================
+// SwiGLU (MODEL.md eq. 13): out = silu(gate) * up
+
+// out (N,FF), gate_up (N,2*FF): gate in the first half of a row, up in the second. A thread owns W elements.
+template <int W>
+static __global__ void swiglu_forward_kernel(floatX* out, const floatX* gate_up, int N, int FF) {
+    size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * W;
+    if (i >= (size_t)N * FF) { return; }
+    const floatX* row = gate_up + i / FF * 2 * FF + i % FF;
+    Pack<floatX, W> a = load<W>(row), u = load<W>(row + FF);
+    for (int e = 0; e < W; e++) {
+        float x = (float)a.v[e];
+        a.v[e] = (floatX)(x / (1.0f + expf(-x)) * (float)u.v[e]);
+    }
+    store<W>(out + i, a);
+}
+static void swiglu_forward(floatX* out, const floatX* gate_up, int N, int FF, Cuda* g) {
+    LAUNCH_WIDE(FF, swiglu_forward_kernel, ceil_div((size_t)N * FF, (size_t)256 * (FF % WIDE ? 1 : WIDE)), 256, 0, g->stream, out, gate_up, N, FF);
+}
+
+// dgate = dout up s (1 + gate (1 - s)), dup = dout gate s, s = sigmoid(gate), both into dgate_up; act = the forward result again, for down_proj's
+// gradient. act may be dout.
+template <int W>
+static __global__ void swiglu_backward_kernel(floatX* dgate_up, floatX* act, const floatX* dout, const floatX* gate_up, int N, int FF) {
+    size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * W;
+    if (i >= (size_t)N * FF) { return; }
+    size_t at = i / FF * 2 * FF + i % FF;
+    Pack<floatX, W> a = load<W>(gate_up + at), u = load<W>(gate_up + at + FF), d = load<W>(dout + i), da, du, out;
+    for (int e = 0; e < W; e++) {
+        float x = (float)a.v[e], y = (float)u.v[e], dy = (float)d.v[e], s = 1.0f / (1.0f + expf(-x));
+        out.v[e] = (floatX)(x * s * y);
+        du.v[e] = (floatX)(dy * x * s);
+        da.v[e] = (floatX)(dy * y * s * (1.0f + x * (1.0f - s)));
+    }
+    store<W>(act + i, out);
+    store<W>(dgate_up + at, da);
+    store<W>(dgate_up + at + FF, du);
+}
+static void swiglu_backward(floatX* dgate_up, floatX* act, const floatX* dout, const floatX* gate_up, int N, int FF, Cuda* g) {
+    LAUNCH_WIDE(FF, swiglu_backward_kernel, ceil_div((size_t)N * FF, (size_t)256 * (FF % WIDE ? 1 : WIDE)), 256, 0, g->stream, dgate_up, act, dout, gate_up, N,
+                FF);
+}
+
+// =================================================================================================================================
+// Cross-entropy (MODEL.md eq. 14)
+
+// losses (N) = -log softmax(logits)[target], wrong (N) = 1 where another id scores higher; 0 where target < 0 (not counted).
+// With `gradient`, logits (N,V), rows ld apart, become dlogits = (softmax - onehot) * dloss, zero where not counted. A block owns a row:
+// one pass for the running maximum and sum, one that writes. ld is a multiple of WIDE.
+enum { LOSS_THREADS = 512 };
+static __global__ void crossentropy_kernel(float* losses, unsigned char* wrong, floatX* logits, const int* targets, int V, int ld, float dloss, bool gradient) {
+    floatX* x = logits + (size_t)blockIdx.x * ld;
+    int target = targets[blockIdx.x];
+    float own = target >= 0 ? (float)x[target] : 0.0f, max = -INFINITY, sum = 0;
+    if (target >= 0) {  // the same for the whole block
+        for (int v = threadIdx.x * WIDE; v < V; v += blockDim.x * WIDE) {
+            Pack<floatX, WIDE> p = load<WIDE>(x + v);
+            for (int e = 0; e < WIDE && v + e < V; e++) {
+                float y = (float)p.v[e], top = fmaxf(max, y);
+                sum = sum * expf(max - top) + expf(y - top);
+                max = top;
+            }
+        }
+        float top = block_reduce(max, true);
+        sum = block_reduce(sum == 0.0f ? 0.0f : sum * expf(max - top), false);  // 0: a thread without elements
+        max = top;
+    }
+    if (threadIdx.x == 0) {
+        losses[blockIdx.x] = target >= 0 ? logf(sum) + max - own : 0.0f;
+        wrong[blockIdx.x] = target >= 0 && !(own >= max);
+    }
+    if (!gradient) { return; }
+    for (int v = threadIdx.x * WIDE; v < V; v += blockDim.x * WIDE) {
+        Pack<floatX, WIDE> p = load<WIDE>(x + v);
+        for (int e = 0; e < WIDE && v + e < V; e++) {
+            float y = target >= 0 ? expf((float)p.v[e] - max) / sum - (v + e == target ? 1.0f : 0.0f) : 0.0f;
+            p.v[e] = (floatX)(y * dloss);
+        }
+        store<WIDE>(x + v, p);
+    }
+}
+static void crossentropy_forward_backward(float* losses, unsigned char* wrong, floatX* logits, const int* targets, int N, int V, int ld, float dloss,
+                                          bool gradient, Cuda* g) {
+    LAUNCH(crossentropy_kernel, N, LOSS_THREADS, 0, g->stream, losses, wrong, logits, targets, V, ld, dloss, gradient);
+    launchCheck(g->stream);
+}
+
+// =================================================================================================================================
+// The model: state and memory
+
+// Pointers to one layer's tensors inside an arena (weights or gradients); NULL where the model has none.
+template <typename T>
+struct LayerOf {
+    T *input_norm, *q, *k, *v, *o, *kq_conv, *kq_conv_post, *head_mix_pre, *head_mix, *head_norm, *gate_weight, *gate_bias;
+    T *lambda_q1, *lambda_k1, *lambda_q2, *lambda_k2, *post_norm, *gate_proj, *up_proj, *down_proj;
+};
+
+// What the backward pass computes again instead of keeping it: nothing; norms and head outputs; all of a layer but its input.
+typedef enum { RECOMPUTE_NONE, RECOMPUTE_ELEMENTWISE, RECOMPUTE_BLOCK } Recompute;
+
+// What the forward pass keeps for the backward pass. N = B*T rows, all layers behind one another: layer l of x starts at l*N*C.
+// LA, LE: layers kept of what RECOMPUTE_BLOCK, and already RECOMPUTE_ELEMENTWISE, computes again: L or 1.
+typedef struct {
+    floatX* x;              // (L+1,N,C) residual stream before each layer, and after the last
+    floatX* x_mid;          // (LA,N,C) after attention
+    floatX *ln1, *ln2;      // (LE,N,C) normalised inputs of attention and MLP
+    float *rstd1, *rstd2;   // (LA,N)
+    floatX *q, *k, *v;      // (LA,B,NH,T,HS) q and k rotated
+    float* lse;             // (LA,B,NH,T) log-sum-exp of the score rows
+    floatX* att;            // (LA,B,NH,T,HS) output of the heads
+    floatX* out;            // (LE,N,C) after head_norm and head_gate
+    floatX* gate_up;        // (LA,N,2*FF)
+    floatX* ln_f;           // (N,C)
+    float* rstd_f;          // (N)
+} Activations;
+
+// What no pass keeps.
+typedef struct {
+    floatX *qkv, *act, *dgate_up;      // (N,(NH+2*NKV)*HS), also its gradient; (N,FF); (N,2*FF)
+    floatX *dx, *dln, *dout, *datt;    // (N,C) gradients: residual stream, normalised input (forward: a branch's result), head outputs, heads
+    floatX* dq;                        // (S,NH,T,HS)
+    floatX* logits;                    // (rows of a classifier chunk, V rounded up)
+    float* losses;                     // (N)
+    unsigned char* wrong;              // (N)
+    int *tokens, *targets;             // (N)
+    int *rows, *starts;                // (N), (N+1) rows by token, for embedding_backward
+    float *parts, *stats;              // partial sums of norm and gate weights; (N*NH,3) of head_output_backward
+    double* norm_parts;                // (NORM_BLOCKS) of the gradient norm
+    float* diff_mix;                   // (NH/2,2,2)
+    double* sums;                      // AttentionSums
+    AttentionScratch attention;
+    float *cosine, *sine;              // (T,HS/2)
+} Scratch;
+
+typedef struct { const char* name; void** ptr; size_t bytes; } Buffer;
+
+typedef struct {
+    Config config;
+    TensorList tensors;
+    int B, T;                          // the largest micro-batch
+    int chunk, sequences;              // queries, and sequences, of an attention chunk
+    int logit_rows;                    // rows of a classifier chunk
+    Recompute recompute;
+    floatX* weights;                   // arenas of tensors.numel
+    float *master, *grads, *m, *v;     // master is weights where storage is fp32
+    char *activation_memory, *scratch_memory;
+    Activations acts;
+    Scratch scratch;
+    size_t n_sums;
+    AttentionSums sums;
+    unsigned char* wrong;              // (N) on the host: counted targets that another id beats
+    float* losses;                     // (N) on the host
+    int *rows, *starts;                // (N), (N+1) on the host
+    Cuda cuda;
+} Model;
+
+// Sets every pointer of the list; with base NULL it only measures, so that size and layout cannot disagree. Returns bytes.
+static size_t carve(const Buffer* buffers, int n, char* base) {
+    size_t offset = 0;
+    for (int i = 0; i < n; i++) {
+        *buffers[i].ptr = base && buffers[i].bytes ? base + offset : NULL;
+        offset += (buffers[i].bytes + 255) / 256 * 256;
+    }
+    return offset;
+}
+
+static size_t carve_activations(Activations* a, const Config* c, int B, int T, Recompute recompute, char* base) {
+    size_t N = (size_t)B * T, L = (size_t)c->num_hidden_layers, NH = (size_t)c->num_attention_heads, F = 2 * (size_t)c->intermediate_size;
+    size_t LA = recompute == RECOMPUTE_BLOCK ? 1 : L, LE = recompute == RECOMPUTE_NONE ? L : 1;
+    size_t row = N * (size_t)c->hidden_size * sizeof(floatX), f = sizeof(float);
+#define BUFFER(name, bytes) {#name, (void**)&a->name, bytes}
+    const Buffer list[] = {
+        BUFFER(x, (L + 1) * row), BUFFER(x_mid, LA * row), BUFFER(ln1, LE * row), BUFFER(ln2, LE * row), BUFFER(rstd1, LA * N * f),
+        BUFFER(rstd2, LA * N * f), BUFFER(q, LA * row), BUFFER(k, LA * row), BUFFER(v, LA * row), BUFFER(lse, LA * N * NH * f), BUFFER(att, LA * row),
+        BUFFER(out, LE * row), BUFFER(gate_up, LA * N * F * sizeof(floatX)), BUFFER(ln_f, row), BUFFER(rstd_f, N * f),
+    };
+#undef BUFFER
+    return carve(list, (int)(sizeof list / sizeof list[0]), base);
+}
+
+// The largest tile of all layers: with every convolution and mixing that some layer has. chunk 0: chosen.
+static Attention attention_largest(const Config* c, int B, int T, int chunk) {
+    static const floatX one = (floatX)1.0f;
+    static const float one_float = 1;
+    bool pre = false, post = false, diff = c->attention_type == ATTENTION_DIFF;
+    for (int l = 0; l < c->num_hidden_layers; l++) { pre = pre || config_conv_pre(c, l); post = post || config_conv_post(c, l); }
+    Attention a = {B, 1, T, c->num_attention_heads, config_head_size(c), c->kq_conv_query_size, c->kq_conv_key_size, c->head_mix_pre_softmax,
+                   diff ? 2 : c->head_mix_post_softmax, pre ? &one : NULL, post ? &one : NULL, c->head_mix_pre_softmax ? &one : NULL,
+                   c->head_mix_post_softmax ? &one : NULL, diff ? &one_float : NULL, min_int(T, chunk ? chunk : attention_chunk(T))};
+    a.S = attention_sequences(&a, B);
+    return a;
+}
+
+static Attention attention_of(const Model* m, const LayerOf<floatX>* w, int B, int T) {
+    const Config* c = &m->config;
+    bool diff = c->attention_type == ATTENTION_DIFF;
+    Attention a = {B, min_int(m->sequences, B), T, c->num_attention_heads, config_head_size(c), c->kq_conv_query_size, c->kq_conv_key_size,
+                   c->head_mix_pre_softmax, diff ? 2 : c->head_mix_post_softmax, w->kq_conv, w->kq_conv_post, w->head_mix_pre, w->head_mix,
+                   diff ? m->scratch.diff_mix : NULL, min_int(m->chunk, T)};
+    return a;
+}
+
+static size_t n_sums(const Config* c, size_t* conv, size_t* pre, size_t* post) {
+    *conv = (size_t)c->num_attention_heads * c->kq_conv_query_size * c->kq_conv_key_size;
+    *pre = (size_t)c->num_attention_heads * c->head_mix_pre_softmax;
+    *post = (size_t)c->num_attention_heads * (c->attention_type == ATTENTION_DIFF ? 2 : c->head_mix_post_softmax);
+    return (config_any_conv(c) ? 2 * *conv : 0) + *pre + *post;
+}
+
+static int logit_stride(int V) { return round_up(V, 8); }
+static int logit_rows(int V, int N) {  // a GiB of logits: 4096 rows of 128,256 in bf16
+    return min_int(N, max_int(64, (int)(((size_t)1 << 30) / ((size_t)logit_stride(V) * sizeof(floatX)) / 64 * 64)));
+}
+enum { NORM_BLOCKS = 1024 };  // blocks of the gradient norm, and of its sum
+
+static size_t carve_scratch(Scratch* s, const Config* c, int B, int T, int chunk, char* base) {
+    size_t N = (size_t)B * T, C = (size_t)c->hidden_size, FF = (size_t)c->intermediate_size, HS = (size_t)config_head_size(c);
+    size_t NH = (size_t)c->num_attention_heads, NKV = (size_t)c->num_key_value_heads, x = sizeof(floatX), f = sizeof(float), i = sizeof(int);
+    Attention a = attention_largest(c, B, T, chunk);
+    size_t tile = attention_tile_size(&a), sequence = (size_t)a.S * NH * T * HS, conv, pre, post, widest = C > 3 * HS + 1 ? C : 3 * HS + 1;
+#define BUFFER(name, bytes) {#name, (void**)&s->name, bytes}
+    const Buffer list[] = {
+        BUFFER(qkv, N * (NH + 2 * NKV) * HS * x), BUFFER(act, N * FF * x), BUFFER(dgate_up, 2 * N * FF * x), BUFFER(dx, N * C * x), BUFFER(dln, N * C * x),
+        BUFFER(dout, N * C * x), BUFFER(datt, N * C * x), BUFFER(dq, sequence * x),
+        BUFFER(logits, (size_t)logit_rows(c->vocab_size, (int)N) * logit_stride(c->vocab_size) * x), BUFFER(losses, N * f), BUFFER(wrong, N),
+        BUFFER(tokens, N * i), BUFFER(targets, N * i), BUFFER(rows, N * i), BUFFER(starts, (N + 1) * i), BUFFER(parts, NORM_PARTS * widest * f),
+        BUFFER(stats, 3 * N * NH * f), BUFFER(norm_parts, NORM_BLOCKS * sizeof(double)), BUFFER(diff_mix, 2 * NH * f),
+        BUFFER(sums, n_sums(c, &conv, &pre, &post) * sizeof(double)), BUFFER(attention.tiles, ATTENTION_TILES * tile * f),
+        BUFFER(attention.tiles_x, ATTENTION_TILES_X * tile * x), BUFFER(attention.dk, sequence * f), BUFFER(attention.dv, sequence * f),
+        BUFFER(attention.parts, attention_parts_size(&a) * f), BUFFER(cosine, (size_t)T * HS / 2 * f), BUFFER(sine, (size_t)T * HS / 2 * f),
+    };
+#undef BUFFER
+    return carve(list, (int)(sizeof list / sizeof list[0]), base);
+}
+
+// Bytes of each allocation of a model, in the order of the plan that is printed before any is made.
+typedef struct { size_t weights, gradients, optimizer, activations, scratch; } MemoryPlan;
+
+static MemoryPlan model_memory(const Config* c, int B, int T, int chunk, Recompute recompute) {
+    TensorList list;
+    Activations acts;
+    Scratch scratch;
+    tensor_list(&list, c);
+    size_t f = list.numel * sizeof(float);
+    MemoryPlan p = {list.numel * sizeof(floatX), f, EXACT ? 2 * f : 3 * f, carve_activations(&acts, c, B, T, recompute, NULL),
+                    carve_scratch(&scratch, c, B, T, chunk, NULL)};
+    tensor_list_free(&list);
+    return p;
+}
+static size_t memory_total(const MemoryPlan* p) { return p->weights + p->gradients + p->optimizer + p->activations + p->scratch; }
+
+// The largest micro-batch whose plan fits into `bytes`; 0: not even one sequence does.
+static int largest_batch(const Config* c, int T, int chunk, Recompute recompute, size_t bytes) {
+    int fits = 0;
+    for (int B = 1; B <= 1024; B++) {
+        MemoryPlan p = model_memory(c, B, T, chunk, recompute);
+        if (memory_total(&p) > bytes) { break; }
+        fits = B;
+    }
+    return fits;
+}
+
+// The tensors of layer l inside an arena.
+template <typename T>
+static LayerOf<T> model_layer(const Model* m, T* arena, int l) {
+    const TensorList* t = &m->tensors;
+#define AT(kind) (tensor_at(t, l, kind) < 0 ? NULL : arena + t->specs[tensor_at(t, l, kind)].offset)
+    LayerOf<T> w = {AT(TENSOR_INPUT_NORM), AT(TENSOR_Q), AT(TENSOR_K), AT(TENSOR_V), AT(TENSOR_O), AT(TENSOR_KQ_CONV), AT(TENSOR_KQ_CONV_POST),
+                    AT(TENSOR_HEAD_MIX_PRE), AT(TENSOR_HEAD_MIX), AT(TENSOR_HEAD_NORM), AT(TENSOR_GATE_WEIGHT), AT(TENSOR_GATE_BIAS),
+                    AT(TENSOR_LAMBDA_Q1), AT(TENSOR_LAMBDA_K1), AT(TENSOR_LAMBDA_Q2), AT(TENSOR_LAMBDA_K2), AT(TENSOR_POST_NORM),
+                    AT(TENSOR_GATE_PROJ), AT(TENSOR_UP_PROJ), AT(TENSOR_DOWN_PROJ)};
+#undef AT
+    return w;
+}
+template <typename T>
+static T* model_tensor(const Model* m, T* arena, TensorKind kind) {
+    return arena + m->tensors.specs[tensor_at(&m->tensors, 0, kind)].offset;
+}
+template <typename T>
+static T* model_head(const Model* m, T* arena) {  // the classifier: the embedding itself if tied
+    return model_tensor(m, arena, m->config.tie_word_embeddings ? TENSOR_EMBED : TENSOR_LM_HEAD);
+}
+
+// Is there a GPU that this build can use? False with one line that says what is missing.
+static bool cuda_open(Cuda* g, Error* e) {
+    int devices = 0, driver = 0, runtime = 0;
+    cudaError_t status = cudaGetDeviceCount(&devices);
+    if (status == cudaErrorInsufficientDriver) {
+        cudaDriverGetVersion(&driver);
+        cudaRuntimeGetVersion(&runtime);
+        return fail(e, "the NVIDIA driver supports CUDA %d.%d, this build needs %d.%d; update the driver or build with an older toolkit", driver / 1000,
+                    driver % 1000 / 10, runtime / 1000, runtime % 1000 / 10);
+    }
+    if (status != cudaSuccess || devices == 0) {
+        return fail(e, "no usable NVIDIA GPU (%s); train_mta trains on the CPU", status != cudaSuccess ? cudaGetErrorString(status) : "none found");
+    }
+    cudaCheck(cudaSetDevice(0));
+    cudaDeviceProp device;
+    cudaCheck(cudaGetDeviceProperties(&device, 0));
+    if (device.major < 8) { return fail(e, "%s has compute capability %d.%d, wanted 8.0 or more (bf16)", device.name, device.major, device.minor); }
+    cudaCheck(cudaStreamCreateWithFlags(&g->stream, cudaStreamNonBlocking));
+    blasCheck(cublasCreate(&g->blas));
+    blasCheck(cublasSetStream(g->blas, g->stream));
+    return true;
+}
+static void cuda_close(Cuda* g) {
+    if (g->blas) { blasCheck(cublasDestroy(g->blas)); }
+    if (g->stream) { cudaCheck(cudaStreamDestroy(g->stream)); }
+}
+
+static void model_free(Model* m) {
+    void* const device[] = {m->weights, EXACT ? NULL : m->master, m->grads, m->m, m->v, m->activation_memory, m->scratch_memory};
+    for (size_t i = 0; i < sizeof device / sizeof device[0]; i++) { cudaCheck(cudaFree(device[i])); }
+    void* const host[] = {m->wrong, m->losses, m->rows, m->starts};
+    for (size_t i = 0; i < sizeof host / sizeof host[0]; i++) { free(host[i]); }
+    cuda_close(&m->cuda);
+    tensor_list_free(&m->tensors);
+    free(m);
+}
+
+enum { MEMORY_RESERVE_MIB = 512 };  // for cuBLAS' workspace, kernels and fragmentation
+
+// Allocates on the device; false if it cannot be had.
+template <typename T>
+static bool device_memory(T** p, size_t bytes, const char* what, Error* e) {
+    if (cudaMalloc(p, bytes ? bytes : 1) == cudaSuccess) { return true; }
+    cudaGetLastError();
+    return fail(e, "no %zu MiB of GPU memory for %s", bytes >> 20, what);
+}
+
+// A model for micro-batches of at most B x T; chunk 0: chosen. NULL with a message if there is no GPU or too little memory.
+static Model* model_create(const Config* config, int B, int T, int chunk, Recompute recompute, Error* e) {
+    Model* m = (Model*)alloc_or_die(1, sizeof(Model), "model");
+    m->config = *config;
+    m->B = B, m->T = T, m->recompute = recompute;
+    m->logit_rows = logit_rows(config->vocab_size, B * T);
+    tensor_list(&m->tensors, config);
+    Attention largest = attention_largest(config, B, T, chunk);
+    m->chunk = largest.chunk, m->sequences = largest.S;
+    if (!cuda_open(&m->cuda, e)) { model_free(m); return NULL; }
+    MemoryPlan p = model_memory(config, B, T, chunk, recompute);
+    size_t available = 0, total = 0, reserve = (size_t)MEMORY_RESERVE_MIB << 20;
+    cudaCheck(cudaMemGetInfo(&available, &total));
+    if (memory_total(&p) + reserve > available) {
+        int fits = largest_batch(config, T, chunk, recompute, available > reserve ? available - reserve : 0);
+        fail(e, "a micro-batch of %d x %d tokens needs %zu MiB, the GPU has %zu MiB free; the largest that fits is %d sequences%s", B, T,
+             (memory_total(&p) + reserve) >> 20, available >> 20, fits, recompute == RECOMPUTE_BLOCK ? "" : ", more with --recompute block");
+        model_free(m);
+        return NULL;
+    }
+    size_t n = m->tensors.numel, f = sizeof(float);
+    bool ok = device_memory(&m->weights, n * sizeof(floatX), "weights", e) && (EXACT || device_memory(&m->master, n * f, "master weights", e)) &&
+              device_memory(&m->grads, n * f, "gradients", e) && device_memory(&m->m, n * f, "optimizer state m", e) &&
+              device_memory(&m->v, n * f, "optimizer state v", e) && device_memory(&m->activation_memory, p.activations, "activations", e) &&
+              device_memory(&m->scratch_memory, p.scratch, "scratch", e);
+    if (!ok) { model_free(m); return NULL; }
+    if (EXACT) { m->master = (float*)(void*)m->weights; }
+    carve_activations(&m->acts, config, B, T, recompute, m->activation_memory);
+    carve_scratch(&m->scratch, config, B, T, chunk, m->scratch_memory);
+    float* const arenas[] = {m->master, m->grads, m->m, m->v};
+    for (int i = 0; i < 4; i++) { cudaCheck(cudaMemsetAsync(arenas[i], 0, n * f, m->cuda.stream)); }
+    cudaCheck(cudaMemsetAsync(m->weights, 0, n * sizeof(floatX), m->cuda.stream));
+    size_t conv, pre, post;
+    m->n_sums = n_sums(config, &conv, &pre, &post);
+    bool any = config_any_conv(config);
+    m->sums.conv_pre = m->scratch.sums;
+    m->sums.conv_post = m->sums.conv_pre + (any ? conv : 0);
+    m->sums.mix_pre = m->sums.conv_post + (any ? conv : 0);
+    m->sums.mix_post = m->sums.mix_pre + pre;
+    size_t N = (size_t)B * T, table = (size_t)T * (config_head_size(config) / 2);
+    m->wrong = (unsigned char*)alloc_or_die(N, 1, "wrong targets");
+    m->losses = (float*)alloc_or_die(N, sizeof(float), "losses");
+    m->rows = (int*)alloc_or_die(N, sizeof(int), "rows by token");
+    m->starts = (int*)alloc_or_die(N + 1, sizeof(int), "rows by token");
+    float* angles = (float*)alloc_or_die(2 * table, sizeof(float), "RoPE table");
+    rope_table(angles, angles + table, config, T);
+    cudaCheck(cudaMemcpyAsync(m->scratch.cosine, angles, table * f, cudaMemcpyHostToDevice, m->cuda.stream));
+    cudaCheck(cudaMemcpyAsync(m->scratch.sine, angles + table, table * f, cudaMemcpyHostToDevice, m->cuda.stream));
+    cudaCheck(cudaStreamSynchronize(m->cuda.stream));
+    free(angles);
+    return m;
+}
+
+// One tensor of a state, in or out, in fp32. Weights are the master weights; what the products read is their rounding.
+static float* model_state(const Model* m, StateKind kind, int i) {
+    float* const arenas[] = {m->master, m->grads, m->m, m->v};
+    return arenas[kind] + m->tensors.specs[i].offset;
+}
+static void model_set(Model* m, StateKind kind, int i, const float* data) {
+    const TensorSpec* s = &m->tensors.specs[i];
+    cudaCheck(cudaMemcpyAsync(model_state(m, kind, i), data, s->numel * sizeof(float), cudaMemcpyHostToDevice, m->cuda.stream));
+    if (kind == STATE_WEIGHT && !EXACT) { convert(m->weights + s->offset, model_state(m, kind, i), s->numel, &m->cuda); }
+    cudaCheck(cudaStreamSynchronize(m->cuda.stream));
+}
+static void model_get(const Model* m, StateKind kind, int i, float* data) {
+    cudaCheck(cudaMemcpyAsync(data, model_state(m, kind, i), m->tensors.specs[i].numel * sizeof(float), cudaMemcpyDeviceToHost, m->cuda.stream));
+    cudaCheck(cudaStreamSynchronize(m->cuda.stream));
+}
+
+// Identity kernels and mixers, norm weights 1, gate bias 0, lambda vectors normal with std 0.1, all else normal with std C^-0.5
+// (down_proj FF^-0.5), cut at 3 sigma. Blocks of a tensor draw from streams of their own: the values do not depend on threads.
+static void tensor_initialise(float* w, const TensorSpec* s, int index, const Config* c, uint64_t seed) {
+    enum { BLOCK = 1 << 16 };
+    size_t n = s->numel;
+    if (s->kind == TENSOR_KQ_CONV || s->kind == TENSOR_KQ_CONV_POST) {
+        size_t cq = s->shape[1], ck = s->shape[2];
+        for (size_t i = 0; i < n; i++) { w[i] = i % (cq * ck) == (cq - 1) * ck + (ck - 1) / 2; }
+    } else if (s->kind == TENSOR_HEAD_MIX_PRE || s->kind == TENSOR_HEAD_MIX) {
+        size_t ch = s->shape[1];
+        for (size_t i = 0; i < n; i++) { w[i] = i / ch % ch == i % ch; }
+    } else if (tensor_is_norm(s) || s->kind == TENSOR_GATE_BIAS) {
+        for (size_t i = 0; i < n; i++) { w[i] = tensor_is_norm(s); }
+    } else {
+        bool lambda = s->kind >= TENSOR_LAMBDA_Q1 && s->kind <= TENSOR_LAMBDA_K2;
+        double std = lambda ? 0.1 : pow(s->kind == TENSOR_DOWN_PROJ ? c->intermediate_size : c->hidden_size, -0.5);
+        int blocks = (int)((n + BLOCK - 1) / BLOCK);
+#pragma omp parallel for schedule(static)
+        for (int b = 0; b < blocks; b++) {
+            Rng rng = rng_make(seed, (uint64_t)index << 32 | (uint64_t)b);
+            size_t end = n < (size_t)(b + 1) * BLOCK ? n : (size_t)(b + 1) * BLOCK;
+            for (size_t i = (size_t)b * BLOCK; i < end; i++) { w[i] = (float)(std * (lambda ? rng_normal(&rng) : rng_truncated_normal(&rng, 3))); }
+        }
+    }
+}
+
+static void model_initialise(Model* m, uint64_t seed) {
+    size_t largest = 0;
+    for (int i = 0; i < m->tensors.n; i++) { largest = std::max(largest, m->tensors.specs[i].numel); }
+    float* w = (float*)alloc_or_die(largest, sizeof(float), "one tensor");
+    for (int i = 0; i < m->tensors.n; i++) {
+        tensor_initialise(w, &m->tensors.specs[i], i, &m->config, seed);
+        model_set(m, STATE_WEIGHT, i, w);
+    }
+    free(w);
+}
+
+// =================================================================================================================================
+// Forward, backward, update
+
+// The activations of layer l; what is computed again shares one layer's place.
+static Activations layer_activations(const Model* m, int l, int N) {
+    const Config* c = &m->config;
+    const Activations* all = &m->acts;
+    size_t row = (size_t)N * c->hidden_size, kept = m->recompute == RECOMPUTE_BLOCK ? 0 : l, light = m->recompute == RECOMPUTE_NONE ? l : 0;
+    Activations a = *all;
+    a.x += l * row, a.x_mid += kept * row, a.ln1 += light * row, a.ln2 += light * row, a.rstd1 += kept * N, a.rstd2 += kept * N;
+    a.q += kept * row, a.k += kept * row, a.v += kept * row, a.lse += kept * N * c->num_attention_heads, a.att += kept * row, a.out += light * row;
+    a.gate_up += kept * N * 2 * c->intermediate_size;
+    return a;
+}
+
+static HeadOutput head_output_of(const Model* m, const LayerOf<floatX>* w, int l, int B, int T) {
+    const Config* c = &m->config;
+    double scale = c->head_norm == HEAD_NORM_GROUP_DEPTH_SCALED ? 1 - config_lambda_init(l) : 1;
+    HeadOutput o = {w->head_norm, w->gate_weight, w->gate_bias, (float)scale, B, T, c->num_attention_heads, config_head_size(c), config_norm_heads(c)};
+    return o;
+}
+
+// From a.ln1 to the MLP's result in scratch.dln, which the next norm adds to a.x_mid.
+static void layer_forward(Model* m, int l, const Activations* a, int B, int T) {
+    const Config* c = &m->config;
+    Scratch* s = &m->scratch;
+    Cuda* g = &m->cuda;
+    int N = B * T, C = c->hidden_size, FF = c->intermediate_size, NH = c->num_attention_heads, NKV = c->num_key_value_heads, HS = config_head_size(c);
+    LayerOf<floatX> w = model_layer(m, m->weights, l);
+    const floatX *qkv[] = {w.q, w.k, w.v}, *gate_up[] = {w.gate_proj, w.up_proj};
+    const int qkv_size[] = {NH * HS, NKV * HS, NKV * HS}, gate_up_size[] = {FF, FF};
+    matmul_joined_forward(s->qkv, (NH + 2 * NKV) * HS, a->ln1, qkv, qkv_size, 3, N, C, g);
+    rope_forward(a->q, a->k, a->v, s->qkv, s->cosine, s->sine, B, T, NH, NKV, HS, g);
+    if (w.lambda_q1) {
+        Lambda lambda = {w.lambda_q1, w.lambda_k1, w.lambda_q2, w.lambda_k2};
+        diff_lambda_forward(s->diff_mix, &lambda, config_lambda_init(l), NH, HS, g);
+    }
+    Attention shape = attention_of(m, &w, B, T);
+    attention_forward(a->att, a->lse, a->q, a->k, a->v, &shape, &s->attention, g);
+    HeadOutput output = head_output_of(m, &w, l, B, T);
+    head_output_forward(a->out, a->att, &output, g);
+    matmul_forward(s->dln, C, a->out, w.o, N, C, C, g);
+    residual_rmsnorm_forward(a->ln2, a->rstd2, a->x_mid, a->x, s->dln, w.post_norm, N, C, c->rms_norm_eps, g);  // x_mid = x + out Wo^T
+    matmul_joined_forward(a->gate_up, 2 * FF, a->ln2, gate_up, gate_up_size, 2, N, C, g);
+    swiglu_forward(s->act, a->gate_up, N, FF, g);
+    matmul_forward(s->dln, C, s->act, w.down_proj, N, FF, C, g);
+}
+
+// From tokens (B,T), on the host, to the normalised last state acts.ln_f (N,C).
+static void model_forward(Model* m, const int32_t* tokens, int B, int T) {
+    const Config* c = &m->config;
+    Cuda* g = &m->cuda;
+    int N = B * T, C = c->hidden_size, L = c->num_hidden_layers;
+    assert(B <= m->B && T <= m->T);
+    cudaCheck(cudaMemcpyAsync(m->scratch.tokens, tokens, N * sizeof(int), cudaMemcpyHostToDevice, g->stream));
+    embedding_forward(m->acts.x, m->scratch.tokens, model_tensor(m, m->weights, TENSOR_EMBED), N, C, g);
+    const floatX* before = NULL;  // x_mid of the layer before, to which its MLP is still to be added
+    for (int l = 0; l < L; l++) {
+        Activations a = layer_activations(m, l, N);
+        residual_rmsnorm_forward(a.ln1, a.rstd1, a.x, before ? before : a.x, before ? m->scratch.dln : NULL, model_layer(m, m->weights, l).input_norm, N, C,
+                                 c->rms_norm_eps, g);
+        layer_forward(m, l, &a, B, T);
+        before = a.x_mid;
+    }
+    residual_rmsnorm_forward(m->acts.ln_f, m->acts.rstd_f, m->acts.x + (size_t)L * N * C, before, m->scratch.dln, model_tensor(m, m->weights, TENSOR_NORM), N,
+                             C, c->rms_norm_eps, g);
+}
+
+// The classifier and its loss, a chunk of rows at a time so that the logits of all rows never exist: returns the sum of the counted losses,
+// fills losses and wrong. With `gradient`: scratch.dln = dL/d(ln_f) and the head's gradient, L = sum * dloss. logits (N,V) on the host unless NULL.
+static double model_loss(Model* m, const int32_t* targets, int N, float dloss, bool gradient, float* logits) {
+    int C = m->config.hidden_size, V = m->config.vocab_size, ld = logit_stride(V);
+    Scratch* s = &m->scratch;
+    Cuda* g = &m->cuda;
+    const floatX* head = model_head(m, m->weights);
+    cudaCheck(cudaMemcpyAsync(s->targets, targets, N * sizeof(int), cudaMemcpyHostToDevice, g->stream));
+    floatX* host = logits ? (floatX*)alloc_or_die((size_t)m->logit_rows * ld, sizeof(floatX), "logits") : NULL;
+    for (int n = 0; n < N; n += m->logit_rows) {
+        int rows = min_int(m->logit_rows, N - n);
+        const floatX* x = m->acts.ln_f + (size_t)n * C;
+        matmul_forward(s->logits, ld, x, head, rows, C, V, g);
+        if (logits) {
+            cudaCheck(cudaMemcpyAsync(host, s->logits, (size_t)rows * ld * sizeof(floatX), cudaMemcpyDeviceToHost, g->stream));
+            cudaCheck(cudaStreamSynchronize(g->stream));
+            for (size_t i = 0; i < (size_t)rows * V; i++) { logits[(size_t)n * V + i] = (float)host[i / V * ld + i % V]; }
+        }
+        crossentropy_forward_backward(s->losses + n, s->wrong + n, s->logits, s->targets + n, rows, V, ld, dloss, gradient, g);
+        if (gradient) { matmul_backward(s->dln + (size_t)n * C, model_head(m, m->grads), s->logits, ld, x, head, rows, C, V, false, g); }
+    }
+    free(host);
+    cudaCheck(cudaMemcpyAsync(m->losses, s->losses, N * sizeof(float), cudaMemcpyDeviceToHost, g->stream));
+    cudaCheck(cudaMemcpyAsync(m->wrong, s->wrong, N, cudaMemcpyDeviceToHost, g->stream));
+    cudaCheck(cudaStreamSynchronize(g->stream));
+    double sum = 0;
+    for (int n = 0; n < N; n++) { sum += (double)m->losses[n]; }
+    return sum;
+}
+
+// The exact reverse of layer_forward and of the norm before it: scratch.dx in and out; adds to the gradients.
+static void layer_backward(Model* m, int l, const Activations* a, int B, int T) {
+    const Config* c = &m->config;
+    Scratch* s = &m->scratch;
+    Cuda* g = &m->cuda;
+    int N = B * T, C = c->hidden_size, FF = c->intermediate_size, NH = c->num_attention_heads, NKV = c->num_key_value_heads, HS = config_head_size(c);
+    LayerOf<floatX> w = model_layer(m, m->weights, l);
+    LayerOf<float> d = model_layer(m, m->grads, l);
+    const floatX *qkv[] = {w.q, w.k, w.v}, *gate_up[] = {w.gate_proj, w.up_proj};
+    float *dqkv[] = {d.q, d.k, d.v}, *dgate_up[] = {d.gate_proj, d.up_proj};
+    const int qkv_size[] = {NH * HS, NKV * HS, NKV * HS}, gate_up_size[] = {FF, FF};
+    HeadOutput output = head_output_of(m, &w, l, B, T);
+    if (m->recompute == RECOMPUTE_ELEMENTWISE) {
+        rmsnorm_forward(a->ln1, a->rstd1, a->x, w.input_norm, N, C, c->rms_norm_eps, g);
+        rmsnorm_forward(a->ln2, a->rstd2, a->x_mid, w.post_norm, N, C, c->rms_norm_eps, g);
+        head_output_forward(a->out, a->att, &output, g);
+    }
+    // x + down(act)
+    matmul_backward(s->act, NULL, s->dx, C, NULL, w.down_proj, N, FF, C, false, g);
+    swiglu_backward(s->dgate_up, s->act, s->act, a->gate_up, N, FF, g);
+    matmul_backward(NULL, d.down_proj, s->dx, C, s->act, NULL, N, FF, C, false, g);
+    matmul_joined_backward(s->dln, dgate_up, s->dgate_up, 2 * FF, a->ln2, gate_up, gate_up_size, 2, N, C, g);
+    rmsnorm_backward(s->dx, d.post_norm, s->dln, a->x_mid, w.post_norm, a->rstd2, N, C, s->parts, true, g);
+    // x + o(out)
+    matmul_backward(s->dout, d.o, s->dx, C, a->out, w.o, N, C, C, false, g);
+    head_output_backward(s->datt, d.head_norm, d.gate_weight, d.gate_bias, s->dout, a->att, &output, s->stats, s->parts, g);
+    Lambda lambda = {w.lambda_q1, w.lambda_k1, w.lambda_q2, w.lambda_k2};
+    if (w.lambda_q1) { diff_lambda_forward(s->diff_mix, &lambda, config_lambda_init(l), NH, HS, g); }
+    Attention shape = attention_of(m, &w, B, T);
+    attention_backward(s->qkv, s->dq, &m->sums, m->n_sums, s->datt, a->q, a->k, a->v, a->lse, s->cosine, s->sine, &shape, NKV, &s->attention, g);
+    size_t kernel = (size_t)NH * c->kq_conv_query_size * c->kq_conv_key_size;
+    if (d.kq_conv) { attention_sums_add(d.kq_conv, m->sums.conv_pre, kernel, g); }
+    if (d.kq_conv_post) { attention_sums_add(d.kq_conv_post, m->sums.conv_post, kernel, g); }
+    if (d.head_mix_pre) { attention_sums_add(d.head_mix_pre, m->sums.mix_pre, (size_t)NH * c->head_mix_pre_softmax, g); }
+    if (d.head_mix) { attention_sums_add(d.head_mix, m->sums.mix_post, (size_t)NH * c->head_mix_post_softmax, g); }
+    if (w.lambda_q1) { diff_lambda_backward(d.lambda_q1, d.lambda_k1, d.lambda_q2, d.lambda_k2, m->sums.mix_post, &lambda, NH, HS, g); }
+    matmul_joined_backward(s->dln, dqkv, s->qkv, (NH + 2 * NKV) * HS, a->ln1, qkv, qkv_size, 3, N, C, g);
+    rmsnorm_backward(s->dx, d.input_norm, s->dln, a->x, w.input_norm, a->rstd1, N, C, s->parts, true, g);
+}
+
+// The rows of the batch sorted by token, and where each distinct token starts. Returns how many there are.
+static int rows_by_token(Model* m, const int32_t* tokens, int N) {
+    int distinct = 0;
+    for (int n = 0; n < N; n++) { m->rows[n] = n; }
+    std::stable_sort(m->rows, m->rows + N, [=](int a, int b) { return tokens[a] < tokens[b]; });
+    for (int i = 0; i < N; i++) {
+        if (i == 0 || tokens[m->rows[i]] != tokens[m->rows[i - 1]]) { m->starts[distinct++] = i; }
+    }
+    m->starts[distinct] = N;
+    return distinct;
+}
+
+// The exact reverse of model_forward, from scratch.dln; adds to the gradients.
+static void model_backward(Model* m, const int32_t* tokens, int B, int T) {
+    const Config* c = &m->config;
+    Scratch* s = &m->scratch;
+    Cuda* g = &m->cuda;
+    int N = B * T, C = c->hidden_size, L = c->num_hidden_layers;
+    rmsnorm_backward(s->dx, model_tensor(m, m->grads, TENSOR_NORM), s->dln, m->acts.x + (size_t)L * N * C, model_tensor(m, m->weights, TENSOR_NORM),
+                     m->acts.rstd_f, N, C, s->parts, false, g);
+    for (int l = L - 1; l >= 0; l--) {
+        Activations a = layer_activations(m, l, N);
+        if (m->recompute == RECOMPUTE_BLOCK && l < L - 1) {  // the last layer's are still there
+            rmsnorm_forward(a.ln1, a.rstd1, a.x, model_layer(m, m->weights, l).input_norm, N, C, c->rms_norm_eps, g);
+            layer_forward(m, l, &a, B, T);
+        }
+        layer_backward(m, l, &a, B, T);
+    }
+    int distinct = rows_by_token(m, tokens, N);
+    cudaCheck(cudaMemcpyAsync(s->rows, m->rows, N * sizeof(int), cudaMemcpyHostToDevice, g->stream));
+    cudaCheck(cudaMemcpyAsync(s->starts, m->starts, (distinct + 1) * sizeof(int), cudaMemcpyHostToDevice, g->stream));
+    embedding_backward(model_tensor(m, m->grads, TENSOR_EMBED), s->dx, s->tokens, s->rows, s->starts, distinct, C, g);
+    cudaCheck(cudaStreamSynchronize(g->stream));  // the host's rows may change now
+}
+
+// Floating-point operations of training on one token, as KERNELS' MFU counts them: 6 per parameter that is multiplied (the classifier counts,
+// tied or not; looking up an embedding does not) and three times the causal half of the attention products; no convolution, no mixing.
+static double model_flops_per_token(const Config* c, int T) {
+    double C = c->hidden_size, KV = (double)c->num_key_value_heads * config_head_size(c), FF = c->intermediate_size;
+    double parameters = c->num_hidden_layers * (2 * C * C + 2 * C * KV + 3 * C * FF) + C * c->vocab_size;
+    return 6 * parameters + 3.0 * c->num_hidden_layers * 2 * C * T;
+}
+
+static void model_zero_gradients(Model* m) {
+    cudaCheck(cudaMemsetAsync(m->grads, 0, m->tensors.numel * sizeof(float), m->cuda.stream));
+}
+
+// norm_parts (NORM_BLOCKS): sums of squares, each block its share of the gradients; n is a multiple of 4
+enum { NORM_THREADS = 256 };
+static __global__ void gradient_norm_kernel(double* norm_parts, const float* grads, size_t n) {
+    size_t step = (size_t)gridDim.x * blockDim.x * 4;
+    float sum = 0;
+    for (size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * 4; i < n; i += step) {
+        Pack<float, 4> x = load<4>(grads + i);
+        for (int e = 0; e < 4; e++) { sum += x.v[e] * x.v[e]; }
+    }
+    sum = block_reduce(sum, false);
+    if (threadIdx.x == 0) { norm_parts[blockIdx.x] = (double)sum; }
+}
+// Square root of the sum of squares of all gradients; not finite if any is not.
+static double gradient_norm(const Model* m, Cuda* g) {
+    double parts[NORM_BLOCKS], total = 0;
+    LAUNCH(gradient_norm_kernel, NORM_BLOCKS, NORM_THREADS, 0, g->stream, m->scratch.norm_parts, m->grads, m->tensors.numel);
+    launchCheck(g->stream);
+    cudaCheck(cudaMemcpyAsync(parts, m->scratch.norm_parts, sizeof parts, cudaMemcpyDeviceToHost, g->stream));
+    cudaCheck(cudaStreamSynchronize(g->stream));
+    for (int i = 0; i < NORM_BLOCKS; i++) { total += parts[i]; }
+    return sqrt(total);
+}
+
+// AdamW on n elements, n a multiple of W; a thread owns W. weights is the rounding of master (the same arena in fp32).
+typedef struct { float clip, b1, b2, eps, decay, rate, correct; } AdamWStep;
+template <int W>
+static __global__ void adamw_kernel(floatX* weights, float* master, float* m, float* v, const float* grads, size_t n, AdamWStep h) {
+    size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * W;
+    if (i >= n) { return; }
+    Pack<float, W> w = load<W>(master + i), am = load<W>(m + i), av = load<W>(v + i), d = load<W>(grads + i);
+    Pack<floatX, W> rounded;
+    for (int e = 0; e < W; e++) {
+        float x = d.v[e] * h.clip;
+        am.v[e] = h.b1 * am.v[e] + (1 - h.b1) * x;
+        av.v[e] = h.b2 * av.v[e] + (1 - h.b2) * x * x;
+        w.v[e] = w.v[e] * h.decay - h.rate * am.v[e] / (sqrtf(av.v[e]) * h.correct + h.eps);
+        rounded.v[e] = (floatX)w.v[e];
+    }
+    store<W>(m + i, am);
+    store<W>(v + i, av);
+    store<W>(master + i, w);
+    if (!EXACT) { store<W>(weights + i, rounded); }
+}
+
+// AdamW with decoupled decay on every tensor (MODEL.md eq. 15); step counts from 1. Gradients are scaled down to the norm grad_clip (0 = off).
+// Returns the norm before clipping. If it is not finite nothing is changed: the caller counts and decides.
+static double model_update(Model* m, const AdamW* h, long step) {
+    Cuda* g = &m->cuda;
+    double norm = gradient_norm(m, g);
+    if (!isfinite(norm)) { return norm; }
+    AdamWStep s = {(float)(h->grad_clip > 0 && norm > h->grad_clip ? h->grad_clip / norm : 1), (float)h->beta1, (float)h->beta2, (float)h->eps,
+                   (float)(1 - h->lr * h->weight_decay), (float)(h->lr / (1 - pow(h->beta1, (double)step))),
+                   (float)(1 / sqrt(1 - pow(h->beta2, (double)step)))};
+    LAUNCH(adamw_kernel<8>, ceil_div(m->tensors.numel, 256 * 8), 256, 0, g->stream, m->weights, m->master, m->m, m->v, m->grads, m->tensors.numel, s);
+    launchCheck(g->stream);
+    return norm;
+}
+
+// =================================================================================================================================
+// A training step, evaluation, samples, checkpoints
+
+// One optimizer step over the run's windows: the loss is the sum over all counted targets of the step over their number. Stops between
+// micro-batches when a signal has come; then nothing is changed.
+static StepStats train_step(Model* m, Run* r) {
+    const TrainOptions* o = &r->options;
+    StepStats s = {0, 0, learning_rate(o, r->step), 0, false, false};
+    double start = seconds_now(), sum = 0;
+    int T = o->seq_len;
+    int64_t counted = run_load_step(r);
+    model_zero_gradients(m);
+    for (int w = 0; w < r->windows; w += o->batch_size) {
+        if (run_signal) { return s; }
+        int B = min_int(o->batch_size, r->windows - w);
+        const int32_t *tokens = r->tokens + (size_t)w * T, *targets = r->targets + (size_t)w * T;
+        model_forward(m, tokens, B, T);
+        sum += model_loss(m, targets, B * T, counted ? (float)(1.0 / (double)counted) : 0, true, NULL);
+        model_backward(m, tokens, B, T);
+    }
+    AdamW hyper = {s.lr, o->beta1, o->beta2, o->eps, o->weight_decay, o->grad_clip};
+    s.loss = counted ? sum / (double)counted : 0;
+    s.grad_norm = isfinite(s.loss) ? model_update(m, &hyper, (long)r->step + 1) : (double)NAN;
+    cudaCheck(cudaStreamSynchronize(m->cuda.stream));
+    s.skipped = !isfinite(s.loss) || !isfinite(s.grad_norm);
+    s.seconds = seconds_now() - start;
+    s.complete = true;
+    return s;
+}
+
+// Loss of every validation set over --eval-windows sequences spread evenly over it; with masks, the share of sequences that have a wrong
+// counted token (teacher forcing). Given up when a signal comes.
+static void evaluate(Model* m, Run* r) {
+    int T = r->options.seq_len;
+    Error e = {{0}};
+    for (int set = 0; set < r->n_val; set++) {
+        ValSet* v = &r->val[set];
+        int64_t all = (int64_t)loader_windows(&v->loader), n = r->options.eval_windows, counted = 0, wrong = 0;
+        if (n == 0 || n > all) { n = all; }
+        double sum = 0;
+        for (int64_t w = 0; w < n; w += r->options.batch_size) {
+            if (run_signal) { return; }
+            int B = (int)(n - w < r->options.batch_size ? n - w : r->options.batch_size);
+            for (int b = 0; b < B; b++) {
+                if (!loader_window(&v->loader, (uint64_t)((w + b) * all / n), r->tokens + (size_t)b * T, r->targets + (size_t)b * T, &e)) { die("--val: %s", e.text); }
+            }
+            model_forward(m, r->tokens, B, T);
+            sum += model_loss(m, r->targets, B * T, 0, false, NULL);
+            for (int b = 0; b < B; b++) {
+                int bad = 0;
+                for (int t = b * T; t < (b + 1) * T; t++) { bad |= m->wrong[t]; counted += r->targets[t] >= 0; }
+                wrong += bad;
+            }
+        }
+        run_log_val(r, v, sum, counted, wrong, n);
+    }
+}
+
+// The id drawn from softmax(logits / temperature); the likeliest at temperature 0. logits (V) are overwritten.
+static int draw_token(float* logits, int V, double temperature, Rng* rng) {
+    int best = 0;
+    for (int v = 1; v < V; v++) { if (logits[v] > logits[best]) { best = v; } }
+    if (temperature <= 0) { return best; }
+    double top = (double)logits[best], sum = 0;
+    for (int v = 0; v < V; v++) { logits[v] = (float)exp(((double)logits[v] - top) / temperature); sum += (double)logits[v]; }
+    double u = rng_uniform(rng) * sum;
+    for (int v = 0; v < V; v++) { u -= (double)logits[v]; if (u < 0) { return v; } }
+    return best;
+}
+
+// The logits of position n-1 after model_forward of one sequence, to the host
+static void last_logits(Model* m, float* logits, int n) {
+    int C = m->config.hidden_size, V = m->config.vocab_size;
+    floatX* row = (floatX*)alloc_or_die(V, sizeof(floatX), "logits");
+    matmul_forward(m->scratch.logits, logit_stride(V), m->acts.ln_f + (size_t)(n - 1) * C, model_head(m, m->weights), 1, C, V, &m->cuda);
+    cudaCheck(cudaMemcpyAsync(row, m->scratch.logits, V * sizeof(floatX), cudaMemcpyDeviceToHost, m->cuda.stream));
+    cudaCheck(cudaStreamSynchronize(m->cuda.stream));
+    for (int v = 0; v < V; v++) { logits[v] = (float)row[v]; }
+    free(row);
+}
+
+// Continues --sample-prompt, a full forward pass for every token: infer_mta has the fast way.
+static void sample(Model* m, Run* r) {
+    const TrainOptions* o = &r->options;
+    const char* prompt = o->sample_prompt ? o->sample_prompt : "";
+    int V = m->config.vocab_size, n = 0;
+    int32_t *ids = NULL, *tokens = r->tokens;  // free between steps; at least T of them
+    size_t count = 0;
+    Error e = {{0}};
+    Text text = {NULL, 0, 0};
+    TokenStream stream = {{0}, 0};
+    if (!r->tokenizer) { return; }
+    if (!tokenizer_encode(r->tokenizer, prompt, strlen(prompt), &ids, &count, &e)) { die("--sample-prompt: %s", e.text); }
+    if (tokenizer_bos(r->tokenizer) >= 0) { tokens[n++] = tokenizer_bos(r->tokenizer); }
+    for (size_t i = 0; i < count && n < o->seq_len; i++) { tokens[n++] = ids[i]; }
+    free(ids);
+    text_append(&text, prompt, strlen(prompt));
+    Rng rng = rng_make((uint64_t)o->seed, (uint64_t)1 << 63 | (uint64_t)r->step);
+    char* piece = (char*)alloc_or_die(tokenizer_max_bytes(r->tokenizer) + 16, 1, "a token's text");
+    float* logits = (float*)alloc_or_die(V, sizeof(float), "logits");
+    for (int64_t i = 0; i < o->sample_tokens && n > 0 && n < o->seq_len && !run_signal; i++) {
+        model_forward(m, tokens, 1, n);
+        last_logits(m, logits, n);
+        int id = draw_token(logits, min_int(V, tokenizer_vocab(r->tokenizer)), o->sample_temperature, &rng);
+        if (id == tokenizer_eos(r->tokenizer)) { break; }
+        tokens[n++] = id;
+        text_append(&text, piece, tokenizer_decode(r->tokenizer, &stream, id, piece));
+    }
+    text_append(&text, piece, tokenizer_flush(&stream, piece));
+    run_log_sample(r, text.text ? text.text : "", text.n);
+    text_free(&text);
+    free(piece);
+    free(logits);
+}
+
+// ---- checkpoints: model.safetensors in the storage's precision; m, v, and the fp32 master weights where the model file is bf16
+
+// `staging`: room for the largest tensor on the host. kinds: the state of each group.
+typedef struct { Model* m; void* staging; bool rounded; StateKind kinds[3]; } TensorGroups;
+
+static void* staging_create(const Model* m) {
+    size_t largest = 0;
+    for (int i = 0; i < m->tensors.n; i++) { largest = std::max(largest, m->tensors.specs[i].numel); }
+    return alloc_or_die(largest, sizeof(float), "the largest tensor on the host");
+}
+
+static const void* fetch_tensor(void* ctx, int group, int tensor) {
+    const TensorGroups* t = (const TensorGroups*)ctx;
+    const TensorSpec* s = &t->m->tensors.specs[tensor];
+    if (t->rounded) {
+        cudaCheck(cudaMemcpyAsync(t->staging, t->m->weights + s->offset, s->numel * sizeof(floatX), cudaMemcpyDeviceToHost, t->m->cuda.stream));
+        cudaCheck(cudaStreamSynchronize(t->m->cuda.stream));
+    } else {
+        model_get(t->m, t->kinds[group], tensor, (float*)t->staging);
+    }
+    return t->staging;
+}
+
+static bool store_tensor(void* ctx, int group, int tensor, const float* data, Error* e) {
+    (void)e;
+    const TensorGroups* t = (const TensorGroups*)ctx;
+    model_set(t->m, t->kinds[group], tensor, data);
+    return true;
+}
+
+static const char* const NO_PREFIX[] = {""};
+static const char* const OPTIMIZER_PREFIXES[] = {"m.", "v.", "master."};
+
+static void save(Model* m, Run* r) {
+    void* staging = staging_create(m);
+    TensorGroups weights = {m, staging, true, {STATE_WEIGHT}}, optimizer = {m, staging, false, {STATE_M, STATE_V, STATE_WEIGHT}};
+    CheckpointWriter w;
+    Error e = {{0}};
+    char path[PATH_SIZE];
+    double start = seconds_now();
+    progress_break(&r->progress);
+    bool good = checkpoint_begin(&w, r->options.out, (long)r->step, &e) &&
+                checkpoint_add_tensors(&w, "model.safetensors", &m->tensors, NO_PREFIX, 1, EXACT ? DT_F32 : DT_BF16, fetch_tensor, &weights, &e) &&
+                checkpoint_add_tensors(&w, "optimizer.safetensors", &m->tensors, OPTIMIZER_PREFIXES, EXACT ? 2 : 3, DT_F32, fetch_tensor, &optimizer, &e) &&
+                run_save_texts(r, &w, &e) && checkpoint_commit(&w, path, &e);
+    free(staging);
+    if (!good) { run_save_failed(r, &e); }
+    run_saved(r, path, seconds_now() - start);
+}
+
+// Weights at random, from --init-from, or everything from the checkpoint that is resumed.
+static void model_start(Model* m, Run* r) {
+    TensorGroups weights = {m, NULL, false, {STATE_WEIGHT}}, optimizer = {m, NULL, false, {STATE_M, STATE_V, STATE_WEIGHT}};
+    Text absent = {NULL, 0, 0};
+    Error e = {{0}};
+    bool good = true;
+    if (r->resume_dir[0]) {
+        char path[PATH_SIZE];
+        path_join(path, sizeof path, r->resume_dir, "optimizer.safetensors");
+        bool master = safetensors_holds(path, "master.model.embed_tokens.weight");
+        good = checkpoint_read_tensors(r->resume_dir, &m->tensors, NO_PREFIX, 1, false, NULL, store_tensor, &weights, &e) &&
+               checkpoint_read_tensors(path, &m->tensors, OPTIMIZER_PREFIXES, master ? 3 : 2, false, NULL, store_tensor, &optimizer, &e);
+    } else {
+        model_initialise(m, (uint64_t)r->options.seed);
+        if (r->init_dir[0]) { good = checkpoint_read_tensors(r->init_dir, &m->tensors, NO_PREFIX, 1, true, &absent, store_tensor, &weights, &e); }
+        if (good && r->init_dir[0]) { printf("weights from %s\n", r->init_dir); }
+        if (good && absent.n) { printf("absent there, started at the identity: %s\n", absent.text); }
+    }
+    if (!good) { die("%s", e.text); }
+    text_free(&absent);
+}
+
+// =================================================================================================================================
+// Options are those of mta/run.h, shared with train_mta.c; here is only what the plan must know of this machine
+
+// Dense operations a second of the device's tensor cores in bf16 (fp32: of its CUDA cores) by the vendor's data sheet; 0 = not known, no MFU.
+static double matmul_rate(const cudaDeviceProp* device) {
+    switch (device->major * 10 + device->minor) {
+        case 80: return EXACT ? 19.5e12 : 312e12;   // A100
+        case 90: return EXACT ? 67e12 : 989e12;     // H100, H200
+        case 100: return EXACT ? 75e12 : 2250e12;   // B200
+        default: return 0;
+    }
+}
+
+static Recompute recompute_of(const char* name) {
+    return !strcmp(name, "block") ? RECOMPUTE_BLOCK : !strcmp(name, "elementwise") ? RECOMPUTE_ELEMENTWISE : RECOMPUTE_NONE;
+}
+
+// Needs no GPU; with one, says how large a micro-batch its free memory would hold.
+static void print_plan(Run* r) {
+    const TrainOptions* o = &r->options;
+    Recompute recompute = recompute_of(o->recompute);
+    MemoryPlan p = model_memory(&r->config, o->batch_size, o->seq_len, 0, recompute);
+    const PlanRow rows[] = {{"weights " PRECISION_NAME, p.weights}, {"gradients fp32", p.gradients}, {EXACT ? "optimizer m, v" : "optimizer m, v, master", p.optimizer},
+                            {"activations", p.activations}, {"scratch", p.scratch}};
+    cudaDeviceProp device;
+    int devices = 0;
+    bool found = cudaGetDeviceCount(&devices) == cudaSuccess && devices > 0 && cudaGetDeviceProperties(&device, 0) == cudaSuccess;
+    cudaGetLastError();
+    r->flops_per_token = model_flops_per_token(&r->config, o->seq_len);
+    r->flops_per_second = found ? matmul_rate(&device) : 0;
+    run_print_plan(r, found ? device.name : "no GPU", rows, (int)(sizeof rows / sizeof rows[0]));
+    if (!found) { printf("device      no GPU found\n"); return; }
+    size_t available = 0, total = 0, reserve = (size_t)MEMORY_RESERVE_MIB << 20;
+    cudaCheck(cudaMemGetInfo(&available, &total));
+    printf("device      %s, %.1f MiB free of %.1f; the largest micro-batch that fits: %d\n", device.name, (double)available / 1048576, (double)total / 1048576,
+           largest_batch(&r->config, o->seq_len, 0, recompute, available > reserve ? available - reserve : 0));
+    fflush(stdout);
+}
+
+// =================================================================================================================================
+// main
+
+static int train_main(int argc, char** argv) {
+    Run run;
+    Error e = {{0}};
+    run_parse(&run, argc, argv);
+    print_plan(&run);
+    if (run.options.dry_run) { return EXIT_DONE; }
+    Model* m = model_create(&run.config, run.options.batch_size, run.options.seq_len, 0, recompute_of(run.options.recompute), &e);
+    if (!m) { die("%s", e.text); }  // before the run directory is touched
+    run_open(&run);
+    model_start(m, &run);
+    run_log_start(&run, m->tensors.parameters);
+    while (run_goes_on(&run)) {
+        StepStats s = train_step(m, &run);
+        if (!s.complete) { break; }
+        run_log_step(&run, &s);
+        if (run_due(&run, run_eval_every(&run)) || run.step == run.steps) { evaluate(m, &run); }
+        if (run_due(&run, run.options.sample_every)) { sample(m, &run); }
+        if (run_due(&run, run.options.save_every) && !s.skipped) { save(m, &run); }
+    }
+    if (run.saved_step != run.step && run.skipped_in_a_row < MAX_SKIPPED_IN_A_ROW) { save(m, &run); }
+    model_free(m);
+    return run_end(&run);
+}
+
+// =================================================================================================================================
+// The table of functions that the tests drive (mta/trainer.h)
+
+static void* table_create(const Config* c, int B, int T, int chunk, Error* e) { return model_create(c, B, T, chunk, RECOMPUTE_NONE, e); }
+static void table_destroy(void* m) { model_free((Model*)m); }
+static void table_initialise(void* m, uint64_t seed) { model_initialise((Model*)m, seed); }
+static const TensorList* table_tensors(const void* m) { return &((const Model*)m)->tensors; }
+static void table_set(void* m, StateKind kind, int tensor, const float* data) { model_set((Model*)m, kind, tensor, data); }
+static void table_get(const void* m, StateKind kind, int tensor, float* data) { model_get((const Model*)m, kind, tensor, data); }
+
+static double table_run(Model* m, const int32_t* tokens, const int32_t* targets, int B, int T, bool gradient, float* logits) {
+    int counted = 0;
+    for (int n = 0; n < B * T; n++) { counted += targets[n] >= 0; }
+    model_forward(m, tokens, B, T);
+    double sum = model_loss(m, targets, B * T, counted ? (float)(1.0 / counted) : 0, gradient, logits);
+    if (gradient) { model_backward(m, tokens, B, T); }
+    return counted ? sum / counted : 0;
+}
+static double table_forward(void* m, const int32_t* tokens, const int32_t* targets, int B, int T, float* logits) {
+    return table_run((Model*)m, tokens, targets, B, T, false, logits);
+}
+static double table_forward_backward(void* m, const int32_t* tokens, const int32_t* targets, int B, int T) {
+    return table_run((Model*)m, tokens, targets, B, T, true, NULL);
+}
+static void table_zero_gradients(void* m) { model_zero_gradients((Model*)m); }
+static double table_update(void* m, const AdamW* hyper, long step) { return model_update((Model*)m, hyper, step); }
+
+extern "C" const Trainer* trainer_cuda(void) {
+    static const Trainer table = {"cuda " PRECISION_NAME, EXACT, table_create, table_destroy, table_initialise, table_tensors, table_set, table_get,
+                                  table_forward, table_forward_backward, table_zero_gradients, table_update, train_main};
+    return &table;
+}
+
+#ifndef MTA_LIBRARY
+int main(int argc, char** argv) { return train_main(argc, argv); }
+#endif
