@@ -314,7 +314,7 @@ static inline void run_configure(Run* r) {
     if (o->seq_len > c->max_position_embeddings) {
         die("--seq-len: got %d, wanted at most --max-position-embeddings %d", o->seq_len, c->max_position_embeddings);
     }
-    if (o->lr == 0) { o->lr = preset ? preset->lr : 1.5e-4; }
+    if (o->lr < 0) { o->lr = preset ? preset->lr : 1.5e-4; }
     if (!config_check(c, &e)) { die("model: %s", e.text); }
     if (r->resume_dir[0]) {
         Config saved;
@@ -355,6 +355,7 @@ static inline void run_parse(Run* r, int argc, char** argv) {
     const char* extra[1] = {""};
     if (options_parse(table, usage, argc, argv, extra, 1)) { die("unexpected \"%s\"; every option starts with --, see --help", extra[0]); }
     TrainOptions* o = &r->options;
+    if (!option_given(table, "--lr")) { o->lr = -1; }  // 0 is a rate too
     if (!o->dry_run) {
         if (!o->train) { die("--train is missing: wanted token shards, made by data/prepare.py; see --help"); }
         if (!o->out) { die("--out is missing: wanted a directory for the log and checkpoints; see --help"); }
