@@ -16,8 +16,8 @@ import base64
 import codecs
 import collections
 import fcntl
+import functools
 import glob
-import gzip
 import hashlib
 import json
 import os
@@ -305,37 +305,33 @@ def raw_chunks(path, kind, tell):
             for chunk in iter(lambda: f.read(BLOCK), b""):
                 tell(f.tell())
                 yield chunk
-        elif kind == "lines.gz":
-            try:
-                with gzip.GzipFile(fileobj=f) as g:
-                    for chunk in iter(lambda: g.read(BLOCK), b""):
-                        tell(f.tell())
-                        yield chunk
-            except (EOFError, OSError, zlib.error) as e:
-                raise BadDocument("truncated or damaged file", "gzip: %s" % e)
         else:
-            yield from zst_chunks(f, tell)
+            yield from decompressed_chunks(f, kind, tell)
 
 
-def zst_chunks(f, tell):
-    zstandard = need("zstandard")
-    decompressor = zstandard.ZstdDecompressor(max_window_size=1 << 31)
-    frame = None
+def decompressed_chunks(f, kind, tell):
+    """The same of a compressed file, which may be several compressed streams one after another."""
+    if kind == "lines.zst":
+        zstandard = need("zstandard")
+        error, begin = zstandard.ZstdError, zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj
+    else:
+        error, begin = zlib.error, functools.partial(zlib.decompressobj, 31)
+    stream = None
     for data in iter(lambda: f.read(1 << 17), b""):
         tell(f.tell())
         while data:
-            frame = frame or decompressor.decompressobj()
+            stream = stream or begin()
             try:
-                out = frame.decompress(data)
-            except zstandard.ZstdError as e:
-                raise BadDocument("truncated or damaged file", "zstd: %s" % e)
+                out = stream.decompress(data)
+            except error as e:
+                raise BadDocument("truncated or damaged file", "%s: %s" % (kind[-3:].lstrip("."), e))
             data = b""
-            if frame.eof:
-                data, frame = frame.unused_data, None
+            if stream.eof:
+                data, stream = stream.unused_data, None
             if out:
                 yield out
-    if frame is not None:
-        raise BadDocument("truncated or damaged file", "zstd: the file ends inside a frame")
+    if stream is not None:
+        raise BadDocument("truncated or damaged file", "%s: the file ends inside a compressed stream" % kind[-3:].lstrip("."))
 
 
 def line_tasks(index, entry, at, tell):

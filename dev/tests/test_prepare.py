@@ -1,0 +1,660 @@
+#!/usr/bin/env python3
+"""data/prepare.py: shards against tokens made independently, restarts after a kill at any moment, bad input, downloads.
+
+    data/.venv/bin/python dev/tests/test_prepare.py [--full]
+
+Runs under any Python; what needs zstandard, pyarrow or tiktoken is skipped without them, and training on the shards
+without train_mta. --full: 20 kills at random moments of a longer preparation instead of 4.
+"""
+import array
+import base64
+import contextlib
+import gzip
+import hashlib
+import http.server
+import io
+import json
+import os
+import random
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import unittest
+
+ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+PREPARE = os.path.join(ROOT, "data", "prepare.py")
+RANKS = os.path.join(ROOT, "dev", "golden", "tokenizers", "cl100k_base.tiktoken")
+BIN = os.environ.get("MTA_BIN", ROOT)
+FULL = "--full" in sys.argv
+sys.path.insert(0, os.path.join(ROOT, "data"))
+import prepare  # noqa: E402
+try:
+    import tiktoken
+    import zstandard
+except ImportError:
+    tiktoken = zstandard = None
+try:
+    import pyarrow
+    import pyarrow.parquet
+except ImportError:
+    pyarrow = None
+
+DOMAINS = list(prepare.SLIMPAJAMA)
+WORDS = ("the of and a to in is that for it as was with be by on not he his but at are this have from or had an they which one you were all "
+         "her she there would their we him been has when who will no more if out so up said what its about than into them can only other "
+         "time new some could these two may first then do any like my now over such our man me even most made after also did many").split()
+
+
+def sentence(rng, words):
+    return " ".join(rng.choice(WORDS) for _ in range(words)).capitalize() + rng.choice([".\n", ". ", "!\n\n", " \u2014 \u00e9t\u00e9 <|endoftext|>\n"])
+
+
+def document(rng, size=200):
+    return "".join(sentence(rng, rng.randrange(3, 20)) for _ in range(max(1, size // 60)))
+
+
+def run(*args, status=0, python=(sys.executable,)):
+    """prepare.py with these arguments -> what it printed; its exit status is checked."""
+    done = subprocess.run([*python, PREPARE, *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    if done.returncode != status:
+        raise AssertionError("exit status %d, wanted %d\n%s" % (done.returncode, status, done.stdout))
+    return done.stdout
+
+
+def shard_tokens(path):
+    """Ids of one shard and its header, read without prepare.py's help."""
+    with open(path, "rb") as f:
+        header, body = struct.unpack("<256i", f.read(1024)), f.read()
+    ids = array.array("H" if header[0] == 20240520 else "I", body)
+    assert (header[0], header[1]) in ((20240520, 1), (20240801, 7)) and header[2] == len(ids)
+    return list(ids), header
+
+
+def set_tokens(folder, name, split):
+    ids = []
+    for file in sorted(f for f in os.listdir(folder) if f.startswith("%s_%s_" % (name, split))):
+        ids += shard_tokens(os.path.join(folder, file))[0]
+    return ids
+
+
+def digest(folder):
+    """{file: sha256} of everything in the folder; a work folder that was left counts too."""
+    sums = {}
+    for where, _, names in os.walk(folder):
+        for name in names:
+            with open(os.path.join(where, name), "rb") as f:
+                sums[os.path.relpath(os.path.join(where, name), folder)] = hashlib.sha256(f.read()).hexdigest()
+    return sums
+
+
+def write_lines(path, documents, meta=True):
+    with open(path, "w", encoding="utf-8") as f:
+        for text, domain in documents:
+            f.write(json.dumps({"text": text, "meta": {"redpajama_set_name": domain}} if meta else {"text": text}, ensure_ascii=False) + "\n")
+
+
+class Case(unittest.TestCase):
+    def setUp(self):
+        self.folder = tempfile.mkdtemp(prefix="test_prepare_")
+        self.addCleanup(shutil.rmtree, self.folder, ignore_errors=True)
+
+    def path(self, *names):
+        return os.path.join(self.folder, *names)
+
+    def write(self, name, data):
+        os.makedirs(os.path.dirname(self.path(name)), exist_ok=True)
+        with open(self.path(name), "wb") as f:
+            f.write(data if isinstance(data, bytes) else data.encode())
+        return self.path(name)
+
+
+class Texts(Case):
+    def test_single_text_is_split_at_a_line_near_its_end(self):
+        text = document(random.Random(1), 20000)
+        run("text", self.write("book.txt", text), "--out", self.path("o"), python=(sys.executable, "-I", "-S"))
+        train, header = shard_tokens(self.path("o", "book_train_000000.bin"))
+        val, _ = shard_tokens(self.path("o", "book_val_000000.bin"))
+        self.assertEqual((train[0], train[-1], val[0], val[-1]), (256, 257, 256, 257))
+        self.assertEqual(bytes(train[1:-1] + val[1:-1]), text.encode())
+        self.assertTrue(0.045 < len(val) / (len(train) + len(val)) < 0.06)
+        self.assertEqual(train[-2], 10)
+        self.assertEqual(header[3], 259)
+        self.assertEqual(header[4] & 0xFFFFFFFF, __import__("zlib").crc32(array.array("H", train).tobytes()))
+
+    def test_a_character_is_never_cut(self):
+        run("text", self.write("x.txt", "\u00e9\U0001F600" * 500), "--out", self.path("o"))
+        for split in ("train", "val"):
+            bytes(set_tokens(self.path("o"), "x", split)[1:-1]).decode("utf-8")
+
+    def test_several_texts_go_whole_to_one_side(self):
+        texts = {"%02d.txt" % i: document(random.Random(i)) for i in range(12)}
+        for name, text in texts.items():
+            self.write("in/" + name, text)
+        for out in ("a", "b"):
+            run("text", self.path("in"), "--name", "t", "--out", self.path(out))
+        self.assertEqual(digest(self.path("a")), digest(self.path("b")))
+        found = []
+        for split in ("train", "val"):
+            ids = set_tokens(self.path("a"), "t", split)
+            starts = [i for i, n in enumerate(ids) if n == 256] + [len(ids)]
+            self.assertTrue(len(starts) > 1, split)
+            found += [bytes(ids[a + 1:b - 1]).decode() for a, b in zip(starts, starts[1:])]
+        self.assertEqual(sorted(found), sorted(texts.values()))
+
+    def test_toy(self):
+        run("text", self.write("t.txt", "abc.z#_" * 30), "--tokenizer", "toy", "--out", self.path("o"))
+        self.assertEqual(set_tokens(self.path("o"), "t", "train")[:8], [29, 0, 1, 2, 26, 25, 27, 28])
+        self.assertIn("toy tokenizer has no 'B'", run("text", self.write("u.txt", "aB"), "--tokenizer", "toy", "--out", self.path("o"), status=1))
+
+    def test_two_names_share_a_folder_and_a_manifest(self):
+        for name in ("a", "b"):
+            run("text", self.write(name + ".txt", document(random.Random(name))), "--out", self.path("o"))
+        self.assertIn("4 shards good", run("verify", self.path("o")))
+        with open(self.path("o", "manifest.json")) as f:
+            manifest = json.load(f)
+        self.assertEqual(sorted(manifest["preparations"]), ["a", "b"])
+        self.assertEqual(manifest["shards"]["a_train_000000.bin"]["documents"], 1)
+
+    def test_again_changes_nothing_and_other_options_are_refused(self):
+        text = self.write("a.txt", document(random.Random(3)))
+        run("text", text, "--out", self.path("o"))
+        before = digest(self.path("o"))
+        self.assertIn("complete already", run("text", text, "--out", self.path("o")))
+        self.assertIn("other inputs or options", run("text", text, "--out", self.path("o"), "--val-fraction", "0.5", status=1))
+        self.assertEqual(digest(self.path("o")), before)
+        run("text", text, "--out", self.path("o"), "--shard-tokens", "50", "--overwrite")
+        run("text", text, "--out", self.path("o"), "--overwrite")
+        self.assertEqual(digest(self.path("o")), before)
+
+    def test_shards_have_the_size_asked_for(self):
+        run("text", self.write("a.txt", "x" * 5000), "--out", self.path("o"), "--shard-tokens", "1k", "--val-fraction", "0")
+        sizes = [shard_tokens(self.path("o", "a_train_%06d.bin" % i))[1][2] for i in range(6)]
+        self.assertEqual(sizes, [1000] * 5 + [2])
+        self.assertIn("6 shards good, 5002 tokens", run("verify", self.path("o")))
+
+    def test_a_file_that_was_there_is_not_overwritten(self):
+        self.write("o/a_train_000000.bin", "mine")
+        self.assertIn("in no manifest", run("text", self.write("a.txt", "abc" * 50), "--out", self.path("o"), status=1))
+        self.assertEqual(digest(self.path("o")), {"a_train_000000.bin": hashlib.sha256(b"mine").hexdigest()})
+
+
+class Domains(Case):
+    def corpus(self, n=210):
+        """Documents of all seven domains in three forms: jsonl.zst, parquet with meta as an object, parquet with meta as JSON text."""
+        rng = random.Random(5)
+        documents = [(document(rng, rng.randrange(60, 900)), DOMAINS[i % 7]) for i in range(n)]
+        third = n // 3
+        os.makedirs(self.path("in"))
+        lines = b"".join(json.dumps({"text": t, "meta": {"redpajama_set_name": d}}).encode() + b"\n" for t, d in documents[:third])
+        half = lines.index(b"\n", len(lines) // 2) + 1
+        with open(self.path("in", "a.jsonl.zst"), "wb") as f:  # two frames, one after another
+            f.write(zstandard.ZstdCompressor().compress(lines[:half]) + zstandard.ZstdCompressor().compress(lines[half:]))
+        for name, part, form in (("b", documents[third:2 * third], lambda d: {"redpajama_set_name": d}),
+                                 ("c", documents[2 * third:], lambda d: json.dumps({"redpajama_set_name": d}))):
+            table = pyarrow.table({"text": [t for t, _ in part], "meta": [form(d) for _, d in part]})
+            pyarrow.parquet.write_table(table, self.path("in", name + ".parquet"), row_group_size=16)
+        return documents
+
+    @unittest.skipUnless(tiktoken and pyarrow, "needs tiktoken, zstandard and pyarrow")
+    def test_slimpajama(self):
+        documents = self.corpus()
+        options = ("--tokenizer", RANKS, "--val-fraction", "0.2", "--shard-tokens", "3000")
+        run("slimpajama", self.path("in"), "--out", self.path("o"), *options)
+        run("slimpajama", self.path("in"), "--out", self.path("p"), "--workers", "2", *options)
+        self.assertEqual(digest(self.path("o")), digest(self.path("p")))
+        encoding = tiktoken.Encoding("x", pat_str=prepare.PATTERNS["cl100k_base"], mergeable_ranks=prepare.read_ranks(RANKS), special_tokens={})
+        with open(self.path("o", "manifest.json")) as f:
+            manifest = json.load(f)
+        for domain, name in prepare.SLIMPAJAMA.items():
+            wanted = [[100257] + encoding.encode_ordinary(t) for t, d in documents if d == domain]
+            got = {split: set_tokens(self.path("o"), name, split) for split in ("train", "val")}
+            rest = {split: ids[:] for split, ids in got.items()}
+            for ids in wanted:  # each document in its place on exactly one side
+                side = [split for split in rest if rest[split][:len(ids)] == ids]
+                self.assertEqual(len(side), 1)
+                rest[side[0]] = rest[side[0]][len(ids):]
+            self.assertEqual(rest, {"train": [], "val": []})
+            self.assertTrue(got["train"] and got["val"])
+            sets = manifest["preparations"]["slimpajama"]["sets"][name]
+            self.assertEqual(sum(s["documents"] for s in sets.values()), 30)
+            self.assertEqual(sets["train"]["tokens"], len(got["train"]))
+        self.assertIn("0 things wrong", run("verify", self.path("o")))
+        shown = run("inspect", self.path("o", "arxiv_train_000000.bin"), "--documents", "1", "--characters", "20")
+        first = next(t for t, d in documents if d == "RedPajamaArXiv")
+        self.assertIn(first[:20], shown)
+        self.train(manifest)
+
+    def train(self, manifest):
+        """Two steps at the paper's weights, by token and by document."""
+        program = os.path.join(BIN, "train_mta")
+        if not os.path.exists(program):
+            print("not trained on: no %s" % program)
+            return
+        recipe = shutil.copy(os.path.join(ROOT, "data", "slimpajama_weights.txt"), self.path("o", "recipe.txt"))
+        for mix in ("token", "document"):
+            command = [program, "--model", "toy", "--vocab-size", "100277", "--hidden-size", "32", "--num-hidden-layers", "1", "--num-attention-heads", "2",
+                       "--num-key-value-heads", "2", "--intermediate-size", "64", "--seq-len", "32", "--batch-size", "4", "--tokens-per-step", "128",
+                       "--steps", "2", "--train", "@" + recipe, "--mix", mix, "--out", self.path("run-" + mix)]
+            done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+            self.assertEqual(done.returncode, 0, done.stdout)
+
+    def test_any_field_makes_domains(self):
+        rng = random.Random(2)
+        with open(self.path("x.jsonl"), "w") as f:
+            for i in range(40):
+                f.write(json.dumps({"body": {"content": document(rng)}, "lang": ["en", "d e"][i % 2]}) + "\n")
+        run("text", self.path("x.jsonl"), "--text-field", "body.content", "--domain-field", "lang", "--out", self.path("o"))
+        self.assertEqual(sorted({f.split("_")[0] for f in os.listdir(self.path("o"))}), ["d-e", "en", "manifest.json"])
+
+    def test_gz_equals_plain_lines(self):
+        documents = [(document(random.Random(i)), None) for i in range(50)]
+        write_lines(self.path("x.jsonl"), documents, meta=False)
+        with open(self.path("x.jsonl"), "rb") as f, gzip.open(self.path("y.jsonl.gz"), "wb") as g:
+            g.write(f.read())
+        run("text", self.path("x.jsonl"), "--name", "n", "--out", self.path("a"))
+        run("text", self.path("y.jsonl.gz"), "--name", "n", "--out", self.path("b"))
+        for split in ("train", "val"):
+            self.assertEqual(set_tokens(self.path("a"), "n", split), set_tokens(self.path("b"), "n", split))
+
+
+@unittest.skipUnless(tiktoken, "needs tiktoken")
+class Segments(Case):
+    def test_a_long_text_in_segments_has_the_tokens_of_the_whole(self):
+        rng = random.Random(11)
+        tails = ["\n", "\n\n", " \n", ".\n", "'\n", "/\n", "\r\n", "\u3000\n", "\u00e9\n", "1\n"]
+        text = "".join(document(rng, 80) + rng.choice(WORDS) + rng.choice(tails) + rng.choice(["s ", "Ll ", "'s", " x", "9", "\u4f60", "x"]) for _ in range(800))
+        path = self.write("long.txt", text)
+        old, prepare.SEGMENT = prepare.SEGMENT, 997
+        try:
+            for pattern in prepare.PATTERNS:
+                out = self.path(pattern)
+                with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+                    sys.argv = ["prepare.py", "text", path, "--tokenizer", RANKS, "--pattern", pattern, "--val-fraction", "0", "--out", out, "--workers", "1"]
+                    self.assertIn(prepare.main(), (None, 0))
+                encoding = tiktoken.Encoding("x", pat_str=prepare.PATTERNS[pattern], mergeable_ranks=prepare.read_ranks(RANKS), special_tokens={})
+                ids = set_tokens(out, "long", "train")
+                self.assertEqual(ids[1:-1] if pattern == "llama3" else ids[1:], encoding.encode_ordinary(text))
+        finally:
+            prepare.SEGMENT = old
+
+
+class Bad(Case):
+    def lines(self):
+        good = [json.dumps({"text": document(random.Random(i))}).encode() for i in range(6)]
+        bad = {2: (b'{"text": "unfinished', "broken JSON"), 4: (b'{"text": "\xff\xfe"}', "invalid UTF-8"), 6: (b'{"text": ""}', "empty document"),
+               8: (b'{"body": "x"}', "missing field"), 10: (b'{"text": 5}', "field is not text"), 12: (b'{"text": "\\ud800"}', "lone surrogate"),
+               14: (b'[1]', "broken JSON")}
+        lines = []
+        for number in range(1, 15):
+            lines.append(bad[number][0] if number in bad else good.pop() if good else b"")
+        return b"\n".join(lines) + b"\n", {n: kind for n, (_, kind) in bad.items()}
+
+    def test_each_kind_is_counted_and_reported_with_file_and_line(self):
+        data, bad = self.lines()
+        path = self.write("x.jsonl", data)
+        shown = run("text", path, "--out", self.path("o"))
+        with open(self.path("o", "text.bad.jsonl")) as f:
+            listed = {entry["line"]: entry["kind"] for entry in map(json.loads, f)}
+        self.assertEqual(listed, bad)
+        for number, kind in bad.items():
+            self.assertIn("%s:%d: %s" % (path, number, kind), shown)
+        with open(self.path("o", "manifest.json")) as f:
+            summary = json.load(f)["preparations"]["text"]
+        self.assertEqual(sum(summary["bad"].values()), 7)
+        self.assertEqual(sum(s["documents"] for s in summary["sets"]["text"].values()), 6)
+
+    def test_refuse_stops_at_the_first_and_skip_goes_on_from_there(self):
+        data, _ = self.lines()
+        path = self.write("x.jsonl", data)
+        self.assertIn("%s:2: broken JSON" % path, run("text", path, "--out", self.path("o"), "--on-bad", "refuse", status=1))
+        self.assertFalse([f for f in os.listdir(self.path("o")) if f.endswith(".bin")])
+        run("text", path, "--out", self.path("o"))
+        run("text", path, "--out", self.path("p"))
+        self.assertEqual(digest(self.path("o")), digest(self.path("p")))
+
+    def test_text_that_is_not_utf8(self):
+        good = self.write("good.txt", document(random.Random(1), 3000))
+        bad = self.write("bad.txt", b"fine\nfine\nno\xffno\n")
+        self.assertIn("%s:3: invalid UTF-8" % bad, run("text", good, bad, "--name", "n", "--out", self.path("o")))
+        self.assertIn("%s:3: invalid UTF-8" % bad, run("text", bad, "--out", self.path("p"), status=1))
+        self.assertIn("empty document", run("text", self.write("none.txt", b""), "--out", self.path("q"), status=1))
+
+    def test_files_that_break_off(self):
+        lines = b"".join(json.dumps({"text": document(random.Random(i))}).encode() + b"\n" for i in range(400))
+        files = {"a.jsonl.gz": gzip.compress(lines)}
+        if zstandard:
+            files["b.jsonl.zst"] = zstandard.ZstdCompressor().compress(lines)
+        for name, data in files.items():
+            path = self.write(name, data[:len(data) * 3 // 4])
+            shown = run("text", path, "--out", self.path("o-" + name))
+            self.assertIn("truncated or damaged file", shown)
+            with open(self.path("o-" + name, "manifest.json")) as f:
+                sets = json.load(f)["preparations"]["text"]["sets"]["text"]
+            documents = sum(s["documents"] for s in sets.values())
+            self.assertTrue(0 < documents < 400, documents)
+            self.assertIn("%s:%d: truncated" % (path, documents + 1), shown)
+            self.assertIn("truncated", run("text", path, "--on-bad", "refuse", "--out", self.path("r-" + name), status=1))
+            damaged = bytearray(data)
+            damaged[len(data) // 2] ^= 0xFF
+            self.assertIn("truncated or damaged file", run("text", self.write("d" + name, bytes(damaged)), "--out", self.path("d-" + name)))
+
+    @unittest.skipUnless(pyarrow, "needs pyarrow")
+    def test_parquet_that_breaks_off(self):
+        pyarrow.parquet.write_table(pyarrow.table({"text": ["abc", None, "", "def" * 9]}), self.path("x.parquet"))
+        shown = run("text", self.path("x.parquet"), "--out", self.path("o"))
+        self.assertIn("x.parquet:2: field is not text", shown)
+        self.assertIn("x.parquet:3: empty document", shown)
+        with open(self.path("x.parquet"), "rb") as f:
+            data = f.read()
+        self.assertIn("truncated or damaged", run("text", self.write("y.parquet", data[:-20]), "--out", self.path("p"), status=1))
+
+    @unittest.skipUnless(tiktoken, "needs tiktoken")
+    def test_rank_files(self):
+        with open(RANKS, "rb") as f:
+            lines = f.read().splitlines()[:1000]
+        text = self.write("t.txt", "hello")
+        cases = {"hole": (lines[:500] + lines[501:], ":501: a hole"), "base64": (lines[:9] + [b"!! 9"], ":10: wanted a line"),
+                 "rank": (lines + [b"AAAA x"], ":1001: wanted a line"), "twice": (lines + [lines[3].split()[0] + b" 1000"], ":1001: the same token"),
+                 "byte": (lines[:200], "no token for the single byte"), "json": ([b"{}"], "JSON")}
+        for name, (content, message) in cases.items():
+            path = self.write("cl100k_%s.tiktoken" % name, b"\n".join(content) + b"\n")
+            self.assertIn(message, run("text", text, "--tokenizer", path, "--out", self.path("o"), status=1))
+        shutil.copy(RANKS, self.path("other.bin"))
+        self.assertIn("add --pattern", run("text", text, "--tokenizer", self.path("other.bin"), "--out", self.path("o"), status=1))
+        self.assertIn("not built in", run("text", text, "--tokenizer", "gpt2", "--out", self.path("o"), status=1))
+
+    def test_options(self):
+        text = self.write("t.txt", "hello")
+        for options, message in ((("--val-fraction", "2"), "wanted 0 up to"), (("--shard-tokens", "x"), "got 'x'"), (("--shard-tokens", "0"), "wanted 1 to"),
+                                 (("--name", "a/b"), "wanted letters")):
+            self.assertIn(message, run("text", text, "--out", self.path("o"), *options, status=2 if "got" in message else 1))
+        self.assertIn("no such file", run("text", self.path("none"), "--out", self.path("o"), status=1))
+        self.assertIn("t.txt", run("text", text, "--out", text, status=1))
+
+
+class Verify(Case):
+    def test_every_damage_is_seen(self):
+        run("text", self.write("a.txt", document(random.Random(1), 4000)), "--out", self.path("o"))
+        path = self.path("o", "a_train_000000.bin")
+        with open(path, "rb") as f:
+            data = f.read()
+
+        def damaged(at, value):
+            return data[:at] + bytes([value]) + data[at + 1:]
+        for content, message in ((damaged(0, 1), "magic"), (damaged(8, data[8] ^ 1), "its header says"), (damaged(1100, data[1100] ^ 1), "crc32"),
+                                 (damaged(1101, 9), "the vocabulary has 259"), (data[:-1], "its header says"), (data[:100], "a header of"),
+                                 (damaged(16, data[16] ^ 1), "crc32"), (damaged(13, 2), "vocabulary")):
+            with open(path, "wb") as f:
+                f.write(content)
+            self.assertIn(message, run("verify", self.path("o"), status=1))
+        with open(path, "wb") as f:
+            f.write(data)
+        run("verify", self.path("o"))
+        shutil.copy(path, self.path("o", "b_train_000000.bin"))
+        self.assertIn("not in the manifest", run("verify", self.path("o"), status=1))
+        os.remove(self.path("o", "b_train_000000.bin"))
+        os.remove(path)
+        self.assertIn("No such file", run("verify", self.path("o"), status=1))
+        self.assertIn("manifest.json", run("verify", self.folder, status=1))
+
+
+class Restarts(Case):
+    def job(self, name, documents, size):
+        rng = random.Random(9)
+        write_lines(self.path(name), [(document(rng, size), rng.choice(DOMAINS)) for _ in range(documents)])
+        with open(self.path(name), "a") as f:
+            f.write('{"text": 1}\n{broken\n')
+
+    def test_a_crash_at_every_step_that_touches_the_disk(self):
+        """A child dies (os._exit) before its n-th fsync, replace, remove, truncate or write of a shard's piece, for every n
+        (without --full for every fifth)."""
+        self.job("x.jsonl", 60, 400)
+        options = ["slimpajama", self.path("x.jsonl"), "--save-seconds", "0", "--shard-tokens", "2000", "--workers", "1", "--val-fraction", "0.1", "--out"]
+        run(*options, self.path("whole"))
+        wanted = digest(self.path("whole"))
+        crashes = 0
+        for n in range(1, 2000) if FULL else range(random.randrange(1, 6), 2000, 5):
+            out = self.path("crash%d" % n)
+            if not self.crash(options + [out], n):
+                break
+            crashes += 1
+            self.assertEqual(self.crash(options + [out], 10**9), False)
+            self.assertEqual(digest(out), wanted, "crash before step %d" % n)
+            shutil.rmtree(out)
+        self.assertTrue(20 < crashes < 1999, crashes)
+        print("crashed at %d steps" % crashes)
+
+    def crash(self, argv, n):
+        """Runs prepare.py in a child that dies at step n. True if it died."""
+        sys.stdout.flush()
+        pid = os.fork()
+        if pid == 0:
+            left = [n]
+
+            def counted(function):
+                def wrapper(*args, **kwargs):
+                    left[0] -= 1
+                    if left[0] == 0:
+                        os._exit(77)
+                    return function(*args, **kwargs)
+                return wrapper
+            for name in ("fsync", "replace", "remove", "truncate", "rmdir", "makedirs"):
+                setattr(prepare.os, name, counted(getattr(os, name)))
+            prepare.SetWriter.append = counted(prepare.SetWriter.append)
+            prepare.SetWriter.finish_shard = counted(prepare.SetWriter.finish_shard)
+            prepare.BLOCK = 5000
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+            sys.argv = ["prepare.py"] + argv
+            try:
+                status = prepare.main() or 0
+            except BaseException:
+                status = 1
+            os._exit(status)
+        status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) if hasattr(os, "waitstatus_to_exitcode") else os.waitpid(pid, 0)[1] >> 8
+        self.assertIn(status, (0, 77))
+        return status == 77
+
+    def test_kill_9_at_random_moments(self):
+        self.job("x.jsonl", 60000 if FULL else 20000, 1500)
+        options = ["slimpajama", self.path("x.jsonl"), "--save-seconds", "0.1", "--shard-tokens", "300k", "--workers", "2", "--out"]
+        start = time.time()
+        run(*options, self.path("whole"))
+        spent, wanted = time.time() - start, digest(self.path("whole"))
+        rng, kills, rounds = random.Random(), 0, 0
+        while kills < (20 if FULL else 4):
+            rounds += 1
+            out = self.path("round%d" % rounds)
+            while True:
+                child = subprocess.Popen([sys.executable, PREPARE, *options, out], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+                try:
+                    child.wait(timeout=rng.uniform(0, 1.1 * spent))
+                    self.assertEqual(child.returncode, 0)
+                    break
+                except subprocess.TimeoutExpired:
+                    child.send_signal(signal.SIGKILL)
+                    child.wait()
+                    kills += 1
+            self.assertEqual(digest(out), wanted, "round %d" % rounds)
+            shutil.rmtree(out)
+        print("killed %d times in %d preparations of %.1f s" % (kills, rounds, spent))
+
+    def test_sigterm_saves_and_says_so(self):
+        self.job("x.jsonl", 20000, 1500)
+        options = ["slimpajama", self.path("x.jsonl"), "--workers", "1", "--out"]
+        child = subprocess.Popen([sys.executable, PREPARE, *options, self.path("o")], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        time.sleep(0.7)
+        child.terminate()
+        self.assertIn("goes on from here", child.communicate()[1])
+        self.assertEqual(child.returncode, 1)
+        self.assertIn("going on", run(*options, self.path("o")))
+        run(*options, self.path("whole"))
+        self.assertEqual(digest(self.path("o")), digest(self.path("whole")))
+
+    def test_two_at_once_are_refused(self):
+        self.job("x.jsonl", 20000, 1500)
+        options = ["slimpajama", self.path("x.jsonl"), "--workers", "1", "--out", self.path("o")]
+        child = subprocess.Popen([sys.executable, PREPARE, *options], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        try:
+            time.sleep(0.5)
+            self.assertIn("another prepare.py is at work", run(*options, status=1))
+        finally:
+            child.kill()
+            child.wait()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+
+class Faults(http.server.BaseHTTPRequestHandler):
+    """Serves server.files and misbehaves as server.faults says: {path: [what to do at each request in turn]}."""
+
+    def log_message(self, *args):
+        pass
+
+    def do_GET(self):
+        server = self.server
+        name = self.path.lstrip("/")
+        server.requests.append((name, self.headers.get("Range"), self.headers.get("If-Range")))
+        fault = server.faults[name].pop(0) if server.faults.get(name) else None
+        if name not in server.files:
+            return self.send_error(404)
+        if isinstance(fault, int):
+            self.send_response(fault)
+            if fault == 429:
+                self.send_header("Retry-After", "1")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return
+        data, etag = server.files[name], '"%s"' % hashlib.sha256(server.files[name]).hexdigest()[:8]
+        start, asked = 0, self.headers.get("Range")
+        if asked and fault != "ignore range" and self.headers.get("If-Range", etag) == etag:
+            start = int(asked[len("bytes="):-1])
+            if start >= len(data):
+                self.send_response(416)
+                self.send_header("Content-Range", "bytes */%d" % len(data))
+                self.end_headers()
+                return
+            self.send_response(206)
+            self.send_header("Content-Range", "bytes %d-%d/%d" % (start, len(data) - 1, len(data)))
+        else:
+            self.send_response(200)
+        body = data[start:]
+        if fault == "truncated":
+            body = body[:len(body) // 2]
+        if fault == "corrupt":
+            body = bytes([body[0] ^ 1]) + body[1:]
+        self.send_header("Content-Length", str(len(body)))
+        self.send_header("ETag", etag)
+        self.end_headers()
+        self.wfile.write(body[:len(body) // 2] if fault == "cut" else body)
+        if fault == "cut":
+            self.close_connection = True
+
+
+class Downloads(Case):
+    def setUp(self):
+        super().setUp()
+        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Faults)
+        self.server.files, self.server.faults, self.server.requests = {}, {}, []
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        self.addCleanup(self.server.server_close)
+        self.addCleanup(self.server.shutdown)
+        rng = random.Random(4)
+        for i in range(6):
+            lines = "".join(json.dumps({"text": document(rng), "meta": {"redpajama_set_name": DOMAINS[(i + j) % 7]}}) + "\n" for j in range(30))
+            self.server.files["train/chunk1/f%d.jsonl" % i] = lines.encode()
+
+    def list_file(self, sizes=True, sums=True):
+        lines = ["%s%s%s\n" % (name, " %d" % len(data) if sizes else "", " " + hashlib.sha256(data).hexdigest() if sums else "")
+                 for name, data in sorted(self.server.files.items())]
+        return self.write("list.txt", "".join(lines))
+
+    def download(self, *more, status=0, sizes=True, sums=True):
+        return run("slimpajama", "--download", self.path("d"), "--mirror", "http://127.0.0.1:%d/" % self.server.server_port,
+                   "--file-list", self.list_file(sizes, sums), "--retry-pause", "0.05", *more, status=status)
+
+    def check(self):
+        for name, data in self.server.files.items():
+            with open(self.path("d", name), "rb") as f:
+                self.assertEqual(f.read(), data)
+        self.assertFalse([f for _, _, names in os.walk(self.path("d")) for f in names if f.endswith((".part", ".etag"))])
+
+    def test_faults_of_all_kinds(self):
+        names = sorted(self.server.files)
+        self.server.faults = dict(zip(names, (["cut", "cut", "cut"], [429, 503, "cut", 500], ["truncated"], ["corrupt"], ["cut", "ignore range"], ["truncated", "cut"])))
+        shown = self.download()
+        self.check()
+        for message in ("connection was cut", "HTTP 429", "HTTP 503", "the list says", "sha256 differs"):
+            self.assertIn(message, shown)
+        ranges = [r for n, r, _ in self.server.requests if n == names[0]]
+        self.assertEqual(ranges[0], None)
+        self.assertEqual(len([r for r in ranges if r]), 3)  # each cut goes on from the last byte
+        before = len(self.server.requests)
+        self.download()
+        self.assertEqual(len(self.server.requests), before)  # all there: nothing is asked
+
+    def test_without_sizes_and_sums(self):
+        names = sorted(self.server.files)
+        self.server.faults = {names[0]: ["cut", "cut"], names[1]: [502]}
+        self.download(sizes=False, sums=False)
+        self.check()
+
+    def test_a_file_that_changed_on_the_server_is_fetched_anew(self):
+        name = sorted(self.server.files)[0]
+        self.server.faults = {name: ["cut"] + [500] * 3}
+        self.download("--retries", "2", status=1, sizes=False, sums=False)
+        self.assertTrue(os.path.exists(self.path("d", name + ".part")))
+        self.server.files[name] = self.server.files[name].replace(b"text", b"text", 1).replace(b"the", b"THE")
+        self.server.faults = {}
+        self.download(sizes=False, sums=False)
+        self.check()
+
+    def test_what_cannot_be_had_is_named_and_the_rest_comes(self):
+        listed = self.list_file()
+        missing = sorted(self.server.files)[2]
+        data = self.server.files.pop(missing)
+        shown = run("slimpajama", "--download", self.path("d"), "--mirror", "http://127.0.0.1:%d" % self.server.server_port, "--file-list", listed,
+                    "--retry-pause", "0.05", status=1)
+        self.assertIn(missing + ": HTTP 404", shown)
+        self.check()
+        self.server.files[missing] = data
+        self.download("--out", self.path("o"), "--val-fraction", "0.1")
+        self.check()
+        self.assertIn("0 things wrong", run("verify", self.path("o")))
+
+    def test_limits(self):
+        self.download("--max-files", "2")
+        self.assertEqual(sum(len(names) for _, _, names in os.walk(self.path("d"))), 2)
+        shutil.rmtree(self.path("d"))
+        first = len(self.server.files[sorted(self.server.files)[0]])
+        self.download("--max-bytes", str(first + 10))
+        self.assertEqual(sum(len(names) for _, _, names in os.walk(self.path("d"))), 1)
+
+    def test_a_list_that_leads_outside_is_refused(self):
+        for line in ("../x 5", "/etc/x", "a b c d", "x 5 abc"):
+            path = self.write("bad.txt", "ok.jsonl\n" + line + "\n")
+            shown = run("slimpajama", "--download", self.path("d"), "--mirror", "http://127.0.0.1:9/", "--file-list", path, status=1)
+            self.assertIn("bad.txt:2", shown)
+
+
+def main():
+    suite = unittest.defaultTestLoader.loadTestsFromModule(sys.modules[__name__])
+    names = [a for a in sys.argv[1:] if not a.startswith("-")]
+    if names:
+        suite = unittest.TestSuite(t for s in suite for t in s if any(n in str(t) for n in names))
+    result = unittest.TextTestRunner(verbosity=2 if names else 1).run(suite)
+    failed = len(result.failures) + len(result.errors)
+    for test, reason in result.skipped:
+        print("skipped %s: %s" % (test, reason))
+    skipped = ", %d skipped" % len(result.skipped) if result.skipped else ""
+    print("%d passed, %d failed%s" % (result.testsRun - failed - len(result.skipped), failed, skipped))
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
