@@ -325,7 +325,7 @@ class Bad(Case):
         self.assertIn("empty document", run("text", self.write("none.txt", b""), "--out", self.path("q"), status=1))
 
     def test_files_that_break_off(self):
-        lines = b"".join(json.dumps({"text": document(random.Random(i))}).encode() + b"\n" for i in range(400))
+        lines = b"".join(json.dumps({"text": document(random.Random(i))}).encode() + b"\n" for i in range(4000))
         files = {"a.jsonl.gz": gzip.compress(lines)}
         if zstandard:
             files["b.jsonl.zst"] = zstandard.ZstdCompressor().compress(lines)
@@ -336,7 +336,7 @@ class Bad(Case):
             with open(self.path("o-" + name, "manifest.json")) as f:
                 sets = json.load(f)["preparations"]["text"]["sets"]["text"]
             documents = sum(s["documents"] for s in sets.values())
-            self.assertTrue(0 < documents < 400, documents)
+            self.assertTrue(0 < documents < 4000, documents)
             self.assertIn("%s:%d: truncated" % (path, documents + 1), shown)
             self.assertIn("truncated", run("text", path, "--on-bad", "refuse", "--out", self.path("r-" + name), status=1))
             damaged = bytearray(data)
