@@ -233,7 +233,7 @@ static inline bool ranks_read(Tokenizer* t, const char* path, Error* e) {
         ok = fail(e, "%s: %zu bytes, too large for a rank file", path, m.size);
     } else if (p[0] == '{') {
         ok = fail(e, "%s: JSON (Hugging Face's tokenizer.json?), wanted a tiktoken rank file, such as the model's tokenizer.model", path);
-    } else if (m.size > 2 && p[0] == '\n' && (p[1] & 0x80 || p[2] == '\n')) {
+    } else if (p[0] == '\n' && memmem(p, m.size < 64 ? m.size : 64, "<unk>", 5)) {
         ok = fail(e, "%s: a SentencePiece model (Llama 2's?), wanted a tiktoken rank file, as Llama 3's tokenizer.model is one", path);
     }
     RankLine* lines = NULL;
@@ -709,10 +709,10 @@ static inline void tokenizer_special_text(const Tokenizer* t, int32_t id, char* 
     static const char* const llama3[10] = {
         "<|begin_of_text|>", "<|end_of_text|>", "<|reserved_special_token_0|>", "<|reserved_special_token_1|>", "<|finetune_right_pad_id|>",
         "<|step_id|>", "<|start_header_id|>", "<|end_header_id|>", "<|eom_id|>", "<|eot_id|>"};
-    int i = id - t->n_ranks;
     const char* name = "";
     text[0] = 0;
-    if (t->pattern <= SPLIT_TOY || i < 0 || id >= t->vocab) { return; }
+    if (t->pattern <= SPLIT_TOY || id < t->n_ranks || id >= t->vocab) { return; }
+    int i = id - t->n_ranks;
     if (t->pattern == SPLIT_LLAMA3) {
         if (i >= 10) { snprintf(text, SPECIAL_TEXT_MAX, "<|reserved_special_token_%d|>", i - 8); return; }
         name = llama3[i];

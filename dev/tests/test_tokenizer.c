@@ -1,0 +1,325 @@
+// dev/tests/test_tokenizer.c: mta/tokenizer.h where no Python is at hand: built-in tokenizers, small cases of each pattern, hostile rank
+// files, decoding piece by piece, long runs, random bytes. dev/tests/test_tokenizer.py compares with tiktoken.
+//   cc -std=gnu11 -O2 -Wall -Wextra -I. dev/tests/test_tokenizer.c -o /tmp/test_tokenizer && /tmp/test_tokenizer
+#include "mta/tokenizer.h"
+#include <unistd.h>
+
+static int passed, failed;
+
+static void check(bool ok, const char* what) {
+    passed += ok;
+    failed += !ok;
+    if (!ok) { printf("FAIL %s\n", what); }
+}
+
+static char folder[] = "/tmp/test_tokenizer_XXXXXX";
+
+// Writes a file into the test's folder; the path is valid until the next call.
+static const char* put(const char* name, const char* data, size_t n) {
+    static char path[PATH_SIZE];
+    Error e = {""};
+    path_join(path, sizeof path, folder, name);
+    if (!write_file_synced(path, data, n, &e)) { die("%s", e.text); }
+    return path;
+}
+
+static void add_rank(Text* t, const unsigned char* bytes, size_t n, int rank) {
+    static const char digits[] = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
+    for (size_t i = 0; i < n; i += 3) {
+        uint32_t g = (uint32_t)bytes[i] << 16 | (i + 1 < n ? (uint32_t)bytes[i + 1] << 8 : 0) | (i + 2 < n ? bytes[i + 2] : 0);
+        text_printf(t, "%c%c%c%c", digits[g >> 18], digits[g >> 12 & 63], i + 1 < n ? digits[g >> 6 & 63] : '=', i + 2 < n ? digits[g & 63] : '=');
+    }
+    text_printf(t, " %d\n", rank);
+}
+
+// The 256 bytes as ranks 0..255, then every two bytes as one more: pieces then come out as ceil(bytes / 2) ids at least.
+static Text make_ranks(bool pairs) {
+    Text t = {NULL, 0, 0};
+    for (int a = 0; a < 256; a++) {
+        unsigned char one = (unsigned char)a;
+        add_rank(&t, &one, 1, a);
+    }
+    for (int a = 0; pairs && a < 65536; a++) {
+        unsigned char two[2] = {(unsigned char)(a >> 8), (unsigned char)a};
+        add_rank(&t, two, 2, 256 + a);
+    }
+    return t;
+}
+
+static void check_ids(Tokenizer* t, const char* text, size_t n, const char* wanted) {
+    int32_t* ids;
+    size_t count;
+    Error e = {""};
+    Text got = {NULL, 0, 0};
+    text_append(&got, "", 0);
+    if (tokenizer_encode(t, text, n, &ids, &count, &e)) {
+        for (size_t i = 0; i < count; i++) { text_printf(&got, "%s%d", i ? " " : "", ids[i]); }
+        free(ids);
+    } else {
+        text_printf(&got, "%s", e.text);
+    }
+    if (strcmp(got.text, wanted)) { printf("%.*s: got %s, wanted %s\n", (int)n, text, got.text, wanted); }
+    check(strcmp(got.text, wanted) == 0, text);
+    text_free(&got);
+}
+
+static Text decode_all(Tokenizer* t, const int32_t* ids, size_t n) {
+    TokenStream s = {{0}, 0};
+    Text out = {NULL, 0, 0};
+    char* piece = (char*)malloc(tokenizer_max_bytes(t) + 8);
+    text_append(&out, "", 0);
+    for (size_t i = 0; i < n; i++) {
+        size_t size = tokenizer_decode(t, &s, ids[i], piece);
+        check(size <= tokenizer_max_bytes(t) + 8, "decode stays within its buffer");
+        check(utf8_valid_up_to(piece, size) == size, "decode gives whole characters only");
+        text_append(&out, piece, size);
+    }
+    text_append(&out, piece, tokenizer_flush(&s, piece));
+    free(piece);
+    return out;
+}
+
+static void test_built_in(void) {
+    Error e = {""};
+    Tokenizer* t = tokenizer_open("bytes", NULL, &e);
+    check(t && tokenizer_vocab(t) == 259 && tokenizer_bos(t) == 256 && tokenizer_eos(t) == 257 && !tokenizer_file(t), "bytes: ids");
+    check_ids(t, "A\xff\0z", 4, "65 255 0 122");
+    check_ids(t, "", 0, "");
+    int32_t split[] = {256, 0xF0, 0x9F, 0x98, 0x80, 257, 258, 'x', 0xE2, 0x82, 'y', 0xFF, 0xC3};
+    Text got = decode_all(t, split, sizeof split / sizeof *split);
+    check(strcmp(got.text, "\xF0\x9F\x98\x80x\xEF\xBF\xBDy\xEF\xBF\xBD\xEF\xBF\xBD") == 0, "bytes: halves of characters");
+    text_free(&got);
+    int32_t wrong[] = {-1, 259, INT32_MAX, INT32_MIN};
+    got = decode_all(t, wrong, 4);
+    check(got.n == 12, "bytes: ids beyond the vocabulary give U+FFFD");
+    text_free(&got);
+    tokenizer_free(t);
+    t = tokenizer_open("toy", NULL, &e);
+    check(t && tokenizer_vocab(t) == 32 && tokenizer_bos(t) == 29 && tokenizer_eos(t) == 30, "toy: ids");
+    check_ids(t, "az.#_", 5, "0 25 26 27 28");
+    check_ids(t, "aB", 2, "byte 0x42 at offset 1: the toy tokenizer has only a-z . # _");
+    int32_t toy[] = {29, 2, 0, 1, 26, 31, 30};
+    got = decode_all(t, toy, 7);
+    check(strcmp(got.text, "cab.") == 0, "toy: decoded");
+    text_free(&got);
+    tokenizer_free(t);
+}
+
+// With every two bytes a token of rank 256 + first * 256 + second, the ids show where pieces end.
+static void test_patterns(void) {
+    static const char* const cases[][3] = {  // pattern, text, pieces separated by |
+        {"gpt2", "it's I'LL  go", "it|'s| I|'|LL| | go"}, {"gpt2", "a1234 5", "a|1234| 5"}, {"gpt2", "x\n\n y", "x|\n\n| y"},
+        {"gpt2", "x \n\n", "x| \n\n"}, {"cl100k_base", "it's I'LL  go", "it|'s| I|'LL| | go"},
+        {"cl100k_base", "a\xE2\x80\x99s'\xC5\xBFx", "a|\xE2\x80\x99s|'\xC5\xBF|x"}, {"cl100k_base", "12345 6", "123|45| |6"},
+        {"cl100k_base", "!!\n\n x \n y", "!!\n\n| x| \n| y"}, {"cl100k_base", "x\n ", "x|\n "}, {"llama3", "x\n ", "x|\n| "},
+        {"llama3", "\tfoo(bar)", "\tfoo|(bar|)"}, {"o200k_base", "HTTPServer camelCase's", "HTTPServer| camel|Case's"},
+        {"o200k_base", "AB\xCA\xB0""CD", "AB\xCA\xB0|CD"}, {"o200k_base", "\xCC\x81""AB c", "\xCC\x81|AB| c"}, {"o200k_base", "a://\n/b", "a|://\n/|b"},
+        {"o200k_base", " \n\n  x", " \n\n| | x"}, {"o200k_base", "x \n ", "x| \n| "},
+    };
+    Text ranks = make_ranks(true);
+    const char* path = put("pairs.tiktoken", ranks.text, ranks.n);
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        Error e = {""};
+        Tokenizer* t = tokenizer_open(path, cases[i][0], &e);
+        if (!t) { die("%s", e.text); }
+        Scan s = {t->classes, (const unsigned char*)cases[i][1] + strlen(cases[i][1])};
+        Text got = {NULL, 0, 0};
+        for (const unsigned char* p = (const unsigned char*)cases[i][1]; p < s.end;) {
+            const unsigned char* q = scan_piece(t, &s, p);
+            text_printf(&got, "%s%.*s", got.n ? "|" : "", (int)(q - p), (const char*)p);
+            p = q;
+        }
+        if (strcmp(got.text, cases[i][2])) { printf("%s: got %s, wanted %s\n", cases[i][0], got.text, cases[i][2]); }
+        check(strcmp(got.text, cases[i][2]) == 0, cases[i][1]);
+        text_free(&got);
+        tokenizer_free(t);
+    }
+    text_free(&ranks);
+}
+
+static void test_opening(void) {
+    Text good = make_ranks(false);
+    struct { const char* name; const char* pattern; const char* add; size_t keep; const char* message; } cases[] = {
+        {"cl100k.tiktoken", NULL, "YWI= 256\n", 0, ""}, {"cl100k.tiktoken", NULL, "YWI= 256", 0, ""}, {"o200k_x", NULL, "\r\n\nYWI= 256\r\n\n", 0, ""},
+        {"tokenizer.model", NULL, "", 0, ""}, {"Meta-Llama-3.bin", NULL, "", 0, ""}, {"x.bin", "gpt2", "", 0, ""},
+        {"x.bin", NULL, "", 0, "--pattern"}, {"x.bin", "gpt3", "", 0, "unknown"}, {"x.bin", "bytes", "", 0, "wanted gpt2"},
+        {"gpt2", NULL, "YWI= 257\n", 0, "gpt2:257: a hole: got rank 257, but no line has rank 256"}, {"gpt2", NULL, "YWI= 255\n", 0, "gpt2:257: rank 255 a second time, it was on line 256"},
+        {"gpt2", NULL, "QQ== 256\n", 0, "gpt2:257: rank 256 has the same bytes as rank 65"}, {"gpt2", NULL, "YWI 256\n", 0, "gpt2:257: got no base64"},
+        {"gpt2", NULL, "YW*= 256\n", 0, "gpt2:257: got no base64"}, {"gpt2", NULL, "==== 256\n", 0, "gpt2:257: got no base64"}, {"gpt2", NULL, "YWJ= 256\n", 0, "gpt2:257: got no base64"},
+        {"gpt2", NULL, "Y=I= 256\n", 0, "gpt2:257: got no base64"}, {"gpt2", NULL, " 256\n", 0, "gpt2:257: got no base64"}, {"gpt2", NULL, "YWI=\n", 0, "gpt2:257: wanted a rank"}, {"gpt2", NULL, "YWI= \n", 0, "gpt2:257: wanted a rank"},
+        {"gpt2", NULL, "YWI= 25x\n", 0, "gpt2:257: wanted a rank"}, {"gpt2", NULL, "YWI= -1\n", 0, "gpt2:257: wanted a rank"},
+        {"gpt2", NULL, "YWI= 99999999999999999999999\n", 0, "gpt2:257: wanted a rank"}, {"gpt2", NULL, "YWI= 16777216\n", 0, "gpt2:257: wanted a rank"},
+        {"gpt2", NULL, "", 100, "gpt2"}, {"gpt2", NULL, "", 1, "gpt2:1: "}, {"gpt2", NULL, "{\"a\":1}", SIZE_MAX, "JSON"},
+        {"gpt2", NULL, "\n\x0e\n\x05<unk>", SIZE_MAX, "SentencePiece"}, {"gpt2", NULL, "", SIZE_MAX, "empty"}, {"gpt2", NULL, "\n\r\n", SIZE_MAX, "no token for the single byte 0x00"},
+    };
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        Text file = {NULL, 0, 0};
+        text_append(&file, good.text, cases[i].keep == SIZE_MAX ? 0 : cases[i].keep ? cases[i].keep : good.n);
+        text_append(&file, cases[i].add, strlen(cases[i].add));
+        Error e = {""};
+        Tokenizer* t = tokenizer_open(put(cases[i].name, file.text, file.n), cases[i].pattern, &e);
+        bool ok = cases[i].message[0] ? !t && strstr(e.text, cases[i].message) : t != NULL;
+        if (!ok) { printf("case %zu (%s, %s): %s\n", i, cases[i].name, cases[i].add, e.text); }
+        check(ok, "opening rank files");
+        if (t && strstr(cases[i].add, "256")) { check_ids(t, "ab", 2, "256"); }
+        tokenizer_free(t);
+        text_free(&file);
+    }
+    text_free(&good);
+    const char* names[] = {"gpt2", "llama3", "no/such/file.tiktoken", "", "/", folder};
+    for (size_t i = 0; i < sizeof names / sizeof *names; i++) {
+        Error e = {""};
+        check(!tokenizer_open(names[i], i % 2 ? "gpt2" : NULL, &e) && e.text[0], "no such tokenizer");
+    }
+}
+
+static void test_specials(void) {
+    Text ranks = make_ranks(false);
+    const char* path = put("r.tiktoken", ranks.text, ranks.n);
+    const struct { const char* pattern; int vocab, bos, eos; const char* text; } cases[] = {
+        {"gpt2", 257, 256, -1, "<|endoftext|>"}, {"cl100k_base", 277, 257, -1, "<|endoftext|>"}, {"o200k_base", 277, 257, -1, "<|endoftext|>"},
+        {"llama3", 512, 256, 257, "<|begin_of_text|>"}};
+    for (int i = 0; i < 4; i++) {
+        Error e = {""};
+        Tokenizer* t = tokenizer_open(path, cases[i].pattern, &e);
+        check(t && tokenizer_vocab(t) == cases[i].vocab && tokenizer_bos(t) == cases[i].bos && tokenizer_eos(t) == cases[i].eos, cases[i].pattern);
+        Text got = decode_all(t, &cases[i].bos, 1);
+        check(strcmp(got.text, cases[i].text) == 0, cases[i].text);
+        text_free(&got);
+        int32_t all[600];
+        for (int j = 0; j < 600; j++) { all[j] = j - 10; }
+        got = decode_all(t, all, 600);
+        check(i < 3 || memmem(got.text, got.n, "<|eot_id|><|reserved_special_token_2|>", 38) != NULL, "llama3's specials have their names");
+        text_free(&got);
+        check_ids(t, "<|", 2, "60 124");
+        check_ids(t, "a\xff", 2, "byte 0xff at offset 1 is not UTF-8");
+        check_ids(t, "\xed\xa0\x80", 3, "byte 0xed at offset 0 is not UTF-8");
+        check_ids(t, "\xc0\x80", 2, "byte 0xc0 at offset 0 is not UTF-8");
+        check_ids(t, "aaaaaaaa\xf4\x90\x80\x80", 12, "byte 0xf4 at offset 8 is not UTF-8");
+        check_ids(t, "\xe2\x82", 2, "byte 0xe2 at offset 0 is not UTF-8");
+        tokenizer_free(t);
+    }
+    text_free(&ranks);
+}
+
+// Short and long merging must agree, and long merging must not be quadratic: a quadratic one takes minutes here.
+static void test_long_runs(void) {
+    Text ranks = make_ranks(false);
+    unsigned char as[64];
+    memset(as, 'a', sizeof as);
+    for (int n = 2; n <= 64; n++) { add_rank(&ranks, as, (size_t)n, 254 + n); }
+    Error e = {""};
+    Tokenizer* t = tokenizer_open(put("gpt2.tiktoken", ranks.text, ranks.n), NULL, &e);
+    if (!t) { die("%s", e.text); }
+    size_t n = 1 << 20;
+    char* text = (char*)malloc(n);
+    memset(text, 'a', n);
+    int32_t short_ids[MERGE_SHORT], long_ids[MERGE_SHORT];
+    for (size_t i = 1; i <= MERGE_SHORT; i++) {
+        text[i / 2] = i % 3 ? 'a' : 'b';
+        size_t a = merge_short(t, text, i, short_ids), b = merge_long(t, text, i, long_ids);
+        check(a == b && memcmp(short_ids, long_ids, a * sizeof *short_ids) == 0, "a scan and a heap merge alike");
+    }
+    memset(text, 'a', n);
+    double start = seconds_now();
+    int32_t* ids;
+    size_t count;
+    check(tokenizer_encode(t, text, n, &ids, &count, &e) && count >= n / 64, "a megabyte of one letter");
+    double spent = seconds_now() - start;
+    printf("a megabyte of one letter: %.2f s, %zu ids\n", spent, count);
+    check(spent < 20, "a megabyte of one letter, quickly");  // well under a second without sanitizers
+    Text back = decode_all(t, ids, count < 1000 ? count : 1000);
+    check(back.n <= n && memcmp(back.text, text, back.n) == 0, "a megabyte of one letter, back");
+    text_free(&back);
+    free(ids);
+    free(text);
+    tokenizer_free(t);
+    text_free(&ranks);
+}
+
+// Random bytes: refused exactly where they are no UTF-8; random characters of all planes come back as they were.
+static void test_random(void) {
+    Text ranks = make_ranks(true);
+    const char* path = put("pairs.tiktoken", ranks.text, ranks.n);
+    uint64_t seed = 1;
+    for (int pattern = SPLIT_GPT2; pattern < SPLIT_COUNT; pattern++) {
+        Error e = {""};
+        Tokenizer* t = tokenizer_open(path, split_pattern_name(pattern), &e);
+        if (!t) { die("%s", e.text); }
+        bool all = true;
+        for (int round = 0; round < 5000; round++) {
+            char text[256];
+            size_t n = 0;
+            while (n < 8 + (size_t)(round % 200)) {
+                seed = seed * UINT64_C(6364136223846793005) + 1;
+                uint32_t r = (uint32_t)(seed >> 33), c = r % 5 == 0 ? r >> 8 & 0x7F : r % 5 == 1 ? (r >> 8) % 0x110000 : r % 5 == 2 ? r >> 8 & 0xFFF : r % 5 == 3 ? ' ' + (r >> 8 & 1) * ('\n' - ' ') : r >> 8 & 0xFF;
+                if (round % 2) { text[n++] = (char)c; continue; }
+                if (c >= 0xD800 && c < 0xE000) { c = 'x'; }
+                if (c < 0x80) { text[n++] = (char)c; }
+                else if (c < 0x800) { text[n++] = (char)(0xC0 | c >> 6); text[n++] = (char)(0x80 | (c & 63)); }
+                else if (c < 0x10000) { text[n++] = (char)(0xE0 | c >> 12); text[n++] = (char)(0x80 | (c >> 6 & 63)); text[n++] = (char)(0x80 | (c & 63)); }
+                else { text[n++] = (char)(0xF0 | c >> 18); text[n++] = (char)(0x80 | (c >> 12 & 63)); text[n++] = (char)(0x80 | (c >> 6 & 63)); text[n++] = (char)(0x80 | (c & 63)); }
+            }
+            char* exact = (char*)malloc(n);  // so that a read beyond the text is seen by the sanitizer
+            memcpy(exact, text, n);
+            int32_t* ids;
+            size_t count;
+            Error why = {""};
+            bool ok = tokenizer_encode(t, exact, n, &ids, &count, &why);
+            all = all && ok == (utf8_valid_up_to(exact, n) == n) && (ok || round % 2);
+            if (ok) {
+                TokenStream s = {{0}, 0};
+                char back[2048];
+                size_t size = 0;
+                for (size_t i = 0; i < count; i++) { size += tokenizer_decode(t, &s, ids[i], back + size); }
+                all = all && size == n && memcmp(back, exact, n) == 0;
+                free(ids);
+            }
+            free(exact);
+        }
+        check(all, split_pattern_name(pattern));
+        tokenizer_free(t);
+    }
+    text_free(&ranks);
+}
+
+// Random damage to a rank file: refused or opened, never a crash.
+static void test_damaged_files(void) {
+    Text ranks = make_ranks(false);
+    uint64_t seed = 7;
+    int opened = 0;
+    for (int round = 0; round < 300; round++) {
+        char* data = (char*)malloc(ranks.n);
+        memcpy(data, ranks.text, ranks.n);
+        size_t n = ranks.n;
+        for (int i = 0; i < 1 + round % 4; i++) {
+            seed = seed * UINT64_C(6364136223846793005) + 1;
+            data[(seed >> 33) % n] = (char)(seed >> 20);
+        }
+        if (round % 3 == 0) { n -= (seed >> 40) % n; }
+        Error e = {""};
+        Tokenizer* t = tokenizer_open(put("gpt2.tiktoken", data, n), NULL, &e);
+        check(t || e.text[0], "a damaged rank file is opened or refused with a message");
+        opened += t != NULL;
+        tokenizer_free(t);
+        free(data);
+    }
+    check(opened < 100, "most damage is noticed");
+    text_free(&ranks);
+}
+
+int main(void) {
+    if (!mkdtemp(folder)) { die("mkdtemp: %s", strerror(errno)); }
+    test_built_in();
+    test_patterns();
+    test_opening();
+    test_specials();
+    test_long_runs();
+    test_random();
+    test_damaged_files();
+    char command[PATH_SIZE];
+    snprintf(command, sizeof command, "rm -rf %s", folder);
+    check(system(command) == 0, "clean up");
+    printf("%d passed, %d failed\n", passed, failed);
+    return failed != 0;
+}
