@@ -178,12 +178,14 @@ static void gemm_serial(bool ta, bool tb, int M, int N, int K, real alpha, const
 #endif
 
 // Our blocks run side by side, so the library inside must keep to one thread. Called once, before the first product.
+#ifdef MTA_REAL_IS_FLOAT
 static void blas_single_thread(void) {
-#if defined(MTA_REAL_IS_FLOAT) && defined(MTA_CBLAS)
+#ifdef MTA_CBLAS
     extern void openblas_set_num_threads(int) __attribute__((weak));
     if (openblas_set_num_threads) { openblas_set_num_threads(1); }
 #endif
 }
+#endif
 
 // The same on all threads: the output is cut into blocks that depend on its size alone, each block one serial product.
 static void gemm(bool ta, bool tb, int M, int N, int K, real alpha, const real* A, size_t lda, const real* B, size_t ldb, real beta, real* out,
@@ -1308,14 +1310,6 @@ static void model_backward(Model* m, const int32_t* tokens, int B, int T) {
     embedding_backward(model_tensor(m, m->grads, TENSOR_EMBED), s->dx, tokens, N, C);
 }
 
-// Floating-point operations of training on one token, as MFU counts them (MODEL.md): 6 per parameter that is multiplied (the classifier counts,
-// tied or not; looking up an embedding does not) and three times the causal half of the attention products; no convolution, no mixing.
-static double model_flops_per_token(const Config* c, int T) {
-    double C = c->hidden_size, KV = (double)c->num_key_value_heads * config_head_size(c), FF = c->intermediate_size;
-    double parameters = c->num_hidden_layers * (2 * C * C + 2 * C * KV + 3 * C * FF) + C * c->vocab_size;
-    return 6 * parameters + 3.0 * c->num_hidden_layers * 2 * C * T;
-}
-
 enum { UPDATE_BLOCK = 1 << 16 };  // elements of an arena that one thread handles at a time; the order of the norm's sum hangs on it
 
 static void model_zero_gradients(Model* m) {
@@ -1324,6 +1318,16 @@ static void model_zero_gradients(Model* m) {
         size_t n = m->tensors.numel - i < UPDATE_BLOCK ? m->tensors.numel - i : UPDATE_BLOCK;
         memset(m->grads + i, 0, n * sizeof(real));
     }
+}
+
+#ifdef MTA_REAL_IS_FLOAT  // the rest is left out where the tests include this file in double
+
+// Floating-point operations of training on one token, as MFU counts them (MODEL.md): 6 per parameter that is multiplied (the classifier counts,
+// tied or not; looking up an embedding does not) and three times the causal half of the attention products; no convolution, no mixing.
+static double model_flops_per_token(const Config* c, int T) {
+    double C = c->hidden_size, KV = (double)c->num_key_value_heads * config_head_size(c), FF = c->intermediate_size;
+    double parameters = c->num_hidden_layers * (2 * C * C + 2 * C * KV + 3 * C * FF) + C * c->vocab_size;
+    return 6 * parameters + 3.0 * c->num_hidden_layers * 2 * C * T;
 }
 
 // Square root of the sum of squares of all gradients; not finite if any is not.
@@ -1366,7 +1370,6 @@ static double model_update(Model* m, const AdamW* h, long step) {
     return norm;
 }
 
-#ifdef MTA_REAL_IS_FLOAT  // the rest is left out where the tests include this file in double
 // =================================================================================================================================
 // A training step, evaluation, samples, checkpoints
 

@@ -1,0 +1,938 @@
+// test_mta.c: the tests of both trainers.
+//   test_mta                         all tests of train_mta.c (test_mta_cuda: and of train_mta.cu)
+//   test_mta --golden FILE...        the named golden cases alone: a table per tensor; exit status 1 if any tensor is out of tolerance
+//   test_mta --only TEXT             the tests whose name contains TEXT
+//   test_mta_cuda --compare DIR [--train GLOB] [--seq-len N] [--batch-size N]
+//                                    gradients of a checkpoint, CPU against GPU, on a batch (seeded random tokens without shards)
+//
+// Three copies of a trainer meet here: train_mta.c in double, included below, for finite differences; train_mta.c in fp32 and train_mta.cu,
+// linked, behind the table of mta/trainer.h. One metric serves all comparisons: the worst |got - want| / (atol + rtol * largest |want|) of a
+// tensor, written so that NaN fails. The tolerances stand in one table.
+#define MTA_REAL double
+#define MTA_LIBRARY
+#include "train_mta.c"
+
+#include <dirent.h>
+#include <sys/wait.h>
+
+// ---------------------------------------------------------------------------------------------------------------------------------
+// Harness
+
+static int passed, failed, skipped;
+static const char* only = "";
+
+static bool wanted(const char* name) { return strstr(name, only) != NULL; }
+
+// One verdict: a line with the figure that decided it.
+static void verdict(bool good, const char* name, const char* fmt, ...) {
+    char text[256];
+    va_list args;
+    va_start(args, fmt);
+    vsnprintf(text, sizeof text, fmt, args);
+    va_end(args);
+    printf("%-4s %-44s %s\n", good ? "ok" : "FAIL", name, text);
+    fflush(stdout);
+    if (good) { passed++; } else { failed++; }
+}
+
+// Tolerances, relative to the largest value of the tensor compared, and why.
+typedef struct { double atol, rtol; } Tolerance;
+static const Tolerance GOLDEN_FP32 = {1e-6, 5e-5};      // fp32 against fp64; PyTorch in fp32 stays within a third of it
+static const Tolerance DIFFERENCES = {1e-10, 1e-8};     // central differences in double, step 1e-5: truncation near 1e-10, rounding near 1e-16 / 1e-5;
+                                                        // the worst measured is a tenth of this
+static const Tolerance ROUNDING_FP32 = {1e-7, 1e-5};    // the same sums in another order, fp32
+static const Tolerance ROUNDING_FP64 = {1e-14, 1e-11};  // the same in double
+// bf16 storage against fp32 on the same bf16-rounded weights, relative Frobenius error: all gradients together, any one tensor
+enum { BF16_GOLDEN_ALL_PERCENT = 15, BF16_GOLDEN_TENSOR_PERCENT = 50 };
+
+typedef struct { double worst, largest; size_t at; } Worst;  // worst <= 1 passes
+
+static void worst_add(Worst* w, double got, double want, double limit, size_t i) {
+    double err = fabs(got - want) / limit;
+    if (!(err <= w->worst)) { w->worst = isnan(err) ? INFINITY : err; w->at = i; }
+}
+
+static Worst compare_floats(const float* got, const float* want, size_t n, Tolerance t) {
+    Worst w = {0, 0, 0};
+    for (size_t i = 0; i < n; i++) { if (!(fabs((double)want[i]) <= w.largest)) { w.largest = fabs((double)want[i]); } }
+    for (size_t i = 0; i < n; i++) { worst_add(&w, (double)got[i], (double)want[i], t.atol + t.rtol * w.largest, i); }
+    return w;
+}
+
+static Worst compare_doubles(const double* got, const double* want, size_t n, Tolerance t) {
+    Worst w = {0, 0, 0};
+    for (size_t i = 0; i < n; i++) { if (!(fabs(want[i]) <= w.largest)) { w.largest = fabs(want[i]); } }
+    for (size_t i = 0; i < n; i++) { worst_add(&w, got[i], want[i], t.atol + t.rtol * w.largest, i); }
+    return w;
+}
+
+static double* doubles(size_t n) { return (double*)alloc_or_die(n, sizeof(double), "test data"); }
+static float* floats(size_t n) { return (float*)alloc_or_die(n, sizeof(float), "test data"); }
+
+static double* random_doubles(Rng* rng, size_t n) {
+    double* x = doubles(n);
+    for (size_t i = 0; i < n; i++) { x[i] = rng_normal(rng); }
+    return x;
+}
+
+static int32_t* random_tokens(uint64_t seed, size_t n, int V) {
+    int32_t* x = (int32_t*)alloc_or_die(n, sizeof(int32_t), "test tokens");
+    Rng rng = rng_make(seed, 99);
+    for (size_t i = 0; i < n; i++) { x[i] = (int32_t)(rng_u32(&rng) % (uint32_t)V); }
+    return x;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------------------
+// Small models
+
+static Config small_config(const char* kind) {
+    Config c = config_default();
+    Error e = {{0}};
+    c.vocab_size = 37; c.hidden_size = 24; c.intermediate_size = 20; c.num_hidden_layers = 2; c.num_attention_heads = c.num_key_value_heads = 4;
+    c.max_position_embeddings = 128; c.rms_norm_eps = 1e-5; c.tie_word_embeddings = true;
+    if (!config_set_attention(&c, kind, false, &e) || !config_check(&c, &e)) { die("%s", e.text); }
+    return c;
+}
+
+static const char* const KINDS[] = {"transformer", "mta", "mta-full", "talking-heads", "diff"};
+enum { N_KINDS = 5 };
+
+// Random values that keep every gradient alive: kernels and mixers near the identity, norms near 1.
+static void perturb(const Trainer* tr, void* m, uint64_t seed) {
+    const TensorList* list = tr->tensors(m);
+    tr->initialise(m, seed);
+    for (int i = 0; i < list->n; i++) {
+        Rng rng = rng_make(seed, (uint64_t)1000 + (uint64_t)i);
+        float* w = floats(list->specs[i].numel);
+        tr->get(m, STATE_WEIGHT, i, w);
+        for (size_t k = 0; k < list->specs[i].numel; k++) { w[k] += (float)(0.1 * rng_normal(&rng)); }
+        tr->set(m, STATE_WEIGHT, i, w);
+        free(w);
+    }
+}
+
+static void* make_model(const Trainer* tr, const Config* c, int B, int T, int chunk) {
+    Error e = {{0}};
+    void* m = tr->create(c, B, T, chunk, &e);
+    if (!m) { die("%s: %s", tr->name, e.text); }
+    return m;
+}
+
+// All tensors of one state, one behind another.
+static float* get_all(const Trainer* tr, const void* m, StateKind kind) {
+    const TensorList* list = tr->tensors(m);
+    float *all = floats(list->parameters), *p = all;
+    for (int i = 0; i < list->n; i++) { tr->get(m, kind, i, p); p += list->specs[i].numel; }
+    return all;
+}
+
+static void copy_state(const Trainer* from, const void* a, const Trainer* to, void* b, StateKind kind) {
+    const TensorList* list = from->tensors(a);
+    for (int i = 0; i < list->n; i++) {
+        float* x = floats(list->specs[i].numel);
+        from->get(a, kind, i, x);
+        to->set(b, kind, i, x);
+        free(x);
+    }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------------------
+// Golden cases (dev/ref writes them; DESIGN: file formats)
+
+typedef struct {
+    Config config;
+    int B, T;
+    SafeTensors file;
+    const int32_t *tokens, *targets;
+    const StTensor *logits, *loss;
+} Golden;
+
+static const StTensor* golden_tensor(const Golden* g, const char* name, DType dtype, size_t numel, const char* path) {
+    const StTensor* t = safetensors_find(&g->file, name);
+    if (!t) { die("%s: tensor %s is missing", path, name); }
+    if (t->dtype != dtype || (numel && t->numel != numel)) { die("%s: tensor %s has another type or size than the configuration says", path, name); }
+    return t;
+}
+
+static Golden golden_open(const char* path) {
+    Golden g;
+    Error e = {{0}};
+    memset(&g, 0, sizeof g);
+    if (!safetensors_open(&g.file, path, &e)) { die("%s", e.text); }
+    const char* text = safetensors_metadata(&g.file, "config");
+    if (!text) { die("%s: no configuration in its metadata: not a golden case", path); }
+    Json* j = json_parse(text, strlen(text), &e);
+    if (!j || !config_from_json(&g.config, j, &e)) { die("%s: %s", path, e.text); }
+    json_free(j);
+    const StTensor* tokens = golden_tensor(&g, "golden.tokens", DT_I32, 0, path);
+    if (tokens->ndim != 2) { die("%s: golden.tokens has %d dimensions, wanted 2", path, tokens->ndim); }
+    g.B = (int)tokens->shape[0];
+    g.T = (int)tokens->shape[1];
+    size_t N = (size_t)g.B * (size_t)g.T;
+    g.tokens = (const int32_t*)tokens->data;
+    g.targets = (const int32_t*)golden_tensor(&g, "golden.targets", DT_I32, N, path)->data;
+    g.logits = golden_tensor(&g, "golden.logits", DT_F32, N * (size_t)g.config.vocab_size, path);
+    g.loss = golden_tensor(&g, "golden.loss", DT_F32, 1, path);
+    for (size_t i = 0; i < N; i++) {
+        if (g.tokens[i] < 0 || g.tokens[i] >= g.config.vocab_size || g.targets[i] >= g.config.vocab_size) { die("%s: token out of range", path); }
+    }
+    return g;
+}
+
+static void golden_weights(const Golden* g, const Trainer* tr, void* m, const char* path) {
+    const TensorList* list = tr->tensors(m);
+    for (int i = 0; i < list->n; i++) {
+        const StTensor* t = golden_tensor(g, list->specs[i].name, DT_F32, list->specs[i].numel, path);
+        tr->set(m, STATE_WEIGHT, i, (const float*)t->data);
+    }
+}
+
+static bool golden_row(const char* name, Worst w, bool table) {
+    if (table) { printf("  %-52s largest %.3e  error/tolerance %.3f at %zu%s\n", name, w.largest, w.worst, w.at, w.worst <= 1 ? "" : "  FAIL"); }
+    return w.worst <= 1;
+}
+
+// fp32: each tensor within tolerance of the file's fp64 results.
+static void golden_exact(const Trainer* tr, const char* path, bool table) {
+    Golden g = golden_open(path);
+    void* m = make_model(tr, &g.config, g.B, g.T, 0);
+    const TensorList* list = tr->tensors(m);
+    char name[ST_NAME_SIZE], title[300];
+    double worst = 0;
+    bool good = true;
+    golden_weights(&g, tr, m, path);
+    float* logits = floats(g.logits->numel);
+    float loss_forward = (float)tr->forward(m, g.tokens, g.targets, g.B, g.T, logits);
+    float loss = (float)tr->forward_backward(m, g.tokens, g.targets, g.B, g.T);
+    if (table) { printf("%s (%s)\n", path, tr->name); }
+    Worst rows[3] = {compare_floats(logits, (const float*)g.logits->data, g.logits->numel, GOLDEN_FP32),
+                     compare_floats(&loss_forward, (const float*)g.loss->data, 1, GOLDEN_FP32),
+                     compare_floats(&loss, (const float*)g.loss->data, 1, GOLDEN_FP32)};
+    const char* const names[3] = {"logits", "loss (forward)", "loss (with backward)"};
+    for (int i = 0; i < 3; i++) { good &= golden_row(names[i], rows[i], table); worst = fmax(worst, rows[i].worst); }
+    for (int i = 0; i < list->n; i++) {
+        float* got = floats(list->specs[i].numel);
+        snprintf(name, sizeof name, "grad.%s", list->specs[i].name);
+        tr->get(m, STATE_GRADIENT, i, got);
+        Worst w = compare_floats(got, (const float*)golden_tensor(&g, name, DT_F32, list->specs[i].numel, path)->data, list->specs[i].numel, GOLDEN_FP32);
+        good &= golden_row(name, w, table);
+        worst = fmax(worst, w.worst);
+        free(got);
+    }
+    const char* base = strrchr(path, '/') ? strrchr(path, '/') + 1 : path;
+    snprintf(title, sizeof title, "%s golden %s", tr->name, base);
+    verdict(good, title, "worst error/tolerance %.3f", worst);
+    free(logits);
+    tr->destroy(m);
+    safetensors_close(&g.file);
+}
+
+// Relative Frobenius error of every gradient of `tr` against train_mta.c in fp32 on the weights that tr really holds (rounded to bf16).
+typedef struct { double all, worst; char name[96]; double loss, want_loss; } Frobenius;
+
+static Frobenius frobenius(const Trainer* tr, void* m, const int32_t* tokens, const int32_t* targets, int B, int T, const Config* c, bool table) {
+    const Trainer* cpu = trainer_cpu();
+    void* ref = make_model(cpu, c, B, T, 0);
+    const TensorList* list = cpu->tensors(ref);
+    Frobenius f = {0, 0, "", 0, 0};
+    double all = 0, all_norm = 0;
+    copy_state(tr, m, cpu, ref, STATE_WEIGHT);
+    f.loss = tr->forward_backward(m, tokens, targets, B, T);
+    f.want_loss = cpu->forward_backward(ref, tokens, targets, B, T);
+    for (int i = 0; i < list->n; i++) {
+        size_t n = list->specs[i].numel, at = 0;
+        float *got = floats(n), *want = floats(n);
+        double diff = 0, norm = 0, got_norm = 0, largest = 0;
+        tr->get(m, STATE_GRADIENT, i, got);
+        cpu->get(ref, STATE_GRADIENT, i, want);
+        for (size_t k = 0; k < n; k++) {
+            double d = (double)got[k] - (double)want[k];
+            diff += d * d; norm += (double)want[k] * (double)want[k]; got_norm += (double)got[k] * (double)got[k];
+            if (!(fabs(d) <= largest)) { largest = fabs(d); at = k; }
+        }
+        double err = norm > 0 ? sqrt(diff / norm) : diff > 0 ? INFINITY : 0;
+        if (table) {
+            printf("  %-52s |cpu| %.4e  |gpu| %.4e  relative %.2e  worst %.2e at %zu\n", list->specs[i].name, sqrt(norm), sqrt(got_norm), err, largest, at);
+        }
+        if (!(err <= f.worst)) { f.worst = isnan(err) ? INFINITY : err; snprintf(f.name, sizeof f.name, "%s", list->specs[i].name); }
+        all += diff; all_norm += norm;
+        free(got); free(want);
+    }
+    f.all = sqrt(all / all_norm);
+    cpu->destroy(ref);
+    return f;
+}
+
+// bf16 against fp32: errors of the whole gradient and of each tensor, in percent of its norm.
+static void golden_rounded(const Trainer* tr, const char* path, bool table) {
+    Golden g = golden_open(path);
+    char title[300];
+    void* m = make_model(tr, &g.config, g.B, g.T, 0);
+    golden_weights(&g, tr, m, path);
+    if (table) { printf("%s (%s)\n", path, tr->name); }
+    Frobenius f = frobenius(tr, m, g.tokens, g.targets, g.B, g.T, &g.config, table);
+    const char* base = strrchr(path, '/') ? strrchr(path, '/') + 1 : path;
+    snprintf(title, sizeof title, "%s golden %s", tr->name, base);
+    bool good = f.all <= BF16_GOLDEN_ALL_PERCENT / 100.0 && f.worst <= BF16_GOLDEN_TENSOR_PERCENT / 100.0 && fabs(f.loss - f.want_loss) <= 0.05 * f.want_loss;
+    verdict(good, title, "relative error %.3f in all, worst %.3f (%s)", f.all, f.worst, f.name);
+    tr->destroy(m);
+    safetensors_close(&g.file);
+}
+
+static void golden_case(const Trainer* tr, const char* path, bool table) {
+    if (tr->exact) { golden_exact(tr, path, table); } else { golden_rounded(tr, path, table); }
+}
+
+static int compare_names(const void* a, const void* b) { return strcmp(*(const char* const*)a, *(const char* const*)b); }
+
+static void golden_directory(const Trainer* tr) {
+    const char* const places[] = {"dev/golden", "../dev/golden", "../../dev/golden"};
+    char* names[256];
+    int n = 0;
+    for (int p = 0; p < 3 && !n; p++) {
+        DIR* d = opendir(places[p]);
+        for (struct dirent* f = d ? readdir(d) : NULL; f && n < 256; f = readdir(d)) {
+            size_t length = strlen(f->d_name);
+            if (length < 12 || strcmp(f->d_name + length - 12, ".safetensors")) { continue; }
+            names[n] = (char*)alloc_or_die(PATH_SIZE, 1, "a path");
+            path_join(names[n++], PATH_SIZE, places[p], f->d_name);
+        }
+        if (d) { closedir(d); }
+    }
+    qsort(names, (size_t)n, sizeof names[0], compare_names);
+    if (!n) { verdict(false, "golden cases", "none found: run from the repository"); }
+    for (int i = 0; i < n; i++) { golden_case(tr, names[i], false); free(names[i]); }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------------------
+// Finite differences, in double. A layer is a function from some arrays to an output; the scalar is sum(output * r), r random.
+
+typedef struct { const char* name; double *x, *dx; size_t n; } Argument;  // dx: what the backward pass says
+typedef double (*Scalar)(void* ctx);
+
+// Central differences of every element (or of at most `most`, spread out) of each argument against dx.
+static Worst differences(const Argument* args, int n, Scalar f, void* ctx, size_t most) {
+    Worst w = {0, 0, 0};
+    for (int a = 0; a < n; a++) {
+        size_t stride = args[a].n > most ? args[a].n / most : 1;
+        double largest = 0;
+        for (size_t i = 0; i < args[a].n; i++) { largest = fmax(largest, fabs(args[a].dx[i])); }
+        for (size_t i = 0; i < args[a].n; i += stride) {
+            double x = args[a].x[i], h = 1e-5 * fmax(1, fabs(x));
+            args[a].x[i] = x + h;
+            double up = f(ctx);
+            args[a].x[i] = x - h;
+            double down = f(ctx);
+            args[a].x[i] = x;
+            worst_add(&w, args[a].dx[i], (up - down) / (2 * h), DIFFERENCES.atol + DIFFERENCES.rtol * fmax(largest, 1), i);
+        }
+    }
+    return w;
+}
+
+static double dot_product(const double* a, const double* b, size_t n) {
+    double sum = 0;
+    for (size_t i = 0; i < n; i++) { sum += a[i] * b[i]; }
+    return sum;
+}
+
+// Everything a layer test may need; a layer uses what it uses.
+typedef struct {
+    int N, C, OC, T, heads, HS;
+    double *x, *w, *w2, *out, *r, *aux, *parts;
+    double *dx, *dw, *dw2;
+    int32_t* ids;
+    unsigned char* flags;
+    double scale;
+} LayerTest;
+
+static LayerTest layer_test(uint64_t seed, int N, int C, int OC) {
+    Rng rng = rng_make(seed, 5);
+    LayerTest t;
+    memset(&t, 0, sizeof t);
+    size_t big = (size_t)(N + 1) * (size_t)(C + OC + 1) + (size_t)C * (size_t)OC;
+    t.N = N; t.C = C; t.OC = OC;
+    t.x = random_doubles(&rng, big); t.w = random_doubles(&rng, big); t.w2 = random_doubles(&rng, big); t.r = random_doubles(&rng, big);
+    t.out = doubles(big); t.aux = doubles(big); t.dx = doubles(big); t.dw = doubles(big); t.dw2 = doubles(big);
+    t.parts = doubles((size_t)NORM_PARTS * (size_t)(C + 1));
+    t.ids = random_tokens(seed, (size_t)N, OC);
+    t.flags = (unsigned char*)alloc_or_die((size_t)N, 1, "flags");
+    return t;
+}
+
+static void layer_test_free(LayerTest* t) {
+    void* const all[] = {t->x, t->w, t->w2, t->out, t->r, t->aux, t->parts, t->dx, t->dw, t->dw2, t->ids, t->flags};
+    for (size_t i = 0; i < sizeof all / sizeof all[0]; i++) { free(all[i]); }
+}
+
+static void layer_verdict(const char* name, LayerTest* t, const Argument* args, int n, Scalar f) {
+    char title[128];
+    Worst w = differences(args, n, f, t, 400);
+    snprintf(title, sizeof title, "differences %s N=%d C=%d", name, t->N, t->C);
+    verdict(w.worst <= 1, title, "error/tolerance %.3f", w.worst);
+    layer_test_free(t);
+}
+
+static double scalar_embedding(void* p) {
+    LayerTest* t = (LayerTest*)p;
+    embedding_forward(t->out, t->ids, t->w, t->N, t->C);
+    return dot_product(t->out, t->r, (size_t)t->N * (size_t)t->C);
+}
+static double scalar_matmul(void* p) {
+    LayerTest* t = (LayerTest*)p;
+    matmul_forward(t->out, t->x, t->w, t->N, t->C, t->OC);
+    return dot_product(t->out, t->r, (size_t)t->N * (size_t)t->OC);
+}
+static double scalar_rmsnorm(void* p) {
+    LayerTest* t = (LayerTest*)p;
+    rmsnorm_forward(t->out, t->aux, t->x, t->w, t->N, t->C, 1e-5, t->scale);
+    return dot_product(t->out, t->r, (size_t)t->N * (size_t)t->C);
+}
+static double scalar_swiglu(void* p) {
+    LayerTest* t = (LayerTest*)p;
+    swiglu_forward(t->out, t->x, t->w, (size_t)t->N * (size_t)t->C);
+    return dot_product(t->out, t->r, (size_t)t->N * (size_t)t->C);
+}
+static double scalar_gate(void* p) {
+    LayerTest* t = (LayerTest*)p;
+    head_gate_forward(t->out, t->x, t->w, t->w2, t->N, t->C);
+    return dot_product(t->out, t->r, (size_t)t->N * (size_t)t->C);
+}
+static double scalar_crossentropy(void* p) {
+    LayerTest* t = (LayerTest*)p;
+    double sum = 0;
+    memcpy(t->out, t->x, (size_t)t->N * (size_t)t->C * sizeof(double));
+    crossentropy_forward_backward(t->aux, t->flags, t->out, t->ids, t->N, t->C, 1, false);
+    for (int n = 0; n < t->N; n++) { sum += t->aux[n]; }
+    return sum * 0.3;
+}
+static double scalar_lambda(void* p) {
+    LayerTest* t = (LayerTest*)p;
+    Lambda l = {t->x, t->x + t->HS, t->x + 2 * t->HS, t->x + 3 * t->HS};
+    diff_lambda_forward(t->out, &l, 0.3, 4, t->HS);
+    return dot_product(t->out, t->r, 8);
+}
+static double scalar_rope(void* p) {
+    LayerTest* t = (LayerTest*)p;
+    size_t n = (size_t)t->N * (size_t)t->C;
+    memcpy(t->out, t->x, n * sizeof(double));
+    rope_forward(t->out, t->w, t->w2, 1, t->N, t->C / t->HS, t->HS, 1);
+    return dot_product(t->out, t->r, n);
+}
+
+static void test_layers(void) {
+    const int shapes[][3] = {{1, 2, 1}, {3, 5, 7}, {7, 24, 37}, {65, 9, 31}};  // N, C, OC
+    for (size_t s = 0; s < sizeof shapes / sizeof shapes[0]; s++) {
+        int N = shapes[s][0], C = shapes[s][1], OC = shapes[s][2];
+        size_t NC = (size_t)N * (size_t)C;
+        {
+            LayerTest t = layer_test(1 + s, N, C, OC);
+            embedding_backward(t.dw, t.r, t.ids, N, C);
+            Argument args[] = {{"weight", t.w, t.dw, (size_t)OC * (size_t)C}};
+            layer_verdict("embedding", &t, args, 1, scalar_embedding);
+        }
+        {
+            LayerTest t = layer_test(2 + s, N, C, OC);
+            matmul_backward(t.dx, t.dw, t.r, t.x, t.w, N, C, OC, false);
+            Argument args[] = {{"inp", t.x, t.dx, NC}, {"weight", t.w, t.dw, (size_t)OC * (size_t)C}};
+            layer_verdict("matmul", &t, args, 2, scalar_matmul);
+        }
+        {
+            LayerTest t = layer_test(3 + s, N, C, OC);
+            t.scale = 0.7;
+            scalar_rmsnorm(&t);
+            rmsnorm_backward(t.dx, t.dw, t.r, t.x, t.w, t.aux, N, C, t.scale, t.parts, false);
+            Argument args[] = {{"inp", t.x, t.dx, NC}, {"weight", t.w, t.dw, (size_t)C}};
+            layer_verdict("rmsnorm", &t, args, 2, scalar_rmsnorm);
+        }
+        {
+            LayerTest t = layer_test(4 + s, N, C, OC);
+            swiglu_backward(t.dx, t.dw, t.out, t.r, t.x, t.w, NC);
+            Argument args[] = {{"gate", t.x, t.dx, NC}, {"up", t.w, t.dw, NC}};
+            layer_verdict("swiglu", &t, args, 2, scalar_swiglu);
+        }
+        {
+            LayerTest t = layer_test(5 + s, N, C, OC);
+            head_gate_backward(t.dx, t.dw, t.dw2, t.r, t.x, t.w, t.w2, N, C, t.parts);
+            Argument args[] = {{"inp", t.x, t.dx, NC}, {"weight", t.w, t.dw, (size_t)C}, {"bias", t.w2, t.dw2, 1}};
+            layer_verdict("head_gate", &t, args, 3, scalar_gate);
+        }
+        {
+            LayerTest t = layer_test(6 + s, N, C, C);  // C is the vocabulary here
+            if (N > 2) { t.ids[1] = -100; }
+            memcpy(t.dx, t.x, NC * sizeof(double));
+            crossentropy_forward_backward(t.aux, t.flags, t.dx, t.ids, N, C, 0.3, true);
+            Argument args[] = {{"logits", t.x, t.dx, NC}};
+            layer_verdict("crossentropy", &t, args, 1, scalar_crossentropy);
+        }
+    }
+    for (int T = 1; T <= 9; T += 4) {
+        Config c = small_config("transformer");
+        LayerTest t = layer_test(7, T, 24, 4);
+        t.HS = 6;
+        rope_table(t.w, t.w2, &c, T);
+        memcpy(t.dx, t.r, (size_t)T * 24 * sizeof(double));
+        rope_backward(t.dx, t.w, t.w2, 1, T, 4, 6);
+        Argument args[] = {{"x", t.x, t.dx, (size_t)T * 24}};
+        layer_verdict("rope", &t, args, 1, scalar_rope);
+    }
+    LayerTest t = layer_test(8, 4, 5, 3);
+    t.HS = 5;
+    for (int i = 0; i < 20; i++) { t.x[i] *= 0.4; }
+    Lambda l = {t.x, t.x + 5, t.x + 10, t.x + 15};
+    diff_lambda_backward(t.dx, t.dx + 5, t.dx + 10, t.dx + 15, t.r, &l, 4, 5);
+    Argument args[] = {{"lambda", t.x, t.dx, 20}};
+    layer_verdict("diff lambda", &t, args, 1, scalar_lambda);
+}
+
+// ---- attention: each step on and off, at lengths around the kernel's and the chunk's
+
+typedef struct {
+    Attention a;
+    double *q, *k, *v, *out, *lse, *r, *scratch, *sum_memory;
+    double *conv_pre, *conv_post, *mix_pre, *mix_post;
+} AttentionTest;
+
+static double scalar_attention(void* p) {
+    AttentionTest* t = (AttentionTest*)p;
+    attention_forward(t->out, t->lse, t->q, t->k, t->v, &t->a, t->scratch);
+    return dot_product(t->out, t->r, (size_t)t->a.B * (size_t)t->a.T * (size_t)t->a.NH * (size_t)t->a.HS);
+}
+
+typedef struct { const char* name; int NH, NKV, cq, ck, pre, post, ch_pre, ch_post; } AttentionCase;
+static const AttentionCase ATTENTION_CASES[] = {
+    {"scores, softmax, values", 2, 2, 1, 1, 0, 0, 0, 0}, {"grouped keys", 4, 2, 1, 1, 0, 0, 0, 0}, {"kq_conv before", 2, 2, 6, 11, 1, 0, 0, 0},
+    {"kq_conv after", 2, 2, 6, 11, 0, 1, 0, 0},          {"kq_conv 2x15", 2, 2, 2, 15, 1, 0, 0, 0}, {"kq_conv 9x3 both", 1, 1, 9, 3, 1, 1, 0, 0},
+    {"kq_conv 1x5 both", 2, 1, 1, 5, 1, 1, 0, 0},        {"kq_conv 3x1", 2, 2, 3, 1, 1, 0, 0, 0},  {"head_mix before", 4, 4, 1, 1, 0, 0, 4, 0},
+    {"head_mix after", 4, 4, 1, 1, 0, 0, 0, 2},          {"head_mix 2 and 3", 6, 3, 1, 1, 0, 0, 2, 3}, {"everything", 4, 2, 6, 11, 1, 1, 4, 2},
+    {"everything 4x7", 3, 3, 4, 7, 1, 1, 3, 3},
+};
+
+static void test_attention_case(const AttentionCase* s, int B, int T, int chunk) {
+    Rng rng = rng_make(11, (uint64_t)T);
+    int HS = 4;
+    char title[128];
+    size_t qn = (size_t)B * (size_t)T * (size_t)s->NH * (size_t)HS, kn = (size_t)B * (size_t)T * (size_t)s->NKV * (size_t)HS;
+    size_t kernel = (size_t)s->NH * (size_t)s->cq * (size_t)s->ck, pre = (size_t)s->NH * (size_t)s->ch_pre, post = (size_t)s->NH * (size_t)s->ch_post;
+    AttentionTest t;
+    memset(&t, 0, sizeof t);
+    t.q = random_doubles(&rng, qn); t.k = random_doubles(&rng, kn); t.v = random_doubles(&rng, kn); t.r = random_doubles(&rng, qn);
+    t.conv_pre = random_doubles(&rng, kernel); t.conv_post = random_doubles(&rng, kernel);
+    t.mix_pre = random_doubles(&rng, pre + 1); t.mix_post = random_doubles(&rng, post + 1);
+    for (size_t i = 0; i < kernel; i++) { t.conv_pre[i] *= 0.2; t.conv_post[i] *= 0.2; }
+    t.out = doubles(qn); t.lse = doubles((size_t)B * (size_t)s->NH * (size_t)T);
+    Attention a = {B, T, s->NH, s->NKV, HS, s->cq, s->ck, s->ch_pre, s->ch_post, s->pre ? t.conv_pre : NULL, s->post ? t.conv_post : NULL,
+                   s->ch_pre ? t.mix_pre : NULL, s->ch_post ? t.mix_post : NULL, min_int(chunk, T)};
+    t.a = a;
+    t.scratch = doubles((size_t)omp_get_max_threads() * ATTENTION_TILES * attention_tile_size(&a));
+    double *sums = doubles((size_t)B * (2 * kernel + pre + post + 4)), *d = doubles(2 * qn + 2 * kn + 2 * kernel + pre + post + 4);
+    AttentionSums as = {sums, sums + (size_t)B * kernel, sums + (size_t)B * 2 * kernel, sums + (size_t)B * (2 * kernel + pre)};
+    double *dq = d, *dk = dq + qn, *dv = dk + kn, *dcp = dv + kn, *dco = dcp + kernel, *dmp = dco + kernel, *dmo = dmp + pre;
+    scalar_attention(&t);
+    attention_backward(dq, dk, dv, &as, t.r, t.q, t.k, t.v, t.lse, &a, t.scratch);
+    Argument args[7] = {{"q", t.q, dq, qn}, {"k", t.k, dk, kn}, {"v", t.v, dv, kn}};
+    int n = 3;
+    if (s->pre) { attention_sums_add(dcp, as.conv_pre, B, kernel); Argument x = {"conv_pre", t.conv_pre, dcp, kernel}; args[n++] = x; }
+    if (s->post) { attention_sums_add(dco, as.conv_post, B, kernel); Argument x = {"conv_post", t.conv_post, dco, kernel}; args[n++] = x; }
+    if (s->ch_pre) { attention_sums_add(dmp, as.mix_pre, B, pre); Argument x = {"mix_pre", t.mix_pre, dmp, pre}; args[n++] = x; }
+    if (s->ch_post) { attention_sums_add(dmo, as.mix_post, B, post); Argument x = {"mix_post", t.mix_post, dmo, post}; args[n++] = x; }
+    Worst w = differences(args, n, scalar_attention, &t, 60);
+    snprintf(title, sizeof title, "differences attention %s T=%d", s->name, T);
+    verdict(w.worst <= 1, title, "B=%d chunk=%d error/tolerance %.3f", B, a.chunk, w.worst);
+    void* const all[] = {t.q, t.k, t.v, t.r, t.conv_pre, t.conv_post, t.mix_pre, t.mix_post, t.out, t.lse, t.scratch, sums, d};
+    for (size_t i = 0; i < sizeof all / sizeof all[0]; i++) { free(all[i]); }
+}
+
+static void test_attention(void) {
+    for (size_t i = 0; i < sizeof ATTENTION_CASES / sizeof ATTENTION_CASES[0]; i++) {
+        test_attention_case(&ATTENTION_CASES[i], 2, 1, 16);   // one token
+        test_attention_case(&ATTENTION_CASES[i], 1, 4, 16);   // shorter than most kernels
+        test_attention_case(&ATTENTION_CASES[i], 2, 7, 3);    // chunks smaller than the halo, T no multiple of them
+        test_attention_case(&ATTENTION_CASES[i], 1, 37, 16);
+    }
+}
+
+// ---- the whole model, in double: forward, loss and backward of every kind
+
+typedef struct { Model* m; const int32_t *tokens, *targets; int B, T, counted; } ModelTest;
+
+static double scalar_model(void* p) {
+    ModelTest* t = (ModelTest*)p;
+    model_forward(t->m, t->tokens, t->B, t->T);
+    return model_loss(t->m, t->targets, t->B * t->T, 0, false, NULL) / t->counted;
+}
+
+static void test_model_differences(void) {
+    for (int k = 0; k < N_KINDS + 1; k++) {
+        Config c = small_config(KINDS[k % N_KINDS]);
+        int B = 2, T = 13;
+        char title[128];
+        if (k == N_KINDS) { c.num_key_value_heads = 2; c.tie_word_embeddings = false; c.vocab_size = 41; }
+        Model* m = model_create(&c, B, T, 5);
+        model_initialise(m, 3);
+        Rng rng = rng_make(4, 4);
+        for (size_t i = 0; i < m->tensors.numel; i++) { m->weights[i] += 0.1 * rng_normal(&rng); }
+        int32_t *tokens = random_tokens(1, (size_t)B * T, c.vocab_size), *targets = random_tokens(2, (size_t)B * T, c.vocab_size);
+        targets[3] = targets[4] = -100;
+        ModelTest t = {m, tokens, targets, B, T, B * T - 2};
+        model_forward(m, tokens, B, T);
+        model_loss(m, targets, B * T, 1.0 / t.counted, true, NULL);
+        model_backward(m, tokens, B, T);
+        Worst worst = {0, 0, 0};
+        const char* where = "";
+        for (int i = 0; i < m->tensors.n; i++) {
+            size_t o = m->tensors.specs[i].offset;
+            Argument arg = {m->tensors.specs[i].name, m->weights + o, m->grads + o, m->tensors.specs[i].numel};
+            Worst w = differences(&arg, 1, scalar_model, &t, 12);
+            if (!(w.worst <= worst.worst)) { worst = w; where = arg.name; }
+        }
+        snprintf(title, sizeof title, "differences model %s%s", KINDS[k % N_KINDS], k == N_KINDS ? " grouped untied" : "");
+        verdict(worst.worst <= 1, title, "error/tolerance %.3f (%s)", worst.worst, where);
+        model_free(m);
+        free(tokens); free(targets);
+    }
+}
+
+// Gradients of two micro-batches with different numbers of counted targets, scaled by the step's number, are those of one batch.
+static void test_accumulation(void) {
+    Config c = small_config("mta");
+    int B = 3, T = 9;
+    Model* m = model_create(&c, B, T, 0);
+    model_initialise(m, 1);
+    int32_t *tokens = random_tokens(1, (size_t)B * T, c.vocab_size), *targets = random_tokens(2, (size_t)B * T, c.vocab_size);
+    for (int i = 0; i < 7; i++) { targets[i] = -100; }
+    double scale = 1.0 / (B * T - 7);
+    model_forward(m, tokens, B, T);
+    double whole = model_loss(m, targets, B * T, scale, true, NULL);
+    model_backward(m, tokens, B, T);
+    double* want = doubles(m->tensors.numel);
+    memcpy(want, m->grads, m->tensors.numel * sizeof(double));
+    model_zero_gradients(m);
+    double parts = 0;
+    for (int part = 0; part < 2; part++) {
+        int first = part ? 1 : 0, n = part ? 2 : 1;
+        model_forward(m, tokens + first * T, n, T);
+        parts += model_loss(m, targets + first * T, n * T, scale, true, NULL);
+        model_backward(m, tokens + first * T, n, T);
+    }
+    Worst w = compare_doubles(m->grads, want, m->tensors.numel, ROUNDING_FP64);
+    verdict(w.worst <= 1 && fabs(parts - whole) < 1e-9, "micro-batches add up to the step", "error/tolerance %.3f", w.worst);
+    model_free(m);
+    free(tokens); free(targets); free(want);
+}
+
+// A window that convolution kernels at the identity, mixers at the identity leave plain attention, in double to rounding.
+static void test_identity(void) {
+    Config plain = small_config("transformer"), mta = small_config("mta-full");
+    mta.head_norm = HEAD_NORM_NONE;
+    mta.head_gate = false;
+    for (int l = 0; l < mta.num_hidden_layers; l++) { mta.kq_conv_layer[l] = true; }
+    int B = 2, T = 33;
+    size_t n = (size_t)B * T * plain.vocab_size;
+    Model *a = model_create(&plain, B, T, 0), *b = model_create(&mta, B, T, 0);
+    int32_t* tokens = random_tokens(5, (size_t)B * T, plain.vocab_size);
+    float *la = floats(n), *lb = floats(n);
+    model_initialise(b, 9);
+    for (int i = 0; i < a->tensors.n; i++) {
+        int j = tensor_find(&b->tensors, a->tensors.specs[i].name);
+        memcpy(a->weights + a->tensors.specs[i].offset, b->weights + b->tensors.specs[j].offset, a->tensors.specs[i].numel * sizeof(real));
+    }
+    model_forward(a, tokens, B, T);
+    model_loss(a, tokens, B * T, 0, false, la);
+    model_forward(b, tokens, B, T);
+    model_loss(b, tokens, B * T, 0, false, lb);
+    Tolerance rounding = {1e-7, 1e-7};  // logits leave as fp32
+    Worst w = compare_floats(lb, la, n, rounding);
+    verdict(w.worst <= 1, "identity kernels equal plain attention", "error/tolerance %.3f", w.worst);
+    model_free(a); model_free(b);
+    free(tokens); free(la); free(lb);
+}
+
+// The plan that is printed, at growing T: attention's scratch and all else must grow in step with T.
+static void test_memory_plan(void) {
+    bool good = true;
+    double worst = 0;
+    for (int k = 0; k < N_KINDS; k++) {
+        Config c = small_config(KINDS[k]);
+        size_t bytes[4];
+        for (int i = 0; i < 4; i++) {
+            MemoryPlan p = model_memory(&c, 1, 1024 << i);
+            bytes[i] = p.activations + p.scratch;
+        }
+        for (int i = 1; i < 4; i++) {
+            double growth = (double)bytes[i] / (double)bytes[i - 1];
+            worst = fmax(worst, growth);
+            good = good && growth <= 2.05;
+        }
+    }
+    verdict(good, "memory grows with T, not with T x T", "doubling T multiplies it by at most %.3f", worst);
+}
+
+// The testers tested: a wrong gradient, a NaN and a wrong order must be seen.
+static void test_checkers(void) {
+    LayerTest t = layer_test(21, 3, 5, 4);
+    matmul_backward(t.dx, t.dw, t.r, t.x, t.w, 3, 5, 4, false);
+    Argument args[] = {{"inp", t.x, t.dx, 15}};
+    Worst before = differences(args, 1, scalar_matmul, &t, 400);
+    t.dx[7] += 1e-4;
+    Worst after = differences(args, 1, scalar_matmul, &t, 400);
+    verdict(before.worst <= 1 && !(after.worst <= 1), "an injected gradient error is caught", "%.3f before, %.3f after", before.worst, after.worst);
+    layer_test_free(&t);
+    float want[3] = {1, 2, 3}, got[3] = {1, NAN, 3};
+    Worst nan = compare_floats(got, want, 3, GOLDEN_FP32);
+    verdict(!(nan.worst <= 1), "a NaN is caught", "error/tolerance %.3f", nan.worst);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------------------
+// Invariants of a trainer behind its table
+
+static void title_of(char* title, size_t n, const Trainer* tr, const char* what, const char* kind) { snprintf(title, n, "%s %s %s", tr->name, what, kind); }
+
+// Change token t: every logit before t keeps its bits.
+static void test_causality(const Trainer* tr, const char* kind) {
+    Config c = small_config(kind);
+    int T = 41, changed = 23, V = c.vocab_size;
+    char title[128];
+    void* m = make_model(tr, &c, 1, T, 16);
+    int32_t* tokens = random_tokens(3, (size_t)T, V);
+    float *a = floats((size_t)T * V), *b = floats((size_t)T * V);
+    perturb(tr, m, 5);
+    tr->forward(m, tokens, tokens, 1, T, a);
+    tokens[changed] = (tokens[changed] + 1) % V;
+    tr->forward(m, tokens, tokens, 1, T, b);
+    bool before = memcmp(a, b, (size_t)changed * V * sizeof(float)) == 0, after = memcmp(a + changed * V, b + changed * V, (size_t)V * sizeof(float)) != 0;
+    title_of(title, sizeof title, tr, "causality", kind);
+    verdict(before && after, title, "before token %d %s, at it %s", changed, before ? "bits kept" : "CHANGED", after ? "changed" : "UNCHANGED");
+    tr->destroy(m);
+    free(tokens); free(a); free(b);
+}
+
+// Twice the same, and with one thread or many: the same bits in every gradient and in the weights after two updates.
+static float* train_twice(const Trainer* tr, const char* kind, int threads) {
+    Config c = small_config(kind);
+    int B = 2, T = 29, before = omp_get_max_threads();
+    omp_set_num_threads(threads);
+    void* m = make_model(tr, &c, B, T, 16);
+    int32_t *tokens = random_tokens(3, (size_t)B * T, c.vocab_size), *targets = random_tokens(4, (size_t)B * T, c.vocab_size);
+    AdamW hyper = {1e-2, 0.9, 0.98, 1e-8, 0.05, 1};
+    perturb(tr, m, 5);
+    for (int step = 1; step <= 2; step++) {
+        tr->zero_gradients(m);
+        tr->forward_backward(m, tokens, targets, B, T);
+        tr->update(m, &hyper, step);
+    }
+    size_t n = tr->tensors(m)->parameters;
+    float *weights = get_all(tr, m, STATE_WEIGHT), *grads = get_all(tr, m, STATE_GRADIENT), *both = floats(2 * n);
+    memcpy(both, weights, n * sizeof(float));
+    memcpy(both + n, grads, n * sizeof(float));
+    tr->destroy(m);
+    omp_set_num_threads(before);
+    free(tokens); free(targets); free(weights); free(grads);
+    return both;
+}
+
+static void test_determinism(const Trainer* tr, const char* kind) {
+    Config c = small_config(kind);
+    TensorList list;
+    char title[128];
+    tensor_list(&list, &c);
+    size_t bytes = 2 * list.parameters * sizeof(float);
+    float *a = train_twice(tr, kind, 1), *b = train_twice(tr, kind, 1), *d = train_twice(tr, kind, 2);
+    title_of(title, sizeof title, tr, "same bits twice, 1 and 2 threads", kind);
+    verdict(!memcmp(a, b, bytes) && !memcmp(a, d, bytes), title, "%zu values", 2 * list.parameters);
+    tensor_list_free(&list);
+    free(a); free(b); free(d);
+}
+
+// The chunk changes no result beyond rounding.
+static void test_chunks(const Trainer* tr, const char* kind) {
+    Config c = small_config(kind);
+    int B = 2, T = 70;
+    const int chunks[] = {70, 1, 7, 32};
+    char title[128];
+    Worst worst = {0, 0, 0};
+    float* want = NULL;
+    int32_t *tokens = random_tokens(3, (size_t)B * T, c.vocab_size), *targets = random_tokens(4, (size_t)B * T, c.vocab_size);
+    for (int i = 0; i < 4; i++) {
+        void* m = make_model(tr, &c, B, T, chunks[i]);
+        perturb(tr, m, 5);
+        tr->forward_backward(m, tokens, targets, B, T);
+        float* got = get_all(tr, m, STATE_GRADIENT);
+        if (want) {
+            Worst w = compare_floats(got, want, tr->tensors(m)->parameters, ROUNDING_FP32);
+            if (!(w.worst <= worst.worst)) { worst = w; }
+            free(got);
+        } else {
+            want = got;
+        }
+        tr->destroy(m);
+    }
+    title_of(title, sizeof title, tr, "chunks of 1, 7, 32 and 70 agree", kind);
+    verdict(worst.worst <= 1, title, "error/tolerance %.3f", worst.worst);
+    free(want); free(tokens); free(targets);
+}
+
+// One batch can be learnt by heart.
+static void test_overfit(const Trainer* tr, const char* kind) {
+    Config c = small_config(kind);
+    int B = 2, T = 16, steps = 150;
+    char title[128];
+    double first = 0, last = 0;
+    void* m = make_model(tr, &c, B, T, 0);
+    int32_t *tokens = random_tokens(3, (size_t)B * T, c.vocab_size), *targets = random_tokens(4, (size_t)B * T, c.vocab_size);
+    AdamW hyper = {1e-2, 0.9, 0.98, 1e-8, 0, 1};
+    tr->initialise(m, 5);
+    for (int step = 1; step <= steps; step++) {
+        tr->zero_gradients(m);
+        last = tr->forward_backward(m, tokens, targets, B, T);
+        if (step == 1) { first = last; }
+        tr->update(m, &hyper, step);
+    }
+    title_of(title, sizeof title, tr, "overfits one batch", kind);
+    verdict(last < 0.1 && first > 3, title, "loss %.3f to %.4f in %d steps", first, last, steps);
+    tr->destroy(m);
+    free(tokens); free(targets);
+}
+
+// AdamW against its definition, element by element in double; clipping; a gradient that is not finite changes nothing.
+static void test_update(const Trainer* tr) {
+    Config c = small_config("mta");
+    void* m = make_model(tr, &c, 1, 4, 0);
+    const TensorList* list = tr->tensors(m);
+    size_t n = list->parameters;
+    char title[128];
+    AdamW h = {1e-2, 0.9, 0.98, 1e-8, 0.05, 0.5};
+    perturb(tr, m, 5);
+    float *w0 = get_all(tr, m, STATE_WEIGHT), *want = floats(n), *w1, *g = floats(n);
+    double *am = doubles(n), *av = doubles(n), norm = 0, returned = 0;
+    for (size_t i = 0; i < n; i++) { want[i] = w0[i]; }
+    for (int step = 1; step <= 3; step++) {
+        Rng rng = rng_make(77, (uint64_t)step);
+        norm = 0;
+        for (size_t i = 0; i < n; i++) { g[i] = (float)rng_normal(&rng); norm += (double)g[i] * (double)g[i]; }
+        norm = sqrt(norm);
+        float* p = g;
+        for (int i = 0; i < list->n; i++) { tr->set(m, STATE_GRADIENT, i, p); p += list->specs[i].numel; }
+        returned = tr->update(m, &h, step);
+        for (size_t i = 0; i < n; i++) {
+            double d = (double)g[i] * fmin(1, h.grad_clip / norm);
+            am[i] = h.beta1 * am[i] + (1 - h.beta1) * d;
+            av[i] = h.beta2 * av[i] + (1 - h.beta2) * d * d;
+            double mh = am[i] / (1 - pow(h.beta1, step)), vh = av[i] / (1 - pow(h.beta2, step));
+            want[i] = (float)((double)want[i] * (1 - h.lr * h.weight_decay) - h.lr * mh / (sqrt(vh) + h.eps));
+        }
+    }
+    w1 = get_all(tr, m, STATE_WEIGHT);
+    Tolerance bf16 = {1e-3, 4e-3};
+    Worst w = compare_floats(w1, want, n, tr->exact ? ROUNDING_FP32 : bf16);
+    title_of(title, sizeof title, tr, "AdamW with decay and clipping", "");
+    verdict(w.worst <= 1 && fabs(returned / norm - 1) < (tr->exact ? 1e-6 : 1e-2), title, "error/tolerance %.3f, norm %.6f (want %.6f)", w.worst, returned, norm);
+    g[list->specs[0].numel / 2] = NAN;
+    tr->set(m, STATE_GRADIENT, 0, g);
+    double bad = tr->update(m, &h, 4);
+    float* w2 = get_all(tr, m, STATE_WEIGHT);
+    title_of(title, sizeof title, tr, "a NaN gradient changes nothing", "");
+    verdict(!isfinite(bad) && !memcmp(w1, w2, n * sizeof(float)), title, "norm %f", bad);
+    tr->destroy(m);
+    free(w0); free(w1); free(w2); free(want); free(g); free(am); free(av);
+}
+
+// Ignored targets give no loss and no gradient; all ignored: loss 0, gradient exactly 0.
+static void test_masked(const Trainer* tr) {
+    Config c = small_config("mta");
+    int T = 12;
+    char title[128];
+    void* m = make_model(tr, &c, 1, T, 0);
+    int32_t *tokens = random_tokens(3, (size_t)T, c.vocab_size), targets[12];
+    for (int t = 0; t < T; t++) { targets[t] = -100; }
+    perturb(tr, m, 5);
+    double loss = tr->forward_backward(m, tokens, targets, 1, T), largest = 0;
+    float* g = get_all(tr, m, STATE_GRADIENT);
+    for (size_t i = 0; i < tr->tensors(m)->parameters; i++) { largest = fmax(largest, fabs((double)g[i])); }
+    title_of(title, sizeof title, tr, "nothing counted: loss and gradient 0", "");
+    verdict(loss == 0 && largest == 0, title, "loss %g, largest gradient %g", loss, largest);
+    free(g);
+    tr->destroy(m);
+    free(tokens);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------------------
+// mta/config.h and mta/run.h
+
+static void test_config(void) {
+    const struct { const char *model, *kind; size_t parameters; } sizes[] = {  // DESIGN section 3
+        {"880m", "transformer", 876553728}, {"880m", "mta", 876563136}, {"880m", "mta-full", 876583320}, {"880m", "talking-heads", 876566016},
+        {"880m", "diff", 876567552}, {"300m", "transformer", 388277248}, {"550m", "transformer", 651818240}, {"1b", "transformer", 1495894016}};
+    bool good = true;
+    for (size_t i = 0; i < sizeof sizes / sizeof sizes[0]; i++) {
+        Config c, back;
+        Error e = {{0}};
+        TensorList list;
+        Text t = {NULL, 0, 0};
+        config_from_preset(&c, preset_find(sizes[i].model));
+        good = good && config_set_attention(&c, sizes[i].kind, false, &e);
+        tensor_list(&list, &c);
+        good = good && list.parameters == sizes[i].parameters;
+        tensor_list_free(&list);
+        config_to_json(&c, &t);
+        Json* j = json_parse(t.text, t.n, &e);
+        good = good && j && config_from_json(&back, j, &e) && config_same_model(&back, &c, &e);
+        json_free(j);
+        text_free(&t);
+    }
+    verdict(good, "parameter counts; config.json there and back", "%zu models", sizeof sizes / sizeof sizes[0]);
+}
+
+static void test_schedules(void) {
+    TrainOptions o = options_default();
+    o.lr = 1; o.min_lr = 0.1; o.warmup = 10; o.schedule_steps = 110;
+    const struct { const char* schedule; int64_t step; double want; } cases[] = {
+        {"linear", 0, 0.1}, {"linear", 9, 1}, {"linear", 10, 1}, {"linear", 60, 0.55}, {"linear", 110, 0.1}, {"linear", 1000, 0.1},
+        {"cosine", 60, 0.55}, {"cosine", 110, 0.1}, {"constant", 100, 1}, {"wsd", 80, 1}, {"wsd", 100, 0.55}, {"wsd", 110, 0.1}};
+    double worst = 0;
+    for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {
+        o.schedule = cases[i].schedule;
+        worst = fmax(worst, fabs(learning_rate(&o, cases[i].step) - cases[i].want));
+    }
+    verdict(worst < 1e-12, "learning rate schedules", "largest error %.1e", worst);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------------------
+
+static void test_trainer(const Trainer* tr) {
+    char name[64];
+    snprintf(name, sizeof name, "%s golden", tr->name);
+    if (wanted(name)) { golden_directory(tr); }
+    for (int k = 0; k < N_KINDS; k++) {
+        if (wanted("causality")) { test_causality(tr, KINDS[k]); }
+        if (wanted("determinism")) { test_determinism(tr, KINDS[k]); }
+        if (wanted("chunks") && tr->exact) { test_chunks(tr, KINDS[k]); }
+        if (wanted("overfit")) { test_overfit(tr, KINDS[k]); }
+    }
+    if (wanted("update")) { test_update(tr); }
+    if (wanted("masked")) { test_masked(tr); }
+}
+
+int main(int argc, char** argv) {
+    const Trainer* tr = trainer_cpu();
+    omp_set_num_threads(1);  // the models are tiny: threads would only wait for each other; the determinism test sets its own number
+    if (argc > 1 && !strcmp(argv[1], "--golden")) {
+        if (argc == 2) { die("--golden: wanted one or more golden case files"); }
+        for (int i = 2; i < argc; i++) { golden_case(tr, argv[i], true); }
+    } else {
+        if (argc == 3 && !strcmp(argv[1], "--only")) { only = argv[2]; }
+        else if (argc > 1) { die("got \"%s\", wanted nothing, --golden FILE... or --only TEXT", argv[1]); }
+        if (wanted("checkers")) { test_checkers(); }
+        if (wanted("config")) { test_config(); }
+        if (wanted("schedules")) { test_schedules(); }
+        if (wanted("memory")) { test_memory_plan(); }
+        if (wanted("layers")) { test_layers(); }
+        if (wanted("attention")) { test_attention(); }
+        if (wanted("model")) { test_model_differences(); }
+        if (wanted("accumulation")) { test_accumulation(); }
+        if (wanted("identity")) { test_identity(); }
+        test_trainer(tr);
+    }
+    printf(skipped ? "%d passed, %d failed, %d skipped\n" : "%d passed, %d failed\n", passed, failed, skipped);
+    return failed != 0;
+}
