@@ -1,0 +1,542 @@
+#!/usr/bin/env python3
+"""Tests of infer_mta from outside: python3 dev/tests/test_infer.py. The golden cases of dev/golden give checkpoints and the logits that every
+way of running them must reproduce; where PyTorch is there, dev/ref is the yardstick for long greedy continuations and scores.
+
+MTA_BIN: directory of the binaries (default: the repository root). MTA_GOLDEN: directory of golden cases."""
+import array
+import glob
+import json
+import math
+import os
+import random
+import signal
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+import unittest
+
+ROOT = os.path.abspath(os.path.join(os.path.dirname(__file__), "..", ".."))
+BIN = os.path.join(os.environ.get("MTA_BIN", ROOT), "infer_mta")
+GOLDEN = os.environ.get("MTA_GOLDEN", os.path.join(ROOT, "dev", "golden"))
+sys.path.insert(0, os.path.join(ROOT, "dev", "ref"))
+sys.dont_write_bytecode = True
+try:
+    import torch
+    import mta_ref
+except ImportError:
+    torch = None
+
+
+def read_safetensors(path):
+    """{name: (dtype, shape, bytes)}, metadata."""
+    with open(path, "rb") as f:
+        data = f.read()
+    size = struct.unpack("<Q", data[:8])[0]
+    header = json.loads(data[8:8 + size])
+    meta = header.pop("__metadata__", {})
+    base = 8 + size
+    return {k: (v["dtype"], v["shape"], data[base + v["data_offsets"][0]:base + v["data_offsets"][1]]) for k, v in header.items()}, meta
+
+
+def write_safetensors(path, tensors):
+    """tensors: {name: (dtype, shape, bytes)}."""
+    header, at = {}, 0
+    for name, (dtype, shape, data) in tensors.items():
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [at, at + len(data)]}
+        at += len(data)
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as f:
+        f.write(struct.pack("<Q", len(text)) + text)
+        for _, _, data in tensors.values():
+            f.write(data)
+
+
+def floats(data):
+    return array.array("f", data)
+
+
+def to_bf16(data):
+    """F32 bytes -> BF16 bytes, truncated: then both forms hold the same numbers once the F32 ones are truncated too."""
+    return b"".join(data[i + 2:i + 4] for i in range(0, len(data), 4))
+
+
+def truncate_bf16(data):
+    return b"".join(b"\0\0" + data[i + 2:i + 4] for i in range(0, len(data), 4))
+
+
+def run(args, stdin=None, check=True, **kw):
+    """stdout of infer_mta as text; raises with its stderr where it fails."""
+    p = subprocess.run([BIN] + args, input=stdin, stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=300, **kw)
+    if check and p.returncode:
+        raise AssertionError("%s: exit %d: %s" % (args, p.returncode, p.stderr.decode(errors="replace")))
+    return p if not check else p.stdout.decode()
+
+
+def log_softmax(row):
+    top = max(row)
+    total = math.log(sum(math.exp(x - top) for x in row))
+    return [x - top - total for x in row]
+
+
+class Case:
+    """A golden case as a checkpoint directory."""
+
+    def __init__(self, path, where, **config):
+        tensors, meta = read_safetensors(path)
+        self.name = os.path.basename(path)[:-len(".safetensors")]
+        self.config = dict(json.loads(meta["config"]), **config)
+        self.dir = os.path.join(where, self.name)
+        self.weights = {k: v for k, v in tensors.items() if not k.startswith(("golden.", "grad."))}
+        self.B, self.T = tensors["golden.tokens"][1]
+        self.tokens = array.array("i", tensors["golden.tokens"][2]).tolist()
+        self.logits = floats(tensors["golden.logits"][2])
+        self.V = self.config["vocab_size"]
+        self.write(self.dir, self.weights, self.config)
+
+    @staticmethod
+    def write(path, weights, config):
+        os.makedirs(path, exist_ok=True)
+        with open(os.path.join(path, "config.json"), "w") as f:
+            json.dump(config, f)
+        write_safetensors(os.path.join(path, "model.safetensors"), weights)
+
+    def row(self, b):
+        return self.tokens[b * self.T:(b + 1) * self.T]
+
+    def row_logits(self, b, t):
+        at = (b * self.T + t) * self.V
+        return self.logits[at:at + self.V]
+
+
+class Golden(unittest.TestCase):
+    @classmethod
+    def setUpClass(cls):
+        cls.tmp = tempfile.TemporaryDirectory()
+        files = sorted(glob.glob(os.path.join(GOLDEN, "*.safetensors")))
+        cls.cases = [Case(f, cls.tmp.name) for f in files]
+        if not cls.cases:
+            raise AssertionError("no golden cases in " + GOLDEN)
+
+    @classmethod
+    def tearDownClass(cls):
+        cls.tmp.cleanup()
+
+    def logits(self, path, ids, *options):
+        out = os.path.join(self.tmp.name, "logits.safetensors")
+        run([path, "--token-ids", " ".join(map(str, ids)), "--logits", out, "--quiet"] + list(options))
+        return floats(read_safetensors(out)[0]["logits"][2])
+
+    def compare(self, got, want, tolerance, what):
+        self.assertEqual(len(got), len(want), what)
+        largest = max(abs(x) for x in want)
+        worst = max(abs(a - b) for a, b in zip(got, want))
+        self.assertTrue(worst <= tolerance * largest, "%s: worst difference %.3g of %.3g" % (what, worst, largest))
+
+    def test_logits_of_every_position(self):
+        """In one chunk, token by token, in odd chunks, with one thread: the golden logits."""
+        for c in self.cases:
+            for options in ([], ["--chunk", "1"], ["--chunk", "7"], ["--chunk", "16", "--threads", "2"]):
+                for b in range(c.B):
+                    want = c.logits[b * c.T * c.V:(b + 1) * c.T * c.V]
+                    self.compare(self.logits(c.dir, c.row(b), *options), want, 1e-5, "%s %s row %d" % (c.name, options, b))
+
+    def test_forms_of_weights(self):
+        """bf16 and f16 files, conversions and bf16 caches: the same numbers in each form give the same logits, roundings small ones."""
+        for c in self.cases:
+            same32 = {k: ("F32", s, truncate_bf16(d)) for k, (_, s, d) in c.weights.items()}
+            same16 = {k: ("BF16", s, to_bf16(d)) for k, (_, s, d) in c.weights.items()}
+            a, b = c.dir + "_32", c.dir + "_16"
+            Case.write(a, same32, c.config)
+            Case.write(b, same16, c.config)
+            want = self.logits(a, c.row(0))
+            for path, options in ((a, ["--weights", "bf16"]), (b, []), (b, ["--weights", "f32"]), (b, ["--weights", "bf16", "--chunk", "1"])):
+                self.compare(self.logits(path, c.row(0), *options), want, 1e-5, "%s %s" % (c.name, options))
+            half = {k: ("F16", s, struct.pack("<%de" % (len(d) // 4), *floats(d))) for k, (_, s, d) in c.weights.items()}
+            Case.write(c.dir + "_f16", half, c.config)
+            want = self.logits(c.dir, c.row(0))
+            self.compare(self.logits(c.dir + "_f16", c.row(0)), want, 5e-3, c.name + " f16")
+            for chunk in ("1", "64"):
+                self.compare(self.logits(c.dir, c.row(0), "--weights", "int8", "--chunk", chunk), want, 0.1, c.name + " int8")
+                self.compare(self.logits(c.dir, c.row(0), "--cache", "bf16", "--chunk", chunk), want, 0.03, c.name + " bf16 cache")
+
+    def test_greedy_follows_the_logits(self):
+        """--temperature 0 from a prompt: each id is the argmax of the logits of everything before it."""
+        for c in self.cases:
+            prompt = c.row(0)[:max(1, min(5, c.T - 1))]
+            steps = min(30, c.config["max_position_embeddings"] - len(prompt))
+            out = run([c.dir, "--token-ids", " ".join(map(str, prompt)), "--temperature", "0", "--max-tokens", str(steps), "--quiet"])
+            ids = list(map(int, out.split()))
+            self.assertEqual(len(ids), steps)
+            flat = self.logits(c.dir, prompt + ids)
+            for i, got in enumerate(ids):
+                row = flat[(len(prompt) - 1 + i) * c.V:(len(prompt) + i) * c.V]
+                self.assertGreaterEqual(row[got], max(row) - 1e-4, "%s step %d" % (c.name, i))
+
+    def test_score(self):
+        """Scores equal the golden log-softmax, whatever prefixes the lines share and in whatever order they come."""
+        for c in self.cases:
+            if c.T < 8:
+                continue
+            lines, want = [], []
+            for b in range(c.B):
+                ids = c.row(b)
+                for cut in (1, 2, c.T // 2, c.T // 2 + 1, c.T - 1):
+                    for end in (cut, cut + 1, c.T):
+                        lines.append({"context_ids": ids[:cut], "continuation_ids": ids[cut:end]})
+                        rows = [self_row for self_row in (list(c.row_logits(b, t)) for t in range(cut - 1, end - 1))]
+                        want.append(([log_softmax(r)[ids[cut + i]] for i, r in enumerate(rows)],
+                                     all(max(r) == r[ids[cut + i]] for i, r in enumerate(rows))))
+            order = list(range(len(lines)))
+            random.Random(1).shuffle(order)
+            text = "".join(json.dumps(lines[i]) + "\n" for i in order).encode()
+            path = os.path.join(self.tmp.name, "score.jsonl")
+            with open(path, "wb") as f:
+                f.write(text)
+            for args, stdin in ((["--score", path], None), (["--score", "-"], text), (["--score", path, "--chunk", "3"], None)):
+                answers = [json.loads(x) for x in run([c.dir, "--quiet"] + args, stdin=stdin).splitlines()]
+                self.assertEqual(len(answers), len(lines))
+                for i, a in zip(order, answers):
+                    self.assertEqual(a["tokens"], len(want[i][0]))
+                    self.assertEqual(a["greedy"], want[i][1])
+                    self.assertAlmostEqual(a["logprob"], sum(want[i][0]), delta=1e-4)
+                    for x, y in zip(a["token_logprobs"], want[i][0]):
+                        self.assertAlmostEqual(x, y, delta=1e-4)
+
+    def test_several_samples(self):
+        """A sample depends on its number and the seed, not on the samples before it; each is what it would be alone."""
+        for c in self.cases:
+            if c.T < 8:
+                continue
+            args = [c.dir, "--token-ids", " ".join(map(str, c.row(0)[:7])), "--max-tokens", "12", "--quiet", "--temperature", "3", "--top-p", "1"]
+            three = run(args + ["--samples", "3"]).splitlines()
+            self.assertEqual(len(three), 3)
+            self.assertEqual(three[0], run(args).strip())
+            self.assertEqual(len(set(three)), 3)
+            self.assertEqual(run(args + ["--samples", "3", "--seed", "2"]).splitlines()[0] == three[0], False)
+            greedy = run(args + ["--samples", "2", "--temperature", "0"]).splitlines()
+            self.assertEqual(greedy[0], greedy[1])
+
+    def test_sampling_follows_the_distribution(self):
+        """First tokens of many samples: their shares are the probabilities; top-k, top-p and min-p cut what they say."""
+        c = self.cases[0]
+        probs = [math.exp(x) for x in log_softmax(list(c.row_logits(0, 4)))]
+        order = sorted(range(c.V), key=lambda i: -probs[i])
+        args = [c.dir, "--token-ids", " ".join(map(str, c.row(0)[:5])), "--max-tokens", "1", "--samples", "20000", "--quiet", "--temperature", "1"]
+
+        def shares(*options):
+            ids = list(map(int, run(args + list(options)).split()))
+            self.assertEqual(len(ids), 20000)
+            return {i: ids.count(i) / 20000.0 for i in set(ids)}
+
+        def expect(kept, got):
+            total = sum(probs[i] for i in kept)
+            self.assertTrue(set(got) <= set(kept))
+            for i in kept:
+                p = probs[i] / total
+                self.assertAlmostEqual(got.get(i, 0), p, delta=5 * math.sqrt(p * (1 - p) / 20000) + 1e-4)
+
+        expect(order, shares("--top-p", "1"))
+        expect(order[:5], shares("--top-k", "5", "--top-p", "1"))
+        nucleus, mass = [], 0
+        while mass < 0.6:
+            nucleus.append(order[len(nucleus)])
+            mass += probs[nucleus[-1]]
+        expect(nucleus, shares("--top-p", "0.6"))
+        expect([i for i in order if probs[i] >= 0.3 * probs[order[0]]], shares("--top-p", "1", "--min-p", "0.3"))
+        self.assertEqual(list(shares("--top-p", "0")), [order[0]])
+
+    def test_context_limit_and_shift(self):
+        c = self.cases[0]
+        limit = c.config["max_position_embeddings"]
+        ids = [i % c.V for i in range(limit)]
+        p = run([c.dir, "--token-ids", " ".join(map(str, ids + [1])), "--quiet"], check=False)
+        self.assertEqual(p.returncode, 1)
+        self.assertIn(b"the context has %d positions" % limit, p.stderr)
+        p = run([c.dir, "--token-ids", " ".join(map(str, ids)), "--max-tokens", "5", "--quiet", "--temperature", "0"], check=False)
+        self.assertEqual(p.returncode, 0)
+        self.assertEqual(len(p.stdout.split()), 1)  # the last position's logits give one more
+        self.assertIn(b"is full", p.stderr)
+        out = run([c.dir, "--token-ids", "1 2 3", "--max-tokens", str(3 * limit), "--quiet", "--temperature", "0", "--shift"])
+        self.assertEqual(len(out.split()), 3 * limit)
+
+    def test_attention_map(self):
+        for c in self.cases:
+            out = os.path.join(self.tmp.name, "map.json")
+            run([c.dir, "--token-ids", " ".join(map(str, c.row(0))), "--attention-map", out, "--layer", "1", "--quiet"])
+            with open(out) as f:
+                got = json.load(f)
+            self.assertEqual(len(got["tokens"]), c.T)
+            for i, row in enumerate(got["before"]):
+                self.assertEqual(len(row), i + 1)
+                self.assertAlmostEqual(sum(row), 1, delta=1e-3)
+            self.assertEqual([len(r) for r in got["after"]], list(range(1, c.T + 1)))
+
+
+class Refusals(unittest.TestCase):
+    """Bad input: exit status 1 and one line that names the matter."""
+
+    def setUp(self):
+        self.tmp = tempfile.TemporaryDirectory()
+        path = sorted(glob.glob(os.path.join(GOLDEN, "*.safetensors")))[0]
+        self.case = Case(path, self.tmp.name)
+
+    def tearDown(self):
+        self.tmp.cleanup()
+
+    def refuse(self, args, part, stdin=b""):
+        p = run(args + ["--quiet"], stdin=stdin, check=False)
+        error = p.stderr.decode()
+        self.assertEqual(p.returncode, 1, error)
+        self.assertEqual(error.count("\n"), 1, error)
+        self.assertIn(part, error)
+
+    def test_files(self):
+        d, ids = self.case.dir, ["--token-ids", "1 2"]
+        model = os.path.join(d, "model.safetensors")
+        with open(model, "rb") as f:
+            whole = f.read()
+
+        def with_model(data):
+            with open(model, "wb") as f:
+                f.write(data)
+
+        self.refuse([os.path.join(self.tmp.name, "none")] + ids, "not a checkpoint directory")
+        with_model(whole[:-4])
+        self.refuse([d] + ids, "truncated")
+        with_model(struct.pack("<Q", 1 << 62) + whole[8:])
+        self.refuse([d] + ids, "header of 4611686018427387904 bytes")
+        with_model(whole[:-4] + struct.pack("<f", float("nan")))
+        self.refuse([d] + ids, "is not finite")
+        os.remove(model)
+        self.refuse([d] + ids, "neither model.safetensors nor")
+        weights = dict(self.case.weights)
+        del weights["model.norm.weight"]
+        Case.write(d, weights, self.case.config)
+        self.refuse([d] + ids, "model.norm.weight is missing")
+        Case.write(d, dict(self.case.weights, extra=("F32", [1], b"\0\0\0\0")), self.case.config)
+        self.refuse([d] + ids, "extra is not one of this model's")
+        Case.write(d, self.case.weights, dict(self.case.config, intermediate_size=40))
+        self.refuse([d] + ids, "wanted [40, 32]")
+        Case.write(d, self.case.weights, dict(self.case.config, num_attention_heads=7))
+        self.refuse([d] + ids, "not divisible")
+        Case.write(d, {k: ("I32", s, b) for k, (_, s, b) in self.case.weights.items()}, self.case.config)
+        self.refuse([d] + ids, "dtype I32")
+        with open(os.path.join(d, "config.json"), "w") as f:
+            f.write("{")
+        self.refuse([d] + ids, "config.json")
+
+    def test_requests(self):
+        d = self.case.dir
+        self.refuse([d, "--token-ids", "1 61"], "wanted token ids from 0 to 60")
+        self.refuse([d, "--token-ids", "1 x"], "got \"x\"")
+        self.refuse([d, "--token-ids", ""], "empty")
+        self.refuse([d, "--prompt", "a"], "names no tokenizer")
+        self.refuse([d, "--prompt", "a", "--tokenizer", "bytes"], "vocabulary has 61")
+        self.refuse([d, "--prompt", "a", "--tokenizer", "gpt2"], "rank file")
+        self.refuse([d, "--token-ids", "1", "--context", "65"], "64 positions")
+        self.refuse([d, "--token-ids", "1", "--temprature", "1"], "did you mean --temperature")
+        self.refuse([d, "--token-ids", "1", "--prompt", "a"], "exclude each other")
+        self.refuse(["--prompt", "a"], "no checkpoint directory")
+        self.refuse([d, "--score", os.path.join(self.tmp.name, "none")], "No such file")
+        for line, part in ((b"{", "line 1"), (b"{}", "wanted \"context\""), (b'{"context_ids":[],"continuation_ids":[1]}', "context is empty"),
+                           (b'{"context_ids":[1],"continuation_ids":[99]}', "from 0 to 60"),
+                           (b'{"context_ids":[1],"continuation_ids":[%s]}' % b",".join([b"1"] * 65), "the context has 64 positions")):
+            self.refuse([d, "--score", "-"], part, stdin=line)
+        self.refuse([d, "--token-ids", "1", "--logits", os.path.join(self.tmp.name, "no", "file")], "No such file")
+        self.refuse([d, "--token-ids", "1", "--attention-map", "x", "--layer", "2"], "layers 0 to 1")
+
+    def test_closed_pipe_and_full_disk(self):
+        d = self.case.dir
+        p = subprocess.Popen([BIN, d, "--token-ids", "1", "--max-tokens", "60", "--quiet", "--samples", "10000"], stdout=subprocess.PIPE,
+                             stderr=subprocess.PIPE)
+        p.stdout.read(10)
+        p.stdout.close()
+        error = p.stderr.read().decode()
+        p.stderr.close()
+        self.assertEqual(p.wait(60), 1)
+        self.assertIn("standard output: Broken pipe", error)
+        self.assertEqual(error.count("\n"), 1)
+        if os.path.exists("/dev/full"):
+            with open("/dev/full", "wb") as full:
+                p = subprocess.run([BIN, d, "--token-ids", "1", "--quiet"], stdout=full, stderr=subprocess.PIPE)
+            self.assertEqual(p.returncode, 1)
+            self.assertIn(b"standard output", p.stderr)
+
+    def test_a_driver_gets_each_answer_at_once(self):
+        """--score - answers what has arrived, so that a program may wait for one answer before it asks again."""
+        p = subprocess.Popen([BIN, self.case.dir, "--score", "-", "--quiet"], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        for i in range(3):
+            p.stdin.write(b'{"context_ids":[1,2],"continuation_ids":[%d]}\n' % i)
+            p.stdin.flush()
+            self.assertEqual(json.loads(p.stdout.readline())["tokens"], 1)
+        p.stdin.close()
+        self.assertEqual(p.stdout.read(), b"")
+        p.stdout.close()
+        self.assertEqual(p.wait(60), 0)
+
+
+def text_model(where, torch_free_seed=3):
+    """A byte-level checkpoint of random weights for the tests of text."""
+    rng = random.Random(torch_free_seed)
+    config = {"vocab_size": 259, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
+              "num_key_value_heads": 1, "max_position_embeddings": 64, "tie_word_embeddings": True, "rms_norm_eps": 1e-5, "tokenizer": "bytes",
+              "kq_conv_layers": [1], "kq_conv_pre_softmax": True, "kq_conv_post_softmax": True, "kq_conv_query_size": 3, "kq_conv_key_size": 5,
+              "head_mix_post_softmax": 2}
+    shapes = {"model.embed_tokens.weight": [259, 16], "model.norm.weight": [16]}
+    for i in range(2):
+        p = "model.layers.%d." % i
+        a = p + "self_attn."
+        shapes.update({p + "input_layernorm.weight": [16], p + "post_attention_layernorm.weight": [16], a + "q_proj.weight": [16, 16],
+                       a + "k_proj.weight": [8, 16], a + "v_proj.weight": [8, 16], a + "o_proj.weight": [16, 16], a + "head_mix.weight": [1, 2, 2],
+                       p + "mlp.gate_proj.weight": [24, 16], p + "mlp.up_proj.weight": [24, 16], p + "mlp.down_proj.weight": [16, 24]})
+    shapes["model.layers.1.self_attn.kq_conv.weight"] = [2, 3, 5]
+    shapes["model.layers.1.self_attn.kq_conv_post.weight"] = [2, 3, 5]
+    weights = {}
+    for name, shape in shapes.items():
+        n = math.prod(shape)
+        weights[name] = ("F32", shape, array.array("f", [rng.gauss(0, 0.5) for _ in range(n)]).tobytes())
+    Case.write(where, weights, config)
+    return where
+
+
+class TextIO(unittest.TestCase):
+    @classmethod
+    def setUpClass(cls):
+        cls.tmp = tempfile.TemporaryDirectory()
+        cls.dir = text_model(os.path.join(cls.tmp.name, "text"))
+
+    @classmethod
+    def tearDownClass(cls):
+        cls.tmp.cleanup()
+
+    def test_prompt_and_standard_input_agree(self):
+        a = run([self.dir, "--prompt", "h\u00e9llo", "--max-tokens", "20", "--quiet"])
+        b = run([self.dir, "--max-tokens", "20", "--quiet"], stdin="h\u00e9llo".encode())
+        self.assertEqual(a, b)
+        self.assertEqual(run([self.dir, "--prompt", "h\u00e9llo", "--max-tokens", "20", "--quiet", "--echo"]), "h\u00e9llo" + a)
+        ids = "256 " + " ".join(map(str, "h\u00e9llo".encode()))
+        c = run([self.dir, "--token-ids", ids, "--max-tokens", "20", "--quiet"])
+        text = run(["--detokenize", "--tokenizer", "bytes"], stdin=c.encode())
+        self.assertEqual(json.loads(text)["text"] + "\n", a)
+
+    def test_tokenizer_alone(self):
+        texts = ["", "abc", "\u00e9\u4e2d\U0001F600\n\"\\", "a b"]
+        ids = run(["--tokenize", "--tokenizer", "bytes"], stdin="".join(json.dumps({"text": t}) + "\n" for t in texts).encode())
+        self.assertEqual([list(map(int, x.split())) for x in ids.split("\n")[:-1]], [list(t.encode()) for t in texts])
+        back = run(["--detokenize", "--tokenizer", "bytes"], stdin=ids.encode())
+        self.assertEqual([json.loads(x)["text"] for x in back.splitlines()], texts)
+        p = run(["--detokenize", "--tokenizer", "toy"], stdin=b"1 2 32\n", check=False)
+        self.assertEqual(p.returncode, 1)
+
+    def test_score_of_text(self):
+        """Text is BOS, context, continuation: the same as their ids."""
+        lines = [{"context": "ab", "continuation": "cd"}, {"context_ids": [256, 97, 98], "continuation_ids": [99, 100]},
+                 {"context": "", "continuation": "xy"}, {"context_ids": [256], "continuation_ids": [120, 121]}]
+        out = run([self.dir, "--score", "-", "--quiet"], stdin="\n".join(map(json.dumps, lines)).encode()).splitlines()
+        self.assertEqual(out[0], out[1])
+        self.assertEqual(out[2], out[3])
+
+    def test_interactive(self):
+        out = run([self.dir, "--interactive", "--max-tokens", "5", "--quiet", "--temperature", "0"], stdin=b"abc\n\nde\n")
+        self.assertGreaterEqual(out.count("\n"), 3)
+        whole = run([self.dir, "--prompt", "abc", "--max-tokens", "10", "--quiet", "--temperature", "0"])
+        first, second = out.encode().split(b"\n")[:2]
+        if b"\n" not in whole[:-1].encode() and "\ufffd" not in whole + out:
+            self.assertTrue(whole.encode().startswith(first + second))
+
+    def test_interrupt_stops_the_answer(self):
+        p = subprocess.Popen([BIN, self.dir, "--interactive", "--max-tokens", "100000000", "--shift", "--quiet"], stdin=subprocess.PIPE,
+                             stdout=subprocess.PIPE)
+        p.stdin.write(b"abc\n")
+        p.stdin.flush()
+        p.stdout.read(20)
+        p.send_signal(signal.SIGINT)
+        time.sleep(0.2)
+        self.assertIsNone(p.poll())
+        p.stdin.close()
+        while p.stdout.read(65536):
+            pass
+        p.stdout.close()
+        self.assertEqual(p.wait(60), 0)
+
+    def test_control_characters_on_a_terminal(self):
+        import pty
+        master, slave = pty.openpty()
+        p = subprocess.Popen([BIN, self.dir, "--prompt", "a\x1b[31mb\x7f\u0085c\t", "--echo", "--max-tokens", "0", "--quiet"], stdout=slave)
+        p.wait(60)
+        os.close(slave)
+        got = os.read(master, 1000)
+        os.close(master)
+        self.assertIn(b"a\\x1b[31mb\\x7f\\x85c\t", got)
+
+
+@unittest.skipIf(torch is None, "no PyTorch here")
+class Reference(unittest.TestCase):
+    """Models like the golden ones with 512 positions, against the PyTorch reference in dev/ref."""
+
+    KINDS = {
+        "plain": dict(),
+        "mta": dict(kq_conv_layers=[1], head_mix_post_softmax=2, head_norm="group_depth_scaled"),
+        "full": dict(kq_conv_layers=[0], kq_conv_post_softmax=True, head_mix_pre_softmax=4, head_mix_post_softmax=4, head_norm="group", head_gate=True),
+        "post": dict(kq_conv_layers=[0, 1], kq_conv_pre_softmax=False, kq_conv_post_softmax=True, head_mix_pre_softmax=2),
+        "toy": dict(kq_conv_layers=[0, 1], kq_conv_query_size=2, kq_conv_key_size=9),
+        "diff": dict(attention_type="diff", head_norm="group_depth_scaled"),
+        "diff_gqa": dict(attention_type="diff", head_norm="group", num_key_value_heads=2),
+        "gqa": dict(num_key_value_heads=2, kq_conv_layers=[0], head_mix_post_softmax=2, head_norm="group", tie_word_embeddings=False),
+        "tall": dict(kq_conv_layers=[0, 1], kq_conv_query_size=9, kq_conv_key_size=3, kq_conv_post_softmax=True),
+        "one_by_one": dict(kq_conv_layers=[0, 1], kq_conv_query_size=1, kq_conv_key_size=1, kq_conv_post_softmax=True),
+    }
+
+    def model(self, kind, where, seed):
+        kw = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4, vocab_size=61)
+        config = mta_ref.make_config(**dict(kw, **self.KINDS[kind]))
+        config["max_position_embeddings"] = 512
+        w = mta_ref.random_weights(config, seed)
+        os.makedirs(where)
+        mta_ref.save_safetensors(os.path.join(where, "model.safetensors"), w, {"format": "pt"})
+        with open(os.path.join(where, "config.json"), "w") as f:
+            json.dump(config, f)
+        return config, {k: v.double() for k, v in w.items()}
+
+    def test_greedy_and_scores(self):
+        """200 greedy tokens equal the reference's own continuation; scores of a text of 300 tokens within 1e-4."""
+        for number, kind in enumerate(self.KINDS):
+            with tempfile.TemporaryDirectory() as tmp:
+                where = os.path.join(tmp, kind)
+                config, w = self.model(kind, where, 100 + number)
+                rng = random.Random(number)
+                prompt = [rng.randrange(61) for _ in range(9)]
+                out = run([where, "--token-ids", " ".join(map(str, prompt)), "--temperature", "0", "--max-tokens", "200", "--quiet"])
+                got = list(map(int, out.split()))
+                self.assertEqual(len(got), 200)
+                with torch.no_grad():  # one pass over the result: each id must be the reference's argmax given those before
+                    logits = mta_ref.forward(torch.tensor([prompt + got]), w, config)[0]
+                self.assertEqual(got, logits[len(prompt) - 1:-1].argmax(-1).tolist(), kind)
+                ids = [rng.randrange(61) for _ in range(300)]
+                lines = [{"context_ids": ids[:k], "continuation_ids": ids[k:]} for k in (1, 5, 6, 150, 299)]
+                answers = run([where, "--score", "-", "--quiet"], stdin="\n".join(map(json.dumps, lines)).encode()).splitlines()
+                with torch.no_grad():
+                    logp = mta_ref.forward(torch.tensor([ids]), w, config)[0].log_softmax(-1)
+                for line, a in zip(lines, map(json.loads, answers)):
+                    k = len(line["context_ids"])
+                    want = [logp[t - 1, ids[t]].item() for t in range(k, 300)]
+                    self.assertLess(max(abs(x - y) for x, y in zip(a["token_logprobs"], want)), 1e-4, kind)
+                    self.assertLess(abs(a["logprob"] - sum(want)), 1e-4 * max(1, len(want) / 100), kind)
+
+
+def main():
+    suite = unittest.defaultTestLoader.loadTestsFromModule(sys.modules[__name__])
+    result = unittest.TextTestRunner(verbosity=1, stream=sys.stdout).run(suite)
+    for test, why in result.skipped:
+        print("skipped: %s: %s" % (test, why))
+    failed = len(result.failures) + len(result.errors)
+    skipped = len(result.skipped)
+    print("%d passed, %d failed%s" % (result.testsRun - failed - skipped, failed, ", %d skipped" % skipped if skipped else ""))
+    sys.exit(failed != 0)
+
+
+if __name__ == "__main__":
+    main()

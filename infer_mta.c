@@ -1,0 +1,1981 @@
+// infer_mta.c: samples, scores and streams from a checkpoint on a CPU, at the speed at which memory can be read.
+//   make infer_mta && ./infer_mta runs/x/step-00001000 --prompt "Once upon a time"
+//
+// The checkpoint is mapped: matrices are used as they are stored (F32, BF16, F16) unless --weights asks for another form. One pass over
+// the weights makes one token. What makes this decode path its own, and not a call into the trainer, is the cache:
+//   keys and values of every position, as any transformer keeps them;
+//   the last cq-1 rotated queries of a layer that convolves before the softmax: the score rows i-(cq-1) .. i that row i's convolution
+//     needs are computed again from them in the same pass over the keys, which costs arithmetic and no memory traffic;
+//   the last cq-1 rows of probabilities of a layer that convolves after the softmax.
+// So a token costs O(T), nothing is approximated, and a cache can go back to a position where those two were set aside (CacheMark).
+//
+// Many tokens at once (a prompt, a text to score) go through the same code as one: forward() takes a chunk of positions. Matrix products
+// of a few rows are dot products along the stored rows; of many rows, panels of TILE outputs are unpacked to fp32 and multiplied by
+// gemm_tile, which serves scores (keys are cached as such panels) and values (so are they) as well.
+//
+// C dim   NH heads   NKV key/value heads   HS head size   FF feed-forward   V vocabulary   cq, ck query and key size of a convolution
+// T positions so far   n positions of a chunk   R of those one attention block handles   i, p query position   j key position
+#include "mta/util.h"
+#include "mta/json.h"
+#include "mta/config.h"
+#include "mta/safetensors.h"
+#include "mta/checkpoint.h"
+#include "mta/random.h"
+#include "mta/options.h"
+#include "mta/tokenizer.h"
+
+#include <omp.h>
+#include <poll.h>
+#include <signal.h>
+#if defined(__AVX512F__) || defined(__F16C__)
+#include <immintrin.h>
+#endif
+
+// ---------------------------------------------------------------------------------------------------------------------------------------
+// Vectors of 16 floats. The compiler makes one AVX-512 register of each, two of AVX2, four of SSE or NEON; only the conversions that it does
+// badly are written with intrinsics, with a plain loop beside them.
+
+enum { LANES = 16 };
+typedef float vf __attribute__((vector_size(64)));
+typedef float vf_any __attribute__((vector_size(64), aligned(4), may_alias));  // the same at any float's address
+typedef int32_t vi __attribute__((vector_size(64)));
+
+// Tile of gemm_tile: MR rows by TILE columns of accumulators that fit the registers (AVX-512 has 32 of 16 floats, AVX2 16 of 8).
+#ifdef __AVX512F__
+enum { MR = 8, TILE_VECTORS = 2 };
+#else
+enum { MR = 6, TILE_VECTORS = 1 };
+#endif
+enum { TILE = TILE_VECTORS * LANES };
+
+static inline vf splat(float x) { return x - (vf){0}; }
+static inline vf load(const float* p) { return *(const vf_any*)p; }
+static inline void store(float* p, vf x) { *(vf_any*)p = x; }
+
+static inline vf load_bf16(const uint16_t* p) {
+#ifdef __AVX512F__
+    return (vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16);
+#else
+    float f[LANES];
+    for (int i = 0; i < LANES; i++) { f[i] = bf16_to_f32(p[i]); }
+    return load(f);
+#endif
+}
+
+static inline vf load_f16(const uint16_t* p) {
+#ifdef __AVX512F__
+    return (vf)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
+#else
+    float f[LANES];
+#ifdef __F16C__
+    _mm256_storeu_ps(f, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)));
+    _mm256_storeu_ps(f + 8, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(p + 8))));
+#else
+    for (int i = 0; i < LANES; i++) { f[i] = f16_to_f32(p[i]); }
+#endif
+    return load(f);
+#endif
+}
+
+static inline vf load_int8(const int8_t* p) {
+#ifdef __AVX512F__
+    return (vf)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)));
+#else
+    float f[LANES];
+    for (int i = 0; i < LANES; i++) { f[i] = (float)p[i]; }
+    return load(f);
+#endif
+}
+
+static inline float sum_lanes(vf x) {
+#ifdef __AVX512F__
+    return _mm512_reduce_add_ps((__m512)x);
+#else
+    float s = 0;
+    for (int i = 0; i < LANES; i++) { s += x[i]; }
+    return s;
+#endif
+}
+
+// e^x to about 2 units in the last place for -87 <= x <= 88; smaller x give e^-87, which no sum beside a 1 notices.
+static inline vf exp_lanes(vf x) {
+    const vf low = splat(-87.0f), high = splat(88.0f), magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
+    x = (vf)(((vi)x & (x > low)) | ((vi)low & ~(x > low)));
+    x = (vf)(((vi)x & (x < high)) | ((vi)high & ~(x < high)));
+    vf shifted = x * 1.44269504088896341f + magic;
+    vf n = shifted - magic;
+    vf r = x - n * 0.693359375f + n * 2.12194440e-4f;  // ln 2 in two parts
+    vf y = (r * 1.9875691500e-4f + 1.3981999507e-3f) * r + 8.3334519073e-3f;  // the polynomial of Cephes' expf
+    y = (((y * r + 4.1665795894e-2f) * r + 1.6666665459e-1f) * r + 5.0000001201e-1f) * (r * r) + r + 1.0f;
+    return (vf)((vi)y + (((vi)shifted - (vi)magic) << 23));
+}
+
+// ---------------------------------------------------------------------------------------------------------------------------------------
+// Matrices. rows x cols, row by row, y = x W^T. int8: groups of GROUP values along a row share a scale; the last group may be shorter.
+
+typedef enum { W_F32, W_BF16, W_F16, W_INT8 } WeightKind;
+static const char* const weight_names[] = {"f32", "bf16", "f16", "int8"};
+enum { GROUP = 64, GEMM_ROWS = 5, K_BLOCK = 384 };  // from GEMM_ROWS rows on, unpacking panels costs less than it saves (measured)
+
+typedef struct {
+    WeightKind kind;
+    size_t rows, cols;
+    const void* data;    // of the kind; in the mapping, or in memory of our own
+    const float* scale;  // int8: rows x groups
+    size_t bytes;        // read by one pass, scales included
+} Matrix;
+
+static inline size_t groups_of(size_t cols) { return (cols + GROUP - 1) / GROUP; }
+
+static inline float weight_at(const Matrix* w, size_t row, size_t c) {
+    size_t i = row * w->cols + c;
+    if (w->kind == W_F32) {
+        float f;
+        memcpy(&f, (const char*)w->data + 4 * i, 4);
+        return f;
+    }
+    if (w->kind == W_INT8) { return ((const int8_t*)w->data)[i] * w->scale[row * groups_of(w->cols) + c / GROUP]; }
+    uint16_t h;
+    memcpy(&h, (const char*)w->data + 2 * i, 2);
+    return w->kind == W_BF16 ? bf16_to_f32(h) : f16_to_f32(h);
+}
+
+// 16 weights of a row from column c on.
+static inline __attribute__((always_inline)) vf weights_at(const Matrix* w, WeightKind kind, size_t row, size_t c) {
+    size_t i = row * w->cols + c;
+    if (kind == W_F32) { return load((const float*)w->data + i); }
+    if (kind == W_BF16) { return load_bf16((const uint16_t*)w->data + i); }
+    if (kind == W_F16) { return load_f16((const uint16_t*)w->data + i); }
+    return load_int8((const int8_t*)w->data + i) * w->scale[row * groups_of(w->cols) + c / GROUP];
+}
+
+static void matrix_row(const Matrix* w, size_t row, float* out) {
+    for (size_t c = 0; c < w->cols; c++) { out[c] = weight_at(w, row, c); }
+}
+
+// Dot products of one row of W with n <= GEMM_ROWS - 1 rows of x (stride ldx): the row is read from memory once.
+static inline __attribute__((always_inline)) void dot_rows(const Matrix* w, WeightKind kind, size_t row, const float* x, size_t ldx, int n, float* y, size_t ldy) {
+    size_t K = w->cols, c = 0;
+    vf acc[GEMM_ROWS - 1][4];
+    for (int m = 0; m < n; m++) {
+        for (int u = 0; u < 4; u++) { acc[m][u] = splat(0); }
+    }
+    if (kind == W_INT8) {  // a group is four vectors; its scale is applied once
+        for (; c + GROUP <= K; c += GROUP) {
+            const int8_t* p = (const int8_t*)w->data + row * K + c;
+            float scale = w->scale[row * groups_of(K) + c / GROUP];
+            vf q0 = load_int8(p), q1 = load_int8(p + 16), q2 = load_int8(p + 32), q3 = load_int8(p + 48);
+            int u = (int)(c / GROUP) & 3;
+            for (int m = 0; m < n; m++) {
+                const float* xm = x + (size_t)m * ldx + c;
+                acc[m][u] += ((q0 * load(xm) + q1 * load(xm + 16)) + (q2 * load(xm + 32) + q3 * load(xm + 48))) * scale;
+            }
+        }
+    } else {
+        for (; c + 4 * LANES <= K; c += 4 * LANES) {
+            for (int u = 0; u < 4; u++) {
+                vf q = weights_at(w, kind, row, c + (size_t)u * LANES);
+                for (int m = 0; m < n; m++) { acc[m][u] += q * load(x + (size_t)m * ldx + c + (size_t)u * LANES); }
+            }
+        }
+        for (; c + LANES <= K; c += LANES) {
+            vf q = weights_at(w, kind, row, c);
+            for (int m = 0; m < n; m++) { acc[m][0] += q * load(x + (size_t)m * ldx + c); }
+        }
+    }
+    for (int m = 0; m < n; m++) {
+        float s = sum_lanes((acc[m][0] + acc[m][1]) + (acc[m][2] + acc[m][3]));
+        for (size_t k = c; k < K; k++) { s += weight_at(w, row, k) * x[(size_t)m * ldx + k]; }
+        y[(size_t)m * ldy + row] = s;
+    }
+}
+
+static inline __attribute__((always_inline)) void dot_rows_range(const Matrix* w, WeightKind kind, size_t from, size_t to, const float* x, size_t ldx, int n, float* y, size_t ldy) {
+    for (size_t r = from; r < to; r++) {
+        switch (n) {  // a constant n keeps the accumulators in registers
+            case 1: dot_rows(w, kind, r, x, ldx, 1, y, ldy); break;
+            case 2: dot_rows(w, kind, r, x, ldx, 2, y, ldy); break;
+            case 3: dot_rows(w, kind, r, x, ldx, 3, y, ldy); break;
+            default: dot_rows(w, kind, r, x, ldx, 4, y, ldy); break;
+        }
+    }
+}
+
+// y (n, rows) = x (n, cols) W^T for a few x, threads owning ranges of rows.
+static void matvec(const Matrix* w, const float* x, size_t ldx, int n, float* y, size_t ldy) {
+#pragma omp parallel
+    {
+        size_t threads = (size_t)omp_get_num_threads(), t = (size_t)omp_get_thread_num();
+        size_t from = w->rows * t / threads, to = w->rows * (t + 1) / threads;
+        switch (w->kind) {
+            case W_F32: dot_rows_range(w, W_F32, from, to, x, ldx, n, y, ldy); break;
+            case W_BF16: dot_rows_range(w, W_BF16, from, to, x, ldx, n, y, ldy); break;
+            case W_F16: dot_rows_range(w, W_F16, from, to, x, ldx, n, y, ldy); break;
+            default: dot_rows_range(w, W_INT8, from, to, x, ldx, n, y, ldy); break;
+        }
+    }
+}
+
+// c (m, TILE) = or += a (m, K) b (K, TILE): a by rows of stride lda, b a panel with stride TILE, fp32 or bf16.
+static inline __attribute__((always_inline)) void gemm_tile_rows(int m, float* c, size_t ldc, const float* a, size_t lda, const void* b, bool half, size_t K, bool add) {
+    vf acc[MR][TILE_VECTORS];
+#pragma GCC unroll 8
+    for (int r = 0; r < m; r++) {
+#pragma GCC unroll 2
+        for (int u = 0; u < TILE_VECTORS; u++) { acc[r][u] = add ? load(c + (size_t)r * ldc + u * LANES) : splat(0); }
+    }
+    for (size_t k = 0; k < K; k++) {
+        vf panel[TILE_VECTORS];
+#pragma GCC unroll 2
+        for (int u = 0; u < TILE_VECTORS; u++) {
+            panel[u] = half ? load_bf16((const uint16_t*)b + k * TILE + u * LANES) : load((const float*)b + k * TILE + u * LANES);
+        }
+#pragma GCC unroll 8
+        for (int r = 0; r < m; r++) {
+            vf x = splat(a[(size_t)r * lda + k]);
+#pragma GCC unroll 2
+            for (int u = 0; u < TILE_VECTORS; u++) { acc[r][u] += x * panel[u]; }
+        }
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < m; r++) {
+#pragma GCC unroll 2
+        for (int u = 0; u < TILE_VECTORS; u++) { store(c + (size_t)r * ldc + u * LANES, acc[r][u]); }
+    }
+}
+
+static inline __attribute__((always_inline)) void gemm_tile_any(int m, float* c, size_t ldc, const float* a, size_t lda, const void* b, bool half, size_t K, bool add) {
+    switch (m) {
+        case 1: gemm_tile_rows(1, c, ldc, a, lda, b, half, K, add); break;
+        case 2: gemm_tile_rows(2, c, ldc, a, lda, b, half, K, add); break;
+        case 3: gemm_tile_rows(3, c, ldc, a, lda, b, half, K, add); break;
+        case 4: gemm_tile_rows(4, c, ldc, a, lda, b, half, K, add); break;
+        case 5: gemm_tile_rows(5, c, ldc, a, lda, b, half, K, add); break;
+        case 6: gemm_tile_rows(6, c, ldc, a, lda, b, half, K, add); break;
+#if defined(__AVX512F__)
+        case 7: gemm_tile_rows(7, c, ldc, a, lda, b, half, K, add); break;
+        default: gemm_tile_rows(8, c, ldc, a, lda, b, half, K, add); break;
+#else
+        default: assert(false);
+#endif
+    }
+}
+
+static void gemm_tile(int m, float* c, size_t ldc, const float* a, size_t lda, const float* b, size_t K, bool add) {
+    gemm_tile_any(m, c, ldc, a, lda, b, false, K, add);
+}
+
+static void gemm_tile_bf16(int m, float* c, size_t ldc, const float* a, size_t lda, const uint16_t* b, size_t K, bool add) {
+    gemm_tile_any(m, c, ldc, a, lda, b, true, K, add);
+}
+
+// 16 x 16 transposed in place: four rounds of interleaving row i with row i + 8.
+static inline void transpose16(vf* a) {
+    vf b[16];
+    for (int round = 0; round < 4; round++) {
+        for (int i = 0; i < 8; i++) {
+            b[2 * i] = __builtin_shufflevector(a[i], a[i + 8], 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+            b[2 * i + 1] = __builtin_shufflevector(a[i], a[i + 8], 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+        }
+        for (int i = 0; i < 16; i++) { a[i] = b[i]; }
+    }
+}
+
+// Unpacks W[r0 .. r0+TILE)[k0 .. k0+K) to a panel (K, TILE) in fp32; rows beyond the last are zeros.
+static inline __attribute__((always_inline)) void unpack_panel(const Matrix* w, WeightKind kind, size_t r0, size_t k0, size_t K, float* panel) {
+    for (size_t r = 0; r < TILE; r += LANES) {
+        size_t k = 0, there = w->rows > r0 + r ? w->rows - r0 - r : 0;
+        for (; there >= LANES && k + LANES <= K; k += LANES) {
+            vf block[LANES];
+            for (size_t i = 0; i < LANES; i++) { block[i] = weights_at(w, kind, r0 + r + i, k0 + k); }
+            transpose16(block);
+            for (size_t i = 0; i < LANES; i++) { store(panel + (k + i) * TILE + r, block[i]); }
+        }
+        for (; k < K; k++) {
+            for (size_t i = 0; i < LANES; i++) { panel[k * TILE + r + i] = i < there ? weight_at(w, r0 + r + i, k0 + k) : 0; }
+        }
+    }
+}
+
+// y (n, rows) = x (n, cols) W^T for many x: threads own panels of TILE rows of W, unpacked K_BLOCK columns at a time.
+static void matmul_panels(const Matrix* w, const float* x, size_t ldx, int n, float* y, size_t ldy) {
+#pragma omp parallel
+    {
+        float panel[K_BLOCK * TILE] __attribute__((aligned(64)));
+        float edge[MR * TILE] __attribute__((aligned(64)));  // the last panel may be wider than what is left of y
+#pragma omp for schedule(dynamic, 1)
+        for (size_t r0 = 0; r0 < w->rows; r0 += TILE) {
+            size_t width = w->rows - r0 < TILE ? w->rows - r0 : TILE;
+            for (size_t k0 = 0; k0 < w->cols; k0 += K_BLOCK) {
+                size_t K = w->cols - k0 < K_BLOCK ? w->cols - k0 : K_BLOCK;
+                switch (w->kind) {
+                    case W_F32: unpack_panel(w, W_F32, r0, k0, K, panel); break;
+                    case W_BF16: unpack_panel(w, W_BF16, r0, k0, K, panel); break;
+                    case W_F16: unpack_panel(w, W_F16, r0, k0, K, panel); break;
+                    default: unpack_panel(w, W_INT8, r0, k0, K, panel); break;
+                }
+                for (int m = 0; m < n; m += MR) {
+                    int rows = n - m < MR ? n - m : MR;
+                    const float* a = x + (size_t)m * ldx + k0;
+                    float* c = y + (size_t)m * ldy + r0;
+                    if (width == TILE) {
+                        gemm_tile(rows, c, ldy, a, ldx, panel, K, k0 > 0);
+                        continue;
+                    }
+                    gemm_tile(rows, edge, TILE, a, ldx, panel, K, false);
+                    for (int r = 0; r < rows; r++) {
+                        for (size_t i = 0; i < width; i++) { c[(size_t)r * ldy + i] = edge[r * TILE + (int)i] + (k0 > 0 ? c[(size_t)r * ldy + i] : 0); }
+                    }
+                }
+            }
+        }
+    }
+}
+
+static void matmul(float* y, size_t ldy, const float* x, size_t ldx, int n, const Matrix* w) {
+    if (n < GEMM_ROWS) {
+        matvec(w, x, ldx, n, y, ldy);
+    } else {
+        matmul_panels(w, x, ldx, n, y, ldy);
+    }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------------------------
+// The model: mapped files, matrices as stored or converted, small tensors in fp32
+
+typedef struct {
+    Matrix q, k, v, o, gate, up, down;
+    const float *input_norm, *post_norm;
+    const float *conv_pre, *conv_post;  // (NH, cq, ck), NULL: none
+    const float *mix_pre, *mix_post;    // (NH/ch, ch, ch) out, in; NULL: none
+    const float *head_norm;             // (HS), diff (2 HS); NULL: none
+    const float *head_gate;             // (HS); NULL: none
+    float gate_bias, lambda;            // lambda: diff
+    float head_scale;                   // 1 or 1 - lambda_init
+} Layer;
+
+typedef struct {
+    Config c;
+    int C, NH, NKV, HS, FF, V, cq, ck;
+    Matrix embed, head;
+    const float* norm;
+    Layer* layers;
+    SafeTensors files;
+    float* small;          // all small tensors
+    size_t bytes_per_token;  // of weights, read for one token
+    size_t own_bytes;      // memory beside the mapping
+    size_t mapped_bytes;
+} Model;
+
+// Zeroed memory on large pages where the system has them, taken only as it is touched; kept until the program ends.
+static void* big_alloc(size_t bytes, const char* what) {
+    size_t size = (bytes + ((size_t)2 << 20) - 1) & ~(((size_t)2 << 20) - 1);
+    void* p = size >= bytes ? mmap(NULL, size + ((size_t)2 << 20), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0) : MAP_FAILED;
+    if (p == MAP_FAILED) { die("out of memory: %s needs %.1f MiB", what, (double)bytes / 1048576); }
+    p = (void*)(((uintptr_t)p + ((size_t)2 << 20) - 1) & ~(uintptr_t)(((size_t)2 << 20) - 1));
+    madvise(p, size, MADV_HUGEPAGE);
+    return p;
+}
+
+// Refuses a tensor with NaN or infinity: such a value has all exponent bits set.
+static bool tensor_finite(const StTensor* t, Error* e) {
+    size_t bad = SIZE_MAX, n = t->numel;
+    const uint8_t* p = (const uint8_t*)t->data;
+    if (t->dtype == DT_F32) {
+#pragma omp parallel for reduction(min : bad)
+        for (size_t i = 0; i < n; i++) {
+            uint32_t x;
+            memcpy(&x, p + 4 * i, 4);
+            if ((x & 0x7F800000u) == 0x7F800000u && i < bad) { bad = i; }
+        }
+    } else if (t->dtype == DT_BF16 || t->dtype == DT_F16) {
+        const uint16_t mask = t->dtype == DT_BF16 ? 0x7F80 : 0x7C00;
+#pragma omp parallel for reduction(min : bad)
+        for (size_t i = 0; i < n; i++) {
+            uint16_t x;
+            memcpy(&x, p + 2 * i, 2);
+            if ((x & mask) == mask && i < bad) { bad = i; }
+        }
+    } else {
+        return fail(e, "%s: tensor %s: dtype %s, wanted F32, BF16 or F16", t->file, t->name, dtype_name(t->dtype));
+    }
+    return bad == SIZE_MAX || fail(e, "%s: tensor %s: value %zu is not finite", t->file, t->name, bad);
+}
+
+static inline float stored_value(const StTensor* t, size_t i) {
+    uint16_t h;
+    if (t->dtype == DT_F32) {
+        float f;
+        memcpy(&f, (const char*)t->data + 4 * i, 4);
+        return f;
+    }
+    memcpy(&h, (const char*)t->data + 2 * i, 2);
+    return t->dtype == DT_BF16 ? bf16_to_f32(h) : f16_to_f32(h);
+}
+
+static void quantize_row(const StTensor* t, size_t row, size_t cols, int8_t* out, float* scale) {
+    for (size_t c0 = 0; c0 < cols; c0 += GROUP) {
+        size_t n = cols - c0 < GROUP ? cols - c0 : GROUP;
+        float largest = 0;
+        for (size_t i = 0; i < n; i++) { largest = fmaxf(largest, fabsf(stored_value(t, row * cols + c0 + i))); }
+        float s = largest / 127.0f, inverse = s > 0 ? 1.0f / s : 0;
+        if (!isfinite(inverse)) { s = inverse = 0; }  // all below 1e-36
+        for (size_t i = 0; i < n; i++) { out[c0 + i] = (int8_t)lrintf(stored_value(t, row * cols + c0 + i) * inverse); }
+        scale[c0 / GROUP] = s;
+    }
+}
+
+// The tensor as a matrix: where it lies if it is stored in the wanted form (want < 0: any), converted into own memory if not.
+static Matrix matrix_from(Model* m, const StTensor* t, int want) {
+    Matrix w = {0};
+    WeightKind stored = t->dtype == DT_F32 ? W_F32 : t->dtype == DT_BF16 ? W_BF16 : W_F16;
+    w.rows = t->shape[0];
+    w.cols = t->shape[1];
+    w.kind = want < 0 ? stored : (WeightKind)want;
+    size_t n = t->numel, groups = groups_of(w.cols), width = w.kind == W_F32 ? 4 : w.kind == W_INT8 ? 1 : 2;
+    w.bytes = n * width + (w.kind == W_INT8 ? w.rows * groups * 4 : 0);
+    if (w.kind == stored && (uintptr_t)t->data % width == 0) {
+        w.data = t->data;
+        m->mapped_bytes += t->bytes;
+        return w;
+    }
+    void* own = big_alloc(n * width, t->name);
+    float* scale = w.kind == W_INT8 ? big_alloc(w.rows * groups * 4, t->name) : NULL;
+    m->own_bytes += w.bytes;
+#pragma omp parallel for
+    for (size_t r = 0; r < w.rows; r++) {
+        size_t first = r * w.cols;
+        if (w.kind == W_INT8) {
+            quantize_row(t, r, w.cols, (int8_t*)own + first, scale + r * groups);
+            continue;
+        }
+        for (size_t i = first; i < first + w.cols; i++) {
+            if (w.kind == W_F32) {
+                ((float*)own)[i] = stored_value(t, i);
+            } else if (w.kind == stored) {
+                memcpy((uint16_t*)own + i, (const char*)t->data + 2 * i, 2);
+            } else {
+                ((uint16_t*)own)[i] = f32_to_bf16(stored_value(t, i));
+            }
+        }
+    }
+    w.data = own;
+    w.scale = scale;
+    return w;
+}
+
+static float* small_from(Model* m, const StTensor* t, size_t* at) {  // NULL where the model has none
+    if (!t) { return NULL; }
+    float* out = m->small + *at;
+    Error e = {{0}};
+    if (!st_to_f32(t, out, &e)) { die("%s", e.text); }
+    *at += (t->numel + 63) / 64 * 64;
+    return out;
+}
+
+static void layer_build(Model* m, const TensorList* list, const StTensor* const* found, int l, int want, size_t* at) {
+    Layer* y = &m->layers[l];
+    const StTensor* t[TENSOR_KINDS];
+    for (int k = 0; k < TENSOR_KINDS; k++) {
+        int i = tensor_at(list, l, (TensorKind)k);
+        t[k] = i < 0 ? NULL : found[i];
+    }
+    y->q = matrix_from(m, t[TENSOR_Q], want);
+    y->k = matrix_from(m, t[TENSOR_K], want);
+    y->v = matrix_from(m, t[TENSOR_V], want);
+    y->o = matrix_from(m, t[TENSOR_O], want);
+    y->gate = matrix_from(m, t[TENSOR_GATE_PROJ], want);
+    y->up = matrix_from(m, t[TENSOR_UP_PROJ], want);
+    y->down = matrix_from(m, t[TENSOR_DOWN_PROJ], want);
+    y->input_norm = small_from(m, t[TENSOR_INPUT_NORM], at);
+    y->post_norm = small_from(m, t[TENSOR_POST_NORM], at);
+    y->conv_pre = small_from(m, t[TENSOR_KQ_CONV], at);
+    y->conv_post = small_from(m, t[TENSOR_KQ_CONV_POST], at);
+    y->mix_pre = small_from(m, t[TENSOR_HEAD_MIX_PRE], at);
+    y->mix_post = small_from(m, t[TENSOR_HEAD_MIX], at);
+    y->head_norm = small_from(m, t[TENSOR_HEAD_NORM], at);
+    y->head_gate = small_from(m, t[TENSOR_GATE_WEIGHT], at);
+    y->gate_bias = t[TENSOR_GATE_BIAS] ? *small_from(m, t[TENSOR_GATE_BIAS], at) : 0;
+    y->head_scale = m->c.head_norm == HEAD_NORM_GROUP_DEPTH_SCALED ? (float)(1 - config_lambda_init(l)) : 1;
+    if (m->c.attention_type == ATTENTION_DIFF) {
+        const float *q1 = small_from(m, t[TENSOR_LAMBDA_Q1], at), *k1 = small_from(m, t[TENSOR_LAMBDA_K1], at);
+        const float *q2 = small_from(m, t[TENSOR_LAMBDA_Q2], at), *k2 = small_from(m, t[TENSOR_LAMBDA_K2], at);
+        double dot1 = 0, dot2 = 0;
+        for (int i = 0; i < m->HS; i++) {
+            dot1 += (double)q1[i] * k1[i];
+            dot2 += (double)q2[i] * k2[i];
+        }
+        y->lambda = (float)(exp(dot1) - exp(dot2) + config_lambda_init(l));
+    }
+    m->bytes_per_token += y->q.bytes + y->k.bytes + y->v.bytes + y->o.bytes + y->gate.bytes + y->up.bytes + y->down.bytes;
+}
+
+// Reads DIR/config.json and its tensors; any mistake in them is the end of the program. want: a WeightKind, or -1 as stored.
+// threads: 0 for all cores, but none for less than 64 Ki weights: it would cost more at the barriers than it brings.
+static void model_open(Model* m, const char* dir, int want, int threads) {
+    char path[PATH_SIZE];
+    Error e = {{0}};
+    memset(m, 0, sizeof *m);
+    if (!dir_exists(dir)) { die("%s: not a checkpoint directory; give one with config.json and model.safetensors", dir); }
+    path_join(path, sizeof path, dir, "config.json");
+    if (!config_read(&m->c, path, &e) || !safetensors_open_dir(&m->files, dir, &e)) { die("%s", e.text); }
+    const Config* c = &m->c;
+    m->C = c->hidden_size; m->NH = c->num_attention_heads; m->NKV = c->num_key_value_heads; m->HS = config_head_size(c);
+    m->FF = c->intermediate_size; m->V = c->vocab_size; m->cq = c->kq_conv_query_size; m->ck = c->kq_conv_key_size;
+    TensorList list;
+    tensor_list(&list, c);
+    omp_set_num_threads(threads ? threads : (int)fmin(fmax((double)list.parameters / 65536, 1), omp_get_max_threads()));
+    const char* const prefix[1] = {""};
+    const StTensor** found = checkpoint_match(&m->files, dir, &list, prefix, 1, false, NULL, &e);
+    if (!found) { die("%s", e.text); }
+    size_t small = 0, at = 0;
+    for (int i = 0; i < list.n; i++) {
+        if (!tensor_finite(found[i], &e)) { die("%s", e.text); }
+        if (found[i]->ndim != 2) { small += (found[i]->numel + 63) / 64 * 64; }
+    }
+    m->small = alloc_or_die(small, sizeof(float), "norms and kernels");
+    m->own_bytes += small * sizeof(float);
+    m->layers = alloc_or_die((size_t)c->num_hidden_layers, sizeof(Layer), "layers");
+    m->embed = matrix_from(m, found[tensor_at(&list, 0, TENSOR_EMBED)], want);
+    int head = tensor_at(&list, 0, TENSOR_LM_HEAD);
+    m->head = head < 0 ? m->embed : matrix_from(m, found[head], want);
+    m->bytes_per_token = m->head.bytes;
+    for (int l = 0; l < c->num_hidden_layers; l++) { layer_build(m, &list, found, l, want, &at); }
+    m->norm = small_from(m, found[tensor_at(&list, 0, TENSOR_NORM)], &at);
+    assert(at == small);
+    free(found);
+    tensor_list_free(&list);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------------------------
+// The cache
+
+enum { PAD = 64 };  // zeros at both ends of a row of scores: a convolution reads up to 31 beyond, a vector 15 more
+
+typedef struct {
+    int T, capacity;       // positions held, and at most
+    bool half;             // keys and values in bf16
+    size_t k_layer, v_layer;  // elements of one layer
+    char *k, *v;           // k: (layer, NKV, tiles of TILE keys, HS, TILE); v: (layer, NKV, panels of TILE values, capacity, TILE)
+    float* last_q;         // (layer, cq-1, NH HS): rotated queries before position T, zeros before 0; layers without convolution: unused
+    float* last_p;         // (layer, NH, cq-1, p_stride): row of position p at p % (cq-1), key j at PAD + j, zeros beyond p
+    size_t p_stride;
+    size_t bytes;
+} Cache;
+
+static size_t round_up(size_t n, size_t to) { return (n + to - 1) / to * to; }
+
+static void cache_open(Cache* s, const Model* m, int capacity, bool half) {
+    size_t L = (size_t)m->c.num_hidden_layers, cap = round_up((size_t)capacity, TILE), width = half ? 2 : 4;
+    memset(s, 0, sizeof *s);
+    s->capacity = capacity;
+    s->half = half;
+    s->k_layer = (size_t)m->NKV * cap * (size_t)m->HS;
+    s->v_layer = (size_t)m->NKV * cap * round_up((size_t)m->HS, TILE);
+    s->p_stride = round_up(cap + 2 * PAD, LANES);
+    bool pre = false, post = false;
+    for (size_t l = 0; l < L; l++) {
+        pre = pre || m->layers[l].conv_pre;
+        post = post || m->layers[l].conv_post;
+    }
+    size_t q = pre ? L * (size_t)(m->cq - 1) * (size_t)(m->NH * m->HS) : 0, p = post ? L * (size_t)m->NH * (size_t)(m->cq - 1) * s->p_stride : 0;
+    s->k = big_alloc(L * s->k_layer * width, "the cache of keys");
+    s->v = big_alloc(L * s->v_layer * width, "the cache of values");
+    s->last_q = pre ? big_alloc((q + 1) * 4, "the cache of queries") : NULL;
+    s->last_p = post ? big_alloc((p + 1) * 4, "the cache of probabilities") : NULL;
+    for (size_t l = 0; l < L; l++) {  // what is counted is what will be touched
+        s->bytes += (s->k_layer + s->v_layer) * width + (m->layers[l].conv_pre ? q / L * 4 : 0) + (m->layers[l].conv_post ? p / L * 4 : 0);
+    }
+}
+
+static float* cache_q(const Cache* s, const Model* m, int l) { return s->last_q + (size_t)l * (size_t)(m->cq - 1) * (size_t)(m->NH * m->HS); }
+
+static float* cache_p(const Cache* s, const Model* m, int l, int h, int p) {  // row of position p
+    return s->last_p + (((size_t)l * (size_t)m->NH + (size_t)h) * (size_t)(m->cq - 1) + (size_t)(p % (m->cq - 1))) * s->p_stride;
+}
+
+static void cache_clear(Cache* s, const Model* m) {
+    s->T = 0;
+    if (s->last_q) { memset(s->last_q, 0, (size_t)m->c.num_hidden_layers * (size_t)(m->cq - 1) * (size_t)(m->NH * m->HS) * 4); }
+}
+
+// What must be set aside to come back to position T later: keys and values stay where they are, the two short memories are copied.
+typedef struct { int T; float *q, *p; } CacheMark;
+
+static void mark_free(CacheMark* k) {
+    free(k->q);
+    free(k->p);
+    memset(k, 0, sizeof *k);
+}
+
+static size_t mark_walk(Cache* s, const Model* m, CacheMark* k, bool back) {  // copies out, or back in; returns floats of rows
+    size_t q_layer = (size_t)(m->cq - 1) * (size_t)(m->NH * m->HS), at = 0;
+    size_t row = (size_t)k->T + 3 * PAD < s->p_stride ? (size_t)k->T + 3 * PAD : s->p_stride;
+    for (int l = 0; l < m->c.num_hidden_layers; l++) {
+        const Layer* y = &m->layers[l];
+        if (y->conv_pre && k->q) { memcpy(back ? cache_q(s, m, l) : k->q + (size_t)l * q_layer, back ? k->q + (size_t)l * q_layer : cache_q(s, m, l), q_layer * 4); }
+        for (int h = 0; y->conv_post && h < m->NH; h++) {
+            for (int p = k->T - (m->cq - 1); p < k->T; p++, at += row) {
+                if (p < 0 || !k->p) { continue; }
+                float* there = cache_p(s, m, l, h, p);
+                memcpy(back ? there : k->p + at, back ? k->p + at : there, row * 4);
+            }
+        }
+    }
+    return at;
+}
+
+static void mark_set(CacheMark* k, Cache* s, const Model* m) {
+    mark_free(k);
+    k->T = s->T;
+    size_t rows = mark_walk(s, m, k, false);  // counts
+    if (s->last_q) { k->q = alloc_or_die((size_t)m->c.num_hidden_layers * (size_t)(m->cq - 1), (size_t)(m->NH * m->HS) * 4, "a mark in the cache"); }
+    if (rows) { k->p = alloc_or_die(rows, 4, "a mark in the cache"); }
+    mark_walk(s, m, k, false);
+}
+
+static void mark_return(CacheMark* k, Cache* s, const Model* m) {
+    mark_walk(s, m, k, true);
+    s->T = k->T;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------------------------
+// The forward pass of a chunk
+
+// Attention weights of one head for a picture: rows by query, columns by key.
+typedef struct { int layer, head, n; float *before, *after; } AttentionTap;  // (n, n)
+
+typedef struct {
+    int chunk;           // positions at a time, at most
+    float *x, *xn;       // (chunk, C) residual stream; normalised
+    float *q;            // (cq-1 + chunk, NH HS) rotated and scaled queries, the cq-1 before the chunk first
+    float *kv;           // (chunk, NKV HS)
+    float *o;            // (chunk, NH HS)
+    float *gate, *up;    // (chunk, FF)
+    float *angles;       // (chunk, HS): cosines, then sines
+    float *a, *b;        // blocks of score rows: (NH, rows, stride)
+    size_t block;        // floats of each
+    float *heads;        // (NH, R, HS rounded up to TILE): values before norm and gate
+    int R;               // queries of a block at most
+    float *zero_row;     // (row) of zeros
+    AttentionTap* tap;   // NULL: none
+    size_t bytes;
+} Work;
+
+static size_t row_stride(int T) { return round_up((size_t)T, TILE) + 2 * PAD; }
+
+static void work_open(Work* w, const Model* m, int chunk, int capacity) {
+    size_t n = (size_t)chunk, C = (size_t)m->C, D = (size_t)(m->NH * m->HS), extra = (size_t)m->cq - 1, NH = (size_t)m->NH;
+    memset(w, 0, sizeof *w);
+    w->chunk = chunk;
+    // A block of score rows stays near 8 MiB: with more rows a pass over the keys serves more queries, with fewer it stays in the cache.
+    size_t fit = ((size_t)8 << 20) / (NH * row_stride(capacity) * 4);
+    w->R = (int)(fit > extra + 64 ? 64 : fit > extra + 1 ? fit - extra : 1);
+    if (w->R > chunk) { w->R = chunk; }
+    w->block = NH * (extra + (size_t)w->R) * row_stride(capacity);
+    size_t head_floats = NH * (size_t)w->R * round_up((size_t)m->HS, TILE);
+    struct { float** p; size_t n; } parts[] = {
+        {&w->x, n * C}, {&w->xn, n * C}, {&w->q, (extra + n) * D}, {&w->kv, n * (size_t)(m->NKV * m->HS)}, {&w->o, n * D}, {&w->gate, n * (size_t)m->FF},
+        {&w->up, n * (size_t)m->FF}, {&w->angles, n * (size_t)m->HS}, {&w->a, w->block}, {&w->b, w->block}, {&w->heads, head_floats}, {&w->zero_row, row_stride(capacity)},
+    };
+    size_t total = 0;
+    for (size_t i = 0; i < sizeof parts / sizeof *parts; i++) { total += round_up(parts[i].n, 64); }
+    float* at = big_alloc(total * 4, "working memory");
+    for (size_t i = 0; i < sizeof parts / sizeof *parts; i++) {
+        *parts[i].p = at;
+        at += round_up(parts[i].n, 64);
+    }
+    w->bytes = total * 4;
+}
+
+static void rmsnorm(float* out, const float* x, const float* weight, int n, float eps) {
+    float sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int i = 0; i < n; i++) { sum += x[i] * x[i]; }
+    float scale = 1.0f / sqrtf(sum / (float)n + eps);
+#pragma omp simd
+    for (int i = 0; i < n; i++) { out[i] = x[i] * scale * weight[i]; }
+}
+
+static void rmsnorm_rows(float* out, const float* x, const float* weight, int n, int C, float eps) {
+#pragma omp parallel for if (n > 4)
+    for (int i = 0; i < n; i++) { rmsnorm(out + (size_t)i * (size_t)C, x + (size_t)i * (size_t)C, weight, C, eps); }
+}
+
+static void add_rows(float* x, const float* y, int n, int C) {  // x += y
+#pragma omp parallel for if (n > 4)
+    for (int i = 0; i < n; i++) {
+        for (size_t c = (size_t)i * (size_t)C; c < (size_t)(i + 1) * (size_t)C; c++) { x[c] += y[c]; }
+    }
+}
+
+// Rotates heads of one position: pairs (t, t + HS/2). scale: 1/sqrt(HS) for queries.
+static void rope(float* x, int heads, int HS, const float* angles, float scale) {
+    int half = HS / 2;
+    const float *cosine = angles, *sine = angles + half;
+    for (int h = 0; h < heads; h++, x += HS) {
+#pragma omp simd
+        for (int t = 0; t < half; t++) {
+            float a = x[t] * scale, b = x[t + half] * scale;
+            x[t] = a * cosine[t] - b * sine[t];
+            x[t + half] = b * cosine[t] + a * sine[t];
+        }
+    }
+}
+
+static void rope_angles(float* out, const Config* c, int position) {
+    int half = config_head_size(c) / 2;
+    for (int t = 0; t < half; t++) {
+        double angle = position * config_rope_frequency(c, t);
+        out[t] = (float)cos(angle);
+        out[half + t] = (float)sin(angle);
+    }
+}
+
+// Puts n rotated keys or values (n, NKV HS) into the cache from position T on.
+static void cache_put(Cache* s, const Model* m, int l, const float* x, int n, bool keys) {
+    size_t HS = (size_t)m->HS, NKV = (size_t)m->NKV, cap = round_up((size_t)s->capacity, TILE), HSP = round_up(HS, TILE);
+    char* base = keys ? s->k + (size_t)l * s->k_layer * (s->half ? 2 : 4) : s->v + (size_t)l * s->v_layer * (s->half ? 2 : 4);
+#pragma omp parallel for collapse(2) if (n > 4)
+    for (int i = 0; i < n; i++) {
+        for (size_t h = 0; h < NKV; h++) {
+            size_t j = (size_t)(s->T + i);
+            for (size_t t = 0; t < HS; t++) {
+                size_t at = keys ? h * cap * HS + (j / TILE * HS + t) * TILE + j % TILE : h * cap * HSP + (t / TILE * cap + j) * TILE + t % TILE;
+                float value = x[((size_t)i * NKV + h) * HS + t];
+                if (s->half) {
+                    ((uint16_t*)base)[at] = f32_to_bf16(value);
+                } else {
+                    ((float*)base)[at] = value;
+                }
+            }
+        }
+    }
+}
+
+// A block of R queries of one layer, positions p0 .. p0+R-1, and `extra` rows before them where the convolution needs those.
+typedef struct {
+    const Model* m;
+    Cache* s;
+    Work* w;
+    int l, p0, R, extra, T;  // T = p0 + R keys
+    size_t stride;           // of a score row; key j at PAD + j
+    const float* q;          // (extra + R, NH HS)
+    float *in, *out;         // (NH, extra + R, stride) each: a step reads `in` and leaves its result in `in` again (block_swap)
+} Block;
+
+static inline float* block_row(const Block* b, float* base, int h, int r) { return base + ((size_t)h * (size_t)(b->extra + b->R) + (size_t)(r + b->extra)) * b->stride; }
+
+// Scores of TILE keys from j0 on, for all rows of head h: S0 = q.k / sqrt(HS) where key <= query, else 0. Also zeroes the row ends.
+static void scores_tile(const Block* b, int h, int tile) {
+    const Model* m = b->m;
+    size_t HS = (size_t)m->HS, D = (size_t)m->NH * HS, width = b->s->half ? 2 : 4, cap = round_up((size_t)b->s->capacity, TILE);
+    int kvh = h / (m->NH / m->NKV), j0 = tile * TILE, rows = b->extra + b->R;
+    bool last = j0 + TILE >= b->T;
+    const char* k = b->s->k + ((size_t)b->l * b->s->k_layer + (size_t)kvh * cap * HS + (size_t)tile * HS * TILE) * width;
+    for (int r = 0; r < rows; r += MR) {
+        int mr = rows - r < MR ? rows - r : MR;
+        float* c = block_row(b, b->in, h, r - b->extra) + PAD + j0;
+        const float* q = b->q + (size_t)r * D + (size_t)h * HS;
+        bool some = b->p0 - b->extra + r + mr - 1 >= j0;
+        if (some && b->s->half) {
+            gemm_tile_bf16(mr, c, b->stride, q, D, (const uint16_t*)k, HS, false);
+        } else if (some) {
+            gemm_tile(mr, c, b->stride, q, D, (const float*)k, HS, false);
+        }
+        for (int i = 0; i < mr; i++) {
+            float* row = c + (size_t)i * b->stride;
+            int keep = b->p0 - b->extra + r + i + 1 - j0;  // keys of this tile at or before the query
+            keep = !some || keep < 0 ? 0 : keep > TILE ? TILE : keep;
+            memset(row + keep, 0, (size_t)(TILE - keep + (last ? PAD : 0)) * 4);
+            if (tile == 0) { memset(row - PAD, 0, PAD * 4); }
+        }
+    }
+}
+
+// Key-query convolution of one row: out[j] = sum_{a<cq, k<ck} weight[a,k] * rows[a][j - ck/2 + k] for j <= p. rows[a] point at key 0 and are
+// zero outside their own causal range.
+static void kq_conv_row(float* out, const float* const* rows, const float* weight, int cq, int ck, int p) {
+    for (int j = 0; j <= p; j += 2 * LANES) {
+        vf s0 = splat(0), s1 = splat(0);
+        for (int a = 0; a < cq; a++) {
+            const float* in = rows[a] + j - ck / 2;
+            const float* w = weight + a * ck;
+            for (int k = 0; k < ck; k++) {
+                s0 += load(in + k) * w[k];
+                s1 += load(in + k + LANES) * w[k];
+            }
+        }
+        store(out + j, s0);
+        store(out + j + LANES, s1);
+    }
+}
+
+// in -> out, before the softmax: the rows before are in the block.
+static void conv_pre_row(const Block* b, int h, int r) {
+    const float* rows[MAX_KERNEL];
+    int cq = b->m->cq, ck = b->m->ck;
+    for (int a = 0; a < cq; a++) { rows[a] = block_row(b, b->in, h, r - (cq - 1) + a) + PAD; }
+    kq_conv_row(block_row(b, b->out, h, r) + PAD, rows, b->m->layers[b->l].conv_pre + (size_t)h * (size_t)(cq * ck), cq, ck, b->p0 + r);
+}
+
+// in -> out, after the softmax: rows before the block come from the cache. Zero above the diagonal again.
+static void conv_post_row(const Block* b, int h, int r) {
+    const float* rows[MAX_KERNEL];
+    int cq = b->m->cq, ck = b->m->ck, p = b->p0 + r;
+    for (int a = 0; a < cq; a++) {
+        int there = r - (cq - 1) + a;
+        const float* row = there >= 0 ? block_row(b, b->in, h, there) : b->p0 + there < 0 ? b->w->zero_row : cache_p(b->s, b->m, b->l, h, b->p0 + there);
+        rows[a] = row + PAD;
+    }
+    float* out = block_row(b, b->out, h, r) + PAD;
+    kq_conv_row(out, rows, b->m->layers[b->l].conv_post + (size_t)h * (size_t)(cq * ck), cq, ck, p);
+    memset(out + p + 1, 0, ((size_t)b->T - (size_t)p - 1 + PAD) * 4);
+}
+
+// Keeps the last cq-1 rows of probabilities. Behind a row's own position it must read as zeros for the next cq-1 queries.
+static void keep_probabilities(const Block* b, int h) {
+    int keep = b->m->cq - 1 < b->R ? b->m->cq - 1 : b->R;
+    for (int r = b->R - keep; r < b->R; r++) {
+        size_t n = (size_t)(PAD + b->p0 + r + 1);
+        float* to = cache_p(b->s, b->m, b->l, h, b->p0 + r);
+        memcpy(to, block_row(b, b->in, h, r), n * 4);
+        memset(to + n, 0, (b->s->p_stride - n < 2 * PAD ? b->s->p_stride - n : 2 * PAD) * 4);
+    }
+}
+
+// Mixes the heads of group g, in -> out: out_o = sum_n weight[g,o,n] in_n. Sums run over n in order.
+static void head_mix_row(const Block* b, const float* weight, int ch, int g, int r) {
+    const float* w = weight + (size_t)g * (size_t)(ch * ch);
+    int end = b->p0 + r;  // beyond it: see softmax_row and values
+    for (int o = 0; o < ch; o++) {
+        float* out = block_row(b, b->out, g * ch + o, r) + PAD;
+        for (int j = 0; j <= end; j += LANES) {
+            vf sum = splat(0);
+            for (int n = 0; n < ch; n++) { sum += load(block_row(b, b->in, g * ch + n, r) + PAD + j) * w[o * ch + n]; }
+            store(out + j, sum);
+        }
+        memset(out + end + 1, 0, ((size_t)b->T - (size_t)end - 1 + PAD) * 4);
+    }
+}
+
+// Softmax over keys <= p in place; zeros before key 0 and beyond p, where the convolution and the products read on.
+static void softmax_row(float* row, int p, int T) {
+    float* x = row + PAD;
+    float largest = -INFINITY, sum = 0;
+#pragma omp simd reduction(max : largest)
+    for (int j = 0; j <= p; j++) { largest = x[j] > largest ? x[j] : largest; }
+    int whole = (p + 1) / LANES * LANES;
+    vf sums = splat(0);
+    for (int j = 0; j < whole; j += LANES) {
+        vf y = exp_lanes(load(x + j) - largest);
+        sums += y;
+        store(x + j, y);
+    }
+    sum = sum_lanes(sums);
+    for (int j = whole; j <= p; j++) { sum += x[j] = expf(x[j] - largest); }
+    float inverse = 1.0f / sum;
+#pragma omp simd
+    for (int j = 0; j <= p; j++) { x[j] *= inverse; }
+    memset(row, 0, PAD * 4);
+    memset(x + p + 1, 0, ((size_t)T - (size_t)p - 1 + PAD) * 4);
+}
+
+// O (rows, HS) of head h: up to MR rows of the block from r on, one panel of TILE values.
+static void values_tile(const Block* b, int h, int r, int panel) {
+    const Model* m = b->m;
+    size_t HSP = round_up((size_t)m->HS, TILE), cap = round_up((size_t)b->s->capacity, TILE), width = b->s->half ? 2 : 4;
+    int kvh = h / (m->NH / m->NKV), mr = b->R - r < MR ? b->R - r : MR, from = m->c.attention_type == ATTENTION_DIFF ? h & ~1 : h;
+    size_t keys = (size_t)(b->p0 + r + mr);
+    const char* v = b->s->v + ((size_t)b->l * b->s->v_layer + (size_t)kvh * cap * HSP + (size_t)panel * cap * TILE) * width;
+    float* o = b->w->heads + ((size_t)h * (size_t)b->w->R + (size_t)r) * HSP + (size_t)panel * TILE;
+    const float* p = block_row(b, b->in, from, r) + PAD;
+    if (b->s->half) {
+        gemm_tile_bf16(mr, o, HSP, p, b->stride, (const uint16_t*)v, keys, false);
+    } else {
+        gemm_tile(mr, o, HSP, p, b->stride, (const float*)v, keys, false);
+    }
+}
+
+// Norm and gate of head (diff: pair of heads) u of query r, into o (R, NH HS).
+static void head_out(const Block* b, int u, int r, float* o) {
+    const Model* m = b->m;
+    const Layer* y = &m->layers[b->l];
+    int HS = m->HS, heads = config_norm_heads(&m->c), n = heads * HS;
+    size_t HSP = round_up((size_t)HS, TILE);
+    float* out = o + (size_t)r * (size_t)(m->NH * HS) + (size_t)(u * n);
+    for (int i = 0; i < heads; i++) { memcpy(out + i * HS, b->w->heads + ((size_t)(u * heads + i) * (size_t)b->w->R + (size_t)r) * HSP, (size_t)HS * 4); }
+    if (y->head_norm) {
+        rmsnorm(out, out, y->head_norm, n, 1e-5f);
+        for (int i = 0; i < n; i++) { out[i] *= y->head_scale; }
+    }
+    if (y->head_gate) {
+        float dot = y->gate_bias;
+        for (int i = 0; i < n; i++) { dot += out[i] * y->head_gate[i]; }
+        float gate = 1.0f / (1.0f + expf(-dot));
+        for (int i = 0; i < n; i++) { out[i] *= gate; }
+    }
+}
+
+// One row for the picture: before = softmax of the scores as they come from q.k, after = the weights that multiply the values.
+static void tap_row(const Block* b, AttentionTap* t, int r, bool after) {
+    int p = b->p0 + r;
+    if (t->layer != b->l || p >= t->n) { return; }
+    int h = after && b->m->c.attention_type == ATTENTION_DIFF ? t->head & ~1 : t->head;
+    float* to = (after ? t->after : t->before) + (size_t)p * (size_t)t->n;
+    if (after) {
+        memcpy(to, block_row(b, b->in, h, r) + PAD, (size_t)(p + 1) * 4);
+        return;
+    }
+    float* row = alloc_or_die((size_t)p + 1 + 2 * PAD + LANES, 4, "a row of the picture");
+    memcpy(row + PAD, block_row(b, b->in, h, r) + PAD, (size_t)(p + 1) * 4);
+    softmax_row(row, p, p + 1);
+    memcpy(to, row + PAD, (size_t)(p + 1) * 4);
+    free(row);
+}
+
+static inline void block_swap(Block* b) {
+    float* t = b->in;
+    b->in = b->out;
+    b->out = t;
+}
+
+// All steps of one block. A barrier (the end of each omp for) separates steps that read other heads or rows; every thread swaps its own
+// copy of the block.
+static void attention_block(const Block* shared, float* o) {
+    const Model* m = shared->m;
+    const Layer* y = &m->layers[shared->l];
+    bool diff = m->c.attention_type == ATTENTION_DIFF;
+    int NH = m->NH, R = shared->R, tiles = (shared->T + TILE - 1) / TILE, panels = (int)(round_up((size_t)m->HS, TILE) / TILE);
+    AttentionTap* tap = shared->w->tap;
+#pragma omp parallel
+    {
+        Block b = *shared;
+#pragma omp for collapse(2) schedule(static)
+        for (int h = 0; h < NH; h++) {
+            for (int tile = 0; tile < tiles; tile++) { scores_tile(&b, h, tile); }
+        }
+        if (tap) {
+#pragma omp for
+            for (int r = 0; r < R; r++) { tap_row(&b, tap, r, false); }
+        }
+        if (y->conv_pre) {
+#pragma omp for collapse(2) schedule(static)
+            for (int h = 0; h < NH; h++) {
+                for (int r = 0; r < R; r++) { conv_pre_row(&b, h, r); }
+            }
+            block_swap(&b);
+        }
+        if (y->mix_pre) {
+            int ch = m->c.head_mix_pre_softmax;
+#pragma omp for collapse(2) schedule(static)
+            for (int g = 0; g < NH / ch; g++) {
+                for (int r = 0; r < R; r++) { head_mix_row(&b, y->mix_pre, ch, g, r); }
+            }
+            block_swap(&b);
+        }
+#pragma omp for collapse(2) schedule(static)
+        for (int h = 0; h < NH; h++) {
+            for (int r = 0; r < R; r++) { softmax_row(block_row(&b, b.in, h, r), b.p0 + r, b.T); }
+        }
+        if (y->conv_post) {
+#pragma omp for collapse(2) schedule(static)
+            for (int h = 0; h < NH; h++) {
+                for (int r = 0; r < R; r++) { conv_post_row(&b, h, r); }
+            }
+#pragma omp for schedule(static)
+            for (int h = 0; h < NH; h++) {
+                if (m->cq > 1) { keep_probabilities(&b, h); }
+            }
+            block_swap(&b);
+        }
+        if (y->mix_post) {
+            int ch = m->c.head_mix_post_softmax;
+#pragma omp for collapse(2) schedule(static)
+            for (int g = 0; g < NH / ch; g++) {
+                for (int r = 0; r < R; r++) { head_mix_row(&b, y->mix_post, ch, g, r); }
+            }
+            block_swap(&b);
+        }
+        if (diff) {  // P_2p - lambda P_2p+1, in place of P_2p
+#pragma omp for collapse(2) schedule(static)
+            for (int h = 0; h < NH; h += 2) {
+                for (int r = 0; r < R; r++) {
+                    float *first = block_row(&b, b.in, h, r) + PAD, *second = block_row(&b, b.in, h + 1, r) + PAD;
+                    for (int j = 0; j <= b.p0 + r; j++) { first[j] -= y->lambda * second[j]; }
+                }
+            }
+        }
+        if (tap) {
+#pragma omp for
+            for (int r = 0; r < R; r++) { tap_row(&b, tap, r, true); }
+        }
+#pragma omp for collapse(3) schedule(static)
+        for (int h = 0; h < NH; h++) {
+            for (int panel = 0; panel < panels; panel++) {
+                for (int r = 0; r < R; r += MR) { values_tile(&b, h, r, panel); }
+            }
+        }
+#pragma omp for collapse(2) schedule(static)
+        for (int u = 0; u < NH / config_norm_heads(&m->c); u++) {
+            for (int r = 0; r < R; r++) { head_out(&b, u, r, o); }
+        }
+    }
+}
+
+// Attention of n positions from T on; w->q holds their queries behind cq-1 earlier ones; keys and values are in the cache. Result in w->o.
+static void attention(const Model* m, Cache* s, Work* w, int l, int n) {
+    const Layer* y = &m->layers[l];
+    size_t D = (size_t)(m->NH * m->HS), before = (size_t)m->cq - 1;
+    if (y->conv_pre && before) { memcpy(w->q, cache_q(s, m, l), before * D * 4); }
+    for (int i = 0; i < n; i += w->R) {
+        Block b = {.m = m, .s = s, .w = w, .l = l, .p0 = s->T + i, .R = n - i < w->R ? n - i : w->R, .extra = y->conv_pre ? m->cq - 1 : 0};
+        b.T = b.p0 + b.R;
+        b.stride = row_stride(b.T);
+        b.q = w->q + (before + (size_t)i - (size_t)b.extra) * D;
+        b.in = w->a;
+        b.out = w->b;
+        attention_block(&b, w->o + (size_t)i * D);
+    }
+    if (y->conv_pre && before) { memcpy(cache_q(s, m, l), w->q + (size_t)n * D, before * D * 4); }
+}
+
+static void swiglu(float* gate, const float* up, size_t n) {  // gate = silu(gate) * up
+    size_t whole = n / LANES * LANES;
+#pragma omp parallel for if (n > 1 << 15)
+    for (size_t i = 0; i < whole; i += LANES) {
+        vf g = load(gate + i);
+        store(gate + i, g / (exp_lanes(-g) + 1.0f) * load(up + i));
+    }
+    for (size_t i = whole; i < n; i++) { gate[i] = gate[i] / (1.0f + expf(-gate[i])) * up[i]; }
+}
+
+// n <= chunk tokens at the positions from s->T on: their final normalised states are left in w->xn (n, C), the cache grows by n.
+static void forward(const Model* m, Cache* s, Work* w, const int32_t* tokens, int n) {
+    size_t C = (size_t)m->C, D = (size_t)(m->NH * m->HS), KV = (size_t)(m->NKV * m->HS), FF = (size_t)m->FF;
+    float eps = (float)m->c.rms_norm_eps, scale = 1.0f / sqrtf((float)m->HS);
+    float* q = w->q + (size_t)(m->cq - 1) * D;
+    assert(n >= 1 && n <= w->chunk && s->T + n <= s->capacity);
+#pragma omp parallel for if (n > 4)
+    for (int i = 0; i < n; i++) {
+        matrix_row(&m->embed, (size_t)tokens[i], w->x + (size_t)i * C);
+        rope_angles(w->angles + (size_t)i * (size_t)m->HS, &m->c, s->T + i);
+    }
+    for (int l = 0; l < m->c.num_hidden_layers; l++) {
+        const Layer* y = &m->layers[l];
+        rmsnorm_rows(w->xn, w->x, y->input_norm, n, m->C, eps);
+        matmul(q, D, w->xn, C, n, &y->q);
+        matmul(w->kv, KV, w->xn, C, n, &y->k);
+#pragma omp parallel for if (n > 4)
+        for (int i = 0; i < n; i++) {
+            const float* angles = w->angles + (size_t)i * (size_t)m->HS;
+            rope(q + (size_t)i * D, m->NH, m->HS, angles, scale);
+            rope(w->kv + (size_t)i * KV, m->NKV, m->HS, angles, 1);
+        }
+        cache_put(s, m, l, w->kv, n, true);
+        matmul(w->kv, KV, w->xn, C, n, &y->v);
+        cache_put(s, m, l, w->kv, n, false);
+        attention(m, s, w, l, n);
+        matmul(w->xn, C, w->o, D, n, &y->o);
+        add_rows(w->x, w->xn, n, m->C);
+        rmsnorm_rows(w->xn, w->x, y->post_norm, n, m->C, eps);
+        matmul(w->gate, FF, w->xn, C, n, &y->gate);
+        matmul(w->up, FF, w->xn, C, n, &y->up);
+        swiglu(w->gate, w->up, (size_t)n * FF);
+        matmul(w->xn, C, w->gate, FF, n, &y->down);
+        add_rows(w->x, w->xn, n, m->C);
+    }
+    rmsnorm_rows(w->xn, w->x, m->norm, n, m->C, eps);
+    s->T += n;
+}
+
+// Logits (rows, V) of `rows` states of the last forward from row `first` on.
+static void logits_of(const Model* m, const Work* w, int first, int rows, float* out) {
+    matmul(out, (size_t)m->V, w->xn + (size_t)first * (size_t)m->C, (size_t)m->C, rows, &m->head);
+}
+
+// A whole prompt in chunks; the logits of its last token into `logits` (V).
+static void read_tokens(const Model* m, Cache* s, Work* w, const int32_t* tokens, size_t n, float* logits) {
+    for (size_t i = 0; i < n;) {
+        int part = n - i < (size_t)w->chunk ? (int)(n - i) : w->chunk;
+        forward(m, s, w, tokens + i, part);
+        i += (size_t)part;
+        if (i == n && logits) { logits_of(m, w, part - 1, 1, logits); }
+    }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------------------------
+// Options
+
+typedef struct {
+    const char *dir, *tokenizer, *pattern, *weights, *cache, *prompt, *token_ids, *score, *logits, *attention_map;
+    int context, chunk, threads, max_tokens, top_k, repeat_last, samples, layer, head;
+    int64_t seed;
+    double temperature, top_p, min_p, repeat_penalty;
+    bool interactive, echo, ignore_eos, shift, quiet, tokenize, detokenize;
+} Options;
+
+static Options options_defaults(void) {
+    Options o = {.weights = "stored", .cache = "f32", .chunk = 512, .max_tokens = 256, .repeat_last = 64, .samples = 1, .seed = 1,
+                 .temperature = 0.8, .top_p = 0.95, .repeat_penalty = 1};
+    return o;
+}
+
+static void options_read(Options* o, int argc, char** argv) {
+    const char* usage =
+        "usage: infer_mta DIR --prompt TEXT            continue a text (or standard input, without --prompt)\n"
+        "       infer_mta DIR --token-ids \"1 2 3\"       continue ids; prints ids\n"
+        "       infer_mta DIR --score FILE             log-probabilities of continuations, JSON lines in and out\n"
+        "       infer_mta DIR --interactive            turn by turn; Ctrl-C stops an answer, Ctrl-D the program\n"
+        "       infer_mta --tokenize --tokenizer FILE  JSON lines {\"text\"} on standard input to lines of ids; --detokenize back\n"
+        "DIR is a checkpoint: config.json, model.safetensors and a tokenizer. Exit status 0 done, 1 a mistake of the user's.";
+    Opt table[] = {
+        {"Model", OPT_HEADING, NULL, NULL, NULL, 0, 0, false},
+        {"--tokenizer", OPT_STRING, &o->tokenizer, "NAME|FILE", "bytes, toy or a tiktoken rank file; else the one config.json names", 0, 0, false},
+        {"--pattern", OPT_CHOICE, &o->pattern, "gpt2|cl100k_base|llama3|o200k_base", "how text is split, where FILE's name does not tell", 0, 0, false},
+        {"--weights", OPT_CHOICE, &o->weights, "stored|f32|bf16|int8", "form of the matrices in memory; another than stored costs a copy", 0, 0, false},
+        {"--cache", OPT_CHOICE, &o->cache, "f32|bf16", "form of cached keys and values", 0, 0, false},
+        {"--context", OPT_INT, &o->context, "N", "positions, at most the model's (0: those)", 0, MAX_CONTEXT, false},
+        {"--chunk", OPT_INT, &o->chunk, "N", "prompt tokens of one pass over the weights", 1, 65536, false},
+        {"--threads", OPT_INT, &o->threads, "N", "0: all cores, fewer for small models", 0, 4096, false},
+        {"Text", OPT_HEADING, NULL, NULL, NULL, 0, 0, false},
+        {"--prompt", OPT_STRING, &o->prompt, "TEXT", "text to continue", 0, 0, false},
+        {"--token-ids", OPT_STRING, &o->token_ids, "IDS", "ids to continue, taken as they are", 0, 0, false},
+        {"--interactive", OPT_FLAG, &o->interactive, NULL, "read a line, continue, again; an empty line goes on", 0, 0, false},
+        {"--echo", OPT_FLAG, &o->echo, NULL, "print the prompt too", 0, 0, false},
+        {"--max-tokens", OPT_INT, &o->max_tokens, "N", "tokens to generate at most", 0, INT32_MAX, false},
+        {"--ignore-eos", OPT_FLAG, &o->ignore_eos, NULL, "go on after the end of a document", 0, 0, false},
+        {"--shift", OPT_FLAG, &o->shift, NULL, "when the context is full, keep its first token and its later half and go on", 0, 0, false},
+        {"Sampling", OPT_HEADING, NULL, NULL, NULL, 0, 0, false},
+        {"--temperature", OPT_FLOAT, &o->temperature, "X", "0 is greedy", 0, 100, false},
+        {"--top-k", OPT_INT, &o->top_k, "N", "only the N most probable tokens (0: all)", 0, MAX_VOCAB, false},
+        {"--top-p", OPT_FLOAT, &o->top_p, "X", "only the most probable tokens that make X of the probability", 0, 1, false},
+        {"--min-p", OPT_FLOAT, &o->min_p, "X", "only tokens of at least X times the best one's probability", 0, 1, false},
+        {"--repeat-penalty", OPT_FLOAT, &o->repeat_penalty, "X", "logits of recent tokens are divided (negative: multiplied) by X", 0.01, 100, false},
+        {"--repeat-last", OPT_INT, &o->repeat_last, "N", "how many tokens are recent", 0, MAX_CONTEXT, false},
+        {"--seed", OPT_LONG, &o->seed, "N", "of the samples", 0, 0, false},
+        {"--samples", OPT_INT, &o->samples, "N", "continuations of the prompt; a line of ---- between texts", 1, 1000000, false},
+        {"Scoring and looking inside", OPT_HEADING, NULL, NULL, NULL, 0, 0, false},
+        {"--score", OPT_STRING, &o->score, "FILE", "JSON lines {\"context\",\"continuation\"} or {\"context_ids\",\"continuation_ids\"}, - for standard input", 0, 0, false},
+        {"--logits", OPT_STRING, &o->logits, "FILE", "write the logits of each position of the prompt (safetensors), generate nothing", 0, 0, false},
+        {"--attention-map", OPT_STRING, &o->attention_map, "FILE", "write attention weights over the prompt (JSON; scripts/attention_map.py draws it)", 0, 0, false},
+        {"--layer", OPT_INT, &o->layer, "N", "of the map, from 0", 0, MAX_LAYERS, false},
+        {"--head", OPT_INT, &o->head, "N", "of the map, from 0", 0, MAX_HEADS, false},
+        {"--quiet", OPT_FLAG, &o->quiet, NULL, "no plan and no speed summary on standard error", 0, 0, false},
+        {"Tokenizer alone", OPT_HEADING, NULL, NULL, NULL, 0, 0, false},
+        {"--tokenize", OPT_FLAG, &o->tokenize, NULL, "JSON lines with \"text\" in, a line of ids each out", 0, 0, false},
+        {"--detokenize", OPT_FLAG, &o->detokenize, NULL, "lines of ids in, JSON lines with \"text\" out", 0, 0, false},
+        OPT_END};
+    const char* positional[1] = {NULL};
+    options_parse(table, usage, argc, argv, positional, 1);
+    o->dir = positional[0];
+    bool alone = o->tokenize || o->detokenize;
+    int modes = (o->prompt != NULL) + (o->token_ids != NULL) + (o->score != NULL) + o->interactive + o->tokenize + o->detokenize;
+    if (modes > 1) { die("--prompt, --token-ids, --score, --interactive, --tokenize and --detokenize exclude each other; give one"); }
+    if (!alone && !o->dir) { die("no checkpoint directory given; usage: infer_mta DIR [options], --help lists them"); }
+    if (alone && !o->tokenizer && !o->dir) { die("--tokenize needs --tokenizer NAME|FILE or a checkpoint directory"); }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------------------------
+// A session: model, cache and the tokens so far
+
+typedef struct {
+    Options o;
+    Model m;
+    Cache s;
+    Work w;
+    Tokenizer* t;        // NULL: ids only
+    float* logits;       // (LOGIT_ROWS, V)
+    int32_t* ids;        // the tokens so far, capacity of them; the first s.T are in the cache
+    int n;
+    float* candidates;   // (2, V): sampling's weights, and the ids they belong to
+    double prompt_seconds, decode_seconds, decode_bytes;
+    long prompt_tokens, decode_tokens;
+    bool terminal;       // standard output is one
+} Session;
+
+enum { LOGIT_ROWS = 8 };
+
+static volatile sig_atomic_t interrupted;
+
+static void on_interrupt(int signal) {
+    (void)signal;
+    interrupted = 1;
+}
+
+// Everything that goes to standard output. A reader that went away (closed pipe) or a full disk ends the program with one line.
+static void put_out(const char* text, size_t n, bool flush) {
+    if ((n && fwrite(text, 1, n, stdout) != n) || (flush && fflush(stdout))) {
+        fprintf(stderr, "%s: standard output: %s\n", program_invocation_short_name, strerror(errno));
+        _exit(1);
+    }
+}
+
+// Text for a reader: on a terminal control characters are shown, not obeyed (C0 but newline and tab, DEL, C1).
+static void put_text(const Session* s, const char* text, size_t n) {
+    for (size_t i = 0, from = 0; s->terminal && i <= n; i++) {
+        unsigned char c = i < n ? (unsigned char)text[i] : 0;
+        bool c1 = c == 0xC2 && i + 1 < n && (unsigned char)text[i + 1] < 0xA0;
+        if (i < n && !c1 && ((c >= 0x20 && c != 0x7F) || c == '\n' || c == '\t')) { continue; }
+        put_out(text + from, i - from, false);
+        char shown[16];
+        if (i < n) { put_out(shown, (size_t)snprintf(shown, sizeof shown, "\\x%02x", c1 ? (unsigned char)text[i + 1] : c), false); }
+        i += c1;
+        from = i + 1;
+    }
+    if (!s->terminal) { put_out(text, n, false); }
+    put_out("", 0, true);
+}
+
+// The tokenizer of --tokenizer, or the one that config.json names (a built-in name, or a file beside it). One that was named here must have
+// the vocabulary of the one the model was trained with, where that is known, and never more ids than the model.
+static Tokenizer* tokenizer_for(const Options* o, const Config* c) {
+    Error e = {{0}};
+    char path[PATH_SIZE];
+    Tokenizer *own = NULL, *given = NULL;
+    if (c && c->tokenizer[0]) {
+        path_join(path, sizeof path, o->dir, c->tokenizer);
+        own = tokenizer_open(file_exists(path) ? path : c->tokenizer, file_exists(path) && !o->tokenizer ? o->pattern : NULL, &e);
+    }
+    if (o->tokenizer) {
+        Error why = {{0}};
+        given = tokenizer_open(o->tokenizer, o->pattern, &why);
+        if (!given) { die("%s", why.text); }
+        if (own && tokenizer_vocab(own) != tokenizer_vocab(given)) {
+            die("%s: %d ids, but the model was trained with %s, which has %d", o->tokenizer, tokenizer_vocab(given), c->tokenizer, tokenizer_vocab(own));
+        }
+        tokenizer_free(own);
+    } else if (c && c->tokenizer[0] && !own && !o->token_ids) {
+        die("%s", e.text);
+    }
+    Tokenizer* t = given ? given : own;
+    if (t && c && tokenizer_vocab(t) > c->vocab_size) {
+        die("tokenizer %s: %d ids, the model's vocabulary has %d; give the tokenizer it was trained with", o->tokenizer ? o->tokenizer : c->tokenizer,
+            tokenizer_vocab(t), c->vocab_size);
+    }
+    return t;
+}
+
+static void session_open(Session* s, const Options* o) {
+    memset(s, 0, sizeof *s);
+    s->o = *o;
+    const char* const forms[] = {"f32", "bf16", "f16", "int8"};
+    int want = -1;
+    for (int i = 0; i < 4; i++) {
+        if (!strcmp(o->weights, forms[i])) { want = i; }
+    }
+    model_open(&s->m, o->dir, want, o->threads);
+    const Config* c = &s->m.c;
+    if (o->context > c->max_position_embeddings) { die("--context: got %d, the model has %d positions", o->context, c->max_position_embeddings); }
+    s->t = tokenizer_for(o, c);
+    int capacity = o->context ? o->context : c->max_position_embeddings;
+    int chunk = o->chunk < capacity ? o->chunk : capacity;
+    cache_open(&s->s, &s->m, capacity, !strcmp(o->cache, "bf16"));
+    work_open(&s->w, &s->m, chunk, capacity);
+    s->logits = big_alloc((size_t)LOGIT_ROWS * (size_t)s->m.V * 4, "logits");
+    s->candidates = big_alloc(2 * (size_t)s->m.V * 4, "candidates");
+    s->ids = big_alloc(((size_t)capacity + 1) * 4, "tokens");
+    s->terminal = isatty(1);
+    if (!o->quiet) {
+        size_t weights = s->m.mapped_bytes + s->m.own_bytes, work = s->w.bytes + (size_t)s->m.V * 4 * (LOGIT_ROWS + 2);
+        fprintf(stderr, "weights %.1f MiB %s (%.1f mapped), cache %.1f MiB %s for %d positions, working memory %.1f MiB, together %.1f MiB; %d threads\n",
+                (double)weights / 1048576, weight_names[s->m.head.kind], (double)s->m.mapped_bytes / 1048576, (double)s->s.bytes / 1048576,
+                s->s.half ? "bf16" : "f32", capacity, (double)work / 1048576, (double)(weights + s->s.bytes + work) / 1048576, omp_get_max_threads());
+    }
+}
+
+static void summary(const Session* s) {
+    if (s->o.quiet) { return; }
+    FILE* f = fopen("/proc/self/status", "r");  // ru_maxrss would count the parent's pages before exec
+    char line[256];
+    long peak = 0;
+    while (f && fgets(line, sizeof line, f)) {
+        if (!strncmp(line, "VmHWM:", 6)) { peak = strtol(line + 6, NULL, 10); }
+    }
+    if (f) { fclose(f); }
+    fprintf(stderr, "prompt %ld tokens, %.1f tokens/s; ", s->prompt_tokens, s->prompt_seconds > 0 ? (double)s->prompt_tokens / s->prompt_seconds : 0);
+    if (s->decode_tokens) {
+        fprintf(stderr, "decode %ld tokens, %.2f tokens/s, %.2f GB/s of weights and cache; ", s->decode_tokens,
+                (double)s->decode_tokens / s->decode_seconds, s->decode_bytes / s->decode_seconds * 1e-9);
+    }
+    fprintf(stderr, "peak memory %.1f MiB\n", (double)peak / 1024);
+}
+
+static size_t cache_bytes_read(const Session* s) {  // keys and values of all positions so far, once
+    return 2 * (size_t)s->m.c.num_hidden_layers * (size_t)(s->m.NKV * s->m.HS) * (size_t)s->s.T * (s->s.half ? 2 : 4);
+}
+
+// Puts the tokens that are not yet in the cache there; the logits of the last one are in s->logits.
+static void feed(Session* s) {
+    double t0 = seconds_now();
+    int fresh = s->n - s->s.T;
+    read_tokens(&s->m, &s->s, &s->w, s->ids + s->s.T, (size_t)fresh, s->logits);
+    double dt = seconds_now() - t0;
+    if (fresh == 1) {
+        s->decode_seconds += dt;
+        s->decode_tokens++;
+        s->decode_bytes += (double)(s->m.bytes_per_token + cache_bytes_read(s));
+    } else {
+        s->prompt_seconds += dt;
+        s->prompt_tokens += fresh;
+    }
+}
+
+// Are there positions for the tokens so far and `more`? With --shift the first token and the later half are kept where there are not, and
+// computed anew.
+static bool make_room(Session* s, int more) {
+    int capacity = s->s.capacity, keep = capacity / 2;
+    if (s->n + more <= capacity) { return true; }
+    if (!s->o.shift || keep < 1 || 1 + keep + more > capacity) { return false; }
+    if (s->n > keep + 1) {
+        memmove(s->ids + 1, s->ids + s->n - keep, (size_t)keep * sizeof(int32_t));
+        s->n = keep + 1;
+    }
+    cache_clear(&s->s, &s->m);
+    return true;
+}
+
+// Appends tokens to the session; too many are refused, or with --shift cut to the first and the last that fit half the context.
+static void append_ids(Session* s, const int32_t* ids, size_t n) {
+    int capacity = s->s.capacity;
+    if (n > (size_t)capacity / 2 && s->o.shift && s->n + n > (size_t)capacity) {
+        int32_t first = s->n ? s->ids[0] : ids[0];
+        size_t keep = (size_t)capacity / 2;
+        s->ids[0] = first;
+        memcpy(s->ids + 1, ids + n - keep, keep * sizeof(int32_t));
+        s->n = 1 + (int)keep;
+        cache_clear(&s->s, &s->m);
+        return;
+    }
+    if (n > (size_t)capacity || !make_room(s, (int)n)) {
+        die("%zu tokens, the context has %d positions%s; shorten the prompt or use --shift", (size_t)s->n + n, capacity,
+            capacity < s->m.c.max_position_embeddings ? " (--context)" : "");
+    }
+    memcpy(s->ids + s->n, ids, n * sizeof(int32_t));
+    s->n += (int)n;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------------------------
+// Sampling
+
+static void penalize(Session* s, float* logits) {
+    float penalty = (float)s->o.repeat_penalty;
+    int from = s->n > s->o.repeat_last ? s->n - s->o.repeat_last : 0;
+    for (int i = from; i < s->n && penalty != 1; i++) {
+        bool again = false;  // a token counts once, however often it stands there
+        for (int j = from; j < i && !again; j++) { again = s->ids[j] == s->ids[i]; }
+        float* x = &logits[s->ids[i]];
+        if (!again) { *x = *x > 0 ? *x / penalty : *x * penalty; }
+    }
+}
+
+static void heap_sink(float* weight, int32_t* id, int n, int i) {  // the largest weight on top; equal ones: the lower id
+    for (;;) {
+        int best = i;
+        for (int c = 2 * i + 1; c <= 2 * i + 2 && c < n; c++) {
+            if (weight[c] > weight[best] || (weight[c] == weight[best] && id[c] < id[best])) { best = c; }
+        }
+        if (best == i) { return; }
+        float w = weight[i];
+        int32_t k = id[i];
+        weight[i] = weight[best];
+        id[i] = id[best];
+        weight[best] = w;
+        id[best] = k;
+        i = best;
+    }
+}
+
+// Draws a token: temperature, then the k best, then the best that make top_p of what is left, then those above min_p of the best.
+static int32_t sample(Session* s, Rng* rng) {
+    const Options* o = &s->o;
+    float* logits = s->logits;
+    int V = s->t && tokenizer_vocab(s->t) < s->m.V ? tokenizer_vocab(s->t) : s->m.V, best = 0;
+    penalize(s, logits);
+    for (int i = 1; i < V; i++) {
+        if (logits[i] > logits[best]) { best = i; }
+    }
+    if (o->temperature == 0) { return best; }
+    float* weight = s->candidates;
+    int32_t* id = (int32_t*)(s->candidates + s->m.V);
+    double total = 0;
+    for (int i = 0; i < V; i++) {
+        weight[i] = expf((logits[i] - logits[best]) / (float)o->temperature);
+        id[i] = i;
+        total += weight[i];
+    }
+    int left = V, taken = 0, wanted = o->top_k && o->top_k < V ? o->top_k : V;
+    if (wanted < V || o->top_p < 1) {  // the best come to the end of the arrays, in order
+        for (int i = V / 2 - 1; i >= 0; i--) { heap_sink(weight, id, V, i); }
+        double sum = 0;
+        bool by_k = wanted < V;
+        while (left > 0 && taken < wanted && (by_k || sum < o->top_p * total)) {
+            float w = weight[0];
+            int32_t k = id[0];
+            left--;
+            weight[0] = weight[left];
+            id[0] = id[left];
+            weight[left] = w;
+            id[left] = k;
+            heap_sink(weight, id, left, 0);
+            sum += w;
+            taken++;
+        }
+        if (by_k && o->top_p < 1) {
+            double part = 0;
+            int kept = 0;
+            while (kept < taken && part < o->top_p * sum) { part += weight[V - 1 - kept++]; }
+            taken = kept;
+        }
+        if (!taken) { taken = 1; }  // top_p 0: the best one
+        if (left == V) { return best; }
+    } else {
+        taken = V;
+    }
+    total = 0;
+    for (int i = V - taken; i < V; i++) { total += weight[i] >= o->min_p ? weight[i] : 0; }
+    double u = rng_uniform(rng) * total;
+    for (int i = V - 1; i >= V - taken; i--) {
+        if (weight[i] < o->min_p) { continue; }
+        u -= weight[i];
+        if (u < 0) { return id[i]; }
+    }
+    return best;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------------------------
+// Generating
+
+static bool ends_document(const Session* s, int32_t id) {
+    if (s->o.ignore_eos) { return false; }
+    if (id == s->m.c.eos_token_id) { return true; }
+    return s->t && (id == tokenizer_eos(s->t) || (tokenizer_eos(s->t) < 0 && id == tokenizer_bos(s->t)));
+}
+
+// Continues the session by up to max_tokens tokens, printing each as it comes: text, or ids where as_ids.
+static void generate(Session* s, Rng* rng, bool as_ids) {
+    TokenStream stream = {{0}, 0};
+    char* text = s->t ? alloc_or_die(tokenizer_max_bytes(s->t) + 8, 1, "a token's text") : NULL;
+    for (int i = 0; i < s->o.max_tokens && !interrupted; i++) {
+        if (!make_room(s, 0)) {
+            fprintf(stderr, "\n%s: the context of %d positions is full; --shift goes on\n", program_invocation_short_name, s->s.capacity);
+            break;
+        }
+        if (s->s.T < s->n) { feed(s); }
+        int32_t id = sample(s, rng);
+        if (ends_document(s, id)) { break; }
+        s->ids[s->n++] = id;
+        if (as_ids) {
+            char number[16];
+            put_out(number, (size_t)snprintf(number, sizeof number, i ? " %d" : "%d", id), true);
+        } else {
+            put_text(s, text, tokenizer_decode(s->t, &stream, id, text));
+        }
+    }
+    if (text) { put_text(s, text, tokenizer_flush(&stream, text)); }
+    free(text);
+}
+
+// Ids of "1 2,3" (malloc'ed), each in 0..V-1; dies naming `where`.
+static int32_t* parse_ids(const char* text, int V, const char* where, size_t* count) {
+    size_t cap = strlen(text) / 2 + 1, n = 0;
+    int32_t* ids = alloc_or_die(cap, sizeof *ids, "token ids");
+    for (const char* p = text;;) {
+        p += strspn(p, " ,\t\r\n");
+        if (!*p) { break; }
+        char* end;
+        errno = 0;
+        long id = strtol(p, &end, 10);
+        if (end == p || errno || id < 0 || id >= V || !strchr(" ,\t\r\n", *end)) {
+            die("%s: got \"%.*s\", wanted token ids from 0 to %d", where, (int)strcspn(p, " ,\t\r\n") > 40 ? 40 : (int)strcspn(p, " ,\t\r\n"), p, V - 1);
+        }
+        ids[n++] = (int32_t)id;
+        p = end;
+    }
+    *count = n;
+    return ids;
+}
+
+static const Tokenizer* need_tokenizer(const Session* s) {
+    if (!s->t) { die("%s: config.json names no tokenizer; give --tokenizer NAME|FILE, or --token-ids", s->o.dir); }
+    return s->t;
+}
+
+static void append_text(Session* s, const char* text, size_t n) {
+    Error e = {{0}};
+    int32_t* ids;
+    size_t count;
+    if (!tokenizer_encode(need_tokenizer(s), text, n, &ids, &count, &e)) { die("prompt: %s", e.text); }
+    append_ids(s, ids, count);
+    free(ids);
+}
+
+static void append_bos(Session* s) {
+    int32_t bos = tokenizer_bos(need_tokenizer(s));
+    if (bos >= 0) { append_ids(s, &bos, 1); }
+}
+
+static void read_prompt(Session* s) {
+    if (s->o.token_ids) {
+        size_t n;
+        int32_t* ids = parse_ids(s->o.token_ids, s->m.V, "--token-ids", &n);
+        append_ids(s, ids, n);
+        free(ids);
+    } else {
+        char* text = NULL;
+        size_t n = s->o.prompt ? strlen(s->o.prompt) : 0;
+        Error e = {{0}};
+        need_tokenizer(s);
+        if (!s->o.prompt && !read_file("/dev/stdin", (size_t)1 << 30, &text, &n, &e)) { die("%s", e.text); }
+        append_bos(s);
+        append_text(s, s->o.prompt ? s->o.prompt : text, n);
+        if (s->o.echo) { put_text(s, s->o.prompt ? s->o.prompt : text, n); }
+        free(text);
+    }
+    if (!s->n) { die("the prompt is empty and the tokenizer has no BOS: nothing to continue"); }
+}
+
+static void run_samples(Session* s) {
+    bool as_ids = s->o.token_ids != NULL;
+    CacheMark start = {0};
+    read_prompt(s);
+    int prompt = s->n;
+    float* first = alloc_or_die((size_t)s->m.V, 4, "logits of the prompt");
+    feed(s);
+    if (s->o.samples > 1) { mark_set(&start, &s->s, &s->m); }
+    memcpy(first, s->logits, (size_t)s->m.V * 4);
+    int32_t* ids = alloc_or_die((size_t)prompt, sizeof *ids, "the prompt");
+    memcpy(ids, s->ids, (size_t)prompt * sizeof *ids);
+    for (int i = 0; i < s->o.samples; i++) {
+        Rng rng = rng_make((uint64_t)s->o.seed, (uint64_t)i);
+        if (i) {  // a shift may have moved the prompt out of the cache: then it is read again
+            memcpy(s->ids, ids, (size_t)prompt * sizeof *ids);
+            s->n = prompt;
+            if (s->o.shift) {
+                cache_clear(&s->s, &s->m);
+                feed(s);
+            } else {
+                mark_return(&start, &s->s, &s->m);
+            }
+            memcpy(s->logits, first, (size_t)s->m.V * 4);
+            if (!as_ids) { put_out("----\n", 5, false); }
+        }
+        generate(s, &rng, as_ids);
+        put_out("\n", 1, true);
+    }
+    mark_free(&start);
+    free(first);
+    free(ids);
+}
+
+static void run_interactive(Session* s) {
+    struct sigaction action = {0};
+    Rng rng = rng_make((uint64_t)s->o.seed, 0);
+    char* line = NULL;
+    size_t cap = 0;
+    bool asks = isatty(0);
+    action.sa_handler = on_interrupt;  // without SA_RESTART: reading a line is interrupted too
+    sigaction(SIGINT, &action, NULL);
+    append_bos(s);
+    for (;;) {
+        if (asks) { put_out("> ", 2, true); }
+        errno = 0;
+        ssize_t n = getline(&line, &cap, stdin);
+        if (n < 0 && errno == EINTR) {
+            clearerr(stdin);
+            interrupted = 0;
+            if (asks) { put_out("\n", 1, true); }
+            continue;
+        }
+        if (n < 0) { break; }
+        while (n && (line[n - 1] == '\n' || line[n - 1] == '\r')) { n--; }
+        append_text(s, line, (size_t)n);
+        if (!s->n) { continue; }
+        interrupted = 0;
+        generate(s, &rng, false);
+        put_out("\n", 1, true);
+    }
+    free(line);
+}
+
+// --logits: every position's logits, as they come, into a safetensors file.
+static void run_logits(Session* s) {
+    read_prompt(s);
+    Error e = {{0}};
+    StWriter out;
+    StEntry entry = {"logits", DT_F32, 2, {(size_t)s->n, (size_t)s->m.V}};
+    bool good = st_writer_open(&out, s->o.logits, &entry, 1, NULL, 0, &e);
+    for (int i = 0; good && i < s->n;) {
+        int part = s->n - i < s->w.chunk ? s->n - i : s->w.chunk;
+        forward(&s->m, &s->s, &s->w, s->ids + i, part);
+        for (int r = 0; good && r < part; r += LOGIT_ROWS) {
+            int rows = part - r < LOGIT_ROWS ? part - r : LOGIT_ROWS;
+            logits_of(&s->m, &s->w, r, rows, s->logits);
+            good = st_writer_put(&out, s->logits, (size_t)rows * (size_t)s->m.V * 4, &e);
+        }
+        i += part;
+    }
+    if (!good || !st_writer_close(&out, NULL, NULL, &e)) { die("%s", e.text); }
+}
+
+static void put_matrix(Text* t, const char* name, const float* x, int n) {
+    text_printf(t, ",\n\"%s\": [", name);
+    for (int i = 0; i < n; i++) {
+        text_printf(t, "%s\n[", i ? "," : "");
+        for (int j = 0; j <= i; j++) { text_printf(t, "%s%.6g", j ? "," : "", (double)x[(size_t)i * (size_t)n + (size_t)j]); }
+        text_printf(t, "]");
+    }
+    text_printf(t, "]");
+}
+
+// --attention-map: {"layer", "head", "tokens", "before": rows 0..i of weights, "after"}.
+static void run_attention_map(Session* s) {
+    if (s->o.layer >= s->m.c.num_hidden_layers || s->o.head >= s->m.NH) {
+        die("--layer %d --head %d: the model has layers 0 to %d and heads 0 to %d", s->o.layer, s->o.head, s->m.c.num_hidden_layers - 1, s->m.NH - 1);
+    }
+    read_prompt(s);
+    if (s->n > 1024) { die("--attention-map: a picture of %d tokens, wanted at most 1024", s->n); }
+    size_t cells = (size_t)s->n * (size_t)s->n;
+    AttentionTap tap = {s->o.layer, s->o.head, s->n, alloc_or_die(cells, 4, "the picture"), alloc_or_die(cells, 4, "the picture")};
+    s->w.tap = &tap;
+    feed(s);
+    Text t = {0};
+    text_printf(&t, "{\"layer\": %d, \"head\": %d, \"tokens\": [", tap.layer, tap.head);
+    char* piece = s->t ? alloc_or_die(tokenizer_max_bytes(s->t) + 8, 1, "a token's text") : NULL;
+    for (int i = 0; i < s->n; i++) {
+        TokenStream stream = {{0}, 0};
+        size_t n = s->t ? tokenizer_decode(s->t, &stream, s->ids[i], piece) : 0;
+        if (s->t) { n += tokenizer_flush(&stream, piece + n); }
+        text_append(&t, ", ", i ? 2 : 0);
+        if (n) { text_json_string(&t, piece, n); } else { text_printf(&t, "\"%d\"", s->ids[i]); }
+    }
+    text_append(&t, "]", 1);
+    put_matrix(&t, "before", tap.before, s->n);
+    put_matrix(&t, "after", tap.after, s->n);
+    text_append(&t, "}\n", 2);
+    Error e = {{0}};
+    if (!write_file_synced(s->o.attention_map, t.text, t.n, &e)) { die("%s", e.text); }
+    text_free(&t);
+    free(piece);
+    free(tap.before);
+    free(tap.after);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------------------------
+// Lines of a file or a pipe
+
+typedef struct { int fd; Text buffer; size_t at; bool end; long number; } Lines;
+
+// The next line without its newline, valid until the next call; NULL at the end. wait false: also NULL where reading would block.
+static char* next_line(Lines* l, const char* name, bool wait, size_t* n) {
+    for (;;) {
+        char* start = l->buffer.text ? l->buffer.text + l->at : NULL;
+        size_t have = l->buffer.n - l->at;
+        char* newline = have ? memchr(start, '\n', have) : NULL;
+        if (newline || (l->end && have)) {
+            *n = newline ? (size_t)(newline - start) : have;
+            start[*n] = 0;
+            l->at += *n + (newline != NULL);
+            l->number++;
+            return start;
+        }
+        if (l->end) { return NULL; }
+        struct pollfd p = {l->fd, POLLIN, 0};
+        if (!wait && poll(&p, 1, 0) <= 0) { return NULL; }
+        if (l->at) {
+            memmove(l->buffer.text, l->buffer.text + l->at, have);
+            l->buffer.n = have;
+            l->at = 0;
+        }
+        if (have > (size_t)1 << 30) { die("%s: line %ld is longer than 1 GiB", name, l->number + 1); }
+        text_reserve(&l->buffer, 1 << 16);
+        ssize_t got = read(l->fd, l->buffer.text + l->buffer.n, 1 << 16);
+        if (got < 0 && errno == EINTR) { continue; }
+        if (got < 0) { die("%s: %s", name, strerror(errno)); }
+        l->buffer.n += (size_t)got;
+        l->end = got == 0;
+    }
+}
+
+static Json* parse_line(const char* text, size_t n, const char* name, long number) {
+    Error e = {{0}};
+    Json* j = json_parse(text, n, &e);
+    if (!j) { die("%s: line %ld: %s", name, number, e.text); }
+    return j;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------------------------
+// Scoring. Requests are taken as many as there are (a file: up to WINDOW; a pipe: what has arrived), sorted by their tokens, so that
+// neighbours share prefixes, and answered in their own order. Where the next ones will part from this one, the cache is marked; they
+// start there.
+
+enum { WINDOW = 4096, MARKS = 8 };
+
+typedef struct {
+    int32_t* ids;        // context, then continuation
+    int n, context;      // all tokens; those of the context, at least 1 where there is a continuation
+    long line;
+    double logprob;
+    bool greedy;
+    float* token_logprobs;  // (n - context)
+} Request;
+
+// Ids of a field as text or as *_ids, appended to the request.
+static void request_part(Request* q, const Session* s, const Json* j, const char* key, const char* ids_key, const char* name) {
+    const Json *text = json_get(j, key), *list = json_get(j, ids_key);
+    int32_t* ids = NULL;
+    size_t n = 0;
+    Error e = {{0}};
+    if (list && list->type == JSON_ARRAY) {
+        ids = alloc_or_die(list->count, sizeof *ids, "token ids");
+        for (const Json* i = list->child; i; i = i->next) {
+            int64_t id;
+            if (!json_integer(i, 0, s->m.V - 1, &id)) { die("%s: line %ld: %s: wanted token ids from 0 to %d", name, q->line, ids_key, s->m.V - 1); }
+            ids[n++] = (int32_t)id;
+        }
+    } else if (text && text->type == JSON_STRING) {
+        if (!tokenizer_encode(need_tokenizer(s), text->string, text->length, &ids, &n, &e)) { die("%s: line %ld: %s: %s", name, q->line, key, e.text); }
+    } else {
+        die("%s: line %ld: wanted \"%s\", a string, or \"%s\", a list", name, q->line, key, ids_key);
+    }
+    bool bos = !strcmp(key, "context") && text && !list && tokenizer_bos(s->t) >= 0;
+    if (n > INT32_MAX / 4) { die("%s: line %ld: %zu tokens", name, q->line, n); }
+    q->ids = realloc(q->ids, ((size_t)q->n + n + 1) * sizeof *q->ids);
+    if (!q->ids) { die("out of memory: %zu tokens", n); }
+    if (bos) { q->ids[q->n++] = tokenizer_bos(s->t); }
+    if (n) { memcpy(q->ids + q->n, ids, n * sizeof *ids); }
+    q->n += (int)n;
+    free(ids);
+}
+
+static void request_read(Request* q, const Session* s, char* text, size_t n, const char* name, long line) {
+    Json* j = parse_line(text, n, name, line);
+    memset(q, 0, sizeof *q);
+    q->line = line;
+    q->greedy = true;
+    request_part(q, s, j, "context", "context_ids", name);
+    q->context = q->n;
+    request_part(q, s, j, "continuation", "continuation_ids", name);
+    json_free(j);
+    if (!q->context && q->n) { die("%s: line %ld: the context is empty and there is no BOS: nothing to condition on", name, line); }
+    int capacity = s->s.capacity, answer = q->n - q->context, over = q->n - 1 - capacity;
+    if (over > 0 && s->o.shift && answer <= capacity) {  // the earliest tokens of the context are dropped
+        memmove(q->ids, q->ids + over, (size_t)(q->n - over) * sizeof *q->ids);
+        q->n -= over;
+        q->context -= over;
+    } else if (over > 0) {
+        die("%s: line %ld: %d tokens, the context has %d positions; shorten it, or --shift drops the earliest", name, line, q->n, capacity);
+    }
+    q->token_logprobs = alloc_or_die((size_t)answer, sizeof(float), "log-probabilities");
+}
+
+static int request_by_ids(const void* a, const void* b) {
+    const Request *x = *(Request* const*)a, *y = *(Request* const*)b;
+    for (int i = 0; i < x->n && i < y->n; i++) {
+        if (x->ids[i] != y->ids[i]) { return x->ids[i] < y->ids[i] ? -1 : 1; }
+    }
+    return x->n != y->n ? (x->n < y->n ? -1 : 1) : 0;
+}
+
+// Positions of b that need not be computed where those of a are there: equal tokens, but the last of b's context, whose logits are needed.
+static int shared_prefix(const Request* a, const Request* b) {
+    int n = 0;
+    while (n < a->n && n < b->context - 1 && a->ids[n] == b->ids[n]) { n++; }
+    return n;
+}
+
+// Log-probabilities from rows [first, first + rows) of the last forward, whose row 0 is position `start`.
+static void score_rows(Session* s, Request* q, int start, int first, int rows) {
+    for (int r = first; r < first + rows; r += LOGIT_ROWS) {
+        int part = first + rows - r < LOGIT_ROWS ? first + rows - r : LOGIT_ROWS;
+        logits_of(&s->m, &s->w, r, part, s->logits);
+        for (int i = 0; i < part; i++) {
+            const float* x = s->logits + (size_t)i * (size_t)s->m.V;
+            int target = start + r + i + 1, best = 0;
+            for (int v = 1; v < s->m.V; v++) { best = x[v] > x[best] ? v : best; }
+            double sum = 0;
+#pragma omp parallel for reduction(+ : sum) if (s->m.V > 16384)
+            for (int v = 0; v < s->m.V; v++) { sum += expf(x[v] - x[best]); }
+            double logprob = (double)x[q->ids[target]] - x[best] - log(sum);
+            q->token_logprobs[target - q->context] = (float)logprob;
+            q->logprob += logprob;
+            q->greedy = q->greedy && x[q->ids[target]] == x[best];
+        }
+    }
+}
+
+// Depths at which later requests will start again, deeper than `from`: the running minima of what they share with this one.
+static int mark_depths(Request* const* sorted, int k, int n, int from, int* depths) {
+    int count = 0, lowest = INT32_MAX;
+    for (int i = k; i + 1 < n && count < MARKS; i++) {
+        int shared = shared_prefix(sorted[i], sorted[i + 1]);
+        if (shared < lowest) {
+            lowest = shared;
+            if (lowest <= from) { break; }
+            depths[count++] = lowest;
+        }
+    }
+    return count;  // falling: the last is the shallowest
+}
+
+static void score_window(Session* s, Request** sorted, int n) {
+    CacheMark marks[MARKS] = {{0}};
+    int held = 0, depths[MARKS];
+    qsort(sorted, (size_t)n, sizeof *sorted, request_by_ids);
+    for (int k = 0; k < n; k++) {
+        Request* q = sorted[k];
+        int shared = k ? shared_prefix(sorted[k - 1], q) : 0;
+        while (held && marks[held - 1].T > shared) { mark_free(&marks[--held]); }
+        if (held) { mark_return(&marks[held - 1], &s->s, &s->m); } else { cache_clear(&s->s, &s->m); }
+        int stops = mark_depths(sorted, k, n, s->s.T, depths), end = q->n > q->context ? q->n - 1 : 0;
+        while (s->s.T < end) {
+            int start = s->s.T, stop = stops ? depths[stops - 1] : end;
+            if (stop > end) { stop = end; }
+            int part = stop - start < s->w.chunk ? stop - start : s->w.chunk;
+            forward(&s->m, &s->s, &s->w, q->ids + start, part);
+            int first = start < q->context - 1 ? q->context - 1 - start : 0;
+            if (first < part) { score_rows(s, q, start, first, part - first); }
+            if (stops && s->s.T == depths[stops - 1]) {
+                stops--;
+                if (held < MARKS) { mark_set(&marks[held++], &s->s, &s->m); }
+            }
+        }
+        s->prompt_tokens += end;
+    }
+    while (held) { mark_free(&marks[--held]); }
+}
+
+static void put_answer(const Request* q, Text* t) {
+    t->n = 0;
+    text_printf(t, "{\"logprob\": ");
+    text_json_number(t, q->logprob);
+    text_printf(t, ", \"tokens\": %d, \"greedy\": %s, \"token_logprobs\": [", q->n - q->context, q->greedy ? "true" : "false");
+    for (int i = 0; i < q->n - q->context; i++) { text_printf(t, "%s%.7g", i ? ", " : "", (double)q->token_logprobs[i]); }
+    text_printf(t, "]}\n");
+    put_out(t->text, t->n, false);
+}
+
+static void run_score(Session* s) {
+    const char* name = strcmp(s->o.score, "-") ? s->o.score : "standard input";
+    Lines lines = {0};
+    if (strcmp(s->o.score, "-") && (lines.fd = open(name, O_RDONLY | O_CLOEXEC)) < 0) { die("%s: %s", name, strerror(errno)); }
+    struct stat st;
+    bool file = fstat(lines.fd, &st) == 0 && S_ISREG(st.st_mode), shows = isatty(2) && !s->o.quiet;
+    Request* requests = alloc_or_die(WINDOW, sizeof *requests, "requests");
+    Request** sorted = alloc_or_die(WINDOW, sizeof *sorted, "requests");
+    Text answer = {0};
+    long done = 0;
+    double start = seconds_now(), shown = start;
+    for (;;) {
+        int n = 0;
+        size_t length;
+        char* text;
+        while (n < WINDOW && (text = next_line(&lines, name, n == 0 || file, &length)) != NULL) {
+            if (strspn(text, " \t\r") == length) { continue; }
+            request_read(&requests[n], s, text, length, name, lines.number);
+            sorted[n] = &requests[n];
+            n++;
+        }
+        if (!n) { break; }
+        // A window is answered in parts of which each is told on stderr about once a second.
+        for (int from = 0, part; from < n; from += part) {
+            part = n - from < 256 ? n - from : 256;
+            score_window(s, sorted + from, part);
+            done += part;
+            if (seconds_now() - shown > 1 && !s->o.quiet) {
+                shown = seconds_now();
+                fprintf(stderr, "%sscored %ld, %.1f a second%s", shows ? "\r" : "", done, (double)done / (shown - start), shows ? "" : "\n");
+            }
+        }
+        for (int i = 0; i < n; i++) {
+            put_answer(&requests[i], &answer);
+            free(requests[i].ids);
+            free(requests[i].token_logprobs);
+        }
+        put_out("", 0, true);
+    }
+    s->prompt_seconds = seconds_now() - start;
+    if (!s->o.quiet) { fprintf(stderr, "%sscored %ld in %.1f s\n", shows ? "\r" : "", done, s->prompt_seconds); }
+    if (lines.fd) { close(lines.fd); }
+    text_free(&lines.buffer);
+    text_free(&answer);
+    free(requests);
+    free(sorted);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------------------------
+// The tokenizer alone
+
+static void run_tokenizer(const Options* o) {
+    Error e = {{0}};
+    Config c = config_default();
+    char path[PATH_SIZE];
+    if (o->dir) {
+        path_join(path, sizeof path, o->dir, "config.json");
+        if (!config_read(&c, path, &e)) { die("%s", e.text); }
+    }
+    Tokenizer* t = tokenizer_for(o, o->dir ? &c : NULL);
+    if (!t) { die("%s names no tokenizer; give --tokenizer NAME|FILE", path); }
+    Lines lines = {0};
+    Text out = {0};
+    char* piece = alloc_or_die(tokenizer_max_bytes(t) + 8, 1, "a token's text");
+    size_t n, count;
+    int32_t* ids;
+    for (char* line; (line = next_line(&lines, "standard input", true, &n)) != NULL;) {
+        out.n = 0;
+        if (o->tokenize) {
+            Json* j = parse_line(line, n, "standard input", lines.number);
+            const Json* text = json_get(j, "text");
+            if (!text || text->type != JSON_STRING) { die("standard input: line %ld: wanted an object with \"text\", a string", lines.number); }
+            if (!tokenizer_encode(t, text->string, text->length, &ids, &count, &e)) { die("standard input: line %ld: %s", lines.number, e.text); }
+            for (size_t i = 0; i < count; i++) { text_printf(&out, i ? " %d" : "%d", ids[i]); }
+            json_free(j);
+        } else {
+            char where[64];
+            Text text = {0};
+            TokenStream stream = {{0}, 0};
+            snprintf(where, sizeof where, "standard input: line %ld", lines.number);
+            ids = parse_ids(line, tokenizer_vocab(t), where, &count);
+            for (size_t i = 0; i < count; i++) { text_append(&text, piece, tokenizer_decode(t, &stream, ids[i], piece)); }
+            text_append(&text, piece, tokenizer_flush(&stream, piece));
+            text_append(&out, "{\"text\": ", 9);
+            text_json_string(&out, text.text, text.n);
+            text_append(&out, "}", 1);
+            text_free(&text);
+        }
+        free(ids);
+        text_append(&out, "\n", 1);
+        put_out(out.text, out.n, false);
+    }
+    put_out("", 0, true);
+    text_free(&lines.buffer);
+    text_free(&out);
+    free(piece);
+    tokenizer_free(t);
+}
+
+int main(int argc, char** argv) {
+    static Session s;
+    Options o = options_defaults();
+    signal(SIGPIPE, SIG_IGN);  // a closed pipe is an error of write(2), told as one
+    options_read(&o, argc, argv);
+    if (o.tokenize || o.detokenize) {
+        run_tokenizer(&o);
+        return 0;
+    }
+    session_open(&s, &o);
+    if (o.score) {
+        run_score(&s);
+    } else if (o.logits) {
+        run_logits(&s);
+    } else if (o.attention_map) {
+        run_attention_map(&s);
+    } else if (o.interactive) {
+        run_interactive(&s);
+    } else {
+        run_samples(&s);
+    }
+    summary(&s);
+    tokenizer_free(s.t);
+    return 0;
+}
