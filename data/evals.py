@@ -1,0 +1,567 @@
+#!/usr/bin/env python3
+"""Evaluation sets for infer_mta --score, and their results. Standard library only (a rank file for --tokenizer needs tiktoken).
+
+    evals.py lambada lambada_test.jsonl --out lambada.jsonl            last word of a passage
+    evals.py choice hellaswag_val.jsonl --out hellaswag.jsonl          multiple choice, any number of choices
+    evals.py needle --text BOOK.txt --out needle.jsonl                 needles in a haystack, generated
+    evals.py babilong --text BOOK.txt --out babilong.jsonl             BabiLong-style QA1 to QA5, generated
+    infer_mta CHECKPOINT --score lambada.jsonl > lambada.scores
+    evals.py report lambada.jsonl lambada.scores
+
+A request is a JSON line with context and continuation, which infer_mta reads, and what the report needs: task (and its
+settings), item (which question), choice and gold (numbers; only where there are choices). The report says per task:
+  accuracy   of choices: the one with the largest log-probability is gold; else: every token of the answer is the likeliest
+  acc_norm   the same with log-probability per byte of the continuation
+  acc_token  the same with log-probability per token
+  greedy     share of gold continuations of which every token is the likeliest
+  perplexity exp(-mean log-probability of a gold continuation); LAMBADA's perplexity is this one
+  token_ppl  exp(-log-probability of a token of gold continuations)
+"""
+import argparse
+import json
+import math
+import os
+import random
+import re
+import sys
+
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+from prepare import BadDocument, UserError, open_tokenizer, parse_count  # noqa: E402
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Sets from files: a record -> requests. A request is (context, continuation); with choices a list of them and the gold one's number.
+
+def lambada(record):
+    """{"text"}: the last word, with the space before it, is to be continued. The text is taken as it is."""
+    context, space, word = record["text"].rstrip().rpartition(" ")
+    if not space or not context:
+        raise ValueError("no word before the last one")
+    return [(context, " " + word)], None
+
+
+def hellaswag(record):
+    def clean(text):
+        text = re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". "))
+        return text.replace("  ", " ")
+    if "ctx_a" in record and "ctx_b" in record:
+        context = record["ctx_a"] + " " + record["ctx_b"].capitalize()
+    else:
+        context = record["ctx"]
+    if record.get("activity_label"):
+        context = record["activity_label"] + ": " + context
+    return [(clean(context), " " + clean(e)) for e in record["endings"]], record.get("label")
+
+
+def arc(record):
+    """ARC and OpenBookQA, as their authors publish them, or with choices as two lists."""
+    question, choices = record["question"], record.get("choices")
+    if isinstance(question, dict):
+        choices, question = question["choices"], question["stem"]
+    elif isinstance(choices, dict):
+        choices = [{"text": t, "label": name} for t, name in zip(choices["text"], choices["label"])]
+    names = [c["label"] for c in choices]
+    gold = names.index(record["answerKey"]) if record.get("answerKey") else None
+    return [("Question: %s\nAnswer:" % question, " " + c["text"]) for c in choices], gold
+
+
+def openbook(record):
+    return arc(dict(record, question=record["question_stem"]))
+
+
+def piqa(record):
+    return [("Question: %s\nAnswer:" % record["goal"], " " + record[key]) for key in ("sol1", "sol2")], record.get("label")
+
+
+def boolq(record):
+    context = "%s\nQuestion: %s?\nAnswer:" % (record["passage"], record["question"].rstrip("?"))
+    return [(context, " no"), (context, " yes")], int(record["answer"])
+
+
+def siqa(record):
+    context = "Question: %s %s\nAnswer:" % (record["context"], record["question"])
+    return [(context, " " + record[key]) for key in ("answerA", "answerB", "answerC")], one_based(record.get("label"))
+
+
+def winogrande(record):
+    """The choices fill the blank; what follows it is scored."""
+    before, blank, after = record["sentence"].partition("_")
+    if not blank or not after.strip():
+        raise ValueError("no blank with a text behind it")
+    return [(before + record[key], " " + after.strip()) for key in ("option1", "option2")], one_based(record.get("answer"))
+
+
+def general(record):
+    """{"context" or "question" or "query", "choices": [...], "gold" or "label" or "answer": number or the choice itself}"""
+    context = next(record[k] for k in ("context", "question", "query") if isinstance(record.get(k), str))
+    gold = next((record[k] for k in ("gold", "label", "answer") if record.get(k) is not None), None)
+    if gold in record["choices"]:
+        gold = record["choices"].index(gold)
+    return [(context, c if c[:1].isspace() else " " + c) for c in record["choices"]], gold
+
+
+def one_based(value):
+    return None if value in (None, "") else int(value) - 1
+
+
+FORMATS = {  # in the order in which a record is tried
+    "hellaswag": ({"endings"}, hellaswag), "piqa": ({"goal", "sol1", "sol2"}, piqa), "openbookqa": ({"question_stem"}, openbook),
+    "arc": ({"question", "answerKey"}, arc), "boolq": ({"passage", "question", "answer"}, boolq),
+    "siqa": ({"answerA", "answerB", "answerC"}, siqa), "winogrande": ({"sentence", "option1", "option2"}, winogrande),
+    "general": ({"choices"}, general), "lambada": ({"text"}, lambada),
+}
+
+
+def format_of(record):
+    for name, (keys, _) in FORMATS.items():
+        if keys <= set(record):
+            return name
+    raise ValueError("no format that is known: it has %s; --format one of %s" % (", ".join(sorted(record)) or "no field", ", ".join(FORMATS)))
+
+
+def read_labels(path, one):
+    try:
+        with open(path, encoding="utf-8") as f:
+            return [int(line) - one for line in f.read().split()]
+    except OSError as e:
+        raise UserError("%s: %s" % (path, e.strerror))
+    except ValueError as e:
+        raise UserError("%s: wanted a number a line: %s" % (path, e))
+
+
+def convert(args):
+    """Records of a file -> requests. A record that cannot be used is named, and left out or refused."""
+    labels = read_labels(args.labels, args.labels_from) if args.labels else None
+    task = args.task or re.sub(r"\.jsonl?$", "", os.path.basename(args.input))
+    requests, bad, items = [], 0, 0
+    try:
+        with open(args.input, "rb") as f:
+            lines = f.read().split(b"\n")
+    except OSError as e:
+        raise UserError("%s: %s" % (args.input, e.strerror))
+    lines = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
+    if labels is not None and len(labels) != len(lines):
+        raise UserError("%s: %d labels for %d lines of %s" % (args.labels, len(labels), len(lines), args.input))
+    for i, (number, line) in enumerate(lines):
+        try:
+            record = json.loads(line.decode("utf-8"))
+            if not isinstance(record, dict):
+                raise ValueError("wanted an object")
+            name = args.format if args.format != "auto" else "lambada" if args.command == "lambada" else format_of(record)
+            pairs, gold = FORMATS[name][1](record)
+            if labels is not None:
+                gold = labels[i]
+            if len(pairs) > 1:
+                gold = int(gold) if gold not in (None, "") else None
+                if gold is None or not 0 <= gold < len(pairs):
+                    raise ValueError("gold is %s, wanted one of the %d choices" % (gold, len(pairs)))
+            for choice, (context, continuation) in enumerate(pairs):
+                if not isinstance(context, str) or not isinstance(continuation, str) or not continuation.strip():
+                    raise ValueError("an empty continuation")
+                request = {"context": context, "continuation": continuation, "task": task, "item": items}
+                if len(pairs) > 1:
+                    request.update(choice=choice, gold=gold)
+                requests.append(request)
+            items += 1
+        except (ValueError, KeyError, TypeError, AttributeError, StopIteration) as e:
+            why = "no field %s" % e if isinstance(e, KeyError) else str(e) or "no context"
+            if args.on_bad == "refuse":
+                raise UserError("%s:%d: %s; mend it, or --on-bad skip" % (args.input, number, why))
+            print("%s:%d: %s; skipped" % (args.input, number, why), file=sys.stderr)
+            bad += 1
+    write_requests(args.out, requests)
+    print("%s: %d questions, %d requests, %d lines left out" % (args.out, items, len(requests), bad))
+    return 0 if items else 1
+
+
+def write_requests(path, requests):
+    try:
+        with open(path, "w", encoding="utf-8") as f:
+            for request in requests:
+                f.write(json.dumps(request, ensure_ascii=False) + "\n")
+    except OSError as e:
+        raise UserError("%s: %s" % (path, e.strerror))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Distraction: sentences of any text, as many as make so many tokens
+
+class Haystack:
+    """Sentences of texts in their order; each call gives a stretch that begins somewhere else."""
+
+    def __init__(self, paths, tokenizer):
+        text = []
+        for path in paths:
+            try:
+                with open(path, encoding="utf-8") as f:
+                    text.append(f.read())
+            except OSError as e:
+                raise UserError("%s: %s" % (path, e.strerror))
+            except UnicodeDecodeError as e:
+                raise UserError("%s: not UTF-8 at byte %d" % (path, e.start))
+        self.sentences = [s.strip() for s in re.split(r"(?<=[.!?])\s+", re.sub(r"\s+", " ", " ".join(text))) if s.strip()]
+        self.tokenizer = tokenizer
+        self.known = {}
+
+    def size(self, sentence):
+        """Tokens of a sentence with a space before it."""
+        if sentence not in self.known:
+            try:
+                self.known[sentence] = len(self.tokenizer.encode(" " + sentence)) // self.tokenizer.width
+            except BadDocument as e:
+                raise UserError("the text: %s" % e.args[1])
+        return self.known[sentence]
+
+    def take(self, rng, tokens):
+        """Consecutive sentences of `tokens` tokens at most, and at most one sentence less."""
+        if tokens == 0:
+            return []
+        if not self.sentences:
+            raise UserError("no text to distract with; give --text FILE")
+        at, taken, left = rng.randrange(len(self.sentences)), [], tokens
+        while True:
+            sentence = self.sentences[at % len(self.sentences)]
+            left -= self.size(sentence)
+            if left < 0:
+                break
+            taken.append(sentence)
+            at += 1
+        return taken
+
+
+def spread(rng, sentences, facts):
+    """Facts in their order at random places between sentences."""
+    places = sorted(rng.randrange(len(sentences) + 1) for _ in facts)
+    out, at = [], 0
+    for place, fact in zip(places, facts):
+        out += sentences[at:place] + [fact]
+        at = place
+    return out + sentences[at:]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Needles: several facts of one form in a haystack, one of them at a given depth is asked for
+
+CITIES = ("Amsterdam Athens Bangkok Berlin Bogota Boston Brussels Cairo Chicago Copenhagen Dakar Dublin Geneva Hanoi Havana Helsinki Istanbul Jakarta "
+          "Kyoto Lagos Lima Lisbon London Madrid Manila Melbourne Montreal Moscow Mumbai Nairobi Oslo Paris Prague Rome Seoul Stockholm Sydney "
+          "Tokyo Vienna Warsaw").split()
+
+
+def needle_context(rng, haystack, needles, tokens, depth):
+    """`needles` facts, the first asked for and at `depth` percent, the others anywhere. -> (context, answer)"""
+    cities = rng.sample(CITIES, needles)
+    numbers = rng.sample(range(1000000, 10000000), needles)
+    facts = ["The secret number of %s is %d." % (c, n) for c, n in zip(cities, numbers)]
+    question = "Question: What is the secret number of %s? Answer: The secret number of %s is" % (cities[0], cities[0])
+    fixed = sum(haystack.size(f) for f in facts) + haystack.size(question)
+    if fixed > tokens:
+        raise UserError("--length %d: %d needles and the question alone have %d tokens" % (tokens, needles, fixed))
+    sentences = haystack.take(rng, tokens - fixed)
+    others = spread(rng, sentences, facts[1:])
+    others.insert(round(depth / 100 * len(others)), facts[0])
+    return " ".join(others + [question]), " %d" % numbers[0]
+
+
+def needle(args):
+    haystack = Haystack(args.text, open_tokenizer(args.tokenizer, args.pattern))
+    requests, item = [], 0
+    for needles in args.needles:
+        if not 1 <= needles <= len(CITIES):
+            raise UserError("--needles %d: wanted 1 to %d" % (needles, len(CITIES)))
+        for tokens in args.length:
+            for depth in args.depth:
+                if not 0 <= depth <= 100:
+                    raise UserError("--depth %d: wanted 0 to 100" % depth)
+                rng = random.Random("needle %d %d %d %d" % (args.seed, needles, tokens, depth))
+                for _ in range(args.samples):
+                    context, answer = needle_context(rng, haystack, needles, tokens, depth)
+                    requests.append({"context": context, "continuation": answer, "task": "needle", "item": item,
+                                     "needles": needles, "length": tokens, "depth": depth})
+                    item += 1
+    write_requests(args.out, requests)
+    print("%s: %d questions" % (args.out, item))
+    return 0
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# QA1 to QA5: small worlds that are acted out, so that the answer is known. -> (facts, question, answer, all possible answers)
+
+PEOPLE = ["Mary", "John", "Sandra", "Daniel"]
+GIVERS = ["Fred", "Bill", "Jeff", "Mary"]
+ROOMS = ["bathroom", "bedroom", "garden", "hallway", "kitchen", "office"]
+THINGS = ["apple", "football", "milk"]
+MOVES = ["went to", "moved to", "journeyed to", "travelled to", "went back to"]
+GRABS = ["picked up", "grabbed", "got", "took"]
+DROPS = ["dropped", "put down", "discarded", "left"]
+WAYS = {"north": "south", "south": "north", "east": "west", "west": "east"}
+
+
+def qa1(rng):
+    """One fact: where is a person who was last seen somewhere?"""
+    where, facts = {}, []
+    for _ in range(rng.randrange(2, 11)):
+        person = rng.choice(PEOPLE)
+        where[person] = rng.choice([r for r in ROOMS if r != where.get(person)])
+        facts.append("%s %s the %s." % (person, rng.choice(MOVES), where[person]))
+    person = rng.choice(sorted(where))
+    return facts, "Where is %s?" % person, where[person], ROOMS
+
+
+class World:
+    """People who walk, take things along and put them down. trail: the rooms in which a thing has been, in order."""
+
+    def __init__(self, rng):
+        self.rng, self.facts, self.where, self.holder, self.place, self.trail = rng, [], {}, {}, {}, {t: [] for t in THINGS}
+
+    def enter(self, thing, room):
+        if self.trail[thing][-1:] != [room]:
+            self.trail[thing].append(room)
+
+    def step(self):
+        rng, person = self.rng, self.rng.choice(PEOPLE)
+        held = [t for t in THINGS if self.holder.get(t) == person]
+        here = self.where.get(person)
+        near = [t for t in THINGS if t not in self.holder and self.place.get(t, here) == here] if here else []
+        act = rng.random()
+        if near and act < 0.4:
+            thing = rng.choice(near)
+            self.holder[thing] = person
+            self.place.pop(thing, None)
+            self.enter(thing, here)
+            self.facts.append("%s %s the %s." % (person, rng.choice(GRABS), thing))
+        elif held and act < 0.55:
+            thing = rng.choice(held)
+            del self.holder[thing]
+            self.place[thing] = here
+            self.facts.append("%s %s the %s." % (person, rng.choice(DROPS), thing))
+        else:
+            room = rng.choice([r for r in ROOMS if r != here])
+            self.where[person] = room
+            for thing in held:
+                self.enter(thing, room)
+            self.facts.append("%s %s the %s." % (person, rng.choice(MOVES), room))
+
+
+def qa2(rng):
+    """Two facts: where is a thing that somebody carries or has put down?"""
+    world = World(rng)
+    steps = rng.randrange(4, 16)
+    while len(world.facts) < steps or not any(world.trail.values()):
+        world.step()
+    thing = rng.choice([t for t in THINGS if world.trail[t]])
+    return world.facts, "Where is the %s?" % thing, world.trail[thing][-1], ROOMS
+
+
+def qa3(rng):
+    """Three facts: where was a thing before it came to a room? Asked of its last stay in that room."""
+    world = World(rng)
+    steps = rng.randrange(8, 26)
+    while len(world.facts) < steps or not any(len(t) > 1 for t in world.trail.values()):
+        world.step()
+    thing = rng.choice([t for t in THINGS if len(world.trail[t]) > 1])
+    trail = world.trail[thing]
+    at = rng.choice([i for i in range(1, len(trail)) if trail[i] not in trail[i + 1:]])
+    return world.facts, "Where was the %s before the %s?" % (thing, trail[at]), trail[at - 1], ROOMS
+
+
+def qa4(rng):
+    """Two rooms beside one: which lies on that side, or of which is it on that side?"""
+    a, b, c = rng.sample(ROOMS, 3)
+    first, second = rng.choice([(x, y) for x in WAYS for y in WAYS if y != x])
+    facts = ["The %s is %s of the %s." % (a, first, b), "The %s is %s of the %s." % (c, second, b)]
+    rng.shuffle(facts)
+    room, way = rng.choice([(a, first), (c, second)])
+    if rng.random() < 0.5:
+        return facts, "What is %s of the %s?" % (way, b), room, ROOMS
+    return facts, "What is the %s %s of?" % (b, WAYS[way]), room, ROOMS
+
+
+def qa5(rng):
+    """Who gave what to whom, of the last gift of that kind."""
+    facts, gifts, holder = [], [], {}
+    for _ in range(rng.randrange(2, 9)):
+        thing = rng.choice(THINGS)
+        giver = holder.get(thing) or rng.choice(GIVERS)
+        taker = rng.choice([p for p in GIVERS if p != giver])
+        if thing not in holder:
+            facts.append("%s %s the %s." % (giver, rng.choice(GRABS), thing))
+        holder[thing] = taker
+        gifts.append((giver, thing, taker))
+        facts.append("%s %s the %s to %s." % (giver, rng.choice(["gave", "handed", "passed"]), thing, taker))
+    giver, thing, taker = rng.choice(gifts)
+    last = {"thing": [g for g in gifts if g[1] == thing][-1], "pair": [g for g in gifts if (g[0], g[2]) == (giver, taker)][-1],
+            "to": [g for g in gifts if (g[1], g[2]) == (thing, taker)][-1], "from": [g for g in gifts if (g[0], g[1]) == (giver, thing)][-1]}
+    asked = rng.randrange(5)
+    if asked == 0:
+        return facts, "What did %s give to %s?" % (giver, taker), last["pair"][1], THINGS
+    if asked == 1:
+        return facts, "Who gave the %s to %s?" % (thing, taker), last["to"][0], GIVERS
+    if asked == 2:
+        return facts, "Who did %s give the %s to?" % (giver, thing), last["from"][2], GIVERS
+    if asked == 3:
+        return facts, "Who gave the %s?" % thing, last["thing"][0], GIVERS
+    return facts, "Who received the %s?" % thing, last["thing"][2], GIVERS
+
+
+TASKS = {1: qa1, 2: qa2, 3: qa3, 4: qa4, 5: qa5}
+
+
+def babilong(args):
+    haystack = Haystack(args.text, open_tokenizer(args.tokenizer, args.pattern))
+    requests, item = [], 0
+    for task in args.tasks:
+        if task not in TASKS:
+            raise UserError("--tasks %d: wanted 1 to 5" % task)
+        for tokens in args.distraction:
+            rng = random.Random("babilong %d %d %d" % (args.seed, task, tokens))
+            for _ in range(args.samples):
+                facts, question, answer, answers = TASKS[task](rng)
+                story = spread(rng, haystack.take(rng, tokens), facts)
+                context = " ".join(story) + "\nQuestion: %s\nAnswer:" % question
+                for choice, word in enumerate(answers):
+                    requests.append({"context": context, "continuation": " " + word, "task": "qa%d" % task, "item": item,
+                                     "distraction": tokens, "choice": choice, "gold": answers.index(answer)})
+                item += 1
+    write_requests(args.out, requests)
+    print("%s: %d questions, %d requests" % (args.out, item, len(requests)))
+    return 0
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The report
+
+SETTINGS = ("needles", "length", "depth", "distraction")
+
+
+def read_lines(path, keys):
+    records = []
+    try:
+        with open(path, encoding="utf-8") as f:
+            for number, line in enumerate(f, 1):
+                if line.strip():
+                    record = json.loads(line)
+                    missing = [k for k in keys if not isinstance(record, dict) or k not in record]
+                    if missing:
+                        raise UserError("%s:%d: no %s" % (path, number, ", ".join(missing)))
+                    records.append(record)
+    except OSError as e:
+        raise UserError("%s: %s" % (path, e.strerror))
+    except ValueError as e:
+        raise UserError("%s:%d: broken JSON: %s" % (path, number, e))
+    return records
+
+
+def score_item(answers):
+    """One question: [(request, score)] of its choices in order -> the numbers that are averaged."""
+    gold = answers[0][0].get("gold", 0)
+    request, score = answers[gold]
+    result = {"logprob": score["logprob"], "tokens": score["tokens"], "greedy": float(score["greedy"]), "accuracy": float(score["greedy"])}
+    if len(answers) > 1:
+        for name, value in (("accuracy", lambda r, s: s["logprob"]),
+                            ("acc_norm", lambda r, s: s["logprob"] / len(r["continuation"].strip().encode())),
+                            ("acc_token", lambda r, s: s["logprob"] / max(1, s["tokens"]))):
+            values = [value(r, s) for r, s in answers]
+            result[name] = float(values[gold] == max(values) and values.count(values[gold]) == 1)  # a tie is no answer
+    return result
+
+
+def mean_of(items):
+    n = len(items)
+    logprob, tokens = sum(i["logprob"] for i in items), sum(i["tokens"] for i in items)
+    row = {"questions": n}
+    for name in ("accuracy", "acc_norm", "acc_token", "greedy"):
+        if name in items[0]:
+            row[name] = sum(i[name] for i in items) / n
+    row["stderr"] = math.sqrt(row["accuracy"] * (1 - row["accuracy"]) / max(1, n - 1))
+    row["perplexity"] = safe_exp(-logprob / n)
+    row["token_ppl"] = safe_exp(-logprob / tokens) if tokens else None
+    return row
+
+
+def safe_exp(x):
+    return math.exp(x) if x < 700 else math.inf
+
+
+def report(args):
+    if len(args.files) % 2:
+        raise UserError("wanted pairs of files: REQUESTS SCORES ...")
+    groups = {}
+    for requests_path, scores_path in zip(args.files[::2], args.files[1::2]):
+        requests = read_lines(requests_path, ("continuation", "task", "item"))
+        scores = read_lines(scores_path, ("logprob", "tokens", "greedy"))
+        if len(requests) != len(scores):
+            raise UserError("%s has %d requests, %s has %d scores" % (requests_path, len(requests), scores_path, len(scores)))
+        items = {}
+        for request, score in zip(requests, scores):
+            if not isinstance(score["logprob"], (int, float)) or not math.isfinite(score["logprob"]):
+                raise UserError("%s: a log-probability that is no number, for item %s" % (scores_path, request["item"]))
+            items.setdefault(request["item"], []).append((request, score))
+        for answers in items.values():
+            answers.sort(key=lambda a: a[0].get("choice", 0))
+            settings = ["%s %s" % (k, answers[0][0][k]) for k in SETTINGS if k in answers[0][0]]
+            result = score_item(answers)
+            for group in [answers[0][0]["task"]] + ([answers[0][0]["task"] + ", " + ", ".join(settings)] if settings else []):
+                groups.setdefault(group, []).append(result)
+    rows = {group: mean_of(items) for group, items in sorted(groups.items())}
+    columns = ["questions", "accuracy", "stderr", "acc_norm", "acc_token", "greedy", "perplexity", "token_ppl"]
+    width = max([len(g) for g in rows] + [4])
+    print("%-*s %s" % (width, "task", " ".join("%10s" % c for c in columns)))
+    for group, row in rows.items():
+        cells = ["%10d" % row["questions"]] + ["%10.4f" % row[c] if isinstance(row.get(c), float) else "%10s" % "-" for c in columns[1:]]
+        print("%-*s %s" % (width, group, " ".join(cells)))
+    if args.json:
+        with open(args.json, "w", encoding="utf-8") as f:
+            json.dump(rows, f, indent=1)
+            f.write("\n")
+    return 0
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+
+def numbers(text):
+    try:
+        return [parse_count(part) for part in text.split(",")]
+    except argparse.ArgumentTypeError:
+        raise argparse.ArgumentTypeError("got %r, wanted numbers such as 0,1000,2k" % text)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, text in (("lambada", "JSON lines with \"text\""), ("choice", "JSON lines of a multiple-choice set")):
+        p = commands.add_parser(name, help=text)
+        p.add_argument("input")
+        p.add_argument("--out", required=True, metavar="FILE")
+        p.add_argument("--task", help="its name in the report; default: the file's")
+        p.add_argument("--format", choices=["auto"] + list(FORMATS), default="auto", help="default: what the fields of a record tell")
+        p.add_argument("--labels", metavar="FILE", help="right answers, a number a line, where the records have none (PIQA, SIQA)")
+        p.add_argument("--labels-from", type=int, choices=[0, 1], default=0, help="number of the first choice in --labels; default 0")
+        p.add_argument("--on-bad", choices=["skip", "refuse"], default="skip")
+    for name, text in (("needle", "generated needles in a haystack"), ("babilong", "generated questions QA1 to QA5 in a distracting text")):
+        p = commands.add_parser(name, help=text)
+        p.add_argument("--out", required=True, metavar="FILE")
+        p.add_argument("--text", nargs="+", default=[], metavar="FILE", help="texts to distract with")
+        p.add_argument("--tokenizer", default="bytes", metavar="NAME|FILE", help="counts the tokens; default bytes")
+        p.add_argument("--pattern")
+        p.add_argument("--samples", type=int, default=100, metavar="N", help="questions of each setting; default 100")
+        p.add_argument("--seed", type=int, default=0)
+        if name == "needle":
+            p.add_argument("--needles", type=numbers, default=[2, 4, 6, 8, 10], metavar="N,...", help="default 2,4,6,8,10")
+            p.add_argument("--length", type=numbers, default=[2000, 4000], metavar="N,...", help="tokens of the context; default 2000,4000")
+            p.add_argument("--depth", type=numbers, default=[0, 25, 50, 75, 100], metavar="P,...", help="percent; default 0,25,50,75,100")
+        else:
+            p.add_argument("--tasks", type=numbers, default=[1, 2, 3, 4, 5], metavar="N,...", help="default 1,2,3,4,5")
+            p.add_argument("--distraction", type=numbers, default=[0, 1000, 2000, 4000], metavar="N,...", help="tokens; default 0,1000,2000,4000")
+    p = commands.add_parser("report", help="accuracy and perplexity")
+    p.add_argument("files", nargs="+", metavar="REQUESTS SCORES")
+    p.add_argument("--json", metavar="FILE", help="the numbers, not rounded")
+    args = parser.parse_args()
+    command = {"lambada": convert, "choice": convert, "needle": needle, "babilong": babilong, "report": report}[args.command]
+    try:
+        return command(args)
+    except UserError as e:
+        sys.exit("evals.py: %s" % e)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,254 @@
+#!/usr/bin/env python3
+"""data/evals.py: requests of each format, generated tasks checked by an independent reader of their stories, the report's arithmetic.
+
+    python3 dev/tests/test_evals.py
+"""
+import json
+import math
+import os
+import random
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import unittest
+
+ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+EVALS = os.path.join(ROOT, "data", "evals.py")
+BIN = os.environ.get("MTA_BIN", ROOT)
+sys.path.insert(0, os.path.join(ROOT, "data"))
+import evals  # noqa: E402
+
+
+def run(*args, status=0):
+    done = subprocess.run([sys.executable, EVALS, *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    if done.returncode != status:
+        raise AssertionError("exit status %d, wanted %d\n%s" % (done.returncode, status, done.stdout))
+    return done.stdout
+
+
+class Case(unittest.TestCase):
+    def setUp(self):
+        self.folder = tempfile.mkdtemp(prefix="test_evals_")
+        self.addCleanup(shutil.rmtree, self.folder, ignore_errors=True)
+
+    def path(self, name):
+        return os.path.join(self.folder, name)
+
+    def write(self, name, records):
+        with open(self.path(name), "w", encoding="utf-8") as f:
+            for record in records:
+                f.write((record if isinstance(record, str) else json.dumps(record)) + "\n")
+        return self.path(name)
+
+    def read(self, name):
+        with open(self.path(name), encoding="utf-8") as f:
+            return [json.loads(line) for line in f]
+
+
+class Formats(Case):
+    def convert(self, record, *options, command="choice"):
+        run(command, self.write("in.jsonl", [record]), "--out", self.path("out.jsonl"), *options)
+        return self.read("out.jsonl")
+
+    def test_lambada(self):
+        self.assertEqual(self.convert({"text": "He came back to the old house ."}, command="lambada"),
+                         [{"context": "He came back to the old house", "continuation": " .", "task": "in", "item": 0}])
+
+    def test_hellaswag_as_the_evaluation_harness_cleans_it(self):
+        got = self.convert({"activity_label": "Roof", "ctx_a": "A man is [substeps] sitting.", "ctx_b": "he", "endings": ["a [title] b", "c", "d", "e"], "label": "2"})
+        self.assertEqual([g["continuation"] for g in got], [" a. b", " c", " d", " e"])
+        self.assertEqual({(g["context"], g["gold"]) for g in got}, {("Roof: A man is sitting. He", 2)})
+
+    def test_arc_in_both_forms(self):
+        want = [("Question: Q?\nAnswer:", " x", 0, 1), ("Question: Q?\nAnswer:", " y", 1, 1), ("Question: Q?\nAnswer:", " z", 2, 1)]
+        for record in ({"question": {"stem": "Q?", "choices": [{"text": t, "label": n} for t, n in zip("xyz", "123")]}, "answerKey": "2"},
+                       {"question": "Q?", "choices": {"text": ["x", "y", "z"], "label": ["A", "B", "C"]}, "answerKey": "B"}):
+            self.assertEqual([(g["context"], g["continuation"], g["choice"], g["gold"]) for g in self.convert(record)], want)
+
+    def test_piqa_with_labels_beside_it(self):
+        labels = self.write("labels.lst", ["1"])
+        got = self.convert({"goal": "G", "sol1": "s", "sol2": "t"}, "--labels", labels)
+        self.assertEqual([(g["context"], g["continuation"], g["gold"]) for g in got], [("Question: G\nAnswer:", " s", 1), ("Question: G\nAnswer:", " t", 1)])
+
+    def test_others(self):
+        self.assertEqual(self.convert({"passage": "P.", "question": "is it", "answer": True})[1]["continuation"], " yes")
+        got = self.convert({"sentence": "The cup beat the ball because _ was large.", "option1": "it", "option2": "he", "answer": "2"})
+        self.assertEqual([(g["context"][-10:], g["continuation"], g["gold"]) for g in got], [("because it", " was large.", 1), ("because he", " was large.", 1)])
+        self.assertEqual(self.convert({"context": "C", "question": "q?", "answerA": "a", "answerB": "b", "answerC": "c", "label": "3"})[0]["gold"], 2)
+        self.assertEqual(len(self.convert({"question": "2+2", "choices": list("abcdefghij"), "answer": 7})), 10)
+        self.assertEqual(self.convert({"query": "q", "choices": ["no", "yes"], "gold": "yes"})[0]["gold"], 1)
+
+    def test_bad_lines_are_named(self):
+        path = self.write("in.jsonl", ["{broken", {"goal": "G", "sol1": "s", "sol2": "t", "label": 5}, {"x": 1}, {"goal": "G", "sol1": "s", "sol2": "t", "label": 0}])
+        shown = run("choice", path, "--out", self.path("o.jsonl"))
+        for number, why in ((1, ""), (2, "gold is 5, wanted one of the 2 choices"), (3, "no format that is known")):
+            self.assertIn("%s:%d: %s" % (path, number, why), shown)
+        self.assertIn("1 questions, 2 requests, 3 lines left out", shown)
+        self.assertIn("in.jsonl:1", run("choice", path, "--out", self.path("p.jsonl"), "--on-bad", "refuse", status=1))
+        self.assertFalse(os.path.exists(self.path("p.jsonl")))
+
+
+def solve(story, question):
+    """Answers a question from the sentences alone, read once more from the text."""
+    place, holder, trail, gifts, sides = {}, {}, {}, [], []
+    for sentence in story:
+        words = sentence.rstrip(".").split()
+        if re.match(r"The \w+ is (north|south|east|west) of the", sentence):
+            sides.append((words[1], words[3], words[6]))
+        elif re.search(r" (gave|handed|passed) the \w+ to ", sentence):
+            gifts.append((words[0], words[3], words[5]))
+        elif re.search(r" (went|moved|journeyed|travelled)( back)? to the ", sentence):
+            place[words[0]] = words[-1]
+            for thing in [t for t, h in holder.items() if h == words[0]]:
+                trail[thing].append(words[-1])
+        elif re.search(r" (picked up|grabbed|got|took) the ", sentence):
+            holder[words[-1]] = words[0]
+            rooms = trail.setdefault(words[-1], [])
+            if words[0] in place and rooms[-1:] != [place[words[0]]]:
+                rooms.append(place[words[0]])
+        elif re.search(r" (dropped|put down|discarded|left) the ", sentence):
+            holder.pop(words[-1])
+    words = question.rstrip("?").split()
+    if words[:2] == ["Where", "was"]:
+        rooms = trail[words[3]]
+        at = max(i for i, r in enumerate(rooms) if r == words[-1])
+        return rooms[at - 1]
+    if words[:3] == ["Where", "is", "the"]:
+        return trail[words[3]][-1]
+    if words[0] == "Where":
+        return place[words[2]]
+    if words[0] == "What" and words[-1] == "of":
+        opposite = {"north": "south", "south": "north", "east": "west", "west": "east"}
+        return next(a for a, way, b in sides if b == words[3] and way == opposite[words[4]])
+    if words[:2] == ["What", "is"]:
+        return next(a for a, way, b in sides if b == words[-1] and way == words[2])
+    for giver, thing, taker in reversed(gifts):
+        if words[:2] == ["What", "did"] and (giver, taker) == (words[2], words[5]):
+            return thing
+        if words[:2] == ["Who", "gave"] and thing == words[3] and (len(words) == 4 or taker == words[5]):
+            return giver
+        if words[:2] == ["Who", "did"] and (giver, thing) == (words[2], words[5]):
+            return taker
+        if words[:2] == ["Who", "received"] and thing == words[3]:
+            return taker
+    raise AssertionError(question)
+
+
+class Generated(Case):
+    def book(self):
+        rng = random.Random(1)
+        with open(self.path("book.txt"), "w") as f:
+            for i in range(3000):
+                f.write("Sentence %d of the dull %s ends here%s" % (i, rng.choice(["novel", "history", "manual"]) * rng.randrange(1, 3), rng.choice([". ", "!\n", "?\n\n"])))
+        return self.path("book.txt")
+
+    def test_questions_have_the_answer_that_the_story_gives(self):
+        for task, make in evals.TASKS.items():
+            rng, seen = random.Random(task), set()
+            for _ in range(3000):
+                facts, question, answer, answers = make(rng)
+                self.assertEqual(solve(facts, question), answer, (facts, question))
+                self.assertIn(answer, answers)
+                seen.add(answer)
+            self.assertEqual(seen, set(answers) if task != 5 else seen)
+            self.assertTrue(len(seen) >= 6)
+
+    def test_babilong(self):
+        book = self.book()
+        run("babilong", "--text", book, "--samples", "20", "--distraction", "0,500,4000", "--out", self.path("a.jsonl"), "--seed", "3")
+        run("babilong", "--text", book, "--samples", "20", "--distraction", "0,500,4000", "--out", self.path("b.jsonl"), "--seed", "3")
+        requests = self.read("a.jsonl")
+        self.assertEqual(requests, self.read("b.jsonl"))
+        items = {}
+        for r in requests:
+            items.setdefault(r["item"], []).append(r)
+        self.assertEqual(len(items), 5 * 3 * 20)
+        for choices in items.values():
+            r = choices[choices[0]["gold"]]
+            story, question = re.match(r"(?s)(.*)\nQuestion: (.*)\nAnswer:$", r["context"]).groups()
+            sentences = re.split(r"(?<=[.!?]) ", story)
+            facts = [s for s in sentences if not s.startswith("Sentence ")]
+            self.assertEqual(" " + solve(facts, question), r["continuation"])
+            noise = sum(len(s) + 1 for s in sentences if s.startswith("Sentence "))
+            self.assertTrue(noise <= r["distraction"] and noise > r["distraction"] - 100, (noise, r["distraction"]))
+
+    def test_needle(self):
+        run("needle", "--text", self.book(), "--samples", "5", "--length", "1000,2k", "--out", self.path("n.jsonl"))
+        requests = self.read("n.jsonl")
+        self.assertEqual(len(requests), 5 * 2 * 5 * 5)
+        for r in requests:
+            facts = dict(re.findall(r"The secret number of (\w+) is (\d+)\.", r["context"]))
+            asked = re.search(r"What is the secret number of (\w+)\?", r["context"])[1]
+            self.assertEqual((len(facts), " " + facts[asked]), (r["needles"], r["continuation"]))
+            size = len(r["context"]) + 1
+            self.assertTrue(r["length"] - 100 < size <= r["length"], (size, r["length"]))
+            depth = r["context"].index("number of %s is" % asked) / r["context"].index("Question:")
+            self.assertTrue(abs(depth - r["depth"] / 100) < 0.13, (depth, r["depth"]))
+
+    def test_refusals(self):
+        self.assertIn("no text to distract with", run("babilong", "--out", self.path("x"), "--samples", "1", status=1))
+        self.assertIn("alone have", run("needle", "--text", self.book(), "--length", "50", "--out", self.path("x"), status=1))
+        self.assertIn("wanted 1 to 5", run("babilong", "--tasks", "6", "--out", self.path("x"), status=1))
+        self.assertIn("No such file", run("needle", "--text", self.path("none"), "--out", self.path("x"), status=1))
+
+
+class Report(Case):
+    def test_arithmetic(self):
+        choices = [{"context": "c", "continuation": t, "task": "t", "item": i, "choice": c, "gold": 1} for i in range(2) for c, t in enumerate((" a", " bbbb", " cc"))]
+        logprobs = [-1.0, -2.0, -3.0, -9.0, -4.0, -5.0]  # first: raw says a, per byte says b; second: b either way
+        words = [{"context": "c", "continuation": " w", "task": "l", "item": i} for i in range(2)]
+        requests = self.write("r.jsonl", choices)
+        scores = self.write("s.jsonl", [{"logprob": x, "tokens": 2, "greedy": x == -4.0} for x in logprobs])
+        more = self.write("r2.jsonl", words)
+        less = self.write("s2.jsonl", [{"logprob": -1.0, "tokens": 1, "greedy": True}, {"logprob": -2.0, "tokens": 3, "greedy": False}])
+        shown = run("report", requests, scores, more, less, "--json", self.path("j"))
+        with open(self.path("j")) as f:
+            rows = json.load(f)
+        t, word = rows["t"], rows["l"]
+        self.assertEqual((t["questions"], t["accuracy"], t["acc_norm"], t["acc_token"], t["greedy"]), (2, 0.5, 1.0, 0.5, 0.5))
+        self.assertAlmostEqual(t["perplexity"], math.exp(3))
+        self.assertAlmostEqual(word["perplexity"], math.exp(1.5))
+        self.assertAlmostEqual(word["token_ppl"], math.exp(0.75))
+        self.assertEqual(word["accuracy"], 0.5)
+        self.assertIn("t ", shown)
+
+    def test_refusals(self):
+        requests = self.write("r.jsonl", [{"continuation": "x", "task": "t", "item": 0}] * 2)
+        one = self.write("s.jsonl", [{"logprob": -1.0, "tokens": 1, "greedy": True}])
+        self.assertIn("2 requests", run("report", requests, one, status=1))
+        self.assertIn(":1: no logprob", run("report", requests, self.write("b.jsonl", [{}] * 2), status=1))
+        self.assertIn("no number", run("report", requests, self.write("n.jsonl", [{"logprob": None, "tokens": 1, "greedy": True}] * 2), status=1))
+        self.assertIn("broken JSON", run("report", requests, self.write("x.jsonl", ["{"]), status=1))
+
+    def test_infer_mta_reads_what_is_written(self):
+        """The whole way with a model of no training: chance is what it knows."""
+        infer, train = os.path.join(BIN, "infer_mta"), os.path.join(BIN, "train_mta")
+        if not (os.path.exists(infer) and os.path.exists(train)):
+            self.skipTest("no infer_mta and train_mta in %s" % BIN)
+        with open(self.path("t.txt"), "w") as f:
+            f.write("A line of text for a model that learns nothing.\n" * 200)
+        subprocess.run([sys.executable, os.path.join(ROOT, "data", "prepare.py"), "text", self.path("t.txt"), "--out", self.path("d")], check=True,
+                       stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        subprocess.run([train, "--model", "toy", "--attention", "transformer", "--vocab-size", "259", "--hidden-size", "32", "--num-hidden-layers", "1",
+                        "--num-attention-heads", "2", "--num-key-value-heads", "2", "--intermediate-size", "64", "--max-position-embeddings", "2048",
+                        "--seq-len", "64", "--batch-size", "1", "--tokens-per-step", "64", "--steps", "1", "--tokenizer", "bytes",
+                        "--train", self.path("d") + "/t_train_*.bin", "--out", self.path("run")], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        run("babilong", "--samples", "4", "--distraction", "0", "--out", self.path("r.jsonl"))
+        with open(self.path("s.jsonl"), "w") as f:
+            subprocess.run([infer, self.path("run/step-00000001"), "--score", self.path("r.jsonl")], check=True, stdout=f, stderr=subprocess.DEVNULL)
+        self.assertIn("qa5, distraction 0", run("report", self.path("r.jsonl"), self.path("s.jsonl")))
+
+
+def main():
+    result = unittest.TextTestRunner().run(unittest.defaultTestLoader.loadTestsFromModule(sys.modules[__name__]))
+    failed = len(result.failures) + len(result.errors)
+    for test, reason in result.skipped:
+        print("skipped %s: %s" % (test, reason))
+    print("%d passed, %d failed%s" % (result.testsRun - failed - len(result.skipped), failed, ", %d skipped" % len(result.skipped) if result.skipped else ""))
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
