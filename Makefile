@@ -84,6 +84,58 @@ build/asan/infer_mta: infer_mta.c $(HEADERS)
 	@mkdir -p build/asan
 	$(CC) $(ASAN) $< -o $@ $(LDLIBS)
 
+# ---- CUDA: train_mta.cu by nvcc for a GPU, or by a C++ compiler for dev/cuda_cpu, which runs the same kernels on the CPU
+NVCC_ARCH ?= sm_90a
+PRECISION ?= BF16
+CUDA_DEFINES = $(if $(filter FP32,$(PRECISION)),-DPRECISION_FP32)
+NVCCFLAGS = -std=c++17 -O3 -arch=$(NVCC_ARCH) -Xcompiler -Wall,-Wextra,-fopenmp
+CXXFLAGS = -std=c++17 -g $(ARCH) $(WARN) $(MATH) $(OPENMP)
+EMULATOR = -x c++ -O2 -Idev/cuda_cpu -DMTA_LIBRARY
+EMULATOR_HEADERS = $(wildcard dev/cuda_cpu/*.h)
+
+train_mta_cuda: train_mta.cu $(HEADERS)
+	$(NVCC) $(NVCCFLAGS) $(CUDA_DEFINES) $< -o $@ -lcublas
+
+build/train_mta_cuda.o: train_mta.cu $(HEADERS)
+	@mkdir -p build
+	$(NVCC) $(NVCCFLAGS) $(CUDA_DEFINES) -DMTA_LIBRARY -c $< -o $@
+
+# The same test_mta.c, with train_mta.cu's table as the trainer under test and train_mta.c beside it.
+build/test_mta_for_cuda.o: test_mta.c train_mta.c $(HEADERS)
+	@mkdir -p build
+	$(CC) $(CFLAGS) -DMTA_TEST_CUDA -c $< -o $@
+
+test_mta_cuda: build/test_mta_for_cuda.o build/train_mta.o build/train_mta_cuda.o
+	$(NVCC) -arch=$(NVCC_ARCH) -Xcompiler -fopenmp $^ -o $@ -lcublas $(BLAS_LINK) $(LDLIBS)
+
+build/cuda_cpu_fp32.o: train_mta.cu $(HEADERS) $(EMULATOR_HEADERS)
+	@mkdir -p build
+	$(CXX) $(CXXFLAGS) $(EMULATOR) -DPRECISION_FP32 -c $< -o $@
+
+build/cuda_cpu_bf16.o: train_mta.cu $(HEADERS) $(EMULATOR_HEADERS)
+	@mkdir -p build
+	$(CXX) $(CXXFLAGS) $(EMULATOR) -c $< -o $@
+
+test_mta_cuda_cpu: build/test_mta_for_cuda.o build/train_mta.o build/cuda_cpu_fp32.o
+	$(CXX) $(CXXFLAGS) $^ -o $@ $(BLAS_LINK) $(LDLIBS)
+
+test_mta_cuda_cpu_bf16: build/test_mta_for_cuda.o build/train_mta.o build/cuda_cpu_bf16.o
+	$(CXX) $(CXXFLAGS) $^ -o $@ $(BLAS_LINK) $(LDLIBS)
+
+# The whole trainer on the emulator, for tests of runs: build/train_mta_cuda_cpu (bf16), build/train_mta_cuda_cpu_fp32.
+build/train_mta_cuda_cpu: train_mta.cu $(HEADERS) $(EMULATOR_HEADERS)
+	@mkdir -p build
+	$(CXX) $(CXXFLAGS) -x c++ -O2 -Idev/cuda_cpu $< -o $@ $(LDLIBS)
+
+build/train_mta_cuda_cpu_fp32: train_mta.cu $(HEADERS) $(EMULATOR_HEADERS)
+	@mkdir -p build
+	$(CXX) $(CXXFLAGS) -x c++ -O2 -Idev/cuda_cpu -DPRECISION_FP32 $< -o $@ $(LDLIBS)
+
+# The emulator's own tests, with planted faults; the address sanitizer is what sees the out-of-bounds ones.
+build/test_emulator: dev/cuda_cpu/test_emulator.cpp $(EMULATOR_HEADERS)
+	@mkdir -p build
+	$(CXX) -x c++ -std=c++17 -O1 -g $(WARN) -fsanitize=address,undefined -fsanitize-sections=cuda_shared -Idev/cuda_cpu $< -o $@
+
 test:
 	scripts/test.sh
 

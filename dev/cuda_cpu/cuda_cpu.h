@@ -102,6 +102,11 @@ struct WarpOp {
 };
 enum { WARP_OPS = 8 };  // of a warp at a time: more than one only where its lanes diverged
 
+inline uint64_t environment_order() {  // CUDA_CPU_ORDER=N: what set_order(N) does, for programs that do not call it
+    const char* order = getenv("CUDA_CPU_ORDER");
+    return order ? strtoull(order, NULL, 10) : 0;
+}
+
 // Everything about the launch and block that runs. One CPU thread, hence plain globals.
 struct Machine {
     Fiber fibers[MAX_THREADS];
@@ -117,7 +122,7 @@ struct Machine {
     dim3 block_dim, grid_dim;
     uint3 thread_idx, block_idx;
     char* shared;                      // dynamic shared memory, exactly as large as the launch asked
-    uint64_t order_seed = 0, order_state = 0;
+    uint64_t order_seed = environment_order(), order_state = order_seed;
     uint64_t launches = 0, switches = 0;
     const void* main_stack;            // bounds of the scheduler's stack, for the address sanitizer
     size_t main_stack_bytes;
