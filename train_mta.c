@@ -13,6 +13,9 @@
 // Memory: nothing of size T x T. Attention works on a chunk of queries at a time and its backward recomputes the chunk from q, k and the
 // row's log-sum-exp. Threads: work is cut the same way whatever their number, sums have a fixed order: same seed, same bits.
 
+#ifndef _GNU_SOURCE
+#define _GNU_SOURCE  // memmem and others, before the first header
+#endif
 #include <assert.h>
 #include <math.h>
 #include <stdbool.h>
