@@ -3,10 +3,11 @@
 #   1. the paper's toy task at a small size: a plain Transformer against Multi-Token Attention (MTA), three seeds, side by side
 #   2. a byte-level MTA language model of English text, and a sample of it
 #
-# Usage: scripts/quickstart.sh [--no-install] [--text FILE] [--out DIR]
+# Usage: scripts/quickstart.sh [--no-install] [--text FILE] [--out DIR] [--tiny]
 #   --no-install   installs nothing: neither Debian packages nor Python ones; what is missing is said and left out
 #   --text FILE    the text to learn; default: the Python language reference and the licences that every Debian or Ubuntu has
 #   --out DIR      where everything goes; default: runs/quickstart. A second call continues there what a first one did not finish.
+#   --tiny         a few steps of everything: shows that it works, not what it finds
 #
 # On Debian and Ubuntu it installs what is missing of gcc, make, python3, python3-venv and libopenblas-dev (through sudo, if you are not root),
 # and numpy and matplotlib into data/.venv for the pictures. Nothing else outside of this folder is touched.
@@ -18,7 +19,8 @@ TOY_N=4 TOY_BLOCKS=8 TOY_KIND=first TOY_SEEDS="1 2 3" TOY_STEPS=800 TOY_BATCH=64
 TOY_MODEL=(--model toy --hidden-size 64 --num-hidden-layers 2 --num-attention-heads 2 --num-key-value-heads 2 --intermediate-size 192
            --kq-conv-key-size $((2 * TOY_N - 1)) --lr 2e-3 --schedule constant --warmup 0 --weight-decay 0)
 # The text model: bytes are tokens.
-TEXT_MODEL=(--model 1m --attention mta --tokenizer bytes --seq-len 256 --batch-size 16 --steps 400 --lr 2e-3 --schedule linear --warmup 20)
+TEXT_STEPS=300
+TEXT_MODEL=(--model 1m --attention mta --tokenizer bytes --seq-len 256 --batch-size 16 --lr 3e-3 --schedule linear --warmup 20)
 
 install=yes text="" out=runs/quickstart
 while [ $# -gt 0 ]; do
@@ -28,6 +30,7 @@ while [ $# -gt 0 ]; do
         --text=*) text=${1#*=} ;;
         --out) out=${2:-}; shift ;;
         --out=*) out=${1#*=} ;;
+        --tiny) TOY_STEPS=20 TEXT_STEPS=10 ;;
         -h|--help) sed -n '2,/^set -/{/^set -/d;s/^# \{0,1\}//;p}' "$0"; exit 0 ;;
         *) echo "quickstart.sh: unknown option $1; --help lists all" >&2; exit 1 ;;
     esac
@@ -40,6 +43,8 @@ if [ -t 1 ] && [ "${TERM:-dumb}" != dumb ]; then
     if [ -z "${NO_COLOR:-}" ]; then bold=$'\033[1m' dim=$'\033[2m' normal=$'\033[0m'; fi
 fi
 started=$SECONDS
+# Threads that wait sleep: on a machine that is busy with something else, waiting in a loop costs several times the whole run.
+export OMP_WAIT_POLICY=passive
 say() { echo "$*"; }
 headline() { printf '\n%s%s%s  %s%d s%s\n' "$bold" "$*" "$normal" "$dim" $((SECONDS - started)) "$normal"; }
 note() { echo "note: $*"; }
@@ -164,7 +169,7 @@ wait_runs() {  # RUN... in the order of children
     children=()
 }
 
-say "example:  $(python3 data/toy_task.py --n $TOY_N --blocks $TOY_BLOCKS --kind $TOY_KIND --examples 1 | tr -d '^')"
+say "for example  $(python3 data/toy_task.py --n $TOY_N --blocks $TOY_BLOCKS --kind $TOY_KIND --examples 1 | sed 's/^^//; s/ / -> /')"
 task=$out/n${TOY_N}_$TOY_KIND
 mkdir -p "$task"
 for seed in $TOY_SEEDS; do
@@ -209,7 +214,7 @@ if [ -z "$text" ]; then
 fi
 say "$(wc -c < "$text") bytes of $text"
 python3 data/prepare.py text "$text" --tokenizer bytes --out "$out/data/text" --name text > "$out/data/text.txt" 2>&1 || fail "$(tail -n 1 "$out/data/text.txt")"
-OMP_NUM_THREADS=$cores ./train_mta "${TEXT_MODEL[@]}" --train "$out/data/text/text_train_*.bin" --val "text=$out/data/text/text_val_*.bin" --eval-every 100 \
+OMP_NUM_THREADS=$cores ./train_mta "${TEXT_MODEL[@]}" --steps $TEXT_STEPS --train "$out/data/text/text_train_*.bin" --val "text=$out/data/text/text_val_*.bin" --eval-every 100 \
     --eval-windows 100 --save-every 0 --sample-every 0 --seed 1 --resume --out "$out/text" ||
     fail "training on the text failed; with another --text, choose another --out too"
 checkpoint=$(ls -d "$out"/text/step-* | sort | tail -n 1)
@@ -221,7 +226,7 @@ print(f"validation: {val['loss'] / math.log(2):.3f} bits per byte after {val['st
 PYTHON
 say "a sample of $checkpoint:"
 say
-./infer_mta "$checkpoint" --prompt "The " --max-tokens 300 --temperature 0.7 --seed 1 || note "no sample: infer_mta failed"
+./infer_mta "$checkpoint" --prompt "The " --max-tokens 240 --temperature 0.7 --seed 1 || note "no sample: infer_mta failed"
 say
 
 # ---------------------------------------------------------------------------------------------------------------------------------------

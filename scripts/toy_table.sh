@@ -43,6 +43,7 @@ case $jobs in ''|*[!0-9]*|0) fail "--jobs: got \"$jobs\", wanted a number of at 
 [ -x "$trainer" ] || fail "$trainer: no such program; build it with make $(basename "$trainer")"
 mkdir -p "$out/data" || fail "$out: cannot write there; choose a folder with --out"
 threads=$((cores > jobs ? cores / jobs : 1))
+export OMP_WAIT_POLICY=passive  # threads that wait sleep: other programs may need the cores
 
 # Data of one task and seed, unless it is there.
 make_data() {  # N KIND SEED

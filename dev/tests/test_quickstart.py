@@ -1,0 +1,208 @@
+#!/usr/bin/env python3
+"""Tests of scripts/quickstart.sh and scripts/toy_table.sh at their --tiny size, and of what they say when something is missing.
+
+python3 dev/tests/test_quickstart.py     (needs train_mta and infer_mta: MTA_BIN, default the repository)
+
+Each runs in a copy of the repository with the programs already built, so that nothing is installed or compiled. What is missing is acted by
+stand-ins in PATH: an apt-get that fails, an id that is not root, a compiler without cblas.h, a Python without matplotlib.
+"""
+import os
+import pty
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import unittest
+
+ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+BINARIES = os.environ.get("MTA_BIN", ROOT)
+PROGRAMS = ("train_mta", "infer_mta")
+
+
+def write_program(path, text):
+    with open(path, "w") as f:
+        f.write("#!/bin/sh\n" + text)
+    os.chmod(path, 0o755)
+
+
+class Quickstart(unittest.TestCase):
+    @classmethod
+    def setUpClass(cls):
+        for name in PROGRAMS:
+            if not os.path.exists(os.path.join(BINARIES, name)):
+                raise unittest.SkipTest(f"{name} is not built")
+        cls.folder = tempfile.mkdtemp(prefix="test_quickstart_")
+        cls.home = os.path.join(cls.folder, "mta")
+        os.makedirs(cls.home)
+        for name in ("mta", "scripts"):
+            shutil.copytree(os.path.join(ROOT, name), os.path.join(cls.home, name))
+        shutil.copytree(os.path.join(ROOT, "data"), os.path.join(cls.home, "data"), ignore=shutil.ignore_patterns(".venv", "__pycache__"))
+        for name in ("Makefile", "train_mta.c", "infer_mta.c"):
+            shutil.copy(os.path.join(ROOT, name), cls.home)
+        for name in PROGRAMS:
+            shutil.copyfile(os.path.join(BINARIES, name), os.path.join(cls.home, name))  # newer than its sources: make leaves it
+            os.chmod(os.path.join(cls.home, name), 0o755)
+        # matplotlib is hidden from every Python, and a farm of links stands for PATH where a tool must be missing
+        os.makedirs(os.path.join(cls.folder, "hide", "matplotlib"))
+        with open(os.path.join(cls.folder, "hide", "matplotlib", "__init__.py"), "w") as f:
+            f.write("raise ImportError('hidden')\n")
+
+    @classmethod
+    def tearDownClass(cls):
+        shutil.rmtree(cls.folder)
+
+    def environment(self, **changes):
+        environment = {k: v for k, v in os.environ.items() if k not in ("NO_COLOR", "CC")}
+        environment.update(PYTHONPATH=os.path.join(self.folder, "hide"), TERM="xterm", **changes)
+        return environment
+
+    def stand_ins(self, **programs):
+        """A PATH whose first folder holds these scripts."""
+        folder = tempfile.mkdtemp(dir=self.folder)
+        for name, text in programs.items():
+            write_program(os.path.join(folder, name.replace("_", "-")), text)
+        return folder + os.pathsep + os.environ["PATH"]
+
+    def path_without(self, *names):
+        farm = tempfile.mkdtemp(dir=self.folder)
+        for folder in os.environ["PATH"].split(os.pathsep):
+            for name in sorted(os.listdir(folder)) if os.path.isdir(folder) else ():
+                if name not in names and not os.path.lexists(os.path.join(farm, name)):
+                    os.symlink(os.path.join(folder, name), os.path.join(farm, name))
+        return farm
+
+    def run_script(self, *words, script="quickstart.sh", **changes):
+        return subprocess.run(["scripts/" + script, *words], cwd=self.home, env=self.environment(**changes), stdin=subprocess.DEVNULL,
+                              stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace", timeout=600)
+
+    def run_on_terminal(self, *words, **changes):
+        """(status, what a terminal got)"""
+        master, slave = pty.openpty()
+        child = subprocess.Popen(["scripts/quickstart.sh", *words], cwd=self.home, env=self.environment(**changes), stdin=slave, stdout=slave,
+                                 stderr=slave, close_fds=True)
+        os.close(slave)
+        got = b""
+        while True:
+            try:
+                piece = os.read(master, 65536)
+            except OSError:
+                break
+            if not piece:
+                break
+            got += piece
+        os.close(master)
+        return child.wait(), got.decode(errors="replace")
+
+    def assert_table(self, text):
+        self.assertRegex(text, r"transformer +[\d.]+ +[\d.]+ +[\d.]+ +[\d.]+ +78\.2 +28\.9")
+        self.assertRegex(text, r"mta +[\d.]+ +[\d.]+ +[\d.]+ +[\d.]+ +0\.0 +0\.0")
+        self.assertRegex(text, r"validation: \d\.\d+ bits per byte")
+        self.assertIn("finished after", text)
+
+    def test_plain_output_and_terminals(self):
+        """A non-terminal gets plain lines; a second call continues; a terminal gets colours unless NO_COLOR is set."""
+        done = self.run_script("--no-install", "--tiny", "--out", "runs/a")
+        self.assertEqual(done.returncode, 0, done.stdout + done.stderr)
+        self.assert_table(done.stdout)
+        self.assertNotRegex(done.stdout, "[\x1b\r]")
+        self.assertIn("no matplotlib, so no pictures", done.stdout)
+        self.assertNotIn("Traceback", done.stdout + done.stderr)
+        for variable, bold in (({}, True), ({"NO_COLOR": "1"}, False)):
+            status, text = self.run_on_terminal("--no-install", "--tiny", "--out", "runs/a", **variable)
+            self.assertEqual(status, 0, text)
+            self.assert_table(text)
+            self.assertEqual("\x1b[1m" in text, bold)
+            if not bold:
+                self.assertFalse([c for c in re.findall(r"\x1b\[[\d;]*[a-zA-Z]", text) if not c.endswith("K")])
+
+    def test_nothing_can_be_installed(self):
+        """One core, not root, apt-get and pip without a network, no CBLAS: a line for each, and the rest works."""
+        compiler = os.path.join(self.folder, "no_cblas")
+        write_program(compiler, 'case "$*" in *-E*) input=$(cat); case "$input" in *cblas*) exit 1;; esac; echo "$input" | exec gcc "$@";; esac\nexec gcc "$@"\n')
+        path = self.stand_ins(apt_get='echo "E: Unable to fetch some archives" >&2; exit 100\n', id="echo 1000\n", nproc="echo 1\n",
+                              sudo='[ "$1" = -n ] && shift; exec "$@"\n')
+        done = self.run_script("--tiny", "--out", "runs/b", PATH=path, CC=compiler, PIP_INDEX_URL="http://127.0.0.1:9/", PIP_NO_CACHE_DIR="1")
+        self.assertEqual(done.returncode, 0, done.stdout + done.stderr)
+        self.assert_table(done.stdout)
+        for piece in ("installing with apt-get through sudo: libopenblas-dev", "apt-get failed (no network?): E: Unable to fetch", "no CBLAS",
+                      "so no pictures", "one core"):
+            self.assertIn(piece, done.stdout)
+        self.assertNotIn("Traceback", done.stdout + done.stderr)
+
+    def test_no_sudo(self):
+        path = self.path_without("sudo", "gcc", "cc", "clang")
+        os.remove(os.path.join(path, "id"))
+        write_program(os.path.join(path, "id"), "echo 1000\n")
+        done = self.run_script("--tiny", "--out", "runs/c", PATH=path)
+        self.assertEqual(done.returncode, 1)
+        self.assertIn("not root and no sudo: ask for these packages: gcc libc6-dev", done.stdout)
+        self.assertEqual(done.stderr, "quickstart.sh: no C compiler: install gcc and libc6-dev, then run this again\n")
+
+    def test_sudo_with_a_password(self):
+        path = self.stand_ins(id="echo 1000\n", sudo="exit 1\n", make="exit 1\n")
+        compiler = os.path.join(self.folder, "none_at_all")
+        done = self.run_script("--tiny", "--out", "runs/c", PATH=path, CC=compiler)
+        self.assertEqual(done.returncode, 1)
+        self.assertIn("sudo wants a password and there is no terminal", done.stdout)
+
+    def test_missing_tools(self):
+        for tool in ("make", "python3"):
+            done = self.run_script("--no-install", "--tiny", "--out", "runs/c", PATH=self.path_without(tool))
+            self.assertEqual(done.returncode, 1, done.stdout)
+            self.assertEqual(done.stderr, f"quickstart.sh: no {tool}: install it, then run this again\n")
+
+    def test_own_text(self):
+        text = os.path.join(self.folder, "my text.txt")
+        with open(text, "w") as f:
+            f.write("Call me Ishmael. Some years ago, never mind how long precisely. " * 400)
+        done = self.run_script("--no-install", "--tiny", "--out", "runs/d", "--text=" + text)
+        self.assertEqual(done.returncode, 0, done.stdout + done.stderr)
+        self.assertIn("my text.txt", done.stdout)
+        with open(text, "a") as f:
+            f.write("It is a way I have of driving off the spleen.")
+        done = self.run_script("--no-install", "--tiny", "--out", "runs/d", "--text", text)
+        self.assertEqual(done.returncode, 1, "another text in the same folder")
+        self.assertIn("--out", done.stderr)
+        self.assertEqual(done.stderr.count("\n"), 1, done.stderr)
+        with open(text, "w") as f:
+            f.write("short")
+        done = self.run_script("--no-install", "--tiny", "--out", "runs/e", "--text", text)
+        self.assertEqual(done.returncode, 1)
+        self.assertIn("tokens", done.stderr)
+        self.assertNotIn("Traceback", done.stdout + done.stderr)
+
+    def test_options(self):
+        for words, piece in ((("--sideways",), "unknown option --sideways"), (("--text",), "value of the last option"), (("--text", "/no/such"), "no such file"),
+                             (("--out", "/proc/x"), "cannot write there")):
+            done = self.run_script(*words)
+            self.assertEqual((done.returncode, done.stderr.count("\n")), (1, 1), done.stderr)
+            self.assertIn(piece, done.stderr)
+        self.assertIn("--no-install", self.run_script("--help").stdout)
+
+    def test_toy_table(self):
+        """A small table; the second call finds everything done."""
+        words = ("--size", "tiny", "--out", "runs/table", "--seeds", "1 2", "--tasks", "5 all,8 last", "--jobs", "2")
+        done = self.run_script(*words, script="toy_table.sh")
+        self.assertEqual(done.returncode, 0, done.stdout + done.stderr)
+        self.assertIn("8 runs of 4 steps each", done.stdout)
+        self.assertRegex(done.stdout, r"N5 all +N8 last\n")
+        self.assertRegex(done.stdout, r"transformer +[\d.]+ \+- [\d.]+ \(2\)")
+        again = self.run_script(*words, script="toy_table.sh")
+        self.assertIn("8 finished before", again.stdout)
+        self.assertEqual(again.stdout.partition("sequences with")[2], done.stdout.partition("sequences with")[2])
+        for bad, piece in ((("--size", "huge"), "wanted paper, night or tiny"), (("--jobs", "0"), "--jobs: got"), (("--tasks", "5 some"), "--tasks: got"),
+                           (("--trainer", "./nothing"), "no such program"), (("--size",), "the value is missing")):
+            done = self.run_script(*bad, script="toy_table.sh")
+            self.assertEqual((done.returncode, done.stderr.count("\n")), (1, 1), done.stderr)
+            self.assertIn(piece, done.stderr)
+
+
+if __name__ == "__main__":
+    program = unittest.main(exit=False, verbosity=1)
+    result = program.result
+    bad = len(result.failures) + len(result.errors)
+    for test, reason in result.skipped:
+        print(f"skipped: {test}: {reason}")
+    print(f"{max(0, result.testsRun - bad - len(result.skipped))} passed, {bad} failed" + (f", {len(result.skipped)} skipped" if result.skipped else ""))
+    sys.exit(bad != 0)
