@@ -1987,12 +1987,17 @@ static void model_start(Model* m, Run* r) {
 
 // Dense operations a second of the device's tensor cores in bf16 (fp32: of its CUDA cores) by the vendor's data sheet; 0 = not known, no MFU.
 static double matmul_rate(const cudaDeviceProp* device) {
+#if defined(CUDA_CPU)
+    (void)device;
+    return 0;
+#else
     switch (device->major * 10 + device->minor) {
         case 80: return EXACT ? 19.5e12 : 312e12;   // A100
         case 90: return EXACT ? 67e12 : 989e12;     // H100, H200
         case 100: return EXACT ? 75e12 : 2250e12;   // B200
         default: return 0;
     }
+#endif
 }
 
 static Recompute recompute_of(const char* name) {

@@ -135,8 +135,9 @@ static inline cudaError_t cudaDeviceSynchronize(void) { return cudaSuccess; }
 template <typename T> static inline cudaError_t cudaMalloc(T** p, size_t n) {
     *p = NULL;
     if (cuda_cpu::device_state() != cudaSuccess) { return cuda_cpu::device_state(); }
-    void* block = n <= cuda_cpu::memory_total() - std::min(cuda_cpu::memory_total(), cuda_cpu::allocated) ? malloc(n ? n : 1) : NULL;
-    if (!block) { return cuda_cpu::set_error(cudaErrorMemoryAllocation); }
+    void* block = NULL;  // aligned as cudaMalloc promises
+    bool room = n <= cuda_cpu::memory_total() - std::min(cuda_cpu::memory_total(), cuda_cpu::allocated);
+    if (!room || posix_memalign(&block, 256, n ? n : 1) != 0) { return cuda_cpu::set_error(cudaErrorMemoryAllocation); }
     memset(block, 0xff, n);
     cuda_cpu::allocations[block] = n;
     cuda_cpu::allocated += n;
