@@ -485,12 +485,25 @@ class Restarts(Case):
             shutil.rmtree(out)
         print("killed %d times in %d preparations of %.1f s" % (kills, rounds, spent))
 
+    def stopped_in_the_middle(self, options):
+        """A prepare.py that has saved its state at least once and is held by SIGSTOP before it is done."""
+        child = subprocess.Popen([sys.executable, PREPARE, *options, "--save-seconds", "0"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        self.addCleanup(child.wait)
+        self.addCleanup(child.kill)
+        out = options[options.index("--out") + 1]
+        while not os.path.exists(os.path.join(out, ".slimpajama.partial", "state.json")):
+            self.assertIsNone(child.poll(), "it ended before it could be stopped")
+            time.sleep(0.002)
+        child.send_signal(signal.SIGSTOP)
+        self.assertFalse(os.path.exists(os.path.join(out, "manifest.json")))
+        return child
+
     def test_sigterm_saves_and_says_so(self):
         self.job("x.jsonl", 20000, 1500)
         options = ["slimpajama", self.path("x.jsonl"), "--workers", "1", "--out"]
-        child = subprocess.Popen([sys.executable, PREPARE, *options, self.path("o")], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-        time.sleep(0.7)
-        child.terminate()
+        child = self.stopped_in_the_middle(options + [self.path("o")])
+        child.send_signal(signal.SIGTERM)
+        child.send_signal(signal.SIGCONT)
         self.assertIn("goes on from here", child.communicate()[1])
         self.assertEqual(child.returncode, 1)
         self.assertIn("going on", run(*options, self.path("o")))
@@ -500,13 +513,8 @@ class Restarts(Case):
     def test_two_at_once_are_refused(self):
         self.job("x.jsonl", 20000, 1500)
         options = ["slimpajama", self.path("x.jsonl"), "--workers", "1", "--out", self.path("o")]
-        child = subprocess.Popen([sys.executable, PREPARE, *options], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        try:
-            time.sleep(0.5)
-            self.assertIn("another prepare.py is at work", run(*options, status=1))
-        finally:
-            child.kill()
-            child.wait()
+        self.stopped_in_the_middle(options)
+        self.assertIn("another prepare.py is at work", run(*options, status=1))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
