@@ -489,13 +489,13 @@ static void test_layers(void) {
 
 typedef struct {
     Attention a;
-    double *q, *k, *v, *out, *lse, *r, *scratch, *sum_memory;
+    double *q, *k, *v, *out, *stats, *r, *scratch, *sum_memory;
     double *conv_pre, *conv_post, *mix_pre, *mix_post;
 } AttentionTest;
 
 static double scalar_attention(void* p) {
     AttentionTest* t = (AttentionTest*)p;
-    attention_forward(t->out, t->lse, t->q, t->k, t->v, &t->a, t->scratch);
+    attention_forward(t->out, t->stats, t->q, t->k, t->v, &t->a, t->scratch);
     return dot_product(t->out, t->r, (size_t)t->a.B * (size_t)t->a.T * (size_t)t->a.NH * (size_t)t->a.HS);
 }
 
@@ -520,7 +520,7 @@ static void test_attention_case(const AttentionCase* s, int B, int T, int chunk)
     t.conv_pre = random_doubles(&rng, kernel); t.conv_post = random_doubles(&rng, kernel);
     t.mix_pre = random_doubles(&rng, pre + 1); t.mix_post = random_doubles(&rng, post + 1);
     for (size_t i = 0; i < kernel; i++) { t.conv_pre[i] *= 0.2; t.conv_post[i] *= 0.2; }
-    t.out = doubles(qn); t.lse = doubles((size_t)B * (size_t)s->NH * (size_t)T);
+    t.out = doubles(qn); t.stats = doubles(2 * (size_t)B * (size_t)s->NH * (size_t)T);
     Attention a = {B, T, s->NH, s->NKV, HS, s->cq, s->ck, s->ch_pre, s->ch_post, s->pre ? t.conv_pre : NULL, s->post ? t.conv_post : NULL,
                    s->ch_pre ? t.mix_pre : NULL, s->ch_post ? t.mix_post : NULL, min_int(chunk, T)};
     t.a = a;
@@ -529,7 +529,7 @@ static void test_attention_case(const AttentionCase* s, int B, int T, int chunk)
     AttentionSums as = {sums, sums + (size_t)B * kernel, sums + (size_t)B * 2 * kernel, sums + (size_t)B * (2 * kernel + pre)};
     double *dq = d, *dk = dq + qn, *dv = dk + kn, *dcp = dv + kn, *dco = dcp + kernel, *dmp = dco + kernel, *dmo = dmp + pre;
     scalar_attention(&t);
-    attention_backward(dq, dk, dv, &as, t.r, t.q, t.k, t.v, t.lse, &a, t.scratch);
+    attention_backward(dq, dk, dv, &as, t.r, t.q, t.k, t.v, t.stats, &a, t.scratch);
     Argument args[7] = {{"q", t.q, dq, qn}, {"k", t.k, dk, kn}, {"v", t.v, dv, kn}};
     int n = 3;
     if (s->pre) { attention_sums_add(dcp, as.conv_pre, B, kernel); Argument x = {"conv_pre", t.conv_pre, dcp, kernel}; args[n++] = x; }
@@ -539,7 +539,7 @@ static void test_attention_case(const AttentionCase* s, int B, int T, int chunk)
     Worst w = differences(args, n, scalar_attention, &t, 60);
     snprintf(title, sizeof title, "differences attention %s T=%d", s->name, T);
     verdict(w.worst <= 1, title, "B=%d chunk=%d error/tolerance %.3f", B, a.chunk, w.worst);
-    void* const all[] = {t.q, t.k, t.v, t.r, t.conv_pre, t.conv_post, t.mix_pre, t.mix_post, t.out, t.lse, t.scratch, sums, d};
+    void* const all[] = {t.q, t.k, t.v, t.r, t.conv_pre, t.conv_post, t.mix_pre, t.mix_post, t.out, t.stats, t.scratch, sums, d};
     for (size_t i = 0; i < sizeof all / sizeof all[0]; i++) { free(all[i]); }
 }
 

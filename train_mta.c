@@ -11,7 +11,7 @@
 //   b t h i(query) j(key) c l are the loops over them. "scores" are before the softmax, "att" after; _pre and _post the same.
 //
 // Memory: nothing of size T x T. Attention works on a chunk of queries at a time and its backward recomputes the chunk from q, k and the
-// row's log-sum-exp. Threads: work is cut the same way whatever their number, sums have a fixed order: same seed, same bits.
+// row's largest score and sum of exponentials. Threads: work is cut the same way whatever their number, sums have a fixed order: same seed, same bits.
 
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE  // memmem and others, before the first header
@@ -579,10 +579,11 @@ static void head_mix_backward_weight(double* dweight, const Tile* dout, const Ti
     }
 }
 
-// ---- softmax over keys <= query, fp32; the log-sum-exp of each row is kept for the backward pass
+// ---- softmax over keys <= query, fp32; of each row the maximum and 1 / sum are kept for the backward pass
+// (a log-sum-exp in their place would cost the probabilities half their digits where it is large)
 
-// out and inp may be the same tile. lse (NH,T) of the sequence is written for the rows from `own` on (those above are another chunk's).
-static void softmax_forward(const Tile* out, const Tile* inp, real* lse, const Attention* a, int h0, int H, int lo, int own, int hi, int nk) {
+// out and inp may be the same tile. stats (NH,T,2) of the sequence is written for the rows from `own` on (those above are another chunk's).
+static void softmax_forward(const Tile* out, const Tile* inp, real* stats, const Attention* a, int h0, int H, int lo, int own, int hi, int nk) {
     for (int h = 0; h < H; h++) {
         for (int i = lo; i < hi; i++) {
             real* p = tile_row(out, h, i);
@@ -595,23 +596,26 @@ static void softmax_forward(const Tile* out, const Tile* inp, real* lse, const A
                 for (int j = 0; j <= i; j++) { p[j] = exp_real(s[j] - max); sum += p[j]; }
                 real inverse = 1 / sum;
                 for (int j = 0; j <= i; j++) { p[j] *= inverse; }
-                if (i >= own) { lse[(size_t)(h0 + h) * a->T + i] = max + (real)log((double)sum); }
+                if (i >= own) {
+                    stats[2 * ((size_t)(h0 + h) * a->T + i)] = max;
+                    stats[2 * ((size_t)(h0 + h) * a->T + i) + 1] = inverse;
+                }
             }
             row_mask(p, row_length(i, a->T, nk), nk);
         }
     }
 }
 
-// The same rows in the backward pass, from the log-sum-exp.
-static void softmax_recompute(const Tile* out, const Tile* inp, const real* lse, const Attention* a, int h0, int H, int lo, int hi, int nk) {
+// The same rows in the backward pass, from maximum and 1 / sum.
+static void softmax_recompute(const Tile* out, const Tile* inp, const real* stats, const Attention* a, int h0, int H, int lo, int hi, int nk) {
     for (int h = 0; h < H; h++) {
         for (int i = lo; i < hi; i++) {
             real* p = tile_row(out, h, i);
             if (i >= 0 && i < a->T) {
                 const real* s = tile_row(inp, h, i);
-                real shift = lse[(size_t)(h0 + h) * a->T + i];
+                real max = stats[2 * ((size_t)(h0 + h) * a->T + i)], inverse = stats[2 * ((size_t)(h0 + h) * a->T + i) + 1];
 #pragma omp simd
-                for (int j = 0; j <= i; j++) { p[j] = exp_real(s[j] - shift); }
+                for (int j = 0; j <= i; j++) { p[j] = exp_real(s[j] - max) * inverse; }
             }
             row_mask(p, row_length(i, a->T, nk), nk);
         }
@@ -696,7 +700,7 @@ static Tile tile_make(real* scratch, int which, const Attention* a, int i0) {
 // that a gradient needs is kept in a tile of its own.
 typedef struct { Tile S, C, L, P, R, A; int tiles; } Maps;
 
-static Maps attention_maps(real* scratch, real* lse, const real* q, const real* k, const Attention* a, int h0, int lo, int hi, bool backward) {
+static Maps attention_maps(real* scratch, real* stats, const real* q, const real* k, const Attention* a, int h0, int lo, int hi, bool backward) {
     int H = attention_group(a), p = halo_pre(a), r = halo_post(a), end = hi + (backward ? p : 0), nk = min_int(end, a->T);
     Maps m;
     m.tiles = 0;
@@ -713,8 +717,8 @@ static Maps attention_maps(real* scratch, real* lse, const real* q, const real* 
         head_mix_forward(&m.L, &m.C, a->mix_pre + (size_t)h0 * a->ch_pre, false, a->ch_pre, a->T, H, lo - r, end, nk);
     }
     m.P = m.L;
-    if (backward) { softmax_recompute(&m.P, &m.L, lse, a, h0, H, lo - r, end, nk); }
-    else { softmax_forward(&m.P, &m.L, lse, a, h0, H, lo - r, lo, end, nk); }
+    if (backward) { softmax_recompute(&m.P, &m.L, stats, a, h0, H, lo - r, end, nk); }
+    else { softmax_forward(&m.P, &m.L, stats, a, h0, H, lo - r, lo, end, nk); }
     m.R = m.P;
     if (a->conv_post) {
         m.R = tile_make(scratch, m.tiles++, a, lo - r - p);
@@ -731,13 +735,13 @@ static Maps attention_maps(real* scratch, real* lse, const real* q, const real* 
 // Gradients of the attention's own weights, as sums in double of one sequence each, so that threads share nothing: (B, NH*cq*ck), (B, NH*ch)
 typedef struct { double *conv_pre, *conv_post, *mix_pre, *mix_post; } AttentionSums;
 
-// dq is set, dk, dv and the sums are added to. q, dq, dout (T,NH,HS), k, v, dk, dv (T,NKV,HS), lse (NH,T) of one sequence.
+// dq is set, dk, dv and the sums are added to. q, dq, dout (T,NH,HS), k, v, dk, dv (T,NKV,HS), stats (NH,T,2) of one sequence.
 // Rows of dS come from rows of dC up to halo_pre further down, those from rows of dA up to halo_post further: all are recomputed here.
 static void attention_chunk_backward(real* dq, real* dk, real* dv, const AttentionSums* sums, const real* dout, const real* q, const real* k,
-                                     const real* v, real* lse, const Attention* a, int h0, int lo, int hi, real* scratch) {
+                                     const real* v, real* stats, const Attention* a, int h0, int lo, int hi, real* scratch) {
     int H = attention_group(a), p = halo_pre(a), r = halo_post(a), end = hi + p, far = hi + p + r, n = a->cq * a->ck;
     int nk = min_int(end, a->T), nk_far = min_int(far, a->T);
-    Maps m = attention_maps(scratch, lse, q, k, a, h0, lo, hi, true);
+    Maps m = attention_maps(scratch, stats, q, k, a, h0, lo, hi, true);
     Tile d = tile_make(scratch, m.tiles++, a, lo), e = d;
     if (a->conv_pre || a->conv_post) { e = tile_make(scratch, m.tiles++, a, lo); }
     assert(m.tiles <= ATTENTION_TILES);
@@ -775,21 +779,21 @@ static void attention_clear_pads(real* scratch, const Attention* a) {
     }
 }
 
-// out (B,T,NH,HS); lse (B,NH,T) for the backward pass; q (B,T,NH,HS), k, v (B,T,NKV,HS), q and k rotated; scratch: ATTENTION_TILES tiles a thread.
+// out (B,T,NH,HS); stats (B,NH,T,2) for the backward pass; q (B,T,NH,HS), k, v (B,T,NKV,HS), q and k rotated; scratch: ATTENTION_TILES tiles a thread.
 // Threads own (sequence, heads) whole: a unit of heads shares no result with another.
-static void attention_forward(real* out, real* lse, const real* q, const real* k, const real* v, const Attention* a, real* scratch) {
+static void attention_forward(real* out, real* stats, const real* q, const real* k, const real* v, const Attention* a, real* scratch) {
     int unit = attention_unit(a), units = a->NH / unit;
     size_t qn = (size_t)a->T * a->NH * a->HS, kn = (size_t)a->T * a->NKV * a->HS;
 #pragma omp parallel for schedule(dynamic, 1)
     for (int task = 0; task < a->B * units; task++) {
         int b = task / units, first = task % units * unit;
         real* mine = scratch + (size_t)omp_get_thread_num() * ATTENTION_TILES * attention_tile_size(a);
-        real* lb = lse + (size_t)b * a->NH * a->T;
+        real* sb = stats + (size_t)b * a->NH * a->T * 2;
         attention_clear_pads(mine, a);
         for (int h = first; h < first + unit; h += attention_group(a)) {
             for (int lo = 0; lo < a->T; lo += a->chunk) {
                 int hi = min_int(lo + a->chunk, a->T);
-                Maps m = attention_maps(mine, lb, q + b * qn, k + b * kn, a, h, lo, hi, false);
+                Maps m = attention_maps(mine, sb, q + b * qn, k + b * kn, a, h, lo, hi, false);
                 values_forward(out + b * qn, &m.A, v + b * kn, a, h, attention_group(a), lo, hi);
             }
         }
@@ -798,7 +802,7 @@ static void attention_forward(real* out, real* lse, const real* q, const real* k
 
 // dq, dk, dv are set; the sums of each sequence are set
 static void attention_backward(real* dq, real* dk, real* dv, const AttentionSums* sums, const real* dout, const real* q, const real* k, const real* v,
-                               real* lse, const Attention* a, real* scratch) {
+                               real* stats, const Attention* a, real* scratch) {
     int unit = attention_unit(a), units = a->NH / unit;
     size_t qn = (size_t)a->T * a->NH * a->HS, kn = (size_t)a->T * a->NKV * a->HS;
     size_t conv = (size_t)a->NH * a->cq * a->ck, pre = (size_t)a->NH * a->ch_pre, post = (size_t)a->NH * a->ch_post;
@@ -817,7 +821,7 @@ static void attention_backward(real* dq, real* dk, real* dv, const AttentionSums
         for (int h = first; h < first + unit; h += attention_group(a)) {
             for (int lo = 0; lo < a->T; lo += a->chunk) {
                 attention_chunk_backward(dq + b * qn, dk + b * kn, dv + b * kn, &s, dout + b * qn, q + b * qn, k + b * kn, v + b * kn,
-                                         lse + (size_t)b * a->NH * a->T, a, h, lo, min_int(lo + a->chunk, a->T), mine);
+                                         stats + (size_t)b * a->NH * a->T * 2, a, h, lo, min_int(lo + a->chunk, a->T), mine);
             }
         }
     }
@@ -978,7 +982,7 @@ typedef struct {
     real *rstd1, *rstd2;   // (L,N)
     real *q;               // (L,N,NH,HS) rotated
     real *k, *v;           // (L,N,NKV,HS) k rotated
-    real *lse;             // (L,B,NH,T) log-sum-exp of the score rows
+    real *stats;           // (L,B,NH,T,2) maximum and 1 / sum of the score rows
     real *att;             // (L,N,NH,HS) output of the heads
     real *normed;          // (L,N,NH,HS) after head_norm, where there is one
     real *head_rstd;       // (L,N,NH)
@@ -1034,7 +1038,7 @@ static size_t carve_activations(Activations* a, const Config* c, int B, int T, r
     const Buffer list[] = {
         {"x", &a->x, (L + 1) * N * C}, {"x_mid", &a->x_mid, L * N * C}, {"ln1", &a->ln1, L * N * C}, {"ln2", &a->ln2, L * N * C},
         {"rstd1", &a->rstd1, L * N}, {"rstd2", &a->rstd2, L * N}, {"q", &a->q, L * N * C}, {"k", &a->k, L * N * KV}, {"v", &a->v, L * N * KV},
-        {"lse", &a->lse, L * N * NH}, {"att", &a->att, L * N * C}, {"normed", &a->normed, norm ? L * N * C : 0},
+        {"stats", &a->stats, L * N * NH * 2}, {"att", &a->att, L * N * C}, {"normed", &a->normed, norm ? L * N * C : 0},
         {"head_rstd", &a->head_rstd, norm ? L * N * NH : 0}, {"gated", &a->gated, c->head_gate ? L * N * C : 0},
         {"gate", &a->gate, L * N * FF}, {"up", &a->up, L * N * FF}, {"ln_f", &a->ln_f, N * C}, {"rstd_f", &a->rstd_f, N},
     };
@@ -1122,7 +1126,7 @@ static real* model_head(const Model* m, real* arena) {  // the classifier: the e
     return model_tensor(m, arena, m->config.tie_word_embeddings ? TENSOR_EMBED : TENSOR_LM_HEAD);
 }
 
-// A model for micro-batches of at most B x T; chunk 0: chosen. with_optimizer false leaves out gradients, m and v (evaluation only).
+// A model for micro-batches of at most B x T; chunk 0: chosen.
 static Model* model_create(const Config* config, int B, int T, int chunk) {
     Model* m = (Model*)alloc_or_die(1, sizeof(Model), "model");
     m->config = *config;
@@ -1214,7 +1218,7 @@ static void model_forward(Model* m, const int32_t* tokens, int B, int T) {
             diff_lambda_forward(m->scratch.diff_mix, &lambda, config_lambda_init(l), NH, HS);
         }
         Attention shape = attention_of(m, &w, B, T);
-        attention_forward(att, a->lse + (size_t)l * N * NH, q, k, v, &shape, m->scratch.tiles);
+        attention_forward(att, a->stats + (size_t)l * N * NH * 2, q, k, v, &shape, m->scratch.tiles);
         if (w.head_norm) {
             double scale = c->head_norm == HEAD_NORM_GROUP_DEPTH_SCALED ? 1 - config_lambda_init(l) : 1;
             out = a->normed + l * NC;
@@ -1292,7 +1296,7 @@ static void model_backward(Model* m, const int32_t* tokens, int B, int T) {
             diff_lambda_forward(s->diff_mix, &lambda, config_lambda_init(l), NH, HS);
         }
         Attention shape = attention_of(m, &w, B, T);
-        attention_backward(s->dq, s->dk, s->dv, &m->sums, s->datt, q, k, v, a->lse + (size_t)l * N * NH, &shape, s->tiles);
+        attention_backward(s->dq, s->dk, s->dv, &m->sums, s->datt, q, k, v, a->stats + (size_t)l * N * NH * 2, &shape, s->tiles);
         if (g.kq_conv) { attention_sums_add(g.kq_conv, m->sums.conv_pre, B, kernel); }
         if (g.kq_conv_post) { attention_sums_add(g.kq_conv_post, m->sums.conv_post, B, kernel); }
         if (g.head_mix_pre) { attention_sums_add(g.head_mix_pre, m->sums.mix_pre, B, (size_t)NH * c->head_mix_pre_softmax); }
