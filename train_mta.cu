@@ -1403,9 +1403,9 @@ static T* model_head(const Model* m, T* arena) {  // the classifier: the embeddi
 static bool cuda_open(Cuda* g, Error* e) {
     int devices = 0, driver = 0, runtime = 0;
     cudaError_t status = cudaGetDeviceCount(&devices);
-    if (status == cudaErrorInsufficientDriver) {
-        cudaDriverGetVersion(&driver);
-        cudaRuntimeGetVersion(&runtime);
+    if (cudaDriverGetVersion(&driver) != cudaSuccess) { driver = 0; }
+    cudaRuntimeGetVersion(&runtime);
+    if (status == cudaErrorInsufficientDriver && driver > 0) {  // 0: there is no driver at all
         return fail(e, "the NVIDIA driver supports CUDA %d.%d, this build needs %d.%d; update the driver or build with an older toolkit", driver / 1000,
                     driver % 1000 / 10, runtime / 1000, runtime % 1000 / 10);
     }
@@ -1428,7 +1428,7 @@ static void cuda_close(Cuda* g) {
 
 static void model_free(Model* m) {
     void* const device[] = {m->weights, EXACT ? NULL : m->master, m->grads, m->m, m->v, m->activation_memory, m->scratch_memory};
-    for (size_t i = 0; i < sizeof device / sizeof device[0]; i++) { cudaCheck(cudaFree(device[i])); }
+    for (size_t i = 0; i < sizeof device / sizeof device[0]; i++) { if (device[i]) { cudaCheck(cudaFree(device[i])); } }
     void* const host[] = {m->wrong, m->losses, m->rows, m->starts};
     for (size_t i = 0; i < sizeof host / sizeof host[0]; i++) { free(host[i]); }
     cuda_close(&m->cuda);

@@ -122,7 +122,7 @@ static inline cudaError_t cudaGetDeviceProperties(cudaDeviceProp* p, int) {
 }
 static inline cudaError_t cudaRuntimeGetVersion(int* v) { *v = 13000; return cudaSuccess; }
 static inline cudaError_t cudaDriverGetVersion(int* v) {
-    *v = cuda_cpu::device_state() == cudaErrorInsufficientDriver ? 11000 : 13000;
+    *v = cuda_cpu::device_state() == cudaErrorInsufficientDriver ? 11000 : cuda_cpu::device_state() == cudaSuccess ? 13000 : 0;
     return cudaSuccess;
 }
 static inline cudaError_t cudaMemGetInfo(size_t* free_bytes, size_t* total) {
@@ -145,7 +145,7 @@ template <typename T> static inline cudaError_t cudaMalloc(T** p, size_t n) {
     return cudaSuccess;
 }
 static inline cudaError_t cudaFree(void* p) {
-    if (!p) { return cudaSuccess; }
+    if (!p) { return cuda_cpu::device_state(); }  // without a driver even this fails
     auto found = cuda_cpu::allocations.find(p);
     if (found == cuda_cpu::allocations.end()) { return cuda_cpu::set_error(cudaErrorInvalidDevicePointer); }
     cuda_cpu::allocated -= found->second;
