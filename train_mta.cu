@@ -698,10 +698,11 @@ static void head_mix_backward_weight(double* dweight, const Tile* dout, const Ti
     sums_add(dweight, parts, S, a->NH / ch, blocks, ch * ch, g);
 }
 
-// ---- softmax over keys <= query, fp32; the log-sum-exp of each row is kept for the backward pass
+// ---- softmax over keys <= query, fp32; of each row the maximum and 1 / sum are kept for the backward pass
+// (a log-sum-exp in their place would cost the probabilities half their digits where it is large)
 
-// out and inp may be the same tile. lse (heads,T) is written for the rows from `own` on. A warp owns a row.
-static __global__ void softmax_forward_kernel(Tile out, TileX rounded, float* lse, Tile inp, int heads, int lo, int own, int hi, int nk, int T) {
+// out and inp may be the same tile. stats (heads,T,2) is written for the rows from `own` on. A warp owns a row.
+static __global__ void softmax_forward_kernel(Tile out, TileX rounded, float* stats, Tile inp, int heads, int lo, int own, int hi, int nk, int T) {
     int row = blockIdx.x * ROW_WARPS + threadIdx.x / WARP_SIZE, lane = threadIdx.x % WARP_SIZE;
     if (row >= heads * (hi - lo)) { return; }  // whole warps leave
     int head = row / (hi - lo), i = lo + row % (hi - lo);
@@ -710,31 +711,34 @@ static __global__ void softmax_forward_kernel(Tile out, TileX rounded, float* ls
     for (int j = lane; j <= i; j += WARP_SIZE) { max = fmaxf(max, x[j]); }
     max = warp_max(max);
     for (int j = lane; j <= i; j += WARP_SIZE) { sum += expf(x[j] - max); }
-    sum = warp_sum(sum);
-    for (int j = lane; j < nk; j += WARP_SIZE) { tile_put(out, rounded, head, i, j, j <= i ? expf(x[j] - max) / sum : 0.0f); }
-    if (lane == 0 && i >= own) { lse[(size_t)head * T + i] = max + logf(sum); }
+    float inverse = 1.0f / warp_sum(sum);
+    for (int j = lane; j < nk; j += WARP_SIZE) { tile_put(out, rounded, head, i, j, j <= i ? expf(x[j] - max) * inverse : 0.0f); }
+    if (lane == 0 && i >= own) {
+        stats[2 * ((size_t)head * T + i)] = max;
+        stats[2 * ((size_t)head * T + i) + 1] = inverse;
+    }
 }
-static void softmax_forward(const Tile* out, const TileX* rounded, const Tile* inp, float* lse, const Attention* a, int S, int lo, int own, int hi, int nk,
+static void softmax_forward(const Tile* out, const TileX* rounded, const Tile* inp, float* stats, const Attention* a, int S, int lo, int own, int hi, int nk,
                             Cuda* g) {
     lo = max_int(lo, 0), hi = min_int(hi, a->T);
-    LAUNCH(softmax_forward_kernel, ceil_div((size_t)S * a->NH * (hi - lo), ROW_WARPS), ROW_THREADS, 0, g->stream, *out, *rounded, lse, *inp, S * a->NH, lo,
+    LAUNCH(softmax_forward_kernel, ceil_div((size_t)S * a->NH * (hi - lo), ROW_WARPS), ROW_THREADS, 0, g->stream, *out, *rounded, stats, *inp, S * a->NH, lo,
            own, hi, nk, a->T);
     launchCheck(g->stream);
 }
 
-// The same rows in the backward pass, from the log-sum-exp.
-static __global__ void softmax_recompute_kernel(Tile out, TileX rounded, Tile inp, const float* lse, int heads, int lo, int hi, int nk, int T) {
+// The same rows in the backward pass, from maximum and 1 / sum.
+static __global__ void softmax_recompute_kernel(Tile out, TileX rounded, Tile inp, const float* stats, int heads, int lo, int hi, int nk, int T) {
     int row = blockIdx.x * ROW_WARPS + threadIdx.x / WARP_SIZE, lane = threadIdx.x % WARP_SIZE;
     if (row >= heads * (hi - lo)) { return; }
     int head = row / (hi - lo), i = lo + row % (hi - lo);
     const float* x = inp.row(head, i);
-    float shift = lse[(size_t)head * T + i];
-    for (int j = lane; j < nk; j += WARP_SIZE) { tile_put(out, rounded, head, i, j, j <= i ? expf(x[j] - shift) : 0.0f); }
+    float max = stats[2 * ((size_t)head * T + i)], inverse = stats[2 * ((size_t)head * T + i) + 1];
+    for (int j = lane; j < nk; j += WARP_SIZE) { tile_put(out, rounded, head, i, j, j <= i ? expf(x[j] - max) * inverse : 0.0f); }
 }
-static void softmax_recompute(const Tile* out, const TileX* rounded, const Tile* inp, const float* lse, const Attention* a, int S, int lo, int hi, int nk,
+static void softmax_recompute(const Tile* out, const TileX* rounded, const Tile* inp, const float* stats, const Attention* a, int S, int lo, int hi, int nk,
                               Cuda* g) {
     lo = max_int(lo, 0), hi = min_int(hi, a->T);
-    LAUNCH(softmax_recompute_kernel, ceil_div((size_t)S * a->NH * (hi - lo), ROW_WARPS), ROW_THREADS, 0, g->stream, *out, *rounded, *inp, lse, S * a->NH, lo,
+    LAUNCH(softmax_recompute_kernel, ceil_div((size_t)S * a->NH * (hi - lo), ROW_WARPS), ROW_THREADS, 0, g->stream, *out, *rounded, *inp, stats, S * a->NH, lo,
            hi, nk, a->T);
     launchCheck(g->stream);
 }
@@ -821,7 +825,7 @@ static TileOf<T> tile_make(T* scratch, int which, const Attention* a, int i0) {
 // halo_pre rows more below hi, and every map that a gradient needs is kept in a tile of its own.
 typedef struct { Tile S, C, L, P, R; TileX A; int tiles; } Maps;
 
-static Maps attention_maps(const AttentionScratch* scratch, float* lse, const floatX* q, const floatX* k, const Attention* a, int S, int lo, int hi,
+static Maps attention_maps(const AttentionScratch* scratch, float* stats, const floatX* q, const floatX* k, const Attention* a, int S, int lo, int hi,
                            bool backward, Cuda* g) {
     int p = halo_pre(a), r = halo_post(a), end = hi + (backward ? p : 0), nk = min_int(end, a->T);
     const TileX none = {NULL, 0, 0, 0};
@@ -844,8 +848,8 @@ static Maps attention_maps(const AttentionScratch* scratch, float* lse, const fl
     m.P = m.L;
     bool last = !a->conv_post && !mixes_post(a);  // then P is A, and the forward pass needs it in floatX only
     const TileX* rounded = last ? &m.A : &none;
-    if (backward) { softmax_recompute(&m.P, rounded, &m.L, lse, a, S, lo - r, end, nk, g); }
-    else { softmax_forward(last ? &nothing : &m.P, rounded, &m.L, lse, a, S, lo - r, lo, end, nk, g); }
+    if (backward) { softmax_recompute(&m.P, rounded, &m.L, stats, a, S, lo - r, end, nk, g); }
+    else { softmax_forward(last ? &nothing : &m.P, rounded, &m.L, stats, a, S, lo - r, lo, end, nk, g); }
     m.R = m.P;
     if (a->conv_post) {
         m.R = tile_make(scratch->tiles, m.tiles++, a, lo - r - p);
@@ -860,14 +864,14 @@ static Maps attention_maps(const AttentionScratch* scratch, float* lse, const fl
 // Gradients of the attention's own weights, as sums in double over the chunks of a layer: (NH*cq*ck), (NH*ch)
 typedef struct { double *conv_pre, *conv_post, *mix_pre, *mix_post; } AttentionSums;
 
-// dq is set, scratch dk, dv and the sums are added to. q, k, v, dq, dout (S,NH,T,HS), lse (S,NH,T).
+// dq is set, scratch dk, dv and the sums are added to. q, k, v, dq, dout (S,NH,T,HS), stats (S,NH,T,2).
 // Rows of dS come from rows of dC up to halo_pre further down, those from rows of dA up to halo_post further down: all are recomputed here.
-static void attention_chunk_backward(floatX* dq, const AttentionSums* sums, const floatX* dout, const floatX* q, const floatX* k, const floatX* v, float* lse,
+static void attention_chunk_backward(floatX* dq, const AttentionSums* sums, const floatX* dout, const floatX* q, const floatX* k, const floatX* v, float* stats,
                                      const Attention* a, int S, int lo, int hi, const AttentionScratch* scratch, Cuda* g) {
     int p = halo_pre(a), r = halo_post(a), end = hi + p, far = hi + p + r, nk = min_int(end, a->T), nk_far = min_int(far, a->T);
     const TileX none = {NULL, 0, 0, 0};
     const Tile nothing = {NULL, 0, 0, 0};
-    Maps m = attention_maps(scratch, lse, q, k, a, S, lo, hi, true, g);
+    Maps m = attention_maps(scratch, stats, q, k, a, S, lo, hi, true, g);
     Tile d = tile_make(scratch->tiles, m.tiles++, a, lo), e = d;
     if (a->conv_post) { e = tile_make(scratch->tiles, m.tiles++, a, lo); }
     assert(m.tiles <= ATTENTION_TILES);
@@ -900,15 +904,15 @@ static void attention_chunk_backward(floatX* dq, const AttentionSums* sums, cons
     scores_backward(dq, scratch->dk, &dS, q, k, a, S, lo, hi, g);                   // S = q k^T / sqrt(HS)
 }
 
-// out, q, k, v (B,NH,T,HS), q and k rotated; lse (B,NH,T) for the backward pass
-static void attention_forward(floatX* out, float* lse, const floatX* q, const floatX* k, const floatX* v, const Attention* a, const AttentionScratch* scratch,
+// out, q, k, v (B,NH,T,HS), q and k rotated; stats (B,NH,T,2) for the backward pass
+static void attention_forward(floatX* out, float* stats, const floatX* q, const floatX* k, const floatX* v, const Attention* a, const AttentionScratch* scratch,
                               Cuda* g) {
     size_t sequence = (size_t)a->NH * a->T * a->HS;
     for (int b = 0; b < a->B; b += a->S) {
         int S = min_int(a->S, a->B - b);
         for (int lo = 0; lo < a->T; lo += a->chunk) {
             int hi = min_int(lo + a->chunk, a->T);
-            Maps m = attention_maps(scratch, lse + (size_t)b * a->NH * a->T, q + b * sequence, k + b * sequence, a, S, lo, hi, false, g);
+            Maps m = attention_maps(scratch, stats + (size_t)b * a->NH * a->T * 2, q + b * sequence, k + b * sequence, a, S, lo, hi, false, g);
             values_forward(out + b * sequence, &m.A, v + b * sequence, a, S, lo, hi, g);
         }
     }
@@ -916,7 +920,7 @@ static void attention_forward(floatX* out, float* lse, const floatX* q, const fl
 
 // dqkv (B,T,NH+2*NKV,HS) is set, gradients of q and k rotated back; the sums are set. dq (S,NH,T,HS) is scratch.
 static void attention_backward(floatX* dqkv, floatX* dq, const AttentionSums* sums, size_t n_sums, const floatX* dout, const floatX* q, const floatX* k,
-                               const floatX* v, float* lse, const float* cosine, const float* sine, const Attention* a, int NKV,
+                               const floatX* v, float* stats, const float* cosine, const float* sine, const Attention* a, int NKV,
                                const AttentionScratch* scratch, Cuda* g) {
     size_t sequence = (size_t)a->NH * a->T * a->HS, packed = (size_t)a->T * (a->NH + 2 * NKV) * a->HS;
     if (n_sums) { cudaCheck(cudaMemsetAsync(sums->conv_pre, 0, n_sums * sizeof(double), g->stream)); }
@@ -926,7 +930,7 @@ static void attention_backward(floatX* dqkv, floatX* dq, const AttentionSums* su
         cudaCheck(cudaMemsetAsync(scratch->dk, 0, S * sequence * sizeof(float), g->stream));
         cudaCheck(cudaMemsetAsync(scratch->dv, 0, S * sequence * sizeof(float), g->stream));
         for (int lo = 0; lo < a->T; lo += a->chunk) {
-            attention_chunk_backward(dq, sums, dout + at, q + at, k + at, v + at, lse + (size_t)b * a->NH * a->T, a, S, lo, min_int(lo + a->chunk, a->T),
+            attention_chunk_backward(dq, sums, dout + at, q + at, k + at, v + at, stats + (size_t)b * a->NH * a->T * 2, a, S, lo, min_int(lo + a->chunk, a->T),
                                      scratch, g);
         }
         rope_backward(dqkv + b * packed, dq, scratch->dk, scratch->dv, cosine, sine, S, a->T, a->NH, NKV, a->HS, g);
@@ -992,9 +996,9 @@ static void head_output_forward(floatX* out, const floatX* inp, const HeadOutput
 }
 
 // With y = norm(inp), s = sigmoid(y . gate + bias), out = s y: ds = s (1-s) (dout . y), dy = s dout + ds gate, and RMSNorm's backward of dy.
-// stats (B*T, NH/wide, 3): 1/rms, s, ds of each row, for the weights' gradients
+// head_stats (B*T, NH/wide, 3): 1/rms, s, ds of each row, for the weights' gradients
 template <int W>
-static __global__ void head_output_backward_kernel(floatX* dinp, float* stats, const floatX* dout, const floatX* inp, HeadOutput o) {
+static __global__ void head_output_backward_kernel(floatX* dinp, float* head_stats, const floatX* dout, const floatX* inp, HeadOutput o) {
     int units = o.NH / o.wide, size = o.wide * o.HS, lane = threadIdx.x % WARP_SIZE;
     size_t row = (size_t)blockIdx.x * ROW_WARPS + threadIdx.x / WARP_SIZE;
     if (row >= (size_t)o.B * o.T * units) { return; }
@@ -1042,17 +1046,17 @@ static __global__ void head_output_backward_kernel(floatX* dinp, float* stats, c
         }
         store<W>(dinp + head_at(o, n, h, e), x);
     }
-    if (lane == 0) { stats[3 * row] = r, stats[3 * row + 1] = s, stats[3 * row + 2] = ds; }
+    if (lane == 0) { head_stats[3 * row] = r, head_stats[3 * row + 1] = s, head_stats[3 * row + 2] = ds; }
 }
 // parts (NORM_PARTS, wide*HS + HS + 1): the part's sums of the gradients of norm, gate and bias. A thread owns one element of a head.
-static __global__ void head_output_backward_weight_kernel(float* parts, const floatX* dout, const floatX* inp, const float* stats, HeadOutput o) {
+static __global__ void head_output_backward_weight_kernel(float* parts, const floatX* dout, const floatX* inp, const float* head_stats, HeadOutput o) {
     int units = o.NH / o.wide, size = o.wide * o.HS, e = blockIdx.x * blockDim.x + threadIdx.x, p = blockIdx.y;
     if (e >= size) { return; }
     size_t rows = (size_t)o.B * o.T * units, row0 = rows * p / NORM_PARTS, row1 = rows * (p + 1) / NORM_PARTS;
     float norm = 0, gate = 0, bias = 0;
     for (size_t row = row0; row < row1; row++) {
         int n = (int)(row / units), h = (int)(row % units);
-        float r = stats[3 * row], s = stats[3 * row + 1], ds = stats[3 * row + 2];
+        float r = head_stats[3 * row], s = head_stats[3 * row + 1], ds = head_stats[3 * row + 2];
         float x = (float)inp[head_at(o, n, h, e)], d = s * (float)dout[(size_t)n * o.NH * o.HS + (size_t)h * size + e];
         if (o.gate) { d += ds * (float)o.gate[e]; }
         norm += d * o.scale * x * r;
@@ -1064,14 +1068,14 @@ static __global__ void head_output_backward_weight_kernel(float* parts, const fl
     if (e < o.HS) { part[size + e] = gate; }
     if (e == 0) { part[size + o.HS] = bias; }
 }
-// dinp (B,NH,T,HS) is set; dnorm, dgate, dbias are added to; stats and parts are scratch
+// dinp (B,NH,T,HS) is set; dnorm, dgate, dbias are added to; head_stats and parts are scratch
 static void head_output_backward(floatX* dinp, float* dnorm, float* dgate, float* dbias, const floatX* dout, const floatX* inp, const HeadOutput* o,
-                                 float* stats, float* parts, Cuda* g) {
+                                 float* head_stats, float* parts, Cuda* g) {
     int size = o->wide * o->HS, width = size + o->HS + 1;
-    LAUNCH_WIDE(o->HS, head_output_backward_kernel, ceil_div((size_t)o->B * o->T * (o->NH / o->wide), ROW_WARPS), ROW_THREADS, 0, g->stream, dinp, stats, dout,
+    LAUNCH_WIDE(o->HS, head_output_backward_kernel, ceil_div((size_t)o->B * o->T * (o->NH / o->wide), ROW_WARPS), ROW_THREADS, 0, g->stream, dinp, head_stats, dout,
                 inp, *o);
     if (!o->norm && !o->gate) { return; }
-    LAUNCH(head_output_backward_weight_kernel, dim3(ceil_div(size, 64), NORM_PARTS), 64, 0, g->stream, parts, dout, inp, stats, *o);
+    LAUNCH(head_output_backward_weight_kernel, dim3(ceil_div(size, 64), NORM_PARTS), 64, 0, g->stream, parts, dout, inp, head_stats, *o);
     launchCheck(g->stream);
     if (o->norm) { parts_add(dnorm, parts, NORM_PARTS, size, width, g); }
     if (o->gate) {
@@ -1199,7 +1203,8 @@ static __global__ void crossentropy_kernel(float* losses, unsigned char* wrong, 
 }
 static void crossentropy_forward_backward(float* losses, unsigned char* wrong, floatX* logits, const int* targets, int N, int V, int ld, float dloss,
                                           bool gradient, Cuda* g) {
-    LAUNCH(crossentropy_kernel, N, LOSS_THREADS, 0, g->stream, losses, wrong, logits, targets, V, ld, dloss, gradient);
+    int threads = min_int(LOSS_THREADS, round_up(ceil_div(V, WIDE), WARP_SIZE));
+    LAUNCH(crossentropy_kernel, N, threads, 0, g->stream, losses, wrong, logits, targets, V, ld, dloss, gradient);
     launchCheck(g->stream);
 }
 
@@ -1224,7 +1229,7 @@ typedef struct {
     floatX *ln1, *ln2;      // (LE,N,C) normalised inputs of attention and MLP
     float *rstd1, *rstd2;   // (LA,N)
     floatX *q, *k, *v;      // (LA,B,NH,T,HS) q and k rotated
-    float* lse;             // (LA,B,NH,T) log-sum-exp of the score rows
+    float* stats;           // (LA,B,NH,T,2) maximum and 1 / sum of the score rows
     floatX* att;            // (LA,B,NH,T,HS) output of the heads
     floatX* out;            // (LE,N,C) after head_norm and head_gate
     floatX* gate_up;        // (LA,N,2*FF)
@@ -1242,7 +1247,7 @@ typedef struct {
     unsigned char* wrong;              // (N)
     int *tokens, *targets;             // (N)
     int *rows, *starts;                // (N), (N+1) rows by token, for embedding_backward
-    float *parts, *stats;              // partial sums of norm and gate weights; (N*NH,3) of head_output_backward
+    float *parts, *head_stats;         // partial sums of norm and gate weights; (N*NH,3) of head_output_backward
     double* norm_parts;                // (NORM_BLOCKS) of the gradient norm
     float* diff_mix;                   // (NH/2,2,2)
     double* sums;                      // AttentionSums
@@ -1289,7 +1294,7 @@ static size_t carve_activations(Activations* a, const Config* c, int B, int T, R
 #define BUFFER(name, bytes) {#name, (void**)&a->name, bytes}
     const Buffer list[] = {
         BUFFER(x, (L + 1) * row), BUFFER(x_mid, LA * row), BUFFER(ln1, LE * row), BUFFER(ln2, LE * row), BUFFER(rstd1, LA * N * f),
-        BUFFER(rstd2, LA * N * f), BUFFER(q, LA * row), BUFFER(k, LA * row), BUFFER(v, LA * row), BUFFER(lse, LA * N * NH * f), BUFFER(att, LA * row),
+        BUFFER(rstd2, LA * N * f), BUFFER(q, LA * row), BUFFER(k, LA * row), BUFFER(v, LA * row), BUFFER(stats, LA * N * NH * 2 * f), BUFFER(att, LA * row),
         BUFFER(out, LE * row), BUFFER(gate_up, LA * N * F * sizeof(floatX)), BUFFER(ln_f, row), BUFFER(rstd_f, N * f),
     };
 #undef BUFFER
@@ -1329,7 +1334,7 @@ static int logit_stride(int V) { return round_up(V, 8); }
 static int logit_rows(int V, int N) {  // a GiB of logits: 4096 rows of 128,256 in bf16
     return min_int(N, max_int(64, (int)(((size_t)1 << 30) / ((size_t)logit_stride(V) * sizeof(floatX)) / 64 * 64)));
 }
-enum { NORM_BLOCKS = 1024 };  // blocks of the gradient norm, and of its sum
+enum { NORM_BLOCKS = 1024 };  // of the gradient norm, at most
 
 static size_t carve_scratch(Scratch* s, const Config* c, int B, int T, int chunk, char* base) {
     size_t N = (size_t)B * T, C = (size_t)c->hidden_size, FF = (size_t)c->intermediate_size, HS = (size_t)config_head_size(c);
@@ -1342,7 +1347,7 @@ static size_t carve_scratch(Scratch* s, const Config* c, int B, int T, int chunk
         BUFFER(dout, N * C * x), BUFFER(datt, N * C * x), BUFFER(dq, sequence * x),
         BUFFER(logits, (size_t)logit_rows(c->vocab_size, (int)N) * logit_stride(c->vocab_size) * x), BUFFER(losses, N * f), BUFFER(wrong, N),
         BUFFER(tokens, N * i), BUFFER(targets, N * i), BUFFER(rows, N * i), BUFFER(starts, (N + 1) * i), BUFFER(parts, NORM_PARTS * widest * f),
-        BUFFER(stats, 3 * N * NH * f), BUFFER(norm_parts, NORM_BLOCKS * sizeof(double)), BUFFER(diff_mix, 2 * NH * f),
+        BUFFER(head_stats, 3 * N * NH * f), BUFFER(norm_parts, NORM_BLOCKS * sizeof(double)), BUFFER(diff_mix, 2 * NH * f),
         BUFFER(sums, n_sums(c, &conv, &pre, &post) * sizeof(double)), BUFFER(attention.tiles, ATTENTION_TILES * tile * f),
         BUFFER(attention.tiles_x, ATTENTION_TILES_X * tile * x), BUFFER(attention.dk, sequence * f), BUFFER(attention.dv, sequence * f),
         BUFFER(attention.parts, attention_parts_size(&a) * f), BUFFER(cosine, (size_t)T * HS / 2 * f), BUFFER(sine, (size_t)T * HS / 2 * f),
@@ -1562,7 +1567,7 @@ static Activations layer_activations(const Model* m, int l, int N) {
     size_t row = (size_t)N * c->hidden_size, kept = m->recompute == RECOMPUTE_BLOCK ? 0 : l, light = m->recompute == RECOMPUTE_NONE ? l : 0;
     Activations a = *all;
     a.x += l * row, a.x_mid += kept * row, a.ln1 += light * row, a.ln2 += light * row, a.rstd1 += kept * N, a.rstd2 += kept * N;
-    a.q += kept * row, a.k += kept * row, a.v += kept * row, a.lse += kept * N * c->num_attention_heads, a.att += kept * row, a.out += light * row;
+    a.q += kept * row, a.k += kept * row, a.v += kept * row, a.stats += kept * N * c->num_attention_heads * 2, a.att += kept * row, a.out += light * row;
     a.gate_up += kept * N * 2 * c->intermediate_size;
     return a;
 }
@@ -1590,7 +1595,7 @@ static void layer_forward(Model* m, int l, const Activations* a, int B, int T) {
         diff_lambda_forward(s->diff_mix, &lambda, config_lambda_init(l), NH, HS, g);
     }
     Attention shape = attention_of(m, &w, B, T);
-    attention_forward(a->att, a->lse, a->q, a->k, a->v, &shape, &s->attention, g);
+    attention_forward(a->att, a->stats, a->q, a->k, a->v, &shape, &s->attention, g);
     HeadOutput output = head_output_of(m, &w, l, B, T);
     head_output_forward(a->out, a->att, &output, g);
     matmul_forward(s->dln, C, a->out, w.o, N, C, C, g);
@@ -1675,11 +1680,11 @@ static void layer_backward(Model* m, int l, const Activations* a, int B, int T) 
     rmsnorm_backward(s->dx, d.post_norm, s->dln, a->x_mid, w.post_norm, a->rstd2, N, C, s->parts, true, g);
     // x + o(out)
     matmul_backward(s->dout, d.o, s->dx, C, a->out, w.o, N, C, C, false, g);
-    head_output_backward(s->datt, d.head_norm, d.gate_weight, d.gate_bias, s->dout, a->att, &output, s->stats, s->parts, g);
+    head_output_backward(s->datt, d.head_norm, d.gate_weight, d.gate_bias, s->dout, a->att, &output, s->head_stats, s->parts, g);
     Lambda lambda = {w.lambda_q1, w.lambda_k1, w.lambda_q2, w.lambda_k2};
     if (w.lambda_q1) { diff_lambda_forward(s->diff_mix, &lambda, config_lambda_init(l), NH, HS, g); }
     Attention shape = attention_of(m, &w, B, T);
-    attention_backward(s->qkv, s->dq, &m->sums, m->n_sums, s->datt, a->q, a->k, a->v, a->lse, s->cosine, s->sine, &shape, NKV, &s->attention, g);
+    attention_backward(s->qkv, s->dq, &m->sums, m->n_sums, s->datt, a->q, a->k, a->v, a->stats, s->cosine, s->sine, &shape, NKV, &s->attention, g);
     size_t kernel = (size_t)NH * c->kq_conv_query_size * c->kq_conv_key_size;
     if (d.kq_conv) { attention_sums_add(d.kq_conv, m->sums.conv_pre, kernel, g); }
     if (d.kq_conv_post) { attention_sums_add(d.kq_conv_post, m->sums.conv_post, kernel, g); }
@@ -1737,7 +1742,7 @@ static void model_zero_gradients(Model* m) {
     cudaCheck(cudaMemsetAsync(m->grads, 0, m->tensors.numel * sizeof(float), m->cuda.stream));
 }
 
-// norm_parts (NORM_BLOCKS): sums of squares, each block its share of the gradients; n is a multiple of 4
+// norm_parts (gridDim.x): sums of squares, each block its share of the gradients; n is a multiple of 4
 enum { NORM_THREADS = 256 };
 static __global__ void gradient_norm_kernel(double* norm_parts, const float* grads, size_t n) {
     size_t step = (size_t)gridDim.x * blockDim.x * 4;
@@ -1752,11 +1757,12 @@ static __global__ void gradient_norm_kernel(double* norm_parts, const float* gra
 // Square root of the sum of squares of all gradients; not finite if any is not.
 static double gradient_norm(const Model* m, Cuda* g) {
     double parts[NORM_BLOCKS], total = 0;
-    LAUNCH(gradient_norm_kernel, NORM_BLOCKS, NORM_THREADS, 0, g->stream, m->scratch.norm_parts, m->grads, m->tensors.numel);
+    int blocks = min_int(NORM_BLOCKS, ceil_div(m->tensors.numel, NORM_THREADS * 4));
+    LAUNCH(gradient_norm_kernel, blocks, NORM_THREADS, 0, g->stream, m->scratch.norm_parts, m->grads, m->tensors.numel);
     launchCheck(g->stream);
-    cudaCheck(cudaMemcpyAsync(parts, m->scratch.norm_parts, sizeof parts, cudaMemcpyDeviceToHost, g->stream));
+    cudaCheck(cudaMemcpyAsync(parts, m->scratch.norm_parts, blocks * sizeof(double), cudaMemcpyDeviceToHost, g->stream));
     cudaCheck(cudaStreamSynchronize(g->stream));
-    for (int i = 0; i < NORM_BLOCKS; i++) { total += parts[i]; }
+    for (int i = 0; i < blocks; i++) { total += parts[i]; }
     return sqrt(total);
 }
 
