@@ -179,7 +179,7 @@ for seed in $TOY_SEEDS; do
     length=$(sed -n 's/.*"length": \([0-9]*\).*/\1/p' "$data/toy_task.json")
     for kind in transformer mta; do
         OMP_NUM_THREADS=$threads ./train_mta "${TOY_MODEL[@]}" --attention $kind --tokenizer toy --train "$data/toy_train_*.bin" --val "toy=$data/toy_val_*.bin" \
-            --seq-len "$length" --batch-size $TOY_BATCH --steps $TOY_STEPS --eval-every 100 --save-every 0 --seed "$seed" --resume \
+            --seq-len "$length" --batch-size $TOY_BATCH --steps $TOY_STEPS --eval-every 100 --eval-windows 0 --save-every 0 --seed "$seed" --resume \
             --out "$task/${kind}_$seed" > "$task/${kind}_$seed.txt" 2>&1 &
         children+=($!)
         # Two at once need two cores.

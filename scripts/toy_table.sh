@@ -57,7 +57,7 @@ train() {  # N KIND SEED MODEL; its output goes to RUN.txt. Becomes the trainer,
     length=$(sed -n 's/.*"length": \([0-9]*\).*/\1/p' "$data/toy_task.json")
     exec env OMP_NUM_THREADS=$threads "$trainer" "${model[@]}" --kq-conv-key-size $((2 * $1 - 1)) --attention "$4" --tokenizer toy --train "$data/toy_train_*.bin" \
         --val "toy=$data/toy_val_*.bin" --seq-len "$length" --batch-size 64 --steps $steps --lr $lr --schedule constant --warmup 0 --beta1 0.9 --beta2 0.98 \
-        --weight-decay 0 --grad-clip 1 --eval-every $eval_every --save-every $eval_every --keep 1 --sample-every 0 --log-every 10 --seed "$3" --resume \
+        --weight-decay 0 --grad-clip 1 --eval-every $eval_every --eval-windows 0 --save-every $eval_every --keep 1 --sample-every 0 --log-every 10 --seed "$3" --resume \
         --out "$run" ${extra[@]+"${extra[@]}"} > "$run.txt" 2>&1
 }
 

@@ -6,13 +6,16 @@ python3 dev/tests/test_quickstart.py     (needs train_mta and infer_mta: MTA_BIN
 Each runs in a copy of the repository with the programs already built, so that nothing is installed or compiled. What is missing is acted by
 stand-ins in PATH: an apt-get that fails, an id that is not root, a compiler without cblas.h, a Python without matplotlib.
 """
+import json
 import os
 import pty
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
+import time
 import unittest
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
@@ -24,6 +27,15 @@ def write_program(path, text):
     with open(path, "w") as f:
         f.write("#!/bin/sh\n" + text)
     os.chmod(path, 0o755)
+
+
+def read_text(path):
+    """The whole file, "" if it is not there yet."""
+    try:
+        with open(path, encoding="utf-8", errors="replace") as f:
+            return f.read()
+    except FileNotFoundError:
+        return ""
 
 
 class Quickstart(unittest.TestCase):
@@ -107,6 +119,7 @@ class Quickstart(unittest.TestCase):
         self.assert_table(done.stdout)
         self.assertNotRegex(done.stdout, "[\x1b\r]")
         self.assertIn("no matplotlib, so no pictures", done.stdout)
+        self.assertRegex(read_text(os.path.join(self.home, "runs/a/n4_first/mta_3.txt")), r"step 20 .* of 1000 sequences")
         self.assertNotIn("Traceback", done.stdout + done.stderr)
         for variable, bold in (({}, True), ({"NO_COLOR": "1"}, False)):
             status, text = self.run_on_terminal("--no-install", "--tiny", "--out", "runs/a", **variable)
@@ -179,6 +192,23 @@ class Quickstart(unittest.TestCase):
             self.assertEqual((done.returncode, done.stderr.count("\n")), (1, 1), done.stderr)
             self.assertIn(piece, done.stderr)
         self.assertIn("--no-install", self.run_script("--help").stdout)
+
+    def test_interrupted(self):
+        """SIGTERM or SIGINT in the middle: both trainings save and end, status 75; so does the toy table."""
+        for script, words, sig, runs in (("quickstart.sh", ("--no-install", "--out", "runs/f"), signal.SIGTERM, "runs/f/n4_first"),
+                                         ("toy_table.sh", ("--out", "runs/g", "--tasks", "5 first", "--jobs", "2"), signal.SIGINT, "runs/g/n5_first")):
+            child = subprocess.Popen(["scripts/" + script, *words], cwd=self.home, env=self.environment(), stdin=subprocess.DEVNULL,
+                                     stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+            logs = [os.path.join(self.home, runs, kind + "_1", "log.jsonl") for kind in ("transformer", "mta")]
+            start = time.time()
+            while time.time() - start < 120 and not all('"event": "step"' in read_text(log) for log in logs):
+                time.sleep(0.1)
+            child.send_signal(sig)
+            _, stderr = child.communicate(timeout=120)
+            self.assertEqual(child.returncode, 75, stderr)
+            self.assertIn("the same command continues", stderr)
+            for log in logs:
+                self.assertEqual(json.loads(read_text(log).splitlines()[-1])["reason"], "signal")
 
     def test_toy_table(self):
         """A small table; the second call finds everything done."""
