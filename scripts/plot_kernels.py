@@ -5,7 +5,7 @@
     data/.venv/bin/python scripts/plot_kernels.py runs/text/step-00001000 --out pictures
 
 writes, for each kind the checkpoint has, kq_conv.png, kq_conv_post.png, head_mix_pre.png, head_mix.png. A square marks where training
-started: the identity, 1 there and 0 elsewhere. numpy and matplotlib are needed.
+started: the identity, 1 there and 0 elsewhere. Colours end at the largest weight beside those squares, which are often beyond. numpy and matplotlib are needed.
 """
 import argparse
 import json
@@ -74,7 +74,12 @@ def newest(path):
     return os.path.join(path, names[-1]) if names else path
 
 
-def heat(ax, values, marks, limit, extent=None):
+def colour_limit(layers, identity):
+    """Where the colours end: the largest weight beside the identity's ones, so that these do not make everything else look like zero."""
+    return max(max(np.abs(np.where(identity, 0, values)).max() for values in layers.values()), 0.01)
+
+
+def heat(ax, values, marks, limit):
     """One matrix: red above zero, blue below; `marks` are the (row, column) cells of the identity. Small ones get their numbers."""
     rows, columns = values.shape
     image = ax.imshow(np.ma.masked_invalid(values), cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="equal", interpolation="nearest")
@@ -93,12 +98,14 @@ def heat(ax, values, marks, limit, extent=None):
 def draw_kernels(kind, layers, title, out):
     """layers: {layer: (heads, cq, ck)}; the heads of a layer in rows of up to eight."""
     heads, cq, ck = next(iter(layers.values())).shape
-    limit = max(np.abs(k).max() for k in layers.values()) or 1.0
+    identity = np.zeros((cq, ck), dtype=bool)
+    identity[cq - 1, (ck - 1) // 2] = True
+    limit = colour_limit(layers, identity)
     columns = min(heads, 8)
     rows_each = -(-heads // columns)
     cell = 0.42 if cq * ck <= 36 else 0.2
     width = max(ck * cell, 1.5) * columns + 2.4
-    height = (max(cq * cell, 0.9) + 0.6) * len(layers) * rows_each + 1.4
+    height = (max(cq * cell, 0.7) + 0.55) * len(layers) * rows_each + 1.0
     figure, axes = plt.subplots(len(layers) * rows_each, columns, figsize=(max(width, 6.5), height), squeeze=False, layout="constrained")
     for place, (layer, kernels) in enumerate(sorted(layers.items())):
         panels = axes[place * rows_each:(place + 1) * rows_each].flat
@@ -114,7 +121,7 @@ def draw_kernels(kind, layers, title, out):
             ax.set_yticks(range(cq), [f"{a - cq + 1}" for a in range(cq)], fontsize=6)
     figure.supxlabel("key, relative to the attended one", fontsize=9)
     figure.supylabel("query, relative to the current one", fontsize=9)
-    figure.colorbar(image, ax=axes, shrink=0.8, label="weight", aspect=30)
+    figure.colorbar(image, ax=axes, shrink=0.8, label="weight", aspect=30, extend="both")
     figure.suptitle(f"{title}\n{KINDS[kind]}; the square marks the identity", fontsize=10)
     figure.savefig(out, dpi=110)
     plt.close(figure)
@@ -124,7 +131,7 @@ def draw_mixing(kind, layers, title, out):
     """layers: {layer: (groups, ch, ch)}; a panel a layer, its groups along the diagonal of a heads x heads matrix."""
     groups, ch, _ = next(iter(layers.values())).shape
     heads = groups * ch
-    limit = max(np.abs(w).max() for w in layers.values()) or 1.0
+    limit = colour_limit(layers, np.eye(ch, dtype=bool))
     columns = min(len(layers), 6)
     rows = -(-len(layers) // columns)
     side = max(1.6, heads * (0.42 if heads <= 6 else 0.14))
@@ -143,7 +150,7 @@ def draw_mixing(kind, layers, title, out):
         ax.set_yticks(ticks, ticks, fontsize=6)
     figure.supxlabel("from head", fontsize=9)
     figure.supylabel("to head", fontsize=9)
-    figure.colorbar(image, ax=axes, shrink=0.8, label="weight", aspect=30)
+    figure.colorbar(image, ax=axes, shrink=0.8, label="weight", aspect=30, extend="both")
     grey = ", grey: heads of other groups" if groups > 1 else ""
     figure.suptitle(f"{title}\n{KINDS[kind]}; the squares mark the identity{grey}", fontsize=10)
     figure.savefig(out, dpi=110)

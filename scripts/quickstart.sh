@@ -214,8 +214,8 @@ if [ -z "$text" ]; then
 fi
 say "$(wc -c < "$text") bytes of $text"
 python3 data/prepare.py text "$text" --tokenizer bytes --out "$out/data/text" --name text > "$out/data/text.txt" 2>&1 || fail "$(tail -n 1 "$out/data/text.txt")"
-OMP_NUM_THREADS=$cores ./train_mta "${TEXT_MODEL[@]}" --steps $TEXT_STEPS --train "$out/data/text/text_train_*.bin" --val "text=$out/data/text/text_val_*.bin" --eval-every 100 \
-    --eval-windows 100 --save-every 0 --sample-every 0 --seed 1 --resume --out "$out/text" ||
+OMP_NUM_THREADS=$cores ./train_mta "${TEXT_MODEL[@]}" --steps $TEXT_STEPS --train "$out/data/text/text_train_*.bin" --val "text=$out/data/text/text_val_*.bin" --eval-every 50 \
+    --eval-windows 100 --save-every 0 --sample-every 0 --log-every 25 --seed 1 --resume --out "$out/text" ||
     fail "training on the text failed; with another --text, choose another --out too"
 checkpoint=$(ls -d "$out"/text/step-* | sort | tail -n 1)
 say
