@@ -89,9 +89,14 @@ install_packages() {
         if ! sudo -n true 2> /dev/null && ! [ -t 0 ]; then note "sudo wants a password and there is no terminal: install these yourself: $*"; return; fi
     fi
     say "installing with apt-get${sudo:+ through sudo}: $*  ${dim}(log: $out/install.log)${normal}"
-    local options=(-y -q --no-install-recommends -o Acquire::Retries=1 -o Acquire::http::Timeout=15 -o DPkg::Lock::Timeout=60)
-    if ! { $sudo apt-get update -q && $sudo env DEBIAN_FRONTEND=noninteractive apt-get install "${options[@]}" "$@"; } > "$out/install.log" 2>&1
-    then note "apt-get failed (no network?): $(grep -m 1 -E '^(E|Err)' "$out/install.log" || tail -n 1 "$out/install.log")"; fi
+    local package options=(-y -q --no-install-recommends -o Acquire::Retries=1 -o Acquire::http::Timeout=15 -o DPkg::Lock::Timeout=60)
+    apt_install() { $sudo env DEBIAN_FRONTEND=noninteractive apt-get install "${options[@]}" "$@"; }
+    { $sudo apt-get update -q && apt_install "$@"; } > "$out/install.log" 2>&1 && return
+    if grep -q -E 'Unable to locate|no installation candidate' "$out/install.log"; then  # one that is unknown here must not keep the others out
+        for package in "$@"; do apt_install "$package" >> "$out/install.log" 2>&1 || note "apt-get cannot install $package"; done
+    else
+        note "apt-get failed (no network?): $(grep -m 1 -E '^E' "$out/install.log" || tail -n 1 "$out/install.log")"
+    fi
 }
 packages=$(missing_packages | tr '\n' ' ')
 if [ -n "$packages" ]; then

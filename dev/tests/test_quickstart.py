@@ -159,6 +159,22 @@ class Quickstart(unittest.TestCase):
         self.assertEqual(done.returncode, 1)
         self.assertIn("sudo wants a password and there is no terminal", done.stdout)
 
+    def test_unknown_package(self):
+        """A package that this system does not know keeps the others from being installed together: each is tried alone."""
+        path = self.path_without("make", "apt-get", "id")
+        write_program(os.path.join(path, "id"), "echo 0\n")
+        write_program(os.path.join(path, "apt-get"), 'case "$*" in *update*) exit 0;; *libopenblas-dev*) echo "E: Unable to locate package libopenblas-dev"; '
+                      'exit 100;; *install*make) ln -s "$(PATH=$OLD command -v make)" "$(dirname "$0")/make";; esac\n')
+        compiler = os.path.join(self.folder, "no_cblas_either")
+        write_program(compiler, 'case "$*" in *-E*) input=$(cat); case "$input" in *cblas*) exit 1;; esac;; esac\nexit 0\n')
+        with open(os.path.join(self.folder, "little.txt"), "w") as f:
+            f.write("x")
+        done = self.run_script("--tiny", "--out", "runs/h", "--text", os.path.join(self.folder, "little.txt"), PATH=path, CC=compiler, OLD=os.environ["PATH"],
+                               PIP_INDEX_URL="http://127.0.0.1:9/", PIP_NO_CACHE_DIR="1")
+        self.assertIn("installing with apt-get: make libopenblas-dev", done.stdout)
+        self.assertIn("note: apt-get cannot install libopenblas-dev\n", done.stdout)
+        self.assertIn("building train_mta", done.stdout, "make was installed")
+
     def test_missing_tools(self):
         for tool in ("make", "python3"):
             done = self.run_script("--no-install", "--tiny", "--out", "runs/c", PATH=self.path_without(tool))
