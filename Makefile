@@ -3,7 +3,8 @@
 CC ?= gcc
 CXX ?= g++
 NVCC ?= nvcc
-ARCH ?= -march=native
+# 512-bit vectors where the machine has them: the compiler's default of 256 halves the rate of softmax and SwiGLU.
+ARCH ?= -march=native $(if $(filter x86_64,$(shell uname -m)),-mprefer-vector-width=512)
 OPT ?= -O3
 WARN = -Wall -Wextra
 # No -ffast-math: masks use infinities, guards use isfinite. What is given up here is errno and floating-point traps, no value changes.
@@ -103,7 +104,7 @@ build/train_mta_cuda.o: train_mta.cu $(HEADERS)
 # The same test_mta.c, with train_mta.cu's table as the trainer under test and train_mta.c beside it.
 build/test_mta_for_cuda.o: test_mta.c train_mta.c $(HEADERS)
 	@mkdir -p build
-	$(CC) $(CFLAGS) -DMTA_TEST_CUDA -c $< -o $@
+	$(CC) $(CFLAGS) -DMTA_TEST_CUDA -Wno-unused-function -c $< -o $@
 
 test_mta_cuda: build/test_mta_for_cuda.o build/train_mta.o build/train_mta_cuda.o
 	$(NVCC) -arch=$(NVCC_ARCH) -Xcompiler -fopenmp $^ -o $@ -lcublas $(BLAS_LINK) $(LDLIBS)
