@@ -6,7 +6,8 @@ NVCC ?= nvcc
 # 512-bit vectors where the machine has them: the compiler's default of 256 halves the rate of softmax and SwiGLU.
 ARCH ?= -march=native $(if $(filter x86_64,$(shell uname -m)),-mprefer-vector-width=512)
 OPT ?= -O3
-WARN = -Wall -Wextra
+# psabi: gcc notes that vectors as arguments changed their ABI once; infer_mta.c passes them between its own functions only.
+WARN = -Wall -Wextra -Wno-psabi
 # No -ffast-math: masks use infinities, guards use isfinite. What is given up here is errno and floating-point traps, no value changes.
 MATH = -fno-math-errno -fno-trapping-math
 OPENMP ?= -fopenmp
