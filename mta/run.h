@@ -385,7 +385,8 @@ static inline const char* format_grouped(uint64_t x, char* out, size_t n) {
 
 typedef struct { const char* name; size_t bytes; } PlanRow;
 
-static inline void run_print_plan(const Run* r, const char* device, const PlanRow* rows, int n) {
+// Prints what the run will be before anything is allocated; returns the bytes of all rows.
+static inline double run_print_plan(const Run* r, const char* device, const PlanRow* rows, int n) {
     const TrainOptions* o = &r->options;
     const Config* c = &r->config;
     TensorList list;
@@ -411,6 +412,7 @@ static inline void run_print_plan(const Run* r, const char* device, const PlanRo
     }
     fflush(stdout);
     tensor_list_free(&list);
+    return (double)total;
 }
 
 // ---- opening: data, directory, log

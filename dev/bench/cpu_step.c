@@ -6,7 +6,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#define MTA_BENCH
+#define MTA_LIBRARY
 #include "../../train_mta.c"
 
 // Best of several: the machine may be busy with something else for a while.
