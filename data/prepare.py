@@ -19,6 +19,7 @@ import fcntl
 import functools
 import glob
 import hashlib
+import importlib.util
 import json
 import os
 import re
@@ -67,6 +68,7 @@ class BadDocument(Exception):
 # ----------------------------------------------------------------------------------------------------------------------
 # Tokenizers: encode() gives the packed ids of a text, `width` bytes each, without BOS and EOS
 
+@functools.lru_cache(maxsize=1)
 def read_ranks(path):
     """A tiktoken rank file as a dictionary {bytes: rank}; refused with file and line where it is not whole."""
     ranks, lines = {}, {}
@@ -1012,7 +1014,12 @@ def make_job(args, files):
         raise UserError("--val-fraction %g: wanted 0 up to, not including, 1" % args.val_fraction)
     if not 1 <= args.shard_tokens < 2**31:
         raise UserError("--shard-tokens %d: wanted 1 to 2147483647" % args.shard_tokens)
-    tok = open_tokenizer(args.tokenizer, args.pattern)
+    tok = open_tokenizer(args.tokenizer, args.pattern, encoder=False)
+    needed = ["tiktoken"] * bool(tok.path) + ["zstandard"] * any(kind_of(f) == "lines.zst" for f in files) + \
+        ["pyarrow"] * any(kind_of(f) == "parquet" for f in files)
+    for package in needed:
+        if importlib.util.find_spec(package) is None:
+            need(package)
     return {"command": args.command, "name": name, "prefix": args.name + "_" if args.name else "", "tokenizer": args.tokenizer,
             "pattern": args.pattern, "tokenizer_sha256": file_sha256(args.tokenizer) if tok.path else "",
             "text_field": args.text_field, "domain_field": args.domain_field, "val_fraction": args.val_fraction, "seed": args.seed,
