@@ -1,10 +1,11 @@
-"""Downloads of many large files over HTTP that survive what happens in a week of downloading; used by prepare.py --download.
+"""Downloads of many large files over HTTP that survive what happens in a week of downloading: prepare.py --download.
 
 A file comes as PATH.part and is renamed when it is whole: as long as the list says, with the sha256 the list says. An
-interrupted one goes on from its last byte (Range, and If-Range where the server names versions by ETag). After 429, 5xx,
-a cut connection or a silent one, the pause before the next try doubles up to a minute, and is no shorter than the
+interrupted one goes on from its last byte (Range, and If-Range where the server names versions by ETag). After 429,
+5xx, a cut connection or a silent one, the pause before the next try doubles up to a minute, and is no shorter than the
 server's Retry-After; a try that brought bytes starts the count anew.
 """
+
 import hashlib
 import http.client
 import json
@@ -21,7 +22,7 @@ import urllib.request
 
 REPOSITORY = "https://huggingface.co/datasets/cerebras/SlimPajama-627B/resolve/main/"
 LISTING = "https://huggingface.co/api/datasets/cerebras/SlimPajama-627B/tree/main/%s?recursive=true"
-TIMEOUT = 60        # seconds without a byte
+TIMEOUT = 60  # seconds without a byte
 LONGEST_PAUSE = 60  # seconds between tries
 CHUNK = 1 << 18
 
@@ -223,6 +224,7 @@ def download_all(downloads, connections, retries, pause):
                 counts["files"] += 1
                 if why:
                     failed.append((d, why))
+
     threads = [threading.Thread(target=work, daemon=True) for _ in range(max(1, min(connections, len(todo))))]
     for t in threads:
         t.start()
@@ -232,12 +234,19 @@ def download_all(downloads, connections, retries, pause):
             time.sleep(0.1)
             if time.time() - last >= (1 if sys.stderr.isatty() else 30):
                 last = time.time()
-                print("%d of %d files, %.1f MB, %.2f MB/s" % (counts["files"], len(todo), counts["bytes"] / 1e6, counts["bytes"] / 1e6 / (last - start)),
-                      file=sys.stderr, end="\r" if sys.stderr.isatty() else "\n")
+                print(
+                    "%d of %d files, %.1f MB, %.2f MB/s"
+                    % (counts["files"], len(todo), counts["bytes"] / 1e6, counts["bytes"] / 1e6 / (last - start)),
+                    file=sys.stderr,
+                    end="\r" if sys.stderr.isatty() else "\n",
+                )
     finally:
         stop.set()  # also on Ctrl-C: what has arrived stays in the .part files
-    print("%d files are there, %d of them new (%.1f MB), %d failed" % (
-        len(downloads) - len(failed), len(todo) - len(failed), counts["bytes"] / 1e6, len(failed)), file=sys.stderr)
+    print(
+        "%d files are there, %d of them new (%.1f MB), %d failed"
+        % (len(downloads) - len(failed), len(todo) - len(failed), counts["bytes"] / 1e6, len(failed)),
+        file=sys.stderr,
+    )
     return failed
 
 
@@ -254,8 +263,13 @@ def read_file_list(path, error):
         if not words or words[0].startswith("#"):
             continue
         name = words[0]
-        if name.startswith("/") or ".." in name.split("/") or len(words) > 3 or (len(words) > 1 and not words[1].isdigit()) \
-                or (len(words) > 2 and not re.fullmatch(r"[0-9a-fA-F]{64}", words[2])):
+        if (
+            name.startswith("/")
+            or ".." in name.split("/")
+            or len(words) > 3
+            or (len(words) > 1 and not words[1].isdigit())
+            or (len(words) > 2 and not re.fullmatch(r"[0-9a-fA-F]{64}", words[2]))
+        ):
             raise error("%s:%d: wanted PATH [BYTES [SHA256]], the path relative and without .." % (path, number))
         entries.append((name, int(words[1]) if len(words) > 1 else None, words[2].lower() if len(words) > 2 else None))
     if not entries:
@@ -296,19 +310,28 @@ def slimpajama(args, error):
     base = (args.mirror or REPOSITORY).rstrip("/") + "/"
     if not re.match(r"https?://", base):
         raise error("--mirror %s: wanted an http:// or https:// address" % args.mirror)
-    entries = read_file_list(args.file_list, error) if args.file_list else repository_list(LISTING, args.retries, args.retry_pause, error)
+    entries = (
+        read_file_list(args.file_list, error)
+        if args.file_list
+        else repository_list(LISTING, args.retries, args.retry_pause, error)
+    )
     chosen, total = [], 0
-    for entry in entries[:args.max_files]:
+    for entry in entries[: args.max_files]:
         total += entry[1] or 0
         if args.max_bytes is not None and total > args.max_bytes:
             break
         chosen.append(entry)
     if not chosen:
         raise error("--max-files and --max-bytes leave no file to download")
-    downloads = [Download(base + urllib.parse.quote(name), os.path.join(args.download, name), size, sha256) for name, size, sha256 in chosen]
+    downloads = [
+        Download(base + urllib.parse.quote(name), os.path.join(args.download, name), size, sha256)
+        for name, size, sha256 in chosen
+    ]
     failed = download_all(downloads, args.connections, args.retries, args.retry_pause)
     for d, why in failed:
         print("%s: %s" % (d.url, why), file=sys.stderr)
     if failed:
-        raise error("%d of %d files could not be downloaded; the same command goes on with them" % (len(failed), len(downloads)))
+        raise error(
+            "%d of %d files could not be downloaded; the same command goes on with them" % (len(failed), len(downloads))
+        )
     return args.download

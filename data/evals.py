@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Evaluation sets for infer_mta --score, and their results. Standard library only (a rank file for --tokenizer needs tiktoken).
+"""Evaluation sets for infer_mta --score, and their results. Standard library; --tokenizer with a rank file: tiktoken.
 
     evals.py lambada lambada_test.jsonl --out lambada.jsonl            last word of a passage
     evals.py choice hellaswag_val.jsonl --out hellaswag.jsonl          multiple choice, any number of choices
@@ -10,13 +10,14 @@
 
 A request is a JSON line with context and continuation, which infer_mta reads, and what the report needs: task (and its
 settings), item (which question), choice and gold (numbers; only where there are choices). The report says per task:
-  accuracy   of choices: the one with the largest log-probability is gold; else: every token of the answer is the likeliest
+  accuracy   of choices: the one with the largest log-probability is gold; else the same as greedy
   acc_norm   the same with log-probability per byte of the continuation
   acc_token  the same with log-probability per token
   greedy     share of gold continuations of which every token is the likeliest
   perplexity exp(-mean log-probability of a gold continuation); LAMBADA's perplexity is this one
   token_ppl  exp(-log-probability of a token of gold continuations)
 """
+
 import argparse
 import json
 import math
@@ -28,9 +29,9 @@ import sys
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 from prepare import BadDocument, UserError, open_tokenizer, parse_count  # noqa: E402
 
-
 # ----------------------------------------------------------------------------------------------------------------------
-# Sets from files: a record -> requests. A request is (context, continuation); with choices a list of them and the gold one's number.
+# Sets from files: a record -> [(context, continuation) of each choice], number of the gold one
+
 
 def lambada(record):
     """{"text"}: the last word, with the space before it, is to be continued. The text is taken as it is."""
@@ -44,6 +45,7 @@ def hellaswag(record):
     def clean(text):
         text = re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". "))
         return text.replace("  ", " ")
+
     if "ctx_a" in record and "ctx_b" in record:
         context = record["ctx_a"] + " " + record["ctx_b"].capitalize()
     else:
@@ -70,7 +72,9 @@ def openbook(record):
 
 
 def piqa(record):
-    return [("Question: %s\nAnswer:" % record["goal"], " " + record[key]) for key in ("sol1", "sol2")], record.get("label")
+    return [("Question: %s\nAnswer:" % record["goal"], " " + record[key]) for key in ("sol1", "sol2")], record.get(
+        "label"
+    )
 
 
 def boolq(record):
@@ -88,11 +92,13 @@ def winogrande(record):
     before, blank, after = record["sentence"].partition("_")
     if not blank or not after.strip():
         raise ValueError("no blank with a text behind it")
-    return [(before + record[key], " " + after.strip()) for key in ("option1", "option2")], one_based(record.get("answer"))
+    return [(before + record[key], " " + after.strip()) for key in ("option1", "option2")], one_based(
+        record.get("answer")
+    )
 
 
 def general(record):
-    """{"context" or "question" or "query", "choices": [...], "gold" or "label" or "answer": number or the choice itself}"""
+    """{"context", "question" or "query"; "choices": [...]; "gold", "label" or "answer": number or the choice itself}"""
     context = next(record[k] for k in ("context", "question", "query") if isinstance(record.get(k), str))
     gold = next((record[k] for k in ("gold", "label", "answer") if record.get(k) is not None), None)
     if gold in record["choices"]:
@@ -105,10 +111,15 @@ def one_based(value):
 
 
 FORMATS = {  # in the order in which a record is tried
-    "hellaswag": ({"endings"}, hellaswag), "piqa": ({"goal", "sol1", "sol2"}, piqa), "openbookqa": ({"question_stem"}, openbook),
-    "arc": ({"question", "answerKey"}, arc), "boolq": ({"passage", "question", "answer"}, boolq),
-    "siqa": ({"answerA", "answerB", "answerC"}, siqa), "winogrande": ({"sentence", "option1", "option2"}, winogrande),
-    "general": ({"choices"}, general), "lambada": ({"text"}, lambada),
+    "hellaswag": ({"endings"}, hellaswag),
+    "piqa": ({"goal", "sol1", "sol2"}, piqa),
+    "openbookqa": ({"question_stem"}, openbook),
+    "arc": ({"question", "answerKey"}, arc),
+    "boolq": ({"passage", "question", "answer"}, boolq),
+    "siqa": ({"answerA", "answerB", "answerC"}, siqa),
+    "winogrande": ({"sentence", "option1", "option2"}, winogrande),
+    "general": ({"choices"}, general),
+    "lambada": ({"text"}, lambada),
 }
 
 
@@ -116,7 +127,10 @@ def format_of(record):
     for name, (keys, _) in FORMATS.items():
         if keys <= set(record):
             return name
-    raise ValueError("no format that is known: it has %s; --format one of %s" % (", ".join(sorted(record)) or "no field", ", ".join(FORMATS)))
+    raise ValueError(
+        "no format that is known: it has %s; --format one of %s"
+        % (", ".join(sorted(record)) or "no field", ", ".join(FORMATS))
+    )
 
 
 def read_labels(path, one):
@@ -147,7 +161,9 @@ def convert(args):
             record = json.loads(line.decode("utf-8"))
             if not isinstance(record, dict):
                 raise ValueError("wanted an object")
-            name = args.format if args.format != "auto" else "lambada" if args.command == "lambada" else format_of(record)
+            name = (
+                args.format if args.format != "auto" else "lambada" if args.command == "lambada" else format_of(record)
+            )
             pairs, gold = FORMATS[name][1](record)
             if labels is not None:
                 gold = labels[i]
@@ -186,6 +202,7 @@ def write_requests(path, requests):
 # ----------------------------------------------------------------------------------------------------------------------
 # Distraction: sentences of any text, as many as make so many tokens
 
+
 class Haystack:
     """Sentences of texts in their order; each call gives a stretch that begins somewhere else."""
 
@@ -199,7 +216,9 @@ class Haystack:
                 raise UserError("%s: %s" % (path, e.strerror))
             except UnicodeDecodeError as e:
                 raise UserError("%s: not UTF-8 at byte %d" % (path, e.start))
-        self.sentences = [s.strip() for s in re.split(r"(?<=[.!?])\s+", re.sub(r"\s+", " ", " ".join(text))) if s.strip()]
+        self.sentences = [
+            s.strip() for s in re.split(r"(?<=[.!?])\s+", re.sub(r"\s+", " ", " ".join(text))) if s.strip()
+        ]
         self.tokenizer = tokenizer
         self.known = {}
 
@@ -242,9 +261,11 @@ def spread(rng, sentences, facts):
 # ----------------------------------------------------------------------------------------------------------------------
 # Needles: several facts of one form in a haystack, one of them at a given depth is asked for
 
-CITIES = ("Amsterdam Athens Bangkok Berlin Bogota Boston Brussels Cairo Chicago Copenhagen Dakar Dublin Geneva Hanoi Havana Helsinki Istanbul Jakarta "
-          "Kyoto Lagos Lima Lisbon London Madrid Manila Melbourne Montreal Moscow Mumbai Nairobi Oslo Paris Prague Rome Seoul Stockholm Sydney "
-          "Tokyo Vienna Warsaw").split()
+CITIES = (
+    "Amsterdam Athens Bangkok Berlin Bogota Boston Brussels Cairo Chicago Copenhagen Dakar Dublin Geneva Hanoi Havana "
+    "Helsinki Istanbul Jakarta Kyoto Lagos Lima Lisbon London Madrid Manila Melbourne Montreal Moscow Mumbai Nairobi "
+    "Oslo Paris Prague Rome Seoul Stockholm Sydney Tokyo Vienna Warsaw"
+).split()
 
 
 def needle_context(rng, haystack, needles, tokens, depth):
@@ -275,8 +296,17 @@ def needle(args):
                 rng = random.Random("needle %d %d %d %d" % (args.seed, needles, tokens, depth))
                 for _ in range(args.samples):
                     context, answer = needle_context(rng, haystack, needles, tokens, depth)
-                    requests.append({"context": context, "continuation": answer, "task": "needle", "item": item,
-                                     "needles": needles, "length": tokens, "depth": depth})
+                    requests.append(
+                        {
+                            "context": context,
+                            "continuation": answer,
+                            "task": "needle",
+                            "item": item,
+                            "needles": needles,
+                            "length": tokens,
+                            "depth": depth,
+                        }
+                    )
                     item += 1
     write_requests(args.out, requests)
     print("%s: %d questions" % (args.out, item))
@@ -284,7 +314,7 @@ def needle(args):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# QA1 to QA5: small worlds that are acted out, so that the answer is known. -> (facts, question, answer, all possible answers)
+# QA1 to QA5: small worlds that are acted out, so that the answer is known. -> (facts, question, answer, all answers)
 
 PEOPLE = ["Mary", "John", "Sandra", "Daniel"]
 GIVERS = ["Fred", "Bill", "Jeff", "Mary"]
@@ -311,7 +341,14 @@ class World:
     """People who walk, take things along and put them down. trail: the rooms in which a thing has been, in order."""
 
     def __init__(self, rng):
-        self.rng, self.facts, self.where, self.holder, self.place, self.trail = rng, [], {}, {}, {}, {t: [] for t in THINGS}
+        self.rng, self.facts, self.where, self.holder, self.place, self.trail = (
+            rng,
+            [],
+            {},
+            {},
+            {},
+            {t: [] for t in THINGS},
+        )
 
     def enter(self, thing, room):
         if self.trail[thing][-1:] != [room]:
@@ -360,7 +397,7 @@ def qa3(rng):
         world.step()
     thing = rng.choice([t for t in THINGS if len(world.trail[t]) > 1])
     trail = world.trail[thing]
-    at = rng.choice([i for i in range(1, len(trail)) if trail[i] not in trail[i + 1:]])
+    at = rng.choice([i for i in range(1, len(trail)) if trail[i] not in trail[i + 1 :]])
     return world.facts, "Where was the %s before the %s?" % (thing, trail[at]), trail[at - 1], ROOMS
 
 
@@ -389,8 +426,12 @@ def qa5(rng):
         gifts.append((giver, thing, taker))
         facts.append("%s %s the %s to %s." % (giver, rng.choice(["gave", "handed", "passed"]), thing, taker))
     giver, thing, taker = rng.choice(gifts)
-    last = {"thing": [g for g in gifts if g[1] == thing][-1], "pair": [g for g in gifts if (g[0], g[2]) == (giver, taker)][-1],
-            "to": [g for g in gifts if (g[1], g[2]) == (thing, taker)][-1], "from": [g for g in gifts if (g[0], g[1]) == (giver, thing)][-1]}
+    last = {
+        "thing": [g for g in gifts if g[1] == thing][-1],
+        "pair": [g for g in gifts if (g[0], g[2]) == (giver, taker)][-1],
+        "to": [g for g in gifts if (g[1], g[2]) == (thing, taker)][-1],
+        "from": [g for g in gifts if (g[0], g[1]) == (giver, thing)][-1],
+    }
     asked = rng.randrange(5)
     if asked == 0:
         return facts, "What did %s give to %s?" % (giver, taker), last["pair"][1], THINGS
@@ -419,8 +460,17 @@ def babilong(args):
                 story = spread(rng, haystack.take(rng, tokens), facts)
                 context = " ".join(story) + "\nQuestion: %s\nAnswer:" % question
                 for choice, word in enumerate(answers):
-                    requests.append({"context": context, "continuation": " " + word, "task": "qa%d" % task, "item": item,
-                                     "distraction": tokens, "choice": choice, "gold": answers.index(answer)})
+                    requests.append(
+                        {
+                            "context": context,
+                            "continuation": " " + word,
+                            "task": "qa%d" % task,
+                            "item": item,
+                            "distraction": tokens,
+                            "choice": choice,
+                            "gold": answers.index(answer),
+                        }
+                    )
                 item += 1
     write_requests(args.out, requests)
     print("%s: %d questions, %d requests" % (args.out, item, len(requests)))
@@ -455,11 +505,18 @@ def score_item(answers):
     """One question: [(request, score)] of its choices in order -> the numbers that are averaged."""
     gold = answers[0][0].get("gold", 0)
     request, score = answers[gold]
-    result = {"logprob": score["logprob"], "tokens": score["tokens"], "greedy": float(score["greedy"]), "accuracy": float(score["greedy"])}
+    result = {
+        "logprob": score["logprob"],
+        "tokens": score["tokens"],
+        "greedy": float(score["greedy"]),
+        "accuracy": float(score["greedy"]),
+    }
     if len(answers) > 1:
-        for name, value in (("accuracy", lambda r, s: s["logprob"]),
-                            ("acc_norm", lambda r, s: s["logprob"] / len(r["continuation"].strip().encode())),
-                            ("acc_token", lambda r, s: s["logprob"] / max(1, s["tokens"]))):
+        for name, value in (
+            ("accuracy", lambda r, s: s["logprob"]),
+            ("acc_norm", lambda r, s: s["logprob"] / len(r["continuation"].strip().encode())),
+            ("acc_token", lambda r, s: s["logprob"] / max(1, s["tokens"])),
+        ):
             values = [value(r, s) for r, s in answers]
             result[name] = float(values[gold] == max(values) and values.count(values[gold]) == 1)  # a tie is no answer
     return result
@@ -490,7 +547,9 @@ def report(args):
         requests = read_lines(requests_path, ("continuation", "task", "item"))
         scores = read_lines(scores_path, ("logprob", "tokens", "greedy"))
         if len(requests) != len(scores):
-            raise UserError("%s has %d requests, %s has %d scores" % (requests_path, len(requests), scores_path, len(scores)))
+            raise UserError(
+                "%s has %d requests, %s has %d scores" % (requests_path, len(requests), scores_path, len(scores))
+            )
         items = {}
         for request, score in zip(requests, scores):
             if not isinstance(score["logprob"], (int, float)) or not math.isfinite(score["logprob"]):
@@ -500,14 +559,18 @@ def report(args):
             answers.sort(key=lambda a: a[0].get("choice", 0))
             settings = ["%s %s" % (k, answers[0][0][k]) for k in SETTINGS if k in answers[0][0]]
             result = score_item(answers)
-            for group in [answers[0][0]["task"]] + ([answers[0][0]["task"] + ", " + ", ".join(settings)] if settings else []):
+            for group in [answers[0][0]["task"]] + (
+                [answers[0][0]["task"] + ", " + ", ".join(settings)] if settings else []
+            ):
                 groups.setdefault(group, []).append(result)
     rows = {group: mean_of(items) for group, items in sorted(groups.items())}
     columns = ["questions", "accuracy", "stderr", "acc_norm", "acc_token", "greedy", "perplexity", "token_ppl"]
     width = max([len(g) for g in rows] + [4])
     print("%-*s %s" % (width, "task", " ".join("%10s" % c for c in columns)))
     for group, row in rows.items():
-        cells = ["%10d" % row["questions"]] + ["%10.4f" % row[c] if isinstance(row.get(c), float) else "%10s" % "-" for c in columns[1:]]
+        cells = ["%10d" % row["questions"]] + [
+            "%10.4f" % row[c] if isinstance(row.get(c), float) else "%10s" % "-" for c in columns[1:]
+        ]
         print("%-*s %s" % (width, group, " ".join(cells)))
     if args.json:
         with open(args.json, "w", encoding="utf-8") as f:
@@ -517,6 +580,7 @@ def report(args):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+
 
 def numbers(text):
     try:
@@ -533,11 +597,27 @@ def main():
         p.add_argument("input")
         p.add_argument("--out", required=True, metavar="FILE")
         p.add_argument("--task", help="its name in the report; default: the file's")
-        p.add_argument("--format", choices=["auto"] + list(FORMATS), default="auto", help="default: what the fields of a record tell")
-        p.add_argument("--labels", metavar="FILE", help="right answers, a number a line, where the records have none (PIQA, SIQA)")
-        p.add_argument("--labels-from", type=int, choices=[0, 1], default=0, help="number of the first choice in --labels; default 0")
+        p.add_argument(
+            "--format",
+            choices=["auto"] + list(FORMATS),
+            default="auto",
+            help="default: what the fields of a record tell",
+        )
+        p.add_argument(
+            "--labels", metavar="FILE", help="right answers, a number a line, where the records have none (PIQA, SIQA)"
+        )
+        p.add_argument(
+            "--labels-from",
+            type=int,
+            choices=[0, 1],
+            default=0,
+            help="number of the first choice in --labels; default 0",
+        )
         p.add_argument("--on-bad", choices=["skip", "refuse"], default="skip")
-    for name, text in (("needle", "generated needles in a haystack"), ("babilong", "generated questions QA1 to QA5 in a distracting text")):
+    for name, text in (
+        ("needle", "generated needles in a haystack"),
+        ("babilong", "generated questions QA1 to QA5 in a distracting text"),
+    ):
         p = commands.add_parser(name, help=text)
         p.add_argument("--out", required=True, metavar="FILE")
         p.add_argument("--text", nargs="+", default=[], metavar="FILE", help="texts to distract with")
@@ -546,17 +626,39 @@ def main():
         p.add_argument("--samples", type=int, default=100, metavar="N", help="questions of each setting; default 100")
         p.add_argument("--seed", type=int, default=0)
         if name == "needle":
-            p.add_argument("--needles", type=numbers, default=[2, 4, 6, 8, 10], metavar="N,...", help="default 2,4,6,8,10")
-            p.add_argument("--length", type=numbers, default=[2000, 4000], metavar="N,...", help="tokens of the context; default 2000,4000")
-            p.add_argument("--depth", type=numbers, default=[0, 25, 50, 75, 100], metavar="P,...", help="percent; default 0,25,50,75,100")
+            p.add_argument(
+                "--needles", type=numbers, default=[2, 4, 6, 8, 10], metavar="N,...", help="default 2,4,6,8,10"
+            )
+            p.add_argument(
+                "--length",
+                type=numbers,
+                default=[2000, 4000],
+                metavar="N,...",
+                help="tokens of the context; default 2000,4000",
+            )
+            p.add_argument(
+                "--depth",
+                type=numbers,
+                default=[0, 25, 50, 75, 100],
+                metavar="P,...",
+                help="percent; default 0,25,50,75,100",
+            )
         else:
             p.add_argument("--tasks", type=numbers, default=[1, 2, 3, 4, 5], metavar="N,...", help="default 1,2,3,4,5")
-            p.add_argument("--distraction", type=numbers, default=[0, 1000, 2000, 4000], metavar="N,...", help="tokens; default 0,1000,2000,4000")
+            p.add_argument(
+                "--distraction",
+                type=numbers,
+                default=[0, 1000, 2000, 4000],
+                metavar="N,...",
+                help="tokens; default 0,1000,2000,4000",
+            )
     p = commands.add_parser("report", help="accuracy and perplexity")
     p.add_argument("files", nargs="+", metavar="REQUESTS SCORES")
     p.add_argument("--json", metavar="FILE", help="the numbers, not rounded")
     args = parser.parse_args()
-    command = {"lambada": convert, "choice": convert, "needle": needle, "babilong": babilong, "report": report}[args.command]
+    command = {"lambada": convert, "choice": convert, "needle": needle, "babilong": babilong, "report": report}[
+        args.command
+    ]
     try:
         return command(args)
     except UserError as e:

@@ -6,11 +6,12 @@
     prepare.py inspect SHARD
     prepare.py verify DIR
 
-INPUTS are files, folders or quoted globs: .jsonl, .jsonl.zst, .jsonl.gz and .parquet hold many documents, any other file
-is one document. With a built-in tokenizer (bytes, toy) and inputs that are not .zst or .parquet the standard library
-suffices. A preparation that is stopped at any moment, even by kill -9, goes on when the same command is given again, and
-ends with the same bytes.
+INPUTS are files, folders or quoted globs: .jsonl, .jsonl.zst, .jsonl.gz and .parquet hold many documents, any other
+file is one document. With a built-in tokenizer (bytes, toy) and inputs that are not .zst or .parquet the standard
+library suffices. A preparation that is stopped at any moment, even by kill -9, goes on when the same command is given
+again, and ends with the same bytes.
 """
+
 import argparse
 import base64
 import codecs
@@ -23,7 +24,6 @@ import importlib.util
 import json
 import os
 import re
-import shutil
 import signal
 import struct
 import sys
@@ -31,29 +31,36 @@ import threading
 import time
 import zlib
 
-MAGIC = {2: (20240520, 1), 4: (20240801, 7)}    # bytes a token -> llm.c's magic and version
+MAGIC = {2: (20240520, 1), 4: (20240801, 7)}  # bytes a token -> llm.c's magic and version
 HEADER_BYTES = 1024
 TOY = "abcdefghijklmnopqrstuvwxyz.#_"
-BLOCK = 1 << 20             # bytes of lines that a worker gets at once
-SEGMENT = 4 << 20           # bytes of one long text that a worker gets at once
-FORMAT = 1                  # of manifest and state
+BLOCK = 1 << 20  # bytes of lines that a worker gets at once
+SEGMENT = 4 << 20  # bytes of one long text that a worker gets at once
+FORMAT = 1  # of manifest and state
 
 # SlimPajama's names of its sources -> the names of our shards
 SLIMPAJAMA = {
-    "RedPajamaCommonCrawl": "commoncrawl", "RedPajamaC4": "c4", "RedPajamaGithub": "github", "RedPajamaBook": "book",
-    "RedPajamaArXiv": "arxiv", "RedPajamaWikipedia": "wikipedia", "RedPajamaStackExchange": "stackexchange",
+    "RedPajamaCommonCrawl": "commoncrawl",
+    "RedPajamaC4": "c4",
+    "RedPajamaGithub": "github",
+    "RedPajamaBook": "book",
+    "RedPajamaArXiv": "arxiv",
+    "RedPajamaWikipedia": "wikipedia",
+    "RedPajamaStackExchange": "stackexchange",
 }
 
-# How text is cut into pieces before byte-pair merging. gpt2, cl100k_base and o200k_base as tiktoken 0.14.0 has them, llama3 as Meta published it.
+# How text is cut into pieces before byte-pair merging: gpt2, cl100k_base and o200k_base as tiktoken 0.14.0 has them,
+# llama3 as Meta published it.
 PATTERNS = {
     "gpt2": r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s""",
     "cl100k_base": r"""'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$"""
-                   r"""|\s*[\r\n]|\s+(?!\S)|\s""",
-    "llama3": r"""(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"""
-              r"""|\s+(?!\S)|\s+""",
-    "o200k_base": r"""[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?"""
-                  r"""|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"""
-                  r"""|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+""",
+    r"""|\s*[\r\n]|\s+(?!\S)|\s""",
+    "llama3": r"""(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"""
+    r"""|\s*[\r\n]+|\s+(?!\S)|\s+""",
+    "o200k_base": r"""[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"""
+    r"""(?i:'s|'t|'re|'ve|'m|'ll|'d)?|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"""
+    r"""(?i:'s|'t|'re|'ve|'m|'ll|'d)?"""
+    r"""|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+""",
 }
 
 
@@ -68,6 +75,7 @@ class BadDocument(Exception):
 # ----------------------------------------------------------------------------------------------------------------------
 # Tokenizers: encode() gives the packed ids of a text, `width` bytes each, without BOS and EOS
 
+
 @functools.lru_cache(maxsize=1)
 def read_ranks(path):
     """A tiktoken rank file as a dictionary {bytes: rank}; refused with file and line where it is not whole."""
@@ -78,7 +86,10 @@ def read_ranks(path):
     except OSError as e:
         raise UserError("%s: %s" % (path, e.strerror))
     if data[:1] == b"{":
-        raise UserError("%s: JSON (Hugging Face's tokenizer.json?), wanted a tiktoken rank file, such as the model's tokenizer.model" % path)
+        raise UserError(
+            "%s: JSON (Hugging Face's tokenizer.json?), wanted a tiktoken rank file, like Llama 3's tokenizer.model"
+            % path
+        )
     for number, line in enumerate(data.split(b"\n"), 1):
         if not line.strip():
             continue
@@ -107,8 +118,12 @@ def read_ranks(path):
 def split_pattern_of(path):
     """The pattern that a rank file's name tells, None where it tells none. mta/tokenizer.h has the same list."""
     name = os.path.basename(path).lower()
-    for pattern, marks in (("gpt2", ("gpt2", "gpt-2", "r50k")), ("cl100k_base", ("cl100k",)), ("o200k_base", ("o200k",)),
-                           ("llama3", ("llama3", "llama-3", "tokenizer.model"))):
+    for pattern, marks in (
+        ("gpt2", ("gpt2", "gpt-2", "r50k")),
+        ("cl100k_base", ("cl100k",)),
+        ("o200k_base", ("o200k",)),
+        ("llama3", ("llama3", "llama-3", "tokenizer.model")),
+    ):
         if any(mark in name for mark in marks):
             return pattern
     return None
@@ -116,6 +131,7 @@ def split_pattern_of(path):
 
 class BytesTokenizer:
     """One id a byte; 256 starts a document, 257 ends it, 258 pads."""
+
     name, vocab, bos, eos, width, path, file_name = "bytes", 259, 256, 257, 2, None, "bytes"
 
     def encode(self, text):
@@ -130,6 +146,7 @@ class BytesTokenizer:
 
 class ToyTokenizer:
     """a-z . # _ as 0 to 28; 29 starts a document, 30 ends it; 32 ids in all."""
+
     name, vocab, bos, eos, width, path, file_name = "toy", 32, 29, 30, 2, None, "toy"
     ids = {c: i for i, c in enumerate(TOY)}
 
@@ -157,7 +174,9 @@ class RankTokenizer:
         self.tokens = None
         if encoder:
             tiktoken = need("tiktoken")
-            self.encoding = tiktoken.Encoding(pattern, pat_str=PATTERNS[pattern], mergeable_ranks=self.ranks, special_tokens={})
+            self.encoding = tiktoken.Encoding(
+                pattern, pat_str=PATTERNS[pattern], mergeable_ranks=self.ranks, special_tokens={}
+            )
             self.dtype = "<u2" if self.width == 2 else "<u4"
 
     def encode(self, text):
@@ -183,8 +202,10 @@ def need(module):
         return __import__(module, fromlist=["_"])
     except ImportError:
         package = module.split(".")[0]
-        raise UserError("the package %s is needed and not installed: python3 -m venv data/.venv && data/.venv/bin/pip install "
-                        "-r data/requirements.txt, then run data/.venv/bin/python data/prepare.py" % package)
+        raise UserError(
+            "the package %s is needed and not installed: python3 -m venv data/.venv && data/.venv/bin/pip install "
+            "-r data/requirements.txt, then run data/.venv/bin/python data/prepare.py" % package
+        )
 
 
 def open_tokenizer(spec, pattern=None, encoder=True):
@@ -194,7 +215,9 @@ def open_tokenizer(spec, pattern=None, encoder=True):
             raise UserError("tokenizer %s: built in, it takes no pattern %s" % (spec, pattern))
         return BytesTokenizer() if spec == "bytes" else ToyTokenizer()
     if spec in PATTERNS and not os.path.exists(spec):
-        raise UserError("tokenizer %s: not built in; give its rank file, such as --tokenizer PATH/%s.tiktoken" % (spec, spec))
+        raise UserError(
+            "tokenizer %s: not built in; give its rank file, such as --tokenizer PATH/%s.tiktoken" % (spec, spec)
+        )
     if not os.path.isfile(spec):
         raise UserError("tokenizer %s: no such file; wanted bytes, toy or a tiktoken rank file" % spec)
     pattern = pattern or split_pattern_of(spec)
@@ -224,7 +247,7 @@ def kind_of(path):
         if name.endswith(ending):
             return "lines"
         if name.endswith((ending + ".zst", ending + ".gz")):
-            return "lines" + name[name.rindex("."):]
+            return "lines" + name[name.rindex(".") :]
     return "parquet" if name.endswith(".parquet") else "text"
 
 
@@ -289,9 +312,16 @@ def make_plan(files, job):
         return plan
 
     def order(i):
-        return hashlib.blake2b(("%d %d %s" % (job["seed"], i, os.path.basename(texts[i]["path"]))).encode("utf-8", "surrogateescape"),
-                               digest_size=8).digest()
-    held = sorted(range(len(texts)), key=order)[:max(1, round(job["val_fraction"] * len(texts)))] if job["val_fraction"] > 0 else []
+        return hashlib.blake2b(
+            ("%d %d %s" % (job["seed"], i, os.path.basename(texts[i]["path"]))).encode("utf-8", "surrogateescape"),
+            digest_size=8,
+        ).digest()
+
+    held = (
+        sorted(range(len(texts)), key=order)[: max(1, round(job["val_fraction"] * len(texts)))]
+        if job["val_fraction"] > 0
+        else []
+    )
     for i, entry in enumerate(texts):
         entry["split"] = "val" if i in set(held) and len(texts) > 1 else "train"
     return plan
@@ -299,6 +329,7 @@ def make_plan(files, job):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Reading: inputs -> tasks in a fixed order, each with the position behind it, from which a restart goes on
+
 
 def raw_chunks(path, kind, tell):
     """Decompressed bytes of a file of lines. Raises BadDocument where the file breaks off."""
@@ -333,7 +364,9 @@ def decompressed_chunks(f, kind, tell):
             if out:
                 yield out
     if stream is not None:
-        raise BadDocument("truncated or damaged file", "%s: the file ends inside a compressed stream" % kind[-3:].lstrip("."))
+        raise BadDocument(
+            "truncated or damaged file", "%s: the file ends inside a compressed stream" % kind[-3:].lstrip(".")
+        )
 
 
 def line_tasks(index, entry, at, tell):
@@ -353,7 +386,11 @@ def line_tasks(index, entry, at, tell):
     except BadDocument as e:
         cut = rest.rfind(b"\n") + 1
         if cut:
-            yield ("lines", entry["path"], line, rest[:cut]), {"input": index, "offset": offset + cut, "line": line + rest.count(b"\n")}
+            yield ("lines", entry["path"], line, rest[:cut]), {
+                "input": index,
+                "offset": offset + cut,
+                "line": line + rest.count(b"\n"),
+            }
         yield ("bad", entry["path"], line + rest.count(b"\n") + 1, e.args), {"input": index + 1, "offset": 0, "line": 0}
         return
     if rest:
@@ -366,8 +403,11 @@ def parquet_tasks(index, entry, at):
         with parquet.ParquetFile(entry["path"]) as f:
             groups = f.num_row_groups
     except Exception as e:
-        yield ("bad", entry["path"], 0, ("truncated or damaged file", "parquet: %s" % str(e).split("\n")[0])), \
-            {"input": index + 1, "offset": 0, "line": 0}
+        yield ("bad", entry["path"], 0, ("truncated or damaged file", "parquet: %s" % str(e).split("\n")[0])), {
+            "input": index + 1,
+            "offset": 0,
+            "line": 0,
+        }
         return
     for group in range(at["offset"], groups):
         yield ("rows", entry["path"], group, None), {"input": index, "offset": group + 1, "line": 0}
@@ -428,7 +468,7 @@ def not_utf8(path):
             try:
                 decoder.decode(chunk, final=not chunk)
             except UnicodeDecodeError as e:
-                return line + (pending + chunk)[:e.start].count(b"\n"), describe_utf8(e)
+                return line + (pending + chunk)[: e.start].count(b"\n"), describe_utf8(e)
             if not chunk:
                 return None
             line += chunk.count(b"\n")
@@ -439,14 +479,15 @@ def describe_utf8(e):
 
 
 def read_tasks(plan, at, tell, whole):
-    """All tasks from position `at`. tell(n) is told the bytes of inputs that were read. whole: long texts are not cut."""
-    before = sum(entry["bytes"] for entry in plan[:at["input"]])
+    """All tasks from position `at`. tell(n) is told the bytes of inputs that were read. whole: no long text is cut."""
+    before = sum(entry["bytes"] for entry in plan[: at["input"]])
     for index in range(at["input"], len(plan)):
         entry = plan[index]
         here = at if index == at["input"] else {"input": index, "offset": 0, "line": 0}
 
         def tell_here(n, before=before):
             tell(before + n)
+
         if entry["kind"] == "parquet":
             yield from parquet_tasks(index, entry, here)
         elif entry["kind"] == "text":
@@ -459,6 +500,7 @@ def read_tasks(plan, at, tell, whole):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Working: a task -> packed tokens by set
+
 
 class Worker:
     """Tokenises tasks. A set is "NAME/train" or "NAME/val"; NAME is a domain's where documents have domains."""
@@ -473,7 +515,8 @@ class Worker:
         self.seed = b"%d" % job["seed"]
 
     def run(self, task):
-        """-> (sets {name: (packed tokens, leading tokens, [tokens of each document that starts], text bytes)}, bad [(line, kind, detail)])."""
+        """-> (sets, bad): {name: (packed tokens, leading tokens, [tokens of each document that starts], text bytes)}
+        and [(line, kind, detail)]."""
         kind, path, where, payload = task
         if kind == "bad":
             return {}, [(where, *payload)]
@@ -496,7 +539,9 @@ class Worker:
 
     def document(self, text, domain):
         if not isinstance(text, str):
-            raise BadDocument("field is not text", "%s is %s, wanted a string" % (self.job["text_field"], type(text).__name__))
+            raise BadDocument(
+                "field is not text", "%s is %s, wanted a string" % (self.job["text_field"], type(text).__name__)
+            )
         if not text:
             raise BadDocument("empty document", "the text is empty")
         try:
@@ -572,6 +617,7 @@ class Worker:
 
             def fail():
                 raise BadDocument("truncated or damaged file", detail)
+
             yield 0, fail
             return
         for number, row in enumerate(rows, first + 1):
@@ -584,7 +630,7 @@ class Worker:
             name = self.set_name("text" if self.job["domain_field"] else None)
             tokens = (self.bos if first else b"") + self.tok.encode(text) + (self.eos if last else b"")
         except UnicodeDecodeError as e:
-            return {}, [(data[:e.start].count(b"\n") + 1, "invalid UTF-8", describe_utf8(e))]
+            return {}, [(data[: e.start].count(b"\n") + 1, "invalid UTF-8", describe_utf8(e))]
         except BadDocument as e:
             if not (first and last):
                 raise UserError("%s: %s, in the midst of a long text; split it, or leave it out" % (path, e.args[1]))
@@ -605,6 +651,7 @@ def worker_start(job, parent):
         while os.getppid() == parent:
             time.sleep(0.5)
         os._exit(1)
+
     threading.Thread(target=watch, daemon=True).start()
     worker = Worker(job)
 
@@ -623,8 +670,10 @@ def results(tasks, job, workers):
     from concurrent.futures import ProcessPoolExecutor
     from concurrent.futures.process import BrokenProcessPool
     import multiprocessing
-    pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"), initializer=worker_start,
-                               initargs=(job, os.getpid()))
+
+    pool = ProcessPoolExecutor(
+        workers, mp_context=multiprocessing.get_context("spawn"), initializer=worker_start, initargs=(job, os.getpid())
+    )
     waiting = collections.deque()
     try:
         for task, at in tasks:
@@ -636,13 +685,16 @@ def results(tasks, job, workers):
             task, future, at = waiting.popleft()
             yield task, future.result(), at
     except BrokenProcessPool:
-        raise UserError("a worker process died (out of memory?); run the same command again to go on, with fewer --workers")
+        raise UserError(
+            "a worker process died (out of memory?); run the same command again to go on, with fewer --workers"
+        )
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Writing: sets -> shards in the work folder DIR/.NAME.partial, with a state from which a restart goes on
+
 
 def shard_header(width, tokens, vocab, crc):
     header = [*MAGIC[width], tokens, vocab, crc - (1 << 32) if crc >= 1 << 31 else crc]
@@ -690,7 +742,9 @@ class SetWriter:
             path = os.path.join(self.folder, names[-1])
             size = HEADER_BYTES + self.record["open"]["tokens"] * self.tok.width
             if not os.path.exists(path) or os.path.getsize(path) < size:
-                raise UserError("%s: shorter than the state beside it says; remove %s to start anew" % (path, self.folder))
+                raise UserError(
+                    "%s: shorter than the state beside it says; remove %s to start anew" % (path, self.folder)
+                )
             os.truncate(path, size)
         return names
 
@@ -709,7 +763,7 @@ class SetWriter:
         while done < total:
             shard = record["open"] or self.begin()
             n = min(total - done, self.shard_tokens - shard["tokens"])
-            piece = tokens[done * width:(done + n) * width]
+            piece = tokens[done * width : (done + n) * width]
             self.open_file().write(piece)
             shard["crc32"] = zlib.crc32(piece, shard["crc32"])
             shard["tokens"] += n
@@ -754,7 +808,8 @@ class SetWriter:
             os.fsync(self.file.fileno())
 
     def take_back(self, n):
-        """Takes the last n tokens off the open shard. What remains goes to a copy, so that the state that was saved last holds still."""
+        """Takes the last n tokens off the open shard. What remains goes to a copy, so that the state that was
+        saved last still holds."""
         shard, width = self.record["open"], self.tok.width
         self.close()
         with open(self.path(), "rb") as f, open(self.path() + ".cut", "wb") as copy:
@@ -778,8 +833,13 @@ class Preparation:
         self.work = os.path.join(out, ".%s.partial" % job["name"])
         self.tok = open_tokenizer(job["tokenizer"], job["pattern"], encoder=False)
         self.sets, self.bad_file = {}, None
-        self.state = {"format": FORMAT, "plan": digest, "stage": "tokenise", "at": {"input": 0, "offset": 0, "line": 0},
-                      "bad": {"bytes": 0, "counts": {}}}
+        self.state = {
+            "format": FORMAT,
+            "plan": digest,
+            "stage": "tokenise",
+            "at": {"input": 0, "offset": 0, "line": 0},
+            "bad": {"bytes": 0, "counts": {}},
+        }
         self.resumed = False
 
     def path(self, name):
@@ -798,8 +858,10 @@ class Preparation:
             with open(self.path("state.json"), encoding="utf-8") as f:
                 state = json.load(f)
             if state.get("plan") != self.digest:
-                raise UserError("%s holds an unfinished preparation of other inputs or options; finish that one, give another --name "
-                                "or --out, or remove the folder" % self.work)
+                raise UserError(
+                    "%s holds an unfinished preparation of other inputs or options; finish that one, give another "
+                    "--name or --out, or remove the folder" % self.work
+                )
             sets = state.pop("sets")
             self.state, self.resumed = state, True
         names = {"lock", "state.json"}
@@ -860,7 +922,7 @@ class Preparation:
 
     def give_validation(self, key):
         """Where no document fell into validation: the last one, or the last 5% of the only one, moves there."""
-        name, train = key[:-len("/train")], self.sets[key]
+        name, train = key[: -len("/train")], self.sets[key]
         n, shard, width = train.record["last"], train.record["open"], self.tok.width
         if name + "/val" in self.sets or not shard or shard["tokens"] < n:
             return
@@ -896,11 +958,21 @@ class Preparation:
                     os.replace(ready, target)
                 elif not os.path.exists(target):
                     raise UserError("%s is gone; remove %s to start anew" % (target, self.work))
-                shards[name] = {"preparation": job["name"], "set": key.rsplit("/", 1)[0], "split": key.rsplit("/", 1)[1],
-                                "documents": shard["documents"], "tokens": shard["tokens"], "crc32": "%08x" % shard["crc32"],
-                                "bytes": HEADER_BYTES + shard["tokens"] * self.tok.width}
-        for name in sorted(n for n, shard in manifest["shards"].items() if shard["preparation"] == job["name"] and n not in shards):
-            if os.path.exists(os.path.join(self.out, name)):  # of an earlier preparation of this name, which --overwrite replaces
+                shards[name] = {
+                    "preparation": job["name"],
+                    "set": key.rsplit("/", 1)[0],
+                    "split": key.rsplit("/", 1)[1],
+                    "documents": shard["documents"],
+                    "tokens": shard["tokens"],
+                    "crc32": "%08x" % shard["crc32"],
+                    "bytes": HEADER_BYTES + shard["tokens"] * self.tok.width,
+                }
+        for name in sorted(
+            n for n, shard in manifest["shards"].items() if shard["preparation"] == job["name"] and n not in shards
+        ):
+            if os.path.exists(
+                os.path.join(self.out, name)
+            ):  # of an earlier preparation of this name, which --overwrite replaces
                 os.remove(os.path.join(self.out, name))
             del manifest["shards"][name]
         manifest["shards"].update(shards)
@@ -914,7 +986,9 @@ class Preparation:
         elif not self.state["bad"]["bytes"] and os.path.exists(bad_name):
             os.remove(bad_name)
         sync_folder(self.out)
-        write_synced(os.path.join(self.out, "manifest.json"), (json.dumps(manifest, indent=1, sort_keys=True) + "\n").encode())
+        write_synced(
+            os.path.join(self.out, "manifest.json"), (json.dumps(manifest, indent=1, sort_keys=True) + "\n").encode()
+        )
         for name in sorted(os.listdir(self.work), key=lambda n: n in ("state.json", "lock")):
             os.remove(self.path(name))
         os.rmdir(self.work)
@@ -926,12 +1000,23 @@ class Preparation:
             name, split = key.rsplit("/", 1)
             sets.setdefault(name, {})[split] = {k: s.record[k] for k in ("documents", "tokens", "text_bytes")}
             sets[name][split]["shards"] = len(s.record["done"])
-        tokenizer = {"name": self.tok.name, "vocab_size": self.tok.vocab, "bos": self.tok.bos, "eos": self.tok.eos,
-                     "bytes_per_token": self.tok.width}
+        tokenizer = {
+            "name": self.tok.name,
+            "vocab_size": self.tok.vocab,
+            "bos": self.tok.bos,
+            "eos": self.tok.eos,
+            "bytes_per_token": self.tok.width,
+        }
         if self.tok.path:
             tokenizer.update(file=self.tok.file_name, sha256=job["tokenizer_sha256"])
-        return {"format": FORMAT, "tokenizer": tokenizer, "sets": sets, "bad": self.state["bad"]["counts"],
-                "options": {k: job[k] for k in OPTIONS_IN_MANIFEST}, "inputs": inputs_summary(self.plan)}
+        return {
+            "format": FORMAT,
+            "tokenizer": tokenizer,
+            "sets": sets,
+            "bad": self.state["bad"]["counts"],
+            "options": {k: job[k] for k in OPTIONS_IN_MANIFEST},
+            "inputs": inputs_summary(self.plan),
+        }
 
 
 OPTIONS_IN_MANIFEST = ("command", "text_field", "domain_field", "val_fraction", "seed", "shard_tokens")
@@ -963,6 +1048,7 @@ def read_manifest(folder, wanted=False):
 # ----------------------------------------------------------------------------------------------------------------------
 # Progress
 
+
 class Progress:
     """One line, rewritten on a terminal, once in half a minute elsewhere."""
 
@@ -982,7 +1068,14 @@ class Progress:
         left = (self.total - read) * spent / (read - self.first) if read > self.first else 0
         share = read / self.total if self.total else 1
         line = "%5.1f%%  %d documents, %.0f/s  %.2f MB/s  ETA %d:%02d:%02d" % (
-            100 * share, self.documents, self.documents / spent, self.text_bytes / 1e6 / spent, left // 3600, left // 60 % 60, left % 60)
+            100 * share,
+            self.documents,
+            self.documents / spent,
+            self.text_bytes / 1e6 / spent,
+            left // 3600,
+            left // 60 % 60,
+            left % 60,
+        )
         if self.terminal:
             width = 20
             bar = "#" * int(width * share) + "-" * (width - int(width * share))
@@ -994,6 +1087,7 @@ class Progress:
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The command that prepares
+
 
 def parse_count(text):
     """100000000, 100M, 1.5k."""
@@ -1015,40 +1109,69 @@ def make_job(args, files):
     if not 1 <= args.shard_tokens < 2**31:
         raise UserError("--shard-tokens %d: wanted 1 to 2147483647" % args.shard_tokens)
     tok = open_tokenizer(args.tokenizer, args.pattern, encoder=False)
-    needed = ["tiktoken"] * bool(tok.path) + ["zstandard"] * any(kind_of(f) == "lines.zst" for f in files) + \
-        ["pyarrow"] * any(kind_of(f) == "parquet" for f in files)
+    needed = (
+        ["tiktoken"] * bool(tok.path)
+        + ["zstandard"] * any(kind_of(f) == "lines.zst" for f in files)
+        + ["pyarrow"] * any(kind_of(f) == "parquet" for f in files)
+    )
     for package in needed:
         if importlib.util.find_spec(package) is None:
             need(package)
-    return {"command": args.command, "name": name, "prefix": args.name + "_" if args.name else "", "tokenizer": args.tokenizer,
-            "pattern": args.pattern, "tokenizer_sha256": file_sha256(args.tokenizer) if tok.path else "",
-            "text_field": args.text_field, "domain_field": args.domain_field, "val_fraction": args.val_fraction, "seed": args.seed,
-            "shard_tokens": args.shard_tokens}
+    return {
+        "command": args.command,
+        "name": name,
+        "prefix": args.name + "_" if args.name else "",
+        "tokenizer": args.tokenizer,
+        "pattern": args.pattern,
+        "tokenizer_sha256": file_sha256(args.tokenizer) if tok.path else "",
+        "text_field": args.text_field,
+        "domain_field": args.domain_field,
+        "val_fraction": args.val_fraction,
+        "seed": args.seed,
+        "shard_tokens": args.shard_tokens,
+    }
 
 
 def already_there(out, job, plan, overwrite):
-    """True where the manifest says that this very preparation is complete; refuses to mix it with another of its name."""
+    """True where the manifest says that this very preparation is complete; refuses another one of its name."""
     manifest = read_manifest(out)
     there = manifest["preparations"].get(job["name"])
     if there is None:
-        names = "*_[0-9]*.bin" if job["domain_field"] and not job["prefix"] else (job["prefix"] or job["name"] + "_") + "*_[0-9]*.bin"
+        names = (
+            "*_[0-9]*.bin"
+            if job["domain_field"] and not job["prefix"]
+            else (job["prefix"] or job["name"] + "_") + "*_[0-9]*.bin"
+        )
         known = set(manifest["shards"])
-        foreign = [p for p in glob.glob(os.path.join(glob.escape(out), names)) if os.path.basename(p) not in known
-                   and re.search(r"_(train|val)_\d{6}\.bin$", p)]
+        foreign = [
+            p
+            for p in glob.glob(os.path.join(glob.escape(out), names))
+            if os.path.basename(p) not in known and re.search(r"_(train|val)_\d{6}\.bin$", p)
+        ]
         if foreign and not overwrite:
-            raise UserError("%s is there and in no manifest; give another --name or --out, or --overwrite" % sorted(foreign)[0])
+            raise UserError(
+                "%s is there and in no manifest; give another --name or --out, or --overwrite" % sorted(foreign)[0]
+            )
         return False
-    same = there.get("options") == {k: job[k] for k in OPTIONS_IN_MANIFEST} and there.get("inputs") == inputs_summary(plan) \
-        and there["tokenizer"].get("sha256", "") == job["tokenizer_sha256"] and there["tokenizer"]["name"] == (
-            job["tokenizer"] if not job["tokenizer_sha256"] else job["pattern"] or split_pattern_of(job["tokenizer"]))
+    same = (
+        there.get("options") == {k: job[k] for k in OPTIONS_IN_MANIFEST}
+        and there.get("inputs") == inputs_summary(plan)
+        and there["tokenizer"].get("sha256", "") == job["tokenizer_sha256"]
+        and there["tokenizer"]["name"]
+        == (job["tokenizer"] if not job["tokenizer_sha256"] else job["pattern"] or split_pattern_of(job["tokenizer"]))
+    )
     if overwrite:
         return False
     if not same:
-        raise UserError("%s holds a preparation %s of other inputs or options; give another --name or --out, or --overwrite"
-                        % (out, job["name"]))
+        raise UserError(
+            "%s holds a preparation %s of other inputs or options; give another --name or --out, or --overwrite"
+            % (out, job["name"])
+        )
     for name, shard in manifest["shards"].items():
         path = os.path.join(out, name)
-        if shard["preparation"] == job["name"] and (not os.path.exists(path) or os.path.getsize(path) != shard["bytes"]):
+        if shard["preparation"] == job["name"] and (
+            not os.path.exists(path) or os.path.getsize(path) != shard["bytes"]
+        ):
             raise UserError("%s is missing or of another size than the manifest says; --overwrite prepares anew" % path)
     return True
 
@@ -1057,6 +1180,7 @@ def prepare(args):
     if args.command == "slimpajama" and args.download:
         sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
         import download
+
         folder = download.slimpajama(args, UserError)
         args.inputs = args.inputs + [folder]
         if not args.out:
@@ -1064,7 +1188,10 @@ def prepare(args):
     if not args.out:
         raise UserError("--out DIR is needed")
     if not args.inputs:
-        raise UserError("no inputs; give files, folders or globs" + (", or --download FOLDER" if args.command == "slimpajama" else ""))
+        raise UserError(
+            "no inputs; give files, folders or globs"
+            + (", or --download FOLDER" if args.command == "slimpajama" else "")
+        )
     files = expand_inputs(args.inputs)
     job = make_job(args, files)
     plan = make_plan(files, job)
@@ -1076,8 +1203,11 @@ def prepare(args):
 
 
 def prepare_into(args, job, plan):
-    digest = hashlib.sha256(json.dumps([FORMAT, {k: v for k, v in job.items() if k != "tokenizer"}, plan],
-                                       sort_keys=True).encode("utf-8", "surrogateescape")).hexdigest()
+    digest = hashlib.sha256(
+        json.dumps([FORMAT, {k: v for k, v in job.items() if k != "tokenizer"}, plan], sort_keys=True).encode(
+            "utf-8", "surrogateescape"
+        )
+    ).hexdigest()
     unfinished = os.path.exists(os.path.join(args.out, ".%s.partial" % job["name"], "state.json"))
     if not unfinished and already_there(args.out, job, plan, args.overwrite):
         print("%s: %s is complete already; --overwrite prepares it anew" % (args.out, job["name"]))
@@ -1098,17 +1228,20 @@ def tokenise(args, p):
     workers = args.workers or os.cpu_count() or 1
     if not args.workers and total < 4 << 20:
         workers = 1  # starting processes takes longer
-    read = [sum(entry["bytes"] for entry in p.plan[:p.state["at"]["input"]])]
+    read = [sum(entry["bytes"] for entry in p.plan[: p.state["at"]["input"]])]
 
     def tell(n):
         read[0] = n
+
     progress, saved, shown = Progress(total, read[0]), time.time(), 0
     tasks = read_tasks(p.plan, p.state["at"], tell, whole=p.job["tokenizer"] == "toy")
     whole = True  # the state fits what is written: not so while a task's results are being added
     try:
         for task, (sets, bad), at in results(tasks, p.job, workers):
             if bad and args.on_bad == "refuse":
-                raise UserError("%s:%d: %s: %s; mend it, or --on-bad skip leaves such documents out" % (task[1], *bad[0]))
+                raise UserError(
+                    "%s:%d: %s: %s; mend it, or --on-bad skip leaves such documents out" % (task[1], *bad[0])
+                )
             whole = False
             for line, kind, detail in bad:
                 p.add_bad(task[1], line, kind, detail)
@@ -1138,18 +1271,27 @@ def report(out, name):
     print("%-24s %-6s %12s %14s %14s %7s" % ("set", "split", "documents", "tokens", "text bytes", "shards"))
     for key, splits in summary["sets"].items():
         for split, n in splits.items():
-            print("%-24s %-6s %12d %14d %14d %7d" % (key, split, n["documents"], n["tokens"], n["text_bytes"], n["shards"]))
+            print(
+                "%-24s %-6s %12d %14d %14d %7d"
+                % (key, split, n["documents"], n["tokens"], n["text_bytes"], n["shards"])
+            )
         if "val" not in splits and summary["options"]["val_fraction"] > 0:
             print("%s: no validation: too little text" % key)
     if summary["bad"]:
-        print("left out: %s; listed in %s" % (", ".join("%d %s" % (n, kind) for kind, n in sorted(summary["bad"].items())),
-                                              os.path.join(out, name + ".bad.jsonl")))
+        print(
+            "left out: %s; listed in %s"
+            % (
+                ", ".join("%d %s" % (n, kind) for kind, n in sorted(summary["bad"].items())),
+                os.path.join(out, name + ".bad.jsonl"),
+            )
+        )
     if not summary["sets"]:
         raise UserError("%s: no document could be used" % out)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Reading shards: inspect and verify
+
 
 class Shard:
     """The header of a shard, checked against its size."""
@@ -1167,11 +1309,15 @@ class Shard:
         magic, version, self.tokens, self.vocab, crc, self.mask = struct.unpack("<6i", header[:24])
         widths = {MAGIC[w]: w for w in MAGIC}
         if (magic, version) not in widths:
-            raise UserError("%s: magic %d, version %d; wanted 20240520, 1 (uint16) or 20240801, 7 (uint32)" % (path, magic, version))
+            raise UserError(
+                "%s: magic %d, version %d; wanted 20240520, 1 (uint16) or 20240801, 7 (uint32)" % (path, magic, version)
+            )
         self.magic, self.version, self.crc, self.width = magic, version, crc & 0xFFFFFFFF, widths[magic, version]
         if self.tokens < 0 or self.size != HEADER_BYTES + self.tokens * self.width:
-            raise UserError("%s: %d bytes, its header says %d tokens, which is %d" % (
-                path, self.size, self.tokens, HEADER_BYTES + self.tokens * self.width))
+            raise UserError(
+                "%s: %d bytes, its header says %d tokens, which is %d"
+                % (path, self.size, self.tokens, HEADER_BYTES + self.tokens * self.width)
+            )
 
     def chunks(self, tokens=1 << 20):
         """Packed tokens and the same as numbers, piece by piece."""
@@ -1197,16 +1343,28 @@ def tokenizer_of(folder, name, spec, pattern):
     if preparation is None:
         return None
     tokenizer = preparation["tokenizer"]
-    return open_tokenizer(os.path.join(folder, tokenizer["file"]) if "file" in tokenizer else tokenizer["name"], None, encoder=False)
+    return open_tokenizer(
+        os.path.join(folder, tokenizer["file"]) if "file" in tokenizer else tokenizer["name"], None, encoder=False
+    )
 
 
 def inspect(args):
     shard = Shard(args.shard)
     folder, name = os.path.split(args.shard)
     tok = tokenizer_of(folder or ".", name, args.tokenizer, args.pattern)
-    print("%s: %d bytes, magic %d version %d (uint%d)" % (args.shard, shard.size, shard.magic, shard.version, 8 * shard.width))
-    print("tokens %d, vocabulary %s, crc32 %s, mask %s" % (shard.tokens, shard.vocab or "unknown", "%08x" % shard.crc if shard.crc else "unknown",
-                                                           "yes" if shard.mask else "no"))
+    print(
+        "%s: %d bytes, magic %d version %d (uint%d)"
+        % (args.shard, shard.size, shard.magic, shard.version, 8 * shard.width)
+    )
+    print(
+        "tokens %d, vocabulary %s, crc32 %s, mask %s"
+        % (
+            shard.tokens,
+            shard.vocab or "unknown",
+            "%08x" % shard.crc if shard.crc else "unknown",
+            "yes" if shard.mask else "no",
+        )
+    )
     starts, position, largest, ids = 0, 0, 0, []
     first = []  # where the first documents start
     for _, numbers in shard.chunks():
@@ -1217,26 +1375,35 @@ def inspect(args):
             largest = max(largest, max(numbers))
             found = [i for i, n in enumerate(numbers) if n == tok.bos] if tok else []
         starts += len(found)
-        first += [position + i for i in found[:args.documents + 1]]
+        first += [position + i for i in found[: args.documents + 1]]
         if position < 1 << 22:
             ids += [int(n) for n in numbers]
         position += len(numbers)
     print("largest id %d%s" % (largest, ", NOT BELOW THE VOCABULARY" if shard.vocab and largest >= shard.vocab else ""))
     if tok is None:
-        print("no manifest beside it names its tokenizer: give --tokenizer to see documents; the first ids: %s" % ids[:32])
+        print(
+            "no manifest beside it names its tokenizer: give --tokenizer to see documents; the first ids: %s" % ids[:32]
+        )
         return
     print("tokenizer %s: %d documents start here (ids %d)" % (tok.name, starts, tok.bos))
     if first[:1] != [0] and shard.tokens:
         first = [0] + first  # the shard begins inside a document
-    for i, start in enumerate(first[:args.documents]):
+    for i, start in enumerate(first[: args.documents]):
         end = first[i + 1] if i + 1 < len(first) else min(shard.tokens, len(ids))
         text = tok.decode(n for n in ids[start:end] if n not in (tok.bos, tok.eos)).decode("utf-8", "replace")
-        print("--- tokens %d to %d%s" % (start, end, "" if ids[start:start + 1] == [tok.bos] else ", begun in the shard before"))
-        print(text if len(text) <= args.characters else text[:args.characters] + " [... %d characters more]" % (len(text) - args.characters))
+        print(
+            "--- tokens %d to %d%s"
+            % (start, end, "" if ids[start : start + 1] == [tok.bos] else ", begun in the shard before")
+        )
+        print(
+            text
+            if len(text) <= args.characters
+            else text[: args.characters] + " [... %d characters more]" % (len(text) - args.characters)
+        )
 
 
 def verify_shard(path, entry, tok):
-    """Everything that can be wrong with one shard; entry: its part of the manifest or None. -> documents that start in it."""
+    """Everything that can be wrong with one shard; entry: its part of the manifest or None. -> its tokens."""
     shard = Shard(path)
     crc = starts = 0
     position = 0
@@ -1245,16 +1412,22 @@ def verify_shard(path, entry, tok):
         largest = int(max(numbers)) if isinstance(numbers, tuple) else int(numbers.max())
         if shard.vocab and largest >= shard.vocab:
             at = next(i for i, n in enumerate(numbers) if n >= shard.vocab)
-            raise UserError("%s: id %d at token %d, the vocabulary has %d" % (path, numbers[at], position + at, shard.vocab))
+            raise UserError(
+                "%s: id %d at token %d, the vocabulary has %d" % (path, numbers[at], position + at, shard.vocab)
+            )
         if tok:
             starts += numbers.count(tok.bos) if isinstance(numbers, tuple) else int((numbers == tok.bos).sum())
         position += len(numbers)
     if shard.crc and crc != shard.crc:
         raise UserError("%s: crc32 of the tokens is %08x, its header says %08x" % (path, crc, shard.crc))
     if entry:
-        for what, got, want in (("crc32", "%08x" % crc, entry["crc32"]), ("tokens", shard.tokens, entry["tokens"]),
-                                ("bytes", shard.size, entry["bytes"]), ("vocabulary", shard.vocab, tok.vocab if tok else shard.vocab),
-                                ("documents that start in it", starts if tok else entry["documents"], entry["documents"])):
+        for what, got, want in (
+            ("crc32", "%08x" % crc, entry["crc32"]),
+            ("tokens", shard.tokens, entry["tokens"]),
+            ("bytes", shard.size, entry["bytes"]),
+            ("vocabulary", shard.vocab, tok.vocab if tok else shard.vocab),
+            ("documents that start in it", starts if tok else entry["documents"], entry["documents"]),
+        ):
             if got != want:
                 raise UserError("%s: %s %s, the manifest says %s" % (path, what, got, want))
     return shard.tokens
@@ -1272,19 +1445,28 @@ def verify(args):
                 tokenizer = preparation["tokenizer"]
                 path = os.path.join(item, tokenizer.get("file", ""))
                 if "file" in tokenizer and (not os.path.exists(path) or file_sha256(path) != tokenizer["sha256"]):
-                    print("%s: missing, or not the tokenizer of %s: its sha256 differs from the manifest's" % (path, name))
+                    print(
+                        "%s: missing, or not the tokenizer of %s: its sha256 differs from the manifest's" % (path, name)
+                    )
                     wrong += 1
                 sums = {}
                 for shard in manifest["shards"].values():
                     if shard["preparation"] == name:
                         n = sums.setdefault((shard["set"], shard["split"]), [0, 0, 0])
                         n[0], n[1], n[2] = n[0] + shard["documents"], n[1] + shard["tokens"], n[2] + 1
-                said = {(key, split): [n["documents"], n["tokens"], n["shards"]]
-                        for key, splits in preparation["sets"].items() for split, n in splits.items()}
+                said = {
+                    (key, split): [n["documents"], n["tokens"], n["shards"]]
+                    for key, splits in preparation["sets"].items()
+                    for split, n in splits.items()
+                }
                 if sums != said:
                     print("%s: the sums of the shards of %s are not what the manifest says of its sets" % (item, name))
                     wrong += 1
-            strangers = [p for p in sorted(os.listdir(item)) if re.search(r"_(train|val)_\d{6}\.bin$", p) and p not in manifest["shards"]]
+            strangers = [
+                p
+                for p in sorted(os.listdir(item))
+                if re.search(r"_(train|val)_\d{6}\.bin$", p) and p not in manifest["shards"]
+            ]
             for name in strangers:
                 print("%s: not in the manifest" % os.path.join(item, name))
             wrong += len(strangers)
@@ -1306,24 +1488,55 @@ def verify(args):
 
 # ----------------------------------------------------------------------------------------------------------------------
 
+
 def add_prepare_options(p, command):
     p.add_argument("inputs", nargs="*", metavar="INPUT", help="files, folders or quoted globs")
     p.add_argument("--out", metavar="DIR", help="where the shards go")
-    p.add_argument("--name", help="shards are NAME_train_000000.bin ...; default: a single text's name, else %s" % (
-        "text" if command == "text" else "the domains' names without one"))
-    p.add_argument("--tokenizer", default="bytes", metavar="NAME|FILE", help="bytes (default), toy, or a tiktoken rank file")
-    p.add_argument("--pattern", choices=list(PATTERNS), help="how text is split; default: what the rank file's name tells")
-    p.add_argument("--text-field", default="text", metavar="FIELD", help="of JSON lines and parquet; a.b for b in a; default text")
-    p.add_argument("--domain-field", default="meta.redpajama_set_name" if command == "slimpajama" else "", metavar="FIELD",
-                   help="documents go to one set of shards for each value of this field")
-    p.add_argument("--val-fraction", type=float, default=0.05 if command == "text" else 0.001, metavar="X",
-                   help="share of documents for validation, chosen by a hash; default %(default)s")
+    p.add_argument(
+        "--name",
+        help="shards are NAME_train_000000.bin ...; default: a single text's name, else %s"
+        % ("text" if command == "text" else "the domains' names without one"),
+    )
+    p.add_argument(
+        "--tokenizer", default="bytes", metavar="NAME|FILE", help="bytes (default), toy, or a tiktoken rank file"
+    )
+    p.add_argument(
+        "--pattern", choices=list(PATTERNS), help="how text is split; default: what the rank file's name tells"
+    )
+    p.add_argument(
+        "--text-field", default="text", metavar="FIELD", help="of JSON lines and parquet; a.b for b in a; default text"
+    )
+    p.add_argument(
+        "--domain-field",
+        default="meta.redpajama_set_name" if command == "slimpajama" else "",
+        metavar="FIELD",
+        help="documents go to one set of shards for each value of this field",
+    )
+    p.add_argument(
+        "--val-fraction",
+        type=float,
+        default=0.05 if command == "text" else 0.001,
+        metavar="X",
+        help="share of documents for validation, chosen by a hash; default %(default)s",
+    )
     p.add_argument("--seed", type=int, default=0, help="of that hash")
-    p.add_argument("--shard-tokens", type=parse_count, default=100000000, metavar="N", help="tokens in a shard, default 100M")
-    p.add_argument("--on-bad", choices=["skip", "refuse"], default="skip",
-                   help="a document that cannot be used is left out, counted and listed in NAME.bad.jsonl (default), or ends the run")
+    p.add_argument(
+        "--shard-tokens", type=parse_count, default=100000000, metavar="N", help="tokens in a shard, default 100M"
+    )
+    p.add_argument(
+        "--on-bad",
+        choices=["skip", "refuse"],
+        default="skip",
+        help="a document that cannot be used is left out and listed in NAME.bad.jsonl (default), or ends the run",
+    )
     p.add_argument("--workers", type=int, default=0, metavar="N", help="processes; default: one a core")
-    p.add_argument("--save-seconds", type=float, default=10, metavar="S", help="how often the state for a restart is saved; default 10")
+    p.add_argument(
+        "--save-seconds",
+        type=float,
+        default=10,
+        metavar="S",
+        help="how often the state for a restart is saved; default 10",
+    )
     p.add_argument("--overwrite", action="store_true", help="replace an earlier preparation of this name")
 
 
@@ -1334,14 +1547,24 @@ def make_parser():
     add_prepare_options(text, "text")
     slim = commands.add_parser("slimpajama", help="SlimPajama to shards, a set for each of its seven domains")
     add_prepare_options(slim, "slimpajama")
-    slim.add_argument("--download", metavar="FOLDER", help="fetch SlimPajama's files into FOLDER first, or go on doing so")
+    slim.add_argument(
+        "--download", metavar="FOLDER", help="fetch SlimPajama's files into FOLDER first, or go on doing so"
+    )
     slim.add_argument("--mirror", metavar="URL", help="where the files are; default: the data set's own repository")
-    slim.add_argument("--file-list", metavar="FILE", help="lines PATH [BYTES [SHA256]], relative to the mirror; default: ask the repository")
+    slim.add_argument(
+        "--file-list",
+        metavar="FILE",
+        help="lines PATH [BYTES [SHA256]], relative to the mirror; default: ask the repository",
+    )
     slim.add_argument("--max-files", type=int, metavar="N", help="download no more than N files")
     slim.add_argument("--max-bytes", type=parse_count, metavar="N", help="download no more than N bytes")
     slim.add_argument("--connections", type=int, default=8, metavar="N", help="at once; default 8")
-    slim.add_argument("--retries", type=int, default=8, metavar="N", help="tries in a row without a byte of progress; default 8")
-    slim.add_argument("--retry-pause", type=float, default=1.0, metavar="S", help="first pause, doubled up to a minute; default 1")
+    slim.add_argument(
+        "--retries", type=int, default=8, metavar="N", help="tries in a row without a byte of progress; default 8"
+    )
+    slim.add_argument(
+        "--retry-pause", type=float, default=1.0, metavar="S", help="first pause, doubled up to a minute; default 1"
+    )
     look = commands.add_parser("inspect", help="header, counts and first documents of a shard")
     look.add_argument("shard")
     look.add_argument("--documents", type=int, default=3, metavar="N")

@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
-"""data/evals.py: requests of each format, generated tasks checked by an independent reader of their stories, the report's arithmetic.
+"""data/evals.py: requests of each format, generated tasks checked by reading their stories again, the report's sums.
 
-    python3 dev/tests/test_evals.py
+python3 dev/tests/test_evals.py
 """
+
 import json
 import math
 import os
@@ -22,7 +23,9 @@ import evals  # noqa: E402
 
 
 def run(*args, status=0):
-    done = subprocess.run([sys.executable, EVALS, *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    done = subprocess.run(
+        [sys.executable, EVALS, *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
     if done.returncode != status:
         raise AssertionError("exit status %d, wanted %d\n%s" % (done.returncode, status, done.stdout))
     return done.stdout
@@ -53,35 +56,79 @@ class Formats(Case):
         return self.read("out.jsonl")
 
     def test_lambada(self):
-        self.assertEqual(self.convert({"text": "He came back to the old house ."}, command="lambada"),
-                         [{"context": "He came back to the old house", "continuation": " .", "task": "in", "item": 0}])
+        self.assertEqual(
+            self.convert({"text": "He came back to the old house ."}, command="lambada"),
+            [{"context": "He came back to the old house", "continuation": " .", "task": "in", "item": 0}],
+        )
 
     def test_hellaswag_as_the_evaluation_harness_cleans_it(self):
-        got = self.convert({"activity_label": "Roof", "ctx_a": "A man is [substeps] sitting.", "ctx_b": "he", "endings": ["a [title] b", "c", "d", "e"], "label": "2"})
+        got = self.convert(
+            {
+                "activity_label": "Roof",
+                "ctx_a": "A man is [substeps] sitting.",
+                "ctx_b": "he",
+                "endings": ["a [title] b", "c", "d", "e"],
+                "label": "2",
+            }
+        )
         self.assertEqual([g["continuation"] for g in got], [" a. b", " c", " d", " e"])
         self.assertEqual({(g["context"], g["gold"]) for g in got}, {("Roof: A man is sitting. He", 2)})
 
     def test_arc_in_both_forms(self):
-        want = [("Question: Q?\nAnswer:", " x", 0, 1), ("Question: Q?\nAnswer:", " y", 1, 1), ("Question: Q?\nAnswer:", " z", 2, 1)]
-        for record in ({"question": {"stem": "Q?", "choices": [{"text": t, "label": n} for t, n in zip("xyz", "123")]}, "answerKey": "2"},
-                       {"question": "Q?", "choices": {"text": ["x", "y", "z"], "label": ["A", "B", "C"]}, "answerKey": "B"}):
-            self.assertEqual([(g["context"], g["continuation"], g["choice"], g["gold"]) for g in self.convert(record)], want)
+        want = [
+            ("Question: Q?\nAnswer:", " x", 0, 1),
+            ("Question: Q?\nAnswer:", " y", 1, 1),
+            ("Question: Q?\nAnswer:", " z", 2, 1),
+        ]
+        for record in (
+            {
+                "question": {"stem": "Q?", "choices": [{"text": t, "label": n} for t, n in zip("xyz", "123")]},
+                "answerKey": "2",
+            },
+            {"question": "Q?", "choices": {"text": ["x", "y", "z"], "label": ["A", "B", "C"]}, "answerKey": "B"},
+        ):
+            self.assertEqual(
+                [(g["context"], g["continuation"], g["choice"], g["gold"]) for g in self.convert(record)], want
+            )
 
     def test_piqa_with_labels_beside_it(self):
         labels = self.write("labels.lst", ["1"])
         got = self.convert({"goal": "G", "sol1": "s", "sol2": "t"}, "--labels", labels)
-        self.assertEqual([(g["context"], g["continuation"], g["gold"]) for g in got], [("Question: G\nAnswer:", " s", 1), ("Question: G\nAnswer:", " t", 1)])
+        self.assertEqual(
+            [(g["context"], g["continuation"], g["gold"]) for g in got],
+            [("Question: G\nAnswer:", " s", 1), ("Question: G\nAnswer:", " t", 1)],
+        )
 
     def test_others(self):
-        self.assertEqual(self.convert({"passage": "P.", "question": "is it", "answer": True})[1]["continuation"], " yes")
-        got = self.convert({"sentence": "The cup beat the ball because _ was large.", "option1": "it", "option2": "he", "answer": "2"})
-        self.assertEqual([(g["context"][-10:], g["continuation"], g["gold"]) for g in got], [("because it", " was large.", 1), ("because he", " was large.", 1)])
-        self.assertEqual(self.convert({"context": "C", "question": "q?", "answerA": "a", "answerB": "b", "answerC": "c", "label": "3"})[0]["gold"], 2)
+        self.assertEqual(
+            self.convert({"passage": "P.", "question": "is it", "answer": True})[1]["continuation"], " yes"
+        )
+        got = self.convert(
+            {"sentence": "The cup beat the ball because _ was large.", "option1": "it", "option2": "he", "answer": "2"}
+        )
+        self.assertEqual(
+            [(g["context"][-10:], g["continuation"], g["gold"]) for g in got],
+            [("because it", " was large.", 1), ("because he", " was large.", 1)],
+        )
+        self.assertEqual(
+            self.convert(
+                {"context": "C", "question": "q?", "answerA": "a", "answerB": "b", "answerC": "c", "label": "3"}
+            )[0]["gold"],
+            2,
+        )
         self.assertEqual(len(self.convert({"question": "2+2", "choices": list("abcdefghij"), "answer": 7})), 10)
         self.assertEqual(self.convert({"query": "q", "choices": ["no", "yes"], "gold": "yes"})[0]["gold"], 1)
 
     def test_bad_lines_are_named(self):
-        path = self.write("in.jsonl", ["{broken", {"goal": "G", "sol1": "s", "sol2": "t", "label": 5}, {"x": 1}, {"goal": "G", "sol1": "s", "sol2": "t", "label": 0}])
+        path = self.write(
+            "in.jsonl",
+            [
+                "{broken",
+                {"goal": "G", "sol1": "s", "sol2": "t", "label": 5},
+                {"x": 1},
+                {"goal": "G", "sol1": "s", "sol2": "t", "label": 0},
+            ],
+        )
         shown = run("choice", path, "--out", self.path("o.jsonl"))
         for number, why in ((1, ""), (2, "gold is 5, wanted one of the 2 choices"), (3, "no format that is known")):
             self.assertIn("%s:%d: %s" % (path, number, why), shown)
@@ -141,7 +188,14 @@ class Generated(Case):
         rng = random.Random(1)
         with open(self.path("book.txt"), "w") as f:
             for i in range(3000):
-                f.write("Sentence %d of the dull %s ends here%s" % (i, rng.choice(["novel", "history", "manual"]) * rng.randrange(1, 3), rng.choice([". ", "!\n", "?\n\n"])))
+                f.write(
+                    "Sentence %d of the dull %s ends here%s"
+                    % (
+                        i,
+                        rng.choice(["novel", "history", "manual"]) * rng.randrange(1, 3),
+                        rng.choice([". ", "!\n", "?\n\n"]),
+                    )
+                )
         return self.path("book.txt")
 
     def test_questions_have_the_answer_that_the_story_gives(self):
@@ -157,8 +211,32 @@ class Generated(Case):
 
     def test_babilong(self):
         book = self.book()
-        run("babilong", "--text", book, "--samples", "20", "--distraction", "0,500,4000", "--out", self.path("a.jsonl"), "--seed", "3")
-        run("babilong", "--text", book, "--samples", "20", "--distraction", "0,500,4000", "--out", self.path("b.jsonl"), "--seed", "3")
+        run(
+            "babilong",
+            "--text",
+            book,
+            "--samples",
+            "20",
+            "--distraction",
+            "0,500,4000",
+            "--out",
+            self.path("a.jsonl"),
+            "--seed",
+            "3",
+        )
+        run(
+            "babilong",
+            "--text",
+            book,
+            "--samples",
+            "20",
+            "--distraction",
+            "0,500,4000",
+            "--out",
+            self.path("b.jsonl"),
+            "--seed",
+            "3",
+        )
         requests = self.read("a.jsonl")
         self.assertEqual(requests, self.read("b.jsonl"))
         items = {}
@@ -189,25 +267,36 @@ class Generated(Case):
 
     def test_refusals(self):
         self.assertIn("no text to distract with", run("babilong", "--out", self.path("x"), "--samples", "1", status=1))
-        self.assertIn("alone have", run("needle", "--text", self.book(), "--length", "50", "--out", self.path("x"), status=1))
+        self.assertIn(
+            "alone have", run("needle", "--text", self.book(), "--length", "50", "--out", self.path("x"), status=1)
+        )
         self.assertIn("wanted 1 to 5", run("babilong", "--tasks", "6", "--out", self.path("x"), status=1))
         self.assertIn("No such file", run("needle", "--text", self.path("none"), "--out", self.path("x"), status=1))
 
 
 class Report(Case):
     def test_arithmetic(self):
-        choices = [{"context": "c", "continuation": t, "task": "t", "item": i, "choice": c, "gold": 1} for i in range(2) for c, t in enumerate((" a", " bbbb", " cc"))]
+        choices = [
+            {"context": "c", "continuation": t, "task": "t", "item": i, "choice": c, "gold": 1}
+            for i in range(2)
+            for c, t in enumerate((" a", " bbbb", " cc"))
+        ]
         logprobs = [-1.0, -2.0, -3.0, -9.0, -4.0, -5.0]  # first: raw says a, per byte says b; second: b either way
         words = [{"context": "c", "continuation": " w", "task": "l", "item": i} for i in range(2)]
         requests = self.write("r.jsonl", choices)
         scores = self.write("s.jsonl", [{"logprob": x, "tokens": 2, "greedy": x == -4.0} for x in logprobs])
         more = self.write("r2.jsonl", words)
-        less = self.write("s2.jsonl", [{"logprob": -1.0, "tokens": 1, "greedy": True}, {"logprob": -2.0, "tokens": 3, "greedy": False}])
+        less = self.write(
+            "s2.jsonl",
+            [{"logprob": -1.0, "tokens": 1, "greedy": True}, {"logprob": -2.0, "tokens": 3, "greedy": False}],
+        )
         shown = run("report", requests, scores, more, less, "--json", self.path("j"))
         with open(self.path("j")) as f:
             rows = json.load(f)
         t, word = rows["t"], rows["l"]
-        self.assertEqual((t["questions"], t["accuracy"], t["acc_norm"], t["acc_token"], t["greedy"]), (2, 0.5, 1.0, 0.5, 0.5))
+        self.assertEqual(
+            (t["questions"], t["accuracy"], t["acc_norm"], t["acc_token"], t["greedy"]), (2, 0.5, 1.0, 0.5, 0.5)
+        )
         self.assertAlmostEqual(t["perplexity"], math.exp(3))
         self.assertAlmostEqual(word["perplexity"], math.exp(1.5))
         self.assertAlmostEqual(word["token_ppl"], math.exp(0.75))
@@ -219,7 +308,15 @@ class Report(Case):
         one = self.write("s.jsonl", [{"logprob": -1.0, "tokens": 1, "greedy": True}])
         self.assertIn("2 requests", run("report", requests, one, status=1))
         self.assertIn(":1: no logprob", run("report", requests, self.write("b.jsonl", [{}] * 2), status=1))
-        self.assertIn("no number", run("report", requests, self.write("n.jsonl", [{"logprob": None, "tokens": 1, "greedy": True}] * 2), status=1))
+        self.assertIn(
+            "no number",
+            run(
+                "report",
+                requests,
+                self.write("n.jsonl", [{"logprob": None, "tokens": 1, "greedy": True}] * 2),
+                status=1,
+            ),
+        )
         self.assertIn("broken JSON", run("report", requests, self.write("x.jsonl", ["{"]), status=1))
 
     def test_infer_mta_reads_what_is_written(self):
@@ -229,15 +326,67 @@ class Report(Case):
             self.skipTest("no infer_mta and train_mta in %s" % BIN)
         with open(self.path("t.txt"), "w") as f:
             f.write("A line of text for a model that learns nothing.\n" * 200)
-        subprocess.run([sys.executable, os.path.join(ROOT, "data", "prepare.py"), "text", self.path("t.txt"), "--out", self.path("d")], check=True,
-                       stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        subprocess.run([train, "--model", "toy", "--attention", "transformer", "--vocab-size", "259", "--hidden-size", "32", "--num-hidden-layers", "1",
-                        "--num-attention-heads", "2", "--num-key-value-heads", "2", "--intermediate-size", "64", "--max-position-embeddings", "2048",
-                        "--seq-len", "64", "--batch-size", "1", "--tokens-per-step", "64", "--steps", "1", "--tokenizer", "bytes",
-                        "--train", self.path("d") + "/t_train_*.bin", "--out", self.path("run")], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        subprocess.run(
+            [
+                sys.executable,
+                os.path.join(ROOT, "data", "prepare.py"),
+                "text",
+                self.path("t.txt"),
+                "--out",
+                self.path("d"),
+            ],
+            check=True,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        subprocess.run(
+            [
+                train,
+                "--model",
+                "toy",
+                "--attention",
+                "transformer",
+                "--vocab-size",
+                "259",
+                "--hidden-size",
+                "32",
+                "--num-hidden-layers",
+                "1",
+                "--num-attention-heads",
+                "2",
+                "--num-key-value-heads",
+                "2",
+                "--intermediate-size",
+                "64",
+                "--max-position-embeddings",
+                "2048",
+                "--seq-len",
+                "64",
+                "--batch-size",
+                "1",
+                "--tokens-per-step",
+                "64",
+                "--steps",
+                "1",
+                "--tokenizer",
+                "bytes",
+                "--train",
+                self.path("d") + "/t_train_*.bin",
+                "--out",
+                self.path("run"),
+            ],
+            check=True,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
         run("babilong", "--samples", "4", "--distraction", "0", "--out", self.path("r.jsonl"))
         with open(self.path("s.jsonl"), "w") as f:
-            subprocess.run([infer, self.path("run/step-00000001"), "--score", self.path("r.jsonl")], check=True, stdout=f, stderr=subprocess.DEVNULL)
+            subprocess.run(
+                [infer, self.path("run/step-00000001"), "--score", self.path("r.jsonl")],
+                check=True,
+                stdout=f,
+                stderr=subprocess.DEVNULL,
+            )
         self.assertIn("qa5, distraction 0", run("report", self.path("r.jsonl"), self.path("s.jsonl")))
 
 
@@ -246,7 +395,14 @@ def main():
     failed = len(result.failures) + len(result.errors)
     for test, reason in result.skipped:
         print("skipped %s: %s" % (test, reason))
-    print("%d passed, %d failed%s" % (result.testsRun - failed - len(result.skipped), failed, ", %d skipped" % len(result.skipped) if result.skipped else ""))
+    print(
+        "%d passed, %d failed%s"
+        % (
+            result.testsRun - failed - len(result.skipped),
+            failed,
+            ", %d skipped" % len(result.skipped) if result.skipped else "",
+        )
+    )
     return 1 if failed else 0
 
 

@@ -4,11 +4,12 @@
     data/.venv/bin/python dev/tests/test_tokenizer.py [--full] [--strings N] [--text-mb N] [--text DIR ...] [--seed N]
 
 Default: the golden texts, every code point, 20,000 random strings, 4 MB of the machine's own text: about a minute.
---full: 1,000,000 random strings and 100 MB of text. Each text goes through all four patterns with real ranks (cl100k_base's; gpt2's for
-gpt2), and through all four again with made-up ranks in which any two bytes are a token, so that a piece that ends one character too
-early or too late changes the ids even where the real ranks would hide it.
+--full: 1,000,000 random strings and 100 MB of text. Each text goes through all four patterns with real ranks
+(cl100k_base's; gpt2's for gpt2), and through all four again with made-up ranks in which any two bytes are a token, so
+that a piece that ends one character too early or too late changes the ids even where the real ranks would hide it.
 Without tiktoken only the golden texts are compared.
 """
+
 import argparse
 import ctypes
 import glob
@@ -36,13 +37,30 @@ class Library:
 
     def __init__(self, folder):
         path = os.path.join(folder, "tokenizer_lib.so")
-        command = [os.environ.get("CC", "cc"), "-std=gnu11", "-O2", "-Wall", "-Wextra", "-shared", "-fPIC", "-I" + ROOT,
-                   os.path.join(ROOT, "dev", "tests", "tokenizer_lib.c"), "-o", path]
+        command = [
+            os.environ.get("CC", "cc"),
+            "-std=gnu11",
+            "-O2",
+            "-Wall",
+            "-Wextra",
+            "-shared",
+            "-fPIC",
+            "-I" + ROOT,
+            os.path.join(ROOT, "dev", "tests", "tokenizer_lib.c"),
+            "-o",
+            path,
+        ]
         subprocess.run(command, check=True)
         self.lib = ctypes.CDLL(path)
         self.lib.lib_open.restype = ctypes.c_void_p
         self.lib.lib_encode.restype = ctypes.c_long
-        self.lib.lib_encode.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_size_t, ctypes.c_void_p, ctypes.c_char_p]
+        self.lib.lib_encode.argtypes = [
+            ctypes.c_void_p,
+            ctypes.c_char_p,
+            ctypes.c_size_t,
+            ctypes.c_void_p,
+            ctypes.c_char_p,
+        ]
         self.lib.lib_decode.restype = self.lib.lib_max_bytes.restype = ctypes.c_size_t
         self.lib.lib_decode.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_char_p]
         for name in ("lib_max_bytes", "lib_vocab", "lib_bos", "lib_eos", "lib_close"):
@@ -64,7 +82,9 @@ class Tokenizer:
         self.longest = self.lib.lib_max_bytes(self.handle) + 8
         self.reference = None
         if tiktoken:
-            self.reference = tiktoken.Encoding(pattern, pat_str=PATTERNS[pattern], mergeable_ranks=read_ranks(path), special_tokens={})
+            self.reference = tiktoken.Encoding(
+                pattern, pat_str=PATTERNS[pattern], mergeable_ranks=read_ranks(path), special_tokens={}
+            )
 
     def encode(self, data):
         """Ids of UTF-8 bytes as a slice of C's own array, and their number."""
@@ -115,14 +135,16 @@ class Checker:
 
 def smallest(t, text):
     """A part of the text that still differs, found by leaving away what can be left away."""
+
     def differs(s):
         ids = t.encode(s.encode("utf-8"))
         return ids != t.reference.encode_ordinary(s) or t.decode(ids) != s.encode("utf-8")
+
     size = max(1, len(text) // 2)
     while size:
         at = 0
         while at < len(text):
-            shorter = text[:at] + text[at + size:]
+            shorter = text[:at] + text[at + size :]
             if differs(shorter):
                 text = shorter
             else:
@@ -134,20 +156,85 @@ def smallest(t, text):
 # ----------------------------------------------------------------------------------------------------------------------
 # Texts
 
+
 def code_point_texts():
     """Every code point but the surrogates, each in the places where a pattern could treat it specially."""
     texts = []
     for first in range(0, 0x110000, 256):
         if 0xD800 <= first < 0xE000:
             continue
-        texts.append("".join("{0} {0}a A{0}B{0} 1{0}2 {0}{0}.'{0}x '{0}{0}\n{0}".format(chr(c)) for c in range(first, first + 256)))
+        texts.append(
+            "".join(
+                "{0} {0}a A{0}B{0} 1{0}2 {0}{0}.'{0}x '{0}{0}\n{0}".format(chr(c)) for c in range(first, first + 256)
+            )
+        )
     return texts
 
 
-WORDS = ["the", " model", "Hello", " WORLD", "'s", "'LL", "'\u017f", "'Ve", "'re", "don't", "I'M", "\u2019s", "12345", "3.14", "0xFF", " ", "  ", "    ",
-         "\t", "\n", "\r\n", "\n\n", " \n ", "\u00a0", "\u3000", "\u2028", "\x85", "\x0b", "\x1c", "...", "!?", "/", "//", "\n/", "#", "<|endoftext|>",
-         "\u00e9", "e\u0301", "\u0301", "\u0915\u094d\u0937", "\u0e44\u0e17\u0e22", "\uc548\ub155", "\u4f60\u597d", "\U0001F600", "\U0001F469\u200d\U0001F467", "\u01c5", "\u02b0", "\u00aa",
-         "\u2160", "\u00bd", "\u0660\u0661", "\U0001D7D8", "\ufeff", "\x00", "\u1e9e", "\ufb01", "K", "\u212a", "_x", "camelCase", "HTTPServer", "\U0002A6D6"]
+WORDS = [
+    "the",
+    " model",
+    "Hello",
+    " WORLD",
+    "'s",
+    "'LL",
+    "'\u017f",
+    "'Ve",
+    "'re",
+    "don't",
+    "I'M",
+    "\u2019s",
+    "12345",
+    "3.14",
+    "0xFF",
+    " ",
+    "  ",
+    "    ",
+    "\t",
+    "\n",
+    "\r\n",
+    "\n\n",
+    " \n ",
+    "\u00a0",
+    "\u3000",
+    "\u2028",
+    "\x85",
+    "\x0b",
+    "\x1c",
+    "...",
+    "!?",
+    "/",
+    "//",
+    "\n/",
+    "#",
+    "<|endoftext|>",
+    "\u00e9",
+    "e\u0301",
+    "\u0301",
+    "\u0915\u094d\u0937",
+    "\u0e44\u0e17\u0e22",
+    "\uc548\ub155",
+    "\u4f60\u597d",
+    "\U0001f600",
+    "\U0001f469\u200d\U0001f467",
+    "\u01c5",
+    "\u02b0",
+    "\u00aa",
+    "\u2160",
+    "\u00bd",
+    "\u0660\u0661",
+    "\U0001d7d8",
+    "\ufeff",
+    "\x00",
+    "\u1e9e",
+    "\ufb01",
+    "K",
+    "\u212a",
+    "_x",
+    "camelCase",
+    "HTTPServer",
+    "\U0002a6d6",
+]
 
 
 def random_text(rng, pools):
@@ -171,6 +258,7 @@ def random_text(rng, pools):
 def character_pools():
     """Characters by general category (of Python's own Unicode version; it only steers what is drawn)."""
     import unicodedata
+
     pools = {}
     for c in range(0x110000):
         if not 0xD800 <= c < 0xE000:
@@ -202,6 +290,7 @@ def machine_texts(folders, limit):
 def write_pair_ranks(path):
     """A rank file in which every two bytes are a token, in an order that has no pattern."""
     import base64
+
     pairs = [bytes([a, b]) for a in range(256) for b in range(256)]
     random.Random(7).shuffle(pairs)
     with open(path, "w") as f:
@@ -211,13 +300,18 @@ def write_pair_ranks(path):
 
 # ----------------------------------------------------------------------------------------------------------------------
 
+
 def check_golden(checker, library):
     for pattern in ("cl100k_base", "gpt2"):
         t = Tokenizer(library, os.path.join(GOLDEN, pattern + ".tiktoken"), pattern)
         with open(os.path.join(GOLDEN, "golden.jsonl"), encoding="utf-8") as f:
             cases = [json.loads(line) for line in f]
-        wrong = sum(t.encode(c["text"].encode()) != c[pattern] or t.decode(c[pattern]) != c["text"].encode() for c in cases)
-        checker.check("golden texts, %s" % pattern, wrong == 0 and len(cases) == 300, ": %d, %d different" % (len(cases), wrong))
+        wrong = sum(
+            t.encode(c["text"].encode()) != c[pattern] or t.decode(c[pattern]) != c["text"].encode() for c in cases
+        )
+        checker.check(
+            "golden texts, %s" % pattern, wrong == 0 and len(cases) == 300, ": %d, %d different" % (len(cases), wrong)
+        )
 
 
 def check_streaming(checker, tokenizers, rng):
@@ -225,17 +319,25 @@ def check_streaming(checker, tokenizers, rng):
     for key, t in tokenizers.items():
         wrong = 0
         for _ in range(2000):
-            ids = [rng.randrange(t.reference.max_token_value + 1) if rng.random() < 0.5 else rng.randrange(256) for _ in range(rng.randrange(12))]
-            wrong += t.decode(ids) != b"".join(t.reference.decode_single_token_bytes(i) for i in ids).decode("utf-8", "replace").encode()
-        checker.check("arbitrary ids decoded as Python's errors='replace', %s" % key, wrong == 0, ": 2000, %d different" % wrong)
+            ids = [
+                rng.randrange(t.reference.max_token_value + 1) if rng.random() < 0.5 else rng.randrange(256)
+                for _ in range(rng.randrange(12))
+            ]
+            wrong += (
+                t.decode(ids)
+                != b"".join(t.reference.decode_single_token_bytes(i) for i in ids).decode("utf-8", "replace").encode()
+            )
+        checker.check(
+            "arbitrary ids decoded as Python's errors='replace', %s" % key, wrong == 0, ": 2000, %d different" % wrong
+        )
 
 
 def check_long_runs(checker, tokenizers):
-    runs = ["a", "ab", " ", "\n", "=", "\u00e9", "A", "7", " \t", "\u0301", "\U0001F600"]
+    runs = ["a", "ab", " ", "\n", "=", "\u00e9", "A", "7", " \t", "\u0301", "\U0001f600"]
     for key, t in tokenizers.items():
         slowest = 0.0
         for run in runs:
-            data = (run * (1 << 20)).encode("utf-8")[:1 << 20]
+            data = (run * (1 << 20)).encode("utf-8")[: 1 << 20]
             data = data.decode("utf-8", "ignore").encode()
             start = time.time()
             ids = t.encode(data)
@@ -250,8 +352,12 @@ def main():
     parser.add_argument("--full", action="store_true", help="1,000,000 strings and 100 MB of text")
     parser.add_argument("--strings", type=int, help="random strings, default 20000")
     parser.add_argument("--text-mb", type=float, help="MB of this machine's text, default 4")
-    parser.add_argument("--text", nargs="+", default=["/usr/share", "/usr/lib/python3", "/usr/local/lib", "/usr/include", "/usr/lib"],
-                        help="folders to take text from")
+    parser.add_argument(
+        "--text",
+        nargs="+",
+        default=["/usr/share", "/usr/lib/python3", "/usr/local/lib", "/usr/include", "/usr/lib"],
+        help="folders to take text from",
+    )
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
     strings = args.strings if args.strings is not None else 1000000 if args.full else 20000
@@ -266,13 +372,17 @@ def main():
             real, pairs = {}, {}
             for pattern in PATTERNS:
                 ranks = "gpt2" if pattern == "gpt2" else "cl100k_base"
-                real["%s with %s's ranks" % (pattern, ranks)] = Tokenizer(library, os.path.join(GOLDEN, ranks + ".tiktoken"), pattern)
+                real["%s with %s's ranks" % (pattern, ranks)] = Tokenizer(
+                    library, os.path.join(GOLDEN, ranks + ".tiktoken"), pattern
+                )
                 pairs["%s with any two bytes" % pattern] = Tokenizer(library, pair_file, pattern)
             rng = random.Random(args.seed)
             check_streaming(checker, {k: real[k] for k in list(real)[:2]}, rng)
             check_long_runs(checker, real)
             everything = {**pairs, **real}
-            some = {k: pairs[k] for k in pairs if k.startswith(("gpt2", "o200k"))}  # the classes that these two tell apart are all there are
+            some = {
+                k: pairs[k] for k in pairs if k.startswith(("gpt2", "o200k"))
+            }  # the classes that these two tell apart are all there are
             checker.compare("every code point", everything if args.full else some, code_point_texts())
             pools = character_pools()
             checker.compare("random strings", everything, [random_text(rng, pools) for _ in range(strings)])
