@@ -138,6 +138,16 @@ build/test_emulator: dev/cuda_cpu/test_emulator.cpp $(EMULATOR_HEADERS)
 	@mkdir -p build
 	$(CXX) -x c++ -std=c++17 -O1 -g $(WARN) -fsanitize=address,undefined -fsanitize-sections=cuda_shared -Idev/cuda_cpu $< -o $@
 
+# What dev/bench/cpu_step.sh runs.
+.PHONY: bench_programs
+bench_programs: build/cpu_step build/cpu_step_nocblas
+build/cpu_step: dev/bench/cpu_step.c train_mta.c $(HEADERS)
+	@mkdir -p build
+	$(CC) $(CFLAGS) $(BLAS) $< -o $@ $(BLAS_LINK) $(LDLIBS)
+build/cpu_step_nocblas: dev/bench/cpu_step.c train_mta.c $(HEADERS)
+	@mkdir -p build
+	$(CC) $(CFLAGS) $< -o $@ $(LDLIBS)
+
 test:
 	scripts/test.sh
 

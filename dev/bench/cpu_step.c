@@ -1,11 +1,6 @@
 // cpu_step.c: seconds of one optimizer step of train_mta.c, and of a 2048^3 matrix product, in one run on one machine.
 // Called by cpu_step.sh, which says what the figures mean. Prints one line of JSON.
 //   cpu_step ATTENTION [T] [REPEATS]
-#include <math.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
-
 #define MTA_LIBRARY
 #include "../../train_mta.c"
 
