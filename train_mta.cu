@@ -3,7 +3,8 @@
 //
 //   make train_mta_cuda && ./train_mta_cuda --model 880m --train "data/shards/*_train_*.bin" --out runs/880m
 //
-// Storage is bf16 (floatX) with fp32 accumulation, fp32 master weights, gradients and AdamW state; PRECISION=FP32 stores fp32, for tests.
+// Storage is bf16 (floatX) with fp32 accumulation; master weights, gradients, AdamW state and the residual stream are fp32. PRECISION=FP32
+// stores all in fp32, for tests.
 // Matrix products are cuBLAS; everything else is a kernel below, each a few lines, followed by its launcher, which keeps the CPU's signature
 // and adds the Cuda context. Attention is the chunked algorithm (a chunk of queries of all heads of some sequences at a time): nothing of
 // size T x T. Deterministic: every sum has a fixed order, no floating-point atomics.
@@ -191,7 +192,8 @@ static void gemm(bool ta, bool tb, int M, int N, int K, float alpha, const float
 }
 
 // out (N,OC), rows ldo apart = inp (N,C) weight^T, weight (OC,C)
-static void matmul_forward(floatX* out, size_t ldo, const floatX* inp, const floatX* weight, int N, int C, int OC, Cuda* g) {
+template <typename Out>
+static void matmul_forward(Out* out, size_t ldo, const floatX* inp, const floatX* weight, int N, int C, int OC, Cuda* g) {
     gemm(false, true, N, OC, C, 1, inp, C, 0, weight, C, 0, 0, out, ldo, 0, 1, g);
 }
 
@@ -226,119 +228,128 @@ static void matmul_joined_backward(floatX* dinp, float* const* dweights, const f
 
 // out (N,C) = weight[tokens[n]], weight (V,C). A thread moves W elements.
 template <int W>
-static __global__ void embedding_forward_kernel(floatX* out, const int* tokens, const floatX* weight, int N, int C) {
+static __global__ void embedding_forward_kernel(float* out, const int* tokens, const floatX* weight, int N, int C) {
     size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * W;
     if (i >= (size_t)N * C) { return; }
-    size_t n = i / C, c = i % C;
-    store<W>(out + i, load<W>(weight + (size_t)tokens[n] * C + c));
+    Pack<floatX, W> w = load<W>(weight + (size_t)tokens[i / C] * C + i % C);
+    Pack<float, W> x;
+    for (int e = 0; e < W; e++) { x.v[e] = (float)w.v[e]; }
+    store<W>(out + i, x);
 }
-static void embedding_forward(floatX* out, const int* tokens, const floatX* weight, int N, int C, Cuda* g) {
+static void embedding_forward(float* out, const int* tokens, const floatX* weight, int N, int C, Cuda* g) {
     LAUNCH_WIDE(C, embedding_forward_kernel, ceil_div((size_t)N * C, (size_t)256 * (C % WIDE ? 1 : WIDE)), 256, 0, g->stream, out, tokens, weight, N, C);
 }
 
 // dweight[id] += the rows of dout where that token stands, in order. The host has sorted the rows by token: occurrences of the k-th distinct
 // token are rows[starts[k]] .. rows[starts[k+1]-1]. A block owns one token and blockDim.x*W columns, so no two threads add to one place.
 template <int W>
-static __global__ void embedding_backward_kernel(float* dweight, const floatX* dout, const int* tokens, const int* rows, const int* starts, int C) {
+static __global__ void embedding_backward_kernel(float* dweight, const float* dout, const int* tokens, const int* rows, const int* starts, int C) {
     int k = blockIdx.x, c = (blockIdx.y * blockDim.x + threadIdx.x) * W;
     if (c >= C) { return; }
     float sum[W] = {};
     for (int i = starts[k]; i < starts[k + 1]; i++) {
-        Pack<floatX, W> d = load<W>(dout + (size_t)rows[i] * C + c);
-        for (int e = 0; e < W; e++) { sum[e] += (float)d.v[e]; }
+        Pack<float, W> d = load<W>(dout + (size_t)rows[i] * C + c);
+        for (int e = 0; e < W; e++) { sum[e] += d.v[e]; }
     }
     float* dw = dweight + (size_t)tokens[rows[starts[k]]] * C + c;
     Pack<float, W> w = load<W>(dw);
     for (int e = 0; e < W; e++) { w.v[e] += sum[e]; }
     store<W>(dw, w);
 }
-static void embedding_backward(float* dweight, const floatX* dout, const int* tokens, const int* rows, const int* starts, int distinct, int C, Cuda* g) {
+static void embedding_backward(float* dweight, const float* dout, const int* tokens, const int* rows, const int* starts, int distinct, int C, Cuda* g) {
     dim3 grid(distinct, ceil_div(C, 64 * (C % WIDE ? 1 : WIDE)));
     LAUNCH_WIDE(C, embedding_backward_kernel, grid, 64, 0, g->stream, dweight, dout, tokens, rows, starts, C);
 }
 
 // =================================================================================================================================
-// RMSNorm (MODEL.md eq. 1), with the residual sum before it
+// RMSNorm (MODEL.md eq. 1), with the residual sum before it. The residual stream and its gradient stay in fp32: bf16 roundings would add up over
+// the layers, and each element is read only a few times.
 
 // sum (N,C) = inp + branch (sum and branch NULL: sum is inp); out = weight * sum * rstd, rstd (N) = 1 / sqrt(mean(sum^2) + eps).
 // A warp owns a row and reads back what it stored itself.
 template <int W>
-static __global__ void rmsnorm_forward_kernel(floatX* out, float* rstd, floatX* sum, const floatX* inp, const floatX* branch, const floatX* weight, int N,
-                                              int C, float eps) {
+static __global__ void rmsnorm_forward_kernel(floatX* out, float* rstd, float* sum, const float* inp, const float* branch, const floatX* weight, int N, int C,
+                                              float eps) {
     int n = blockIdx.x * ROW_WARPS + threadIdx.x / WARP_SIZE, lane = threadIdx.x % WARP_SIZE;
     if (n >= N) { return; }  // whole warps leave
     float squares = 0;
     for (int c = lane * W; c < C; c += WARP_SIZE * W) {
-        Pack<floatX, W> x = load<W>(inp + (size_t)n * C + c);
+        Pack<float, W> x = load<W>(inp + (size_t)n * C + c);
         if (branch) {
-            Pack<floatX, W> y = load<W>(branch + (size_t)n * C + c);
-            for (int e = 0; e < W; e++) { x.v[e] = (floatX)((float)x.v[e] + (float)y.v[e]); }
+            Pack<float, W> y = load<W>(branch + (size_t)n * C + c);
+            for (int e = 0; e < W; e++) { x.v[e] += y.v[e]; }
             store<W>(sum + (size_t)n * C + c, x);
         }
-        for (int e = 0; e < W; e++) { squares += (float)x.v[e] * (float)x.v[e]; }
+        for (int e = 0; e < W; e++) { squares += x.v[e] * x.v[e]; }
     }
     float r = 1.0f / sqrtf(warp_sum(squares) / C + eps);
     if (lane == 0) { rstd[n] = r; }
-    const floatX* row = (branch ? sum : inp) + (size_t)n * C;
+    const float* row = (branch ? sum : inp) + (size_t)n * C;
     for (int c = lane * W; c < C; c += WARP_SIZE * W) {
-        Pack<floatX, W> x = load<W>(row + c), w = load<W>(weight + c);
-        for (int e = 0; e < W; e++) { x.v[e] = (floatX)((float)w.v[e] * (float)x.v[e] * r); }
-        store<W>(out + (size_t)n * C + c, x);
+        Pack<float, W> x = load<W>(row + c);
+        Pack<floatX, W> w = load<W>(weight + c);
+        for (int e = 0; e < W; e++) { w.v[e] = (floatX)((float)w.v[e] * x.v[e] * r); }
+        store<W>(out + (size_t)n * C + c, w);
     }
 }
-static void residual_rmsnorm_forward(floatX* out, float* rstd, floatX* sum, const floatX* inp, const floatX* branch, const floatX* weight, int N, int C,
-                                     double eps, Cuda* g) {
+static void residual_rmsnorm_forward(floatX* out, float* rstd, float* sum, const float* inp, const float* branch, const floatX* weight, int N, int C, double eps,
+                                     Cuda* g) {
     LAUNCH_WIDE(C, rmsnorm_forward_kernel, ceil_div(N, ROW_WARPS), ROW_THREADS, 0, g->stream, out, rstd, sum, inp, branch, weight, N, C, (float)eps);
 }
-static void rmsnorm_forward(floatX* out, float* rstd, const floatX* inp, const floatX* weight, int N, int C, double eps, Cuda* g) {
+static void rmsnorm_forward(floatX* out, float* rstd, const float* inp, const floatX* weight, int N, int C, double eps, Cuda* g) {
     residual_rmsnorm_forward(out, rstd, NULL, inp, NULL, weight, N, C, eps, g);
 }
 
-// dinp (N,C) = (or += with add_dinp) rstd * (d - xhat * mean(d . xhat)), d = dout * weight, xhat = inp * rstd. A warp owns a row.
+// dinp (N,C) = (or += with add_dinp) rstd * (d - xhat * mean(d . xhat)), d = dout * weight, xhat = inp * rstd; rounded (N,C) is dinp in floatX,
+// for the products. A warp owns a row.
 template <int W>
-static __global__ void rmsnorm_backward_kernel(floatX* dinp, const floatX* dout, const floatX* inp, const floatX* weight, const float* rstd, int N, int C,
-                                               bool add_dinp) {
+static __global__ void rmsnorm_backward_kernel(float* dinp, floatX* rounded, const floatX* dout, const float* inp, const floatX* weight, const float* rstd, int N,
+                                               int C, bool add_dinp) {
     int n = blockIdx.x * ROW_WARPS + threadIdx.x / WARP_SIZE, lane = threadIdx.x % WARP_SIZE;
     if (n >= N) { return; }
     size_t row = (size_t)n * C;
     float r = rstd[n], dot = 0;
     for (int c = lane * W; c < C; c += WARP_SIZE * W) {
-        Pack<floatX, W> d = load<W>(dout + row + c), x = load<W>(inp + row + c), w = load<W>(weight + c);
-        for (int e = 0; e < W; e++) { dot += (float)d.v[e] * (float)w.v[e] * (float)x.v[e]; }
+        Pack<floatX, W> d = load<W>(dout + row + c), w = load<W>(weight + c);
+        Pack<float, W> x = load<W>(inp + row + c);
+        for (int e = 0; e < W; e++) { dot += (float)d.v[e] * (float)w.v[e] * x.v[e]; }
     }
     float mean = warp_sum(dot) * r / C;
     for (int c = lane * W; c < C; c += WARP_SIZE * W) {
-        Pack<floatX, W> d = load<W>(dout + row + c), x = load<W>(inp + row + c), w = load<W>(weight + c), dx = {};
+        Pack<floatX, W> d = load<W>(dout + row + c), w = load<W>(weight + c);
+        Pack<float, W> x = load<W>(inp + row + c), dx = {};
         if (add_dinp) { dx = load<W>(dinp + row + c); }
         for (int e = 0; e < W; e++) {
-            float xhat = (float)x.v[e] * r, before = add_dinp ? (float)dx.v[e] : 0.0f;
-            dx.v[e] = (floatX)(before + r * ((float)d.v[e] * (float)w.v[e] - xhat * mean));
+            dx.v[e] += r * ((float)d.v[e] * (float)w.v[e] - x.v[e] * r * mean);
+            d.v[e] = (floatX)dx.v[e];
         }
         store<W>(dinp + row + c, dx);
+        store<W>(rounded + row + c, d);
     }
 }
 enum { NORM_PARTS = 256 };  // rows are summed in so many parts, then the parts in order
 // parts (NORM_PARTS,C): part p of sum_n dout * xhat. A thread owns W columns and walks down its part's rows.
 template <int W>
-static __global__ void rmsnorm_backward_weight_kernel(float* parts, const floatX* dout, const floatX* inp, const float* rstd, int N, int C) {
+static __global__ void rmsnorm_backward_weight_kernel(float* parts, const floatX* dout, const float* inp, const float* rstd, int N, int C) {
     int c = (blockIdx.x * blockDim.x + threadIdx.x) * W, p = blockIdx.y;
     if (c >= C) { return; }
     int n0 = (int)((int64_t)N * p / NORM_PARTS), n1 = (int)((int64_t)N * (p + 1) / NORM_PARTS);
     Pack<float, W> sum = {};
     for (int n = n0; n < n1; n++) {
-        Pack<floatX, W> d = load<W>(dout + (size_t)n * C + c), x = load<W>(inp + (size_t)n * C + c);
+        Pack<floatX, W> d = load<W>(dout + (size_t)n * C + c);
+        Pack<float, W> x = load<W>(inp + (size_t)n * C + c);
         float r = rstd[n];
-        for (int e = 0; e < W; e++) { sum.v[e] += (float)d.v[e] * (float)x.v[e] * r; }
+        for (int e = 0; e < W; e++) { sum.v[e] += (float)d.v[e] * x.v[e] * r; }
     }
     store<W>(parts + (size_t)p * C + c, sum);
 }
 // dweight (C) += sum_n dout * xhat; parts (NORM_PARTS,C) is scratch
-static void rmsnorm_backward(floatX* dinp, float* dweight, const floatX* dout, const floatX* inp, const floatX* weight, const float* rstd, int N, int C,
-                             float* parts, bool add_dinp, Cuda* g) {
+static void rmsnorm_backward(float* dinp, floatX* rounded, float* dweight, const floatX* dout, const float* inp, const floatX* weight, const float* rstd, int N,
+                             int C, float* parts, bool add_dinp, Cuda* g) {
     dim3 columns(ceil_div(C, 64 * (C % WIDE ? 1 : WIDE)), NORM_PARTS);
     LAUNCH_WIDE(C, rmsnorm_backward_weight_kernel, columns, 64, 0, g->stream, parts, dout, inp, rstd, N, C);
     parts_add(dweight, parts, NORM_PARTS, C, C, g);
-    LAUNCH_WIDE(C, rmsnorm_backward_kernel, ceil_div(N, ROW_WARPS), ROW_THREADS, 0, g->stream, dinp, dout, inp, weight, rstd, N, C, add_dinp);
+    LAUNCH_WIDE(C, rmsnorm_backward_kernel, ceil_div(N, ROW_WARPS), ROW_THREADS, 0, g->stream, dinp, rounded, dout, inp, weight, rstd, N, C, add_dinp);
 }
 
 // =================================================================================================================================
@@ -1224,8 +1235,8 @@ typedef enum { RECOMPUTE_NONE, RECOMPUTE_ELEMENTWISE, RECOMPUTE_BLOCK } Recomput
 // What the forward pass keeps for the backward pass. N = B*T rows, all layers behind one another: layer l of x starts at l*N*C.
 // LA, LE: layers kept of what RECOMPUTE_BLOCK, and already RECOMPUTE_ELEMENTWISE, computes again: L or 1.
 typedef struct {
-    floatX* x;              // (L+1,N,C) residual stream before each layer, and after the last
-    floatX* x_mid;          // (LA,N,C) after attention
+    float* x;               // (L+1,N,C) residual stream before each layer, and after the last
+    float* x_mid;           // (LA,N,C) after attention
     floatX *ln1, *ln2;      // (LE,N,C) normalised inputs of attention and MLP
     float *rstd1, *rstd2;   // (LA,N)
     floatX *q, *k, *v;      // (LA,B,NH,T,HS) q and k rotated
@@ -1240,7 +1251,9 @@ typedef struct {
 // What no pass keeps.
 typedef struct {
     floatX *qkv, *act, *dgate_up;      // (N,(NH+2*NKV)*HS), also its gradient; (N,FF); (N,2*FF)
-    floatX *dx, *dln, *dout, *datt;    // (N,C) gradients: residual stream, normalised input (forward: a branch's result), head outputs, heads
+    float *branch, *dx;                // (N,C) what a layer adds to the residual stream; the stream's gradient
+    floatX *dx_rounded, *dln;          // (N,C) that gradient for the products; gradient of a normalised input
+    floatX *dout, *datt;               // (N,C) gradients of the head outputs, of the heads
     floatX* dq;                        // (S,NH,T,HS)
     floatX* logits;                    // (rows of a classifier chunk, V rounded up)
     float* losses;                     // (N)
@@ -1290,10 +1303,10 @@ static size_t carve(const Buffer* buffers, int n, char* base) {
 static size_t carve_activations(Activations* a, const Config* c, int B, int T, Recompute recompute, char* base) {
     size_t N = (size_t)B * T, L = (size_t)c->num_hidden_layers, NH = (size_t)c->num_attention_heads, F = 2 * (size_t)c->intermediate_size;
     size_t LA = recompute == RECOMPUTE_BLOCK ? 1 : L, LE = recompute == RECOMPUTE_NONE ? L : 1;
-    size_t row = N * (size_t)c->hidden_size * sizeof(floatX), f = sizeof(float);
+    size_t row = N * (size_t)c->hidden_size * sizeof(floatX), f = sizeof(float), stream = row / sizeof(floatX) * f;
 #define BUFFER(name, bytes) {#name, (void**)&a->name, bytes}
     const Buffer list[] = {
-        BUFFER(x, (L + 1) * row), BUFFER(x_mid, LA * row), BUFFER(ln1, LE * row), BUFFER(ln2, LE * row), BUFFER(rstd1, LA * N * f),
+        BUFFER(x, (L + 1) * stream), BUFFER(x_mid, LA * stream), BUFFER(ln1, LE * row), BUFFER(ln2, LE * row), BUFFER(rstd1, LA * N * f),
         BUFFER(rstd2, LA * N * f), BUFFER(q, LA * row), BUFFER(k, LA * row), BUFFER(v, LA * row), BUFFER(stats, LA * N * NH * 2 * f), BUFFER(att, LA * row),
         BUFFER(out, LE * row), BUFFER(gate_up, LA * N * F * sizeof(floatX)), BUFFER(ln_f, row), BUFFER(rstd_f, N * f),
     };
@@ -1343,7 +1356,8 @@ static size_t carve_scratch(Scratch* s, const Config* c, int B, int T, int chunk
     size_t tile = attention_tile_size(&a), sequence = (size_t)a.S * NH * T * HS, conv, pre, post, widest = C > 3 * HS + 1 ? C : 3 * HS + 1;
 #define BUFFER(name, bytes) {#name, (void**)&s->name, bytes}
     const Buffer list[] = {
-        BUFFER(qkv, N * (NH + 2 * NKV) * HS * x), BUFFER(act, N * FF * x), BUFFER(dgate_up, 2 * N * FF * x), BUFFER(dx, N * C * x), BUFFER(dln, N * C * x),
+        BUFFER(qkv, N * (NH + 2 * NKV) * HS * x), BUFFER(act, N * FF * x), BUFFER(dgate_up, 2 * N * FF * x), BUFFER(branch, N * C * f), BUFFER(dx, N * C * f), BUFFER(dx_rounded, N * C * x),
+        BUFFER(dln, N * C * x),
         BUFFER(dout, N * C * x), BUFFER(datt, N * C * x), BUFFER(dq, sequence * x),
         BUFFER(logits, (size_t)logit_rows(c->vocab_size, (int)N) * logit_stride(c->vocab_size) * x), BUFFER(losses, N * f), BUFFER(wrong, N),
         BUFFER(tokens, N * i), BUFFER(targets, N * i), BUFFER(rows, N * i), BUFFER(starts, (N + 1) * i), BUFFER(parts, NORM_PARTS * widest * f),
@@ -1579,7 +1593,7 @@ static HeadOutput head_output_of(const Model* m, const LayerOf<floatX>* w, int l
     return o;
 }
 
-// From a.ln1 to the MLP's result in scratch.dln, which the next norm adds to a.x_mid.
+// From a.ln1 to the MLP's result in scratch.branch, which the next norm adds to a.x_mid.
 static void layer_forward(Model* m, int l, const Activations* a, int B, int T) {
     const Config* c = &m->config;
     Scratch* s = &m->scratch;
@@ -1598,11 +1612,11 @@ static void layer_forward(Model* m, int l, const Activations* a, int B, int T) {
     attention_forward(a->att, a->stats, a->q, a->k, a->v, &shape, &s->attention, g);
     HeadOutput output = head_output_of(m, &w, l, B, T);
     head_output_forward(a->out, a->att, &output, g);
-    matmul_forward(s->dln, C, a->out, w.o, N, C, C, g);
-    residual_rmsnorm_forward(a->ln2, a->rstd2, a->x_mid, a->x, s->dln, w.post_norm, N, C, c->rms_norm_eps, g);  // x_mid = x + out Wo^T
+    matmul_forward(s->branch, C, a->out, w.o, N, C, C, g);
+    residual_rmsnorm_forward(a->ln2, a->rstd2, a->x_mid, a->x, s->branch, w.post_norm, N, C, c->rms_norm_eps, g);  // x_mid = x + out Wo^T
     matmul_joined_forward(a->gate_up, 2 * FF, a->ln2, gate_up, gate_up_size, 2, N, C, g);
     swiglu_forward(s->act, a->gate_up, N, FF, g);
-    matmul_forward(s->dln, C, s->act, w.down_proj, N, FF, C, g);
+    matmul_forward(s->branch, C, s->act, w.down_proj, N, FF, C, g);
 }
 
 // From tokens (B,T), on the host, to the normalised last state acts.ln_f (N,C).
@@ -1613,16 +1627,16 @@ static void model_forward(Model* m, const int32_t* tokens, int B, int T) {
     assert(B <= m->B && T <= m->T);
     cudaCheck(cudaMemcpyAsync(m->scratch.tokens, tokens, N * sizeof(int), cudaMemcpyHostToDevice, g->stream));
     embedding_forward(m->acts.x, m->scratch.tokens, model_tensor(m, m->weights, TENSOR_EMBED), N, C, g);
-    const floatX* before = NULL;  // x_mid of the layer before, to which its MLP is still to be added
+    const float* before = NULL;  // x_mid of the layer before, to which its MLP is still to be added
     for (int l = 0; l < L; l++) {
         Activations a = layer_activations(m, l, N);
-        residual_rmsnorm_forward(a.ln1, a.rstd1, a.x, before ? before : a.x, before ? m->scratch.dln : NULL, model_layer(m, m->weights, l).input_norm, N, C,
+        residual_rmsnorm_forward(a.ln1, a.rstd1, a.x, before ? before : a.x, before ? m->scratch.branch : NULL, model_layer(m, m->weights, l).input_norm, N, C,
                                  c->rms_norm_eps, g);
         layer_forward(m, l, &a, B, T);
         before = a.x_mid;
     }
-    residual_rmsnorm_forward(m->acts.ln_f, m->acts.rstd_f, m->acts.x + (size_t)L * N * C, before, m->scratch.dln, model_tensor(m, m->weights, TENSOR_NORM), N,
-                             C, c->rms_norm_eps, g);
+    residual_rmsnorm_forward(m->acts.ln_f, m->acts.rstd_f, m->acts.x + (size_t)L * N * C, before, m->scratch.branch,
+                             model_tensor(m, m->weights, TENSOR_NORM), N, C, c->rms_norm_eps, g);
 }
 
 // The classifier and its loss, a chunk of rows at a time so that the logits of all rows never exist: returns the sum of the counted losses,
@@ -1655,7 +1669,7 @@ static double model_loss(Model* m, const int32_t* targets, int N, float dloss, b
     return sum;
 }
 
-// The exact reverse of layer_forward and of the norm before it: scratch.dx in and out; adds to the gradients.
+// The exact reverse of layer_forward and of the norm before it: scratch.dx and dx_rounded in and out; adds to the gradients.
 static void layer_backward(Model* m, int l, const Activations* a, int B, int T) {
     const Config* c = &m->config;
     Scratch* s = &m->scratch;
@@ -1673,13 +1687,13 @@ static void layer_backward(Model* m, int l, const Activations* a, int B, int T) 
         head_output_forward(a->out, a->att, &output, g);
     }
     // x + down(act)
-    matmul_backward(s->act, NULL, s->dx, C, NULL, w.down_proj, N, FF, C, false, g);
+    matmul_backward(s->act, NULL, s->dx_rounded, C, NULL, w.down_proj, N, FF, C, false, g);
     swiglu_backward(s->dgate_up, s->act, s->act, a->gate_up, N, FF, g);
-    matmul_backward(NULL, d.down_proj, s->dx, C, s->act, NULL, N, FF, C, false, g);
+    matmul_backward(NULL, d.down_proj, s->dx_rounded, C, s->act, NULL, N, FF, C, false, g);
     matmul_joined_backward(s->dln, dgate_up, s->dgate_up, 2 * FF, a->ln2, gate_up, gate_up_size, 2, N, C, g);
-    rmsnorm_backward(s->dx, d.post_norm, s->dln, a->x_mid, w.post_norm, a->rstd2, N, C, s->parts, true, g);
+    rmsnorm_backward(s->dx, s->dx_rounded, d.post_norm, s->dln, a->x_mid, w.post_norm, a->rstd2, N, C, s->parts, true, g);
     // x + o(out)
-    matmul_backward(s->dout, d.o, s->dx, C, a->out, w.o, N, C, C, false, g);
+    matmul_backward(s->dout, d.o, s->dx_rounded, C, a->out, w.o, N, C, C, false, g);
     head_output_backward(s->datt, d.head_norm, d.gate_weight, d.gate_bias, s->dout, a->att, &output, s->head_stats, s->parts, g);
     Lambda lambda = {w.lambda_q1, w.lambda_k1, w.lambda_q2, w.lambda_k2};
     if (w.lambda_q1) { diff_lambda_forward(s->diff_mix, &lambda, config_lambda_init(l), NH, HS, g); }
@@ -1692,7 +1706,7 @@ static void layer_backward(Model* m, int l, const Activations* a, int B, int T) 
     if (d.head_mix) { attention_sums_add(d.head_mix, m->sums.mix_post, (size_t)NH * c->head_mix_post_softmax, g); }
     if (w.lambda_q1) { diff_lambda_backward(d.lambda_q1, d.lambda_k1, d.lambda_q2, d.lambda_k2, m->sums.mix_post, &lambda, NH, HS, g); }
     matmul_joined_backward(s->dln, dqkv, s->qkv, (NH + 2 * NKV) * HS, a->ln1, qkv, qkv_size, 3, N, C, g);
-    rmsnorm_backward(s->dx, d.input_norm, s->dln, a->x, w.input_norm, a->rstd1, N, C, s->parts, true, g);
+    rmsnorm_backward(s->dx, s->dx_rounded, d.input_norm, s->dln, a->x, w.input_norm, a->rstd1, N, C, s->parts, true, g);
 }
 
 // The rows of the batch sorted by token, and where each distinct token starts. Returns how many there are.
@@ -1713,8 +1727,8 @@ static void model_backward(Model* m, const int32_t* tokens, int B, int T) {
     Scratch* s = &m->scratch;
     Cuda* g = &m->cuda;
     int N = B * T, C = c->hidden_size, L = c->num_hidden_layers;
-    rmsnorm_backward(s->dx, model_tensor(m, m->grads, TENSOR_NORM), s->dln, m->acts.x + (size_t)L * N * C, model_tensor(m, m->weights, TENSOR_NORM),
-                     m->acts.rstd_f, N, C, s->parts, false, g);
+    rmsnorm_backward(s->dx, s->dx_rounded, model_tensor(m, m->grads, TENSOR_NORM), s->dln, m->acts.x + (size_t)L * N * C,
+                     model_tensor(m, m->weights, TENSOR_NORM), m->acts.rstd_f, N, C, s->parts, false, g);
     for (int l = L - 1; l >= 0; l--) {
         Activations a = layer_activations(m, l, N);
         if (m->recompute == RECOMPUTE_BLOCK && l < L - 1) {  // the last layer's are still there
