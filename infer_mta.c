@@ -528,7 +528,7 @@ static void layer_build(Model* m, const TensorList* list, const StTensor* const*
 }
 
 // Reads DIR/config.json and its tensors; any mistake in them is the end of the program. want: a WeightKind, or -1 as stored.
-// threads: 0 for all cores, but none for less than 64 Ki weights: it would cost more at the barriers than it brings.
+// threads: 0 for all cores, but none for less than half a million weights: it would cost more at the barriers than it brings.
 static void model_open(Model* m, const char* dir, int want, int threads) {
     char path[PATH_SIZE];
     Error e = {{0}};
@@ -541,7 +541,7 @@ static void model_open(Model* m, const char* dir, int want, int threads) {
     m->FF = c->intermediate_size; m->V = c->vocab_size; m->cq = c->kq_conv_query_size; m->ck = c->kq_conv_key_size;
     TensorList list;
     tensor_list(&list, c);
-    omp_set_num_threads(threads ? threads : (int)fmin(fmax((double)list.parameters / 65536, 1), omp_get_max_threads()));
+    omp_set_num_threads(threads ? threads : (int)fmin(fmax((double)list.parameters / 524288, 1), omp_get_max_threads()));
     const char* const prefix[1] = {""};
     const StTensor** found = checkpoint_match(&m->files, dir, &list, prefix, 1, false, NULL, &e);
     if (!found) { die("%s", e.text); }
