@@ -1,16 +1,21 @@
 // mta/tokenizer.h: text to token ids and back, the same ids as OpenAI's tiktoken (0.14.0) gives, none different.
 //
-// A tokenizer is built in (`bytes`, `toy`) or a rank file of tiktoken's format: one line a token, base64 of its bytes, a space, its rank,
-// which is its id. Llama 3's tokenizer.model is such a file. The rank file does not say how text is split, the pattern does:
+// A tokenizer is built in (`bytes`, `toy`) or a rank file of tiktoken's format: one line a token, base64 of its bytes, a
+// space, its rank, which is its id. Llama 3's tokenizer.model is such a file. It does not say how text is split; the
+// pattern does:
 //   gpt2         '(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s
-//   cl100k_base  '(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|\s*[\r\n]|\s+(?!\S)|\s
-//   llama3       (?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+
-//   o200k_base   [^\r\n\p{L}\p{N}]?U*W+C?|[^\r\n\p{L}\p{N}]?U+W*C?|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+
+//   cl100k_base  '(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+
+//                |\s++$|\s*[\r\n]|\s+(?!\S)|\s
+//   llama3       (?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*
+//                |\s*[\r\n]+|\s+(?!\S)|\s+
+//   o200k_base   [^\r\n\p{L}\p{N}]?U*W+C?|[^\r\n\p{L}\p{N}]?U+W*C?|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*
+//                |\s*[\r\n]+|\s+(?!\S)|\s+
 //                U = [\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}], W = [\p{Ll}\p{Lm}\p{Lo}\p{M}], C = (?i:'s|'t|'re|'ve|'m|'ll|'d)
-// Encoding: the text is cut into pieces by a scanner written by hand for each pattern (classes of characters from unicode_tables.h); a
-// piece that is a token is that token; any other starts as single bytes, and the adjacent pair whose joined bytes have the lowest rank, leftmost
-// first, is merged until none is a token (a scan for short pieces, a heap for long ones, so a megabyte of one letter takes no longer than
-// a megabyte of text, roughly). Nothing in a text is special: "<|endoftext|>" is encoded as the letters it has.
+// Encoding: the text is cut into pieces by a scanner written by hand for each pattern (classes of characters from
+// unicode_tables.h). A piece that is a token is that token. Any other starts as single bytes, and the adjacent pair whose
+// joined bytes have the lowest rank, leftmost first, is merged until none is a token: by a scan for short pieces, by a
+// heap for long ones, so that n bytes without a place to split take n log n. Nothing in a text is special:
+// "<|endoftext|>" is encoded as the letters it has.
 //
 // Ids: ranks 0..n-1, then the specials.          vocabulary       BOS                       EOS
 //   bytes          a byte is its value           259              256                       257   (258 pad)
@@ -26,7 +31,9 @@
 #include "util.h"
 #include "unicode_tables.h"
 
-typedef enum { SPLIT_BYTES, SPLIT_TOY, SPLIT_GPT2, SPLIT_CL100K_BASE, SPLIT_LLAMA3, SPLIT_O200K_BASE, SPLIT_COUNT } SplitPattern;
+typedef enum {
+    SPLIT_BYTES, SPLIT_TOY, SPLIT_GPT2, SPLIT_CL100K_BASE, SPLIT_LLAMA3, SPLIT_O200K_BASE, SPLIT_COUNT
+} SplitPattern;
 
 static inline const char* split_pattern_name(int pattern) {
     static const char* const names[SPLIT_COUNT] = {"bytes", "toy", "gpt2", "cl100k_base", "llama3", "o200k_base"};
@@ -40,7 +47,7 @@ typedef struct Tokenizer {
     char file[PATH_SIZE]; // the rank file's path, "" where built in
     char* bytes;          // all tokens' bytes one after another, in the order of ranks
     uint32_t* start;      // n_ranks + 1: token i is bytes[start[i]..start[i+1])
-    uint64_t* slots;      // hash table of tokens by their bytes: upper half of the hash << 32 | rank + 1, 0 empty; linear probing
+    uint64_t* slots;      // hash table of tokens by bytes, linear probing: upper half of the hash << 32 | rank + 1, 0 empty
     size_t slot_mask;
     int32_t* pairs;       // 65536: rank of the two bytes a, b at 256 a + b, -1 none
     int32_t single[256];  // rank of a byte
@@ -102,7 +109,7 @@ static inline int base64_value(unsigned char c) {
     return c == '+' ? 62 : c == '/' ? 63 : -1;
 }
 
-// Appends the decoded bytes of base64 p[0..n) to out; false unless it is whole groups of four, padded, without stray bits.
+// Appends the decoded bytes of base64 p[0..n) to out; false unless it is whole groups of four, padded, no stray bits.
 static inline bool base64_decode(const char* p, size_t n, Text* out) {
     if (n == 0 || n % 4) { return false; }
     size_t pad = p[n - 1] != '=' ? 0 : p[n - 2] != '=' ? 1 : 2;
@@ -122,14 +129,17 @@ static inline bool base64_decode(const char* p, size_t n, Text* out) {
 }
 
 // One line "BASE64 RANK" p[0..n) -> its entry; its bytes are appended to `bytes`.
-static inline bool rank_line_read(const char* path, uint32_t number, const char* p, size_t n, RankLine* line, Text* bytes, Error* e) {
+static inline bool rank_line_read(const char* path, uint32_t number, const char* p, size_t n, RankLine* line, Text* bytes,
+                                  Error* e) {
     const char* space = (const char*)memchr(p, ' ', n);
     size_t head = space ? (size_t)(space - p) : n;
     line->line = number;
     line->at = (uint32_t)bytes->n;
-    if (head / 4 * 3 > TOKEN_BYTES_MAX) { return fail(e, "%s:%u: a token of more than %d bytes", path, number, TOKEN_BYTES_MAX); }
+    if (head / 4 * 3 > TOKEN_BYTES_MAX) {
+        return fail(e, "%s:%u: a token of more than %d bytes", path, number, TOKEN_BYTES_MAX);
+    }
     if (!base64_decode(p, head, bytes)) {
-        return fail(e, "%s:%u: got no base64 of a token, wanted lines of a tiktoken rank file: BASE64 RANK", path, number);
+        return fail(e, "%s:%u: got no base64 of a token, wanted a line of a tiktoken rank file: BASE64 RANK", path, number);
     }
     line->size = (uint32_t)bytes->n - line->at;
     uint64_t rank = 0;
@@ -149,9 +159,10 @@ static inline int rank_line_compare(const void* a, const void* b) {
     return x->line < y->line ? -1 : x->line > y->line;
 }
 
-// All lines of the file, sorted by rank, ranks 0..n-1 without hole or repetition; blank lines are skipped, as tiktoken does.
+// All lines of the file, sorted by rank, ranks 0..n-1 without hole or repetition. Blank lines are skipped, as by tiktoken.
 // *lines is malloc'ed, also on failure.
-static inline bool rank_lines_read(const char* path, const MappedFile* m, RankLine** lines, size_t* count, Text* bytes, Error* e) {
+static inline bool rank_lines_read(const char* path, const MappedFile* m, RankLine** lines, size_t* count, Text* bytes,
+                                   Error* e) {
     size_t n = 0, cap = 0;
     const char* p = (const char*)m->data;
     const char* end = p + m->size;
@@ -179,15 +190,18 @@ static inline bool rank_lines_read(const char* path, const MappedFile* m, RankLi
         if (line->rank < i) {
             return fail(e, "%s:%u: rank %u a second time, it was on line %u", path, line->line, line->rank, line[-1].line);
         }
-        if (line->rank > i) { return fail(e, "%s:%u: a hole: got rank %u, but no line has rank %zu", path, line->line, line->rank, i); }
+        if (line->rank > i) {
+            return fail(e, "%s:%u: a hole: got rank %u, but no line has rank %zu", path, line->line, line->rank, i);
+        }
     }
     *count = n;
     return true;
 }
 
-// Lays the tokens out by rank and fills the hash table; refuses a token given twice, and a byte that is no token, since texts that hold it
-// could not be encoded.
-static inline bool ranks_index(Tokenizer* t, const char* path, const RankLine* lines, size_t n, const Text* bytes, Error* e) {
+// Lays the tokens out by rank and fills the hash table; refuses a token given twice, and a byte that is no token, since
+// texts that hold it could not be encoded.
+static inline bool ranks_index(Tokenizer* t, const char* path, const RankLine* lines, size_t n, const Text* bytes,
+                               Error* e) {
     size_t slots = 1024;
     while (slots < n * 2) { slots *= 2; }
     t->n_ranks = (int)n;
@@ -203,7 +217,8 @@ static inline bool ranks_index(Tokenizer* t, const char* path, const RankLine* l
         if (lines[i].size > t->longest) { t->longest = lines[i].size; }
         int32_t twin = token_rank(t, to, lines[i].size);
         if (twin >= 0) {
-            return fail(e, "%s:%u: rank %zu has the same bytes as rank %d on line %u", path, lines[i].line, i, twin, lines[twin].line);
+            return fail(e, "%s:%u: rank %zu has the same bytes as rank %d on line %u", path, lines[i].line, i, twin,
+                        lines[twin].line);
         }
         uint64_t h = token_hash(to, lines[i].size);
         size_t at = (size_t)h & t->slot_mask;
@@ -213,7 +228,9 @@ static inline bool ranks_index(Tokenizer* t, const char* path, const RankLine* l
     for (int a = 0; a < 256; a++) {
         char pair[2] = {(char)a, 0};
         t->single[a] = token_rank(t, pair, 1);
-        if (t->single[a] < 0) { return fail(e, "%s: no token for the single byte 0x%02x, wanted one for each of the 256", path, a); }
+        if (t->single[a] < 0) {
+            return fail(e, "%s: no token for the single byte 0x%02x, wanted one for each of the 256", path, a);
+        }
         for (int b = 0; b < 256; b++) {
             pair[1] = (char)b;
             t->pairs[a * 256 + b] = token_rank(t, pair, 2);
@@ -232,9 +249,11 @@ static inline bool ranks_read(Tokenizer* t, const char* path, Error* e) {
     } else if (m.size >= UINT32_MAX) {
         ok = fail(e, "%s: %zu bytes, too large for a rank file", path, m.size);
     } else if (p[0] == '{') {
-        ok = fail(e, "%s: JSON (Hugging Face's tokenizer.json?), wanted a tiktoken rank file, such as the model's tokenizer.model", path);
+        ok = fail(e, "%s: JSON (Hugging Face's tokenizer.json?), wanted a tiktoken rank file, like Llama 3's tokenizer.model",
+                  path);
     } else if (p[0] == '\n' && memmem(p, m.size < 64 ? m.size : 64, "<unk>", 5)) {
-        ok = fail(e, "%s: a SentencePiece model (Llama 2's?), wanted a tiktoken rank file, as Llama 3's tokenizer.model is one", path);
+        ok = fail(e, "%s: a SentencePiece model (Llama 2's?), wanted a tiktoken rank file, like Llama 3's tokenizer.model",
+                  path);
     }
     RankLine* lines = NULL;
     size_t n = 0;
@@ -255,7 +274,9 @@ static inline SplitPattern split_pattern_of_file(const char* path) {
     const char* base = slash ? slash + 1 : path;
     char name[256];
     size_t n = 0;
-    for (; base[n] && n < sizeof name - 1; n++) { name[n] = (char)(base[n] >= 'A' && base[n] <= 'Z' ? base[n] + 32 : base[n]); }
+    for (; base[n] && n < sizeof name - 1; n++) {
+        name[n] = (char)(base[n] >= 'A' && base[n] <= 'Z' ? base[n] + 32 : base[n]);
+    }
     name[n] = 0;
     if (strstr(name, "gpt2") || strstr(name, "gpt-2") || strstr(name, "r50k")) { return SPLIT_GPT2; }
     if (strstr(name, "cl100k")) { return SPLIT_CL100K_BASE; }
@@ -294,7 +315,8 @@ static inline Tokenizer* tokenizer_open(const char* name_or_file, const char* pa
     for (int i = 0; i < SPLIT_COUNT; i++) {
         if (pattern && strcmp(pattern, split_pattern_name(i)) == 0) { chosen = (SplitPattern)i; }
         if (i > SPLIT_TOY && strcmp(name_or_file, split_pattern_name(i)) == 0 && !file_exists(name_or_file)) {
-            fail(e, "tokenizer %s: not built in; give its rank file, such as --tokenizer PATH/%s.tiktoken", name_or_file, name_or_file);
+            fail(e, "tokenizer %s: not built in; give its rank file, such as --tokenizer PATH/%s.tiktoken", name_or_file,
+                 name_or_file);
             return NULL;
         }
     }
@@ -309,12 +331,13 @@ static inline Tokenizer* tokenizer_open(const char* name_or_file, const char* pa
     if (built_in) {
         chosen = strcmp(name_or_file, "toy") == 0 ? SPLIT_TOY : SPLIT_BYTES;
     } else if (pattern && chosen <= SPLIT_TOY) {
-        fail(e, "pattern %s: wanted gpt2, cl100k_base, llama3 or o200k_base for the rank file %s", pattern, name_or_file);
+        fail(e, "pattern %s: wanted gpt2, cl100k_base, llama3 or o200k_base for %s", pattern, name_or_file);
         return NULL;
     } else if (!pattern && file_exists(name_or_file)) {
         chosen = split_pattern_of_file(name_or_file);
         if (chosen == SPLIT_COUNT) {
-            fail(e, "%s: its name does not tell how text is split; add --pattern gpt2|cl100k_base|llama3|o200k_base", name_or_file);
+            fail(e, "%s: its name does not tell how text is split; add --pattern gpt2|cl100k_base|llama3|o200k_base",
+                 name_or_file);
             return NULL;
         }
     }
@@ -343,10 +366,14 @@ static inline Tokenizer* tokenizer_open(const char* name_or_file, const char* pa
 static inline int tokenizer_vocab(const Tokenizer* t) { return t->vocab; }  // ids are 0..vocab-1, specials included
 static inline int tokenizer_bos(const Tokenizer* t) { return t->bos; }
 static inline int tokenizer_eos(const Tokenizer* t) { return t->eos; }      // -1: none
-static inline const char* tokenizer_name(const Tokenizer* t) { return split_pattern_name(t->pattern); }  // bytes, toy or the pattern
-static inline const char* tokenizer_file(const Tokenizer* t) { return t->file[0] ? t->file : NULL; }  // the rank file, NULL: built in
 
-// A file name for a copy of the rank file that tells its pattern, such as cl100k_base.tiktoken; for a built-in tokenizer its name.
+// bytes, toy, or the pattern's name.
+static inline const char* tokenizer_name(const Tokenizer* t) { return split_pattern_name(t->pattern); }
+
+// The rank file; NULL: built in.
+static inline const char* tokenizer_file(const Tokenizer* t) { return t->file[0] ? t->file : NULL; }
+
+// A name for a copy of the rank file that tells its pattern, such as cl100k_base.tiktoken; of a built-in one its own name.
 static inline const char* tokenizer_file_name(const Tokenizer* t) {
     static const char* const names[SPLIT_COUNT] = {
         "bytes", "toy", "gpt2.tiktoken", "cl100k_base.tiktoken", "llama3.tiktoken", "o200k_base.tiktoken"};
@@ -417,12 +444,12 @@ static inline const unsigned char* scan_run(const Scan* s, const unsigned char* 
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// The scanners: where the piece that begins at p ends. Always beyond p: every character is a letter, a number, a space or other.
+// The scanners: where the piece that begins at p ends. Always beyond p: a character is a letter, a number, a space or other.
 
 static inline bool is_newline(unsigned char c) { return c == '\n' || c == '\r'; }
 
-// '(?:[sdmt]|ll|ve|re) at p; p itself where there is none. In any_case U+017F is an s, since it folds to one; no other letter
-// outside ASCII folds to one of these.
+// '(?:[sdmt]|ll|ve|re) at p; p itself where there is none. In any_case U+017F is an s, since it folds to one; no other
+// letter outside ASCII folds to one of these.
 static inline const unsigned char* scan_contraction(const Scan* s, const unsigned char* p, bool any_case) {
     if (s->end - p < 2 || p[0] != '\'') { return p; }
     unsigned char a = any_case && p[1] < 0x80 ? p[1] | 0x20 : p[1];
@@ -433,8 +460,9 @@ static inline const unsigned char* scan_contraction(const Scan* s, const unsigne
     return (a == 'l' && b == 'l') || (a == 'v' && b == 'e') || (a == 'r' && b == 'e') ? p + 3 : p;
 }
 
-// A run of spaces at p that no word has claimed. newlines: up to the last newline in it (\s*[\r\n]); end_first: but a run that ends the
-// text is one piece (\s++$); otherwise all but the last space, which the next word may want (\s+(?!\S)), or the only one (\s).
+// A run of spaces at p that no word has claimed. newlines: up to the last newline in it (\s*[\r\n]); end_first: but a run
+// that ends the text is one piece (\s++$); otherwise all but the last space, which the next word may want (\s+(?!\S)), or
+// the only one (\s).
 static inline const unsigned char* scan_spaces(const Scan* s, const unsigned char* p, bool newlines, bool end_first) {
     const unsigned char* last = p;           // start of the last character of the run
     const unsigned char* after_newline = NULL;
@@ -486,9 +514,11 @@ static inline const unsigned char* scan_cl100k(const Scan* s, const unsigned cha
     return scan_spaces(s, p, true, end_first);
 }
 
-// U*W+ at p as a backtracking matcher finds it: U* takes all it can; W+ then needs a small letter there, or takes back the last character
-// that both sets have, and nothing more, since what follows it is capitals. NULL where there is no match; *capitals is where U* ended.
-static inline const unsigned char* scan_o200k_word(const Scan* s, const unsigned char* p, const unsigned char** capitals) {
+// U*W+ at p as a backtracking matcher finds it: U* takes all it can; W+ then needs a small letter there, or takes back the
+// last character that both sets have, and nothing more, since what follows it is capitals. NULL where there is no match;
+// *capitals is where U* ended.
+static inline const unsigned char* scan_o200k_word(const Scan* s, const unsigned char* p,
+                                                   const unsigned char** capitals) {
     const unsigned char* after_both = NULL;
     const unsigned char* next;
     int k;
@@ -505,12 +535,12 @@ static inline const unsigned char* scan_o200k(const Scan* s, const unsigned char
     int k = scan_class(s, p, &next);
     if (k == CLASS_NUMBER) { return scan_numbers(s, p); }
     if (!is_newline(*p)) {
-        const unsigned char* word = SET_LETTERS >> k & 1 ? p : next;  // behind the one character that may lead a word, [^\r\n\p{L}\p{N}]?
+        const unsigned char* word = SET_LETTERS >> k & 1 ? p : next;  // [^\r\n\p{L}\p{N}]?, which may lead a word, is before it
         const unsigned char* capitals = word;
         const unsigned char* ignored;
         const unsigned char* q = scan_o200k_word(s, word, &capitals);
         if (!q && k == CLASS_MARK) { q = scan_o200k_word(s, p, &ignored); }  // a mark may also be part of the word
-        if (!q && capitals > word) { q = capitals; }                         // the second alternative, U+W*, where W* finds nothing
+        if (!q && capitals > word) { q = capitals; }  // the second alternative, U+W*, where W* finds nothing
         if (q) { return scan_contraction(s, q, true); }
     }
     const unsigned char* q = p + (*p == ' ');
@@ -536,7 +566,12 @@ static inline const unsigned char* scan_piece(const Tokenizer* t, const Scan* s,
 
 enum { MERGE_SHORT = 96 };  // bytes; longer pieces are merged with a heap
 
-// Merges p[0..n), n <= MERGE_SHORT, by looking for the lowest rank each time; ids go to out (room for n). Returns how many.
+// Rank of the bytes p[from..to) as a join, UINT32_MAX where they are no token: -1 as an unsigned number.
+static inline uint32_t join_rank(const Tokenizer* t, const char* p, size_t from, size_t to) {
+    return (uint32_t)token_rank(t, p + from, to - from);
+}
+
+// Merges p[0..n), n <= MERGE_SHORT, by looking for the lowest rank each time; ids go to out (room for n). How many.
 static inline size_t merge_short(const Tokenizer* t, const char* p, size_t n, int32_t* out) {
     uint32_t rank[MERGE_SHORT + 1];      // rank of part i joined with part i+1, UINT32_MAX none
     uint16_t start[MERGE_SHORT + 2];     // part i is p[start[i]..start[i+1])
@@ -553,8 +588,8 @@ static inline size_t merge_short(const Tokenizer* t, const char* p, size_t n, in
         parts--;
         memmove(start + best + 1, start + best + 2, (parts - best) * sizeof *start);
         memmove(rank + best + 1, rank + best + 2, (parts - best - 1) * sizeof *rank);
-        rank[best] = best + 1 < parts ? (uint32_t)token_rank(t, p + start[best], (size_t)(start[best + 2] - start[best])) : UINT32_MAX;
-        if (best) { rank[best - 1] = (uint32_t)token_rank(t, p + start[best - 1], (size_t)(start[best + 1] - start[best - 1])); }
+        rank[best] = best + 1 < parts ? join_rank(t, p, start[best], start[best + 2]) : UINT32_MAX;
+        if (best) { rank[best - 1] = join_rank(t, p, start[best - 1], start[best + 1]); }
     }
     for (size_t i = 0; i < parts; i++) { out[i] = token_rank(t, p + start[i], (size_t)(start[i + 1] - start[i])); }
     return parts;
@@ -595,7 +630,7 @@ static inline void join_heap_push(JoinHeap* h, uint64_t item) {
 static inline size_t merge_long(const Tokenizer* t, const char* p, size_t n, int32_t* out) {
     uint32_t* next = (uint32_t*)alloc_or_die(3 * (n + 1), sizeof(uint32_t), "byte-pair merging");
     uint32_t* previous = next + n + 1;
-    uint32_t* rank = previous + n + 1;  // of the part at i joined with its follower, UINT32_MAX none or no part begins at i
+    uint32_t* rank = previous + n + 1;  // of the part at i joined with its follower, UINT32_MAX: none, or no part is at i
     JoinHeap heap = {(uint64_t*)alloc_or_die(n, sizeof(uint64_t), "byte-pair merging"), 0, n};
     for (size_t i = 0; i < n; i++) {
         next[i] = (uint32_t)i + 1;
@@ -612,11 +647,11 @@ static inline size_t merge_long(const Tokenizer* t, const char* p, size_t n, int
         rank[gone] = UINT32_MAX;
         next[i] = next[gone];
         if (next[i] < n) { previous[next[i]] = i; }
-        rank[i] = next[i] < n ? (uint32_t)token_rank(t, p + i, next[next[i]] - i) : UINT32_MAX;
+        rank[i] = next[i] < n ? join_rank(t, p, i, next[next[i]]) : UINT32_MAX;
         if (rank[i] != UINT32_MAX) { join_heap_push(&heap, (uint64_t)rank[i] << 32 | i); }
         if (i) {
             uint32_t before = previous[i];
-            rank[before] = (uint32_t)token_rank(t, p + before, next[i] - before);
+            rank[before] = join_rank(t, p, before, next[i]);
             if (rank[before] != UINT32_MAX) { join_heap_push(&heap, (uint64_t)rank[before] << 32 | before); }
         }
     }
@@ -645,7 +680,9 @@ static inline bool encode_toy(const char* text, size_t n, IdList* out, Error* e)
     for (size_t i = 0; i < n; i++) {
         unsigned char c = (unsigned char)text[i];
         if (c >= 'a' && c <= 'z') { out->ids[out->n++] = c - 'a'; continue; }
-        if (c != '.' && c != '#' && c != '_') { return fail(e, "byte 0x%02x at offset %zu: the toy tokenizer has only a-z . # _", c, i); }
+        if (c != '.' && c != '#' && c != '_') {
+            return fail(e, "byte 0x%02x at offset %zu: the toy tokenizer has only a-z . # _", c, i);
+        }
         out->ids[out->n++] = c == '.' ? 26 : c == '#' ? 27 : 28;
     }
     return true;
@@ -666,7 +703,7 @@ static inline bool encode_pieces(const Tokenizer* t, const char* text, size_t n,
         } else if (size <= MERGE_SHORT) {
             out->n += merge_short(t, (const char*)p, size, out->ids + out->n);
         } else if (size >= UINT32_MAX) {
-            return fail(e, "offset %zu: %zu bytes without a place to split, wanted less than 4 GiB", (size_t)((const char*)p - text), size);
+            return fail(e, "%zu bytes without a place to split, wanted less than 4 GiB", size);
         } else {
             out->n += merge_long(t, (const char*)p, size, out->ids + out->n);
         }
@@ -675,9 +712,10 @@ static inline bool encode_pieces(const Tokenizer* t, const char* text, size_t n,
     return true;
 }
 
-// *ids is malloc'ed (never NULL on success), without BOS and EOS. Fails on text that the tokenizer has no ids for: not UTF-8 (`bytes` takes
-// any bytes), or not in toy's alphabet.
-static inline bool tokenizer_encode(const Tokenizer* t, const char* text, size_t n, int32_t** ids, size_t* count, Error* e) {
+// *ids is malloc'ed (never NULL on success), without BOS and EOS. Fails on text that the tokenizer has no ids for: not
+// UTF-8 (`bytes` takes any bytes), or not in toy's alphabet.
+static inline bool tokenizer_encode(const Tokenizer* t, const char* text, size_t n, int32_t** ids, size_t* count,
+                                    Error* e) {
     IdList list = {NULL, 0, 0};
     id_list_reserve(&list, t->pattern <= SPLIT_TOY ? n + 1 : n / 3 + 16);
     bool ok = true;
@@ -697,8 +735,8 @@ static inline bool tokenizer_encode(const Tokenizer* t, const char* text, size_t
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Decoding. A character may be spread over tokens: its bytes wait in the stream until it is whole. Bytes that can belong to no character
-// come out as U+FFFD, as many as Python's decode("utf-8", "replace") gives.
+// Decoding. A character may be spread over tokens: its bytes wait in the stream until it is whole. Bytes that can belong to
+// no character come out as U+FFFD, as many as Python's decode("utf-8", "replace") gives.
 
 typedef struct { unsigned char pending[8]; int n; } TokenStream;  // start from {0}
 
@@ -707,8 +745,8 @@ enum { SPECIAL_TEXT_MAX = 40 };  // bytes, with the NUL
 // Name of a special id, "" where the tokenizer gives the id no meaning. bytes' and toy's specials have no text.
 static inline void tokenizer_special_text(const Tokenizer* t, int32_t id, char* text) {
     static const char* const llama3[10] = {
-        "<|begin_of_text|>", "<|end_of_text|>", "<|reserved_special_token_0|>", "<|reserved_special_token_1|>", "<|finetune_right_pad_id|>",
-        "<|step_id|>", "<|start_header_id|>", "<|end_header_id|>", "<|eom_id|>", "<|eot_id|>"};
+        "<|begin_of_text|>", "<|end_of_text|>", "<|reserved_special_token_0|>", "<|reserved_special_token_1|>",
+        "<|finetune_right_pad_id|>", "<|step_id|>", "<|start_header_id|>", "<|end_header_id|>", "<|eom_id|>", "<|eot_id|>"};
     const char* name = "";
     text[0] = 0;
     if (t->pattern <= SPLIT_TOY || id < t->n_ranks || id >= t->vocab) { return; }
@@ -768,8 +806,8 @@ static inline size_t stream_byte(TokenStream* s, unsigned char c, char* out) {
     return written + 3;
 }
 
-// Text of one more id; out has room for tokenizer_max_bytes() + 8, is not NUL-terminated, and holds whole characters. A special id gives
-// its name (nothing for bytes and toy), an id without meaning U+FFFD. Returns the bytes written.
+// Text of one more id; out has room for tokenizer_max_bytes() + 8, is not NUL-terminated, and holds whole characters. A
+// special id gives its name (nothing for bytes and toy), an id without meaning U+FFFD. Returns the bytes written.
 static inline size_t tokenizer_decode(const Tokenizer* t, TokenStream* s, int32_t id, char* out) {
     size_t written = 0;
     if (id < 0 || id >= t->n_ranks) {
@@ -785,7 +823,9 @@ static inline size_t tokenizer_decode(const Tokenizer* t, TokenStream* s, int32_
         out[0] = "abcdefghijklmnopqrstuvwxyz.#_"[id];
         return 1;
     }
-    for (uint32_t i = t->start[id]; i < t->start[id + 1]; i++) { written += stream_byte(s, (unsigned char)t->bytes[i], out + written); }
+    for (uint32_t i = t->start[id]; i < t->start[id + 1]; i++) {
+        written += stream_byte(s, (unsigned char)t->bytes[i], out + written);
+    }
     return written;
 }
 
