@@ -1,0 +1,147 @@
+#!/usr/bin/env python3
+"""Tests of scripts/convert_ram.py: a model in the authors' form (interleaved RoPE, head kernels stored in, out), computed in that form, equals
+the converted one under our reference; and there and back is the identity, bit for bit. Skips without PyTorch."""
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import unittest
+
+ROOT = os.path.abspath(os.path.join(os.path.dirname(__file__), "..", ".."))
+sys.path.insert(0, os.path.join(ROOT, "dev", "ref"))
+sys.path.insert(0, os.path.join(ROOT, "scripts"))
+sys.dont_write_bytecode = True
+try:
+    import torch
+    import mta_ref
+    import convert_ram
+except ImportError:
+    torch = None
+
+MTA = {"use_mta": True, "query_kernel_size": 6, "key_kernel_size": 11, "pad_key": "both", "mta_layers": "1", "group_norm": True}
+KINDS = {
+    "first": dict(MTA, head_kernel_size=2, layer_norm_rescale=True),
+    "released": dict(MTA, after_sm_query_kernel_size=6, after_sm_key_kernel_size=11, pre_sm_linear_head=True, head_kernel_size=4, add_gating=True),
+    "linear": dict(MTA, pre_sm_linear_head=True, post_sm_linear_head=True),
+    "plain": {"use_mta": False},
+}
+
+
+def their_state(mta, seed):
+    """A random model of two layers in the authors' names and shapes."""
+    g = torch.Generator().manual_seed(seed)
+    r = lambda *s: torch.randn(*s, generator=g) * 0.2
+    s = {"tok_embeddings.weight": r(61, 32), "norm.weight": 1 + r(32)}
+    for i in range(2):
+        a = "layers.%d.attention." % i
+        s.update({a + "wq.weight": r(32, 32), a + "wk.weight": r(32, 32), a + "wv.weight": r(32, 32), a + "wo.weight": r(32, 32)})
+        if i == 1 and mta.get("query_kernel_size"):
+            s[a + "mta_kernel"] = r(4, 1, 6, 11)
+        if i == 1 and mta.get("after_sm_query_kernel_size"):
+            s[a + "mta_kernel_after_sm"] = r(4, 1, 6, 11)
+        if mta.get("pre_sm_linear_head"):
+            s[a + "wpsm.weight"] = r(4, 4)
+        if mta.get("post_sm_linear_head"):
+            s[a + "wposm.weight"] = r(4, 4)
+        if mta.get("head_kernel_size"):
+            n = mta["head_kernel_size"]
+            s[a + "head_kernel"] = r(4 // n, n, n)
+        if mta.get("group_norm"):
+            s[a + "subln.weight"] = 1 + r(8)
+        if mta.get("add_gating"):
+            s.update({a + "gate.weight": r(1, 8), a + "gate.bias": r(1)})
+        f = "layers.%d.feed_forward." % i
+        s.update({f + "w1.weight": r(48, 32), f + "w3.weight": r(48, 32), f + "w2.weight": r(32, 48)})
+        s.update({"layers.%d.attention_norm.weight" % i: 1 + r(32), "layers.%d.ffn_norm.weight" % i: 1 + r(32)})
+    return s
+
+
+def their_attention(x, s, i, mta, theta):
+    """Written from the equations in the authors' conventions; x (T, 32)."""
+    T, a = x.shape[0], "layers.%d.attention." % i
+    q, k, v = ((x @ s[a + n].T).view(T, 4, 8) for n in ("wq.weight", "wk.weight", "wv.weight"))
+    turn = torch.polar(torch.ones(T, 4, dtype=torch.float64), torch.outer(torch.arange(T).double(), theta ** (-torch.arange(0, 8, 2).double() / 8)))
+    q, k = (torch.view_as_real(torch.view_as_complex(z.double().reshape(T, 4, 4, 2)) * turn[:, None]).reshape(T, 4, 8) for z in (q, k))
+    scores = torch.einsum("ihd,jhd->hij", q, k) / 8 ** 0.5
+    mask = torch.ones(T, T).triu(1).bool()
+    conv = lambda z, w: torch.nn.functional.conv2d(torch.nn.functional.pad(z.masked_fill(mask, 0)[None], (5, 5, 5, 0)), w, groups=4)[0]
+    if a + "mta_kernel" in s:
+        scores = conv(scores, s[a + "mta_kernel"])
+    if a + "wpsm.weight" in s:
+        scores = torch.einsum("on,nij->oij", s[a + "wpsm.weight"], scores)
+    p = scores.masked_fill(mask, float("-inf")).softmax(-1)
+    if a + "mta_kernel_after_sm" in s:
+        p = conv(p, s[a + "mta_kernel_after_sm"]).masked_fill(mask, 0)
+    if a + "wposm.weight" in s:
+        p = torch.einsum("on,nij->oij", s[a + "wposm.weight"], p)
+    if a + "head_kernel" in s:
+        w = s[a + "head_kernel"]
+        p = torch.einsum("gnij,gno->goij", p.view(w.shape[0], w.shape[1], T, T), w).reshape(4, T, T)
+    o = torch.einsum("hij,jhd->ihd", p, v)
+    if a + "subln.weight" in s:
+        o = o * torch.rsqrt(o.pow(2).mean(-1, keepdim=True) + 1e-5) * s[a + "subln.weight"]
+        if mta.get("layer_norm_rescale"):
+            o = o * (1 - (0.8 - 0.6 * torch.exp(torch.tensor(-0.3 * i, dtype=torch.float64))))
+    if a + "gate.weight" in s:
+        o = o * torch.sigmoid(o @ s[a + "gate.weight"].T + s[a + "gate.bias"])
+    return o.reshape(T, 32) @ s[a + "wo.weight"].T
+
+
+def their_logits(ids, state, mta, theta):
+    s = {k: v.double() for k, v in state.items()}
+    norm = lambda x, w: x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-5) * w
+    x = s["tok_embeddings.weight"][ids]
+    for i in range(2):
+        x = x + their_attention(norm(x, s["layers.%d.attention_norm.weight" % i]), s, i, mta, theta)
+        f, h = "layers.%d.feed_forward." % i, norm(x, s["layers.%d.ffn_norm.weight" % i])
+        x = x + (torch.nn.functional.silu(h @ s[f + "w1.weight"].T) * (h @ s[f + "w3.weight"].T)) @ s[f + "w2.weight"].T
+    return norm(x, s["norm.weight"]) @ s["tok_embeddings.weight"].T
+
+
+@unittest.skipIf(torch is None, "no PyTorch here")
+class Convert(unittest.TestCase):
+    def test_there_and_back(self):
+        for seed, (kind, mta) in enumerate(KINDS.items()):
+            with tempfile.TemporaryDirectory() as tmp:
+                state = their_state(mta, seed)
+                params = {"model": {"dim": 32, "n_layers": 2, "n_heads": 4, "rope_theta": 5000.0, "norm_eps": 1e-5, "weight_tying": True,
+                                    "mta": mta}, "data": {"seq_len": 64}}
+                paths = [os.path.join(tmp, x) for x in ("ram", "ours", "back", "again")]
+                os.makedirs(paths[0])
+                torch.save({"model": state}, os.path.join(paths[0], "consolidated.pth"))
+                with open(os.path.join(paths[0], "params.json"), "w") as f:
+                    json.dump(params, f)
+                script = os.path.join(ROOT, "scripts", "convert_ram.py")
+                for args in ([paths[0], paths[1]], ["--back", paths[1], paths[2]], [paths[2], paths[3]]):
+                    subprocess.run([sys.executable, script] + args, check=True, stdout=subprocess.DEVNULL)
+                with open(os.path.join(paths[1], "config.json")) as f:
+                    config = json.load(f)
+                self.assertEqual(config["max_position_embeddings"], 64)
+                weights = {k: v.double() for k, v in convert_ram.read_safetensors(os.path.join(paths[1], "model.safetensors")).items()}
+                self.assertEqual({n: s for n, s in mta_ref.names_and_shapes(config)}, {k: tuple(v.shape) for k, v in weights.items()})
+                ids = torch.randint(0, 61, (23,), generator=torch.Generator().manual_seed(seed))
+                want, got = their_logits(ids, state, mta, 5000.0), mta_ref.forward(ids[None], weights, config)[0]
+                self.assertLess((want - got).abs().max().item(), 1e-9 * want.abs().max().item(), kind)
+                again = convert_ram.read_safetensors(os.path.join(paths[3], "model.safetensors"))
+                for name, t in convert_ram.read_safetensors(os.path.join(paths[1], "model.safetensors")).items():
+                    self.assertTrue(torch.equal(t, again[name]), name)
+
+    def test_refuses_what_has_no_counterpart(self):
+        for bad in ({"curse_norm": True}, {"pad_key": "left"}, {"add_gating": True, "gate_1d": False}):
+            with self.assertRaises(convert_ram.UserError):
+                convert_ram.to_ours({}, {"dim": 32, "n_heads": 4, "mta": bad})
+
+
+def main():
+    suite = unittest.defaultTestLoader.loadTestsFromModule(sys.modules[__name__])
+    result = unittest.TextTestRunner(verbosity=1, stream=sys.stdout).run(suite)
+    for test, why in result.skipped:
+        print("skipped: %s: %s" % (test, why))
+    failed, skipped = len(result.failures) + len(result.errors), len(result.skipped)
+    print("%d passed, %d failed%s" % (result.testsRun - failed - skipped, failed, ", %d skipped" % skipped if skipped else ""))
+    sys.exit(failed != 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,264 @@
+#!/usr/bin/env python3
+"""The checkpoints of the paper's authors (facebookresearch/RAM, projects/mta: consolidated.pth and params.json) to ours and back.
+
+    convert_ram.py RAM_DIR OUT_DIR [--dtype bf16] [--tokenizer FILE]     RAM -> OUT_DIR/config.json, model.safetensors
+    convert_ram.py --back DIR OUT_DIR                                    DIR -> OUT_DIR/params.json, consolidated.pth
+
+What differs: names; RoPE turns pairs (2t, 2t+1) of a head there and (t, t + HS/2) here, so the rows of wq and wk move; a head kernel after
+the softmax is stored (in, out) there and (out, in) here, while their all-head linear layers (wpsm, wposm) are (out, in) already; kernels
+have a dimension of 1 more there. Needs PyTorch."""
+import argparse
+import json
+import os
+import shutil
+import struct
+import sys
+
+try:
+    import torch
+except ImportError:
+    torch = None
+
+LAYER_NAMES = {  # theirs: ours
+    "attention.wq.weight": "self_attn.q_proj.weight", "attention.wk.weight": "self_attn.k_proj.weight",
+    "attention.wv.weight": "self_attn.v_proj.weight", "attention.wo.weight": "self_attn.o_proj.weight",
+    "attention.mta_kernel": "self_attn.kq_conv.weight", "attention.mta_kernel_after_sm": "self_attn.kq_conv_post.weight",
+    "attention.wpsm.weight": "self_attn.head_mix_pre.weight", "attention.wposm.weight": "self_attn.head_mix.weight",
+    "attention.head_kernel": "self_attn.head_mix.weight", "attention.subln.weight": "self_attn.head_norm.weight",
+    "attention.gate.weight": "self_attn.head_gate.weight", "attention.gate.bias": "self_attn.head_gate.bias",
+    "attention_norm.weight": "input_layernorm.weight", "ffn_norm.weight": "post_attention_layernorm.weight",
+    "feed_forward.w1.weight": "mlp.gate_proj.weight", "feed_forward.w3.weight": "mlp.up_proj.weight",
+    "feed_forward.w2.weight": "mlp.down_proj.weight",
+}
+TOP_NAMES = {"tok_embeddings.weight": "model.embed_tokens.weight", "norm.weight": "model.norm.weight", "output.weight": "lm_head.weight"}
+TRITON_NAMES = {"mta_conv_triton.weight": "mta_kernel", "mta_conv_after_sm_triton.weight": "mta_kernel_after_sm",
+                "wpsm_triton.weight": "wpsm.weight", "wposm_triton.weight": "wposm.weight"}
+DTYPES = {"f32": "F32", "bf16": "BF16", "f16": "F16"}
+
+
+class UserError(Exception):
+    """One line for the user."""
+
+
+def halves_from_pairs(w, heads):
+    """Rows of a head: (2t, 2t+1) -> (t, t + HS/2)."""
+    rows, dim = w.shape
+    return w.view(heads, rows // heads // 2, 2, dim).transpose(1, 2).reshape(rows, dim)
+
+
+def pairs_from_halves(w, heads):
+    """The inverse of halves_from_pairs."""
+    rows, dim = w.shape
+    return w.view(heads, 2, rows // heads // 2, dim).transpose(1, 2).reshape(rows, dim)
+
+
+def split_layer(name, prefix):
+    """"PREFIX.3.REST" -> (3, REST)."""
+    number, rest = name[len(prefix) + 1:].split(".", 1)
+    return int(number), rest
+
+
+def to_ours(state, params):
+    """Their state dict and model parameters -> our tensors and config."""
+    mta = params.get("mta") or {}
+    if mta.get("curse_norm") or (mta.get("add_gating") and not mta.get("gate_1d", True)) or mta.get("pad_key", "both") != "both":
+        raise UserError("params.json: curse_norm, gate_1d false and pad_key other than both have no counterpart here")
+    heads = params.get("n_heads") or params["dim"] // params["head_dim"]
+    kv_heads = params.get("n_kv_heads") or heads
+    tensors, layers, conv = {}, 0, {"kq_conv": set(), "kq_conv_post": set()}
+    sizes, groups = None, {"head_mix_pre": 0, "head_mix": 0}
+    for name, t in state.items():
+        if name.startswith("rope_embeddings."):
+            continue
+        if name in TOP_NAMES:
+            if name == "output.weight" and params.get("weight_tying"):
+                continue
+            tensors[TOP_NAMES[name]] = t
+            continue
+        if not name.startswith("layers."):
+            raise UserError("tensor %s is unknown" % name)
+        layer, rest = split_layer(name, "layers")
+        if rest.startswith("attention.triton_mta."):
+            rest = "attention." + TRITON_NAMES.get(rest[len("attention.triton_mta."):], "?")
+        if rest not in LAYER_NAMES:
+            raise UserError("tensor %s is unknown" % name)
+        layers = max(layers, layer + 1)
+        ours = LAYER_NAMES[rest]
+        key = ours.split(".")[1] if ours.startswith("self_attn.") else ""
+        if rest == "attention.wq.weight":
+            t = halves_from_pairs(t, heads)
+        elif rest == "attention.wk.weight":
+            t = halves_from_pairs(t, kv_heads)
+        elif key in conv:
+            t = t.reshape(heads, t.shape[-2], t.shape[-1])
+            if sizes not in (None, tuple(t.shape[1:])):
+                raise UserError("kernels of different sizes (%s and %s) have no counterpart here" % (sizes, tuple(t.shape[1:])))
+            sizes = tuple(t.shape[1:])
+            conv[key].add(layer)
+        elif key in groups:
+            t = t.transpose(1, 2) if rest == "attention.head_kernel" else t.reshape(1, heads, heads)
+            groups[key] = t.shape[1]
+        elif key == "head_gate":
+            t = t.reshape(-1)
+        tensors["model.layers.%d.%s" % (layer, ours)] = t
+    if conv["kq_conv"] and conv["kq_conv_post"] and conv["kq_conv"] != conv["kq_conv_post"]:
+        raise UserError("convolutions before and after the softmax in different layers have no counterpart here")
+    embed = tensors["model.embed_tokens.weight"]
+    norm = "none" if not mta.get("group_norm") else "group_depth_scaled" if mta.get("layer_norm_rescale") else "group"
+    config = {
+        "architectures": ["MtaForCausalLM"], "model_type": "mta", "vocab_size": embed.shape[0], "hidden_size": embed.shape[1],
+        "intermediate_size": tensors["model.layers.0.mlp.gate_proj.weight"].shape[0], "num_hidden_layers": layers,
+        "num_attention_heads": heads, "num_key_value_heads": kv_heads, "max_position_embeddings": params.get("max_seqlen", 2048),
+        "hidden_act": "silu", "rope_theta": float(params.get("rope_theta", 10000.0)), "rms_norm_eps": params.get("norm_eps", 1e-5),
+        "tie_word_embeddings": "lm_head.weight" not in tensors, "attention_type": "mta",
+        "kq_conv_layers": sorted(conv["kq_conv"] | conv["kq_conv_post"]), "kq_conv_query_size": sizes[0] if sizes else 6,
+        "kq_conv_key_size": sizes[1] if sizes else 11, "kq_conv_pre_softmax": bool(conv["kq_conv"]),
+        "kq_conv_post_softmax": bool(conv["kq_conv_post"]), "head_mix_pre_softmax": groups["head_mix_pre"],
+        "head_mix_post_softmax": groups["head_mix"], "head_norm": norm, "head_gate": bool(mta.get("add_gating")),
+    }
+    plain = not config["kq_conv_layers"] and not any(groups.values()) and norm == "none" and not config["head_gate"]
+    if plain:
+        config.update(architectures=["LlamaForCausalLM"], model_type="llama")
+    return tensors, config
+
+
+def to_theirs(tensors, config):
+    """Our tensors and config -> their state dict and model parameters."""
+    if config.get("attention_type", "mta") != "mta" or config.get("rope_scaling"):
+        raise UserError("config.json: attention_type diff and rope_scaling have no counterpart there")
+    heads, dim = config["num_attention_heads"], config["hidden_size"]
+    kv_heads = config.get("num_key_value_heads") or heads
+    theirs = {v: k for k, v in LAYER_NAMES.items() if k != "attention.wposm.weight"}
+    top = {v: k for k, v in TOP_NAMES.items()}
+    state = {}
+    for name, t in tensors.items():
+        if name in top:
+            state[top[name]] = t
+            continue
+        layer, rest = split_layer(name, "model.layers")
+        key = rest.split(".")[1] if rest.startswith("self_attn.") else ""
+        if rest == "self_attn.q_proj.weight":
+            t = pairs_from_halves(t, heads)
+        elif rest == "self_attn.k_proj.weight":
+            t = pairs_from_halves(t, kv_heads)
+        elif key in ("kq_conv", "kq_conv_post"):
+            t = t[:, None]
+        elif key == "head_mix":
+            t = t.transpose(1, 2)
+        elif key == "head_mix_pre":
+            if t.shape[0] != 1:
+                raise UserError("head mixing before the softmax in groups has no counterpart there, only of all heads")
+            t = t[0]
+        elif rest == "self_attn.head_gate.weight":
+            t = t[None]
+        state["layers.%d.%s" % (layer, theirs[rest])] = t.contiguous()
+    norm, layers = config.get("head_norm", "none"), config.get("kq_conv_layers") or []
+    cq, ck = config.get("kq_conv_query_size", 6), config.get("kq_conv_key_size", 11)
+    pre, post = bool(layers) and config.get("kq_conv_pre_softmax"), bool(layers) and config.get("kq_conv_post_softmax")
+    mta = {
+        "use_mta": bool(layers or config.get("head_mix_pre_softmax") or config.get("head_mix_post_softmax")),
+        "query_kernel_size": cq if pre else None, "key_kernel_size": ck if pre else None,
+        "after_sm_query_kernel_size": cq if post else None, "after_sm_key_kernel_size": ck if post else None, "pad_key": "both",
+        "mta_layers": ",".join(map(str, layers)) if layers else None, "init_method": "identity",
+        "head_kernel_size": config.get("head_mix_post_softmax") or None, "pre_sm_linear_head": bool(config.get("head_mix_pre_softmax")),
+        "post_sm_linear_head": False, "group_norm": norm != "none", "layer_norm_rescale": norm == "group_depth_scaled",
+        "add_gating": bool(config.get("head_gate")), "gate_1d": True,
+    }
+    params = {"dim": dim, "n_layers": config["num_hidden_layers"], "n_heads": heads, "n_kv_heads": kv_heads,
+              "rope_theta": config.get("rope_theta", 10000.0), "norm_eps": config.get("rms_norm_eps", 1e-6),
+              "vocab_size": config["vocab_size"], "weight_tying": "output.weight" not in state,
+              "max_seqlen": config.get("max_position_embeddings", 2048), "mta": mta}
+    return state, params
+
+
+def write_safetensors(path, tensors):
+    """tensors: name -> CPU tensor of F32, BF16 or F16; one at a time in memory beside them."""
+    kinds = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+    header, at = {"__metadata__": {"format": "pt"}}, 0
+    for name, t in tensors.items():
+        size = t.numel() * t.element_size()
+        header[name] = {"dtype": kinds[t.dtype], "shape": list(t.shape), "data_offsets": [at, at + size]}
+        at += size
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-(len(text) + 8) % 64)
+    with open(path, "wb") as f:
+        f.write(struct.pack("<Q", len(text)) + text)
+        for t in tensors.values():
+            t = t.contiguous()
+            f.write((t.view(torch.int16) if t.element_size() == 2 else t).numpy().tobytes())
+
+
+def read_safetensors(path):
+    """name -> tensor, copied."""
+    kinds = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+    with open(path, "rb") as f:
+        size = struct.unpack("<Q", f.read(8))[0]
+        header = json.loads(f.read(size))
+        out = {}
+        for name, h in header.items():
+            if name != "__metadata__":
+                f.seek(8 + size + h["data_offsets"][0])
+                data = bytearray(f.read(h["data_offsets"][1] - h["data_offsets"][0]))
+                out[name] = torch.frombuffer(data, dtype=kinds[h["dtype"]]).view(h["shape"])
+    return out
+
+
+def load_state(path):
+    """The tensors of consolidated.pth, which holds them alone or under "model"."""
+    state = torch.load(path, map_location="cpu")
+    return state.get("model", state) if not hasattr(state.get("model", None), "shape") else state
+
+
+def convert(source, out, dtype, tokenizer):
+    with open(os.path.join(source, "params.json")) as f:
+        params = json.load(f)
+    model = dict(params.get("model", params))
+    if "seq_len" in (params.get("data") or {}):
+        model["max_seqlen"] = params["data"]["seq_len"]
+    tensors, config = to_ours(load_state(os.path.join(source, "consolidated.pth")), model)
+    kind = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}.get(dtype)
+    tensors = {k: v.to(kind) if kind else v for k, v in tensors.items()}
+    os.makedirs(out, exist_ok=True)
+    if tokenizer:
+        config["tokenizer"] = os.path.basename(tokenizer)
+        shutil.copyfile(tokenizer, os.path.join(out, config["tokenizer"]))
+    write_safetensors(os.path.join(out, "model.safetensors"), tensors)
+    with open(os.path.join(out, "config.json"), "w") as f:
+        json.dump(config, f, indent=2)
+    print("%s: %d tensors, %d parameters" % (out, len(tensors), sum(t.numel() for t in tensors.values())))
+
+
+def convert_back(source, out):
+    with open(os.path.join(source, "config.json")) as f:
+        config = json.load(f)
+    state, params = to_theirs(read_safetensors(os.path.join(source, "model.safetensors")), config)
+    os.makedirs(out, exist_ok=True)
+    torch.save({"model": state}, os.path.join(out, "consolidated.pth"))
+    with open(os.path.join(out, "params.json"), "w") as f:
+        json.dump({"model": params}, f, indent=2)
+    print("%s: %d tensors" % (out, len(state)))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", metavar="DIR")
+    parser.add_argument("out", metavar="OUT_DIR")
+    parser.add_argument("--back", action="store_true", help="ours to theirs")
+    parser.add_argument("--dtype", choices=["stored"] + sorted(DTYPES), default="stored", help="form of the weights (default: as stored)")
+    parser.add_argument("--tokenizer", metavar="FILE", help="rank file to copy and name in config.json (Llama 3's tokenizer.model)")
+    args = parser.parse_args()
+    try:
+        if torch is None:
+            raise UserError("PyTorch is needed to read and write .pth files: pip install torch")
+        if args.back:
+            convert_back(args.source, args.out)
+        else:
+            convert(args.source, args.out, args.dtype, args.tokenizer)
+    except (UserError, OSError, KeyError, ValueError) as e:
+        print("convert_ram.py: %s" % (e if not isinstance(e, KeyError) else "key %s is missing" % e), file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
