@@ -15,7 +15,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 # The toy task: N = 4 letters a block, 8 blocks, the question asks for the first letter; 2 layers of 2 heads, dim 64.
-TOY_N=4 TOY_BLOCKS=8 TOY_KIND=first TOY_SEEDS="1 2 3" TOY_STEPS=800 TOY_BATCH=64
+TOY_N=4 TOY_BLOCKS=8 TOY_KIND=first TOY_SEEDS="1 2 3" TOY_STEPS=600 TOY_BATCH=64
 TOY_MODEL=(--model toy --hidden-size 64 --num-hidden-layers 2 --num-attention-heads 2 --num-key-value-heads 2 --intermediate-size 192
            --kq-conv-key-size $((2 * TOY_N - 1)) --lr 2e-3 --schedule constant --warmup 0 --weight-decay 0)
 # The text model: bytes are tokens.

@@ -27,7 +27,7 @@ NAME = os.path.basename(BINARY)
 SMALL = {"--model": "toy", "--attention": "mta", "--hidden-size": 32, "--num-hidden-layers": 2, "--num-attention-heads": 2,
          "--num-key-value-heads": 2, "--intermediate-size": 48, "--vocab-size": 32, "--kq-conv-key-size": 5, "--seq-len": 16, "--batch-size": 2,
          "--steps": 6, "--lr": 1e-3, "--schedule": "constant", "--warmup": 0, "--log-every": 1, "--sample-every": 0, "--seed": 5}
-TIMEOUT = 120
+TIMEOUT = float(os.environ.get("TEST_TIMEOUT", 120))  # seconds for one run
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------------
@@ -666,7 +666,7 @@ class Failing(Trainer):
             child.send_signal(signal.SIGINT)
             start = time.time()
             child.communicate(timeout=TIMEOUT)
-            self.assertLess(time.time() - start, 1)
+            self.assertLess(time.time() - start, 10)
             self.assertEqual(child.returncode, 128 + signal.SIGINT)
             self.assertEqual(checkpoints(out), [])
             return
