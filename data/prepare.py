@@ -174,8 +174,13 @@ class RankTokenizer:
         self.tokens = None
         if encoder:
             tiktoken = need("tiktoken")
+            # encode() allows no special token, so this one is text like any other; with none at all tiktoken would look
+            # for the empty string, which is everywhere, and be slower
             self.encoding = tiktoken.Encoding(
-                pattern, pat_str=PATTERNS[pattern], mergeable_ranks=self.ranks, special_tokens={}
+                pattern,
+                pat_str=PATTERNS[pattern],
+                mergeable_ranks=self.ranks,
+                special_tokens={"<|endoftext|>": self.bos},
             )
             self.dtype = "<u2" if self.width == 2 else "<u4"
 
