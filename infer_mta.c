@@ -208,17 +208,23 @@ static inline __attribute__((always_inline)) void dot_rows_range(const Matrix* w
     }
 }
 
-// y (n, rows) = x (n, cols) W^T for a few x, threads owning ranges of rows.
-static void matvec(const Matrix* w, const float* x, size_t ldx, int n, float* y, size_t ldy) {
+typedef struct { float* y; const Matrix* w; } Product;  // y (n, w->rows), rows side by side
+
+// y (n, rows) = x (n, cols) W^T of several W that read the same few x. Threads own ranges of rows; they meet once, at the end of all.
+static void matvecs(const Product* products, int count, const float* x, size_t ldx, int n) {
 #pragma omp parallel
     {
         size_t threads = (size_t)omp_get_num_threads(), t = (size_t)omp_get_thread_num();
-        size_t from = w->rows * t / threads, to = w->rows * (t + 1) / threads;
-        switch (w->kind) {
-            case W_F32: dot_rows_range(w, W_F32, from, to, x, ldx, n, y, ldy); break;
-            case W_BF16: dot_rows_range(w, W_BF16, from, to, x, ldx, n, y, ldy); break;
-            case W_F16: dot_rows_range(w, W_F16, from, to, x, ldx, n, y, ldy); break;
-            default: dot_rows_range(w, W_INT8, from, to, x, ldx, n, y, ldy); break;
+        for (int i = 0; i < count; i++) {
+            const Matrix* w = products[i].w;
+            float* y = products[i].y;
+            size_t from = w->rows * t / threads, to = w->rows * (t + 1) / threads, ldy = w->rows;
+            switch (w->kind) {
+                case W_F32: dot_rows_range(w, W_F32, from, to, x, ldx, n, y, ldy); break;
+                case W_BF16: dot_rows_range(w, W_BF16, from, to, x, ldx, n, y, ldy); break;
+                case W_F16: dot_rows_range(w, W_F16, from, to, x, ldx, n, y, ldy); break;
+                default: dot_rows_range(w, W_INT8, from, to, x, ldx, n, y, ldy); break;
+            }
         }
     }
 }
@@ -340,13 +346,15 @@ static void matmul_panels(const Matrix* w, const float* x, size_t ldx, int n, fl
     }
 }
 
-static void matmul(float* y, size_t ldy, const float* x, size_t ldx, int n, const Matrix* w) {
+static void matmuls(const Product* products, int count, const float* x, size_t ldx, int n) {
     if (n < GEMM_ROWS) {
-        matvec(w, x, ldx, n, y, ldy);
-    } else {
-        matmul_panels(w, x, ldx, n, y, ldy);
+        matvecs(products, count, x, ldx, n);
+        return;
     }
+    for (int i = 0; i < count; i++) { matmul_panels(products[i].w, x, ldx, n, products[i].y, products[i].w->rows); }
 }
+
+static void matmul(float* y, const float* x, size_t ldx, int n, const Matrix* w) { matmuls(&(Product){y, w}, 1, x, ldx, n); }
 
 // ---------------------------------------------------------------------------------------------------------------------------------------
 // The model: mapped files, matrices as stored or converted, small tensors in fp32
@@ -665,7 +673,7 @@ typedef struct {
     int chunk;           // positions at a time, at most
     float *x, *xn;       // (chunk, C) residual stream; normalised
     float *q;            // (cq-1 + chunk, NH HS) rotated and scaled queries, the cq-1 before the chunk first
-    float *kv;           // (chunk, NKV HS)
+    float *k, *v;        // (chunk, NKV HS)
     float *o;            // (chunk, NH HS)
     float *gate, *up;    // (chunk, FF)
     float *angles;       // (chunk, HS): cosines, then sines
@@ -691,7 +699,7 @@ static void work_open(Work* w, const Model* m, int chunk, int capacity) {
     w->block = NH * (extra + (size_t)w->R) * row_stride(capacity);
     size_t head_floats = NH * (size_t)w->R * round_up((size_t)m->HS, TILE);
     struct { float** p; size_t n; } parts[] = {
-        {&w->x, n * C}, {&w->xn, n * C}, {&w->q, (extra + n) * D}, {&w->kv, n * (size_t)(m->NKV * m->HS)}, {&w->o, n * D}, {&w->gate, n * (size_t)m->FF},
+        {&w->x, n * C}, {&w->xn, n * C}, {&w->q, (extra + n) * D}, {&w->k, n * (size_t)(m->NKV * m->HS)}, {&w->v, n * (size_t)(m->NKV * m->HS)}, {&w->o, n * D}, {&w->gate, n * (size_t)m->FF},
         {&w->up, n * (size_t)m->FF}, {&w->angles, n * (size_t)m->HS}, {&w->a, w->block}, {&w->b, w->block}, {&w->heads, head_floats}, {&w->zero_row, row_stride(capacity)},
     };
     size_t total = 0;
@@ -1084,25 +1092,23 @@ static void forward(const Model* m, Cache* s, Work* w, const int32_t* tokens, in
     for (int l = 0; l < m->c.num_hidden_layers; l++) {
         const Layer* y = &m->layers[l];
         rmsnorm_rows(w->xn, w->x, y->input_norm, n, m->C, eps);
-        matmul(q, D, w->xn, C, n, &y->q);
-        matmul(w->kv, KV, w->xn, C, n, &y->k);
+        const Product qkv[] = {{q, &y->q}, {w->k, &y->k}, {w->v, &y->v}}, gate_up[] = {{w->gate, &y->gate}, {w->up, &y->up}};
+        matmuls(qkv, 3, w->xn, C, n);
 #pragma omp parallel for if (n > 4)
         for (int i = 0; i < n; i++) {
             const float* angles = w->angles + (size_t)i * (size_t)m->HS;
             rope(q + (size_t)i * D, m->NH, m->HS, angles, scale);
-            rope(w->kv + (size_t)i * KV, m->NKV, m->HS, angles, 1);
+            rope(w->k + (size_t)i * KV, m->NKV, m->HS, angles, 1);
         }
-        cache_put(s, m, l, w->kv, n, true);
-        matmul(w->kv, KV, w->xn, C, n, &y->v);
-        cache_put(s, m, l, w->kv, n, false);
+        cache_put(s, m, l, w->k, n, true);
+        cache_put(s, m, l, w->v, n, false);
         attention(m, s, w, l, n);
-        matmul(w->xn, C, w->o, D, n, &y->o);
+        matmul(w->xn, w->o, D, n, &y->o);
         add_rows(w->x, w->xn, n, m->C);
         rmsnorm_rows(w->xn, w->x, y->post_norm, n, m->C, eps);
-        matmul(w->gate, FF, w->xn, C, n, &y->gate);
-        matmul(w->up, FF, w->xn, C, n, &y->up);
+        matmuls(gate_up, 2, w->xn, C, n);
         swiglu(w->gate, w->up, (size_t)n * FF);
-        matmul(w->xn, C, w->gate, FF, n, &y->down);
+        matmul(w->xn, w->gate, FF, n, &y->down);
         add_rows(w->x, w->xn, n, m->C);
     }
     rmsnorm_rows(w->xn, w->x, m->norm, n, m->C, eps);
@@ -1111,7 +1117,7 @@ static void forward(const Model* m, Cache* s, Work* w, const int32_t* tokens, in
 
 // Logits (rows, V) of `rows` states of the last forward from row `first` on.
 static void logits_of(const Model* m, const Work* w, int first, int rows, float* out) {
-    matmul(out, (size_t)m->V, w->xn + (size_t)first * (size_t)m->C, (size_t)m->C, rows, &m->head);
+    matmul(out, w->xn + (size_t)first * (size_t)m->C, (size_t)m->C, rows, &m->head);
 }
 
 // A whole prompt in chunks; the logits of its last token into `logits` (V).
