@@ -133,6 +133,11 @@ build/train_mta_cuda_cpu_fp32: train_mta.cu $(HEADERS) $(EMULATOR_HEADERS)
 	@mkdir -p build
 	$(CXX) $(CXXFLAGS) -x c++ -O2 -Idev/cuda_cpu -DPRECISION_FP32 $< -o $@ $(LDLIBS)
 
+# Speed of the CUDA trainer's step on a GPU (scripts/gpu_check.sh runs it).
+build/cuda_step: dev/bench/cuda_step.cu train_mta.cu $(HEADERS)
+	@mkdir -p build
+	$(NVCC) $(NVCCFLAGS) $(CUDA_DEFINES) $< -o $@ -lcublas
+
 # The emulator's own tests, with planted faults; the address sanitizer is what sees the out-of-bounds ones.
 build/test_emulator: dev/cuda_cpu/test_emulator.cpp $(EMULATOR_HEADERS)
 	@mkdir -p build

@@ -44,13 +44,14 @@ typedef __nv_bfloat16 floatX;
 #endif
 enum { EXACT = sizeof(floatX) == 4 };  // weights and master weights are one arena
 
-#if !defined(CUDA_CPU)
+#if !defined(LAUNCH)  // else the emulator's, or that of dev/bench/cuda_step.cu, which takes times
 #define LAUNCH(kernel, grid, block, shared, stream, ...) kernel<<<grid, block, shared, stream>>>(__VA_ARGS__)
+#endif
+#if !defined(DYNAMIC_SHARED)
 #define DYNAMIC_SHARED(type, name)                                        \
     extern __shared__ __align__(16) unsigned char dynamic_shared_bytes[]; \
     type* name = reinterpret_cast<type*>(dynamic_shared_bytes)
 #endif
-
 #if defined(__CUDACC__)
 #define UNROLL _Pragma("unroll")
 #else

@@ -1,0 +1,30 @@
+#!/usr/bin/env bash
+# scripts/finetune_4k.sh CHECKPOINT SHARDS OUT [more options of train_mta_cuda...]
+#
+# The paper's long-context stage: 10.5B more tokens at a context of 4096 from a checkpoint of scripts/train_880m.sh (a step-XXXXXXXX directory),
+# RoPE theta 500,000, weight decay 0, warmup 50, a fresh optimizer, the rest as before: 40,000 steps of 64 sequences of 4096.
+# The same command continues an interrupted run.
+set -eu
+cd "$(dirname "$0")/.."
+usage="usage: scripts/finetune_4k.sh CHECKPOINT SHARDS OUT [options...]"
+checkpoint=${1:?$usage} shards=${2:?$usage} out=${3:?$usage}
+shift 3
+trainer=${TRAINER:-./train_mta_cuda}
+[ -x "$trainer" ] || { echo "finetune_4k.sh: $trainer is missing, run: make train_mta_cuda" >&2; exit 1; }
+[ -e "$checkpoint/config.json" ] || { echo "finetune_4k.sh: $checkpoint holds no config.json, wanted a checkpoint directory" >&2; exit 1; }
+[ -d "$shards" ] || { echo "finetune_4k.sh: $shards is not a directory; data/README.md says how to make shards" >&2; exit 1; }
+[ -e "$shards/recipe.txt" ] || cp data/slimpajama_weights.txt "$shards/recipe.txt"
+
+recipe=(--init-from "$checkpoint" --seq-len 4096 --max-position-embeddings 4096 --rope-theta 500000 --tokens-per-step 262144 --steps 40000 --lr 1.5e-4
+        --schedule linear --warmup 50 --beta1 0.9 --beta2 0.98 --eps 1e-8 --weight-decay 0 --grad-clip 1)
+fits=$("$trainer" "${recipe[@]}" --batch-size 1 --dry-run "$@" | sed -n 's/.*largest micro-batch that fits: //p')
+batch=1
+for b in 2 4 8 16 32 64; do [ "$b" -le "${fits:-0}" ] && batch=$b; done
+echo "micro-batches of $batch sequences (${fits:-no GPU, so 1} would fit)"
+
+val="" comma=""
+for domain in arxiv book c4 commoncrawl github stackexchange wikipedia; do
+    if compgen -G "$shards/${domain}_val_*.bin" > /dev/null; then val+="$comma$domain=$shards/${domain}_val_*.bin"; comma=,; fi
+done
+exec "$trainer" "${recipe[@]}" --batch-size "$batch" --train "@$shards/recipe.txt" --mix document ${val:+--val "$val"} --out "$out" --resume \
+    --eval-every 1000 --eval-windows 128 --save-every 1000 --keep 3 ${TOKENIZER:+--tokenizer "$TOKENIZER" --sample-every 1000} "$@"
