@@ -561,17 +561,17 @@ static void head_mix_backward_weight(double* dweight, const Tile* dout, const Ti
         for (int i = lo; i < hi; i++) {
             for (int o = 0; o < ch; o++) {
                 const real* d = tile_row(dout, g + o, i);
-                if (ch > 2) {
-                    size_t ld = (size_t)inp->rows * inp->ld;
-                    gemm_serial(false, true, 1, ch, i + 1, 1, d, ld, tile_row(inp, g, i), ld, 0, row, (size_t)ch);
+                const real* x = tile_row(inp, g, i);
+                size_t ld = (size_t)inp->rows * inp->ld;
+                if (ch == 2) {
+                    const real* y = x + ld;
+                    real dot_x = 0, dot_y = 0;
+#pragma omp simd reduction(+ : dot_x, dot_y)
+                    for (int j = 0; j <= i; j++) { dot_x += d[j] * x[j]; dot_y += d[j] * y[j]; }
+                    row[0] = dot_x;
+                    row[1] = dot_y;
                 } else {
-                    for (int n = 0; n < ch; n++) {
-                        const real* x = tile_row(inp, g + n, i);
-                        real dot = 0;
-#pragma omp simd reduction(+ : dot)
-                        for (int j = 0; j <= i; j++) { dot += d[j] * x[j]; }
-                        row[n] = dot;
-                    }
+                    gemm_serial(false, true, 1, ch, i + 1, 1, d, ld, x, ld, 0, row, (size_t)ch);
                 }
                 for (int n = 0; n < ch; n++) { dweight[o * ch + n] += (double)row[n]; }
             }
@@ -684,10 +684,11 @@ enum { ATTENTION_TILES = 7 };  // S C L R A of the maps, and two for gradients
 static size_t attention_tile_size(const Attention* a) {
     return (size_t)attention_group(a) * (size_t)(a->chunk + 2 * (halo_pre(a) + halo_post(a))) * (size_t)tile_stride(a->T);
 }
-// Queries of a chunk: a tile of a group should fit a core's L2 cache beside its neighbours. Measured in dev/SPEED.md.
+// Queries of a chunk: few enough that a tile stays near a core's cache, many enough that the small products and the halo rows pay
+// (dev/SPEED.md has the measurement).
 static int attention_chunk(int T, int group) {
-    int rows = (1 << 17) / (tile_stride(T) * group) / 16 * 16;
-    return min_int(T, max_int(32, min_int(128, rows)));
+    int rows = (1 << 18) / (tile_stride(T) * group) / 16 * 16;
+    return min_int(T, max_int(64, min_int(128, rows)));
 }
 
 static Tile tile_make(real* scratch, int which, const Attention* a, int i0) {

@@ -1,6 +1,6 @@
 // cpu_step.c: seconds of one optimizer step of train_mta.c, and of a 2048^3 matrix product, in one run on one machine.
 // Called by cpu_step.sh, which says what the figures mean. Prints one line of JSON.
-//   cpu_step ATTENTION [T] [REPEATS]
+//   cpu_step ATTENTION [T] [REPEATS] [CHUNK]
 #define MTA_LIBRARY
 #include "../../train_mta.c"
 
@@ -26,7 +26,7 @@ static double gemm_rate(int n, int repeats) {
 int main(int argc, char** argv) {
     Config c;
     Error e = {{0}};
-    int B = 2, T = argc > 2 ? atoi(argv[2]) : 1024, repeats = argc > 3 ? atoi(argv[3]) : 5;
+    int B = 2, T = argc > 2 ? atoi(argv[2]) : 1024, repeats = argc > 3 ? atoi(argv[3]) : 5, chunk = argc > 4 ? atoi(argv[4]) : 0;
     config_from_preset(&c, preset_find("11m"));
     c.vocab_size = 8192;
     if (argc < 2 || !config_set_attention(&c, argv[1], false, &e)) { die("usage: cpu_step ATTENTION [T] [REPEATS]: %s", e.text); }
@@ -44,7 +44,7 @@ int main(int argc, char** argv) {
         }
         free(a);
     }
-    Model* m = model_create(&c, B, T, 0);
+    Model* m = model_create(&c, B, T, chunk);
     model_initialise(m, 1);
     int32_t* tokens = (int32_t*)alloc_or_die((size_t)2 * B * T, sizeof(int32_t), "tokens");
     for (int i = 0; i < 2 * B * T; i++) { tokens[i] = (int32_t)((unsigned)i * 2654435761u % 8192u); }
@@ -60,7 +60,7 @@ int main(int argc, char** argv) {
         if (r) { best = fmin(best, seconds_now() - t); }  // the first step touches memory for the first time
     }
     double flops = model_flops_per_token(&c, T) * B * T;
-    printf("{\"attention\": \"%s\", \"T\": %d, \"step_s\": %.4f, \"model_gflops\": %.1f, \"sgemm_gflops\": %.1f, \"gemm_gflops\": %.1f, \"ratio\": %.3f, \"loss\": %.4f}\n", argv[1], T,
+    printf("{\"attention\": \"%s\", \"T\": %d, \"chunk\": %d, \"step_s\": %.4f, \"model_gflops\": %.1f, \"sgemm_gflops\": %.1f, \"gemm_gflops\": %.1f, \"ratio\": %.3f, \"loss\": %.4f}\n", argv[1], T, m->chunk,
            best, flops / best * 1e-9, sgemm * 1e-9, blocked * 1e-9, flops / best / sgemm, loss);
     return 0;
 }
