@@ -1216,6 +1216,7 @@ def prepare_into(args, job, plan):
     unfinished = os.path.exists(os.path.join(args.out, ".%s.partial" % job["name"], "state.json"))
     if not unfinished and already_there(args.out, job, plan, args.overwrite):
         print("%s: %s is complete already; --overwrite prepares it anew" % (args.out, job["name"]))
+        report(args.out, job["name"])
         return
     p = Preparation(args.out, job, plan, digest)
     p.open()

@@ -742,17 +742,18 @@ typedef struct { unsigned char pending[8]; int n; } TokenStream;  // start from 
 
 enum { SPECIAL_TEXT_MAX = 40 };  // bytes, with the NUL
 
-// Name of a special id, "" where the tokenizer gives the id no meaning. bytes' and toy's specials have no text.
+// Name of a special id (llama3's as Llama 3.1 has them), "" where the tokenizer gives the id no meaning. bytes' and toy's specials have no text.
 static inline void tokenizer_special_text(const Tokenizer* t, int32_t id, char* text) {
-    static const char* const llama3[10] = {
+    static const char* const llama3[11] = {
         "<|begin_of_text|>", "<|end_of_text|>", "<|reserved_special_token_0|>", "<|reserved_special_token_1|>",
-        "<|finetune_right_pad_id|>", "<|step_id|>", "<|start_header_id|>", "<|end_header_id|>", "<|eom_id|>", "<|eot_id|>"};
+        "<|finetune_right_pad_id|>", "<|reserved_special_token_2|>", "<|start_header_id|>", "<|end_header_id|>",
+        "<|eom_id|>", "<|eot_id|>", "<|python_tag|>"};
     const char* name = "";
     text[0] = 0;
     if (t->pattern <= SPLIT_TOY || id < t->n_ranks || id >= t->vocab) { return; }
     int i = id - t->n_ranks;
     if (t->pattern == SPLIT_LLAMA3) {
-        if (i >= 10) { snprintf(text, SPECIAL_TEXT_MAX, "<|reserved_special_token_%d|>", i - 8); return; }
+        if (i >= 11) { snprintf(text, SPECIAL_TEXT_MAX, "<|reserved_special_token_%d|>", i - 8); return; }
         name = llama3[i];
     } else if (id == t->bos) {
         name = "<|endoftext|>";
