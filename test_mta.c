@@ -931,6 +931,50 @@ static void test_real_initialisation(const Trainer* tr, const char* kind) {
     free(tokens); free(targets);
 }
 
+static int draw(Rng* rng, int n) { return (int)(rng_u32(rng) % (uint32_t)n); }
+
+// Models drawn at random, every field in any combination, at odd sizes, batches and chunks: loss and all gradients against the CPU.
+static void test_random_models(const Trainer* tr, int models) {
+    static const int heads[] = {1, 2, 4, 6}, sizes[] = {2, 6, 8, 16};
+    Rng rng = rng_make(17, 1);
+    Error e = {{0}};
+    char worst_model[192] = "";
+    double worst = 0, limit = tr->exact ? 1e-4 : 0.15;
+    for (int i = 0; i < models; i++) {
+        Config c = small_config("transformer");
+        int NH = heads[draw(&rng, 4)], HS = sizes[draw(&rng, 4)], B = 1 + draw(&rng, 3), T = 1 + draw(&rng, 60);
+        bool diff = NH % 2 == 0 && draw(&rng, 4) == 0;
+        c.vocab_size = 3 + draw(&rng, 70); c.hidden_size = NH * HS; c.intermediate_size = 1 + draw(&rng, 40); c.num_hidden_layers = 1 + draw(&rng, 3);
+        c.num_attention_heads = NH; c.num_key_value_heads = NH % 2 == 0 && draw(&rng, 2) ? NH / 2 : NH;
+        c.tie_word_embeddings = draw(&rng, 2);
+        c.head_norm = (HeadNorm)draw(&rng, 3);
+        if (diff) {
+            c.attention_type = ATTENTION_DIFF;
+        } else {
+            for (int l = 0; l < c.num_hidden_layers; l++) { c.kq_conv_layer[l] = draw(&rng, 2); }
+            c.kq_conv_query_size = 1 + draw(&rng, 9); c.kq_conv_key_size = 1 + 2 * draw(&rng, 7);
+            c.kq_conv_pre_softmax = draw(&rng, 2); c.kq_conv_post_softmax = draw(&rng, 2);
+            c.head_mix_pre_softmax = draw(&rng, 2) ? 0 : NH; c.head_mix_post_softmax = draw(&rng, 2) ? 0 : NH % 2 ? NH : 2;
+            c.head_gate = draw(&rng, 2);
+        }
+        if (!config_check(&c, &e)) { die("%s", e.text); }
+        void* m = make_model(tr, &c, B, T, draw(&rng, 2) ? 0 : 1 + draw(&rng, T));
+        int32_t *tokens = random_tokens((uint64_t)i, (size_t)B * T, c.vocab_size), *targets = random_tokens((uint64_t)i + 1000, (size_t)B * T, c.vocab_size);
+        for (int n = 1; n < B * T; n += 5) { targets[n] = -100; }
+        perturb(tr, m, (uint64_t)i);
+        Frobenius f = frobenius(tr, m, tokens, targets, B, T, &c, false);
+        if (!(f.all <= worst)) {
+            worst = isnan(f.all) ? INFINITY : f.all;
+            snprintf(worst_model, sizeof worst_model, "model %d: %d heads of %d, T %d, %s", i, NH, HS, T, f.name);
+        }
+        tr->destroy(m);
+        free(tokens); free(targets);
+    }
+    char title[128];
+    title_of(title, sizeof title, tr, "random models against the CPU", "");
+    verdict(worst <= limit, title, "%d models, largest relative error %.2g (%s)", models, worst, worst_model);
+}
+
 // Ten optimizer steps from the same weights on the same batches: the losses stay within 1e-4 (fp32) or 0.02 (bf16) of the CPU's.
 static void test_ten_steps(const Trainer* tr, const char* kind) {
     const Trainer* cpu = trainer_cpu();
@@ -1018,6 +1062,7 @@ static void test_trainer(const Trainer* tr) {
     if (wanted("update")) { test_update(tr); }
     if (wanted("masked")) { test_masked(tr); }
 #ifdef MTA_TEST_CUDA
+    if (wanted("random models")) { test_random_models(tr, 60); }
     for (int k = 0; k < N_KINDS; k++) {
         if (wanted("against the CPU")) { test_real_initialisation(tr, KINDS[k]); }
         if (wanted("ten steps")) { test_ten_steps(tr, KINDS[k]); }

@@ -529,8 +529,8 @@ static __global__ void kq_conv_kernel(Tile out, TileX rounded, Tile inp, const f
         __syncthreads();  // the tile and the kernel are there
         for (int b = 0; b < ck; b++) {
             const float* x = s + r0 * cols + c + b;
-            if (CQ) {
-                float column[CONV_STRIP + (CQ ? CQ : 1) - 1];
+            if constexpr (CQ > 0) {
+                float column[CONV_STRIP + CQ - 1];
 UNROLL
                 for (int r = 0; r < CONV_STRIP + CQ - 1; r++) { column[r] = x[r * cols]; }
 UNROLL
@@ -633,19 +633,35 @@ static void kq_conv_backward_weight(double* dweight, const Tile* dout, const Til
 
 // ---- head_mix: out_o = sum_n W[o,n] inp_n within groups of ch heads
 
-// A thread owns one column of all heads of a group: it reads them into its own column of shared memory, then writes them, so that out may be inp.
-template <typename Weight>
+// A thread owns one column of all heads of a group: it reads them all before it writes, so that out may be inp. CH: ch where it is worth a kernel
+// of its own (the column in registers, the weights in shared memory), 0 = any (the column in the thread's own column of shared memory).
+template <typename Weight, int CH>
 static __global__ void head_mix_kernel(Tile out, TileX rounded, Tile inp, const Weight* weight, bool transpose, int ch, int groups, int lo, int nk) {
-    DYNAMIC_SHARED(float, s);  // (ch, blockDim.x)
+    DYNAMIC_SHARED(float, s);  // CH: (ch,ch) weights; else (ch, blockDim.x)
     int j = blockIdx.x * blockDim.x + threadIdx.x, i = lo + blockIdx.y, head = blockIdx.z * ch, threads = blockDim.x;
-    if (j >= nk) { return; }
     const Weight* w = weight + (size_t)(blockIdx.z % groups) * ch * ch;
-    float* own = s + threadIdx.x;
-    for (int n = 0; n < ch; n++) { own[n * threads] = j <= i ? inp.row(head + n, i)[j] : 0.0f; }
-    for (int o = 0; o < ch; o++) {
-        float sum = 0;
-        for (int n = 0; n < ch; n++) { sum += (float)w[transpose ? n * ch + o : o * ch + n] * own[n * threads]; }
-        tile_put(out, rounded, head + o, i, j, sum);
+    if constexpr (CH > 0) {
+        float x[CH];
+        for (int t = threadIdx.x; t < CH * CH; t += threads) { s[t] = (float)w[transpose ? t % CH * CH + t / CH : t]; }
+        __syncthreads();  // the weights are there
+        if (j >= nk) { return; }
+UNROLL
+        for (int n = 0; n < CH; n++) { x[n] = j <= i ? inp.row(head + n, i)[j] : 0.0f; }
+UNROLL
+        for (int o = 0; o < CH; o++) {
+            float sum = 0;
+UNROLL
+            for (int n = 0; n < CH; n++) { sum += s[o * CH + n] * x[n]; }
+            tile_put(out, rounded, head + o, i, j, sum);
+        }
+    } else if (j < nk) {
+        float* own = s + threadIdx.x;
+        for (int n = 0; n < ch; n++) { own[n * threads] = j <= i ? inp.row(head + n, i)[j] : 0.0f; }
+        for (int o = 0; o < ch; o++) {
+            float sum = 0;
+            for (int n = 0; n < ch; n++) { sum += (float)w[transpose ? n * ch + o : o * ch + n] * own[n * threads]; }
+            tile_put(out, rounded, head + o, i, j, sum);
+        }
     }
 }
 // Rows lo <= i < hi; weight (NH/ch,ch,ch), its transpose for the backward pass
@@ -654,10 +670,12 @@ static void head_mix_forward(const Tile* out, const TileX* rounded, const Tile* 
                              int lo, int hi, int nk, Cuda* g) {
     lo = max_int(lo, 0), hi = min_int(hi, a->T);
     int threads = ch <= 64 ? 128 : 32;
-    size_t shared = (size_t)ch * threads * sizeof(float);
-    allow_shared(head_mix_kernel<Weight>, shared);
-    LAUNCH(head_mix_kernel<Weight>, dim3(ceil_div(nk, threads), hi - lo, S * a->NH / ch), threads, shared, g->stream, *out, *rounded, *inp, weight,
-           transpose, ch, a->NH / ch, lo, nk);
+    bool special = ch == 2 || ch == 16;
+    size_t shared = (size_t)ch * (special ? ch : threads) * sizeof(float);
+    auto kernel = ch == 2 ? head_mix_kernel<Weight, 2> : ch == 16 ? head_mix_kernel<Weight, 16> : head_mix_kernel<Weight, 0>;
+    allow_shared(kernel, shared);
+    LAUNCH(kernel, dim3(ceil_div(nk, threads), hi - lo, S * a->NH / ch), threads, shared, g->stream, *out, *rounded, *inp, weight, transpose, ch, a->NH / ch,
+           lo, nk);
     launchCheck(g->stream);
 }
 template <typename Weight>
@@ -669,7 +687,8 @@ static void head_mix_backward_input(const Tile* dinp, const TileX* rounded, cons
 // parts (sequences*groups, blocks of rows, ch*ch): dweight[o,n] = sum_{i,j} dout_o[i,j] inp_n[i,j] over MIX_ROWS rows.
 // A block stages `cols` columns of all heads; a thread owns a pair (o,n), or shares it as the taps above are shared.
 enum { MIX_ROWS = 8, MIX_THREADS = 256 };
-static int mix_columns(int ch) { return max_int(1, min_int(64, 5120 / ch)); }  // two stages within 40 KiB up to ch = 80
+// Two stages within 40 KiB; an odd number, so that the same column of all heads lies in different banks
+static int mix_columns(int ch) { return max_int(1, (min_int(512, 5120 / ch) - 1) | 1); }
 static __global__ void head_mix_backward_weight_kernel(float* parts, Tile dout, Tile inp, int ch, int cols, int lo, int hi) {
     DYNAMIC_SHARED(float, d);  // (ch, cols) of dout, the same of inp, then the slices' sums
     float *x = d + ch * cols, *sums = x + ch * cols;
@@ -820,10 +839,10 @@ static size_t attention_parts_size(const Attention* a) {
 }
 // Queries of a chunk: enough that products are large, few enough that a chunk of a sequence stays near the L2 cache (16 heads x 256 x 2048 x 4 = 34 MB).
 static int attention_chunk(int T) { return min_int(T, 256); }
-// Sequences at a time: as many as let the tiles fit into a GiB, so that few launches do much.
+// Sequences at a time: as many as let the tiles fit into a GiB, so that few launches do much; heads are a grid's z, at most 65535.
 static int attention_sequences(const Attention* one, int B) {
     size_t bytes = attention_tile_size(one) * (ATTENTION_TILES * sizeof(float) + ATTENTION_TILES_X * sizeof(floatX));
-    return max_int(1, min_int(B, (int)(((size_t)1 << 30) / bytes)));
+    return max_int(1, min_int(min_int(B, 65535 / one->NH), (int)(((size_t)1 << 30) / bytes)));
 }
 
 template <typename T>
