@@ -157,17 +157,15 @@ def smallest(t, text):
 # Texts
 
 
-def code_point_texts():
-    """Every code point but the surrogates, each in the places where a pattern could treat it specially."""
+def code_point_texts(full):
+    """Every code point but the surrogates, each in the places where a pattern could treat it specially (full: all of
+    them; otherwise between letters and before a space, which tells the classes apart)."""
+    form = "{0} {0}a A{0}B{0} 1{0}2 {0}{0}.'{0}x '{0}{0}\n{0}" if full else "a{0}B{0} "
     texts = []
     for first in range(0, 0x110000, 256):
         if 0xD800 <= first < 0xE000:
             continue
-        texts.append(
-            "".join(
-                "{0} {0}a A{0}B{0} 1{0}2 {0}{0}.'{0}x '{0}{0}\n{0}".format(chr(c)) for c in range(first, first + 256)
-            )
-        )
+        texts.append("".join(form.format(chr(c)) for c in range(first, first + 256)))
     return texts
 
 
@@ -255,6 +253,16 @@ def random_text(rng, pools):
     return "".join(parts)
 
 
+def long_piece(rng):
+    """Letters without a place to split: few kinds or many, in runs or not, so that merges come in all orders."""
+    letters = rng.choice(["ab", "aeiou", "abcdefghijklmnopqrstuvwxyz", "\u00e9\u00ea\u0430\u0431", "etaoinshrdlu" * 9 + "zq\u4f60"])
+    size = rng.choice([90, 97, 120, 500, 3000, 20000])
+    text = ""
+    while len(text) < size:
+        text += rng.choice(letters) * rng.choice([1, 1, 1, 2, 5, 40]) + "".join(rng.choices(letters, k=rng.randrange(8)))
+    return text
+
+
 def character_pools():
     """Characters by general category (of Python's own Unicode version; it only steers what is drawn)."""
     import unicodedata
@@ -339,9 +347,9 @@ def check_long_runs(checker, tokenizers):
         for run in runs:
             data = (run * (1 << 20)).encode("utf-8")[: 1 << 20]
             data = data.decode("utf-8", "ignore").encode()
-            start = time.time()
+            start = time.process_time()
             ids = t.encode(data)
-            slowest = max(slowest, time.time() - start)
+            slowest = max(slowest, time.process_time() - start)
             if t.decode(ids, size=len(data)) != data:
                 slowest = float("inf")
         checker.check("a megabyte of one thing, %s" % key, slowest < 1.0, ": slowest %.2f s" % slowest)
@@ -383,7 +391,8 @@ def main():
             some = {
                 k: pairs[k] for k in pairs if k.startswith(("gpt2", "o200k"))
             }  # the classes that these two tell apart are all there are
-            checker.compare("every code point", everything if args.full else some, code_point_texts())
+            checker.compare("every code point", everything if args.full else some, code_point_texts(args.full))
+            checker.compare("long pieces", everything, [long_piece(rng) for _ in range(300 if args.full else 60)])
             pools = character_pools()
             checker.compare("random strings", everything, [random_text(rng, pools) for _ in range(strings)])
             checker.compare("text of this machine", real, machine_texts(args.text, megabytes * 1e6))
