@@ -1323,7 +1323,7 @@ enum { UPDATE_BLOCK = 1 << 16 };  // elements of an arena that one thread handle
 static void model_zero_gradients(Model* m) {
 #pragma omp parallel for schedule(static)
     for (size_t i = 0; i < m->tensors.numel; i += UPDATE_BLOCK) {
-        size_t n = m->tensors.numel - i < UPDATE_BLOCK ? m->tensors.numel - i : UPDATE_BLOCK;
+        size_t n = m->tensors.numel - i < UPDATE_BLOCK ? m->tensors.numel - i : (size_t)UPDATE_BLOCK;
         memset(m->grads + i, 0, n * sizeof(real));
     }
 }
@@ -1345,7 +1345,7 @@ static double gradient_norm(const Model* m) {
 #pragma omp parallel for schedule(static)
     for (size_t b = 0; b < blocks; b++) {
         const real* g = m->grads + b * UPDATE_BLOCK;
-        size_t n = m->tensors.numel - b * UPDATE_BLOCK < UPDATE_BLOCK ? m->tensors.numel - b * UPDATE_BLOCK : UPDATE_BLOCK;
+        size_t n = m->tensors.numel - b * UPDATE_BLOCK < UPDATE_BLOCK ? m->tensors.numel - b * UPDATE_BLOCK : (size_t)UPDATE_BLOCK;
         double sum = 0;
 #pragma omp simd reduction(+ : sum)
         for (size_t i = 0; i < n; i++) { sum += (double)g[i] * (double)g[i]; }

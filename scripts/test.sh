@@ -93,13 +93,13 @@ clang_runtime() {
 make_venv() {
     [ -x data/.venv/bin/python ] || python3 -m venv data/.venv || return 1
     data/.venv/bin/python -c 'import numpy, tiktoken, zstandard, tqdm, pyarrow, matplotlib' 2> /dev/null && return 0
-    data/.venv/bin/python -m pip install -q --disable-pip-version-check -r data/requirements.txt pyarrow matplotlib
+    data/.venv/bin/python -m pip install -q --disable-pip-version-check -r data/requirements.txt
 }
 
 if [ $install -eq 1 ]; then
     if ! command -v apt-get > /dev/null; then echo "no apt-get here: using what is installed"
     elif [ "$(id -u)" -ne 0 ] && ! sudo -n true 2> /dev/null; then echo "not root and no sudo: using what is installed"
-    else install_packages; clang_ok=1; command -v clang > /dev/null && install_packages; fi
+    else install_packages; command -v clang > /dev/null && install_packages; fi  # twice: clang's runtimes carry the version of the clang just installed
     if ! make_venv > build/log/venv.log 2>&1; then echo "no virtual environment with the packages of data/requirements.txt: see build/log/venv.log"; fi
 fi
 python=python3
@@ -117,7 +117,7 @@ if command -v clang > /dev/null; then
     clang_openmp="-fopenmp"
     echo 'int main(void){return 0;}' | clang -fopenmp -x c - -o /dev/null 2> /dev/null || clang_openmp="-Wno-unknown-pragmas"
     for program in train_mta infer_mta test_mta; do
-        step "build clang $program" clang -std=gnu11 -O1 -march=native -Wall -Wextra -Werror -Wno-pass-failed $clang_openmp -DMTA_LIBRARY -c $program.c -o build/clang_$program.o
+        step "build clang $program" clang -std=gnu11 -O1 -march=native -Wall -Wextra -Werror -Wno-pass-failed $clang_openmp -c $program.c -o build/clang_$program.o
     done
 else
     skip "build clang: no clang here" 3
@@ -126,6 +126,8 @@ for header in $HEADERS; do
     step "header $(basename "$header") C++17" g++ -std=c++17 -Wall -Wextra -Werror -fsyntax-only -x c++ -include "$header" /dev/null
 done
 
+step "test_mta.c C++17" g++ -std=c++17 -march=native -fopenmp -Wall -Wextra -Werror -fsyntax-only -x c++ test_mta.c
+
 # ---- the C tests
 
 step "test_mta" ./test_mta
@@ -133,19 +135,22 @@ step "test_mta without CBLAS" ./test_mta_nocblas
 step "test_mta sanitizers" make asan
 for source in dev/tests/test_*.c; do
     name=$(basename "$source" .c)
-    if [ "$name" = test_tokenizer ] || [ "$name" = test_files ] || [ "$name" = test_shards ] || [ "$name" = test_options ] || [ -n "$name" ]; then
-        step "build $name" gcc -std=gnu11 -O2 -g -march=native -Wall -Wextra -Werror -I. "$source" -o "build/$name" -lm
-        step "$name" "build/$name"
-    fi
+    step "build $name" gcc -std=gnu11 -O2 -g -march=native -Wall -Wextra -Werror -I. "$source" -o "build/$name" -lm
+    step "$name" "build/$name"
 done
 step "fuzz" bash dev/fuzz/run.sh 20000
 
 # ---- the CUDA source: on the CPU, and through nvcc
 
 if [ -f train_mta.cu ]; then
-    step "build emulator" make -j2 build/test_emulator test_mta_cuda_cpu test_mta_cuda_cpu_bf16
+    step "build emulator" make -j2 build/test_emulator build/train_mta_cuda_cpu test_mta_cuda_cpu test_mta_cuda_cpu_bf16
     step "emulator" build/test_emulator
     step "test_mta_cuda_cpu" ./test_mta_cuda_cpu
+    step "build emulator sanitizers" make -j2 build/asan/test_mta_cuda_cpu_bf16 build/train_mta_cuda_cpu build/train_mta_cuda_cpu_fp32
+    for order in 1 7; do  # other orders of the threads of a block: a race would show
+        step "emulator golden order $order" env ASAN_OPTIONS=detect_leaks=0 CUDA_CPU_ORDER=$order build/asan/test_mta_cuda_cpu_bf16 --only golden
+        step "emulator models order $order" env ASAN_OPTIONS=detect_leaks=0 CUDA_CPU_ORDER=$order build/asan/test_mta_cuda_cpu_bf16 --only "random models"
+    done
     step "test_mta_cuda_cpu_bf16" ./test_mta_cuda_cpu_bf16
     if command -v nvcc > /dev/null; then
         for arch in sm_80 sm_90a; do step "nvcc $arch" make -B train_mta_cuda NVCC_ARCH=$arch; done
