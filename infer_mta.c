@@ -1,20 +1,23 @@
 // infer_mta.c: samples, scores and streams from a checkpoint on a CPU, at the speed at which memory can be read.
 //   make infer_mta && ./infer_mta runs/x/step-00001000 --prompt "Once upon a time"
 //
-// The checkpoint is mapped: matrices are used as they are stored (F32, BF16, F16) unless --weights asks for another form. One pass over
-// the weights makes one token. What makes this decode path its own, and not a call into the trainer, is the cache:
+// The checkpoint is mapped: matrices are used as they are stored (F32, BF16, F16) unless --weights asks for another
+// form. One pass over the weights makes one token. What makes this decode path its own, and not a call into the
+// trainer, is the cache:
 //   keys and values of every position, as any transformer keeps them;
-//   the last cq-1 rotated queries of a layer that convolves before the softmax: the score rows i-(cq-1) .. i that row i's convolution
-//     needs are computed again from them in the same pass over the keys, which costs arithmetic and no memory traffic;
+//   the last cq-1 rotated queries of a layer that convolves before the softmax: the score rows i-(cq-1) .. i that the
+//     convolution of row i needs are computed again from them, in the same pass over the keys: arithmetic, no traffic;
 //   the last cq-1 rows of probabilities of a layer that convolves after the softmax.
-// So a token costs O(T), nothing is approximated, and a cache can go back to a position where those two were set aside (CacheMark).
+// So a token costs O(T), nothing is approximated, and a cache can go back to a position where those two were set aside
+// (CacheMark).
 //
-// Many tokens at once (a prompt, a text to score) go through the same code as one: forward() takes a chunk of positions. Matrix products
-// of a few rows are dot products along the stored rows; of many rows, panels of TILE outputs are unpacked to fp32 and multiplied by
-// gemm_tile, which serves scores (keys are cached as such panels) and values (so are they) as well.
+// Many tokens at once (a prompt, a text to score) go through the same code as one: forward() takes a chunk of
+// positions. Matrix products of a few rows are dot products along the stored rows; of many rows, panels of TILE outputs
+// are unpacked to fp32 and multiplied by gemm_tile, which serves scores (keys are cached as such panels) and values (so
+// are they) as well.
 //
-// C dim   NH heads   NKV key/value heads   HS head size   FF feed-forward   V vocabulary   cq, ck query and key size of a convolution
-// T positions so far   n positions of a chunk   R of those one attention block handles   i, p query position   j key position
+// C dim   NH heads   NKV key/value heads   HS head size   FF feed-forward   V vocabulary   cq, ck size of a convolution
+// T positions so far   n positions of a chunk   R of those one attention block handles   i, p query   j key position
 #include "mta/util.h"
 #include "mta/json.h"
 #include "mta/config.h"
@@ -31,16 +34,17 @@
 #include <immintrin.h>
 #endif
 
-// ---------------------------------------------------------------------------------------------------------------------------------------
-// Vectors of 16 floats. The compiler makes one AVX-512 register of each, two of AVX2, four of SSE or NEON; only the conversions that it does
-// badly are written with intrinsics, with a plain loop beside them.
+// ---------------------------------------------------------------------------------------------------------------------
+// Vectors of 16 floats. The compiler makes one AVX-512 register of each, two of AVX2, four of SSE or NEON; only the
+// conversions that it does badly are written with intrinsics, with a plain loop beside them.
 
 enum { LANES = 16 };
 typedef float vf __attribute__((vector_size(64)));
 typedef float vf_any __attribute__((vector_size(64), aligned(4), may_alias));  // the same at any float's address
 typedef int32_t vi __attribute__((vector_size(64)));
 
-// Tile of gemm_tile: MR rows by TILE columns of accumulators that fit the registers (AVX-512 has 32 of 16 floats, AVX2 16 of 8).
+// Tile of gemm_tile: MR rows by TILE columns of accumulators that fit the registers (AVX-512 has 32 of 16 floats, AVX2
+// 16 of 8).
 #ifdef __AVX512F__
 enum { MR = 8, TILE_VECTORS = 2 };
 #else
@@ -99,7 +103,8 @@ static inline float sum_lanes(vf x) {
 
 // e^x to about 2 units in the last place for -87 <= x <= 88; smaller x give e^-87, which no sum beside a 1 notices.
 static inline vf exp_lanes(vf x) {
-    const vf low = splat(-87.0f), high = splat(88.0f), magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
+    // 1.5 * 2^23: adding it rounds to an integer
+    const vf low = splat(-87.0f), high = splat(88.0f), magic = splat(12582912.0f);
     x = (vf)(((vi)x & (x > low)) | ((vi)low & ~(x > low)));
     x = (vf)(((vi)x & (x < high)) | ((vi)high & ~(x < high)));
     vf shifted = x * 1.44269504088896341f + magic;
@@ -110,12 +115,14 @@ static inline vf exp_lanes(vf x) {
     return (vf)((vi)y + (((vi)shifted - (vi)magic) << 23));
 }
 
-// ---------------------------------------------------------------------------------------------------------------------------------------
-// Matrices. rows x cols, row by row, y = x W^T. int8: groups of GROUP values along a row share a scale; the last group may be shorter.
+// ---------------------------------------------------------------------------------------------------------------------
+// Matrices. rows x cols, row by row, y = x W^T. int8: groups of GROUP values along a row share a scale; the last group
+// may be shorter.
 
 typedef enum { W_F32, W_BF16, W_F16, W_INT8 } WeightKind;
 static const char* const weight_names[] = {"f32", "bf16", "f16", "int8"};
-enum { GROUP = 64, GEMM_ROWS = 5, K_BLOCK = 384 };  // from GEMM_ROWS rows on, unpacking panels costs less than it saves (measured)
+// from GEMM_ROWS rows on, unpacking panels costs less than it saves (measured)
+enum { GROUP = 64, GEMM_ROWS = 5, K_BLOCK = 384 };
 
 typedef struct {
     WeightKind kind;
@@ -125,8 +132,8 @@ typedef struct {
     size_t bytes;        // read by one pass, scales included
 } Matrix;
 
-// Memory is read this far ahead of its use: it covers the page walks at which the hardware's own prefetch stops (measured: bf16 0.8 of the
-// machine's streaming rate without, above 0.9 with; 2 to 12 KiB do alike).
+// Memory is read this far ahead of its use: it covers the page walks at which the hardware's own prefetch stops
+// (measured: bf16 0.8 of the machine's streaming rate without, above 0.9 with; 2 to 12 KiB do alike).
 enum { AHEAD = 4096 };
 static inline void prefetch(const void* p) { __builtin_prefetch((const char*)p + AHEAD); }
 
@@ -159,7 +166,8 @@ static void matrix_row(const Matrix* w, size_t row, float* out) {
 }
 
 // Dot products of one row of W with n <= GEMM_ROWS - 1 rows of x (stride ldx): the row is read from memory once.
-static inline __attribute__((always_inline)) void dot_rows(const Matrix* w, WeightKind kind, size_t row, const float* x, size_t ldx, int n, float* y, size_t ldy) {
+static inline __attribute__((always_inline)) void dot_rows(const Matrix* w, WeightKind kind, size_t row, const float* x,
+                                                           size_t ldx, int n, float* y, size_t ldy) {
     size_t K = w->cols, c = 0;
     vf acc[GEMM_ROWS - 1][4];
     for (int m = 0; m < n; m++) {
@@ -181,7 +189,9 @@ static inline __attribute__((always_inline)) void dot_rows(const Matrix* w, Weig
         for (; c + 4 * LANES <= K; c += 4 * LANES) {
             for (int u = 0; u < 4; u++) {
                 vf q = weights_at(w, kind, row, c + (size_t)u * LANES);
-                if (kind == W_F32 || u % 2 == 0) { prefetch((const char*)w->data + (row * K + c + (size_t)u * LANES) * (kind == W_F32 ? 4 : 2)); }
+                if (kind == W_F32 || u % 2 == 0) {
+                    prefetch((const char*)w->data + (row * K + c + (size_t)u * LANES) * (kind == W_F32 ? 4 : 2));
+                }
                 for (int m = 0; m < n; m++) { acc[m][u] += q * load(x + (size_t)m * ldx + c + (size_t)u * LANES); }
             }
         }
@@ -197,7 +207,9 @@ static inline __attribute__((always_inline)) void dot_rows(const Matrix* w, Weig
     }
 }
 
-static inline __attribute__((always_inline)) void dot_rows_range(const Matrix* w, WeightKind kind, size_t from, size_t to, const float* x, size_t ldx, int n, float* y, size_t ldy) {
+static inline __attribute__((always_inline)) void dot_rows_range(const Matrix* w, WeightKind kind, size_t from,
+                                                                 size_t to, const float* x, size_t ldx, int n, float* y,
+                                                                 size_t ldy) {
     for (size_t r = from; r < to; r++) {
         switch (n) {  // a constant n keeps the accumulators in registers
             case 1: dot_rows(w, kind, r, x, ldx, 1, y, ldy); break;
@@ -210,7 +222,8 @@ static inline __attribute__((always_inline)) void dot_rows_range(const Matrix* w
 
 typedef struct { float* y; const Matrix* w; } Product;  // y (n, w->rows), rows side by side
 
-// y (n, rows) = x (n, cols) W^T of several W that read the same few x. Threads own ranges of rows; they meet once, at the end of all.
+// y (n, rows) = x (n, cols) W^T of several W that read the same few x. Threads own ranges of rows; they meet once, at
+// the end of all.
 static void matvecs(const Product* products, int count, const float* x, size_t ldx, int n) {
 #pragma omp parallel
     {
@@ -230,7 +243,9 @@ static void matvecs(const Product* products, int count, const float* x, size_t l
 }
 
 // c (m, TILE) = or += a (m, K) b (K, TILE): a by rows of stride lda, b a panel with stride TILE, fp32 or bf16.
-static inline __attribute__((always_inline)) void gemm_tile_rows(int m, float* c, size_t ldc, const float* a, size_t lda, const void* b, bool half, size_t K, bool add) {
+static inline __attribute__((always_inline)) void gemm_tile_rows(int m, float* c, size_t ldc, const float* a,
+                                                                 size_t lda, const void* b, bool half, size_t K,
+                                                                 bool add) {
     vf acc[MR][TILE_VECTORS];
 #pragma GCC unroll 8
     for (int r = 0; r < m; r++) {
@@ -241,8 +256,10 @@ static inline __attribute__((always_inline)) void gemm_tile_rows(int m, float* c
         vf panel[TILE_VECTORS];
 #pragma GCC unroll 2
         for (int u = 0; u < TILE_VECTORS; u++) {
-            if (m < MR && (!half || u % 2 == 0)) { prefetch((const char*)b + (k * TILE + u * LANES) * (half ? 2 : 4)); }  // few rows: straight from memory
-            panel[u] = half ? load_bf16((const uint16_t*)b + k * TILE + u * LANES) : load((const float*)b + k * TILE + u * LANES);
+            // few rows: straight from memory
+            if (m < MR && (!half || u % 2 == 0)) { prefetch((const char*)b + (k * TILE + u * LANES) * (half ? 2 : 4)); }
+            panel[u] = half ? load_bf16((const uint16_t*)b + k * TILE + u * LANES)
+                            : load((const float*)b + k * TILE + u * LANES);
         }
 #pragma GCC unroll 8
         for (int r = 0; r < m; r++) {
@@ -258,7 +275,8 @@ static inline __attribute__((always_inline)) void gemm_tile_rows(int m, float* c
     }
 }
 
-static inline __attribute__((always_inline)) void gemm_tile_any(int m, float* c, size_t ldc, const float* a, size_t lda, const void* b, bool half, size_t K, bool add) {
+static inline __attribute__((always_inline)) void gemm_tile_any(int m, float* c, size_t ldc, const float* a, size_t lda,
+                                                                const void* b, bool half, size_t K, bool add) {
     switch (m) {
         case 1: gemm_tile_rows(1, c, ldc, a, lda, b, half, K, add); break;
         case 2: gemm_tile_rows(2, c, ldc, a, lda, b, half, K, add); break;
@@ -279,7 +297,8 @@ static void gemm_tile(int m, float* c, size_t ldc, const float* a, size_t lda, c
     gemm_tile_any(m, c, ldc, a, lda, b, false, K, add);
 }
 
-static void gemm_tile_bf16(int m, float* c, size_t ldc, const float* a, size_t lda, const uint16_t* b, size_t K, bool add) {
+static void gemm_tile_bf16(int m, float* c, size_t ldc, const float* a, size_t lda, const uint16_t* b, size_t K,
+                           bool add) {
     gemm_tile_any(m, c, ldc, a, lda, b, true, K, add);
 }
 
@@ -289,14 +308,16 @@ static inline void transpose16(vf* a) {
     for (int round = 0; round < 4; round++) {
         for (int i = 0; i < 8; i++) {
             b[2 * i] = __builtin_shufflevector(a[i], a[i + 8], 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
-            b[2 * i + 1] = __builtin_shufflevector(a[i], a[i + 8], 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+            b[2 * i + 1] =
+                __builtin_shufflevector(a[i], a[i + 8], 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
         }
         for (int i = 0; i < 16; i++) { a[i] = b[i]; }
     }
 }
 
 // Unpacks W[r0 .. r0+TILE)[k0 .. k0+K) to a panel (K, TILE) in fp32; rows beyond the last are zeros.
-static inline __attribute__((always_inline)) void unpack_panel(const Matrix* w, WeightKind kind, size_t r0, size_t k0, size_t K, float* panel) {
+static inline __attribute__((always_inline)) void unpack_panel(const Matrix* w, WeightKind kind, size_t r0, size_t k0,
+                                                               size_t K, float* panel) {
     for (size_t r = 0; r < TILE; r += LANES) {
         size_t k = 0, there = w->rows > r0 + r ? w->rows - r0 - r : 0;
         for (; there >= LANES && k + LANES <= K; k += LANES) {
@@ -306,7 +327,9 @@ static inline __attribute__((always_inline)) void unpack_panel(const Matrix* w, 
             for (size_t i = 0; i < LANES; i++) { store(panel + (k + i) * TILE + r, block[i]); }
         }
         for (; k < K; k++) {
-            for (size_t i = 0; i < LANES; i++) { panel[k * TILE + r + i] = i < there ? weight_at(w, r0 + r + i, k0 + k) : 0; }
+            for (size_t i = 0; i < LANES; i++) {
+                panel[k * TILE + r + i] = i < there ? weight_at(w, r0 + r + i, k0 + k) : 0;
+            }
         }
     }
 }
@@ -338,7 +361,9 @@ static void matmul_panels(const Matrix* w, const float* x, size_t ldx, int n, fl
                     }
                     gemm_tile(rows, edge, TILE, a, ldx, panel, K, false);
                     for (int r = 0; r < rows; r++) {
-                        for (size_t i = 0; i < width; i++) { c[(size_t)r * ldy + i] = edge[r * TILE + (int)i] + (k0 > 0 ? c[(size_t)r * ldy + i] : 0); }
+                        for (size_t i = 0; i < width; i++) {
+                            c[(size_t)r * ldy + i] = edge[r * TILE + (int)i] + (k0 > 0 ? c[(size_t)r * ldy + i] : 0);
+                        }
                     }
                 }
             }
@@ -354,9 +379,11 @@ static void matmuls(const Product* products, int count, const float* x, size_t l
     for (int i = 0; i < count; i++) { matmul_panels(products[i].w, x, ldx, n, products[i].y, products[i].w->rows); }
 }
 
-static void matmul(float* y, const float* x, size_t ldx, int n, const Matrix* w) { matmuls(&(Product){y, w}, 1, x, ldx, n); }
+static void matmul(float* y, const float* x, size_t ldx, int n, const Matrix* w) {
+    matmuls(&(Product){y, w}, 1, x, ldx, n);
+}
 
-// ---------------------------------------------------------------------------------------------------------------------------------------
+// ---------------------------------------------------------------------------------------------------------------------
 // The model: mapped files, matrices as stored or converted, small tensors in fp32
 
 typedef struct {
@@ -386,7 +413,9 @@ typedef struct {
 // Zeroed memory on large pages where the system has them, taken only as it is touched; kept until the program ends.
 static void* big_alloc(size_t bytes, const char* what) {
     size_t size = (bytes + ((size_t)2 << 20) - 1) & ~(((size_t)2 << 20) - 1);
-    void* p = size >= bytes ? mmap(NULL, size + ((size_t)2 << 20), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0) : MAP_FAILED;
+    void* p = size >= bytes ? mmap(NULL, size + ((size_t)2 << 20), PROT_READ | PROT_WRITE,
+                                   MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0)
+                            : MAP_FAILED;
     if (p == MAP_FAILED) { die("out of memory: %s needs %.1f MiB", what, (double)bytes / 1048576); }
     p = (void*)(((uintptr_t)p + ((size_t)2 << 20) - 1) & ~(uintptr_t)(((size_t)2 << 20) - 1));
     madvise(p, size, MADV_HUGEPAGE);
@@ -420,7 +449,8 @@ static bool tensor_finite(const StTensor* t, Error* e) {
 
 // A mapped tensor that was converted is not needed in memory any more: its whole pages go back to the file.
 static void tensor_release(const StTensor* t) {
-    uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE), from = ((uintptr_t)t->data + page - 1) / page * page, to = ((uintptr_t)t->data + t->bytes) / page * page;
+    uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE), from = ((uintptr_t)t->data + page - 1) / page * page,
+              to = ((uintptr_t)t->data + t->bytes) / page * page;
     if (to > from) { madvise((void*)from, to - from, MADV_DONTNEED); }
 }
 
@@ -447,7 +477,8 @@ static void quantize_row(const StTensor* t, size_t row, size_t cols, int8_t* out
     }
 }
 
-// The tensor, checked, as a matrix: where it lies if it is stored in the wanted form (want < 0: any), converted into own memory if not.
+// The tensor, checked, as a matrix: where it lies if it is stored in the wanted form (want < 0: any), converted into
+// own memory if not.
 static Matrix matrix_from(Model* m, const StTensor* t, int want) {
     Matrix w = {0};
     Error e = {{0}};
@@ -532,16 +563,20 @@ static void layer_build(Model* m, const TensorList* list, const StTensor* const*
         }
         y->lambda = (float)(exp(dot1) - exp(dot2) + config_lambda_init(l));
     }
-    m->bytes_per_token += y->q.bytes + y->k.bytes + y->v.bytes + y->o.bytes + y->gate.bytes + y->up.bytes + y->down.bytes;
+    m->bytes_per_token +=
+        y->q.bytes + y->k.bytes + y->v.bytes + y->o.bytes + y->gate.bytes + y->up.bytes + y->down.bytes;
 }
 
-// Reads DIR/config.json and its tensors; any mistake in them is the end of the program. want: a WeightKind, or -1 as stored.
-// threads: 0 for all cores, but none for less than half a million weights: it would cost more at the barriers than it brings.
+// Reads DIR/config.json and its tensors; any mistake in them is the end of the program. want: a WeightKind, or -1 as
+// stored. threads: 0 for all cores, but none for less than half a million weights: it would cost more at the barriers
+// than it brings.
 static void model_open(Model* m, const char* dir, int want, int threads) {
     char path[PATH_SIZE];
     Error e = {{0}};
     memset(m, 0, sizeof *m);
-    if (!dir_exists(dir)) { die("%s: not a checkpoint directory; give one with config.json and model.safetensors", dir); }
+    if (!dir_exists(dir)) {
+        die("%s: not a checkpoint directory; give one with config.json and model.safetensors", dir);
+    }
     path_join(path, sizeof path, dir, "config.json");
     if (!config_read(&m->c, path, &e) || !safetensors_open_dir(&m->files, dir, &e)) { die("%s", e.text); }
     const Config* c = &m->c;
@@ -549,7 +584,8 @@ static void model_open(Model* m, const char* dir, int want, int threads) {
     m->FF = c->intermediate_size; m->V = c->vocab_size; m->cq = c->kq_conv_query_size; m->ck = c->kq_conv_key_size;
     TensorList list;
     tensor_list(&list, c);
-    omp_set_num_threads(threads ? threads : (int)fmin(fmax((double)list.parameters / 524288, 1), omp_get_max_threads()));
+    omp_set_num_threads(threads ? threads
+                                : (int)fmin(fmax((double)list.parameters / 524288, 1), omp_get_max_threads()));
     const char* const prefix[1] = {""};
     const StTensor** found = checkpoint_match(&m->files, dir, &list, prefix, 1, false, NULL, &e);
     if (!found) { die("%s", e.text); }
@@ -571,7 +607,7 @@ static void model_open(Model* m, const char* dir, int want, int threads) {
     tensor_list_free(&list);
 }
 
-// ---------------------------------------------------------------------------------------------------------------------------------------
+// ---------------------------------------------------------------------------------------------------------------------
 // The cache
 
 enum { PAD = 64 };  // zeros at both ends of a row of scores: a convolution reads up to 31 beyond, a vector 15 more
@@ -580,9 +616,12 @@ typedef struct {
     int T, capacity;       // positions held, and at most
     bool half;             // keys and values in bf16
     size_t k_layer, v_layer;  // elements of one layer
-    char *k, *v;           // k: (layer, NKV, tiles of TILE keys, HS, TILE); v: (layer, NKV, panels of TILE values, capacity, TILE)
-    float* last_q;         // (layer, cq-1, NH HS): rotated queries before position T, zeros before 0; layers without convolution: unused
-    float* last_p;         // (layer, NH, cq-1, p_stride): row of position p at p % (cq-1), key j at PAD + j, zeros beyond p
+    // k: (layer, NKV, tiles of TILE keys, HS, TILE); v: (layer, NKV, panels of TILE values, capacity, TILE)
+    char *k, *v;
+    // (layer, cq-1, NH HS): rotated queries before position T, zeros before 0; layers without convolution: unused
+    float* last_q;
+    // (layer, NH, cq-1, p_stride): row of position p at p % (cq-1), key j at PAD + j, zeros beyond p
+    float* last_p;
     size_t p_stride;
     size_t bytes;
 } Cache;
@@ -602,28 +641,36 @@ static void cache_open(Cache* s, const Model* m, int capacity, bool half) {
         pre = pre || m->layers[l].conv_pre;
         post = post || m->layers[l].conv_post;
     }
-    size_t q = pre ? L * (size_t)(m->cq - 1) * (size_t)(m->NH * m->HS) : 0, p = post ? L * (size_t)m->NH * (size_t)(m->cq - 1) * s->p_stride : 0;
+    size_t q = pre ? L * (size_t)(m->cq - 1) * (size_t)(m->NH * m->HS) : 0,
+           p = post ? L * (size_t)m->NH * (size_t)(m->cq - 1) * s->p_stride : 0;
     s->k = big_alloc(L * s->k_layer * width, "the cache of keys");
     s->v = big_alloc(L * s->v_layer * width, "the cache of values");
     s->last_q = pre ? big_alloc((q + 1) * 4, "the cache of queries") : NULL;
     s->last_p = post ? big_alloc((p + 1) * 4, "the cache of probabilities") : NULL;
     for (size_t l = 0; l < L; l++) {  // what is counted is what will be touched
-        s->bytes += (s->k_layer + s->v_layer) * width + (m->layers[l].conv_pre ? q / L * 4 : 0) + (m->layers[l].conv_post ? p / L * 4 : 0);
+        s->bytes += (s->k_layer + s->v_layer) * width + (m->layers[l].conv_pre ? q / L * 4 : 0) +
+                    (m->layers[l].conv_post ? p / L * 4 : 0);
     }
 }
 
-static float* cache_q(const Cache* s, const Model* m, int l) { return s->last_q + (size_t)l * (size_t)(m->cq - 1) * (size_t)(m->NH * m->HS); }
+static float* cache_q(const Cache* s, const Model* m, int l) {
+    return s->last_q + (size_t)l * (size_t)(m->cq - 1) * (size_t)(m->NH * m->HS);
+}
 
 static float* cache_p(const Cache* s, const Model* m, int l, int h, int p) {  // row of position p
-    return s->last_p + (((size_t)l * (size_t)m->NH + (size_t)h) * (size_t)(m->cq - 1) + (size_t)(p % (m->cq - 1))) * s->p_stride;
+    return s->last_p +
+           (((size_t)l * (size_t)m->NH + (size_t)h) * (size_t)(m->cq - 1) + (size_t)(p % (m->cq - 1))) * s->p_stride;
 }
 
 static void cache_clear(Cache* s, const Model* m) {
     s->T = 0;
-    if (s->last_q) { memset(s->last_q, 0, (size_t)m->c.num_hidden_layers * (size_t)(m->cq - 1) * (size_t)(m->NH * m->HS) * 4); }
+    if (s->last_q) {
+        memset(s->last_q, 0, (size_t)m->c.num_hidden_layers * (size_t)(m->cq - 1) * (size_t)(m->NH * m->HS) * 4);
+    }
 }
 
-// What must be set aside to come back to position T later: keys and values stay where they are, the two short memories are copied.
+// What must be set aside to come back to position T later: keys and values stay where they are, the two short memories
+// are copied.
 typedef struct { int T; float *q, *p; } CacheMark;
 
 static void mark_free(CacheMark* k) {
@@ -632,12 +679,16 @@ static void mark_free(CacheMark* k) {
     memset(k, 0, sizeof *k);
 }
 
-static size_t mark_walk(Cache* s, const Model* m, CacheMark* k, bool back) {  // copies out, or back in; returns floats of rows
+// copies out, or back in; returns floats of rows
+static size_t mark_walk(Cache* s, const Model* m, CacheMark* k, bool back) {
     size_t q_layer = (size_t)(m->cq - 1) * (size_t)(m->NH * m->HS), at = 0;
     size_t row = (size_t)k->T + 3 * PAD < s->p_stride ? (size_t)k->T + 3 * PAD : s->p_stride;
     for (int l = 0; l < m->c.num_hidden_layers; l++) {
         const Layer* y = &m->layers[l];
-        if (y->conv_pre && k->q) { memcpy(back ? cache_q(s, m, l) : k->q + (size_t)l * q_layer, back ? k->q + (size_t)l * q_layer : cache_q(s, m, l), q_layer * 4); }
+        if (y->conv_pre && k->q) {
+            memcpy(back ? cache_q(s, m, l) : k->q + (size_t)l * q_layer,
+                   back ? k->q + (size_t)l * q_layer : cache_q(s, m, l), q_layer * 4);
+        }
         for (int h = 0; y->conv_post && h < m->NH; h++) {
             for (int p = k->T - (m->cq - 1); p < k->T; p++, at += row) {
                 if (p < 0 || !k->p) { continue; }
@@ -653,7 +704,10 @@ static void mark_set(CacheMark* k, Cache* s, const Model* m) {
     mark_free(k);
     k->T = s->T;
     size_t rows = mark_walk(s, m, k, false);  // counts
-    if (s->last_q) { k->q = alloc_or_die((size_t)m->c.num_hidden_layers * (size_t)(m->cq - 1), (size_t)(m->NH * m->HS) * 4, "a mark in the cache"); }
+    if (s->last_q) {
+        k->q = alloc_or_die((size_t)m->c.num_hidden_layers * (size_t)(m->cq - 1), (size_t)(m->NH * m->HS) * 4,
+                            "a mark in the cache");
+    }
     if (rows) { k->p = alloc_or_die(rows, 4, "a mark in the cache"); }
     mark_walk(s, m, k, false);
 }
@@ -663,7 +717,7 @@ static void mark_return(CacheMark* k, Cache* s, const Model* m) {
     s->T = k->T;
 }
 
-// ---------------------------------------------------------------------------------------------------------------------------------------
+// ---------------------------------------------------------------------------------------------------------------------
 // The forward pass of a chunk
 
 // Attention weights of one head for a picture: rows by query, columns by key.
@@ -689,18 +743,32 @@ typedef struct {
 static size_t row_stride(int T) { return round_up((size_t)T, TILE) + 2 * PAD; }
 
 static void work_open(Work* w, const Model* m, int chunk, int capacity) {
-    size_t n = (size_t)chunk, C = (size_t)m->C, D = (size_t)(m->NH * m->HS), extra = (size_t)m->cq - 1, NH = (size_t)m->NH;
+    size_t n = (size_t)chunk, C = (size_t)m->C, D = (size_t)(m->NH * m->HS), extra = (size_t)m->cq - 1,
+           NH = (size_t)m->NH;
     memset(w, 0, sizeof *w);
     w->chunk = chunk;
-    // A block of score rows stays near 8 MiB: with more rows a pass over the keys serves more queries, with fewer it stays in the cache.
+    // A block of score rows stays near 8 MiB: with more rows a pass over the keys serves more queries, with fewer it
+    // stays in the cache.
     size_t fit = ((size_t)8 << 20) / (NH * row_stride(capacity) * 4);
     w->R = (int)(fit > extra + 64 ? 64 : fit > extra + 1 ? fit - extra : 1);
     if (w->R > chunk) { w->R = chunk; }
     w->block = NH * (extra + (size_t)w->R) * row_stride(capacity);
     size_t head_floats = NH * (size_t)w->R * round_up((size_t)m->HS, TILE);
-    struct { float** p; size_t n; } parts[] = {
-        {&w->x, n * C}, {&w->xn, n * C}, {&w->q, (extra + n) * D}, {&w->k, n * (size_t)(m->NKV * m->HS)}, {&w->v, n * (size_t)(m->NKV * m->HS)}, {&w->o, n * D}, {&w->gate, n * (size_t)m->FF},
-        {&w->up, n * (size_t)m->FF}, {&w->angles, n * (size_t)m->HS}, {&w->a, w->block}, {&w->b, w->block}, {&w->heads, head_floats}, {&w->zero_row, row_stride(capacity)},
+    struct { float** p; size_t n;
+    } parts[] = {
+        {&w->x, n * C},
+        {&w->xn, n * C},
+        {&w->q, (extra + n) * D},
+        {&w->k, n * (size_t)(m->NKV * m->HS)},
+        {&w->v, n * (size_t)(m->NKV * m->HS)},
+        {&w->o, n * D},
+        {&w->gate, n * (size_t)m->FF},
+        {&w->up, n * (size_t)m->FF},
+        {&w->angles, n * (size_t)m->HS},
+        {&w->a, w->block},
+        {&w->b, w->block},
+        {&w->heads, head_floats},
+        {&w->zero_row, row_stride(capacity)},
     };
     size_t total = 0;
     for (size_t i = 0; i < sizeof parts / sizeof *parts; i++) { total += round_up(parts[i].n, 64); }
@@ -758,14 +826,17 @@ static void rope_angles(float* out, const Config* c, int position) {
 
 // Puts n rotated keys or values (n, NKV HS) into the cache from position T on.
 static void cache_put(Cache* s, const Model* m, int l, const float* x, int n, bool keys) {
-    size_t HS = (size_t)m->HS, NKV = (size_t)m->NKV, cap = round_up((size_t)s->capacity, TILE), HSP = round_up(HS, TILE);
-    char* base = keys ? s->k + (size_t)l * s->k_layer * (s->half ? 2 : 4) : s->v + (size_t)l * s->v_layer * (s->half ? 2 : 4);
+    size_t HS = (size_t)m->HS, NKV = (size_t)m->NKV, cap = round_up((size_t)s->capacity, TILE),
+           HSP = round_up(HS, TILE);
+    char* base =
+        keys ? s->k + (size_t)l * s->k_layer * (s->half ? 2 : 4) : s->v + (size_t)l * s->v_layer * (s->half ? 2 : 4);
 #pragma omp parallel for collapse(2) if (n > 4)
     for (int i = 0; i < n; i++) {
         for (size_t h = 0; h < NKV; h++) {
             size_t j = (size_t)(s->T + i);
             for (size_t t = 0; t < HS; t++) {
-                size_t at = keys ? h * cap * HS + (j / TILE * HS + t) * TILE + j % TILE : h * cap * HSP + (t / TILE * cap + j) * TILE + t % TILE;
+                size_t at = keys ? h * cap * HS + (j / TILE * HS + t) * TILE + j % TILE
+                                 : h * cap * HSP + (t / TILE * cap + j) * TILE + t % TILE;
                 float value = x[((size_t)i * NKV + h) * HS + t];
                 if (s->half) {
                     ((uint16_t*)base)[at] = f32_to_bf16(value);
@@ -777,7 +848,8 @@ static void cache_put(Cache* s, const Model* m, int l, const float* x, int n, bo
     }
 }
 
-// A block of R queries of one layer, positions p0 .. p0+R-1, and `extra` rows before them where the convolution needs those.
+// A block of R queries of one layer, positions p0 .. p0+R-1, and `extra` rows before them where the convolution needs
+// those.
 typedef struct {
     const Model* m;
     Cache* s;
@@ -785,18 +857,24 @@ typedef struct {
     int l, p0, R, extra, T;  // T = p0 + R keys
     size_t stride;           // of a score row; key j at PAD + j
     const float* q;          // (extra + R, NH HS)
-    float *in, *out;         // (NH, extra + R, stride) each: a step reads `in` and leaves its result in `in` again (block_swap)
+    // (NH, extra + R, stride) each: a step reads `in` and leaves its result in `in` again (block_swap)
+    float *in, *out;
 } Block;
 
-static inline float* block_row(const Block* b, float* base, int h, int r) { return base + ((size_t)h * (size_t)(b->extra + b->R) + (size_t)(r + b->extra)) * b->stride; }
+static inline float* block_row(const Block* b, float* base, int h, int r) {
+    return base + ((size_t)h * (size_t)(b->extra + b->R) + (size_t)(r + b->extra)) * b->stride;
+}
 
-// Scores of TILE keys from j0 on, for all rows of head h: S0 = q.k / sqrt(HS) where key <= query, else 0. Also zeroes the row ends.
+// Scores of TILE keys from j0 on, for all rows of head h: S0 = q.k / sqrt(HS) where key <= query, else 0. Also zeroes
+// the row ends.
 static void scores_tile(const Block* b, int h, int tile) {
     const Model* m = b->m;
-    size_t HS = (size_t)m->HS, D = (size_t)m->NH * HS, width = b->s->half ? 2 : 4, cap = round_up((size_t)b->s->capacity, TILE);
+    size_t HS = (size_t)m->HS, D = (size_t)m->NH * HS, width = b->s->half ? 2 : 4,
+           cap = round_up((size_t)b->s->capacity, TILE);
     int kvh = h / (m->NH / m->NKV), j0 = tile * TILE, rows = b->extra + b->R;
     bool last = j0 + TILE >= b->T;
-    const char* k = b->s->k + ((size_t)b->l * b->s->k_layer + (size_t)kvh * cap * HS + (size_t)tile * HS * TILE) * width;
+    const char* k =
+        b->s->k + ((size_t)b->l * b->s->k_layer + (size_t)kvh * cap * HS + (size_t)tile * HS * TILE) * width;
     for (int r = 0; r < rows; r += MR) {
         int mr = rows - r < MR ? rows - r : MR;
         float* c = block_row(b, b->in, h, r - b->extra) + PAD + j0;
@@ -817,8 +895,8 @@ static void scores_tile(const Block* b, int h, int tile) {
     }
 }
 
-// Key-query convolution of one row: out[j] = sum_{a<cq, k<ck} weight[a,k] * rows[a][j - ck/2 + k] for j <= p. rows[a] point at key 0 and are
-// zero outside their own causal range.
+// Key-query convolution of one row: out[j] = sum_{a<cq, k<ck} weight[a,k] * rows[a][j - ck/2 + k] for j <= p. rows[a]
+// point at key 0 and are zero outside their own causal range.
 static void kq_conv_row(float* out, const float* const* rows, const float* weight, int cq, int ck, int p) {
     for (int j = 0; j <= p; j += 2 * LANES) {
         vf s0 = splat(0), s1 = splat(0);
@@ -840,7 +918,8 @@ static void conv_pre_row(const Block* b, int h, int r) {
     const float* rows[MAX_KERNEL];
     int cq = b->m->cq, ck = b->m->ck;
     for (int a = 0; a < cq; a++) { rows[a] = block_row(b, b->in, h, r - (cq - 1) + a) + PAD; }
-    kq_conv_row(block_row(b, b->out, h, r) + PAD, rows, b->m->layers[b->l].conv_pre + (size_t)h * (size_t)(cq * ck), cq, ck, b->p0 + r);
+    kq_conv_row(block_row(b, b->out, h, r) + PAD, rows, b->m->layers[b->l].conv_pre + (size_t)h * (size_t)(cq * ck), cq,
+                ck, b->p0 + r);
 }
 
 // in -> out, after the softmax: rows before the block come from the cache. Zero above the diagonal again.
@@ -849,7 +928,9 @@ static void conv_post_row(const Block* b, int h, int r) {
     int cq = b->m->cq, ck = b->m->ck, p = b->p0 + r;
     for (int a = 0; a < cq; a++) {
         int there = r - (cq - 1) + a;
-        const float* row = there >= 0 ? block_row(b, b->in, h, there) : b->p0 + there < 0 ? b->w->zero_row : cache_p(b->s, b->m, b->l, h, b->p0 + there);
+        const float* row = there >= 0          ? block_row(b, b->in, h, there)
+                           : b->p0 + there < 0 ? b->w->zero_row
+                                               : cache_p(b->s, b->m, b->l, h, b->p0 + there);
         rows[a] = row + PAD;
     }
     float* out = block_row(b, b->out, h, r) + PAD;
@@ -857,7 +938,8 @@ static void conv_post_row(const Block* b, int h, int r) {
     memset(out + p + 1, 0, ((size_t)b->T - (size_t)p - 1 + PAD) * 4);
 }
 
-// Keeps the last cq-1 rows of probabilities. Behind a row's own position it must read as zeros for the next cq-1 queries.
+// Keeps the last cq-1 rows of probabilities. Behind a row's own position it must read as zeros for the next cq-1
+// queries.
 static void keep_probabilities(const Block* b, int h) {
     int keep = b->m->cq - 1 < b->R ? b->m->cq - 1 : b->R;
     for (int r = b->R - keep; r < b->R; r++) {
@@ -912,10 +994,13 @@ static void softmax_row(float* row, int p, int T) {
 // O (rows, HS) of head h: up to MR rows of the block from r on, one panel of TILE values.
 static void values_tile(const Block* b, int h, int r, int panel) {
     const Model* m = b->m;
-    size_t HSP = round_up((size_t)m->HS, TILE), cap = round_up((size_t)b->s->capacity, TILE), width = b->s->half ? 2 : 4;
-    int kvh = h / (m->NH / m->NKV), mr = b->R - r < MR ? b->R - r : MR, from = m->c.attention_type == ATTENTION_DIFF ? h & ~1 : h;
+    size_t HSP = round_up((size_t)m->HS, TILE), cap = round_up((size_t)b->s->capacity, TILE),
+           width = b->s->half ? 2 : 4;
+    int kvh = h / (m->NH / m->NKV), mr = b->R - r < MR ? b->R - r : MR,
+        from = m->c.attention_type == ATTENTION_DIFF ? h & ~1 : h;
     size_t keys = (size_t)(b->p0 + r + mr);
-    const char* v = b->s->v + ((size_t)b->l * b->s->v_layer + (size_t)kvh * cap * HSP + (size_t)panel * cap * TILE) * width;
+    const char* v =
+        b->s->v + ((size_t)b->l * b->s->v_layer + (size_t)kvh * cap * HSP + (size_t)panel * cap * TILE) * width;
     float* o = b->w->heads + ((size_t)h * (size_t)b->w->R + (size_t)r) * HSP + (size_t)panel * TILE;
     const float* p = block_row(b, b->in, from, r) + PAD;
     if (b->s->half) {
@@ -932,7 +1017,10 @@ static void head_out(const Block* b, int u, int r, float* o) {
     int HS = m->HS, heads = config_norm_heads(&m->c), n = heads * HS;
     size_t HSP = round_up((size_t)HS, TILE);
     float* out = o + (size_t)r * (size_t)(m->NH * HS) + (size_t)(u * n);
-    for (int i = 0; i < heads; i++) { memcpy(out + i * HS, b->w->heads + ((size_t)(u * heads + i) * (size_t)b->w->R + (size_t)r) * HSP, (size_t)HS * 4); }
+    for (int i = 0; i < heads; i++) {
+        memcpy(out + i * HS, b->w->heads + ((size_t)(u * heads + i) * (size_t)b->w->R + (size_t)r) * HSP,
+               (size_t)HS * 4);
+    }
     if (y->head_norm) {
         rmsnorm(out, out, y->head_norm, n, 1e-5f);
         for (int i = 0; i < n; i++) { out[i] *= y->head_scale; }
@@ -945,7 +1033,8 @@ static void head_out(const Block* b, int u, int r, float* o) {
     }
 }
 
-// One row for the picture: before = softmax of the scores as they come from q.k, after = the weights that multiply the values.
+// One row for the picture: before = softmax of the scores as they come from q.k, after = the weights that multiply the
+// values.
 static void tap_row(const Block* b, AttentionTap* t, int r, bool after) {
     int p = b->p0 + r;
     if (t->layer != b->l || p >= t->n) { return; }
@@ -968,13 +1057,14 @@ static inline void block_swap(Block* b) {
     b->out = t;
 }
 
-// All steps of one block. A barrier (the end of each omp for) separates steps that read other heads or rows; every thread swaps its own
-// copy of the block.
+// All steps of one block. A barrier (the end of each omp for) separates steps that read other heads or rows; every
+// thread swaps its own copy of the block.
 static void attention_block(const Block* shared, float* o) {
     const Model* m = shared->m;
     const Layer* y = &m->layers[shared->l];
     bool diff = m->c.attention_type == ATTENTION_DIFF;
-    int NH = m->NH, R = shared->R, tiles = (shared->T + TILE - 1) / TILE, panels = (int)(round_up((size_t)m->HS, TILE) / TILE);
+    int NH = m->NH, R = shared->R, tiles = (shared->T + TILE - 1) / TILE,
+        panels = (int)(round_up((size_t)m->HS, TILE) / TILE);
     AttentionTap* tap = shared->w->tap;
 #pragma omp parallel
     {
@@ -1051,13 +1141,20 @@ static void attention_block(const Block* shared, float* o) {
     }
 }
 
-// Attention of n positions from T on; w->q holds their queries behind cq-1 earlier ones; keys and values are in the cache. Result in w->o.
+// Attention of n positions from T on; w->q holds their queries behind cq-1 earlier ones; keys and values are in the
+// cache. Result in w->o.
 static void attention(const Model* m, Cache* s, Work* w, int l, int n) {
     const Layer* y = &m->layers[l];
     size_t D = (size_t)(m->NH * m->HS), before = (size_t)m->cq - 1;
     if (y->conv_pre && before) { memcpy(w->q, cache_q(s, m, l), before * D * 4); }
     for (int i = 0; i < n; i += w->R) {
-        Block b = {.m = m, .s = s, .w = w, .l = l, .p0 = s->T + i, .R = n - i < w->R ? n - i : w->R, .extra = y->conv_pre ? m->cq - 1 : 0};
+        Block b = {.m = m,
+                   .s = s,
+                   .w = w,
+                   .l = l,
+                   .p0 = s->T + i,
+                   .R = n - i < w->R ? n - i : w->R,
+                   .extra = y->conv_pre ? m->cq - 1 : 0};
         b.T = b.p0 + b.R;
         b.stride = row_stride(b.T);
         b.q = w->q + (before + (size_t)i - (size_t)b.extra) * D;
@@ -1078,7 +1175,8 @@ static void swiglu(float* gate, const float* up, size_t n) {  // gate = silu(gat
     for (size_t i = whole; i < n; i++) { gate[i] = gate[i] / (1.0f + expf(-gate[i])) * up[i]; }
 }
 
-// n <= chunk tokens at the positions from s->T on: their final normalised states are left in w->xn (n, C), the cache grows by n.
+// n <= chunk tokens at the positions from s->T on: their final normalised states are left in w->xn (n, C), the cache
+// grows by n.
 static void forward(const Model* m, Cache* s, Work* w, const int32_t* tokens, int n) {
     size_t C = (size_t)m->C, D = (size_t)(m->NH * m->HS), KV = (size_t)(m->NKV * m->HS), FF = (size_t)m->FF;
     float eps = (float)m->c.rms_norm_eps, scale = 1.0f / sqrtf((float)m->HS);
@@ -1092,7 +1190,8 @@ static void forward(const Model* m, Cache* s, Work* w, const int32_t* tokens, in
     for (int l = 0; l < m->c.num_hidden_layers; l++) {
         const Layer* y = &m->layers[l];
         rmsnorm_rows(w->xn, w->x, y->input_norm, n, m->C, eps);
-        const Product qkv[] = {{q, &y->q}, {w->k, &y->k}, {w->v, &y->v}}, gate_up[] = {{w->gate, &y->gate}, {w->up, &y->up}};
+        const Product qkv[] = {{q, &y->q}, {w->k, &y->k}, {w->v, &y->v}},
+                      gate_up[] = {{w->gate, &y->gate}, {w->up, &y->up}};
         matmuls(qkv, 3, w->xn, C, n);
 #pragma omp parallel for if (n > 4)
         for (int i = 0; i < n; i++) {
@@ -1130,7 +1229,7 @@ static void read_tokens(const Model* m, Cache* s, Work* w, const int32_t* tokens
     }
 }
 
-// ---------------------------------------------------------------------------------------------------------------------------------------
+// ---------------------------------------------------------------------------------------------------------------------
 // Options
 
 typedef struct {
@@ -1142,8 +1241,16 @@ typedef struct {
 } Options;
 
 static Options options_defaults(void) {
-    Options o = {.weights = "stored", .cache = "f32", .chunk = 512, .max_tokens = 256, .repeat_last = 64, .samples = 1, .seed = 1,
-                 .temperature = 0.8, .top_p = 0.95, .repeat_penalty = 1};
+    Options o = {.weights = "stored",
+                 .cache = "f32",
+                 .chunk = 512,
+                 .max_tokens = 256,
+                 .repeat_last = 64,
+                 .samples = 1,
+                 .seed = 1,
+                 .temperature = 0.8,
+                 .top_p = 0.95,
+                 .repeat_penalty = 1};
     return o;
 }
 
@@ -1153,13 +1260,18 @@ static void options_read(Options* o, int argc, char** argv) {
         "       infer_mta DIR --token-ids \"1 2 3\"       continue ids; prints ids\n"
         "       infer_mta DIR --score FILE             log-probabilities of continuations, JSON lines in and out\n"
         "       infer_mta DIR --interactive            turn by turn; Ctrl-C stops an answer, Ctrl-D the program\n"
-        "       infer_mta --tokenize --tokenizer FILE  JSON lines {\"text\"} on standard input to lines of ids; --detokenize back\n"
-        "DIR is a checkpoint: config.json, model.safetensors and a tokenizer. Exit status 0 done, 1 a mistake of the user's.";
+        "       infer_mta --tokenize --tokenizer FILE  JSON lines {\"text\"} on standard input to lines of ids; "
+        "--detokenize back\n"
+        "DIR is a checkpoint: config.json, model.safetensors and a tokenizer. Exit status 0 done, 1 a mistake of the "
+        "user's.";
     Opt table[] = {
         {"Model", OPT_HEADING, NULL, NULL, NULL, 0, 0, false},
-        {"--tokenizer", OPT_STRING, &o->tokenizer, "NAME|FILE", "bytes, toy or a tiktoken rank file; else the one config.json names", 0, 0, false},
-        {"--pattern", OPT_CHOICE, &o->pattern, "gpt2|cl100k_base|llama3|o200k_base", "how text is split, where FILE's name does not tell", 0, 0, false},
-        {"--weights", OPT_CHOICE, &o->weights, "stored|f32|bf16|int8", "form of the matrices in memory; another than stored costs a copy", 0, 0, false},
+        {"--tokenizer", OPT_STRING, &o->tokenizer, "NAME|FILE",
+         "bytes, toy or a tiktoken rank file; else the one config.json names", 0, 0, false},
+        {"--pattern", OPT_CHOICE, &o->pattern, "gpt2|cl100k_base|llama3|o200k_base",
+         "how text is split, where FILE's name does not tell", 0, 0, false},
+        {"--weights", OPT_CHOICE, &o->weights, "stored|f32|bf16|int8",
+         "form of the matrices in memory; another than stored costs a copy", 0, 0, false},
         {"--cache", OPT_CHOICE, &o->cache, "f32|bf16", "form of cached keys and values", 0, 0, false},
         {"--context", OPT_INT, &o->context, "N", "positions, at most the model's (0: those)", 0, MAX_CONTEXT, false},
         {"--chunk", OPT_INT, &o->chunk, "N", "prompt tokens of one pass over the weights", 1, 65536, false},
@@ -1167,42 +1279,56 @@ static void options_read(Options* o, int argc, char** argv) {
         {"Text", OPT_HEADING, NULL, NULL, NULL, 0, 0, false},
         {"--prompt", OPT_STRING, &o->prompt, "TEXT", "text to continue", 0, 0, false},
         {"--token-ids", OPT_STRING, &o->token_ids, "IDS", "ids to continue, taken as they are", 0, 0, false},
-        {"--interactive", OPT_FLAG, &o->interactive, NULL, "read a line, continue, again; an empty line goes on", 0, 0, false},
+        {"--interactive", OPT_FLAG, &o->interactive, NULL, "read a line, continue, again; an empty line goes on", 0, 0,
+         false},
         {"--echo", OPT_FLAG, &o->echo, NULL, "print the prompt too", 0, 0, false},
         {"--max-tokens", OPT_INT, &o->max_tokens, "N", "tokens to generate at most", 0, INT32_MAX, false},
         {"--ignore-eos", OPT_FLAG, &o->ignore_eos, NULL, "go on after the end of a document", 0, 0, false},
-        {"--shift", OPT_FLAG, &o->shift, NULL, "when the context is full, keep its first token and its later half and go on", 0, 0, false},
+        {"--shift", OPT_FLAG, &o->shift, NULL,
+         "when the context is full, keep its first token and its later half and go on", 0, 0, false},
         {"Sampling", OPT_HEADING, NULL, NULL, NULL, 0, 0, false},
         {"--temperature", OPT_FLOAT, &o->temperature, "X", "0 is greedy", 0, 100, false},
         {"--top-k", OPT_INT, &o->top_k, "N", "only the N most probable tokens (0: all)", 0, MAX_VOCAB, false},
-        {"--top-p", OPT_FLOAT, &o->top_p, "X", "only the most probable tokens that make X of the probability", 0, 1, false},
-        {"--min-p", OPT_FLOAT, &o->min_p, "X", "only tokens of at least X times the best one's probability", 0, 1, false},
-        {"--repeat-penalty", OPT_FLOAT, &o->repeat_penalty, "X", "logits of recent tokens are divided (negative: multiplied) by X", 0.01, 100, false},
+        {"--top-p", OPT_FLOAT, &o->top_p, "X", "only the most probable tokens that make X of the probability", 0, 1,
+         false},
+        {"--min-p", OPT_FLOAT, &o->min_p, "X", "only tokens of at least X times the best one's probability", 0, 1,
+         false},
+        {"--repeat-penalty", OPT_FLOAT, &o->repeat_penalty, "X",
+         "logits of recent tokens are divided (negative: multiplied) by X", 0.01, 100, false},
         {"--repeat-last", OPT_INT, &o->repeat_last, "N", "how many tokens are recent", 0, MAX_CONTEXT, false},
         {"--seed", OPT_LONG, &o->seed, "N", "of the samples", 0, 0, false},
-        {"--samples", OPT_INT, &o->samples, "N", "continuations of the prompt; a line of ---- between texts", 1, 1000000, false},
+        {"--samples", OPT_INT, &o->samples, "N", "continuations of the prompt; a line of ---- between texts", 1,
+         1000000, false},
         {"Scoring and looking inside", OPT_HEADING, NULL, NULL, NULL, 0, 0, false},
-        {"--score", OPT_STRING, &o->score, "FILE", "JSON lines {\"context\",\"continuation\"} or {\"context_ids\",\"continuation_ids\"}, - for standard input", 0, 0, false},
-        {"--logits", OPT_STRING, &o->logits, "FILE", "write the logits of each position of the prompt (safetensors), generate nothing", 0, 0, false},
-        {"--attention-map", OPT_STRING, &o->attention_map, "FILE", "write attention weights over the prompt (JSON; scripts/attention_map.py draws it)", 0, 0, false},
+        {"--score", OPT_STRING, &o->score, "FILE",
+         "JSON lines {\"context\",\"continuation\"} or {\"context_ids\",\"continuation_ids\"}, - for standard input", 0,
+         0, false},
+        {"--logits", OPT_STRING, &o->logits, "FILE",
+         "write the logits of each position of the prompt (safetensors), generate nothing", 0, 0, false},
+        {"--attention-map", OPT_STRING, &o->attention_map, "FILE",
+         "write attention weights over the prompt (JSON; scripts/attention_map.py draws it)", 0, 0, false},
         {"--layer", OPT_INT, &o->layer, "N", "of the map, from 0", 0, MAX_LAYERS, false},
         {"--head", OPT_INT, &o->head, "N", "of the map, from 0", 0, MAX_HEADS, false},
         {"--quiet", OPT_FLAG, &o->quiet, NULL, "no plan and no speed summary on standard error", 0, 0, false},
         {"Tokenizer alone", OPT_HEADING, NULL, NULL, NULL, 0, 0, false},
-        {"--tokenize", OPT_FLAG, &o->tokenize, NULL, "JSON lines with \"text\" in, a line of ids each out", 0, 0, false},
+        {"--tokenize", OPT_FLAG, &o->tokenize, NULL, "JSON lines with \"text\" in, a line of ids each out", 0, 0,
+         false},
         {"--detokenize", OPT_FLAG, &o->detokenize, NULL, "lines of ids in, JSON lines with \"text\" out", 0, 0, false},
         OPT_END};
     const char* positional[1] = {NULL};
     options_parse(table, usage, argc, argv, positional, 1);
     o->dir = positional[0];
     bool alone = o->tokenize || o->detokenize;
-    int modes = (o->prompt != NULL) + (o->token_ids != NULL) + (o->score != NULL) + o->interactive + o->tokenize + o->detokenize;
-    if (modes > 1) { die("--prompt, --token-ids, --score, --interactive, --tokenize and --detokenize exclude each other; give one"); }
+    int modes = (o->prompt != NULL) + (o->token_ids != NULL) + (o->score != NULL) + o->interactive + o->tokenize +
+                o->detokenize;
+    if (modes > 1) {
+        die("--prompt, --token-ids, --score, --interactive, --tokenize and --detokenize exclude each other; give one");
+    }
     if (!alone && !o->dir) { die("no checkpoint directory given; usage: infer_mta DIR [options], --help lists them"); }
     if (alone && !o->tokenizer && !o->dir) { die("--tokenize needs --tokenizer NAME|FILE or a checkpoint directory"); }
 }
 
-// ---------------------------------------------------------------------------------------------------------------------------------------
+// ---------------------------------------------------------------------------------------------------------------------
 // A session: model, cache and the tokens so far
 
 typedef struct {
@@ -1229,7 +1355,8 @@ static void on_interrupt(int signal) {
     interrupted = 1;
 }
 
-// Everything that goes to standard output. A reader that went away (closed pipe) or a full disk ends the program with one line.
+// Everything that goes to standard output. A reader that went away (closed pipe) or a full disk ends the program with
+// one line.
 static void put_out(const char* text, size_t n, bool flush) {
     if ((n && fwrite(text, 1, n, stdout) != n) || (flush && fflush(stdout))) {
         fprintf(stderr, "%s: standard output: %s\n", program_invocation_short_name, strerror(errno));
@@ -1245,7 +1372,10 @@ static void put_text(const Session* s, const char* text, size_t n) {
         if (i < n && !c1 && ((c >= 0x20 && c != 0x7F) || c == '\n' || c == '\t')) { continue; }
         put_out(text + from, i - from, false);
         char shown[16];
-        if (i < n) { put_out(shown, (size_t)snprintf(shown, sizeof shown, "\\x%02x", c1 ? (unsigned char)text[i + 1] : c), false); }
+        if (i < n) {
+            put_out(shown, (size_t)snprintf(shown, sizeof shown, "\\x%02x", c1 ? (unsigned char)text[i + 1] : c),
+                    false);
+        }
         i += c1;
         from = i + 1;
     }
@@ -1253,22 +1383,25 @@ static void put_text(const Session* s, const char* text, size_t n) {
     put_out("", 0, true);
 }
 
-// The tokenizer of --tokenizer, or the one that config.json names (a built-in name, or a file beside it). One that was named here must have
-// the vocabulary of the one the model was trained with, where that is known, and never more ids than the model.
+// The tokenizer of --tokenizer, or the one that config.json names (a built-in name, or a file beside it). One that was
+// named here must have the vocabulary of the one the model was trained with, where that is known, and never more ids
+// than the model.
 static Tokenizer* tokenizer_for(const Options* o, const Config* c) {
     Error e = {{0}};
     char path[PATH_SIZE];
     Tokenizer *own = NULL, *given = NULL;
     if (c && c->tokenizer[0]) {
         path_join(path, sizeof path, o->dir, c->tokenizer);
-        own = tokenizer_open(file_exists(path) ? path : c->tokenizer, file_exists(path) && !o->tokenizer ? o->pattern : NULL, &e);
+        own = tokenizer_open(file_exists(path) ? path : c->tokenizer,
+                             file_exists(path) && !o->tokenizer ? o->pattern : NULL, &e);
     }
     if (o->tokenizer) {
         Error why = {{0}};
         given = tokenizer_open(o->tokenizer, o->pattern, &why);
         if (!given) { die("%s", why.text); }
         if (own && tokenizer_vocab(own) != tokenizer_vocab(given)) {
-            die("%s: %d ids, but the model was trained with %s, which has %d", o->tokenizer, tokenizer_vocab(given), c->tokenizer, tokenizer_vocab(own));
+            die("%s: %d ids, but the model was trained with %s, which has %d", o->tokenizer, tokenizer_vocab(given),
+                c->tokenizer, tokenizer_vocab(own));
         }
         tokenizer_free(own);
     } else if (c && c->tokenizer[0] && !own && !o->token_ids) {
@@ -1276,8 +1409,8 @@ static Tokenizer* tokenizer_for(const Options* o, const Config* c) {
     }
     Tokenizer* t = given ? given : own;
     if (t && c && tokenizer_vocab(t) > c->vocab_size) {
-        die("tokenizer %s: %d ids, the model's vocabulary has %d; give the tokenizer it was trained with", o->tokenizer ? o->tokenizer : c->tokenizer,
-            tokenizer_vocab(t), c->vocab_size);
+        die("tokenizer %s: %d ids, the model's vocabulary has %d; give the tokenizer it was trained with",
+            o->tokenizer ? o->tokenizer : c->tokenizer, tokenizer_vocab(t), c->vocab_size);
     }
     return t;
 }
@@ -1292,7 +1425,9 @@ static void session_open(Session* s, const Options* o) {
     }
     model_open(&s->m, o->dir, want, o->threads);
     const Config* c = &s->m.c;
-    if (o->context > c->max_position_embeddings) { die("--context: got %d, the model has %d positions", o->context, c->max_position_embeddings); }
+    if (o->context > c->max_position_embeddings) {
+        die("--context: got %d, the model has %d positions", o->context, c->max_position_embeddings);
+    }
     s->t = tokenizer_for(o, c);
     int capacity = o->context ? o->context : c->max_position_embeddings;
     int chunk = o->chunk < capacity ? o->chunk : capacity;
@@ -1304,9 +1439,12 @@ static void session_open(Session* s, const Options* o) {
     s->terminal = isatty(1);
     if (!o->quiet) {
         size_t weights = s->m.mapped_bytes + s->m.own_bytes, work = s->w.bytes + (size_t)s->m.V * 4 * (LOGIT_ROWS + 2);
-        fprintf(stderr, "weights %.1f MiB %s (%.1f mapped), cache %.1f MiB %s for %d positions, working memory %.1f MiB, together %.1f MiB; %d threads\n",
-                (double)weights / 1048576, weight_names[s->m.head.kind], (double)s->m.mapped_bytes / 1048576, (double)s->s.bytes / 1048576,
-                s->s.half ? "bf16" : "f32", capacity, (double)work / 1048576, (double)(weights + s->s.bytes + work) / 1048576, omp_get_max_threads());
+        fprintf(stderr,
+                "weights %.1f MiB %s (%.1f mapped), cache %.1f MiB %s for %d positions, working memory %.1f MiB, "
+                "together %.1f MiB; %d threads\n",
+                (double)weights / 1048576, weight_names[s->m.head.kind], (double)s->m.mapped_bytes / 1048576,
+                (double)s->s.bytes / 1048576, s->s.half ? "bf16" : "f32", capacity, (double)work / 1048576,
+                (double)(weights + s->s.bytes + work) / 1048576, omp_get_max_threads());
     }
 }
 
@@ -1319,10 +1457,13 @@ static void summary(const Session* s) {
         if (!strncmp(line, "VmHWM:", 6)) { peak = strtol(line + 6, NULL, 10); }
     }
     if (f) { fclose(f); }
-    fprintf(stderr, "prompt %ld tokens, %.1f tokens/s; ", s->prompt_tokens, s->prompt_seconds > 0 ? (double)s->prompt_tokens / s->prompt_seconds : 0);
+    fprintf(stderr, "prompt %ld tokens, %.1f tokens/s; ", s->prompt_tokens,
+            s->prompt_seconds > 0 ? (double)s->prompt_tokens / s->prompt_seconds : 0);
     if (s->decode_tokens) {
-        fprintf(stderr, "decode %ld tokens, %.2f tokens/s, %.2f GB/s of weights and cache (fastest token %.2f ms, %.2f GB/s); ",
-                s->decode_tokens, (double)s->decode_tokens / s->decode_seconds, s->decode_bytes / s->decode_seconds * 1e-9, s->best_seconds * 1e3,
+        fprintf(stderr,
+                "decode %ld tokens, %.2f tokens/s, %.2f GB/s of weights and cache (fastest token %.2f ms, %.2f GB/s); ",
+                s->decode_tokens, (double)s->decode_tokens / s->decode_seconds,
+                s->decode_bytes / s->decode_seconds * 1e-9, s->best_seconds * 1e3,
                 s->best_bytes / s->best_seconds * 1e-9);
     }
     fprintf(stderr, "peak memory %.1f MiB\n", (double)peak / 1024);
@@ -1353,8 +1494,8 @@ static void feed(Session* s) {
     }
 }
 
-// Are there positions for the tokens so far and `more`? With --shift the first token and the later half are kept where there are not, and
-// computed anew.
+// Are there positions for the tokens so far and `more`? With --shift the first token and the later half are kept where
+// there are not, and computed anew.
 static bool make_room(Session* s, int more) {
     int capacity = s->s.capacity, keep = capacity / 2;
     if (s->n + more <= capacity) { return true; }
@@ -1367,7 +1508,8 @@ static bool make_room(Session* s, int more) {
     return true;
 }
 
-// Appends tokens to the session; too many are refused, or with --shift cut to the first and the last that fit half the context.
+// Appends tokens to the session; too many are refused, or with --shift cut to the first and the last that fit half the
+// context.
 static void append_ids(Session* s, const int32_t* ids, size_t n) {
     int capacity = s->s.capacity;
     if (n > (size_t)capacity / 2 && s->o.shift && s->n + n > (size_t)capacity) {
@@ -1387,7 +1529,7 @@ static void append_ids(Session* s, const int32_t* ids, size_t n) {
     s->n += (int)n;
 }
 
-// ---------------------------------------------------------------------------------------------------------------------------------------
+// ---------------------------------------------------------------------------------------------------------------------
 // Sampling
 
 static void penalize(Session* s, float* logits) {
@@ -1401,7 +1543,8 @@ static void penalize(Session* s, float* logits) {
     }
 }
 
-static void heap_sink(float* weight, int32_t* id, int n, int i) {  // the largest weight on top; equal ones: the lower id
+// the largest weight on top; equal ones: the lower id
+static void heap_sink(float* weight, int32_t* id, int n, int i) {
     for (;;) {
         int best = i;
         for (int c = 2 * i + 1; c <= 2 * i + 2 && c < n; c++) {
@@ -1418,7 +1561,8 @@ static void heap_sink(float* weight, int32_t* id, int n, int i) {  // the larges
     }
 }
 
-// Draws a token: temperature, then the k best, then the best that make top_p of what is left, then those above min_p of the best.
+// Draws a token: temperature, then the k best, then the best that make top_p of what is left, then those above min_p of
+// the best.
 static int32_t sample(Session* s, Rng* rng) {
     const Options* o = &s->o;
     float* logits = s->logits;
@@ -1475,7 +1619,7 @@ static int32_t sample(Session* s, Rng* rng) {
     return best;
 }
 
-// ---------------------------------------------------------------------------------------------------------------------------------------
+// ---------------------------------------------------------------------------------------------------------------------
 // Generating
 
 static bool ends_document(const Session* s, int32_t id) {
@@ -1490,7 +1634,8 @@ static void generate(Session* s, Rng* rng, bool as_ids) {
     char* text = s->t ? alloc_or_die(tokenizer_max_bytes(s->t) + 8, 1, "a token's text") : NULL;
     for (int i = 0; i < s->o.max_tokens && !interrupted; i++) {
         if (!make_room(s, 0)) {
-            fprintf(stderr, "\n%s: the context of %d positions is full; --shift goes on\n", program_invocation_short_name, s->s.capacity);
+            fprintf(stderr, "\n%s: the context of %d positions is full; --shift goes on\n",
+                    program_invocation_short_name, s->s.capacity);
             break;
         }
         if (s->s.T < s->n) { feed(s); }
@@ -1519,7 +1664,8 @@ static int32_t* parse_ids(const char* text, int V, const char* where, size_t* co
         errno = 0;
         long id = strtol(p, &end, 10);
         if (end == p || errno || id < 0 || id >= V || !strchr(" ,\t\r\n", *end)) {
-            die("%s: got \"%.*s\", wanted token ids from 0 to %d", where, (int)strcspn(p, " ,\t\r\n") > 40 ? 40 : (int)strcspn(p, " ,\t\r\n"), p, V - 1);
+            die("%s: got \"%.*s\", wanted token ids from 0 to %d", where,
+                (int)strcspn(p, " ,\t\r\n") > 40 ? 40 : (int)strcspn(p, " ,\t\r\n"), p, V - 1);
         }
         ids[n++] = (int32_t)id;
         p = end;
@@ -1654,7 +1800,9 @@ static void put_matrix(Text* t, const char* name, const float* x, int n) {
     text_printf(t, ",\n\"%s\": [", name);
     for (int i = 0; i < n; i++) {
         text_printf(t, "%s\n[", i ? "," : "");
-        for (int j = 0; j <= i; j++) { text_printf(t, "%s%.6g", j ? "," : "", (double)x[(size_t)i * (size_t)n + (size_t)j]); }
+        for (int j = 0; j <= i; j++) {
+            text_printf(t, "%s%.6g", j ? "," : "", (double)x[(size_t)i * (size_t)n + (size_t)j]);
+        }
         text_printf(t, "]");
     }
     text_printf(t, "]");
@@ -1663,12 +1811,14 @@ static void put_matrix(Text* t, const char* name, const float* x, int n) {
 // --attention-map: {"layer", "head", "tokens", "before": rows 0..i of weights, "after"}.
 static void run_attention_map(Session* s) {
     if (s->o.layer >= s->m.c.num_hidden_layers || s->o.head >= s->m.NH) {
-        die("--layer %d --head %d: the model has layers 0 to %d and heads 0 to %d", s->o.layer, s->o.head, s->m.c.num_hidden_layers - 1, s->m.NH - 1);
+        die("--layer %d --head %d: the model has layers 0 to %d and heads 0 to %d", s->o.layer, s->o.head,
+            s->m.c.num_hidden_layers - 1, s->m.NH - 1);
     }
     read_prompt(s);
     if (s->n > 1024) { die("--attention-map: a picture of %d tokens, wanted at most 1024", s->n); }
     size_t cells = (size_t)s->n * (size_t)s->n;
-    AttentionTap tap = {s->o.layer, s->o.head, s->n, alloc_or_die(cells, 4, "the picture"), alloc_or_die(cells, 4, "the picture")};
+    AttentionTap tap = {s->o.layer, s->o.head, s->n, alloc_or_die(cells, 4, "the picture"),
+                        alloc_or_die(cells, 4, "the picture")};
     s->w.tap = &tap;
     feed(s);
     Text t = {0};
@@ -1693,12 +1843,13 @@ static void run_attention_map(Session* s) {
     free(tap.after);
 }
 
-// ---------------------------------------------------------------------------------------------------------------------------------------
+// ---------------------------------------------------------------------------------------------------------------------
 // Lines of a file or a pipe
 
 typedef struct { int fd; Text buffer; size_t at; bool end; long number; } Lines;
 
-// The next line without its newline, valid until the next call; NULL at the end. wait false: also NULL where reading would block.
+// The next line without its newline, valid until the next call; NULL at the end. wait false: also NULL where reading
+// would block.
 static char* next_line(Lines* l, const char* name, bool wait, size_t* n) {
     for (;;) {
         char* start = l->buffer.text ? l->buffer.text + l->at : NULL;
@@ -1736,10 +1887,10 @@ static Json* parse_line(const char* text, size_t n, const char* name, long numbe
     return j;
 }
 
-// ---------------------------------------------------------------------------------------------------------------------------------------
-// Scoring. Requests are taken as many as there are (a file: up to WINDOW; a pipe: what has arrived), sorted by their tokens, so that
-// neighbours share prefixes, and answered in their own order. Where the next ones will part from this one, the cache is marked; they
-// start there.
+// ---------------------------------------------------------------------------------------------------------------------
+// Scoring. Requests are taken as many as there are (a file: up to WINDOW; a pipe: what has arrived), sorted by their
+// tokens, so that neighbours share prefixes, and answered in their own order. Where the next ones will part from this
+// one, the cache is marked; they start there.
 
 enum { WINDOW = 4096, MARKS = 8 };
 
@@ -1753,7 +1904,8 @@ typedef struct {
 } Request;
 
 // Ids of a field as text or as *_ids, appended to the request.
-static void request_part(Request* q, const Session* s, const Json* j, const char* key, const char* ids_key, const char* name) {
+static void request_part(Request* q, const Session* s, const Json* j, const char* key, const char* ids_key,
+                         const char* name) {
     const Json *text = json_get(j, key), *list = json_get(j, ids_key);
     int32_t* ids = NULL;
     size_t n = 0;
@@ -1762,11 +1914,15 @@ static void request_part(Request* q, const Session* s, const Json* j, const char
         ids = alloc_or_die(list->count, sizeof *ids, "token ids");
         for (const Json* i = list->child; i; i = i->next) {
             int64_t id;
-            if (!json_integer(i, 0, s->m.V - 1, &id)) { die("%s: line %ld: %s: wanted token ids from 0 to %d", name, q->line, ids_key, s->m.V - 1); }
+            if (!json_integer(i, 0, s->m.V - 1, &id)) {
+                die("%s: line %ld: %s: wanted token ids from 0 to %d", name, q->line, ids_key, s->m.V - 1);
+            }
             ids[n++] = (int32_t)id;
         }
     } else if (text && text->type == JSON_STRING) {
-        if (!tokenizer_encode(need_tokenizer(s), text->string, text->length, &ids, &n, &e)) { die("%s: line %ld: %s: %s", name, q->line, key, e.text); }
+        if (!tokenizer_encode(need_tokenizer(s), text->string, text->length, &ids, &n, &e)) {
+            die("%s: line %ld: %s: %s", name, q->line, key, e.text);
+        }
     } else {
         die("%s: line %ld: wanted \"%s\", a string, or \"%s\", a list", name, q->line, key, ids_key);
     }
@@ -1789,14 +1945,17 @@ static void request_read(Request* q, const Session* s, char* text, size_t n, con
     q->context = q->n;
     request_part(q, s, j, "continuation", "continuation_ids", name);
     json_free(j);
-    if (!q->context && q->n) { die("%s: line %ld: the context is empty and there is no BOS: nothing to condition on", name, line); }
+    if (!q->context && q->n) {
+        die("%s: line %ld: the context is empty and there is no BOS: nothing to condition on", name, line);
+    }
     int capacity = s->s.capacity, answer = q->n - q->context, over = q->n - 1 - capacity;
     if (over > 0 && s->o.shift && answer <= capacity) {  // the earliest tokens of the context are dropped
         memmove(q->ids, q->ids + over, (size_t)(q->n - over) * sizeof *q->ids);
         q->n -= over;
         q->context -= over;
     } else if (over > 0) {
-        die("%s: line %ld: %d tokens, the context has %d positions; shorten it, or --shift drops the earliest", name, line, q->n, capacity);
+        die("%s: line %ld: %d tokens, the context has %d positions; shorten it, or --shift drops the earliest", name,
+            line, q->n, capacity);
     }
     q->token_logprobs = alloc_or_die((size_t)answer, sizeof(float), "log-probabilities");
 }
@@ -1809,7 +1968,8 @@ static int request_by_ids(const void* a, const void* b) {
     return x->n != y->n ? (x->n < y->n ? -1 : 1) : 0;
 }
 
-// Positions of b that need not be computed where those of a are there: equal tokens, but the last of b's context, whose logits are needed.
+// Positions of b that need not be computed where those of a are there: equal tokens, but the last of b's context, whose
+// logits are needed.
 static int shared_prefix(const Request* a, const Request* b) {
     int n = 0;
     while (n < a->n && n < b->context - 1 && a->ids[n] == b->ids[n]) { n++; }
@@ -1836,7 +1996,8 @@ static void score_rows(Session* s, Request* q, int start, int first, int rows) {
     }
 }
 
-// Depths at which later requests will start again, deeper than `from`: the running minima of what they share with this one.
+// Depths at which later requests will start again, deeper than `from`: the running minima of what they share with this
+// one.
 static int mark_depths(Request* const* sorted, int k, int n, int from, int* depths) {
     int count = 0, lowest = INT32_MAX;
     for (int i = k; i + 1 < n && count < MARKS; i++) {
@@ -1881,8 +2042,11 @@ static void put_answer(const Request* q, Text* t) {
     t->n = 0;
     text_printf(t, "{\"logprob\": ");
     text_json_number(t, q->logprob);
-    text_printf(t, ", \"tokens\": %d, \"greedy\": %s, \"token_logprobs\": [", q->n - q->context, q->greedy ? "true" : "false");
-    for (int i = 0; i < q->n - q->context; i++) { text_printf(t, "%s%.7g", i ? ", " : "", (double)q->token_logprobs[i]); }
+    text_printf(t, ", \"tokens\": %d, \"greedy\": %s, \"token_logprobs\": [", q->n - q->context,
+                q->greedy ? "true" : "false");
+    for (int i = 0; i < q->n - q->context; i++) {
+        text_printf(t, "%s%.7g", i ? ", " : "", (double)q->token_logprobs[i]);
+    }
     text_printf(t, "]}\n");
     put_out(t->text, t->n, false);
 }
@@ -1890,7 +2054,9 @@ static void put_answer(const Request* q, Text* t) {
 static void run_score(Session* s) {
     const char* name = strcmp(s->o.score, "-") ? s->o.score : "standard input";
     Lines lines = {0};
-    if (strcmp(s->o.score, "-") && (lines.fd = open(name, O_RDONLY | O_CLOEXEC)) < 0) { die("%s: %s", name, strerror(errno)); }
+    if (strcmp(s->o.score, "-") && (lines.fd = open(name, O_RDONLY | O_CLOEXEC)) < 0) {
+        die("%s: %s", name, strerror(errno));
+    }
     struct stat st;
     bool file = fstat(lines.fd, &st) == 0 && S_ISREG(st.st_mode), shows = isatty(2) && !s->o.quiet;
     Request* requests = alloc_or_die(WINDOW, sizeof *requests, "requests");
@@ -1916,7 +2082,8 @@ static void run_score(Session* s) {
             done += part;
             if (seconds_now() - shown > 1 && !s->o.quiet) {
                 shown = seconds_now();
-                fprintf(stderr, "%sscored %ld, %.1f a second%s", shows ? "\r" : "", done, (double)done / (shown - start), shows ? "" : "\n");
+                fprintf(stderr, "%sscored %ld, %.1f a second%s", shows ? "\r" : "", done,
+                        (double)done / (shown - start), shows ? "" : "\n");
             }
         }
         for (int i = 0; i < n; i++) {
@@ -1935,7 +2102,7 @@ static void run_score(Session* s) {
     free(sorted);
 }
 
-// ---------------------------------------------------------------------------------------------------------------------------------------
+// ---------------------------------------------------------------------------------------------------------------------
 // The tokenizer alone
 
 static void run_tokenizer(const Options* o) {
@@ -1958,8 +2125,12 @@ static void run_tokenizer(const Options* o) {
         if (o->tokenize) {
             Json* j = parse_line(line, n, "standard input", lines.number);
             const Json* text = json_get(j, "text");
-            if (!text || text->type != JSON_STRING) { die("standard input: line %ld: wanted an object with \"text\", a string", lines.number); }
-            if (!tokenizer_encode(t, text->string, text->length, &ids, &count, &e)) { die("standard input: line %ld: %s", lines.number, e.text); }
+            if (!text || text->type != JSON_STRING) {
+                die("standard input: line %ld: wanted an object with \"text\", a string", lines.number);
+            }
+            if (!tokenizer_encode(t, text->string, text->length, &ids, &count, &e)) {
+                die("standard input: line %ld: %s", lines.number, e.text);
+            }
             for (size_t i = 0; i < count; i++) { text_printf(&out, i ? " %d" : "%d", ids[i]); }
             json_free(j);
         } else {
@@ -1968,7 +2139,9 @@ static void run_tokenizer(const Options* o) {
             TokenStream stream = {{0}, 0};
             snprintf(where, sizeof where, "standard input: line %ld", lines.number);
             ids = parse_ids(line, tokenizer_vocab(t), where, &count);
-            for (size_t i = 0; i < count; i++) { text_append(&text, piece, tokenizer_decode(t, &stream, ids[i], piece)); }
+            for (size_t i = 0; i < count; i++) {
+                text_append(&text, piece, tokenizer_decode(t, &stream, ids[i], piece));
+            }
             text_append(&text, piece, tokenizer_flush(&stream, piece));
             text_append(&out, "{\"text\": ", 9);
             text_json_string(&out, text.text, text.n);

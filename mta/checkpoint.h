@@ -1,9 +1,10 @@
-// checkpoint.h: directories RUN/step-00001000/ that are never half there, and the reading of a model's tensors from any of them.
+// checkpoint.h: directories RUN/step-00001000/ that are never half there, and the reading of a model's tensors from any
+// of them.
 //
-// A checkpoint is written into RUN/.step-00001000.partial, every file synced; manifest.json (size and CRC-32 of each file) comes last; then
-// the directory is synced, renamed and its parent synced. So a directory without the dot is complete, and what the disk did to it
-// later shows in the manifest. A crash leaves a partial behind, which the next checkpoint_begin removes. One program writes to a run
-// at a time.
+// A checkpoint is written into RUN/.step-00001000.partial, every file synced; manifest.json (size and CRC-32 of each
+// file) comes last; then the directory is synced, renamed and its parent synced. So a directory without the dot is
+// complete, and what the disk did to it later shows in the manifest. A crash leaves a partial behind, which the next
+// checkpoint_begin removes. One program writes to a run at a time.
 #ifndef MTA_CHECKPOINT_H
 #define MTA_CHECKPOINT_H
 
@@ -15,7 +16,7 @@
 
 enum { CHECKPOINT_MAX_FILES = 64, MANIFEST_MAX_BYTES = 1 << 20 };
 
-// ---------------------------------------------------------------------------------------------------------------------------------------
+// ---------------------------------------------------------------------------------------------------------------------
 // Writing
 
 typedef struct {
@@ -51,7 +52,8 @@ static inline void checkpoint_remove_partials(const char* run) {
     if (d) { closedir(d); }
 }
 
-// Gives up: the partial directory is removed. Harmless after a commit, an abort or a failure, each of which has done so already.
+// Gives up: the partial directory is removed. Harmless after a commit, an abort or a failure, each of which has done so
+// already.
 static inline void checkpoint_abort(CheckpointWriter* w) {
     if (w->open) { checkpoint_remove_dir(w->partial); }
     w->open = false;
@@ -110,12 +112,14 @@ static inline bool checkpoint_add_copy(CheckpointWriter* w, const char* name, co
     return good;
 }
 
-// Contiguous data of tensor `tensor` of group `group`, already of the dtype the file is written in; valid until the next call.
+// Contiguous data of tensor `tensor` of group `group`, already of the dtype the file is written in; valid until the
+// next call.
 typedef const void* (*TensorFetch)(void* ctx, int group, int tensor);
 
 // One safetensors file with every tensor of the list for each group, named prefix + NAME.
-static inline bool checkpoint_add_tensors(CheckpointWriter* w, const char* name, const TensorList* list, const char* const* prefixes, int n_groups, DType dtype,
-                                          TensorFetch fetch, void* ctx, Error* e) {
+static inline bool checkpoint_add_tensors(CheckpointWriter* w, const char* name, const TensorList* list,
+                                          const char* const* prefixes, int n_groups, DType dtype, TensorFetch fetch,
+                                          void* ctx, Error* e) {
     char path[PATH_SIZE];
     size_t n = (size_t)n_groups * (size_t)list->n;
     StEntry* entries = (StEntry*)alloc_or_die(n, sizeof *entries, "tensor names");
@@ -134,7 +138,9 @@ static inline bool checkpoint_add_tensors(CheckpointWriter* w, const char* name,
     checkpoint_file_path(w, name, path);
     bool good = st_writer_open(&out, path, entries, (int)n, NULL, 0, e);
     for (int g = 0; good && g < n_groups; g++) {
-        for (int t = 0; good && t < list->n; t++) { good = st_writer_put(&out, fetch(ctx, g, t), list->specs[t].numel * dtype_size(dtype), e); }
+        for (int t = 0; good && t < list->n; t++) {
+            good = st_writer_put(&out, fetch(ctx, g, t), list->specs[t].numel * dtype_size(dtype), e);
+        }
     }
     good = good && st_writer_close(&out, &bytes, &crc, e);
     free(entries);
@@ -149,13 +155,18 @@ static inline bool checkpoint_add_tensors(CheckpointWriter* w, const char* name,
 
 // Puts the partial into its final place in one step, also over an older checkpoint of the same step.
 static inline bool checkpoint_rename(CheckpointWriter* w, Error* e) {
-    if (!dir_exists(w->final)) { return rename(w->partial, w->final) == 0 || fail(e, "%s: cannot rename to %s: %s", w->partial, w->final, strerror(errno)); }
+    if (!dir_exists(w->final)) {
+        return rename(w->partial, w->final) == 0 ||
+               fail(e, "%s: cannot rename to %s: %s", w->partial, w->final, strerror(errno));
+    }
     const unsigned exchange = 2;  // RENAME_EXCHANGE: at no moment is there none
     if (syscall(SYS_renameat2, AT_FDCWD, w->partial, AT_FDCWD, w->final, exchange)) {  // a file system that cannot
         char aside[PATH_SIZE];
         path_join(aside, sizeof aside, w->run, ".step-replaced.partial");
         checkpoint_remove_dir(aside);
-        if (rename(w->final, aside) || rename(w->partial, w->final)) { return fail(e, "%s: cannot replace it: %s", w->final, strerror(errno)); }
+        if (rename(w->final, aside) || rename(w->partial, w->final)) {
+            return fail(e, "%s: cannot replace it: %s", w->final, strerror(errno));
+        }
         checkpoint_remove_dir(aside);
     } else {
         checkpoint_remove_dir(w->partial);
@@ -168,7 +179,8 @@ static inline bool checkpoint_commit(CheckpointWriter* w, char* path_out, Error*
     char path[PATH_SIZE];
     Text all;
     memset(&all, 0, sizeof all);
-    text_printf(&all, "{\n  \"step\": %ld,\n  \"files\": {%s\n  }\n}\n", w->step, w->manifest.text ? w->manifest.text : "");
+    text_printf(&all, "{\n  \"step\": %ld,\n  \"files\": {%s\n  }\n}\n", w->step,
+                w->manifest.text ? w->manifest.text : "");
     path_join(path, sizeof path, w->partial, "manifest.json");
     bool good = write_file_synced(path, all.text, all.n, e) && sync_dir(w->partial, e) && checkpoint_rename(w, e);
     text_free(&all);
@@ -182,10 +194,11 @@ static inline bool checkpoint_commit(CheckpointWriter* w, char* path_out, Error*
     return sync_dir(w->run, e);
 }
 
-// ---------------------------------------------------------------------------------------------------------------------------------------
+// ---------------------------------------------------------------------------------------------------------------------
 // Finding a good one
 
-static inline bool checkpoint_file_crc(const char* path, uint32_t* crc, Error* e) {  // by read(2): a failing disk is an error, not a signal
+// by read(2): a failing disk is an error, not a signal
+static inline bool checkpoint_file_crc(const char* path, uint32_t* crc, Error* e) {
     size_t cap = 1 << 20;
     int fd = open(path, O_RDONLY | O_CLOEXEC);
     if (fd < 0) { return fail(e, "%s: %s", path, strerror(errno)); }
@@ -207,15 +220,22 @@ static inline bool checkpoint_verify_file(const char* dir, const Json* entry, bo
     struct stat st;
     int64_t bytes = 0, crc = 0;
     uint32_t got = 0;
-    if (!*entry->key || strchr(entry->key, '/') || strlen(entry->key) > 255) { return fail(e, "%s/manifest.json: \"%.40s\" is no file name", dir, entry->key); }
+    if (!*entry->key || strchr(entry->key, '/') || strlen(entry->key) > 255) {
+        return fail(e, "%s/manifest.json: \"%.40s\" is no file name", dir, entry->key);
+    }
     path_join(path, sizeof path, dir, entry->key);
-    if (!json_integer(json_get(entry, "bytes"), 0, INT64_MAX, &bytes) || !json_integer(json_get(entry, "crc32"), 0, UINT32_MAX, &crc)) {
+    if (!json_integer(json_get(entry, "bytes"), 0, INT64_MAX, &bytes) ||
+        !json_integer(json_get(entry, "crc32"), 0, UINT32_MAX, &crc)) {
         return fail(e, "%s/manifest.json: %s has no size or CRC", dir, entry->key);
     }
     if (stat(path, &st) || !S_ISREG(st.st_mode)) { return fail(e, "%s: missing", path); }
-    if ((int64_t)st.st_size != bytes) { return fail(e, "%s: %lld bytes, wanted %lld", path, (long long)st.st_size, (long long)bytes); }
+    if ((int64_t)st.st_size != bytes) {
+        return fail(e, "%s: %lld bytes, wanted %lld", path, (long long)st.st_size, (long long)bytes);
+    }
     if (!contents) { return true; }
-    return checkpoint_file_crc(path, &got, e) && (got == (uint32_t)crc || fail(e, "%s: CRC-32 %08x, wanted %08x: the file is damaged", path, got, (uint32_t)crc));
+    return checkpoint_file_crc(path, &got, e) &&
+           (got == (uint32_t)crc ||
+            fail(e, "%s: CRC-32 %08x, wanted %08x: the file is damaged", path, got, (uint32_t)crc));
 }
 
 static inline bool checkpoint_verify_manifest(const char* dir, bool contents, Error* e) {
@@ -232,7 +252,9 @@ static inline bool checkpoint_verify_manifest(const char* dir, bool contents, Er
     if (!manifest) { return fail(e, "%.300s: %.200s", path, why.text); }
     const Json* files = json_get(manifest, "files");
     bool good = (files && files->type == JSON_OBJECT && files->child) || fail(e, "%s: lists no files", path);
-    for (const Json* f = good ? files->child : NULL; f && good; f = f->next) { good = checkpoint_verify_file(dir, f, contents, e); }
+    for (const Json* f = good ? files->child : NULL; f && good; f = f->next) {
+        good = checkpoint_verify_file(dir, f, contents, e);
+    }
     json_free(manifest);
     return good;
 }
@@ -253,7 +275,10 @@ static inline int checkpoint_list(const char* run, long** steps) {
     for (struct dirent* entry = d ? readdir(d) : NULL; entry; entry = readdir(d)) {
         const char* digits = entry->d_name + 5;
         char again[32];
-        if (strncmp(entry->d_name, "step-", 5) || strlen(digits) < 8 || strlen(digits) > 18 || strspn(digits, "0123456789") != strlen(digits)) { continue; }
+        if (strncmp(entry->d_name, "step-", 5) || strlen(digits) < 8 || strlen(digits) > 18 ||
+            strspn(digits, "0123456789") != strlen(digits)) {
+            continue;
+        }
         long step = strtol(digits, NULL, 10);
         snprintf(again, sizeof again, "%08ld", step);
         if (strcmp(digits, again)) { continue; }  // not a name that checkpoint_begin makes
@@ -276,7 +301,8 @@ static inline void checkpoint_path(const char* run, long step, char* path) {
     path_join(path, PATH_SIZE, run, name);
 }
 
-// The step and path (PATH_SIZE bytes) of the newest checkpoint that verifies, -1 if there is none. A line on stderr for each passed over.
+// The step and path (PATH_SIZE bytes) of the newest checkpoint that verifies, -1 if there is none. A line on stderr for
+// each passed over.
 static inline long checkpoint_newest(const char* run, char* path_out) {
     long* steps;
     long found = -1;
@@ -295,8 +321,8 @@ static inline long checkpoint_newest(const char* run, char* path_out) {
     return found;
 }
 
-// Removes all checkpoints older than the newest `keep` whose files have their sizes (0: keeps all). Contents are not read again here:
-// that would cost a pass over every kept checkpoint at each save.
+// Removes all checkpoints older than the newest `keep` whose files have their sizes (0: keeps all). Contents are not
+// read again here: that would cost a pass over every kept checkpoint at each save.
 static inline void checkpoint_prune(const char* run, int keep) {
     long* steps;
     char path[PATH_SIZE];
@@ -312,7 +338,7 @@ static inline void checkpoint_prune(const char* run, int keep) {
     if (keep > 0) { free(steps); }
 }
 
-// ---------------------------------------------------------------------------------------------------------------------------------------
+// ---------------------------------------------------------------------------------------------------------------------
 // Reading tensors
 
 typedef bool (*TensorStore)(void* ctx, int group, int tensor, const float* data, Error* e);
@@ -334,12 +360,14 @@ static inline bool checkpoint_ignored(const char* name) {
     return (n >= 20 && !strcmp(name + n - 20, ".rotary_emb.inv_freq")) || !strcmp(name, "lm_head.weight");
 }
 
-// The tensors of `list` for each group, as an array [n_groups * list->n] of pointers into s: NULL where an MTA tensor is absent and may be.
-// Refuses missing, extra and wrongly shaped ones. The caller frees the array. NULL on error.
-static inline const StTensor** checkpoint_match(const SafeTensors* s, const char* from, const TensorList* list, const char* const* prefixes, int n_groups,
-                                                bool mta_may_be_absent, Text* absent, Error* e) {
+// The tensors of `list` for each group, as an array [n_groups * list->n] of pointers into s: NULL where an MTA tensor
+// is absent and may be. Refuses missing, extra and wrongly shaped ones. The caller frees the array. NULL on error.
+static inline const StTensor** checkpoint_match(const SafeTensors* s, const char* from, const TensorList* list,
+                                                const char* const* prefixes, int n_groups, bool mta_may_be_absent,
+                                                Text* absent, Error* e) {
     char name[ST_NAME_SIZE];
-    const StTensor** found = (const StTensor**)alloc_or_die((size_t)n_groups * (size_t)list->n, sizeof *found, "tensor table");
+    const StTensor** found =
+        (const StTensor**)alloc_or_die((size_t)n_groups * (size_t)list->n, sizeof *found, "tensor table");
     bool* used = (bool*)alloc_or_die((size_t)s->n, sizeof *used, "tensor table");
     bool good = true;
     for (int i = 0; good && i < n_groups * list->n; i++) {
@@ -356,7 +384,8 @@ static inline const StTensor** checkpoint_match(const SafeTensors* s, const char
         }
     }
     for (int i = 0; good && i < s->n; i++) {
-        good = used[i] || checkpoint_ignored(s->tensors[i].name) || fail(e, "%s: tensor %s is not one of this model's", s->tensors[i].file, s->tensors[i].name);
+        good = used[i] || checkpoint_ignored(s->tensors[i].name) ||
+               fail(e, "%s: tensor %s is not one of this model's", s->tensors[i].file, s->tensors[i].name);
     }
     free(used);
     if (good) { return found; }
@@ -364,8 +393,10 @@ static inline const StTensor** checkpoint_match(const SafeTensors* s, const char
     return NULL;
 }
 
-// Gives every tensor to `store` as fp32, checked to be finite; F32 data straight from the mapping, others through one buffer.
-static inline bool checkpoint_store_all(const StTensor* const* found, const TensorList* list, int n_groups, TensorStore store, void* ctx, Error* e) {
+// Gives every tensor to `store` as fp32, checked to be finite; F32 data straight from the mapping, others through one
+// buffer.
+static inline bool checkpoint_store_all(const StTensor* const* found, const TensorList* list, int n_groups,
+                                        TensorStore store, void* ctx, Error* e) {
     size_t largest = 0;
     for (int i = 0; i < n_groups * list->n; i++) {
         const StTensor* t = found[i];
@@ -390,12 +421,15 @@ static inline bool checkpoint_store_all(const StTensor* const* found, const Tens
     return good;
 }
 
-// Reads the tensors prefix + NAME of a .safetensors file or of a directory with model.safetensors[.index.json]. Names of absent MTA tensors
-// (allowed only if mta_may_be_absent) are appended to *absent, comma separated; store is not called for them.
-static inline bool checkpoint_read_tensors(const char* path_or_dir, const TensorList* list, const char* const* prefixes, int n_groups, bool mta_may_be_absent,
-                                           Text* absent, TensorStore store, void* ctx, Error* e) {
+// Reads the tensors prefix + NAME of a .safetensors file or of a directory with model.safetensors[.index.json]. Names
+// of absent MTA tensors (allowed only if mta_may_be_absent) are appended to *absent, comma separated; store is not
+// called for them.
+static inline bool checkpoint_read_tensors(const char* path_or_dir, const TensorList* list, const char* const* prefixes,
+                                           int n_groups, bool mta_may_be_absent, Text* absent, TensorStore store,
+                                           void* ctx, Error* e) {
     SafeTensors s;
-    bool open = dir_exists(path_or_dir) ? safetensors_open_dir(&s, path_or_dir, e) : safetensors_open(&s, path_or_dir, e);
+    bool open =
+        dir_exists(path_or_dir) ? safetensors_open_dir(&s, path_or_dir, e) : safetensors_open(&s, path_or_dir, e);
     if (!open) { return false; }
     const StTensor** found = checkpoint_match(&s, path_or_dir, list, prefixes, n_groups, mta_may_be_absent, absent, e);
     bool good = found && checkpoint_store_all(found, list, n_groups, store, ctx, e);

@@ -1,6 +1,7 @@
-// json.h: a strict JSON reader (RFC 8259) for configurations, checkpoint headers and JSON lines, and two writers of single values.
-// Made for text from strangers: depth is limited, sizes are checked, UTF-8 is validated, numbers that do not fit a double are refused.
-// Of keys that occur twice the last wins (json_get); a caller that must refuse them walks the children.
+// json.h: a strict JSON reader (RFC 8259) for configurations, checkpoint headers and JSON lines, and two writers of
+// single values. Made for text from strangers: depth is limited, sizes are checked, UTF-8 is validated, numbers that do
+// not fit a double are refused. Of keys that occur twice the last wins (json_get); a caller that must refuse them walks
+// the children.
 #ifndef MTA_JSON_H
 #define MTA_JSON_H
 
@@ -63,7 +64,8 @@ static inline size_t utf8_length(const char* text, size_t n) {
     for (size_t i = 1; i < len; i++) {
         if ((s[i] & 0xC0) != 0x80) { return 0; }
     }
-    bool bad = (s[0] == 0xE0 && s[1] < 0xA0) || (s[0] == 0xED && s[1] > 0x9F) || (s[0] == 0xF0 && s[1] < 0x90) || (s[0] == 0xF4 && s[1] > 0x8F);
+    bool bad = (s[0] == 0xE0 && s[1] < 0xA0) || (s[0] == 0xED && s[1] > 0x9F) || (s[0] == 0xF0 && s[1] < 0x90) ||
+               (s[0] == 0xF4 && s[1] > 0x8F);
     return bad ? 0 : len;
 }
 
@@ -80,7 +82,10 @@ static inline bool json_hex4(JsonReader* r, uint32_t* out) {
     uint32_t v = 0;
     for (int i = 0; i < 4; i++, r->at++) {
         int c = json_peek(r);
-        int digit = c >= '0' && c <= '9' ? c - '0' : c >= 'a' && c <= 'f' ? c - 'a' + 10 : c >= 'A' && c <= 'F' ? c - 'A' + 10 : -1;
+        int digit = c >= '0' && c <= '9'   ? c - '0'
+                    : c >= 'a' && c <= 'f' ? c - 'a' + 10
+                    : c >= 'A' && c <= 'F' ? c - 'A' + 10
+                                           : -1;
         if (digit < 0) { return json_fail(r, "\\u without four hexadecimal digits"); }
         v = v * 16 + (uint32_t)digit;
     }
@@ -88,7 +93,8 @@ static inline bool json_hex4(JsonReader* r, uint32_t* out) {
     return true;
 }
 
-// The escape behind a backslash: appends its bytes at out, *n grows. Half of a surrogate pair becomes U+FFFD: UTF-8 cannot hold it.
+// The escape behind a backslash: appends its bytes at out, *n grows. Half of a surrogate pair becomes U+FFFD: UTF-8
+// cannot hold it.
 static inline bool json_escape(JsonReader* r, char* out, size_t* n) {
     static const char from[] = "\"\\/bfnrt", to[] = "\"\\/\b\f\n\r\t";
     int c = json_peek(r);
@@ -162,7 +168,9 @@ static inline bool json_number(JsonReader* r, Json* j) {
     if (json_peek(r) == '-') { r->at++; }
     bool zero = json_peek(r) == '0';
     size_t digits = json_digits(r);
-    if (!digits || (zero && digits > 1)) { return json_fail(r, digits ? "number with a leading zero" : "no digits in a number"); }
+    if (!digits || (zero && digits > 1)) {
+        return json_fail(r, digits ? "number with a leading zero" : "no digits in a number");
+    }
     if (json_peek(r) == '.') {
         integer = false;
         r->at++;
@@ -238,7 +246,9 @@ static inline bool json_children(JsonReader* r, Json* j) {
         j->count++;
         json_skip_space(r);
         int c = json_peek(r);
-        if (c != ',' && c != close) { return json_fail(r, object ? "neither ',' nor '}' in an object" : "neither ',' nor ']' in an array"); }
+        if (c != ',' && c != close) {
+            return json_fail(r, object ? "neither ',' nor '}' in an object" : "neither ',' nor ']' in an array");
+        }
         r->at++;
         if (c == close) { return true; }
     }

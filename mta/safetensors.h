@@ -1,7 +1,8 @@
-// safetensors.h: reads and writes safetensors files (8-byte header length, JSON header, raw little-endian data), whole or in several files
-// under an index. Reading maps the files: tensors point into the mapping, nothing is copied, and no number of a header is believed
-// before it is checked: header length, dtype, shape x size == offsets, no hole, no overlap, the data ends where the file ends, unique
-// names. Writing is streamed: a header from a list, then the data in pieces of any size, a CRC-32 of the file on the way.
+// safetensors.h: reads and writes safetensors files (8-byte header length, JSON header, raw little-endian data), whole
+// or in several files under an index. Reading maps the files: tensors point into the mapping, nothing is copied, and no
+// number of a header is believed before it is checked: header length, dtype, shape x size == offsets, no hole, no
+// overlap, the data ends where the file ends, unique names. Writing is streamed: a header from a list, then the data in
+// pieces of any size, a CRC-32 of the file on the way.
 #ifndef MTA_SAFETENSORS_H
 #define MTA_SAFETENSORS_H
 
@@ -9,7 +10,9 @@
 
 #include <limits.h>
 
-typedef enum { DT_F32, DT_F16, DT_BF16, DT_F64, DT_I32, DT_I64, DT_U8, DT_I8, DT_I16, DT_U16, DT_U32, DT_U64, DT_BOOL, DT_COUNT } DType;
+typedef enum {
+    DT_F32, DT_F16, DT_BF16, DT_F64, DT_I32, DT_I64, DT_U8, DT_I8, DT_I16, DT_U16, DT_U32, DT_U64, DT_BOOL, DT_COUNT
+} DType;
 
 static inline size_t dtype_size(DType d) {  // bytes of an element
     static const uint8_t size[DT_COUNT] = {4, 2, 2, 8, 4, 8, 1, 1, 2, 2, 4, 8, 1};
@@ -17,7 +20,8 @@ static inline size_t dtype_size(DType d) {  // bytes of an element
 }
 
 static inline const char* dtype_name(DType d) {
-    static const char* const name[DT_COUNT] = {"F32", "F16", "BF16", "F64", "I32", "I64", "U8", "I8", "I16", "U16", "U32", "U64", "BOOL"};
+    static const char* const name[DT_COUNT] = {"F32", "F16", "BF16", "F64", "I32", "I64", "U8",
+                                               "I8",  "I16", "U16",  "U32", "U64", "BOOL"};
     return name[d];
 }
 
@@ -42,7 +46,7 @@ typedef struct {
     Json* metadata;      // __metadata__ of the first file, or NULL
 } SafeTensors;
 
-// ---------------------------------------------------------------------------------------------------------------------------------------
+// ---------------------------------------------------------------------------------------------------------------------
 // Half precision
 
 static inline float bf16_to_f32(uint16_t h) {
@@ -80,7 +84,8 @@ static inline uint16_t f32_to_f16(float f) {  // round to nearest, ties to even;
     uint32_t abs = bits & 0x7FFFFFFFu;
     if (abs > 0x7F800000u) { return (uint16_t)(sign | 0x7E00); }
     if (abs >= 0x477FF000u) { return (uint16_t)(sign | 0x7C00); }
-    if (abs < 0x38800000u) {  // below 2^-14: the addition rounds to multiples of 2^-24, the last bits of the sum are the result
+    // below 2^-14: the addition rounds to multiples of 2^-24, the last bits of the sum are the result
+    if (abs < 0x38800000u) {
         float a;
         memcpy(&a, &abs, 4);
         a += 0.5f;
@@ -90,18 +95,23 @@ static inline uint16_t f32_to_f16(float f) {  // round to nearest, ties to even;
     return (uint16_t)(sign | ((abs - 0x38000000u + 0xFFFu + (abs >> 13 & 1)) >> 13));
 }
 
-// ---------------------------------------------------------------------------------------------------------------------------------------
+// ---------------------------------------------------------------------------------------------------------------------
 // Reading
 
 static inline void st_shape_text(char* out, size_t size, int ndim, const size_t* shape) {  // "[3, 4]"
     size_t n = (size_t)snprintf(out, size, "[");
-    for (int i = 0; i < ndim && n < size; i++) { n += (size_t)snprintf(out + n, size - n, "%s%zu", i ? ", " : "", shape[i]); }
+    for (int i = 0; i < ndim && n < size; i++) {
+        n += (size_t)snprintf(out + n, size - n, "%s%zu", i ? ", " : "", shape[i]);
+    }
     if (n < size) { snprintf(out + n, size - n, "]"); }
 }
 
-static inline int st_by_name(const void* a, const void* b) { return strcmp(((const StTensor*)a)->name, ((const StTensor*)b)->name); }
+static inline int st_by_name(const void* a, const void* b) {
+    return strcmp(((const StTensor*)a)->name, ((const StTensor*)b)->name);
+}
 
-static inline int st_by_place(const void* a, const void* b) {  // in a file: by beginning, an empty tensor before the one it touches
+// in a file: by beginning, an empty tensor before the one it touches
+static inline int st_by_place(const void* a, const void* b) {
     const StTensor* x = (const StTensor*)a;
     const StTensor* y = (const StTensor*)b;
     uintptr_t px = (uintptr_t)x->data, py = (uintptr_t)y->data;
@@ -122,42 +132,64 @@ static inline void safetensors_close(SafeTensors* s) {
 }
 
 // One header entry; the data section is `size` bytes at `base`.
-static inline bool st_parse_tensor(StTensor* t, const Json* j, const uint8_t* base, size_t size, const char* file, Error* e) {
+static inline bool st_parse_tensor(StTensor* t, const Json* j, const uint8_t* base, size_t size, const char* file,
+                                   Error* e) {
     const Json* dtype = json_get(j, "dtype");
     const Json* shape = json_get(j, "shape");
     const Json* offsets = json_get(j, "data_offsets");
     int64_t begin = 0, end = 0, dim = 0;
     int d = 0;
-    if (strlen(j->key) >= sizeof t->name) { return fail(e, "%s: tensor name of %zu bytes, at most %d: %.40s...", file, strlen(j->key), ST_NAME_SIZE - 1, j->key); }
+    if (strlen(j->key) >= sizeof t->name) {
+        return fail(e, "%s: tensor name of %zu bytes, at most %d: %.40s...", file, strlen(j->key), ST_NAME_SIZE - 1,
+                    j->key);
+    }
     snprintf(t->name, sizeof t->name, "%s", j->key);
     t->file = file;
-    while (d < DT_COUNT && !(dtype && dtype->type == JSON_STRING && !strcmp(dtype->string, dtype_name((DType)d)))) { d++; }
-    if (d == DT_COUNT) { return fail(e, "%s: tensor %s: dtype %.20s is unknown", file, t->name, dtype && dtype->string ? dtype->string : "(none)"); }
+    while (d < DT_COUNT && !(dtype && dtype->type == JSON_STRING && !strcmp(dtype->string, dtype_name((DType)d)))) {
+        d++;
+    }
+    if (d == DT_COUNT) {
+        return fail(e, "%s: tensor %s: dtype %.20s is unknown", file, t->name,
+                    dtype && dtype->string ? dtype->string : "(none)");
+    }
     t->dtype = (DType)d;
-    if (!shape || shape->type != JSON_ARRAY || shape->count > ST_MAX_DIMS) { return fail(e, "%s: tensor %s: shape must be an array of at most %d sizes", file, t->name, ST_MAX_DIMS); }
+    if (!shape || shape->type != JSON_ARRAY || shape->count > ST_MAX_DIMS) {
+        return fail(e, "%s: tensor %s: shape must be an array of at most %d sizes", file, t->name, ST_MAX_DIMS);
+    }
     t->numel = 1;
     for (const Json* s = shape->child; s; s = s->next) {
-        if (!json_integer(s, 0, INT64_MAX, &dim) || !mul_size(t->numel, (size_t)dim, &t->numel)) { return fail(e, "%s: tensor %s: impossible shape", file, t->name); }
+        if (!json_integer(s, 0, INT64_MAX, &dim) || !mul_size(t->numel, (size_t)dim, &t->numel)) {
+            return fail(e, "%s: tensor %s: impossible shape", file, t->name);
+        }
         t->shape[t->ndim++] = (size_t)dim;
     }
-    if (!offsets || offsets->type != JSON_ARRAY || offsets->count != 2 || !json_integer(offsets->child, 0, INT64_MAX, &begin) ||
+    if (!offsets || offsets->type != JSON_ARRAY || offsets->count != 2 ||
+        !json_integer(offsets->child, 0, INT64_MAX, &begin) ||
         !json_integer(offsets->child->next, begin, INT64_MAX, &end)) {
         return fail(e, "%s: tensor %s: data_offsets must be [begin, end]", file, t->name);
     }
-    if ((uint64_t)end > size) { return fail(e, "%s: tensor %s ends at byte %lld of the data, which has %zu: truncated?", file, t->name, (long long)end, size); }
+    if ((uint64_t)end > size) {
+        return fail(e, "%s: tensor %s ends at byte %lld of the data, which has %zu: truncated?", file, t->name,
+                    (long long)end, size);
+    }
     if (!mul_size(t->numel, dtype_size(t->dtype), &t->bytes) || t->bytes != (size_t)(end - begin)) {
-        return fail(e, "%s: tensor %s: its shape and %s need %zu bytes, data_offsets give %lld", file, t->name, dtype_name(t->dtype), t->bytes, (long long)(end - begin));
+        return fail(e, "%s: tensor %s: its shape and %s need %zu bytes, data_offsets give %lld", file, t->name,
+                    dtype_name(t->dtype), t->bytes, (long long)(end - begin));
     }
     t->data = base + begin;
     return true;
 }
 
 // Tensors of one file, sorted by place, must fill the data section exactly.
-static inline bool st_check_layout(const StTensor* t, int n, const uint8_t* base, size_t size, const char* file, Error* e) {
+static inline bool st_check_layout(const StTensor* t, int n, const uint8_t* base, size_t size, const char* file,
+                                   Error* e) {
     size_t at = 0;
     for (int i = 0; i < n; i++) {
         size_t begin = (size_t)((const uint8_t*)t[i].data - base);
-        if (begin != at) { return fail(e, "%s: tensor %s begins at byte %zu of the data, wanted %zu: %s", file, t[i].name, begin, at, begin < at ? "it overlaps another" : "there is a hole"); }
+        if (begin != at) {
+            return fail(e, "%s: tensor %s begins at byte %zu of the data, wanted %zu: %s", file, t[i].name, begin, at,
+                        begin < at ? "it overlaps another" : "there is a hole");
+        }
         at += t[i].bytes;
     }
     return at == size || fail(e, "%s: the tensors end at byte %zu of the data, the file at %zu", file, at, size);
@@ -168,7 +200,10 @@ static inline bool safetensors_add(SafeTensors* s, const uint8_t* image, size_t 
     uint64_t length = 0;
     if (size < 8) { return fail(e, "%s: %zu bytes are no safetensors file", file, size); }
     memcpy(&length, image, 8);
-    if (length > size - 8 || length > ST_MAX_HEADER) { return fail(e, "%s: header of %llu bytes in a file of %zu (at most %d): not safetensors, or truncated", file, (unsigned long long)length, size, ST_MAX_HEADER); }
+    if (length > size - 8 || length > ST_MAX_HEADER) {
+        return fail(e, "%s: header of %llu bytes in a file of %zu (at most %d): not safetensors, or truncated", file,
+                    (unsigned long long)length, size, ST_MAX_HEADER);
+    }
     const uint8_t* base = image + 8 + length;
     size_t data = size - 8 - (size_t)length;
     Error why;
@@ -177,7 +212,9 @@ static inline bool safetensors_add(SafeTensors* s, const uint8_t* image, size_t 
     if (!header) { return fail(e, "%s: header: %s", file, why.text); }
     bool good = header->type == JSON_OBJECT || fail(e, "%s: the header is no JSON object", file);
     StTensor* all = good ? (StTensor*)realloc(s->tensors, ((size_t)s->n + header->count + 1) * sizeof *all) : NULL;
-    if (good && (!all || header->count > INT_MAX / 2 || s->n > INT_MAX / 2)) { good = fail(e, "%s: out of memory for %zu tensors", file, header->count); }
+    if (good && (!all || header->count > INT_MAX / 2 || s->n > INT_MAX / 2)) {
+        good = fail(e, "%s: out of memory for %zu tensors", file, header->count);
+    }
     if (all) { s->tensors = all; }
     int first = s->n;
     for (Json** link = &header->child; good && *link;) {
@@ -187,7 +224,10 @@ static inline bool safetensors_add(SafeTensors* s, const uint8_t* image, size_t 
             memset(t, 0, sizeof *t);
             good = st_parse_tensor(t, j, base, data, file, e);
         } else {
-            for (const Json* m = j->child; good && m; m = m->next) { good = m->type == JSON_STRING || fail(e, "%s: __metadata__: %.80s is no string", file, m->key ? m->key : "?"); }
+            for (const Json* m = j->child; good && m; m = m->next) {
+                good = m->type == JSON_STRING ||
+                       fail(e, "%s: __metadata__: %.80s is no string", file, m->key ? m->key : "?");
+            }
             good = good && (j->type == JSON_OBJECT || fail(e, "%s: __metadata__ is no object", file));
             if (good && !s->metadata) {  // kept: out of the list
                 *link = j->next;
@@ -204,7 +244,9 @@ static inline bool safetensors_add(SafeTensors* s, const uint8_t* image, size_t 
     if (!st_check_layout(s->tensors + first, s->n - first, base, data, file, e)) { return false; }
     if (s->n) { qsort(s->tensors, (size_t)s->n, sizeof *s->tensors, st_by_name); }
     for (int i = 1; i < s->n; i++) {
-        if (!strcmp(s->tensors[i].name, s->tensors[i - 1].name)) { return fail(e, "%s: tensor %s occurs twice (%s)", file, s->tensors[i].name, s->tensors[i - 1].file); }
+        if (!strcmp(s->tensors[i].name, s->tensors[i - 1].name)) {
+            return fail(e, "%s: tensor %s occurs twice (%s)", file, s->tensors[i].name, s->tensors[i - 1].file);
+        }
     }
     return true;
 }
@@ -253,7 +295,10 @@ static inline bool st_add_indexed(SafeTensors* s, const char* dir, const char* p
     char full[PATH_SIZE];
     if (!map || map->type != JSON_OBJECT || !map->child) { return fail(e, "%s: no weight_map", path); }
     for (const Json* j = map->child; j; j = j->next) {
-        if (j->type != JSON_STRING || !j->length || strlen(j->string) != j->length || strchr(j->string, '/') || j->length > 255) { return fail(e, "%s: %.80s: not the name of a file beside it", path, j->key); }
+        if (j->type != JSON_STRING || !j->length || strlen(j->string) != j->length || strchr(j->string, '/') ||
+            j->length > 255) {
+            return fail(e, "%s: %.80s: not the name of a file beside it", path, j->key);
+        }
         path_join(full, sizeof full, dir, j->string);
         bool known = false;
         for (int i = 0; i < s->n_files && !known; i++) { known = !strcmp(s->paths[i], full); }
@@ -263,7 +308,9 @@ static inline bool st_add_indexed(SafeTensors* s, const char* dir, const char* p
     for (const Json* j = map->child; j; j = j->next) {
         const StTensor* t = safetensors_find(s, j->key);
         path_join(full, sizeof full, dir, j->string);
-        if (!t || strcmp(t->file, full)) { return fail(e, "%s: tensor %.100s is not in %.100s", path, j->key, j->string); }
+        if (!t || strcmp(t->file, full)) {
+            return fail(e, "%s: tensor %.100s is not in %.100s", path, j->key, j->string);
+        }
     }
     return true;
 }
@@ -275,7 +322,9 @@ static inline bool safetensors_open_dir(SafeTensors* s, const char* dir, Error* 
     path_join(path, sizeof path, dir, "model.safetensors");
     if (file_exists(path)) { return safetensors_open(s, path, e); }
     path_join(path, sizeof path, dir, "model.safetensors.index.json");
-    if (!file_exists(path)) { return fail(e, "%s: neither model.safetensors nor model.safetensors.index.json in it", dir); }
+    if (!file_exists(path)) {
+        return fail(e, "%s: neither model.safetensors nor model.safetensors.index.json in it", dir);
+    }
     char* text;
     size_t n;
     if (!read_file(path, ST_MAX_HEADER, &text, &n, e)) { return false; }
@@ -289,7 +338,8 @@ static inline bool safetensors_open_dir(SafeTensors* s, const char* dir, Error* 
     return good;
 }
 
-// Is there a file at this path with a tensor of this name? False too where the file cannot be read: the reader proper will say why.
+// Is there a file at this path with a tensor of this name? False too where the file cannot be read: the reader proper
+// will say why.
 static inline bool safetensors_holds(const char* path, const char* name) {
     SafeTensors s;
     Error e;
@@ -332,7 +382,7 @@ static inline bool st_to_f32(const StTensor* t, float* out, Error* e) {
     return true;
 }
 
-// ---------------------------------------------------------------------------------------------------------------------------------------
+// ---------------------------------------------------------------------------------------------------------------------
 // Writing
 
 typedef struct { const char* name; DType dtype; int ndim; size_t shape[ST_MAX_DIMS]; } StEntry;
@@ -352,7 +402,8 @@ static inline void st_writer_abort(StWriter* w) {  // closes and removes the fil
     w->fd = -1;
 }
 
-// The next bytes of the data section, tensors in the order of the entries, in pieces of any size. On failure the file is gone.
+// The next bytes of the data section, tensors in the order of the entries, in pieces of any size. On failure the file
+// is gone.
 static inline bool st_writer_put(StWriter* w, const void* data, size_t bytes, Error* e) {
     if (w->fd < 0) { return fail(e, "%s: not open for writing", w->path); }
     assert(bytes <= w->total - w->written);
@@ -366,9 +417,10 @@ static inline bool st_writer_put(StWriter* w, const void* data, size_t bytes, Er
     return true;
 }
 
-// Creates the file and writes its header: `__metadata__` is format = "pt" and n_pairs further (key, value) strings. The data section
-// starts at a multiple of 64 bytes: the header ends in spaces.
-static inline bool st_writer_open(StWriter* w, const char* path, const StEntry* entries, int n, const char* const* metadata_pairs, int n_pairs, Error* e) {
+// Creates the file and writes its header: `__metadata__` is format = "pt" and n_pairs further (key, value) strings. The
+// data section starts at a multiple of 64 bytes: the header ends in spaces.
+static inline bool st_writer_open(StWriter* w, const char* path, const StEntry* entries, int n,
+                                  const char* const* metadata_pairs, int n_pairs, Error* e) {
     Text t;
     memset(&t, 0, sizeof t);
     size_t at = 0;
@@ -412,7 +464,8 @@ static inline bool st_writer_open(StWriter* w, const char* path, const StEntry* 
 static inline bool st_writer_close(StWriter* w, uint64_t* bytes, uint32_t* crc, Error* e) {
     if (w->fd < 0) { return fail(e, "%s: not open for writing", w->path); }
     if (w->written != w->total) {
-        fail(e, "%s: %llu bytes written of %llu", w->path, (unsigned long long)w->written, (unsigned long long)w->total);
+        fail(e, "%s: %llu bytes written of %llu", w->path, (unsigned long long)w->written,
+             (unsigned long long)w->total);
         st_writer_abort(w);
         return false;
     }

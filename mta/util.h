@@ -1,9 +1,10 @@
-// util.h: what every program of this family needs and libc lacks: errors as text, checked sizes, aligned memory, a CRC, mapped and
-// synced files, a clock, paths and a growing string. No model mathematics.
+// util.h: what every program of this family needs and libc lacks: errors as text, checked sizes, aligned memory, a CRC,
+// mapped and synced files, a clock, paths and a growing string. No model mathematics.
 //
-// Two ways to report a mistake. A reader that can be called in the middle of something returns bool and fills an Error; the first message
-// wins, so that an outer layer may call fail() again without hiding the cause. A program that can only stop calls die(), which prints
-// one line "program: message" on stderr and exits with 1. A mistake of the programmer is an assert.
+// Two ways to report a mistake. A reader that can be called in the middle of something returns bool and fills an Error;
+// the first message wins, so that an outer layer may call fail() again without hiding the cause. A program that can
+// only stop calls die(), which prints one line "program: message" on stderr and exits with 1. A mistake of the
+// programmer is an assert.
 #ifndef MTA_UTIL_H
 #define MTA_UTIL_H
 
@@ -35,12 +36,13 @@ extern char* program_invocation_short_name;  // errno.h declares it only if _GNU
 
 enum { PATH_SIZE = 4096 };  // bytes of every path buffer
 
-// ---------------------------------------------------------------------------------------------------------------------------------------
+// ---------------------------------------------------------------------------------------------------------------------
 // Errors
 
 typedef struct { char text[512]; } Error;  // text[0] == 0: none
 
-// Writes the message unless one is there already. Returns false, so that a reader can `return fail(e, ...)`. e may be NULL.
+// Writes the message unless one is there already. Returns false, so that a reader can `return fail(e, ...)`. e may be
+// NULL.
 __attribute__((format(printf, 2, 3)))
 static inline bool fail(Error* e, const char* fmt, ...) {
     if (e && !e->text[0]) {
@@ -65,7 +67,7 @@ static inline void die(const char* fmt, ...) {
     exit(1);
 }
 
-// ---------------------------------------------------------------------------------------------------------------------------------------
+// ---------------------------------------------------------------------------------------------------------------------
 // Sizes and memory
 
 // *out = a * b, or a + b; false, and *out untouched, where that does not fit.
@@ -83,12 +85,14 @@ static inline bool add_size(size_t a, size_t b, size_t* out) {
     return true;
 }
 
-// count * size bytes, zeroed, aligned to a cache line; the caller frees with free(). Never NULL, also for nothing at all.
+// count * size bytes, zeroed, aligned to a cache line; the caller frees with free(). Never NULL, also for nothing at
+// all.
 static inline void* alloc_or_die(size_t count, size_t size, const char* what) {
     size_t bytes = 0;
     void* p = NULL;
     const size_t huge = (size_t)2 << 20;
-    if (!mul_size(count, size, &bytes) || bytes > (size_t)PTRDIFF_MAX || posix_memalign(&p, bytes >= 2 * huge ? huge : 64, bytes ? bytes : 1)) {
+    if (!mul_size(count, size, &bytes) || bytes > (size_t)PTRDIFF_MAX ||
+        posix_memalign(&p, bytes >= 2 * huge ? huge : 64, bytes ? bytes : 1)) {
         die("out of memory: %s needs %.1f MiB", what, (double)count * (double)size / 1048576.0);
     }
 #ifdef MADV_HUGEPAGE
@@ -98,8 +102,9 @@ static inline void* alloc_or_die(size_t count, size_t size, const char* what) {
     return p;
 }
 
-// ---------------------------------------------------------------------------------------------------------------------------------------
-// CRC-32 of zlib (polynomial 0xEDB88320), 16 bytes at a time: a table per byte position (Kounavis and Berry, "slicing").
+// ---------------------------------------------------------------------------------------------------------------------
+// CRC-32 of zlib (polynomial 0xEDB88320), 16 bytes at a time: a table per byte position (Kounavis and Berry,
+// "slicing").
 
 static inline const uint32_t (*crc32_tables(void))[256] {
     static uint32_t table[16][256];
@@ -132,14 +137,15 @@ static inline uint32_t crc32_update(uint32_t crc, const void* data, size_t n) {
         w[0] ^= c;
         c = 0;
         for (int k = 0; k < 4; k++) {
-            c ^= t[15 - 4 * k][w[k] & 255] ^ t[14 - 4 * k][w[k] >> 8 & 255] ^ t[13 - 4 * k][w[k] >> 16 & 255] ^ t[12 - 4 * k][w[k] >> 24];
+            c ^= t[15 - 4 * k][w[k] & 255] ^ t[14 - 4 * k][w[k] >> 8 & 255] ^ t[13 - 4 * k][w[k] >> 16 & 255] ^
+                 t[12 - 4 * k][w[k] >> 24];
         }
     }
     for (; n; n--, p++) { c = (c >> 8) ^ t[0][(c ^ *p) & 255]; }
     return ~c;
 }
 
-// ---------------------------------------------------------------------------------------------------------------------------------------
+// ---------------------------------------------------------------------------------------------------------------------
 // Files and directories
 
 static inline bool dir_exists(const char* path) {
@@ -240,7 +246,8 @@ static inline bool write_all(int fd, const void* data, size_t n) {
     return true;
 }
 
-static inline void unlink_regular(const char* path) {  // removes a file of ours, never a device that stands in its place
+// removes a file of ours, never a device that stands in its place
+static inline void unlink_regular(const char* path) {
     struct stat st;
     if (lstat(path, &st) == 0 && S_ISREG(st.st_mode)) { unlink(path); }
 }
@@ -294,7 +301,7 @@ static inline void path_join(char* out, size_t n, const char* a, const char* b) 
     if (len < 0 || (size_t)len >= n) { die("path of %d bytes is too long, at most %zu: %.200s...", len, n - 1, out); }
 }
 
-// ---------------------------------------------------------------------------------------------------------------------------------------
+// ---------------------------------------------------------------------------------------------------------------------
 // Time
 
 static inline double seconds_now(void) {  // monotonic
@@ -303,14 +310,16 @@ static inline double seconds_now(void) {  // monotonic
     return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
 }
 
-// ---------------------------------------------------------------------------------------------------------------------------------------
+// ---------------------------------------------------------------------------------------------------------------------
 // A growing string: start from {0}, always NUL-terminated once something was added, freed by text_free.
 
 typedef struct { char* text; size_t n, cap; } Text;
 
 static inline void text_reserve(Text* t, size_t more) {  // room for `more` bytes and a NUL
     size_t need;
-    if (!add_size(t->n, more, &need) || !add_size(need, 1, &need)) { die("out of memory: a text of %zu + %zu bytes", t->n, more); }
+    if (!add_size(t->n, more, &need) || !add_size(need, 1, &need)) {
+        die("out of memory: a text of %zu + %zu bytes", t->n, more);
+    }
     if (need <= t->cap) { return; }
     size_t cap = t->cap ? t->cap : 256;
     while (cap < need) { cap = cap > SIZE_MAX / 2 ? need : cap * 2; }

@@ -1,6 +1,7 @@
-// machine.c: what this machine can do at best, the yardstick of the speed tables: bytes a second read from memory in one stream per core,
-// and fp32 operations a second of a matrix product (CBLAS's sgemm where built with -DMTA_CBLAS).
-//   gcc -std=gnu11 -O3 -march=native -fopenmp -I. dev/bench/machine.c -lm [-DMTA_CBLAS -lopenblas] -o machine && ./machine [read|sgemm]
+// machine.c: what this machine can do at best, the yardstick of the speed tables: bytes a second read from memory in
+// one stream per core, and fp32 operations a second of a matrix product (CBLAS's sgemm where built with -DMTA_CBLAS).
+//   gcc -std=gnu11 -O3 -march=native -fopenmp -I. dev/bench/machine.c -lm [-DMTA_CBLAS -lopenblas] -o machine &&
+//     ./machine [read|sgemm]
 #include "mta/util.h"
 
 #include <omp.h>
@@ -63,7 +64,9 @@ static double sgemm_rate(int n, int times) {
 
 int main(int argc, char** argv) {
     bool all = argc < 2;
-    if (all || !strcmp(argv[1], "read")) { printf("read %.2f GB/s, %d threads\n", read_rate((size_t)2 << 30, 8) * 1e-9, omp_get_max_threads()); }
+    if (all || !strcmp(argv[1], "read")) {
+        printf("read %.2f GB/s, %d threads\n", read_rate((size_t)2 << 30, 8) * 1e-9, omp_get_max_threads());
+    }
 #ifdef MTA_CBLAS
     if (all || !strcmp(argv[1], "sgemm")) { printf("sgemm %.1f GFLOP/s at 2048^3\n", sgemm_rate(2048, 8) * 1e-9); }
 #endif

@@ -12,13 +12,18 @@ int main(int argc, char** argv) {
     if (!preset) { die("model %s: wanted one of %s", argv[1], MODEL_NAMES); }
     DType dtype = !strcmp(argv[3], "F32") ? DT_F32 : !strcmp(argv[3], "F16") ? DT_F16 : DT_BF16;
     config_from_preset(&c, preset);
-    if (!config_set_attention(&c, argv[2], !strcmp(argv[1], "toy"), &e) || !make_dirs(argv[4], &e)) { die("%s", e.text); }
+    if (!config_set_attention(&c, argv[2], !strcmp(argv[1], "toy"), &e) || !make_dirs(argv[4], &e)) {
+        die("%s", e.text);
+    }
     TensorList list;
     tensor_list(&list, &c);
     StEntry* entries = alloc_or_die((size_t)list.n, sizeof *entries, "entries");
     size_t largest = 0;
     for (int i = 0; i < list.n; i++) {
-        entries[i] = (StEntry){list.specs[i].name, dtype, list.specs[i].ndim, {list.specs[i].shape[0], list.specs[i].shape[1], list.specs[i].shape[2]}};
+        entries[i] = (StEntry){list.specs[i].name,
+                               dtype,
+                               list.specs[i].ndim,
+                               {list.specs[i].shape[0], list.specs[i].shape[1], list.specs[i].shape[2]}};
         if (list.specs[i].numel > largest) { largest = list.specs[i].numel; }
     }
     Text json = {0};
@@ -40,7 +45,9 @@ int main(int argc, char** argv) {
             f[k] = mean + scale * ((float)(state >> 40) * 0x1p-23f - 1.0f);
         }
         if (dtype != DT_F32) {  // in place: a half is never ahead of its float
-            for (size_t k = 0; k < s->numel; k++) { ((uint16_t*)(void*)f)[k] = dtype == DT_F16 ? f32_to_f16(f[k]) : f32_to_bf16(f[k]); }
+            for (size_t k = 0; k < s->numel; k++) {
+                ((uint16_t*)(void*)f)[k] = dtype == DT_F16 ? f32_to_f16(f[k]) : f32_to_bf16(f[k]);
+            }
         }
         if (!st_writer_put(&w, f, s->numel * dtype_size(dtype), &e)) { die("%s", e.text); }
     }

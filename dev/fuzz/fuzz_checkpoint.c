@@ -1,6 +1,6 @@
-// fuzz_checkpoint.c: a whole checkpoint from bytes: two bytes with the length of config.json, config.json, model.safetensors. The header is
-// read, every tensor converted, and where the configuration holds, the tensors are matched against the model's list and stored, as the
-// programs do it.
+// fuzz_checkpoint.c: a whole checkpoint from bytes: two bytes with the length of config.json, config.json,
+// model.safetensors. The header is read, every tensor converted, and where the configuration holds, the tensors are
+// matched against the model's list and stored, as the programs do it.
 #include "mta/checkpoint.h"
 
 int LLVMFuzzerTestOneInput(const uint8_t* data, size_t n);

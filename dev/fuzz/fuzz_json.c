@@ -1,4 +1,5 @@
-// fuzz_json.c: the JSON reader on any bytes. Beyond not crashing: what was parsed, written out and parsed again is the same.
+// fuzz_json.c: the JSON reader on any bytes. Beyond not crashing: what was parsed, written out and parsed again is the
+// same.
 #include "mta/json.h"
 
 int LLVMFuzzerTestOneInput(const uint8_t* data, size_t n);
@@ -22,7 +23,10 @@ static void write_value(Text* t, const Json* j) {
 }
 
 static bool same(const Json* a, const Json* b) {
-    if (a->type != b->type || a->count != b->count || a->boolean != b->boolean || a->number != b->number || a->length != b->length) { return false; }
+    if (a->type != b->type || a->count != b->count || a->boolean != b->boolean || a->number != b->number ||
+        a->length != b->length) {
+        return false;
+    }
     if (a->length && memcmp(a->string, b->string, a->length)) { return false; }
     if (!a->key != !b->key || (a->key && strcmp(a->key, b->key))) { return false; }
     const Json *x = a->child, *y = b->child;

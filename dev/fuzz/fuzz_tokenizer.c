@@ -1,5 +1,5 @@
-// fuzz_tokenizer.c: a byte that chooses the pattern, a rank file up to a NUL, and a text behind it: the file is opened, the text encoded
-// and decoded again, which must give it back wherever it is UTF-8.
+// fuzz_tokenizer.c: a byte that chooses the pattern, a rank file up to a NUL, and a text behind it: the file is opened,
+// the text encoded and decoded again, which must give it back wherever it is UTF-8.
 #include "mta/json.h"
 #include "mta/tokenizer.h"
 

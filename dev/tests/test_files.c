@@ -1,6 +1,7 @@
-// test_files.c: tests of mta/util.h, json.h, safetensors.h and checkpoint.h: round trips, and above all what strangers, full disks and
-// crashes do to files.
-//   gcc -std=gnu11 -g -fsanitize=address,undefined -Wall -Wextra -I. dev/tests/test_files.c -lm -o /tmp/test_files && /tmp/test_files
+// test_files.c: tests of mta/util.h, json.h, safetensors.h and checkpoint.h: round trips, and above all what strangers,
+// full disks and crashes do to files.
+//   gcc -std=gnu11 -g -fsanitize=address,undefined -Wall -Wextra -I. dev/tests/test_files.c -lm -o /tmp/test_files &&
+//     /tmp/test_files
 #include "mta/util.h"
 #include "mta/json.h"
 #include "mta/safetensors.h"
@@ -46,7 +47,7 @@ static void remove_tree(const char* path) {
     rmdir(path);
 }
 
-// ---------------------------------------------------------------------------------------------------------------------------------------
+// ---------------------------------------------------------------------------------------------------------------------
 // util.h
 
 static void test_util(void) {
@@ -57,19 +58,24 @@ static void test_util(void) {
     for (int i = 0; i < 1000; i++) { bytes[i] = (char)(i * 37 + i / 7); }
     uint32_t whole = crc32_update(0, bytes, 1000);
     bool same = true;
-    for (size_t cut = 0; cut <= 1000; cut += 13) { same = same && crc32_update(crc32_update(0, bytes, cut), bytes + cut, 1000 - cut) == whole; }
+    for (size_t cut = 0; cut <= 1000; cut += 13) {
+        same = same && crc32_update(crc32_update(0, bytes, cut), bytes + cut, 1000 - cut) == whole;
+    }
     CHECK(same);
     size_t out = 7;
     CHECK(!mul_size(SIZE_MAX / 2, 3, &out) && out == 7 && mul_size(1u << 20, 1u << 20, &out) && out == (size_t)1 << 40);
     CHECK(!add_size(SIZE_MAX, 1, &out) && add_size(1, 2, &out) && out == 3);
 
-    CHECK(make_dirs(in_root("a/b/c"), &(Error){{0}}) && make_dirs(in_root("a/b/c"), &(Error){{0}}) && dir_exists(in_root("a/b")));
-    CHECK(write_file_synced(in_root("a/f"), bytes, 1000, &(Error){{0}}) && file_exists(in_root("a/f")) && !file_exists(in_root("a")));
+    CHECK(make_dirs(in_root("a/b/c"), &(Error){{0}}) && make_dirs(in_root("a/b/c"), &(Error){{0}}) &&
+          dir_exists(in_root("a/b")));
+    CHECK(write_file_synced(in_root("a/f"), bytes, 1000, &(Error){{0}}) && file_exists(in_root("a/f")) &&
+          !file_exists(in_root("a")));
     e = (Error){{0}};
     CHECK(!make_dirs(in_root("a/f/g"), &e) && says(&e, "cannot create directory"));
     char* text;
     size_t n;
-    CHECK(read_file(in_root("a/f"), 1000, &text, &n, &(Error){{0}}) && n == 1000 && !memcmp(text, bytes, n) && !text[n]);
+    CHECK(read_file(in_root("a/f"), 1000, &text, &n, &(Error){{0}}) && n == 1000 && !memcmp(text, bytes, n) &&
+          !text[n]);
     free(text);
     e = (Error){{0}};
     CHECK(!read_file(in_root("a/f"), 999, &text, &n, &e) && says(&e, "more than the 999 bytes"));
@@ -80,7 +86,8 @@ static void test_util(void) {
     CHECK(!map_file(&m, in_root("none"), &e) && says(&e, "none: No such file"));
     e = (Error){{0}};
     CHECK(!map_file(&m, root, &e) && says(&e, "not a regular file"));
-    CHECK(write_file_synced(in_root("empty"), "", 0, &(Error){{0}}) && map_file(&m, in_root("empty"), &(Error){{0}}) && m.size == 0 && !m.data);
+    CHECK(write_file_synced(in_root("empty"), "", 0, &(Error){{0}}) && map_file(&m, in_root("empty"), &(Error){{0}}) &&
+          m.size == 0 && !m.data);
     e = (Error){{0}};
     CHECK(!write_file_synced("/dev/full", bytes, 1000, &e) && says(&e, "/dev/full"));
     char joined[PATH_SIZE];
@@ -96,7 +103,7 @@ static void test_util(void) {
     CHECK(seconds_now() >= t0);
 }
 
-// ---------------------------------------------------------------------------------------------------------------------------------------
+// ---------------------------------------------------------------------------------------------------------------------
 // json.h
 
 static bool json_refuses(const char* text, const char* because) {
@@ -109,29 +116,41 @@ static bool json_refuses(const char* text, const char* because) {
 }
 
 static void test_json(void) {
-    const char* text = " {\"a\": [1, -2.5, 1e3, 9007199254740993, true, null], \"s\": \"x\\u00e9\\ud83d\\ude00\\n\\u0000y\", \"a\": {\"b\": \"later\"}} ";
+    const char* text = " {\"a\": [1, -2.5, 1e3, 9007199254740993, true, null], \"s\": "
+                       "\"x\\u00e9\\ud83d\\ude00\\n\\u0000y\", \"a\": {\"b\": \"later\"}} ";
     Error e = {{0}};
     Json* j = json_parse(text, strlen(text), &e);
     CHECK(j && j->count == 3 && !strcmp(json_get(json_get(j, "a"), "b")->string, "later"));  // of two the last
     const Json* s = json_get(j, "s");
     CHECK(s && s->length == 10 && !memcmp(s->string, "x\xC3\xA9\xF0\x9F\x98\x80\n\0y", 10));
     const Json* list = j ? j->child : NULL;
-    CHECK(list && list->count == 6 && list->child->integer == 1 && list->child->next->number == -2.5 && !list->child->next->is_integer);
+    CHECK(list && list->count == 6 && list->child->integer == 1 && list->child->next->number == -2.5 &&
+          !list->child->next->is_integer);
     int64_t n = 0;
     CHECK(list && json_integer(list->child->next->next, 0, 1000, &n) && n == 1000);
-    CHECK(list && json_integer(list->child->next->next->next, 0, INT64_MAX, &n) && n == 9007199254740993);  // beyond a double
-    CHECK(!json_integer(list->child, 2, 5, &n) && !json_integer(NULL, 0, 1, &n) && !json_integer(json_get(j, "s"), 0, 9, &n));
+    // beyond a double
+    CHECK(list && json_integer(list->child->next->next->next, 0, INT64_MAX, &n) && n == 9007199254740993);
+    CHECK(!json_integer(list->child, 2, 5, &n) && !json_integer(NULL, 0, 1, &n) &&
+          !json_integer(json_get(j, "s"), 0, 9, &n));
     CHECK(!json_get(j, "none") && !json_get(list, "a") && !json_get(NULL, "a"));
     json_free(j);
 
-    CHECK(json_refuses("", "ends too early") && json_refuses("[1,]", "not a JSON value") && json_refuses("[1 2]", "neither ','"));
-    CHECK(json_refuses("{\"a\" 1}", "no ':'") && json_refuses("{a:1}", "key must be a string") && json_refuses("{\"a\":1,}", "key must be"));
-    CHECK(json_refuses("01", "leading zero") && json_refuses("1.", "decimal point") && json_refuses("1e", "exponent") && json_refuses("-", "no digits"));
-    CHECK(json_refuses("1e400", "beyond the range") && json_refuses("NaN", "not a JSON value") && json_refuses("tru", "not a JSON value"));
-    CHECK(json_refuses("\"a", "without an end") && json_refuses("\"a\\", "without an end") && json_refuses("\"\t\"", "control character"));
-    CHECK(json_refuses("\"\\x\"", "unknown escape") && json_refuses("\"\\u12g4\"", "hexadecimal") && json_refuses("\"\\u12\"", "hexadecimal"));
-    CHECK(json_refuses("\"\xC0\xAF\"", "invalid UTF-8") && json_refuses("\"\xED\xA0\x80\"", "invalid UTF-8") && json_refuses("\"\xF0\x9F\"", "invalid"));
-    CHECK(json_refuses("{\"a\\u0000b\":1}", "NUL") && json_refuses("[] []", "behind the value") && json_refuses("[\n\n  x]", "line 3, column 3"));
+    CHECK(json_refuses("", "ends too early") && json_refuses("[1,]", "not a JSON value") &&
+          json_refuses("[1 2]", "neither ','"));
+    CHECK(json_refuses("{\"a\" 1}", "no ':'") && json_refuses("{a:1}", "key must be a string") &&
+          json_refuses("{\"a\":1,}", "key must be"));
+    CHECK(json_refuses("01", "leading zero") && json_refuses("1.", "decimal point") && json_refuses("1e", "exponent") &&
+          json_refuses("-", "no digits"));
+    CHECK(json_refuses("1e400", "beyond the range") && json_refuses("NaN", "not a JSON value") &&
+          json_refuses("tru", "not a JSON value"));
+    CHECK(json_refuses("\"a", "without an end") && json_refuses("\"a\\", "without an end") &&
+          json_refuses("\"\t\"", "control character"));
+    CHECK(json_refuses("\"\\x\"", "unknown escape") && json_refuses("\"\\u12g4\"", "hexadecimal") &&
+          json_refuses("\"\\u12\"", "hexadecimal"));
+    CHECK(json_refuses("\"\xC0\xAF\"", "invalid UTF-8") && json_refuses("\"\xED\xA0\x80\"", "invalid UTF-8") &&
+          json_refuses("\"\xF0\x9F\"", "invalid"));
+    CHECK(json_refuses("{\"a\\u0000b\":1}", "NUL") && json_refuses("[] []", "behind the value") &&
+          json_refuses("[\n\n  x]", "line 3, column 3"));
     Text deep = {0};
     for (int i = 0; i < 100000; i++) { text_append(&deep, "[", 1); }
     CHECK(json_refuses(deep.text, "nested too deeply"));
@@ -174,7 +193,7 @@ static void test_json(void) {
     text_free(&t);
 }
 
-// ---------------------------------------------------------------------------------------------------------------------------------------
+// ---------------------------------------------------------------------------------------------------------------------
 // safetensors.h
 
 static void test_halves(void) {
@@ -185,9 +204,12 @@ static void test_halves(void) {
         same_bf = same_bf && (isnan(g) ? isnan(bf16_to_f32(f32_to_bf16(g))) : f32_to_bf16(g) == h);
     }
     CHECK(same16 && same_bf);
-    CHECK(f16_to_f32(0x3C00) == 1.0f && f16_to_f32(0xC000) == -2.0f && f16_to_f32(1) == 0x1p-24f && f16_to_f32(0x7BFF) == 65504.0f);
-    CHECK(f32_to_f16(65519.0f) == 0x7BFF && f32_to_f16(65520.0f) == 0x7C00 && f32_to_f16(1.0f + 0x1p-11f) == 0x3C00 && f32_to_f16(1.0f + 0x1.8p-10f) == 0x3C02);
-    CHECK(f32_to_bf16(1.0f + 0x1p-8f) == 0x3F80 && f32_to_bf16(1.0f + 0x1.8p-7f) == 0x3F82 && f32_to_bf16(3.4e38f) == 0x7F80);
+    CHECK(f16_to_f32(0x3C00) == 1.0f && f16_to_f32(0xC000) == -2.0f && f16_to_f32(1) == 0x1p-24f &&
+          f16_to_f32(0x7BFF) == 65504.0f);
+    CHECK(f32_to_f16(65519.0f) == 0x7BFF && f32_to_f16(65520.0f) == 0x7C00 && f32_to_f16(1.0f + 0x1p-11f) == 0x3C00 &&
+          f32_to_f16(1.0f + 0x1.8p-10f) == 0x3C02);
+    CHECK(f32_to_bf16(1.0f + 0x1p-8f) == 0x3F80 && f32_to_bf16(1.0f + 0x1.8p-7f) == 0x3F82 &&
+          f32_to_bf16(3.4e38f) == 0x7F80);
 }
 
 static bool write_raw(const char* path, const char* header, size_t claimed, size_t data_bytes) {
@@ -214,26 +236,43 @@ static bool st_refuses(const char* header, size_t claimed, size_t data_bytes, co
 static void test_safetensors_hostile(void) {
     const size_t own = SIZE_MAX;
     SafeTensors s;
-    CHECK(write_raw(in_root("ok"), "{\"a\":{\"dtype\":\"F32\",\"shape\":[2],\"data_offsets\":[0,8]},\"e\":{\"dtype\":\"F32\",\"shape\":[0,9],\"data_offsets\":[8,8]}}   ", own, 8));
-    CHECK(safetensors_open(&s, in_root("ok"), NULL) && s.n == 2 && safetensors_find(&s, "e")->numel == 0 && !safetensors_metadata(&s, "x"));
+    CHECK(write_raw(in_root("ok"),
+                    "{\"a\":{\"dtype\":\"F32\",\"shape\":[2],\"data_offsets\":[0,8]},\"e\":{\"dtype\":\"F32\","
+                    "\"shape\":[0,9],\"data_offsets\":[8,8]}}   ",
+                    own, 8));
+    CHECK(safetensors_open(&s, in_root("ok"), NULL) && s.n == 2 && safetensors_find(&s, "e")->numel == 0 &&
+          !safetensors_metadata(&s, "x"));
     safetensors_close(&s);
-    CHECK(st_refuses("", 3, 0, "header of 3 bytes") && st_refuses("{}", (size_t)1 << 63, 0, "header of 9223372036854775808"));
-    CHECK(st_refuses("{}", 200, 100, "header of 200 bytes") && st_refuses("[]", own, 0, "no JSON object") && st_refuses("{\"a\"}", own, 0, "no ':'"));
+    CHECK(st_refuses("", 3, 0, "header of 3 bytes") &&
+          st_refuses("{}", (size_t)1 << 63, 0, "header of 9223372036854775808"));
+    CHECK(st_refuses("{}", 200, 100, "header of 200 bytes") && st_refuses("[]", own, 0, "no JSON object") &&
+          st_refuses("{\"a\"}", own, 0, "no ':'"));
     CHECK(st_refuses("{}", own, 4, "end at byte 0"));
     CHECK(st_refuses("{\"a\":7}", own, 0, "dtype"));
     CHECK(st_refuses("{\"a\":{\"dtype\":\"F33\",\"shape\":[1],\"data_offsets\":[0,4]}}", own, 4, "F33"));
     CHECK(st_refuses("{\"a\":{\"dtype\":\"F32\",\"shape\":[-1],\"data_offsets\":[0,4]}}", own, 4, "impossible shape"));
     CHECK(st_refuses("{\"a\":{\"dtype\":\"F32\",\"shape\":[1.5],\"data_offsets\":[0,4]}}", own, 4, "impossible shape"));
-    CHECK(st_refuses("{\"a\":{\"dtype\":\"F32\",\"shape\":[4294967296,4294967296],\"data_offsets\":[0,4]}}", own, 4, "impossible shape"));
-    CHECK(st_refuses("{\"a\":{\"dtype\":\"F32\",\"shape\":[4611686018427387905],\"data_offsets\":[0,4]}}", own, 4, "data_offsets give 4"));
-    CHECK(st_refuses("{\"a\":{\"dtype\":\"F32\",\"shape\":[1,1,1,1,1,1,1,1,1],\"data_offsets\":[0,4]}}", own, 4, "at most 8"));
+    CHECK(st_refuses("{\"a\":{\"dtype\":\"F32\",\"shape\":[4294967296,4294967296],\"data_offsets\":[0,4]}}", own, 4,
+                     "impossible shape"));
+    CHECK(st_refuses("{\"a\":{\"dtype\":\"F32\",\"shape\":[4611686018427387905],\"data_offsets\":[0,4]}}", own, 4,
+                     "data_offsets give 4"));
+    CHECK(st_refuses("{\"a\":{\"dtype\":\"F32\",\"shape\":[1,1,1,1,1,1,1,1,1],\"data_offsets\":[0,4]}}", own, 4,
+                     "at most 8"));
     CHECK(st_refuses("{\"a\":{\"dtype\":\"F32\",\"shape\":[2],\"data_offsets\":[0,4]}}", own, 4, "need 8 bytes"));
-    CHECK(st_refuses("{\"a\":{\"dtype\":\"F32\",\"shape\":[1],\"data_offsets\":[4,0]}}", own, 4, "data_offsets must be"));
+    CHECK(
+        st_refuses("{\"a\":{\"dtype\":\"F32\",\"shape\":[1],\"data_offsets\":[4,0]}}", own, 4, "data_offsets must be"));
     CHECK(st_refuses("{\"a\":{\"dtype\":\"F32\",\"shape\":[2],\"data_offsets\":[0,8]}}", own, 4, "truncated"));
-    CHECK(st_refuses("{\"a\":{\"dtype\":\"F32\",\"shape\":[1],\"data_offsets\":[0,4]},\"b\":{\"dtype\":\"F32\",\"shape\":[1],\"data_offsets\":[8,12]}}", own, 12, "hole"));
-    CHECK(st_refuses("{\"a\":{\"dtype\":\"F32\",\"shape\":[2],\"data_offsets\":[0,8]},\"b\":{\"dtype\":\"F32\",\"shape\":[1],\"data_offsets\":[4,8]}}", own, 8, "overlaps"));
-    CHECK(st_refuses("{\"a\":{\"dtype\":\"F32\",\"shape\":[1],\"data_offsets\":[0,4]},\"a\":{\"dtype\":\"F32\",\"shape\":[1],\"data_offsets\":[4,8]}}", own, 8, "occurs twice"));
-    CHECK(st_refuses("{\"__metadata__\":{\"a\":1}}", own, 0, "no string") && st_refuses("{\"__metadata__\":\"x\"}", own, 0, "no object"));
+    CHECK(st_refuses("{\"a\":{\"dtype\":\"F32\",\"shape\":[1],\"data_offsets\":[0,4]},\"b\":{\"dtype\":\"F32\","
+                     "\"shape\":[1],\"data_offsets\":[8,12]}}",
+                     own, 12, "hole"));
+    CHECK(st_refuses("{\"a\":{\"dtype\":\"F32\",\"shape\":[2],\"data_offsets\":[0,8]},\"b\":{\"dtype\":\"F32\","
+                     "\"shape\":[1],\"data_offsets\":[4,8]}}",
+                     own, 8, "overlaps"));
+    CHECK(st_refuses("{\"a\":{\"dtype\":\"F32\",\"shape\":[1],\"data_offsets\":[0,4]},\"a\":{\"dtype\":\"F32\","
+                     "\"shape\":[1],\"data_offsets\":[4,8]}}",
+                     own, 8, "occurs twice"));
+    CHECK(st_refuses("{\"__metadata__\":{\"a\":1}}", own, 0, "no string") &&
+          st_refuses("{\"__metadata__\":\"x\"}", own, 0, "no object"));
     Text t = {0};
     for (int i = 0; i < 300; i++) { text_append(&t, "n", 1); }
     Text header = {0};
@@ -252,8 +291,9 @@ static bool write_pair(const char* path, const char* first, const char* second, 
     StWriter w;
     uint64_t bytes = 0;
     uint32_t crc = 0, again = 1;
-    return st_writer_open(&w, path, entries, 2, pairs, 1, e) && st_writer_put(&w, a, 10, e) && st_writer_put(&w, (const char*)a + 10, 14, e) &&
-           st_writer_put(&w, b, 6, e) && st_writer_close(&w, &bytes, &crc, e) && checkpoint_file_crc(path, &again, e) && crc == again;
+    return st_writer_open(&w, path, entries, 2, pairs, 1, e) && st_writer_put(&w, a, 10, e) &&
+           st_writer_put(&w, (const char*)a + 10, 14, e) && st_writer_put(&w, b, 6, e) &&
+           st_writer_close(&w, &bytes, &crc, e) && checkpoint_file_crc(path, &again, e) && crc == again;
 }
 
 static void test_safetensors_round_trip(void) {
@@ -261,36 +301,45 @@ static void test_safetensors_round_trip(void) {
     SafeTensors s;
     float values[6];
     make_dirs(in_root("st"), NULL);
-    CHECK(write_pair(in_root("st/model.safetensors"), "x.a", "x.b", 1, &e) && safetensors_open_dir(&s, in_root("st"), &e));
-    CHECK(s.n == 2 && !strcmp(safetensors_metadata(&s, "origin"), "a \"test\"") && !strcmp(safetensors_metadata(&s, "format"), "pt"));
+    CHECK(write_pair(in_root("st/model.safetensors"), "x.a", "x.b", 1, &e) &&
+          safetensors_open_dir(&s, in_root("st"), &e));
+    CHECK(s.n == 2 && !strcmp(safetensors_metadata(&s, "origin"), "a \"test\"") &&
+          !strcmp(safetensors_metadata(&s, "format"), "pt"));
     const StTensor* a = safetensors_find(&s, "x.a");
     const StTensor* b = safetensors_find(&s, "x.b");
-    CHECK(a && b && a->ndim == 2 && a->shape[1] == 3 && b->numel == 3 && (uintptr_t)a->data % 64 == 0 && !safetensors_find(&s, "x.c"));
+    CHECK(a && b && a->ndim == 2 && a->shape[1] == 3 && b->numel == 3 && (uintptr_t)a->data % 64 == 0 &&
+          !safetensors_find(&s, "x.c"));
     CHECK(st_to_f32(a, values, &e) && values[5] == 6 && st_to_f32(b, values, &e) && values[1] == -3);
     safetensors_close(&s);
 
     StWriter w;  // too little was put
     StEntry one = {"a", DT_F32, 1, {4}};
     e = (Error){{0}};
-    CHECK(st_writer_open(&w, in_root("short"), &one, 1, NULL, 0, &e) && st_writer_put(&w, values, 8, &e) && !st_writer_close(&w, NULL, NULL, &e));
+    CHECK(st_writer_open(&w, in_root("short"), &one, 1, NULL, 0, &e) && st_writer_put(&w, values, 8, &e) &&
+          !st_writer_close(&w, NULL, NULL, &e));
     CHECK(says(&e, "bytes written of") && !file_exists(in_root("short")));
     values[2] = NAN;
     e = (Error){{0}};
-    CHECK(st_writer_open(&w, in_root("nan"), &one, 1, NULL, 0, &e) && st_writer_put(&w, values, 16, &e) && st_writer_close(&w, NULL, NULL, &e));
-    CHECK(safetensors_open(&s, in_root("nan"), &e) && !st_to_f32(&s.tensors[0], values, &e) && says(&e, "tensor a: value 2 is not finite"));
+    CHECK(st_writer_open(&w, in_root("nan"), &one, 1, NULL, 0, &e) && st_writer_put(&w, values, 16, &e) &&
+          st_writer_close(&w, NULL, NULL, &e));
+    CHECK(safetensors_open(&s, in_root("nan"), &e) && !st_to_f32(&s.tensors[0], values, &e) &&
+          says(&e, "tensor a: value 2 is not finite"));
     safetensors_close(&s);
     double big[2] = {1, 1e39};
     StEntry wide = {"d", DT_F64, 1, {2}};
     e = (Error){{0}};
-    CHECK(st_writer_open(&w, in_root("f64"), &wide, 1, NULL, 0, &e) && st_writer_put(&w, big, 16, &e) && st_writer_close(&w, NULL, NULL, &e));
-    CHECK(safetensors_open(&s, in_root("f64"), &e) && !st_to_f32(&s.tensors[0], values, &e) && says(&e, "value 1 is not finite"));
+    CHECK(st_writer_open(&w, in_root("f64"), &wide, 1, NULL, 0, &e) && st_writer_put(&w, big, 16, &e) &&
+          st_writer_close(&w, NULL, NULL, &e));
+    CHECK(safetensors_open(&s, in_root("f64"), &e) && !st_to_f32(&s.tensors[0], values, &e) &&
+          says(&e, "value 1 is not finite"));
     safetensors_close(&s);
 }
 
 static bool index_refuses(const char* index, const char* because) {
     Error e = {{0}};
     SafeTensors s;
-    bool refused = write_file_synced(in_root("many/model.safetensors.index.json"), index, strlen(index), NULL) && !safetensors_open_dir(&s, in_root("many"), &e);
+    bool refused = write_file_synced(in_root("many/model.safetensors.index.json"), index, strlen(index), NULL) &&
+                   !safetensors_open_dir(&s, in_root("many"), &e);
     return refused && says(&e, because);
 }
 
@@ -299,18 +348,23 @@ static void test_safetensors_index(void) {
     SafeTensors s;
     make_dirs(in_root("many"), NULL);
     CHECK(!safetensors_open_dir(&s, in_root("many"), &e) && says(&e, "neither"));
-    CHECK(write_pair(in_root("many/one.safetensors"), "a", "b", 1, NULL) && write_pair(in_root("many/two.safetensors"), "c", "d", 1, NULL));
-    const char* index = "{\"weight_map\":{\"a\":\"one.safetensors\",\"b\":\"one.safetensors\",\"c\":\"two.safetensors\",\"d\":\"two.safetensors\"}}";
+    CHECK(write_pair(in_root("many/one.safetensors"), "a", "b", 1, NULL) &&
+          write_pair(in_root("many/two.safetensors"), "c", "d", 1, NULL));
+    const char* index = "{\"weight_map\":{\"a\":\"one.safetensors\",\"b\":\"one.safetensors\",\"c\":\"two."
+                        "safetensors\",\"d\":\"two.safetensors\"}}";
     CHECK(write_file_synced(in_root("many/model.safetensors.index.json"), index, strlen(index), NULL));
     CHECK(safetensors_open_dir(&s, in_root("many"), NULL) && s.n == 4 && s.n_files == 2 && safetensors_find(&s, "d"));
     safetensors_close(&s);
-    CHECK(index_refuses("{\"weight_map\":{\"a\":\"two.safetensors\"}}", "tensor a is not in") && index_refuses("{\"weight_map\":{}}", "no weight_map"));
-    CHECK(index_refuses("{\"weight_map\":{\"a\":\"../st/model.safetensors\"}}", "not the name of a file") && index_refuses("{\"weight_map\":{\"a\":7}}", "not the name"));
-    CHECK(index_refuses("{\"weight_map\":{\"a\":\"three.safetensors\"}}", "No such file") && index_refuses("{", "key must be"));
+    CHECK(index_refuses("{\"weight_map\":{\"a\":\"two.safetensors\"}}", "tensor a is not in") &&
+          index_refuses("{\"weight_map\":{}}", "no weight_map"));
+    CHECK(index_refuses("{\"weight_map\":{\"a\":\"../st/model.safetensors\"}}", "not the name of a file") &&
+          index_refuses("{\"weight_map\":{\"a\":7}}", "not the name"));
+    CHECK(index_refuses("{\"weight_map\":{\"a\":\"three.safetensors\"}}", "No such file") &&
+          index_refuses("{", "key must be"));
     CHECK(write_pair(in_root("many/two.safetensors"), "a", "d", 1, NULL) && index_refuses(index, "occurs twice"));
 }
 
-// ---------------------------------------------------------------------------------------------------------------------------------------
+// ---------------------------------------------------------------------------------------------------------------------
 // checkpoint.h
 
 typedef struct { TensorList list; float* data; float scale; int stored; } Arena;
@@ -318,7 +372,9 @@ typedef struct { TensorList list; float* data; float scale; int stored; } Arena;
 static const void* arena_fetch(void* ctx, int group, int tensor) {
     Arena* a = (Arena*)ctx;
     const TensorSpec* s = &a->list.specs[tensor];
-    for (size_t i = 0; i < s->numel; i++) { a->data[i] = a->scale * (float)(group + 1) * (float)(tensor + 1) + (float)i; }
+    for (size_t i = 0; i < s->numel; i++) {
+        a->data[i] = a->scale * (float)(group + 1) * (float)(tensor + 1) + (float)i;
+    }
     return a->data;
 }
 
@@ -327,14 +383,20 @@ static bool arena_store(void* ctx, int group, int tensor, const float* data, Err
     const TensorSpec* s = &a->list.specs[tensor];
     a->stored++;
     for (size_t i = 0; i < s->numel; i++) {
-        if (data[i] != a->scale * (float)(group + 1) * (float)(tensor + 1) + (float)i) { return fail(e, "value %zu of %s differs", i, s->name); }
+        if (data[i] != a->scale * (float)(group + 1) * (float)(tensor + 1) + (float)i) {
+            return fail(e, "value %zu of %s differs", i, s->name);
+        }
     }
     return true;
 }
 
 static Config small_config(void) {
     Config c = config_default();
-    c.vocab_size = 11; c.hidden_size = 8; c.intermediate_size = 12; c.num_hidden_layers = 2; c.num_attention_heads = c.num_key_value_heads = 2;
+    c.vocab_size = 11;
+    c.hidden_size = 8;
+    c.intermediate_size = 12;
+    c.num_hidden_layers = 2;
+    c.num_attention_heads = c.num_key_value_heads = 2;
     c.tie_word_embeddings = true;
     Error e = {{0}};
     if (!config_set_attention(&c, "mta", false, &e)) { die("%s", e.text); }
@@ -348,7 +410,8 @@ static bool save(const char* run, long step, Arena* a, char* path, Error* e) {
     CheckpointWriter w;
     return checkpoint_begin(&w, run, step, e) && checkpoint_add_text(&w, "config.json", "{}", 2, e) &&
            checkpoint_add_tensors(&w, "model.safetensors", &a->list, no_prefix, 1, DT_F32, arena_fetch, a, e) &&
-           checkpoint_add_tensors(&w, "optimizer.safetensors", &a->list, two_prefixes, 2, DT_F32, arena_fetch, a, e) && checkpoint_commit(&w, path, e);
+           checkpoint_add_tensors(&w, "optimizer.safetensors", &a->list, two_prefixes, 2, DT_F32, arena_fetch, a, e) &&
+           checkpoint_commit(&w, path, e);
 }
 
 static void flip_byte(const char* path, long at) {
@@ -376,11 +439,14 @@ static void test_checkpoint_round_trip(Arena* a) {
     CHECK(checkpoint_newest(run, path) == -1);
     CHECK(save(run, 500, a, path, &e) && !strcmp(path, in_root("run/step-00000500")) && checkpoint_verify(path, &e));
     a->stored = 0;
-    CHECK(checkpoint_read_tensors(path, &a->list, no_prefix, 1, false, NULL, arena_store, a, &e) && a->stored == a->list.n);
+    CHECK(checkpoint_read_tensors(path, &a->list, no_prefix, 1, false, NULL, arena_store, a, &e) &&
+          a->stored == a->list.n);
     path_join(path, sizeof path, run, "step-00000500/optimizer.safetensors");
-    CHECK(checkpoint_read_tensors(path, &a->list, two_prefixes, 2, false, NULL, arena_store, a, &e) && a->stored == 3 * a->list.n);
+    CHECK(checkpoint_read_tensors(path, &a->list, two_prefixes, 2, false, NULL, arena_store, a, &e) &&
+          a->stored == 3 * a->list.n);
     a->scale = 3;
-    CHECK(!checkpoint_read_tensors(path, &a->list, two_prefixes, 2, false, NULL, arena_store, a, &e) && says(&e, "differs"));
+    CHECK(!checkpoint_read_tensors(path, &a->list, two_prefixes, 2, false, NULL, arena_store, a, &e) &&
+          says(&e, "differs"));
     e = (Error){{0}};
     CHECK(save(run, 500, a, path, &e) && silent_newest(run, path) == 500);  // over the older one
     CHECK(checkpoint_read_tensors(path, &a->list, no_prefix, 1, false, NULL, arena_store, a, &e));
@@ -395,9 +461,11 @@ static void test_checkpoint_damage(Arena* a) {
     CHECK(silent_newest(run, path) == 500);
     flip_byte(in_root("damage/step-00000500/model.safetensors"), 3000);
     CHECK(!checkpoint_verify(path, &e) && says(&e, "damaged") && silent_newest(run, path) == 400);
-    CHECK(truncate(in_root("damage/step-00000400/optimizer.safetensors"), 1000) == 0 && silent_newest(run, path) == 300);
+    CHECK(truncate(in_root("damage/step-00000400/optimizer.safetensors"), 1000) == 0 &&
+          silent_newest(run, path) == 300);
     CHECK(unlink(in_root("damage/step-00000300/manifest.json")) == 0 && silent_newest(run, path) == 200);
-    CHECK(write_file_synced(in_root("damage/step-00000200/manifest.json"), "{\"files\":{\"../x\":{}}}", 20, NULL) && silent_newest(run, path) == 100);
+    CHECK(write_file_synced(in_root("damage/step-00000200/manifest.json"), "{\"files\":{\"../x\":{}}}", 20, NULL) &&
+          silent_newest(run, path) == 100);
     path_join(file, sizeof file, run, "step-00000100/config.json");
     CHECK(unlink(file) == 0 && silent_newest(run, path) == -1);
     make_dirs(in_root("damage/step-99999999999999999999"), NULL);  // not ours
@@ -405,7 +473,8 @@ static void test_checkpoint_damage(Arena* a) {
     CHECK(silent_newest(run, path) == -1);
 }
 
-static void test_checkpoint_kill(Arena* a) {  // a process that dies between two files leaves the older checkpoint the newest
+// a process that dies between two files leaves the older checkpoint the newest
+static void test_checkpoint_kill(Arena* a) {
     char path[PATH_SIZE];
     Error e = {{0}};
     const char* run = in_root("kill");
@@ -417,14 +486,19 @@ static void test_checkpoint_kill(Arena* a) {  // a process that dies between two
             Error ce = {{0}};
             if (!checkpoint_begin(&w, run, 20, &ce)) { _exit(1); }
             if (files > 0 && !checkpoint_add_text(&w, "config.json", "{}", 2, &ce)) { _exit(1); }
-            if (files > 1 && !checkpoint_add_tensors(&w, "model.safetensors", &a->list, no_prefix, 1, DT_F32, arena_fetch, a, &ce)) { _exit(1); }
+            if (files > 1 &&
+                !checkpoint_add_tensors(&w, "model.safetensors", &a->list, no_prefix, 1, DT_F32, arena_fetch, a, &ce)) {
+                _exit(1);
+            }
             raise(SIGKILL);
         }
         int status = 0;
         waitpid(child, &status, 0);
-        CHECK(WIFSIGNALED(status) && dir_exists(in_root("kill/.step-00000020.partial")) && silent_newest(run, path) == 10);
+        CHECK(WIFSIGNALED(status) && dir_exists(in_root("kill/.step-00000020.partial")) &&
+              silent_newest(run, path) == 10);
     }
-    CHECK(save(run, 30, a, path, &e) && !dir_exists(in_root("kill/.step-00000020.partial")) && silent_newest(run, path) == 30);
+    CHECK(save(run, 30, a, path, &e) && !dir_exists(in_root("kill/.step-00000020.partial")) &&
+          silent_newest(run, path) == 30);
 }
 
 static void test_checkpoint_full_disk(Arena* a) {
@@ -444,9 +518,11 @@ static void test_checkpoint_full_disk(Arena* a) {
     CHECK(silent_newest(run, path) == 1);
     e = (Error){{0}};
     CheckpointWriter w;
-    CHECK(write_file_synced(in_root("plain"), "x", 1, NULL) && !checkpoint_begin(&w, in_root("plain"), 3, &e) && says(&e, "cannot create directory"));
+    CHECK(write_file_synced(in_root("plain"), "x", 1, NULL) && !checkpoint_begin(&w, in_root("plain"), 3, &e) &&
+          says(&e, "cannot create directory"));
     e = (Error){{0}};
-    CHECK(checkpoint_begin(&w, run, 3, &e) && !checkpoint_add_copy(&w, "tokenizer", in_root("none"), &e) && says(&e, "No such file"));
+    CHECK(checkpoint_begin(&w, run, 3, &e) && !checkpoint_add_copy(&w, "tokenizer", in_root("none"), &e) &&
+          says(&e, "No such file"));
     checkpoint_abort(&w);  // a second time does no harm
     CHECK(!dir_exists(in_root("full/.step-00000003.partial")));
 }
@@ -459,7 +535,8 @@ static void test_checkpoint_prune(Arena* a) {
     CHECK(dir_exists(in_root("prune/step-00000001")));
     CHECK(truncate(in_root("prune/step-00000005/config.json"), 0) == 0);  // a bad one does not count
     checkpoint_prune(run, 3);
-    CHECK(dir_exists(in_root("prune/step-00000006")) && dir_exists(in_root("prune/step-00000003")) && !dir_exists(in_root("prune/step-00000002")));
+    CHECK(dir_exists(in_root("prune/step-00000006")) && dir_exists(in_root("prune/step-00000003")) &&
+          !dir_exists(in_root("prune/step-00000002")));
     checkpoint_prune(run, 1);
     CHECK(silent_newest(run, path) == 6 && !dir_exists(in_root("prune/step-00000004")));
 }
@@ -482,14 +559,16 @@ static bool write_variant(const char* path, Arena* a, int skip, const char* extr
         uint16_t half[1000];
         if (nan && i == 3) { f[5] = INFINITY; }
         for (size_t k = 0; k < a->list.specs[map[i]].numel; k++) { half[k] = f32_to_f16(f[k]); }
-        good = st_writer_put(&w, dtype == DT_F32 ? (void*)f : (void*)half, a->list.specs[map[i]].numel * dtype_size(dtype), NULL);
+        good = st_writer_put(&w, dtype == DT_F32 ? (void*)f : (void*)half,
+                             a->list.specs[map[i]].numel * dtype_size(dtype), NULL);
     }
     return good && st_writer_close(&w, NULL, NULL, NULL);
 }
 
 static bool read_variant(Arena* a, bool may_be_absent, Text* absent, Error* e) {
     a->stored = 0;
-    return checkpoint_read_tensors(in_root("variant"), &a->list, no_prefix, 1, may_be_absent, absent, arena_store, a, e);
+    return checkpoint_read_tensors(in_root("variant"), &a->list, no_prefix, 1, may_be_absent, absent, arena_store, a,
+                                   e);
 }
 
 static void test_checkpoint_tensors(Arena* a) {
@@ -497,18 +576,27 @@ static void test_checkpoint_tensors(Arena* a) {
     Text absent = {0};
     const char* path = in_root("variant");
     int conv = tensor_at(&a->list, 1, TENSOR_KQ_CONV);
-    CHECK(write_variant(path, a, -1, NULL, DT_F16, false) && read_variant(a, false, NULL, &e) && a->stored == a->list.n);  // small integers: exact in F16
-    CHECK(write_variant(path, a, -1, "model.layers.0.self_attn.rotary_emb.inv_freq", DT_F32, false) && read_variant(a, false, NULL, &e));
-    CHECK(write_variant(path, a, -1, "lm_head.weight", DT_F32, false) && read_variant(a, false, NULL, &e));  // tied: ignored
-    CHECK(write_variant(path, a, -1, "model.layers.0.self_attn.extra", DT_F32, false) && !read_variant(a, false, NULL, &e) && says(&e, "extra is not one of"));
+    // small integers: exact in F16
+    CHECK(write_variant(path, a, -1, NULL, DT_F16, false) && read_variant(a, false, NULL, &e) &&
+          a->stored == a->list.n);
+    CHECK(write_variant(path, a, -1, "model.layers.0.self_attn.rotary_emb.inv_freq", DT_F32, false) &&
+          read_variant(a, false, NULL, &e));
+    // tied: ignored
+    CHECK(write_variant(path, a, -1, "lm_head.weight", DT_F32, false) && read_variant(a, false, NULL, &e));
+    CHECK(write_variant(path, a, -1, "model.layers.0.self_attn.extra", DT_F32, false) &&
+          !read_variant(a, false, NULL, &e) && says(&e, "extra is not one of"));
     e = (Error){{0}};
-    CHECK(write_variant(path, a, -1, NULL, DT_F32, true) && !read_variant(a, false, NULL, &e) && says(&e, "value 5 is not finite"));
+    CHECK(write_variant(path, a, -1, NULL, DT_F32, true) && !read_variant(a, false, NULL, &e) &&
+          says(&e, "value 5 is not finite"));
     e = (Error){{0}};
-    CHECK(write_variant(path, a, 2, NULL, DT_F32, false) && !read_variant(a, true, &absent, &e) && says(&e, "q_proj.weight is missing"));
+    CHECK(write_variant(path, a, 2, NULL, DT_F32, false) && !read_variant(a, true, &absent, &e) &&
+          says(&e, "q_proj.weight is missing"));
     e = (Error){{0}};
-    CHECK(write_variant(path, a, conv, NULL, DT_F32, false) && !read_variant(a, false, NULL, &e) && says(&e, "kq_conv.weight is missing"));
+    CHECK(write_variant(path, a, conv, NULL, DT_F32, false) && !read_variant(a, false, NULL, &e) &&
+          says(&e, "kq_conv.weight is missing"));
     absent.n = 0;
-    CHECK(read_variant(a, true, &absent, &e) && !strcmp(absent.text, "model.layers.1.self_attn.kq_conv.weight") && a->stored == a->list.n - 1);
+    CHECK(read_variant(a, true, &absent, &e) && !strcmp(absent.text, "model.layers.1.self_attn.kq_conv.weight") &&
+          a->stored == a->list.n - 1);
     text_free(&absent);
     a->list.specs[conv].shape[2]++;
     e = (Error){{0}};
