@@ -124,6 +124,12 @@ test_mta_cuda_cpu: build/test_mta_for_cuda.o build/train_mta.o build/cuda_cpu_fp
 test_mta_cuda_cpu_bf16: build/test_mta_for_cuda.o build/train_mta.o build/cuda_cpu_bf16.o
 	$(CXX) $(CXXFLAGS) $^ -o $@ $(BLAS_LINK) $(LDLIBS)
 
+# The same with every kernel access under the address sanitizer; run with CUDA_CPU_ORDER=N for another order of threads.
+build/asan/test_mta_cuda_cpu_bf16: train_mta.cu build/test_mta_for_cuda.o build/train_mta.o $(HEADERS) $(EMULATOR_HEADERS)
+	@mkdir -p build/asan
+	$(CXX) $(CXXFLAGS) $(EMULATOR) -O1 -fsanitize=address,undefined -fno-sanitize-recover=all -fsanitize-sections=cuda_shared -c $< -o build/asan/cuda_cpu_bf16.o
+	$(CXX) $(CXXFLAGS) -fsanitize=address,undefined build/test_mta_for_cuda.o build/train_mta.o build/asan/cuda_cpu_bf16.o -o $@ $(BLAS_LINK) $(LDLIBS)
+
 # The whole trainer on the emulator, for tests of runs: build/train_mta_cuda_cpu (bf16), build/train_mta_cuda_cpu_fp32.
 build/train_mta_cuda_cpu: train_mta.cu $(HEADERS) $(EMULATOR_HEADERS)
 	@mkdir -p build

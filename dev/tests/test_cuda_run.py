@@ -125,6 +125,15 @@ class CudaRuns(unittest.TestCase):
             self.assertEqual(self.figures(runs[0]), self.figures(runs[2]))
             self.assertEqual(self.checkpoint(attention + "none", 3), self.checkpoint(attention + "block", 3))
 
+    @unittest.skipUnless(EMULATED, "skip: a GPU orders its threads as it likes")
+    def test_thread_order_changes_no_bit(self):
+        """Another order of the threads of a block would show a race past a missing barrier."""
+        for attention in ("mta-full", "diff"):
+            runs = [self.train(BF16, attention + order, "--steps", "2", attention=attention, env={"CUDA_CPU_ORDER": order}) for order in ("0", "1", "7")]
+            self.assertEqual(self.figures(runs[0][0]), self.figures(runs[1][0]))
+            self.assertEqual(self.figures(runs[0][0]), self.figures(runs[2][0]))
+            self.assertEqual(self.checkpoint(attention + "0", 2), self.checkpoint(attention + "7", 2))
+
     def test_accumulation(self):
         """A step of four sequences at once, two at a time or one at a time is the same step."""
         runs = [self.train(FP32, "batch" + n, "--steps", "3", "--batch-size", n)[0] for n in ("4", "2", "1")]
