@@ -1090,7 +1090,12 @@ static size_t carve_sums(AttentionSums* s, const Config* c, int B, double* base)
     size_t conv = (size_t)B * c->num_attention_heads * c->kq_conv_query_size * c->kq_conv_key_size;
     size_t pre = (size_t)B * c->num_attention_heads * c->head_mix_pre_softmax;
     size_t post = (size_t)B * c->num_attention_heads * (c->attention_type == ATTENTION_DIFF ? 2 : c->head_mix_post_softmax);
-    s->conv_pre = base; s->conv_post = s->conv_pre + conv; s->mix_pre = s->conv_post + conv; s->mix_post = s->mix_pre + pre;
+    if (base) {
+        s->conv_pre = base;
+        s->conv_post = base + conv;
+        s->mix_pre = base + 2 * conv;
+        s->mix_post = base + 2 * conv + pre;
+    }
     return 2 * conv + pre + post;
 }
 
@@ -1103,10 +1108,9 @@ static MemoryPlan model_memory(const Config* c, int B, int T) {
     Scratch scratch;
     tensor_list(&list, c);
     size_t arena = list.numel * sizeof(real);
-    double base;  // only so that the measuring walk has a pointer to add to
     AttentionSums sums;
     MemoryPlan p = {arena, arena, 2 * arena, carve_activations(&acts, c, B, T, NULL) * sizeof(real),
-                    carve_scratch(&scratch, c, B, T, 0, NULL) * sizeof(real) + (size_t)B * T + carve_sums(&sums, c, B, &base) * sizeof(double)};
+                    carve_scratch(&scratch, c, B, T, 0, NULL) * sizeof(real) + (size_t)B * T + carve_sums(&sums, c, B, NULL) * sizeof(double)};
     tensor_list_free(&list);
     return p;
 }
@@ -1143,8 +1147,7 @@ static Model* model_create(const Config* config, int B, int T, int chunk) {
     m->scratch_memory = (real*)alloc_or_die(carve_scratch(&m->scratch, config, B, T, chunk, NULL), sizeof(real), "scratch");
     carve_activations(&m->acts, config, B, T, m->activation_memory);
     carve_scratch(&m->scratch, config, B, T, chunk, m->scratch_memory);
-    double measure;
-    m->sum_memory = (double*)alloc_or_die(carve_sums(&m->sums, config, B, &measure), sizeof(double), "gradient sums");
+    m->sum_memory = (double*)alloc_or_die(carve_sums(&m->sums, config, B, NULL), sizeof(double), "gradient sums");
     carve_sums(&m->sums, config, B, m->sum_memory);
     m->wrong = (unsigned char*)alloc_or_die((size_t)B * T, 1, "wrong targets");
     rope_table(m->scratch.cosine, m->scratch.sine, config, T);
