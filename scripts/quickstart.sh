@@ -30,7 +30,7 @@ while [ $# -gt 0 ]; do
         --text=*) text=${1#*=} ;;
         --out) out=${2:-}; shift ;;
         --out=*) out=${1#*=} ;;
-        --tiny) TOY_STEPS=20 TEXT_STEPS=10 ;;
+        --tiny) TOY_STEPS=10 TEXT_STEPS=4 ;;
         -h|--help) sed -n '2,/^set -/{/^set -/d;s/^# \{0,1\}//;p}' "$0"; exit 0 ;;
         *) echo "quickstart.sh: unknown option $1; --help lists all" >&2; exit 1 ;;
     esac
@@ -56,10 +56,11 @@ mkdir -p "$out" 2> /dev/null && [ -w "$out" ] || fail "$out: cannot write there;
 cores=$(nproc 2> /dev/null || echo 1)
 threads=$((cores > 2 ? cores / 2 : 1))   # of each of two trainings side by side
 
-children=()
+children=() watcher=""
 # Ends the trainings, which save first.
 stop() {
     trap '' INT TERM
+    [ -z "$watcher" ] || kill "$watcher" 2> /dev/null || true
     [ ${#children[@]} -eq 0 ] || { kill "${children[@]}" 2> /dev/null || true; wait || true; }
     echo
     echo "quickstart.sh: stopped; the same command continues in $out" >&2
@@ -147,10 +148,12 @@ headline "Toy task: find the block that holds both letters, and name its first l
 # The newest finished step of a run, 0 before the first.
 step_of() { { tail -c 4000 "$1/log.jsonl" 2> /dev/null || true; } | sed -n -E 's/.*"event": *"step", *"step": *([0-9]+).*/\1/p' | tail -n 1 | grep . || echo 0; }
 loss_of() { { tail -c 4000 "$1/log.jsonl" 2> /dev/null || true; } | sed -n -E 's/.*"event": *"step".*"loss": *([0-9.eE+-]+).*/\1/p' | tail -n 1 | cut -c 1-5; }
-# Shows how far runs are until they end: one line that overwrites itself on a terminal, a line every ten seconds elsewhere.
+# Shows how far runs are until they end: one line that overwrites itself on a terminal, a line every ten seconds elsewhere. Runs as a process
+# of its own (bash 5.2 fails if a signal comes while it expands a $(...), of which there are many here).
 watch_runs() {  # STEPS LABEL RUN... ; children: their processes
     local steps=$1 label=$2 last=$SECONDS run line alive=yes
     shift 2
+    trap - INT TERM
     while [ $alive = yes ]; do
         sleep 0.5
         alive=no
@@ -162,16 +165,24 @@ watch_runs() {  # STEPS LABEL RUN... ; children: their processes
     if [ $terminal = yes ]; then printf '\r\033[K'; fi
     say "$line"
 }
-# Ends the script with the last words of the run that failed.
-wait_runs() {  # RUN... in the order of children
+# Waits for the children, shows their progress; ends the script with the last words of one that failed.
+wait_runs() {  # STEPS LABEL RUN... in the order of children
     local i=0 status run
+    watch_runs "$@" &
+    watcher=$!
+    shift 2
     for run in "$@"; do
         status=0
         wait "${children[$i]}" || status=$?
-        [ $status = 0 ] || { tail -n 5 "$run.txt" >&2; fail "a training failed with status $status; its output is in $run.txt"; }
+        if [ $status != 0 ]; then
+            kill "$watcher" "${children[@]}" 2> /dev/null || true
+            wait
+            fail "a training failed with status $status: $(tail -n 1 "$run.txt")"
+        fi
         i=$((i + 1))
     done
-    children=()
+    wait "$watcher" || true
+    children=() watcher=""
 }
 
 say "for example  $(python3 data/toy_task.py --n $TOY_N --blocks $TOY_BLOCKS --kind $TOY_KIND --examples 1 | sed 's/^^//; s/ / -> /')"
@@ -188,12 +199,9 @@ for seed in $TOY_SEEDS; do
             --out "$task/${kind}_$seed" > "$task/${kind}_$seed.txt" 2>&1 &
         children+=($!)
         # Two at once need two cores.
-        if [ "$cores" = 1 ]; then watch_runs $TOY_STEPS "seed $seed:" "$task/${kind}_$seed"; wait_runs "$task/${kind}_$seed"; fi
+        if [ "$cores" = 1 ]; then wait_runs $TOY_STEPS "seed $seed:" "$task/${kind}_$seed"; fi
     done
-    if [ "$cores" -gt 1 ]; then
-        watch_runs $TOY_STEPS "seed $seed:" "$task/transformer_$seed" "$task/mta_$seed"
-        wait_runs "$task/transformer_$seed" "$task/mta_$seed"
-    fi
+    if [ "$cores" -gt 1 ]; then wait_runs $TOY_STEPS "seed $seed:" "$task/transformer_$seed" "$task/mta_$seed"; fi
 done
 say
 say "sequences with a wrong answer, of 1000 that training never saw, after $TOY_STEPS steps:"
