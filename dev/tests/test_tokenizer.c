@@ -1,6 +1,7 @@
 // dev/tests/test_tokenizer.c: mta/tokenizer.h where no Python is at hand: built-in tokenizers, small cases of each pattern, hostile rank
 // files, decoding piece by piece, long runs, random bytes. dev/tests/test_tokenizer.py compares with tiktoken.
 //   cc -std=gnu11 -O2 -Wall -Wextra -I. dev/tests/test_tokenizer.c -o /tmp/test_tokenizer && /tmp/test_tokenizer
+#include "mta/json.h"
 #include "mta/tokenizer.h"
 #include <unistd.h>
 
@@ -27,7 +28,8 @@ static void add_rank(Text* t, const unsigned char* bytes, size_t n, int rank) {
     static const char digits[] = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
     for (size_t i = 0; i < n; i += 3) {
         uint32_t g = (uint32_t)bytes[i] << 16 | (i + 1 < n ? (uint32_t)bytes[i + 1] << 8 : 0) | (i + 2 < n ? bytes[i + 2] : 0);
-        text_printf(t, "%c%c%c%c", digits[g >> 18], digits[g >> 12 & 63], i + 1 < n ? digits[g >> 6 & 63] : '=', i + 2 < n ? digits[g & 63] : '=');
+        text_printf(t, "%c%c%c%c", digits[g >> 18], digits[g >> 12 & 63], i + 1 < n ? digits[g >> 6 & 63] : '=',
+                    i + 2 < n ? digits[g & 63] : '=');
     }
     text_printf(t, " %d\n", rank);
 }
@@ -108,13 +110,16 @@ static void test_built_in(void) {
 // With every two bytes a token of rank 256 + first * 256 + second, the ids show where pieces end.
 static void test_patterns(void) {
     static const char* const cases[][3] = {  // pattern, text, pieces separated by |
-        {"gpt2", "it's I'LL  go", "it|'s| I|'|LL| | go"}, {"gpt2", "a1234 5", "a|1234| 5"}, {"gpt2", "x\n\n y", "x|\n\n| y"},
-        {"gpt2", "x \n\n", "x| \n\n"}, {"cl100k_base", "it's I'LL  go", "it|'s| I|'LL| | go"},
-        {"cl100k_base", "a\xE2\x80\x99s'\xC5\xBFx", "a|\xE2\x80\x99s|'\xC5\xBF|x"}, {"cl100k_base", "12345 6", "123|45| |6"},
-        {"cl100k_base", "!!\n\n x \n y", "!!\n\n| x| \n| y"}, {"cl100k_base", "x\n ", "x|\n "}, {"llama3", "x\n ", "x|\n| "},
-        {"llama3", "\tfoo(bar)", "\tfoo|(bar|)"}, {"o200k_base", "HTTPServer camelCase's", "HTTPServer| camel|Case's"},
-        {"o200k_base", "AB\xCA\xB0""CD", "AB\xCA\xB0|CD"}, {"o200k_base", "\xCC\x81""AB c", "\xCC\x81|AB| c"}, {"o200k_base", "a://\n/b", "a|://\n/|b"},
-        {"o200k_base", " \n\n  x", " \n\n| | x"}, {"o200k_base", "x \n ", "x| \n| "},
+        {"gpt2", "it's I'LL  go", "it|'s| I|'|LL| | go"}, {"gpt2", "a1234 5", "a|1234| 5"},
+        {"gpt2", "x\n\n y", "x|\n\n| y"}, {"gpt2", "x \n\n", "x| \n\n"},
+        {"cl100k_base", "it's I'LL  go", "it|'s| I|'LL| | go"},
+        {"cl100k_base", "a\xE2\x80\x99s'\xC5\xBFx", "a|\xE2\x80\x99s|'\xC5\xBF|x"},
+        {"cl100k_base", "12345 6", "123|45| |6"}, {"cl100k_base", "!!\n\n x \n y", "!!\n\n| x| \n| y"},
+        {"cl100k_base", "x\n ", "x|\n "}, {"llama3", "x\n ", "x|\n| "}, {"llama3", "\tfoo(bar)", "\tfoo|(bar|)"},
+        {"o200k_base", "HTTPServer camelCase's", "HTTPServer| camel|Case's"},
+        {"o200k_base", "AB\xCA\xB0""CD", "AB\xCA\xB0|CD"}, {"o200k_base", "\xCC\x81""AB c", "\xCC\x81|AB| c"},
+        {"o200k_base", "a://\n/b", "a|://\n/|b"}, {"o200k_base", " \n\n  x", " \n\n| | x"},
+        {"o200k_base", "x \n ", "x| \n| "},
     };
     Text ranks = make_ranks(true);
     const char* path = put("pairs.tiktoken", ranks.text, ranks.n);
@@ -140,17 +145,28 @@ static void test_patterns(void) {
 static void test_opening(void) {
     Text good = make_ranks(false);
     struct { const char* name; const char* pattern; const char* add; size_t keep; const char* message; } cases[] = {
-        {"cl100k.tiktoken", NULL, "YWI= 256\n", 0, ""}, {"cl100k.tiktoken", NULL, "YWI= 256", 0, ""}, {"o200k_x", NULL, "\r\n\nYWI= 256\r\n\n", 0, ""},
-        {"tokenizer.model", NULL, "", 0, ""}, {"Meta-Llama-3.bin", NULL, "", 0, ""}, {"x.bin", "gpt2", "", 0, ""},
-        {"x.bin", NULL, "", 0, "--pattern"}, {"x.bin", "gpt3", "", 0, "unknown"}, {"x.bin", "bytes", "", 0, "wanted gpt2"},
-        {"gpt2", NULL, "YWI= 257\n", 0, "gpt2:257: a hole: got rank 257, but no line has rank 256"}, {"gpt2", NULL, "YWI= 255\n", 0, "gpt2:257: rank 255 a second time, it was on line 256"},
-        {"gpt2", NULL, "QQ== 256\n", 0, "gpt2:257: rank 256 has the same bytes as rank 65"}, {"gpt2", NULL, "YWI 256\n", 0, "gpt2:257: got no base64"},
-        {"gpt2", NULL, "YW*= 256\n", 0, "gpt2:257: got no base64"}, {"gpt2", NULL, "==== 256\n", 0, "gpt2:257: got no base64"}, {"gpt2", NULL, "YWJ= 256\n", 0, "gpt2:257: got no base64"},
-        {"gpt2", NULL, "Y=I= 256\n", 0, "gpt2:257: got no base64"}, {"gpt2", NULL, " 256\n", 0, "gpt2:257: got no base64"}, {"gpt2", NULL, "YWI=\n", 0, "gpt2:257: wanted a rank"}, {"gpt2", NULL, "YWI= \n", 0, "gpt2:257: wanted a rank"},
-        {"gpt2", NULL, "YWI= 25x\n", 0, "gpt2:257: wanted a rank"}, {"gpt2", NULL, "YWI= -1\n", 0, "gpt2:257: wanted a rank"},
-        {"gpt2", NULL, "YWI= 99999999999999999999999\n", 0, "gpt2:257: wanted a rank"}, {"gpt2", NULL, "YWI= 16777216\n", 0, "gpt2:257: wanted a rank"},
-        {"gpt2", NULL, "", 100, "gpt2"}, {"gpt2", NULL, "", 1, "gpt2:1: "}, {"gpt2", NULL, "{\"a\":1}", SIZE_MAX, "JSON"},
-        {"gpt2", NULL, "\n\x0e\n\x05<unk>", SIZE_MAX, "SentencePiece"}, {"gpt2", NULL, "", SIZE_MAX, "empty"}, {"gpt2", NULL, "\n\r\n", SIZE_MAX, "no token for the single byte 0x00"},
+        {"cl100k.tiktoken", NULL, "YWI= 256\n", 0, ""}, {"cl100k.tiktoken", NULL, "YWI= 256", 0, ""},
+        {"o200k_x", NULL, "\r\n\nYWI= 256\r\n\n", 0, ""}, {"tokenizer.model", NULL, "", 0, ""},
+        {"Meta-Llama-3.bin", NULL, "", 0, ""}, {"x.bin", "gpt2", "", 0, ""}, {"x.bin", NULL, "", 0, "--pattern"},
+        {"x.bin", "gpt3", "", 0, "unknown"}, {"x.bin", "bytes", "", 0, "wanted gpt2"},
+        {"gpt2", NULL, "YWI= 257\n", 0, "gpt2:257: a hole: got rank 257, but no line has rank 256"},
+        {"gpt2", NULL, "YWI= 255\n", 0, "gpt2:257: rank 255 a second time, it was on line 256"},
+        {"gpt2", NULL, "QQ== 256\n", 0, "gpt2:257: rank 256 has the same bytes as rank 65"},
+        {"gpt2", NULL, "YWI 256\n", 0, "gpt2:257: got no base64"},
+        {"gpt2", NULL, "YW*= 256\n", 0, "gpt2:257: got no base64"},
+        {"gpt2", NULL, "==== 256\n", 0, "gpt2:257: got no base64"},
+        {"gpt2", NULL, "YWJ= 256\n", 0, "gpt2:257: got no base64"},
+        {"gpt2", NULL, "Y=I= 256\n", 0, "gpt2:257: got no base64"},
+        {"gpt2", NULL, " 256\n", 0, "gpt2:257: got no base64"},
+        {"gpt2", NULL, "YWI=\n", 0, "gpt2:257: wanted a rank"},
+        {"gpt2", NULL, "YWI= \n", 0, "gpt2:257: wanted a rank"},
+        {"gpt2", NULL, "YWI= 25x\n", 0, "gpt2:257: wanted a rank"},
+        {"gpt2", NULL, "YWI= -1\n", 0, "gpt2:257: wanted a rank"},
+        {"gpt2", NULL, "YWI= 99999999999999999999999\n", 0, "gpt2:257: wanted a rank"},
+        {"gpt2", NULL, "YWI= 16777216\n", 0, "gpt2:257: wanted a rank"}, {"gpt2", NULL, "", 100, "gpt2"},
+        {"gpt2", NULL, "", 1, "gpt2:1: "}, {"gpt2", NULL, "{\"a\":1}", SIZE_MAX, "JSON"},
+        {"gpt2", NULL, "\n\x0e\n\x05<unk>", SIZE_MAX, "SentencePiece"}, {"gpt2", NULL, "", SIZE_MAX, "empty"},
+        {"gpt2", NULL, "\n\r\n", SIZE_MAX, "no token for the single byte 0x00"},
     };
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
         Text file = {NULL, 0, 0};
@@ -252,13 +268,14 @@ static void test_random(void) {
             size_t n = 0;
             while (n < 8 + (size_t)(round % 200)) {
                 seed = seed * UINT64_C(6364136223846793005) + 1;
-                uint32_t r = (uint32_t)(seed >> 33), c = r % 5 == 0 ? r >> 8 & 0x7F : r % 5 == 1 ? (r >> 8) % 0x110000 : r % 5 == 2 ? r >> 8 & 0xFFF : r % 5 == 3 ? ' ' + (r >> 8 & 1) * ('\n' - ' ') : r >> 8 & 0xFF;
-                if (round % 2) { text[n++] = (char)c; continue; }
-                if (c >= 0xD800 && c < 0xE000) { c = 'x'; }
-                if (c < 0x80) { text[n++] = (char)c; }
-                else if (c < 0x800) { text[n++] = (char)(0xC0 | c >> 6); text[n++] = (char)(0x80 | (c & 63)); }
-                else if (c < 0x10000) { text[n++] = (char)(0xE0 | c >> 12); text[n++] = (char)(0x80 | (c >> 6 & 63)); text[n++] = (char)(0x80 | (c & 63)); }
-                else { text[n++] = (char)(0xF0 | c >> 18); text[n++] = (char)(0x80 | (c >> 12 & 63)); text[n++] = (char)(0x80 | (c >> 6 & 63)); text[n++] = (char)(0x80 | (c & 63)); }
+                uint32_t r = (uint32_t)(seed >> 33), high = r >> 8;
+                uint32_t kinds[5] = {high & 0x7F, high % 0x110000, high & 0xFFF, high & 1 ? 10u : 32u, high & 0xFF};
+                uint32_t c = kinds[r % 5];
+                if (round % 2) {
+                    text[n++] = (char)c;
+                } else {
+                    n += utf8_put(text + n, c >= 0xD800 && c < 0xE000 ? 'x' : c);
+                }
             }
             char* exact = (char*)malloc(n);  // so that a read beyond the text is seen by the sanitizer
             memcpy(exact, text, n);

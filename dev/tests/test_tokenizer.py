@@ -255,11 +255,15 @@ def random_text(rng, pools):
 
 def long_piece(rng):
     """Letters without a place to split: few kinds or many, in runs or not, so that merges come in all orders."""
-    letters = rng.choice(["ab", "aeiou", "abcdefghijklmnopqrstuvwxyz", "\u00e9\u00ea\u0430\u0431", "etaoinshrdlu" * 9 + "zq\u4f60"])
+    letters = rng.choice(
+        ["ab", "aeiou", "abcdefghijklmnopqrstuvwxyz", "\u00e9\u00ea\u0430\u0431", "etaoinshrdlu" * 9 + "zq\u4f60"]
+    )
     size = rng.choice([90, 97, 120, 500, 3000, 20000])
     text = ""
     while len(text) < size:
-        text += rng.choice(letters) * rng.choice([1, 1, 1, 2, 5, 40]) + "".join(rng.choices(letters, k=rng.randrange(8)))
+        text += rng.choice(letters) * rng.choice([1, 1, 1, 2, 5, 40]) + "".join(
+            rng.choices(letters, k=rng.randrange(8))
+        )
     return text
 
 
@@ -322,6 +326,28 @@ def check_golden(checker, library):
         )
 
 
+def check_program(checker):
+    """infer_mta --tokenize and --detokenize, the face of all this on the command line."""
+    program = os.path.join(os.environ.get("MTA_BIN", ROOT), "infer_mta")
+    if not os.path.exists(program):
+        print("skipped: no %s" % program)
+        return 1
+    with open(os.path.join(GOLDEN, "golden.jsonl"), encoding="utf-8") as f:
+        lines = f.read()
+    cases = [json.loads(line) for line in lines.splitlines()]
+    for pattern in ("cl100k_base", "gpt2"):
+        tokenizer = ["--tokenizer", os.path.join(GOLDEN, pattern + ".tiktoken")]
+        ids = subprocess.run([program, "--tokenize", *tokenizer], input=lines, stdout=subprocess.PIPE, text=True).stdout
+        texts = subprocess.run(
+            [program, "--detokenize", *tokenizer], input=ids, stdout=subprocess.PIPE, text=True
+        ).stdout
+        wanted = [" ".join(map(str, c[pattern])) for c in cases]
+        checker.check("infer_mta --tokenize, %s" % pattern, ids.splitlines() == wanted)
+        back = [json.loads(line)["text"] for line in texts.splitlines()]
+        checker.check("infer_mta --detokenize, %s" % pattern, back == [c["text"] for c in cases])
+    return 0
+
+
 def check_streaming(checker, tokenizers, rng):
     """Arbitrary ids, whose bytes need not be characters: as Python decodes them, and whole characters at every step."""
     for key, t in tokenizers.items():
@@ -374,6 +400,7 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         library = Library(folder)
         check_golden(checker, library)
+        skipped = check_program(checker)
         if tiktoken:
             pair_file = os.path.join(folder, "pairs.tiktoken")
             write_pair_ranks(pair_file)
@@ -397,8 +424,9 @@ def main():
             checker.compare("random strings", everything, [random_text(rng, pools) for _ in range(strings)])
             checker.compare("text of this machine", real, machine_texts(args.text, megabytes * 1e6))
         else:
+            skipped += 1
             print("skipped: comparisons with tiktoken, which is not installed (data/README.md says how)")
-    print("%d passed, %d failed%s" % (checker.passed, checker.failed, "" if tiktoken else ", 1 skipped"))
+    print("%d passed, %d failed%s" % (checker.passed, checker.failed, ", %d skipped" % skipped if skipped else ""))
     return 1 if checker.failed else 0
 
 
