@@ -332,18 +332,16 @@ def check_program(checker):
     if not os.path.exists(program):
         print("skipped: no %s" % program)
         return 1
-    with open(os.path.join(GOLDEN, "golden.jsonl"), encoding="utf-8") as f:
+    with open(os.path.join(GOLDEN, "golden.jsonl"), "rb") as f:
         lines = f.read()
-    cases = [json.loads(line) for line in lines.splitlines()]
+    cases = [json.loads(line) for line in lines.split(b"\n") if line]
     for pattern in ("cl100k_base", "gpt2"):
         tokenizer = ["--tokenizer", os.path.join(GOLDEN, pattern + ".tiktoken")]
-        ids = subprocess.run([program, "--tokenize", *tokenizer], input=lines, stdout=subprocess.PIPE, text=True).stdout
-        texts = subprocess.run(
-            [program, "--detokenize", *tokenizer], input=ids, stdout=subprocess.PIPE, text=True
-        ).stdout
-        wanted = [" ".join(map(str, c[pattern])) for c in cases]
-        checker.check("infer_mta --tokenize, %s" % pattern, ids.splitlines() == wanted)
-        back = [json.loads(line)["text"] for line in texts.splitlines()]
+        ids = subprocess.run([program, "--tokenize", *tokenizer], input=lines, stdout=subprocess.PIPE).stdout
+        texts = subprocess.run([program, "--detokenize", *tokenizer], input=ids, stdout=subprocess.PIPE).stdout
+        wanted = "".join(" ".join(map(str, c[pattern])) + "\n" for c in cases)
+        checker.check("infer_mta --tokenize, %s" % pattern, ids == wanted.encode())
+        back = [json.loads(line)["text"] for line in texts.split(b"\n") if line]
         checker.check("infer_mta --detokenize, %s" % pattern, back == [c["text"] for c in cases])
     return 0
 
