@@ -453,6 +453,35 @@ static void matmul(float* y, const float* x, size_t ldx, int n, const Matrix* w)
 // ---------------------------------------------------------------------------------------------------------------------
 // The model: mapped files, matrices as stored or converted, small tensors in fp32
 
+// Zeroed memory on large pages where the system has them, taken only as it is touched; kept until the program ends.
+static void* big_alloc(size_t bytes, const char* what) {
+    size_t size = (bytes + ((size_t)2 << 20) - 1) & ~(((size_t)2 << 20) - 1);
+    void* p = size >= bytes ? mmap(NULL, size + ((size_t)2 << 20), PROT_READ | PROT_WRITE,
+                                   MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0)
+                            : MAP_FAILED;
+    if (p == MAP_FAILED) { die("out of memory: %s needs %.1f MiB", what, (double)bytes / 1048576); }
+    p = (void*)(((uintptr_t)p + ((size_t)2 << 20) - 1) & ~(uintptr_t)(((size_t)2 << 20) - 1));
+    madvise(p, size, MADV_HUGEPAGE);
+    return p;
+}
+
+// Matrices share large pages: each on pages of its own would waste a megabyte, and a scale array nearly two.
+typedef struct { char* at; size_t left; } Pool;
+
+static void* pool_alloc(Pool* p, size_t bytes, const char* what) {
+    const size_t block = (size_t)64 << 20;
+    bytes = (bytes + 63) / 64 * 64;
+    if (bytes > block / 2) { return big_alloc(bytes, what); }
+    if (bytes > p->left) {
+        p->at = big_alloc(block, what);
+        p->left = block;
+    }
+    void* out = p->at;
+    p->at += bytes;
+    p->left -= bytes;
+    return out;
+}
+
 typedef struct {
     Matrix q, k, v, o, gate, up, down;
     const float *input_norm, *post_norm;
@@ -475,28 +504,17 @@ typedef struct {
     size_t bytes_per_token;  // of weights, read for one token
     size_t own_bytes;      // memory beside the mapping
     size_t mapped_bytes;
+    Pool pool;             // of converted and copied matrices
     bool large_pages;      // matrices are copied to memory on large pages: a third more bytes a second than a mapping
 } Model;
 
-// Zeroed memory on large pages where the system has them, taken only as it is touched; kept until the program ends.
-static void* big_alloc(size_t bytes, const char* what) {
-    size_t size = (bytes + ((size_t)2 << 20) - 1) & ~(((size_t)2 << 20) - 1);
-    void* p = size >= bytes ? mmap(NULL, size + ((size_t)2 << 20), PROT_READ | PROT_WRITE,
-                                   MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0)
-                            : MAP_FAILED;
-    if (p == MAP_FAILED) { die("out of memory: %s needs %.1f MiB", what, (double)bytes / 1048576); }
-    p = (void*)(((uintptr_t)p + ((size_t)2 << 20) - 1) & ~(uintptr_t)(((size_t)2 << 20) - 1));
-    madvise(p, size, MADV_HUGEPAGE);
-    return p;
-}
-
-// Refuses a tensor with NaN or infinity: such a value has all exponent bits set.
-static bool tensor_finite(const StTensor* t, Error* e) {
-    size_t bad = SIZE_MAX, n = t->numel;
+// Refuses NaN and infinity, which have all exponent bits set, among the values first .. first+n of a tensor.
+static bool tensor_finite(const StTensor* t, size_t first, size_t n, Error* e) {
+    size_t bad = SIZE_MAX;
     const uint8_t* p = (const uint8_t*)t->data;
     if (t->dtype == DT_F32) {
 #pragma omp parallel for reduction(min : bad)
-        for (size_t i = 0; i < n; i++) {
+        for (size_t i = first; i < first + n; i++) {
             uint32_t x;
             memcpy(&x, p + 4 * i, 4);
             if ((x & 0x7F800000u) == 0x7F800000u && i < bad) { bad = i; }
@@ -504,7 +522,7 @@ static bool tensor_finite(const StTensor* t, Error* e) {
     } else if (t->dtype == DT_BF16 || t->dtype == DT_F16) {
         const uint16_t mask = t->dtype == DT_BF16 ? 0x7F80 : 0x7C00;
 #pragma omp parallel for reduction(min : bad)
-        for (size_t i = 0; i < n; i++) {
+        for (size_t i = first; i < first + n; i++) {
             uint16_t x;
             memcpy(&x, p + 2 * i, 2);
             if ((x & mask) == mask && i < bad) { bad = i; }
@@ -515,10 +533,10 @@ static bool tensor_finite(const StTensor* t, Error* e) {
     return bad == SIZE_MAX || fail(e, "%s: tensor %s: value %zu is not finite", t->file, t->name, bad);
 }
 
-// A mapped tensor that was converted is not needed in memory any more: its whole pages go back to the file.
-static void tensor_release(const StTensor* t) {
-    uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE), from = ((uintptr_t)t->data + page - 1) / page * page,
-              to = ((uintptr_t)t->data + t->bytes) / page * page;
+// What was converted is not needed in the mapping any more: the pages of the values before `end` go back to the file.
+static void tensor_release(const StTensor* t, size_t end) {
+    uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE), from = ((uintptr_t)t->data + page - 1) / page * page;
+    uintptr_t to = ((uintptr_t)t->data + end * dtype_size(t->dtype)) / page * page;
     if (to > from) { madvise((void*)from, to - from, MADV_DONTNEED); }
 }
 
@@ -545,12 +563,31 @@ static void quantize_row(const StTensor* t, size_t row, size_t cols, int8_t* out
     }
 }
 
-// The tensor, checked, as a matrix: where it lies if it is stored in the wanted form (want < 0: any), converted into
-// own memory if not.
+// Rows [r0, r1) of the tensor in the form of w, into w's own memory.
+static void convert_rows(const StTensor* t, const Matrix* w, WeightKind stored, size_t r0, size_t r1) {
+    char* own = (char*)(uintptr_t)w->data;
+    float* scale = (float*)(uintptr_t)w->scale;
+#pragma omp parallel for
+    for (size_t r = r0; r < r1; r++) {
+        size_t first = r * w->cols;
+        if (w->kind == W_INT8) {
+            quantize_row(t, r, w->cols, (int8_t*)own + first, scale + r * groups_of(w->cols));
+        } else if (w->kind == stored) {
+            size_t width = dtype_size(t->dtype);
+            memcpy(own + first * width, (const char*)t->data + first * width, w->cols * width);
+        } else if (w->kind == W_F32) {
+            for (size_t i = first; i < first + w->cols; i++) { ((float*)own)[i] = stored_value(t, i); }
+        } else {
+            for (size_t i = first; i < first + w->cols; i++) { ((uint16_t*)own)[i] = f32_to_bf16(stored_value(t, i)); }
+        }
+    }
+}
+
+// The tensor, checked, as a matrix: where it lies if it is stored in the wanted form (want < 0: any) and a mapping will
+// do; else converted into own memory, a slice at a time, so that the mapping adds little to it.
 static Matrix matrix_from(Model* m, const StTensor* t, int want) {
     Matrix w = {0};
     Error e = {{0}};
-    if (!tensor_finite(t, &e)) { die("%s", e.text); }
     WeightKind stored = t->dtype == DT_F32 ? W_F32 : t->dtype == DT_BF16 ? W_BF16 : W_F16;
     w.rows = t->shape[0];
     w.cols = t->shape[1];
@@ -558,34 +595,21 @@ static Matrix matrix_from(Model* m, const StTensor* t, int want) {
     size_t n = t->numel, groups = groups_of(w.cols), width = w.kind == W_F32 ? 4 : w.kind == W_INT8 ? 1 : 2;
     w.bytes = n * width + (w.kind == W_INT8 ? w.rows * groups * 4 : 0);
     if (w.kind == stored && !m->large_pages && (uintptr_t)t->data % width == 0) {
+        if (!tensor_finite(t, 0, n, &e)) { die("%s", e.text); }
         w.data = t->data;
         m->mapped_bytes += t->bytes;
         return w;
     }
-    void* own = big_alloc(n * width, t->name);
-    float* scale = w.kind == W_INT8 ? big_alloc(w.rows * groups * 4, t->name) : NULL;
+    w.data = pool_alloc(&m->pool, n * width, t->name);
+    w.scale = w.kind == W_INT8 ? pool_alloc(&m->pool, w.rows * groups * 4, t->name) : NULL;
     m->own_bytes += w.bytes;
-#pragma omp parallel for
-    for (size_t r = 0; r < w.rows; r++) {
-        size_t first = r * w.cols;
-        if (w.kind == W_INT8) {
-            quantize_row(t, r, w.cols, (int8_t*)own + first, scale + r * groups);
-            continue;
-        }
-        for (size_t i = first; i < first + w.cols; i++) {
-            if (w.kind == W_F32) {
-                ((float*)own)[i] = stored_value(t, i);
-            } else if (w.kind == stored) {
-                memcpy((char*)own + 2 * first, (const char*)t->data + 2 * first, 2 * w.cols);
-                break;
-            } else {
-                ((uint16_t*)own)[i] = f32_to_bf16(stored_value(t, i));
-            }
-        }
+    size_t slice = ((size_t)4 << 20) / w.cols + 1;  // rows
+    for (size_t r = 0; r < w.rows; r += slice) {
+        size_t end = r + slice < w.rows ? r + slice : w.rows;
+        if (!tensor_finite(t, r * w.cols, (end - r) * w.cols, &e)) { die("%s", e.text); }
+        convert_rows(t, &w, stored, r, end);
+        tensor_release(t, end * w.cols);
     }
-    tensor_release(t);
-    w.data = own;
-    w.scale = scale;
     return w;
 }
 
@@ -1356,7 +1380,7 @@ static void options_read(Options* o, int argc, char** argv) {
         {"--weights", OPT_CHOICE, &o->weights, "stored|f32|bf16|int8",
          "form of the matrices in memory; another than stored costs a copy", 0, 0, false},
         {"--mapped", OPT_FLAG, &o->mapped, NULL,
-         "use stored weights in the mapped file: starts at once, takes no memory of its own, generates slower", 0, 0, false},
+         "use stored weights in the mapped file: starts at once, no memory of its own, generates slower", 0, 0, false},
         {"--cache", OPT_CHOICE, &o->cache, "f32|bf16", "form of cached keys and values", 0, 0, false},
         {"--context", OPT_INT, &o->context, "N", "positions, at most the model's (0: those)", 0, MAX_CONTEXT, false},
         {"--chunk", OPT_INT, &o->chunk, "N", "prompt tokens of one pass over the weights", 1, 65536, false},
