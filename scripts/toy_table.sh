@@ -5,7 +5,7 @@
 #                             [-- OPTIONS OF THE TRAINER]
 #   --size paper   the paper's own: 4 layers of 2 heads, dim 256, 321 tokens, a million sequences, batch 64, 100,000 steps. For a GPU.
 #                  (The paper also drops out 10% of its attention weights; this project has no dropout.)
-#   --size night   2 layers of 2 heads, dim 64, 16 blocks, batch 64, 5,000 steps: a night on two cores. The default.
+#   --size night   2 layers of 2 heads, dim 64, 8 blocks, batch 64, learning rate 2e-3, 10,000 steps: a night on two cores. The default.
 #   --size tiny    a few steps of everything: shows that it works, not what it finds
 #   --out DIR      default runs/toy_table_SIZE. The same command continues what was interrupted; finished runs are not run again.
 #   --trainer P    default ./train_mta; ./train_mta_cuda on a GPU
@@ -30,7 +30,7 @@ while [ $# -gt 0 ]; do
 done
 case $size in
     paper) steps=100000 samples=1000000 blocks="" lr=1e-4 eval_every=5000 model=(--model toy) ;;
-    night) steps=5000 samples=320000 blocks=16 lr=1e-3 eval_every=1000
+    night) steps=10000 samples=320000 blocks=8 lr=2e-3 eval_every=1000
            model=(--model toy --hidden-size 64 --num-hidden-layers 2 --num-attention-heads 2 --num-key-value-heads 2 --intermediate-size 192) ;;
     tiny) steps=4 samples=256 blocks=6 lr=1e-3 eval_every=4
           model=(--model toy --hidden-size 16 --num-hidden-layers 1 --num-attention-heads 2 --num-key-value-heads 2 --intermediate-size 32) ;;
