@@ -850,8 +850,9 @@ class Preparation:
     def path(self, name):
         return os.path.join(self.work, name)
 
-    def open(self):
-        """Locks the work folder; takes up the state that an interrupted run has left there."""
+    def open(self, overwrite):
+        """Locks the work folder; takes up the state that an interrupted run has left there (of other inputs or options:
+        drops it, if overwrite)."""
         os.makedirs(self.work, exist_ok=True)
         self.lock = open(self.path("lock"), "w")
         try:
@@ -862,13 +863,16 @@ class Preparation:
         if os.path.exists(self.path("state.json")):
             with open(self.path("state.json"), encoding="utf-8") as f:
                 state = json.load(f)
-            if state.get("plan") != self.digest:
+            if state.get("plan") == self.digest:
+                sets = state.pop("sets")
+                self.state, self.resumed = state, True
+            elif not overwrite:
                 raise UserError(
                     "%s holds an unfinished preparation of other inputs or options; finish that one, give another "
-                    "--name or --out, or remove the folder" % self.work
+                    "--name or --out, or --overwrite" % self.work
                 )
-            sets = state.pop("sets")
-            self.state, self.resumed = state, True
+            else:
+                os.remove(self.path("state.json"))
         names = {"lock", "state.json"}
         for key, record in sets.items():
             self.sets[key] = SetWriter(self.work, key, self.tok, self.job["shard_tokens"], record)
@@ -1219,7 +1223,7 @@ def prepare_into(args, job, plan):
         report(args.out, job["name"])
         return
     p = Preparation(args.out, job, plan, digest)
-    p.open()
+    p.open(args.overwrite)
     if p.resumed:
         print("going on where an earlier run stopped: %d documents are done" % p.documents(), file=sys.stderr)
     if p.state["stage"] == "tokenise":

@@ -610,7 +610,7 @@ class Restarts(Case):
         return status == 77
 
     def test_kill_9_at_random_moments(self):
-        self.job("x.jsonl", 60000 if FULL else 20000, 1500)
+        self.job("x.jsonl", 60000 if FULL else 6000, 1500)
         options = [
             "slimpajama",
             self.path("x.jsonl"),
@@ -676,6 +676,17 @@ class Restarts(Case):
         self.assertIn("going on", run(*options, self.path("o")))
         run(*options, self.path("whole"))
         self.assertEqual(digest(self.path("o")), digest(self.path("whole")))
+
+    def test_an_unfinished_one_of_other_options(self):
+        self.job("x.jsonl", 20000, 1500)
+        options = ["slimpajama", self.path("x.jsonl"), "--workers", "1", "--out", self.path("o")]
+        child = self.stopped_in_the_middle(options)
+        child.kill()
+        child.wait()
+        self.assertIn("unfinished preparation of other", run(*options, "--seed", "1", status=1))
+        run(*options, "--seed", "1", "--overwrite")
+        run(*options[:-1], self.path("p"), "--seed", "1")
+        self.assertEqual(digest(self.path("o")), digest(self.path("p")))
 
     def test_two_at_once_are_refused(self):
         self.job("x.jsonl", 20000, 1500)
