@@ -92,7 +92,7 @@ PRECISION ?= BF16
 CUDA_DEFINES = $(if $(filter FP32,$(PRECISION)),-DPRECISION_FP32)
 NVCCFLAGS = -std=c++17 -O3 -arch=$(NVCC_ARCH) -Xcompiler -Wall,-Wextra,-fopenmp
 CXXFLAGS = -std=c++17 -g $(ARCH) $(WARN) $(MATH) $(OPENMP)
-EMULATOR = -x c++ -O2 -Idev/cuda_cpu -DMTA_LIBRARY
+EMULATOR = -x c++ -O2 -Idev/cuda_cpu -DMTA_LIBRARY -DATTENTION_SCRATCH='(1 << 20)'
 EMULATOR_HEADERS = $(wildcard dev/cuda_cpu/*.h)
 
 train_mta_cuda: train_mta.cu $(HEADERS)

@@ -839,10 +839,14 @@ static size_t attention_parts_size(const Attention* a) {
 }
 // Queries of a chunk: enough that products are large, few enough that a chunk of a sequence stays near the L2 cache (16 heads x 256 x 2048 x 4 = 34 MB).
 static int attention_chunk(int T) { return min_int(T, 256); }
-// Sequences at a time: as many as let the tiles fit into a GiB, so that few launches do much; heads are a grid's z, at most 65535.
+// Sequences at a time: as many as let the tiles fit into a GiB, so that few launches do much (the emulator's builds set less, so that the tests
+// have several batches of sequences); heads are a grid's z, at most 65535.
+#if !defined(ATTENTION_SCRATCH)
+#define ATTENTION_SCRATCH ((size_t)1 << 30)
+#endif
 static int attention_sequences(const Attention* one, int B) {
     size_t bytes = attention_tile_size(one) * (ATTENTION_TILES * sizeof(float) + ATTENTION_TILES_X * sizeof(floatX));
-    return max_int(1, min_int(min_int(B, 65535 / one->NH), (int)(((size_t)1 << 30) / bytes)));
+    return max_int(1, min_int(min_int(B, 65535 / one->NH), (int)((size_t)ATTENTION_SCRATCH / bytes)));
 }
 
 template <typename T>
@@ -1764,16 +1768,16 @@ static void model_backward(Model* m, const int32_t* tokens, int B, int T) {
     cudaCheck(cudaStreamSynchronize(g->stream));  // the host's rows may change now
 }
 
+static void model_zero_gradients(Model* m) {
+    cudaCheck(cudaMemsetAsync(m->grads, 0, m->tensors.numel * sizeof(float), m->cuda.stream));
+}
+
 // Floating-point operations of training on one token, as KERNELS' MFU counts them: 6 per parameter that is multiplied (the classifier counts,
 // tied or not; looking up an embedding does not) and three times the causal half of the attention products; no convolution, no mixing.
 static double model_flops_per_token(const Config* c, int T) {
     double C = c->hidden_size, KV = (double)c->num_key_value_heads * config_head_size(c), FF = c->intermediate_size;
     double parameters = c->num_hidden_layers * (2 * C * C + 2 * C * KV + 3 * C * FF) + C * c->vocab_size;
     return 6 * parameters + 3.0 * c->num_hidden_layers * 2 * C * T;
-}
-
-static void model_zero_gradients(Model* m) {
-    cudaCheck(cudaMemsetAsync(m->grads, 0, m->tensors.numel * sizeof(float), m->cuda.stream));
 }
 
 // norm_parts (gridDim.x): sums of squares, each block its share of the gradients; n is a multiple of 4

@@ -45,7 +45,7 @@ check() {
     status=$?
     if [ $status -eq 124 ]; then fail "$name: over $seconds s (see $log)"; return 1; fi
     if [ $status -ne 0 ]; then fail "$name: $(tail -n 1 "$log") (see $log)"; grep -E '^FAIL|error' "$log" | head -n 20; return 1; fi
-    row "ok      $name: $(tail -n 1 "$log")"
+    row "ok      $name: $(tail -n 1 "$log" | sed "s/^$/done/")"
 }
 
 run_tests() {
