@@ -1,7 +1,9 @@
 #!/usr/bin/env python3
-"""Draws what one head attends to over a prompt: attention_map.py DIR --prompt TEXT --layer 2 --head 0 --out FILE.png. The left picture is
-the plain softmax of the scores, the right one the weights that multiply the values, after convolution and mixing; with --json the
-file that infer_mta --attention-map wrote is drawn instead. Needs matplotlib."""
+"""Draws what one head attends to over a prompt: attention_map.py DIR --prompt TEXT --layer 2 --head 0 --out
+FILE.png. The left picture is the plain softmax of the scores, the right one the weights that multiply the values,
+after convolution and mixing; with --json the file that infer_mta --attention-map wrote is drawn instead. Needs
+matplotlib."""
+
 import argparse
 import json
 import os
@@ -19,7 +21,17 @@ def read_map(args):
             return json.load(f)
     with tempfile.TemporaryDirectory() as tmp:
         path = os.path.join(tmp, "map.json")
-        command = [args.infer, args.dir, "--attention-map", path, "--layer", str(args.layer), "--head", str(args.head), "--quiet"]
+        command = [
+            args.infer,
+            args.dir,
+            "--attention-map",
+            path,
+            "--layer",
+            str(args.layer),
+            "--head",
+            str(args.head),
+            "--quiet",
+        ]
         command += ["--token-ids", args.token_ids] if args.token_ids else ["--prompt", args.prompt or ""]
         command += ["--tokenizer", args.tokenizer] if args.tokenizer else []
         if subprocess.run(command).returncode:
@@ -30,14 +42,19 @@ def read_map(args):
 
 def label(token):
     """A token as an axis label: blanks and control characters visible, dollar signs not taken for mathematics."""
-    return "".join("\u2423" if c == " " else repr(c)[1:-1] if ord(c) < 32 or c == "\x7f" else c for c in token).replace("$", r"\$")
+    return "".join("\u2423" if c == " " else repr(c)[1:-1] if ord(c) < 32 or c == "\x7f" else c for c in token).replace(
+        "$", r"\$"
+    )
 
 
 def draw(data, out):
-    """Two squares side by side, rows are queries, columns keys; weights below zero (after a convolution) in the other colour."""
+    """Two squares side by side, rows are queries, columns keys; weights below zero (after a convolution) in the
+    other colour."""
     import matplotlib
+
     matplotlib.use("Agg")
     from matplotlib import pyplot
+
     n = len(data["tokens"])
     labels = [label(t) for t in data["tokens"]]
     size = min(40, max(4, 0.16 * n + 1.5))
@@ -64,7 +81,9 @@ def main():
     parser.add_argument("--tokenizer")
     parser.add_argument("--layer", type=int, default=0)
     parser.add_argument("--head", type=int, default=0)
-    parser.add_argument("--infer", default=os.path.join(ROOT, "infer_mta"), help="the program (default: the repository's)")
+    parser.add_argument(
+        "--infer", default=os.path.join(ROOT, "infer_mta"), help="the program (default: the repository's)"
+    )
     parser.add_argument("--out", default="attention.png")
     args = parser.parse_args()
     if not args.dir and not args.json:

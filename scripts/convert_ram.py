@@ -1,12 +1,14 @@
 #!/usr/bin/env python3
-"""The checkpoints of the paper's authors (facebookresearch/RAM, projects/mta: consolidated.pth and params.json) to ours and back.
+"""The checkpoints of the paper's authors (facebookresearch/RAM, projects/mta: consolidated.pth and params.json) to
+ours and back.
 
     convert_ram.py RAM_DIR OUT_DIR [--dtype bf16] [--tokenizer FILE]     RAM -> OUT_DIR/config.json, model.safetensors
     convert_ram.py --back DIR OUT_DIR                                    DIR -> OUT_DIR/params.json, consolidated.pth
 
-What differs: names; RoPE turns pairs (2t, 2t+1) of a head there and (t, t + HS/2) here, so the rows of wq and wk move; a head kernel after
-the softmax is stored (in, out) there and (out, in) here, while their all-head linear layers (wpsm, wposm) are (out, in) already; kernels
-have a dimension of 1 more there. Needs PyTorch."""
+What differs: names; RoPE turns pairs (2t, 2t+1) of a head there and (t, t + HS/2) here, so the rows of wq and wk
+move; a head kernel after the softmax is stored (in, out) there and (out, in) here, while their all-head linear
+layers (wpsm, wposm) are (out, in) already; kernels have a dimension of 1 more there. Needs PyTorch."""
+
 import argparse
 import json
 import os
@@ -20,19 +22,35 @@ except ImportError:
     torch = None
 
 LAYER_NAMES = {  # theirs: ours
-    "attention.wq.weight": "self_attn.q_proj.weight", "attention.wk.weight": "self_attn.k_proj.weight",
-    "attention.wv.weight": "self_attn.v_proj.weight", "attention.wo.weight": "self_attn.o_proj.weight",
-    "attention.mta_kernel": "self_attn.kq_conv.weight", "attention.mta_kernel_after_sm": "self_attn.kq_conv_post.weight",
-    "attention.wpsm.weight": "self_attn.head_mix_pre.weight", "attention.wposm.weight": "self_attn.head_mix.weight",
-    "attention.head_kernel": "self_attn.head_mix.weight", "attention.subln.weight": "self_attn.head_norm.weight",
-    "attention.gate.weight": "self_attn.head_gate.weight", "attention.gate.bias": "self_attn.head_gate.bias",
-    "attention_norm.weight": "input_layernorm.weight", "ffn_norm.weight": "post_attention_layernorm.weight",
-    "feed_forward.w1.weight": "mlp.gate_proj.weight", "feed_forward.w3.weight": "mlp.up_proj.weight",
+    "attention.wq.weight": "self_attn.q_proj.weight",
+    "attention.wk.weight": "self_attn.k_proj.weight",
+    "attention.wv.weight": "self_attn.v_proj.weight",
+    "attention.wo.weight": "self_attn.o_proj.weight",
+    "attention.mta_kernel": "self_attn.kq_conv.weight",
+    "attention.mta_kernel_after_sm": "self_attn.kq_conv_post.weight",
+    "attention.wpsm.weight": "self_attn.head_mix_pre.weight",
+    "attention.wposm.weight": "self_attn.head_mix.weight",
+    "attention.head_kernel": "self_attn.head_mix.weight",
+    "attention.subln.weight": "self_attn.head_norm.weight",
+    "attention.gate.weight": "self_attn.head_gate.weight",
+    "attention.gate.bias": "self_attn.head_gate.bias",
+    "attention_norm.weight": "input_layernorm.weight",
+    "ffn_norm.weight": "post_attention_layernorm.weight",
+    "feed_forward.w1.weight": "mlp.gate_proj.weight",
+    "feed_forward.w3.weight": "mlp.up_proj.weight",
     "feed_forward.w2.weight": "mlp.down_proj.weight",
 }
-TOP_NAMES = {"tok_embeddings.weight": "model.embed_tokens.weight", "norm.weight": "model.norm.weight", "output.weight": "lm_head.weight"}
-TRITON_NAMES = {"mta_conv_triton.weight": "mta_kernel", "mta_conv_after_sm_triton.weight": "mta_kernel_after_sm",
-                "wpsm_triton.weight": "wpsm.weight", "wposm_triton.weight": "wposm.weight"}
+TOP_NAMES = {
+    "tok_embeddings.weight": "model.embed_tokens.weight",
+    "norm.weight": "model.norm.weight",
+    "output.weight": "lm_head.weight",
+}
+TRITON_NAMES = {
+    "mta_conv_triton.weight": "mta_kernel",
+    "mta_conv_after_sm_triton.weight": "mta_kernel_after_sm",
+    "wpsm_triton.weight": "wpsm.weight",
+    "wposm_triton.weight": "wposm.weight",
+}
 DTYPES = {"f32": "F32", "bf16": "BF16", "f16": "F16"}
 
 
@@ -53,15 +71,19 @@ def pairs_from_halves(w, heads):
 
 
 def split_layer(name, prefix):
-    """"PREFIX.3.REST" -> (3, REST)."""
-    number, rest = name[len(prefix) + 1:].split(".", 1)
+    """ "PREFIX.3.REST" -> (3, REST)."""
+    number, rest = name[len(prefix) + 1 :].split(".", 1)
     return int(number), rest
 
 
 def to_ours(state, params):
     """Their state dict and model parameters -> our tensors and config."""
     mta = params.get("mta") or {}
-    if mta.get("curse_norm") or (mta.get("add_gating") and not mta.get("gate_1d", True)) or mta.get("pad_key", "both") != "both":
+    if (
+        mta.get("curse_norm")
+        or (mta.get("add_gating") and not mta.get("gate_1d", True))
+        or mta.get("pad_key", "both") != "both"
+    ):
         raise UserError("params.json: curse_norm, gate_1d false and pad_key other than both have no counterpart here")
     heads = params.get("n_heads") or params["dim"] // params["head_dim"]
     kv_heads = params.get("n_kv_heads") or heads
@@ -79,7 +101,7 @@ def to_ours(state, params):
             raise UserError("tensor %s is unknown" % name)
         layer, rest = split_layer(name, "layers")
         if rest.startswith("attention.triton_mta."):
-            rest = "attention." + TRITON_NAMES.get(rest[len("attention.triton_mta."):], "?")
+            rest = "attention." + TRITON_NAMES.get(rest[len("attention.triton_mta.") :], "?")
         if rest not in LAYER_NAMES:
             raise UserError("tensor %s is unknown" % name)
         layers = max(layers, layer + 1)
@@ -92,7 +114,9 @@ def to_ours(state, params):
         elif key in conv:
             t = t.reshape(heads, t.shape[-2], t.shape[-1])
             if sizes not in (None, tuple(t.shape[1:])):
-                raise UserError("kernels of different sizes (%s and %s) have no counterpart here" % (sizes, tuple(t.shape[1:])))
+                raise UserError(
+                    "kernels of different sizes (%s and %s) have no counterpart here" % (sizes, tuple(t.shape[1:]))
+                )
             sizes = tuple(t.shape[1:])
             conv[key].add(layer)
         elif key in groups:
@@ -106,15 +130,29 @@ def to_ours(state, params):
     embed = tensors["model.embed_tokens.weight"]
     norm = "none" if not mta.get("group_norm") else "group_depth_scaled" if mta.get("layer_norm_rescale") else "group"
     config = {
-        "architectures": ["MtaForCausalLM"], "model_type": "mta", "vocab_size": embed.shape[0], "hidden_size": embed.shape[1],
-        "intermediate_size": tensors["model.layers.0.mlp.gate_proj.weight"].shape[0], "num_hidden_layers": layers,
-        "num_attention_heads": heads, "num_key_value_heads": kv_heads, "max_position_embeddings": params.get("max_seqlen", 2048),
-        "hidden_act": "silu", "rope_theta": float(params.get("rope_theta", 10000.0)), "rms_norm_eps": params.get("norm_eps", 1e-5),
-        "tie_word_embeddings": "lm_head.weight" not in tensors, "attention_type": "mta",
-        "kq_conv_layers": sorted(conv["kq_conv"] | conv["kq_conv_post"]), "kq_conv_query_size": sizes[0] if sizes else 6,
-        "kq_conv_key_size": sizes[1] if sizes else 11, "kq_conv_pre_softmax": bool(conv["kq_conv"]),
-        "kq_conv_post_softmax": bool(conv["kq_conv_post"]), "head_mix_pre_softmax": groups["head_mix_pre"],
-        "head_mix_post_softmax": groups["head_mix"], "head_norm": norm, "head_gate": bool(mta.get("add_gating")),
+        "architectures": ["MtaForCausalLM"],
+        "model_type": "mta",
+        "vocab_size": embed.shape[0],
+        "hidden_size": embed.shape[1],
+        "intermediate_size": tensors["model.layers.0.mlp.gate_proj.weight"].shape[0],
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "max_position_embeddings": params.get("max_seqlen", 2048),
+        "hidden_act": "silu",
+        "rope_theta": float(params.get("rope_theta", 10000.0)),
+        "rms_norm_eps": params.get("norm_eps", 1e-5),
+        "tie_word_embeddings": "lm_head.weight" not in tensors,
+        "attention_type": "mta",
+        "kq_conv_layers": sorted(conv["kq_conv"] | conv["kq_conv_post"]),
+        "kq_conv_query_size": sizes[0] if sizes else 6,
+        "kq_conv_key_size": sizes[1] if sizes else 11,
+        "kq_conv_pre_softmax": bool(conv["kq_conv"]),
+        "kq_conv_post_softmax": bool(conv["kq_conv_post"]),
+        "head_mix_pre_softmax": groups["head_mix_pre"],
+        "head_mix_post_softmax": groups["head_mix"],
+        "head_norm": norm,
+        "head_gate": bool(mta.get("add_gating")),
     }
     plain = not config["kq_conv_layers"] and not any(groups.values()) and norm == "none" and not config["head_gate"]
     if plain:
@@ -157,17 +195,33 @@ def to_theirs(tensors, config):
     pre, post = bool(layers) and config.get("kq_conv_pre_softmax"), bool(layers) and config.get("kq_conv_post_softmax")
     mta = {
         "use_mta": bool(layers or config.get("head_mix_pre_softmax") or config.get("head_mix_post_softmax")),
-        "query_kernel_size": cq if pre else None, "key_kernel_size": ck if pre else None,
-        "after_sm_query_kernel_size": cq if post else None, "after_sm_key_kernel_size": ck if post else None, "pad_key": "both",
-        "mta_layers": ",".join(map(str, layers)) if layers else None, "init_method": "identity",
-        "head_kernel_size": config.get("head_mix_post_softmax") or None, "pre_sm_linear_head": bool(config.get("head_mix_pre_softmax")),
-        "post_sm_linear_head": False, "group_norm": norm != "none", "layer_norm_rescale": norm == "group_depth_scaled",
-        "add_gating": bool(config.get("head_gate")), "gate_1d": True,
+        "query_kernel_size": cq if pre else None,
+        "key_kernel_size": ck if pre else None,
+        "after_sm_query_kernel_size": cq if post else None,
+        "after_sm_key_kernel_size": ck if post else None,
+        "pad_key": "both",
+        "mta_layers": ",".join(map(str, layers)) if layers else None,
+        "init_method": "identity",
+        "head_kernel_size": config.get("head_mix_post_softmax") or None,
+        "pre_sm_linear_head": bool(config.get("head_mix_pre_softmax")),
+        "post_sm_linear_head": False,
+        "group_norm": norm != "none",
+        "layer_norm_rescale": norm == "group_depth_scaled",
+        "add_gating": bool(config.get("head_gate")),
+        "gate_1d": True,
     }
-    params = {"dim": dim, "n_layers": config["num_hidden_layers"], "n_heads": heads, "n_kv_heads": kv_heads,
-              "rope_theta": config.get("rope_theta", 10000.0), "norm_eps": config.get("rms_norm_eps", 1e-6),
-              "vocab_size": config["vocab_size"], "weight_tying": "output.weight" not in state,
-              "max_seqlen": config.get("max_position_embeddings", 2048), "mta": mta}
+    params = {
+        "dim": dim,
+        "n_layers": config["num_hidden_layers"],
+        "n_heads": heads,
+        "n_kv_heads": kv_heads,
+        "rope_theta": config.get("rope_theta", 10000.0),
+        "norm_eps": config.get("rms_norm_eps", 1e-6),
+        "vocab_size": config["vocab_size"],
+        "weight_tying": "output.weight" not in state,
+        "max_seqlen": config.get("max_position_embeddings", 2048),
+        "mta": mta,
+    }
     return state, params
 
 
@@ -244,8 +298,15 @@ def main():
     parser.add_argument("source", metavar="DIR")
     parser.add_argument("out", metavar="OUT_DIR")
     parser.add_argument("--back", action="store_true", help="ours to theirs")
-    parser.add_argument("--dtype", choices=["stored"] + sorted(DTYPES), default="stored", help="form of the weights (default: as stored)")
-    parser.add_argument("--tokenizer", metavar="FILE", help="rank file to copy and name in config.json (Llama 3's tokenizer.model)")
+    parser.add_argument(
+        "--dtype",
+        choices=["stored"] + sorted(DTYPES),
+        default="stored",
+        help="form of the weights (default: as stored)",
+    )
+    parser.add_argument(
+        "--tokenizer", metavar="FILE", help="rank file to copy and name in config.json (Llama 3's tokenizer.model)"
+    )
     args = parser.parse_args()
     try:
         if torch is None:

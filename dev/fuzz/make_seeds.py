@@ -1,20 +1,47 @@
 #!/usr/bin/env python3
-"""Writes a small seed corpus for the harnesses of this folder: make_seeds.py DIR -> DIR/{json,checkpoint,shard,tokenizer}/*."""
+"""Writes a small seed corpus for the harnesses of this folder: make_seeds.py DIR ->
+DIR/{json,checkpoint,shard,tokenizer}/*."""
+
 import base64
 import json
 import os
 import struct
 import sys
 
-CONFIG = {"vocab_size": 7, "hidden_size": 4, "intermediate_size": 3, "num_hidden_layers": 1, "num_attention_heads": 2,
-          "num_key_value_heads": 1, "tie_word_embeddings": True, "rms_norm_eps": 1e-5, "kq_conv_layers": [0],
-          "kq_conv_pre_softmax": True, "kq_conv_query_size": 2, "kq_conv_key_size": 3, "head_mix_post_softmax": 2,
-          "head_norm": "group", "head_gate": True, "rope_scaling": {"rope_type": "llama3", "factor": 8.0}}
-LAYER = {"input_layernorm.weight": [4], "self_attn.q_proj.weight": [4, 4], "self_attn.k_proj.weight": [2, 4],
-         "self_attn.v_proj.weight": [2, 4], "self_attn.o_proj.weight": [4, 4], "self_attn.kq_conv.weight": [2, 2, 3],
-         "self_attn.head_mix.weight": [1, 2, 2], "self_attn.head_norm.weight": [2], "self_attn.head_gate.weight": [2],
-         "self_attn.head_gate.bias": [1], "post_attention_layernorm.weight": [4], "mlp.gate_proj.weight": [3, 4],
-         "mlp.up_proj.weight": [3, 4], "mlp.down_proj.weight": [4, 3]}
+CONFIG = {
+    "vocab_size": 7,
+    "hidden_size": 4,
+    "intermediate_size": 3,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "tie_word_embeddings": True,
+    "rms_norm_eps": 1e-5,
+    "kq_conv_layers": [0],
+    "kq_conv_pre_softmax": True,
+    "kq_conv_query_size": 2,
+    "kq_conv_key_size": 3,
+    "head_mix_post_softmax": 2,
+    "head_norm": "group",
+    "head_gate": True,
+    "rope_scaling": {"rope_type": "llama3", "factor": 8.0},
+}
+LAYER = {
+    "input_layernorm.weight": [4],
+    "self_attn.q_proj.weight": [4, 4],
+    "self_attn.k_proj.weight": [2, 4],
+    "self_attn.v_proj.weight": [2, 4],
+    "self_attn.o_proj.weight": [4, 4],
+    "self_attn.kq_conv.weight": [2, 2, 3],
+    "self_attn.head_mix.weight": [1, 2, 2],
+    "self_attn.head_norm.weight": [2],
+    "self_attn.head_gate.weight": [2],
+    "self_attn.head_gate.bias": [1],
+    "post_attention_layernorm.weight": [4],
+    "mlp.gate_proj.weight": [3, 4],
+    "mlp.up_proj.weight": [3, 4],
+    "mlp.down_proj.weight": [4, 3],
+}
 SIZE = {"F32": 4, "F16": 2, "BF16": 2, "F64": 8, "I64": 8}
 
 
@@ -48,19 +75,29 @@ def main():
     out = sys.argv[1]
     shapes = {"model.embed_tokens.weight": [7, 4], "model.norm.weight": [4]}
     shapes.update({"model.layers.0." + k: v for k, v in LAYER.items()})
-    plain = {k: v for k, v in CONFIG.items() if "kq_" not in k and "head_mix" not in k and "head_norm" not in k and "gate" not in k}
+    plain = {
+        k: v
+        for k, v in CONFIG.items()
+        if "kq_" not in k and "head_mix" not in k and "head_norm" not in k and "gate" not in k
+    }
     diff = dict(plain, attention_type="diff", head_norm="group_depth_scaled")
     ranks = b"".join(base64.b64encode(bytes([b])) + b" %d\n" % b for b in range(256))
-    ranks += b"".join(base64.b64encode(w) + b" %d\n" % (256 + i) for i, w in enumerate([b"th", b"the", b" t", b"\xc3\xa9", b"  "]))
-    text = "The the  \u00e9\u00e8 don't 12345\n\n x\t\U0001F600 ".encode()
+    ranks += b"".join(
+        base64.b64encode(w) + b" %d\n" % (256 + i) for i, w in enumerate([b"th", b"the", b" t", b"\xc3\xa9", b"  "])
+    )
+    text = "The the  \u00e9\u00e8 don't 12345\n\n x\t\U0001f600 ".encode()
     seeds = {
         "json/config": json.dumps(CONFIG).encode(),
         "json/escapes": b'["\\u00e9\\ud83d\\ude00\\n\\"\\\\/\xc3\xa9", -0.5e-3, 1e300, true, false, null, {}, [], {"a":{"a":1,"a":2}}]',
         "json/deep": b"[" * 20 + b"]" * 20,
         "checkpoint/mta": checkpoint(CONFIG, shapes, "F32"),
         "checkpoint/bf16": checkpoint(CONFIG, shapes, "BF16"),
-        "checkpoint/plain": checkpoint(plain, {k: v for k, v in shapes.items() if "kq_" not in k and "head_" not in k}, "F16"),
-        "checkpoint/diff": checkpoint(diff, {k: v for k, v in shapes.items() if "kq_" not in k and "head_" not in k}, "F64"),
+        "checkpoint/plain": checkpoint(
+            plain, {k: v for k, v in shapes.items() if "kq_" not in k and "head_" not in k}, "F16"
+        ),
+        "checkpoint/diff": checkpoint(
+            diff, {k: v for k, v in shapes.items() if "kq_" not in k and "head_" not in k}, "F64"
+        ),
         "checkpoint/odd": checkpoint({}, {"a": [], "b": [0, 3], "c": [2, 1, 1, 1, 1, 1, 1, 1]}, "I64"),
         "shard/u16": shard(list(range(40)), 2, 300),
         "shard/u32": shard(list(range(40)), 4, 0),

@@ -1,6 +1,8 @@
 #!/usr/bin/env python3
-"""Tests of scripts/convert_ram.py: a model in the authors' form (interleaved RoPE, head kernels stored in, out), computed in that form, equals
-the converted one under our reference; and there and back is the identity, bit for bit. Skips without PyTorch."""
+"""Tests of scripts/convert_ram.py: a model in the authors' form (interleaved RoPE, head kernels stored in, out),
+computed in that form, equals the converted one under our reference; and there and back is the identity, bit for bit.
+Skips without PyTorch."""
+
 import json
 import os
 import subprocess
@@ -19,10 +21,24 @@ try:
 except ImportError:
     torch = None
 
-MTA = {"use_mta": True, "query_kernel_size": 6, "key_kernel_size": 11, "pad_key": "both", "mta_layers": "1", "group_norm": True}
+MTA = {
+    "use_mta": True,
+    "query_kernel_size": 6,
+    "key_kernel_size": 11,
+    "pad_key": "both",
+    "mta_layers": "1",
+    "group_norm": True,
+}
 KINDS = {
     "first": dict(MTA, head_kernel_size=2, layer_norm_rescale=True),
-    "released": dict(MTA, after_sm_query_kernel_size=6, after_sm_key_kernel_size=11, pre_sm_linear_head=True, head_kernel_size=4, add_gating=True),
+    "released": dict(
+        MTA,
+        after_sm_query_kernel_size=6,
+        after_sm_key_kernel_size=11,
+        pre_sm_linear_head=True,
+        head_kernel_size=4,
+        add_gating=True,
+    ),
     "linear": dict(MTA, pre_sm_linear_head=True, post_sm_linear_head=True),
     "plain": {"use_mta": False},
 }
@@ -35,7 +51,14 @@ def their_state(mta, seed):
     s = {"tok_embeddings.weight": r(61, 32), "norm.weight": 1 + r(32)}
     for i in range(2):
         a = "layers.%d.attention." % i
-        s.update({a + "wq.weight": r(32, 32), a + "wk.weight": r(32, 32), a + "wv.weight": r(32, 32), a + "wo.weight": r(32, 32)})
+        s.update(
+            {
+                a + "wq.weight": r(32, 32),
+                a + "wk.weight": r(32, 32),
+                a + "wv.weight": r(32, 32),
+                a + "wo.weight": r(32, 32),
+            }
+        )
         if i == 1 and mta.get("query_kernel_size"):
             s[a + "mta_kernel"] = r(4, 1, 6, 11)
         if i == 1 and mta.get("after_sm_query_kernel_size"):
@@ -61,11 +84,19 @@ def their_attention(x, s, i, mta, theta):
     """Written from the equations in the authors' conventions; x (T, 32)."""
     T, a = x.shape[0], "layers.%d.attention." % i
     q, k, v = ((x @ s[a + n].T).view(T, 4, 8) for n in ("wq.weight", "wk.weight", "wv.weight"))
-    turn = torch.polar(torch.ones(T, 4, dtype=torch.float64), torch.outer(torch.arange(T).double(), theta ** (-torch.arange(0, 8, 2).double() / 8)))
-    q, k = (torch.view_as_real(torch.view_as_complex(z.double().reshape(T, 4, 4, 2)) * turn[:, None]).reshape(T, 4, 8) for z in (q, k))
-    scores = torch.einsum("ihd,jhd->hij", q, k) / 8 ** 0.5
+    turn = torch.polar(
+        torch.ones(T, 4, dtype=torch.float64),
+        torch.outer(torch.arange(T).double(), theta ** (-torch.arange(0, 8, 2).double() / 8)),
+    )
+    q, k = (
+        torch.view_as_real(torch.view_as_complex(z.double().reshape(T, 4, 4, 2)) * turn[:, None]).reshape(T, 4, 8)
+        for z in (q, k)
+    )
+    scores = torch.einsum("ihd,jhd->hij", q, k) / 8**0.5
     mask = torch.ones(T, T).triu(1).bool()
-    conv = lambda z, w: torch.nn.functional.conv2d(torch.nn.functional.pad(z.masked_fill(mask, 0)[None], (5, 5, 5, 0)), w, groups=4)[0]
+    conv = lambda z, w: torch.nn.functional.conv2d(
+        torch.nn.functional.pad(z.masked_fill(mask, 0)[None], (5, 5, 5, 0)), w, groups=4
+    )[0]
     if a + "mta_kernel" in s:
         scores = conv(scores, s[a + "mta_kernel"])
     if a + "wpsm.weight" in s:
@@ -105,8 +136,18 @@ class Convert(unittest.TestCase):
         for seed, (kind, mta) in enumerate(KINDS.items()):
             with tempfile.TemporaryDirectory() as tmp:
                 state = their_state(mta, seed)
-                params = {"model": {"dim": 32, "n_layers": 2, "n_heads": 4, "rope_theta": 5000.0, "norm_eps": 1e-5, "weight_tying": True,
-                                    "mta": mta}, "data": {"seq_len": 64}}
+                params = {
+                    "model": {
+                        "dim": 32,
+                        "n_layers": 2,
+                        "n_heads": 4,
+                        "rope_theta": 5000.0,
+                        "norm_eps": 1e-5,
+                        "weight_tying": True,
+                        "mta": mta,
+                    },
+                    "data": {"seq_len": 64},
+                }
                 paths = [os.path.join(tmp, x) for x in ("ram", "ours", "back", "again")]
                 os.makedirs(paths[0])
                 torch.save({"model": state}, os.path.join(paths[0], "consolidated.pth"))
@@ -118,8 +159,13 @@ class Convert(unittest.TestCase):
                 with open(os.path.join(paths[1], "config.json")) as f:
                     config = json.load(f)
                 self.assertEqual(config["max_position_embeddings"], 64)
-                weights = {k: v.double() for k, v in convert_ram.read_safetensors(os.path.join(paths[1], "model.safetensors")).items()}
-                self.assertEqual({n: s for n, s in mta_ref.names_and_shapes(config)}, {k: tuple(v.shape) for k, v in weights.items()})
+                weights = {
+                    k: v.double()
+                    for k, v in convert_ram.read_safetensors(os.path.join(paths[1], "model.safetensors")).items()
+                }
+                self.assertEqual(
+                    {n: s for n, s in mta_ref.names_and_shapes(config)}, {k: tuple(v.shape) for k, v in weights.items()}
+                )
                 ids = torch.randint(0, 61, (23,), generator=torch.Generator().manual_seed(seed))
                 want, got = their_logits(ids, state, mta, 5000.0), mta_ref.forward(ids[None], weights, config)[0]
                 self.assertLess((want - got).abs().max().item(), 1e-9 * want.abs().max().item(), kind)
@@ -139,7 +185,10 @@ def main():
     for test, why in result.skipped:
         print("skipped: %s: %s" % (test, why))
     failed, skipped = len(result.failures) + len(result.errors), len(result.skipped)
-    print("%d passed, %d failed%s" % (result.testsRun - failed - skipped, failed, ", %d skipped" % skipped if skipped else ""))
+    print(
+        "%d passed, %d failed%s"
+        % (result.testsRun - failed - skipped, failed, ", %d skipped" % skipped if skipped else "")
+    )
     sys.exit(failed != 0)
 
 

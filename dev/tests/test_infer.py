@@ -1,8 +1,10 @@
 #!/usr/bin/env python3
-"""Tests of infer_mta from outside: python3 dev/tests/test_infer.py. The golden cases of dev/golden give checkpoints and the logits that every
-way of running them must reproduce; where PyTorch is there, dev/ref is the yardstick for long greedy continuations and scores.
+"""Tests of infer_mta from outside: python3 dev/tests/test_infer.py. The golden cases of dev/golden give checkpoints
+and the logits that every way of running them must reproduce; where PyTorch is there, dev/ref is the yardstick for
+long greedy continuations and scores.
 
 MTA_BIN: directory of the binaries (default: the repository root). MTA_GOLDEN: directory of golden cases."""
+
 import array
 import glob
 import json
@@ -34,10 +36,13 @@ def read_safetensors(path):
     with open(path, "rb") as f:
         data = f.read()
     size = struct.unpack("<Q", data[:8])[0]
-    header = json.loads(data[8:8 + size])
+    header = json.loads(data[8 : 8 + size])
     meta = header.pop("__metadata__", {})
     base = 8 + size
-    return {k: (v["dtype"], v["shape"], data[base + v["data_offsets"][0]:base + v["data_offsets"][1]]) for k, v in header.items()}, meta
+    return {
+        k: (v["dtype"], v["shape"], data[base + v["data_offsets"][0] : base + v["data_offsets"][1]])
+        for k, v in header.items()
+    }, meta
 
 
 def write_safetensors(path, tensors):
@@ -60,11 +65,11 @@ def floats(data):
 
 def to_bf16(data):
     """F32 bytes -> BF16 bytes, truncated: then both forms hold the same numbers once the F32 ones are truncated too."""
-    return b"".join(data[i + 2:i + 4] for i in range(0, len(data), 4))
+    return b"".join(data[i + 2 : i + 4] for i in range(0, len(data), 4))
 
 
 def truncate_bf16(data):
-    return b"".join(b"\0\0" + data[i + 2:i + 4] for i in range(0, len(data), 4))
+    return b"".join(b"\0\0" + data[i + 2 : i + 4] for i in range(0, len(data), 4))
 
 
 def run(args, stdin=None, check=True, **kw):
@@ -86,7 +91,7 @@ class Case:
 
     def __init__(self, path, where, **config):
         tensors, meta = read_safetensors(path)
-        self.name = os.path.basename(path)[:-len(".safetensors")]
+        self.name = os.path.basename(path)[: -len(".safetensors")]
         self.config = dict(json.loads(meta["config"]), **config)
         self.dir = os.path.join(where, self.name)
         self.weights = {k: v for k, v in tensors.items() if not k.startswith(("golden.", "grad."))}
@@ -104,11 +109,11 @@ class Case:
         write_safetensors(os.path.join(path, "model.safetensors"), weights)
 
     def row(self, b):
-        return self.tokens[b * self.T:(b + 1) * self.T]
+        return self.tokens[b * self.T : (b + 1) * self.T]
 
     def row_logits(self, b, t):
         at = (b * self.T + t) * self.V
-        return self.logits[at:at + self.V]
+        return self.logits[at : at + self.V]
 
 
 class Golden(unittest.TestCase):
@@ -140,11 +145,14 @@ class Golden(unittest.TestCase):
         for c in self.cases:
             for options in ([], ["--chunk", "1"], ["--chunk", "7"], ["--chunk", "16", "--threads", "2"]):
                 for b in range(c.B):
-                    want = c.logits[b * c.T * c.V:(b + 1) * c.T * c.V]
-                    self.compare(self.logits(c.dir, c.row(b), *options), want, 1e-5, "%s %s row %d" % (c.name, options, b))
+                    want = c.logits[b * c.T * c.V : (b + 1) * c.T * c.V]
+                    self.compare(
+                        self.logits(c.dir, c.row(b), *options), want, 1e-5, "%s %s row %d" % (c.name, options, b)
+                    )
 
     def test_forms_of_weights(self):
-        """bf16 and f16 files, conversions and bf16 caches: the same numbers in each form give the same logits, roundings small ones."""
+        """bf16 and f16 files, conversions and bf16 caches: the same numbers in each form give the same logits,
+        roundings small ones."""
         for c in self.cases:
             same32 = {k: ("F32", s, truncate_bf16(d)) for k, (_, s, d) in c.weights.items()}
             same16 = {k: ("BF16", s, to_bf16(d)) for k, (_, s, d) in c.weights.items()}
@@ -152,27 +160,52 @@ class Golden(unittest.TestCase):
             Case.write(a, same32, c.config)
             Case.write(b, same16, c.config)
             want = self.logits(a, c.row(0))
-            for path, options in ((a, ["--weights", "bf16"]), (b, []), (b, ["--weights", "f32"]), (b, ["--weights", "bf16", "--chunk", "1"])):
+            for path, options in (
+                (a, ["--weights", "bf16"]),
+                (b, []),
+                (b, ["--weights", "f32"]),
+                (b, ["--weights", "bf16", "--chunk", "1"]),
+            ):
                 self.compare(self.logits(path, c.row(0), *options), want, 1e-5, "%s %s" % (c.name, options))
-            half = {k: ("F16", s, struct.pack("<%de" % (len(d) // 4), *floats(d))) for k, (_, s, d) in c.weights.items()}
+            half = {
+                k: ("F16", s, struct.pack("<%de" % (len(d) // 4), *floats(d))) for k, (_, s, d) in c.weights.items()
+            }
             Case.write(c.dir + "_f16", half, c.config)
             want = self.logits(c.dir, c.row(0))
             self.compare(self.logits(c.dir + "_f16", c.row(0)), want, 5e-3, c.name + " f16")
             for chunk in ("1", "64"):
-                self.compare(self.logits(c.dir, c.row(0), "--weights", "int8", "--chunk", chunk), want, 0.1, c.name + " int8")
-                self.compare(self.logits(c.dir, c.row(0), "--cache", "bf16", "--chunk", chunk), want, 0.03, c.name + " bf16 cache")
+                self.compare(
+                    self.logits(c.dir, c.row(0), "--weights", "int8", "--chunk", chunk), want, 0.1, c.name + " int8"
+                )
+                self.compare(
+                    self.logits(c.dir, c.row(0), "--cache", "bf16", "--chunk", chunk),
+                    want,
+                    0.03,
+                    c.name + " bf16 cache",
+                )
 
     def test_greedy_follows_the_logits(self):
         """--temperature 0 from a prompt: each id is the argmax of the logits of everything before it."""
         for c in self.cases:
-            prompt = c.row(0)[:max(1, min(5, c.T - 1))]
+            prompt = c.row(0)[: max(1, min(5, c.T - 1))]
             steps = min(30, c.config["max_position_embeddings"] - len(prompt))
-            out = run([c.dir, "--token-ids", " ".join(map(str, prompt)), "--temperature", "0", "--max-tokens", str(steps), "--quiet"])
+            out = run(
+                [
+                    c.dir,
+                    "--token-ids",
+                    " ".join(map(str, prompt)),
+                    "--temperature",
+                    "0",
+                    "--max-tokens",
+                    str(steps),
+                    "--quiet",
+                ]
+            )
             ids = list(map(int, out.split()))
             self.assertEqual(len(ids), steps)
             flat = self.logits(c.dir, prompt + ids)
             for i, got in enumerate(ids):
-                row = flat[(len(prompt) - 1 + i) * c.V:(len(prompt) + i) * c.V]
+                row = flat[(len(prompt) - 1 + i) * c.V : (len(prompt) + i) * c.V]
                 self.assertGreaterEqual(row[got], max(row) - 1e-4, "%s step %d" % (c.name, i))
 
     def test_score(self):
@@ -187,15 +220,23 @@ class Golden(unittest.TestCase):
                     for end in (cut, cut + 1, c.T):
                         lines.append({"context_ids": ids[:cut], "continuation_ids": ids[cut:end]})
                         rows = [self_row for self_row in (list(c.row_logits(b, t)) for t in range(cut - 1, end - 1))]
-                        want.append(([log_softmax(r)[ids[cut + i]] for i, r in enumerate(rows)],
-                                     all(max(r) == r[ids[cut + i]] for i, r in enumerate(rows))))
+                        want.append(
+                            (
+                                [log_softmax(r)[ids[cut + i]] for i, r in enumerate(rows)],
+                                all(max(r) == r[ids[cut + i]] for i, r in enumerate(rows)),
+                            )
+                        )
             order = list(range(len(lines)))
             random.Random(1).shuffle(order)
             text = "".join(json.dumps(lines[i]) + "\n" for i in order).encode()
             path = os.path.join(self.tmp.name, "score.jsonl")
             with open(path, "wb") as f:
                 f.write(text)
-            for args, stdin in ((["--score", path], None), (["--score", "-"], text), (["--score", path, "--chunk", "3"], None)):
+            for args, stdin in (
+                (["--score", path], None),
+                (["--score", "-"], text),
+                (["--score", path, "--chunk", "3"], None),
+            ):
                 answers = [json.loads(x) for x in run([c.dir, "--quiet"] + args, stdin=stdin).splitlines()]
                 self.assertEqual(len(answers), len(lines))
                 for i, a in zip(order, answers):
@@ -210,7 +251,18 @@ class Golden(unittest.TestCase):
         for c in self.cases:
             if c.T < 8:
                 continue
-            args = [c.dir, "--token-ids", " ".join(map(str, c.row(0)[:7])), "--max-tokens", "12", "--quiet", "--temperature", "3", "--top-p", "1"]
+            args = [
+                c.dir,
+                "--token-ids",
+                " ".join(map(str, c.row(0)[:7])),
+                "--max-tokens",
+                "12",
+                "--quiet",
+                "--temperature",
+                "3",
+                "--top-p",
+                "1",
+            ]
             three = run(args + ["--samples", "3"]).splitlines()
             self.assertEqual(len(three), 3)
             self.assertEqual(three[0], run(args).strip())
@@ -224,7 +276,18 @@ class Golden(unittest.TestCase):
         c = self.cases[0]
         probs = [math.exp(x) for x in log_softmax(list(c.row_logits(0, 4)))]
         order = sorted(range(c.V), key=lambda i: -probs[i])
-        args = [c.dir, "--token-ids", " ".join(map(str, c.row(0)[:5])), "--max-tokens", "1", "--samples", "20000", "--quiet", "--temperature", "1"]
+        args = [
+            c.dir,
+            "--token-ids",
+            " ".join(map(str, c.row(0)[:5])),
+            "--max-tokens",
+            "1",
+            "--samples",
+            "20000",
+            "--quiet",
+            "--temperature",
+            "1",
+        ]
 
         def shares(*options):
             ids = list(map(int, run(args + list(options)).split()))
@@ -255,11 +318,16 @@ class Golden(unittest.TestCase):
         p = run([c.dir, "--token-ids", " ".join(map(str, ids + [1])), "--quiet"], check=False)
         self.assertEqual(p.returncode, 1)
         self.assertIn(b"the context has %d positions" % limit, p.stderr)
-        p = run([c.dir, "--token-ids", " ".join(map(str, ids)), "--max-tokens", "5", "--quiet", "--temperature", "0"], check=False)
+        p = run(
+            [c.dir, "--token-ids", " ".join(map(str, ids)), "--max-tokens", "5", "--quiet", "--temperature", "0"],
+            check=False,
+        )
         self.assertEqual(p.returncode, 0)
         self.assertEqual(len(p.stdout.split()), 1)  # the last position's logits give one more
         self.assertIn(b"is full", p.stderr)
-        out = run([c.dir, "--token-ids", "1 2 3", "--max-tokens", str(3 * limit), "--quiet", "--temperature", "0", "--shift"])
+        out = run(
+            [c.dir, "--token-ids", "1 2 3", "--max-tokens", str(3 * limit), "--quiet", "--temperature", "0", "--shift"]
+        )
         self.assertEqual(len(out.split()), 3 * limit)
 
     def test_attention_map(self):
@@ -331,7 +399,7 @@ class Refusals(unittest.TestCase):
     def test_requests(self):
         d = self.case.dir
         self.refuse([d, "--token-ids", "1 61"], "wanted token ids from 0 to 60")
-        self.refuse([d, "--token-ids", "1 x"], "got \"x\"")
+        self.refuse([d, "--token-ids", "1 x"], 'got "x"')
         self.refuse([d, "--token-ids", ""], "empty")
         self.refuse([d, "--prompt", "a"], "names no tokenizer")
         self.refuse([d, "--prompt", "a", "--tokenizer", "bytes"], "vocabulary has 61")
@@ -341,17 +409,24 @@ class Refusals(unittest.TestCase):
         self.refuse([d, "--token-ids", "1", "--prompt", "a"], "exclude each other")
         self.refuse(["--prompt", "a"], "no checkpoint directory")
         self.refuse([d, "--score", os.path.join(self.tmp.name, "none")], "No such file")
-        for line, part in ((b"{", "line 1"), (b"{}", "wanted \"context\""), (b'{"context_ids":[],"continuation_ids":[1]}', "context is empty"),
-                           (b'{"context_ids":[1],"continuation_ids":[99]}', "from 0 to 60"),
-                           (b'{"context_ids":[1],"continuation_ids":[%s]}' % b",".join([b"1"] * 65), "the context has 64 positions")):
+        for line, part in (
+            (b"{", "line 1"),
+            (b"{}", 'wanted "context"'),
+            (b'{"context_ids":[],"continuation_ids":[1]}', "context is empty"),
+            (b'{"context_ids":[1],"continuation_ids":[99]}', "from 0 to 60"),
+            (b'{"context_ids":[1],"continuation_ids":[%s]}' % b",".join([b"1"] * 65), "the context has 64 positions"),
+        ):
             self.refuse([d, "--score", "-"], part, stdin=line)
         self.refuse([d, "--token-ids", "1", "--logits", os.path.join(self.tmp.name, "no", "file")], "No such file")
         self.refuse([d, "--token-ids", "1", "--attention-map", "x", "--layer", "2"], "layers 0 to 1")
 
     def test_closed_pipe_and_full_disk(self):
         d = self.case.dir
-        p = subprocess.Popen([BIN, d, "--token-ids", "1", "--max-tokens", "60", "--quiet", "--samples", "10000"], stdout=subprocess.PIPE,
-                             stderr=subprocess.PIPE)
+        p = subprocess.Popen(
+            [BIN, d, "--token-ids", "1", "--max-tokens", "60", "--quiet", "--samples", "10000"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
         p.stdout.read(10)
         p.stdout.close()
         error = p.stderr.read().decode()
@@ -367,7 +442,9 @@ class Refusals(unittest.TestCase):
 
     def test_a_driver_gets_each_answer_at_once(self):
         """--score - answers what has arrived, so that a program may wait for one answer before it asks again."""
-        p = subprocess.Popen([BIN, self.case.dir, "--score", "-", "--quiet"], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        p = subprocess.Popen(
+            [BIN, self.case.dir, "--score", "-", "--quiet"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        )
         for i in range(3):
             p.stdin.write(b'{"context_ids":[1,2],"continuation_ids":[%d]}\n' % i)
             p.stdin.flush()
@@ -381,17 +458,42 @@ class Refusals(unittest.TestCase):
 def text_model(where, torch_free_seed=3):
     """A byte-level checkpoint of random weights for the tests of text."""
     rng = random.Random(torch_free_seed)
-    config = {"vocab_size": 259, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
-              "num_key_value_heads": 1, "max_position_embeddings": 64, "tie_word_embeddings": True, "rms_norm_eps": 1e-5, "tokenizer": "bytes",
-              "kq_conv_layers": [1], "kq_conv_pre_softmax": True, "kq_conv_post_softmax": True, "kq_conv_query_size": 3, "kq_conv_key_size": 5,
-              "head_mix_post_softmax": 2}
+    config = {
+        "vocab_size": 259,
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "max_position_embeddings": 64,
+        "tie_word_embeddings": True,
+        "rms_norm_eps": 1e-5,
+        "tokenizer": "bytes",
+        "kq_conv_layers": [1],
+        "kq_conv_pre_softmax": True,
+        "kq_conv_post_softmax": True,
+        "kq_conv_query_size": 3,
+        "kq_conv_key_size": 5,
+        "head_mix_post_softmax": 2,
+    }
     shapes = {"model.embed_tokens.weight": [259, 16], "model.norm.weight": [16]}
     for i in range(2):
         p = "model.layers.%d." % i
         a = p + "self_attn."
-        shapes.update({p + "input_layernorm.weight": [16], p + "post_attention_layernorm.weight": [16], a + "q_proj.weight": [16, 16],
-                       a + "k_proj.weight": [8, 16], a + "v_proj.weight": [8, 16], a + "o_proj.weight": [16, 16], a + "head_mix.weight": [1, 2, 2],
-                       p + "mlp.gate_proj.weight": [24, 16], p + "mlp.up_proj.weight": [24, 16], p + "mlp.down_proj.weight": [16, 24]})
+        shapes.update(
+            {
+                p + "input_layernorm.weight": [16],
+                p + "post_attention_layernorm.weight": [16],
+                a + "q_proj.weight": [16, 16],
+                a + "k_proj.weight": [8, 16],
+                a + "v_proj.weight": [8, 16],
+                a + "o_proj.weight": [16, 16],
+                a + "head_mix.weight": [1, 2, 2],
+                p + "mlp.gate_proj.weight": [24, 16],
+                p + "mlp.up_proj.weight": [24, 16],
+                p + "mlp.down_proj.weight": [16, 24],
+            }
+        )
     shapes["model.layers.1.self_attn.kq_conv.weight"] = [2, 3, 5]
     shapes["model.layers.1.self_attn.kq_conv_post.weight"] = [2, 3, 5]
     weights = {}
@@ -416,15 +518,20 @@ class TextIO(unittest.TestCase):
         a = run([self.dir, "--prompt", "h\u00e9llo", "--max-tokens", "20", "--quiet"])
         b = run([self.dir, "--max-tokens", "20", "--quiet"], stdin="h\u00e9llo".encode())
         self.assertEqual(a, b)
-        self.assertEqual(run([self.dir, "--prompt", "h\u00e9llo", "--max-tokens", "20", "--quiet", "--echo"]), "h\u00e9llo" + a)
+        self.assertEqual(
+            run([self.dir, "--prompt", "h\u00e9llo", "--max-tokens", "20", "--quiet", "--echo"]), "h\u00e9llo" + a
+        )
         ids = "256 " + " ".join(map(str, "h\u00e9llo".encode()))
         c = run([self.dir, "--token-ids", ids, "--max-tokens", "20", "--quiet"])
         text = run(["--detokenize", "--tokenizer", "bytes"], stdin=c.encode())
         self.assertEqual(json.loads(text)["text"] + "\n", a)
 
     def test_tokenizer_alone(self):
-        texts = ["", "abc", "\u00e9\u4e2d\U0001F600\n\"\\", "a b"]
-        ids = run(["--tokenize", "--tokenizer", "bytes"], stdin="".join(json.dumps({"text": t}) + "\n" for t in texts).encode())
+        texts = ["", "abc", '\u00e9\u4e2d\U0001f600\n"\\', "a b"]
+        ids = run(
+            ["--tokenize", "--tokenizer", "bytes"],
+            stdin="".join(json.dumps({"text": t}) + "\n" for t in texts).encode(),
+        )
         self.assertEqual([list(map(int, x.split())) for x in ids.split("\n")[:-1]], [list(t.encode()) for t in texts])
         back = run(["--detokenize", "--tokenizer", "bytes"], stdin=ids.encode())
         self.assertEqual([json.loads(x)["text"] for x in back.splitlines()], texts)
@@ -433,14 +540,20 @@ class TextIO(unittest.TestCase):
 
     def test_score_of_text(self):
         """Text is BOS, context, continuation: the same as their ids."""
-        lines = [{"context": "ab", "continuation": "cd"}, {"context_ids": [256, 97, 98], "continuation_ids": [99, 100]},
-                 {"context": "", "continuation": "xy"}, {"context_ids": [256], "continuation_ids": [120, 121]}]
+        lines = [
+            {"context": "ab", "continuation": "cd"},
+            {"context_ids": [256, 97, 98], "continuation_ids": [99, 100]},
+            {"context": "", "continuation": "xy"},
+            {"context_ids": [256], "continuation_ids": [120, 121]},
+        ]
         out = run([self.dir, "--score", "-", "--quiet"], stdin="\n".join(map(json.dumps, lines)).encode()).splitlines()
         self.assertEqual(out[0], out[1])
         self.assertEqual(out[2], out[3])
 
     def test_interactive(self):
-        out = run([self.dir, "--interactive", "--max-tokens", "5", "--quiet", "--temperature", "0"], stdin=b"abc\n\nde\n")
+        out = run(
+            [self.dir, "--interactive", "--max-tokens", "5", "--quiet", "--temperature", "0"], stdin=b"abc\n\nde\n"
+        )
         self.assertGreaterEqual(out.count("\n"), 3)
         whole = run([self.dir, "--prompt", "abc", "--max-tokens", "10", "--quiet", "--temperature", "0"])
         first, second = out.encode().split(b"\n")[:2]
@@ -448,8 +561,11 @@ class TextIO(unittest.TestCase):
             self.assertTrue(whole.encode().startswith(first + second))
 
     def test_interrupt_stops_the_answer(self):
-        p = subprocess.Popen([BIN, self.dir, "--interactive", "--max-tokens", "100000000", "--shift", "--quiet"], stdin=subprocess.PIPE,
-                             stdout=subprocess.PIPE)
+        p = subprocess.Popen(
+            [BIN, self.dir, "--interactive", "--max-tokens", "100000000", "--shift", "--quiet"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
         p.stdin.write(b"abc\n")
         p.stdin.flush()
         p.stdout.read(20)
@@ -464,8 +580,12 @@ class TextIO(unittest.TestCase):
 
     def test_control_characters_on_a_terminal(self):
         import pty
+
         master, slave = pty.openpty()
-        p = subprocess.Popen([BIN, self.dir, "--prompt", "a\x1b[31mb\x7f\u0085c\t", "--echo", "--max-tokens", "0", "--quiet"], stdout=slave)
+        p = subprocess.Popen(
+            [BIN, self.dir, "--prompt", "a\x1b[31mb\x7f\u0085c\t", "--echo", "--max-tokens", "0", "--quiet"],
+            stdout=slave,
+        )
         p.wait(60)
         os.close(slave)
         got = os.read(master, 1000)
@@ -480,18 +600,40 @@ class Reference(unittest.TestCase):
     KINDS = {
         "plain": dict(),
         "mta": dict(kq_conv_layers=[1], head_mix_post_softmax=2, head_norm="group_depth_scaled"),
-        "full": dict(kq_conv_layers=[0], kq_conv_post_softmax=True, head_mix_pre_softmax=4, head_mix_post_softmax=4, head_norm="group", head_gate=True),
-        "post": dict(kq_conv_layers=[0, 1], kq_conv_pre_softmax=False, kq_conv_post_softmax=True, head_mix_pre_softmax=2),
+        "full": dict(
+            kq_conv_layers=[0],
+            kq_conv_post_softmax=True,
+            head_mix_pre_softmax=4,
+            head_mix_post_softmax=4,
+            head_norm="group",
+            head_gate=True,
+        ),
+        "post": dict(
+            kq_conv_layers=[0, 1], kq_conv_pre_softmax=False, kq_conv_post_softmax=True, head_mix_pre_softmax=2
+        ),
         "toy": dict(kq_conv_layers=[0, 1], kq_conv_query_size=2, kq_conv_key_size=9),
         "diff": dict(attention_type="diff", head_norm="group_depth_scaled"),
         "diff_gqa": dict(attention_type="diff", head_norm="group", num_key_value_heads=2),
-        "gqa": dict(num_key_value_heads=2, kq_conv_layers=[0], head_mix_post_softmax=2, head_norm="group", tie_word_embeddings=False),
+        "gqa": dict(
+            num_key_value_heads=2,
+            kq_conv_layers=[0],
+            head_mix_post_softmax=2,
+            head_norm="group",
+            tie_word_embeddings=False,
+        ),
         "tall": dict(kq_conv_layers=[0, 1], kq_conv_query_size=9, kq_conv_key_size=3, kq_conv_post_softmax=True),
         "one_by_one": dict(kq_conv_layers=[0, 1], kq_conv_query_size=1, kq_conv_key_size=1, kq_conv_post_softmax=True),
     }
 
     def model(self, kind, where, seed):
-        kw = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4, vocab_size=61)
+        kw = dict(
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=4,
+            vocab_size=61,
+        )
         config = mta_ref.make_config(**dict(kw, **self.KINDS[kind]))
         config["max_position_embeddings"] = 512
         w = mta_ref.random_weights(config, seed)
@@ -509,15 +651,29 @@ class Reference(unittest.TestCase):
                 config, w = self.model(kind, where, 100 + number)
                 rng = random.Random(number)
                 prompt = [rng.randrange(61) for _ in range(9)]
-                out = run([where, "--token-ids", " ".join(map(str, prompt)), "--temperature", "0", "--max-tokens", "200", "--quiet"])
+                out = run(
+                    [
+                        where,
+                        "--token-ids",
+                        " ".join(map(str, prompt)),
+                        "--temperature",
+                        "0",
+                        "--max-tokens",
+                        "200",
+                        "--quiet",
+                    ]
+                )
                 got = list(map(int, out.split()))
                 self.assertEqual(len(got), 200)
-                with torch.no_grad():  # one pass over the result: each id must be the reference's argmax given those before
+                # One pass over the result: each id must be the argmax of the reference given those before it.
+                with torch.no_grad():
                     logits = mta_ref.forward(torch.tensor([prompt + got]), w, config)[0]
-                self.assertEqual(got, logits[len(prompt) - 1:-1].argmax(-1).tolist(), kind)
+                self.assertEqual(got, logits[len(prompt) - 1 : -1].argmax(-1).tolist(), kind)
                 ids = [rng.randrange(61) for _ in range(300)]
                 lines = [{"context_ids": ids[:k], "continuation_ids": ids[k:]} for k in (1, 5, 6, 150, 299)]
-                answers = run([where, "--score", "-", "--quiet"], stdin="\n".join(map(json.dumps, lines)).encode()).splitlines()
+                answers = run(
+                    [where, "--score", "-", "--quiet"], stdin="\n".join(map(json.dumps, lines)).encode()
+                ).splitlines()
                 with torch.no_grad():
                     logp = mta_ref.forward(torch.tensor([ids]), w, config)[0].log_softmax(-1)
                 for line, a in zip(lines, map(json.loads, answers)):
@@ -534,7 +690,10 @@ def main():
         print("skipped: %s: %s" % (test, why))
     failed = len(result.failures) + len(result.errors)
     skipped = len(result.skipped)
-    print("%d passed, %d failed%s" % (result.testsRun - failed - skipped, failed, ", %d skipped" % skipped if skipped else ""))
+    print(
+        "%d passed, %d failed%s"
+        % (result.testsRun - failed - skipped, failed, ", %d skipped" % skipped if skipped else "")
+    )
     sys.exit(failed != 0)
 
 
