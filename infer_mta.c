@@ -1513,7 +1513,7 @@ static Tokenizer* tokenizer_for(const Options* o, const Config* c) {
                 c->tokenizer, tokenizer_vocab(own));
         }
         tokenizer_free(own);
-    } else if (c && c->tokenizer[0] && !own && !o->token_ids) {
+    } else if (c && c->tokenizer[0] && !own && !o->token_ids && !o->score) {
         die("%s", e.text);
     }
     Tokenizer* t = given ? given : own;
@@ -1785,7 +1785,7 @@ static int32_t* parse_ids(const char* text, int V, const char* where, size_t* co
 }
 
 static const Tokenizer* need_tokenizer(const Session* s) {
-    if (!s->t) { die("%s: config.json names no tokenizer; give --tokenizer NAME|FILE, or --token-ids", s->o.dir); }
+    if (!s->t) { die("%s: config.json names no tokenizer that is there; give --tokenizer NAME|FILE, or ids", s->o.dir); }
     return s->t;
 }
 
