@@ -444,7 +444,7 @@ static inline void run_check_directory(const Run* r) {
     if (!write_file_synced(path, "1", 1, &e)) { die("--out: %s", e.text); }
     unlink(path);
     tensor_list(&list, &r->config);
-    double needed = (double)list.numel * 12 + (1 << 20);
+    double needed = (double)list.numel * 14 + (1 << 20);  // fp32 weights, m, v; or bf16 weights, fp32 master weights, m, v
     tensor_list_free(&list);
     if (!statvfs(r->options.out, &fs) && (double)fs.f_bavail * (double)fs.f_frsize < needed) {
         die("--out: %s has %.0f MiB free, one checkpoint needs %.0f", r->options.out, (double)fs.f_bavail * (double)fs.f_frsize / 1048576, needed / 1048576);
