@@ -2,8 +2,9 @@
 # dev/bench/cpu_step.sh [REPEATS=5]: speed of train_mta.c on this machine, as ratios measured in one run.
 #
 # Shapes: vocabulary 8192, 384 channels, 1024 hidden units, 6 layers of 6 heads, T 1024, batch 2, convolution in layers 1, 3, 5.
-#   ratio        model FLOP/s of a whole optimizer step (dev/MODEL.md) over the machine's own sgemm at 2048^3
-#   gemm         our cut of that product into single-threaded blocks, and the plain OpenMP product without a BLAS, over sgemm
+#   ratio        model FLOP/s of a whole optimizer step (dev/MODEL.md) over the machine's own sgemm at 2048^3, medians of steps and products
+#                taken in turns; best_ratio: the fastest step over the fastest product
+#   gemm_gflops  our cut of that product into single-threaded blocks; without CBLAS the plain OpenMP product
 #   PyTorch      one forward and backward of the dense reference (no update) over our whole step
 set -eu
 cd "$(dirname "$0")/../.."
