@@ -132,7 +132,7 @@ step "test_mta.c C++17" g++ -std=c++17 -march=native -fopenmp -Wall -Wextra -Wer
 
 step "test_mta" ./test_mta
 step "test_mta without CBLAS" ./test_mta_nocblas
-step "test_mta sanitizers" make asan
+step "test_mta sanitizers" make -j2 asan
 for source in dev/tests/test_*.c; do
     name=$(basename "$source" .c)
     step "build $name" gcc -std=gnu11 -O2 -g -march=native -Wall -Wextra -Werror -I. "$source" -o "build/$name" -lm

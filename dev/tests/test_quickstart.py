@@ -38,6 +38,14 @@ def read_text(path):
         return ""
 
 
+def kill_group(leader):
+    """Ends whatever a test left running."""
+    try:
+        os.killpg(leader, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+
+
 class Quickstart(unittest.TestCase):
     @classmethod
     def setUpClass(cls):
@@ -213,8 +221,11 @@ class Quickstart(unittest.TestCase):
         """SIGTERM or SIGINT in the middle: both trainings save and end, status 75; so does the toy table."""
         for script, words, sig, runs in (("quickstart.sh", ("--no-install", "--out", "runs/f"), signal.SIGTERM, "runs/f/n4_first"),
                                          ("toy_table.sh", ("--out", "runs/g", "--tasks", "5 first", "--jobs", "2"), signal.SIGINT, "runs/g/n5_first")):
+            # A shell cannot trap a signal that was ignored when it started, as SIGINT is in whatever runs in the background.
             child = subprocess.Popen(["scripts/" + script, *words], cwd=self.home, env=self.environment(), stdin=subprocess.DEVNULL,
-                                     stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+                                     stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+                                     preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+            self.addCleanup(kill_group, child.pid)
             logs = [os.path.join(self.home, runs, kind + "_1", "log.jsonl") for kind in ("transformer", "mta")]
             start = time.time()
             while time.time() - start < 300 and not all('"event": "step"' in read_text(log) for log in logs):
