@@ -22,6 +22,8 @@ export OMP_WAIT_POLICY=passive  # threads that wait sleep: many tests share few 
 
 skip() { skipped=$((skipped + ${2:-1})); reasons+=("$1"); echo "skip  $1"; }
 
+trap 'echo "interrupted"; exit 130' INT TERM  # runs when the step at work has ended
+STEP_SECONDS=600  # a step that hangs fails instead of holding up all others; the longest takes about 75 s on two cores
 # step NAME COMMAND...: runs it into build/log/NAME.log. A last line "N passed, N failed[, N skipped]" (or unittest's own report) gives the
 # counts; otherwise the exit status is one test.
 step() {
@@ -30,8 +32,9 @@ step() {
     if [[ -n $only && $name != *"$only"* ]]; then return 0; fi
     log=build/log/${name//[^A-Za-z0-9_.-]/_}.log
     began=$(date +%s)
-    "$@" > "$log" 2>&1 < /dev/null
+    timeout -k 10 "$STEP_SECONDS" "$@" > "$log" 2>&1 < /dev/null
     status=$?
+    if [ "$status" -eq 124 ] || [ "$status" -eq 137 ]; then echo "stopped after $STEP_SECONDS s" >> "$log"; fi
     line=$(grep -E '^[0-9]+ passed, [0-9]+ failed' "$log" | tail -n 1)
     if [ -n "$line" ]; then
         read -r p f s < <(sed -E 's/^([0-9]+) passed, ([0-9]+) failed(, ([0-9]+) skipped)?.*/\1 \2 \4/' <<< "$line")
