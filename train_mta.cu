@@ -24,9 +24,11 @@
 #include <stdlib.h>
 #include <string.h>
 #include <algorithm>
+#include <type_traits>
 
 #include <cublas_v2.h>
 #include <cuda_bf16.h>
+#include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
 #include "mta/config.h"
@@ -37,9 +39,11 @@
 
 #if defined(PRECISION_FP32)
 typedef float floatX;
+typedef float floatS;  // scores
 #define PRECISION_NAME "fp32"
 #else
 typedef __nv_bfloat16 floatX;
+typedef __half floatS;
 #define PRECISION_NAME "bf16"
 #endif
 enum { EXACT = sizeof(floatX) == 4 };  // weights and master weights are one arena
@@ -137,6 +141,21 @@ static __device__ inline float warp_max(float x) {
     for (int o = WARP_SIZE / 2; o > 0; o /= 2) { x = fmaxf(x, __shfl_xor_sync(ALL_LANES, x, o)); }
     return x;
 }
+// The sums of 8 values over the warp: lane l gets that of value l / 4. Half of the values change sides at each of the first three steps.
+static __device__ inline float warp_sums_of_8(float* x) {
+    int lane = threadIdx.x % WARP_SIZE;
+UNROLL
+    for (int n = 4; n > 0; n /= 2) {
+        bool upper = lane & 4 * n;
+UNROLL
+        for (int k = 0; k < n; k++) {
+            float give = upper ? x[k] : x[k + n], keep = upper ? x[k + n] : x[k];
+            x[k] = keep + __shfl_xor_sync(ALL_LANES, give, 4 * n);
+        }
+    }
+    x[0] += __shfl_xor_sync(ALL_LANES, x[0], 2);
+    return x[0] + __shfl_xor_sync(ALL_LANES, x[0], 1);
+}
 // The sum (or maximum) over the block, for every thread; all threads must call, blockDim.x a multiple of 32.
 static __device__ inline float block_reduce(float x, bool maximum) {
     __shared__ float warps[WARP_SIZE];
@@ -162,15 +181,20 @@ static void parts_add(float* dweight, const float* parts, int n_parts, int n, in
     launchCheck(g->stream);
 }
 
-// to (n) = from (n) in another precision
-template <typename To, typename From>
+// to (n) = from (n) in another precision. A thread moves W elements, n a multiple of W; wide: 8 at a time, both arrays start at multiples of that
+template <int W, typename To, typename From>
 static __global__ void convert_kernel(To* to, const From* from, size_t n) {
-    size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
-    if (i < n) { to[i] = (To)(float)from[i]; }
+    size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * W;
+    if (i >= n) { return; }
+    Pack<From, W> x = load<W>(from + i);
+    Pack<To, W> y;
+    for (int e = 0; e < W; e++) { y.v[e] = (To)(float)x.v[e]; }
+    store<W>(to + i, y);
 }
 template <typename To, typename From>
-static void convert(To* to, const From* from, size_t n, Cuda* g) {
-    LAUNCH((convert_kernel<To, From>), ceil_div(n, 256), 256, 0, g->stream, to, from, n);
+static void convert(To* to, const From* from, size_t n, Cuda* g, bool wide = false) {
+    auto kernel = wide ? convert_kernel<8, To, From> : convert_kernel<1, To, From>;
+    LAUNCH(kernel, ceil_div(wide ? n / 8 : n, 256), 256, 0, g->stream, to, from, n);
     launchCheck(g->stream);
 }
 
@@ -179,16 +203,16 @@ static void convert(To* to, const From* from, size_t n, Cuda* g) {
 
 template <typename T>
 static cudaDataType_t blas_type(void) {
-    return sizeof(T) == 4 ? CUDA_R_32F : CUDA_R_16BF;
+    return std::is_same<T, float>::value ? CUDA_R_32F : std::is_same<T, floatX>::value ? CUDA_R_16BF : CUDA_R_16F;
 }
 
 // out (M,N) = alpha * A B + beta * out, row-major; A (M,K), or its transpose (K,M) if ta; B (K,N), or (N,K) if tb; ld* are row strides.
 // `batch` products, stride_* elements apart. cuBLAS is column-major, so it is asked for the transpose, out^T = B^T A^T.
-template <typename Out>
-static void gemm(bool ta, bool tb, int M, int N, int K, float alpha, const floatX* A, size_t lda, size_t stride_a, const floatX* B, size_t ldb,
+template <typename In, typename Out>
+static void gemm(bool ta, bool tb, int M, int N, int K, float alpha, const In* A, size_t lda, size_t stride_a, const In* B, size_t ldb,
                  size_t stride_b, float beta, Out* out, size_t ldo, size_t stride_o, int batch, Cuda* g) {
     blasCheck(cublasGemmStridedBatchedEx(g->blas, tb ? CUBLAS_OP_T : CUBLAS_OP_N, ta ? CUBLAS_OP_T : CUBLAS_OP_N, N, M, K, &alpha, B,
-                                         blas_type<floatX>(), (int)ldb, (long long)stride_b, A, blas_type<floatX>(), (int)lda, (long long)stride_a,
+                                         blas_type<In>(), (int)ldb, (long long)stride_b, A, blas_type<In>(), (int)lda, (long long)stride_a,
                                          &beta, out, blas_type<Out>(), (int)ldo, (long long)stride_o, batch, CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT));
 }
 
@@ -448,7 +472,8 @@ static void rope_backward(floatX* dqkv, const floatX* dq, const float* dk, const
 //
 // A tile holds rows of scores of all heads of S sequences: rows are queries i0 <= i < i0 + rows, columns are keys. Every step writes zeros right
 // of the diagonal and reads through a mask: nothing outside 0 <= j <= i < T is ever used. Rows outside the sequence are never touched.
-// Steps work in fp32; what a matrix product reads next is written in floatX beside or instead (`rounded`; NULL = not wanted).
+// Steps compute in fp32 and pass on 2 bytes a logit: the maps from the scores on in fp16 (floatS), whose 11 bits are 8 times bf16's (KERNELS
+// section 3, Precision); what a product with the values or the queries reads, and all gradients, which need bf16's range, in floatX.
 
 template <typename T>
 struct TileOf {
@@ -456,10 +481,11 @@ struct TileOf {
     int i0, rows, ld;
     __host__ __device__ T* row(int head, int i) const { return data + ((size_t)head * rows + (size_t)(i - i0)) * ld; }
 };
-typedef TileOf<float> Tile;
+typedef TileOf<floatS> Tile;
 typedef TileOf<floatX> TileX;
 
-static inline int tile_stride(int T) { return round_up(T, 8); }
+enum { PACK = 8 };  // elements of a row that the steps move at once; rows start at multiples of it
+static inline int tile_stride(int T) { return round_up(T, PACK); }
 
 // What attention needs to know. q, k, v, out and their gradients are (B,NH,T,HS).
 typedef struct {
@@ -471,19 +497,24 @@ typedef struct {
     int chunk;                                     // queries of a chunk
 } Attention;
 
-static inline __device__ void tile_put(const Tile& out, const TileX& rounded, int head, int i, int j, float x) {
-    if (out.data) { out.row(head, i)[j] = x; }
-    if (rounded.data) { rounded.row(head, i)[j] = (floatX)x; }
-}
-
 // ---- scores: S[i,j] = q_i . k_j / sqrt(HS); not masked, its readers are
 
-// Rows lo <= i < hi within the sequence, keys 0 .. nk-1; q, k of S sequences
-static void scores_forward(const Tile* out, const floatX* q, const floatX* k, const Attention* a, int S, int lo, int hi, int nk, Cuda* g) {
+// Rows lo <= i < hi within the sequence, keys 0 .. nk-1; q, k of S sequences, in floatS: cuBLAS writes no fp16 from bf16
+static void scores_forward(const Tile* out, const floatS* q, const floatS* k, const Attention* a, int S, int lo, int hi, int nk, Cuda* g) {
     size_t head = (size_t)a->T * a->HS;
     lo = max_int(lo, 0), hi = min_int(hi, a->T);
     gemm(false, true, hi - lo, nk, a->HS, (float)(1.0 / sqrt(a->HS)), q + (size_t)lo * a->HS, a->HS, head, k, a->HS, head, 0, out->row(0, lo), out->ld,
          (size_t)out->rows * out->ld, S * a->NH, g);
+}
+// x (S,NH,T,HS) for it: as it is where that is floatS, else converted into scratch
+template <typename From>
+static const floatS* scores_input(floatS* scratch, const From* x, const Attention* a, int S, Cuda* g) {
+    if constexpr (std::is_same<From, floatS>::value) {
+        return x;
+    } else {
+        convert(scratch, x, (size_t)S * a->NH * a->T * a->HS, g, a->HS % PACK == 0);
+        return scratch;
+    }
 }
 
 // dq_i = dS[i,:] k / sqrt(HS);  dk_j += dS[:,j]^T q / sqrt(HS), rows lo <= i < hi
@@ -496,16 +527,26 @@ static void scores_backward(floatX* dq, float* dk, const TileX* dout, const floa
 
 // ---- kq_conv: out[i,j] = sum_{a<cq, b<ck} weight[a,b] inp[i-(cq-1)+a, j-(ck-1)/2+b], inp masked by its own rows
 
-enum { CONV_ROWS = 32, CONV_COLS = 64, CONV_STRIP = 8, CONV_THREADS = CONV_ROWS / CONV_STRIP * CONV_COLS };
+enum { CONV_ROWS = 32, CONV_COLS = 64, CONV_STRIP = 16, CONV_THREADS = CONV_ROWS / CONV_STRIP * CONV_COLS };
 
+// Keys that a block loads to either side of its own: (ck-1)/2, rounded up so that it loads whole packs
+static __host__ __device__ inline int conv_margin(int ck) { return ((ck - 1) / 2 + PACK - 1) / PACK * PACK; }
+// Taps of one key column, as many as are loaded at once
+static __host__ __device__ inline int conv_taps(int cq) { return (cq + 3) / 4 * 4; }
 static size_t conv_shared(int cq, int ck) {
-    return ((size_t)(CONV_ROWS + cq - 1) * (CONV_COLS + ck - 1) + (size_t)cq * ck) * sizeof(float);
+    return ((size_t)(CONV_ROWS + cq - 1) * (CONV_COLS + 2 * conv_margin(ck)) + (size_t)conv_taps(cq) * ck) * sizeof(float);
 }
-// Rows top .. top+rows-1, columns left .. left+cols-1 of one head into shared memory; zero outside begin <= i < end and right of the diagonal
-static __device__ inline void tile_load(float* shared, const Tile& inp, int head, int top, int left, int rows, int cols, int begin, int end) {
-    for (int t = threadIdx.x; t < rows * cols; t += blockDim.x) {
-        int i = top + t / cols, j = left + t % cols;
-        shared[t] = i >= begin && i < end && j >= 0 && j <= i ? inp.row(head, i)[j] : 0.0f;
+// Rows top .. top+rows-1, columns left .. left+cols-1 of one head into shared memory, left and cols multiples of PACK; zero outside begin <= i < end
+// and right of the diagonal
+template <typename T>
+static __device__ inline void tile_load(float* shared, const TileOf<T>& inp, int head, int top, int left, int rows, int cols, int begin, int end) {
+    for (int t = threadIdx.x; t < rows * (cols / PACK); t += blockDim.x) {
+        int i = top + t / (cols / PACK), j = left + t % (cols / PACK) * PACK;
+        bool inside = i >= begin && i < end && j >= 0 && j <= i;
+        Pack<T, PACK> x = {};
+        if (inside) { x = load<PACK>(inp.row(head, i) + j); }
+UNROLL
+        for (int e = 0; e < PACK; e++) { shared[t * PACK + e] = inside && j + e <= i ? (float)x.v[e] : 0.0f; }
     }
 }
 
@@ -513,35 +554,35 @@ static __device__ inline void tile_load(float* shared, const Tile& inp, int head
 //   dinp[i,j] = sum weight[a,b] dout[i+(cq-1)-a, j+(ck-1)/2-b].
 // A block owns CONV_ROWS x CONV_COLS outputs of a head; a thread CONV_STRIP rows of one column. CQ: cq where it is worth a kernel of its own (the
 // inputs of a column slide through registers), 0 = any.
-template <int CQ>
-static __global__ void kq_conv_kernel(Tile out, TileX rounded, Tile inp, const floatX* weight, int cq_, int ck, int NH, int lo, int hi, int nk, int begin,
-                                      int end, bool backward) {
+template <int CQ, typename Out, typename In>
+static __global__ void kq_conv_kernel(TileOf<Out> out, TileOf<In> inp, const floatX* weight, int cq_, int ck, int NH, int lo, int hi, int nk, int begin, int end,
+                                      bool backward) {
     DYNAMIC_SHARED(float, s);
-    const int cq = CQ ? CQ : cq_, rows = CONV_ROWS + cq - 1, cols = CONV_COLS + ck - 1;
-    float* w = s + rows * cols;
+    const int cq = CQ ? CQ : cq_, taps = conv_taps(cq), margin = conv_margin(ck), rows = CONV_ROWS + cq - 1, cols = CONV_COLS + 2 * margin;
+    float* w = s + rows * cols;  // (ck,taps)
     int head = blockIdx.z, i0 = lo + blockIdx.y * CONV_ROWS, j0 = blockIdx.x * CONV_COLS;
     int c = threadIdx.x % CONV_COLS, r0 = threadIdx.x / CONV_COLS * CONV_STRIP, j = j0 + c;
     float sum[CONV_STRIP] = {};
     if (j0 < i0 + CONV_ROWS) {  // else all of the block lies right of the diagonal
-        tile_load(s, inp, head, backward ? i0 : i0 - (cq - 1), j0 - (ck - 1) / 2, rows, cols, begin, end);
+        tile_load(s, inp, head, backward ? i0 : i0 - (cq - 1), j0 - margin, rows, cols, begin, end);
         const floatX* own = weight + (size_t)(head % NH) * cq * ck;
-        for (int t = threadIdx.x; t < cq * ck; t += blockDim.x) { w[t] = (float)own[backward ? cq * ck - 1 - t : t]; }
+        for (int t = threadIdx.x; t < cq * ck; t += blockDim.x) { w[t % ck * taps + t / ck] = (float)own[backward ? cq * ck - 1 - t : t]; }
         __syncthreads();  // the tile and the kernel are there
         for (int b = 0; b < ck; b++) {
-            const float* x = s + r0 * cols + c + b;
+            const float* x = s + r0 * cols + c + margin - (ck - 1) / 2 + b;
             if constexpr (CQ > 0) {
                 float column[CONV_STRIP + CQ - 1];
 UNROLL
                 for (int r = 0; r < CONV_STRIP + CQ - 1; r++) { column[r] = x[r * cols]; }
 UNROLL
                 for (int a = 0; a < CQ; a++) {
-                    float tap = w[a * ck + b];
+                    float tap = load<4>(w + b * taps + a / 4 * 4).v[a % 4];
 UNROLL
                     for (int r = 0; r < CONV_STRIP; r++) { sum[r] += tap * column[r + a]; }
                 }
             } else {
                 for (int a = 0; a < cq; a++) {
-                    float tap = w[a * ck + b];
+                    float tap = w[b * taps + a];
                     for (int r = 0; r < CONV_STRIP; r++) { sum[r] += tap * x[(r + a) * cols]; }
                 }
             }
@@ -549,94 +590,115 @@ UNROLL
     }
     for (int r = 0; r < CONV_STRIP; r++) {
         int i = i0 + r0 + r;
-        if (i < hi && j < nk) { tile_put(out, rounded, head, i, j, j <= i ? sum[r] : 0.0f); }
+        if (i < hi && j < nk) { out.row(head, i)[j] = (Out)(j <= i ? sum[r] : 0.0f); }
     }
 }
-static void kq_conv(const Tile* out, const TileX* rounded, const Tile* inp, const floatX* weight, const Attention* a, int S, int lo, int hi, int nk,
-                    int begin, int end, bool backward, Cuda* g) {
+template <typename Out, typename In>
+static void kq_conv(const TileOf<Out>* out, const TileOf<In>* inp, const floatX* weight, const Attention* a, int S, int lo, int hi, int nk, int begin, int end,
+                    bool backward, Cuda* g) {
     lo = max_int(lo, 0), hi = min_int(hi, a->T), begin = max_int(begin, 0), end = min_int(end, a->T);
     dim3 grid(ceil_div(nk, CONV_COLS), ceil_div(hi - lo, CONV_ROWS), S * a->NH);
     size_t shared = conv_shared(a->cq, a->ck);
-    auto kernel = a->cq == 6 ? kq_conv_kernel<6> : a->cq == 2 ? kq_conv_kernel<2> : kq_conv_kernel<0>;
+    auto kernel = a->cq == 6 ? kq_conv_kernel<6, Out, In> : a->cq == 2 ? kq_conv_kernel<2, Out, In> : kq_conv_kernel<0, Out, In>;
     allow_shared(kernel, shared);
-    LAUNCH(kernel, grid, CONV_THREADS, shared, g->stream, *out, *rounded, *inp, weight, a->cq, a->ck, a->NH, lo, hi, nk, begin, end, backward);
+    LAUNCH(kernel, grid, CONV_THREADS, shared, g->stream, *out, *inp, weight, a->cq, a->ck, a->NH, lo, hi, nk, begin, end, backward);
     launchCheck(g->stream);
 }
 // Rows lo <= i < hi of each head; inp must hold rows lo-(cq-1) .. hi-1. weight (NH,cq,ck)
-static void kq_conv_forward(const Tile* out, const TileX* rounded, const Tile* inp, const floatX* weight, const Attention* a, int S, int lo, int hi, int nk,
-                            Cuda* g) {
-    kq_conv(out, rounded, inp, weight, a, S, lo, hi, nk, lo - (a->cq - 1), hi, false, g);
+template <typename Out>
+static void kq_conv_forward(const TileOf<Out>* out, const Tile* inp, const floatX* weight, const Attention* a, int S, int lo, int hi, int nk, Cuda* g) {
+    kq_conv(out, inp, weight, a, S, lo, hi, nk, lo - (a->cq - 1), hi, false, g);
 }
 // Rows lo <= i < hi of dinp; dout must hold rows lo .. hi-1+(cq-1)
-static void kq_conv_backward_input(const Tile* dinp, const TileX* rounded, const Tile* dout, const floatX* weight, const Attention* a, int S, int lo, int hi,
-                                   int nk, Cuda* g) {
-    kq_conv(dinp, rounded, dout, weight, a, S, lo, hi, nk, lo, hi + a->cq - 1, true, g);
+static void kq_conv_backward_input(const TileX* dinp, const TileX* dout, const floatX* weight, const Attention* a, int S, int lo, int hi, int nk, Cuda* g) {
+    kq_conv(dinp, dout, weight, a, S, lo, hi, nk, lo, hi + a->cq - 1, true, g);
 }
 
 // parts (heads, blocks of rows, cq*ck): dweight[a,b] of one head over CONV_ROWS rows and all their keys,
 //   sum_{i,j} dout[i,j] inp[i-(cq-1)+a, j-r+b], rows lo <= i < hi.
-// A thread owns a tap; where there are fewer taps than threads, `slices` threads share one, each with every slices-th row.
-static __global__ void kq_conv_backward_weight_kernel(float* parts, Tile dout, Tile inp, int cq, int ck, int lo, int hi) {
-    DYNAMIC_SHARED(float, d);  // (CONV_ROWS, CONV_COLS), then (CONV_ROWS+cq-1, CONV_COLS+ck-1) of inp, then the slices' sums
-    const int rows = CONV_ROWS + cq - 1, cols = CONV_COLS + ck - 1, taps = cq * ck, threads = blockDim.x;
-    float *s = d + CONV_ROWS * CONV_COLS, *sums = s + rows * cols;
-    const int slices = max_int(1, threads / taps), step = slices > 1 ? taps : threads;
+// A thread has CONV_STRIP rows of one column of dout in registers and multiplies them by a column of inp that slides past: TAPS taps at a time (cq
+// where it is worth a kernel of its own, else 8), added up over the warp, then in the warp's own sums.
+template <int TAPS>
+static __global__ void kq_conv_backward_weight_kernel(float* parts, TileX dout, Tile inp, int cq, int ck, int lo, int hi) {
+    DYNAMIC_SHARED(float, s);  // rows of inp, then (warps, ck, taps) sums
+    const int taps = (cq + TAPS - 1) / TAPS * TAPS, margin = conv_margin(ck), rows = CONV_ROWS + taps - 1, cols = CONV_COLS + 2 * margin;
+    const int warp = threadIdx.x / WARP_SIZE, lane = threadIdx.x % WARP_SIZE, c = threadIdx.x % CONV_COLS, r0 = threadIdx.x / CONV_COLS * CONV_STRIP;
+    float *sums = s + rows * cols, *own = sums + warp * ck * taps;
     int head = blockIdx.y, i0 = lo + blockIdx.x * CONV_ROWS, last = min_int(i0 + CONV_ROWS, hi) - 1;
-    for (int first = 0; first < taps; first += step) {
-        int slice = slices > 1 ? threadIdx.x / taps : 0, tap = first + (slices > 1 ? threadIdx.x % taps : threadIdx.x);
-        bool own = slice < slices && tap < taps;
-        const float* at = s + (own ? tap / ck * cols + tap % ck : 0);
-        float sum = 0;
-        for (int j0 = 0; j0 <= last; j0 += CONV_COLS) {
-            __syncthreads();  // the tiles before are used up
-            tile_load(d, dout, head, i0, j0, CONV_ROWS, CONV_COLS, i0, hi);
-            tile_load(s, inp, head, i0 - (cq - 1), j0 - (ck - 1) / 2, rows, cols, 0, hi);
-            __syncthreads();  // the new ones are there
-            for (int r = slice; own && r < CONV_ROWS; r += slices) {
-                for (int c = 0; c < CONV_COLS; c++) { sum += d[r * CONV_COLS + c] * at[r * cols + c]; }
+    for (int t = threadIdx.x; t < CONV_THREADS / WARP_SIZE * ck * taps; t += CONV_THREADS) { sums[t] = 0; }
+    for (int j0 = 0; j0 <= last; j0 += CONV_COLS) {
+        float d[CONV_STRIP];
+UNROLL
+        for (int r = 0; r < CONV_STRIP; r++) {
+            int i = i0 + r0 + r, j = j0 + c;
+            d[r] = i < hi && j <= i ? (float)dout.row(head, i)[j] : 0.0f;
+        }
+        __syncthreads();  // the tile before is used up; the sums are zero
+        tile_load(s, inp, head, i0 - (cq - 1), j0 - margin, rows, cols, 0, hi);
+        __syncthreads();  // the new one is there
+        for (int b = 0; b < ck; b++) {
+            for (int a0 = 0; a0 < taps; a0 += TAPS) {
+                const float* x = s + (r0 + a0) * cols + c + margin - (ck - 1) / 2 + b;
+                float column[CONV_STRIP + TAPS - 1], tap[8] = {};
+UNROLL
+                for (int r = 0; r < CONV_STRIP + TAPS - 1; r++) { column[r] = x[r * cols]; }
+UNROLL
+                for (int a = 0; a < TAPS; a++) {
+UNROLL
+                    for (int r = 0; r < CONV_STRIP; r++) { tap[a] += d[r] * column[r + a]; }
+                }
+                float sum = warp_sums_of_8(tap);
+                if (lane % 4 == 0 && lane / 4 < TAPS) { own[b * taps + a0 + lane / 4] += sum; }
             }
         }
-        __syncthreads();  // the sums of the taps before have been read
-        sums[threadIdx.x] = sum;
-        __syncthreads();  // all slices have written
-        if (own && slice == 0) {
-            for (int q = 1; q < slices; q++) { sum += sums[q * taps + threadIdx.x]; }
-            parts[((size_t)head * gridDim.x + blockIdx.x) * taps + tap] = sum;
-        }
+    }
+    __syncthreads();  // all warps have their sums
+    for (int t = threadIdx.x; t < cq * ck; t += CONV_THREADS) {
+        float sum = 0;
+        for (int w = 0; w < CONV_THREADS / WARP_SIZE; w++) { sum += sums[(w * ck + t % ck) * taps + t / ck]; }
+        parts[((size_t)head * gridDim.x + blockIdx.x) * cq * ck + t] = sum;
     }
 }
 
-// sums (groups, n) += parts (S, groups, blocks, n), sequence after sequence, block after block, in double
+// sums (groups, n) += parts (S, groups, blocks, n), in double: a block owns SUMS elements, SUMS_SLICES threads each, whose sums are halved in order
+enum { SUMS = 8, SUMS_SLICES = 64 };
 static __global__ void sums_add_kernel(double* sums, const float* parts, int S, int groups, int blocks, int n) {
-    int e = blockIdx.x * blockDim.x + threadIdx.x;
-    if (e >= groups * n) { return; }
+    DYNAMIC_SHARED(double, slices);  // (SUMS_SLICES, SUMS)
+    int e = blockIdx.x * SUMS + threadIdx.x % SUMS, slice = threadIdx.x / SUMS;
     double sum = 0;
-    for (int b = 0; b < S; b++) {
-        for (int k = 0; k < blocks; k++) { sum += (double)parts[(((size_t)b * groups + e / n) * blocks + k) * n + e % n]; }
+    for (int p = slice; e < groups * n && p < S * blocks; p += SUMS_SLICES) {
+        sum += (double)parts[(((size_t)(p / blocks) * groups + e / n) * blocks + p % blocks) * n + e % n];
     }
-    sums[e] += sum;
+    slices[threadIdx.x] = sum;
+    for (int half = SUMS_SLICES / 2; half > 0; half /= 2) {
+        __syncthreads();  // the slices to be added are there
+        if (slice < half) { slices[threadIdx.x] += slices[threadIdx.x + half * SUMS]; }
+    }
+    if (slice == 0 && e < groups * n) { sums[e] += slices[threadIdx.x]; }
 }
 static void sums_add(double* sums, const float* parts, int S, int groups, int blocks, int n, Cuda* g) {
-    LAUNCH(sums_add_kernel, ceil_div((size_t)groups * n, 128), 128, 0, g->stream, sums, parts, S, groups, blocks, n);
+    LAUNCH(sums_add_kernel, ceil_div((size_t)groups * n, SUMS), SUMS * SUMS_SLICES, SUMS * SUMS_SLICES * sizeof(double), g->stream, sums, parts, S, groups,
+           blocks, n);
     launchCheck(g->stream);
 }
 
 // dweight (NH,cq,ck) += over the rows lo <= i < hi of dout; sums over chunks are kept in double; parts is scratch
-static void kq_conv_backward_weight(double* dweight, const Tile* dout, const Tile* inp, const Attention* a, int S, int lo, int hi, float* parts, Cuda* g) {
-    int taps = a->cq * a->ck, blocks = ceil_div(hi - lo, CONV_ROWS);
-    size_t shared = ((size_t)CONV_ROWS * CONV_COLS + (size_t)(CONV_ROWS + a->cq - 1) * (CONV_COLS + a->ck - 1) + CONV_THREADS) * sizeof(float);
-    allow_shared(kq_conv_backward_weight_kernel, shared);
-    LAUNCH(kq_conv_backward_weight_kernel, dim3(blocks, S * a->NH), CONV_THREADS, shared, g->stream, parts, *dout, *inp, a->cq, a->ck, lo, hi);
+static void kq_conv_backward_weight(double* dweight, const TileX* dout, const Tile* inp, const Attention* a, int S, int lo, int hi, float* parts, Cuda* g) {
+    int blocks = ceil_div(hi - lo, CONV_ROWS), step = a->cq == 6 || a->cq == 2 ? a->cq : 8, taps = round_up(a->cq, step);
+    size_t shared = ((size_t)(CONV_ROWS + taps - 1) * (CONV_COLS + 2 * conv_margin(a->ck)) + (size_t)CONV_THREADS / WARP_SIZE * a->ck * taps) * sizeof(float);
+    auto kernel = a->cq == 6 ? kq_conv_backward_weight_kernel<6> : a->cq == 2 ? kq_conv_backward_weight_kernel<2> : kq_conv_backward_weight_kernel<8>;
+    allow_shared(kernel, shared);
+    LAUNCH(kernel, dim3(blocks, S * a->NH), CONV_THREADS, shared, g->stream, parts, *dout, *inp, a->cq, a->ck, lo, hi);
     launchCheck(g->stream);
-    sums_add(dweight, parts, S, a->NH, blocks, taps, g);
+    sums_add(dweight, parts, S, a->NH, blocks, a->cq * a->ck, g);
 }
 
 // ---- head_mix: out_o = sum_n W[o,n] inp_n within groups of ch heads
 
 // A thread owns one column of all heads of a group: it reads them all before it writes, so that out may be inp. CH: ch where it is worth a kernel
 // of its own (the column in registers, the weights in shared memory), 0 = any (the column in the thread's own column of shared memory).
-template <typename Weight, int CH>
-static __global__ void head_mix_kernel(Tile out, TileX rounded, Tile inp, const Weight* weight, bool transpose, int ch, int groups, int lo, int nk) {
+template <typename Weight, int CH, typename Out, typename In>
+static __global__ void head_mix_kernel(TileOf<Out> out, TileOf<In> inp, const Weight* weight, bool transpose, int ch, int groups, int lo, int nk) {
     DYNAMIC_SHARED(float, s);  // CH: (ch,ch) weights; else (ch, blockDim.x)
     int j = blockIdx.x * blockDim.x + threadIdx.x, i = lo + blockIdx.y, head = blockIdx.z * ch, threads = blockDim.x;
     const Weight* w = weight + (size_t)(blockIdx.z % groups) * ch * ch;
@@ -646,50 +708,52 @@ static __global__ void head_mix_kernel(Tile out, TileX rounded, Tile inp, const 
         __syncthreads();  // the weights are there
         if (j >= nk) { return; }
 UNROLL
-        for (int n = 0; n < CH; n++) { x[n] = j <= i ? inp.row(head + n, i)[j] : 0.0f; }
+        for (int n = 0; n < CH; n++) { x[n] = j <= i ? (float)inp.row(head + n, i)[j] : 0.0f; }
 UNROLL
         for (int o = 0; o < CH; o++) {
             float sum = 0;
 UNROLL
             for (int n = 0; n < CH; n++) { sum += s[o * CH + n] * x[n]; }
-            tile_put(out, rounded, head + o, i, j, sum);
+            out.row(head + o, i)[j] = (Out)sum;
         }
     } else if (j < nk) {
         float* own = s + threadIdx.x;
-        for (int n = 0; n < ch; n++) { own[n * threads] = j <= i ? inp.row(head + n, i)[j] : 0.0f; }
+        for (int n = 0; n < ch; n++) { own[n * threads] = j <= i ? (float)inp.row(head + n, i)[j] : 0.0f; }
         for (int o = 0; o < ch; o++) {
             float sum = 0;
             for (int n = 0; n < ch; n++) { sum += (float)w[transpose ? n * ch + o : o * ch + n] * own[n * threads]; }
-            tile_put(out, rounded, head + o, i, j, sum);
+            out.row(head + o, i)[j] = (Out)sum;
         }
     }
 }
 // Rows lo <= i < hi; weight (NH/ch,ch,ch), its transpose for the backward pass
-template <typename Weight>
-static void head_mix_forward(const Tile* out, const TileX* rounded, const Tile* inp, const Weight* weight, bool transpose, int ch, const Attention* a, int S,
-                             int lo, int hi, int nk, Cuda* g) {
+template <typename Weight, typename Out, typename In>
+static void head_mix_forward(const TileOf<Out>* out, const TileOf<In>* inp, const Weight* weight, bool transpose, int ch, const Attention* a, int S, int lo,
+                             int hi, int nk, Cuda* g) {
     lo = max_int(lo, 0), hi = min_int(hi, a->T);
     int threads = ch <= 64 ? 128 : 32;
     bool special = ch == 2 || ch == 16;
     size_t shared = (size_t)ch * (special ? ch : threads) * sizeof(float);
-    auto kernel = ch == 2 ? head_mix_kernel<Weight, 2> : ch == 16 ? head_mix_kernel<Weight, 16> : head_mix_kernel<Weight, 0>;
+    auto kernel = ch == 2    ? head_mix_kernel<Weight, 2, Out, In>
+                  : ch == 16 ? head_mix_kernel<Weight, 16, Out, In>
+                             : head_mix_kernel<Weight, 0, Out, In>;
     allow_shared(kernel, shared);
-    LAUNCH(kernel, dim3(ceil_div(nk, threads), hi - lo, S * a->NH / ch), threads, shared, g->stream, *out, *rounded, *inp, weight, transpose, ch, a->NH / ch,
-           lo, nk);
+    LAUNCH(kernel, dim3(ceil_div(nk, threads), hi - lo, S * a->NH / ch), threads, shared, g->stream, *out, *inp, weight, transpose, ch, a->NH / ch, lo, nk);
     launchCheck(g->stream);
 }
 template <typename Weight>
-static void head_mix_backward_input(const Tile* dinp, const TileX* rounded, const Tile* dout, const Weight* weight, int ch, const Attention* a, int S, int lo,
-                                    int hi, int nk, Cuda* g) {
-    head_mix_forward(dinp, rounded, dout, weight, true, ch, a, S, lo, hi, nk, g);
+static void head_mix_backward_input(const TileX* dinp, const TileX* dout, const Weight* weight, int ch, const Attention* a, int S, int lo, int hi, int nk,
+                                    Cuda* g) {
+    head_mix_forward(dinp, dout, weight, true, ch, a, S, lo, hi, nk, g);
 }
 
 // parts (sequences*groups, blocks of rows, ch*ch): dweight[o,n] = sum_{i,j} dout_o[i,j] inp_n[i,j] over MIX_ROWS rows.
-// A block stages `cols` columns of all heads; a thread owns a pair (o,n), or shares it as the taps above are shared.
+// A block stages `cols` columns of all heads; a thread owns a pair (o,n), or, where there are fewer pairs than threads, `slices` threads share one,
+// each with every slices-th column.
 enum { MIX_ROWS = 8, MIX_THREADS = 256 };
 // Two stages within 40 KiB; an odd number, so that the same column of all heads lies in different banks
 static int mix_columns(int ch) { return max_int(1, (min_int(512, 5120 / ch) - 1) | 1); }
-static __global__ void head_mix_backward_weight_kernel(float* parts, Tile dout, Tile inp, int ch, int cols, int lo, int hi) {
+static __global__ void head_mix_backward_weight_kernel(float* parts, TileX dout, Tile inp, int ch, int cols, int lo, int hi) {
     DYNAMIC_SHARED(float, d);  // (ch, cols) of dout, the same of inp, then the slices' sums
     float *x = d + ch * cols, *sums = x + ch * cols;
     const int pairs = ch * ch, threads = blockDim.x, slices = max_int(1, threads / pairs), step = slices > 1 ? pairs : threads;
@@ -704,8 +768,8 @@ static __global__ void head_mix_backward_weight_kernel(float* parts, Tile dout, 
                 __syncthreads();  // the stages before are used up
                 for (int t = threadIdx.x; t < ch * cols; t += threads) {
                     int n = t / cols, j = j0 + t % cols;
-                    d[t] = j <= i ? dout.row(head + n, i)[j] : 0.0f;
-                    x[t] = j <= i ? inp.row(head + n, i)[j] : 0.0f;
+                    d[t] = j <= i ? (float)dout.row(head + n, i)[j] : 0.0f;
+                    x[t] = j <= i ? (float)inp.row(head + n, i)[j] : 0.0f;
                 }
                 __syncthreads();  // the new ones are there
                 for (int c = slice; own && c < cols; c += slices) { sum += dp[c] * xp[c]; }
@@ -720,7 +784,7 @@ static __global__ void head_mix_backward_weight_kernel(float* parts, Tile dout, 
         }
     }
 }
-static void head_mix_backward_weight(double* dweight, const Tile* dout, const Tile* inp, int ch, const Attention* a, int S, int lo, int hi, float* parts,
+static void head_mix_backward_weight(double* dweight, const TileX* dout, const Tile* inp, int ch, const Attention* a, int S, int lo, int hi, float* parts,
                                      Cuda* g) {
     int blocks = ceil_div(hi - lo, MIX_ROWS), cols = mix_columns(ch);
     size_t shared = ((size_t)2 * ch * cols + MIX_THREADS) * sizeof(float);
@@ -732,64 +796,98 @@ static void head_mix_backward_weight(double* dweight, const Tile* dout, const Ti
 // ---- softmax over keys <= query, fp32; of each row the maximum and 1 / sum are kept for the backward pass
 // (a log-sum-exp in their place would cost the probabilities half their digits where it is large)
 
-// out and inp may be the same tile. stats (heads,T,2) is written for the rows from `own` on. A warp owns a row.
-static __global__ void softmax_forward_kernel(Tile out, TileX rounded, float* stats, Tile inp, int heads, int lo, int own, int hi, int nk, int T) {
+// A row's maximum and the sum of exp(x - maximum), of the values seen so far; more of them join
+typedef struct { float max, sum; } RowStats;
+static __device__ inline void stats_join(RowStats* s, RowStats more) {
+    float max = fmaxf(s->max, more.max);
+    if (max > -INFINITY) { s->sum = s->sum * expf(s->max - max) + more.sum * expf(more.max - max); }
+    s->max = max;
+}
+// The first n values of a pack
+static __device__ inline void stats_add(RowStats* s, const float* x, int n) {
+    RowStats more = {-INFINITY, 0};
+UNROLL
+    for (int e = 0; e < PACK; e++) { more.max = e < n ? fmaxf(more.max, x[e]) : more.max; }
+    if (more.max > s->max) { s->sum *= expf(s->max - more.max), s->max = more.max; }
+UNROLL
+    for (int e = 0; e < PACK; e++) { s->sum += e < n ? expf(x[e] - s->max) : 0.0f; }
+}
+static __device__ inline RowStats stats_shuffle(RowStats s, int flip) {
+    RowStats other = {__shfl_xor_sync(ALL_LANES, s.max, flip), __shfl_xor_sync(ALL_LANES, s.sum, flip)};
+    return other;
+}
+
+// out and inp may be the same tile. stats (heads,T,2), maximum and 1 / sum, is written for the rows from `own` on; recompute: read instead.
+// A warp owns a row.
+template <typename Out>
+static __global__ void softmax_forward_kernel(TileOf<Out> out, float* stats, Tile inp, bool recompute, int heads, int lo, int own, int hi, int nk, int T) {
     int row = blockIdx.x * ROW_WARPS + threadIdx.x / WARP_SIZE, lane = threadIdx.x % WARP_SIZE;
     if (row >= heads * (hi - lo)) { return; }  // whole warps leave
     int head = row / (hi - lo), i = lo + row % (hi - lo);
-    const float* x = inp.row(head, i);
-    float max = -INFINITY, sum = 0;
-    for (int j = lane; j <= i; j += WARP_SIZE) { max = fmaxf(max, x[j]); }
-    max = warp_max(max);
-    for (int j = lane; j <= i; j += WARP_SIZE) { sum += expf(x[j] - max); }
-    float inverse = 1.0f / warp_sum(sum);
-    for (int j = lane; j < nk; j += WARP_SIZE) { tile_put(out, rounded, head, i, j, j <= i ? expf(x[j] - max) * inverse : 0.0f); }
-    if (lane == 0 && i >= own) {
-        stats[2 * ((size_t)head * T + i)] = max;
-        stats[2 * ((size_t)head * T + i) + 1] = inverse;
+    const floatS* x = inp.row(head, i);
+    Out* y = out.row(head, i);
+    float* kept = stats + 2 * ((size_t)head * T + i);
+    RowStats s = {-INFINITY, 0};
+    if (!recompute) {
+        for (int j = lane * PACK; j <= i; j += WARP_SIZE * PACK) {
+            Pack<floatS, PACK> p = load<PACK>(x + j);
+            float v[PACK];
+            for (int e = 0; e < PACK; e++) { v[e] = (float)p.v[e]; }
+            stats_add(&s, v, i + 1 - j);
+        }
+        for (int o = WARP_SIZE / 2; o > 0; o /= 2) { stats_join(&s, stats_shuffle(s, o)); }
     }
+    float max = recompute ? kept[0] : s.max, inverse = recompute ? kept[1] : 1.0f / s.sum;
+    for (int j = lane * PACK; j < nk; j += WARP_SIZE * PACK) {
+        Pack<Out, PACK> p = {};
+        if (j <= i) {
+            Pack<floatS, PACK> v = load<PACK>(x + j);
+            for (int e = 0; e < PACK; e++) { p.v[e] = (Out)(j + e <= i ? expf((float)v.v[e] - max) * inverse : 0.0f); }
+        }
+        store<PACK>(y + j, p);
+    }
+    if (lane == 0 && !recompute && i >= own) { kept[0] = max, kept[1] = inverse; }
 }
-static void softmax_forward(const Tile* out, const TileX* rounded, const Tile* inp, float* stats, const Attention* a, int S, int lo, int own, int hi, int nk,
+template <typename Out>
+static void softmax_forward(const TileOf<Out>* out, const Tile* inp, float* stats, bool recompute, const Attention* a, int S, int lo, int own, int hi, int nk,
                             Cuda* g) {
     lo = max_int(lo, 0), hi = min_int(hi, a->T);
-    LAUNCH(softmax_forward_kernel, ceil_div((size_t)S * a->NH * (hi - lo), ROW_WARPS), ROW_THREADS, 0, g->stream, *out, *rounded, stats, *inp, S * a->NH, lo,
-           own, hi, nk, a->T);
+    LAUNCH(softmax_forward_kernel<Out>, ceil_div((size_t)S * a->NH * (hi - lo), ROW_WARPS), ROW_THREADS, 0, g->stream, *out, stats, *inp, recompute,
+           S * a->NH, lo, own, hi, nk, a->T);
     launchCheck(g->stream);
 }
 
-// The same rows in the backward pass, from maximum and 1 / sum.
-static __global__ void softmax_recompute_kernel(Tile out, TileX rounded, Tile inp, const float* stats, int heads, int lo, int hi, int nk, int T) {
+// dinp = att (dout - sum_j att dout), att = softmax(inp) from its stats; dinp may be dout. A warp owns a row.
+static __global__ void softmax_backward_kernel(TileX dinp, TileX dout, Tile inp, const float* stats, int heads, int lo, int hi, int nk, int T) {
     int row = blockIdx.x * ROW_WARPS + threadIdx.x / WARP_SIZE, lane = threadIdx.x % WARP_SIZE;
     if (row >= heads * (hi - lo)) { return; }
     int head = row / (hi - lo), i = lo + row % (hi - lo);
-    const float* x = inp.row(head, i);
-    float max = stats[2 * ((size_t)head * T + i)], inverse = stats[2 * ((size_t)head * T + i) + 1];
-    for (int j = lane; j < nk; j += WARP_SIZE) { tile_put(out, rounded, head, i, j, j <= i ? expf(x[j] - max) * inverse : 0.0f); }
+    const floatS* x = inp.row(head, i);
+    const floatX* dy = dout.row(head, i);
+    floatX* dx = dinp.row(head, i);
+    float max = stats[2 * ((size_t)head * T + i)], inverse = stats[2 * ((size_t)head * T + i) + 1], dot = 0;
+    for (int pass = 0; pass < 2; pass++) {  // the dot product, then what needs it
+        for (int j = lane * PACK; j < (pass ? nk : i + 1); j += WARP_SIZE * PACK) {
+            Pack<floatX, PACK> d = {};
+            if (j <= i) {
+                Pack<floatS, PACK> v = load<PACK>(x + j);
+                d = load<PACK>(dy + j);
+                for (int e = 0; e < PACK; e++) {
+                    float p = j + e <= i ? expf((float)v.v[e] - max) * inverse : 0.0f, de = j + e <= i ? (float)d.v[e] : 0.0f;
+                    if (pass == 0) { dot += p * de; }
+                    d.v[e] = (floatX)(p * (de - dot));
+                }
+            }
+            if (pass) { store<PACK>(dx + j, d); }
+        }
+        if (pass == 0) { dot = warp_sum(dot); }
+    }
 }
-static void softmax_recompute(const Tile* out, const TileX* rounded, const Tile* inp, const float* stats, const Attention* a, int S, int lo, int hi, int nk,
-                              Cuda* g) {
-    lo = max_int(lo, 0), hi = min_int(hi, a->T);
-    LAUNCH(softmax_recompute_kernel, ceil_div((size_t)S * a->NH * (hi - lo), ROW_WARPS), ROW_THREADS, 0, g->stream, *out, *rounded, *inp, stats, S * a->NH, lo,
-           hi, nk, a->T);
-    launchCheck(g->stream);
-}
-
-// dinp = att (dout - sum_j att dout); dinp may be dout. A warp owns a row.
-static __global__ void softmax_backward_kernel(Tile dinp, TileX rounded, Tile dout, Tile att, int heads, int lo, int hi, int nk) {
-    int row = blockIdx.x * ROW_WARPS + threadIdx.x / WARP_SIZE, lane = threadIdx.x % WARP_SIZE;
-    if (row >= heads * (hi - lo)) { return; }
-    int head = row / (hi - lo), i = lo + row % (hi - lo);
-    const float *p = att.row(head, i), *d = dout.row(head, i);
-    float dot = 0;
-    for (int j = lane; j <= i; j += WARP_SIZE) { dot += p[j] * d[j]; }
-    dot = warp_sum(dot);
-    for (int j = lane; j < nk; j += WARP_SIZE) { tile_put(dinp, rounded, head, i, j, j <= i ? p[j] * (d[j] - dot) : 0.0f); }
-}
-static void softmax_backward(const Tile* dinp, const TileX* rounded, const Tile* dout, const Tile* att, const Attention* a, int S, int lo, int hi, int nk,
+static void softmax_backward(const TileX* dinp, const TileX* dout, const Tile* inp, const float* stats, const Attention* a, int S, int lo, int hi, int nk,
                              Cuda* g) {
     lo = max_int(lo, 0), hi = min_int(hi, a->T);
-    LAUNCH(softmax_backward_kernel, ceil_div((size_t)S * a->NH * (hi - lo), ROW_WARPS), ROW_THREADS, 0, g->stream, *dinp, *rounded, *dout, *att, S * a->NH,
-           lo, hi, nk);
+    LAUNCH(softmax_backward_kernel, ceil_div((size_t)S * a->NH * (hi - lo), ROW_WARPS), ROW_THREADS, 0, g->stream, *dinp, *dout, *inp, stats, S * a->NH, lo,
+           hi, nk, a->T);
     launchCheck(g->stream);
 }
 
@@ -801,7 +899,7 @@ static void values_forward(floatX* out, const TileX* att, const floatX* v, const
          S * a->NH, g);
 }
 // datt[i,j] = dO_i . v_j, rows lo <= i < hi within the sequence; not masked, its readers are
-static void values_backward_att(const Tile* datt, const floatX* dout, const floatX* v, const Attention* a, int S, int lo, int hi, int nk, Cuda* g) {
+static void values_backward_att(const TileX* datt, const floatX* dout, const floatX* v, const Attention* a, int S, int lo, int hi, int nk, Cuda* g) {
     size_t head = (size_t)a->T * a->HS;
     hi = min_int(hi, a->T);
     gemm(false, true, hi - lo, nk, a->HS, 1, dout + (size_t)lo * a->HS, a->HS, head, v, a->HS, head, 0, datt->row(0, lo), datt->ld,
@@ -819,16 +917,21 @@ static void values_backward_v(float* dv, const TileX* att, const floatX* dout, c
 static int halo_pre(const Attention* a) { return a->conv_pre ? a->cq - 1 : 0; }
 static int halo_post(const Attention* a) { return a->conv_post ? a->cq - 1 : 0; }
 static bool mixes_post(const Attention* a) { return a->mix_post || a->diff_mix; }
+static bool keeps_att(const Attention* a) { return a->conv_post || mixes_post(a); }  // the softmax's result is not yet A
 
-// Scratch of attention, shared by all layers. Tiles in fp32: S C L R of the maps and two for gradients; in floatX: A and dS.
-enum { ATTENTION_TILES = 6, ATTENTION_TILES_X = 2 };
+// Scratch of attention, shared by all layers. Tiles in floatS: S C L P R of the maps; in floatX: A, and two that gradients pass through in turns.
+enum { ATTENTION_TILES_X = 3 };
 typedef struct {
-    float* tiles;     // (ATTENTION_TILES, tile)
+    floatS* tiles;    // (attention_tiles, tile)
     floatX* tiles_x;  // (ATTENTION_TILES_X, tile)
+    floatS *q, *k;    // (S,NH,T,HS) where floatX is not floatS
     float *dk, *dv;   // (S,NH,T,HS)
     float* parts;     // partial sums of the weight gradients
 } AttentionScratch;
 
+static int attention_tiles(const Attention* a) {
+    return 1 + (a->conv_pre != NULL) + (a->mix_pre != NULL) + keeps_att(a) + (a->conv_post != NULL);
+}
 static size_t attention_tile_size(const Attention* a) {
     return (size_t)a->S * a->NH * (size_t)(a->chunk + 2 * (halo_pre(a) + halo_post(a))) * (size_t)tile_stride(a->T);
 }
@@ -837,7 +940,7 @@ static size_t attention_parts_size(const Attention* a) {
     size_t mix = (size_t)a->NH * (size_t)max_int(a->ch_pre, a->ch_post) * (size_t)ceil_div(a->chunk, MIX_ROWS);
     return (size_t)a->S * (conv > mix ? conv : mix);
 }
-// Queries of a chunk: enough that products are large, few enough that a chunk of a sequence stays near the L2 cache (16 heads x 256 x 2048 x 4 = 34 MB).
+// Queries of a chunk: enough that products are large; 16 heads x 256 x 2048 x 2 bytes, a tile of one sequence, are 17 MB of an L2 cache of 50.
 static int attention_chunk(int T) { return min_int(T, 256); }
 // Sequences at a time: as many as let the tiles fit into a GiB, so that few launches do much (the emulator's builds set less, so that the tests
 // have several batches of sequences); heads are a grid's z, at most 65535.
@@ -845,7 +948,7 @@ static int attention_chunk(int T) { return min_int(T, 256); }
 #define ATTENTION_SCRATCH ((size_t)1 << 30)
 #endif
 static int attention_sequences(const Attention* one, int B) {
-    size_t bytes = attention_tile_size(one) * (ATTENTION_TILES * sizeof(float) + ATTENTION_TILES_X * sizeof(floatX));
+    size_t bytes = attention_tile_size(one) * ((size_t)attention_tiles(one) * sizeof(floatS) + ATTENTION_TILES_X * sizeof(floatX));
     return max_int(1, min_int(min_int(B, 65535 / one->NH), (int)((size_t)ATTENTION_SCRATCH / bytes)));
 }
 
@@ -855,88 +958,79 @@ static TileOf<T> tile_make(T* scratch, int which, const Attention* a, int i0) {
     return t;
 }
 
-// The maps of the chunk: S scores, C convolved, L mixed, P softmax, R convolved, A mixed. A step that is off shares its input's tile, and P
-// takes L's place; A, which the products read, is in floatX. For the forward pass rows lo-halo_post .. hi-1 of P; with `backward` S, C, L, P have
-// halo_pre rows more below hi, and every map that a gradient needs is kept in a tile of its own.
-typedef struct { Tile S, C, L, P, R; TileX A; int tiles; } Maps;
+// The maps of the chunk: S scores, C convolved, L mixed, P softmax, R convolved, A mixed. A step that is off shares its input's tile; A, which the
+// products read, is in floatX, and the last step writes it. For the forward pass rows lo-halo_post .. hi-1 of P; with `backward` S, C, L, P have
+// halo_pre rows more below hi.
+typedef struct { Tile S, C, L, P, R; TileX A; } Maps;
 
-static Maps attention_maps(const AttentionScratch* scratch, float* stats, const floatX* q, const floatX* k, const Attention* a, int S, int lo, int hi,
+static Maps attention_maps(const AttentionScratch* scratch, float* stats, const floatS* q, const floatS* k, const Attention* a, int S, int lo, int hi,
                            bool backward, Cuda* g) {
-    int p = halo_pre(a), r = halo_post(a), end = hi + (backward ? p : 0), nk = min_int(end, a->T);
-    const TileX none = {NULL, 0, 0, 0};
-    const Tile nothing = {NULL, 0, 0, 0};
+    int p = halo_pre(a), r = halo_post(a), end = hi + (backward ? p : 0), nk = min_int(end, a->T), tiles = 0;
     Maps m;
-    m.tiles = 0;
     m.A = tile_make(scratch->tiles_x, 0, a, lo - r - p);
-    m.S = tile_make(scratch->tiles, m.tiles++, a, lo - r - p);
+    m.S = m.C = tile_make(scratch->tiles, tiles++, a, lo - r - p);
     scores_forward(&m.S, q, k, a, S, lo - r - p, end, nk, g);
-    m.C = m.S;
     if (a->conv_pre) {
-        m.C = tile_make(scratch->tiles, m.tiles++, a, lo - r - p);
-        kq_conv_forward(&m.C, &none, &m.S, a->conv_pre, a, S, lo - r, end, nk, g);
+        m.C = tile_make(scratch->tiles, tiles++, a, lo - r - p);
+        kq_conv_forward(&m.C, &m.S, a->conv_pre, a, S, lo - r, end, nk, g);
     }
     m.L = m.C;
     if (a->mix_pre) {
-        if (backward) { m.L = tile_make(scratch->tiles, m.tiles++, a, lo - r - p); }
-        head_mix_forward(&m.L, &none, &m.C, a->mix_pre, false, a->ch_pre, a, S, lo - r, end, nk, g);
+        m.L = tile_make(scratch->tiles, tiles++, a, lo - r - p);
+        head_mix_forward(&m.L, &m.C, a->mix_pre, false, a->ch_pre, a, S, lo - r, end, nk, g);
     }
-    m.P = m.L;
-    bool last = !a->conv_post && !mixes_post(a);  // then P is A, and the forward pass needs it in floatX only
-    const TileX* rounded = last ? &m.A : &none;
-    if (backward) { softmax_recompute(&m.P, rounded, &m.L, stats, a, S, lo - r, end, nk, g); }
-    else { softmax_forward(last ? &nothing : &m.P, rounded, &m.L, stats, a, S, lo - r, lo, end, nk, g); }
-    m.R = m.P;
-    if (a->conv_post) {
-        m.R = tile_make(scratch->tiles, m.tiles++, a, lo - r - p);
-        bool kept = mixes_post(a);
-        kq_conv_forward(kept ? &m.R : &nothing, kept ? &none : &m.A, &m.P, a->conv_post, a, S, lo, hi, nk, g);
+    if (!keeps_att(a)) {
+        softmax_forward(&m.A, &m.L, stats, backward, a, S, lo, lo, end, nk, g);
+        return m;
     }
-    if (a->diff_mix) { head_mix_forward(&nothing, &m.A, &m.R, a->diff_mix, false, 2, a, S, lo, hi, nk, g); }
-    else if (a->mix_post) { head_mix_forward(&nothing, &m.A, &m.R, a->mix_post, false, a->ch_post, a, S, lo, hi, nk, g); }
+    m.P = m.R = tile_make(scratch->tiles, tiles++, a, lo - r - p);
+    softmax_forward(&m.P, &m.L, stats, backward, a, S, lo - r, lo, end, nk, g);
+    if (a->conv_post && mixes_post(a)) {
+        m.R = tile_make(scratch->tiles, tiles++, a, lo - r - p);
+        kq_conv_forward(&m.R, &m.P, a->conv_post, a, S, lo, hi, nk, g);
+    } else if (a->conv_post) {
+        kq_conv_forward(&m.A, &m.P, a->conv_post, a, S, lo, hi, nk, g);
+    }
+    if (a->diff_mix) { head_mix_forward(&m.A, &m.R, a->diff_mix, false, 2, a, S, lo, hi, nk, g); }
+    else if (a->mix_post) { head_mix_forward(&m.A, &m.R, a->mix_post, false, a->ch_post, a, S, lo, hi, nk, g); }
     return m;
 }
 
 // Gradients of the attention's own weights, as sums in double over the chunks of a layer: (NH*cq*ck), (NH*ch)
 typedef struct { double *conv_pre, *conv_post, *mix_pre, *mix_post; } AttentionSums;
 
-// dq is set, scratch dk, dv and the sums are added to. q, k, v, dq, dout (S,NH,T,HS), stats (S,NH,T,2).
+// dq is set, scratch dk, dv and the sums are added to. q, k, v, dq, dout (S,NH,T,HS), stats (S,NH,T,2); q_s, k_s: scores_input of q and k.
 // Rows of dS come from rows of dC up to halo_pre further down, those from rows of dA up to halo_post further down: all are recomputed here.
-static void attention_chunk_backward(floatX* dq, const AttentionSums* sums, const floatX* dout, const floatX* q, const floatX* k, const floatX* v, float* stats,
-                                     const Attention* a, int S, int lo, int hi, const AttentionScratch* scratch, Cuda* g) {
+static void attention_chunk_backward(floatX* dq, const AttentionSums* sums, const floatX* dout, const floatX* q, const floatX* k, const floatX* v,
+                                     const floatS* q_s, const floatS* k_s, float* stats, const Attention* a, int S, int lo, int hi,
+                                     const AttentionScratch* scratch, Cuda* g) {
     int p = halo_pre(a), r = halo_post(a), end = hi + p, far = hi + p + r, nk = min_int(end, a->T), nk_far = min_int(far, a->T);
-    const TileX none = {NULL, 0, 0, 0};
-    const Tile nothing = {NULL, 0, 0, 0};
-    Maps m = attention_maps(scratch, stats, q, k, a, S, lo, hi, true, g);
-    Tile d = tile_make(scratch->tiles, m.tiles++, a, lo), e = d;
-    if (a->conv_post) { e = tile_make(scratch->tiles, m.tiles++, a, lo); }
-    assert(m.tiles <= ATTENTION_TILES);
-    TileX dS = tile_make(scratch->tiles_x, 1, a, lo);
-    // the step that gives dS writes it in floatX
-    bool conv = a->conv_pre != NULL, mix = a->mix_pre != NULL;
+    Maps m = attention_maps(scratch, stats, q_s, k_s, a, S, lo, hi, true, g);
+    TileX d = tile_make(scratch->tiles_x, 1, a, lo), other = tile_make(scratch->tiles_x, 2, a, lo);  // a convolution goes from one to the other
 
     values_backward_v(scratch->dv, &m.A, dout, a, S, lo, hi, g);                    // O = A v
     values_backward_att(&d, dout, v, a, S, lo, far, nk_far, g);
     if (mixes_post(a)) {                                                            // A = mix(R)
         head_mix_backward_weight(sums->mix_post, &d, &m.R, a->ch_post, a, S, lo, hi, scratch->parts, g);
-        if (a->diff_mix) { head_mix_backward_input(&d, &none, &d, a->diff_mix, 2, a, S, lo, far, nk_far, g); }
-        else { head_mix_backward_input(&d, &none, &d, a->mix_post, a->ch_post, a, S, lo, far, nk_far, g); }
+        if (a->diff_mix) { head_mix_backward_input(&d, &d, a->diff_mix, 2, a, S, lo, far, nk_far, g); }
+        else { head_mix_backward_input(&d, &d, a->mix_post, a->ch_post, a, S, lo, far, nk_far, g); }
     }
     if (a->conv_post) {                                                             // R = conv(P)
         kq_conv_backward_weight(sums->conv_post, &d, &m.P, a, S, lo, hi, scratch->parts, g);
-        kq_conv_backward_input(&e, &none, &d, a->conv_post, a, S, lo, end, nk, g);
-        d = e;
+        kq_conv_backward_input(&other, &d, a->conv_post, a, S, lo, end, nk, g);
+        std::swap(d, other);
     }
-    bool kept = conv || mix;
-    softmax_backward(kept ? &d : &nothing, kept ? &none : &dS, &d, &m.P, a, S, lo, end, nk, g);  // P = softmax(L)
-    if (mix) {                                                                      // L = mix(C)
+    softmax_backward(&d, &d, &m.L, stats, a, S, lo, end, nk, g);                    // P = softmax(L)
+    if (a->mix_pre) {                                                               // L = mix(C)
         head_mix_backward_weight(sums->mix_pre, &d, &m.C, a->ch_pre, a, S, lo, hi, scratch->parts, g);
-        head_mix_backward_input(conv ? &d : &nothing, conv ? &none : &dS, &d, a->mix_pre, a->ch_pre, a, S, lo, end, nk, g);
+        head_mix_backward_input(&d, &d, a->mix_pre, a->ch_pre, a, S, lo, end, nk, g);
     }
-    if (conv) {                                                                     // C = conv(S)
+    if (a->conv_pre) {                                                              // C = conv(S)
         kq_conv_backward_weight(sums->conv_pre, &d, &m.S, a, S, lo, hi, scratch->parts, g);
-        kq_conv_backward_input(&nothing, &dS, &d, a->conv_pre, a, S, lo, hi, hi, g);
+        kq_conv_backward_input(&other, &d, a->conv_pre, a, S, lo, hi, hi, g);
+        std::swap(d, other);
     }
-    scores_backward(dq, scratch->dk, &dS, q, k, a, S, lo, hi, g);                   // S = q k^T / sqrt(HS)
+    scores_backward(dq, scratch->dk, &d, q, k, a, S, lo, hi, g);                    // S = q k^T / sqrt(HS)
 }
 
 // out, q, k, v (B,NH,T,HS), q and k rotated; stats (B,NH,T,2) for the backward pass
@@ -945,9 +1039,10 @@ static void attention_forward(floatX* out, float* stats, const floatX* q, const 
     size_t sequence = (size_t)a->NH * a->T * a->HS;
     for (int b = 0; b < a->B; b += a->S) {
         int S = min_int(a->S, a->B - b);
+        const floatS *q_s = scores_input(scratch->q, q + b * sequence, a, S, g), *k_s = scores_input(scratch->k, k + b * sequence, a, S, g);
         for (int lo = 0; lo < a->T; lo += a->chunk) {
             int hi = min_int(lo + a->chunk, a->T);
-            Maps m = attention_maps(scratch, stats + (size_t)b * a->NH * a->T * 2, q + b * sequence, k + b * sequence, a, S, lo, hi, false, g);
+            Maps m = attention_maps(scratch, stats + (size_t)b * a->NH * a->T * 2, q_s, k_s, a, S, lo, hi, false, g);
             values_forward(out + b * sequence, &m.A, v + b * sequence, a, S, lo, hi, g);
         }
     }
@@ -962,11 +1057,12 @@ static void attention_backward(floatX* dqkv, floatX* dq, const AttentionSums* su
     for (int b = 0; b < a->B; b += a->S) {
         int S = min_int(a->S, a->B - b);
         size_t at = b * sequence;
+        const floatS *q_s = scores_input(scratch->q, q + at, a, S, g), *k_s = scores_input(scratch->k, k + at, a, S, g);
         cudaCheck(cudaMemsetAsync(scratch->dk, 0, S * sequence * sizeof(float), g->stream));
         cudaCheck(cudaMemsetAsync(scratch->dv, 0, S * sequence * sizeof(float), g->stream));
         for (int lo = 0; lo < a->T; lo += a->chunk) {
-            attention_chunk_backward(dq, sums, dout + at, q + at, k + at, v + at, stats + (size_t)b * a->NH * a->T * 2, a, S, lo, min_int(lo + a->chunk, a->T),
-                                     scratch, g);
+            attention_chunk_backward(dq, sums, dout + at, q + at, k + at, v + at, q_s, k_s, stats + (size_t)b * a->NH * a->T * 2, a, S, lo,
+                                     min_int(lo + a->chunk, a->T), scratch, g);
         }
         rope_backward(dqkv + b * packed, dq, scratch->dk, scratch->dv, cosine, sine, S, a->T, a->NH, NKV, a->HS, g);
     }
@@ -1386,8 +1482,9 @@ static size_t carve_scratch(Scratch* s, const Config* c, int B, int T, int chunk
         BUFFER(logits, (size_t)logit_rows(c->vocab_size, (int)N) * logit_stride(c->vocab_size) * x), BUFFER(losses, N * f), BUFFER(wrong, N),
         BUFFER(tokens, N * i), BUFFER(targets, N * i), BUFFER(rows, N * i), BUFFER(starts, (N + 1) * i), BUFFER(parts, NORM_PARTS * widest * f),
         BUFFER(head_stats, 3 * N * NH * f), BUFFER(norm_parts, NORM_BLOCKS * sizeof(double)), BUFFER(diff_mix, 2 * NH * f),
-        BUFFER(sums, n_sums(c, &conv, &pre, &post) * sizeof(double)), BUFFER(attention.tiles, ATTENTION_TILES * tile * f),
-        BUFFER(attention.tiles_x, ATTENTION_TILES_X * tile * x), BUFFER(attention.dk, sequence * f), BUFFER(attention.dv, sequence * f),
+        BUFFER(sums, n_sums(c, &conv, &pre, &post) * sizeof(double)), BUFFER(attention.tiles, (size_t)attention_tiles(&a) * tile * sizeof(floatS)),
+        BUFFER(attention.tiles_x, ATTENTION_TILES_X * tile * x), BUFFER(attention.q, EXACT ? 0 : sequence * sizeof(floatS)),
+        BUFFER(attention.k, EXACT ? 0 : sequence * sizeof(floatS)), BUFFER(attention.dk, sequence * f), BUFFER(attention.dv, sequence * f),
         BUFFER(attention.parts, attention_parts_size(&a) * f), BUFFER(cosine, (size_t)T * HS / 2 * f), BUFFER(sine, (size_t)T * HS / 2 * f),
     };
 #undef BUFFER
