@@ -1,6 +1,7 @@
 // test_mta.c: the tests of both trainers.
 //   test_mta                         all tests of train_mta.c (test_mta_cuda: and of train_mta.cu)
 //   test_mta --golden FILE...        the named golden cases alone: a table per tensor; exit status 1 if any tensor is out of tolerance
+//   test_mta --write DIR [N]         N golden cases of this trainer's own results (default 5: one of every kind of attention; more: drawn at random)
 //   test_mta --only TEXT             the tests whose name contains TEXT
 //   test_mta_cuda --compare DIR [--train GLOB] [--seq-len N] [--batch-size N]
 //                                    gradients of a checkpoint, CPU against GPU, on a batch (seeded random tokens without shards)
@@ -98,6 +99,34 @@ static Config small_config(const char* kind) {
 
 static const char* const KINDS[] = {"transformer", "mta", "mta-full", "talking-heads", "diff"};
 enum { N_KINDS = 5 };
+
+static int draw(Rng* rng, int n) { return (int)(rng_u32(rng) % (uint32_t)n); }
+
+// A model drawn at random, every field in any combination, at odd sizes, and a batch of B x T tokens for it.
+static Config random_config(Rng* rng, int* B, int* T) {
+    static const int heads[] = {1, 2, 4, 6}, sizes[] = {2, 6, 8, 16};
+    Config c = small_config("transformer");
+    Error e = {{0}};
+    int NH = heads[draw(rng, 4)], HS = sizes[draw(rng, 4)];
+    *B = 1 + draw(rng, 3);
+    *T = 1 + draw(rng, 60);
+    bool diff = NH % 2 == 0 && draw(rng, 4) == 0;
+    c.vocab_size = 3 + draw(rng, 70); c.hidden_size = NH * HS; c.intermediate_size = 1 + draw(rng, 40); c.num_hidden_layers = 1 + draw(rng, 3);
+    c.num_attention_heads = NH; c.num_key_value_heads = NH % 2 == 0 && draw(rng, 2) ? NH / 2 : NH;
+    c.tie_word_embeddings = draw(rng, 2);
+    c.head_norm = (HeadNorm)draw(rng, 3);
+    if (diff) {
+        c.attention_type = ATTENTION_DIFF;
+    } else {
+        for (int l = 0; l < c.num_hidden_layers; l++) { c.kq_conv_layer[l] = draw(rng, 2); }
+        c.kq_conv_query_size = 1 + draw(rng, 9); c.kq_conv_key_size = 1 + 2 * draw(rng, 7);
+        c.kq_conv_pre_softmax = draw(rng, 2); c.kq_conv_post_softmax = draw(rng, 2);
+        c.head_mix_pre_softmax = draw(rng, 2) ? 0 : NH; c.head_mix_post_softmax = draw(rng, 2) ? 0 : NH % 2 ? NH : 2;
+        c.head_gate = draw(rng, 2);
+    }
+    if (!config_check(&c, &e)) { die("%s", e.text); }
+    return c;
+}
 
 // Random values that keep every gradient alive: kernels and mixers near the identity, norms near 1.
 static void perturb(const Trainer* tr, void* m, uint64_t seed) {
@@ -288,6 +317,80 @@ static void golden_rounded(const Trainer* tr, const char* path, bool table) {
 
 static void golden_case(const Trainer* tr, const char* path, bool table) {
     if (tr->exact) { golden_exact(tr, path, table); } else { golden_rounded(tr, path, table); }
+}
+
+// Tensors of a file to be written; all are four bytes an element.
+typedef struct { StEntry* entries; const void** data; int n; } GoldenParts;
+
+static void golden_part(GoldenParts* p, const char* name, DType dtype, int ndim, const size_t* shape, const void* data) {
+    StEntry entry = {name, dtype, ndim, {shape[0], ndim > 1 ? shape[1] : 0, ndim > 2 ? shape[2] : 0}};
+    p->entries[p->n] = entry;
+    p->data[p->n++] = data;
+}
+
+static void golden_save(const GoldenParts* p, const char* path, const Config* c) {
+    Text json = {NULL, 0, 0};
+    Error e = {{0}};
+    StWriter w;
+    config_to_json(c, &json);
+    const char* const metadata[2] = {"config", json.text};
+    bool good = st_writer_open(&w, path, p->entries, p->n, metadata, 1, &e);
+    for (int i = 0; good && i < p->n; i++) {
+        size_t numel = 1;
+        for (int d = 0; d < p->entries[i].ndim; d++) { numel *= p->entries[i].shape[d]; }
+        good = st_writer_put(&w, p->data[i], numel * 4, &e);
+    }
+    if (!good || !st_writer_close(&w, NULL, NULL, &e)) { die("%s", e.text); }
+    text_free(&json);
+}
+
+// A model of random weights, a batch of tokens and what this trainer makes of them: logits, loss, gradients.
+static void golden_write(const Trainer* tr, const char* path, const Config* c, int B, int T, uint64_t seed) {
+    void* m = make_model(tr, c, B, T, 0);
+    const TensorList* list = tr->tensors(m);
+    size_t N = (size_t)B * (size_t)T, shape[3] = {(size_t)B, (size_t)T, (size_t)c->vocab_size}, one = 1, at = 0;
+    int32_t *tokens = random_tokens(seed, N, c->vocab_size), *targets = random_tokens(seed + 1000, N, c->vocab_size);
+    for (size_t i = 1; i < N; i += 5) { targets[i] = -100; }
+    perturb(tr, m, seed);
+    float* logits = floats(N * shape[2]);
+    tr->forward(m, tokens, targets, B, T, logits);
+    float loss = (float)tr->forward_backward(m, tokens, targets, B, T);
+    float *weights = get_all(tr, m, STATE_WEIGHT), *gradients = get_all(tr, m, STATE_GRADIENT);
+    char (*names)[ST_NAME_SIZE] = (char (*)[ST_NAME_SIZE])alloc_or_die((size_t)list->n, ST_NAME_SIZE, "names of gradients");
+    GoldenParts parts = {(StEntry*)alloc_or_die(2 * (size_t)list->n + 4, sizeof(StEntry), "a golden case"),
+                         (const void**)alloc_or_die(2 * (size_t)list->n + 4, sizeof(void*), "a golden case"), 0};
+    golden_part(&parts, "golden.tokens", DT_I32, 2, shape, tokens);
+    golden_part(&parts, "golden.targets", DT_I32, 2, shape, targets);
+    golden_part(&parts, "golden.logits", DT_F32, 3, shape, logits);
+    golden_part(&parts, "golden.loss", DT_F32, 1, &one, &loss);
+    for (int i = 0; i < list->n; i++) {
+        const TensorSpec* s = &list->specs[i];
+        snprintf(names[i], sizeof names[i], "grad.%s", s->name);
+        golden_part(&parts, s->name, DT_F32, s->ndim, s->shape, weights + at);
+        golden_part(&parts, names[i], DT_F32, s->ndim, s->shape, gradients + at);
+        at += s->numel;
+    }
+    golden_save(&parts, path, c);
+    tr->destroy(m);
+    free(tokens); free(targets); free(logits); free(weights); free(gradients); free(names); free(parts.entries); free(parts.data);
+}
+
+// --write: one case of every kind of attention, then models drawn at random.
+static void golden_write_cases(const Trainer* tr, const char* dir, int n) {
+    Rng rng = rng_make(23, 1);
+    Error e = {{0}};
+    if (!make_dirs(dir, &e)) { die("%s", e.text); }
+    for (int i = 0; i < n; i++) {
+        char name[64], path[PATH_SIZE];
+        int B = 2, T = 100;
+        Config c = i < N_KINDS ? small_config(KINDS[i]) : random_config(&rng, &B, &T);
+        snprintf(name, sizeof name, "random-%03d", i);
+        path_join(path, sizeof path, dir, i < N_KINDS ? KINDS[i] : name);
+        size_t end = strlen(path);
+        snprintf(path + end, sizeof path - end, ".safetensors");
+        golden_write(tr, path, &c, B, T, (uint64_t)i);
+    }
+    printf("%d golden cases of %s in %s\n", n, tr->name, dir);
 }
 
 static int compare_names(const void* a, const void* b) { return strcmp(*(const char* const*)a, *(const char* const*)b); }
@@ -931,33 +1034,15 @@ static void test_real_initialisation(const Trainer* tr, const char* kind) {
     free(tokens); free(targets);
 }
 
-static int draw(Rng* rng, int n) { return (int)(rng_u32(rng) % (uint32_t)n); }
-
 // Models drawn at random, every field in any combination, at odd sizes, batches and chunks: loss and all gradients against the CPU.
 static void test_random_models(const Trainer* tr, int models) {
-    static const int heads[] = {1, 2, 4, 6}, sizes[] = {2, 6, 8, 16};
     Rng rng = rng_make(17, 1);
-    Error e = {{0}};
     char worst_model[192] = "";
     double worst = 0, limit = tr->exact ? 1e-4 : 0.15;
     for (int i = 0; i < models; i++) {
-        Config c = small_config("transformer");
-        int NH = heads[draw(&rng, 4)], HS = sizes[draw(&rng, 4)], B = 1 + draw(&rng, 3), T = 1 + draw(&rng, 60);
-        bool diff = NH % 2 == 0 && draw(&rng, 4) == 0;
-        c.vocab_size = 3 + draw(&rng, 70); c.hidden_size = NH * HS; c.intermediate_size = 1 + draw(&rng, 40); c.num_hidden_layers = 1 + draw(&rng, 3);
-        c.num_attention_heads = NH; c.num_key_value_heads = NH % 2 == 0 && draw(&rng, 2) ? NH / 2 : NH;
-        c.tie_word_embeddings = draw(&rng, 2);
-        c.head_norm = (HeadNorm)draw(&rng, 3);
-        if (diff) {
-            c.attention_type = ATTENTION_DIFF;
-        } else {
-            for (int l = 0; l < c.num_hidden_layers; l++) { c.kq_conv_layer[l] = draw(&rng, 2); }
-            c.kq_conv_query_size = 1 + draw(&rng, 9); c.kq_conv_key_size = 1 + 2 * draw(&rng, 7);
-            c.kq_conv_pre_softmax = draw(&rng, 2); c.kq_conv_post_softmax = draw(&rng, 2);
-            c.head_mix_pre_softmax = draw(&rng, 2) ? 0 : NH; c.head_mix_post_softmax = draw(&rng, 2) ? 0 : NH % 2 ? NH : 2;
-            c.head_gate = draw(&rng, 2);
-        }
-        if (!config_check(&c, &e)) { die("%s", e.text); }
+        int B, T;
+        Config c = random_config(&rng, &B, &T);
+        int NH = c.num_attention_heads, HS = config_head_size(&c);
         void* m = make_model(tr, &c, B, T, draw(&rng, 2) ? 0 : 1 + draw(&rng, T));
         int32_t *tokens = random_tokens((uint64_t)i, (size_t)B * T, c.vocab_size), *targets = random_tokens((uint64_t)i + 1000, (size_t)B * T, c.vocab_size);
         for (int n = 1; n < B * T; n += 5) { targets[n] = -100; }
@@ -1080,6 +1165,11 @@ int main(int argc, char** argv) {
     if (argc > 1 && !strcmp(argv[1], "--golden")) {
         if (argc == 2) { die("--golden: wanted one or more golden case files"); }
         for (int i = 2; i < argc; i++) { golden_case(tr, argv[i], true); }
+    } else if (argc > 1 && !strcmp(argv[1], "--write")) {
+        int n = argc > 3 ? atoi(argv[3]) : N_KINDS;
+        if (argc < 3 || argc > 4 || n < 1 || n > 1000) { die("--write: wanted a directory, and a number of cases from 1 to 1000"); }
+        golden_write_cases(tr, argv[2], n);
+        return 0;
 #ifdef MTA_TEST_CUDA
     } else if (argc > 1 && !strcmp(argv[1], "--compare")) {
         omp_set_num_threads(omp_get_num_procs());
@@ -1087,7 +1177,7 @@ int main(int argc, char** argv) {
 #endif
     } else {
         if (argc == 3 && !strcmp(argv[1], "--only")) { only = argv[2]; }
-        else if (argc > 1) { die("got \"%s\", wanted nothing, --golden FILE... or --only TEXT", argv[1]); }
+        else if (argc > 1) { die("got \"%s\", wanted nothing, --golden FILE..., --write DIR or --only TEXT", argv[1]); }
 #ifndef MTA_TEST_CUDA  // test_mta runs these
         if (wanted("checkers")) { test_checkers(); }
         if (wanted("config")) { test_config(); }
