@@ -116,14 +116,10 @@ class Case:
         return self.logits[at : at + self.V]
 
 
-class Golden(unittest.TestCase):
+class LogitsCase(unittest.TestCase):
     @classmethod
     def setUpClass(cls):
         cls.tmp = tempfile.TemporaryDirectory()
-        files = sorted(glob.glob(os.path.join(GOLDEN, "*.safetensors")))
-        cls.cases = [Case(f, cls.tmp.name) for f in files]
-        if not cls.cases:
-            raise AssertionError("no golden cases in " + GOLDEN)
 
     @classmethod
     def tearDownClass(cls):
@@ -139,6 +135,17 @@ class Golden(unittest.TestCase):
         largest = max(abs(x) for x in want)
         worst = max(abs(a - b) for a, b in zip(got, want))
         self.assertTrue(worst <= tolerance * largest, "%s: worst difference %.3g of %.3g" % (what, worst, largest))
+        return worst / largest
+
+
+class Golden(LogitsCase):
+    @classmethod
+    def setUpClass(cls):
+        super().setUpClass()
+        files = sorted(glob.glob(os.path.join(GOLDEN, "*.safetensors")))
+        cls.cases = [Case(f, cls.tmp.name) for f in files]
+        if not cls.cases:
+            raise AssertionError("no golden cases in " + GOLDEN)
 
     def test_logits_of_every_position(self):
         """In one chunk, token by token, in odd chunks, with one thread: the golden logits."""
@@ -343,6 +350,162 @@ class Golden(unittest.TestCase):
             self.assertEqual([len(r) for r in got["after"]], list(range(1, c.T + 1)))
 
 
+class Trainer(LogitsCase):
+    """Against train_mta.c itself: test_mta --write makes models of every kind of attention and models drawn at random
+    (any combination of fields, odd sizes), with the logits of the trainer's full forward pass."""
+
+    def test_token_by_token_is_the_trainers_forward(self):
+        writer = os.path.join(os.path.dirname(BIN), "test_mta")
+        if not os.path.exists(writer):
+            self.skipTest("no test_mta beside infer_mta")
+        where = os.path.join(self.tmp.name, "cases")
+        subprocess.run([writer, "--write", where, "60"], check=True, stdout=subprocess.DEVNULL)
+        files = sorted(glob.glob(os.path.join(where, "*.safetensors")))
+        self.assertEqual(len(files), 60)
+        worst, positions = 0, 0
+        for path in files:
+            c = Case(path, self.tmp.name)
+            for b in range(c.B):
+                want = c.logits[b * c.T * c.V : (b + 1) * c.T * c.V]
+                for options in (["--chunk", "1"], ["--chunk", "7"], []):
+                    got = self.logits(c.dir, c.row(b), *options)
+                    # both in fp32; models with heads of 2 values reach 2e-5
+                    error = self.compare(got, want, 1e-4, "%s %s row %d" % (c.name, options, b))
+                    if options == ["--chunk", "1"]:
+                        worst, positions = max(worst, error), positions + c.T
+        print("token by token against the trainer: %d models, %d positions, worst relative difference %.2g"
+              % (len(files), positions, worst))
+
+
+class Llama(LogitsCase):
+    """A LLaMA checkpoint as Hugging Face writes one (names, config.json with rope_scaling, grouped heads, a head of its
+    own) against the model computed here in plain Python, in double, with the scaled frequencies of Llama 3 written from
+    their definition by wavelengths."""
+
+    CONFIG = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": 23,
+        "hidden_size": 32,
+        "intermediate_size": 40,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 96,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 300.0,
+        "tie_word_embeddings": False,
+        "torch_dtype": "float32",
+    }
+    SCALING = {"factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
+
+    def weights(self, seed):
+        c, rng = self.CONFIG, random.Random(seed)
+        C, F, V, KV = c["hidden_size"], c["intermediate_size"], c["vocab_size"], 16
+        shapes = {"model.embed_tokens.weight": [V, C], "lm_head.weight": [V, C], "model.norm.weight": [C]}
+        for i in range(c["num_hidden_layers"]):
+            p = "model.layers.%d." % i
+            shapes.update(
+                {
+                    p + "self_attn.q_proj.weight": [C, C],
+                    p + "self_attn.k_proj.weight": [KV, C],
+                    p + "self_attn.v_proj.weight": [KV, C],
+                    p + "self_attn.o_proj.weight": [C, C],
+                    p + "mlp.gate_proj.weight": [F, C],
+                    p + "mlp.up_proj.weight": [F, C],
+                    p + "mlp.down_proj.weight": [C, F],
+                    p + "input_layernorm.weight": [C],
+                    p + "post_attention_layernorm.weight": [C],
+                }
+            )
+        values = lambda s: [rng.gauss(1 if len(s) == 1 else 0, 0.25) for _ in range(math.prod(s))]
+        return {name: ("F32", s, array.array("f", values(s)).tobytes()) for name, s in shapes.items()}
+
+    @staticmethod
+    def frequency(theta, t, size, scaling):
+        f = theta ** (-2.0 * t / size)
+        if not scaling:
+            return f
+        wavelength, context = 2 * math.pi / f, scaling["original_max_position_embeddings"]
+        if wavelength < context / scaling["high_freq_factor"]:
+            return f
+        if wavelength > context / scaling["low_freq_factor"]:
+            return f / scaling["factor"]
+        low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+        smooth = (context / wavelength - low) / (high - low)
+        return (1 - smooth) * f / scaling["factor"] + smooth * f
+
+    def forward(self, ids, weights, scaling):
+        c = self.CONFIG
+        NH, NKV, size = c["num_attention_heads"], c["num_key_value_heads"], c["hidden_size"] // c["num_attention_heads"]
+        tensors = {}
+        for name, (_, shape, data) in weights.items():
+            flat = list(floats(data))
+            tensors[name] = flat if len(shape) == 1 else [flat[i : i + shape[1]] for i in range(0, len(flat), shape[1])]
+        dot = lambda a, b: sum(x * y for x, y in zip(a, b))
+        product = lambda x, name: [dot(x, row) for row in tensors[name]]
+
+        def norm(x, name):
+            scale = 1 / math.sqrt(dot(x, x) / len(x) + c["rms_norm_eps"])
+            return [v * scale * w for v, w in zip(x, tensors[name])]
+
+        def rotated(x, position):
+            out = list(x)
+            for h in range(0, len(x), size):
+                for t in range(size // 2):
+                    angle = position * self.frequency(c["rope_theta"], t, size, scaling)
+                    a, b = x[h + t], x[h + t + size // 2]
+                    out[h + t] = a * math.cos(angle) - b * math.sin(angle)
+                    out[h + t + size // 2] = b * math.cos(angle) + a * math.sin(angle)
+            return out
+
+        xs = [tensors["model.embed_tokens.weight"][i] for i in ids]
+        for layer in range(c["num_hidden_layers"]):
+            p = "model.layers.%d." % layer
+            keys, values, out = [], [], []
+            for i, x in enumerate(xs):
+                n = norm(x, p + "input_layernorm.weight")
+                q = rotated(product(n, p + "self_attn.q_proj.weight"), i)
+                keys.append(rotated(product(n, p + "self_attn.k_proj.weight"), i))
+                values.append(product(n, p + "self_attn.v_proj.weight"))
+                o = []
+                for h in range(NH):
+                    at = h // (NH // NKV) * size
+                    scores = [dot(q[h * size : (h + 1) * size], k[at : at + size]) / math.sqrt(size) for k in keys]
+                    shares = [math.exp(s) for s in log_softmax(scores)]
+                    o += [dot(shares, [v[at + t] for v in values]) for t in range(size)]
+                x = [a + b for a, b in zip(x, product(o, p + "self_attn.o_proj.weight"))]
+                n = norm(x, p + "post_attention_layernorm.weight")
+                gate, up = product(n, p + "mlp.gate_proj.weight"), product(n, p + "mlp.up_proj.weight")
+                f = [g / (1 + math.exp(-g)) * u for g, u in zip(gate, up)]
+                out.append([a + b for a, b in zip(x, product(f, p + "mlp.down_proj.weight"))])
+            xs = out
+        return [v for x in xs for v in product(norm(x, "model.norm.weight"), "lm_head.weight")]
+
+    def test_scaled_rope(self):
+        weights = self.weights(5)
+        rng = random.Random(9)
+        ids = [rng.randrange(23) for _ in range(60)]
+        size, theta = 8, self.CONFIG["rope_theta"]
+        kinds = [self.frequency(theta, t, size, self.SCALING) * theta ** (2.0 * t / size) for t in range(4)]
+        self.assertTrue(kinds[0] == 1 and 0.25 < kinds[1] < 1 and kinds[3] == 0.25)  # all three cases of the definition
+        plain, scaled = self.forward(ids, weights, None), self.forward(ids, weights, self.SCALING)
+        forms = [
+            ({}, plain),
+            ({"rope_scaling": None}, plain),
+            ({"rope_scaling": dict(self.SCALING, rope_type="llama3")}, scaled),
+            ({"rope_scaling": dict(self.SCALING, type="llama3")}, scaled),
+            ({"rope_parameters": dict(self.SCALING, rope_type="llama3", rope_theta=300.0), "rope_theta": 1.0}, scaled),
+        ]
+        with self.assertRaises(AssertionError):
+            self.compare(plain, scaled, 1e-2, "the scaling changes nothing")
+        for number, (keys, want) in enumerate(forms):
+            where = os.path.join(self.tmp.name, "llama%d" % number)
+            Case.write(where, weights, dict(self.CONFIG, **keys))
+            for options in ([], ["--chunk", "1"], ["--chunk", "9"]):
+                self.compare(self.logits(where, ids, *options), want, 1e-5, "%s %s" % (keys, options))
+
+
 class Refusals(unittest.TestCase):
     """Bad input: exit status 1 and one line that names the matter."""
 
@@ -376,10 +539,33 @@ class Refusals(unittest.TestCase):
         self.refuse([d] + ids, "truncated")
         with_model(struct.pack("<Q", 1 << 62) + whole[8:])
         self.refuse([d] + ids, "header of 4611686018427387904 bytes")
-        with_model(whole[:-4] + struct.pack("<f", float("nan")))
-        self.refuse([d] + ids, "is not finite")
+        for bad in ("nan", "inf", "-inf"):
+            for options in ([], ["--mapped"], ["--weights", "int8"], ["--weights", "bf16"]):
+                with_model(whole[:-4] + struct.pack("<f", float(bad)))
+                self.refuse([d] + ids + options, "is not finite")
+        with_model(struct.pack("<Q", len(whole)) + whole[8:])
+        self.refuse([d] + ids, "header of %d bytes" % len(whole))
+        size = struct.unpack("<Q", whole[:8])[0]
+        header = whole[8 : 8 + size].replace(b" ", b"")
+        for there, instead in (
+            (b'"F32"', b'"F3"'),
+            (b'"data_offsets"', b'"data_offset"'),
+            (b'"data_offsets":[0,', b'"data_offsets":[-1,'),
+            (b"{", b"["),
+            (b"[61,", b"[-1,"),
+            (b"[61,", b"[1e99,"),
+            (b"[61,", b"[9223372036854775807,"),
+        ):
+            self.assertIn(there, header)
+            hostile = header.replace(there, instead, 1)
+            hostile += b" " * (-len(hostile) % 8)
+            with_model(struct.pack("<Q", len(hostile)) + hostile + whole[8 + size :])
+            self.refuse([d] + ids, "model.safetensors")
         os.remove(model)
         self.refuse([d] + ids, "neither model.safetensors nor")
+        os.mkdir(model)
+        self.refuse([d] + ids, "model.safetensors")
+        os.rmdir(model)
         weights = dict(self.case.weights)
         del weights["model.norm.weight"]
         Case.write(d, weights, self.case.config)
@@ -392,9 +578,33 @@ class Refusals(unittest.TestCase):
         self.refuse([d] + ids, "not divisible")
         Case.write(d, {k: ("I32", s, b) for k, (_, s, b) in self.case.weights.items()}, self.case.config)
         self.refuse([d] + ids, "dtype I32")
+        Case.write(d, self.case.weights, dict(self.case.config, rope_scaling={"rope_type": "yarn", "factor": 4.0}))
+        self.refuse([d] + ids, "yarn")
         with open(os.path.join(d, "config.json"), "w") as f:
             f.write("{")
         self.refuse([d] + ids, "config.json")
+        os.remove(os.path.join(d, "config.json"))
+        self.refuse([d] + ids, "config.json")
+
+    def test_tokenizer_of_another_vocabulary(self):
+        d = text_model(os.path.join(self.tmp.name, "text"))
+        self.refuse([d, "--prompt", "a", "--tokenizer", "toy"], "toy: 32 ids, but the model was trained with bytes")
+        with open(os.path.join(d, "config.json")) as f:
+            config = json.load(f)
+        with open(os.path.join(d, "config.json"), "w") as f:
+            json.dump(dict(config, tokenizer="ranks.tiktoken"), f)
+        self.refuse([d, "--prompt", "a"], "ranks.tiktoken")
+        self.refuse([d, "--prompt", "a", "--tokenizer", os.path.join(self.tmp.name, "none")], "none")
+
+    def test_prompt_longer_than_the_context(self):
+        d = text_model(os.path.join(self.tmp.name, "text"))
+        for args, stdin in (
+            (["--prompt", "x" * 64], b""),
+            ([], b"x" * 64),
+            (["--token-ids", "1 " * 65], b""),
+            (["--interactive"], b"x" * 64 + b"\n"),
+        ):
+            self.refuse([d] + args, "65 tokens, the context has 64 positions", stdin=stdin)
 
     def test_requests(self):
         d = self.case.dir
@@ -434,6 +644,14 @@ class Refusals(unittest.TestCase):
         self.assertEqual(p.wait(60), 1)
         self.assertIn("standard output: Broken pipe", error)
         self.assertEqual(error.count("\n"), 1)
+        line = b'{"context_ids":[1],"continuation_ids":[1]}\n'
+        for args, stdin in ((["--score", "-"], line * 5000), (["--token-ids", "1", "--samples", "10000"], b"")):
+            reader, writer = os.pipe()
+            os.close(reader)
+            p = subprocess.run([BIN, d, "--quiet"] + args, input=stdin, stdout=writer, stderr=subprocess.PIPE)
+            os.close(writer)
+            self.assertEqual((p.returncode, p.stderr.decode().count("\n")), (1, 1), p.stderr)
+            self.assertIn(b"standard output: Broken pipe", p.stderr)
         if os.path.exists("/dev/full"):
             with open("/dev/full", "wb") as full:
                 p = subprocess.run([BIN, d, "--token-ids", "1", "--quiet"], stdout=full, stderr=subprocess.PIPE)
