@@ -11,6 +11,7 @@ import json
 import math
 import os
 import random
+import re
 import signal
 import struct
 import subprocess
@@ -137,6 +138,14 @@ class LogitsCase(unittest.TestCase):
         self.assertTrue(worst <= tolerance * largest, "%s: worst difference %.3g of %.3g" % (what, worst, largest))
         return worst / largest
 
+    def answers(self, where, lines, *options):
+        """--score of the lines, and the passes over the weights that it took."""
+        text = "".join(json.dumps(x) + "\n" for x in lines).encode()
+        p = run([where, "--score", "-"] + list(options), stdin=text, check=False)
+        self.assertEqual(p.returncode, 0, p.stderr)
+        passes = re.search(rb"(\d+) passes over the weights", p.stderr)
+        return [json.loads(x) for x in p.stdout.splitlines()], int(passes.group(1))
+
 
 class Golden(LogitsCase):
     @classmethod
@@ -252,6 +261,37 @@ class Golden(LogitsCase):
                     self.assertAlmostEqual(a["logprob"], sum(want[i][0]), delta=1e-4)
                     for x, y in zip(a["token_logprobs"], want[i][0]):
                         self.assertAlmostEqual(x, y, delta=1e-4)
+
+    def test_score_in_batches(self):
+        """Continuations of one context, short texts, ends that differ late, long ones, none: as a batch they get what
+        each gets alone, token by token (--chunk 1), and take fewer passes over the weights than there are lines."""
+        for c in self.cases:
+            rng = random.Random(c.T)
+            limit = c.config["max_position_embeddings"]
+            ids = lambda n: [rng.randrange(c.V) for _ in range(n)]
+            lines = []
+            for context in (ids(1), ids(7), ids(limit // 2)):
+                ends = [ids(n) for n in (1, 1, 2, 5, limit // 4, limit // 4)]
+                ends += [ends[3][:4] + ids(2), ends[3], ends[3] + ids(3), []]
+                lines += [{"context_ids": context, "continuation_ids": e} for e in ends]
+                lines += [{"context_ids": context + ends[4][:k], "continuation_ids": ends[4][k:]} for k in (1, 3)]
+            lines += [{"context_ids": [1], "continuation_ids": ids(n)} for n in (2, 3, 4, 5, 6)]
+            rng.shuffle(lines)
+            alone, many = self.answers(c.dir, lines, "--chunk", "1")
+            for options in ([], ["--chunk", "20"], ["--threads", "2"]):
+                got, few = self.answers(c.dir, lines, *options)
+                self.assertEqual(len(got), len(lines))
+                for a, b in zip(got, alone):
+                    self.assertEqual((a["tokens"], a["greedy"]), (b["tokens"], b["greedy"]), c.name)
+                    for x, y in zip(a["token_logprobs"] + [a["logprob"]], b["token_logprobs"] + [b["logprob"]]):
+                        self.assertAlmostEqual(x, y, delta=1e-5 * max(1, abs(y)), msg="%s %s" % (c.name, options))
+                self.assertLess(few, len(lines) * 2 // 3 if not options or options[0] != "--chunk" else many, c.name)
+
+    def test_choices_of_a_question_are_one_pass(self):
+        c = next(c for c in self.cases if c.T >= 8 and c.config.get("kq_conv_layers"))
+        context = c.row(0)[:6]
+        lines = [{"context_ids": context, "continuation_ids": [k, k + 1, k + 2]} for k in (3, 9, 12, 20)]
+        self.assertEqual(self.answers(c.dir, lines)[1], 2)  # the context, then all four
 
     def test_several_samples(self):
         """A sample depends on its number and the seed, not on the samples before it; each is what it would be alone."""
