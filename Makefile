@@ -158,6 +158,10 @@ build/cpu_step: dev/bench/cpu_step.c train_mta.c $(HEADERS)
 build/cpu_step_nocblas: dev/bench/cpu_step.c train_mta.c $(HEADERS)
 	@mkdir -p build
 	$(CC) $(CFLAGS) $< -o $@ $(LDLIBS)
+# What dev/bench/infer_speed.sh runs.
+build/infer_step: dev/bench/infer_step.c dev/bench/machine.c infer_mta.c $(HEADERS)
+	@mkdir -p build
+	$(CC) $(CFLAGS) -I. -Wno-unused-function $(BLAS) $< -o $@ $(BLAS_LINK) $(LDLIBS)
 
 test:
 	scripts/test.sh

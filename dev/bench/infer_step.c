@@ -1,0 +1,154 @@
+// infer_step.c: tokens of infer_mta.c and what this machine can do at best, in turns in one process, so that neither a
+// burst nor a lull of the machine decides a ratio. Called by infer_speed.sh, which says what the figures mean.
+//   infer_step DIR WEIGHTS CACHE ROUNDS T [T ...]      WEIGHTS: stored, f32, bf16 or int8; CACHE: f32 or bf16; T rising
+//
+// Up to each T the prompt is processed in chunks of 512, sgemm products between them. Then ROUNDS times, in turns: one
+// token as number T; the same with the convolutions taken out of the model (where it has any); one pass of reading as
+// many bytes as that token does. The cache goes back by one position after each, so that all are token number T.
+#define MTA_LIBRARY
+#include "../../infer_mta.c"
+#include "machine.c"
+
+enum { SIDE = 2048, MAX_ROUNDS = 1000, PART = 512 };
+
+static int compare_doubles(const void* a, const void* b) {
+    return (*(const double*)a > *(const double*)b) - (*(const double*)a < *(const double*)b);
+}
+
+static double median(const double* x, int n) {
+    double y[MAX_ROUNDS];
+    memcpy(y, x, (size_t)n * sizeof *y);
+    qsort(y, (size_t)n, sizeof *y, compare_doubles);
+    return n % 2 ? y[n / 2] : (y[n / 2 - 1] + y[n / 2]) / 2;
+}
+
+static double least(const double* x, int n) {
+    double y = x[0];
+    for (int i = 1; i < n; i++) { y = fmin(y, x[i]); }
+    return y;
+}
+
+// Seconds of token number T: into the cache, logits, the best id; the cache is then back at T - 1.
+static double token_seconds(Session* s, int T) {
+    double start = seconds_now();
+    Rng rng = rng_make(1, 1);
+    int32_t token = T % s->m.V;
+    s->s.T = T - 1;
+    read_tokens(&s->m, &s->s, &s->w, &token, 1, s->logits);
+    sample(s, &rng);
+    s->s.T = T - 1;
+    return seconds_now() - start;
+}
+
+// Takes the convolutions out of all layers, or puts them back; says whether there are any.
+static bool convolutions(Model* m, const float* (*kept)[2], bool out) {
+    bool any = false;
+    for (int l = 0; l < m->c.num_hidden_layers; l++) {
+        Layer* y = &m->layers[l];
+        if (out) {
+            kept[l][0] = y->conv_pre;
+            kept[l][1] = y->conv_post;
+        }
+        any = any || kept[l][0] || kept[l][1];
+        y->conv_pre = out ? NULL : kept[l][0];
+        y->conv_post = out ? NULL : kept[l][1];
+    }
+    return any;
+}
+
+// The prompt up to position T: tokens a second, and operations a second of its products, scores and values over sgemm's.
+static void prompt_to(Session* s, int T, float* matrices) {
+    const Model* m = &s->m;
+    double layers = m->c.num_hidden_layers, flops = 0, seconds = 0, sgemm[MAX_ROUNDS];
+    double per_token = layers * (2.0 * m->C * (2.0 * m->NH + 2.0 * m->NKV) * m->HS + 6.0 * m->C * m->FF);
+    int from = s->s.T, n = 0;
+    (void)matrices;
+    while (s->s.T < T) {
+        int32_t tokens[PART];
+        int part = T - s->s.T < PART ? T - s->s.T : PART;
+        for (int i = 0; i < part; i++) { tokens[i] = (s->s.T + i) * 31 % m->V; }
+#ifdef MTA_CBLAS
+        for (int i = 0; i < 3 && n < MAX_ROUNDS; i++) {
+            sgemm[n++] = sgemm_pass(SIDE, matrices, matrices + SIDE * SIDE, matrices + 2 * SIDE * SIDE);
+        }
+        usleep(200000);  // its threads spin a while after a product
+#endif
+        double start = seconds_now();
+        flops += part * per_token + 4.0 * layers * m->NH * m->HS * part * (s->s.T + part / 2.0);
+        forward(m, &s->s, &s->w, tokens, part);
+        seconds += seconds_now() - start;
+    }
+    printf("  prompt %d to %d: %.1f tokens/s, %.1f GFLOP/s", from, T, (T - from) / seconds, flops / seconds * 1e-9);
+    if (n) {
+        double rate = median(sgemm, n);
+        printf("; sgemm %.1f GFLOP/s; ratio %.2f", rate * 1e-9, flops / seconds / rate);
+    }
+    printf("\n");
+    fflush(stdout);
+}
+
+static void decode_at(Session* s, int T, int rounds, const char* buffer, size_t buffer_size) {
+    const float* kept[MAX_LAYERS][2];
+    double with[MAX_ROUNDS], without[MAX_ROUNDS], read[MAX_ROUNDS], ratio[MAX_ROUNDS], extra[MAX_ROUNDS];
+    s->s.T = T;
+    size_t bytes = s->m.bytes_per_token + cache_bytes_read(s);
+    if (bytes > buffer_size) { bytes = buffer_size; }
+    bool convolves = convolutions(&s->m, kept, true);
+    convolutions(&s->m, kept, false);
+    token_seconds(s, T);
+    for (int i = 0; i < rounds; i++) {
+        with[i] = token_seconds(s, T);
+        read[i] = (double)bytes / read_pass(buffer, bytes);
+        if (convolves) {
+            convolutions(&s->m, kept, true);
+            without[i] = token_seconds(s, T);
+            convolutions(&s->m, kept, false);
+            extra[i] = with[i] / without[i];
+        }
+        ratio[i] = read[i] / with[i];
+    }
+    double token = median(with, rounds);
+    printf("  token %4d: %6.1f MB, median %6.2f ms %6.2f GB/s, best %6.2f ms; reading %6.2f GB/s, best %6.2f; of read %.3f, best %.3f",
+           T, (double)bytes * 1e-6, token * 1e3, (double)bytes / token * 1e-9, least(with, rounds) * 1e3,
+           (double)bytes / median(read, rounds) * 1e-9, (double)bytes / least(read, rounds) * 1e-9, median(ratio, rounds),
+           least(read, rounds) / least(with, rounds));
+    if (convolves) {
+        printf("; without convolution %6.2f ms, best %6.2f: it adds %.1f%%, best %.1f%%", median(without, rounds) * 1e3,
+               least(without, rounds) * 1e3, 100 * (median(extra, rounds) - 1),
+               100 * (least(with, rounds) / least(without, rounds) - 1));
+    }
+    printf("\n");
+    fflush(stdout);
+}
+
+int main(int argc, char** argv) {
+    static Session s;
+    int rounds = argc > 4 ? atoi(argv[4]) : 0, last = argc > 5 ? atoi(argv[argc - 1]) : 0;
+    if (rounds < 1 || rounds > MAX_ROUNDS || last < 1) {
+        die("usage: infer_step DIR WEIGHTS CACHE ROUNDS T [T ...], rounds up to %d", MAX_ROUNDS);
+    }
+    Options o = options_defaults();
+    o.dir = argv[1];
+    o.weights = argv[2];
+    o.cache = argv[3];
+    o.context = last;
+    o.token_ids = "";
+    o.quiet = true;
+    o.temperature = 0;
+    session_open(&s, &o);
+    s.s.T = last;
+    size_t size = (s.m.bytes_per_token + cache_bytes_read(&s) + 4095) / 4096 * 4096;
+    s.s.T = 0;
+    char* buffer = read_buffer(size);
+    float* matrices = NULL;
+#ifdef MTA_CBLAS
+    matrices = sgemm_matrices(SIDE);
+#endif
+    for (int i = 5; i < argc; i++) {
+        int T = atoi(argv[i]);
+        if (T > last || T <= s.s.T) { die("T: got %s, wanted rising numbers", argv[i]); }
+        prompt_to(&s, T - 1, matrices);
+        decode_at(&s, T, rounds, buffer, size);
+    }
+    return 0;
+}
