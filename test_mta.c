@@ -984,7 +984,7 @@ static void test_config(void) {
         tensor_list(&list, &c);
         good = good && list.parameters == sizes[i].parameters;
         tensor_list_free(&list);
-        config_to_json(&c, &t);
+        config_to_json(&c, "float32", &t);
         Json* j = json_parse(t.text, t.n, &e);
         good = good && j && config_from_json(&back, j, &e) && config_same_model(&back, &c, &e);
         json_free(j);

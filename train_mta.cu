@@ -79,7 +79,7 @@ enum { EXIT_CUDA = 70 };  // a CUDA call failed that should not have; a missing 
 
 static void cuda_fail(const char* what, const char* call, const char* file, int line) {
     fflush(stdout);
-    fprintf(stderr, "train_mta_cuda: CUDA error at %s:%d: %s, in %s\n", file, line, what, call);
+    fprintf(stderr, "train_mta_cuda: CUDA error at %s:%d: %s, in %.*s\n", file, line, what, (int)strcspn(call, "("), call);  // arguments fill lines
     exit(EXIT_CUDA);
 }
 static void cuda_check(cudaError_t e, const char* call, const char* file, int line) {
@@ -91,16 +91,21 @@ static void blas_check(cublasStatus_t s, const char* call, const char* file, int
 #define cudaCheck(call) cuda_check(call, #call, __FILE__, __LINE__)
 #define blasCheck(call) blas_check(call, #call, __FILE__, __LINE__)
 
-// After every launch. With DEBUG_SYNC it waits, and so blames the right kernel.
-static void launch_check(cudaStream_t stream, const char* file, int line) {
-    cuda_check(cudaGetLastError(), "a kernel launch", file, line);
+// After every launch, `function` is its launcher. With DEBUG_SYNC it waits, and so blames the right kernel; then nothing can be captured.
 #if defined(DEBUG_SYNC)
-    cuda_check(cudaStreamSynchronize(stream), "a kernel", file, line);
+enum { WAITS = 1 };
 #else
-    (void)stream;
+enum { WAITS = 0 };
 #endif
+static void launch_check(cudaStream_t stream, const char* function, const char* file, int line) {
+    char launch[128];
+    cudaError_t e = cudaGetLastError();
+    if (e == cudaSuccess && WAITS) { e = cudaStreamSynchronize(stream); }
+    if (e == cudaSuccess) { return; }
+    snprintf(launch, sizeof launch, "a kernel launched by %s", function);
+    cuda_check(e, launch, file, line);
 }
-#define launchCheck(stream) launch_check(stream, __FILE__, __LINE__)
+#define launchCheck(stream) launch_check(stream, __func__, __FILE__, __LINE__)
 
 // A kernel that needs more dynamic shared memory than the default 48 KiB has to say so once.
 template <typename Kernel>
@@ -1386,9 +1391,14 @@ typedef struct {
     double* sums;                      // AttentionSums
     AttentionScratch attention;
     float *cosine, *sine;              // (T,HS/2)
+    void* workspace;                   // cuBLAS' own; what it would allocate itself could not be captured
 } Scratch;
 
 typedef struct { const char* name; void** ptr; size_t bytes; } Buffer;
+
+// The launches of a pass over all layers (thousands, where attention goes chunk by chunk) as a CUDA graph, so that the host pays for one. Capture
+// freezes every pointer, scalar and grid: what changes from one micro-batch to the next lies in device memory or is launched outside of the pass.
+typedef struct { int calls; cudaGraphExec_t graph; } Replay;
 
 typedef struct {
     Config config;
@@ -1407,6 +1417,8 @@ typedef struct {
     unsigned char* wrong;              // (N) on the host: counted targets that another id beats
     float* losses;                     // (N) on the host
     int *rows, *starts;                // (N), (N+1) on the host
+    bool graphs;                       // may passes be captured?
+    Replay forward, backward;          // of layers_forward and layers_backward at B x T
     Cuda cuda;
 } Model;
 
@@ -1468,6 +1480,7 @@ static int logit_rows(int V, int N) {  // a GiB of logits: 4096 rows of 128,256 
     return min_int(N, max_int(64, (int)(((size_t)1 << 30) / ((size_t)logit_stride(V) * sizeof(floatX)) / 64 * 64)));
 }
 enum { NORM_BLOCKS = 1024 };  // of the gradient norm, at most
+enum { BLAS_WORKSPACE = 32 << 20 };  // what cuBLAS asks for on sm_90 and sm_100
 
 static size_t carve_scratch(Scratch* s, const Config* c, int B, int T, int chunk, char* base) {
     size_t N = (size_t)B * T, C = (size_t)c->hidden_size, FF = (size_t)c->intermediate_size, HS = (size_t)config_head_size(c);
@@ -1486,6 +1499,7 @@ static size_t carve_scratch(Scratch* s, const Config* c, int B, int T, int chunk
         BUFFER(attention.tiles_x, ATTENTION_TILES_X * tile * x), BUFFER(attention.q, EXACT ? 0 : sequence * sizeof(floatS)),
         BUFFER(attention.k, EXACT ? 0 : sequence * sizeof(floatS)), BUFFER(attention.dk, sequence * f), BUFFER(attention.dv, sequence * f),
         BUFFER(attention.parts, attention_parts_size(&a) * f), BUFFER(cosine, (size_t)T * HS / 2 * f), BUFFER(sine, (size_t)T * HS / 2 * f),
+        BUFFER(workspace, BLAS_WORKSPACE),
     };
 #undef BUFFER
     return carve(list, (int)(sizeof list / sizeof list[0]), base);
@@ -1539,6 +1553,18 @@ static T* model_head(const Model* m, T* arena) {  // the classifier: the embeddi
     return model_tensor(m, arena, m->config.tie_word_embeddings ? TENSOR_EMBED : TENSOR_LM_HEAD);
 }
 
+// What the kernels cannot serve though a configuration may say it, refused before anything is planned: rows and heads of a micro-batch are
+// counted in 32 bits, and head mixing keeps 32 columns of all heads of a group in the 99 KiB of shared memory that every GPU from 8.0 on has.
+enum { MAX_MIXED = 512 };
+static bool model_check(const Config* c, int B, int T, Error* e) {
+    int mixed = max_int(c->head_mix_pre_softmax, c->head_mix_post_softmax);
+    if (mixed > MAX_MIXED) { return fail(e, "head mixing of %d heads: this trainer mixes at most %d, train_mta more", mixed, MAX_MIXED); }
+    if ((int64_t)B * T > INT32_MAX / c->num_attention_heads) {
+        return fail(e, "a micro-batch of %d x %d tokens of %d heads is beyond 2^31: wanted a smaller --batch-size or --seq-len", B, T, c->num_attention_heads);
+    }
+    return true;
+}
+
 // Is there a GPU that this build can use? False with one line that says what is missing.
 static bool cuda_open(Cuda* g, Error* e) {
     int devices = 0, driver = 0, runtime = 0;
@@ -1556,6 +1582,13 @@ static bool cuda_open(Cuda* g, Error* e) {
     cudaDeviceProp device;
     cudaCheck(cudaGetDeviceProperties(&device, 0));
     if (device.major < 8) { return fail(e, "%s has compute capability %d.%d, wanted 8.0 or more (bf16)", device.name, device.major, device.minor); }
+    cudaFuncAttributes code;
+    status = cudaFuncGetAttributes(&code, parts_add_kernel);
+    if (status == cudaErrorNoKernelImageForDevice) {
+        return fail(e, "this build has no code for %s (compute capability %d.%d); build it with make NVCC_ARCH=sm_%d%d%s", device.name, device.major,
+                    device.minor, device.major, device.minor, device.major == 9 ? "a" : "");
+    }
+    cudaCheck(status);
     cudaCheck(cudaStreamCreateWithFlags(&g->stream, cudaStreamNonBlocking));
     blasCheck(cublasCreate(&g->blas));
     blasCheck(cublasSetStream(g->blas, g->stream));
@@ -1567,6 +1600,8 @@ static void cuda_close(Cuda* g) {
 }
 
 static void model_free(Model* m) {
+    if (m->forward.graph) { cudaCheck(cudaGraphExecDestroy(m->forward.graph)); }
+    if (m->backward.graph) { cudaCheck(cudaGraphExecDestroy(m->backward.graph)); }
     void* const device[] = {m->weights, EXACT ? NULL : m->master, m->grads, m->m, m->v, m->activation_memory, m->scratch_memory};
     for (size_t i = 0; i < sizeof device / sizeof device[0]; i++) { if (device[i]) { cudaCheck(cudaFree(device[i])); } }
     void* const host[] = {m->wrong, m->losses, m->rows, m->starts};
@@ -1576,7 +1611,7 @@ static void model_free(Model* m) {
     free(m);
 }
 
-enum { MEMORY_RESERVE_MIB = 512 };  // for cuBLAS' workspace, kernels and fragmentation
+enum { MEMORY_RESERVE_MIB = 512 };  // for the code of kernels and of cuBLAS, graphs and fragmentation
 
 // Allocates on the device; false if it cannot be had.
 template <typename T>
@@ -1588,9 +1623,10 @@ static bool device_memory(T** p, size_t bytes, const char* what, Error* e) {
 
 // A model for micro-batches of at most B x T; chunk 0: chosen. NULL with a message if there is no GPU or too little memory.
 static Model* model_create(const Config* config, int B, int T, int chunk, Recompute recompute, Error* e) {
+    if (!model_check(config, B, T, e)) { return NULL; }
     Model* m = (Model*)alloc_or_die(1, sizeof(Model), "model");
     m->config = *config;
-    m->B = B, m->T = T, m->recompute = recompute;
+    m->B = B, m->T = T, m->recompute = recompute, m->graphs = !WAITS;
     m->logit_rows = logit_rows(config->vocab_size, B * T);
     tensor_list(&m->tensors, config);
     Attention largest = attention_largest(config, B, T, chunk);
@@ -1600,9 +1636,11 @@ static Model* model_create(const Config* config, int B, int T, int chunk, Recomp
     size_t available = 0, total = 0, reserve = (size_t)MEMORY_RESERVE_MIB << 20;
     cudaCheck(cudaMemGetInfo(&available, &total));
     if (memory_total(&p) + reserve > available) {
-        int fits = largest_batch(config, T, chunk, recompute, available > reserve ? available - reserve : 0);
-        fail(e, "a micro-batch of %d x %d tokens needs %zu MiB, the GPU has %zu MiB free; the largest that fits is %d sequences%s", B, T,
-             (memory_total(&p) + reserve) >> 20, available >> 20, fits, recompute == RECOMPUTE_BLOCK ? "" : ", more with --recompute block");
+        size_t room = available > reserve ? available - reserve : 0;
+        int fits = largest_batch(config, T, chunk, recompute, room), most = largest_batch(config, T, chunk, RECOMPUTE_BLOCK, room);
+        char advice[128] = "not even one sequence fits: wanted a smaller --seq-len or model, or a larger GPU";
+        if (most > 0) { snprintf(advice, sizeof advice, "the largest that fits is %d sequences, %d with --recompute block", fits, most); }
+        fail(e, "a micro-batch of %d x %d tokens needs %zu MiB, the GPU has %zu MiB free; %s", B, T, (memory_total(&p) + reserve) >> 20, available >> 20, advice);
         model_free(m);
         return NULL;
     }
@@ -1615,6 +1653,7 @@ static Model* model_create(const Config* config, int B, int T, int chunk, Recomp
     if (EXACT) { m->master = (float*)(void*)m->weights; }
     carve_activations(&m->acts, config, B, T, recompute, m->activation_memory);
     carve_scratch(&m->scratch, config, B, T, chunk, m->scratch_memory);
+    blasCheck(cublasSetWorkspace(m->cuda.blas, m->scratch.workspace, BLAS_WORKSPACE));
     float* const arenas[] = {m->master, m->grads, m->m, m->v};
     for (int i = 0; i < 4; i++) { cudaCheck(cudaMemsetAsync(arenas[i], 0, n * f, m->cuda.stream)); }
     cudaCheck(cudaMemsetAsync(m->weights, 0, n * sizeof(floatX), m->cuda.stream));
@@ -1740,13 +1779,29 @@ static void layer_forward(Model* m, int l, const Activations* a, int B, int T) {
     matmul_forward(s->branch, C, s->act, w.down_proj, N, FF, C, g);
 }
 
-// From tokens (B,T), on the host, to the normalised last state acts.ln_f (N,C).
-static void model_forward(Model* m, const int32_t* tokens, int B, int T) {
+typedef void Pass(Model* m, int B, int T);  // launches and never waits, its arguments the same at every call
+
+// Runs a pass: directly at the first call, when kernels are loaded and cuBLAS chooses; the second captures it, and from then on it is replayed. Other
+// shapes than the model's own (the last micro-batch of a step, samples) run directly.
+static void run_pass(Model* m, Replay* r, Pass* pass, int B, int T) {
+    bool own = m->graphs && B == m->B && T == m->T;
+    if (!own || r->calls++ == 0) { pass(m, B, T); return; }
+    if (!r->graph) {
+        cudaGraph_t graph = NULL;
+        cudaCheck(cudaStreamBeginCapture(m->cuda.stream, cudaStreamCaptureModeThreadLocal));
+        pass(m, B, T);
+        cudaCheck(cudaStreamEndCapture(m->cuda.stream, &graph));
+        cudaCheck(cudaGraphInstantiate(&r->graph, graph, 0));
+        cudaCheck(cudaGraphDestroy(graph));
+    }
+    cudaCheck(cudaGraphLaunch(r->graph, m->cuda.stream));
+}
+
+// From scratch.tokens to acts.ln_f.
+static void layers_forward(Model* m, int B, int T) {
     const Config* c = &m->config;
     Cuda* g = &m->cuda;
     int N = B * T, C = c->hidden_size, L = c->num_hidden_layers;
-    assert(B <= m->B && T <= m->T);
-    cudaCheck(cudaMemcpyAsync(m->scratch.tokens, tokens, N * sizeof(int), cudaMemcpyHostToDevice, g->stream));
     embedding_forward(m->acts.x, m->scratch.tokens, model_tensor(m, m->weights, TENSOR_EMBED), N, C, g);
     const float* before = NULL;  // x_mid of the layer before, to which its MLP is still to be added
     for (int l = 0; l < L; l++) {
@@ -1758,6 +1813,13 @@ static void model_forward(Model* m, const int32_t* tokens, int B, int T) {
     }
     residual_rmsnorm_forward(m->acts.ln_f, m->acts.rstd_f, m->acts.x + (size_t)L * N * C, before, m->scratch.branch,
                              model_tensor(m, m->weights, TENSOR_NORM), N, C, c->rms_norm_eps, g);
+}
+
+// From tokens (B,T), on the host, to the normalised last state acts.ln_f (N,C).
+static void model_forward(Model* m, const int32_t* tokens, int B, int T) {
+    assert(B <= m->B && T <= m->T);
+    cudaCheck(cudaMemcpyAsync(m->scratch.tokens, tokens, (size_t)B * T * sizeof(int), cudaMemcpyHostToDevice, m->cuda.stream));
+    run_pass(m, &m->forward, layers_forward, B, T);
 }
 
 // The classifier and its loss, a chunk of rows at a time so that the logits of all rows never exist: returns the sum of the counted losses,
@@ -1842,8 +1904,8 @@ static int rows_by_token(Model* m, const int32_t* tokens, int N) {
     return distinct;
 }
 
-// The exact reverse of model_forward, from scratch.dln; adds to the gradients.
-static void model_backward(Model* m, const int32_t* tokens, int B, int T) {
+// From scratch.dln to scratch.dx, the gradient of the embedded tokens.
+static void layers_backward(Model* m, int B, int T) {
     const Config* c = &m->config;
     Scratch* s = &m->scratch;
     Cuda* g = &m->cuda;
@@ -1858,10 +1920,18 @@ static void model_backward(Model* m, const int32_t* tokens, int B, int T) {
         }
         layer_backward(m, l, &a, B, T);
     }
-    int distinct = rows_by_token(m, tokens, N);
+}
+
+// The exact reverse of model_forward, from scratch.dln; adds to the gradients. The embedding's grid depends on the tokens: it is no part of the pass.
+static void model_backward(Model* m, const int32_t* tokens, int B, int T) {
+    Scratch* s = &m->scratch;
+    Cuda* g = &m->cuda;
+    int N = B * T;
+    run_pass(m, &m->backward, layers_backward, B, T);
+    int distinct = rows_by_token(m, tokens, N);  // while the GPU works
     cudaCheck(cudaMemcpyAsync(s->rows, m->rows, N * sizeof(int), cudaMemcpyHostToDevice, g->stream));
     cudaCheck(cudaMemcpyAsync(s->starts, m->starts, (distinct + 1) * sizeof(int), cudaMemcpyHostToDevice, g->stream));
-    embedding_backward(model_tensor(m, m->grads, TENSOR_EMBED), s->dx, s->tokens, s->rows, s->starts, distinct, C, g);
+    embedding_backward(model_tensor(m, m->grads, TENSOR_EMBED), s->dx, s->tokens, s->rows, s->starts, distinct, m->config.hidden_size, g);
     cudaCheck(cudaStreamSynchronize(g->stream));  // the host's rows may change now
 }
 
@@ -2174,10 +2244,13 @@ static int train_main(int argc, char** argv) {
     Run run;
     Error e = {{0}};
     run_parse(&run, argc, argv);
+    run.torch_dtype = EXACT ? "float32" : "bfloat16";
+    if (!model_check(&run.config, run.options.batch_size, run.options.seq_len, &e)) { die("%s", e.text); }
     print_plan(&run);
     if (run.options.dry_run) { return EXIT_DONE; }
     Model* m = model_create(&run.config, run.options.batch_size, run.options.seq_len, 0, recompute_of(run.options.recompute), &e);
     if (!m) { die("%s", e.text); }  // before the run directory is touched
+    m->graphs = m->graphs && run.options.cuda_graphs;
     run_open(&run);
     model_start(m, &run);
     run_log_start(&run, m->tensors.parameters);

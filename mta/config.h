@@ -352,7 +352,8 @@ static inline bool config_read(Config* c, const char* path, Error* e) {
     return ok ? true : fail(e, "%s: %.400s", path, inner.text);
 }
 
-static inline void config_to_json(const Config* c, Text* t) {
+// torch_dtype: what model.safetensors beside it holds, "float32" or "bfloat16".
+static inline void config_to_json(const Config* c, const char* torch_dtype, Text* t) {
     static const char* const norms[] = {"none", "group", "group_depth_scaled"};
     bool plain = config_is_plain(c);
     text_printf(t, "{\n  \"architectures\": [\"%s\"],\n  \"model_type\": \"%s\",\n", plain ? "LlamaForCausalLM" : "MtaForCausalLM", plain ? "llama" : "mta");
@@ -380,7 +381,7 @@ static inline void config_to_json(const Config* c, Text* t) {
         text_printf(t, "  \"head_mix_pre_softmax\": %d,\n  \"head_mix_post_softmax\": %d,\n  \"head_norm\": \"%s\",\n  \"head_gate\": %s,\n",
                     c->head_mix_pre_softmax, c->head_mix_post_softmax, norms[c->head_norm], c->head_gate ? "true" : "false");
     }
-    text_printf(t, "  \"initializer_range\": %.9g,\n  \"torch_dtype\": \"float32\",\n  \"use_cache\": true\n}\n", pow(c->hidden_size, -0.5));
+    text_printf(t, "  \"initializer_range\": %.9g,\n  \"torch_dtype\": \"%s\",\n  \"use_cache\": true\n}\n", pow(c->hidden_size, -0.5), torch_dtype);
 }
 
 // First difference between two models' shapes and mathematics, as "field: got A, wanted B"; true if there is none.

@@ -32,7 +32,7 @@ typedef struct {
     const char *kq_conv_layers, *head_norm, *attention_type;
     double rope_theta, rms_norm_eps;
     // training
-    int seq_len, batch_size;
+    int seq_len, batch_size, cuda_graphs;
     int64_t tokens_per_step, steps, schedule_steps, warmup, seed;
     double lr, min_lr, beta1, beta2, eps, weight_decay, grad_clip;
     // reports
@@ -46,7 +46,7 @@ static inline TrainOptions options_default(void) {
     memset(&o, 0, sizeof o);
     o.tie_word_embeddings = o.kq_conv_pre_softmax = o.kq_conv_post_softmax = o.head_mix_pre_softmax = o.head_mix_post_softmax = o.head_gate = -1;
     o.mix = "token"; o.schedule = "linear"; o.recompute = "none";
-    o.batch_size = 4; o.steps = 1000; o.warmup = 50; o.seed = 1;
+    o.batch_size = 4; o.cuda_graphs = 1; o.steps = 1000; o.warmup = 50; o.seed = 1;
     o.beta1 = 0.9; o.beta2 = 0.98; o.eps = 1e-8; o.weight_decay = 0.05; o.grad_clip = 1;
     o.eval_windows = 128; o.keep = 2; o.sample_tokens = 100; o.sample_temperature = 0.8; o.log_every = 10;
     return o;
@@ -55,7 +55,8 @@ static inline TrainOptions options_default(void) {
 static const char* const TRAIN_USAGE =
     "usage: PROGRAM --model NAME|config.json --train GLOB[=WEIGHT],... --out DIR [options]\n"
     "Trains a language model with Multi-Token Attention. --dry-run prints the plan and stops.\n"
-    "Exit status: 0 done, 1 a mistake in options or files, 3 stopped after steps with NaN or infinite loss, 75 stopped by a signal and saved.";
+    "Exit status: 0 done, 1 a mistake in options or files, 3 stopped after steps with NaN or infinite loss, 70 a CUDA call failed,\n"
+    "75 stopped by a signal and saved.";
 
 // The one table of both trainers. `table` has room for 64 rows.
 static inline void train_options_table(Opt* table, TrainOptions* o) {
@@ -110,6 +111,7 @@ static inline void train_options_table(Opt* table, TrainOptions* o) {
     ROW("--grad-clip", OPT_FLOAT, &o->grad_clip, NULL, "largest global gradient norm, 0 = off", 0, 1e9)
     ROW("--seed", OPT_LONG, &o->seed, NULL, "of initialisation, data order and samples", 0, 9e15)
     ROW("--recompute", OPT_CHOICE, &o->recompute, "none|elementwise|block", "activations computed again in the backward pass (CUDA)", 0, 0)
+    ROW("--cuda-graphs", OPT_SWITCH, &o->cuda_graphs, NULL, "replay a micro-batch's launches as CUDA graphs; off: one by one, to find a fault", 0, 0)
     HEADING("Run")
     ROW("--out", OPT_STRING, &o->out, "DIR", "run directory: log.jsonl and checkpoints", 0, 0)
     ROW("--resume", OPT_FLAG, &o->resume, NULL, "continue from the newest good checkpoint in --out", 0, 0)
@@ -161,6 +163,7 @@ typedef struct {
     int64_t skipped;            // updates left out because loss or gradient norm was not finite
     int skipped_in_a_row;
     int64_t saved_step;         // of the newest checkpoint, -1 = none
+    const char* torch_dtype;    // what the trainer writes into model.safetensors, for config.json
     double flops_per_token, flops_per_second;  // for MFU: the model's, and the machine's peak as the trainer states it
     double started;             // seconds_now() when training began
     double training_seconds;    // in train_step since then: what tokens/s and ETA are of
@@ -348,6 +351,7 @@ static inline void run_parse(Run* r, int argc, char** argv) {
     r->argc = argc;
     r->argv = argv;
     r->saved_step = -1;
+    r->torch_dtype = "float32";
     r->log.fd = -1;
     train_options_table(table, &r->options);
     const char* rest = strstr(TRAIN_USAGE, "PROGRAM") + strlen("PROGRAM");
@@ -589,7 +593,7 @@ static inline int64_t run_eval_every(const Run* r) {
 
 static inline void run_log_start(Run* r, size_t parameters) {
     Text t = {NULL, 0, 0}, config = {NULL, 0, 0};
-    config_to_json(&r->config, &config);
+    config_to_json(&r->config, r->torch_dtype, &config);
     for (size_t i = 0; i < config.n; i++) { if (config.text[i] == '\n') { config.text[i] = ' '; } }
     text_printf(&t, "{\"event\": \"start\", \"step\": %lld, \"parameters\": %zu, \"tokens_per_step\": %lld, \"seq_len\": %d, \"flops_per_token\": %.17g, \"config\": ",
                 (long long)r->step, parameters, (long long)r->options.tokens_per_step, r->options.seq_len, r->flops_per_token);
@@ -657,7 +661,7 @@ static inline void run_log_sample(Run* r, const char* text, size_t n) {
 // Files of a checkpoint that are not tensors: config.json, the tokenizer's ranks, trainer.json.
 static inline bool run_save_texts(const Run* r, CheckpointWriter* w, Error* e) {
     Text config = {NULL, 0, 0}, state = {NULL, 0, 0};
-    config_to_json(&r->config, &config);
+    config_to_json(&r->config, r->torch_dtype, &config);
     run_state_json(r, &state);
     bool good = checkpoint_add_text(w, "config.json", config.text, config.n, e) && checkpoint_add_text(w, "trainer.json", state.text, state.n, e);
     if (good && r->tokenizer && tokenizer_file(r->tokenizer)) {

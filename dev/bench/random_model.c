@@ -27,7 +27,7 @@ int main(int argc, char** argv) {
         if (list.specs[i].numel > largest) { largest = list.specs[i].numel; }
     }
     Text json = {0};
-    config_to_json(&c, &json);
+    config_to_json(&c, dtype == DT_F32 ? "float32" : dtype == DT_F16 ? "float16" : "bfloat16", &json);
     char path[PATH_SIZE];
     path_join(path, sizeof path, argv[4], "config.json");
     if (!write_file_synced(path, json.text, json.n, &e)) { die("%s", e.text); }

@@ -1,5 +1,6 @@
 // cublas_v2.h: stand-in for the cuBLAS calls that train_mta.cu makes: matrix products with fp32 accumulation, column-major as cuBLAS is.
-// Refuses what cuBLAS refuses: leading dimensions that are too small, and combinations of types that it does not have.
+// Refuses what cuBLAS refuses: leading dimensions that are too small, and combinations of types that it does not have. And, more strictly than
+// cuBLAS, which would allocate inside the graph: a product that is captured before the handle was given a workspace.
 #ifndef CUDA_CPU_CUBLAS_H
 #define CUDA_CPU_CUBLAS_H
 #include "cuda_runtime.h"
@@ -7,7 +8,8 @@
 #include "cuda_fp16.h"
 
 typedef enum {
-    CUBLAS_STATUS_SUCCESS = 0, CUBLAS_STATUS_NOT_INITIALIZED = 1, CUBLAS_STATUS_INVALID_VALUE = 7, CUBLAS_STATUS_NOT_SUPPORTED = 15
+    CUBLAS_STATUS_SUCCESS = 0, CUBLAS_STATUS_NOT_INITIALIZED = 1, CUBLAS_STATUS_INVALID_VALUE = 7, CUBLAS_STATUS_EXECUTION_FAILED = 13,
+    CUBLAS_STATUS_NOT_SUPPORTED = 15
 } cublasStatus_t;
 typedef enum { CUBLAS_OP_N, CUBLAS_OP_T } cublasOperation_t;
 typedef enum { CUDA_R_32F = 0, CUDA_R_16F = 2, CUDA_R_16BF = 14 } cudaDataType_t;
@@ -17,7 +19,7 @@ typedef enum { CUBLAS_GEMM_DEFAULT = -1, CUBLAS_GEMM_DEFAULT_TENSOR_OP = 99 } cu
 typedef enum { CUBLAS_DEFAULT_MATH, CUBLAS_PEDANTIC_MATH = 2, CUBLAS_TF32_TENSOR_OP_MATH = 3 } cublasMath_t;
 
 namespace cuda_cpu {
-struct Blas { cudaStream_t stream; };
+struct Blas { cudaStream_t stream; void* workspace; };
 
 inline float load(const void* p, cudaDataType t, size_t i) {
     return t == CUDA_R_32F ? ((const float*)p)[i] : t == CUDA_R_16BF ? (float)((const __nv_bfloat16*)p)[i] : (float)((const __half*)p)[i];
@@ -51,13 +53,30 @@ inline void gemm(bool ta, bool tb, int m, int n, int k, float alpha, const void*
 }  // namespace cuda_cpu
 
 typedef cuda_cpu::Blas* cublasHandle_t;
-static inline cublasStatus_t cublasCreate(cublasHandle_t* h) { *h = new cuda_cpu::Blas{NULL}; return CUBLAS_STATUS_SUCCESS; }
+static inline cublasStatus_t cublasCreate(cublasHandle_t* h) {
+    if (cuda_cpu::planted_failure("cublasCreate")) { return CUBLAS_STATUS_NOT_INITIALIZED; }
+    *h = new cuda_cpu::Blas{NULL, NULL};
+    return CUBLAS_STATUS_SUCCESS;
+}
 static inline cublasStatus_t cublasDestroy(cublasHandle_t h) { delete h; return CUBLAS_STATUS_SUCCESS; }
-static inline cublasStatus_t cublasSetStream(cublasHandle_t h, cudaStream_t s) { h->stream = s; return CUBLAS_STATUS_SUCCESS; }
+static inline cublasStatus_t cublasSetStream(cublasHandle_t h, cudaStream_t s) {  // as documented, it also takes the workspace away
+    h->stream = s, h->workspace = NULL;
+    return CUBLAS_STATUS_SUCCESS;
+}
 static inline cublasStatus_t cublasSetMathMode(cublasHandle_t, cublasMath_t) { return CUBLAS_STATUS_SUCCESS; }
-static inline cublasStatus_t cublasSetWorkspace(cublasHandle_t, void*, size_t) { return CUBLAS_STATUS_SUCCESS; }
+static inline cublasStatus_t cublasSetWorkspace(cublasHandle_t h, void* p, size_t) {
+    if ((size_t)p % 256) { return CUBLAS_STATUS_INVALID_VALUE; }
+    h->workspace = p;
+    return CUBLAS_STATUS_SUCCESS;
+}
 static inline const char* cublasGetStatusString(cublasStatus_t s) {
-    return s == CUBLAS_STATUS_SUCCESS ? "success" : s == CUBLAS_STATUS_NOT_SUPPORTED ? "not supported" : "invalid value";
+    switch (s) {
+        case CUBLAS_STATUS_SUCCESS: return "success";
+        case CUBLAS_STATUS_NOT_INITIALIZED: return "the library was not initialized";
+        case CUBLAS_STATUS_EXECUTION_FAILED: return "the function failed to launch on the GPU";
+        case CUBLAS_STATUS_NOT_SUPPORTED: return "the functionality is not supported";
+        default: return "an unsupported value or parameter was passed to the function";
+    }
 }
 
 static inline cublasStatus_t cublasGemmStridedBatchedEx(cublasHandle_t h, cublasOperation_t ta, cublasOperation_t tb, int m, int n, int k,
@@ -65,6 +84,8 @@ static inline cublasStatus_t cublasGemmStridedBatchedEx(cublasHandle_t h, cublas
         long long stride_b, const void* beta, void* C, cudaDataType ct, int ldc, long long stride_c, int batch, cublasComputeType_t,
         cublasGemmAlgo_t) {
     if (!h) { return CUBLAS_STATUS_NOT_INITIALIZED; }
+    if (cuda_cpu::planted_failure(__func__)) { return CUBLAS_STATUS_EXECUTION_FAILED; }
+    if (h->stream && h->stream->capture && !h->workspace) { return CUBLAS_STATUS_NOT_SUPPORTED; }
     if (m < 0 || n < 0 || k < 0 || batch < 0 || lda < std::max(1, ta == CUBLAS_OP_N ? m : k) ||
         ldb < std::max(1, tb == CUBLAS_OP_N ? k : n) || ldc < std::max(1, m)) { return CUBLAS_STATUS_INVALID_VALUE; }
     if (at != bt || (ct != at && ct != CUDA_R_32F)) { return CUBLAS_STATUS_NOT_SUPPORTED; }

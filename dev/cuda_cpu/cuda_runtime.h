@@ -1,6 +1,8 @@
 // cuda_runtime.h: stand-in for the CUDA runtime. Device memory is malloc'ed, poisoned with NaN and counted against a pretended size;
-// streams run at once, and a captured stream keeps its work in a graph.
-// The environment pretends other machines: CUDA_CPU_DEVICES=0 (no GPU), CUDA_CPU_DRIVER=old, CUDA_CPU_MEMORY_MIB=N.
+// streams run at once, and a captured stream keeps its work in a graph; what may not be called meanwhile breaks the capture.
+// The environment pretends other machines: CUDA_CPU_DEVICES=0 (no GPU), CUDA_CPU_DRIVER=old, CUDA_CPU_MEMORY_MIB=N, CUDA_CPU_CAPABILITY=75,
+// CUDA_CPU_IMAGE=none (no code for the device); and failures: CUDA_CPU_FAIL=NAME:N, the N-th call of a function, the N-th launch of a kernel, or
+// with launch:N the N-th of any.
 #ifndef CUDA_CPU_RUNTIME_H
 #define CUDA_CPU_RUNTIME_H
 #include "cuda_cpu.h"
@@ -8,7 +10,9 @@
 
 typedef enum {
     cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorMemoryAllocation = 2, cudaErrorInvalidConfiguration = 9,
-    cudaErrorInvalidDevicePointer = 17, cudaErrorInsufficientDriver = 35, cudaErrorNoDevice = 100
+    cudaErrorInvalidDevicePointer = 17, cudaErrorInsufficientDriver = 35, cudaErrorNoDevice = 100, cudaErrorNoKernelImageForDevice = 209,
+    cudaErrorLaunchFailure = 719, cudaErrorStreamCaptureUnsupported = 900, cudaErrorStreamCaptureInvalidated = 901, cudaErrorCapturedEvent = 907,
+    cudaErrorUnknown = 999
 } cudaError_t;
 typedef enum {
     cudaMemcpyHostToHost, cudaMemcpyHostToDevice, cudaMemcpyDeviceToHost, cudaMemcpyDeviceToDevice, cudaMemcpyDefault
@@ -30,17 +34,31 @@ struct cudaDeviceProp {
 namespace cuda_cpu {
 typedef std::vector<std::function<void()>> Graph;
 struct Stream { Graph* capture; };
-struct Event { double seconds; };
+struct Event { double seconds; bool captured; };
 
 inline std::map<void*, size_t> allocations;     // device memory: address -> bytes
 inline std::map<const void*, size_t> shared_limit;  // kernel -> dynamic shared memory it was allowed
 inline size_t allocated = 0;
 inline cudaError_t last_error = cudaSuccess;
 inline Stream default_stream = {NULL};
+inline bool capturing = false, capture_broken = false;  // of one stream at a time
 
 inline cudaError_t set_error(cudaError_t e) {
     if (e != cudaSuccess) { last_error = e; }
     return e;
+}
+inline bool planted_failure(const char* name) {
+    static long calls = 0;
+    const char* plan = getenv("CUDA_CPU_FAIL");
+    size_t n = strlen(name);
+    if (!plan) { calls = 0; }
+    return plan && strncmp(plan, name, n) == 0 && plan[n] == ':' && ++calls == atol(plan + n + 1);
+}
+// What waits, allocates, or copies at once is not allowed while a stream is captured, and makes the graph useless.
+inline cudaError_t not_while_capturing() {
+    if (!capturing) { return cudaSuccess; }
+    capture_broken = true;
+    return set_error(cudaErrorStreamCaptureUnsupported);
 }
 inline size_t memory_total() {
     const char* mib = getenv("CUDA_CPU_MEMORY_MIB");
@@ -68,6 +86,7 @@ inline void launch(const char* name, dim3 grid, dim3 block, size_t shared, Strea
     auto limit = shared_limit.find((const void*)kernel);
     size_t allowed = limit == shared_limit.end() ? (size_t)DEFAULT_SHARED : limit->second;
     size_t threads = (size_t)block.x * block.y * block.z;
+    if (planted_failure("launch") || planted_failure(name)) { set_error(cudaErrorLaunchFailure); return; }
     if (threads == 0 || threads > MAX_THREADS || block.z > 64 || grid.x == 0 || grid.y == 0 || grid.z == 0 || grid.x > 0x7fffffffu ||
         grid.y > 65535 || grid.z > 65535 || shared > allowed || device_state() != cudaSuccess) {
         set_error(device_state() != cudaSuccess ? device_state() : cudaErrorInvalidConfiguration);
@@ -84,6 +103,10 @@ inline void launch(const char* name, dim3 grid, dim3 block, size_t shared, Strea
 // train_mta.cu launches through this macro alone; with nvcc it becomes the triple brackets.
 #define LAUNCH(kernel, grid, block, shared, stream, ...) cuda_cpu::launch(#kernel, grid, block, shared, stream, kernel, __VA_ARGS__)
 
+// First in a function that can be told to fail; in one that waits, allocates or copies at once.
+#define CUDA_CPU_CALL() do { if (cuda_cpu::planted_failure(__func__)) { return cuda_cpu::set_error(cudaErrorUnknown); } } while (0)
+#define CUDA_CPU_WAITS() do { CUDA_CPU_CALL(); if (cuda_cpu::not_while_capturing()) { return cudaErrorStreamCaptureUnsupported; } } while (0)
+
 typedef cuda_cpu::Stream* cudaStream_t;
 typedef cuda_cpu::Event* cudaEvent_t;
 typedef cuda_cpu::Graph* cudaGraph_t;
@@ -97,6 +120,12 @@ static inline const char* cudaGetErrorString(cudaError_t e) {
         case cudaErrorInvalidDevicePointer: return "invalid device pointer";
         case cudaErrorInsufficientDriver: return "CUDA driver version is insufficient for CUDA runtime version";
         case cudaErrorNoDevice: return "no CUDA-capable device is detected";
+        case cudaErrorNoKernelImageForDevice: return "no kernel image is available for execution on the device";
+        case cudaErrorLaunchFailure: return "unspecified launch failure";
+        case cudaErrorStreamCaptureUnsupported: return "operation not permitted when stream is capturing";
+        case cudaErrorStreamCaptureInvalidated: return "operation failed due to a previous error during capture";
+        case cudaErrorCapturedEvent: return "operation not permitted on an event last recorded in a capturing stream";
+        case cudaErrorUnknown: return "unknown error";
         default: return "invalid argument";
     }
 }
@@ -111,13 +140,15 @@ static inline cudaError_t cudaGetDeviceCount(int* n) {
     *n = cuda_cpu::device_state() == cudaSuccess ? 1 : 0;
     return cuda_cpu::device_state();
 }
-static inline cudaError_t cudaSetDevice(int device) { return device == 0 ? cuda_cpu::device_state() : cudaErrorInvalidValue; }
+static inline cudaError_t cudaSetDevice(int device) { CUDA_CPU_CALL(); return device == 0 ? cuda_cpu::device_state() : cudaErrorInvalidValue; }
 static inline cudaError_t cudaGetDeviceProperties(cudaDeviceProp* p, int) {
     memset(p, 0, sizeof(*p));
     snprintf(p->name, sizeof(p->name), "CPU emulator (dev/cuda_cpu)");
     p->totalGlobalMem = cuda_cpu::memory_total();
     p->sharedMemPerBlockOptin = cuda_cpu::MAX_SHARED;
-    p->major = 9, p->minor = 0, p->multiProcessorCount = 4, p->l2CacheSize = 50 << 20;
+    const char* capability = getenv("CUDA_CPU_CAPABILITY");
+    p->major = (capability ? atoi(capability) : 90) / 10, p->minor = (capability ? atoi(capability) : 90) % 10;
+    p->multiProcessorCount = 4, p->l2CacheSize = 50 << 20;
     return cudaSuccess;
 }
 static inline cudaError_t cudaRuntimeGetVersion(int* v) { *v = 13000; return cudaSuccess; }
@@ -126,14 +157,17 @@ static inline cudaError_t cudaDriverGetVersion(int* v) {
     return cudaSuccess;
 }
 static inline cudaError_t cudaMemGetInfo(size_t* free_bytes, size_t* total) {
+    CUDA_CPU_CALL();
     *total = cuda_cpu::memory_total();
     *free_bytes = *total - std::min(*total, cuda_cpu::allocated);
     return cudaSuccess;
 }
-static inline cudaError_t cudaDeviceSynchronize(void) { return cudaSuccess; }
+static inline cudaError_t cudaDeviceSynchronize(void) { CUDA_CPU_WAITS(); return cudaSuccess; }
 
 template <typename T> static inline cudaError_t cudaMalloc(T** p, size_t n) {
     *p = NULL;
+    if (cuda_cpu::planted_failure("cudaMalloc")) { return cuda_cpu::set_error(cudaErrorMemoryAllocation); }
+    CUDA_CPU_WAITS();
     if (cuda_cpu::device_state() != cudaSuccess) { return cuda_cpu::device_state(); }
     void* block = NULL;  // aligned as cudaMalloc promises
     bool room = n <= cuda_cpu::memory_total() - std::min(cuda_cpu::memory_total(), cuda_cpu::allocated);
@@ -145,6 +179,7 @@ template <typename T> static inline cudaError_t cudaMalloc(T** p, size_t n) {
     return cudaSuccess;
 }
 static inline cudaError_t cudaFree(void* p) {
+    CUDA_CPU_WAITS();
     if (!p) { return cuda_cpu::device_state(); }  // without a driver even this fails
     auto found = cuda_cpu::allocations.find(p);
     if (found == cuda_cpu::allocations.end()) { return cuda_cpu::set_error(cudaErrorInvalidDevicePointer); }
@@ -154,27 +189,38 @@ static inline cudaError_t cudaFree(void* p) {
     return cudaSuccess;
 }
 template <typename T> static inline cudaError_t cudaMallocHost(T** p, size_t n) {
+    CUDA_CPU_WAITS();
     *p = (T*)malloc(n ? n : 1);
     return *p ? cudaSuccess : cudaErrorMemoryAllocation;
 }
 static inline cudaError_t cudaFreeHost(void* p) { free(p); return cudaSuccess; }
 static inline cudaError_t cudaMemcpy(void* to, const void* from, size_t n, cudaMemcpyKind) {
+    CUDA_CPU_WAITS();
     if (n) { memmove(to, from, n); }
     return cudaSuccess;
 }
 static inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t n, cudaMemcpyKind, cudaStream_t stream = NULL) {
+    CUDA_CPU_CALL();
     cuda_cpu::submit(stream, [=] { if (n) { memmove(to, from, n); } });
     return cudaSuccess;
 }
-static inline cudaError_t cudaMemset(void* p, int value, size_t n) { memset(p, value, n); return cudaSuccess; }
+static inline cudaError_t cudaMemset(void* p, int value, size_t n) { CUDA_CPU_WAITS(); memset(p, value, n); return cudaSuccess; }
 static inline cudaError_t cudaMemsetAsync(void* p, int value, size_t n, cudaStream_t stream = NULL) {
+    CUDA_CPU_CALL();
     cuda_cpu::submit(stream, [=] { memset(p, value, n); });
     return cudaSuccess;
 }
 template <typename F> static inline cudaError_t cudaFuncSetAttribute(F* kernel, cudaFuncAttribute, int bytes) {
+    CUDA_CPU_CALL();
     if (bytes > cuda_cpu::MAX_SHARED) { return cuda_cpu::set_error(cudaErrorInvalidValue); }
     cuda_cpu::shared_limit[(const void*)kernel] = (size_t)std::max<int>(bytes, cuda_cpu::DEFAULT_SHARED);
     return cudaSuccess;
+}
+struct cudaFuncAttributes { size_t sharedSizeBytes; };
+template <typename F> static inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* a, F*) {
+    const char* image = getenv("CUDA_CPU_IMAGE");
+    a->sharedSizeBytes = 0;
+    return image && strcmp(image, "none") == 0 ? cuda_cpu::set_error(cudaErrorNoKernelImageForDevice) : cudaSuccess;
 }
 static inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attr, int) {
     *value = attr == cudaDevAttrMultiProcessorCount ? 4 : attr == cudaDevAttrComputeCapabilityMajor ? 9
@@ -182,36 +228,49 @@ static inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attr
     return cudaSuccess;
 }
 
-static inline cudaError_t cudaStreamCreate(cudaStream_t* s) { *s = new cuda_cpu::Stream{NULL}; return cudaSuccess; }
-static inline cudaError_t cudaStreamCreateWithFlags(cudaStream_t* s, unsigned) { return cudaStreamCreate(s); }
+static inline cudaError_t cudaStreamCreate(cudaStream_t* s) { CUDA_CPU_CALL(); *s = new cuda_cpu::Stream{NULL}; return cudaSuccess; }
+static inline cudaError_t cudaStreamCreateWithFlags(cudaStream_t* s, unsigned) { CUDA_CPU_CALL(); return cudaStreamCreate(s); }
 static inline cudaError_t cudaStreamDestroy(cudaStream_t s) { delete s; return cudaSuccess; }
-static inline cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
+static inline cudaError_t cudaStreamSynchronize(cudaStream_t) { CUDA_CPU_WAITS(); return cudaSuccess; }
 static inline cudaError_t cudaStreamWaitEvent(cudaStream_t, cudaEvent_t, unsigned = 0) { return cudaSuccess; }
-static inline cudaError_t cudaEventCreate(cudaEvent_t* e) { *e = new cuda_cpu::Event{0}; return cudaSuccess; }
+static inline cudaError_t cudaEventCreate(cudaEvent_t* e) { *e = new cuda_cpu::Event{0, false}; return cudaSuccess; }
 static inline cudaError_t cudaEventCreateWithFlags(cudaEvent_t* e, unsigned) { return cudaEventCreate(e); }
 static inline cudaError_t cudaEventDestroy(cudaEvent_t e) { delete e; return cudaSuccess; }
-static inline cudaError_t cudaEventRecord(cudaEvent_t e, cudaStream_t = NULL) { e->seconds = cuda_cpu::seconds(); return cudaSuccess; }
-static inline cudaError_t cudaEventSynchronize(cudaEvent_t) { return cudaSuccess; }
+static inline cudaError_t cudaEventRecord(cudaEvent_t e, cudaStream_t s = NULL) {
+    e->seconds = cuda_cpu::seconds(), e->captured = s && s->capture;
+    return cudaSuccess;
+}
+static inline cudaError_t cudaEventSynchronize(cudaEvent_t e) { return e->captured ? cudaErrorCapturedEvent : cudaSuccess; }
 static inline cudaError_t cudaEventElapsedTime(float* ms, cudaEvent_t a, cudaEvent_t b) {
+    if (a->captured || b->captured) { return cuda_cpu::set_error(cudaErrorCapturedEvent); }
     *ms = (float)(1e3 * (b->seconds - a->seconds));
     return cudaSuccess;
 }
 
 static inline cudaError_t cudaStreamBeginCapture(cudaStream_t s, cudaStreamCaptureMode) {
-    if (!s || s->capture) { return cudaErrorInvalidValue; }
+    CUDA_CPU_CALL();
+    if (!s || cuda_cpu::capturing) { return cuda_cpu::set_error(cudaErrorInvalidValue); }
     s->capture = new cuda_cpu::Graph;
+    cuda_cpu::capturing = true, cuda_cpu::capture_broken = false;
     return cudaSuccess;
 }
 static inline cudaError_t cudaStreamEndCapture(cudaStream_t s, cudaGraph_t* g) {
+    CUDA_CPU_CALL();
+    if (!s->capture) { return cuda_cpu::set_error(cudaErrorInvalidValue); }
     *g = s->capture;
-    s->capture = NULL;
-    return *g ? cudaSuccess : cudaErrorInvalidValue;
+    s->capture = NULL, cuda_cpu::capturing = false;
+    if (!cuda_cpu::capture_broken) { return cudaSuccess; }
+    delete *g;
+    *g = NULL;
+    return cuda_cpu::set_error(cudaErrorStreamCaptureInvalidated);
 }
 static inline cudaError_t cudaGraphInstantiate(cudaGraphExec_t* e, cudaGraph_t g, unsigned long long = 0) {
+    CUDA_CPU_WAITS();
     *e = new cuda_cpu::Graph(*g);
     return cudaSuccess;
 }
 static inline cudaError_t cudaGraphLaunch(cudaGraphExec_t e, cudaStream_t stream) {
+    CUDA_CPU_CALL();
     for (auto& work : *e) { cuda_cpu::submit(stream, work); }
     return cudaSuccess;
 }

@@ -70,6 +70,11 @@ static __global__ void scale_kernel(float* x, int n, float a) {
     if (i < n) { x[i] *= a; }
 }
 
+static __global__ void scale_by_kernel(float* x, int n, const float* a) {
+    int i = (int)(blockIdx.x * blockDim.x + threadIdx.x);
+    if (i < n) { x[i] *= *a; }
+}
+
 // ---- kernels that are wrong -------------------------------------------------------------------------------------------------------
 
 static __global__ void divergent_kernel(float* x) {
@@ -254,6 +259,103 @@ static void test_graph() {
     check(ok, "a captured graph runs when launched, with the arguments of its capture");
 }
 
+// Three passes that scale x by 2, 3 and 4: submitted, captured and replayed, replayed. The factor lies in device memory, or is an argument.
+static float three_passes(bool in_memory) {
+    Device<float> x(1), factor(1);
+    cudaStream_t s;
+    cudaGraph_t g;
+    cudaGraphExec_t e = NULL;
+    cudaStreamCreate(&s);
+    x.p[0] = 1;
+    for (int pass = 0; pass < 3; pass++) {
+        float a = (float)(pass + 2);
+        cudaMemcpyAsync(factor.p, &a, sizeof a, cudaMemcpyHostToDevice, s);
+        auto submit = [&] {
+            if (in_memory) { LAUNCH(scale_by_kernel, 1, 32, 0, s, x.p, 1, factor.p); }
+            else { LAUNCH(scale_kernel, 1, 32, 0, s, x.p, 1, a); }
+        };
+        if (pass == 0) { submit(); }
+        if (pass == 1) {
+            cudaStreamBeginCapture(s, cudaStreamCaptureModeThreadLocal);
+            submit();
+            cudaStreamEndCapture(s, &g);
+            cudaGraphInstantiate(&e, g);
+            cudaGraphDestroy(g);
+        }
+        if (pass > 0) { cudaGraphLaunch(e, s); }
+    }
+    cudaGraphExecDestroy(e);
+    cudaStreamDestroy(s);
+    return x.p[0];
+}
+
+// Captures what `submit` does; the graph, or NULL with *error.
+template <typename F> static cudaGraph_t capture(cudaStream_t s, F submit, cudaError_t* error) {
+    cudaGraph_t g = NULL;
+    cudaStreamBeginCapture(s, cudaStreamCaptureModeThreadLocal);
+    submit();
+    *error = cudaStreamEndCapture(s, &g);
+    return g;
+}
+
+static void test_capture() {
+    check(three_passes(true) == 24, "what lies in device memory may change between replays");
+    check(three_passes(false) == 18, "planted: a scalar that changes between passes is frozen by capture, and the result shows it");
+    cudaStream_t s;
+    cudaStreamCreate(&s);
+    cudaError_t inside = cudaSuccess, end = cudaSuccess;
+    cudaGraph_t g = capture(s, [&] { inside = cudaStreamSynchronize(s); }, &end);
+    check(inside == cudaErrorStreamCaptureUnsupported && end == cudaErrorStreamCaptureInvalidated && !g, "planted: a wait inside a capture breaks it");
+    float* p = NULL;
+    g = capture(s, [&] { inside = cudaMalloc(&p, 4); }, &end);
+    check(inside == cudaErrorStreamCaptureUnsupported && end == cudaErrorStreamCaptureInvalidated && !g && !p, "planted: so does an allocation");
+    Device<float> x(4), workspace(64);
+    for (int i = 0; i < 4; i++) { x.p[i] = 1; }
+    float one = 1;
+    cublasHandle_t h;
+    cublasCreate(&h);
+    cublasSetStream(h, s);
+    auto product = [&] {
+        return cublasGemmEx(h, CUBLAS_OP_N, CUBLAS_OP_N, 1, 1, 1, &one, x.p, CUDA_R_32F, 1, x.p, CUDA_R_32F, 1, &one, x.p, CUDA_R_32F, 1, CUBLAS_COMPUTE_32F,
+                            CUBLAS_GEMM_DEFAULT);
+    };
+    cublasStatus_t status = product(), without = CUBLAS_STATUS_SUCCESS, with = CUBLAS_STATUS_SUCCESS, taken = CUBLAS_STATUS_SUCCESS;
+    cudaGraphDestroy(capture(s, [&] { without = product(); }, &end));
+    cublasSetWorkspace(h, workspace.p, 256);
+    cudaGraphDestroy(capture(s, [&] { with = product(); }, &end));
+    cublasSetStream(h, s);
+    cudaGraphDestroy(capture(s, [&] { taken = product(); }, &end));
+    check(status == CUBLAS_STATUS_SUCCESS && without == CUBLAS_STATUS_NOT_SUPPORTED && with == CUBLAS_STATUS_SUCCESS && taken == CUBLAS_STATUS_NOT_SUPPORTED,
+          "planted: a product is captured only with a workspace, which setting the stream takes away");
+    cublasDestroy(h);
+    cudaEvent_t a, b;
+    float ms = 0;
+    cudaEventCreate(&a);
+    cudaEventCreate(&b);
+    cudaGraphDestroy(capture(s, [&] { cudaEventRecord(a, s); cudaEventRecord(b, s); }, &end));
+    check(cudaEventElapsedTime(&ms, a, b) == cudaErrorCapturedEvent, "planted: events recorded in a capture tell no time");
+    cudaEventDestroy(a);
+    cudaEventDestroy(b);
+    cudaStreamDestroy(s);
+    cudaGetLastError();
+}
+
+static void test_failures() {
+    Device<float> x(4);
+    setenv("CUDA_CPU_FAIL", "cudaMemsetAsync:2", 1);
+    bool ok = cudaMemsetAsync(x.p, 0, 16) == cudaSuccess && cudaMemset(x.p, 0, 16) == cudaSuccess && cudaMemsetAsync(x.p, 0, 16) == cudaErrorUnknown;
+    check(ok && cudaGetLastError() == cudaErrorUnknown && cudaMemsetAsync(x.p, 0, 16) == cudaSuccess, "the n-th call of a function can be told to fail");
+    unsetenv("CUDA_CPU_FAIL");
+    cudaMemsetAsync(x.p, 0, 16);
+    setenv("CUDA_CPU_FAIL", "scale_kernel:1", 1);
+    x.p[0] = 1;
+    LAUNCH(scale_by_kernel, 1, 32, 0, NULL, x.p, 1, x.p);
+    ok = cudaGetLastError() == cudaSuccess;
+    LAUNCH(scale_kernel, 1, 32, 0, NULL, x.p, 1, 3.0f);
+    check(ok && cudaGetLastError() == cudaErrorLaunchFailure && x.p[0] == 1, "and so can a launch, which then does nothing");
+    unsetenv("CUDA_CPU_FAIL");
+}
+
 static void test_runtime() {
     float* x = NULL;
     bool ok = cudaMalloc(&x, 12) == cudaSuccess && isnan(x[0]) && isnan(x[2]) && isnan((float)*(__half*)x) && isnan((float)*(__nv_bfloat16*)x);
@@ -380,6 +482,8 @@ int main() {
     test_half_types();
     test_gemm();
     test_graph();
+    test_capture();
+    test_failures();
     test_runtime();
     test_races();
     test_uninitialised();

@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""Runs of train_mta.cu on the emulator beside train_mta: resume bit for bit, checkpoints that change sides, recompute, missing GPU or memory.
+"""Runs of train_mta.cu on the emulator beside train_mta: resume bit for bit, checkpoints that change sides, recompute, CUDA graphs, failing CUDA
+calls, missing GPU or memory, the scripts that train the paper's model.
 
 python3 dev/tests/test_cuda_run.py [-k PATTERN]
 Needs train_mta, build/train_mta_cuda_cpu (bf16) and build/train_mta_cuda_cpu_fp32; MTA_BIN: folder of train_mta; MTA_CUDA, MTA_CUDA_FP32: other
@@ -9,6 +10,7 @@ import array
 import json
 import os
 import random
+import re
 import struct
 import subprocess
 import tempfile
@@ -60,13 +62,16 @@ class CudaRuns(unittest.TestCase):
         """Runs a trainer; returns (lines of the log, output)."""
         command = [program, *MODEL, "--attention", attention, "--train", self.path("a_train_*.bin"), "--val", "v=" + self.path("a_val_*.bin"),
                    "--out", self.path(out), *options]
-        run = subprocess.run(command, capture_output=True, text=True, env=dict(os.environ, **(env or {})), timeout=300, check=False)
+        run = self.execute(command, env)
         self.assertEqual(run.returncode, status, run.stderr + run.stdout)
         if status:
             self.assertEqual(run.stderr.count("\n"), 1, run.stderr)
             return [], run.stderr
         with open(os.path.join(self.path(out), "log.jsonl"), encoding="utf-8") as f:
             return [json.loads(line) for line in f], run.stdout
+
+    def execute(self, command, env=None):
+        return subprocess.run(command, capture_output=True, text=True, env=dict(os.environ, **(env or {})), timeout=300, check=False)
 
     def figures(self, log):
         return [(e["step"], e["loss"], e["grad_norm"], e["lr"]) for e in log if e["event"] == "step"]
@@ -94,6 +99,17 @@ class CudaRuns(unittest.TestCase):
             bits = struct.unpack("<I", struct.pack("<f", master))[0]
             nearest = struct.unpack("<f", struct.pack("<I", (bits + 0x7FFF + (bits >> 16 & 1)) & 0xFFFF0000))[0]
             self.assertEqual(weight, nearest)
+
+    def test_config_says_what_the_tensors_are(self):
+        names = {"BF16": "bfloat16", "F32": "float32"}
+        for step, program in enumerate((CPU, FP32, BF16, CPU), 1):  # each continues what the one before began
+            self.train(program, "run", "--steps", str(step), "--schedule-steps", "4", "--resume")
+            folder = os.path.join(self.path("run"), "step-%08d" % step)
+            with open(os.path.join(folder, "config.json"), encoding="utf-8") as f:
+                stated = json.load(f)["torch_dtype"]
+            held = {names[dtype] for dtype, _ in safetensors(os.path.join(folder, "model.safetensors")).values()}
+            self.assertEqual(held, {stated}, program)
+            self.assertEqual(stated, "bfloat16" if program == BF16 else "float32")
 
     def compare(self, got, want, distance):
         self.assertEqual([e[0] for e in got], [e[0] for e in want])
@@ -149,13 +165,113 @@ class CudaRuns(unittest.TestCase):
         _, error = self.train(BF16, "new", "--steps", "4", "--init-from", self.path("run/step-00000002"), "--intermediate-size", "64", status=1)
         self.assertIn("mlp.gate_proj", error)
 
+    def test_graphs_change_no_bit(self):
+        """Captured passes replayed against launches one by one: evaluations in between, a smaller last micro-batch, recompute."""
+        for attention, batch, mode in (("mta-full", "2", "none"), ("mta", "3", "block"), ("diff", "2", "block")):
+            runs = [self.train(BF16, attention + graphs, "--steps", "4", "--batch-size", batch, "--eval-every", "2", "--recompute", mode, "--cuda-graphs",
+                               graphs, attention=attention)[0] for graphs in ("on", "off")]
+            self.assertEqual(self.figures(runs[0]), self.figures(runs[1]))
+            self.assertEqual([e["loss"] for e in runs[0] if e["event"] == "val"], [e["loss"] for e in runs[1] if e["event"] == "val"])
+            self.assertEqual(self.checkpoint(attention + "on", 4), self.checkpoint(attention + "off", 4))
+
+    @unittest.skipUnless(EMULATED, "skip: a GPU cannot be told to fail")
+    def test_a_failing_call_is_named(self):
+        """One line with file, line and call, exit status 70; a launch names its launcher."""
+        with open(os.path.join(ROOT, "train_mta.cu"), encoding="utf-8") as f:
+            source = f.read().split("\n")
+        cases = [("cublasCreate", 1, None), ("cudaStreamCreateWithFlags", 1, None), ("cudaMemGetInfo", 2, None), ("cudaMemsetAsync", 9, None),
+                 ("cudaMemcpyAsync", 40, None), ("cudaStreamSynchronize", 50, None), ("cublasGemmStridedBatchedEx", 7, None),
+                 ("cudaStreamBeginCapture", 1, None), ("cudaStreamEndCapture", 2, None), ("cudaGraphInstantiate", 1, None), ("cudaGraphLaunch", 3, None),
+                 ("crossentropy_kernel", 2, "crossentropy_forward_backward"), ("adamw_kernel<8>", 1, "model_update"), ("launch", 100, "")]
+        for i, (function, n, launcher) in enumerate(cases):
+            _, error = self.train(BF16, "run%d" % i, "--steps", "2", status=70, env={"CUDA_CPU_FAIL": "%s:%d" % (function, n)})
+            match = re.fullmatch(r"train_mta_cuda: CUDA error at (?:.*/)?train_mta\.cu:(\d+): (.+), in (.+)\n", error)
+            self.assertTrue(match, error)
+            line, what, call = int(match[1]), match[2], match[3]
+            self.assertTrue(what not in ("success", "no error"), error)
+            if launcher is None:
+                self.assertEqual(call, function, error)
+                self.assertIn(function + "(", "\n".join(source[line - 6:line + 6]), error)
+            else:
+                self.assertTrue(call.startswith("a kernel launched by " + launcher), error)
+                self.assertRegex(source[line - 1], r"launchCheck|LAUNCH_WIDE", error)
+
+    @unittest.skipUnless(EMULATED, "skip: a GPU cannot be told to fail")
+    def test_graphs_can_be_left_out(self):
+        self.train(BF16, "run", "--steps", "2", "--cuda-graphs", "off", env={"CUDA_CPU_FAIL": "cudaStreamBeginCapture:1"})
+
+    def refused(self, *options, env=None, **kwargs):
+        """The one line of a refusal that comes before anything is allocated or written."""
+        _, error = self.train(BF16, "run", "--steps", "1", *options, status=1, env=dict(env or {}, CUDA_CPU_FAIL="cudaMalloc:1"), **kwargs)
+        self.assertFalse(os.path.exists(self.path("run")))
+        return error
+
     @unittest.skipUnless(EMULATED, "skip: a real GPU cannot be pretended away")
-    def test_no_gpu_old_driver_little_memory(self):
-        for env, words in (({"CUDA_CPU_DEVICES": "0"}, "no usable NVIDIA GPU"), ({"CUDA_CPU_DRIVER": "old"}, "driver"),
-                           ({"CUDA_CPU_MEMORY_MIB": "512"}, "the largest that fits is")):
-            _, error = self.train(BF16, "run", "--steps", "1", status=1, env=env)
+    def test_no_gpu_old_driver_wrong_gpu(self):
+        for env, words in (({"CUDA_CPU_DEVICES": "0"}, "no usable NVIDIA GPU"), ({"CUDA_CPU_DRIVER": "old"}, "supports CUDA 11.0, this build needs 13.0"),
+                           ({"CUDA_CPU_CAPABILITY": "75"}, "compute capability 7.5, wanted 8.0 or more"),
+                           ({"CUDA_CPU_CAPABILITY": "80", "CUDA_CPU_IMAGE": "none"}, "make NVCC_ARCH=sm_80"),
+                           ({"CUDA_CPU_CAPABILITY": "90", "CUDA_CPU_IMAGE": "none"}, "make NVCC_ARCH=sm_90a")):
+            self.assertIn(words, self.refused(env=env))
+
+    @unittest.skipUnless(EMULATED, "skip: a real GPU cannot be pretended away")
+    def test_little_memory(self):
+        """The plan says what would fit, and that fits."""
+        wide = ["--seq-len", "512", "--max-position-embeddings", "512", "--tokens-per-step", "32768", "--batch-size", "64",
+                "--num-hidden-layers", "24"]
+        memory = {"CUDA_CPU_MEMORY_MIB": "740"}
+        match = re.search(r"the largest that fits is (\d+) sequences, (\d+) with --recompute block\n", self.refused(*wide, env=memory))
+        self.assertTrue(match)
+        fits, block = int(match[1]), int(match[2])
+        self.assertTrue(0 < fits < block < 64, (fits, block))
+        dry = [BF16, *MODEL, "--attention", "mta-full", *wide, "--dry-run"]
+        for extra, size in (([], fits), (["--recompute", "block"], block)):
+            self.assertIn("the largest micro-batch that fits: %d\n" % size, self.execute([*dry, *extra], memory).stdout)
+            self.refused(*wide, *extra, "--batch-size", str(size + 1), env=memory)
+            error = self.train(BF16, "fits", "--steps", "1", *wide, *extra, "--batch-size", str(size), status=1, env=dict(memory, CUDA_CPU_FAIL="cudaMalloc:3"))[1]
+            self.assertIn("MiB of GPU memory for ", error)  # the plan let it through; the driver had less after all
+        self.assertIn("not even one sequence fits", self.refused(env={"CUDA_CPU_MEMORY_MIB": "256"}))
+
+    def test_what_cannot_be_served(self):
+        many = ["--hidden-size", "2048", "--num-attention-heads", "1024", "--num-key-value-heads", "1024"]
+        large = ["--batch-size", "1000000", "--seq-len", "4096", "--max-position-embeddings", "4096", "--tokens-per-step", "4096000000"]
+        for options, words in ((["--hidden-size", "20"], "head size 5 is odd"), (large, "is beyond 2^31"), (many, "mixes at most 512")):
+            self.assertIn(words, self.refused(*options))
+
+    def test_odd_sizes(self):
+        """Head sizes, widths and vocabularies that 16-byte accesses do not divide are served, by the kernels for one element at a time."""
+        odd = ["--hidden-size", "30", "--num-attention-heads", "3", "--num-key-value-heads", "1", "--intermediate-size", "45", "--vocab-size", "33",
+               "--seq-len", "23", "--tokens-per-step", "92", "--head-mix-post-softmax", "3"]
+        want, _ = self.train(CPU, "cpu", "--steps", "3", *odd)
+        for program, distance in ((FP32, 1e-4), (BF16, 0.02)):
+            self.compare(self.figures(self.train(program, "odd" + str(distance), "--steps", "3", *odd)[0]), self.figures(want), distance)
+
+    def test_spoilt_checkpoints(self):
+        """A checkpoint of another model, or one that is damaged: one line that names the file, the tensor or the field."""
+        self.train(BF16, "run", "--steps", "1")
+        good = self.path("run/step-00000001")
+        for name, spoil, words in (("vocabulary", ["--vocab-size", "40"], "model.embed_tokens.weight"), ("heads", ["--num-key-value-heads", "2"], "k_proj"),
+                                   ("missing", ["--init-from", self.path("nowhere")], "is not a directory")):
+            _, error = self.train(BF16, "new" + name, "--steps", "1", "--init-from", good, *spoil, status=1)
             self.assertIn(words, error)
-            self.assertFalse(os.path.exists(self.path("run")))
+        with open(os.path.join(good, "model.safetensors"), "r+b") as f:
+            f.truncate(1000)
+        _, error = self.train(BF16, "cut", "--steps", "1", "--init-from", good, status=1)
+        self.assertIn("model.safetensors", error)
+
+    @unittest.skipUnless(os.path.exists(os.path.join(ROOT, "train_mta_cuda")), "skip: train_mta_cuda is not built here")
+    @unittest.skipUnless(EMULATED, "skip: here is a GPU")
+    def test_the_real_program_without_a_gpu(self):
+        """What nvcc built starts, plans, and refuses to train where there is no GPU."""
+        program = os.path.join(ROOT, "train_mta_cuda")
+        hidden = {"CUDA_VISIBLE_DEVICES": ""}  # where there is one
+        plan = self.execute([program, "--model", "880m", "--dry-run"], hidden)
+        self.assertEqual((plan.returncode, plan.stderr), (0, ""))
+        self.assertIn("876563136", plan.stdout)
+        self.assertIn("no GPU found", plan.stdout)
+        _, error = self.train(program, "run", "--steps", "1", status=1, env=hidden)
+        self.assertIn("no usable NVIDIA GPU", error)
+        self.assertFalse(os.path.exists(self.path("run")))
 
 
 if __name__ == "__main__":
