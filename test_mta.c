@@ -332,7 +332,7 @@ static void golden_save(const GoldenParts* p, const char* path, const Config* c)
     Text json = {NULL, 0, 0};
     Error e = {{0}};
     StWriter w;
-    config_to_json(c, &json);
+    config_to_json(c, "float32", &json);
     const char* const metadata[2] = {"config", json.text};
     bool good = st_writer_open(&w, path, p->entries, p->n, metadata, 1, &e);
     for (int i = 0; good && i < p->n; i++) {
