@@ -173,6 +173,54 @@ static __device__ inline float block_reduce(float x, bool maximum) {
     return maximum ? warp_max(x) : warp_sum(x);
 }
 
+// ---- tensor cores: a warp multiplies tiles of 16-bit elements (PTX manual: mma.m16n8k16, movmatrix.m8n8). dev/cuda_cpu/tensor_cores.h has the same
+// functions for the CPU.
+
+#if defined(CUDA_CPU)
+#include "tensor_cores.h"
+#else
+// c (16,8) += a (16,16) b (16,8), in fp32
+static __device__ inline void mma_bf16(float* c, const unsigned* a, unsigned b0, unsigned b1) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+static __device__ inline void mma_half(float* c, const unsigned* a, unsigned b0, unsigned b1) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+// The transpose of an 8x8 matrix of which lane 4g + t holds row g, columns 2t and 2t+1
+static __device__ inline unsigned transpose8(unsigned pair) {
+    unsigned out;
+    asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(out) : "r"(pair));
+    return out;
+}
+#endif
+
+// Two numbers as the pair that a tensor core's register holds
+static __device__ inline unsigned pack_half(float x, float y) {
+    __half2 h = __floats2half2_rn(x, y);
+    unsigned pair;
+    memcpy(&pair, &h, sizeof pair);
+    return pair;
+}
+static __device__ inline unsigned pack_bf16(float x, float y) {
+    __nv_bfloat162 h = __floats2bfloat162_rn(x, y);
+    unsigned pair;
+    memcpy(&pair, &h, sizeof pair);
+    return pair;
+}
+// T: __half, else bf16
+template <typename T>
+static __device__ inline unsigned pack_pair(float x, float y) {
+    return std::is_same<T, __half>::value ? pack_half(x, y) : pack_bf16(x, y);
+}
+template <typename T>
+static __device__ inline float2 unpack_pair(unsigned pair) {
+    __half2 h;
+    memcpy(&h, &pair, sizeof h);
+    return std::is_same<T, __half>::value ? __half22float2(h) : make_float2(__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u));
+}
+
 // parts (n_parts, n): dweight[i] += the sum of its column, in order
 static __global__ void parts_add_kernel(float* dweight, const float* parts, int n_parts, int n, int stride) {
     int i = blockIdx.x * blockDim.x + threadIdx.x;
@@ -896,6 +944,258 @@ static void softmax_backward(const TileX* dinp, const TileX* dout, const Tile* i
     launchCheck(g->stream);
 }
 
+// ---- head_mix, softmax, head_mix of groups of 16 heads, fused, on tensor cores (bf16 build; MODEL.md eq. 5, 6, 8): one read of the logits, one write
+//
+// Mixing multiplies the column of a key's 16 heads by a 16 x 16 matrix: 8 keys are one mma.m16n8k16 (forward in fp16 like the maps, backward in bf16 like the
+// gradients, both summed in fp32). A warp takes 32 keys of a row at a time: lane l has keys 8 (l%4) .. +7 of the heads l/4 and l/4 + 8, one 16-byte access
+// each, and its keys 2t, 2t+1 go through product t; so a result lies where the input lay, and a pair of keys of one head is also what a product over keys
+// (the weights' gradients) takes. As the second operand a product wants pairs of heads of one key: transpose8 turns the one into the other.
+
+enum { MIX16_WARPS = 4, MIX16_THREADS = MIX16_WARPS * WARP_SIZE, MIX16_KEYS = 4 * PACK, MIX16_STEP = MIX16_WARPS * MIX16_KEYS, MIX16_ROWS = 2 };
+typedef struct { unsigned p[2][4]; } Pairs;      // of head l/4 + 8h: p[h][t] keys 2t, 2t+1, as two fp16 or bf16
+typedef struct { float v[2][PACK]; } Values;     // the same in fp32
+typedef struct { unsigned a[4]; } Matrix16;      // 16 x 16 as a product's first operand
+
+// w (out, in)
+template <typename T>
+static __device__ inline Matrix16 matrix16(const floatX* w, bool transpose) {
+    int lane = threadIdx.x % WARP_SIZE, down = transpose ? 1 : 16, across = transpose ? 16 : 1;
+    Matrix16 m;
+UNROLL
+    for (int e = 0; e < 4; e++) {
+        const floatX* at = w + (lane / 4 + e % 2 * 8) * down + (lane % 4 * 2 + e / 2 * 8) * across;
+        m.a[e] = pack_pair<T>((float)at[0], (float)at[across]);
+    }
+    return m;
+}
+// Keys j0 .. j0+31 of row i of the heads head .. head+15; zero right of the diagonal
+template <typename T>
+static __device__ inline Pairs pairs_load(const TileOf<T>& inp, int head, int i, int j0) {
+    int lane = threadIdx.x % WARP_SIZE, j = j0 + lane % 4 * PACK;
+    Pairs x = {};
+    if (j > i) { return x; }
+UNROLL
+    for (int h = 0; h < 2; h++) {
+        Pack<T, PACK> v = load<PACK>(inp.row(head + lane / 4 + 8 * h, i) + j);
+        memcpy(x.p[h], &v, sizeof x.p[h]);
+UNROLL
+        for (int t = 0; t < 4; t++) { x.p[h][t] = j + 2 * t + 1 <= i ? x.p[h][t] : j + 2 * t <= i ? x.p[h][t] & 0xffffu : 0; }
+    }
+    return x;
+}
+template <typename T>
+static __device__ inline void pairs_store(const TileOf<T>& out, int head, int i, int j0, int nk, const Pairs& x) {
+    int lane = threadIdx.x % WARP_SIZE, j = j0 + lane % 4 * PACK;
+    if (j >= nk) { return; }
+UNROLL
+    for (int h = 0; h < 2; h++) {
+        Pack<T, PACK> v = {};
+        memcpy(&v, x.p[h], sizeof x.p[h]);
+        store<PACK>(out.row(head + lane / 4 + 8 * h, i) + j, v);
+    }
+}
+template <typename T>
+static __device__ inline Pairs pairs_of(const Values& x) {
+    Pairs y;
+UNROLL
+    for (int e = 0; e < 8; e++) { y.p[e / 4][e % 4] = pack_pair<T>(x.v[e / 4][e % 4 * 2], x.v[e / 4][e % 4 * 2 + 1]); }
+    return y;
+}
+template <typename T>
+static __device__ inline Values values_of(const Pairs& x) {
+    Values y;
+UNROLL
+    for (int e = 0; e < 8; e++) {
+        float2 pair = unpack_pair<T>(x.p[e / 4][e % 4]);
+        y.v[e / 4][e % 4 * 2] = pair.x, y.v[e / 4][e % 4 * 2 + 1] = pair.y;
+    }
+    return y;
+}
+// w x
+template <typename T>
+static __device__ inline Values mix16(const Matrix16& w, const Pairs& x) {
+    Values y;
+UNROLL
+    for (int t = 0; t < 4; t++) {
+        float c[4] = {};
+        unsigned low = transpose8(x.p[0][t]), high = transpose8(x.p[1][t]);
+        if constexpr (std::is_same<T, __half>::value) { mma_half(c, w.a, low, high); }
+        else { mma_bf16(c, w.a, low, high); }
+        y.v[0][2 * t] = c[0], y.v[0][2 * t + 1] = c[1], y.v[1][2 * t] = c[2], y.v[1][2 * t + 1] = c[3];
+    }
+    return y;
+}
+// dw[o,n] += sum over the keys of dy[o] x[n], both bf16; dw[n/8] as a product's result
+static __device__ inline void mix16_backward_weight(float (*dw)[4], const Pairs& dy, const Pairs& x) {
+UNROLL
+    for (int t = 0; t < 4; t += 2) {
+        unsigned a[4] = {dy.p[0][t], dy.p[1][t], dy.p[0][t + 1], dy.p[1][t + 1]};
+UNROLL
+        for (int n = 0; n < 2; n++) { mma_bf16(dw[n], a, x.p[n][t], x.p[n][t + 1]); }
+    }
+}
+// softmax(w x) of keys j0 .. of row i, from the maximum and 1 / sum of the lane's two rows
+static __device__ inline Values mix16_softmax(const Matrix16& w, const Pairs& x, const RowStats* s, int i, int j0) {
+    Values p = mix16<__half>(w, x);
+    int left = i - (j0 + threadIdx.x % 4 * PACK);
+UNROLL
+    for (int e = 0; e < 2 * PACK; e++) { p.v[e / PACK][e % PACK] = e % PACK <= left ? expf(p.v[e / PACK][e % PACK] - s[e / PACK].max) * s[e / PACK].sum : 0.0f; }
+    return p;
+}
+
+// out = post softmax(pre inp), or what of it is switched on; stats as in softmax_forward. A block owns a row of a group's heads, its warps every fourth
+// 32 keys. Maximum and sum of a row take a pass of their own over the keys, the second read is the cache's.
+template <bool SOFTMAX, bool POST, typename Out>
+static __global__ void __launch_bounds__(MIX16_THREADS) head_mix16_forward_kernel(TileOf<Out> out, Tile inp, const floatX* pre, const floatX* post,
+                                                                                 float* stats, bool recompute, int groups, int lo, int own, int nk, int T) {
+    DYNAMIC_SHARED(RowStats, rows);  // (warps, 16)
+    int warp = threadIdx.x / WARP_SIZE, lane = threadIdx.x % WARP_SIZE, i = lo + blockIdx.x, head = blockIdx.y * 16;
+    size_t matrix = (size_t)(blockIdx.y % groups) * 256;
+    Matrix16 before = {}, after = {};
+    RowStats s[2] = {{-INFINITY, 0}, {-INFINITY, 0}};  // of the heads l/4 and l/4 + 8
+    if constexpr (POST) { after = matrix16<__half>(post + matrix, false); }
+    if constexpr (SOFTMAX) {
+        before = matrix16<__half>(pre + matrix, false);
+        for (int j0 = warp * MIX16_KEYS; !recompute && j0 <= i; j0 += MIX16_STEP) {
+            Values x = mix16<__half>(before, pairs_load(inp, head, i, j0));
+            for (int h = 0; h < 2; h++) { stats_add(&s[h], x.v[h], i + 1 - (j0 + lane % 4 * PACK)); }
+        }
+        for (int h = 0; h < 2; h++) {
+            stats_join(&s[h], stats_shuffle(s[h], 1));
+            stats_join(&s[h], stats_shuffle(s[h], 2));
+            if (lane % 4 == 0) { rows[warp * 16 + lane / 4 + 8 * h] = s[h]; }
+        }
+        __syncthreads();  // all warps have their part of the rows
+        for (int h = 0; h < 2; h++) {
+            float* kept = stats + 2 * ((size_t)(head + lane / 4 + 8 * h) * T + i);
+            s[h] = {-INFINITY, 0};
+            for (int w = 0; w < MIX16_WARPS; w++) { stats_join(&s[h], rows[w * 16 + lane / 4 + 8 * h]); }
+            s[h].sum = 1.0f / s[h].sum;
+            if (recompute) { s[h] = {kept[0], kept[1]}; }
+            else if (warp == 0 && lane % 4 == 0 && i >= own) { kept[0] = s[h].max, kept[1] = s[h].sum; }
+        }
+    }
+    for (int j0 = warp * MIX16_KEYS; j0 < nk; j0 += MIX16_STEP) {
+        Pairs y = {};
+        if (j0 <= i) {
+            Pairs x = pairs_load(inp, head, i, j0);
+            if constexpr (SOFTMAX && POST) { y = pairs_of<Out>(mix16<__half>(after, pairs_of<__half>(mix16_softmax(before, x, s, i, j0)))); }
+            else if constexpr (SOFTMAX) { y = pairs_of<Out>(mix16_softmax(before, x, s, i, j0)); }
+            else { y = pairs_of<Out>(mix16<__half>(after, x)); }
+        }
+        pairs_store(out, head, i, j0, nk, y);
+    }
+}
+template <bool SOFTMAX, bool POST, typename Out>
+static void head_mix16_forward(const TileOf<Out>* out, const Tile* inp, float* stats, bool recompute, const Attention* a, int S, int lo, int own, int hi, int nk,
+                               Cuda* g) {
+    lo = max_int(lo, 0), hi = min_int(hi, a->T);
+    auto kernel = head_mix16_forward_kernel<SOFTMAX, POST, Out>;
+    LAUNCH(kernel, dim3(hi - lo, S * a->NH / 16), MIX16_THREADS, MIX16_WARPS * 16 * sizeof(RowStats), g->stream, *out, *inp, a->mix_pre, a->mix_post, stats,
+           recompute, a->NH / 16, lo, own, nk, a->T);
+    launchCheck(g->stream);
+}
+
+// The block's sums of one weight to parts (sequences*groups, blocks, 16*16); s (warps, 256) in shared memory
+static __device__ inline void mix16_parts(float* parts, float* s, float (*dw)[4]) {
+    int warp = threadIdx.x / WARP_SIZE, lane = threadIdx.x % WARP_SIZE;
+    __syncthreads();  // s has been read
+UNROLL
+    for (int e = 0; e < 8; e++) { s[warp * 256 + (lane / 4 + e % 4 / 2 * 8) * 16 + e / 4 * 8 + lane % 4 * 2 + e % 2] = dw[e / 4][e % 4]; }
+    __syncthreads();  // all warps have written
+    for (int t = threadIdx.x; t < 256; t += MIX16_THREADS) {
+        float sum = 0;
+        for (int w = 0; w < MIX16_WARPS; w++) { sum += s[w * 256 + t]; }
+        parts[((size_t)blockIdx.y * gridDim.x + blockIdx.x) * 256 + t] = sum;
+    }
+}
+
+// The transpose of the same, rows lo <= i < end; for the rows i < hi also att = post softmax(pre inp), which the forward pass did not keep, and the weights'
+// gradients. With P = softmax(pre inp), dP = post^T dout, dL = P (dP - sum_j P dP): dinp = pre^T dL, dpost = dout P^T, dpre = dL inp^T. dinp may be dout.
+// The dot product takes a pass of its own. Without SOFTMAX: att = post inp, dinp = post^T dout. A block owns MIX16_ROWS rows.
+template <bool SOFTMAX, bool POST>
+static __global__ void __launch_bounds__(MIX16_THREADS) head_mix16_backward_kernel(TileX dinp, TileX att, TileX dout, Tile inp, const floatX* pre,
+                                                                                  const floatX* post, const float* stats, float* parts_pre,
+                                                                                  float* parts_post, int groups, int lo, int hi, int end, int nk, int T) {
+    DYNAMIC_SHARED(float, shared);  // (warps, 16) dot products, (warps, 256) sums
+    int warp = threadIdx.x / WARP_SIZE, lane = threadIdx.x % WARP_SIZE, head = blockIdx.y * 16;
+    size_t matrix = (size_t)(blockIdx.y % groups) * 256;
+    Matrix16 before = {}, before_t = {}, after = {}, after_t = {};
+    if constexpr (SOFTMAX) { before = matrix16<__half>(pre + matrix, false), before_t = matrix16<floatX>(pre + matrix, true); }
+    if constexpr (POST) { after = matrix16<__half>(post + matrix, false), after_t = matrix16<floatX>(post + matrix, true); }
+    float dpre[2][4] = {}, dpost[2][4] = {};
+    for (int i = lo + blockIdx.x * MIX16_ROWS; i < min_int(end, lo + (int)(blockIdx.x + 1) * MIX16_ROWS); i++) {
+        RowStats s[2];
+        float dot[2] = {};
+        if constexpr (SOFTMAX) {
+            for (int h = 0; h < 2; h++) {
+                const float* kept = stats + 2 * ((size_t)(head + lane / 4 + 8 * h) * T + i);
+                s[h] = {kept[0], kept[1]};
+            }
+            for (int j0 = warp * MIX16_KEYS; j0 <= i; j0 += MIX16_STEP) {
+                Pairs d = pairs_load(dout, head, i, j0);
+                Values p = mix16_softmax(before, pairs_load(inp, head, i, j0), s, i, j0), dp = POST ? mix16<floatX>(after_t, d) : values_of<floatX>(d);
+UNROLL
+                for (int e = 0; e < 2 * PACK; e++) { dot[e / PACK] += p.v[e / PACK][e % PACK] * dp.v[e / PACK][e % PACK]; }
+            }
+            __syncthreads();  // the products of the row before have been read
+            for (int h = 0; h < 2; h++) {
+                dot[h] += __shfl_xor_sync(ALL_LANES, dot[h], 1);
+                dot[h] += __shfl_xor_sync(ALL_LANES, dot[h], 2);
+                if (lane % 4 == 0) { shared[warp * 16 + lane / 4 + 8 * h] = dot[h]; }
+            }
+            __syncthreads();  // all warps have their part
+            for (int h = 0; h < 2; h++) {
+                dot[h] = 0;
+                for (int w = 0; w < MIX16_WARPS; w++) { dot[h] += shared[w * 16 + lane / 4 + 8 * h]; }
+            }
+        }
+        for (int j0 = warp * MIX16_KEYS; j0 < nk; j0 += MIX16_STEP) {
+            Pairs dx = {}, y = {};
+            if (j0 <= i) {
+                Pairs d = pairs_load(dout, head, i, j0), x = {};
+                if (SOFTMAX || i < hi) { x = pairs_load(inp, head, i, j0); }
+                if constexpr (SOFTMAX) {
+                    Values p = mix16_softmax(before, x, s, i, j0), dl = POST ? mix16<floatX>(after_t, d) : values_of<floatX>(d);
+                    if (POST && i < hi) {
+                        y = pairs_of<floatX>(mix16<__half>(after, pairs_of<__half>(p)));
+                        mix16_backward_weight(dpost, d, pairs_of<floatX>(p));
+                    }
+UNROLL
+                    for (int e = 0; e < 2 * PACK; e++) { dl.v[e / PACK][e % PACK] = p.v[e / PACK][e % PACK] * (dl.v[e / PACK][e % PACK] - dot[e / PACK]); }
+                    dx = pairs_of<floatX>(dl);
+                    if (i < hi) { mix16_backward_weight(dpre, dx, pairs_of<floatX>(values_of<__half>(x))); }
+                    dx = pairs_of<floatX>(mix16<floatX>(before_t, dx));
+                } else {
+                    if (i < hi) {
+                        y = pairs_of<floatX>(mix16<__half>(after, x));
+                        mix16_backward_weight(dpost, d, pairs_of<floatX>(values_of<__half>(x)));
+                    }
+                    dx = pairs_of<floatX>(mix16<floatX>(after_t, d));
+                }
+            }
+            if (POST && i < hi) { pairs_store(att, head, i, j0, nk, y); }
+            pairs_store(dinp, head, i, j0, nk, dx);
+        }
+    }
+    if constexpr (POST) { mix16_parts(parts_post, shared, dpost); }
+    if constexpr (SOFTMAX) { mix16_parts(parts_pre, shared, dpre); }
+}
+// dpre, dpost (NH/16,16,16) += as the sums above
+template <bool SOFTMAX, bool POST>
+static void head_mix16_backward(double* dpre, double* dpost, const TileX* dinp, const TileX* att, const TileX* dout, const Tile* inp, const float* stats,
+                                const Attention* a, int S, int lo, int hi, int end, int nk, float* parts, Cuda* g) {
+    end = min_int(end, a->T);
+    int blocks = ceil_div(end - lo, MIX16_ROWS), groups = a->NH / 16;
+    float* parts_post = parts + (size_t)S * groups * blocks * 256;
+    auto kernel = head_mix16_backward_kernel<SOFTMAX, POST>;
+    LAUNCH(kernel, dim3(blocks, S * groups), MIX16_THREADS, MIX16_WARPS * 256 * sizeof(float), g->stream, *dinp, *att, *dout, *inp, a->mix_pre, a->mix_post,
+           stats, parts, parts_post, groups, lo, hi, end, nk, a->T);
+    launchCheck(g->stream);
+    if (SOFTMAX) { sums_add(dpre, parts, S, groups, blocks, 256, g); }
+    if (POST) { sums_add(dpost, parts_post, S, groups, blocks, 256, g); }
+}
+
 // ---- values: O_i = sum_j att[i,j] v_j
 
 static void values_forward(floatX* out, const TileX* att, const floatX* v, const Attention* a, int S, int lo, int hi, Cuda* g) {
@@ -922,6 +1222,7 @@ static void values_backward_v(float* dv, const TileX* att, const floatX* dout, c
 static int halo_pre(const Attention* a) { return a->conv_pre ? a->cq - 1 : 0; }
 static int halo_post(const Attention* a) { return a->conv_post ? a->cq - 1 : 0; }
 static bool mixes_post(const Attention* a) { return a->mix_post || a->diff_mix; }
+static bool mixes_16(const Attention* a) { return !EXACT && a->mix_pre && a->mix_post && a->ch_pre == 16 && a->ch_post == 16; }
 static bool keeps_att(const Attention* a) { return a->conv_post || mixes_post(a); }  // the softmax's result is not yet A
 
 // Scratch of attention, shared by all layers. Tiles in floatS: S C L P R of the maps; in floatX: A, and two that gradients pass through in turns.
@@ -935,6 +1236,7 @@ typedef struct {
 } AttentionScratch;
 
 static int attention_tiles(const Attention* a) {
+    if (mixes_16(a)) { return 1 + (a->conv_pre != NULL) + 2 * (a->conv_post != NULL); }
     return 1 + (a->conv_pre != NULL) + (a->mix_pre != NULL) + keeps_att(a) + (a->conv_post != NULL);
 }
 static size_t attention_tile_size(const Attention* a) {
@@ -943,6 +1245,7 @@ static size_t attention_tile_size(const Attention* a) {
 static size_t attention_parts_size(const Attention* a) {
     size_t conv = (size_t)a->NH * a->cq * a->ck * (size_t)ceil_div(a->chunk, CONV_ROWS);
     size_t mix = (size_t)a->NH * (size_t)max_int(a->ch_pre, a->ch_post) * (size_t)ceil_div(a->chunk, MIX_ROWS);
+    if (mixes_16(a)) { mix = (size_t)a->NH * 16 * 2 * (size_t)ceil_div(a->chunk + halo_pre(a) + halo_post(a), MIX16_ROWS); }
     return (size_t)a->S * (conv > mix ? conv : mix);
 }
 // Queries of a chunk: enough that products are large; 16 heads x 256 x 2048 x 2 bytes, a tile of one sequence, are 17 MB of an L2 cache of 50.
@@ -979,6 +1282,18 @@ static Maps attention_maps(const AttentionScratch* scratch, float* stats, const 
         m.C = tile_make(scratch->tiles, tiles++, a, lo - r - p);
         kq_conv_forward(&m.C, &m.S, a->conv_pre, a, S, lo - r, end, nk, g);
     }
+    if (mixes_16(a) && !a->conv_post) {  // A = mix(softmax(mix(C))) in one kernel; backward that of the gradients makes A as well
+        if (!backward) { head_mix16_forward<true, true>(&m.A, &m.C, stats, false, a, S, lo, lo, end, nk, g); }
+        return m;
+    }
+    if (mixes_16(a)) {  // P = softmax(mix(C)), and A = mix(R) as above
+        m.P = tile_make(scratch->tiles, tiles++, a, lo - r - p);
+        m.R = tile_make(scratch->tiles, tiles++, a, lo - r - p);
+        head_mix16_forward<true, false>(&m.P, &m.C, stats, backward, a, S, lo - r, lo, end, nk, g);
+        kq_conv_forward(&m.R, &m.P, a->conv_post, a, S, lo, hi, nk, g);
+        if (!backward) { head_mix16_forward<false, true>(&m.A, &m.R, stats, false, a, S, lo, lo, hi, nk, g); }
+        return m;
+    }
     m.L = m.C;
     if (a->mix_pre) {
         m.L = tile_make(scratch->tiles, tiles++, a, lo - r - p);
@@ -1013,23 +1328,33 @@ static void attention_chunk_backward(floatX* dq, const AttentionSums* sums, cons
     Maps m = attention_maps(scratch, stats, q_s, k_s, a, S, lo, hi, true, g);
     TileX d = tile_make(scratch->tiles_x, 1, a, lo), other = tile_make(scratch->tiles_x, 2, a, lo);  // a convolution goes from one to the other
 
-    values_backward_v(scratch->dv, &m.A, dout, a, S, lo, hi, g);                    // O = A v
-    values_backward_att(&d, dout, v, a, S, lo, far, nk_far, g);
-    if (mixes_post(a)) {                                                            // A = mix(R)
-        head_mix_backward_weight(sums->mix_post, &d, &m.R, a->ch_post, a, S, lo, hi, scratch->parts, g);
-        if (a->diff_mix) { head_mix_backward_input(&d, &d, a->diff_mix, 2, a, S, lo, far, nk_far, g); }
-        else { head_mix_backward_input(&d, &d, a->mix_post, a->ch_post, a, S, lo, far, nk_far, g); }
-    }
-    if (a->conv_post) {                                                             // R = conv(P)
+    values_backward_att(&d, dout, v, a, S, lo, far, nk_far, g);                     // O = A v
+    if (mixes_16(a) && !a->conv_post) {                                             // A = mix(P), P = softmax(L), L = mix(C)
+        head_mix16_backward<true, true>(sums->mix_pre, sums->mix_post, &d, &m.A, &d, &m.C, stats, a, S, lo, hi, end, nk, scratch->parts, g);
+    } else if (mixes_16(a)) {                                                       // A = mix(R), R = conv(P), then the rest
+        head_mix16_backward<false, true>(NULL, sums->mix_post, &d, &m.A, &d, &m.R, stats, a, S, lo, hi, far, nk_far, scratch->parts, g);
         kq_conv_backward_weight(sums->conv_post, &d, &m.P, a, S, lo, hi, scratch->parts, g);
         kq_conv_backward_input(&other, &d, a->conv_post, a, S, lo, end, nk, g);
         std::swap(d, other);
+        head_mix16_backward<true, false>(sums->mix_pre, NULL, &d, &m.A, &d, &m.C, stats, a, S, lo, hi, end, nk, scratch->parts, g);
+    } else {
+        if (mixes_post(a)) {                                                        // A = mix(R)
+            head_mix_backward_weight(sums->mix_post, &d, &m.R, a->ch_post, a, S, lo, hi, scratch->parts, g);
+            if (a->diff_mix) { head_mix_backward_input(&d, &d, a->diff_mix, 2, a, S, lo, far, nk_far, g); }
+            else { head_mix_backward_input(&d, &d, a->mix_post, a->ch_post, a, S, lo, far, nk_far, g); }
+        }
+        if (a->conv_post) {                                                         // R = conv(P)
+            kq_conv_backward_weight(sums->conv_post, &d, &m.P, a, S, lo, hi, scratch->parts, g);
+            kq_conv_backward_input(&other, &d, a->conv_post, a, S, lo, end, nk, g);
+            std::swap(d, other);
+        }
+        softmax_backward(&d, &d, &m.L, stats, a, S, lo, end, nk, g);                // P = softmax(L)
+        if (a->mix_pre) {                                                           // L = mix(C)
+            head_mix_backward_weight(sums->mix_pre, &d, &m.C, a->ch_pre, a, S, lo, hi, scratch->parts, g);
+            head_mix_backward_input(&d, &d, a->mix_pre, a->ch_pre, a, S, lo, end, nk, g);
+        }
     }
-    softmax_backward(&d, &d, &m.L, stats, a, S, lo, end, nk, g);                    // P = softmax(L)
-    if (a->mix_pre) {                                                               // L = mix(C)
-        head_mix_backward_weight(sums->mix_pre, &d, &m.C, a->ch_pre, a, S, lo, hi, scratch->parts, g);
-        head_mix_backward_input(&d, &d, a->mix_pre, a->ch_pre, a, S, lo, end, nk, g);
-    }
+    values_backward_v(scratch->dv, &m.A, dout, a, S, lo, hi, g);
     if (a->conv_pre) {                                                              // C = conv(S)
         kq_conv_backward_weight(sums->conv_pre, &d, &m.S, a, S, lo, hi, scratch->parts, g);
         kq_conv_backward_input(&other, &d, a->conv_pre, a, S, lo, hi, hi, g);

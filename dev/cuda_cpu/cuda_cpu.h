@@ -8,8 +8,8 @@
 //   - uninitialised reads: device, dynamic shared and static shared memory start as NaN in every floating-point format;
 //   - out-of-bounds accesses: every allocation is its own malloc, so -fsanitize=address sees them;
 //   - races past a missing barrier: run twice, with set_order(0) and set_order(1) or a seed, and compare the results.
-// Not modelled: memory ordering between blocks, occupancy, independent progress inside a warp, textures, clusters, tensor-core
-// instructions. Static __shared__ arrays inside function templates are not poisoned (g++ ignores sections there): use DYNAMIC_SHARED.
+// Tensor-core instructions and asynchronous copies: tensor_cores.h.
+// Not modelled: memory ordering between blocks, occupancy, independent progress inside a warp, textures, clusters. Static __shared__ arrays inside function templates are not poisoned (g++ ignores sections there): use DYNAMIC_SHARED.
 #ifndef CUDA_CPU_H
 #define CUDA_CPU_H
 
@@ -124,6 +124,7 @@ struct Machine {
     char* shared;                      // dynamic shared memory, exactly as large as the launch asked
     uint64_t order_seed = environment_order(), order_state = order_seed;
     uint64_t launches = 0, switches = 0;
+    void (*thread_end)(void) = NULL;   // run when a thread returns
     const void* main_stack;            // bounds of the scheduler's stack, for the address sanitizer
     size_t main_stack_bytes;
 };
@@ -193,6 +194,7 @@ inline void fiber_main() {
             self->thread = m.order[m.next++];
             set_thread(self->thread);
             (*m.body)();
+            if (m.thread_end) { m.thread_end(); }
             m.finished++;
         }
         m.idle.push_back(self);
@@ -237,8 +239,9 @@ inline void barrier(int line) {
     wait_for("__syncthreads", line);
 }
 
-// Every lane of `mask` brings a value; returns all lanes' values. Lanes outside the mask read as all ones (NaN).
-inline const uint64_t* warp_exchange(const char* what, unsigned mask, uint64_t value, int line) {
+// Every lane of `mask` brings a value; returns all lanes' values. Lanes outside the mask read as all ones (NaN). together: run once, by the lane
+// that comes last, before any lane goes on.
+inline const uint64_t* warp_exchange(const char* what, unsigned mask, uint64_t value, int line, void (*together)(const uint64_t*) = NULL) {
     Machine& m = machine;
     WarpOp* ops = m.warp_ops[m.current->thread / WARP];
     unsigned lane = m.current->thread % WARP;
@@ -257,6 +260,7 @@ inline const uint64_t* warp_exchange(const char* what, unsigned mask, uint64_t v
     op->value[lane] = value;
     op->arrived |= 1u << lane;
     if (op->arrived == mask) {
+        if (together) { together(op->value); }
         m.ready.insert(m.ready.end(), op->waiting, op->waiting + op->n_waiting);
         op->unread = op->n_waiting;
         op->arrived = 0, op->n_waiting = 0;
