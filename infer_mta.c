@@ -186,25 +186,36 @@ static void matrix_row(const Matrix* w, size_t row, float* out) {
 // takes unsigned by signed bytes: weights go in as w + 128, and `start` takes 128 x out again.
 typedef struct { int8_t high[GROUP], low[GROUP]; int32_t start[LANES]; float scale, unused[15]; } SplitGroup;
 
+// One group of x. start: minus the sum of four values in each of 16 lanes.
+static inline void split_group(SplitGroup* g, const float* x) {
+    const __m512i ones = _mm512_set1_epi8(1), half = _mm512_set1_epi32(64);
+    __m512 v[4], largest = _mm512_setzero_ps();
+    for (int u = 0; u < 4; u++) {
+        v[u] = _mm512_loadu_ps(x + u * LANES);
+        largest = _mm512_max_ps(largest, _mm512_abs_ps(v[u]));
+    }
+    float most = _mm512_reduce_max_ps(largest), inverse = most > 0 ? 16256.0f / most : 0;
+    if (!isfinite(inverse)) { inverse = 0; }  // all below 1e-34: zeros
+    g->scale = inverse > 0 ? most / 16256.0f : 0;
+    for (int u = 0; u < 4; u++) {
+        __m512i q = _mm512_cvtps_epi32(_mm512_mul_ps(v[u], _mm512_set1_ps(inverse)));
+        __m512i high = _mm512_srai_epi32(_mm512_add_epi32(q, half), 7);
+        _mm_storeu_si128((__m128i*)(g->high + u * LANES), _mm512_cvtepi32_epi8(high));
+        __m512i low = _mm512_sub_epi32(q, _mm512_slli_epi32(high, 7));
+        _mm_storeu_si128((__m128i*)(g->low + u * LANES), _mm512_cvtepi32_epi8(low));
+    }
+    __m512i high = _mm512_dpbusd_epi32(_mm512_setzero_si512(), ones, _mm512_loadu_si512(g->high));
+    __m512i sum = _mm512_dpbusd_epi32(_mm512_slli_epi32(high, 7), ones, _mm512_loadu_si512(g->low));
+    _mm512_storeu_si512(g->start, _mm512_sub_epi32(_mm512_setzero_si512(), sum));
+}
+
 // x (n, cols) -> groups (n, groups_of(cols)), whole groups only; malloc'ed.
 static SplitGroup* split_groups(const float* x, size_t ldx, int n, size_t cols) {
     size_t groups = groups_of(cols);
     SplitGroup* out = alloc_or_die((size_t)n * groups, sizeof *out, "split activations");
     for (size_t i = 0; i < (size_t)n * groups; i++) {
-        const float* in = x + i / groups * ldx + i % groups * GROUP;
-        SplitGroup* g = &out[i];
-        if ((i % groups + 1) * GROUP > cols) { continue; }
-        float largest = 0;
-        for (int k = 0; k < GROUP; k++) { largest = fabsf(in[k]) > largest ? fabsf(in[k]) : largest; }
-        float inverse = largest > 0 ? 16256.0f / largest : 0;
-        if (!isfinite(inverse)) { continue; }  // all below 1e-34: zeros
-        g->scale = largest / 16256.0f;
-        for (int k = 0; k < GROUP; k++) {
-            int q = (int)lrintf(in[k] * inverse), high = (q + 64) >> 7;
-            g->high[k] = (int8_t)high;
-            g->low[k] = (int8_t)(q - high * 128);
-            g->start[k / 4] -= q;
-        }
+        size_t c = i % groups * GROUP;
+        if (c + GROUP <= cols) { split_group(&out[i], x + i / groups * ldx + c); }
     }
     return out;
 }
@@ -945,25 +956,24 @@ static void rope_angles(float* out, const Config* c, int position) {
     }
 }
 
-// Puts n rotated keys or values (n, NKV HS) into the cache from position T on.
-static void cache_put(Cache* s, const Model* m, int l, const float* x, int n, bool keys) {
+static inline void cache_store(const Cache* s, char* base, size_t at, float value) {
+    if (s->half) { ((uint16_t*)base)[at] = f32_to_bf16(value); } else { ((float*)base)[at] = value; }
+}
+
+// Puts n rotated keys and values (n, NKV HS) into the cache from position T on. A key goes to a line of memory a value:
+// so many writes that are waited for are worth all threads, even of one position.
+static void cache_put(Cache* s, const Model* m, int l, const float* k, const float* v, int n) {
     size_t HS = (size_t)m->HS, NKV = (size_t)m->NKV, cap = round_up((size_t)s->capacity, TILE),
-           HSP = round_up(HS, TILE);
-    char* base =
-        keys ? s->k + (size_t)l * s->k_layer * (s->half ? 2 : 4) : s->v + (size_t)l * s->v_layer * (s->half ? 2 : 4);
-#pragma omp parallel for collapse(2) if (n > 4)
+           HSP = round_up(HS, TILE), width = s->half ? 2 : 4;
+    char *keys = s->k + (size_t)l * s->k_layer * width, *values = s->v + (size_t)l * s->v_layer * width;
+#pragma omp parallel for collapse(2) if ((size_t)n * NKV * HS >= 1024)
     for (int i = 0; i < n; i++) {
         for (size_t h = 0; h < NKV; h++) {
-            size_t j = (size_t)(s->T + i);
+            size_t j = (size_t)(s->T + i), row = ((size_t)i * NKV + h) * HS;
+            size_t key = h * cap * HS + j / TILE * HS * TILE + j % TILE;
+            for (size_t t = 0; t < HS; t++) { cache_store(s, keys, key + t * TILE, k[row + t]); }
             for (size_t t = 0; t < HS; t++) {
-                size_t at = keys ? h * cap * HS + (j / TILE * HS + t) * TILE + j % TILE
-                                 : h * cap * HSP + (t / TILE * cap + j) * TILE + t % TILE;
-                float value = x[((size_t)i * NKV + h) * HS + t];
-                if (s->half) {
-                    ((uint16_t*)base)[at] = f32_to_bf16(value);
-                } else {
-                    ((float*)base)[at] = value;
-                }
+                cache_store(s, values, h * cap * HSP + (t / TILE * cap + j) * TILE + t % TILE, v[row + t]);
             }
         }
     }
@@ -1265,8 +1275,7 @@ static void attention(const Model* m, Cache* s, Work* w, int l, int first, int n
     size_t D = (size_t)(m->NH * m->HS), KV = (size_t)(m->NKV * m->HS), before = (size_t)m->cq - 1, row = (size_t)first;
     float* q = w->q + row * D;
     assert(keeps || n <= w->R);
-    cache_put(s, m, l, w->k + row * KV, n, true);
-    cache_put(s, m, l, w->v + row * KV, n, false);
+    cache_put(s, m, l, w->k + row * KV, w->v + row * KV, n);
     if (y->conv_pre && before) { memcpy(q, cache_q(s, m, l), before * D * 4); }
     for (int i = 0; i < n; i += w->R) {
         Block b = {.m = m,

@@ -30,6 +30,10 @@ try:
     import mta_ref
 except ImportError:
     torch = None
+try:
+    import transformers  # 4.43 or later knows Llama 3's rope; test_infer.py runs without
+except ImportError:
+    transformers = None
 
 
 def read_safetensors(path):
@@ -544,6 +548,40 @@ class Llama(LogitsCase):
             Case.write(where, weights, dict(self.CONFIG, **keys))
             for options in ([], ["--chunk", "1"], ["--chunk", "9"]):
                 self.compare(self.logits(where, ids, *options), want, 1e-5, "%s %s" % (keys, options))
+
+
+@unittest.skipIf(torch is None or transformers is None, "no transformers here")
+class Transformers(LogitsCase):
+    def test_llama_checkpoint_of_transformers(self):
+        """A checkpoint as `transformers` saves it, Llama 3's rope, grouped keys, a head of its own: logits and
+        log-probabilities of every position, token by token and in chunks, and a score, as its own forward gives."""
+        scaling = dict(Llama.SCALING, rope_type="llama3", factor=8.0, original_max_position_embeddings=64)
+        for keys in (dict(rope_scaling=scaling, rope_theta=500000.0), dict(rope_scaling=None, num_key_value_heads=1)):
+            torch.manual_seed(len(keys))
+            shape = dict(hidden_size=64, intermediate_size=112, num_hidden_layers=3, num_attention_heads=4)
+            shape.update(vocab_size=301, num_key_value_heads=2, max_position_embeddings=512, rms_norm_eps=1e-5)
+            shape.update(tie_word_embeddings=False, initializer_range=0.12, **keys)
+            config = transformers.LlamaConfig(**shape)
+            model = transformers.LlamaForCausalLM(config).eval()
+            where = os.path.join(self.tmp.name, "transformers%d" % len(keys))
+            model.save_pretrained(where, safe_serialization=True)
+            ids = torch.randint(0, 301, (1, 512))
+            with torch.no_grad():
+                want = model(ids).logits[0]
+            logp = want.log_softmax(-1)
+            for options in (["--chunk", "1"], []):
+                got = torch.tensor(list(self.logits(where, ids[0].tolist(), *options))).view(512, 301)
+                difference = ((got - want).abs().max() / want.abs().max()).item()
+                logp_difference = (got.log_softmax(-1) - logp).abs().max().item()
+                self.assertLess(difference, 1e-5)
+                self.assertLess(logp_difference, 1e-4)
+                print("transformers %s, rope %s %s: logits differ by %.1e, log-probabilities by %.1e" % (
+                    transformers.__version__, "llama3" if keys["rope_scaling"] else "default", options, difference,
+                    logp_difference))
+            tokens = ids[0].tolist()
+            lines = [{"context_ids": tokens[:7], "continuation_ids": tokens[7:]}]
+            for x, t in zip(self.answers(where, lines)[0][0]["token_logprobs"], range(7, 512)):
+                self.assertAlmostEqual(x, logp[t - 1, tokens[t]].item(), delta=1e-4)
 
 
 class Refusals(unittest.TestCase):
