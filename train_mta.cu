@@ -58,8 +58,12 @@ enum { EXACT = sizeof(floatX) == 4 };  // weights and master weights are one are
 #endif
 #if defined(__CUDACC__)
 #define UNROLL _Pragma("unroll")
+#define UNROLL2 _Pragma("unroll 2")
+#define ROLLED _Pragma("unroll 1")  // where copies of a loop's body would cost registers
 #else
 #define UNROLL
+#define UNROLL2
+#define ROLLED
 #endif
 
 static __host__ __device__ inline int min_int(int a, int b) { return a < b ? a : b; }
@@ -173,12 +177,21 @@ static __device__ inline float block_reduce(float x, bool maximum) {
     return maximum ? warp_max(x) : warp_sum(x);
 }
 
-// ---- tensor cores: a warp multiplies tiles of 16-bit elements (PTX manual: mma.m16n8k16, movmatrix.m8n8). dev/cuda_cpu/tensor_cores.h has the same
-// functions for the CPU.
+// ---- tensor cores: a warp multiplies tiles of 16-bit elements; ldmatrix feeds it from shared memory, copy_async feeds that (PTX manual: mma.m16n8k16,
+// movmatrix.m8n8, ldmatrix.m8n8.x4, cp.async). dev/cuda_cpu/tensor_cores.h has the same functions for the CPU.
 
 #if defined(CUDA_CPU)
 #include "tensor_cores.h"
 #else
+static __device__ inline unsigned shared_address(const void* p) { return (unsigned)__cvta_generic_to_shared(p); }
+// r[m] = this lane's pair of the m-th 8x8 matrix, whose rows the lanes 8m .. 8m+7 point to
+static __device__ inline void ldmatrix(unsigned* r, const void* row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];" : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(shared_address(row)));
+}
+static __device__ inline void ldmatrix_transposed(unsigned* r, const void* row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(shared_address(row)));
+}
 // c (16,8) += a (16,16) b (16,8), in fp32
 static __device__ inline void mma_bf16(float* c, const unsigned* a, unsigned b0, unsigned b1) {
     asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
@@ -194,6 +207,13 @@ static __device__ inline unsigned transpose8(unsigned pair) {
     asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(out) : "r"(pair));
     return out;
 }
+// 16 bytes from global to shared memory, zeros where not valid; there after copy_wait<n>, which leaves at most the n newest commits in flight, and a barrier
+static __device__ inline void copy_async(void* to, const void* from, bool valid) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" :: "r"(shared_address(to)), "l"(from), "r"(valid ? 16 : 0));
+}
+static __device__ inline void copy_commit(void) { asm volatile("cp.async.commit_group;"); }
+template <int LEAVE>
+static __device__ inline void copy_wait(void) { asm volatile("cp.async.wait_group %0;" :: "n"(LEAVE)); }
 #endif
 
 // Two numbers as the pair that a tensor core's register holds
@@ -219,6 +239,35 @@ static __device__ inline float2 unpack_pair(unsigned pair) {
     __half2 h;
     memcpy(&h, &pair, sizeof h);
     return std::is_same<T, __half>::value ? __half22float2(h) : make_float2(__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u));
+}
+
+// Operands from shared memory, rows PITCH elements apart: 8 more than a multiple of 16, so that the rows of an 8x8 matrix lie in different banks.
+// a: 16 rows (m) x 16 columns (k); a_transposed: 16 rows (k) x 16 columns (m); b: 16 rows (two blocks of 8 n) x 16 columns (k), r[0..1] and r[2..3];
+// b_single: 8 rows (n), r[0..1]; b_transposed: 16 rows (k) x 16 columns (two blocks of 8 n).
+template <int PITCH, typename T>
+static __device__ inline void load_a(unsigned* r, const T* tile) {
+    int lane = threadIdx.x % WARP_SIZE;
+    ldmatrix(r, tile + lane % 16 * PITCH + lane / 16 * 8);
+}
+template <int PITCH, typename T>
+static __device__ inline void load_a_transposed(unsigned* r, const T* tile) {
+    int lane = threadIdx.x % WARP_SIZE;
+    ldmatrix_transposed(r, tile + (lane / 16 * 8 + lane % 8) * PITCH + lane / 8 % 2 * 8);
+}
+template <int PITCH, typename T>
+static __device__ inline void load_b(unsigned* r, const T* tile) {
+    int lane = threadIdx.x % WARP_SIZE;
+    ldmatrix(r, tile + (lane / 16 * 8 + lane % 8) * PITCH + lane / 8 % 2 * 8);
+}
+template <int PITCH, typename T>
+static __device__ inline void load_b_single(unsigned* r, const T* tile) {
+    int lane = threadIdx.x % WARP_SIZE;
+    ldmatrix(r, tile + lane % 8 * PITCH + lane / 8 % 2 * 8);
+}
+template <int PITCH, typename T>
+static __device__ inline void load_b_transposed(unsigned* r, const T* tile) {
+    int lane = threadIdx.x % WARP_SIZE;
+    ldmatrix_transposed(r, tile + lane % 16 * PITCH + lane / 16 * 8);
 }
 
 // parts (n_parts, n): dweight[i] += the sum of its column, in order
@@ -477,27 +526,23 @@ static void rope_forward(floatX* q, floatX* k, floatX* v, const floatX* qkv, con
                 NKV, HS);
 }
 
-// The reverse for S sequences: dq (S,NH,T,HS) of floatX, dk and dv (S,NH,T,HS) in fp32, where the chunks were summed, become dqkv (S,T,NH+2*NKV,HS);
-// heads that share keys are added in order, then rotated back.
+// The reverse for S sequences: dq (q_parts,S,NH,T,HS), dk (S,NH,T,HS) and dv (v_parts,S,NH,T,HS), in fp32, become dqkv (S,T,NH+2*NKV,HS). Parts, and
+// heads that share keys, are added in order, then rotated back.
 template <int W>
-static __global__ void rope_backward_kernel(floatX* dqkv, const floatX* dq, const float* dk, const float* dv, const float* cosine, const float* sine, int S,
-                                            int T, int NH, int NKV, int HS) {
-    int half = HS / 2, packs = half / W, heads = NH + 2 * NKV, share = NH / NKV;
-    size_t id = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
+static __global__ void rope_backward_kernel(floatX* dqkv, const float* dq, const float* dk, const float* dv, const float* cosine, const float* sine, int S, int T,
+                                            int NH, int NKV, int HS, int q_parts, int v_parts) {
+    int half = HS / 2, packs = half / W, heads = NH + 2 * NKV;
+    size_t id = (size_t)blockIdx.x * blockDim.x + threadIdx.x, all = (size_t)S * NH * T * HS;
     if (id >= (size_t)S * T * heads * packs) { return; }
     int t2 = (int)(id % packs) * W, which = (int)(id / packs % heads), n = (int)(id / packs / heads), b = n / T, t = n % T;
+    const float* from = which < NH ? dq : which < NH + NKV ? dk : dv;
+    int share = which < NH ? 1 : NH / NKV, parts = which < NH ? q_parts : which < NH + NKV ? 1 : v_parts;
+    int head = which < NH ? which : (which - NH) % NKV * share;
     Pack<float, W> x = {}, y = {};
-    if (which < NH) {
-        const floatX* inp = dq + (((size_t)b * NH + which) * T + t) * HS + t2;
-        Pack<floatX, W> xi = load<W>(inp), yi = load<W>(inp + half);
-        for (int e = 0; e < W; e++) { x.v[e] = (float)xi.v[e], y.v[e] = (float)yi.v[e]; }
-    } else {
-        const float* from = which < NH + NKV ? dk : dv;
-        for (int s = 0; s < share; s++) {
-            const float* inp = from + (((size_t)b * NH + (which - NH) % NKV * share + s) * T + t) * HS + t2;
-            Pack<float, W> xi = load<W>(inp), yi = load<W>(inp + half);
-            for (int e = 0; e < W; e++) { x.v[e] += xi.v[e], y.v[e] += yi.v[e]; }
-        }
+    for (int s = 0; s < share * parts; s++) {
+        const float* inp = from + s / share * all + (((size_t)b * NH + head + s % share) * T + t) * HS + t2;
+        Pack<float, W> xi = load<W>(inp), yi = load<W>(inp + half);
+        for (int e = 0; e < W; e++) { x.v[e] += xi.v[e], y.v[e] += yi.v[e]; }
     }
     if (which < NH + NKV) {
         Pack<float, W> cs = load<W>(cosine + (size_t)t * half + t2), sn = load<W>(sine + (size_t)t * half + t2);
@@ -513,11 +558,11 @@ static __global__ void rope_backward_kernel(floatX* dqkv, const floatX* dq, cons
     store<W>(out, xo);
     store<W>(out + half, yo);
 }
-static void rope_backward(floatX* dqkv, const floatX* dq, const float* dk, const float* dv, const float* cosine, const float* sine, int S, int T, int NH,
-                          int NKV, int HS, Cuda* g) {
+static void rope_backward(floatX* dqkv, const float* dq, const float* dk, const float* dv, const float* cosine, const float* sine, int S, int T, int NH, int NKV,
+                          int HS, int q_parts, int v_parts, Cuda* g) {
     int W = HS / 2 % WIDE ? 1 : WIDE;
     LAUNCH_WIDE(HS / 2, rope_backward_kernel, ceil_div((size_t)S * T * (NH + 2 * NKV) * (HS / 2 / W), 256), 256, 0, g->stream, dqkv, dq, dk, dv, cosine,
-                sine, S, T, NH, NKV, HS);
+                sine, S, T, NH, NKV, HS, q_parts, v_parts);
 }
 
 // =================================================================================================================================
@@ -548,6 +593,8 @@ typedef struct {
     const floatX* mix_post;
     const float* diff_mix;                         // (NH/2,2,2): takes the place of mix_post for diff
     int chunk;                                     // queries of a chunk
+    const float* mix;                              // (NH/ch_post,ch_post,ch_post) mix_post or diff_mix in fp32, for the fused kernels
+    bool flash;                                    // they serve this layer
 } Attention;
 
 // ---- scores: S[i,j] = q_i . k_j / sqrt(HS); not masked, its readers are
@@ -571,7 +618,7 @@ static const floatS* scores_input(floatS* scratch, const From* x, const Attentio
 }
 
 // dq_i = dS[i,:] k / sqrt(HS);  dk_j += dS[:,j]^T q / sqrt(HS), rows lo <= i < hi
-static void scores_backward(floatX* dq, float* dk, const TileX* dout, const floatX* q, const floatX* k, const Attention* a, int S, int lo, int hi, Cuda* g) {
+static void scores_backward(float* dq, float* dk, const TileX* dout, const floatX* q, const floatX* k, const Attention* a, int S, int lo, int hi, Cuda* g) {
     size_t head = (size_t)a->T * a->HS, tile = (size_t)dout->rows * dout->ld, at = (size_t)lo * a->HS;
     float scale = (float)(1.0 / sqrt(a->HS));
     gemm(false, false, hi - lo, a->HS, hi, scale, dout->row(0, lo), dout->ld, tile, k, a->HS, head, 0, dq + at, a->HS, head, S * a->NH, g);
@@ -1233,6 +1280,9 @@ typedef struct {
     floatS *q, *k;    // (S,NH,T,HS) where floatX is not floatS
     float *dk, *dv;   // (S,NH,T,HS)
     float* parts;     // partial sums of the weight gradients
+    floatX* dz;       // what the fused kernels need: FlashScratch
+    float* dots;
+    unsigned* bounds;
 } AttentionScratch;
 
 static int attention_tiles(const Attention* a) {
@@ -1321,7 +1371,7 @@ typedef struct { double *conv_pre, *conv_post, *mix_pre, *mix_post; } AttentionS
 
 // dq is set, scratch dk, dv and the sums are added to. q, k, v, dq, dout (S,NH,T,HS), stats (S,NH,T,2); q_s, k_s: scores_input of q and k.
 // Rows of dS come from rows of dC up to halo_pre further down, those from rows of dA up to halo_post further down: all are recomputed here.
-static void attention_chunk_backward(floatX* dq, const AttentionSums* sums, const floatX* dout, const floatX* q, const floatX* k, const floatX* v,
+static void attention_chunk_backward(float* dq, const AttentionSums* sums, const floatX* dout, const floatX* q, const floatX* k, const floatX* v,
                                      const floatS* q_s, const floatS* k_s, float* stats, const Attention* a, int S, int lo, int hi,
                                      const AttentionScratch* scratch, Cuda* g) {
     int p = halo_pre(a), r = halo_post(a), end = hi + p, far = hi + p + r, nk = min_int(end, a->T), nk_far = min_int(far, a->T);
@@ -1363,10 +1413,635 @@ static void attention_chunk_backward(floatX* dq, const AttentionSums* sums, cons
     scores_backward(dq, scratch->dk, &d, q, k, a, S, lo, hi, g);                    // S = q k^T / sqrt(HS)
 }
 
-// out, q, k, v (B,NH,T,HS), q and k rotated; stats (B,NH,T,2) for the backward pass
+// ---- the same attention fused (KERNELS: "flash"): nothing but its result leaves the chip. For bf16 layers whose only operations on scores are a
+// convolution before softmax and the mixing of pairs of heads after it; all other layers, and the fp32 build, take the chunks above.
+//
+// Mixing after softmax is linear in the values: with Vcat the values of the group's CH heads side by side, Z_n = P_n Vcat and O_o = sum_n W[o,n] Z_n[block o].
+// So a head needs no other head: it is plain flash attention with wide values, and head_output below mixes the Z (MODEL.md eq. 9). Z, dZ and dV come in
+// CH parts of (B,NH,T,HS): part p of value head o is what the p-th head of its group gives to it.
+//
+// The convolution is matrix work. Of 8 keys j..j+7 of a row, the scores j-8..j+15 of a tap's row (u queries back) times a banded (Toeplitz) matrix of the
+// tap's weights: CQ taps are 3 CQ steps of 8 columns, two of which make one 16x8x16 product; a tap's row is another address, its matrix constant registers.
+// Scores and their gradients stand in shared memory as fp16: 11 bits, where bf16 has 8 (KERNELS section 3, precision); the gradients scaled by a power of two.
+
+#if !defined(PRECISION_FP32)
+enum { FLASH_WARPS = 8, FLASH_THREADS = FLASH_WARPS * WARP_SIZE, FLASH_KEYS = 64, FLASH_HEAD = 128, FLASH_TAPS = 6, FLASH_REACH = 8 };
+#define LOG2E 1.4426950408889634f
+
+typedef struct {
+    const floatX *q, *k, *v;       // (S,NH,T,HS), q and k rotated
+    const floatX* conv;            // (NH,cq,ck), NULL = off
+    int S, T, NH, HS, cq, ck;
+    size_t z_part, dz_part;        // elements from one part of Z, of dZ, to the next
+    float scale;                   // 1 / sqrt(HS)
+} Flash;
+
+// `n` rows of a (T,HS) matrix from row `first` on into shared memory, WIDTH columns of them, PITCH apart; zeros outside the matrix. By the whole block.
+template <int WIDTH, int PITCH>
+static __device__ inline void rows_load(floatX* shared, const floatX* from, int first, int n, int T, int HS) {
+ROLLED
+    for (int t = threadIdx.x; t < n * (WIDTH / 8); t += FLASH_THREADS) {
+        int r = t / (WIDTH / 8), c = t % (WIDTH / 8) * 8, i = first + r;
+        bool valid = i >= 0 && i < T && c < HS;
+        copy_async(shared + r * PITCH + c, from + (valid ? (size_t)i * HS + c : 0), valid);
+    }
+}
+
+// c[g] (16 x 8) += 16 rows of a times the 8 rows of group g of b, over WIDTH columns of both
+template <int WIDTH, int GROUPS, int PITCH>
+static __device__ inline void rows_product(float (*c)[4], const floatX* a, const floatX* b) {
+UNROLL2
+    for (int k = 0; k < WIDTH; k += 16) {
+        unsigned x[4], y[4];
+        load_a<PITCH>(x, a + k);
+UNROLL
+        for (int g = 0; g < GROUPS; g += 2) {
+            if (g + 1 == GROUPS) { load_b_single<PITCH>(y, b + 8 * g * PITCH + k); }
+            else { load_b<PITCH>(y, b + 8 * g * PITCH + k); }
+            mma_bf16(c[g], x, y[0], y[1]);
+            if (g + 1 < GROUPS) { mma_bf16(c[g + 1], x, y[2], y[3]); }
+        }
+    }
+}
+
+// c[g] (16 x 8) += (16 x K) a times (K x 8 GROUPS) b, a given transposed (K rows of 16) if TA; b as K rows
+template <int K, int GROUPS, bool TA, int PITCH_A, int PITCH_B>
+static __device__ inline void columns_product(float (*c)[4], const floatX* a, const floatX* b) {
+UNROLL2
+    for (int k = 0; k < K; k += 16) {
+        unsigned x[4], y[4];
+        if (TA) { load_a_transposed<PITCH_A>(x, a + k * PITCH_A); } else { load_a<PITCH_A>(x, a + k); }
+UNROLL
+        for (int g = 0; g < GROUPS; g += 2) {
+            load_b_transposed<PITCH_B>(y, b + k * PITCH_B + 8 * g);
+            mma_bf16(c[g], x, y[0], y[1]);
+            mma_bf16(c[g + 1], x, y[2], y[3]);
+        }
+    }
+}
+
+// The Toeplitz matrices of one head as operands b, by one warp, into bands (CQ/2, 3, 2, 32 lanes) in shared memory. Step (u/2, gr) multiplies two taps' rows u, u+1 of
+// the gr-th of the three groups of columns around the outputs; tap u is the row u queries back (forward) or on (transposed). Column n of the outputs takes from row k
+// of that group theta[u,v] = weight[cq-1-u, r-v], v the keys from input to output, n - (8 gr - 8 + k), or transposed its negative.
+template <int CQ>
+static __device__ inline void toeplitz(unsigned* bands, const floatX* weight, int cq, int ck, bool transposed) {
+    int lane = threadIdx.x % WARP_SIZE, n = lane / 4, r = (ck - 1) / 2;
+    for (int s = 0; s < 3 * CQ; s++) {
+        int u = s / 6 * 2 + s % 2, gr = s / 2 % 3;
+        float x[2];
+        for (int e = 0; e < 2; e++) {
+            int v = n + 8 - 8 * gr - (lane % 4 * 2 + e);
+            if (transposed) { v = -v; }
+            x[e] = u < cq && v >= -r && v <= r ? (float)weight[(cq - 1 - u) * ck + r - v] : 0.0f;
+        }
+        bands[s * WARP_SIZE + lane] = pack_half(x[0], x[1]);
+    }
+}
+
+// c[g] (16 x 8) += the CQ taps' products for GROUPS groups of columns. tile: first of the 16 rows; column: of the group before the first, modulo RING if that is
+// not 0; tap u reads the rows u * STEP further on. Two taps at a time, three groups of their columns stay in registers while the outputs move along.
+template <int CQ, int GROUPS, int STEP, int PITCH, int RING>
+static __device__ inline void conv_product(float (*c)[4], const half* tile, int column, const unsigned* bands) {
+    int lane = threadIdx.x % WARP_SIZE;
+ROLLED
+    for (int u = 0; u < CQ; u += 2) {
+        unsigned x[3][4], band[3][2];
+        const half* rows = tile + (STEP * (u + lane / 16) + lane % 16) * PITCH;
+UNROLL
+        for (int s = 0; s < 6; s++) { band[s / 2][s % 2] = bands[(3 * u + s) * WARP_SIZE + lane]; }
+UNROLL
+        for (int g = 0; g < GROUPS + 2; g++) {  // g: the group of columns that is loaded; the outputs of g-1, which is c[g-2], are complete then
+            ldmatrix(x[g % 3], rows + (RING ? (column + 8 * g) % (RING ? RING : 1) : column + 8 * g));
+            if (g < 2) { continue; }
+UNROLL
+            for (int gr = 0; gr < 3; gr++) { mma_half(c[g - 2], x[(g - 2 + gr) % 3], band[gr][0], band[gr][1]); }
+        }
+    }
+}
+
+static __device__ inline float quad_sum(float x) {  // over the four lanes that hold a row of a product
+    x += __shfl_xor_sync(ALL_LANES, x, 1);
+    return x + __shfl_xor_sync(ALL_LANES, x, 2);
+}
+static __device__ inline float quad_max(float x) {
+    x = fmaxf(x, __shfl_xor_sync(ALL_LANES, x, 1));
+    return fmaxf(x, __shfl_xor_sync(ALL_LANES, x, 2));
+}
+
+// Forward: z = softmax(conv(q k^T)) Vcat, and the rows' maximum and 1 / sum. Block (tile of 128 queries, head, sequence), a warp owns 16 queries. Keys come 64 at
+// a time, copied while the 64 before are used. With a convolution the logits lag the scores by 8 keys: the scores' columns stand in a ring of 128, of which the
+// last 16 of the step before are read again; only the rows above the tile, which the taps reach, are computed twice, a group of columns by each warp.
+template <int WIDTH, int CH, int CQ>
+struct FlashForward {
+    enum { ROWS = 16 * FLASH_WARPS, HALO = CQ ? 16 : 0, LAG = CQ ? 8 : 0, PITCH = WIDTH + 8, RING = 128, RING_PITCH = RING + 8, GROUPS = FLASH_KEYS / 8 };
+    enum { Q = (ROWS + HALO) * PITCH, K = FLASH_KEYS * PITCH, V = CH * FLASH_KEYS * PITCH, SCORES = CQ ? (ROWS + HALO) * RING_PITCH : 0 };
+    enum { BANDS = 3 * CQ * WARP_SIZE, BYTES = 2 * (Q + 2 * K + 2 * V + SCORES) + 4 * BANDS };  // of shared memory
+};
+template <int WIDTH, int CH, int CQ>
+static __global__ void __launch_bounds__(FLASH_THREADS, 1) flash_forward_kernel(floatX* z, float* stats, Flash f) {
+    typedef FlashForward<WIDTH, CH, CQ> F;
+    DYNAMIC_SHARED(floatX, q_rows);
+    floatX *k_rows = q_rows + F::Q, *v_rows = k_rows + 2 * F::K;
+    half* scores = reinterpret_cast<half*>(v_rows + 2 * F::V);
+    unsigned* bands = reinterpret_cast<unsigned*>(scores + F::SCORES);
+    const int T = f.T, HS = f.HS, warp = threadIdx.x / WARP_SIZE, lane = threadIdx.x % WARP_SIZE;
+    const int i0 = (gridDim.x - 1 - blockIdx.x) * F::ROWS, head = blockIdx.z * f.NH + blockIdx.y, group = head / CH * CH;  // the longest rows first
+    const int row0 = i0 + 16 * warp, row = row0 + lane / 4;  // of the warp; of this lane's first two elements of a product, 8 more for the others
+    const size_t size = (size_t)T * HS;
+    const int last = min_int(i0 + F::ROWS, T) - 1, steps = (last + F::LAG) / FLASH_KEYS + 1;
+
+    auto keys_load = [&](int step) {
+        rows_load<WIDTH, F::PITCH>(k_rows + step % 2 * F::K, f.k + head * size, step * FLASH_KEYS, FLASH_KEYS, T, HS);
+        for (int o = 0; o < CH; o++) {
+            rows_load<WIDTH, F::PITCH>(v_rows + step % 2 * F::V + o * F::K, f.v + (group + o) * size, step * FLASH_KEYS - F::LAG, FLASH_KEYS, T, HS);
+        }
+        copy_commit();
+    };
+    // fp16 scores of 16 rows from query i on and some groups of columns from key j on; zero right of the diagonal, as the convolution reads them
+    auto scores_put = [&](const float (*c)[4], int groups, int i, int j) {
+        for (int g = 0; g < groups; g++) {
+UNROLL
+            for (int e = 0; e < 4; e += 2) {
+                int query = i + lane / 4 + 4 * e, key = j + 8 * g + lane % 4 * 2;
+                unsigned pair = pack_half(key <= query ? c[g][e] * f.scale : 0.0f, key + 1 <= query ? c[g][e + 1] * f.scale : 0.0f);
+                *reinterpret_cast<unsigned*>(scores + (query - i0 + F::HALO) * F::RING_PITCH + key % F::RING) = pair;
+            }
+        }
+    };
+
+    rows_load<WIDTH, F::PITCH>(q_rows, f.q + head * size, i0 - F::HALO, F::ROWS + F::HALO, T, HS);
+    keys_load(0);
+    if constexpr (CQ > 0) {
+        if (warp == 0) { toeplitz<CQ>(bands, f.conv + (size_t)blockIdx.y * f.cq * f.ck, f.cq, f.ck, false); }
+        for (int t = threadIdx.x; t < (F::ROWS + F::HALO) * 8; t += FLASH_THREADS) {  // the 16 columns before key 0
+            *reinterpret_cast<unsigned*>(scores + t / 8 * F::RING_PITCH + F::RING - 16 + t % 8 * 2) = 0;
+        }
+    }
+    float out[CH * WIDTH / 8][4] = {}, top[2] = {-INFINITY, -INFINITY}, sum[2] = {0, 0};  // top in units of log 2
+    for (int step = 0; step < steps; step++) {
+        const int j0 = step * FLASH_KEYS - F::LAG;  // first key of the logits
+        const floatX *k_tile = k_rows + step % 2 * F::K, *v_tile = v_rows + step % 2 * F::V, *q_tile = q_rows + (F::HALO + 16 * warp) * F::PITCH;
+        copy_wait<0>();
+        __syncthreads();  // this step's keys are there, and all have left the other half of the buffers and of the ring
+        if (step + 1 < steps) { keys_load(step + 1); }
+        float c[F::GROUPS][4] = {};
+        if constexpr (CQ > 0) {
+            if (j0 + F::LAG <= row0 + 15) { rows_product<WIDTH, F::GROUPS, F::PITCH>(c, q_tile, k_tile); }
+            scores_put(c, F::GROUPS, row0, j0 + F::LAG);
+            float above[1][4] = {};
+            rows_product<WIDTH, 1, F::PITCH>(above, q_rows, k_tile + 8 * warp * F::PITCH);
+            scores_put(above, 1, i0 - F::HALO, j0 + F::LAG + 8 * warp);
+            __syncthreads();  // the scores of all rows are there
+        }
+        if (j0 > row0 + 15) { continue; }  // whole warps: the barriers above they have met
+        if constexpr (CQ > 0) {
+UNROLL
+            for (int g = 0; g < F::GROUPS; g++) { c[g][0] = c[g][1] = c[g][2] = c[g][3] = 0; }
+            conv_product<CQ, F::GROUPS, -1, F::RING_PITCH, F::RING>(c, scores + (F::HALO + 16 * warp) * F::RING_PITCH, j0 + F::RING - 8, bands);
+        } else {
+            rows_product<WIDTH, F::GROUPS, F::PITCH>(c, q_tile, k_tile);
+        }
+        const bool edge = j0 < 0 || j0 + FLASH_KEYS - 1 > row0;
+        const float unit = CQ ? LOG2E : LOG2E * f.scale;
+UNROLL
+        for (int r = 0; r < 2; r++) {
+            float high = -INFINITY;
+UNROLL
+            for (int g = 0; g < F::GROUPS; g++) {
+UNROLL
+                for (int e = 2 * r; e < 2 * r + 2; e++) {
+                    int key = j0 + 8 * g + lane % 4 * 2 + e % 2;
+                    c[g][e] = edge && (key < 0 || key > row + 8 * r) ? -INFINITY : c[g][e] * unit;
+                    high = fmaxf(high, c[g][e]);
+                }
+            }
+            high = fmaxf(top[r], quad_max(high));
+            float base = high == -INFINITY ? 0.0f : high, factor = exp2f(top[r] - base), partial = 0;
+            top[r] = high;
+UNROLL
+            for (int g = 0; g < F::GROUPS; g++) {
+UNROLL
+                for (int e = 2 * r; e < 2 * r + 2; e++) { partial += c[g][e] = exp2f(c[g][e] - base); }
+            }
+            sum[r] = sum[r] * factor + partial;
+UNROLL
+            for (int g = 0; g < CH * WIDTH / 8; g++) { out[g][2 * r] *= factor, out[g][2 * r + 1] *= factor; }
+        }
+UNROLL
+        for (int k = 0; k < FLASH_KEYS / 16; k++) {  // out += P Vcat; two groups of P are the operand a as they stand
+            const float *left = c[2 * k], *right = c[2 * k + 1];
+            unsigned a[4] = {pack_bf16(left[0], left[1]), pack_bf16(left[2], left[3]), pack_bf16(right[0], right[1]), pack_bf16(right[2], right[3])}, b[4];
+UNROLL
+            for (int g = 0; g < CH * WIDTH / 8; g += 2) {
+                load_b_transposed<F::PITCH>(b, v_tile + (g / (WIDTH / 8) * FLASH_KEYS + 16 * k) * F::PITCH + g % (WIDTH / 8) * 8);
+                mma_bf16(out[g], a, b[0], b[1]);
+                mma_bf16(out[g + 1], a, b[2], b[3]);
+            }
+        }
+    }
+UNROLL
+    for (int r = 0; r < 2; r++) {
+        int i = row + 8 * r;
+        float inverse = 1.0f / quad_sum(sum[r]);
+        if (i >= T) { continue; }
+        if (lane % 4 == 0) { stats[2 * ((size_t)head * T + i)] = top[r] / LOG2E, stats[2 * ((size_t)head * T + i) + 1] = inverse; }
+UNROLL
+        for (int g = 0; g < CH * WIDTH / 8; g++) {
+            int o = g / (WIDTH / 8), c = g % (WIDTH / 8) * 8 + lane % 4 * 2;
+            if (c < HS) {
+                *reinterpret_cast<unsigned*>(z + (head - group) * f.z_part + (group + o) * size + (size_t)i * HS + c) =
+                    pack_bf16(out[g][2 * r] * inverse, out[g][2 * r + 1] * inverse);
+            }
+        }
+    }
+}
+
+// Before the backward kernel, for each row: dots (S,NH,T) D_n = sum_o dO_o . W[o,n] Z_n[block o] = sum_j P dP, what softmax's gradient subtracts; dz (CH parts)
+// W[o,n] dO_o; parts (S,NH/CH,blocks,CH*CH) of dW[o,n] = sum_i dO_o . Z_n[block o]; and bounds (S,NH,2), as bits of floats that only grow: the longest row of
+// dZ_n and of Vcat. CH = 1: there is no mixing, dz is dout itself and not written. A warp owns a row of all heads of a group, a lane 4 elements of each.
+template <int CH>
+static __global__ void flash_prepare_kernel(floatX* dz, float* dots, unsigned* bounds, float* parts, const floatX* dout, const floatX* z, const float* mix, Flash f) {
+    DYNAMIC_SHARED(float, sums);  // (warps, CH*CH)
+    const int T = f.T, HS = f.HS, warp = threadIdx.x / WARP_SIZE, lane = threadIdx.x % WARP_SIZE, e0 = lane * 4;
+    const int groups = f.NH / CH, group = blockIdx.z * f.NH + blockIdx.y * CH;
+    const float* W = mix + (size_t)blockIdx.y * CH * CH;
+    float dW[CH][CH] = {}, longest_dz[CH] = {}, longest_v = 0;
+    for (int i = blockIdx.x * ROW_WARPS + warp; i < T; i += gridDim.x * ROW_WARPS) {
+        float dot[CH] = {}, squares_dz[CH] = {}, squares_v = 0;
+UNROLL
+        for (int o = 0; o < CH; o++) {
+            size_t at = ((size_t)(group + o) * T + i) * HS + e0;
+            Pack<floatX, 4> d = {}, v = {};
+            if (e0 < HS) { d = load<4>(dout + at), v = load<4>(f.v + at); }
+            float squares = 0;
+            for (int e = 0; e < 4; e++) { squares += (float)d.v[e] * (float)d.v[e], squares_v += (float)v.v[e] * (float)v.v[e]; }
+UNROLL
+            for (int n = 0; n < CH; n++) {
+                float w = CH > 1 ? W[o * CH + n] : 1.0f, r = 0;
+                if (e0 < HS) {
+                    Pack<floatX, 4> x = load<4>(z + n * f.z_part + at), y;
+                    for (int e = 0; e < 4; e++) { r += (float)d.v[e] * (float)x.v[e], y.v[e] = (floatX)(w * (float)d.v[e]); }
+                    if (CH > 1) { store<4>(dz + n * f.dz_part + at, y); }
+                }
+                dot[n] += w * r, dW[o][n] += r, squares_dz[n] += w * w * squares;
+            }
+        }
+        longest_v = fmaxf(longest_v, warp_sum(squares_v));
+UNROLL
+        for (int n = 0; n < CH; n++) {
+            float d = warp_sum(dot[n]);
+            longest_dz[n] = fmaxf(longest_dz[n], warp_sum(squares_dz[n]));
+            if (lane == 0) { dots[(size_t)(group + n) * T + i] = d; }
+        }
+    }
+UNROLL
+    for (int n = 0; n < CH; n++) {
+        if (lane == 0) {
+            atomicMax(bounds + 2 * (group + n), __float_as_uint(sqrtf(longest_dz[n])));
+            atomicMax(bounds + 2 * (group + n) + 1, __float_as_uint(sqrtf(longest_v)));
+        }
+UNROLL
+        for (int o = 0; o < CH; o++) {
+            float d = warp_sum(dW[o][n]);
+            if (lane == 0) { sums[warp * CH * CH + o * CH + n] = d; }
+        }
+    }
+    if (CH == 1) { return; }  // nothing was mixed
+    __syncthreads();  // the sums of all warps are there
+    if (threadIdx.x < CH * CH) {
+        float d = 0;
+        for (int w = 0; w < ROW_WARPS; w++) { d += sums[w * CH * CH + threadIdx.x]; }
+        parts[(((size_t)blockIdx.z * groups + blockIdx.y) * gridDim.x + blockIdx.x) * CH * CH + threadIdx.x] = d;
+    }
+}
+
+// Backward: dk (S,NH,T,HS) and dv (CH parts) are set, dq (splits,S,NH,T,HS) is added to, all in fp32; parts (S,NH,splits,cq*ck) of the convolution's gradient.
+// Block (split, head, sequence) walks over the blocks of 64 keys split, split + splits, ...; what a block of keys gathers stays in registers while the queries
+// stream past, the last first: a row of dS needs the rows of dL below it. One block of the grid alone adds to its dq, so the order of the sum is fixed.
+// A tile of queries: (1) scores S; (2) P, dP = dZ Vcat^T, dL = P (dP - D); (3) dV += P^T dZ, dS = the transposed convolution of dL, dtheta; (4) dK += dS^T Q,
+// dq += dS K. With a convolution S takes 16 keys more on both sides of the block and 16 rows above the tile, dL 8 keys more and 8 rows below, carried from the
+// tile before. Warps are 4 (queries, or keys for dK and dV) by 2 (columns).
+template <int WIDTH, int CH, int CQ>
+struct FlashBackward {
+    enum { ROWS = CQ || WIDTH > 96 ? 64 : 128, M = ROWS / 64 /* products of 16 rows a warp has side by side */, PITCH = WIDTH + 8, KEYS_PITCH = FLASH_KEYS + 8 };
+    enum { HALO = CQ ? 16 : 0, SIDE = CQ ? 8 : 0, NEAR = FLASH_KEYS + 2 * SIDE, FAR = FLASH_KEYS + 4 * SIDE, NEAR_PITCH = NEAR + 8, FAR_PITCH = FAR + 8 };
+    enum { GROUPS = NEAR / 16, BANDS = 3 * CQ * WARP_SIZE };  // groups of columns of a warp in (2)
+    enum { K = FAR * PITCH, V = NEAR * PITCH, Q = (ROWS + HALO) * PITCH, DZ = ROWS * PITCH, TILE = ROWS * KEYS_PITCH };
+    enum { SCORES = CQ ? (ROWS + HALO) * FAR_PITCH : 0, DLOGITS = CQ ? (ROWS + 8) * NEAR_PITCH : 0 };
+    enum { BYTES = 2 * (K + CH * V + 2 * Q + CH * DZ + 2 * TILE + SCORES + DLOGITS) + 4 * 2 * BANDS };
+};
+template <int WIDTH, int CH, int CQ>
+static __global__ void __launch_bounds__(FLASH_THREADS, 1) flash_backward_kernel(float* dq, float* dk, float* dv, float* parts, const floatX* dz, const float* stats,
+                                                                                const float* dots, const unsigned* bounds, Flash f) {
+    typedef FlashBackward<WIDTH, CH, CQ> F;
+    DYNAMIC_SHARED(floatX, k_rows);
+    floatX *v_rows = k_rows + F::K, *q_rows = v_rows + CH * F::V, *dz_rows = q_rows + 2 * F::Q, *att = dz_rows + CH * F::DZ, *dscores = att + F::TILE;
+    half *scores = reinterpret_cast<half*>(dscores + F::TILE), *dlogits = scores + F::SCORES;
+    unsigned* bands = reinterpret_cast<unsigned*>(dlogits + F::DLOGITS);  // those of the convolution, then of its transpose
+    const int T = f.T, HS = f.HS, warp = threadIdx.x / WARP_SIZE, lane = threadIdx.x % WARP_SIZE, wr = warp % 4, wc = warp / 4;
+    const int head = blockIdx.z * f.NH + blockIdx.y, group = head / CH * CH;
+    const size_t size = (size_t)T * HS, all = (size_t)f.S * f.NH * size;
+    float gain = 1, ungain = 1;  // of dL in fp16: |dL| <= 2 |dZ| |V| becomes at most 2^15
+    if constexpr (CQ > 0) {
+        float bound = 2 * __uint_as_float(bounds[2 * head]) * __uint_as_float(bounds[2 * head + 1]);
+        gain = bound > 0 ? exp2f(fminf(fmaxf(floorf(15 - log2f(bound)), -60.0f), 60.0f)) : 1;
+        ungain = 1 / gain;
+        if (warp < 2) { toeplitz<CQ>(bands + warp * F::BANDS, f.conv + (size_t)blockIdx.y * f.cq * f.ck, f.cq, f.ck, warp == 1); }
+    }
+    float theta[CQ ? CQ / 2 : 1][3][4] = {};  // [two taps x 8 columns of S] x 24 columns of dL, summed along all rows
+
+    auto queries_load = [&](int tile) {
+        rows_load<WIDTH, F::PITCH>(q_rows + tile % 2 * F::Q, f.q + head * size, tile * F::ROWS - F::HALO, F::ROWS + F::HALO, T, HS);
+    };
+    auto dz_load = [&](int tile) {
+        for (int o = 0; o < CH; o++) {
+            rows_load<WIDTH, F::PITCH>(dz_rows + o * F::DZ, dz + (head - group) * f.dz_part + (group + o) * size, tile * F::ROWS, F::ROWS, T, HS);
+        }
+    };
+
+    for (int j0 = blockIdx.x * FLASH_KEYS; j0 < T; j0 += gridDim.x * FLASH_KEYS) {
+        const int first = j0 / F::ROWS, final = (T - 1) / F::ROWS;
+        __syncthreads();  // all have left the keys before
+        rows_load<WIDTH, F::PITCH>(k_rows, f.k + head * size, j0 - 2 * F::SIDE, F::FAR, T, HS);
+        for (int o = 0; o < CH; o++) { rows_load<WIDTH, F::PITCH>(v_rows + o * F::V, f.v + (group + o) * size, j0 - F::SIDE, F::NEAR, T, HS); }
+        queries_load(final);
+        copy_commit();
+        dz_load(final);
+        copy_commit();
+        if constexpr (CQ > 0) {
+            for (int t = threadIdx.x; t < 8 * F::NEAR / 2; t += FLASH_THREADS) {  // below the last row
+                *reinterpret_cast<unsigned*>(dlogits + (F::ROWS + t / (F::NEAR / 2)) * F::NEAR_PITCH + t % (F::NEAR / 2) * 2) = 0;
+            }
+        }
+        enum { V_GROUPS = CH * WIDTH / 16, K_GROUPS = WIDTH / 16 };
+        float dv_sum[V_GROUPS][4] = {}, dk_sum[K_GROUPS][4] = {};
+
+        for (int tile = final; tile >= first; tile--) {
+            const int i0 = tile * F::ROWS;
+            const floatX* q_tile = q_rows + tile % 2 * F::Q;
+            // commits in flight, oldest first: queries of this tile, its dZ
+            if (CQ) { copy_wait<1>(); } else { copy_wait<0>(); }
+            __syncthreads();  // they are there, and all have left the tile before
+            if (tile > first) { queries_load(tile - 1); }
+            copy_commit();
+            if constexpr (CQ > 0) {  // (1)
+                auto scores_put = [&](const float (*c)[4], int groups, int r0, int c0) {
+                    for (int g = 0; g < groups; g++) {
+UNROLL
+                        for (int e = 0; e < 4; e += 2) {
+                            int r = r0 + lane / 4 + 4 * e, column = c0 + 8 * g + lane % 4 * 2, back = i0 - F::HALO + r - (j0 - 2 * F::SIDE + column);
+                            *reinterpret_cast<unsigned*>(scores + r * F::FAR_PITCH + column) =
+                                pack_half(back >= 0 ? c[g][e] * f.scale : 0.0f, back >= 1 ? c[g][e + 1] * f.scale : 0.0f);
+                        }
+                    }
+                };
+                float c[6][4] = {}, above[2][4] = {};
+                rows_product<WIDTH, 6, F::PITCH>(c, q_tile + (F::HALO + 16 * wr) * F::PITCH, k_rows + 48 * wc * F::PITCH);
+                scores_put(c, 6, F::HALO + 16 * wr, 48 * wc);
+                if (warp < 6) {
+                    rows_product<WIDTH, 2, F::PITCH>(above, q_tile, k_rows + 16 * warp * F::PITCH);
+                    scores_put(above, 2, 0, 16 * warp);
+                }
+                copy_wait<1>();
+                __syncthreads();  // the scores of all rows are there, and dZ
+            }
+ROLLED
+            for (int m = 0; m < F::M; m++) {  // (2)
+                const int r0 = 16 * (F::M * wr + m);
+                float lse[2], dot[2];
+UNROLL
+                for (int x = 0; x < 2; x++) {
+                    int i = head * T + min_int(i0 + r0 + lane / 4 + 8 * x, T - 1);
+                    lse[x] = stats[2 * (size_t)i] * LOG2E - log2f(stats[2 * (size_t)i + 1]), dot[x] = dots[i];
+                }
+                float p[F::GROUPS][4] = {}, d[F::GROUPS][4] = {};
+UNROLL
+                for (int o = 0; o < CH; o++) {
+                    rows_product<WIDTH, F::GROUPS, F::PITCH>(d, dz_rows + o * F::DZ + r0 * F::PITCH, v_rows + o * F::V + 8 * F::GROUPS * wc * F::PITCH);
+                }
+                if constexpr (CQ > 0) {
+                    conv_product<CQ, F::GROUPS, -1, F::FAR_PITCH, 0>(p, scores + (F::HALO + r0) * F::FAR_PITCH, 8 * F::GROUPS * wc, bands);
+                } else {
+                    rows_product<WIDTH, F::GROUPS, F::PITCH>(p, q_tile + r0 * F::PITCH, k_rows + 8 * F::GROUPS * wc * F::PITCH);
+                }
+                const float unit = CQ ? LOG2E : LOG2E * f.scale;
+UNROLL
+                for (int g = 0; g < F::GROUPS; g++) {
+UNROLL
+                    for (int e = 0; e < 4; e += 2) {
+                        int r = r0 + lane / 4 + 4 * e, column = 8 * (F::GROUPS * wc + g) + lane % 4 * 2, query = i0 + r, key = j0 - F::SIDE + column;
+UNROLL
+                        for (int x = e; x < e + 2; x++) {
+                            bool valid = key + x % 2 <= query && key + x % 2 >= 0 && query < T;
+                            p[g][x] = valid ? exp2f(p[g][x] * unit - lse[e / 2]) : 0.0f;
+                            d[g][x] = valid && query > 0 ? p[g][x] * (d[g][x] - dot[e / 2]) * gain : 0.0f;
+                        }
+                        int own = column - F::SIDE;  // of the block's own 64 keys
+                        if (own >= 0 && own < FLASH_KEYS) { *reinterpret_cast<unsigned*>(att + r * F::KEYS_PITCH + own) = pack_bf16(p[g][e], p[g][e + 1]); }
+                        if (CQ) { *reinterpret_cast<unsigned*>(dlogits + r * F::NEAR_PITCH + column) = pack_half(d[g][e], d[g][e + 1]); }
+                        else { *reinterpret_cast<unsigned*>(dscores + r * F::KEYS_PITCH + column) = pack_bf16(d[g][e], d[g][e + 1]); }
+                    }
+                }
+            }
+            __syncthreads();  // P and dL of all rows are there
+            if constexpr (CQ > 0) {  // (3)
+                float c[4][4] = {};
+                conv_product<CQ, 4, 1, F::NEAR_PITCH, 0>(c, dlogits + 16 * wr * F::NEAR_PITCH, 32 * wc, bands + F::BANDS);
+UNROLL
+                for (int g = 0; g < 4; g++) {
+UNROLL
+                    for (int e = 0; e < 4; e += 2) {
+                        int r = 16 * wr + lane / 4 + 4 * e, column = 32 * wc + 8 * g + lane % 4 * 2, back = i0 + r - (j0 + column);
+                        *reinterpret_cast<unsigned*>(dscores + r * F::KEYS_PITCH + column) =
+                            pack_bf16(back >= 0 ? c[g][e] * ungain : 0.0f, back >= 1 ? c[g][e + 1] * ungain : 0.0f);
+                    }
+                }
+                unsigned d[2][4];  // dL of 16 rows and the warp's 4 groups of own keys
+UNROLL
+                for (int g = 0; g < 2; g++) { load_b_transposed<F::NEAR_PITCH>(d[g], dlogits + 16 * wr * F::NEAR_PITCH + F::SIDE + 32 * wc + 16 * g); }
+UNROLL
+                for (int s = 0; s < 6; s++) {  // the groups of S that touch them: group s the dL groups s-2, s-1 and s
+UNROLL
+                    for (int u = 0; u < CQ; u += 2) {
+                        unsigned a[4];  // S transposed: rows 0-7 of tap u, of tap u+1, then rows 8-15
+                        int tap = u + lane / 8 % 2;
+                        ldmatrix_transposed(a, scores + (F::HALO + 16 * wr - tap + lane / 16 * 8 + lane % 8) * F::FAR_PITCH + F::SIDE + 32 * wc + 8 * s);
+UNROLL
+                        for (int b = 0; b < 3; b++) {
+                            int g = s - 2 + b;
+                            if (g >= 0 && g < 4) { mma_half(theta[u / 2][b], a, d[g / 2][g % 2 * 2], d[g / 2][g % 2 * 2 + 1]); }
+                        }
+                    }
+                }
+            }
+UNROLL
+            for (int o = 0; o < CH; o++) {  // warp (wr, wc): keys 16 wr.., half wc of the columns of each block of values
+                columns_product<F::ROWS, K_GROUPS, true, F::KEYS_PITCH, F::PITCH>(dv_sum + o * K_GROUPS, att + 16 * wr, dz_rows + o * F::DZ + WIDTH / 2 * wc);
+            }
+            __syncthreads();  // dS is there, and all have left dZ
+            if (tile > first) { dz_load(tile - 1); }
+            copy_commit();
+            if constexpr (CQ > 0) {  // the first rows of dL are the rows below of the next tile
+                for (int t = threadIdx.x; t < 8 * F::NEAR / 2; t += FLASH_THREADS) {
+                    int at = t / (F::NEAR / 2) * F::NEAR_PITCH + t % (F::NEAR / 2) * 2;
+                    *reinterpret_cast<unsigned*>(dlogits + F::ROWS * F::NEAR_PITCH + at) = *reinterpret_cast<const unsigned*>(dlogits + at);
+                }
+            }
+            columns_product<F::ROWS, K_GROUPS, true, F::KEYS_PITCH, F::PITCH>(dk_sum, dscores + 16 * wr, q_tile + F::HALO * F::PITCH + WIDTH / 2 * wc);  // (4)
+ROLLED
+            for (int m = 0; m < F::M; m++) {
+                const int r0 = 16 * (F::M * wr + m);
+                float c[K_GROUPS][4] = {};
+                columns_product<FLASH_KEYS, K_GROUPS, false, F::KEYS_PITCH, F::PITCH>(c, dscores + r0 * F::KEYS_PITCH,
+                                                                                     k_rows + 2 * F::SIDE * F::PITCH + WIDTH / 2 * wc);
+UNROLL
+                for (int g = 0; g < K_GROUPS; g++) {
+UNROLL
+                    for (int e = 0; e < 4; e += 2) {
+                        int i = i0 + r0 + lane / 4 + 4 * e, column = WIDTH / 2 * wc + 8 * g + lane % 4 * 2;
+                        if (i >= T || column >= HS) { continue; }
+                        Pack<float, 2>* to = reinterpret_cast<Pack<float, 2>*>(dq + blockIdx.x * all + head * size + (size_t)i * HS + column);
+                        Pack<float, 2> x = *to;
+                        x.v[0] += c[g][e] * f.scale, x.v[1] += c[g][e + 1] * f.scale;
+                        *to = x;
+                    }
+                }
+            }
+        }
+UNROLL
+        for (int g = 0; g < V_GROUPS + K_GROUPS; g++) {
+            int o = g / K_GROUPS;  // CH: dk
+            const float* c = o < CH ? dv_sum[g < V_GROUPS ? g : 0] : dk_sum[g < V_GROUPS ? 0 : g - V_GROUPS];
+            float* to = o < CH ? dv + (head - group) * all + (group + o) * size : dk + head * size;
+            float scale = o < CH ? 1.0f : f.scale;
+UNROLL
+            for (int e = 0; e < 4; e += 2) {
+                int j = j0 + 16 * wr + lane / 4 + 4 * e, column = WIDTH / 2 * wc + g % K_GROUPS * 8 + lane % 4 * 2;
+                if (j < T && column < HS) { store<2>(to + (size_t)j * HS + column, Pack<float, 2>{{c[e] * scale, c[e + 1] * scale}}); }
+            }
+        }
+    }
+    if constexpr (CQ > 0) {  // dtheta[u,v]: the diagonal v = column of dL - column of S of what the 8 warps have
+        float* sums = reinterpret_cast<float*>(q_rows);  // (8, 8 CQ, 24)
+        __syncthreads();  // all have left the queries
+UNROLL
+        for (int x = 0; x < CQ / 2 * 3 * 4; x++) {
+            int u = x / 12, b = x / 4 % 3, e = x % 4;
+            sums[(warp * 8 * CQ + 16 * u + lane / 4 + e / 2 * 8) * 24 + 8 * b + lane % 4 * 2 + e % 2] = theta[u][b][e];
+        }
+        __syncthreads();  // and those of all warps are there
+        for (int t = threadIdx.x; t < f.cq * f.ck; t += FLASH_THREADS) {
+            int u = f.cq - 1 - t / f.ck, v = (f.ck - 1) / 2 - t % f.ck;
+            float sum = 0;
+            for (int w = 0; w < FLASH_WARPS; w++) {
+                for (int c = 0; c < 8; c++) { sum += sums[(w * 8 * CQ + 8 * u + c) * 24 + v + 8 + c]; }
+            }
+            parts[((size_t)head * gridDim.x + blockIdx.x) * f.cq * f.ck + t] = sum * ungain;
+        }
+    }
+}
+
+// The kernels exist for head sizes up to 64, 96 and 128, with and without the mixing of pairs, with and without a convolution (fewer taps are zeros in it).
+// Calls launch(WIDTH, CH, CQ) with the constants that serve.
+template <int N>
+using Constant = std::integral_constant<int, N>;
+template <typename Launch>
+static void flash_pick(int HS, int ch, bool conv, Launch launch) {
+    auto heads = [&](auto width, auto taps) { if (ch == 2) { launch(width, Constant<2>(), taps); } else { launch(width, Constant<1>(), taps); } };
+    auto taps = [&](auto width) { if (conv) { heads(width, Constant<FLASH_TAPS>()); } else { heads(width, Constant<0>()); } };
+    if (HS <= 64) { taps(Constant<64>()); } else if (HS <= 96) { taps(Constant<96>()); } else { taps(Constant<128>()); }
+}
+
+// Bytes of shared memory of the larger of the two kernels
+static size_t flash_shared(int HS, int ch, bool conv) {
+    size_t bytes = 0;
+    flash_pick(HS, ch, conv, [&](auto width, auto heads, auto taps) {
+        bytes = std::max<size_t>(FlashForward<width(), heads(), taps()>::BYTES, FlashBackward<width(), heads(), taps()>::BYTES);
+    });
+    return bytes;
+}
+
+// z (ch parts of (S,NH,T,HS), z_part apart), stats (S,NH,T,2)
+static void flash_forward(floatX* z, float* stats, const Flash* f, int ch, Cuda* g) {
+    flash_pick(f->HS, ch, f->conv, [&](auto width, auto heads, auto taps) {
+        typedef FlashForward<width(), heads(), taps()> F;
+        auto kernel = flash_forward_kernel<width(), heads(), taps()>;
+        allow_shared(kernel, F::BYTES);
+        LAUNCH(kernel, dim3(ceil_div(f->T, F::ROWS), f->NH, f->S), FLASH_THREADS, F::BYTES, g->stream, z, stats, *f);
+        launchCheck(g->stream);
+    });
+}
+
+// Blocks that share the keys of a head, each with a dq of its own: enough that 132 multiprocessors have two blocks each
+static int flash_splits(int S, int NH, int T) { return max_int(1, min_int(ceil_div(T, FLASH_KEYS), 264 / (S * NH))); }
+enum { PREPARE_BLOCKS = 32 };  // of flash_prepare_kernel for a group of heads of a sequence, at most
+static int prepare_blocks(int T) { return min_int(PREPARE_BLOCKS, ceil_div(T, ROW_WARPS)); }
+
+// What the backward pass needs beside dq, dk, dv; all scratch
+typedef struct {
+    floatX* dz;        // (ch parts,S,NH,T,HS); ch 1: not used
+    float* dots;       // (S,NH,T)
+    unsigned* bounds;  // (S,NH,2)
+    float* parts;      // of the weights' gradients
+} FlashScratch;
+
+// dq (splits,S,NH,T,HS), dk (S,NH,T,HS), dv (ch parts,S,NH,T,HS) are set; sums of dweights in double are added to. mix (NH/ch,ch,ch)
+static void flash_backward(float* dq, float* dk, float* dv, double* dconv, double* dmix, const floatX* dout, const floatX* z, const float* stats, const float* mix,
+                           const Flash* f, int ch, const FlashScratch* s, Cuda* g) {
+    int splits = flash_splits(f->S, f->NH, f->T), blocks = prepare_blocks(f->T), groups = f->NH / ch;
+    cudaCheck(cudaMemsetAsync(dq, 0, (size_t)splits * f->S * f->NH * f->T * f->HS * sizeof(float), g->stream));
+    cudaCheck(cudaMemsetAsync(s->bounds, 0, (size_t)f->S * f->NH * 2 * sizeof(unsigned), g->stream));
+    auto prepare = ch == 2 ? flash_prepare_kernel<2> : flash_prepare_kernel<1>;
+    LAUNCH(prepare, dim3(blocks, groups, f->S), ROW_THREADS, ROW_WARPS * ch * ch * sizeof(float), g->stream, s->dz, s->dots, s->bounds, s->parts, dout, z, mix, *f);
+    launchCheck(g->stream);
+    if (ch > 1) { sums_add(dmix, s->parts, f->S, groups, blocks, ch * ch, g); }
+    flash_pick(f->HS, ch, f->conv, [&](auto width, auto heads, auto taps) {
+        typedef FlashBackward<width(), heads(), taps()> F;
+        auto kernel = flash_backward_kernel<width(), heads(), taps()>;
+        allow_shared(kernel, F::BYTES);
+        LAUNCH(kernel, dim3(splits, f->NH, f->S), FLASH_THREADS, F::BYTES, g->stream, dq, dk, dv, s->parts, ch > 1 ? s->dz : dout, stats, s->dots, s->bounds, *f);
+        launchCheck(g->stream);
+    });
+    if (f->conv) { sums_add(dconv, s->parts, f->S, f->NH, splits, f->cq * f->ck, g); }
+}
+#endif
+
+// Do the fused kernels serve layer l? What stands in the config decides, and `chunk`: one that is asked for means the chunks. Only where the device has the shared
+// memory (model_create).
+static bool flash_serves(const Config* c, int l, int chunk) {
+    int HS = config_head_size(c), ch = c->attention_type == ATTENTION_DIFF ? 2 : c->head_mix_post_softmax;
+    bool conv = config_conv_pre(c, l), small = c->kq_conv_query_size <= 6 && c->kq_conv_key_size <= 17;
+    return !EXACT && chunk == 0 && HS % 8 == 0 && HS <= 128 && !c->head_mix_pre_softmax && !config_conv_post(c, l) && (ch == 0 || ch == 2) && (!conv || small);
+}
+// The chunk that a model without a given one takes on a device with this much shared memory for a block: 0, the fused kernels where they serve, or, where it is too
+// little for them (163 KiB of an A100), that of attention_chunk.
+static int attention_chunk_on(const Config* c, int T, size_t shared) {
+    size_t needed = 0;
+#if !defined(PRECISION_FP32)
+    for (int l = 0; l < c->num_hidden_layers; l++) {
+        if (flash_serves(c, l, 0)) {
+            needed = std::max(needed, flash_shared(config_head_size(c), c->attention_type == ATTENTION_DIFF ? 2 : c->head_mix_post_softmax, config_conv_pre(c, l)));
+        }
+    }
+#else
+    (void)c;
+#endif
+    return needed > shared ? attention_chunk(T) : 0;
+}
+static int mix_parts(const Attention* a) { return a->flash && a->mix ? 2 : 1; }  // of a head's output, which head_output adds up, and of dv
+
+// out: with a->flash and mixing two parts of (B,NH,T,HS), B*NH*T*HS apart, that head_output is to mix; else (B,NH,T,HS). q, k, v (B,NH,T,HS), q and k rotated;
+// stats (B,NH,T,2) for the backward pass
 static void attention_forward(floatX* out, float* stats, const floatX* q, const floatX* k, const floatX* v, const Attention* a, const AttentionScratch* scratch,
                               Cuda* g) {
     size_t sequence = (size_t)a->NH * a->T * a->HS;
+#if !defined(PRECISION_FP32)
+    if (a->flash) {
+        Flash f = {q, k, v, a->conv_pre, a->B, a->T, a->NH, a->HS, a->cq, a->ck, a->B * sequence, 0, (float)(1.0 / sqrt(a->HS))};
+        flash_forward(out, stats, &f, mix_parts(a), g);
+        return;
+    }
+#endif
     for (int b = 0; b < a->B; b += a->S) {
         int S = min_int(a->S, a->B - b);
         const floatS *q_s = scores_input(scratch->q, q + b * sequence, a, S, g), *k_s = scores_input(scratch->k, k + b * sequence, a, S, g);
@@ -1378,23 +2053,35 @@ static void attention_forward(floatX* out, float* stats, const floatX* q, const 
     }
 }
 
-// dqkv (B,T,NH+2*NKV,HS) is set, gradients of q and k rotated back; the sums are set. dq (S,NH,T,HS) is scratch.
-static void attention_backward(floatX* dqkv, floatX* dq, const AttentionSums* sums, size_t n_sums, const floatX* dout, const floatX* q, const floatX* k,
-                               const floatX* v, float* stats, const float* cosine, const float* sine, const Attention* a, int NKV,
+// dqkv (B,T,NH+2*NKV,HS) is set, gradients of q and k rotated back; the sums are set. dout (B,NH,T,HS); out as attention_forward left it; dq is scratch.
+static void attention_backward(floatX* dqkv, float* dq, const AttentionSums* sums, size_t n_sums, const floatX* dout, const floatX* out, const floatX* q,
+                               const floatX* k, const floatX* v, float* stats, const float* cosine, const float* sine, const Attention* a, int NKV,
                                const AttentionScratch* scratch, Cuda* g) {
     size_t sequence = (size_t)a->NH * a->T * a->HS, packed = (size_t)a->T * (a->NH + 2 * NKV) * a->HS;
     if (n_sums) { cudaCheck(cudaMemsetAsync(sums->conv_pre, 0, n_sums * sizeof(double), g->stream)); }
     for (int b = 0; b < a->B; b += a->S) {
-        int S = min_int(a->S, a->B - b);
+        int S = min_int(a->S, a->B - b), q_parts = 1, v_parts = mix_parts(a);
         size_t at = b * sequence;
-        const floatS *q_s = scores_input(scratch->q, q + at, a, S, g), *k_s = scores_input(scratch->k, k + at, a, S, g);
-        cudaCheck(cudaMemsetAsync(scratch->dk, 0, S * sequence * sizeof(float), g->stream));
-        cudaCheck(cudaMemsetAsync(scratch->dv, 0, S * sequence * sizeof(float), g->stream));
-        for (int lo = 0; lo < a->T; lo += a->chunk) {
-            attention_chunk_backward(dq, sums, dout + at, q + at, k + at, v + at, q_s, k_s, stats + (size_t)b * a->NH * a->T * 2, a, S, lo,
-                                     min_int(lo + a->chunk, a->T), scratch, g);
+        float* own_stats = stats + (size_t)b * a->NH * a->T * 2;
+#if !defined(PRECISION_FP32)
+        if (a->flash) {
+            Flash f = {q + at, k + at, v + at, a->conv_pre, S, a->T, a->NH, a->HS, a->cq, a->ck, a->B * sequence, S * sequence, (float)(1.0 / sqrt(a->HS))};
+            FlashScratch s = {scratch->dz, scratch->dots, scratch->bounds, scratch->parts};
+            flash_backward(dq, scratch->dk, scratch->dv, sums->conv_pre, sums->mix_post, dout + at, out + at, own_stats, a->mix, &f, v_parts, &s, g);
+            q_parts = flash_splits(S, a->NH, a->T);
         }
-        rope_backward(dqkv + b * packed, dq, scratch->dk, scratch->dv, cosine, sine, S, a->T, a->NH, NKV, a->HS, g);
+#else
+        (void)out;
+#endif
+        if (!a->flash) {
+            const floatS *q_s = scores_input(scratch->q, q + at, a, S, g), *k_s = scores_input(scratch->k, k + at, a, S, g);
+            cudaCheck(cudaMemsetAsync(scratch->dk, 0, S * sequence * sizeof(float), g->stream));
+            cudaCheck(cudaMemsetAsync(scratch->dv, 0, S * sequence * sizeof(float), g->stream));
+            for (int lo = 0; lo < a->T; lo += a->chunk) {
+                attention_chunk_backward(dq, sums, dout + at, q + at, k + at, v + at, q_s, k_s, own_stats, a, S, lo, min_int(lo + a->chunk, a->T), scratch, g);
+            }
+        }
+        rope_backward(dqkv + b * packed, dq, scratch->dk, scratch->dv, cosine, sine, S, a->T, a->NH, NKV, a->HS, q_parts, v_parts, g);
     }
 }
 
@@ -1415,6 +2102,7 @@ typedef struct {
     const floatX *norm, *gate, *bias;
     float scale;
     int B, T, NH, HS, wide;
+    const float* mix;  // (NH/2,2,2), NULL = off: the heads' outputs come in two parts (fused attention), O_o = sum_n W[o,n] part_n (MODEL.md eq. 9)
 } HeadOutput;
 
 // A warp owns the `wide` heads h of token n of `inp` (B,NH,T,HS): element e of them
@@ -1422,7 +2110,23 @@ static __device__ inline size_t head_at(const HeadOutput& o, int n, int h, int e
     return (((size_t)(n / o.T) * o.NH + (size_t)(h * o.wide + e / o.HS)) * o.T + n % o.T) * o.HS + e % o.HS;
 }
 
-// out (B,T,NH*HS) = gate(norm(inp)), inp (B,NH,T,HS)
+// W elements there, mixed
+template <int W>
+static __device__ inline Pack<float, W> head_load(const floatX* inp, const HeadOutput& o, int n, int h, int e) {
+    size_t at = head_at(o, n, h, e);
+    Pack<floatX, W> x = load<W>(inp + at);
+    Pack<float, W> y;
+    if (!o.mix) {
+        for (int i = 0; i < W; i++) { y.v[i] = (float)x.v[i]; }
+        return y;
+    }
+    const float* w = o.mix + 2 * (h * o.wide + e / o.HS);
+    Pack<floatX, W> x1 = load<W>(inp + (size_t)o.B * o.NH * o.T * o.HS + at);
+    for (int i = 0; i < W; i++) { y.v[i] = w[0] * (float)x.v[i] + w[1] * (float)x1.v[i]; }
+    return y;
+}
+
+// out (B,T,NH*HS) = gate(norm(inp)), inp (B,NH,T,HS), or two parts of it
 template <int W>
 static __global__ void head_output_forward_kernel(floatX* out, const floatX* inp, HeadOutput o) {
     int units = o.NH / o.wide, size = o.wide * o.HS, lane = threadIdx.x % WARP_SIZE;
@@ -1433,23 +2137,24 @@ static __global__ void head_output_forward_kernel(floatX* out, const floatX* inp
     if (o.norm) {
         float squares = 0;
         for (int e = lane * W; e < size; e += WARP_SIZE * W) {
-            Pack<floatX, W> x = load<W>(inp + head_at(o, n, h, e));
-            for (int i = 0; i < W; i++) { squares += (float)x.v[i] * (float)x.v[i]; }
+            Pack<float, W> x = head_load<W>(inp, o, n, h, e);
+            for (int i = 0; i < W; i++) { squares += x.v[i] * x.v[i]; }
         }
         r = o.scale / sqrtf(warp_sum(squares) / size + 1e-5f);
     }
     if (o.gate) {
         float dot = 0;
         for (int e = lane * W; e < size; e += WARP_SIZE * W) {
-            Pack<floatX, W> x = load<W>(inp + head_at(o, n, h, e));
-            for (int i = 0; i < W; i++) { dot += (float)x.v[i] * r * (o.norm ? (float)o.norm[e + i] : 1.0f) * (float)o.gate[e + i]; }
+            Pack<float, W> x = head_load<W>(inp, o, n, h, e);
+            for (int i = 0; i < W; i++) { dot += x.v[i] * r * (o.norm ? (float)o.norm[e + i] : 1.0f) * (float)o.gate[e + i]; }
         }
         s = 1.0f / (1.0f + expf(-(warp_sum(dot) + (float)*o.bias)));
     }
     for (int e = lane * W; e < size; e += WARP_SIZE * W) {
-        Pack<floatX, W> x = load<W>(inp + head_at(o, n, h, e));
-        for (int i = 0; i < W; i++) { x.v[i] = (floatX)((float)x.v[i] * r * (o.norm ? (float)o.norm[e + i] : 1.0f) * s); }
-        store<W>(out + (size_t)n * o.NH * o.HS + (size_t)h * size + e, x);
+        Pack<float, W> x = head_load<W>(inp, o, n, h, e);
+        Pack<floatX, W> y;
+        for (int i = 0; i < W; i++) { y.v[i] = (floatX)(x.v[i] * r * (o.norm ? (float)o.norm[e + i] : 1.0f) * s); }
+        store<W>(out + (size_t)n * o.NH * o.HS + (size_t)h * size + e, y);
     }
 }
 static void head_output_forward(floatX* out, const floatX* inp, const HeadOutput* o, Cuda* g) {
@@ -1469,17 +2174,18 @@ static __global__ void head_output_backward_kernel(floatX* dinp, float* head_sta
     if (o.norm) {
         float squares = 0;
         for (int e = lane * W; e < size; e += WARP_SIZE * W) {
-            Pack<floatX, W> x = load<W>(inp + head_at(o, n, h, e));
-            for (int i = 0; i < W; i++) { squares += (float)x.v[i] * (float)x.v[i]; }
+            Pack<float, W> x = head_load<W>(inp, o, n, h, e);
+            for (int i = 0; i < W; i++) { squares += x.v[i] * x.v[i]; }
         }
         r = 1.0f / sqrtf(warp_sum(squares) / size + 1e-5f);
     }
     if (o.gate) {
         float dot = 0, through = 0;
         for (int e = lane * W; e < size; e += WARP_SIZE * W) {
-            Pack<floatX, W> x = load<W>(inp + head_at(o, n, h, e)), d = load<W>(dy + e);
+            Pack<float, W> x = head_load<W>(inp, o, n, h, e);
+            Pack<floatX, W> d = load<W>(dy + e);
             for (int i = 0; i < W; i++) {
-                float y = (float)x.v[i] * (o.norm ? r * o.scale * (float)o.norm[e + i] : 1.0f);
+                float y = x.v[i] * (o.norm ? r * o.scale * (float)o.norm[e + i] : 1.0f);
                 dot += y * (float)o.gate[e + i];
                 through += y * (float)d.v[i];
             }
@@ -1490,22 +2196,24 @@ static __global__ void head_output_backward_kernel(floatX* dinp, float* head_sta
     if (o.norm) {
         float dot = 0;
         for (int e = lane * W; e < size; e += WARP_SIZE * W) {
-            Pack<floatX, W> x = load<W>(inp + head_at(o, n, h, e)), d = load<W>(dy + e);
+            Pack<float, W> x = head_load<W>(inp, o, n, h, e);
+            Pack<floatX, W> d = load<W>(dy + e);
             for (int i = 0; i < W; i++) {
                 float through = s * (float)d.v[i] + (o.gate ? ds * (float)o.gate[e + i] : 0.0f);
-                dot += through * o.scale * (float)o.norm[e + i] * (float)x.v[i] * r;
+                dot += through * o.scale * (float)o.norm[e + i] * x.v[i] * r;
             }
         }
         mean = warp_sum(dot) / size;
     }
     for (int e = lane * W; e < size; e += WARP_SIZE * W) {
-        Pack<floatX, W> x = load<W>(inp + head_at(o, n, h, e)), d = load<W>(dy + e);
+        Pack<float, W> x = head_load<W>(inp, o, n, h, e);
+            Pack<floatX, W> d = load<W>(dy + e);
         for (int i = 0; i < W; i++) {
             float through = s * (float)d.v[i] + (o.gate ? ds * (float)o.gate[e + i] : 0.0f);
-            float dx = o.norm ? r * (through * o.scale * (float)o.norm[e + i] - (float)x.v[i] * r * mean) : through;
-            x.v[i] = (floatX)dx;
+            float dx = o.norm ? r * (through * o.scale * (float)o.norm[e + i] - x.v[i] * r * mean) : through;
+            d.v[i] = (floatX)dx;
         }
-        store<W>(dinp + head_at(o, n, h, e), x);
+        store<W>(dinp + head_at(o, n, h, e), d);
     }
     if (lane == 0) { head_stats[3 * row] = r, head_stats[3 * row + 1] = s, head_stats[3 * row + 2] = ds; }
 }
@@ -1518,7 +2226,7 @@ static __global__ void head_output_backward_weight_kernel(float* parts, const fl
     for (size_t row = row0; row < row1; row++) {
         int n = (int)(row / units), h = (int)(row % units);
         float r = head_stats[3 * row], s = head_stats[3 * row + 1], ds = head_stats[3 * row + 2];
-        float x = (float)inp[head_at(o, n, h, e)], d = s * (float)dout[(size_t)n * o.NH * o.HS + (size_t)h * size + e];
+        float x = head_load<1>(inp, o, n, h, e).v[0], d = s * (float)dout[(size_t)n * o.NH * o.HS + (size_t)h * size + e];
         if (o.gate) { d += ds * (float)o.gate[e]; }
         norm += d * o.scale * x * r;
         gate += ds * x * (o.norm ? r * o.scale * (float)o.norm[e] : 1.0f);
@@ -1691,7 +2399,7 @@ typedef struct {
     float *rstd1, *rstd2;   // (LA,N)
     floatX *q, *k, *v;      // (LA,B,NH,T,HS) q and k rotated
     float* stats;           // (LA,B,NH,T,2) maximum and 1 / sum of the score rows
-    floatX* att;            // (LA,B,NH,T,HS) output of the heads
+    floatX* att;            // (LA,parts,B,NH,T,HS) output of the heads, in parts where head_output mixes
     floatX* out;            // (LE,N,C) after head_norm and head_gate
     floatX* gate_up;        // (LA,N,2*FF)
     floatX* ln_f;           // (N,C)
@@ -1704,7 +2412,7 @@ typedef struct {
     float *branch, *dx;                // (N,C) what a layer adds to the residual stream; the stream's gradient
     floatX *dx_rounded, *dln;          // (N,C) that gradient for the products; gradient of a normalised input
     floatX *dout, *datt;               // (N,C) gradients of the head outputs, of the heads
-    floatX* dq;                        // (S,NH,T,HS)
+    float* dq;                         // (S,NH,T,HS), for the fused kernels their splits of it
     floatX* logits;                    // (rows of a classifier chunk, V rounded up)
     float* losses;                     // (N)
     unsigned char* wrong;              // (N)
@@ -1712,7 +2420,7 @@ typedef struct {
     int *rows, *starts;                // (N), (N+1) rows by token, for embedding_backward
     float *parts, *head_stats;         // partial sums of norm and gate weights; (N*NH,3) of head_output_backward
     double* norm_parts;                // (NORM_BLOCKS) of the gradient norm
-    float* diff_mix;                   // (NH/2,2,2)
+    float* diff_mix;                   // (NH/2,2,2), also the mixing of pairs in fp32
     double* sums;                      // AttentionSums
     AttentionScratch attention;
     float *cosine, *sine;              // (T,HS/2)
@@ -1730,6 +2438,8 @@ typedef struct {
     TensorList tensors;
     int B, T;                          // the largest micro-batch
     int chunk, sequences;              // queries, and sequences, of an attention chunk
+    bool flash;                        // fused attention where it serves
+    int att_parts;                     // of acts.att
     int logit_rows;                    // rows of a classifier chunk
     Recompute recompute;
     floatX* weights;                   // arenas of tensors.numel
@@ -1757,39 +2467,68 @@ static size_t carve(const Buffer* buffers, int n, char* base) {
     return offset;
 }
 
-static size_t carve_activations(Activations* a, const Config* c, int B, int T, Recompute recompute, char* base) {
+// Parts of the heads' outputs: 2 where some layer's mixing is left to head_output
+static int att_parts(const Config* c, int chunk) {
+    bool mixes = c->attention_type == ATTENTION_DIFF || c->head_mix_post_softmax;
+    for (int l = 0; l < c->num_hidden_layers; l++) { if (mixes && flash_serves(c, l, chunk)) { return 2; } }
+    return 1;
+}
+
+static size_t carve_activations(Activations* a, const Config* c, int B, int T, int chunk, Recompute recompute, char* base) {
     size_t N = (size_t)B * T, L = (size_t)c->num_hidden_layers, NH = (size_t)c->num_attention_heads, F = 2 * (size_t)c->intermediate_size;
     size_t LA = recompute == RECOMPUTE_BLOCK ? 1 : L, LE = recompute == RECOMPUTE_NONE ? L : 1;
     size_t row = N * (size_t)c->hidden_size * sizeof(floatX), f = sizeof(float), stream = row / sizeof(floatX) * f;
 #define BUFFER(name, bytes) {#name, (void**)&a->name, bytes}
     const Buffer list[] = {
         BUFFER(x, (L + 1) * stream), BUFFER(x_mid, LA * stream), BUFFER(ln1, LE * row), BUFFER(ln2, LE * row), BUFFER(rstd1, LA * N * f),
-        BUFFER(rstd2, LA * N * f), BUFFER(q, LA * row), BUFFER(k, LA * row), BUFFER(v, LA * row), BUFFER(stats, LA * N * NH * 2 * f), BUFFER(att, LA * row),
+        BUFFER(rstd2, LA * N * f), BUFFER(q, LA * row), BUFFER(k, LA * row), BUFFER(v, LA * row), BUFFER(stats, LA * N * NH * 2 * f), BUFFER(att, LA * row * att_parts(c, chunk)),
         BUFFER(out, LE * row), BUFFER(gate_up, LA * N * F * sizeof(floatX)), BUFFER(ln_f, row), BUFFER(rstd_f, N * f),
     };
 #undef BUFFER
     return carve(list, (int)(sizeof list / sizeof list[0]), base);
 }
 
-// The largest tile of all layers: with every convolution and mixing that some layer has. chunk 0: chosen.
-static Attention attention_largest(const Config* c, int B, int T, int chunk) {
+// What the scratch of attention must hold, all layers considered: a chunk's tile with every convolution and mixing that some layer has, unless the fused
+// kernels serve all; chunk 0: chosen, and the fused kernels where they serve.
+typedef struct { Attention chunked; bool any_chunked, any_flash; int S; } AttentionPlan;
+
+// Bytes of S sequences' scratch in the fused kernels: dq, dk, dv, dz, dots
+static size_t flash_bytes(const AttentionPlan* p, int S, int parts) {
+    const Attention* a = &p->chunked;
+    size_t head = (size_t)a->T * a->HS, f = sizeof(float);
+#if defined(PRECISION_FP32)
+    int splits = 1;
+#else
+    int splits = flash_splits(S, a->NH, a->T);
+#endif
+    return (size_t)S * a->NH * (head * ((splits + 1 + parts) * f + parts * sizeof(floatX)) + a->T * f);
+}
+static AttentionPlan attention_plan(const Config* c, int B, int T, int chunk) {
     static const floatX one = (floatX)1.0f;
     static const float one_float = 1;
+    AttentionPlan p = {};
     bool pre = false, post = false, diff = c->attention_type == ATTENTION_DIFF;
-    for (int l = 0; l < c->num_hidden_layers; l++) { pre = pre || config_conv_pre(c, l); post = post || config_conv_post(c, l); }
-    Attention a = {B, 1, T, c->num_attention_heads, config_head_size(c), c->kq_conv_query_size, c->kq_conv_key_size, c->head_mix_pre_softmax,
-                   diff ? 2 : c->head_mix_post_softmax, pre ? &one : NULL, post ? &one : NULL, c->head_mix_pre_softmax ? &one : NULL,
-                   c->head_mix_post_softmax ? &one : NULL, diff ? &one_float : NULL, min_int(T, chunk ? chunk : attention_chunk(T))};
-    a.S = attention_sequences(&a, B);
-    return a;
+    for (int l = 0; l < c->num_hidden_layers; l++) {
+        bool flash = flash_serves(c, l, chunk);
+        p.any_flash = p.any_flash || flash, p.any_chunked = p.any_chunked || !flash;
+        if (!flash) { pre = pre || config_conv_pre(c, l), post = post || config_conv_post(c, l); }
+    }
+    p.chunked = {B, 1, T, c->num_attention_heads, config_head_size(c), c->kq_conv_query_size, c->kq_conv_key_size, c->head_mix_pre_softmax,
+                 diff ? 2 : c->head_mix_post_softmax, pre ? &one : NULL, post ? &one : NULL, c->head_mix_pre_softmax ? &one : NULL,
+                 c->head_mix_post_softmax ? &one : NULL, diff ? &one_float : NULL, min_int(T, chunk ? chunk : attention_chunk(T)), NULL, false};
+    p.S = B;
+    if (p.any_chunked) { p.S = attention_sequences(&p.chunked, B); }
+    while (p.any_flash && p.S > 1 && flash_bytes(&p, p.S, att_parts(c, chunk)) > (size_t)ATTENTION_SCRATCH) { p.S--; }
+    p.chunked.S = p.S;
+    return p;
 }
 
-static Attention attention_of(const Model* m, const LayerOf<floatX>* w, int B, int T) {
+static Attention attention_of(const Model* m, const LayerOf<floatX>* w, int l, int B, int T) {
     const Config* c = &m->config;
-    bool diff = c->attention_type == ATTENTION_DIFF;
+    bool diff = c->attention_type == ATTENTION_DIFF, flash = flash_serves(c, l, m->flash ? 0 : m->chunk);
     Attention a = {B, min_int(m->sequences, B), T, c->num_attention_heads, config_head_size(c), c->kq_conv_query_size, c->kq_conv_key_size,
                    c->head_mix_pre_softmax, diff ? 2 : c->head_mix_post_softmax, w->kq_conv, w->kq_conv_post, w->head_mix_pre, w->head_mix,
-                   diff ? m->scratch.diff_mix : NULL, min_int(m->chunk, T)};
+                   diff ? m->scratch.diff_mix : NULL, min_int(m->chunk, T), flash && (diff || w->head_mix) ? m->scratch.diff_mix : NULL, flash};
     return a;
 }
 
@@ -1810,21 +2549,33 @@ enum { BLAS_WORKSPACE = 32 << 20 };  // what cuBLAS asks for on sm_90 and sm_100
 static size_t carve_scratch(Scratch* s, const Config* c, int B, int T, int chunk, char* base) {
     size_t N = (size_t)B * T, C = (size_t)c->hidden_size, FF = (size_t)c->intermediate_size, HS = (size_t)config_head_size(c);
     size_t NH = (size_t)c->num_attention_heads, NKV = (size_t)c->num_key_value_heads, x = sizeof(floatX), f = sizeof(float), i = sizeof(int);
-    Attention a = attention_largest(c, B, T, chunk);
-    size_t tile = attention_tile_size(&a), sequence = (size_t)a.S * NH * T * HS, conv, pre, post, widest = C > 3 * HS + 1 ? C : 3 * HS + 1;
+    AttentionPlan plan = attention_plan(c, B, T, chunk);
+    const Attention& a = plan.chunked;
+    size_t tile = plan.any_chunked ? attention_tile_size(&a) : 0, sequence = (size_t)a.S * NH * T * HS, conv, pre, post;
+    size_t widest = C > 3 * HS + 1 ? C : 3 * HS + 1, attention_parts = plan.any_chunked ? attention_parts_size(&a) : 0, q_parts = 1, kv_parts = 1;
+#if !defined(PRECISION_FP32)
+    if (plan.any_flash) {
+        for (int S = 1; S <= a.S; S++) { q_parts = std::max(q_parts, ((size_t)flash_splits(S, (int)NH, T) * S + a.S - 1) / a.S); }  // the last batch may be smaller
+        kv_parts = (size_t)att_parts(c, chunk);
+        size_t taps = (size_t)c->kq_conv_query_size * c->kq_conv_key_size * q_parts, mix = 2 * (size_t)prepare_blocks(T);
+        attention_parts = std::max(attention_parts, (size_t)a.S * NH * std::max(taps, mix));
+    }
+#endif
 #define BUFFER(name, bytes) {#name, (void**)&s->name, bytes}
     const Buffer list[] = {
         BUFFER(qkv, N * (NH + 2 * NKV) * HS * x), BUFFER(act, N * FF * x), BUFFER(dgate_up, 2 * N * FF * x), BUFFER(branch, N * C * f), BUFFER(dx, N * C * f), BUFFER(dx_rounded, N * C * x),
         BUFFER(dln, N * C * x),
-        BUFFER(dout, N * C * x), BUFFER(datt, N * C * x), BUFFER(dq, sequence * x),
+        BUFFER(dout, N * C * x), BUFFER(datt, N * C * x), BUFFER(dq, q_parts * sequence * f),
         BUFFER(logits, (size_t)logit_rows(c->vocab_size, (int)N) * logit_stride(c->vocab_size) * x), BUFFER(losses, N * f), BUFFER(wrong, N),
         BUFFER(tokens, N * i), BUFFER(targets, N * i), BUFFER(rows, N * i), BUFFER(starts, (N + 1) * i), BUFFER(parts, NORM_PARTS * widest * f),
         BUFFER(head_stats, 3 * N * NH * f), BUFFER(norm_parts, NORM_BLOCKS * sizeof(double)), BUFFER(diff_mix, 2 * NH * f),
         BUFFER(sums, n_sums(c, &conv, &pre, &post) * sizeof(double)), BUFFER(attention.tiles, (size_t)attention_tiles(&a) * tile * sizeof(floatS)),
-        BUFFER(attention.tiles_x, ATTENTION_TILES_X * tile * x), BUFFER(attention.q, EXACT ? 0 : sequence * sizeof(floatS)),
-        BUFFER(attention.k, EXACT ? 0 : sequence * sizeof(floatS)), BUFFER(attention.dk, sequence * f), BUFFER(attention.dv, sequence * f),
-        BUFFER(attention.parts, attention_parts_size(&a) * f), BUFFER(cosine, (size_t)T * HS / 2 * f), BUFFER(sine, (size_t)T * HS / 2 * f),
-        BUFFER(workspace, BLAS_WORKSPACE),
+        BUFFER(attention.tiles_x, ATTENTION_TILES_X * tile * x), BUFFER(attention.q, plan.any_chunked && !EXACT ? sequence * sizeof(floatS) : 0),
+        BUFFER(attention.k, plan.any_chunked && !EXACT ? sequence * sizeof(floatS) : 0), BUFFER(attention.dk, sequence * f),
+        BUFFER(attention.dv, kv_parts * sequence * f), BUFFER(attention.parts, attention_parts * f),
+        BUFFER(attention.dz, kv_parts > 1 ? kv_parts * sequence * x : 0), BUFFER(attention.dots, plan.any_flash ? (size_t)a.S * NH * T * f : 0),
+        BUFFER(attention.bounds, plan.any_flash ? 2 * (size_t)a.S * NH * sizeof(unsigned) : 0), BUFFER(cosine, (size_t)T * HS / 2 * f),
+        BUFFER(sine, (size_t)T * HS / 2 * f), BUFFER(workspace, BLAS_WORKSPACE),
     };
 #undef BUFFER
     return carve(list, (int)(sizeof list / sizeof list[0]), base);
@@ -1839,7 +2590,7 @@ static MemoryPlan model_memory(const Config* c, int B, int T, int chunk, Recompu
     Scratch scratch;
     tensor_list(&list, c);
     size_t f = list.numel * sizeof(float);
-    MemoryPlan p = {list.numel * sizeof(floatX), f, EXACT ? 2 * f : 3 * f, carve_activations(&acts, c, B, T, recompute, NULL),
+    MemoryPlan p = {list.numel * sizeof(floatX), f, EXACT ? 2 * f : 3 * f, carve_activations(&acts, c, B, T, chunk, recompute, NULL),
                     carve_scratch(&scratch, c, B, T, chunk, NULL)};
     tensor_list_free(&list);
     return p;
@@ -1919,6 +2670,11 @@ static bool cuda_open(Cuda* g, Error* e) {
     blasCheck(cublasSetStream(g->blas, g->stream));
     return true;
 }
+static size_t device_shared(void) {  // bytes that a block may have at most
+    int bytes = 0;
+    cudaCheck(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, 0));
+    return (size_t)bytes;
+}
 static void cuda_close(Cuda* g) {
     if (g->blas) { blasCheck(cublasDestroy(g->blas)); }
     if (g->stream) { cudaCheck(cudaStreamDestroy(g->stream)); }
@@ -1954,9 +2710,10 @@ static Model* model_create(const Config* config, int B, int T, int chunk, Recomp
     m->B = B, m->T = T, m->recompute = recompute, m->graphs = !WAITS;
     m->logit_rows = logit_rows(config->vocab_size, B * T);
     tensor_list(&m->tensors, config);
-    Attention largest = attention_largest(config, B, T, chunk);
-    m->chunk = largest.chunk, m->sequences = largest.S;
     if (!cuda_open(&m->cuda, e)) { model_free(m); return NULL; }
+    if (chunk == 0) { chunk = attention_chunk_on(config, T, device_shared()); }
+    AttentionPlan plan = attention_plan(config, B, T, chunk);
+    m->chunk = plan.chunked.chunk, m->sequences = plan.S, m->flash = chunk == 0, m->att_parts = att_parts(config, chunk);
     MemoryPlan p = model_memory(config, B, T, chunk, recompute);
     size_t available = 0, total = 0, reserve = (size_t)MEMORY_RESERVE_MIB << 20;
     cudaCheck(cudaMemGetInfo(&available, &total));
@@ -1976,7 +2733,7 @@ static Model* model_create(const Config* config, int B, int T, int chunk, Recomp
               device_memory(&m->scratch_memory, p.scratch, "scratch", e);
     if (!ok) { model_free(m); return NULL; }
     if (EXACT) { m->master = (float*)(void*)m->weights; }
-    carve_activations(&m->acts, config, B, T, recompute, m->activation_memory);
+    carve_activations(&m->acts, config, B, T, chunk, recompute, m->activation_memory);
     carve_scratch(&m->scratch, config, B, T, chunk, m->scratch_memory);
     blasCheck(cublasSetWorkspace(m->cuda.blas, m->scratch.workspace, BLAS_WORKSPACE));
     float* const arenas[] = {m->master, m->grads, m->m, m->v};
@@ -2066,7 +2823,7 @@ static Activations layer_activations(const Model* m, int l, int N) {
     size_t row = (size_t)N * c->hidden_size, kept = m->recompute == RECOMPUTE_BLOCK ? 0 : l, light = m->recompute == RECOMPUTE_NONE ? l : 0;
     Activations a = *all;
     a.x += l * row, a.x_mid += kept * row, a.ln1 += light * row, a.ln2 += light * row, a.rstd1 += kept * N, a.rstd2 += kept * N;
-    a.q += kept * row, a.k += kept * row, a.v += kept * row, a.stats += kept * N * c->num_attention_heads * 2, a.att += kept * row, a.out += light * row;
+    a.q += kept * row, a.k += kept * row, a.v += kept * row, a.stats += kept * N * c->num_attention_heads * 2, a.att += kept * m->att_parts * row, a.out += light * row;
     a.gate_up += kept * N * 2 * c->intermediate_size;
     return a;
 }
@@ -2074,7 +2831,9 @@ static Activations layer_activations(const Model* m, int l, int N) {
 static HeadOutput head_output_of(const Model* m, const LayerOf<floatX>* w, int l, int B, int T) {
     const Config* c = &m->config;
     double scale = c->head_norm == HEAD_NORM_GROUP_DEPTH_SCALED ? 1 - config_lambda_init(l) : 1;
-    HeadOutput o = {w->head_norm, w->gate_weight, w->gate_bias, (float)scale, B, T, c->num_attention_heads, config_head_size(c), config_norm_heads(c)};
+    Attention a = attention_of(m, w, l, B, T);
+    HeadOutput o = {w->head_norm, w->gate_weight, w->gate_bias, (float)scale, B, T, c->num_attention_heads, config_head_size(c), config_norm_heads(c),
+                    a.flash ? a.mix : NULL};
     return o;
 }
 
@@ -2093,7 +2852,8 @@ static void layer_forward(Model* m, int l, const Activations* a, int B, int T) {
         Lambda lambda = {w.lambda_q1, w.lambda_k1, w.lambda_q2, w.lambda_k2};
         diff_lambda_forward(s->diff_mix, &lambda, config_lambda_init(l), NH, HS, g);
     }
-    Attention shape = attention_of(m, &w, B, T);
+    Attention shape = attention_of(m, &w, l, B, T);
+    if (shape.mix && w.head_mix) { convert(s->diff_mix, w.head_mix, 2 * NH, g); }
     attention_forward(a->att, a->stats, a->q, a->k, a->v, &shape, &s->attention, g);
     HeadOutput output = head_output_of(m, &w, l, B, T);
     head_output_forward(a->out, a->att, &output, g);
@@ -2189,6 +2949,9 @@ static void layer_backward(Model* m, int l, const Activations* a, int B, int T) 
     float *dqkv[] = {d.q, d.k, d.v}, *dgate_up[] = {d.gate_proj, d.up_proj};
     const int qkv_size[] = {NH * HS, NKV * HS, NKV * HS}, gate_up_size[] = {FF, FF};
     HeadOutput output = head_output_of(m, &w, l, B, T);
+    Lambda lambda = {w.lambda_q1, w.lambda_k1, w.lambda_q2, w.lambda_k2};
+    if (w.lambda_q1) { diff_lambda_forward(s->diff_mix, &lambda, config_lambda_init(l), NH, HS, g); }
+    else if (output.mix) { convert(s->diff_mix, w.head_mix, 2 * NH, g); }
     if (m->recompute == RECOMPUTE_ELEMENTWISE) {
         rmsnorm_forward(a->ln1, a->rstd1, a->x, w.input_norm, N, C, c->rms_norm_eps, g);
         rmsnorm_forward(a->ln2, a->rstd2, a->x_mid, w.post_norm, N, C, c->rms_norm_eps, g);
@@ -2203,10 +2966,8 @@ static void layer_backward(Model* m, int l, const Activations* a, int B, int T) 
     // x + o(out)
     matmul_backward(s->dout, d.o, s->dx_rounded, C, a->out, w.o, N, C, C, false, g);
     head_output_backward(s->datt, d.head_norm, d.gate_weight, d.gate_bias, s->dout, a->att, &output, s->head_stats, s->parts, g);
-    Lambda lambda = {w.lambda_q1, w.lambda_k1, w.lambda_q2, w.lambda_k2};
-    if (w.lambda_q1) { diff_lambda_forward(s->diff_mix, &lambda, config_lambda_init(l), NH, HS, g); }
-    Attention shape = attention_of(m, &w, B, T);
-    attention_backward(s->qkv, s->dq, &m->sums, m->n_sums, s->datt, a->q, a->k, a->v, a->stats, s->cosine, s->sine, &shape, NKV, &s->attention, g);
+    Attention shape = attention_of(m, &w, l, B, T);
+    attention_backward(s->qkv, s->dq, &m->sums, m->n_sums, s->datt, a->att, a->q, a->k, a->v, a->stats, s->cosine, s->sine, &shape, NKV, &s->attention, g);
     size_t kernel = (size_t)NH * c->kq_conv_query_size * c->kq_conv_key_size;
     if (d.kq_conv) { attention_sums_add(d.kq_conv, m->sums.conv_pre, kernel, g); }
     if (d.kq_conv_post) { attention_sums_add(d.kq_conv_post, m->sums.conv_post, kernel, g); }
@@ -2544,13 +3305,14 @@ static Recompute recompute_of(const char* name) {
 static void print_plan(Run* r) {
     const TrainOptions* o = &r->options;
     Recompute recompute = recompute_of(o->recompute);
-    MemoryPlan p = model_memory(&r->config, o->batch_size, o->seq_len, 0, recompute);
-    const PlanRow rows[] = {{"weights " PRECISION_NAME, p.weights}, {"gradients fp32", p.gradients}, {EXACT ? "optimizer m, v" : "optimizer m, v, master", p.optimizer},
-                            {"activations", p.activations}, {"scratch", p.scratch}};
     cudaDeviceProp device;
     int devices = 0;
     bool found = cudaGetDeviceCount(&devices) == cudaSuccess && devices > 0 && cudaGetDeviceProperties(&device, 0) == cudaSuccess;
     cudaGetLastError();
+    int chunk = found ? attention_chunk_on(&r->config, o->seq_len, device_shared()) : 0;  // without a GPU: as on one that serves the fused kernels
+    MemoryPlan p = model_memory(&r->config, o->batch_size, o->seq_len, chunk, recompute);
+    const PlanRow rows[] = {{"weights " PRECISION_NAME, p.weights}, {"gradients fp32", p.gradients}, {EXACT ? "optimizer m, v" : "optimizer m, v, master", p.optimizer},
+                            {"activations", p.activations}, {"scratch", p.scratch}};
     r->flops_per_token = model_flops_per_token(&r->config, o->seq_len);
     r->flops_per_second = found ? matmul_rate(&device) : 0;
     run_print_plan(r, found ? device.name : "no GPU", rows, (int)(sizeof rows / sizeof rows[0]));
@@ -2558,7 +3320,7 @@ static void print_plan(Run* r) {
     size_t available = 0, total = 0, reserve = (size_t)MEMORY_RESERVE_MIB << 20;
     cudaCheck(cudaMemGetInfo(&available, &total));
     printf("device      %s, %.1f MiB free of %.1f; the largest micro-batch that fits: %d\n", device.name, (double)available / 1048576, (double)total / 1048576,
-           largest_batch(&r->config, o->seq_len, 0, recompute, available > reserve ? available - reserve : 0));
+           largest_batch(&r->config, o->seq_len, chunk, recompute, available > reserve ? available - reserve : 0));
     fflush(stdout);
 }
 
