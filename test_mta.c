@@ -45,7 +45,7 @@ static const Tolerance ROUNDING_FP32 = {1e-7, 1e-5};    // the same sums in anot
 static const Tolerance ROUNDING_FP64 = {1e-14, 1e-11};  // the same in double
 // bf16 storage against fp32 on the same bf16-rounded weights, relative Frobenius error: all gradients together, any one tensor
 enum { BF16_GOLDEN_ALL_PERCENT = 15, BF16_GOLDEN_TENSOR_PERCENT = 50 };
-// the same at real initialisation, where weights are tame; scalars and lambda vectors are sums that nearly cancel
+// the same at real initialisation, where weights are tame; scalars and lambda vectors (see Frobenius) of all layers together
 enum { BF16_REAL_ALL_PERCENT = 2, BF16_REAL_TENSOR_PERCENT = 10, BF16_REAL_SMALL_PERCENT = 30 };
 
 typedef struct { double worst, largest; size_t at; } Worst;  // worst <= 1 passes
@@ -261,15 +261,18 @@ static void golden_exact(const Trainer* tr, const char* path, bool table) {
 }
 
 // Relative Frobenius error of every gradient of `tr` against train_mta.c in fp32 on the weights that tr really holds (rounded to bf16).
-// Scalars and lambda vectors, whose gradients are one sum that nearly cancels, are kept apart: worst_small.
-typedef struct { double all, worst, worst_small; char name[96]; double loss, want_loss; } Frobenius;
+// Gate biases and lambda vectors are kept apart: the gradient of each is one scalar (that of lambda, in all four vectors of a layer), a sum of terms
+// of either sign over all tokens and heads. Where a layer's sum happens to vanish only rounding is left of it, so worst_small, by tensor, has no
+// bound: above 0.3 at 9 of 60 seeds, 4.96 at one (dev/SPEED.md). small_together takes the biases of all layers as one tensor and the lambda
+// vectors as another, whose scale is the model's, at which the rounding enters: 0.10 at most.
+typedef struct { double all, worst, worst_small, small_together; char name[96]; double loss, want_loss; } Frobenius;
 
 static Frobenius frobenius(const Trainer* tr, void* m, const int32_t* tokens, const int32_t* targets, int B, int T, const Config* c, bool table) {
     const Trainer* cpu = trainer_cpu();
     void* ref = make_model(cpu, c, B, T, 0);
     const TensorList* list = cpu->tensors(ref);
-    Frobenius f = {0, 0, 0, "", 0, 0};
-    double all = 0, all_norm = 0;
+    Frobenius f = {0, 0, 0, 0, "", 0, 0};
+    double all = 0, all_norm = 0, group[2] = {0}, group_norm[2] = {0};  // groups: biases, lambda vectors
     copy_state(tr, m, cpu, ref, STATE_WEIGHT);
     f.loss = tr->forward_backward(m, tokens, targets, B, T);
     f.want_loss = cpu->forward_backward(ref, tokens, targets, B, T);
@@ -284,12 +287,13 @@ static Frobenius frobenius(const Trainer* tr, void* m, const int32_t* tokens, co
             diff += d * d; norm += (double)want[k] * (double)want[k]; got_norm += (double)got[k] * (double)got[k];
             if (!(fabs(d) <= largest)) { largest = fabs(d); at = k; }
         }
-        double err = norm > 0 ? sqrt(diff / norm) : diff > 0 ? INFINITY : 0;
+        double err = diff == 0 ? 0 : sqrt(diff / norm);
         if (table) {
             printf("  %-52s |cpu| %.4e  |gpu| %.4e  relative %.2e  worst %.2e at %zu\n", list->specs[i].name, sqrt(norm), sqrt(got_norm), err, largest, at);
         }
         TensorKind kind = list->specs[i].kind;
-        bool small = n == 1 || (kind >= TENSOR_LAMBDA_Q1 && kind <= TENSOR_LAMBDA_K2);
+        bool lambda = kind >= TENSOR_LAMBDA_Q1 && kind <= TENSOR_LAMBDA_K2, small = n == 1 || lambda;
+        if (small) { group[lambda] += diff; group_norm[lambda] += norm; }
         if (isnan(err)) { err = INFINITY; }
         if (small && !(err <= f.worst_small)) { f.worst_small = err; }
         if (!small && !(err <= f.worst)) { f.worst = err; snprintf(f.name, sizeof f.name, "%s", list->specs[i].name); }
@@ -297,6 +301,10 @@ static Frobenius frobenius(const Trainer* tr, void* m, const int32_t* tokens, co
         free(got); free(want);
     }
     f.all = sqrt(all / all_norm);
+    for (int k = 0; k < 2; k++) {
+        double err = group[k] == 0 ? 0 : sqrt(group[k] / group_norm[k]);
+        if (!(err <= f.small_together)) { f.small_together = isnan(err) ? INFINITY : err; }
+    }
     cpu->destroy(ref);
     return f;
 }
@@ -1032,8 +1040,8 @@ static void test_real_initialisation(const Trainer* tr, const char* kind, int he
     double small = tr->exact ? 1e-3 : BF16_REAL_SMALL_PERCENT / 100.0;
     snprintf(name, sizeof name, "%s, %d heads", kind, c.num_attention_heads);
     title_of(title, sizeof title, tr, "against the CPU, real initialisation", name);
-    verdict(f.all <= all && f.worst <= worst && f.worst_small <= small, title, "relative error %.2g in all, worst %.2g (%s), scalars %.2g", f.all, f.worst,
-            f.name, f.worst_small);
+    verdict(f.all <= all && f.worst <= worst && f.small_together <= small, title, "relative error %.2g in all, worst %.2g (%s), scalars %.2g", f.all, f.worst,
+            f.name, f.small_together);
     tr->destroy(m);
     free(tokens); free(targets);
 }
