@@ -32,14 +32,14 @@ GOLDEN = $(wildcard dev/golden/*.safetensors)
 help:
 	@echo "make train_mta           CPU trainer ($(if $(BLAS),with CBLAS: $(BLAS_LINK),without CBLAS: plain OpenMP products))"
 	@echo "make infer_mta           CPU inference: prompt, stream, score"
-	@echo "make train_mta_cuda      CUDA trainer (needs nvcc; NVCC_ARCH=sm_80|sm_90a|sm_100, PRECISION=BF16|FP32)"
+	@echo "make train_mta_cuda      CUDA trainer (needs nvcc; NVCC_ARCH=sm_80|sm_90a|sm_100, PRECISION=BF16|FP32; DEBUG_SYNC=1 waits after every kernel)"
 	@echo "make test_mta            tests of the CPU trainer; test_mta_nocblas: the same without CBLAS"
 	@echo "make test_mta_cuda       tests of the CUDA trainer on a GPU, and --compare"
 	@echo "make test_mta_cuda_cpu   the CUDA trainer's own kernels executed on the CPU (fp32); test_mta_cuda_cpu_bf16"
 	@echo "make test                scripts/test.sh: everything"
 	@echo "make asan                test_mta under the address and undefined-behaviour sanitizers"
 	@echo "make clean               removes what make made"
-	@echo "variables: CC, ARCH=-march=native, OPT=-O3, NO_CBLAS=1, NVCC, NVCC_ARCH, PRECISION"
+	@echo "variables: CC, ARCH=-march=native, OPT=-O3, NO_CBLAS=1, NVCC, NVCC_ARCH, PRECISION, DEBUG_SYNC=1"
 
 all: train_mta infer_mta test_mta
 
@@ -89,7 +89,7 @@ build/asan/infer_mta: infer_mta.c $(HEADERS)
 # ---- CUDA: train_mta.cu by nvcc for a GPU, or by a C++ compiler for dev/cuda_cpu, which runs the same kernels on the CPU
 NVCC_ARCH ?= sm_90a
 PRECISION ?= BF16
-CUDA_DEFINES = $(if $(filter FP32,$(PRECISION)),-DPRECISION_FP32)
+CUDA_DEFINES = $(if $(filter FP32,$(PRECISION)),-DPRECISION_FP32) $(if $(DEBUG_SYNC),-DDEBUG_SYNC)
 NVCCFLAGS = -std=c++17 -O3 -arch=$(NVCC_ARCH) -Xcompiler -Wall,-Wextra,-fopenmp
 CXXFLAGS = -std=c++17 -g $(ARCH) $(WARN) $(MATH) $(OPENMP)
 EMULATOR = -x c++ -O2 -Idev/cuda_cpu -DMTA_LIBRARY -DATTENTION_SCRATCH='(1 << 20)'
@@ -108,6 +108,18 @@ build/test_mta_for_cuda.o: test_mta.c train_mta.c $(HEADERS)
 	$(CC) $(CFLAGS) -DMTA_TEST_CUDA -Wno-unused-function -c $< -o $@
 
 test_mta_cuda: build/test_mta_for_cuda.o build/train_mta.o build/train_mta_cuda.o
+	$(NVCC) -arch=$(NVCC_ARCH) -Xcompiler -fopenmp $^ -o $@ -lcublas $(BLAS_LINK) $(LDLIBS)
+
+# The same two in fp32 beside them, for scripts/gpu_check.sh.
+build/train_mta_cuda_fp32: train_mta.cu $(HEADERS)
+	@mkdir -p build
+	$(NVCC) $(NVCCFLAGS) -DPRECISION_FP32 $< -o $@ -lcublas
+
+build/train_mta_cuda_fp32.o: train_mta.cu $(HEADERS)
+	@mkdir -p build
+	$(NVCC) $(NVCCFLAGS) -DPRECISION_FP32 -DMTA_LIBRARY -c $< -o $@
+
+build/test_mta_cuda_fp32: build/test_mta_for_cuda.o build/train_mta.o build/train_mta_cuda_fp32.o
 	$(NVCC) -arch=$(NVCC_ARCH) -Xcompiler -fopenmp $^ -o $@ -lcublas $(BLAS_LINK) $(LDLIBS)
 
 build/cuda_cpu_fp32.o: train_mta.cu $(HEADERS) $(EMULATOR_HEADERS)

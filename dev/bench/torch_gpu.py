@@ -40,7 +40,9 @@ class Block(nn.Module):
     def __init__(self, kind, layer, device):
         super().__init__()
         parameter = lambda *shape: nn.Parameter(torch.randn(shape, device=device, dtype=torch.bfloat16) * C ** -0.5)
-        self.kind, self.layer = kind, layer
+        self.kind = kind
+        # a tensor, not a number: torch.compile would compile every layer anew for a number of its own
+        self.register_buffer("scale", torch.tensor(1 - (0.8 - 0.6 * math.exp(-0.3 * layer)), device=device, dtype=torch.bfloat16))
         self.qkv, self.o, self.gate_up, self.down = parameter(3 * C, C), parameter(C, C), parameter(2 * FF, C), parameter(C, FF)
         self.norm1 = nn.Parameter(torch.ones(C, device=device, dtype=torch.bfloat16))
         self.norm2 = nn.Parameter(torch.ones(C, device=device, dtype=torch.bfloat16))
@@ -72,7 +74,7 @@ class Block(nn.Module):
         o = F.rms_norm(mix(p, self.mix_post) @ v, (HS,), self.head_norm, 1e-5)
         if full:
             return o * torch.sigmoid((o * self.gate).sum(-1, keepdim=True) + self.bias)
-        return o * (1 - (0.8 - 0.6 * math.exp(-0.3 * self.layer)))
+        return o * self.scale
 
     def forward(self, x, cosine, sine):
         B, T, _ = x.shape
