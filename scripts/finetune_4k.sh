@@ -4,16 +4,16 @@
 # The paper's long-context stage: 10.5B more tokens at a context of 4096 from a checkpoint of scripts/train_880m.sh (a step-XXXXXXXX directory),
 # RoPE theta 500,000, weight decay 0, warmup 50, a fresh optimizer, the rest as before: 40,000 steps of 64 sequences of 4096.
 # The same command continues an interrupted run.
-set -eu
-cd "$(dirname "$0")/.."
+set -euo pipefail
+root=$(cd "$(dirname "$0")/.." && pwd)
 usage="usage: scripts/finetune_4k.sh CHECKPOINT SHARDS OUT [options...]"
 checkpoint=${1:?$usage} shards=${2:?$usage} out=${3:?$usage}
 shift 3
-trainer=${TRAINER:-./train_mta_cuda}
-[ -x "$trainer" ] || { echo "finetune_4k.sh: $trainer is missing, run: make train_mta_cuda" >&2; exit 1; }
+trainer=${TRAINER:-$root/train_mta_cuda}
+[ -x "$trainer" ] || { echo "finetune_4k.sh: $trainer is missing, run: make -C $root train_mta_cuda" >&2; exit 1; }
 [ -e "$checkpoint/config.json" ] || { echo "finetune_4k.sh: $checkpoint holds no config.json, wanted a checkpoint directory" >&2; exit 1; }
 [ -d "$shards" ] || { echo "finetune_4k.sh: $shards is not a directory; data/README.md says how to make shards" >&2; exit 1; }
-[ -e "$shards/recipe.txt" ] || cp data/slimpajama_weights.txt "$shards/recipe.txt"
+[ -e "$shards/recipe.txt" ] || cp "$root/data/slimpajama_weights.txt" "$shards/recipe.txt"
 
 recipe=(--init-from "$checkpoint" --seq-len 4096 --max-position-embeddings 4096 --rope-theta 500000 --tokens-per-step 262144 --steps 40000 --lr 1.5e-4
         --schedule linear --warmup 50 --beta1 0.9 --beta2 0.98 --eps 1e-8 --weight-decay 0 --grad-clip 1)

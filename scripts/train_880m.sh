@@ -5,15 +5,15 @@
 # AdamW 1.5e-4, betas 0.9 and 0.98, weight decay 0.05, clip 1, warmup 375, linear to 0, RoPE theta 100,000. A step is split into micro-batches
 # that fit the card. SHARDS: what data/prepare.py slimpajama wrote, with Llama 3's tokenizer.model (TOKENIZER=FILE names it for samples).
 # Stopped by Ctrl-C, SIGTERM or a crash, the same command continues. It takes weeks: dev/SPEED.md has the tokens/s that were measured.
-set -eu
-cd "$(dirname "$0")/.."
+set -euo pipefail
+root=$(cd "$(dirname "$0")/.." && pwd)
 shards=${1:?usage: scripts/train_880m.sh SHARDS OUT [ATTENTION] [options...]} out=${2:?usage: scripts/train_880m.sh SHARDS OUT [ATTENTION] [options...]}
 attention=${3:-mta}
 shift $(($# < 3 ? $# : 3))
-trainer=${TRAINER:-./train_mta_cuda}
-[ -x "$trainer" ] || { echo "train_880m.sh: $trainer is missing, run: make train_mta_cuda" >&2; exit 1; }
+trainer=${TRAINER:-$root/train_mta_cuda}
+[ -x "$trainer" ] || { echo "train_880m.sh: $trainer is missing, run: make -C $root train_mta_cuda" >&2; exit 1; }
 [ -d "$shards" ] || { echo "train_880m.sh: $shards is not a directory; data/README.md says how to make shards" >&2; exit 1; }
-[ -e "$shards/recipe.txt" ] || cp data/slimpajama_weights.txt "$shards/recipe.txt"
+[ -e "$shards/recipe.txt" ] || cp "$root/data/slimpajama_weights.txt" "$shards/recipe.txt"
 
 recipe=(--model 880m --attention "$attention" --seq-len 2048 --tokens-per-step 262144 --steps 400000 --lr 1.5e-4 --schedule linear --warmup 375
         --beta1 0.9 --beta2 0.98 --eps 1e-8 --weight-decay 0.05 --grad-clip 1 --rope-theta 100000)

@@ -200,6 +200,55 @@ class CudaRuns(unittest.TestCase):
     def test_graphs_can_be_left_out(self):
         self.train(BF16, "run", "--steps", "2", "--cuda-graphs", "off", env={"CUDA_CPU_FAIL": "cudaStreamBeginCapture:1"})
 
+    @unittest.skipUnless(EMULATED, "skip: plans for a card of a stated size")
+    def test_scripts_of_the_paper(self):
+        """train_880m.sh and finetune_4k.sh: the plan on a card of 143,771 MiB, a small run through both, and their refusals."""
+        shards, out, tuned = self.path("shards"), self.path("out"), self.path("tuned")
+        os.mkdir(shards)
+        tokens = array.array("I", [random.Random(2).randrange(60) if i % 50 else 61 for i in range(3000)]).tobytes()
+        for domain in ("commoncrawl", "c4", "github", "wikipedia", "stackexchange", "arxiv", "book"):
+            for split in ("train", "val")[:2 if domain in ("c4", "book") else 1]:
+                with open(os.path.join(shards, "%s_%s_000000.bin" % (domain, split)), "wb") as f:
+                    f.write(struct.pack("<5i", 20240801, 7, 3000, 64, 0).ljust(1024, b"\0") + tokens)
+        counts = {name: {"documents": 60, "tokens": 3000} for name in os.listdir(shards)}
+        with open(os.path.join(shards, "manifest.json"), "w", encoding="utf-8") as f:
+            json.dump({"shards": counts}, f)
+        environment = {"TRAINER": BF16, "CUDA_CPU_MEMORY_MIB": "143771"}
+        script = lambda name, *options, **more: self.execute([os.path.join(ROOT, "scripts", name), *options], dict(environment, **more))
+        for attention, parameters in (("mta", "876563136"), ("mta-full", "876583320"), ("transformer", "876553728")):
+            plan = script("train_880m.sh", shards, out, attention, "--dry-run")
+            self.assertEqual((plan.returncode, plan.stderr), (0, ""))
+            batch, fits = map(int, re.search(r"micro-batches of (\d+) sequences \((\d+) would fit\)", plan.stdout).groups())
+            self.assertTrue(8 <= batch <= fits < 2 * batch, plan.stdout)
+            for words in (parameters, "128 sequences of 2048 = 262,144 tokens, %d at once" % batch, "400000 steps, 105G tokens"):
+                self.assertIn(words, plan.stdout)
+        small = ["--hidden-size", "32", "--num-hidden-layers", "3", "--num-attention-heads", "4", "--num-key-value-heads", "4", "--intermediate-size", "48",
+                 "--vocab-size", "64", "--tokens-per-step", "128", "--batch-size", "2"]
+        for steps in ("1", "2"):  # the same command continues
+            run = script("train_880m.sh", shards, out, "mta", *small, "--seq-len", "32", "--steps", steps)
+            self.assertEqual((run.returncode, run.stderr), (0, ""))
+        run = script("finetune_4k.sh", os.path.join(out, "step-00000002"), shards, tuned, "--seq-len", "64", "--tokens-per-step", "128", "--batch-size", "1",
+                     "--steps", "2")
+        self.assertEqual((run.returncode, run.stderr), (0, ""))
+        for folder, theta, decay, warmup in ((out, 100000, "0.05", "375"), (tuned, 500000, "0", "50")):
+            with open(os.path.join(folder, "step-00000002", "config.json"), encoding="utf-8") as f:
+                config = json.load(f)
+            self.assertEqual((config["rope_theta"], config["kq_conv_layers"], config["head_norm"]), (theta, [2], "group_depth_scaled"))
+            with open(os.path.join(folder, "step-00000002", "trainer.json"), encoding="utf-8") as f:
+                arguments = json.load(f)["arguments"]
+            self.assertEqual([arguments[arguments.index(o) + 1] for o in ("--weight-decay", "--warmup", "--mix")], [decay, warmup, "document"])
+            self.assertEqual(arguments[arguments.index("--val") + 1], "book=%s/book_val_*.bin,c4=%s/c4_val_*.bin" % (shards, shards))
+        plan = script("finetune_4k.sh", os.path.join(out, "step-00000002"), shards, tuned, "--dry-run")
+        self.assertIn("64 sequences of 4096 = 262,144 tokens", plan.stdout)
+        self.assertIn("40000 steps, 10.5G tokens", plan.stdout)
+        for name, arguments, more, words in (("train_880m.sh", (), {}, "usage: "), ("train_880m.sh", (self.path("none"), out), {}, "is not a directory"),
+                                             ("train_880m.sh", (shards, out, "nothing", "--dry-run"), {}, "attention: got"),
+                                             ("train_880m.sh", (shards, out), {"TRAINER": self.path("none")}, "is missing"),
+                                             ("finetune_4k.sh", (shards, shards, tuned), {}, "holds no config.json")):
+            refused = script(name, *arguments, **more)
+            self.assertEqual((refused.returncode, refused.stderr.count("\n")), (1, 1), refused.stderr)
+            self.assertIn(words, refused.stderr)
+
     def refused(self, *options, env=None, **kwargs):
         """The one line of a refusal that comes before anything is allocated or written."""
         _, error = self.train(BF16, "run", "--steps", "1", *options, status=1, env=dict(env or {}, CUDA_CPU_FAIL="cudaMalloc:1"), **kwargs)
