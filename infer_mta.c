@@ -148,7 +148,7 @@ typedef struct {
 } Matrix;
 
 // Memory is asked for this far ahead of its use, into the second level of caches: it covers the page walks at which the
-// hardware's own prefetch stops, and the first level's few buffers for lines under way stay free (measured: dev/SPEED.md).
+// hardware's own prefetch stops, and the first level's few buffers for lines under way stay free (dev/SPEED.md).
 enum { AHEAD = 8192 };
 static inline void prefetch(const void* p) { __builtin_prefetch((const char*)p + AHEAD, 0, 2); }
 

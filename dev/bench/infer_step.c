@@ -56,7 +56,7 @@ static bool convolutions(Model* m, const float* (*kept)[2], bool out) {
     return any;
 }
 
-// The prompt up to position T: tokens a second, and operations a second of its products, scores and values over sgemm's.
+// The prompt up to position T: tokens a second, and operations a second of products, scores and values over sgemm's.
 static void prompt_to(Session* s, int T, float* matrices) {
     const Model* m = &s->m;
     double layers = m->c.num_hidden_layers, flops = 0, seconds = 0, sgemm[MAX_ROUNDS];
@@ -108,10 +108,10 @@ static void decode_at(Session* s, int T, int rounds, const char* buffer, size_t 
         ratio[i] = read[i] / with[i];
     }
     double token = median(with, rounds);
-    printf("  token %4d: %6.1f MB, median %6.2f ms %6.2f GB/s, best %6.2f ms; reading %6.2f GB/s, best %6.2f; of read %.3f, best %.3f",
-           T, (double)bytes * 1e-6, token * 1e3, (double)bytes / token * 1e-9, least(with, rounds) * 1e3,
-           (double)bytes / median(read, rounds) * 1e-9, (double)bytes / least(read, rounds) * 1e-9, median(ratio, rounds),
-           least(read, rounds) / least(with, rounds));
+    printf("  token %4d: %6.1f MB, median %6.2f ms %6.2f GB/s, best %6.2f ms; ", T, (double)bytes * 1e-6, token * 1e3,
+           (double)bytes / token * 1e-9, least(with, rounds) * 1e3);
+    printf("reading %6.2f GB/s, best %6.2f; of read %.3f, best %.3f", (double)bytes / median(read, rounds) * 1e-9,
+           (double)bytes / least(read, rounds) * 1e-9, median(ratio, rounds), least(read, rounds) / least(with, rounds));
     if (convolves) {
         printf("; without convolution %6.2f ms, best %6.2f: it adds %.1f%%, best %.1f%%", median(without, rounds) * 1e3,
                least(without, rounds) * 1e3, 100 * (median(extra, rounds) - 1),
