@@ -782,10 +782,14 @@ static void sums_add(double* sums, const float* parts, int S, int groups, int bl
     launchCheck(g->stream);
 }
 
+static size_t conv_weight_shared(int cq, int ck) {
+    int taps = round_up(cq, cq == 6 || cq == 2 ? cq : 8);
+    return ((size_t)(CONV_ROWS + taps - 1) * (CONV_COLS + 2 * conv_margin(ck)) + (size_t)CONV_THREADS / WARP_SIZE * ck * taps) * sizeof(float);
+}
 // dweight (NH,cq,ck) += over the rows lo <= i < hi of dout; sums over chunks are kept in double; parts is scratch
 static void kq_conv_backward_weight(double* dweight, const TileX* dout, const Tile* inp, const Attention* a, int S, int lo, int hi, float* parts, Cuda* g) {
-    int blocks = ceil_div(hi - lo, CONV_ROWS), step = a->cq == 6 || a->cq == 2 ? a->cq : 8, taps = round_up(a->cq, step);
-    size_t shared = ((size_t)(CONV_ROWS + taps - 1) * (CONV_COLS + 2 * conv_margin(a->ck)) + (size_t)CONV_THREADS / WARP_SIZE * a->ck * taps) * sizeof(float);
+    int blocks = ceil_div(hi - lo, CONV_ROWS);
+    size_t shared = conv_weight_shared(a->cq, a->ck);
     auto kernel = a->cq == 6 ? kq_conv_backward_weight_kernel<6> : a->cq == 2 ? kq_conv_backward_weight_kernel<2> : kq_conv_backward_weight_kernel<8>;
     allow_shared(kernel, shared);
     LAUNCH(kernel, dim3(blocks, S * a->NH), CONV_THREADS, shared, g->stream, parts, *dout, *inp, a->cq, a->ck, lo, hi);
@@ -826,14 +830,15 @@ UNROLL
         }
     }
 }
+static int mix_threads(int ch) { return ch <= 64 ? 128 : 32; }
+static size_t mix_shared(int ch) { return (size_t)ch * (ch == 2 || ch == 16 ? ch : mix_threads(ch)) * sizeof(float); }
 // Rows lo <= i < hi; weight (NH/ch,ch,ch), its transpose for the backward pass
 template <typename Weight, typename Out, typename In>
 static void head_mix_forward(const TileOf<Out>* out, const TileOf<In>* inp, const Weight* weight, bool transpose, int ch, const Attention* a, int S, int lo,
                              int hi, int nk, Cuda* g) {
     lo = max_int(lo, 0), hi = min_int(hi, a->T);
-    int threads = ch <= 64 ? 128 : 32;
-    bool special = ch == 2 || ch == 16;
-    size_t shared = (size_t)ch * (special ? ch : threads) * sizeof(float);
+    int threads = mix_threads(ch);
+    size_t shared = mix_shared(ch);
     auto kernel = ch == 2    ? head_mix_kernel<Weight, 2, Out, In>
                   : ch == 16 ? head_mix_kernel<Weight, 16, Out, In>
                              : head_mix_kernel<Weight, 0, Out, In>;
@@ -2629,15 +2634,20 @@ static T* model_head(const Model* m, T* arena) {  // the classifier: the embeddi
     return model_tensor(m, arena, m->config.tie_word_embeddings ? TENSOR_EMBED : TENSOR_LM_HEAD);
 }
 
-// What the kernels cannot serve though a configuration may say it, refused before anything is planned: rows and heads of a micro-batch are
-// counted in 32 bits, and head mixing keeps 32 columns of all heads of a group in the 99 KiB of shared memory that every GPU from 8.0 on has.
-enum { MAX_MIXED = 512 };
+// What the kernels cannot serve though the options may say it, refused before anything is planned: rows and heads of a micro-batch are counted in 32
+// bits, and sequences are a grid's z.
 static bool model_check(const Config* c, int B, int T, Error* e) {
-    int mixed = max_int(c->head_mix_pre_softmax, c->head_mix_post_softmax);
-    if (mixed > MAX_MIXED) { return fail(e, "head mixing of %d heads: this trainer mixes at most %d, train_mta more", mixed, MAX_MIXED); }
-    if ((int64_t)B * T > INT32_MAX / c->num_attention_heads) {
-        return fail(e, "a micro-batch of %d x %d tokens of %d heads is beyond 2^31: wanted a smaller --batch-size or --seq-len", B, T, c->num_attention_heads);
-    }
+    if (B <= 65535 && (int64_t)B * T <= INT32_MAX / c->num_attention_heads) { return true; }
+    return fail(e, "a micro-batch of %d x %d tokens of %d heads: wanted at most 65535 sequences, and a product below 2^31", B, T, c->num_attention_heads);
+}
+
+// Is a block's shared memory enough for the convolutions and mixings, a chunk at a time? It is for every size of the presets; the largest that
+// a configuration may have, 63 x 63 and groups of 1024 heads, need more than some GPUs have.
+static bool shared_check(const Config* c, size_t shared, Error* e) {
+    int cq = c->kq_conv_query_size, ck = c->kq_conv_key_size, mixed = max_int(c->head_mix_pre_softmax, c->head_mix_post_softmax);
+    size_t conv = config_any_conv(c) ? std::max(conv_shared(cq, ck), conv_weight_shared(cq, ck)) : 0, mix = mixed ? mix_shared(mixed) : 0;
+    if (conv > shared) { return fail(e, "kq_conv of %d x %d needs %zu KiB of shared memory, this GPU has %zu for a block", cq, ck, conv >> 10, shared >> 10); }
+    if (mix > shared) { return fail(e, "head mixing of %d heads needs %zu KiB of shared memory, this GPU has %zu for a block", mixed, mix >> 10, shared >> 10); }
     return true;
 }
 
@@ -2710,7 +2720,7 @@ static Model* model_create(const Config* config, int B, int T, int chunk, Recomp
     m->B = B, m->T = T, m->recompute = recompute, m->graphs = !WAITS;
     m->logit_rows = logit_rows(config->vocab_size, B * T);
     tensor_list(&m->tensors, config);
-    if (!cuda_open(&m->cuda, e)) { model_free(m); return NULL; }
+    if (!cuda_open(&m->cuda, e) || !shared_check(config, device_shared(), e)) { model_free(m); return NULL; }
     if (chunk == 0) { chunk = attention_chunk_on(config, T, device_shared()); }
     AttentionPlan plan = attention_plan(config, B, T, chunk);
     m->chunk = plan.chunked.chunk, m->sequences = plan.S, m->flash = chunk == 0, m->att_parts = att_parts(config, chunk);

@@ -1,7 +1,7 @@
 // cuda_runtime.h: stand-in for the CUDA runtime. Device memory is malloc'ed, poisoned with NaN and counted against a pretended size;
 // streams run at once, and a captured stream keeps its work in a graph; what may not be called meanwhile breaks the capture.
 // The environment pretends other machines: CUDA_CPU_DEVICES=0 (no GPU), CUDA_CPU_DRIVER=old, CUDA_CPU_MEMORY_MIB=N, CUDA_CPU_CAPABILITY=75,
-// CUDA_CPU_IMAGE=none (no code for the device); and failures: CUDA_CPU_FAIL=NAME:N, the N-th call of a function, the N-th launch of a kernel, or
+// CUDA_CPU_SHARED_KIB=N (shared memory of a block at most), CUDA_CPU_IMAGE=none (no code for the device); and failures: CUDA_CPU_FAIL=NAME:N, the N-th call of a function, the N-th launch of a kernel, or
 // with launch:N the N-th of any.
 #ifndef CUDA_CPU_RUNTIME_H
 #define CUDA_CPU_RUNTIME_H
@@ -63,6 +63,10 @@ inline cudaError_t not_while_capturing() {
 inline size_t memory_total() {
     const char* mib = getenv("CUDA_CPU_MEMORY_MIB");
     return (mib ? (size_t)atoll(mib) : (size_t)8192) << 20;
+}
+inline int shared_most() {
+    const char* kib = getenv("CUDA_CPU_SHARED_KIB");
+    return kib ? atoi(kib) << 10 : (int)MAX_SHARED;
 }
 inline cudaError_t device_state() {
     const char* devices = getenv("CUDA_CPU_DEVICES");
@@ -145,7 +149,7 @@ static inline cudaError_t cudaGetDeviceProperties(cudaDeviceProp* p, int) {
     memset(p, 0, sizeof(*p));
     snprintf(p->name, sizeof(p->name), "CPU emulator (dev/cuda_cpu)");
     p->totalGlobalMem = cuda_cpu::memory_total();
-    p->sharedMemPerBlockOptin = cuda_cpu::MAX_SHARED;
+    p->sharedMemPerBlockOptin = (size_t)cuda_cpu::shared_most();
     const char* capability = getenv("CUDA_CPU_CAPABILITY");
     p->major = (capability ? atoi(capability) : 90) / 10, p->minor = (capability ? atoi(capability) : 90) % 10;
     p->multiProcessorCount = 4, p->l2CacheSize = 50 << 20;
@@ -212,7 +216,7 @@ static inline cudaError_t cudaMemsetAsync(void* p, int value, size_t n, cudaStre
 }
 template <typename F> static inline cudaError_t cudaFuncSetAttribute(F* kernel, cudaFuncAttribute, int bytes) {
     CUDA_CPU_CALL();
-    if (bytes > cuda_cpu::MAX_SHARED) { return cuda_cpu::set_error(cudaErrorInvalidValue); }
+    if (bytes > cuda_cpu::shared_most()) { return cuda_cpu::set_error(cudaErrorInvalidValue); }
     cuda_cpu::shared_limit[(const void*)kernel] = (size_t)std::max<int>(bytes, cuda_cpu::DEFAULT_SHARED);
     return cudaSuccess;
 }
@@ -224,7 +228,7 @@ template <typename F> static inline cudaError_t cudaFuncGetAttributes(cudaFuncAt
 }
 static inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attr, int) {
     *value = attr == cudaDevAttrMultiProcessorCount ? 4 : attr == cudaDevAttrComputeCapabilityMajor ? 9
-           : attr == cudaDevAttrMaxSharedMemoryPerBlockOptin ? (int)cuda_cpu::MAX_SHARED : 0;
+           : attr == cudaDevAttrMaxSharedMemoryPerBlockOptin ? cuda_cpu::shared_most() : 0;
     return cudaSuccess;
 }
 

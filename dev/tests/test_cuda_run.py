@@ -282,10 +282,22 @@ class CudaRuns(unittest.TestCase):
         self.assertIn("not even one sequence fits", self.refused(env={"CUDA_CPU_MEMORY_MIB": "256"}))
 
     def test_what_cannot_be_served(self):
-        many = ["--hidden-size", "2048", "--num-attention-heads", "1024", "--num-key-value-heads", "1024"]
-        large = ["--batch-size", "1000000", "--seq-len", "4096", "--max-position-embeddings", "4096", "--tokens-per-step", "4096000000"]
-        for options, words in ((["--hidden-size", "20"], "head size 5 is odd"), (large, "is beyond 2^31"), (many, "mixes at most 512")):
+        large = ["--batch-size", "60000", "--seq-len", "40000", "--max-position-embeddings", "40000", "--tokens-per-step", "2400000000"]
+        sequences = ["--batch-size", "70000", "--tokens-per-step", "1680000"]
+        for options, words in ((["--hidden-size", "20"], "head size 5 is odd"), (large, "a product below 2^31"), (sequences, "at most 65535 sequences")):
             self.assertIn(words, self.refused(*options))
+
+    @unittest.skipUnless(EMULATED, "skip: a real GPU has the shared memory it has")
+    def test_little_shared_memory(self):
+        """A GPU whose blocks have 99 KiB: what needs more is refused, the presets' sizes train, chunk by chunk where the fused kernels do not fit."""
+        few = {"CUDA_CPU_SHARED_KIB": "99"}
+        many = ["--hidden-size", "2048", "--num-attention-heads", "1024", "--num-key-value-heads", "1024", "--head-mix-pre-softmax", "1024"]
+        for options, words in ((many, "head mixing of 1024 heads needs 128 KiB"), (["--kq-conv-query-size", "63", "--kq-conv-key-size", "63"],
+                                                                                   "kq_conv of 63 x 63 needs 110 KiB")):
+            self.assertIn(words, self.refused(*options, env=few))
+        for attention in ("mta", "transformer"):
+            log, _ = self.train(BF16, "few" + attention, "--steps", "2", attention=attention, env=few)
+            self.compare(self.figures(log), self.figures(self.train(CPU, "cpu" + attention, "--steps", "2", attention=attention)[0]), 0.02)
 
     def test_odd_sizes(self):
         """Head sizes, widths and vocabularies that 16-byte accesses do not divide are served, by the kernels for one element at a time."""
