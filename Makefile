@@ -156,6 +156,14 @@ build/cuda_step: dev/bench/cuda_step.cu train_mta.cu $(HEADERS)
 	@mkdir -p build
 	$(NVCC) $(NVCCFLAGS) $(CUDA_DEFINES) $< -o $@ -lcublas
 
+# The fused attention kernels against the dense definition: on the CPU, on a GPU.
+build/test_flash: dev/tests/test_flash.cu train_mta.cu $(HEADERS) $(EMULATOR_HEADERS)
+	@mkdir -p build
+	$(CXX) $(CXXFLAGS) $(EMULATOR) -Wno-unused-function $< -o $@ $(LDLIBS)
+build/test_flash_cuda: dev/tests/test_flash.cu train_mta.cu $(HEADERS)
+	@mkdir -p build
+	$(NVCC) $(NVCCFLAGS) -diag-suppress 177 $< -o $@ -lcublas
+
 # The emulator's own tests, with planted faults; the address sanitizer is what sees the out-of-bounds ones.
 build/test_emulator: dev/cuda_cpu/test_emulator.cpp $(EMULATOR_HEADERS)
 	@mkdir -p build
