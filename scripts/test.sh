@@ -149,6 +149,9 @@ if [ -f train_mta.cu ]; then
     step "build emulator" make -j2 build/test_emulator build/train_mta_cuda_cpu test_mta_cuda_cpu test_mta_cuda_cpu_bf16
     step "emulator" build/test_emulator
     step "test_mta_cuda_cpu" ./test_mta_cuda_cpu
+    step "build fused attention" make build/test_flash
+    step "fused attention" build/test_flash
+    step "fused attention order 7" env CUDA_CPU_ORDER=7 build/test_flash
     step "build emulator sanitizers" make -j2 build/asan/test_mta_cuda_cpu_bf16 build/train_mta_cuda_cpu build/train_mta_cuda_cpu_fp32
     for order in 1 7; do  # other orders of the threads of a block: a race would show
         step "emulator golden order $order" env ASAN_OPTIONS=detect_leaks=0 CUDA_CPU_ORDER=$order build/asan/test_mta_cuda_cpu_bf16 --only golden

@@ -3,6 +3,7 @@
 //   g++ -x c++ -std=c++17 -O1 -g -fsanitize=address,undefined -fsanitize-sections=cuda_shared -Idev/cuda_cpu dev/cuda_cpu/test_emulator.cpp
 #include <cuda_runtime.h>
 #include <cublas_v2.h>
+#include "tensor_cores.h"
 #include <sys/wait.h>
 #include <unistd.h>
 #include <string>
@@ -48,6 +49,38 @@ static __global__ void atomic_kernel(int* out) {
     atomicAdd(&out[0], 1);
     atomicMax(&out[1], (int)threadIdx.x);
     atomicCAS(&out[2], 0, (int)threadIdx.x + 1);
+}
+
+// c (16,16) = a (16,16) b, one warp: the left 8 columns with b given as (8 columns, 16), the right 8 as (16, 8 columns). WAIT 0: reads what asynchronous copies
+// have yet to bring; WAIT -1: returns with copies in flight.
+template <typename T, int WAIT> static __global__ void product_kernel(float* c, const T* a, const T* left, const T* right) {
+    DYNAMIC_SHARED(T, s);  // a (16,16), left (8,16), right (16,8)
+    int lane = (int)threadIdx.x;
+    for (int t = lane; t < 64; t += 32) { copy_async(s + 8 * t, t < 32 ? a + 8 * t : t < 48 ? left + 8 * (t - 32) : right + 8 * (t - 48), t != 63); }
+    copy_commit();
+    if (WAIT < 0) { return; }
+    if (WAIT) { copy_wait<0>(); }
+    __syncthreads();
+    unsigned x[4], y[4], z[4];
+    float l[4] = {}, r[4] = {};
+    ldmatrix(x, s + lane % 16 * 16 + lane / 16 * 8);
+    ldmatrix(y, s + 256 + lane % 8 * 16 + lane / 8 % 2 * 8);
+    ldmatrix_transposed(z, s + 384 + lane % 16 * 8);
+    if (std::is_same<T, __half>::value) { mma_half(l, x, y[0], y[1]); mma_half(r, x, z[0], z[1]); }
+    else { mma_bf16(l, x, y[0], y[1]); mma_bf16(r, x, z[0], z[1]); }
+    for (int e = 0; e < 4; e++) {
+        int at = (lane / 4 + e / 2 * 8) * 16 + lane % 4 * 2 + e % 2;
+        c[at] = l[e];
+        c[at + 8] = r[e];
+    }
+    copy_wait<0>();
+}
+
+static __global__ void unaligned_kernel(float* out) {
+    DYNAMIC_SHARED(__half, s);
+    unsigned x[4];
+    ldmatrix(x, s + threadIdx.x * 8 + 1);
+    out[threadIdx.x] = (float)x[0];
 }
 
 // Reverses n floats through dynamic shared memory; BARRIER 0 is the planted race.
@@ -384,6 +417,34 @@ static void test_runtime() {
     check(ok && cudaGetLastError() == cudaSuccess, "launches beyond the limits of a GPU are refused, the opt-in limit of shared memory works");
 }
 
+// Tensor-core products and the copies that feed them, against plain sums. The last row of b's right half is not copied (its copy is not valid): zeros.
+template <typename T> static bool product_case() {
+    Device<T> a(256), left(128), right(128);
+    Device<float> c(256);
+    for (int i = 0; i < 256; i++) { a.p[i] = (T)(float)((i * 7 + i / 16) % 23 - 11); }
+    for (int i = 0; i < 128; i++) { left.p[i] = (T)(float)(i * 5 % 19 - 9), right.p[i] = (T)(float)(i * 3 % 17 - 8); }
+    LAUNCH((product_kernel<T, 1>), 1, 32, 512 * sizeof(T), NULL, c.p, a.p, left.p, right.p);
+    cudaDeviceSynchronize();
+    for (int i = 0; i < 16; i++) {
+        for (int j = 0; j < 16; j++) {
+            float sum = 0;
+            for (int k = 0; k < 16; k++) { sum += (float)a.p[i * 16 + k] * (j < 8 ? (float)left.p[j * 16 + k] : k < 15 ? (float)right.p[k * 8 + j - 8] : 0.0f); }
+            if (c.p[i * 16 + j] != sum) { return false; }
+        }
+    }
+    return true;
+}
+static void test_tensor_cores() {
+    check(product_case<__half>(), "ldmatrix, mma and asynchronous copies, fp16");
+    check(product_case<__nv_bfloat16>(), "ldmatrix, mma and asynchronous copies, bf16");
+    Device<__half> a(256), b(128);
+    Device<float> c(256);
+    for (int i = 0; i < 256; i++) { a.p[i] = (__half)1.0f, b.p[i / 2] = (__half)1.0f; }
+    LAUNCH((product_kernel<__half, 0>), 1, 32, 1024, NULL, c.p, a.p, b.p, b.p);
+    cudaDeviceSynchronize();
+    check(isnan(c.p[0]), "planted: what an asynchronous copy has yet to bring is NaN");
+}
+
 template <typename K> static bool orders_agree(K run, int n) {
     std::vector<float> first(n), x(n);
     bool same = true;
@@ -461,6 +522,9 @@ static void test_faults() {
     check_fault([=] { LAUNCH(lost_lane_kernel, 1, 32, 0, NULL, q); }, "only ffffff7f came", "planted: a shuffle that one lane misses");
     check_fault([=] { LAUNCH(wrong_mask_kernel, 1, 32, 0, NULL, q); }, "only aaaaaaaa came", "planted: lanes that disagree about the mask");
 #if defined(__SANITIZE_ADDRESS__)
+    check_fault([=] { LAUNCH((product_kernel<__half, -1>), 1, 32, 1024, NULL, p, (const __half*)p, (const __half*)p, (const __half*)p); },
+                "asynchronous copies in flight", "planted: a thread that returns before its copies are there");
+    check_fault([=] { LAUNCH(unaligned_kernel, 1, 32, 1024, NULL, p); }, "not at a multiple of 16 bytes", "planted: a row of ldmatrix between two banks");
     check_fault([=] { LAUNCH(write_kernel, 1, 1, 0, NULL, p, 64); }, "AddressSanitizer", "planted: a write past the end of device memory");
     check_fault([=] { LAUNCH(write_kernel, 1, 1, 0, NULL, p, -1); }, "AddressSanitizer", "planted: a write ahead of device memory");
     check_fault([=] { LAUNCH(write_shared_kernel, 1, 8, 0, NULL, p, 8); }, "AddressSanitizer", "planted: a write past a static shared array");
@@ -485,6 +549,7 @@ int main() {
     test_capture();
     test_failures();
     test_runtime();
+    test_tensor_cores();
     test_races();
     test_uninitialised();
     test_faults();
