@@ -164,6 +164,14 @@ build/test_flash_cuda: dev/tests/test_flash.cu train_mta.cu $(HEADERS)
 	@mkdir -p build
 	$(NVCC) $(NVCCFLAGS) -diag-suppress 177 $< -o $@ -lcublas
 
+# The attention of one layer alone: its speed on a GPU, what it executes per tile without one.
+build/attention_cuda: dev/bench/attention.cu train_mta.cu $(HEADERS)
+	@mkdir -p build
+	$(NVCC) $(NVCCFLAGS) -diag-suppress 177 $< -o $@ -lcublas
+build/attention_cpu: dev/bench/attention.cu train_mta.cu $(HEADERS) $(EMULATOR_HEADERS)
+	@mkdir -p build
+	$(CXX) $(CXXFLAGS) $(EMULATOR) -Wno-unused-function $< -o $@ $(LDLIBS)
+
 # The emulator's own tests, with planted faults; the address sanitizer is what sees the out-of-bounds ones.
 build/test_emulator: dev/cuda_cpu/test_emulator.cpp $(EMULATOR_HEADERS)
 	@mkdir -p build

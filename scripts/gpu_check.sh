@@ -85,12 +85,12 @@ build() {
 }
 run_tests() {
     local programs=(train_mta train_mta_cuda test_mta_cuda build/train_mta_cuda_fp32 build/test_mta_cuda_fp32)
-    if make -n test_flash_cuda > /dev/null 2>&1; then programs+=(test_flash_cuda); fi
+    programs+=(build/test_flash_cuda)
     rm -f build/*cuda*.o
     build tests "${programs[@]}"
     [ -x test_mta_cuda ] && check "test_mta_cuda bf16" 60 ./test_mta_cuda
     [ -x build/test_mta_cuda_fp32 ] && check "test_mta_cuda fp32" 60 build/test_mta_cuda_fp32
-    [ -x test_flash_cuda ] && check "test_flash_cuda" 60 ./test_flash_cuda
+    check "fused attention" 60 build/test_flash_cuda
     [ -x test_mta_cuda ] && sanitize memcheck && sanitize racecheck
     if [ ! -x train_mta ] || [ ! -x train_mta_cuda ] || [ ! -x build/train_mta_cuda_fp32 ]; then row "skip    runs: a program is missing"; return; fi
     check "runs" 100 env MTA_CUDA="$PWD/train_mta_cuda" MTA_CUDA_FP32="$PWD/build/train_mta_cuda_fp32" python3 dev/tests/test_cuda_run.py

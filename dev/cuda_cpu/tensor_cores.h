@@ -11,6 +11,9 @@
 #include "cuda_fp16.h"
 
 namespace cuda_cpu {
+struct TensorCounts { uint64_t mma, ldmatrix, copies; };  // executed: by a warp, by a warp, by a thread (16 bytes each)
+inline TensorCounts tensor_counts;
+
 struct MmaLane { const unsigned *a, *b; float* c; };
 struct LdmatrixLane { const uint16_t* row; unsigned* r; };
 
@@ -21,6 +24,7 @@ template <typename T> inline float half_word(unsigned pair, int which) {  // T: 
 }
 
 template <typename T> inline void mma_warp(const uint64_t* lanes) {
+    tensor_counts.mma++;
     float A[16][16], B[8][16];
     for (int l = 0; l < WARP; l++) {
         const MmaLane* own = (const MmaLane*)lanes[l];
@@ -40,6 +44,7 @@ template <typename T> inline void mma_warp(const uint64_t* lanes) {
 }
 
 template <bool TRANSPOSED> inline void ldmatrix_warp(const uint64_t* lanes) {
+    tensor_counts.ldmatrix++;
     for (int l = 0; l < WARP; l++) {
         const LdmatrixLane* own = (const LdmatrixLane*)lanes[l];
         if ((uintptr_t)own->row % 16 != 0) { fault("ldmatrix: the row of lane %d is not at a multiple of 16 bytes", l); }
@@ -110,6 +115,7 @@ inline unsigned transpose8_lane(int line, unsigned pair) {  // movmatrix.m8n8.tr
 
 static inline void copy_async(void* to, const void* from, bool valid) {
     if ((uintptr_t)to % 16 != 0 || (valid && (uintptr_t)from % 16 != 0)) { cuda_cpu::fault("copy_async: not at a multiple of 16 bytes"); }
+    cuda_cpu::tensor_counts.copies++;
     cuda_cpu::own_copies().back().push_back({to, from, valid});
 }
 static inline void copy_commit(void) { cuda_cpu::own_copies().emplace_back(); }
