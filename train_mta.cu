@@ -1452,35 +1452,45 @@ ROLLED
     }
 }
 
-// c[g] (16 x 8) += 16 rows of a times the 8 rows of group g of b, over WIDTH columns of both
-template <int WIDTH, int GROUPS, int PITCH>
-static __device__ inline void rows_product(float (*c)[4], const floatX* a, const floatX* b) {
+// c[m][g] (16 x 8) += rows 16 m .. of a times the 8 rows of group g of b, over WIDTH columns of both. What is loaded of b serves all M.
+template <int WIDTH, int M, int GROUPS, int PITCH>
+static __device__ inline void rows_product(float (*c)[GROUPS][4], const floatX* a, const floatX* b) {
 UNROLL2
     for (int k = 0; k < WIDTH; k += 16) {
-        unsigned x[4], y[4];
-        load_a<PITCH>(x, a + k);
+        unsigned x[M][4], y[4];
+UNROLL
+        for (int m = 0; m < M; m++) { load_a<PITCH>(x[m], a + 16 * m * PITCH + k); }
 UNROLL
         for (int g = 0; g < GROUPS; g += 2) {
             if (g + 1 == GROUPS) { load_b_single<PITCH>(y, b + 8 * g * PITCH + k); }
             else { load_b<PITCH>(y, b + 8 * g * PITCH + k); }
-            mma_bf16(c[g], x, y[0], y[1]);
-            if (g + 1 < GROUPS) { mma_bf16(c[g + 1], x, y[2], y[3]); }
+UNROLL
+            for (int m = 0; m < M; m++) {
+                mma_bf16(c[m][g], x[m], y[0], y[1]);
+                if (g + 1 < GROUPS) { mma_bf16(c[m][g + 1], x[m], y[2], y[3]); }
+            }
         }
     }
 }
 
-// c[g] (16 x 8) += (16 x K) a times (K x 8 GROUPS) b, a given transposed (K rows of 16) if TA; b as K rows
-template <int K, int GROUPS, bool TA, int PITCH_A, int PITCH_B>
-static __device__ inline void columns_product(float (*c)[4], const floatX* a, const floatX* b) {
+// c[m][g] (16 x 8) += rows 16 m .. of a (K columns) times the 8 columns of group g of b (K rows); a given transposed (K rows) if TA
+template <int K, int M, int GROUPS, bool TA, int PITCH_A, int PITCH_B>
+static __device__ inline void columns_product(float (*c)[GROUPS][4], const floatX* a, const floatX* b) {
 UNROLL2
     for (int k = 0; k < K; k += 16) {
-        unsigned x[4], y[4];
-        if (TA) { load_a_transposed<PITCH_A>(x, a + k * PITCH_A); } else { load_a<PITCH_A>(x, a + k); }
+        unsigned x[M][4], y[4];
+UNROLL
+        for (int m = 0; m < M; m++) {
+            if (TA) { load_a_transposed<PITCH_A>(x[m], a + k * PITCH_A + 16 * m); } else { load_a<PITCH_A>(x[m], a + 16 * m * PITCH_A + k); }
+        }
 UNROLL
         for (int g = 0; g < GROUPS; g += 2) {
             load_b_transposed<PITCH_B>(y, b + k * PITCH_B + 8 * g);
-            mma_bf16(c[g], x, y[0], y[1]);
-            mma_bf16(c[g + 1], x, y[2], y[3]);
+UNROLL
+            for (int m = 0; m < M; m++) {
+                mma_bf16(c[m][g], x[m], y[0], y[1]);
+                mma_bf16(c[m][g + 1], x[m], y[2], y[3]);
+            }
         }
     }
 }
@@ -1591,10 +1601,10 @@ UNROLL
         if (step + 1 < steps) { keys_load(step + 1); }
         float c[F::GROUPS][4] = {};
         if constexpr (CQ > 0) {
-            if (j0 + F::LAG <= row0 + 15) { rows_product<WIDTH, F::GROUPS, F::PITCH>(c, q_tile, k_tile); }
+            if (j0 + F::LAG <= row0 + 15) { rows_product<WIDTH, 1, F::GROUPS, F::PITCH>(&c, q_tile, k_tile); }
             scores_put(c, F::GROUPS, row0, j0 + F::LAG);
             float above[1][4] = {};
-            rows_product<WIDTH, 1, F::PITCH>(above, q_rows, k_tile + 8 * warp * F::PITCH);
+            rows_product<WIDTH, 1, 1, F::PITCH>(&above, q_rows, k_tile + 8 * warp * F::PITCH);
             scores_put(above, 1, i0 - F::HALO, j0 + F::LAG + 8 * warp);
             __syncthreads();  // the scores of all rows are there
         }
@@ -1604,7 +1614,7 @@ UNROLL
             for (int g = 0; g < F::GROUPS; g++) { c[g][0] = c[g][1] = c[g][2] = c[g][3] = 0; }
             conv_product<CQ, F::GROUPS, -1, F::RING_PITCH, F::RING>(c, scores + (F::HALO + 16 * warp) * F::RING_PITCH, j0 + F::RING - 8, bands);
         } else {
-            rows_product<WIDTH, F::GROUPS, F::PITCH>(c, q_tile, k_tile);
+            rows_product<WIDTH, 1, F::GROUPS, F::PITCH>(&c, q_tile, k_tile);
         }
         const bool edge = j0 < 0 || j0 + FLASH_KEYS - 1 > row0;
         const float unit = CQ ? LOG2E : LOG2E * f.scale;
@@ -1755,6 +1765,10 @@ static __global__ void __launch_bounds__(FLASH_THREADS, 1) flash_backward_kernel
     }
     float theta[CQ ? CQ / 2 : 1][3][4] = {};  // [two taps x 8 columns of S] x 24 columns of dL, summed along all rows
 
+    enum { K_GROUPS = WIDTH / 16 };
+    // What a warp gathers: of dK 16 keys from 16 wr on and half wc of the columns; of dV 16 CH keys and half the columns of one block of values
+    const int v_key = CH == 1 ? 16 * wr : 32 * (warp % 2), v_block = CH == 1 ? 0 : warp / 4, v_column = WIDTH / 2 * (CH == 1 ? wc : warp / 2 % 2);
+
     auto queries_load = [&](int tile) {
         rows_load<WIDTH, F::PITCH>(q_rows + tile % 2 * F::Q, f.q + head * size, tile * F::ROWS - F::HALO, F::ROWS + F::HALO, T, HS);
     };
@@ -1778,8 +1792,7 @@ static __global__ void __launch_bounds__(FLASH_THREADS, 1) flash_backward_kernel
                 *reinterpret_cast<unsigned*>(dlogits + (F::ROWS + t / (F::NEAR / 2)) * F::NEAR_PITCH + t % (F::NEAR / 2) * 2) = 0;
             }
         }
-        enum { V_GROUPS = CH * WIDTH / 16, K_GROUPS = WIDTH / 16 };
-        float dv_sum[V_GROUPS][4] = {}, dk_sum[K_GROUPS][4] = {};
+        float dv_sum[CH][K_GROUPS][4] = {}, dk_sum[1][K_GROUPS][4] = {};
 
         for (int tile = final; tile >= first; tile--) {
             const int i0 = tile * F::ROWS;
@@ -1801,51 +1814,44 @@ UNROLL
                     }
                 };
                 float c[6][4] = {}, above[2][4] = {};
-                rows_product<WIDTH, 6, F::PITCH>(c, q_tile + (F::HALO + 16 * wr) * F::PITCH, k_rows + 48 * wc * F::PITCH);
+                rows_product<WIDTH, 1, 6, F::PITCH>(&c, q_tile + (F::HALO + 16 * wr) * F::PITCH, k_rows + 48 * wc * F::PITCH);
                 scores_put(c, 6, F::HALO + 16 * wr, 48 * wc);
                 if (warp < 6) {
-                    rows_product<WIDTH, 2, F::PITCH>(above, q_tile, k_rows + 16 * warp * F::PITCH);
+                    rows_product<WIDTH, 1, 2, F::PITCH>(&above, q_tile, k_rows + 16 * warp * F::PITCH);
                     scores_put(above, 2, 0, 16 * warp);
                 }
                 copy_wait<1>();
                 __syncthreads();  // the scores of all rows are there, and dZ
             }
-ROLLED
-            for (int m = 0; m < F::M; m++) {  // (2)
-                const int r0 = 16 * (F::M * wr + m);
-                float lse[2], dot[2];
+            float p[F::M][F::GROUPS][4] = {}, d[F::M][F::GROUPS][4] = {};  // (2)
 UNROLL
-                for (int x = 0; x < 2; x++) {
-                    int i = head * T + min_int(i0 + r0 + lane / 4 + 8 * x, T - 1);
-                    lse[x] = stats[2 * (size_t)i] * LOG2E - log2f(stats[2 * (size_t)i + 1]), dot[x] = dots[i];
-                }
-                float p[F::GROUPS][4] = {}, d[F::GROUPS][4] = {};
+            for (int o = 0; o < CH; o++) {
+                rows_product<WIDTH, F::M, F::GROUPS, F::PITCH>(d, dz_rows + o * F::DZ + 16 * F::M * wr * F::PITCH,
+                                                               v_rows + o * F::V + 8 * F::GROUPS * wc * F::PITCH);
+            }
+            if constexpr (CQ > 0) {
+                conv_product<CQ, F::GROUPS, -1, F::FAR_PITCH, 0>(p[0], scores + (F::HALO + 16 * wr) * F::FAR_PITCH, 8 * F::GROUPS * wc, bands);
+            } else {
+                rows_product<WIDTH, F::M, F::GROUPS, F::PITCH>(p, q_tile + 16 * F::M * wr * F::PITCH, k_rows + 8 * F::GROUPS * wc * F::PITCH);
+            }
 UNROLL
-                for (int o = 0; o < CH; o++) {
-                    rows_product<WIDTH, F::GROUPS, F::PITCH>(d, dz_rows + o * F::DZ + r0 * F::PITCH, v_rows + o * F::V + 8 * F::GROUPS * wc * F::PITCH);
-                }
-                if constexpr (CQ > 0) {
-                    conv_product<CQ, F::GROUPS, -1, F::FAR_PITCH, 0>(p, scores + (F::HALO + r0) * F::FAR_PITCH, 8 * F::GROUPS * wc, bands);
-                } else {
-                    rows_product<WIDTH, F::GROUPS, F::PITCH>(p, q_tile + r0 * F::PITCH, k_rows + 8 * F::GROUPS * wc * F::PITCH);
-                }
-                const float unit = CQ ? LOG2E : LOG2E * f.scale;
+            for (int x = 0; x < 2 * F::M; x++) {  // this lane's rows
+                const int m = x / 2, e = x % 2 * 2, r = 16 * (F::M * wr + m) + lane / 4 + 4 * e, query = i0 + r, i = head * T + min_int(query, T - 1);
+                const float unit = CQ ? LOG2E : LOG2E * f.scale, lse = stats[2 * (size_t)i] * LOG2E - log2f(stats[2 * (size_t)i + 1]), dot = dots[i];
 UNROLL
                 for (int g = 0; g < F::GROUPS; g++) {
+                    int column = 8 * (F::GROUPS * wc + g) + lane % 4 * 2, key = j0 - F::SIDE + column;
+                    float own_p[2], own_d[2];
 UNROLL
-                    for (int e = 0; e < 4; e += 2) {
-                        int r = r0 + lane / 4 + 4 * e, column = 8 * (F::GROUPS * wc + g) + lane % 4 * 2, query = i0 + r, key = j0 - F::SIDE + column;
-UNROLL
-                        for (int x = e; x < e + 2; x++) {
-                            bool valid = key + x % 2 <= query && key + x % 2 >= 0 && query < T;
-                            p[g][x] = valid ? exp2f(p[g][x] * unit - lse[e / 2]) : 0.0f;
-                            d[g][x] = valid && query > 0 ? p[g][x] * (d[g][x] - dot[e / 2]) * gain : 0.0f;
-                        }
-                        int own = column - F::SIDE;  // of the block's own 64 keys
-                        if (own >= 0 && own < FLASH_KEYS) { *reinterpret_cast<unsigned*>(att + r * F::KEYS_PITCH + own) = pack_bf16(p[g][e], p[g][e + 1]); }
-                        if (CQ) { *reinterpret_cast<unsigned*>(dlogits + r * F::NEAR_PITCH + column) = pack_half(d[g][e], d[g][e + 1]); }
-                        else { *reinterpret_cast<unsigned*>(dscores + r * F::KEYS_PITCH + column) = pack_bf16(d[g][e], d[g][e + 1]); }
+                    for (int y = 0; y < 2; y++) {
+                        bool valid = key + y <= query && key + y >= 0 && query < T;
+                        own_p[y] = valid ? exp2f(p[m][g][e + y] * unit - lse) : 0.0f;
+                        own_d[y] = valid && query > 0 ? own_p[y] * (d[m][g][e + y] - dot) * gain : 0.0f;  // query 0 has one key: its P is constant
                     }
+                    int own = column - F::SIDE;  // of the block's own 64 keys
+                    if (own >= 0 && own < FLASH_KEYS) { *reinterpret_cast<unsigned*>(att + r * F::KEYS_PITCH + own) = pack_bf16(own_p[0], own_p[1]); }
+                    if (CQ) { *reinterpret_cast<unsigned*>(dlogits + r * F::NEAR_PITCH + column) = pack_half(own_d[0], own_d[1]); }
+                    else { *reinterpret_cast<unsigned*>(dscores + r * F::KEYS_PITCH + column) = pack_bf16(own_d[0], own_d[1]); }
                 }
             }
             __syncthreads();  // P and dL of all rows are there
@@ -1879,10 +1885,7 @@ UNROLL
                     }
                 }
             }
-UNROLL
-            for (int o = 0; o < CH; o++) {  // warp (wr, wc): keys 16 wr.., half wc of the columns of each block of values
-                columns_product<F::ROWS, K_GROUPS, true, F::KEYS_PITCH, F::PITCH>(dv_sum + o * K_GROUPS, att + 16 * wr, dz_rows + o * F::DZ + WIDTH / 2 * wc);
-            }
+            columns_product<F::ROWS, CH, K_GROUPS, true, F::KEYS_PITCH, F::PITCH>(dv_sum, att + v_key, dz_rows + v_block * F::DZ + v_column);
             __syncthreads();  // dS is there, and all have left dZ
             if (tile > first) { dz_load(tile - 1); }
             copy_commit();
@@ -1892,39 +1895,37 @@ UNROLL
                     *reinterpret_cast<unsigned*>(dlogits + F::ROWS * F::NEAR_PITCH + at) = *reinterpret_cast<const unsigned*>(dlogits + at);
                 }
             }
-            columns_product<F::ROWS, K_GROUPS, true, F::KEYS_PITCH, F::PITCH>(dk_sum, dscores + 16 * wr, q_tile + F::HALO * F::PITCH + WIDTH / 2 * wc);  // (4)
-ROLLED
-            for (int m = 0; m < F::M; m++) {
-                const int r0 = 16 * (F::M * wr + m);
-                float c[K_GROUPS][4] = {};
-                columns_product<FLASH_KEYS, K_GROUPS, false, F::KEYS_PITCH, F::PITCH>(c, dscores + r0 * F::KEYS_PITCH,
-                                                                                     k_rows + 2 * F::SIDE * F::PITCH + WIDTH / 2 * wc);
+            columns_product<F::ROWS, 1, K_GROUPS, true, F::KEYS_PITCH, F::PITCH>(dk_sum, dscores + 16 * wr, q_tile + F::HALO * F::PITCH + WIDTH / 2 * wc);  // (4)
+            float c[F::M][K_GROUPS][4] = {};
+            columns_product<FLASH_KEYS, F::M, K_GROUPS, false, F::KEYS_PITCH, F::PITCH>(c, dscores + 16 * F::M * wr * F::KEYS_PITCH,
+                                                                                       k_rows + 2 * F::SIDE * F::PITCH + WIDTH / 2 * wc);
+UNROLL
+            for (int x = 0; x < 2 * F::M; x++) {
+                int i = i0 + 16 * (F::M * wr + x / 2) + lane / 4 + x % 2 * 8, e = x % 2 * 2;
+                float* row = dq + blockIdx.x * all + head * size + (size_t)i * HS + WIDTH / 2 * wc + lane % 4 * 2;
 UNROLL
                 for (int g = 0; g < K_GROUPS; g++) {
-UNROLL
-                    for (int e = 0; e < 4; e += 2) {
-                        int i = i0 + r0 + lane / 4 + 4 * e, column = WIDTH / 2 * wc + 8 * g + lane % 4 * 2;
-                        if (i >= T || column >= HS) { continue; }
-                        Pack<float, 2>* to = reinterpret_cast<Pack<float, 2>*>(dq + blockIdx.x * all + head * size + (size_t)i * HS + column);
-                        Pack<float, 2> x = *to;
-                        x.v[0] += c[g][e] * f.scale, x.v[1] += c[g][e + 1] * f.scale;
-                        *to = x;
-                    }
+                    if (i >= T || WIDTH / 2 * wc + 8 * g >= HS) { continue; }  // HS is a multiple of 8
+                    Pack<float, 2> y = load<2>(row + 8 * g);
+                    y.v[0] += c[x / 2][g][e] * f.scale, y.v[1] += c[x / 2][g][e + 1] * f.scale;
+                    store<2>(row + 8 * g, y);
                 }
             }
         }
+        // c[g] of keys from `key` on, from column `column` on
+        auto rows_put = [&](float* to, const float (*c)[4], int key, int column, float scale) {
 UNROLL
-        for (int g = 0; g < V_GROUPS + K_GROUPS; g++) {
-            int o = g / K_GROUPS;  // CH: dk
-            const float* c = o < CH ? dv_sum[g < V_GROUPS ? g : 0] : dk_sum[g < V_GROUPS ? 0 : g - V_GROUPS];
-            float* to = o < CH ? dv + (head - group) * all + (group + o) * size : dk + head * size;
-            float scale = o < CH ? 1.0f : f.scale;
+            for (int g = 0; g < K_GROUPS; g++) {
 UNROLL
-            for (int e = 0; e < 4; e += 2) {
-                int j = j0 + 16 * wr + lane / 4 + 4 * e, column = WIDTH / 2 * wc + g % K_GROUPS * 8 + lane % 4 * 2;
-                if (j < T && column < HS) { store<2>(to + (size_t)j * HS + column, Pack<float, 2>{{c[e] * scale, c[e + 1] * scale}}); }
+                for (int e = 0; e < 4; e += 2) {
+                    int j = j0 + key + lane / 4 + 4 * e, at = column + 8 * g + lane % 4 * 2;
+                    if (j < T && at < HS) { store<2>(to + (size_t)j * HS + at, Pack<float, 2>{{c[g][e] * scale, c[g][e + 1] * scale}}); }
+                }
             }
-        }
+        };
+        rows_put(dk + head * size, dk_sum[0], 16 * wr, WIDTH / 2 * wc, f.scale);
+UNROLL
+        for (int m = 0; m < CH; m++) { rows_put(dv + (head - group) * all + (group + v_block) * size, dv_sum[m], v_key + 16 * m, v_column, 1); }
     }
     if constexpr (CQ > 0) {  // dtheta[u,v]: the diagonal v = column of dL - column of S of what the 8 warps have
         float* sums = reinterpret_cast<float*>(q_rows);  // (8, 8 CQ, 24)
