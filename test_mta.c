@@ -109,7 +109,7 @@ static Config random_config(Rng* rng, bool many_heads, int* B, int* T) {
     Error e = {{0}};
     int NH = (many_heads ? many : few)[draw(rng, 4)], HS = sizes[many_heads ? 1 + draw(rng, 2) : draw(rng, 4)];
     *B = 1 + draw(rng, 3);
-    *T = 1 + draw(rng, 60);
+    *T = 1 + draw(rng, many_heads ? 140 : 60);
     bool diff = NH % 2 == 0 && draw(rng, 4) == 0;
     c.vocab_size = 3 + draw(rng, 70); c.hidden_size = NH * HS; c.intermediate_size = 1 + draw(rng, 40); c.num_hidden_layers = 1 + draw(rng, 3);
     c.num_attention_heads = NH; c.num_key_value_heads = NH % 2 == 0 && draw(rng, 2) ? NH / 2 : NH;
@@ -1162,7 +1162,7 @@ static void test_trainer(const Trainer* tr) {
 #ifdef MTA_TEST_CUDA
     if (wanted("random models")) {
         test_random_models(tr, 60, false);
-        test_random_models(tr, 20, true);
+        test_random_models(tr, 10, true);
     }
     for (int k = 0; k < N_KINDS; k++) {
         if (wanted("against the CPU")) { test_real_initialisation(tr, KINDS[k], 0); }

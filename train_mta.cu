@@ -229,7 +229,12 @@ static __device__ inline unsigned pack_bf16(float x, float y) {
     memcpy(&pair, &h, sizeof pair);
     return pair;
 }
-// T: __half, else bf16
+// The same by type: __half, else bf16
+template <typename T>
+static __device__ inline void mma(float* c, const unsigned* a, unsigned b0, unsigned b1) {
+    if constexpr (std::is_same<T, __half>::value) { mma_half(c, a, b0, b1); }
+    else { mma_bf16(c, a, b0, b1); }
+}
 template <typename T>
 static __device__ inline unsigned pack_pair(float x, float y) {
     return std::is_same<T, __half>::value ? pack_half(x, y) : pack_bf16(x, y);
@@ -693,13 +698,96 @@ UNROLL
         if (i < hi && j < nk) { out.row(head, i)[j] = (Out)(j <= i ? sum[r] : 0.0f); }
     }
 }
+
+// The same on tensor cores, for kernels within BAND_TAPS x (2 BAND + 1) in the bf16 build. 8 output columns j .. j+7 of a row are, for each tap a, the
+// columns j-8 .. j+15 of its row times a banded (Toeplitz) 24 x 8 matrix, T[c,n] = weight[a, c-8-n+r]: two taps are one step of mma.m16n8k16 for each 8 of
+// the 24 columns, so 9 products a block of 16 x 8; the taps' rows are addresses of ldmatrix, T is 18 constant registers, and what is loaded for 8 input columns
+// serves the three blocks of outputs that reach them. A block owns BAND_ROWS x CONV_COLS outputs, a warp 16 rows.
+enum { BAND = PACK, BAND_TAPS = 6, BAND_ROWS = CONV_THREADS / WARP_SIZE * 16, BAND_BLOCKS = CONV_COLS / 8 };
+enum { BAND_PITCH = CONV_COLS + 2 * BAND + PACK, BAND_OUT_PITCH = CONV_COLS + PACK };  // an odd number of 16 bytes, so that rows lie in different banks
+static bool conv_is_band(const Attention* a) { return !EXACT && a->cq <= BAND_TAPS && (a->ck - 1) / 2 <= BAND; }
+
+// x, which holds the columns j .. j+7, without those right of the diagonal of row i
+template <typename T>
+static __device__ inline Pack<T, PACK> masked(Pack<T, PACK> x, int i, int j) {
+UNROLL
+    for (int e = 0; e < PACK; e++) { x.v[e] = j + e <= i ? x.v[e] : (T)0.0f; }
+    return x;
+}
+// As tile_load, in 2 bytes, converted if To is another type; rows `pitch` apart
+template <typename To, typename From>
+static __device__ inline void tile_load_pairs(To* shared, int pitch, const TileOf<From>& inp, int head, int top, int left, int rows, int cols, int begin,
+                                              int end) {
+    for (int t = threadIdx.x; t < rows * (cols / PACK); t += blockDim.x) {
+        int row = t / (cols / PACK), column = t % (cols / PACK) * PACK, i = top + row, j = left + column;
+        Pack<From, PACK> x = {};
+        if (i >= begin && i < end && j >= 0 && j <= i) { x = masked(load<PACK>(inp.row(head, i) + j), i, j); }
+        Pack<To, PACK> y;
+UNROLL
+        for (int e = 0; e < PACK; e++) {
+            if constexpr (std::is_same<To, From>::value) { y.v[e] = x.v[e]; }
+            else { y.v[e] = (To)(float)x.v[e]; }
+        }
+        store<PACK>(shared + row * pitch + column, y);
+    }
+}
+template <typename Out, typename In>
+static __global__ void __launch_bounds__(CONV_THREADS) kq_conv_band_kernel(TileOf<Out> out, TileOf<In> inp, const floatX* weight, int cq, int ck, int NH, int lo,
+                                                                           int hi, int nk, int begin, int end, bool backward) {
+    DYNAMIC_SHARED(In, s);  // (BAND_ROWS + BAND_TAPS - 1, BAND_PITCH) of inp, then (BAND_ROWS, BAND_OUT_PITCH) of out
+    Out* result = (Out*)(s + (BAND_ROWS + BAND_TAPS - 1) * BAND_PITCH);
+    int head = blockIdx.z, i0 = lo + blockIdx.y * BAND_ROWS, j0 = blockIdx.x * CONV_COLS;
+    int warp = threadIdx.x / WARP_SIZE, lane = threadIdx.x % WARP_SIZE, g = lane / 4, t = lane % 4;
+    if (j0 < i0 + BAND_ROWS) {  // else all of the block lies right of the diagonal
+        tile_load_pairs(s, BAND_PITCH, inp, head, backward ? i0 : i0 - (cq - 1), j0 - BAND, BAND_ROWS + BAND_TAPS - 1, CONV_COLS + 2 * BAND, begin, end);
+        const floatX* own = weight + (size_t)(head % NH) * cq * ck;
+        unsigned T[BAND_TAPS / 2][3][2], x[3][BAND_TAPS / 2][4];  // [taps][8 of 24 columns][first, second tap], [columns][taps]
+UNROLL
+        for (int e = 0; e < BAND_TAPS * 3; e++) {
+            int a = e / 3, b = e % 3 * 8 - 8 + 2 * t - g + (ck - 1) / 2, at = a * ck + b, last = cq * ck - 1;
+            float first = a < cq && b >= 0 && b < ck ? (float)own[backward ? last - at : at] : 0.0f;
+            float second = a < cq && b >= -1 && b < ck - 1 ? (float)own[backward ? last - at - 1 : at + 1] : 0.0f;
+            T[a / 2][e % 3][a % 2] = pack_pair<In>(first, second);
+        }
+        __syncthreads();  // the tile is there
+        const In* rows = s + (warp * 16 + lane / 8 % 2 * 8 + lane % 8 + lane / 16) * BAND_PITCH;  // lanes 16 up: the second tap
+UNROLL
+        for (int block = 0; block < BAND_BLOCKS + 2; block++) {
+UNROLL
+            for (int p = 0; p < BAND_TAPS / 2; p++) { ldmatrix(x[block % 3][p], rows + 2 * p * BAND_PITCH + block * 8); }
+            if (block < 2) { continue; }
+            float c[4] = {};
+UNROLL
+            for (int e = 0; e < 3; e++) {
+UNROLL
+                for (int p = 0; p < BAND_TAPS / 2; p++) { mma<In>(c, x[(block + 1 + e) % 3][p], T[p][e][0], T[p][e][1]); }
+            }
+UNROLL
+            for (int h = 0; h < 2; h++) {
+                unsigned pair = pack_pair<Out>(c[2 * h], c[2 * h + 1]);
+                memcpy(result + (warp * 16 + g + 8 * h) * BAND_OUT_PITCH + (block - 2) * 8 + 2 * t, &pair, sizeof pair);
+            }
+        }
+        __syncwarp(ALL_LANES);  // the warp's rows are complete
+    }
+    for (int e = lane; e < 16 * CONV_COLS / PACK; e += WARP_SIZE) {
+        int row = warp * 16 + e / (CONV_COLS / PACK), column = e % (CONV_COLS / PACK) * PACK, i = i0 + row, j = j0 + column;
+        Pack<Out, PACK> y = {};
+        if (j <= i) { y = masked(load<PACK>(result + row * BAND_OUT_PITCH + column), i, j); }
+        if (i < hi && j < nk) { store<PACK>(out.row(head, i) + j, y); }
+    }
+}
 template <typename Out, typename In>
 static void kq_conv(const TileOf<Out>* out, const TileOf<In>* inp, const floatX* weight, const Attention* a, int S, int lo, int hi, int nk, int begin, int end,
                     bool backward, Cuda* g) {
     lo = max_int(lo, 0), hi = min_int(hi, a->T), begin = max_int(begin, 0), end = min_int(end, a->T);
-    dim3 grid(ceil_div(nk, CONV_COLS), ceil_div(hi - lo, CONV_ROWS), S * a->NH);
-    size_t shared = conv_shared(a->cq, a->ck);
-    auto kernel = a->cq == 6 ? kq_conv_kernel<6, Out, In> : a->cq == 2 ? kq_conv_kernel<2, Out, In> : kq_conv_kernel<0, Out, In>;
+    bool band = conv_is_band(a);
+    dim3 grid(ceil_div(nk, CONV_COLS), ceil_div(hi - lo, band ? (int)BAND_ROWS : CONV_ROWS), S * a->NH);
+    size_t shared = band ? (BAND_ROWS + BAND_TAPS - 1) * BAND_PITCH * sizeof(In) + BAND_ROWS * BAND_OUT_PITCH * sizeof(Out) : conv_shared(a->cq, a->ck);
+    auto kernel = band         ? kq_conv_band_kernel<Out, In>
+                  : a->cq == 6 ? kq_conv_kernel<6, Out, In>
+                  : a->cq == 2 ? kq_conv_kernel<2, Out, In>
+                               : kq_conv_kernel<0, Out, In>;
     allow_shared(kernel, shared);
     LAUNCH(kernel, grid, CONV_THREADS, shared, g->stream, *out, *inp, weight, a->cq, a->ck, a->NH, lo, hi, nk, begin, end, backward);
     launchCheck(g->stream);
@@ -760,6 +848,59 @@ UNROLL
     }
 }
 
+// The same on tensor cores, a block for BAND_ROWS rows of inp. Where forward multiplies rows by banded matrices, here the matrices' gradients are products over
+// rows: G_a[n,c] = sum over rows k and blocks of 8 keys j of dout[k+(cq-1)-a, j+n] inp[k, j-8+c], two taps a step, of which each diagonal is one weight,
+//   dweight[a,b] = sum_n G_a[n, b-r+n+8].
+// inp is rounded to bf16, which dout needs: the sums are over thousands of terms. A warp has 16 of the rows.
+static __global__ void __launch_bounds__(CONV_THREADS) kq_conv_band_backward_weight_kernel(float* parts, TileX dout, Tile inp, int cq, int ck, int lo, int hi) {
+    DYNAMIC_SHARED(floatX, d);  // (BAND_ROWS + BAND_TAPS - 1, BAND_OUT_PITCH) of dout, then (BAND_ROWS, BAND_PITCH) of inp; in the end G (warps, taps, 8, 24)
+    floatX* s = d + (BAND_ROWS + BAND_TAPS - 1) * BAND_OUT_PITCH;
+    int head = blockIdx.y, top = lo - (cq - 1) + blockIdx.x * BAND_ROWS, last = min_int(top + BAND_ROWS + cq - 1, hi) - 1;
+    int warp = threadIdx.x / WARP_SIZE, lane = threadIdx.x % WARP_SIZE, g = lane / 4, t = lane % 4;
+    float G[BAND_TAPS / 2][3][4] = {};  // [taps][8 of 24 columns]
+    const floatX *rows[BAND_TAPS / 2], *columns = s + (warp * 16 + lane % 16) * BAND_PITCH + lane / 16 * 8;
+UNROLL
+    for (int p = 0; p < BAND_TAPS / 2; p++) {  // lanes 8 up, of each half: the second tap; those of taps beyond cq multiply something, which nobody reads
+        rows[p] = d + (warp * 16 + lane / 16 * 8 + lane % 8 + max_int(0, cq - 1 - 2 * p - lane / 8 % 2)) * BAND_OUT_PITCH;
+    }
+    for (int j0 = 0; j0 <= last; j0 += CONV_COLS) {
+        __syncthreads();  // the tiles before are used up
+        tile_load_pairs(d, BAND_OUT_PITCH, dout, head, top, j0, BAND_ROWS + BAND_TAPS - 1, CONV_COLS, lo, hi);
+        tile_load_pairs(s, BAND_PITCH, inp, head, top, j0 - BAND, BAND_ROWS, CONV_COLS + 2 * BAND, 0, hi);
+        __syncthreads();  // the new ones are there
+        unsigned x[2][4], y[4];  // 4 x 8 columns of inp, two registers each
+        ldmatrix_transposed(x[0], columns);
+UNROLL
+        for (int block = 0; block < BAND_BLOCKS; block++) {
+            if (block % 2 == 0) { ldmatrix_transposed(x[(block / 2 + 1) % 2], columns + (block + 2) * 8); }
+UNROLL
+            for (int p = 0; p < BAND_TAPS / 2; p++) {
+                ldmatrix_transposed(y, rows[p] + block * 8);
+UNROLL
+                for (int e = 0; e < 3; e++) {
+                    const unsigned* b = x[(block + e) / 2 % 2] + (block + e) % 2 * 2;
+                    mma<floatX>(G[p][e], y, b[0], b[1]);
+                }
+            }
+        }
+    }
+    float* sums = (float*)d;
+    __syncthreads();  // the last tiles are used up
+UNROLL
+    for (int e = 0; e < BAND_TAPS / 2 * 3 * 4; e++) {
+        int p = e / 12, part = e / 4 % 3, c = e % 4;
+        sums[((warp * BAND_TAPS + 2 * p + c / 2) * 8 + g) * 24 + part * 8 + 2 * t + c % 2] = G[p][part][c];
+    }
+    __syncthreads();  // all warps have written
+    for (int e = threadIdx.x; e < cq * ck; e += CONV_THREADS) {
+        float sum = 0;
+        for (int w = 0; w < CONV_THREADS / WARP_SIZE; w++) {
+            for (int n = 0; n < 8; n++) { sum += sums[((w * BAND_TAPS + e / ck) * 8 + n) * 24 + e % ck - (ck - 1) / 2 + n + 8]; }
+        }
+        parts[((size_t)head * gridDim.x + blockIdx.x) * cq * ck + e] = sum;
+    }
+}
+
 // sums (groups, n) += parts (S, groups, blocks, n), in double: a block owns SUMS elements, SUMS_SLICES threads each, whose sums are halved in order
 enum { SUMS = 8, SUMS_SLICES = 64 };
 static __global__ void sums_add_kernel(double* sums, const float* parts, int S, int groups, int blocks, int n) {
@@ -788,9 +929,13 @@ static size_t conv_weight_shared(int cq, int ck) {
 }
 // dweight (NH,cq,ck) += over the rows lo <= i < hi of dout; sums over chunks are kept in double; parts is scratch
 static void kq_conv_backward_weight(double* dweight, const TileX* dout, const Tile* inp, const Attention* a, int S, int lo, int hi, float* parts, Cuda* g) {
-    int blocks = ceil_div(hi - lo, CONV_ROWS);
-    size_t shared = conv_weight_shared(a->cq, a->ck);
-    auto kernel = a->cq == 6 ? kq_conv_backward_weight_kernel<6> : a->cq == 2 ? kq_conv_backward_weight_kernel<2> : kq_conv_backward_weight_kernel<8>;
+    bool band = conv_is_band(a);
+    int blocks = band ? ceil_div(hi - lo + a->cq - 1, BAND_ROWS) : ceil_div(hi - lo, CONV_ROWS);
+    size_t shared = band ? ((BAND_ROWS + BAND_TAPS - 1) * BAND_OUT_PITCH + BAND_ROWS * BAND_PITCH) * sizeof(floatX) : conv_weight_shared(a->cq, a->ck);
+    auto kernel = band         ? kq_conv_band_backward_weight_kernel
+                  : a->cq == 6 ? kq_conv_backward_weight_kernel<6>
+                  : a->cq == 2 ? kq_conv_backward_weight_kernel<2>
+                               : kq_conv_backward_weight_kernel<8>;
     allow_shared(kernel, shared);
     LAUNCH(kernel, dim3(blocks, S * a->NH), CONV_THREADS, shared, g->stream, parts, *dout, *inp, a->cq, a->ck, lo, hi);
     launchCheck(g->stream);
@@ -901,11 +1046,13 @@ static void head_mix_backward_weight(double* dweight, const TileX* dout, const T
 // ---- softmax over keys <= query, fp32; of each row the maximum and 1 / sum are kept for the backward pass
 // (a log-sum-exp in their place would cost the probabilities half their digits where it is large)
 
+// Where probabilities are stored in 2 bytes, the hardware's own exponential has twice their digits.
+static __device__ inline float exponential(float x) { return EXACT ? expf(x) : __expf(x); }
 // A row's maximum and the sum of exp(x - maximum), of the values seen so far; more of them join
 typedef struct { float max, sum; } RowStats;
 static __device__ inline void stats_join(RowStats* s, RowStats more) {
     float max = fmaxf(s->max, more.max);
-    if (max > -INFINITY) { s->sum = s->sum * expf(s->max - max) + more.sum * expf(more.max - max); }
+    if (max > -INFINITY) { s->sum = s->sum * exponential(s->max - max) + more.sum * exponential(more.max - max); }
     s->max = max;
 }
 // The first n values of a pack
@@ -913,9 +1060,9 @@ static __device__ inline void stats_add(RowStats* s, const float* x, int n) {
     RowStats more = {-INFINITY, 0};
 UNROLL
     for (int e = 0; e < PACK; e++) { more.max = e < n ? fmaxf(more.max, x[e]) : more.max; }
-    if (more.max > s->max) { s->sum *= expf(s->max - more.max), s->max = more.max; }
+    if (more.max > s->max) { s->sum *= exponential(s->max - more.max), s->max = more.max; }
 UNROLL
-    for (int e = 0; e < PACK; e++) { s->sum += e < n ? expf(x[e] - s->max) : 0.0f; }
+    for (int e = 0; e < PACK; e++) { s->sum += e < n ? exponential(x[e] - s->max) : 0.0f; }
 }
 static __device__ inline RowStats stats_shuffle(RowStats s, int flip) {
     RowStats other = {__shfl_xor_sync(ALL_LANES, s.max, flip), __shfl_xor_sync(ALL_LANES, s.sum, flip)};
@@ -947,7 +1094,7 @@ static __global__ void softmax_forward_kernel(TileOf<Out> out, float* stats, Til
         Pack<Out, PACK> p = {};
         if (j <= i) {
             Pack<floatS, PACK> v = load<PACK>(x + j);
-            for (int e = 0; e < PACK; e++) { p.v[e] = (Out)(j + e <= i ? expf((float)v.v[e] - max) * inverse : 0.0f); }
+            for (int e = 0; e < PACK; e++) { p.v[e] = (Out)(j + e <= i ? exponential((float)v.v[e] - max) * inverse : 0.0f); }
         }
         store<PACK>(y + j, p);
     }
@@ -978,7 +1125,7 @@ static __global__ void softmax_backward_kernel(TileX dinp, TileX dout, Tile inp,
                 Pack<floatS, PACK> v = load<PACK>(x + j);
                 d = load<PACK>(dy + j);
                 for (int e = 0; e < PACK; e++) {
-                    float p = j + e <= i ? expf((float)v.v[e] - max) * inverse : 0.0f, de = j + e <= i ? (float)d.v[e] : 0.0f;
+                    float p = j + e <= i ? exponential((float)v.v[e] - max) * inverse : 0.0f, de = j + e <= i ? (float)d.v[e] : 0.0f;
                     if (pass == 0) { dot += p * de; }
                     d.v[e] = (floatX)(p * (de - dot));
                 }
@@ -1071,8 +1218,7 @@ UNROLL
     for (int t = 0; t < 4; t++) {
         float c[4] = {};
         unsigned low = transpose8(x.p[0][t]), high = transpose8(x.p[1][t]);
-        if constexpr (std::is_same<T, __half>::value) { mma_half(c, w.a, low, high); }
-        else { mma_bf16(c, w.a, low, high); }
+        mma<T>(c, w.a, low, high);
         y.v[0][2 * t] = c[0], y.v[0][2 * t + 1] = c[1], y.v[1][2 * t] = c[2], y.v[1][2 * t + 1] = c[3];
     }
     return y;
@@ -1091,7 +1237,10 @@ static __device__ inline Values mix16_softmax(const Matrix16& w, const Pairs& x,
     Values p = mix16<__half>(w, x);
     int left = i - (j0 + threadIdx.x % 4 * PACK);
 UNROLL
-    for (int e = 0; e < 2 * PACK; e++) { p.v[e / PACK][e % PACK] = e % PACK <= left ? expf(p.v[e / PACK][e % PACK] - s[e / PACK].max) * s[e / PACK].sum : 0.0f; }
+    for (int e = 0; e < 2 * PACK; e++) {
+        float* x = &p.v[e / PACK][e % PACK];
+        *x = e % PACK <= left ? exponential(*x - s[e / PACK].max) * s[e / PACK].sum : 0.0f;
+    }
     return p;
 }
 
@@ -1298,7 +1447,7 @@ static size_t attention_tile_size(const Attention* a) {
     return (size_t)a->S * a->NH * (size_t)(a->chunk + 2 * (halo_pre(a) + halo_post(a))) * (size_t)tile_stride(a->T);
 }
 static size_t attention_parts_size(const Attention* a) {
-    size_t conv = (size_t)a->NH * a->cq * a->ck * (size_t)ceil_div(a->chunk, CONV_ROWS);
+    size_t conv = (size_t)a->NH * a->cq * a->ck * (size_t)ceil_div(a->chunk + a->cq, CONV_ROWS);
     size_t mix = (size_t)a->NH * (size_t)max_int(a->ch_pre, a->ch_post) * (size_t)ceil_div(a->chunk, MIX_ROWS);
     if (mixes_16(a)) { mix = (size_t)a->NH * 16 * 2 * (size_t)ceil_div(a->chunk + halo_pre(a) + halo_post(a), MIX16_ROWS); }
     return (size_t)a->S * (conv > mix ? conv : mix);
