@@ -418,6 +418,16 @@ static void test_runtime() {
 }
 
 // Tensor-core products and the copies that feed them, against plain sums. The last row of b's right half is not copied (its copy is not valid): zeros.
+static __global__ void transpose_kernel(unsigned* out, const unsigned* inp) { out[threadIdx.x] = transpose8(inp[threadIdx.x]); }
+static void test_transpose() {  // element (row, column) of the 8x8 matrix is 8 row + column
+    Device<unsigned> inp(32), out(32);
+    bool ok = true;
+    for (unsigned l = 0; l < 32; l++) { inp.p[l] = 2 * l | (2 * l + 1) << 16; }
+    LAUNCH(transpose_kernel, 1, 32, 0, NULL, out.p, inp.p);
+    cudaDeviceSynchronize();
+    for (unsigned l = 0; l < 32; l++) { ok = ok && out.p[l] == ((16 * (l % 4) + l / 4) | (16 * (l % 4) + 8 + l / 4) << 16); }
+    check(ok, "movmatrix transposes");
+}
 template <typename T> static bool product_case() {
     Device<T> a(256), left(128), right(128);
     Device<float> c(256);
@@ -550,6 +560,7 @@ int main() {
     test_failures();
     test_runtime();
     test_tensor_cores();
+    test_transpose();
     test_races();
     test_uninitialised();
     test_faults();
