@@ -6,8 +6,8 @@
 // Storage is bf16 (floatX) with fp32 accumulation; master weights, gradients, AdamW state and the residual stream are fp32. PRECISION=FP32
 // stores all in fp32, for tests.
 // Matrix products are cuBLAS; everything else is a kernel below, each a few lines, followed by its launcher, which keeps the CPU's signature
-// and adds the Cuda context. Attention is the chunked algorithm (a chunk of queries of all heads of some sequences at a time): nothing of
-// size T x T. Deterministic: every sum has a fixed order, no floating-point atomics.
+// and adds the Cuda context. Attention comes twice: the chunked algorithm (a chunk of queries of all heads of some sequences at a time), which serves
+// every variant, and fused kernels for the common ones. Nothing of size T x T. Deterministic: every sum has a fixed order, no floating-point atomics.
 // dev/cuda_cpu compiles this file with a C++ compiler and runs these kernels on a CPU; so launches go through LAUNCH, and dynamic shared
 // memory through DYNAMIC_SHARED.
 //

@@ -160,7 +160,9 @@ if [ -f train_mta.cu ]; then
     step "test_mta_cuda_cpu_bf16" ./test_mta_cuda_cpu_bf16
     if command -v nvcc > /dev/null; then
         for arch in sm_80 sm_100 sm_90a; do  # the last one stays, and test_cuda_run.py asks it for a plan
-            step "nvcc $arch" make -B train_mta_cuda NVCC_ARCH=$arch NVCC="nvcc --Werror all-warnings -Xcompiler -Werror"
+            spills="-Xptxas --warn-on-spills,--warning-as-error"
+            [ $arch = sm_80 ] && spills=""  # head size 128 with pairs and a convolution spills there, where shared memory is too small for it anyway
+            step "nvcc $arch" make -B train_mta_cuda NVCC_ARCH=$arch NVCC="nvcc --Werror all-warnings -Xcompiler -Werror $spills"
         done
     else
         skip "nvcc: no CUDA toolkit here" 3
