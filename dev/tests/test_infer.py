@@ -874,6 +874,71 @@ class TextIO(unittest.TestCase):
         p.stdout.close()
         self.assertEqual(p.wait(60), 0)
 
+    def test_picture_of_attention(self):
+        """scripts/attention_map.py draws the weights over a prompt, whose tokens may be any characters."""
+        candidates = [sys.executable, os.path.join(ROOT, "data", ".venv", "bin", "python")]
+        probe = ["-c", "import matplotlib"]
+        has = lambda c: os.path.exists(c) and not subprocess.call([c] + probe, stderr=subprocess.DEVNULL)
+        draws = [c for c in candidates if has(c)]
+        if not draws:
+            self.skipTest("no matplotlib here")
+        out = os.path.join(self.tmp.name, "map.png")
+        script = os.path.join(ROOT, "scripts", "attention_map.py")
+        args = [draws[0], script, self.dir, "--infer", BIN, "--prompt", "a $b\n\u00e9", "--layer", "1", "--out", out]
+        subprocess.run(args, check=True, stdout=subprocess.DEVNULL)
+        with open(out, "rb") as f:
+            self.assertEqual(f.read(8), b"\x89PNG\r\n\x1a\n")
+        p = subprocess.run(args + ["--head", "7"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        self.assertEqual((p.returncode, p.stderr.count(b"\n")), (1, 1), p.stderr)
+
+    def test_model_class_of_the_evaluation_harness(self):
+        """scripts/lm_eval_mta.py through the calls of lm-evaluation-harness, whose two classes stand in here: each
+        answer is what --score says of the same ids."""
+        harness = os.path.join(self.tmp.name, "harness", "lm_eval", "api")
+        os.makedirs(harness)
+        for name, text in (
+            ("../__init__.py", ""),
+            ("__init__.py", ""),
+            ("model.py", "class LM:\n    pass\n"),
+            ("registry.py", "def register_model(name):\n    return lambda c: c\n"),
+        ):
+            with open(os.path.join(harness, name), "w") as f:
+                f.write(text)
+        for path in (os.path.join(self.tmp.name, "harness"), os.path.join(ROOT, "scripts")):
+            sys.path.insert(0, path)
+            self.addCleanup(sys.path.remove, path)
+        import lm_eval_mta
+
+        class Instance:
+            def __init__(self, *args):
+                self.args = args
+
+        def score(context, continuation):
+            line = json.dumps({"context_ids": context, "continuation_ids": continuation})
+            return json.loads(run([self.dir, "--score", "-", "--quiet"], stdin=line.encode()))
+
+        model = lm_eval_mta.MtaLM(self.dir, infer=BIN)
+        pairs = [("ab ", "cd"), ("", "xy"), ("ab", " cd"), ("long " * 20, "end")]
+        got = model.loglikelihood([Instance(*p) for p in pairs])
+        ids = [256] + list(b"ab")
+        self.assertEqual(got[0], got[2])  # a blank at the end of a context belongs to the continuation
+        for answer, (context, end) in zip(got, ((ids, b" cd"), ([256], b"xy"), (ids, b" cd"))):
+            want = score(context, list(end))
+            self.assertAlmostEqual(answer[0], want["logprob"], delta=1e-5)
+            self.assertEqual(answer[1], want["greedy"])
+        self.assertTrue(math.isfinite(got[3][0]))  # longer than the context: its earliest tokens are dropped
+        text = "".join(chr(97 + i % 26) for i in range(150))
+        tokens, want = list(text.encode()), 0
+        for start in range(0, 150, 64):  # windows of the model's 64 positions
+            context = [tokens[start - 1]] if start else [256]
+            want += score(context, tokens[start : start + 64])["logprob"]
+        self.assertAlmostEqual(model.loglikelihood_rolling([Instance(text)])[0], want, delta=1e-3)
+        whole = run([self.dir, "--prompt", "abc", "--max-tokens", "9", "--temperature", "0", "--quiet"])[:-1]
+        answers = model.generate_until([Instance("abc", {"until": [], "max_gen_toks": 9})])
+        self.assertEqual(answers, [whole])
+        cut = model.generate_until([Instance("abc", {"until": [whole[3]], "max_gen_toks": 9})])
+        self.assertEqual(cut, [whole[: whole.index(whole[3])]])
+
     def test_control_characters_on_a_terminal(self):
         import pty
 
@@ -977,6 +1042,56 @@ class Reference(unittest.TestCase):
                     want = [logp[t - 1, ids[t]].item() for t in range(k, 300)]
                     self.assertLess(max(abs(x - y) for x, y in zip(a["token_logprobs"], want)), 1e-4, kind)
                     self.assertLess(abs(a["logprob"] - sum(want)), 1e-4 * max(1, len(want) / 100), kind)
+
+
+    def test_attention_map(self):
+        """Weights of every head of layer 0, before and after convolution and mixing, as the reference has them."""
+        for number, kind in enumerate(self.KINDS):
+            with tempfile.TemporaryDirectory() as tmp:
+                where, out = os.path.join(tmp, kind), os.path.join(tmp, "map.json")
+                config, w = self.model(kind, where, 200 + number)
+                ids = [random.Random(number + i).randrange(61) for i in range(40)]
+                before, after = self.maps(ids, w, config)
+                for head in range(4):
+                    args = ["--token-ids", " ".join(map(str, ids)), "--attention-map", out, "--head", str(head)]
+                    run([where, "--quiet"] + args)
+                    with open(out) as f:
+                        got = json.load(f)
+                    for key, want in (("before", before), ("after", after)):
+                        want = want[head]
+                        for i, row in enumerate(got[key]):
+                            worst = (torch.tensor(row, dtype=torch.float64) - want[i, : i + 1]).abs().max().item()
+                            self.assertLess(worst, 1e-5, "%s head %d %s row %d" % (kind, head, key, i))
+
+    @staticmethod
+    def maps(ids, w, c):
+        """(heads, T, T) of layer 0: plain softmax, and what multiplies the values (both heads of a pair: the same)."""
+        p, heads, n = "model.layers.0.self_attn.", c["num_attention_heads"], len(ids)
+        x, norm = w["model.embed_tokens.weight"][ids], w["model.layers.0.input_layernorm.weight"]
+        x = mta_ref.rms(x, norm, c["rms_norm_eps"])
+        q, k = (
+            mta_ref.rope((x @ w[p + name].T).view(1, n, -1, c["hidden_size"] // heads).transpose(1, 2), c["rope_theta"])
+            for name in ("q_proj.weight", "k_proj.weight")
+        )
+        k = k.repeat_interleave(heads // k.shape[1], 1)
+        causal = torch.ones(n, n).tril().bool()
+        s = q @ k.transpose(2, 3) / math.sqrt(q.shape[-1])
+        softmax = lambda z: z.masked_fill(~causal, -math.inf).softmax(-1)
+        a = before = softmax(s)
+        if c["attention_type"] == "diff":
+            dots = [(w[p + "lambda_q%d" % i] * w[p + "lambda_k%d" % i]).sum().exp() for i in (1, 2)]
+            a = (a[:, 0::2] - (dots[0] - dots[1] + 0.2) * a[:, 1::2]).repeat_interleave(2, 1)
+        conv = 0 in c["kq_conv_layers"]
+        if conv and c["kq_conv_pre_softmax"]:
+            s = mta_ref.kq_conv(s, w[p + "kq_conv.weight"], causal)
+        if c["head_mix_pre_softmax"]:
+            s = mta_ref.head_mix(s, w[p + "head_mix_pre.weight"])
+        a = a if c["attention_type"] == "diff" else softmax(s)
+        if conv and c["kq_conv_post_softmax"]:
+            a = mta_ref.kq_conv(a, w[p + "kq_conv_post.weight"], causal).masked_fill(~causal, 0)
+        if c["head_mix_post_softmax"]:
+            a = mta_ref.head_mix(a, w[p + "head_mix.weight"])
+        return before[0], a[0]
 
 
 def main():
