@@ -2,7 +2,8 @@
 # scripts/gpu_check.sh [--part tests|speed] [--python PYTHON]: tests and speed of train_mta.cu on the GPU of this machine, at most 9 minutes,
 # the table last, also after Ctrl-C or SIGTERM. Needs nvcc; compute-sanitizer and a PyTorch with CUDA are used where they are.
 #
-#   tests   test_mta_cuda in bf16 and fp32, runs (resume, checkpoints that change sides), compute-sanitizer's memcheck and racecheck on tiny shapes
+#   tests   the fused attention, test_mta_cuda in bf16 and fp32, compute-sanitizer's memcheck and racecheck on tiny shapes, runs (resume,
+#           checkpoints that change sides)
 #   speed   steps of 880m at T 2048 and 4096 for each attention: tokens/s, MFU, memory, and where the time goes; the same model in PyTorch
 # What is left out for lack of time or tools is said in the table. Exit status 1 if a test failed or a step did not run.
 set -u
@@ -84,31 +85,31 @@ build() {
     check "build $1" 200 make -s -k -j8 NVCC_ARCH="$arch" "${@:2}"
 }
 run_tests() {
-    local programs=(train_mta train_mta_cuda test_mta_cuda build/train_mta_cuda_fp32 build/test_mta_cuda_fp32)
-    programs+=(build/test_flash_cuda)
     rm -f build/*cuda*.o
-    build tests "${programs[@]}"
+    build tests train_mta train_mta_cuda test_mta_cuda build/train_mta_cuda_fp32 build/test_mta_cuda_fp32 build/test_flash_cuda
+    [ -x build/test_flash_cuda ] && check "fused attention" 45 build/test_flash_cuda
     [ -x test_mta_cuda ] && check "test_mta_cuda bf16" 60 ./test_mta_cuda
     [ -x build/test_mta_cuda_fp32 ] && check "test_mta_cuda fp32" 60 build/test_mta_cuda_fp32
-    check "fused attention" 60 build/test_flash_cuda
-    [ -x test_mta_cuda ] && sanitize memcheck && sanitize racecheck
+    local golden=(--golden dev/golden/full.safetensors dev/golden/diff.safetensors)
+    [ -x test_mta_cuda ] && sanitize memcheck ./test_mta_cuda "${golden[@]}" && sanitize racecheck ./test_mta_cuda "${golden[@]}" &&
+        [ -x build/test_flash_cuda ] && sanitize memcheck build/test_flash_cuda && sanitize racecheck build/test_flash_cuda
     if [ ! -x train_mta ] || [ ! -x train_mta_cuda ] || [ ! -x build/train_mta_cuda_fp32 ]; then row "skip    runs: a program is missing"; return; fi
     check "runs" 100 env MTA_CUDA="$PWD/train_mta_cuda" MTA_CUDA_FP32="$PWD/build/train_mta_cuda_fp32" python3 dev/tests/test_cuda_run.py
 }
-# sanitize TOOL: false if it refuses the device, so that the others need not be tried
+# sanitize TOOL PROGRAM...: false if it refuses the device, so that the others need not be tried
 sanitize() {
-    local log=build/log/gpu_$1.log refusal='not supported|unable to|refuse|failed to init|no attachable|error 999'
+    local name="$1 of ${2##*/}" log=build/log/gpu_$1_${2##*/}.log refusal='^=====.*(not supported|unable to|refuse|failed to init|no attachable|error 999)'
     if ! command -v compute-sanitizer > /dev/null; then row "skip    compute-sanitizer: not here"; return 1; fi
-    run 45 "$log" compute-sanitizer --tool "$1" --error-exitcode 9 ./test_mta_cuda --golden dev/golden/full.safetensors dev/golden/diff.safetensors
+    run 40 "$log" compute-sanitizer --tool "$1" --error-exitcode 9 "${@:2}"
     case $? in
-        0) row "ok      compute-sanitizer $1: $(grep -E 'ERROR SUMMARY|RACECHECK SUMMARY' "$log" | tail -n 1)" ;;
-        124) row "skip    compute-sanitizer $1: over 45 s" ;;
-        125) row "skip    compute-sanitizer $1: no time left" ;;
+        0) row "ok      compute-sanitizer $name: $(grep -E 'ERROR SUMMARY|RACECHECK SUMMARY' "$log" | tail -n 1)" ;;
+        124) row "skip    compute-sanitizer $name: over 40 s" ;;
+        125) row "skip    compute-sanitizer $name: no time left" ;;
         *) if grep -qiE "$refusal" "$log"; then
                row "skip    compute-sanitizer refuses this device: $(grep -iE "$refusal" "$log" | head -n 1)"
                return 1
            fi
-           fail "compute-sanitizer $1: $(grep -E 'ERROR SUMMARY|RACECHECK SUMMARY' "$log" | tail -n 1) (see $log)"
+           fail "compute-sanitizer $name: $(grep -E 'ERROR SUMMARY|RACECHECK SUMMARY' "$log" | tail -n 1) (see $log)"
            grep '=====' "$log" | head -n 20 ;;
     esac
 }

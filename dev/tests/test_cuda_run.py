@@ -21,6 +21,7 @@ ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)
 CPU = os.path.join(os.environ.get("MTA_BIN", ROOT), "train_mta")
 BF16 = os.environ.get("MTA_CUDA", os.path.join(ROOT, "build", "train_mta_cuda_cpu"))
 FP32 = os.environ.get("MTA_CUDA_FP32", os.path.join(ROOT, "build", "train_mta_cuda_cpu_fp32"))
+REAL = next(filter(os.path.exists, (os.path.join(ROOT, "build", "train_mta_cuda_sm_90a"), os.path.join(ROOT, "train_mta_cuda"))), None)  # nvcc's
 EMULATED = "MTA_CUDA" not in os.environ
 MODEL = ["--model", "toy", "--hidden-size", "32", "--num-hidden-layers", "2", "--num-attention-heads", "4", "--num-key-value-heads", "4",
          "--intermediate-size", "48", "--vocab-size", "32", "--seq-len", "24", "--batch-size", "2", "--tokens-per-step", "96", "--lr", "1e-3",
@@ -320,17 +321,16 @@ class CudaRuns(unittest.TestCase):
         _, error = self.train(BF16, "cut", "--steps", "1", "--init-from", good, status=1)
         self.assertIn("model.safetensors", error)
 
-    @unittest.skipUnless(os.path.exists(os.path.join(ROOT, "train_mta_cuda")), "skip: train_mta_cuda is not built here")
+    @unittest.skipUnless(REAL, "skip: nvcc built no train_mta_cuda here")
     @unittest.skipUnless(EMULATED, "skip: here is a GPU")
     def test_the_real_program_without_a_gpu(self):
         """What nvcc built starts, plans, and refuses to train where there is no GPU."""
-        program = os.path.join(ROOT, "train_mta_cuda")
         hidden = {"CUDA_VISIBLE_DEVICES": ""}  # where there is one
-        plan = self.execute([program, "--model", "880m", "--dry-run"], hidden)
+        plan = self.execute([REAL, "--model", "880m", "--dry-run"], hidden)
         self.assertEqual((plan.returncode, plan.stderr), (0, ""))
         self.assertIn("876563136", plan.stdout)
         self.assertIn("no GPU found", plan.stdout)
-        _, error = self.train(program, "run", "--steps", "1", status=1, env=hidden)
+        _, error = self.train(REAL, "run", "--steps", "1", status=1, env=hidden)
         self.assertIn("no usable NVIDIA GPU", error)
         self.assertFalse(os.path.exists(self.path("run")))
 
