@@ -980,7 +980,7 @@ static void test_masked(const Trainer* tr) {
 // mta/config.h and mta/run.h
 
 static void test_config(void) {
-    const struct { const char *model, *kind; size_t parameters; } sizes[] = {  // DESIGN section 3
+    const struct { const char *model, *kind; size_t parameters; } sizes[] = {  // dev/MODEL.md
         {"880m", "transformer", 876553728}, {"880m", "mta", 876563136}, {"880m", "mta-full", 876583320}, {"880m", "talking-heads", 876566016},
         {"880m", "diff", 876567552}, {"300m", "transformer", 388277248}, {"550m", "transformer", 651818240}, {"1b", "transformer", 1495894016}};
     bool good = true;

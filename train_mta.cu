@@ -575,8 +575,8 @@ static void rope_backward(floatX* dqkv, const float* dq, const float* dk, const 
 //
 // A tile holds rows of scores of all heads of S sequences: rows are queries i0 <= i < i0 + rows, columns are keys. Every step writes zeros right
 // of the diagonal and reads through a mask: nothing outside 0 <= j <= i < T is ever used. Rows outside the sequence are never touched.
-// Steps compute in fp32 and pass on 2 bytes a logit: the maps from the scores on in fp16 (floatS), whose 11 bits are 8 times bf16's (KERNELS
-// section 3, Precision); what a product with the values or the queries reads, and all gradients, which need bf16's range, in floatX.
+// Steps compute in fp32 and pass on 2 bytes a logit: the maps from the scores on in fp16 (floatS), whose 11 bits are 8 times bf16's;
+// what a product with the values or the queries reads, and all gradients, which need bf16's range, in floatX.
 
 template <typename T>
 struct TileOf {
@@ -1567,19 +1567,20 @@ static void attention_chunk_backward(float* dq, const AttentionSums* sums, const
     scores_backward(dq, scratch->dk, &d, q, k, a, S, lo, hi, g);                    // S = q k^T / sqrt(HS)
 }
 
-// ---- the same attention fused (KERNELS: "flash"): nothing but its result leaves the chip. For bf16 layers whose only operations on scores are a
+// ---- the same attention fused (MODEL.md, Fused attention): nothing but its result leaves the chip. For bf16 layers whose only operations on scores are a
 // convolution before softmax and the mixing of pairs of heads after it; all other layers, and the fp32 build, take the chunks above.
 //
 // Mixing after softmax is linear in the values: with Vcat the values of the group's CH heads side by side, Z_n = P_n Vcat and O_o = sum_n W[o,n] Z_n[block o].
-// So a head needs no other head: it is plain flash attention with wide values, and head_output below mixes the Z (MODEL.md eq. 9). Z, dZ and dV come in
+// So a head needs no other head: it is plain flash attention with wide values, and head_output below mixes the Z (MODEL.md eq. 8). Z, dZ and dV come in
 // CH parts of (B,NH,T,HS): part p of value head o is what the p-th head of its group gives to it.
 //
 // The convolution is matrix work. Of 8 keys j..j+7 of a row, the scores j-8..j+15 of a tap's row (u queries back) times a banded (Toeplitz) matrix of the
 // tap's weights: CQ taps are 3 CQ steps of 8 columns, two of which make one 16x8x16 product; a tap's row is another address, its matrix constant registers.
-// Scores and their gradients stand in shared memory as fp16: 11 bits, where bf16 has 8 (KERNELS section 3, precision); the gradients scaled by a power of two.
+// Scores and their gradients stand in shared memory as fp16: 11 bits, where bf16 has 8; the gradients scaled by a power of two.
 
+enum { FLASH_HEAD = 128, FLASH_TAPS = 6, FLASH_REACH = 8 };  // largest head size; of a convolution: queries, keys to either side
 #if !defined(PRECISION_FP32)
-enum { FLASH_WARPS = 8, FLASH_THREADS = FLASH_WARPS * WARP_SIZE, FLASH_KEYS = 64, FLASH_HEAD = 128, FLASH_TAPS = 6, FLASH_REACH = 8 };
+enum { FLASH_WARPS = 8, FLASH_THREADS = FLASH_WARPS * WARP_SIZE, FLASH_KEYS = 64 };  // of a block; keys of a tile
 #define LOG2E 1.4426950408889634f
 
 typedef struct {
@@ -2120,9 +2121,9 @@ static size_t flash_shared(int HS, int ch, bool conv) {
 static void flash_forward(floatX* z, float* stats, const Flash* f, int ch, Cuda* g) {
     flash_pick(f->HS, ch, f->conv, [&](auto width, auto heads, auto taps) {
         typedef FlashForward<width(), heads(), taps()> F;
-        auto kernel = flash_forward_kernel<width(), heads(), taps()>;
-        allow_shared(kernel, F::BYTES);
-        LAUNCH(kernel, dim3(ceil_div(f->T, F::ROWS), f->NH, f->S), FLASH_THREADS, F::BYTES, g->stream, z, stats, *f);
+        auto fused_forward = flash_forward_kernel<width(), heads(), taps()>;  // benches name launches by it
+        allow_shared(fused_forward, F::BYTES);
+        LAUNCH(fused_forward, dim3(ceil_div(f->T, F::ROWS), f->NH, f->S), FLASH_THREADS, F::BYTES, g->stream, z, stats, *f);
         launchCheck(g->stream);
     });
 }
@@ -2146,15 +2147,15 @@ static void flash_backward(float* dq, float* dk, float* dv, double* dconv, doubl
     int splits = flash_splits(f->S, f->NH, f->T), blocks = prepare_blocks(f->T), groups = f->NH / ch;
     cudaCheck(cudaMemsetAsync(dq, 0, (size_t)splits * f->S * f->NH * f->T * f->HS * sizeof(float), g->stream));
     cudaCheck(cudaMemsetAsync(s->bounds, 0, (size_t)f->S * f->NH * 2 * sizeof(unsigned), g->stream));
-    auto prepare = ch == 2 ? flash_prepare_kernel<2> : flash_prepare_kernel<1>;
-    LAUNCH(prepare, dim3(blocks, groups, f->S), ROW_THREADS, ROW_WARPS * ch * ch * sizeof(float), g->stream, s->dz, s->dots, s->bounds, s->parts, dout, z, mix, *f);
+    auto fused_prepare = ch == 2 ? flash_prepare_kernel<2> : flash_prepare_kernel<1>;
+    LAUNCH(fused_prepare, dim3(blocks, groups, f->S), ROW_THREADS, ROW_WARPS * ch * ch * sizeof(float), g->stream, s->dz, s->dots, s->bounds, s->parts, dout, z, mix, *f);
     launchCheck(g->stream);
     if (ch > 1) { sums_add(dmix, s->parts, f->S, groups, blocks, ch * ch, g); }
     flash_pick(f->HS, ch, f->conv, [&](auto width, auto heads, auto taps) {
         typedef FlashBackward<width(), heads(), taps()> F;
-        auto kernel = flash_backward_kernel<width(), heads(), taps()>;
-        allow_shared(kernel, F::BYTES);
-        LAUNCH(kernel, dim3(splits, f->NH, f->S), FLASH_THREADS, F::BYTES, g->stream, dq, dk, dv, s->parts, ch > 1 ? s->dz : dout, stats, s->dots, s->bounds, *f);
+        auto fused_backward = flash_backward_kernel<width(), heads(), taps()>;
+        allow_shared(fused_backward, F::BYTES);
+        LAUNCH(fused_backward, dim3(splits, f->NH, f->S), FLASH_THREADS, F::BYTES, g->stream, dq, dk, dv, s->parts, ch > 1 ? s->dz : dout, stats, s->dots, s->bounds, *f);
         launchCheck(g->stream);
     });
     if (f->conv) { sums_add(dconv, s->parts, f->S, f->NH, splits, f->cq * f->ck, g); }
@@ -2165,8 +2166,8 @@ static void flash_backward(float* dq, float* dk, float* dv, double* dconv, doubl
 // memory (model_create).
 static bool flash_serves(const Config* c, int l, int chunk) {
     int HS = config_head_size(c), ch = c->attention_type == ATTENTION_DIFF ? 2 : c->head_mix_post_softmax;
-    bool conv = config_conv_pre(c, l), small = c->kq_conv_query_size <= 6 && c->kq_conv_key_size <= 17;
-    return !EXACT && chunk == 0 && HS % 8 == 0 && HS <= 128 && !c->head_mix_pre_softmax && !config_conv_post(c, l) && (ch == 0 || ch == 2) && (!conv || small);
+    bool conv = config_conv_pre(c, l), small = c->kq_conv_query_size <= FLASH_TAPS && c->kq_conv_key_size / 2 <= FLASH_REACH;
+    return !EXACT && chunk == 0 && HS % 8 == 0 && HS <= FLASH_HEAD && !c->head_mix_pre_softmax && !config_conv_post(c, l) && (ch == 0 || ch == 2) && (!conv || small);
 }
 // The chunk that a model without a given one takes on a device with this much shared memory for a block: 0, the fused kernels where they serve, or, where it is too
 // little for them (163 KiB of an A100), that of attention_chunk.
@@ -2257,7 +2258,7 @@ typedef struct {
     const floatX *norm, *gate, *bias;
     float scale;
     int B, T, NH, HS, wide;
-    const float* mix;  // (NH/2,2,2), NULL = off: the heads' outputs come in two parts (fused attention), O_o = sum_n W[o,n] part_n (MODEL.md eq. 9)
+    const float* mix;  // (NH/2,2,2), NULL = off: the heads' outputs come in two parts (fused attention), O_o = sum_n W[o,n] part_n (MODEL.md eq. 8)
 } HeadOutput;
 
 // A warp owns the `wide` heads h of token n of `inp` (B,NH,T,HS): element e of them
@@ -3185,7 +3186,7 @@ static void model_zero_gradients(Model* m) {
     cudaCheck(cudaMemsetAsync(m->grads, 0, m->tensors.numel * sizeof(float), m->cuda.stream));
 }
 
-// Floating-point operations of training on one token, as KERNELS' MFU counts them: 6 per parameter that is multiplied (the classifier counts,
+// Floating-point operations of training on one token, as MFU counts them (MODEL.md, What a step costs): 6 per parameter that is multiplied (the classifier counts,
 // tied or not; looking up an embedding does not) and three times the causal half of the attention products; no convolution, no mixing.
 static double model_flops_per_token(const Config* c, int T) {
     double C = c->hidden_size, KV = (double)c->num_key_value_heads * config_head_size(c), FF = c->intermediate_size;
@@ -3476,6 +3477,11 @@ static void print_plan(Run* r) {
     r->flops_per_token = model_flops_per_token(&r->config, o->seq_len);
     r->flops_per_second = found ? matmul_rate(&device) : 0;
     run_print_plan(r, found ? device.name : "no GPU", rows, (int)(sizeof rows / sizeof rows[0]));
+    int fused = 0, layers = r->config.num_hidden_layers;
+    for (int l = 0; l < layers; l++) { fused += flash_serves(&r->config, l, chunk); }
+    printf("attention   fused in %d of %d layers", fused, layers);
+    if (fused < layers) { printf(", in chunks of %d queries in %d", attention_chunk(o->seq_len), layers - fused); }
+    printf("\n");
     if (!found) { printf("device      no GPU found\n"); return; }
     size_t available = 0, total = 0, reserve = (size_t)MEMORY_RESERVE_MIB << 20;
     cudaCheck(cudaMemGetInfo(&available, &total));

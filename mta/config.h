@@ -122,7 +122,7 @@ static inline bool config_check(const Config* c, Error* e) {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------------------
-// Presets (DESIGN section 3) and kinds of attention
+// Presets (README.md, dev/MODEL.md) and kinds of attention
 
 static const char* const MODEL_NAMES = "toy, 1m, 3m, 11m, 25m, 300m, 550m, 880m, 1b";
 static const char* const ATTENTION_NAMES = "transformer, mta, mta-full, talking-heads, diff";
