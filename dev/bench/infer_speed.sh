@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Speed of infer_mta on this machine, against what the machine can do, measured in turns in the same process (infer_step.c):
 #   dev/bench/infer_speed.sh [ROUNDS=15]     SPEED_DIR: where three 1.7 GiB models of random weights are kept (default build/speed)
+# Needs the machine to itself, about five minutes; beside other work, as root: chrt -r 1 dev/bench/infer_speed.sh
 # 880m, weights BF16 in the file; the row "memory" is infer_mta itself. What a line of figures means:
 #   prompt A to B   chunks of 512; operations of products, scores and values a second over those of OpenBLAS's sgemm at 2048^3 with its
 #                   own threads; medians
