@@ -92,7 +92,7 @@ run_tests() {
     [ -x build/test_mta_cuda_fp32 ] && check "test_mta_cuda fp32" 60 build/test_mta_cuda_fp32
     local golden=(--golden dev/golden/full.safetensors dev/golden/diff.safetensors)
     [ -x test_mta_cuda ] && sanitize memcheck ./test_mta_cuda "${golden[@]}" && sanitize racecheck ./test_mta_cuda "${golden[@]}" &&
-        [ -x build/test_flash_cuda ] && sanitize memcheck build/test_flash_cuda && sanitize racecheck build/test_flash_cuda
+        [ -x build/test_flash_cuda ] && sanitize memcheck build/test_flash_cuda 130 && sanitize racecheck build/test_flash_cuda 130
     if [ ! -x train_mta ] || [ ! -x train_mta_cuda ] || [ ! -x build/train_mta_cuda_fp32 ]; then row "skip    runs: a program is missing"; return; fi
     check "runs" 100 env MTA_CUDA="$PWD/train_mta_cuda" MTA_CUDA_FP32="$PWD/build/train_mta_cuda_fp32" python3 dev/tests/test_cuda_run.py
 }
@@ -124,6 +124,17 @@ speed_row() {
         *) fail "ours $2 T $3: $(tail -n 1 "$log")" ;;
     esac
 }
+# The attention of one layer alone, fused and chunked
+layer_rows() {
+    local log=build/log/gpu_layers.log line
+    [ -x build/attention_cuda ] || return 0
+    run 40 "$log" build/attention_cuda
+    case $? in
+        0) while IFS= read -r line; do row "layer   $line"; done < <(tail -n +2 "$log") ;;
+        125) row "skip    layers: no time left" ;;
+        *) fail "layers: $(tail -n 1 "$log")" ;;
+    esac
+}
 ratio() {  # tokens/s of the row that begins with $1 over that of $2; $3: what it is
     local a b
     a=$(printf '%s\n' "${table[@]}" | grep -E "^$1" | grep -oE '[0-9]+ tokens/s' | head -n 1 | cut -d' ' -f1)
@@ -132,9 +143,10 @@ ratio() {  # tokens/s of the row that begins with $1 over that of $2; $3: what i
 }
 run_speed() {
     local kind T
-    build speed build/cuda_step
+    build speed build/cuda_step build/attention_cuda
     [ -x build/cuda_step ] || return
     for kind in mta transformer mta-full; do speed_row 880m $kind 2048; done
+    layer_rows
     run_torch
     for kind in mta transformer mta-full; do speed_row 880m $kind 4096; done
     for kind in talking-heads diff; do for T in 2048 4096; do speed_row 880m $kind $T; done; done
