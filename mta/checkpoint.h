@@ -103,15 +103,6 @@ static inline bool checkpoint_add_text(CheckpointWriter* w, const char* name, co
     return true;
 }
 
-static inline bool checkpoint_add_copy(CheckpointWriter* w, const char* name, const char* source_path, Error* e) {
-    MappedFile m;
-    bool good = map_file(&m, source_path, e);
-    if (!good) { checkpoint_abort(w); }
-    good = good && checkpoint_add_text(w, name, m.data ? (const char*)m.data : "", m.size, e);
-    unmap_file(&m);
-    return good;
-}
-
 // Contiguous data of tensor `tensor` of group `group`, already of the dtype the file is written in; valid until the
 // next call.
 typedef const void* (*TensorFetch)(void* ctx, int group, int tensor);
@@ -321,14 +312,16 @@ static inline long checkpoint_newest(const char* run, char* path_out) {
     return found;
 }
 
-// Removes all checkpoints older than the newest `keep` whose files have their sizes (0: keeps all). Contents are not
-// read again here: that would cost a pass over every kept checkpoint at each save.
-static inline void checkpoint_prune(const char* run, int keep) {
+// After checkpoint `newest` was written: removes all older than the `keep` up to it whose files have their sizes (0:
+// keeps all). Contents are not read again here: that would cost a pass over every kept checkpoint at each save. Those of
+// later steps, which a resume has passed over as damaged, are left alone and do not count.
+static inline void checkpoint_prune(const char* run, int keep, long newest) {
     long* steps;
     char path[PATH_SIZE];
     int n = keep > 0 ? checkpoint_list(run, &steps) : 0, good = 0;
     for (int i = 0; i < n; i++) {
         checkpoint_path(run, steps[i], path);
+        if (steps[i] > newest) { continue; }
         if (good == keep) {
             checkpoint_remove_dir(path);
         } else {

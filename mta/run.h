@@ -3,10 +3,6 @@
 #ifndef MTA_RUN_H
 #define MTA_RUN_H
 
-#include <math.h>
-#include <signal.h>
-#include <sys/statvfs.h>
-
 #include "checkpoint.h"
 #include "config.h"
 #include "log.h"
@@ -14,6 +10,10 @@
 #include "shards.h"
 #include "tokenizer.h"
 #include "trainer.h"
+
+#include <math.h>
+#include <signal.h>
+#include <sys/statvfs.h>
 
 // Exit statuses of the trainers.
 enum { EXIT_DONE = 0, EXIT_USER_ERROR = 1, EXIT_NOT_FINITE = 3, EXIT_STOPPED = 75 };
@@ -23,7 +23,7 @@ enum { MAX_SKIPPED_IN_A_ROW = 5, MAX_VAL_SETS = 64 };
 // Options
 
 typedef struct {
-    const char *model, *attention, *train, *val, *out, *init_from, *tokenizer, *mix, *schedule, *recompute;
+    const char *model, *attention, *train, *val, *out, *init_from, *tokenizer, *pattern, *mix, *schedule, *recompute;
     bool resume, dry_run;
     // fields of config.json; 0, -1 or NULL: not given
     int hidden_size, intermediate_size, num_hidden_layers, num_attention_heads, num_key_value_heads, vocab_size, max_position_embeddings;
@@ -69,6 +69,7 @@ static inline void train_options_table(Opt* table, TrainOptions* o) {
     ROW("--attention", OPT_STRING, &o->attention, "KIND", "transformer, mta (default), mta-full, talking-heads or diff", 0, 0)
     ROW("--init-from", OPT_STRING, &o->init_from, "DIR", "start from the weights of a checkpoint, or of any LLaMA-family model", 0, 0)
     ROW("--tokenizer", OPT_STRING, &o->tokenizer, "NAME|FILE", "bytes, toy or a tiktoken rank file, for samples and the checkpoint", 0, 0)
+    ROW("--pattern", OPT_CHOICE, &o->pattern, "gpt2|cl100k_base|llama3|o200k_base", "how text is split, where the rank file's name does not tell", 0, 0)
     HEADING("Model, field by field (over what --model and --attention say)")
     ROW("--hidden-size", OPT_INT, &o->hidden_size, NULL, "width of the residual stream", 2, MAX_DIM)
     ROW("--intermediate-size", OPT_INT, &o->intermediate_size, NULL, "hidden units of the MLP", 1, MAX_DIM)
@@ -151,6 +152,7 @@ typedef struct {
     char init_dir[PATH_SIZE];   // directory whose tensors start the run, "" = random
     char resume_dir[PATH_SIZE]; // checkpoint that is continued, "" = none
     Tokenizer* tokenizer;       // NULL = unknown: no samples
+    Text ranks;                 // its rank file, which goes into every checkpoint: it may lie in one that --keep removes
     Loader train;
     ValSet val[MAX_VAL_SETS];
     int n_val;
@@ -244,30 +246,41 @@ static inline int run_shard_vocabulary(const TrainOptions* o) {
     return largest;
 }
 
-// A tokenizer's file from a checkpoint directory, or its built-in name, into path; false if config.json names none.
-static inline bool run_checkpoint_tokenizer(const Config* c, const char* dir, char* path) {
-    if (!c->tokenizer[0]) { return false; }
-    path_join(path, PATH_SIZE, dir, c->tokenizer);
-    if (!file_exists(path)) { snprintf(path, PATH_SIZE, "%s", c->tokenizer); }
+// The tokenizer that a config.json names, its file beside it or its built-in name, into path; false if it names none.
+static inline bool run_named_tokenizer(const char* config, char* path) {
+    Config c;
+    Error e = {{0}};
+    char dir[PATH_SIZE];
+    const char* slash = strrchr(config, '/');
+    if (!config_read(&c, config, &e)) { die("%s", e.text); }
+    if (!c.tokenizer[0]) { return false; }
+    snprintf(dir, sizeof dir, "%.*s", slash ? (int)(slash - config) + 1 : 0, config);
+    path_join(path, PATH_SIZE, dir, c.tokenizer);
+    if (!file_exists(path)) { snprintf(path, PATH_SIZE, "%s", c.tokenizer); }
     return true;
 }
 
-static inline void run_open_tokenizer(Run* r, const char* from_dir, int shard_vocabulary) {
+// --tokenizer, else the one that `config` names ("" = no such file), else a built-in one that the shards' vocabulary tells.
+static inline void run_open_tokenizer(Run* r, const char* config, int shard_vocabulary) {
     char path[PATH_SIZE] = "";
     Error e = {{0}};
     const TrainOptions* o = &r->options;
     if (o->tokenizer) {
         snprintf(path, sizeof path, "%s", o->tokenizer);
-    } else if (!from_dir[0] || !run_checkpoint_tokenizer(&r->config, from_dir, path)) {
-        if (shard_vocabulary == 259) { snprintf(path, sizeof path, "bytes"); }  // the built-in ones are told by their size
+    } else if (!config[0] || !run_named_tokenizer(config, path)) {
+        if (shard_vocabulary == 259) { snprintf(path, sizeof path, "bytes"); }
         if (shard_vocabulary == 32) { snprintf(path, sizeof path, "toy"); }
     }
     if (!path[0]) { return; }
-    r->tokenizer = tokenizer_open(path, NULL, &e);
-    if (!r->tokenizer) { die("--tokenizer: %s", e.text); }
+    r->tokenizer = tokenizer_open(path, o->tokenizer ? o->pattern : NULL, &e);
+    if (!r->tokenizer || (tokenizer_file(r->tokenizer) && !read_file(path, UINT32_MAX, &r->ranks.text, &r->ranks.n, &e))) { die("--tokenizer: %s", e.text); }
     snprintf(r->config.tokenizer, sizeof r->config.tokenizer, "%s", tokenizer_file_name(r->tokenizer));
     r->config.bos_token_id = tokenizer_bos(r->tokenizer);
     r->config.eos_token_id = tokenizer_eos(r->tokenizer);
+    int32_t* ids = NULL;  // better now than at the first sample
+    size_t n = 0;
+    if (o->sample_prompt && !tokenizer_encode(r->tokenizer, o->sample_prompt, strlen(o->sample_prompt), &ids, &n, &e)) { die("--sample-prompt: %s", e.text); }
+    free(ids);
 }
 
 // Which model: a checkpoint that is resumed, a preset, a configuration file, or --init-from's.
@@ -291,7 +304,10 @@ static inline void run_configure(Run* r) {
     } else {
         snprintf(path, sizeof path, "%s", base);
         if (dir_exists(base)) { path_join(path, sizeof path, base, "config.json"); }
-        if (!file_exists(path)) { die("--model: got \"%s\", wanted one of %s or a config.json", base, MODEL_NAMES); }
+        if (!file_exists(path)) {
+            if (base == o->init_from) { die("--init-from: %s: no config.json in it; wanted a checkpoint", base); }
+            die("--model: got \"%s\", wanted one of %s or a config.json", base, MODEL_NAMES);
+        }
         if (!config_read(c, path, &e)) { die("%s", e.text); }
         loaded = true;
     }
@@ -304,7 +320,9 @@ static inline void run_configure(Run* r) {
     }
     run_override_attention(c, o);
     int shard_vocabulary = run_shard_vocabulary(o);
-    run_open_tokenizer(r, r->resume_dir[0] ? r->resume_dir : r->init_dir, shard_vocabulary);
+    const char* from = r->resume_dir[0] ? r->resume_dir : r->init_dir;
+    if (from[0]) { path_join(path, sizeof path, from, "config.json"); }
+    run_open_tokenizer(r, (from[0] || loaded) && file_exists(path) ? path : "", shard_vocabulary);
     int needed = r->tokenizer ? tokenizer_vocab(r->tokenizer) : 0;
     if (shard_vocabulary > needed) { needed = shard_vocabulary; }
     if (preset && !o->vocab_size && needed > c->vocab_size) { c->vocab_size = needed; }
@@ -338,6 +356,9 @@ static inline void run_check_step(Run* r) {
     }
     r->windows = (int)(o->tokens_per_step / T);
     if (o->batch_size > r->windows) { o->batch_size = r->windows; }
+    if (T * o->batch_size > INT32_MAX) {
+        die("--batch-size: %d sequences of %lld are %lld tokens at once, wanted at most %d", o->batch_size, (long long)T, (long long)T * o->batch_size, INT32_MAX);
+    }
     if (!o->schedule_steps) { o->schedule_steps = o->steps; }
     if (o->min_lr > o->lr) { die("--min-lr: got %g, wanted at most --lr %g", o->min_lr, o->lr); }
 }
@@ -431,9 +452,12 @@ static inline void run_open_val(Run* r) {
         ValSet* v = &r->val[r->n_val++];
         char *equals = strchr(part, '='), *glob = equals ? equals + 1 : part;
         if (equals) { *equals = 0; }
+        if (equals == part || !*glob) { die("--val: got \"%s\", wanted [NAME=]GLOB,...", o->val); }
         if (!loader_open(&v->loader, glob, o->seq_len, r->config.vocab_size, 0, &e)) { die("--val: %s", e.text); }
         snprintf(v->name, sizeof v->name, "%s", equals ? part : v->loader.sources[0].name);
+        for (ValSet* w = r->val; w < v; w++) { if (!strcmp(w->name, v->name)) { die("--val: two sets are called %s; NAME=GLOB gives another name", v->name); } }
     }
+    if (!r->n_val) { die("--val: got \"%s\", wanted [NAME=]GLOB,...", o->val); }
     free(copy);
 }
 
@@ -457,7 +481,7 @@ static inline void run_check_directory(const Run* r) {
 
 static inline void run_read_state(Run* r);
 
-// Data, run directory, log, signals; reads trainer.json of the checkpoint that is resumed. Ends the program on any mistake.
+// Data, run directory, signals; reads trainer.json of the checkpoint that is resumed. Ends the program on any mistake.
 static inline void run_open(Run* r) {
     TrainOptions* o = &r->options;
     Error e = {{0}};
@@ -466,7 +490,6 @@ static inline void run_open(Run* r) {
     run_open_val(r);
     run_check_directory(r);
     if (r->resume_dir[0]) { run_read_state(r); }
-    if (!runlog_open(&r->log, o->out, o->resume ? (long)r->step : -1, &e)) { die("--out: %s", e.text); }
     size_t n = (size_t)r->windows * (size_t)o->seq_len;
     r->tokens = (int32_t*)alloc_or_die(n, sizeof(int32_t), "a step's tokens");
     r->targets = (int32_t*)alloc_or_die(n, sizeof(int32_t), "a step's targets");
@@ -591,8 +614,11 @@ static inline int64_t run_eval_every(const Run* r) {
 
 // ---- reports
 
+// Opens the log; only here, where the model has been read: a run that cannot start leaves none in the way of the next.
 static inline void run_log_start(Run* r, size_t parameters) {
     Text t = {NULL, 0, 0}, config = {NULL, 0, 0};
+    Error e = {{0}};
+    if (!runlog_open(&r->log, r->options.out, r->options.resume ? (long)r->step : -1, &e)) { die("--out: %s", e.text); }
     config_to_json(&r->config, r->torch_dtype, &config);
     for (size_t i = 0; i < config.n; i++) { if (config.text[i] == '\n') { config.text[i] = ' '; } }
     text_printf(&t, "{\"event\": \"start\", \"step\": %lld, \"parameters\": %zu, \"tokens_per_step\": %lld, \"seq_len\": %d, \"flops_per_token\": %.17g, \"config\": ",
@@ -613,6 +639,7 @@ static inline void run_log_start(Run* r, size_t parameters) {
     } else if (r->options.resume) {
         printf("no checkpoint in %s: starting from step 0\n", r->options.out);
     }
+    if (r->options.sample_every && !r->tokenizer) { printf("no samples: the tokenizer is not known, --tokenizer NAME|FILE gives one\n"); }
     fflush(stdout);
 }
 
@@ -665,7 +692,7 @@ static inline bool run_save_texts(const Run* r, CheckpointWriter* w, Error* e) {
     run_state_json(r, &state);
     bool good = checkpoint_add_text(w, "config.json", config.text, config.n, e) && checkpoint_add_text(w, "trainer.json", state.text, state.n, e);
     if (good && r->tokenizer && tokenizer_file(r->tokenizer)) {
-        good = checkpoint_add_copy(w, tokenizer_file_name(r->tokenizer), tokenizer_file(r->tokenizer), e);
+        good = checkpoint_add_text(w, tokenizer_file_name(r->tokenizer), r->ranks.text, r->ranks.n, e);
     }
     text_free(&config);
     text_free(&state);
@@ -677,7 +704,7 @@ static inline void run_saved(Run* r, const char* path, double seconds) {
     char line[PATH_SIZE + 64];
     Text t = {NULL, 0, 0};
     r->saved_step = r->step;
-    checkpoint_prune(r->options.out, (int)r->options.keep);
+    checkpoint_prune(r->options.out, (int)r->options.keep, (long)r->step);
     text_printf(&t, "{\"event\": \"save\", \"step\": %lld, \"seconds\": %.3f, \"path\": ", (long long)r->step, seconds);
     text_json_string(&t, path, strlen(path));
     text_printf(&t, "}");
@@ -722,6 +749,7 @@ static inline int run_end(Run* r) {
     loader_close(&r->train);
     for (int i = 0; i < r->n_val; i++) { loader_close(&r->val[i].loader); }
     if (r->tokenizer) { tokenizer_free(r->tokenizer); }
+    text_free(&r->ranks);
     text_free(&r->loader_state);
     free(r->tokens);
     free(r->targets);

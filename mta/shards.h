@@ -339,8 +339,16 @@ static inline bool loader_add_source(Loader* l, char* text, const char* dir, con
     LoaderSource* sources = (LoaderSource*)realloc(l->sources, ((size_t)l->n_sources + 1) * sizeof(LoaderSource));
     if (sources == NULL) { die("out of memory"); }
     l->sources = sources;
-    l->n_sources++;
-    return source_open(&l->sources[l->n_sources - 1], pattern, weight, l->seq_len, l->vocab_size, e);
+    LoaderSource* s = &l->sources[l->n_sources++];
+    if (!source_open(s, pattern, weight, l->seq_len, l->vocab_size, e)) { return false; }
+    char base[sizeof(s->name)];
+    memcpy(base, s->name, sizeof(base));
+    for (int i = 0, k = 1; i + 1 < l->n_sources; i++) {  // a/text_train_*.bin and b/text_train_*.bin are text and text-2
+        if (strcmp(l->sources[i].name, s->name) != 0) { continue; }
+        snprintf(s->name, sizeof(s->name), "%.48s-%d", base, ++k);
+        i = -1;
+    }
+    return true;
 }
 
 static inline bool loader_read_recipe(Loader* l, const char* path, Error* e) {

@@ -521,8 +521,8 @@ static void test_checkpoint_full_disk(Arena* a) {
     CHECK(write_file_synced(in_root("plain"), "x", 1, NULL) && !checkpoint_begin(&w, in_root("plain"), 3, &e) &&
           says(&e, "cannot create directory"));
     e = (Error){{0}};
-    CHECK(checkpoint_begin(&w, run, 3, &e) && !checkpoint_add_copy(&w, "tokenizer", in_root("none"), &e) &&
-          says(&e, "No such file"));
+    CHECK(checkpoint_begin(&w, run, 3, &e) && dir_exists(in_root("full/.step-00000003.partial")));
+    checkpoint_abort(&w);
     checkpoint_abort(&w);  // a second time does no harm
     CHECK(!dir_exists(in_root("full/.step-00000003.partial")));
 }
@@ -531,13 +531,17 @@ static void test_checkpoint_prune(Arena* a) {
     char path[PATH_SIZE];
     const char* run = in_root("prune");
     for (long step = 1; step <= 6; step++) { CHECK(save(run, step, a, path, NULL)); }
-    checkpoint_prune(run, 0);
+    checkpoint_prune(run, 0, 6);
     CHECK(dir_exists(in_root("prune/step-00000001")));
     CHECK(truncate(in_root("prune/step-00000005/config.json"), 0) == 0);  // a bad one does not count
-    checkpoint_prune(run, 3);
+    checkpoint_prune(run, 3, 6);
     CHECK(dir_exists(in_root("prune/step-00000006")) && dir_exists(in_root("prune/step-00000003")) &&
           !dir_exists(in_root("prune/step-00000002")));
-    checkpoint_prune(run, 1);
+    flip_byte(in_root("prune/step-00000006/model.safetensors"), 3000);
+    checkpoint_prune(run, 1, 4);  // of a run that went on from 3, passing over 5 and 6
+    CHECK(silent_newest(run, path) == 4 && !dir_exists(in_root("prune/step-00000003")));
+    CHECK(save(run, 6, a, path, NULL));
+    checkpoint_prune(run, 1, 6);
     CHECK(silent_newest(run, path) == 6 && !dir_exists(in_root("prune/step-00000004")));
 }
 

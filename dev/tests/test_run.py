@@ -4,6 +4,7 @@
 python3 dev/tests/test_run.py [-k PATTERN]     (MTA_BIN: folder of the binary, default the repository; TRAINER: its name, default train_mta)
 """
 import array
+import base64
 import glob
 import json
 import math
@@ -221,6 +222,9 @@ class Runs(Trainer):
         with open(self.path("recipe.txt"), "w") as f:
             f.write("a_train_*.bin=0.75 # most\nx_train_*.bin=0.25\n")
         out = self.out()
+        self.run_ok(out, {"--train": ",".join([self.path("a_train_*.bin")] * 2), "--steps": 2})  # equal names are told apart in the log
+        self.assertEqual(log_events(out, "step")[-1]["sources"], {"a": 32, "a-2": 32})
+        out = self.out()
         self.run_ok(out, {"--train": "@" + self.path("recipe.txt")})
         with open(os.path.join(checkpoints(out)[-1], "trainer.json")) as f:
             text = f.read()
@@ -344,6 +348,37 @@ class Resume(Trainer):
         self.assertIn("step-00000006", done.stderr)
         self.assertIn("step-00000004", done.stderr)
         self.compare(whole, out, 1)
+
+    def test_damaged_newest_does_not_cost_the_one_that_is_saved(self):
+        """With --keep 1, going on from an older checkpoint: what is saved before the damaged one's step stays."""
+        out = self.out()
+        self.run_ok(out, {"--steps": 6, "--save-every": 3, "--keep": 0})
+        with open(os.path.join(out, "step-00000006", "model.safetensors"), "r+b") as f:
+            f.seek(-3, 2)
+            f.write(b"\xff\xff\xff")
+        self.run_ok(out, {"--steps": 5, "--save-every": 1, "--keep": 1}, ["--resume"])
+        self.assertEqual([os.path.basename(c) for c in checkpoints(out)], ["step-00000005", "step-00000006"])
+        self.run_ok(out, {"--steps": 7, "--save-every": 1, "--keep": 1}, ["--resume"])
+        self.assertEqual([os.path.basename(c) for c in checkpoints(out)], ["step-00000007"])
+
+    def test_rank_file_is_in_every_checkpoint(self):
+        """Also when the only copy lay in a checkpoint that --keep has removed."""
+        ranks, out = self.path("ranks.bin"), self.out()
+        with open(ranks, "wb") as f:
+            f.write(b"".join(b"%s %d\n" % (base64.b64encode(bytes([i])), i) for i in range(256)))
+        changes = {"--tokenizer": ranks, "--pattern": "gpt2", "--vocab-size": 257, "--save-every": 1, "--keep": 1}
+        self.refused(["ranks.bin", "--pattern"], dict(changes, **{"--pattern": None}))
+        self.run_ok(out, dict(changes, **{"--steps": 1}))
+        text = read_bytes(ranks)
+        os.remove(ranks)
+        self.run_ok(out, dict(changes, **{"--steps": 4, "--tokenizer": None, "--pattern": None, "--sample-every": 2}), ["--resume"])
+        self.assertEqual(read_bytes(os.path.join(out, "step-00000004", "gpt2.tiktoken")), text)
+        self.assertEqual([e["step"] for e in log_events(out, "sample")], [2, 4])
+        for name, value in (("--init-from", os.path.join(out, "step-00000004")), ("--model", os.path.join(out, "step-00000004", "config.json"))):
+            other = self.out()
+            none = {n: None for n in SMALL if n.startswith(("--attention", "--hidden", "--num", "--inter", "--vocab", "--kq", "--model"))}
+            self.run_ok(other, dict(none, **{name: value, "--steps": 1}))
+            self.assertEqual(read_bytes(os.path.join(other, "step-00000001", "gpt2.tiktoken")), text)
 
     def test_resume_without_a_checkpoint(self):
         out = self.out()
@@ -479,9 +514,13 @@ class InitFrom(Trainer):
             shutil.copytree(checkpoints(base)[-1], copy)
             name = spoil(os.path.join(copy, "model.safetensors"), what)
             with self.subTest(what=what):
-                self.refused([p.format(name=name) for p in pieces], {"--init-from": copy})
+                out = self.out()
+                self.refused([p.format(name=name) for p in pieces], {"--init-from": copy}, out=out)
+                self.assertEqual(os.listdir(out), [], "a run that did not start is in the way of the next")
         with self.subTest(what="no such folder"):
             self.refused(["/no/such"], {"--init-from": "/no/such"})
+        with self.subTest(what="a run, not a checkpoint"):
+            self.refused(["--init-from", "config.json"], {"--init-from": base, "--model": None})
         with self.subTest(what="another size"):
             self.refused(["64"], {"--init-from": checkpoints(base)[-1], "--hidden-size": 64})
 
@@ -499,6 +538,12 @@ class Refused(Trainer):
         self.refused(["stray"], flags=["stray"])
         self.refused(["--tokens-per-step"], {"--tokens-per-step": 33})
         self.refused(["--train"], {"--train": None})
+        self.refused(["--val", "NAME"], {"--val": ""})
+        self.refused(["--val", "NAME"], {"--val": "a="})
+        self.refused(["--val", "called a", "NAME="], {"--val": ",".join([self.path("a_val_*.bin")] * 2)})
+        self.refused(["--val", "NAME"], {"--val": "=" + self.path("a_val_*.bin")})
+        self.refused(["--sample-prompt", "byte 0x48"], {"--tokenizer": "toy", "--sample-prompt": "Hello", "--sample-every": 3})
+        self.refused(["--batch-size", "2147483647"], {"--batch-size": 1 << 20, "--tokens-per-step": 1 << 33, "--seq-len": 1 << 20})
 
     def test_models(self):
         self.refused(["32", "3"], {"--num-attention-heads": 3, "--num-key-value-heads": 3})
