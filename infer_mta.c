@@ -2074,7 +2074,7 @@ static void request_part(Request* q, const Session* s, const Json* j, const char
     } else {
         die("%s: line %ld: wanted \"%s\", a string, or \"%s\", a list", name, q->line, key, ids_key);
     }
-    bool bos = !strcmp(key, "context") && text && !list && tokenizer_bos(s->t) >= 0;
+    bool bos = !strcmp(key, "context") && !(list && list->type == JSON_ARRAY) && tokenizer_bos(s->t) >= 0;
     if (n > INT32_MAX / 4) { die("%s: line %ld: %zu tokens", name, q->line, n); }
     q->ids = realloc(q->ids, ((size_t)q->n + n + 1) * sizeof *q->ids);
     if (!q->ids) { die("out of memory: %zu tokens", n); }
@@ -2093,7 +2093,7 @@ static void request_read(Request* q, const Session* s, char* text, size_t n, con
     q->context = q->n;
     request_part(q, s, j, "continuation", "continuation_ids", name);
     json_free(j);
-    if (!q->context && q->n) {
+    if (!q->context) {
         die("%s: line %ld: the context is empty and there is no BOS: nothing to condition on", name, line);
     }
     int capacity = s->s.capacity, answer = q->n - q->context, over = q->n - 1 - capacity;

@@ -701,6 +701,7 @@ class Refusals(unittest.TestCase):
             (b"{", "line 1"),
             (b"{}", 'wanted "context"'),
             (b'{"context_ids":[],"continuation_ids":[1]}', "context is empty"),
+            (b'{"context_ids":[],"continuation_ids":[]}', "context is empty"),
             (b'{"context_ids":[1],"continuation_ids":[99]}', "from 0 to 60"),
             (b'{"context_ids":[1],"continuation_ids":[%s]}' % b",".join([b"1"] * 65), "the context has 64 positions"),
         ):
@@ -841,10 +842,12 @@ class TextIO(unittest.TestCase):
             {"context_ids": [256, 97, 98], "continuation_ids": [99, 100]},
             {"context": "", "continuation": "xy"},
             {"context_ids": [256], "continuation_ids": [120, 121]},
+            {"context": "ab", "context_ids": None, "continuation": "cd", "continuation_ids": None},
         ]
         out = run([self.dir, "--score", "-", "--quiet"], stdin="\n".join(map(json.dumps, lines)).encode()).splitlines()
         self.assertEqual(out[0], out[1])
         self.assertEqual(out[2], out[3])
+        self.assertEqual(out[4], out[0])
 
     def test_interactive(self):
         out = run(
