@@ -27,7 +27,7 @@ import re
 import sys
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
-from prepare import BadDocument, UserError, open_tokenizer, parse_count  # noqa: E402
+from prepare import BadDocument, Parser, UserError, open_tokenizer, parse_count  # noqa: E402
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Sets from files: a record -> [(context, continuation) of each choice], number of the gold one
@@ -573,9 +573,12 @@ def report(args):
         ]
         print("%-*s %s" % (width, group, " ".join(cells)))
     if args.json:
-        with open(args.json, "w", encoding="utf-8") as f:
-            json.dump(rows, f, indent=1)
-            f.write("\n")
+        try:
+            with open(args.json, "w", encoding="utf-8") as f:
+                json.dump(rows, f, indent=1)
+                f.write("\n")
+        except OSError as e:
+            raise UserError("%s: %s" % (args.json, e.strerror))
     return 0
 
 
@@ -590,7 +593,7 @@ def numbers(text):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     for name, text in (("lambada", "JSON lines with \"text\""), ("choice", "JSON lines of a multiple-choice set")):
         p = commands.add_parser(name, help=text)

@@ -68,6 +68,13 @@ class UserError(Exception):
     """A mistake of the user's: printed as one line, exit status 1."""
 
 
+class Parser(argparse.ArgumentParser):
+    """A mistake in the options is one line and exit status 1, as in the programs."""
+
+    def error(self, message):
+        self.exit(1, "%s: %s; --help lists all options\n" % (self.prog, message))
+
+
 class BadDocument(Exception):
     """A document that cannot be used: (kind, detail). The kind is what is counted."""
 
@@ -1110,7 +1117,7 @@ def make_job(args, files):
     """What determines the bytes of the shards, given the inputs."""
     single = len(files) == 1 and kind_of(files[0]) == "text"
     stem = os.path.basename(files[0]).split(".")[0] if single else args.command
-    name = args.name or stem or "text"
+    name = args.name or re.sub(r"[^A-Za-z0-9_-]+", "_", stem).lstrip("_-") or "text"
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
         raise UserError("--name %s: wanted letters, digits, points, dashes and underscores" % ascii(name))
     if not 0 <= args.val_fraction < 1:
@@ -1430,6 +1437,8 @@ def verify_shard(path, entry, tok):
         position += len(numbers)
     if shard.crc and crc != shard.crc:
         raise UserError("%s: crc32 of the tokens is %08x, its header says %08x" % (path, crc, shard.crc))
+    if shard.mask:
+        verify_mask(os.path.splitext(path)[0] + ".mask" if path.endswith(".bin") else path + ".mask", shard)
     if entry:
         for what, got, want in (
             ("crc32", "%08x" % crc, entry["crc32"]),
@@ -1441,6 +1450,21 @@ def verify_shard(path, entry, tok):
             if got != want:
                 raise UserError("%s: %s %s, the manifest says %s" % (path, what, got, want))
     return shard.tokens
+
+
+def verify_mask(path, shard):
+    if shard.mask != 1:
+        raise UserError("%s: word 5 of the header is %d, wanted 0 (no mask) or 1 (mask)" % (shard.path, shard.mask))
+    try:
+        with open(path, "rb") as f:
+            size = os.fstat(f.fileno()).st_size
+            bad = any(chunk.translate(None, b"\0\1") for chunk in iter(lambda: f.read(1 << 20), b""))
+    except OSError as e:
+        raise UserError("%s: %s" % (path, e.strerror))
+    if size != shard.tokens:
+        raise UserError("%s: %d bytes, wanted one for each of the %d tokens" % (path, size, shard.tokens))
+    if bad:
+        raise UserError("%s: bytes other than 0 and 1" % path)
 
 
 def verify(args):
@@ -1551,7 +1575,7 @@ def add_prepare_options(p, command):
 
 
 def make_parser():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     text = commands.add_parser("text", help="any texts to shards")
     add_prepare_options(text, "text")
@@ -1579,7 +1603,7 @@ def make_parser():
     look.add_argument("shard")
     look.add_argument("--documents", type=int, default=3, metavar="N")
     look.add_argument("--characters", type=int, default=400, metavar="N", help="of each document")
-    check = commands.add_parser("verify", help="checks every checksum and id")
+    check = commands.add_parser("verify", help="checks every checksum, id and mask")
     check.add_argument("items", nargs="+", metavar="DIR|SHARD")
     for p in (look, check):
         p.add_argument("--tokenizer", metavar="NAME|FILE", help="default: what the manifest beside the shard says")

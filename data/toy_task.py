@@ -19,6 +19,7 @@ import json
 import multiprocessing
 import os
 import random
+import signal
 import struct
 import sys
 import zlib
@@ -34,6 +35,13 @@ MAGIC_UINT16, VERSION_UINT16, HEADER_WORDS = 20240520, 1, 256
 # A random byte below 234 = 9 x 26 is a letter, others are dropped: bytes.translate makes uniform letters at the speed of C.
 LETTER_OF_BYTE = bytes(b % 26 for b in range(256))
 BYTES_DROPPED = bytes(range(234, 256))
+
+
+class Parser(argparse.ArgumentParser):
+    """A mistake in the options is one line and exit status 1, as in the programs."""
+
+    def error(self, message):
+        self.exit(1, f"{self.prog}: {message}; --help lists all options\n")
 
 
 class Task:
@@ -200,7 +208,7 @@ def train_chunks(task, seed, count, test_prompts, jobs):
     if jobs == 1 or count <= 4 * CHUNK:
         yield from map(train_chunk, work)
         return
-    with multiprocessing.Pool(jobs) as pool:
+    with multiprocessing.Pool(jobs, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:  # Ctrl-C is the parent's to handle
         yield from pool.imap(train_chunk, work)
 
 
@@ -235,7 +243,7 @@ def check(options):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = Parser(description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--out", help="folder of the shards, made if missing")
     parser.add_argument("--name", default="toy", help="start of the file names")
     parser.add_argument("--n", type=int, default=5, help="letters a block (the paper: 5 and 8)")
@@ -272,6 +280,8 @@ def main():
             f.write("\n")
     except (OSError, ValueError) as error:
         sys.exit(f"toy_task.py: {error}")
+    except KeyboardInterrupt:
+        sys.exit("toy_task.py: interrupted")
     print(f"{prefix}_train_*.bin: {options.train_samples} sequences, {prefix}_val_*.bin: {options.test_samples}, of {task.length} tokens each "
           f"(--seq-len {task.length})")
 

@@ -317,6 +317,8 @@ class Report(Case):
                 status=1,
             ),
         )
+        two = self.write("s2.jsonl", [{"logprob": -1.0, "tokens": 1, "greedy": True}] * 2)
+        self.assertIn("no/j: No such file", run("report", requests, two, "--json", self.path("no/j"), status=1))
         self.assertIn("broken JSON", run("report", requests, self.write("x.jsonl", ["{"]), status=1))
 
     def test_infer_mta_reads_what_is_written(self):

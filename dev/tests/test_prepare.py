@@ -492,10 +492,16 @@ class Bad(Case):
             (("--shard-tokens", "x"), "got 'x'"),
             (("--shard-tokens", "0"), "wanted 1 to"),
             (("--name", "a/b"), "wanted letters"),
+            (("--shard-toknes", "9"), "unrecognized arguments: --shard-toknes"),
         ):
-            self.assertIn(
-                message, run("text", text, "--out", self.path("o"), *options, status=2 if "got" in message else 1)
-            )
+            shown = run("text", text, "--out", self.path("o"), *options, status=1)
+            self.assertIn(message, shown)
+            self.assertEqual(shown.count("\n"), 1, shown)
+        # what NAME is made of
+        for name, shards in (("a b", "a_b"), ("\u00e9t\u00e9", "t_"), ("\u4e2d", "text"), ("2024-11_x", "2024-11_x")):
+            out = self.path("o " + shards)
+            run("text", self.write(name + ".txt", "hello\n" * 99), "--out", out)
+            self.assertTrue(os.path.exists(os.path.join(out, shards + "_train_000000.bin")), os.listdir(out))
         self.assertIn("no such file", run("text", self.path("none"), "--out", self.path("o"), status=1))
         self.assertIn("t.txt", run("text", text, "--out", text, status=1))
 
@@ -526,6 +532,22 @@ class Verify(Case):
         with open(path, "wb") as f:
             f.write(data)
         run("verify", self.path("o"))
+        mask = self.path("o", "a_train_000000.mask")
+        tokens = (len(data) - 1024) // 2
+        with open(path, "wb") as f:
+            f.write(damaged(20, 1))
+        self.assertIn("a_train_000000.mask: No such file", run("verify", path, status=1))
+        for content, message in (
+            (b"\1" * (tokens - 1), "one for each of the %d tokens" % tokens),
+            (b"\2" * tokens, "other than 0 and 1"),
+            (b"\1\0" * (tokens // 2) + b"\1" * (tokens % 2), None),
+        ):
+            with open(mask, "wb") as f:
+                f.write(content)
+            self.assertIn(message or "1 shards good", run("verify", path, status=1 if message else 0))
+        os.remove(mask)
+        with open(path, "wb") as f:
+            f.write(data)
         shutil.copy(path, self.path("o", "b_train_000000.bin"))
         self.assertIn("not in the manifest", run("verify", self.path("o"), status=1))
         os.remove(self.path("o", "b_train_000000.bin"))

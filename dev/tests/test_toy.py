@@ -153,7 +153,7 @@ class Toy(unittest.TestCase):
                     (("--n", 26), "every block holds every letter"), (("--length", 320), "--length: got 320, the sequences have 321"),
                     (("--n", 2, "--blocks", 1, "--test-samples", 1301), "found only 1300 of 1301"),
                     (("--n", 2, "--blocks", 1, "--test-samples", 1300, "--train-samples", 5), "found only 0 of 5"),
-                    (("--train-samples", -1), "wanted 0 or more"), (("--out", blocked), "File exists")):
+                    (("--train-samples", -1), "wanted 0 or more"), (("--kind", "some"), "--kind"), (("--seed", "x"), "--seed"), (("--out", blocked), "File exists")):
                 done = run("--out", os.path.join(folder, "x"), *arguments)
                 self.assertEqual(done.returncode, 1, (arguments, done.stdout, done.stderr))
                 self.assertIn(piece, done.stderr)
