@@ -12,7 +12,10 @@
 # On Debian and Ubuntu it installs what is missing of gcc, make, python3, python3-venv and libopenblas-dev (through sudo, if you are not root),
 # and numpy and matplotlib into data/.venv for the pictures. Nothing else outside of this folder is touched.
 set -euo pipefail
+caller=$PWD
 cd "$(dirname "$0")/.."
+# A file as the caller named it, seen from here.
+from_here() { case $1 in ''|/*) echo "$1" ;; *) if [ "$caller" = "$PWD" ]; then echo "$1"; else echo "$caller/$1"; fi ;; esac; }
 
 # The toy task: N = 4 letters a block, 8 blocks, the question asks for the first letter; 2 layers of 2 heads, dim 64.
 TOY_N=4 TOY_BLOCKS=8 TOY_KIND=first TOY_SEEDS="1 2 3" TOY_STEPS=600 TOY_BATCH=64
@@ -26,10 +29,10 @@ install=yes text="" out=runs/quickstart
 while [ $# -gt 0 ]; do
     case $1 in
         --no-install) install=no ;;
-        --text) text=${2:-}; shift ;;
-        --text=*) text=${1#*=} ;;
-        --out) out=${2:-}; shift ;;
-        --out=*) out=${1#*=} ;;
+        --text) text=$(from_here "${2:-}"); shift ;;
+        --text=*) text=$(from_here "${1#*=}") ;;
+        --out) out=$(from_here "${2:-}"); shift ;;
+        --out=*) out=$(from_here "${1#*=}") ;;
         --tiny) TOY_STEPS=10 TEXT_STEPS=4 ;;
         -h|--help) sed -n '2,/^set -/{/^set -/d;s/^# \{0,1\}//;p}' "$0"; exit 0 ;;
         *) echo "quickstart.sh: unknown option $1; --help lists all" >&2; exit 1 ;;

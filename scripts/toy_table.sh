@@ -12,6 +12,7 @@
 #   --jobs K       runs at a time; default: as many as there are cores for ./train_mta, one for another trainer
 # Ends with the table (scripts/toy_report.py DIR/n*_* prints it at any time).
 set -euo pipefail
+caller=$PWD
 cd "$(dirname "$0")/.."
 
 size=night out="" trainer=./train_mta jobs="" seeds="1 2 3" tasks="5 all,5 first,5 last,8 all,8 first,8 last" extra=()
@@ -36,12 +37,16 @@ case $size in
           model=(--model toy --hidden-size 16 --num-hidden-layers 1 --num-attention-heads 2 --num-key-value-heads 2 --intermediate-size 32) ;;
     *) fail "--size: got \"$size\", wanted paper, night or tiny" ;;
 esac
-out=${out:-runs/toy_table_$size}
+case $out in  # a folder as the caller named it, seen from here
+    '') out=runs/toy_table_$size ;;
+    /*) ;;
+    *) [ "$caller" = "$PWD" ] || out=$caller/$out ;;
+esac
 cores=$(nproc 2> /dev/null || echo 1)
 if [ -z "$jobs" ]; then if [ "$trainer" = ./train_mta ]; then jobs=$cores; else jobs=1; fi; fi
 case $jobs in ''|*[!0-9]*|0) fail "--jobs: got \"$jobs\", wanted a number of at least 1" ;; esac
 [ -x "$trainer" ] || fail "$trainer: no such program; build it with make $(basename "$trainer")"
-mkdir -p "$out/data" || fail "$out: cannot write there; choose a folder with --out"
+mkdir -p "$out/data" 2> /dev/null || fail "$out: cannot write there; choose a folder with --out"
 threads=$((cores > jobs ? cores / jobs : 1))
 export OMP_WAIT_POLICY=passive  # threads that wait sleep: other programs may need the cores
 

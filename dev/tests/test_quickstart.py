@@ -216,6 +216,15 @@ class Quickstart(unittest.TestCase):
             self.assertEqual((done.returncode, done.stderr.count("\n")), (1, 1), done.stderr)
             self.assertIn(piece, done.stderr)
         self.assertIn("--no-install", self.run_script("--help").stdout)
+        # Names are those of the folder from which the script is called.
+        with open(os.path.join(self.folder, "near.txt"), "w") as f:
+            f.write("x")
+        for words, piece in ((("quickstart.sh", "--text", "near.txt", "--out", "near.txt/x"), self.folder + "/near.txt/x: cannot write there"),
+                             (("quickstart.sh", "--text=none.txt"), "--text: " + self.folder + "/none.txt: no such file"),
+                             (("toy_table.sh", "--size", "tiny", "--trainer", "/bin/true", "--out", "near.txt/x"), self.folder + "/near.txt/x: cannot write there")):
+            done = subprocess.run([os.path.join(self.home, "scripts", words[0]), *words[1:]], cwd=self.folder, env=self.environment(), capture_output=True, text=True)
+            self.assertEqual((done.returncode, done.stderr.count("\n")), (1, 1), done.stderr)
+            self.assertIn(piece, done.stderr)
 
     def test_interrupted(self):
         """SIGTERM or SIGINT in the middle: both trainings save and end, status 75; so does the toy table."""
