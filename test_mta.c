@@ -170,7 +170,7 @@ static void copy_state(const Trainer* from, const void* a, const Trainer* to, vo
 }
 
 // ---------------------------------------------------------------------------------------------------------------------------------
-// Golden cases (dev/ref writes them; DESIGN: file formats)
+// Golden cases (dev/ref/make_golden.py writes them and says what is in one)
 
 typedef struct {
     Config config;

@@ -1,20 +1,15 @@
 // mta/config.h: what a model is: its configuration (config.json), the presets, the kinds of attention, and the list of its tensors.
 //
-// One Config describes every model of this project (DESIGN: LLaMA with Multi-Token Attention, or the DIFF Transformer); keys and tensor
+// One Config describes every model of this project (LLaMA with Multi-Token Attention, or the DIFF Transformer); keys and tensor
 // names are those of Hugging Face's LLaMA plus the MTA keys of dev/MODEL.md. The tensor list is walked by initialisation, checkpoints,
 // the optimizer and the tests, so that names, shapes and memory layout are said once.
 #ifndef MTA_CONFIG_H
 #define MTA_CONFIG_H
 
-#include <math.h>
-#include <stdbool.h>
-#include <stdint.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
-
-#include "json.h"
 #include "util.h"
+#include "json.h"
+
+#include <math.h>
 
 enum {
     MAX_LAYERS = 512,     // bounds that keep every product of sizes far inside 64 bits
@@ -156,7 +151,7 @@ static inline void config_from_preset(Config* c, const Preset* p) {
     for (int l = p->first_conv; l < p->L; l += p->conv_stride) { c->kq_conv_layer[l] = true; }
 }
 
-// Sets the fields that a kind of attention stands for (PAPER: two versions, two models; baselines). Convolution layers are kept if the
+// Sets the fields that a kind of attention stands for (the paper's two versions, the toy model; baselines). Convolution layers are kept if the
 // configuration names some, else every fourth from 2 (all, in a model of fewer than 3 layers). toy: the paper's toy model.
 static inline bool config_set_attention(Config* c, const char* kind, bool toy, Error* e) {
     int NH = c->num_attention_heads;

@@ -5,10 +5,6 @@
 #ifndef MTA_TRAINER_H
 #define MTA_TRAINER_H
 
-#include <stdbool.h>
-#include <stddef.h>
-#include <stdint.h>
-
 #include "config.h"
 
 typedef enum { STATE_WEIGHT, STATE_GRADIENT, STATE_M, STATE_V } StateKind;

@@ -126,6 +126,7 @@ else
     skip "build clang: no clang here" 3
 fi
 for header in $HEADERS; do
+    step "header $(basename "$header") C11" gcc -std=c11 -Wall -Wextra -Werror -fsyntax-only -x c -include "$header" /dev/null
     step "header $(basename "$header") C++17" g++ -std=c++17 -Wall -Wextra -Werror -fsyntax-only -x c++ -include "$header" /dev/null
 done
 
