@@ -22,19 +22,30 @@ export OMP_WAIT_POLICY=passive  # threads that wait sleep: many tests share few 
 
 skip() { skipped=$((skipped + ${2:-1})); reasons+=("$1"); echo "skip  $1"; }
 
-trap 'echo "interrupted"; exit 130' INT TERM  # runs when the step at work has ended
-STEP_SECONDS=600  # a step that hangs fails instead of holding up all others; the longest takes about 75 s on two cores
-# step NAME COMMAND...: runs it into build/log/NAME.log. A last line "N passed, N failed[, N skipped]" (or unittest's own report) gives the
-# counts; otherwise the exit status is one test.
-step() {
-    local name=$1 log line status counts began
-    shift
-    if [[ -n $only && $name != *"$only"* ]]; then return 0; fi
-    log=build/log/${name//[^A-Za-z0-9_.-]/_}.log
+trap 'echo "interrupted"; kill $(jobs -p) 2> /dev/null; exit 130' INT TERM  # runs when the step at work has ended
+STEP_SECONDS=600  # a step that hangs fails instead of holding up all others; the longest takes about 150 s on two cores
+
+log_of() { echo "build/log/${1//[^A-Za-z0-9_.-]/_}.log"; }
+chosen() { [[ -z $only || $1 == *"$only"* ]]; }
+
+# run NAME COMMAND...: into build/log/NAME.log; exit status and seconds into NAME.log.status.
+run() {
+    local log status began
+    log=$(log_of "$1")
     began=$(date +%s)
+    shift
     timeout -k 10 "$STEP_SECONDS" "$@" > "$log" 2>&1 < /dev/null
     status=$?
     if [ "$status" -eq 124 ] || [ "$status" -eq 137 ]; then echo "stopped after $STEP_SECONDS s" >> "$log"; fi
+    echo "$status $(($(date +%s) - began))" > "$log.status"
+}
+
+# report NAME: counts what was run. A last line "N passed, N failed[, N skipped]" (or unittest's own report) gives the counts; otherwise the
+# exit status is one test.
+report() {
+    local name=$1 log line status seconds counts
+    log=$(log_of "$name")
+    read -r status seconds < "$log.status"
     line=$(grep -E '^[0-9]+ passed, [0-9]+ failed' "$log" | tail -n 1)
     if [ -n "$line" ]; then
         read -r p f s < <(sed -E 's/^([0-9]+) passed, ([0-9]+) failed(, ([0-9]+) skipped)?.*/\1 \2 \4/' <<< "$line")
@@ -53,7 +64,7 @@ step() {
     if [ "$s" -gt 0 ]; then
         while IFS= read -r why; do reasons+=("$name: $why"); done < <(grep -iE 'skip' "$log" | grep -vE '^[0-9]+ passed|^OK|^FAILED' | sort -u | head -n 8)
     fi
-    printf '%-5s %-34s %4d passed %3d failed %3d skipped  %4ds\n' "$([ "$f" -eq 0 ] && echo ok || echo FAIL)" "$name" "$p" "$f" "$s" $(($(date +%s) - began))
+    printf '%-5s %-34s %4d passed %3d failed %3d skipped  %4ds\n' "$([ "$f" -eq 0 ] && echo ok || echo FAIL)" "$name" "$p" "$f" "$s" "$seconds"
     if [ "$f" -gt 0 ]; then
         failures+=("$name")
         echo "---- the end of $log"
@@ -61,6 +72,24 @@ step() {
         echo "----"
     fi
     return 0
+}
+
+step() { if chosen "$1"; then run "$@"; report "$1"; fi; }
+
+# For programs of one thread that send no signals: beside NAME COMMAND... starts one, as many at once as there are cores; `meet` waits for
+# all of them and reports them in their order.
+side=()
+beside() {
+    chosen "$1" || return 0
+    while [ "$(jobs -rp | wc -l)" -ge "$(nproc)" ]; do wait -n; done
+    side+=("$1")
+    run "$@" &
+}
+meet() {
+    local name
+    wait
+    for name in "${side[@]}"; do report "$name"; done
+    side=()
 }
 
 # ---- what the machine needs
@@ -147,18 +176,19 @@ step "fuzz" bash dev/fuzz/run.sh 20000
 # ---- the CUDA source: on the CPU, and through nvcc
 
 if [ -f train_mta.cu ]; then
-    step "build emulator" make -j2 build/test_emulator build/train_mta_cuda_cpu test_mta_cuda_cpu test_mta_cuda_cpu_bf16
-    step "emulator" build/test_emulator
-    step "test_mta_cuda_cpu" ./test_mta_cuda_cpu
-    step "build fused attention" make build/test_flash
-    step "fused attention" build/test_flash
-    step "fused attention order 7" env CUDA_CPU_ORDER=7 build/test_flash
-    step "build emulator sanitizers" make -j2 build/asan/test_mta_cuda_cpu_bf16 build/train_mta_cuda_cpu build/train_mta_cuda_cpu_fp32
+    step "build emulator" make -j2 build/test_emulator build/test_flash test_mta_cuda_cpu test_mta_cuda_cpu_bf16 build/train_mta_cuda_cpu \
+        build/train_mta_cuda_cpu_fp32 build/asan/test_mta_cuda_cpu_bf16
+    beside "emulator many heads order 7" env ASAN_OPTIONS=detect_leaks=0 CUDA_CPU_ORDER=7 build/asan/test_mta_cuda_cpu_bf16 --only "many heads"
+    beside "test_mta_cuda_cpu" ./test_mta_cuda_cpu
+    beside "test_mta_cuda_cpu_bf16" ./test_mta_cuda_cpu_bf16
     for order in 1 7; do  # other orders of the threads of a block: a race would show
-        step "emulator golden order $order" env ASAN_OPTIONS=detect_leaks=0 CUDA_CPU_ORDER=$order build/asan/test_mta_cuda_cpu_bf16 --only golden
-        step "emulator models order $order" env ASAN_OPTIONS=detect_leaks=0 CUDA_CPU_ORDER=$order build/asan/test_mta_cuda_cpu_bf16 --only "random models"
+        beside "emulator models order $order" env ASAN_OPTIONS=detect_leaks=0 CUDA_CPU_ORDER=$order build/asan/test_mta_cuda_cpu_bf16 --only "random models"
+        beside "emulator golden order $order" env ASAN_OPTIONS=detect_leaks=0 CUDA_CPU_ORDER=$order build/asan/test_mta_cuda_cpu_bf16 --only golden
     done
-    step "test_mta_cuda_cpu_bf16" ./test_mta_cuda_cpu_bf16
+    beside "fused attention" build/test_flash
+    beside "fused attention order 7" env CUDA_CPU_ORDER=7 build/test_flash
+    beside "emulator" build/test_emulator
+    meet
     if command -v nvcc > /dev/null; then
         step "nvcc sm_80, sm_90a, sm_100" make -B -j2 build/train_mta_cuda_sm_80 build/train_mta_cuda_sm_100 build/train_mta_cuda_sm_90a \
             NVCC="nvcc --Werror all-warnings -Xcompiler -Werror" SPILLS="-Xptxas --warn-on-spills,--warning-as-error"

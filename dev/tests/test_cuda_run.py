@@ -85,11 +85,11 @@ class CudaRuns(unittest.TestCase):
 
     def test_resume_bit_for_bit(self):
         for attention in ("mta", "diff"):
-            whole, _ = self.train(BF16, "whole" + attention, "--steps", "8", attention=attention)
-            self.train(BF16, "parts" + attention, "--steps", "4", "--schedule-steps", "8", attention=attention)
-            parts, _ = self.train(BF16, "parts" + attention, "--steps", "8", "--resume", attention=attention)
+            whole, _ = self.train(BF16, "whole" + attention, "--steps", "4", attention=attention)
+            self.train(BF16, "parts" + attention, "--steps", "2", "--schedule-steps", "4", attention=attention)
+            parts, _ = self.train(BF16, "parts" + attention, "--steps", "4", "--resume", attention=attention)
             self.assertEqual(self.figures(whole), self.figures(parts))
-            self.assertEqual(self.checkpoint("whole" + attention, 8), self.checkpoint("parts" + attention, 8))
+            self.assertEqual(self.checkpoint("whole" + attention, 4), self.checkpoint("parts" + attention, 4))
 
     def test_checkpoint_files(self):
         self.train(BF16, "run", "--steps", "2")
@@ -169,11 +169,11 @@ class CudaRuns(unittest.TestCase):
     def test_graphs_change_no_bit(self):
         """Captured passes replayed against launches one by one: evaluations in between, a smaller last micro-batch, recompute."""
         for attention, batch, mode in (("mta-full", "2", "none"), ("mta", "3", "block"), ("diff", "2", "block")):
-            runs = [self.train(BF16, attention + graphs, "--steps", "4", "--batch-size", batch, "--eval-every", "2", "--recompute", mode, "--cuda-graphs",
+            runs = [self.train(BF16, attention + graphs, "--steps", "3", "--batch-size", batch, "--eval-every", "2", "--recompute", mode, "--cuda-graphs",
                                graphs, attention=attention)[0] for graphs in ("on", "off")]
             self.assertEqual(self.figures(runs[0]), self.figures(runs[1]))
             self.assertEqual([e["loss"] for e in runs[0] if e["event"] == "val"], [e["loss"] for e in runs[1] if e["event"] == "val"])
-            self.assertEqual(self.checkpoint(attention + "on", 4), self.checkpoint(attention + "off", 4))
+            self.assertEqual(self.checkpoint(attention + "on", 3), self.checkpoint(attention + "off", 3))
 
     @unittest.skipUnless(EMULATED, "skip: a GPU cannot be told to fail")
     def test_a_failing_call_is_named(self):
@@ -224,12 +224,12 @@ class CudaRuns(unittest.TestCase):
             for words in (parameters, "128 sequences of 2048 = 262,144 tokens, %d at once" % batch, "400000 steps, 105G tokens"):
                 self.assertIn(words, plan.stdout)
         small = ["--hidden-size", "32", "--num-hidden-layers", "3", "--num-attention-heads", "4", "--num-key-value-heads", "4", "--intermediate-size", "48",
-                 "--vocab-size", "64", "--tokens-per-step", "128", "--batch-size", "2"]
+                 "--vocab-size", "64", "--tokens-per-step", "128", "--batch-size", "2", "--eval-windows", "2"]
         for steps in ("1", "2"):  # the same command continues
             run = script("train_880m.sh", shards, out, "mta", *small, "--seq-len", "32", "--steps", steps)
             self.assertEqual((run.returncode, run.stderr), (0, ""))
         run = script("finetune_4k.sh", os.path.join(out, "step-00000002"), shards, tuned, "--seq-len", "64", "--tokens-per-step", "128", "--batch-size", "1",
-                     "--steps", "2")
+                     "--steps", "2", "--eval-windows", "2")
         self.assertEqual((run.returncode, run.stderr), (0, ""))
         for folder, theta, decay, warmup in ((out, 100000, "0.05", "375"), (tuned, 500000, "0", "50")):
             with open(os.path.join(folder, "step-00000002", "config.json"), encoding="utf-8") as f:
