@@ -178,6 +178,14 @@ build/attention_cpu: dev/bench/attention.cu train_mta.cu $(HEADERS) $(EMULATOR_H
 	@mkdir -p build
 	$(CXX) $(CXXFLAGS) $(EMULATOR) -Wno-unused-function $< -o $@ $(LDLIBS)
 
+# Every other kernel of a step alone, against its roofline; the emulator's only shows that the bench runs.
+build/kernels_cuda: dev/bench/kernels.cu train_mta.cu $(HEADERS)
+	@mkdir -p build
+	$(NVCC) $(NVCCFLAGS) -diag-suppress 177 $< -o $@ -lcublas -lcublasLt
+build/kernels_cpu: dev/bench/kernels.cu train_mta.cu $(HEADERS) $(EMULATOR_HEADERS)
+	@mkdir -p build
+	$(CXX) $(CXXFLAGS) $(EMULATOR) -Wno-unused-function $< -o $@ $(LDLIBS)
+
 # The emulator's own tests, with planted faults; the address sanitizer is what sees the out-of-bounds ones.
 build/test_emulator: dev/cuda_cpu/test_emulator.cpp $(EMULATOR_HEADERS)
 	@mkdir -p build

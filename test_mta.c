@@ -2,7 +2,7 @@
 //   test_mta                         all tests of train_mta.c (test_mta_cuda: and of train_mta.cu)
 //   test_mta --golden FILE...        the named golden cases alone: a table per tensor; exit status 1 if any tensor is out of tolerance
 //   test_mta --write DIR [N]         N golden cases of this trainer's own results (default 5: one of every kind of attention; more: drawn at random)
-//   test_mta --only TEXT             the tests whose name contains TEXT
+//   test_mta --only TEXT             the tests whose name contains TEXT; test_mta_cuda --models N: so many random models instead of 60
 //   test_mta_cuda --compare DIR [--train GLOB] [--seq-len N] [--batch-size N]
 //                                    gradients of a checkpoint, CPU against GPU, on a batch (seeded random tokens without shards)
 //
@@ -21,6 +21,7 @@
 
 static int passed, failed, skipped;
 static const char* only = "";
+static int models = 60;  // random ones of the CUDA trainer's tests, --models
 
 static bool wanted(const char* name) { return strstr(name, only) != NULL; }
 
@@ -1160,8 +1161,8 @@ static void test_trainer(const Trainer* tr) {
     if (wanted("update")) { test_update(tr); }
     if (wanted("masked")) { test_masked(tr); }
 #ifdef MTA_TEST_CUDA
-    if (wanted("random models")) { test_random_models(tr, 60, false); }
-    if (wanted("many heads")) { test_random_models(tr, 10, true); }
+    if (wanted("random models")) { test_random_models(tr, models, false); }
+    if (wanted("many heads")) { test_random_models(tr, (models + 5) / 6, true); }
     for (int k = 0; k < N_KINDS; k++) {
         if (wanted("against the CPU")) { test_real_initialisation(tr, KINDS[k], 0); }
         if (wanted("ten steps")) { test_ten_steps(tr, KINDS[k]); }
@@ -1194,8 +1195,11 @@ int main(int argc, char** argv) {
         compare_checkpoint(tr, argc, argv);
 #endif
     } else {
-        if (argc == 3 && !strcmp(argv[1], "--only")) { only = argv[2]; }
-        else if (argc > 1) { die("got \"%s\", wanted nothing, --golden FILE..., --write DIR or --only TEXT", argv[1]); }
+        for (int i = 1; i < argc; i += 2) {
+            if (i + 1 < argc && !strcmp(argv[i], "--only")) { only = argv[i + 1]; }
+            else if (i + 1 < argc && !strcmp(argv[i], "--models") && atoi(argv[i + 1]) > 0) { models = atoi(argv[i + 1]); }
+            else { die("got \"%s\", wanted nothing, --golden FILE..., --write DIR, --only TEXT or --models N (random ones, default %d)", argv[i], models); }
+        }
 #ifndef MTA_TEST_CUDA  // test_mta runs these
         if (wanted("checkers")) { test_checkers(); }
         if (wanted("config")) { test_config(); }

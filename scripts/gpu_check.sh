@@ -124,15 +124,15 @@ speed_row() {
         *) fail "ours $2 T $3: $(tail -n 1 "$log")" ;;
     esac
 }
-# The attention of one layer alone, fused and chunked
-layer_rows() {
-    local log=build/log/gpu_layers.log line
-    [ -x build/attention_cuda ] || return 0
-    run 40 "$log" build/attention_cuda
+# bench_rows TITLE PROGRAM: the attention of one layer alone, fused and chunked; every other kernel and product alone
+bench_rows() {
+    local log=build/log/gpu_$1.log line
+    [ -x "$2" ] || return 0
+    run 40 "$log" "$2"
     case $? in
-        0) while IFS= read -r line; do row "layer   $line"; done < <(tail -n +2 "$log") ;;
-        125) row "skip    layers: no time left" ;;
-        *) fail "layers: $(tail -n 1 "$log")" ;;
+        0) while IFS= read -r line; do row "$(printf '%-7s' "$1") $line"; done < <(tail -n +2 "$log") ;;
+        125) row "skip    $1: no time left" ;;
+        *) fail "$1: $(tail -n 1 "$log")" ;;
     esac
 }
 ratio() {  # tokens/s of the row that begins with $1 over that of $2; $3: what it is
@@ -143,12 +143,13 @@ ratio() {  # tokens/s of the row that begins with $1 over that of $2; $3: what i
 }
 run_speed() {
     local kind T
-    build speed build/cuda_step build/attention_cuda
+    build speed build/cuda_step build/attention_cuda build/kernels_cuda
     [ -x build/cuda_step ] || return
     for kind in mta transformer mta-full; do speed_row 880m $kind 2048; done
-    layer_rows
+    bench_rows layer build/attention_cuda
     run_torch
     for kind in mta transformer mta-full; do speed_row 880m $kind 4096; done
+    bench_rows kernel build/kernels_cuda
     for kind in talking-heads diff; do for T in 2048 4096; do speed_row 880m $kind $T; done; done
     for T in 2048 4096; do ratio "ours    mta +T $T" "ours    transformer +T $T" "mta over transformer, T $T"; done
     for kind in transformer mta mta-full; do ratio "ours    $kind +T 2048" "torch   $kind +T 2048" "$kind over PyTorch, T 2048"; done

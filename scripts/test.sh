@@ -23,7 +23,7 @@ export OMP_WAIT_POLICY=passive  # threads that wait sleep: many tests share few 
 skip() { skipped=$((skipped + ${2:-1})); reasons+=("$1"); echo "skip  $1"; }
 
 trap 'echo "interrupted"; kill $(jobs -p) 2> /dev/null; exit 130' INT TERM  # runs when the step at work has ended
-STEP_SECONDS=600  # a step that hangs fails instead of holding up all others; the longest takes about 150 s on two cores
+STEP_SECONDS=1200  # a step that hangs fails instead of holding up all others; the longest takes about 150 s on two cores of their own
 
 log_of() { echo "build/log/${1//[^A-Za-z0-9_.-]/_}.log"; }
 chosen() { [[ -z $only || $1 == *"$only"* ]]; }
@@ -178,11 +178,11 @@ step "fuzz" bash dev/fuzz/run.sh 20000
 if [ -f train_mta.cu ]; then
     step "build emulator" make -j2 build/test_emulator build/test_flash test_mta_cuda_cpu test_mta_cuda_cpu_bf16 build/train_mta_cuda_cpu \
         build/train_mta_cuda_cpu_fp32 build/asan/test_mta_cuda_cpu_bf16
-    beside "emulator many heads order 7" env ASAN_OPTIONS=detect_leaks=0 CUDA_CPU_ORDER=7 build/asan/test_mta_cuda_cpu_bf16 --only "many heads"
+    beside "emulator many heads order 7" env ASAN_OPTIONS=detect_leaks=0 CUDA_CPU_ORDER=7 build/asan/test_mta_cuda_cpu_bf16 --only "many heads" --models 18
     beside "test_mta_cuda_cpu" ./test_mta_cuda_cpu
     beside "test_mta_cuda_cpu_bf16" ./test_mta_cuda_cpu_bf16
     for order in 1 7; do  # other orders of the threads of a block: a race would show
-        beside "emulator models order $order" env ASAN_OPTIONS=detect_leaks=0 CUDA_CPU_ORDER=$order build/asan/test_mta_cuda_cpu_bf16 --only "random models"
+        beside "emulator models order $order" env ASAN_OPTIONS=detect_leaks=0 CUDA_CPU_ORDER=$order build/asan/test_mta_cuda_cpu_bf16 --only "random models" --models 30
         beside "emulator golden order $order" env ASAN_OPTIONS=detect_leaks=0 CUDA_CPU_ORDER=$order build/asan/test_mta_cuda_cpu_bf16 --only golden
     done
     beside "fused attention" build/test_flash
