@@ -178,7 +178,7 @@ step "fuzz" bash dev/fuzz/run.sh 20000
 if [ -f train_mta.cu ]; then
     step "build emulator" make -j2 build/test_emulator build/test_flash test_mta_cuda_cpu test_mta_cuda_cpu_bf16 build/train_mta_cuda_cpu \
         build/train_mta_cuda_cpu_fp32 build/asan/test_mta_cuda_cpu_bf16
-    beside "emulator many heads order 7" env ASAN_OPTIONS=detect_leaks=0 CUDA_CPU_ORDER=7 build/asan/test_mta_cuda_cpu_bf16 --only "many heads" --models 18
+    beside "emulator many heads order 7" env ASAN_OPTIONS=detect_leaks=0 CUDA_CPU_ORDER=7 build/asan/test_mta_cuda_cpu_bf16 --only "many heads" --models 12
     beside "test_mta_cuda_cpu" ./test_mta_cuda_cpu
     beside "test_mta_cuda_cpu_bf16" ./test_mta_cuda_cpu_bf16
     for order in 1 7; do  # other orders of the threads of a block: a race would show
