@@ -328,6 +328,14 @@ static inline bool config_from_json(Config* c, const Json* j, Error* e) {
     if (bias) { return fail(e, "attention_bias: biases are not supported"); }
     if (!config_json_bool(j, "mlp_bias", &bias, e)) { return false; }
     if (bias) { return fail(e, "mlp_bias: biases are not supported"); }
+    double rotary = 1, window = 0;
+    bool windowed = true;
+    if (!config_json_number(j, "partial_rotary_factor", &rotary, e) || !config_json_number(j, "sliding_window", &window, e) ||
+        !config_json_bool(j, "use_sliding_window", &windowed, e)) { return false; }
+    if (rotary != 1) { return fail(e, "partial_rotary_factor: got %g, wanted 1: RoPE turns whole heads", rotary); }
+    if (windowed && window > 0 && window < c->max_position_embeddings) {
+        return fail(e, "sliding_window: got %g, wanted none below the context of %d: attention sees all positions", window, c->max_position_embeddings);
+    }
     if (!c->num_key_value_heads) { c->num_key_value_heads = c->num_attention_heads; }
     if (head_dim && (c->hidden_size % c->num_attention_heads || head_dim != config_head_size(c))) {
         return fail(e, "head_dim: got %d, wanted hidden_size / num_attention_heads = %d / %d", head_dim, c->hidden_size, c->num_attention_heads);

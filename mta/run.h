@@ -271,7 +271,7 @@ static inline void run_open_tokenizer(Run* r, const char* config, int shard_voca
         if (shard_vocabulary == 259) { snprintf(path, sizeof path, "bytes"); }
         if (shard_vocabulary == 32) { snprintf(path, sizeof path, "toy"); }
     }
-    if (!path[0]) { return; }
+    if (!path[0] && !o->tokenizer) { return; }
     r->tokenizer = tokenizer_open(path, o->tokenizer ? o->pattern : NULL, &e);
     if (!r->tokenizer || (tokenizer_file(r->tokenizer) && !read_file(path, UINT32_MAX, &r->ranks.text, &r->ranks.n, &e))) { die("--tokenizer: %s", e.text); }
     snprintf(r->config.tokenizer, sizeof r->config.tokenizer, "%s", tokenizer_file_name(r->tokenizer));

@@ -149,7 +149,7 @@ if command -v clang > /dev/null; then
     clang_openmp="-fopenmp"
     echo 'int main(void){return 0;}' | clang -fopenmp -x c - -o /dev/null 2> /dev/null || clang_openmp="-Wno-unknown-pragmas"
     for program in train_mta infer_mta test_mta; do
-        step "build clang $program" clang -std=gnu11 -O1 -march=native -Wall -Wextra -Werror -Wno-pass-failed $clang_openmp -c $program.c -o build/clang_$program.o
+        step "build clang $program" clang -std=gnu11 -O1 -march=native -Wall -Wextra -Werror $clang_openmp -c $program.c -o build/clang_$program.o
     done
 else
     skip "build clang: no clang here" 3

@@ -658,6 +658,11 @@ class Refusals(unittest.TestCase):
         self.refuse([d] + ids, "dtype I32")
         Case.write(d, self.case.weights, dict(self.case.config, rope_scaling={"rope_type": "yarn", "factor": 4.0}))
         self.refuse([d] + ids, "yarn")
+        for key, value in (("sliding_window", 32), ("partial_rotary_factor", 0.5), ("attention_bias", True), ("hidden_act", "gelu")):
+            Case.write(d, self.case.weights, dict(self.case.config, **{key: value}))
+            self.refuse([d] + ids, key)
+        Case.write(d, self.case.weights, dict(self.case.config, sliding_window=32, use_sliding_window=False))
+        run([d, "--max-tokens", "1"] + ids)
         with open(os.path.join(d, "config.json"), "w") as f:
             f.write("{")
         self.refuse([d] + ids, "config.json")

@@ -543,6 +543,7 @@ class Refused(Trainer):
         self.refused(["--val", "called a", "NAME="], {"--val": ",".join([self.path("a_val_*.bin")] * 2)})
         self.refused(["--val", "NAME"], {"--val": "=" + self.path("a_val_*.bin")})
         self.refused(["--sample-prompt", "byte 0x48"], {"--tokenizer": "toy", "--sample-prompt": "Hello", "--sample-every": 3})
+        self.refused(["--tokenizer"], {"--tokenizer": ""})
         self.refused(["--batch-size", "2147483647"], {"--batch-size": 1 << 20, "--tokens-per-step": 1 << 33, "--seq-len": 1 << 20})
 
     def test_models(self):
