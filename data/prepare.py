@@ -25,6 +25,7 @@ import json
 import os
 import re
 import signal
+import stat
 import struct
 import sys
 import threading
@@ -313,6 +314,8 @@ def make_plan(files, job):
     for path in files:
         try:
             info = os.stat(path)
+            if not stat.S_ISREG(info.st_mode):
+                raise UserError("%s: not a regular file; what is read again after an interruption must be one" % path)
             with open(path, "rb"):
                 pass
         except OSError as e:

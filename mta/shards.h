@@ -289,11 +289,11 @@ static inline bool source_count_documents(LoaderSource* s, Error* e) {
             memcpy(dir, s->shards[i].path, n);
             dir[n] = 0;
             path_join(path, sizeof(path), dir, "manifest.json");
-            if (!read_file(path, (size_t)1 << 30, &text, &length, e)) {
-                fail(e, "%s: unreadable", path);
+            Error why;
+            why.text[0] = 0;
+            if (!read_file(path, (size_t)1 << 30, &text, &length, &why)) {
+                fail(e, "%.300s, which --mix document needs; use --mix token", why.text);
             } else {
-                Error why;
-                why.text[0] = 0;
                 manifest = json_parse(text, length, &why);
                 if (manifest == NULL) { fail(e, "%s: %s", path, why.text); }
             }

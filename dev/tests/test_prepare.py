@@ -502,6 +502,8 @@ class Bad(Case):
             out = self.path("o " + shards)
             run("text", self.write(name + ".txt", "hello\n" * 99), "--out", out)
             self.assertTrue(os.path.exists(os.path.join(out, shards + "_train_000000.bin")), os.listdir(out))
+        os.mkfifo(self.path("pipe"))
+        self.assertIn("not a regular file", run("text", self.path("pipe"), "--out", self.path("o"), status=1))
         self.assertIn("no such file", run("text", self.path("none"), "--out", self.path("o"), status=1))
         self.assertIn("t.txt", run("text", text, "--out", text, status=1))
 

@@ -306,7 +306,7 @@ static void test_documents(void) {
     spit(at("manifest.json"), "{", 1);
     check(!open_documents(at("m0.bin"), &l, &e) && strstr(e.text, "manifest.json"), "broken JSON", e.text);
     unlink(at("manifest.json"));
-    check(!open_documents(at("m0.bin"), &l, &e) && strstr(e.text, "manifest.json"), "no manifest", e.text);
+    check(!open_documents(at("m0.bin"), &l, &e) && strstr(e.text, "manifest.json") && strstr(e.text, "--mix token"), "no manifest", e.text);
 }
 
 // Reads state into a loader opened with other arguments; true if it is refused with a message that holds the piece.
