@@ -352,7 +352,7 @@ static inline void run_check_step(Run* r) {
     int64_t T = o->seq_len;
     if (!o->tokens_per_step) { o->tokens_per_step = T * o->batch_size; }
     if (o->tokens_per_step % T || o->tokens_per_step / T > (1 << 24)) {
-        die("--tokens-per-step: got %lld, wanted a multiple of --seq-len %lld", (long long)o->tokens_per_step, (long long)T);
+        die("--tokens-per-step: got %lld, wanted a multiple of --seq-len %lld, at most %d sequences", (long long)o->tokens_per_step, (long long)T, 1 << 24);
     }
     r->windows = (int)(o->tokens_per_step / T);
     if (o->batch_size > r->windows) { o->batch_size = r->windows; }
