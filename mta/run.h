@@ -528,6 +528,7 @@ static inline void run_read_state(Run* r) {
     if (!j) { die("%s: %s", path, e.text); }
     if (!json_integer(json_get(j, "step"), 0, INT64_MAX, &r->step) || !json_integer(json_get(j, "tokens_seen"), 0, INT64_MAX, &r->tokens_seen) ||
         !json_integer(json_get(j, "skipped"), 0, INT64_MAX, &r->skipped)) { die("%s: step, tokens_seen or skipped is missing", path); }
+    if (r->step != r->saved_step) { die("%s: step %lld, wanted %lld as the directory's name says", path, (long long)r->step, (long long)r->saved_step); }
     if (!loader_state_read(&r->train, json_get(j, "loader"), &e)) { die("%s", e.text); }
     json_free(j);
     free(text);

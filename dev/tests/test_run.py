@@ -412,6 +412,21 @@ class Resume(Trainer):
             self.assert_refused(done, *pieces)
             self.assertTrue(tree(out) == before, f"{changes} {flags} changed the run's files")
 
+    def test_bad_state(self):
+        """A trainer.json that lacks something or is of another step, under a manifest that holds."""
+        out = self.out()
+        self.run_ok(out, {"--steps": 2})
+        path = os.path.join(checkpoints(out)[0], "trainer.json")
+        with open(path) as f:
+            state = json.load(f)
+        for text, piece in (("{", "JSON"), ("{}", "step"), (json.dumps(dict(state, step=1)), "step 1, wanted 2"), (json.dumps(dict(state, tokens_seen=-1)), "tokens_seen"),
+                            (json.dumps(dict(state, loader={})), "loader")):
+            with open(path, "w") as f:
+                f.write(text)
+            mend_manifest(checkpoints(out)[0])
+            self.assert_refused(self.execute(self.arguments(out, {"--steps": 4}, ["--resume"])), piece)
+            self.assertEqual(len(checkpoints(out)), 1)
+
     def test_bad_checkpoints(self):
         """Tensors that do not fit the model, under a manifest that holds."""
         out = self.out()
@@ -594,7 +609,8 @@ class Refused(Trainer):
         self.refused(["bad.mask", "199"], {"--train": bad})
         write_shard(bad, tokens)
         self.refused(["200 tokens", "301"], {"--train": bad, "--seq-len": 300})
-        self.refused(["weight"], {"--train": bad + "=-1"})
+        for weight in ("-1", "0", "nan", "0x10", "1e", ""):
+            self.refused(["weight"], {"--train": bad + "=" + weight})
         self.refused(["/no/val.bin"], {"--val": "/no/val.bin"})
 
     def test_output(self):
