@@ -140,7 +140,8 @@ static inline bool opt_store(Opt* o, const char* text) {
     }
 }
 
-// Prints the default of an option into out; empty if there is none worth printing.
+// Prints the default of an option into out; empty if there is none worth printing. A number that could not be given stands for "not given":
+// the option's own line then says what happens.
 static inline void opt_default(const Opt* o, char* out, size_t n) {
     out[0] = 0;
     if (o->value == NULL) { return; }
@@ -148,9 +149,15 @@ static inline void opt_default(const Opt* o, char* out, size_t n) {
         case OPT_SWITCH:
             if (*(int*)o->value >= 0) { snprintf(out, n, "%s", *(int*)o->value ? "on" : "off"); }
             break;
-        case OPT_INT: snprintf(out, n, "%d", *(int*)o->value); break;
-        case OPT_LONG: snprintf(out, n, "%lld", (long long)*(int64_t*)o->value); break;
-        case OPT_FLOAT: snprintf(out, n, "%.10g", *(double*)o->value); break;
+        case OPT_INT:
+            if (opt_in_range(o, *(int*)o->value)) { snprintf(out, n, "%d", *(int*)o->value); }
+            break;
+        case OPT_LONG:
+            if (opt_in_range(o, (double)*(int64_t*)o->value)) { snprintf(out, n, "%lld", (long long)*(int64_t*)o->value); }
+            break;
+        case OPT_FLOAT:
+            if (opt_in_range(o, *(double*)o->value)) { snprintf(out, n, "%.10g", *(double*)o->value); }
+            break;
         case OPT_STRING:
         case OPT_CHOICE:
             if (*(const char**)o->value != NULL) { snprintf(out, n, "%s", *(const char**)o->value); }

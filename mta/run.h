@@ -45,6 +45,7 @@ static inline TrainOptions options_default(void) {
     TrainOptions o;
     memset(&o, 0, sizeof o);
     o.tie_word_embeddings = o.kq_conv_pre_softmax = o.kq_conv_post_softmax = o.head_mix_pre_softmax = o.head_mix_post_softmax = o.head_gate = -1;
+    o.lr = o.eval_every = -1;  // not given; 0 is a rate too
     o.mix = "token"; o.schedule = "linear"; o.recompute = "none";
     o.batch_size = 4; o.cuda_graphs = 1; o.steps = 1000; o.warmup = 50; o.seed = 1;
     o.beta1 = 0.9; o.beta2 = 0.98; o.eps = 1e-8; o.weight_decay = 0.05; o.grad_clip = 1;
@@ -116,7 +117,7 @@ static inline void train_options_table(Opt* table, TrainOptions* o) {
     HEADING("Run")
     ROW("--out", OPT_STRING, &o->out, "DIR", "run directory: log.jsonl and checkpoints", 0, 0)
     ROW("--resume", OPT_FLAG, &o->resume, NULL, "continue from the newest good checkpoint in --out", 0, 0)
-    ROW("--eval-every", OPT_LONG, &o->eval_every, NULL, "steps between evaluations (default: a tenth of the run)", 0, any)
+    ROW("--eval-every", OPT_LONG, &o->eval_every, NULL, "steps between evaluations, 0 = only the last (default: a tenth of the run)", 0, any)
     ROW("--eval-windows", OPT_LONG, &o->eval_windows, NULL, "sequences of a set per evaluation, spread over it; 0 = all", 0, any)
     ROW("--save-every", OPT_LONG, &o->save_every, NULL, "steps between checkpoints, 0 = only the last", 0, any)
     ROW("--keep", OPT_LONG, &o->keep, NULL, "checkpoints kept, 0 = all", 0, 1e9)
@@ -380,7 +381,7 @@ static inline void run_parse(Run* r, int argc, char** argv) {
     const char* extra[1] = {""};
     if (options_parse(table, usage, argc, argv, extra, 1)) { die("unexpected \"%s\"; every option starts with --, see --help", extra[0]); }
     TrainOptions* o = &r->options;
-    if (!option_given(table, "--lr")) { o->lr = -1; }  // 0 is a rate too
+    if (o->pattern && !o->tokenizer) { die("--pattern: wanted --tokenizer FILE beside it, whose text it splits"); }
     if (!o->dry_run) {
         if (!o->train) { die("--train is missing: wanted token shards, made by data/prepare.py; see --help"); }
         if (!o->out) { die("--out is missing: wanted a directory for the log and checkpoints; see --help"); }
@@ -610,7 +611,7 @@ static inline void run_log_step(Run* r, const StepStats* s) {
 static inline bool run_due(const Run* r, int64_t every) { return every > 0 && r->step % every == 0; }
 static inline int64_t run_eval_every(const Run* r) {
     int64_t tenth = r->steps / 10;
-    return r->options.eval_every ? r->options.eval_every : tenth > 0 ? tenth : 1;
+    return r->options.eval_every >= 0 ? r->options.eval_every : tenth > 0 ? tenth : 1;
 }
 
 // ---- reports

@@ -183,6 +183,7 @@ class Runs(Trainer):
         self.assertEqual(names, ["step-00000040", "step-00000060"])
         steps, val = log_events(out, "step"), log_events(out, "val")
         self.assertEqual([e["step"] for e in steps], list(range(1, 61)))
+        self.assertEqual([e["step"] for e in val], [20, 40, 60])
         self.assertTrue(all(math.isfinite(e[k]) for e in steps for k in ("loss", "grad_norm", "lr")))
         self.assertLess(val[-1]["loss"], val[0]["loss"] - 0.3)
         self.assertEqual(val[-1]["step"], 60)
@@ -204,6 +205,11 @@ class Runs(Trainer):
         moments, _ = read_safetensors(os.path.join(last, "optimizer.safetensors"))
         self.assertEqual(set(moments), {p + n for n in tensors for p in ("m.", "v.")})
         self.assertFalse([n for n in os.listdir(out) if "partial" in n])
+
+    def test_evaluation_only_at_the_end(self):
+        out = self.out()
+        self.run_ok(out, {"--eval-every": 0})
+        self.assertEqual([e["step"] for e in log_events(out, "val")], [6])
 
     def test_masked_set_reports_error(self):
         tokens = [5, 6, 7, 8] * 32 + [0]
@@ -270,6 +276,11 @@ class Runs(Trainer):
         self.assertEqual(done.returncode, 0)
         for name in ("--model", "--attention", "--train", "--val", "--out", "--resume", "--init-from", "--dry-run", "--kq-conv-layers"):
             self.assertIn(name + " " if name not in ("--resume", "--dry-run") else name, done.stdout)
+        for line in done.stdout.splitlines():  # a default is said once, and is one that could be given
+            self.assertLess(line.count("(default"), 2, line)
+            self.assertNotIn("(default: -1)", line)
+            if line.startswith(("  --hidden", "  --rope", "  --seq-len", "  --lr ")):
+                self.assertNotIn("(default: 0)", line)
 
 
 class Resume(Trainer):
@@ -559,6 +570,7 @@ class Refused(Trainer):
         self.refused(["--val", "NAME"], {"--val": "=" + self.path("a_val_*.bin")})
         self.refused(["--sample-prompt", "byte 0x48"], {"--tokenizer": "toy", "--sample-prompt": "Hello", "--sample-every": 3})
         self.refused(["--tokenizer"], {"--tokenizer": ""})
+        self.refused(["--pattern", "--tokenizer"], {"--pattern": "gpt2"})
         self.refused(["--batch-size", "2147483647"], {"--batch-size": 1 << 20, "--tokens-per-step": 1 << 33, "--seq-len": 1 << 20})
 
     def test_models(self):
