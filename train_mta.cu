@@ -177,6 +177,22 @@ static __device__ inline float block_reduce(float x, bool maximum) {
     return maximum ? warp_max(x) : warp_sum(x);
 }
 
+// ---- exponentials. Where results are stored in 2 bytes the hardware's own 2^x (relative error 2^-22, zero below 2^-126) has more than twice their digits, and is
+// one instruction where exp2f, which keeps subnormal numbers, is four and expf eight. The fp32 build keeps to the library's.
+
+#define LOG2E 1.4426950408889634f
+static __device__ inline float exponential2(float x) {
+#if defined(CUDA_CPU)
+    return exp2f(x);
+#else
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+#endif
+}
+static __device__ inline float exponential(float x) { return EXACT ? expf(x) : exponential2(LOG2E * x); }
+static __device__ inline float sigmoid(float x) { return EXACT ? 1.0f / (1.0f + expf(-x)) : __fdividef(1.0f, 1.0f + exponential(-x)); }
+
 // ---- tensor cores: a warp multiplies tiles of 16-bit elements; ldmatrix feeds it from shared memory, copy_async feeds that (PTX manual: mma.m16n8k16,
 // movmatrix.m8n8, ldmatrix.m8n8.x4, cp.async). dev/cuda_cpu/tensor_cores.h has the same functions for the CPU.
 
@@ -215,6 +231,16 @@ static __device__ inline void copy_commit(void) { asm volatile("cp.async.commit_
 template <int LEAVE>
 static __device__ inline void copy_wait(void) { asm volatile("cp.async.wait_group %0;" :: "n"(LEAVE)); }
 #endif
+
+// If valid, adds to two neighbours in global memory, 8-byte aligned, without waiting for what is there. The order of such sums is fixed only where one thread alone adds to an
+// address: its own come in the order of its program.
+static __device__ inline void add_pair(float* to, float x, float y, bool valid) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    asm volatile("{ .reg .pred p; setp.ne.b32 p, %3, 0; @p red.relaxed.gpu.global.add.v2.f32 [%0], {%1,%2}; }" :: "l"(to), "f"(x), "f"(y), "r"((int)valid) : "memory");
+#else
+    if (valid) { atomicAdd(to, x), atomicAdd(to + 1, y); }
+#endif
+}
 
 // Two numbers as the pair that a tensor core's register holds
 static __device__ inline unsigned pack_half(float x, float y) {
@@ -1046,8 +1072,6 @@ static void head_mix_backward_weight(double* dweight, const TileX* dout, const T
 // ---- softmax over keys <= query, fp32; of each row the maximum and 1 / sum are kept for the backward pass
 // (a log-sum-exp in their place would cost the probabilities half their digits where it is large)
 
-// Where probabilities are stored in 2 bytes, the hardware's own exponential has twice their digits.
-static __device__ inline float exponential(float x) { return EXACT ? expf(x) : __expf(x); }
 // A row's maximum and the sum of exp(x - maximum), of the values seen so far; more of them join
 typedef struct { float max, sum; } RowStats;
 static __device__ inline void stats_join(RowStats* s, RowStats more) {
@@ -1581,7 +1605,6 @@ static void attention_chunk_backward(float* dq, const AttentionSums* sums, const
 enum { FLASH_HEAD = 128, FLASH_TAPS = 6, FLASH_REACH = 8 };  // largest head size; of a convolution: queries, keys to either side
 #if !defined(PRECISION_FP32)
 enum { FLASH_WARPS = 8, FLASH_THREADS = FLASH_WARPS * WARP_SIZE, FLASH_KEYS = 64 };  // of a block; keys of a tile
-#define LOG2E 1.4426950408889634f
 
 typedef struct {
     const floatX *q, *k, *v;       // (S,NH,T,HS), q and k rotated
@@ -1742,7 +1765,8 @@ UNROLL
             *reinterpret_cast<unsigned*>(scores + t / 8 * F::RING_PITCH + F::RING - 16 + t % 8 * 2) = 0;
         }
     }
-    float out[CH * WIDTH / 8][4] = {}, top[2] = {-INFINITY, -INFINITY}, sum[2] = {0, 0};  // top in units of log 2
+    const float unit = CQ ? LOG2E : LOG2E * f.scale;  // from the products below to logarithms of 2: the convolution's input is scaled already
+    float out[CH * WIDTH / 8][4] = {}, top[2] = {-INFINITY, -INFINITY}, sum[2] = {0, 0};
     for (int step = 0; step < steps; step++) {
         const int j0 = step * FLASH_KEYS - F::LAG;  // first key of the logits
         const floatX *k_tile = k_rows + step % 2 * F::K, *v_tile = v_rows + step % 2 * F::V, *q_tile = q_rows + (F::HALO + 16 * warp) * F::PITCH;
@@ -1766,27 +1790,25 @@ UNROLL
         } else {
             rows_product<WIDTH, 1, F::GROUPS, F::PITCH>(&c, q_tile, k_tile);
         }
-        const bool edge = j0 < 0 || j0 + FLASH_KEYS - 1 > row0;
-        const float unit = CQ ? LOG2E : LOG2E * f.scale;
+        if (j0 < 0 || j0 + FLASH_KEYS - 1 > row0) {  // the tile reaches over the diagonal or, lagging, before key 0
+UNROLL
+            for (int x = 0; x < 4 * F::GROUPS; x++) {
+                int e = x % 4, key = j0 + x / 4 * 8 + lane % 4 * 2 + e % 2;
+                if (key < 0 || key > row + e / 2 * 8) { c[x / 4][e] = -INFINITY; }
+            }
+        }
 UNROLL
         for (int r = 0; r < 2; r++) {
             float high = -INFINITY;
 UNROLL
-            for (int g = 0; g < F::GROUPS; g++) {
-UNROLL
-                for (int e = 2 * r; e < 2 * r + 2; e++) {
-                    int key = j0 + 8 * g + lane % 4 * 2 + e % 2;
-                    c[g][e] = edge && (key < 0 || key > row + 8 * r) ? -INFINITY : c[g][e] * unit;
-                    high = fmaxf(high, c[g][e]);
-                }
-            }
+            for (int g = 0; g < F::GROUPS; g++) { high = fmaxf(high, fmaxf(c[g][2 * r], c[g][2 * r + 1])); }
             high = fmaxf(top[r], quad_max(high));
-            float base = high == -INFINITY ? 0.0f : high, factor = exp2f(top[r] - base), partial = 0;
+            float base = high == -INFINITY ? 0.0f : high * unit, factor = exponential2(top[r] * unit - base), partial = 0;
             top[r] = high;
 UNROLL
             for (int g = 0; g < F::GROUPS; g++) {
 UNROLL
-                for (int e = 2 * r; e < 2 * r + 2; e++) { partial += c[g][e] = exp2f(c[g][e] - base); }
+                for (int e = 2 * r; e < 2 * r + 2; e++) { partial += c[g][e] = exponential2(c[g][e] * unit - base); }
             }
             sum[r] = sum[r] * factor + partial;
 UNROLL
@@ -1809,7 +1831,7 @@ UNROLL
         int i = row + 8 * r;
         float inverse = 1.0f / quad_sum(sum[r]);
         if (i >= T) { continue; }
-        if (lane % 4 == 0) { stats[2 * ((size_t)head * T + i)] = top[r] / LOG2E, stats[2 * ((size_t)head * T + i) + 1] = inverse; }
+        if (lane % 4 == 0) { stats[2 * ((size_t)head * T + i)] = CQ ? top[r] : top[r] * f.scale, stats[2 * ((size_t)head * T + i) + 1] = inverse; }
 UNROLL
         for (int g = 0; g < CH * WIDTH / 8; g++) {
             int o = g / (WIDTH / 8), c = g % (WIDTH / 8) * 8 + lane % 4 * 2;
@@ -1885,7 +1907,7 @@ UNROLL
 // stream past, the last first: a row of dS needs the rows of dL below it. One block of the grid alone adds to its dq, so the order of the sum is fixed.
 // A tile of queries: (1) scores S; (2) P, dP = dZ Vcat^T, dL = P (dP - D); (3) dV += P^T dZ, dS = the transposed convolution of dL, dtheta; (4) dK += dS^T Q,
 // dq += dS K. With a convolution S takes 16 keys more on both sides of the block and 16 rows above the tile, dL 8 keys more and 8 rows below, carried from the
-// tile before. Warps are 4 (queries, or keys for dK and dV) by 2 (columns).
+// tile before. To an element of dq the same thread adds at every block of keys. Warps are 4 (queries, or keys for dK and dV) by 2 (columns).
 template <int WIDTH, int CH, int CQ>
 struct FlashBackward {
     enum { ROWS = CQ || WIDTH > 96 ? 64 : 128, M = ROWS / 64 /* products of 16 rows a warp has side by side */, PITCH = WIDTH + 8, KEYS_PITCH = FLASH_KEYS + 8 };
@@ -1973,7 +1995,13 @@ UNROLL
                 copy_wait<1>();
                 __syncthreads();  // the scores of all rows are there, and dZ
             }
-            float p[F::M][F::GROUPS][4] = {}, d[F::M][F::GROUPS][4] = {};  // (2)
+            float p[F::M][F::GROUPS][4] = {}, d[F::M][F::GROUPS][4] = {}, lse[2 * F::M], dot[2 * F::M];  // (2)
+UNROLL
+            for (int x = 0; x < 2 * F::M; x++) {  // of this lane's rows, asked for before the products that hide the wait
+                int query = i0 + 16 * (F::M * wr + x / 2) + lane / 4 + x % 2 * 8, i = head * T + min_int(query, T - 1);
+                Pack<float, 2> s = load<2>(stats + 2 * (size_t)i);  // maximum, 1 / sum
+                lse[x] = s.v[0] * LOG2E - log2f(s.v[1]), dot[x] = dots[i];
+            }
 UNROLL
             for (int o = 0; o < CH; o++) {
                 rows_product<WIDTH, F::M, F::GROUPS, F::PITCH>(d, dz_rows + o * F::DZ + 16 * F::M * wr * F::PITCH,
@@ -1984,19 +2012,27 @@ UNROLL
             } else {
                 rows_product<WIDTH, F::M, F::GROUPS, F::PITCH>(p, q_tile + 16 * F::M * wr * F::PITCH, k_rows + 8 * F::GROUPS * wc * F::PITCH);
             }
+            const int left = j0 - F::SIDE + 8 * F::GROUPS * wc, upper = i0 + 16 * F::M * wr;  // first key and first query of the warp
+            if (left < 0 || left + 8 * F::GROUPS > upper || upper + 16 * F::M > T) {  // over the diagonal, before key 0 or below the last query
 UNROLL
-            for (int x = 0; x < 2 * F::M; x++) {  // this lane's rows
-                const int m = x / 2, e = x % 2 * 2, r = 16 * (F::M * wr + m) + lane / 4 + 4 * e, query = i0 + r, i = head * T + min_int(query, T - 1);
-                const float unit = CQ ? LOG2E : LOG2E * f.scale, lse = stats[2 * (size_t)i] * LOG2E - log2f(stats[2 * (size_t)i + 1]), dot = dots[i];
+                for (int x = 0; x < 4 * F::M * F::GROUPS; x++) {
+                    int m = x / 4 / F::GROUPS, g = x / 4 % F::GROUPS, e = x % 4, query = upper + 16 * m + lane / 4 + e / 2 * 8, key = left + 8 * g + lane % 4 * 2 + e % 2;
+                    if (key < 0 || key > query || query >= T) { p[m][g][e] = -INFINITY; }
+                    if (query == 0) { d[m][g][e] = dot[2 * m + e / 2]; }  // it has one key: its P is constant
+                }
+            }
+UNROLL
+            for (int x = 0; x < 2 * F::M; x++) {
+                const int m = x / 2, e = x % 2 * 2, r = 16 * (F::M * wr + m) + lane / 4 + 4 * e;
+                const float unit = CQ ? LOG2E : LOG2E * f.scale;
 UNROLL
                 for (int g = 0; g < F::GROUPS; g++) {
-                    int column = 8 * (F::GROUPS * wc + g) + lane % 4 * 2, key = j0 - F::SIDE + column;
+                    int column = 8 * (F::GROUPS * wc + g) + lane % 4 * 2;
                     float own_p[2], own_d[2];
 UNROLL
                     for (int y = 0; y < 2; y++) {
-                        bool valid = key + y <= query && key + y >= 0 && query < T;
-                        own_p[y] = valid ? exp2f(p[m][g][e + y] * unit - lse) : 0.0f;
-                        own_d[y] = valid && query > 0 ? own_p[y] * (d[m][g][e + y] - dot) * gain : 0.0f;  // query 0 has one key: its P is constant
+                        own_p[y] = exponential2(p[m][g][e + y] * unit - lse[x]);
+                        own_d[y] = own_p[y] * (d[m][g][e + y] - dot[x]) * gain;
                     }
                     int own = column - F::SIDE;  // of the block's own 64 keys
                     if (own >= 0 && own < FLASH_KEYS) { *reinterpret_cast<unsigned*>(att + r * F::KEYS_PITCH + own) = pack_bf16(own_p[0], own_p[1]); }
@@ -2054,11 +2090,8 @@ UNROLL
                 int i = i0 + 16 * (F::M * wr + x / 2) + lane / 4 + x % 2 * 8, e = x % 2 * 2;
                 float* row = dq + blockIdx.x * all + head * size + (size_t)i * HS + WIDTH / 2 * wc + lane % 4 * 2;
 UNROLL
-                for (int g = 0; g < K_GROUPS; g++) {
-                    if (i >= T || WIDTH / 2 * wc + 8 * g >= HS) { continue; }  // HS is a multiple of 8
-                    Pack<float, 2> y = load<2>(row + 8 * g);
-                    y.v[0] += c[x / 2][g][e] * f.scale, y.v[1] += c[x / 2][g][e + 1] * f.scale;
-                    store<2>(row + 8 * g, y);
+                for (int g = 0; g < K_GROUPS; g++) {  // HS is a multiple of 8
+                    add_pair(row + 8 * g, c[x / 2][g][e] * f.scale, c[x / 2][g][e + 1] * f.scale, i < T && WIDTH / 2 * wc + 8 * g < HS);
                 }
             }
         }
@@ -2304,7 +2337,7 @@ static __global__ void head_output_forward_kernel(floatX* out, const floatX* inp
             Pack<float, W> x = head_load<W>(inp, o, n, h, e);
             for (int i = 0; i < W; i++) { dot += x.v[i] * r * (o.norm ? (float)o.norm[e + i] : 1.0f) * (float)o.gate[e + i]; }
         }
-        s = 1.0f / (1.0f + expf(-(warp_sum(dot) + (float)*o.bias)));
+        s = sigmoid(warp_sum(dot) + (float)*o.bias);
     }
     for (int e = lane * W; e < size; e += WARP_SIZE * W) {
         Pack<float, W> x = head_load<W>(inp, o, n, h, e);
@@ -2346,7 +2379,7 @@ static __global__ void head_output_backward_kernel(floatX* dinp, float* head_sta
                 through += y * (float)d.v[i];
             }
         }
-        s = 1.0f / (1.0f + expf(-(warp_sum(dot) + (float)*o.bias)));
+        s = sigmoid(warp_sum(dot) + (float)*o.bias);
         ds = s * (1 - s) * warp_sum(through);
     }
     if (o.norm) {
@@ -2457,7 +2490,7 @@ static __global__ void swiglu_forward_kernel(floatX* out, const floatX* gate_up,
     Pack<floatX, W> a = load<W>(row), u = load<W>(row + FF);
     for (int e = 0; e < W; e++) {
         float x = (float)a.v[e];
-        a.v[e] = (floatX)(x / (1.0f + expf(-x)) * (float)u.v[e]);
+        a.v[e] = (floatX)(x * sigmoid(x) * (float)u.v[e]);
     }
     store<W>(out + i, a);
 }
@@ -2474,7 +2507,7 @@ static __global__ void swiglu_backward_kernel(floatX* dgate_up, floatX* act, con
     size_t at = i / FF * 2 * FF + i % FF;
     Pack<floatX, W> a = load<W>(gate_up + at), u = load<W>(gate_up + at + FF), d = load<W>(dout + i), da, du, out;
     for (int e = 0; e < W; e++) {
-        float x = (float)a.v[e], y = (float)u.v[e], dy = (float)d.v[e], s = 1.0f / (1.0f + expf(-x));
+        float x = (float)a.v[e], y = (float)u.v[e], dy = (float)d.v[e], s = sigmoid(x);
         out.v[e] = (floatX)(x * s * y);
         du.v[e] = (floatX)(dy * x * s);
         da.v[e] = (floatX)(dy * y * s * (1.0f + x * (1.0f - s)));
@@ -2502,14 +2535,13 @@ static __global__ void crossentropy_kernel(float* losses, unsigned char* wrong, 
     if (target >= 0) {  // the same for the whole block
         for (int v = threadIdx.x * WIDE; v < V; v += blockDim.x * WIDE) {
             Pack<floatX, WIDE> p = load<WIDE>(x + v);
-            for (int e = 0; e < WIDE && v + e < V; e++) {
-                float y = (float)p.v[e], top = fmaxf(max, y);
-                sum = sum * expf(max - top) + expf(y - top);
-                max = top;
-            }
+            float top = max;
+            for (int e = 0; e < WIDE; e++) { top = fmaxf(top, v + e < V ? (float)p.v[e] : -INFINITY); }
+            if (top > max) { sum *= exponential(max - top), max = top; }  // 0 at first, whatever max: exponential(-inf) is 0
+            for (int e = 0; e < WIDE; e++) { sum += v + e < V ? exponential((float)p.v[e] - max) : 0.0f; }
         }
         float top = block_reduce(max, true);
-        sum = block_reduce(sum == 0.0f ? 0.0f : sum * expf(max - top), false);  // 0: a thread without elements
+        sum = block_reduce(sum == 0.0f ? 0.0f : sum * exponential(max - top), false);  // 0: a thread without elements
         max = top;
     }
     if (threadIdx.x == 0) {
@@ -2517,10 +2549,11 @@ static __global__ void crossentropy_kernel(float* losses, unsigned char* wrong, 
         wrong[blockIdx.x] = target >= 0 && !(own >= max);
     }
     if (!gradient) { return; }
+    float inverse = 1.0f / sum;
     for (int v = threadIdx.x * WIDE; v < V; v += blockDim.x * WIDE) {
         Pack<floatX, WIDE> p = load<WIDE>(x + v);
-        for (int e = 0; e < WIDE && v + e < V; e++) {
-            float y = target >= 0 ? expf((float)p.v[e] - max) / sum - (v + e == target ? 1.0f : 0.0f) : 0.0f;
+        for (int e = 0; e < WIDE; e++) {  // beyond V lie rows' ends that no product reads
+            float y = target >= 0 ? exponential((float)p.v[e] - max) * inverse - (v + e == target ? 1.0f : 0.0f) : 0.0f;
             p.v[e] = (floatX)(y * dloss);
         }
         store<WIDE>(x + v, p);

@@ -457,8 +457,7 @@ template <typename T> static inline T __ldcs(const T* p) { return *p; }
 template <typename T> static inline T __ldcg(const T* p) { return *p; }
 template <typename T> static inline void __stcs(T* p, T v) { *p = v; }
 template <typename T> static inline void __stcg(T* p, T v) { *p = v; }
-#define __expf(x) expf(x)  // macros, since glibc declares functions of these names
-#define __logf(x) logf(x)
+#define __logf(x) logf(x)  // a macro, since glibc declares a function of this name
 static inline float rsqrtf(float x) { return 1.0f / sqrtf(x); }
 static inline float __fdividef(float a, float b) { return a / b; }
 static inline unsigned __float_as_uint(float x) { return cuda_cpu::from_bits<unsigned>(cuda_cpu::to_bits(x)); }
