@@ -235,6 +235,7 @@ def open_tokenizer(spec, pattern=None, encoder=True):
         raise UserError("tokenizer %s: no such file; wanted bytes, toy or a tiktoken rank file" % spec)
     pattern = pattern or split_pattern_of(spec)
     if pattern is None:
+        read_ranks(spec)  # first: a tokenizer.json is told what is wrong with it, not with its name
         raise UserError("%s: its name does not tell how text is split; add --pattern %s" % (spec, "|".join(PATTERNS)))
     return RankTokenizer(spec, pattern, encoder)
 

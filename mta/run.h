@@ -451,7 +451,9 @@ static inline void run_open_val(Run* r) {
     for (char *save = NULL, *part = strtok_r(copy, ",", &save); part; part = strtok_r(NULL, ",", &save)) {
         if (r->n_val == MAX_VAL_SETS) { die("--val: more than %d sets", MAX_VAL_SETS); }
         ValSet* v = &r->val[r->n_val++];
-        char *equals = strchr(part, '='), *glob = equals ? equals + 1 : part;
+        char* equals = part + strcspn(part, "=/*?[");  // of a NAME; a folder may be called "lr=3"
+        if (*equals != '=') { equals = NULL; }
+        char* glob = equals ? equals + 1 : part;
         if (equals) { *equals = 0; }
         if (equals == part || !*glob) { die("--val: got \"%s\", wanted [NAME=]GLOB,...", o->val); }
         if (!loader_open(&v->loader, glob, o->seq_len, r->config.vocab_size, 0, &e)) { die("--val: %s", e.text); }

@@ -333,13 +333,8 @@ static inline Tokenizer* tokenizer_open(const char* name_or_file, const char* pa
     } else if (pattern && chosen <= SPLIT_TOY) {
         fail(e, "pattern %s: wanted gpt2, cl100k_base, llama3 or o200k_base for %s", pattern, name_or_file);
         return NULL;
-    } else if (!pattern && file_exists(name_or_file)) {
+    } else if (!pattern) {
         chosen = split_pattern_of_file(name_or_file);
-        if (chosen == SPLIT_COUNT) {
-            fail(e, "%s: its name does not tell how text is split; add --pattern gpt2|cl100k_base|llama3|o200k_base",
-                 name_or_file);
-            return NULL;
-        }
     }
     if (strlen(name_or_file) >= PATH_SIZE) {
         fail(e, "tokenizer: a path of %zu bytes, wanted less than %d", strlen(name_or_file), PATH_SIZE);
@@ -349,7 +344,12 @@ static inline Tokenizer* tokenizer_open(const char* name_or_file, const char* pa
     t->pattern = chosen;
     if (!built_in) {
         strcpy(t->file, name_or_file);
-        if (!ranks_read(t, name_or_file, e)) {
+        bool good = ranks_read(t, name_or_file, e);  // first: a tokenizer.json is told what is wrong with it, not with its name
+        if (good && chosen == SPLIT_COUNT) {
+            good = fail(e, "%s: its name does not tell how text is split; add --pattern gpt2|cl100k_base|llama3|o200k_base",
+                        name_or_file);
+        }
+        if (!good) {
             tokenizer_free(t);
             return NULL;
         }

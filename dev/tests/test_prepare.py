@@ -479,6 +479,8 @@ class Bad(Case):
         for name, (content, message) in cases.items():
             path = self.write("cl100k_%s.tiktoken" % name, b"\n".join(content) + b"\n")
             self.assertIn(message, run("text", text, "--tokenizer", path, "--out", self.path("o"), status=1))
+        path = self.write("tokenizer.json", '{"version": "1.0"}')
+        self.assertIn("Hugging Face's", run("text", text, "--tokenizer", path, "--out", self.path("o"), status=1))
         shutil.copy(RANKS, self.path("other.bin"))
         self.assertIn(
             "add --pattern", run("text", text, "--tokenizer", self.path("other.bin"), "--out", self.path("o"), status=1)

@@ -208,8 +208,10 @@ class Runs(Trainer):
 
     def test_evaluation_only_at_the_end(self):
         out = self.out()
-        self.run_ok(out, {"--eval-every": 0})
-        self.assertEqual([e["step"] for e in log_events(out, "val")], [6])
+        os.makedirs(self.path("lr=3"))
+        shutil.copy(self.path("a_val_000000.bin"), self.path("lr=3", "b_val_000000.bin"))
+        self.run_ok(out, {"--eval-every": 0, "--val": "%s,c=%s" % ((self.path("lr=3", "b_val_*.bin"),) * 2)})
+        self.assertEqual([(e["step"], e["name"]) for e in log_events(out, "val")], [(6, "b"), (6, "c")])
 
     def test_masked_set_reports_error(self):
         tokens = [5, 6, 7, 8] * 32 + [0]

@@ -165,6 +165,7 @@ static void test_opening(void) {
         {"gpt2", NULL, "YWI= 99999999999999999999999\n", 0, "gpt2:257: wanted a rank"},
         {"gpt2", NULL, "YWI= 16777216\n", 0, "gpt2:257: wanted a rank"}, {"gpt2", NULL, "", 100, "gpt2"},
         {"gpt2", NULL, "", 1, "gpt2:1: "}, {"gpt2", NULL, "{\"a\":1}", SIZE_MAX, "JSON"},
+        {"tokenizer.json", NULL, "{\"a\":1}", SIZE_MAX, "Hugging Face's tokenizer.json"}, {"sp.bin", NULL, "\n\x0e\n\x05<unk>", SIZE_MAX, "SentencePiece"},
         {"gpt2", NULL, "\n\x0e\n\x05<unk>", SIZE_MAX, "SentencePiece"}, {"gpt2", NULL, "", SIZE_MAX, "empty"},
         {"gpt2", NULL, "\n\r\n", SIZE_MAX, "no token for the single byte 0x00"},
     };
