@@ -199,7 +199,9 @@ static Golden golden_open(const char* path) {
     if (!j || !config_from_json(&g.config, j, &e)) { die("%s: %s", path, e.text); }
     json_free(j);
     const StTensor* tokens = golden_tensor(&g, "golden.tokens", DT_I32, 0, path);
-    if (tokens->ndim != 2) { die("%s: golden.tokens has %d dimensions, wanted 2", path, tokens->ndim); }
+    if (tokens->ndim != 2 || tokens->numel < 1 || tokens->numel > INT32_MAX) {
+        die("%s: golden.tokens has %d dimensions and %zu values, wanted 2, (B,T), and at least one", path, tokens->ndim, tokens->numel);
+    }
     g.B = (int)tokens->shape[0];
     g.T = (int)tokens->shape[1];
     size_t N = (size_t)g.B * (size_t)g.T;
@@ -217,6 +219,8 @@ static void golden_weights(const Golden* g, const Trainer* tr, void* m, const ch
     const TensorList* list = tr->tensors(m);
     for (int i = 0; i < list->n; i++) {
         const StTensor* t = golden_tensor(g, list->specs[i].name, DT_F32, list->specs[i].numel, path);
+        Error e = {{0}};
+        if (!checkpoint_check_shape(t, &list->specs[i], &e)) { die("%s", e.text); }
         tr->set(m, STATE_WEIGHT, i, (const float*)t->data);
     }
 }

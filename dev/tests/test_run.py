@@ -749,6 +749,31 @@ class Failing(Trainer):
         self.fail("the steps were too short for this test")
 
 
+class Golden(unittest.TestCase):
+    def test_files_that_are_no_golden_case(self):
+        """test_mta --golden says what is wrong with a file in one line, and tells a wrong result by its status."""
+        program = os.path.join(os.path.dirname(BINARY), "test_mta")
+        if not os.path.exists(program):
+            self.skipTest("test_mta is not built")
+        good, metadata = read_safetensors(os.path.join(ROOT, "dev", "golden", "paper.safetensors"))
+        kernel = "model.layers.1.self_attn.kq_conv.weight"
+        b, t = good["golden.tokens"][1]
+        cases = (({}, None), ({"golden.loss": ("F32", [1], struct.pack("<f", math.nan))}, ""),
+                 ({"golden.tokens": ("I32", [0, t], b""), "golden.targets": ("I32", [0, t], b"")}, "at least one"),
+                 ({"golden.tokens": ("I32", [b * t],) + good["golden.tokens"][2:]}, "1 dimensions"),
+                 ({"golden.tokens": good["golden.tokens"][:2] + (struct.pack("<i", -1) + good["golden.tokens"][2][4:],)}, "out of range"),
+                 ({kernel: ("F32", good[kernel][1][::-1], good[kernel][2])}, kernel), ({kernel: None}, kernel), ({"grad." + kernel: None}, "grad." + kernel))
+        with tempfile.TemporaryDirectory() as folder:
+            path = os.path.join(folder, "case.safetensors")
+            for changes, message in cases:
+                tensors = {n: e for n, e in {**good, **changes}.items() if e is not None}
+                write_safetensors(path, tensors, metadata)
+                done = subprocess.run([program, "--golden", path], capture_output=True, text=True)
+                self.assertEqual(done.returncode, int(message is not None), (changes, done.stdout, done.stderr))
+                self.assertIn(message or "", done.stderr)
+                self.assertEqual(done.stderr.count("\n"), int(bool(message)))
+
+
 if __name__ == "__main__":
     program = unittest.main(exit=False, verbosity=1)
     result = program.result
