@@ -285,7 +285,7 @@ class CudaRuns(unittest.TestCase):
     def test_what_cannot_be_served(self):
         large = ["--batch-size", "60000", "--seq-len", "40000", "--max-position-embeddings", "40000", "--tokens-per-step", "2400000000"]
         sequences = ["--batch-size", "70000", "--tokens-per-step", "1680000"]
-        for options, words in ((["--hidden-size", "20"], "head size 5 is odd"), (large, "a product below 2^31"), (sequences, "at most 65535 sequences")):
+        for options, words in ((["--hidden-size", "20"], "head size 5 is odd"), (large, "tokens at once, wanted at most 2147483647"), (sequences, "at most 65535 sequences")):
             self.assertIn(words, self.refused(*options))
 
     @unittest.skipUnless(EMULATED, "skip: a real GPU has the shared memory it has")
