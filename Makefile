@@ -191,6 +191,24 @@ build/test_emulator: dev/cuda_cpu/test_emulator.cpp $(EMULATOR_HEADERS)
 	@mkdir -p build
 	$(CXX) -x c++ -std=c++17 -O1 -g $(WARN) -fsanitize=address,undefined -fsanitize-sections=cuda_shared -Idev/cuda_cpu $< -o $@
 
+# The same kernels where every access to memory is watched for races (dev/cuda_cpu/races.cpp); `thread` is the compiler's pass alone, its library is not linked.
+RACES = -O1 -fsanitize=thread
+.SECONDARY: build/races/bf16.o build/races/fp32.o
+build/races/races.o: dev/cuda_cpu/races.cpp $(EMULATOR_HEADERS)
+	@mkdir -p build/races
+	$(CXX) $(CXXFLAGS) -O2 -Idev/cuda_cpu -c $< -o $@
+build/races/%.o: train_mta.cu $(HEADERS) $(EMULATOR_HEADERS)
+	@mkdir -p build/races
+	$(CXX) $(CXXFLAGS) $(EMULATOR) $(RACES) $(if $(filter fp32,$*),-DPRECISION_FP32) -c $< -o $@
+build/races/test_mta_%: build/test_mta_for_cuda.o build/train_mta.o build/races/%.o build/races/races.o
+	$(CXX) $(CXXFLAGS) $^ -o $@ $(BLAS_LINK) $(LDLIBS)
+build/races/test_flash: dev/tests/test_flash.cu train_mta.cu build/races/races.o $(HEADERS) $(EMULATOR_HEADERS)
+	$(CXX) $(CXXFLAGS) $(EMULATOR) $(RACES) -Wno-unused-function -c $< -o build/races/test_flash.o
+	$(CXX) $(CXXFLAGS) build/races/test_flash.o build/races/races.o -o $@ $(LDLIBS)
+build/test_races: dev/cuda_cpu/test_emulator.cpp build/races/races.o $(EMULATOR_HEADERS)
+	$(CXX) -x c++ -std=c++17 -g $(WARN) -Wno-unused-function $(RACES) -Idev/cuda_cpu -c $< -o build/races/test_emulator.o
+	$(CXX) build/races/test_emulator.o build/races/races.o -o $@
+
 # What dev/bench/cpu_step.sh runs.
 .PHONY: bench_programs
 bench_programs: build/cpu_step build/cpu_step_nocblas

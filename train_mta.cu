@@ -224,10 +224,10 @@ static __device__ inline unsigned transpose8(unsigned pair) {
     return out;
 }
 // 16 bytes from global to shared memory, zeros where not valid; there after copy_wait<n>, which leaves at most the n newest commits in flight, and a barrier
-static __device__ inline void copy_async(void* to, const void* from, bool valid) {
+[[maybe_unused]] static __device__ inline void copy_async(void* to, const void* from, bool valid) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" :: "r"(shared_address(to)), "l"(from), "r"(valid ? 16 : 0));
 }
-static __device__ inline void copy_commit(void) { asm volatile("cp.async.commit_group;"); }
+[[maybe_unused]] static __device__ inline void copy_commit(void) { asm volatile("cp.async.commit_group;"); }
 template <int LEAVE>
 static __device__ inline void copy_wait(void) { asm volatile("cp.async.wait_group %0;" :: "n"(LEAVE)); }
 #endif
@@ -2854,7 +2854,7 @@ static bool cuda_open(Cuda* g, Error* e) {
     if (device.major < 8) { return fail(e, "%s has compute capability %d.%d, wanted 8.0 or more (bf16)", device.name, device.major, device.minor); }
     cudaFuncAttributes code;
     status = cudaFuncGetAttributes(&code, parts_add_kernel);
-    if (status == cudaErrorNoKernelImageForDevice) {
+    if (status == cudaErrorNoKernelImageForDevice || status == cudaErrorInvalidDeviceFunction) {  // either, by the driver's version
         return fail(e, "this build has no code for %s (compute capability %d.%d); build it with make NVCC_ARCH=sm_%d%d%s", device.name, device.major,
                     device.minor, device.major, device.minor, device.major == 9 ? "a" : "");
     }

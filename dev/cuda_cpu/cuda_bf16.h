@@ -14,11 +14,8 @@ struct __nv_bfloat16 {
     operator float() const { return __uint_as_float((uint32_t)bits << 16); }
 };
 struct alignas(4) __nv_bfloat162 { __nv_bfloat16 x, y; };
-typedef __nv_bfloat16 nv_bfloat16;
 
 static inline __nv_bfloat16 __float2bfloat16(float f) { return __nv_bfloat16(f); }
-static inline __nv_bfloat16 __float2bfloat16_rn(float f) { return __nv_bfloat16(f); }
 static inline float __bfloat162float(__nv_bfloat16 b) { return b; }
 static inline __nv_bfloat162 __floats2bfloat162_rn(float x, float y) { return __nv_bfloat162{x, y}; }
-static inline float2 __bfloat1622float2(__nv_bfloat162 b) { return float2{b.x, b.y}; }
 #endif

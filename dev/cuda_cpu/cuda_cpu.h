@@ -3,11 +3,11 @@
 //
 // One block runs at a time, and its threads are fibers on one CPU thread: a fiber runs until it meets a barrier or a warp operation,
 // so an execution is a fixed interleaving that set_order() changes. What it reports, by one line on stderr and abort():
-//   - a barrier or a warp operation that not every thread reaches, or that threads reach at different source lines;
+//   - a barrier or a warp operation (a shuffle, a product) that not every thread reaches, or that threads reach at different source lines;
 //   - a launch that a GPU would refuse (too many threads, too much shared memory) comes back as a CUDA error instead;
 //   - uninitialised reads: device, dynamic shared and static shared memory start as NaN in every floating-point format;
 //   - out-of-bounds accesses: every allocation is its own malloc, so -fsanitize=address sees them;
-//   - races past a missing barrier: run twice, with set_order(0) and set_order(1) or a seed, and compare the results.
+//   - races past a missing barrier: run twice, with set_order(0) and set_order(1) or a seed, and compare the results; or link races.cpp.
 // Tensor-core instructions and asynchronous copies: tensor_cores.h.
 // Not modelled: memory ordering between blocks, occupancy, independent progress inside a warp, textures, clusters. Static __shared__ arrays inside function templates are not poisoned (g++ ignores sections there): use DYNAMIC_SHARED.
 #ifndef CUDA_CPU_H
@@ -37,9 +37,6 @@
 #define __global__
 #define __device__
 #define __host__
-#define __constant__
-#define __forceinline__ inline __attribute__((always_inline))
-#define __noinline__ __attribute__((noinline))
 #define __launch_bounds__(...)
 #define __align__(n) alignas(n)
 #define __shared__ static __attribute__((section("cuda_shared")))
@@ -52,16 +49,7 @@ struct dim3 {
 };
 typedef struct uint3 { unsigned x, y, z; } uint3;
 struct alignas(8) float2 { float x, y; };
-struct alignas(16) float4 { float x, y, z, w; };
-struct alignas(8) int2 { int x, y; };
-struct alignas(16) int4 { int x, y, z, w; };
-struct alignas(8) uint2 { unsigned x, y; };
-struct alignas(16) uint4 { unsigned x, y, z, w; };
 static inline float2 make_float2(float x, float y) { return float2{x, y}; }
-static inline float4 make_float4(float x, float y, float z, float w) { return float4{x, y, z, w}; }
-static inline int2 make_int2(int x, int y) { return int2{x, y}; }
-static inline int4 make_int4(int x, int y, int z, int w) { return int4{x, y, z, w}; }
-static inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return uint4{x, y, z, w}; }
 
 // ---- fibers -----------------------------------------------------------------------------------------------------------------------
 
@@ -94,7 +82,7 @@ struct Fiber {
 // A warp operation that waits for lanes (arrived < mask) or for its lanes to fetch the result (unread > 0).
 struct WarpOp {
     unsigned mask, arrived;
-    int unread;
+    int unread, line;
     const char* what;
     uint64_t value[WARP];
     Fiber* waiting[WARP];
@@ -122,8 +110,11 @@ struct Machine {
     dim3 block_dim, grid_dim;
     uint3 thread_idx, block_idx;
     char* shared;                      // dynamic shared memory, exactly as large as the launch asked
+    size_t shared_bytes;
     uint64_t order_seed = environment_order(), order_state = order_seed;
     uint64_t launches = 0, switches = 0;
+    uint32_t now = 0, block_start = 0, launch_start = 0;  // counts launches, blocks and barriers, for races.cpp
+    uint32_t warp_now[MAX_THREADS / WARP];                // counts __syncwarp of a warp
     void (*thread_end)(void) = NULL;   // run when a thread returns
     const void* main_stack;            // bounds of the scheduler's stack, for the address sanitizer
     size_t main_stack_bytes;
@@ -254,9 +245,10 @@ inline const uint64_t* warp_exchange(const char* what, unsigned mask, uint64_t v
     }
     if (!op) { fault("%s of line %d: too many warp operations at once", what, line); }
     if (op->arrived == 0) {
-        op->mask = mask, op->what = what;
+        op->mask = mask, op->what = what, op->line = line;
         memset(op->value, 0xff, sizeof op->value);
     }
+    if (op->line != line) { fault("%s of line %d while other lanes wait at that of line %d", what, line, op->line); }
     op->value[lane] = value;
     op->arrived |= 1u << lane;
     if (op->arrived == mask) {
@@ -290,11 +282,13 @@ inline void release_barrier() {
     permute(m.at_barrier);
     m.ready.swap(m.at_barrier);
     m.at_barrier.clear();
+    m.now++;
 }
 
 inline void run_block() {
     Machine& m = machine;
     m.next = m.finished = 0;
+    m.block_start = ++m.now;
     size_t at = 0;
     m.ready.clear();
     while (m.finished < m.n_threads) {
@@ -333,6 +327,7 @@ inline void run_grid(const char* kernel, dim3 grid, dim3 block, size_t shared, c
     m.kernel = kernel, m.grid_dim = grid, m.block_dim = block, m.body = &body;
     m.n_threads = block.x * block.y * block.z;
     m.launches++;
+    m.launch_start = ++m.now;
     if (m.idle.empty()) {
         for (int i = MAX_THREADS - 1; i >= 0; i--) { m.idle.push_back(&m.fibers[i]); }
     }
@@ -341,7 +336,7 @@ inline void run_grid(const char* kernel, dim3 grid, dim3 block, size_t shared, c
     permute(m.order);
     void* bytes = NULL;
     if (shared && posix_memalign(&bytes, 16, shared) != 0) { fault("no memory for %zu bytes of shared memory", shared); }
-    m.shared = (char*)bytes;
+    m.shared = (char*)bytes, m.shared_bytes = shared;
     size_t static_bytes = __start_cuda_shared ? (size_t)(__stop_cuda_shared - __start_cuda_shared) : 0;
     size_t n_blocks = (size_t)grid.x * grid.y * grid.z;
     for (size_t k = 0; k < n_blocks; k++) {
@@ -387,12 +382,11 @@ inline int lane() { return (int)(machine.current->thread % WARP); }
 #define blockIdx (cuda_cpu::machine.block_idx)
 #define blockDim (cuda_cpu::machine.block_dim)
 #define gridDim (cuda_cpu::machine.grid_dim)
-#define warpSize 32
 
 #define DYNAMIC_SHARED(type, name) type* name = (type*)cuda_cpu::dynamic_shared()
 
 #define __syncthreads() cuda_cpu::barrier(__LINE__)
-#define __syncwarp(...) cuda_cpu::sync_warp(__LINE__, ##__VA_ARGS__)
+#define __syncwarp(...) cuda_cpu::sync_warp(__LINE__ __VA_OPT__(,) __VA_ARGS__)
 #define __shfl_sync(...) cuda_cpu::shfl(__LINE__, __VA_ARGS__)
 #define __shfl_xor_sync(...) cuda_cpu::shfl_xor(__LINE__, __VA_ARGS__)
 #define __shfl_down_sync(...) cuda_cpu::shfl_down(__LINE__, __VA_ARGS__)
@@ -405,7 +399,9 @@ inline int lane() { return (int)(machine.current->thread % WARP); }
 #define __reduce_min_sync(mask, v) cuda_cpu::reduce(__LINE__, mask, v, 2)
 
 namespace cuda_cpu {
-inline void sync_warp(int line, unsigned mask = 0xffffffffu) { warp_exchange("__syncwarp", mask, 0, line); }
+inline void sync_warp(int line, unsigned mask = 0xffffffffu) {
+    warp_exchange("__syncwarp", mask, 0, line, [](const uint64_t*) { machine.warp_now[machine.current->thread / WARP]++; });
+}
 template <typename T> inline T shfl(int line, unsigned mask, T v, int source, int width = 32) {
     int l = lane();
     return shuffle("__shfl_sync", mask, v, (l & ~(width - 1)) | (source & (width - 1)), line);
@@ -443,29 +439,14 @@ template <typename T> inline T reduce(int line, unsigned mask, T v, int kind) {
 }
 }  // namespace cuda_cpu
 
-// One fiber runs at a time, so plain read-modify-write is atomic.
-template <typename T> static inline T atomicAdd(T* p, T v) { T old = *p; *p = (T)(old + v); return old; }
-template <typename T> static inline T atomicMax(T* p, T v) { T old = *p; *p = std::max(old, v); return old; }
-template <typename T> static inline T atomicMin(T* p, T v) { T old = *p; *p = std::min(old, v); return old; }
-template <typename T> static inline T atomicExch(T* p, T v) { T old = *p; *p = v; return old; }
-template <typename T> static inline T atomicOr(T* p, T v) { T old = *p; *p = (T)(old | v); return old; }
-template <typename T> static inline T atomicCAS(T* p, T compare, T v) { T old = *p; *p = old == compare ? v : old; return old; }
-static inline void __threadfence(void) {}
+// One fiber runs at a time, so plain read-modify-write is atomic; races.cpp does not look at it.
+#define ATOMIC __attribute__((no_sanitize_thread))
+template <typename T> static inline ATOMIC T atomicAdd(T* p, T v) { T old = *p; *p = (T)(old + v); return old; }
+template <typename T> static inline ATOMIC T atomicMax(T* p, T v) { T old = *p; *p = std::max(old, v); return old; }
+template <typename T> static inline ATOMIC T atomicCAS(T* p, T compare, T v) { T old = *p; *p = old == compare ? v : old; return old; }
 
-template <typename T> static inline T __ldg(const T* p) { return *p; }
-template <typename T> static inline T __ldcs(const T* p) { return *p; }
-template <typename T> static inline T __ldcg(const T* p) { return *p; }
-template <typename T> static inline void __stcs(T* p, T v) { *p = v; }
-template <typename T> static inline void __stcg(T* p, T v) { *p = v; }
-#define __logf(x) logf(x)  // a macro, since glibc declares a function of this name
-static inline float rsqrtf(float x) { return 1.0f / sqrtf(x); }
 static inline float __fdividef(float a, float b) { return a / b; }
 static inline unsigned __float_as_uint(float x) { return cuda_cpu::from_bits<unsigned>(cuda_cpu::to_bits(x)); }
-static inline int __float_as_int(float x) { return cuda_cpu::from_bits<int>(cuda_cpu::to_bits(x)); }
 static inline float __uint_as_float(unsigned x) { return cuda_cpu::from_bits<float>(cuda_cpu::to_bits(x)); }
-static inline float __int_as_float(int x) { return cuda_cpu::from_bits<float>(cuda_cpu::to_bits(x)); }
-static inline int __popc(unsigned x) { return __builtin_popcount(x); }
-static inline int __clz(int x) { return x == 0 ? 32 : __builtin_clz((unsigned)x); }
-static inline int __ffs(int x) { return __builtin_ffs(x); }
 
 #endif

@@ -29,7 +29,6 @@ struct alignas(4) __half2 { __half x, y; };
 typedef __half half;
 
 static inline __half __float2half(float f) { return __half(f); }
-static inline __half __float2half_rn(float f) { return __half(f); }
 static inline float __half2float(__half h) { return h; }
 static inline __half2 __floats2half2_rn(float x, float y) { return __half2{x, y}; }
 static inline float2 __half22float2(__half2 h) { return float2{h.x, h.y}; }

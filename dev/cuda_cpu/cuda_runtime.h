@@ -1,8 +1,9 @@
 // cuda_runtime.h: stand-in for the CUDA runtime. Device memory is malloc'ed, poisoned with NaN and counted against a pretended size;
-// streams run at once, and a captured stream keeps its work in a graph; what may not be called meanwhile breaks the capture.
+// the default stream works at once, another only when somebody waits for it, as late as a GPU may; a captured stream keeps its work in a graph, and what may not
+// be called meanwhile breaks the capture.
 // The environment pretends other machines: CUDA_CPU_DEVICES=0 (no GPU), CUDA_CPU_DRIVER=old, CUDA_CPU_MEMORY_MIB=N, CUDA_CPU_CAPABILITY=75,
-// CUDA_CPU_SHARED_KIB=N (shared memory of a block at most), CUDA_CPU_IMAGE=none (no code for the device); and failures: CUDA_CPU_FAIL=NAME:N, the N-th call of a function, the N-th launch of a kernel, or
-// with launch:N the N-th of any.
+// CUDA_CPU_SHARED_KIB=N (shared memory of a block at most), CUDA_CPU_IMAGE=none or =invalid (no code for the device: the two answers of a runtime); and
+// failures: CUDA_CPU_FAIL=NAME:N, the N-th call of a function, the N-th launch of a kernel, or with launch:N the N-th of any.
 #ifndef CUDA_CPU_RUNTIME_H
 #define CUDA_CPU_RUNTIME_H
 #include "cuda_cpu.h"
@@ -10,7 +11,7 @@
 
 typedef enum {
     cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorMemoryAllocation = 2, cudaErrorInvalidConfiguration = 9,
-    cudaErrorInvalidDevicePointer = 17, cudaErrorInsufficientDriver = 35, cudaErrorNoDevice = 100, cudaErrorNoKernelImageForDevice = 209,
+    cudaErrorInvalidDevicePointer = 17, cudaErrorInsufficientDriver = 35, cudaErrorInvalidDeviceFunction = 98, cudaErrorNoDevice = 100, cudaErrorNoKernelImageForDevice = 209,
     cudaErrorLaunchFailure = 719, cudaErrorStreamCaptureUnsupported = 900, cudaErrorStreamCaptureInvalidated = 901, cudaErrorCapturedEvent = 907,
     cudaErrorUnknown = 999
 } cudaError_t;
@@ -23,7 +24,7 @@ typedef enum {
     cudaDevAttrMaxSharedMemoryPerBlockOptin = 97
 } cudaDeviceAttr;
 typedef enum { cudaStreamCaptureModeGlobal, cudaStreamCaptureModeThreadLocal, cudaStreamCaptureModeRelaxed } cudaStreamCaptureMode;
-enum { cudaStreamNonBlocking = 1, cudaEventDisableTiming = 2, cudaHostAllocDefault = 0 };
+enum { cudaStreamNonBlocking = 1 };
 
 struct cudaDeviceProp {
     char name[256];
@@ -33,14 +34,14 @@ struct cudaDeviceProp {
 
 namespace cuda_cpu {
 typedef std::vector<std::function<void()>> Graph;
-struct Stream { Graph* capture; };
+struct Stream { Graph* capture; Graph queue; };
 struct Event { double seconds; bool captured; };
 
 inline std::map<void*, size_t> allocations;     // device memory: address -> bytes
 inline std::map<const void*, size_t> shared_limit;  // kernel -> dynamic shared memory it was allowed
 inline size_t allocated = 0;
 inline cudaError_t last_error = cudaSuccess;
-inline Stream default_stream = {NULL};
+inline std::vector<Stream*> streams;  // those that were created, as if all with cudaStreamNonBlocking: the default stream does not wait for them
 inline bool capturing = false, capture_broken = false;  // of one stream at a time
 
 inline cudaError_t set_error(cudaError_t e) {
@@ -79,11 +80,16 @@ inline double seconds() {
     clock_gettime(CLOCK_MONOTONIC, &t);
     return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
 }
-// Runs the work now, or keeps it if the stream is being captured into a graph.
+// Runs the work now, or keeps it, for when somebody waits or if the stream is being captured into a graph.
 template <typename F> inline void submit(Stream* stream, F&& work) {
-    Stream* s = stream ? stream : &default_stream;
-    if (s->capture) { s->capture->push_back(work); } else { work(); }
+    if (!stream) { work(); } else { (stream->capture ? *stream->capture : stream->queue).push_back(work); }
 }
+inline void finish(Stream* s) {
+    if (!s) { return; }
+    for (auto& work : s->queue) { work(); }
+    s->queue.clear();
+}
+inline void finish_all(void) { for (Stream* s : streams) { finish(s); } }
 
 template <typename... P, typename... A>
 inline void launch(const char* name, dim3 grid, dim3 block, size_t shared, Stream* stream, void (*kernel)(P...), A&&... args) {
@@ -133,13 +139,11 @@ static inline const char* cudaGetErrorString(cudaError_t e) {
         default: return "invalid argument";
     }
 }
-static inline const char* cudaGetErrorName(cudaError_t e) { return cudaGetErrorString(e); }
 static inline cudaError_t cudaGetLastError(void) {
     cudaError_t e = cuda_cpu::last_error;
     cuda_cpu::last_error = cudaSuccess;
     return e;
 }
-static inline cudaError_t cudaPeekAtLastError(void) { return cuda_cpu::last_error; }
 static inline cudaError_t cudaGetDeviceCount(int* n) {
     *n = cuda_cpu::device_state() == cudaSuccess ? 1 : 0;
     return cuda_cpu::device_state();
@@ -166,7 +170,7 @@ static inline cudaError_t cudaMemGetInfo(size_t* free_bytes, size_t* total) {
     *free_bytes = *total - std::min(*total, cuda_cpu::allocated);
     return cudaSuccess;
 }
-static inline cudaError_t cudaDeviceSynchronize(void) { CUDA_CPU_WAITS(); return cudaSuccess; }
+static inline cudaError_t cudaDeviceSynchronize(void) { CUDA_CPU_WAITS(); cuda_cpu::finish_all(); return cudaSuccess; }
 
 template <typename T> static inline cudaError_t cudaMalloc(T** p, size_t n) {
     *p = NULL;
@@ -185,6 +189,7 @@ template <typename T> static inline cudaError_t cudaMalloc(T** p, size_t n) {
 static inline cudaError_t cudaFree(void* p) {
     CUDA_CPU_WAITS();
     if (!p) { return cuda_cpu::device_state(); }  // without a driver even this fails
+    cuda_cpu::finish_all();
     auto found = cuda_cpu::allocations.find(p);
     if (found == cuda_cpu::allocations.end()) { return cuda_cpu::set_error(cudaErrorInvalidDevicePointer); }
     cuda_cpu::allocated -= found->second;
@@ -192,12 +197,6 @@ static inline cudaError_t cudaFree(void* p) {
     free(p);
     return cudaSuccess;
 }
-template <typename T> static inline cudaError_t cudaMallocHost(T** p, size_t n) {
-    CUDA_CPU_WAITS();
-    *p = (T*)malloc(n ? n : 1);
-    return *p ? cudaSuccess : cudaErrorMemoryAllocation;
-}
-static inline cudaError_t cudaFreeHost(void* p) { free(p); return cudaSuccess; }
 static inline cudaError_t cudaMemcpy(void* to, const void* from, size_t n, cudaMemcpyKind) {
     CUDA_CPU_WAITS();
     if (n) { memmove(to, from, n); }
@@ -224,7 +223,7 @@ struct cudaFuncAttributes { size_t sharedSizeBytes; };
 template <typename F> static inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* a, F*) {
     const char* image = getenv("CUDA_CPU_IMAGE");
     a->sharedSizeBytes = 0;
-    return image && strcmp(image, "none") == 0 ? cuda_cpu::set_error(cudaErrorNoKernelImageForDevice) : cudaSuccess;
+    return !image ? cudaSuccess : cuda_cpu::set_error(strcmp(image, "none") == 0 ? cudaErrorNoKernelImageForDevice : cudaErrorInvalidDeviceFunction);
 }
 static inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attr, int) {
     *value = attr == cudaDevAttrMultiProcessorCount ? 4 : attr == cudaDevAttrComputeCapabilityMajor ? 9
@@ -232,19 +231,31 @@ static inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attr
     return cudaSuccess;
 }
 
-static inline cudaError_t cudaStreamCreate(cudaStream_t* s) { CUDA_CPU_CALL(); *s = new cuda_cpu::Stream{NULL}; return cudaSuccess; }
-static inline cudaError_t cudaStreamCreateWithFlags(cudaStream_t* s, unsigned) { CUDA_CPU_CALL(); return cudaStreamCreate(s); }
-static inline cudaError_t cudaStreamDestroy(cudaStream_t s) { delete s; return cudaSuccess; }
-static inline cudaError_t cudaStreamSynchronize(cudaStream_t) { CUDA_CPU_WAITS(); return cudaSuccess; }
-static inline cudaError_t cudaStreamWaitEvent(cudaStream_t, cudaEvent_t, unsigned = 0) { return cudaSuccess; }
-static inline cudaError_t cudaEventCreate(cudaEvent_t* e) { *e = new cuda_cpu::Event{0, false}; return cudaSuccess; }
-static inline cudaError_t cudaEventCreateWithFlags(cudaEvent_t* e, unsigned) { return cudaEventCreate(e); }
-static inline cudaError_t cudaEventDestroy(cudaEvent_t e) { delete e; return cudaSuccess; }
-static inline cudaError_t cudaEventRecord(cudaEvent_t e, cudaStream_t s = NULL) {
-    e->seconds = cuda_cpu::seconds(), e->captured = s && s->capture;
+static inline cudaError_t cudaStreamCreate(cudaStream_t* s) {
+    CUDA_CPU_CALL();
+    cuda_cpu::streams.push_back(*s = new cuda_cpu::Stream{NULL, {}});
     return cudaSuccess;
 }
-static inline cudaError_t cudaEventSynchronize(cudaEvent_t e) { return e->captured ? cudaErrorCapturedEvent : cudaSuccess; }
+static inline cudaError_t cudaStreamCreateWithFlags(cudaStream_t* s, unsigned) { CUDA_CPU_CALL(); return cudaStreamCreate(s); }
+static inline cudaError_t cudaStreamDestroy(cudaStream_t s) {
+    cuda_cpu::finish(s);
+    cuda_cpu::streams.erase(std::find(cuda_cpu::streams.begin(), cuda_cpu::streams.end(), s));
+    delete s;
+    return cudaSuccess;
+}
+static inline cudaError_t cudaStreamSynchronize(cudaStream_t s) { CUDA_CPU_WAITS(); cuda_cpu::finish(s); return cudaSuccess; }
+static inline cudaError_t cudaEventCreate(cudaEvent_t* e) { *e = new cuda_cpu::Event{0, false}; return cudaSuccess; }
+static inline cudaError_t cudaEventDestroy(cudaEvent_t e) { delete e; return cudaSuccess; }
+static inline cudaError_t cudaEventRecord(cudaEvent_t e, cudaStream_t s = NULL) {
+    e->captured = s && s->capture;
+    cuda_cpu::submit(s, [=] { e->seconds = cuda_cpu::seconds(); });
+    return cudaSuccess;
+}
+static inline cudaError_t cudaEventSynchronize(cudaEvent_t e) {
+    if (e->captured) { return cudaErrorCapturedEvent; }
+    cuda_cpu::finish_all();
+    return cudaSuccess;
+}
 static inline cudaError_t cudaEventElapsedTime(float* ms, cudaEvent_t a, cudaEvent_t b) {
     if (a->captured || b->captured) { return cuda_cpu::set_error(cudaErrorCapturedEvent); }
     *ms = (float)(1e3 * (b->seconds - a->seconds));

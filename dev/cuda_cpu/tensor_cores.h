@@ -10,6 +10,8 @@
 #include "cuda_bf16.h"
 #include "cuda_fp16.h"
 
+extern "C" void cuda_cpu_copy(void* to, bool begins) __attribute__((weak));  // races.cpp, where it is linked: a copy is under way to here
+
 namespace cuda_cpu {
 struct TensorCounts { uint64_t mma, ldmatrix, copies; };  // executed: by a warp, by a warp, by a thread (16 bytes each)
 inline TensorCounts tensor_counts;
@@ -79,6 +81,7 @@ inline void copy_wait_for(size_t leave) {  // all committed groups but the newes
     std::vector<std::vector<Copy>>& own = own_copies();
     while (own.size() > leave + 1) {
         for (const Copy& c : own.front()) {
+            if (cuda_cpu_copy) { cuda_cpu_copy(c.to, false); }
             if (c.valid) { memcpy(c.to, c.from, 16); } else { memset(c.to, 0, 16); }
         }
         own.erase(own.begin());
@@ -117,6 +120,7 @@ static inline void copy_async(void* to, const void* from, bool valid) {
     if ((uintptr_t)to % 16 != 0 || (valid && (uintptr_t)from % 16 != 0)) { cuda_cpu::fault("copy_async: not at a multiple of 16 bytes"); }
     cuda_cpu::tensor_counts.copies++;
     cuda_cpu::own_copies().back().push_back({to, from, valid});
+    if (cuda_cpu_copy) { cuda_cpu_copy(to, true); }
 }
 static inline void copy_commit(void) { cuda_cpu::own_copies().emplace_back(); }
 template <int LEAVE> static inline void copy_wait(void) { cuda_cpu::copy_wait_for(LEAVE); }

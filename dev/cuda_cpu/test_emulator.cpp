@@ -1,6 +1,6 @@
 // test_emulator.cpp: tests of dev/cuda_cpu, the emulator that runs train_mta.cu's kernels on a CPU. Among them planted faults: an
 // instrument that cannot see a missing barrier would let every kernel pass.
-//   g++ -x c++ -std=c++17 -O1 -g -fsanitize=address,undefined -fsanitize-sections=cuda_shared -Idev/cuda_cpu dev/cuda_cpu/test_emulator.cpp
+//   make build/test_emulator build/test_races    the latter those of races.cpp
 #include <cuda_runtime.h>
 #include <cublas_v2.h>
 #include "tensor_cores.h"
@@ -127,6 +127,16 @@ static __global__ void lost_lane_kernel(int* x) {
     if (threadIdx.x != 7) { x[threadIdx.x] = __shfl_xor_sync(0xffffffffu, (int)threadIdx.x, 1); }
 }
 static __global__ void wrong_mask_kernel(int* x) { x[threadIdx.x] = __shfl_xor_sync(threadIdx.x % 2 ? 0xffffffffu : 0x55555555u, 1, 2); }
+template <int LANES> static __global__ void two_products_kernel(float* out) {  // the first LANES lanes at one place, the others at another
+    unsigned a[4] = {}, b = 0;
+    float c[4] = {};
+    if ((int)threadIdx.x < LANES) {
+        mma_half(c, a, b, b);
+    } else {
+        mma_half(c, a, b, b);
+    }
+    out[threadIdx.x] = c[0];
+}
 static __global__ void write_kernel(float* x, int i) { x[i] = 1; }
 static __global__ void write_shared_kernel(float* x, int i) {
     __shared__ float before[8], s[8], after[8];
@@ -285,6 +295,7 @@ static void test_graph() {
     cudaGraphInstantiate(&e, g);
     cudaGraphLaunch(e, s);
     cudaGraphLaunch(e, s);
+    cudaStreamSynchronize(s);
     ok = ok && x.p[0] == 225 && x.p[9] == 9;
     cudaGraphExecDestroy(e);
     cudaGraphDestroy(g);
@@ -316,10 +327,28 @@ static float three_passes(bool in_memory) {
             cudaGraphDestroy(g);
         }
         if (pass > 0) { cudaGraphLaunch(e, s); }
+        cudaStreamSynchronize(s);
     }
     cudaGraphExecDestroy(e);
     cudaStreamDestroy(s);
     return x.p[0];
+}
+
+static void test_streams() {
+    Device<float> x(1), y(1);
+    cudaStream_t s;
+    float from = 5, to = 0;
+    cudaStreamCreate(&s);
+    x.p[0] = y.p[0] = 1;
+    cudaMemcpyAsync(x.p, &from, sizeof from, cudaMemcpyHostToDevice, s);
+    LAUNCH(scale_kernel, 1, 32, 0, s, x.p, 1, 2.0f);
+    cudaMemcpyAsync(&to, x.p, sizeof to, cudaMemcpyDeviceToHost, s);
+    LAUNCH(scale_kernel, 1, 32, 0, NULL, y.p, 1, 3.0f);
+    check(x.p[0] == 1 && to == 0 && y.p[0] == 3, "planted: what nobody waited for is not there yet; the default stream does not wait for others");
+    from = 7;
+    cudaStreamSynchronize(s);
+    check(to == 14, "planted: a host buffer that changes before its copy was waited for arrives changed");
+    cudaStreamDestroy(s);
 }
 
 // Captures what `submit` does; the graph, or NULL with *error.
@@ -531,6 +560,8 @@ static void test_faults() {
     check_fault([=] { LAUNCH(two_barriers_kernel, 1, 64, 0, NULL, p); }, "reaches the barrier of line", "planted: two branches, two barriers");
     check_fault([=] { LAUNCH(lost_lane_kernel, 1, 32, 0, NULL, q); }, "only ffffff7f came", "planted: a shuffle that one lane misses");
     check_fault([=] { LAUNCH(wrong_mask_kernel, 1, 32, 0, NULL, q); }, "only aaaaaaaa came", "planted: lanes that disagree about the mask");
+    LAUNCH(two_products_kernel<32>, 1, 32, 0, NULL, p);
+    check_fault([=] { LAUNCH(two_products_kernel<16>, 1, 32, 0, NULL, p); }, "while other lanes wait at that of line", "planted: a warp's lanes in two products");
 #if defined(__SANITIZE_ADDRESS__)
     check_fault([=] { LAUNCH((product_kernel<__half, -1>), 1, 32, 1024, NULL, p, (const __half*)p, (const __half*)p, (const __half*)p); },
                 "asynchronous copies in flight", "planted: a thread that returns before its copies are there");
@@ -549,6 +580,83 @@ static void test_faults() {
 #endif
 }
 
+#if defined(__SANITIZE_THREAD__)  // built for races.cpp
+// ---- races: kernels that are right with BARRIER 1, wrong with 0, whatever the order of threads ------------------------------------
+
+template <int BARRIER> static __global__ void exchange_kernel(float* out) {  // between the lanes of a warp
+    DYNAMIC_SHARED(float, s);
+    s[threadIdx.x] = (float)threadIdx.x;
+    if (BARRIER) { __syncwarp(); }
+    out[threadIdx.x] = s[threadIdx.x ^ 1];
+}
+template <int BARRIER> static __global__ void rounds_kernel(float* out) {  // a slow thread still reads what a fast one overwrites in the next round
+    DYNAMIC_SHARED(float, s);
+    float sum = 0;
+    for (int round = 0; round < 2; round++) {
+        if (BARRIER) { __syncthreads(); }
+        s[threadIdx.x] = (float)round;
+        __syncthreads();
+        sum += s[blockDim.x - 1 - threadIdx.x];
+    }
+    out[threadIdx.x] = sum;
+}
+template <int BARRIER> static __global__ void copies_kernel(float* out, const float* inp) {  // the copy is under way while others still read
+    DYNAMIC_SHARED(float, s);
+    for (int e = 0; e < 4; e++) { s[4 * threadIdx.x + e] = 1; }
+    __syncthreads();
+    out[threadIdx.x] = s[(4 * threadIdx.x + 4) % (4 * blockDim.x)];
+    if (BARRIER) { __syncthreads(); }
+    copy_async(s + 4 * threadIdx.x, inp, true);
+    copy_commit();
+    copy_wait<0>();
+}
+template <int BARRIER> static __global__ void early_kernel(float* out, const float* inp) {  // a thread reads where its own copy has yet to arrive
+    DYNAMIC_SHARED(float, s);
+    s[0] = 1;
+    copy_async(s, inp, true);
+    copy_commit();
+    if (BARRIER) { copy_wait<0>(); }
+    out[0] = s[0];
+    copy_wait<0>();
+}
+template <int OWN> static __global__ void blocks_kernel(float* out) {  // OWN 0: block 0 reads what block 1 writes
+    float before = OWN ? 0 : out[1];
+    out[blockIdx.x] = before;
+}
+
+static void test_race_detector() {
+    Device<float> x(64), y(64);
+    Device<int> n(3);
+    float *p = x.p, *q = y.p;
+    for (int i = 0; i < 64; i++) { p[i] = q[i] = 1; }
+    n.p[0] = n.p[1] = n.p[2] = 0;
+    LAUNCH(block_sum_kernel, 1, 64, 0, NULL, p, q, 64);
+    LAUNCH(reverse_kernel<1>, 1, 64, 256, NULL, p, q);
+    LAUNCH(shift_kernel<1>, 1, 64, 0, NULL, p);
+    LAUNCH(exchange_kernel<1>, 1, 64, 256, NULL, p);
+    LAUNCH(rounds_kernel<1>, 1, 64, 256, NULL, p);
+    LAUNCH(copies_kernel<1>, 1, 64, 1024, NULL, p, q);
+    LAUNCH(early_kernel<1>, 1, 1, 16, NULL, p, q);
+    LAUNCH(blocks_kernel<1>, 2, 1, 0, NULL, p);
+    LAUNCH(atomic_kernel, 3, 100, 0, NULL, n.p);
+    check(product_case<__half>() && cudaGetLastError() == cudaSuccess, "right kernels race nowhere");
+    for (uint64_t order = 0; order < 3; order++) {
+        cuda_cpu::set_order(order);
+        check_fault([=] { LAUNCH(reverse_kernel<0>, 1, 64, 256, NULL, p, q); }, "race: ", "planted: a read after write past a missing barrier");
+        check_fault([=] { LAUNCH(shift_kernel<0>, 1, 64, 0, NULL, p); }, "race: ", "planted: a write after read past a missing barrier");
+        check_fault([=] { LAUNCH(exchange_kernel<0>, 1, 64, 256, NULL, p); }, "race: ", "planted: lanes that exchange past a missing __syncwarp");
+        check_fault([=] { LAUNCH(rounds_kernel<0>, 1, 64, 256, NULL, p); }, "race: ", "planted: rounds without a barrier between");
+        check_fault([=] { LAUNCH(copies_kernel<0>, 1, 64, 1024, NULL, p, q); }, "race: ", "planted: a copy begins while others still read there");
+        check_fault([=] { LAUNCH(early_kernel<0>, 1, 1, 16, NULL, p, q); }, "asynchronous copy is under way", "planted: a read ahead of the own copy's end");
+        check_fault([=] { LAUNCH(blocks_kernel<0>, 2, 1, 0, NULL, p); }, "another block", "planted: blocks that touch the same memory");
+    }
+}
+int main() {
+    test_race_detector();
+    printf("%d passed, %d failed\n", passed, failed);
+    return failed != 0;
+}
+#else
 int main() {
     test_index();
     test_reduction();
@@ -556,6 +664,7 @@ int main() {
     test_half_types();
     test_gemm();
     test_graph();
+    test_streams();
     test_capture();
     test_failures();
     test_runtime();
@@ -568,3 +677,4 @@ int main() {
     printf(skipped ? ", %d skipped\n" : "\n", skipped);
     return failed != 0;
 }
+#endif

@@ -261,7 +261,8 @@ class CudaRuns(unittest.TestCase):
         for env, words in (({"CUDA_CPU_DEVICES": "0"}, "no usable NVIDIA GPU"), ({"CUDA_CPU_DRIVER": "old"}, "supports CUDA 11.0, this build needs 13.0"),
                            ({"CUDA_CPU_CAPABILITY": "75"}, "compute capability 7.5, wanted 8.0 or more"),
                            ({"CUDA_CPU_CAPABILITY": "80", "CUDA_CPU_IMAGE": "none"}, "make NVCC_ARCH=sm_80"),
-                           ({"CUDA_CPU_CAPABILITY": "90", "CUDA_CPU_IMAGE": "none"}, "make NVCC_ARCH=sm_90a")):
+                           ({"CUDA_CPU_CAPABILITY": "90", "CUDA_CPU_IMAGE": "none"}, "make NVCC_ARCH=sm_90a"),
+                           ({"CUDA_CPU_CAPABILITY": "100", "CUDA_CPU_IMAGE": "invalid"}, "make NVCC_ARCH=sm_100")):
             self.assertIn(words, self.refused(env=env))
 
     @unittest.skipUnless(EMULATED, "skip: a real GPU cannot be pretended away")
