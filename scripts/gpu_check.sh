@@ -38,18 +38,20 @@ finish() {
 }
 
 PATH=$PATH:/usr/local/cuda/bin:/usr/local/nvidia/bin
+export OMP_WAIT_POLICY=passive  # the tests share the cores: threads that wait sleep
 command -v nvcc > /dev/null || { echo "gpu_check.sh: no nvcc on PATH, wanted the CUDA toolkit" >&2; exit 1; }
 gpu=$(nvidia-smi --query-gpu=name,driver_version,memory.total,compute_cap --format=csv,noheader 2> /dev/null | head -n 1)
 [ -n "$gpu" ] || { echo "gpu_check.sh: nvidia-smi finds no GPU" >&2; exit 1; }
 capability=$(awk -F, '{gsub(/[ .]/, "", $4); print $4}' <<< "$gpu")
 case $capability in 90) arch=sm_90a ;; *) arch=sm_$capability ;; esac
+ldconfig -p 2> /dev/null | grep -q libcublas || export LD_LIBRARY_PATH="${LD_LIBRARY_PATH:+$LD_LIBRARY_PATH:}$(dirname "$(command -v nvcc)")/../lib64"
 mkdir -p build/log
 trap finish EXIT
-trap 'if [ -n "$job" ]; then kill "$job"; fi; fail "interrupted"; exit 1' INT TERM
+trap 'jobs -rp | xargs -r kill; fail "interrupted"; exit 1' INT TERM
 row "gpu     $gpu; $(nvcc --version | grep -oE 'release [0-9.]+'); $arch; commit $(git rev-parse --short HEAD 2> /dev/null || echo unknown)"
 
-# run SECONDS LOG COMMAND...: within the limit and the deadline. 124: out of time; 125: there was none left.
-run() {
+# start SECONDS LOG COMMAND...: in the background, as $job, within the limit and the deadline; 125: there was no time left
+start() {
     local seconds=$1 log=$2 rest
     shift 2
     rest=$(left)
@@ -57,61 +59,89 @@ run() {
     [ "$rest" -lt "$seconds" ] && seconds=$rest
     timeout -k 3 "$seconds" "$@" > "$log" 2>&1 < /dev/null &
     job=$!
-    wait "$job"  # a signal ends the wait at once, not when the step is over
+}
+# ended JOB: its exit status; 124: out of time. A signal ends the wait at once, not when the step is over.
+ended() {
+    wait "$1"
     local status=$?
-    job=""
     if [ $status -eq 137 ]; then status=124; fi
     return $status
 }
-# check NAME SECONDS COMMAND...: a step of the tests, its last line in the table
-check() {
-    local name=$1 log status last
-    log=build/log/gpu_${name//[^A-Za-z0-9_]/_}.log
-    run "$2" "$log" "${@:3}"
-    status=$?
-    last=$(tail -n 1 "$log" 2> /dev/null)
-    case $status in
-        0) row "ok      $name: ${last:-done}" ;;
-        124) fail "$name: out of its $2 s or of the deadline (see $log): $last" ;;
-        125) row "skip    $name: no time left" ;;
-        *) fail "$name: exit status $status: $last (see $log)"; grep -E '^FAIL|error|Error' "$log" | head -n 20 ;;
+run() { start "$@" && ended "$job"; }
+
+# begin REPORT NAME SECONDS COMMAND...: a step of the tests, beside those begun before it; collect: waits for all, and reports each by
+# `REPORT STATUS NAME SECONDS LOG`, in the order in which they were begun.
+steps=()
+begin() {
+    local log=build/log/gpu_${2//[^A-Za-z0-9_]/_}.log pid=0
+    rm -f "$log"
+    if start "$3" "$log" "${@:4}"; then pid=$job; fi
+    steps+=("$pid $1 $3 $log $2")
+}
+collect() {
+    local step pid report seconds log name status
+    for step in "${steps[@]}"; do
+        read -r pid report seconds log name <<< "$step"
+        status=125
+        if [ "$pid" -ne 0 ]; then ended "$pid"; status=$?; fi
+        "$report" "$status" "$name" "$seconds" "$log"
+    done
+    steps=()
+}
+verdict() {  # the last line of the step in the table
+    local last
+    last=$(tail -n 1 "$4" 2> /dev/null)
+    case $1 in
+        0) row "ok      $2: ${last:-done}" ;;
+        124) fail "$2: out of its $3 s or of the deadline (see $4): $last" ;;
+        125) row "skip    $2: no time left" ;;
+        *) fail "$2: exit status $1: $last (see $4)"; grep -E '^FAIL|error|Error' "$4" | head -n 20 ;;
     esac
-    return $status
+}
+sanitizer() {  # the same of compute-sanitizer, which may refuse the device
+    local summary refusal='^=====.*(not supported|unable to|refuse|failed to init|no attachable|error 999)'
+    summary=$(grep -E 'ERROR SUMMARY|RACECHECK SUMMARY' "$4" 2> /dev/null | tail -n 1)
+    case $1 in
+        0) row "ok      $2: $summary" ;;
+        124) row "skip    $2: over $3 s" ;;
+        125) row "skip    $2: no time left" ;;
+        *) if grep -qiE "$refusal" "$4"; then row "skip    $2: it refuses this device: $(grep -iE "$refusal" "$4" | head -n 1)"; return; fi
+           fail "$2: exit status $1: ${summary:-$(tail -n 1 "$4")} (see $4)"
+           grep '=====' "$4" | head -n 20 ;;
+    esac
+}
+# sanitize TOOL PROGRAM...: our kernels alone, and no failing calls: cuBLAS asks the driver for functions that it may not have
+sanitize() {
+    local options=(--tool "$1" --error-exitcode 9 --kernel-regex kns=_kernel)
+    if [ "$1" = memcheck ]; then options+=(--report-api-errors no); fi
+    begin sanitizer "compute-sanitizer $1 of ${2##*/}" 150 compute-sanitizer "${options[@]}" "${@:2}"
 }
 
 # All at once: each is one compilation of train_mta.cu, and the machine has cores for them.
 build() {
-    rm -f "${@:2}"
-    check "build $1" 200 make -s -k -j8 NVCC_ARCH="$arch" "${@:2}"
+    local programs=()
+    if [ "$part" != speed ]; then programs+=(train_mta train_mta_cuda test_mta_cuda build/train_mta_cuda_fp32 build/test_mta_cuda_fp32 build/test_flash_cuda); fi
+    if [ "$part" != tests ]; then programs+=(build/cuda_step build/attention_cuda build/kernels_cuda); fi
+    rm -f "${programs[@]}" build/*cuda*.o
+    begin verdict build 200 make -s -k -j8 NVCC_ARCH="$arch" "${programs[@]}"
+    collect
 }
+# Beside one another: most of each is the start of processes and the CPU's own answers.
 run_tests() {
-    rm -f build/*cuda*.o
-    build tests train_mta train_mta_cuda test_mta_cuda build/train_mta_cuda_fp32 build/test_mta_cuda_fp32 build/test_flash_cuda
-    [ -x build/test_flash_cuda ] && check "fused attention" 45 build/test_flash_cuda
-    [ -x test_mta_cuda ] && check "test_mta_cuda bf16" 60 ./test_mta_cuda
-    [ -x build/test_mta_cuda_fp32 ] && check "test_mta_cuda fp32" 60 build/test_mta_cuda_fp32
-    local golden=(--golden dev/golden/full.safetensors dev/golden/diff.safetensors)
-    [ -x test_mta_cuda ] && sanitize memcheck ./test_mta_cuda "${golden[@]}" && sanitize racecheck ./test_mta_cuda "${golden[@]}" &&
-        [ -x build/test_flash_cuda ] && sanitize memcheck build/test_flash_cuda 130 && sanitize racecheck build/test_flash_cuda 130
-    if [ ! -x train_mta ] || [ ! -x train_mta_cuda ] || [ ! -x build/train_mta_cuda_fp32 ]; then row "skip    runs: a program is missing"; return; fi
-    check "runs" 100 env MTA_CUDA="$PWD/train_mta_cuda" MTA_CUDA_FP32="$PWD/build/train_mta_cuda_fp32" python3 dev/tests/test_cuda_run.py
-}
-# sanitize TOOL PROGRAM...: false if it refuses the device, so that the others need not be tried
-sanitize() {
-    local name="$1 of ${2##*/}" log=build/log/gpu_$1_${2##*/}.log refusal='^=====.*(not supported|unable to|refuse|failed to init|no attachable|error 999)'
-    if ! command -v compute-sanitizer > /dev/null; then row "skip    compute-sanitizer: not here"; return 1; fi
-    run 40 "$log" compute-sanitizer --tool "$1" --error-exitcode 9 "${@:2}"
-    case $? in
-        0) row "ok      compute-sanitizer $name: $(grep -E 'ERROR SUMMARY|RACECHECK SUMMARY' "$log" | tail -n 1)" ;;
-        124) row "skip    compute-sanitizer $name: over 40 s" ;;
-        125) row "skip    compute-sanitizer $name: no time left" ;;
-        *) if grep -qiE "$refusal" "$log"; then
-               row "skip    compute-sanitizer refuses this device: $(grep -iE "$refusal" "$log" | head -n 1)"
-               return 1
-           fi
-           fail "compute-sanitizer $name: $(grep -E 'ERROR SUMMARY|RACECHECK SUMMARY' "$log" | tail -n 1) (see $log)"
-           grep '=====' "$log" | head -n 20 ;;
-    esac
+    local golden=(--golden dev/golden/full.safetensors dev/golden/diff.safetensors) tool
+    if [ -x build/test_flash_cuda ]; then begin verdict "fused attention" 150 build/test_flash_cuda; fi
+    if [ -x test_mta_cuda ]; then begin verdict "test_mta_cuda bf16" 150 ./test_mta_cuda; fi
+    if [ -x build/test_mta_cuda_fp32 ]; then begin verdict "test_mta_cuda fp32" 150 build/test_mta_cuda_fp32; fi
+    if [ ! -x train_mta ] || [ ! -x train_mta_cuda ] || [ ! -x build/train_mta_cuda_fp32 ]; then row "skip    runs: a program is missing"
+    else begin verdict runs 220 env MTA_CUDA="$PWD/train_mta_cuda" MTA_CUDA_FP32="$PWD/build/train_mta_cuda_fp32" python3 dev/tests/test_cuda_run.py; fi
+    if ! command -v compute-sanitizer > /dev/null; then row "skip    compute-sanitizer: not here"
+    else
+        for tool in memcheck racecheck; do
+            if [ -x test_mta_cuda ]; then sanitize $tool ./test_mta_cuda "${golden[@]}"; fi
+            if [ -x build/test_flash_cuda ]; then sanitize $tool build/test_flash_cuda 130; fi
+        done
+    fi
+    collect
 }
 
 # speed_row MODEL ATTENTION T: one row of cuda_step; the classes go to the screen and the log
@@ -130,10 +160,11 @@ bench_rows() {
     [ -x "$2" ] || return 0
     run 40 "$log" "$2"
     case $? in
-        0) while IFS= read -r line; do row "$(printf '%-7s' "$1") $line"; done < <(tail -n +2 "$log") ;;
-        125) row "skip    $1: no time left" ;;
+        0) ;;
+        125) row "skip    $1: no time left"; return ;;
         *) fail "$1: $(tail -n 1 "$log")" ;;
     esac
+    while IFS= read -r line; do row "$(printf '%-7s' "$1") $line"; done < <(tail -n +2 "$log")  # also what there was when the time was over
 }
 ratio() {  # tokens/s of the row that begins with $1 over that of $2; $3: what it is
     local a b
@@ -143,7 +174,6 @@ ratio() {  # tokens/s of the row that begins with $1 over that of $2; $3: what i
 }
 run_speed() {
     local kind T
-    build speed build/cuda_step build/attention_cuda build/kernels_cuda
     [ -x build/cuda_step ] || return
     for kind in mta transformer mta-full; do speed_row 880m $kind 2048; done
     bench_rows layer build/attention_cuda
@@ -154,20 +184,31 @@ run_speed() {
     for T in 2048 4096; do ratio "ours    mta +T $T" "ours    transformer +T $T" "mta over transformer, T $T"; done
     for kind in transformer mta mta-full; do ratio "ours    $kind +T 2048" "torch   $kind +T 2048" "$kind over PyTorch, T 2048"; done
 }
-run_torch() {
-    local candidate kind log=build/log/gpu_torch.log torch_end=$(($(date +%s) + 120)) rest found=""
+# The first Python whose PyTorch sees a GPU, into this file: looked for while the programs are built, since the first import reads gigabytes
+torch_python=build/log/gpu_torch_python
+find_torch() {
+    local candidate
     for candidate in "$python" data/.venv/bin/python python3 /usr/bin/python3; do
-        if [ -n "$candidate" ] && timeout 30 "$candidate" -c 'import torch; assert torch.cuda.is_available()' 2> /dev/null; then found=$candidate; break; fi
+        if [ -n "$candidate" ] && timeout 60 "$candidate" -c 'import torch; assert torch.cuda.is_available()' 2> /dev/null; then echo "$candidate"; return; fi
     done
+}
+run_torch() {
+    local kind log found rest torch_end=$(($(date +%s) + 120))
+    found=$(cat "$torch_python")
     if [ -z "$found" ]; then row "skip    PyTorch: none with CUDA here"; return 0; fi
     for kind in mta transformer mta-full; do
         rest=$((torch_end - $(date +%s)))
         if [ "$rest" -lt 15 ]; then row "skip    PyTorch $kind: its two minutes are over"; continue; fi
-        if run "$rest" "$log" "$found" dev/bench/torch_gpu.py $kind 2048 4 10; then row "torch   $(tail -n 1 "$log")"
+        log=build/log/gpu_torch_$kind.log
+        echo "no time left" > "$log"
+        run "$rest" "$log" "$found" dev/bench/torch_gpu.py $kind 2048 4 10
+        if grep -q 'tokens/s' "$log"; then row "torch   $(grep 'tokens/s' "$log" | tail -n 1)"  # also what it had when its time was over
         else row "skip    PyTorch $kind: $(tail -n 1 "$log" | cut -c1-120)"; fi
     done
 }
 
+if [ "$part" != tests ]; then find_torch > "$torch_python" & fi
+build
 if [ "$part" != speed ]; then
     if [ "$part" = all ]; then deadline=$((started + limit - 220)); fi
     run_tests

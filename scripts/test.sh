@@ -195,9 +195,9 @@ if [ -f train_mta.cu ]; then
         step "nvcc sm_80, sm_90a, sm_100" make -B -j2 build/train_mta_cuda_sm_80 build/train_mta_cuda_sm_100 build/train_mta_cuda_sm_90a \
             NVCC="nvcc --Werror all-warnings -Xcompiler -Werror" SPILLS="-Xptxas --warn-on-spills,--warning-as-error"
         # What else gpu_check.sh builds: does it compile and link? To PTX alone and not optimised, so not kept.
-        step "nvcc, what gpu_check.sh builds" make -B -j2 test_mta_cuda build/test_mta_cuda_fp32 build/test_flash_cuda build/cuda_step build/attention_cuda \
+        step "nvcc, what gpu_check.sh builds" make -B -j2 test_mta_cuda build/test_mta_cuda_fp32 build/test_flash_cuda build/cuda_step build/attention_cuda build/kernels_cuda \
             NVCC_ARCH=compute_90a NVCC="nvcc --Werror all-warnings -Xcompiler -Werror -Xcicc -O0"
-        rm -f test_mta_cuda build/test_mta_cuda_fp32 build/test_flash_cuda build/cuda_step build/attention_cuda build/train_mta_cuda.o build/train_mta_cuda_fp32.o
+        rm -f test_mta_cuda build/test_mta_cuda_fp32 build/test_flash_cuda build/cuda_step build/attention_cuda build/kernels_cuda build/train_mta_cuda.o build/train_mta_cuda_fp32.o
     else
         skip "nvcc: no CUDA toolkit here"
     fi

@@ -201,6 +201,7 @@ int main(int argc, char** argv) {
     c.num_hidden_layers = 1;
     for (int l = 0; l < MAX_LAYERS; l++) { c.kq_conv_layer[l] = false; }
     if (!config_set_attention(&c, "mta", false, &e) || !config_check(&c, &e)) { die("%s", e.text); }
+    setvbuf(stdout, NULL, _IOLBF, 0);  // a limit of time may end this before the last row
     Model* m = model_create(&c, B, T, 0, RECOMPUTE_NONE, &e);
     if (!m) { die("%s", e.text); }
     model_initialise(m, 1);

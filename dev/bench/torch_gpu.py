@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""Speed of the same model in PyTorch on this GPU: torch_gpu.py ATTENTION [T] [B] [SECONDS]; one line for a table.
+"""Speed of the same model in PyTorch on this GPU: torch_gpu.py ATTENTION [T] [B] [SECONDS]; one line for a table, printed anew after
+every timed step: the last one counts, also where a limit of time ends the program.
 
 The 880m model of train_mta, bf16 autocast weights, fused AdamW, each block compiled by torch.compile. `transformer` uses PyTorch's scaled dot
 product attention; `mta` and `mta-full` are the dense definition, every T x T matrix in memory, since nothing better is to be had there.
@@ -88,8 +89,9 @@ class Block(nn.Module):
 
 
 def measure(kind, T, B, limit):
-    """(tokens/s, GiB, loss) of the best step within `limit` seconds."""
+    """Steps within `limit` seconds; after each, the row of the best one."""
     device = torch.device("cuda")
+    torch.cuda.reset_peak_memory_stats()  # of a larger micro-batch that did not fit
     torch.manual_seed(1)
     blocks = nn.ModuleList(Block(kind, layer, device) for layer in range(L))
     embed = nn.Parameter(torch.randn(V, C, device=device, dtype=torch.bfloat16) * C ** -0.5)
@@ -97,7 +99,7 @@ def measure(kind, T, B, limit):
     optimizer = torch.optim.AdamW([*blocks.parameters(), embed, norm], lr=1e-5, betas=(0.9, 0.98), fused=True)
     angles = torch.arange(T, device=device)[:, None] * 100000.0 ** (-torch.arange(0, HS // 2, device=device) * 2 / HS)
     cosine, sine = angles.cos().bfloat16(), angles.sin().bfloat16()
-    compiled = [torch.compile(b) for b in blocks]
+    compiled = [torch.compile(b, dynamic=False) for b in blocks]
     tokens = torch.randint(0, V, (B, T), device=device)
     best, start, steps = math.inf, time.perf_counter(), 0
     while steps < 3 or (time.perf_counter() - start < limit and steps < 8):
@@ -111,30 +113,33 @@ def measure(kind, T, B, limit):
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         torch.cuda.synchronize()
-        if steps > 0:
+        if steps == 0:
+            start = time.perf_counter()  # the first step compiles
+        else:
             best = min(best, time.perf_counter() - began)
+            memory = torch.cuda.max_memory_allocated() / 2 ** 20
+            print(f"{kind:<14s} T {T:<5d} B {B:<3d} {B * T / best:9.0f} tokens/s  {memory:8.0f} MiB  loss {loss.item():.3f}  PyTorch {torch.__version__}", flush=True)
         steps += 1
-        if time.perf_counter() - start > 3 * limit:
-            break
-    return B * T / best, torch.cuda.max_memory_allocated() / 2 ** 30, loss.item()
 
 
 def main(kind, T=2048, B=4, limit=30):
-    """Prints one row, with the largest micro-batch up to B that fits."""
+    """Rows of the largest micro-batch up to B that fits."""
     if not torch.cuda.is_available():
         print("PyTorch: no GPU")
         sys.exit(2)
-    while True:
+    fits = False
+    while not fits:
         try:
-            rate, memory, loss = measure(kind, T, B, limit)
-            break
+            measure(kind, T, B, limit)
+            fits = True
         except torch.cuda.OutOfMemoryError:
+            pass
+        if not fits:  # outside of the exception, which holds all tensors of the step
             if B == 1:
                 print(f"PyTorch {kind}: not even one sequence of {T} fits")
                 sys.exit(1)
             B //= 2
             torch.cuda.empty_cache()
-    print(f"{kind:<14s} T {T:<5d} B {B:<3d} {rate:9.0f} tokens/s  {memory * 1024:8.0f} MiB  loss {loss:.3f}  PyTorch {torch.__version__}")
 
 
 if __name__ == "__main__":
