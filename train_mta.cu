@@ -234,7 +234,7 @@ static __device__ inline void copy_wait(void) { asm volatile("cp.async.wait_grou
 
 // If valid, adds to two neighbours in global memory, 8-byte aligned, without waiting for what is there. The order of such sums is fixed only where one thread alone adds to an
 // address: its own come in the order of its program.
-static __device__ inline void add_pair(float* to, float x, float y, bool valid) {
+[[maybe_unused]] static __device__ inline void add_pair(float* to, float x, float y, bool valid) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
     asm volatile("{ .reg .pred p; setp.ne.b32 p, %3, 0; @p red.relaxed.gpu.global.add.v2.f32 [%0], {%1,%2}; }" :: "l"(to), "f"(x), "f"(y), "r"((int)valid) : "memory");
 #else
