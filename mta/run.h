@@ -59,7 +59,7 @@ static const char* const TRAIN_USAGE =
     "Exit status: 0 done, 1 a mistake in options or files, 3 stopped after steps with NaN or infinite loss, 70 a CUDA call failed,\n"
     "75 stopped by a signal and saved.";
 
-// The one table of both trainers. `table` has room for 64 rows.
+// The one table of both trainers. `table` has room for 72 rows.
 static inline void train_options_table(Opt* table, TrainOptions* o) {
     const double any = 1e300;
     int n = 0;
