@@ -1779,7 +1779,7 @@ static void generate(Session* s, Rng* rng, bool as_ids) {
     char* text = s->t ? alloc_or_die(tokenizer_max_bytes(s->t) + 8, 1, "a token's text") : NULL;
     for (int i = 0; i < s->o.max_tokens && !interrupted; i++) {
         if (!make_room(s, 0)) {
-            fprintf(stderr, "\n%s: the context of %d positions is full; --shift goes on\n",
+            fprintf(stderr, "%s%s: the context of %d positions is full; --shift goes on\n", s->terminal ? "\n" : "",
                     program_invocation_short_name, s->s.capacity);
             break;
         }
