@@ -93,7 +93,7 @@ CUDA_DEFINES = $(if $(filter FP32,$(PRECISION)),-DPRECISION_FP32) $(if $(DEBUG_S
 NVCCFLAGS = -std=c++17 -O3 -arch=$(NVCC_ARCH) -Xcompiler -Wall,-Wextra,-fopenmp
 # -g1: the names and lines of a backtrace; whole debug information takes a third of the compiler's time.
 CXXFLAGS = -std=c++17 -g1 $(ARCH) $(WARN) $(MATH) $(OPENMP)
-EMULATOR = -x c++ -O2 -Idev/cuda_cpu -DMTA_LIBRARY -DATTENTION_SCRATCH='(1 << 20)'
+EMULATOR = -x c++ -O2 -Idev/cuda_cpu -DMTA_LIBRARY -DATTENTION_SCRATCH='(1 << 20)' -DFLASH_BLOCKS=5
 EMULATOR_HEADERS = $(wildcard dev/cuda_cpu/*.h)
 
 train_mta_cuda: train_mta.cu $(HEADERS)

@@ -2161,8 +2161,12 @@ static void flash_forward(floatX* z, float* stats, const Flash* f, int ch, Cuda*
     });
 }
 
-// Blocks that share the keys of a head, each with a dq of its own: enough that 132 multiprocessors have two blocks each
-static int flash_splits(int S, int NH, int T) { return max_int(1, min_int(ceil_div(T, FLASH_KEYS), 264 / (S * NH))); }
+// Blocks that share the keys of a head, each with a dq of its own: enough that 132 multiprocessors have two blocks each (the emulator's builds set less, so that
+// the tests have blocks that walk over several tiles of keys).
+#if !defined(FLASH_BLOCKS)
+#define FLASH_BLOCKS 264
+#endif
+static int flash_splits(int S, int NH, int T) { return max_int(1, min_int(ceil_div(T, FLASH_KEYS), FLASH_BLOCKS / (S * NH))); }
 enum { PREPARE_BLOCKS = 32 };  // of flash_prepare_kernel for a group of heads of a sequence, at most
 static int prepare_blocks(int T) { return min_int(PREPARE_BLOCKS, ceil_div(T, ROW_WARPS)); }
 

@@ -282,6 +282,8 @@ int main(int argc, char** argv) {
         {"convolution 5 x 17, head 88", 1, 100, 2, 88, 5, 17, true, true},
         {"convolution 3 x 5, head 16", 3, 67, 2, 16, 3, 5, true, true},
         {"convolution 6 x 1, head 8", 1, 7, 2, 8, 6, 1, true, true},
+        {"convolution 6 x 11 and pairs, 132 heads of 16", 1, 300, 132, 16, 6, 11, true, true},  // blocks of several tiles of keys, as 880m at B 16 has
+        {"pairs, 132 heads of 32", 1, 300, 132, 32, 1, 1, false, true},
         {"plain, 1023 tokens", 1, 1023, 2, 96, 1, 1, false, false},
         {"pairs, 2047 tokens", 1, 2047, 2, 96, 1, 1, false, true},
         {"convolution 6 x 11 and pairs, 2048 tokens", 2, 2048, 2, 96, 6, 11, true, true},
