@@ -178,10 +178,10 @@ step "fuzz" bash dev/fuzz/run.sh 20000
 if [ -f train_mta.cu ]; then
     step "build emulator" make -j2 build/test_emulator build/test_flash test_mta_cuda_cpu test_mta_cuda_cpu_bf16 build/train_mta_cuda_cpu \
         build/train_mta_cuda_cpu_fp32 build/asan/test_mta_cuda_cpu_bf16 build/test_races build/races/test_flash build/races/test_mta_bf16
-    beside "emulator many heads order 7" env ASAN_OPTIONS=detect_leaks=0 CUDA_CPU_ORDER=7 build/asan/test_mta_cuda_cpu_bf16 --only "many heads" --models 12
+    beside "emulator many heads order 7" env ASAN_OPTIONS=detect_leaks=0 CUDA_CPU_ORDER=7 build/asan/test_mta_cuda_cpu_bf16 --only "many heads" --models 6
     beside "test_mta_cuda_cpu" ./test_mta_cuda_cpu
     beside "test_mta_cuda_cpu_bf16" ./test_mta_cuda_cpu_bf16
-    beside "emulator models order 1" env ASAN_OPTIONS=detect_leaks=0 CUDA_CPU_ORDER=1 build/asan/test_mta_cuda_cpu_bf16 --only "random models" --models 30
+    beside "emulator models order 1" env ASAN_OPTIONS=detect_leaks=0 CUDA_CPU_ORDER=1 build/asan/test_mta_cuda_cpu_bf16 --only "random models" --models 20
     beside "emulator golden order 1" env ASAN_OPTIONS=detect_leaks=0 CUDA_CPU_ORDER=1 build/asan/test_mta_cuda_cpu_bf16 --only golden
     beside "races fused attention" build/races/test_flash 74
     beside "races golden" build/races/test_mta_bf16 --only golden
