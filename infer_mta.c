@@ -82,16 +82,6 @@ static inline vf load_f16(const uint16_t* p) {
 #endif
 }
 
-static inline vf load_int8(const int8_t* p) {
-#ifdef __AVX512F__
-    return (vf)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)));
-#else
-    float f[LANES];
-    for (int i = 0; i < LANES; i++) { f[i] = (float)p[i]; }
-    return load(f);
-#endif
-}
-
 static inline float sum_lanes(vf x) {
 #ifdef __AVX512F__
     return _mm512_reduce_add_ps((__m512)x);
@@ -131,8 +121,9 @@ static inline vf exp_lanes(vf x) {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Matrices. rows x cols, row by row, y = x W^T. int8: groups of GROUP values along a row share a scale; the last group
-// may be shorter.
+// Matrices. rows x cols, y = x W^T, stored row by row; int8 by tiles of LANES rows and GROUP columns, padded with zeros. The
+// GROUP values of a row in a tile share a scale. Four of them are one of the 16 integers of a vector, one integer a row:
+// so products need no sums over lanes, and one instruction multiplies 64 weights.
 
 typedef enum { W_F32, W_BF16, W_F16, W_INT8 } WeightKind;
 static const char* const weight_names[] = {"f32", "bf16", "f16", "int8"};
@@ -140,19 +131,39 @@ static const char* const weight_names[] = {"f32", "bf16", "f16", "int8"};
 enum { GROUP = 64, GEMM_ROWS = 5, K_BLOCK = 384 };
 
 typedef struct {
+    uint8_t q[GROUP / 4][4 * LANES];  // row r, column k: 128 + weight / scale[r] at [k / 4][4 r + k % 4]
+    float scale[LANES];
+} Int8Tile;
+
+typedef struct {
     WeightKind kind;
     size_t rows, cols;
-    const void* data;    // of the kind; in the mapping, or in memory of our own
-    const float* scale;  // int8: rows x groups
-    size_t bytes;        // read by one pass, scales included
+    const void* data;  // of the kind; in the mapping, or in memory of our own; int8: panels of LANES rows, tiles in each
+    size_t bytes;      // read by one pass, scales included
 } Matrix;
 
 // Memory is asked for this far ahead of its use, into the second level of caches: it covers the page walks at which the
 // hardware's own prefetch stops, and the first level's few buffers for lines under way stay free (dev/SPEED.md).
-enum { AHEAD = 8192 };
-static inline void prefetch(const void* p) { __builtin_prefetch((const char*)p + AHEAD, 0, 2); }
+// The compiler must not move it: one beside each load is 4% faster than several in a row.
+enum { AHEAD = 3072 };
+static inline void prefetch(const void* p) {
+    __builtin_prefetch((const char*)p + AHEAD, 0, 2);
+    __asm__ volatile("" ::: "memory");
+}
 
 static inline size_t groups_of(size_t cols) { return (cols + GROUP - 1) / GROUP; }
+static inline size_t panels_of(size_t rows) { return (rows + LANES - 1) / LANES; }
+
+// The tile that holds row and column c.
+static inline const Int8Tile* tile_at(const Matrix* w, size_t row, size_t c) {
+    return (const Int8Tile*)w->data + row / LANES * groups_of(w->cols) + c / GROUP;
+}
+
+// The weights of columns k, without their scales, one row a lane.
+static inline vf tile_column(const Int8Tile* t, size_t k) {
+    vi four = *(const vi*)t->q[k / 4];
+    return __builtin_convertvector(((four >> (int)(8 * (k % 4))) & 255) - 128, vf);
+}
 
 static inline float weight_at(const Matrix* w, size_t row, size_t c) {
     size_t i = row * w->cols + c;
@@ -161,34 +172,40 @@ static inline float weight_at(const Matrix* w, size_t row, size_t c) {
         memcpy(&f, (const char*)w->data + 4 * i, 4);
         return f;
     }
-    if (w->kind == W_INT8) { return ((const int8_t*)w->data)[i] * w->scale[row * groups_of(w->cols) + c / GROUP]; }
+    if (w->kind == W_INT8) {
+        const Int8Tile* t = tile_at(w, row, c);
+        size_t r = row % LANES, k = c % GROUP;
+        return (float)(t->q[k / 4][4 * r + k % 4] - 128) * t->scale[r];
+    }
     uint16_t h;
     memcpy(&h, (const char*)w->data + 2 * i, 2);
     return w->kind == W_BF16 ? bf16_to_f32(h) : f16_to_f32(h);
 }
 
-// 16 weights of a row from column c on.
+// 16 weights of a row from column c on; not of int8.
 static inline __attribute__((always_inline)) vf weights_at(const Matrix* w, WeightKind kind, size_t row, size_t c) {
     size_t i = row * w->cols + c;
     if (kind == W_F32) { return load((const float*)w->data + i); }
     if (kind == W_BF16) { return load_bf16((const uint16_t*)w->data + i); }
-    if (kind == W_F16) { return load_f16((const uint16_t*)w->data + i); }
-    return load_int8((const int8_t*)w->data + i) * w->scale[row * groups_of(w->cols) + c / GROUP];
+    return load_f16((const uint16_t*)w->data + i);
 }
 
 static void matrix_row(const Matrix* w, size_t row, float* out) {
     for (size_t c = 0; c < w->cols; c++) { out[c] = weight_at(w, row, c); }
 }
 
+// A group of x for int8 weights. Where the processor multiplies and sums bytes, x is held in 15 bits, scale * (128 high +
+// low): two integer dot products then do the work of four conversions to float and four multiplications, which would be
+// slower than memory. They take unsigned by signed bytes, hence the 128 in a tile, which `start` takes out again.
 #if defined(__AVX512VNNI__) && defined(__AVX512BW__)
-// For int8 weights a group of x is also held in 15 bits: x = scale * (128 high + low). Two integer dot products then do
-// the work of four conversions to float and four multiplications, which would be slower than memory. The instruction
-// takes unsigned by signed bytes: weights go in as w + 128, and `start` takes 128 x out again.
-typedef struct { int8_t high[GROUP], low[GROUP]; int32_t start[LANES]; float scale, unused[15]; } SplitGroup;
+typedef struct { int8_t high[GROUP], low[GROUP]; float scale; int32_t start; } SplitGroup;
+#else
+typedef struct { float x[GROUP]; } SplitGroup;
+#endif
 
-// One group of x. start: minus the sum of four values in each of 16 lanes.
 static inline void split_group(SplitGroup* g, const float* x) {
-    const __m512i ones = _mm512_set1_epi8(1), half = _mm512_set1_epi32(64);
+#if defined(__AVX512VNNI__) && defined(__AVX512BW__)
+    const __m512i half = _mm512_set1_epi32(64);
     __m512 v[4], largest = _mm512_setzero_ps();
     for (int u = 0; u < 4; u++) {
         v[u] = _mm512_loadu_ps(x + u * LANES);
@@ -197,85 +214,88 @@ static inline void split_group(SplitGroup* g, const float* x) {
     float most = _mm512_reduce_max_ps(largest), inverse = most > 0 ? 16256.0f / most : 0;
     if (!isfinite(inverse)) { inverse = 0; }  // all below 1e-34: zeros
     g->scale = inverse > 0 ? most / 16256.0f : 0;
+    __m512i sum = _mm512_setzero_si512();
     for (int u = 0; u < 4; u++) {
         __m512i q = _mm512_cvtps_epi32(_mm512_mul_ps(v[u], _mm512_set1_ps(inverse)));
         __m512i high = _mm512_srai_epi32(_mm512_add_epi32(q, half), 7);
         _mm_storeu_si128((__m128i*)(g->high + u * LANES), _mm512_cvtepi32_epi8(high));
         __m512i low = _mm512_sub_epi32(q, _mm512_slli_epi32(high, 7));
         _mm_storeu_si128((__m128i*)(g->low + u * LANES), _mm512_cvtepi32_epi8(low));
+        sum = _mm512_add_epi32(sum, q);
     }
-    __m512i high = _mm512_dpbusd_epi32(_mm512_setzero_si512(), ones, _mm512_loadu_si512(g->high));
-    __m512i sum = _mm512_dpbusd_epi32(_mm512_slli_epi32(high, 7), ones, _mm512_loadu_si512(g->low));
-    _mm512_storeu_si512(g->start, _mm512_sub_epi32(_mm512_setzero_si512(), sum));
+    g->start = -128 * _mm512_reduce_add_epi32(sum);
+#else
+    memcpy(g->x, x, sizeof g->x);
+#endif
 }
 
-// x (n, cols) -> groups (n, groups_of(cols)), whole groups only; malloc'ed.
+// x (n, cols) -> groups (n, groups_of(cols)), the last one of a row filled up with zeros; malloc'ed.
 static SplitGroup* split_groups(const float* x, size_t ldx, int n, size_t cols) {
     size_t groups = groups_of(cols);
     SplitGroup* out = alloc_or_die((size_t)n * groups, sizeof *out, "split activations");
     for (size_t i = 0; i < (size_t)n * groups; i++) {
         size_t c = i % groups * GROUP;
-        if (c + GROUP <= cols) { split_group(&out[i], x + i / groups * ldx + c); }
+        const float* from = x + i / groups * ldx + c;
+        float last[GROUP] = {0};
+        if (c + GROUP > cols) { memcpy(last, from, (cols - c) * sizeof *last); }
+        split_group(&out[i], c + GROUP > cols ? last : from);
     }
     return out;
 }
 
-// Dot product of one int8 row with split x; the last, shorter group is added from x itself.
-static float dot_int8(const Matrix* w, size_t row, const SplitGroup* g, const float* x) {
-    size_t K = w->cols, groups = groups_of(K), c = 0;
-    const int8_t* p = (const int8_t*)w->data + row * K;
-    const float* scale = w->scale + row * groups;
-    const __m512i flip = _mm512_set1_epi8(-128);
-    __m512 even = _mm512_setzero_ps(), odd = even;
-    for (; c + GROUP <= K; c += GROUP, g++, scale++) {
-        prefetch(p + c);
-        __m512i u = _mm512_xor_si512(_mm512_loadu_si512(p + c), flip);
-        __m512i sum = _mm512_dpbusd_epi32(_mm512_loadu_si512(g->start), u, _mm512_loadu_si512(g->high));
-        sum = _mm512_dpbusd_epi32(_mm512_slli_epi32(sum, 7), u, _mm512_loadu_si512(g->low));
-        __m512 swap = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), _mm512_set1_ps(*scale * g->scale), even);
-        even = odd;
-        odd = swap;
-    }
-    float s = _mm512_reduce_add_ps(_mm512_add_ps(even, odd));
-    for (; c < K; c++) { s += (float)p[c] * *scale * x[c]; }
-    return s;
-}
+// Dot products of the LANES rows of one panel, `groups` tiles, with x.
+static vf dot_panel(const Int8Tile* t, size_t groups, const SplitGroup* g) {
+    vf sum = splat(0);
+    for (; groups; groups--, t++, g++) {
+        prefetch(t->scale);
+#if defined(__AVX512VNNI__) && defined(__AVX512BW__)
+        __m512i high[2] = {_mm512_setzero_si512(), _mm512_setzero_si512()};
+        __m512i low[2] = {_mm512_set1_epi32(g->start), _mm512_setzero_si512()};
+#pragma GCC unroll 16
+        for (int k = 0; k < GROUP / 4; k++) {
+            prefetch(t->q[k]);
+            int32_t four[2];
+            memcpy(&four[0], g->high + 4 * k, 4);
+            memcpy(&four[1], g->low + 4 * k, 4);
+            __m512i q = _mm512_load_si512(t->q[k]);
+            high[k % 2] = _mm512_dpbusd_epi32(high[k % 2], q, _mm512_set1_epi32(four[0]));
+            low[k % 2] = _mm512_dpbusd_epi32(low[k % 2], q, _mm512_set1_epi32(four[1]));
+        }
+        vi whole = (((vi)high[0] + (vi)high[1]) << 7) + (vi)low[0] + (vi)low[1];
+        sum += __builtin_convertvector(whole, vf) * (load(t->scale) * g->scale);
+#else
+        vf part = splat(0);
+        for (size_t k = 0; k < GROUP; k++) {
+            if (k % 4 == 0) { prefetch(t->q[k / 4]); }
+            part += tile_column(t, k) * g->x[k];
+        }
+        sum += part * load(t->scale);
 #endif
+    }
+    return sum;
+}
 
 // Dot products of one row of W with n <= GEMM_ROWS - 1 rows of x (stride ldx): the row is read from memory once.
-static inline __attribute__((always_inline)) void dot_rows(const Matrix* w, WeightKind kind, size_t row, const float* x,
-                                                           size_t ldx, int n, float* y, size_t ldy) {
+static inline __attribute__((always_inline)) void dot_rows(const Matrix* matrix, WeightKind kind, size_t row,
+                                                           const float* x, size_t ldx, int n, float* y, size_t ldy) {
+    const Matrix copy = *matrix, *w = &copy;  // stays in registers across prefetch
     size_t K = w->cols, c = 0;
     vf acc[GEMM_ROWS - 1][4];
     for (int m = 0; m < n; m++) {
         for (int u = 0; u < 4; u++) { acc[m][u] = splat(0); }
     }
-    if (kind == W_INT8) {  // a group is four vectors; its scale is applied once
-        for (; c + GROUP <= K; c += GROUP) {
-            const int8_t* p = (const int8_t*)w->data + row * K + c;
-            float scale = w->scale[row * groups_of(K) + c / GROUP];
-            prefetch(p);
-            vf q0 = load_int8(p), q1 = load_int8(p + 16), q2 = load_int8(p + 32), q3 = load_int8(p + 48);
-            int u = (int)(c / GROUP) & 3;
-            for (int m = 0; m < n; m++) {
-                const float* xm = x + (size_t)m * ldx + c;
-                acc[m][u] += ((q0 * load(xm) + q1 * load(xm + 16)) + (q2 * load(xm + 32) + q3 * load(xm + 48))) * scale;
+    for (; c + 4 * LANES <= K; c += 4 * LANES) {
+        for (int u = 0; u < 4; u++) {
+            vf q = weights_at(w, kind, row, c + (size_t)u * LANES);
+            if (kind == W_F32 || u % 2 == 0) {
+                prefetch((const char*)w->data + (row * K + c + (size_t)u * LANES) * (kind == W_F32 ? 4 : 2));
             }
+            for (int m = 0; m < n; m++) { acc[m][u] += q * load(x + (size_t)m * ldx + c + (size_t)u * LANES); }
         }
-    } else {
-        for (; c + 4 * LANES <= K; c += 4 * LANES) {
-            for (int u = 0; u < 4; u++) {
-                vf q = weights_at(w, kind, row, c + (size_t)u * LANES);
-                if (kind == W_F32 || u % 2 == 0) {
-                    prefetch((const char*)w->data + (row * K + c + (size_t)u * LANES) * (kind == W_F32 ? 4 : 2));
-                }
-                for (int m = 0; m < n; m++) { acc[m][u] += q * load(x + (size_t)m * ldx + c + (size_t)u * LANES); }
-            }
-        }
-        for (; c + LANES <= K; c += LANES) {
-            vf q = weights_at(w, kind, row, c);
-            for (int m = 0; m < n; m++) { acc[m][0] += q * load(x + (size_t)m * ldx + c); }
-        }
+    }
+    for (; c + LANES <= K; c += LANES) {
+        vf q = weights_at(w, kind, row, c);
+        for (int m = 0; m < n; m++) { acc[m][0] += q * load(x + (size_t)m * ldx + c); }
     }
     for (int m = 0; m < n; m++) {
         float s = sum_lanes((acc[m][0] + acc[m][1]) + (acc[m][2] + acc[m][3]));
@@ -299,39 +319,49 @@ static inline __attribute__((always_inline)) void dot_rows_range(const Matrix* w
 
 typedef struct { float* y; const Matrix* w; } Product;  // y (n, w->rows), rows side by side
 
-// y (n, rows) = x (n, cols) W^T of several W that read the same few x. Threads own ranges of rows; they meet once, at
-// the end of all.
+// Panel p of y (n, rows): rows LANES p ..
+static void dot_panel_rows(Product product, size_t p, const float* x, size_t ldx, const SplitGroup* split, int n) {
+    const Matrix* w = product.w;
+    float* y = product.y;
+    size_t from = p * LANES, to = w->rows - from < LANES ? w->rows : from + LANES, groups = groups_of(w->cols);
+    switch (w->kind) {
+        case W_F32: dot_rows_range(w, W_F32, from, to, x, ldx, n, y, w->rows); break;
+        case W_BF16: dot_rows_range(w, W_BF16, from, to, x, ldx, n, y, w->rows); break;
+        case W_F16: dot_rows_range(w, W_F16, from, to, x, ldx, n, y, w->rows); break;
+        default:
+            for (size_t k = 0; k < (size_t)n; k++) {
+                vf sum = dot_panel(tile_at(w, from, 0), groups, split + k * groups);
+                memcpy(y + k * w->rows + from, &sum, (to - from) * sizeof *y);
+            }
+    }
+}
+
+// y (n, rows) = x (n, cols) W^T of several W that read the same few x. Each thread has a part of all panels, one stretch of
+// memory a matrix, and once that is done takes panels of the others': on a machine with other work one core is always
+// late. Who computes a row does not change it.
 static void matvecs(const Product* products, int count, const float* x, size_t ldx, int n) {
-#if defined(__AVX512VNNI__) && defined(__AVX512BW__)
-    size_t groups = groups_of(products[0].w->cols);
+    struct { size_t next, end, unused[6]; } part[omp_get_max_threads()];  // a line of memory each
+    size_t threads = (size_t)omp_get_max_threads(), panels = 0;
+    for (int i = 0; i < count; i++) { panels += panels_of(products[i].w->rows); }
+    for (size_t t = 0; t < threads; t++) {
+        part[t].next = panels * t / threads;
+        part[t].end = panels * (t + 1) / threads;
+    }
     SplitGroup* split = products[0].w->kind == W_INT8 ? split_groups(x, ldx, n, products[0].w->cols) : NULL;
-#endif
 #pragma omp parallel
     {
-        size_t threads = (size_t)omp_get_num_threads(), t = (size_t)omp_get_thread_num();
-        for (int i = 0; i < count; i++) {
-            const Matrix* w = products[i].w;
-            float* y = products[i].y;
-            size_t from = w->rows * t / threads, to = w->rows * (t + 1) / threads, ldy = w->rows;
-#if defined(__AVX512VNNI__) && defined(__AVX512BW__)
-            for (size_t r = from; split && r < to; r++) {
-                for (int k = 0; k < n; k++) {
-                    y[(size_t)k * ldy + r] = dot_int8(w, r, split + (size_t)k * groups, x + (size_t)k * ldx);
-                }
-            }
-            if (split) { continue; }
-#endif
-            switch (w->kind) {
-                case W_F32: dot_rows_range(w, W_F32, from, to, x, ldx, n, y, ldy); break;
-                case W_BF16: dot_rows_range(w, W_BF16, from, to, x, ldx, n, y, ldy); break;
-                case W_F16: dot_rows_range(w, W_F16, from, to, x, ldx, n, y, ldy); break;
-                default: dot_rows_range(w, W_INT8, from, to, x, ldx, n, y, ldy); break;
+        size_t me = (size_t)omp_get_thread_num();
+        for (size_t t = me; t < me + threads; t++) {
+            size_t p, end = part[t % threads].end, *next = &part[t % threads].next;
+            while (__atomic_load_n(next, __ATOMIC_RELAXED) < end &&
+                   (p = __atomic_fetch_add(next, 1, __ATOMIC_RELAXED)) < end) {
+                int i = 0;
+                for (; p >= panels_of(products[i].w->rows); i++) { p -= panels_of(products[i].w->rows); }
+                dot_panel_rows(products[i], p, x, ldx, split, n);
             }
         }
     }
-#if defined(__AVX512VNNI__) && defined(__AVX512BW__)
     free(split);
-#endif
 }
 
 // c (m, TILE) = or += a (m, K) b (K, TILE): a by rows of stride lda, b a panel with stride TILE, fp32 or bf16.
@@ -412,6 +442,10 @@ static inline __attribute__((always_inline)) void unpack_panel(const Matrix* w, 
                                                                size_t K, float* panel) {
     for (size_t r = 0; r < TILE; r += LANES) {
         size_t k = 0, there = w->rows > r0 + r ? w->rows - r0 - r : 0;
+        for (; kind == W_INT8 && there && k < K; k++) {  // columns of tiles are vectors of a panel
+            const Int8Tile* t = tile_at(w, r0 + r, k0 + k);
+            store(panel + k * TILE + r, tile_column(t, (k0 + k) % GROUP) * load(t->scale));
+        }
         for (; there >= LANES && k + LANES <= K; k += LANES) {
             vf block[LANES];
             for (size_t i = 0; i < LANES; i++) { block[i] = weights_at(w, kind, r0 + r + i, k0 + k); }
@@ -576,27 +610,32 @@ static inline float stored_value(const StTensor* t, size_t i) {
     return t->dtype == DT_BF16 ? bf16_to_f32(h) : f16_to_f32(h);
 }
 
-static void quantize_row(const StTensor* t, size_t row, size_t cols, int8_t* out, float* scale) {
-    for (size_t c0 = 0; c0 < cols; c0 += GROUP) {
-        size_t n = cols - c0 < GROUP ? cols - c0 : GROUP;
-        float largest = 0;
-        for (size_t i = 0; i < n; i++) { largest = fmaxf(largest, fabsf(stored_value(t, row * cols + c0 + i))); }
+// Row `row` of the tensor into its lane of the tiles of w.
+static void quantize_row(const StTensor* t, const Matrix* w, size_t row) {
+    size_t r = row % LANES;
+    for (size_t c = 0; c < w->cols; c += GROUP) {
+        Int8Tile* tile = (Int8Tile*)(uintptr_t)tile_at(w, row, c);
+        size_t n = w->cols - c < GROUP ? w->cols - c : GROUP;
+        float x[GROUP] = {0}, largest = 0;
+        for (size_t k = 0; k < n; k++) {
+            x[k] = stored_value(t, row * w->cols + c + k);
+            largest = fmaxf(largest, fabsf(x[k]));
+        }
         float s = largest / 127.0f, inverse = s > 0 ? 1.0f / s : 0;
         if (!isfinite(inverse)) { s = inverse = 0; }  // all below 1e-36
-        for (size_t i = 0; i < n; i++) { out[c0 + i] = (int8_t)lrintf(stored_value(t, row * cols + c0 + i) * inverse); }
-        scale[c0 / GROUP] = s;
+        for (size_t k = 0; k < GROUP; k++) { tile->q[k / 4][4 * r + k % 4] = (uint8_t)(128 + lrintf(x[k] * inverse)); }
+        tile->scale[r] = s;
     }
 }
 
 // Rows [r0, r1) of the tensor in the form of w, into w's own memory.
 static void convert_rows(const StTensor* t, const Matrix* w, WeightKind stored, size_t r0, size_t r1) {
     char* own = (char*)(uintptr_t)w->data;
-    float* scale = (float*)(uintptr_t)w->scale;
 #pragma omp parallel for
     for (size_t r = r0; r < r1; r++) {
         size_t first = r * w->cols;
         if (w->kind == W_INT8) {
-            quantize_row(t, r, w->cols, (int8_t*)own + first, scale + r * groups_of(w->cols));
+            quantize_row(t, w, r);
         } else if (w->kind == stored) {
             size_t width = dtype_size(t->dtype);
             memcpy(own + first * width, (const char*)t->data + first * width, w->cols * width);
@@ -617,16 +656,15 @@ static Matrix matrix_from(Model* m, const StTensor* t, int want) {
     w.rows = t->shape[0];
     w.cols = t->shape[1];
     w.kind = want < 0 ? stored : (WeightKind)want;
-    size_t n = t->numel, groups = groups_of(w.cols), width = w.kind == W_F32 ? 4 : w.kind == W_INT8 ? 1 : 2;
-    w.bytes = n * width + (w.kind == W_INT8 ? w.rows * groups * 4 : 0);
+    size_t n = t->numel, width = w.kind == W_F32 ? 4 : 2;
+    w.bytes = w.kind == W_INT8 ? panels_of(w.rows) * groups_of(w.cols) * sizeof(Int8Tile) : n * width;
     if (w.kind == stored && !m->large_pages && (uintptr_t)t->data % width == 0) {
         if (!tensor_finite(t, 0, n, &e)) { die("%s", e.text); }
         w.data = t->data;
         m->mapped_bytes += t->bytes;
         return w;
     }
-    w.data = pool_alloc(&m->pool, n * width, t->name);
-    w.scale = w.kind == W_INT8 ? pool_alloc(&m->pool, w.rows * groups * 4, t->name) : NULL;
+    w.data = pool_alloc(&m->pool, w.bytes, t->name);
     m->own_bytes += w.bytes;
     size_t slice = ((size_t)4 << 20) / w.cols + 1;  // rows
     for (size_t r = 0; r < w.rows; r += slice) {

@@ -6,8 +6,9 @@
 #   prompt A to B   chunks of 512; operations of products, scores and values a second over those of OpenBLAS's sgemm at 2048^3 with its
 #                   own threads; medians
 #   token T         MB: weights and cached keys and values that token number T reads, int8 with its scales; median and best of ROUNDS
-#                   tokens; reading: as many bytes read in one stream a core; "of read": median over the rounds of the token's rate over
-#                   the reading's beside it, and the fastest token over the fastest reading
+#                   tokens; reading: the same bytes read in one stream a core by plain vector loads; prefetched: by the fastest loop
+#                   known; "of it": median over the rounds of the token's rate over the reading's beside it, and the fastest token over
+#                   the fastest reading
 #   convolution     the same token of the same model with the convolutions taken out; what they add is the median over the pairs
 set -eu
 cd "$(dirname "$0")/../.."

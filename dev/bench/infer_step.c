@@ -3,13 +3,16 @@
 //   infer_step DIR WEIGHTS CACHE ROUNDS T [T ...]      WEIGHTS: stored, f32, bf16 or int8; CACHE: f32 or bf16; T rising
 //
 // Up to each T the prompt is processed in chunks of 512, sgemm products between them. Then ROUNDS times, in turns: one
-// token as number T; the same with the convolutions taken out of the model (where it has any); one pass of reading as
-// many bytes as that token does. The cache goes back by one position after each, so that all are token number T.
+// token as number T; the same with the convolutions taken out of the model (where it has any); two passes of reading the
+// weights and the cached keys and values that this token reads, where they lie (a machine's memory is not all equally
+// near: other memory was read a third faster or slower on a virtual machine), in the plain way and prefetched. The cache
+// goes back by one position after each, so that all are token number T.
 #define MTA_LIBRARY
 #include "../../infer_mta.c"
 #include "machine.c"
 
-enum { SIDE = 2048, MAX_ROUNDS = 1000, PART = 512 };
+enum { SIDE = 2048, MAX_ROUNDS = 1000, PART = 512, MAX_SPANS = 1 << 16 };
+
 
 static int compare_doubles(const void* a, const void* b) {
     return (*(const double*)a > *(const double*)b) - (*(const double*)a < *(const double*)b);
@@ -38,6 +41,34 @@ static double token_seconds(Session* s, int T) {
     sample(s, &rng);
     s->s.T = T - 1;
     return seconds_now() - start;
+}
+
+static int span_add(Span* spans, int n, const void* p, size_t bytes) {
+    if (n == MAX_SPANS) { die("more than %d stretches of memory", MAX_SPANS); }
+    spans[n] = (Span){p, bytes};
+    return n + 1;
+}
+
+// The memory that token number T reads, into spans (MAX_SPANS); how many there are.
+static int token_spans(const Session* s, int T, Span* spans) {
+    const Model* m = &s->m;
+    const Cache* c = &s->s;
+    size_t HS = (size_t)m->HS, width = c->half ? 2 : 4, cap = round_up((size_t)c->capacity, TILE);
+    size_t HSP = round_up(HS, TILE), keys = (size_t)T;
+    int n = span_add(spans, 0, m->head.data, m->head.bytes);
+    for (int l = 0; l < m->c.num_hidden_layers; l++) {
+        const Layer* y = &m->layers[l];
+        const Matrix* const w[] = {&y->q, &y->k, &y->v, &y->o, &y->gate, &y->up, &y->down};
+        for (int i = 0; i < 7; i++) { n = span_add(spans, n, w[i]->data, w[i]->bytes); }
+        for (size_t h = 0; h < (size_t)m->NKV; h++) {
+            n = span_add(spans, n, c->k + ((size_t)l * c->k_layer + h * cap * HS) * width, keys * HS * width);
+            for (size_t t = 0; t < HS; t += TILE) {
+                n = span_add(spans, n, c->v + ((size_t)l * c->v_layer + h * cap * HSP + t * cap) * width,
+                             keys * (HS - t < TILE ? HS - t : TILE) * width);
+            }
+        }
+    }
+    return n;
 }
 
 // Takes the convolutions out of all layers, or puts them back; says whether there are any.
@@ -87,31 +118,37 @@ static void prompt_to(Session* s, int T, float* matrices) {
     fflush(stdout);
 }
 
-static void decode_at(Session* s, int T, int rounds, const char* buffer, size_t buffer_size) {
+static void decode_at(Session* s, int T, int rounds) {
     const float* kept[MAX_LAYERS][2];
-    double with[MAX_ROUNDS], without[MAX_ROUNDS], read[MAX_ROUNDS], ratio[MAX_ROUNDS], extra[MAX_ROUNDS];
+    static double with[MAX_ROUNDS], without[MAX_ROUNDS], read[2][MAX_ROUNDS], ratio[2][MAX_ROUNDS], extra[MAX_ROUNDS];
+    static Span spans[MAX_SPANS];
     s->s.T = T;
     size_t bytes = s->m.bytes_per_token + cache_bytes_read(s);
-    if (bytes > buffer_size) { bytes = buffer_size; }
+    int n_spans = token_spans(s, T, spans);
     bool convolves = convolutions(&s->m, kept, true);
     convolutions(&s->m, kept, false);
     token_seconds(s, T);
     for (int i = 0; i < rounds; i++) {
         with[i] = token_seconds(s, T);
-        read[i] = (double)bytes / read_pass(buffer, bytes);
+        for (int k = 0; k < 2; k++) {
+            read[k][i] = (double)bytes / read_pass(spans, n_spans, (Reading)k);
+            ratio[k][i] = read[k][i] / with[i];
+        }
         if (convolves) {
             convolutions(&s->m, kept, true);
             without[i] = token_seconds(s, T);
             convolutions(&s->m, kept, false);
             extra[i] = with[i] / without[i];
         }
-        ratio[i] = read[i] / with[i];
     }
     double token = median(with, rounds);
-    printf("  token %4d: %6.1f MB, median %6.2f ms %6.2f GB/s, best %6.2f ms; ", T, (double)bytes * 1e-6, token * 1e3,
+    printf("  token %4d: %6.1f MB, median %6.2f ms %6.2f GB/s, best %6.2f ms", T, (double)bytes * 1e-6, token * 1e3,
            (double)bytes / token * 1e-9, least(with, rounds) * 1e3);
-    printf("reading %6.2f GB/s, best %6.2f; of read %.3f, best %.3f", (double)bytes / median(read, rounds) * 1e-9,
-           (double)bytes / least(read, rounds) * 1e-9, median(ratio, rounds), least(read, rounds) / least(with, rounds));
+    for (int k = 0; k < 2; k++) {
+        printf("; %s %6.2f GB/s, best %6.2f: of it %.3f, best %.3f", k ? "prefetched" : "reading",
+               (double)bytes / median(read[k], rounds) * 1e-9, (double)bytes / least(read[k], rounds) * 1e-9,
+               median(ratio[k], rounds), least(read[k], rounds) / least(with, rounds));
+    }
     if (convolves) {
         printf("; without convolution %6.2f ms, best %6.2f: it adds %.1f%%, best %.1f%%", median(without, rounds) * 1e3,
                least(without, rounds) * 1e3, 100 * (median(extra, rounds) - 1),
@@ -136,10 +173,6 @@ int main(int argc, char** argv) {
     o.quiet = true;
     o.temperature = 0;
     session_open(&s, &o);
-    s.s.T = last;
-    size_t size = (s.m.bytes_per_token + cache_bytes_read(&s) + 4095) / 4096 * 4096;
-    s.s.T = 0;
-    char* buffer = read_buffer(size);
     float* matrices = NULL;
 #ifdef MTA_CBLAS
     matrices = sgemm_matrices(SIDE);
@@ -148,7 +181,7 @@ int main(int argc, char** argv) {
         int T = atoi(argv[i]);
         if (T > last || T <= s.s.T) { die("T: got %s, wanted rising numbers", argv[i]); }
         prompt_to(&s, T - 1, matrices);
-        decode_at(&s, T, rounds, buffer, size);
+        decode_at(&s, T, rounds);
     }
     return 0;
 }

@@ -1,5 +1,5 @@
-// machine.c: what this machine can do at best, the yardstick of the speed tables: bytes a second read from memory in
-// one stream per core, and fp32 operations a second of a matrix product (CBLAS's sgemm where built with -DMTA_CBLAS).
+// machine.c: what this machine can do, the yardstick of the speed tables: bytes a second read from memory in one stream
+// per core, and fp32 operations a second of a matrix product (CBLAS's sgemm where built with -DMTA_CBLAS).
 //   gcc -std=gnu11 -O3 -march=native -fopenmp -I. dev/bench/machine.c -lm [-DMTA_CBLAS -lopenblas] -o machine &&
 //     ./machine [read|sgemm]
 #include "mta/util.h"
@@ -10,7 +10,7 @@
 #include <cblas.h>
 #endif
 
-typedef int64_t v8 __attribute__((vector_size(64)));
+typedef int64_t v8 __attribute__((vector_size(64), aligned(8)));
 
 // Memory on large pages, every byte touched.
 static char* read_buffer(size_t bytes) {
@@ -22,25 +22,49 @@ static char* read_buffer(size_t bytes) {
     return p;
 }
 
-// Bytes a second of one pass over the buffer, one stream per core, prefetched 8 KiB ahead into the second level of
-// caches: the fastest of what was tried (plain loads, 4 to 32 KiB ahead, either level, one to eight streams a core), up
-// to 14% over plain loads. A yardstick should be what the machine can do.
-static double read_pass(const char* p, size_t bytes) {
+enum { LINES = 128 };  // bytes of one round of read_stretch: two lines of memory
+
+// Two ways to read memory. Plain: vector loads in order, nothing else, as streaming rates are commonly measured. Prefetched: 2
+// KiB ahead, the fastest of what was tried (0.5 to 32 KiB ahead, either level of caches, 1 to 16 lines a round, one to
+// eight streams a core; dev/SPEED.md).
+typedef enum { READ_PLAIN, READ_PREFETCHED } Reading;
+
+// The sum of the 8-byte values of a stretch of memory. bytes: what is left of them behind whole LINES is not read.
+static inline __attribute__((always_inline)) int64_t read_stretch_as(const char* p, size_t bytes, Reading how) {
+    v8 a = {0}, b = {0};
+    for (size_t i = 0; i + LINES <= bytes; i += LINES) {
+        if (how == READ_PREFETCHED) {
+            __builtin_prefetch(p + i + 2048, 0, 3);
+            __builtin_prefetch(p + i + 2048 + 64, 0, 3);
+        }
+        a += *(const v8*)(p + i);
+        b += *(const v8*)(p + i + 64);
+    }
+    a += b;
+    return a[0] + a[1] + a[2] + a[3] + a[4] + a[5] + a[6] + a[7];
+}
+
+static int64_t read_stretch(const char* p, size_t bytes, Reading how) {
+    return how == READ_PLAIN ? read_stretch_as(p, bytes, READ_PLAIN) : read_stretch_as(p, bytes, READ_PREFETCHED);
+}
+
+typedef struct { const char* p; size_t bytes; } Span;
+
+// Bytes a second of reading all spans: each core an equal part of the bytes, one stretch after another.
+static double read_pass(const Span* spans, int n, Reading how) {
+    size_t bytes = 0;
     int64_t sink = 0;
+    for (int i = 0; i < n; i++) { bytes += spans[i].bytes; }
     double start = seconds_now();
 #pragma omp parallel reduction(+ : sink)
     {
-        size_t n = (size_t)omp_get_num_threads(), part = bytes / 128 / n * 128, me = (size_t)omp_get_thread_num();
-        const char* q = p + me * part;
-        v8 a = {0}, b = {0};
-        for (size_t i = 0; i < part; i += 128) {
-            __builtin_prefetch(q + i + 8192, 0, 2);
-            __builtin_prefetch(q + i + 8192 + 64, 0, 2);
-            a += *(const v8*)(q + i);
-            b += *(const v8*)(q + i + 64);
+        size_t threads = (size_t)omp_get_num_threads(), me = (size_t)omp_get_thread_num();
+        size_t from = bytes / LINES * me / threads * LINES, to = bytes / LINES * (me + 1) / threads * LINES, at = 0;
+        for (int i = 0; i < n; at += spans[i++].bytes) {
+            size_t a = from > at ? from - at : 0, b = to > at ? to - at : 0;
+            if (b > spans[i].bytes) { b = spans[i].bytes; }
+            if (a < b) { sink += read_stretch(spans[i].p + a, b - a, how); }
         }
-        a += b;
-        sink += a[0] + a[1] + a[2] + a[3] + a[4] + a[5] + a[6] + a[7];
     }
     double rate = (double)bytes / (seconds_now() - start);
     return sink ? rate : 0;
@@ -67,11 +91,14 @@ int main(int argc, char** argv) {
     bool all = argc < 2;
     double best = 0;
     if (all || !strcmp(argv[1], "read")) {
-        size_t bytes = (size_t)2 << 30;
-        char* p = read_buffer(bytes);
-        for (int t = 0; t < 8; t++) { best = fmax(best, read_pass(p, bytes)); }
-        printf("read %.2f GB/s, %d threads\n", best * 1e-9, omp_get_max_threads());
-        munmap(p, bytes);
+        Span span = {read_buffer((size_t)2 << 30), (size_t)2 << 30};
+        double plain = 0;
+        for (int t = 0; t < 8; t++) {
+            plain = fmax(plain, read_pass(&span, 1, READ_PLAIN));
+            best = fmax(best, read_pass(&span, 1, READ_PREFETCHED));
+        }
+        printf("read %.2f GB/s, prefetched %.2f GB/s, %d threads\n", plain * 1e-9, best * 1e-9, omp_get_max_threads());
+        munmap((void*)(uintptr_t)span.p, span.bytes);
     }
 #ifdef MTA_CBLAS
     if (all || !strcmp(argv[1], "sgemm")) {
