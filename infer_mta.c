@@ -121,9 +121,9 @@ static inline vf exp_lanes(vf x) {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Matrices. rows x cols, y = x W^T, stored row by row; int8 by tiles of LANES rows and GROUP columns, padded with zeros. The
-// GROUP values of a row in a tile share a scale. Four of them are one of the 16 integers of a vector, one integer a row:
-// so products need no sums over lanes, and one instruction multiplies 64 weights.
+// Matrices. rows x cols, y = x W^T, stored row by row; int8 by tiles of LANES rows and GROUP columns, padded with zeros.
+// The GROUP values of a row in a tile share a scale. Four of them are one of the 16 integers of a vector, one integer a
+// row: so products need no sums over lanes, and one instruction multiplies 64 weights.
 
 typedef enum { W_F32, W_BF16, W_F16, W_INT8 } WeightKind;
 static const char* const weight_names[] = {"f32", "bf16", "f16", "int8"};
@@ -138,7 +138,7 @@ typedef struct {
 typedef struct {
     WeightKind kind;
     size_t rows, cols;
-    const void* data;  // of the kind; in the mapping, or in memory of our own; int8: panels of LANES rows, tiles in each
+    const void* data;  // of the kind; in the mapping, or in memory of our own; int8: panels of LANES rows, of tiles
     size_t bytes;      // read by one pass, scales included
 } Matrix;
 
@@ -194,9 +194,9 @@ static void matrix_row(const Matrix* w, size_t row, float* out) {
     for (size_t c = 0; c < w->cols; c++) { out[c] = weight_at(w, row, c); }
 }
 
-// A group of x for int8 weights. Where the processor multiplies and sums bytes, x is held in 15 bits, scale * (128 high +
-// low): two integer dot products then do the work of four conversions to float and four multiplications, which would be
-// slower than memory. They take unsigned by signed bytes, hence the 128 in a tile, which `start` takes out again.
+// A group of x for int8 weights. Where the processor multiplies and sums bytes, x is held in 15 bits, scale * (128 high
+// + low): two integer dot products then do the work of four conversions to float and four multiplications, which would
+// be slower than memory. They take unsigned by signed bytes, hence the 128 in a tile, which `start` takes out again.
 #if defined(__AVX512VNNI__) && defined(__AVX512BW__)
 typedef struct { int8_t high[GROUP], low[GROUP]; float scale; int32_t start; } SplitGroup;
 #else
@@ -336,9 +336,9 @@ static void dot_panel_rows(Product product, size_t p, const float* x, size_t ldx
     }
 }
 
-// y (n, rows) = x (n, cols) W^T of several W that read the same few x. Each thread has a part of all panels, one stretch of
-// memory a matrix, and once that is done takes panels of the others': on a machine with other work one core is always
-// late. Who computes a row does not change it.
+// y (n, rows) = x (n, cols) W^T of several W that read the same few x. Each thread has a part of all panels, stretches of
+// memory, and once that is done takes panels of the others': on a machine with other work one core is always late. Who
+// computes a row does not change it.
 static void matvecs(const Product* products, int count, const float* x, size_t ldx, int n) {
     struct { size_t next, end, unused[6]; } part[omp_get_max_threads()];  // a line of memory each
     size_t threads = (size_t)omp_get_max_threads(), panels = 0;

@@ -4,9 +4,9 @@
 //
 // Up to each T the prompt is processed in chunks of 512, sgemm products between them. Then ROUNDS times, in turns: one
 // token as number T; the same with the convolutions taken out of the model (where it has any); two passes of reading the
-// weights and the cached keys and values that this token reads, where they lie (a machine's memory is not all equally
-// near: other memory was read a third faster or slower on a virtual machine), in the plain way and prefetched. The cache
-// goes back by one position after each, so that all are token number T.
+// weights and the cached keys and values that this token reads, where they lie (memory is not all equally near: other
+// memory was read a third faster or slower on a virtual machine), in the plain way and prefetched. The cache goes back
+// by one position after each, so that all are token number T.
 #define MTA_LIBRARY
 #include "../../infer_mta.c"
 #include "machine.c"
