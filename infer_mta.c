@@ -1808,6 +1808,9 @@ static int32_t sample(Session* s, Rng* rng) {
 static bool ends_document(const Session* s, int32_t id) {
     if (s->o.ignore_eos) { return false; }
     if (id == s->m.c.eos_token_id) { return true; }
+    for (int i = 0; i < s->m.c.n_other_eos; i++) {
+        if (id == s->m.c.other_eos[i]) { return true; }
+    }
     return s->t && (id == tokenizer_eos(s->t) || (tokenizer_eos(s->t) < 0 && id == tokenizer_bos(s->t)));
 }
 

@@ -16,6 +16,7 @@ enum {
     MAX_HEADS = 1024,
     MAX_DIM = 1 << 17,
     MAX_VOCAB = 1 << 22,
+    MAX_EOS = 8,          // ids that end a document
     MAX_KERNEL = 63,      // of either side of a convolution
     MAX_CONTEXT = 1 << 24
 };
@@ -39,6 +40,7 @@ typedef struct {
     double rope_factor, rope_low_freq_factor, rope_high_freq_factor;
     int rope_original_context;
     int bos_token_id, eos_token_id;                 // -1 = none
+    int other_eos[MAX_EOS - 1], n_other_eos;        // of a list of eos_token_id, those behind the first
     char tokenizer[256];                            // built-in name or rank file beside config.json, "" = unknown
 } Config;
 
@@ -245,14 +247,18 @@ static inline const char* config_json_string(const Json* j, const char* key, siz
     return v->string;
 }
 
-// An id or a list of ids, of which the first counts (Llama 3's eos_token_id is a list).
-static inline bool config_json_token(const Json* j, const char* key, int* out, Error* e) {
+// An id, into *out, or a list of ids (Llama 3's eos_token_id is one): the first into *out, others into others (MAX_EOS - 1) and *n_others.
+static inline bool config_json_token(const Json* j, const char* key, int* out, int* others, int* n_others, Error* e) {
     const Json* v = json_get(j, key);
-    int64_t n;
-    if (v && v->type == JSON_ARRAY) { v = v->child; }
+    bool list = v && v->type == JSON_ARRAY;
     if (!v || v->type == JSON_NULL) { return true; }
-    if (!json_integer(v, -1, MAX_VOCAB, &n)) { return fail(e, "%s: wanted a token id", key); }
-    *out = (int)n;
+    int count = 0;
+    for (v = list ? v->child : v; v; v = list ? v->next : NULL, count++) {
+        int64_t n;
+        if (!json_integer(v, -1, MAX_VOCAB, &n)) { return fail(e, "%s: wanted a token id", key); }
+        if (count == MAX_EOS) { return fail(e, "%s: more than %d ids", key, MAX_EOS); }
+        if (!count) { *out = (int)n; } else if (others) { others[(*n_others)++] = (int)n; }
+    }
     return true;
 }
 
@@ -304,7 +310,8 @@ static inline bool config_from_json(Config* c, const Json* j, Error* e) {
          config_json_int(j, "head_dim", 1, MAX_DIM, &head_dim, e) && config_json_number(j, "rope_theta", &c->rope_theta, e) &&
          config_json_number(j, "rms_norm_eps", &c->rms_norm_eps, e) && config_json_bool(j, "tie_word_embeddings", &c->tie_word_embeddings, e) &&
          config_json_rope(c, json_get(j, "rope_scaling"), e) && config_json_rope(c, json_get(j, "rope_parameters"), e) &&
-         config_json_token(j, "bos_token_id", &c->bos_token_id, e) && config_json_token(j, "eos_token_id", &c->eos_token_id, e) &&
+         config_json_token(j, "bos_token_id", &c->bos_token_id, NULL, NULL, e) &&
+         config_json_token(j, "eos_token_id", &c->eos_token_id, c->other_eos, &c->n_other_eos, e) &&
          config_json_conv_layers(c, json_get(j, "kq_conv_layers"), e) &&
          config_json_int(j, "kq_conv_query_size", 1, MAX_KERNEL, &c->kq_conv_query_size, e) &&
          config_json_int(j, "kq_conv_key_size", 1, MAX_KERNEL, &c->kq_conv_key_size, e) &&
@@ -372,7 +379,15 @@ static inline void config_to_json(const Config* c, const char* torch_dtype, Text
                     "\"original_max_position_embeddings\": %d},\n", c->rope_factor, c->rope_low_freq_factor, c->rope_high_freq_factor, c->rope_original_context);
     }
     if (c->bos_token_id >= 0) { text_printf(t, "  \"bos_token_id\": %d,\n", c->bos_token_id); } else { text_printf(t, "  \"bos_token_id\": null,\n"); }
-    if (c->eos_token_id >= 0) { text_printf(t, "  \"eos_token_id\": %d,\n", c->eos_token_id); } else { text_printf(t, "  \"eos_token_id\": null,\n"); }
+    if (c->n_other_eos) {
+        text_printf(t, "  \"eos_token_id\": [%d", c->eos_token_id);
+        for (int i = 0; i < c->n_other_eos; i++) { text_printf(t, ", %d", c->other_eos[i]); }
+        text_printf(t, "],\n");
+    } else if (c->eos_token_id >= 0) {
+        text_printf(t, "  \"eos_token_id\": %d,\n", c->eos_token_id);
+    } else {
+        text_printf(t, "  \"eos_token_id\": null,\n");
+    }
     if (c->tokenizer[0]) { text_printf(t, "  \"tokenizer\": "); text_json_string(t, c->tokenizer, strlen(c->tokenizer)); text_printf(t, ",\n"); }
     if (!plain) {
         text_printf(t, "  \"attention_type\": \"%s\",\n  \"kq_conv_layers\": [", c->attention_type == ATTENTION_DIFF ? "diff" : "mta");

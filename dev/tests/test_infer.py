@@ -261,6 +261,23 @@ class Golden(LogitsCase):
                 row = flat[(len(prompt) - 1 + i) * c.V : (len(prompt) + i) * c.V]
                 self.assertGreaterEqual(row[got], max(row) - 1e-4, "%s step %d" % (c.name, i))
 
+    def test_every_eos_ends(self):
+        """Each id of a list in eos_token_id ends a text; a list of too many is refused."""
+        c = next(c for c in self.cases if c.name == "mha")
+        options = ["--token-ids", "1 2 3", "--temperature", "0", "--max-tokens", "12", "--quiet"]
+        free = list(map(int, run([c.dir] + options).split()))
+        unused = [i for i in range(c.V) if i not in free]
+        where = c.dir + "_eos"
+        for at in (0, 3, 7):
+            for ids in ([free[at]], [unused[0], free[at]], unused[:7] + [free[at]]):
+                Case.write(where, c.weights, dict(c.config, eos_token_id=ids if len(ids) > 1 else ids[0]))
+                got = list(map(int, run([where] + options).split()))
+                self.assertEqual(got, free[: free.index(free[at])], ids)
+        Case.write(where, c.weights, dict(c.config, eos_token_id=unused[:9]))
+        p = run([where] + options, check=False)
+        self.assertEqual(p.returncode, 1)
+        self.assertIn(b"eos_token_id: more than 8 ids", p.stderr)
+
     def test_score(self):
         """Scores equal the golden log-softmax, whatever prefixes the lines share and in whatever order they come."""
         for c in self.cases:
