@@ -1,5 +1,5 @@
 // kernels.cu: every kernel of a training step but attention's (attention.cu has those) alone, at the 880M model's shapes, against its roofline: elementwise kernels
-// against a copy of device memory in the same run, matrix products against the device's peak and against the best that cuBLASLt's heuristics find by trial.
+// against a copy of device memory in the same run, matrix products, cuBLAS's own choice, against the device's peak and against what --tune finds by trial.
 // It includes the trainer: what is measured is what ships.
 //   make build/kernels_cuda && build/kernels_cuda [MODEL=880m] [T=2048] [B=16]
 //   make build/kernels_cpu && build/kernels_cpu 1m 32 2      no times that mean anything: shows that the bench runs
@@ -8,33 +8,9 @@
 #define MTA_LIBRARY
 #endif
 #include "../../train_mta.cu"
-#if !defined(CUDA_CPU)
-#include <cublasLt.h>
-#endif
 #include <functional>
 
-enum { ROUNDS = 10 };
 typedef std::function<void()> Work;
-
-// Best of ROUNDS, in microseconds; one more before them warms up.
-static double microseconds(Cuda* g, const Work& work) {
-    cudaEvent_t start, stop;
-    cudaCheck(cudaEventCreate(&start));
-    cudaCheck(cudaEventCreate(&stop));
-    float best = INFINITY;
-    for (int r = 0; r <= ROUNDS; r++) {
-        float ms = 0;
-        cudaCheck(cudaEventRecord(start, g->stream));
-        work();
-        cudaCheck(cudaEventRecord(stop, g->stream));
-        cudaCheck(cudaEventSynchronize(stop));
-        cudaCheck(cudaEventElapsedTime(&ms, start, stop));
-        if (r > 0 && ms < best) { best = ms; }
-    }
-    cudaCheck(cudaEventDestroy(start));
-    cudaCheck(cudaEventDestroy(stop));
-    return 1000.0 * (double)best;
-}
 
 // ---- elementwise kernels: all of one layer of `mta`, then those of the whole model
 
@@ -63,7 +39,7 @@ static void elementwise(Model* m, int B, int T) {
     // device memory's own rate: half of the optimizer's first moment onto the other half
     size_t half = m->tensors.numel / 2 * sizeof(float);
     Work copy = [=] { cudaCheck(cudaMemcpyAsync(m->m, (char*)m->m + half, half, cudaMemcpyDeviceToDevice, g->stream)); };
-    double peak = 2 * (double)half / microseconds(g, copy);
+    double peak = 2 * (double)half / (double)best_microseconds(g, copy);
     printf("copy of device memory %.0f GB/s\n", peak * 1e-3);
     const struct { const char* name; double bytes; Work work; } list[] = {
         {"embedding_forward", NC * (x + 4), [=] { embedding_forward(a->x, s->tokens, model_tensor(m, m->weights, TENSOR_EMBED), N, C, g); }},
@@ -87,7 +63,7 @@ static void elementwise(Model* m, int B, int T) {
          [=] { LAUNCH(adamw_kernel<8>, ceil_div(m->tensors.numel, 256 * 8), 256, 0, g->stream, m->weights, m->master, m->m, m->v, m->grads, m->tensors.numel, h); }},
     };
     for (const auto& k : list) {
-        double us = microseconds(g, k.work), rate = k.bytes / us;
+        double us = (double)best_microseconds(g, k.work), rate = k.bytes / us;
         printf("%-28s %9.1f us  %8.1f MB  %7.0f GB/s  %.2f of the copy\n", k.name, us, k.bytes * 1e-6, rate * 1e-3, rate / peak);
     }
 }
@@ -95,48 +71,6 @@ static void elementwise(Model* m, int B, int T) {
 // ---- matrix products: out (M,N) = A B, as gemm has it
 
 typedef struct { const char* name; bool ta, tb; int M, N, K; bool wide_out, add; } Product;  // wide_out: fp32; add: onto what is there
-
-#if !defined(CUDA_CPU)
-// The challenger: the fastest of what cuBLASLt's heuristics propose, each tried. Microseconds; 0: none serves.
-static double lt_microseconds(const Product* p, const floatX* A, size_t lda, const floatX* B, size_t ldb, void* out, Scratch* s, Cuda* g, int* which) {
-    enum { TRIED = 8 };
-    cublasLtHandle_t lt;
-    cublasLtMatmulDesc_t product;
-    cublasLtMatrixLayout_t a, b, c;
-    cublasLtMatmulPreference_t wish;
-    cublasLtMatmulHeuristicResult_t found[TRIED];
-    cublasOperation_t ta = p->tb ? CUBLAS_OP_T : CUBLAS_OP_N, tb = p->ta ? CUBLAS_OP_T : CUBLAS_OP_N;  // column-major: out^T = B^T A^T
-    size_t workspace = BLAS_WORKSPACE;
-    int n = 0;
-    float alpha = 1, beta = p->add;
-    double best = 0;
-    cudaDataType_t in = blas_type<floatX>(), to = p->wide_out ? CUDA_R_32F : in;
-    blasCheck(cublasLtCreate(&lt));
-    blasCheck(cublasLtMatmulDescCreate(&product, CUBLAS_COMPUTE_32F, CUDA_R_32F));
-    blasCheck(cublasLtMatmulDescSetAttribute(product, CUBLASLT_MATMUL_DESC_TRANSA, &ta, sizeof ta));
-    blasCheck(cublasLtMatmulDescSetAttribute(product, CUBLASLT_MATMUL_DESC_TRANSB, &tb, sizeof tb));
-    blasCheck(cublasLtMatrixLayoutCreate(&a, in, p->tb ? p->K : p->N, p->tb ? p->N : p->K, (int64_t)ldb));
-    blasCheck(cublasLtMatrixLayoutCreate(&b, in, p->ta ? p->M : p->K, p->ta ? p->K : p->M, (int64_t)lda));
-    blasCheck(cublasLtMatrixLayoutCreate(&c, to, p->N, p->M, p->N));
-    blasCheck(cublasLtMatmulPreferenceCreate(&wish));
-    blasCheck(cublasLtMatmulPreferenceSetAttribute(wish, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &workspace, sizeof workspace));
-    if (cublasLtMatmulAlgoGetHeuristic(lt, product, a, b, c, c, wish, TRIED, found, &n) == CUBLAS_STATUS_SUCCESS) {
-        for (int i = 0; i < n; i++) {
-            double us = microseconds(g, [&] {
-                blasCheck(cublasLtMatmul(lt, product, &alpha, B, a, A, b, &beta, out, c, out, c, &found[i].algo, s->workspace, workspace, g->stream));
-            });
-            if (best == 0 || us < best) { best = us, *which = i; }
-        }
-    }
-    cublasLtMatmulPreferenceDestroy(wish);
-    cublasLtMatrixLayoutDestroy(a);
-    cublasLtMatrixLayoutDestroy(b);
-    cublasLtMatrixLayoutDestroy(c);
-    cublasLtMatmulDescDestroy(product);
-    cublasLtDestroy(lt);
-    return best;
-}
-#endif
 
 // Operands are whatever buffers are large enough: the model's own hold the values of no training step either.
 static void products(Model* m, int B, int T, double peak) {
@@ -170,19 +104,19 @@ static void products(Model* m, int B, int T, double peak) {
             cudaCheck(cudaMemcpyAsync(x + i, m->weights, std::min(m->tensors.numel, most - i) * sizeof(floatX), cudaMemcpyDeviceToDevice, g->stream));
         }
     }
+    g->tuned = tuned_open(m->scratch.workspace);
+    g->tuned->measuring = true;
     for (const Product& p : list) {
         size_t lda = (size_t)(p.ta ? p.M : p.K), ldb = (size_t)(p.tb ? p.K : p.N);
-        double us = microseconds(g, [&] {
-            if (p.wide_out) { gemm(p.ta, p.tb, p.M, p.N, p.K, 1, A, lda, 0, W, ldb, 0, p.add, (float*)out, (size_t)p.N, 0, 1, g); }
-            else { gemm(p.ta, p.tb, p.M, p.N, p.K, 1, A, lda, 0, W, ldb, 0, p.add, (floatX*)out, (size_t)p.N, 0, 1, g); }
-        });
-        double rate = 2.0 * p.M * p.N * p.K / us;
+        int before = g->tuned->n;
+        if (p.wide_out) { gemm(p.ta, p.tb, p.M, p.N, p.K, 1, A, lda, 0, W, ldb, 0, p.add, (float*)out, (size_t)p.N, 0, 1, g); }
+        else { gemm(p.ta, p.tb, p.M, p.N, p.K, 1, A, lda, 0, W, ldb, 0, p.add, (floatX*)out, (size_t)p.N, 0, 1, g); }
+        cudaCheck(cudaStreamSynchronize(g->stream));
+        if (g->tuned->n == before) { printf("%-20s is of a shape above\n", p.name); continue; }
+        const TunedProduct* t = &g->tuned->list[before];
+        double us = (double)t->own_us, rate = 2.0 * p.M * p.N * p.K / us;
         printf("%-20s %6d x %6d x %6d %9.1f us  %6.1f TFLOP/s  %.3f of peak", p.name, p.M, p.N, p.K, us, rate * 1e-6, peak > 0 ? rate * 1e6 / peak : 0.0);
-#if !defined(CUDA_CPU)
-        int which = 0;
-        double lt = lt_microseconds(&p, A, lda, W, ldb, out, &m->scratch, g, &which);
-        if (lt > 0) { printf("; cuBLASLt, number %d of its heuristics, %.1f us: %.3f of ours", which, lt, lt / us); }
-#endif
+        if (t->lt) { printf("; cuBLASLt %.1f us, %.3f of it", (double)t->us, (double)t->us / us); }
         printf("\n");
     }
     cudaFree(A);
@@ -206,7 +140,7 @@ int main(int argc, char** argv) {
     if (!m) { die("%s", e.text); }
     model_initialise(m, 1);
     cudaCheck(cudaGetDeviceProperties(&device, 0));
-    printf("%s; %s, %d x %d tokens, one layer; best of %d\n", device.name, model, B, T, ROUNDS);
+    printf("%s; %s, %d x %d tokens, one layer; best of %d\n", device.name, model, B, T, TRIALS);
     elementwise(m, B, T);
     products(m, B, T, matmul_rate(&device));
     model_free(m);

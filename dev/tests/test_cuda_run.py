@@ -175,6 +175,70 @@ class CudaRuns(unittest.TestCase):
             self.assertEqual([e["loss"] for e in runs[0] if e["event"] == "val"], [e["loss"] for e in runs[1] if e["event"] == "val"])
             self.assertEqual(self.checkpoint(attention + "on", 3), self.checkpoint(attention + "off", 3))
 
+    def tuned(self, program, out, *options, steps="2", **more):
+        """A run with --tune FILE: its log, and how many products were measured."""
+        log, output = self.train(program, out, "--steps", steps, "--schedule-steps", "4", "--tune", self.path("products"), *options, **more)
+        return log, int(re.search(r"^tune +\d+ products, (\d+) measured now; ", output, re.M)[1])
+
+    def test_tuned_products(self):
+        """The same training up to the order of sums; with the file that was written, the same bits, resumed ones too."""
+        plain, _ = self.train(BF16, "plain", "--steps", "3", "--schedule-steps", "4")
+        first, measured = self.tuned(BF16, "a", steps="3")
+        self.assertGreater(measured, 5)
+        self.compare(self.figures(first), self.figures(plain), 0.02)
+        self.tuned(BF16, "b", steps="1")
+        again, measured = self.tuned(BF16, "b", "--resume", "--cuda-graphs", "off", steps="3")
+        self.assertEqual(measured, 0)
+        self.assertEqual(self.figures(again), self.figures(first))
+        self.assertEqual(self.checkpoint("a", 3), self.checkpoint("b", 3))
+
+    @unittest.skipUnless(EMULATED, "skip: a GPU's algorithms are its own")
+    def test_tune_file(self):
+        """What the file says is what runs; another device's is measured again, anything else refused."""
+        file = self.path("products")
+        plain, _ = self.train(FP32, "plain", "--steps", "2", "--schedule-steps", "4")
+        _, count = self.tuned(FP32, "first")
+        with open(file, encoding="utf-8") as f:
+            heading, *lines = f.read().splitlines()
+
+        def write(algorithm, heading=heading, end="\n"):
+            shapes = [line.split()[:11] for line in lines]
+            rows = [" ".join(s + (["lt", algorithm, "%x" % int(s[10])] + ["0"] * 6 if algorithm else ["own"]) + ["2", "1"]) for s in shapes]
+            with open(file, "w", encoding="utf-8") as f:
+                f.write("\n".join([heading] + rows) + end)
+
+        figures = {}
+        for algorithm in ("", "1", "2"):  # own, and 1, which sums as own does, and 2, from the other end
+            write(algorithm)
+            log, measured = self.tuned(FP32, "run" + algorithm)
+            self.assertEqual(measured, 0)
+            figures[algorithm] = self.figures(log)
+        self.assertEqual(figures[""], self.figures(plain))
+        self.assertEqual(figures["1"], self.figures(plain))
+        self.assertNotEqual(figures["2"], self.figures(plain))
+        self.compare(figures["2"], self.figures(plain), 1e-4)
+        write("1")
+        for n in (1, 30):
+            _, error = self.train(FP32, "fails%d" % n, "--steps", "2", "--tune", file, status=70, env={"CUDA_CPU_FAIL": "cublasLtMatmul:%d" % n})
+            self.assertRegex(error, r"CUDA error at .*: the function failed to launch on the GPU, in tuned_launch\n")
+        write("7")  # not an algorithm of this library
+        self.assertEqual(self.tuned(FP32, "unknown")[1], count)
+        write("1", heading.replace("cuBLASLt", "cuBLASLt 12"))
+        self.assertEqual(self.tuned(FP32, "another")[1], count)
+        self.assertEqual(self.tuned(FP32, "another again")[1], 0)  # it was written anew
+        os.remove(file)
+        self.assertEqual(self.tuned(FP32, "none proposed", env={"CUDA_CPU_FAIL": "cublasLtMatmulAlgoGetHeuristic:1"})[1], count)
+        write("1", end=" 3 4")
+        _, error = self.train(FP32, "bad", "--steps", "2", "--tune", file, status=1)
+        self.assertIn("line %d is not one that --tune wrote; remove the file to measure again" % (count + 1), error)
+        with open(file, "w", encoding="utf-8") as f:
+            f.write("dear diary\n")
+        _, error = self.train(FP32, "bad", "--steps", "2", "--tune", file, status=1)
+        self.assertIn("not a file that --tune wrote", error)
+        self.assertFalse(os.path.exists(self.path("bad")))
+        _, error = self.train(FP32, "nowhere", "--steps", "2", "--tune", self.path("no/such/place"), status=1)
+        self.assertIn("no/such/place.tmp: cannot create", error)
+
     @unittest.skipUnless(EMULATED, "skip: a GPU cannot be told to fail")
     def test_a_failing_call_is_named(self):
         """One line with file, line and call, exit status 70; a launch names its launcher."""
