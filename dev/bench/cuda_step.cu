@@ -1,7 +1,8 @@
 // cuda_step.cu: speed of train_mta.cu's training step on this GPU: tokens/s, MFU, memory, and time by kernel class. It includes the trainer, so
 // what is measured is what ships; it adds only the clock around launches and products.
 //   make build/cuda_step && build/cuda_step MODEL ATTENTION T [B=0: 8192 tokens, or less if memory is short] [STEPS=5]
-// One line for a table, then (--classes) one line for each class that takes at least 1% of a step. Random tokens, random weights.
+// One line for a table, then (--classes) one line for each class that takes at least 1% of a step, and at last one line with --tune's products. Random tokens,
+// random weights.
 #include <cublas_v2.h>
 #include <cuda_runtime.h>
 #include <stdio.h>
@@ -128,22 +129,8 @@ int main(int argc, char** argv) {
     Rng rng = rng_make(1, 2);
     for (int n = 0; n < N; n++) { tokens[n] = (int32_t)(rng_u32(&rng) % (uint32_t)c.vocab_size); }
     AdamW hyper = {1e-5, 0.9, 0.98, 1e-8, 0.05, 1};
-    double best = INFINITY, tuned = INFINITY, direct = 0, loss = 0;
-    // the first step launches one by one, the second captures the graphs, the timed ones replay them; then one without graphs, and one with the
-    // clock inside, since events recorded in a capture tell no time; at last with products chosen by trial, in graphs of their own
-    int plain = steps + 3 + classes;
-    for (int step = 1; step <= plain + steps + 2; step++) {
-        bool timed = (step > 2 && step <= steps + 2) || step > plain + 2;
-        m->graphs = !WAITS && (step <= steps + 2 || step > plain);
-        profiling = step == steps + 4 && step <= plain;
-        if (step == plain + 1) {
-            for (Replay* r : {&m->forward, &m->backward}) {
-                if (r->graph) { cudaCheck(cudaGraphExecDestroy(r->graph)); }
-                *r = {};
-            }
-            m->cuda.tuned = tuned_open(m->scratch.workspace);
-            tune(m);
-        }
+    double best = INFINITY, direct = 0, loss = 0;
+    auto seconds_of_step = [&](int step) {
         double start = seconds_now();
         model_zero_gradients(m);
         model_forward(m, tokens, B, T);
@@ -151,16 +138,43 @@ int main(int argc, char** argv) {
         model_backward(m, tokens, B, T);
         model_update(m, &hyper, step);
         cudaCheck(cudaStreamSynchronize(m->cuda.stream));
-        double seconds = seconds_now() - start;
-        if (timed) { (step > plain ? tuned : best) = fmin(step > plain ? tuned : best, seconds); }
-        if (step == steps + 3) { direct = seconds; }
-        profiling = false;
+        return seconds_now() - start;
+    };
+    // the first step launches one by one, the second captures the graphs, the timed ones replay them; then one without graphs, and one with the
+    // clock inside, since events recorded in a capture tell no time
+    int step = 1;
+    m->graphs = !WAITS;
+    for (; step <= steps + 2; step++) {
+        double seconds = seconds_of_step(step);
+        if (step > 2) { best = fmin(best, seconds); }
     }
+    m->graphs = false;
+    direct = seconds_of_step(step++);
+    profiling = classes;
+    if (classes) { seconds_of_step(step++); }
+    profiling = false;
     MemoryPlan p = model_memory(&c, B, T, 0, RECOMPUTE_NONE);
     double rate = N / best, peak = matmul_rate(&device);
-    printf("%-14s T %-5d B %-3d %9.0f tokens/s  MFU %5.1f%%  %8.0f MiB  loss %.3f  without graphs %.0f tokens/s, tuned %.0f\n", argv[2], T, B, rate,
-           peak > 0 ? 100 * rate * model_flops_per_token(&c, T) / peak : 0, (double)memory_total(&p) / 1048576, loss, N / direct, N / tuned);
+    auto mfu = [&](double tokens_per_second) { return peak > 0 ? 100 * tokens_per_second * model_flops_per_token(&c, T) / peak : 0.0; };
+    printf("%-14s T %-5d B %-3d %9.0f tokens/s  MFU %5.1f%%  %8.0f MiB  loss %.3f  without graphs %.0f tokens/s\n", argv[2], T, B, rate, mfu(rate),
+           (double)memory_total(&p) / 1048576, loss, N / direct);
     if (classes) { print_classes(N); }
+    fflush(stdout);
+    for (Replay* r : {&m->forward, &m->backward}) {  // at last with products chosen by trial (--tune), in graphs of their own
+        if (r->graph) { cudaCheck(cudaGraphExecDestroy(r->graph)); }
+        *r = {};
+    }
+    m->graphs = !WAITS;
+    m->cuda.tuned = tuned_open(m->scratch.workspace);
+    tune(m);
+    best = INFINITY;
+    for (int i = 1; i <= steps + 2; i++, step++) {
+        double seconds = seconds_of_step(step);
+        if (i > 2) { best = fmin(best, seconds); }
+    }
+    int lt = 0;
+    for (int i = 0; i < m->cuda.tuned->n; i++) { lt += m->cuda.tuned->list[i].lt; }
+    printf("tuned   %-14s T %-5d B %-3d %9.0f tokens/s  MFU %5.1f%%  cuBLASLt for %d of %d products\n", argv[2], T, B, N / best, mfu(N / best), lt, m->cuda.tuned->n);
     model_free(m);
     free(tokens);
     return isfinite(loss) ? 0 : 1;
