@@ -211,11 +211,16 @@ fi
 # ---- the Python tests: they drive the programs
 
 if command -v python3 > /dev/null; then
+    beside test_cuda_run.py "$python" dev/tests/test_cuda_run.py  # the longest, of one thread
     for source in dev/tests/test_*.py; do
         runner=$python
-        case $source in *test_convert.py | *test_infer.py) runner=${torch_python:-$python} ;; esac  # parts of these compare with PyTorch
+        case $source in
+            *test_cuda_run.py) continue ;;
+            *test_convert.py | *test_infer.py) runner=${torch_python:-$python} ;;  # parts of these compare with PyTorch
+        esac
         step "$(basename "$source")" "$runner" "$source"
     done
+    meet
     if [ -n "$torch_python" ]; then
         step "reference writes the golden cases" "$torch_python" dev/ref/make_golden.py --check dev/golden
     else
