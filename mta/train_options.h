@@ -1,0 +1,122 @@
+// mta/train_options.h: what the user of a trainer may give: the options of both trainers, their defaults, and the one table that makes
+// the parser and --help. What a run makes of them is settled in mta/run.h.
+#ifndef MTA_TRAIN_OPTIONS_H
+#define MTA_TRAIN_OPTIONS_H
+
+#include "config.h"
+#include "options.h"
+
+typedef struct {
+    const char *model, *attention, *train, *val, *out, *init_from, *tokenizer, *pattern, *mix, *schedule, *recompute, *tune;
+    bool resume, dry_run;
+    // fields of config.json; 0, -1 or NULL: not given
+    int hidden_size, intermediate_size, num_hidden_layers, num_attention_heads, num_key_value_heads, vocab_size, max_position_embeddings;
+    int tie_word_embeddings, kq_conv_query_size, kq_conv_key_size, kq_conv_pre_softmax, kq_conv_post_softmax;
+    int head_mix_pre_softmax, head_mix_post_softmax, head_gate;
+    const char *kq_conv_layers, *head_norm, *attention_type;
+    double rope_theta, rms_norm_eps;
+    // training
+    int seq_len, batch_size, cuda_graphs;
+    int64_t tokens_per_step, steps, schedule_steps, warmup, seed;
+    double lr, min_lr, beta1, beta2, eps, weight_decay, grad_clip;
+    // reports
+    int64_t eval_every, eval_windows, save_every, keep, sample_every, sample_tokens, log_every;
+    const char* sample_prompt;
+    double sample_temperature;
+} TrainOptions;
+
+static inline TrainOptions options_default(void) {
+    TrainOptions o;
+    memset(&o, 0, sizeof o);
+    o.tie_word_embeddings = o.kq_conv_pre_softmax = o.kq_conv_post_softmax = o.head_mix_pre_softmax = o.head_mix_post_softmax = o.head_gate = -1;
+    o.lr = o.eval_every = -1;  // not given; 0 is a rate too
+    o.mix = "token"; o.schedule = "linear"; o.recompute = "none";
+    o.batch_size = 4; o.cuda_graphs = 1; o.steps = 1000; o.warmup = 50; o.seed = 1;
+    o.beta1 = 0.9; o.beta2 = 0.98; o.eps = 1e-8; o.weight_decay = 0.05; o.grad_clip = 1;
+    o.eval_windows = 128; o.keep = 2; o.sample_tokens = 100; o.sample_temperature = 0.8; o.log_every = 10;
+    return o;
+}
+
+static const char* const TRAIN_USAGE =
+    "usage: PROGRAM --model NAME|config.json --train GLOB[=WEIGHT],... --out DIR [options]\n"
+    "Trains a language model with Multi-Token Attention. --dry-run prints the plan and stops.\n"
+    "Exit status: 0 done, 1 a mistake in options or files, 3 stopped after steps with NaN or infinite loss, 70 a CUDA call failed,\n"
+    "75 stopped by a signal and saved.";
+
+// The one table of both trainers. `table` has room for 72 rows.
+static inline void train_options_table(Opt* table, TrainOptions* o) {
+    const double any = 1e300;
+    int n = 0;
+#define ROW(name, type, field, arg, help, low, high) { Opt row = {name, type, (void*)(field), arg, help, low, high, false}; table[n++] = row; }
+#define HEADING(name) ROW(name, OPT_HEADING, NULL, NULL, NULL, 0, 0)
+    HEADING("Model")
+    ROW("--model", OPT_STRING, &o->model, "NAME|config.json", "toy, 1m, 3m, 11m, 25m, 300m, 550m, 880m, 1b, or a configuration file", 0, 0)
+    ROW("--attention", OPT_STRING, &o->attention, "KIND", "transformer, mta (default), mta-full, talking-heads or diff", 0, 0)
+    ROW("--init-from", OPT_STRING, &o->init_from, "DIR", "start from the weights of a checkpoint, or of any LLaMA-family model", 0, 0)
+    ROW("--tokenizer", OPT_STRING, &o->tokenizer, "NAME|FILE", "bytes, toy or a tiktoken rank file, for samples and the checkpoint", 0, 0)
+    ROW("--pattern", OPT_CHOICE, &o->pattern, "gpt2|cl100k_base|llama3|o200k_base", "how text is split, where the rank file's name does not tell", 0, 0)
+    HEADING("Model, field by field (over what --model and --attention say)")
+    ROW("--hidden-size", OPT_INT, &o->hidden_size, NULL, "width of the residual stream", 2, MAX_DIM)
+    ROW("--intermediate-size", OPT_INT, &o->intermediate_size, NULL, "hidden units of the MLP", 1, MAX_DIM)
+    ROW("--num-hidden-layers", OPT_INT, &o->num_hidden_layers, NULL, "layers", 1, MAX_LAYERS)
+    ROW("--num-attention-heads", OPT_INT, &o->num_attention_heads, NULL, "heads", 1, MAX_HEADS)
+    ROW("--num-key-value-heads", OPT_INT, &o->num_key_value_heads, NULL, "key/value heads (grouped-query attention)", 1, MAX_HEADS)
+    ROW("--vocab-size", OPT_INT, &o->vocab_size, NULL, "vocabulary (default: the model's or the shards', whichever is larger)", 1, MAX_VOCAB)
+    ROW("--max-position-embeddings", OPT_INT, &o->max_position_embeddings, NULL, "context the model states (default: --seq-len)", 1, MAX_CONTEXT)
+    ROW("--rope-theta", OPT_FLOAT, &o->rope_theta, NULL, "base of RoPE's frequencies", 1e-3, 1e12)
+    ROW("--rms-norm-eps", OPT_FLOAT, &o->rms_norm_eps, NULL, "epsilon of RMSNorm", 1e-20, 0.1)
+    ROW("--tie-word-embeddings", OPT_SWITCH, &o->tie_word_embeddings, NULL, "classifier shares the embedding's weights", 0, 0)
+    ROW("--attention-type", OPT_CHOICE, &o->attention_type, "mta|diff", "config.json's attention_type", 0, 0)
+    ROW("--kq-conv-layers", OPT_STRING, &o->kq_conv_layers, "LIST|all|none", "layers with key-query convolution, from 0, like 2,6,10", 0, 0)
+    ROW("--kq-conv-query-size", OPT_INT, &o->kq_conv_query_size, NULL, "queries the convolution spans, cq", 1, MAX_KERNEL)
+    ROW("--kq-conv-key-size", OPT_INT, &o->kq_conv_key_size, NULL, "keys the convolution spans, ck, odd", 1, MAX_KERNEL)
+    ROW("--kq-conv-pre-softmax", OPT_SWITCH, &o->kq_conv_pre_softmax, NULL, "convolution before the softmax", 0, 0)
+    ROW("--kq-conv-post-softmax", OPT_SWITCH, &o->kq_conv_post_softmax, NULL, "convolution after the softmax", 0, 0)
+    ROW("--head-mix-pre-softmax", OPT_INT, &o->head_mix_pre_softmax, NULL, "heads mixed before the softmax, 0 = off", 0, MAX_HEADS)
+    ROW("--head-mix-post-softmax", OPT_INT, &o->head_mix_post_softmax, NULL, "heads mixed after the softmax, 0 = off", 0, MAX_HEADS)
+    ROW("--head-norm", OPT_CHOICE, &o->head_norm, "none|group|group_depth_scaled", "norm of each head's output", 0, 0)
+    ROW("--head-gate", OPT_SWITCH, &o->head_gate, NULL, "sigmoid gate of each head's output", 0, 0)
+    HEADING("Data")
+    ROW("--train", OPT_STRING, &o->train, "GLOB[=WEIGHT],...|@RECIPE", "token shards to train on", 0, 0)
+    ROW("--mix", OPT_CHOICE, &o->mix, "token|document", "what the weights share out", 0, 0)
+    ROW("--val", OPT_STRING, &o->val, "[NAME=]GLOB,...", "token shards to evaluate on, each a set with its own figures", 0, 0)
+    ROW("--seq-len", OPT_INT, &o->seq_len, NULL, "tokens of a sequence (default: the model's context, 2048 at most)", 1, MAX_CONTEXT)
+    ROW("--batch-size", OPT_INT, &o->batch_size, NULL, "sequences computed at once", 1, 1 << 20)
+    ROW("--tokens-per-step", OPT_LONG, &o->tokens_per_step, NULL, "tokens of an optimizer step (default: batch size x sequence length)", 1, any)
+    HEADING("Training (AdamW; the paper's recipe unless said otherwise)")
+    ROW("--steps", OPT_LONG, &o->steps, NULL, "optimizer steps in all", 0, any)
+    ROW("--lr", OPT_FLOAT, &o->lr, NULL, "peak learning rate (default: the preset's; 1.5e-4 for 880m)", 0, 1e3)
+    ROW("--schedule", OPT_CHOICE, &o->schedule, "linear|cosine|constant|wsd", "learning rate after warmup; wsd: constant, the last fifth linear", 0, 0)
+    ROW("--schedule-steps", OPT_LONG, &o->schedule_steps, NULL, "length of the schedule where it is not --steps", 1, any)
+    ROW("--warmup", OPT_LONG, &o->warmup, NULL, "steps of linear warmup", 0, any)
+    ROW("--min-lr", OPT_FLOAT, &o->min_lr, NULL, "learning rate at the end of the schedule", 0, 1e3)
+    ROW("--beta1", OPT_FLOAT, &o->beta1, NULL, "decay of the first moment", 0, 0.999999)
+    ROW("--beta2", OPT_FLOAT, &o->beta2, NULL, "decay of the second moment", 0, 0.999999999)
+    ROW("--eps", OPT_FLOAT, &o->eps, NULL, "AdamW's epsilon", 1e-20, 1)
+    ROW("--weight-decay", OPT_FLOAT, &o->weight_decay, NULL, "decoupled decay of every tensor", 0, 1e3)
+    ROW("--grad-clip", OPT_FLOAT, &o->grad_clip, NULL, "largest global gradient norm, 0 = off", 0, 1e9)
+    ROW("--seed", OPT_LONG, &o->seed, NULL, "of initialisation, data order and samples", 0, 9e15)
+    ROW("--recompute", OPT_CHOICE, &o->recompute, "none|elementwise|block", "activations computed again in the backward pass (CUDA)", 0, 0)
+    ROW("--cuda-graphs", OPT_SWITCH, &o->cuda_graphs, NULL, "replay a micro-batch's launches as CUDA graphs; off: one by one, to find a fault", 0, 0)
+    ROW("--tune", OPT_STRING, &o->tune, "FILE", "matrix products by the fastest algorithm, found by trial once and kept in FILE (CUDA)", 0, 0)
+    HEADING("Run")
+    ROW("--out", OPT_STRING, &o->out, "DIR", "run directory: log.jsonl and checkpoints", 0, 0)
+    ROW("--resume", OPT_FLAG, &o->resume, NULL, "continue from the newest good checkpoint in --out", 0, 0)
+    ROW("--eval-every", OPT_LONG, &o->eval_every, NULL, "steps between evaluations, 0 = only the last (default: a tenth of the run)", 0, any)
+    ROW("--eval-windows", OPT_LONG, &o->eval_windows, NULL, "sequences of a set per evaluation, spread over it; 0 = all", 0, any)
+    ROW("--save-every", OPT_LONG, &o->save_every, NULL, "steps between checkpoints, 0 = only the last", 0, any)
+    ROW("--keep", OPT_LONG, &o->keep, NULL, "checkpoints kept, 0 = all", 0, 1e9)
+    ROW("--sample-every", OPT_LONG, &o->sample_every, NULL, "steps between samples, 0 = none", 0, any)
+    ROW("--sample-tokens", OPT_LONG, &o->sample_tokens, NULL, "tokens of a sample", 1, 1e6)
+    ROW("--sample-prompt", OPT_STRING, &o->sample_prompt, "TEXT", "what a sample continues", 0, 0)
+    ROW("--sample-temperature", OPT_FLOAT, &o->sample_temperature, NULL, "0 = the likeliest token", 0, 100)
+    ROW("--log-every", OPT_LONG, &o->log_every, NULL, "steps between lines that stay on the screen", 1, any)
+    ROW("--dry-run", OPT_FLAG, &o->dry_run, NULL, "print parameters, memory and time, then stop", 0, 0)
+#undef ROW
+#undef HEADING
+    Opt end = OPT_END;
+    table[n++] = end;
+    assert(n <= 72);
+}
+
+#endif
