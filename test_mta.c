@@ -1179,6 +1179,7 @@ static void test_trainer(const Trainer* tr) {
 }
 
 int main(int argc, char** argv) {
+    open_standard_files();
 #ifdef MTA_TEST_CUDA
     const Trainer* tr = trainer_cuda();
 #else

@@ -1591,6 +1591,7 @@ static void print_plan(Run* r) {
 
 static int train_main(int argc, char** argv) {
     Run run;
+    open_standard_files();
     blas_single_thread();
     run_parse(&run, argc, argv);
     print_plan(&run);

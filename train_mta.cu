@@ -3760,6 +3760,7 @@ static void print_plan(Run* r) {
 static int train_main(int argc, char** argv) {
     Run run;
     Error e = {{0}};
+    open_standard_files();
     run_parse(&run, argc, argv);
     run.torch_dtype = EXACT ? "float32" : "bfloat16";
     if (!model_check(&run.config, run.options.batch_size, run.options.seq_len, &e)) { die("%s", e.text); }

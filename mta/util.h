@@ -158,6 +158,16 @@ static inline bool file_exists(const char* path) {  // something that can be rea
     return stat(path, &st) == 0 && !S_ISDIR(st.st_mode);
 }
 
+// Opens those of the descriptors 0 to 2 that are closed (daemons and `>&-` leave them so) on /dev/null. Otherwise a file
+// of ours would get such a number, and what is printed would be written into it. The first call of every main.
+static inline void open_standard_files(void) {
+    for (int fd = 0; fd <= 2; fd++) {
+        if (fcntl(fd, F_GETFD) >= 0 || errno != EBADF) { continue; }
+        int opened = open("/dev/null", O_RDWR);  // the lowest number that is free: fd, as those below are open
+        if (opened < 0) { die("/dev/null, for the closed descriptor %d: %s", fd, strerror(errno)); }
+    }
+}
+
 typedef struct { const uint8_t* data; size_t size; } MappedFile;  // data NULL: an empty file
 
 // Maps a regular file read-only. The mapping stays until unmap_file; the file must not shrink meanwhile.
@@ -286,9 +296,9 @@ static inline bool make_dirs(const char* path, Error* e) {
         if (path[i] != '/' && path[i] != 0) { continue; }
         memcpy(part, path, i);
         part[i] = 0;
-        if (mkdir(part, 0777) && !dir_exists(part)) {
-            return fail(e, "%s: cannot create directory: %s", part, strerror(errno));
-        }
+        if (mkdir(part, 0777) == 0) { continue; }
+        int why = errno;  // dir_exists sets its own
+        if (!dir_exists(part)) { return fail(e, "%s: cannot create directory: %s", part, strerror(why)); }
     }
     return true;
 }

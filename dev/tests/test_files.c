@@ -50,7 +50,33 @@ static void remove_tree(const char* path) {
 // ---------------------------------------------------------------------------------------------------------------------
 // util.h
 
+// In a child: descriptors of which `closed` has the bit set are closed; afterwards all three are open, those that were
+// open are what they were, and the next file gets none of their numbers.
+static bool standard_files_open(int closed) {
+    pid_t pid = fork();
+    if (pid == 0) {
+        int pipes[2];
+        if (pipe(pipes) || dup2(pipes[1], 9) != 9) { _exit(1); }
+        for (int fd = 0; fd <= 2; fd++) {
+            if (closed & 1 << fd) { close(fd); } else { dup2(9, fd); }
+        }
+        for (int fd = 3; fd < 9; fd++) { close(fd); }
+        open_standard_files();
+        bool good = open(root, O_RDONLY) == 3;
+        struct stat null, end, st;
+        good = good && stat("/dev/null", &null) == 0 && fstat(9, &end) == 0;
+        for (int fd = 0; good && fd <= 2; fd++) {
+            const struct stat* want = closed & 1 << fd ? &null : &end;
+            good = fstat(fd, &st) == 0 && st.st_dev == want->st_dev && st.st_ino == want->st_ino;
+        }
+        _exit(!good);
+    }
+    int status = 1;
+    return waitpid(pid, &status, 0) == pid && status == 0;
+}
+
 static void test_util(void) {
+    for (int closed = 0; closed < 8; closed++) { CHECK(standard_files_open(closed)); }
     Error e = {{0}};
     CHECK(!fail(&e, "first %d", 1) && !fail(&e, "second") && !strcmp(e.text, "first 1"));
     CHECK(crc32_update(0, "123456789", 9) == 0xCBF43926u);  // the check value of the CRC's definition
@@ -71,7 +97,12 @@ static void test_util(void) {
     CHECK(write_file_synced(in_root("a/f"), bytes, 1000, &(Error){{0}}) && file_exists(in_root("a/f")) &&
           !file_exists(in_root("a")));
     e = (Error){{0}};
-    CHECK(!make_dirs(in_root("a/f/g"), &e) && says(&e, "cannot create directory"));
+    CHECK(!make_dirs(in_root("a/f/g"), &e) && says(&e, "a/f: cannot create directory: File exists"));
+    e = (Error){{0}};  // nothing is there and nothing can be made: mkdir's own reason, not "No such file or directory"
+    if (dir_exists("/sys/kernel")) {
+        CHECK(!make_dirs("/sys/kernel/no_such_run", &e) && mkdir("/sys/kernel/no_such_run", 0777) &&
+              says(&e, strerror(errno)) && errno != ENOENT);
+    }
     char* text;
     size_t n;
     CHECK(read_file(in_root("a/f"), 1000, &text, &n, &(Error){{0}}) && n == 1000 && !memcmp(text, bytes, n) &&

@@ -792,6 +792,17 @@ class Refusals(unittest.TestCase):
             self.assertEqual(p.returncode, 1)
             self.assertIn(b"standard output", p.stderr)
 
+    def test_closed_descriptors(self):
+        """A daemon's child: no file of ours gets the number 0, 1 or 2, into which text is printed."""
+        out, written = os.path.join(self.tmp.name, "closed.safetensors"), []
+        for closed in ([], [0], [1], [2], [0, 1, 2]):
+            args = [BIN, self.case.dir, "--token-ids", "1 2 3", "--logits", out]
+            p = subprocess.run(args, preexec_fn=lambda: [os.close(fd) for fd in closed])
+            self.assertEqual(p.returncode, 0, closed)
+            with open(out, "rb") as f:
+                written.append(f.read())
+            self.assertEqual(written[-1], written[0], closed)
+
     def test_a_driver_gets_each_answer_at_once(self):
         """--score - answers what has arrived, so that a program may wait for one answer before it asks again."""
         p = subprocess.Popen(
