@@ -97,13 +97,13 @@ EMULATOR = -x c++ -O2 -Idev/cuda_cpu -DMTA_LIBRARY -DATTENTION_SCRATCH='(1 << 20
 EMULATOR_HEADERS = $(wildcard dev/cuda_cpu/*.h)
 
 train_mta_cuda: train_mta.cu $(HEADERS)
-	$(NVCC) $(NVCCFLAGS) $(CUDA_DEFINES) $< -o $@ -lcublasLt -lcublas
+	$(NVCC) $(NVCCFLAGS) $(CUDA_DEFINES) $< -o $@ -lcublas
 
 # For every architecture, whatever NVCC_ARCH says: scripts/test.sh compiles and links them all, with SPILLS, the flags that refuse spilt registers;
 # for sm_80 without: head size 128 with pairs and a convolution spills there, where shared memory is too small for it anyway.
 build/train_mta_cuda_sm_%: train_mta.cu $(HEADERS)
 	@mkdir -p build
-	$(NVCC) $(if $(filter-out 80,$*),$(SPILLS)) $(subst -arch=$(NVCC_ARCH),-arch=sm_$*,$(NVCCFLAGS)) $(CUDA_DEFINES) $< -o $@ -lcublasLt -lcublas
+	$(NVCC) $(if $(filter-out 80,$*),$(SPILLS)) $(subst -arch=$(NVCC_ARCH),-arch=sm_$*,$(NVCCFLAGS)) $(CUDA_DEFINES) $< -o $@ -lcublas
 
 build/train_mta_cuda.o: train_mta.cu $(HEADERS)
 	@mkdir -p build
@@ -115,19 +115,19 @@ build/test_mta_for_cuda.o: test_mta.c train_mta.c $(HEADERS)
 	$(CC) $(CFLAGS) -DMTA_TEST_CUDA -Wno-unused-function -c $< -o $@
 
 test_mta_cuda: build/test_mta_for_cuda.o build/train_mta.o build/train_mta_cuda.o
-	$(NVCC) -arch=$(NVCC_ARCH) -Xcompiler -fopenmp $^ -o $@ -lcublasLt -lcublas $(BLAS_LINK) $(LDLIBS)
+	$(NVCC) -arch=$(NVCC_ARCH) -Xcompiler -fopenmp $^ -o $@ -lcublas $(BLAS_LINK) $(LDLIBS)
 
 # The same two in fp32 beside them, for scripts/gpu_check.sh.
 build/train_mta_cuda_fp32: train_mta.cu $(HEADERS)
 	@mkdir -p build
-	$(NVCC) $(NVCCFLAGS) -DPRECISION_FP32 $< -o $@ -lcublasLt -lcublas
+	$(NVCC) $(NVCCFLAGS) -DPRECISION_FP32 $< -o $@ -lcublas
 
 build/train_mta_cuda_fp32.o: train_mta.cu $(HEADERS)
 	@mkdir -p build
 	$(NVCC) $(NVCCFLAGS) -DPRECISION_FP32 -DMTA_LIBRARY -c $< -o $@
 
 build/test_mta_cuda_fp32: build/test_mta_for_cuda.o build/train_mta.o build/train_mta_cuda_fp32.o
-	$(NVCC) -arch=$(NVCC_ARCH) -Xcompiler -fopenmp $^ -o $@ -lcublasLt -lcublas $(BLAS_LINK) $(LDLIBS)
+	$(NVCC) -arch=$(NVCC_ARCH) -Xcompiler -fopenmp $^ -o $@ -lcublas $(BLAS_LINK) $(LDLIBS)
 
 build/cuda_cpu_fp32.o: train_mta.cu $(HEADERS) $(EMULATOR_HEADERS)
 	@mkdir -p build
@@ -161,7 +161,7 @@ build/train_mta_cuda_cpu_fp32: train_mta.cu $(HEADERS) $(EMULATOR_HEADERS)
 # Speed of the CUDA trainer's step on a GPU (scripts/gpu_check.sh runs it).
 build/cuda_step: dev/bench/cuda_step.cu train_mta.cu $(HEADERS)
 	@mkdir -p build
-	$(NVCC) $(NVCCFLAGS) $(CUDA_DEFINES) $< -o $@ -lcublasLt -lcublas
+	$(NVCC) $(NVCCFLAGS) $(CUDA_DEFINES) $< -o $@ -lcublas
 
 # The fused attention kernels against the dense definition: on the CPU, on a GPU.
 build/test_flash: dev/tests/test_flash.cu train_mta.cu $(HEADERS) $(EMULATOR_HEADERS)
@@ -169,12 +169,12 @@ build/test_flash: dev/tests/test_flash.cu train_mta.cu $(HEADERS) $(EMULATOR_HEA
 	$(CXX) $(CXXFLAGS) $(EMULATOR) -Wno-unused-function $< -o $@ $(LDLIBS)
 build/test_flash_cuda: dev/tests/test_flash.cu train_mta.cu $(HEADERS)
 	@mkdir -p build
-	$(NVCC) $(NVCCFLAGS) -diag-suppress 177 $< -o $@ -lcublasLt -lcublas
+	$(NVCC) $(NVCCFLAGS) -diag-suppress 177 $< -o $@ -lcublas
 
 # The attention of one layer alone: its speed on a GPU, what it executes per tile without one.
 build/attention_cuda: dev/bench/attention.cu train_mta.cu $(HEADERS)
 	@mkdir -p build
-	$(NVCC) $(NVCCFLAGS) -diag-suppress 177 $< -o $@ -lcublasLt -lcublas
+	$(NVCC) $(NVCCFLAGS) -diag-suppress 177 $< -o $@ -lcublas
 build/attention_cpu: dev/bench/attention.cu train_mta.cu $(HEADERS) $(EMULATOR_HEADERS)
 	@mkdir -p build
 	$(CXX) $(CXXFLAGS) $(EMULATOR) -Wno-unused-function $< -o $@ $(LDLIBS)
@@ -182,7 +182,7 @@ build/attention_cpu: dev/bench/attention.cu train_mta.cu $(HEADERS) $(EMULATOR_H
 # Every other kernel of a step alone, against its roofline; the emulator's only shows that the bench runs.
 build/kernels_cuda: dev/bench/kernels.cu train_mta.cu $(HEADERS)
 	@mkdir -p build
-	$(NVCC) $(NVCCFLAGS) -diag-suppress 177 $< -o $@ -lcublasLt -lcublas
+	$(NVCC) $(NVCCFLAGS) -diag-suppress 177 $< -o $@ -lcublas
 build/kernels_cpu: dev/bench/kernels.cu train_mta.cu $(HEADERS) $(EMULATOR_HEADERS)
 	@mkdir -p build
 	$(CXX) $(CXXFLAGS) $(EMULATOR) -Wno-unused-function $< -o $@ $(LDLIBS)

@@ -26,7 +26,6 @@
 #include <algorithm>
 #include <type_traits>
 
-#include <cublasLt.h>
 #include <cublas_v2.h>
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -75,11 +74,9 @@ static inline int round_up(int n, int to) { return (n + to - 1) / to * to; }
 // =================================================================================================================================
 // The device: context, checks, small device functions
 
-typedef struct Tuned Tuned;  // see "Matrix products"
 typedef struct {
     cudaStream_t stream;
     cublasHandle_t blas;
-    Tuned* tuned;  // NULL without --tune
 } Cuda;
 
 enum { EXIT_CUDA = 70 };  // a CUDA call failed that should not have; a missing GPU or too little memory is exit 1
@@ -345,205 +342,14 @@ static cudaDataType_t blas_type(void) {
 // out (M,N) = alpha * A B + beta * out, row-major; A (M,K), or its transpose (K,M) if ta; B (K,N), or (N,K) if tb; ld* are row strides.
 // `batch` products, stride_* elements apart. cuBLAS is column-major, so it is asked for the transpose, out^T = B^T A^T.
 template <typename In, typename Out>
-static void gemm_untuned(bool ta, bool tb, int M, int N, int K, float alpha, const In* A, size_t lda, size_t stride_a, const In* B, size_t ldb,
-                         size_t stride_b, float beta, Out* out, size_t ldo, size_t stride_o, int batch, Cuda* g) {
+static void gemm(bool ta, bool tb, int M, int N, int K, float alpha, const In* A, size_t lda, size_t stride_a, const In* B, size_t ldb,
+                 size_t stride_b, float beta, Out* out, size_t ldo, size_t stride_o, int batch, Cuda* g) {
     blasCheck(cublasGemmStridedBatchedEx(g->blas, tb ? CUBLAS_OP_T : CUBLAS_OP_N, ta ? CUBLAS_OP_T : CUBLAS_OP_N, N, M, K, &alpha, B,
                                          blas_type<In>(), (int)ldb, (long long)stride_b, A, blas_type<In>(), (int)lda, (long long)stride_a,
                                          &beta, out, blas_type<Out>(), (int)ldo, (long long)stride_o, batch, CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT));
 }
 
-// --tune: products of one shape run with the fastest of cuBLAS's own choice and of what cuBLASLt's heuristics propose, found by trying each once (model_tune)
-// and kept in a file, so that the next run gets the same bits. An algorithm serves pointers of the alignment it was found for.
 enum { BLAS_WORKSPACE = 32 << 20 };  // what cuBLAS asks for on sm_90 and sm_100
-enum { TUNED_PRODUCTS = 256, PROPOSALS = 8, TRIALS = 4, SHAPE_NUMBERS = 11 };
-typedef struct { int v[SHAPE_NUMBERS]; } Shape;  // types of A and out, ta, tb, M, N, K, lda, ldb, ldo, alignment
-typedef struct {
-    Shape shape;
-    bool lt;                    // else cuBLAS's own choice was fastest
-    cublasLtMatmulAlgo_t algo;
-    float own_us, us;           // of cuBLAS's own choice, of the fastest
-    cublasLtMatmulDesc_t product;
-    cublasLtMatrixLayout_t a, b, o;
-} TunedProduct;
-struct Tuned {
-    cublasLtHandle_t lt;
-    void* workspace;
-    bool measuring;             // shapes that are not in the list are measured and added
-    int n;
-    TunedProduct list[TUNED_PRODUCTS];
-};
-
-// Column-major, as above: B^T is the first operand.
-static void tuned_describe(TunedProduct* t) {
-    const int* v = t->shape.v;
-    cublasOperation_t ta = v[3] ? CUBLAS_OP_T : CUBLAS_OP_N, tb = v[2] ? CUBLAS_OP_T : CUBLAS_OP_N;
-    int M = v[4], N = v[5], K = v[6];
-    blasCheck(cublasLtMatmulDescCreate(&t->product, CUBLAS_COMPUTE_32F, CUDA_R_32F));
-    blasCheck(cublasLtMatmulDescSetAttribute(t->product, CUBLASLT_MATMUL_DESC_TRANSA, &ta, sizeof ta));
-    blasCheck(cublasLtMatmulDescSetAttribute(t->product, CUBLASLT_MATMUL_DESC_TRANSB, &tb, sizeof tb));
-    blasCheck(cublasLtMatrixLayoutCreate(&t->a, (cudaDataType_t)v[0], (uint64_t)(v[3] ? K : N), (uint64_t)(v[3] ? N : K), v[8]));
-    blasCheck(cublasLtMatrixLayoutCreate(&t->b, (cudaDataType_t)v[0], (uint64_t)(v[2] ? M : K), (uint64_t)(v[2] ? K : M), v[7]));
-    blasCheck(cublasLtMatrixLayoutCreate(&t->o, (cudaDataType_t)v[1], (uint64_t)N, (uint64_t)M, v[9]));
-}
-static void tuned_forget(TunedProduct* t) {
-    blasCheck(cublasLtMatrixLayoutDestroy(t->a));
-    blasCheck(cublasLtMatrixLayoutDestroy(t->b));
-    blasCheck(cublasLtMatrixLayoutDestroy(t->o));
-    blasCheck(cublasLtMatmulDescDestroy(t->product));
-}
-static cublasStatus_t tuned_launch(const TunedProduct* t, const cublasLtMatmulAlgo_t* algo, const void* A, const void* B, float beta, void* out, Cuda* g) {
-    float alpha = 1;
-    return cublasLtMatmul(g->tuned->lt, t->product, &alpha, B, t->a, A, t->b, &beta, out, t->o, out, t->o, algo, g->tuned->workspace, BLAS_WORKSPACE, g->stream);
-}
-
-// Best of TRIALS of work(), in microseconds; one more before them warms up.
-template <typename Work>
-static float best_microseconds(Cuda* g, const Work& work) {
-    cudaEvent_t start, stop;
-    cudaCheck(cudaEventCreate(&start));
-    cudaCheck(cudaEventCreate(&stop));
-    float best = INFINITY;
-    for (int r = 0; r <= TRIALS; r++) {
-        float ms = 0;
-        cudaCheck(cudaEventRecord(start, g->stream));
-        work();
-        cudaCheck(cudaEventRecord(stop, g->stream));
-        cudaCheck(cudaEventSynchronize(stop));
-        cudaCheck(cudaEventElapsedTime(&ms, start, stop));
-        if (r > 0 && ms < best) { best = ms; }
-    }
-    cudaCheck(cudaEventDestroy(start));
-    cudaCheck(cudaEventDestroy(stop));
-    return 1000 * best;
-}
-
-// Tries cuBLASLt's proposals against `own`, which launches cuBLAS's choice. out is written.
-template <typename Work>
-static void tuned_measure(TunedProduct* t, const void* A, const void* B, float beta, void* out, const Work& own, Cuda* g) {
-    cublasLtMatmulPreference_t wish;
-    cublasLtMatmulHeuristicResult_t found[PROPOSALS];
-    size_t workspace = BLAS_WORKSPACE;
-    uint32_t align = (uint32_t)t->shape.v[10];
-    const cublasLtMatmulPreferenceAttributes_t aligned[] = {CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES,
-                                                            CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES};
-    int n = 0;
-    blasCheck(cublasLtMatmulPreferenceCreate(&wish));
-    blasCheck(cublasLtMatmulPreferenceSetAttribute(wish, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &workspace, sizeof workspace));
-    for (int i = 0; i < 4; i++) { blasCheck(cublasLtMatmulPreferenceSetAttribute(wish, aligned[i], &align, sizeof align)); }
-    t->us = t->own_us = best_microseconds(g, own);
-    if (cublasLtMatmulAlgoGetHeuristic(g->tuned->lt, t->product, t->a, t->b, t->o, t->o, wish, PROPOSALS, found, &n) != CUBLAS_STATUS_SUCCESS) { n = 0; }
-    for (int i = 0; i < n; i++) {
-        if (found[i].state != CUBLAS_STATUS_SUCCESS || tuned_launch(t, &found[i].algo, A, B, beta, out, g) != CUBLAS_STATUS_SUCCESS) { continue; }
-        float us = best_microseconds(g, [&] { blasCheck(tuned_launch(t, &found[i].algo, A, B, beta, out, g)); });
-        if (us < t->us) { t->us = us, t->lt = true, t->algo = found[i].algo; }
-    }
-    blasCheck(cublasLtMatmulPreferenceDestroy(wish));
-}
-
-// The entry of a shape, NULL if there is none.
-static TunedProduct* tuned_find(Tuned* u, const Shape* shape) {
-    for (int i = 0; i < u->n; i++) {
-        if (!memcmp(&u->list[i].shape, shape, sizeof *shape)) { return &u->list[i]; }
-    }
-    return NULL;
-}
-
-template <typename In, typename Out>
-static void gemm(bool ta, bool tb, int M, int N, int K, float alpha, const In* A, size_t lda, size_t stride_a, const In* B, size_t ldb,
-                 size_t stride_b, float beta, Out* out, size_t ldo, size_t stride_o, int batch, Cuda* g) {
-    auto own = [&] { gemm_untuned(ta, tb, M, N, K, alpha, A, lda, stride_a, B, ldb, stride_b, beta, out, ldo, stride_o, batch, g); };
-    if (!g->tuned || batch != 1 || alpha != 1) { own(); return; }
-    size_t pointers = (size_t)A | (size_t)B | (size_t)out | 256, align = pointers & ~(pointers - 1);
-    Shape shape = {{blas_type<In>(), blas_type<Out>(), ta, tb, M, N, K, (int)lda, (int)ldb, (int)ldo, (int)align}};
-    TunedProduct* t = tuned_find(g->tuned, &shape);
-    if (!t && g->tuned->measuring && g->tuned->n < TUNED_PRODUCTS) {
-        t = &g->tuned->list[g->tuned->n++];
-        t->shape = shape;
-        tuned_describe(t);
-        tuned_measure(t, A, B, beta, out, own, g);
-    }
-    if (!t || !t->lt) { own(); return; }
-    blasCheck(tuned_launch(t, &t->algo, A, B, beta, out, g));
-}
-
-// The file of --tune: a line that says for what device and library, then a line a product: its shape, "own" or "lt" with the algorithm's eight words,
-// microseconds of cuBLAS's own choice and of the fastest. False with a message if it is something else; *fits: it is of this device and library.
-static void tuned_heading(Text* t) {
-    cudaDeviceProp device;
-    cudaCheck(cudaGetDeviceProperties(&device, 0));
-    text_printf(t, "mta.c matrix products, %s, cuBLASLt %zu\n", device.name, cublasLtGetVersion());
-}
-static bool tuned_read(Tuned* u, const char* path, bool* fits, Error* e) {
-    char* text;
-    size_t n;
-    Text heading = {};
-    *fits = false;
-    if (!read_file(path, 1 << 20, &text, &n, e)) { return false; }
-    tuned_heading(&heading);
-    bool ours = n >= 22 && !memcmp(text, "mta.c matrix products,", 22) && strlen(text) == n;
-    *fits = ours && n >= heading.n && !memcmp(text, heading.text, heading.n);
-    const char* line = text + (*fits ? heading.n : n);
-    text_free(&heading);
-    for (int number = 2; ours && *line; number++) {
-        TunedProduct t = {};
-        int at = 0, used = 0;
-        char kind[4];
-        ours = u->n < TUNED_PRODUCTS;
-        for (int i = 0; ours && i < SHAPE_NUMBERS; i++, at += used) { ours = sscanf(line + at, "%d%n", &t.shape.v[i], &used) == 1; }
-        ours = ours && sscanf(line + at, " %3s%n", kind, &used) == 1 && (!strcmp(kind, "lt") || !strcmp(kind, "own"));
-        t.lt = ours && !strcmp(kind, "lt");
-        for (int i = 0; t.lt && ours && i < 8; i++) {
-            unsigned long long word;
-            at += used;
-            ours = sscanf(line + at, " %llx%n", &word, &used) == 1;
-            t.algo.data[i] = word;
-        }
-        at += used;
-        ours = ours && sscanf(line + at, " %f %f%n", &t.own_us, &t.us, &used) == 2 && line[at + used] == '\n' && !tuned_find(u, &t.shape);
-        for (int i = 4; i < SHAPE_NUMBERS; i++) { ours = ours && t.shape.v[i] > 0; }
-        if (!ours) { fail(e, "%s: line %d is not one that --tune wrote; remove the file to measure again", path, number); break; }
-        line += at + used + 1;
-        cublasLtMatmulHeuristicResult_t result;
-        tuned_describe(&t);
-        if (!t.lt || (cublasLtMatmulAlgoCheck(u->lt, t.product, t.a, t.b, t.o, t.o, &t.algo, &result) == CUBLAS_STATUS_SUCCESS &&
-                      result.workspaceSize <= BLAS_WORKSPACE)) {
-            u->list[u->n++] = t;
-        } else {
-            tuned_forget(&t);  // an algorithm that this library does not know: measured again
-        }
-    }
-    if (!ours && !e->text[0]) { fail(e, "%s: not a file that --tune wrote", path); }
-    free(text);
-    return ours;
-}
-static bool tuned_write(const Tuned* u, const char* path, Error* e) {
-    Text t = {};
-    char beside[PATH_SIZE];
-    tuned_heading(&t);
-    for (int i = 0; i < u->n; i++) {
-        const TunedProduct* p = &u->list[i];
-        for (int k = 0; k < SHAPE_NUMBERS; k++) { text_printf(&t, "%d ", p->shape.v[k]); }
-        text_printf(&t, p->lt ? "lt" : "own");
-        for (int k = 0; p->lt && k < 8; k++) { text_printf(&t, " %llx", (unsigned long long)p->algo.data[k]); }
-        text_printf(&t, " %.2f %.2f\n", (double)p->own_us, (double)p->us);
-    }
-    bool good = snprintf(beside, sizeof beside, "%s.tmp", path) < (int)sizeof beside ? write_file_synced(beside, t.text, t.n, e) : fail(e, "%s: too long a path", path);
-    if (good && rename(beside, path)) { good = fail(e, "%s: %s", path, strerror(errno)); }
-    text_free(&t);
-    return good;
-}
-
-static Tuned* tuned_open(void* workspace) {
-    Tuned* u = (Tuned*)alloc_or_die(1, sizeof(Tuned), "list of products");
-    blasCheck(cublasLtCreate(&u->lt));
-    u->workspace = workspace;
-    return u;
-}
-static void tuned_close(Tuned* u) {
-    for (int i = 0; i < u->n; i++) { tuned_forget(&u->list[i]); }
-    blasCheck(cublasLtDestroy(u->lt));
-    free(u);
-}
 
 // out (N,OC), rows ldo apart = inp (N,C) weight^T, weight (OC,C)
 template <typename Out>
@@ -3069,7 +2875,6 @@ static size_t device_shared(void) {  // bytes that a block may have at most
     return (size_t)bytes;
 }
 static void cuda_close(Cuda* g) {
-    if (g->tuned) { tuned_close(g->tuned); }
     if (g->blas) { blasCheck(cublasDestroy(g->blas)); }
     if (g->stream) { cudaCheck(cudaStreamDestroy(g->stream)); }
 }
@@ -3691,37 +3496,6 @@ static double matmul_rate(const cudaDeviceProp* device) {
 #endif
 }
 
-// --tune: what the file holds, if there is one, before anything else is touched; then, once there are weights, one micro-batch through every product, in
-// which those that are not known yet are measured. Its gradients are not used.
-static void tune_open(Model* m, const char* path, bool* fits) {
-    Error e = {{0}};
-    m->cuda.tuned = tuned_open(m->scratch.workspace);
-    *fits = false;
-    if (file_exists(path) && !tuned_read(m->cuda.tuned, path, fits, &e)) { die("--tune: %s", e.text); }
-}
-static void tune(Model* m) {
-    bool graphs = m->graphs;
-    int N = m->B * m->T;
-    int32_t* tokens = (int32_t*)alloc_or_die((size_t)N, sizeof(int32_t), "tokens");
-    m->graphs = false, m->cuda.tuned->measuring = true;
-    model_forward(m, tokens, m->B, m->T);
-    model_loss(m, tokens, N, (float)(1.0 / N), true, NULL);
-    model_backward(m, tokens, m->B, m->T);
-    cudaCheck(cudaStreamSynchronize(m->cuda.stream));
-    m->graphs = graphs, m->cuda.tuned->measuring = false;
-    free(tokens);
-}
-static void tune_and_keep(Model* m, const char* path, bool fits) {
-    Tuned* u = m->cuda.tuned;
-    Error e = {{0}};
-    int before = u->n, lt = 0;
-    double own = 0, us = 0;
-    tune(m);
-    for (int i = 0; i < u->n; i++) { lt += u->list[i].lt, own += (double)u->list[i].own_us, us += (double)u->list[i].us; }
-    if ((u->n > before || !fits) && !tuned_write(u, path, &e)) { die("--tune: %s", e.text); }
-    printf("tune        %d products, %d measured now; cuBLASLt has a faster algorithm for %d: %.0f us become %.0f\n", u->n, u->n - before, lt, own, us);
-}
-
 static Recompute recompute_of(const char* name) {
     return !strcmp(name, "block") ? RECOMPUTE_BLOCK : !strcmp(name, "elementwise") ? RECOMPUTE_ELEMENTWISE : RECOMPUTE_NONE;
 }
@@ -3769,11 +3543,8 @@ static int train_main(int argc, char** argv) {
     Model* m = model_create(&run.config, run.options.batch_size, run.options.seq_len, 0, recompute_of(run.options.recompute), &e);
     if (!m) { die("%s", e.text); }  // before the run directory is touched
     m->graphs = m->graphs && run.options.cuda_graphs;
-    bool known = false;
-    if (run.options.tune) { tune_open(m, run.options.tune, &known); }
     run_open(&run);
     model_start(m, &run);
-    if (run.options.tune) { tune_and_keep(m, run.options.tune, known); }
     run_log_start(&run, m->tensors.parameters);
     while (run_goes_on(&run)) {
         StepStats s = train_step(m, &run);

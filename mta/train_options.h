@@ -7,7 +7,7 @@
 #include "options.h"
 
 typedef struct {
-    const char *model, *attention, *train, *val, *out, *init_from, *tokenizer, *pattern, *mix, *schedule, *recompute, *tune;
+    const char *model, *attention, *train, *val, *out, *init_from, *tokenizer, *pattern, *mix, *schedule, *recompute;
     bool resume, dry_run;
     // fields of config.json; 0, -1 or NULL: not given
     int hidden_size, intermediate_size, num_hidden_layers, num_attention_heads, num_key_value_heads, vocab_size, max_position_embeddings;
@@ -98,7 +98,6 @@ static inline void train_options_table(Opt* table, TrainOptions* o) {
     ROW("--seed", OPT_LONG, &o->seed, NULL, "of initialisation, data order and samples", 0, 9e15)
     ROW("--recompute", OPT_CHOICE, &o->recompute, "none|elementwise|block", "activations computed again in the backward pass (CUDA)", 0, 0)
     ROW("--cuda-graphs", OPT_SWITCH, &o->cuda_graphs, NULL, "replay a micro-batch's launches as CUDA graphs; off: one by one, to find a fault", 0, 0)
-    ROW("--tune", OPT_STRING, &o->tune, "FILE", "matrix products by the fastest algorithm, found by trial once and kept in FILE (CUDA)", 0, 0)
     HEADING("Run")
     ROW("--out", OPT_STRING, &o->out, "DIR", "run directory: log.jsonl and checkpoints", 0, 0)
     ROW("--resume", OPT_FLAG, &o->resume, NULL, "continue from the newest good checkpoint in --out", 0, 0)

@@ -151,7 +151,7 @@ speed_row() {
     local status=$?
     if grep -q '^[a-z-]* *T .*tokens/s' "$log" 2> /dev/null; then row "ours    $(grep -m 1 '^[a-z-]* *T .*tokens/s' "$log")"; fi  # also what it had when its time was over
     case $status in
-        0) row "$(grep '^tuned' "$log")"; grep -v 'tokens/s' "$log" ;;
+        0) grep -v 'tokens/s' "$log" ;;
         125) row "skip    ours $2 T $3: no time left" ;;
         *) fail "ours $2 T $3: $(tail -n 1 "$log")" ;;
     esac

@@ -1,8 +1,7 @@
 // cuda_step.cu: speed of train_mta.cu's training step on this GPU: tokens/s, MFU, memory, and time by kernel class. It includes the trainer, so
 // what is measured is what ships; it adds only the clock around launches and products.
 //   make build/cuda_step && build/cuda_step MODEL ATTENTION T [B=0: 8192 tokens, or less if memory is short] [STEPS=5]
-// One line for a table, then (--classes) one line for each class that takes at least 1% of a step, and at last one line with --tune's products. Random tokens,
-// random weights.
+// One line for a table, then (--classes) one line for each class that takes at least 1% of a step. Random tokens, random weights.
 #include <cublas_v2.h>
 #include <cuda_runtime.h>
 #include <stdio.h>
@@ -160,21 +159,6 @@ int main(int argc, char** argv) {
            (double)memory_total(&p) / 1048576, loss, N / direct);
     if (classes) { print_classes(N); }
     fflush(stdout);
-    for (Replay* r : {&m->forward, &m->backward}) {  // at last with products chosen by trial (--tune), in graphs of their own
-        if (r->graph) { cudaCheck(cudaGraphExecDestroy(r->graph)); }
-        *r = {};
-    }
-    m->graphs = !WAITS;
-    m->cuda.tuned = tuned_open(m->scratch.workspace);
-    tune(m);
-    best = INFINITY;
-    for (int i = 1; i <= steps + 2; i++, step++) {
-        double seconds = seconds_of_step(step);
-        if (i > 2) { best = fmin(best, seconds); }
-    }
-    int lt = 0;
-    for (int i = 0; i < m->cuda.tuned->n; i++) { lt += m->cuda.tuned->list[i].lt; }
-    printf("tuned   %-14s T %-5d B %-3d %9.0f tokens/s  MFU %5.1f%%  cuBLASLt for %d of %d products\n", argv[2], T, B, N / best, mfu(N / best), lt, m->cuda.tuned->n);
     model_free(m);
     free(tokens);
     return isfinite(loss) ? 0 : 1;

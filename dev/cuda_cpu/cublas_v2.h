@@ -31,17 +31,16 @@ inline void store(void* p, cudaDataType t, size_t i, float v) {
 }
 inline size_t type_bytes(cudaDataType t) { return t == CUDA_R_32F ? 4 : 2; }
 
-// C (m x n) = alpha op(A) op(B) + beta C; one column of C at a time, accumulated over k in fp32, from its end if backwards
+// C (m x n) = alpha op(A) op(B) + beta C; one column of C at a time, accumulated over k in fp32
 inline void gemm(bool ta, bool tb, int m, int n, int k, float alpha, const void* A, cudaDataType at, size_t lda, const void* B,
-                 cudaDataType bt, size_t ldb, float beta, void* C, cudaDataType ct, size_t ldc, bool backwards = false) {
+                 cudaDataType bt, size_t ldb, float beta, void* C, cudaDataType ct, size_t ldc) {
     std::vector<float> a((size_t)m * k), sum(m);
     for (int l = 0; l < k; l++) {
         for (int i = 0; i < m; i++) { a[(size_t)l * m + i] = load(A, at, ta ? i * lda + l : l * lda + i); }
     }
     for (int j = 0; j < n; j++) {
         std::fill(sum.begin(), sum.end(), 0.0f);
-        for (int step = 0; step < k; step++) {
-            int l = backwards ? k - 1 - step : step;
+        for (int l = 0; l < k; l++) {
             float b = load(B, bt, tb ? l * ldb + j : j * ldb + l);
             for (int i = 0; i < m; i++) { sum[i] += a[(size_t)l * m + i] * b; }
         }

@@ -2,7 +2,6 @@
 // instrument that cannot see a missing barrier would let every kernel pass.
 //   make build/test_emulator build/test_races    the latter those of races.cpp
 #include <cuda_runtime.h>
-#include <cublasLt.h>
 #include <cublas_v2.h>
 #include "tensor_cores.h"
 #include <sys/wait.h>
@@ -278,60 +277,6 @@ static void test_gemm() {
     check(cublasGemmEx(h, CUBLAS_OP_N, CUBLAS_OP_N, 1, 1, 1, &one, x, CUDA_R_16BF, 1, x, CUDA_R_16BF, 1, &one, x, CUDA_R_16F, 1, CUBLAS_COMPUTE_32F,
                        CUBLAS_GEMM_DEFAULT) == CUBLAS_STATUS_NOT_SUPPORTED, "a mix of types that cuBLAS lacks is refused");
     cublasDestroy(h);
-}
-
-// out (3 x 2) = A^T B, A (5 x 3), B (5 x 2), all column-major, by what cuBLASLt proposes for pointers of that alignment
-static void test_lt() {
-    Device<float> a(64), b(64), out(64);
-    cublasLtHandle_t lt;
-    cublasLtMatmulDesc_t product;
-    cublasLtMatrixLayout_t la, lb, lo, wrong;
-    cublasLtMatmulPreference_t wish;
-    cublasLtMatmulHeuristicResult_t found[4];
-    cublasOperation_t transposed = CUBLAS_OP_T;
-    uint32_t align = 16;
-    float one = 1, zero = 0;
-    int n = 0;
-    for (int i = 0; i < 64; i++) { a.p[i] = (float)(i % 7), b.p[i] = (float)(i % 5) - 2; }
-    cublasLtCreate(&lt);
-    cublasLtMatmulDescCreate(&product, CUBLAS_COMPUTE_32F, CUDA_R_32F);
-    cublasLtMatmulDescSetAttribute(product, CUBLASLT_MATMUL_DESC_TRANSA, &transposed, sizeof transposed);
-    cublasLtMatrixLayoutCreate(&la, CUDA_R_32F, 5, 3, 6);
-    cublasLtMatrixLayoutCreate(&lb, CUDA_R_32F, 5, 2, 5);
-    cublasLtMatrixLayoutCreate(&lo, CUDA_R_32F, 3, 2, 4);
-    cublasLtMatrixLayoutCreate(&wrong, CUDA_R_32F, 2, 2, 4);
-    cublasLtMatmulPreferenceCreate(&wish);
-    for (int i = 0; i < 4; i++) {
-        cublasLtMatmulPreferenceSetAttribute(wish, (cublasLtMatmulPreferenceAttributes_t)(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES + i), &align, sizeof align);
-    }
-    bool ok = cublasLtMatmulAlgoGetHeuristic(lt, product, la, lb, lo, lo, wish, 4, found, &n) == CUBLAS_STATUS_SUCCESS && n == 2;
-    for (int i = 0; i < n; i++) {
-        for (int k = 0; k < 64; k++) { out.p[k] = 100; }
-        ok = ok && cublasLtMatmul(lt, product, &one, a.p, la, b.p, lb, &zero, out.p, lo, out.p, lo, &found[i].algo, NULL, 0, NULL) == CUBLAS_STATUS_SUCCESS;
-        for (int r = 0; r < 3; r++) {
-            for (int c = 0; c < 2; c++) {
-                float sum = 0;
-                for (int k = 0; k < 5; k++) { sum += a.p[r * 6 + k] * b.p[c * 5 + k]; }
-                ok = ok && out.p[c * 4 + r] == sum;
-            }
-        }
-        ok = ok && out.p[3] == 100;
-    }
-    check(ok, "cuBLASLt: a product by either algorithm");
-    cublasLtMatmulAlgo_t other = found[0].algo;
-    other.data[0] = 9;
-    auto run = [&](const float* from, const cublasLtMatmulAlgo_t* algo) {
-        return cublasLtMatmul(lt, product, &one, from, la, b.p, lb, &zero, out.p, lo, out.p, lo, algo, NULL, 0, NULL) == CUBLAS_STATUS_SUCCESS;
-    };
-    check(run(a.p, &found[0].algo) && !run(a.p + 1, &found[0].algo) && !run(a.p, &other), "cuBLASLt: pointers below the alignment, unknown algorithms");
-    check(cublasLtMatmulAlgoGetHeuristic(lt, product, la, lb, wrong, wrong, wish, 4, found, &n) != CUBLAS_STATUS_SUCCESS &&
-              cublasLtMatmulAlgoCheck(lt, product, la, lb, lo, lo, &other, found) != CUBLAS_STATUS_SUCCESS &&
-              cublasLtMatrixLayoutCreate(&wrong, CUDA_R_32F, 5, 3, 4) != CUBLAS_STATUS_SUCCESS,
-          "cuBLASLt: descriptors that do not fit each other");
-    for (cublasLtMatrixLayout_t l : {la, lb, lo, wrong}) { cublasLtMatrixLayoutDestroy(l); }
-    cublasLtMatmulPreferenceDestroy(wish);
-    cublasLtMatmulDescDestroy(product);
-    cublasLtDestroy(lt);
 }
 
 static void test_graph() {
@@ -718,7 +663,6 @@ int main() {
     test_warp();
     test_half_types();
     test_gemm();
-    test_lt();
     test_graph();
     test_streams();
     test_capture();
