@@ -16,6 +16,8 @@
 #include <dirent.h>
 #include <sys/wait.h>
 
+#pragma weak trainer_cuda  // NULL where train_mta.cu is not linked: one object makes test_mta and test_mta_cuda
+
 // ---------------------------------------------------------------------------------------------------------------------------------
 // Harness
 
@@ -1023,9 +1025,6 @@ static void test_schedules(void) {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------------------
-
-#ifdef MTA_TEST_CUDA
-// ---------------------------------------------------------------------------------------------------------------------------------
 // CPU against GPU
 
 // Every gradient at real initialisation: dim 128, 4 layers, 4 x 96 tokens. heads 0: the preset's
@@ -1150,7 +1149,6 @@ static void compare_checkpoint(const Trainer* tr, int argc, char** argv) {
     tr->destroy(target.m);
     free(tokens); free(targets);
 }
-#endif
 
 static void test_trainer(const Trainer* tr) {
     char name[64];
@@ -1164,7 +1162,10 @@ static void test_trainer(const Trainer* tr) {
     }
     if (wanted("update")) { test_update(tr); }
     if (wanted("masked")) { test_masked(tr); }
-#ifdef MTA_TEST_CUDA
+}
+
+// train_mta.cu against train_mta.c.
+static void test_against_cpu(const Trainer* tr) {
     if (wanted("random models")) { test_random_models(tr, models, false); }
     if (wanted("many heads")) { test_random_models(tr, (models + 5) / 6, true); }
     for (int k = 0; k < N_KINDS; k++) {
@@ -1175,18 +1176,40 @@ static void test_trainer(const Trainer* tr) {
         test_real_initialisation(tr, "mta-full", 16);
         test_real_initialisation(tr, "talking-heads", 16);
     }
-#endif
 }
+
+// What test_mta alone runs: layers and models in double, and what needs no trainer.
+static void test_double(void) {
+    if (wanted("checkers")) { test_checkers(); }
+    if (wanted("config")) { test_config(); }
+    if (wanted("schedules")) { test_schedules(); }
+    if (wanted("memory")) { test_memory_plan(); }
+    if (wanted("layers")) { test_layers(); }
+    if (wanted("attention")) { test_attention(); }
+    if (wanted("model")) { test_model_differences(); }
+    if (wanted("accumulation")) { test_accumulation(); }
+    if (wanted("identity")) { test_identity(); }
+}
+
+static const char USAGE[] =
+    "usage: test_mta [--only TEXT] [--models N]        every test, or those whose name contains TEXT; N random models instead of 60\n"
+    "       test_mta --golden FILE...                  the named golden cases: a table per tensor\n"
+    "       test_mta --write DIR [N]                   N golden cases of this trainer's own results (default 5)\n"
+    "       test_mta_cuda --compare DIR [--train GLOB] [--seq-len N] [--batch-size N]\n"
+    "                                                  gradients of a checkpoint, CPU against GPU\n"
+    "The exit status is the verdict. test_mta_cuda, test_mta_cuda_cpu and test_mta_cuda_cpu_bf16 take the same options.\n";
 
 int main(int argc, char** argv) {
     open_standard_files();
-#ifdef MTA_TEST_CUDA
-    const Trainer* tr = trainer_cuda();
-#else
-    const Trainer* tr = trainer_cpu();
-#endif
+    const Trainer* tr = trainer_cuda ? trainer_cuda() : trainer_cpu();
     omp_set_num_threads(1);  // the models are tiny: threads would only wait for each other; the determinism test sets its own number
-    if (argc > 1 && !strcmp(argv[1], "--golden")) {
+    // On dev/cuda_cpu, small models are cut as large ones are: into several chunks and splits.
+    setenv("CUDA_CPU_SCRATCH", "1048576", 0);
+    setenv("CUDA_CPU_FLASH_BLOCKS", "5", 0);
+    if (argc == 2 && (!strcmp(argv[1], "--help") || !strcmp(argv[1], "-h"))) {
+        printf("%s", USAGE);
+        return 0;
+    } else if (argc > 1 && !strcmp(argv[1], "--golden")) {
         if (argc == 2) { die("--golden: wanted one or more golden case files"); }
         for (int i = 2; i < argc; i++) { golden_case(tr, argv[i], true); }
     } else if (argc > 1 && !strcmp(argv[1], "--write")) {
@@ -1194,29 +1217,20 @@ int main(int argc, char** argv) {
         if (argc < 3 || argc > 4 || n < 1 || n > 1000) { die("--write: wanted a directory, and a number of cases from 1 to 1000"); }
         golden_write_cases(tr, argv[2], n);
         return 0;
-#ifdef MTA_TEST_CUDA
     } else if (argc > 1 && !strcmp(argv[1], "--compare")) {
+        if (!trainer_cuda) { die("--compare: this is the CPU trainer alone; test_mta_cuda compares CPU and GPU"); }
         omp_set_num_threads(omp_get_num_procs());
         compare_checkpoint(tr, argc, argv);
-#endif
     } else {
         for (int i = 1; i < argc; i += 2) {
             if (i + 1 < argc && !strcmp(argv[i], "--only")) { only = argv[i + 1]; }
             else if (i + 1 < argc && !strcmp(argv[i], "--models") && atoi(argv[i + 1]) > 0) { models = atoi(argv[i + 1]); }
-            else { die("got \"%s\", wanted nothing, --golden FILE..., --write DIR, --only TEXT or --models N (random ones, default %d)", argv[i], models); }
+            else { die("got \"%s\", wanted nothing, --only TEXT, --models N, --golden FILE..., --write DIR or --compare DIR; --help says more", argv[i]); }
         }
-#ifndef MTA_TEST_CUDA  // test_mta runs these
-        if (wanted("checkers")) { test_checkers(); }
-        if (wanted("config")) { test_config(); }
-        if (wanted("schedules")) { test_schedules(); }
-        if (wanted("memory")) { test_memory_plan(); }
-        if (wanted("layers")) { test_layers(); }
-        if (wanted("attention")) { test_attention(); }
-        if (wanted("model")) { test_model_differences(); }
-        if (wanted("accumulation")) { test_accumulation(); }
-        if (wanted("identity")) { test_identity(); }
-#endif
+        if (!trainer_cuda) { test_double(); }
         test_trainer(tr);
+        if (trainer_cuda) { test_against_cpu(tr); }
+        if (passed + failed == 0) { die("--only %s: no test's name contains it", only); }
     }
     printf(skipped ? "%d passed, %d failed, %d skipped\n" : "%d passed, %d failed\n", passed, failed, skipped);
     return failed != 0;

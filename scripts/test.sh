@@ -143,8 +143,7 @@ done
 
 # ---- build
 
-HEADERS="mta/*.h"
-step "build gcc" make -B -j2 train_mta infer_mta test_mta test_mta_nocblas CC=gcc OPT="-O3 -Werror"
+step "build gcc" make -j2 train_mta infer_mta test_mta test_mta_nocblas WERROR=1
 if command -v clang > /dev/null; then
     clang_openmp="-fopenmp"
     echo 'int main(void){return 0;}' | clang -fopenmp -x c - -o /dev/null 2> /dev/null || clang_openmp="-Wno-unknown-pragmas"
@@ -154,12 +153,7 @@ if command -v clang > /dev/null; then
 else
     skip "build clang: no clang here" 3
 fi
-for header in $HEADERS; do
-    step "header $(basename "$header") C11" gcc -std=c11 -Wall -Wextra -Werror -fsyntax-only -x c -include "$header" /dev/null
-    step "header $(basename "$header") C++17" g++ -std=c++17 -Wall -Wextra -Werror -fsyntax-only -x c++ -include "$header" /dev/null
-done
-
-step "test_mta.c C++17" g++ -std=c++17 -march=native -fopenmp -Wall -Wextra -Werror -fsyntax-only -x c++ test_mta.c
+step "headers in C11 and C++17" make header_check
 
 # ---- the C tests
 
@@ -169,7 +163,7 @@ step "build sanitizers" make -j2 build/asan/test_mta build/asan/train_mta build/
 beside "test_mta sanitizers" env ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=2 build/asan/test_mta  # its models are too small for two cores
 for source in dev/tests/test_*.c; do
     name=$(basename "$source" .c)
-    step "build $name" gcc -std=gnu11 -O2 -g -march=native -Wall -Wextra -Werror -I. "$source" -o "build/$name" -lm
+    step "build $name" make WERROR=1 "build/$name"
     step "$name" "build/$name"
 done
 step "fuzz" bash dev/fuzz/run.sh 20000
@@ -194,12 +188,7 @@ if [ -f train_mta.cu ]; then
     beside "emulator races" build/test_races
     meet
     if command -v nvcc > /dev/null; then
-        step "nvcc sm_80, sm_90a, sm_100" make -B -j2 build/train_mta_cuda_sm_80 build/train_mta_cuda_sm_100 build/train_mta_cuda_sm_90a \
-            NVCC="nvcc --Werror all-warnings -Xcompiler -Werror" SPILLS="-Xptxas --warn-on-spills,--warning-as-error"
-        # What else gpu_check.sh builds: does it compile and link? To PTX alone and not optimised, so not kept.
-        step "nvcc, what gpu_check.sh builds" make -B -j2 test_mta_cuda build/test_mta_cuda_fp32 build/test_flash_cuda build/cuda_step build/attention_cuda build/kernels_cuda \
-            NVCC_ARCH=compute_90a NVCC="nvcc --Werror all-warnings -Xcompiler -Werror -Xcicc -O0"
-        rm -f test_mta_cuda build/test_mta_cuda_fp32 build/test_flash_cuda build/cuda_step build/attention_cuda build/kernels_cuda build/train_mta_cuda.o build/train_mta_cuda_fp32.o
+        step "nvcc" make -j2 nvcc_check
     else
         skip "nvcc: no CUDA toolkit here"
     fi

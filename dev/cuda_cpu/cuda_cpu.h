@@ -90,6 +90,12 @@ struct WarpOp {
 };
 enum { WARP_OPS = 8 };  // of a warp at a time: more than one only where its lanes diverged
 
+// A size of the program under test that a test may make smaller through the environment (dev/dev.mk).
+inline int size_setting(const char* variable, int otherwise) {
+    const char* size = getenv(variable);
+    return size ? atoi(size) : otherwise;
+}
+
 inline uint64_t environment_order() {  // CUDA_CPU_ORDER=N: what set_order(N) does, for programs that do not call it
     const char* order = getenv("CUDA_CPU_ORDER");
     return order ? strtoull(order, NULL, 10) : 0;

@@ -21,7 +21,7 @@ ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)
 CPU = os.path.join(os.environ.get("MTA_BIN", ROOT), "train_mta")
 BF16 = os.environ.get("MTA_CUDA", os.path.join(ROOT, "build", "train_mta_cuda_cpu"))
 FP32 = os.environ.get("MTA_CUDA_FP32", os.path.join(ROOT, "build", "train_mta_cuda_cpu_fp32"))
-REAL = next(filter(os.path.exists, (os.path.join(ROOT, "build", "train_mta_cuda_sm_90a"), os.path.join(ROOT, "train_mta_cuda"))), None)  # nvcc's
+REAL = next(filter(os.path.exists, (os.path.join(ROOT, "build", "nvcc", "train_mta_cuda"), os.path.join(ROOT, "train_mta_cuda"))), None)  # nvcc's
 EMULATED = "MTA_CUDA" not in os.environ
 MODEL = ["--model", "toy", "--hidden-size", "32", "--num-hidden-layers", "2", "--num-attention-heads", "4", "--num-key-value-heads", "4",
          "--intermediate-size", "48", "--vocab-size", "32", "--seq-len", "24", "--batch-size", "2", "--tokens-per-step", "96", "--lr", "1e-3",

@@ -1,0 +1,197 @@
+# dev.mk: builds for development, included by the Makefile. What they are for: `make help_dev`.
+
+HEADERS = $(wildcard mta/*.h) VERSION
+EMULATOR_HEADERS = $(wildcard dev/cuda_cpu/*.h)
+.SECONDARY:
+
+.PHONY: FORCE help_dev asan header_check nvcc_check bench_programs compile_commands
+help_dev:
+	@echo "make test_mta_nocblas                           test_mta without CBLAS"
+	@echo "make test_mta_cuda_cpu test_mta_cuda_cpu_bf16   tests of the CUDA trainer, its own kernels executed on the CPU by dev/cuda_cpu (fp32, bf16);"
+	@echo "                                                --models N: so many random models; CUDA_CPU_ORDER=N: another order of threads"
+	@echo "make build/train_mta_cuda_cpu                   the whole CUDA trainer on the CPU (bf16); build/train_mta_cuda_cpu_fp32"
+	@echo "make asan                                       test_mta, train_mta, infer_mta in build/asan under the address and undefined-behaviour sanitizers"
+	@echo "make build/asan/test_mta_cuda_cpu_bf16          the same for every access of a kernel; build/races/test_mta_bf16: every access watched for races"
+	@echo "make build/test_NAME                            dev/tests/test_NAME.c or .cu; build/test_emulator, build/test_races: the emulator's own"
+	@echo "make nvcc_check                                 train_mta.cu and its tests through nvcc for every architecture, on a machine without a GPU"
+	@echo "make bench_programs build/infer_step build/cuda_step   what dev/bench runs"
+	@echo "make compile_commands                           compile_commands.json for clangd and other tools"
+
+# What was compiled with other flags is compiled again: these files change where the flags do (all but -Werror, which changes no code).
+FLAGS_c = $(CC) $(CFLAGS) $(BLAS)
+FLAGS_cxx = $(CXX) $(CXXFLAGS)
+FLAGS_nvcc = $(NVCC) $(NVCCFLAGS) $(NVCC_ARCH) $(CUDA_DEFINES)
+build/flags_%: FORCE
+	@mkdir -p build
+	@echo '$(filter-out -Werror,$(FLAGS_$*))' | cmp -s - $@ || echo '$(filter-out -Werror,$(FLAGS_$*))' > $@
+
+# A trainer as the tests link it: the same object, whose main gives way to theirs.
+OBJCOPY = $(shell $(CC) -print-prog-name=objcopy)
+%_library.o: %.o
+	$(OBJCOPY) --weaken-symbol=main $< $@
+
+# ---- C
+
+build/%.o: %.c $(HEADERS) build/flags_c
+	$(CC) $(CFLAGS) $(BLAS) -c $< -o $@
+
+build/%_nocblas.o: %.c $(HEADERS) build/flags_c
+	$(CC) $(CFLAGS) -c $< -o $@
+
+build/test_mta.o: test_mta.c train_mta.c $(HEADERS) build/flags_c
+	$(CC) $(CFLAGS) -c $< -o $@
+
+test_mta_nocblas: build/test_mta.o build/train_mta_nocblas_library.o
+	$(CC) $(CFLAGS) $^ -o $@ $(LDLIBS)
+
+build/test_%: dev/tests/test_%.c $(wildcard dev/tests/*.h) $(HEADERS) build/flags_c
+	$(CC) $(CFLAGS) -O1 -I. $< -o $@ $(LDLIBS)
+
+# Every header in C11 and, the other way round, in C++17; test_mta.c in C++17, as nvcc would have it.
+header_check: $(HEADERS) build/flags_c
+	printf '#include "%s"\n' $(sort $(wildcard mta/*.h)) > build/headers.c
+	tac build/headers.c > build/headers.cpp
+	$(CC) -std=c11 -Wall -Wextra -Werror -I. -fsyntax-only build/headers.c
+	$(CXX) -std=c++17 -Wall -Wextra -Werror -I. -fsyntax-only build/headers.cpp
+	$(CXX) -std=c++17 $(ARCH) $(OPENMP) -Wall -Wextra -Werror -fsyntax-only -x c++ test_mta.c
+
+# ---- C under the sanitizers
+
+SANITIZE = -O1 -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer
+asan: build/asan/test_mta build/asan/train_mta build/asan/infer_mta
+
+build/asan/%.o: %.c train_mta.c $(HEADERS) build/flags_c
+	@mkdir -p build/asan
+	$(CC) $(CFLAGS) $(SANITIZE) -c $< -o $@
+
+build/asan/test_mta: build/asan/test_mta.o build/asan/train_mta_library.o
+	$(CC) $(CFLAGS) $(SANITIZE) $^ -o $@ $(LDLIBS)
+
+build/asan/%_mta: build/asan/%_mta.o
+	$(CC) $(CFLAGS) $(SANITIZE) $^ -o $@ $(LDLIBS)
+
+# ---- train_mta.cu through nvcc
+
+build/train_mta_cuda.o: train_mta.cu $(HEADERS) build/flags_nvcc
+	$(NVCC) $(NVCCFLAGS) -arch=$(NVCC_ARCH) $(CUDA_DEFINES) -c $< -o $@
+
+# In fp32 beside them, for scripts/gpu_check.sh.
+build/train_mta_cuda_fp32.o: train_mta.cu $(HEADERS) build/flags_nvcc
+	$(NVCC) $(NVCCFLAGS) -arch=$(NVCC_ARCH) -DPRECISION_FP32 -c $< -o $@
+
+build/train_mta_cuda_fp32: build/train_mta_cuda_fp32.o
+	$(NVCC) -arch=$(NVCC_ARCH) -Xcompiler -fopenmp $^ -o $@ $(CUDA_LINK)
+
+build/test_mta_cuda_fp32: build/test_mta.o build/train_mta_library.o build/train_mta_cuda_fp32_library.o
+	$(NVCC) -arch=$(NVCC_ARCH) -Xcompiler -fopenmp $^ -o $@ $(CUDA_LINK) $(BLAS_LINK) $(LDLIBS)
+
+# Programs that include train_mta.cu: dev/tests/test_flash.cu, dev/bench/attention.cu, kernels.cu, cuda_step.cu.
+CUDA_PROGRAM = $(NVCC) $(NVCCFLAGS) -arch=$(NVCC_ARCH) $(CUDA_DEFINES) -diag-suppress 177
+build/%_cuda: dev/tests/%.cu train_mta.cu $(HEADERS) build/flags_nvcc
+	$(CUDA_PROGRAM) $< -o $@ $(CUDA_LINK)
+build/%_cuda: dev/bench/%.cu train_mta.cu $(HEADERS) build/flags_nvcc
+	$(CUDA_PROGRAM) $< -o $@ $(CUDA_LINK)
+build/cuda_step: dev/bench/cuda_step.cu train_mta.cu $(HEADERS) build/flags_nvcc
+	$(CUDA_PROGRAM) $< -o $@ $(CUDA_LINK)
+
+# Every architecture, refusing warnings and spilt registers (for sm_80 without the latter: head size 128 with pairs and a convolution spills there,
+# where shared memory is too small for it anyway). What else gpu_check.sh builds: to PTX alone, not optimised, and not kept.
+NVCC_STRICT = $(NVCC) $(NVCCFLAGS) --Werror all-warnings -Xcompiler -Werror
+NVCC_CHECKS = sm_80 sm_90a sm_100 fp32 test_flash cuda_step attention kernels
+nvcc_check: $(NVCC_CHECKS:%=build/nvcc/%.o)
+	$(NVCC) -Xcompiler -fopenmp build/nvcc/sm_90a.o -o build/nvcc/train_mta_cuda $(CUDA_LINK)
+build/nvcc/sm_%.o: train_mta.cu $(HEADERS) build/flags_nvcc
+	@mkdir -p build/nvcc
+	$(NVCC_STRICT) -arch=sm_$* $(if $(filter-out 80,$*),-Xptxas --warn-on-spills$(,)--warning-as-error) -c $< -o $@
+build/nvcc/fp32.o: train_mta.cu $(HEADERS) build/flags_nvcc
+	@mkdir -p build/nvcc
+	$(NVCC_STRICT) -arch=compute_90a -Xcicc -O0 -DPRECISION_FP32 -c $< -o $@
+build/nvcc/%.o: dev/tests/%.cu train_mta.cu $(HEADERS) build/flags_nvcc
+	@mkdir -p build/nvcc
+	$(NVCC_STRICT) -arch=compute_90a -Xcicc -O0 -diag-suppress 177 -c $< -o $@
+build/nvcc/%.o: dev/bench/%.cu train_mta.cu $(HEADERS) build/flags_nvcc
+	@mkdir -p build/nvcc
+	$(NVCC_STRICT) -arch=compute_90a -Xcicc -O0 -diag-suppress 177 -c $< -o $@
+, = ,
+
+# ---- train_mta.cu on the emulator: the same kernels by a C++ compiler, executed on the CPU (dev/cuda_cpu)
+
+# -g1: the names and lines of a backtrace; whole debug information takes a third of the compiler's time.
+CXXFLAGS = -std=c++17 -g1 $(ARCH) $(WARN) $(MATH) $(OPENMP) $(VERSION_FLAG)
+EMULATE = $(CXX) $(CXXFLAGS) -Idev/cuda_cpu -x c++
+# Two sizes of train_mta.cu that test_mta makes small through the environment, so that its small models are cut as large ones are; programs
+# that include train_mta.cu have them small.
+SIZES = -DATTENTION_SCRATCH='cuda_cpu::size_setting("CUDA_CPU_SCRATCH", 1 << 30)' -DFLASH_BLOCKS='cuda_cpu::size_setting("CUDA_CPU_FLASH_BLOCKS", 264)'
+SMALL = -DMTA_LIBRARY -DATTENTION_SCRATCH='(1 << 20)' -DFLASH_BLOCKS=5 -Wno-unused-function
+
+build/cuda_cpu_bf16.o: train_mta.cu $(HEADERS) $(EMULATOR_HEADERS) build/flags_cxx
+	$(EMULATE) -O2 $(SIZES) -c $< -o $@
+build/cuda_cpu_fp32.o: train_mta.cu $(HEADERS) $(EMULATOR_HEADERS) build/flags_cxx
+	$(EMULATE) -O2 $(SIZES) -DPRECISION_FP32 -c $< -o $@
+
+build/train_mta_cuda_cpu: build/cuda_cpu_bf16.o
+	$(CXX) $(CXXFLAGS) $^ -o $@ $(LDLIBS)
+build/train_mta_cuda_cpu_fp32: build/cuda_cpu_fp32.o
+	$(CXX) $(CXXFLAGS) $^ -o $@ $(LDLIBS)
+
+test_mta_cuda_cpu: build/test_mta.o build/train_mta_library.o build/cuda_cpu_fp32_library.o
+	$(CXX) $(CXXFLAGS) $^ -o $@ $(BLAS_LINK) $(LDLIBS)
+test_mta_cuda_cpu_bf16: build/test_mta.o build/train_mta_library.o build/cuda_cpu_bf16_library.o
+	$(CXX) $(CXXFLAGS) $^ -o $@ $(BLAS_LINK) $(LDLIBS)
+
+build/%_cpu: dev/bench/%.cu train_mta.cu $(HEADERS) $(EMULATOR_HEADERS) build/flags_cxx
+	$(EMULATE) -O2 $(SMALL) $< -o $@ $(LDLIBS)
+build/test_%: dev/tests/test_%.cu train_mta.cu $(HEADERS) $(EMULATOR_HEADERS) build/flags_cxx
+	$(EMULATE) -O2 $(SMALL) $< -o $@ $(LDLIBS)
+
+# Every access of a kernel under the address sanitizer.
+ASAN_KERNELS = -O1 -fsanitize=address,undefined -fno-sanitize-recover=all -fsanitize-sections=cuda_shared
+build/asan/cuda_cpu_bf16.o: train_mta.cu $(HEADERS) $(EMULATOR_HEADERS) build/flags_cxx
+	@mkdir -p build/asan
+	$(EMULATE) $(ASAN_KERNELS) $(SIZES) -c $< -o $@
+build/asan/test_mta_cuda_cpu_bf16: build/test_mta.o build/train_mta_library.o build/asan/cuda_cpu_bf16_library.o
+	$(CXX) $(CXXFLAGS) $(ASAN_KERNELS) $^ -o $@ $(BLAS_LINK) $(LDLIBS)
+
+# Every access of a kernel watched for races (dev/cuda_cpu/races.cpp); `thread` is the compiler's pass alone, its library is not linked.
+RACES = -O1 -fsanitize=thread
+build/races/races.o: dev/cuda_cpu/races.cpp $(EMULATOR_HEADERS) build/flags_cxx
+	@mkdir -p build/races
+	$(EMULATE) -O2 -c $< -o $@
+build/races/bf16.o: train_mta.cu $(HEADERS) $(EMULATOR_HEADERS) build/flags_cxx
+	@mkdir -p build/races
+	$(EMULATE) $(RACES) $(SIZES) -c $< -o $@
+build/races/fp32.o: train_mta.cu $(HEADERS) $(EMULATOR_HEADERS) build/flags_cxx
+	@mkdir -p build/races
+	$(EMULATE) $(RACES) $(SIZES) -DPRECISION_FP32 -c $< -o $@
+build/races/test_mta_%: build/test_mta.o build/train_mta_library.o build/races/%_library.o build/races/races.o
+	$(CXX) $(CXXFLAGS) $^ -o $@ $(BLAS_LINK) $(LDLIBS)
+build/races/test_%.o: dev/tests/test_%.cu train_mta.cu $(HEADERS) $(EMULATOR_HEADERS) build/flags_cxx
+	@mkdir -p build/races
+	$(EMULATE) $(RACES) $(SMALL) -c $< -o $@
+build/races/test_%: build/races/test_%.o build/races/races.o
+	$(CXX) $(CXXFLAGS) $^ -o $@ $(LDLIBS)
+
+# The emulator's own tests, with planted faults: the address sanitizer sees those out of bounds, races.cpp the races.
+build/test_emulator: dev/tests/test_emulator.cpp $(wildcard dev/tests/*.h) $(EMULATOR_HEADERS)
+	@mkdir -p build
+	$(CXX) -x c++ -std=c++17 -O1 -g1 $(WARN) -fsanitize=address,undefined -fsanitize-sections=cuda_shared -Idev/cuda_cpu $< -o $@
+build/races/test_emulator.o: dev/tests/test_emulator.cpp $(wildcard dev/tests/*.h) $(EMULATOR_HEADERS)
+	@mkdir -p build/races
+	$(CXX) -x c++ -std=c++17 -g1 $(WARN) -Wno-unused-function $(RACES) -Idev/cuda_cpu -c $< -o $@
+build/test_races: build/races/test_emulator.o build/races/races.o
+	$(CXX) $^ -o $@
+
+# ---- benches: dev/bench/cpu_step.sh, infer_speed.sh
+
+bench_programs: build/cpu_step build/cpu_step_nocblas
+build/cpu_step: dev/bench/cpu_step.c train_mta.c $(HEADERS) build/flags_c
+	$(CC) $(CFLAGS) $(BLAS) $< -o $@ $(BLAS_LINK) $(LDLIBS)
+build/cpu_step_nocblas: dev/bench/cpu_step.c train_mta.c $(HEADERS) build/flags_c
+	$(CC) $(CFLAGS) $< -o $@ $(LDLIBS)
+build/infer_step: dev/bench/infer_step.c dev/bench/machine.c infer_mta.c $(HEADERS) build/flags_c
+	$(CC) $(CFLAGS) -I. -Wno-unused-function $(BLAS) $< -o $@ $(BLAS_LINK) $(LDLIBS)
+
+# ---- for editors
+
+compile_commands:
+	$(MAKE) -nB --no-print-directory train_mta infer_mta test_mta test_mta_cuda_cpu_bf16 | python3 dev/compile_commands.py > compile_commands.json
