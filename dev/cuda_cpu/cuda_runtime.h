@@ -8,6 +8,7 @@
 #define CUDA_CPU_RUNTIME_H
 #include "cuda_cpu.h"
 #include <time.h>
+#include <typeinfo>
 
 typedef enum {
     cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorMemoryAllocation = 2, cudaErrorInvalidConfiguration = 9,
@@ -91,6 +92,12 @@ inline void finish(Stream* s) {
 }
 inline void finish_all(void) { for (Stream* s : streams) { finish(s); } }
 
+// A launch as a hook sees it, when its turn in the stream has come. Arguments as the kernel's parameters have them; a type by its mangled name (Pf: float*).
+struct Argument { const void* bytes; size_t size; const char* type; };
+struct Launch { const char* name; const void* kernel; dim3 grid, block; size_t shared; std::vector<Argument> arguments; };
+// The one place where another instrument can take part: called for every launch unless NULL; emulate() runs the kernel here, as often as it is called.
+inline void (*launch_hook)(const Launch& launch, const std::function<void()>& emulate) = NULL;
+
 template <typename... P, typename... A>
 inline void launch(const char* name, dim3 grid, dim3 block, size_t shared, Stream* stream, void (*kernel)(P...), A&&... args) {
     auto limit = shared_limit.find((const void*)kernel);
@@ -104,8 +111,11 @@ inline void launch(const char* name, dim3 grid, dim3 block, size_t shared, Strea
     }
     std::tuple<std::decay_t<P>...> params(std::forward<A>(args)...);  // evaluated and converted once, as a launch does
     submit(stream, [=] {
-        std::function<void()> body = [&] { std::apply(kernel, params); };
-        run_grid(name, grid, block, shared, body);
+        std::function<void()> body = [&] { std::apply(kernel, params); }, emulate = [&] { run_grid(name, grid, block, shared, body); };
+        if (!launch_hook) { emulate(); return; }
+        Launch l = {name, (const void*)kernel, grid, block, shared, {}};
+        std::apply([&](const auto&... x) { (l.arguments.push_back(Argument{&x, sizeof x, typeid(x).name()}), ...); }, params);
+        launch_hook(l, emulate);
     });
 }
 }  // namespace cuda_cpu

@@ -402,6 +402,40 @@ static void test_capture() {
     cudaGetLastError();
 }
 
+// The launch hook sees what a launch is made of, at its turn in the stream, and decides how often the kernel runs.
+static cuda_cpu::Launch seen;
+static int seen_times, hook_runs;
+static void hook(const cuda_cpu::Launch& launch, const std::function<void()>& emulate) {
+    seen = launch;
+    seen_times++;
+    for (int i = 0; i < hook_runs; i++) { emulate(); }
+}
+static void test_hook() {
+    Device<float> x(40);
+    cudaStream_t stream;
+    cudaStreamCreate(&stream);
+    for (int i = 0; i < 40; i++) { x.p[i] = 1; }
+    cuda_cpu::launch_hook = hook;
+    hook_runs = 2;
+    LAUNCH(scale_kernel, dim3(2), 32, 64, stream, x.p, 40, 3);  // 3 becomes the float that the kernel wants
+    check(seen_times == 0, "a hook is not called before its launch's turn");
+    cudaStreamSynchronize(stream);
+    check(seen_times == 1 && x.p[0] == 9 && x.p[39] == 9, "a hook may run the kernel twice");
+    const auto& a = seen.arguments;
+    check(strcmp(seen.name, "scale_kernel") == 0 && seen.kernel == (const void*)scale_kernel && seen.grid.x == 2 && seen.block.x == 32 && seen.shared == 64 &&
+              a.size() == 3 && strcmp(a[0].type, "Pf") == 0 && strcmp(a[1].type, "i") == 0 && strcmp(a[2].type, "f") == 0 && a[2].size == sizeof(float),
+          "it sees name, kernel, grid, block, shared bytes, and each argument's size and type");
+    hook_runs = 0;
+    LAUNCH(scale_kernel, 2, 32, 0, NULL, x.p, 40, 3.0f);
+    check(seen_times == 2 && x.p[0] == 9, "or not at all");
+    LAUNCH(scale_kernel, 2, 2000, 0, NULL, x.p, 40, 3.0f);
+    check(seen_times == 2 && cudaGetLastError() == cudaErrorInvalidConfiguration, "it sees no launch that is refused");
+    cuda_cpu::launch_hook = NULL;
+    LAUNCH(scale_kernel, 2, 32, 0, NULL, x.p, 40, 3.0f);
+    check(seen_times == 2 && x.p[0] == 27, "without one the kernel runs as ever");
+    cudaStreamDestroy(stream);
+}
+
 static void test_failures() {
     Device<float> x(4);
     setenv("CUDA_CPU_FAIL", "cudaMemsetAsync:2", 1);
@@ -666,6 +700,7 @@ int main() {
     test_graph();
     test_streams();
     test_capture();
+    test_hook();
     test_failures();
     test_runtime();
     test_tensor_cores();
