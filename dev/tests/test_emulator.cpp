@@ -4,15 +4,11 @@
 #include <cuda_runtime.h>
 #include <cublas_v2.h>
 #include "tensor_cores.h"
+#include "check.h"
 #include <sys/wait.h>
 #include <unistd.h>
 #include <string>
 
-static int passed = 0, failed = 0, skipped = 0;
-static void check(bool ok, const char* what) {
-    (ok ? passed : failed)++;
-    if (!ok) { printf("FAIL %s\n", what); }
-}
 
 // ---- kernels that are right -------------------------------------------------------------------------------------------------------
 
@@ -708,8 +704,6 @@ int main() {
     test_races();
     test_uninitialised();
     test_faults();
-    printf("%d passed, %d failed", passed, failed);
-    printf(skipped ? ", %d skipped\n" : "\n", skipped);
-    return failed != 0;
+    return test_verdict();
 }
 #endif

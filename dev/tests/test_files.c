@@ -1,50 +1,20 @@
 // test_files.c: tests of mta/util.h, json.h, safetensors.h and checkpoint.h: round trips, and above all what strangers,
 // full disks and crashes do to files.
-//   gcc -std=gnu11 -g -fsanitize=address,undefined -Wall -Wextra -I. dev/tests/test_files.c -lm -o /tmp/test_files &&
-//     /tmp/test_files
+//   make build/test_files && build/test_files
 #include "mta/util.h"
 #include "mta/json.h"
 #include "mta/safetensors.h"
 #include "mta/checkpoint.h"
 
+#include "check.h"
 #include <signal.h>
 #include <sys/resource.h>
 #include <sys/wait.h>
-
-static int passed, failed;
-static char root[PATH_SIZE];  // a fresh temporary directory
-
-static void check(bool good, const char* what, int line) {
-    passed += good;
-    failed += !good;
-    if (!good) { printf("FAILED line %d: %s\n", line, what); }
-}
-#define CHECK(x) check(x, #x, __LINE__)
 
 static bool says(const Error* e, const char* part) {  // the message of a refusal names the cause
     bool good = strstr(e->text, part) != NULL && !strchr(e->text, '\n');
     if (!good) { printf("  message \"%s\" lacks \"%s\"\n", e->text, part); }
     return good;
-}
-
-static const char* in_root(const char* name) {
-    static char path[64][PATH_SIZE];  // enough names at a time for one test
-    static int k;
-    k = (k + 1) % 64;
-    path_join(path[k], PATH_SIZE, root, name);
-    return path[k];
-}
-
-static void remove_tree(const char* path) {
-    char sub[PATH_SIZE];
-    DIR* d = opendir(path);
-    for (struct dirent* entry = d ? readdir(d) : NULL; entry; entry = readdir(d)) {
-        if (!strcmp(entry->d_name, ".") || !strcmp(entry->d_name, "..")) { continue; }
-        path_join(sub, sizeof sub, path, entry->d_name);
-        if (unlink(sub)) { remove_tree(sub); }
-    }
-    if (d) { closedir(d); }
-    rmdir(path);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -62,7 +32,7 @@ static bool standard_files_open(int closed) {
         }
         for (int fd = 3; fd < 9; fd++) { close(fd); }
         open_standard_files();
-        bool good = open(root, O_RDONLY) == 3;
+        bool good = open(test_folder(), O_RDONLY) == 3;
         struct stat null, end, st;
         good = good && stat("/dev/null", &null) == 0 && fstat(9, &end) == 0;
         for (int fd = 0; good && fd <= 2; fd++) {
@@ -92,12 +62,12 @@ static void test_util(void) {
     CHECK(!mul_size(SIZE_MAX / 2, 3, &out) && out == 7 && mul_size(1u << 20, 1u << 20, &out) && out == (size_t)1 << 40);
     CHECK(!add_size(SIZE_MAX, 1, &out) && add_size(1, 2, &out) && out == 3);
 
-    CHECK(make_dirs(in_root("a/b/c"), &(Error){{0}}) && make_dirs(in_root("a/b/c"), &(Error){{0}}) &&
-          dir_exists(in_root("a/b")));
-    CHECK(write_file_synced(in_root("a/f"), bytes, 1000, &(Error){{0}}) && file_exists(in_root("a/f")) &&
-          !file_exists(in_root("a")));
+    CHECK(make_dirs(at("a/b/c"), &(Error){{0}}) && make_dirs(at("a/b/c"), &(Error){{0}}) &&
+          dir_exists(at("a/b")));
+    CHECK(write_file_synced(at("a/f"), bytes, 1000, &(Error){{0}}) && file_exists(at("a/f")) &&
+          !file_exists(at("a")));
     e = (Error){{0}};
-    CHECK(!make_dirs(in_root("a/f/g"), &e) && says(&e, "a/f: cannot create directory: File exists"));
+    CHECK(!make_dirs(at("a/f/g"), &e) && says(&e, "a/f: cannot create directory: File exists"));
     e = (Error){{0}};  // nothing is there and nothing can be made: mkdir's own reason, not "No such file or directory"
     if (dir_exists("/sys/kernel")) {
         CHECK(!make_dirs("/sys/kernel/no_such_run", &e) && mkdir("/sys/kernel/no_such_run", 0777) &&
@@ -105,19 +75,19 @@ static void test_util(void) {
     }
     char* text;
     size_t n;
-    CHECK(read_file(in_root("a/f"), 1000, &text, &n, &(Error){{0}}) && n == 1000 && !memcmp(text, bytes, n) &&
+    CHECK(read_file(at("a/f"), 1000, &text, &n, &(Error){{0}}) && n == 1000 && !memcmp(text, bytes, n) &&
           !text[n]);
     free(text);
     e = (Error){{0}};
-    CHECK(!read_file(in_root("a/f"), 999, &text, &n, &e) && says(&e, "more than the 999 bytes"));
+    CHECK(!read_file(at("a/f"), 999, &text, &n, &e) && says(&e, "more than the 999 bytes"));
     MappedFile m;
-    CHECK(map_file(&m, in_root("a/f"), &(Error){{0}}) && m.size == 1000 && !memcmp(m.data, bytes, 1000));
+    CHECK(map_file(&m, at("a/f"), &(Error){{0}}) && m.size == 1000 && !memcmp(m.data, bytes, 1000));
     unmap_file(&m);
     e = (Error){{0}};
-    CHECK(!map_file(&m, in_root("none"), &e) && says(&e, "none: No such file"));
+    CHECK(!map_file(&m, at("none"), &e) && says(&e, "none: No such file"));
     e = (Error){{0}};
-    CHECK(!map_file(&m, root, &e) && says(&e, "not a regular file"));
-    CHECK(write_file_synced(in_root("empty"), "", 0, &(Error){{0}}) && map_file(&m, in_root("empty"), &(Error){{0}}) &&
+    CHECK(!map_file(&m, test_folder(), &e) && says(&e, "not a regular file"));
+    CHECK(write_file_synced(at("empty"), "", 0, &(Error){{0}}) && map_file(&m, at("empty"), &(Error){{0}}) &&
           m.size == 0 && !m.data);
     e = (Error){{0}};
     CHECK(!write_file_synced("/dev/full", bytes, 1000, &e) && says(&e, "/dev/full"));
@@ -257,7 +227,7 @@ static bool write_raw(const char* path, const char* header, size_t claimed, size
 static bool st_refuses(const char* header, size_t claimed, size_t data_bytes, const char* because) {
     SafeTensors s;
     Error e = {{0}};
-    const char* path = in_root("hostile.safetensors");
+    const char* path = at("hostile.safetensors");
     if (!write_raw(path, header, claimed, data_bytes)) { return false; }
     bool refused = !safetensors_open(&s, path, &e);
     if (!refused) { safetensors_close(&s); }
@@ -267,11 +237,11 @@ static bool st_refuses(const char* header, size_t claimed, size_t data_bytes, co
 static void test_safetensors_hostile(void) {
     const size_t own = SIZE_MAX;
     SafeTensors s;
-    CHECK(write_raw(in_root("ok"),
+    CHECK(write_raw(at("ok"),
                     "{\"a\":{\"dtype\":\"F32\",\"shape\":[2],\"data_offsets\":[0,8]},\"e\":{\"dtype\":\"F32\","
                     "\"shape\":[0,9],\"data_offsets\":[8,8]}}   ",
                     own, 8));
-    CHECK(safetensors_open(&s, in_root("ok"), NULL) && s.n == 2 && safetensors_find(&s, "e")->numel == 0 &&
+    CHECK(safetensors_open(&s, at("ok"), NULL) && s.n == 2 && safetensors_find(&s, "e")->numel == 0 &&
           !safetensors_metadata(&s, "x"));
     safetensors_close(&s);
     CHECK(st_refuses("", 3, 0, "header of 3 bytes") &&
@@ -331,9 +301,9 @@ static void test_safetensors_round_trip(void) {
     Error e = {{0}};
     SafeTensors s;
     float values[6];
-    make_dirs(in_root("st"), NULL);
-    CHECK(write_pair(in_root("st/model.safetensors"), "x.a", "x.b", 1, &e) &&
-          safetensors_open_dir(&s, in_root("st"), &e));
+    make_dirs(at("st"), NULL);
+    CHECK(write_pair(at("st/model.safetensors"), "x.a", "x.b", 1, &e) &&
+          safetensors_open_dir(&s, at("st"), &e));
     CHECK(s.n == 2 && !strcmp(safetensors_metadata(&s, "origin"), "a \"test\"") &&
           !strcmp(safetensors_metadata(&s, "format"), "pt"));
     const StTensor* a = safetensors_find(&s, "x.a");
@@ -346,22 +316,22 @@ static void test_safetensors_round_trip(void) {
     StWriter w;  // too little was put
     StEntry one = {"a", DT_F32, 1, {4}};
     e = (Error){{0}};
-    CHECK(st_writer_open(&w, in_root("short"), &one, 1, NULL, 0, &e) && st_writer_put(&w, values, 8, &e) &&
+    CHECK(st_writer_open(&w, at("short"), &one, 1, NULL, 0, &e) && st_writer_put(&w, values, 8, &e) &&
           !st_writer_close(&w, NULL, NULL, &e));
-    CHECK(says(&e, "bytes written of") && !file_exists(in_root("short")));
+    CHECK(says(&e, "bytes written of") && !file_exists(at("short")));
     values[2] = NAN;
     e = (Error){{0}};
-    CHECK(st_writer_open(&w, in_root("nan"), &one, 1, NULL, 0, &e) && st_writer_put(&w, values, 16, &e) &&
+    CHECK(st_writer_open(&w, at("nan"), &one, 1, NULL, 0, &e) && st_writer_put(&w, values, 16, &e) &&
           st_writer_close(&w, NULL, NULL, &e));
-    CHECK(safetensors_open(&s, in_root("nan"), &e) && !st_to_f32(&s.tensors[0], values, &e) &&
+    CHECK(safetensors_open(&s, at("nan"), &e) && !st_to_f32(&s.tensors[0], values, &e) &&
           says(&e, "tensor a: value 2 is not finite"));
     safetensors_close(&s);
     double big[2] = {1, 1e39};
     StEntry wide = {"d", DT_F64, 1, {2}};
     e = (Error){{0}};
-    CHECK(st_writer_open(&w, in_root("f64"), &wide, 1, NULL, 0, &e) && st_writer_put(&w, big, 16, &e) &&
+    CHECK(st_writer_open(&w, at("f64"), &wide, 1, NULL, 0, &e) && st_writer_put(&w, big, 16, &e) &&
           st_writer_close(&w, NULL, NULL, &e));
-    CHECK(safetensors_open(&s, in_root("f64"), &e) && !st_to_f32(&s.tensors[0], values, &e) &&
+    CHECK(safetensors_open(&s, at("f64"), &e) && !st_to_f32(&s.tensors[0], values, &e) &&
           says(&e, "value 1 is not finite"));
     safetensors_close(&s);
 }
@@ -369,22 +339,22 @@ static void test_safetensors_round_trip(void) {
 static bool index_refuses(const char* index, const char* because) {
     Error e = {{0}};
     SafeTensors s;
-    bool refused = write_file_synced(in_root("many/model.safetensors.index.json"), index, strlen(index), NULL) &&
-                   !safetensors_open_dir(&s, in_root("many"), &e);
+    bool refused = write_file_synced(at("many/model.safetensors.index.json"), index, strlen(index), NULL) &&
+                   !safetensors_open_dir(&s, at("many"), &e);
     return refused && says(&e, because);
 }
 
 static void test_safetensors_index(void) {
     Error e = {{0}};
     SafeTensors s;
-    make_dirs(in_root("many"), NULL);
-    CHECK(!safetensors_open_dir(&s, in_root("many"), &e) && says(&e, "neither"));
-    CHECK(write_pair(in_root("many/one.safetensors"), "a", "b", 1, NULL) &&
-          write_pair(in_root("many/two.safetensors"), "c", "d", 1, NULL));
+    make_dirs(at("many"), NULL);
+    CHECK(!safetensors_open_dir(&s, at("many"), &e) && says(&e, "neither"));
+    CHECK(write_pair(at("many/one.safetensors"), "a", "b", 1, NULL) &&
+          write_pair(at("many/two.safetensors"), "c", "d", 1, NULL));
     const char* index = "{\"weight_map\":{\"a\":\"one.safetensors\",\"b\":\"one.safetensors\",\"c\":\"two."
                         "safetensors\",\"d\":\"two.safetensors\"}}";
-    CHECK(write_file_synced(in_root("many/model.safetensors.index.json"), index, strlen(index), NULL));
-    CHECK(safetensors_open_dir(&s, in_root("many"), NULL) && s.n == 4 && s.n_files == 2 && safetensors_find(&s, "d"));
+    CHECK(write_file_synced(at("many/model.safetensors.index.json"), index, strlen(index), NULL));
+    CHECK(safetensors_open_dir(&s, at("many"), NULL) && s.n == 4 && s.n_files == 2 && safetensors_find(&s, "d"));
     safetensors_close(&s);
     CHECK(index_refuses("{\"weight_map\":{\"a\":\"two.safetensors\"}}", "tensor a is not in") &&
           index_refuses("{\"weight_map\":{}}", "no weight_map"));
@@ -392,7 +362,7 @@ static void test_safetensors_index(void) {
           index_refuses("{\"weight_map\":{\"a\":7}}", "not the name"));
     CHECK(index_refuses("{\"weight_map\":{\"a\":\"three.safetensors\"}}", "No such file") &&
           index_refuses("{", "key must be"));
-    CHECK(write_pair(in_root("many/two.safetensors"), "a", "d", 1, NULL) && index_refuses(index, "occurs twice"));
+    CHECK(write_pair(at("many/two.safetensors"), "a", "d", 1, NULL) && index_refuses(index, "occurs twice"));
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -466,9 +436,9 @@ static int silent_newest(const char* run, char* path) {  // its lines on stderr 
 static void test_checkpoint_round_trip(Arena* a) {
     Error e = {{0}};
     char path[PATH_SIZE];
-    const char* run = in_root("run");
+    const char* run = at("run");
     CHECK(checkpoint_newest(run, path) == -1);
-    CHECK(save(run, 500, a, path, &e) && !strcmp(path, in_root("run/step-00000500")) && checkpoint_verify(path, &e));
+    CHECK(save(run, 500, a, path, &e) && !strcmp(path, at("run/step-00000500")) && checkpoint_verify(path, &e));
     a->stored = 0;
     CHECK(checkpoint_read_tensors(path, &a->list, no_prefix, 1, false, NULL, arena_store, a, &e) &&
           a->stored == a->list.n);
@@ -487,20 +457,20 @@ static void test_checkpoint_round_trip(Arena* a) {
 static void test_checkpoint_damage(Arena* a) {
     char path[PATH_SIZE], file[PATH_SIZE];
     Error e = {{0}};
-    const char* run = in_root("damage");
+    const char* run = at("damage");
     for (long step = 100; step <= 500; step += 100) { CHECK(save(run, step, a, path, &e)); }
     CHECK(silent_newest(run, path) == 500);
-    flip_byte(in_root("damage/step-00000500/model.safetensors"), 3000);
+    flip_byte(at("damage/step-00000500/model.safetensors"), 3000);
     CHECK(!checkpoint_verify(path, &e) && says(&e, "damaged") && silent_newest(run, path) == 400);
-    CHECK(truncate(in_root("damage/step-00000400/optimizer.safetensors"), 1000) == 0 &&
+    CHECK(truncate(at("damage/step-00000400/optimizer.safetensors"), 1000) == 0 &&
           silent_newest(run, path) == 300);
-    CHECK(unlink(in_root("damage/step-00000300/manifest.json")) == 0 && silent_newest(run, path) == 200);
-    CHECK(write_file_synced(in_root("damage/step-00000200/manifest.json"), "{\"files\":{\"../x\":{}}}", 20, NULL) &&
+    CHECK(unlink(at("damage/step-00000300/manifest.json")) == 0 && silent_newest(run, path) == 200);
+    CHECK(write_file_synced(at("damage/step-00000200/manifest.json"), "{\"files\":{\"../x\":{}}}", 20, NULL) &&
           silent_newest(run, path) == 100);
     path_join(file, sizeof file, run, "step-00000100/config.json");
     CHECK(unlink(file) == 0 && silent_newest(run, path) == -1);
-    make_dirs(in_root("damage/step-99999999999999999999"), NULL);  // not ours
-    make_dirs(in_root("damage/step-7"), NULL);
+    make_dirs(at("damage/step-99999999999999999999"), NULL);  // not ours
+    make_dirs(at("damage/step-7"), NULL);
     CHECK(silent_newest(run, path) == -1);
 }
 
@@ -508,7 +478,7 @@ static void test_checkpoint_damage(Arena* a) {
 static void test_checkpoint_kill(Arena* a) {
     char path[PATH_SIZE];
     Error e = {{0}};
-    const char* run = in_root("kill");
+    const char* run = at("kill");
     CHECK(save(run, 10, a, path, &e));
     for (int files = 0; files <= 2; files++) {
         pid_t child = fork();
@@ -525,17 +495,17 @@ static void test_checkpoint_kill(Arena* a) {
         }
         int status = 0;
         waitpid(child, &status, 0);
-        CHECK(WIFSIGNALED(status) && dir_exists(in_root("kill/.step-00000020.partial")) &&
+        CHECK(WIFSIGNALED(status) && dir_exists(at("kill/.step-00000020.partial")) &&
               silent_newest(run, path) == 10);
     }
-    CHECK(save(run, 30, a, path, &e) && !dir_exists(in_root("kill/.step-00000020.partial")) &&
+    CHECK(save(run, 30, a, path, &e) && !dir_exists(at("kill/.step-00000020.partial")) &&
           silent_newest(run, path) == 30);
 }
 
 static void test_checkpoint_full_disk(Arena* a) {
     char path[PATH_SIZE];
     Error e = {{0}};
-    const char* run = in_root("full");
+    const char* run = at("full");
     CHECK(save(run, 1, a, path, &e));
     struct rlimit old, small;
     getrlimit(RLIMIT_FSIZE, &old);
@@ -545,35 +515,35 @@ static void test_checkpoint_full_disk(Arena* a) {
     setrlimit(RLIMIT_FSIZE, &small);
     bool saved = save(run, 2, a, path, &e);
     setrlimit(RLIMIT_FSIZE, &old);
-    CHECK(!saved && says(&e, "model.safetensors: cannot write") && !dir_exists(in_root("full/.step-00000002.partial")));
+    CHECK(!saved && says(&e, "model.safetensors: cannot write") && !dir_exists(at("full/.step-00000002.partial")));
     CHECK(silent_newest(run, path) == 1);
     e = (Error){{0}};
     CheckpointWriter w;
-    CHECK(write_file_synced(in_root("plain"), "x", 1, NULL) && !checkpoint_begin(&w, in_root("plain"), 3, &e) &&
+    CHECK(write_file_synced(at("plain"), "x", 1, NULL) && !checkpoint_begin(&w, at("plain"), 3, &e) &&
           says(&e, "cannot create directory"));
     e = (Error){{0}};
-    CHECK(checkpoint_begin(&w, run, 3, &e) && dir_exists(in_root("full/.step-00000003.partial")));
+    CHECK(checkpoint_begin(&w, run, 3, &e) && dir_exists(at("full/.step-00000003.partial")));
     checkpoint_abort(&w);
     checkpoint_abort(&w);  // a second time does no harm
-    CHECK(!dir_exists(in_root("full/.step-00000003.partial")));
+    CHECK(!dir_exists(at("full/.step-00000003.partial")));
 }
 
 static void test_checkpoint_prune(Arena* a) {
     char path[PATH_SIZE];
-    const char* run = in_root("prune");
+    const char* run = at("prune");
     for (long step = 1; step <= 6; step++) { CHECK(save(run, step, a, path, NULL)); }
     checkpoint_prune(run, 0, 6);
-    CHECK(dir_exists(in_root("prune/step-00000001")));
-    CHECK(truncate(in_root("prune/step-00000005/config.json"), 0) == 0);  // a bad one does not count
+    CHECK(dir_exists(at("prune/step-00000001")));
+    CHECK(truncate(at("prune/step-00000005/config.json"), 0) == 0);  // a bad one does not count
     checkpoint_prune(run, 3, 6);
-    CHECK(dir_exists(in_root("prune/step-00000006")) && dir_exists(in_root("prune/step-00000003")) &&
-          !dir_exists(in_root("prune/step-00000002")));
-    flip_byte(in_root("prune/step-00000006/model.safetensors"), 3000);
+    CHECK(dir_exists(at("prune/step-00000006")) && dir_exists(at("prune/step-00000003")) &&
+          !dir_exists(at("prune/step-00000002")));
+    flip_byte(at("prune/step-00000006/model.safetensors"), 3000);
     checkpoint_prune(run, 1, 4);  // of a run that went on from 3, passing over 5 and 6
-    CHECK(silent_newest(run, path) == 4 && !dir_exists(in_root("prune/step-00000003")));
+    CHECK(silent_newest(run, path) == 4 && !dir_exists(at("prune/step-00000003")));
     CHECK(save(run, 6, a, path, NULL));
     checkpoint_prune(run, 1, 6);
-    CHECK(silent_newest(run, path) == 6 && !dir_exists(in_root("prune/step-00000004")));
+    CHECK(silent_newest(run, path) == 6 && !dir_exists(at("prune/step-00000004")));
 }
 
 // Writes the arena's tensors but for `skip`, with one renamed to `extra`, and one value replaced.
@@ -602,14 +572,14 @@ static bool write_variant(const char* path, Arena* a, int skip, const char* extr
 
 static bool read_variant(Arena* a, bool may_be_absent, Text* absent, Error* e) {
     a->stored = 0;
-    return checkpoint_read_tensors(in_root("variant"), &a->list, no_prefix, 1, may_be_absent, absent, arena_store, a,
+    return checkpoint_read_tensors(at("variant"), &a->list, no_prefix, 1, may_be_absent, absent, arena_store, a,
                                    e);
 }
 
 static void test_checkpoint_tensors(Arena* a) {
     Error e = {{0}};
     Text absent = {0};
-    const char* path = in_root("variant");
+    const char* path = at("variant");
     int conv = tensor_at(&a->list, 1, TENSOR_KQ_CONV);
     // small integers: exact in F16
     CHECK(write_variant(path, a, -1, NULL, DT_F16, false) && read_variant(a, false, NULL, &e) &&
@@ -643,9 +613,7 @@ static void test_checkpoint_tensors(Arena* a) {
 }
 
 int main(void) {
-    const char* tmp = getenv("TMPDIR");
-    snprintf(root, sizeof root, "%s/test_files_XXXXXX", tmp && *tmp ? tmp : "/tmp");
-    if (!mkdtemp(root)) { die("%s: %s", root, strerror(errno)); }
+    test_folder();  // before any child, which then has the same
     Config config = small_config();
     Arena a = {0};
     tensor_list(&a.list, &config);
@@ -665,7 +633,6 @@ int main(void) {
     test_checkpoint_tensors(&a);
     tensor_list_free(&a.list);
     free(a.data);
-    remove_tree(root);
-    printf("%d passed, %d failed\n", passed, failed);
-    return failed != 0;
+    remove_tree(test_folder());
+    return test_verdict();
 }

@@ -1,20 +1,10 @@
 // test_options.c: mta/options.h and mta/random.h. Each command line is parsed in a child process, whose exit status and output are judged.
-//   cc -std=gnu11 -O2 -Wall -Wextra -Imta -o test_options dev/tests/test_options.c -lm && ./test_options
-#include "../../mta/util.h"
-#include "../../mta/options.h"
-#include "../../mta/random.h"
+//   make build/test_options && build/test_options
+#include "mta/util.h"
+#include "mta/options.h"
+#include "mta/random.h"
+#include "check.h"
 #include <sys/wait.h>
-
-static int passed = 0, failed = 0;
-
-static void check(bool ok, const char* what) {
-    if (ok) {
-        passed++;
-    } else {
-        failed++;
-        printf("FAILED: %s\n", what);
-    }
-}
 
 typedef struct {
     bool dry_run;
@@ -229,6 +219,5 @@ int main(void) {
     test_philox();
     test_random();
     test_permutation();
-    printf("%d passed, %d failed\n", passed, failed);
-    return failed != 0;
+    return test_verdict();
 }

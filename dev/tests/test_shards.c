@@ -1,30 +1,10 @@
 // test_shards.c: mta/shards.h (format, refusals, windows, order, mixing, state) and mta/log.h (lines, cuts, a full disk).
-//   cc -std=gnu11 -O2 -Wall -Wextra -o test_shards dev/tests/test_shards.c -lm && ./test_shards
-#include "../../mta/shards.h"
-#include "../../mta/log.h"
-#include <ftw.h>
+//   make build/test_shards && build/test_shards
+#include "mta/shards.h"
+#include "mta/log.h"
+#include "check.h"
 #include <signal.h>
 #include <sys/resource.h>
-
-static int passed = 0, failed = 0;
-static char dir[64];
-
-static void check(bool ok, const char* what, const char* detail) {
-    if (ok) {
-        passed++;
-    } else {
-        failed++;
-        printf("FAILED: %s: %s\n", what, detail);
-    }
-}
-
-static const char* at(const char* name) {  // path in the test's directory; eight may be in use at once
-    static char path[8][PATH_SIZE];
-    static int turn = 0;
-    turn = (turn + 1) % 8;
-    path_join(path[turn], PATH_SIZE, dir, name);
-    return path[turn];
-}
 
 static void spit(const char* path, const void* data, size_t n) {
     Error e;
@@ -101,7 +81,7 @@ static void test_refused(void) {
     refused(at("nothing_*.bin"), 4, 100, "no such shard", "data/prepare.py");
     refused(at("a.bin"), 50, 100, "50 tokens, one window needs 51", "--seq-len");
     refused(at("a.bin"), 4, 99, "vocabulary of 100", "the model has 99");
-    refused(dir, 4, 100, "not a regular file", dir);
+    refused(test_folder(), 4, 100, "not a regular file", test_folder());
     poke("a.bin", 0, 12345);
     refused(at("a.bin"), 4, 100, "magic 12345, wanted 20240520", "20240801");
     poke("a.bin", 0, SHARD_MAGIC_U16);
@@ -378,22 +358,22 @@ static void test_log(void) {
     RunLog log;
     Error e;
     e.text[0] = 0;
-    check(runlog_open(&log, dir, -1, &e), "a new log", e.text);
+    check(runlog_open(&log, test_folder(), -1, &e), "a new log", e.text);
     bool ok = runlog_line(&log, "{\"event\":\"start\"}") && runlog_line(&log, "{\"step\":1}") && runlog_line(&log, "{\"step\":2}");
     runlog_close(&log);
     check(ok && log_is("{\"event\":\"start\"}\n{\"step\":1}\n{\"step\":2}\n"), "three lines", "");
-    check(!runlog_open(&log, dir, -1, &e) && strstr(e.text, "--resume"), "an existing log is not overwritten", e.text);
+    check(!runlog_open(&log, test_folder(), -1, &e) && strstr(e.text, "--resume"), "an existing log is not overwritten", e.text);
     e.text[0] = 0;
-    check(runlog_open(&log, dir, 1, &e) && runlog_line(&log, "{\"step\":3}"), "resume at step 1", e.text);
+    check(runlog_open(&log, test_folder(), 1, &e) && runlog_line(&log, "{\"step\":3}"), "resume at step 1", e.text);
     runlog_close(&log);
     check(log_is("{\"event\":\"start\"}\n{\"step\":1}\n{\"step\":3}\n"), "later lines are cut", "");
     const char* torn = "{\"step\":1}\n{\"step\":2}\n{\"step\":2,\"lo";
     spit(at("log.jsonl"), torn, strlen(torn));
-    check(runlog_open(&log, dir, 9, &e), "a torn log", e.text);
+    check(runlog_open(&log, test_folder(), 9, &e), "a torn log", e.text);
     runlog_close(&log);
     check(log_is("{\"step\":1}\n{\"step\":2}\n"), "the torn line is cut", "");
     unlink(at("log.jsonl"));
-    check(runlog_open(&log, dir, 5, &e) && runlog_line(&log, "{\"step\":6}"), "resume without a log", e.text);
+    check(runlog_open(&log, test_folder(), 5, &e) && runlog_line(&log, "{\"step\":6}"), "resume without a log", e.text);
     struct rlimit old, limit;
     getrlimit(RLIMIT_FSIZE, &old);
     limit = old;
@@ -427,16 +407,7 @@ static void test_names(void) {
     }
 }
 
-static int remove_entry(const char* path, const struct stat* st, int flag, struct FTW* f) {
-    (void)st;
-    (void)flag;
-    (void)f;
-    return remove(path);
-}
-
 int main(void) {
-    snprintf(dir, sizeof(dir), "%s", "/tmp/test_shards_XXXXXX");
-    if (mkdtemp(dir) == NULL) { die("mkdtemp: %s", strerror(errno)); }
     test_windows();
     test_refused();
     test_ids();
@@ -448,7 +419,6 @@ int main(void) {
     test_state();
     test_log();
     test_names();
-    nftw(dir, remove_entry, 16, FTW_DEPTH | FTW_PHYS);
-    printf("%d passed, %d failed\n", passed, failed);
-    return failed != 0;
+    remove_tree(test_folder());
+    return test_verdict();
 }

@@ -1,25 +1,15 @@
 // dev/tests/test_tokenizer.c: mta/tokenizer.h where no Python is at hand: built-in tokenizers, small cases of each pattern, hostile rank
 // files, decoding piece by piece, long runs, random bytes. dev/tests/test_tokenizer.py compares with tiktoken.
-//   cc -std=gnu11 -O2 -Wall -Wextra -I. dev/tests/test_tokenizer.c -o /tmp/test_tokenizer && /tmp/test_tokenizer
+//   make build/test_tokenizer && build/test_tokenizer
 #include "mta/json.h"
 #include "mta/tokenizer.h"
+#include "check.h"
 #include <unistd.h>
 
-static int passed, failed;
-
-static void check(bool ok, const char* what) {
-    passed += ok;
-    failed += !ok;
-    if (!ok) { printf("FAIL %s\n", what); }
-}
-
-static char folder[] = "/tmp/test_tokenizer_XXXXXX";
-
-// Writes a file into the test's folder; the path is valid until the next call.
+// Writes a file into the test's folder; its path.
 static const char* put(const char* name, const char* data, size_t n) {
-    static char path[PATH_SIZE];
+    const char* path = at(name);
     Error e = {""};
-    path_join(path, sizeof path, folder, name);
     if (!write_file_synced(path, data, n, &e)) { die("%s", e.text); }
     return path;
 }
@@ -183,7 +173,7 @@ static void test_opening(void) {
         text_free(&file);
     }
     text_free(&good);
-    const char* names[] = {"gpt2", "llama3", "no/such/file.tiktoken", "", "/", folder};
+    const char* names[] = {"gpt2", "llama3", "no/such/file.tiktoken", "", "/", test_folder()};
     for (size_t i = 0; i < sizeof names / sizeof *names; i++) {
         Error e = {""};
         check(!tokenizer_open(names[i], i % 2 ? "gpt2" : NULL, &e) && e.text[0], "no such tokenizer");
@@ -327,7 +317,6 @@ static void test_damaged_files(void) {
 }
 
 int main(void) {
-    if (!mkdtemp(folder)) { die("mkdtemp: %s", strerror(errno)); }
     test_built_in();
     test_patterns();
     test_opening();
@@ -335,9 +324,6 @@ int main(void) {
     test_long_runs();
     test_random();
     test_damaged_files();
-    char command[PATH_SIZE];
-    snprintf(command, sizeof command, "rm -rf %s", folder);
-    check(system(command) == 0, "clean up");
-    printf("%d passed, %d failed\n", passed, failed);
-    return failed != 0;
+    remove_tree(test_folder());
+    return test_verdict();
 }

@@ -1,0 +1,75 @@
+"""What the Python tests share: where things are, safetensors files and shards read and written without any package, the verdict."""
+import array
+import json
+import os
+import struct
+import sys
+import unittest
+import zlib
+
+ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+BIN = os.environ.get("MTA_BIN", ROOT)  # folder of train_mta and infer_mta
+GOLDEN = os.environ.get("MTA_GOLDEN", os.path.join(ROOT, "dev", "golden"))
+sys.dont_write_bytecode = True
+
+
+def read_bytes(path):
+    with open(path, "rb") as f:
+        return f.read()
+
+
+def read_safetensors(path):
+    """{name: (dtype, shape, bytes)} and the metadata."""
+    data = read_bytes(path)
+    start = 8 + struct.unpack("<Q", data[:8])[0]
+    header = json.loads(data[8:start])
+    metadata = header.pop("__metadata__", {})
+    return {n: (e["dtype"], e["shape"], data[start + e["data_offsets"][0]:start + e["data_offsets"][1]]) for n, e in header.items()}, metadata
+
+
+def write_safetensors(path, tensors, metadata=None):
+    """tensors: {name: (dtype, shape, bytes)}."""
+    header, at = {"__metadata__": metadata or {"format": "pt"}}, 0
+    for name, (dtype, shape, raw) in tensors.items():
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [at, at + len(raw)]}
+        at += len(raw)
+    text = json.dumps(header).encode()
+    text += b" " * (-(8 + len(text)) % 64)
+    with open(path, "wb") as f:
+        f.write(struct.pack("<Q", len(text)) + text + b"".join(raw for _, _, raw in tensors.values()))
+
+
+def to_bf16(data):
+    """F32 bytes -> BF16 bytes, truncated."""
+    return b"".join(data[i + 2:i + 4] for i in range(0, len(data), 4))
+
+
+def floats(data, dtype="F32"):
+    """The values of a tensor's bytes."""
+    if dtype == "BF16":
+        data = b"".join(b"\0\0" + data[i:i + 2] for i in range(0, len(data), 2))
+    return array.array("f", data)
+
+
+def write_shard(path, tokens, vocab=32, width=2, magic=None, version=None, count=None, mask=None):
+    """A token shard; mask: one 0 or 1 a token, written beside it."""
+    magic = magic if magic is not None else 20240520 if width == 2 else 20240801
+    version = version if version is not None else 1 if width == 2 else 7
+    data = array.array("H" if width == 2 else "I", tokens).tobytes()
+    header = struct.pack("<4iIi", magic, version, len(tokens) if count is None else count, vocab, zlib.crc32(data), int(mask is not None))
+    with open(path, "wb") as f:
+        f.write(header.ljust(1024, b"\0") + data)
+    if mask is not None:
+        with open(path[:-4] + ".mask", "wb") as f:
+            f.write(bytes(mask))
+
+
+def main():
+    """Runs the tests of the calling file, or those that -k names; says what was skipped and why; ends with the counts."""
+    result = unittest.main(module="__main__", exit=False, verbosity=1).result
+    bad = len(result.failures) + len(result.errors)
+    for test, reason in result.skipped:
+        print(f"skipped: {test}: {reason}")
+    left_out = f", {len(result.skipped)} skipped" if result.skipped else ""
+    print(f"{max(0, result.testsRun - bad - len(result.skipped))} passed, {bad} failed{left_out}")
+    sys.exit(bad != 0)
