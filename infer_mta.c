@@ -1415,7 +1415,7 @@ typedef struct {
     int context, chunk, threads, max_tokens, top_k, repeat_last, samples, layer, head;
     int64_t seed;
     double temperature, top_p, min_p, repeat_penalty;
-    bool mapped, interactive, echo, ignore_eos, shift, quiet, tokenize, detokenize;
+    bool mapped, interactive, echo, ignore_eos, shift, quiet, tokenize, detokenize, binary;
 } Options;
 
 static Options options_defaults(void) {
@@ -1494,6 +1494,8 @@ static void options_read(Options* o, int argc, char** argv) {
         {"--tokenize", OPT_FLAG, &o->tokenize, NULL, "JSON lines with \"text\" in, a line of ids each out", 0, 0,
          false},
         {"--detokenize", OPT_FLAG, &o->detokenize, NULL, "lines of ids in, JSON lines with \"text\" out", 0, 0, false},
+        {"--binary", OPT_FLAG, &o->binary, NULL, "with --tokenize: batches of texts in, numbers out, as data/prepare.py needs it", 0, 0,
+         false},
         OPT_END};
     const char* positional[1] = {NULL};
     options_parse(table, usage, argc, argv, positional, 1);
@@ -1505,6 +1507,7 @@ static void options_read(Options* o, int argc, char** argv) {
         die("--prompt, --token-ids, --score, --interactive, --tokenize and --detokenize exclude each other; give one");
     }
     if (!alone && !o->dir) { die("no checkpoint directory given; usage: infer_mta DIR [options], --help lists them"); }
+    if (o->binary && !o->tokenize) { die("--binary belongs to --tokenize"); }
     if (alone && !o->tokenizer && !o->dir) { die("--tokenize needs --tokenizer NAME|FILE or a checkpoint directory"); }
 }
 
@@ -2369,6 +2372,38 @@ static void run_score(Session* s) {
 // ---------------------------------------------------------------------------------------------------------------------
 // The tokenizer alone
 
+// --tokenize --binary, as data/prepare.py asks for it. A batch: its size in bytes, uint64, then UTF-8 texts, each ended by the
+// byte 0xFF, which UTF-8 never holds. Its answer: the number of ids of each text, then all ids, each a uint32.
+static void tokenize_batches(const Tokenizer* t) {
+    Text batch = {0}, counts = {0}, ids = {0};
+    Error e = {{0}};
+    for (uint64_t size; fread(&size, sizeof size, 1, stdin) == 1;) {
+        if (size > UINT64_C(1) << 32) { die("standard input: a batch of %llu bytes, wanted 4 GiB at most", (unsigned long long)size); }
+        batch.n = counts.n = ids.n = 0;
+        text_reserve(&batch, (size_t)size);
+        if (fread(batch.text, 1, (size_t)size, stdin) != size) { die("standard input: it ends inside a batch"); }
+        for (size_t at = 0; at < size;) {
+            const char* end = memchr(batch.text + at, 0xFF, (size_t)size - at);
+            int32_t* got;
+            size_t count;
+            if (!end) { die("standard input: a text without the byte 0xFF behind it"); }
+            if (!tokenizer_encode(t, batch.text + at, (size_t)(end - batch.text) - at, &got, &count, &e)) {
+                die("standard input: %s", e.text);
+            }
+            uint32_t n = (uint32_t)count;
+            text_append(&counts, (const char*)&n, sizeof n);
+            text_append(&ids, (const char*)got, count * sizeof *got);
+            free(got);
+            at = (size_t)(end - batch.text) + 1;
+        }
+        put_out(counts.text, counts.n, false);
+        put_out(ids.text, ids.n, true);
+    }
+    text_free(&batch);
+    text_free(&counts);
+    text_free(&ids);
+}
+
 static void run_tokenizer(const Options* o) {
     Error e = {{0}};
     Config c = config_default();
@@ -2379,6 +2414,11 @@ static void run_tokenizer(const Options* o) {
     }
     Tokenizer* t = tokenizer_for(o, o->dir ? &c : NULL);
     if (!t) { die("%s names no tokenizer; give --tokenizer NAME|FILE", path); }
+    if (o->binary) {
+        tokenize_batches(t);
+        tokenizer_free(t);
+        return;
+    }
     Lines lines = {0};
     Text out = {0};
     char* piece = alloc_or_die(tokenizer_max_bytes(t) + 8, 1, "a token's text");
