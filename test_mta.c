@@ -1011,15 +1011,14 @@ static void test_config(void) {
 }
 
 static void test_schedules(void) {
-    TrainOptions o = options_default();
-    o.lr = 1; o.min_lr = 0.1; o.warmup = 10; o.schedule_steps = 110;
-    const struct { const char* schedule; int64_t step; double want; } cases[] = {
+    Schedule s = {"", 1, 0.1, 10, 110};
+    const struct { const char* kind; int64_t step; double want; } cases[] = {
         {"linear", 0, 0.1}, {"linear", 9, 1}, {"linear", 10, 1}, {"linear", 60, 0.55}, {"linear", 110, 0.1}, {"linear", 1000, 0.1},
         {"cosine", 60, 0.55}, {"cosine", 110, 0.1}, {"constant", 100, 1}, {"wsd", 80, 1}, {"wsd", 100, 0.55}, {"wsd", 110, 0.1}};
     double worst = 0;
     for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {
-        o.schedule = cases[i].schedule;
-        worst = fmax(worst, fabs(learning_rate(&o, cases[i].step) - cases[i].want));
+        s.kind = cases[i].kind;
+        worst = fmax(worst, fabs(learning_rate(&s, cases[i].step) - cases[i].want));
     }
     verdict(worst < 1e-12, "learning rate schedules", "largest error %.1e", worst);
 }

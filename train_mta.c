@@ -1390,15 +1390,15 @@ static double model_update(Model* m, const AdamW* h, long step) {
 // One optimizer step over the run's windows: the loss is the sum over all counted targets of the step over their number. Stops between
 // micro-batches when a signal has come; then nothing is changed.
 static StepStats train_step(Model* m, Run* r) {
-    const TrainOptions* o = &r->options;
-    StepStats s = {0, 0, learning_rate(o, r->step), 0, false, false};
+    const TrainOptions* o = r->options;
+    StepStats s = {0, 0, learning_rate(&r->schedule, r->step), 0, false, false};
     double start = seconds_now(), sum = 0;
-    int T = o->seq_len;
+    int T = r->seq_len;
     int64_t counted = run_load_step(r);
     model_zero_gradients(m);
-    for (int w = 0; w < r->windows; w += o->batch_size) {
+    for (int w = 0; w < r->windows; w += r->batch_size) {
         if (run_signal) { return s; }
-        int B = min_int(o->batch_size, r->windows - w);
+        int B = min_int(r->batch_size, r->windows - w);
         const int32_t *tokens = r->tokens + (size_t)w * T, *targets = r->targets + (size_t)w * T;
         model_forward(m, tokens, B, T);
         sum += model_loss(m, targets, B * T, counted ? (real)(1.0 / (double)counted) : 0, true, NULL);
@@ -1416,16 +1416,16 @@ static StepStats train_step(Model* m, Run* r) {
 // Loss of every validation set over --eval-windows sequences spread evenly over it; with masks, the share of sequences that have a wrong
 // counted token (teacher forcing). Given up when a signal comes.
 static void evaluate(Model* m, Run* r) {
-    int T = r->options.seq_len;
+    int T = r->seq_len;
     Error e = {{0}};
     for (int set = 0; set < r->n_val; set++) {
         ValSet* v = &r->val[set];
-        int64_t all = (int64_t)loader_windows(&v->loader), n = r->options.eval_windows, counted = 0, wrong = 0;
+        int64_t all = (int64_t)loader_windows(&v->loader), n = r->options->eval_windows, counted = 0, wrong = 0;
         if (n == 0 || n > all) { n = all; }
         double sum = 0;
-        for (int64_t w = 0; w < n; w += r->options.batch_size) {
+        for (int64_t w = 0; w < n; w += r->batch_size) {
             if (run_signal) { return; }
-            int B = (int)(n - w < r->options.batch_size ? n - w : r->options.batch_size);
+            int B = (int)(n - w < r->batch_size ? n - w : r->batch_size);
             for (int b = 0; b < B; b++) {
                 if (!loader_window(&v->loader, (uint64_t)((w + b) * all / n), r->tokens + (size_t)b * T, r->targets + (size_t)b * T, &e)) { die("--val: %s", e.text); }
             }
@@ -1455,7 +1455,7 @@ static int draw_token(real* logits, int V, double temperature, Rng* rng) {
 
 // Continues --sample-prompt, a full forward pass for every token: infer_mta has the fast way.
 static void sample(Model* m, Run* r) {
-    const TrainOptions* o = &r->options;
+    const TrainOptions* o = r->options;
     const char* prompt = o->sample_prompt ? o->sample_prompt : "";
     int C = m->config.hidden_size, V = m->config.vocab_size, n = 0;
     int32_t *ids = NULL, *tokens = r->tokens;  // free between steps; at least T of them
@@ -1466,12 +1466,12 @@ static void sample(Model* m, Run* r) {
     if (!r->tokenizer) { return; }
     if (!tokenizer_encode(r->tokenizer, prompt, strlen(prompt), &ids, &count, &e)) { die("--sample-prompt: %s", e.text); }
     if (tokenizer_bos(r->tokenizer) >= 0) { tokens[n++] = tokenizer_bos(r->tokenizer); }
-    for (size_t i = 0; i < count && n < o->seq_len; i++) { tokens[n++] = ids[i]; }
+    for (size_t i = 0; i < count && n < r->seq_len; i++) { tokens[n++] = ids[i]; }
     free(ids);
     text_append(&text, prompt, strlen(prompt));
     Rng rng = rng_make((uint64_t)o->seed, (uint64_t)1 << 63 | (uint64_t)r->step);
     char* piece = (char*)alloc_or_die(tokenizer_max_bytes(r->tokenizer) + 16, 1, "a token's text");
-    for (int64_t i = 0; i < o->sample_tokens && n > 0 && n < o->seq_len && !run_signal; i++) {
+    for (int64_t i = 0; i < o->sample_tokens && n > 0 && n < r->seq_len && !run_signal; i++) {
         model_forward(m, tokens, 1, n);
         matmul_forward(m->scratch.logits, m->acts.ln_f + (size_t)(n - 1) * C, model_head(m, m->weights), 1, C, V);
         int id = draw_token(m->scratch.logits, min_int(V, tokenizer_vocab(r->tokenizer)), o->sample_temperature, &rng);
@@ -1511,7 +1511,7 @@ static void save(Model* m, Run* r) {
     char path[PATH_SIZE];
     double start = seconds_now();
     progress_break(&r->progress);
-    bool good = checkpoint_begin(&w, r->options.out, (long)r->step, &e) &&
+    bool good = checkpoint_begin(&w, r->options->out, (long)r->step, &e) &&
                 checkpoint_add_tensors(&w, "model.safetensors", &m->tensors, no_prefix, 1, DT_F32, fetch_tensor, &weights, &e) &&
                 checkpoint_add_tensors(&w, "optimizer.safetensors", &m->tensors, moments, 2, DT_F32, fetch_tensor, &optimizer, &e) &&
                 run_save_texts(r, &w, &e) && checkpoint_commit(&w, path, &e);
@@ -1534,7 +1534,7 @@ static void model_start(Model* m, Run* r) {
         good = checkpoint_read_tensors(r->resume_dir, &m->tensors, no_prefix, 1, false, NULL, store_tensor, &weights, &e) &&
                checkpoint_read_tensors(path, &m->tensors, moments, master ? 3 : 2, false, NULL, store_tensor, &optimizer, &e);
     } else {
-        model_initialise(m, (uint64_t)r->options.seed);
+        model_initialise(m, (uint64_t)r->options->seed);
         if (r->init_dir[0]) { good = checkpoint_read_tensors(r->init_dir, &m->tensors, no_prefix, 1, true, &absent, store_tensor, &weights, &e); }
         if (good && r->init_dir[0]) { printf("weights from %s\n", r->init_dir); }
         if (good && absent.n) { printf("absent there, started at the identity: %s\n", absent.text); }
@@ -1574,14 +1574,14 @@ static double memory_available(void) {
 // Prints the plan; refuses one that this machine cannot hold, since the kernel would end the program without a word.
 static void print_plan(Run* r) {
     char device[64];
-    MemoryPlan p = model_memory(&r->config, r->options.batch_size, r->options.seq_len);
+    MemoryPlan p = model_memory(&r->config, r->batch_size, r->seq_len);
     const PlanRow rows[] = {{"weights fp32", p.weights}, {"gradients", p.gradients}, {"optimizer m, v", p.optimizer},
                             {"activations", p.activations}, {"scratch", p.scratch}};
     snprintf(device, sizeof device, "%d threads", omp_get_max_threads());
-    r->flops_per_token = model_flops_per_token(&r->config, r->options.seq_len);
+    r->flops_per_token = model_flops_per_token(&r->config, r->seq_len);
     r->flops_per_second = matmul_rate();
     double total = run_print_plan(r, device, rows, (int)(sizeof rows / sizeof rows[0])), available = memory_available();
-    if (!r->options.dry_run && available > 0 && total > available) {
+    if (!r->options->dry_run && available > 0 && total > available) {
         die("memory: the plan needs %.1f GiB, %.1f are available; try a smaller --batch-size or --seq-len", total / 1073741824, available / 1073741824);
     }
 }
@@ -1590,23 +1590,25 @@ static void print_plan(Run* r) {
 // main
 
 static int train_main(int argc, char** argv) {
+    TrainOptions options;
     Run run;
     open_standard_files();
     blas_single_thread();
-    run_parse(&run, argc, argv);
+    options_given(&options, argc, argv);
+    run_settle(&run, &options);
     print_plan(&run);
-    if (run.options.dry_run) { return EXIT_DONE; }
+    if (options.dry_run) { return EXIT_DONE; }
     run_open(&run);
-    Model* m = model_create(&run.config, run.options.batch_size, run.options.seq_len, 0);
+    Model* m = model_create(&run.config, run.batch_size, run.seq_len, 0);
     model_start(m, &run);
     run_log_start(&run, m->tensors.parameters);
     while (run_goes_on(&run)) {
         StepStats s = train_step(m, &run);
         if (!s.complete) { break; }
         run_log_step(&run, &s);
-        if (run_due(&run, run_eval_every(&run)) || run.step == run.steps) { evaluate(m, &run); }
-        if (run_due(&run, run.options.sample_every)) { sample(m, &run); }
-        if (run_due(&run, run.options.save_every) && !s.skipped) { save(m, &run); }
+        if (run_due(&run, run.eval_every) || run.step == run.steps) { evaluate(m, &run); }
+        if (run_due(&run, options.sample_every)) { sample(m, &run); }
+        if (run_due(&run, options.save_every) && !s.skipped) { save(m, &run); }
     }
     if (run.saved_step != run.step && run.skipped_in_a_row < MAX_SKIPPED_IN_A_ROW) { save(m, &run); }
     model_free(m);

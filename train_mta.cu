@@ -3297,15 +3297,15 @@ static double model_update(Model* m, const AdamW* h, long step) {
 // One optimizer step over the run's windows: the loss is the sum over all counted targets of the step over their number. Stops between
 // micro-batches when a signal has come; then nothing is changed.
 static StepStats train_step(Model* m, Run* r) {
-    const TrainOptions* o = &r->options;
-    StepStats s = {0, 0, learning_rate(o, r->step), 0, false, false};
+    const TrainOptions* o = r->options;
+    StepStats s = {0, 0, learning_rate(&r->schedule, r->step), 0, false, false};
     double start = seconds_now(), sum = 0;
-    int T = o->seq_len;
+    int T = r->seq_len;
     int64_t counted = run_load_step(r);
     model_zero_gradients(m);
-    for (int w = 0; w < r->windows; w += o->batch_size) {
+    for (int w = 0; w < r->windows; w += r->batch_size) {
         if (run_signal) { return s; }
-        int B = min_int(o->batch_size, r->windows - w);
+        int B = min_int(r->batch_size, r->windows - w);
         const int32_t *tokens = r->tokens + (size_t)w * T, *targets = r->targets + (size_t)w * T;
         model_forward(m, tokens, B, T);
         sum += model_loss(m, targets, B * T, counted ? (float)(1.0 / (double)counted) : 0, true, NULL);
@@ -3324,16 +3324,16 @@ static StepStats train_step(Model* m, Run* r) {
 // Loss of every validation set over --eval-windows sequences spread evenly over it; with masks, the share of sequences that have a wrong
 // counted token (teacher forcing). Given up when a signal comes.
 static void evaluate(Model* m, Run* r) {
-    int T = r->options.seq_len;
+    int T = r->seq_len;
     Error e = {{0}};
     for (int set = 0; set < r->n_val; set++) {
         ValSet* v = &r->val[set];
-        int64_t all = (int64_t)loader_windows(&v->loader), n = r->options.eval_windows, counted = 0, wrong = 0;
+        int64_t all = (int64_t)loader_windows(&v->loader), n = r->options->eval_windows, counted = 0, wrong = 0;
         if (n == 0 || n > all) { n = all; }
         double sum = 0;
-        for (int64_t w = 0; w < n; w += r->options.batch_size) {
+        for (int64_t w = 0; w < n; w += r->batch_size) {
             if (run_signal) { return; }
-            int B = (int)(n - w < r->options.batch_size ? n - w : r->options.batch_size);
+            int B = (int)(n - w < r->batch_size ? n - w : r->batch_size);
             for (int b = 0; b < B; b++) {
                 if (!loader_window(&v->loader, (uint64_t)((w + b) * all / n), r->tokens + (size_t)b * T, r->targets + (size_t)b * T, &e)) { die("--val: %s", e.text); }
             }
@@ -3374,7 +3374,7 @@ static void last_logits(Model* m, float* logits, int n) {
 
 // Continues --sample-prompt, a full forward pass for every token: infer_mta has the fast way.
 static void sample(Model* m, Run* r) {
-    const TrainOptions* o = &r->options;
+    const TrainOptions* o = r->options;
     const char* prompt = o->sample_prompt ? o->sample_prompt : "";
     int V = m->config.vocab_size, n = 0;
     int32_t *ids = NULL, *tokens = r->tokens;  // free between steps; at least T of them
@@ -3385,13 +3385,13 @@ static void sample(Model* m, Run* r) {
     if (!r->tokenizer) { return; }
     if (!tokenizer_encode(r->tokenizer, prompt, strlen(prompt), &ids, &count, &e)) { die("--sample-prompt: %s", e.text); }
     if (tokenizer_bos(r->tokenizer) >= 0) { tokens[n++] = tokenizer_bos(r->tokenizer); }
-    for (size_t i = 0; i < count && n < o->seq_len; i++) { tokens[n++] = ids[i]; }
+    for (size_t i = 0; i < count && n < r->seq_len; i++) { tokens[n++] = ids[i]; }
     free(ids);
     text_append(&text, prompt, strlen(prompt));
     Rng rng = rng_make((uint64_t)o->seed, (uint64_t)1 << 63 | (uint64_t)r->step);
     char* piece = (char*)alloc_or_die(tokenizer_max_bytes(r->tokenizer) + 16, 1, "a token's text");
     float* logits = (float*)alloc_or_die(V, sizeof(float), "logits");
-    for (int64_t i = 0; i < o->sample_tokens && n > 0 && n < o->seq_len && !run_signal; i++) {
+    for (int64_t i = 0; i < o->sample_tokens && n > 0 && n < r->seq_len && !run_signal; i++) {
         model_forward(m, tokens, 1, n);
         last_logits(m, logits, n);
         int id = draw_token(logits, min_int(V, tokenizer_vocab(r->tokenizer)), o->sample_temperature, &rng);
@@ -3447,7 +3447,7 @@ static void save(Model* m, Run* r) {
     char path[PATH_SIZE];
     double start = seconds_now();
     progress_break(&r->progress);
-    bool good = checkpoint_begin(&w, r->options.out, (long)r->step, &e) &&
+    bool good = checkpoint_begin(&w, r->options->out, (long)r->step, &e) &&
                 checkpoint_add_tensors(&w, "model.safetensors", &m->tensors, NO_PREFIX, 1, EXACT ? DT_F32 : DT_BF16, fetch_tensor, &weights, &e) &&
                 checkpoint_add_tensors(&w, "optimizer.safetensors", &m->tensors, OPTIMIZER_PREFIXES, EXACT ? 2 : 3, DT_F32, fetch_tensor, &optimizer, &e) &&
                 run_save_texts(r, &w, &e) && checkpoint_commit(&w, path, &e);
@@ -3469,7 +3469,7 @@ static void model_start(Model* m, Run* r) {
         good = checkpoint_read_tensors(r->resume_dir, &m->tensors, NO_PREFIX, 1, false, NULL, store_tensor, &weights, &e) &&
                checkpoint_read_tensors(path, &m->tensors, OPTIMIZER_PREFIXES, master ? 3 : 2, false, NULL, store_tensor, &optimizer, &e);
     } else {
-        model_initialise(m, (uint64_t)r->options.seed);
+        model_initialise(m, (uint64_t)r->options->seed);
         if (r->init_dir[0]) { good = checkpoint_read_tensors(r->init_dir, &m->tensors, NO_PREFIX, 1, true, &absent, store_tensor, &weights, &e); }
         if (good && r->init_dir[0]) { printf("weights from %s\n", r->init_dir); }
         if (good && absent.n) { printf("absent there, started at the identity: %s\n", absent.text); }
@@ -3502,29 +3502,29 @@ static Recompute recompute_of(const char* name) {
 
 // Needs no GPU; with one, says how large a micro-batch its free memory would hold.
 static void print_plan(Run* r) {
-    const TrainOptions* o = &r->options;
+    const TrainOptions* o = r->options;
     Recompute recompute = recompute_of(o->recompute);
     cudaDeviceProp device;
     int devices = 0;
     bool found = cudaGetDeviceCount(&devices) == cudaSuccess && devices > 0 && cudaGetDeviceProperties(&device, 0) == cudaSuccess;
     cudaGetLastError();
-    int chunk = found ? attention_chunk_on(&r->config, o->seq_len, device_shared()) : 0;  // without a GPU: as on one that serves the fused kernels
-    MemoryPlan p = model_memory(&r->config, o->batch_size, o->seq_len, chunk, recompute);
+    int chunk = found ? attention_chunk_on(&r->config, r->seq_len, device_shared()) : 0;  // without a GPU: as on one that serves the fused kernels
+    MemoryPlan p = model_memory(&r->config, r->batch_size, r->seq_len, chunk, recompute);
     const PlanRow rows[] = {{"weights " PRECISION_NAME, p.weights}, {"gradients fp32", p.gradients}, {EXACT ? "optimizer m, v" : "optimizer m, v, master", p.optimizer},
                             {"activations", p.activations}, {"scratch", p.scratch}};
-    r->flops_per_token = model_flops_per_token(&r->config, o->seq_len);
+    r->flops_per_token = model_flops_per_token(&r->config, r->seq_len);
     r->flops_per_second = found ? matmul_rate(&device) : 0;
     run_print_plan(r, found ? device.name : "no GPU", rows, (int)(sizeof rows / sizeof rows[0]));
     int fused = 0, layers = r->config.num_hidden_layers;
     for (int l = 0; l < layers; l++) { fused += flash_serves(&r->config, l, chunk); }
     printf("attention   fused in %d of %d layers", fused, layers);
-    if (fused < layers) { printf(", in chunks of %d queries in %d", attention_chunk(o->seq_len), layers - fused); }
+    if (fused < layers) { printf(", in chunks of %d queries in %d", attention_chunk(r->seq_len), layers - fused); }
     printf("\n");
     if (!found) { printf("device      no GPU found\n"); return; }
     size_t available = 0, total = 0, reserve = (size_t)MEMORY_RESERVE_MIB << 20;
     cudaCheck(cudaMemGetInfo(&available, &total));
     printf("device      %s, %.1f MiB free of %.1f; the largest micro-batch that fits: %d\n", device.name, (double)available / 1048576, (double)total / 1048576,
-           largest_batch(&r->config, o->seq_len, chunk, recompute, available > reserve ? available - reserve : 0));
+           largest_batch(&r->config, r->seq_len, chunk, recompute, available > reserve ? available - reserve : 0));
     fflush(stdout);
 }
 
@@ -3532,17 +3532,19 @@ static void print_plan(Run* r) {
 // main
 
 static int train_main(int argc, char** argv) {
+    TrainOptions options;
     Run run;
     Error e = {{0}};
     open_standard_files();
-    run_parse(&run, argc, argv);
+    options_given(&options, argc, argv);
+    run_settle(&run, &options);
     run.torch_dtype = EXACT ? "float32" : "bfloat16";
-    if (!model_check(&run.config, run.options.batch_size, run.options.seq_len, &e)) { die("%s", e.text); }
+    if (!model_check(&run.config, run.batch_size, run.seq_len, &e)) { die("%s", e.text); }
     print_plan(&run);
-    if (run.options.dry_run) { return EXIT_DONE; }
-    Model* m = model_create(&run.config, run.options.batch_size, run.options.seq_len, 0, recompute_of(run.options.recompute), &e);
+    if (options.dry_run) { return EXIT_DONE; }
+    Model* m = model_create(&run.config, run.batch_size, run.seq_len, 0, recompute_of(options.recompute), &e);
     if (!m) { die("%s", e.text); }  // before the run directory is touched
-    m->graphs = m->graphs && run.options.cuda_graphs;
+    m->graphs = m->graphs && options.cuda_graphs;
     run_open(&run);
     model_start(m, &run);
     run_log_start(&run, m->tensors.parameters);
@@ -3550,9 +3552,9 @@ static int train_main(int argc, char** argv) {
         StepStats s = train_step(m, &run);
         if (!s.complete) { break; }
         run_log_step(&run, &s);
-        if (run_due(&run, run_eval_every(&run)) || run.step == run.steps) { evaluate(m, &run); }
-        if (run_due(&run, run.options.sample_every)) { sample(m, &run); }
-        if (run_due(&run, run.options.save_every) && !s.skipped) { save(m, &run); }
+        if (run_due(&run, run.eval_every) || run.step == run.steps) { evaluate(m, &run); }
+        if (run_due(&run, options.sample_every)) { sample(m, &run); }
+        if (run_due(&run, options.save_every) && !s.skipped) { save(m, &run); }
     }
     if (run.saved_step != run.step && run.skipped_in_a_row < MAX_SKIPPED_IN_A_ROW) { save(m, &run); }
     model_free(m);

@@ -27,14 +27,23 @@ typedef struct {
     Loader loader;
 } ValSet;
 
+// The learning rate: linear warmup to lr, then by kind ("linear", "cosine", "constant" or "wsd") down to min_lr at step `steps`.
 typedef struct {
-    TrainOptions options;
-    Config config;
-    int argc;
-    char** argv;
-    bool fresh_config;          // from a preset, a file or options: not from a checkpoint
-    int windows;                // sequences of an optimizer step
+    const char* kind;
+    double lr, min_lr;
+    int64_t warmup, steps;
+} Schedule;
+
+typedef struct {
+    const TrainOptions* options;  // what was given
+    Config config;                // from here on: what was settled
+    int seq_len;                  // T
+    int batch_size;               // sequences computed at once
+    int windows;                  // sequences of an optimizer step
+    int64_t tokens_per_step;
     int64_t steps;
+    int64_t eval_every;           // steps between evaluations, 0 = only the last
+    Schedule schedule;
     char init_dir[PATH_SIZE];   // directory whose tensors start the run, "" = random
     char resume_dir[PATH_SIZE]; // checkpoint that is continued, "" = none
     Tokenizer* tokenizer;       // NULL = unknown: no samples
@@ -150,7 +159,7 @@ static inline bool run_named_tokenizer(const char* config, char* path) {
 static inline void run_open_tokenizer(Run* r, const char* config, int shard_vocabulary) {
     char path[PATH_SIZE] = "";
     Error e = {{0}};
-    const TrainOptions* o = &r->options;
+    const TrainOptions* o = r->options;
     if (o->tokenizer) {
         snprintf(path, sizeof path, "%s", o->tokenizer);
     } else if (!config[0] || !run_named_tokenizer(config, path)) {
@@ -172,7 +181,7 @@ static inline void run_open_tokenizer(Run* r, const char* config, int shard_voca
 
 // Which model: a checkpoint that is resumed, a preset, a configuration file, or --init-from's.
 static inline void run_configure(Run* r) {
-    TrainOptions* o = &r->options;
+    const TrainOptions* o = r->options;
     Config* c = &r->config;
     Error e = {{0}};
     char path[PATH_SIZE];
@@ -217,12 +226,12 @@ static inline void run_configure(Run* r) {
         die("--tokenizer: %s has %d ids, the model's vocabulary is %d", tokenizer_file_name(r->tokenizer), tokenizer_vocab(r->tokenizer), c->vocab_size);
     }
     if (o->max_position_embeddings) { c->max_position_embeddings = o->max_position_embeddings; }
-    if (!o->seq_len) { o->seq_len = c->max_position_embeddings < 2048 ? c->max_position_embeddings : 2048; }
-    if (!o->max_position_embeddings && (preset || o->seq_len > c->max_position_embeddings)) { c->max_position_embeddings = o->seq_len; }
-    if (o->seq_len > c->max_position_embeddings) {
-        die("--seq-len: got %d, wanted at most --max-position-embeddings %d", o->seq_len, c->max_position_embeddings);
+    r->seq_len = o->seq_len ? o->seq_len : c->max_position_embeddings < 2048 ? c->max_position_embeddings : 2048;
+    if (!o->max_position_embeddings && (preset || r->seq_len > c->max_position_embeddings)) { c->max_position_embeddings = r->seq_len; }
+    if (r->seq_len > c->max_position_embeddings) {
+        die("--seq-len: got %d, wanted at most --max-position-embeddings %d", r->seq_len, c->max_position_embeddings);
     }
-    if (o->lr < 0) { o->lr = preset ? preset->lr : 1.5e-4; }
+    r->schedule.lr = o->lr >= 0 ? o->lr : preset ? preset->lr : 1.5e-4;
     if (!config_check(c, &e)) { die("model: %s", e.text); }
     if (r->resume_dir[0]) {
         Config saved;
@@ -234,50 +243,40 @@ static inline void run_configure(Run* r) {
 
 // ---- options into a run
 
-static inline void run_check_step(Run* r) {
-    TrainOptions* o = &r->options;
-    int64_t T = o->seq_len;
-    if (!o->tokens_per_step) { o->tokens_per_step = T * o->batch_size; }
-    if (o->tokens_per_step % T || o->tokens_per_step / T > (1 << 24)) {
-        die("--tokens-per-step: got %lld, wanted a multiple of --seq-len %lld, at most %d sequences", (long long)o->tokens_per_step, (long long)T, 1 << 24);
+// The sizes of a step, the learning rate, when things are due.
+static inline void run_settle_steps(Run* r) {
+    const TrainOptions* o = r->options;
+    int64_t T = r->seq_len, tenth = o->steps / 10;
+    r->tokens_per_step = o->tokens_per_step ? o->tokens_per_step : T * o->batch_size;
+    if (r->tokens_per_step % T || r->tokens_per_step / T > (1 << 24)) {
+        die("--tokens-per-step: got %lld, wanted a multiple of --seq-len %lld, at most %d sequences", (long long)r->tokens_per_step, (long long)T, 1 << 24);
     }
-    r->windows = (int)(o->tokens_per_step / T);
-    if (o->batch_size > r->windows) { o->batch_size = r->windows; }
-    if (T * o->batch_size > INT32_MAX) {
-        die("--batch-size: %d sequences of %lld are %lld tokens at once, wanted at most %d", o->batch_size, (long long)T, (long long)T * o->batch_size, INT32_MAX);
+    r->windows = (int)(r->tokens_per_step / T);
+    r->batch_size = o->batch_size < r->windows ? o->batch_size : r->windows;
+    if (T * r->batch_size > INT32_MAX) {
+        die("--batch-size: %d sequences of %lld are %lld tokens at once, wanted at most %d", r->batch_size, (long long)T, (long long)T * r->batch_size, INT32_MAX);
     }
-    if (!o->schedule_steps) { o->schedule_steps = o->steps; }
-    if (o->min_lr > o->lr) { die("--min-lr: got %g, wanted at most --lr %g", o->min_lr, o->lr); }
+    Schedule schedule = {o->schedule, r->schedule.lr, o->min_lr, o->warmup, o->schedule_steps ? o->schedule_steps : o->steps};
+    r->schedule = schedule;
+    if (o->min_lr > schedule.lr) { die("--min-lr: got %g, wanted at most --lr %g", o->min_lr, schedule.lr); }
+    r->steps = o->steps;
+    r->eval_every = o->eval_every >= 0 ? o->eval_every : tenth > 0 ? tenth : 1;
 }
 
-// Reads the command line; finds the checkpoint to continue; settles the model. Ends the program on a mistake, or with --help.
-static inline void run_parse(Run* r, int argc, char** argv) {
-    Opt table[72];
-    char usage[1024];
+// Finds the checkpoint to continue, settles the model and the steps. Ends the program on a mistake.
+static inline void run_settle(Run* r, const TrainOptions* o) {
     memset(r, 0, sizeof *r);
-    r->options = options_default();
-    r->argc = argc;
-    r->argv = argv;
+    r->options = o;
     r->saved_step = -1;
     r->torch_dtype = "float32";
     r->log.fd = -1;
-    train_options_table(table, &r->options);
-    const char* rest = strstr(TRAIN_USAGE, "PROGRAM") + strlen("PROGRAM");
-    snprintf(usage, sizeof usage, "usage: %s%s", program_invocation_short_name, rest);
-    const char* extra[1] = {""};
-    if (options_parse(table, usage, argc, argv, extra, 1)) { die("unexpected \"%s\"; every option starts with --, see --help", extra[0]); }
-    TrainOptions* o = &r->options;
-    if (o->pattern && !o->tokenizer) { die("--pattern: wanted --tokenizer FILE beside it, whose text it splits"); }
     if (!o->dry_run) {
-        if (!o->train) { die("--train is missing: wanted token shards, made by data/prepare.py; see --help"); }
-        if (!o->out) { die("--out is missing: wanted a directory for the log and checkpoints; see --help"); }
         if (!o->resume && run_holds_run(o->out)) { die("--out: %s holds a run; --resume continues it, or choose another directory", o->out); }
         if (o->resume) { r->saved_step = checkpoint_newest(o->out, r->resume_dir); }
         if (r->saved_step < 0) { r->resume_dir[0] = 0; }
     }
     run_configure(r);
-    run_check_step(r);
-    r->steps = o->steps;
+    run_settle_steps(r);
     r->progress = progress_make(stdout);
 }
 
@@ -299,7 +298,7 @@ typedef struct { const char* name; size_t bytes; } PlanRow;
 
 // Prints what the run will be before anything is allocated; returns the bytes of all rows.
 static inline double run_print_plan(const Run* r, const char* device, const PlanRow* rows, int n) {
-    const TrainOptions* o = &r->options;
+    const TrainOptions* o = r->options;
     const Config* c = &r->config;
     TensorList list;
     char grouped[32], time[32], count[32];
@@ -314,10 +313,10 @@ static inline double run_print_plan(const Run* r, const char* device, const Plan
         total += rows[i].bytes;
     }
     printf("%-11s %-22s %10.1f MiB\n", "", "total", (double)total / 1048576);
-    printf("step        %d sequences of %d = %s tokens, %d at once\n", r->windows, o->seq_len,
-           format_grouped((uint64_t)o->tokens_per_step, grouped, sizeof grouped), o->batch_size);
-    double all = (double)o->steps * (double)o->tokens_per_step, rate = r->flops_per_second / r->flops_per_token / 2;
-    printf("run         %lld steps, %s tokens\n", (long long)o->steps, format_count(all, count, sizeof count));
+    printf("step        %d sequences of %d = %s tokens, %d at once\n", r->windows, r->seq_len,
+           format_grouped((uint64_t)r->tokens_per_step, grouped, sizeof grouped), r->batch_size);
+    double all = (double)r->steps * (double)r->tokens_per_step, rate = r->flops_per_second / r->flops_per_token / 2;
+    printf("run         %lld steps, %s tokens\n", (long long)r->steps, format_count(all, count, sizeof count));
     if (r->flops_per_second > 0) {
         printf("time        about %s at half of this machine's matrix products (%s, %.0f GFLOP/s)\n", format_duration(all / rate, time, sizeof time), device,
                r->flops_per_second * 1e-9);
@@ -330,7 +329,7 @@ static inline double run_print_plan(const Run* r, const char* device, const Plan
 // ---- opening: data, directory, log
 
 static inline void run_open_val(Run* r) {
-    TrainOptions* o = &r->options;
+    const TrainOptions* o = r->options;
     Error e = {{0}};
     if (!o->val) { return; }
     char* copy = strdup(o->val);
@@ -342,7 +341,7 @@ static inline void run_open_val(Run* r) {
         char* glob = equals ? equals + 1 : part;
         if (equals) { *equals = 0; }
         if (equals == part || !*glob) { die("--val: got \"%s\", wanted [NAME=]GLOB,...", o->val); }
-        if (!loader_open(&v->loader, glob, o->seq_len, r->config.vocab_size, 0, &e)) { die("--val: %s", e.text); }
+        if (!loader_open(&v->loader, glob, r->seq_len, r->config.vocab_size, 0, &e)) { die("--val: %s", e.text); }
         snprintf(v->name, sizeof v->name, "%s", equals ? part : v->loader.sources[0].name);
         for (ValSet* w = r->val; w < v; w++) { if (!strcmp(w->name, v->name)) { die("--val: two sets are called %s; NAME=GLOB gives another name", v->name); } }
     }
@@ -356,15 +355,15 @@ static inline void run_check_directory(const Run* r) {
     struct statvfs fs;
     char path[PATH_SIZE];
     TensorList list;
-    if (!make_dirs(r->options.out, &e)) { die("--out: %s", e.text); }
-    path_join(path, sizeof path, r->options.out, ".writable");
+    if (!make_dirs(r->options->out, &e)) { die("--out: %s", e.text); }
+    path_join(path, sizeof path, r->options->out, ".writable");
     if (!write_file_synced(path, "1", 1, &e)) { die("--out: %s", e.text); }
     unlink(path);
     tensor_list(&list, &r->config);
     double needed = (double)list.numel * 14 + (1 << 20);  // fp32 weights, m, v; or bf16 weights, fp32 master weights, m, v
     tensor_list_free(&list);
-    if (!statvfs(r->options.out, &fs) && (double)fs.f_bavail * (double)fs.f_frsize < needed) {
-        die("--out: %s has %.0f MiB free, one checkpoint needs %.0f", r->options.out, (double)fs.f_bavail * (double)fs.f_frsize / 1048576, needed / 1048576);
+    if (!statvfs(r->options->out, &fs) && (double)fs.f_bavail * (double)fs.f_frsize < needed) {
+        die("--out: %s has %.0f MiB free, one checkpoint needs %.0f", r->options->out, (double)fs.f_bavail * (double)fs.f_frsize / 1048576, needed / 1048576);
     }
 }
 
@@ -372,14 +371,14 @@ static inline void run_read_state(Run* r);
 
 // Data, run directory, signals; reads trainer.json of the checkpoint that is resumed. Ends the program on any mistake.
 static inline void run_open(Run* r) {
-    TrainOptions* o = &r->options;
+    const TrainOptions* o = r->options;
     Error e = {{0}};
     LoaderMix mix = strcmp(o->mix, "document") ? MIX_TOKEN : MIX_DOCUMENT;
-    if (!loader_open_mix(&r->train, o->train, o->seq_len, r->config.vocab_size, (uint64_t)o->seed, mix, &e)) { die("--train: %s", e.text); }
+    if (!loader_open_mix(&r->train, o->train, r->seq_len, r->config.vocab_size, (uint64_t)o->seed, mix, &e)) { die("--train: %s", e.text); }
     run_open_val(r);
     run_check_directory(r);
     if (r->resume_dir[0]) { run_read_state(r); }
-    size_t n = (size_t)r->windows * (size_t)o->seq_len;
+    size_t n = (size_t)r->windows * (size_t)r->seq_len;
     r->tokens = (int32_t*)alloc_or_die(n, sizeof(int32_t), "a step's tokens");
     r->targets = (int32_t*)alloc_or_die(n, sizeof(int32_t), "a step's targets");
     loader_state_write(&r->train, &r->loader_state);
@@ -392,16 +391,16 @@ static inline void run_open(Run* r) {
 static inline void run_state_json(const Run* r, Text* t) {
     text_printf(t, "{\n  \"format\": 1,\n  \"step\": %lld,\n  \"tokens_seen\": %lld,\n  \"skipped\": %lld,\n", (long long)r->step, (long long)r->tokens_seen,
                 (long long)r->skipped);
-    text_printf(t, "  \"random\": {\"seed\": %lld, \"step\": %lld},\n  \"loader\": ", (long long)r->options.seed, (long long)r->step);
+    text_printf(t, "  \"random\": {\"seed\": %lld, \"step\": %lld},\n  \"loader\": ", (long long)r->options->seed, (long long)r->step);
     text_append(t, r->loader_state.text, r->loader_state.n);
     text_printf(t, ",\n  \"program\": ");
     text_json_string(t, program_invocation_short_name, strlen(program_invocation_short_name));
     text_printf(t, ",\n  \"compiler\": ");
     text_json_string(t, __VERSION__, strlen(__VERSION__));
     text_printf(t, ",\n  \"arguments\": [");
-    for (int i = 1; i < r->argc; i++) {
+    for (int i = 1; i < r->options->argc; i++) {
         if (i > 1) { text_append(t, ", ", 2); }
-        text_json_string(t, r->argv[i], strlen(r->argv[i]));
+        text_json_string(t, r->options->argv[i], strlen(r->options->argv[i]));
     }
     text_printf(t, "]\n}\n");
 }
@@ -425,24 +424,24 @@ static inline void run_read_state(Run* r) {
 
 // ---- one step
 
-// Learning rate of step `step`, counted from 0: linear warmup, then the schedule down to min_lr over schedule_steps.
-static inline double learning_rate(const TrainOptions* o, int64_t step) {
-    if (step < o->warmup) { return o->lr * (double)(step + 1) / (double)o->warmup; }
-    int64_t rest = o->schedule_steps - o->warmup;
-    double p = rest > 0 ? (double)(step - o->warmup) / (double)rest : 1;  // share of the schedule that is over
+// Learning rate of step `step`, counted from 0: linear warmup, then the schedule down to min_lr.
+static inline double learning_rate(const Schedule* s, int64_t step) {
+    if (step < s->warmup) { return s->lr * (double)(step + 1) / (double)s->warmup; }
+    int64_t rest = s->steps - s->warmup;
+    double p = rest > 0 ? (double)(step - s->warmup) / (double)rest : 1;  // share of the schedule that is over
     if (p > 1) { p = 1; }
     double share = 1;  // of the way from min_lr up to lr
-    if (!strcmp(o->schedule, "linear")) { share = 1 - p; }
-    if (!strcmp(o->schedule, "cosine")) { share = 0.5 * (1 + cos(3.14159265358979323846 * p)); }
-    if (!strcmp(o->schedule, "wsd")) { share = p < 0.8 ? 1 : (1 - p) / 0.2; }
-    return o->min_lr + (o->lr - o->min_lr) * share;
+    if (!strcmp(s->kind, "linear")) { share = 1 - p; }
+    if (!strcmp(s->kind, "cosine")) { share = 0.5 * (1 + cos(3.14159265358979323846 * p)); }
+    if (!strcmp(s->kind, "wsd")) { share = p < 0.8 ? 1 : (1 - p) / 0.2; }
+    return s->min_lr + (s->lr - s->min_lr) * share;
 }
 
 // Reads the step's windows into tokens and targets; returns how many targets count. A bad token ends the program: the checkpoints stay.
 static inline int64_t run_load_step(Run* r) {
     Error e = {{0}};
     int64_t counted = 0;
-    size_t T = (size_t)r->options.seq_len;
+    size_t T = (size_t)r->seq_len;
     for (int w = 0; w < r->windows; w++) {
         if (!loader_next(&r->train, r->tokens + (size_t)w * T, r->targets + (size_t)w * T, &e)) { die("--train: %s", e.text); }
     }
@@ -459,7 +458,7 @@ typedef struct {
 // Counts a finished step, writes its log line, shows progress.
 static inline void run_log_step(Run* r, const StepStats* s) {
     char line[512], eta[32], rate_text[32];
-    int64_t tokens = r->options.tokens_per_step;
+    int64_t tokens = r->tokens_per_step;
     r->step++;
     r->tokens_seen += tokens;
     r->skipped += s->skipped;
@@ -482,7 +481,7 @@ static inline void run_log_step(Run* r, const StepStats* s) {
         for (int i = 0; i < r->train.n_sources; i++) {
             text_printf(&t, "%s", i ? ", " : "");
             text_json_string(&t, r->train.sources[i].name, strlen(r->train.sources[i].name));
-            text_printf(&t, ": %llu", (unsigned long long)r->train.sources[i].drawn * (unsigned long long)r->options.seq_len);
+            text_printf(&t, ": %llu", (unsigned long long)r->train.sources[i].drawn * (unsigned long long)r->seq_len);
         }
         text_printf(&t, "}");
     }
@@ -492,15 +491,11 @@ static inline void run_log_step(Run* r, const StepStats* s) {
     snprintf(line, sizeof line, "step %lld/%lld  loss %.4f  norm %.3f  lr %.2e  %s tokens/s  MFU %.1f%%  ETA %s%s", (long long)r->step, (long long)r->steps,
              s->loss, s->grad_norm, s->lr, format_count(rate, rate_text, sizeof rate_text), 100 * mfu,
              format_duration((double)(r->steps - r->step) / average, eta, sizeof eta), s->skipped ? "  update skipped: not finite" : "");
-    progress_line(&r->progress, line, s->skipped || r->step % r->options.log_every == 0 || r->step == r->steps || r->step == r->first_step + 1);
+    progress_line(&r->progress, line, s->skipped || r->step % r->options->log_every == 0 || r->step == r->steps || r->step == r->first_step + 1);
 }
 
 // Is something due that happens every `every` steps (0 = never)?
 static inline bool run_due(const Run* r, int64_t every) { return every > 0 && r->step % every == 0; }
-static inline int64_t run_eval_every(const Run* r) {
-    int64_t tenth = r->steps / 10;
-    return r->options.eval_every >= 0 ? r->options.eval_every : tenth > 0 ? tenth : 1;
-}
 
 // ---- reports
 
@@ -508,16 +503,16 @@ static inline int64_t run_eval_every(const Run* r) {
 static inline void run_log_start(Run* r, size_t parameters) {
     Text t = {NULL, 0, 0}, config = {NULL, 0, 0};
     Error e = {{0}};
-    if (!runlog_open(&r->log, r->options.out, r->options.resume ? (long)r->step : -1, &e)) { die("--out: %s", e.text); }
+    if (!runlog_open(&r->log, r->options->out, r->options->resume ? (long)r->step : -1, &e)) { die("--out: %s", e.text); }
     config_to_json(&r->config, r->torch_dtype, &config);
     for (size_t i = 0; i < config.n; i++) { if (config.text[i] == '\n') { config.text[i] = ' '; } }
     text_printf(&t, "{\"event\": \"start\", \"step\": %lld, \"parameters\": %zu, \"tokens_per_step\": %lld, \"seq_len\": %d, \"flops_per_token\": %.17g, \"config\": ",
-                (long long)r->step, parameters, (long long)r->options.tokens_per_step, r->options.seq_len, r->flops_per_token);
+                (long long)r->step, parameters, (long long)r->tokens_per_step, r->seq_len, r->flops_per_token);
     text_append(&t, config.text, config.n);
     text_printf(&t, ", \"arguments\": [");
-    for (int i = 1; i < r->argc; i++) {
+    for (int i = 1; i < r->options->argc; i++) {
         if (i > 1) { text_append(&t, ", ", 2); }
-        text_json_string(&t, r->argv[i], strlen(r->argv[i]));
+        text_json_string(&t, r->options->argv[i], strlen(r->options->argv[i]));
     }
     text_printf(&t, "]}");
     runlog_line(&r->log, t.text);
@@ -526,10 +521,10 @@ static inline void run_log_start(Run* r, size_t parameters) {
     r->started = seconds_now();
     if (r->resume_dir[0]) {
         printf("resumed from %s\n", r->resume_dir);
-    } else if (r->options.resume) {
-        printf("no checkpoint in %s: starting from step 0\n", r->options.out);
+    } else if (r->options->resume) {
+        printf("no checkpoint in %s: starting from step 0\n", r->options->out);
     }
-    if (r->options.sample_every && !r->tokenizer) { printf("no samples: the tokenizer is not known, --tokenizer NAME|FILE gives one\n"); }
+    if (r->options->sample_every && !r->tokenizer) { printf("no samples: the tokenizer is not known, --tokenizer NAME|FILE gives one\n"); }
     fflush(stdout);
 }
 
@@ -594,7 +589,7 @@ static inline void run_saved(Run* r, const char* path, double seconds) {
     char line[PATH_SIZE + 64];
     Text t = {NULL, 0, 0};
     r->saved_step = r->step;
-    checkpoint_prune(r->options.out, (int)r->options.keep, (long)r->step);
+    checkpoint_prune(r->options->out, (int)r->options->keep, (long)r->step);
     text_printf(&t, "{\"event\": \"save\", \"step\": %lld, \"seconds\": %.3f, \"path\": ", (long long)r->step, seconds);
     text_json_string(&t, path, strlen(path));
     text_printf(&t, "}");
@@ -609,7 +604,7 @@ static inline void run_saved(Run* r, const char* path, double seconds) {
 static inline void run_save_failed(const Run* r, const Error* e) {
     char path[PATH_SIZE];
     if (r->saved_step < 0) { die("checkpoint of step %lld not saved: %s; there is no earlier one", (long long)r->step, e->text); }
-    checkpoint_path(r->options.out, (long)r->saved_step, path);
+    checkpoint_path(r->options->out, (long)r->saved_step, path);
     die("checkpoint of step %lld not saved: %s; the last good one is %s", (long long)r->step, e->text, path);
 }
 
@@ -626,7 +621,7 @@ static inline int run_end(Run* r) {
     progress_break(&r->progress);
     if (r->skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW) {
         char path[PATH_SIZE] = "none was saved";
-        if (r->saved_step >= 0) { checkpoint_path(r->options.out, (long)r->saved_step, path); }
+        if (r->saved_step >= 0) { checkpoint_path(r->options->out, (long)r->saved_step, path); }
         fprintf(stderr, "%s: loss or gradient norm was not finite in %d steps in a row, stopped at step %lld; the last good checkpoint: %s\n",
                 program_invocation_short_name, r->skipped_in_a_row, (long long)r->step, path);
         status = EXIT_NOT_FINITE;

@@ -23,6 +23,8 @@ typedef struct {
     int64_t eval_every, eval_windows, save_every, keep, sample_every, sample_tokens, log_every;
     const char* sample_prompt;
     double sample_temperature;
+    int argc;
+    char** argv;  // the command line itself
 } TrainOptions;
 
 static inline TrainOptions options_default(void) {
@@ -116,6 +118,24 @@ static inline void train_options_table(Opt* table, TrainOptions* o) {
     Opt end = OPT_END;
     table[n++] = end;
     assert(n <= 72);
+}
+
+// The command line into *o, which nothing changes afterwards. Ends the program on a mistake, or with --help.
+static inline void options_given(TrainOptions* o, int argc, char** argv) {
+    Opt table[72];
+    char usage[1024];
+    const char *rest = strstr(TRAIN_USAGE, "PROGRAM") + strlen("PROGRAM"), *extra[1] = {""};
+    *o = options_default();
+    o->argc = argc;
+    o->argv = argv;
+    train_options_table(table, o);
+    snprintf(usage, sizeof usage, "usage: %s%s", program_invocation_short_name, rest);
+    if (options_parse(table, usage, argc, argv, extra, 1)) { die("unexpected \"%s\"; every option starts with --, see --help", extra[0]); }
+    if (o->pattern && !o->tokenizer) { die("--pattern: wanted --tokenizer FILE beside it, whose text it splits"); }
+    if (!o->dry_run) {
+        if (!o->train) { die("--train is missing: wanted token shards, made by data/prepare.py; see --help"); }
+        if (!o->out) { die("--out is missing: wanted a directory for the log and checkpoints; see --help"); }
+    }
 }
 
 #endif
