@@ -10,9 +10,10 @@
 
 A request is a JSON line with context and continuation, which infer_mta reads, and what the report needs: task (and its
 settings), item (which question), choice and gold (numbers; only where there are choices). The report says per task:
-  accuracy   of choices: the one with the largest log-probability is gold; else the same as greedy
-  acc_norm   the same with log-probability per byte of the continuation
-  acc_token  the same with log-probability per token
+  accuracy   of choices: the one with the largest log-probability is gold (of equal ones the first); else the same as greedy
+  acc_norm   the same with log-probability per character of the choice (the space before it is not one of them)
+  acc_bytes  the same per byte of the choice in UTF-8
+  acc_token  the same per token of the continuation
   greedy     share of gold continuations of which every token is the likeliest
   perplexity exp(-mean log-probability of a gold continuation); LAMBADA's perplexity is this one
   token_ppl  exp(-log-probability of a token of gold continuations)
@@ -30,15 +31,17 @@ sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 from prepare import BadDocument, Parser, UserError, open_tokenizer, parse_count  # noqa: E402
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Sets from files: a record -> [(context, continuation) of each choice], number of the gold one
+# Sets from files: a record -> [(context, continuation) of each choice], number of the gold one. Context and continuation
+# are those of EleutherAI's lm-evaluation-harness for its task of that name, character by character
+# (dev/tests/test_lm_eval.py compares them); "general" alone is ours.
 
 
 def lambada(record):
-    """{"text"}: the last word, with the space before it, is to be continued. The text is taken as it is."""
-    context, space, word = record["text"].rstrip().rpartition(" ")
-    if not space or not context:
-        raise ValueError("no word before the last one")
-    return [(context, " " + word)], None
+    """{"text"}: the word after the last space is to be continued, with that space. The text is taken as it is."""
+    context, space, word = record["text"].rpartition(" ")
+    if not context.strip() or not word.strip():
+        raise ValueError("wanted a text of several words that ends with a word")
+    return [(context, space + word)], None
 
 
 def hellaswag(record):
@@ -46,44 +49,47 @@ def hellaswag(record):
         text = re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". "))
         return text.replace("  ", " ")
 
-    if "ctx_a" in record and "ctx_b" in record:
-        context = record["ctx_a"] + " " + record["ctx_b"].capitalize()
+    context = "%s: %s %s" % (record["activity_label"], record["ctx_a"], record["ctx_b"].capitalize())
+    return [(clean(context), " " + clean(ending)) for ending in record["endings"]], record.get("label")
+
+
+def question_of(record):
+    """ARC's and OpenBookQA's records, as their authors or as Hugging Face publish them -> question, choices, gold."""
+    question, choices = record.get("question_stem", record.get("question")), record.get("choices")
+    if isinstance(question, dict):
+        question, choices = question["stem"], question["choices"]
+    if isinstance(choices, dict):
+        texts, names = choices["text"], choices["label"]
     else:
-        context = record["ctx"]
-    if record.get("activity_label"):
-        context = record["activity_label"] + ": " + context
-    return [(clean(context), " " + clean(e)) for e in record["endings"]], record.get("label")
+        texts, names = [c["text"] for c in choices], [c["label"] for c in choices]
+    answer = record.get("answerKey")
+    return question, texts, names.index(answer.strip()) if answer else None
 
 
 def arc(record):
-    """ARC and OpenBookQA, as their authors publish them, or with choices as two lists."""
-    question, choices = record["question"], record.get("choices")
-    if isinstance(question, dict):
-        choices, question = question["choices"], question["stem"]
-    elif isinstance(choices, dict):
-        choices = [{"text": t, "label": name} for t, name in zip(choices["text"], choices["label"])]
-    names = [c["label"] for c in choices]
-    gold = names.index(record["answerKey"]) if record.get("answerKey") else None
-    return [("Question: %s\nAnswer:" % question, " " + c["text"]) for c in choices], gold
+    question, choices, gold = question_of(record)
+    return [("Question: %s\nAnswer:" % question, " " + text) for text in choices], gold
 
 
-def openbook(record):
-    return arc(dict(record, question=record["question_stem"]))
+def openbookqa(record):
+    """The question alone: its choices go on where it stops."""
+    question, choices, gold = question_of(record)
+    return [(question, " " + text) for text in choices], gold
 
 
 def piqa(record):
-    return [("Question: %s\nAnswer:" % record["goal"], " " + record[key]) for key in ("sol1", "sol2")], record.get(
-        "label"
-    )
+    context = "Question: %s\nAnswer:" % record["goal"]
+    return [(context, " " + record[key]) for key in ("sol1", "sol2")], record.get("label")
 
 
 def boolq(record):
-    context = "%s\nQuestion: %s?\nAnswer:" % (record["passage"], record["question"].rstrip("?"))
-    return [(context, " no"), (context, " yes")], int(record["answer"])
+    """A question gets its mark whether it has one or not. Its authors name the answer "answer", SuperGLUE "label"."""
+    context = "%s\nQuestion: %s?\nAnswer:" % (record["passage"], record["question"])
+    return [(context, " no"), (context, " yes")], record["label"] if "label" in record else record["answer"]
 
 
 def siqa(record):
-    context = "Question: %s %s\nAnswer:" % (record["context"], record["question"])
+    context = "Q: %s %s\nA:" % (record["context"], record["question"])
     return [(context, " " + record[key]) for key in ("answerA", "answerB", "answerC")], one_based(record.get("label"))
 
 
@@ -95,6 +101,17 @@ def winogrande(record):
     return [(before + record[key], " " + after.strip()) for key in ("option1", "option2")], one_based(
         record.get("answer")
     )
+
+
+def mmlu(record):
+    """The four choices stand in the context with their letters, and the letters are scored."""
+    subject, choices, answer = record["subject"].replace("_", " "), record["choices"], record["answer"]
+    if not subject.strip() or len(choices) != 4:
+        raise ValueError("wanted a subject and 4 choices, got %r and %d" % (subject, len(choices)))
+    lines = ["The following are multiple choice questions (with answers) about %s.\n" % subject]
+    lines += [record["question"].strip()] + ["%s. %s" % pair for pair in zip("ABCD", choices)] + ["Answer:"]
+    gold = "ABCD".index(answer) if answer in tuple("ABCD") else answer
+    return [("\n".join(lines), " " + letter) for letter in "ABCD"], gold
 
 
 def general(record):
@@ -113,20 +130,23 @@ def one_based(value):
 FORMATS = {  # in the order in which a record is tried
     "hellaswag": ({"endings"}, hellaswag),
     "piqa": ({"goal", "sol1", "sol2"}, piqa),
-    "openbookqa": ({"question_stem"}, openbook),
+    "openbookqa": ({"question_stem"}, openbookqa),
     "arc": ({"question", "answerKey"}, arc),
-    "boolq": ({"passage", "question", "answer"}, boolq),
+    "boolq": ({"passage", "question"}, boolq),
     "siqa": ({"answerA", "answerB", "answerC"}, siqa),
     "winogrande": ({"sentence", "option1", "option2"}, winogrande),
+    "mmlu": ({"question", "subject", "choices", "answer"}, mmlu),
     "general": ({"choices"}, general),
     "lambada": ({"text"}, lambada),
 }
 
 
 def format_of(record):
+    """OpenBookQA's authors publish records of ARC's fields; theirs have a number as id, ARC's the name of an exam."""
     for name, (keys, _) in FORMATS.items():
         if keys <= set(record):
-            return name
+            numbered = re.fullmatch(r"[0-9]+(-[0-9]+)?", str(record.get("id", "")))
+            return "openbookqa" if name == "arc" and isinstance(record["question"], dict) and numbered else name
     raise ValueError(
         "no format that is known: it has %s; --format one of %s"
         % (", ".join(sorted(record)) or "no field", ", ".join(FORMATS))
@@ -147,7 +167,7 @@ def convert(args):
     """Records of a file -> requests. A record that cannot be used is named, and left out or refused."""
     labels = read_labels(args.labels, args.labels_from) if args.labels else None
     task = args.task or re.sub(r"\.jsonl?$", "", os.path.basename(args.input))
-    requests, bad, items = [], 0, 0
+    requests, bad, items, formats = [], 0, 0, set()
     try:
         with open(args.input, "rb") as f:
             lines = f.read().split(b"\n")
@@ -161,9 +181,8 @@ def convert(args):
             record = json.loads(line.decode("utf-8"))
             if not isinstance(record, dict):
                 raise ValueError("wanted an object")
-            name = (
-                args.format if args.format != "auto" else "lambada" if args.command == "lambada" else format_of(record)
-            )
+            name = "lambada" if args.command == "lambada" else args.format
+            name = format_of(record) if name == "auto" else name
             pairs, gold = FORMATS[name][1](record)
             if labels is not None:
                 gold = labels[i]
@@ -179,6 +198,7 @@ def convert(args):
                     request.update(choice=choice, gold=gold)
                 requests.append(request)
             items += 1
+            formats.add(name)
         except (ValueError, KeyError, TypeError, AttributeError, StopIteration) as e:
             why = "no field %s" % e if isinstance(e, KeyError) else str(e) or "no context"
             if args.on_bad == "refuse":
@@ -186,7 +206,8 @@ def convert(args):
             print("%s:%d: %s; skipped" % (args.input, number, why), file=sys.stderr)
             bad += 1
     write_requests(args.out, requests)
-    print("%s: %d questions, %d requests, %d lines left out" % (args.out, items, len(requests), bad))
+    taken = ", as " + ", ".join(sorted(formats)) if formats else ""
+    print("%s: %d questions, %d requests, %d lines left out%s" % (args.out, items, len(requests), bad, taken))
     return 0 if items else 1
 
 
@@ -501,6 +522,11 @@ def read_lines(path, keys):
     return records
 
 
+def choice_of(request):
+    """The choice without the space that separates it from the context."""
+    return request["continuation"].removeprefix(" ")
+
+
 def score_item(answers):
     """One question: [(request, score)] of its choices in order -> the numbers that are averaged."""
     gold = answers[0][0].get("gold", 0)
@@ -514,11 +540,12 @@ def score_item(answers):
     if len(answers) > 1:
         for name, value in (
             ("accuracy", lambda r, s: s["logprob"]),
-            ("acc_norm", lambda r, s: s["logprob"] / len(r["continuation"].strip().encode())),
+            ("acc_norm", lambda r, s: s["logprob"] / max(1, len(choice_of(r)))),
+            ("acc_bytes", lambda r, s: s["logprob"] / max(1, len(choice_of(r).encode()))),
             ("acc_token", lambda r, s: s["logprob"] / max(1, s["tokens"])),
         ):
             values = [value(r, s) for r, s in answers]
-            result[name] = float(values[gold] == max(values) and values.count(values[gold]) == 1)  # a tie is no answer
+            result[name] = float(values.index(max(values)) == gold)
     return result
 
 
@@ -526,7 +553,7 @@ def mean_of(items):
     n = len(items)
     logprob, tokens = sum(i["logprob"] for i in items), sum(i["tokens"] for i in items)
     row = {"questions": n}
-    for name in ("accuracy", "acc_norm", "acc_token", "greedy"):
+    for name in ("accuracy", "acc_norm", "acc_bytes", "acc_token", "greedy"):
         if name in items[0]:
             row[name] = sum(i[name] for i in items) / n
     row["stderr"] = math.sqrt(row["accuracy"] * (1 - row["accuracy"]) / max(1, n - 1))
@@ -564,7 +591,8 @@ def report(args):
             ):
                 groups.setdefault(group, []).append(result)
     rows = {group: mean_of(items) for group, items in sorted(groups.items())}
-    columns = ["questions", "accuracy", "stderr", "acc_norm", "acc_token", "greedy", "perplexity", "token_ppl"]
+    columns = ["questions", "accuracy", "stderr", "acc_norm", "acc_bytes", "acc_token", "greedy", "perplexity"]
+    columns += ["token_ppl"]
     width = max([len(g) for g in rows] + [4])
     print("%-*s %s" % (width, "task", " ".join("%10s" % c for c in columns)))
     for group, row in rows.items():

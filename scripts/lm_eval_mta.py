@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
 """infer_mta as a model of EleutherAI's lm-evaluation-harness (pip install lm-eval):
 
-    lm_eval_mta.py DIR --tasks lambada_openai,hellaswag,piqa [--limit N] [--weights int8]
+    lm_eval_mta.py DIR --tasks lambada_openai,hellaswag,piqa [any flag of "lm_eval run": --limit, --num_fewshot, ...]
+    lm_eval_mta.py DIR --weights int8 --tasks wikitext --output_path results --log_samples
 
-or, from Python, `import lm_eval_mta` registers the model "mta" with arguments checkpoint=, infer=, weights=.
-Requests go to one infer_mta --score process as JSON lines, sorted and cached there; a context and its continuation
-are tokenized apart, after trailing blanks of the context have moved to the continuation, as the harness does it."""
+or, from Python, `import lm_eval_mta` registers the model "mta" with arguments checkpoint=, infer=, weights=, threads=.
+One infer_mta --score process answers all requests as JSON lines, so that the weights are read once."""
 
 import argparse
 import json
@@ -14,16 +14,69 @@ import subprocess
 import sys
 import threading
 
-from lm_eval.api.model import LM
-from lm_eval.api.registry import register_model
+try:
+    from lm_eval.api.model import LM
+    from lm_eval.api.registry import register_model
+except ImportError:  # --help works without the harness; main() says what is missing
+    LM, register_model = object, lambda name: lambda model: model
 
 ROOT = os.path.abspath(os.path.join(os.path.dirname(__file__), ".."))
+WEIGHTS = ["stored", "f32", "bf16", "int8"]
+
+
+class Program:
+    """A program that answers each line with a line; it ends when its input does."""
+
+    def __init__(self, args):
+        self.args = args
+        self.process = subprocess.Popen(
+            args, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, encoding="utf-8"
+        )
+
+    def ask(self, lines, last):
+        """The answers to `lines`, written by a thread, since both sides stream. last: the input ends with them."""
+
+        def write():
+            try:
+                self.process.stdin.writelines(line + "\n" for line in lines)
+                self.process.stdin.close() if last else self.process.stdin.flush()
+            except BrokenPipeError:
+                pass  # the missing answers tell
+
+        writer = threading.Thread(target=write)
+        writer.start()
+        answers = []
+        while len(answers) < len(lines):
+            answer = self.process.stdout.readline()
+            if not answer:
+                break
+            answers.append(answer.rstrip("\n"))
+        writer.join()
+        if len(answers) < len(lines) or (last and self.process.wait()):
+            status = "exit status %d, %d answers to %d lines" % (self.process.wait(), len(answers), len(lines))
+            raise RuntimeError("%s: %s" % (" ".join(self.args), status))
+        return answers
+
+    def close(self):
+        self.process.stdin.close()
+        self.process.stdout.close()
+        self.process.wait()
 
 
 def move_blanks(context, continuation):
     """Trailing blanks of the context belong to the first token of the continuation."""
     n = len(context) - len(context.rstrip())
     return (context[:-n], context[-n:] + continuation) if n else (context, continuation)
+
+
+def rolling_windows(ids, positions):
+    """[(context, continuation)] of a text's ids, each predicted once. The first window has no context but BOS, the others
+    end where they end and reach back as far as the model's positions do, so that the last one has a whole context too."""
+    windows = [([], ids[:positions])] if ids else []
+    for start in range(positions, len(ids), positions):
+        end = min(start + positions, len(ids))
+        windows.append((ids[end - positions - 1 : start], ids[start:end]))
+    return windows
 
 
 @register_model("mta")
@@ -34,39 +87,30 @@ class MtaLM(LM):
         self, checkpoint, infer=os.path.join(ROOT, "infer_mta"), weights="stored", threads=0, max_gen_toks=256, **unused
     ):
         super().__init__()
-        self.command = [infer, checkpoint, "--weights", weights, "--threads", str(threads)]
-        self.checkpoint, self.infer, self.max_gen_toks = checkpoint, infer, max_gen_toks
-        with open(os.path.join(checkpoint, "config.json")) as f:
+        self.command = [infer, str(checkpoint), "--weights", weights, "--threads", str(threads)]
+        self.checkpoint, self.infer, self.max_gen_toks = str(checkpoint), infer, max_gen_toks
+        self.scorer = None  # the Program that scores, from the first request on
+        with open(os.path.join(checkpoint, "config.json"), encoding="utf-8") as f:
             config = json.load(f)
         self.positions = config.get("max_position_embeddings", 2048)
 
+    def close(self):
+        if self.scorer:
+            self.scorer.close()
+        self.scorer = None
+
     def run(self, args, lines):
-        """Lines in, lines out; writing in a thread, since both sides stream."""
-        p = subprocess.Popen(args, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, encoding="utf-8")
-
-        def write():
-            try:
-                p.stdin.writelines(line + "\n" for line in lines)
-                p.stdin.close()
-            except BrokenPipeError:
-                pass  # its exit status tells
-
-        writer = threading.Thread(target=write)
-        writer.start()
-        out = [line.rstrip("\n") for line in p.stdout]
-        writer.join()
-        p.stdout.close()
-        if p.wait() or len(out) != len(lines):
-            raise RuntimeError(
-                "%s: exit status %d, %d answers to %d lines" % (" ".join(args), p.returncode, len(out), len(lines))
-            )
-        return out
+        """The answers of a program of its own to `lines`."""
+        program = Program(args)
+        answers = program.ask(lines, last=True)
+        program.close()
+        return answers
 
     def score(self, requests):
-        return [
-            json.loads(x)
-            for x in self.run(self.command + ["--score", "-", "--shift"], [json.dumps(r) for r in requests])
-        ]
+        """The answers of infer_mta --score, which stays and waits for the next requests."""
+        if not self.scorer:
+            self.scorer = Program(self.command + ["--score", "-", "--shift"])
+        return [json.loads(x) for x in self.scorer.ask([json.dumps(r) for r in requests], last=False)]
 
     def loglikelihood(self, requests, disable_tqdm=False):
         pairs = [move_blanks(*r.args) for r in requests]
@@ -74,18 +118,14 @@ class MtaLM(LM):
         return [(a["logprob"], a["greedy"]) for a in answers]
 
     def loglikelihood_rolling(self, requests, disable_tqdm=False):
-        """Texts cut into windows of the model's length, each token predicted once; the first window starts at BOS, a
-        later one at the last token of the one before."""
         texts = [json.dumps({"text": r.args[0]}) for r in requests]
-        ids = [list(map(int, x.split())) for x in self.run([self.infer, self.checkpoint, "--tokenize"], texts)]
         lines, owner = [], []
-        for k, tokens in enumerate(ids):
-            for start in range(0, len(tokens), self.positions):
-                window = {"continuation_ids": tokens[start : start + self.positions]}
-                window.update({"context_ids": [tokens[start - 1]]} if start else {"context": ""})
-                lines.append(window)
+        for k, ids in enumerate(self.run([self.infer, self.checkpoint, "--tokenize"], texts)):
+            for context, continuation in rolling_windows([int(x) for x in ids.split()], self.positions):
+                start = {"context_ids": context} if context else {"context": ""}
+                lines.append(dict(start, continuation_ids=continuation))
                 owner.append(k)
-        sums = [0.0] * len(ids)
+        sums = [0.0] * len(texts)
         for k, answer in zip(owner, self.score(lines)):
             sums[k] += answer["logprob"]
         return sums
@@ -116,24 +156,23 @@ class MtaLM(LM):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", metavar="DIR")
-    parser.add_argument("--tasks", required=True, help="names, comma separated")
-    parser.add_argument("--limit", type=int, help="questions of each task")
-    parser.add_argument("--num-fewshot", type=int)
-    parser.add_argument("--weights", default="stored", choices=["stored", "f32", "bf16", "int8"])
-    parser.add_argument("--infer", default=os.path.join(ROOT, "infer_mta"))
-    args = parser.parse_args()
-    import lm_eval
-
-    results = lm_eval.simple_evaluate(
-        model=MtaLM(args.checkpoint, infer=args.infer, weights=args.weights),
-        tasks=args.tasks.split(","),
-        limit=args.limit,
-        num_fewshot=args.num_fewshot,
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="All other flags are the harness's own: see `lm_eval run --help`.",
+        allow_abbrev=False,
     )
-    json.dump(results["results"], sys.stdout, indent=2)
-    print()
+    parser.add_argument("checkpoint", metavar="DIR")
+    parser.add_argument("--weights", default="stored", choices=WEIGHTS)
+    parser.add_argument("--threads", type=int, default=0, metavar="N", help="0: all cores")
+    parser.add_argument("--infer", default=os.path.join(ROOT, "infer_mta"), metavar="PROGRAM")
+    args, others = parser.parse_known_args()
+    try:
+        from lm_eval.__main__ import cli_evaluate
+    except ImportError as e:
+        sys.exit("lm_eval_mta.py: %s; install the harness: pip install lm-eval" % e)
+    sys.argv = ["lm_eval", "--model", "mta", "--model_args", json.dumps(vars(args)), *others]
+    cli_evaluate()
 
 
 if __name__ == "__main__":

@@ -119,6 +119,49 @@ class Formats(Case):
         self.assertEqual(len(self.convert({"question": "2+2", "choices": list("abcdefghij"), "answer": 7})), 10)
         self.assertEqual(self.convert({"query": "q", "choices": ["no", "yes"], "gold": "yes"})[0]["gold"], 1)
 
+    def test_prompts_of_the_evaluation_harness(self):
+        """Those that other tests show no context of; dev/tests/test_lm_eval.py compares all with the harness itself."""
+        choices = {"text": ["a", "b"], "label": ["A", "B"]}
+        mmlu = {"question": " Q? ", "subject": "high_school_physics", "choices": ["3", "4", "5", "7"], "answer": "C"}
+        for record, context, continuation, gold in (
+            ({"question_stem": "The sun is", "choices": choices, "answerKey": " B"}, "The sun is", " b", 1),
+            (
+                {"id": "7-9", "question": {"stem": "The sun", "choices": [{"text": "b", "label": "A"}]}, "answerKey": "A"},
+                "The sun",
+                " b",
+                None,
+            ),
+            ({"passage": "P", "question": "is it?", "label": 0}, "P\nQuestion: is it??\nAnswer:", " yes", 0),
+            (
+                {"context": "C.", "question": "q?", "answerA": "a", "answerB": "b", "answerC": "c", "label": "1"},
+                "Q: C. q?\nA:",
+                " c",
+                0,
+            ),
+            (
+                mmlu,
+                "The following are multiple choice questions (with answers) about high school physics.\n\n"
+                "Q?\nA. 3\nB. 4\nC. 5\nD. 7\nAnswer:",
+                " D",
+                2,
+            ),
+        ):
+            last = self.convert(record)[-1]
+            self.assertEqual((last["context"], last["continuation"], last.get("gold")), (context, continuation, gold))
+        shown = run("choice", self.write("in.jsonl", [mmlu]), "--out", self.path("o.jsonl"))
+        self.assertIn("1 questions, 4 requests, 0 lines left out, as mmlu", shown)
+
+    def test_records_that_the_harness_has_no_prompt_for(self):
+        for record, why in (
+            ({"endings": ["a", "b"], "ctx": "C", "label": 0}, "no field 'activity_label'"),
+            ({"question": "Q", "subject": "", "choices": list("abcd"), "answer": 0}, "wanted a subject"),
+            ({"question": "Q", "subject": "s", "choices": list("abc"), "answer": 0}, "4 choices, got 's' and 3"),
+            ({"text": "word"}, "a text of several words"),
+            ({"text": "it ends in a blank "}, "that ends with a word"),
+        ):
+            path = self.write("in.jsonl", [record])
+            self.assertIn(why, run("choice", path, "--out", self.path("o.jsonl"), status=1))
+
     def test_bad_lines_are_named(self):
         path = self.write(
             "in.jsonl",
@@ -302,6 +345,26 @@ class Report(Case):
         self.assertAlmostEqual(word["token_ppl"], math.exp(0.75))
         self.assertEqual(word["accuracy"], 0.5)
         self.assertIn("t ", shown)
+
+    def test_length_of_a_choice(self):
+        """acc_norm counts characters, acc_bytes bytes, neither the space before the choice; of equal ones the first is
+        taken, as the harness does it."""
+        for texts, logprobs, want in (
+            ((" \u00e9\u00e9\u00e9\u00e9", " abcdef"), (-4.0, -5.4), (1.0, 0.0, 1.0)),
+            ((" ab", " abcd"), (-2.0, -3.9), (1.0, 0.0, 0.0)),
+            ((" ab ", " abcd"), (-2.7, -3.9), (1.0, 1.0, 1.0)),  # a blank at its end is part of a choice
+            ((" a", " b"), (-1.0, -1.0), (1.0, 1.0, 1.0)),
+        ):
+            requests = [
+                {"context": "c", "continuation": t, "task": "t", "item": 0, "choice": c, "gold": 0}
+                for c, t in enumerate(texts)
+            ]
+            scores = [{"logprob": x, "tokens": 1, "greedy": False} for x in logprobs]
+            files = self.write("r.jsonl", requests), self.write("s.jsonl", scores)
+            run("report", *files, "--json", self.path("j"))
+            with open(self.path("j")) as f:
+                row = json.load(f)["t"]
+            self.assertEqual((row["accuracy"], row["acc_norm"], row["acc_bytes"]), want, texts)
 
     def test_refusals(self):
         requests = self.write("r.jsonl", [{"continuation": "x", "task": "t", "item": 0}] * 2)

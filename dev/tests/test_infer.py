@@ -1008,9 +1008,10 @@ class TextIO(unittest.TestCase):
         self.assertTrue(math.isfinite(got[3][0]))  # longer than the context: its earliest tokens are dropped
         text = "".join(chr(97 + i % 26) for i in range(150))
         tokens, want = list(text.encode()), 0
-        for start in range(0, 150, 64):  # windows of the model's 64 positions
-            context = [tokens[start - 1]] if start else [256]
-            want += score(context, tokens[start : start + 64])["logprob"]
+        for start in range(0, 150, 64):  # windows of the model's 64 positions, the last one with a whole context too
+            end = min(start + 64, 150)
+            context = tokens[end - 65 : start] if start else [256]
+            want += score(context, tokens[start:end])["logprob"]
         self.assertAlmostEqual(model.loglikelihood_rolling([Instance(text)])[0], want, delta=1e-3)
         whole = run([self.dir, "--prompt", "abc", "--max-tokens", "9", "--temperature", "0", "--quiet"])[:-1]
         answers = model.generate_until([Instance("abc", {"until": [], "max_gen_toks": 9})])
