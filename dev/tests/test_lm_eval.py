@@ -11,7 +11,6 @@ import contextlib
 import io
 import json
 import logging
-import math
 import os
 import shutil
 import subprocess
@@ -20,13 +19,13 @@ import tempfile
 import unittest
 from unittest import mock
 
-ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+from helpers import BIN, ROOT, main, write_safetensors
+
 PYTHON = os.path.join(ROOT, "dev", ".venv", "bin", "python")
 try:
     import datasets
     import lm_eval
     import numpy
-    import safetensors.numpy
     import yaml
     from lm_eval import evaluator, utils
     from lm_eval.api.instance import Instance
@@ -39,7 +38,6 @@ except ImportError as e:
     sys.exit(0)
 
 TASK_FOLDER = os.path.join(os.path.dirname(lm_eval.__file__), "tasks")
-BIN = os.environ.get("MTA_BIN", ROOT)
 INFER = os.path.join(BIN, "infer_mta")
 RANKS = os.path.join(ROOT, "dev", "golden", "tokenizers", "cl100k_base.tiktoken")
 EVALS = os.path.join(ROOT, "data", "evals.py")
@@ -153,7 +151,7 @@ TASKS = {
         "lambada/lambada_openai.yaml",
         "lambada",
         [
-            {"text": "He came back to the old  house"},
+            {"text": "He came back to the old house"},
             {"text": "\u201cWhy,\u201d she asked, \u201cwould I go?\u201d\n\nNobody said a na\u00efve word"},
         ],
     ),
@@ -271,7 +269,8 @@ def write_model(folder):
             tensors[layer + "self_attn.%s_proj.weight" % name] = normal(32, 32)
         for name, shape in (("gate", (48, 32)), ("up", (48, 32)), ("down", (32, 48))):
             tensors[layer + "mlp.%s_proj.weight" % name] = normal(*shape)
-    safetensors.numpy.save_file(tensors, os.path.join(folder, "model.safetensors"), {"format": "pt"})
+    tensors = {name: ("F32", t.shape, t.tobytes()) for name, t in tensors.items()}
+    write_safetensors(os.path.join(folder, "model.safetensors"), tensors)
 
 
 class Reference(TemplateLM):
@@ -280,9 +279,9 @@ class Reference(TemplateLM):
 
     eot_token_id = BOS
 
-    def __init__(self, folder):
+    def __init__(self, case):
         super().__init__()
-        self.lm = lm_eval_mta.MtaLM(folder, infer=INFER)
+        self.lm = case.lm()
 
     def tok_encode(self, string, add_special_tokens=None, **more):
         ids = self.lm.run([INFER, self.lm.checkpoint, "--tokenize"], [json.dumps({"text": string})])[0].split()
@@ -322,7 +321,7 @@ class Model(Case):
         write_model(cls.model)
 
     def lm(self):
-        lm = lm_eval_mta.MtaLM(self.model, infer=INFER)
+        lm = lm_eval_mta.MtaLM(self.model, infer=INFER, threads=1)
         self.addCleanup(lm.close)
         return lm
 
@@ -331,29 +330,11 @@ class Model(Case):
         for a, b in zip(got, want):
             self.assertAlmostEqual(a, b, delta=2e-4 * abs(b) + 1e-4)
 
-    def test_tokens_at_the_join(self):
-        """Blanks, line ends that join the mark before them, a word that goes on, no context, more than the positions."""
-        pairs = [
-            ("The cat sat on the", " mat."),
-            ("The cat sat on the ", "mat."),
-            ("He said so.\n", "\nThen he left"),
-            ("He said so.\n\n ", "Then"),
-            ("inter", "nationally known"),
-            ("a\u3000\x1f\u2009", "b c"),
-            ("", "No context"),
-            ("  ", " blanks alone"),
-            ("many words " * 150, "and an end"),
-        ]
-        requests = instances("loglikelihood", pairs)
-        got, want = self.lm().loglikelihood(requests), Reference(self.model).loglikelihood(requests, disable_tqdm=True)
-        self.close_to([x for x, _ in got], [x for x, _ in want])
-        self.assertEqual([x for _, x in got], [x for _, x in want])
-
     def test_rolling_windows(self):
         words = ["word%d" % i for i in range(400)]
         texts = ["", "short", " ".join(words[:60]), " ".join(words), "x" * 3]
         requests = instances("loglikelihood_rolling", [(t,) for t in texts])
-        self.close_to(self.lm().loglikelihood_rolling(requests), Reference(self.model).loglikelihood_rolling(requests))
+        self.close_to(self.lm().loglikelihood_rolling(requests), Reference(self).loglikelihood_rolling(requests))
         for n in (1, 7, 8, 9, 16, 17, 23):
             want = [utils.make_disjoint_window(w) for w in utils.get_rolling_token_windows(list(range(n)), BOS, 8, 1)]
             self.assertEqual([(a or [BOS], b) for a, b in lm_eval_mta.rolling_windows(list(range(n)), 8)], want)
@@ -368,7 +349,7 @@ class Model(Case):
             self.requests(name)
             files += [self.path(name + ".jsonl"), self.path(name + ".scores")]
             with open(files[-1], "w") as f:
-                f.write(self.run_text([INFER, self.model, "--score", files[-2]]))
+                f.write(self.run_text([INFER, self.model, "--score", files[-2], "--threads", "1", "--quiet"]))
         self.run_text([sys.executable, EVALS, "report", *files, "--json", self.path("report.json")])
         with open(self.path("report.json")) as f:
             rows = json.load(f)
@@ -380,9 +361,9 @@ class Model(Case):
                 if measure:
                     self.assertAlmostEqual(value / rows[task][measure] if value else 0, 1 if value else 0, delta=1e-3)
                     compared += 1
-        self.assertEqual(compared, 10 + 4 + 1)  # acc of all, acc_norm of HellaSwag, PIQA, ARC twice, OpenBookQA; LAMBADA
+        self.assertEqual(compared, 10 + 5 + 1)  # acc of all, acc_norm of HellaSwag, PIQA, ARC twice, OpenBookQA; LAMBADA
 
 
 if __name__ == "__main__":
     logging.disable(logging.WARNING)
-    unittest.main()
+    main()
