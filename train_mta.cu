@@ -193,114 +193,6 @@ static __device__ inline float exponential2(float x) {
 static __device__ inline float exponential(float x) { return EXACT ? expf(x) : exponential2(LOG2E * x); }
 static __device__ inline float sigmoid(float x) { return EXACT ? 1.0f / (1.0f + expf(-x)) : __fdividef(1.0f, 1.0f + exponential(-x)); }
 
-// ---- tensor cores: a warp multiplies tiles of 16-bit elements; ldmatrix feeds it from shared memory, copy_async feeds that (PTX manual: mma.m16n8k16,
-// movmatrix.m8n8, ldmatrix.m8n8.x4, cp.async). dev/cuda_cpu/tensor_cores.h has the same functions for the CPU.
-
-#if defined(CUDA_CPU)
-#include "tensor_cores.h"
-#else
-static __device__ inline unsigned shared_address(const void* p) { return (unsigned)__cvta_generic_to_shared(p); }
-// r[m] = this lane's pair of the m-th 8x8 matrix, whose rows the lanes 8m .. 8m+7 point to
-static __device__ inline void ldmatrix(unsigned* r, const void* row) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];" : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(shared_address(row)));
-}
-static __device__ inline void ldmatrix_transposed(unsigned* r, const void* row) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(shared_address(row)));
-}
-// c (16,8) += a (16,16) b (16,8), in fp32
-static __device__ inline void mma_bf16(float* c, const unsigned* a, unsigned b0, unsigned b1) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-static __device__ inline void mma_half(float* c, const unsigned* a, unsigned b0, unsigned b1) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-// The transpose of an 8x8 matrix of which lane 4g + t holds row g, columns 2t and 2t+1
-static __device__ inline unsigned transpose8(unsigned pair) {
-    unsigned out;
-    asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(out) : "r"(pair));
-    return out;
-}
-// 16 bytes from global to shared memory, zeros where not valid; there after copy_wait<n>, which leaves at most the n newest commits in flight, and a barrier
-[[maybe_unused]] static __device__ inline void copy_async(void* to, const void* from, bool valid) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" :: "r"(shared_address(to)), "l"(from), "r"(valid ? 16 : 0));
-}
-[[maybe_unused]] static __device__ inline void copy_commit(void) { asm volatile("cp.async.commit_group;"); }
-template <int LEAVE>
-static __device__ inline void copy_wait(void) { asm volatile("cp.async.wait_group %0;" :: "n"(LEAVE)); }
-#endif
-
-// If valid, adds to two neighbours in global memory, 8-byte aligned, without waiting for what is there. The order of such sums is fixed only where one thread alone adds to an
-// address: its own come in the order of its program.
-[[maybe_unused]] static __device__ inline void add_pair(float* to, float x, float y, bool valid) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-    asm volatile("{ .reg .pred p; setp.ne.b32 p, %3, 0; @p red.relaxed.gpu.global.add.v2.f32 [%0], {%1,%2}; }" :: "l"(to), "f"(x), "f"(y), "r"((int)valid) : "memory");
-#else
-    if (valid) { atomicAdd(to, x), atomicAdd(to + 1, y); }
-#endif
-}
-
-// Two numbers as the pair that a tensor core's register holds
-static __device__ inline unsigned pack_half(float x, float y) {
-    __half2 h = __floats2half2_rn(x, y);
-    unsigned pair;
-    memcpy(&pair, &h, sizeof pair);
-    return pair;
-}
-static __device__ inline unsigned pack_bf16(float x, float y) {
-    __nv_bfloat162 h = __floats2bfloat162_rn(x, y);
-    unsigned pair;
-    memcpy(&pair, &h, sizeof pair);
-    return pair;
-}
-// The same by type: __half, else bf16
-template <typename T>
-static __device__ inline void mma(float* c, const unsigned* a, unsigned b0, unsigned b1) {
-    if constexpr (std::is_same<T, __half>::value) { mma_half(c, a, b0, b1); }
-    else { mma_bf16(c, a, b0, b1); }
-}
-template <typename T>
-static __device__ inline unsigned pack_pair(float x, float y) {
-    return std::is_same<T, __half>::value ? pack_half(x, y) : pack_bf16(x, y);
-}
-template <typename T>
-static __device__ inline float2 unpack_pair(unsigned pair) {
-    __half2 h;
-    memcpy(&h, &pair, sizeof h);
-    return std::is_same<T, __half>::value ? __half22float2(h) : make_float2(__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u));
-}
-
-// Operands from shared memory, rows PITCH elements apart: 8 more than a multiple of 16, so that the rows of an 8x8 matrix lie in different banks.
-// a: 16 rows (m) x 16 columns (k); a_transposed: 16 rows (k) x 16 columns (m); b: 16 rows (two blocks of 8 n) x 16 columns (k), r[0..1] and r[2..3];
-// b_single: 8 rows (n), r[0..1]; b_transposed: 16 rows (k) x 16 columns (two blocks of 8 n).
-template <int PITCH, typename T>
-static __device__ inline void load_a(unsigned* r, const T* tile) {
-    int lane = threadIdx.x % WARP_SIZE;
-    ldmatrix(r, tile + lane % 16 * PITCH + lane / 16 * 8);
-}
-template <int PITCH, typename T>
-static __device__ inline void load_a_transposed(unsigned* r, const T* tile) {
-    int lane = threadIdx.x % WARP_SIZE;
-    ldmatrix_transposed(r, tile + (lane / 16 * 8 + lane % 8) * PITCH + lane / 8 % 2 * 8);
-}
-template <int PITCH, typename T>
-static __device__ inline void load_b(unsigned* r, const T* tile) {
-    int lane = threadIdx.x % WARP_SIZE;
-    ldmatrix(r, tile + (lane / 16 * 8 + lane % 8) * PITCH + lane / 8 % 2 * 8);
-}
-template <int PITCH, typename T>
-static __device__ inline void load_b_single(unsigned* r, const T* tile) {
-    int lane = threadIdx.x % WARP_SIZE;
-    ldmatrix(r, tile + lane % 8 * PITCH + lane / 8 % 2 * 8);
-}
-template <int PITCH, typename T>
-static __device__ inline void load_b_transposed(unsigned* r, const T* tile) {
-    int lane = threadIdx.x % WARP_SIZE;
-    ldmatrix_transposed(r, tile + lane % 16 * PITCH + lane / 16 * 8);
-}
-
 // parts (n_parts, n): dweight[i] += the sum of its column, in order
 static __global__ void parts_add_kernel(float* dweight, const float* parts, int n_parts, int n, int stride) {
     int i = blockIdx.x * blockDim.x + threadIdx.x;
@@ -311,6 +203,28 @@ static __global__ void parts_add_kernel(float* dweight, const float* parts, int 
 }
 static void parts_add(float* dweight, const float* parts, int n_parts, int n, int stride, Cuda* g) {
     LAUNCH(parts_add_kernel, ceil_div(n, 128), 128, 0, g->stream, dweight, parts, n_parts, n, stride);
+    launchCheck(g->stream);
+}
+
+// sums (groups, n) += parts (S, groups, blocks, n), in double: a block owns SUMS elements, SUMS_SLICES threads each, whose sums are halved in order
+enum { SUMS = 8, SUMS_SLICES = 64 };
+static __global__ void sums_add_kernel(double* sums, const float* parts, int S, int groups, int blocks, int n) {
+    DYNAMIC_SHARED(double, slices);  // (SUMS_SLICES, SUMS)
+    int e = blockIdx.x * SUMS + threadIdx.x % SUMS, slice = threadIdx.x / SUMS;
+    double sum = 0;
+    for (int p = slice; e < groups * n && p < S * blocks; p += SUMS_SLICES) {
+        sum += (double)parts[(((size_t)(p / blocks) * groups + e / n) * blocks + p % blocks) * n + e % n];
+    }
+    slices[threadIdx.x] = sum;
+    for (int half = SUMS_SLICES / 2; half > 0; half /= 2) {
+        __syncthreads();  // the slices to be added are there
+        if (slice < half) { slices[threadIdx.x] += slices[threadIdx.x + half * SUMS]; }
+    }
+    if (slice == 0 && e < groups * n) { sums[e] += slices[threadIdx.x]; }
+}
+static void sums_add(double* sums, const float* parts, int S, int groups, int blocks, int n, Cuda* g) {
+    LAUNCH(sums_add_kernel, ceil_div((size_t)groups * n, SUMS), SUMS * SUMS_SLICES, SUMS * SUMS_SLICES * sizeof(double), g->stream, sums, parts, S, groups,
+           blocks, n);
     launchCheck(g->stream);
 }
 
@@ -329,6 +243,53 @@ static void convert(To* to, const From* from, size_t n, Cuda* g, bool wide = fal
     auto kernel = wide ? convert_kernel<8, To, From> : convert_kernel<1, To, From>;
     LAUNCH(kernel, ceil_div(wide ? n / 8 : n, 256), 256, 0, g->stream, to, from, n);
     launchCheck(g->stream);
+}
+
+// Is there a GPU that this build can use? False with one line that says what is missing.
+static bool cuda_open(Cuda* g, Error* e) {
+    int devices = 0, driver = 0, runtime = 0;
+    cudaError_t status = cudaGetDeviceCount(&devices);
+    if (cudaDriverGetVersion(&driver) != cudaSuccess) { driver = 0; }
+    cudaRuntimeGetVersion(&runtime);
+    if (status == cudaErrorInsufficientDriver && driver > 0) {  // 0: there is no driver at all
+        return fail(e, "the NVIDIA driver supports CUDA %d.%d, this build needs %d.%d; update the driver or build with an older toolkit", driver / 1000,
+                    driver % 1000 / 10, runtime / 1000, runtime % 1000 / 10);
+    }
+    if (status != cudaSuccess || devices == 0) {
+        return fail(e, "no usable NVIDIA GPU (%s); train_mta trains on the CPU", status != cudaSuccess ? cudaGetErrorString(status) : "none found");
+    }
+    cudaCheck(cudaSetDevice(0));
+    cudaDeviceProp device;
+    cudaCheck(cudaGetDeviceProperties(&device, 0));
+    if (device.major < 8) { return fail(e, "%s has compute capability %d.%d, wanted 8.0 or more (bf16)", device.name, device.major, device.minor); }
+    cudaFuncAttributes code;
+    status = cudaFuncGetAttributes(&code, parts_add_kernel);
+    if (status == cudaErrorNoKernelImageForDevice || status == cudaErrorInvalidDeviceFunction) {  // either, by the driver's version
+        return fail(e, "this build has no code for %s (compute capability %d.%d); build it with make NVCC_ARCH=sm_%d%d%s", device.name, device.major,
+                    device.minor, device.major, device.minor, device.major == 9 ? "a" : "");
+    }
+    cudaCheck(status);
+    cudaCheck(cudaStreamCreateWithFlags(&g->stream, cudaStreamNonBlocking));
+    blasCheck(cublasCreate(&g->blas));
+    blasCheck(cublasSetStream(g->blas, g->stream));
+    return true;
+}
+static size_t device_shared(void) {  // bytes that a block may have at most
+    int bytes = 0;
+    cudaCheck(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, 0));
+    return (size_t)bytes;
+}
+static void cuda_close(Cuda* g) {
+    if (g->blas) { blasCheck(cublasDestroy(g->blas)); }
+    if (g->stream) { cudaCheck(cudaStreamDestroy(g->stream)); }
+}
+
+// Allocates on the device; false if it cannot be had.
+template <typename T>
+static bool device_memory(T** p, size_t bytes, const char* what, Error* e) {
+    if (cudaMalloc(p, bytes ? bytes : 1) == cudaSuccess) { return true; }
+    cudaGetLastError();
+    return fail(e, "no %zu MiB of GPU memory for %s", bytes >> 20, what);
 }
 
 // =================================================================================================================================
@@ -630,6 +591,26 @@ typedef struct {
     bool flash;                                    // they serve this layer
 } Attention;
 
+// What only makes these steps faster stands in sections of its own after cross-entropy ("Fast paths"), declared here and called where it serves: first the
+// convolution on tensor cores, then mixing, softmax and mixing of groups of 16 heads in one kernel, then all of attention in one kernel.
+typedef struct Maps Maps;
+typedef struct AttentionSums AttentionSums;
+typedef struct AttentionScratch AttentionScratch;
+static bool conv_is_band(const Attention* a);
+template <typename Out, typename In>
+static void kq_conv_band(const TileOf<Out>* out, const TileOf<In>* inp, const floatX* weight, const Attention* a, int S, int lo, int hi, int nk, int begin,
+                         int end, bool backward, Cuda* g);
+static void kq_conv_band_backward_weight(double* dweight, const TileX* dout, const Tile* inp, const Attention* a, int S, int lo, int hi, float* parts, Cuda* g);
+static bool mixes_16(const Attention* a);
+static size_t mix16_parts_size(const Attention* a);
+static void mix16_maps(const Maps* m, float* stats, const Attention* a, int S, int lo, int hi, bool backward, Cuda* g);
+static void mix16_maps_backward(TileX* d, TileX* other, const AttentionSums* sums, const Maps* m, const float* stats, const Attention* a, int S, int lo, int hi,
+                                float* parts, Cuda* g);
+static int flash_splits(int S, int NH, int T);
+static void flash_attention_forward(floatX* out, float* stats, const floatX* q, const floatX* k, const floatX* v, const Attention* a, Cuda* g);
+static void flash_attention_backward(float* dq, const AttentionSums* sums, const floatX* dout, const floatX* out, const floatX* q, const floatX* k,
+                                     const floatX* v, const float* stats, const Attention* a, int S, const AttentionScratch* scratch, Cuda* g);
+
 // ---- scores: S[i,j] = q_i . k_j / sqrt(HS); not masked, its readers are
 
 // Rows lo <= i < hi within the sequence, keys 0 .. nk-1; q, k of S sequences, in floatS: cuBLAS writes no fp16 from bf16
@@ -727,95 +708,14 @@ UNROLL
     }
 }
 
-// The same on tensor cores, for kernels within BAND_TAPS x (2 BAND + 1) in the bf16 build. 8 output columns j .. j+7 of a row are, for each tap a, the
-// columns j-8 .. j+15 of its row times a banded (Toeplitz) 24 x 8 matrix, T[c,n] = weight[a, c-8-n+r]: two taps are one step of mma.m16n8k16 for each 8 of
-// the 24 columns, so 9 products a block of 16 x 8; the taps' rows are addresses of ldmatrix, T is 18 constant registers, and what is loaded for 8 input columns
-// serves the three blocks of outputs that reach them. A block owns BAND_ROWS x CONV_COLS outputs, a warp 16 rows.
-enum { BAND = PACK, BAND_TAPS = 6, BAND_ROWS = CONV_THREADS / WARP_SIZE * 16, BAND_BLOCKS = CONV_COLS / 8 };
-enum { BAND_PITCH = CONV_COLS + 2 * BAND + PACK, BAND_OUT_PITCH = CONV_COLS + PACK };  // an odd number of 16 bytes, so that rows lie in different banks
-static bool conv_is_band(const Attention* a) { return !EXACT && a->cq <= BAND_TAPS && (a->ck - 1) / 2 <= BAND; }
-
-// x, which holds the columns j .. j+7, without those right of the diagonal of row i
-template <typename T>
-static __device__ inline Pack<T, PACK> masked(Pack<T, PACK> x, int i, int j) {
-UNROLL
-    for (int e = 0; e < PACK; e++) { x.v[e] = j + e <= i ? x.v[e] : (T)0.0f; }
-    return x;
-}
-// As tile_load, in 2 bytes, converted if To is another type; rows `pitch` apart
-template <typename To, typename From>
-static __device__ inline void tile_load_pairs(To* shared, int pitch, const TileOf<From>& inp, int head, int top, int left, int rows, int cols, int begin,
-                                              int end) {
-    for (int t = threadIdx.x; t < rows * (cols / PACK); t += blockDim.x) {
-        int row = t / (cols / PACK), column = t % (cols / PACK) * PACK, i = top + row, j = left + column;
-        Pack<From, PACK> x = {};
-        if (i >= begin && i < end && j >= 0 && j <= i) { x = masked(load<PACK>(inp.row(head, i) + j), i, j); }
-        Pack<To, PACK> y;
-UNROLL
-        for (int e = 0; e < PACK; e++) {
-            if constexpr (std::is_same<To, From>::value) { y.v[e] = x.v[e]; }
-            else { y.v[e] = (To)(float)x.v[e]; }
-        }
-        store<PACK>(shared + row * pitch + column, y);
-    }
-}
-template <typename Out, typename In>
-static __global__ void __launch_bounds__(CONV_THREADS) kq_conv_band_kernel(TileOf<Out> out, TileOf<In> inp, const floatX* weight, int cq, int ck, int NH, int lo,
-                                                                           int hi, int nk, int begin, int end, bool backward) {
-    DYNAMIC_SHARED(In, s);  // (BAND_ROWS + BAND_TAPS - 1, BAND_PITCH) of inp, then (BAND_ROWS, BAND_OUT_PITCH) of out
-    Out* result = (Out*)(s + (BAND_ROWS + BAND_TAPS - 1) * BAND_PITCH);
-    int head = blockIdx.z, i0 = lo + blockIdx.y * BAND_ROWS, j0 = blockIdx.x * CONV_COLS;
-    int warp = threadIdx.x / WARP_SIZE, lane = threadIdx.x % WARP_SIZE, g = lane / 4, t = lane % 4;
-    if (j0 < i0 + BAND_ROWS) {  // else all of the block lies right of the diagonal
-        tile_load_pairs(s, BAND_PITCH, inp, head, backward ? i0 : i0 - (cq - 1), j0 - BAND, BAND_ROWS + BAND_TAPS - 1, CONV_COLS + 2 * BAND, begin, end);
-        const floatX* own = weight + (size_t)(head % NH) * cq * ck;
-        unsigned T[BAND_TAPS / 2][3][2], x[3][BAND_TAPS / 2][4];  // [taps][8 of 24 columns][first, second tap], [columns][taps]
-UNROLL
-        for (int e = 0; e < BAND_TAPS * 3; e++) {
-            int a = e / 3, b = e % 3 * 8 - 8 + 2 * t - g + (ck - 1) / 2, at = a * ck + b, last = cq * ck - 1;
-            float first = a < cq && b >= 0 && b < ck ? (float)own[backward ? last - at : at] : 0.0f;
-            float second = a < cq && b >= -1 && b < ck - 1 ? (float)own[backward ? last - at - 1 : at + 1] : 0.0f;
-            T[a / 2][e % 3][a % 2] = pack_pair<In>(first, second);
-        }
-        __syncthreads();  // the tile is there
-        const In* rows = s + (warp * 16 + lane / 8 % 2 * 8 + lane % 8 + lane / 16) * BAND_PITCH;  // lanes 16 up: the second tap
-UNROLL
-        for (int block = 0; block < BAND_BLOCKS + 2; block++) {
-UNROLL
-            for (int p = 0; p < BAND_TAPS / 2; p++) { ldmatrix(x[block % 3][p], rows + 2 * p * BAND_PITCH + block * 8); }
-            if (block < 2) { continue; }
-            float c[4] = {};
-UNROLL
-            for (int e = 0; e < 3; e++) {
-UNROLL
-                for (int p = 0; p < BAND_TAPS / 2; p++) { mma<In>(c, x[(block + 1 + e) % 3][p], T[p][e][0], T[p][e][1]); }
-            }
-UNROLL
-            for (int h = 0; h < 2; h++) {
-                unsigned pair = pack_pair<Out>(c[2 * h], c[2 * h + 1]);
-                memcpy(result + (warp * 16 + g + 8 * h) * BAND_OUT_PITCH + (block - 2) * 8 + 2 * t, &pair, sizeof pair);
-            }
-        }
-        __syncwarp(ALL_LANES);  // the warp's rows are complete
-    }
-    for (int e = lane; e < 16 * CONV_COLS / PACK; e += WARP_SIZE) {
-        int row = warp * 16 + e / (CONV_COLS / PACK), column = e % (CONV_COLS / PACK) * PACK, i = i0 + row, j = j0 + column;
-        Pack<Out, PACK> y = {};
-        if (j <= i) { y = masked(load<PACK>(result + row * BAND_OUT_PITCH + column), i, j); }
-        if (i < hi && j < nk) { store<PACK>(out.row(head, i) + j, y); }
-    }
-}
 template <typename Out, typename In>
 static void kq_conv(const TileOf<Out>* out, const TileOf<In>* inp, const floatX* weight, const Attention* a, int S, int lo, int hi, int nk, int begin, int end,
                     bool backward, Cuda* g) {
     lo = max_int(lo, 0), hi = min_int(hi, a->T), begin = max_int(begin, 0), end = min_int(end, a->T);
-    bool band = conv_is_band(a);
-    dim3 grid(ceil_div(nk, CONV_COLS), ceil_div(hi - lo, band ? (int)BAND_ROWS : CONV_ROWS), S * a->NH);
-    size_t shared = band ? (BAND_ROWS + BAND_TAPS - 1) * BAND_PITCH * sizeof(In) + BAND_ROWS * BAND_OUT_PITCH * sizeof(Out) : conv_shared(a->cq, a->ck);
-    auto kernel = band         ? kq_conv_band_kernel<Out, In>
-                  : a->cq == 6 ? kq_conv_kernel<6, Out, In>
-                  : a->cq == 2 ? kq_conv_kernel<2, Out, In>
-                               : kq_conv_kernel<0, Out, In>;
+    if (conv_is_band(a)) { kq_conv_band(out, inp, weight, a, S, lo, hi, nk, begin, end, backward, g); return; }
+    dim3 grid(ceil_div(nk, CONV_COLS), ceil_div(hi - lo, CONV_ROWS), S * a->NH);
+    size_t shared = conv_shared(a->cq, a->ck);
+    auto kernel = a->cq == 6 ? kq_conv_kernel<6, Out, In> : a->cq == 2 ? kq_conv_kernel<2, Out, In> : kq_conv_kernel<0, Out, In>;
     allow_shared(kernel, shared);
     LAUNCH(kernel, grid, CONV_THREADS, shared, g->stream, *out, *inp, weight, a->cq, a->ck, a->NH, lo, hi, nk, begin, end, backward);
     launchCheck(g->stream);
@@ -876,94 +776,16 @@ UNROLL
     }
 }
 
-// The same on tensor cores, a block for BAND_ROWS rows of inp. Where forward multiplies rows by banded matrices, here the matrices' gradients are products over
-// rows: G_a[n,c] = sum over rows k and blocks of 8 keys j of dout[k+(cq-1)-a, j+n] inp[k, j-8+c], two taps a step, of which each diagonal is one weight,
-//   dweight[a,b] = sum_n G_a[n, b-r+n+8].
-// inp is rounded to bf16, which dout needs: the sums are over thousands of terms. A warp has 16 of the rows.
-static __global__ void __launch_bounds__(CONV_THREADS) kq_conv_band_backward_weight_kernel(float* parts, TileX dout, Tile inp, int cq, int ck, int lo, int hi) {
-    DYNAMIC_SHARED(floatX, d);  // (BAND_ROWS + BAND_TAPS - 1, BAND_OUT_PITCH) of dout, then (BAND_ROWS, BAND_PITCH) of inp; in the end G (warps, taps, 8, 24)
-    floatX* s = d + (BAND_ROWS + BAND_TAPS - 1) * BAND_OUT_PITCH;
-    int head = blockIdx.y, top = lo - (cq - 1) + blockIdx.x * BAND_ROWS, last = min_int(top + BAND_ROWS + cq - 1, hi) - 1;
-    int warp = threadIdx.x / WARP_SIZE, lane = threadIdx.x % WARP_SIZE, g = lane / 4, t = lane % 4;
-    float G[BAND_TAPS / 2][3][4] = {};  // [taps][8 of 24 columns]
-    const floatX *rows[BAND_TAPS / 2], *columns = s + (warp * 16 + lane % 16) * BAND_PITCH + lane / 16 * 8;
-UNROLL
-    for (int p = 0; p < BAND_TAPS / 2; p++) {  // lanes 8 up, of each half: the second tap; those of taps beyond cq multiply something, which nobody reads
-        rows[p] = d + (warp * 16 + lane / 16 * 8 + lane % 8 + max_int(0, cq - 1 - 2 * p - lane / 8 % 2)) * BAND_OUT_PITCH;
-    }
-    for (int j0 = 0; j0 <= last; j0 += CONV_COLS) {
-        __syncthreads();  // the tiles before are used up
-        tile_load_pairs(d, BAND_OUT_PITCH, dout, head, top, j0, BAND_ROWS + BAND_TAPS - 1, CONV_COLS, lo, hi);
-        tile_load_pairs(s, BAND_PITCH, inp, head, top, j0 - BAND, BAND_ROWS, CONV_COLS + 2 * BAND, 0, hi);
-        __syncthreads();  // the new ones are there
-        unsigned x[2][4], y[4];  // 4 x 8 columns of inp, two registers each
-        ldmatrix_transposed(x[0], columns);
-UNROLL
-        for (int block = 0; block < BAND_BLOCKS; block++) {
-            if (block % 2 == 0) { ldmatrix_transposed(x[(block / 2 + 1) % 2], columns + (block + 2) * 8); }
-UNROLL
-            for (int p = 0; p < BAND_TAPS / 2; p++) {
-                ldmatrix_transposed(y, rows[p] + block * 8);
-UNROLL
-                for (int e = 0; e < 3; e++) {
-                    const unsigned* b = x[(block + e) / 2 % 2] + (block + e) % 2 * 2;
-                    mma<floatX>(G[p][e], y, b[0], b[1]);
-                }
-            }
-        }
-    }
-    float* sums = (float*)d;
-    __syncthreads();  // the last tiles are used up
-UNROLL
-    for (int e = 0; e < BAND_TAPS / 2 * 3 * 4; e++) {
-        int p = e / 12, part = e / 4 % 3, c = e % 4;
-        sums[((warp * BAND_TAPS + 2 * p + c / 2) * 8 + g) * 24 + part * 8 + 2 * t + c % 2] = G[p][part][c];
-    }
-    __syncthreads();  // all warps have written
-    for (int e = threadIdx.x; e < cq * ck; e += CONV_THREADS) {
-        float sum = 0;
-        for (int w = 0; w < CONV_THREADS / WARP_SIZE; w++) {
-            for (int n = 0; n < 8; n++) { sum += sums[((w * BAND_TAPS + e / ck) * 8 + n) * 24 + e % ck - (ck - 1) / 2 + n + 8]; }
-        }
-        parts[((size_t)head * gridDim.x + blockIdx.x) * cq * ck + e] = sum;
-    }
-}
-
-// sums (groups, n) += parts (S, groups, blocks, n), in double: a block owns SUMS elements, SUMS_SLICES threads each, whose sums are halved in order
-enum { SUMS = 8, SUMS_SLICES = 64 };
-static __global__ void sums_add_kernel(double* sums, const float* parts, int S, int groups, int blocks, int n) {
-    DYNAMIC_SHARED(double, slices);  // (SUMS_SLICES, SUMS)
-    int e = blockIdx.x * SUMS + threadIdx.x % SUMS, slice = threadIdx.x / SUMS;
-    double sum = 0;
-    for (int p = slice; e < groups * n && p < S * blocks; p += SUMS_SLICES) {
-        sum += (double)parts[(((size_t)(p / blocks) * groups + e / n) * blocks + p % blocks) * n + e % n];
-    }
-    slices[threadIdx.x] = sum;
-    for (int half = SUMS_SLICES / 2; half > 0; half /= 2) {
-        __syncthreads();  // the slices to be added are there
-        if (slice < half) { slices[threadIdx.x] += slices[threadIdx.x + half * SUMS]; }
-    }
-    if (slice == 0 && e < groups * n) { sums[e] += slices[threadIdx.x]; }
-}
-static void sums_add(double* sums, const float* parts, int S, int groups, int blocks, int n, Cuda* g) {
-    LAUNCH(sums_add_kernel, ceil_div((size_t)groups * n, SUMS), SUMS * SUMS_SLICES, SUMS * SUMS_SLICES * sizeof(double), g->stream, sums, parts, S, groups,
-           blocks, n);
-    launchCheck(g->stream);
-}
-
 static size_t conv_weight_shared(int cq, int ck) {
     int taps = round_up(cq, cq == 6 || cq == 2 ? cq : 8);
     return ((size_t)(CONV_ROWS + taps - 1) * (CONV_COLS + 2 * conv_margin(ck)) + (size_t)CONV_THREADS / WARP_SIZE * ck * taps) * sizeof(float);
 }
 // dweight (NH,cq,ck) += over the rows lo <= i < hi of dout; sums over chunks are kept in double; parts is scratch
 static void kq_conv_backward_weight(double* dweight, const TileX* dout, const Tile* inp, const Attention* a, int S, int lo, int hi, float* parts, Cuda* g) {
-    bool band = conv_is_band(a);
-    int blocks = band ? ceil_div(hi - lo + a->cq - 1, BAND_ROWS) : ceil_div(hi - lo, CONV_ROWS);
-    size_t shared = band ? ((BAND_ROWS + BAND_TAPS - 1) * BAND_OUT_PITCH + BAND_ROWS * BAND_PITCH) * sizeof(floatX) : conv_weight_shared(a->cq, a->ck);
-    auto kernel = band         ? kq_conv_band_backward_weight_kernel
-                  : a->cq == 6 ? kq_conv_backward_weight_kernel<6>
-                  : a->cq == 2 ? kq_conv_backward_weight_kernel<2>
-                               : kq_conv_backward_weight_kernel<8>;
+    if (conv_is_band(a)) { kq_conv_band_backward_weight(dweight, dout, inp, a, S, lo, hi, parts, g); return; }
+    int blocks = ceil_div(hi - lo, CONV_ROWS);
+    size_t shared = conv_weight_shared(a->cq, a->ck);
+    auto kernel = a->cq == 6 ? kq_conv_backward_weight_kernel<6> : a->cq == 2 ? kq_conv_backward_weight_kernel<2> : kq_conv_backward_weight_kernel<8>;
     allow_shared(kernel, shared);
     LAUNCH(kernel, dim3(blocks, S * a->NH), CONV_THREADS, shared, g->stream, parts, *dout, *inp, a->cq, a->ck, lo, hi);
     launchCheck(g->stream);
@@ -1169,8 +991,767 @@ static void softmax_backward(const TileX* dinp, const TileX* dout, const Tile* i
     launchCheck(g->stream);
 }
 
-// ---- head_mix, softmax, head_mix of groups of 16 heads, fused, on tensor cores (bf16 build; MODEL.md eq. 5, 6, 8): one read of the logits, one write
+// ---- values: O_i = sum_j att[i,j] v_j
+
+static void values_forward(floatX* out, const TileX* att, const floatX* v, const Attention* a, int S, int lo, int hi, Cuda* g) {
+    size_t head = (size_t)a->T * a->HS;
+    gemm(false, false, hi - lo, a->HS, hi, 1, att->row(0, lo), att->ld, (size_t)att->rows * att->ld, v, a->HS, head, 0, out + (size_t)lo * a->HS, a->HS, head,
+         S * a->NH, g);
+}
+// datt[i,j] = dO_i . v_j, rows lo <= i < hi within the sequence; not masked, its readers are
+static void values_backward_att(const TileX* datt, const floatX* dout, const floatX* v, const Attention* a, int S, int lo, int hi, int nk, Cuda* g) {
+    size_t head = (size_t)a->T * a->HS;
+    hi = min_int(hi, a->T);
+    gemm(false, true, hi - lo, nk, a->HS, 1, dout + (size_t)lo * a->HS, a->HS, head, v, a->HS, head, 0, datt->row(0, lo), datt->ld,
+         (size_t)datt->rows * datt->ld, S * a->NH, g);
+}
+// dv_j += sum_i att[i,j] dO_i, in fp32
+static void values_backward_v(float* dv, const TileX* att, const floatX* dout, const Attention* a, int S, int lo, int hi, Cuda* g) {
+    size_t head = (size_t)a->T * a->HS;
+    gemm(true, false, hi, a->HS, hi - lo, 1, att->row(0, lo), att->ld, (size_t)att->rows * att->ld, dout + (size_t)lo * a->HS, a->HS, head, 1, dv, a->HS,
+         head, S * a->NH, g);
+}
+
+// ---- the chunk: all steps for the queries lo <= i < hi of all heads of S sequences
+
+static int halo_pre(const Attention* a) { return a->conv_pre ? a->cq - 1 : 0; }
+static int halo_post(const Attention* a) { return a->conv_post ? a->cq - 1 : 0; }
+static bool mixes_post(const Attention* a) { return a->mix_post || a->diff_mix; }
+static int mix_parts(const Attention* a) { return a->flash && a->mix ? 2 : 1; }  // of a head's output, which head_output adds up, and of dv
+static bool keeps_att(const Attention* a) { return a->conv_post || mixes_post(a); }  // the softmax's result is not yet A
+
+// Scratch of attention, shared by all layers. Tiles in floatS: S C L P R of the maps; in floatX: A, and two that gradients pass through in turns.
+enum { ATTENTION_TILES_X = 3 };
+struct AttentionScratch {
+    floatS* tiles;    // (attention_tiles, tile)
+    floatX* tiles_x;  // (ATTENTION_TILES_X, tile)
+    floatS *q, *k;    // (S,NH,T,HS) where floatX is not floatS
+    float *dk, *dv;   // (S,NH,T,HS)
+    float* parts;     // partial sums of the weight gradients
+    floatX* dz;       // what the fused kernels need: FlashScratch
+    float* dots;
+    unsigned* bounds;
+};
+
+static int attention_tiles(const Attention* a) {
+    if (mixes_16(a)) { return 1 + (a->conv_pre != NULL) + 2 * (a->conv_post != NULL); }
+    return 1 + (a->conv_pre != NULL) + (a->mix_pre != NULL) + keeps_att(a) + (a->conv_post != NULL);
+}
+static size_t attention_tile_size(const Attention* a) {
+    return (size_t)a->S * a->NH * (size_t)(a->chunk + 2 * (halo_pre(a) + halo_post(a))) * (size_t)tile_stride(a->T);
+}
+static size_t attention_parts_size(const Attention* a) {
+    size_t conv = (size_t)a->NH * a->cq * a->ck * (size_t)ceil_div(a->chunk + a->cq, CONV_ROWS);
+    size_t mix = (size_t)a->NH * (size_t)max_int(a->ch_pre, a->ch_post) * (size_t)ceil_div(a->chunk, MIX_ROWS);
+    if (mixes_16(a)) { mix = mix16_parts_size(a); }
+    return (size_t)a->S * (conv > mix ? conv : mix);
+}
+// Queries of a chunk: enough that products are large; 16 heads x 256 x 2048 x 2 bytes, a tile of one sequence, are 17 MB of an L2 cache of 50.
+static int attention_chunk(int T) { return min_int(T, 256); }
+// Sequences at a time: as many as let the tiles fit into a GiB, so that few launches do much (the emulator's builds set less, so that the tests
+// have several batches of sequences); heads are a grid's z, at most 65535.
+#if !defined(ATTENTION_SCRATCH)
+#define ATTENTION_SCRATCH ((size_t)1 << 30)
+#endif
+static int attention_sequences(const Attention* one, int B) {
+    size_t bytes = attention_tile_size(one) * ((size_t)attention_tiles(one) * sizeof(floatS) + ATTENTION_TILES_X * sizeof(floatX));
+    return max_int(1, min_int(min_int(B, 65535 / one->NH), (int)((size_t)ATTENTION_SCRATCH / bytes)));
+}
+
+template <typename T>
+static TileOf<T> tile_make(T* scratch, int which, const Attention* a, int i0) {
+    TileOf<T> t = {scratch + (size_t)which * attention_tile_size(a), i0, a->chunk + 2 * (halo_pre(a) + halo_post(a)), tile_stride(a->T)};
+    return t;
+}
+
+// The maps of the chunk: S scores, C convolved, L mixed, P softmax, R convolved, A mixed. A step that is off shares its input's tile; A, which the
+// products read, is in floatX, and the last step writes it. For the forward pass rows lo-halo_post .. hi-1 of P; with `backward` S, C, L, P have
+// halo_pre rows more below hi.
+struct Maps { Tile S, C, L, P, R; TileX A; };
+
+static Maps attention_maps(const AttentionScratch* scratch, float* stats, const floatS* q, const floatS* k, const Attention* a, int S, int lo, int hi,
+                           bool backward, Cuda* g) {
+    int p = halo_pre(a), r = halo_post(a), end = hi + (backward ? p : 0), nk = min_int(end, a->T), tiles = 0;
+    Maps m;
+    m.A = tile_make(scratch->tiles_x, 0, a, lo - r - p);
+    m.S = m.C = tile_make(scratch->tiles, tiles++, a, lo - r - p);
+    scores_forward(&m.S, q, k, a, S, lo - r - p, end, nk, g);
+    if (a->conv_pre) {
+        m.C = tile_make(scratch->tiles, tiles++, a, lo - r - p);
+        kq_conv_forward(&m.C, &m.S, a->conv_pre, a, S, lo - r, end, nk, g);
+    }
+    if (mixes_16(a)) {
+        m.P = tile_make(scratch->tiles, tiles, a, lo - r - p);
+        m.R = tile_make(scratch->tiles, tiles + 1, a, lo - r - p);
+        mix16_maps(&m, stats, a, S, lo, hi, backward, g);
+        return m;
+    }
+    m.L = m.C;
+    if (a->mix_pre) {
+        m.L = tile_make(scratch->tiles, tiles++, a, lo - r - p);
+        head_mix_forward(&m.L, &m.C, a->mix_pre, false, a->ch_pre, a, S, lo - r, end, nk, g);
+    }
+    if (!keeps_att(a)) {
+        softmax_forward(&m.A, &m.L, stats, backward, a, S, lo, lo, end, nk, g);
+        return m;
+    }
+    m.P = m.R = tile_make(scratch->tiles, tiles++, a, lo - r - p);
+    softmax_forward(&m.P, &m.L, stats, backward, a, S, lo - r, lo, end, nk, g);
+    if (a->conv_post && mixes_post(a)) {
+        m.R = tile_make(scratch->tiles, tiles++, a, lo - r - p);
+        kq_conv_forward(&m.R, &m.P, a->conv_post, a, S, lo, hi, nk, g);
+    } else if (a->conv_post) {
+        kq_conv_forward(&m.A, &m.P, a->conv_post, a, S, lo, hi, nk, g);
+    }
+    if (a->diff_mix) { head_mix_forward(&m.A, &m.R, a->diff_mix, false, 2, a, S, lo, hi, nk, g); }
+    else if (a->mix_post) { head_mix_forward(&m.A, &m.R, a->mix_post, false, a->ch_post, a, S, lo, hi, nk, g); }
+    return m;
+}
+
+// Gradients of the attention's own weights, as sums in double over the chunks of a layer: (NH*cq*ck), (NH*ch)
+struct AttentionSums { double *conv_pre, *conv_post, *mix_pre, *mix_post; };
+
+// dq is set, scratch dk, dv and the sums are added to. q, k, v, dq, dout (S,NH,T,HS), stats (S,NH,T,2); q_s, k_s: scores_input of q and k.
+// Rows of dS come from rows of dC up to halo_pre further down, those from rows of dA up to halo_post further down: all are recomputed here.
+static void attention_chunk_backward(float* dq, const AttentionSums* sums, const floatX* dout, const floatX* q, const floatX* k, const floatX* v,
+                                     const floatS* q_s, const floatS* k_s, float* stats, const Attention* a, int S, int lo, int hi,
+                                     const AttentionScratch* scratch, Cuda* g) {
+    int p = halo_pre(a), r = halo_post(a), end = hi + p, far = hi + p + r, nk = min_int(end, a->T), nk_far = min_int(far, a->T);
+    Maps m = attention_maps(scratch, stats, q_s, k_s, a, S, lo, hi, true, g);
+    TileX d = tile_make(scratch->tiles_x, 1, a, lo), other = tile_make(scratch->tiles_x, 2, a, lo);  // a convolution goes from one to the other
+
+    values_backward_att(&d, dout, v, a, S, lo, far, nk_far, g);                     // O = A v
+    if (mixes_16(a)) {                                                              // from A to C, and A itself
+        mix16_maps_backward(&d, &other, sums, &m, stats, a, S, lo, hi, scratch->parts, g);
+    } else {
+        if (mixes_post(a)) {                                                        // A = mix(R)
+            head_mix_backward_weight(sums->mix_post, &d, &m.R, a->ch_post, a, S, lo, hi, scratch->parts, g);
+            if (a->diff_mix) { head_mix_backward_input(&d, &d, a->diff_mix, 2, a, S, lo, far, nk_far, g); }
+            else { head_mix_backward_input(&d, &d, a->mix_post, a->ch_post, a, S, lo, far, nk_far, g); }
+        }
+        if (a->conv_post) {                                                         // R = conv(P)
+            kq_conv_backward_weight(sums->conv_post, &d, &m.P, a, S, lo, hi, scratch->parts, g);
+            kq_conv_backward_input(&other, &d, a->conv_post, a, S, lo, end, nk, g);
+            std::swap(d, other);
+        }
+        softmax_backward(&d, &d, &m.L, stats, a, S, lo, end, nk, g);                // P = softmax(L)
+        if (a->mix_pre) {                                                           // L = mix(C)
+            head_mix_backward_weight(sums->mix_pre, &d, &m.C, a->ch_pre, a, S, lo, hi, scratch->parts, g);
+            head_mix_backward_input(&d, &d, a->mix_pre, a->ch_pre, a, S, lo, end, nk, g);
+        }
+    }
+    values_backward_v(scratch->dv, &m.A, dout, a, S, lo, hi, g);
+    if (a->conv_pre) {                                                              // C = conv(S)
+        kq_conv_backward_weight(sums->conv_pre, &d, &m.S, a, S, lo, hi, scratch->parts, g);
+        kq_conv_backward_input(&other, &d, a->conv_pre, a, S, lo, hi, hi, g);
+        std::swap(d, other);
+    }
+    scores_backward(dq, scratch->dk, &d, q, k, a, S, lo, hi, g);                    // S = q k^T / sqrt(HS)
+}
+
+// out: with a->flash and mixing two parts of (B,NH,T,HS), B*NH*T*HS apart, that head_output is to mix; else (B,NH,T,HS). q, k, v (B,NH,T,HS), q and k rotated;
+// stats (B,NH,T,2) for the backward pass
+static void attention_forward(floatX* out, float* stats, const floatX* q, const floatX* k, const floatX* v, const Attention* a, const AttentionScratch* scratch,
+                              Cuda* g) {
+    size_t sequence = (size_t)a->NH * a->T * a->HS;
+    if (a->flash) { flash_attention_forward(out, stats, q, k, v, a, g); return; }
+    for (int b = 0; b < a->B; b += a->S) {
+        int S = min_int(a->S, a->B - b);
+        const floatS *q_s = scores_input(scratch->q, q + b * sequence, a, S, g), *k_s = scores_input(scratch->k, k + b * sequence, a, S, g);
+        for (int lo = 0; lo < a->T; lo += a->chunk) {
+            int hi = min_int(lo + a->chunk, a->T);
+            Maps m = attention_maps(scratch, stats + (size_t)b * a->NH * a->T * 2, q_s, k_s, a, S, lo, hi, false, g);
+            values_forward(out + b * sequence, &m.A, v + b * sequence, a, S, lo, hi, g);
+        }
+    }
+}
+
+// dqkv (B,T,NH+2*NKV,HS) is set, gradients of q and k rotated back; the sums are set. dout (B,NH,T,HS); out as attention_forward left it; dq is scratch.
+static void attention_backward(floatX* dqkv, float* dq, const AttentionSums* sums, size_t n_sums, const floatX* dout, const floatX* out, const floatX* q,
+                               const floatX* k, const floatX* v, float* stats, const float* cosine, const float* sine, const Attention* a, int NKV,
+                               const AttentionScratch* scratch, Cuda* g) {
+    size_t sequence = (size_t)a->NH * a->T * a->HS, packed = (size_t)a->T * (a->NH + 2 * NKV) * a->HS;
+    if (n_sums) { cudaCheck(cudaMemsetAsync(sums->conv_pre, 0, n_sums * sizeof(double), g->stream)); }
+    for (int b = 0; b < a->B; b += a->S) {
+        int S = min_int(a->S, a->B - b), q_parts = 1;
+        size_t at = b * sequence;
+        float* own_stats = stats + (size_t)b * a->NH * a->T * 2;
+        if (a->flash) {
+            flash_attention_backward(dq, sums, dout + at, out + at, q + at, k + at, v + at, own_stats, a, S, scratch, g);
+            q_parts = flash_splits(S, a->NH, a->T);
+        } else {
+            const floatS *q_s = scores_input(scratch->q, q + at, a, S, g), *k_s = scores_input(scratch->k, k + at, a, S, g);
+            cudaCheck(cudaMemsetAsync(scratch->dk, 0, S * sequence * sizeof(float), g->stream));
+            cudaCheck(cudaMemsetAsync(scratch->dv, 0, S * sequence * sizeof(float), g->stream));
+            for (int lo = 0; lo < a->T; lo += a->chunk) {
+                attention_chunk_backward(dq, sums, dout + at, q + at, k + at, v + at, q_s, k_s, own_stats, a, S, lo, min_int(lo + a->chunk, a->T), scratch, g);
+            }
+        }
+        rope_backward(dqkv + b * packed, dq, scratch->dk, scratch->dv, cosine, sine, S, a->T, a->NH, NKV, a->HS, q_parts, mix_parts(a), g);
+    }
+}
+
+// dweight (n) += sums (n)
+static __global__ void attention_sums_add_kernel(float* dweight, const double* sums, size_t n) {
+    size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
+    if (i < n) { dweight[i] += (float)sums[i]; }
+}
+static void attention_sums_add(float* dweight, const double* sums, size_t n, Cuda* g) {
+    LAUNCH(attention_sums_add_kernel, ceil_div(n, 128), 128, 0, g->stream, dweight, sums, n);
+    launchCheck(g->stream);
+}
+
+// ---- head_norm and head_gate (MODEL.md eq. 10 and 11), one pass: the heads' outputs become rows of channels
+
+// What the pass needs: wide heads share a norm (2 for diff); norm (wide*HS), gate (HS), bias (1), NULL = off; scale is 1 - lambda_init
+typedef struct {
+    const floatX *norm, *gate, *bias;
+    float scale;
+    int B, T, NH, HS, wide;
+    const float* mix;  // (NH/2,2,2), NULL = off: the heads' outputs come in two parts (fused attention), O_o = sum_n W[o,n] part_n (MODEL.md eq. 8)
+} HeadOutput;
+
+// A warp owns the `wide` heads h of token n of `inp` (B,NH,T,HS): element e of them
+static __device__ inline size_t head_at(const HeadOutput& o, int n, int h, int e) {
+    return (((size_t)(n / o.T) * o.NH + (size_t)(h * o.wide + e / o.HS)) * o.T + n % o.T) * o.HS + e % o.HS;
+}
+
+// W elements there, mixed
+template <int W>
+static __device__ inline Pack<float, W> head_load(const floatX* inp, const HeadOutput& o, int n, int h, int e) {
+    size_t at = head_at(o, n, h, e);
+    Pack<floatX, W> x = load<W>(inp + at);
+    Pack<float, W> y;
+    if (!o.mix) {
+        for (int i = 0; i < W; i++) { y.v[i] = (float)x.v[i]; }
+        return y;
+    }
+    const float* w = o.mix + 2 * (h * o.wide + e / o.HS);
+    Pack<floatX, W> x1 = load<W>(inp + (size_t)o.B * o.NH * o.T * o.HS + at);
+    for (int i = 0; i < W; i++) { y.v[i] = w[0] * (float)x.v[i] + w[1] * (float)x1.v[i]; }
+    return y;
+}
+
+// out (B,T,NH*HS) = gate(norm(inp)), inp (B,NH,T,HS), or two parts of it
+template <int W>
+static __global__ void head_output_forward_kernel(floatX* out, const floatX* inp, HeadOutput o) {
+    int units = o.NH / o.wide, size = o.wide * o.HS, lane = threadIdx.x % WARP_SIZE;
+    size_t row = (size_t)blockIdx.x * ROW_WARPS + threadIdx.x / WARP_SIZE;
+    if (row >= (size_t)o.B * o.T * units) { return; }
+    int n = (int)(row / units), h = (int)(row % units);
+    float r = 1, s = 1;
+    if (o.norm) {
+        float squares = 0;
+        for (int e = lane * W; e < size; e += WARP_SIZE * W) {
+            Pack<float, W> x = head_load<W>(inp, o, n, h, e);
+            for (int i = 0; i < W; i++) { squares += x.v[i] * x.v[i]; }
+        }
+        r = o.scale / sqrtf(warp_sum(squares) / size + 1e-5f);
+    }
+    if (o.gate) {
+        float dot = 0;
+        for (int e = lane * W; e < size; e += WARP_SIZE * W) {
+            Pack<float, W> x = head_load<W>(inp, o, n, h, e);
+            for (int i = 0; i < W; i++) { dot += x.v[i] * r * (o.norm ? (float)o.norm[e + i] : 1.0f) * (float)o.gate[e + i]; }
+        }
+        s = sigmoid(warp_sum(dot) + (float)*o.bias);
+    }
+    for (int e = lane * W; e < size; e += WARP_SIZE * W) {
+        Pack<float, W> x = head_load<W>(inp, o, n, h, e);
+        Pack<floatX, W> y;
+        for (int i = 0; i < W; i++) { y.v[i] = (floatX)(x.v[i] * r * (o.norm ? (float)o.norm[e + i] : 1.0f) * s); }
+        store<W>(out + (size_t)n * o.NH * o.HS + (size_t)h * size + e, y);
+    }
+}
+static void head_output_forward(floatX* out, const floatX* inp, const HeadOutput* o, Cuda* g) {
+    LAUNCH_WIDE(o->HS, head_output_forward_kernel, ceil_div((size_t)o->B * o->T * (o->NH / o->wide), ROW_WARPS), ROW_THREADS, 0, g->stream, out, inp, *o);
+}
+
+// With y = norm(inp), s = sigmoid(y . gate + bias), out = s y: ds = s (1-s) (dout . y), dy = s dout + ds gate, and RMSNorm's backward of dy.
+// head_stats (B*T, NH/wide, 3): 1/rms, s, ds of each row, for the weights' gradients
+template <int W>
+static __global__ void head_output_backward_kernel(floatX* dinp, float* head_stats, const floatX* dout, const floatX* inp, HeadOutput o) {
+    int units = o.NH / o.wide, size = o.wide * o.HS, lane = threadIdx.x % WARP_SIZE;
+    size_t row = (size_t)blockIdx.x * ROW_WARPS + threadIdx.x / WARP_SIZE;
+    if (row >= (size_t)o.B * o.T * units) { return; }
+    int n = (int)(row / units), h = (int)(row % units);
+    const floatX* dy = dout + (size_t)n * o.NH * o.HS + (size_t)h * size;
+    float r = 1, s = 1, ds = 0, mean = 0;
+    if (o.norm) {
+        float squares = 0;
+        for (int e = lane * W; e < size; e += WARP_SIZE * W) {
+            Pack<float, W> x = head_load<W>(inp, o, n, h, e);
+            for (int i = 0; i < W; i++) { squares += x.v[i] * x.v[i]; }
+        }
+        r = 1.0f / sqrtf(warp_sum(squares) / size + 1e-5f);
+    }
+    if (o.gate) {
+        float dot = 0, through = 0;
+        for (int e = lane * W; e < size; e += WARP_SIZE * W) {
+            Pack<float, W> x = head_load<W>(inp, o, n, h, e);
+            Pack<floatX, W> d = load<W>(dy + e);
+            for (int i = 0; i < W; i++) {
+                float y = x.v[i] * (o.norm ? r * o.scale * (float)o.norm[e + i] : 1.0f);
+                dot += y * (float)o.gate[e + i];
+                through += y * (float)d.v[i];
+            }
+        }
+        s = sigmoid(warp_sum(dot) + (float)*o.bias);
+        ds = s * (1 - s) * warp_sum(through);
+    }
+    if (o.norm) {
+        float dot = 0;
+        for (int e = lane * W; e < size; e += WARP_SIZE * W) {
+            Pack<float, W> x = head_load<W>(inp, o, n, h, e);
+            Pack<floatX, W> d = load<W>(dy + e);
+            for (int i = 0; i < W; i++) {
+                float through = s * (float)d.v[i] + (o.gate ? ds * (float)o.gate[e + i] : 0.0f);
+                dot += through * o.scale * (float)o.norm[e + i] * x.v[i] * r;
+            }
+        }
+        mean = warp_sum(dot) / size;
+    }
+    for (int e = lane * W; e < size; e += WARP_SIZE * W) {
+        Pack<float, W> x = head_load<W>(inp, o, n, h, e);
+            Pack<floatX, W> d = load<W>(dy + e);
+        for (int i = 0; i < W; i++) {
+            float through = s * (float)d.v[i] + (o.gate ? ds * (float)o.gate[e + i] : 0.0f);
+            float dx = o.norm ? r * (through * o.scale * (float)o.norm[e + i] - x.v[i] * r * mean) : through;
+            d.v[i] = (floatX)dx;
+        }
+        store<W>(dinp + head_at(o, n, h, e), d);
+    }
+    if (lane == 0) { head_stats[3 * row] = r, head_stats[3 * row + 1] = s, head_stats[3 * row + 2] = ds; }
+}
+// parts (NORM_PARTS, wide*HS + HS + 1): the part's sums of the gradients of norm, gate and bias. A thread owns one element of a head.
+static __global__ void head_output_backward_weight_kernel(float* parts, const floatX* dout, const floatX* inp, const float* head_stats, HeadOutput o) {
+    int units = o.NH / o.wide, size = o.wide * o.HS, e = blockIdx.x * blockDim.x + threadIdx.x, p = blockIdx.y;
+    if (e >= size) { return; }
+    size_t rows = (size_t)o.B * o.T * units, row0 = rows * p / NORM_PARTS, row1 = rows * (p + 1) / NORM_PARTS;
+    float norm = 0, gate = 0, bias = 0;
+    for (size_t row = row0; row < row1; row++) {
+        int n = (int)(row / units), h = (int)(row % units);
+        float r = head_stats[3 * row], s = head_stats[3 * row + 1], ds = head_stats[3 * row + 2];
+        float x = head_load<1>(inp, o, n, h, e).v[0], d = s * (float)dout[(size_t)n * o.NH * o.HS + (size_t)h * size + e];
+        if (o.gate) { d += ds * (float)o.gate[e]; }
+        norm += d * o.scale * x * r;
+        gate += ds * x * (o.norm ? r * o.scale * (float)o.norm[e] : 1.0f);
+        bias += ds;
+    }
+    float* part = parts + (size_t)p * (size + o.HS + 1);
+    part[e] = norm;
+    if (e < o.HS) { part[size + e] = gate; }
+    if (e == 0) { part[size + o.HS] = bias; }
+}
+// dinp (B,NH,T,HS) is set; dnorm, dgate, dbias are added to; head_stats and parts are scratch
+static void head_output_backward(floatX* dinp, float* dnorm, float* dgate, float* dbias, const floatX* dout, const floatX* inp, const HeadOutput* o,
+                                 float* head_stats, float* parts, Cuda* g) {
+    int size = o->wide * o->HS, width = size + o->HS + 1;
+    LAUNCH_WIDE(o->HS, head_output_backward_kernel, ceil_div((size_t)o->B * o->T * (o->NH / o->wide), ROW_WARPS), ROW_THREADS, 0, g->stream, dinp, head_stats, dout,
+                inp, *o);
+    if (!o->norm && !o->gate) { return; }
+    LAUNCH(head_output_backward_weight_kernel, dim3(ceil_div(size, 64), NORM_PARTS), 64, 0, g->stream, parts, dout, inp, head_stats, *o);
+    launchCheck(g->stream);
+    if (o->norm) { parts_add(dnorm, parts, NORM_PARTS, size, width, g); }
+    if (o->gate) {
+        parts_add(dgate, parts + size, NORM_PARTS, o->HS, width, g);
+        parts_add(dbias, parts + size + o->HS, NORM_PARTS, 1, width, g);
+    }
+}
+
+// ---- diff (MODEL.md eq. 12): P_2p - lambda P_2p+1 on both heads' values is a mixing after softmax with W = [[1,-lambda],[1,-lambda]]
+
+typedef struct { const floatX *q1, *k1, *q2, *k2; } Lambda;  // (HS) each
+
+static __device__ inline float lambda_dot(const floatX* a, const floatX* b, int HS) {  // by one warp
+    float sum = 0;
+    for (int i = threadIdx.x; i < HS; i += WARP_SIZE) { sum += (float)a[i] * (float)b[i]; }
+    return warp_sum(sum);
+}
+// mix (NH/2,2,2), lambda = exp(q1 . k1) - exp(q2 . k2) + lambda_init; one warp
+static __global__ void diff_lambda_forward_kernel(float* mix, Lambda w, float lambda_init, int NH, int HS) {
+    float lambda = expf(lambda_dot(w.q1, w.k1, HS)) - expf(lambda_dot(w.q2, w.k2, HS)) + lambda_init;
+    for (int i = threadIdx.x; i < NH * 2; i += WARP_SIZE) { mix[i] = i % 2 ? -lambda : 1.0f; }
+}
+static void diff_lambda_forward(float* mix, const Lambda* w, double lambda_init, int NH, int HS, Cuda* g) {
+    LAUNCH(diff_lambda_forward_kernel, 1, WARP_SIZE, 0, g->stream, mix, *w, (float)lambda_init, NH, HS);
+    launchCheck(g->stream);
+}
+// d* (HS) += from dmix (NH/2,2,2); one warp
+static __global__ void diff_lambda_backward_kernel(float* dq1, float* dk1, float* dq2, float* dk2, const double* dmix, Lambda w, int NH, int HS) {
+    float dlambda = 0;
+    for (int i = threadIdx.x; i < NH; i += WARP_SIZE) { dlambda -= (float)dmix[2 * i + 1]; }
+    dlambda = warp_sum(dlambda);
+    float d1 = dlambda * expf(lambda_dot(w.q1, w.k1, HS)), d2 = -dlambda * expf(lambda_dot(w.q2, w.k2, HS));
+    for (int i = threadIdx.x; i < HS; i += WARP_SIZE) {
+        dq1[i] += d1 * (float)w.k1[i];
+        dk1[i] += d1 * (float)w.q1[i];
+        dq2[i] += d2 * (float)w.k2[i];
+        dk2[i] += d2 * (float)w.q2[i];
+    }
+}
+static void diff_lambda_backward(float* dq1, float* dk1, float* dq2, float* dk2, const double* dmix, const Lambda* w, int NH, int HS, Cuda* g) {
+    LAUNCH(diff_lambda_backward_kernel, 1, WARP_SIZE, 0, g->stream, dq1, dk1, dq2, dk2, dmix, *w, NH, HS);
+    launchCheck(g->stream);
+}
+
+// =================================================================================================================================
+// SwiGLU (MODEL.md eq. 13): out = silu(gate) * up
+
+// out (N,FF), gate_up (N,2*FF): gate in the first half of a row, up in the second. A thread owns W elements.
+template <int W>
+static __global__ void swiglu_forward_kernel(floatX* out, const floatX* gate_up, int N, int FF) {
+    size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * W;
+    if (i >= (size_t)N * FF) { return; }
+    const floatX* row = gate_up + i / FF * 2 * FF + i % FF;
+    Pack<floatX, W> a = load<W>(row), u = load<W>(row + FF);
+    for (int e = 0; e < W; e++) {
+        float x = (float)a.v[e];
+        a.v[e] = (floatX)(x * sigmoid(x) * (float)u.v[e]);
+    }
+    store<W>(out + i, a);
+}
+static void swiglu_forward(floatX* out, const floatX* gate_up, int N, int FF, Cuda* g) {
+    LAUNCH_WIDE(FF, swiglu_forward_kernel, ceil_div((size_t)N * FF, (size_t)256 * (FF % WIDE ? 1 : WIDE)), 256, 0, g->stream, out, gate_up, N, FF);
+}
+
+// dgate = dout up s (1 + gate (1 - s)), dup = dout gate s, s = sigmoid(gate), both into dgate_up; act = the forward result again, for down_proj's
+// gradient. act may be dout.
+template <int W>
+static __global__ void swiglu_backward_kernel(floatX* dgate_up, floatX* act, const floatX* dout, const floatX* gate_up, int N, int FF) {
+    size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * W;
+    if (i >= (size_t)N * FF) { return; }
+    size_t at = i / FF * 2 * FF + i % FF;
+    Pack<floatX, W> a = load<W>(gate_up + at), u = load<W>(gate_up + at + FF), d = load<W>(dout + i), da, du, out;
+    for (int e = 0; e < W; e++) {
+        float x = (float)a.v[e], y = (float)u.v[e], dy = (float)d.v[e], s = sigmoid(x);
+        out.v[e] = (floatX)(x * s * y);
+        du.v[e] = (floatX)(dy * x * s);
+        da.v[e] = (floatX)(dy * y * s * (1.0f + x * (1.0f - s)));
+    }
+    store<W>(act + i, out);
+    store<W>(dgate_up + at, da);
+    store<W>(dgate_up + at + FF, du);
+}
+static void swiglu_backward(floatX* dgate_up, floatX* act, const floatX* dout, const floatX* gate_up, int N, int FF, Cuda* g) {
+    LAUNCH_WIDE(FF, swiglu_backward_kernel, ceil_div((size_t)N * FF, (size_t)256 * (FF % WIDE ? 1 : WIDE)), 256, 0, g->stream, dgate_up, act, dout, gate_up, N,
+                FF);
+}
+
+// =================================================================================================================================
+// Cross-entropy (MODEL.md eq. 14)
+
+// losses (N) = -log softmax(logits)[target], wrong (N) = 1 where another id scores higher; 0 where target < 0 (not counted).
+// With `gradient`, logits (N,V), rows ld apart, become dlogits = (softmax - onehot) * dloss, zero where not counted. A block owns a row:
+// one pass for the running maximum and sum, one that writes. ld is a multiple of WIDE.
+enum { LOSS_THREADS = 512 };
+static __global__ void crossentropy_kernel(float* losses, unsigned char* wrong, floatX* logits, const int* targets, int V, int ld, float dloss, bool gradient) {
+    floatX* x = logits + (size_t)blockIdx.x * ld;
+    int target = targets[blockIdx.x];
+    float own = target >= 0 ? (float)x[target] : 0.0f, max = -INFINITY, sum = 0;
+    if (target >= 0) {  // the same for the whole block
+        for (int v = threadIdx.x * WIDE; v < V; v += blockDim.x * WIDE) {
+            Pack<floatX, WIDE> p = load<WIDE>(x + v);
+            float top = max;
+            for (int e = 0; e < WIDE; e++) { top = fmaxf(top, v + e < V ? (float)p.v[e] : -INFINITY); }
+            if (top > max) { sum *= exponential(max - top), max = top; }  // 0 at first, whatever max: exponential(-inf) is 0
+            for (int e = 0; e < WIDE; e++) { sum += v + e < V ? exponential((float)p.v[e] - max) : 0.0f; }
+        }
+        float top = block_reduce(max, true);
+        sum = block_reduce(sum == 0.0f ? 0.0f : sum * exponential(max - top), false);  // 0: a thread without elements
+        max = top;
+    }
+    if (threadIdx.x == 0) {
+        losses[blockIdx.x] = target >= 0 ? logf(sum) + max - own : 0.0f;
+        wrong[blockIdx.x] = target >= 0 && !(own >= max);
+    }
+    if (!gradient) { return; }
+    float inverse = 1.0f / sum;
+    for (int v = threadIdx.x * WIDE; v < V; v += blockDim.x * WIDE) {
+        Pack<floatX, WIDE> p = load<WIDE>(x + v);
+        for (int e = 0; e < WIDE; e++) {  // beyond V lie rows' ends that no product reads
+            float y = target >= 0 ? exponential((float)p.v[e] - max) * inverse - (v + e == target ? 1.0f : 0.0f) : 0.0f;
+            p.v[e] = (floatX)(y * dloss);
+        }
+        store<WIDE>(x + v, p);
+    }
+}
+static void crossentropy_forward_backward(float* losses, unsigned char* wrong, floatX* logits, const int* targets, int N, int V, int ld, float dloss,
+                                          bool gradient, Cuda* g) {
+    int threads = min_int(LOSS_THREADS, round_up(ceil_div(V, WIDE), WARP_SIZE));
+    LAUNCH(crossentropy_kernel, N, threads, 0, g->stream, losses, wrong, logits, targets, V, ld, dloss, gradient);
+    launchCheck(g->stream);
+}
+
+// =================================================================================================================================
+// Fast paths: tensor cores
 //
+// A warp multiplies tiles of 16-bit elements; ldmatrix feeds it from shared memory, copy_async feeds that (PTX manual: mma.m16n8k16,
+// movmatrix.m8n8, ldmatrix.m8n8.x4, cp.async). dev/cuda_cpu/tensor_cores.h has the same functions for the CPU.
+
+#if defined(CUDA_CPU)
+#include "tensor_cores.h"
+#else
+static __device__ inline unsigned shared_address(const void* p) { return (unsigned)__cvta_generic_to_shared(p); }
+// r[m] = this lane's pair of the m-th 8x8 matrix, whose rows the lanes 8m .. 8m+7 point to
+static __device__ inline void ldmatrix(unsigned* r, const void* row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];" : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(shared_address(row)));
+}
+static __device__ inline void ldmatrix_transposed(unsigned* r, const void* row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(shared_address(row)));
+}
+// c (16,8) += a (16,16) b (16,8), in fp32
+static __device__ inline void mma_bf16(float* c, const unsigned* a, unsigned b0, unsigned b1) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+static __device__ inline void mma_half(float* c, const unsigned* a, unsigned b0, unsigned b1) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+// The transpose of an 8x8 matrix of which lane 4g + t holds row g, columns 2t and 2t+1
+static __device__ inline unsigned transpose8(unsigned pair) {
+    unsigned out;
+    asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(out) : "r"(pair));
+    return out;
+}
+// 16 bytes from global to shared memory, zeros where not valid; there after copy_wait<n>, which leaves at most the n newest commits in flight, and a barrier
+[[maybe_unused]] static __device__ inline void copy_async(void* to, const void* from, bool valid) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" :: "r"(shared_address(to)), "l"(from), "r"(valid ? 16 : 0));
+}
+[[maybe_unused]] static __device__ inline void copy_commit(void) { asm volatile("cp.async.commit_group;"); }
+template <int LEAVE>
+static __device__ inline void copy_wait(void) { asm volatile("cp.async.wait_group %0;" :: "n"(LEAVE)); }
+#endif
+
+// If valid, adds to two neighbours in global memory, 8-byte aligned, without waiting for what is there. The order of such sums is fixed only where one thread alone adds to an
+// address: its own come in the order of its program.
+[[maybe_unused]] static __device__ inline void add_pair(float* to, float x, float y, bool valid) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    asm volatile("{ .reg .pred p; setp.ne.b32 p, %3, 0; @p red.relaxed.gpu.global.add.v2.f32 [%0], {%1,%2}; }" :: "l"(to), "f"(x), "f"(y), "r"((int)valid) : "memory");
+#else
+    if (valid) { atomicAdd(to, x), atomicAdd(to + 1, y); }
+#endif
+}
+
+// Two numbers as the pair that a tensor core's register holds
+static __device__ inline unsigned pack_half(float x, float y) {
+    __half2 h = __floats2half2_rn(x, y);
+    unsigned pair;
+    memcpy(&pair, &h, sizeof pair);
+    return pair;
+}
+static __device__ inline unsigned pack_bf16(float x, float y) {
+    __nv_bfloat162 h = __floats2bfloat162_rn(x, y);
+    unsigned pair;
+    memcpy(&pair, &h, sizeof pair);
+    return pair;
+}
+// The same by type: __half, else bf16
+template <typename T>
+static __device__ inline void mma(float* c, const unsigned* a, unsigned b0, unsigned b1) {
+    if constexpr (std::is_same<T, __half>::value) { mma_half(c, a, b0, b1); }
+    else { mma_bf16(c, a, b0, b1); }
+}
+template <typename T>
+static __device__ inline unsigned pack_pair(float x, float y) {
+    return std::is_same<T, __half>::value ? pack_half(x, y) : pack_bf16(x, y);
+}
+template <typename T>
+static __device__ inline float2 unpack_pair(unsigned pair) {
+    __half2 h;
+    memcpy(&h, &pair, sizeof h);
+    return std::is_same<T, __half>::value ? __half22float2(h) : make_float2(__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u));
+}
+
+// Operands from shared memory, rows PITCH elements apart: 8 more than a multiple of 16, so that the rows of an 8x8 matrix lie in different banks.
+// a: 16 rows (m) x 16 columns (k); a_transposed: 16 rows (k) x 16 columns (m); b: 16 rows (two blocks of 8 n) x 16 columns (k), r[0..1] and r[2..3];
+// b_single: 8 rows (n), r[0..1]; b_transposed: 16 rows (k) x 16 columns (two blocks of 8 n).
+template <int PITCH, typename T>
+static __device__ inline void load_a(unsigned* r, const T* tile) {
+    int lane = threadIdx.x % WARP_SIZE;
+    ldmatrix(r, tile + lane % 16 * PITCH + lane / 16 * 8);
+}
+template <int PITCH, typename T>
+static __device__ inline void load_a_transposed(unsigned* r, const T* tile) {
+    int lane = threadIdx.x % WARP_SIZE;
+    ldmatrix_transposed(r, tile + (lane / 16 * 8 + lane % 8) * PITCH + lane / 8 % 2 * 8);
+}
+template <int PITCH, typename T>
+static __device__ inline void load_b(unsigned* r, const T* tile) {
+    int lane = threadIdx.x % WARP_SIZE;
+    ldmatrix(r, tile + (lane / 16 * 8 + lane % 8) * PITCH + lane / 8 % 2 * 8);
+}
+template <int PITCH, typename T>
+static __device__ inline void load_b_single(unsigned* r, const T* tile) {
+    int lane = threadIdx.x % WARP_SIZE;
+    ldmatrix(r, tile + lane % 8 * PITCH + lane / 8 % 2 * 8);
+}
+template <int PITCH, typename T>
+static __device__ inline void load_b_transposed(unsigned* r, const T* tile) {
+    int lane = threadIdx.x % WARP_SIZE;
+    ldmatrix_transposed(r, tile + lane % 16 * PITCH + lane / 16 * 8);
+}
+
+// =================================================================================================================================
+// Fast paths: the convolution on tensor cores
+
+// kq_conv for kernels within BAND_TAPS x (2 BAND + 1) in the bf16 build. 8 output columns j .. j+7 of a row are, for each tap a, the
+// columns j-8 .. j+15 of its row times a banded (Toeplitz) 24 x 8 matrix, T[c,n] = weight[a, c-8-n+r]: two taps are one step of mma.m16n8k16 for each 8 of
+// the 24 columns, so 9 products a block of 16 x 8; the taps' rows are addresses of ldmatrix, T is 18 constant registers, and what is loaded for 8 input columns
+// serves the three blocks of outputs that reach them. A block owns BAND_ROWS x CONV_COLS outputs, a warp 16 rows.
+enum { BAND = PACK, BAND_TAPS = 6, BAND_ROWS = CONV_THREADS / WARP_SIZE * 16, BAND_BLOCKS = CONV_COLS / 8 };
+enum { BAND_PITCH = CONV_COLS + 2 * BAND + PACK, BAND_OUT_PITCH = CONV_COLS + PACK };  // an odd number of 16 bytes, so that rows lie in different banks
+static bool conv_is_band(const Attention* a) { return !EXACT && a->cq <= BAND_TAPS && (a->ck - 1) / 2 <= BAND; }
+
+// x, which holds the columns j .. j+7, without those right of the diagonal of row i
+template <typename T>
+static __device__ inline Pack<T, PACK> masked(Pack<T, PACK> x, int i, int j) {
+UNROLL
+    for (int e = 0; e < PACK; e++) { x.v[e] = j + e <= i ? x.v[e] : (T)0.0f; }
+    return x;
+}
+// As tile_load, in 2 bytes, converted if To is another type; rows `pitch` apart
+template <typename To, typename From>
+static __device__ inline void tile_load_pairs(To* shared, int pitch, const TileOf<From>& inp, int head, int top, int left, int rows, int cols, int begin,
+                                              int end) {
+    for (int t = threadIdx.x; t < rows * (cols / PACK); t += blockDim.x) {
+        int row = t / (cols / PACK), column = t % (cols / PACK) * PACK, i = top + row, j = left + column;
+        Pack<From, PACK> x = {};
+        if (i >= begin && i < end && j >= 0 && j <= i) { x = masked(load<PACK>(inp.row(head, i) + j), i, j); }
+        Pack<To, PACK> y;
+UNROLL
+        for (int e = 0; e < PACK; e++) {
+            if constexpr (std::is_same<To, From>::value) { y.v[e] = x.v[e]; }
+            else { y.v[e] = (To)(float)x.v[e]; }
+        }
+        store<PACK>(shared + row * pitch + column, y);
+    }
+}
+template <typename Out, typename In>
+static __global__ void __launch_bounds__(CONV_THREADS) kq_conv_band_kernel(TileOf<Out> out, TileOf<In> inp, const floatX* weight, int cq, int ck, int NH, int lo,
+                                                                           int hi, int nk, int begin, int end, bool backward) {
+    DYNAMIC_SHARED(In, s);  // (BAND_ROWS + BAND_TAPS - 1, BAND_PITCH) of inp, then (BAND_ROWS, BAND_OUT_PITCH) of out
+    Out* result = (Out*)(s + (BAND_ROWS + BAND_TAPS - 1) * BAND_PITCH);
+    int head = blockIdx.z, i0 = lo + blockIdx.y * BAND_ROWS, j0 = blockIdx.x * CONV_COLS;
+    int warp = threadIdx.x / WARP_SIZE, lane = threadIdx.x % WARP_SIZE, g = lane / 4, t = lane % 4;
+    if (j0 < i0 + BAND_ROWS) {  // else all of the block lies right of the diagonal
+        tile_load_pairs(s, BAND_PITCH, inp, head, backward ? i0 : i0 - (cq - 1), j0 - BAND, BAND_ROWS + BAND_TAPS - 1, CONV_COLS + 2 * BAND, begin, end);
+        const floatX* own = weight + (size_t)(head % NH) * cq * ck;
+        unsigned T[BAND_TAPS / 2][3][2], x[3][BAND_TAPS / 2][4];  // [taps][8 of 24 columns][first, second tap], [columns][taps]
+UNROLL
+        for (int e = 0; e < BAND_TAPS * 3; e++) {
+            int a = e / 3, b = e % 3 * 8 - 8 + 2 * t - g + (ck - 1) / 2, at = a * ck + b, last = cq * ck - 1;
+            float first = a < cq && b >= 0 && b < ck ? (float)own[backward ? last - at : at] : 0.0f;
+            float second = a < cq && b >= -1 && b < ck - 1 ? (float)own[backward ? last - at - 1 : at + 1] : 0.0f;
+            T[a / 2][e % 3][a % 2] = pack_pair<In>(first, second);
+        }
+        __syncthreads();  // the tile is there
+        const In* rows = s + (warp * 16 + lane / 8 % 2 * 8 + lane % 8 + lane / 16) * BAND_PITCH;  // lanes 16 up: the second tap
+UNROLL
+        for (int block = 0; block < BAND_BLOCKS + 2; block++) {
+UNROLL
+            for (int p = 0; p < BAND_TAPS / 2; p++) { ldmatrix(x[block % 3][p], rows + 2 * p * BAND_PITCH + block * 8); }
+            if (block < 2) { continue; }
+            float c[4] = {};
+UNROLL
+            for (int e = 0; e < 3; e++) {
+UNROLL
+                for (int p = 0; p < BAND_TAPS / 2; p++) { mma<In>(c, x[(block + 1 + e) % 3][p], T[p][e][0], T[p][e][1]); }
+            }
+UNROLL
+            for (int h = 0; h < 2; h++) {
+                unsigned pair = pack_pair<Out>(c[2 * h], c[2 * h + 1]);
+                memcpy(result + (warp * 16 + g + 8 * h) * BAND_OUT_PITCH + (block - 2) * 8 + 2 * t, &pair, sizeof pair);
+            }
+        }
+        __syncwarp(ALL_LANES);  // the warp's rows are complete
+    }
+    for (int e = lane; e < 16 * CONV_COLS / PACK; e += WARP_SIZE) {
+        int row = warp * 16 + e / (CONV_COLS / PACK), column = e % (CONV_COLS / PACK) * PACK, i = i0 + row, j = j0 + column;
+        Pack<Out, PACK> y = {};
+        if (j <= i) { y = masked(load<PACK>(result + row * BAND_OUT_PITCH + column), i, j); }
+        if (i < hi && j < nk) { store<PACK>(out.row(head, i) + j, y); }
+    }
+}
+template <typename Out, typename In>
+static void kq_conv_band(const TileOf<Out>* out, const TileOf<In>* inp, const floatX* weight, const Attention* a, int S, int lo, int hi, int nk, int begin,
+                         int end, bool backward, Cuda* g) {
+    dim3 grid(ceil_div(nk, CONV_COLS), ceil_div(hi - lo, (int)BAND_ROWS), S * a->NH);
+    size_t shared = (BAND_ROWS + BAND_TAPS - 1) * BAND_PITCH * sizeof(In) + BAND_ROWS * BAND_OUT_PITCH * sizeof(Out);
+    auto kernel = kq_conv_band_kernel<Out, In>;
+    allow_shared(kernel, shared);
+    LAUNCH(kernel, grid, CONV_THREADS, shared, g->stream, *out, *inp, weight, a->cq, a->ck, a->NH, lo, hi, nk, begin, end, backward);
+    launchCheck(g->stream);
+}
+
+// kq_conv_backward_weight, a block for BAND_ROWS rows of inp. Where forward multiplies rows by banded matrices, here the matrices' gradients are products over
+// rows: G_a[n,c] = sum over rows k and blocks of 8 keys j of dout[k+(cq-1)-a, j+n] inp[k, j-8+c], two taps a step, of which each diagonal is one weight,
+//   dweight[a,b] = sum_n G_a[n, b-r+n+8].
+// inp is rounded to bf16, which dout needs: the sums are over thousands of terms. A warp has 16 of the rows.
+static __global__ void __launch_bounds__(CONV_THREADS) kq_conv_band_backward_weight_kernel(float* parts, TileX dout, Tile inp, int cq, int ck, int lo, int hi) {
+    DYNAMIC_SHARED(floatX, d);  // (BAND_ROWS + BAND_TAPS - 1, BAND_OUT_PITCH) of dout, then (BAND_ROWS, BAND_PITCH) of inp; in the end G (warps, taps, 8, 24)
+    floatX* s = d + (BAND_ROWS + BAND_TAPS - 1) * BAND_OUT_PITCH;
+    int head = blockIdx.y, top = lo - (cq - 1) + blockIdx.x * BAND_ROWS, last = min_int(top + BAND_ROWS + cq - 1, hi) - 1;
+    int warp = threadIdx.x / WARP_SIZE, lane = threadIdx.x % WARP_SIZE, g = lane / 4, t = lane % 4;
+    float G[BAND_TAPS / 2][3][4] = {};  // [taps][8 of 24 columns]
+    const floatX *rows[BAND_TAPS / 2], *columns = s + (warp * 16 + lane % 16) * BAND_PITCH + lane / 16 * 8;
+UNROLL
+    for (int p = 0; p < BAND_TAPS / 2; p++) {  // lanes 8 up, of each half: the second tap; those of taps beyond cq multiply something, which nobody reads
+        rows[p] = d + (warp * 16 + lane / 16 * 8 + lane % 8 + max_int(0, cq - 1 - 2 * p - lane / 8 % 2)) * BAND_OUT_PITCH;
+    }
+    for (int j0 = 0; j0 <= last; j0 += CONV_COLS) {
+        __syncthreads();  // the tiles before are used up
+        tile_load_pairs(d, BAND_OUT_PITCH, dout, head, top, j0, BAND_ROWS + BAND_TAPS - 1, CONV_COLS, lo, hi);
+        tile_load_pairs(s, BAND_PITCH, inp, head, top, j0 - BAND, BAND_ROWS, CONV_COLS + 2 * BAND, 0, hi);
+        __syncthreads();  // the new ones are there
+        unsigned x[2][4], y[4];  // 4 x 8 columns of inp, two registers each
+        ldmatrix_transposed(x[0], columns);
+UNROLL
+        for (int block = 0; block < BAND_BLOCKS; block++) {
+            if (block % 2 == 0) { ldmatrix_transposed(x[(block / 2 + 1) % 2], columns + (block + 2) * 8); }
+UNROLL
+            for (int p = 0; p < BAND_TAPS / 2; p++) {
+                ldmatrix_transposed(y, rows[p] + block * 8);
+UNROLL
+                for (int e = 0; e < 3; e++) {
+                    const unsigned* b = x[(block + e) / 2 % 2] + (block + e) % 2 * 2;
+                    mma<floatX>(G[p][e], y, b[0], b[1]);
+                }
+            }
+        }
+    }
+    float* sums = (float*)d;
+    __syncthreads();  // the last tiles are used up
+UNROLL
+    for (int e = 0; e < BAND_TAPS / 2 * 3 * 4; e++) {
+        int p = e / 12, part = e / 4 % 3, c = e % 4;
+        sums[((warp * BAND_TAPS + 2 * p + c / 2) * 8 + g) * 24 + part * 8 + 2 * t + c % 2] = G[p][part][c];
+    }
+    __syncthreads();  // all warps have written
+    for (int e = threadIdx.x; e < cq * ck; e += CONV_THREADS) {
+        float sum = 0;
+        for (int w = 0; w < CONV_THREADS / WARP_SIZE; w++) {
+            for (int n = 0; n < 8; n++) { sum += sums[((w * BAND_TAPS + e / ck) * 8 + n) * 24 + e % ck - (ck - 1) / 2 + n + 8]; }
+        }
+        parts[((size_t)head * gridDim.x + blockIdx.x) * cq * ck + e] = sum;
+    }
+}
+static void kq_conv_band_backward_weight(double* dweight, const TileX* dout, const Tile* inp, const Attention* a, int S, int lo, int hi, float* parts, Cuda* g) {
+    int blocks = ceil_div(hi - lo + a->cq - 1, BAND_ROWS);
+    size_t shared = ((BAND_ROWS + BAND_TAPS - 1) * BAND_OUT_PITCH + BAND_ROWS * BAND_PITCH) * sizeof(floatX);
+    auto kernel = kq_conv_band_backward_weight_kernel;
+    allow_shared(kernel, shared);
+    LAUNCH(kernel, dim3(blocks, S * a->NH), CONV_THREADS, shared, g->stream, parts, *dout, *inp, a->cq, a->ck, lo, hi);
+    launchCheck(g->stream);
+    sums_add(dweight, parts, S, a->NH, blocks, a->cq * a->ck, g);
+}
+
+// =================================================================================================================================
+// Fast paths: head_mix, softmax, head_mix of groups of 16 heads in one kernel
+//
+// On tensor cores, in the bf16 build (MODEL.md eq. 5, 6, 8): one read of the logits, one write.
 // Mixing multiplies the column of a key's 16 heads by a 16 x 16 matrix: 8 keys are one mma.m16n8k16 (forward in fp16 like the maps, backward in bf16 like the
 // gradients, both summed in fp32). A warp takes 32 keys of a row at a time: lane l has keys 8 (l%4) .. +7 of the heads l/4 and l/4 + 8, one 16-byte access
 // each, and its keys 2t, 2t+1 go through product t; so a result lies where the input lay, and a pair of keys of one head is also what a product over keys
@@ -1423,177 +2004,42 @@ static void head_mix16_backward(double* dpre, double* dpost, const TileX* dinp, 
     if (POST) { sums_add(dpost, parts_post, S, groups, blocks, 256, g); }
 }
 
-// ---- values: O_i = sum_j att[i,j] v_j
-
-static void values_forward(floatX* out, const TileX* att, const floatX* v, const Attention* a, int S, int lo, int hi, Cuda* g) {
-    size_t head = (size_t)a->T * a->HS;
-    gemm(false, false, hi - lo, a->HS, hi, 1, att->row(0, lo), att->ld, (size_t)att->rows * att->ld, v, a->HS, head, 0, out + (size_t)lo * a->HS, a->HS, head,
-         S * a->NH, g);
-}
-// datt[i,j] = dO_i . v_j, rows lo <= i < hi within the sequence; not masked, its readers are
-static void values_backward_att(const TileX* datt, const floatX* dout, const floatX* v, const Attention* a, int S, int lo, int hi, int nk, Cuda* g) {
-    size_t head = (size_t)a->T * a->HS;
-    hi = min_int(hi, a->T);
-    gemm(false, true, hi - lo, nk, a->HS, 1, dout + (size_t)lo * a->HS, a->HS, head, v, a->HS, head, 0, datt->row(0, lo), datt->ld,
-         (size_t)datt->rows * datt->ld, S * a->NH, g);
-}
-// dv_j += sum_i att[i,j] dO_i, in fp32
-static void values_backward_v(float* dv, const TileX* att, const floatX* dout, const Attention* a, int S, int lo, int hi, Cuda* g) {
-    size_t head = (size_t)a->T * a->HS;
-    gemm(true, false, hi, a->HS, hi - lo, 1, att->row(0, lo), att->ld, (size_t)att->rows * att->ld, dout + (size_t)lo * a->HS, a->HS, head, 1, dv, a->HS,
-         head, S * a->NH, g);
-}
-
-// ---- the chunk: all steps for the queries lo <= i < hi of all heads of S sequences
-
-static int halo_pre(const Attention* a) { return a->conv_pre ? a->cq - 1 : 0; }
-static int halo_post(const Attention* a) { return a->conv_post ? a->cq - 1 : 0; }
-static bool mixes_post(const Attention* a) { return a->mix_post || a->diff_mix; }
 static bool mixes_16(const Attention* a) { return !EXACT && a->mix_pre && a->mix_post && a->ch_pre == 16 && a->ch_post == 16; }
-static bool keeps_att(const Attention* a) { return a->conv_post || mixes_post(a); }  // the softmax's result is not yet A
+// Floats of scratch that one sequence's partial sums take
+static size_t mix16_parts_size(const Attention* a) { return (size_t)a->NH * 16 * 2 * (size_t)ceil_div(a->chunk + halo_pre(a) + halo_post(a), MIX16_ROWS); }
 
-// Scratch of attention, shared by all layers. Tiles in floatS: S C L P R of the maps; in floatX: A, and two that gradients pass through in turns.
-enum { ATTENTION_TILES_X = 3 };
-typedef struct {
-    floatS* tiles;    // (attention_tiles, tile)
-    floatX* tiles_x;  // (ATTENTION_TILES_X, tile)
-    floatS *q, *k;    // (S,NH,T,HS) where floatX is not floatS
-    float *dk, *dv;   // (S,NH,T,HS)
-    float* parts;     // partial sums of the weight gradients
-    floatX* dz;       // what the fused kernels need: FlashScratch
-    float* dots;
-    unsigned* bounds;
-} AttentionScratch;
-
-static int attention_tiles(const Attention* a) {
-    if (mixes_16(a)) { return 1 + (a->conv_pre != NULL) + 2 * (a->conv_post != NULL); }
-    return 1 + (a->conv_pre != NULL) + (a->mix_pre != NULL) + keeps_att(a) + (a->conv_post != NULL);
-}
-static size_t attention_tile_size(const Attention* a) {
-    return (size_t)a->S * a->NH * (size_t)(a->chunk + 2 * (halo_pre(a) + halo_post(a))) * (size_t)tile_stride(a->T);
-}
-static size_t attention_parts_size(const Attention* a) {
-    size_t conv = (size_t)a->NH * a->cq * a->ck * (size_t)ceil_div(a->chunk + a->cq, CONV_ROWS);
-    size_t mix = (size_t)a->NH * (size_t)max_int(a->ch_pre, a->ch_post) * (size_t)ceil_div(a->chunk, MIX_ROWS);
-    if (mixes_16(a)) { mix = (size_t)a->NH * 16 * 2 * (size_t)ceil_div(a->chunk + halo_pre(a) + halo_post(a), MIX16_ROWS); }
-    return (size_t)a->S * (conv > mix ? conv : mix);
-}
-// Queries of a chunk: enough that products are large; 16 heads x 256 x 2048 x 2 bytes, a tile of one sequence, are 17 MB of an L2 cache of 50.
-static int attention_chunk(int T) { return min_int(T, 256); }
-// Sequences at a time: as many as let the tiles fit into a GiB, so that few launches do much (the emulator's builds set less, so that the tests
-// have several batches of sequences); heads are a grid's z, at most 65535.
-#if !defined(ATTENTION_SCRATCH)
-#define ATTENTION_SCRATCH ((size_t)1 << 30)
-#endif
-static int attention_sequences(const Attention* one, int B) {
-    size_t bytes = attention_tile_size(one) * ((size_t)attention_tiles(one) * sizeof(floatS) + ATTENTION_TILES_X * sizeof(floatX));
-    return max_int(1, min_int(min_int(B, 65535 / one->NH), (int)((size_t)ATTENTION_SCRATCH / bytes)));
+// The rest of attention_maps, from C on: A = mix(softmax(mix(C))) in one kernel, or, with a convolution in between, P = softmax(mix(C)), R = conv(P) and
+// A = mix(R). With `backward` A is left to mix16_maps_backward, whose kernels make it as well.
+static void mix16_maps(const Maps* m, float* stats, const Attention* a, int S, int lo, int hi, bool backward, Cuda* g) {
+    int end = hi + (backward ? halo_pre(a) : 0), nk = min_int(end, a->T);
+    if (!a->conv_post) {
+        if (!backward) { head_mix16_forward<true, true>(&m->A, &m->C, stats, false, a, S, lo, lo, end, nk, g); }
+        return;
+    }
+    head_mix16_forward<true, false>(&m->P, &m->C, stats, backward, a, S, lo - halo_post(a), lo, end, nk, g);
+    kq_conv_forward(&m->R, &m->P, a->conv_post, a, S, lo, hi, nk, g);
+    if (!backward) { head_mix16_forward<false, true>(&m->A, &m->R, stats, false, a, S, lo, lo, hi, nk, g); }
 }
 
-template <typename T>
-static TileOf<T> tile_make(T* scratch, int which, const Attention* a, int i0) {
-    TileOf<T> t = {scratch + (size_t)which * attention_tile_size(a), i0, a->chunk + 2 * (halo_pre(a) + halo_post(a)), tile_stride(a->T)};
-    return t;
+// Its reverse: d is dA and becomes dC; `other` is scratch, the two may change places.
+static void mix16_maps_backward(TileX* d, TileX* other, const AttentionSums* sums, const Maps* m, const float* stats, const Attention* a, int S, int lo, int hi,
+                                float* parts, Cuda* g) {
+    int end = hi + halo_pre(a), far = end + halo_post(a), nk = min_int(end, a->T), nk_far = min_int(far, a->T);
+    if (!a->conv_post) {
+        head_mix16_backward<true, true>(sums->mix_pre, sums->mix_post, d, &m->A, d, &m->C, stats, a, S, lo, hi, end, nk, parts, g);
+        return;
+    }
+    head_mix16_backward<false, true>(NULL, sums->mix_post, d, &m->A, d, &m->R, stats, a, S, lo, hi, far, nk_far, parts, g);
+    kq_conv_backward_weight(sums->conv_post, d, &m->P, a, S, lo, hi, parts, g);
+    kq_conv_backward_input(other, d, a->conv_post, a, S, lo, end, nk, g);
+    std::swap(*d, *other);
+    head_mix16_backward<true, false>(sums->mix_pre, NULL, d, &m->A, d, &m->C, stats, a, S, lo, hi, end, nk, parts, g);
 }
 
-// The maps of the chunk: S scores, C convolved, L mixed, P softmax, R convolved, A mixed. A step that is off shares its input's tile; A, which the
-// products read, is in floatX, and the last step writes it. For the forward pass rows lo-halo_post .. hi-1 of P; with `backward` S, C, L, P have
-// halo_pre rows more below hi.
-typedef struct { Tile S, C, L, P, R; TileX A; } Maps;
-
-static Maps attention_maps(const AttentionScratch* scratch, float* stats, const floatS* q, const floatS* k, const Attention* a, int S, int lo, int hi,
-                           bool backward, Cuda* g) {
-    int p = halo_pre(a), r = halo_post(a), end = hi + (backward ? p : 0), nk = min_int(end, a->T), tiles = 0;
-    Maps m;
-    m.A = tile_make(scratch->tiles_x, 0, a, lo - r - p);
-    m.S = m.C = tile_make(scratch->tiles, tiles++, a, lo - r - p);
-    scores_forward(&m.S, q, k, a, S, lo - r - p, end, nk, g);
-    if (a->conv_pre) {
-        m.C = tile_make(scratch->tiles, tiles++, a, lo - r - p);
-        kq_conv_forward(&m.C, &m.S, a->conv_pre, a, S, lo - r, end, nk, g);
-    }
-    if (mixes_16(a) && !a->conv_post) {  // A = mix(softmax(mix(C))) in one kernel; backward that of the gradients makes A as well
-        if (!backward) { head_mix16_forward<true, true>(&m.A, &m.C, stats, false, a, S, lo, lo, end, nk, g); }
-        return m;
-    }
-    if (mixes_16(a)) {  // P = softmax(mix(C)), and A = mix(R) as above
-        m.P = tile_make(scratch->tiles, tiles++, a, lo - r - p);
-        m.R = tile_make(scratch->tiles, tiles++, a, lo - r - p);
-        head_mix16_forward<true, false>(&m.P, &m.C, stats, backward, a, S, lo - r, lo, end, nk, g);
-        kq_conv_forward(&m.R, &m.P, a->conv_post, a, S, lo, hi, nk, g);
-        if (!backward) { head_mix16_forward<false, true>(&m.A, &m.R, stats, false, a, S, lo, lo, hi, nk, g); }
-        return m;
-    }
-    m.L = m.C;
-    if (a->mix_pre) {
-        m.L = tile_make(scratch->tiles, tiles++, a, lo - r - p);
-        head_mix_forward(&m.L, &m.C, a->mix_pre, false, a->ch_pre, a, S, lo - r, end, nk, g);
-    }
-    if (!keeps_att(a)) {
-        softmax_forward(&m.A, &m.L, stats, backward, a, S, lo, lo, end, nk, g);
-        return m;
-    }
-    m.P = m.R = tile_make(scratch->tiles, tiles++, a, lo - r - p);
-    softmax_forward(&m.P, &m.L, stats, backward, a, S, lo - r, lo, end, nk, g);
-    if (a->conv_post && mixes_post(a)) {
-        m.R = tile_make(scratch->tiles, tiles++, a, lo - r - p);
-        kq_conv_forward(&m.R, &m.P, a->conv_post, a, S, lo, hi, nk, g);
-    } else if (a->conv_post) {
-        kq_conv_forward(&m.A, &m.P, a->conv_post, a, S, lo, hi, nk, g);
-    }
-    if (a->diff_mix) { head_mix_forward(&m.A, &m.R, a->diff_mix, false, 2, a, S, lo, hi, nk, g); }
-    else if (a->mix_post) { head_mix_forward(&m.A, &m.R, a->mix_post, false, a->ch_post, a, S, lo, hi, nk, g); }
-    return m;
-}
-
-// Gradients of the attention's own weights, as sums in double over the chunks of a layer: (NH*cq*ck), (NH*ch)
-typedef struct { double *conv_pre, *conv_post, *mix_pre, *mix_post; } AttentionSums;
-
-// dq is set, scratch dk, dv and the sums are added to. q, k, v, dq, dout (S,NH,T,HS), stats (S,NH,T,2); q_s, k_s: scores_input of q and k.
-// Rows of dS come from rows of dC up to halo_pre further down, those from rows of dA up to halo_post further down: all are recomputed here.
-static void attention_chunk_backward(float* dq, const AttentionSums* sums, const floatX* dout, const floatX* q, const floatX* k, const floatX* v,
-                                     const floatS* q_s, const floatS* k_s, float* stats, const Attention* a, int S, int lo, int hi,
-                                     const AttentionScratch* scratch, Cuda* g) {
-    int p = halo_pre(a), r = halo_post(a), end = hi + p, far = hi + p + r, nk = min_int(end, a->T), nk_far = min_int(far, a->T);
-    Maps m = attention_maps(scratch, stats, q_s, k_s, a, S, lo, hi, true, g);
-    TileX d = tile_make(scratch->tiles_x, 1, a, lo), other = tile_make(scratch->tiles_x, 2, a, lo);  // a convolution goes from one to the other
-
-    values_backward_att(&d, dout, v, a, S, lo, far, nk_far, g);                     // O = A v
-    if (mixes_16(a) && !a->conv_post) {                                             // A = mix(P), P = softmax(L), L = mix(C)
-        head_mix16_backward<true, true>(sums->mix_pre, sums->mix_post, &d, &m.A, &d, &m.C, stats, a, S, lo, hi, end, nk, scratch->parts, g);
-    } else if (mixes_16(a)) {                                                       // A = mix(R), R = conv(P), then the rest
-        head_mix16_backward<false, true>(NULL, sums->mix_post, &d, &m.A, &d, &m.R, stats, a, S, lo, hi, far, nk_far, scratch->parts, g);
-        kq_conv_backward_weight(sums->conv_post, &d, &m.P, a, S, lo, hi, scratch->parts, g);
-        kq_conv_backward_input(&other, &d, a->conv_post, a, S, lo, end, nk, g);
-        std::swap(d, other);
-        head_mix16_backward<true, false>(sums->mix_pre, NULL, &d, &m.A, &d, &m.C, stats, a, S, lo, hi, end, nk, scratch->parts, g);
-    } else {
-        if (mixes_post(a)) {                                                        // A = mix(R)
-            head_mix_backward_weight(sums->mix_post, &d, &m.R, a->ch_post, a, S, lo, hi, scratch->parts, g);
-            if (a->diff_mix) { head_mix_backward_input(&d, &d, a->diff_mix, 2, a, S, lo, far, nk_far, g); }
-            else { head_mix_backward_input(&d, &d, a->mix_post, a->ch_post, a, S, lo, far, nk_far, g); }
-        }
-        if (a->conv_post) {                                                         // R = conv(P)
-            kq_conv_backward_weight(sums->conv_post, &d, &m.P, a, S, lo, hi, scratch->parts, g);
-            kq_conv_backward_input(&other, &d, a->conv_post, a, S, lo, end, nk, g);
-            std::swap(d, other);
-        }
-        softmax_backward(&d, &d, &m.L, stats, a, S, lo, end, nk, g);                // P = softmax(L)
-        if (a->mix_pre) {                                                           // L = mix(C)
-            head_mix_backward_weight(sums->mix_pre, &d, &m.C, a->ch_pre, a, S, lo, hi, scratch->parts, g);
-            head_mix_backward_input(&d, &d, a->mix_pre, a->ch_pre, a, S, lo, end, nk, g);
-        }
-    }
-    values_backward_v(scratch->dv, &m.A, dout, a, S, lo, hi, g);
-    if (a->conv_pre) {                                                              // C = conv(S)
-        kq_conv_backward_weight(sums->conv_pre, &d, &m.S, a, S, lo, hi, scratch->parts, g);
-        kq_conv_backward_input(&other, &d, a->conv_pre, a, S, lo, hi, hi, g);
-        std::swap(d, other);
-    }
-    scores_backward(dq, scratch->dk, &d, q, k, a, S, lo, hi, g);                    // S = q k^T / sqrt(HS)
-}
-
-// ---- the same attention fused (MODEL.md, Fused attention): nothing but its result leaves the chip. For bf16 layers whose only operations on scores are a
+// =================================================================================================================================
+// Fast paths: all of attention in one kernel
+//
+// Fused attention (MODEL.md, Fused attention): nothing but its result leaves the chip. For bf16 layers whose only operations on scores are a
 // convolution before softmax and the mixing of pairs of heads after it; all other layers, and the fp32 build, take the chunks above.
 //
 // Mixing after softmax is linear in the values: with Vcat the values of the group's CH heads side by side, Z_n = P_n Vcat and O_o = sum_n W[o,n] Z_n[block o].
@@ -2199,6 +2645,26 @@ static void flash_backward(float* dq, float* dk, float* dv, double* dconv, doubl
     });
     if (f->conv) { sums_add(dconv, s->parts, f->S, f->NH, splits, f->cq * f->ck, g); }
 }
+
+static void flash_attention_forward(floatX* out, float* stats, const floatX* q, const floatX* k, const floatX* v, const Attention* a, Cuda* g) {
+    size_t sequence = (size_t)a->NH * a->T * a->HS;
+    Flash f = {q, k, v, a->conv_pre, a->B, a->T, a->NH, a->HS, a->cq, a->ck, a->B * sequence, 0, (float)(1.0 / sqrt(a->HS))};
+    flash_forward(out, stats, &f, mix_parts(a), g);
+}
+static void flash_attention_backward(float* dq, const AttentionSums* sums, const floatX* dout, const floatX* out, const floatX* q, const floatX* k,
+                                     const floatX* v, const float* stats, const Attention* a, int S, const AttentionScratch* scratch, Cuda* g) {
+    size_t sequence = (size_t)a->NH * a->T * a->HS;
+    Flash f = {q, k, v, a->conv_pre, S, a->T, a->NH, a->HS, a->cq, a->ck, a->B * sequence, S * sequence, (float)(1.0 / sqrt(a->HS))};
+    FlashScratch s = {scratch->dz, scratch->dots, scratch->bounds, scratch->parts};
+    flash_backward(dq, scratch->dk, scratch->dv, sums->conv_pre, sums->mix_post, dout, out, stats, a->mix, &f, mix_parts(a), &s, g);
+}
+#else  // flash_serves says no to every layer
+static int flash_splits(int, int, int) { return 1; }
+static int prepare_blocks(int) { return 0; }
+static size_t flash_shared(int, int, bool) { return 0; }
+static void flash_attention_forward(floatX*, float*, const floatX*, const floatX*, const floatX*, const Attention*, Cuda*) { assert(false); }
+static void flash_attention_backward(float*, const AttentionSums*, const floatX*, const floatX*, const floatX*, const floatX*, const floatX*, const float*,
+                                     const Attention*, int, const AttentionScratch*, Cuda*) { assert(false); }
 #endif
 
 // Do the fused kernels serve layer l? What stands in the config decides, and `chunk`: one that is asked for means the chunks. Only where the device has the shared
@@ -2212,366 +2678,13 @@ static bool flash_serves(const Config* c, int l, int chunk) {
 // little for them (163 KiB of an A100), that of attention_chunk.
 static int attention_chunk_on(const Config* c, int T, size_t shared) {
     size_t needed = 0;
-#if !defined(PRECISION_FP32)
     for (int l = 0; l < c->num_hidden_layers; l++) {
         if (flash_serves(c, l, 0)) {
             needed = std::max(needed, flash_shared(config_head_size(c), c->attention_type == ATTENTION_DIFF ? 2 : c->head_mix_post_softmax, config_conv_pre(c, l)));
         }
     }
-#else
-    (void)c;
-#endif
     return needed > shared ? attention_chunk(T) : 0;
 }
-static int mix_parts(const Attention* a) { return a->flash && a->mix ? 2 : 1; }  // of a head's output, which head_output adds up, and of dv
-
-// out: with a->flash and mixing two parts of (B,NH,T,HS), B*NH*T*HS apart, that head_output is to mix; else (B,NH,T,HS). q, k, v (B,NH,T,HS), q and k rotated;
-// stats (B,NH,T,2) for the backward pass
-static void attention_forward(floatX* out, float* stats, const floatX* q, const floatX* k, const floatX* v, const Attention* a, const AttentionScratch* scratch,
-                              Cuda* g) {
-    size_t sequence = (size_t)a->NH * a->T * a->HS;
-#if !defined(PRECISION_FP32)
-    if (a->flash) {
-        Flash f = {q, k, v, a->conv_pre, a->B, a->T, a->NH, a->HS, a->cq, a->ck, a->B * sequence, 0, (float)(1.0 / sqrt(a->HS))};
-        flash_forward(out, stats, &f, mix_parts(a), g);
-        return;
-    }
-#endif
-    for (int b = 0; b < a->B; b += a->S) {
-        int S = min_int(a->S, a->B - b);
-        const floatS *q_s = scores_input(scratch->q, q + b * sequence, a, S, g), *k_s = scores_input(scratch->k, k + b * sequence, a, S, g);
-        for (int lo = 0; lo < a->T; lo += a->chunk) {
-            int hi = min_int(lo + a->chunk, a->T);
-            Maps m = attention_maps(scratch, stats + (size_t)b * a->NH * a->T * 2, q_s, k_s, a, S, lo, hi, false, g);
-            values_forward(out + b * sequence, &m.A, v + b * sequence, a, S, lo, hi, g);
-        }
-    }
-}
-
-// dqkv (B,T,NH+2*NKV,HS) is set, gradients of q and k rotated back; the sums are set. dout (B,NH,T,HS); out as attention_forward left it; dq is scratch.
-static void attention_backward(floatX* dqkv, float* dq, const AttentionSums* sums, size_t n_sums, const floatX* dout, const floatX* out, const floatX* q,
-                               const floatX* k, const floatX* v, float* stats, const float* cosine, const float* sine, const Attention* a, int NKV,
-                               const AttentionScratch* scratch, Cuda* g) {
-    size_t sequence = (size_t)a->NH * a->T * a->HS, packed = (size_t)a->T * (a->NH + 2 * NKV) * a->HS;
-    if (n_sums) { cudaCheck(cudaMemsetAsync(sums->conv_pre, 0, n_sums * sizeof(double), g->stream)); }
-    for (int b = 0; b < a->B; b += a->S) {
-        int S = min_int(a->S, a->B - b), q_parts = 1, v_parts = mix_parts(a);
-        size_t at = b * sequence;
-        float* own_stats = stats + (size_t)b * a->NH * a->T * 2;
-#if !defined(PRECISION_FP32)
-        if (a->flash) {
-            Flash f = {q + at, k + at, v + at, a->conv_pre, S, a->T, a->NH, a->HS, a->cq, a->ck, a->B * sequence, S * sequence, (float)(1.0 / sqrt(a->HS))};
-            FlashScratch s = {scratch->dz, scratch->dots, scratch->bounds, scratch->parts};
-            flash_backward(dq, scratch->dk, scratch->dv, sums->conv_pre, sums->mix_post, dout + at, out + at, own_stats, a->mix, &f, v_parts, &s, g);
-            q_parts = flash_splits(S, a->NH, a->T);
-        }
-#else
-        (void)out;
-#endif
-        if (!a->flash) {
-            const floatS *q_s = scores_input(scratch->q, q + at, a, S, g), *k_s = scores_input(scratch->k, k + at, a, S, g);
-            cudaCheck(cudaMemsetAsync(scratch->dk, 0, S * sequence * sizeof(float), g->stream));
-            cudaCheck(cudaMemsetAsync(scratch->dv, 0, S * sequence * sizeof(float), g->stream));
-            for (int lo = 0; lo < a->T; lo += a->chunk) {
-                attention_chunk_backward(dq, sums, dout + at, q + at, k + at, v + at, q_s, k_s, own_stats, a, S, lo, min_int(lo + a->chunk, a->T), scratch, g);
-            }
-        }
-        rope_backward(dqkv + b * packed, dq, scratch->dk, scratch->dv, cosine, sine, S, a->T, a->NH, NKV, a->HS, q_parts, v_parts, g);
-    }
-}
-
-// dweight (n) += sums (n)
-static __global__ void attention_sums_add_kernel(float* dweight, const double* sums, size_t n) {
-    size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
-    if (i < n) { dweight[i] += (float)sums[i]; }
-}
-static void attention_sums_add(float* dweight, const double* sums, size_t n, Cuda* g) {
-    LAUNCH(attention_sums_add_kernel, ceil_div(n, 128), 128, 0, g->stream, dweight, sums, n);
-    launchCheck(g->stream);
-}
-
-// ---- head_norm and head_gate (MODEL.md eq. 10 and 11), one pass: the heads' outputs become rows of channels
-
-// What the pass needs: wide heads share a norm (2 for diff); norm (wide*HS), gate (HS), bias (1), NULL = off; scale is 1 - lambda_init
-typedef struct {
-    const floatX *norm, *gate, *bias;
-    float scale;
-    int B, T, NH, HS, wide;
-    const float* mix;  // (NH/2,2,2), NULL = off: the heads' outputs come in two parts (fused attention), O_o = sum_n W[o,n] part_n (MODEL.md eq. 8)
-} HeadOutput;
-
-// A warp owns the `wide` heads h of token n of `inp` (B,NH,T,HS): element e of them
-static __device__ inline size_t head_at(const HeadOutput& o, int n, int h, int e) {
-    return (((size_t)(n / o.T) * o.NH + (size_t)(h * o.wide + e / o.HS)) * o.T + n % o.T) * o.HS + e % o.HS;
-}
-
-// W elements there, mixed
-template <int W>
-static __device__ inline Pack<float, W> head_load(const floatX* inp, const HeadOutput& o, int n, int h, int e) {
-    size_t at = head_at(o, n, h, e);
-    Pack<floatX, W> x = load<W>(inp + at);
-    Pack<float, W> y;
-    if (!o.mix) {
-        for (int i = 0; i < W; i++) { y.v[i] = (float)x.v[i]; }
-        return y;
-    }
-    const float* w = o.mix + 2 * (h * o.wide + e / o.HS);
-    Pack<floatX, W> x1 = load<W>(inp + (size_t)o.B * o.NH * o.T * o.HS + at);
-    for (int i = 0; i < W; i++) { y.v[i] = w[0] * (float)x.v[i] + w[1] * (float)x1.v[i]; }
-    return y;
-}
-
-// out (B,T,NH*HS) = gate(norm(inp)), inp (B,NH,T,HS), or two parts of it
-template <int W>
-static __global__ void head_output_forward_kernel(floatX* out, const floatX* inp, HeadOutput o) {
-    int units = o.NH / o.wide, size = o.wide * o.HS, lane = threadIdx.x % WARP_SIZE;
-    size_t row = (size_t)blockIdx.x * ROW_WARPS + threadIdx.x / WARP_SIZE;
-    if (row >= (size_t)o.B * o.T * units) { return; }
-    int n = (int)(row / units), h = (int)(row % units);
-    float r = 1, s = 1;
-    if (o.norm) {
-        float squares = 0;
-        for (int e = lane * W; e < size; e += WARP_SIZE * W) {
-            Pack<float, W> x = head_load<W>(inp, o, n, h, e);
-            for (int i = 0; i < W; i++) { squares += x.v[i] * x.v[i]; }
-        }
-        r = o.scale / sqrtf(warp_sum(squares) / size + 1e-5f);
-    }
-    if (o.gate) {
-        float dot = 0;
-        for (int e = lane * W; e < size; e += WARP_SIZE * W) {
-            Pack<float, W> x = head_load<W>(inp, o, n, h, e);
-            for (int i = 0; i < W; i++) { dot += x.v[i] * r * (o.norm ? (float)o.norm[e + i] : 1.0f) * (float)o.gate[e + i]; }
-        }
-        s = sigmoid(warp_sum(dot) + (float)*o.bias);
-    }
-    for (int e = lane * W; e < size; e += WARP_SIZE * W) {
-        Pack<float, W> x = head_load<W>(inp, o, n, h, e);
-        Pack<floatX, W> y;
-        for (int i = 0; i < W; i++) { y.v[i] = (floatX)(x.v[i] * r * (o.norm ? (float)o.norm[e + i] : 1.0f) * s); }
-        store<W>(out + (size_t)n * o.NH * o.HS + (size_t)h * size + e, y);
-    }
-}
-static void head_output_forward(floatX* out, const floatX* inp, const HeadOutput* o, Cuda* g) {
-    LAUNCH_WIDE(o->HS, head_output_forward_kernel, ceil_div((size_t)o->B * o->T * (o->NH / o->wide), ROW_WARPS), ROW_THREADS, 0, g->stream, out, inp, *o);
-}
-
-// With y = norm(inp), s = sigmoid(y . gate + bias), out = s y: ds = s (1-s) (dout . y), dy = s dout + ds gate, and RMSNorm's backward of dy.
-// head_stats (B*T, NH/wide, 3): 1/rms, s, ds of each row, for the weights' gradients
-template <int W>
-static __global__ void head_output_backward_kernel(floatX* dinp, float* head_stats, const floatX* dout, const floatX* inp, HeadOutput o) {
-    int units = o.NH / o.wide, size = o.wide * o.HS, lane = threadIdx.x % WARP_SIZE;
-    size_t row = (size_t)blockIdx.x * ROW_WARPS + threadIdx.x / WARP_SIZE;
-    if (row >= (size_t)o.B * o.T * units) { return; }
-    int n = (int)(row / units), h = (int)(row % units);
-    const floatX* dy = dout + (size_t)n * o.NH * o.HS + (size_t)h * size;
-    float r = 1, s = 1, ds = 0, mean = 0;
-    if (o.norm) {
-        float squares = 0;
-        for (int e = lane * W; e < size; e += WARP_SIZE * W) {
-            Pack<float, W> x = head_load<W>(inp, o, n, h, e);
-            for (int i = 0; i < W; i++) { squares += x.v[i] * x.v[i]; }
-        }
-        r = 1.0f / sqrtf(warp_sum(squares) / size + 1e-5f);
-    }
-    if (o.gate) {
-        float dot = 0, through = 0;
-        for (int e = lane * W; e < size; e += WARP_SIZE * W) {
-            Pack<float, W> x = head_load<W>(inp, o, n, h, e);
-            Pack<floatX, W> d = load<W>(dy + e);
-            for (int i = 0; i < W; i++) {
-                float y = x.v[i] * (o.norm ? r * o.scale * (float)o.norm[e + i] : 1.0f);
-                dot += y * (float)o.gate[e + i];
-                through += y * (float)d.v[i];
-            }
-        }
-        s = sigmoid(warp_sum(dot) + (float)*o.bias);
-        ds = s * (1 - s) * warp_sum(through);
-    }
-    if (o.norm) {
-        float dot = 0;
-        for (int e = lane * W; e < size; e += WARP_SIZE * W) {
-            Pack<float, W> x = head_load<W>(inp, o, n, h, e);
-            Pack<floatX, W> d = load<W>(dy + e);
-            for (int i = 0; i < W; i++) {
-                float through = s * (float)d.v[i] + (o.gate ? ds * (float)o.gate[e + i] : 0.0f);
-                dot += through * o.scale * (float)o.norm[e + i] * x.v[i] * r;
-            }
-        }
-        mean = warp_sum(dot) / size;
-    }
-    for (int e = lane * W; e < size; e += WARP_SIZE * W) {
-        Pack<float, W> x = head_load<W>(inp, o, n, h, e);
-            Pack<floatX, W> d = load<W>(dy + e);
-        for (int i = 0; i < W; i++) {
-            float through = s * (float)d.v[i] + (o.gate ? ds * (float)o.gate[e + i] : 0.0f);
-            float dx = o.norm ? r * (through * o.scale * (float)o.norm[e + i] - x.v[i] * r * mean) : through;
-            d.v[i] = (floatX)dx;
-        }
-        store<W>(dinp + head_at(o, n, h, e), d);
-    }
-    if (lane == 0) { head_stats[3 * row] = r, head_stats[3 * row + 1] = s, head_stats[3 * row + 2] = ds; }
-}
-// parts (NORM_PARTS, wide*HS + HS + 1): the part's sums of the gradients of norm, gate and bias. A thread owns one element of a head.
-static __global__ void head_output_backward_weight_kernel(float* parts, const floatX* dout, const floatX* inp, const float* head_stats, HeadOutput o) {
-    int units = o.NH / o.wide, size = o.wide * o.HS, e = blockIdx.x * blockDim.x + threadIdx.x, p = blockIdx.y;
-    if (e >= size) { return; }
-    size_t rows = (size_t)o.B * o.T * units, row0 = rows * p / NORM_PARTS, row1 = rows * (p + 1) / NORM_PARTS;
-    float norm = 0, gate = 0, bias = 0;
-    for (size_t row = row0; row < row1; row++) {
-        int n = (int)(row / units), h = (int)(row % units);
-        float r = head_stats[3 * row], s = head_stats[3 * row + 1], ds = head_stats[3 * row + 2];
-        float x = head_load<1>(inp, o, n, h, e).v[0], d = s * (float)dout[(size_t)n * o.NH * o.HS + (size_t)h * size + e];
-        if (o.gate) { d += ds * (float)o.gate[e]; }
-        norm += d * o.scale * x * r;
-        gate += ds * x * (o.norm ? r * o.scale * (float)o.norm[e] : 1.0f);
-        bias += ds;
-    }
-    float* part = parts + (size_t)p * (size + o.HS + 1);
-    part[e] = norm;
-    if (e < o.HS) { part[size + e] = gate; }
-    if (e == 0) { part[size + o.HS] = bias; }
-}
-// dinp (B,NH,T,HS) is set; dnorm, dgate, dbias are added to; head_stats and parts are scratch
-static void head_output_backward(floatX* dinp, float* dnorm, float* dgate, float* dbias, const floatX* dout, const floatX* inp, const HeadOutput* o,
-                                 float* head_stats, float* parts, Cuda* g) {
-    int size = o->wide * o->HS, width = size + o->HS + 1;
-    LAUNCH_WIDE(o->HS, head_output_backward_kernel, ceil_div((size_t)o->B * o->T * (o->NH / o->wide), ROW_WARPS), ROW_THREADS, 0, g->stream, dinp, head_stats, dout,
-                inp, *o);
-    if (!o->norm && !o->gate) { return; }
-    LAUNCH(head_output_backward_weight_kernel, dim3(ceil_div(size, 64), NORM_PARTS), 64, 0, g->stream, parts, dout, inp, head_stats, *o);
-    launchCheck(g->stream);
-    if (o->norm) { parts_add(dnorm, parts, NORM_PARTS, size, width, g); }
-    if (o->gate) {
-        parts_add(dgate, parts + size, NORM_PARTS, o->HS, width, g);
-        parts_add(dbias, parts + size + o->HS, NORM_PARTS, 1, width, g);
-    }
-}
-
-// ---- diff (MODEL.md eq. 12): P_2p - lambda P_2p+1 on both heads' values is a mixing after softmax with W = [[1,-lambda],[1,-lambda]]
-
-typedef struct { const floatX *q1, *k1, *q2, *k2; } Lambda;  // (HS) each
-
-static __device__ inline float lambda_dot(const floatX* a, const floatX* b, int HS) {  // by one warp
-    float sum = 0;
-    for (int i = threadIdx.x; i < HS; i += WARP_SIZE) { sum += (float)a[i] * (float)b[i]; }
-    return warp_sum(sum);
-}
-// mix (NH/2,2,2), lambda = exp(q1 . k1) - exp(q2 . k2) + lambda_init; one warp
-static __global__ void diff_lambda_forward_kernel(float* mix, Lambda w, float lambda_init, int NH, int HS) {
-    float lambda = expf(lambda_dot(w.q1, w.k1, HS)) - expf(lambda_dot(w.q2, w.k2, HS)) + lambda_init;
-    for (int i = threadIdx.x; i < NH * 2; i += WARP_SIZE) { mix[i] = i % 2 ? -lambda : 1.0f; }
-}
-static void diff_lambda_forward(float* mix, const Lambda* w, double lambda_init, int NH, int HS, Cuda* g) {
-    LAUNCH(diff_lambda_forward_kernel, 1, WARP_SIZE, 0, g->stream, mix, *w, (float)lambda_init, NH, HS);
-    launchCheck(g->stream);
-}
-// d* (HS) += from dmix (NH/2,2,2); one warp
-static __global__ void diff_lambda_backward_kernel(float* dq1, float* dk1, float* dq2, float* dk2, const double* dmix, Lambda w, int NH, int HS) {
-    float dlambda = 0;
-    for (int i = threadIdx.x; i < NH; i += WARP_SIZE) { dlambda -= (float)dmix[2 * i + 1]; }
-    dlambda = warp_sum(dlambda);
-    float d1 = dlambda * expf(lambda_dot(w.q1, w.k1, HS)), d2 = -dlambda * expf(lambda_dot(w.q2, w.k2, HS));
-    for (int i = threadIdx.x; i < HS; i += WARP_SIZE) {
-        dq1[i] += d1 * (float)w.k1[i];
-        dk1[i] += d1 * (float)w.q1[i];
-        dq2[i] += d2 * (float)w.k2[i];
-        dk2[i] += d2 * (float)w.q2[i];
-    }
-}
-static void diff_lambda_backward(float* dq1, float* dk1, float* dq2, float* dk2, const double* dmix, const Lambda* w, int NH, int HS, Cuda* g) {
-    LAUNCH(diff_lambda_backward_kernel, 1, WARP_SIZE, 0, g->stream, dq1, dk1, dq2, dk2, dmix, *w, NH, HS);
-    launchCheck(g->stream);
-}
-
-// =================================================================================================================================
-// SwiGLU (MODEL.md eq. 13): out = silu(gate) * up
-
-// out (N,FF), gate_up (N,2*FF): gate in the first half of a row, up in the second. A thread owns W elements.
-template <int W>
-static __global__ void swiglu_forward_kernel(floatX* out, const floatX* gate_up, int N, int FF) {
-    size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * W;
-    if (i >= (size_t)N * FF) { return; }
-    const floatX* row = gate_up + i / FF * 2 * FF + i % FF;
-    Pack<floatX, W> a = load<W>(row), u = load<W>(row + FF);
-    for (int e = 0; e < W; e++) {
-        float x = (float)a.v[e];
-        a.v[e] = (floatX)(x * sigmoid(x) * (float)u.v[e]);
-    }
-    store<W>(out + i, a);
-}
-static void swiglu_forward(floatX* out, const floatX* gate_up, int N, int FF, Cuda* g) {
-    LAUNCH_WIDE(FF, swiglu_forward_kernel, ceil_div((size_t)N * FF, (size_t)256 * (FF % WIDE ? 1 : WIDE)), 256, 0, g->stream, out, gate_up, N, FF);
-}
-
-// dgate = dout up s (1 + gate (1 - s)), dup = dout gate s, s = sigmoid(gate), both into dgate_up; act = the forward result again, for down_proj's
-// gradient. act may be dout.
-template <int W>
-static __global__ void swiglu_backward_kernel(floatX* dgate_up, floatX* act, const floatX* dout, const floatX* gate_up, int N, int FF) {
-    size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * W;
-    if (i >= (size_t)N * FF) { return; }
-    size_t at = i / FF * 2 * FF + i % FF;
-    Pack<floatX, W> a = load<W>(gate_up + at), u = load<W>(gate_up + at + FF), d = load<W>(dout + i), da, du, out;
-    for (int e = 0; e < W; e++) {
-        float x = (float)a.v[e], y = (float)u.v[e], dy = (float)d.v[e], s = sigmoid(x);
-        out.v[e] = (floatX)(x * s * y);
-        du.v[e] = (floatX)(dy * x * s);
-        da.v[e] = (floatX)(dy * y * s * (1.0f + x * (1.0f - s)));
-    }
-    store<W>(act + i, out);
-    store<W>(dgate_up + at, da);
-    store<W>(dgate_up + at + FF, du);
-}
-static void swiglu_backward(floatX* dgate_up, floatX* act, const floatX* dout, const floatX* gate_up, int N, int FF, Cuda* g) {
-    LAUNCH_WIDE(FF, swiglu_backward_kernel, ceil_div((size_t)N * FF, (size_t)256 * (FF % WIDE ? 1 : WIDE)), 256, 0, g->stream, dgate_up, act, dout, gate_up, N,
-                FF);
-}
-
-// =================================================================================================================================
-// Cross-entropy (MODEL.md eq. 14)
-
-// losses (N) = -log softmax(logits)[target], wrong (N) = 1 where another id scores higher; 0 where target < 0 (not counted).
-// With `gradient`, logits (N,V), rows ld apart, become dlogits = (softmax - onehot) * dloss, zero where not counted. A block owns a row:
-// one pass for the running maximum and sum, one that writes. ld is a multiple of WIDE.
-enum { LOSS_THREADS = 512 };
-static __global__ void crossentropy_kernel(float* losses, unsigned char* wrong, floatX* logits, const int* targets, int V, int ld, float dloss, bool gradient) {
-    floatX* x = logits + (size_t)blockIdx.x * ld;
-    int target = targets[blockIdx.x];
-    float own = target >= 0 ? (float)x[target] : 0.0f, max = -INFINITY, sum = 0;
-    if (target >= 0) {  // the same for the whole block
-        for (int v = threadIdx.x * WIDE; v < V; v += blockDim.x * WIDE) {
-            Pack<floatX, WIDE> p = load<WIDE>(x + v);
-            float top = max;
-            for (int e = 0; e < WIDE; e++) { top = fmaxf(top, v + e < V ? (float)p.v[e] : -INFINITY); }
-            if (top > max) { sum *= exponential(max - top), max = top; }  // 0 at first, whatever max: exponential(-inf) is 0
-            for (int e = 0; e < WIDE; e++) { sum += v + e < V ? exponential((float)p.v[e] - max) : 0.0f; }
-        }
-        float top = block_reduce(max, true);
-        sum = block_reduce(sum == 0.0f ? 0.0f : sum * exponential(max - top), false);  // 0: a thread without elements
-        max = top;
-    }
-    if (threadIdx.x == 0) {
-        losses[blockIdx.x] = target >= 0 ? logf(sum) + max - own : 0.0f;
-        wrong[blockIdx.x] = target >= 0 && !(own >= max);
-    }
-    if (!gradient) { return; }
-    float inverse = 1.0f / sum;
-    for (int v = threadIdx.x * WIDE; v < V; v += blockDim.x * WIDE) {
-        Pack<floatX, WIDE> p = load<WIDE>(x + v);
-        for (int e = 0; e < WIDE; e++) {  // beyond V lie rows' ends that no product reads
-            float y = target >= 0 ? exponential((float)p.v[e] - max) * inverse - (v + e == target ? 1.0f : 0.0f) : 0.0f;
-            p.v[e] = (floatX)(y * dloss);
-        }
-        store<WIDE>(x + v, p);
-    }
-}
-static void crossentropy_forward_backward(float* losses, unsigned char* wrong, floatX* logits, const int* targets, int N, int V, int ld, float dloss,
-                                          bool gradient, Cuda* g) {
-    int threads = min_int(LOSS_THREADS, round_up(ceil_div(V, WIDE), WARP_SIZE));
-    LAUNCH(crossentropy_kernel, N, threads, 0, g->stream, losses, wrong, logits, targets, V, ld, dloss, gradient);
-    launchCheck(g->stream);
-}
-
 // =================================================================================================================================
 // The model: state and memory
 
@@ -2691,11 +2804,7 @@ typedef struct { Attention chunked; bool any_chunked, any_flash; int S; } Attent
 static size_t flash_bytes(const AttentionPlan* p, int S, int parts) {
     const Attention* a = &p->chunked;
     size_t head = (size_t)a->T * a->HS, f = sizeof(float);
-#if defined(PRECISION_FP32)
-    int splits = 1;
-#else
     int splits = flash_splits(S, a->NH, a->T);
-#endif
     return (size_t)S * a->NH * (head * ((splits + 1 + parts) * f + parts * sizeof(floatX)) + a->T * f);
 }
 static AttentionPlan attention_plan(const Config* c, int B, int T, int chunk) {
@@ -2747,14 +2856,12 @@ static size_t carve_scratch(Scratch* s, const Config* c, int B, int T, int chunk
     const Attention& a = plan.chunked;
     size_t tile = plan.any_chunked ? attention_tile_size(&a) : 0, sequence = (size_t)a.S * NH * T * HS, conv, pre, post;
     size_t widest = C > 3 * HS + 1 ? C : 3 * HS + 1, attention_parts = plan.any_chunked ? attention_parts_size(&a) : 0, q_parts = 1, kv_parts = 1;
-#if !defined(PRECISION_FP32)
     if (plan.any_flash) {
         for (int S = 1; S <= a.S; S++) { q_parts = std::max(q_parts, ((size_t)flash_splits(S, (int)NH, T) * S + a.S - 1) / a.S); }  // the last batch may be smaller
         kv_parts = (size_t)att_parts(c, chunk);
         size_t taps = (size_t)c->kq_conv_query_size * c->kq_conv_key_size * q_parts, mix = 2 * (size_t)prepare_blocks(T);
         attention_parts = std::max(attention_parts, (size_t)a.S * NH * std::max(taps, mix));
     }
-#endif
 #define BUFFER(name, bytes) {#name, (void**)&s->name, bytes}
     const Buffer list[] = {
         BUFFER(qkv, N * (NH + 2 * NKV) * HS * x), BUFFER(act, N * FF * x), BUFFER(dgate_up, 2 * N * FF * x), BUFFER(branch, N * C * f), BUFFER(dx, N * C * f), BUFFER(dx_rounded, N * C * x),
@@ -2840,45 +2947,6 @@ static bool shared_check(const Config* c, size_t shared, Error* e) {
     return true;
 }
 
-// Is there a GPU that this build can use? False with one line that says what is missing.
-static bool cuda_open(Cuda* g, Error* e) {
-    int devices = 0, driver = 0, runtime = 0;
-    cudaError_t status = cudaGetDeviceCount(&devices);
-    if (cudaDriverGetVersion(&driver) != cudaSuccess) { driver = 0; }
-    cudaRuntimeGetVersion(&runtime);
-    if (status == cudaErrorInsufficientDriver && driver > 0) {  // 0: there is no driver at all
-        return fail(e, "the NVIDIA driver supports CUDA %d.%d, this build needs %d.%d; update the driver or build with an older toolkit", driver / 1000,
-                    driver % 1000 / 10, runtime / 1000, runtime % 1000 / 10);
-    }
-    if (status != cudaSuccess || devices == 0) {
-        return fail(e, "no usable NVIDIA GPU (%s); train_mta trains on the CPU", status != cudaSuccess ? cudaGetErrorString(status) : "none found");
-    }
-    cudaCheck(cudaSetDevice(0));
-    cudaDeviceProp device;
-    cudaCheck(cudaGetDeviceProperties(&device, 0));
-    if (device.major < 8) { return fail(e, "%s has compute capability %d.%d, wanted 8.0 or more (bf16)", device.name, device.major, device.minor); }
-    cudaFuncAttributes code;
-    status = cudaFuncGetAttributes(&code, parts_add_kernel);
-    if (status == cudaErrorNoKernelImageForDevice || status == cudaErrorInvalidDeviceFunction) {  // either, by the driver's version
-        return fail(e, "this build has no code for %s (compute capability %d.%d); build it with make NVCC_ARCH=sm_%d%d%s", device.name, device.major,
-                    device.minor, device.major, device.minor, device.major == 9 ? "a" : "");
-    }
-    cudaCheck(status);
-    cudaCheck(cudaStreamCreateWithFlags(&g->stream, cudaStreamNonBlocking));
-    blasCheck(cublasCreate(&g->blas));
-    blasCheck(cublasSetStream(g->blas, g->stream));
-    return true;
-}
-static size_t device_shared(void) {  // bytes that a block may have at most
-    int bytes = 0;
-    cudaCheck(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, 0));
-    return (size_t)bytes;
-}
-static void cuda_close(Cuda* g) {
-    if (g->blas) { blasCheck(cublasDestroy(g->blas)); }
-    if (g->stream) { cudaCheck(cudaStreamDestroy(g->stream)); }
-}
-
 static void model_free(Model* m) {
     if (m->forward.graph) { cudaCheck(cudaGraphExecDestroy(m->forward.graph)); }
     if (m->backward.graph) { cudaCheck(cudaGraphExecDestroy(m->backward.graph)); }
@@ -2892,14 +2960,6 @@ static void model_free(Model* m) {
 }
 
 enum { MEMORY_RESERVE_MIB = 512 };  // for the code of kernels and of cuBLAS, graphs and fragmentation
-
-// Allocates on the device; false if it cannot be had.
-template <typename T>
-static bool device_memory(T** p, size_t bytes, const char* what, Error* e) {
-    if (cudaMalloc(p, bytes ? bytes : 1) == cudaSuccess) { return true; }
-    cudaGetLastError();
-    return fail(e, "no %zu MiB of GPU memory for %s", bytes >> 20, what);
-}
 
 // A model for micro-batches of at most B x T; chunk 0: chosen. NULL with a message if there is no GPU or too little memory.
 static Model* model_create(const Config* config, int B, int T, int chunk, Recompute recompute, Error* e) {
