@@ -270,7 +270,7 @@ static void golden_exact(const Trainer* tr, const char* path, bool table) {
 // Relative Frobenius error of every gradient of `tr` against train_mta.c in fp32 on the weights that tr really holds (rounded to bf16).
 // Gate biases and lambda vectors are kept apart: the gradient of each is one scalar (that of lambda, in all four vectors of a layer), a sum of terms
 // of either sign over all tokens and heads. Where a layer's sum happens to vanish only rounding is left of it, so worst_small, by tensor, has no
-// bound: above 0.3 at 9 of 60 seeds, 4.96 at one (dev/SPEED.md). small_together takes the biases of all layers as one tensor and the lambda
+// bound: above 0.3 at 9 of 60 seeds, 4.96 at one (dev/experiments.tsv). small_together takes the biases of all layers as one tensor and the lambda
 // vectors as another, whose scale is the model's, at which the rounding enters: 0.10 at most.
 typedef struct { double all, worst, worst_small, small_together; char name[96]; double loss, want_loss; } Frobenius;
 

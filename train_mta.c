@@ -196,7 +196,7 @@ static void blas_single_thread(void) {
 // The same on all threads: the output is cut into blocks that depend on its size alone, each block one serial product.
 static void gemm(bool ta, bool tb, int M, int N, int K, real alpha, const real* A, size_t lda, const real* B, size_t ldb, real beta, real* out,
                  size_t ldo) {
-    enum { TARGET_M = 512, TARGET_N = 1024 };  // smaller ones pack the operands more often: 256 x 512 cost 8% of a step (dev/SPEED.md)
+    enum { TARGET_M = 512, TARGET_N = 1024 };  // smaller ones pack the operands more often: 256 x 512 cost 8% of a step (dev/experiments.tsv)
     int mb = (M + TARGET_M - 1) / TARGET_M, nb = (N + TARGET_N - 1) / TARGET_N;
     if (mb * nb % 2) { if (M > N) { mb++; } else { nb++; } }  // an odd number of blocks leaves one of two cores waiting
     int bm = round_up((M + mb - 1) / mb, 16), bn = round_up((N + nb - 1) / nb, 32);
@@ -688,7 +688,7 @@ static size_t attention_tile_size(const Attention* a) {
     return (size_t)attention_group(a) * (size_t)(a->chunk + 2 * (halo_pre(a) + halo_post(a))) * (size_t)tile_stride(a->T);
 }
 // Queries of a chunk: few enough that a tile stays near a core's cache, many enough that the small products and the halo rows pay
-// (dev/SPEED.md has the measurement).
+// (dev/experiments.tsv has the measurement).
 static int attention_chunk(int T, int group) {
     int rows = (1 << 18) / (tile_stride(T) * group) / 16 * 16;
     return min_int(T, max_int(64, min_int(128, rows)));

@@ -26,7 +26,7 @@ enum { LINES = 128 };  // bytes of one round of read_stretch: two lines of memor
 
 // Two ways to read memory. Plain: vector loads in order, nothing else, as streaming rates are commonly measured.
 // Prefetched: 2 KiB ahead, the fastest of what was tried (0.5 to 32 KiB ahead, either level of caches, 1 to 16 lines a
-// round, one to eight streams a core; dev/SPEED.md).
+// round, one to eight streams a core; dev/experiments.tsv).
 typedef enum { READ_PLAIN, READ_PREFETCHED } Reading;
 
 // The sum of the 8-byte values of a stretch of memory. bytes: what is left of them behind whole LINES is not read.
