@@ -13,9 +13,8 @@
 // (CacheMark).
 //
 // Many tokens at once (a prompt, a text to score) go through the same code as one: forward() takes a chunk of
-// positions. Matrix products of a few rows are dot products along the stored rows; of many rows, panels of TILE outputs
-// are unpacked to fp32 and multiplied by gemm_tile, which serves scores (keys are cached as such panels) and values (so
-// are they) as well.
+// positions. Products with stored matrices are mta/matrix.h's; its gemm_tile serves scores (keys are cached as panels of
+// TILE) and values (so are they) as well. mta/score.h reads what is to be scored and writes the answers.
 //
 // C dim   NH heads   NKV key/value heads   HS head size   FF feed-forward   V vocabulary   cq, ck size of a convolution
 // T positions so far   n positions of a chunk   R of those one attention block handles   i, p query   j key position
@@ -24,522 +23,17 @@
 #include "mta/config.h"
 #include "mta/safetensors.h"
 #include "mta/checkpoint.h"
+#include "mta/matrix.h"
 #include "mta/random.h"
 #include "mta/options.h"
+#include "mta/score.h"
 #include "mta/tokenizer.h"
 
 #include <omp.h>
-#include <poll.h>
 #include <signal.h>
-#if defined(__AVX512F__) || defined(__F16C__)
-#include <immintrin.h>
-#endif
-
-// ---------------------------------------------------------------------------------------------------------------------
-// Vectors of 16 floats. The compiler makes one AVX-512 register of each, two of AVX2, four of SSE or NEON; only the
-// conversions that it does badly are written with intrinsics, with a plain loop beside them.
-
-enum { LANES = 16 };
-typedef float vf __attribute__((vector_size(64)));
-typedef float vf_any __attribute__((vector_size(64), aligned(4), may_alias));  // the same at any float's address
-typedef int32_t vi __attribute__((vector_size(64)));
-
-// Tile of gemm_tile: MR rows by TILE columns of accumulators that fit the registers (AVX-512 has 32 of 16 floats, AVX2
-// 16 of 8).
-#ifdef __AVX512F__
-enum { MR = 8, TILE_VECTORS = 2 };
-#else
-enum { MR = 6, TILE_VECTORS = 1 };
-#endif
-enum { TILE = TILE_VECTORS * LANES };
-
-static inline vf splat(float x) { return (vf){x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x}; }
-static inline vf load(const float* p) { return *(const vf_any*)p; }
-static inline void store(float* p, vf x) { *(vf_any*)p = x; }
-
-static inline vf load_bf16(const uint16_t* p) {
-#ifdef __AVX512F__
-    return (vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16);
-#else
-    float f[LANES];
-    for (int i = 0; i < LANES; i++) { f[i] = bf16_to_f32(p[i]); }
-    return load(f);
-#endif
-}
-
-static inline vf load_f16(const uint16_t* p) {
-#ifdef __AVX512F__
-    return (vf)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
-#else
-    float f[LANES];
-#ifdef __F16C__
-    _mm256_storeu_ps(f, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)));
-    _mm256_storeu_ps(f + 8, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(p + 8))));
-#else
-    for (int i = 0; i < LANES; i++) { f[i] = f16_to_f32(p[i]); }
-#endif
-    return load(f);
-#endif
-}
-
-static inline float sum_lanes(vf x) {
-#ifdef __AVX512F__
-    return _mm512_reduce_add_ps((__m512)x);
-#else
-    float s = 0;
-    for (int i = 0; i < LANES; i++) { s += x[i]; }
-    return s;
-#endif
-}
-
-// The largest of n values; -infinity of none.
-static float largest_of(const float* x, int n) {
-    float largest = -INFINITY;
-    int whole = n / LANES * LANES;
-    vf most = splat(-INFINITY);
-    for (int i = 0; i < whole; i += LANES) {
-        vf y = load(x + i);
-        most = (vf)(((vi)y & (y > most)) | ((vi)most & ~(y > most)));
-    }
-    for (int i = 0; i < LANES; i++) { largest = most[i] > largest ? most[i] : largest; }
-    for (int i = whole; i < n; i++) { largest = x[i] > largest ? x[i] : largest; }
-    return largest;
-}
-
-// e^x to about 2 units in the last place for -87 <= x <= 88; smaller x give e^-87, which no sum beside a 1 notices.
-static inline vf exp_lanes(vf x) {
-    // 1.5 * 2^23: adding it rounds to an integer
-    const vf low = splat(-87.0f), high = splat(88.0f), magic = splat(12582912.0f);
-    x = (vf)(((vi)x & (x > low)) | ((vi)low & ~(x > low)));
-    x = (vf)(((vi)x & (x < high)) | ((vi)high & ~(x < high)));
-    vf shifted = x * 1.44269504088896341f + magic;
-    vf n = shifted - magic;
-    vf r = x - n * 0.693359375f + n * 2.12194440e-4f;  // ln 2 in two parts
-    vf y = (r * 1.9875691500e-4f + 1.3981999507e-3f) * r + 8.3334519073e-3f;  // the polynomial of Cephes' expf
-    y = (((y * r + 4.1665795894e-2f) * r + 1.6666665459e-1f) * r + 5.0000001201e-1f) * (r * r) + r + 1.0f;
-    return (vf)((vi)y + (((vi)shifted - (vi)magic) << 23));
-}
-
-// ---------------------------------------------------------------------------------------------------------------------
-// Matrices. rows x cols, y = x W^T, stored row by row; int8 by tiles of LANES rows and GROUP columns, padded with zeros.
-// The GROUP values of a row in a tile share a scale. Four of them are one of the 16 integers of a vector, one integer a
-// row: so products need no sums over lanes, and one instruction multiplies 64 weights.
-
-typedef enum { W_F32, W_BF16, W_F16, W_INT8 } WeightKind;
-static const char* const weight_names[] = {"f32", "bf16", "f16", "int8"};
-// from GEMM_ROWS rows on, unpacking panels costs less than it saves (measured)
-enum { GROUP = 64, GEMM_ROWS = 5, K_BLOCK = 384 };
-
-typedef struct {
-    uint8_t q[GROUP / 4][4 * LANES];  // row r, column k: 128 + weight / scale[r] at [k / 4][4 r + k % 4]
-    float scale[LANES];
-} Int8Tile;
-
-typedef struct {
-    WeightKind kind;
-    size_t rows, cols;
-    const void* data;  // of the kind; in the mapping, or in memory of our own; int8: panels of LANES rows, of tiles
-    size_t bytes;      // read by one pass, scales included
-} Matrix;
-
-// Memory is asked for this far ahead of its use, into the second level of caches: it covers the page walks at which the
-// hardware's own prefetch stops, and the first level's few buffers for lines under way stay free (dev/SPEED.md).
-// The compiler must not move it: one beside each load is 4% faster than several in a row.
-enum { AHEAD = 3072 };
-static inline void prefetch(const void* p) {
-    __builtin_prefetch((const char*)p + AHEAD, 0, 2);
-    __asm__ volatile("" ::: "memory");
-}
-
-static inline size_t groups_of(size_t cols) { return (cols + GROUP - 1) / GROUP; }
-static inline size_t panels_of(size_t rows) { return (rows + LANES - 1) / LANES; }
-
-// The tile that holds row and column c.
-static inline const Int8Tile* tile_at(const Matrix* w, size_t row, size_t c) {
-    return (const Int8Tile*)w->data + row / LANES * groups_of(w->cols) + c / GROUP;
-}
-
-// The weights of columns k, without their scales, one row a lane.
-static inline vf tile_column(const Int8Tile* t, size_t k) {
-    vi four = *(const vi*)t->q[k / 4];
-    return __builtin_convertvector(((four >> (int)(8 * (k % 4))) & 255) - 128, vf);
-}
-
-static inline float weight_at(const Matrix* w, size_t row, size_t c) {
-    size_t i = row * w->cols + c;
-    if (w->kind == W_F32) {
-        float f;
-        memcpy(&f, (const char*)w->data + 4 * i, 4);
-        return f;
-    }
-    if (w->kind == W_INT8) {
-        const Int8Tile* t = tile_at(w, row, c);
-        size_t r = row % LANES, k = c % GROUP;
-        return (float)(t->q[k / 4][4 * r + k % 4] - 128) * t->scale[r];
-    }
-    uint16_t h;
-    memcpy(&h, (const char*)w->data + 2 * i, 2);
-    return w->kind == W_BF16 ? bf16_to_f32(h) : f16_to_f32(h);
-}
-
-// 16 weights of a row from column c on; not of int8.
-static inline __attribute__((always_inline)) vf weights_at(const Matrix* w, WeightKind kind, size_t row, size_t c) {
-    size_t i = row * w->cols + c;
-    if (kind == W_F32) { return load((const float*)w->data + i); }
-    if (kind == W_BF16) { return load_bf16((const uint16_t*)w->data + i); }
-    return load_f16((const uint16_t*)w->data + i);
-}
-
-static void matrix_row(const Matrix* w, size_t row, float* out) {
-    for (size_t c = 0; c < w->cols; c++) { out[c] = weight_at(w, row, c); }
-}
-
-// A group of x for int8 weights. Where the processor multiplies and sums bytes, x is held in 15 bits, scale * (128 high
-// + low): two integer dot products then do the work of four conversions to float and four multiplications, which would
-// be slower than memory. They take unsigned by signed bytes, hence the 128 in a tile, which `start` takes out again.
-#if defined(__AVX512VNNI__) && defined(__AVX512BW__)
-typedef struct { int8_t high[GROUP], low[GROUP]; float scale; int32_t start; } SplitGroup;
-#else
-typedef struct { float x[GROUP]; } SplitGroup;
-#endif
-
-static inline void split_group(SplitGroup* g, const float* x) {
-#if defined(__AVX512VNNI__) && defined(__AVX512BW__)
-    const __m512i half = _mm512_set1_epi32(64);
-    __m512 v[4], largest = _mm512_setzero_ps();
-    for (int u = 0; u < 4; u++) {
-        v[u] = _mm512_loadu_ps(x + u * LANES);
-        largest = _mm512_max_ps(largest, _mm512_abs_ps(v[u]));
-    }
-    float most = _mm512_reduce_max_ps(largest), inverse = most > 0 ? 16256.0f / most : 0;
-    if (!isfinite(inverse)) { inverse = 0; }  // all below 1e-34: zeros
-    g->scale = inverse > 0 ? most / 16256.0f : 0;
-    __m512i sum = _mm512_setzero_si512();
-    for (int u = 0; u < 4; u++) {
-        __m512i q = _mm512_cvtps_epi32(_mm512_mul_ps(v[u], _mm512_set1_ps(inverse)));
-        __m512i high = _mm512_srai_epi32(_mm512_add_epi32(q, half), 7);
-        _mm_storeu_si128((__m128i*)(g->high + u * LANES), _mm512_cvtepi32_epi8(high));
-        __m512i low = _mm512_sub_epi32(q, _mm512_slli_epi32(high, 7));
-        _mm_storeu_si128((__m128i*)(g->low + u * LANES), _mm512_cvtepi32_epi8(low));
-        sum = _mm512_add_epi32(sum, q);
-    }
-    g->start = -128 * _mm512_reduce_add_epi32(sum);
-#else
-    memcpy(g->x, x, sizeof g->x);
-#endif
-}
-
-// x (n, cols) -> groups (n, groups_of(cols)), the last one of a row filled up with zeros; malloc'ed.
-static SplitGroup* split_groups(const float* x, size_t ldx, int n, size_t cols) {
-    size_t groups = groups_of(cols);
-    SplitGroup* out = alloc_or_die((size_t)n * groups, sizeof *out, "split activations");
-    for (size_t i = 0; i < (size_t)n * groups; i++) {
-        size_t c = i % groups * GROUP;
-        const float* from = x + i / groups * ldx + c;
-        float last[GROUP] = {0};
-        if (c + GROUP > cols) { memcpy(last, from, (cols - c) * sizeof *last); }
-        split_group(&out[i], c + GROUP > cols ? last : from);
-    }
-    return out;
-}
-
-// Dot products of the LANES rows of one panel, `groups` tiles, with x.
-static vf dot_panel(const Int8Tile* t, size_t groups, const SplitGroup* g) {
-    vf sum = splat(0);
-    for (; groups; groups--, t++, g++) {
-        prefetch(t->scale);
-#if defined(__AVX512VNNI__) && defined(__AVX512BW__)
-        __m512i high[2] = {_mm512_setzero_si512(), _mm512_setzero_si512()};
-        __m512i low[2] = {_mm512_set1_epi32(g->start), _mm512_setzero_si512()};
-#pragma GCC unroll 16
-        for (int k = 0; k < GROUP / 4; k++) {
-            prefetch(t->q[k]);
-            int32_t four[2];
-            memcpy(&four[0], g->high + 4 * k, 4);
-            memcpy(&four[1], g->low + 4 * k, 4);
-            __m512i q = _mm512_load_si512(t->q[k]);
-            high[k % 2] = _mm512_dpbusd_epi32(high[k % 2], q, _mm512_set1_epi32(four[0]));
-            low[k % 2] = _mm512_dpbusd_epi32(low[k % 2], q, _mm512_set1_epi32(four[1]));
-        }
-        vi whole = (((vi)high[0] + (vi)high[1]) << 7) + (vi)low[0] + (vi)low[1];
-        sum += __builtin_convertvector(whole, vf) * (load(t->scale) * g->scale);
-#else
-        vf part = splat(0);
-        for (size_t k = 0; k < GROUP; k++) {
-            if (k % 4 == 0) { prefetch(t->q[k / 4]); }
-            part += tile_column(t, k) * g->x[k];
-        }
-        sum += part * load(t->scale);
-#endif
-    }
-    return sum;
-}
-
-// Dot products of one row of W with n <= GEMM_ROWS - 1 rows of x (stride ldx): the row is read from memory once.
-static inline __attribute__((always_inline)) void dot_rows(const Matrix* matrix, WeightKind kind, size_t row,
-                                                           const float* x, size_t ldx, int n, float* y, size_t ldy) {
-    const Matrix copy = *matrix, *w = &copy;  // stays in registers across prefetch
-    size_t K = w->cols, c = 0;
-    vf acc[GEMM_ROWS - 1][4];
-    for (int m = 0; m < n; m++) {
-        for (int u = 0; u < 4; u++) { acc[m][u] = splat(0); }
-    }
-    for (; c + 4 * LANES <= K; c += 4 * LANES) {
-        for (int u = 0; u < 4; u++) {
-            vf q = weights_at(w, kind, row, c + (size_t)u * LANES);
-            if (kind == W_F32 || u % 2 == 0) {
-                prefetch((const char*)w->data + (row * K + c + (size_t)u * LANES) * (kind == W_F32 ? 4 : 2));
-            }
-            for (int m = 0; m < n; m++) { acc[m][u] += q * load(x + (size_t)m * ldx + c + (size_t)u * LANES); }
-        }
-    }
-    for (; c + LANES <= K; c += LANES) {
-        vf q = weights_at(w, kind, row, c);
-        for (int m = 0; m < n; m++) { acc[m][0] += q * load(x + (size_t)m * ldx + c); }
-    }
-    for (int m = 0; m < n; m++) {
-        float s = sum_lanes((acc[m][0] + acc[m][1]) + (acc[m][2] + acc[m][3]));
-        for (size_t k = c; k < K; k++) { s += weight_at(w, row, k) * x[(size_t)m * ldx + k]; }
-        y[(size_t)m * ldy + row] = s;
-    }
-}
-
-static inline __attribute__((always_inline)) void dot_rows_range(const Matrix* w, WeightKind kind, size_t from,
-                                                                 size_t to, const float* x, size_t ldx, int n, float* y,
-                                                                 size_t ldy) {
-    for (size_t r = from; r < to; r++) {
-        switch (n) {  // a constant n keeps the accumulators in registers
-            case 1: dot_rows(w, kind, r, x, ldx, 1, y, ldy); break;
-            case 2: dot_rows(w, kind, r, x, ldx, 2, y, ldy); break;
-            case 3: dot_rows(w, kind, r, x, ldx, 3, y, ldy); break;
-            default: dot_rows(w, kind, r, x, ldx, 4, y, ldy); break;
-        }
-    }
-}
-
-typedef struct { float* y; const Matrix* w; } Product;  // y (n, w->rows), rows side by side
-
-// Panel p of y (n, rows): rows LANES p ..
-static void dot_panel_rows(Product product, size_t p, const float* x, size_t ldx, const SplitGroup* split, int n) {
-    const Matrix* w = product.w;
-    float* y = product.y;
-    size_t from = p * LANES, to = w->rows - from < LANES ? w->rows : from + LANES, groups = groups_of(w->cols);
-    switch (w->kind) {
-        case W_F32: dot_rows_range(w, W_F32, from, to, x, ldx, n, y, w->rows); break;
-        case W_BF16: dot_rows_range(w, W_BF16, from, to, x, ldx, n, y, w->rows); break;
-        case W_F16: dot_rows_range(w, W_F16, from, to, x, ldx, n, y, w->rows); break;
-        default:
-            for (size_t k = 0; k < (size_t)n; k++) {
-                vf sum = dot_panel(tile_at(w, from, 0), groups, split + k * groups);
-                memcpy(y + k * w->rows + from, &sum, (to - from) * sizeof *y);
-            }
-    }
-}
-
-// y (n, rows) = x (n, cols) W^T of several W that read the same few x. Each thread has a part of all panels, stretches of
-// memory, and once that is done takes panels of the others': on a machine with other work one core is always late. Who
-// computes a row does not change it.
-static void matvecs(const Product* products, int count, const float* x, size_t ldx, int n) {
-    struct { size_t next, end, unused[6]; } part[omp_get_max_threads()];  // a line of memory each
-    size_t threads = (size_t)omp_get_max_threads(), panels = 0;
-    for (int i = 0; i < count; i++) { panels += panels_of(products[i].w->rows); }
-    for (size_t t = 0; t < threads; t++) {
-        part[t].next = panels * t / threads;
-        part[t].end = panels * (t + 1) / threads;
-    }
-    SplitGroup* split = products[0].w->kind == W_INT8 ? split_groups(x, ldx, n, products[0].w->cols) : NULL;
-#pragma omp parallel
-    {
-        size_t me = (size_t)omp_get_thread_num();
-        for (size_t t = me; t < me + threads; t++) {
-            size_t p, end = part[t % threads].end, *next = &part[t % threads].next;
-            while (__atomic_load_n(next, __ATOMIC_RELAXED) < end &&
-                   (p = __atomic_fetch_add(next, 1, __ATOMIC_RELAXED)) < end) {
-                int i = 0;
-                for (; p >= panels_of(products[i].w->rows); i++) { p -= panels_of(products[i].w->rows); }
-                dot_panel_rows(products[i], p, x, ldx, split, n);
-            }
-        }
-    }
-    free(split);
-}
-
-// c (m, TILE) = or += a (m, K) b (K, TILE): a by rows of stride lda, b a panel with stride TILE, fp32 or bf16.
-static inline __attribute__((always_inline)) void gemm_tile_rows(int m, float* c, size_t ldc, const float* a,
-                                                                 size_t lda, const void* b, bool half, size_t K,
-                                                                 bool add) {
-    vf acc[MR][TILE_VECTORS];
-#pragma GCC unroll 8
-    for (int r = 0; r < m; r++) {
-#pragma GCC unroll 2
-        for (int u = 0; u < TILE_VECTORS; u++) { acc[r][u] = add ? load(c + (size_t)r * ldc + u * LANES) : splat(0); }
-    }
-    for (size_t k = 0; k < K; k++) {
-        vf panel[TILE_VECTORS];
-#pragma GCC unroll 2
-        for (int u = 0; u < TILE_VECTORS; u++) {
-            // few rows: straight from memory
-            if (m < MR && (!half || u % 2 == 0)) { prefetch((const char*)b + (k * TILE + u * LANES) * (half ? 2 : 4)); }
-            panel[u] = half ? load_bf16((const uint16_t*)b + k * TILE + u * LANES)
-                            : load((const float*)b + k * TILE + u * LANES);
-        }
-#pragma GCC unroll 8
-        for (int r = 0; r < m; r++) {
-            vf x = splat(a[(size_t)r * lda + k]);
-#pragma GCC unroll 2
-            for (int u = 0; u < TILE_VECTORS; u++) { acc[r][u] += x * panel[u]; }
-        }
-    }
-#pragma GCC unroll 8
-    for (int r = 0; r < m; r++) {
-#pragma GCC unroll 2
-        for (int u = 0; u < TILE_VECTORS; u++) { store(c + (size_t)r * ldc + u * LANES, acc[r][u]); }
-    }
-}
-
-static inline __attribute__((always_inline)) void gemm_tile_any(int m, float* c, size_t ldc, const float* a, size_t lda,
-                                                                const void* b, bool half, size_t K, bool add) {
-    switch (m) {
-        case 1: gemm_tile_rows(1, c, ldc, a, lda, b, half, K, add); break;
-        case 2: gemm_tile_rows(2, c, ldc, a, lda, b, half, K, add); break;
-        case 3: gemm_tile_rows(3, c, ldc, a, lda, b, half, K, add); break;
-        case 4: gemm_tile_rows(4, c, ldc, a, lda, b, half, K, add); break;
-        case 5: gemm_tile_rows(5, c, ldc, a, lda, b, half, K, add); break;
-        case 6: gemm_tile_rows(6, c, ldc, a, lda, b, half, K, add); break;
-#if defined(__AVX512F__)
-        case 7: gemm_tile_rows(7, c, ldc, a, lda, b, half, K, add); break;
-        default: gemm_tile_rows(8, c, ldc, a, lda, b, half, K, add); break;
-#else
-        default: assert(false);
-#endif
-    }
-}
-
-static void gemm_tile(int m, float* c, size_t ldc, const float* a, size_t lda, const float* b, size_t K, bool add) {
-    gemm_tile_any(m, c, ldc, a, lda, b, false, K, add);
-}
-
-static void gemm_tile_bf16(int m, float* c, size_t ldc, const float* a, size_t lda, const uint16_t* b, size_t K,
-                           bool add) {
-    gemm_tile_any(m, c, ldc, a, lda, b, true, K, add);
-}
-
-// 16 x 16 transposed in place: four rounds of interleaving row i with row i + 8.
-static inline void transpose16(vf* a) {
-    vf b[16];
-    for (int round = 0; round < 4; round++) {
-        for (int i = 0; i < 8; i++) {
-            b[2 * i] = __builtin_shufflevector(a[i], a[i + 8], 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
-            b[2 * i + 1] =
-                __builtin_shufflevector(a[i], a[i + 8], 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
-        }
-        for (int i = 0; i < 16; i++) { a[i] = b[i]; }
-    }
-}
-
-// Unpacks W[r0 .. r0+TILE)[k0 .. k0+K) to a panel (K, TILE) in fp32; rows beyond the last are zeros.
-static inline __attribute__((always_inline)) void unpack_panel(const Matrix* w, WeightKind kind, size_t r0, size_t k0,
-                                                               size_t K, float* panel) {
-    for (size_t r = 0; r < TILE; r += LANES) {
-        size_t k = 0, there = w->rows > r0 + r ? w->rows - r0 - r : 0;
-        for (; kind == W_INT8 && there && k < K; k++) {  // columns of tiles are vectors of a panel
-            const Int8Tile* t = tile_at(w, r0 + r, k0 + k);
-            store(panel + k * TILE + r, tile_column(t, (k0 + k) % GROUP) * load(t->scale));
-        }
-        for (; there >= LANES && k + LANES <= K; k += LANES) {
-            vf block[LANES];
-            for (size_t i = 0; i < LANES; i++) { block[i] = weights_at(w, kind, r0 + r + i, k0 + k); }
-            transpose16(block);
-            for (size_t i = 0; i < LANES; i++) { store(panel + (k + i) * TILE + r, block[i]); }
-        }
-        for (; k < K; k++) {
-            for (size_t i = 0; i < LANES; i++) {
-                panel[k * TILE + r + i] = i < there ? weight_at(w, r0 + r + i, k0 + k) : 0;
-            }
-        }
-    }
-}
-
-// y (n, rows) = x (n, cols) W^T for many x: threads own panels of TILE rows of W, unpacked K_BLOCK columns at a time.
-static void matmul_panels(const Matrix* w, const float* x, size_t ldx, int n, float* y, size_t ldy) {
-#pragma omp parallel
-    {
-        float panel[K_BLOCK * TILE] __attribute__((aligned(64)));
-        float edge[MR * TILE] __attribute__((aligned(64)));  // the last panel may be wider than what is left of y
-#pragma omp for schedule(dynamic, 1)
-        for (size_t r0 = 0; r0 < w->rows; r0 += TILE) {
-            size_t width = w->rows - r0 < TILE ? w->rows - r0 : TILE;
-            for (size_t k0 = 0; k0 < w->cols; k0 += K_BLOCK) {
-                size_t K = w->cols - k0 < K_BLOCK ? w->cols - k0 : K_BLOCK;
-                switch (w->kind) {
-                    case W_F32: unpack_panel(w, W_F32, r0, k0, K, panel); break;
-                    case W_BF16: unpack_panel(w, W_BF16, r0, k0, K, panel); break;
-                    case W_F16: unpack_panel(w, W_F16, r0, k0, K, panel); break;
-                    default: unpack_panel(w, W_INT8, r0, k0, K, panel); break;
-                }
-                for (int m = 0; m < n; m += MR) {
-                    int rows = n - m < MR ? n - m : MR;
-                    const float* a = x + (size_t)m * ldx + k0;
-                    float* c = y + (size_t)m * ldy + r0;
-                    if (width == TILE) {
-                        gemm_tile(rows, c, ldy, a, ldx, panel, K, k0 > 0);
-                        continue;
-                    }
-                    gemm_tile(rows, edge, TILE, a, ldx, panel, K, false);
-                    for (int r = 0; r < rows; r++) {
-                        for (size_t i = 0; i < width; i++) {
-                            c[(size_t)r * ldy + i] = edge[r * TILE + (int)i] + (k0 > 0 ? c[(size_t)r * ldy + i] : 0);
-                        }
-                    }
-                }
-            }
-        }
-    }
-}
-
-static void matmuls(const Product* products, int count, const float* x, size_t ldx, int n) {
-    if (n < GEMM_ROWS) {
-        matvecs(products, count, x, ldx, n);
-        return;
-    }
-    for (int i = 0; i < count; i++) { matmul_panels(products[i].w, x, ldx, n, products[i].y, products[i].w->rows); }
-}
-
-static void matmul(float* y, const float* x, size_t ldx, int n, const Matrix* w) {
-    matmuls(&(Product){y, w}, 1, x, ldx, n);
-}
 
 // ---------------------------------------------------------------------------------------------------------------------
 // The model: mapped files, matrices as stored or converted, small tensors in fp32
-
-// Zeroed memory on large pages where the system has them, taken only as it is touched; kept until the program ends.
-static void* big_alloc(size_t bytes, const char* what) {
-    size_t size = (bytes + ((size_t)2 << 20) - 1) & ~(((size_t)2 << 20) - 1);
-    void* p = size >= bytes ? mmap(NULL, size + ((size_t)2 << 20), PROT_READ | PROT_WRITE,
-                                   MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0)
-                            : MAP_FAILED;
-    if (p == MAP_FAILED) { die("out of memory: %s needs %.1f MiB", what, (double)bytes / 1048576); }
-    p = (void*)(((uintptr_t)p + ((size_t)2 << 20) - 1) & ~(uintptr_t)(((size_t)2 << 20) - 1));
-    madvise(p, size, MADV_HUGEPAGE);
-    return p;
-}
-
-// Matrices share large pages: each on pages of its own would waste a megabyte, and a scale array nearly two.
-typedef struct { char* at; size_t left; } Pool;
-
-static void* pool_alloc(Pool* p, size_t bytes, const char* what) {
-    const size_t block = (size_t)64 << 20;
-    bytes = (bytes + 63) / 64 * 64;
-    if (bytes > block / 2) { return big_alloc(bytes, what); }
-    if (bytes > p->left) {
-        p->at = big_alloc(block, what);
-        p->left = block;
-    }
-    void* out = p->at;
-    p->at += bytes;
-    p->left -= bytes;
-    return out;
-}
 
 typedef struct {
     Matrix q, k, v, o, gate, up, down;
@@ -559,122 +53,10 @@ typedef struct {
     const float* norm;
     Layer* layers;
     SafeTensors files;
-    float* small;          // all small tensors
+    float* small;            // all small tensors
     size_t bytes_per_token;  // of weights, read for one token
-    size_t own_bytes;      // memory beside the mapping
-    size_t mapped_bytes;
-    Pool pool;             // of converted and copied matrices
-    bool large_pages;      // matrices are copied to memory on large pages: a third more bytes a second than a mapping
+    MatrixMemory memory;     // of the matrices; own_bytes counts the small tensors too
 } Model;
-
-// Refuses NaN and infinity, which have all exponent bits set, among the values first .. first+n of a tensor.
-static bool tensor_finite(const StTensor* t, size_t first, size_t n, Error* e) {
-    size_t bad = SIZE_MAX;
-    const uint8_t* p = (const uint8_t*)t->data;
-    if (t->dtype == DT_F32) {
-#pragma omp parallel for reduction(min : bad)
-        for (size_t i = first; i < first + n; i++) {
-            uint32_t x;
-            memcpy(&x, p + 4 * i, 4);
-            if ((x & 0x7F800000u) == 0x7F800000u && i < bad) { bad = i; }
-        }
-    } else if (t->dtype == DT_BF16 || t->dtype == DT_F16) {
-        const uint16_t mask = t->dtype == DT_BF16 ? 0x7F80 : 0x7C00;
-#pragma omp parallel for reduction(min : bad)
-        for (size_t i = first; i < first + n; i++) {
-            uint16_t x;
-            memcpy(&x, p + 2 * i, 2);
-            if ((x & mask) == mask && i < bad) { bad = i; }
-        }
-    } else {
-        return fail(e, "%s: tensor %s: dtype %s, wanted F32, BF16 or F16", t->file, t->name, dtype_name(t->dtype));
-    }
-    return bad == SIZE_MAX || fail(e, "%s: tensor %s: value %zu is not finite", t->file, t->name, bad);
-}
-
-// What was converted is not needed in the mapping any more: the pages of the values before `end` go back to the file.
-static void tensor_release(const StTensor* t, size_t end) {
-    uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE), from = ((uintptr_t)t->data + page - 1) / page * page;
-    uintptr_t to = ((uintptr_t)t->data + end * dtype_size(t->dtype)) / page * page;
-    if (to > from) { madvise((void*)from, to - from, MADV_DONTNEED); }
-}
-
-static inline float stored_value(const StTensor* t, size_t i) {
-    uint16_t h;
-    if (t->dtype == DT_F32) {
-        float f;
-        memcpy(&f, (const char*)t->data + 4 * i, 4);
-        return f;
-    }
-    memcpy(&h, (const char*)t->data + 2 * i, 2);
-    return t->dtype == DT_BF16 ? bf16_to_f32(h) : f16_to_f32(h);
-}
-
-// Row `row` of the tensor into its lane of the tiles of w.
-static void quantize_row(const StTensor* t, const Matrix* w, size_t row) {
-    size_t r = row % LANES;
-    for (size_t c = 0; c < w->cols; c += GROUP) {
-        Int8Tile* tile = (Int8Tile*)(uintptr_t)tile_at(w, row, c);
-        size_t n = w->cols - c < GROUP ? w->cols - c : GROUP;
-        float x[GROUP] = {0}, largest = 0;
-        for (size_t k = 0; k < n; k++) {
-            x[k] = stored_value(t, row * w->cols + c + k);
-            largest = fmaxf(largest, fabsf(x[k]));
-        }
-        float s = largest / 127.0f, inverse = s > 0 ? 1.0f / s : 0;
-        if (!isfinite(inverse)) { s = inverse = 0; }  // all below 1e-36
-        for (size_t k = 0; k < GROUP; k++) { tile->q[k / 4][4 * r + k % 4] = (uint8_t)(128 + lrintf(x[k] * inverse)); }
-        tile->scale[r] = s;
-    }
-}
-
-// Rows [r0, r1) of the tensor in the form of w, into w's own memory.
-static void convert_rows(const StTensor* t, const Matrix* w, WeightKind stored, size_t r0, size_t r1) {
-    char* own = (char*)(uintptr_t)w->data;
-#pragma omp parallel for
-    for (size_t r = r0; r < r1; r++) {
-        size_t first = r * w->cols;
-        if (w->kind == W_INT8) {
-            quantize_row(t, w, r);
-        } else if (w->kind == stored) {
-            size_t width = dtype_size(t->dtype);
-            memcpy(own + first * width, (const char*)t->data + first * width, w->cols * width);
-        } else if (w->kind == W_F32) {
-            for (size_t i = first; i < first + w->cols; i++) { ((float*)own)[i] = stored_value(t, i); }
-        } else {
-            for (size_t i = first; i < first + w->cols; i++) { ((uint16_t*)own)[i] = f32_to_bf16(stored_value(t, i)); }
-        }
-    }
-}
-
-// The tensor, checked, as a matrix: where it lies if it is stored in the wanted form (want < 0: any) and a mapping will
-// do; else converted into own memory, a slice at a time, so that the mapping adds little to it.
-static Matrix matrix_from(Model* m, const StTensor* t, int want) {
-    Matrix w = {0};
-    Error e = {{0}};
-    WeightKind stored = t->dtype == DT_F32 ? W_F32 : t->dtype == DT_BF16 ? W_BF16 : W_F16;
-    w.rows = t->shape[0];
-    w.cols = t->shape[1];
-    w.kind = want < 0 ? stored : (WeightKind)want;
-    size_t n = t->numel, width = w.kind == W_F32 ? 4 : 2;
-    w.bytes = w.kind == W_INT8 ? panels_of(w.rows) * groups_of(w.cols) * sizeof(Int8Tile) : n * width;
-    if (w.kind == stored && !m->large_pages && (uintptr_t)t->data % width == 0) {
-        if (!tensor_finite(t, 0, n, &e)) { die("%s", e.text); }
-        w.data = t->data;
-        m->mapped_bytes += t->bytes;
-        return w;
-    }
-    w.data = pool_alloc(&m->pool, w.bytes, t->name);
-    m->own_bytes += w.bytes;
-    size_t slice = ((size_t)4 << 20) / w.cols + 1;  // rows
-    for (size_t r = 0; r < w.rows; r += slice) {
-        size_t end = r + slice < w.rows ? r + slice : w.rows;
-        if (!tensor_finite(t, r * w.cols, (end - r) * w.cols, &e)) { die("%s", e.text); }
-        convert_rows(t, &w, stored, r, end);
-        tensor_release(t, end * w.cols);
-    }
-    return w;
-}
 
 static float* small_from(Model* m, const StTensor* t, size_t* at) {  // NULL where the model has none
     if (!t) { return NULL; }
@@ -692,13 +74,13 @@ static void layer_build(Model* m, const TensorList* list, const StTensor* const*
         int i = tensor_at(list, l, (TensorKind)k);
         t[k] = i < 0 ? NULL : found[i];
     }
-    y->q = matrix_from(m, t[TENSOR_Q], want);
-    y->k = matrix_from(m, t[TENSOR_K], want);
-    y->v = matrix_from(m, t[TENSOR_V], want);
-    y->o = matrix_from(m, t[TENSOR_O], want);
-    y->gate = matrix_from(m, t[TENSOR_GATE_PROJ], want);
-    y->up = matrix_from(m, t[TENSOR_UP_PROJ], want);
-    y->down = matrix_from(m, t[TENSOR_DOWN_PROJ], want);
+    y->q = matrix_from(&m->memory, t[TENSOR_Q], want);
+    y->k = matrix_from(&m->memory, t[TENSOR_K], want);
+    y->v = matrix_from(&m->memory, t[TENSOR_V], want);
+    y->o = matrix_from(&m->memory, t[TENSOR_O], want);
+    y->gate = matrix_from(&m->memory, t[TENSOR_GATE_PROJ], want);
+    y->up = matrix_from(&m->memory, t[TENSOR_UP_PROJ], want);
+    y->down = matrix_from(&m->memory, t[TENSOR_DOWN_PROJ], want);
     y->input_norm = small_from(m, t[TENSOR_INPUT_NORM], at);
     y->post_norm = small_from(m, t[TENSOR_POST_NORM], at);
     y->conv_pre = small_from(m, t[TENSOR_KQ_CONV], at);
@@ -723,17 +105,6 @@ static void layer_build(Model* m, const TensorList* list, const StTensor* const*
         y->q.bytes + y->k.bytes + y->v.bytes + y->o.bytes + y->gate.bytes + y->up.bytes + y->down.bytes;
 }
 
-static size_t memory_available(void) {  // bytes, as the kernel estimates them; 0: unknown
-    char line[256];
-    size_t kib = 0;
-    FILE* f = fopen("/proc/meminfo", "r");
-    while (f && fgets(line, sizeof line, f)) {
-        if (!strncmp(line, "MemAvailable:", 13)) { kib = strtoul(line + 13, NULL, 10); }
-    }
-    if (f) { fclose(f); }
-    return kib * 1024;
-}
-
 // Reads DIR/config.json and its tensors; any mistake in them is the end of the program. want: a WeightKind, or -1 as
 // stored. threads: 0 for all cores, but none for less than half a million weights: it would cost more at the barriers
 // than it brings. large_pages: copy also what could be used where it is mapped, if there is memory for that.
@@ -750,7 +121,7 @@ static void model_open(Model* m, const char* dir, int want, int threads, bool la
     m->C = c->hidden_size; m->NH = c->num_attention_heads; m->NKV = c->num_key_value_heads; m->HS = config_head_size(c);
     size_t stored = 0;
     for (int i = 0; i < m->files.n_files; i++) { stored += m->files.maps[i].size; }
-    m->large_pages = large_pages && stored < memory_available() / 4 * 3;
+    m->memory.copy = large_pages && stored < memory_available() / 4 * 3;
     m->FF = c->intermediate_size; m->V = c->vocab_size; m->cq = c->kq_conv_query_size; m->ck = c->kq_conv_key_size;
     TensorList list;
     tensor_list(&list, c);
@@ -764,11 +135,11 @@ static void model_open(Model* m, const char* dir, int want, int threads, bool la
         if (found[i]->ndim != 2) { small += (found[i]->numel + 63) / 64 * 64; }
     }
     m->small = alloc_or_die(small, sizeof(float), "norms and kernels");
-    m->own_bytes += small * sizeof(float);
+    m->memory.own_bytes += small * sizeof(float);
     m->layers = alloc_or_die((size_t)c->num_hidden_layers, sizeof(Layer), "layers");
-    m->embed = matrix_from(m, found[tensor_at(&list, 0, TENSOR_EMBED)], want);
+    m->embed = matrix_from(&m->memory, found[tensor_at(&list, 0, TENSOR_EMBED)], want);
     int head = tensor_at(&list, 0, TENSOR_LM_HEAD);
-    m->head = head < 0 ? m->embed : matrix_from(m, found[head], want);
+    m->head = head < 0 ? m->embed : matrix_from(&m->memory, found[head], want);
     m->bytes_per_token = m->head.bytes;
     for (int l = 0; l < c->num_hidden_layers; l++) { layer_build(m, &list, found, l, want, &at); }
     m->norm = small_from(m, found[tensor_at(&list, 0, TENSOR_NORM)], &at);
@@ -798,44 +169,44 @@ typedef struct {
 
 static size_t round_up(size_t n, size_t to) { return (n + to - 1) / to * to; }
 
-static void cache_open(Cache* s, const Model* m, int capacity, bool half) {
+static void cache_open(Cache* cache, const Model* m, int capacity, bool half) {
     size_t L = (size_t)m->c.num_hidden_layers, cap = round_up((size_t)capacity, TILE), width = half ? 2 : 4;
-    memset(s, 0, sizeof *s);
-    s->capacity = capacity;
-    s->half = half;
-    s->k_layer = (size_t)m->NKV * cap * (size_t)m->HS;
-    s->v_layer = (size_t)m->NKV * cap * round_up((size_t)m->HS, TILE);
-    s->p_stride = round_up(cap + 2 * PAD, LANES);
+    memset(cache, 0, sizeof *cache);
+    cache->capacity = capacity;
+    cache->half = half;
+    cache->k_layer = (size_t)m->NKV * cap * (size_t)m->HS;
+    cache->v_layer = (size_t)m->NKV * cap * round_up((size_t)m->HS, TILE);
+    cache->p_stride = round_up(cap + 2 * PAD, LANES);
     bool pre = false, post = false;
     for (size_t l = 0; l < L; l++) {
         pre = pre || m->layers[l].conv_pre;
         post = post || m->layers[l].conv_post;
     }
     size_t q = pre ? L * (size_t)(m->cq - 1) * (size_t)(m->NH * m->HS) : 0,
-           p = post ? L * (size_t)m->NH * (size_t)(m->cq - 1) * s->p_stride : 0;
-    s->k = big_alloc(L * s->k_layer * width, "the cache of keys");
-    s->v = big_alloc(L * s->v_layer * width, "the cache of values");
-    s->last_q = pre ? big_alloc((q + 1) * 4, "the cache of queries") : NULL;
-    s->last_p = post ? big_alloc((p + 1) * 4, "the cache of probabilities") : NULL;
+           p = post ? L * (size_t)m->NH * (size_t)(m->cq - 1) * cache->p_stride : 0;
+    cache->k = big_alloc(L * cache->k_layer * width, "the cache of keys");
+    cache->v = big_alloc(L * cache->v_layer * width, "the cache of values");
+    cache->last_q = pre ? big_alloc((q + 1) * 4, "the cache of queries") : NULL;
+    cache->last_p = post ? big_alloc((p + 1) * 4, "the cache of probabilities") : NULL;
     for (size_t l = 0; l < L; l++) {  // what is counted is what will be touched
-        s->bytes += (s->k_layer + s->v_layer) * width + (m->layers[l].conv_pre ? q / L * 4 : 0) +
+        cache->bytes += (cache->k_layer + cache->v_layer) * width + (m->layers[l].conv_pre ? q / L * 4 : 0) +
                     (m->layers[l].conv_post ? p / L * 4 : 0);
     }
 }
 
-static float* cache_q(const Cache* s, const Model* m, int l) {
-    return s->last_q + (size_t)l * (size_t)(m->cq - 1) * (size_t)(m->NH * m->HS);
+static float* cache_q(const Cache* cache, const Model* m, int l) {
+    return cache->last_q + (size_t)l * (size_t)(m->cq - 1) * (size_t)(m->NH * m->HS);
 }
 
-static float* cache_p(const Cache* s, const Model* m, int l, int h, int p) {  // row of position p
-    return s->last_p +
-           (((size_t)l * (size_t)m->NH + (size_t)h) * (size_t)(m->cq - 1) + (size_t)(p % (m->cq - 1))) * s->p_stride;
+static float* cache_p(const Cache* cache, const Model* m, int l, int h, int p) {  // row of position p
+    return cache->last_p + (((size_t)l * (size_t)m->NH + (size_t)h) * (size_t)(m->cq - 1) + (size_t)(p % (m->cq - 1))) *
+                               cache->p_stride;
 }
 
-static void cache_clear(Cache* s, const Model* m) {
-    s->T = 0;
-    if (s->last_q) {
-        memset(s->last_q, 0, (size_t)m->c.num_hidden_layers * (size_t)(m->cq - 1) * (size_t)(m->NH * m->HS) * 4);
+static void cache_clear(Cache* cache, const Model* m) {
+    cache->T = 0;
+    if (cache->last_q) {
+        memset(cache->last_q, 0, (size_t)m->c.num_hidden_layers * (size_t)(m->cq - 1) * (size_t)(m->NH * m->HS) * 4);
     }
 }
 
@@ -850,19 +221,19 @@ static void mark_free(CacheMark* k) {
 }
 
 // copies out, or back in; returns floats of rows
-static size_t mark_walk(Cache* s, const Model* m, CacheMark* k, bool back) {
+static size_t mark_walk(Cache* cache, const Model* m, CacheMark* k, bool back) {
     size_t q_layer = (size_t)(m->cq - 1) * (size_t)(m->NH * m->HS), at = 0;
-    size_t row = (size_t)k->T + 3 * PAD < s->p_stride ? (size_t)k->T + 3 * PAD : s->p_stride;
+    size_t row = (size_t)k->T + 3 * PAD < cache->p_stride ? (size_t)k->T + 3 * PAD : cache->p_stride;
     for (int l = 0; l < m->c.num_hidden_layers; l++) {
         const Layer* y = &m->layers[l];
         if (y->conv_pre && k->q) {
-            memcpy(back ? cache_q(s, m, l) : k->q + (size_t)l * q_layer,
-                   back ? k->q + (size_t)l * q_layer : cache_q(s, m, l), q_layer * 4);
+            memcpy(back ? cache_q(cache, m, l) : k->q + (size_t)l * q_layer,
+                   back ? k->q + (size_t)l * q_layer : cache_q(cache, m, l), q_layer * 4);
         }
         for (int h = 0; y->conv_post && h < m->NH; h++) {
             for (int p = k->T - (m->cq - 1); p < k->T; p++, at += row) {
                 if (p < 0 || !k->p) { continue; }
-                float* there = cache_p(s, m, l, h, p);
+                float* there = cache_p(cache, m, l, h, p);
                 memcpy(back ? there : k->p + at, back ? k->p + at : there, row * 4);
             }
         }
@@ -870,21 +241,21 @@ static size_t mark_walk(Cache* s, const Model* m, CacheMark* k, bool back) {
     return at;
 }
 
-static void mark_set(CacheMark* k, Cache* s, const Model* m) {
+static void mark_set(CacheMark* k, Cache* cache, const Model* m) {
     mark_free(k);
-    k->T = s->T;
-    size_t rows = mark_walk(s, m, k, false);  // counts
-    if (s->last_q) {
+    k->T = cache->T;
+    size_t rows = mark_walk(cache, m, k, false);  // counts
+    if (cache->last_q) {
         k->q = alloc_or_die((size_t)m->c.num_hidden_layers * (size_t)(m->cq - 1), (size_t)(m->NH * m->HS) * 4,
                             "a mark in the cache");
     }
     if (rows) { k->p = alloc_or_die(rows, 4, "a mark in the cache"); }
-    mark_walk(s, m, k, false);
+    mark_walk(cache, m, k, false);
 }
 
-static void mark_return(CacheMark* k, Cache* s, const Model* m) {
-    mark_walk(s, m, k, true);
-    s->T = k->T;
+static void mark_return(CacheMark* k, Cache* cache, const Model* m) {
+    mark_walk(cache, m, k, true);
+    cache->T = k->T;
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -994,24 +365,24 @@ static void rope_angles(float* out, const Config* c, int position) {
     }
 }
 
-static inline void cache_store(const Cache* s, char* base, size_t at, float value) {
-    if (s->half) { ((uint16_t*)base)[at] = f32_to_bf16(value); } else { ((float*)base)[at] = value; }
+static inline void cache_store(const Cache* cache, char* base, size_t at, float value) {
+    if (cache->half) { ((uint16_t*)base)[at] = f32_to_bf16(value); } else { ((float*)base)[at] = value; }
 }
 
 // Puts n rotated keys and values (n, NKV HS) into the cache from position T on. A key goes to a line of memory a value:
 // so many writes that are waited for are worth all threads, even of one position.
-static void cache_put(Cache* s, const Model* m, int l, const float* k, const float* v, int n) {
-    size_t HS = (size_t)m->HS, NKV = (size_t)m->NKV, cap = round_up((size_t)s->capacity, TILE),
-           HSP = round_up(HS, TILE), width = s->half ? 2 : 4;
-    char *keys = s->k + (size_t)l * s->k_layer * width, *values = s->v + (size_t)l * s->v_layer * width;
+static void cache_put(Cache* cache, const Model* m, int l, const float* k, const float* v, int n) {
+    size_t HS = (size_t)m->HS, NKV = (size_t)m->NKV, cap = round_up((size_t)cache->capacity, TILE),
+           HSP = round_up(HS, TILE), width = cache->half ? 2 : 4;
+    char *keys = cache->k + (size_t)l * cache->k_layer * width, *values = cache->v + (size_t)l * cache->v_layer * width;
 #pragma omp parallel for collapse(2) if ((size_t)n * NKV * HS >= 1024)
     for (int i = 0; i < n; i++) {
         for (size_t h = 0; h < NKV; h++) {
-            size_t j = (size_t)(s->T + i), row = ((size_t)i * NKV + h) * HS;
+            size_t j = (size_t)(cache->T + i), row = ((size_t)i * NKV + h) * HS;
             size_t key = h * cap * HS + j / TILE * HS * TILE + j % TILE;
-            for (size_t t = 0; t < HS; t++) { cache_store(s, keys, key + t * TILE, k[row + t]); }
+            for (size_t t = 0; t < HS; t++) { cache_store(cache, keys, key + t * TILE, k[row + t]); }
             for (size_t t = 0; t < HS; t++) {
-                cache_store(s, values, h * cap * HSP + (t / TILE * cap + j) * TILE + t % TILE, v[row + t]);
+                cache_store(cache, values, h * cap * HSP + (t / TILE * cap + j) * TILE + t % TILE, v[row + t]);
             }
         }
     }
@@ -1021,7 +392,7 @@ static void cache_put(Cache* s, const Model* m, int l, const float* k, const flo
 // those.
 typedef struct {
     const Model* m;
-    Cache* s;
+    Cache* cache;
     Work* w;
     int l, p0, R, extra, T;  // T = p0 + R keys
     bool keeps;              // the cache will go on from here: its last rows of probabilities are kept
@@ -1039,18 +410,18 @@ static inline float* block_row(const Block* b, float* base, int h, int r) {
 // the row ends.
 static void scores_tile(const Block* b, int h, int tile) {
     const Model* m = b->m;
-    size_t HS = (size_t)m->HS, D = (size_t)m->NH * HS, width = b->s->half ? 2 : 4,
-           cap = round_up((size_t)b->s->capacity, TILE);
+    size_t HS = (size_t)m->HS, D = (size_t)m->NH * HS, width = b->cache->half ? 2 : 4,
+           cap = round_up((size_t)b->cache->capacity, TILE);
     int kvh = h / (m->NH / m->NKV), j0 = tile * TILE, rows = b->extra + b->R;
     bool last = j0 + TILE >= b->T;
     const char* k =
-        b->s->k + ((size_t)b->l * b->s->k_layer + (size_t)kvh * cap * HS + (size_t)tile * HS * TILE) * width;
+        b->cache->k + ((size_t)b->l * b->cache->k_layer + (size_t)kvh * cap * HS + (size_t)tile * HS * TILE) * width;
     for (int r = 0; r < rows; r += MR) {
         int mr = rows - r < MR ? rows - r : MR;
         float* c = block_row(b, b->in, h, r - b->extra) + PAD + j0;
         const float* q = b->q + (size_t)r * D + (size_t)h * HS;
         bool some = b->p0 - b->extra + r + mr - 1 >= j0;
-        if (some && b->s->half) {
+        if (some && b->cache->half) {
             gemm_tile_bf16(mr, c, b->stride, q, D, (const uint16_t*)k, HS, false);
         } else if (some) {
             gemm_tile(mr, c, b->stride, q, D, (const float*)k, HS, false);
@@ -1100,7 +471,7 @@ static void conv_post_row(const Block* b, int h, int r) {
         int there = r - (cq - 1) + a;
         const float* row = there >= 0          ? block_row(b, b->in, h, there)
                            : b->p0 + there < 0 ? b->w->zero_row
-                                               : cache_p(b->s, b->m, b->l, h, b->p0 + there);
+                                               : cache_p(b->cache, b->m, b->l, h, b->p0 + there);
         rows[a] = row + PAD;
     }
     float* out = block_row(b, b->out, h, r) + PAD;
@@ -1114,9 +485,9 @@ static void keep_probabilities(const Block* b, int h) {
     int keep = b->m->cq - 1 < b->R ? b->m->cq - 1 : b->R;
     for (int r = b->R - keep; r < b->R; r++) {
         size_t n = (size_t)(PAD + b->p0 + r + 1);
-        float* to = cache_p(b->s, b->m, b->l, h, b->p0 + r);
+        float* to = cache_p(b->cache, b->m, b->l, h, b->p0 + r);
         memcpy(to, block_row(b, b->in, h, r), n * 4);
-        memset(to + n, 0, (b->s->p_stride - n < 2 * PAD ? b->s->p_stride - n : 2 * PAD) * 4);
+        memset(to + n, 0, (b->cache->p_stride - n < 2 * PAD ? b->cache->p_stride - n : 2 * PAD) * 4);
     }
 }
 
@@ -1158,16 +529,16 @@ static void softmax_row(float* row, int p, int T) {
 // O (rows, HS) of head h: up to MR rows of the block from r on, one panel of TILE values.
 static void values_tile(const Block* b, int h, int r, int panel) {
     const Model* m = b->m;
-    size_t HSP = round_up((size_t)m->HS, TILE), cap = round_up((size_t)b->s->capacity, TILE),
-           width = b->s->half ? 2 : 4;
+    size_t HSP = round_up((size_t)m->HS, TILE), cap = round_up((size_t)b->cache->capacity, TILE),
+           width = b->cache->half ? 2 : 4;
     int kvh = h / (m->NH / m->NKV), mr = b->R - r < MR ? b->R - r : MR,
         from = m->c.attention_type == ATTENTION_DIFF ? h & ~1 : h;
     size_t keys = (size_t)(b->p0 + r + mr);
     const char* v =
-        b->s->v + ((size_t)b->l * b->s->v_layer + (size_t)kvh * cap * HSP + (size_t)panel * cap * TILE) * width;
+        b->cache->v + ((size_t)b->l * b->cache->v_layer + (size_t)kvh * cap * HSP + (size_t)panel * cap * TILE) * width;
     float* o = b->w->heads + ((size_t)h * (size_t)b->w->R + (size_t)r) * HSP + (size_t)panel * TILE;
     const float* p = block_row(b, b->in, from, r) + PAD;
-    if (b->s->half) {
+    if (b->cache->half) {
         gemm_tile_bf16(mr, o, HSP, p, b->stride, (const uint16_t*)v, keys, false);
     } else {
         gemm_tile(mr, o, HSP, p, b->stride, (const float*)v, keys, false);
@@ -1308,19 +679,19 @@ static void attention_block(const Block* shared, float* o) {
 // Attention of n positions from T on, which are rows `first` .. of the chunk: keys and values into the cache, the cq-1
 // queries before T out of it, to the place before row `first` (of other sequences, whose turn is over). Result in w->o.
 // keeps: the cache will go on behind them; else n is one block, and only keys and values from T on are overwritten.
-static void attention(const Model* m, Cache* s, Work* w, int l, int first, int n, bool keeps) {
+static void attention(const Model* m, Cache* cache, Work* w, int l, int first, int n, bool keeps) {
     const Layer* y = &m->layers[l];
     size_t D = (size_t)(m->NH * m->HS), KV = (size_t)(m->NKV * m->HS), before = (size_t)m->cq - 1, row = (size_t)first;
     float* q = w->q + row * D;
     assert(keeps || n <= w->R);
-    cache_put(s, m, l, w->k + row * KV, w->v + row * KV, n);
-    if (y->conv_pre && before) { memcpy(q, cache_q(s, m, l), before * D * 4); }
+    cache_put(cache, m, l, w->k + row * KV, w->v + row * KV, n);
+    if (y->conv_pre && before) { memcpy(q, cache_q(cache, m, l), before * D * 4); }
     for (int i = 0; i < n; i += w->R) {
         Block b = {.m = m,
-                   .s = s,
+                   .cache = cache,
                    .w = w,
                    .l = l,
-                   .p0 = s->T + i,
+                   .p0 = cache->T + i,
                    .R = n - i < w->R ? n - i : w->R,
                    .extra = y->conv_pre ? m->cq - 1 : 0,
                    .keeps = keeps};
@@ -1331,7 +702,7 @@ static void attention(const Model* m, Cache* s, Work* w, int l, int first, int n
         b.out = w->b;
         attention_block(&b, w->o + (row + (size_t)i) * D);
     }
-    if (y->conv_pre && before && keeps) { memcpy(cache_q(s, m, l), q + (size_t)n * D, before * D * 4); }
+    if (y->conv_pre && before && keeps) { memcpy(cache_q(cache, m, l), q + (size_t)n * D, before * D * 4); }
 }
 
 static void swiglu(float* gate, const float* up, size_t n) {  // gate = silu(gate) * up
@@ -1344,19 +715,20 @@ static void swiglu(float* gate, const float* up, size_t n) {  // gate = silu(gat
     for (size_t i = whole; i < n; i++) { gate[i] = gate[i] / (1.0f + expf(-gate[i])) * up[i]; }
 }
 
-// Several sequences that all follow the s->T positions in the cache, or one: sequence k is the next lengths[k] of the
+// Several sequences that all follow the T positions in the cache, or one: sequence k is the next lengths[k] of the
 // tokens, together n <= chunk. They go through the products side by side, so that one pass over the weights serves them
 // all; attention takes one after the other, each over the positions in the cache and its own. Their final normalised
 // states are left in w->xn (n, C). One sequence stays in the cache; of several, each at most w->R long, none does.
-static void forward_sequences(const Model* m, Cache* s, Work* w, const int32_t* tokens, const int* lengths, int count) {
+static void forward_sequences(const Model* m, Cache* cache, Work* w, const int32_t* tokens, const int* lengths,
+                              int count) {
     size_t C = (size_t)m->C, D = (size_t)(m->NH * m->HS), KV = (size_t)(m->NKV * m->HS), FF = (size_t)m->FF;
     float eps = (float)m->c.rms_norm_eps, scale = 1.0f / sqrtf((float)m->HS);
     float* q = w->q + (size_t)(m->cq - 1) * D;
     int n = 0;
     for (int k = 0; k < count; k++) {
-        assert(lengths[k] >= 1 && n + lengths[k] <= w->chunk && s->T + lengths[k] <= s->capacity);
+        assert(lengths[k] >= 1 && n + lengths[k] <= w->chunk && cache->T + lengths[k] <= cache->capacity);
         for (int i = 0; i < lengths[k]; i++, n++) {
-            rope_angles(w->angles + (size_t)n * (size_t)m->HS, &m->c, s->T + i);
+            rope_angles(w->angles + (size_t)n * (size_t)m->HS, &m->c, cache->T + i);
         }
     }
 #pragma omp parallel for if (n > 4)
@@ -1374,7 +746,7 @@ static void forward_sequences(const Model* m, Cache* s, Work* w, const int32_t* 
             rope(w->k + (size_t)i * KV, m->NKV, m->HS, angles, 1);
         }
         for (int k = 0, first = 0; k < count; first += lengths[k++]) {
-            attention(m, s, w, l, first, lengths[k], count == 1);
+            attention(m, cache, w, l, first, lengths[k], count == 1);
         }
         matmul(w->xn, w->o, D, n, &y->o);
         add_rows(w->x, w->xn, n, m->C);
@@ -1385,11 +757,11 @@ static void forward_sequences(const Model* m, Cache* s, Work* w, const int32_t* 
         add_rows(w->x, w->xn, n, m->C);
     }
     rmsnorm_rows(w->xn, w->x, m->norm, n, m->C, eps);
-    if (count == 1) { s->T += n; }
+    if (count == 1) { cache->T += n; }
 }
 
-static void forward(const Model* m, Cache* s, Work* w, const int32_t* tokens, int n) {
-    forward_sequences(m, s, w, tokens, &n, 1);
+static void forward(const Model* m, Cache* cache, Work* w, const int32_t* tokens, int n) {
+    forward_sequences(m, cache, w, tokens, &n, 1);
 }
 
 // Logits (rows, V) of `rows` states of the last forward from row `first` on.
@@ -1398,10 +770,10 @@ static void logits_of(const Model* m, const Work* w, int first, int rows, float*
 }
 
 // A whole prompt in chunks; the logits of its last token into `logits` (V).
-static void read_tokens(const Model* m, Cache* s, Work* w, const int32_t* tokens, size_t n, float* logits) {
+static void read_tokens(const Model* m, Cache* cache, Work* w, const int32_t* tokens, size_t n, float* logits) {
     for (size_t i = 0; i < n;) {
         int part = n - i < (size_t)w->chunk ? (int)(n - i) : w->chunk;
-        forward(m, s, w, tokens + i, part);
+        forward(m, cache, w, tokens + i, part);
         i += (size_t)part;
         if (i == n && logits) { logits_of(m, w, part - 1, 1, logits); }
     }
@@ -1494,8 +866,8 @@ static void options_read(Options* o, int argc, char** argv) {
         {"--tokenize", OPT_FLAG, &o->tokenize, NULL, "JSON lines with \"text\" in, a line of ids each out", 0, 0,
          false},
         {"--detokenize", OPT_FLAG, &o->detokenize, NULL, "lines of ids in, JSON lines with \"text\" out", 0, 0, false},
-        {"--binary", OPT_FLAG, &o->binary, NULL, "with --tokenize: batches of texts in, numbers out, as data/prepare.py needs it", 0, 0,
-         false},
+        {"--binary", OPT_FLAG, &o->binary, NULL,
+         "with --tokenize: batches of texts in, numbers out, as data/prepare.py needs it", 0, 0, false},
         OPT_END};
     const char* positional[1] = {NULL};
     options_parse(table, usage, argc, argv, positional, 1);
@@ -1515,13 +887,13 @@ static void options_read(Options* o, int argc, char** argv) {
 // A session: model, cache and the tokens so far
 
 typedef struct {
-    Options o;
-    Model m;
-    Cache s;
-    Work w;
-    Tokenizer* t;        // NULL: ids only
-    float* logits;       // (LOGIT_ROWS, V)
-    int32_t* ids;        // the tokens so far, capacity of them; the first s.T are in the cache
+    Options options;
+    Model model;
+    Cache cache;
+    Work work;
+    Tokenizer* tokenizer;  // NULL: ids only
+    float* logits;         // (LOGIT_ROWS, V)
+    int32_t* ids;          // the tokens so far, capacity of them; the first cache.T are in the cache
     int32_t* batch;      // (chunk) tokens of several sequences, for --score
     int n;
     float* candidates;   // (2, V): sampling's weights, and the ids they belong to
@@ -1540,18 +912,9 @@ static void on_interrupt(int signal) {
     interrupted = 1;
 }
 
-// Everything that goes to standard output. A reader that went away (closed pipe) or a full disk ends the program with
-// one line.
-static void put_out(const char* text, size_t n, bool flush) {
-    if ((n && fwrite(text, 1, n, stdout) != n) || (flush && fflush(stdout))) {
-        fprintf(stderr, "%s: standard output: %s\n", program_invocation_short_name, strerror(errno));
-        _exit(1);
-    }
-}
-
 // Text for a reader: on a terminal control characters are shown, not obeyed (C0 but newline and tab, DEL, C1).
-static void put_text(const Session* s, const char* text, size_t n) {
-    for (size_t i = 0, from = 0; s->terminal && i <= n; i++) {
+static void put_text(const Session* session, const char* text, size_t n) {
+    for (size_t i = 0, from = 0; session->terminal && i <= n; i++) {
         unsigned char c = i < n ? (unsigned char)text[i] : 0;
         bool c1 = c == 0xC2 && i + 1 < n && (unsigned char)text[i + 1] < 0xA0;
         if (i < n && !c1 && ((c >= 0x20 && c != 0x7F) || c == '\n' || c == '\t')) { continue; }
@@ -1564,7 +927,7 @@ static void put_text(const Session* s, const char* text, size_t n) {
         i += c1;
         from = i + 1;
     }
-    if (!s->terminal) { put_out(text, n, false); }
+    if (!session->terminal) { put_out(text, n, false); }
     put_out("", 0, true);
 }
 
@@ -1600,43 +963,46 @@ static Tokenizer* tokenizer_for(const Options* o, const Config* c) {
     return t;
 }
 
-static void session_open(Session* s, const Options* o) {
-    memset(s, 0, sizeof *s);
-    s->o = *o;
+static void session_open(Session* session, const Options* o) {
+    memset(session, 0, sizeof *session);
+    session->options = *o;
     const char* const forms[] = {"f32", "bf16", "f16", "int8"};
     int want = -1;
     for (int i = 0; i < 4; i++) {
         if (!strcmp(o->weights, forms[i])) { want = i; }
     }
     bool generates = !o->score && !o->logits && !o->attention_map;  // else weights are read once for many tokens
-    model_open(&s->m, o->dir, want, o->threads, generates && !o->mapped);
-    const Config* c = &s->m.c;
+    model_open(&session->model, o->dir, want, o->threads, generates && !o->mapped);
+    const Config* c = &session->model.c;
     if (o->context > c->max_position_embeddings) {
         die("--context: got %d, the model has %d positions", o->context, c->max_position_embeddings);
     }
-    s->t = tokenizer_for(o, c);
+    session->tokenizer = tokenizer_for(o, c);
     int capacity = o->context ? o->context : c->max_position_embeddings;
     int chunk = o->chunk < capacity ? o->chunk : capacity;
-    cache_open(&s->s, &s->m, capacity, !strcmp(o->cache, "bf16"));
-    work_open(&s->w, &s->m, chunk, capacity);
-    s->logits = big_alloc((size_t)LOGIT_ROWS * (size_t)s->m.V * 4, "logits");
-    s->candidates = big_alloc(2 * (size_t)s->m.V * 4, "candidates");
-    s->ids = big_alloc(((size_t)capacity + 1) * 4, "tokens");
-    s->batch = big_alloc((size_t)chunk * 4, "tokens of a batch");
-    s->terminal = isatty(1);
+    cache_open(&session->cache, &session->model, capacity, !strcmp(o->cache, "bf16"));
+    work_open(&session->work, &session->model, chunk, capacity);
+    session->logits = big_alloc((size_t)LOGIT_ROWS * (size_t)session->model.V * 4, "logits");
+    session->candidates = big_alloc(2 * (size_t)session->model.V * 4, "candidates");
+    session->ids = big_alloc(((size_t)capacity + 1) * 4, "tokens");
+    session->batch = big_alloc((size_t)chunk * 4, "tokens of a batch");
+    session->terminal = isatty(1);
     if (!o->quiet) {
-        size_t weights = s->m.mapped_bytes + s->m.own_bytes, work = s->w.bytes + (size_t)s->m.V * 4 * (LOGIT_ROWS + 2);
+        const MatrixMemory* memory = &session->model.memory;
+        size_t weights = memory->mapped_bytes + memory->own_bytes;
+        size_t work = session->work.bytes + (size_t)session->model.V * 4 * (LOGIT_ROWS + 2);
         fprintf(stderr,
                 "weights %.1f MiB %s (%.1f mapped), cache %.1f MiB %s for %d positions, working memory %.1f MiB, "
                 "together %.1f MiB; %d threads\n",
-                (double)weights / 1048576, weight_names[s->m.head.kind], (double)s->m.mapped_bytes / 1048576,
-                (double)s->s.bytes / 1048576, s->s.half ? "bf16" : "f32", capacity, (double)work / 1048576,
-                (double)(weights + s->s.bytes + work) / 1048576, omp_get_max_threads());
+                (double)weights / 1048576, weight_names[session->model.head.kind],
+                (double)memory->mapped_bytes / 1048576, (double)session->cache.bytes / 1048576,
+                session->cache.half ? "bf16" : "f32", capacity, (double)work / 1048576,
+                (double)(weights + session->cache.bytes + work) / 1048576, omp_get_max_threads());
     }
 }
 
-static void summary(const Session* s) {
-    if (s->o.quiet) { return; }
+static void summary(const Session* session) {
+    if (session->options.quiet) { return; }
     FILE* f = fopen("/proc/self/status", "r");  // ru_maxrss would count the parent's pages before exec
     char line[256];
     long peak = 0;
@@ -1644,88 +1010,91 @@ static void summary(const Session* s) {
         if (!strncmp(line, "VmHWM:", 6)) { peak = strtol(line + 6, NULL, 10); }
     }
     if (f) { fclose(f); }
-    fprintf(stderr, "prompt %ld tokens, %.1f tokens/s; ", s->prompt_tokens,
-            s->prompt_seconds > 0 ? (double)s->prompt_tokens / s->prompt_seconds : 0);
-    if (s->decode_tokens) {
+    fprintf(stderr, "prompt %ld tokens, %.1f tokens/s; ", session->prompt_tokens,
+            session->prompt_seconds > 0 ? (double)session->prompt_tokens / session->prompt_seconds : 0);
+    if (session->decode_tokens) {
         fprintf(stderr,
                 "decode %ld tokens, %.2f tokens/s, %.2f GB/s of weights and cache (fastest token %.2f ms, %.2f GB/s); ",
-                s->decode_tokens, (double)s->decode_tokens / s->decode_seconds,
-                s->decode_bytes / s->decode_seconds * 1e-9, s->best_seconds * 1e3,
-                s->best_bytes / s->best_seconds * 1e-9);
+                session->decode_tokens, (double)session->decode_tokens / session->decode_seconds,
+                session->decode_bytes / session->decode_seconds * 1e-9, session->best_seconds * 1e3,
+                session->best_bytes / session->best_seconds * 1e-9);
     }
     fprintf(stderr, "peak memory %.1f MiB\n", (double)peak / 1024);
 }
 
-static size_t cache_bytes_read(const Session* s) {  // keys and values of all positions so far, once
-    return 2 * (size_t)s->m.c.num_hidden_layers * (size_t)(s->m.NKV * s->m.HS) * (size_t)s->s.T * (s->s.half ? 2 : 4);
+static size_t cache_bytes_read(const Session* session) {  // keys and values of all positions so far, once
+    const Model* m = &session->model;
+    const Cache* cache = &session->cache;
+    return 2 * (size_t)m->c.num_hidden_layers * (size_t)(m->NKV * m->HS) * (size_t)cache->T * (cache->half ? 2 : 4);
 }
 
-// Puts the tokens that are not yet in the cache there; the logits of the last one are in s->logits.
-static void feed(Session* s) {
+// Puts the tokens that are not yet in the cache there; the logits of the last one are in session->logits.
+static void feed(Session* session) {
     double t0 = seconds_now();
-    int fresh = s->n - s->s.T;
-    read_tokens(&s->m, &s->s, &s->w, s->ids + s->s.T, (size_t)fresh, s->logits);
+    int fresh = session->n - session->cache.T;
+    read_tokens(&session->model, &session->cache, &session->work, session->ids + session->cache.T, (size_t)fresh,
+                session->logits);
     double dt = seconds_now() - t0;
     if (fresh == 1) {
-        s->decode_seconds += dt;
-        s->decode_tokens++;
-        double bytes = (double)(s->m.bytes_per_token + cache_bytes_read(s));
-        s->decode_bytes += bytes;
-        if (!s->best_seconds || dt < s->best_seconds) {
-            s->best_seconds = dt;
-            s->best_bytes = bytes;
+        session->decode_seconds += dt;
+        session->decode_tokens++;
+        double bytes = (double)(session->model.bytes_per_token + cache_bytes_read(session));
+        session->decode_bytes += bytes;
+        if (!session->best_seconds || dt < session->best_seconds) {
+            session->best_seconds = dt;
+            session->best_bytes = bytes;
         }
     } else {
-        s->prompt_seconds += dt;
-        s->prompt_tokens += fresh;
+        session->prompt_seconds += dt;
+        session->prompt_tokens += fresh;
     }
 }
 
 // Are there positions for the tokens so far and `more`? With --shift the first token and the later half are kept where
 // there are not, and computed anew.
-static bool make_room(Session* s, int more) {
-    int capacity = s->s.capacity, keep = capacity / 2;
-    if (s->n + more <= capacity) { return true; }
-    if (!s->o.shift || keep < 1 || 1 + keep + more > capacity) { return false; }
-    if (s->n > keep + 1) {
-        memmove(s->ids + 1, s->ids + s->n - keep, (size_t)keep * sizeof(int32_t));
-        s->n = keep + 1;
+static bool make_room(Session* session, int more) {
+    int capacity = session->cache.capacity, keep = capacity / 2;
+    if (session->n + more <= capacity) { return true; }
+    if (!session->options.shift || keep < 1 || 1 + keep + more > capacity) { return false; }
+    if (session->n > keep + 1) {
+        memmove(session->ids + 1, session->ids + session->n - keep, (size_t)keep * sizeof(int32_t));
+        session->n = keep + 1;
     }
-    cache_clear(&s->s, &s->m);
+    cache_clear(&session->cache, &session->model);
     return true;
 }
 
 // Appends tokens to the session; too many are refused, or with --shift cut to the first and the last that fit half the
 // context.
-static void append_ids(Session* s, const int32_t* ids, size_t n) {
-    int capacity = s->s.capacity;
-    if (n > (size_t)capacity / 2 && s->o.shift && s->n + n > (size_t)capacity) {
-        int32_t first = s->n ? s->ids[0] : ids[0];
+static void append_ids(Session* session, const int32_t* ids, size_t n) {
+    int capacity = session->cache.capacity;
+    if (n > (size_t)capacity / 2 && session->options.shift && session->n + n > (size_t)capacity) {
+        int32_t first = session->n ? session->ids[0] : ids[0];
         size_t keep = (size_t)capacity / 2;
-        s->ids[0] = first;
-        memcpy(s->ids + 1, ids + n - keep, keep * sizeof(int32_t));
-        s->n = 1 + (int)keep;
-        cache_clear(&s->s, &s->m);
+        session->ids[0] = first;
+        memcpy(session->ids + 1, ids + n - keep, keep * sizeof(int32_t));
+        session->n = 1 + (int)keep;
+        cache_clear(&session->cache, &session->model);
         return;
     }
-    if (n > (size_t)capacity || !make_room(s, (int)n)) {
-        die("%zu tokens, the context has %d positions%s; shorten the prompt or use --shift", (size_t)s->n + n, capacity,
-            capacity < s->m.c.max_position_embeddings ? " (--context)" : "");
+    if (n > (size_t)capacity || !make_room(session, (int)n)) {
+        die("%zu tokens, the context has %d positions%s; shorten the prompt or use --shift", (size_t)session->n + n,
+            capacity, capacity < session->model.c.max_position_embeddings ? " (--context)" : "");
     }
-    memcpy(s->ids + s->n, ids, n * sizeof(int32_t));
-    s->n += (int)n;
+    memcpy(session->ids + session->n, ids, n * sizeof(int32_t));
+    session->n += (int)n;
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Sampling
 
-static void penalize(Session* s, float* logits) {
-    float penalty = (float)s->o.repeat_penalty;
-    int from = s->n > s->o.repeat_last ? s->n - s->o.repeat_last : 0;
-    for (int i = from; i < s->n && penalty != 1; i++) {
+static void penalize(Session* session, float* logits) {
+    float penalty = (float)session->options.repeat_penalty;
+    int from = session->n > session->options.repeat_last ? session->n - session->options.repeat_last : 0;
+    for (int i = from; i < session->n && penalty != 1; i++) {
         bool again = false;  // a token counts once, however often it stands there
-        for (int j = from; j < i && !again; j++) { again = s->ids[j] == s->ids[i]; }
-        float* x = &logits[s->ids[i]];
+        for (int j = from; j < i && !again; j++) { again = session->ids[j] == session->ids[i]; }
+        float* x = &logits[session->ids[i]];
         if (!again) { *x = *x > 0 ? *x / penalty : *x * penalty; }
     }
 }
@@ -1750,16 +1119,17 @@ static void heap_sink(float* weight, int32_t* id, int n, int i) {
 
 // Draws a token: temperature, then the k best, then the best that make top_p of what is left, then those above min_p of
 // the best.
-static int32_t sample(Session* s, Rng* rng) {
-    const Options* o = &s->o;
-    float* logits = s->logits;
-    int V = s->t && tokenizer_vocab(s->t) < s->m.V ? tokenizer_vocab(s->t) : s->m.V, best = 0;
-    penalize(s, logits);
+static int32_t sample(Session* session, Rng* rng) {
+    const Options* o = &session->options;
+    float* logits = session->logits;
+    int V = session->model.V, best = 0;
+    if (session->tokenizer && tokenizer_vocab(session->tokenizer) < V) { V = tokenizer_vocab(session->tokenizer); }
+    penalize(session, logits);
     float largest = largest_of(logits, V);
     while (best < V - 1 && logits[best] != largest) { best++; }
     if (o->temperature == 0) { return best; }
-    float* weight = s->candidates;
-    int32_t* id = (int32_t*)(s->candidates + s->m.V);
+    float* weight = session->candidates;
+    int32_t* id = (int32_t*)(session->candidates + session->model.V);
     double total = 0;
     for (int i = 0; i < V; i++) {
         weight[i] = expf((logits[i] - logits[best]) / (float)o->temperature);
@@ -1808,37 +1178,39 @@ static int32_t sample(Session* s, Rng* rng) {
 // ---------------------------------------------------------------------------------------------------------------------
 // Generating
 
-static bool ends_document(const Session* s, int32_t id) {
-    if (s->o.ignore_eos) { return false; }
-    if (id == s->m.c.eos_token_id) { return true; }
-    for (int i = 0; i < s->m.c.n_other_eos; i++) {
-        if (id == s->m.c.other_eos[i]) { return true; }
+static bool ends_document(const Session* session, int32_t id) {
+    if (session->options.ignore_eos) { return false; }
+    if (id == session->model.c.eos_token_id) { return true; }
+    for (int i = 0; i < session->model.c.n_other_eos; i++) {
+        if (id == session->model.c.other_eos[i]) { return true; }
     }
-    return s->t && (id == tokenizer_eos(s->t) || (tokenizer_eos(s->t) < 0 && id == tokenizer_bos(s->t)));
+    const Tokenizer* t = session->tokenizer;
+    return t && (id == tokenizer_eos(t) || (tokenizer_eos(t) < 0 && id == tokenizer_bos(t)));
 }
 
 // Continues the session by up to max_tokens tokens, printing each as it comes: text, or ids where as_ids.
-static void generate(Session* s, Rng* rng, bool as_ids) {
+static void generate(Session* session, Rng* rng, bool as_ids) {
     TokenStream stream = {{0}, 0};
-    char* text = s->t ? alloc_or_die(tokenizer_max_bytes(s->t) + 8, 1, "a token's text") : NULL;
-    for (int i = 0; i < s->o.max_tokens && !interrupted; i++) {
-        if (!make_room(s, 0)) {
-            fprintf(stderr, "%s%s: the context of %d positions is full; --shift goes on\n", s->terminal ? "\n" : "",
-                    program_invocation_short_name, s->s.capacity);
+    char* text =
+        session->tokenizer ? alloc_or_die(tokenizer_max_bytes(session->tokenizer) + 8, 1, "a token's text") : NULL;
+    for (int i = 0; i < session->options.max_tokens && !interrupted; i++) {
+        if (!make_room(session, 0)) {
+            fprintf(stderr, "%s%s: the context of %d positions is full; --shift goes on\n",
+                    session->terminal ? "\n" : "", program_invocation_short_name, session->cache.capacity);
             break;
         }
-        if (s->s.T < s->n) { feed(s); }
-        int32_t id = sample(s, rng);
-        if (ends_document(s, id)) { break; }
-        s->ids[s->n++] = id;
+        if (session->cache.T < session->n) { feed(session); }
+        int32_t id = sample(session, rng);
+        if (ends_document(session, id)) { break; }
+        session->ids[session->n++] = id;
         if (as_ids) {
             char number[16];
             put_out(number, (size_t)snprintf(number, sizeof number, i ? " %d" : "%d", id), true);
         } else {
-            put_text(s, text, tokenizer_decode(s->t, &stream, id, text));
+            put_text(session, text, tokenizer_decode(session->tokenizer, &stream, id, text));
         }
     }
-    if (text) { put_text(s, text, tokenizer_flush(&stream, text)); }
+    if (text) { put_text(session, text, tokenizer_flush(&stream, text)); }
     free(text);
 }
 
@@ -1863,71 +1235,74 @@ static int32_t* parse_ids(const char* text, int V, const char* where, size_t* co
     return ids;
 }
 
-static const Tokenizer* need_tokenizer(const Session* s) {
-    if (!s->t) { die("%s: config.json names no tokenizer that is there; give --tokenizer NAME|FILE, or ids", s->o.dir); }
-    return s->t;
+static const Tokenizer* need_tokenizer(const Session* session) {
+    if (!session->tokenizer) {
+        die("%s: config.json names no tokenizer that is there; give --tokenizer NAME|FILE, or ids",
+            session->options.dir);
+    }
+    return session->tokenizer;
 }
 
-static void append_text(Session* s, const char* text, size_t n) {
+static void append_text(Session* session, const char* text, size_t n) {
     Error e = {{0}};
     int32_t* ids;
     size_t count;
-    if (!tokenizer_encode(need_tokenizer(s), text, n, &ids, &count, &e)) { die("prompt: %s", e.text); }
-    append_ids(s, ids, count);
+    if (!tokenizer_encode(need_tokenizer(session), text, n, &ids, &count, &e)) { die("prompt: %s", e.text); }
+    append_ids(session, ids, count);
     free(ids);
 }
 
-static void append_bos(Session* s) {
-    int32_t bos = tokenizer_bos(need_tokenizer(s));
-    if (bos >= 0) { append_ids(s, &bos, 1); }
+static void append_bos(Session* session) {
+    int32_t bos = tokenizer_bos(need_tokenizer(session));
+    if (bos >= 0) { append_ids(session, &bos, 1); }
 }
 
-static void read_prompt(Session* s) {
-    if (s->o.token_ids) {
+static void read_prompt(Session* session) {
+    if (session->options.token_ids) {
         size_t n;
-        int32_t* ids = parse_ids(s->o.token_ids, s->m.V, "--token-ids", &n);
-        append_ids(s, ids, n);
+        int32_t* ids = parse_ids(session->options.token_ids, session->model.V, "--token-ids", &n);
+        append_ids(session, ids, n);
         free(ids);
     } else {
         char* text = NULL;
-        size_t n = s->o.prompt ? strlen(s->o.prompt) : 0;
+        size_t n = session->options.prompt ? strlen(session->options.prompt) : 0;
         Error e = {{0}};
-        need_tokenizer(s);
-        if (!s->o.prompt && !read_file("/dev/stdin", (size_t)1 << 30, &text, &n, &e)) { die("%s", e.text); }
-        append_bos(s);
-        append_text(s, s->o.prompt ? s->o.prompt : text, n);
-        if (s->o.echo) { put_text(s, s->o.prompt ? s->o.prompt : text, n); }
+        need_tokenizer(session);
+        if (!session->options.prompt && !read_file("/dev/stdin", (size_t)1 << 30, &text, &n, &e)) { die("%s", e.text); }
+        append_bos(session);
+        append_text(session, session->options.prompt ? session->options.prompt : text, n);
+        if (session->options.echo) { put_text(session, session->options.prompt ? session->options.prompt : text, n); }
         free(text);
     }
-    if (!s->n) { die("the prompt is empty and the tokenizer has no BOS: nothing to continue"); }
+    if (!session->n) { die("the prompt is empty and the tokenizer has no BOS: nothing to continue"); }
 }
 
-static void run_samples(Session* s) {
-    bool as_ids = s->o.token_ids != NULL;
+static void run_samples(Session* session) {
+    bool as_ids = session->options.token_ids != NULL;
     CacheMark start = {0};
-    read_prompt(s);
-    int prompt = s->n;
-    float* first = alloc_or_die((size_t)s->m.V, 4, "logits of the prompt");
-    feed(s);
-    if (s->o.samples > 1) { mark_set(&start, &s->s, &s->m); }
-    memcpy(first, s->logits, (size_t)s->m.V * 4);
+    read_prompt(session);
+    int prompt = session->n;
+    float* first = alloc_or_die((size_t)session->model.V, 4, "logits of the prompt");
+    feed(session);
+    if (session->options.samples > 1) { mark_set(&start, &session->cache, &session->model); }
+    memcpy(first, session->logits, (size_t)session->model.V * 4);
     int32_t* ids = alloc_or_die((size_t)prompt, sizeof *ids, "the prompt");
-    memcpy(ids, s->ids, (size_t)prompt * sizeof *ids);
-    for (int i = 0; i < s->o.samples; i++) {
-        Rng rng = rng_make((uint64_t)s->o.seed, (uint64_t)i);
+    memcpy(ids, session->ids, (size_t)prompt * sizeof *ids);
+    for (int i = 0; i < session->options.samples; i++) {
+        Rng rng = rng_make((uint64_t)session->options.seed, (uint64_t)i);
         if (i) {  // a shift may have moved the prompt out of the cache: then it is read again
-            memcpy(s->ids, ids, (size_t)prompt * sizeof *ids);
-            s->n = prompt;
-            if (s->o.shift) {
-                cache_clear(&s->s, &s->m);
-                feed(s);
+            memcpy(session->ids, ids, (size_t)prompt * sizeof *ids);
+            session->n = prompt;
+            if (session->options.shift) {
+                cache_clear(&session->cache, &session->model);
+                feed(session);
             } else {
-                mark_return(&start, &s->s, &s->m);
+                mark_return(&start, &session->cache, &session->model);
             }
-            memcpy(s->logits, first, (size_t)s->m.V * 4);
+            memcpy(session->logits, first, (size_t)session->model.V * 4);
             if (!as_ids) { put_out("----\n", 5, false); }
         }
-        generate(s, &rng, as_ids);
+        generate(session, &rng, as_ids);
         put_out("\n", 1, true);
     }
     mark_free(&start);
@@ -1935,15 +1310,15 @@ static void run_samples(Session* s) {
     free(ids);
 }
 
-static void run_interactive(Session* s) {
+static void run_interactive(Session* session) {
     struct sigaction action = {0};
-    Rng rng = rng_make((uint64_t)s->o.seed, 0);
+    Rng rng = rng_make((uint64_t)session->options.seed, 0);
     char* line = NULL;
     size_t cap = 0;
     bool asks = isatty(0);
     action.sa_handler = on_interrupt;  // without SA_RESTART: reading a line is interrupted too
     sigaction(SIGINT, &action, NULL);
-    append_bos(s);
+    append_bos(session);
     for (;;) {
         if (asks) { put_out("> ", 2, true); }
         errno = 0;
@@ -1956,29 +1331,29 @@ static void run_interactive(Session* s) {
         }
         if (n < 0) { break; }
         while (n && (line[n - 1] == '\n' || line[n - 1] == '\r')) { n--; }
-        append_text(s, line, (size_t)n);
-        if (!s->n) { continue; }
+        append_text(session, line, (size_t)n);
+        if (!session->n) { continue; }
         interrupted = 0;
-        generate(s, &rng, false);
+        generate(session, &rng, false);
         put_out("\n", 1, true);
     }
     free(line);
 }
 
 // --logits: every position's logits, as they come, into a safetensors file.
-static void run_logits(Session* s) {
-    read_prompt(s);
+static void run_logits(Session* session) {
+    read_prompt(session);
     Error e = {{0}};
     StWriter out;
-    StEntry entry = {"logits", DT_F32, 2, {(size_t)s->n, (size_t)s->m.V}};
-    bool good = st_writer_open(&out, s->o.logits, &entry, 1, NULL, 0, &e);
-    for (int i = 0; good && i < s->n;) {
-        int part = s->n - i < s->w.chunk ? s->n - i : s->w.chunk;
-        forward(&s->m, &s->s, &s->w, s->ids + i, part);
+    StEntry entry = {"logits", DT_F32, 2, {(size_t)session->n, (size_t)session->model.V}};
+    bool good = st_writer_open(&out, session->options.logits, &entry, 1, NULL, 0, &e);
+    for (int i = 0; good && i < session->n;) {
+        int part = session->n - i < session->work.chunk ? session->n - i : session->work.chunk;
+        forward(&session->model, &session->cache, &session->work, session->ids + i, part);
         for (int r = 0; good && r < part; r += LOGIT_ROWS) {
             int rows = part - r < LOGIT_ROWS ? part - r : LOGIT_ROWS;
-            logits_of(&s->m, &s->w, r, rows, s->logits);
-            good = st_writer_put(&out, s->logits, (size_t)rows * (size_t)s->m.V * 4, &e);
+            logits_of(&session->model, &session->work, r, rows, session->logits);
+            good = st_writer_put(&out, session->logits, (size_t)rows * (size_t)session->model.V * 4, &e);
         }
         i += part;
     }
@@ -1998,34 +1373,35 @@ static void put_matrix(Text* t, const char* name, const float* x, int n) {
 }
 
 // --attention-map: {"layer", "head", "tokens", "before": rows 0..i of weights, "after"}.
-static void run_attention_map(Session* s) {
-    if (s->o.layer >= s->m.c.num_hidden_layers || s->o.head >= s->m.NH) {
-        die("--layer %d --head %d: the model has layers 0 to %d and heads 0 to %d", s->o.layer, s->o.head,
-            s->m.c.num_hidden_layers - 1, s->m.NH - 1);
+static void run_attention_map(Session* session) {
+    if (session->options.layer >= session->model.c.num_hidden_layers || session->options.head >= session->model.NH) {
+        die("--layer %d --head %d: the model has layers 0 to %d and heads 0 to %d", session->options.layer,
+            session->options.head, session->model.c.num_hidden_layers - 1, session->model.NH - 1);
     }
-    read_prompt(s);
-    if (s->n > 1024) { die("--attention-map: a picture of %d tokens, wanted at most 1024", s->n); }
-    size_t cells = (size_t)s->n * (size_t)s->n;
-    AttentionTap tap = {s->o.layer, s->o.head, s->n, alloc_or_die(cells, 4, "the picture"),
-                        alloc_or_die(cells, 4, "the picture")};
-    s->w.tap = &tap;
-    feed(s);
+    read_prompt(session);
+    if (session->n > 1024) { die("--attention-map: a picture of %d tokens, wanted at most 1024", session->n); }
+    size_t cells = (size_t)session->n * (size_t)session->n;
+    AttentionTap tap = {session->options.layer, session->options.head, session->n,
+                        alloc_or_die(cells, 4, "the picture"), alloc_or_die(cells, 4, "the picture")};
+    session->work.tap = &tap;
+    feed(session);
     Text t = {0};
     text_printf(&t, "{\"layer\": %d, \"head\": %d, \"tokens\": [", tap.layer, tap.head);
-    char* piece = s->t ? alloc_or_die(tokenizer_max_bytes(s->t) + 8, 1, "a token's text") : NULL;
-    for (int i = 0; i < s->n; i++) {
+    char* piece =
+        session->tokenizer ? alloc_or_die(tokenizer_max_bytes(session->tokenizer) + 8, 1, "a token's text") : NULL;
+    for (int i = 0; i < session->n; i++) {
         TokenStream stream = {{0}, 0};
-        size_t n = s->t ? tokenizer_decode(s->t, &stream, s->ids[i], piece) : 0;
-        if (s->t) { n += tokenizer_flush(&stream, piece + n); }
+        size_t n = session->tokenizer ? tokenizer_decode(session->tokenizer, &stream, session->ids[i], piece) : 0;
+        if (session->tokenizer) { n += tokenizer_flush(&stream, piece + n); }
         text_append(&t, ", ", i ? 2 : 0);
-        if (n) { text_json_string(&t, piece, n); } else { text_printf(&t, "\"%d\"", s->ids[i]); }
+        if (n) { text_json_string(&t, piece, n); } else { text_printf(&t, "\"%d\"", session->ids[i]); }
     }
     text_append(&t, "]", 1);
-    put_matrix(&t, "before", tap.before, s->n);
-    put_matrix(&t, "after", tap.after, s->n);
+    put_matrix(&t, "before", tap.before, session->n);
+    put_matrix(&t, "after", tap.after, session->n);
     text_append(&t, "}\n", 2);
     Error e = {{0}};
-    if (!write_file_synced(s->o.attention_map, t.text, t.n, &e)) { die("%s", e.text); }
+    if (!write_file_synced(session->options.attention_map, t.text, t.n, &e)) { die("%s", e.text); }
     text_free(&t);
     free(piece);
     free(tap.before);
@@ -2033,140 +1409,14 @@ static void run_attention_map(Session* s) {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Lines of a file or a pipe
-
-typedef struct { int fd; Text buffer; size_t at; bool end; long number; } Lines;
-
-// The next line without its newline, valid until the next call; NULL at the end. wait false: also NULL where reading
-// would block.
-static char* next_line(Lines* l, const char* name, bool wait, size_t* n) {
-    for (;;) {
-        char* start = l->buffer.text ? l->buffer.text + l->at : NULL;
-        size_t have = l->buffer.n - l->at;
-        char* newline = have ? memchr(start, '\n', have) : NULL;
-        if (newline || (l->end && have)) {
-            *n = newline ? (size_t)(newline - start) : have;
-            start[*n] = 0;
-            l->at += *n + (newline != NULL);
-            l->number++;
-            return start;
-        }
-        if (l->end) { return NULL; }
-        struct pollfd p = {l->fd, POLLIN, 0};
-        if (!wait && poll(&p, 1, 0) <= 0) { return NULL; }
-        if (l->at) {
-            memmove(l->buffer.text, l->buffer.text + l->at, have);
-            l->buffer.n = have;
-            l->at = 0;
-        }
-        if (have > (size_t)1 << 30) { die("%s: line %ld is longer than 1 GiB", name, l->number + 1); }
-        text_reserve(&l->buffer, 1 << 16);
-        ssize_t got = read(l->fd, l->buffer.text + l->buffer.n, 1 << 16);
-        if (got < 0 && errno == EINTR) { continue; }
-        if (got < 0) { die("%s: %s", name, strerror(errno)); }
-        l->buffer.n += (size_t)got;
-        l->end = got == 0;
-    }
-}
-
-static Json* parse_line(const char* text, size_t n, const char* name, long number) {
-    Error e = {{0}};
-    Json* j = json_parse(text, n, &e);
-    if (!j) { die("%s: line %ld: %s", name, number, e.text); }
-    return j;
-}
-
-// ---------------------------------------------------------------------------------------------------------------------
-// Scoring. Requests are taken as many as there are (a file: up to WINDOW; a pipe: what has arrived), sorted by their
-// tokens, so that neighbours share prefixes, and answered in their own order. Where the next ones will part from this
-// one, the cache is marked; they start there. Neighbours that differ in short ends only, as the choices of a question
-// do, are a batch: what they share goes into the cache, and one pass over the weights serves all ends.
+// Scoring (mta/score.h reads and answers the requests). They come sorted by their tokens, so that neighbours share
+// prefixes. Where the next ones will part from this one, the cache is marked; they start there. Neighbours that differ
+// in short ends only, as the choices of a question do, are a batch: what they share goes into the cache, and one pass
+// over the weights serves all ends.
 
 // A pass over the weights costs about as much as PASS tokens more in one that is made anyway (measured: 880m, bf16, two
 // cores, passes of 5 to 128 tokens: 120 ms and 6.9 ms a token).
-enum { WINDOW = 4096, MARKS = 8, BATCH = 64, PASS = 16 };
-
-typedef struct {
-    int32_t* ids;        // context, then continuation
-    int n, context;      // all tokens; those of the context, at least 1 where there is a continuation
-    long line;
-    double logprob;
-    bool greedy;
-    float* token_logprobs;  // (n - context)
-} Request;
-
-// Ids of a field as text or as *_ids, appended to the request.
-static void request_part(Request* q, const Session* s, const Json* j, const char* key, const char* ids_key,
-                         const char* name) {
-    const Json *text = json_get(j, key), *list = json_get(j, ids_key);
-    int32_t* ids = NULL;
-    size_t n = 0;
-    Error e = {{0}};
-    if (list && list->type == JSON_ARRAY) {
-        ids = alloc_or_die(list->count, sizeof *ids, "token ids");
-        for (const Json* i = list->child; i; i = i->next) {
-            int64_t id;
-            if (!json_integer(i, 0, s->m.V - 1, &id)) {
-                die("%s: line %ld: %s: wanted token ids from 0 to %d", name, q->line, ids_key, s->m.V - 1);
-            }
-            ids[n++] = (int32_t)id;
-        }
-    } else if (text && text->type == JSON_STRING) {
-        if (!tokenizer_encode(need_tokenizer(s), text->string, text->length, &ids, &n, &e)) {
-            die("%s: line %ld: %s: %s", name, q->line, key, e.text);
-        }
-    } else {
-        die("%s: line %ld: wanted \"%s\", a string, or \"%s\", a list", name, q->line, key, ids_key);
-    }
-    bool bos = !strcmp(key, "context") && !(list && list->type == JSON_ARRAY) && tokenizer_bos(s->t) >= 0;
-    if (n > INT32_MAX / 4) { die("%s: line %ld: %zu tokens", name, q->line, n); }
-    q->ids = realloc(q->ids, ((size_t)q->n + n + 1) * sizeof *q->ids);
-    if (!q->ids) { die("out of memory: %zu tokens", n); }
-    if (bos) { q->ids[q->n++] = tokenizer_bos(s->t); }
-    if (n) { memcpy(q->ids + q->n, ids, n * sizeof *ids); }
-    q->n += (int)n;
-    free(ids);
-}
-
-static void request_read(Request* q, const Session* s, char* text, size_t n, const char* name, long line) {
-    Json* j = parse_line(text, n, name, line);
-    memset(q, 0, sizeof *q);
-    q->line = line;
-    q->greedy = true;
-    request_part(q, s, j, "context", "context_ids", name);
-    q->context = q->n;
-    request_part(q, s, j, "continuation", "continuation_ids", name);
-    json_free(j);
-    if (!q->context) {
-        die("%s: line %ld: the context is empty and there is no BOS: nothing to condition on", name, line);
-    }
-    int capacity = s->s.capacity, answer = q->n - q->context, over = q->n - 1 - capacity;
-    if (over > 0 && s->o.shift && answer <= capacity) {  // the earliest tokens of the context are dropped
-        memmove(q->ids, q->ids + over, (size_t)(q->n - over) * sizeof *q->ids);
-        q->n -= over;
-        q->context -= over;
-    } else if (over > 0) {
-        die("%s: line %ld: %d tokens, the context has %d positions; shorten it, or --shift drops the earliest", name,
-            line, q->n, capacity);
-    }
-    q->token_logprobs = alloc_or_die((size_t)answer, sizeof(float), "log-probabilities");
-}
-
-static int request_by_ids(const void* a, const void* b) {
-    const Request *x = *(Request* const*)a, *y = *(Request* const*)b;
-    for (int i = 0; i < x->n && i < y->n; i++) {
-        if (x->ids[i] != y->ids[i]) { return x->ids[i] < y->ids[i] ? -1 : 1; }
-    }
-    return x->n != y->n ? (x->n < y->n ? -1 : 1) : 0;
-}
-
-// Positions of b that need not be computed where those of a are there: equal tokens, but the last of b's context, whose
-// logits are needed.
-static int shared_prefix(const Request* a, const Request* b) {
-    int n = 0;
-    while (n < a->n && n < b->context - 1 && a->ids[n] == b->ids[n]) { n++; }
-    return n;
-}
+enum { MARKS = 8, BATCH = 64, PASS = 16 };
 
 // Of one row of logits (V): the log-probability of `target`, and whether no other is more probable.
 typedef struct { double logprob; bool best; } RowScore;
@@ -2187,25 +1437,25 @@ static RowScore score_row(const float* logits, int V, int32_t target) {
 
 // Scores what the last forward has computed: of sequence k, lengths[k] rows, row r is position `start` + r of request
 // q[k] and predicts the one behind it. The rows that predict continuations are moved together first.
-static void score_rows(Session* s, Request* const* q, const int* lengths, int count, int start) {
-    size_t C = (size_t)s->m.C, V = (size_t)s->m.V;
+static void score_rows(Session* session, ScoreRequest* const* q, const int* lengths, int count, int start) {
+    size_t C = (size_t)session->model.C, V = (size_t)session->model.V;
     int rows = 0, row = 0, target[LOGIT_ROWS];
-    Request* owner[LOGIT_ROWS];
+    ScoreRequest* owner[LOGIT_ROWS];
     RowScore score[LOGIT_ROWS];
     for (int k = 0; k < count; k++) {
         for (int r = 0; r < lengths[k]; r++, row++) {
             bool wanted = start + r + 1 >= q[k]->context && start + r + 1 < q[k]->n;
             if (wanted) {
-                memmove(s->w.xn + (size_t)rows * C, s->w.xn + (size_t)row * C, C * 4);
+                memmove(session->work.xn + (size_t)rows * C, session->work.xn + (size_t)row * C, C * 4);
                 owner[rows] = q[k];
                 target[rows++] = start + r + 1;
             }
             bool last = k == count - 1 && r == lengths[k] - 1;
             if (!rows || (rows < LOGIT_ROWS && !last)) { continue; }
-            logits_of(&s->m, &s->w, 0, rows, s->logits);
+            logits_of(&session->model, &session->work, 0, rows, session->logits);
 #pragma omp parallel for if (V > 4096)
             for (int i = 0; i < rows; i++) {
-                score[i] = score_row(s->logits + (size_t)i * V, (int)V, owner[i]->ids[target[i]]);
+                score[i] = score_row(session->logits + (size_t)i * V, (int)V, owner[i]->ids[target[i]]);
             }
             for (int i = 0; i < rows; i++) {
                 owner[i]->token_logprobs[target[i] - owner[i]->context] = (float)score[i].logprob;
@@ -2220,10 +1470,10 @@ static void score_rows(Session* s, Request* const* q, const int* lengths, int co
 // Depths at which later requests, behind number k, will start again, none deeper than `lowest`: the running minima of
 // what they share. Two that are near each other are one, the shallower, and one near `from`, where this one starts, is
 // none.
-static int mark_depths(Request* const* sorted, int k, int n, int from, int lowest, int* depths) {
+static int mark_depths(ScoreRequest* const* sorted, int k, int n, int from, int lowest, int* depths) {
     int count = 0, opened = 0;
     for (int i = k; i + 1 < n && count < MARKS; i++) {
-        int shared = shared_prefix(sorted[i], sorted[i + 1]);
+        int shared = score_shared(sorted[i], sorted[i + 1]);
         lowest = shared < lowest ? shared : lowest;
         if (lowest < from + PASS) { break; }
         if (count && opened - lowest < PASS) {
@@ -2238,135 +1488,94 @@ static int mark_depths(Request* const* sorted, int k, int n, int from, int lowes
 // How many of sorted[k] .. make a batch, and the positions that its ends share, at least `from`. One more joins while
 // the tokens that are computed once more for it cost less than the pass over the weights that it saves; an end fits a
 // block of attention, all together a chunk.
-static int batch_size(const Session* s, Request* const* sorted, int k, int n, int from, int* common) {
+static int batch_size(const Session* session, ScoreRequest* const* sorted, int k, int n, int from, int* common) {
     int size = 1, first = sorted[k]->n - 1, longest = first, together = first;  // input tokens, shared ones too
     *common = first;
     for (; size < BATCH && k + size < n; size++) {
-        const Request* q = sorted[k + size];
-        int shared = shared_prefix(sorted[k + size - 1], q), next = shared < *common ? shared : *common;
+        const ScoreRequest* q = sorted[k + size];
+        int shared = score_shared(sorted[k + size - 1], q), next = shared < *common ? shared : *common;
         int again = (size - 1) * (*common - next) + (shared - next);
         longest = q->n - 1 > longest ? q->n - 1 : longest;
         together += q->n - 1;
         if (q->n == q->context || next < from || next == first || again >= PASS) { break; }
-        if (longest - next > s->w.R || together - (size + 1) * next > s->w.chunk) { break; }
+        if (longest - next > session->work.R || together - (size + 1) * next > session->work.chunk) { break; }
         *common = next;
     }
     return size;
 }
 
-// sorted[k] alone, up to position `end`: its prefix from the cache's position on, scored where it is continuation, with
-// marks at the depths.
-static void score_to(Session* s, Request* q, int end, const int* depths, int stops, CacheMark* marks, int* held) {
-    while (s->s.T < end) {
-        int start = s->s.T, stop = stops && depths[stops - 1] < end ? depths[stops - 1] : end;
-        int part = stop - start < s->w.chunk ? stop - start : s->w.chunk;
-        forward(&s->m, &s->s, &s->w, q->ids + start, part);
-        s->passes++;
-        score_rows(s, &q, &part, 1, start);
-        if (stops && s->s.T == depths[stops - 1]) {
+// sorted[k] alone, up to position `end`: its prefix from the cache's position on, scored where it is continuation,
+// with marks at the depths.
+static void score_to(Session* session, ScoreRequest* q, int end, const int* depths, int stops, CacheMark* marks,
+                     int* held) {
+    while (session->cache.T < end) {
+        int start = session->cache.T, stop = stops && depths[stops - 1] < end ? depths[stops - 1] : end;
+        int part = stop - start < session->work.chunk ? stop - start : session->work.chunk;
+        forward(&session->model, &session->cache, &session->work, q->ids + start, part);
+        session->passes++;
+        score_rows(session, &q, &part, 1, start);
+        if (stops && session->cache.T == depths[stops - 1]) {
             stops--;
-            if (*held < MARKS) { mark_set(&marks[(*held)++], &s->s, &s->m); }
+            if (*held < MARKS) { mark_set(&marks[(*held)++], &session->cache, &session->model); }
         }
     }
 }
 
 // The ends of a batch, from the cache's position on.
-static void score_ends(Session* s, Request* const* q, int count) {
-    int lengths[BATCH], n = 0, start = s->s.T;
+static void score_ends(Session* session, ScoreRequest* const* q, int count) {
+    int lengths[BATCH], n = 0, start = session->cache.T;
     for (int k = 0; k < count; k++) {
         lengths[k] = q[k]->n - 1 - start;
-        memcpy(s->batch + n, q[k]->ids + start, (size_t)lengths[k] * sizeof(int32_t));
+        memcpy(session->batch + n, q[k]->ids + start, (size_t)lengths[k] * sizeof(int32_t));
         n += lengths[k];
     }
-    forward_sequences(&s->m, &s->s, &s->w, s->batch, lengths, count);
-    s->passes++;
-    score_rows(s, q, lengths, count, start);
+    forward_sequences(&session->model, &session->cache, &session->work, session->batch, lengths, count);
+    session->passes++;
+    score_rows(session, q, lengths, count, start);
 }
 
-static void score_window(Session* s, Request** sorted, int n) {
+// Scorer.score: `sorted` (n) of requests, model a Session; the passes over the weights that it took.
+static long score_part(void* model, ScoreRequest** sorted, int n) {
+    Session* session = model;
     CacheMark marks[MARKS] = {{0}};
     int held = 0, depths[MARKS], size, common;
-    qsort(sorted, (size_t)n, sizeof *sorted, request_by_ids);
+    long before = session->passes;
     for (int k = 0; k < n; k += size) {
-        Request* q = sorted[k];
-        int shared = k ? shared_prefix(sorted[k - 1], q) : 0;
+        ScoreRequest* q = sorted[k];
+        int shared = k ? score_shared(sorted[k - 1], q) : 0;
         while (held && marks[held - 1].T > shared) { mark_free(&marks[--held]); }
-        if (held) { mark_return(&marks[held - 1], &s->s, &s->m); } else { cache_clear(&s->s, &s->m); }
-        size = q->n == q->context ? 1 : batch_size(s, sorted, k, n, s->s.T, &common);
+        if (held) {
+            mark_return(&marks[held - 1], &session->cache, &session->model);
+        } else {
+            cache_clear(&session->cache, &session->model);
+        }
+        size = q->n == q->context ? 1 : batch_size(session, sorted, k, n, session->cache.T, &common);
         int end = size > 1 ? common : q->n > q->context ? q->n - 1 : 0;
-        int stops = mark_depths(sorted, k + size - 1, n, s->s.T, end, depths);
-        score_to(s, q, end, depths, stops, marks, &held);
-        if (size > 1) { score_ends(s, sorted + k, size); }
-        for (int i = k; i < k + size; i++) { s->prompt_tokens += sorted[i]->n - (sorted[i]->n > sorted[i]->context); }
+        int stops = mark_depths(sorted, k + size - 1, n, session->cache.T, end, depths);
+        score_to(session, q, end, depths, stops, marks, &held);
+        if (size > 1) { score_ends(session, sorted + k, size); }
+        for (int i = k; i < k + size; i++) {
+            session->prompt_tokens += sorted[i]->n - (sorted[i]->n > sorted[i]->context);
+        }
     }
     while (held) { mark_free(&marks[--held]); }
+    return session->passes - before;
 }
 
-static void put_answer(const Request* q, Text* t) {
-    t->n = 0;
-    text_printf(t, "{\"logprob\": ");
-    text_json_number(t, q->logprob);
-    text_printf(t, ", \"tokens\": %d, \"greedy\": %s, \"token_logprobs\": [", q->n - q->context,
-                q->greedy ? "true" : "false");
-    for (int i = 0; i < q->n - q->context; i++) {
-        text_printf(t, "%s%.7g", i ? ", " : "", (double)q->token_logprobs[i]);
-    }
-    text_printf(t, "]}\n");
-    put_out(t->text, t->n, false);
-}
-
-static void run_score(Session* s) {
-    const char* name = strcmp(s->o.score, "-") ? s->o.score : "standard input";
-    Lines lines = {0};
-    if (strcmp(s->o.score, "-") && (lines.fd = open(name, O_RDONLY | O_CLOEXEC)) < 0) {
-        die("%s: %s", name, strerror(errno));
-    }
-    struct stat st;
-    bool file = fstat(lines.fd, &st) == 0 && S_ISREG(st.st_mode), shows = isatty(2) && !s->o.quiet;
-    Request* requests = alloc_or_die(WINDOW, sizeof *requests, "requests");
-    Request** sorted = alloc_or_die(WINDOW, sizeof *sorted, "requests");
-    Text answer = {0};
-    long done = 0;
-    double start = seconds_now(), shown = start;
-    for (;;) {
-        int n = 0;
-        size_t length;
-        char* text;
-        while (n < WINDOW && (text = next_line(&lines, name, n == 0 || file, &length)) != NULL) {
-            if (strspn(text, " \t\r") == length) { continue; }
-            request_read(&requests[n], s, text, length, name, lines.number);
-            sorted[n] = &requests[n];
-            n++;
-        }
-        if (!n) { break; }
-        // A window is answered in parts of which each is told on stderr about once a second.
-        for (int from = 0, part; from < n; from += part) {
-            part = n - from < 256 ? n - from : 256;
-            score_window(s, sorted + from, part);
-            done += part;
-            if (seconds_now() - shown > 1 && !s->o.quiet) {
-                shown = seconds_now();
-                fprintf(stderr, "%sscored %ld, %.1f a second%s", shows ? "\r" : "", done,
-                        (double)done / (shown - start), shows ? "" : "\n");
-            }
-        }
-        for (int i = 0; i < n; i++) {
-            put_answer(&requests[i], &answer);
-            free(requests[i].ids);
-            free(requests[i].token_logprobs);
-        }
-        put_out("", 0, true);
-    }
-    s->prompt_seconds = seconds_now() - start;
-    if (!s->o.quiet) {
-        fprintf(stderr, "%sscored %ld in %.1f s, %ld passes over the weights\n", shows ? "\r" : "", done,
-                s->prompt_seconds, s->passes);
-    }
-    if (lines.fd) { close(lines.fd); }
-    text_free(&lines.buffer);
-    text_free(&answer);
-    free(requests);
-    free(sorted);
+static void run_score(Session* session) {
+    char unknown[PATH_SIZE + 128];
+    snprintf(unknown, sizeof unknown,
+             "%s: config.json names no tokenizer that is there; give --tokenizer NAME|FILE, or ids",
+             session->options.dir);
+    Scorer scorer = {.tokenizer = session->tokenizer,
+                     .no_tokenizer = unknown,
+                     .vocab = session->model.V,
+                     .positions = session->cache.capacity,
+                     .shift = session->options.shift,
+                     .quiet = session->options.quiet,
+                     .score = score_part,
+                     .model = session};
+    session->prompt_seconds = score_lines(&scorer, session->options.score);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -2378,7 +1587,9 @@ static void tokenize_batches(const Tokenizer* t) {
     Text batch = {0}, counts = {0}, ids = {0};
     Error e = {{0}};
     for (uint64_t size; fread(&size, sizeof size, 1, stdin) == 1;) {
-        if (size > UINT64_C(1) << 32) { die("standard input: a batch of %llu bytes, wanted 4 GiB at most", (unsigned long long)size); }
+        if (size > UINT64_C(1) << 32) {
+            die("standard input: a batch of %llu bytes, wanted 4 GiB at most", (unsigned long long)size);
+        }
         batch.n = counts.n = ids.n = 0;
         text_reserve(&batch, (size_t)size);
         if (fread(batch.text, 1, (size_t)size, stdin) != size) { die("standard input: it ends inside a batch"); }
@@ -2424,10 +1635,11 @@ static void run_tokenizer(const Options* o) {
     char* piece = alloc_or_die(tokenizer_max_bytes(t) + 8, 1, "a token's text");
     size_t n, count;
     int32_t* ids;
-    for (char* line; (line = next_line(&lines, "standard input", true, &n)) != NULL;) {
+    for (char* line; (line = lines_next(&lines, "standard input", true, &n)) != NULL;) {
         out.n = 0;
         if (o->tokenize) {
-            Json* j = parse_line(line, n, "standard input", lines.number);
+            Json* j = json_parse(line, n, &e);
+            if (!j) { die("standard input: line %ld: %s", lines.number, e.text); }
             const Json* text = json_get(j, "text");
             if (!text || text->type != JSON_STRING) {
                 die("standard input: line %ld: wanted an object with \"text\", a string", lines.number);
@@ -2465,7 +1677,7 @@ static void run_tokenizer(const Options* o) {
 
 #ifndef MTA_LIBRARY  // dev/bench/infer_step.c includes this file
 int main(int argc, char** argv) {
-    static Session s;
+    static Session session;
     Options o = options_defaults();
     open_standard_files();
     signal(SIGPIPE, SIG_IGN);  // a closed pipe is an error of write(2), told as one
@@ -2474,20 +1686,20 @@ int main(int argc, char** argv) {
         run_tokenizer(&o);
         return 0;
     }
-    session_open(&s, &o);
+    session_open(&session, &o);
     if (o.score) {
-        run_score(&s);
+        run_score(&session);
     } else if (o.logits) {
-        run_logits(&s);
+        run_logits(&session);
     } else if (o.attention_map) {
-        run_attention_map(&s);
+        run_attention_map(&session);
     } else if (o.interactive) {
-        run_interactive(&s);
+        run_interactive(&session);
     } else {
-        run_samples(&s);
+        run_samples(&session);
     }
-    summary(&s);
-    tokenizer_free(s.t);
+    summary(&session);
+    tokenizer_free(session.tokenizer);
     return 0;
 }
 #endif

@@ -1561,16 +1561,6 @@ static double matmul_rate(void) {
     return best;
 }
 
-// MemAvailable of the kernel, 0 where it does not say.
-static double memory_available(void) {
-    FILE* f = fopen("/proc/meminfo", "r");
-    char line[256];
-    double kib = 0;
-    while (f && fgets(line, sizeof line, f)) { if (sscanf(line, "MemAvailable: %lf", &kib) == 1) { break; } }
-    if (f) { fclose(f); }
-    return kib * 1024;
-}
-
 // Prints the plan; refuses one that this machine cannot hold, since the kernel would end the program without a word.
 static void print_plan(Run* r) {
     char device[64];
@@ -1580,7 +1570,7 @@ static void print_plan(Run* r) {
     snprintf(device, sizeof device, "%d threads", omp_get_max_threads());
     r->flops_per_token = model_flops_per_token(&r->config, r->seq_len);
     r->flops_per_second = matmul_rate();
-    double total = run_print_plan(r, device, rows, (int)(sizeof rows / sizeof rows[0])), available = memory_available();
+    double total = run_print_plan(r, device, rows, (int)(sizeof rows / sizeof rows[0])), available = (double)memory_available();
     if (!r->options->dry_run && available > 0 && total > available) {
         die("memory: the plan needs %.1f GiB, %.1f are available; try a smaller --batch-size or --seq-len", total / 1073741824, available / 1073741824);
     }

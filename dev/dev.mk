@@ -51,8 +51,8 @@ build/test_%: dev/tests/test_%.c $(wildcard dev/tests/*.h) $(HEADERS) build/flag
 header_check: $(HEADERS) build/flags_c
 	printf '#include "%s"\n' $(sort $(wildcard mta/*.h)) > build/headers.c
 	tac build/headers.c > build/headers.cpp
-	$(CC) -std=c11 -Wall -Wextra -Werror -I. -fsyntax-only build/headers.c
-	$(CXX) -std=c++17 -Wall -Wextra -Werror -I. -fsyntax-only build/headers.cpp
+	$(CC) -std=c11 -Wall -Wextra -Werror $(OPENMP) -I. -fsyntax-only build/headers.c
+	$(CXX) -std=c++17 -Wall -Wextra -Werror $(OPENMP) -I. -fsyntax-only build/headers.cpp
 	$(CXX) -std=c++17 $(ARCH) $(OPENMP) -Wall -Wextra -Werror -fsyntax-only -x c++ test_mta.c
 
 # ---- C under the sanitizers

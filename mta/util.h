@@ -102,6 +102,18 @@ static inline void* alloc_or_die(size_t count, size_t size, const char* what) {
     return p;
 }
 
+// Bytes that programs can still have, as the kernel estimates them; 0: it does not say.
+static inline size_t memory_available(void) {
+    char line[256];
+    size_t kib = 0;
+    FILE* f = fopen("/proc/meminfo", "r");
+    while (f && fgets(line, sizeof line, f)) {
+        if (!strncmp(line, "MemAvailable:", 13)) { kib = strtoul(line + 13, NULL, 10); }
+    }
+    if (f) { fclose(f); }
+    return kib * 1024;
+}
+
 // ---------------------------------------------------------------------------------------------------------------------
 // CRC-32 of zlib (polynomial 0xEDB88320), 16 bytes at a time: a table per byte position (Kounavis and Berry,
 // "slicing").
@@ -309,6 +321,15 @@ static inline void path_join(char* out, size_t n, const char* a, const char* b) 
     const char* slash = la && a[la - 1] != '/' ? "/" : "";
     int len = b[0] == '/' || !la ? snprintf(out, n, "%s", b) : snprintf(out, n, "%s%s%s", a, slash, b);
     if (len < 0 || (size_t)len >= n) { die("path of %d bytes is too long, at most %zu: %.200s...", len, n - 1, out); }
+}
+
+// What a program prints as its result. A reader that went away (a closed pipe; SIGPIPE must be ignored) or a full disk
+// ends the program with one line.
+static inline void put_out(const char* text, size_t n, bool flush) {
+    if ((n && fwrite(text, 1, n, stdout) != n) || (flush && fflush(stdout))) {
+        fprintf(stderr, "%s: standard output: %s\n", program_invocation_short_name, strerror(errno));
+        _exit(1);
+    }
 }
 
 // ---------------------------------------------------------------------------------------------------------------------

@@ -32,14 +32,14 @@ static double least(const double* x, int n) {
 }
 
 // Seconds of token number T: into the cache, logits, the best id; the cache is then back at T - 1.
-static double token_seconds(Session* s, int T) {
+static double token_seconds(Session* session, int T) {
     double start = seconds_now();
     Rng rng = rng_make(1, 1);
-    int32_t token = T % s->m.V;
-    s->s.T = T - 1;
-    read_tokens(&s->m, &s->s, &s->w, &token, 1, s->logits);
-    sample(s, &rng);
-    s->s.T = T - 1;
+    int32_t token = T % session->model.V;
+    session->cache.T = T - 1;
+    read_tokens(&session->model, &session->cache, &session->work, &token, 1, session->logits);
+    sample(session, &rng);
+    session->cache.T = T - 1;
     return seconds_now() - start;
 }
 
@@ -50,9 +50,9 @@ static int span_add(Span* spans, int n, const void* p, size_t bytes) {
 }
 
 // The memory that token number T reads, into spans (MAX_SPANS); how many there are.
-static int token_spans(const Session* s, int T, Span* spans) {
-    const Model* m = &s->m;
-    const Cache* c = &s->s;
+static int token_spans(const Session* session, int T, Span* spans) {
+    const Model* m = &session->model;
+    const Cache* c = &session->cache;
     size_t HS = (size_t)m->HS, width = c->half ? 2 : 4, cap = round_up((size_t)c->capacity, TILE);
     size_t HSP = round_up(HS, TILE), keys = (size_t)T;
     int n = span_add(spans, 0, m->head.data, m->head.bytes);
@@ -88,16 +88,16 @@ static bool convolutions(Model* m, const float* (*kept)[2], bool out) {
 }
 
 // The prompt up to position T: tokens a second, and operations a second of products, scores and values over sgemm's.
-static void prompt_to(Session* s, int T, float* matrices) {
-    const Model* m = &s->m;
+static void prompt_to(Session* session, int T, float* matrices) {
+    const Model* m = &session->model;
     double layers = m->c.num_hidden_layers, flops = 0, seconds = 0, sgemm[MAX_ROUNDS];
     double per_token = layers * (2.0 * m->C * (2.0 * m->NH + 2.0 * m->NKV) * m->HS + 6.0 * m->C * m->FF);
-    int from = s->s.T, n = 0;
+    int from = session->cache.T, n = 0;
     (void)matrices;
-    while (s->s.T < T) {
+    while (session->cache.T < T) {
         int32_t tokens[PART];
-        int part = T - s->s.T < PART ? T - s->s.T : PART;
-        for (int i = 0; i < part; i++) { tokens[i] = (s->s.T + i) * 31 % m->V; }
+        int part = T - session->cache.T < PART ? T - session->cache.T : PART;
+        for (int i = 0; i < part; i++) { tokens[i] = (session->cache.T + i) * 31 % m->V; }
 #ifdef MTA_CBLAS
         for (int i = 0; i < 3 && n < MAX_ROUNDS; i++) {
             sgemm[n++] = sgemm_pass(SIDE, matrices, matrices + SIDE * SIDE, matrices + 2 * SIDE * SIDE);
@@ -105,8 +105,8 @@ static void prompt_to(Session* s, int T, float* matrices) {
         usleep(200000);  // its threads spin a while after a product
 #endif
         double start = seconds_now();
-        flops += part * per_token + 4.0 * layers * m->NH * m->HS * part * (s->s.T + part / 2.0);
-        forward(m, &s->s, &s->w, tokens, part);
+        flops += part * per_token + 4.0 * layers * m->NH * m->HS * part * (session->cache.T + part / 2.0);
+        forward(m, &session->cache, &session->work, tokens, part);
         seconds += seconds_now() - start;
     }
     printf("  prompt %d to %d: %.1f tokens/s, %.1f GFLOP/s", from, T, (T - from) / seconds, flops / seconds * 1e-9);
@@ -118,26 +118,26 @@ static void prompt_to(Session* s, int T, float* matrices) {
     fflush(stdout);
 }
 
-static void decode_at(Session* s, int T, int rounds) {
+static void decode_at(Session* session, int T, int rounds) {
     const float* kept[MAX_LAYERS][2];
     static double with[MAX_ROUNDS], without[MAX_ROUNDS], read[2][MAX_ROUNDS], ratio[2][MAX_ROUNDS], extra[MAX_ROUNDS];
     static Span spans[MAX_SPANS];
-    s->s.T = T;
-    size_t bytes = s->m.bytes_per_token + cache_bytes_read(s);
-    int n_spans = token_spans(s, T, spans);
-    bool convolves = convolutions(&s->m, kept, true);
-    convolutions(&s->m, kept, false);
-    token_seconds(s, T);
+    session->cache.T = T;
+    size_t bytes = session->model.bytes_per_token + cache_bytes_read(session);
+    int n_spans = token_spans(session, T, spans);
+    bool convolves = convolutions(&session->model, kept, true);
+    convolutions(&session->model, kept, false);
+    token_seconds(session, T);
     for (int i = 0; i < rounds; i++) {
-        with[i] = token_seconds(s, T);
+        with[i] = token_seconds(session, T);
         for (int k = 0; k < 2; k++) {
             read[k][i] = (double)bytes / read_pass(spans, n_spans, (Reading)k);
             ratio[k][i] = read[k][i] / with[i];
         }
         if (convolves) {
-            convolutions(&s->m, kept, true);
-            without[i] = token_seconds(s, T);
-            convolutions(&s->m, kept, false);
+            convolutions(&session->model, kept, true);
+            without[i] = token_seconds(session, T);
+            convolutions(&session->model, kept, false);
             extra[i] = with[i] / without[i];
         }
     }
@@ -159,7 +159,7 @@ static void decode_at(Session* s, int T, int rounds) {
 }
 
 int main(int argc, char** argv) {
-    static Session s;
+    static Session session;
     int rounds = argc > 4 ? atoi(argv[4]) : 0, last = argc > 5 ? atoi(argv[argc - 1]) : 0;
     if (rounds < 1 || rounds > MAX_ROUNDS || last < 1) {
         die("usage: infer_step DIR WEIGHTS CACHE ROUNDS T [T ...], rounds up to %d", MAX_ROUNDS);
@@ -172,16 +172,16 @@ int main(int argc, char** argv) {
     o.token_ids = "";
     o.quiet = true;
     o.temperature = 0;
-    session_open(&s, &o);
+    session_open(&session, &o);
     float* matrices = NULL;
 #ifdef MTA_CBLAS
     matrices = sgemm_matrices(SIDE);
 #endif
     for (int i = 5; i < argc; i++) {
         int T = atoi(argv[i]);
-        if (T > last || T <= s.s.T) { die("T: got %s, wanted rising numbers", argv[i]); }
-        prompt_to(&s, T - 1, matrices);
-        decode_at(&s, T, rounds);
+        if (T > last || T <= session.cache.T) { die("T: got %s, wanted rising numbers", argv[i]); }
+        prompt_to(&session, T - 1, matrices);
+        decode_at(&session, T, rounds);
     }
     return 0;
 }
