@@ -16,7 +16,7 @@ enum {
     MAX_HEADS = 1024,
     MAX_DIM = 1 << 17,
     MAX_VOCAB = 1 << 22,
-    MAX_EOS = 8,          // ids that end a document
+    MAX_EOS = 64,         // ids that end a document
     MAX_KERNEL = 63,      // of either side of a convolution
     MAX_CONTEXT = 1 << 24
 };
@@ -24,11 +24,19 @@ enum {
 typedef enum { ATTENTION_MTA, ATTENTION_DIFF } AttentionType;
 typedef enum { HEAD_NORM_NONE, HEAD_NORM_GROUP, HEAD_NORM_GROUP_DEPTH_SCALED } HeadNorm;
 
+// The members that stand in config.json have a row each in CONFIG_FIELDS below: a new one is a member here and a row there.
 typedef struct {
     int vocab_size, hidden_size, intermediate_size, num_hidden_layers, num_attention_heads, num_key_value_heads;
     int max_position_embeddings;
     double rope_theta, rms_norm_eps;
     bool tie_word_embeddings;
+    // rope_scaling of type "llama3" (factor 0 = none): frequencies of long wavelengths are divided by factor
+    double rope_factor, rope_low_freq_factor, rope_high_freq_factor;
+    int rope_original_context;
+    int bos_token_id, eos_token_id;                 // -1 = none
+    int other_eos[MAX_EOS - 1], n_other_eos;        // of a list of eos_token_id, those behind the first
+    char tokenizer[256];                            // built-in name or rank file beside config.json, "" = unknown
+    char tokenizer_pattern[32];                     // how a rank file's text is split, where its number of ranks does not tell; else ""
     AttentionType attention_type;
     bool kq_conv_layer[MAX_LAYERS];                 // true where layer l has key-query convolutions
     int kq_conv_query_size, kq_conv_key_size;       // cq, ck (odd)
@@ -36,13 +44,181 @@ typedef struct {
     int head_mix_pre_softmax, head_mix_post_softmax; // group size ch, 0 = off
     HeadNorm head_norm;
     bool head_gate;
-    // rope_scaling of type "llama3" (factor 0 = none): frequencies of long wavelengths are divided by factor
-    double rope_factor, rope_low_freq_factor, rope_high_freq_factor;
-    int rope_original_context;
-    int bos_token_id, eos_token_id;                 // -1 = none
-    int other_eos[MAX_EOS - 1], n_other_eos;        // of a list of eos_token_id, those behind the first
-    char tokenizer[256];                            // built-in name or rank file beside config.json, "" = unknown
 } Config;
+
+// ---------------------------------------------------------------------------------------------------------------------------------
+// The one table of fields: config.json in and out, the ranges of config_check, the trainers' options, and what makes another model.
+
+typedef enum {
+    FIELD_INT,     // int
+    FIELD_NUMBER,  // double
+    FIELD_SWITCH,  // bool
+    FIELD_CHOICE,  // an enumeration, in the order of `words`
+    FIELD_LAYERS,  // bool [MAX_LAYERS], in JSON the list of the layers that have it
+    FIELD_TOKEN,   // int, an id, -1 = none
+    FIELD_EOS,     // eos_token_id with other_eos: an id or a list of them
+    FIELD_NAME     // char [min]: a short string without '/'
+} FieldType;
+
+// Where a field stands in config.json, in the order in which it is written.
+typedef enum { PART_SIZES, PART_CONTEXT, PART_NUMBERS, PART_ROPE, PART_TOKENS, PART_ATTENTION } FieldPart;
+
+// What a change of the field means: nothing for the weights; another model; another model where a layer has convolutions.
+typedef enum { CHANGE_FREE, CHANGE_MODEL, CHANGE_CONV } FieldChange;
+
+typedef struct {
+    const char* key;      // in config.json; behind a point inside of that object
+    FieldType type;
+    FieldPart part;
+    size_t offset;        // in Config
+    double value;         // where the key is absent
+    double min, max;      // accepted
+    FieldChange change;
+    const char* words;    // FIELD_CHOICE: "a|b|c"
+    const char* flag;     // the trainers' option, NULL: none
+    const char* help;
+} ConfigField;
+
+#define AT(member) offsetof(Config, member)
+static const ConfigField CONFIG_FIELDS[] = {
+    {"vocab_size", FIELD_INT, PART_SIZES, AT(vocab_size), 32000, 1, MAX_VOCAB, CHANGE_MODEL, NULL,
+     "--vocab-size", "vocabulary (default: the model's or the shards', whichever is larger)"},
+    {"hidden_size", FIELD_INT, PART_SIZES, AT(hidden_size), 4096, 2, MAX_DIM, CHANGE_MODEL, NULL,
+     "--hidden-size", "width of the residual stream"},
+    {"intermediate_size", FIELD_INT, PART_SIZES, AT(intermediate_size), 11008, 1, MAX_DIM, CHANGE_MODEL, NULL,
+     "--intermediate-size", "hidden units of the MLP"},
+    {"num_hidden_layers", FIELD_INT, PART_SIZES, AT(num_hidden_layers), 32, 1, MAX_LAYERS, CHANGE_MODEL, NULL,
+     "--num-hidden-layers", "layers"},
+    {"num_attention_heads", FIELD_INT, PART_SIZES, AT(num_attention_heads), 32, 1, MAX_HEADS, CHANGE_MODEL, NULL,
+     "--num-attention-heads", "heads"},
+    {"num_key_value_heads", FIELD_INT, PART_SIZES, AT(num_key_value_heads), 0, 1, MAX_HEADS, CHANGE_MODEL, NULL,  // 0: as heads
+     "--num-key-value-heads", "key/value heads (grouped-query attention)"},
+    {"max_position_embeddings", FIELD_INT, PART_CONTEXT, AT(max_position_embeddings), 2048, 1, MAX_CONTEXT, CHANGE_FREE, NULL,
+     "--max-position-embeddings", "context the model states (default: --seq-len)"},
+    {"rope_theta", FIELD_NUMBER, PART_NUMBERS, AT(rope_theta), 10000, 1e-3, 1e12, CHANGE_MODEL, NULL,
+     "--rope-theta", "base of RoPE's frequencies"},
+    {"rms_norm_eps", FIELD_NUMBER, PART_NUMBERS, AT(rms_norm_eps), 1e-6, 1e-20, 0.1, CHANGE_MODEL, NULL,
+     "--rms-norm-eps", "epsilon of RMSNorm"},
+    {"tie_word_embeddings", FIELD_SWITCH, PART_NUMBERS, AT(tie_word_embeddings), 0, 0, 1, CHANGE_MODEL, NULL,
+     "--tie-word-embeddings", "classifier shares the embedding's weights"},
+    {"rope_scaling.factor", FIELD_NUMBER, PART_ROPE, AT(rope_factor), 0, 1, 1e9, CHANGE_MODEL, NULL, NULL, NULL},
+    {"rope_scaling.low_freq_factor", FIELD_NUMBER, PART_ROPE, AT(rope_low_freq_factor), 0, 1e-9, 1e9, CHANGE_MODEL, NULL, NULL, NULL},
+    {"rope_scaling.high_freq_factor", FIELD_NUMBER, PART_ROPE, AT(rope_high_freq_factor), 0, 1e-9, 1e9, CHANGE_MODEL, NULL, NULL, NULL},
+    {"rope_scaling.original_max_position_embeddings", FIELD_INT, PART_ROPE, AT(rope_original_context), 0, 1, MAX_CONTEXT, CHANGE_MODEL, NULL,
+     NULL, NULL},
+    {"bos_token_id", FIELD_TOKEN, PART_TOKENS, AT(bos_token_id), -1, -1, MAX_VOCAB, CHANGE_FREE, NULL, NULL, NULL},
+    {"eos_token_id", FIELD_EOS, PART_TOKENS, AT(eos_token_id), -1, -1, MAX_VOCAB, CHANGE_FREE, NULL, NULL, NULL},
+    {"tokenizer", FIELD_NAME, PART_TOKENS, AT(tokenizer), 0, sizeof ((Config*)0)->tokenizer, 0, CHANGE_FREE, NULL, NULL, NULL},
+    {"tokenizer_pattern", FIELD_NAME, PART_TOKENS, AT(tokenizer_pattern), 0, sizeof ((Config*)0)->tokenizer_pattern, 0, CHANGE_FREE, NULL,
+     NULL, NULL},
+    {"attention_type", FIELD_CHOICE, PART_ATTENTION, AT(attention_type), ATTENTION_MTA, 0, 1, CHANGE_MODEL, "mta|diff",
+     "--attention-type", "config.json's attention_type"},
+    {"kq_conv_layers", FIELD_LAYERS, PART_ATTENTION, AT(kq_conv_layer), 0, 0, 0, CHANGE_CONV, NULL,
+     "--kq-conv-layers", "layers with key-query convolution, from 0, like 2,6,10"},
+    {"kq_conv_query_size", FIELD_INT, PART_ATTENTION, AT(kq_conv_query_size), 6, 1, MAX_KERNEL, CHANGE_CONV, NULL,
+     "--kq-conv-query-size", "queries the convolution spans, cq"},
+    {"kq_conv_key_size", FIELD_INT, PART_ATTENTION, AT(kq_conv_key_size), 11, 1, MAX_KERNEL, CHANGE_CONV, NULL,
+     "--kq-conv-key-size", "keys the convolution spans, ck, odd"},
+    {"kq_conv_pre_softmax", FIELD_SWITCH, PART_ATTENTION, AT(kq_conv_pre_softmax), 0, 0, 1, CHANGE_CONV, NULL,
+     "--kq-conv-pre-softmax", "convolution before the softmax"},
+    {"kq_conv_post_softmax", FIELD_SWITCH, PART_ATTENTION, AT(kq_conv_post_softmax), 0, 0, 1, CHANGE_CONV, NULL,
+     "--kq-conv-post-softmax", "convolution after the softmax"},
+    {"head_mix_pre_softmax", FIELD_INT, PART_ATTENTION, AT(head_mix_pre_softmax), 0, 0, MAX_HEADS, CHANGE_MODEL, NULL,
+     "--head-mix-pre-softmax", "heads mixed before the softmax, 0 = off"},
+    {"head_mix_post_softmax", FIELD_INT, PART_ATTENTION, AT(head_mix_post_softmax), 0, 0, MAX_HEADS, CHANGE_MODEL, NULL,
+     "--head-mix-post-softmax", "heads mixed after the softmax, 0 = off"},
+    {"head_norm", FIELD_CHOICE, PART_ATTENTION, AT(head_norm), HEAD_NORM_NONE, 0, 2, CHANGE_MODEL, "none|group|group_depth_scaled",
+     "--head-norm", "norm of each head's output"},
+    {"head_gate", FIELD_SWITCH, PART_ATTENTION, AT(head_gate), 0, 0, 1, CHANGE_MODEL, NULL,
+     "--head-gate", "sigmoid gate of each head's output"},
+};
+#undef AT
+enum { CONFIG_FIELD_COUNT = sizeof CONFIG_FIELDS / sizeof CONFIG_FIELDS[0] };
+
+// The row of a key; -1: there is none.
+static inline int config_field(const char* key) {
+    for (int i = 0; i < CONFIG_FIELD_COUNT; i++) { if (!strcmp(CONFIG_FIELDS[i].key, key)) { return i; } }
+    return -1;
+}
+
+// The value of a field of one number: all types but layers and names.
+static inline double config_get(const Config* c, const ConfigField* f) {
+    const char* at = (const char*)c + f->offset;
+    int integer;
+    double number;
+    if (f->type == FIELD_NUMBER) { memcpy(&number, at, sizeof number); return number; }
+    if (f->type == FIELD_SWITCH) { return *(const bool*)at; }
+    memcpy(&integer, at, sizeof integer);
+    return integer;
+}
+
+static inline void config_set(Config* c, const ConfigField* f, double value) {
+    char* at = (char*)c + f->offset;
+    int integer = f->type == FIELD_NUMBER ? 0 : (int)value;
+    if (f->type == FIELD_NUMBER) {
+        memcpy(at, &value, sizeof value);
+    } else if (f->type == FIELD_SWITCH) {
+        *(bool*)at = value != 0;
+    } else {
+        memcpy(at, &integer, sizeof integer);
+    }
+}
+
+// Word number i of "a|b|c" into out.
+static inline void choice_word(const char* words, int i, char* out, size_t n) {
+    for (; i > 0; i--) { words = strchr(words, '|') + 1; }
+    snprintf(out, n, "%.*s", (int)strcspn(words, "|"), words);
+}
+
+// Which word of "a|b|c" that is; -1: none.
+static inline int choice_index(const char* words, const char* word) {
+    size_t n = strlen(word);
+    for (int i = 0;; i++) {
+        size_t length = strcspn(words, "|");
+        if (length == n && !strncmp(words, word, n)) { return i; }
+        if (!words[length]) { return -1; }
+        words += length + 1;
+    }
+}
+
+// The value as JSON.
+static inline void config_field_write(const Config* c, const ConfigField* f, Text* t) {
+    char word[64];
+    int id = f->type == FIELD_TOKEN || f->type == FIELD_EOS ? (int)config_get(c, f) : 0;
+    switch (f->type) {
+        case FIELD_INT: text_printf(t, "%d", (int)config_get(c, f)); break;
+        case FIELD_NUMBER: text_printf(t, "%.17g", config_get(c, f)); break;
+        case FIELD_SWITCH: text_printf(t, "%s", config_get(c, f) != 0 ? "true" : "false"); break;
+        case FIELD_CHOICE:
+            choice_word(f->words, (int)config_get(c, f), word, sizeof word);
+            text_printf(t, "\"%s\"", word);
+            break;
+        case FIELD_NAME:
+            text_json_string(t, (const char*)c + f->offset, strlen((const char*)c + f->offset));
+            break;
+        case FIELD_LAYERS: {
+            const bool* layers = (const bool*)((const char*)c + f->offset);
+            text_printf(t, "[");
+            for (int l = 0, first = 1; l < c->num_hidden_layers; l++) {
+                if (layers[l]) { text_printf(t, "%s%d", first ? "" : ", ", l); first = 0; }
+            }
+            text_printf(t, "]");
+            break;
+        }
+        case FIELD_TOKEN:
+        case FIELD_EOS:
+            if (f->type == FIELD_EOS && c->n_other_eos) {
+                text_printf(t, "[%d", id);
+                for (int i = 0; i < c->n_other_eos; i++) { text_printf(t, ", %d", c->other_eos[i]); }
+                text_printf(t, "]");
+            } else if (id >= 0) {
+                text_printf(t, "%d", id);
+            } else {
+                text_printf(t, "null");
+            }
+            break;
+    }
+}
 
 static inline int config_head_size(const Config* c) { return c->hidden_size / c->num_attention_heads; }
 static inline bool config_conv_pre(const Config* c, int l) { return c->kq_conv_layer[l] && c->kq_conv_pre_softmax; }
@@ -63,16 +239,14 @@ static inline bool config_is_plain(const Config* c) {
            c->head_norm == HEAD_NORM_NONE && !c->head_gate;
 }
 
-// What Hugging Face's LlamaConfig assumes for absent keys; every MTA feature off.
+// What the fields are where no key says otherwise: Hugging Face's LlamaConfig; every MTA feature off.
 static inline Config config_default(void) {
     Config c;
     memset(&c, 0, sizeof c);
-    c.vocab_size = 32000; c.hidden_size = 4096; c.intermediate_size = 11008; c.num_hidden_layers = 32; c.num_attention_heads = 32;
-    c.num_key_value_heads = 0;  // 0: as num_attention_heads
-    c.max_position_embeddings = 2048;
-    c.rope_theta = 10000.0; c.rms_norm_eps = 1e-6;
-    c.kq_conv_query_size = 6; c.kq_conv_key_size = 11;
-    c.bos_token_id = c.eos_token_id = -1;
+    for (int i = 0; i < CONFIG_FIELD_COUNT; i++) {
+        const ConfigField* f = &CONFIG_FIELDS[i];
+        if (f->type != FIELD_LAYERS && f->type != FIELD_NAME) { config_set(&c, f, f->value); }
+    }
     return c;
 }
 
@@ -81,18 +255,15 @@ static inline Config config_default(void) {
 
 // Everything the programs rely on. Returns false with one line that says what is wrong and what is accepted.
 static inline bool config_check(const Config* c, Error* e) {
-    const struct { const char* name; int value, min, max; } ranges[] = {
-        {"vocab_size", c->vocab_size, 1, MAX_VOCAB}, {"hidden_size", c->hidden_size, 2, MAX_DIM},
-        {"intermediate_size", c->intermediate_size, 1, MAX_DIM}, {"num_hidden_layers", c->num_hidden_layers, 1, MAX_LAYERS},
-        {"num_attention_heads", c->num_attention_heads, 1, MAX_HEADS}, {"num_key_value_heads", c->num_key_value_heads, 1, MAX_HEADS},
-        {"max_position_embeddings", c->max_position_embeddings, 1, MAX_CONTEXT},
-        {"kq_conv_query_size", c->kq_conv_query_size, 1, MAX_KERNEL}, {"kq_conv_key_size", c->kq_conv_key_size, 1, MAX_KERNEL},
-        {"head_mix_pre_softmax", c->head_mix_pre_softmax, 0, MAX_HEADS}, {"head_mix_post_softmax", c->head_mix_post_softmax, 0, MAX_HEADS},
-    };
-    for (size_t i = 0; i < sizeof ranges / sizeof ranges[0]; i++) {
-        if (ranges[i].value < ranges[i].min || ranges[i].value > ranges[i].max) {
-            return fail(e, "%s: got %d, wanted %d to %d", ranges[i].name, ranges[i].value, ranges[i].min, ranges[i].max);
-        }
+    for (int i = 0; i < CONFIG_FIELD_COUNT; i++) {
+        const ConfigField* f = &CONFIG_FIELDS[i];
+        if ((f->type != FIELD_INT && f->type != FIELD_NUMBER) || (f->part == PART_ROPE && c->rope_factor == 0)) { continue; }
+        double value = config_get(c, f);
+        if (!(value >= f->min && value <= f->max)) { return fail(e, "%s: got %.9g, wanted %.9g to %.9g", f->key, value, f->min, f->max); }
+    }
+    if (c->rope_factor > 0 && c->rope_high_freq_factor <= c->rope_low_freq_factor) {
+        return fail(e, "rope_scaling: got low_freq_factor %g and high_freq_factor %g, wanted low_freq_factor < high_freq_factor",
+                    c->rope_low_freq_factor, c->rope_high_freq_factor);
     }
     int NH = c->num_attention_heads;
     if (c->hidden_size % NH) { return fail(e, "hidden_size %d is not divisible by num_attention_heads %d", c->hidden_size, NH); }
@@ -107,8 +278,6 @@ static inline bool config_check(const Config* c, Error* e) {
             return fail(e, "num_attention_heads %d is not divisible by head_mix_%s_softmax %d", NH, i ? "post" : "pre", groups[i]);
         }
     }
-    if (!(c->rope_theta > 0 && isfinite(c->rope_theta))) { return fail(e, "rope_theta: got %g, wanted a positive number", c->rope_theta); }
-    if (!(c->rms_norm_eps > 0 && c->rms_norm_eps < 1)) { return fail(e, "rms_norm_eps: got %g, wanted 0 < eps < 1", c->rms_norm_eps); }
     if (c->attention_type == ATTENTION_DIFF) {
         if (NH % 2) { return fail(e, "attention_type diff pairs heads: num_attention_heads %d is odd", NH); }
         if (config_any_conv(c) || groups[0] || groups[1] || c->head_gate) {
@@ -197,45 +366,120 @@ static inline bool config_set_conv_layers(Config* c, const char* list, Error* e)
     }
 }
 
-static inline bool config_set_head_norm(Config* c, const char* name, Error* e) {
-    const char* const names[] = {"none", "group", "group_depth_scaled"};
-    for (int i = 0; i < 3; i++) {
-        if (!strcmp(name, names[i])) { c->head_norm = (HeadNorm)i; return true; }
-    }
-    return fail(e, "head_norm: got \"%s\", wanted none, group or group_depth_scaled", name);
+// A field as an option gives it; `text` for choices and layers. Not given: -1, -1.0 or NULL.
+typedef union { int integer; double number; const char* text; } FieldValue;
+
+static inline bool field_is_text(const ConfigField* f) { return f->type == FIELD_CHOICE || f->type == FIELD_LAYERS; }
+
+static inline FieldValue field_not_given(const ConfigField* f) {
+    FieldValue v;
+    memset(&v, 0, sizeof v);
+    if (f->type == FIELD_NUMBER) { v.number = -1; } else if (!field_is_text(f)) { v.integer = -1; }
+    return v;
 }
 
-static inline bool config_set_attention_type(Config* c, const char* name, Error* e) {
-    if (!strcmp(name, "mta")) { c->attention_type = ATTENTION_MTA; return true; }
-    if (!strcmp(name, "diff")) { c->attention_type = ATTENTION_DIFF; return true; }
-    return fail(e, "attention_type: got \"%s\", wanted mta or diff", name);
+static inline bool field_given(const ConfigField* f, FieldValue v) {
+    return field_is_text(f) ? v.text != NULL : f->type == FIELD_NUMBER ? v.number >= 0 : v.integer >= 0;
+}
+
+// Puts the options that were given for one part's fields over what the configuration says; given: a value for each row of CONFIG_FIELDS.
+static inline bool config_override(Config* c, const FieldValue* given, FieldPart part, Error* e) {
+    for (int i = 0; i < CONFIG_FIELD_COUNT; i++) {
+        const ConfigField* f = &CONFIG_FIELDS[i];
+        FieldValue v = given[i];
+        if (f->part != part || !field_given(f, v)) { continue; }
+        if (f->type == FIELD_LAYERS) {
+            if (!config_set_conv_layers(c, v.text, e)) { return false; }
+        } else {
+            config_set(c, f, f->type == FIELD_CHOICE ? choice_index(f->words, v.text) : f->type == FIELD_NUMBER ? v.number : v.integer);
+        }
+    }
+    return true;
 }
 
 // ---------------------------------------------------------------------------------------------------------------------------------
 // config.json
 
-static inline bool config_json_int(const Json* j, const char* key, int min, int max, int* out, Error* e) {
-    const Json* v = json_get(j, key);
-    int64_t n;
-    if (!v || v->type == JSON_NULL) { return true; }
-    if (!json_integer(v, min, max, &n)) { return fail(e, "%s: wanted a whole number from %d to %d", key, min, max); }
-    *out = (int)n;
+// eos_token_id: one id, or a list of them (Llama 3's is one).
+static inline bool config_read_eos(Config* c, const Json* v, const char* key, Error* e) {
+    bool list = v->type == JSON_ARRAY;
+    int count = 0;
+    c->n_other_eos = 0;
+    c->eos_token_id = -1;
+    for (v = list ? v->child : v; v; v = list ? v->next : NULL, count++) {
+        int64_t id;
+        if (!json_integer(v, -1, MAX_VOCAB, &id)) { return fail(e, "%s: wanted a token id or a list of them", key); }
+        if (count == MAX_EOS) { return fail(e, "%s: more than %d ids", key, MAX_EOS); }
+        if (!count) { c->eos_token_id = (int)id; } else { c->other_eos[c->n_other_eos++] = (int)id; }
+    }
     return true;
 }
 
-static inline bool config_json_number(const Json* j, const char* key, double* out, Error* e) {
-    const Json* v = json_get(j, key);
-    if (!v || v->type == JSON_NULL) { return true; }
-    if (v->type != JSON_NUMBER || !isfinite(v->number)) { return fail(e, "%s: wanted a number", key); }
-    *out = v->number;
+static inline bool config_read_layers(Config* c, bool* layers, const Json* v, const char* key, Error* e) {
+    if (v->type != JSON_ARRAY) { return fail(e, "%s: wanted a list of layer numbers", key); }
+    for (const Json* item = v->child; item; item = item->next) {
+        int64_t l;
+        if (!json_integer(item, 0, c->num_hidden_layers - 1, &l)) { return fail(e, "%s: wanted layers from 0 to %d", key, c->num_hidden_layers - 1); }
+        layers[l] = true;
+    }
     return true;
 }
 
-static inline bool config_json_bool(const Json* j, const char* key, bool* out, Error* e) {
-    const Json* v = json_get(j, key);
-    if (!v || v->type == JSON_NULL) { return true; }
-    if (v->type != JSON_BOOL) { return fail(e, "%s: wanted true or false", key); }
-    *out = v->boolean;
+// null: off, none, or as absent; refused where a number is needed (a field whose value is 0 by default can do without).
+static inline bool config_read_null(Config* c, const ConfigField* f, Error* e) {
+    if ((f->type == FIELD_INT || f->type == FIELD_NUMBER) && f->value != 0) { return fail(e, "%s: got null, wanted a number", f->key); }
+    if (f->type == FIELD_EOS) { c->n_other_eos = 0; }
+    if (f->type != FIELD_LAYERS && f->type != FIELD_NAME) { config_set(c, f, f->value); }
+    return true;
+}
+
+static inline bool config_read_field(Config* c, const ConfigField* f, const Json* v, Error* e) {
+    char* at = (char*)c + f->offset;
+    int64_t integer = 0;
+    int word = -1;
+    if (v->type == JSON_NULL) { return config_read_null(c, f, e); }
+    switch (f->type) {
+        case FIELD_INT:
+        case FIELD_TOKEN:
+            if (!json_integer(v, (int64_t)f->min, (int64_t)f->max, &integer)) {
+                return fail(e, "%s: wanted a whole number from %.0f to %.0f", f->key, f->min, f->max);
+            }
+            config_set(c, f, (double)integer);
+            return true;
+        case FIELD_NUMBER:
+            if (v->type != JSON_NUMBER) { return fail(e, "%s: wanted a number", f->key); }
+            config_set(c, f, v->number);
+            return true;
+        case FIELD_SWITCH:
+            if (v->type != JSON_BOOL) { return fail(e, "%s: wanted true or false", f->key); }
+            config_set(c, f, v->boolean);
+            return true;
+        case FIELD_CHOICE:
+            if (v->type == JSON_STRING) { word = choice_index(f->words, v->string); }
+            if (word < 0) { return fail(e, "%s: got \"%.60s\", wanted one of %s", f->key, v->type == JSON_STRING ? v->string : "?", f->words); }
+            config_set(c, f, word);
+            return true;
+        case FIELD_LAYERS: return config_read_layers(c, (bool*)at, v, f->key, e);
+        case FIELD_EOS: return config_read_eos(c, v, f->key, e);
+        case FIELD_NAME:
+            if (v->type != JSON_STRING || v->length >= (size_t)f->min || strlen(v->string) != v->length) {
+                return fail(e, "%s: wanted a short string", f->key);
+            }
+            if (strchr(v->string, '/')) { return fail(e, "%s: got \"%s\", wanted a name or a file beside config.json", f->key, v->string); }
+            strcpy(at, v->string);
+            return true;
+    }
+    return true;
+}
+
+// The fields of one part whose keys stand in `object`.
+static inline bool config_read_part(Config* c, const Json* object, FieldPart part, Error* e) {
+    for (int i = 0; i < CONFIG_FIELD_COUNT; i++) {
+        const ConfigField* f = &CONFIG_FIELDS[i];
+        const char* point = strchr(f->key, '.');
+        const Json* v = f->part == part ? json_get(object, point ? point + 1 : f->key) : NULL;
+        if (v && !config_read_field(c, f, v, e)) { return false; }
+    }
     return true;
 }
 
@@ -247,18 +491,19 @@ static inline const char* config_json_string(const Json* j, const char* key, siz
     return v->string;
 }
 
-// An id, into *out, or a list of ids (Llama 3's eos_token_id is one): the first into *out, others into others (MAX_EOS - 1) and *n_others.
-static inline bool config_json_token(const Json* j, const char* key, int* out, int* others, int* n_others, Error* e) {
+static inline bool config_json_number(const Json* j, const char* key, double* out, Error* e) {
     const Json* v = json_get(j, key);
-    bool list = v && v->type == JSON_ARRAY;
     if (!v || v->type == JSON_NULL) { return true; }
-    int count = 0;
-    for (v = list ? v->child : v; v; v = list ? v->next : NULL, count++) {
-        int64_t n;
-        if (!json_integer(v, -1, MAX_VOCAB, &n)) { return fail(e, "%s: wanted a token id", key); }
-        if (count == MAX_EOS) { return fail(e, "%s: more than %d ids", key, MAX_EOS); }
-        if (!count) { *out = (int)n; } else if (others) { others[(*n_others)++] = (int)n; }
-    }
+    if (v->type != JSON_NUMBER) { return fail(e, "%s: wanted a number", key); }
+    *out = v->number;
+    return true;
+}
+
+static inline bool config_json_bool(const Json* j, const char* key, bool* out, Error* e) {
+    const Json* v = json_get(j, key);
+    if (!v || v->type == JSON_NULL) { return true; }
+    if (v->type != JSON_BOOL) { return fail(e, "%s: wanted true or false", key); }
+    *out = v->boolean;
     return true;
 }
 
@@ -273,79 +518,34 @@ static inline bool config_json_rope(Config* c, const Json* s, Error* e) {
     if (!type || !strcmp(type, "default")) { return true; }
     if (strcmp(type, "llama3")) { return fail(e, "rope_scaling: type \"%.32s\" is not supported, wanted llama3 or none", type); }
     c->rope_factor = 8; c->rope_low_freq_factor = 1; c->rope_high_freq_factor = 4; c->rope_original_context = 8192;
-    if (!config_json_number(s, "factor", &c->rope_factor, e) || !config_json_number(s, "low_freq_factor", &c->rope_low_freq_factor, e) ||
-        !config_json_number(s, "high_freq_factor", &c->rope_high_freq_factor, e) ||
-        !config_json_int(s, "original_max_position_embeddings", 1, MAX_CONTEXT, &c->rope_original_context, e)) { return false; }
-    if (!(c->rope_factor >= 1 && c->rope_low_freq_factor > 0 && c->rope_high_freq_factor > c->rope_low_freq_factor)) {
-        return fail(e, "rope_scaling: wanted factor >= 1 and 0 < low_freq_factor < high_freq_factor");
-    }
-    return true;
-}
-
-static inline bool config_json_conv_layers(Config* c, const Json* v, Error* e) {
-    if (!v || v->type == JSON_NULL) { return true; }
-    if (v->type != JSON_ARRAY) { return fail(e, "kq_conv_layers: wanted a list of layer numbers"); }
-    for (const Json* item = v->child; item; item = item->next) {
-        int64_t l;
-        if (!json_integer(item, 0, c->num_hidden_layers - 1, &l)) {
-            return fail(e, "kq_conv_layers: wanted layers from 0 to %d", c->num_hidden_layers - 1);
-        }
-        c->kq_conv_layer[l] = true;
-    }
-    return true;
+    return config_read_part(c, s, PART_ROPE, e);
 }
 
 // Reads a parsed config.json; absent keys take LlamaConfig's defaults, absent MTA keys are off. Refuses what the programs would compute wrongly.
 static inline bool config_from_json(Config* c, const Json* j, Error* e) {
     *c = config_default();
     if (!j || j->type != JSON_OBJECT) { return fail(e, "wanted a JSON object"); }
-    bool ok = true, bias = false;
-    int head_dim = 0;
-    ok = config_json_int(j, "vocab_size", 1, MAX_VOCAB, &c->vocab_size, e) && config_json_int(j, "hidden_size", 1, MAX_DIM, &c->hidden_size, e) &&
-         config_json_int(j, "intermediate_size", 1, MAX_DIM, &c->intermediate_size, e) &&
-         config_json_int(j, "num_hidden_layers", 1, MAX_LAYERS, &c->num_hidden_layers, e) &&
-         config_json_int(j, "num_attention_heads", 1, MAX_HEADS, &c->num_attention_heads, e) &&
-         config_json_int(j, "num_key_value_heads", 1, MAX_HEADS, &c->num_key_value_heads, e) &&
-         config_json_int(j, "max_position_embeddings", 1, MAX_CONTEXT, &c->max_position_embeddings, e) &&
-         config_json_int(j, "head_dim", 1, MAX_DIM, &head_dim, e) && config_json_number(j, "rope_theta", &c->rope_theta, e) &&
-         config_json_number(j, "rms_norm_eps", &c->rms_norm_eps, e) && config_json_bool(j, "tie_word_embeddings", &c->tie_word_embeddings, e) &&
-         config_json_rope(c, json_get(j, "rope_scaling"), e) && config_json_rope(c, json_get(j, "rope_parameters"), e) &&
-         config_json_token(j, "bos_token_id", &c->bos_token_id, NULL, NULL, e) &&
-         config_json_token(j, "eos_token_id", &c->eos_token_id, c->other_eos, &c->n_other_eos, e) &&
-         config_json_conv_layers(c, json_get(j, "kq_conv_layers"), e) &&
-         config_json_int(j, "kq_conv_query_size", 1, MAX_KERNEL, &c->kq_conv_query_size, e) &&
-         config_json_int(j, "kq_conv_key_size", 1, MAX_KERNEL, &c->kq_conv_key_size, e) &&
-         config_json_bool(j, "kq_conv_pre_softmax", &c->kq_conv_pre_softmax, e) &&
-         config_json_bool(j, "kq_conv_post_softmax", &c->kq_conv_post_softmax, e) &&
-         config_json_int(j, "head_mix_pre_softmax", 0, MAX_HEADS, &c->head_mix_pre_softmax, e) &&
-         config_json_int(j, "head_mix_post_softmax", 0, MAX_HEADS, &c->head_mix_post_softmax, e) &&
-         config_json_bool(j, "head_gate", &c->head_gate, e);
-    if (!ok) { return false; }
-    const char* s = config_json_string(j, "attention_type", 64, &ok, e);
-    if (!ok || (s && !config_set_attention_type(c, s, e))) { return false; }
-    s = config_json_string(j, "head_norm", 64, &ok, e);
-    if (!ok || (s && !config_set_head_norm(c, s, e))) { return false; }
-    s = config_json_string(j, "hidden_act", 64, &ok, e);
-    if (!ok || (s && strcmp(s, "silu"))) { return fail(e, "hidden_act: got \"%s\", wanted silu", s ? s : "?"); }
-    s = config_json_string(j, "tokenizer", sizeof c->tokenizer - 1, &ok, e);
-    if (!ok) { return false; }
-    if (s && strchr(s, '/')) { return fail(e, "tokenizer: got \"%s\", wanted a name or a file beside config.json", s); }
-    if (s) { snprintf(c->tokenizer, sizeof c->tokenizer, "%s", s); }
+    for (int part = PART_SIZES; part <= PART_ATTENTION; part++) {
+        if (part != PART_ROPE && !config_read_part(c, j, (FieldPart)part, e)) { return false; }
+    }
+    if (!config_json_rope(c, json_get(j, "rope_scaling"), e) || !config_json_rope(c, json_get(j, "rope_parameters"), e)) { return false; }
+    bool ok = true, bias = false, windowed = true;
+    double rotary = 1, window = 0, head_dim = 0;
+    const char* act = config_json_string(j, "hidden_act", 64, &ok, e);
+    if (!ok || (act && strcmp(act, "silu"))) { return fail(e, "hidden_act: got \"%s\", wanted silu", act ? act : "?"); }
     if (!config_json_bool(j, "attention_bias", &bias, e)) { return false; }
     if (bias) { return fail(e, "attention_bias: biases are not supported"); }
     if (!config_json_bool(j, "mlp_bias", &bias, e)) { return false; }
     if (bias) { return fail(e, "mlp_bias: biases are not supported"); }
-    double rotary = 1, window = 0;
-    bool windowed = true;
     if (!config_json_number(j, "partial_rotary_factor", &rotary, e) || !config_json_number(j, "sliding_window", &window, e) ||
-        !config_json_bool(j, "use_sliding_window", &windowed, e)) { return false; }
+        !config_json_bool(j, "use_sliding_window", &windowed, e) || !config_json_number(j, "head_dim", &head_dim, e)) { return false; }
     if (rotary != 1) { return fail(e, "partial_rotary_factor: got %g, wanted 1: RoPE turns whole heads", rotary); }
     if (windowed && window > 0 && window < c->max_position_embeddings) {
         return fail(e, "sliding_window: got %g, wanted none below the context of %d: attention sees all positions", window, c->max_position_embeddings);
     }
     if (!c->num_key_value_heads) { c->num_key_value_heads = c->num_attention_heads; }
-    if (head_dim && (c->hidden_size % c->num_attention_heads || head_dim != config_head_size(c))) {
-        return fail(e, "head_dim: got %d, wanted hidden_size / num_attention_heads = %d / %d", head_dim, c->hidden_size, c->num_attention_heads);
+    if (head_dim != 0 && (c->hidden_size % c->num_attention_heads || head_dim != config_head_size(c))) {
+        return fail(e, "head_dim: got %g, wanted hidden_size / num_attention_heads = %d / %d", head_dim, c->hidden_size, c->num_attention_heads);
     }
     return config_check(c, e);
 }
@@ -362,79 +562,58 @@ static inline bool config_read(Config* c, const char* path, Error* e) {
     return ok ? true : fail(e, "%s: %.400s", path, inner.text);
 }
 
+// The fields of one part, a line each; names that are empty are left out.
+static inline void config_write_part(const Config* c, FieldPart part, Text* t) {
+    for (int i = 0; i < CONFIG_FIELD_COUNT; i++) {
+        const ConfigField* f = &CONFIG_FIELDS[i];
+        if (f->part != part || (f->type == FIELD_NAME && !*((const char*)c + f->offset))) { continue; }
+        text_printf(t, "  \"%s\": ", f->key);
+        config_field_write(c, f, t);
+        text_printf(t, ",\n");
+    }
+}
+
+static inline void config_write_rope(const Config* c, Text* t) {
+    text_printf(t, "  \"rope_scaling\": {\"rope_type\": \"llama3\"");
+    for (int i = 0; i < CONFIG_FIELD_COUNT; i++) {
+        const ConfigField* f = &CONFIG_FIELDS[i];
+        if (f->part != PART_ROPE) { continue; }
+        text_printf(t, ", \"%s\": ", strchr(f->key, '.') + 1);
+        config_field_write(c, f, t);
+    }
+    text_printf(t, "},\n");
+}
+
 // torch_dtype: what model.safetensors beside it holds, "float32" or "bfloat16".
 static inline void config_to_json(const Config* c, const char* torch_dtype, Text* t) {
-    static const char* const norms[] = {"none", "group", "group_depth_scaled"};
     bool plain = config_is_plain(c);
     text_printf(t, "{\n  \"architectures\": [\"%s\"],\n  \"model_type\": \"%s\",\n", plain ? "LlamaForCausalLM" : "MtaForCausalLM", plain ? "llama" : "mta");
-    text_printf(t, "  \"vocab_size\": %d,\n  \"hidden_size\": %d,\n  \"intermediate_size\": %d,\n  \"num_hidden_layers\": %d,\n",
-                c->vocab_size, c->hidden_size, c->intermediate_size, c->num_hidden_layers);
-    text_printf(t, "  \"num_attention_heads\": %d,\n  \"num_key_value_heads\": %d,\n  \"head_dim\": %d,\n  \"max_position_embeddings\": %d,\n",
-                c->num_attention_heads, c->num_key_value_heads, config_head_size(c), c->max_position_embeddings);
+    config_write_part(c, PART_SIZES, t);
+    text_printf(t, "  \"head_dim\": %d,\n", config_head_size(c));
+    config_write_part(c, PART_CONTEXT, t);
     text_printf(t, "  \"hidden_act\": \"silu\",\n  \"attention_bias\": false,\n  \"mlp_bias\": false,\n  \"attention_dropout\": 0.0,\n");
-    text_printf(t, "  \"rope_theta\": %.17g,\n  \"rms_norm_eps\": %.17g,\n  \"tie_word_embeddings\": %s,\n", c->rope_theta, c->rms_norm_eps,
-                c->tie_word_embeddings ? "true" : "false");
-    if (c->rope_factor > 0) {
-        text_printf(t, "  \"rope_scaling\": {\"rope_type\": \"llama3\", \"factor\": %.17g, \"low_freq_factor\": %.17g, \"high_freq_factor\": %.17g, "
-                    "\"original_max_position_embeddings\": %d},\n", c->rope_factor, c->rope_low_freq_factor, c->rope_high_freq_factor, c->rope_original_context);
-    }
-    if (c->bos_token_id >= 0) { text_printf(t, "  \"bos_token_id\": %d,\n", c->bos_token_id); } else { text_printf(t, "  \"bos_token_id\": null,\n"); }
-    if (c->n_other_eos) {
-        text_printf(t, "  \"eos_token_id\": [%d", c->eos_token_id);
-        for (int i = 0; i < c->n_other_eos; i++) { text_printf(t, ", %d", c->other_eos[i]); }
-        text_printf(t, "],\n");
-    } else if (c->eos_token_id >= 0) {
-        text_printf(t, "  \"eos_token_id\": %d,\n", c->eos_token_id);
-    } else {
-        text_printf(t, "  \"eos_token_id\": null,\n");
-    }
-    if (c->tokenizer[0]) { text_printf(t, "  \"tokenizer\": "); text_json_string(t, c->tokenizer, strlen(c->tokenizer)); text_printf(t, ",\n"); }
-    if (!plain) {
-        text_printf(t, "  \"attention_type\": \"%s\",\n  \"kq_conv_layers\": [", c->attention_type == ATTENTION_DIFF ? "diff" : "mta");
-        for (int l = 0, first = 1; l < c->num_hidden_layers; l++) {
-            if (c->kq_conv_layer[l]) { text_printf(t, "%s%d", first ? "" : ", ", l); first = 0; }
-        }
-        text_printf(t, "],\n  \"kq_conv_query_size\": %d,\n  \"kq_conv_key_size\": %d,\n  \"kq_conv_pre_softmax\": %s,\n  \"kq_conv_post_softmax\": %s,\n",
-                    c->kq_conv_query_size, c->kq_conv_key_size, c->kq_conv_pre_softmax ? "true" : "false", c->kq_conv_post_softmax ? "true" : "false");
-        text_printf(t, "  \"head_mix_pre_softmax\": %d,\n  \"head_mix_post_softmax\": %d,\n  \"head_norm\": \"%s\",\n  \"head_gate\": %s,\n",
-                    c->head_mix_pre_softmax, c->head_mix_post_softmax, norms[c->head_norm], c->head_gate ? "true" : "false");
-    }
+    config_write_part(c, PART_NUMBERS, t);
+    if (c->rope_factor > 0) { config_write_rope(c, t); }
+    config_write_part(c, PART_TOKENS, t);
+    if (!plain) { config_write_part(c, PART_ATTENTION, t); }
     text_printf(t, "  \"initializer_range\": %.9g,\n  \"torch_dtype\": \"%s\",\n  \"use_cache\": true\n}\n", pow(c->hidden_size, -0.5), torch_dtype);
 }
 
 // First difference between two models' shapes and mathematics, as "field: got A, wanted B"; true if there is none.
 // What may change on resume without changing the model (context, tokenizer, token ids) is not compared.
 static inline bool config_same_model(const Config* got, const Config* want, Error* e) {
-    const struct { const char* name; double got, want; } fields[] = {
-        {"vocab_size", (double)got->vocab_size, (double)want->vocab_size}, {"hidden_size", (double)got->hidden_size, (double)want->hidden_size},
-        {"intermediate_size", (double)got->intermediate_size, (double)want->intermediate_size},
-        {"num_hidden_layers", (double)got->num_hidden_layers, (double)want->num_hidden_layers},
-        {"num_attention_heads", (double)got->num_attention_heads, (double)want->num_attention_heads},
-        {"num_key_value_heads", (double)got->num_key_value_heads, (double)want->num_key_value_heads},
-        {"rope_theta", got->rope_theta, want->rope_theta}, {"rms_norm_eps", got->rms_norm_eps, want->rms_norm_eps},
-        {"rope_scaling factor", got->rope_factor, want->rope_factor},
-        {"tie_word_embeddings", (double)got->tie_word_embeddings, (double)want->tie_word_embeddings},
-        {"attention_type (0 mta, 1 diff)", (double)got->attention_type, (double)want->attention_type},
-        {"head_mix_pre_softmax", (double)got->head_mix_pre_softmax, (double)want->head_mix_pre_softmax},
-        {"head_mix_post_softmax", (double)got->head_mix_post_softmax, (double)want->head_mix_post_softmax},
-        {"head_norm (0 none, 1 group, 2 group_depth_scaled)", (double)got->head_norm, (double)want->head_norm},
-        {"head_gate", (double)got->head_gate, (double)want->head_gate},
-    };
-    for (size_t i = 0; i < sizeof fields / sizeof fields[0]; i++) {
-        if (fields[i].got != fields[i].want) { return fail(e, "%s: got %.9g, wanted %.9g", fields[i].name, fields[i].got, fields[i].want); }
+    bool conv = config_any_conv(got) || config_any_conv(want), same = true;
+    for (int i = 0; i < CONFIG_FIELD_COUNT && same; i++) {
+        const ConfigField* f = &CONFIG_FIELDS[i];
+        Text a = {NULL, 0, 0}, b = {NULL, 0, 0};
+        if (f->change == CHANGE_FREE || (f->change == CHANGE_CONV && !conv)) { continue; }
+        config_field_write(got, f, &a);
+        config_field_write(want, f, &b);
+        same = !strcmp(a.text, b.text) || fail(e, "%s: got %.200s, wanted %.200s", f->key, a.text, b.text);
+        text_free(&a);
+        text_free(&b);
     }
-    bool conv = false;
-    for (int l = 0; l < got->num_hidden_layers; l++) {
-        if (config_conv_pre(got, l) != config_conv_pre(want, l) || config_conv_post(got, l) != config_conv_post(want, l)) {
-            return fail(e, "kq_conv in layer %d: got before/after softmax %d/%d, wanted %d/%d", l, config_conv_pre(got, l), config_conv_post(got, l),
-                        config_conv_pre(want, l), config_conv_post(want, l));
-        }
-        conv = conv || config_conv_pre(got, l) || config_conv_post(got, l);
-    }
-    if (conv && (got->kq_conv_query_size != want->kq_conv_query_size || got->kq_conv_key_size != want->kq_conv_key_size)) {
-        return fail(e, "kq_conv size: got %dx%d, wanted %dx%d", got->kq_conv_query_size, got->kq_conv_key_size, want->kq_conv_query_size, want->kq_conv_key_size);
-    }
-    return true;
+    return same;
 }
 
 // Rotation of RoPE pair t (of HS/2) in radians per position, with Llama 3's scaling where configured.

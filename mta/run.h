@@ -87,33 +87,17 @@ static inline void run_catch_signals(void) {
 
 // ---- the model's configuration
 
+// Sizes and numbers that were given; other heads bring as many key/value heads along.
 static inline void run_override_fields(Config* c, const TrainOptions* o) {
-    if (o->hidden_size) { c->hidden_size = o->hidden_size; }
-    if (o->intermediate_size) { c->intermediate_size = o->intermediate_size; }
-    if (o->num_hidden_layers) { c->num_hidden_layers = o->num_hidden_layers; }
-    if (o->num_attention_heads) { c->num_attention_heads = c->num_key_value_heads = o->num_attention_heads; }
-    if (o->num_key_value_heads) { c->num_key_value_heads = o->num_key_value_heads; }
-    if (o->vocab_size) { c->vocab_size = o->vocab_size; }
-    if (o->rope_theta > 0) { c->rope_theta = o->rope_theta; }
-    if (o->rms_norm_eps > 0) { c->rms_norm_eps = o->rms_norm_eps; }
-    if (o->tie_word_embeddings >= 0) { c->tie_word_embeddings = o->tie_word_embeddings; }
+    Error e = {{0}};
+    if (!config_override(c, o->fields, PART_SIZES, &e) || !config_override(c, o->fields, PART_NUMBERS, &e)) { die("%s", e.text); }
+    if (options_field_given(o, "num_attention_heads") && !options_field_given(o, "num_key_value_heads")) { c->num_key_value_heads = c->num_attention_heads; }
     for (int l = c->num_hidden_layers; l < MAX_LAYERS; l++) { c->kq_conv_layer[l] = false; }
 }
 
 static inline void run_override_attention(Config* c, const TrainOptions* o) {
     Error e = {{0}};
-    bool good = true;
-    if (o->attention_type) { good = config_set_attention_type(c, o->attention_type, &e); }
-    if (o->kq_conv_layers) { good = good && config_set_conv_layers(c, o->kq_conv_layers, &e); }
-    if (o->kq_conv_query_size) { c->kq_conv_query_size = o->kq_conv_query_size; }
-    if (o->kq_conv_key_size) { c->kq_conv_key_size = o->kq_conv_key_size; }
-    if (o->kq_conv_pre_softmax >= 0) { c->kq_conv_pre_softmax = o->kq_conv_pre_softmax; }
-    if (o->kq_conv_post_softmax >= 0) { c->kq_conv_post_softmax = o->kq_conv_post_softmax; }
-    if (o->head_mix_pre_softmax >= 0) { c->head_mix_pre_softmax = o->head_mix_pre_softmax; }
-    if (o->head_mix_post_softmax >= 0) { c->head_mix_post_softmax = o->head_mix_post_softmax; }
-    if (o->head_norm) { good = good && config_set_head_norm(c, o->head_norm, &e); }
-    if (o->head_gate >= 0) { c->head_gate = o->head_gate; }
-    if (!good) { die("%s", e.text); }
+    if (!config_override(c, o->fields, PART_ATTENTION, &e)) { die("%s", e.text); }
 }
 
 static inline bool run_holds_run(const char* dir) {
@@ -208,7 +192,7 @@ static inline void run_configure(Run* r) {
         loaded = true;
     }
     run_override_fields(c, o);
-    if (preset && o->num_hidden_layers) {  // the preset's pattern of layers, over another number of them
+    if (preset && options_field_given(o, "num_hidden_layers")) {  // the preset's pattern of layers, over another number of them
         for (int l = 0; l < c->num_hidden_layers; l++) { c->kq_conv_layer[l] = l >= preset->first_conv && (l - preset->first_conv) % preset->conv_stride == 0; }
     }
     if (o->attention || !loaded) {
@@ -221,13 +205,14 @@ static inline void run_configure(Run* r) {
     run_open_tokenizer(r, (from[0] || loaded) && file_exists(path) ? path : "", shard_vocabulary);
     int needed = r->tokenizer ? tokenizer_vocab(r->tokenizer) : 0;
     if (shard_vocabulary > needed) { needed = shard_vocabulary; }
-    if (preset && !o->vocab_size && needed > c->vocab_size) { c->vocab_size = needed; }
+    if (preset && !options_field_given(o, "vocab_size") && needed > c->vocab_size) { c->vocab_size = needed; }
     if (r->tokenizer && tokenizer_vocab(r->tokenizer) > c->vocab_size) {
         die("--tokenizer: %s has %d ids, the model's vocabulary is %d", tokenizer_file_name(r->tokenizer), tokenizer_vocab(r->tokenizer), c->vocab_size);
     }
-    if (o->max_position_embeddings) { c->max_position_embeddings = o->max_position_embeddings; }
+    bool context_given = options_field_given(o, "max_position_embeddings");
+    if (!config_override(c, o->fields, PART_CONTEXT, &e)) { die("%s", e.text); }
     r->seq_len = o->seq_len ? o->seq_len : c->max_position_embeddings < 2048 ? c->max_position_embeddings : 2048;
-    if (!o->max_position_embeddings && (preset || r->seq_len > c->max_position_embeddings)) { c->max_position_embeddings = r->seq_len; }
+    if (!context_given && (preset || r->seq_len > c->max_position_embeddings)) { c->max_position_embeddings = r->seq_len; }
     if (r->seq_len > c->max_position_embeddings) {
         die("--seq-len: got %d, wanted at most --max-position-embeddings %d", r->seq_len, c->max_position_embeddings);
     }

@@ -9,12 +9,7 @@
 typedef struct {
     const char *model, *attention, *train, *val, *out, *init_from, *tokenizer, *pattern, *mix, *schedule, *recompute;
     bool resume, dry_run;
-    // fields of config.json; 0, -1 or NULL: not given
-    int hidden_size, intermediate_size, num_hidden_layers, num_attention_heads, num_key_value_heads, vocab_size, max_position_embeddings;
-    int tie_word_embeddings, kq_conv_query_size, kq_conv_key_size, kq_conv_pre_softmax, kq_conv_post_softmax;
-    int head_mix_pre_softmax, head_mix_post_softmax, head_gate;
-    const char *kq_conv_layers, *head_norm, *attention_type;
-    double rope_theta, rms_norm_eps;
+    FieldValue fields[CONFIG_FIELD_COUNT];  // of config.json, a row of CONFIG_FIELDS each
     // training
     int seq_len, batch_size, cuda_graphs;
     int64_t tokens_per_step, steps, schedule_steps, warmup, seed;
@@ -30,7 +25,7 @@ typedef struct {
 static inline TrainOptions options_default(void) {
     TrainOptions o;
     memset(&o, 0, sizeof o);
-    o.tie_word_embeddings = o.kq_conv_pre_softmax = o.kq_conv_post_softmax = o.head_mix_pre_softmax = o.head_mix_post_softmax = o.head_gate = -1;
+    for (int i = 0; i < CONFIG_FIELD_COUNT; i++) { o.fields[i] = field_not_given(&CONFIG_FIELDS[i]); }
     o.lr = o.eval_every = -1;  // not given; 0 is a rate too
     o.mix = "token"; o.schedule = "linear"; o.recompute = "none";
     o.batch_size = 4; o.cuda_graphs = 1; o.steps = 1000; o.warmup = 50; o.seed = 1;
@@ -45,6 +40,27 @@ static const char* const TRAIN_USAGE =
     "Exit status: 0 done, 1 a mistake in options or files, 3 stopped after steps with NaN or infinite loss, 70 a CUDA call failed,\n"
     "75 stopped by a signal and saved.";
 
+// Was this field of config.json given?
+static inline bool options_field_given(const TrainOptions* o, const char* key) {
+    int i = config_field(key);
+    assert(i >= 0);
+    return field_given(&CONFIG_FIELDS[i], o->fields[i]);
+}
+
+// A row for each field of config.json that has an option, its value into `fields`; how many rows.
+static inline int config_options(Opt* table, FieldValue* fields) {
+    static const OptType types[] = {OPT_INT, OPT_FLOAT, OPT_SWITCH, OPT_CHOICE, OPT_STRING};  // of FIELD_INT to FIELD_LAYERS
+    int n = 0;
+    for (int i = 0; i < CONFIG_FIELD_COUNT; i++) {
+        const ConfigField* f = &CONFIG_FIELDS[i];
+        if (!f->flag) { continue; }
+        Opt row = {f->flag, types[f->type], &fields[i], f->type == FIELD_LAYERS ? "LIST|all|none" : f->words, f->help, 0, 0, false};
+        if (f->type == FIELD_INT || f->type == FIELD_NUMBER) { row.min = f->min; row.max = f->max; }
+        table[n++] = row;
+    }
+    return n;
+}
+
 // The one table of both trainers. `table` has room for 72 rows.
 static inline void train_options_table(Opt* table, TrainOptions* o) {
     const double any = 1e300;
@@ -58,26 +74,7 @@ static inline void train_options_table(Opt* table, TrainOptions* o) {
     ROW("--tokenizer", OPT_STRING, &o->tokenizer, "NAME|FILE", "bytes, toy or a tiktoken rank file, for samples and the checkpoint", 0, 0)
     ROW("--pattern", OPT_CHOICE, &o->pattern, "gpt2|cl100k_base|llama3|o200k_base", "how text is split, where the rank file's name does not tell", 0, 0)
     HEADING("Model, field by field (over what --model and --attention say)")
-    ROW("--hidden-size", OPT_INT, &o->hidden_size, NULL, "width of the residual stream", 2, MAX_DIM)
-    ROW("--intermediate-size", OPT_INT, &o->intermediate_size, NULL, "hidden units of the MLP", 1, MAX_DIM)
-    ROW("--num-hidden-layers", OPT_INT, &o->num_hidden_layers, NULL, "layers", 1, MAX_LAYERS)
-    ROW("--num-attention-heads", OPT_INT, &o->num_attention_heads, NULL, "heads", 1, MAX_HEADS)
-    ROW("--num-key-value-heads", OPT_INT, &o->num_key_value_heads, NULL, "key/value heads (grouped-query attention)", 1, MAX_HEADS)
-    ROW("--vocab-size", OPT_INT, &o->vocab_size, NULL, "vocabulary (default: the model's or the shards', whichever is larger)", 1, MAX_VOCAB)
-    ROW("--max-position-embeddings", OPT_INT, &o->max_position_embeddings, NULL, "context the model states (default: --seq-len)", 1, MAX_CONTEXT)
-    ROW("--rope-theta", OPT_FLOAT, &o->rope_theta, NULL, "base of RoPE's frequencies", 1e-3, 1e12)
-    ROW("--rms-norm-eps", OPT_FLOAT, &o->rms_norm_eps, NULL, "epsilon of RMSNorm", 1e-20, 0.1)
-    ROW("--tie-word-embeddings", OPT_SWITCH, &o->tie_word_embeddings, NULL, "classifier shares the embedding's weights", 0, 0)
-    ROW("--attention-type", OPT_CHOICE, &o->attention_type, "mta|diff", "config.json's attention_type", 0, 0)
-    ROW("--kq-conv-layers", OPT_STRING, &o->kq_conv_layers, "LIST|all|none", "layers with key-query convolution, from 0, like 2,6,10", 0, 0)
-    ROW("--kq-conv-query-size", OPT_INT, &o->kq_conv_query_size, NULL, "queries the convolution spans, cq", 1, MAX_KERNEL)
-    ROW("--kq-conv-key-size", OPT_INT, &o->kq_conv_key_size, NULL, "keys the convolution spans, ck, odd", 1, MAX_KERNEL)
-    ROW("--kq-conv-pre-softmax", OPT_SWITCH, &o->kq_conv_pre_softmax, NULL, "convolution before the softmax", 0, 0)
-    ROW("--kq-conv-post-softmax", OPT_SWITCH, &o->kq_conv_post_softmax, NULL, "convolution after the softmax", 0, 0)
-    ROW("--head-mix-pre-softmax", OPT_INT, &o->head_mix_pre_softmax, NULL, "heads mixed before the softmax, 0 = off", 0, MAX_HEADS)
-    ROW("--head-mix-post-softmax", OPT_INT, &o->head_mix_post_softmax, NULL, "heads mixed after the softmax, 0 = off", 0, MAX_HEADS)
-    ROW("--head-norm", OPT_CHOICE, &o->head_norm, "none|group|group_depth_scaled", "norm of each head's output", 0, 0)
-    ROW("--head-gate", OPT_SWITCH, &o->head_gate, NULL, "sigmoid gate of each head's output", 0, 0)
+    n += config_options(table + n, o->fields);
     HEADING("Data")
     ROW("--train", OPT_STRING, &o->train, "GLOB[=WEIGHT],...|@RECIPE", "token shards to train on", 0, 0)
     ROW("--mix", OPT_CHOICE, &o->mix, "token|document", "what the weights share out", 0, 0)

@@ -425,6 +425,25 @@ class Resume(Trainer):
             self.assert_refused(done, *pieces)
             self.assertTrue(tree(out) == before, f"{changes} {flags} changed the run's files")
 
+    def test_every_number_of_the_rope_scaling_is_part_of_the_model(self):
+        """A --model config.json that differs from the run's in one of them is another model; the context may grow."""
+        scaling = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16}
+        config = {"model_type": "llama", "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48, "vocab_size": 32,
+                  "max_position_embeddings": 64, "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "rope_scaling": scaling}
+        none = {n: None for n in SMALL if n.startswith(("--attention", "--hidden", "--num", "--inter", "--vocab", "--kq"))}
+        name, out = self.path("scaled.json"), self.out()
+
+        def changed(**keys):
+            with open(name, "w") as f:
+                json.dump(dict(config, **keys), f)
+            return dict(none, **{"--model": name})
+
+        self.run_ok(out, dict(changed(), **{"--steps": 1}))
+        for key, value in (("factor", 4.0), ("low_freq_factor", 2.0), ("high_freq_factor", 5.0), ("original_max_position_embeddings", 32)):
+            done = self.execute(self.arguments(out, changed(rope_scaling=dict(scaling, **{key: value})), ["--resume"]))
+            self.assert_refused(done, "another model", "rope_scaling." + key)
+        self.run_ok(out, changed(max_position_embeddings=128), ["--resume"])
+
     def test_bad_state(self):
         """A trainer.json that lacks something or is of another step, under a manifest that holds."""
         out = self.out()
