@@ -133,19 +133,19 @@ static Config random_config(Rng* rng, bool many_heads, int* B, int* T) {
 }
 
 // Random values that keep every gradient alive: kernels and mixers near the identity, norms near 1.
-static void perturb_by(const Trainer* tr, void* m, uint64_t seed, double size) {
+static void perturb_by(const Trainer* tr, void* m, const Config* c, uint64_t seed, double size) {
     const TensorList* list = tr->tensors(m);
-    tr->initialise(m, seed);
+    model_initialise(tr, m, c, seed);
     for (int i = 0; i < list->n; i++) {
         Rng rng = rng_make(seed, (uint64_t)1000 + (uint64_t)i);
         float* w = floats(list->specs[i].numel);
-        tr->get(m, STATE_WEIGHT, i, w);
+        tr->get(m, STATE_WEIGHT, i, 0, list->specs[i].numel, w);
         for (size_t k = 0; k < list->specs[i].numel; k++) { w[k] += (float)(size * rng_normal(&rng)); }
         tr->set(m, STATE_WEIGHT, i, w);
         free(w);
     }
 }
-static void perturb(const Trainer* tr, void* m, uint64_t seed) { perturb_by(tr, m, seed, 0.1); }
+static void perturb(const Trainer* tr, void* m, const Config* c, uint64_t seed) { perturb_by(tr, m, c, seed, 0.1); }
 
 static void* make_model(const Trainer* tr, const Config* c, int B, int T, int chunk) {
     Error e = {{0}};
@@ -154,11 +154,36 @@ static void* make_model(const Trainer* tr, const Config* c, int B, int T, int ch
     return m;
 }
 
+static int64_t counted(const int32_t* targets, int N) {
+    int64_t n = 0;
+    for (int i = 0; i < N; i++) { n += targets[i] >= 0; }
+    return n;
+}
+
+// Mean loss of the counted targets, 0 if there are none; logits (B,T,V) unless NULL.
+static double mean_loss(const Trainer* tr, void* m, const int32_t* tokens, const int32_t* targets, int B, int T, float* logits) {
+    int64_t n = counted(targets, B * T);
+    double sum = tr->forward(m, tokens, targets, B, T, logits).sum;
+    return n ? sum / (double)n : 0;
+}
+
+// The same, and its gradients are added.
+static double mean_gradients(const Trainer* tr, void* m, const int32_t* tokens, const int32_t* targets, int B, int T) {
+    int64_t n = counted(targets, B * T);
+    double sum = tr->forward_backward(m, tokens, targets, B, T, n ? 1.0 / (double)n : 0);
+    return n ? sum / (double)n : 0;
+}
+
+static Step one_batch(const int32_t* tokens, const int32_t* targets, int B, int T, int64_t number, AdamW hyper) {
+    Step s = {tokens, targets, B, B, T, counted(targets, B * T), number, hyper};
+    return s;
+}
+
 // All tensors of one state, one behind another.
 static float* get_all(const Trainer* tr, const void* m, StateKind kind) {
     const TensorList* list = tr->tensors(m);
     float *all = floats(list->parameters), *p = all;
-    for (int i = 0; i < list->n; i++) { tr->get(m, kind, i, p); p += list->specs[i].numel; }
+    for (int i = 0; i < list->n; i++) { tr->get(m, kind, i, 0, list->specs[i].numel, p); p += list->specs[i].numel; }
     return all;
 }
 
@@ -166,7 +191,7 @@ static void copy_state(const Trainer* from, const void* a, const Trainer* to, vo
     const TensorList* list = from->tensors(a);
     for (int i = 0; i < list->n; i++) {
         float* x = floats(list->specs[i].numel);
-        from->get(a, kind, i, x);
+        from->get(a, kind, i, 0, list->specs[i].numel, x);
         to->set(b, kind, i, x);
         free(x);
     }
@@ -242,8 +267,8 @@ static void golden_exact(const Trainer* tr, const char* path, bool table) {
     bool good = true;
     golden_weights(&g, tr, m, path);
     float* logits = floats(g.logits->numel);
-    float loss_forward = (float)tr->forward(m, g.tokens, g.targets, g.B, g.T, logits);
-    float loss = (float)tr->forward_backward(m, g.tokens, g.targets, g.B, g.T);
+    float loss_forward = (float)mean_loss(tr, m, g.tokens, g.targets, g.B, g.T, logits);
+    float loss = (float)mean_gradients(tr, m, g.tokens, g.targets, g.B, g.T);
     if (table) { printf("%s (%s)\n", path, tr->name); }
     Worst rows[3] = {compare_floats(logits, (const float*)g.logits->data, g.logits->numel, GOLDEN_FP32),
                      compare_floats(&loss_forward, (const float*)g.loss->data, 1, GOLDEN_FP32),
@@ -253,7 +278,7 @@ static void golden_exact(const Trainer* tr, const char* path, bool table) {
     for (int i = 0; i < list->n; i++) {
         float* got = floats(list->specs[i].numel);
         snprintf(name, sizeof name, "grad.%s", list->specs[i].name);
-        tr->get(m, STATE_GRADIENT, i, got);
+        tr->get(m, STATE_GRADIENT, i, 0, list->specs[i].numel, got);
         Worst w = compare_floats(got, (const float*)golden_tensor(&g, name, DT_F32, list->specs[i].numel, path)->data, list->specs[i].numel, GOLDEN_FP32);
         good &= golden_row(name, w, table);
         worst = fmax(worst, w.worst);
@@ -281,14 +306,14 @@ static Frobenius frobenius(const Trainer* tr, void* m, const int32_t* tokens, co
     Frobenius f = {0, 0, 0, 0, "", 0, 0};
     double all = 0, all_norm = 0, group[2] = {0}, group_norm[2] = {0};  // groups: biases, lambda vectors
     copy_state(tr, m, cpu, ref, STATE_WEIGHT);
-    f.loss = tr->forward_backward(m, tokens, targets, B, T);
-    f.want_loss = cpu->forward_backward(ref, tokens, targets, B, T);
+    f.loss = mean_gradients(tr, m, tokens, targets, B, T);
+    f.want_loss = mean_gradients(cpu, ref, tokens, targets, B, T);
     for (int i = 0; i < list->n; i++) {
         size_t n = list->specs[i].numel, at = 0;
         float *got = floats(n), *want = floats(n);
         double diff = 0, norm = 0, got_norm = 0, largest = 0;
-        tr->get(m, STATE_GRADIENT, i, got);
-        cpu->get(ref, STATE_GRADIENT, i, want);
+        tr->get(m, STATE_GRADIENT, i, 0, n, got);
+        cpu->get(ref, STATE_GRADIENT, i, 0, n, want);
         for (size_t k = 0; k < n; k++) {
             double d = (double)got[k] - (double)want[k];
             diff += d * d; norm += (double)want[k] * (double)want[k]; got_norm += (double)got[k] * (double)got[k];
@@ -368,10 +393,10 @@ static void golden_write(const Trainer* tr, const char* path, const Config* c, i
     size_t N = (size_t)B * (size_t)T, shape[3] = {(size_t)B, (size_t)T, (size_t)c->vocab_size}, one = 1, at = 0;
     int32_t *tokens = random_tokens(seed, N, c->vocab_size), *targets = random_tokens(seed + 1000, N, c->vocab_size);
     for (size_t i = 1; i < N; i += 5) { targets[i] = -100; }
-    perturb(tr, m, seed);
+    perturb(tr, m, c, seed);
     float* logits = floats(N * shape[2]);
     tr->forward(m, tokens, targets, B, T, logits);
-    float loss = (float)tr->forward_backward(m, tokens, targets, B, T);
+    float loss = (float)mean_gradients(tr, m, tokens, targets, B, T);
     float *weights = get_all(tr, m, STATE_WEIGHT), *gradients = get_all(tr, m, STATE_GRADIENT);
     char (*names)[ST_NAME_SIZE] = (char (*)[ST_NAME_SIZE])alloc_or_die((size_t)list->n, ST_NAME_SIZE, "names of gradients");
     GoldenParts parts = {(StEntry*)alloc_or_die(2 * (size_t)list->n + 4, sizeof(StEntry), "a golden case"),
@@ -689,6 +714,16 @@ static double scalar_model(void* p) {
     return model_loss(t->m, t->targets, t->B * t->T, 0, false, NULL) / t->counted;
 }
 
+static void initialise_double(Model* m, uint64_t seed) {
+    for (int i = 0; i < m->tensors.n; i++) {
+        const TensorSpec* s = &m->tensors.specs[i];
+        float* w = floats(s->numel);
+        tensor_initialise(w, s, i, &m->config, seed);
+        for (size_t k = 0; k < s->numel; k++) { m->weights[s->offset + k] = (double)w[k]; }
+        free(w);
+    }
+}
+
 static void test_model_differences(void) {
     for (int k = 0; k < N_KINDS + 1; k++) {
         Config c = small_config(KINDS[k % N_KINDS]);
@@ -696,7 +731,7 @@ static void test_model_differences(void) {
         char title[128];
         if (k == N_KINDS) { c.num_key_value_heads = 2; c.tie_word_embeddings = false; c.vocab_size = 41; }
         Model* m = model_create(&c, B, T, 5);
-        model_initialise(m, 3);
+        initialise_double(m, 3);
         Rng rng = rng_make(4, 4);
         for (size_t i = 0; i < m->tensors.numel; i++) { m->weights[i] += 0.1 * rng_normal(&rng); }
         int32_t *tokens = random_tokens(1, (size_t)B * T, c.vocab_size), *targets = random_tokens(2, (size_t)B * T, c.vocab_size);
@@ -720,32 +755,25 @@ static void test_model_differences(void) {
     }
 }
 
-// Gradients of two micro-batches with different numbers of counted targets, scaled by the step's number, are those of one batch.
+// A step in micro-batches with different numbers of counted targets is that of one batch: loss, norm, gradients, the weights after it.
 static void test_accumulation(void) {
     Config c = small_config("mta");
     int B = 3, T = 9;
-    Model* m = model_create(&c, B, T, 0);
-    model_initialise(m, 1);
+    Model *a = model_create(&c, B, T, 0), *b = model_create(&c, B, T, 0);
     int32_t *tokens = random_tokens(1, (size_t)B * T, c.vocab_size), *targets = random_tokens(2, (size_t)B * T, c.vocab_size);
+    AdamW hyper = {1e-2, 0.9, 0.98, 1e-8, 0.05, 1};
     for (int i = 0; i < 7; i++) { targets[i] = -100; }
-    double scale = 1.0 / (B * T - 7);
-    model_forward(m, tokens, B, T);
-    double whole = model_loss(m, targets, B * T, scale, true, NULL);
-    model_backward(m, tokens, B, T);
-    double* want = doubles(m->tensors.numel);
-    memcpy(want, m->grads, m->tensors.numel * sizeof(double));
-    model_zero_gradients(m);
-    double parts = 0;
-    for (int part = 0; part < 2; part++) {
-        int first = part ? 1 : 0, n = part ? 2 : 1;
-        model_forward(m, tokens + first * T, n, T);
-        parts += model_loss(m, targets + first * T, n * T, scale, true, NULL);
-        model_backward(m, tokens + first * T, n, T);
-    }
-    Worst w = compare_doubles(m->grads, want, m->tensors.numel, ROUNDING_FP64);
-    verdict(w.worst <= 1 && fabs(parts - whole) < 1e-9, "micro-batches add up to the step", "error/tolerance %.3f", w.worst);
-    model_free(m);
-    free(tokens); free(targets); free(want);
+    Step step = one_batch(tokens, targets, B, T, 1, hyper);
+    initialise_double(a, 1);
+    initialise_double(b, 1);
+    StepResult whole = train_step(a, &step);
+    step.B = 2;  // two sequences, then one
+    StepResult parts = train_step(b, &step);
+    Worst g = compare_doubles(b->grads, a->grads, a->tensors.numel, ROUNDING_FP64), w = compare_doubles(b->weights, a->weights, a->tensors.numel, ROUNDING_FP64);
+    bool same = fabs(parts.loss - whole.loss) < 1e-12 && fabs(parts.grad_norm - whole.grad_norm) < 1e-12;
+    verdict(g.worst <= 1 && w.worst <= 1 && same, "micro-batches add up to the step", "error/tolerance %.3f, of the weights %.3f", g.worst, w.worst);
+    model_free(a); model_free(b);
+    free(tokens); free(targets);
 }
 
 // A window that convolution kernels at the identity, mixers at the identity leave plain attention, in double to rounding.
@@ -759,7 +787,7 @@ static void test_identity(void) {
     Model *a = model_create(&plain, B, T, 0), *b = model_create(&mta, B, T, 0);
     int32_t* tokens = random_tokens(5, (size_t)B * T, plain.vocab_size);
     float *la = floats(n), *lb = floats(n);
-    model_initialise(b, 9);
+    initialise_double(b, 9);
     for (int i = 0; i < a->tensors.n; i++) {
         int j = tensor_find(&b->tensors, a->tensors.specs[i].name);
         memcpy(a->weights + a->tensors.specs[i].offset, b->weights + b->tensors.specs[j].offset, a->tensors.specs[i].numel * sizeof(real));
@@ -823,7 +851,7 @@ static void test_causality(const Trainer* tr, const char* kind) {
     void* m = make_model(tr, &c, 1, T, 16);
     int32_t* tokens = random_tokens(3, (size_t)T, V);
     float *a = floats((size_t)T * V), *b = floats((size_t)T * V);
-    perturb(tr, m, 5);
+    perturb(tr, m, &c, 5);
     tr->forward(m, tokens, tokens, 1, T, a);
     tokens[changed] = (tokens[changed] + 1) % V;
     tr->forward(m, tokens, tokens, 1, T, b);
@@ -842,11 +870,10 @@ static float* train_twice(const Trainer* tr, const char* kind, int threads) {
     void* m = make_model(tr, &c, B, T, 16);
     int32_t *tokens = random_tokens(3, (size_t)B * T, c.vocab_size), *targets = random_tokens(4, (size_t)B * T, c.vocab_size);
     AdamW hyper = {1e-2, 0.9, 0.98, 1e-8, 0.05, 1};
-    perturb(tr, m, 5);
+    perturb(tr, m, &c, 5);
     for (int step = 1; step <= 2; step++) {
-        tr->zero_gradients(m);
-        tr->forward_backward(m, tokens, targets, B, T);
-        tr->update(m, &hyper, step);
+        Step s = one_batch(tokens, targets, B, T, step, hyper);
+        tr->train_step(m, &s);
     }
     size_t n = tr->tensors(m)->parameters;
     float *weights = get_all(tr, m, STATE_WEIGHT), *grads = get_all(tr, m, STATE_GRADIENT), *both = floats(2 * n);
@@ -882,8 +909,8 @@ static void test_chunks(const Trainer* tr, const char* kind) {
     int32_t *tokens = random_tokens(3, (size_t)B * T, c.vocab_size), *targets = random_tokens(4, (size_t)B * T, c.vocab_size);
     for (int i = 0; i < 4; i++) {
         void* m = make_model(tr, &c, B, T, chunks[i]);
-        perturb(tr, m, 5);
-        tr->forward_backward(m, tokens, targets, B, T);
+        perturb(tr, m, &c, 5);
+        mean_gradients(tr, m, tokens, targets, B, T);
         float* got = get_all(tr, m, STATE_GRADIENT);
         if (want) {
             Worst w = compare_floats(got, want, tr->tensors(m)->parameters, ROUNDING_FP32);
@@ -908,12 +935,11 @@ static void test_overfit(const Trainer* tr, const char* kind) {
     void* m = make_model(tr, &c, B, T, 0);
     int32_t *tokens = random_tokens(3, (size_t)B * T, c.vocab_size), *targets = random_tokens(4, (size_t)B * T, c.vocab_size);
     AdamW hyper = {1e-2, 0.9, 0.98, 1e-8, 0, 1};
-    tr->initialise(m, 5);
+    model_initialise(tr, m, &c, 5);
     for (int step = 1; step <= steps; step++) {
-        tr->zero_gradients(m);
-        last = tr->forward_backward(m, tokens, targets, B, T);
+        Step s = one_batch(tokens, targets, B, T, step, hyper);
+        last = tr->train_step(m, &s).loss;
         if (step == 1) { first = last; }
-        tr->update(m, &hyper, step);
     }
     title_of(title, sizeof title, tr, "overfits one batch", kind);
     verdict(last < 0.1 && first > 3, title, "loss %.3f to %.4f in %d steps", first, last, steps);
@@ -929,7 +955,7 @@ static void test_update(const Trainer* tr) {
     size_t n = list->parameters;
     char title[128];
     AdamW h = {1e-2, 0.9, 0.98, 1e-8, 0.05, 0.5};
-    perturb(tr, m, 5);
+    perturb(tr, m, &c, 5);
     float *w0 = get_all(tr, m, STATE_WEIGHT), *want = floats(n), *w1, *g = floats(n);
     double *am = doubles(n), *av = doubles(n), norm = 0, returned = 0;
     for (size_t i = 0; i < n; i++) { want[i] = w0[i]; }
@@ -949,19 +975,93 @@ static void test_update(const Trainer* tr) {
             want[i] = (float)((double)want[i] * (1 - h.lr * h.weight_decay) - h.lr * mh / (sqrt(vh) + h.eps));
         }
     }
-    w1 = get_all(tr, m, STATE_WEIGHT);
-    Tolerance bf16 = {1e-3, 4e-3};
-    Worst w = compare_floats(w1, want, n, tr->exact ? ROUNDING_FP32 : bf16);
+    w1 = get_all(tr, m, STATE_MASTER);
+    Worst w = compare_floats(w1, want, n, ROUNDING_FP32);
     title_of(title, sizeof title, tr, "AdamW with decay and clipping", "");
     verdict(w.worst <= 1 && fabs(returned / norm - 1) < (tr->exact ? 1e-6 : 1e-2), title, "error/tolerance %.3f, norm %.6f (want %.6f)", w.worst, returned, norm);
     g[list->specs[0].numel / 2] = NAN;
     tr->set(m, STATE_GRADIENT, 0, g);
     double bad = tr->update(m, &h, 4);
-    float* w2 = get_all(tr, m, STATE_WEIGHT);
+    float* w2 = get_all(tr, m, STATE_MASTER);
     title_of(title, sizeof title, tr, "a NaN gradient changes nothing", "");
     verdict(!isfinite(bad) && !memcmp(w1, w2, n * sizeof(float)), title, "norm %f", bad);
     tr->destroy(m);
     free(w0); free(w1); free(w2); free(want); free(g); free(am); free(av);
+}
+
+// Every state comes back as it went in, in pieces too; the weights are the rounded master weights, and setting them rounds both.
+static void test_states(const Trainer* tr) {
+    const StateKind kinds[] = {STATE_GRADIENT, STATE_M, STATE_V, STATE_MASTER};
+    Config c = small_config("mta-full");
+    void* m = make_model(tr, &c, 1, 4, 0);
+    char title[128];
+    int wrong = 0;
+    for (int i = 0; i < tr->tensors(m)->n; i++) {
+        size_t n = tr->tensors(m)->specs[i].numel, half = n / 2;
+        float *x = floats(n), *rounded = floats(n), *got = floats(n);
+        for (int k = 0; k < 4; k++) {
+            Rng rng = rng_make((uint64_t)i, (uint64_t)k);
+            for (size_t j = 0; j < n; j++) { x[j] = (float)rng_normal(&rng); }
+            tr->set(m, kinds[k], i, x);
+            tr->get(m, kinds[k], i, 0, half, got);
+            tr->get(m, kinds[k], i, half, n - half, got + half);
+            wrong += memcmp(got, x, n * sizeof(float)) != 0;
+        }
+        for (size_t j = 0; j < n; j++) { rounded[j] = tr->exact ? x[j] : bf16_to_f32(f32_to_bf16(x[j])); }
+        tr->get(m, STATE_WEIGHT, i, 0, half, got);
+        tr->get(m, STATE_WEIGHT, i, half, n - half, got + half);
+        wrong += memcmp(got, rounded, n * sizeof(float)) != 0;
+        tr->set(m, STATE_WEIGHT, i, x);
+        tr->get(m, STATE_MASTER, i, 0, n, got);
+        wrong += memcmp(got, rounded, n * sizeof(float)) != 0;
+        free(x); free(rounded); free(got);
+    }
+    title_of(title, sizeof title, tr, "states come back bit for bit", "");
+    verdict(wrong == 0, title, "%d tensors and states differ", wrong);
+    tr->destroy(m);
+}
+
+// What forward says beside the logits follows from them: each loss, the sum, which targets another id beats. The logits after n tokens are the last
+// row of n.
+static void test_losses(const Trainer* tr) {
+    Config c = small_config("mta");
+    int B = 2, T = 13, V = c.vocab_size, wrong = 0;
+    char title[128];
+    Worst w = {0, 0, 0}, last = {0, 0, 0};
+    double sum = 0;
+    void* m = make_model(tr, &c, B, T, 0);
+    int32_t *tokens = random_tokens(3, (size_t)B * T, V), *targets = random_tokens(4, (size_t)B * T, V);
+    float *logits = floats((size_t)B * T * V), *row = floats((size_t)V);
+    perturb(tr, m, &c, 5);
+    for (int i = 0; i < B * T; i += 5) { targets[i] = -100; }
+    mean_loss(tr, m, tokens, targets, B, T, logits);
+    for (int i = 1; i < B * T; i += 5) {  // these are right: the likeliest ids
+        targets[i] = 0;
+        for (int v = 1; v < V; v++) { if (logits[i * V + v] > logits[i * V + targets[i]]) { targets[i] = v; } }
+    }
+    Losses l = tr->forward(m, tokens, targets, B, T, logits);
+    for (int i = 0; i < B * T; i++) {
+        const float* x = logits + (size_t)i * V;
+        bool none = targets[i] < 0, beaten = false;
+        double total = 0;
+        for (int v = 0; v < V; v++) { total += exp((double)x[v]); beaten = beaten || (!none && x[v] > x[targets[i]]); }
+        double want = none ? 0 : log(total) - (double)x[targets[i]];
+        worst_add(&w, (double)l.losses[i], want, 1e-5 * fmax(1, want), (size_t)i);
+        wrong += l.wrong[i] != beaten;
+        sum += (double)l.losses[i];
+    }
+    title_of(title, sizeof title, tr, "losses, their sum, beaten targets", "");
+    verdict(w.worst <= 1 && wrong == 0 && l.sum == sum && sum > 0, title, "error/tolerance %.3f, %d flags wrong, sums %.6f and %.6f", w.worst, wrong, l.sum, sum);
+    Tolerance bf16 = {0, 1e-2};
+    for (int n = 1; n <= T; n += 4) {
+        tr->last_logits(m, tokens, n, row);
+        Worst x = compare_floats(row, logits + (size_t)(n - 1) * V, (size_t)V, tr->exact ? ROUNDING_FP32 : bf16);
+        if (!(x.worst <= last.worst)) { last = x; }
+    }
+    title_of(title, sizeof title, tr, "last logits are the last row of logits", "");
+    verdict(last.worst <= 1, title, "error/tolerance %.3f", last.worst);
+    tr->destroy(m);
+    free(tokens); free(targets); free(logits); free(row);
 }
 
 // Ignored targets give no loss and no gradient; all ignored: loss 0, gradient exactly 0.
@@ -972,8 +1072,8 @@ static void test_masked(const Trainer* tr) {
     void* m = make_model(tr, &c, 1, T, 0);
     int32_t *tokens = random_tokens(3, (size_t)T, c.vocab_size), targets[12];
     for (int t = 0; t < T; t++) { targets[t] = -100; }
-    perturb(tr, m, 5);
-    double loss = tr->forward_backward(m, tokens, targets, 1, T), largest = 0;
+    perturb(tr, m, &c, 5);
+    double loss = mean_gradients(tr, m, tokens, targets, 1, T), largest = 0;
     float* g = get_all(tr, m, STATE_GRADIENT);
     for (size_t i = 0; i < tr->tensors(m)->parameters; i++) { largest = fmax(largest, fabs((double)g[i])); }
     title_of(title, sizeof title, tr, "nothing counted: loss and gradient 0", "");
@@ -1037,7 +1137,7 @@ static void test_real_initialisation(const Trainer* tr, const char* kind, int he
     if (!config_set_attention(&c, kind, false, &e) || !config_check(&c, &e)) { die("%s", e.text); }
     void* m = make_model(tr, &c, B, T, 0);
     int32_t *tokens = random_tokens(3, (size_t)B * T, c.vocab_size), *targets = random_tokens(4, (size_t)B * T, c.vocab_size);
-    tr->initialise(m, 5);
+    model_initialise(tr, m, &c, 5);
     Frobenius f = frobenius(tr, m, tokens, targets, B, T, &c, false);
     double all = tr->exact ? 1e-5 : BF16_REAL_ALL_PERCENT / 100.0, worst = tr->exact ? 1e-4 : BF16_REAL_TENSOR_PERCENT / 100.0;
     double small = tr->exact ? 1e-3 : BF16_REAL_SMALL_PERCENT / 100.0;
@@ -1062,7 +1162,7 @@ static void test_random_models(const Trainer* tr, int models, bool many_heads) {
         void* m = make_model(tr, &c, B, T, draw(&rng, 2) ? 0 : 1 + draw(&rng, T));
         int32_t *tokens = random_tokens((uint64_t)i, (size_t)B * T, c.vocab_size), *targets = random_tokens((uint64_t)i + 1000, (size_t)B * T, c.vocab_size);
         for (int n = 1; n < B * T; n += 5) { targets[n] = -100; }
-        perturb_by(tr, m, (uint64_t)i, many_heads ? 0.1 * sqrt(4.0 / NH) : 0.1);  // a mixed head gathers noise from all heads
+        perturb_by(tr, m, &c, (uint64_t)i, many_heads ? 0.1 * sqrt(4.0 / NH) : 0.1);  // a mixed head gathers noise from all heads
         Frobenius f = frobenius(tr, m, tokens, targets, B, T, &c, false);
         if (!(f.all <= worst)) {
             worst = isnan(f.all) ? INFINITY : f.all;
@@ -1085,15 +1185,12 @@ static void test_ten_steps(const Trainer* tr, const char* kind) {
     char title[128];
     AdamW hyper = {3e-3, 0.9, 0.98, 1e-8, 0.05, 1};
     void *m = make_model(tr, &c, B, T, 0), *ref = make_model(cpu, &c, B, T, 0);
-    tr->initialise(m, 5);
-    copy_state(tr, m, cpu, ref, STATE_WEIGHT);
+    model_initialise(tr, m, &c, 5);
+    copy_state(tr, m, cpu, ref, STATE_MASTER);
     for (int step = 1; step <= 10; step++) {
         int32_t *tokens = random_tokens((uint64_t)step % 2, (size_t)B * T, c.vocab_size), *targets = random_tokens((uint64_t)step % 2 + 9, (size_t)B * T, c.vocab_size);
-        tr->zero_gradients(m);
-        cpu->zero_gradients(ref);
-        double got = tr->forward_backward(m, tokens, targets, B, T), want = cpu->forward_backward(ref, tokens, targets, B, T);
-        tr->update(m, &hyper, step);
-        cpu->update(ref, &hyper, step);
+        Step s = one_batch(tokens, targets, B, T, step, hyper);
+        double got = tr->train_step(m, &s).loss, want = cpu->train_step(ref, &s).loss;
         if (!(fabs(got - want) <= worst)) { worst = isnan(got) ? INFINITY : fabs(got - want); }
         if (step == 1) { first = want; }
         last = want;
@@ -1161,6 +1258,8 @@ static void test_trainer(const Trainer* tr) {
     }
     if (wanted("update")) { test_update(tr); }
     if (wanted("masked")) { test_masked(tr); }
+    if (wanted("states")) { test_states(tr); }
+    if (wanted("losses")) { test_losses(tr); }
 }
 
 // train_mta.cu against train_mta.c.

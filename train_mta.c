@@ -35,8 +35,7 @@ static int omp_get_thread_num(void) { return 0; }
 #endif
 
 #include "mta/config.h"
-#include "mta/random.h"
-#include "mta/run.h"
+#include "mta/train.h"
 #include "mta/trainer.h"
 #include "mta/util.h"
 
@@ -972,7 +971,7 @@ static void crossentropy_forward_backward(real* losses, unsigned char* wrong, re
 // =================================================================================================================================
 // The model: state and memory
 
-// Pointers to one layer's tensors inside an arena (weights or gradients); NULL where the model has none.
+// Pointers to one layer's tensors inside an arena (weights or gradients), in the order of TensorKind; NULL where the model has none.
 typedef struct {
     real *input_norm, *q, *k, *v, *o, *kq_conv, *kq_conv_post, *head_mix_pre, *head_mix, *head_norm, *gate_weight, *gate_bias;
     real *lambda_q1, *lambda_k1, *lambda_q2, *lambda_k2, *post_norm, *gate_proj, *up_proj, *down_proj;
@@ -1029,8 +1028,9 @@ typedef struct {
 static size_t carve(const Buffer* buffers, int n, real* base) {
     size_t offset = 0;
     for (int i = 0; i < n; i++) {
-        *buffers[i].ptr = base && buffers[i].numel ? base + offset : NULL;
-        offset += (buffers[i].numel + 63) / 64 * 64;
+        size_t size = (buffers[i].numel + 63) / 64 * 64;  // whole cache lines
+        *buffers[i].ptr = base && size ? base + offset : NULL;
+        offset += size;
     }
     return offset;
 }
@@ -1120,13 +1120,9 @@ static MemoryPlan model_memory(const Config* c, int B, int T) {
 
 // The tensors of layer l inside an arena.
 static Layer model_layer(const Model* m, real* arena, int l) {
-    const TensorList* t = &m->tensors;
-#define AT(kind) (tensor_at(t, l, kind) < 0 ? NULL : arena + t->specs[tensor_at(t, l, kind)].offset)
-    Layer w = {AT(TENSOR_INPUT_NORM), AT(TENSOR_Q), AT(TENSOR_K), AT(TENSOR_V), AT(TENSOR_O), AT(TENSOR_KQ_CONV), AT(TENSOR_KQ_CONV_POST),
-               AT(TENSOR_HEAD_MIX_PRE), AT(TENSOR_HEAD_MIX), AT(TENSOR_HEAD_NORM), AT(TENSOR_GATE_WEIGHT), AT(TENSOR_GATE_BIAS),
-               AT(TENSOR_LAMBDA_Q1), AT(TENSOR_LAMBDA_K1), AT(TENSOR_LAMBDA_Q2), AT(TENSOR_LAMBDA_K2), AT(TENSOR_POST_NORM),
-               AT(TENSOR_GATE_PROJ), AT(TENSOR_UP_PROJ), AT(TENSOR_DOWN_PROJ)};
-#undef AT
+    Layer w;
+    static_assert(sizeof w == LAYER_TENSORS * sizeof(void*), "a field for each tensor of a layer");
+    tensors_of_layer(&w, &m->tensors, l, arena, sizeof(real));
     return w;
 }
 static real* model_tensor(const Model* m, real* arena, TensorKind kind) { return arena + m->tensors.specs[tensor_at(&m->tensors, 0, kind)].offset; }
@@ -1162,40 +1158,6 @@ static void model_free(Model* m) {
     for (size_t i = 0; i < sizeof memory / sizeof memory[0]; i++) { free(memory[i]); }
     tensor_list_free(&m->tensors);
     free(m);
-}
-
-// Identity kernels and mixers, norm weights 1, gate bias 0, lambda vectors normal with std 0.1, all else normal with std C^-0.5
-// (down_proj FF^-0.5), cut at 3 sigma. Blocks of a tensor draw from streams of their own: the values do not depend on threads.
-static void tensor_initialise(real* w, const TensorSpec* s, int index, const Config* c, uint64_t seed) {
-    enum { BLOCK = 1 << 16 };
-    size_t n = s->numel;
-    if (s->kind == TENSOR_KQ_CONV || s->kind == TENSOR_KQ_CONV_POST) {
-        size_t cq = s->shape[1], ck = s->shape[2];
-        for (size_t i = 0; i < n; i++) { w[i] = i % (cq * ck) == (cq - 1) * ck + (ck - 1) / 2; }
-    } else if (s->kind == TENSOR_HEAD_MIX_PRE || s->kind == TENSOR_HEAD_MIX) {
-        size_t ch = s->shape[1];
-        for (size_t i = 0; i < n; i++) { w[i] = i / ch % ch == i % ch; }
-    } else if (tensor_is_norm(s) || s->kind == TENSOR_GATE_BIAS) {
-        for (size_t i = 0; i < n; i++) { w[i] = tensor_is_norm(s); }
-    } else {
-        bool lambda = s->kind >= TENSOR_LAMBDA_Q1 && s->kind <= TENSOR_LAMBDA_K2;
-        double std = lambda ? 0.1 : pow(s->kind == TENSOR_DOWN_PROJ ? c->intermediate_size : c->hidden_size, -0.5);
-        int blocks = (int)((n + BLOCK - 1) / BLOCK);
-#pragma omp parallel for schedule(static)
-        for (int b = 0; b < blocks; b++) {
-            Rng rng = rng_make(seed, (uint64_t)index << 32 | (uint64_t)b);
-            size_t end = n < (size_t)(b + 1) * BLOCK ? n : (size_t)(b + 1) * BLOCK;
-            for (size_t i = (size_t)b * BLOCK; i < end; i++) {
-                w[i] = (real)(float)(std * (lambda ? rng_normal(&rng) : rng_truncated_normal(&rng, 3)));
-            }
-        }
-    }
-}
-
-static void model_initialise(Model* m, uint64_t seed) {
-    for (int i = 0; i < m->tensors.n; i++) {
-        tensor_initialise(m->weights + m->tensors.specs[i].offset, &m->tensors.specs[i], i, &m->config, seed);
-    }
 }
 
 // =================================================================================================================================
@@ -1324,6 +1286,14 @@ static void model_backward(Model* m, const int32_t* tokens, int B, int T) {
     embedding_backward(model_tensor(m, m->grads, TENSOR_EMBED), s->dx, tokens, N, C);
 }
 
+// Both of a batch: adds dloss times the gradient of the summed loss, and returns that sum.
+static double model_forward_backward(Model* m, const int32_t* tokens, const int32_t* targets, int B, int T, double dloss) {
+    model_forward(m, tokens, B, T);
+    double sum = model_loss(m, targets, B * T, (real)dloss, true, NULL);
+    model_backward(m, tokens, B, T);
+    return sum;
+}
+
 enum { UPDATE_BLOCK = 1 << 16 };  // elements of an arena that one thread handles at a time; the order of the norm's sum hangs on it
 
 static void model_zero_gradients(Model* m) {
@@ -1332,16 +1302,6 @@ static void model_zero_gradients(Model* m) {
         size_t n = m->tensors.numel - i < UPDATE_BLOCK ? m->tensors.numel - i : (size_t)UPDATE_BLOCK;
         memset(m->grads + i, 0, n * sizeof(real));
     }
-}
-
-#ifdef MTA_REAL_IS_FLOAT  // the rest is left out where the tests include this file in double
-
-// Floating-point operations of training on one token, as MFU counts them (MODEL.md): 6 per parameter that is multiplied (the classifier counts,
-// tied or not; looking up an embedding does not) and three times the causal half of the attention products; no convolution, no mixing.
-static double model_flops_per_token(const Config* c, int T) {
-    double C = c->hidden_size, KV = (double)c->num_key_value_heads * config_head_size(c), FF = c->intermediate_size;
-    double parameters = c->num_hidden_layers * (2 * C * C + 2 * C * KV + 3 * C * FF) + C * c->vocab_size;
-    return 6 * parameters + 3.0 * c->num_hidden_layers * 2 * C * T;
 }
 
 // Square root of the sum of squares of all gradients; not finite if any is not.
@@ -1385,166 +1345,22 @@ static double model_update(Model* m, const AdamW* h, long step) {
 }
 
 // =================================================================================================================================
-// A training step, evaluation, samples, checkpoints
+// The training step
 
-// One optimizer step over the run's windows: the loss is the sum over all counted targets of the step over their number. Stops between
-// micro-batches when a signal has come; then nothing is changed.
-static StepStats train_step(Model* m, Run* r) {
-    const TrainOptions* o = r->options;
-    StepStats s = {0, 0, learning_rate(&r->schedule, r->step), 0, false, false};
-    double start = seconds_now(), sum = 0;
-    int T = r->seq_len;
-    int64_t counted = run_load_step(r);
+// One optimizer step: the loss is the sum over all counted targets of the step over their number. Stops between micro-batches when a signal
+// has come: then no weight is changed, nor where the loss or the gradient norm is not finite.
+static StepResult train_step(Model* m, const Step* s) {
+    Batch b = step_begin(s);
     model_zero_gradients(m);
-    for (int w = 0; w < r->windows; w += r->batch_size) {
-        if (run_signal) { return s; }
-        int B = min_int(r->batch_size, r->windows - w);
-        const int32_t *tokens = r->tokens + (size_t)w * T, *targets = r->targets + (size_t)w * T;
-        model_forward(m, tokens, B, T);
-        sum += model_loss(m, targets, B * T, counted ? (real)(1.0 / (double)counted) : 0, true, NULL);
-        model_backward(m, tokens, B, T);
-    }
-    AdamW hyper = {s.lr, o->beta1, o->beta2, o->eps, o->weight_decay, o->grad_clip};
-    s.loss = counted ? sum / (double)counted : 0;
-    s.grad_norm = isfinite(s.loss) ? model_update(m, &hyper, (long)r->step + 1) : NAN;
-    s.skipped = !isfinite(s.loss) || !isfinite(s.grad_norm);
-    s.seconds = seconds_now() - start;
-    s.complete = true;
-    return s;
+    while (step_next(s, &b)) { b.sum += model_forward_backward(m, b.tokens, b.targets, b.B, b.T, b.dloss); }
+    double norm = step_updates(s, &b) ? model_update(m, &s->hyper, (long)s->number) : NAN;
+    return step_result(s, &b, norm);
 }
 
-// Loss of every validation set over --eval-windows sequences spread evenly over it; with masks, the share of sequences that have a wrong
-// counted token (teacher forcing). Given up when a signal comes.
-static void evaluate(Model* m, Run* r) {
-    int T = r->seq_len;
-    Error e = {{0}};
-    for (int set = 0; set < r->n_val; set++) {
-        ValSet* v = &r->val[set];
-        int64_t all = (int64_t)loader_windows(&v->loader), n = r->options->eval_windows, counted = 0, wrong = 0;
-        if (n == 0 || n > all) { n = all; }
-        double sum = 0;
-        for (int64_t w = 0; w < n; w += r->batch_size) {
-            if (run_signal) { return; }
-            int B = (int)(n - w < r->batch_size ? n - w : r->batch_size);
-            for (int b = 0; b < B; b++) {
-                if (!loader_window(&v->loader, (uint64_t)((w + b) * all / n), r->tokens + (size_t)b * T, r->targets + (size_t)b * T, &e)) { die("--val: %s", e.text); }
-            }
-            model_forward(m, r->tokens, B, T);
-            sum += model_loss(m, r->targets, B * T, 0, false, NULL);
-            for (int b = 0; b < B; b++) {
-                int bad = 0;
-                for (int t = b * T; t < (b + 1) * T; t++) { bad |= m->wrong[t]; counted += r->targets[t] >= 0; }
-                wrong += bad;
-            }
-        }
-        run_log_val(r, v, sum, counted, wrong, n);
-    }
-}
-
-// The id drawn from softmax(logits / temperature); the likeliest at temperature 0. logits (V) are overwritten.
-static int draw_token(real* logits, int V, double temperature, Rng* rng) {
-    int best = 0;
-    for (int v = 1; v < V; v++) { if (logits[v] > logits[best]) { best = v; } }
-    if (temperature <= 0) { return best; }
-    double top = (double)logits[best], sum = 0;
-    for (int v = 0; v < V; v++) { logits[v] = (real)exp(((double)logits[v] - top) / temperature); sum += (double)logits[v]; }
-    double u = rng_uniform(rng) * sum;
-    for (int v = 0; v < V; v++) { u -= (double)logits[v]; if (u < 0) { return v; } }
-    return best;
-}
-
-// Continues --sample-prompt, a full forward pass for every token: infer_mta has the fast way.
-static void sample(Model* m, Run* r) {
-    const TrainOptions* o = r->options;
-    const char* prompt = o->sample_prompt ? o->sample_prompt : "";
-    int C = m->config.hidden_size, V = m->config.vocab_size, n = 0;
-    int32_t *ids = NULL, *tokens = r->tokens;  // free between steps; at least T of them
-    size_t count = 0;
-    Error e = {{0}};
-    Text text = {NULL, 0, 0};
-    TokenStream stream = {{0}, 0};
-    if (!r->tokenizer) { return; }
-    if (!tokenizer_encode(r->tokenizer, prompt, strlen(prompt), &ids, &count, &e)) { die("--sample-prompt: %s", e.text); }
-    if (tokenizer_bos(r->tokenizer) >= 0) { tokens[n++] = tokenizer_bos(r->tokenizer); }
-    for (size_t i = 0; i < count && n < r->seq_len; i++) { tokens[n++] = ids[i]; }
-    free(ids);
-    text_append(&text, prompt, strlen(prompt));
-    Rng rng = rng_make((uint64_t)o->seed, (uint64_t)1 << 63 | (uint64_t)r->step);
-    char* piece = (char*)alloc_or_die(tokenizer_max_bytes(r->tokenizer) + 16, 1, "a token's text");
-    for (int64_t i = 0; i < o->sample_tokens && n > 0 && n < r->seq_len && !run_signal; i++) {
-        model_forward(m, tokens, 1, n);
-        matmul_forward(m->scratch.logits, m->acts.ln_f + (size_t)(n - 1) * C, model_head(m, m->weights), 1, C, V);
-        int id = draw_token(m->scratch.logits, min_int(V, tokenizer_vocab(r->tokenizer)), o->sample_temperature, &rng);
-        if (id == tokenizer_eos(r->tokenizer)) { break; }
-        tokens[n++] = id;
-        text_append(&text, piece, tokenizer_decode(r->tokenizer, &stream, id, piece));
-    }
-    text_append(&text, piece, tokenizer_flush(&stream, piece));
-    run_log_sample(r, text.text ? text.text : "", text.n);
-    text_free(&text);
-    free(piece);
-}
-
-// ---- checkpoints: groups of tensors are the weights, or m and v, or the fp32 master weights of a bf16 model
-
-typedef struct { Model* m; int n; real* arenas[3]; } TensorGroups;
-
-static const void* fetch_tensor(void* ctx, int group, int tensor) {
-    const TensorGroups* g = (const TensorGroups*)ctx;
-    return g->arenas[group] + g->m->tensors.specs[tensor].offset;
-}
-
-static bool store_tensor(void* ctx, int group, int tensor, const float* data, Error* e) {
-    (void)e;
-    const TensorGroups* g = (const TensorGroups*)ctx;
-    const TensorSpec* s = &g->m->tensors.specs[tensor];
-    for (size_t i = 0; i < s->numel; i++) { g->arenas[group][s->offset + i] = data[i]; }
-    return true;
-}
-
-static void save(Model* m, Run* r) {
-    static const char* const no_prefix[] = {""};
-    static const char* const moments[] = {"m.", "v."};
-    TensorGroups weights = {m, 1, {m->weights}}, optimizer = {m, 2, {m->m, m->v}};
-    CheckpointWriter w;
-    Error e = {{0}};
-    char path[PATH_SIZE];
-    double start = seconds_now();
-    progress_break(&r->progress);
-    bool good = checkpoint_begin(&w, r->options->out, (long)r->step, &e) &&
-                checkpoint_add_tensors(&w, "model.safetensors", &m->tensors, no_prefix, 1, DT_F32, fetch_tensor, &weights, &e) &&
-                checkpoint_add_tensors(&w, "optimizer.safetensors", &m->tensors, moments, 2, DT_F32, fetch_tensor, &optimizer, &e) &&
-                run_save_texts(r, &w, &e) && checkpoint_commit(&w, path, &e);
-    if (!good) { run_save_failed(r, &e); }
-    run_saved(r, path, seconds_now() - start);
-}
-
-// Weights at random, from --init-from, or everything from the checkpoint that is resumed.
-static void model_start(Model* m, Run* r) {
-    static const char* const no_prefix[] = {""};
-    static const char* const moments[] = {"m.", "v.", "master."};
-    TensorGroups weights = {m, 1, {m->weights}}, optimizer = {m, 3, {m->m, m->v, m->weights}};
-    Text absent = {NULL, 0, 0};
-    Error e = {{0}};
-    bool good = true;
-    if (r->resume_dir[0]) {
-        char path[PATH_SIZE];
-        path_join(path, sizeof path, r->resume_dir, "optimizer.safetensors");
-        bool master = safetensors_holds(path, "master.model.embed_tokens.weight");
-        good = checkpoint_read_tensors(r->resume_dir, &m->tensors, no_prefix, 1, false, NULL, store_tensor, &weights, &e) &&
-               checkpoint_read_tensors(path, &m->tensors, moments, master ? 3 : 2, false, NULL, store_tensor, &optimizer, &e);
-    } else {
-        model_initialise(m, (uint64_t)r->options->seed);
-        if (r->init_dir[0]) { good = checkpoint_read_tensors(r->init_dir, &m->tensors, no_prefix, 1, true, &absent, store_tensor, &weights, &e); }
-        if (good && r->init_dir[0]) { printf("weights from %s\n", r->init_dir); }
-        if (good && absent.n) { printf("absent there, started at the identity: %s\n", absent.text); }
-    }
-    if (!good) { die("%s", e.text); }
-    text_free(&absent);
-}
+#ifdef MTA_REAL_IS_FLOAT  // the rest is left out where the tests include this file in double
 
 // =================================================================================================================================
-// Options are those of mta/run.h, shared with train_mta.cu; here is only what the plan must know of this machine
+// What the plan must know of this machine
 
 // Operations a second of a matrix product of 1024^3, measured for a moment: what MFU and the plan's time are relative to.
 static double matmul_rate(void) {
@@ -1568,91 +1384,72 @@ static void print_plan(Run* r) {
     const PlanRow rows[] = {{"weights fp32", p.weights}, {"gradients", p.gradients}, {"optimizer m, v", p.optimizer},
                             {"activations", p.activations}, {"scratch", p.scratch}};
     snprintf(device, sizeof device, "%d threads", omp_get_max_threads());
-    r->flops_per_token = model_flops_per_token(&r->config, r->seq_len);
-    r->flops_per_second = matmul_rate();
-    double total = run_print_plan(r, device, rows, (int)(sizeof rows / sizeof rows[0])), available = (double)memory_available();
+    double total = train_print_plan(r, device, matmul_rate(), rows, (int)(sizeof rows / sizeof rows[0])), available = (double)memory_available();
     if (!r->options->dry_run && available > 0 && total > available) {
         die("memory: the plan needs %.1f GiB, %.1f are available; try a smaller --batch-size or --seq-len", total / 1073741824, available / 1073741824);
     }
 }
 
 // =================================================================================================================================
-// main
-
-static int train_main(int argc, char** argv) {
-    TrainOptions options;
-    Run run;
-    open_standard_files();
-    blas_single_thread();
-    options_given(&options, argc, argv);
-    run_settle(&run, &options);
-    print_plan(&run);
-    if (options.dry_run) { return EXIT_DONE; }
-    run_open(&run);
-    Model* m = model_create(&run.config, run.batch_size, run.seq_len, 0);
-    model_start(m, &run);
-    run_log_start(&run, m->tensors.parameters);
-    while (run_goes_on(&run)) {
-        StepStats s = train_step(m, &run);
-        if (!s.complete) { break; }
-        run_log_step(&run, &s);
-        if (run_due(&run, run.eval_every) || run.step == run.steps) { evaluate(m, &run); }
-        if (run_due(&run, options.sample_every)) { sample(m, &run); }
-        if (run_due(&run, options.save_every) && !s.skipped) { save(m, &run); }
-    }
-    if (run.saved_step != run.step && run.skipped_in_a_row < MAX_SKIPPED_IN_A_ROW) { save(m, &run); }
-    model_free(m);
-    return run_end(&run);
-}
-
-// =================================================================================================================================
-// The table of functions that the tests drive (mta/trainer.h)
+// The table of this trainer (mta/trainer.h), and main
 
 static void* table_create(const Config* c, int B, int T, int chunk, Error* e) {
     (void)e;  // on the CPU, memory that cannot be had ends the program with a line that says how much
     return model_create(c, B, T, chunk);
 }
 static void table_destroy(void* m) { model_free((Model*)m); }
-static void table_initialise(void* m, uint64_t seed) { model_initialise((Model*)m, seed); }
 static const TensorList* table_tensors(const void* m) { return &((const Model*)m)->tensors; }
 
 static real* table_state(const Model* m, StateKind kind, int i) {
-    real* const arenas[] = {m->weights, m->grads, m->m, m->v};
+    real* const arenas[] = {m->weights, m->grads, m->m, m->v, m->weights};  // the master weights are the weights
     return arenas[kind] + m->tensors.specs[i].offset;
 }
 static void table_set(void* model, StateKind kind, int tensor, const float* data) {
-    Model* m = (Model*)model;
-    for (size_t i = 0; i < m->tensors.specs[tensor].numel; i++) { table_state(m, kind, tensor)[i] = data[i]; }
-}
-static void table_get(const void* model, StateKind kind, int tensor, float* data) {
     const Model* m = (const Model*)model;
-    for (size_t i = 0; i < m->tensors.specs[tensor].numel; i++) { data[i] = (float)table_state(m, kind, tensor)[i]; }
+    memcpy(table_state(m, kind, tensor), data, m->tensors.specs[tensor].numel * sizeof(real));
+}
+static void table_get(const void* m, StateKind kind, int tensor, size_t from, size_t n, float* data) {
+    memcpy(data, table_state((const Model*)m, kind, tensor) + from, n * sizeof(real));
 }
 
-static double table_run(Model* m, const int32_t* tokens, const int32_t* targets, int B, int T, bool gradient, float* logits) {
-    int counted = 0;
-    for (int n = 0; n < B * T; n++) { counted += targets[n] >= 0; }
+static Losses table_forward(void* model, const int32_t* tokens, const int32_t* targets, int B, int T, float* logits) {
+    Model* m = (Model*)model;
     model_forward(m, tokens, B, T);
-    double sum = model_loss(m, targets, B * T, counted ? (real)(1.0 / counted) : 0, gradient, logits);
-    if (gradient) { model_backward(m, tokens, B, T); }
-    return counted ? sum / counted : 0;
+    Losses losses = {model_loss(m, targets, B * T, 0, false, logits), m->scratch.losses, m->wrong};
+    return losses;
 }
-static double table_forward(void* m, const int32_t* tokens, const int32_t* targets, int B, int T, float* logits) {
-    return table_run((Model*)m, tokens, targets, B, T, false, logits);
+static void table_last_logits(void* model, const int32_t* tokens, int n, float* logits) {
+    Model* m = (Model*)model;
+    model_forward(m, tokens, 1, n);
+    matmul_forward(logits, m->acts.ln_f + (size_t)(n - 1) * m->config.hidden_size, model_head(m, m->weights), 1, m->config.hidden_size, m->config.vocab_size);
 }
-static double table_forward_backward(void* m, const int32_t* tokens, const int32_t* targets, int B, int T) {
-    return table_run((Model*)m, tokens, targets, B, T, true, NULL);
-}
-static void table_zero_gradients(void* m) { model_zero_gradients((Model*)m); }
 static double table_update(void* m, const AdamW* hyper, long step) { return model_update((Model*)m, hyper, step); }
+static double table_forward_backward(void* m, const int32_t* tokens, const int32_t* targets, int B, int T, double dloss) {
+    return model_forward_backward((Model*)m, tokens, targets, B, T, dloss);
+}
+static StepResult table_train_step(void* m, const Step* step) { return train_step((Model*)m, step); }
 
 const Trainer* trainer_cpu(void) {
-    static const Trainer table = {"cpu fp32", true, table_create, table_destroy, table_initialise, table_tensors, table_set, table_get,
-                                  table_forward, table_forward_backward, table_zero_gradients, table_update, train_main};
+    static const Trainer table = {"cpu fp32", true, table_create, table_destroy, table_tensors, table_set, table_get, table_forward, table_last_logits,
+                                  table_forward_backward, table_update, table_train_step};
     return &table;
 }
 
 #ifndef MTA_LIBRARY
-int main(int argc, char** argv) { return train_main(argc, argv); }
+int main(int argc, char** argv) {
+    TrainOptions options;
+    Run run;
+    open_standard_files();
+    blas_single_thread();
+    options_given(&options, argc, argv);
+    run_settle(&run, trainer_cpu(), &options);
+    print_plan(&run);
+    if (options.dry_run) { return EXIT_DONE; }
+    run_open_data(&run);
+    run.model = model_create(&run.config, run.batch_size, run.seq_len, 0);
+    int status = train(&run);
+    model_free((Model*)run.model);
+    return status;
+}
 #endif
 #endif  // MTA_REAL_IS_FLOAT

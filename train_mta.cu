@@ -32,8 +32,7 @@
 #include <cuda_runtime.h>
 
 #include "mta/config.h"
-#include "mta/random.h"
-#include "mta/run.h"
+#include "mta/train.h"
 #include "mta/trainer.h"
 #include "mta/util.h"
 
@@ -2688,7 +2687,7 @@ static int attention_chunk_on(const Config* c, int T, size_t shared) {
 // =================================================================================================================================
 // The model: state and memory
 
-// Pointers to one layer's tensors inside an arena (weights or gradients); NULL where the model has none.
+// Pointers to one layer's tensors inside an arena (weights or gradients), in the order of TensorKind; NULL where the model has none.
 template <typename T>
 struct LayerOf {
     T *input_norm, *q, *k, *v, *o, *kq_conv, *kq_conv_post, *head_mix_pre, *head_mix, *head_norm, *gate_weight, *gate_bias;
@@ -2912,13 +2911,9 @@ static int largest_batch(const Config* c, int T, int chunk, Recompute recompute,
 // The tensors of layer l inside an arena.
 template <typename T>
 static LayerOf<T> model_layer(const Model* m, T* arena, int l) {
-    const TensorList* t = &m->tensors;
-#define AT(kind) (tensor_at(t, l, kind) < 0 ? NULL : arena + t->specs[tensor_at(t, l, kind)].offset)
-    LayerOf<T> w = {AT(TENSOR_INPUT_NORM), AT(TENSOR_Q), AT(TENSOR_K), AT(TENSOR_V), AT(TENSOR_O), AT(TENSOR_KQ_CONV), AT(TENSOR_KQ_CONV_POST),
-                    AT(TENSOR_HEAD_MIX_PRE), AT(TENSOR_HEAD_MIX), AT(TENSOR_HEAD_NORM), AT(TENSOR_GATE_WEIGHT), AT(TENSOR_GATE_BIAS),
-                    AT(TENSOR_LAMBDA_Q1), AT(TENSOR_LAMBDA_K1), AT(TENSOR_LAMBDA_Q2), AT(TENSOR_LAMBDA_K2), AT(TENSOR_POST_NORM),
-                    AT(TENSOR_GATE_PROJ), AT(TENSOR_UP_PROJ), AT(TENSOR_DOWN_PROJ)};
-#undef AT
+    LayerOf<T> w;
+    static_assert(sizeof w == LAYER_TENSORS * sizeof(void*), "a field for each tensor of a layer");
+    tensors_of_layer(&w, &m->tensors, l, arena, sizeof(T));
     return w;
 }
 template <typename T>
@@ -3017,59 +3012,6 @@ static Model* model_create(const Config* config, int B, int T, int chunk, Recomp
     cudaCheck(cudaStreamSynchronize(m->cuda.stream));
     free(angles);
     return m;
-}
-
-// One tensor of a state, in or out, in fp32. Weights are the master weights; what the products read is their rounding.
-static float* model_state(const Model* m, StateKind kind, int i) {
-    float* const arenas[] = {m->master, m->grads, m->m, m->v};
-    return arenas[kind] + m->tensors.specs[i].offset;
-}
-static void model_set(Model* m, StateKind kind, int i, const float* data) {
-    const TensorSpec* s = &m->tensors.specs[i];
-    cudaCheck(cudaMemcpyAsync(model_state(m, kind, i), data, s->numel * sizeof(float), cudaMemcpyHostToDevice, m->cuda.stream));
-    if (kind == STATE_WEIGHT && !EXACT) { convert(m->weights + s->offset, model_state(m, kind, i), s->numel, &m->cuda); }
-    cudaCheck(cudaStreamSynchronize(m->cuda.stream));
-}
-static void model_get(const Model* m, StateKind kind, int i, float* data) {
-    cudaCheck(cudaMemcpyAsync(data, model_state(m, kind, i), m->tensors.specs[i].numel * sizeof(float), cudaMemcpyDeviceToHost, m->cuda.stream));
-    cudaCheck(cudaStreamSynchronize(m->cuda.stream));
-}
-
-// Identity kernels and mixers, norm weights 1, gate bias 0, lambda vectors normal with std 0.1, all else normal with std C^-0.5
-// (down_proj FF^-0.5), cut at 3 sigma. Blocks of a tensor draw from streams of their own: the values do not depend on threads.
-static void tensor_initialise(float* w, const TensorSpec* s, int index, const Config* c, uint64_t seed) {
-    enum { BLOCK = 1 << 16 };
-    size_t n = s->numel;
-    if (s->kind == TENSOR_KQ_CONV || s->kind == TENSOR_KQ_CONV_POST) {
-        size_t cq = s->shape[1], ck = s->shape[2];
-        for (size_t i = 0; i < n; i++) { w[i] = i % (cq * ck) == (cq - 1) * ck + (ck - 1) / 2; }
-    } else if (s->kind == TENSOR_HEAD_MIX_PRE || s->kind == TENSOR_HEAD_MIX) {
-        size_t ch = s->shape[1];
-        for (size_t i = 0; i < n; i++) { w[i] = i / ch % ch == i % ch; }
-    } else if (tensor_is_norm(s) || s->kind == TENSOR_GATE_BIAS) {
-        for (size_t i = 0; i < n; i++) { w[i] = tensor_is_norm(s); }
-    } else {
-        bool lambda = s->kind >= TENSOR_LAMBDA_Q1 && s->kind <= TENSOR_LAMBDA_K2;
-        double std = lambda ? 0.1 : pow(s->kind == TENSOR_DOWN_PROJ ? c->intermediate_size : c->hidden_size, -0.5);
-        int blocks = (int)((n + BLOCK - 1) / BLOCK);
-#pragma omp parallel for schedule(static)
-        for (int b = 0; b < blocks; b++) {
-            Rng rng = rng_make(seed, (uint64_t)index << 32 | (uint64_t)b);
-            size_t end = n < (size_t)(b + 1) * BLOCK ? n : (size_t)(b + 1) * BLOCK;
-            for (size_t i = (size_t)b * BLOCK; i < end; i++) { w[i] = (float)(std * (lambda ? rng_normal(&rng) : rng_truncated_normal(&rng, 3))); }
-        }
-    }
-}
-
-static void model_initialise(Model* m, uint64_t seed) {
-    size_t largest = 0;
-    for (int i = 0; i < m->tensors.n; i++) { largest = std::max(largest, m->tensors.specs[i].numel); }
-    float* w = (float*)alloc_or_die(largest, sizeof(float), "one tensor");
-    for (int i = 0; i < m->tensors.n; i++) {
-        tensor_initialise(w, &m->tensors.specs[i], i, &m->config, seed);
-        model_set(m, STATE_WEIGHT, i, w);
-    }
-    free(w);
 }
 
 // =================================================================================================================================
@@ -3280,16 +3222,16 @@ static void model_backward(Model* m, const int32_t* tokens, int B, int T) {
     cudaCheck(cudaStreamSynchronize(g->stream));  // the host's rows may change now
 }
 
-static void model_zero_gradients(Model* m) {
-    cudaCheck(cudaMemsetAsync(m->grads, 0, m->tensors.numel * sizeof(float), m->cuda.stream));
+// Both of a batch: adds dloss times the gradient of the summed loss, and returns that sum.
+static double model_forward_backward(Model* m, const int32_t* tokens, const int32_t* targets, int B, int T, double dloss) {
+    model_forward(m, tokens, B, T);
+    double sum = model_loss(m, targets, B * T, (float)dloss, true, NULL);
+    model_backward(m, tokens, B, T);
+    return sum;
 }
 
-// Floating-point operations of training on one token, as MFU counts them (MODEL.md, What a step costs): 6 per parameter that is multiplied (the classifier counts,
-// tied or not; looking up an embedding does not) and three times the causal half of the attention products; no convolution, no mixing.
-static double model_flops_per_token(const Config* c, int T) {
-    double C = c->hidden_size, KV = (double)c->num_key_value_heads * config_head_size(c), FF = c->intermediate_size;
-    double parameters = c->num_hidden_layers * (2 * C * C + 2 * C * KV + 3 * C * FF) + C * c->vocab_size;
-    return 6 * parameters + 3.0 * c->num_hidden_layers * 2 * C * T;
+static void model_zero_gradients(Model* m) {
+    cudaCheck(cudaMemsetAsync(m->grads, 0, m->tensors.numel * sizeof(float), m->cuda.stream));
 }
 
 // norm_parts (gridDim.x): sums of squares, each block its share of the gradients; n is a multiple of 4
@@ -3352,194 +3294,21 @@ static double model_update(Model* m, const AdamW* h, long step) {
 }
 
 // =================================================================================================================================
-// A training step, evaluation, samples, checkpoints
+// The training step
 
-// One optimizer step over the run's windows: the loss is the sum over all counted targets of the step over their number. Stops between
-// micro-batches when a signal has come; then nothing is changed.
-static StepStats train_step(Model* m, Run* r) {
-    const TrainOptions* o = r->options;
-    StepStats s = {0, 0, learning_rate(&r->schedule, r->step), 0, false, false};
-    double start = seconds_now(), sum = 0;
-    int T = r->seq_len;
-    int64_t counted = run_load_step(r);
+// One optimizer step: the loss is the sum over all counted targets of the step over their number. Stops between micro-batches when a signal
+// has come: then no weight is changed, nor where the loss or the gradient norm is not finite. The GPU has done all of it on return.
+static StepResult train_step(Model* m, const Step* s) {
+    Batch b = step_begin(s);
     model_zero_gradients(m);
-    for (int w = 0; w < r->windows; w += r->batch_size) {
-        if (run_signal) { return s; }
-        int B = min_int(r->batch_size, r->windows - w);
-        const int32_t *tokens = r->tokens + (size_t)w * T, *targets = r->targets + (size_t)w * T;
-        model_forward(m, tokens, B, T);
-        sum += model_loss(m, targets, B * T, counted ? (float)(1.0 / (double)counted) : 0, true, NULL);
-        model_backward(m, tokens, B, T);
-    }
-    AdamW hyper = {s.lr, o->beta1, o->beta2, o->eps, o->weight_decay, o->grad_clip};
-    s.loss = counted ? sum / (double)counted : 0;
-    s.grad_norm = isfinite(s.loss) ? model_update(m, &hyper, (long)r->step + 1) : (double)NAN;
+    while (step_next(s, &b)) { b.sum += model_forward_backward(m, b.tokens, b.targets, b.B, b.T, b.dloss); }
+    double norm = step_updates(s, &b) ? model_update(m, &s->hyper, (long)s->number) : (double)NAN;
     cudaCheck(cudaStreamSynchronize(m->cuda.stream));
-    s.skipped = !isfinite(s.loss) || !isfinite(s.grad_norm);
-    s.seconds = seconds_now() - start;
-    s.complete = true;
-    return s;
-}
-
-// Loss of every validation set over --eval-windows sequences spread evenly over it; with masks, the share of sequences that have a wrong
-// counted token (teacher forcing). Given up when a signal comes.
-static void evaluate(Model* m, Run* r) {
-    int T = r->seq_len;
-    Error e = {{0}};
-    for (int set = 0; set < r->n_val; set++) {
-        ValSet* v = &r->val[set];
-        int64_t all = (int64_t)loader_windows(&v->loader), n = r->options->eval_windows, counted = 0, wrong = 0;
-        if (n == 0 || n > all) { n = all; }
-        double sum = 0;
-        for (int64_t w = 0; w < n; w += r->batch_size) {
-            if (run_signal) { return; }
-            int B = (int)(n - w < r->batch_size ? n - w : r->batch_size);
-            for (int b = 0; b < B; b++) {
-                if (!loader_window(&v->loader, (uint64_t)((w + b) * all / n), r->tokens + (size_t)b * T, r->targets + (size_t)b * T, &e)) { die("--val: %s", e.text); }
-            }
-            model_forward(m, r->tokens, B, T);
-            sum += model_loss(m, r->targets, B * T, 0, false, NULL);
-            for (int b = 0; b < B; b++) {
-                int bad = 0;
-                for (int t = b * T; t < (b + 1) * T; t++) { bad |= m->wrong[t]; counted += r->targets[t] >= 0; }
-                wrong += bad;
-            }
-        }
-        run_log_val(r, v, sum, counted, wrong, n);
-    }
-}
-
-// The id drawn from softmax(logits / temperature); the likeliest at temperature 0. logits (V) are overwritten.
-static int draw_token(float* logits, int V, double temperature, Rng* rng) {
-    int best = 0;
-    for (int v = 1; v < V; v++) { if (logits[v] > logits[best]) { best = v; } }
-    if (temperature <= 0) { return best; }
-    double top = (double)logits[best], sum = 0;
-    for (int v = 0; v < V; v++) { logits[v] = (float)exp(((double)logits[v] - top) / temperature); sum += (double)logits[v]; }
-    double u = rng_uniform(rng) * sum;
-    for (int v = 0; v < V; v++) { u -= (double)logits[v]; if (u < 0) { return v; } }
-    return best;
-}
-
-// The logits of position n-1 after model_forward of one sequence, to the host
-static void last_logits(Model* m, float* logits, int n) {
-    int C = m->config.hidden_size, V = m->config.vocab_size;
-    floatX* row = (floatX*)alloc_or_die(V, sizeof(floatX), "logits");
-    matmul_forward(m->scratch.logits, logit_stride(V), m->acts.ln_f + (size_t)(n - 1) * C, model_head(m, m->weights), 1, C, V, &m->cuda);
-    cudaCheck(cudaMemcpyAsync(row, m->scratch.logits, V * sizeof(floatX), cudaMemcpyDeviceToHost, m->cuda.stream));
-    cudaCheck(cudaStreamSynchronize(m->cuda.stream));
-    for (int v = 0; v < V; v++) { logits[v] = (float)row[v]; }
-    free(row);
-}
-
-// Continues --sample-prompt, a full forward pass for every token: infer_mta has the fast way.
-static void sample(Model* m, Run* r) {
-    const TrainOptions* o = r->options;
-    const char* prompt = o->sample_prompt ? o->sample_prompt : "";
-    int V = m->config.vocab_size, n = 0;
-    int32_t *ids = NULL, *tokens = r->tokens;  // free between steps; at least T of them
-    size_t count = 0;
-    Error e = {{0}};
-    Text text = {NULL, 0, 0};
-    TokenStream stream = {{0}, 0};
-    if (!r->tokenizer) { return; }
-    if (!tokenizer_encode(r->tokenizer, prompt, strlen(prompt), &ids, &count, &e)) { die("--sample-prompt: %s", e.text); }
-    if (tokenizer_bos(r->tokenizer) >= 0) { tokens[n++] = tokenizer_bos(r->tokenizer); }
-    for (size_t i = 0; i < count && n < r->seq_len; i++) { tokens[n++] = ids[i]; }
-    free(ids);
-    text_append(&text, prompt, strlen(prompt));
-    Rng rng = rng_make((uint64_t)o->seed, (uint64_t)1 << 63 | (uint64_t)r->step);
-    char* piece = (char*)alloc_or_die(tokenizer_max_bytes(r->tokenizer) + 16, 1, "a token's text");
-    float* logits = (float*)alloc_or_die(V, sizeof(float), "logits");
-    for (int64_t i = 0; i < o->sample_tokens && n > 0 && n < r->seq_len && !run_signal; i++) {
-        model_forward(m, tokens, 1, n);
-        last_logits(m, logits, n);
-        int id = draw_token(logits, min_int(V, tokenizer_vocab(r->tokenizer)), o->sample_temperature, &rng);
-        if (id == tokenizer_eos(r->tokenizer)) { break; }
-        tokens[n++] = id;
-        text_append(&text, piece, tokenizer_decode(r->tokenizer, &stream, id, piece));
-    }
-    text_append(&text, piece, tokenizer_flush(&stream, piece));
-    run_log_sample(r, text.text ? text.text : "", text.n);
-    text_free(&text);
-    free(piece);
-    free(logits);
-}
-
-// ---- checkpoints: model.safetensors in the storage's precision; m, v, and the fp32 master weights where the model file is bf16
-
-// `staging`: room for the largest tensor on the host. kinds: the state of each group.
-typedef struct { Model* m; void* staging; bool rounded; StateKind kinds[3]; } TensorGroups;
-
-static void* staging_create(const Model* m) {
-    size_t largest = 0;
-    for (int i = 0; i < m->tensors.n; i++) { largest = std::max(largest, m->tensors.specs[i].numel); }
-    return alloc_or_die(largest, sizeof(float), "the largest tensor on the host");
-}
-
-static const void* fetch_tensor(void* ctx, int group, int tensor) {
-    const TensorGroups* t = (const TensorGroups*)ctx;
-    const TensorSpec* s = &t->m->tensors.specs[tensor];
-    if (t->rounded) {
-        cudaCheck(cudaMemcpyAsync(t->staging, t->m->weights + s->offset, s->numel * sizeof(floatX), cudaMemcpyDeviceToHost, t->m->cuda.stream));
-        cudaCheck(cudaStreamSynchronize(t->m->cuda.stream));
-    } else {
-        model_get(t->m, t->kinds[group], tensor, (float*)t->staging);
-    }
-    return t->staging;
-}
-
-static bool store_tensor(void* ctx, int group, int tensor, const float* data, Error* e) {
-    (void)e;
-    const TensorGroups* t = (const TensorGroups*)ctx;
-    model_set(t->m, t->kinds[group], tensor, data);
-    return true;
-}
-
-static const char* const NO_PREFIX[] = {""};
-static const char* const OPTIMIZER_PREFIXES[] = {"m.", "v.", "master."};
-
-static void save(Model* m, Run* r) {
-    void* staging = staging_create(m);
-    TensorGroups weights = {m, staging, true, {STATE_WEIGHT}}, optimizer = {m, staging, false, {STATE_M, STATE_V, STATE_WEIGHT}};
-    CheckpointWriter w;
-    Error e = {{0}};
-    char path[PATH_SIZE];
-    double start = seconds_now();
-    progress_break(&r->progress);
-    bool good = checkpoint_begin(&w, r->options->out, (long)r->step, &e) &&
-                checkpoint_add_tensors(&w, "model.safetensors", &m->tensors, NO_PREFIX, 1, EXACT ? DT_F32 : DT_BF16, fetch_tensor, &weights, &e) &&
-                checkpoint_add_tensors(&w, "optimizer.safetensors", &m->tensors, OPTIMIZER_PREFIXES, EXACT ? 2 : 3, DT_F32, fetch_tensor, &optimizer, &e) &&
-                run_save_texts(r, &w, &e) && checkpoint_commit(&w, path, &e);
-    free(staging);
-    if (!good) { run_save_failed(r, &e); }
-    run_saved(r, path, seconds_now() - start);
-}
-
-// Weights at random, from --init-from, or everything from the checkpoint that is resumed.
-static void model_start(Model* m, Run* r) {
-    TensorGroups weights = {m, NULL, false, {STATE_WEIGHT}}, optimizer = {m, NULL, false, {STATE_M, STATE_V, STATE_WEIGHT}};
-    Text absent = {NULL, 0, 0};
-    Error e = {{0}};
-    bool good = true;
-    if (r->resume_dir[0]) {
-        char path[PATH_SIZE];
-        path_join(path, sizeof path, r->resume_dir, "optimizer.safetensors");
-        bool master = safetensors_holds(path, "master.model.embed_tokens.weight");
-        good = checkpoint_read_tensors(r->resume_dir, &m->tensors, NO_PREFIX, 1, false, NULL, store_tensor, &weights, &e) &&
-               checkpoint_read_tensors(path, &m->tensors, OPTIMIZER_PREFIXES, master ? 3 : 2, false, NULL, store_tensor, &optimizer, &e);
-    } else {
-        model_initialise(m, (uint64_t)r->options->seed);
-        if (r->init_dir[0]) { good = checkpoint_read_tensors(r->init_dir, &m->tensors, NO_PREFIX, 1, true, &absent, store_tensor, &weights, &e); }
-        if (good && r->init_dir[0]) { printf("weights from %s\n", r->init_dir); }
-        if (good && absent.n) { printf("absent there, started at the identity: %s\n", absent.text); }
-    }
-    if (!good) { die("%s", e.text); }
-    text_free(&absent);
+    return step_result(s, &b, norm);
 }
 
 // =================================================================================================================================
-// Options are those of mta/run.h, shared with train_mta.c; here is only what the plan must know of this machine
+// What the plan must know of this machine
 
 // Dense operations a second of the device's tensor cores in bf16 (fp32: of its CUDA cores) by the vendor's data sheet; 0 = not known, no MFU.
 static double matmul_rate(const cudaDeviceProp* device) {
@@ -3572,9 +3341,7 @@ static void print_plan(Run* r) {
     MemoryPlan p = model_memory(&r->config, r->batch_size, r->seq_len, chunk, recompute);
     const PlanRow rows[] = {{"weights " PRECISION_NAME, p.weights}, {"gradients fp32", p.gradients}, {EXACT ? "optimizer m, v" : "optimizer m, v, master", p.optimizer},
                             {"activations", p.activations}, {"scratch", p.scratch}};
-    r->flops_per_token = model_flops_per_token(&r->config, r->seq_len);
-    r->flops_per_second = found ? matmul_rate(&device) : 0;
-    run_print_plan(r, found ? device.name : "no GPU", rows, (int)(sizeof rows / sizeof rows[0]));
+    train_print_plan(r, found ? device.name : "no GPU", found ? matmul_rate(&device) : 0, rows, (int)(sizeof rows / sizeof rows[0]));
     int fused = 0, layers = r->config.num_hidden_layers;
     for (int l = 0; l < layers; l++) { fused += flash_serves(&r->config, l, chunk); }
     printf("attention   fused in %d of %d layers", fused, layers);
@@ -3589,83 +3356,88 @@ static void print_plan(Run* r) {
 }
 
 // =================================================================================================================================
-// main
-
-static int train_main(int argc, char** argv) {
-    TrainOptions options;
-    Run run;
-    Error e = {{0}};
-    open_standard_files();
-    options_given(&options, argc, argv);
-    run_settle(&run, &options);
-    run.torch_dtype = EXACT ? "float32" : "bfloat16";
-    if (!model_check(&run.config, run.batch_size, run.seq_len, &e)) { die("%s", e.text); }
-    print_plan(&run);
-    if (options.dry_run) { return EXIT_DONE; }
-    Model* m = model_create(&run.config, run.batch_size, run.seq_len, 0, recompute_of(options.recompute), &e);
-    if (!m) { die("%s", e.text); }  // before the run directory is touched
-    m->graphs = m->graphs && options.cuda_graphs;
-    run_open(&run);
-    model_start(m, &run);
-    run_log_start(&run, m->tensors.parameters);
-    while (run_goes_on(&run)) {
-        StepStats s = train_step(m, &run);
-        if (!s.complete) { break; }
-        run_log_step(&run, &s);
-        if (run_due(&run, run.eval_every) || run.step == run.steps) { evaluate(m, &run); }
-        if (run_due(&run, options.sample_every)) { sample(m, &run); }
-        if (run_due(&run, options.save_every) && !s.skipped) { save(m, &run); }
-    }
-    if (run.saved_step != run.step && run.skipped_in_a_row < MAX_SKIPPED_IN_A_ROW) { save(m, &run); }
-    model_free(m);
-    return run_end(&run);
-}
-
-// =================================================================================================================================
-// The table of functions that the tests drive (mta/trainer.h)
+// The table of this trainer (mta/trainer.h), and main
 
 static void* table_create(const Config* c, int B, int T, int chunk, Error* e) { return model_create(c, B, T, chunk, RECOMPUTE_NONE, e); }
 static void table_destroy(void* m) { model_free((Model*)m); }
-// The tests compare with what the products read: through this table the master weights are rounded too.
-static void round_master(Model* m, size_t offset, size_t n) {
-    if (!EXACT) { convert(m->master + offset, m->weights + offset, n, &m->cuda); }
-}
-static void table_initialise(void* model, uint64_t seed) {
-    Model* m = (Model*)model;
-    model_initialise(m, seed);
-    round_master(m, 0, m->tensors.numel);
-}
 static const TensorList* table_tensors(const void* m) { return &((const Model*)m)->tensors; }
+
+// In fp32 on the device. The weights that the products read are apart where their storage is bf16: the rounded master weights.
+static float* table_state(const Model* m, StateKind kind, int i) {
+    float* const arenas[] = {m->master, m->grads, m->m, m->v, m->master};
+    return arenas[kind] + m->tensors.specs[i].offset;
+}
 static void table_set(void* model, StateKind kind, int tensor, const float* data) {
     Model* m = (Model*)model;
-    model_set(m, kind, tensor, data);
-    if (kind == STATE_WEIGHT) { round_master(m, m->tensors.specs[tensor].offset, m->tensors.specs[tensor].numel); }
+    size_t n = m->tensors.specs[tensor].numel;
+    float* state = table_state(m, kind, tensor);
+    floatX* rounded = m->weights + m->tensors.specs[tensor].offset;
+    cudaCheck(cudaMemcpyAsync(state, data, n * sizeof(float), cudaMemcpyHostToDevice, m->cuda.stream));
+    if (!EXACT && (kind == STATE_WEIGHT || kind == STATE_MASTER)) { convert(rounded, state, n, &m->cuda); }
+    if (!EXACT && kind == STATE_WEIGHT) { convert(state, rounded, n, &m->cuda); }
+    cudaCheck(cudaStreamSynchronize(m->cuda.stream));
 }
-static void table_get(const void* m, StateKind kind, int tensor, float* data) { model_get((const Model*)m, kind, tensor, data); }
+static void table_get(const void* model, StateKind kind, int tensor, size_t from, size_t n, float* data) {
+    const Model* m = (const Model*)model;
+    bool rounded = !EXACT && kind == STATE_WEIGHT;
+    const void* from_device = rounded ? (const void*)(m->weights + m->tensors.specs[tensor].offset + from) : table_state(m, kind, tensor) + from;
+    char* end = (char*)data + (rounded ? n * sizeof(floatX) : 0);  // bf16 into the upper half of the room, from where it is widened in order
+    cudaCheck(cudaMemcpyAsync(end, from_device, n * (rounded ? sizeof(floatX) : sizeof(float)), cudaMemcpyDeviceToHost, m->cuda.stream));
+    cudaCheck(cudaStreamSynchronize(m->cuda.stream));
+    for (size_t i = 0; rounded && i < n; i++) {
+        floatX x;
+        memcpy(&x, end + i * sizeof(floatX), sizeof(floatX));
+        data[i] = (float)x;
+    }
+}
 
-static double table_run(Model* m, const int32_t* tokens, const int32_t* targets, int B, int T, bool gradient, float* logits) {
-    int counted = 0;
-    for (int n = 0; n < B * T; n++) { counted += targets[n] >= 0; }
+static Losses table_forward(void* model, const int32_t* tokens, const int32_t* targets, int B, int T, float* logits) {
+    Model* m = (Model*)model;
     model_forward(m, tokens, B, T);
-    double sum = model_loss(m, targets, B * T, counted ? (float)(1.0 / counted) : 0, gradient, logits);
-    if (gradient) { model_backward(m, tokens, B, T); }
-    return counted ? sum / counted : 0;
+    Losses losses = {model_loss(m, targets, B * T, 0, false, logits), m->losses, m->wrong};
+    return losses;
 }
-static double table_forward(void* m, const int32_t* tokens, const int32_t* targets, int B, int T, float* logits) {
-    return table_run((Model*)m, tokens, targets, B, T, false, logits);
+static void table_last_logits(void* model, const int32_t* tokens, int n, float* logits) {
+    Model* m = (Model*)model;
+    int C = m->config.hidden_size, V = m->config.vocab_size;
+    floatX* row = (floatX*)alloc_or_die(V, sizeof(floatX), "logits");
+    model_forward(m, tokens, 1, n);
+    matmul_forward(m->scratch.logits, logit_stride(V), m->acts.ln_f + (size_t)(n - 1) * C, model_head(m, m->weights), 1, C, V, &m->cuda);
+    cudaCheck(cudaMemcpyAsync(row, m->scratch.logits, V * sizeof(floatX), cudaMemcpyDeviceToHost, m->cuda.stream));
+    cudaCheck(cudaStreamSynchronize(m->cuda.stream));
+    for (int v = 0; v < V; v++) { logits[v] = (float)row[v]; }
+    free(row);
 }
-static double table_forward_backward(void* m, const int32_t* tokens, const int32_t* targets, int B, int T) {
-    return table_run((Model*)m, tokens, targets, B, T, true, NULL);
+static double table_forward_backward(void* m, const int32_t* tokens, const int32_t* targets, int B, int T, double dloss) {
+    return model_forward_backward((Model*)m, tokens, targets, B, T, dloss);
 }
-static void table_zero_gradients(void* m) { model_zero_gradients((Model*)m); }
 static double table_update(void* m, const AdamW* hyper, long step) { return model_update((Model*)m, hyper, step); }
+static StepResult table_train_step(void* m, const Step* step) { return train_step((Model*)m, step); }
 
 extern "C" const Trainer* trainer_cuda(void) {
-    static const Trainer table = {"cuda " PRECISION_NAME, EXACT, table_create, table_destroy, table_initialise, table_tensors, table_set, table_get,
-                                  table_forward, table_forward_backward, table_zero_gradients, table_update, train_main};
+    static const Trainer table = {"cuda " PRECISION_NAME, EXACT, table_create, table_destroy, table_tensors, table_set, table_get, table_forward, table_last_logits,
+                                  table_forward_backward, table_update, table_train_step};
     return &table;
 }
 
 #ifndef MTA_LIBRARY
-int main(int argc, char** argv) { return train_main(argc, argv); }
+int main(int argc, char** argv) {
+    Error e = {{0}};
+    TrainOptions options;
+    Run run;
+    open_standard_files();
+    options_given(&options, argc, argv);
+    run_settle(&run, trainer_cuda(), &options);
+    if (!model_check(&run.config, run.batch_size, run.seq_len, &e)) { die("%s", e.text); }
+    print_plan(&run);
+    if (options.dry_run) { return EXIT_DONE; }
+    run_open_data(&run);
+    Model* m = model_create(&run.config, run.batch_size, run.seq_len, 0, recompute_of(options.recompute), &e);
+    if (!m) { die("%s", e.text); }  // before the run directory is touched
+    m->graphs = m->graphs && options.cuda_graphs;
+    run.model = m;
+    int status = train(&run);
+    model_free(m);
+    return status;
+}
 #endif

@@ -103,9 +103,13 @@ static inline bool checkpoint_add_text(CheckpointWriter* w, const char* name, co
     return true;
 }
 
-// Contiguous data of tensor `tensor` of group `group`, already of the dtype the file is written in; valid until the
-// next call.
-typedef const void* (*TensorFetch)(void* ctx, int group, int tensor);
+#ifndef CHECKPOINT_PIECE
+#define CHECKPOINT_PIECE ((size_t)1 << 20)  // values fetched at once: no copy of a whole tensor need fit beside the model
+#endif
+
+// The n values (at most CHECKPOINT_PIECE) from value `from` on of tensor `tensor` of group `group`, already of the dtype
+// the file is written in; valid until the next call.
+typedef const void* (*TensorFetch)(void* ctx, int group, int tensor, size_t from, size_t n);
 
 // One safetensors file with every tensor of the list for each group, named prefix + NAME.
 static inline bool checkpoint_add_tensors(CheckpointWriter* w, const char* name, const TensorList* list,
@@ -130,7 +134,11 @@ static inline bool checkpoint_add_tensors(CheckpointWriter* w, const char* name,
     bool good = st_writer_open(&out, path, entries, (int)n, NULL, 0, e);
     for (int g = 0; good && g < n_groups; g++) {
         for (int t = 0; good && t < list->n; t++) {
-            good = st_writer_put(&out, fetch(ctx, g, t), list->specs[t].numel * dtype_size(dtype), e);
+            size_t numel = list->specs[t].numel;
+            for (size_t from = 0; good && from < numel; from += CHECKPOINT_PIECE) {
+                size_t piece = numel - from < CHECKPOINT_PIECE ? numel - from : CHECKPOINT_PIECE;
+                good = st_writer_put(&out, fetch(ctx, g, t, from, piece), piece * dtype_size(dtype), e);
+            }
         }
     }
     good = good && st_writer_close(&out, &bytes, &crc, e);

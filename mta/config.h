@@ -727,6 +727,17 @@ static inline int tensor_find(const TensorList* list, const char* name) {
 }
 static inline int tensor_at(const TensorList* list, int layer, TensorKind kind) { return list->by_kind[layer * TENSOR_KINDS + kind]; }
 
+// Fills `fields`, a struct of nothing but LAYER_TENSORS pointers in the order of TensorKind, with one layer's tensors inside an arena whose
+// values have so many bytes; NULL where the model has none.
+enum { LAYER_TENSORS = TENSOR_DOWN_PROJ - TENSOR_INPUT_NORM + 1 };
+static inline void tensors_of_layer(void* fields, const TensorList* list, int layer, void* arena, size_t bytes) {
+    for (int k = 0; k < LAYER_TENSORS; k++) {
+        int i = tensor_at(list, layer, (TensorKind)(TENSOR_INPUT_NORM + k));
+        void* at = i < 0 ? NULL : (char*)arena + list->specs[i].offset * bytes;
+        memcpy((char*)fields + (size_t)k * sizeof(void*), &at, sizeof(void*));
+    }
+}
+
 // Tensors that a plain LLaMA-family checkpoint lacks: --init-from starts them at the identity.
 static inline bool tensor_is_mta(const TensorSpec* s) { return s->kind >= TENSOR_KQ_CONV && s->kind <= TENSOR_LAMBDA_K2; }
 static inline bool tensor_is_norm(const TensorSpec* s) {

@@ -35,6 +35,8 @@ typedef struct {
 } Schedule;
 
 typedef struct {
+    const Trainer* trainer;
+    void* model;                  // the trainer's own
     const TrainOptions* options;  // what was given
     Config config;                // from here on: what was settled
     int seq_len;                  // T
@@ -60,7 +62,6 @@ typedef struct {
     int64_t skipped;            // updates left out because loss or gradient norm was not finite
     int skipped_in_a_row;
     int64_t saved_step;         // of the newest checkpoint, -1 = none
-    const char* torch_dtype;    // what the trainer writes into model.safetensors, for config.json
     double flops_per_token, flops_per_second;  // for MFU: the model's, and the machine's peak as the trainer states it
     double started;             // seconds_now() when training began
     double training_seconds;    // in train_step since then: what tokens/s and ETA are of
@@ -249,11 +250,11 @@ static inline void run_settle_steps(Run* r) {
 }
 
 // Finds the checkpoint to continue, settles the model and the steps. Ends the program on a mistake.
-static inline void run_settle(Run* r, const TrainOptions* o) {
+static inline void run_settle(Run* r, const Trainer* trainer, const TrainOptions* o) {
     memset(r, 0, sizeof *r);
+    r->trainer = trainer;
     r->options = o;
     r->saved_step = -1;
-    r->torch_dtype = "float32";
     r->log.fd = -1;
     if (!o->dry_run) {
         if (!o->resume && run_holds_run(o->out)) { die("--out: %s holds a run; --resume continues it, or choose another directory", o->out); }
@@ -263,52 +264,6 @@ static inline void run_settle(Run* r, const TrainOptions* o) {
     run_configure(r);
     run_settle_steps(r);
     r->progress = progress_make(stdout);
-}
-
-// ---- the plan
-
-// 876563136 -> "876,563,136"
-static inline const char* format_grouped(uint64_t x, char* out, size_t n) {
-    char digits[32];
-    size_t length = (size_t)snprintf(digits, sizeof digits, "%llu", (unsigned long long)x), used = 0;
-    for (size_t i = 0; i < length && used + 2 < n; i++) {
-        if (i && (length - i) % 3 == 0) { out[used++] = ','; }
-        out[used++] = digits[i];
-    }
-    out[used] = 0;
-    return out;
-}
-
-typedef struct { const char* name; size_t bytes; } PlanRow;
-
-// Prints what the run will be before anything is allocated; returns the bytes of all rows.
-static inline double run_print_plan(const Run* r, const char* device, const PlanRow* rows, int n) {
-    const TrainOptions* o = r->options;
-    const Config* c = &r->config;
-    TensorList list;
-    char grouped[32], time[32], count[32];
-    size_t total = 0;
-    tensor_list(&list, c);
-    printf("model       %s, attention %s: %d layers, %d channels, %d heads of %d, vocabulary %d\n", o->model ? o->model : "from the checkpoint",
-           config_is_plain(c) ? "transformer" : o->attention ? o->attention : c->attention_type == ATTENTION_DIFF ? "diff" : "mta", c->num_hidden_layers,
-           c->hidden_size, c->num_attention_heads, config_head_size(c), c->vocab_size);
-    printf("parameters  %zu (%s)\n", list.parameters, format_grouped(list.parameters, grouped, sizeof grouped));
-    for (int i = 0; i < n; i++) {
-        printf("%-11s %-22s %10.1f MiB\n", i ? "" : "memory", rows[i].name, (double)rows[i].bytes / 1048576);
-        total += rows[i].bytes;
-    }
-    printf("%-11s %-22s %10.1f MiB\n", "", "total", (double)total / 1048576);
-    printf("step        %d sequences of %d = %s tokens, %d at once\n", r->windows, r->seq_len,
-           format_grouped((uint64_t)r->tokens_per_step, grouped, sizeof grouped), r->batch_size);
-    double all = (double)r->steps * (double)r->tokens_per_step, rate = r->flops_per_second / r->flops_per_token / 2;
-    printf("run         %lld steps, %s tokens\n", (long long)r->steps, format_count(all, count, sizeof count));
-    if (r->flops_per_second > 0) {
-        printf("time        about %s at half of this machine's matrix products (%s, %.0f GFLOP/s)\n", format_duration(all / rate, time, sizeof time), device,
-               r->flops_per_second * 1e-9);
-    }
-    fflush(stdout);
-    tensor_list_free(&list);
-    return (double)total;
 }
 
 // ---- opening: data, directory, log
@@ -354,24 +309,31 @@ static inline void run_check_directory(const Run* r) {
 
 static inline void run_read_state(Run* r);
 
-// Data, run directory, signals; reads trainer.json of the checkpoint that is resumed. Ends the program on any mistake.
-static inline void run_open(Run* r) {
+// The data, and room for a step of it. Ends the program on a mistake; nothing is written yet.
+static inline void run_open_data(Run* r) {
     const TrainOptions* o = r->options;
     Error e = {{0}};
     LoaderMix mix = strcmp(o->mix, "document") ? MIX_TOKEN : MIX_DOCUMENT;
     if (!loader_open_mix(&r->train, o->train, r->seq_len, r->config.vocab_size, (uint64_t)o->seed, mix, &e)) { die("--train: %s", e.text); }
     run_open_val(r);
-    run_check_directory(r);
-    if (r->resume_dir[0]) { run_read_state(r); }
     size_t n = (size_t)r->windows * (size_t)r->seq_len;
     r->tokens = (int32_t*)alloc_or_die(n, sizeof(int32_t), "a step's tokens");
     r->targets = (int32_t*)alloc_or_die(n, sizeof(int32_t), "a step's targets");
+}
+
+// The run directory, signals; reads trainer.json of the checkpoint that is resumed. Ends the program on any mistake.
+static inline void run_open_directory(Run* r) {
+    run_check_directory(r);
+    if (r->resume_dir[0]) { run_read_state(r); }
     loader_state_write(&r->train, &r->loader_state);
     r->first_step = r->step;
     run_catch_signals();
 }
 
 // ---- trainer.json
+
+// What the trainer writes into model.safetensors, for config.json.
+static inline const char* run_torch_dtype(const Run* r) { return r->trainer->exact ? "float32" : "bfloat16"; }
 
 static inline void run_state_json(const Run* r, Text* t) {
     text_printf(t, "{\n  \"format\": 1,\n  \"step\": %lld,\n  \"tokens_seen\": %lld,\n  \"skipped\": %lld,\n", (long long)r->step, (long long)r->tokens_seen,
@@ -422,39 +384,36 @@ static inline double learning_rate(const Schedule* s, int64_t step) {
     return s->min_lr + (s->lr - s->min_lr) * share;
 }
 
-// Reads the step's windows into tokens and targets; returns how many targets count. A bad token ends the program: the checkpoints stay.
-static inline int64_t run_load_step(Run* r) {
+// Reads the next step's windows. A bad token ends the program: the checkpoints stay.
+static inline Step run_load_step(Run* r) {
+    const TrainOptions* o = r->options;
+    AdamW hyper = {learning_rate(&r->schedule, r->step), o->beta1, o->beta2, o->eps, o->weight_decay, o->grad_clip};
+    Step s = {r->tokens, r->targets, r->windows, r->batch_size, r->seq_len, 0, r->step + 1, hyper};
     Error e = {{0}};
-    int64_t counted = 0;
     size_t T = (size_t)r->seq_len;
     for (int w = 0; w < r->windows; w++) {
         if (!loader_next(&r->train, r->tokens + (size_t)w * T, r->targets + (size_t)w * T, &e)) { die("--train: %s", e.text); }
     }
-    for (size_t i = 0; i < (size_t)r->windows * T; i++) { counted += r->targets[i] >= 0; }
-    return counted;
+    for (size_t i = 0; i < (size_t)r->windows * T; i++) { s.counted += r->targets[i] >= 0; }
+    return s;
 }
 
-typedef struct {
-    double loss, grad_norm, lr, seconds;
-    bool complete;  // false: a signal came in between, nothing was changed
-    bool skipped;   // loss or norm not finite, nothing was changed
-} StepStats;
-
-// Counts a finished step, writes its log line, shows progress.
-static inline void run_log_step(Run* r, const StepStats* s) {
+// Counts a finished step of so many seconds, writes its log line, shows progress.
+static inline void run_log_step(Run* r, const StepResult* s, double lr, double seconds) {
     char line[512], eta[32], rate_text[32];
     int64_t tokens = r->tokens_per_step;
+    bool skipped = !isfinite(s->loss) || !isfinite(s->grad_norm);
     r->step++;
     r->tokens_seen += tokens;
-    r->skipped += s->skipped;
-    r->skipped_in_a_row = s->skipped ? r->skipped_in_a_row + 1 : 0;
-    r->training_seconds += s->seconds;
+    r->skipped += skipped;
+    r->skipped_in_a_row = skipped ? r->skipped_in_a_row + 1 : 0;
+    r->training_seconds += seconds;
     r->loader_state.n = 0;
     loader_state_write(&r->train, &r->loader_state);
-    double rate = (double)tokens / s->seconds, mfu = r->flops_per_second > 0 ? rate * r->flops_per_token / r->flops_per_second : 0;
+    double rate = (double)tokens / seconds, mfu = r->flops_per_second > 0 ? rate * r->flops_per_token / r->flops_per_second : 0;
     double average = (double)(r->step - r->first_step) / r->training_seconds;
     Text t = {NULL, 0, 0};
-    const struct { const char* name; double value; } fields[] = {{"loss", s->loss}, {"grad_norm", s->grad_norm}, {"lr", s->lr}, {"tokens", (double)r->tokens_seen},
+    const struct { const char* name; double value; } fields[] = {{"loss", s->loss}, {"grad_norm", s->grad_norm}, {"lr", lr}, {"tokens", (double)r->tokens_seen},
                                                                  {"tokens_per_s", rate}, {"mfu", mfu}, {"skipped", (double)r->skipped}};
     text_printf(&t, "{\"event\": \"step\", \"step\": %lld", (long long)r->step);
     for (size_t i = 0; i < sizeof fields / sizeof fields[0]; i++) {
@@ -474,9 +433,9 @@ static inline void run_log_step(Run* r, const StepStats* s) {
     runlog_line(&r->log, t.text);
     text_free(&t);
     snprintf(line, sizeof line, "step %lld/%lld  loss %.4f  norm %.3f  lr %.2e  %s tokens/s  MFU %.1f%%  ETA %s%s", (long long)r->step, (long long)r->steps,
-             s->loss, s->grad_norm, s->lr, format_count(rate, rate_text, sizeof rate_text), 100 * mfu,
-             format_duration((double)(r->steps - r->step) / average, eta, sizeof eta), s->skipped ? "  update skipped: not finite" : "");
-    progress_line(&r->progress, line, s->skipped || r->step % r->options->log_every == 0 || r->step == r->steps || r->step == r->first_step + 1);
+             s->loss, s->grad_norm, lr, format_count(rate, rate_text, sizeof rate_text), 100 * mfu,
+             format_duration((double)(r->steps - r->step) / average, eta, sizeof eta), skipped ? "  update skipped: not finite" : "");
+    progress_line(&r->progress, line, skipped || r->step % r->options->log_every == 0 || r->step == r->steps || r->step == r->first_step + 1);
 }
 
 // Is something due that happens every `every` steps (0 = never)?
@@ -489,7 +448,7 @@ static inline void run_log_start(Run* r, size_t parameters) {
     Text t = {NULL, 0, 0}, config = {NULL, 0, 0};
     Error e = {{0}};
     if (!runlog_open(&r->log, r->options->out, r->options->resume ? (long)r->step : -1, &e)) { die("--out: %s", e.text); }
-    config_to_json(&r->config, r->torch_dtype, &config);
+    config_to_json(&r->config, run_torch_dtype(r), &config);
     for (size_t i = 0; i < config.n; i++) { if (config.text[i] == '\n') { config.text[i] = ' '; } }
     text_printf(&t, "{\"event\": \"start\", \"step\": %lld, \"parameters\": %zu, \"tokens_per_step\": %lld, \"seq_len\": %d, \"flops_per_token\": %.17g, \"config\": ",
                 (long long)r->step, parameters, (long long)r->tokens_per_step, r->seq_len, r->flops_per_token);
@@ -558,7 +517,7 @@ static inline void run_log_sample(Run* r, const char* text, size_t n) {
 // Files of a checkpoint that are not tensors: config.json, the tokenizer's ranks, trainer.json.
 static inline bool run_save_texts(const Run* r, CheckpointWriter* w, Error* e) {
     Text config = {NULL, 0, 0}, state = {NULL, 0, 0};
-    config_to_json(&r->config, r->torch_dtype, &config);
+    config_to_json(&r->config, run_torch_dtype(r), &config);
     run_state_json(r, &state);
     bool good = checkpoint_add_text(w, "config.json", config.text, config.n, e) && checkpoint_add_text(w, "trainer.json", state.text, state.n, e);
     if (good && r->tokenizer && tokenizer_file(r->tokenizer)) {

@@ -1,36 +1,62 @@
-// mta/trainer.h: one table of functions behind which each trainer is compiled, so that one test binary can hold several
-// (train_mta.c in fp32, train_mta.cu on a GPU or on the emulator) and drive them alike.
+// mta/trainer.h: one table of functions behind which each trainer is compiled: mta/train.h trains by it, and one test binary holds several
+// (train_mta.c in fp32, train_mta.cu on a GPU or on the emulator) and drives them alike.
 //
-// All data crosses this border as fp32, whatever the trainer stores.
+// All data crosses this border as fp32 in the host's memory, whatever the trainer stores and wherever.
 #ifndef MTA_TRAINER_H
 #define MTA_TRAINER_H
 
 #include "config.h"
 
-typedef enum { STATE_WEIGHT, STATE_GRADIENT, STATE_M, STATE_V } StateKind;
+// What there is of every tensor. STATE_WEIGHT is what the products read, in the precision of the storage; STATE_MASTER what AdamW updates,
+// in fp32: the same thing where the storage is fp32.
+typedef enum { STATE_WEIGHT, STATE_GRADIENT, STATE_M, STATE_V, STATE_MASTER } StateKind;
 
 typedef struct { double lr, beta1, beta2, eps, weight_decay, grad_clip; } AdamW;
 
+// The losses of a batch (B,T); they stay until the model's next call.
 typedef struct {
-    const char* name;         // "cpu fp32", "cuda bf16", ...
-    bool exact;               // fp32 arithmetic and storage: the CPU's tolerances hold
-    // A model of at most B sequences of at most T tokens, weights zero. chunk: queries of an attention chunk, 0 = the trainer's choice.
+    double sum;                  // of the counted targets' losses, in nats
+    const float* losses;         // of each target, 0 where it is not counted
+    const unsigned char* wrong;  // 1 where another id scores higher than the counted target
+} Losses;
+
+// The data of one optimizer step: tokens and targets (windows,T), of which B windows are computed at once.
+typedef struct {
+    const int32_t *tokens, *targets;
+    int windows, B, T;
+    int64_t counted;  // targets >= 0
+    int64_t number;   // of the step, 1 = first
+    AdamW hyper;
+} Step;
+
+typedef struct {
+    double loss;       // mean of the counted targets'
+    double grad_norm;  // before clipping
+    bool complete;     // false: a signal came in between, no weight was changed
+} StepResult;
+
+typedef struct {
+    const char* name;  // "cpu fp32", "cuda bf16", ...
+    bool exact;        // fp32 arithmetic and storage: the CPU's tolerances hold; else the weights are stored in bf16
+    // A model of at most B sequences of at most T tokens, every state zero. chunk: queries of an attention chunk, 0 = the trainer's choice.
     // NULL and a message if it cannot be had.
     void* (*create)(const Config* config, int B, int T, int chunk, Error* e);
     void (*destroy)(void* model);
-    void (*initialise)(void* model, uint64_t seed);
     const TensorList* (*tensors)(const void* model);
-    // Tensor number i of the list, in or out, `numel` floats.
+    // Tensor number i of the list, whole. STATE_MASTER rounds it into the weights; STATE_WEIGHT sets both to the rounded values.
     void (*set)(void* model, StateKind kind, int tensor, const float* data);
-    void (*get)(const void* model, StateKind kind, int tensor, float* data);
-    // Mean loss of the counted targets (target < 0 is not counted; none counted: 0); logits (B,T,V) are written unless NULL.
-    double (*forward)(void* model, const int32_t* tokens, const int32_t* targets, int B, int T, float* logits);
-    // The same loss; gradients of it are added to the gradient state.
-    double (*forward_backward)(void* model, const int32_t* tokens, const int32_t* targets, int B, int T);
-    void (*zero_gradients)(void* model);
+    // The n values of tensor number i from value `from` on.
+    void (*get)(const void* model, StateKind kind, int tensor, size_t from, size_t n, float* data);
+    // The losses of a batch; the logits (B,T,V) too unless NULL.
+    Losses (*forward)(void* model, const int32_t* tokens, const int32_t* targets, int B, int T, float* logits);
+    // The logits (V) that follow n tokens.
+    void (*last_logits)(void* model, const int32_t* tokens, int n, float* logits);
+    // The sum of the losses; dloss times its gradients is added to the gradient state.
+    double (*forward_backward)(void* model, const int32_t* tokens, const int32_t* targets, int B, int T, double dloss);
     // Clips to the global norm, applies AdamW as step `step` (1 = first). Returns the norm before clipping; not finite: nothing changed.
     double (*update)(void* model, const AdamW* hyper, long step);
-    int (*main)(int argc, char** argv);  // the whole program; NULL where it is left out
+    // All of it: gradients of the step's mean loss, and the update unless loss or norm is not finite.
+    StepResult (*train_step)(void* model, const Step* step);
 } Trainer;
 
 #ifdef __cplusplus

@@ -20,7 +20,7 @@ static Model* layer_model(const Layer* l, int B, int T, int NH, int HS, int chun
     if (!config_check(&c, &e)) { die("%s", e.text); }
     Model* m = model_create(&c, B, T, chunk, RECOMPUTE_NONE, &e);
     if (!m) { die("%s", e.text); }
-    model_initialise(m, 1);
+    model_initialise(trainer_cuda(), m, &m->config, 1);
     size_t n = (size_t)NH * T * HS;  // of a sequence; all have the same, since drawing numbers for 16 of them takes longer than everything that is timed
     floatX* x = (floatX*)alloc_or_die(n, sizeof(floatX), "inputs");
     floatX* const to[] = {m->acts.q, m->acts.k, m->acts.v, m->scratch.datt};

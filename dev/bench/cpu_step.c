@@ -46,7 +46,7 @@ int main(int argc, char** argv) {
     float* matrices = (float*)alloc_or_die(3 * (size_t)SIDE * SIDE, sizeof(float), "matrices");
     for (int i = 0; i < 2 * SIDE * SIDE; i++) { matrices[i] = (float)(i % 97) * 0.01f; }
     Model* m = model_create(&c, B, T, chunk);
-    model_initialise(m, 1);
+    model_initialise(trainer_cpu(), m, &m->config, 1);
     int32_t* tokens = (int32_t*)alloc_or_die((size_t)2 * B * T, sizeof(int32_t), "tokens");
     for (int i = 0; i < 2 * B * T; i++) { tokens[i] = (int32_t)((unsigned)i * 2654435761u % 8192u); }
     double steps[MAX_REPEATS], library[3 * MAX_REPEATS], blocks[3 * MAX_REPEATS], loss = 0;

@@ -122,7 +122,7 @@ int main(int argc, char** argv) {
     if (!B) { B = max_int(1, min_int(max_int(1, 32768 / T), largest_batch(&c, T, 0, RECOMPUTE_NONE, available > reserve ? available - reserve : 0))); }
     Model* m = model_create(&c, B, T, 0, RECOMPUTE_NONE, &e);
     if (!m) { die("%s", e.text); }
-    model_initialise(m, 1);
+    model_initialise(trainer_cuda(), m, &m->config, 1);
     int N = B * T;
     int32_t* tokens = (int32_t*)alloc_or_die((size_t)N, sizeof(int32_t), "tokens");
     Rng rng = rng_make(1, 2);

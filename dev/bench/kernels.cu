@@ -152,7 +152,7 @@ int main(int argc, char** argv) {
     setvbuf(stdout, NULL, _IOLBF, 0);  // a limit of time may end this before the last row
     Model* m = model_create(&c, B, T, 0, RECOMPUTE_NONE, &e);
     if (!m) { die("%s", e.text); }
-    model_initialise(m, 1);
+    model_initialise(trainer_cuda(), m, &m->config, 1);
     cudaCheck(cudaGetDeviceProperties(&device, 0));
     printf("%s; %s, %d x %d tokens, one layer; best of %d\n", device.name, model, B, T, TRIALS);
     elementwise(m, B, T);
