@@ -294,52 +294,63 @@ static bool device_memory(T** p, size_t bytes, const char* what, Error* e) {
 // =================================================================================================================================
 // Matrix products
 
+// A matrix in device memory, row-major, rows `ld` elements apart; in a batch, one matrix every `stride` elements.
+typedef struct { const void* data; cudaDataType_t type; size_t ld, stride; } Matrix;
 template <typename T>
-static cudaDataType_t blas_type(void) {
-    return std::is_same<T, float>::value ? CUDA_R_32F : std::is_same<T, floatX>::value ? CUDA_R_16BF : CUDA_R_16F;
+static Matrix matrix(const T* data, size_t ld, size_t stride = 0) {
+    return {data, std::is_same<T, float>::value ? CUDA_R_32F : std::is_same<T, floatX>::value ? CUDA_R_16BF : CUDA_R_16F, ld, stride};
 }
 
-// out (M,N) = alpha * A B + beta * out, row-major; A (M,K), or its transpose (K,M) if ta; B (K,N), or (N,K) if tb; ld* are row strides.
-// `batch` products, stride_* elements apart. cuBLAS is column-major, so it is asked for the transpose, out^T = B^T A^T.
-template <typename In, typename Out>
-static void gemm(bool ta, bool tb, int M, int N, int K, float alpha, const In* A, size_t lda, size_t stride_a, const In* B, size_t ldb,
-                 size_t stride_b, float beta, Out* out, size_t ldo, size_t stride_o, int batch, Cuda* g) {
-    blasCheck(cublasGemmStridedBatchedEx(g->blas, tb ? CUBLAS_OP_T : CUBLAS_OP_N, ta ? CUBLAS_OP_T : CUBLAS_OP_N, N, M, K, &alpha, B,
-                                         blas_type<In>(), (int)ldb, (long long)stride_b, A, blas_type<In>(), (int)lda, (long long)stride_a,
-                                         &beta, out, blas_type<Out>(), (int)ldo, (long long)stride_o, batch, CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT));
-}
-
+// out (M,N) = alpha * A B + beta * out; A (M,K), or its transpose (K,M) if ta; B (K,N), or (N,K) if tb; `batch` of them.
+struct Gemm {
+    bool ta, tb;
+    int M, N, K;
+    float alpha = 1, beta = 0;
+    int batch = 1;
+};
 enum { BLAS_WORKSPACE = 32 << 20 };  // what cuBLAS asks for on sm_90 and sm_100
+
+// cuBLAS is column-major, so it is asked for the transpose, out^T = B^T A^T.
+static void gemm(const Matrix& out, const Matrix& A, const Matrix& B, const Gemm& p, Cuda* g) {
+    blasCheck(cublasGemmStridedBatchedEx(g->blas, p.tb ? CUBLAS_OP_T : CUBLAS_OP_N, p.ta ? CUBLAS_OP_T : CUBLAS_OP_N, p.N, p.M, p.K, &p.alpha, B.data, B.type,
+                                         (int)B.ld, (long long)B.stride, A.data, A.type, (int)A.ld, (long long)A.stride, &p.beta, (void*)out.data, out.type,
+                                         (int)out.ld, (long long)out.stride, p.batch, CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT));
+}
 
 // out (N,OC), rows ldo apart = inp (N,C) weight^T, weight (OC,C)
 template <typename Out>
 static void matmul_forward(Out* out, size_t ldo, const floatX* inp, const floatX* weight, int N, int C, int OC, Cuda* g) {
-    gemm(false, true, N, OC, C, 1, inp, C, 0, weight, C, 0, 0, out, ldo, 0, 1, g);
+    gemm(matrix(out, ldo), matrix(inp, C), matrix(weight, C), {false, true, N, OC, C}, g);
 }
 
 // dinp (N,C) = dout weight, or += with add_dinp; dweight (OC,C) += dout^T inp in fp32. Either may be NULL. Rows of dout are ldd apart.
 static void matmul_backward(floatX* dinp, float* dweight, const floatX* dout, size_t ldd, const floatX* inp, const floatX* weight, int N, int C, int OC,
                             bool add_dinp, Cuda* g) {
-    if (dinp) { gemm(false, false, N, C, OC, 1, dout, ldd, 0, weight, C, 0, add_dinp, dinp, C, 0, 1, g); }
-    if (dweight) { gemm(true, false, OC, C, N, 1, dout, ldd, 0, inp, C, 0, 1, dweight, C, 0, 1, g); }
+    if (dinp) { gemm(matrix(dinp, C), matrix(dout, ldd), matrix(weight, C), {false, false, N, C, OC, 1, add_dinp ? 1.0f : 0.0f}, g); }
+    if (dweight) { gemm(matrix(dweight, C), matrix(dout, ldd), matrix(inp, C), {true, false, OC, C, N, 1, 1}, g); }
 }
 
-// Several weights (OC_i,C) of one input, outputs side by side in rows of `width`: one product where the weights lie behind one another.
-static void matmul_joined_forward(floatX* out, size_t width, const floatX* inp, const floatX* const* weights, const int* OC, int n, int N, int C, Cuda* g) {
-    for (int i = 0; i < n;) {
-        int first = i, columns = OC[i++];
-        for (; i < n && weights[i] == weights[first] + (size_t)columns * C; i++) { columns += OC[i]; }
-        matmul_forward(out, width, inp, weights[first], N, C, columns, g);
-        out += columns;
+// Several weights (OC,C) of one input, their outputs side by side in rows of `width`: one product where the weights lie behind one another.
+typedef struct { int n, OC[3], width; const floatX* weight[3]; float* dweight[3]; } Joined;
+
+// Outputs of the weights from *i on that are one product; *i: the first that is not.
+static int joined_outputs(const Joined* w, int* i, int C) {
+    int first = *i, outputs = w->OC[(*i)++];
+    while (*i < w->n && w->weight[*i] == w->weight[first] + (size_t)outputs * C) { outputs += w->OC[(*i)++]; }
+    return outputs;
+}
+static void matmul_joined_forward(floatX* out, const floatX* inp, const Joined* w, int N, int C, Cuda* g) {
+    for (int i = 0; i < w->n;) {
+        int first = i, outputs = joined_outputs(w, &i, C);
+        matmul_forward(out, w->width, inp, w->weight[first], N, C, outputs, g);
+        out += outputs;
     }
 }
-static void matmul_joined_backward(floatX* dinp, float* const* dweights, const floatX* dout, size_t width, const floatX* inp,
-                                   const floatX* const* weights, const int* OC, int n, int N, int C, Cuda* g) {
-    for (int i = 0; i < n;) {
-        int first = i, columns = OC[i++];
-        for (; i < n && weights[i] == weights[first] + (size_t)columns * C; i++) { columns += OC[i]; }
-        matmul_backward(dinp, dweights[first], dout, width, inp, weights[first], N, C, columns, first > 0, g);
-        dout += columns;
+static void matmul_joined_backward(floatX* dinp, const floatX* dout, const floatX* inp, const Joined* w, int N, int C, Cuda* g) {
+    for (int i = 0; i < w->n;) {
+        int first = i, outputs = joined_outputs(w, &i, C);
+        matmul_backward(dinp, w->dweight[first], dout, w->width, inp, w->weight[first], N, C, outputs, first > 0, g);
+        dout += outputs;
     }
 }
 
@@ -487,12 +498,14 @@ static void rope_table(float* cosine, float* sine, const Config* config, int T) 
     }
 }
 
+// The tables (T,HS/2) and the shape of what they rotate
+typedef struct { const float *cosine, *sine; int T, NH, NKV, HS; } Rope;
+
 // qkv (B,T,NH+2*NKV,HS) becomes q, k, v (B,NH,T,HS): q and k rotated, k and v repeated for the heads that share them, so that every product of
 // attention is one strided batch. A thread moves W pairs of one head of one token.
 template <int W>
-static __global__ void rope_forward_kernel(floatX* q, floatX* k, floatX* v, const floatX* qkv, const float* cosine, const float* sine, int B, int T, int NH,
-                                           int NKV, int HS) {
-    int half = HS / 2, packs = half / W;
+static __global__ void rope_forward_kernel(floatX* q, floatX* k, floatX* v, const floatX* qkv, Rope r, int B) {
+    const int T = r.T, NH = r.NH, NKV = r.NKV, HS = r.HS, half = HS / 2, packs = half / W;
     size_t id = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
     if (id >= (size_t)B * T * 3 * NH * packs) { return; }
     int t2 = (int)(id % packs) * W, which = (int)(id / packs % (3 * NH));
@@ -502,7 +515,7 @@ static __global__ void rope_forward_kernel(floatX* q, floatX* k, floatX* v, cons
     floatX* out = (kind == 0 ? q : kind == 1 ? k : v) + (((size_t)b * NH + h) * T + t) * HS + t2;
     Pack<floatX, W> x = load<W>(inp), y = load<W>(inp + half);
     if (kind < 2) {
-        Pack<float, W> cs = load<W>(cosine + (size_t)t * half + t2), sn = load<W>(sine + (size_t)t * half + t2);
+        Pack<float, W> cs = load<W>(r.cosine + (size_t)t * half + t2), sn = load<W>(r.sine + (size_t)t * half + t2);
         for (int e = 0; e < W; e++) {
             float a = (float)x.v[e], c = (float)y.v[e];
             x.v[e] = (floatX)(a * cs.v[e] - c * sn.v[e]);
@@ -512,19 +525,16 @@ static __global__ void rope_forward_kernel(floatX* q, floatX* k, floatX* v, cons
     store<W>(out, x);
     store<W>(out + half, y);
 }
-static void rope_forward(floatX* q, floatX* k, floatX* v, const floatX* qkv, const float* cosine, const float* sine, int B, int T, int NH, int NKV, int HS,
-                         Cuda* g) {
-    int W = HS / 2 % WIDE ? 1 : WIDE;
-    LAUNCH_WIDE(HS / 2, rope_forward_kernel, ceil_div((size_t)B * T * 3 * NH * (HS / 2 / W), 256), 256, 0, g->stream, q, k, v, qkv, cosine, sine, B, T, NH,
-                NKV, HS);
+static void rope_forward(floatX* q, floatX* k, floatX* v, const floatX* qkv, const Rope* r, int B, Cuda* g) {
+    int half = r->HS / 2, W = half % WIDE ? 1 : WIDE;
+    LAUNCH_WIDE(half, rope_forward_kernel, ceil_div((size_t)B * r->T * 3 * r->NH * (half / W), 256), 256, 0, g->stream, q, k, v, qkv, *r, B);
 }
 
 // The reverse for S sequences: dq (q_parts,S,NH,T,HS), dk (S,NH,T,HS) and dv (v_parts,S,NH,T,HS), in fp32, become dqkv (S,T,NH+2*NKV,HS). Parts, and
 // heads that share keys, are added in order, then rotated back.
 template <int W>
-static __global__ void rope_backward_kernel(floatX* dqkv, const float* dq, const float* dk, const float* dv, const float* cosine, const float* sine, int S, int T,
-                                            int NH, int NKV, int HS, int q_parts, int v_parts) {
-    int half = HS / 2, packs = half / W, heads = NH + 2 * NKV;
+static __global__ void rope_backward_kernel(floatX* dqkv, const float* dq, const float* dk, const float* dv, Rope r, int S, int q_parts, int v_parts) {
+    const int T = r.T, NH = r.NH, NKV = r.NKV, HS = r.HS, half = HS / 2, packs = half / W, heads = NH + 2 * NKV;
     size_t id = (size_t)blockIdx.x * blockDim.x + threadIdx.x, all = (size_t)S * NH * T * HS;
     if (id >= (size_t)S * T * heads * packs) { return; }
     int t2 = (int)(id % packs) * W, which = (int)(id / packs % heads), n = (int)(id / packs / heads), b = n / T, t = n % T;
@@ -538,7 +548,7 @@ static __global__ void rope_backward_kernel(floatX* dqkv, const float* dq, const
         for (int e = 0; e < W; e++) { x.v[e] += xi.v[e], y.v[e] += yi.v[e]; }
     }
     if (which < NH + NKV) {
-        Pack<float, W> cs = load<W>(cosine + (size_t)t * half + t2), sn = load<W>(sine + (size_t)t * half + t2);
+        Pack<float, W> cs = load<W>(r.cosine + (size_t)t * half + t2), sn = load<W>(r.sine + (size_t)t * half + t2);
         for (int e = 0; e < W; e++) {
             float a = x.v[e], c = y.v[e];
             x.v[e] = a * cs.v[e] + c * sn.v[e];
@@ -551,11 +561,10 @@ static __global__ void rope_backward_kernel(floatX* dqkv, const float* dq, const
     store<W>(out, xo);
     store<W>(out + half, yo);
 }
-static void rope_backward(floatX* dqkv, const float* dq, const float* dk, const float* dv, const float* cosine, const float* sine, int S, int T, int NH, int NKV,
-                          int HS, int q_parts, int v_parts, Cuda* g) {
-    int W = HS / 2 % WIDE ? 1 : WIDE;
-    LAUNCH_WIDE(HS / 2, rope_backward_kernel, ceil_div((size_t)S * T * (NH + 2 * NKV) * (HS / 2 / W), 256), 256, 0, g->stream, dqkv, dq, dk, dv, cosine,
-                sine, S, T, NH, NKV, HS, q_parts, v_parts);
+static void rope_backward(floatX* dqkv, const float* dq, const float* dk, const float* dv, const Rope* r, int S, int q_parts, int v_parts, Cuda* g) {
+    int half = r->HS / 2, W = half % WIDE ? 1 : WIDE;
+    LAUNCH_WIDE(half, rope_backward_kernel, ceil_div((size_t)S * r->T * (r->NH + 2 * r->NKV) * (half / W), 256), 256, 0, g->stream, dqkv, dq, dk, dv, *r, S,
+                q_parts, v_parts);
 }
 
 // =================================================================================================================================
@@ -586,19 +595,20 @@ typedef struct {
     const floatX* mix_post;
     const float* diff_mix;                         // (NH/2,2,2): takes the place of mix_post for diff
     int chunk;                                     // queries of a chunk
-    const float* mix;                              // (NH/ch_post,ch_post,ch_post) mix_post or diff_mix in fp32, for the fused kernels
+    const float* pair_mix;                         // (NH/2,2,2) mix_post or diff_mix in fp32, for the fused kernels
     bool flash;                                    // they serve this layer
 } Attention;
 
 // What only makes these steps faster stands in sections of its own after cross-entropy ("Fast paths"), declared here and called where it serves: first the
 // convolution on tensor cores, then mixing, softmax and mixing of groups of 16 heads in one kernel, then all of attention in one kernel.
+typedef struct KqConv KqConv;
+typedef struct Heads Heads;
 typedef struct Maps Maps;
 typedef struct AttentionSums AttentionSums;
 typedef struct AttentionScratch AttentionScratch;
 static bool conv_is_band(const Attention* a);
 template <typename Out, typename In>
-static void kq_conv_band(const TileOf<Out>* out, const TileOf<In>* inp, const floatX* weight, const Attention* a, int S, int lo, int hi, int nk, int begin,
-                         int end, bool backward, Cuda* g);
+static void kq_conv_band(const TileOf<Out>* out, const TileOf<In>* inp, const KqConv& conv, int S, Cuda* g);
 static void kq_conv_band_backward_weight(double* dweight, const TileX* dout, const Tile* inp, const Attention* a, int S, int lo, int hi, float* parts, Cuda* g);
 static bool mixes_16(const Attention* a);
 static size_t mix16_parts_size(const Attention* a);
@@ -607,17 +617,22 @@ static void mix16_maps_backward(TileX* d, TileX* other, const AttentionSums* sum
                                 float* parts, Cuda* g);
 static int flash_splits(int S, int NH, int T);
 static void flash_attention_forward(floatX* out, float* stats, const floatX* q, const floatX* k, const floatX* v, const Attention* a, Cuda* g);
-static void flash_attention_backward(float* dq, const AttentionSums* sums, const floatX* dout, const floatX* out, const floatX* q, const floatX* k,
-                                     const floatX* v, const float* stats, const Attention* a, int S, const AttentionScratch* scratch, Cuda* g);
+static void flash_attention_backward(const AttentionSums* sums, const floatX* dout, const floatX* out, const Heads* x, const Attention* a, int S,
+                                     const AttentionScratch* scratch, Cuda* g);
+
+// As operands of products, a batch of heads: a tile from row i on; x (heads,T,HS) from row i on
+template <typename T>
+static Matrix tile_matrix(const TileOf<T>* t, int i) { return matrix(t->row(0, i), t->ld, (size_t)t->rows * t->ld); }
+template <typename T>
+static Matrix heads_matrix(const T* x, int i, const Attention* a) { return matrix(x + (size_t)i * a->HS, a->HS, (size_t)a->T * a->HS); }
 
 // ---- scores: S[i,j] = q_i . k_j / sqrt(HS); not masked, its readers are
 
 // Rows lo <= i < hi within the sequence, keys 0 .. nk-1; q, k of S sequences, in floatS: cuBLAS writes no fp16 from bf16
 static void scores_forward(const Tile* out, const floatS* q, const floatS* k, const Attention* a, int S, int lo, int hi, int nk, Cuda* g) {
-    size_t head = (size_t)a->T * a->HS;
+    float scale = (float)(1.0 / sqrt(a->HS));
     lo = max_int(lo, 0), hi = min_int(hi, a->T);
-    gemm(false, true, hi - lo, nk, a->HS, (float)(1.0 / sqrt(a->HS)), q + (size_t)lo * a->HS, a->HS, head, k, a->HS, head, 0, out->row(0, lo), out->ld,
-         (size_t)out->rows * out->ld, S * a->NH, g);
+    gemm(tile_matrix(out, lo), heads_matrix(q, lo, a), heads_matrix(k, 0, a), {false, true, hi - lo, nk, a->HS, scale, 0, S * a->NH}, g);
 }
 // x (S,NH,T,HS) for it: as it is where that is floatS, else converted into scratch
 template <typename From>
@@ -632,10 +647,9 @@ static const floatS* scores_input(floatS* scratch, const From* x, const Attentio
 
 // dq_i = dS[i,:] k / sqrt(HS);  dk_j += dS[:,j]^T q / sqrt(HS), rows lo <= i < hi
 static void scores_backward(float* dq, float* dk, const TileX* dout, const floatX* q, const floatX* k, const Attention* a, int S, int lo, int hi, Cuda* g) {
-    size_t head = (size_t)a->T * a->HS, tile = (size_t)dout->rows * dout->ld, at = (size_t)lo * a->HS;
     float scale = (float)(1.0 / sqrt(a->HS));
-    gemm(false, false, hi - lo, a->HS, hi, scale, dout->row(0, lo), dout->ld, tile, k, a->HS, head, 0, dq + at, a->HS, head, S * a->NH, g);
-    gemm(true, false, hi, a->HS, hi - lo, scale, dout->row(0, lo), dout->ld, tile, q + at, a->HS, head, 1, dk, a->HS, head, S * a->NH, g);
+    gemm(heads_matrix(dq, lo, a), tile_matrix(dout, lo), heads_matrix(k, 0, a), {false, false, hi - lo, a->HS, hi, scale, 0, S * a->NH}, g);
+    gemm(heads_matrix(dk, 0, a), tile_matrix(dout, lo), heads_matrix(q, lo, a), {true, false, hi, a->HS, hi - lo, scale, 1, S * a->NH}, g);
 }
 
 // ---- kq_conv: out[i,j] = sum_{a<cq, b<ck} weight[a,b] inp[i-(cq-1)+a, j-(ck-1)/2+b], inp masked by its own rows
@@ -663,23 +677,28 @@ UNROLL
     }
 }
 
-// Output rows lo <= i < hi, columns < nk; input rows begin <= i < end. backward: the transpose, the same walk with the kernel turned around:
+// Output rows lo <= i < hi, columns < nk; input rows begin <= i < end. weight (NH,cq,ck). backward: the transpose, the same walk with the kernel turned around:
 //   dinp[i,j] = sum weight[a,b] dout[i+(cq-1)-a, j+(ck-1)/2-b].
+struct KqConv {
+    const floatX* weight;
+    int cq, ck, NH, lo, hi, nk, begin, end;
+    bool backward;
+};
+
 // A block owns CONV_ROWS x CONV_COLS outputs of a head; a thread CONV_STRIP rows of one column. CQ: cq where it is worth a kernel of its own (the
 // inputs of a column slide through registers), 0 = any.
 template <int CQ, typename Out, typename In>
-static __global__ void kq_conv_kernel(TileOf<Out> out, TileOf<In> inp, const floatX* weight, int cq_, int ck, int NH, int lo, int hi, int nk, int begin, int end,
-                                      bool backward) {
+static __global__ void kq_conv_kernel(TileOf<Out> out, TileOf<In> inp, KqConv conv) {
     DYNAMIC_SHARED(float, s);
-    const int cq = CQ ? CQ : cq_, taps = conv_taps(cq), margin = conv_margin(ck), rows = CONV_ROWS + cq - 1, cols = CONV_COLS + 2 * margin;
+    const int cq = CQ ? CQ : conv.cq, ck = conv.ck, taps = conv_taps(cq), margin = conv_margin(ck), rows = CONV_ROWS + cq - 1, cols = CONV_COLS + 2 * margin;
     float* w = s + rows * cols;  // (ck,taps)
-    int head = blockIdx.z, i0 = lo + blockIdx.y * CONV_ROWS, j0 = blockIdx.x * CONV_COLS;
+    int head = blockIdx.z, i0 = conv.lo + blockIdx.y * CONV_ROWS, j0 = blockIdx.x * CONV_COLS;
     int c = threadIdx.x % CONV_COLS, r0 = threadIdx.x / CONV_COLS * CONV_STRIP, j = j0 + c;
     float sum[CONV_STRIP] = {};
     if (j0 < i0 + CONV_ROWS) {  // else all of the block lies right of the diagonal
-        tile_load(s, inp, head, backward ? i0 : i0 - (cq - 1), j0 - margin, rows, cols, begin, end);
-        const floatX* own = weight + (size_t)(head % NH) * cq * ck;
-        for (int t = threadIdx.x; t < cq * ck; t += blockDim.x) { w[t % ck * taps + t / ck] = (float)own[backward ? cq * ck - 1 - t : t]; }
+        tile_load(s, inp, head, conv.backward ? i0 : i0 - (cq - 1), j0 - margin, rows, cols, conv.begin, conv.end);
+        const floatX* own = conv.weight + (size_t)(head % conv.NH) * cq * ck;
+        for (int t = threadIdx.x; t < cq * ck; t += blockDim.x) { w[t % ck * taps + t / ck] = (float)own[conv.backward ? cq * ck - 1 - t : t]; }
         __syncthreads();  // the tile and the kernel are there
         for (int b = 0; b < ck; b++) {
             const float* x = s + r0 * cols + c + margin - (ck - 1) / 2 + b;
@@ -703,30 +722,29 @@ UNROLL
     }
     for (int r = 0; r < CONV_STRIP; r++) {
         int i = i0 + r0 + r;
-        if (i < hi && j < nk) { out.row(head, i)[j] = (Out)(j <= i ? sum[r] : 0.0f); }
+        if (i < conv.hi && j < conv.nk) { out.row(head, i)[j] = (Out)(j <= i ? sum[r] : 0.0f); }
     }
 }
 
 template <typename Out, typename In>
-static void kq_conv(const TileOf<Out>* out, const TileOf<In>* inp, const floatX* weight, const Attention* a, int S, int lo, int hi, int nk, int begin, int end,
-                    bool backward, Cuda* g) {
-    lo = max_int(lo, 0), hi = min_int(hi, a->T), begin = max_int(begin, 0), end = min_int(end, a->T);
-    if (conv_is_band(a)) { kq_conv_band(out, inp, weight, a, S, lo, hi, nk, begin, end, backward, g); return; }
-    dim3 grid(ceil_div(nk, CONV_COLS), ceil_div(hi - lo, CONV_ROWS), S * a->NH);
+static void kq_conv(const TileOf<Out>* out, const TileOf<In>* inp, KqConv conv, const Attention* a, int S, Cuda* g) {
+    conv.lo = max_int(conv.lo, 0), conv.hi = min_int(conv.hi, a->T), conv.begin = max_int(conv.begin, 0), conv.end = min_int(conv.end, a->T);
+    if (conv_is_band(a)) { kq_conv_band(out, inp, conv, S, g); return; }
+    dim3 grid(ceil_div(conv.nk, CONV_COLS), ceil_div(conv.hi - conv.lo, CONV_ROWS), S * a->NH);
     size_t shared = conv_shared(a->cq, a->ck);
     auto kernel = a->cq == 6 ? kq_conv_kernel<6, Out, In> : a->cq == 2 ? kq_conv_kernel<2, Out, In> : kq_conv_kernel<0, Out, In>;
     allow_shared(kernel, shared);
-    LAUNCH(kernel, grid, CONV_THREADS, shared, g->stream, *out, *inp, weight, a->cq, a->ck, a->NH, lo, hi, nk, begin, end, backward);
+    LAUNCH(kernel, grid, CONV_THREADS, shared, g->stream, *out, *inp, conv);
     launchCheck(g->stream);
 }
 // Rows lo <= i < hi of each head; inp must hold rows lo-(cq-1) .. hi-1. weight (NH,cq,ck)
 template <typename Out>
 static void kq_conv_forward(const TileOf<Out>* out, const Tile* inp, const floatX* weight, const Attention* a, int S, int lo, int hi, int nk, Cuda* g) {
-    kq_conv(out, inp, weight, a, S, lo, hi, nk, lo - (a->cq - 1), hi, false, g);
+    kq_conv(out, inp, {weight, a->cq, a->ck, a->NH, lo, hi, nk, lo - (a->cq - 1), hi, false}, a, S, g);
 }
 // Rows lo <= i < hi of dinp; dout must hold rows lo .. hi-1+(cq-1)
 static void kq_conv_backward_input(const TileX* dinp, const TileX* dout, const floatX* weight, const Attention* a, int S, int lo, int hi, int nk, Cuda* g) {
-    kq_conv(dinp, dout, weight, a, S, lo, hi, nk, lo, hi + a->cq - 1, true, g);
+    kq_conv(dinp, dout, {weight, a->cq, a->ck, a->NH, lo, hi, nk, lo, hi + a->cq - 1, true}, a, S, g);
 }
 
 // parts (heads, blocks of rows, cq*ck): dweight[a,b] of one head over CONV_ROWS rows and all their keys,
@@ -948,11 +966,19 @@ static __global__ void softmax_forward_kernel(TileOf<Out> out, float* stats, Til
     if (lane == 0 && !recompute && i >= own) { kept[0] = max, kept[1] = inverse; }
 }
 template <typename Out>
-static void softmax_forward(const TileOf<Out>* out, const Tile* inp, float* stats, bool recompute, const Attention* a, int S, int lo, int own, int hi, int nk,
-                            Cuda* g) {
+static void softmax_forward(const TileOf<Out>* out, const Tile* inp, float* stats, const Attention* a, int S, int lo, int own, int hi, int nk, Cuda* g) {
     lo = max_int(lo, 0), hi = min_int(hi, a->T);
-    LAUNCH(softmax_forward_kernel<Out>, ceil_div((size_t)S * a->NH * (hi - lo), ROW_WARPS), ROW_THREADS, 0, g->stream, *out, stats, *inp, recompute,
-           S * a->NH, lo, own, hi, nk, a->T);
+    LAUNCH(softmax_forward_kernel<Out>, ceil_div((size_t)S * a->NH * (hi - lo), ROW_WARPS), ROW_THREADS, 0, g->stream, *out, stats, *inp, false, S * a->NH, lo,
+           own, hi, nk, a->T);
+    launchCheck(g->stream);
+}
+
+// The same rows in the backward pass, from maximum and 1 / sum.
+template <typename Out>
+static void softmax_recompute(const TileOf<Out>* out, const Tile* inp, float* stats, const Attention* a, int S, int lo, int hi, int nk, Cuda* g) {
+    lo = max_int(lo, 0), hi = min_int(hi, a->T);
+    LAUNCH(softmax_forward_kernel<Out>, ceil_div((size_t)S * a->NH * (hi - lo), ROW_WARPS), ROW_THREADS, 0, g->stream, *out, stats, *inp, true, S * a->NH, lo,
+           hi, hi, nk, a->T);
     launchCheck(g->stream);
 }
 
@@ -993,30 +1019,27 @@ static void softmax_backward(const TileX* dinp, const TileX* dout, const Tile* i
 // ---- values: O_i = sum_j att[i,j] v_j
 
 static void values_forward(floatX* out, const TileX* att, const floatX* v, const Attention* a, int S, int lo, int hi, Cuda* g) {
-    size_t head = (size_t)a->T * a->HS;
-    gemm(false, false, hi - lo, a->HS, hi, 1, att->row(0, lo), att->ld, (size_t)att->rows * att->ld, v, a->HS, head, 0, out + (size_t)lo * a->HS, a->HS, head,
-         S * a->NH, g);
+    gemm(heads_matrix(out, lo, a), tile_matrix(att, lo), heads_matrix(v, 0, a), {false, false, hi - lo, a->HS, hi, 1, 0, S * a->NH}, g);
 }
 // datt[i,j] = dO_i . v_j, rows lo <= i < hi within the sequence; not masked, its readers are
 static void values_backward_att(const TileX* datt, const floatX* dout, const floatX* v, const Attention* a, int S, int lo, int hi, int nk, Cuda* g) {
-    size_t head = (size_t)a->T * a->HS;
     hi = min_int(hi, a->T);
-    gemm(false, true, hi - lo, nk, a->HS, 1, dout + (size_t)lo * a->HS, a->HS, head, v, a->HS, head, 0, datt->row(0, lo), datt->ld,
-         (size_t)datt->rows * datt->ld, S * a->NH, g);
+    gemm(tile_matrix(datt, lo), heads_matrix(dout, lo, a), heads_matrix(v, 0, a), {false, true, hi - lo, nk, a->HS, 1, 0, S * a->NH}, g);
 }
 // dv_j += sum_i att[i,j] dO_i, in fp32
 static void values_backward_v(float* dv, const TileX* att, const floatX* dout, const Attention* a, int S, int lo, int hi, Cuda* g) {
-    size_t head = (size_t)a->T * a->HS;
-    gemm(true, false, hi, a->HS, hi - lo, 1, att->row(0, lo), att->ld, (size_t)att->rows * att->ld, dout + (size_t)lo * a->HS, a->HS, head, 1, dv, a->HS,
-         head, S * a->NH, g);
+    gemm(heads_matrix(dv, 0, a), tile_matrix(att, lo), heads_matrix(dout, lo, a), {true, false, hi, a->HS, hi - lo, 1, 1, S * a->NH}, g);
 }
 
 // ---- the chunk: all steps for the queries lo <= i < hi of all heads of S sequences
 
+// q, k, v (S,NH,T,HS) of S sequences; q_s, k_s: q and k as scores_forward reads them; stats (S,NH,T,2)
+struct Heads { const floatX *q, *k, *v; const floatS *q_s, *k_s; float* stats; };
+
 static int halo_pre(const Attention* a) { return a->conv_pre ? a->cq - 1 : 0; }
 static int halo_post(const Attention* a) { return a->conv_post ? a->cq - 1 : 0; }
 static bool mixes_post(const Attention* a) { return a->mix_post || a->diff_mix; }
-static int mix_parts(const Attention* a) { return a->flash && a->mix ? 2 : 1; }  // of a head's output, which head_output adds up, and of dv
+static int mix_parts(const Attention* a) { return a->flash && a->pair_mix ? 2 : 1; }  // of a head's output, which head_output adds up, and of dv
 static bool keeps_att(const Attention* a) { return a->conv_post || mixes_post(a); }  // the softmax's result is not yet A
 
 // Scratch of attention, shared by all layers. Tiles in floatS: S C L P R of the maps; in floatX: A, and two that gradients pass through in turns.
@@ -1025,7 +1048,7 @@ struct AttentionScratch {
     floatS* tiles;    // (attention_tiles, tile)
     floatX* tiles_x;  // (ATTENTION_TILES_X, tile)
     floatS *q, *k;    // (S,NH,T,HS) where floatX is not floatS
-    float *dk, *dv;   // (S,NH,T,HS)
+    float *dq, *dk, *dv;  // (S,NH,T,HS), for the fused kernels dq's splits and dv's parts
     float* parts;     // partial sums of the weight gradients
     floatX* dz;       // what the fused kernels need: FlashScratch
     float* dots;
@@ -1068,13 +1091,12 @@ static TileOf<T> tile_make(T* scratch, int which, const Attention* a, int i0) {
 // halo_pre rows more below hi.
 struct Maps { Tile S, C, L, P, R; TileX A; };
 
-static Maps attention_maps(const AttentionScratch* scratch, float* stats, const floatS* q, const floatS* k, const Attention* a, int S, int lo, int hi,
-                           bool backward, Cuda* g) {
+static Maps attention_maps(const AttentionScratch* scratch, const Heads* x, const Attention* a, int S, int lo, int hi, bool backward, Cuda* g) {
     int p = halo_pre(a), r = halo_post(a), end = hi + (backward ? p : 0), nk = min_int(end, a->T), tiles = 0;
     Maps m;
     m.A = tile_make(scratch->tiles_x, 0, a, lo - r - p);
     m.S = m.C = tile_make(scratch->tiles, tiles++, a, lo - r - p);
-    scores_forward(&m.S, q, k, a, S, lo - r - p, end, nk, g);
+    scores_forward(&m.S, x->q_s, x->k_s, a, S, lo - r - p, end, nk, g);
     if (a->conv_pre) {
         m.C = tile_make(scratch->tiles, tiles++, a, lo - r - p);
         kq_conv_forward(&m.C, &m.S, a->conv_pre, a, S, lo - r, end, nk, g);
@@ -1082,7 +1104,7 @@ static Maps attention_maps(const AttentionScratch* scratch, float* stats, const 
     if (mixes_16(a)) {
         m.P = tile_make(scratch->tiles, tiles, a, lo - r - p);
         m.R = tile_make(scratch->tiles, tiles + 1, a, lo - r - p);
-        mix16_maps(&m, stats, a, S, lo, hi, backward, g);
+        mix16_maps(&m, x->stats, a, S, lo, hi, backward, g);
         return m;
     }
     m.L = m.C;
@@ -1091,11 +1113,13 @@ static Maps attention_maps(const AttentionScratch* scratch, float* stats, const 
         head_mix_forward(&m.L, &m.C, a->mix_pre, false, a->ch_pre, a, S, lo - r, end, nk, g);
     }
     if (!keeps_att(a)) {
-        softmax_forward(&m.A, &m.L, stats, backward, a, S, lo, lo, end, nk, g);
+        if (backward) { softmax_recompute(&m.A, &m.L, x->stats, a, S, lo, end, nk, g); }
+        else { softmax_forward(&m.A, &m.L, x->stats, a, S, lo, lo, end, nk, g); }
         return m;
     }
     m.P = m.R = tile_make(scratch->tiles, tiles++, a, lo - r - p);
-    softmax_forward(&m.P, &m.L, stats, backward, a, S, lo - r, lo, end, nk, g);
+    if (backward) { softmax_recompute(&m.P, &m.L, x->stats, a, S, lo - r, end, nk, g); }
+    else { softmax_forward(&m.P, &m.L, x->stats, a, S, lo - r, lo, end, nk, g); }
     if (a->conv_post && mixes_post(a)) {
         m.R = tile_make(scratch->tiles, tiles++, a, lo - r - p);
         kq_conv_forward(&m.R, &m.P, a->conv_post, a, S, lo, hi, nk, g);
@@ -1107,21 +1131,20 @@ static Maps attention_maps(const AttentionScratch* scratch, float* stats, const 
     return m;
 }
 
-// Gradients of the attention's own weights, as sums in double over the chunks of a layer: (NH*cq*ck), (NH*ch)
-struct AttentionSums { double *conv_pre, *conv_post, *mix_pre, *mix_post; };
+// Gradients of the attention's own weights, as sums in double of all sequences: (NH*cq*ck), (NH*ch); n: how many, behind one another
+struct AttentionSums { double *conv_pre, *conv_post, *mix_pre, *mix_post; size_t n; };
 
-// dq is set, scratch dk, dv and the sums are added to. q, k, v, dq, dout (S,NH,T,HS), stats (S,NH,T,2); q_s, k_s: scores_input of q and k.
+// dq of the scratch is set, its dk, dv and the sums are added to. dout (S,NH,T,HS).
 // Rows of dS come from rows of dC up to halo_pre further down, those from rows of dA up to halo_post further down: all are recomputed here.
-static void attention_chunk_backward(float* dq, const AttentionSums* sums, const floatX* dout, const floatX* q, const floatX* k, const floatX* v,
-                                     const floatS* q_s, const floatS* k_s, float* stats, const Attention* a, int S, int lo, int hi,
+static void attention_chunk_backward(const AttentionSums* sums, const floatX* dout, const Heads* x, const Attention* a, int S, int lo, int hi,
                                      const AttentionScratch* scratch, Cuda* g) {
     int p = halo_pre(a), r = halo_post(a), end = hi + p, far = hi + p + r, nk = min_int(end, a->T), nk_far = min_int(far, a->T);
-    Maps m = attention_maps(scratch, stats, q_s, k_s, a, S, lo, hi, true, g);
+    Maps m = attention_maps(scratch, x, a, S, lo, hi, true, g);
     TileX d = tile_make(scratch->tiles_x, 1, a, lo), other = tile_make(scratch->tiles_x, 2, a, lo);  // a convolution goes from one to the other
 
-    values_backward_att(&d, dout, v, a, S, lo, far, nk_far, g);                     // O = A v
+    values_backward_att(&d, dout, x->v, a, S, lo, far, nk_far, g);                     // O = A v
     if (mixes_16(a)) {                                                              // from A to C, and A itself
-        mix16_maps_backward(&d, &other, sums, &m, stats, a, S, lo, hi, scratch->parts, g);
+        mix16_maps_backward(&d, &other, sums, &m, x->stats, a, S, lo, hi, scratch->parts, g);
     } else {
         if (mixes_post(a)) {                                                        // A = mix(R)
             head_mix_backward_weight(sums->mix_post, &d, &m.R, a->ch_post, a, S, lo, hi, scratch->parts, g);
@@ -1133,7 +1156,7 @@ static void attention_chunk_backward(float* dq, const AttentionSums* sums, const
             kq_conv_backward_input(&other, &d, a->conv_post, a, S, lo, end, nk, g);
             std::swap(d, other);
         }
-        softmax_backward(&d, &d, &m.L, stats, a, S, lo, end, nk, g);                // P = softmax(L)
+        softmax_backward(&d, &d, &m.L, x->stats, a, S, lo, end, nk, g);                // P = softmax(L)
         if (a->mix_pre) {                                                           // L = mix(C)
             head_mix_backward_weight(sums->mix_pre, &d, &m.C, a->ch_pre, a, S, lo, hi, scratch->parts, g);
             head_mix_backward_input(&d, &d, a->mix_pre, a->ch_pre, a, S, lo, end, nk, g);
@@ -1145,48 +1168,52 @@ static void attention_chunk_backward(float* dq, const AttentionSums* sums, const
         kq_conv_backward_input(&other, &d, a->conv_pre, a, S, lo, hi, hi, g);
         std::swap(d, other);
     }
-    scores_backward(dq, scratch->dk, &d, q, k, a, S, lo, hi, g);                    // S = q k^T / sqrt(HS)
+    scores_backward(scratch->dq, scratch->dk, &d, x->q, x->k, a, S, lo, hi, g);     // S = q k^T / sqrt(HS)
+}
+
+// Of the sequences b .. b+S-1 of q, k, v (B,NH,T,HS) and stats (B,NH,T,2)
+static Heads attention_heads(const floatX* q, const floatX* k, const floatX* v, float* stats, const Attention* a, int b, int S, const AttentionScratch* scratch,
+                             Cuda* g) {
+    size_t rows = (size_t)b * a->NH * a->T, at = rows * a->HS;
+    Heads x = {q + at, k + at, v + at, NULL, NULL, stats + 2 * rows};
+    if (!a->flash) { x.q_s = scores_input(scratch->q, x.q, a, S, g), x.k_s = scores_input(scratch->k, x.k, a, S, g); }
+    return x;
 }
 
 // out: with a->flash and mixing two parts of (B,NH,T,HS), B*NH*T*HS apart, that head_output is to mix; else (B,NH,T,HS). q, k, v (B,NH,T,HS), q and k rotated;
 // stats (B,NH,T,2) for the backward pass
 static void attention_forward(floatX* out, float* stats, const floatX* q, const floatX* k, const floatX* v, const Attention* a, const AttentionScratch* scratch,
                               Cuda* g) {
-    size_t sequence = (size_t)a->NH * a->T * a->HS;
     if (a->flash) { flash_attention_forward(out, stats, q, k, v, a, g); return; }
     for (int b = 0; b < a->B; b += a->S) {
         int S = min_int(a->S, a->B - b);
-        const floatS *q_s = scores_input(scratch->q, q + b * sequence, a, S, g), *k_s = scores_input(scratch->k, k + b * sequence, a, S, g);
+        Heads x = attention_heads(q, k, v, stats, a, b, S, scratch, g);
         for (int lo = 0; lo < a->T; lo += a->chunk) {
             int hi = min_int(lo + a->chunk, a->T);
-            Maps m = attention_maps(scratch, stats + (size_t)b * a->NH * a->T * 2, q_s, k_s, a, S, lo, hi, false, g);
-            values_forward(out + b * sequence, &m.A, v + b * sequence, a, S, lo, hi, g);
+            Maps m = attention_maps(scratch, &x, a, S, lo, hi, false, g);
+            values_forward(out + (size_t)b * a->NH * a->T * a->HS, &m.A, x.v, a, S, lo, hi, g);
         }
     }
 }
 
-// dqkv (B,T,NH+2*NKV,HS) is set, gradients of q and k rotated back; the sums are set. dout (B,NH,T,HS); out as attention_forward left it; dq is scratch.
-static void attention_backward(floatX* dqkv, float* dq, const AttentionSums* sums, size_t n_sums, const floatX* dout, const floatX* out, const floatX* q,
-                               const floatX* k, const floatX* v, float* stats, const float* cosine, const float* sine, const Attention* a, int NKV,
-                               const AttentionScratch* scratch, Cuda* g) {
-    size_t sequence = (size_t)a->NH * a->T * a->HS, packed = (size_t)a->T * (a->NH + 2 * NKV) * a->HS;
-    if (n_sums) { cudaCheck(cudaMemsetAsync(sums->conv_pre, 0, n_sums * sizeof(double), g->stream)); }
+// dqkv (B,T,NH+2*NKV,HS) is set, gradients of q and k rotated back; the sums are set. dout (B,NH,T,HS); out as attention_forward left it.
+static void attention_backward(floatX* dqkv, const AttentionSums* sums, const floatX* dout, const floatX* out, const floatX* q, const floatX* k,
+                               const floatX* v, float* stats, const Rope* rope, const Attention* a, const AttentionScratch* scratch, Cuda* g) {
+    size_t sequence = (size_t)a->NH * a->T * a->HS, packed = (size_t)a->T * (a->NH + 2 * rope->NKV) * a->HS;
+    if (sums->n) { cudaCheck(cudaMemsetAsync(sums->conv_pre, 0, sums->n * sizeof(double), g->stream)); }
     for (int b = 0; b < a->B; b += a->S) {
-        int S = min_int(a->S, a->B - b), q_parts = 1;
-        size_t at = b * sequence;
-        float* own_stats = stats + (size_t)b * a->NH * a->T * 2;
+        int S = min_int(a->S, a->B - b), q_parts = a->flash ? flash_splits(S, a->NH, a->T) : 1;
+        Heads x = attention_heads(q, k, v, stats, a, b, S, scratch, g);
         if (a->flash) {
-            flash_attention_backward(dq, sums, dout + at, out + at, q + at, k + at, v + at, own_stats, a, S, scratch, g);
-            q_parts = flash_splits(S, a->NH, a->T);
+            flash_attention_backward(sums, dout + b * sequence, out + b * sequence, &x, a, S, scratch, g);
         } else {
-            const floatS *q_s = scores_input(scratch->q, q + at, a, S, g), *k_s = scores_input(scratch->k, k + at, a, S, g);
             cudaCheck(cudaMemsetAsync(scratch->dk, 0, S * sequence * sizeof(float), g->stream));
             cudaCheck(cudaMemsetAsync(scratch->dv, 0, S * sequence * sizeof(float), g->stream));
             for (int lo = 0; lo < a->T; lo += a->chunk) {
-                attention_chunk_backward(dq, sums, dout + at, q + at, k + at, v + at, q_s, k_s, own_stats, a, S, lo, min_int(lo + a->chunk, a->T), scratch, g);
+                attention_chunk_backward(sums, dout + b * sequence, &x, a, S, lo, min_int(lo + a->chunk, a->T), scratch, g);
             }
         }
-        rope_backward(dqkv + b * packed, dq, scratch->dk, scratch->dv, cosine, sine, S, a->T, a->NH, NKV, a->HS, q_parts, mix_parts(a), g);
+        rope_backward(dqkv + b * packed, scratch->dq, scratch->dk, scratch->dv, rope, S, q_parts, mix_parts(a), g);
     }
 }
 
@@ -1207,7 +1234,7 @@ typedef struct {
     const floatX *norm, *gate, *bias;
     float scale;
     int B, T, NH, HS, wide;
-    const float* mix;  // (NH/2,2,2), NULL = off: the heads' outputs come in two parts (fused attention), O_o = sum_n W[o,n] part_n (MODEL.md eq. 8)
+    const float* pair_mix;  // (NH/2,2,2), NULL = off: the heads' outputs come in two parts (fused attention), O_o = sum_n W[o,n] part_n (MODEL.md eq. 8)
 } HeadOutput;
 
 // A warp owns the `wide` heads h of token n of `inp` (B,NH,T,HS): element e of them
@@ -1221,11 +1248,11 @@ static __device__ inline Pack<float, W> head_load(const floatX* inp, const HeadO
     size_t at = head_at(o, n, h, e);
     Pack<floatX, W> x = load<W>(inp + at);
     Pack<float, W> y;
-    if (!o.mix) {
+    if (!o.pair_mix) {
         for (int i = 0; i < W; i++) { y.v[i] = (float)x.v[i]; }
         return y;
     }
-    const float* w = o.mix + 2 * (h * o.wide + e / o.HS);
+    const float* w = o.pair_mix + 2 * (h * o.wide + e / o.HS);
     Pack<floatX, W> x1 = load<W>(inp + (size_t)o.B * o.NH * o.T * o.HS + at);
     for (int i = 0; i < W; i++) { y.v[i] = w[0] * (float)x.v[i] + w[1] * (float)x1.v[i]; }
     return y;
@@ -1629,21 +1656,21 @@ UNROLL
     }
 }
 template <typename Out, typename In>
-static __global__ void __launch_bounds__(CONV_THREADS) kq_conv_band_kernel(TileOf<Out> out, TileOf<In> inp, const floatX* weight, int cq, int ck, int NH, int lo,
-                                                                           int hi, int nk, int begin, int end, bool backward) {
+static __global__ void __launch_bounds__(CONV_THREADS) kq_conv_band_kernel(TileOf<Out> out, TileOf<In> inp, KqConv conv) {
     DYNAMIC_SHARED(In, s);  // (BAND_ROWS + BAND_TAPS - 1, BAND_PITCH) of inp, then (BAND_ROWS, BAND_OUT_PITCH) of out
     Out* result = (Out*)(s + (BAND_ROWS + BAND_TAPS - 1) * BAND_PITCH);
-    int head = blockIdx.z, i0 = lo + blockIdx.y * BAND_ROWS, j0 = blockIdx.x * CONV_COLS;
+    const int cq = conv.cq, ck = conv.ck, head = blockIdx.z, i0 = conv.lo + blockIdx.y * BAND_ROWS, j0 = blockIdx.x * CONV_COLS;
     int warp = threadIdx.x / WARP_SIZE, lane = threadIdx.x % WARP_SIZE, g = lane / 4, t = lane % 4;
     if (j0 < i0 + BAND_ROWS) {  // else all of the block lies right of the diagonal
-        tile_load_pairs(s, BAND_PITCH, inp, head, backward ? i0 : i0 - (cq - 1), j0 - BAND, BAND_ROWS + BAND_TAPS - 1, CONV_COLS + 2 * BAND, begin, end);
-        const floatX* own = weight + (size_t)(head % NH) * cq * ck;
+        tile_load_pairs(s, BAND_PITCH, inp, head, conv.backward ? i0 : i0 - (cq - 1), j0 - BAND, BAND_ROWS + BAND_TAPS - 1, CONV_COLS + 2 * BAND, conv.begin,
+                        conv.end);
+        const floatX* own = conv.weight + (size_t)(head % conv.NH) * cq * ck;
         unsigned T[BAND_TAPS / 2][3][2], x[3][BAND_TAPS / 2][4];  // [taps][8 of 24 columns][first, second tap], [columns][taps]
 UNROLL
         for (int e = 0; e < BAND_TAPS * 3; e++) {
             int a = e / 3, b = e % 3 * 8 - 8 + 2 * t - g + (ck - 1) / 2, at = a * ck + b, last = cq * ck - 1;
-            float first = a < cq && b >= 0 && b < ck ? (float)own[backward ? last - at : at] : 0.0f;
-            float second = a < cq && b >= -1 && b < ck - 1 ? (float)own[backward ? last - at - 1 : at + 1] : 0.0f;
+            float first = a < cq && b >= 0 && b < ck ? (float)own[conv.backward ? last - at : at] : 0.0f;
+            float second = a < cq && b >= -1 && b < ck - 1 ? (float)own[conv.backward ? last - at - 1 : at + 1] : 0.0f;
             T[a / 2][e % 3][a % 2] = pack_pair<In>(first, second);
         }
         __syncthreads();  // the tile is there
@@ -1671,17 +1698,16 @@ UNROLL
         int row = warp * 16 + e / (CONV_COLS / PACK), column = e % (CONV_COLS / PACK) * PACK, i = i0 + row, j = j0 + column;
         Pack<Out, PACK> y = {};
         if (j <= i) { y = masked(load<PACK>(result + row * BAND_OUT_PITCH + column), i, j); }
-        if (i < hi && j < nk) { store<PACK>(out.row(head, i) + j, y); }
+        if (i < conv.hi && j < conv.nk) { store<PACK>(out.row(head, i) + j, y); }
     }
 }
 template <typename Out, typename In>
-static void kq_conv_band(const TileOf<Out>* out, const TileOf<In>* inp, const floatX* weight, const Attention* a, int S, int lo, int hi, int nk, int begin,
-                         int end, bool backward, Cuda* g) {
-    dim3 grid(ceil_div(nk, CONV_COLS), ceil_div(hi - lo, (int)BAND_ROWS), S * a->NH);
+static void kq_conv_band(const TileOf<Out>* out, const TileOf<In>* inp, const KqConv& conv, int S, Cuda* g) {
+    dim3 grid(ceil_div(conv.nk, CONV_COLS), ceil_div(conv.hi - conv.lo, (int)BAND_ROWS), S * conv.NH);
     size_t shared = (BAND_ROWS + BAND_TAPS - 1) * BAND_PITCH * sizeof(In) + BAND_ROWS * BAND_OUT_PITCH * sizeof(Out);
     auto kernel = kq_conv_band_kernel<Out, In>;
     allow_shared(kernel, shared);
-    LAUNCH(kernel, grid, CONV_THREADS, shared, g->stream, *out, *inp, weight, a->cq, a->ck, a->NH, lo, hi, nk, begin, end, backward);
+    LAUNCH(kernel, grid, CONV_THREADS, shared, g->stream, *out, *inp, conv);
     launchCheck(g->stream);
 }
 
@@ -2650,20 +2676,21 @@ static void flash_attention_forward(floatX* out, float* stats, const floatX* q, 
     Flash f = {q, k, v, a->conv_pre, a->B, a->T, a->NH, a->HS, a->cq, a->ck, a->B * sequence, 0, (float)(1.0 / sqrt(a->HS))};
     flash_forward(out, stats, &f, mix_parts(a), g);
 }
-static void flash_attention_backward(float* dq, const AttentionSums* sums, const floatX* dout, const floatX* out, const floatX* q, const floatX* k,
-                                     const floatX* v, const float* stats, const Attention* a, int S, const AttentionScratch* scratch, Cuda* g) {
+static void flash_attention_backward(const AttentionSums* sums, const floatX* dout, const floatX* out, const Heads* x, const Attention* a, int S,
+                                     const AttentionScratch* scratch, Cuda* g) {
     size_t sequence = (size_t)a->NH * a->T * a->HS;
-    Flash f = {q, k, v, a->conv_pre, S, a->T, a->NH, a->HS, a->cq, a->ck, a->B * sequence, S * sequence, (float)(1.0 / sqrt(a->HS))};
+    Flash f = {x->q, x->k, x->v, a->conv_pre, S, a->T, a->NH, a->HS, a->cq, a->ck, a->B * sequence, S * sequence, (float)(1.0 / sqrt(a->HS))};
     FlashScratch s = {scratch->dz, scratch->dots, scratch->bounds, scratch->parts};
-    flash_backward(dq, scratch->dk, scratch->dv, sums->conv_pre, sums->mix_post, dout, out, stats, a->mix, &f, mix_parts(a), &s, g);
+    flash_backward(scratch->dq, scratch->dk, scratch->dv, sums->conv_pre, sums->mix_post, dout, out, x->stats, a->pair_mix, &f, mix_parts(a), &s, g);
 }
 #else  // flash_serves says no to every layer
 static int flash_splits(int, int, int) { return 1; }
 static int prepare_blocks(int) { return 0; }
 static size_t flash_shared(int, int, bool) { return 0; }
 static void flash_attention_forward(floatX*, float*, const floatX*, const floatX*, const floatX*, const Attention*, Cuda*) { assert(false); }
-static void flash_attention_backward(float*, const AttentionSums*, const floatX*, const floatX*, const floatX*, const floatX*, const floatX*, const float*,
-                                     const Attention*, int, const AttentionScratch*, Cuda*) { assert(false); }
+static void flash_attention_backward(const AttentionSums*, const floatX*, const floatX*, const Heads*, const Attention*, int, const AttentionScratch*, Cuda*) {
+    assert(false);
+}
 #endif
 
 // Do the fused kernels serve layer l? What stands in the config decides, and `chunk`: one that is asked for means the chunks. Only where the device has the shared
@@ -2719,7 +2746,6 @@ typedef struct {
     float *branch, *dx;                // (N,C) what a layer adds to the residual stream; the stream's gradient
     floatX *dx_rounded, *dln;          // (N,C) that gradient for the products; gradient of a normalised input
     floatX *dout, *datt;               // (N,C) gradients of the head outputs, of the heads
-    float* dq;                         // (S,NH,T,HS), for the fused kernels their splits of it
     floatX* logits;                    // (rows of a classifier chunk, V rounded up)
     float* losses;                     // (N)
     unsigned char* wrong;              // (N)
@@ -2727,7 +2753,7 @@ typedef struct {
     int *rows, *starts;                // (N), (N+1) rows by token, for embedding_backward
     float *parts, *head_stats;         // partial sums of norm and gate weights; (N*NH,3) of head_output_backward
     double* norm_parts;                // (NORM_BLOCKS) of the gradient norm
-    float* diff_mix;                   // (NH/2,2,2), also the mixing of pairs in fp32
+    float* pair_mix;                   // (NH/2,2,2) in fp32: diff's mixing, or a copy of head_mix for the fused kernels
     double* sums;                      // AttentionSums
     AttentionScratch attention;
     float *cosine, *sine;              // (T,HS/2)
@@ -2754,7 +2780,6 @@ typedef struct {
     char *activation_memory, *scratch_memory;
     Activations acts;
     Scratch scratch;
-    size_t n_sums;
     AttentionSums sums;
     unsigned char* wrong;              // (N) on the host: counted targets that another id beats
     float* losses;                     // (N) on the host
@@ -2831,15 +2856,8 @@ static Attention attention_of(const Model* m, const LayerOf<floatX>* w, int l, i
     bool diff = c->attention_type == ATTENTION_DIFF, flash = flash_serves(c, l, m->flash ? 0 : m->chunk);
     Attention a = {B, min_int(m->sequences, B), T, c->num_attention_heads, config_head_size(c), c->kq_conv_query_size, c->kq_conv_key_size,
                    c->head_mix_pre_softmax, diff ? 2 : c->head_mix_post_softmax, w->kq_conv, w->kq_conv_post, w->head_mix_pre, w->head_mix,
-                   diff ? m->scratch.diff_mix : NULL, min_int(m->chunk, T), flash && (diff || w->head_mix) ? m->scratch.diff_mix : NULL, flash};
+                   diff ? m->scratch.pair_mix : NULL, min_int(m->chunk, T), flash && (diff || w->head_mix) ? m->scratch.pair_mix : NULL, flash};
     return a;
-}
-
-static size_t n_sums(const Config* c, size_t* conv, size_t* pre, size_t* post) {
-    *conv = (size_t)c->num_attention_heads * c->kq_conv_query_size * c->kq_conv_key_size;
-    *pre = (size_t)c->num_attention_heads * c->head_mix_pre_softmax;
-    *post = (size_t)c->num_attention_heads * (c->attention_type == ATTENTION_DIFF ? 2 : c->head_mix_post_softmax);
-    return (config_any_conv(c) ? 2 * *conv : 0) + *pre + *post;
 }
 
 static int logit_stride(int V) { return round_up(V, 8); }
@@ -2848,12 +2866,20 @@ static int logit_rows(int V, int N) {  // a GiB of logits: 4096 rows of 128,256 
 }
 enum { NORM_BLOCKS = 1024 };  // of the gradient norm, at most
 
+static size_t carve_sums(AttentionSums* s, const Config* c, double* base) {
+    size_t NH = (size_t)c->num_attention_heads, conv = config_any_conv(c) ? NH * c->kq_conv_query_size * c->kq_conv_key_size : 0;
+    size_t pre = NH * c->head_mix_pre_softmax, post = NH * (c->attention_type == ATTENTION_DIFF ? 2 : c->head_mix_post_softmax);
+    if (base) { *s = {base, base + conv, base + 2 * conv, base + 2 * conv + pre, 2 * conv + pre + post}; }
+    return 2 * conv + pre + post;
+}
+
 static size_t carve_scratch(Scratch* s, const Config* c, int B, int T, int chunk, char* base) {
     size_t N = (size_t)B * T, C = (size_t)c->hidden_size, FF = (size_t)c->intermediate_size, HS = (size_t)config_head_size(c);
     size_t NH = (size_t)c->num_attention_heads, NKV = (size_t)c->num_key_value_heads, x = sizeof(floatX), f = sizeof(float), i = sizeof(int);
     AttentionPlan plan = attention_plan(c, B, T, chunk);
     const Attention& a = plan.chunked;
-    size_t tile = plan.any_chunked ? attention_tile_size(&a) : 0, sequence = (size_t)a.S * NH * T * HS, conv, pre, post;
+    size_t tile = plan.any_chunked ? attention_tile_size(&a) : 0, sequence = (size_t)a.S * NH * T * HS;
+    AttentionSums sums;
     size_t widest = C > 3 * HS + 1 ? C : 3 * HS + 1, attention_parts = plan.any_chunked ? attention_parts_size(&a) : 0, q_parts = 1, kv_parts = 1;
     if (plan.any_flash) {
         for (int S = 1; S <= a.S; S++) { q_parts = std::max(q_parts, ((size_t)flash_splits(S, (int)NH, T) * S + a.S - 1) / a.S); }  // the last batch may be smaller
@@ -2865,11 +2891,11 @@ static size_t carve_scratch(Scratch* s, const Config* c, int B, int T, int chunk
     const Buffer list[] = {
         BUFFER(qkv, N * (NH + 2 * NKV) * HS * x), BUFFER(act, N * FF * x), BUFFER(dgate_up, 2 * N * FF * x), BUFFER(branch, N * C * f), BUFFER(dx, N * C * f), BUFFER(dx_rounded, N * C * x),
         BUFFER(dln, N * C * x),
-        BUFFER(dout, N * C * x), BUFFER(datt, N * C * x), BUFFER(dq, q_parts * sequence * f),
+        BUFFER(dout, N * C * x), BUFFER(datt, N * C * x), BUFFER(attention.dq, q_parts * sequence * f),
         BUFFER(logits, (size_t)logit_rows(c->vocab_size, (int)N) * logit_stride(c->vocab_size) * x), BUFFER(losses, N * f), BUFFER(wrong, N),
         BUFFER(tokens, N * i), BUFFER(targets, N * i), BUFFER(rows, N * i), BUFFER(starts, (N + 1) * i), BUFFER(parts, NORM_PARTS * widest * f),
-        BUFFER(head_stats, 3 * N * NH * f), BUFFER(norm_parts, NORM_BLOCKS * sizeof(double)), BUFFER(diff_mix, 2 * NH * f),
-        BUFFER(sums, n_sums(c, &conv, &pre, &post) * sizeof(double)), BUFFER(attention.tiles, (size_t)attention_tiles(&a) * tile * sizeof(floatS)),
+        BUFFER(head_stats, 3 * N * NH * f), BUFFER(norm_parts, NORM_BLOCKS * sizeof(double)), BUFFER(pair_mix, 2 * NH * f),
+        BUFFER(sums, carve_sums(&sums, c, NULL) * sizeof(double)), BUFFER(attention.tiles, (size_t)attention_tiles(&a) * tile * sizeof(floatS)),
         BUFFER(attention.tiles_x, ATTENTION_TILES_X * tile * x), BUFFER(attention.q, plan.any_chunked && !EXACT ? sequence * sizeof(floatS) : 0),
         BUFFER(attention.k, plan.any_chunked && !EXACT ? sequence * sizeof(floatS) : 0), BUFFER(attention.dk, sequence * f),
         BUFFER(attention.dv, kv_parts * sequence * f), BUFFER(attention.parts, attention_parts * f),
@@ -2993,13 +3019,7 @@ static Model* model_create(const Config* config, int B, int T, int chunk, Recomp
     float* const arenas[] = {m->master, m->grads, m->m, m->v};
     for (int i = 0; i < 4; i++) { cudaCheck(cudaMemsetAsync(arenas[i], 0, n * f, m->cuda.stream)); }
     cudaCheck(cudaMemsetAsync(m->weights, 0, n * sizeof(floatX), m->cuda.stream));
-    size_t conv, pre, post;
-    m->n_sums = n_sums(config, &conv, &pre, &post);
-    bool any = config_any_conv(config);
-    m->sums.conv_pre = m->scratch.sums;
-    m->sums.conv_post = m->sums.conv_pre + (any ? conv : 0);
-    m->sums.mix_pre = m->sums.conv_post + (any ? conv : 0);
-    m->sums.mix_post = m->sums.mix_pre + pre;
+    carve_sums(&m->sums, config, m->scratch.sums);
     size_t N = (size_t)B * T, table = (size_t)T * (config_head_size(config) / 2);
     m->wrong = (unsigned char*)alloc_or_die(N, 1, "wrong targets");
     m->losses = (float*)alloc_or_die(N, sizeof(float), "losses");
@@ -3034,7 +3054,7 @@ static HeadOutput head_output_of(const Model* m, const LayerOf<floatX>* w, int l
     double scale = c->head_norm == HEAD_NORM_GROUP_DEPTH_SCALED ? 1 - config_lambda_init(l) : 1;
     Attention a = attention_of(m, w, l, B, T);
     HeadOutput o = {w->head_norm, w->gate_weight, w->gate_bias, (float)scale, B, T, c->num_attention_heads, config_head_size(c), config_norm_heads(c),
-                    a.flash ? a.mix : NULL};
+                    a.flash ? a.pair_mix : NULL};
     return o;
 }
 
@@ -3045,22 +3065,22 @@ static void layer_forward(Model* m, int l, const Activations* a, int B, int T) {
     Cuda* g = &m->cuda;
     int N = B * T, C = c->hidden_size, FF = c->intermediate_size, NH = c->num_attention_heads, NKV = c->num_key_value_heads, HS = config_head_size(c);
     LayerOf<floatX> w = model_layer(m, m->weights, l);
-    const floatX *qkv[] = {w.q, w.k, w.v}, *gate_up[] = {w.gate_proj, w.up_proj};
-    const int qkv_size[] = {NH * HS, NKV * HS, NKV * HS}, gate_up_size[] = {FF, FF};
-    matmul_joined_forward(s->qkv, (NH + 2 * NKV) * HS, a->ln1, qkv, qkv_size, 3, N, C, g);
-    rope_forward(a->q, a->k, a->v, s->qkv, s->cosine, s->sine, B, T, NH, NKV, HS, g);
+    Joined qkv = {3, {NH * HS, NKV * HS, NKV * HS}, (NH + 2 * NKV) * HS, {w.q, w.k, w.v}, {}}, gate_up = {2, {FF, FF}, 2 * FF, {w.gate_proj, w.up_proj}, {}};
+    Rope rope = {s->cosine, s->sine, T, NH, NKV, HS};
+    matmul_joined_forward(s->qkv, a->ln1, &qkv, N, C, g);
+    rope_forward(a->q, a->k, a->v, s->qkv, &rope, B, g);
     if (w.lambda_q1) {
         Lambda lambda = {w.lambda_q1, w.lambda_k1, w.lambda_q2, w.lambda_k2};
-        diff_lambda_forward(s->diff_mix, &lambda, config_lambda_init(l), NH, HS, g);
+        diff_lambda_forward(s->pair_mix, &lambda, config_lambda_init(l), NH, HS, g);
     }
     Attention shape = attention_of(m, &w, l, B, T);
-    if (shape.mix && w.head_mix) { convert(s->diff_mix, w.head_mix, 2 * NH, g); }
+    if (shape.pair_mix && w.head_mix) { convert(s->pair_mix, w.head_mix, 2 * NH, g); }
     attention_forward(a->att, a->stats, a->q, a->k, a->v, &shape, &s->attention, g);
     HeadOutput output = head_output_of(m, &w, l, B, T);
     head_output_forward(a->out, a->att, &output, g);
     matmul_forward(s->branch, C, a->out, w.o, N, C, C, g);
     residual_rmsnorm_forward(a->ln2, a->rstd2, a->x_mid, a->x, s->branch, w.post_norm, N, C, c->rms_norm_eps, g);  // x_mid = x + out Wo^T
-    matmul_joined_forward(a->gate_up, 2 * FF, a->ln2, gate_up, gate_up_size, 2, N, C, g);
+    matmul_joined_forward(a->gate_up, a->ln2, &gate_up, N, C, g);
     swiglu_forward(s->act, a->gate_up, N, FF, g);
     matmul_forward(s->branch, C, s->act, w.down_proj, N, FF, C, g);
 }
@@ -3146,13 +3166,13 @@ static void layer_backward(Model* m, int l, const Activations* a, int B, int T) 
     int N = B * T, C = c->hidden_size, FF = c->intermediate_size, NH = c->num_attention_heads, NKV = c->num_key_value_heads, HS = config_head_size(c);
     LayerOf<floatX> w = model_layer(m, m->weights, l);
     LayerOf<float> d = model_layer(m, m->grads, l);
-    const floatX *qkv[] = {w.q, w.k, w.v}, *gate_up[] = {w.gate_proj, w.up_proj};
-    float *dqkv[] = {d.q, d.k, d.v}, *dgate_up[] = {d.gate_proj, d.up_proj};
-    const int qkv_size[] = {NH * HS, NKV * HS, NKV * HS}, gate_up_size[] = {FF, FF};
+    Joined qkv = {3, {NH * HS, NKV * HS, NKV * HS}, (NH + 2 * NKV) * HS, {w.q, w.k, w.v}, {d.q, d.k, d.v}};
+    Joined gate_up = {2, {FF, FF}, 2 * FF, {w.gate_proj, w.up_proj}, {d.gate_proj, d.up_proj}};
+    Rope rope = {s->cosine, s->sine, T, NH, NKV, HS};
     HeadOutput output = head_output_of(m, &w, l, B, T);
     Lambda lambda = {w.lambda_q1, w.lambda_k1, w.lambda_q2, w.lambda_k2};
-    if (w.lambda_q1) { diff_lambda_forward(s->diff_mix, &lambda, config_lambda_init(l), NH, HS, g); }
-    else if (output.mix) { convert(s->diff_mix, w.head_mix, 2 * NH, g); }
+    if (w.lambda_q1) { diff_lambda_forward(s->pair_mix, &lambda, config_lambda_init(l), NH, HS, g); }
+    else if (output.pair_mix) { convert(s->pair_mix, w.head_mix, 2 * NH, g); }
     if (m->recompute == RECOMPUTE_ELEMENTWISE) {
         rmsnorm_forward(a->ln1, a->rstd1, a->x, w.input_norm, N, C, c->rms_norm_eps, g);
         rmsnorm_forward(a->ln2, a->rstd2, a->x_mid, w.post_norm, N, C, c->rms_norm_eps, g);
@@ -3162,20 +3182,20 @@ static void layer_backward(Model* m, int l, const Activations* a, int B, int T) 
     matmul_backward(s->act, NULL, s->dx_rounded, C, NULL, w.down_proj, N, FF, C, false, g);
     swiglu_backward(s->dgate_up, s->act, s->act, a->gate_up, N, FF, g);
     matmul_backward(NULL, d.down_proj, s->dx_rounded, C, s->act, NULL, N, FF, C, false, g);
-    matmul_joined_backward(s->dln, dgate_up, s->dgate_up, 2 * FF, a->ln2, gate_up, gate_up_size, 2, N, C, g);
+    matmul_joined_backward(s->dln, s->dgate_up, a->ln2, &gate_up, N, C, g);
     rmsnorm_backward(s->dx, s->dx_rounded, d.post_norm, s->dln, a->x_mid, w.post_norm, a->rstd2, N, C, s->parts, true, g);
     // x + o(out)
     matmul_backward(s->dout, d.o, s->dx_rounded, C, a->out, w.o, N, C, C, false, g);
     head_output_backward(s->datt, d.head_norm, d.gate_weight, d.gate_bias, s->dout, a->att, &output, s->head_stats, s->parts, g);
     Attention shape = attention_of(m, &w, l, B, T);
-    attention_backward(s->qkv, s->dq, &m->sums, m->n_sums, s->datt, a->att, a->q, a->k, a->v, a->stats, s->cosine, s->sine, &shape, NKV, &s->attention, g);
+    attention_backward(s->qkv, &m->sums, s->datt, a->att, a->q, a->k, a->v, a->stats, &rope, &shape, &s->attention, g);
     size_t kernel = (size_t)NH * c->kq_conv_query_size * c->kq_conv_key_size;
     if (d.kq_conv) { attention_sums_add(d.kq_conv, m->sums.conv_pre, kernel, g); }
     if (d.kq_conv_post) { attention_sums_add(d.kq_conv_post, m->sums.conv_post, kernel, g); }
     if (d.head_mix_pre) { attention_sums_add(d.head_mix_pre, m->sums.mix_pre, (size_t)NH * c->head_mix_pre_softmax, g); }
     if (d.head_mix) { attention_sums_add(d.head_mix, m->sums.mix_post, (size_t)NH * c->head_mix_post_softmax, g); }
     if (w.lambda_q1) { diff_lambda_backward(d.lambda_q1, d.lambda_k1, d.lambda_q2, d.lambda_k2, m->sums.mix_post, &lambda, NH, HS, g); }
-    matmul_joined_backward(s->dln, dqkv, s->qkv, (NH + 2 * NKV) * HS, a->ln1, qkv, qkv_size, 3, N, C, g);
+    matmul_joined_backward(s->dln, s->qkv, a->ln1, &qkv, N, C, g);
     rmsnorm_backward(s->dx, s->dx_rounded, d.input_norm, s->dln, a->x, w.input_norm, a->rstd1, N, C, s->parts, true, g);
 }
 

@@ -36,7 +36,7 @@ static Model* layer_model(const Layer* l, int B, int T, int NH, int HS, int chun
 static Attention layer_attention(Model* m, int B, int T) {
     LayerOf<floatX> w = model_layer(m, m->weights, 0);
     Attention a = attention_of(m, &w, 0, B, T);
-    if (a.mix) { convert(m->scratch.diff_mix, w.head_mix, 2 * m->config.num_attention_heads, &m->cuda); }
+    if (a.pair_mix) { convert(m->scratch.pair_mix, w.head_mix, 2 * m->config.num_attention_heads, &m->cuda); }
     return a;
 }
 static void layer_forward_once(Model* m, const Attention* a) {
@@ -44,8 +44,8 @@ static void layer_forward_once(Model* m, const Attention* a) {
 }
 static void layer_backward_once(Model* m, const Attention* a) {
     Scratch* s = &m->scratch;
-    attention_backward(s->qkv, s->dq, &m->sums, m->n_sums, s->datt, m->acts.att, m->acts.q, m->acts.k, m->acts.v, m->acts.stats, s->cosine, s->sine, a, a->NH,
-                       &s->attention, &m->cuda);
+    Rope rope = {s->cosine, s->sine, a->T, a->NH, a->NH, a->HS};
+    attention_backward(s->qkv, &m->sums, s->datt, m->acts.att, m->acts.q, m->acts.k, m->acts.v, m->acts.stats, &rope, a, &s->attention, &m->cuda);
 }
 
 #if defined(CUDA_CPU)

@@ -46,6 +46,7 @@ static void elementwise(Model* m, int B, int T) {
     LayerOf<floatX> w = model_layer(m, m->weights, 0);
     LayerOf<float> d = model_layer(m, m->grads, 0);
     HeadOutput o = head_output_of(m, &w, 0, B, T);
+    Rope rope = {s->cosine, s->sine, T, NH, NKV, HS};
     AdamWStep h = {1, 0.9f, 0.98f, 1e-8f, 1, 1e-5f, 1};
     // one micro-batch at random fills every buffer with values like those of training
     int32_t* tokens = (int32_t*)alloc_or_die((size_t)N, sizeof(int32_t), "tokens");
@@ -69,9 +70,9 @@ static void elementwise(Model* m, int B, int T) {
         {"residual_rmsnorm_forward", NC * (12 + x), [=] { residual_rmsnorm_forward(a->ln2, a->rstd2, a->x_mid, a->x, s->branch, w.post_norm, N, C, eps, g); }},
         {"rmsnorm_backward", NC * (12 + 2 * x),
          [=] { rmsnorm_backward(s->dx, s->dx_rounded, d.post_norm, s->dln, a->x_mid, w.post_norm, a->rstd2, N, C, s->parts, true, g); }},
-        {"rope_forward", NC * (heads + 3) * x, [=] { rope_forward(a->q, a->k, a->v, s->qkv, s->cosine, s->sine, B, T, NH, NKV, HS, g); }},
+        {"rope_forward", NC * (heads + 3) * x, [=] { rope_forward(a->q, a->k, a->v, s->qkv, &rope, B, g); }},
         {"rope_backward (1 part)", (double)S * T * C * (12 + heads * x),
-         [=] { rope_backward(s->qkv, s->dq, s->attention.dk, s->attention.dv, s->cosine, s->sine, S, T, NH, NKV, HS, 1, 1, g); }},
+         [=] { rope_backward(s->qkv, s->attention.dq, s->attention.dk, s->attention.dv, &rope, S, 1, 1, g); }},
         {"head_output_forward", NC * x * (m->att_parts + 1), [=] { head_output_forward(a->out, a->att, &o, g); }},
         {"head_output_backward", NC * x * (m->att_parts + 2),
          [=] { head_output_backward(s->datt, d.head_norm, d.gate_weight, d.gate_bias, s->dout, a->att, &o, s->head_stats, s->parts, g); }},
@@ -128,8 +129,8 @@ static void products(Model* m, int B, int T, double peak) {
     for (const Product& p : list) {
         size_t lda = (size_t)(p.ta ? p.M : p.K), ldb = (size_t)(p.tb ? p.K : p.N);
         double us = (double)best_microseconds(g, [&] {
-            if (p.wide_out) { gemm(p.ta, p.tb, p.M, p.N, p.K, 1, A, lda, 0, W, ldb, 0, p.add, (float*)out, (size_t)p.N, 0, 1, g); }
-            else { gemm(p.ta, p.tb, p.M, p.N, p.K, 1, A, lda, 0, W, ldb, 0, p.add, (floatX*)out, (size_t)p.N, 0, 1, g); }
+            gemm(p.wide_out ? matrix((float*)out, (size_t)p.N) : matrix((floatX*)out, (size_t)p.N), matrix(A, lda), matrix(W, ldb),
+                 {p.ta, p.tb, p.M, p.N, p.K, 1, p.add ? 1.0f : 0.0f}, g);
         }), rate = 2.0 * p.M * p.N * p.K / us;
         printf("%-20s %6d x %6d x %6d %9.1f us  %6.1f TFLOP/s  %.3f of peak\n", p.name, p.M, p.N, p.K, us, rate * 1e-6, peak > 0 ? rate * 1e6 / peak : 0.0);
     }

@@ -207,12 +207,12 @@ static void trainer_attention(Doubles* res, const Inputs* in, const Case* c, int
     if (c->mix) { upload(w.head_mix, in->mix, g); }
     Attention a = attention_of(m, &w, 0, c->B, c->T);
     if (a.flash != (chunk == 0)) { die("%s: the %s path was wanted, the other was taken", c->title, chunk ? "chunked" : "fused"); }
-    if (a.mix) { convert(s->diff_mix, w.head_mix, 2 * c->NH, g); }
+    if (a.pair_mix) { convert(s->pair_mix, w.head_mix, 2 * c->NH, g); }
     attention_forward(m->acts.att, m->acts.stats, m->acts.q, m->acts.k, m->acts.v, &a, &s->attention, g);
-    HeadOutput output = {NULL, NULL, NULL, 1, c->B, c->T, c->NH, c->HS, 1, a.mix};
+    HeadOutput output = {NULL, NULL, NULL, 1, c->B, c->T, c->NH, c->HS, 1, a.pair_mix};
     head_output_forward(m->acts.out, m->acts.att, &output, g);
-    attention_backward(s->qkv, s->dq, &m->sums, m->n_sums, s->datt, m->acts.att, m->acts.q, m->acts.k, m->acts.v, m->acts.stats, s->cosine, s->sine, &a, c->NH,
-                       &s->attention, g);
+    Rope rope = {s->cosine, s->sine, c->T, c->NH, c->NH, c->HS};
+    attention_backward(s->qkv, &m->sums, s->datt, m->acts.att, m->acts.q, m->acts.k, m->acts.v, m->acts.stats, &rope, &a, &s->attention, g);
     Doubles out = download_bf16(m->acts.out, n, g), dqkv = download_bf16(s->qkv, 3 * n, g);
     for (int x = OUT; x <= DV; x++) { res[x].resize(n); }
     for (size_t i = 0; i < n; i++) {  // (B,NH,T,HS) from rows of heads
