@@ -678,16 +678,16 @@ static void test_attention_case(const AttentionCase* s, int B, int T, int chunk)
     t.a = a;
     t.scratch = doubles((size_t)omp_get_max_threads() * ATTENTION_TILES * attention_tile_size(&a));
     double *sums = doubles((size_t)B * (2 * kernel + pre + post + 4)), *d = doubles(2 * qn + 2 * kn + 2 * kernel + pre + post + 4);
-    AttentionSums as = {sums, sums + (size_t)B * kernel, sums + (size_t)B * 2 * kernel, sums + (size_t)B * (2 * kernel + pre)};
+    AttentionSums as = {sums, sums + kernel, sums + 2 * kernel, sums + 2 * kernel + pre, 2 * kernel + pre + post};
     double *dq = d, *dk = dq + qn, *dv = dk + kn, *dcp = dv + kn, *dco = dcp + kernel, *dmp = dco + kernel, *dmo = dmp + pre;
     scalar_attention(&t);
     attention_backward(dq, dk, dv, &as, t.r, t.q, t.k, t.v, t.stats, &a, t.scratch);
     Argument args[7] = {{"q", t.q, dq, qn}, {"k", t.k, dk, kn}, {"v", t.v, dv, kn}};
     int n = 3;
-    if (s->pre) { attention_sums_add(dcp, as.conv_pre, B, kernel); Argument x = {"conv_pre", t.conv_pre, dcp, kernel}; args[n++] = x; }
-    if (s->post) { attention_sums_add(dco, as.conv_post, B, kernel); Argument x = {"conv_post", t.conv_post, dco, kernel}; args[n++] = x; }
-    if (s->ch_pre) { attention_sums_add(dmp, as.mix_pre, B, pre); Argument x = {"mix_pre", t.mix_pre, dmp, pre}; args[n++] = x; }
-    if (s->ch_post) { attention_sums_add(dmo, as.mix_post, B, post); Argument x = {"mix_post", t.mix_post, dmo, post}; args[n++] = x; }
+    if (s->pre) { attention_sums_add(dcp, as.conv_pre, B, as.n, kernel); Argument x = {"conv_pre", t.conv_pre, dcp, kernel}; args[n++] = x; }
+    if (s->post) { attention_sums_add(dco, as.conv_post, B, as.n, kernel); Argument x = {"conv_post", t.conv_post, dco, kernel}; args[n++] = x; }
+    if (s->ch_pre) { attention_sums_add(dmp, as.mix_pre, B, as.n, pre); Argument x = {"mix_pre", t.mix_pre, dmp, pre}; args[n++] = x; }
+    if (s->ch_post) { attention_sums_add(dmo, as.mix_post, B, as.n, post); Argument x = {"mix_post", t.mix_post, dmo, post}; args[n++] = x; }
     Worst w = differences(args, n, scalar_attention, &t, 60);
     snprintf(title, sizeof title, "differences attention %s T=%d", s->name, T);
     verdict(w.worst <= 1, title, "B=%d chunk=%d error/tolerance %.3f", B, a.chunk, w.worst);

@@ -244,7 +244,9 @@ static void embedding_backward(real* dweight, const real* dout, const int32_t* t
 }
 
 // =================================================================================================================================
-// RMSNorm (MODEL.md eq. 1), also the norm of a head's output (eq. 10), where `scale` is 1 - lambda_init
+// RMSNorm (MODEL.md eq. 1)
+//
+// Also the norm of a head's output (eq. 10), where `scale` is 1 - lambda_init.
 
 // out (N,C) = scale * weight * inp * rstd, rstd (N) = 1 / sqrt(mean(inp^2) + eps)
 static void rmsnorm_forward(real* out, real* rstd, const real* inp, const real* weight, int N, int C, double eps, double scale) {
@@ -735,8 +737,9 @@ static Maps attention_maps(real* scratch, real* stats, const real* q, const real
     return m;
 }
 
-// Gradients of the attention's own weights, as sums in double of one sequence each, so that threads share nothing: (B, NH*cq*ck), (B, NH*ch)
-typedef struct { double *conv_pre, *conv_post, *mix_pre, *mix_post; } AttentionSums;
+// Gradients of the attention's own weights as sums in double of one sequence: (NH*cq*ck), (NH*ch); n: how many, behind one another.
+// Every sequence has its own, n after those of the one before, so that threads share nothing.
+typedef struct { double *conv_pre, *conv_post, *mix_pre, *mix_post; size_t n; } AttentionSums;
 
 // dq is set, dk, dv and the sums are added to. q, dq, dout (T,NH,HS), k, v, dk, dv (T,NKV,HS), stats (NH,T,2) of one sequence.
 // Rows of dS come from rows of dC up to halo_pre further down, those from rows of dA up to halo_post further: all are recomputed here.
@@ -803,23 +806,20 @@ static void attention_forward(real* out, real* stats, const real* q, const real*
     }
 }
 
-// dq, dk, dv are set; the sums of each sequence are set
+// dq, dk, dv are set; the sums of every sequence are set, `sums` are those of the first
 static void attention_backward(real* dq, real* dk, real* dv, const AttentionSums* sums, const real* dout, const real* q, const real* k, const real* v,
                                real* stats, const Attention* a, real* scratch) {
     int unit = attention_unit(a), units = a->NH / unit;
     size_t qn = (size_t)a->T * a->NH * a->HS, kn = (size_t)a->T * a->NKV * a->HS;
-    size_t conv = (size_t)a->NH * a->cq * a->ck, pre = (size_t)a->NH * a->ch_pre, post = (size_t)a->NH * a->ch_post;
     memset(dk, 0, (size_t)a->B * kn * sizeof(real));
     memset(dv, 0, (size_t)a->B * kn * sizeof(real));
-    if (a->conv_pre) { memset(sums->conv_pre, 0, (size_t)a->B * conv * sizeof(double)); }
-    if (a->conv_post) { memset(sums->conv_post, 0, (size_t)a->B * conv * sizeof(double)); }
-    if (a->mix_pre) { memset(sums->mix_pre, 0, (size_t)a->B * pre * sizeof(double)); }
-    if (a->mix_post) { memset(sums->mix_post, 0, (size_t)a->B * post * sizeof(double)); }
+    if (sums->n) { memset(sums->conv_pre, 0, (size_t)a->B * sums->n * sizeof(double)); }
 #pragma omp parallel for schedule(dynamic, 1)
     for (int task = 0; task < a->B * units; task++) {
         int b = task / units, first = task % units * unit;
         real* mine = scratch + (size_t)omp_get_thread_num() * ATTENTION_TILES * attention_tile_size(a);
-        AttentionSums s = {sums->conv_pre + b * conv, sums->conv_post + b * conv, sums->mix_pre + b * pre, sums->mix_post + b * post};
+        size_t own = b * sums->n;
+        AttentionSums s = {sums->conv_pre + own, sums->conv_post + own, sums->mix_pre + own, sums->mix_post + own, sums->n};
         attention_clear_pads(mine, a);
         for (int h = first; h < first + unit; h += attention_group(a)) {
             for (int lo = 0; lo < a->T; lo += a->chunk) {
@@ -830,11 +830,11 @@ static void attention_backward(real* dq, real* dk, real* dv, const AttentionSums
     }
 }
 
-// dweight (n) += the sequences' sums (B,n), in order
-static void attention_sums_add(real* dweight, const double* sums, int B, size_t n) {
+// dweight (n) += the sums (n) of B sequences, `stride` apart, in order
+static void attention_sums_add(real* dweight, const double* sums, int B, size_t stride, size_t n) {
     for (size_t i = 0; i < n; i++) {
         double total = 0;
-        for (int b = 0; b < B; b++) { total += sums[b * n + i]; }
+        for (int b = 0; b < B; b++) { total += sums[b * stride + i]; }
         dweight[i] += (real)total;
     }
 }
@@ -1017,7 +1017,7 @@ typedef struct {
     int logit_rows;                   // rows of a classifier chunk
     real *weights, *grads, *m, *v;    // arenas of tensors.numel
     real *activation_memory, *scratch_memory;
-    double* sum_memory;               // attention's weight gradients, (B, ...) doubles
+    double* sum_memory;               // attention's weight gradients, (B, sums.n)
     unsigned char* wrong;             // (N) counted targets that another id beats
     Activations acts;
     Scratch scratch;
@@ -1073,6 +1073,15 @@ static Attention attention_largest(const Config* c, int B, int T, int chunk) {
 
 static int logit_rows(int V, int N) { return min_int(N, max_int(16, (1 << 22) / V)); }  // 16 MiB of logits
 
+// Doubles of one sequence's sums; with base NULL it only measures.
+static size_t carve_sums(AttentionSums* s, const Config* c, double* base) {
+    size_t NH = (size_t)c->num_attention_heads, conv = config_any_conv(c) ? NH * c->kq_conv_query_size * c->kq_conv_key_size : 0;
+    size_t pre = NH * c->head_mix_pre_softmax, post = NH * (c->attention_type == ATTENTION_DIFF ? 2 : c->head_mix_post_softmax);
+    AttentionSums sums = {base, base ? base + conv : NULL, base ? base + 2 * conv : NULL, base ? base + 2 * conv + pre : NULL, 2 * conv + pre + post};
+    *s = sums;
+    return sums.n;
+}
+
 static size_t carve_scratch(Scratch* s, const Config* c, int B, int T, int chunk, real* base) {
     size_t N = (size_t)B * T, C = (size_t)c->hidden_size, FF = (size_t)c->intermediate_size, HS = (size_t)config_head_size(c);
     size_t NH = (size_t)c->num_attention_heads, KV = (size_t)c->num_key_value_heads * HS;
@@ -1089,19 +1098,6 @@ static size_t carve_scratch(Scratch* s, const Config* c, int B, int T, int chunk
     return carve(list, (int)(sizeof list / sizeof list[0]), base);
 }
 
-static size_t carve_sums(AttentionSums* s, const Config* c, int B, double* base) {
-    size_t conv = (size_t)B * c->num_attention_heads * c->kq_conv_query_size * c->kq_conv_key_size;
-    size_t pre = (size_t)B * c->num_attention_heads * c->head_mix_pre_softmax;
-    size_t post = (size_t)B * c->num_attention_heads * (c->attention_type == ATTENTION_DIFF ? 2 : c->head_mix_post_softmax);
-    if (base) {
-        s->conv_pre = base;
-        s->conv_post = base + conv;
-        s->mix_pre = base + 2 * conv;
-        s->mix_post = base + 2 * conv + pre;
-    }
-    return 2 * conv + pre + post;
-}
-
 // Bytes of each allocation of a model, in the order of the plan that is printed before any is made.
 typedef struct { size_t weights, gradients, optimizer, activations, scratch; } MemoryPlan;
 
@@ -1113,7 +1109,7 @@ static MemoryPlan model_memory(const Config* c, int B, int T) {
     size_t arena = list.numel * sizeof(real);
     AttentionSums sums;
     MemoryPlan p = {arena, arena, 2 * arena, carve_activations(&acts, c, B, T, NULL) * sizeof(real),
-                    carve_scratch(&scratch, c, B, T, 0, NULL) * sizeof(real) + (size_t)B * T + carve_sums(&sums, c, B, NULL) * sizeof(double)};
+                    carve_scratch(&scratch, c, B, T, 0, NULL) * sizeof(real) + (size_t)B * T + (size_t)B * carve_sums(&sums, c, NULL) * sizeof(double)};
     tensor_list_free(&list);
     return p;
 }
@@ -1146,8 +1142,8 @@ static Model* model_create(const Config* config, int B, int T, int chunk) {
     m->scratch_memory = (real*)alloc_or_die(carve_scratch(&m->scratch, config, B, T, chunk, NULL), sizeof(real), "scratch");
     carve_activations(&m->acts, config, B, T, m->activation_memory);
     carve_scratch(&m->scratch, config, B, T, chunk, m->scratch_memory);
-    m->sum_memory = (double*)alloc_or_die(carve_sums(&m->sums, config, B, NULL), sizeof(double), "gradient sums");
-    carve_sums(&m->sums, config, B, m->sum_memory);
+    m->sum_memory = (double*)alloc_or_die((size_t)B * carve_sums(&m->sums, config, NULL), sizeof(double), "gradient sums");
+    carve_sums(&m->sums, config, m->sum_memory);
     m->wrong = (unsigned char*)alloc_or_die((size_t)B * T, 1, "wrong targets");
     rope_table(m->scratch.cosine, m->scratch.sine, config, T);
     return m;
@@ -1266,14 +1262,14 @@ static void model_backward(Model* m, const int32_t* tokens, int B, int T) {
         }
         Attention shape = attention_of(m, &w, B, T);
         attention_backward(s->dq, s->dk, s->dv, &m->sums, s->datt, q, k, v, a->stats + (size_t)l * N * NH * 2, &shape, s->tiles);
-        if (g.kq_conv) { attention_sums_add(g.kq_conv, m->sums.conv_pre, B, kernel); }
-        if (g.kq_conv_post) { attention_sums_add(g.kq_conv_post, m->sums.conv_post, B, kernel); }
-        if (g.head_mix_pre) { attention_sums_add(g.head_mix_pre, m->sums.mix_pre, B, (size_t)NH * c->head_mix_pre_softmax); }
-        if (g.head_mix) { attention_sums_add(g.head_mix, m->sums.mix_post, B, (size_t)NH * c->head_mix_post_softmax); }
+        if (g.kq_conv) { attention_sums_add(g.kq_conv, m->sums.conv_pre, B, m->sums.n, kernel); }
+        if (g.kq_conv_post) { attention_sums_add(g.kq_conv_post, m->sums.conv_post, B, m->sums.n, kernel); }
+        if (g.head_mix_pre) { attention_sums_add(g.head_mix_pre, m->sums.mix_pre, B, m->sums.n, (size_t)NH * c->head_mix_pre_softmax); }
+        if (g.head_mix) { attention_sums_add(g.head_mix, m->sums.mix_post, B, m->sums.n, (size_t)NH * c->head_mix_post_softmax); }
         if (w.lambda_q1) {
             Lambda lambda = {w.lambda_q1, w.lambda_k1, w.lambda_q2, w.lambda_k2};
             memset(s->diff_dmix, 0, 2 * (size_t)NH * sizeof(real));
-            attention_sums_add(s->diff_dmix, m->sums.mix_post, B, 2 * (size_t)NH);
+            attention_sums_add(s->diff_dmix, m->sums.mix_post, B, m->sums.n, 2 * (size_t)NH);
             diff_lambda_backward(g.lambda_q1, g.lambda_k1, g.lambda_q2, g.lambda_k2, s->diff_dmix, &lambda, NH, HS);
         }
         rope_backward(s->dq, s->cosine, s->sine, B, T, NH, HS);

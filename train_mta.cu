@@ -393,7 +393,9 @@ static void embedding_backward(float* dweight, const float* dout, const int* tok
 }
 
 // =================================================================================================================================
-// RMSNorm (MODEL.md eq. 1), with the residual sum before it. The residual stream and its gradient stay in fp32: bf16 roundings would add up over
+// RMSNorm (MODEL.md eq. 1)
+//
+// With the residual sum before it. The residual stream and its gradient stay in fp32: bf16 roundings would add up over
 // the layers, and each element is read only a few times.
 
 // sum (N,C) = inp + branch (sum and branch NULL: sum is inp); out = weight * sum * rstd, rstd (N) = 1 / sqrt(mean(sum^2) + eps).
@@ -484,7 +486,9 @@ static void rmsnorm_backward(float* dinp, floatX* rounded, float* dweight, const
 }
 
 // =================================================================================================================================
-// RoPE (MODEL.md eq. 2) with the split of qkv: pairs (t, t + HS/2) of a head are rotated by position times frequency
+// RoPE (MODEL.md eq. 2): pairs (t, t + HS/2) of a head are rotated by position times frequency
+//
+// The same kernels split qkv into q, k and v by heads, and join their gradients.
 
 // cosine, sine (T, HS/2), on the host
 static void rope_table(float* cosine, float* sine, const Config* config, int T) {
@@ -1227,7 +1231,7 @@ static void attention_sums_add(float* dweight, const double* sums, size_t n, Cud
     launchCheck(g->stream);
 }
 
-// ---- head_norm and head_gate (MODEL.md eq. 10 and 11), one pass: the heads' outputs become rows of channels
+// ---- head_gate with head_norm (MODEL.md eq. 11 and 10), one pass: the heads' outputs become rows of channels
 
 // What the pass needs: wide heads share a norm (2 for diff); norm (wide*HS), gate (HS), bias (1), NULL = off; scale is 1 - lambda_init
 typedef struct {
@@ -2866,11 +2870,12 @@ static int logit_rows(int V, int N) {  // a GiB of logits: 4096 rows of 128,256 
 }
 enum { NORM_BLOCKS = 1024 };  // of the gradient norm, at most
 
+// Doubles of the sums; with base NULL it only measures.
 static size_t carve_sums(AttentionSums* s, const Config* c, double* base) {
     size_t NH = (size_t)c->num_attention_heads, conv = config_any_conv(c) ? NH * c->kq_conv_query_size * c->kq_conv_key_size : 0;
     size_t pre = NH * c->head_mix_pre_softmax, post = NH * (c->attention_type == ATTENTION_DIFF ? 2 : c->head_mix_post_softmax);
-    if (base) { *s = {base, base + conv, base + 2 * conv, base + 2 * conv + pre, 2 * conv + pre + post}; }
-    return 2 * conv + pre + post;
+    *s = {base, base ? base + conv : NULL, base ? base + 2 * conv : NULL, base ? base + 2 * conv + pre : NULL, 2 * conv + pre + post};
+    return s->n;
 }
 
 static size_t carve_scratch(Scratch* s, const Config* c, int B, int T, int chunk, char* base) {
@@ -2968,18 +2973,7 @@ static bool shared_check(const Config* c, size_t shared, Error* e) {
     return true;
 }
 
-static void model_free(Model* m) {
-    if (m->forward.graph) { cudaCheck(cudaGraphExecDestroy(m->forward.graph)); }
-    if (m->backward.graph) { cudaCheck(cudaGraphExecDestroy(m->backward.graph)); }
-    void* const device[] = {m->weights, EXACT ? NULL : m->master, m->grads, m->m, m->v, m->activation_memory, m->scratch_memory};
-    for (size_t i = 0; i < sizeof device / sizeof device[0]; i++) { if (device[i]) { cudaCheck(cudaFree(device[i])); } }
-    void* const host[] = {m->wrong, m->losses, m->rows, m->starts};
-    for (size_t i = 0; i < sizeof host / sizeof host[0]; i++) { free(host[i]); }
-    cuda_close(&m->cuda);
-    tensor_list_free(&m->tensors);
-    free(m);
-}
-
+static void model_free(Model* m);
 enum { MEMORY_RESERVE_MIB = 512 };  // for the code of kernels and of cuBLAS, graphs and fragmentation
 
 // A model for micro-batches of at most B x T; chunk 0: chosen. NULL with a message if there is no GPU or too little memory.
@@ -3032,6 +3026,18 @@ static Model* model_create(const Config* config, int B, int T, int chunk, Recomp
     cudaCheck(cudaStreamSynchronize(m->cuda.stream));
     free(angles);
     return m;
+}
+
+static void model_free(Model* m) {
+    if (m->forward.graph) { cudaCheck(cudaGraphExecDestroy(m->forward.graph)); }
+    if (m->backward.graph) { cudaCheck(cudaGraphExecDestroy(m->backward.graph)); }
+    void* const device[] = {m->weights, EXACT ? NULL : m->master, m->grads, m->m, m->v, m->activation_memory, m->scratch_memory};
+    for (size_t i = 0; i < sizeof device / sizeof device[0]; i++) { if (device[i]) { cudaCheck(cudaFree(device[i])); } }
+    void* const host[] = {m->wrong, m->losses, m->rows, m->starts};
+    for (size_t i = 0; i < sizeof host / sizeof host[0]; i++) { free(host[i]); }
+    cuda_close(&m->cuda);
+    tensor_list_free(&m->tensors);
+    free(m);
 }
 
 // =================================================================================================================================

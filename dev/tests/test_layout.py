@@ -1,0 +1,142 @@
+#!/usr/bin/env python3
+"""train_mta.c and train_mta.cu scroll side by side: the same headings, the same layers in the same order, and nothing said twice outside of them.
+
+python3 dev/tests/test_layout.py
+"""
+import os
+import re
+import unittest
+
+import helpers
+
+RULE = re.compile(r"^// ={20,}$")
+LAYERS = ("Embedding", "RMSNorm", "RoPE", "Attention", "SwiGLU", "Cross-entropy")  # sections where the two files may say the same
+
+# Functions of train_mta.c that train_mta.cu has under another name, and why.
+RENAMED = {
+    "head_gate_forward": "head_output_forward",  # the norm of a head and its gate are one pass there
+    "head_gate_backward": "head_output_backward",
+}
+RUN = 6  # code lines
+
+
+def read(name):
+    with open(os.path.join(helpers.ROOT, name), encoding="utf-8") as f:
+        return f.read().split("\n")
+
+
+def headings(lines):
+    """[(line number, title)] of the sections: the line under a rule, up to what explains it."""
+    return [(i + 1, re.split(r" \(|, |; |(?<!Fast paths): ", lines[i][3:])[0]) for i in range(1, len(lines)) if RULE.match(lines[i - 1])]
+
+
+def steps(lines):
+    """The titles of the parts of sections, "// ---- title: more", up to the colon or the bracket."""
+    return [re.split(r"[:(,]| over | with ", m[1])[0].strip() for m in (re.match(r"// ---- (.*)", line) for line in lines) if m]
+
+
+def functions(lines):
+    """Names of the functions that are defined at the left margin, in order: not of kernels, not of declarations."""
+    text = re.sub(r"//[^\n]*", "", "\n".join(lines))
+    return re.findall(r"^static (?!__global__)[^;={}()]*?\b(\w+)\([^;{}]*\)\s*\{", text, re.M)
+
+
+def code(lines, first=0):
+    """[(line number, code)] without comments, blanks, includes and lines of brackets alone."""
+    out = []
+    for number, line in enumerate(lines, first + 1):
+        line = re.sub(r"//.*", "", line).strip()
+        if re.search(r"\w", line) and not line.startswith("#include"):
+            out.append((number, line))
+    return out
+
+
+def outside_layers(lines):
+    """The code lines of all sections that are not a layer; None stands for each layer left out, so that no run reaches over it."""
+    out, starts = [], [(0, "")] + headings(lines) + [(len(lines) + 1, "")]
+    for (first, title), (after, _) in zip(starts, starts[1:]):
+        layer = title.startswith(LAYERS)
+        out += [(0, None)] if layer else code(lines[first:after - 1], first)
+    return out
+
+
+def repeated(a, b):
+    """Runs of at least RUN lines of a that stand in b too: [(line of a, line of b, length)]."""
+    places = {}
+    for j in range(len(b) - RUN + 1):
+        places.setdefault(tuple(line for _, line in b[j:j + RUN]), j)
+    runs, i = [], 0
+    while i <= len(a) - RUN:
+        window = tuple(line for _, line in a[i:i + RUN])
+        j = places.get(window) if None not in window else None
+        if j is None:
+            i += 1
+            continue
+        n = RUN
+        while i + n < len(a) and j + n < len(b) and a[i + n][1] == b[j + n][1] is not None:
+            n += 1
+        runs.append((a[i][0], b[j][0], n))
+        i += n
+    return runs
+
+
+def in_order(wanted, there):
+    """The first of `wanted` that does not come after the ones before it in `there`, or None."""
+    at = 0
+    for name in wanted:
+        if name not in there[at:]:
+            return name
+        at = there.index(name, at) + 1
+    return None
+
+
+class Layout(unittest.TestCase):
+    @classmethod
+    def setUpClass(cls):
+        cls.cpu, cls.cuda = read("train_mta.c"), read("train_mta.cu")
+
+    def test_sections(self):
+        """Every heading of train_mta.c stands in train_mta.cu, in the same order; what only that file has is the device and the fast paths."""
+        cpu, cuda = ([title for _, title in headings(lines)] for lines in (self.cpu, self.cuda))
+        self.assertGreater(len(cpu), 8)
+        self.assertIsNone(in_order(cpu, cuda))
+        for title in cuda:
+            self.assertTrue(title in cpu or title == "The device" or title.startswith("Fast paths: "), title)
+
+    def test_fast_paths_come_after_the_layers(self):
+        titles = [title for _, title in headings(self.cuda)]
+        fast = [i for i, title in enumerate(titles) if title.startswith("Fast paths: ")]
+        last = max(i for i, title in enumerate(titles) if title.startswith(LAYERS))
+        self.assertEqual(fast, list(range(last + 1, last + 1 + len(fast))))
+
+    def test_steps_of_attention(self):
+        """The same for the parts of the section on attention."""
+        cpu, cuda = steps(self.cpu), steps(self.cuda)
+        self.assertGreater(len(cpu), 6)
+        self.assertIsNone(in_order(cpu, cuda))
+
+    def test_functions(self):
+        """Every layer's forward and backward functions exist in both, in the same order."""
+        wanted = [name for name in functions(self.cpu) if re.search(r"_(forward|backward)(_|$)", name)]
+        self.assertGreater(len(wanted), 30)
+        self.assertIsNone(in_order([RENAMED.get(name, name) for name in wanted], functions(self.cuda)))
+
+    def test_nothing_is_said_twice(self):
+        """Outside of the layers what both trainers do is in mta/."""
+        runs = repeated(outside_layers(self.cpu), outside_layers(self.cuda))
+        self.assertEqual(runs, [], "train_mta.c line, train_mta.cu line, code lines that are the same")
+
+    def test_the_test(self):
+        """What the comparisons must see: a name out of order, one that is missing, a run of six lines but not one of five."""
+        self.assertEqual(in_order(["a", "b"], ["b", "x", "a"]), "b")
+        self.assertEqual(in_order(["a", "c"], ["a", "b"]), "c")
+        self.assertIsNone(in_order(["a", "c"], ["a", "b", "c"]))
+        lines = [(i, "line %d" % i) for i in range(9)]
+        self.assertEqual(repeated(lines[:7], lines[1:]), [(1, 1, 6)])
+        self.assertEqual(repeated(lines[:6], lines[1:]), [])
+        self.assertEqual(repeated(lines[:4] + [(0, None)] + lines[4:], lines[:4] + [(0, None)] + lines[4:]), [])
+        self.assertEqual(functions(["static int a(int b) { return b; }", "static int c(int);", "static void d(int e,", "              int f) {"]), ["a", "d"])
+
+
+if __name__ == "__main__":
+    helpers.main()
