@@ -174,7 +174,8 @@ typedef enum { MIX_TOKEN, MIX_DOCUMENT } LoaderMix;
 typedef struct {
     char name[64];     // the glob's last part without _train_*.bin and the like
     char* pattern;     // owned
-    double weight;     // as given
+    double weight;     // as given, 1 if none was
+    bool weighted;     // was one given?
     double share;      // of windows, all sources together 1
     uint64_t units;    // the share as a whole number, of 2^40 in all: turns are computed without rounding, equally by every compiler
     Shard* shards;     // owned, sorted by path
@@ -324,7 +325,8 @@ static inline bool source_count_documents(LoaderSource* s, Error* e) {
 static inline bool loader_add_source(Loader* l, char* text, const char* dir, const char* where, Error* e) {
     double weight = 1;
     char* equals = strrchr(text, '=');
-    if (equals != NULL && strpbrk(equals, "/*?[") == NULL) {
+    bool weighted = equals != NULL && strpbrk(equals, "/*?[") == NULL;
+    if (weighted) {
         char* end = NULL;
         weight = strtod(equals + 1, &end);
         while (end[0] == ' ' || end[0] == '\t') { end++; }
@@ -341,6 +343,7 @@ static inline bool loader_add_source(Loader* l, char* text, const char* dir, con
     l->sources = sources;
     LoaderSource* s = &l->sources[l->n_sources++];
     if (!source_open(s, pattern, weight, l->seq_len, l->vocab_size, e)) { return false; }
+    s->weighted = weighted;
     char base[sizeof(s->name)];
     memcpy(base, s->name, sizeof(base));
     for (int i = 0, k = 1; i + 1 < l->n_sources; i++) {  // a/text_train_*.bin and b/text_train_*.bin are text and text-2
