@@ -32,7 +32,9 @@ RANKS = os.path.join(ROOT, "dev", "golden", "tokenizers", "cl100k_base.tiktoken"
 BIN = os.environ.get("MTA_BIN", ROOT)
 FULL = "--full" in sys.argv
 sys.path.insert(0, os.path.join(ROOT, "data"))
+import inputs  # noqa: E402
 import prepare  # noqa: E402
+import tokenizer  # noqa: E402
 
 try:
     import tiktoken
@@ -241,7 +243,7 @@ class Domains(Case):
         run("slimpajama", self.path("in"), "--out", self.path("p"), "--workers", "2", *options)
         self.assertEqual(digest(self.path("o")), digest(self.path("p")))
         encoding = tiktoken.Encoding(
-            "x", pat_str=prepare.PATTERNS["cl100k_base"], mergeable_ranks=prepare.read_ranks(RANKS), special_tokens={}
+            "x", pat_str=tokenizer.PATTERNS["cl100k_base"], mergeable_ranks=tokenizer.read_ranks(RANKS), special_tokens={}
         )
         with open(self.path("o", "manifest.json")) as f:
             manifest = json.load(f)
@@ -348,9 +350,9 @@ class Segments(Case):
             for _ in range(800)
         )
         path = self.write("long.txt", text)
-        old, prepare.SEGMENT = prepare.SEGMENT, 997
+        old, inputs.SEGMENT = inputs.SEGMENT, 997
         try:
-            for pattern in prepare.PATTERNS:
+            for pattern in tokenizer.PATTERNS:
                 out = self.path(pattern)
                 with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
                     sys.argv = [
@@ -370,12 +372,12 @@ class Segments(Case):
                     ]
                     self.assertIn(prepare.main(), (None, 0))
                 encoding = tiktoken.Encoding(
-                    "x", pat_str=prepare.PATTERNS[pattern], mergeable_ranks=prepare.read_ranks(RANKS), special_tokens={}
+                    "x", pat_str=tokenizer.PATTERNS[pattern], mergeable_ranks=tokenizer.read_ranks(RANKS), special_tokens={}
                 )
                 ids = set_tokens(out, "long", "train")
                 self.assertEqual(ids[1:-1] if pattern == "llama3" else ids[1:], encoding.encode_ordinary(text))
         finally:
-            prepare.SEGMENT = old
+            inputs.SEGMENT = old
 
 
 class Bad(Case):
@@ -619,7 +621,7 @@ class Restarts(Case):
                 setattr(prepare.os, name, counted(getattr(os, name)))
             prepare.SetWriter.append = counted(prepare.SetWriter.append)
             prepare.SetWriter.finish_shard = counted(prepare.SetWriter.finish_shard)
-            prepare.BLOCK = 5000
+            inputs.BLOCK = 5000
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
             os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
             sys.argv = ["prepare.py"] + argv
