@@ -160,8 +160,9 @@ def write_manifest(folder, manifest, name, preparation, shards, tok):
     """Adds or replaces the preparation `name` with its shards {file name: entry} and copies its rank file. Shards of an earlier
     preparation of this name that are no longer its own are deleted. The manifest is written last."""
     for file in [f for f, shard in manifest["shards"].items() if shard["preparation"] == name and f not in shards]:
-        if os.path.exists(os.path.join(folder, file)):
-            os.remove(os.path.join(folder, file))
+        for path in (os.path.join(folder, file), os.path.join(folder, file[: -len(".bin")] + ".mask")):
+            if os.path.exists(path):
+                os.remove(path)
         del manifest["shards"][file]
     manifest["shards"].update(shards)
     manifest["preparations"][name] = preparation
