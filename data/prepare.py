@@ -738,8 +738,9 @@ def download(args):
     hub = need("huggingface_hub")
     from concurrent.futures import ThreadPoolExecutor, as_completed
 
-    hub.utils.disable_progress_bars()
-    hub.utils.logging.set_verbosity_error()
+    utils = need("huggingface_hub.utils")
+    utils.disable_progress_bars()
+    utils.logging.set_verbosity_error()
     listing = trying(
         args.repo, lambda: list(hub.HfApi().list_repo_tree(args.repo, repo_type="dataset", recursive=True)), args
     )

@@ -816,7 +816,8 @@ class Downloads(Case):
 
     def test_faults_of_all_kinds(self):
         names = self.wanted()
-        self.server.faults = dict(zip(names, (["cut", "cut"], [503, 500], ["corrupt"], ["cut", "corrupt"], [], [502, "cut", "corrupt"])))
+        self.server.files[names[0]] += b" " * (24 << 20)  # the package writes 10 MB at a time
+        self.server.faults = dict(zip(names, (["cut"], [503], ["corrupt"], ["cut", "corrupt"], [], [502, "cut"])))
         shown = self.download()
         self.assertEqual(self.there(), names)
         self.assertIn("sha256 is not the repository's", shown)
