@@ -13,8 +13,8 @@
 // (CacheMark).
 //
 // Many tokens at once (a prompt, a text to score) go through the same code as one: forward() takes a chunk of
-// positions. Products with stored matrices are mta/matrix.h's; its gemm_tile serves scores (keys are cached as panels of
-// TILE) and values (so are they) as well. mta/score.h reads what is to be scored and writes the answers.
+// positions. Products with stored matrices are mta/matrix.h's; its gemm_tile serves scores (keys are cached as panels
+// of TILE) and values (so are they) as well. mta/score.h reads what is to be scored and writes the answers.
 //
 // C dim   NH heads   NKV key/value heads   HS head size   FF feed-forward   V vocabulary   cq, ck size of a convolution
 // T positions so far   n positions of a chunk   R of those one attention block handles   i, p query   j key position
@@ -325,7 +325,7 @@ static void rmsnorm(float* out, const float* x, const float* weight, int n, floa
     float sum = 0;
 #pragma omp simd reduction(+ : sum)
     for (int i = 0; i < n; i++) { sum += x[i] * x[i]; }
-    float scale = 1.0f / sqrtf(sum / (float)n + eps);
+    float scale = isfinite(sum) ? 1.0f / sqrtf(sum / (float)n + eps) : NAN;  // of an overflow it would be 0
 #pragma omp simd
     for (int i = 0; i < n; i++) { out[i] = x[i] * scale * weight[i]; }
 }
@@ -804,6 +804,26 @@ static Options options_defaults(void) {
     return o;
 }
 
+// The checkpoint that DIR means: itself, or of a run's directory the newest step-N whose files are all there. Kept
+// until the program ends.
+static const char* checkpoint_of(const char* dir, bool quiet) {
+    char* path = alloc_or_die(PATH_SIZE, 1, "a path");
+    long* steps;
+    path_join(path, PATH_SIZE, dir, "config.json");
+    int n = file_exists(path) ? 0 : checkpoint_list(dir, &steps), i = 0;
+    for (; i < n; i++) {
+        Error e = {{0}};
+        checkpoint_path(dir, steps[i], path);
+        if (checkpoint_verify_manifest(path, false, &e)) { break; }
+        fprintf(stderr, "%s: checkpoint passed over: %s\n", program_invocation_short_name, e.text);
+    }
+    if (!n) { return dir; }
+    if (i == n) { die("%s: none of its %d checkpoints is whole", dir, n); }
+    free(steps);
+    if (!quiet) { fprintf(stderr, "%s: the newest checkpoint of %s\n", path, dir); }
+    return path;
+}
+
 static void options_read(Options* o, int argc, char** argv) {
     const char* usage =
         "usage: infer_mta DIR --prompt TEXT            continue a text (or standard input, without --prompt)\n"
@@ -812,14 +832,15 @@ static void options_read(Options* o, int argc, char** argv) {
         "       infer_mta DIR --interactive            turn by turn; Ctrl-C stops an answer, Ctrl-D the program\n"
         "       infer_mta --tokenize --tokenizer FILE  JSON lines {\"text\"} on standard input to lines of ids; "
         "--detokenize back\n"
-        "DIR is a checkpoint: config.json, model.safetensors and a tokenizer. Exit status 0 done, 1 a mistake of the "
+        "DIR is a checkpoint: config.json, model.safetensors and a tokenizer; of a run's directory its newest one. "
+        "Exit status 0 done, 1 a mistake of the "
         "user's.";
     Opt table[] = {
         {"Model", OPT_HEADING, NULL, NULL, NULL, 0, 0, false},
         {"--tokenizer", OPT_STRING, &o->tokenizer, "NAME|FILE",
          "bytes, toy or a tiktoken rank file; else the one config.json names", 0, 0, false},
         {"--pattern", OPT_CHOICE, &o->pattern, "gpt2|cl100k_base|llama3|o200k_base",
-         "how text is split, where FILE's name does not tell", 0, 0, false},
+         "how text is split, where FILE's number of ranks does not tell", 0, 0, false},
         {"--weights", OPT_CHOICE, &o->weights, "stored|f32|bf16|int8",
          "form of the matrices in memory; another than stored costs a copy", 0, 0, false},
         {"--mapped", OPT_FLAG, &o->mapped, NULL,
@@ -880,6 +901,7 @@ static void options_read(Options* o, int argc, char** argv) {
     }
     if (!alone && !o->dir) { die("no checkpoint directory given; usage: infer_mta DIR [options], --help lists them"); }
     if (o->binary && !o->tokenize) { die("--binary belongs to --tokenize"); }
+    if (o->dir) { o->dir = checkpoint_of(o->dir, o->quiet); }
     if (alone && !o->tokenizer && !o->dir) { die("--tokenize needs --tokenizer NAME|FILE or a checkpoint directory"); }
 }
 
@@ -894,6 +916,8 @@ typedef struct {
     Tokenizer* tokenizer;  // NULL: ids only
     float* logits;         // (LOGIT_ROWS, V)
     int32_t* ids;          // the tokens so far, capacity of them; the first cache.T are in the cache
+    int32_t* ends;         // (n_ends) the ids that end a text
+    int n_ends;
     int32_t* batch;      // (chunk) tokens of several sequences, for --score
     int n;
     float* candidates;   // (2, V): sampling's weights, and the ids they belong to
@@ -940,8 +964,11 @@ static Tokenizer* tokenizer_for(const Options* o, const Config* c) {
     Tokenizer *own = NULL, *given = NULL;
     if (c && c->tokenizer[0]) {
         path_join(path, sizeof path, o->dir, c->tokenizer);
-        own = tokenizer_open(file_exists(path) ? path : c->tokenizer,
-                             file_exists(path) && !o->tokenizer ? o->pattern : NULL, &e);
+        if (file_exists(path)) {
+            own = tokenizer_open(path, o->pattern && !o->tokenizer ? o->pattern : tokenizer_copy_pattern(path), &e);
+        } else {
+            own = tokenizer_open(c->tokenizer, NULL, &e);
+        }
     }
     if (o->tokenizer) {
         Error why = {{0}};
@@ -963,6 +990,45 @@ static Tokenizer* tokenizer_for(const Options* o, const Config* c) {
     return t;
 }
 
+static void add_end(Session* session, int64_t id) {
+    session->ends = realloc(session->ends, ((size_t)session->n_ends + 1) * sizeof *session->ends);
+    if (!session->ends) { die("out of memory: ids that end a text"); }
+    session->ends[session->n_ends++] = (int32_t)id;
+}
+
+// The ids that end a text. As in transformers those of DIR/generation_config.json, a number, a list or none, where that
+// file is there; else config.json's and the tokenizer's. One beyond the vocabulary never comes.
+static void find_ends(Session* session) {
+    char path[PATH_SIZE], *text = NULL;
+    size_t n;
+    Error e = {{0}};
+    const Config* c = &session->model.c;
+    path_join(path, sizeof path, session->options.dir, "generation_config.json");
+    if (!file_exists(path)) {
+        if (c->eos_token_id >= 0) { add_end(session, c->eos_token_id); }
+        for (int i = 0; i < c->n_other_eos; i++) { add_end(session, c->other_eos[i]); }
+        if (session->tokenizer) { add_end(session, tokenizer_end(session->tokenizer)); }
+        return;
+    }
+
+    Json* j = read_file(path, (size_t)1 << 20, &text, &n, &e) ? json_parse(text, n, &e) : NULL;
+    if (!j || j->type != JSON_OBJECT) { die("%s: %s", path, e.text[0] ? e.text : "wanted a JSON object"); }
+    const Json* end = json_get(j, "eos_token_id");
+    bool list = end && end->type == JSON_ARRAY;
+    for (const Json* i = list ? end->child : end; i && (list || i->type != JSON_NULL); i = list ? i->next : NULL) {
+        int64_t id;
+        if (!json_integer(i, INT32_MIN, INT32_MAX, &id)) {
+            die("%s: eos_token_id: wanted an id or a list of ids", path);
+        }
+        add_end(session, id);
+    }
+    if (!session->n_ends && !session->options.quiet) {
+        fprintf(stderr, "%s names no id that ends a text: only --max-tokens does, as in transformers\n", path);
+    }
+    json_free(j);
+    free(text);
+}
+
 static void session_open(Session* session, const Options* o) {
     memset(session, 0, sizeof *session);
     session->options = *o;
@@ -978,6 +1044,7 @@ static void session_open(Session* session, const Options* o) {
         die("--context: got %d, the model has %d positions", o->context, c->max_position_embeddings);
     }
     session->tokenizer = tokenizer_for(o, c);
+    find_ends(session);
     int capacity = o->context ? o->context : c->max_position_embeddings;
     int chunk = o->chunk < capacity ? o->chunk : capacity;
     cache_open(&session->cache, &session->model, capacity, !strcmp(o->cache, "bf16"));
@@ -1028,12 +1095,20 @@ static size_t cache_bytes_read(const Session* session) {  // keys and values of 
     return 2 * (size_t)m->c.num_hidden_layers * (size_t)(m->NKV * m->HS) * (size_t)cache->T * (cache->half ? 2 : 4);
 }
 
+// The end of a program whose model gives NaN or infinity: what it would go on with is no text and no JSON.
+__attribute__((noreturn))
+static void die_not_finite(const Session* session, const char* what, int position) {
+    die("%s: the %s at position %d are not finite: the numbers of this model overflow", session->options.dir, what,
+        position);
+}
+
 // Puts the tokens that are not yet in the cache there; the logits of the last one are in session->logits.
 static void feed(Session* session) {
     double t0 = seconds_now();
     int fresh = session->n - session->cache.T;
     read_tokens(&session->model, &session->cache, &session->work, session->ids + session->cache.T, (size_t)fresh,
                 session->logits);
+    if (!all_finite(session->logits, (size_t)session->model.V)) { die_not_finite(session, "logits", session->n - 1); }
     double dt = seconds_now() - t0;
     if (fresh == 1) {
         session->decode_seconds += dt;
@@ -1178,14 +1253,10 @@ static int32_t sample(Session* session, Rng* rng) {
 // ---------------------------------------------------------------------------------------------------------------------
 // Generating
 
-static bool ends_document(const Session* session, int32_t id) {
-    if (session->options.ignore_eos) { return false; }
-    if (id == session->model.c.eos_token_id) { return true; }
-    for (int i = 0; i < session->model.c.n_other_eos; i++) {
-        if (id == session->model.c.other_eos[i]) { return true; }
-    }
-    const Tokenizer* t = session->tokenizer;
-    return t && (id == tokenizer_eos(t) || (tokenizer_eos(t) < 0 && id == tokenizer_bos(t)));
+static bool ends_text(const Session* session, int32_t id) {
+    bool found = false;
+    for (int i = 0; i < session->n_ends && !session->options.ignore_eos; i++) { found |= session->ends[i] == id; }
+    return found;
 }
 
 // Continues the session by up to max_tokens tokens, printing each as it comes: text, or ids where as_ids.
@@ -1201,7 +1272,7 @@ static void generate(Session* session, Rng* rng, bool as_ids) {
         }
         if (session->cache.T < session->n) { feed(session); }
         int32_t id = sample(session, rng);
-        if (ends_document(session, id)) { break; }
+        if (ends_text(session, id)) { break; }
         session->ids[session->n++] = id;
         if (as_ids) {
             char number[16];
@@ -1343,6 +1414,7 @@ static void run_interactive(Session* session) {
 // --logits: every position's logits, as they come, into a safetensors file.
 static void run_logits(Session* session) {
     read_prompt(session);
+    size_t V = (size_t)session->model.V;
     Error e = {{0}};
     StWriter out;
     StEntry entry = {"logits", DT_F32, 2, {(size_t)session->n, (size_t)session->model.V}};
@@ -1353,6 +1425,11 @@ static void run_logits(Session* session) {
         for (int r = 0; good && r < part; r += LOGIT_ROWS) {
             int rows = part - r < LOGIT_ROWS ? part - r : LOGIT_ROWS;
             logits_of(&session->model, &session->work, r, rows, session->logits);
+            for (int k = 0; k < rows; k++) {
+                if (all_finite(session->logits + (size_t)k * V, V)) { continue; }
+                st_writer_abort(&out);
+                die_not_finite(session, "logits", i + r + k);
+            }
             good = st_writer_put(&out, session->logits, (size_t)rows * (size_t)session->model.V * 4, &e);
         }
         i += part;
@@ -1385,6 +1462,12 @@ static void run_attention_map(Session* session) {
                         alloc_or_die(cells, 4, "the picture"), alloc_or_die(cells, 4, "the picture")};
     session->work.tap = &tap;
     feed(session);
+    for (int i = 0; i < session->n; i++) {
+        size_t row = (size_t)i * (size_t)session->n;
+        if (!all_finite(tap.before + row, (size_t)session->n) || !all_finite(tap.after + row, (size_t)session->n)) {
+            die_not_finite(session, "attention weights", i);
+        }
+    }
     Text t = {0};
     text_printf(&t, "{\"layer\": %d, \"head\": %d, \"tokens\": [", tap.layer, tap.head);
     char* piece =
@@ -1418,12 +1501,13 @@ static void run_attention_map(Session* session) {
 // cores, passes of 5 to 128 tokens: 120 ms and 6.9 ms a token).
 enum { MARKS = 8, BATCH = 64, PASS = 16 };
 
-// Of one row of logits (V): the log-probability of `target`, and whether no other is more probable.
+// Of one row of logits (V): the log-probability of `target`, NaN where one of them is not finite, and whether no other
+// is more probable.
 typedef struct { double logprob; bool best; } RowScore;
 
 static RowScore score_row(const float* logits, int V, int32_t target) {
     float largest = largest_of(logits, V);
-    double sum = 0;
+    double sum = all_finite(logits, (size_t)V) ? 0 : NAN;
     for (int v = 0, part; v < V; v += part) {  // parts of 4096 in float, together in double
         part = V - v < 4096 ? V - v : 4096;
         vf sums = splat(0);

@@ -1307,6 +1307,9 @@ int main(int argc, char** argv) {
     if (argc == 2 && (!strcmp(argv[1], "--help") || !strcmp(argv[1], "-h"))) {
         printf("%s", USAGE);
         return 0;
+    } else if (argc == 2 && !strcmp(argv[1], "--version")) {
+        printf("%s %s\n", program_invocation_short_name, MTA_VERSION);
+        return 0;
     } else if (argc > 1 && !strcmp(argv[1], "--golden")) {
         if (argc == 2) { die("--golden: wanted one or more golden case files"); }
         for (int i = 2; i < argc; i++) { golden_case(tr, argv[i], true); }

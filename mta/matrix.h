@@ -89,12 +89,23 @@ static inline float largest_of(const float* x, int n) {
     return largest;
 }
 
-// e^x to about 2 units in the last place for -87 <= x <= 88; smaller x give e^-87, which no sum beside a 1 notices.
+// Is each of n values finite?
+static inline bool all_finite(const float* x, size_t n) {
+    size_t i = 0;
+    vf zeros = splat(0);  // x - x is 0, or NaN where x is NaN or infinite; a NaN stays one in the sum
+    for (; i + LANES <= n; i += LANES) { zeros += load(x + i) - load(x + i); }
+    float sum = sum_lanes(zeros);
+    for (; i < n; i++) { sum += x[i] - x[i]; }
+    return sum == 0;
+}
+
+// e^x to about 2 units in the last place for -87 <= x <= 88; smaller x give e^-87, which no sum beside a 1 notices. NaN
+// stays NaN: its comparisons are false, and the bits that are shifted to the exponent are zeros.
 static inline vf exp_lanes(vf x) {
     // 1.5 * 2^23: adding it rounds to an integer
     const vf low = splat(-87.0f), high = splat(88.0f), magic = splat(12582912.0f);
-    x = (vf)(((vi)x & (x > low)) | ((vi)low & ~(x > low)));
-    x = (vf)(((vi)x & (x < high)) | ((vi)high & ~(x < high)));
+    x = (vf)(((vi)low & (x < low)) | ((vi)x & ~(x < low)));
+    x = (vf)(((vi)high & (x > high)) | ((vi)x & ~(x > high)));
     vf shifted = x * 1.44269504088896341f + magic;
     vf n = shifted - magic;
     vf r = x - n * 0.693359375f + n * 2.12194440e-4f;  // ln 2 in two parts
@@ -191,14 +202,19 @@ typedef struct { float x[GROUP]; } SplitGroup;
 static inline void split_group(SplitGroup* g, const float* x) {
 #if defined(__AVX512VNNI__) && defined(__AVX512BW__)
     const __m512i half = _mm512_set1_epi32(64);
-    __m512 v[4], largest = _mm512_setzero_ps();
+    __m512 v[4];
+    __m512i largest = _mm512_setzero_si512();  // of the bits without the sign: in the order of the values, NaN above all
     for (int u = 0; u < 4; u++) {
         v[u] = _mm512_loadu_ps(x + u * LANES);
-        largest = _mm512_max_ps(largest, _mm512_abs_ps(v[u]));
+        largest = _mm512_max_epi32(largest, _mm512_castps_si512(_mm512_abs_ps(v[u])));
     }
-    float most = _mm512_reduce_max_ps(largest), inverse = most > 0 ? 16256.0f / most : 0;
+    int32_t bits = _mm512_reduce_max_epi32(largest);
+    float most;
+    memcpy(&most, &bits, sizeof most);
+    float inverse = most > 0 ? 16256.0f / most : 0;
     if (!isfinite(inverse)) { inverse = 0; }  // all below 1e-34: zeros
     g->scale = inverse > 0 ? most / 16256.0f : 0;
+    if (!isfinite(most)) { g->scale = NAN; }  // what is not finite must show in the result
     __m512i sum = _mm512_setzero_si512();
     for (int u = 0; u < 4; u++) {
         __m512i q = _mm512_cvtps_epi32(_mm512_mul_ps(v[u], _mm512_set1_ps(inverse)));

@@ -14,6 +14,10 @@
 #include "util.h"
 #include <math.h>
 
+#ifndef MTA_VERSION
+#define MTA_VERSION "unknown"  // the Makefile gives what the file VERSION says
+#endif
+
 typedef enum {
     OPT_HEADING,  // name is a heading of --help
     OPT_FLAG,  // bool*: --x sets it
@@ -188,6 +192,7 @@ static inline void options_help(const Opt* table, const char* usage, FILE* f) {
         fprintf(f, "\n");
     }
     fprintf(f, "  %-32s%s\n", "--help", "this text");
+    fprintf(f, "  %-32s%s\n", "--version", "the program's name and version");
 }
 
 // Edit distance between a (length na) and b, for names up to 63 characters; longer ones are cut.
@@ -260,6 +265,10 @@ static inline int options_parse(Opt* table, const char* usage, int argc, char** 
         }
         if (strcmp(arg, "--help") == 0 || strcmp(arg, "-h") == 0) {
             options_help(table, usage, stdout);
+            exit(fflush(stdout) == 0 ? 0 : 1);
+        }
+        if (strcmp(arg, "--version") == 0) {
+            printf("%s %s\n", program_invocation_short_name, MTA_VERSION);
             exit(fflush(stdout) == 0 ? 0 : 1);
         }
         const char* equals = strchr(arg, '=');

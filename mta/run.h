@@ -164,11 +164,11 @@ static inline void run_open_tokenizer(Run* r, const char* config, int shard_voca
         if (shard_vocabulary == 32) { snprintf(path, sizeof path, "toy"); }
     }
     if (!path[0] && !o->tokenizer) { return; }
-    r->tokenizer = tokenizer_open(path, o->tokenizer ? o->pattern : NULL, &e);
+    r->tokenizer = tokenizer_open(path, o->tokenizer ? o->pattern : tokenizer_copy_pattern(path), &e);
     if (!r->tokenizer || (tokenizer_file(r->tokenizer) && !read_file(path, UINT32_MAX, &r->ranks.text, &r->ranks.n, &e))) { die("--tokenizer: %s", e.text); }
     snprintf(r->config.tokenizer, sizeof r->config.tokenizer, "%s", tokenizer_file_name(r->tokenizer));
     r->config.bos_token_id = tokenizer_bos(r->tokenizer);
-    r->config.eos_token_id = tokenizer_eos(r->tokenizer);
+    r->config.eos_token_id = tokenizer_end(r->tokenizer);
     r->config.n_other_eos = 0;
     int32_t* ids = NULL;  // better now than at the first sample
     size_t n = 0;

@@ -62,6 +62,7 @@ enum { SCORE_WINDOW = 4096, SCORE_PART = 256 };
 typedef struct {
     int32_t* ids;     // context, then continuation
     int n, context;   // all tokens; those of the context, at least 1
+    long line;        // of the file
     // The answer: what Scorer.score fills in. token_logprobs (n - context), logprob their sum, greedy: no other token was
     // more probable anywhere.
     float* token_logprobs;
@@ -75,7 +76,8 @@ typedef struct {
     int vocab, positions;        // ids are below vocab; context and continuation, but its last token, fit the positions
     bool shift;                  // a longer context loses its earliest tokens; else it is refused
     bool quiet;                  // nothing on standard error
-    // Answers requests (n), whose logprob is 0 and greedy true; returns how many passes over the weights it took.
+    // Answers requests (n), whose logprob is 0 and greedy true, with a logprob of NaN where the model's numbers are not
+    // finite; returns how many passes over the weights it took.
     long (*score)(void* model, ScoreRequest** requests, int n);
     void* model;
 } Scorer;
@@ -262,22 +264,21 @@ static inline double score_lines(const Scorer* scorer, const char* file) {
     ScoreRequest* requests = (ScoreRequest*)alloc_or_die(SCORE_WINDOW, sizeof *requests, "requests");
     ScoreRequest** sorted = (ScoreRequest**)alloc_or_die(SCORE_WINDOW, sizeof *sorted, "requests");
     Text answer = {NULL, 0, 0};
+    Error e = {{0}};  // of the first bad line: what came before it is answered, then the program ends
     long done = 0, passes = 0;
     double start = seconds_now(), shown = start;
-    for (;;) {
+    while (!e.text[0]) {
         int n = 0;
         size_t length;
         char* text;
         while (n < SCORE_WINDOW && (text = lines_next(&lines, name, n == 0 || regular, &length)) != NULL) {
             if (strspn(text, " \t\r") == length) { continue; }
-            Error e = {{0}};
-            if (!score_read(&requests[n], scorer, text, length, &e)) {
-                die("%s: line %ld: %s", name, lines.number, e.text);
-            }
+            if (!score_read(&requests[n], scorer, text, length, &e)) { break; }
+            requests[n].line = lines.number;
             sorted[n] = &requests[n];
             n++;
         }
-        if (!n) { break; }
+        if (!n) { break; }  // the end, or a bad line first of all
 
         // A window is answered in parts, of which each is told on stderr about once a second.
         for (int from = 0, part; from < n; from += part) {
@@ -292,11 +293,16 @@ static inline double score_lines(const Scorer* scorer, const char* file) {
             }
         }
         for (int i = 0; i < n; i++) {
+            if (!isfinite(requests[i].logprob)) {
+                die("%s: line %ld: its log-probability is not finite: the numbers of this model overflow", name,
+                    requests[i].line);
+            }
             score_put(&requests[i], &answer);
             score_request_free(&requests[i]);
         }
         put_out("", 0, true);
     }
+    if (e.text[0]) { die("%s: line %ld: %s", name, lines.number, e.text); }
     double seconds = seconds_now() - start;
     if (!scorer->quiet) {
         fprintf(stderr, "%sscored %ld in %.1f s, %ld passes over the weights\n", shows ? "\r" : "", done, seconds,

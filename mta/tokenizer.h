@@ -1,8 +1,9 @@
 // mta/tokenizer.h: text to token ids and back, the same ids as OpenAI's tiktoken (0.14.0) gives, none different.
 //
 // A tokenizer is built in (`bytes`, `toy`) or a rank file of tiktoken's format: one line a token, base64 of its bytes, a
-// space, its rank, which is its id. Llama 3's tokenizer.model is such a file. It does not say how text is split; the
-// pattern does:
+// space, its rank, which is its id. Llama 3's tokenizer.model is such a file. It does not say how text is split. Its
+// number of ranks does where it is a known tokenizer's (the n below, and Llama 4's 200000, which is taken as
+// o200k_base); of any other file the pattern must be given:
 //   gpt2         '(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s
 //   cl100k_base  '(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+
 //                |\s++$|\s*[\r\n]|\s+(?!\S)|\s
@@ -239,21 +240,40 @@ static inline bool ranks_index(Tokenizer* t, const char* path, const RankLine* l
     return true;
 }
 
+// What a file p[0..n) is, n at least 1, where it is one of those that are taken for rank files; else NULL.
+static inline const char* ranks_other_format(const char* p, size_t n) {
+    static const struct { const char *start, *what; } starts[] = {
+        {"{", "JSON (Hugging Face's tokenizer.json?)"},
+        {"[", "JSON"},
+        {"#version", "a list of merges (GPT-2's merges.txt or vocab.bpe?)"},
+        {"version https://git-lfs", "a pointer of Git LFS, not the file itself (git lfs pull fetches it)"},
+        {"GGUF\003", "a GGUF model"},
+        {"<", "HTML or XML, as of a download that was refused"},
+        {"PK\003\004", "a ZIP archive"},
+        {"\x1f\x8b", "compressed by gzip"}};
+    // A SentencePiece model: field 1 of its message, a piece: a length, then field 1 of that, the text.
+    const unsigned char* u = (const unsigned char*)p;
+    if (n > 4 && u[0] == 0x0A && u[2] == 0x0A && u[1] > 2 && u[3] <= u[1] - 2) { return "a SentencePiece model (Llama 2's?)"; }
+    size_t skip = n > 3 && !memcmp(p, "\xEF\xBB\xBF", 3) ? 3 : 0;  // a byte-order mark
+    while (skip < n && strchr(" \t\r\n", p[skip]) && p[skip]) { skip++; }
+    for (size_t i = 0; i < sizeof starts / sizeof *starts; i++) {
+        size_t length = strlen(starts[i].start);
+        if (n - skip >= length && !memcmp(p + skip, starts[i].start, length)) { return starts[i].what; }
+    }
+    return NULL;
+}
+
 static inline bool ranks_read(Tokenizer* t, const char* path, Error* e) {
     MappedFile m;
     if (!map_file(&m, path, e)) { return false; }
-    const char* p = (const char*)m.data;
+    const char *p = (const char*)m.data, *other;
     bool ok = true;
     if (m.size == 0) {
         ok = fail(e, "%s: empty, wanted a tiktoken rank file", path);
     } else if (m.size >= UINT32_MAX) {
         ok = fail(e, "%s: %zu bytes, too large for a rank file", path, m.size);
-    } else if (p[0] == '{') {
-        ok = fail(e, "%s: JSON (Hugging Face's tokenizer.json?), wanted a tiktoken rank file, like Llama 3's tokenizer.model",
-                  path);
-    } else if (p[0] == '\n' && memmem(p, m.size < 64 ? m.size : 64, "<unk>", 5)) {
-        ok = fail(e, "%s: a SentencePiece model (Llama 2's?), wanted a tiktoken rank file, like Llama 3's tokenizer.model",
-                  path);
+    } else if ((other = ranks_other_format(p, m.size)) != NULL) {
+        ok = fail(e, "%s: %s, wanted a tiktoken rank file, like Llama 3's tokenizer.model", path, other);
     }
     RankLine* lines = NULL;
     size_t n = 0;
@@ -268,21 +288,43 @@ static inline bool ranks_read(Tokenizer* t, const char* path, Error* e) {
 // ---------------------------------------------------------------------------------------------------------------------
 // Opening
 
-// The pattern that a rank file's name tells, SPLIT_COUNT where it tells none.
-static inline SplitPattern split_pattern_of_file(const char* path) {
-    const char* slash = strrchr(path, '/');
-    const char* base = slash ? slash + 1 : path;
-    char name[256];
-    size_t n = 0;
-    for (; base[n] && n < sizeof name - 1; n++) {
-        name[n] = (char)(base[n] >= 'A' && base[n] <= 'Z' ? base[n] + 32 : base[n]);
+// The pattern of the known tokenizer with so many ranks, SPLIT_COUNT where there is none.
+static inline SplitPattern split_pattern_of_ranks(int n_ranks) {
+    switch (n_ranks) {
+        case 50256: return SPLIT_GPT2;
+        case 100256: return SPLIT_CL100K_BASE;
+        case 128000: return SPLIT_LLAMA3;
+        case 199998: return SPLIT_O200K_BASE;
+        case 200000: return SPLIT_O200K_BASE;  // Llama 4's
+        default: return SPLIT_COUNT;
     }
-    name[n] = 0;
-    if (strstr(name, "gpt2") || strstr(name, "gpt-2") || strstr(name, "r50k")) { return SPLIT_GPT2; }
-    if (strstr(name, "cl100k")) { return SPLIT_CL100K_BASE; }
-    if (strstr(name, "o200k")) { return SPLIT_O200K_BASE; }
-    if (strstr(name, "llama3") || strstr(name, "llama-3") || strstr(name, "tokenizer.model")) { return SPLIT_LLAMA3; }
+}
+
+// The pattern that a rank file's name speaks of, SPLIT_COUNT where it speaks of none (as tokenizer.model does).
+static inline SplitPattern split_pattern_of_name(const char* path) {
+    static const struct { const char* part; SplitPattern pattern; } parts[] = {
+        {"gpt2", SPLIT_GPT2}, {"gpt-2", SPLIT_GPT2}, {"r50k", SPLIT_GPT2}, {"cl100k", SPLIT_CL100K_BASE},
+        {"o200k", SPLIT_O200K_BASE}, {"llama3", SPLIT_LLAMA3}, {"llama-3", SPLIT_LLAMA3}};
+    const char* slash = strrchr(path, '/');
+    for (size_t i = 0; i < sizeof parts / sizeof *parts; i++) {
+        if (strcasestr(slash ? slash + 1 : path, parts[i].part)) { return parts[i].pattern; }
+    }
     return SPLIT_COUNT;
+}
+
+// How the n_ranks of a file split text where no pattern was given: as the known tokenizer with so many, which the file's
+// name must not contradict. SPLIT_COUNT and a message where that cannot be told.
+static inline SplitPattern split_pattern_of_file(const char* path, int n_ranks, Error* e) {
+    SplitPattern known = split_pattern_of_ranks(n_ranks), named = split_pattern_of_name(path);
+    if (known == SPLIT_COUNT) {
+        fail(e, "%s: %d ranks, which no known tokenizer has; add --pattern gpt2|cl100k_base|llama3|o200k_base, which tells how "
+             "text is split", path, n_ranks);
+    } else if (named != SPLIT_COUNT && named != known) {
+        fail(e, "%s: %d ranks as %s has them, but its name says %s; rename it, or give --pattern", path, n_ranks,
+             split_pattern_name(known), split_pattern_name(named));
+        return SPLIT_COUNT;
+    }
+    return known;
 }
 
 static inline void tokenizer_free(Tokenizer* t) {
@@ -307,7 +349,7 @@ static inline void tokenizer_set_ids(Tokenizer* t) {  // vocabulary, BOS and EOS
     }
 }
 
-// name_or_file: "bytes", "toy", or a rank file, whose split pattern follows from its name where `pattern` is NULL.
+// name_or_file: "bytes", "toy", or a rank file; pattern: how its ranks split text, NULL: as its number of them tells.
 // NULL and a message on failure.
 static inline Tokenizer* tokenizer_open(const char* name_or_file, const char* pattern, Error* e) {
     SplitPattern chosen = SPLIT_COUNT;
@@ -333,8 +375,6 @@ static inline Tokenizer* tokenizer_open(const char* name_or_file, const char* pa
     } else if (pattern && chosen <= SPLIT_TOY) {
         fail(e, "pattern %s: wanted gpt2, cl100k_base, llama3 or o200k_base for %s", pattern, name_or_file);
         return NULL;
-    } else if (!pattern) {
-        chosen = split_pattern_of_file(name_or_file);
     }
     if (strlen(name_or_file) >= PATH_SIZE) {
         fail(e, "tokenizer: a path of %zu bytes, wanted less than %d", strlen(name_or_file), PATH_SIZE);
@@ -344,12 +384,9 @@ static inline Tokenizer* tokenizer_open(const char* name_or_file, const char* pa
     t->pattern = chosen;
     if (!built_in) {
         strcpy(t->file, name_or_file);
-        bool good = ranks_read(t, name_or_file, e);  // first: a tokenizer.json is told what is wrong with it, not with its name
-        if (good && chosen == SPLIT_COUNT) {
-            good = fail(e, "%s: its name does not tell how text is split; add --pattern gpt2|cl100k_base|llama3|o200k_base",
-                        name_or_file);
-        }
-        if (!good) {
+        bool good = ranks_read(t, name_or_file, e);
+        if (good && !pattern) { t->pattern = split_pattern_of_file(name_or_file, t->n_ranks, e); }
+        if (!good || t->pattern == SPLIT_COUNT) {
             tokenizer_free(t);
             return NULL;
         }
@@ -367,6 +404,9 @@ static inline int tokenizer_vocab(const Tokenizer* t) { return t->vocab; }  // i
 static inline int tokenizer_bos(const Tokenizer* t) { return t->bos; }
 static inline int tokenizer_eos(const Tokenizer* t) { return t->eos; }      // -1: none
 
+// The id that ends a generated text: EOS, or where documents have none the BOS of the next one.
+static inline int tokenizer_end(const Tokenizer* t) { return t->eos >= 0 ? t->eos : t->bos; }
+
 // bytes, toy, or the pattern's name.
 static inline const char* tokenizer_name(const Tokenizer* t) { return split_pattern_name(t->pattern); }
 
@@ -378,6 +418,19 @@ static inline const char* tokenizer_file_name(const Tokenizer* t) {
     static const char* const names[SPLIT_COUNT] = {
         "bytes", "toy", "gpt2.tiktoken", "cl100k_base.tiktoken", "llama3.tiktoken", "o200k_base.tiktoken"};
     return names[t->pattern];
+}
+
+// The pattern of a checkpoint's own copy of a rank file, by the name that tokenizer_file_name gave it; NULL: another name.
+static inline const char* tokenizer_copy_pattern(const char* path) {
+    const char *slash = strrchr(path, '/'), *name = slash ? slash + 1 : path, *dot = strchr(name, '.');
+    for (int i = SPLIT_GPT2; i < SPLIT_COUNT; i++) {
+        const char* pattern = split_pattern_name(i);
+        if (dot && !strcmp(dot, ".tiktoken") && strlen(pattern) == (size_t)(dot - name) &&
+            !memcmp(name, pattern, strlen(pattern))) {
+            return pattern;
+        }
+    }
+    return NULL;
 }
 
 // ---------------------------------------------------------------------------------------------------------------------

@@ -72,7 +72,7 @@ static inline void train_options_table(Opt* table, TrainOptions* o) {
     ROW("--attention", OPT_STRING, &o->attention, "KIND", "transformer, mta (default), mta-full, talking-heads or diff", 0, 0)
     ROW("--init-from", OPT_STRING, &o->init_from, "DIR", "start from the weights of a checkpoint, or of any LLaMA-family model", 0, 0)
     ROW("--tokenizer", OPT_STRING, &o->tokenizer, "NAME|FILE", "bytes, toy or a tiktoken rank file, for samples and the checkpoint", 0, 0)
-    ROW("--pattern", OPT_CHOICE, &o->pattern, "gpt2|cl100k_base|llama3|o200k_base", "how text is split, where the rank file's name does not tell", 0, 0)
+    ROW("--pattern", OPT_CHOICE, &o->pattern, "gpt2|cl100k_base|llama3|o200k_base", "how text is split, where the rank file's number of ranks does not tell", 0, 0)
     HEADING("Model, field by field (over what --model and --attention say)")
     n += config_options(table + n, o->fields);
     HEADING("Data")

@@ -278,6 +278,40 @@ class Golden(LogitsCase):
         self.assertEqual(p.returncode, 1)
         self.assertIn(b"eos_token_id: more than 8 ids", p.stderr)
 
+    def test_ends_of_generation_config(self):
+        """generation_config.json's ids end a text where that file is there, and none where it names none, as in
+        transformers; config.json's where it is not."""
+        c = next(c for c in self.cases if c.name == "mha")
+        options = ["--token-ids", "1 2 3", "--temperature", "0", "--max-tokens", "12", "--quiet"]
+        free = list(map(int, run([c.dir] + options).split()))
+        unused = [i for i in range(c.V) if i not in free]
+        where = c.dir + "_generation"
+        beside = os.path.join(where, "generation_config.json")
+        Case.write(where, c.weights, dict(c.config, eos_token_id=free[5]))
+
+        def ends_before(text, id, *more):
+            with open(beside, "w") as f:
+                f.write(text)
+            got = list(map(int, run([where] + options + list(more)).split()))
+            self.assertEqual(got, free if id is None else free[: free.index(id)], text)
+
+        ends_before('{"eos_token_id": %d}' % free[3], free[3])
+        ends_before('{"eos_token_id": [%d, %d]}' % (unused[0], free[2]), free[2])
+        ends_before('{"eos_token_id": %s}' % ([unused[0]] * 20 + [free[4]]), free[4])
+        ends_before('{"eos_token_id": %d}' % unused[0], None)  # config.json's does not end it then
+        ends_before('{"eos_token_id": [%d, 999999, -1]}' % unused[0], None)
+        ends_before('{"eos_token_id": %d}' % free[3], None, "--ignore-eos")
+        for text in ("{}", '{"eos_token_id": null}', '{"eos_token_id": []}', '{"do_sample": true}'):
+            ends_before(text, None)
+        os.remove(beside)
+        self.assertEqual(list(map(int, run([where] + options).split())), free[: free.index(free[5])])
+        for text in ("", "{", "[]", '{"eos_token_id": "3"}', '{"eos_token_id": 1.5}', '{"eos_token_id": [1, null]}', '{"eos_token_id": [[1]]}'):
+            with open(beside, "w") as f:
+                f.write(text)
+            p = run([where] + options, check=False)
+            self.assertEqual((p.returncode, p.stderr.count(b"\n")), (1, 1), text)
+            self.assertIn(b"generation_config.json", p.stderr)
+
     def test_score(self):
         """Scores equal the golden log-softmax, whatever prefixes the lines share and in whatever order they come."""
         for c in self.cases:
@@ -763,6 +797,84 @@ class Refusals(unittest.TestCase):
             self.refuse([d, "--score", "-"], part, stdin=line)
         self.refuse([d, "--token-ids", "1", "--logits", os.path.join(self.tmp.name, "no", "file")], "No such file")
         self.refuse([d, "--token-ids", "1", "--attention-map", "x", "--layer", "2"], "layers 0 to 1")
+
+    def test_answers_before_a_bad_line(self):
+        """What was asked before a bad line is answered, then one line tells of it, and the exit status is 1."""
+        good = b'{"context_ids":[1,2],"continuation_ids":[3]}\n'
+        want = json.loads(run([self.case.dir, "--score", "-", "--quiet"], stdin=good))["logprob"]
+        for bad in (b"{", b"[1]", b"null", b'{"context_ids":[1],"continuation_ids":[61]}', b'{"context":"a","continuation":"b"}', b"\xff"):
+            for before in (0, 1, 300, 5000):
+                p = run([self.case.dir, "--score", "-", "--quiet"], stdin=good * before + bad + b"\n" + good, check=False)
+                self.assertEqual((p.returncode, p.stderr.count(b"\n")), (1, 1), p.stderr)
+                self.assertIn(b"line %d: " % (before + 1), p.stderr)
+                answers = [json.loads(x)["logprob"] for x in p.stdout.splitlines()]
+                self.assertEqual(len(answers), before)
+                self.assertTrue(all(abs(x - want) < 1e-5 for x in answers))
+
+    def test_directory_of_a_run(self):
+        """RUN means its newest checkpoint whose files are all there; a damaged newer one is named."""
+        run_dir = os.path.join(self.tmp.name, "run")
+        ids = ["--token-ids", "1 2 3", "--max-tokens", "5", "--temperature", "0", "--ignore-eos"]
+        want = run([self.case.dir] + ids)
+        for step, manifest in ((5, True), (20, True), (100, False)):
+            where = os.path.join(run_dir, "step-%08d" % step)
+            Case.write(where, self.case.weights, self.case.config)
+            files = {n: {"bytes": os.path.getsize(os.path.join(where, n)), "crc32": 0} for n in ("config.json", "model.safetensors")}
+            if manifest:
+                with open(os.path.join(where, "manifest.json"), "w") as f:
+                    json.dump({"step": step, "files": files}, f)
+        with open(os.path.join(run_dir, "step-00000005", "model.safetensors"), "wb") as f:
+            f.write(b"older, so it is not looked at")
+        p = run([run_dir] + ids, check=False)
+        self.assertEqual((p.returncode, p.stdout.decode()), (0, want), p.stderr)
+        self.assertIn("step-00000020: the newest checkpoint of " + run_dir, p.stderr.decode())
+        self.assertIn("checkpoint passed over: " + run_dir + "/step-00000100", p.stderr.decode())
+        os.remove(os.path.join(run_dir, "step-00000020", "model.safetensors"))
+        p = run([run_dir, "--quiet"] + ids, check=False)
+        self.assertEqual(p.returncode, 1)
+        self.assertIn("none of its 3 checkpoints is whole", p.stderr.decode())
+        os.makedirs(os.path.join(self.tmp.name, "empty"))
+        self.refuse([os.path.join(self.tmp.name, "empty"), "--token-ids", "1"], "config.json: No such file")
+
+    def not_finite(self, where, ids, good):
+        """Every mode tells in one line that numbers overflow after ids, and writes nothing that is no JSON or no number.
+        After `good` (None: there is no such text) all goes as usual."""
+        out = os.path.join(self.tmp.name, "out")
+        line = json.dumps({"context_ids": good, "continuation_ids": [1]}) + "\n" if good else ""
+        bad = json.dumps({"context_ids": ids, "continuation_ids": [1]}) + "\n"
+        for options in ([], ["--weights", "int8"], ["--cache", "bf16", "--chunk", "1"], ["--weights", "int8", "--chunk", "1"]):
+            for mode in (["--temperature", "0"], ["--samples", "2"], ["--logits", out], ["--attention-map", out, "--layer", "1"]):
+                self.refuse([where, "--token-ids", " ".join(map(str, ids))] + mode + options, "not finite")
+                self.assertFalse(os.path.exists(out), mode)
+            p = run([where, "--score", "-", "--quiet"] + options, stdin=(line + bad + line).encode(), check=False)
+            self.assertEqual((p.returncode, p.stderr.count(b"\n")), (1, 1), p.stderr)
+            self.assertIn(b"its log-probability is not finite", p.stderr)
+            self.assertEqual([math.isfinite(json.loads(x)["logprob"]) for x in p.stdout.splitlines()], [True] * bool(good))
+
+    def test_numbers_that_are_not_finite(self):
+        """Overflows in each part of the model: of one token's embedding (its norm would be 0), of scores (a maximum and
+        e^x could hide them), of values, of the feed-forward, of the head's row of one id that nobody asks for."""
+        layer = "model.layers.1."
+        for part, names in (
+            ("embedding", []),
+            ("scores", [layer + "self_attn.q_proj.weight", layer + "self_attn.k_proj.weight"]),
+            ("values", [layer + "self_attn.v_proj.weight"]),
+            ("feed-forward", [layer + "mlp.up_proj.weight"]),
+            ("head", [next(n for n in ("lm_head.weight", "model.embed_tokens.weight") if n in self.case.weights)]),
+        ):
+            weights = {k: (d, s, array.array("f", v)) for k, (d, s, v) in self.case.weights.items()}
+            width = self.case.config["hidden_size"]
+            for name in names:
+                x = weights[name][2]
+                for i in range(50 * width, 51 * width) if part == "head" else range(len(x)):
+                    x[i] = 3e38 if x[i] > 0 else -3e38
+            embed = weights["model.embed_tokens.weight"][2]
+            if part == "embedding":
+                embed[7 * width : 8 * width] = array.array("f", [1e25] * width)
+            where = os.path.join(self.tmp.name, part)
+            Case.write(where, {k: (d, s, v.tobytes()) for k, (d, s, v) in weights.items()}, self.case.config)
+            with self.subTest(part):
+                self.not_finite(where, [3, 4, 5, 9, 11, 12, 7], [3, 4, 5] if part == "embedding" else None)
 
     def test_closed_pipe_and_full_disk(self):
         d = self.case.dir

@@ -138,7 +138,15 @@ static void test_help(void) {
     int status = parse_child(2, argv, text, sizeof(text));
     check(status == 0 && strstr(text, "usage: test") == text, "--help exits 0 and starts with the usage line");
     check(strstr(text, "\nTraining\n") != NULL && strstr(text, "--batch-size N") != NULL && strstr(text, "(default: 8)") != NULL, "help: table");
+    check(strstr(text, "\n  --version ") != NULL, "help: --version");
     check(strstr(text, "--schedule linear|cosine") != NULL && strstr(text, "(default: linear)") != NULL, "help: choices and their default");
+}
+
+static void test_version(void) {
+    const char* argv[] = {"prog", "--lr", "0.1", "--version", "--no-such-option", NULL};
+    char text[8192];
+    int status = parse_child(5, argv, text, sizeof(text));
+    check(status == 0 && strstr(text, " " MTA_VERSION "\n") != NULL && strchr(text, '\n')[1] == 0, "--version is one line, exit 0");
 }
 
 // Known answers of Philox 4x32-10, from the authors' distribution (Random123, kat_vectors).
@@ -216,6 +224,7 @@ int main(void) {
     test_good();
     test_refused();
     test_help();
+    test_version();
     test_philox();
     test_random();
     test_permutation();

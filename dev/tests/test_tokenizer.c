@@ -135,9 +135,11 @@ static void test_patterns(void) {
 static void test_opening(void) {
     Text good = make_ranks(false);
     struct { const char* name; const char* pattern; const char* add; size_t keep; const char* message; } cases[] = {
-        {"cl100k.tiktoken", NULL, "YWI= 256\n", 0, ""}, {"cl100k.tiktoken", NULL, "YWI= 256", 0, ""},
-        {"o200k_x", NULL, "\r\n\nYWI= 256\r\n\n", 0, ""}, {"tokenizer.model", NULL, "", 0, ""},
-        {"Meta-Llama-3.bin", NULL, "", 0, ""}, {"x.bin", "gpt2", "", 0, ""}, {"x.bin", NULL, "", 0, "--pattern"},
+        {"cl100k.tiktoken", "cl100k_base", "YWI= 256\n", 0, ""}, {"cl100k.tiktoken", "llama3", "YWI= 256", 0, ""},
+        {"o200k_x", "o200k_base", "\r\n\nYWI= 256\r\n\n", 0, ""}, {"x.bin", "gpt2", "", 0, ""},
+        {"x.bin", NULL, "", 0, "x.bin: 256 ranks, which no known tokenizer has; add --pattern"},
+        {"gpt2.tiktoken", NULL, "", 0, "256 ranks, which no known tokenizer has; add --pattern"},
+        {"tokenizer.model", NULL, "", 0, "256 ranks, which no known tokenizer has; add --pattern"},
         {"x.bin", "gpt3", "", 0, "unknown"}, {"x.bin", "bytes", "", 0, "wanted gpt2"},
         {"gpt2", NULL, "YWI= 257\n", 0, "gpt2:257: a hole: got rank 257, but no line has rank 256"},
         {"gpt2", NULL, "YWI= 255\n", 0, "gpt2:257: rank 255 a second time, it was on line 256"},
@@ -157,6 +159,12 @@ static void test_opening(void) {
         {"gpt2", NULL, "", 1, "gpt2:1: "}, {"gpt2", NULL, "{\"a\":1}", SIZE_MAX, "JSON"},
         {"tokenizer.json", NULL, "{\"a\":1}", SIZE_MAX, "Hugging Face's tokenizer.json"}, {"sp.bin", NULL, "\n\x0e\n\x05<unk>", SIZE_MAX, "SentencePiece"},
         {"gpt2", NULL, "\n\x0e\n\x05<unk>", SIZE_MAX, "SentencePiece"}, {"gpt2", NULL, "", SIZE_MAX, "empty"},
+        {"tokenizer.model", NULL, "\n\x0a\n\x03<s>\x15\x01\x01\x01\x01", SIZE_MAX, "SentencePiece"},
+        {"tokenizer.json", NULL, "\xEF\xBB\xBF\n  {\"a\":1}", SIZE_MAX, "Hugging Face's tokenizer.json"},
+        {"vocab.json", "gpt2", " [1]", SIZE_MAX, "JSON"}, {"merges.txt", NULL, "#version: 0.2\na b\n", SIZE_MAX, "a list of merges"},
+        {"tokenizer.model", NULL, "version https://git-lfs.github.com/spec/v1\n", SIZE_MAX, "a pointer of Git LFS"},
+        {"tokenizer.model", NULL, "<!DOCTYPE html>", SIZE_MAX, "HTML"}, {"x.gguf", NULL, "GGUF\003\n", SIZE_MAX, "a GGUF model"},
+        {"x", "gpt2", "\n\n\nYWI= 0\n", SIZE_MAX, "no token for the single byte 0x00"},
         {"gpt2", NULL, "\n\r\n", SIZE_MAX, "no token for the single byte 0x00"},
     };
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
@@ -177,6 +185,44 @@ static void test_opening(void) {
     for (size_t i = 0; i < sizeof names / sizeof *names; i++) {
         Error e = {""};
         check(!tokenizer_open(names[i], i % 2 ? "gpt2" : NULL, &e) && e.text[0], "no such tokenizer");
+    }
+}
+
+// A file of n ranks: the single bytes, then all of two bytes, then of three.
+static const char* put_ranks(const char* name, int n) {
+    Text t = {NULL, 0, 0};
+    for (int rank = 0; rank < n; rank++) {
+        int x = rank < 256 ? rank : rank < 65792 ? rank - 256 : rank - 65792;
+        const unsigned char bytes[3] = {(unsigned char)x, (unsigned char)(x >> 8), (unsigned char)(x >> 16)};
+        add_rank(&t, bytes, rank < 256 ? 1 : rank < 65792 ? 2 : 3, rank);
+    }
+    const char* path = put(name, t.text, t.n);
+    text_free(&t);
+    return path;
+}
+
+// The number of ranks tells the pattern; the name does not, but must not say another; an explicit pattern wins.
+static void test_known_numbers_of_ranks(void) {
+    const struct { const char* name; int n; const char* pattern; const char* wanted; } cases[] = {
+        {"x.bin", 50256, NULL, "gpt2"}, {"gpt2.tiktoken", 50256, NULL, "gpt2"}, {"tokenizer.model", 50256, NULL, "gpt2"},
+        {"r50k_base.tiktoken", 50256, NULL, "gpt2"}, {"cl100k_base.tiktoken", 50256, NULL, "its name says cl100k_base"},
+        {"Llama-3-tokenizer.model", 50256, NULL, "its name says llama3"}, {"llama3", 50256, "gpt2", "gpt2"}, {"x.bin", 50256, "llama3", "llama3"},
+        {"x.bin", 50257, NULL, "50257 ranks, which no known tokenizer has"}, {"gpt2", 50255, NULL, "50255 ranks, which no"},
+        {"x.bin", 50257, "gpt2", "gpt2"}, {"x.bin", 100256, NULL, "cl100k_base"}, {"O200K_base", 100256, NULL, "its name says o200k_base"},
+        {"tokenizer.model", 128000, NULL, "llama3"}, {"gpt-2", 128000, NULL, "its name says gpt2"}, {"x.bin", 199998, NULL, "o200k_base"},
+        {"tokenizer.model", 200000, NULL, "o200k_base"}, {"o200k_base.tiktoken", 200000, NULL, "o200k_base"},
+        {"llama3.tiktoken", 200000, NULL, "its name says llama3"}, {"x.bin", 199999, NULL, "add --pattern"}};
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        Error e = {""};
+        const char* path = put_ranks(cases[i].name, cases[i].n);
+        Tokenizer* t = tokenizer_open(path, cases[i].pattern, &e);
+        bool ok = strstr(t ? tokenizer_name(t) : e.text, cases[i].wanted) != NULL && (t != NULL) == (strchr(cases[i].wanted, ' ') == NULL);
+        if (!ok) { printf("%s, %d ranks: %s %s\n", cases[i].name, cases[i].n, t ? tokenizer_name(t) : "refused", e.text); }
+        check(ok, "the number of ranks tells the pattern");
+        int n = cases[i].n, end = t ? (t->pattern == SPLIT_GPT2 ? n : n + 1) : 0;  // what ends a text: <|endoftext|>, <|end_of_text|>
+        check(!t || (tokenizer_end(t) == end && end < tokenizer_vocab(t)), "the id that ends a text");
+        tokenizer_free(t);
+        unlink(path);
     }
 }
 
@@ -216,7 +262,7 @@ static void test_long_runs(void) {
     memset(as, 'a', sizeof as);
     for (int n = 2; n <= 64; n++) { add_rank(&ranks, as, (size_t)n, 254 + n); }
     Error e = {""};
-    Tokenizer* t = tokenizer_open(put("gpt2.tiktoken", ranks.text, ranks.n), NULL, &e);
+    Tokenizer* t = tokenizer_open(put("gpt2.tiktoken", ranks.text, ranks.n), "gpt2", &e);
     if (!t) { die("%s", e.text); }
     size_t n = 1 << 20;
     char* text = (char*)malloc(n);
@@ -306,7 +352,7 @@ static void test_damaged_files(void) {
         }
         if (round % 3 == 0) { n -= (seed >> 40) % n; }
         Error e = {""};
-        Tokenizer* t = tokenizer_open(put("gpt2.tiktoken", data, n), NULL, &e);
+        Tokenizer* t = tokenizer_open(put("gpt2.tiktoken", data, n), "gpt2", &e);
         check(t || e.text[0], "a damaged rank file is opened or refused with a message");
         opened += t != NULL;
         tokenizer_free(t);
@@ -320,6 +366,7 @@ int main(void) {
     test_built_in();
     test_patterns();
     test_opening();
+    test_known_numbers_of_ranks();
     test_specials();
     test_long_runs();
     test_random();
