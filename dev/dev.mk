@@ -94,24 +94,22 @@ build/%_cuda: dev/bench/%.cu train_mta.cu $(HEADERS) build/flags_nvcc
 build/cuda_step: dev/bench/cuda_step.cu train_mta.cu $(HEADERS) build/flags_nvcc
 	$(CUDA_PROGRAM) $< -o $@ $(CUDA_LINK)
 
-# Every architecture, refusing warnings and spilt registers (for sm_80 without the latter: head size 128 with pairs and a convolution spills there,
-# where shared memory is too small for it anyway). What else gpu_check.sh builds: to PTX alone, not optimised, and not kept.
+# The lowest architecture and the one that is tuned for, refusing warnings and spilt registers (for sm_80 without the latter: head size 128 with
+# pairs and a convolution spills there, where shared memory is too small for it anyway); test.sh --long adds sm_100. What else gpu_check.sh builds:
+# to PTX alone, not optimised, the bench in fp32, so that this is compiled too.
 NVCC_STRICT = $(NVCC) $(NVCCFLAGS) --Werror all-warnings -Xcompiler -Werror
-NVCC_CHECKS = sm_80 sm_90a sm_100 fp32 test_flash cuda_step attention kernels
+NVCC_CHECKS = sm_80 sm_90a cuda_step $(notdir $(basename $(wildcard dev/tests/*.cu)))
 nvcc_check: $(NVCC_CHECKS:%=build/nvcc/%.o)
 	$(NVCC) -Xcompiler -fopenmp build/nvcc/sm_90a.o -o build/nvcc/train_mta_cuda $(CUDA_LINK)
 build/nvcc/sm_%.o: train_mta.cu $(HEADERS) build/flags_nvcc
 	@mkdir -p build/nvcc
 	$(NVCC_STRICT) -arch=sm_$* $(if $(filter-out 80,$*),-Xptxas --warn-on-spills$(,)--warning-as-error) -c $< -o $@
-build/nvcc/fp32.o: train_mta.cu $(HEADERS) build/flags_nvcc
-	@mkdir -p build/nvcc
-	$(NVCC_STRICT) -arch=compute_90a -Xcicc -O0 -DPRECISION_FP32 -c $< -o $@
 build/nvcc/%.o: dev/tests/%.cu train_mta.cu $(HEADERS) build/flags_nvcc
 	@mkdir -p build/nvcc
 	$(NVCC_STRICT) -arch=compute_90a -Xcicc -O0 -diag-suppress 177 -c $< -o $@
-build/nvcc/%.o: dev/bench/%.cu train_mta.cu $(HEADERS) build/flags_nvcc
+build/nvcc/cuda_step.o: dev/bench/cuda_step.cu train_mta.cu $(HEADERS) build/flags_nvcc
 	@mkdir -p build/nvcc
-	$(NVCC_STRICT) -arch=compute_90a -Xcicc -O0 -diag-suppress 177 -c $< -o $@
+	$(NVCC_STRICT) -arch=compute_90a -Xcicc -O0 -diag-suppress 177 -DPRECISION_FP32 -c $< -o $@
 , = ,
 
 # ---- train_mta.cu on the emulator: the same kernels by a C++ compiler, executed on the CPU (dev/cuda_cpu)

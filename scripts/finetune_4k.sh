@@ -5,6 +5,7 @@
 # RoPE theta 500,000, weight decay 0, warmup 50, a fresh optimizer, the rest as before: 40,000 steps of 64 sequences of 4096.
 # The same command continues an interrupted run.
 set -euo pipefail
+case ${1:-} in -h|--help) sed -n '2,/^set -/{/^set -/d;s/^# \{0,1\}//;p}' "$0"; exit 0 ;; esac
 root=$(cd "$(dirname "$0")/.." && pwd)
 usage="usage: scripts/finetune_4k.sh CHECKPOINT SHARDS OUT [options...]"
 checkpoint=${1:?$usage} shards=${2:?$usage} out=${3:?$usage}

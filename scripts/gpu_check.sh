@@ -13,6 +13,7 @@ while [ $# -gt 0 ]; do
     case $1 in
         --part) part=${2:?--part needs tests or speed}; shift ;;
         --python) python=${2:?--python needs a program}; shift ;;
+        -h|--help) sed -n '2,/^set -/{/^set -/d;s/^# \{0,1\}//;p}' scripts/gpu_check.sh; exit 0 ;;
         *) echo "usage: scripts/gpu_check.sh [--part tests|speed] [--python PYTHON]" >&2; exit 1 ;;
     esac
     shift

@@ -18,9 +18,10 @@ try:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     import numpy as np
-except ImportError as missing:
-    sys.exit(f"plot_kernels.py: {missing}; python3 -m venv data/.venv && data/.venv/bin/pip install numpy matplotlib, then run it with "
-             "data/.venv/bin/python")
+    missing = None
+except ImportError as error:  # --help works without; main() says what is missing
+    missing = (f"plot_kernels.py: {error}; python3 -m venv data/.venv && data/.venv/bin/pip install numpy matplotlib, then run it with "
+              "data/.venv/bin/python")
 
 KINDS = {
     "kq_conv": "key-query convolution before the softmax",
@@ -29,7 +30,7 @@ KINDS = {
     "head_mix": "head mixing after the softmax",
 }
 WANTED = re.compile(r"model\.layers\.(\d+)\.self_attn\.(kq_conv|kq_conv_post|head_mix_pre|head_mix)\.weight")
-DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": np.uint16}
+DTYPES = {"F64": "f8", "F32": "f4", "F16": "f2", "BF16": "u2"}  # as numpy names them
 
 
 def read_tensors(path):
@@ -163,6 +164,8 @@ def main():
     parser.add_argument("--out", help="folder of the pictures (default: the given folder)")
     parser.add_argument("--title", help="first line of the heading (default: the checkpoint's folder)")
     options = parser.parse_args()
+    if missing:
+        sys.exit(missing)
     try:
         folder = newest(options.checkpoint)
         tensors = read_checkpoint(folder)

@@ -17,9 +17,10 @@ try:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     import numpy as np
-except ImportError as missing:
-    sys.exit(f"plot_run.py: {missing}; python3 -m venv data/.venv && data/.venv/bin/pip install numpy matplotlib, then run it with "
-             "data/.venv/bin/python")
+    missing = None
+except ImportError as error:  # --help works without; main() says what is missing
+    missing = (f"plot_run.py: {error}; python3 -m venv data/.venv && data/.venv/bin/pip install numpy matplotlib, then run it with "
+              "data/.venv/bin/python")
 
 COLOURS = ["#c1272d", "#0000a7", "#008176", "#eecc16", "#7b3294", "#555555", "#e66101", "#1b9e77"]
 LN2 = 0.6931471805599453
@@ -163,6 +164,8 @@ def main():
     parser.add_argument("--out", help="PNG to write (default: curves.png in the first run's folder)")
     parser.add_argument("--title", help="heading (default: the names of the runs)")
     options = parser.parse_args()
+    if missing:
+        sys.exit(missing)
     try:
         runs = [Run(*split_label(text)) for text in options.runs]
         first = runs[0].path if os.path.isdir(runs[0].path) else os.path.dirname(runs[0].path)

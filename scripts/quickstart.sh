@@ -34,7 +34,7 @@ while [ $# -gt 0 ]; do
         --out) out=$(from_here "${2:-}"); shift ;;
         --out=*) out=$(from_here "${1#*=}") ;;
         --tiny) TOY_STEPS=10 TEXT_STEPS=4 ;;
-        -h|--help) sed -n '2,/^set -/{/^set -/d;s/^# \{0,1\}//;p}' "$0"; exit 0 ;;
+        -h|--help) sed -n '2,/^set -/{/^set -/d;s/^# \{0,1\}//;p}' scripts/quickstart.sh; exit 0 ;;
         *) echo "quickstart.sh: unknown option $1; --help lists all" >&2; exit 1 ;;
     esac
     shift || { echo "quickstart.sh: the value of the last option is missing; --help lists all" >&2; exit 1; }

@@ -1,113 +1,143 @@
 #!/usr/bin/env bash
-# scripts/test.sh [--no-install] [--only TEXT]
+# test.sh: builds everything and runs every test, on a machine with or without a GPU, with or without the CUDA toolkit.
 #
-# Builds everything and runs every test, on a machine with or without a GPU, with or without the CUDA toolkit. Installs what it needs on
-# Debian and Ubuntu (as root, or through sudo): a C compiler, make, OpenBLAS, Python, clang; and a virtual environment data/.venv.
-# What cannot run here is skipped with its reason. Ends with "N passed, N failed, N skipped" and fails if anything failed.
+# Usage: scripts/test.sh [--check] [--long] [--no-install] [--only TEXT]
+#   --check        the quick tests alone, in about a minute and a half (make check); installs nothing
+#   --long         also what takes long: the programs under the sanitizers, more random models, more inputs for the fuzzers
+#   --no-install   installs nothing: what is missing is said and left out
+#   --only TEXT    the tests whose name contains TEXT, and what they need
+#
+# On Debian and Ubuntu it installs what it needs (as root, or through sudo): compilers, make, OpenBLAS, Python, clang, a cross compiler and an
+# emulator for aarch64; and the virtual environments data/.venv and dev/.venv (PyTorch and others to compare with: minutes and 4 GB the first
+# time). What cannot run here is skipped with its reason. Ends with "N passed, N failed[, N skipped]"; the exit status is the verdict.
 set -u
 cd "$(dirname "$0")/.." || exit 1
-install=1 only=""
+install=1 only="" mode=full
 while [ $# -gt 0 ]; do
     case $1 in
+        --check) mode=check install=0 ;;
+        --long) mode=long ;;
         --no-install) install=0 ;;
-        --only) only=${2:?--only needs a text}; shift ;;
-        *) echo "usage: scripts/test.sh [--no-install] [--only TEXT]" >&2; exit 1 ;;
+        --only) only=${2:-}; shift; [ -n "$only" ] || { echo "test.sh: --only: the text is missing; --help lists all" >&2; exit 1; } ;;
+        -h|--help) sed -n '2,/^set -/{/^set -/d;s/^# \{0,1\}//;p}' scripts/test.sh; exit 0 ;;
+        *) echo "test.sh: unknown option $1; --help lists all" >&2; exit 1 ;;
     esac
     shift
 done
-passed=0 failed=0 skipped=0 reasons=() failures=()
+passed=0 failed=0 skipped=0 reasons=() failures=() seconds_of=()
 mkdir -p build/log
-start=$(date +%s)
+started=$SECONDS
+cores=$(nproc)
 export OMP_WAIT_POLICY=passive  # threads that wait sleep: many tests share few cores
+STEP_SECONDS=1200               # a step that hangs fails instead of holding up all others; the longest takes about 150 s on a core of its own
+trap 'echo "interrupted"; kill $(jobs -p) 2> /dev/null; exit 130' INT TERM
 
-skip() { skipped=$((skipped + ${2:-1})); reasons+=("$1"); echo "skip  $1"; }
+# ---- steps: a name, the programs it needs (targets of make), its command
 
-trap 'echo "interrupted"; kill $(jobs -p) 2> /dev/null; exit 130' INT TERM  # runs when the step at work has ended
-STEP_SECONDS=1200  # a step that hangs fails instead of holding up all others; the longest takes about 150 s on two cores of their own
+names=() targets=() commands=()
 
-log_of() { echo "build/log/${1//[^A-Za-z0-9_.-]/_}.log"; }
-chosen() { [[ -z $only || $1 == *"$only"* ]]; }
-
-# run NAME COMMAND...: into build/log/NAME.log; exit status and seconds into NAME.log.status.
-run() {
-    local log status began
-    log=$(log_of "$1")
-    began=$(date +%s)
-    shift
-    timeout -k 10 "$STEP_SECONDS" "$@" > "$log" 2>&1 < /dev/null
-    status=$?
-    if [ "$status" -eq 124 ] || [ "$status" -eq 137 ]; then echo "stopped after $STEP_SECONDS s" >> "$log"; fi
-    echo "$status $(($(date +%s) - began))" > "$log.status"
+# A step of these runs: check (--check alone), both (--check and else), full (all but --check), long (--long alone).
+step() {
+    local runs=$1 name=$2 needs=$3
+    shift 3
+    case $mode:$runs in check:check | check:both | full:both | full:full | long:both | long:full | long:long) ;; *) return 0 ;; esac
+    [[ -z $only || $name == *"$only"* ]] || return 0
+    names+=("$name") targets+=("$needs") commands+=("$(printf '%q ' "$@")")
 }
 
-# report NAME: counts what was run. A last line "N passed, N failed[, N skipped]" (or unittest's own report) gives the counts; otherwise the
-# exit status is one test.
+skip() {
+    [[ $mode != check && (-z $only || $1 == *"$only"*) ]] || return 0
+    skipped=$((skipped + 1)) reasons+=("$1")
+    echo "skip  $1"
+}
+
+log_of() { echo "build/log/${1//[^A-Za-z0-9_.-]/_}.log"; }
+
+# run NAME COMMAND: into build/log/NAME.log; exit status and seconds into NAME.log.status, which is there when the step has ended.
+run() {
+    local log status began=$SECONDS
+    log=$(log_of "$1")
+    rm -f "$log.status"
+    timeout -k 10 "$STEP_SECONDS" bash -c "$2" > "$log" 2>&1 < /dev/null
+    status=$?
+    if [ "$status" -eq 124 ] || [ "$status" -eq 137 ]; then echo "stopped after $STEP_SECONDS s" >> "$log"; fi
+    echo "$status $((SECONDS - began))" > "$log.new"
+    mv "$log.new" "$log.status"
+}
+
+# report NAME: counts what was run. A last line "N passed, N failed[, N skipped]" gives the counts; without one the exit status is one test.
 report() {
-    local name=$1 log line status seconds counts
+    local name=$1 log line status seconds p f s
     log=$(log_of "$name")
     read -r status seconds < "$log.status"
-    line=$(grep -E '^[0-9]+ passed, [0-9]+ failed' "$log" | tail -n 1)
+    line=$(grep -aE '^[0-9]+ passed, [0-9]+ failed' "$log" | tail -n 1)
     if [ -n "$line" ]; then
         read -r p f s < <(sed -E 's/^([0-9]+) passed, ([0-9]+) failed(, ([0-9]+) skipped)?.*/\1 \2 \4/' <<< "$line")
-        if [ "$status" -ne 0 ] && [ "$f" -eq 0 ]; then f=1; fi
-    elif counts=$(grep -E '^Ran [0-9]+ tests?' "$log" | tail -n 1) && [ -n "$counts" ]; then
-        p=$(awk '{print $2}' <<< "$counts")
-        f=$(tail -n 3 "$log" | grep -oE '(failures|errors)=[0-9]+' | awk -F= '{n += $2} END {print n + 0}')
-        s=$(tail -n 3 "$log" | grep -oE 'skipped=[0-9]+' | awk -F= '{n += $2} END {print n + 0}')
-        p=$((p - f - s))
         if [ "$status" -ne 0 ] && [ "$f" -eq 0 ]; then f=1; fi
     else
         p=$((status == 0)) f=$((status != 0)) s=0
     fi
     s=${s:-0}
-    passed=$((passed + p)) failed=$((failed + f)) skipped=$((skipped + s))
+    passed=$((passed + p)) failed=$((failed + f)) skipped=$((skipped + s)) seconds_of+=("$seconds $name")
     if [ "$s" -gt 0 ]; then
-        while IFS= read -r why; do reasons+=("$name: $why"); done < <(grep -iE 'skip' "$log" | grep -vE '^[0-9]+ passed|^OK|^FAILED' | sort -u | head -n 8)
+        while IFS= read -r why; do reasons+=("$name: $why"); done < <(grep -aiE 'skip' "$log" | grep -avE '^[0-9]+ passed|^OK|^FAILED' | sort -u | head -n 8)
     fi
-    printf '%-5s %-34s %4d passed %3d failed %3d skipped  %4ds\n' "$([ "$f" -eq 0 ] && echo ok || echo FAIL)" "$name" "$p" "$f" "$s" "$seconds"
+    printf '%-5s %-38s %5d passed %3d failed %3d skipped  %4ds\n' "$([ "$f" -eq 0 ] && echo ok || echo FAIL)" "$name" "$p" "$f" "$s" "$seconds"
     if [ "$f" -gt 0 ]; then
         failures+=("$name")
         echo "---- the end of $log"
         tail -n 40 "$log"
         echo "----"
     fi
-    return 0
 }
 
-step() { if chosen "$1"; then run "$@"; report "$1"; fi; }
-
-# For programs of one thread that send no signals: beside NAME COMMAND... starts one, as many at once as there are cores; `meet` waits for
-# all of them and reports them in their order.
-side=()
-beside() {
-    chosen "$1" || return 0
-    while [ "$(jobs -rp | wc -l)" -ge "$(nproc)" ]; do wait -n; done
-    side+=("$1")
-    run "$@" &
+running=()
+report_ended() {
+    local name still=()
+    for name in "${running[@]}"; do
+        if [ -e "$(log_of "$name").status" ]; then report "$name"; else still+=("$name"); fi
+    done
+    running=("${still[@]}")
 }
-meet() {
-    local name
-    wait
-    for name in "${side[@]}"; do report "$name"; done
-    side=()
+
+# Builds what the steps need, each program once, then runs them side by side, one a core, in the order in which they were named.
+run_steps() {
+    local i needed
+    needed=$(printf '%s\n' "${targets[@]}" | tr ' ' '\n' | awk 'NF && !seen[$0]++' | tr '\n' ' ')
+    if [ -n "$needed" ]; then
+        run build "make -k -j$cores WERROR=1 $needed"
+        report build
+    fi
+    for i in "${!names[@]}"; do
+        while [ ${#running[@]} -ge "$cores" ]; do wait -n; report_ended; done
+        rm -f "$(log_of "${names[i]}").status"
+        running+=("${names[i]}")
+        run "${names[i]}" "${commands[i]}" &
+    done
+    while [ ${#running[@]} -gt 0 ]; do wait -n; report_ended; done
 }
 
 # ---- what the machine needs
 
 as_root() { if [ "$(id -u)" -eq 0 ]; then "$@"; else sudo -n "$@"; fi; }
+has() { command -v "$1" > /dev/null; }
+compiles() { echo "$1" | "${@:2}" -x c - -o /dev/null 2> /dev/null; }
+has_aarch64() { has aarch64-linux-gnu-gcc && compiles '#include <stdio.h>
+int main(void){return 0;}' aarch64-linux-gnu-gcc && has qemu-aarch64; }
 
 install_packages() {
     local need=()
-    command -v gcc > /dev/null || need+=(gcc libc6-dev)
-    command -v g++ > /dev/null || need+=(g++)
-    command -v make > /dev/null || need+=(make)
-    command -v pkg-config > /dev/null || need+=(pkg-config)
-    command -v clang > /dev/null || need+=(clang)
-    echo 'int main(void){return cblas_sgemm == 0;}' | gcc -include cblas.h -x c - $(pkg-config --cflags --libs openblas 2> /dev/null) -lopenblas -o /dev/null 2> /dev/null || need+=(libopenblas-dev)
-    echo 'int main(void){return 0;}' | clang -fopenmp -x c - -o /dev/null 2> /dev/null || need+=(libomp-dev)
-    echo 'int LLVMFuzzerTestOneInput(void){return 0;}' | clang -fsanitize=fuzzer,address -x c - -o /dev/null 2> /dev/null || need+=("$(clang_runtime)")
-    command -v python3 > /dev/null || need+=(python3)
+    has gcc || need+=(gcc libc6-dev)
+    has g++ || need+=(g++)
+    has make || need+=(make)
+    has pkg-config || need+=(pkg-config)
+    has clang || need+=(clang)
+    compiles 'int main(void){return cblas_sgemm == 0;}' gcc -include cblas.h $(pkg-config --cflags --libs openblas 2> /dev/null) -lopenblas || need+=(libopenblas-dev)
+    compiles 'int main(void){return 0;}' clang -fopenmp || need+=(libomp-dev)
+    compiles 'int LLVMFuzzerTestOneInput(void){return 0;}' clang -fsanitize=fuzzer,address || need+=("$(clang_runtime)")
+    has python3 || need+=(python3)
     python3 -c 'import ensurepip' 2> /dev/null || need+=(python3-venv)
+    has_aarch64 || need+=(gcc-aarch64-linux-gnu libc6-dev-arm64-cross qemu-user)
     [ ${#need[@]} -eq 0 ] && return 0
     echo "installing ${need[*]}"
     as_root apt-get update -qq > build/log/apt.log 2>&1
@@ -122,109 +152,120 @@ clang_runtime() {
     echo "libclang-rt-${version:-14}-dev"
 }
 
+DATA_PACKAGES="numpy, tiktoken, zstandard, tqdm, pyarrow, matplotlib"
+DEV_PACKAGES="torch, transformers, tokenizers, safetensors, lm_eval, numpy"
+
+# make_venv FOLDER PACKAGES: makes the environment, or leaves it as it is where its packages are found.
 make_venv() {
-    [ -x data/.venv/bin/python ] || python3 -m venv data/.venv || return 1
-    data/.venv/bin/python -c 'import numpy, tiktoken, zstandard, tqdm, pyarrow, matplotlib' 2> /dev/null && return 0
-    data/.venv/bin/python -m pip install -q --disable-pip-version-check -r data/requirements.txt
+    local folder=$1 packages=$2
+    "$folder/.venv/bin/python" -c "import importlib.util as u, sys; sys.exit(any(u.find_spec(p) is None for p in '$packages'.split(', ')))" 2> /dev/null && return 0
+    echo "making $folder/.venv of $folder/requirements.txt$([ "$folder" = dev ] && echo ' (PyTorch: minutes)')"
+    { [ -x "$folder/.venv/bin/python" ] || python3 -m venv "$folder/.venv"; } > "build/log/venv_$folder.log" 2>&1 || return 1
+    local pip="$folder/.venv/bin/python -m pip install -q --disable-pip-version-check" torch
+    if [ "$folder" = dev ]; then  # without CUDA it is a tenth of the size, where the index has such a one
+        torch=$("$folder/.venv/bin/python" -c 'import sys; print("2.15.0" if sys.version_info >= (3, 11) else "2.8.0")')
+        $pip "torch==$torch+cpu" >> "build/log/venv_$folder.log" 2>&1
+    fi
+    $pip -r "$folder/requirements.txt" >> "build/log/venv_$folder.log" 2>&1
 }
 
+# no_venv FOLDER: says why there is none.
+no_venv() { echo "no $1/.venv with the packages of $1/requirements.txt: $(tail -n 1 "build/log/venv_$1.log" 2> /dev/null)"; }
+
 if [ $install -eq 1 ]; then
-    if ! command -v apt-get > /dev/null; then echo "no apt-get here: using what is installed"
+    if ! has apt-get; then echo "no apt-get here: using what is installed"
     elif [ "$(id -u)" -ne 0 ] && ! sudo -n true 2> /dev/null; then echo "not root and no sudo: using what is installed"
-    else install_packages; command -v clang > /dev/null && install_packages; fi  # twice: clang's runtimes carry the version of the clang just installed
-    if ! make_venv > build/log/venv.log 2>&1; then echo "no virtual environment with the packages of data/requirements.txt: see build/log/venv.log"; fi
+    else install_packages; has clang && install_packages; fi  # twice: clang's runtimes carry the version of the clang just installed
+    make_venv data "$DATA_PACKAGES" || no_venv data
+    make_venv dev "$DEV_PACKAGES" || no_venv dev
 fi
-python=python3
-[ -x data/.venv/bin/python ] && python=data/.venv/bin/python
-torch_python=""
-for candidate in "$python" /usr/bin/python3 python3; do
-    if "$candidate" -c 'import torch, numpy' 2> /dev/null; then torch_python=$candidate; break; fi
-done
+python=python3 compare=""
+if [ $mode != check ]; then
+    [ -x data/.venv/bin/python ] && python=data/.venv/bin/python
+    dev/.venv/bin/python -c 'import torch, numpy' 2> /dev/null && compare=dev/.venv/bin/python
+    [ -n "$compare" ] || skip "comparisons with PyTorch, transformers and lm_eval: dev/.venv lacks them"
+fi
 
-# ---- build
+# ---- the steps, the longest first
 
-step "build gcc" make -j2 train_mta infer_mta test_mta test_mta_nocblas WERROR=1
-if command -v clang > /dev/null; then
-    clang_openmp="-fopenmp"
-    echo 'int main(void){return 0;}' | clang -fopenmp -x c - -o /dev/null 2> /dev/null || clang_openmp="-Wno-unknown-pragmas"
-    for program in train_mta infer_mta test_mta; do
-        step "build clang $program" clang -std=gnu11 -O1 -march=native -Wall -Wextra -Werror $clang_openmp -c $program.c -o build/clang_$program.o
+# The Python tests drive the programs. Those that compare with PyTorch and its kin run in dev/.venv.
+EMULATED="build/train_mta_cuda_cpu build/train_mta_cuda_cpu_fp32"
+python_step() {
+    local source=dev/tests/$1 runner=$python
+    if [ -n "$compare" ] && grep -qE '^ *(import|from) (torch|transformers|tokenizers|safetensors|lm_eval)\b' "$source"; then runner=$compare; fi
+    step full "$1" "train_mta infer_mta test_mta $EMULATED" "$runner" "$source"
+}
+if has python3; then
+    LONGEST="test_quickstart.py test_cuda_run.py test_prepare.py test_infer.py test_run.py test_tokenizer.py"
+    for name in $LONGEST; do python_step "$name"; done
+    for source in dev/tests/test_*.py; do
+        name=$(basename "$source")
+        [[ " $LONGEST " == *" $name "* ]] || python_step "$name"
     done
+    step check "a run with resume" train_mta python3 dev/tests/test_run.py -k ten_and_ten
+    if [ -n "$compare" ]; then step full "reference writes the golden cases" "" "$compare" dev/ref/make_golden.py --check dev/golden; fi
 else
-    skip "build clang: no clang here" 3
+    skip "Python tests: no python3 here"
 fi
-step "headers in C11 and C++17" make header_check
 
-# ---- the C tests
+# The CUDA source, executed on the CPU: orders of threads, the address sanitizer, every access watched for races.
+ASAN="env ASAN_OPTIONS=detect_leaks=0"
+step full "emulator bf16" test_mta_cuda_cpu_bf16 ./test_mta_cuda_cpu_bf16
+step full "emulator fp32" test_mta_cuda_cpu ./test_mta_cuda_cpu
+step full "emulator many heads, order 7, asan" build/asan/test_mta_cuda_cpu_bf16 $ASAN CUDA_CPU_ORDER=7 build/asan/test_mta_cuda_cpu_bf16 --only "many heads" --models 6
+step full "emulator models, order 1, asan" build/asan/test_mta_cuda_cpu_bf16 $ASAN CUDA_CPU_ORDER=1 build/asan/test_mta_cuda_cpu_bf16 --only "random models" --models 14
+step full "emulator golden, order 1, asan" build/asan/test_mta_cuda_cpu_bf16 $ASAN CUDA_CPU_ORDER=1 build/asan/test_mta_cuda_cpu_bf16 --only golden
+step full "races models" build/races/test_mta_bf16 env CUDA_CPU_ORDER=7 build/races/test_mta_bf16 --only "random models" --models 10
+step full "races golden" build/races/test_mta_bf16 build/races/test_mta_bf16 --only golden
+step check "emulator golden cases" test_mta_cuda_cpu_bf16 ./test_mta_cuda_cpu_bf16 --only golden
+step check "emulator ten models" test_mta_cuda_cpu_bf16 ./test_mta_cuda_cpu_bf16 --only "random models" --models 10
+if [ -e dev/tests/test_flash.cu ]; then
+    step full "fused attention" build/test_flash build/test_flash
+    step full "fused attention, order 7" build/test_flash env CUDA_CPU_ORDER=7 build/test_flash
+    step full "races fused attention" build/races/test_flash build/races/test_flash 74
+fi
+step full "the emulator itself" build/test_emulator build/test_emulator
+step full "the emulator itself, races" build/test_races build/test_races
+if has nvcc; then
+    step full nvcc nvcc_check make WERROR=1 nvcc_check
+    step long "nvcc sm_100" build/nvcc/sm_100.o make WERROR=1 build/nvcc/sm_100.o
+else skip "nvcc: no CUDA toolkit here"
+fi
+if ! has nvidia-smi || ! nvidia-smi > /dev/null 2>&1; then skip "GPU tests: no GPU here (scripts/gpu_check.sh runs them)"; fi
 
-step "test_mta" ./test_mta
-step "test_mta without CBLAS" ./test_mta_nocblas
-step "build sanitizers" make -j2 build/asan/test_mta build/asan/train_mta build/asan/infer_mta
-beside "test_mta sanitizers" env ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=2 build/asan/test_mta  # its models are too small for two cores
+# C.
+step full "test_mta, sanitizers" build/asan/test_mta $ASAN OMP_NUM_THREADS=2 build/asan/test_mta
+step both "test_mta" test_mta ./test_mta
+step full "test_mta without CBLAS" test_mta_nocblas ./test_mta_nocblas
 for source in dev/tests/test_*.c; do
     name=$(basename "$source" .c)
-    step "build $name" make WERROR=1 "build/$name"
-    step "$name" "build/$name"
+    step both "$name" "build/$name" "build/$name"
 done
-step "fuzz" bash dev/fuzz/run.sh 20000
-meet
-
-# ---- the CUDA source: on the CPU, and through nvcc
-
-if [ -f train_mta.cu ]; then
-    step "build emulator" make -j2 build/test_emulator build/test_flash test_mta_cuda_cpu test_mta_cuda_cpu_bf16 build/train_mta_cuda_cpu \
-        build/train_mta_cuda_cpu_fp32 build/asan/test_mta_cuda_cpu_bf16 build/test_races build/races/test_flash build/races/test_mta_bf16
-    beside "emulator many heads order 7" env ASAN_OPTIONS=detect_leaks=0 CUDA_CPU_ORDER=7 build/asan/test_mta_cuda_cpu_bf16 --only "many heads" --models 6
-    beside "test_mta_cuda_cpu" ./test_mta_cuda_cpu
-    beside "test_mta_cuda_cpu_bf16" ./test_mta_cuda_cpu_bf16
-    beside "emulator models order 1" env ASAN_OPTIONS=detect_leaks=0 CUDA_CPU_ORDER=1 build/asan/test_mta_cuda_cpu_bf16 --only "random models" --models 14
-    beside "emulator golden order 1" env ASAN_OPTIONS=detect_leaks=0 CUDA_CPU_ORDER=1 build/asan/test_mta_cuda_cpu_bf16 --only golden
-    beside "races fused attention" build/races/test_flash 74
-    beside "races golden" build/races/test_mta_bf16 --only golden
-    beside "races models" env CUDA_CPU_ORDER=7 build/races/test_mta_bf16 --only "random models" --models 10
-    beside "fused attention" build/test_flash
-    beside "fused attention order 7" env CUDA_CPU_ORDER=7 build/test_flash
-    beside "emulator" build/test_emulator
-    beside "emulator races" build/test_races
-    meet
-    if command -v nvcc > /dev/null; then
-        step "nvcc" make -j2 nvcc_check
-    else
-        skip "nvcc: no CUDA toolkit here"
-    fi
-    if command -v nvidia-smi > /dev/null && nvidia-smi > /dev/null 2>&1; then
-        echo "a GPU is here: scripts/gpu_check.sh tests it"
-    else
-        skip "GPU tests: no GPU here (scripts/gpu_check.sh runs them)"
-    fi
-fi
-
-# ---- the Python tests: they drive the programs
-
-if command -v python3 > /dev/null; then
-    beside test_cuda_run.py "$python" dev/tests/test_cuda_run.py  # the longest, of one thread
-    for source in dev/tests/test_*.py; do
-        runner=$python
-        case $source in
-            *test_cuda_run.py) continue ;;
-            *test_convert.py | *test_infer.py) runner=${torch_python:-$python} ;;  # parts of these compare with PyTorch
-        esac
-        step "$(basename "$source")" "$runner" "$source"
-    done
-    meet
-    if [ -n "$torch_python" ]; then
-        step "reference writes the golden cases" "$torch_python" dev/ref/make_golden.py --check dev/golden
-    else
-        skip "reference writes the golden cases: no PyTorch here (apt-get install python3-torch python3-numpy)"
-    fi
+step both "headers in C11 and C++17" "" make header_check
+step full "fuzz" "" bash dev/fuzz/run.sh 20000
+if has clang; then
+    openmp=-fopenmp
+    compiles 'int main(void){return 0;}' clang -fopenmp || openmp=-Wno-unknown-pragmas
+    step full "clang" "" clang -std=gnu11 -march=native -Wall -Wextra -Werror $openmp -fsyntax-only train_mta.c infer_mta.c test_mta.c
 else
-    skip "Python tests: no python3 here" "$(ls dev/tests/test_*.py | wc -l)"
+    skip "clang: none here"
 fi
+
+# What takes long.
+step long "train_mta, sanitizers" build/asan/train_mta env ASAN_OPTIONS=detect_leaks=0 MTA_BIN=build/asan "$python" dev/tests/test_run.py
+step long "infer_mta, sanitizers" "build/asan/infer_mta build/asan/train_mta" env ASAN_OPTIONS=detect_leaks=0 MTA_BIN=build/asan "$python" dev/tests/test_infer.py
+step long "emulator 300 models" test_mta_cuda_cpu_bf16 ./test_mta_cuda_cpu_bf16 --only "models" --models 300
+step long "tokenizer, a million strings" "" "$python" dev/tests/test_tokenizer.py --full
+step long "prepare.py, more kills" train_mta "$python" dev/tests/test_prepare.py --full
+step long "fuzz, a million inputs" "" bash dev/fuzz/run.sh 1000000
+
+if [ ${#names[@]} -eq 0 ]; then echo "test.sh: no test's name contains \"$only\"" >&2; exit 1; fi
+run_steps
 
 # ---- verdict
 
 echo
-echo "took $(($(date +%s) - start)) s"
+echo "took $((SECONDS - started)) s; the slowest: $(printf '%s\n' "${seconds_of[@]}" | sort -rn | head -n 5 | sed -E 's/^([0-9]+) (.*)/\2 \1 s/' | paste -sd, | sed 's/,/, /g')"
 if [ ${#reasons[@]} -gt 0 ]; then printf 'skipped: %s\n' "${reasons[@]}"; fi
 if [ ${#failures[@]} -gt 0 ]; then printf 'FAILED: %s\n' "${failures[@]}"; fi
 if [ "$skipped" -gt 0 ]; then echo "$passed passed, $failed failed, $skipped skipped"; else echo "$passed passed, $failed failed"; fi

@@ -23,7 +23,7 @@ while [ $# -gt 0 ]; do
             [ $# -gt 1 ] || fail "$1: the value is missing; --help lists all options"
             declare "${1#--}=$2"
             shift ;;
-        --help|-h) sed -n '2,/^set -/{/^set -/d;s/^# \{0,1\}//;p}' "$0"; exit 0 ;;
+        --help|-h) sed -n '2,/^set -/{/^set -/d;s/^# \{0,1\}//;p}' scripts/toy_table.sh; exit 0 ;;
         --) shift; extra=("$@"); break ;;
         *) fail "unknown option $1; --help lists all" ;;
     esac

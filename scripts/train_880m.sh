@@ -6,6 +6,7 @@
 # that fit the card. SHARDS: what data/prepare.py slimpajama wrote, with Llama 3's tokenizer.model (TOKENIZER=FILE names it for samples).
 # Stopped by Ctrl-C, SIGTERM or a crash, the same command continues. It takes weeks: dev/SPEED.md has the tokens/s that were measured.
 set -euo pipefail
+case ${1:-} in -h|--help) sed -n '2,/^set -/{/^set -/d;s/^# \{0,1\}//;p}' "$0"; exit 0 ;; esac
 root=$(cd "$(dirname "$0")/.." && pwd)
 shards=${1:?usage: scripts/train_880m.sh SHARDS OUT [ATTENTION] [options...]} out=${2:?usage: scripts/train_880m.sh SHARDS OUT [ATTENTION] [options...]}
 attention=${3:-mta}

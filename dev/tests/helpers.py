@@ -44,11 +44,15 @@ def to_bf16(data):
     return b"".join(data[i + 2:i + 4] for i in range(0, len(data), 4))
 
 
-def floats(data, dtype="F32"):
-    """The values of a tensor's bytes."""
-    if dtype == "BF16":
-        data = b"".join(b"\0\0" + data[i:i + 2] for i in range(0, len(data), 2))
+def floats(data):
+    """The values of F32 bytes."""
     return array.array("f", data)
+
+
+def values(tensor):
+    """The values of an F32 or BF16 tensor as read_safetensors gives it."""
+    dtype, _, data = tensor
+    return floats(data if dtype == "F32" else b"".join(b"\0\0" + data[i:i + 2] for i in range(0, len(data), 2)))
 
 
 def write_shard(path, tokens, vocab=32, width=2, magic=None, version=None, count=None, mask=None):

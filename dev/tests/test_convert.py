@@ -10,10 +10,10 @@ import sys
 import tempfile
 import unittest
 
-ROOT = os.path.abspath(os.path.join(os.path.dirname(__file__), "..", ".."))
+from helpers import ROOT, main
+
 sys.path.insert(0, os.path.join(ROOT, "dev", "ref"))
 sys.path.insert(0, os.path.join(ROOT, "scripts"))
-sys.dont_write_bytecode = True
 try:
     import torch
     import mta_ref
@@ -177,19 +177,6 @@ class Convert(unittest.TestCase):
         for bad in ({"curse_norm": True}, {"pad_key": "left"}, {"add_gating": True, "gate_1d": False}):
             with self.assertRaises(convert_ram.UserError):
                 convert_ram.to_ours({}, {"dim": 32, "n_heads": 4, "mta": bad})
-
-
-def main():
-    suite = unittest.defaultTestLoader.loadTestsFromModule(sys.modules[__name__])
-    result = unittest.TextTestRunner(verbosity=1, stream=sys.stdout).run(suite)
-    for test, why in result.skipped:
-        print("skipped: %s: %s" % (test, why))
-    failed, skipped = len(result.failures) + len(result.errors), len(result.skipped)
-    print(
-        "%d passed, %d failed%s"
-        % (result.testsRun - failed - skipped, failed, ", %d skipped" % skipped if skipped else "")
-    )
-    sys.exit(failed != 0)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ python3 dev/tests/test_cuda_run.py [-k PATTERN]
 Needs train_mta, build/train_mta_cuda_cpu (bf16) and build/train_mta_cuda_cpu_fp32; MTA_BIN: folder of train_mta; MTA_CUDA, MTA_CUDA_FP32: other
 binaries in place of the emulator's, as scripts/gpu_check.sh gives those for a GPU.
 """
-import array
 import json
 import os
 import random
@@ -15,10 +14,10 @@ import struct
 import subprocess
 import tempfile
 import unittest
-import zlib
 
-ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-CPU = os.path.join(os.environ.get("MTA_BIN", ROOT), "train_mta")
+from helpers import BIN, ROOT, main, read_safetensors, values, write_shard
+
+CPU = os.path.join(BIN, "train_mta")
 BF16 = os.environ.get("MTA_CUDA", os.path.join(ROOT, "build", "train_mta_cuda_cpu"))
 FP32 = os.environ.get("MTA_CUDA_FP32", os.path.join(ROOT, "build", "train_mta_cuda_cpu_fp32"))
 REAL = next(filter(os.path.exists, (os.path.join(ROOT, "build", "nvcc", "train_mta_cuda"), os.path.join(ROOT, "train_mta_cuda"))), None)  # nvcc's
@@ -28,33 +27,14 @@ MODEL = ["--model", "toy", "--hidden-size", "32", "--num-hidden-layers", "2", "-
          "--schedule", "constant", "--warmup", "2", "--eval-windows", "4", "--seed", "5"]
 
 
-def safetensors(path):
-    """{name: (dtype, bytes)}"""
-    with open(path, "rb") as f:
-        data = f.read()
-    length = struct.unpack("<Q", data[:8])[0]
-    header = json.loads(data[8:8 + length])
-    header.pop("__metadata__", None)
-    return {n: (e["dtype"], data[8 + length + e["data_offsets"][0]:8 + length + e["data_offsets"][1]]) for n, e in header.items()}
-
-
-def floats(entry):
-    dtype, data = entry
-    if dtype == "BF16":
-        return [struct.unpack("<f", b"\0\0" + data[i:i + 2])[0] for i in range(0, len(data), 2)]
-    return list(struct.unpack("<%df" % (len(data) // 4), data))
-
-
 class CudaRuns(unittest.TestCase):
     def setUp(self):
         self.folder = tempfile.TemporaryDirectory(prefix="mta_cuda_")
         self.addCleanup(self.folder.cleanup)
         rng = random.Random(1)
-        tokens = array.array("H", [rng.randrange(8) + 8 * (i % 3) for i in range(4000)]).tobytes()
-        header = struct.pack("<5i", 20240520, 1, 4000, 32, zlib.crc32(tokens) - (1 << 32 if zlib.crc32(tokens) >= 1 << 31 else 0))
+        tokens = [rng.randrange(8) + 8 * (i % 3) for i in range(4000)]
         for name in ("a_train_000000.bin", "a_val_000000.bin"):
-            with open(self.path(name), "wb") as f:
-                f.write(header.ljust(1024, b"\0") + tokens)
+            write_shard(self.path(name), tokens)
 
     def path(self, name):
         return os.path.join(self.folder.name, name)
@@ -79,8 +59,8 @@ class CudaRuns(unittest.TestCase):
 
     def checkpoint(self, out, step):
         folder = os.path.join(self.path(out), "step-%08d" % step)
-        tensors = dict(safetensors(os.path.join(folder, "model.safetensors")))
-        tensors.update(safetensors(os.path.join(folder, "optimizer.safetensors")))
+        tensors = read_safetensors(os.path.join(folder, "model.safetensors"))[0]
+        tensors.update(read_safetensors(os.path.join(folder, "optimizer.safetensors"))[0])
         return tensors
 
     def test_resume_bit_for_bit(self):
@@ -96,7 +76,7 @@ class CudaRuns(unittest.TestCase):
         tensors = self.checkpoint("run", 2)
         name = "model.layers.0.self_attn.kq_conv.weight"
         self.assertEqual([tensors[name][0], tensors["m." + name][0], tensors["master." + name][0]], ["BF16", "F32", "F32"])
-        for weight, master in zip(floats(tensors[name]), floats(tensors["master." + name])):
+        for weight, master in zip(values(tensors[name]), values(tensors["master." + name])):
             bits = struct.unpack("<I", struct.pack("<f", master))[0]
             nearest = struct.unpack("<f", struct.pack("<I", (bits + 0x7FFF + (bits >> 16 & 1)) & 0xFFFF0000))[0]
             self.assertEqual(weight, nearest)
@@ -108,7 +88,7 @@ class CudaRuns(unittest.TestCase):
             folder = os.path.join(self.path("run"), "step-%08d" % step)
             with open(os.path.join(folder, "config.json"), encoding="utf-8") as f:
                 stated = json.load(f)["torch_dtype"]
-            held = {names[dtype] for dtype, _ in safetensors(os.path.join(folder, "model.safetensors")).values()}
+            held = {names[dtype] for dtype, _, _ in read_safetensors(os.path.join(folder, "model.safetensors"))[0].values()}
             self.assertEqual(held, {stated}, program)
             self.assertEqual(stated, "bfloat16" if program == BF16 else "float32")
 
@@ -206,11 +186,10 @@ class CudaRuns(unittest.TestCase):
         """train_880m.sh and finetune_4k.sh: the plan on a card of 143,771 MiB, a small run through both, and their refusals."""
         shards, out, tuned = self.path("shards"), self.path("out"), self.path("tuned")
         os.mkdir(shards)
-        tokens = array.array("I", [random.Random(2).randrange(60) if i % 50 else 61 for i in range(3000)]).tobytes()
+        tokens = [random.Random(2).randrange(60) if i % 50 else 61 for i in range(3000)]
         for domain in ("commoncrawl", "c4", "github", "wikipedia", "stackexchange", "arxiv", "book"):
             for split in ("train", "val")[:2 if domain in ("c4", "book") else 1]:
-                with open(os.path.join(shards, "%s_%s_000000.bin" % (domain, split)), "wb") as f:
-                    f.write(struct.pack("<5i", 20240801, 7, 3000, 64, 0).ljust(1024, b"\0") + tokens)
+                write_shard(os.path.join(shards, "%s_%s_000000.bin" % (domain, split)), tokens, vocab=64, width=4)
         counts = {name: {"documents": 60, "tokens": 3000} for name in os.listdir(shards)}
         with open(os.path.join(shards, "manifest.json"), "w", encoding="utf-8") as f:
             json.dump({"shards": counts}, f)
@@ -337,4 +316,4 @@ class CudaRuns(unittest.TestCase):
 
 
 if __name__ == "__main__":
-    unittest.main()
+    main()

@@ -15,9 +15,9 @@ import sys
 import tempfile
 import unittest
 
-ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+from helpers import BIN, ROOT, main
+
 EVALS = os.path.join(ROOT, "data", "evals.py")
-BIN = os.environ.get("MTA_BIN", ROOT)
 sys.path.insert(0, os.path.join(ROOT, "data"))
 import evals  # noqa: E402
 
@@ -455,21 +455,5 @@ class Report(Case):
         self.assertIn("qa5, distraction 0", run("report", self.path("r.jsonl"), self.path("s.jsonl")))
 
 
-def main():
-    result = unittest.TextTestRunner().run(unittest.defaultTestLoader.loadTestsFromModule(sys.modules[__name__]))
-    failed = len(result.failures) + len(result.errors)
-    for test, reason in result.skipped:
-        print("skipped %s: %s" % (test, reason))
-    print(
-        "%d passed, %d failed%s"
-        % (
-            result.testsRun - failed - len(result.skipped),
-            failed,
-            ", %d skipped" % len(result.skipped) if result.skipped else "",
-        )
-    )
-    return 1 if failed else 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

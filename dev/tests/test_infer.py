@@ -20,11 +20,10 @@ import tempfile
 import time
 import unittest
 
-ROOT = os.path.abspath(os.path.join(os.path.dirname(__file__), "..", ".."))
-BIN = os.path.join(os.environ.get("MTA_BIN", ROOT), "infer_mta")
-GOLDEN = os.environ.get("MTA_GOLDEN", os.path.join(ROOT, "dev", "golden"))
+from helpers import BIN as FOLDER, GOLDEN, ROOT, floats, main, read_safetensors, to_bf16, write_safetensors
+
+BIN = os.path.join(FOLDER, "infer_mta")
 sys.path.insert(0, os.path.join(ROOT, "dev", "ref"))
-sys.dont_write_bytecode = True
 try:
     import torch
     import mta_ref
@@ -36,46 +35,9 @@ except ImportError:
     transformers = None
 
 
-def read_safetensors(path):
-    """{name: (dtype, shape, bytes)}, metadata."""
-    with open(path, "rb") as f:
-        data = f.read()
-    size = struct.unpack("<Q", data[:8])[0]
-    header = json.loads(data[8 : 8 + size])
-    meta = header.pop("__metadata__", {})
-    base = 8 + size
-    return {
-        k: (v["dtype"], v["shape"], data[base + v["data_offsets"][0] : base + v["data_offsets"][1]])
-        for k, v in header.items()
-    }, meta
-
-
-def write_safetensors(path, tensors):
-    """tensors: {name: (dtype, shape, bytes)}."""
-    header, at = {}, 0
-    for name, (dtype, shape, data) in tensors.items():
-        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [at, at + len(data)]}
-        at += len(data)
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    with open(path, "wb") as f:
-        f.write(struct.pack("<Q", len(text)) + text)
-        for _, _, data in tensors.values():
-            f.write(data)
-
-
-def floats(data):
-    return array.array("f", data)
-
-
 def f32(x):
     """x rounded to fp32."""
     return struct.unpack("f", struct.pack("f", x))[0]
-
-
-def to_bf16(data):
-    """F32 bytes -> BF16 bytes, truncated: then both forms hold the same numbers once the F32 ones are truncated too."""
-    return b"".join(data[i + 2 : i + 4] for i in range(0, len(data), 4))
 
 
 def truncate_bf16(data):
@@ -1284,20 +1246,6 @@ class Reference(unittest.TestCase):
         if c["head_mix_post_softmax"]:
             a = mta_ref.head_mix(a, w[p + "head_mix.weight"])
         return before[0], a[0]
-
-
-def main():
-    suite = unittest.defaultTestLoader.loadTestsFromModule(sys.modules[__name__])
-    result = unittest.TextTestRunner(verbosity=1, stream=sys.stdout).run(suite)
-    for test, why in result.skipped:
-        print("skipped: %s: %s" % (test, why))
-    failed = len(result.failures) + len(result.errors)
-    skipped = len(result.skipped)
-    print(
-        "%d passed, %d failed%s"
-        % (result.testsRun - failed - skipped, failed, ", %d skipped" % skipped if skipped else "")
-    )
-    sys.exit(failed != 0)
 
 
 if __name__ == "__main__":

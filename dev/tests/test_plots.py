@@ -5,6 +5,7 @@ python3 dev/tests/test_plots.py    (uses data/.venv's python where it is there; 
 """
 import array
 import json
+import math
 import os
 import struct
 import subprocess
@@ -12,7 +13,8 @@ import sys
 import tempfile
 import unittest
 
-ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+from helpers import ROOT, main, to_bf16, write_safetensors
+
 VENV = os.path.join(ROOT, "data", ".venv", "bin", "python")
 PYTHON = VENV if os.path.exists(VENV) else sys.executable
 HAS_PLOTS = subprocess.run([PYTHON, "-c", "import numpy, matplotlib"], stderr=subprocess.DEVNULL).returncode == 0
@@ -32,19 +34,11 @@ def png_size(path):
 def write_checkpoint(folder, tensors, dtype="F32"):
     """tensors: {name: shape}; values count up from -1 in steps of 1/64."""
     os.makedirs(folder)
-    header, data = {"__metadata__": {"format": "pt"}}, b""
+    entries = {}
     for name, shape in tensors.items():
-        count = 1
-        for n in shape:
-            count *= n
-        raw = array.array("f", [i / 64 - 1 for i in range(count)]).tobytes()
-        if dtype == "BF16":
-            raw = b"".join(raw[i + 2:i + 4] for i in range(0, len(raw), 4))
-        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [len(data), len(data) + len(raw)]}
-        data += raw
-    text = json.dumps(header).encode()
-    with open(os.path.join(folder, "model.safetensors"), "wb") as f:
-        f.write(struct.pack("<Q", len(text)) + text + data)
+        raw = array.array("f", [i / 64 - 1 for i in range(math.prod(shape))]).tobytes()
+        entries[name] = (dtype, shape, to_bf16(raw) if dtype == "BF16" else raw)
+    write_safetensors(os.path.join(folder, "model.safetensors"), entries)
 
 
 @unittest.skipUnless(HAS_PLOTS, "numpy and matplotlib are missing")
@@ -121,10 +115,4 @@ class WithoutMatplotlib(unittest.TestCase):
 
 
 if __name__ == "__main__":
-    program = unittest.main(exit=False, verbosity=1)
-    result = program.result
-    bad = len(result.failures) + len(result.errors)
-    for _, reason in result.skipped:
-        print(f"skipped: {reason}")
-    print(f"{result.testsRun - bad - len(result.skipped)} passed, {bad} failed" + (f", {len(result.skipped)} skipped" if result.skipped else ""))
-    sys.exit(bad != 0)
+    main()

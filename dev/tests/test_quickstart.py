@@ -13,13 +13,12 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 import unittest
 
-ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-BINARIES = os.environ.get("MTA_BIN", ROOT)
+from helpers import BIN, ROOT, main
+
 PROGRAMS = ("train_mta", "infer_mta")
 
 
@@ -50,7 +49,7 @@ class Quickstart(unittest.TestCase):
     @classmethod
     def setUpClass(cls):
         for name in PROGRAMS:
-            if not os.path.exists(os.path.join(BINARIES, name)):
+            if not os.path.exists(os.path.join(BIN, name)):
                 raise unittest.SkipTest(f"{name} is not built")
         cls.folder = tempfile.mkdtemp(prefix="test_quickstart_")
         cls.home = os.path.join(cls.folder, "mta")
@@ -58,11 +57,13 @@ class Quickstart(unittest.TestCase):
         for name in ("mta", "scripts"):
             shutil.copytree(os.path.join(ROOT, name), os.path.join(cls.home, name))
         shutil.copytree(os.path.join(ROOT, "data"), os.path.join(cls.home, "data"), ignore=shutil.ignore_patterns(".venv", "__pycache__"))
-        for name in ("Makefile", "train_mta.c", "infer_mta.c"):
-            shutil.copy(os.path.join(ROOT, name), cls.home)
-        for name in PROGRAMS:
-            shutil.copyfile(os.path.join(BINARIES, name), os.path.join(cls.home, name))  # newer than its sources: make leaves it
-            os.chmod(os.path.join(cls.home, name), 0o755)
+        for folder in ("build", "dev"):
+            os.mkdir(os.path.join(cls.home, folder))
+        for name in ("Makefile", "VERSION", "dev/dev.mk", "train_mta.c", "infer_mta.c"):
+            shutil.copy2(os.path.join(ROOT, name), os.path.join(cls.home, name))
+        for name in ("build/flags_c", *(f"build/{name}.o" for name in PROGRAMS), *PROGRAMS):  # each newer than what it is made of: make leaves it
+            shutil.copyfile(os.path.join(BIN, name), os.path.join(cls.home, name))
+            shutil.copymode(os.path.join(BIN, name), os.path.join(cls.home, name))
         # matplotlib is hidden from every Python, and a farm of links stands for PATH where a tool must be missing
         os.makedirs(os.path.join(cls.folder, "hide", "matplotlib"))
         with open(os.path.join(cls.folder, "hide", "matplotlib", "__init__.py"), "w") as f:
@@ -139,11 +140,11 @@ class Quickstart(unittest.TestCase):
 
     def test_nothing_can_be_installed(self):
         """One core, not root, apt-get and pip without a network, no CBLAS: a line for each, and the rest works."""
-        compiler = os.path.join(self.folder, "no_cblas")
-        write_program(compiler, 'case "$*" in *-E*) input=$(cat); case "$input" in *cblas*) exit 1;; esac; echo "$input" | exec gcc "$@";; esac\nexec gcc "$@"\n')
-        path = self.stand_ins(apt_get='echo "E: Unable to fetch some archives" >&2; exit 100\n', id="echo 1000\n", nproc="echo 1\n",
+        gcc = shutil.which("gcc")
+        compiler = f'case "$*" in *-E*) input=$(cat); case "$input" in *cblas*) exit 1;; esac; echo "$input" | exec {gcc} "$@";; esac\nexec {gcc} "$@"\n'
+        path = self.stand_ins(gcc=compiler, cc=compiler, apt_get='echo "E: Unable to fetch some archives" >&2; exit 100\n', id="echo 1000\n", nproc="echo 1\n",
                               sudo='[ "$1" = -n ] && shift; exec "$@"\n')
-        done = self.run_script("--tiny", "--out", "runs/b", PATH=path, CC=compiler, PIP_INDEX_URL="http://127.0.0.1:9/", PIP_NO_CACHE_DIR="1")
+        done = self.run_script("--tiny", "--out", "runs/b", PATH=path, PIP_INDEX_URL="http://127.0.0.1:9/", PIP_NO_CACHE_DIR="1")
         self.assertEqual(done.returncode, 0, done.stdout + done.stderr)
         self.assert_table(done.stdout)
         for piece in ("installing with apt-get through sudo: libopenblas-dev", "apt-get failed (no network?): E: Unable to fetch", "no CBLAS",
@@ -169,15 +170,16 @@ class Quickstart(unittest.TestCase):
 
     def test_unknown_package(self):
         """A package that this system does not know keeps the others from being installed together: each is tried alone."""
-        path = self.path_without("make", "apt-get", "id")
+        path = self.path_without("make", "apt-get", "id", "gcc", "cc")
         write_program(os.path.join(path, "id"), "echo 0\n")
         write_program(os.path.join(path, "apt-get"), 'case "$*" in *update*) exit 0;; *libopenblas-dev*) echo "E: Unable to locate package libopenblas-dev"; '
                       'exit 100;; *install*make) ln -s "$(PATH=$OLD command -v make)" "$(dirname "$0")/make";; esac\n')
-        compiler = os.path.join(self.folder, "no_cblas_either")
-        write_program(compiler, 'case "$*" in *-E*) input=$(cat); case "$input" in *cblas*) exit 1;; esac;; esac\nexit 0\n')
+        for name in ("gcc", "cc"):  # compiles nothing: what is there is up to date
+            write_program(os.path.join(path, name), 'case "$*" in *-E*) input=$(cat); case "$input" in *cblas*) exit 1;; esac;; '
+                          f'-dumpmachine) exec {shutil.which("gcc")} "$@";; esac\nexit 0\n')
         with open(os.path.join(self.folder, "little.txt"), "w") as f:
             f.write("x")
-        done = self.run_script("--tiny", "--out", "runs/h", "--text", os.path.join(self.folder, "little.txt"), PATH=path, CC=compiler, OLD=os.environ["PATH"],
+        done = self.run_script("--tiny", "--out", "runs/h", "--text", os.path.join(self.folder, "little.txt"), PATH=path, OLD=os.environ["PATH"],
                                PIP_INDEX_URL="http://127.0.0.1:9/", PIP_NO_CACHE_DIR="1")
         self.assertIn("installing with apt-get: make libopenblas-dev", done.stdout)
         self.assertIn("note: apt-get cannot install libopenblas-dev\n", done.stdout)
@@ -265,10 +267,4 @@ class Quickstart(unittest.TestCase):
 
 
 if __name__ == "__main__":
-    program = unittest.main(exit=False, verbosity=1)
-    result = program.result
-    bad = len(result.failures) + len(result.errors)
-    for test, reason in result.skipped:
-        print(f"skipped: {test}: {reason}")
-    print(f"{max(0, result.testsRun - bad - len(result.skipped))} passed, {bad} failed" + (f", {len(result.skipped)} skipped" if result.skipped else ""))
-    sys.exit(bad != 0)
+    main()

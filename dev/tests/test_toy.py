@@ -14,7 +14,8 @@ import tempfile
 import unittest
 import zlib
 
-ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+from helpers import ROOT, main
+
 SCRIPT = os.path.join(ROOT, "data", "toy_task.py")
 sys.path.insert(0, os.path.join(ROOT, "data"))
 import toy_task  # noqa: E402
@@ -137,7 +138,7 @@ class Toy(unittest.TestCase):
             toy_task.SHARD_TOKENS = 48 * 100 + 1
             try:
                 pairs = toy_task.take(task, toy_task.chunk_rng(task, 1, "x", 0), 250, set(), False)
-                files = list(toy_task.write_split(task, 1, "x", [pairs[:130], pairs[130:]], os.path.join(folder, "s_train"), 250, False))
+                files = toy_task.write_split(task, 1, "x", [pairs[:130], pairs[130:]], os.path.join(folder, "s_train"), 250, False)
             finally:
                 toy_task.SHARD_TOKENS = old
             self.assertEqual(files, [f"s_train_00000{i}.bin" for i in range(3)])
@@ -162,8 +163,4 @@ class Toy(unittest.TestCase):
 
 
 if __name__ == "__main__":
-    program = unittest.main(exit=False, verbosity=1)
-    result = program.result
-    bad = len(result.failures) + len(result.errors)
-    print(f"{result.testsRun - bad - len(result.skipped)} passed, {bad} failed" + (f", {len(result.skipped)} skipped" if result.skipped else ""))
-    sys.exit(bad != 0)
+    main()

@@ -1,0 +1,49 @@
+#!/usr/bin/env python3
+"""--help of every script and program: exit 0, text on standard output, nothing on standard error.
+
+python3 dev/tests/test_help.py     (programs that are not built are skipped)
+"""
+import glob
+import os
+import subprocess
+import sys
+import unittest
+
+from helpers import BIN, ROOT, main, read_bytes
+
+SCRIPTS = sorted(glob.glob(os.path.join(ROOT, "scripts", "*")) + glob.glob(os.path.join(ROOT, "data", "*.py")))
+
+
+class Help(unittest.TestCase):
+    def check(self, command, cwd="/"):
+        done = subprocess.run([*command, "--help"], capture_output=True, text=True, timeout=120, cwd=cwd)
+        self.assertEqual((done.returncode, done.stderr), (0, ""), command)
+        self.assertGreater(len(done.stdout.splitlines()), 2, command)
+        return done.stdout
+
+    def test_scripts(self):
+        """Called by their relative names, which are no longer good where a script changes its folder first."""
+        scripts = [path for path in SCRIPTS if path.endswith(".sh") or path.endswith(".py") and b"__main__" in read_bytes(path)]
+        self.assertGreater(len(scripts), 10)
+        for path in scripts:
+            with self.subTest(os.path.relpath(path, ROOT)):
+                self.check(["bash" if path.endswith(".sh") else sys.executable, "./" + os.path.basename(path)], os.path.dirname(path))
+
+    def test_programs(self):
+        for name in ("train_mta", "infer_mta", "test_mta"):
+            with self.subTest(name):
+                path = os.path.join(BIN, name)
+                if not os.path.exists(path):
+                    self.skipTest(f"{name} is not built")
+                self.check([path])
+
+    def test_test_mta_names_its_options(self):
+        path = os.path.join(BIN, "test_mta")
+        if not os.path.exists(path):
+            self.skipTest("test_mta is not built")
+        for option in ("--only", "--models", "--golden", "--write", "--compare"):
+            self.assertIn(option, self.check([path]))
+
+
+if __name__ == "__main__":
+    main()
