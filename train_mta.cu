@@ -164,7 +164,8 @@ UNROLL
     x[0] += __shfl_xor_sync(ALL_LANES, x[0], 2);
     return x[0] + __shfl_xor_sync(ALL_LANES, x[0], 1);
 }
-// The sum (or maximum) over the block, for every thread; all threads must call, blockDim.x a multiple of 32.
+// The sum (or maximum) over the block, for every thread. All threads of the block must call it, since it has barriers;
+// blockDim.x is a multiple of 32, 1024 at most, so that the warps' results fit into one warp.
 static __device__ inline float block_reduce(float x, bool maximum) {
     __shared__ float warps[WARP_SIZE];
     int lane = threadIdx.x % WARP_SIZE, warp = threadIdx.x / WARP_SIZE, n = blockDim.x / WARP_SIZE;
@@ -172,6 +173,8 @@ static __device__ inline float block_reduce(float x, bool maximum) {
     __syncthreads();  // a slow warp may still read the result of the call before
     if (lane == 0) { warps[warp] = x; }
     __syncthreads();  // all partial results are there
+
+    // Every warp reduces the warps' results once more for itself: so all threads end with the same bits.
     x = lane < n ? warps[lane] : maximum ? -INFINITY : 0.0f;
     return maximum ? warp_max(x) : warp_sum(x);
 }
@@ -192,7 +195,8 @@ static __device__ inline float exponential2(float x) {
 static __device__ inline float exponential(float x) { return EXACT ? expf(x) : exponential2(LOG2E * x); }
 static __device__ inline float sigmoid(float x) { return EXACT ? 1.0f / (1.0f + expf(-x)) : __fdividef(1.0f, 1.0f + exponential(-x)); }
 
-// parts (n_parts, n): dweight[i] += the sum of its column, in order
+// parts (n_parts, stride): dweight[i] += the sum of column i, i < n, from the first part to the last. A thread owns a
+// column.
 static __global__ void parts_add_kernel(float* dweight, const float* parts, int n_parts, int n, int stride) {
     int i = blockIdx.x * blockDim.x + threadIdx.x;
     if (i >= n) { return; }
@@ -210,10 +214,15 @@ enum { SUMS = 8, SUMS_SLICES = 64 };
 static __global__ void sums_add_kernel(double* sums, const float* parts, int S, int groups, int blocks, int n) {
     DYNAMIC_SHARED(double, slices);  // (SUMS_SLICES, SUMS)
     int e = blockIdx.x * SUMS + threadIdx.x % SUMS, slice = threadIdx.x / SUMS;
+
+    // Each thread adds every SUMS_SLICES-th part of its element, the slices side by side.
     double sum = 0;
     for (int p = slice; e < groups * n && p < S * blocks; p += SUMS_SLICES) {
         sum += (double)parts[(((size_t)(p / blocks) * groups + e / n) * blocks + p % blocks) * n + e % n];
     }
+
+    // Then the upper half of the slices is added to the lower, until one is left: the order does not depend on the
+    // clock.
     slices[threadIdx.x] = sum;
     for (int half = SUMS_SLICES / 2; half > 0; half /= 2) {
         __syncthreads();  // the slices to be added are there
@@ -362,6 +371,8 @@ template <int W>
 static __global__ void embedding_forward_kernel(float* out, const int* tokens, const floatX* weight, int N, int C) {
     size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * W;
     if (i >= (size_t)N * C) { return; }
+
+    // W neighbours lie in one row, since W divides C.
     Pack<floatX, W> w = load<W>(weight + (size_t)tokens[i / C] * C + i % C);
     Pack<float, W> x;
     for (int e = 0; e < W; e++) { x.v[e] = (float)w.v[e]; }
@@ -377,11 +388,15 @@ template <int W>
 static __global__ void embedding_backward_kernel(float* dweight, const float* dout, const int* tokens, const int* rows, const int* starts, int C) {
     int k = blockIdx.x, c = (blockIdx.y * blockDim.x + threadIdx.x) * W;
     if (c >= C) { return; }
+
+    // The rows of this token, in the order of the batch.
     float sum[W] = {};
     for (int i = starts[k]; i < starts[k + 1]; i++) {
         Pack<float, W> d = load<W>(dout + (size_t)rows[i] * C + c);
         for (int e = 0; e < W; e++) { sum[e] += d.v[e]; }
     }
+
+    // No other thread has these columns of this token: a plain addition will do.
     float* dw = dweight + (size_t)tokens[rows[starts[k]]] * C + c;
     Pack<float, W> w = load<W>(dw);
     for (int e = 0; e < W; e++) { w.v[e] += sum[e]; }
@@ -398,13 +413,17 @@ static void embedding_backward(float* dweight, const float* dout, const int* tok
 // With the residual sum before it. The residual stream and its gradient stay in fp32: bf16 roundings would add up over
 // the layers, and each element is read only a few times.
 
-// sum (N,C) = inp + branch (sum and branch NULL: sum is inp); out = weight * sum * rstd, rstd (N) = 1 / sqrt(mean(sum^2) + eps).
-// A warp owns a row and reads back what it stored itself.
+// sum (N,C) = inp + branch (sum and branch NULL: sum is inp);
+//   out = weight * sum * rstd,  rstd (N) = 1 / sqrt(mean(sum^2) + eps).
+// A warp owns a row; a lane owns packs of W columns, every 32nd, in both passes: so it reads back only what it stored
+// itself, and needs no barrier.
 template <int W>
 static __global__ void rmsnorm_forward_kernel(floatX* out, float* rstd, float* sum, const float* inp, const float* branch, const floatX* weight, int N, int C,
                                               float eps) {
     int n = blockIdx.x * ROW_WARPS + threadIdx.x / WARP_SIZE, lane = threadIdx.x % WARP_SIZE;
     if (n >= N) { return; }  // whole warps leave
+
+    // First pass: the residual sum, and the squares of what it gives.
     float squares = 0;
     for (int c = lane * W; c < C; c += WARP_SIZE * W) {
         Pack<float, W> x = load<W>(inp + (size_t)n * C + c);
@@ -417,6 +436,8 @@ static __global__ void rmsnorm_forward_kernel(floatX* out, float* rstd, float* s
     }
     float r = 1.0f / sqrtf(warp_sum(squares) / C + eps);
     if (lane == 0) { rstd[n] = r; }
+
+    // Second pass: the row again, from the cache, scaled.
     const float* row = (branch ? sum : inp) + (size_t)n * C;
     for (int c = lane * W; c < C; c += WARP_SIZE * W) {
         Pack<float, W> x = load<W>(row + c);
@@ -440,6 +461,8 @@ static __global__ void rmsnorm_backward_kernel(float* dinp, floatX* rounded, con
                                                int C, bool add_dinp) {
     int n = blockIdx.x * ROW_WARPS + threadIdx.x / WARP_SIZE, lane = threadIdx.x % WARP_SIZE;
     if (n >= N) { return; }
+
+    // First pass: the dot product of the row's gradient with its normalised input.
     size_t row = (size_t)n * C;
     float r = rstd[n], dot = 0;
     for (int c = lane * W; c < C; c += WARP_SIZE * W) {
@@ -448,6 +471,8 @@ static __global__ void rmsnorm_backward_kernel(float* dinp, floatX* rounded, con
         for (int e = 0; e < W; e++) { dot += (float)d.v[e] * (float)w.v[e] * x.v[e]; }
     }
     float mean = warp_sum(dot) * r / C;
+
+    // Second pass: the gradient of the input, in fp32 for the stream and rounded for the next products.
     for (int c = lane * W; c < C; c += WARP_SIZE * W) {
         Pack<floatX, W> d = load<W>(dout + row + c), w = load<W>(weight + c);
         Pack<float, W> x = load<W>(inp + row + c), dx = {};
@@ -466,6 +491,8 @@ template <int W>
 static __global__ void rmsnorm_backward_weight_kernel(float* parts, const floatX* dout, const float* inp, const float* rstd, int N, int C) {
     int c = (blockIdx.x * blockDim.x + threadIdx.x) * W, p = blockIdx.y;
     if (c >= C) { return; }
+
+    // The rows are cut by number alone, not by blocks at work: the same sums on every GPU.
     int n0 = (int)((int64_t)N * p / NORM_PARTS), n1 = (int)((int64_t)N * (p + 1) / NORM_PARTS);
     Pack<float, W> sum = {};
     for (int n = n0; n < n1; n++) {
@@ -505,18 +532,23 @@ static void rope_table(float* cosine, float* sine, const Config* config, int T) 
 // The tables (T,HS/2) and the shape of what they rotate
 typedef struct { const float *cosine, *sine; int T, NH, NKV, HS; } Rope;
 
-// qkv (B,T,NH+2*NKV,HS) becomes q, k, v (B,NH,T,HS): q and k rotated, k and v repeated for the heads that share them, so that every product of
-// attention is one strided batch. A thread moves W pairs of one head of one token.
+// qkv (B,T,NH+2*NKV,HS) becomes q, k, v (B,NH,T,HS): q and k rotated, k and v repeated for the heads that share them,
+// so that every product of attention is one strided batch. A thread moves W pairs of one head of one token; W divides
+// HS/2. Neighbouring threads move neighbouring pairs.
 template <int W>
 static __global__ void rope_forward_kernel(floatX* q, floatX* k, floatX* v, const floatX* qkv, Rope r, int B) {
     const int T = r.T, NH = r.NH, NKV = r.NKV, HS = r.HS, half = HS / 2, packs = half / W;
     size_t id = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
     if (id >= (size_t)B * T * 3 * NH * packs) { return; }
+
+    // Which pairs, of which of q, k and v, of which head and token this thread moves.
     int t2 = (int)(id % packs) * W, which = (int)(id / packs % (3 * NH));
     int n = (int)(id / packs / (3 * NH)), b = n / T, t = n % T, h = which % NH, kind = which / NH;  // kind: 0 q, 1 k, 2 v
     int from = kind == 0 ? h : NH + (kind - 1) * NKV + h / (NH / NKV);
     const floatX* inp = qkv + ((size_t)n * (NH + 2 * NKV) + from) * HS + t2;
     floatX* out = (kind == 0 ? q : kind == 1 ? k : v) + (((size_t)b * NH + h) * T + t) * HS + t2;
+
+    // Rotate q and k; v is only moved.
     Pack<floatX, W> x = load<W>(inp), y = load<W>(inp + half);
     if (kind < 2) {
         Pack<float, W> cs = load<W>(r.cosine + (size_t)t * half + t2), sn = load<W>(r.sine + (size_t)t * half + t2);
@@ -541,16 +573,22 @@ static __global__ void rope_backward_kernel(floatX* dqkv, const float* dq, const
     const int T = r.T, NH = r.NH, NKV = r.NKV, HS = r.HS, half = HS / 2, packs = half / W, heads = NH + 2 * NKV;
     size_t id = (size_t)blockIdx.x * blockDim.x + threadIdx.x, all = (size_t)S * NH * T * HS;
     if (id >= (size_t)S * T * heads * packs) { return; }
+
+    // Which pairs, of which packed head and token this thread writes.
     int t2 = (int)(id % packs) * W, which = (int)(id / packs % heads), n = (int)(id / packs / heads), b = n / T, t = n % T;
     const float* from = which < NH ? dq : which < NH + NKV ? dk : dv;
     int share = which < NH ? 1 : NH / NKV, parts = which < NH ? q_parts : which < NH + NKV ? 1 : v_parts;
     int head = which < NH ? which : (which - NH) % NKV * share;
+
+    // Add up the parts of each head, then the heads that share these keys or values.
     Pack<float, W> x = {}, y = {};
     for (int s = 0; s < share * parts; s++) {
         const float* inp = from + s / share * all + (((size_t)b * NH + head + s % share) * T + t) * HS + t2;
         Pack<float, W> xi = load<W>(inp), yi = load<W>(inp + half);
         for (int e = 0; e < W; e++) { x.v[e] += xi.v[e], y.v[e] += yi.v[e]; }
     }
+
+    // The inverse of a rotation is its transpose; v was not rotated.
     if (which < NH + NKV) {
         Pack<float, W> cs = load<W>(r.cosine + (size_t)t * half + t2), sn = load<W>(r.sine + (size_t)t * half + t2);
         for (int e = 0; e < W; e++) {
@@ -559,6 +597,8 @@ static __global__ void rope_backward_kernel(floatX* dqkv, const float* dq, const
             y.v[e] = c * cs.v[e] - a * sn.v[e];
         }
     }
+
+    // Round once, at the end.
     Pack<floatX, W> xo, yo;
     for (int e = 0; e < W; e++) { xo.v[e] = (floatX)x.v[e], yo.v[e] = (floatX)y.v[e]; }
     floatX* out = dqkv + ((size_t)n * heads + which) * HS + t2;
@@ -695,15 +735,23 @@ template <int CQ, typename Out, typename In>
 static __global__ void kq_conv_kernel(TileOf<Out> out, TileOf<In> inp, KqConv conv) {
     DYNAMIC_SHARED(float, s);
     const int cq = CQ ? CQ : conv.cq, ck = conv.ck, taps = conv_taps(cq), margin = conv_margin(ck), rows = CONV_ROWS + cq - 1, cols = CONV_COLS + 2 * margin;
+
+    // The block's place: CONV_ROWS rows from i0 on, CONV_COLS columns from j0 on; the thread's: column j, CONV_STRIP
+    // rows from r0 on.
     float* w = s + rows * cols;  // (ck,taps)
     int head = blockIdx.z, i0 = conv.lo + blockIdx.y * CONV_ROWS, j0 = blockIdx.x * CONV_COLS;
     int c = threadIdx.x % CONV_COLS, r0 = threadIdx.x / CONV_COLS * CONV_STRIP, j = j0 + c;
     float sum[CONV_STRIP] = {};
+
+    // The tile with its halo (cq-1 rows above, or below for the transpose, `margin` columns on both sides) and the
+    // kernel, a key column's taps side by side.
     if (j0 < i0 + CONV_ROWS) {  // else all of the block lies right of the diagonal
         tile_load(s, inp, head, conv.backward ? i0 : i0 - (cq - 1), j0 - margin, rows, cols, conv.begin, conv.end);
         const floatX* own = conv.weight + (size_t)(head % conv.NH) * cq * ck;
         for (int t = threadIdx.x; t < cq * ck; t += blockDim.x) { w[t % ck * taps + t / ck] = (float)own[conv.backward ? cq * ck - 1 - t : t]; }
         __syncthreads();  // the tile and the kernel are there
+
+        // A key column of the kernel at a time. With CQ known, the column's inputs are loaded once and serve all taps.
         for (int b = 0; b < ck; b++) {
             const float* x = s + r0 * cols + c + margin - (ck - 1) / 2 + b;
             if constexpr (CQ > 0) {
@@ -724,6 +772,8 @@ UNROLL
             }
         }
     }
+
+    // Right of the diagonal stand zeros; nothing is touched beyond the rows and columns that were asked for.
     for (int r = 0; r < CONV_STRIP; r++) {
         int i = i0 + r0 + r;
         if (i < conv.hi && j < conv.nk) { out.row(head, i)[j] = (Out)(j <= i ? sum[r] : 0.0f); }
@@ -753,8 +803,9 @@ static void kq_conv_backward_input(const TileX* dinp, const TileX* dout, const f
 
 // parts (heads, blocks of rows, cq*ck): dweight[a,b] of one head over CONV_ROWS rows and all their keys,
 //   sum_{i,j} dout[i,j] inp[i-(cq-1)+a, j-r+b], rows lo <= i < hi.
-// A thread has CONV_STRIP rows of one column of dout in registers and multiplies them by a column of inp that slides past: TAPS taps at a time (cq
-// where it is worth a kernel of its own, else 8), added up over the warp, then in the warp's own sums.
+// A thread has CONV_STRIP rows of one column of dout in registers and multiplies them by a column of inp that slides
+// past: TAPS taps at a time (cq where it is worth a kernel of its own, else 8; 8 at most), added up over the warp, then
+// in the warp's own sums, which no other warp touches.
 template <int TAPS>
 static __global__ void kq_conv_backward_weight_kernel(float* parts, TileX dout, Tile inp, int cq, int ck, int lo, int hi) {
     DYNAMIC_SHARED(float, s);  // rows of inp, then (warps, ck, taps) sums
@@ -764,6 +815,7 @@ static __global__ void kq_conv_backward_weight_kernel(float* parts, TileX dout, 
     int head = blockIdx.y, i0 = lo + blockIdx.x * CONV_ROWS, last = min_int(i0 + CONV_ROWS, hi) - 1;
     for (int t = threadIdx.x; t < CONV_THREADS / WARP_SIZE * ck * taps; t += CONV_THREADS) { sums[t] = 0; }
     for (int j0 = 0; j0 <= last; j0 += CONV_COLS) {
+        // This thread's part of dout: it stays in registers for all taps.
         float d[CONV_STRIP];
 UNROLL
         for (int r = 0; r < CONV_STRIP; r++) {
@@ -773,6 +825,8 @@ UNROLL
         __syncthreads();  // the tile before is used up; the sums are zero
         tile_load(s, inp, head, i0 - (cq - 1), j0 - margin, rows, cols, 0, hi);
         __syncthreads();  // the new one is there
+
+        // Every tap: products down the strip, summed over the warp's 32 columns; lane 4 a then holds tap a.
         for (int b = 0; b < ck; b++) {
             for (int a0 = 0; a0 < taps; a0 += TAPS) {
                 const float* x = s + (r0 + a0) * cols + c + margin - (ck - 1) / 2 + b;
@@ -789,6 +843,8 @@ UNROLL
             }
         }
     }
+
+    // At last the warps' sums, in order.
     __syncthreads();  // all warps have their sums
     for (int t = threadIdx.x; t < cq * ck; t += CONV_THREADS) {
         float sum = 0;
@@ -815,8 +871,9 @@ static void kq_conv_backward_weight(double* dweight, const TileX* dout, const Ti
 
 // ---- head_mix: out_o = sum_n W[o,n] inp_n within groups of ch heads
 
-// A thread owns one column of all heads of a group: it reads them all before it writes, so that out may be inp. CH: ch where it is worth a kernel
-// of its own (the column in registers, the weights in shared memory), 0 = any (the column in the thread's own column of shared memory).
+// Block (columns, row, group): a thread owns one column of all heads of a group; it reads them all before it writes, so
+// that out may be inp. CH: ch where it is worth a kernel of its own (the column in registers, the weights in shared
+// memory), 0 = any (the column in the thread's own column of shared memory).
 template <typename Weight, int CH, typename Out, typename In>
 static __global__ void head_mix_kernel(TileOf<Out> out, TileOf<In> inp, const Weight* weight, bool transpose, int ch, int groups, int lo, int nk) {
     DYNAMIC_SHARED(float, s);  // CH: (ch,ch) weights; else (ch, blockDim.x)
@@ -827,6 +884,8 @@ static __global__ void head_mix_kernel(TileOf<Out> out, TileOf<In> inp, const We
         for (int t = threadIdx.x; t < CH * CH; t += threads) { s[t] = (float)w[transpose ? t % CH * CH + t / CH : t]; }
         __syncthreads();  // the weights are there
         if (j >= nk) { return; }
+
+        // The column of all heads; zero right of the diagonal, where the tile may hold anything.
 UNROLL
         for (int n = 0; n < CH; n++) { x[n] = j <= i ? (float)inp.row(head + n, i)[j] : 0.0f; }
 UNROLL
@@ -837,6 +896,7 @@ UNROLL
             out.row(head + o, i)[j] = (Out)sum;
         }
     } else if (j < nk) {
+        // The thread's own column of shared memory: nobody else reads it, so no barrier is needed.
         float* own = s + threadIdx.x;
         for (int n = 0; n < ch; n++) { own[n * threads] = j <= i ? (float)inp.row(head + n, i)[j] : 0.0f; }
         for (int o = 0; o < ch; o++) {
@@ -869,8 +929,9 @@ static void head_mix_backward_input(const TileX* dinp, const TileX* dout, const 
 }
 
 // parts (sequences*groups, blocks of rows, ch*ch): dweight[o,n] = sum_{i,j} dout_o[i,j] inp_n[i,j] over MIX_ROWS rows.
-// A block stages `cols` columns of all heads; a thread owns a pair (o,n), or, where there are fewer pairs than threads, `slices` threads share one,
-// each with every slices-th column.
+// A block stages `cols` columns of all heads; a thread owns a pair (o,n), or, where there are fewer pairs than threads,
+// `slices` threads share one, each with every slices-th column. More pairs than threads take several walks over the
+// rows (`first`). All threads meet every barrier, those without a pair too.
 enum { MIX_ROWS = 8, MIX_THREADS = 256 };
 // Two stages within 40 KiB; an odd number, so that the same column of all heads lies in different banks
 static int mix_columns(int ch) { return max_int(1, (min_int(512, 5120 / ch) - 1) | 1); }
@@ -880,10 +941,13 @@ static __global__ void head_mix_backward_weight_kernel(float* parts, TileX dout,
     const int pairs = ch * ch, threads = blockDim.x, slices = max_int(1, threads / pairs), step = slices > 1 ? pairs : threads;
     int head = blockIdx.y * ch, i0 = lo + blockIdx.x * MIX_ROWS, i1 = min_int(i0 + MIX_ROWS, hi);
     for (int first = 0; first < pairs; first += step) {
+        // This thread's pair and slice; one without a pair helps to stage.
         int slice = slices > 1 ? threadIdx.x / pairs : 0, pair = first + (slices > 1 ? threadIdx.x % pairs : threadIdx.x);
         bool own = slice < slices && pair < pairs;
         const float *dp = d + (own ? pair / ch * cols : 0), *xp = x + (own ? pair % ch * cols : 0);
         float sum = 0;
+
+        // The rows' keys up to the diagonal, `cols` at a time.
         for (int i = i0; i < i1; i++) {
             for (int j0 = 0; j0 <= i; j0 += cols) {
                 __syncthreads();  // the stages before are used up
@@ -896,6 +960,8 @@ static __global__ void head_mix_backward_weight_kernel(float* parts, TileX dout,
                 for (int c = slice; own && c < cols; c += slices) { sum += dp[c] * xp[c]; }
             }
         }
+
+        // The slices of a pair, in order.
         __syncthreads();  // the sums of the pairs before have been read
         sums[threadIdx.x] = sum;
         __syncthreads();  // all slices have written
@@ -938,8 +1004,9 @@ static __device__ inline RowStats stats_shuffle(RowStats s, int flip) {
     return other;
 }
 
-// out and inp may be the same tile. stats (heads,T,2), maximum and 1 / sum, is written for the rows from `own` on; recompute: read instead.
-// A warp owns a row.
+// out and inp may be the same tile. stats (heads,T,2), maximum and 1 / sum, is written for the rows from `own` on;
+// recompute: read instead. A warp owns a row; a lane owns packs of PACK keys, every 32nd, in both passes, so that it
+// may write over its own input.
 template <typename Out>
 static __global__ void softmax_forward_kernel(TileOf<Out> out, float* stats, Tile inp, bool recompute, int heads, int lo, int own, int hi, int nk, int T) {
     int row = blockIdx.x * ROW_WARPS + threadIdx.x / WARP_SIZE, lane = threadIdx.x % WARP_SIZE;
@@ -948,6 +1015,9 @@ static __global__ void softmax_forward_kernel(TileOf<Out> out, float* stats, Til
     const floatS* x = inp.row(head, i);
     Out* y = out.row(head, i);
     float* kept = stats + 2 * ((size_t)head * T + i);
+
+    // First pass: maximum and sum of the row, each lane of its own keys, then joined over the warp. Every lane ends
+    // with the same.
     RowStats s = {-INFINITY, 0};
     if (!recompute) {
         for (int j = lane * PACK; j <= i; j += WARP_SIZE * PACK) {
@@ -958,6 +1028,8 @@ static __global__ void softmax_forward_kernel(TileOf<Out> out, float* stats, Til
         }
         for (int o = WARP_SIZE / 2; o > 0; o /= 2) { stats_join(&s, stats_shuffle(s, o)); }
     }
+
+    // Second pass: the probabilities; zeros right of the diagonal up to nk, which the next step reads.
     float max = recompute ? kept[0] : s.max, inverse = recompute ? kept[1] : 1.0f / s.sum;
     for (int j = lane * PACK; j < nk; j += WARP_SIZE * PACK) {
         Pack<Out, PACK> p = {};
@@ -991,11 +1063,15 @@ static __global__ void softmax_backward_kernel(TileX dinp, TileX dout, Tile inp,
     int row = blockIdx.x * ROW_WARPS + threadIdx.x / WARP_SIZE, lane = threadIdx.x % WARP_SIZE;
     if (row >= heads * (hi - lo)) { return; }
     int head = row / (hi - lo), i = lo + row % (hi - lo);
+
+    // The row of logits, its gradient in and out, and what the forward pass kept of it.
     const floatS* x = inp.row(head, i);
     const floatX* dy = dout.row(head, i);
     floatX* dx = dinp.row(head, i);
     float max = stats[2 * ((size_t)head * T + i)], inverse = stats[2 * ((size_t)head * T + i) + 1], dot = 0;
-    for (int pass = 0; pass < 2; pass++) {  // the dot product, then what needs it
+
+    // First pass: the dot product. Second: with it, the gradient, which takes the place of what this lane alone reads.
+    for (int pass = 0; pass < 2; pass++) {
         for (int j = lane * PACK; j < (pass ? nk : i + 1); j += WARP_SIZE * PACK) {
             Pack<floatX, PACK> d = {};
             if (j <= i) {
@@ -1098,6 +1174,9 @@ struct Maps { Tile S, C, L, P, R; TileX A; };
 static Maps attention_maps(const AttentionScratch* scratch, const Heads* x, const Attention* a, int S, int lo, int hi, bool backward, Cuda* g) {
     int p = halo_pre(a), r = halo_post(a), end = hi + (backward ? p : 0), nk = min_int(end, a->T), tiles = 0;
     Maps m;
+
+    // Scores, then the convolution before the softmax. Rows above lo are the halo that the convolutions of this chunk
+    // reach up to.
     m.A = tile_make(scratch->tiles_x, 0, a, lo - r - p);
     m.S = m.C = tile_make(scratch->tiles, tiles++, a, lo - r - p);
     scores_forward(&m.S, x->q_s, x->k_s, a, S, lo - r - p, end, nk, g);
@@ -1111,11 +1190,15 @@ static Maps attention_maps(const AttentionScratch* scratch, const Heads* x, cons
         mix16_maps(&m, x->stats, a, S, lo, hi, backward, g);
         return m;
     }
+
+    // Mixing before the softmax.
     m.L = m.C;
     if (a->mix_pre) {
         m.L = tile_make(scratch->tiles, tiles++, a, lo - r - p);
         head_mix_forward(&m.L, &m.C, a->mix_pre, false, a->ch_pre, a, S, lo - r, end, nk, g);
     }
+
+    // The softmax: the last step, straight into A, or followed by a convolution, a mixing or both.
     if (!keeps_att(a)) {
         if (backward) { softmax_recompute(&m.A, &m.L, x->stats, a, S, lo, end, nk, g); }
         else { softmax_forward(&m.A, &m.L, x->stats, a, S, lo, lo, end, nk, g); }
@@ -1124,6 +1207,8 @@ static Maps attention_maps(const AttentionScratch* scratch, const Heads* x, cons
     m.P = m.R = tile_make(scratch->tiles, tiles++, a, lo - r - p);
     if (backward) { softmax_recompute(&m.P, &m.L, x->stats, a, S, lo - r, end, nk, g); }
     else { softmax_forward(&m.P, &m.L, x->stats, a, S, lo - r, lo, end, nk, g); }
+
+    // Then the convolution, and the mixing, whichever comes last into A.
     if (a->conv_post && mixes_post(a)) {
         m.R = tile_make(scratch->tiles, tiles++, a, lo - r - p);
         kq_conv_forward(&m.R, &m.P, a->conv_post, a, S, lo, hi, nk, g);
@@ -1241,7 +1326,7 @@ typedef struct {
     const float* pair_mix;  // (NH/2,2,2), NULL = off: the heads' outputs come in two parts (fused attention), O_o = sum_n W[o,n] part_n (MODEL.md eq. 8)
 } HeadOutput;
 
-// A warp owns the `wide` heads h of token n of `inp` (B,NH,T,HS): element e of them
+// A warp owns unit h, `wide` heads side by side, of token n of `inp` (B,NH,T,HS): where element e of the unit lies
 static __device__ inline size_t head_at(const HeadOutput& o, int n, int h, int e) {
     return (((size_t)(n / o.T) * o.NH + (size_t)(h * o.wide + e / o.HS)) * o.T + n % o.T) * o.HS + e % o.HS;
 }
@@ -1262,13 +1347,17 @@ static __device__ inline Pack<float, W> head_load(const floatX* inp, const HeadO
     return y;
 }
 
-// out (B,T,NH*HS) = gate(norm(inp)), inp (B,NH,T,HS), or two parts of it
+// out (B,T,NH*HS) = gate(norm(inp)), inp (B,NH,T,HS), or two parts of it. A warp owns a unit of a token, a lane packs
+// of W elements; W divides HS, so that a pack lies in one head. The row is read again for each step: it is in the
+// cache.
 template <int W>
 static __global__ void head_output_forward_kernel(floatX* out, const floatX* inp, HeadOutput o) {
     int units = o.NH / o.wide, size = o.wide * o.HS, lane = threadIdx.x % WARP_SIZE;
     size_t row = (size_t)blockIdx.x * ROW_WARPS + threadIdx.x / WARP_SIZE;
     if (row >= (size_t)o.B * o.T * units) { return; }
     int n = (int)(row / units), h = (int)(row % units);
+
+    // The norm: r is scale / rms.
     float r = 1, s = 1;
     if (o.norm) {
         float squares = 0;
@@ -1278,6 +1367,8 @@ static __global__ void head_output_forward_kernel(floatX* out, const floatX* inp
         }
         r = o.scale / sqrtf(warp_sum(squares) / size + 1e-5f);
     }
+
+    // The gate, of what the norm gives (wide is 1 here: diff has no gate).
     if (o.gate) {
         float dot = 0;
         for (int e = lane * W; e < size; e += WARP_SIZE * W) {
@@ -1286,6 +1377,8 @@ static __global__ void head_output_forward_kernel(floatX* out, const floatX* inp
         }
         s = sigmoid(warp_sum(dot) + (float)*o.bias);
     }
+
+    // Both applied, into the token's row of channels.
     for (int e = lane * W; e < size; e += WARP_SIZE * W) {
         Pack<float, W> x = head_load<W>(inp, o, n, h, e);
         Pack<floatX, W> y;
@@ -1306,6 +1399,8 @@ static __global__ void head_output_backward_kernel(floatX* dinp, float* head_sta
     if (row >= (size_t)o.B * o.T * units) { return; }
     int n = (int)(row / units), h = (int)(row % units);
     const floatX* dy = dout + (size_t)n * o.NH * o.HS + (size_t)h * size;
+
+    // 1 / rms of the row, as in the forward pass.
     float r = 1, s = 1, ds = 0, mean = 0;
     if (o.norm) {
         float squares = 0;
@@ -1315,6 +1410,8 @@ static __global__ void head_output_backward_kernel(floatX* dinp, float* head_sta
         }
         r = 1.0f / sqrtf(warp_sum(squares) / size + 1e-5f);
     }
+
+    // The gate and its gradient: dout . y, y the norm's result.
     if (o.gate) {
         float dot = 0, through = 0;
         for (int e = lane * W; e < size; e += WARP_SIZE * W) {
@@ -1329,6 +1426,8 @@ static __global__ void head_output_backward_kernel(floatX* dinp, float* head_sta
         s = sigmoid(warp_sum(dot) + (float)*o.bias);
         ds = s * (1 - s) * warp_sum(through);
     }
+
+    // What RMSNorm's backward subtracts: the mean of dy . weight . xhat, dy = `through`.
     if (o.norm) {
         float dot = 0;
         for (int e = lane * W; e < size; e += WARP_SIZE * W) {
@@ -1341,9 +1440,11 @@ static __global__ void head_output_backward_kernel(floatX* dinp, float* head_sta
         }
         mean = warp_sum(dot) / size;
     }
+
+    // The gradient of the head's output.
     for (int e = lane * W; e < size; e += WARP_SIZE * W) {
         Pack<float, W> x = head_load<W>(inp, o, n, h, e);
-            Pack<floatX, W> d = load<W>(dy + e);
+        Pack<floatX, W> d = load<W>(dy + e);
         for (int i = 0; i < W; i++) {
             float through = s * (float)d.v[i] + (o.gate ? ds * (float)o.gate[e + i] : 0.0f);
             float dx = o.norm ? r * (through * o.scale * (float)o.norm[e + i] - x.v[i] * r * mean) : through;
@@ -1353,11 +1454,14 @@ static __global__ void head_output_backward_kernel(floatX* dinp, float* head_sta
     }
     if (lane == 0) { head_stats[3 * row] = r, head_stats[3 * row + 1] = s, head_stats[3 * row + 2] = ds; }
 }
-// parts (NORM_PARTS, wide*HS + HS + 1): the part's sums of the gradients of norm, gate and bias. A thread owns one element of a head.
+// parts (NORM_PARTS, wide*HS + HS + 1): the part's sums of the gradients of norm, gate and bias. A thread owns one
+// element of a unit.
 static __global__ void head_output_backward_weight_kernel(float* parts, const floatX* dout, const floatX* inp, const float* head_stats, HeadOutput o) {
     int units = o.NH / o.wide, size = o.wide * o.HS, e = blockIdx.x * blockDim.x + threadIdx.x, p = blockIdx.y;
     if (e >= size) { return; }
     size_t rows = (size_t)o.B * o.T * units, row0 = rows * p / NORM_PARTS, row1 = rows * (p + 1) / NORM_PARTS;
+
+    // The rows of this part, in order; every thread adds `bias`, the first one's counts.
     float norm = 0, gate = 0, bias = 0;
     for (size_t row = row0; row < row1; row++) {
         int n = (int)(row / units), h = (int)(row % units);
@@ -1471,14 +1575,18 @@ static void swiglu_backward(floatX* dgate_up, floatX* act, const floatX* dout, c
 // =================================================================================================================================
 // Cross-entropy (MODEL.md eq. 14)
 
-// losses (N) = -log softmax(logits)[target], wrong (N) = 1 where another id scores higher; 0 where target < 0 (not counted).
-// With `gradient`, logits (N,V), rows ld apart, become dlogits = (softmax - onehot) * dloss, zero where not counted. A block owns a row:
-// one pass for the running maximum and sum, one that writes. ld is a multiple of WIDE.
+// losses (N) = -log softmax(logits)[target], wrong (N) = 1 where another id scores higher; 0 where target < 0 (not
+// counted). With `gradient`, logits (N,V), rows ld apart, become dlogits = (softmax - onehot) * dloss, zero where not
+// counted. A block owns a row: one pass for the running maximum and sum, one that writes. ld is a multiple of WIDE,
+// blockDim.x of 32. A thread owns packs of WIDE logits, every blockDim.x-th.
 enum { LOSS_THREADS = 512 };
 static __global__ void crossentropy_kernel(float* losses, unsigned char* wrong, floatX* logits, const int* targets, int V, int ld, float dloss, bool gradient) {
     floatX* x = logits + (size_t)blockIdx.x * ld;
     int target = targets[blockIdx.x];
     float own = target >= 0 ? (float)x[target] : 0.0f, max = -INFINITY, sum = 0;
+
+    // Each thread's maximum so far, and the sum of exp(x - maximum), which a larger maximum scales down. Then both over
+    // the block.
     if (target >= 0) {  // the same for the whole block
         for (int v = threadIdx.x * WIDE; v < V; v += blockDim.x * WIDE) {
             Pack<floatX, WIDE> p = load<WIDE>(x + v);
@@ -1491,11 +1599,16 @@ static __global__ void crossentropy_kernel(float* losses, unsigned char* wrong, 
         sum = block_reduce(sum == 0.0f ? 0.0f : sum * exponential(max - top), false);  // 0: a thread without elements
         max = top;
     }
+
+    // The row's loss, by one thread.
     if (threadIdx.x == 0) {
         losses[blockIdx.x] = target >= 0 ? logf(sum) + max - own : 0.0f;
         wrong[blockIdx.x] = target >= 0 && !(own >= max);
     }
     if (!gradient) { return; }
+
+    // Second pass: the gradient takes the logits' place. No thread reads what another writes: the target's logit was
+    // read ahead of the barriers above.
     float inverse = 1.0f / sum;
     for (int v = threadIdx.x * WIDE; v < V; v += blockDim.x * WIDE) {
         Pack<floatX, WIDE> p = load<WIDE>(x + v);
@@ -3264,6 +3377,9 @@ static void model_zero_gradients(Model* m) {
 enum { NORM_THREADS = 256 };
 static __global__ void gradient_norm_kernel(double* norm_parts, const float* grads, size_t n) {
     size_t step = (size_t)gridDim.x * blockDim.x * 4;
+
+    // Every thread strides over the whole arena; which elements a block has depends on the size alone, and so does the
+    // order of the sum.
     float sum = 0;
     for (size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * 4; i < n; i += step) {
         Pack<float, 4> x = load<4>(grads + i);
@@ -3290,6 +3406,8 @@ template <int W>
 static __global__ void adamw_kernel(floatX* weights, float* master, float* m, float* v, const float* grads, size_t n, AdamWStep h) {
     size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * W;
     if (i >= n) { return; }
+
+    // All of the state is read before any is written.
     Pack<float, W> w = load<W>(master + i), am = load<W>(m + i), av = load<W>(v + i), d = load<W>(grads + i);
     Pack<floatX, W> rounded;
     for (int e = 0; e < W; e++) {
@@ -3299,6 +3417,8 @@ static __global__ void adamw_kernel(floatX* weights, float* master, float* m, fl
         w.v[e] = w.v[e] * h.decay - h.rate * am.v[e] / (sqrtf(av.v[e]) * h.correct + h.eps);
         rounded.v[e] = (floatX)w.v[e];
     }
+
+    // In the fp32 build master is weights: one store.
     store<W>(m + i, am);
     store<W>(v + i, av);
     store<W>(master + i, w);

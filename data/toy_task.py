@@ -10,7 +10,7 @@ query must match L keys at once: one attention weight of a plain Transformer com
     python3 data/toy_task.py --examples 3 --n 4 --blocks 8      # prints, writes nothing
 
 writes OUT/NAME_train_000000.bin (and more, if it is long) and OUT/NAME_val_000000.bin with .mask files beside them (1 for the answer and
-EOS), and OUT/NAME_task.json, which says how they were made. Every sequence has the same length S (printed, and "length" in the JSON
+EOS), OUT/NAME_task.json, which says how they were made, and OUT/manifest.json, from which trainers take the tokenizer. Every sequence has the same length S (printed, and "length" in the JSON
 file), "_" filling it up, and starts at a multiple of S: train with --seq-len S. A sequence of the test set (val) is in it once and never
 in the training set. The standard library suffices.
 """
@@ -20,28 +20,26 @@ import multiprocessing
 import os
 import random
 import signal
-import struct
 import sys
 import zlib
 
-DOT, HASH, PAD, BOS, EOS, VOCAB_SIZE = 26, 27, 28, 29, 30, 32  # the toy tokenizer: a-z are 0-25, "." "#" "_" BOS EOS, 32 in all
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+from shards import (  # noqa: E402
+    FORMAT, HEADER_BYTES, Parser, cores, foreign_shard, read_manifest, run_program, shard_header, sync_file, tokenizer_entry, write_manifest,
+)
+from tokenizer import ToyTokenizer, UserError, widened  # noqa: E402
+
+TOY = ToyTokenizer()
+DOT, HASH, PAD, BOS, EOS = 26, 27, 28, TOY.bos, TOY.eos
 SYMBOLS = "abcdefghijklmnopqrstuvwxyz.#_^$?"  # as printed by --examples: ^ BOS, $ EOS
 KINDS = ("all", "first", "last")
 PAPER_LENGTH = 321
 CHUNK = 2000  # sequences that share a random state; part of what a seed means
 SHARD_TOKENS = 1 << 27
-MAGIC_UINT16, VERSION_UINT16, HEADER_WORDS = 20240520, 1, 256
 
 # A random byte below 234 = 9 x 26 is a letter, others are dropped: bytes.translate makes uniform letters at the speed of C.
 LETTER_OF_BYTE = bytes(b % 26 for b in range(256))
 BYTES_DROPPED = bytes(range(234, 256))
-
-
-class Parser(argparse.ArgumentParser):
-    """A mistake in the options is one line and exit status 1, as in the programs."""
-
-    def error(self, message):
-        self.exit(1, f"{self.prog}: {message}; --help lists all options\n")
 
 
 class Task:
@@ -132,7 +130,7 @@ class ShardWriter:
         self.task, self.prefix = task, prefix
         self.per_shard = max(1, (SHARD_TOKENS - 1) // task.length)
         self.number, self.count, self.files = 0, 0, None
-        self.names = []
+        self.shards = {}  # their entries in the manifest, by file name
 
     def paths(self):
         base = f"{self.prefix}_{self.number:06d}"
@@ -140,7 +138,7 @@ class ShardWriter:
 
     def open(self):
         self.files = [open(path + ".partial", "wb") for path in self.paths()]
-        self.files[0].write(bytes(4 * HEADER_WORDS))
+        self.files[0].write(bytes(HEADER_BYTES))
         self.count, self.crc = 0, 0
 
     def put(self, tokens, mask):
@@ -156,8 +154,7 @@ class ShardWriter:
                 self.close()
 
     def write(self, tokens, mask):
-        wide = bytearray(2 * len(tokens))
-        wide[0::2] = tokens
+        wide = widened(tokens)
         self.crc = zlib.crc32(wide, self.crc)
         self.files[0].write(wide)
         self.files[1].write(mask)
@@ -169,20 +166,21 @@ class ShardWriter:
         self.write(bytes([BOS]), b"\0")
         count = self.count * self.task.length + 1
         self.files[0].seek(0)
-        self.files[0].write(struct.pack("<4iIi", MAGIC_UINT16, VERSION_UINT16, count, VOCAB_SIZE, self.crc, 1))
+        self.files[0].write(shard_header(TOY.width, count, TOY.vocab, self.crc, mask=1))
         for f in self.files:
             f.flush()
-            os.fsync(f.fileno())
+            sync_file(f.fileno())
             f.close()
         self.files = None
         for path in reversed(self.paths()):  # the mask first: a .bin in place is complete
             os.replace(path + ".partial", path)
-        self.names.append(os.path.basename(self.paths()[0]))
+        name = os.path.basename(self.paths()[0])
+        self.shards[name] = {"documents": self.count + 1, "tokens": count, "bytes": HEADER_BYTES + TOY.width * count, "crc32": "%08x" % self.crc}
         self.number += 1
 
 
 def write_split(task, seed, split, chunks, prefix, count, show):
-    """Writes a split from an iterable of lists of (prompt, answer); returns the names of its shards."""
+    """Writes a split from an iterable of lists of (prompt, answer); returns its shards as the manifest has them."""
     writer, done = ShardWriter(task, prefix), 0
     for pairs in chunks:
         parts = [finish(task, prompt, answer) for prompt, answer in pairs]
@@ -193,7 +191,7 @@ def write_split(task, seed, split, chunks, prefix, count, show):
     writer.close()
     if show:
         print("\r\033[K", end="", file=sys.stderr, flush=True)
-    return writer.names
+    return writer.shards
 
 
 def train_chunk(job):
@@ -219,7 +217,7 @@ def text(tokens):
 def check(options):
     """The task of these options; exits with one line if they do not make one."""
     def refuse(message):
-        sys.exit(f"toy_task.py: {message}")
+        raise UserError(message)
 
     if not 1 <= options.n <= 26:
         refuse(f"--n: got {options.n}, wanted 1 to 26 letters a block")
@@ -254,37 +252,59 @@ def main():
     parser.add_argument("--train-samples", type=int, default=1000000, help="sequences of the training set")
     parser.add_argument("--test-samples", type=int, default=1000, help="sequences of the test set")
     parser.add_argument("--seed", type=int, default=1, help="another seed, other sequences")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes")
+    parser.add_argument("--jobs", type=int, default=cores(), help="processes")
     parser.add_argument("--examples", type=int, default=0, metavar="K", help="print K training sequences and stop")
     options = parser.parse_args()
     task = check(options)
+    if options.examples > 0:
+        for prompt, answer in take(task, chunk_rng(task, options.seed, "train", 0), options.examples, set(), distinct=False):
+            print(text(prompt), text(answer))
+        return
+    if not options.out:
+        raise UserError("--out: the folder of the shards is missing")
     try:
-        if options.examples > 0:
-            for prompt, answer in take(task, chunk_rng(task, options.seed, "train", 0), options.examples, set(), distinct=False):
-                print(text(prompt), text(answer))
-            return
-        if not options.out:
-            sys.exit("toy_task.py: --out: the folder of the shards is missing")
         os.makedirs(options.out, exist_ok=True)
-        prefix = os.path.join(options.out, options.name)
-        show = sys.stderr.isatty()
-        test = take(task, chunk_rng(task, options.seed, "test", 0), options.test_samples, set(), distinct=True)
-        names = write_split(task, options.seed, "test", [test], prefix + "_val", len(test), show)
-        chunks = train_chunks(task, options.seed, options.train_samples, {prompt for prompt, _ in test}, max(1, options.jobs))
-        names += write_split(task, options.seed, "training", chunks, prefix + "_train", options.train_samples, show)
-        description = {"task": "find the block", "n": task.n, "l": task.l, "kind": task.kind, "blocks": task.blocks, "length": task.length,
-                       "train_samples": options.train_samples, "test_samples": options.test_samples, "seed": options.seed,
-                       "tokenizer": "toy", "shards": names}
-        with open(prefix + "_task.json", "w", encoding="utf-8") as f:
-            json.dump(description, f, indent=1)
-            f.write("\n")
+        write(options, task)
+    except BrokenPipeError:
+        raise
     except (OSError, ValueError) as error:
-        sys.exit(f"toy_task.py: {error}")
-    except KeyboardInterrupt:
-        sys.exit("toy_task.py: interrupted")
+        raise UserError(error)
+
+
+def write(options, task):
+    """All files of the task."""
+    manifest, prefix, show = read_manifest(options.out), os.path.join(options.out, options.name), sys.stderr.isatty()
+    found = foreign_shard(options.out, manifest, options.name, [f"{options.name}_{split}_000000.bin" for split in ("train", "val")])
+    if found and found[1]:
+        raise UserError(f"{found[0]} belongs to the preparation {found[1]}; give another --name")
+    test = take(task, chunk_rng(task, options.seed, "test", 0), options.test_samples, set(), distinct=True)
+    shards = {"val": write_split(task, options.seed, "test", [test], prefix + "_val", len(test), show)}
+    chunks = train_chunks(task, options.seed, options.train_samples, {prompt for prompt, _ in test}, max(1, options.jobs))
+    shards["train"] = write_split(task, options.seed, "training", chunks, prefix + "_train", options.train_samples, show)
+    description = {"task": "find the block", "n": task.n, "l": task.l, "kind": task.kind, "blocks": task.blocks, "length": task.length,
+                   "train_samples": options.train_samples, "test_samples": options.test_samples, "seed": options.seed,
+                   "tokenizer": "toy", "shards": [*shards["val"], *shards["train"]]}
+    write_entry(options.out, manifest, options.name, shards, {"command": "toy_task", **description})
+    with open(prefix + "_task.json", "w", encoding="utf-8") as f:
+        json.dump(description, f, indent=1)
+        f.write("\n")
     print(f"{prefix}_train_*.bin: {options.train_samples} sequences, {prefix}_val_*.bin: {options.test_samples}, of {task.length} tokens each "
           f"(--seq-len {task.length})")
 
 
+def write_entry(out, manifest, name, shards, options):
+    """The manifest's part on these shards; a document is what begins with BOS, the one behind the last window too."""
+    sets = {}
+    for split, entries in shards.items():
+        for entry in entries.values():
+            entry.update(preparation=name, set=name, split=split)
+        sums = {key: sum(entry[key] for entry in entries.values()) for key in ("documents", "tokens")}
+        if entries:
+            sets[split] = {**sums, "text_bytes": sums["tokens"], "shards": len(entries)}
+    preparation = {"format": FORMAT, "tokenizer": tokenizer_entry(TOY, manifest, name), "sets": {name: sets}, "bad": {},
+                   "options": {key: value for key, value in options.items() if key != "shards"}, "inputs": {}}
+    write_manifest(out, manifest, name, preparation, {**shards["train"], **shards["val"]}, TOY)
+
+
 if __name__ == "__main__":
-    main()
+    run_program(main)

@@ -301,8 +301,8 @@ static inline void checkpoint_path(const char* run, long step, char* path) {
 }
 
 // The step and path (PATH_SIZE bytes) of the newest checkpoint that verifies, -1 if there is none. A line on stderr for
-// each passed over.
-static inline long checkpoint_newest(const char* run, char* path_out) {
+// each passed over, the reason also as a line of *passed_over unless that is NULL.
+static inline long checkpoint_newest(const char* run, char* path_out, Text* passed_over) {
     long* steps;
     long found = -1;
     int n = checkpoint_list(run, &steps);
@@ -314,6 +314,7 @@ static inline long checkpoint_newest(const char* run, char* path_out) {
             found = steps[i];
         } else {
             fprintf(stderr, "%s: checkpoint passed over: %s\n", program_invocation_short_name, why.text);
+            if (passed_over) { text_printf(passed_over, "%s\n", why.text); }
         }
     }
     free(steps);
@@ -337,6 +338,21 @@ static inline void checkpoint_prune(const char* run, int keep, long newest) {
         }
     }
     if (keep > 0) { free(steps); }
+}
+
+// Where the disk is full: removes the oldest checkpoint before `newest`, the newest good one, and tells its step; -1 if
+// there is none.
+static inline long checkpoint_make_room(const char* run, long newest) {
+    long *steps, oldest = -1;
+    char path[PATH_SIZE];
+    int n = checkpoint_list(run, &steps);
+    if (n > 0 && steps[n - 1] < newest) {
+        oldest = steps[n - 1];
+        checkpoint_path(run, oldest, path);
+        checkpoint_remove_dir(path);
+    }
+    free(steps);
+    return oldest;
 }
 
 // ---------------------------------------------------------------------------------------------------------------------

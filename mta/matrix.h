@@ -137,7 +137,7 @@ typedef struct {
 } Matrix;
 
 // Memory is asked for this far ahead of its use, into the second level of caches: it covers the page walks at which the
-// hardware's own prefetch stops, and the first level's few buffers for lines under way stay free (dev/SPEED.md).
+// hardware's own prefetch stops, and the first level's few buffers for lines under way stay free (dev/experiments.tsv).
 // The compiler must not move it: one beside each load is 4% faster than several in a row.
 enum { AHEAD = 3072 };
 static inline void prefetch(const void* p) {

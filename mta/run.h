@@ -13,6 +13,7 @@
 
 #include <math.h>
 #include <signal.h>
+#include <sys/file.h>
 #include <sys/statvfs.h>
 
 // Exit statuses of the trainers.
@@ -62,6 +63,11 @@ typedef struct {
     int64_t skipped;            // updates left out because loss or gradient norm was not finite
     int skipped_in_a_row;
     int64_t saved_step;         // of the newest checkpoint, -1 = none
+    int64_t timed_step;         // of the one that the next checkpoint replaces (--save-minutes), -1 = none
+    double saved_at;            // seconds_now() then, or when training began
+    bool timed;                 // is the checkpoint that is being written one of --save-minutes?
+    Text passed_over;           // what was wrong with newer checkpoints than the one that is resumed, a line each
+    int lock;                   // descriptor that holds the run's lock, -1 = none
     double flops_per_token, flops_per_second;  // for MFU: the model's, and the machine's peak as the trainer states it
     double started;             // seconds_now() when training began
     double training_seconds;    // in train_step since then: what tokens/s and ETA are of
@@ -72,8 +78,12 @@ typedef struct {
 static volatile sig_atomic_t run_signal = 0;
 
 static inline void run_on_signal(int number) {
-    if (run_signal) { _exit(128 + number); }  // the second one stops at once
+    static const char text[] = "\nstopping after this micro-batch, then saving; another signal stops at once\n";
+    int before = errno;
+    if (run_signal) { _exit(128 + number); }
     run_signal = number;
+    if (write(STDERR_FILENO, text, sizeof text - 1) < 0) { errno = before; }  // a terminal that is gone reads nothing
+    errno = before;
 }
 
 static inline void run_catch_signals(void) {
@@ -82,6 +92,8 @@ static inline void run_catch_signals(void) {
     a.sa_handler = run_on_signal;
     sigaction(SIGINT, &a, NULL);
     sigaction(SIGTERM, &a, NULL);
+    sigaction(SIGUSR1, &a, NULL);  // what clusters send before a job's time is over
+    if (signal(SIGHUP, SIG_IGN) != SIG_IGN) { sigaction(SIGHUP, &a, NULL); }  // the terminal is gone, and the run was not started by nohup
     signal(SIGPIPE, SIG_IGN);  // a closed terminal pipe must not end a run
     signal(SIGXFSZ, SIG_IGN);  // a file size limit shows as a failed write
 }
@@ -175,10 +187,11 @@ static inline void run_configure(Run* r) {
     bool loaded = false;  // from a file, whose attention fields hold unless --attention is given
     if (o->init_from) {
         if (!dir_exists(o->init_from)) { die("--init-from: %s is not a directory", o->init_from); }
-        snprintf(r->init_dir, sizeof r->init_dir, "%s", o->init_from);
+        path_join(path, sizeof path, o->init_from, "config.json");
+        if (file_exists(path) || checkpoint_newest(o->init_from, r->init_dir, NULL) < 0) { snprintf(r->init_dir, sizeof r->init_dir, "%s", o->init_from); }
     }
     if (!base && r->resume_dir[0]) { base = r->resume_dir; }
-    if (!base && o->init_from) { base = o->init_from; }
+    if (!base && o->init_from) { base = r->init_dir; }
     if (!base) { die("--model is missing, wanted one of %s or a config.json; see --help", MODEL_NAMES); }
     if (preset) {
         config_from_preset(c, preset);
@@ -186,7 +199,7 @@ static inline void run_configure(Run* r) {
         snprintf(path, sizeof path, "%s", base);
         if (dir_exists(base)) { path_join(path, sizeof path, base, "config.json"); }
         if (!file_exists(path)) {
-            if (base == o->init_from) { die("--init-from: %s: no config.json in it; wanted a checkpoint", base); }
+            if (base == r->init_dir) { die("--init-from: %s: no config.json in it, and no good checkpoint step-N; wanted a checkpoint", base); }
             die("--model: got \"%s\", wanted one of %s or a config.json", base, MODEL_NAMES);
         }
         if (!config_read(c, path, &e)) { die("%s", e.text); }
@@ -249,17 +262,42 @@ static inline void run_settle_steps(Run* r) {
     r->eval_every = o->eval_every >= 0 ? o->eval_every : tenth > 0 ? tenth : 1;
 }
 
+// Keeps other programs out of the run, where its log is. A file system without locks is no reason not to run.
+static inline void run_lock(Run* r) {
+    char path[PATH_SIZE];
+    path_join(path, sizeof path, r->options->out, "log.jsonl");
+    int fd = r->lock < 0 ? open(path, O_WRONLY | O_APPEND | O_CLOEXEC) : -1;
+    if (fd < 0) { return; }  // no log yet: a new run's comes into being once
+    if (flock(fd, LOCK_EX | LOCK_NB) == 0) {
+        r->lock = fd;
+        return;
+    }
+    if (errno == EWOULDBLOCK) { die("--out: %s is in use by another run; wanted that one to end first, or another directory", r->options->out); }
+    printf("no lock on %s (%s): two runs at once there would spoil it\n", path, strerror(errno));
+    close(fd);
+}
+
+// --resume: the newest good checkpoint. Where there are checkpoints and none is good, nothing is touched.
+static inline void run_find_checkpoint(Run* r) {
+    const char* out = r->options->out;
+    run_lock(r);
+    r->saved_step = checkpoint_newest(out, r->resume_dir, &r->passed_over);
+    if (r->saved_step >= 0) { return; }
+    r->resume_dir[0] = 0;
+    if (r->passed_over.n) { die("--resume: no checkpoint in %s is good; all is left as it is, --out with another directory starts anew", out); }
+}
+
 // Finds the checkpoint to continue, settles the model and the steps. Ends the program on a mistake.
 static inline void run_settle(Run* r, const Trainer* trainer, const TrainOptions* o) {
     memset(r, 0, sizeof *r);
     r->trainer = trainer;
     r->options = o;
-    r->saved_step = -1;
+    r->saved_step = r->timed_step = -1;
+    r->lock = -1;
     r->log.fd = -1;
     if (!o->dry_run) {
         if (!o->resume && run_holds_run(o->out)) { die("--out: %s holds a run; --resume continues it, or choose another directory", o->out); }
-        if (o->resume) { r->saved_step = checkpoint_newest(o->out, r->resume_dir); }
-        if (r->saved_step < 0) { r->resume_dir[0] = 0; }
+        if (o->resume) { run_find_checkpoint(r); }
     }
     run_configure(r);
     run_settle_steps(r);
@@ -302,7 +340,7 @@ static inline void run_check_directory(const Run* r) {
     tensor_list(&list, &r->config);
     double needed = (double)list.numel * 14 + (1 << 20);  // fp32 weights, m, v; or bf16 weights, fp32 master weights, m, v
     tensor_list_free(&list);
-    if (!statvfs(r->options->out, &fs) && (double)fs.f_bavail * (double)fs.f_frsize < needed) {
+    if (!statvfs(r->options->out, &fs) && fs.f_blocks > 0 && (double)fs.f_bavail * (double)fs.f_frsize < needed) {
         die("--out: %s has %.0f MiB free, one checkpoint needs %.0f", r->options->out, (double)fs.f_bavail * (double)fs.f_frsize / 1048576, needed / 1048576);
     }
 }
@@ -315,6 +353,9 @@ static inline void run_open_data(Run* r) {
     Error e = {{0}};
     LoaderMix mix = strcmp(o->mix, "document") ? MIX_TOKEN : MIX_DOCUMENT;
     if (!loader_open_mix(&r->train, o->train, r->seq_len, r->config.vocab_size, (uint64_t)o->seed, mix, &e)) { die("--train: %s", e.text); }
+    for (int i = 0; i < r->train.n_sources && r->train.n_sources > 1; i++) {
+        if (!r->train.sources[i].weighted) { printf("--train: no weight for %s, taken as 1\n", r->train.sources[i].name); }
+    }
     run_open_val(r);
     size_t n = (size_t)r->windows * (size_t)r->seq_len;
     r->tokens = (int32_t*)alloc_or_die(n, sizeof(int32_t), "a step's tokens");
@@ -338,6 +379,7 @@ static inline const char* run_torch_dtype(const Run* r) { return r->trainer->exa
 static inline void run_state_json(const Run* r, Text* t) {
     text_printf(t, "{\n  \"format\": 1,\n  \"step\": %lld,\n  \"tokens_seen\": %lld,\n  \"skipped\": %lld,\n", (long long)r->step, (long long)r->tokens_seen,
                 (long long)r->skipped);
+    text_printf(t, "  \"batch_size\": %d,\n  \"tokens_per_step\": %lld,\n%s", r->batch_size, (long long)r->tokens_per_step, r->timed ? "  \"timed\": true,\n" : "");
     text_printf(t, "  \"random\": {\"seed\": %lld, \"step\": %lld},\n  \"loader\": ", (long long)r->options->seed, (long long)r->step);
     text_append(t, r->loader_state.text, r->loader_state.n);
     text_printf(t, ",\n  \"program\": ");
@@ -350,6 +392,17 @@ static inline void run_state_json(const Run* r, Text* t) {
         text_json_string(t, r->options->argv[i], strlen(r->options->argv[i]));
     }
     text_printf(t, "]\n}\n");
+}
+
+// What is not as it was when the checkpoint was saved, and changes the numbers that follow.
+static inline void run_say_changes(const Run* r, const Json* saved) {
+    int64_t batch = 0, tokens = 0;
+    if (json_integer(json_get(saved, "batch_size"), 1, INT64_MAX, &batch) && batch != r->batch_size) {
+        printf("--batch-size was %lld, is %d from here on: gradients are summed in another order, the last digits differ\n", (long long)batch, r->batch_size);
+    }
+    if (json_integer(json_get(saved, "tokens_per_step"), 1, INT64_MAX, &tokens) && tokens != r->tokens_per_step) {
+        printf("--tokens-per-step was %lld, is %lld from here on\n", (long long)tokens, (long long)r->tokens_per_step);
+    }
 }
 
 static inline void run_read_state(Run* r) {
@@ -365,6 +418,9 @@ static inline void run_read_state(Run* r) {
         !json_integer(json_get(j, "skipped"), 0, INT64_MAX, &r->skipped)) { die("%s: step, tokens_seen or skipped is missing", path); }
     if (r->step != r->saved_step) { die("%s: step %lld, wanted %lld as the directory's name says", path, (long long)r->step, (long long)r->saved_step); }
     if (!loader_state_read(&r->train, json_get(j, "loader"), &e)) { die("%s", e.text); }
+    run_say_changes(r, j);
+    const Json* timed = json_get(j, "timed");
+    if (timed && timed->type == JSON_BOOL && timed->boolean) { r->timed_step = r->step; }
     json_free(j);
     free(text);
 }
@@ -443,6 +499,19 @@ static inline bool run_due(const Run* r, int64_t every) { return every > 0 && r-
 
 // ---- reports
 
+// A line of the log for each newer checkpoint that was passed over as damaged.
+static inline void run_log_passed_over(Run* r) {
+    char *rest = NULL, *why = r->passed_over.n ? strtok_r(r->passed_over.text, "\n", &rest) : NULL;
+    for (; why; why = strtok_r(NULL, "\n", &rest)) {
+        Text t = {NULL, 0, 0};
+        text_printf(&t, "{\"event\": \"damaged\", \"step\": %lld, \"reason\": ", (long long)r->step);
+        text_json_string(&t, why, strlen(why));
+        text_append(&t, "}", 1);
+        runlog_line(&r->log, t.text);
+        text_free(&t);
+    }
+}
+
 // Opens the log; only here, where the model has been read: a run that cannot start leaves none in the way of the next.
 static inline void run_log_start(Run* r, size_t parameters) {
     Text t = {NULL, 0, 0}, config = {NULL, 0, 0};
@@ -462,7 +531,9 @@ static inline void run_log_start(Run* r, size_t parameters) {
     runlog_line(&r->log, t.text);
     text_free(&t);
     text_free(&config);
-    r->started = seconds_now();
+    run_lock(r);
+    r->started = r->saved_at = seconds_now();
+    run_log_passed_over(r);
     if (r->resume_dir[0]) {
         printf("resumed from %s\n", r->resume_dir);
     } else if (r->options->resume) {
@@ -528,13 +599,19 @@ static inline bool run_save_texts(const Run* r, CheckpointWriter* w, Error* e) {
     return good;
 }
 
-// After a checkpoint was committed to `path`.
+// After a checkpoint was committed to `path`: removes those that are not to be kept.
 static inline void run_saved(Run* r, const char* path, double seconds) {
-    char line[PATH_SIZE + 64];
+    char line[PATH_SIZE + 64], old[PATH_SIZE];
     Text t = {NULL, 0, 0};
     r->saved_step = r->step;
-    checkpoint_prune(r->options->out, (int)r->options->keep, (long)r->step);
-    text_printf(&t, "{\"event\": \"save\", \"step\": %lld, \"seconds\": %.3f, \"path\": ", (long long)r->step, seconds);
+    r->saved_at = seconds_now();
+    if (r->timed_step >= 0 && r->timed_step != r->step) {
+        checkpoint_path(r->options->out, (long)r->timed_step, old);
+        checkpoint_remove_dir(old);
+    }
+    r->timed_step = r->timed ? r->step : -1;
+    if (!r->timed) { checkpoint_prune(r->options->out, (int)r->options->keep, (long)r->step); }
+    text_printf(&t, "{\"event\": \"save\", \"step\": %lld, \"seconds\": %.3f, %s\"path\": ", (long long)r->step, seconds, r->timed ? "\"timed\": true, " : "");
     text_json_string(&t, path, strlen(path));
     text_printf(&t, "}");
     runlog_line(&r->log, t.text);
@@ -542,6 +619,19 @@ static inline void run_saved(Run* r, const char* path, double seconds) {
     text_free(&t);
     snprintf(line, sizeof line, "saved %s", path);
     progress_line(&r->progress, line, true);
+}
+
+// Where a checkpoint failed because the disk is full: removes the oldest one kept, never the newest good one, and says so.
+static inline bool run_make_room(Run* r, const Error* e) {
+    char line[128];
+    if (!strstr(e->text, strerror(ENOSPC)) && !strstr(e->text, strerror(EDQUOT))) { return false; }
+    long removed = checkpoint_make_room(r->options->out, (long)r->saved_step);
+    if (removed < 0) { return false; }
+    snprintf(line, sizeof line, "{\"event\": \"disk full\", \"step\": %lld, \"removed\": %ld}", (long long)r->step, removed);
+    runlog_line(&r->log, line);
+    fprintf(stderr, "%s: the disk is full: step-%08ld, the oldest checkpoint, was removed to save step %lld\n", program_invocation_short_name, removed, (long long)r->step);
+    if (r->timed_step == removed) { r->timed_step = -1; }
+    return true;
 }
 
 // A checkpoint that could not be written: says so, names what is left, ends the program.
@@ -578,8 +668,10 @@ static inline int run_end(Run* r) {
     loader_close(&r->train);
     for (int i = 0; i < r->n_val; i++) { loader_close(&r->val[i].loader); }
     if (r->tokenizer) { tokenizer_free(r->tokenizer); }
+    if (r->lock >= 0) { close(r->lock); }
     text_free(&r->ranks);
     text_free(&r->loader_state);
+    text_free(&r->passed_over);
     free(r->tokens);
     free(r->targets);
     return status;

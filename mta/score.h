@@ -3,6 +3,8 @@
 //   {"context": TEXT, "continuation": TEXT} or {"context_ids": [...], "continuation_ids": [...]}
 //   {"logprob": sum, "tokens": n, "greedy": is each the most probable, "token_logprobs": [...]}
 // A context text gets the tokenizer's BOS; context_ids are taken as they are; an empty context without BOS is refused.
+// Two texts are cut into tokens as EleutherAI's lm-evaluation-harness does it: blanks at the end of the context belong to
+// the continuation, and the continuation's tokens are those that both texts in one have beyond the context's.
 //
 // What computes them stands behind one function (Scorer.score). Requests are taken as many as there are (a file: up to
 // SCORE_WINDOW; a pipe: what has arrived), given to it in parts sorted by their tokens, and answered in their own order.
@@ -80,42 +82,98 @@ typedef struct {
     void* model;
 } Scorer;
 
-// Ids of a field as text or as *_ids, appended to the request.
-static inline bool score_read_part(ScoreRequest* q, const Scorer* scorer, const Json* j, const char* key,
-                                   const char* ids_key, Error* e) {
-    const Json *text = json_get(j, key), *list = json_get(j, ids_key);
-    bool is_list = list && list->type == JSON_ARRAY, is_text = !is_list && text && text->type == JSON_STRING;
-    int32_t* ids = NULL;
-    size_t n = 0;
-    Error inner = {{0}};
-    if (!is_list && !is_text) { return fail(e, "wanted \"%s\", a string, or \"%s\", a list", key, ids_key); }
-    if (is_text && !scorer->tokenizer) { return fail(e, "%s", scorer->no_tokenizer); }
-    if (is_text && !tokenizer_encode(scorer->tokenizer, text->string, text->length, &ids, &n, &inner)) {
-        return fail(e, "%s: %.400s", key, inner.text);
-    }
-    if (is_list) {
-        ids = (int32_t*)alloc_or_die(list->count, sizeof *ids, "token ids");
-        for (const Json* i = list->child; i; i = i->next) {
-            int64_t id;
-            if (!json_integer(i, 0, scorer->vocab - 1, &id)) {
-                free(ids);
-                return fail(e, "%s: wanted token ids from 0 to %d", ids_key, scorer->vocab - 1);
-            }
-            ids[n++] = (int32_t)id;
-        }
-    }
-    if (n > INT32_MAX / 4) {
-        free(ids);
-        return fail(e, "%zu tokens", n);
-    }
+static inline bool score_append(ScoreRequest* q, const int32_t* ids, size_t n, Error* e) {
+    if (n > INT32_MAX / 4) { return fail(e, "%zu tokens", n); }
     q->ids = (int32_t*)realloc(q->ids, ((size_t)q->n + n + 1) * sizeof *q->ids);
     if (!q->ids) { die("out of memory: %zu tokens", n); }
-    bool bos = is_text && !strcmp(key, "context") && tokenizer_bos(scorer->tokenizer) >= 0;
-    if (bos) { q->ids[q->n++] = tokenizer_bos(scorer->tokenizer); }
     if (n) { memcpy(q->ids + q->n, ids, n * sizeof *ids); }
     q->n += (int)n;
-    free(ids);
     return true;
+}
+
+// The tokens of a text (n bytes), owned by the caller.
+static inline bool score_encode(const Scorer* scorer, const char* key, const char* text, size_t n, int32_t** ids,
+                                size_t* count, Error* e) {
+    Error inner = {{0}};
+    if (!scorer->tokenizer) { return fail(e, "%s", scorer->no_tokenizer); }
+    return tokenizer_encode(scorer->tokenizer, text, n, ids, count, &inner) || fail(e, "%s: %.400s", key, inner.text);
+}
+
+static inline bool score_append_bos(ScoreRequest* q, const Scorer* scorer, Error* e) {
+    int32_t bos = scorer->tokenizer ? tokenizer_bos(scorer->tokenizer) : -1;
+    return bos < 0 || score_append(q, &bos, 1, e);
+}
+
+// A field as ids (`list`) or as text, appended to the request; a context text after BOS.
+static inline bool score_read_part(ScoreRequest* q, const Scorer* scorer, const Json* text, const Json* list,
+                                   const char* key, Error* e) {
+    int32_t* ids = NULL;
+    size_t n = 0;
+    bool good = true;
+    if (list) {
+        ids = (int32_t*)alloc_or_die(list->count, sizeof *ids, "token ids");
+        for (const Json* i = list->child; good && i; i = i->next) {
+            int64_t id = 0;
+            good = json_integer(i, 0, scorer->vocab - 1, &id) ||
+                   fail(e, "%s_ids: wanted token ids from 0 to %d", key, scorer->vocab - 1);
+            ids[n++] = (int32_t)id;
+        }
+    } else if (text) {
+        good = score_encode(scorer, key, text->string, text->length, &ids, &n, e) &&
+               (strcmp(key, "context") || score_append_bos(q, scorer, e));
+    } else {
+        good = fail(e, "wanted \"%s\", a string, or \"%s_ids\", a list", key, key);
+    }
+    good = good && score_append(q, ids, n, e);
+    free(ids);
+    return good;
+}
+
+// Bytes of the blanks that end a text of n bytes: what Python's str.rstrip() takes off.
+static inline size_t score_blanks(const char* text, size_t n) {
+    static const char* const blanks[] = {
+        " ", "\t", "\n", "\v", "\f", "\r", "\x1c", "\x1d", "\x1e", "\x1f", "\xc2\x85", "\xc2\xa0", "\xe1\x9a\x80", "\xe2\x80\x80",
+        "\xe2\x80\x81", "\xe2\x80\x82", "\xe2\x80\x83", "\xe2\x80\x84", "\xe2\x80\x85", "\xe2\x80\x86", "\xe2\x80\x87",
+        "\xe2\x80\x88", "\xe2\x80\x89", "\xe2\x80\x8a", "\xe2\x80\xa8", "\xe2\x80\xa9", "\xe2\x80\xaf", "\xe2\x81\x9f",
+        "\xe3\x80\x80"};
+    enum { BLANKS = sizeof blanks / sizeof *blanks };
+    size_t left = n;
+    for (int i = 0; i < BLANKS; i++) {
+        size_t size = strlen(blanks[i]);
+        if (left < size || memcmp(text + left - size, blanks[i], size)) { continue; }
+        left -= size;
+        i = -1;  // from the first blank again, before these
+    }
+    return n - left;
+}
+
+static inline bool score_read_texts(ScoreRequest* q, const Scorer* scorer, const Json* context,
+                                    const Json* continuation, Error* e) {
+    size_t n = context->length - score_blanks(context->string, context->length), before = 0, all = 0;
+    int32_t *ids = NULL, *all_ids = NULL;
+    Text whole = {NULL, 0, 0};
+    text_append(&whole, context->string, context->length);
+    text_append(&whole, continuation->string, continuation->length);
+    bool good = score_encode(scorer, "context", whole.text, n, &ids, &before, e) &&
+                score_encode(scorer, "context and continuation", whole.text, whole.n, &all_ids, &all, e);
+    if (good && whole.n > n && all <= before) {
+        good = fail(e, "the continuation adds no token: with it the context has %zu, without it %zu", all, before);
+    }
+
+    // The context's own tokens, also where the continuation changes the last of them: so does the harness.
+    good = good && score_append_bos(q, scorer, e) && score_append(q, ids, before, e);
+    q->context = q->n;
+    good = good && score_append(q, all_ids + before, all - before, e);
+    free(ids);
+    free(all_ids);
+    text_free(&whole);
+    return good;
+}
+
+// The field of that type, or NULL.
+static inline const Json* score_field(const Json* j, const char* key, JsonType type) {
+    const Json* field = json_get(j, key);
+    return field && field->type == type ? field : NULL;
 }
 
 static inline void score_request_free(ScoreRequest* q) {
@@ -129,9 +187,19 @@ static inline bool score_read(ScoreRequest* q, const Scorer* scorer, const char*
     memset(q, 0, sizeof *q);
     q->greedy = true;
     Json* j = json_parse(line, n, e);
-    bool good = j && score_read_part(q, scorer, j, "context", "context_ids", e);
-    q->context = q->n;
-    good = good && score_read_part(q, scorer, j, "continuation", "continuation_ids", e);
+    bool good = j != NULL;
+    if (good) {
+        const Json *context = score_field(j, "context", JSON_STRING), *text = score_field(j, "continuation", JSON_STRING);
+        const Json *context_ids = score_field(j, "context_ids", JSON_ARRAY);
+        const Json* ids = score_field(j, "continuation_ids", JSON_ARRAY);
+        if (context && text && !context_ids && !ids) {
+            good = score_read_texts(q, scorer, context, text, e);
+        } else {
+            good = score_read_part(q, scorer, context, context_ids, "context", e);
+            q->context = q->n;
+            good = good && score_read_part(q, scorer, text, ids, "continuation", e);
+        }
+    }
     json_free(j);
     if (good && !q->context) { good = fail(e, "the context is empty and there is no BOS: nothing to condition on"); }
     int answer = q->n - q->context, over = q->n - 1 - scorer->positions;

@@ -174,7 +174,8 @@ typedef enum { MIX_TOKEN, MIX_DOCUMENT } LoaderMix;
 typedef struct {
     char name[64];     // the glob's last part without _train_*.bin and the like
     char* pattern;     // owned
-    double weight;     // as given
+    double weight;     // as given, 1 if none was
+    bool weighted;     // was one given?
     double share;      // of windows, all sources together 1
     uint64_t units;    // the share as a whole number, of 2^40 in all: turns are computed without rounding, equally by every compiler
     Shard* shards;     // owned, sorted by path
@@ -222,6 +223,20 @@ static inline void source_name(const char* pattern, char* out, size_t n) {
 
 static inline int compare_paths(const void* a, const void* b) { return strcmp(*(const char* const*)a, *(const char* const*)b); }
 
+// `pattern` for glob(): the folder of that very name is meant where there is one, and the file, so that either may be called "run[1]".
+static inline void glob_pattern(Text* out, const char* pattern) {
+    const char* slash = strrchr(pattern, '/');
+    size_t folder = slash != NULL ? (size_t)(slash - pattern) : 0, literal = 0;
+    char dir[PATH_SIZE];
+    snprintf(dir, sizeof(dir), "%.*s", (int)folder, pattern);
+    if (folder < sizeof(dir) && dir_exists(dir)) { literal = folder; }
+    if (file_exists(pattern)) { literal = strlen(pattern); }
+    for (size_t i = 0; pattern[i] != 0; i++) {
+        if (i < literal && strchr("*?[\\", pattern[i]) != NULL) { text_append(out, "\\", 1); }
+        text_append(out, pattern + i, 1);
+    }
+}
+
 // Opens every file that the pattern matches, sorted by name whatever the locale.
 static inline bool source_open(LoaderSource* s, const char* pattern, double weight, int T, int vocab_size, Error* e) {
     memset(s, 0, sizeof(*s));
@@ -230,7 +245,10 @@ static inline bool source_open(LoaderSource* s, const char* pattern, double weig
     s->weight = weight;
     source_name(pattern, s->name, sizeof(s->name));
     glob_t found;
-    int status = glob(pattern, GLOB_NOSORT, NULL, &found);
+    Text escaped = {NULL, 0, 0};
+    glob_pattern(&escaped, pattern);
+    int status = glob(escaped.n ? escaped.text : "", GLOB_NOSORT, NULL, &found);
+    text_free(&escaped);
     if (status != 0) {
         if (status == GLOB_NOMATCH) { return fail(e, "%s: no such shard; wanted .bin files made by data/prepare.py or data/toy_task.py", pattern); }
         return fail(e, "%s: cannot list the files", pattern);
@@ -324,7 +342,8 @@ static inline bool source_count_documents(LoaderSource* s, Error* e) {
 static inline bool loader_add_source(Loader* l, char* text, const char* dir, const char* where, Error* e) {
     double weight = 1;
     char* equals = strrchr(text, '=');
-    if (equals != NULL && strpbrk(equals, "/*?[") == NULL) {
+    bool weighted = equals != NULL && strpbrk(equals, "/*?[") == NULL;
+    if (weighted) {
         char* end = NULL;
         weight = strtod(equals + 1, &end);
         while (end[0] == ' ' || end[0] == '\t') { end++; }
@@ -341,6 +360,7 @@ static inline bool loader_add_source(Loader* l, char* text, const char* dir, con
     l->sources = sources;
     LoaderSource* s = &l->sources[l->n_sources++];
     if (!source_open(s, pattern, weight, l->seq_len, l->vocab_size, e)) { return false; }
+    s->weighted = weighted;
     char base[sizeof(s->name)];
     memcpy(base, s->name, sizeof(base));
     for (int i = 0, k = 1; i + 1 < l->n_sources; i++) {  // a/text_train_*.bin and b/text_train_*.bin are text and text-2

@@ -55,6 +55,7 @@ static inline double train_print_plan(Run* r, const char* device, double flops_p
     printf("step        %d sequences of %d = %s tokens, %d at once\n", r->windows, r->seq_len,
            format_grouped((uint64_t)r->tokens_per_step, grouped, sizeof grouped), r->batch_size);
     double all = (double)r->steps * (double)r->tokens_per_step, rate = r->flops_per_second / r->flops_per_token / 2;
+    if (o->warmup > r->steps) { printf("warmup      %lld steps, the run has %lld: the learning rate stays below --lr\n", (long long)o->warmup, (long long)r->steps); }
     printf("run         %lld steps, %s tokens\n", (long long)r->steps, format_count(all, count, sizeof count));
     if (r->flops_per_second > 0) {
         printf("time        about %s at half of this machine's matrix products (%s, %.0f GFLOP/s)\n", format_duration(all / rate, time, sizeof time), device,
@@ -275,23 +276,38 @@ static inline const void* fetch_tensor(void* ctx, int group, int tensor, size_t 
     return g->room;
 }
 
-static inline void save(Run* r) {
+// One try; the checkpoint's directory into path.
+static inline bool write_checkpoint(const Run* r, char* path, Error* e) {
     bool exact = r->trainer->exact;
     const TensorList* list = r->trainer->tensors(r->model);
     float* room = (float*)alloc_or_die(CHECKPOINT_PIECE, sizeof(float), "a piece of a tensor");
     TensorGroups weights = {r, SAVED_WEIGHTS, exact ? DT_F32 : DT_BF16, room}, optimizer = {r, OPTIMIZER_STATES, DT_F32, room};
     CheckpointWriter w;
+    bool good = checkpoint_begin(&w, r->options->out, (long)r->step, e) &&
+                checkpoint_add_tensors(&w, "model.safetensors", list, NO_PREFIX, 1, weights.dtype, fetch_tensor, &weights, e) &&
+                checkpoint_add_tensors(&w, "optimizer.safetensors", list, OPTIMIZER_PREFIXES, exact ? 2 : 3, DT_F32, fetch_tensor, &optimizer, e) &&
+                run_save_texts(r, &w, e) && checkpoint_commit(&w, path, e);
+    free(room);
+    return good;
+}
+
+// timed: one of --save-minutes, which the next checkpoint replaces.
+static inline void save(Run* r, bool timed) {
     Error e = {{0}};
     char path[PATH_SIZE];
     double start = seconds_now();
+    r->timed = timed;
     progress_break(&r->progress);
-    bool good = checkpoint_begin(&w, r->options->out, (long)r->step, &e) &&
-                checkpoint_add_tensors(&w, "model.safetensors", list, NO_PREFIX, 1, weights.dtype, fetch_tensor, &weights, &e) &&
-                checkpoint_add_tensors(&w, "optimizer.safetensors", list, OPTIMIZER_PREFIXES, exact ? 2 : 3, DT_F32, fetch_tensor, &optimizer, &e) &&
-                run_save_texts(r, &w, &e) && checkpoint_commit(&w, path, &e);
-    free(room);
-    if (!good) { run_save_failed(r, &e); }
+    while (!write_checkpoint(r, path, &e)) {
+        if (!run_make_room(r, &e)) { run_save_failed(r, &e); }
+        e.text[0] = 0;
+    }
     run_saved(r, path, seconds_now() - start);
+}
+
+// Is it time for a checkpoint of --save-minutes? The last step has its own.
+static inline bool timed_save_due(const Run* r) {
+    return r->options->save_minutes > 0 && r->step < r->steps && seconds_now() - r->saved_at >= 60 * r->options->save_minutes;
 }
 
 // ---------------------------------------------------------------------------------------------------------------------------------
@@ -315,9 +331,10 @@ static inline int train(Run* r) {
     while (run_goes_on(r) && take_step(r)) {
         if (run_due(r, r->eval_every) || r->step == r->steps) { evaluate(r); }
         if (run_due(r, o->sample_every)) { sample(r); }
-        if (run_due(r, o->save_every) && !r->skipped_in_a_row) { save(r); }
+        bool due = run_due(r, o->save_every);
+        if (!r->skipped_in_a_row && (due || timed_save_due(r))) { save(r, !due); }
     }
-    if (r->saved_step != r->step && r->skipped_in_a_row < MAX_SKIPPED_IN_A_ROW) { save(r); }
+    if (r->saved_step != r->step && r->skipped_in_a_row < MAX_SKIPPED_IN_A_ROW) { save(r, false); }
     return run_end(r);
 }
 

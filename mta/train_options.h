@@ -17,7 +17,7 @@ typedef struct {
     // reports
     int64_t eval_every, eval_windows, save_every, keep, sample_every, sample_tokens, log_every;
     const char* sample_prompt;
-    double sample_temperature;
+    double sample_temperature, save_minutes;
     int argc;
     char** argv;  // the command line itself
 } TrainOptions;
@@ -30,7 +30,7 @@ static inline TrainOptions options_default(void) {
     o.mix = "token"; o.schedule = "linear"; o.recompute = "none";
     o.batch_size = 4; o.cuda_graphs = 1; o.steps = 1000; o.warmup = 50; o.seed = 1;
     o.beta1 = 0.9; o.beta2 = 0.98; o.eps = 1e-8; o.weight_decay = 0.05; o.grad_clip = 1;
-    o.eval_windows = 128; o.keep = 2; o.sample_tokens = 100; o.sample_temperature = 0.8; o.log_every = 10;
+    o.eval_windows = 128; o.keep = 2; o.sample_tokens = 100; o.sample_temperature = 0.8; o.log_every = 10; o.save_minutes = 30;
     return o;
 }
 
@@ -103,7 +103,8 @@ static inline void train_options_table(Opt* table, TrainOptions* o) {
     ROW("--eval-every", OPT_LONG, &o->eval_every, NULL, "steps between evaluations, 0 = only the last (default: a tenth of the run)", 0, any)
     ROW("--eval-windows", OPT_LONG, &o->eval_windows, NULL, "sequences of a set per evaluation, spread over it; 0 = all", 0, any)
     ROW("--save-every", OPT_LONG, &o->save_every, NULL, "steps between checkpoints, 0 = only the last", 0, any)
-    ROW("--keep", OPT_LONG, &o->keep, NULL, "checkpoints kept, 0 = all", 0, 1e9)
+    ROW("--save-minutes", OPT_FLOAT, &o->save_minutes, NULL, "minutes between further checkpoints, each in place of the last; 0 = none", 0, 1e6)
+    ROW("--keep", OPT_LONG, &o->keep, NULL, "checkpoints kept, those of --save-minutes apart; 0 = all", 0, 1e9)
     ROW("--sample-every", OPT_LONG, &o->sample_every, NULL, "steps between samples, 0 = none", 0, any)
     ROW("--sample-tokens", OPT_LONG, &o->sample_tokens, NULL, "tokens of a sample", 1, 1e6)
     ROW("--sample-prompt", OPT_STRING, &o->sample_prompt, "TEXT", "what a sample continues", 0, 0)

@@ -63,12 +63,6 @@ class Program:
         self.process.wait()
 
 
-def move_blanks(context, continuation):
-    """Trailing blanks of the context belong to the first token of the continuation."""
-    n = len(context) - len(context.rstrip())
-    return (context[:-n], context[-n:] + continuation) if n else (context, continuation)
-
-
 def rolling_windows(ids, positions):
     """[(context, continuation)] of a text's ids, each predicted once. The first window has no context but BOS, the others
     end where they end and reach back as far as the model's positions do, so that the last one has a whole context too."""
@@ -113,8 +107,8 @@ class MtaLM(LM):
         return [json.loads(x) for x in self.scorer.ask([json.dumps(r) for r in requests], last=False)]
 
     def loglikelihood(self, requests, disable_tqdm=False):
-        pairs = [move_blanks(*r.args) for r in requests]
-        answers = self.score([{"context": a, "continuation": b} for a, b in pairs])
+        """infer_mta cuts the texts into tokens of context and continuation as the harness does it (mta/score.h)."""
+        answers = self.score([{"context": r.args[0], "continuation": r.args[1]} for r in requests])
         return [(a["logprob"], a["greedy"]) for a in answers]
 
     def loglikelihood_rolling(self, requests, disable_tqdm=False):

@@ -24,7 +24,7 @@ sys.path.insert(0, os.path.join(ROOT, "data"))
 sys.path.insert(0, os.path.join(ROOT, "dev", "tests"))
 import tiktoken  # noqa: E402
 import zstandard  # noqa: E402
-from prepare import PATTERNS, read_ranks  # noqa: E402
+from tokenizer import PATTERNS, read_ranks  # noqa: E402
 from test_tokenizer import GOLDEN, Library, Tokenizer, machine_texts  # noqa: E402
 
 

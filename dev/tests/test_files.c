@@ -426,7 +426,7 @@ static int silent_newest(const char* run, char* path) {  // its lines on stderr 
     fflush(stderr);
     int keep = dup(2), null = open("/dev/null", O_WRONLY);
     dup2(null, 2);
-    long step = checkpoint_newest(run, path);
+    long step = checkpoint_newest(run, path, NULL);
     dup2(keep, 2);
     close(keep);
     close(null);
@@ -437,7 +437,7 @@ static void test_checkpoint_round_trip(Arena* a) {
     Error e = {{0}};
     char path[PATH_SIZE];
     const char* run = at("run");
-    CHECK(checkpoint_newest(run, path) == -1);
+    CHECK(checkpoint_newest(run, path, NULL) == -1);
     CHECK(save(run, 500, a, path, &e) && !strcmp(path, at("run/step-00000500")) && checkpoint_verify(path, &e));
     a->stored = 0;
     CHECK(checkpoint_read_tensors(path, &a->list, no_prefix, 1, false, NULL, arena_store, a, &e) &&

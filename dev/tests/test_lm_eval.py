@@ -151,7 +151,7 @@ TASKS = {
         "lambada/lambada_openai.yaml",
         "lambada",
         [
-            {"text": "He came back to the old house"},
+            {"text": "He came back to the old  house"},
             {"text": "\u201cWhy,\u201d she asked, \u201cwould I go?\u201d\n\nNobody said a na\u00efve word"},
         ],
     ),
@@ -329,6 +329,35 @@ class Model(Case):
         self.assertEqual(len(got), len(want))
         for a, b in zip(got, want):
             self.assertAlmostEqual(a, b, delta=2e-4 * abs(b) + 1e-4)
+
+    def test_tokens_at_the_join(self):
+        """Blanks, line ends that join the mark before them, a word that goes on, no context, more than the positions."""
+        pairs = [
+            ("The cat sat on the", " mat."),
+            ("The cat sat on the ", "mat."),
+            ("He said so.\n", "\nThen he left"),
+            ("He said so.\n\n ", "Then"),
+            ("inter", "nationally known"),
+            ("every blank" + "".join(chr(c) for c in range(0x110000) if chr(c).isspace()), "b c"),
+            ("", "No context"),
+            ("  ", " blanks alone"),
+            ("many words " * 150, "and an end"),
+        ]
+        requests = instances("loglikelihood", pairs)
+        got, want = self.lm().loglikelihood(requests), Reference(self).loglikelihood(requests, disable_tqdm=True)
+        self.close_to([x for x, _ in got], [x for x, _ in want])
+        self.assertEqual([x for _, x in got], [x for _, x in want])
+
+    def test_a_continuation_without_a_token(self):
+        """"inter" and "national" are one token together. The harness stops there too."""
+        line = json.dumps({"context": "inter", "continuation": "national"})
+        done = subprocess.run(
+            [INFER, self.model, "--score", "-", "--quiet"], input=line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        self.assertEqual((done.returncode, done.stdout), (1, ""))
+        self.assertIn("line 1: the continuation adds no token: with it the context has 1, without it 1", done.stderr)
+        with self.assertRaises(AssertionError), contextlib.redirect_stderr(io.StringIO()):
+            Reference(self).loglikelihood(instances("loglikelihood", [("inter", "national")]), disable_tqdm=True)
 
     def test_rolling_windows(self):
         words = ["word%d" % i for i in range(400)]

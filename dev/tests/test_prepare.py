@@ -34,13 +34,19 @@ FULL = "--full" in sys.argv
 if FULL:
     sys.argv.remove("--full")
 sys.path.insert(0, os.path.join(ROOT, "data"))
+import inputs  # noqa: E402
 import prepare  # noqa: E402
+import tokenizer  # noqa: E402
 
 try:
     import tiktoken
     import zstandard
 except ImportError:
     tiktoken = zstandard = None
+try:
+    import huggingface_hub as hub
+except ImportError:
+    hub = None
 try:
     import pyarrow
     import pyarrow.parquet
@@ -65,11 +71,10 @@ def document(rng, size=200):
     return "".join(sentence(rng, rng.randrange(3, 20)) for _ in range(max(1, size // 60)))
 
 
-def run(*args, status=0, python=(sys.executable,)):
+def run(*args, status=0, python=(sys.executable,), environment=None, **more):
     """prepare.py with these arguments -> what it printed; its exit status is checked (None: 0 or 1)."""
-    done = subprocess.run(
-        [*python, PREPARE, *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=300
-    )
+    more = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "env": dict(os.environ, **(environment or {})), **more}
+    done = subprocess.run([*python, PREPARE, *map(str, args)], text=True, errors="replace", timeout=300, **more)
     if done.returncode not in ((0, 1) if status is None else (status,)):
         raise AssertionError("exit status %d, wanted %d\n%s" % (done.returncode, status, done.stdout))
     return done.stdout
@@ -243,7 +248,7 @@ class Domains(Case):
         run("slimpajama", self.path("in"), "--out", self.path("p"), "--workers", "2", *options)
         self.assertEqual(digest(self.path("o")), digest(self.path("p")))
         encoding = tiktoken.Encoding(
-            "x", pat_str=prepare.PATTERNS["cl100k_base"], mergeable_ranks=prepare.read_ranks(RANKS), special_tokens={}
+            "x", pat_str=tokenizer.PATTERNS["cl100k_base"], mergeable_ranks=tokenizer.read_ranks(RANKS), special_tokens={}
         )
         with open(self.path("o", "manifest.json")) as f:
             manifest = json.load(f)
@@ -350,9 +355,9 @@ class Segments(Case):
             for _ in range(800)
         )
         path = self.write("long.txt", text)
-        old, prepare.SEGMENT = prepare.SEGMENT, 997
+        old, inputs.SEGMENT = inputs.SEGMENT, 997
         try:
-            for pattern in prepare.PATTERNS:
+            for pattern in tokenizer.PATTERNS:
                 out = self.path(pattern)
                 with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
                     sys.argv = [
@@ -372,12 +377,12 @@ class Segments(Case):
                     ]
                     self.assertIn(prepare.main(), (None, 0))
                 encoding = tiktoken.Encoding(
-                    "x", pat_str=prepare.PATTERNS[pattern], mergeable_ranks=prepare.read_ranks(RANKS), special_tokens={}
+                    "x", pat_str=tokenizer.PATTERNS[pattern], mergeable_ranks=tokenizer.read_ranks(RANKS), special_tokens={}
                 )
                 ids = set_tokens(out, "long", "train")
                 self.assertEqual(ids[1:-1] if pattern == "llama3" else ids[1:], encoding.encode_ordinary(text))
         finally:
-            prepare.SEGMENT = old
+            inputs.SEGMENT = old
 
 
 class Bad(Case):
@@ -483,10 +488,6 @@ class Bad(Case):
             self.assertIn(message, run("text", text, "--tokenizer", path, "--out", self.path("o"), status=1))
         path = self.write("tokenizer.json", '{"version": "1.0"}')
         self.assertIn("Hugging Face's", run("text", text, "--tokenizer", path, "--out", self.path("o"), status=1))
-        shutil.copy(RANKS, self.path("other.bin"))
-        self.assertIn(
-            "add --pattern", run("text", text, "--tokenizer", self.path("other.bin"), "--out", self.path("o"), status=1)
-        )
         self.assertIn("not built in", run("text", text, "--tokenizer", "gpt2", "--out", self.path("o"), status=1))
 
     def test_options(self):
@@ -621,7 +622,7 @@ class Restarts(Case):
                 setattr(prepare.os, name, counted(getattr(os, name)))
             prepare.SetWriter.append = counted(prepare.SetWriter.append)
             prepare.SetWriter.finish_shard = counted(prepare.SetWriter.finish_shard)
-            prepare.BLOCK = 5000
+            inputs.BLOCK = 5000
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
             os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
             sys.argv = ["prepare.py"] + argv
@@ -725,186 +726,171 @@ class Restarts(Case):
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-class Faults(http.server.BaseHTTPRequestHandler):
-    """Serves server.files and misbehaves as server.faults says: {path: [what to do at each request in turn]}."""
+class Hub(http.server.BaseHTTPRequestHandler):
+    """The part of the Hugging Face hub's protocol that a download needs, for server.files, misbehaving as server.faults says:
+    {path: [what to do at each GET in turn]}."""
 
     def log_message(self, *args):
         pass
 
+    def answer(self, status, data=b"", **headers):
+        self.send_response(status)
+        for name, value in {"Content-Length": str(len(data)), **headers}.items():
+            self.send_header(name.replace("_", "-"), value)
+        self.end_headers()
+        return data
+
+    def do_HEAD(self):
+        self.do_GET()
+
     def do_GET(self):
-        server = self.server
-        name = self.path.lstrip("/")
-        server.requests.append((name, self.headers.get("Range"), self.headers.get("If-Range")))
-        fault = server.faults[name].pop(0) if server.faults.get(name) else None
-        if name not in server.files:
-            return self.send_error(404)
-        if isinstance(fault, int):
-            self.send_response(fault)
-            if fault == 429:
-                self.send_header("Retry-After", "1")
-            self.send_header("Content-Length", "0")
-            self.end_headers()
-            return
-        data, etag = server.files[name], '"%s"' % hashlib.sha256(server.files[name]).hexdigest()[:8]
-        start, asked = 0, self.headers.get("Range")
-        if asked and fault != "ignore range" and self.headers.get("If-Range", etag) == etag:
-            start = int(asked[len("bytes=") : -1])
-            if start >= len(data):
-                self.send_response(416)
-                self.send_header("Content-Range", "bytes */%d" % len(data))
-                self.end_headers()
-                return
-            self.send_response(206)
-            self.send_header("Content-Range", "bytes %d-%d/%d" % (start, len(data) - 1, len(data)))
-        else:
+        server, path = self.server, self.path.split("?")[0]
+        server.requests.append((self.command, path, self.headers.get("Range")))
+        if path == "/api/datasets/%s/tree/main" % server.repo:
+            return self.wfile.write(self.answer(200, json.dumps(self.listing()).encode(), Content_Type="application/json"))
+        start = "/datasets/%s/resolve/main/" % server.repo
+        name = path[len(start) :]
+        if not path.startswith(start) or name not in server.files or name in server.missing:
+            return self.answer(404, X_Error_Code="EntryNotFound" if path.startswith(start) else "RepoNotFound")
+        data, faults = server.files[name], server.faults.get(name)
+        known = {"ETag": '"%s"' % hashlib.sha256(data).hexdigest(), "X_Repo_Commit": "0" * 39 + "1"}
+        if self.command == "HEAD":
             self.send_response(200)
-        body = data[start:]
-        if fault == "truncated":
-            body = body[: len(body) // 2]
+            for key, value in {"Content-Length": str(len(data)), "Accept-Ranges": "bytes", **known}.items():
+                self.send_header(key.replace("_", "-"), value)
+            return self.end_headers()
+        fault = faults.pop(0) if faults else None
+        if isinstance(fault, int):
+            return self.answer(fault)
+        asked = self.headers.get("Range")
+        begin = int(asked[len("bytes=") :].split("-")[0]) if asked else 0
+        if asked:
+            known["Content_Range"] = "bytes %d-%d/%d" % (begin, len(data) - 1, len(data))
+        body = self.answer(206 if asked else 200, data[begin:], **known)
         if fault == "corrupt":
             body = bytes([body[0] ^ 1]) + body[1:]
-        self.send_header("Content-Length", str(len(body)))
-        self.send_header("ETag", etag)
-        self.end_headers()
         self.wfile.write(body[: len(body) // 2] if fault == "cut" else body)
-        if fault == "cut":
-            self.close_connection = True
+        self.close_connection = True
+
+    def listing(self):
+        entries = [{"type": "directory", "path": "train", "oid": "0" * 40, "size": 0}]
+        for name, data in sorted(self.server.files.items()):
+            lfs = {"oid": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 130}
+            entries.append({"type": "file", "path": name, "size": len(data), "oid": "0" * 40, "lfs": lfs})
+        return entries
 
 
+@unittest.skipUnless(hub, "needs huggingface_hub")
 class Downloads(Case):
     def setUp(self):
         super().setUp()
-        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Faults)
-        self.server.files, self.server.faults, self.server.requests = {}, {}, []
+        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+        self.server.repo, self.server.files, self.server.faults, self.server.requests = "some/mirror", {}, {}, []
+        self.server.missing = set()
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
         self.addCleanup(self.server.server_close)
         self.addCleanup(self.server.shutdown)
         rng = random.Random(4)
-        for i in range(6):
-            lines = "".join(
-                json.dumps({"text": document(rng), "meta": {"redpajama_set_name": DOMAINS[(i + j) % 7]}}) + "\n"
-                for j in range(30)
-            )
-            self.server.files["train/chunk1/f%d.jsonl" % i] = lines.encode()
+        names = ["train/chunk%d/f%d.jsonl" % (i % 3, i) for i in range(6)] + ["validation/chunk1/v.jsonl", "test/chunk1/t.jsonl"]
+        for i, name in enumerate(names):
+            documents = [(document(rng), DOMAINS[(i + j) % 7]) for j in range(30)]
+            lines = (json.dumps({"text": t, "meta": {"redpajama_set_name": d}}) + "\n" for t, d in documents)
+            self.server.files[name] = "".join(lines).encode()
+        self.server.files["README.md"] = b"about"
 
-    def list_file(self, sizes=True, sums=True):
-        lines = [
-            "%s%s%s\n"
-            % (name, " %d" % len(data) if sizes else "", " " + hashlib.sha256(data).hexdigest() if sums else "")
-            for name, data in sorted(self.server.files.items())
-        ]
-        return self.write("list.txt", "".join(lines))
-
-    def download(self, *more, status=0, sizes=True, sums=True):
-        return run(
-            "slimpajama",
-            "--download",
-            self.path("d"),
-            "--mirror",
-            "http://127.0.0.1:%d/" % self.server.server_port,
-            "--file-list",
-            self.list_file(sizes, sums),
-            "--retry-pause",
-            "0.05",
-            *more,
-            status=status
+    def download(self, *more, status=0):
+        environment = dict(
+            HF_ENDPOINT="http://127.0.0.1:%d" % self.server.server_port, HF_HOME=self.path("home"), HF_HUB_DISABLE_TELEMETRY="1"
         )
+        options = ("--download", self.path("d"), "--repo", "some/mirror", "--retry-pause", "0.05", *more)
+        return run("slimpajama", *options, status=status, environment=environment)
 
-    def check(self):
-        for name, data in self.server.files.items():
+    def wanted(self):
+        return sorted(n for n in self.server.files if n.startswith(("train/", "validation/")))
+
+    def there(self):
+        found = [os.path.relpath(os.path.join(w, n), self.path("d")) for w, _, names in os.walk(self.path("d")) for n in names]
+        found = sorted(n for n in found if not n.startswith(".cache"))
+        for name in found:
             with open(self.path("d", name), "rb") as f:
-                self.assertEqual(f.read(), data)
-        self.assertFalse(
-            [f for _, _, names in os.walk(self.path("d")) for f in names if f.endswith((".part", ".etag"))]
-        )
+                self.assertEqual(f.read(), self.server.files[name], name)
+        return found
 
     def test_faults_of_all_kinds(self):
-        names = sorted(self.server.files)
-        self.server.faults = dict(
-            zip(
-                names,
-                (
-                    ["cut", "cut", "cut"],
-                    [429, 503, "cut", 500],
-                    ["truncated"],
-                    ["corrupt"],
-                    ["cut", "ignore range"],
-                    ["truncated", "cut"],
-                ),
-            )
-        )
+        names = self.wanted()
+        self.server.files[names[0]] += b" " * (24 << 20)  # the package writes 10 MB at a time
+        self.server.faults = dict(zip(names, (["cut"], [503], ["corrupt"], ["cut", "corrupt"], [], [502, "cut"])))
         shown = self.download()
-        self.check()
-        for message in ("connection was cut", "HTTP 429", "HTTP 503", "the list says", "sha256 differs"):
-            self.assertIn(message, shown)
-        ranges = [r for n, r, _ in self.server.requests if n == names[0]]
-        self.assertEqual(ranges[0], None)
-        self.assertEqual(len([r for r in ranges if r]), 3)  # each cut goes on from the last byte
+        self.assertEqual(self.there(), names)
+        self.assertIn("sha256 is not the repository's", shown)
+        self.assertTrue([r for r in self.server.requests if r[1].endswith(names[0]) and r[2]], "a cut one goes on from its last byte")
+        self.assertIn("1 files of the test split are not fetched", shown)
         before = len(self.server.requests)
         self.download()
-        self.assertEqual(len(self.server.requests), before)  # all there: nothing is asked
+        self.assertEqual(len(self.server.requests), before + 1)  # the listing: all files are there
 
-    def test_without_sizes_and_sums(self):
-        names = sorted(self.server.files)
-        self.server.faults = {names[0]: ["cut", "cut"], names[1]: [502]}
-        self.download(sizes=False, sums=False)
-        self.check()
+    def test_a_sha256_that_is_never_right_ends(self):
+        name = self.wanted()[0]
+        self.server.faults = {name: ["corrupt"] * 1000}
+        shown = self.download("--retries", "2", status=1)
+        self.assertIn("%s: its sha256 is not the repository's, after 3 tries" % name, shown)
+        self.assertEqual(len([r for r in self.server.requests if r[0] == "GET" and r[1].endswith(name)]), 3)
+        self.assertEqual(self.there(), self.wanted()[1:])
 
-    def test_a_file_that_changed_on_the_server_is_fetched_anew(self):
-        name = sorted(self.server.files)[0]
-        self.server.faults = {name: ["cut"] + [500] * 3}
-        self.download("--retries", "2", status=1, sizes=False, sums=False)
-        self.assertTrue(os.path.exists(self.path("d", name + ".part")))
-        self.server.files[name] = self.server.files[name].replace(b"text", b"text", 1).replace(b"the", b"THE")
+    def test_errors_that_never_pass_end(self):
+        name = self.wanted()[1]
+        self.server.faults = {name: [503] * 1000}
+        self.assertIn("1 of 7 files could not be downloaded", self.download("--retries", "1", status=1))
+        self.assertTrue(len(self.server.requests) < 100, len(self.server.requests))
         self.server.faults = {}
-        self.download(sizes=False, sums=False)
-        self.check()
+        self.download()
+        self.assertEqual(self.there(), self.wanted())
 
     def test_what_cannot_be_had_is_named_and_the_rest_comes(self):
-        listed = self.list_file()
-        missing = sorted(self.server.files)[2]
-        data = self.server.files.pop(missing)
-        shown = run(
-            "slimpajama",
-            "--download",
-            self.path("d"),
-            "--mirror",
-            "http://127.0.0.1:%d" % self.server.server_port,
-            "--file-list",
-            listed,
-            "--retry-pause",
-            "0.05",
-            status=1,
-        )
-        self.assertIn(missing + ": HTTP 404", shown)
-        self.check()
-        self.server.files[missing] = data
-        self.download("--out", self.path("o"), "--val-fraction", "0.1")
-        self.check()
+        missing = self.wanted()[2]
+        self.server.missing.add(missing)
+        shown = self.download(status=1)
+        self.assertIn(missing, shown)
+        self.assertEqual(self.there(), [n for n in self.wanted() if n != missing])
+        self.server.missing.clear()
+        self.download("--out", self.path("o"))
+        self.assertEqual(self.there(), self.wanted())
         self.assertIn("0 things wrong", run("verify", self.path("o")))
+        with open(self.path("o", "manifest.json")) as f:
+            sets = json.load(f)["preparations"]["slimpajama"]["sets"].values()
+        self.assertEqual(sum(s["train"]["documents"] for s in sets), 180)  # its own split: whole files
+        self.assertEqual(sum(s.get("val", {"documents": 0})["documents"] for s in sets), 30)
 
-    def test_limits(self):
-        self.download("--max-files", "2")
-        self.assertEqual(sum(len(names) for _, _, names in os.walk(self.path("d"))), 2)
+    def test_limits_are_spread(self):
+        self.download("--max-files", "4")
+        self.assertEqual(len({n.split("/")[1] for n in self.there() if n.startswith("train")}), 3)
+        self.assertEqual([n for n in self.there() if n.startswith("validation")], ["validation/chunk1/v.jsonl"])
+        self.assertEqual(len(self.there()), 4)
         shutil.rmtree(self.path("d"))
-        first = len(self.server.files[sorted(self.server.files)[0]])
-        self.download("--max-bytes", str(first + 10))
-        self.assertEqual(sum(len(names) for _, _, names in os.walk(self.path("d"))), 1)
+        limit = 3 * max(len(data) for data in self.server.files.values())
+        self.download("--max-bytes", limit)
+        self.assertTrue(2 <= len(self.there()) <= 4 and sum(len(self.server.files[n]) for n in self.there()) <= limit)
+        self.assertIn("leave no file", self.download("--max-bytes", "10", status=1))
 
-    def test_a_list_that_leads_outside_is_refused(self):
-        for line in ("../x 5", "/etc/x", "a b c d", "x 5 abc"):
-            path = self.write("bad.txt", "ok.jsonl\n" + line + "\n")
-            shown = run(
-                "slimpajama",
-                "--download",
-                self.path("d"),
-                "--mirror",
-                "http://127.0.0.1:9/",
-                "--file-list",
-                path,
-                status=1,
-            )
-            self.assertIn("bad.txt:2", shown)
+    def test_spread_takes_part_of_every_chunk(self):
+        entries = [("train/chunk%d/%d.jsonl.zst" % (c, i), 10, None) for c in range(10) for i in range(100)]
+        entries += [("test/chunk1/%d.jsonl.zst" % i, 10, None) for i in range(50)] + [("validation/chunk1/0.jsonl.zst", 10, None)]
+        with contextlib.redirect_stderr(io.StringIO()):
+            for n in (1, 2, 11, 40, 1001, 5000):
+                files = prepare.chosen_files(entries, n, None)
+                self.assertEqual(len(files), min(n, 1001))
+                self.assertEqual(len(set(files)), len(files))
+                self.assertFalse([f for f in files if f[0].startswith("test")])
+                self.assertTrue(n == 1 or [f for f in files if f[0].startswith("validation")])
+                self.assertTrue(len({f[0].split("/")[1] for f in files}) >= min(n - 1, 10))
+            self.assertEqual(len(prepare.chosen_files(entries, None, 405)), 40)
+
+    def test_names_that_lead_outside_and_unknown_repositories(self):
+        self.server.files["train/../../x.jsonl"] = b"{}"
+        self.assertIn("would lie outside", self.download(status=1))
+        del self.server.files["train/../../x.jsonl"]
+        self.server.repo = "another"
+        self.assertIn("some/mirror: ", self.download(status=1))
 
 
 if __name__ == "__main__":

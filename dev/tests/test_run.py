@@ -12,6 +12,7 @@ import os
 import random
 import re
 import resource
+import select
 import shutil
 import signal
 import struct
@@ -186,6 +187,16 @@ class Runs(Trainer):
         self.assertEqual(val["tokens"], 8)
         self.assertEqual(val["error"], 0)
 
+    def test_options_that_do_nothing_are_said(self):
+        done = self.run_ok(self.out(), {"--steps": 2, "--warmup": 3})
+        self.assertIn("warmup      3 steps, the run has 2", done.stdout)
+        self.assertNotIn("warmup", self.run_ok(self.out(), {"--steps": 3, "--warmup": 3}).stdout)
+        one, two = self.path("a_train_*.bin"), self.path("a_val_*.bin")
+        done = self.run_ok(self.out(), {"--train": f"{one}=3,{two}"})
+        self.assertIn("--train: no weight for a-2, taken as 1", done.stdout)
+        self.assertEqual(done.stdout.count("no weight for"), 1)
+        self.assertNotIn("no weight for", self.run_ok(self.out(), {"--train": f"{one}=3,{two}=1"}).stdout + self.run_ok(self.out()).stdout)
+
     def test_mixture_from_a_recipe(self):
         write_shard(self.path("x_train_000000.bin"), [i % 32 for i in range(400)])
         with open(self.path("recipe.txt"), "w") as f:
@@ -321,7 +332,89 @@ class Resume(Trainer):
         done = self.run_ok(out, common, ["--resume"])
         self.assertIn("step-00000006", done.stderr)
         self.assertIn("step-00000004", done.stderr)
+        damaged = [e["reason"] for e in log_events(out, "damaged")]
+        self.assertEqual(len(damaged), 2)
+        self.assertTrue("step-00000006" in damaged[0] and "CRC" in damaged[0] and "step-00000004" in damaged[1], damaged)
         self.compare(whole, out, 1)
+
+    def test_only_damaged_checkpoints(self):
+        """Weeks may lie there: nothing is started over them, nothing is cut."""
+        out = self.out()
+        self.run_ok(out, {"--save-every": 3, "--keep": 0})
+        for folder in checkpoints(out):
+            with open(os.path.join(folder, "optimizer.safetensors"), "r+b") as f:
+                f.truncate(100)
+        before = tree(out)
+        done = self.execute(self.arguments(out, None, ["--resume"]))
+        self.assertEqual(done.returncode, 1, done.stdout)
+        lines = done.stderr.splitlines()
+        self.assertEqual(len(lines), 3, done.stderr)
+        self.assertTrue("step-00000006" in lines[0] and "step-00000003" in lines[1] and "no checkpoint" in lines[2], lines)
+        self.assertTrue(tree(out) == before, "files changed")
+
+    def test_one_run_at_a_time(self):
+        out = self.out()
+        child = self.launch(self.arguments(out, {"--steps": 10 ** 6, "--save-every": 5}))
+        self.wait_for_step(out, 12)
+        done = self.execute(self.arguments(out, {"--steps": 10 ** 6}, ["--resume"]))
+        self.assert_refused(done, "in use by another run")
+        self.assertIsNone(child.poll())
+        child.send_signal(signal.SIGTERM)
+        child.communicate(timeout=TIMEOUT)
+        self.assertEqual(child.returncode, 75)
+        steps = [e["step"] for e in log_events(out, "step")]
+        self.assertEqual(steps, list(range(1, len(steps) + 1)))
+        self.run_ok(out, {"--steps": steps[-1] + 1}, ["--resume"])
+
+    def test_file_system_without_locks(self):
+        """Lustre without the option flock, for example: the run goes on and says so."""
+        source, library = self.path("no_flock.c"), self.path("no_flock.so")
+        with open(source, "w") as f:
+            f.write("#include <errno.h>\nint flock(int fd, int operation) { (void)fd; (void)operation; errno = ENOSYS; return -1; }\n")
+        if shutil.which("cc") is None or subprocess.run(["cc", "-shared", "-fPIC", "-o", library, source]).returncode:
+            self.skipTest("no C compiler")
+        out = self.out()
+        done = self.execute(["env", "LD_PRELOAD=" + library] + self.arguments(out))
+        self.assertEqual(done.returncode, 0, done.stderr)
+        self.assertIn("no lock on", done.stdout)
+        self.assertEqual(len(log_events(out, "step")), 6)
+
+    def test_timed_checkpoints(self):
+        """Each replaces the one before; --keep counts the others; a resume from one continues bit for bit."""
+        whole, out = self.out(), self.out()
+        self.run_ok(whole, {"--steps": 90})
+        common = {"--save-every": 30, "--keep": 1, "--save-minutes": 1e-9}
+        self.run_ok(out, dict(common, **{"--steps": 70}))
+        saves = log_events(out, "save")
+        self.assertEqual([e["step"] for e in saves], list(range(1, 71)))
+        self.assertEqual([e["step"] for e in saves if not e.get("timed")], [30, 60, 70])
+        self.assertEqual([os.path.basename(c) for c in checkpoints(out)], ["step-00000070"])
+        child = self.launch(self.arguments(out, dict(common, **{"--steps": 10 ** 6, "--save-every": 0}), ["--resume"]))
+        self.wait_for_step(out, 75)
+        child.kill()  # the newest is a timed one, beside the one that is kept
+        child.communicate()
+        names = [os.path.basename(c) for c in checkpoints(out)]
+        self.assertEqual((len(names), names[0]), (2, "step-00000070"))
+        last = int(names[1][-8:])
+        if last < 88:
+            self.run_ok(out, {"--steps": 90, "--keep": 5}, ["--resume"])
+            self.assertEqual([os.path.basename(c) for c in checkpoints(out)], ["step-00000070", "step-00000090"])
+            self.compare(whole, out, last + 1)
+        off = self.out()
+        self.run_ok(off, {"--steps": 20, "--save-minutes": 0})
+        self.assertEqual([e["step"] for e in log_events(off, "save")], [20])
+
+    def test_what_a_resume_changes_is_said(self):
+        out = self.out()
+        self.run_ok(out, {"--steps": 2})
+        done = self.run_ok(out, {"--steps": 3}, ["--resume"])
+        self.assertNotIn(" was ", done.stdout)
+        done = self.run_ok(out, {"--steps": 4, "--batch-size": 1, "--tokens-per-step": 32}, ["--resume"])
+        self.assertIn("--batch-size was 2, is 1", done.stdout)
+        self.assertNotIn("--tokens-per-step was", done.stdout)
+        done = self.run_ok(out, {"--steps": 5, "--batch-size": 4}, ["--resume"])
+        self.assertIn("--batch-size was 1, is 4", done.stdout)
+        self.assertIn("--tokens-per-step was 32, is 64", done.stdout)
 
     def test_damaged_newest_does_not_cost_the_one_that_is_saved(self):
         """With --keep 1, going on from an older checkpoint: what is saved before the damaged one's step stays."""
@@ -491,6 +584,21 @@ def spoil(path, what, prefix=""):
 
 
 class InitFrom(Trainer):
+    def test_from_a_run(self):
+        """RUN stands for its newest good checkpoint, which is named."""
+        run, out, other = self.out(), self.out(), self.out()
+        self.run_ok(run, {"--save-every": 2, "--keep": 0})
+        none = {n: None for n in SMALL if n.startswith(("--attention", "--hidden", "--num", "--inter", "--vocab", "--kq", "--model"))}
+        done = self.run_ok(out, dict(none, **{"--init-from": run, "--steps": 1}))
+        self.assertIn("weights from " + os.path.join(run, "step-00000006"), done.stdout)
+        with open(os.path.join(run, "step-00000006", "config.json"), "a") as f:
+            f.write(" ")
+        done = self.run_ok(other, {"--init-from": run, "--steps": 1})
+        self.assertIn("weights from " + os.path.join(run, "step-00000004"), done.stdout)
+        self.assertIn("step-00000006", done.stderr)
+        empty = tempfile.mkdtemp(dir=self.folder)
+        self.refused([empty, "config.json"], dict(none, **{"--init-from": empty}))
+
     def test_longer_context(self):
         """Fine-tuning with another length, RoPE theta, decay and warmup starts from the weights and a fresh optimizer."""
         base, out = self.out(), self.out()
@@ -527,8 +635,6 @@ class InitFrom(Trainer):
                 self.assertEqual(os.listdir(out), [], "a run that did not start is in the way of the next")
         with self.subTest(what="no such folder"):
             self.refused(["/no/such"], {"--init-from": "/no/such"})
-        with self.subTest(what="a run, not a checkpoint"):
-            self.refused(["--init-from", "config.json"], {"--init-from": base, "--model": None})
         with self.subTest(what="another size"):
             self.refused(["64"], {"--init-from": checkpoints(base)[-1], "--hidden-size": 64})
 
@@ -632,17 +738,26 @@ class Refused(Trainer):
         """A tmpfs, where this user may mount one: too small for a checkpoint, and with room for some and not for all."""
         mount = self.path("mount")
         os.makedirs(mount)
-        for size, changes, piece, left in (("256k", {}, "free", 0), ("5m", {"--save-every": 1, "--keep": 0, "--steps": 9}, "No space left", 1)):
+        every = {"--save-every": 1, "--keep": 0, "--steps": 9}
+        for size, changes, piece, left in (("256k", {"--hidden-size": 128}, "free", 0), ("5m", dict(every, **{"--hidden-size": 128}), None, 1),
+                                           ("12m", dict(every, **{"--hidden-size": 256}), "No space left", 1)):
             if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", mount], stderr=subprocess.DEVNULL).returncode != 0:
                 self.skipTest("mounting a tmpfs is not allowed here")
             try:
                 out = os.path.join(mount, "run")
-                done = self.execute(self.arguments(out, dict(changes, **{"--hidden-size": 128})))
-                self.assert_refused(done, piece)
+                done = self.execute(self.arguments(out, changes))
                 good = checkpoints(out)
-                self.assertGreaterEqual(len(good), left)
-                if good:
+                self.assertGreaterEqual(len(good), left, done.stderr)
+                if piece is None:  # the oldest made room for the newest, and it is said
+                    self.assertEqual(done.returncode, 0, done.stderr)
+                    self.assertIn("step-00000001, the oldest checkpoint, was removed", done.stderr)
+                    self.assertEqual(os.path.basename(good[-1]), "step-00000009")
+                    self.assertEqual(log_events(out, "disk full")[0]["removed"], 1)
+                else:
+                    self.assert_refused(done, piece)
+                if good and piece:
                     self.assertIn(good[-1], done.stderr)
+                if good:
                     with open(os.path.join(good[-1], "manifest.json")) as f:
                         for name, entry in json.load(f)["files"].items():
                             self.assertEqual(entry["crc32"], zlib.crc32(read_bytes(os.path.join(good[-1], name))))
@@ -689,20 +804,53 @@ class Failing(Trainer):
             time.sleep(0.005)
         self.fail("no step was logged")
 
+    def stopped(self, child, sig=signal.SIGTERM):
+        """Sends the signal: it is answered on the screen at once, the run is saved and ends with 75."""
+        child.send_signal(sig)
+        self.assertTrue(select.select([child.stderr], [], [], 5)[0], "no answer")
+        stdout, stderr = child.communicate(timeout=TIMEOUT)
+        self.assertEqual(child.returncode, 75, stderr)
+        self.assertIn("stopping", stderr)
+        return stdout
+
     def test_signals(self):
-        for sig in (signal.SIGINT, signal.SIGTERM):
+        for sig in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
             with self.subTest(signal=sig):
                 out = self.out()
                 child = self.launch(self.arguments(out, {"--steps": 10 ** 6}))
                 self.wait_for_log(out, child)
-                child.send_signal(sig)
-                stdout, stderr = child.communicate(timeout=TIMEOUT)
-                self.assertEqual(child.returncode, 75, stderr)
+                stdout = self.stopped(child, sig)
                 last = checkpoints(out)[-1]
-                self.assertIn(os.path.basename(last), stdout + stderr)
+                self.assertIn(os.path.basename(last), stdout)
                 self.assertEqual(log_events(out)[-1]["event"], "stop")
                 self.assertEqual(log_events(out, "step")[-1]["step"], int(last[-8:]))
                 self.run_ok(out, {"--steps": int(last[-8:]) + 1}, ["--resume"])
+
+    def test_hangup_under_nohup(self):
+        """A run that was started with SIGHUP ignored outlives its terminal."""
+        out = self.out()
+        child = self.launch(["nohup"] + self.arguments(out, {"--steps": 10 ** 6}))
+        self.wait_for_log(out, child)
+        child.send_signal(signal.SIGHUP)
+        time.sleep(0.5)
+        self.assertIsNone(child.poll())
+        self.stopped(child)
+
+    def test_signal_during_evaluation_and_sampling(self):
+        """Minutes of either are given up; the step before is saved."""
+        write_shard(self.path("big_val_000000.bin"), [i % 31 for i in range(16 * 100000 + 1)])
+        for changes, event in (({"--val": self.path("big_val_*.bin"), "--eval-windows": 0, "--eval-every": 1}, "val"),
+                               ({"--seq-len": 1000, "--batch-size": 1, "--sample-every": 1, "--sample-tokens": 10 ** 6, "--tokenizer": "toy",
+                                 "--sample-temperature": 0, "--num-hidden-layers": 12, "--val": None}, None)):
+            out = self.out()
+            child = self.launch(self.arguments(out, dict(changes, **{"--steps": 10 ** 6})))
+            self.wait_for_log(out, child)
+            time.sleep(0.3)
+            start = time.time()
+            self.stopped(child)
+            self.assertLess(time.time() - start, 10)
+            self.assertEqual([os.path.basename(c) for c in checkpoints(out)], ["step-00000001"])
+            self.assertEqual(log_events(out, event)[:1] if event else [], [])
 
     def test_second_signal_stops_at_once(self):
         """In a step that takes seconds, two signals end the process without a save."""

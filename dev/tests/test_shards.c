@@ -76,6 +76,27 @@ static void test_windows(void) {
     loader_close(&l);
 }
 
+// A folder or a file that exists under that very name is meant, whatever the name means to glob().
+static void test_brackets(void) {
+    const char* const specs[] = {"run[1]/s_train_*.bin", "run[1]/s_train_000000.bin", "run[1]/one[2].bin", "run?/s_train_000000.bin", "*/s_train_000000.bin"};
+    const char* const folders[] = {"run[1]", "run1", "run?"};
+    Loader l;
+    Error e = {{0}};
+    for (int i = 0; i < 3; i++) {
+        char name[64];
+        make_dirs(at(folders[i]), &e);
+        snprintf(name, sizeof(name), "%s/s_train_000000.bin", folders[i]);
+        make_shard(name, 21 + 4 * i, 2, 100, 0, 1, NULL);
+    }
+    make_shard("run[1]/one[2].bin", 9, 2, 100, 0, 1, NULL);
+    const uint64_t want[] = {5, 5, 2, 7, 18};  // windows of 4
+    for (int i = 0; i < 5; i++) {
+        bool ok = opens(at(specs[i]), 4, 100, &l, &e);
+        check(ok && loader_windows(&l) == want[i], specs[i], e.text);
+        if (ok) { loader_close(&l); }
+    }
+}
+
 static void test_refused(void) {
     make_shard("a.bin", 50, 2, 100, 0, 1, NULL);
     refused(at("nothing_*.bin"), 4, 100, "no such shard", "data/prepare.py");
@@ -409,6 +430,7 @@ static void test_names(void) {
 
 int main(void) {
     test_windows();
+    test_brackets();
     test_refused();
     test_ids();
     test_large();

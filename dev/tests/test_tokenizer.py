@@ -29,7 +29,7 @@ except ImportError:
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 GOLDEN = os.path.join(ROOT, "dev", "golden", "tokenizers")
 sys.path.insert(0, os.path.join(ROOT, "data"))
-from prepare import PATTERNS, read_ranks, UserError  # noqa: E402
+from tokenizer import PATTERNS, read_ranks, UserError  # noqa: E402
 
 
 class Library:

@@ -138,7 +138,7 @@ class Toy(unittest.TestCase):
             toy_task.SHARD_TOKENS = 48 * 100 + 1
             try:
                 pairs = toy_task.take(task, toy_task.chunk_rng(task, 1, "x", 0), 250, set(), False)
-                files = toy_task.write_split(task, 1, "x", [pairs[:130], pairs[130:]], os.path.join(folder, "s_train"), 250, False)
+                files = list(toy_task.write_split(task, 1, "x", [pairs[:130], pairs[130:]], os.path.join(folder, "s_train"), 250, False))
             finally:
                 toy_task.SHARD_TOKENS = old
             self.assertEqual(files, [f"s_train_00000{i}.bin" for i in range(3)])

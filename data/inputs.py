@@ -1,0 +1,607 @@
+"""The inputs of prepare.py: which files they are, and their documents as tasks for workers, in a fixed order.
+
+What cannot be read as what it claims to be is named, never passed over: a task of kind "bad" carries (line, kind, detail).
+"""
+
+import codecs
+import functools
+import glob
+import hashlib
+import json
+import os
+import re
+import stat
+import sys
+import zlib
+
+from shards import MAGIC, read_manifest
+from tokenizer import BadDocument, UserError, need
+
+BLOCK = 1 << 20  # bytes of lines that a worker gets at once
+SEGMENT = 4 << 20  # bytes of one long text that a worker gets at once
+WHOLE = 1 << 30  # bytes of a JSON array, which is held in memory
+LINE_ENDINGS = (".jsonl", ".ndjson", ".json")
+BOM = codecs.BOM_UTF8
+ANOTHER = "file of another format"
+BROKEN_OFF = "truncated or damaged file"
+
+
+def kind_of(path):
+    """lines, lines.gz, lines.zst, parquet or text, by the name's ending."""
+    name = path.lower()
+    for ending in LINE_ENDINGS:
+        if name.endswith(ending):
+            return "lines"
+        if name.endswith((ending + ".zst", ending + ".gz")):
+            return "lines" + name[name.rindex(".") :]
+    return "parquet" if name.endswith(".parquet") else "text"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Which files
+
+
+def say(*words):
+    print(*words, file=sys.stderr)
+
+
+def own_output(folder):
+    """Names of the files of `folder` that an earlier preparation has written there."""
+    try:
+        manifest = read_manifest(folder, wanted=True)
+    except UserError:  # none, or of another program
+        return set()
+    names = {"manifest.json", *manifest["shards"]}
+    for name, preparation in manifest["preparations"].items():
+        names.update((name + ".bad.jsonl", name + "_task.json", preparation.get("tokenizer", {}).get("file")))
+    return names
+
+
+def walk(item):
+    """Files below a folder as (path, path from the folder on); links to folders are followed, each folder read once."""
+    found, others, seen = [], {}, set()
+
+    def refuse(e):
+        raise UserError("%s: %s" % (e.filename, e.strerror))
+
+    for folder, folders, names in os.walk(item, followlinks=True, onerror=refuse):
+        info = os.stat(folder)
+        if (info.st_dev, info.st_ino) in seen:
+            say("%s: the same folder as another one below %s; its files are taken once" % (folder, item))
+            folders.clear()
+            continue
+        seen.add((info.st_dev, info.st_ino))
+        folders[:] = sorted(f for f in folders if f != ".cache" and not re.fullmatch(r"\..+\.partial", f))
+        for name in sorted(names):
+            path = os.path.join(folder, name)
+            if kind_of(name) != "text" or name.lower().endswith(".txt"):
+                found.append((path, os.path.join(os.path.basename(os.path.abspath(item)), os.path.relpath(path, item))))
+            else:
+                ending = os.path.splitext(name)[1] or "no ending"
+                others[ending] = others.get(ending, 0) + 1
+    if not found:
+        raise UserError("%s: no .jsonl, .jsonl.zst, .jsonl.gz, .parquet or .txt file in this folder" % item)
+    if others:
+        say(
+            "%s: files of other kinds are left out: %s"
+            % (item, ", ".join("%d %s" % (n, e) for e, n in sorted(others.items())))
+        )
+    return found
+
+
+def matches(item):
+    """What a glob matches; the folders at its beginning that are there are taken as they are called, with brackets too."""
+    head, parts = "", item.split("/")
+    while len(parts) > 1 and os.path.isdir(head + parts[0] + "/"):
+        head += parts.pop(0) + "/"
+    return sorted(glob.glob(glob.escape(head) + "/".join(parts), recursive=True))
+
+
+def expand_inputs(inputs, out):
+    """Files, folders (of known endings, recursively) and globs -> {path: where it lies below what was named}, sorted by path, each
+    file once. What an earlier preparation has written, and the unfinished one in `out`, is no input."""
+    found = []
+    for item in inputs:
+        paths = [item] if os.path.lexists(item) else matches(item)
+        if not paths:
+            raise UserError("%s: no such file, folder or match" % item)
+        for path in paths:
+            if os.path.isdir(path):
+                found += walk(path) if "**" not in item or path == item else []  # ** gives the files in them too
+            else:
+                found.append((path, "/".join(os.path.abspath(path).split("/")[-3:])))
+    files, places, own, own_names = {}, {}, 0, {}
+    for path, below in sorted(found):
+        folder, name = os.path.split(path)
+        if folder not in own_names:
+            own_names[folder] = own_output(folder)
+        unfinished = name.endswith(".bad.jsonl") and os.path.realpath(folder or ".") == os.path.realpath(
+            out or os.devnull
+        )
+        place = os.path.realpath(path)
+        if name in own_names[folder] or unfinished:
+            own += 1
+        elif places.setdefault(place, path) != path:
+            say("%s: the same file as %s; taken once" % (path, places[place]))
+        else:
+            files[path] = below
+    if own:
+        say("%d files that prepare.py has written are left out" % own)
+    if not files:
+        raise UserError("%s: nothing there but what prepare.py has written" % inputs[0])
+    return files
+
+
+SPLITS = {"train": "train", "validation": "val", "valid": "val", "val": "val", "test": "test"}
+
+
+def split_of(below):
+    """train, val or test where the file's name or the nearest folder above it says so, as SlimPajama's do; else None."""
+    *folders, name = below.lower().split("/")
+    match = re.match("(%s)[-_.]" % "|".join(SPLITS), name)
+    return SPLITS[match[1]] if match else next((SPLITS[f] for f in reversed(folders) if f in SPLITS), None)
+
+
+def text_cut(path, size):
+    """Where a single text is cut for validation: its last 5%, from the start of a line if one begins near."""
+    near = size - size // 20
+    with open(path, "rb") as f:
+        start = max(0, near - 4096)
+        f.seek(start)
+        window = f.read(near - start)
+        newline = window.rfind(b"\n")
+        if newline >= 0:
+            return start + newline + 1
+        f.seek(near)
+        rest = f.read(4)
+    while rest and near < size and rest[0] & 0xC0 == 0x80:  # not inside a character
+        near, rest = near + 1, rest[1:]
+    return near
+
+
+def make_plan(files, job):
+    """The inputs in order: what each is, and which split it goes to where that does not depend on its documents."""
+    plan = []
+    for path in files:
+        try:
+            info = os.stat(path)
+            if not stat.S_ISREG(info.st_mode):
+                raise UserError("%s: not a regular file; what is read again after an interruption must be one" % path)
+            with open(path, "rb"):
+                pass
+        except OSError as e:
+            raise UserError("%s: %s" % (path, e.strerror))
+        plan.append({"path": path, "kind": kind_of(path), "bytes": info.st_size, "mtime": info.st_mtime_ns})
+    if job["split"]:
+        return plan_by_folders(plan, files)
+    texts = [p for p in plan if p["kind"] == "text"]
+    if len(plan) == 1 and len(texts) == 1 and job["val_fraction"] > 0:
+        texts[0]["split"] = "tail"
+        return plan
+
+    def order(i):
+        key = "%d %d %s" % (job["seed"], i, os.path.basename(texts[i]["path"]))
+        return hashlib.blake2b(key.encode("utf-8", "surrogateescape"), digest_size=8).digest()
+
+    count = max(1, round(job["val_fraction"] * len(texts))) if job["val_fraction"] > 0 and len(texts) > 1 else 0
+    held = set(sorted(range(len(texts)), key=order)[:count])
+    for i, entry in enumerate(texts):
+        entry["split"] = "val" if i in held else "train"
+    return plan
+
+
+def plan_by_folders(plan, files):
+    """Where folders say train, validation and test: the test split is left out; without a validation split hashes make one."""
+    splits = {path: split_of(below) for path, below in files.items()}
+    left = [entry["path"] for entry in plan if splits[entry["path"]] == "test"]
+    if len(left) == len(plan):
+        raise UserError(
+            "all inputs lie in the test split, which is not trained on; --split hash takes them all the same"
+        )
+    if left:
+        say("%d files of the test split are left out, such as %s" % (len(left), left[0]))
+    for entry in plan:
+        if "val" in splits.values() or entry["kind"] == "text":
+            entry["split"] = splits[entry["path"]] or "train"
+    return [entry for entry in plan if splits[entry["path"]] != "test"]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What a file is
+
+STARTS = {
+    b"\x1f\x8b": "gzip data",
+    b"\x28\xb5\x2f\xfd": "zstd data",
+    b"PAR1": "parquet",
+    b"PK\3\4": "a zip archive",
+    b"\xfd7zXZ\0": "xz data",
+    b"%PDF-": "a PDF",
+    b"\x7fELF": "a program",
+    b"SQLite format 3\0": "an SQLite database",
+    b"version https://git-lfs": "a Git LFS pointer, not the file itself",
+    codecs.BOM_UTF32_LE: "UTF-32 text; wanted UTF-8 (iconv -t UTF-8 makes it)",
+    codecs.BOM_UTF32_BE: "UTF-32 text; wanted UTF-8 (iconv -t UTF-8 makes it)",
+    codecs.BOM_UTF16_LE: "UTF-16 text; wanted UTF-8 (iconv -t UTF-8 makes it)",
+    codecs.BOM_UTF16_BE: "UTF-16 text; wanted UTF-8 (iconv -t UTF-8 makes it)",
+    **{
+        number.to_bytes(4, "little") + version.to_bytes(4, "little"): "a token shard"
+        for number, version in MAGIC.values()
+    },
+}
+
+
+def what_is(head):
+    """What else than UTF-8 text the first bytes of a file are, None where nothing is known."""
+    for start, what in STARTS.items():
+        if head.startswith(start):
+            return what
+    if re.match(rb"BZh[1-9]1AY&SY", head):
+        return "bzip2 data"
+    head = head[:4096]
+    if len(head) >= 16 and head.count(0) * 4 >= len(head):
+        return "no text: a quarter of it or more are zeros, as in UTF-16 without its mark; wanted UTF-8"
+    return None
+
+
+def check_text(head):
+    what = what_is(head)
+    if what:
+        raise BadDocument(ANOTHER, what)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# JSON of any depth and with numbers of any length, where Python's own reader gives up at 1,000 levels and 4,300 digits
+
+DECODER = json.JSONDecoder()
+SPACE = re.compile(r"[ \t\r\n]*")
+JSON_TOKEN = re.compile(
+    r'([{}\[\],:])|("[^"\\\x00-\x1f]*(?:\\.[^"\\\x00-\x1f]*)*")|(-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][-+]?[0-9]+)?|true|false|null)'
+)
+
+
+def patient_decode(text, at):
+    """One JSON value from `at` on -> (value, end). Without recursion; a number stays text."""
+    root, stack, keys, expect = None, [], [], ("value",)
+    while True:
+        at = SPACE.match(text, at).end()
+        token = JSON_TOKEN.match(text, at)
+        mark, string, word = token.groups() if token else (None, None, None)
+        if token and "value" in expect and (not mark or mark in "{["):
+            value = {} if mark == "{" else [] if mark == "[" else json.loads(string) if string else word
+            if not stack:
+                root = value
+            elif isinstance(stack[-1], list):
+                stack[-1].append(value)
+            else:
+                stack[-1][keys.pop()] = value
+            if mark:
+                stack.append(value)
+            expect = ("key", "}") if mark == "{" else ("value", "]") if mark == "[" else None
+        elif string and "key" in expect:
+            keys.append(json.loads(string))
+            expect = (":",)
+        elif mark and mark in expect:
+            if mark in "}]":
+                stack.pop()
+                expect = None
+            else:
+                expect = ("value",) if mark == ":" or isinstance(stack[-1], list) else ("key",)
+        else:
+            raise json.JSONDecodeError("Expecting " + " or ".join(expect), text, at)
+        at = token.end()
+        if expect is None:
+            if not stack:
+                return root, at
+            expect = (",", "}") if isinstance(stack[-1], dict) else (",", "]")
+
+
+def decode_json(text, at=0):
+    """One JSON value from `at` on -> (value, end)."""
+    try:
+        return DECODER.raw_decode(text, at)
+    except json.JSONDecodeError:
+        raise
+    except (RecursionError, ValueError):
+        return patient_decode(text, at)
+
+
+def load_json(text):
+    """The JSON value that a text is."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        raise
+    except (RecursionError, ValueError):
+        value, end = patient_decode(text, 0)
+        end = SPACE.match(text, end).end()
+        if end != len(text):
+            raise json.JSONDecodeError("Extra data", text, end)
+        return value
+
+
+def json_values(text):
+    """The values of a text that is an array, or one value after another over several lines, each as its own JSON on one line."""
+    at = SPACE.match(text, 0).end()
+    array = text[at : at + 1] == "["
+    at = SPACE.match(text, at + array).end()
+    closed = array and text[at : at + 1] == "]"
+    while at < len(text) and not closed:
+        _, end = decode_json(text, at)
+        yield re.sub(r"[\r\n]", " ", text[at:end])  # in valid JSON they stand between values only
+        at = SPACE.match(text, end).end()
+        if array:
+            closed = text[at : at + 1] == "]"
+            if not closed and text[at : at + 1] != ",":
+                raise json.JSONDecodeError("Expecting , or ]", text, at)
+            at = SPACE.match(text, at + 1).end() if not closed else at
+    if array and (not closed or text[at + 1 :].strip(" \t\r\n")):
+        raise json.JSONDecodeError("Expecting the end of the array, and nothing behind it", text, at)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Reading: inputs -> tasks in a fixed order, each with the position behind it, from which a restart goes on.
+# A task is (kind, path, split, where, payload); split: None where the documents' hashes decide.
+
+
+def compressed_chunks(f, kind, tell):
+    """Decompressed bytes of a file, which may be several compressed streams one after another. Raises BadDocument where it breaks off."""
+    name = kind[-3:].lstrip(".")
+    if name == "zst":
+        zstandard = need("zstandard")
+        error, begin = zstandard.ZstdError, zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj
+    else:
+        error, begin = zlib.error, functools.partial(zlib.decompressobj, 31)
+    stream, first = None, True
+    for data in iter(lambda: f.read(1 << 17), b""):
+        tell(f.tell())
+        if first and not re.match(rb"\x1f\x8b" if name == "gz" else rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18", data):
+            raise BadDocument(ANOTHER, "%s, wanted %s" % (what_is(data) or "it begins with %r" % data[:8], name))
+        first = False
+        while data:
+            if stream is None and name == "gz":
+                data = data.lstrip(b"\0")  # what tapes and tar fill up with; gzip passes over it too
+                if not data:
+                    break
+            stream = stream or begin()
+            try:
+                out = stream.decompress(data)
+            except error as e:
+                raise BadDocument(BROKEN_OFF, "%s: %s" % (name, e))
+            data = b""
+            if stream.eof:
+                data, stream = stream.unused_data, None
+            if out:
+                yield out
+    if stream is not None:
+        raise BadDocument(BROKEN_OFF, "%s: the file ends inside a compressed stream" % name)
+
+
+def raw_chunks(path, kind, tell):
+    """Decompressed bytes of a file of lines; checked to be text at its beginning, a byte-order mark taken off."""
+    with open(path, "rb") as f:
+        chunks = iter(lambda: f.read(BLOCK), b"") if kind == "lines" else compressed_chunks(f, kind, tell)
+        first = True
+        for chunk in chunks:
+            if first:
+                check_text(chunk)
+                chunk = chunk[3:] if chunk.startswith(BOM) else chunk
+                first = False
+            if kind == "lines":
+                tell(f.tell())
+            yield chunk
+
+
+def one_value_a_line(chunks):
+    """The same, where the file is a JSON array or has values over several lines, as one value a line."""
+    head = next(chunks, b"")
+    while 0 < len(head) < 4096:
+        more = next(chunks, None)
+        if more is None:
+            break
+        head += more
+    start = head[:4096].lstrip(b" \t\r\n")
+    if not (start.startswith(b"[") or re.match(rb"\{[ \t]*\r?\n", start)):
+        yield head
+        yield from chunks
+        return
+    parts, size = [head], len(head)
+    for chunk in chunks:
+        parts.append(chunk)
+        size += len(chunk)
+        if size > WHOLE:
+            raise BadDocument(
+                ANOTHER,
+                "a JSON array, or values over several lines, of more than %d bytes; wanted one object a line" % WHOLE,
+            )
+    data = b"".join(parts)
+    try:
+        values = list(json_values(data.decode("utf-8")))
+    except UnicodeDecodeError as e:
+        raise BadDocument("invalid UTF-8", describe_utf8(e))
+    except ValueError as e:
+        line = start.split(b"\n", 1)[0]
+        if (
+            start.startswith(b"[") and b"\n" in start and is_json(line)
+        ):  # lines after all, of which the first is an array
+            yield data
+            return
+        raise BadDocument("broken JSON", "an array, or values over several lines: %s" % str(e)[:200])
+    for i in range(0, len(values), 1000):
+        yield "".join(value + "\n" for value in values[i : i + 1000]).encode()
+
+
+def is_json(line):
+    try:
+        load_json(line.decode("utf-8"))
+        return True
+    except ValueError:
+        return False
+
+
+def line_tasks(index, entry, at, tell):
+    """Blocks of whole lines from `at` on; `at` and the positions count decompressed bytes and lines."""
+    path, split, offset, line = entry["path"], entry.get("split"), at["offset"], at["line"]
+    end = {"input": index + 1, "offset": 0, "line": 0}
+    skip, parts, size, whole = offset, [], 0, 0  # whole: bytes of `parts` up to the last newline
+    blank, bad = offset == 0, None
+    chunks = one_value_a_line(raw_chunks(path, entry["kind"], tell))
+    while True:
+        try:
+            chunk = next(chunks, None)
+        except BadDocument as e:
+            chunk, bad = None, e
+        if chunk and skip:
+            chunk, skip = chunk[skip:], max(0, skip - len(chunk))
+        if chunk:
+            blank = blank and not chunk.strip()
+            newline = chunk.rfind(b"\n") + 1
+            whole = size + newline if newline else whole
+            parts.append(chunk)
+            size += len(chunk)
+        if whole and (size >= BLOCK or bad):
+            data = b"".join(parts)
+            block, parts = data[:whole], [data[whole:]]
+            size, offset, first, whole = size - whole, offset + whole, line, 0
+            line += block.count(b"\n")
+            yield ("lines", path, split, first, block), {"input": index, "offset": offset, "line": line}
+        if chunk is None:
+            break
+    if bad:
+        yield ("bad", path, split, line + 1, bad.args), end
+    elif blank:
+        yield ("bad", path, split, 1, ("empty document", "no document in this file")), end
+    elif size:
+        yield ("lines", path, split, line, b"".join(parts)), end
+
+
+def parquet_tasks(index, entry, at):
+    path, split = entry["path"], entry.get("split")
+    parquet = need("pyarrow.parquet")
+    try:
+        with parquet.ParquetFile(path) as f:
+            groups = f.num_row_groups
+    except Exception as e:
+        with open(path, "rb") as f:
+            head = f.read(64)
+        what = (
+            (BROKEN_OFF, "parquet: %s" % str(e).split("\n")[0])
+            if head.startswith(b"PAR")
+            else (ANOTHER, "%s, wanted parquet" % (what_is(head) or "it begins with %r" % head[:8]))
+        )
+        yield ("bad", path, split, 0, what), {"input": index + 1, "offset": 0, "line": 0}
+        return
+    for group in range(at["offset"], groups):
+        yield ("rows", path, split, group, None), {"input": index, "offset": group + 1, "line": 0}
+
+
+# A text may be cut between a newline and an ASCII letter, where one visible ASCII character stands before the newline:
+# no piece of any of the patterns reaches across, so the tokens are those of the whole text.
+SAFE_CUT = re.compile(rb"[!-~]\n(?=[A-Za-z])")
+
+
+def text_tasks(index, entry, at, tell, whole):
+    """One document a file, or two (train, val) where a single text is split; long ones in segments. where: (first, last) segment."""
+    path, size, split = entry["path"], entry["bytes"], entry["split"]
+    done = {"input": index + 1, "offset": 0, "line": 0}
+    with open(path, "rb") as f:
+        head = f.read(4096)
+        what = what_is(head)
+        bad = what and (1, ANOTHER, what)
+        if not bad and size == (3 if head.startswith(BOM) else 0):
+            bad = (1, "empty document", "an empty file")
+        if not bad and (size > SEGMENT or split == "tail"):
+            bad = not_utf8(path)
+        if bad:
+            yield ("bad", path, split, bad[0], bad[1:]), done
+            return
+        cut = text_cut(path, size) if split == "tail" else size
+        start = 3 if head.startswith(BOM) else 0
+        parts = [(start, cut, "val" if split == "val" else "train")] + ([(cut, size, "val")] if cut < size else [])
+        at = {"offset": max(at["offset"], start)}
+        for begin, end, side in parts:
+            while at["offset"] < end:
+                start = at["offset"]
+                stop = end if whole else segment_end(f, start, end)
+                tell(stop)
+                f.seek(start)
+                at = {"input": index, "offset": stop, "line": 0}
+                yield ("text", path, side, (start == begin, stop == end), f.read(stop - start)), at
+
+
+def segment_end(f, start, end):
+    """End of the segment that begins at `start`: the first safe cut behind SEGMENT bytes, or the end."""
+    at = start + SEGMENT
+    overlap = b""
+    f.seek(min(at, end))
+    while at < end:
+        window = overlap + f.read(min(1 << 16, end - at))
+        match = SAFE_CUT.search(window)
+        if match:
+            return at - len(overlap) + match.end()
+        at += len(window) - len(overlap)
+        overlap = window[-2:]
+    return end
+
+
+def not_utf8(path):
+    """(line, kind, what) of the first byte that is not UTF-8, None where all is."""
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    line = 1
+    with open(path, "rb") as f:
+        while True:
+            chunk = f.read(BLOCK)
+            pending = decoder.getstate()[0]
+            try:
+                decoder.decode(chunk, final=not chunk)
+            except UnicodeDecodeError as e:
+                return line + (pending + chunk)[: e.start].count(b"\n"), "invalid UTF-8", describe_utf8(e)
+            if not chunk:
+                return None
+            line += chunk.count(b"\n")
+
+
+def describe_utf8(e):
+    return "byte 0x%02x: %s" % (e.object[e.start], e.reason) if e.start < len(e.object) else e.reason
+
+
+def entry_tasks(index, entry, at, tell, whole):
+    """The tasks of one input."""
+    try:
+        if entry["bytes"] == 0 and entry["kind"] != "text":
+            detail = "0 bytes: a download that failed?"
+            yield ("bad", entry["path"], entry.get("split"), 0, (BROKEN_OFF, detail)), {
+                "input": index + 1,
+                "offset": 0,
+                "line": 0,
+            }
+        elif entry["kind"] == "parquet":
+            yield from parquet_tasks(index, entry, at)
+        elif entry["kind"] == "text":
+            yield from text_tasks(index, entry, at, tell, whole)
+        else:
+            yield from line_tasks(index, entry, at, tell)
+    except OSError as e:
+        raise UserError("%s: %s" % (entry["path"], e.strerror))
+
+
+def read_tasks(plan, at, tell, whole, full):
+    """All tasks from position `at`. tell(n) is told the bytes of inputs that were read. whole: no long text is cut. full(split): no
+    more documents of this split are wanted."""
+    before = sum(entry["bytes"] for entry in plan[: at["input"]])
+    for index in range(at["input"], len(plan)):
+        here, split = at if index == at["input"] else {"input": index, "offset": 0, "line": 0}, plan[index].get("split")
+        begun = here["offset"] > 0 and plan[index]["kind"] == "text"
+        tasks = (
+            entry_tasks(index, plan[index], here, lambda n: tell(before + n), whole) if begun or not full(split) else ()
+        )
+        for task, position in tasks:
+            if full(split) and not goes_on(task):
+                break
+            yield task, position
+        before += plan[index]["bytes"]
+        tell(before)
+
+
+def goes_on(task):
+    """A segment of a text that began in an earlier one."""
+    return task[0] == "text" and not task[3][0]

@@ -1,0 +1,419 @@
+#!/usr/bin/env python3
+"""Token shards and the manifest beside them (data/README.md describes both): what writes them shares this, and what reads them.
+
+python3 data/shards.py inspect SHARD      header, counts and first documents; the same as data/prepare.py inspect
+python3 data/shards.py verify DIR|SHARD   checks every checksum, id and mask
+"""
+
+import argparse
+import array
+import errno
+import json
+import os
+import re
+import struct
+import sys
+import zlib
+
+try:
+    import numpy
+except ImportError:
+    numpy = None  # slower
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+from tokenizer import PATTERNS, UserError, file_sums, open_tokenizer  # noqa: E402
+
+MAGIC = {2: (20240520, 1), 4: (20240801, 7)}  # bytes a token -> llm.c's magic and version
+HEADER_BYTES = 1024
+FORMAT = 1  # of manifest and state
+SHARD_NAME = re.compile(r"(.+)_(train|val)_\d{6}\.bin")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What the programs in data/ share
+
+
+class Parser(argparse.ArgumentParser):
+    """A mistake in the options is one line and exit status 1, as in the programs."""
+
+    def error(self, message):
+        self.exit(1, "%s: %s; --help lists all options\n" % (self.prog, message))
+
+
+def parse_count(text):
+    """100000000, 100M, 1.5k."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([kKmMgGbB]?)", text)
+    if not match:
+        raise argparse.ArgumentTypeError("got %r, wanted a number such as 100000000 or 100M" % text)
+    return int(float(match[1]) * {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "b": 10**9}[match[2].lower()])
+
+
+def cores():
+    """Cores that this process may use: taskset and batch systems allow fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def run_program(main):
+    """Runs main() as a program and exits. Closed descriptors 0 to 2 are opened on /dev/null before anything else can take
+    their numbers; a terminal without UTF-8 gets \\u escapes; a reader that went away ends the program quietly."""
+    name = os.path.basename(sys.argv[0])
+    for fd, stream in ((0, "stdin"), (1, "stdout"), (2, "stderr")):
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number
+        if getattr(sys, stream) is None:
+            setattr(sys, stream, open(fd, "r" if fd == 0 else "w", encoding="utf-8", closefd=False))
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")
+    try:
+        try:
+            status = main()
+        finally:
+            sys.stdout.flush()
+    except UserError as e:
+        status = "%s: %s" % (name, e)
+    except KeyboardInterrupt:
+        status = "%s: interrupted" % name
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is still buffered goes nowhere
+        os.dup2(1, 2)
+        status = 1
+    sys.exit(status)
+
+
+NO_SYNC = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EBADF, errno.EACCES, errno.EISDIR)
+
+
+def sync_file(fd):
+    """fsync, where the file system has it: CIFS, sshfs and some FUSE refuse it for folders, which is no fault of the data."""
+    try:
+        os.fsync(fd)
+    except OSError as e:
+        if e.errno not in NO_SYNC:
+            raise
+
+
+def sync_folder(path):
+    try:
+        fd = os.open(path or ".", os.O_RDONLY)
+    except OSError as e:
+        if e.errno in NO_SYNC:
+            return
+        raise
+    try:
+        sync_file(fd)
+    finally:
+        os.close(fd)
+
+
+def write_synced(path, data):
+    """Written beside, synced, renamed: the file is there whole or not at all."""
+    with open(path + ".tmp", "wb") as f:
+        f.write(data)
+        f.flush()
+        sync_file(f.fileno())
+    os.replace(path + ".tmp", path)
+    sync_folder(os.path.dirname(path))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The manifest
+
+
+def shard_header(width, tokens, vocab, crc, mask=0):
+    header = [*MAGIC[width], tokens, vocab, crc - (1 << 32) if crc >= 1 << 31 else crc, mask]
+    return struct.pack("<256i", *(header + [0] * (256 - len(header))))
+
+
+def read_manifest(folder, wanted=False):
+    path = os.path.join(folder, "manifest.json")
+    try:
+        with open(path, encoding="utf-8") as f:
+            manifest = json.load(f)
+        if not isinstance(manifest["preparations"], dict) or not isinstance(manifest["shards"], dict):
+            raise KeyError
+        return manifest
+    except FileNotFoundError:
+        if wanted:
+            raise UserError("%s: no such file; wanted a folder that prepare.py or toy_task.py has written" % path)
+        return {"preparations": {}, "shards": {}}
+    except OSError as e:
+        raise UserError("%s: %s" % (path, e.strerror))
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise UserError("%s: not a manifest of prepare.py" % path)
+
+
+def tokenizer_entry(tok, manifest, name):
+    """The manifest's part on a tokenizer. The rank file's copy has another name where a preparation beside `name` has
+    another file under the same one."""
+    entry = {"name": tok.name, "vocab_size": tok.vocab, "bos": tok.bos, "eos": tok.eos, "bytes_per_token": tok.width}
+    if tok.path:
+        sums, file = file_sums(tok.path), tok.file_name
+        others = [p["tokenizer"] for key, p in manifest["preparations"].items() if key != name]
+        if any(t.get("file") == file and t.get("sha256") != sums["sha256"] for t in others):
+            file = "%s-%s.tiktoken" % (tok.name, sums["crc32"])
+        entry.update(sums, file=file)
+    return entry
+
+
+def write_manifest(folder, manifest, name, preparation, shards, tok):
+    """Adds or replaces the preparation `name` with its shards {file name: entry} and copies its rank file. Shards of an earlier
+    preparation of this name that are no longer its own are deleted. The manifest is written last."""
+    for file in [f for f, shard in manifest["shards"].items() if shard["preparation"] == name and f not in shards]:
+        for path in (os.path.join(folder, file), os.path.join(folder, file[: -len(".bin")] + ".mask")):
+            if os.path.exists(path):
+                os.remove(path)
+        del manifest["shards"][file]
+    manifest["shards"].update(shards)
+    manifest["preparations"][name] = preparation
+    if tok.path:
+        copy = os.path.join(folder, preparation["tokenizer"]["file"])
+        if not (os.path.exists(copy) and os.path.samefile(copy, tok.path)):
+            with open(tok.path, "rb") as f:
+                write_synced(copy, f.read())
+    sync_folder(folder)
+    text = json.dumps(manifest, indent=1, sort_keys=True) + "\n"
+    write_synced(os.path.join(folder, "manifest.json"), text.encode())
+
+
+def foreign_shard(folder, manifest, name, files):
+    """The first of these file names that is in the folder already and belongs to another preparation or to none."""
+    for file in sorted(files):
+        owner = manifest["shards"].get(file, {}).get("preparation")
+        if owner != name and os.path.exists(os.path.join(folder, file)):
+            return os.path.join(folder, file), owner
+    return None
+
+
+def tokenizer_of(folder, name, spec, pattern):
+    """The tokenizer of a shard: as given, or as the manifest beside it says; None where nobody knows."""
+    if spec:
+        return open_tokenizer(spec, pattern, encoder=False)
+    manifest = read_manifest(folder)
+    preparation = manifest["preparations"].get(manifest["shards"].get(name, {}).get("preparation"))
+    if preparation is None:
+        return None
+    tokenizer = preparation["tokenizer"]
+    if "file" not in tokenizer:
+        return open_tokenizer(tokenizer["name"], None, encoder=False)
+    return open_tokenizer(os.path.join(folder, tokenizer["file"]), tokenizer["name"], encoder=False)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Reading: inspect and verify
+
+
+class Shard:
+    """The header of a shard, checked against its size."""
+
+    def __init__(self, path):
+        self.path = path
+        try:
+            with open(path, "rb") as f:
+                header = f.read(HEADER_BYTES)
+                self.size = os.fstat(f.fileno()).st_size
+        except OSError as e:
+            raise UserError("%s: %s" % (path, e.strerror))
+        if len(header) < HEADER_BYTES:
+            raise UserError("%s: %d bytes, a shard has a header of %d" % (path, len(header), HEADER_BYTES))
+        magic, version, self.tokens, self.vocab, crc, self.mask = struct.unpack("<6i", header[:24])
+        widths = {MAGIC[w]: w for w in MAGIC}
+        if (magic, version) not in widths:
+            raise UserError(
+                "%s: magic %d, version %d; wanted 20240520, 1 (uint16) or 20240801, 7 (uint32)" % (path, magic, version)
+            )
+        self.magic, self.version, self.crc, self.width = magic, version, crc & 0xFFFFFFFF, widths[magic, version]
+        wanted = HEADER_BYTES + self.tokens * self.width
+        if self.tokens < 0 or self.size != wanted:
+            raise UserError(
+                "%s: %d bytes, its header says %d tokens, which is %d" % (path, self.size, self.tokens, wanted)
+            )
+
+    def chunks(self, tokens=1 << 20):
+        """Packed tokens and the same as numbers (numpy's where it is there), piece by piece."""
+        with open(self.path, "rb") as f:
+            f.seek(HEADER_BYTES)
+            for data in iter(lambda: f.read(tokens * self.width), b""):
+                if numpy:
+                    yield data, numpy.frombuffer(data, dtype="<u%d" % self.width)
+                else:
+                    yield data, array.array("HI"[self.width == 4], data)
+
+
+def largest_of(numbers):
+    return int(numbers.max()) if numpy else max(numbers)
+
+
+def places(numbers, wanted):
+    """Where a number stands in what chunks() gives."""
+    if numpy:
+        return (numbers == wanted).nonzero()[0].tolist()
+    found, at = [], -1
+    try:
+        while True:
+            at = numbers.index(wanted, at + 1)
+            found.append(at)
+    except ValueError:
+        return found
+
+
+def inspect(args):
+    shard = Shard(args.shard)
+    folder, name = os.path.split(args.shard)
+    tok = tokenizer_of(folder or ".", name, args.tokenizer, args.pattern)
+    form = (args.shard, shard.size, shard.magic, shard.version, 8 * shard.width)
+    print("%s: %d bytes, magic %d version %d (uint%d)" % form)
+    crc = "%08x" % shard.crc if shard.crc else "unknown"
+    form = (shard.tokens, shard.vocab or "unknown", crc, "yes" if shard.mask else "no")
+    print("tokens %d, vocabulary %s, crc32 %s, mask %s" % form)
+    starts, position, largest, ids = 0, 0, 0, []
+    first = []  # where the first documents start
+    for _, numbers in shard.chunks():
+        largest = max(largest, largest_of(numbers))
+        found = places(numbers, tok.bos) if tok else []
+        starts += len(found)
+        first += [position + i for i in found[: args.documents + 1]]
+        if position < 1 << 22:
+            ids += numbers.tolist()
+        position += len(numbers)
+    print("largest id %d%s" % (largest, ", NOT BELOW THE VOCABULARY" if shard.vocab and largest >= shard.vocab else ""))
+    if tok is None:
+        print(
+            "no manifest beside it names its tokenizer: give --tokenizer to see documents; the first ids: %s" % ids[:32]
+        )
+        return
+    print("tokenizer %s: %d documents start here (ids %d)" % (tok.name, starts, tok.bos))
+    if first[:1] != [0] and shard.tokens:
+        first = [0] + first  # the shard begins inside a document
+    for i, start in enumerate(first[: args.documents]):
+        end = first[i + 1] if i + 1 < len(first) else min(shard.tokens, len(ids))
+        text = tok.decode(n for n in ids[start:end] if n not in (tok.bos, tok.eos)).decode("utf-8", "replace")
+        begun = "" if ids[start : start + 1] == [tok.bos] else ", begun in the shard before"
+        print("--- tokens %d to %d%s" % (start, end, begun))
+        more = len(text) - args.characters
+        print(text if more <= 0 else "%s [... %d characters more]" % (text[: args.characters], more))
+
+
+def verify_shard(path, entry, tok):
+    """Everything that can be wrong with one shard; entry: its part of the manifest or None. -> its tokens."""
+    shard = Shard(path)
+    crc = starts = position = 0
+    for data, numbers in shard.chunks():
+        crc = zlib.crc32(data, crc)
+        if shard.vocab and largest_of(numbers) >= shard.vocab:
+            at = next(i for i, n in enumerate(numbers) if n >= shard.vocab)
+            form = (path, numbers[at], position + at, shard.vocab)
+            raise UserError("%s: id %d at token %d, the vocabulary has %d" % form)
+        starts += len(places(numbers, tok.bos)) if tok else 0
+        position += len(numbers)
+    if shard.crc and crc != shard.crc:
+        raise UserError("%s: crc32 of the tokens is %08x, its header says %08x" % (path, crc, shard.crc))
+    if shard.mask:
+        verify_mask(os.path.splitext(path)[0] + ".mask" if path.endswith(".bin") else path + ".mask", shard)
+    if entry:
+        for what, got, want in (
+            ("crc32", "%08x" % crc, entry["crc32"]),
+            ("tokens", shard.tokens, entry["tokens"]),
+            ("bytes", shard.size, entry["bytes"]),
+            ("vocabulary", shard.vocab, tok.vocab if tok else shard.vocab),
+            ("documents that start in it", starts if tok else entry["documents"], entry["documents"]),
+        ):
+            if got != want:
+                raise UserError("%s: %s %s, the manifest says %s" % (path, what, got, want))
+    return shard.tokens
+
+
+def verify_mask(path, shard):
+    if shard.mask != 1:
+        raise UserError("%s: word 5 of the header is %d, wanted 0 (no mask) or 1 (mask)" % (shard.path, shard.mask))
+    try:
+        with open(path, "rb") as f:
+            size = os.fstat(f.fileno()).st_size
+            bad = any(chunk.translate(None, b"\0\1") for chunk in iter(lambda: f.read(1 << 20), b""))
+    except OSError as e:
+        raise UserError("%s: %s" % (path, e.strerror))
+    if size != shard.tokens:
+        raise UserError("%s: %d bytes, wanted one for each of the %d tokens" % (path, size, shard.tokens))
+    if bad:
+        raise UserError("%s: bytes other than 0 and 1" % path)
+
+
+def verify_preparation(folder, manifest, name):
+    """What is wrong with a preparation beside its shards, a line each: its rank file, the sums of its sets."""
+    preparation = manifest["preparations"][name]
+    tokenizer, wrong = preparation["tokenizer"], []
+    if "file" in tokenizer:
+        path = os.path.join(folder, tokenizer["file"])
+        if not os.path.exists(path) or file_sums(path)["sha256"] != tokenizer["sha256"]:
+            wrong.append(
+                "%s: missing, or not the tokenizer of %s: its sha256 differs from the manifest's" % (path, name)
+            )
+    sums = {}
+    for shard in manifest["shards"].values():
+        if shard["preparation"] == name:
+            n = sums.setdefault((shard["set"], shard["split"]), [0, 0, 0])
+            n[0], n[1], n[2] = n[0] + shard["documents"], n[1] + shard["tokens"], n[2] + 1
+    said = {
+        (key, split): [n["documents"], n["tokens"], n["shards"]]
+        for key, splits in preparation["sets"].items()
+        for split, n in splits.items()
+    }
+    if sums != said:
+        wrong.append("%s: the sums of the shards of %s are not what the manifest says of its sets" % (folder, name))
+    return wrong
+
+
+def verify(args):
+    """Folders with a manifest, or single shards. Prints one line for each thing that is wrong."""
+    wrong = good = tokens = 0
+    for item in args.items:
+        if os.path.isdir(item):
+            folder, manifest = item, read_manifest(item, wanted=True)
+            shards, complaints = sorted(manifest["shards"]), []
+            for name in sorted(manifest["preparations"]):
+                complaints += verify_preparation(item, manifest, name)
+            for name in sorted(os.listdir(item)):
+                if SHARD_NAME.fullmatch(name) and name not in manifest["shards"]:
+                    complaints.append("%s: not in the manifest" % os.path.join(item, name))
+            for complaint in complaints:
+                print(complaint)
+            wrong += len(complaints)
+        else:
+            folder, name = os.path.split(item)
+            shards, manifest = [name], read_manifest(folder or ".")
+        for name in shards:
+            try:
+                tok = tokenizer_of(folder or ".", name, args.tokenizer, args.pattern)
+                tokens += verify_shard(os.path.join(folder, name), manifest["shards"].get(name), tok)
+                good += 1
+            except UserError as e:
+                print(e)
+                wrong += 1
+    print("%d shards good, %d tokens; %d things wrong" % (good, tokens, wrong))
+    return 1 if wrong else 0
+
+
+def add_commands(commands):
+    """inspect and verify, to a parser's subcommands."""
+    look = commands.add_parser("inspect", help="header, counts and first documents of a shard")
+    look.add_argument("shard")
+    look.add_argument("--documents", type=int, default=3, metavar="N")
+    look.add_argument("--characters", type=int, default=400, metavar="N", help="of each document")
+    look.set_defaults(run=inspect)
+    check = commands.add_parser("verify", help="checks every checksum, id and mask")
+    check.add_argument("items", nargs="+", metavar="DIR|SHARD")
+    check.set_defaults(run=verify)
+    for p in (look, check):
+        p.add_argument("--tokenizer", metavar="NAME|FILE", help="default: what the manifest beside the shard says")
+        p.add_argument("--pattern", choices=list(PATTERNS))
+
+
+def main():
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_commands(parser.add_subparsers(dest="command", required=True))
+    args = parser.parse_args()
+    return args.run(args)
+
+
+if __name__ == "__main__":
+    run_program(main)
