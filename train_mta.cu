@@ -5,9 +5,11 @@
 //
 // Storage is bf16 (floatX) with fp32 accumulation; master weights, gradients, AdamW state and the residual stream are fp32. PRECISION=FP32
 // stores all in fp32, for tests.
-// Matrix products are cuBLAS; everything else is a kernel below, each a few lines, followed by its launcher, which keeps the CPU's signature
-// and adds the Cuda context. Attention comes twice: the chunked algorithm (a chunk of queries of all heads of some sequences at a time), which serves
-// every variant, and fused kernels for the common ones. Nothing of size T x T. Deterministic: every sum has a fixed order, no floating-point atomics.
+// Matrix products are cuBLAS; everything else is a kernel below, each a few lines, followed by its launcher, which keeps
+// the CPU's signature and adds the Cuda context. Attention comes twice: the chunked algorithm (a chunk of queries of all
+// heads of some sequences at a time), which serves every variant, and fused kernels for the common ones. Those, and all
+// else that only makes it fast, stand in sections of their own after the layers, "Fast paths", to be read last. Nothing
+// of size T x T. Deterministic: every sum has a fixed order, no floating-point atomics.
 // dev/cuda_cpu compiles this file with a C++ compiler and runs these kernels on a CPU; so launches go through LAUNCH, and dynamic shared
 // memory through DYNAMIC_SHARED.
 //
@@ -2829,6 +2831,31 @@ static int attention_chunk_on(const Config* c, int T, size_t shared) {
     return needed > shared ? attention_chunk(T) : 0;
 }
 // =================================================================================================================================
+// Fast paths: the launches of a pass as a CUDA graph
+//
+// A pass over all layers is thousands of launches where attention goes chunk by chunk; as a graph the host pays for one.
+// Capture freezes every pointer, scalar and grid: what changes from one micro-batch to the next lies in device memory or
+// is launched outside of the pass.
+
+typedef struct { int calls; cudaGraphExec_t graph; } Replay;
+
+// Runs pass(), which launches and never waits, with the same arguments at every call: directly at the first call, when
+// kernels are loaded and cuBLAS chooses; the second call captures it, and from then on it is replayed.
+template <typename Pass>
+static void replay(Replay* r, const Pass& pass, Cuda* g) {
+    if (r->calls++ == 0) { pass(); return; }
+    if (!r->graph) {
+        cudaGraph_t graph = NULL;
+        cudaCheck(cudaStreamBeginCapture(g->stream, cudaStreamCaptureModeThreadLocal));
+        pass();
+        cudaCheck(cudaStreamEndCapture(g->stream, &graph));
+        cudaCheck(cudaGraphInstantiate(&r->graph, graph, 0));
+        cudaCheck(cudaGraphDestroy(graph));
+    }
+    cudaCheck(cudaGraphLaunch(r->graph, g->stream));
+}
+
+// =================================================================================================================================
 // The model: state and memory
 
 // Pointers to one layer's tensors inside an arena (weights or gradients), in the order of TensorKind; NULL where the model has none.
@@ -2879,10 +2906,6 @@ typedef struct {
 
 typedef struct { const char* name; void** ptr; size_t bytes; } Buffer;
 
-// The launches of a pass over all layers (thousands, where attention goes chunk by chunk) as a CUDA graph, so that the host pays for one. Capture
-// freezes every pointer, scalar and grid: what changes from one micro-batch to the next lies in device memory or is launched outside of the pass.
-typedef struct { int calls; cudaGraphExec_t graph; } Replay;
-
 typedef struct {
     Config config;
     TensorList tensors;
@@ -2901,7 +2924,7 @@ typedef struct {
     unsigned char* wrong;              // (N) on the host: counted targets that another id beats
     float* losses;                     // (N) on the host
     int *rows, *starts;                // (N), (N+1) on the host
-    bool graphs;                       // may passes be captured?
+    bool graphs;                       // are passes replayed as graphs?
     Replay forward, backward;          // of layers_forward and layers_backward at B x T
     Cuda cuda;
 } Model;
@@ -3204,24 +3227,6 @@ static void layer_forward(Model* m, int l, const Activations* a, int B, int T) {
     matmul_forward(s->branch, C, s->act, w.down_proj, N, FF, C, g);
 }
 
-typedef void Pass(Model* m, int B, int T);  // launches and never waits, its arguments the same at every call
-
-// Runs a pass: directly at the first call, when kernels are loaded and cuBLAS chooses; the second captures it, and from then on it is replayed. Other
-// shapes than the model's own (the last micro-batch of a step, samples) run directly.
-static void run_pass(Model* m, Replay* r, Pass* pass, int B, int T) {
-    bool own = m->graphs && B == m->B && T == m->T;
-    if (!own || r->calls++ == 0) { pass(m, B, T); return; }
-    if (!r->graph) {
-        cudaGraph_t graph = NULL;
-        cudaCheck(cudaStreamBeginCapture(m->cuda.stream, cudaStreamCaptureModeThreadLocal));
-        pass(m, B, T);
-        cudaCheck(cudaStreamEndCapture(m->cuda.stream, &graph));
-        cudaCheck(cudaGraphInstantiate(&r->graph, graph, 0));
-        cudaCheck(cudaGraphDestroy(graph));
-    }
-    cudaCheck(cudaGraphLaunch(r->graph, m->cuda.stream));
-}
-
 // From scratch.tokens to acts.ln_f.
 static void layers_forward(Model* m, int B, int T) {
     const Config* c = &m->config;
@@ -3240,11 +3245,15 @@ static void layers_forward(Model* m, int B, int T) {
                              model_tensor(m, m->weights, TENSOR_NORM), N, C, c->rms_norm_eps, g);
 }
 
+// Passes of the model's own shape are replayed; others (the last micro-batch of a step, samples) are launched one by one.
+static bool model_replays(const Model* m, int B, int T) { return m->graphs && B == m->B && T == m->T; }
+
 // From tokens (B,T), on the host, to the normalised last state acts.ln_f (N,C).
 static void model_forward(Model* m, const int32_t* tokens, int B, int T) {
     assert(B <= m->B && T <= m->T);
     cudaCheck(cudaMemcpyAsync(m->scratch.tokens, tokens, (size_t)B * T * sizeof(int), cudaMemcpyHostToDevice, m->cuda.stream));
-    run_pass(m, &m->forward, layers_forward, B, T);
+    auto pass = [=] { layers_forward(m, B, T); };
+    if (model_replays(m, B, T)) { replay(&m->forward, pass, &m->cuda); } else { pass(); }
 }
 
 // The classifier and its loss, a chunk of rows at a time so that the logits of all rows never exist: returns the sum of the counted losses,
@@ -3353,7 +3362,8 @@ static void model_backward(Model* m, const int32_t* tokens, int B, int T) {
     Scratch* s = &m->scratch;
     Cuda* g = &m->cuda;
     int N = B * T;
-    run_pass(m, &m->backward, layers_backward, B, T);
+    auto pass = [=] { layers_backward(m, B, T); };
+    if (model_replays(m, B, T)) { replay(&m->backward, pass, g); } else { pass(); }
     int distinct = rows_by_token(m, tokens, N);  // while the GPU works
     cudaCheck(cudaMemcpyAsync(s->rows, m->rows, N * sizeof(int), cudaMemcpyHostToDevice, g->stream));
     cudaCheck(cudaMemcpyAsync(s->starts, m->starts, (distinct + 1) * sizeof(int), cudaMemcpyHostToDevice, g->stream));
