@@ -282,6 +282,8 @@ static bool cuda_open(Cuda* g, Error* e) {
     cudaCheck(cudaStreamCreateWithFlags(&g->stream, cudaStreamNonBlocking));
     blasCheck(cublasCreate(&g->blas));
     blasCheck(cublasSetStream(g->blas, g->stream));
+    // Where cuBLAS cuts a product along K, it may add up the parts in the result's 16 bits unless it is told not to.
+    blasCheck(cublasSetMathMode(g->blas, (cublasMath_t)(CUBLAS_DEFAULT_MATH | CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION)));
     return true;
 }
 static size_t device_shared(void) {  // bytes that a block may have at most

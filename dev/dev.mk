@@ -20,7 +20,7 @@ help_dev:
 # What was compiled with other flags is compiled again: these files change where the flags do (all but -Werror, which changes no code).
 FLAGS_c = $(CC) $(CFLAGS) $(BLAS)
 FLAGS_cxx = $(CXX) $(CXXFLAGS)
-FLAGS_nvcc = $(NVCC) $(NVCCFLAGS) $(NVCC_ARCH) $(CUDA_DEFINES)
+FLAGS_nvcc = $(NVCC) $(NVCCFLAGS) $(NVCC_CODE) $(CUDA_DEFINES)
 build/flags_%: FORCE
 	@mkdir -p build
 	@echo '$(filter-out -Werror,$(FLAGS_$*))' | cmp -s - $@ || echo '$(filter-out -Werror,$(FLAGS_$*))' > $@
@@ -73,20 +73,20 @@ build/asan/%_mta: build/asan/%_mta.o
 # ---- train_mta.cu through nvcc
 
 build/train_mta_cuda.o: train_mta.cu $(HEADERS) build/flags_nvcc
-	$(NVCC) $(NVCCFLAGS) -arch=$(NVCC_ARCH) $(CUDA_DEFINES) -c $< -o $@
+	$(NVCC) $(NVCCFLAGS) $(NVCC_CODE) $(CUDA_DEFINES) -c $< -o $@
 
 # In fp32 beside them, for scripts/gpu_check.sh.
 build/train_mta_cuda_fp32.o: train_mta.cu $(HEADERS) build/flags_nvcc
-	$(NVCC) $(NVCCFLAGS) -arch=$(NVCC_ARCH) -DPRECISION_FP32 -c $< -o $@
+	$(NVCC) $(NVCCFLAGS) $(NVCC_CODE) -DPRECISION_FP32 -c $< -o $@
 
 build/train_mta_cuda_fp32: build/train_mta_cuda_fp32.o
-	$(NVCC) -arch=$(NVCC_ARCH) -Xcompiler -fopenmp $^ -o $@ $(CUDA_LINK)
+	$(NVCC) $(NVCC_CODE) -Xcompiler -fopenmp $^ -o $@ $(CUDA_LINK)
 
 build/test_mta_cuda_fp32: build/test_mta.o build/train_mta_library.o build/train_mta_cuda_fp32_library.o
-	$(NVCC) -arch=$(NVCC_ARCH) -Xcompiler -fopenmp $^ -o $@ $(CUDA_LINK) $(BLAS_LINK) $(LDLIBS)
+	$(NVCC) $(NVCC_CODE) -Xcompiler -fopenmp $^ -o $@ $(CUDA_LINK) $(BLAS_LINK) $(LDLIBS)
 
 # Programs that include train_mta.cu: dev/tests/test_flash.cu, dev/bench/attention.cu, kernels.cu, cuda_step.cu.
-CUDA_PROGRAM = $(NVCC) $(NVCCFLAGS) -arch=$(NVCC_ARCH) $(CUDA_DEFINES) -diag-suppress 177
+CUDA_PROGRAM = $(NVCC) $(NVCCFLAGS) $(NVCC_CODE) $(CUDA_DEFINES) -diag-suppress 177
 build/%_cuda: dev/tests/%.cu train_mta.cu $(HEADERS) build/flags_nvcc
 	$(CUDA_PROGRAM) $< -o $@ $(CUDA_LINK)
 build/%_cuda: dev/bench/%.cu train_mta.cu $(HEADERS) build/flags_nvcc
@@ -103,7 +103,7 @@ nvcc_check: $(NVCC_CHECKS:%=build/nvcc/%.o)
 	$(NVCC) -Xcompiler -fopenmp build/nvcc/sm_90a.o -o build/nvcc/train_mta_cuda $(CUDA_LINK)
 build/nvcc/sm_%.o: train_mta.cu $(HEADERS) build/flags_nvcc
 	@mkdir -p build/nvcc
-	$(NVCC_STRICT) -arch=sm_$* $(if $(filter-out 80,$*),-Xptxas --warn-on-spills$(,)--warning-as-error) -c $< -o $@
+	$(NVCC_STRICT) -gencode=arch=compute_$*$(,)code=sm_$* $(if $(filter-out 80,$*),-Xptxas --warn-on-spills$(,)--warning-as-error) -c $< -o $@
 build/nvcc/%.o: dev/tests/%.cu train_mta.cu $(HEADERS) build/flags_nvcc
 	@mkdir -p build/nvcc
 	$(NVCC_STRICT) -arch=compute_90a -Xcicc -O0 -diag-suppress 177 -c $< -o $@

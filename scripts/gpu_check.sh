@@ -127,7 +127,7 @@ build() {
     begin verdict build 200 make -s -k -j8 NVCC_ARCH="$arch" "${programs[@]}"
     collect
 }
-# Beside one another: most of each is the start of processes and the CPU's own answers.
+# Beside one another: most of each is the start of processes and the CPU's own answers. The sanitizers, which slow the GPU for all, come after.
 run_tests() {
     local golden=(--golden dev/golden/full.safetensors dev/golden/diff.safetensors) tool
     if [ -x build/test_flash_cuda ]; then begin verdict "fused attention" 150 build/test_flash_cuda; fi
@@ -135,6 +135,7 @@ run_tests() {
     if [ -x build/test_mta_cuda_fp32 ]; then begin verdict "test_mta_cuda fp32" 150 build/test_mta_cuda_fp32; fi
     if [ ! -x train_mta ] || [ ! -x train_mta_cuda ] || [ ! -x build/train_mta_cuda_fp32 ]; then row "skip    runs: a program is missing"
     else begin verdict runs 220 env MTA_CUDA="$PWD/train_mta_cuda" MTA_CUDA_FP32="$PWD/build/train_mta_cuda_fp32" python3 dev/tests/test_cuda_run.py; fi
+    collect
     if ! command -v compute-sanitizer > /dev/null; then row "skip    compute-sanitizer: not here"
     else
         for tool in memcheck racecheck; do
@@ -192,7 +193,7 @@ torch_python=build/log/gpu_torch_python
 find_torch() {
     local candidate
     for candidate in "$python" data/.venv/bin/python python3 /usr/bin/python3; do
-        if [ -n "$candidate" ] && timeout 60 "$candidate" -c 'import torch; assert torch.cuda.is_available()' 2> /dev/null; then echo "$candidate"; return; fi
+        if [ -n "$candidate" ] && timeout 150 "$candidate" -c 'import torch; assert torch.cuda.is_available()' 2> /dev/null; then echo "$candidate"; return; fi
     done
 }
 run_torch() {

@@ -1,6 +1,7 @@
 // cublas_v2.h: stand-in for the cuBLAS calls that train_mta.cu makes: matrix products with fp32 accumulation, column-major as cuBLAS is.
-// Refuses what cuBLAS refuses: leading dimensions that are too small, and combinations of types that it does not have. And, more strictly than
-// cuBLAS, which would allocate inside the graph: a product that is captured before the handle was given a workspace.
+// Refuses what cuBLAS refuses: leading dimensions that are too small, and combinations of types that it does not have. And,
+// more strictly than cuBLAS, which would allocate inside the graph: a product that is captured before the handle was given
+// a workspace; and one with a result of 16 bits on a handle that allows cuBLAS to add up its parts in 16 bits.
 #ifndef CUDA_CPU_CUBLAS_H
 #define CUDA_CPU_CUBLAS_H
 #include "cuda_runtime.h"
@@ -16,10 +17,12 @@ typedef enum { CUDA_R_32F = 0, CUDA_R_16F = 2, CUDA_R_16BF = 14 } cudaDataType_t
 typedef cudaDataType_t cudaDataType;
 typedef enum { CUBLAS_COMPUTE_32F = 68, CUBLAS_COMPUTE_32F_PEDANTIC = 69, CUBLAS_COMPUTE_32F_FAST_TF32 = 77 } cublasComputeType_t;
 typedef enum { CUBLAS_GEMM_DEFAULT = -1, CUBLAS_GEMM_DEFAULT_TENSOR_OP = 99 } cublasGemmAlgo_t;
-typedef enum { CUBLAS_DEFAULT_MATH, CUBLAS_PEDANTIC_MATH = 2, CUBLAS_TF32_TENSOR_OP_MATH = 3 } cublasMath_t;
+typedef enum {
+    CUBLAS_DEFAULT_MATH, CUBLAS_PEDANTIC_MATH = 2, CUBLAS_TF32_TENSOR_OP_MATH = 3, CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION = 16
+} cublasMath_t;
 
 namespace cuda_cpu {
-struct Blas { cudaStream_t stream; void* workspace; };
+struct Blas { cudaStream_t stream; void* workspace; cublasMath_t math; };
 
 inline float load(const void* p, cudaDataType t, size_t i) {
     return t == CUDA_R_32F ? ((const float*)p)[i] : t == CUDA_R_16BF ? (float)((const __nv_bfloat16*)p)[i] : (float)((const __half*)p)[i];
@@ -55,7 +58,7 @@ inline void gemm(bool ta, bool tb, int m, int n, int k, float alpha, const void*
 typedef cuda_cpu::Blas* cublasHandle_t;
 static inline cublasStatus_t cublasCreate(cublasHandle_t* h) {
     if (cuda_cpu::planted_failure("cublasCreate")) { return CUBLAS_STATUS_NOT_INITIALIZED; }
-    *h = new cuda_cpu::Blas{NULL, NULL};
+    *h = new cuda_cpu::Blas{NULL, NULL, CUBLAS_DEFAULT_MATH};
     return CUBLAS_STATUS_SUCCESS;
 }
 static inline cublasStatus_t cublasDestroy(cublasHandle_t h) { delete h; return CUBLAS_STATUS_SUCCESS; }
@@ -63,7 +66,10 @@ static inline cublasStatus_t cublasSetStream(cublasHandle_t h, cudaStream_t s) {
     h->stream = s, h->workspace = NULL;
     return CUBLAS_STATUS_SUCCESS;
 }
-static inline cublasStatus_t cublasSetMathMode(cublasHandle_t, cublasMath_t) { return CUBLAS_STATUS_SUCCESS; }
+static inline cublasStatus_t cublasSetMathMode(cublasHandle_t h, cublasMath_t math) {
+    h->math = math;
+    return CUBLAS_STATUS_SUCCESS;
+}
 static inline cublasStatus_t cublasSetWorkspace(cublasHandle_t h, void* p, size_t) {
     if ((size_t)p % 256) { return CUBLAS_STATUS_INVALID_VALUE; }
     h->workspace = p;
@@ -89,6 +95,7 @@ static inline cublasStatus_t cublasGemmStridedBatchedEx(cublasHandle_t h, cublas
     if (m < 0 || n < 0 || k < 0 || batch < 0 || lda < std::max(1, ta == CUBLAS_OP_N ? m : k) ||
         ldb < std::max(1, tb == CUBLAS_OP_N ? k : n) || ldc < std::max(1, m)) { return CUBLAS_STATUS_INVALID_VALUE; }
     if (at != bt || (ct != at && ct != CUDA_R_32F)) { return CUBLAS_STATUS_NOT_SUPPORTED; }
+    if (ct != CUDA_R_32F && !(h->math & CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION)) { return CUBLAS_STATUS_NOT_SUPPORTED; }
     float al = *(const float*)alpha, be = *(const float*)beta;
     cuda_cpu::submit(h->stream, [=] {
         for (long long b = 0; b < batch; b++) {

@@ -272,6 +272,13 @@ static void test_gemm() {
     float one = 1, x[4] = {0, 0, 0, 0};
     check(cublasGemmEx(h, CUBLAS_OP_N, CUBLAS_OP_N, 1, 1, 1, &one, x, CUDA_R_16BF, 1, x, CUDA_R_16BF, 1, &one, x, CUDA_R_16F, 1, CUBLAS_COMPUTE_32F,
                        CUBLAS_GEMM_DEFAULT) == CUBLAS_STATUS_NOT_SUPPORTED, "a mix of types that cuBLAS lacks is refused");
+    auto halves = [&] {
+        return cublasGemmEx(h, CUBLAS_OP_N, CUBLAS_OP_N, 1, 1, 1, &one, x, CUDA_R_16BF, 1, x, CUDA_R_16BF, 1, &one, x, CUDA_R_16BF, 1, CUBLAS_COMPUTE_32F,
+                            CUBLAS_GEMM_DEFAULT);
+    };
+    cublasStatus_t allowed = halves();
+    cublasSetMathMode(h, (cublasMath_t)(CUBLAS_DEFAULT_MATH | CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION));
+    check(allowed == CUBLAS_STATUS_NOT_SUPPORTED && halves() == CUBLAS_STATUS_SUCCESS, "a result of 16 bits whose parts may be added in 16 bits is refused");
     cublasDestroy(h);
 }
 
