@@ -748,8 +748,8 @@ static void attention_chunk_backward(real* dq, real* dk, real* dv, const Attenti
     int H = attention_group(a), p = halo_pre(a), r = halo_post(a), end = hi + p, far = hi + p + r, n = a->cq * a->ck;
     int nk = min_int(end, a->T), nk_far = min_int(far, a->T);
     Maps m = attention_maps(scratch, stats, q, k, a, h0, lo, hi, true);
-    Tile d = tile_make(scratch, m.tiles++, a, lo), e = d;
-    if (a->conv_pre || a->conv_post) { e = tile_make(scratch, m.tiles++, a, lo); }
+    Tile d = tile_make(scratch, m.tiles++, a, lo), other = d;  // a convolution goes from one to the other
+    if (a->conv_pre || a->conv_post) { other = tile_make(scratch, m.tiles++, a, lo); }
     assert(m.tiles <= ATTENTION_TILES);
 
     values_backward_v(dv, &m.A, dout, a, h0, H, lo, hi);                        // O = A v
@@ -761,8 +761,8 @@ static void attention_chunk_backward(real* dq, real* dk, real* dv, const Attenti
     }
     if (a->conv_post) {                                                         // R = conv(P)
         kq_conv_backward_weight(sums->conv_post + (size_t)h0 * n, &d, &m.P, a, H, lo, hi, hi);
-        kq_conv_backward_input(&e, &d, a->conv_post, a, h0, H, lo, end, nk);
-        Tile swap = d; d = e; e = swap;
+        kq_conv_backward_input(&other, &d, a->conv_post, a, h0, H, lo, end, nk);
+        Tile swap = d; d = other; other = swap;
     }
     softmax_backward(&d, &d, &m.P, a, H, lo, end, nk);                          // P = softmax(L)
     if (a->mix_pre) {                                                           // L = mix(C)
@@ -772,8 +772,8 @@ static void attention_chunk_backward(real* dq, real* dk, real* dv, const Attenti
     }
     if (a->conv_pre) {                                                          // C = conv(S)
         kq_conv_backward_weight(sums->conv_pre + (size_t)h0 * n, &d, &m.S, a, H, lo, hi, hi);
-        kq_conv_backward_input(&e, &d, a->conv_pre, a, h0, H, lo, hi, hi);
-        d = e;
+        kq_conv_backward_input(&other, &d, a->conv_pre, a, h0, H, lo, hi, hi);
+        d = other;
     }
     scores_backward(dq, dk, &d, q, k, a, h0, H, lo, hi);                        // S = q k^T / sqrt(HS)
 }

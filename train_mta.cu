@@ -343,7 +343,8 @@ static void matmul_backward(floatX* dinp, float* dweight, const floatX* dout, si
     if (dweight) { gemm(matrix(dweight, C), matrix(dout, ldd), matrix(inp, C), {true, false, OC, C, N, 1, 1}, g); }
 }
 
-// Several weights (OC,C) of one input, their outputs side by side in rows of `width`: one product where the weights lie behind one another.
+// Several weights (OC,C) of one input, their outputs side by side in rows of `width`: one product where the weights lie
+// behind one another.
 typedef struct { int n, OC[3], width; const floatX* weight[3]; float* dweight[3]; } Joined;
 
 // Outputs of the weights from *i on that are one product; *i: the first that is not.
@@ -647,8 +648,9 @@ typedef struct {
     bool flash;                                    // they serve this layer
 } Attention;
 
-// What only makes these steps faster stands in sections of its own after cross-entropy ("Fast paths"), declared here and called where it serves: first the
-// convolution on tensor cores, then mixing, softmax and mixing of groups of 16 heads in one kernel, then all of attention in one kernel.
+// What only makes these steps faster stands in sections of its own after cross-entropy ("Fast paths"), declared here and
+// called where it serves: the convolution on tensor cores; mixing, softmax and mixing of groups of 16 heads in one kernel;
+// all of attention in one kernel.
 typedef struct KqConv KqConv;
 typedef struct Heads Heads;
 typedef struct Maps Maps;
@@ -1129,12 +1131,12 @@ static bool keeps_att(const Attention* a) { return a->conv_post || mixes_post(a)
 // Scratch of attention, shared by all layers. Tiles in floatS: S C L P R of the maps; in floatX: A, and two that gradients pass through in turns.
 enum { ATTENTION_TILES_X = 3 };
 struct AttentionScratch {
-    floatS* tiles;    // (attention_tiles, tile)
-    floatX* tiles_x;  // (ATTENTION_TILES_X, tile)
-    floatS *q, *k;    // (S,NH,T,HS) where floatX is not floatS
+    floatS* tiles;        // (attention_tiles, tile)
+    floatX* tiles_x;      // (ATTENTION_TILES_X, tile)
+    floatS *q, *k;        // (S,NH,T,HS) where floatX is not floatS
     float *dq, *dk, *dv;  // (S,NH,T,HS), for the fused kernels dq's splits and dv's parts
-    float* parts;     // partial sums of the weight gradients
-    floatX* dz;       // what the fused kernels need: FlashScratch
+    float* parts;         // partial sums of the weight gradients
+    floatX* dz;           // what the fused kernels need: FlashScratch
     float* dots;
     unsigned* bounds;
 };
@@ -1189,8 +1191,10 @@ static Maps attention_maps(const AttentionScratch* scratch, const Heads* x, cons
         kq_conv_forward(&m.C, &m.S, a->conv_pre, a, S, lo - r, end, nk, g);
     }
     if (mixes_16(a)) {
-        m.P = tile_make(scratch->tiles, tiles, a, lo - r - p);
-        m.R = tile_make(scratch->tiles, tiles + 1, a, lo - r - p);
+        if (a->conv_post) {
+            m.P = tile_make(scratch->tiles, tiles++, a, lo - r - p);
+            m.R = tile_make(scratch->tiles, tiles++, a, lo - r - p);
+        }
         mix16_maps(&m, x->stats, a, S, lo, hi, backward, g);
         return m;
     }
@@ -1224,7 +1228,8 @@ static Maps attention_maps(const AttentionScratch* scratch, const Heads* x, cons
     return m;
 }
 
-// Gradients of the attention's own weights, as sums in double of all sequences: (NH*cq*ck), (NH*ch); n: how many, behind one another
+// Gradients of the attention's own weights as sums in double of all sequences: (NH*cq*ck), (NH*ch); n: how many, behind one
+// another.
 struct AttentionSums { double *conv_pre, *conv_post, *mix_pre, *mix_post; size_t n; };
 
 // dq of the scratch is set, its dk, dv and the sums are added to. dout (S,NH,T,HS).
@@ -1235,7 +1240,7 @@ static void attention_chunk_backward(const AttentionSums* sums, const floatX* do
     Maps m = attention_maps(scratch, x, a, S, lo, hi, true, g);
     TileX d = tile_make(scratch->tiles_x, 1, a, lo), other = tile_make(scratch->tiles_x, 2, a, lo);  // a convolution goes from one to the other
 
-    values_backward_att(&d, dout, x->v, a, S, lo, far, nk_far, g);                     // O = A v
+    values_backward_att(&d, dout, x->v, a, S, lo, far, nk_far, g);                  // O = A v
     if (mixes_16(a)) {                                                              // from A to C, and A itself
         mix16_maps_backward(&d, &other, sums, &m, x->stats, a, S, lo, hi, scratch->parts, g);
     } else {
@@ -1249,13 +1254,13 @@ static void attention_chunk_backward(const AttentionSums* sums, const floatX* do
             kq_conv_backward_input(&other, &d, a->conv_post, a, S, lo, end, nk, g);
             std::swap(d, other);
         }
-        softmax_backward(&d, &d, &m.L, x->stats, a, S, lo, end, nk, g);                // P = softmax(L)
+        softmax_backward(&d, &d, &m.L, x->stats, a, S, lo, end, nk, g);             // P = softmax(L)
         if (a->mix_pre) {                                                           // L = mix(C)
             head_mix_backward_weight(sums->mix_pre, &d, &m.C, a->ch_pre, a, S, lo, hi, scratch->parts, g);
             head_mix_backward_input(&d, &d, a->mix_pre, a->ch_pre, a, S, lo, end, nk, g);
         }
     }
-    values_backward_v(scratch->dv, &m.A, dout, a, S, lo, hi, g);
+    values_backward_v(scratch->dv, &m.A, dout, a, S, lo, hi, g);                    // O = A v, now that A is there in every case
     if (a->conv_pre) {                                                              // C = conv(S)
         kq_conv_backward_weight(sums->conv_pre, &d, &m.S, a, S, lo, hi, scratch->parts, g);
         kq_conv_backward_input(&other, &d, a->conv_pre, a, S, lo, hi, hi, g);
