@@ -783,7 +783,7 @@ static void read_tokens(const Model* m, Cache* cache, Work* w, const int32_t* to
 // Options
 
 typedef struct {
-    const char *dir, *tokenizer, *pattern, *weights, *cache, *prompt, *token_ids, *score, *logits, *attention_map;
+    const char *dir, *tokenizer, *pattern, *weights, *cache, *prompt, *prompts, *token_ids, *score, *logits, *attention_map;
     int context, chunk, threads, max_tokens, top_k, repeat_last, samples, layer, head;
     int64_t seed;
     double temperature, top_p, min_p, repeat_penalty;
@@ -828,6 +828,7 @@ static void options_read(Options* o, int argc, char** argv) {
     const char* usage =
         "usage: infer_mta DIR --prompt TEXT            continue a text (or standard input, without --prompt)\n"
         "       infer_mta DIR --token-ids \"1 2 3\"       continue ids; prints ids\n"
+        "       infer_mta DIR --prompts FILE           continue many texts, JSON lines in and out\n"
         "       infer_mta DIR --score FILE             log-probabilities of continuations, JSON lines in and out\n"
         "       infer_mta DIR --interactive            turn by turn; Ctrl-C stops an answer, Ctrl-D the program\n"
         "       infer_mta --tokenize --tokenizer FILE  JSON lines {\"text\"} on standard input to lines of ids; "
@@ -852,6 +853,10 @@ static void options_read(Options* o, int argc, char** argv) {
         {"Text", OPT_HEADING, NULL, NULL, NULL, 0, 0, false},
         {"--prompt", OPT_STRING, &o->prompt, "TEXT", "text to continue", 0, 0, false},
         {"--token-ids", OPT_STRING, &o->token_ids, "IDS", "ids to continue, taken as they are", 0, 0, false},
+        {"--prompts", OPT_STRING, &o->prompts, "FILE",
+         "JSON lines {\"prompt\"} to {\"text\", \"tokens\"}, - for standard input; a line may have until, a list of "
+         "texts that end the answer, and max_tokens, temperature, top_k, top_p of its own",
+         0, 0, false},
         {"--interactive", OPT_FLAG, &o->interactive, NULL, "read a line, continue, again; an empty line goes on", 0, 0,
          false},
         {"--echo", OPT_FLAG, &o->echo, NULL, "print the prompt too", 0, 0, false},
@@ -894,10 +899,10 @@ static void options_read(Options* o, int argc, char** argv) {
     options_parse(table, usage, argc, argv, positional, 1);
     o->dir = positional[0];
     bool alone = o->tokenize || o->detokenize;
-    int modes = (o->prompt != NULL) + (o->token_ids != NULL) + (o->score != NULL) + o->interactive + o->tokenize +
+    int modes = (o->prompt != NULL) + (o->prompts != NULL) + (o->token_ids != NULL) + (o->score != NULL) + o->interactive + o->tokenize +
                 o->detokenize;
     if (modes > 1) {
-        die("--prompt, --token-ids, --score, --interactive, --tokenize and --detokenize exclude each other; give one");
+        die("--prompt, --prompts, --token-ids, --score, --interactive, --tokenize and --detokenize exclude each other; give one");
     }
     if (!alone && !o->dir) { die("no checkpoint directory given; usage: infer_mta DIR [options], --help lists them"); }
     if (o->binary && !o->tokenize) { die("--binary belongs to --tokenize"); }
@@ -1381,6 +1386,117 @@ static void run_samples(Session* session) {
     free(ids);
 }
 
+// Cuts a text where the first of the `stops` begins, a list of strings or NULL; false: none of them is there.
+static bool cut_at_stop(Text* text, const Json* stops) {
+    bool found = false;
+    for (const Json* stop = stops ? stops->child : NULL; stop; stop = stop->next) {
+        const char* at = text->n && stop->length ? memmem(text->text, text->n, stop->string, stop->length) : NULL;
+        if (at) { text->n = (size_t)(at - text->text); }
+        found |= at != NULL;
+    }
+    return found;
+}
+
+// Continues the session by up to max_tokens tokens into `out`, until a text of `stops` comes; returns how many.
+static int complete(Session* session, Rng* rng, const Json* stops, Text* out) {
+    TokenStream stream = {{0}, 0};
+    char* piece = alloc_or_die(tokenizer_max_bytes(session->tokenizer) + 8, 1, "a token's text");
+    bool stopped = false;
+    int tokens = 0;
+    while (tokens < session->options.max_tokens && !stopped) {
+        if (session->cache.T < session->n) { feed(session); }
+        int32_t id = sample(session, rng);
+        if (ends_text(session, id)) { break; }
+        session->ids[session->n++] = id;
+        tokens++;
+        text_append(out, piece, tokenizer_decode(session->tokenizer, &stream, id, piece));
+        stopped = cut_at_stop(out, stops);
+    }
+    if (!stopped) { text_append(out, piece, tokenizer_flush(&stream, piece)); }
+    cut_at_stop(out, stops);  // what was left of a character may have made one whole
+    free(piece);
+    return tokens;
+}
+
+// A number of a request in place of an option's, where there is one.
+static double request_number(const Json* j, const char* key, double otherwise, double min, double max, bool integer,
+                             const char* where) {
+    const Json* field = json_get(j, key);
+    if (!field || field->type == JSON_NULL) { return otherwise; }
+    if (field->type != JSON_NUMBER || !(field->number >= min && field->number <= max) ||
+        (integer && !field->is_integer)) {
+        die("%s: %s: wanted %s from %g to %g", where, key, integer ? "an integer" : "a number", min, max);
+    }
+    return field->number;
+}
+
+// The prompt of a request into the session, where room for the answer stays. With --shift a longer prompt loses its
+// earliest tokens, as an evaluation harness has it.
+static void append_request(Session* session, const Json* prompt, const char* where) {
+    Error e = {{0}};
+    int32_t *ids, bos = tokenizer_bos(need_tokenizer(session));
+    size_t n, room = (size_t)session->cache.capacity, answer = (size_t)session->options.max_tokens;
+    if (!prompt || prompt->type != JSON_STRING) { die("%s: wanted an object with \"prompt\", a string", where); }
+    if (!tokenizer_encode(session->tokenizer, prompt->string, prompt->length, &ids, &n, &e)) {
+        die("%s: prompt: %s", where, e.text);
+    }
+    size_t all = n + (bos >= 0), kept = answer < room && all > room - answer ? room - answer : all;
+    if (answer >= room || (kept < all && !session->options.shift)) {
+        die("%s: %zu tokens and %zu to come, the context has %zu positions%s", where, all, answer, room,
+            answer < room ? "; --shift drops the earliest" : "");
+    }
+    if (!all) { die("%s: the prompt is empty and the tokenizer has no BOS: nothing to continue", where); }
+    session->n = 0;
+    cache_clear(&session->cache, &session->model);
+    if (bos >= 0 && kept == all) { session->ids[session->n++] = bos; }
+    size_t rest = kept - (size_t)session->n;
+    memcpy(session->ids + session->n, ids + n - rest, rest * sizeof *ids);
+    session->n += (int)rest;
+    free(ids);
+}
+
+// One line: the answer goes out at once, so that a program that asks and waits gets it.
+static void answer_request(Session* session, const Json* j, long number, const char* where) {
+    Options options = session->options, *o = &session->options;
+    Rng rng = rng_make((uint64_t)o->seed, (uint64_t)number);
+    const Json* stops = json_get(j, "until");
+    o->max_tokens = (int)request_number(j, "max_tokens", o->max_tokens, 0, MAX_CONTEXT, true, where);
+    o->temperature = request_number(j, "temperature", o->temperature, 0, 100, false, where);
+    o->top_k = (int)request_number(j, "top_k", o->top_k, 0, MAX_VOCAB, true, where);
+    o->top_p = request_number(j, "top_p", o->top_p, 0, 1, false, where);
+    bool good = !stops || stops->type == JSON_ARRAY;
+    for (const Json* s = good && stops ? stops->child : NULL; s; s = s->next) { good &= s->type == JSON_STRING; }
+    if (!good) { die("%s: until: wanted a list of strings", where); }
+    append_request(session, json_get(j, "prompt"), where);
+
+    Text text = {0}, line = {0};
+    int tokens = complete(session, &rng, stops, &text);
+    text_printf(&line, "{\"text\": ");
+    text_json_string(&line, text.text ? text.text : "", text.n);
+    text_printf(&line, ", \"tokens\": %d}\n", tokens);
+    put_out(line.text, line.n, true);
+    text_free(&text);
+    text_free(&line);
+    *o = options;
+}
+
+static void run_prompts(Session* session) {
+    Lines lines;
+    const char* name = lines_open(&lines, session->options.prompts);
+    size_t n;
+    for (char* text; (text = lines_next(&lines, name, true, &n)) != NULL;) {
+        Error e = {{0}};
+        char where[PATH_SIZE + 32];
+        if (strspn(text, " \t\r") == n) { continue; }
+        snprintf(where, sizeof where, "%s: line %ld", name, lines.number);
+        Json* j = json_parse(text, n, &e);
+        if (!j) { die("%s: %s", where, e.text); }
+        answer_request(session, j, lines.number, where);
+        json_free(j);
+    }
+    lines_close(&lines);
+}
+
 static void run_interactive(Session* session) {
     struct sigaction action = {0};
     Rng rng = rng_make((uint64_t)session->options.seed, 0);
@@ -1777,6 +1893,8 @@ int main(int argc, char** argv) {
         run_logits(&session);
     } else if (o.attention_map) {
         run_attention_map(&session);
+    } else if (o.prompts) {
+        run_prompts(&session);
     } else if (o.interactive) {
         run_interactive(&session);
     } else {

@@ -22,6 +22,19 @@
 
 typedef struct { int fd; Text buffer; size_t at; bool end; long number; } Lines;
 
+// Opens a file, "-": standard input; returns its name for messages.
+static inline const char* lines_open(Lines* l, const char* file) {
+    bool is_stdin = !strcmp(file, "-");
+    memset(l, 0, sizeof *l);
+    if (!is_stdin && (l->fd = open(file, O_RDONLY | O_CLOEXEC)) < 0) { die("%s: %s", file, strerror(errno)); }
+    return is_stdin ? "standard input" : file;
+}
+
+static inline void lines_close(Lines* l) {
+    if (l->fd) { close(l->fd); }
+    text_free(&l->buffer);
+}
+
 // The next line without its newline, valid until the next call; NULL at the end. wait false: also NULL where reading
 // would block.
 static inline char* lines_next(Lines* l, const char* name, bool wait, size_t* n) {
@@ -254,11 +267,8 @@ static inline void score_put(const ScoreRequest* q, Text* t) {
 
 // Answers the lines of `file` ("-": standard input) on standard output; returns the seconds it took.
 static inline double score_lines(const Scorer* scorer, const char* file) {
-    const char* name = strcmp(file, "-") ? file : "standard input";
-    Lines lines = {0, {NULL, 0, 0}, 0, false, 0};
-    if (strcmp(file, "-") && (lines.fd = open(name, O_RDONLY | O_CLOEXEC)) < 0) {
-        die("%s: %s", name, strerror(errno));
-    }
+    Lines lines;
+    const char* name = lines_open(&lines, file);
     struct stat st;
     bool regular = fstat(lines.fd, &st) == 0 && S_ISREG(st.st_mode), shows = isatty(2) && !scorer->quiet;
     ScoreRequest* requests = (ScoreRequest*)alloc_or_die(SCORE_WINDOW, sizeof *requests, "requests");
@@ -308,8 +318,7 @@ static inline double score_lines(const Scorer* scorer, const char* file) {
         fprintf(stderr, "%sscored %ld in %.1f s, %ld passes over the weights\n", shows ? "\r" : "", done, seconds,
                 passes);
     }
-    if (lines.fd) { close(lines.fd); }
-    text_free(&lines.buffer);
+    lines_close(&lines);
     text_free(&answer);
     free(requests);
     free(sorted);

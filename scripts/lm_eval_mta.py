@@ -5,7 +5,7 @@
     lm_eval_mta.py DIR --weights int8 --tasks wikitext --output_path results --log_samples
 
 or, from Python, `import lm_eval_mta` registers the model "mta" with arguments checkpoint=, infer=, weights=, threads=.
-One infer_mta --score process answers all requests as JSON lines, so that the weights are read once."""
+One infer_mta --score and one infer_mta --prompts answer all requests as JSON lines, so that the weights are read once."""
 
 import argparse
 import json
@@ -73,6 +73,37 @@ def rolling_windows(ids, positions):
     return windows
 
 
+COUNTS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # the first that is given counts
+
+
+def generation_request(context, options, count):
+    """A line for infer_mta --prompts. What the harness asks for and infer_mta cannot do is refused by name."""
+    counts = [options.pop(name, None) for name in COUNTS]
+    until, sample = options.pop("until", None) or [], options.pop("do_sample", None)
+    temperature = options.pop("temperature", 1.0 if sample else 0.0)
+    request = {
+        "prompt": context,
+        "until": [until] if isinstance(until, str) else until,
+        "max_tokens": int(next((c for c in counts if c is not None), count)),
+        "temperature": 0.0 if sample is False else float(temperature),
+        "top_k": int(options.pop("top_k", 0)),
+        "top_p": float(options.pop("top_p", 1.0)),
+    }
+    others = {k: v for k, v in options.items() if (k, v) not in (("num_beams", 1), ("repetition_penalty", 1.0))}
+    if others:
+        raise ValueError("generation options that infer_mta does not have: %s" % ", ".join(sorted(others)))
+    return request
+
+
+def config_file(checkpoint):
+    """Of a checkpoint, or of the newest one in a run's folder."""
+    path = os.path.join(checkpoint, "config.json")
+    if os.path.exists(path):
+        return path
+    steps = sorted(name for name in os.listdir(checkpoint) if name.startswith("step-"))
+    return os.path.join(checkpoint, steps[-1], "config.json") if steps else path
+
+
 @register_model("mta")
 class MtaLM(LM):
     """checkpoint: a directory; infer: the program; weights, threads: its options."""
@@ -83,15 +114,15 @@ class MtaLM(LM):
         super().__init__()
         self.command = [infer, str(checkpoint), "--weights", weights, "--threads", str(threads)]
         self.checkpoint, self.infer, self.max_gen_toks = str(checkpoint), infer, max_gen_toks
-        self.scorer = None  # the Program that scores, from the first request on
-        with open(os.path.join(checkpoint, "config.json"), encoding="utf-8") as f:
+        self.scorer = self.generator = None  # the Programs that score and generate, from the first request on
+        with open(config_file(checkpoint), encoding="utf-8") as f:
             config = json.load(f)
         self.positions = config.get("max_position_embeddings", 2048)
 
     def close(self):
-        if self.scorer:
-            self.scorer.close()
-        self.scorer = None
+        for program in filter(None, (self.scorer, self.generator)):
+            program.close()
+        self.scorer = self.generator = None
 
     def run(self, args, lines):
         """The answers of a program of its own to `lines`."""
@@ -125,28 +156,12 @@ class MtaLM(LM):
         return sums
 
     def generate_until(self, requests, disable_tqdm=False):
-        out = []
-        for r in requests:
-            context, options = r.args[0], dict(r.args[1] or {})
-            until = options.get("until") or []
-            until = [until] if isinstance(until, str) else until
-            count = int(options.get("max_gen_toks", self.max_gen_toks))
-            temperature = float(options.get("temperature", 0.0)) if options.get("do_sample", False) else 0.0
-            command = self.command + [
-                "--max-tokens",
-                str(count),
-                "--temperature",
-                str(temperature),
-                "--quiet",
-                "--shift",
-            ]
-            text = subprocess.run(command, input=context.encode(), stdout=subprocess.PIPE, check=True).stdout.decode(
-                "utf-8", "replace"
-            )
-            text = text[:-1]  # the newline that ends the answer
-            ends = [text.index(u) for u in until if u and u in text]
-            out.append(text[: min(ends)] if ends else text)
-        return out
+        """The answers of infer_mta --prompts, which stays as score's program does. A context that leaves no room for the
+        answer loses its earliest tokens."""
+        if not self.generator:
+            self.generator = Program(self.command + ["--prompts", "-", "--shift"])
+        lines = [json.dumps(generation_request(r.args[0], dict(r.args[1] or {}), self.max_gen_toks)) for r in requests]
+        return [json.loads(x)["text"] for x in self.generator.ask(lines, last=False)]
 
 
 def main():

@@ -368,6 +368,84 @@ class Model(Case):
             want = [utils.make_disjoint_window(w) for w in utils.get_rolling_token_windows(list(range(n)), BOS, 8, 1)]
             self.assertEqual([(a or [BOS], b) for a, b in lm_eval_mta.rolling_windows(list(range(n)), 8)], want)
 
+    def test_generation(self):
+        """One program answers all; an answer is what infer_mta --prompt prints, up to the first text that ends it."""
+        lm = self.lm()
+        options = ["--temperature", "0", "--max-tokens", "12", "--quiet", "--threads", "1"]
+        alone = lambda prompt: self.run_text([INFER, self.model, "--prompt", prompt, *options])[:-1]
+        prompts = ["The cat", "a line\nand another\n", "The cat"]
+        whole = [alone(p) for p in prompts]
+        ask = lambda prompts, **more: lm.generate_until(
+            instances("generate_until", [(p, dict({"do_sample": False, "max_gen_toks": 12}, **more)) for p in prompts])
+        )
+        self.assertEqual(ask(prompts), whole)
+        program = lm.generator
+        middle, later = whole[0][len(whole[0]) // 2], whole[0][-3:]
+        self.assertEqual(ask(prompts[:1], until=[later, middle, "", "not there"]), [whole[0].split(middle)[0]])
+        self.assertEqual(ask(prompts[:1], until=later), [whole[0].split(later)[0]])
+        self.assertIs(lm.generator, program)
+
+        # The harness keeps the last tokens that leave room for the answer.
+        text = " ".join("word%d" % i for i in range(300))
+        ids = lm.run([INFER, self.model, "--tokenize"], [json.dumps({"text": text})])[0].split()[-(POSITIONS - 12) :]
+        ids = self.run_text([INFER, self.model, "--token-ids", " ".join(ids), *options])
+        want = json.loads(self.run_text([INFER, self.model, "--detokenize"], input=ids))["text"]
+        self.assertEqual(ask([text]), [want])
+
+        # Sampling: the same seed and line, the same text; what infer_mta does not have is refused.
+        sampled = dict(do_sample=True, temperature=0.7, top_p=0.9, max_gen_toks=20)
+        self.assertEqual(*[self.lm().generate_until(instances("generate_until", [("a", sampled)])) for _ in range(2)])
+        with self.assertRaisesRegex(ValueError, "num_beams"):
+            ask(["a"], num_beams=4)
+
+    def test_bad_prompts(self):
+        for line, why in (
+            ("{", "broken"),
+            ("{}", 'wanted an object with "prompt", a string'),
+            ('{"prompt": "a", "max_tokens": 1.5}', "max_tokens: wanted an integer from 0 to"),
+            ('{"prompt": "a", "top_p": 2}', "top_p: wanted a number from 0 to 1"),
+            ('{"prompt": "a", "until": [1]}', "until: wanted a list of strings"),
+            ('{"prompt": "a", "max_tokens": 192}', "2 tokens and 192 to come, the context has 192 positions"),
+            (json.dumps({"prompt": "a b c " * 99}), "--shift drops the earliest"),
+        ):
+            args = [INFER, self.model, "--prompts", "-", "--quiet", "--max-tokens", "9"]
+            done = subprocess.run(
+                args, input='{"prompt": "good", "max_tokens": 0}\n' + line, capture_output=True, text=True
+            )
+            self.assertEqual((done.returncode, done.stdout), (1, '{"text": "", "tokens": 0}\n'), line)
+            self.assertEqual(done.stderr.count("\n"), 1)
+            self.assertIn("standard input: line 2: ", done.stderr)
+            if why != "broken":
+                self.assertIn(why, done.stderr)
+
+    def test_the_command_with_the_harness_s_flags(self):
+        """A local task of each kind of request, through lm_eval_mta.py itself."""
+        data = self.write("data.jsonl", [{"q": "Which?", "c": ["one", "two words"], "a": i % 2} for i in range(4)])
+        common = "dataset_path: json\ndataset_kwargs: {data_files: {test: %s}}\ntest_split: test\n" % data
+        tasks = {
+            "choice": "output_type: multiple_choice\ndoc_to_text: '{{q}}'\ndoc_to_choice: '{{c}}'\ndoc_to_target: a\n",
+            "rolling": "output_type: loglikelihood_rolling\ndoc_to_text: ''\ndoc_to_target: '{{q}} {{c[1]}}'\n"
+            "metric_list: [{metric: byte_perplexity, aggregation: weighted_perplexity, higher_is_better: false}]\n",
+            "generate": "output_type: generate_until\ndoc_to_text: '{{q}}'\ndoc_to_target: '{{c[0]}}'\n"
+            "generation_kwargs: {until: ['x'], max_gen_toks: 5, do_sample: false}\nmetric_list: [{metric: exact_match}]\n",
+        }
+        for name, text in tasks.items():
+            with open(self.path("local_%s.yaml" % name), "w") as f:
+                f.write("task: local_%s\n" % name + common + text)
+        paths = ",".join(self.path("local_%s.yaml" % name) for name in tasks)
+        args = [sys.executable, os.path.join(ROOT, "scripts", "lm_eval_mta.py"), self.model, "--infer", INFER]
+        args += ["--tasks", paths, "--limit", "3", "--output_path", self.path("out.json"), "--log_samples"]
+        args += ["--threads", "1", "--seed", "3"]
+        home = {"HF_HOME": self.path("home"), "HF_HUB_OFFLINE": "1"}
+        shown = self.run_text(args, env=dict(os.environ, **home))
+        for name in tasks:
+            self.assertIn("local_" + name, shown)
+        found = [os.path.join(d, f) for d, _, files in os.walk(self.folder) for f in files if f.startswith("samples_local_")]
+        self.assertEqual(len(found), 3)
+        for path in found:
+            with open(path) as f:
+                self.assertEqual(len(f.readlines()), 3)
+
     def test_measures_are_the_harness_s(self):
         """The harness evaluates the model; evals.py reports what infer_mta --score says of its requests: the same."""
         with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
