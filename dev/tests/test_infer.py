@@ -1071,6 +1071,7 @@ class TextIO(unittest.TestCase):
             return json.loads(run([self.dir, "--score", "-", "--quiet"], stdin=line.encode()))
 
         model = lm_eval_mta.MtaLM(self.dir, infer=BIN)
+        self.addCleanup(model.close)
         pairs = [("ab ", "cd"), ("", "xy"), ("ab", " cd"), ("long " * 20, "end")]
         got = model.loglikelihood([Instance(*p) for p in pairs])
         ids = [256] + list(b"ab")
