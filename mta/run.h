@@ -77,12 +77,14 @@ typedef struct {
 // The one variable that a signal handler may write.
 static volatile sig_atomic_t run_signal = 0;
 
+// The first signal is answered at once. Ctrl-C or SIGTERM a second time stops without saving; a terminal that closes sends SIGHUP twice, and
+// a cluster SIGUSR1 and then SIGTERM: those must not end a save.
 static inline void run_on_signal(int number) {
-    static const char text[] = "\nstopping after this micro-batch, then saving; another signal stops at once\n";
+    static const char text[] = "\nstopping after this micro-batch, then saving; the same signal again stops at once\n";
     int before = errno;
-    if (run_signal) { _exit(128 + number); }
+    if (run_signal == number && (number == SIGINT || number == SIGTERM)) { _exit(128 + number); }
+    if (!run_signal && write(STDERR_FILENO, text, sizeof text - 1) < 0) { errno = before; }  // a terminal that is gone reads nothing
     run_signal = number;
-    if (write(STDERR_FILENO, text, sizeof text - 1) < 0) { errno = before; }  // a terminal that is gone reads nothing
     errno = before;
 }
 

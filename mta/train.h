@@ -1,5 +1,6 @@
-// mta/train.h: one training run, over the table of whichever trainer was built: initialisation or resume, the loop, evaluation, samples,
-// checkpoints, and the plan that is printed before. The model and its step are in train_mta.c and train_mta.cu.
+// mta/train.h: one training run, over the table of whichever trainer was built: initialisation or resume, the loop,
+// evaluation, samples, checkpoints, and the plan that is printed before. The model and its step are in train_mta.c and
+// train_mta.cu.
 #ifndef MTA_TRAIN_H
 #define MTA_TRAIN_H
 
@@ -10,8 +11,9 @@
 // ---------------------------------------------------------------------------------------------------------------------------------
 // The plan
 
-// Floating-point operations of training on one token, as MFU counts them (MODEL.md, What a step costs): 6 per parameter that is multiplied (the classifier counts,
-// tied or not; looking up an embedding does not) and three times the causal half of the attention products; no convolution, no mixing.
+// Floating-point operations of training on one token, as MFU counts them (MODEL.md, What a step costs): 6 per parameter
+// that is multiplied (the classifier counts, tied or not; looking up an embedding does not) and three times the causal
+// half of the attention products; no convolution, no mixing.
 static inline double model_flops_per_token(const Config* c, int T) {
     double C = c->hidden_size, KV = (double)c->num_key_value_heads * config_head_size(c), FF = c->intermediate_size;
     double parameters = c->num_hidden_layers * (2 * C * C + 2 * C * KV + 3 * C * FF) + C * c->vocab_size;
@@ -32,8 +34,8 @@ static inline const char* format_grouped(uint64_t x, char* out, size_t n) {
 
 typedef struct { const char* name; size_t bytes; } PlanRow;
 
-// Prints what the run will be before anything is allocated. flops_per_second: the device's peak as the trainer states it, 0 = not known.
-// Returns the bytes of all rows.
+// Prints what the run will be before anything is allocated. flops_per_second: the device's peak as the trainer states
+// it, 0 = not known. Returns the bytes of all rows.
 static inline double train_print_plan(Run* r, const char* device, double flops_per_second, const PlanRow* rows, int n) {
     const TrainOptions* o = r->options;
     const Config* c = &r->config;
@@ -69,8 +71,9 @@ static inline double train_print_plan(Run* r, const char* device, double flops_p
 // ---------------------------------------------------------------------------------------------------------------------------------
 // The start: weights at random, from --init-from, or everything from the checkpoint that is resumed
 
-// Identity kernels and mixers, norm weights 1, gate bias 0, lambda vectors normal with std 0.1, all else normal with std C^-0.5
-// (down_proj FF^-0.5), cut at 3 sigma. Blocks of a tensor draw from streams of their own: the values do not depend on threads.
+// Identity kernels and mixers, norm weights 1, gate bias 0, lambda vectors normal with std 0.1, all else normal with
+// std C^-0.5 (down_proj FF^-0.5), cut at 3 sigma. Blocks of a tensor draw from streams of their own: the values do not
+// depend on threads.
 static inline void tensor_initialise(float* w, const TensorSpec* s, int index, const Config* c, uint64_t seed) {
     enum { BLOCK = 1 << 16 };
     size_t n = s->numel;
@@ -109,8 +112,9 @@ static inline void model_initialise(const Trainer* trainer, void* model, const C
     free(w);
 }
 
-// Groups of tensors in a checkpoint: model.safetensors holds the weights in the storage's precision, optimizer.safetensors m, v and, where
-// the weights are rounded, the master weights. What is read goes to the master weights: no bit is lost, whichever trainer wrote it.
+// Groups of tensors in a checkpoint: model.safetensors holds the weights in the storage's precision,
+// optimizer.safetensors m, v and, where the weights are rounded, the master weights. What is read goes to the master
+// weights: no bit is lost, whichever trainer wrote it.
 static const char* const NO_PREFIX[] = {""};
 static const char* const OPTIMIZER_PREFIXES[] = {"m.", "v.", "master."};
 static const StateKind READ_WEIGHTS[] = {STATE_MASTER}, SAVED_WEIGHTS[] = {STATE_WEIGHT}, OPTIMIZER_STATES[] = {STATE_M, STATE_V, STATE_MASTER};
@@ -188,8 +192,8 @@ static inline StepResult step_result(const Step* s, const Batch* b, double norm)
 // ---------------------------------------------------------------------------------------------------------------------------------
 // Evaluation
 
-// Loss of every validation set over --eval-windows sequences spread evenly over it; with masks, the share of sequences that have a wrong
-// counted token (teacher forcing). Given up when a signal comes.
+// Loss of every validation set over --eval-windows sequences spread evenly over it; with masks, the share of sequences
+// that have a wrong counted token (teacher forcing). Given up when a signal comes.
 static inline void evaluate(Run* r) {
     int T = r->seq_len;
     Error e = {{0}};

@@ -1,5 +1,5 @@
-// mta/train_options.h: what the user of a trainer may give: the options of both trainers, their defaults, and the one table that makes
-// the parser and --help. What a run makes of them is settled in mta/run.h.
+// mta/train_options.h: what the user of a trainer may give: the options of both trainers, their defaults, and the one
+// table that makes the parser and --help. What a run makes of them is settled in mta/run.h.
 #ifndef MTA_TRAIN_OPTIONS_H
 #define MTA_TRAIN_OPTIONS_H
 

@@ -1,5 +1,5 @@
-// mta/trainer.h: one table of functions behind which each trainer is compiled: mta/train.h trains by it, and one test binary holds several
-// (train_mta.c in fp32, train_mta.cu on a GPU or on the emulator) and drives them alike.
+// mta/trainer.h: one table of functions behind which each trainer is compiled: mta/train.h trains by it, and one test
+// binary holds several (train_mta.c in fp32, train_mta.cu on a GPU or on the emulator) and drives them alike.
 //
 // All data crosses this border as fp32 in the host's memory, whatever the trainer stores and wherever.
 #ifndef MTA_TRAINER_H
@@ -7,8 +7,8 @@
 
 #include "config.h"
 
-// What there is of every tensor. STATE_WEIGHT is what the products read, in the precision of the storage; STATE_MASTER what AdamW updates,
-// in fp32: the same thing where the storage is fp32.
+// What there is of every tensor. STATE_WEIGHT is what the products read, in the precision of the storage; STATE_MASTER
+// what AdamW updates, in fp32: the same thing where the storage is fp32.
 typedef enum { STATE_WEIGHT, STATE_GRADIENT, STATE_M, STATE_V, STATE_MASTER } StateKind;
 
 typedef struct { double lr, beta1, beta2, eps, weight_decay, grad_clip; } AdamW;
@@ -38,12 +38,13 @@ typedef struct {
 typedef struct {
     const char* name;  // "cpu fp32", "cuda bf16", ...
     bool exact;        // fp32 arithmetic and storage: the CPU's tolerances hold; else the weights are stored in bf16
-    // A model of at most B sequences of at most T tokens, every state zero. chunk: queries of an attention chunk, 0 = the trainer's choice.
-    // NULL and a message if it cannot be had.
+    // A model of at most B sequences of at most T tokens, every state zero. chunk: queries of an attention chunk, 0 =
+    // the trainer's choice. NULL and a message if it cannot be had.
     void* (*create)(const Config* config, int B, int T, int chunk, Error* e);
     void (*destroy)(void* model);
     const TensorList* (*tensors)(const void* model);
-    // Tensor number i of the list, whole. STATE_MASTER rounds it into the weights; STATE_WEIGHT sets both to the rounded values.
+    // Tensor number i of the list, whole. STATE_MASTER rounds it into the weights; STATE_WEIGHT sets both to the
+    // rounded values.
     void (*set)(void* model, StateKind kind, int tensor, const float* data);
     // The n values of tensor number i from value `from` on.
     void (*get)(const void* model, StateKind kind, int tensor, size_t from, size_t n, float* data);
@@ -53,7 +54,8 @@ typedef struct {
     void (*last_logits)(void* model, const int32_t* tokens, int n, float* logits);
     // The sum of the losses; dloss times its gradients is added to the gradient state.
     double (*forward_backward)(void* model, const int32_t* tokens, const int32_t* targets, int B, int T, double dloss);
-    // Clips to the global norm, applies AdamW as step `step` (1 = first). Returns the norm before clipping; not finite: nothing changed.
+    // Clips to the global norm, applies AdamW as step `step` (1 = first). Returns the norm before clipping; not finite:
+    // nothing changed.
     double (*update)(void* model, const AdamW* hyper, long step);
     // All of it: gradients of the step's mean loss, and the update unless loss or norm is not finite.
     StepResult (*train_step)(void* model, const Step* step);

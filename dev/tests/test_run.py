@@ -804,6 +804,11 @@ class Failing(Trainer):
             time.sleep(0.005)
         self.fail("no step was logged")
 
+    def wait_for_file(self, path):
+        start = time.time()
+        while not os.path.exists(path) and time.time() - start < TIMEOUT:
+            time.sleep(0.01)
+
     def stopped(self, child, sig=signal.SIGTERM):
         """Sends the signal: it is answered on the screen at once, the run is saved and ends with 75."""
         child.send_signal(sig)
@@ -825,6 +830,19 @@ class Failing(Trainer):
                 self.assertEqual(log_events(out)[-1]["event"], "stop")
                 self.assertEqual(log_events(out, "step")[-1]["step"], int(last[-8:]))
                 self.run_ok(out, {"--steps": int(last[-8:]) + 1}, ["--resume"])
+
+    def test_signals_that_come_in_pairs(self):
+        """A terminal that closes sends SIGHUP twice, a cluster SIGUSR1 and later SIGTERM: the run is saved all the same."""
+        for first, second in ((signal.SIGHUP, signal.SIGHUP), (signal.SIGUSR1, signal.SIGTERM), (signal.SIGHUP, signal.SIGINT)):
+            out = self.out()
+            child = self.launch(self.arguments(out, {"--hidden-size": 256, "--num-hidden-layers": 8, "--intermediate-size": 1024,
+                                                     "--batch-size": 200, "--tokens-per-step": 16 * 200 * 100, "--steps": 5}))
+            self.wait_for_file(os.path.join(out, "log.jsonl"))
+            time.sleep(0.2)
+            child.send_signal(first)
+            time.sleep(0.02)
+            self.stopped(child, second)
+            self.assertEqual(len(checkpoints(out)), 1)
 
     def test_hangup_under_nohup(self):
         """A run that was started with SIGHUP ignored outlives its terminal."""
@@ -858,9 +876,7 @@ class Failing(Trainer):
             out = self.out()
             child = self.launch(self.arguments(out, {"--hidden-size": 256, "--num-hidden-layers": 8, "--intermediate-size": 1024,
                                                      "--batch-size": 200, "--tokens-per-step": 16 * 200 * 100, "--steps": 5}))
-            start = time.time()
-            while not os.path.exists(os.path.join(out, "log.jsonl")) and time.time() - start < TIMEOUT:
-                time.sleep(0.01)
+            self.wait_for_file(os.path.join(out, "log.jsonl"))
             time.sleep(1)
             child.send_signal(signal.SIGINT)
             time.sleep(0.3)
