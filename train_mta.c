@@ -1007,8 +1007,6 @@ typedef struct {
     real *cosine, *sine;             // (T,HS/2)
 } Scratch;
 
-typedef struct { const char* name; real** ptr; size_t numel; } Buffer;
-
 typedef struct {
     Config config;
     TensorList tensors;
@@ -1023,6 +1021,8 @@ typedef struct {
     Scratch scratch;
     AttentionSums sums;
 } Model;
+
+typedef struct { const char* name; real** ptr; size_t numel; } Buffer;
 
 // Sets every pointer of the list; with base NULL it only measures, so that size and layout cannot disagree. Returns reals.
 static size_t carve(const Buffer* buffers, int n, real* base) {
