@@ -18,12 +18,12 @@ cd "$(dirname "$0")/.."
 from_here() { case $1 in ''|/*) echo "$1" ;; *) if [ "$caller" = "$PWD" ]; then echo "$1"; else echo "$caller/$1"; fi ;; esac; }
 
 # The toy task: N = 4 letters a block, 8 blocks, the question asks for the first letter; 2 layers of 2 heads, dim 64.
-TOY_N=4 TOY_BLOCKS=8 TOY_KIND=first TOY_SEEDS="1 2 3" TOY_STEPS=600 TOY_BATCH=64
+TOY_N=4 TOY_BLOCKS=8 TOY_KIND=first TOY_SEEDS="1 2 3" TOY_STEPS=600 TOY_BATCH=64 TOY_TESTS=1000
 TOY_MODEL=(--model toy --hidden-size 64 --num-hidden-layers 2 --num-attention-heads 2 --num-key-value-heads 2 --intermediate-size 192
            --kq-conv-key-size $((2 * TOY_N - 1)) --lr 2e-3 --schedule constant --warmup 0 --weight-decay 0)
 # The text model: bytes are tokens.
-TEXT_STEPS=300
-TEXT_MODEL=(--model 1m --attention mta --tokenizer bytes --seq-len 256 --batch-size 16 --lr 3e-3 --schedule linear --warmup 20)
+TEXT_STEPS=300 TEXT_BATCH=16 TEXT_WINDOWS=100
+TEXT_MODEL=(--model 1m --attention mta --tokenizer bytes --seq-len 256 --lr 3e-3 --schedule linear --warmup 20)
 
 install=yes text="" out=runs/quickstart
 while [ $# -gt 0 ]; do
@@ -33,7 +33,7 @@ while [ $# -gt 0 ]; do
         --text=*) text=$(from_here "${1#*=}") ;;
         --out) out=$(from_here "${2:-}"); shift ;;
         --out=*) out=$(from_here "${1#*=}") ;;
-        --tiny) TOY_STEPS=10 TEXT_STEPS=4 ;;
+        --tiny) TOY_STEPS=10 TOY_BATCH=16 TOY_TESTS=100 TEXT_STEPS=4 TEXT_BATCH=2 TEXT_WINDOWS=8 ;;
         -h|--help) sed -n '2,/^set -/{/^set -/d;s/^# \{0,1\}//;p}' scripts/quickstart.sh; exit 0 ;;
         *) echo "quickstart.sh: unknown option $1; --help lists all" >&2; exit 1 ;;
     esac
@@ -194,7 +194,7 @@ mkdir -p "$task"
 for seed in $TOY_SEEDS; do
     data=$out/data/toy_$seed
     [ -f "$data/toy_task.json" ] || python3 data/toy_task.py --out "$data" --n $TOY_N --blocks $TOY_BLOCKS --kind $TOY_KIND \
-        --train-samples $((TOY_STEPS * TOY_BATCH)) --test-samples 1000 --seed "$seed" > "$task/data.txt" 2>&1 || fail "$(tail -n 1 "$task/data.txt")"
+        --train-samples $((TOY_STEPS * TOY_BATCH)) --test-samples $TOY_TESTS --seed "$seed" > "$task/data.txt" 2>&1 || fail "$(tail -n 1 "$task/data.txt")"
     length=$(sed -n 's/.*"length": \([0-9]*\).*/\1/p' "$data/toy_task.json")
     for kind in transformer mta; do
         OMP_NUM_THREADS=$threads ./train_mta "${TOY_MODEL[@]}" --attention $kind --tokenizer toy --train "$data/toy_train_*.bin" --val "toy=$data/toy_val_*.bin" \
@@ -207,7 +207,7 @@ for seed in $TOY_SEEDS; do
     if [ "$cores" -gt 1 ]; then wait_runs $TOY_STEPS "seed $seed:" "$task/transformer_$seed" "$task/mta_$seed"; fi
 done
 say
-say "sequences with a wrong answer, of 1000 that training never saw, after $TOY_STEPS steps:"
+say "sequences with a wrong answer, of $TOY_TESTS that training never saw, after $TOY_STEPS steps:"
 python3 scripts/toy_report.py "$task"
 say "${dim}  (the paper: 4 layers, dim 256, sequences of up to 321 tokens, 100,000 steps; here: 2 layers, dim 64, $length tokens, $TOY_STEPS steps)${normal}"
 
@@ -230,8 +230,8 @@ if [ -z "$text" ]; then
 fi
 say "$(wc -c < "$text") bytes of $text"
 python3 data/prepare.py text "$text" --tokenizer bytes --out "$out/data/text" --name text > "$out/data/text.txt" 2>&1 || fail "$(tail -n 1 "$out/data/text.txt")"
-OMP_NUM_THREADS=$cores ./train_mta "${TEXT_MODEL[@]}" --steps $TEXT_STEPS --train "$out/data/text/text_train_*.bin" --val "text=$out/data/text/text_val_*.bin" --eval-every 50 \
-    --eval-windows 100 --save-every 0 --sample-every 0 --log-every 25 --seed 1 --resume --out "$out/text" ||
+OMP_NUM_THREADS=$cores ./train_mta "${TEXT_MODEL[@]}" --batch-size $TEXT_BATCH --steps $TEXT_STEPS --train "$out/data/text/text_train_*.bin" --val "text=$out/data/text/text_val_*.bin" --eval-every 50 \
+    --eval-windows $TEXT_WINDOWS --save-every 0 --sample-every 0 --log-every 25 --seed 1 --resume --out "$out/text" ||
     fail "training on the text failed; with another --text, choose another --out too"
 checkpoint=$(ls -d "$out"/text/step-* | sort | tail -n 1)
 say

@@ -191,9 +191,10 @@ fi
 # The Python tests drive the programs. Those that compare with PyTorch and its kin run in dev/.venv.
 EMULATED="build/train_mta_cuda_cpu build/train_mta_cuda_cpu_fp32"
 python_step() {
-    local source=dev/tests/$1 runner=$python
+    local source=dev/tests/$1 runner=$python runs=full
+    case $1 in test_help.py | test_layout.py) runs=both ;; esac
     if [ -n "$compare" ] && grep -qE '^ *(import|from) (torch|transformers|tokenizers|safetensors|lm_eval)\b' "$source"; then runner=$compare; fi
-    step full "$1" "train_mta infer_mta test_mta $EMULATED" "$runner" "$source"
+    step $runs "$1" "train_mta infer_mta test_mta $([ $runs = full ] && echo "$EMULATED")" "$runner" "$source"
 }
 if has python3; then
     LONGEST="test_quickstart.py test_cuda_run.py test_prepare.py test_infer.py test_run.py test_tokenizer.py"
@@ -202,6 +203,7 @@ if has python3; then
         name=$(basename "$source")
         [[ " $LONGEST " == *" $name "* ]] || python_step "$name"
     done
+    step check "infer_mta gives the golden logits" infer_mta python3 dev/tests/test_infer.py -k test_prefill_and_decode
     step check "a run with resume" train_mta python3 dev/tests/test_run.py -k ten_and_ten
     if [ -n "$compare" ]; then step full "reference writes the golden cases" "" "$compare" dev/ref/make_golden.py --check dev/golden; fi
 else

@@ -3,12 +3,15 @@ make_golden.py --check DIR. A case file is a safetensors file with
 __metadata__ {"format": "mta-golden", "version": "1", "config": JSON}, the model's weights under their checkpoint names (F32),
 golden.tokens I32 [B,T], golden.targets I32 [B,T] (-100 = ignored), golden.logits F32 [B,T,V], golden.loss F32 [1], grad.NAME F32.
 Computed in float64 from the float32 weights."""
-import glob, json, os, struct, sys
+import glob, json, os, sys
 
 import numpy as np
 import torch
 
 import mta_ref as R
+
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "tests"))
+from helpers import read_safetensors  # noqa: E402
 
 S = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4, vocab_size=61)
 CASES = {
@@ -41,26 +44,19 @@ def main(out, seed, names):
         R.save_safetensors(f"{out}/{n}.safetensors", t, dict(format="mta-golden", version="1", config=json.dumps(c)))
         print(n, "loss %.6f" % loss.item(), "min max|grad| %.2e" % min(b.abs().max().item() for b in grads.values()), os.path.getsize(f"{out}/{n}.safetensors"))
 
-def read_safetensors(path):
+def read_case(path):
     """Tensors of a golden case as float64 or int64 torch tensors, and its configuration."""
-    kind = {"F32": np.float32, "I32": np.int32}
-    with open(path, "rb") as f:
-        head = json.loads(f.read(struct.unpack("<Q", f.read(8))[0]))
-        data = f.read()
-    config = json.loads(head.pop("__metadata__")["config"])
-    tensors = {}
-    for n, h in head.items():
-        a, b = h["data_offsets"]
-        x = np.frombuffer(data[a:b], kind[h["dtype"]]).reshape(h["shape"])
-        tensors[n] = torch.from_numpy(x.astype(np.float64 if h["dtype"] == "F32" else np.int64))
-    return tensors, config
+    tensors, metadata = read_safetensors(path)
+    read = {"F32": (np.float32, np.float64), "I32": (np.int32, np.int64)}
+    return {n: torch.from_numpy(np.frombuffer(data, read[dtype][0]).reshape(shape).astype(read[dtype][1]))
+            for n, (dtype, shape, data) in tensors.items()}, json.loads(metadata["config"])
 
 
 def check(folder):
     """Recomputes every case of a folder from its weights; a logit, loss or gradient further off than fp32 rounding fails."""
     passed = failed = 0
     for path in sorted(glob.glob(os.path.join(folder, "*.safetensors"))):
-        t, c = read_safetensors(path)
+        t, c = read_case(path)
         w = {n: x for n, x in t.items() if not n.startswith(("golden.", "grad."))}
         logits, loss, grads = R.loss_and_grads(t["golden.tokens"], t["golden.targets"], w, c)
         got = {"golden.logits": logits, "golden.loss": loss.view(1), **{"grad." + n: g for n, g in grads.items()}}

@@ -128,7 +128,7 @@ class Quickstart(unittest.TestCase):
         self.assert_table(done.stdout)
         self.assertNotRegex(done.stdout, "[\x1b\r]")
         self.assertIn("no matplotlib, so no pictures", done.stdout)
-        self.assertRegex(read_text(os.path.join(self.home, "runs/a/n4_first/mta_3.txt")), r"step 10 .* of 1000 sequences")
+        self.assertRegex(read_text(os.path.join(self.home, "runs/a/n4_first/mta_3.txt")), r"step 10 .* of 100 sequences")
         self.assertNotIn("Traceback", done.stdout + done.stderr)
         for variable, bold in (({}, True), ({"NO_COLOR": "1"}, False)):
             status, text = self.run_on_terminal("--no-install", "--tiny", "--out", "runs/a", **variable)
