@@ -230,8 +230,9 @@ step full "the emulator itself" build/test_emulator build/test_emulator
 step full "the emulator itself, races" build/test_races build/test_races
 if has nvcc; then
     step full nvcc nvcc_check make WERROR=1 nvcc_check
-    step long "nvcc sm_100" build/nvcc/sm_100.o make WERROR=1 build/nvcc/sm_100.o
-else skip "nvcc: no CUDA toolkit here"
+    step long "nvcc, other architectures" "build/nvcc/sm_80.o build/nvcc/sm_100.o" make WERROR=1 build/nvcc/sm_80.o build/nvcc/sm_100.o
+else
+    skip "nvcc: no CUDA toolkit here"
 fi
 if ! has nvidia-smi || ! nvidia-smi > /dev/null 2>&1; then skip "GPU tests: no GPU here (scripts/gpu_check.sh runs them)"; fi
 

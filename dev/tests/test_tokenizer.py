@@ -3,7 +3,7 @@
 
     data/.venv/bin/python dev/tests/test_tokenizer.py [--full] [--strings N] [--text-mb N] [--text DIR ...] [--seed N]
 
-Default: the golden texts, every code point, 20,000 random strings, 4 MB of the machine's own text: about a minute.
+Default: the golden texts, every code point, 8,000 random strings, 2 MB of the machine's own text: ten seconds.
 --full: 1,000,000 random strings and 100 MB of text. Each text goes through all four patterns with real ranks
 (cl100k_base's; gpt2's for gpt2), and through all four again with made-up ranks in which any two bytes are a token, so
 that a piece that ends one character too early or too late changes the ids even where the real ranks would hide it.
@@ -382,7 +382,7 @@ def check_long_runs(checker, tokenizers):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--full", action="store_true", help="1,000,000 strings and 100 MB of text")
-    parser.add_argument("--strings", type=int, help="random strings, default 20000")
+    parser.add_argument("--strings", type=int, help="random strings, default 8000")
     parser.add_argument("--text-mb", type=float, help="MB of this machine's text, default 4")
     parser.add_argument(
         "--text",
@@ -392,8 +392,8 @@ def main():
     )
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
-    strings = args.strings if args.strings is not None else 1000000 if args.full else 20000
-    megabytes = args.text_mb if args.text_mb is not None else 100 if args.full else 4
+    strings = args.strings if args.strings is not None else 1000000 if args.full else 8000
+    megabytes = args.text_mb if args.text_mb is not None else 100 if args.full else 2
     checker = Checker()
     with tempfile.TemporaryDirectory() as folder:
         library = Library(folder)
