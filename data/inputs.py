@@ -393,15 +393,20 @@ def raw_chunks(path, kind, tell):
 
 def one_value_a_line(chunks):
     """The same, where the file is a JSON array or has values over several lines, as one value a line."""
-    head = next(chunks, b"")
-    while 0 < len(head) < 4096:
-        more = next(chunks, None)
+    head, broken = b"", None
+    while len(head) < 4096:
+        try:
+            more = next(chunks, None)
+        except BadDocument as e:
+            more, broken = None, e
         if more is None:
             break
         head += more
     start = head[:4096].lstrip(b" \t\r\n")
-    if not (start.startswith(b"[") or re.match(rb"\{[ \t]*\r?\n", start)):
+    if broken or not (start.startswith(b"[") or re.match(rb"\{[ \t]*\r?\n", start)):
         yield head
+        if broken:
+            raise broken
         yield from chunks
         return
     parts, size = [head], len(head)

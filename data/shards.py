@@ -15,10 +15,6 @@ import struct
 import sys
 import zlib
 
-try:
-    import numpy
-except ImportError:
-    numpy = None  # slower
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 from tokenizer import PATTERNS, UserError, file_sums, open_tokenizer  # noqa: E402
 
@@ -230,7 +226,11 @@ class Shard:
             )
 
     def chunks(self, tokens=1 << 20):
-        """Packed tokens and the same as numbers (numpy's where it is there), piece by piece."""
+        """Packed tokens and the same as numbers (numpy's where it is there, which is faster), piece by piece."""
+        try:
+            import numpy  # here, because a preparation does without and should not wait for it
+        except ImportError:
+            numpy = None
         with open(self.path, "rb") as f:
             f.seek(HEADER_BYTES)
             for data in iter(lambda: f.read(tokens * self.width), b""):
@@ -241,12 +241,12 @@ class Shard:
 
 
 def largest_of(numbers):
-    return int(numbers.max()) if numpy else max(numbers)
+    return int(numbers.max()) if hasattr(numbers, "max") else max(numbers)
 
 
 def places(numbers, wanted):
     """Where a number stands in what chunks() gives."""
-    if numpy:
+    if hasattr(numbers, "nonzero"):
         return (numbers == wanted).nonzero()[0].tolist()
     found, at = [], -1
     try:

@@ -63,19 +63,25 @@ def need(module):
 # Rank files
 
 
+OTHER_FORMATS = {
+    b"{": "JSON (Hugging Face's tokenizer.json?)",
+    b"[": "JSON",
+    b"#version": "a list of merges (GPT-2's merges.txt or vocab.bpe?)",
+    b"version https://git-lfs": "a pointer of Git LFS, not the file itself (git lfs pull fetches it)",
+    b"GGUF\3": "a GGUF model",
+    b"<": "HTML or XML, as of a download that was refused",
+    b"PK\3\4": "a ZIP archive",
+    b"\x1f\x8b": "compressed by gzip",
+}
+
+
 def other_format(data):
     """What a file is that is no rank file but is often taken for one; None where it may be one."""
-    start = data[:64].lstrip(b"\xef\xbb\xbf \t\r\n")
-    if start[:1] in (b"{", b"["):
-        return "JSON (Hugging Face's tokenizer.json?)"
-    # A SentencePiece model is a protocol buffer: field 1, its length, in it field 1, its length, the first piece, "<unk>".
-    if data[:1] == b"\n" and (b"<unk>" in data[:64] or data[2:3] == b"\n" and data[3] + 2 <= data[1] < 128):
+    # A SentencePiece model is a protocol buffer: field 1, its length, in it field 1, its length, the first piece.
+    if len(data) > 4 and data[0] == data[2] == 10 and 2 < data[1] and data[3] <= data[1] - 2:
         return "a SentencePiece model (Llama 2's?)"
-    if start.startswith(b"#version"):
-        return "a list of merges (GPT-2's merges.txt or vocab.bpe?)"
-    if start.startswith(b"version https://git-lfs"):
-        return "a Git LFS pointer, not the file itself"
-    return None
+    start = data[:64].removeprefix(b"\xef\xbb\xbf").lstrip(b" \t\r\n")
+    return next((what for begin, what in OTHER_FORMATS.items() if start.startswith(begin)), None)
 
 
 @functools.lru_cache(maxsize=1)

@@ -8,6 +8,7 @@ without train_mta. --full: 20 kills at random moments of a longer preparation in
 """
 
 import array
+import base64
 import contextlib
 import gzip
 import hashlib
@@ -25,6 +26,7 @@ import tempfile
 import threading
 import time
 import unittest
+import zlib
 
 from helpers import BIN, ROOT, main
 
@@ -73,7 +75,12 @@ def document(rng, size=200):
 
 def run(*args, status=0, python=(sys.executable,), environment=None, **more):
     """prepare.py with these arguments -> what it printed; its exit status is checked (None: 0 or 1)."""
-    more = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "env": dict(os.environ, **(environment or {})), **more}
+    more = {
+        "stdout": subprocess.PIPE,
+        "stderr": subprocess.STDOUT,
+        "env": dict(os.environ, **(environment or {})),
+        **more,
+    }
     done = subprocess.run([*python, PREPARE, *map(str, args)], text=True, errors="replace", timeout=300, **more)
     if done.returncode not in ((0, 1) if status is None else (status,)):
         raise AssertionError("exit status %d, wanted %d\n%s" % (done.returncode, status, done.stdout))
@@ -248,7 +255,10 @@ class Domains(Case):
         run("slimpajama", self.path("in"), "--out", self.path("p"), "--workers", "2", *options)
         self.assertEqual(digest(self.path("o")), digest(self.path("p")))
         encoding = tiktoken.Encoding(
-            "x", pat_str=tokenizer.PATTERNS["cl100k_base"], mergeable_ranks=tokenizer.read_ranks(RANKS), special_tokens={}
+            "x",
+            pat_str=tokenizer.PATTERNS["cl100k_base"],
+            mergeable_ranks=tokenizer.read_ranks(RANKS),
+            special_tokens={},
         )
         with open(self.path("o", "manifest.json")) as f:
             manifest = json.load(f)
@@ -377,7 +387,10 @@ class Segments(Case):
                     ]
                     self.assertIn(prepare.main(), (None, 0))
                 encoding = tiktoken.Encoding(
-                    "x", pat_str=tokenizer.PATTERNS[pattern], mergeable_ranks=tokenizer.read_ranks(RANKS), special_tokens={}
+                    "x",
+                    pat_str=tokenizer.PATTERNS[pattern],
+                    mergeable_ranks=tokenizer.read_ranks(RANKS),
+                    special_tokens={},
                 )
                 ids = set_tokens(out, "long", "train")
                 self.assertEqual(ids[1:-1] if pattern == "llama3" else ids[1:], encoding.encode_ordinary(text))
@@ -395,7 +408,7 @@ class Bad(Case):
             8: (b'{"body": "x"}', "missing field"),
             10: (b'{"text": 5}', "field is not text"),
             12: (b'{"text": "\\ud800"}', "lone surrogate"),
-            14: (b'[1]', "broken JSON"),
+            14: (b"[1]", "broken JSON"),
         }
         lines = []
         for number in range(1, 15):
@@ -723,6 +736,535 @@ class Restarts(Case):
         self.assertIn("another prepare.py is at work", run(*options, status=1))
 
 
+class Kinds(Case):
+    """What an input may be besides what it should be: read rightly, or named with the rest read."""
+
+    GOOD = b'{"text": "good"}\n'
+
+    def read(self, *inputs, **more):
+        """The documents that came out of a preparation with no validation, and what was said."""
+        out = self.path("o%d" % len(os.listdir(self.folder)))
+        options = more.pop("options", ())
+        shown = run("text", *inputs, "--name", "t", "--val-fraction", "0", "--out", out, *options, **more)
+        ids = set_tokens(out, "t", "train") if os.path.exists(out) else []
+        starts = [i for i, n in enumerate(ids) if n == 256] + [len(ids)]
+        return [bytes(ids[a + 1 : b - 1]) for a, b in zip(starts, starts[1:])], shown
+
+    def test_files_that_are_not_what_they_are_called_are_named(self):
+        pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:%064d\nsize 5\n" % 0
+        text = "a text\nof lines\n" * 3
+        cases = {
+            "zero.jsonl": (b"", "0 bytes"),
+            "zero.jsonl.gz": (b"", "0 bytes"),
+            "space.jsonl": (b"\n \n\n", "no document"),
+            "space.jsonl.gz": (gzip.compress(b"\n"), "no document"),
+            "empty.json": (b"[]", "no document"),
+            "zipped.jsonl": (gzip.compress(self.GOOD), "gzip data"),
+            "twice.jsonl.gz": (gzip.compress(gzip.compress(self.GOOD)), "gzip data"),
+            "plain.jsonl.gz": (self.GOOD, "wanted gz"),
+            "page.jsonl.gz": (b"<html>403</html>", "wanted gz"),
+            "pointer.jsonl": (pointer, "Git LFS pointer"),
+            "pointer.jsonl.gz": (pointer, "Git LFS pointer"),
+            "pointer.txt": (pointer, "Git LFS pointer"),
+            "wide.txt": (text.encode("utf-16"), "UTF-16"),
+            "wide.jsonl": (self.GOOD.decode().encode("utf-16"), "UTF-16"),
+            "big.txt": (b"\xfe\xff" + text.encode("utf-16-be"), "UTF-16"),
+            "unmarked.txt": (text.encode("utf-16-le"), "UTF-16"),
+            "wider.txt": (text.encode("utf-32"), "UTF-32"),
+            "paper.txt": (b"%PDF-1.7\n", "a PDF"),
+            "archive.txt": (b"PK\3\4" + bytes(30), "zip archive"),
+            "shard.txt": (struct.pack("<2i", 20240520, 1) + bytes(1016), "token shard"),
+            "mark.txt": (b"\xef\xbb\xbf", "empty document"),
+            "half.json": (b'[\n {"text": "x"},\n', "broken JSON"),
+            "garbage.jsonl.gz": (gzip.compress(self.GOOD) + b"\0\0xyz", "truncated or damaged file"),
+        }
+        if zstandard:
+            cases["zero.jsonl.zst"] = (b"", "0 bytes")
+            cases["gz.jsonl.zst"] = (gzip.compress(self.GOOD), "gzip data, wanted zst")
+        if pyarrow:
+            cases["zero.parquet"] = (b"", "0 bytes")
+            cases["pointer.parquet"] = (pointer, "Git LFS pointer")
+            cases["lines.parquet"] = (self.GOOD, "wanted parquet")
+        good = self.write("good.jsonl", self.GOOD)
+        paths = [self.write(name, data) for name, (data, _) in cases.items()]
+        documents, shown = self.read(good, *paths)
+        self.assertEqual(documents.count(b"good"), 2)  # the one before the garbage was whole
+        bad = next(os.path.join(w, n) for w, _, names in os.walk(self.folder) for n in names if n == "t.bad.jsonl")
+        with open(bad) as f:
+            said = [json.loads(line) for line in f]
+        self.assertEqual(sorted(os.path.basename(entry["file"]) for entry in said), sorted(cases))
+        for entry in said:
+            self.assertIn(cases[os.path.basename(entry["file"])][1], entry["kind"] + ": " + entry["detail"], entry)
+
+    def test_valid_input_of_an_unusual_form_is_read(self):
+        lines = b'{"text": "one"}\n{"text": "two"}\n'
+        deep = (
+            b'{"meta": '
+            + b"[" * 20000
+            + b"]" * 20000
+            + b', "text": "one"}\n{"a": '
+            + b'{"b":' * 5000
+            + b"1"
+            + b"}" * 5000
+        )
+        cases = {
+            "mark.jsonl": b"\xef\xbb\xbf" + lines,
+            "marks.jsonl": lines[:16] + b"\xef\xbb\xbf" + lines[16:],
+            "mark.jsonl.gz": gzip.compress(b"\xef\xbb\xbf" + lines),
+            "dos.jsonl": lines.replace(b"\n", b"\r\n"),
+            "array.json": b'[\n {"text": "one"},\n {"text":\n "two"}]\n',
+            "row.jsonl": b'[{"text": "one"}, {"text": "two"}]',
+            "array.json.gz": gzip.compress(b'\xef\xbb\xbf[{"text": "one"},{"text": "two"}]'),
+            "pretty.jsonl": b'{\n  "text": "one"\n}\n{\n  "text": "two"\n}\n',
+            "zeros.jsonl.gz": gzip.compress(lines) + bytes(300000),
+            "between.jsonl.gz": gzip.compress(lines[:16]) + bytes(512) + gzip.compress(lines[16:]),
+            "long.jsonl": b'{"n": %s, "text": "one"}\n{"text": "two", "n": -%s.5e3}' % (b"9" * 9000, b"8" * 5000),
+            "deep.jsonl": deep + b', "text": "two"}\n',
+            "deep.json": b"[" + deep.replace(b"\n", b",") + b', "text": "two"}]',
+        }
+        if zstandard:
+            squeeze = zstandard.ZstdCompressor().compress
+            cases["skip.jsonl.zst"] = b"\x50\x2a\x4d\x18\4\0\0\0abcd" + squeeze(lines[:16]) + squeeze(lines[16:])
+            cases["array.json.zst"] = squeeze(b'[{"text": "one"},{"text": "two"}]')
+        for name, data in cases.items():
+            documents, shown = self.read(self.write(name, data))
+            self.assertEqual(documents, [b"one", b"two"], name)
+            self.assertNotIn("skipped", shown, name)
+        documents, shown = self.read(self.write("mixed.jsonl", b'[1]\n{"text": "x"}\n'))
+        self.assertEqual(documents, [b"x"])
+        self.assertIn("mixed.jsonl:1: broken JSON: list", shown)
+        documents, _ = self.read(self.write("mark.txt", b"\xef\xbb\xbfHello\n\xef\xbb\xbf"))
+        self.assertEqual(documents, [b"Hello\n\xef\xbb\xbf"])
+
+    def test_the_patient_reader_of_json_is_json(self):
+        rng = random.Random(3)
+
+        def value(depth):
+            kind = rng.randrange(7 if depth < 5 else 5)
+            if kind == 5:
+                return [value(depth + 1) for _ in range(rng.randrange(4))]
+            if kind == 6:
+                return {rng.choice('ab\u00e9"\\') * rng.randrange(3): value(depth + 1) for _ in range(rng.randrange(4))}
+            return rng.choice([None, True, False, 'x\n"\\\u4e2d', "", "[{,:"])
+
+        def words(x):  # the patient reader keeps numbers and words as text
+            if isinstance(x, dict):
+                return {k: words(v) for k, v in x.items()}
+            return [words(v) for v in x] if isinstance(x, list) else x if isinstance(x, str) else json.dumps(x)
+
+        for _ in range(2000):
+            x = value(0)
+            text = json.dumps(x, ensure_ascii=rng.random() < 0.5, indent=rng.choice([None, 1]))
+            self.assertEqual(inputs.patient_decode(text, 0), (words(x), len(text)))
+            at = rng.randrange(len(text))
+            broken = text[:at] + rng.choice('[]{},:"x1') + text[at + rng.randrange(2) :]
+            try:
+                end = json.JSONDecoder().raw_decode(broken)[1]
+            except ValueError:
+                self.assertRaises(ValueError, inputs.patient_decode, broken, 0)
+            else:
+                self.assertEqual(inputs.patient_decode(broken, 0)[1], end)
+
+    def test_a_long_line_takes_time_in_proportion(self):
+        def seconds(size):
+            path = self.write("long.jsonl.gz", gzip.compress(b'{"text": "' + b"a" * size + b'"}\n', 1))
+            entry = {"path": path, "kind": "lines.gz"}
+            start = time.process_time()
+            tasks = list(inputs.line_tasks(0, entry, {"offset": 0, "line": 0}, lambda n: None))
+            self.assertEqual(sum(len(task[4]) for task, _ in tasks), size + 13)
+            return time.process_time() - start
+
+        small, large = seconds(8 << 20), seconds(160 << 20)
+        self.assertTrue(large < 50 * small + 0.5, (small, large))
+
+    def test_links(self):
+        self.write("tree/a.jsonl", self.GOOD)
+        self.write("elsewhere/b.jsonl", b'{"text": "far"}\n')
+        os.symlink(self.path("elsewhere"), self.path("tree", "link"))
+        os.symlink(self.path("tree"), self.path("tree", "loop"))
+        os.symlink(self.path("tree", "a.jsonl"), self.path("tree", "same.jsonl"))
+        os.symlink(self.path("elsewhere"), self.path("tree", "twin"))
+        documents, shown = self.read(self.path("tree"))
+        self.assertEqual(sorted(documents), [b"far", b"good"])
+        for name in ("loop: the same folder", "twin: the same folder", "same.jsonl: the same file"):
+            self.assertIn(name, shown)
+        documents, _ = self.read(self.path("tree", "l*k"))  # a glob that matches a folder
+        self.assertEqual(documents, [b"far"])
+        os.symlink(self.path("gone"), self.path("tree", "broken.jsonl"))
+        self.assertIn("broken.jsonl: No such file", run("text", self.path("tree"), "--out", self.path("x"), status=1))
+        self.write("br[1]/a.jsonl", self.GOOD)
+        self.assertEqual(self.read(self.path("br[1]", "*.jsonl"))[0], [b"good"])
+        self.write("notes/readme.md", b"x")
+        self.write("notes/a.txt", b"x")
+        self.assertIn("left out: 1 .md", self.read(self.path("notes"))[1])
+
+    @unittest.skipUnless(os.geteuid() == 0, "needs to become another user")
+    def test_what_may_not_be_read_or_written_is_named(self):
+        self.write("tree/a.jsonl", self.GOOD)
+        self.write("tree/closed/b.jsonl", self.GOOD)
+        os.chmod(self.folder, 0o755)
+        os.chmod(self.path("tree", "closed"), 0)
+        os.mkdir(self.path("o"), 0o777)
+        os.chmod(self.path("o"), 0o777)
+        other = {"preexec_fn": lambda: os.setuid(65534), "status": 1, "python": ("/usr/bin/python3", "-B")}
+        try:
+            subprocess.run(
+                ["/usr/bin/python3", PREPARE, "--help"],
+                check=True,
+                preexec_fn=other["preexec_fn"],
+                stdout=subprocess.DEVNULL,
+            )
+        except (OSError, subprocess.CalledProcessError):
+            self.skipTest("another user may not run prepare.py")
+        shown = run("text", self.path("tree"), "--out", self.path("o"), **other)
+        self.assertIn("closed: Permission denied", shown)
+        os.chmod(self.path("tree", "closed"), 0o755)
+        os.chmod(self.path("tree", "closed", "b.jsonl"), 0)
+        shown = run("text", self.path("tree"), "--out", self.path("o"), **other)
+        self.assertIn("b.jsonl: Permission denied", shown)
+        os.chmod(self.path("o"), 0o555)
+        shown = run("text", self.path("tree", "a.jsonl"), "--out", self.path("o"), **other)
+        self.assertIn("Permission denied", shown)
+        self.assertEqual(shown.count("\n"), 1, shown)
+
+    def test_domains_that_look_alike_stay_apart(self):
+        domains = [
+            "C",
+            "C++",
+            "C#",
+            "c",
+            "\u4e2d\u6587",
+            "\u0440\u0443\u0441\u0441\u043a\u0438\u0439",
+            "a b",
+            "a-b",
+            "a/b",
+            "en",
+            "EN",
+            "text",
+        ]
+        rows = [json.dumps({"text": "of %d" % i, "lang": d}) for i, d in enumerate(domains) for _ in range(3)]
+        random.Random(1).shuffle(rows)
+        lines, loose = self.write("x.jsonl", "\n".join(rows)), self.write("loose.txt", "no field")
+        options = ("--domain-field", "lang", "--val-fraction", "0")
+        shown = run("text", lines, loose, *options, "--out", self.path("o"))
+        run("text", lines, loose, *options, "--out", self.path("p"), "--workers", "2")
+        self.assertEqual(digest(self.path("o")), digest(self.path("p")))
+        self.assertIn("loose.txt:1: missing field", shown)
+        with open(self.path("o", "manifest.json")) as f:
+            preparation = json.load(f)["preparations"]["text"]
+        self.assertEqual(sorted(preparation["domains"].values()), sorted(domains))
+        for name, domain in preparation["domains"].items():
+            ids = set_tokens(self.path("o"), name, "train")
+            self.assertEqual(bytes(n for n in ids if n < 256), (b"of %d" % domains.index(domain)) * 3)
+        self.assertIn("text", preparation["domains"])
+        self.assertIn("12 shards good", run("verify", self.path("o")))
+
+    def test_own_output_is_no_input(self):
+        for out in ("in/shards", "in"):
+            shutil.rmtree(self.path("in"), ignore_errors=True)
+            self.write("in/a.jsonl", self.GOOD * 30 + b"broken\n")
+            self.write("in/manifest.d/manifest.json", b'{"text": "of another program"}')
+            for _ in range(2):
+                shown = run("text", self.path("in"), "--name", "t", "--out", self.path(out))
+                self.assertIn("left out: 1 broken JSON", shown)
+            self.assertIn("complete already", shown)
+            shown = run(
+                "text", self.path("in"), "--name", "u", "--tokenizer", "bytes", "--out", self.path("v"), "--overwrite"
+            )
+            self.assertIn("that prepare.py has written are left out", shown)
+        shown = run(
+            "text",
+            *map(self.path, ("in/a.jsonl", "in/manifest.json", "in/t_train_000000.bin")),
+            "--out",
+            self.path("w")
+        )
+        self.assertIn("2 files that prepare.py has written", shown)
+        self.assertIn("nothing there but", run("text", self.path("in", "t_*.bin"), "--out", self.path("x"), status=1))
+
+    def test_splits_by_folders(self):
+        def lines(word):
+            rows = [{"text": "%s %d" % (word, i), "meta": {"redpajama_set_name": "RedPajamaC4"}} for i in range(40)]
+            return "\n".join(map(json.dumps, rows))
+
+        for name in ("train", "validation", "test"):
+            self.write("sp/%s/chunk1/x.jsonl" % name, lines(name))
+            self.write("flat/data/%s-00000-of-1.jsonl" % name, lines(name))
+
+        def words(out, split):
+            ids = set_tokens(self.path(out), "c4", split)
+            return {w for w in ("train", "validation", "test") if w.encode() in bytes(n for n in ids if n < 256)}
+
+        for i, item in enumerate(("sp", "flat", "sp/*", "sp/*/chunk1/*")):
+            shown = run("slimpajama", self.path(item), "--out", self.path("o%d" % i))
+            self.assertEqual((words("o%d" % i, "train"), words("o%d" % i, "val")), ({"train"}, {"validation"}), item)
+            self.assertIn("1 files of the test split are left out", shown)
+        self.assertIn("complete already", run("slimpajama", self.path("sp/*/chunk1/*"), "--out", self.path("o3")))
+        run("slimpajama", self.path("sp"), "--split", "hash", "--val-fraction", "0.5", "--out", self.path("h"))
+        self.assertEqual(words("h", "train"), {"train", "validation", "test"})
+        run("slimpajama", self.path("sp", "train"), "--val-fraction", "0.5", "--out", self.path("t"))
+        self.assertEqual((words("t", "train"), words("t", "val")), ({"train"}, {"train"}))
+        run("slimpajama", self.path("sp", "validation"), "--out", self.path("v"))
+        self.assertEqual((words("v", "train"), words("v", "val")), (set(), {"validation"}))
+        self.assertIn("--split hash", run("slimpajama", self.path("sp", "test"), "--out", self.path("x"), status=1))
+        run("text", self.path("sp"), "--out", self.path("all"))  # of any other text a folder's name says nothing
+        self.assertEqual(
+            len([n for s in ("train", "val") for n in set_tokens(self.path("all"), "text", s) if n == 256]), 120
+        )
+
+    def test_max_tokens(self):
+        rng = random.Random(1)
+        for i in range(6):
+            write_lines(self.path("%d.jsonl" % i), [(document(rng, 900), None) for _ in range(2000)], meta=False)
+        sizes = {}
+        for n, workers in ((100000, 1), (100000, 2), (3000000, 1), (100000000, 1)):
+            out = self.path("o%d_%d" % (n, workers))
+            run("text", self.path("*.jsonl"), "--max-tokens", n, "--workers", workers, "--out", out)
+            sizes[n] = sum(shard_tokens(os.path.join(out, f))[1][2] for f in os.listdir(out) if f.endswith(".bin"))
+        self.assertEqual(digest(self.path("o100000_1")), digest(self.path("o100000_2")))
+        self.assertTrue(
+            100000 <= sizes[100000] < 1200000 and 3000000 <= sizes[3000000] < 4200000 < sizes[100000000], sizes
+        )
+        self.write("a.txt", "x" * 500), self.write("b.txt", "y" * 500)
+        run(
+            "text",
+            self.path("a.txt"),
+            self.path("b.txt"),
+            "--max-tokens",
+            "10",
+            "--val-fraction",
+            "0",
+            "--out",
+            self.path("t"),
+        )
+        self.assertEqual(set_tokens(self.path("t"), "text", "train"), [256] + [120] * 500 + [257])
+
+
+class Systems(Case):
+    """Machines and terminals that are not as one's own."""
+
+    def python(self, code, *args, **more):
+        """prepare.py in a Python in which `code` was run before."""
+        start = "import errno, fcntl, os, sys\nsys.path.insert(0, %r)\n%s\nimport prepare\nprepare.run_program(prepare.main)\n"
+        command = [sys.executable, "-c", start % (os.path.dirname(PREPARE), code), *map(str, args)]
+        return subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=100, **more)
+
+    def test_file_systems_without_locks_and_folders_that_cannot_be_synced(self):
+        refusing = "def f(*a): raise OSError(errno.%s, os.strerror(errno.%s))\n"
+        folder = "real = os.fsync\ndef g(fd):\n    import stat\n    f() if stat.S_ISDIR(os.fstat(fd).st_mode) else real(fd)\n"
+        text = self.write("a.txt", "hello\n" * 50)
+        for i, (code, status, words) in enumerate(
+            (
+                (refusing % ("ENOSYS", "ENOSYS") + "fcntl.flock = f", 0, "has no locks"),
+                (refusing % ("ENOTSUP", "ENOTSUP") + "fcntl.flock = f", 0, "has no locks"),
+                (refusing % ("ENOLCK", "ENOLCK") + "fcntl.flock = f", 0, "has no locks"),
+                (refusing % ("EWOULDBLOCK", "EWOULDBLOCK") + "fcntl.flock = f", 1, "another prepare.py"),
+                (refusing % ("EINVAL", "EINVAL") + folder + "os.fsync = g", 0, "set"),
+                (refusing % ("ENOTSUP", "ENOTSUP") + folder + "os.fsync = g", 0, "set"),
+                (refusing % ("EBADF", "EBADF") + folder + "os.fsync = g", 0, "set"),
+                (refusing % ("EIO", "EIO") + folder + "os.fsync = g", 1, "Input/output error"),
+                (refusing % ("ENOSPC", "ENOSPC") + "os.fsync = f", 1, "No space left"),
+            )
+        ):
+            done = self.python(code, "text", text, "--out", self.path("o%d" % i))
+            self.assertEqual(done.returncode, status, (code, done.stdout))
+            self.assertIn(words, done.stdout)
+            self.assertNotIn("Traceback", done.stdout)
+
+    def test_closed_descriptors(self):
+        text = self.write("a.txt", "hello\n" * 50)
+        for closed in ((0,), (1,), (2,), (0, 1, 2), (1, 2)):
+            out = self.path("o%s" % "".join(map(str, closed)))
+            command = [sys.executable, PREPARE, "text", text, "--out", out, "--workers", "2"]
+            streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+            done = subprocess.run(command, preexec_fn=lambda: [os.close(fd) for fd in closed], **streams)
+            self.assertEqual(done.returncode, 0, closed)
+            self.assertEqual(digest(out), digest(self.path("o0")))
+
+    def test_terminals_without_utf8(self):
+        text = self.write("a.txt", "na\u00efve \u4e2d\u6587 \U0001f600\n" * 50)
+        for i, environment in enumerate(
+            (
+                {"PYTHONIOENCODING": "ascii"},
+                {"PYTHONIOENCODING": "latin-1"},
+                {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+            )
+        ):
+            out = self.path("o%d" % i)
+            run("text", text, "--out", out, environment=environment)
+            self.assertIn("\\u4e2d", run("inspect", os.path.join(out, "a_train_000000.bin"), environment=environment))
+            os.rename(text, self.path("\u4e2d.txt"))
+            shown = run(
+                "text",
+                self.path("\u4e2d.txt"),
+                self.write("bad.jsonl", b"\xff\n{}"),
+                "--out",
+                out + "x",
+                environment=environment,
+            )
+            self.assertIn("bad.jsonl:1", shown)
+            os.rename(self.path("\u4e2d.txt"), text)
+
+    def test_readers_that_go_away(self):
+        run("text", self.write("a.txt", "hello\n" * 5000), "--out", self.path("o"))
+        for command in (
+            ("inspect", self.path("o", "a_train_000000.bin"), "--characters", "100000"),
+            ("--help",),
+            ("verify", self.path("o")),
+            ("text", "--help"),
+        ):
+            read, write = os.pipe()
+            os.close(read)
+            done = subprocess.run([sys.executable, PREPARE, *command], stdout=write, stderr=subprocess.PIPE, text=True)
+            os.close(write)
+            self.assertEqual(done.stderr, "", command)
+            self.assertIn(done.returncode, (0, 1) if "--help" in command else (1,), command)  # argparse passes over it
+
+    def test_help(self):
+        for script in ("prepare.py", "shards.py", "toy_task.py"):
+            for words in (
+                ((), ("text",), ("slimpajama",), ("inspect",), ("verify",)) if script == "prepare.py" else ((),)
+            ):
+                command = [sys.executable, os.path.join(ROOT, "data", script), *words, "--help"]
+                done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+                self.assertEqual(done.returncode, 0, done.stdout)
+                self.assertIn("usage:", done.stdout)
+
+    @unittest.skipUnless(hasattr(os, "sched_getaffinity"), "needs sched_getaffinity")
+    def test_workers_follow_the_affinity(self):
+        one = min(os.sched_getaffinity(0))
+        code = "os.sched_setaffinity(0, [%d]); import shards; print('cores', shards.cores())" % one
+        self.assertIn("cores 1\n", self.python(code, "--help").stdout)
+
+
+class Encoders(Case):
+    """infer_mta and tiktoken give the same shards, and each rank file its own pattern."""
+
+    PROGRAM = os.path.exists(os.path.join(BIN, "infer_mta"))
+
+    def ranks(self, n, name):
+        """A rank file of n tokens: the bytes, then made-up ones."""
+        tokens = [bytes([i]) for i in range(256)] + [b"%06d" % i for i in range(n - 256)]
+        lines = (base64.b64encode(token) + b" %d\n" % i for i, token in enumerate(tokens[:n]))
+        return self.write(name, b"".join(lines))
+
+    @unittest.skipUnless(PROGRAM and tiktoken, "needs infer_mta and tiktoken")
+    def test_the_same_shards_whatever_encodes(self):
+        rng = random.Random(7)
+        texts = [
+            document(rng, rng.randrange(10, 3000))
+            + rng.choice(["\u4f60\u597d ", "\U0001f600'LL", "  \n\n x", "<|endoftext|>", "\0"])
+            for _ in range(300)
+        ]
+        write_lines(self.path("x.jsonl"), [(t, None) for t in texts], meta=False)
+        self.write("long.txt", "".join(texts))
+        gpt2 = os.path.join(os.path.dirname(RANKS), "gpt2.tiktoken")
+        for ranks, pattern in ((RANKS, None), (gpt2, None), (RANKS, "llama3"), (RANKS, "o200k_base")):
+            sums = []
+            for i, more in enumerate((("infer_mta", "--workers", "1"), ("tiktoken",), ("infer_mta", "--workers", "2"))):
+                out = self.path("o%d" % i)
+                shutil.rmtree(out, ignore_errors=True)
+                options = (
+                    "--tokenizer",
+                    ranks,
+                    *(("--pattern", pattern) if pattern else ()),
+                    "--encoder",
+                    *more,
+                    "--out",
+                    out,
+                )
+                run("text", self.path("x.jsonl"), self.path("long.txt"), *options)
+                sums.append(digest(out))
+            self.assertEqual(sums[0], sums[1])
+            self.assertEqual(sums[0], sums[2])
+        self.assertIn("0 things wrong", run("verify", self.path("o0")))
+
+    @unittest.skipUnless(PROGRAM, "needs infer_mta")
+    def test_with_infer_mta_the_standard_library_suffices(self):
+        text = self.write("a.txt", "hello there\n" * 99)
+        run("text", text, "--tokenizer", RANKS, "--out", self.path("o"), python=(sys.executable, "-I", "-S"))
+        self.assertIn(
+            "hello there", run("inspect", self.path("o", "a_train_000000.bin"), python=(sys.executable, "-I", "-S"))
+        )
+
+    def test_a_program_that_is_missing_old_or_dies(self):
+        text = self.write("a.txt", "hello there\n" * 99)
+        options = ("text", text, "--tokenizer", RANKS, "--out", self.path("o"))
+        wanted = ("--encoder", "infer_mta")
+        self.assertIn("is not there", run(*options, *wanted, status=1, environment={"MTA_BIN": self.path("none")}))
+        fake = self.write("bin/infer_mta", "#!/bin/sh\n[ $1 = --help ] && echo usage\n")
+        os.chmod(fake, 0o755)
+        self.assertIn("earlier version", run(*options, *wanted, status=1, environment={"MTA_BIN": self.path("bin")}))
+        self.write(
+            "bin/infer_mta", "#!/bin/sh\n[ $1 = --help ] && echo --binary && exit 0\nhead -c 5 > /dev/null\nexit 3\n"
+        )
+        shown = run(*options, *wanted, status=1, environment={"MTA_BIN": self.path("bin")})
+        self.assertIn("ended with status 3", shown)
+        self.assertEqual(shown.count("\n"), 1, shown)
+        shown = run(*options, *wanted, "--workers", "2", status=1, environment={"MTA_BIN": self.path("bin")})
+        self.assertIn("ended with status 3", shown)
+
+    def test_the_number_of_ranks_tells_the_pattern(self):
+        for n, pattern in tokenizer.PATTERN_OF_RANKS.items():
+            self.assertEqual(tokenizer.pattern_of(self.ranks(n, "tokenizer.model")), pattern)
+            other = "gpt2" if pattern != "gpt2" else "Llama-3"
+            path = self.ranks(n, other + ".tiktoken")
+            with self.assertRaisesRegex(
+                tokenizer.UserError,
+                "%d ranks as %s has them, but its name says %s" % (n, pattern, other.lower().replace("-", "")),
+            ):
+                tokenizer.pattern_of(path)
+            self.assertEqual(tokenizer.pattern_of(path, "llama3"), "llama3")
+            tokenizer.read_ranks.cache_clear()
+        for name in ("tokenizer.model", "cl100k_base.tiktoken"):
+            with self.assertRaisesRegex(tokenizer.UserError, "1000 ranks, which no known tokenizer has; add --pattern"):
+                tokenizer.pattern_of(self.ranks(1000, name))
+
+    def test_other_files_are_named_for_what_they_are(self):
+        text = self.write("t.txt", "hello")
+        piece = b"<unk>"
+        model = b"\n" + bytes([len(piece) + 9]) + b"\n" + bytes([len(piece)]) + piece + b"\x15\0\0\0\0\x18\2"
+        for data, words in (
+            (model, "SentencePiece"),
+            (model.replace(b"<unk>", b"<pad>"), "SentencePiece"),
+            (b'\n {"version": "1.0"}', "tokenizer.json"),
+            (b'\xef\xbb\xbf{"version": "1.0"}', "tokenizer.json"),
+            (b"#version: 0.2\nt h\n", "merges"),
+            (b"version https://git-lfs.github.com/spec/v1\n", "Git LFS"),
+            (b"<!DOCTYPE html>", "HTML"),
+            (b"", "empty"),
+            (b"a\tb\n", ":1: wanted a line"),
+        ):
+            shown = run(
+                "text", text, "--tokenizer", self.write("tokenizer.model", data), "--out", self.path("o"), status=1
+            )
+            self.assertIn(words, shown)
+            self.assertEqual(shown.count("\n"), 1, shown)
+
+    @unittest.skipUnless(PROGRAM or tiktoken, "needs infer_mta or tiktoken")
+    def test_each_preparation_keeps_its_own_rank_file_and_the_folder_moves(self):
+        text = self.write("t.txt", "hello there\n" * 99)
+        for i, n in enumerate((1000, 2000, 3000)):
+            options = ("--tokenizer", self.ranks(n, "mine.model"), "--pattern", "llama3", "--name", "p%d" % i)
+            run("text", text, *options, "--out", self.path("o"))
+        run("text", text, "--tokenizer", "bytes", "--name", "b", "--out", self.path("o"))
+        os.remove(self.path("mine.model"))
+        os.rename(self.path("o"), self.path("moved"))
+        self.assertIn("8 shards good", run("verify", self.path("moved")))
+        with open(self.path("moved", "manifest.json")) as f:
+            preparations = json.load(f)["preparations"]
+        for i, n in enumerate((1000, 2000, 3000)):
+            t = preparations["p%d" % i]["tokenizer"]
+            with open(self.path("moved", t["file"]), "rb") as f:
+                data = f.read()
+            self.assertEqual(
+                (t["name"], t["vocab_size"], t["bytes"], int(t["crc32"], 16)),
+                ("llama3", n + 256, len(data), zlib.crc32(data)),
+            )
+            shown = run("inspect", self.path("moved", "p%d_train_000000.bin" % i))
+            self.assertIn("hello there", shown)
+        self.assertNotIn("file", preparations["b"]["tokenizer"])
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -747,7 +1289,9 @@ class Hub(http.server.BaseHTTPRequestHandler):
         server, path = self.server, self.path.split("?")[0]
         server.requests.append((self.command, path, self.headers.get("Range")))
         if path == "/api/datasets/%s/tree/main" % server.repo:
-            return self.wfile.write(self.answer(200, json.dumps(self.listing()).encode(), Content_Type="application/json"))
+            return self.wfile.write(
+                self.answer(200, json.dumps(self.listing()).encode(), Content_Type="application/json")
+            )
         start = "/datasets/%s/resolve/main/" % server.repo
         name = path[len(start) :]
         if not path.startswith(start) or name not in server.files or name in server.missing:
@@ -791,7 +1335,10 @@ class Downloads(Case):
         self.addCleanup(self.server.server_close)
         self.addCleanup(self.server.shutdown)
         rng = random.Random(4)
-        names = ["train/chunk%d/f%d.jsonl" % (i % 3, i) for i in range(6)] + ["validation/chunk1/v.jsonl", "test/chunk1/t.jsonl"]
+        names = ["train/chunk%d/f%d.jsonl" % (i % 3, i) for i in range(6)] + [
+            "validation/chunk1/v.jsonl",
+            "test/chunk1/t.jsonl",
+        ]
         for i, name in enumerate(names):
             documents = [(document(rng), DOMAINS[(i + j) % 7]) for j in range(30)]
             lines = (json.dumps({"text": t, "meta": {"redpajama_set_name": d}}) + "\n" for t, d in documents)
@@ -800,7 +1347,9 @@ class Downloads(Case):
 
     def download(self, *more, status=0):
         environment = dict(
-            HF_ENDPOINT="http://127.0.0.1:%d" % self.server.server_port, HF_HOME=self.path("home"), HF_HUB_DISABLE_TELEMETRY="1"
+            HF_ENDPOINT="http://127.0.0.1:%d" % self.server.server_port,
+            HF_HOME=self.path("home"),
+            HF_HUB_DISABLE_TELEMETRY="1",
         )
         options = ("--download", self.path("d"), "--repo", "some/mirror", "--retry-pause", "0.05", *more)
         return run("slimpajama", *options, status=status, environment=environment)
@@ -809,7 +1358,11 @@ class Downloads(Case):
         return sorted(n for n in self.server.files if n.startswith(("train/", "validation/")))
 
     def there(self):
-        found = [os.path.relpath(os.path.join(w, n), self.path("d")) for w, _, names in os.walk(self.path("d")) for n in names]
+        found = [
+            os.path.relpath(os.path.join(w, n), self.path("d"))
+            for w, _, names in os.walk(self.path("d"))
+            for n in names
+        ]
         found = sorted(n for n in found if not n.startswith(".cache"))
         for name in found:
             with open(self.path("d", name), "rb") as f:
@@ -823,7 +1376,10 @@ class Downloads(Case):
         shown = self.download()
         self.assertEqual(self.there(), names)
         self.assertIn("sha256 is not the repository's", shown)
-        self.assertTrue([r for r in self.server.requests if r[1].endswith(names[0]) and r[2]], "a cut one goes on from its last byte")
+        self.assertTrue(
+            [r for r in self.server.requests if r[1].endswith(names[0]) and r[2]],
+            "a cut one goes on from its last byte",
+        )
         self.assertIn("1 files of the test split are not fetched", shown)
         before = len(self.server.requests)
         self.download()
@@ -874,7 +1430,9 @@ class Downloads(Case):
 
     def test_spread_takes_part_of_every_chunk(self):
         entries = [("train/chunk%d/%d.jsonl.zst" % (c, i), 10, None) for c in range(10) for i in range(100)]
-        entries += [("test/chunk1/%d.jsonl.zst" % i, 10, None) for i in range(50)] + [("validation/chunk1/0.jsonl.zst", 10, None)]
+        entries += [("test/chunk1/%d.jsonl.zst" % i, 10, None) for i in range(50)] + [
+            ("validation/chunk1/0.jsonl.zst", 10, None)
+        ]
         with contextlib.redirect_stderr(io.StringIO()):
             for n in (1, 2, 11, 40, 1001, 5000):
                 files = prepare.chosen_files(entries, n, None)

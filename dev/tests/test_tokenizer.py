@@ -16,6 +16,7 @@ import glob
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 import tempfile
@@ -29,7 +30,7 @@ except ImportError:
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 GOLDEN = os.path.join(ROOT, "dev", "golden", "tokenizers")
 sys.path.insert(0, os.path.join(ROOT, "data"))
-from tokenizer import PATTERNS, read_ranks, UserError  # noqa: E402
+from tokenizer import PATTERN_OF_RANKS, PATTERNS, UserError, open_tokenizer, read_ranks  # noqa: E402
 
 
 class Library:
@@ -63,7 +64,8 @@ class Library:
         ]
         self.lib.lib_decode.restype = self.lib.lib_max_bytes.restype = ctypes.c_size_t
         self.lib.lib_decode.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_char_p]
-        for name in ("lib_max_bytes", "lib_vocab", "lib_bos", "lib_eos", "lib_close"):
+        self.lib.lib_name.restype = ctypes.c_char_p
+        for name in ("lib_name", "lib_max_bytes", "lib_vocab", "lib_bos", "lib_eos", "lib_close"):
             getattr(self.lib, name).argtypes = [ctypes.c_void_p]
 
 
@@ -73,7 +75,7 @@ class Tokenizer:
     def __init__(self, library, path, pattern):
         self.lib = library.lib
         self.message = ctypes.create_string_buffer(512)
-        self.handle = self.lib.lib_open(path.encode(), pattern.encode(), self.message)
+        self.handle = self.lib.lib_open(path.encode(), pattern and pattern.encode(), self.message)
         if not self.handle:
             raise UserError(self.message.value.decode())
         self.pattern = pattern
@@ -81,7 +83,7 @@ class Tokenizer:
         self.ids = (ctypes.c_int32 * self.room)()
         self.longest = self.lib.lib_max_bytes(self.handle) + 8
         self.reference = None
-        if tiktoken:
+        if tiktoken and pattern:
             self.reference = tiktoken.Encoding(
                 pattern, pat_str=PATTERNS[pattern], mergeable_ranks=read_ranks(path), special_tokens={}
             )
@@ -313,6 +315,62 @@ def write_pair_ranks(path):
 # ----------------------------------------------------------------------------------------------------------------------
 
 
+def write_ranks(path, n):
+    """A rank file of n tokens: the bytes, then six digits each."""
+    import base64
+
+    with open(path, "wb") as f:
+        for rank in range(n):
+            f.write(base64.b64encode(bytes([rank]) if rank < 256 else b"%06d" % rank) + b" %d\n" % rank)
+
+
+def check_twins(checker, library, folder):
+    """What stands in data/tokenizer.py and in mta/tokenizer.h: patterns, which number of ranks has which, names, special ids."""
+    with open(os.path.join(ROOT, "mta", "tokenizer.h"), encoding="utf-8") as f:
+        head = f.read().split("Encoding:")[0]
+    said = dict(re.findall(r"^//   (\w+) +([^\s].*(?:\n// {10,}\|.*)*)", head, re.M))
+    letters = dict(re.findall(r"([UWC]) = (.+?)(?:, |\n)", said.get("o200k_base", "") + "\n" + head))
+    for pattern, text in PATTERNS.items():
+        got = re.sub(r"\n// +", "", said.get(pattern, ""))
+        if pattern == "o200k_base":
+            got = re.sub(r"(?<![\\{A-Za-z])[UWC](?=[*+?])", lambda m: letters[m[0]], got)
+        checker.check("the pattern %s is the same in both" % pattern, got == text, "" if got == text else ": %s" % got)
+
+    def outcome(path, pattern, which):
+        """name, vocabulary, bos, eos; or the refusal."""
+        try:
+            if which == "Python":
+                t = open_tokenizer(path, pattern, encoder=False)
+                return t.name, t.vocab, t.bos, t.eos
+            t = Tokenizer(library, path, pattern)
+            return (
+                t.lib.lib_name(t.handle).decode(),
+                *(getattr(t.lib, "lib_" + x)(t.handle) for x in ("vocab", "bos", "eos")),
+            )
+        except UserError as e:
+            return str(e)
+
+    names = ["tokenizer.model", "GPT-2.bin", "cl100k.tiktoken", "my_o200k", "Llama-3-tokenizer.model"]
+    for n in [*PATTERN_OF_RANKS, 1000]:
+        wrong = []
+        for name in names:
+            path = os.path.join(folder, name)
+            write_ranks(path, n)
+            read_ranks.cache_clear()
+            for pattern in (None, *(PATTERNS if name == names[0] else ())):
+                python, c = outcome(path, pattern, "Python"), outcome(path, pattern, "C")
+                told = pattern or name == names[0] and n in PATTERN_OF_RANKS  # what must not be refused
+                if (python != c and isinstance(python, tuple) | isinstance(c, tuple)) or (
+                    told and isinstance(python, str)
+                ):
+                    wrong.append((name, pattern, python, c))
+        checker.check(
+            "%d ranks: the same tokenizer or refusal in both" % n, not wrong, "".join("\n     %s" % (w,) for w in wrong)
+        )
+    for name in ("bytes", "toy"):
+        checker.check("%s is the same in both" % name, outcome(name, None, "Python") == outcome(name, None, "C"))
+
+
 def check_golden(checker, library):
     for pattern in ("cl100k_base", "gpt2"):
         t = Tokenizer(library, os.path.join(GOLDEN, pattern + ".tiktoken"), pattern)
@@ -398,6 +456,7 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         library = Library(folder)
         check_golden(checker, library)
+        check_twins(checker, library, folder)
         skipped = check_program(checker)
         if tiktoken:
             pair_file = os.path.join(folder, "pairs.tiktoken")

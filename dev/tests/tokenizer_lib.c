@@ -2,6 +2,7 @@
 //   cc -O2 -shared -fPIC -I. dev/tests/tokenizer_lib.c -o /tmp/tokenizer_lib.so
 #include "mta/tokenizer.h"
 
+// pattern NULL: as the file tells.
 Tokenizer* lib_open(const char* file, const char* pattern, char* message /* 512 */) {
     Error e = {""};
     Tokenizer* t = tokenizer_open(file, pattern, &e);
@@ -31,6 +32,7 @@ size_t lib_decode(const Tokenizer* t, const int32_t* ids, size_t n, char* out) {
 }
 
 size_t lib_max_bytes(const Tokenizer* t) { return tokenizer_max_bytes(t); }
+const char* lib_name(const Tokenizer* t) { return tokenizer_name(t); }
 int lib_vocab(const Tokenizer* t) { return tokenizer_vocab(t); }
 int lib_bos(const Tokenizer* t) { return tokenizer_bos(t); }
 int lib_eos(const Tokenizer* t) { return tokenizer_eos(t); }
