@@ -1,9 +1,11 @@
-"""The inputs of prepare.py: which files they are, and their documents as tasks for workers, in a fixed order.
+"""The inputs of prepare.py: fetching them, finding them, and their documents as tasks for workers in a fixed order.
 
-What cannot be read as what it claims to be is named, never passed over: a task of kind "bad" carries (line, kind, detail).
+What cannot be read as what it claims to be is named, never passed over: a task of kind "bad" carries (line, kind,
+detail).
 """
 
 import codecs
+import errno
 import functools
 import glob
 import hashlib
@@ -12,16 +14,18 @@ import os
 import re
 import stat
 import sys
+import time
 import zlib
 
 from shards import MAGIC, read_manifest
-from tokenizer import BadDocument, UserError, need
+from tokenizer import BadDocument, UserError, file_sums, need
 
 BLOCK = 1 << 20  # bytes of lines that a worker gets at once
 SEGMENT = 4 << 20  # bytes of one long text that a worker gets at once
 WHOLE = 1 << 30  # bytes of a JSON array, which is held in memory
 LINE_ENDINGS = (".jsonl", ".ndjson", ".json")
 BOM = codecs.BOM_UTF8
+REPOSITORY = "cerebras/SlimPajama-627B"
 ANOTHER = "file of another format"
 BROKEN_OFF = "truncated or damaged file"
 
@@ -90,7 +94,8 @@ def walk(item):
 
 
 def matches(item):
-    """What a glob matches; the folders at its beginning that are there are taken as they are called, with brackets too."""
+    """What a glob matches; the folders at its beginning that are there are taken as they are called, with brackets
+    too."""
     head, parts = "", item.split("/")
     while len(parts) > 1 and os.path.isdir(head + parts[0] + "/"):
         head += parts.pop(0) + "/"
@@ -98,8 +103,8 @@ def matches(item):
 
 
 def expand_inputs(inputs, out):
-    """Files, folders (of known endings, recursively) and globs -> {path: where it lies below what was named}, sorted by path, each
-    file once. What an earlier preparation has written, and the unfinished one in `out`, is no input."""
+    """Files, folders (of known endings, recursively) and globs -> {path: where it lies below what was named}, sorted by
+    path, each file once. What an earlier preparation has written, and the unfinished one in `out`, is no input."""
     found = []
     for item in inputs:
         paths = [item] if os.path.lexists(item) else matches(item)
@@ -136,7 +141,8 @@ SPLITS = {"train": "train", "validation": "val", "valid": "val", "val": "val", "
 
 
 def split_of(below):
-    """train, val or test where the file's name or the nearest folder above it says so, as SlimPajama's do; else None."""
+    """train, val or test where the file's name or the nearest folder above it says so, as SlimPajama's do; else
+    None."""
     *folders, name = below.lower().split("/")
     match = re.match("(%s)[-_.]" % "|".join(SPLITS), name)
     return SPLITS[match[1]] if match else next((SPLITS[f] for f in reversed(folders) if f in SPLITS), None)
@@ -191,7 +197,8 @@ def make_plan(files, job):
 
 
 def plan_by_folders(plan, files):
-    """Where folders say train, validation and test: the test split is left out; without a validation split hashes make one."""
+    """Where folders say train, validation and test: the test split is left out; without a validation split hashes make
+    one."""
     splits = {path: split_of(below) for path, below in files.items()}
     left = [entry["path"] for entry in plan if splits[entry["path"]] == "test"]
     if len(left) == len(plan):
@@ -204,6 +211,135 @@ def plan_by_folders(plan, files):
         if "val" in splits.values() or entry["kind"] == "text":
             entry["split"] = splits[entry["path"]] or "train"
     return [entry for entry in plan if splits[entry["path"]] != "test"]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# SlimPajama's files, by the package huggingface_hub: it goes on with what was interrupted and asks HF_ENDPOINT
+
+
+def spread(entries, n):
+    """n of the entries of a sorted list, evenly: all chunks of a data set have their part."""
+    return [entries[i * len(entries) // n] for i in range(min(n, len(entries)))] if n < len(entries) else entries
+
+
+def chosen_files(entries, max_files, max_bytes):
+    """Which of [(path, bytes, sha256)] to fetch: train and validation, never test; where not all, one in twenty for
+    validation."""
+    parts = {"train": [], "val": [], "test": []}
+    for entry in sorted(entries):
+        parts[split_of(entry[0]) or "train"].append(entry)
+    if parts["test"]:
+        print(
+            "%d files of the test split are not fetched: they are not trained on" % len(parts["test"]), file=sys.stderr
+        )
+
+    def pick(n):
+        val = min(max(1, n // 20, n - len(parts["train"])), len(parts["val"])) if n > 1 else 0
+        return spread(parts["train"], n - val) + spread(parts["val"], val)
+
+    total = len(parts["train"]) + len(parts["val"])
+    n = total if max_files is None else min(max_files, total)
+    files = pick(n) if n < total else parts["train"] + parts["val"]
+    while files and max_bytes is not None and sum(size for _, size, _ in files) > max_bytes:
+        n = min(n - 1, int(n * max_bytes / sum(size for _, size, _ in files)) + 1)
+        files = pick(n)
+    if not files:
+        raise UserError("--max-files and --max-bytes leave no file to download")
+    return files
+
+
+def trying(what, call, args):
+    """call(), again after failures that may pass, with pauses that double up to a minute; UserError after --retries of
+    them."""
+    for tries in range(1, args.retries + 2):
+        try:
+            return call()
+        except Exception as e:
+            status = getattr(getattr(e, "response", None), "status_code", 0)
+            why = str(e).strip().split("\n")[0][:200] or type(e).__name__
+            hint = "; set HF_TOKEN to a token that may read it?" if status in (401, 403) else ""
+            hopeless = status in (401, 403, 404, 410) or getattr(e, "errno", 0) in (
+                errno.ENOSPC,
+                errno.EACCES,
+                errno.EROFS,
+            )
+            if hopeless or tries > args.retries:
+                raise UserError("%s: %s%s, after %d tries" % (what, why, hint, tries))
+            pause = min(60, args.retry_pause * 2 ** (tries - 1))
+            print("%s: %s; trying again in %.1f s" % (what, why, pause), file=sys.stderr)
+            time.sleep(pause)
+
+
+def fetch(hub, args, name, size, sha256):
+    """One file. Where its sha256 is not what the repository says, it is deleted and fetched anew."""
+    path = os.path.join(args.download, name)
+    if os.path.exists(path) and os.path.getsize(path) == size:
+        return 0
+
+    def once():
+        hub.hf_hub_download(args.repo, name, repo_type="dataset", local_dir=args.download)
+        if sha256 and file_sums(path)["sha256"] != sha256:
+            os.remove(path)
+            raise ValueError("its sha256 is not the repository's")
+
+    trying(name, once, args)
+    return size
+
+
+def download(args):
+    """Fetches what is missing of the repository's files into args.download."""
+    hub = need("huggingface_hub")
+    from concurrent.futures import ThreadPoolExecutor, as_completed
+
+    utils = need("huggingface_hub.utils")
+    utils.disable_progress_bars()
+    utils.logging.set_verbosity_error()
+    listing = trying(
+        args.repo, lambda: list(hub.HfApi().list_repo_tree(args.repo, repo_type="dataset", recursive=True)), args
+    )
+    entries = [
+        (f.path, f.size, f.lfs.sha256 if f.lfs else None)
+        for f in listing
+        if hasattr(f, "size") and kind_of(f.path) != "text" and "/" in f.path
+    ]
+    for name, _, _ in entries:
+        if name.startswith("/") or ".." in name.split("/"):
+            raise UserError("%s: the file %s would lie outside of %s" % (args.repo, ascii(name), args.download))
+    if not entries:
+        raise UserError(
+            "%s: no .jsonl, .jsonl.zst, .jsonl.gz or .parquet file in a folder of this data set" % args.repo
+        )
+    files = chosen_files(entries, args.max_files, args.max_bytes)
+    total, done, new, failed, shown = sum(size for _, size, _ in files), 0, 0, [], time.time()
+    pool = ThreadPoolExecutor(max(1, args.connections))
+    try:
+        jobs = {pool.submit(fetch, hub, args, *entry): entry for entry in files}
+        for job in as_completed(jobs):
+            try:
+                new += job.result()
+                done += jobs[job][1]
+            except UserError as e:
+                failed.append(str(e))
+            if time.time() - shown > (1 if sys.stderr.isatty() else 30):
+                shown = time.time()
+                print(
+                    "%.1f of %.1f GB" % (done / 1e9, total / 1e9),
+                    file=sys.stderr,
+                    end="\r" if sys.stderr.isatty() else "\n",
+                )
+    except KeyboardInterrupt:
+        print("prepare.py: interrupted; the same command goes on from here", file=sys.stderr, flush=True)
+        os._exit(1)  # without waiting for files that come
+    print(
+        "%d files are there, %.1f MB of them new; %d failed" % (len(files) - len(failed), new / 1e6, len(failed)),
+        file=sys.stderr,
+    )
+    for line in failed:
+        print(line, file=sys.stderr)
+    if failed:
+        raise UserError(
+            "%d of %d files could not be downloaded; the same command goes on with them" % (len(failed), len(files))
+        )
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -255,7 +391,8 @@ def check_text(head):
 DECODER = json.JSONDecoder()
 SPACE = re.compile(r"[ \t\r\n]*")
 JSON_TOKEN = re.compile(
-    r'([{}\[\],:])|("[^"\\\x00-\x1f]*(?:\\.[^"\\\x00-\x1f]*)*")|(-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][-+]?[0-9]+)?|true|false|null)'
+    r'([{}\[\],:])|("[^"\\\x00-\x1f]*(?:\\.[^"\\\x00-\x1f]*)*")|'
+    r'(-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][-+]?[0-9]+)?|true|false|null)'
 )
 
 
@@ -320,7 +457,8 @@ def load_json(text):
 
 
 def json_values(text):
-    """The values of a text that is an array, or one value after another over several lines, each as its own JSON on one line."""
+    """The values of a text that is an array, or one value after another over several lines, each as its own JSON on one
+    line."""
     at = SPACE.match(text, 0).end()
     array = text[at : at + 1] == "["
     at = SPACE.match(text, at + array).end()
@@ -344,7 +482,8 @@ def json_values(text):
 
 
 def compressed_chunks(f, kind, tell):
-    """Decompressed bytes of a file, which may be several compressed streams one after another. Raises BadDocument where it breaks off."""
+    """Decompressed bytes of a file, which may be several compressed streams one after another. Raises BadDocument where
+    it breaks off."""
     name = kind[-3:].lstrip(".")
     if name == "zst":
         zstandard = need("zstandard")
@@ -505,7 +644,8 @@ SAFE_CUT = re.compile(rb"[!-~]\n(?=[A-Za-z])")
 
 
 def text_tasks(index, entry, at, tell, whole):
-    """One document a file, or two (train, val) where a single text is split; long ones in segments. where: (first, last) segment."""
+    """One document a file, or two (train, val) where a single text is split; long ones in segments. where: (first,
+    last) segment."""
     path, size, split = entry["path"], entry["bytes"], entry["split"]
     done = {"input": index + 1, "offset": 0, "line": 0}
     with open(path, "rb") as f:
@@ -590,8 +730,8 @@ def entry_tasks(index, entry, at, tell, whole):
 
 
 def read_tasks(plan, at, tell, whole, full):
-    """All tasks from position `at`. tell(n) is told the bytes of inputs that were read. whole: no long text is cut. full(split): no
-    more documents of this split are wanted."""
+    """All tasks from position `at`. tell(n) is told the bytes of inputs that were read. whole: no long text is cut.
+    full(split): no more documents of this split are wanted."""
     before = sum(entry["bytes"] for entry in plan[: at["input"]])
     for index in range(at["input"], len(plan)):
         here, split = at if index == at["input"] else {"input": index, "offset": 0, "line": 0}, plan[index].get("split")

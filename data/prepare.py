@@ -7,9 +7,9 @@
     prepare.py verify DIR
 
 INPUTS are files, folders or quoted globs: .jsonl, .jsonl.zst, .jsonl.gz and .parquet hold many documents, any other
-file is one document. With a built-in tokenizer (bytes, toy), or a rank file where infer_mta is built, and inputs that are
-not .zst or .parquet the standard library suffices. A preparation that is stopped at any moment, even by kill -9, goes on
-when the same command is given again, and ends with the same bytes.
+file is one document. With a built-in tokenizer (bytes, toy), or a rank file where infer_mta is built, and inputs that
+are not .zst or .parquet the standard library suffices. A preparation that is stopped at any moment, even by kill -9,
+goes on when the same command is given again, and ends with the same bytes.
 """
 
 import argparse
@@ -49,8 +49,6 @@ from shards import (  # noqa: E402
     write_synced,
 )
 from tokenizer import PATTERNS, BadDocument, UserError, file_sums, find_encoder, need, open_tokenizer  # noqa: E402
-
-REPOSITORY = "cerebras/SlimPajama-627B"
 
 # SlimPajama's names of its sources -> the names of our shards
 SLIMPAJAMA = {
@@ -287,7 +285,8 @@ def work_name(job, name, split):
 
 
 def set_names(job, names):
-    """{name of a set: what its shards are called}. Domains whose letters and digits are the same (C, C++, C#) get a hash behind."""
+    """{name of a set: what its shards are called}. Domains whose letters and digits are the same (C, C++, C#) get a
+    hash behind."""
     if not job["domain_field"]:
         return {name: name for name in names}
     if job["command"] == "slimpajama":
@@ -499,7 +498,8 @@ class Preparation:
         return limit > 0 and tokens >= limit
 
     def wanted(self, task):
-        """Whether the results of this task count: those behind --max-tokens do not, but a text that was begun is ended."""
+        """Whether the results of this task count: those behind --max-tokens do not, but a text that was begun is
+        ended."""
         if inputs.goes_on(task):
             return self.state.get("dropped") != task[1]
         if self.full(task[2]):
@@ -663,138 +663,12 @@ class Progress:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# SlimPajama's files, by the package huggingface_hub: it goes on with what was interrupted and asks HF_ENDPOINT
-
-
-def spread(entries, n):
-    """n of the entries of a sorted list, evenly: all chunks of a data set have their part."""
-    return [entries[i * len(entries) // n] for i in range(min(n, len(entries)))] if n < len(entries) else entries
-
-
-def chosen_files(entries, max_files, max_bytes):
-    """Which of [(path, bytes, sha256)] to fetch: train and validation, never test; where not all, one in twenty for validation."""
-    parts = {"train": [], "val": [], "test": []}
-    for entry in sorted(entries):
-        parts[inputs.split_of(entry[0]) or "train"].append(entry)
-    if parts["test"]:
-        print(
-            "%d files of the test split are not fetched: they are not trained on" % len(parts["test"]), file=sys.stderr
-        )
-
-    def pick(n):
-        val = min(max(1, n // 20), len(parts["val"])) if n > 1 else 0
-        return spread(parts["train"], n - val) + spread(parts["val"], val)
-
-    total = len(parts["train"]) + len(parts["val"])
-    n = total if max_files is None else min(max_files, total)
-    files = pick(n) if n < total else parts["train"] + parts["val"]
-    while files and max_bytes is not None and sum(size for _, size, _ in files) > max_bytes:
-        n = min(n - 1, int(n * max_bytes / sum(size for _, size, _ in files)) + 1)
-        files = pick(n)
-    if not files:
-        raise UserError("--max-files and --max-bytes leave no file to download")
-    return files
-
-
-def trying(what, call, args):
-    """call(), again after failures that may pass, with pauses that double up to a minute; UserError after --retries of them."""
-    for tries in range(1, args.retries + 2):
-        try:
-            return call()
-        except Exception as e:
-            status = getattr(getattr(e, "response", None), "status_code", 0)
-            why = str(e).strip().split("\n")[0][:200] or type(e).__name__
-            hint = "; set HF_TOKEN to a token that may read it?" if status in (401, 403) else ""
-            hopeless = status in (401, 403, 404, 410) or getattr(e, "errno", 0) in (
-                errno.ENOSPC,
-                errno.EACCES,
-                errno.EROFS,
-            )
-            if hopeless or tries > args.retries:
-                raise UserError("%s: %s%s, after %d tries" % (what, why, hint, tries))
-            pause = min(60, args.retry_pause * 2 ** (tries - 1))
-            print("%s: %s; trying again in %.1f s" % (what, why, pause), file=sys.stderr)
-            time.sleep(pause)
-
-
-def fetch(hub, args, name, size, sha256):
-    """One file, whole and with the sha256 that the repository names. Only such files get their name."""
-    path = os.path.join(args.download, name)
-    if os.path.exists(path) and os.path.getsize(path) == size:
-        return 0
-
-    def once():
-        hub.hf_hub_download(args.repo, name, repo_type="dataset", local_dir=args.download)
-        if sha256 and file_sums(path)["sha256"] != sha256:
-            os.remove(path)
-            raise ValueError("its sha256 is not the repository's")
-
-    trying(name, once, args)
-    return size
-
-
-def download(args):
-    """Fetches what is missing of the repository's files into args.download."""
-    hub = need("huggingface_hub")
-    from concurrent.futures import ThreadPoolExecutor, as_completed
-
-    utils = need("huggingface_hub.utils")
-    utils.disable_progress_bars()
-    utils.logging.set_verbosity_error()
-    listing = trying(
-        args.repo, lambda: list(hub.HfApi().list_repo_tree(args.repo, repo_type="dataset", recursive=True)), args
-    )
-    entries = [
-        (f.path, f.size, f.lfs.sha256 if f.lfs else None)
-        for f in listing
-        if hasattr(f, "size") and inputs.kind_of(f.path) != "text" and "/" in f.path
-    ]
-    for name, _, _ in entries:
-        if name.startswith("/") or ".." in name.split("/"):
-            raise UserError("%s: the file %s would lie outside of %s" % (args.repo, ascii(name), args.download))
-    if not entries:
-        raise UserError(
-            "%s: no .jsonl, .jsonl.zst, .jsonl.gz or .parquet file in a folder of this data set" % args.repo
-        )
-    files = chosen_files(entries, args.max_files, args.max_bytes)
-    total, done, new, failed, shown = sum(size for _, size, _ in files), 0, 0, [], time.time()
-    pool = ThreadPoolExecutor(max(1, args.connections))
-    try:
-        jobs = {pool.submit(fetch, hub, args, *entry): entry for entry in files}
-        for job in as_completed(jobs):
-            try:
-                new += job.result()
-                done += jobs[job][1]
-            except UserError as e:
-                failed.append(str(e))
-            if time.time() - shown > (1 if sys.stderr.isatty() else 30):
-                shown = time.time()
-                print(
-                    "%.1f of %.1f GB" % (done / 1e9, total / 1e9),
-                    file=sys.stderr,
-                    end="\r" if sys.stderr.isatty() else "\n",
-                )
-    except KeyboardInterrupt:
-        print("prepare.py: interrupted; the same command goes on from here", file=sys.stderr, flush=True)
-        os._exit(1)  # without waiting for files that come
-    print(
-        "%d files are there, %.1f MB of them new; %d failed" % (len(files) - len(failed), new / 1e6, len(failed)),
-        file=sys.stderr,
-    )
-    for line in failed:
-        print(line, file=sys.stderr)
-    if failed:
-        raise UserError(
-            "%d of %d files could not be downloaded; the same command goes on with them" % (len(failed), len(files))
-        )
-
-
-# ----------------------------------------------------------------------------------------------------------------------
 # The command that prepares
 
 
 def make_job(args, files):
-    """What determines the bytes of the shards, given the inputs; and how they are made (NOT_IN_DIGEST), which does not."""
+    """What determines the bytes of the shards, given the inputs; and how they are made (NOT_IN_DIGEST), which does
+    not."""
     kinds = {inputs.kind_of(path) for path in files}
     single = len(files) == 1 and kinds == {"text"}
     stem = os.path.basename(next(iter(files))).split(".")[0] if single else args.command
@@ -871,7 +745,7 @@ def already_there(out, job, plan):
 
 def prepare(args):
     if args.command == "slimpajama" and args.download:
-        download(args)
+        inputs.download(args)
         args.inputs = args.inputs + [args.download]
         if not args.out:
             return
@@ -1011,11 +885,11 @@ def add_prepare_options(p, slim):
         metavar="X",
     )
     if slim:
-        text = "folders (default): as folders or files named train, validation and test say, test left out; hash: by --val-fraction alone"
+        text = "folders (default): as folders or files called train, validation, test say; hash: by --val-fraction alone"
         option("--split", text, choices=["folders", "hash"], default="folders")
     option("--seed", "of that hash", type=int, default=0)
     option("--shard-tokens", "tokens in a shard, default 100M", type=parse_count, default=100000000, metavar="N")
-    text = "stop behind the document that brings N tokens; of splits by folders N of train and N/20 of validation; no text is cut"
+    text = "stop behind the documents that bring N tokens; of splits by folders N of train and N/20 of validation"
     option("--max-tokens", text, type=parse_count, metavar="N")
     text = "a document that cannot be used is left out and listed in NAME.bad.jsonl (default), or ends the run"
     option("--on-bad", text, choices=["skip", "refuse"], default="skip")
@@ -1034,7 +908,7 @@ def add_download_options(slim):
     option(
         "--repo",
         "the data set on the Hugging Face hub, or at HF_ENDPOINT; default %(default)s",
-        default=REPOSITORY,
+        default=inputs.REPOSITORY,
         metavar="NAME",
     )
     option("--max-files", "download no more than N files, spread over the data set", type=int, metavar="N")

@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""Token shards and the manifest beside them (data/README.md describes both): what writes them shares this, and what reads them.
+"""Token shards and the manifest beside them (data/README.md describes both): what writes them shares this, and what
+reads them.
 
 python3 data/shards.py inspect SHARD      header, counts and first documents; the same as data/prepare.py inspect
 python3 data/shards.py verify DIR|SHARD   checks every checksum, id and mask
@@ -49,8 +50,8 @@ def cores():
 
 
 def run_program(main):
-    """Runs main() as a program and exits. Closed descriptors 0 to 2 are opened on /dev/null before anything else can take
-    their numbers; a terminal without UTF-8 gets \\u escapes; a reader that went away ends the program quietly."""
+    """Runs main() as a program and exits. Closed descriptors 0 to 2 are opened on /dev/null before anything else can
+    take their numbers; a terminal without UTF-8 gets \\u escapes; a reader that went away ends the program quietly."""
     name = os.path.basename(sys.argv[0])
     for fd, stream in ((0, "stdin"), (1, "stdout"), (2, "stderr")):
         try:
@@ -81,7 +82,8 @@ NO_SYNC = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EBADF, errno.EACCES,
 
 
 def sync_file(fd):
-    """fsync, where the file system has it: CIFS, sshfs and some FUSE refuse it for folders, which is no fault of the data."""
+    """fsync, where the file system has it: CIFS, sshfs and some FUSE refuse it for folders, which is no fault of the
+    data."""
     try:
         os.fsync(fd)
     except OSError as e:
@@ -153,8 +155,8 @@ def tokenizer_entry(tok, manifest, name):
 
 
 def write_manifest(folder, manifest, name, preparation, shards, tok):
-    """Adds or replaces the preparation `name` with its shards {file name: entry} and copies its rank file. Shards of an earlier
-    preparation of this name that are no longer its own are deleted. The manifest is written last."""
+    """Adds or replaces the preparation `name` with its shards {file name: entry} and copies its rank file. Shards of an
+    earlier preparation of this name that are no longer its own are deleted. The manifest is written last."""
     for file in [f for f, shard in manifest["shards"].items() if shard["preparation"] == name and f not in shards]:
         for path in (os.path.join(folder, file), os.path.join(folder, file[: -len(".bin")] + ".mask")):
             if os.path.exists(path):

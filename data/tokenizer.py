@@ -1,8 +1,8 @@
 """The tokenizers of token shards: bytes, toy, and tiktoken rank files.
 
-A rank file's ids come from infer_mta where it is built, with mta/tokenizer.h, else from the package tiktoken: the same ids, the first
-several times as fast. What must be known on both sides (patterns, special ids, how many ranks tell which pattern) stands here and in
-mta/tokenizer.h; dev/tests/test_tokenizer.py compares the two.
+A rank file's ids come from infer_mta where it is built, with mta/tokenizer.h, else from the package tiktoken: the same
+ids, the first several times as fast. What must be known on both sides (patterns, special ids, how many ranks tell which
+pattern) stands here and in mta/tokenizer.h; dev/tests/test_tokenizer.py compares the two.
 """
 
 import base64
@@ -142,13 +142,17 @@ def pattern_of(path, given=None):
 
 def file_sums(path):
     """What the manifest keeps of a rank file."""
+    size, crc, sha256 = 0, 0, hashlib.sha256()
     with open(path, "rb") as f:
-        data = f.read()
-    return {"bytes": len(data), "crc32": "%08x" % zlib.crc32(data), "sha256": hashlib.sha256(data).hexdigest()}
+        for chunk in iter(lambda: f.read(1 << 20), b""):
+            size, crc = size + len(chunk), zlib.crc32(chunk, crc)
+            sha256.update(chunk)
+    return {"bytes": size, "crc32": "%08x" % crc, "sha256": sha256.hexdigest()}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Tokenizers. encode_all(texts): texts as UTF-8 bytes -> for each its packed ids, `width` bytes each, without BOS and EOS,
+# Tokenizers. encode_all(texts): texts as UTF-8 bytes -> for each its packed ids, `width` bytes each, without BOS and
+# EOS,
 # or the BadDocument that says why it has none.
 
 
@@ -318,7 +322,8 @@ def find_encoder(wanted=None):
 
 
 def open_tokenizer(spec, pattern=None, encoder=None):
-    """bytes, toy, or a rank file. encoder: "infer_mta" or "tiktoken", None for what there is, False for decoding only."""
+    """bytes, toy, or a rank file. encoder: "infer_mta" or "tiktoken", None for what there is, False for decoding
+    only."""
     if spec in ("bytes", "toy"):
         if pattern not in (None, spec):
             raise UserError("tokenizer %s: built in, it takes no pattern %s" % (spec, pattern))

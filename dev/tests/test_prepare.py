@@ -1435,13 +1435,13 @@ class Downloads(Case):
         ]
         with contextlib.redirect_stderr(io.StringIO()):
             for n in (1, 2, 11, 40, 1001, 5000):
-                files = prepare.chosen_files(entries, n, None)
+                files = inputs.chosen_files(entries, n, None)
                 self.assertEqual(len(files), min(n, 1001))
                 self.assertEqual(len(set(files)), len(files))
                 self.assertFalse([f for f in files if f[0].startswith("test")])
                 self.assertTrue(n == 1 or [f for f in files if f[0].startswith("validation")])
                 self.assertTrue(len({f[0].split("/")[1] for f in files}) >= min(n - 1, 10))
-            self.assertEqual(len(prepare.chosen_files(entries, None, 405)), 40)
+            self.assertEqual(len(inputs.chosen_files(entries, None, 405)), 40)
 
     def test_names_that_lead_outside_and_unknown_repositories(self):
         self.server.files["train/../../x.jsonl"] = b"{}"
