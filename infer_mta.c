@@ -1879,6 +1879,7 @@ static void run_tokenizer(const Options* o) {
 int main(int argc, char** argv) {
     static Session session;
     Options o = options_defaults();
+    bound_spinning(argv);
     open_standard_files();
     signal(SIGPIPE, SIG_IGN);  // a closed pipe is an error of write(2), told as one
     options_read(&o, argc, argv);

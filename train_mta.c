@@ -1435,6 +1435,7 @@ const Trainer* trainer_cpu(void) {
 int main(int argc, char** argv) {
     TrainOptions options;
     Run run;
+    bound_spinning(argv);
     open_standard_files();
     blas_single_thread();
     options_given(&options, argc, argv);

@@ -3588,6 +3588,7 @@ int main(int argc, char** argv) {
     Error e = {{0}};
     TrainOptions options;
     Run run;
+    bound_spinning(argv);
     open_standard_files();
     options_given(&options, argc, argv);
     run_settle(&run, trainer_cuda(), &options);

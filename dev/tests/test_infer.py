@@ -877,6 +877,32 @@ class Refusals(unittest.TestCase):
                 written.append(f.read())
             self.assertEqual(written[-1], written[0], closed)
 
+    def test_threads_that_wait_do_not_spin_for_long(self):
+        """The program starts itself again with a bound on spinning, where the user has set none; as the same process, under
+        the same name, with the same arguments."""
+        names = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "KMP_LIBRARY")
+        bare = {k: v for k, v in os.environ.items() if k not in names}
+        args = [BIN, self.case.dir, "--score", "-", "--quiet"]
+        for extra, count in (
+            ({}, b"GOMP_SPINCOUNT=1000"),
+            ({"OMP_WAIT_POLICY": "active"}, None),
+            ({"KMP_BLOCKTIME": "0"}, None),
+            ({"GOMP_SPINCOUNT": "7"}, b"GOMP_SPINCOUNT=7"),
+        ):
+            p = subprocess.Popen(args, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=dict(bare, **extra))
+            p.stdin.write(b'{"context_ids":[1],"continuation_ids":[1]}\n')
+            p.stdin.flush()
+            self.assertIn(b"logprob", p.stdout.readline())  # main is reached
+            seen = []
+            for name in ("environ", "cmdline", "comm"):
+                with open("/proc/%d/%s" % (p.pid, name), "rb") as f:
+                    seen.append(f.read().replace(b"\n", b"\0").split(b"\0"))
+            p.communicate()
+            spin = [x for x in seen[0] if x.startswith(b"GOMP_SPINCOUNT")]
+            self.assertEqual(spin, [count] if count else [], extra)
+            self.assertEqual(seen[1][:-1], [os.fsencode(x) for x in args])
+            self.assertEqual(seen[2][0], b"infer_mta")
+
     def test_a_driver_gets_each_answer_at_once(self):
         """--score - answers what has arrived, so that a program may wait for one answer before it asks again."""
         p = subprocess.Popen(
