@@ -108,7 +108,9 @@ static void layer_build(Model* m, const TensorList* list, const StTensor* const*
 // Reads DIR/config.json and its tensors; any mistake in them is the end of the program. want: a WeightKind, or -1 as
 // stored. threads: 0 for all cores, but none for less than half a million weights: it would cost more at the barriers
 // than it brings. large_pages: copy also what could be used where it is mapped, if there is memory for that.
-static void model_open(Model* m, const char* dir, int want, int threads, bool large_pages) {
+// assume_llama: a model of another family is read as LLaMA. verify: against DIR/manifest.json, where there is one.
+static void model_open(Model* m, const char* dir, int want, int threads, bool large_pages, bool assume_llama,
+                       bool verify) {
     char path[PATH_SIZE];
     Error e = {{0}};
     memset(m, 0, sizeof *m);
@@ -116,7 +118,10 @@ static void model_open(Model* m, const char* dir, int want, int threads, bool la
         die("%s: not a checkpoint directory; give one with config.json and model.safetensors", dir);
     }
     path_join(path, sizeof path, dir, "config.json");
-    if (!config_read(&m->c, path, &e) || !safetensors_open_dir(&m->files, dir, &e)) { die("%s", e.text); }
+    if ((verify && !checkpoint_verify_model(dir, &e)) || !config_read_as(&m->c, path, assume_llama, &e) ||
+        !safetensors_open_dir(&m->files, dir, &e)) {
+        die("%s", e.text);
+    }
     const Config* c = &m->c;
     m->C = c->hidden_size; m->NH = c->num_attention_heads; m->NKV = c->num_key_value_heads; m->HS = config_head_size(c);
     size_t stored = 0;
@@ -787,7 +792,7 @@ typedef struct {
     int context, chunk, threads, max_tokens, top_k, repeat_last, samples, layer, head;
     int64_t seed;
     double temperature, top_p, min_p, repeat_penalty;
-    bool mapped, interactive, echo, ignore_eos, shift, quiet, tokenize, detokenize, binary;
+    bool mapped, interactive, echo, ignore_eos, shift, quiet, tokenize, detokenize, binary, assume_llama, no_verify;
 } Options;
 
 static Options options_defaults(void) {
@@ -844,6 +849,9 @@ static void options_read(Options* o, int argc, char** argv) {
          "how text is split, where FILE's number of ranks does not tell", 0, 0, false},
         {"--weights", OPT_CHOICE, &o->weights, "stored|f32|bf16|int8",
          "form of the matrices in memory; another than stored costs a copy", 0, 0, false},
+        {"--assume-llama", OPT_FLAG, &o->assume_llama, NULL,
+         "read a config.json of another family, or with unknown keys, as LLaMA", 0, 0, false},
+        {"--no-verify", OPT_FLAG, &o->no_verify, NULL, "do not check the files against DIR/manifest.json", 0, 0, false},
         {"--mapped", OPT_FLAG, &o->mapped, NULL,
          "use stored weights in the mapped file: starts at once, no memory of its own, generates slower", 0, 0, false},
         {"--cache", OPT_CHOICE, &o->cache, "f32|bf16", "form of cached keys and values", 0, 0, false},
@@ -1043,7 +1051,7 @@ static void session_open(Session* session, const Options* o) {
         if (!strcmp(o->weights, forms[i])) { want = i; }
     }
     bool generates = !o->score && !o->logits && !o->attention_map;  // else weights are read once for many tokens
-    model_open(&session->model, o->dir, want, o->threads, generates && !o->mapped);
+    model_open(&session->model, o->dir, want, o->threads, generates && !o->mapped, o->assume_llama, !o->no_verify);
     const Config* c = &session->model.c;
     if (o->context > c->max_position_embeddings) {
         die("--context: got %d, the model has %d positions", o->context, c->max_position_embeddings);
@@ -1821,7 +1829,7 @@ static void run_tokenizer(const Options* o) {
     char path[PATH_SIZE];
     if (o->dir) {
         path_join(path, sizeof path, o->dir, "config.json");
-        if (!config_read(&c, path, &e)) { die("%s", e.text); }
+        if (!config_read_as(&c, path, o->assume_llama, &e)) { die("%s", e.text); }
     }
     Tokenizer* t = tokenizer_for(o, o->dir ? &c : NULL);
     if (!t) { die("%s names no tokenizer; give --tokenizer NAME|FILE", path); }

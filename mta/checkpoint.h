@@ -237,20 +237,30 @@ static inline bool checkpoint_verify_file(const char* dir, const Json* entry, bo
             fail(e, "%s: CRC-32 %08x, wanted %08x: the file is damaged", path, got, (uint32_t)crc));
 }
 
-static inline bool checkpoint_verify_manifest(const char* dir, bool contents, Error* e) {
+// DIR/manifest.json; NULL on error. The caller frees it.
+static inline Json* checkpoint_manifest(const char* dir, Error* e) {
     char path[PATH_SIZE];
     char* text;
     size_t n;
     Error why;
     why.text[0] = 0;
-    if (strlen(dir) + 300 > PATH_SIZE) { return fail(e, "directory name of %zu bytes is too long", strlen(dir)); }
+    if (strlen(dir) + 300 > PATH_SIZE) {
+        fail(e, "directory name of %zu bytes is too long", strlen(dir));
+        return NULL;
+    }
     path_join(path, sizeof path, dir, "manifest.json");
-    if (!read_file(path, MANIFEST_MAX_BYTES, &text, &n, e)) { return false; }
+    if (!read_file(path, MANIFEST_MAX_BYTES, &text, &n, e)) { return NULL; }
     Json* manifest = json_parse(text, n, &why);
     free(text);
-    if (!manifest) { return fail(e, "%.300s: %.200s", path, why.text); }
+    if (!manifest) { fail(e, "%.300s: %.200s", path, why.text); }
+    return manifest;
+}
+
+static inline bool checkpoint_verify_manifest(const char* dir, bool contents, Error* e) {
+    Json* manifest = checkpoint_manifest(dir, e);
+    if (!manifest) { return false; }
     const Json* files = json_get(manifest, "files");
-    bool good = (files && files->type == JSON_OBJECT && files->child) || fail(e, "%s: lists no files", path);
+    bool good = (files && files->type == JSON_OBJECT && files->child) || fail(e, "%s/manifest.json: lists no files", dir);
     for (const Json* f = good ? files->child : NULL; f && good; f = f->next) {
         good = checkpoint_verify_file(dir, f, contents, e);
     }
@@ -260,6 +270,25 @@ static inline bool checkpoint_verify_manifest(const char* dir, bool contents, Er
 
 // Every file of the manifest is there, with its size and CRC-32.
 static inline bool checkpoint_verify(const char* dir, Error* e) { return checkpoint_verify_manifest(dir, true, e); }
+
+// Before a model is read from DIR, a checkpoint or a copy of some of its files: those that its manifest lists and that are there have their
+// size and, but for the two that only a resume reads, their CRC-32. True where there is no manifest of a checkpoint: other programs' models.
+static inline bool checkpoint_verify_model(const char* dir, Error* e) {
+    char path[PATH_SIZE];
+    path_join(path, sizeof path, dir, "manifest.json");
+    if (!file_exists(path)) { return true; }
+    Json* manifest = checkpoint_manifest(dir, e);
+    const Json* files = json_get(manifest, "files");
+    bool good = manifest != NULL;
+    for (const Json* f = files ? files->child : NULL; f && good; f = f->next) {
+        bool state = !strcmp(f->key, "optimizer.safetensors") || !strcmp(f->key, "trainer.json");
+        bool there = strlen(dir) + strlen(f->key) + 2 < PATH_SIZE;
+        if (there) { path_join(path, sizeof path, dir, f->key); }
+        if (!there || file_exists(path)) { good = checkpoint_verify_file(dir, f, !state, e); }
+    }
+    json_free(manifest);
+    return good || fail(e, "%s: damaged", dir);
+}
 
 static inline int checkpoint_by_step(const void* a, const void* b) {  // newest first
     long x = *(const long*)a, y = *(const long*)b;
@@ -271,6 +300,7 @@ static inline int checkpoint_list(const char* run, long** steps) {
     int n = 0, cap = 0;
     *steps = NULL;
     DIR* d = opendir(run);
+    if (!d && errno != ENOENT && errno != ENOTDIR) { die("%s: cannot list its checkpoints: %s", run, strerror(errno)); }
     for (struct dirent* entry = d ? readdir(d) : NULL; entry; entry = readdir(d)) {
         const char* digits = entry->d_name + 5;
         char again[32];
@@ -371,10 +401,15 @@ static inline bool checkpoint_check_shape(const StTensor* t, const TensorSpec* s
     return fail(e, "%s: tensor %s: shape %s, wanted %s", t->file, t->name, got, want);
 }
 
-// What a checkpoint may hold beyond the list: RoPE's tables, and the head of a model that uses the embedding instead.
-static inline bool checkpoint_ignored(const char* name) {
-    size_t n = strlen(name);
-    return (n >= 20 && !strcmp(name + n - 20, ".rotary_emb.inv_freq")) || !strcmp(name, "lm_head.weight");
+// What a checkpoint may hold beyond the list: RoPE's tables, and, where the embedding is the head too, a head of its very bytes.
+static inline bool checkpoint_extra(const SafeTensors* s, const StTensor* t, Error* e) {
+    size_t n = strlen(t->name);
+    if (n >= 20 && !strcmp(t->name + n - 20, ".rotary_emb.inv_freq")) { return true; }
+    const StTensor* embed = safetensors_find(s, "model.embed_tokens.weight");
+    if (strcmp(t->name, "lm_head.weight") || !embed) { return fail(e, "%s: tensor %s is not one of this model's", t->file, t->name); }
+    bool same = t->dtype == embed->dtype && t->bytes == embed->bytes && !memcmp(t->data, embed->data, t->bytes);
+    return same || fail(e, "%s: tensor lm_head.weight is another than model.embed_tokens.weight, but config.json says that they are one "
+                           "(tie_word_embeddings)", t->file);
 }
 
 // The tensors of `list` for each group, as an array [n_groups * list->n] of pointers into s: NULL where an MTA tensor
@@ -401,8 +436,7 @@ static inline const StTensor** checkpoint_match(const SafeTensors* s, const char
         }
     }
     for (int i = 0; good && i < s->n; i++) {
-        good = used[i] || checkpoint_ignored(s->tensors[i].name) ||
-               fail(e, "%s: tensor %s is not one of this model's", s->tensors[i].file, s->tensors[i].name);
+        good = used[i] || checkpoint_extra(s, &s->tensors[i], e);
     }
     free(used);
     if (good) { return found; }

@@ -1,6 +1,8 @@
 // mta/config.h: what a model is: its configuration (config.json), the presets, the kinds of attention, and the list of its tensors.
 //
-// One Config describes every model of this project (LLaMA with Multi-Token Attention, or the DIFF Transformer); keys and tensor
+// One Config describes every model of this project (LLaMA with Multi-Token Attention, or the DIFF Transformer); its fields stand in one table,
+// which drives config.json, its checks, the trainers' options and what makes another model. Models of others are read where their mathematics
+// is known to be this one, else refused. Keys and tensor
 // names are those of Hugging Face's LLaMA plus the MTA keys of dev/MODEL.md. The tensor list is walked by initialisation, checkpoints,
 // the optimizer and the tests, so that names, shapes and memory layout are said once.
 #ifndef MTA_CONFIG_H
@@ -483,84 +485,253 @@ static inline bool config_read_part(Config* c, const Json* object, FieldPart par
     return true;
 }
 
-// NULL if absent or null; *ok false if it is no string of at most `max` bytes.
-static inline const char* config_json_string(const Json* j, const char* key, size_t max, bool* ok, Error* e) {
-    const Json* v = json_get(j, key);
-    if (!v || v->type == JSON_NULL) { return NULL; }
-    if (v->type != JSON_STRING || v->length > max || strlen(v->string) != v->length) { *ok = fail(e, "%s: wanted a short string", key); return NULL; }
-    return v->string;
+// First difference between two models' shapes and mathematics, as "field: got A, wanted B"; true if there is none.
+// What may change on resume without changing the model (context, tokenizer, token ids) is not compared.
+static inline bool config_same_model(const Config* got, const Config* want, Error* e) {
+    bool conv = config_any_conv(got) || config_any_conv(want), same = true;
+    for (int i = 0; i < CONFIG_FIELD_COUNT && same; i++) {
+        const ConfigField* f = &CONFIG_FIELDS[i];
+        Text a = {NULL, 0, 0}, b = {NULL, 0, 0};
+        if (f->change == CHANGE_FREE || (f->change == CHANGE_CONV && !conv)) { continue; }
+        config_field_write(got, f, &a);
+        config_field_write(want, f, &b);
+        same = !strcmp(a.text, b.text) || fail(e, "%s: got %.200s, wanted %.200s", f->key, a.text, b.text);
+        text_free(&a);
+        text_free(&b);
+    }
+    return same;
 }
 
-static inline bool config_json_number(const Json* j, const char* key, double* out, Error* e) {
-    const Json* v = json_get(j, key);
-    if (!v || v->type == JSON_NULL) { return true; }
-    if (v->type != JSON_NUMBER) { return fail(e, "%s: wanted a number", key); }
-    *out = v->number;
+// ---- which models are read: what their mathematics is must be known
+
+typedef enum { FAMILY_UNNAMED, FAMILY_LLAMA, FAMILY_MISTRAL, FAMILY_MTA } ConfigFamily;
+
+typedef struct { ConfigFamily family; const char *model_type, *architecture; } FamilyName;
+
+// What may stand in config.json beside the fields. NULL: any value, it changes no number that a model computes. Else the value, or the
+// values, at which it changes nothing. "!" at the front: another value is refused under --assume-llama too.
+typedef struct { const char *key, *values; } ConfigKey;
+
+static const ConfigKey CONFIG_KEYS[] = {
+    // what it is called, how it is stored, how it was trained, how text is drawn from it
+    {"architectures", NULL}, {"model_type", NULL}, {"torch_dtype", NULL}, {"dtype", NULL}, {"transformers_version", NULL}, {"_name_or_path", NULL},
+    {"_commit_hash", NULL}, {"_attn_implementation", NULL}, {"attn_implementation", NULL}, {"_attn_implementation_autoset", NULL},
+    {"use_cache", NULL}, {"initializer_range", NULL}, {"pretraining_tp", NULL}, {"attention_dropout", NULL}, {"hidden_dropout", NULL},
+    {"dropout", NULL}, {"resid_pdrop", NULL}, {"embd_pdrop", NULL}, {"attn_pdrop", NULL}, {"pad_token_id", NULL}, {"unk_token_id", NULL},
+    {"sep_token_id", NULL}, {"cls_token_id", NULL}, {"mask_token_id", NULL}, {"pad_token", NULL}, {"decoder_start_token_id", NULL},
+    {"forced_bos_token_id", NULL}, {"forced_eos_token_id", NULL}, {"suppress_tokens", NULL}, {"begin_suppress_tokens", NULL},
+    {"bad_words_ids", NULL}, {"tokenizer_class", NULL}, {"model_max_length", NULL}, {"max_sequence_length", NULL}, {"max_length", NULL},
+    {"min_length", NULL}, {"do_sample", NULL}, {"early_stopping", NULL}, {"num_beams", NULL}, {"num_beam_groups", NULL},
+    {"diversity_penalty", NULL}, {"temperature", NULL}, {"top_k", NULL}, {"top_p", NULL}, {"typical_p", NULL}, {"repetition_penalty", NULL},
+    {"length_penalty", NULL}, {"no_repeat_ngram_size", NULL}, {"encoder_no_repeat_ngram_size", NULL}, {"num_return_sequences", NULL},
+    {"remove_invalid_values", NULL}, {"exponential_decay_length_penalty", NULL}, {"return_dict", NULL}, {"return_dict_in_generate", NULL},
+    {"output_scores", NULL}, {"output_attentions", NULL}, {"output_hidden_states", NULL}, {"torchscript", NULL}, {"use_bfloat16", NULL},
+    {"tf_legacy_loss", NULL}, {"is_decoder", NULL}, {"id2label", NULL}, {"label2id", NULL}, {"num_labels", NULL}, {"problem_type", NULL},
+    {"finetuning_task", NULL}, {"task_specific_params", NULL}, {"prefix", NULL}, {"unsloth_version", NULL}, {"unsloth_fixed", NULL},
+    {"use_flash_attn", NULL}, {"use_flash_attention", NULL}, {"use_flash_attention_2", NULL}, {"gradient_checkpointing", NULL},
+    {"is_llama_config", NULL},
+    // read apart from the table of fields, below
+    {"rope_scaling", NULL}, {"rope_parameters", NULL}, {"head_dim", NULL}, {"sliding_window", NULL}, {"use_sliding_window", NULL},
+    {"attention_multiplier", NULL}, {"auto_map", NULL}, {"layer_types", NULL},
+    // what changes the result unless it has this value
+    {"hidden_act", "!silu|swish"}, {"attention_bias", "!false"}, {"mlp_bias", "!false"}, {"partial_rotary_factor", "!1"},
+    {"quantization_config", "!"}, {"compression_config", "!"}, {"quantization", "!"}, {"qkv_bias", "false"}, {"use_qkv_bias", "false"},
+    {"use_bias", "false"}, {"bias", "false"}, {"lm_head_bias", "false"}, {"add_bias_linear", "false"}, {"rotary_pct", "1"},
+    {"rope_interleaved", "false"}, {"qk_norm", "false"}, {"use_qk_norm", "false"}, {"qk_layernorm", "false"}, {"embedding_multiplier", "1"},
+    {"residual_multiplier", "1"}, {"logits_scaling", "1"}, {"logit_scale", "1"}, {"scale_emb", "1"}, {"use_parallel_residual", "false"},
+    {"parallel_residual", "false"}, {"alibi", "false"}, {"add_cross_attention", "false"}, {"is_encoder_decoder", "false"},
+    {"tie_encoder_decoder", "false"}, {"cross_attention_hidden_size", ""}, {"chunk_size_feed_forward", "0"}, {"pruned_heads", "{}"},
+    {"num_experts", "0"}, {"num_local_experts", "0"}, {"n_routed_experts", "0"},
+};
+
+// A value as the words of CONFIG_KEYS spell it: 1, false, silu, {} or [] for empty ones; "..." for what holds more.
+static inline const char* config_value_text(const Json* v, char* out, size_t n) {
+    switch (v->type) {
+        case JSON_NULL: snprintf(out, n, "null"); break;
+        case JSON_BOOL: snprintf(out, n, "%s", v->boolean ? "true" : "false"); break;
+        case JSON_NUMBER: snprintf(out, n, "%.9g", v->number); break;
+        case JSON_STRING: snprintf(out, n, "%.*s", (int)(n - 1), v->string); break;
+        default: snprintf(out, n, "%s", v->count ? "..." : v->type == JSON_ARRAY ? "[]" : "{}"); break;
+    }
+    return out;
+}
+
+// One key of config.json. assume_llama: what is not known is passed over.
+static inline bool config_check_key(const Json* v, bool assume_llama, Error* e) {
+    const char* key = v->key;
+    char got[64];
+    int i = config_field(key), n = sizeof CONFIG_KEYS / sizeof CONFIG_KEYS[0];
+    if (v->type == JSON_NULL || (i >= 0 && !strchr(key, '.'))) { return true; }
+    for (i = 0; i < n && strcmp(CONFIG_KEYS[i].key, key); i++) {}
+    const char* values = i < n ? CONFIG_KEYS[i].values : "";
+    if (!values) { return true; }
+    bool always = values[0] == '!';
+    values += always;
+    config_value_text(v, got, sizeof got);
+    if ((values[0] && choice_index(values, got) >= 0) || (assume_llama && !always)) { return true; }
+    if (!strcmp(key, "attention_bias") || !strcmp(key, "mlp_bias")) { return fail(e, "%s: biases are not supported", key); }
+    if (!strcmp(key, "partial_rotary_factor")) { return fail(e, "%s: got %s, wanted 1: RoPE turns whole heads", key, got); }
+    if (always && !values[0]) { return fail(e, "%s: quantized weights are not supported", key); }
+    if (values[0]) { return fail(e, "%s: got %s, wanted %s%s", key, got, values, always ? "" : "; --assume-llama passes over it"); }
+    return fail(e, "%.80s: got %s, and what this key does is not known here; --assume-llama passes over it", key, got);
+}
+
+static inline const char* config_string(const Json* j) { return j && j->type == JSON_STRING ? j->string : NULL; }
+
+// model_type and architectures into *family. They must be known and agree; under --assume-llama any other is taken for LLaMA.
+static inline bool config_read_family(const Json* j, bool assume_llama, ConfigFamily* family, Error* e) {
+    static const FamilyName names[] = {{FAMILY_LLAMA, "llama", "LlamaForCausalLM"}, {FAMILY_LLAMA, "llama", "LLaMAForCausalLM"},
+                                       {FAMILY_MISTRAL, "mistral", "MistralForCausalLM"}, {FAMILY_MTA, "mta", "MtaForCausalLM"}};
+    const int n = sizeof names / sizeof names[0];
+    const Json *type = json_get(j, "model_type"), *list = json_get(j, "architectures");
+    int i = n;
+    *family = FAMILY_UNNAMED;
+    if (type && type->type != JSON_NULL) {
+        for (i = 0; i < n && strcmp(names[i].model_type, config_string(type) ? type->string : ""); i++) {}
+        if (i == n && !assume_llama) {
+            return fail(e, "model_type: got \"%.60s\", wanted llama, mistral or mta; --assume-llama reads it as LLaMA, right or wrong",
+                        config_string(type) ? type->string : "?");
+        }
+        *family = i < n ? names[i].family : FAMILY_LLAMA;
+    }
+    if (list && list->type != JSON_ARRAY && list->type != JSON_NULL) { return fail(e, "architectures: wanted a list of names"); }
+    for (const Json* a = list ? list->child : NULL; a; a = a->next) {
+        for (i = 0; i < n && strcmp(names[i].architecture, config_string(a) ? a->string : ""); i++) {}
+        bool agrees = i < n && (*family == FAMILY_UNNAMED || *family == names[i].family);
+        if (!agrees && !assume_llama) {
+            return fail(e, "architectures: got \"%.60s\"%s, wanted LlamaForCausalLM, MistralForCausalLM or MtaForCausalLM%s; --assume-llama reads it "
+                        "as LLaMA, right or wrong", config_string(a) ? a->string : "?", i < n ? " beside another model_type" : "",
+                        i < n ? " as model_type says" : "");
+        }
+        if (*family == FAMILY_UNNAMED) { *family = i < n ? names[i].family : FAMILY_LLAMA; }
+    }
     return true;
 }
 
-static inline bool config_json_bool(const Json* j, const char* key, bool* out, Error* e) {
-    const Json* v = json_get(j, key);
-    if (!v || v->type == JSON_NULL) { return true; }
-    if (v->type != JSON_BOOL) { return fail(e, "%s: wanted true or false", key); }
-    *out = v->boolean;
-    return true;
+// What transformers' MistralConfig and LlamaConfig assume where that differs from ours, which is LLaMA's without its token ids.
+static inline void config_family_defaults(Config* c, ConfigFamily family) {
+    if (family == FAMILY_LLAMA || family == FAMILY_MISTRAL) { c->bos_token_id = 1; c->eos_token_id = 2; }
+    if (family == FAMILY_MISTRAL) { c->intermediate_size = 14336; c->num_key_value_heads = 8; c->max_position_embeddings = 131072; }
 }
 
-// rope_scaling (or rope_parameters, its newer name, which also holds rope_theta): "default" and "llama3" are known, others refused.
-static inline bool config_json_rope(Config* c, const Json* s, Error* e) {
+// A key of rope_scaling or rope_parameters that is not one of those of its type.
+static inline bool config_check_rope_key(const Json* v, const char* where, bool llama3, bool assume_llama, Error* e) {
+    char key[128];
+    snprintf(key, sizeof key, "rope_scaling.%.60s", v->key);
+    bool known = config_field(key) >= 0 || !strcmp(v->key, "type") || !strcmp(v->key, "rope_type") || !strcmp(v->key, "rope_theta") ||
+                 v->type == JSON_NULL || (!llama3 && !strcmp(v->key, "factor"));
+    if (!strcmp(v->key, "partial_rotary_factor")) { return config_check_key(v, assume_llama, e); }
+    return known || assume_llama || fail(e, "%s.%.60s: what this key does is not known here; --assume-llama passes over it", where, v->key);
+}
+
+// rope_scaling, or rope_parameters, its newer name, which also holds rope_theta. "default", "llama3" and a "linear" of factor 1 are known.
+static inline bool config_read_rope(Config* c, const Json* j, const char* where, bool assume_llama, Error* e) {
+    const Json* s = json_get(j, where);
     if (!s || s->type == JSON_NULL) { return true; }
-    if (s->type != JSON_OBJECT) { return fail(e, "rope_scaling: wanted an object"); }
-    bool ok = true;
-    const char* type = config_json_string(s, "rope_type", 32, &ok, e);
-    if (!type && ok) { type = config_json_string(s, "type", 32, &ok, e); }
-    if (!ok || !config_json_number(s, "rope_theta", &c->rope_theta, e)) { return false; }
-    if (!type || !strcmp(type, "default")) { return true; }
-    if (strcmp(type, "llama3")) { return fail(e, "rope_scaling: type \"%.32s\" is not supported, wanted llama3 or none", type); }
-    c->rope_factor = 8; c->rope_low_freq_factor = 1; c->rope_high_freq_factor = 4; c->rope_original_context = 8192;
+    if (s->type != JSON_OBJECT) { return fail(e, "%s: wanted an object", where); }
+    const Json *type = json_get(s, "rope_type"), *factor = json_get(s, "factor"), *theta = json_get(s, "rope_theta");
+    if (!type || type->type == JSON_NULL) { type = json_get(s, "type"); }
+    const char* name = !type || type->type == JSON_NULL ? "default" : config_string(type) ? type->string : "?";
+    bool llama3 = !strcmp(name, "llama3"), linear = !strcmp(name, "linear") && factor && factor->type == JSON_NUMBER && factor->number == 1;
+    if (!llama3 && !linear && strcmp(name, "default")) {
+        return fail(e, "%s: type \"%.32s\" is not supported, wanted llama3, or none (a linear factor of 1)", where, name);
+    }
+    for (const Json* v = s->child; v; v = v->next) { if (!config_check_rope_key(v, where, llama3, assume_llama, e)) { return false; } }
+    if (theta && !config_read_field(c, &CONFIG_FIELDS[config_field("rope_theta")], theta, e)) { return false; }
+    if (!llama3) { return true; }
+    for (int i = 0; i < CONFIG_FIELD_COUNT; i++) {
+        const char* key = CONFIG_FIELDS[i].part == PART_ROPE ? strchr(CONFIG_FIELDS[i].key, '.') + 1 : NULL;
+        if (key && !json_get(s, key)) { return fail(e, "%s: type llama3 without %s", where, key); }
+    }
     return config_read_part(c, s, PART_ROPE, e);
 }
 
-// Reads a parsed config.json; absent keys take LlamaConfig's defaults, absent MTA keys are off. Refuses what the programs would compute wrongly.
-static inline bool config_from_json(Config* c, const Json* j, Error* e) {
+// Both names of it, which must not differ where both are there.
+static inline bool config_read_ropes(Config* c, const Json* j, bool assume_llama, Error* e) {
+    const Json *old = json_get(j, "rope_scaling"), *now = json_get(j, "rope_parameters");
+    Config other = *c;
+    Error why = {{0}};
+    if (!config_read_rope(c, j, "rope_scaling", assume_llama, e)) { return false; }
+    if (!now || now->type == JSON_NULL) { return true; }
+    if (!config_read_rope(&other, j, "rope_parameters", assume_llama, e)) { return false; }
+    if (old && old->type == JSON_OBJECT && old->count && !config_same_model(&other, c, &why)) {
+        return fail(e, "rope_scaling and rope_parameters differ: %.200s", why.text);
+    }
+    *c = other;
+    return true;
+}
+
+// Positions that attention is limited to: only none, or no fewer than the context.
+static inline bool config_check_window(const Config* c, const Json* j, ConfigFamily family, Error* e) {
+    const Json *v = json_get(j, "sliding_window"), *use = json_get(j, "use_sliding_window");
+    double window = family == FAMILY_MISTRAL && !v ? 4096 : 0;  // MistralConfig's where the key is absent; null is none
+    if (use && use->type != JSON_BOOL && use->type != JSON_NULL) { return fail(e, "use_sliding_window: wanted true or false"); }
+    if (v && v->type != JSON_NULL && v->type != JSON_NUMBER) { return fail(e, "sliding_window: wanted a number"); }
+    if (v && v->type == JSON_NUMBER) { window = v->number; }
+    if (use && use->type == JSON_BOOL && !use->boolean && family != FAMILY_MISTRAL) { return true; }  // Mistral's has no such switch
+    if (window > 0 && window < c->max_position_embeddings) {
+        return fail(e, "sliding_window: got %g%s, wanted none below the context of %d: attention sees all positions", window,
+                    v ? "" : " (mistral's where the key is absent)", c->max_position_embeddings);
+    }
+    return true;
+}
+
+// Keys whose good values depend on others.
+static inline bool config_check_more(const Config* c, const Json* j, ConfigFamily family, bool assume_llama, Error* e) {
+    const Json *dim = json_get(j, "head_dim"), *scale = json_get(j, "attention_multiplier"), *types = json_get(j, "layer_types");
+    const Json* map = json_get(j, "auto_map");
+    if (dim && dim->type != JSON_NULL && (dim->type != JSON_NUMBER || c->hidden_size % c->num_attention_heads || dim->number != config_head_size(c))) {
+        return fail(e, "head_dim: got %g, wanted hidden_size / num_attention_heads = %d / %d", dim->number, c->hidden_size, c->num_attention_heads);
+    }
+    if (!config_check_window(c, j, family, e)) { return false; }
+    if (assume_llama) { return true; }
+    double usual = 1 / sqrt((double)config_head_size(c));
+    if (scale && scale->type != JSON_NULL && !(scale->type == JSON_NUMBER && fabs(scale->number - usual) < 1e-9)) {
+        return fail(e, "attention_multiplier: got %g, wanted 1 / sqrt(head size) = %.9g; --assume-llama passes over it", scale->number, usual);
+    }
+    for (const Json* t = types ? types->child : NULL; t; t = t->next) {
+        if (!config_string(t) || strcmp(t->string, "full_attention")) {
+            return fail(e, "layer_types: got \"%.40s\", wanted full_attention in every layer; --assume-llama passes over it", config_string(t) ? t->string : "?");
+        }
+    }
+    if (map && map->type != JSON_NULL && family != FAMILY_MTA) {
+        return fail(e, "auto_map: the model brings code of its own; --assume-llama passes over it");
+    }
+    return true;
+}
+
+// Reads a parsed config.json. Right or refused: only families whose mathematics is known, with their own defaults for absent keys (neither
+// model_type nor architectures: LLaMA's, without token ids), and no key that is not known. assume_llama: an unknown family is taken for
+// LLaMA and unknown keys are passed over, on the user's word.
+static inline bool config_from_json_as(Config* c, const Json* j, bool assume_llama, Error* e) {
+    ConfigFamily family;
     *c = config_default();
     if (!j || j->type != JSON_OBJECT) { return fail(e, "wanted a JSON object"); }
+    if (!config_read_family(j, assume_llama, &family, e)) { return false; }
+    for (const Json* v = j->child; v; v = v->next) { if (!config_check_key(v, assume_llama, e)) { return false; } }
+    config_family_defaults(c, family);
     for (int part = PART_SIZES; part <= PART_ATTENTION; part++) {
         if (part != PART_ROPE && !config_read_part(c, j, (FieldPart)part, e)) { return false; }
     }
-    if (!config_json_rope(c, json_get(j, "rope_scaling"), e) || !config_json_rope(c, json_get(j, "rope_parameters"), e)) { return false; }
-    bool ok = true, bias = false, windowed = true;
-    double rotary = 1, window = 0, head_dim = 0;
-    const char* act = config_json_string(j, "hidden_act", 64, &ok, e);
-    if (!ok || (act && strcmp(act, "silu"))) { return fail(e, "hidden_act: got \"%s\", wanted silu", act ? act : "?"); }
-    if (!config_json_bool(j, "attention_bias", &bias, e)) { return false; }
-    if (bias) { return fail(e, "attention_bias: biases are not supported"); }
-    if (!config_json_bool(j, "mlp_bias", &bias, e)) { return false; }
-    if (bias) { return fail(e, "mlp_bias: biases are not supported"); }
-    if (!config_json_number(j, "partial_rotary_factor", &rotary, e) || !config_json_number(j, "sliding_window", &window, e) ||
-        !config_json_bool(j, "use_sliding_window", &windowed, e) || !config_json_number(j, "head_dim", &head_dim, e)) { return false; }
-    if (rotary != 1) { return fail(e, "partial_rotary_factor: got %g, wanted 1: RoPE turns whole heads", rotary); }
-    if (windowed && window > 0 && window < c->max_position_embeddings) {
-        return fail(e, "sliding_window: got %g, wanted none below the context of %d: attention sees all positions", window, c->max_position_embeddings);
-    }
     if (!c->num_key_value_heads) { c->num_key_value_heads = c->num_attention_heads; }
-    if (head_dim != 0 && (c->hidden_size % c->num_attention_heads || head_dim != config_head_size(c))) {
-        return fail(e, "head_dim: got %g, wanted hidden_size / num_attention_heads = %d / %d", head_dim, c->hidden_size, c->num_attention_heads);
-    }
-    return config_check(c, e);
+    return config_read_ropes(c, j, assume_llama, e) && config_check_more(c, j, family, assume_llama, e) && config_check(c, e);
 }
 
-static inline bool config_read(Config* c, const char* path, Error* e) {
+static inline bool config_from_json(Config* c, const Json* j, Error* e) { return config_from_json_as(c, j, false, e); }
+
+static inline bool config_read_as(Config* c, const char* path, bool assume_llama, Error* e) {
     char* text;
     size_t n;
     Error inner = {{0}};
     if (!read_file(path, (size_t)16 << 20, &text, &n, e)) { return false; }
     Json* j = json_parse(text, n, &inner);
-    bool ok = j && config_from_json(c, j, &inner);
+    bool ok = j && config_from_json_as(c, j, assume_llama, &inner);
     json_free(j);
     free(text);
     return ok ? true : fail(e, "%s: %.400s", path, inner.text);
 }
+
+static inline bool config_read(Config* c, const char* path, Error* e) { return config_read_as(c, path, false, e); }
 
 // The fields of one part, a line each; names that are empty are left out.
 static inline void config_write_part(const Config* c, FieldPart part, Text* t) {
@@ -597,23 +768,6 @@ static inline void config_to_json(const Config* c, const char* torch_dtype, Text
     config_write_part(c, PART_TOKENS, t);
     if (!plain) { config_write_part(c, PART_ATTENTION, t); }
     text_printf(t, "  \"initializer_range\": %.9g,\n  \"torch_dtype\": \"%s\",\n  \"use_cache\": true\n}\n", pow(c->hidden_size, -0.5), torch_dtype);
-}
-
-// First difference between two models' shapes and mathematics, as "field: got A, wanted B"; true if there is none.
-// What may change on resume without changing the model (context, tokenizer, token ids) is not compared.
-static inline bool config_same_model(const Config* got, const Config* want, Error* e) {
-    bool conv = config_any_conv(got) || config_any_conv(want), same = true;
-    for (int i = 0; i < CONFIG_FIELD_COUNT && same; i++) {
-        const ConfigField* f = &CONFIG_FIELDS[i];
-        Text a = {NULL, 0, 0}, b = {NULL, 0, 0};
-        if (f->change == CHANGE_FREE || (f->change == CHANGE_CONV && !conv)) { continue; }
-        config_field_write(got, f, &a);
-        config_field_write(want, f, &b);
-        same = !strcmp(a.text, b.text) || fail(e, "%s: got %.200s, wanted %.200s", f->key, a.text, b.text);
-        text_free(&a);
-        text_free(&b);
-    }
-    return same;
 }
 
 // Rotation of RoPE pair t (of HS/2) in radians per position, with Llama 3's scaling where configured.

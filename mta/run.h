@@ -141,12 +141,12 @@ static inline int run_shard_vocabulary(const TrainOptions* o) {
 }
 
 // The tokenizer that a config.json names, its file beside it or its built-in name, into path; false if it names none.
-static inline bool run_named_tokenizer(const char* config, char* path) {
+static inline bool run_named_tokenizer(const char* config, bool assume_llama, char* path) {
     Config c;
     Error e = {{0}};
     char dir[PATH_SIZE];
     const char* slash = strrchr(config, '/');
-    if (!config_read(&c, config, &e)) { die("%s", e.text); }
+    if (!config_read_as(&c, config, assume_llama, &e)) { die("%s", e.text); }
     if (!c.tokenizer[0]) { return false; }
     snprintf(dir, sizeof dir, "%.*s", slash ? (int)(slash - config) + 1 : 0, config);
     path_join(path, PATH_SIZE, dir, c.tokenizer);
@@ -161,7 +161,7 @@ static inline void run_open_tokenizer(Run* r, const char* config, int shard_voca
     const TrainOptions* o = r->options;
     if (o->tokenizer) {
         snprintf(path, sizeof path, "%s", o->tokenizer);
-    } else if (!config[0] || !run_named_tokenizer(config, path)) {
+    } else if (!config[0] || !run_named_tokenizer(config, o->assume_llama, path)) {
         if (shard_vocabulary == 259) { snprintf(path, sizeof path, "bytes"); }
         if (shard_vocabulary == 32) { snprintf(path, sizeof path, "toy"); }
     }
@@ -176,6 +176,26 @@ static inline void run_open_tokenizer(Run* r, const char* config, int shard_voca
     size_t n = 0;
     if (o->sample_prompt && !tokenizer_encode(r->tokenizer, o->sample_prompt, strlen(o->sample_prompt), &ids, &n, &e)) { die("--sample-prompt: %s", e.text); }
     free(ids);
+}
+
+// Refuses an --init-from whose files are damaged, whose mathematics is not known, or whose numbers (RoPE's base and scaling, the norms'
+// epsilon) a preset would replace without a word.
+static inline void run_check_init(const Run* r, bool preset) {
+    const TrainOptions* o = r->options;
+    Config c;
+    Error e = {{0}};
+    char path[PATH_SIZE];
+    if (!o->no_verify && !checkpoint_verify_model(r->init_dir, &e)) { die("--init-from: %s", e.text); }
+    path_join(path, sizeof path, r->init_dir, "config.json");
+    if (!file_exists(path)) { return; }
+    if (!config_read_as(&c, path, o->assume_llama, &e)) { die("--init-from: %s", e.text); }
+    for (int i = 0; i < CONFIG_FIELD_COUNT && preset; i++) {
+        const ConfigField* f = &CONFIG_FIELDS[i];
+        double mine = config_get(&r->config, f), theirs = config_get(&c, f);
+        if ((f->part != PART_ROPE && f->type != FIELD_NUMBER) || mine == theirs || field_given(f, o->fields[i])) { continue; }
+        die("--init-from: %s has %s %.9g, --model %s has %.9g; leave out --model%s%s", r->init_dir, f->key, theirs, o->model, mine,
+            f->flag ? " or give " : "", f->flag ? f->flag : "");
+    }
 }
 
 // Which model: a checkpoint that is resumed, a preset, a configuration file, or --init-from's.
@@ -204,7 +224,7 @@ static inline void run_configure(Run* r) {
             if (base == r->init_dir) { die("--init-from: %s: no config.json in it, and no good checkpoint step-N; wanted a checkpoint", base); }
             die("--model: got \"%s\", wanted one of %s or a config.json", base, MODEL_NAMES);
         }
-        if (!config_read(c, path, &e)) { die("%s", e.text); }
+        if (!config_read_as(c, path, o->assume_llama, &e)) { die("%s", e.text); }
         loaded = true;
     }
     run_override_fields(c, o);
@@ -232,6 +252,7 @@ static inline void run_configure(Run* r) {
     if (r->seq_len > c->max_position_embeddings) {
         die("--seq-len: got %d, wanted at most --max-position-embeddings %d", r->seq_len, c->max_position_embeddings);
     }
+    if (r->init_dir[0] && !r->resume_dir[0]) { run_check_init(r, preset != NULL); }
     r->schedule.lr = o->lr >= 0 ? o->lr : preset ? preset->lr : 1.5e-4;
     if (!config_check(c, &e)) { die("model: %s", e.text); }
     if (r->resume_dir[0]) {

@@ -8,7 +8,7 @@
 
 typedef struct {
     const char *model, *attention, *train, *val, *out, *init_from, *tokenizer, *pattern, *mix, *schedule, *recompute;
-    bool resume, dry_run;
+    bool resume, dry_run, assume_llama, no_verify;
     FieldValue fields[CONFIG_FIELD_COUNT];  // of config.json, a row of CONFIG_FIELDS each
     // training
     int seq_len, batch_size, cuda_graphs;
@@ -70,7 +70,9 @@ static inline void train_options_table(Opt* table, TrainOptions* o) {
     HEADING("Model")
     ROW("--model", OPT_STRING, &o->model, "NAME|config.json", "toy, 1m, 3m, 11m, 25m, 300m, 550m, 880m, 1b, or a configuration file", 0, 0)
     ROW("--attention", OPT_STRING, &o->attention, "KIND", "transformer, mta (default), mta-full, talking-heads or diff", 0, 0)
-    ROW("--init-from", OPT_STRING, &o->init_from, "DIR", "start from the weights of a checkpoint, or of any LLaMA-family model", 0, 0)
+    ROW("--init-from", OPT_STRING, &o->init_from, "DIR", "start from the weights of a checkpoint, or of a LLaMA or Mistral model", 0, 0)
+    ROW("--assume-llama", OPT_FLAG, &o->assume_llama, NULL, "read a config.json of another family, or with unknown keys, as LLaMA", 0, 0)
+    ROW("--no-verify", OPT_FLAG, &o->no_verify, NULL, "do not check --init-from's files against its manifest.json", 0, 0)
     ROW("--tokenizer", OPT_STRING, &o->tokenizer, "NAME|FILE", "bytes, toy or a tiktoken rank file, for samples and the checkpoint", 0, 0)
     ROW("--pattern", OPT_CHOICE, &o->pattern, "gpt2|cl100k_base|llama3|o200k_base", "how text is split, where the rank file's number of ranks does not tell", 0, 0)
     HEADING("Model, field by field (over what --model and --attention say)")

@@ -309,11 +309,17 @@ static inline bool write_file_synced(const char* path, const void* data, size_t 
     return fail(e, "%s: cannot write %zu bytes: %s", path, n, strerror(why));
 }
 
-// Makes the names in a directory (new files, renames) survive a power cut.
+// Does this errno of fsync on a directory say that the file system does not offer it (CIFS, FUSE, some network disks), and not that it failed?
+static inline bool sync_not_offered(int number) {
+    return number == EINVAL || number == ENOTSUP || number == EOPNOTSUPP || number == ENOSYS || number == ENOTTY || number == EBADF ||
+           number == EROFS || number == EACCES || number == EPERM || number == EISDIR;
+}
+
+// Makes the names in a directory (new files, renames) survive a power cut, where the file system can.
 static inline bool sync_dir(const char* path, Error* e) {
     int fd = open(path, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
-    if (fd < 0) { return fail(e, "%s: %s", path, strerror(errno)); }
-    bool good = fsync(fd) == 0 || errno == EINVAL;  // EINVAL: a file system that has nothing to sync
+    if (fd < 0) { return errno == EACCES || fail(e, "%s: %s", path, strerror(errno)); }  // may be written and not be listed
+    bool good = fsync(fd) == 0 || sync_not_offered(errno);
     int why = errno;
     close(fd);
     return good || fail(e, "%s: cannot sync: %s", path, strerror(why));

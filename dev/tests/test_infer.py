@@ -19,8 +19,9 @@ import sys
 import tempfile
 import time
 import unittest
+import zlib
 
-from helpers import BIN as FOLDER, GOLDEN, ROOT, floats, main, read_safetensors, to_bf16, write_safetensors
+from helpers import BIN as FOLDER, GOLDEN, ROOT, floats, main, read_bytes, read_safetensors, to_bf16, write_safetensors
 
 BIN = os.path.join(FOLDER, "infer_mta")
 sys.path.insert(0, os.path.join(ROOT, "dev", "ref"))
@@ -781,7 +782,8 @@ class Refusals(unittest.TestCase):
         for step, manifest in ((5, True), (20, True), (100, False)):
             where = os.path.join(run_dir, "step-%08d" % step)
             Case.write(where, self.case.weights, self.case.config)
-            files = {n: {"bytes": os.path.getsize(os.path.join(where, n)), "crc32": 0} for n in ("config.json", "model.safetensors")}
+            data = {n: read_bytes(os.path.join(where, n)) for n in ("config.json", "model.safetensors")}
+            files = {n: {"bytes": len(b), "crc32": zlib.crc32(b)} for n, b in data.items()}
             if manifest:
                 with open(os.path.join(where, "manifest.json"), "w") as f:
                     json.dump({"step": step, "files": files}, f)

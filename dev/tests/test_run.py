@@ -631,8 +631,21 @@ class InitFrom(Trainer):
             name = spoil(os.path.join(copy, "model.safetensors"), what)
             with self.subTest(what=what):
                 out = self.out()
-                self.refused([p.format(name=name) for p in pieces], {"--init-from": copy}, out=out)
+                self.refused(["--init-from", "model.safetensors", "wanted"], {"--init-from": copy}, out=out)  # its manifest says so first
+                self.refused([p.format(name=name) for p in pieces], {"--init-from": copy}, ["--no-verify"], out=out)
                 self.assertEqual(os.listdir(out), [], "a run that did not start is in the way of the next")
+        copy = self.out()
+        shutil.copytree(checkpoints(base)[-1], copy)
+        config = read_bytes(os.path.join(copy, "config.json"))
+        with open(os.path.join(copy, "config.json"), "wb") as f:  # of the same size
+            f.write(config.replace(b'"rms_norm_eps": 1', b'"rms_norm_eps": 2'))
+        with self.subTest(what="config.json changed"):
+            self.refused(["config.json", "CRC-32"], {"--init-from": copy})
+        with self.subTest(what="only what a model needs"):
+            os.remove(os.path.join(copy, "optimizer.safetensors"))
+            with open(os.path.join(copy, "config.json"), "wb") as f:
+                f.write(config)
+            self.run_ok(self.out(), {"--init-from": copy, "--steps": 1})
         with self.subTest(what="no such folder"):
             self.refused(["/no/such"], {"--init-from": "/no/such"})
         with self.subTest(what="another size"):
