@@ -12,7 +12,8 @@ help_dev:
 	@echo "make build/train_mta_cuda_cpu                   the whole CUDA trainer on the CPU (bf16); build/train_mta_cuda_cpu_fp32"
 	@echo "make asan                                       test_mta, train_mta, infer_mta in build/asan under the address and undefined-behaviour sanitizers"
 	@echo "make build/asan/test_mta_cuda_cpu_bf16          the same for every access of a kernel; build/races/test_mta_bf16: every access watched for races"
-	@echo "make build/test_NAME                            dev/tests/test_NAME.c or .cu; build/test_emulator, build/test_races: the emulator's own"
+	@echo "make build/test_ops                             every launcher of train_mta.cu against train_mta.c: test or perf, --help; build/test_ops_fp32, test_ops_cuda"
+	@echo "make build/test_NAME                            dev/tests/test_NAME.c; build/test_emulator, build/test_races: the emulator's own"
 	@echo "make nvcc_check                                 train_mta.cu and its tests through nvcc for every architecture, on a machine without a GPU"
 	@echo "make bench_programs build/infer_step build/cuda_step   what dev/bench runs"
 	@echo "make compile_commands                           compile_commands.json for clangd and other tools"
@@ -85,12 +86,10 @@ build/train_mta_cuda_fp32: build/train_mta_cuda_fp32.o
 build/test_mta_cuda_fp32: build/test_mta.o build/train_mta_library.o build/train_mta_cuda_fp32_library.o
 	$(NVCC) $(NVCC_CODE) -Xcompiler -fopenmp $^ -o $@ $(CUDA_LINK) $(BLAS_LINK) $(LDLIBS)
 
-# Programs that include train_mta.cu: dev/tests/test_flash.cu, dev/bench/attention.cu, kernels.cu, cuda_step.cu.
+# Programs that include train_mta.cu: dev/tests/test_ops.cu, dev/bench/cuda_step.cu.
 CUDA_PROGRAM = $(NVCC) $(NVCCFLAGS) $(NVCC_CODE) $(CUDA_DEFINES) -diag-suppress 177
-build/%_cuda: dev/tests/%.cu train_mta.cu $(HEADERS) build/flags_nvcc
-	$(CUDA_PROGRAM) $< -o $@ $(CUDA_LINK)
-build/%_cuda: dev/bench/%.cu train_mta.cu $(HEADERS) build/flags_nvcc
-	$(CUDA_PROGRAM) $< -o $@ $(CUDA_LINK)
+build/test_ops_cuda: dev/tests/test_ops.cu build/ops_reference.o train_mta.cu $(HEADERS) build/flags_nvcc
+	$(CUDA_PROGRAM) $< build/ops_reference.o -o $@ $(CUDA_LINK) $(LDLIBS)
 build/cuda_step: dev/bench/cuda_step.cu train_mta.cu $(HEADERS) build/flags_nvcc
 	$(CUDA_PROGRAM) $< -o $@ $(CUDA_LINK)
 
@@ -137,10 +136,21 @@ test_mta_cuda_cpu: build/test_mta.o build/train_mta_library.o build/cuda_cpu_fp3
 test_mta_cuda_cpu_bf16: build/test_mta.o build/train_mta_library.o build/cuda_cpu_bf16_library.o
 	$(CXX) $(CXXFLAGS) $^ -o $@ $(BLAS_LINK) $(LDLIBS)
 
-build/%_cpu: dev/bench/%.cu train_mta.cu $(HEADERS) $(EMULATOR_HEADERS) build/flags_cxx
-	$(EMULATE) -O2 $(SMALL) $< -o $@ $(LDLIBS)
-build/test_%: dev/tests/test_%.cu train_mta.cu $(HEADERS) $(EMULATOR_HEADERS) build/flags_cxx
-	$(EMULATE) -O2 $(SMALL) $< -o $@ $(LDLIBS)
+# test_ops.cu includes train_mta.cu, and is linked with train_mta.c in double.
+build/ops_reference.o: dev/tests/ops_reference.c dev/tests/ops_reference.h train_mta.c $(HEADERS) build/flags_c
+	$(CC) $(CFLAGS) -Wno-unused-function -c $< -o $@
+OPS = dev/tests/test_ops.cu dev/tests/ops_reference.h train_mta.cu $(HEADERS) $(EMULATOR_HEADERS) build/flags_cxx
+build/test_ops.o: $(OPS)
+	$(EMULATE) -O2 $(SMALL) -c $< -o $@
+build/test_ops_fp32.o: $(OPS)
+	$(EMULATE) -O2 $(SMALL) -DPRECISION_FP32 -c $< -o $@
+build/races/test_ops.o: $(OPS)
+	@mkdir -p build/races
+	$(EMULATE) $(RACES) $(SMALL) -c $< -o $@
+build/test_ops build/test_ops_fp32: build/%: build/%.o build/ops_reference.o
+	$(CXX) $(CXXFLAGS) $^ -o $@ $(LDLIBS)
+build/races/test_ops: build/races/test_ops.o build/ops_reference.o build/races/races.o
+	$(CXX) $(CXXFLAGS) $^ -o $@ $(LDLIBS)
 
 # Every access of a kernel under the address sanitizer.
 ASAN_KERNELS = -O1 -fsanitize=address,undefined -fno-sanitize-recover=all -fsanitize-sections=cuda_shared
@@ -163,11 +173,6 @@ build/races/fp32.o: train_mta.cu $(HEADERS) $(EMULATOR_HEADERS) build/flags_cxx
 	$(EMULATE) $(RACES) $(SIZES) -DPRECISION_FP32 -c $< -o $@
 build/races/test_mta_%: build/test_mta.o build/train_mta_library.o build/races/%_library.o build/races/races.o
 	$(CXX) $(CXXFLAGS) $^ -o $@ $(BLAS_LINK) $(LDLIBS)
-build/races/test_%.o: dev/tests/test_%.cu train_mta.cu $(HEADERS) $(EMULATOR_HEADERS) build/flags_cxx
-	@mkdir -p build/races
-	$(EMULATE) $(RACES) $(SMALL) -c $< -o $@
-build/races/test_%: build/races/test_%.o build/races/races.o
-	$(CXX) $(CXXFLAGS) $^ -o $@ $(LDLIBS)
 
 # The emulator's own tests, with planted faults: the address sanitizer sees those out of bounds, races.cpp the races.
 build/test_emulator: dev/tests/test_emulator.cpp $(wildcard dev/tests/*.h) $(EMULATOR_HEADERS)

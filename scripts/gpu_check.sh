@@ -2,7 +2,7 @@
 # scripts/gpu_check.sh [--part tests|speed] [--python PYTHON]: tests and speed of train_mta.cu on the GPU of this machine, at most 9 minutes,
 # the table last, also after Ctrl-C or SIGTERM. Needs nvcc; compute-sanitizer and a PyTorch with CUDA are used where they are.
 #
-#   tests   the fused attention, test_mta_cuda in bf16 and fp32, compute-sanitizer's memcheck and racecheck on tiny shapes, runs (resume,
+#   tests   every operation alone, test_mta_cuda in bf16 and fp32, compute-sanitizer's memcheck and racecheck on tiny shapes, runs (resume,
 #           checkpoints that change sides)
 #   speed   steps of 880m at T 2048 and 4096 for each attention: tokens/s, MFU, memory, and where the time goes; the same model in PyTorch
 # What is left out for lack of time or tools is said in the table. Exit status 1 if a test failed or a step did not run.
@@ -121,8 +121,8 @@ sanitize() {
 # All at once: each is one compilation of train_mta.cu, and the machine has cores for them.
 build() {
     local programs=()
-    if [ "$part" != speed ]; then programs+=(train_mta train_mta_cuda test_mta_cuda build/train_mta_cuda_fp32 build/test_mta_cuda_fp32 build/test_flash_cuda); fi
-    if [ "$part" != tests ]; then programs+=(build/cuda_step build/attention_cuda build/kernels_cuda); fi
+    if [ "$part" != speed ]; then programs+=(train_mta train_mta_cuda test_mta_cuda build/train_mta_cuda_fp32 build/test_mta_cuda_fp32 build/test_ops_cuda); fi
+    if [ "$part" != tests ]; then programs+=(build/cuda_step build/test_ops_cuda); fi
     rm -f "${programs[@]}" build/*cuda*.o
     begin verdict build 200 make -s -k -j8 NVCC_ARCH="$arch" "${programs[@]}"
     collect
@@ -130,7 +130,7 @@ build() {
 # Beside one another: most of each is the start of processes and the CPU's own answers. The sanitizers, which slow the GPU for all, come after.
 run_tests() {
     local golden=(--golden dev/golden/full.safetensors dev/golden/diff.safetensors) tool
-    if [ -x build/test_flash_cuda ]; then begin verdict "fused attention" 150 build/test_flash_cuda; fi
+    if [ -x build/test_ops_cuda ]; then begin verdict "operations" 150 build/test_ops_cuda; fi
     if [ -x test_mta_cuda ]; then begin verdict "test_mta_cuda bf16" 150 ./test_mta_cuda; fi
     if [ -x build/test_mta_cuda_fp32 ]; then begin verdict "test_mta_cuda fp32" 150 build/test_mta_cuda_fp32; fi
     if [ ! -x train_mta ] || [ ! -x train_mta_cuda ] || [ ! -x build/train_mta_cuda_fp32 ]; then row "skip    runs: a program is missing"
@@ -140,7 +140,7 @@ run_tests() {
     else
         for tool in memcheck racecheck; do
             if [ -x test_mta_cuda ]; then sanitize $tool ./test_mta_cuda "${golden[@]}"; fi
-            if [ -x build/test_flash_cuda ]; then sanitize $tool build/test_flash_cuda 130; fi
+            if [ -x build/test_ops_cuda ]; then sanitize $tool build/test_ops_cuda --longest 130; fi
         done
     fi
     collect
@@ -158,11 +158,11 @@ speed_row() {
         *) fail "ours $2 T $3: $(tail -n 1 "$log")" ;;
     esac
 }
-# bench_rows TITLE PROGRAM: the attention of one layer alone, fused and chunked; every other kernel and product alone
+# bench_rows TITLE TEXT: what operations whose name contains TEXT cost: the attention of one layer alone, fused and chunked; every other kernel; products
 bench_rows() {
     local log=build/log/gpu_$1.log line
-    [ -x "$2" ] || return 0
-    run 40 "$log" "$2"
+    [ -x build/test_ops_cuda ] || return 0
+    run 40 "$log" build/test_ops_cuda perf --only "$2"
     case $? in
         0) ;;
         125) row "skip    $1: no time left"; return ;;
@@ -180,10 +180,11 @@ run_speed() {
     local kind T
     [ -x build/cuda_step ] || return
     for kind in mta transformer mta-full; do speed_row 880m $kind 2048; done
-    bench_rows layer build/attention_cuda
+    bench_rows layer attention
     run_torch
     for kind in mta transformer mta-full; do speed_row 880m $kind 4096; done
-    bench_rows kernel build/kernels_cuda
+    bench_rows kernel kernel
+    bench_rows matmul product
     for kind in talking-heads diff; do for T in 2048 4096; do speed_row 880m $kind $T; done; done
     for T in 2048 4096; do ratio "ours    mta +T $T" "ours    transformer +T $T" "mta over transformer, T $T"; done
     for kind in transformer mta mta-full; do ratio "ours    $kind +T 2048" "torch   $kind +T 2048" "$kind over PyTorch, T 2048"; done

@@ -221,11 +221,10 @@ step full "races models" build/races/test_mta_bf16 env CUDA_CPU_ORDER=7 build/ra
 step full "races golden" build/races/test_mta_bf16 build/races/test_mta_bf16 --only golden
 step check "emulator golden cases" test_mta_cuda_cpu_bf16 ./test_mta_cuda_cpu_bf16 --only golden
 step check "emulator ten models" test_mta_cuda_cpu_bf16 ./test_mta_cuda_cpu_bf16 --only "random models" --models 10
-if [ -e dev/tests/test_flash.cu ]; then
-    step full "fused attention" build/test_flash build/test_flash
-    step full "fused attention, order 7" build/test_flash env CUDA_CPU_ORDER=7 build/test_flash
-    step full "races fused attention" build/races/test_flash build/races/test_flash 74
-fi
+step full "operations" build/test_ops build/test_ops
+step full "operations fp32" build/test_ops_fp32 build/test_ops_fp32
+step full "operations, order 7" build/test_ops env CUDA_CPU_ORDER=7 build/test_ops --longest 200
+step full "races operations" build/races/test_ops build/races/test_ops --longest 80
 step full "the emulator itself" build/test_emulator build/test_emulator
 step full "the emulator itself, races" build/test_races build/test_races
 if has nvcc; then
