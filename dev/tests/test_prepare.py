@@ -1288,6 +1288,8 @@ class Hub(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         server, path = self.server, self.path.split("?")[0]
         server.requests.append((self.command, path, self.headers.get("Range")))
+        if server.always.get(self.command + path.split("/")[1]):
+            return self.answer(server.always[self.command + path.split("/")[1]])
         if path == "/api/datasets/%s/tree/main" % server.repo:
             return self.wfile.write(
                 self.answer(200, json.dumps(self.listing()).encode(), Content_Type="application/json")
@@ -1330,7 +1332,7 @@ class Downloads(Case):
         super().setUp()
         self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
         self.server.repo, self.server.files, self.server.faults, self.server.requests = "some/mirror", {}, {}, []
-        self.server.missing = set()
+        self.server.missing, self.server.always = set(), {}  # always: {"GETapi": status}
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
         self.addCleanup(self.server.server_close)
         self.addCleanup(self.server.shutdown)
@@ -1401,6 +1403,20 @@ class Downloads(Case):
         self.server.faults = {}
         self.download()
         self.assertEqual(self.there(), self.wanted())
+
+    def test_a_server_that_never_answers_rightly_ends(self):
+        cases = [("GETapi", 401, "HF_TOKEN"), ("HEADdatasets", 403, "7 of 7 files")]
+        if FULL:  # the package's own pauses: 47 s each
+            cases += [("GETapi", 503, "503"), ("GETapi", 429, "429"), ("HEADdatasets", 429, "7 of 7 files")]
+        for request, status, words in cases:
+            self.server.always, self.server.requests = {request: status}, []
+            start = time.time()
+            shown = self.download("--retries", "1", status=1)
+            self.assertIn(words, shown)
+            self.assertNotIn("Traceback", shown)
+            print("%s %d: %d requests in %.1f s" % (request, status, len(self.server.requests), time.time() - start))
+            self.assertTrue(len(self.server.requests) < 300)
+            self.assertEqual(self.there(), [])
 
     def test_what_cannot_be_had_is_named_and_the_rest_comes(self):
         missing = self.wanted()[2]
