@@ -937,6 +937,7 @@ typedef struct {
     double prompt_seconds, decode_seconds, decode_bytes, best_seconds, best_bytes;  // best: of one token
     long prompt_tokens, decode_tokens, passes;  // passes over the weights that --score made
     bool terminal;       // standard output is one
+    bool utf8;           // it shows UTF-8, as far as is known
 } Session;
 
 // At a time: the head is unpacked once for so many, and 32 rows of 128,256 logits are 16 MiB.
@@ -949,12 +950,23 @@ static void on_interrupt(int signal) {
     interrupted = 1;
 }
 
-// Text for a reader: on a terminal control characters are shown, not obeyed (C0 but newline and tab, DEL, C1).
+// Does the user's locale say UTF-8? One that names no character set, as "C" and none at all, says nothing against it.
+static bool locale_is_utf8(void) {
+    static const char* const names[] = {"LC_ALL", "LC_CTYPE", "LANG"};
+    const char* locale = NULL;
+    for (int i = 0; i < 3 && !(locale && locale[0]); i++) { locale = getenv(names[i]); }
+    const char* set = locale ? strchr(locale, '.') : NULL;
+    return !set || !strncasecmp(set, ".UTF-8", 6) || !strncasecmp(set, ".UTF8", 5);
+}
+
+// Text for a reader: on a terminal control characters are shown, not obeyed (C0 but newline and tab, DEL, C1), and so is
+// what it cannot show: all but ASCII where it has another character set than UTF-8.
 static void put_text(const Session* session, const char* text, size_t n) {
     for (size_t i = 0, from = 0; session->terminal && i <= n; i++) {
         unsigned char c = i < n ? (unsigned char)text[i] : 0;
-        bool c1 = c == 0xC2 && i + 1 < n && (unsigned char)text[i + 1] < 0xA0;
-        if (i < n && !c1 && ((c >= 0x20 && c != 0x7F) || c == '\n' || c == '\t')) { continue; }
+        bool shows = session->utf8 || c < 0x80;
+        bool c1 = shows && c == 0xC2 && i + 1 < n && (unsigned char)text[i + 1] < 0xA0;
+        if (i < n && !c1 && shows && ((c >= 0x20 && c != 0x7F) || c == '\n' || c == '\t')) { continue; }
         put_out(text + from, i - from, false);
         char shown[16];
         if (i < n) {
@@ -978,7 +990,8 @@ static Tokenizer* tokenizer_for(const Options* o, const Config* c) {
     if (c && c->tokenizer[0]) {
         path_join(path, sizeof path, o->dir, c->tokenizer);
         if (file_exists(path)) {
-            own = tokenizer_open(path, o->pattern && !o->tokenizer ? o->pattern : tokenizer_copy_pattern(path), &e);
+            const char* kept = c->tokenizer_pattern[0] ? c->tokenizer_pattern : tokenizer_copy_pattern(path);
+            own = tokenizer_open(path, o->pattern && !o->tokenizer ? o->pattern : kept, &e);
         } else {
             own = tokenizer_open(c->tokenizer, NULL, &e);
         }
@@ -1067,6 +1080,7 @@ static void session_open(Session* session, const Options* o) {
     session->ids = big_alloc(((size_t)capacity + 1) * 4, "tokens");
     session->batch = big_alloc((size_t)chunk * 4, "tokens of a batch");
     session->terminal = isatty(1);
+    session->utf8 = locale_is_utf8();
     if (!o->quiet) {
         const MatrixMemory* memory = &session->model.memory;
         size_t weights = memory->mapped_bytes + memory->own_bytes;

@@ -172,6 +172,7 @@ static inline void run_open_tokenizer(Run* r, const char* config, int shard_voca
     r->config.bos_token_id = tokenizer_bos(r->tokenizer);
     r->config.eos_token_id = tokenizer_end(r->tokenizer);
     r->config.n_other_eos = 0;
+    snprintf(r->config.tokenizer_pattern, sizeof r->config.tokenizer_pattern, "%s", tokenizer_kept_pattern(r->tokenizer));
     int32_t* ids = NULL;  // better now than at the first sample
     size_t n = 0;
     if (o->sample_prompt && !tokenizer_encode(r->tokenizer, o->sample_prompt, strlen(o->sample_prompt), &ids, &n, &e)) { die("--sample-prompt: %s", e.text); }

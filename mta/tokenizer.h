@@ -420,6 +420,11 @@ static inline const char* tokenizer_file_name(const Tokenizer* t) {
     return names[t->pattern];
 }
 
+// What config.json keeps of the pattern: its name where the number of ranks does not tell it, else "".
+static inline const char* tokenizer_kept_pattern(const Tokenizer* t) {
+    return t->pattern > SPLIT_TOY && split_pattern_of_ranks(t->n_ranks) != t->pattern ? tokenizer_name(t) : "";
+}
+
 // The pattern of a checkpoint's own copy of a rank file, by the name that tokenizer_file_name gave it; NULL: another name.
 static inline const char* tokenizer_copy_pattern(const char* path) {
     const char *slash = strrchr(path, '/'), *name = slash ? slash + 1 : path, *dot = strchr(name, '.');

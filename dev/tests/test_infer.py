@@ -6,6 +6,7 @@ long greedy continuations and scores.
 MTA_BIN: directory of the binaries (default: the repository root). MTA_GOLDEN: directory of golden cases."""
 
 import array
+import base64
 import glob
 import json
 import math
@@ -1122,19 +1123,53 @@ class TextIO(unittest.TestCase):
         cut = model.generate_until([Instance("abc", {"until": [whole[3]], "max_gen_toks": 9})])
         self.assertEqual(cut, [whole[: whole.index(whole[3])]])
 
-    def test_control_characters_on_a_terminal(self):
+    def test_pattern_of_config_json(self):
+        """A rank file whose number of ranks tells no pattern is split as config.json says, or as its copy's name does."""
+        ranks = b"".join(b"%s %d\n" % (base64.b64encode(bytes([i])), i) for i in range(256)) + b"MTI= 256\nMzQ= 257\nMTIz 258\nMTIzNA== 259\n"
+        with open(os.path.join(self.dir, "config.json")) as f:
+            config = json.load(f)
+        for name, extra, want in (
+            ("x.bin", {"tokenizer_pattern": "gpt2"}, "259"),  # \p{N}+: "1234" is one piece, and a token
+            ("x.bin", {"tokenizer_pattern": "llama3"}, "258 52"),  # \p{N}{1,3}
+            ("gpt2.tiktoken", {}, "259"),
+            ("llama3.tiktoken", {"tokenizer_pattern": "gpt2"}, "259"),
+            ("x.bin", {}, None),
+        ):
+            where = tempfile.mkdtemp(dir=self.tmp.name)
+            with open(os.path.join(where, "config.json"), "w") as f:
+                json.dump(dict(config, tokenizer=name, vocab_size=1000, **extra), f)
+            with open(os.path.join(where, name), "wb") as f:
+                f.write(ranks)
+            p = run([where, "--tokenize"], stdin=b'{"text": "1234"}\n', check=False)
+            if want:
+                self.assertEqual((p.returncode, p.stdout.decode().strip()), (0, want), p.stderr)
+            else:
+                self.assertEqual(p.returncode, 1)
+                self.assertIn(b"260 ranks, which no known tokenizer has; add --pattern", p.stderr)
+
+    def on_a_terminal(self, prompt, **locale):
         import pty
 
+        bare = {k: v for k, v in os.environ.items() if k not in ("LC_ALL", "LC_CTYPE", "LANG")}
         master, slave = pty.openpty()
-        p = subprocess.Popen(
-            [BIN, self.dir, "--prompt", "a\x1b[31mb\x7f\u0085c\t", "--echo", "--max-tokens", "0", "--quiet"],
-            stdout=slave,
-        )
+        args = [BIN, self.dir, "--prompt", prompt, "--echo", "--max-tokens", "0", "--quiet"]
+        p = subprocess.Popen(args, stdout=slave, env=dict(bare, **locale))
         p.wait(60)
         os.close(slave)
         got = os.read(master, 1000)
         os.close(master)
-        self.assertIn(b"a\\x1b[31mb\\x7f\\x85c\t", got)
+        return got
+
+    def test_control_characters_on_a_terminal(self):
+        self.assertIn(b"a\\x1b[31mb\\x7f\\x85c\t", self.on_a_terminal("a\x1b[31mb\x7f\u0085c\t"))
+
+    def test_terminal_without_utf8(self):
+        """Bytes that another character set would show as other letters, or obey (0x9b), are shown by their numbers."""
+        text = "h\u00e9\u8bdb."
+        for locale in ({}, {"LANG": "C"}, {"LANG": "de_DE.UTF-8"}, {"LC_ALL": "C.utf8"}, {"LC_ALL": "", "LANG": "en_US.utf8@euro"}):
+            self.assertIn(text.encode(), self.on_a_terminal(text, **locale), locale)
+        for locale in ({"LANG": "de_DE.ISO-8859-1"}, {"LC_ALL": "ja_JP.eucJP", "LANG": "ja_JP.UTF-8"}, {"LC_CTYPE": "ru_RU.KOI8-R"}):
+            self.assertIn(b"h\\xc3\\xa9\\xe8\\xaf\\x9b.", self.on_a_terminal(text, **locale), locale)
 
 
 @unittest.skipIf(torch is None, "no PyTorch here")

@@ -441,6 +441,9 @@ class Resume(Trainer):
         self.run_ok(out, dict(changes, **{"--steps": 4, "--tokenizer": None, "--pattern": None, "--sample-every": 2}), ["--resume"])
         self.assertEqual(read_bytes(os.path.join(out, "step-00000004", "gpt2.tiktoken")), text)
         self.assertEqual([e["step"] for e in log_events(out, "sample")], [2, 4])
+        with open(os.path.join(out, "step-00000004", "config.json")) as f:
+            config = json.load(f)  # 256 ranks tell no pattern; without an EOS, <|endoftext|> ends a text
+        self.assertEqual([config[k] for k in ("tokenizer_pattern", "bos_token_id", "eos_token_id")], ["gpt2", 256, 256])
         for name, value in (("--init-from", os.path.join(out, "step-00000004")), ("--model", os.path.join(out, "step-00000004", "config.json"))):
             other = self.out()
             none = {n: None for n in SMALL if n.startswith(("--attention", "--hidden", "--num", "--inter", "--vocab", "--kq", "--model"))}
