@@ -49,6 +49,7 @@ typedef struct {
     Schedule schedule;
     char init_dir[PATH_SIZE];   // directory whose tensors start the run, "" = random
     char resume_dir[PATH_SIZE]; // checkpoint that is continued, "" = none
+    ShardTokenizer shard_tokenizer;  // what the training shards say of theirs
     Tokenizer* tokenizer;       // NULL = unknown: no samples
     Text ranks;                 // its rank file, which goes into every checkpoint: it may lie in one that --keep removes
     Loader train;
@@ -124,24 +125,20 @@ static inline bool run_holds_run(const char* dir) {
     return n > 0 || file_exists(path);
 }
 
-// The largest vocabulary that the headers of the training shards state; 0 = unknown.
-static inline int run_shard_vocabulary(const TrainOptions* o) {
+// What the training shards say of their tokenizer.
+static inline void run_shard_tokenizer(Run* r) {
+    const TrainOptions* o = r->options;
     Loader l;
     Error e = {{0}};
-    int largest = 0;
-    if (!o->train) { return 0; }
-    if (!loader_open(&l, o->train, 1, MAX_VOCAB, 0, &e)) { die("--train: %s", e.text); }
-    for (int s = 0; s < l.n_sources; s++) {
-        for (int i = 0; i < l.sources[s].n_shards; i++) {
-            if (l.sources[s].shards[i].vocab_size > largest) { largest = l.sources[s].shards[i].vocab_size; }
-        }
-    }
+    memset(&r->shard_tokenizer, 0, sizeof r->shard_tokenizer);
+    if (!o->train) { return; }
+    if (!loader_open(&l, o->train, 1, MAX_VOCAB, 0, &e) || !loader_tokenizer(&l, &r->shard_tokenizer, &e)) { die("--train: %s", e.text); }
     loader_close(&l);
-    return largest;
 }
 
-// The tokenizer that a config.json names, its file beside it or its built-in name, into path; false if it names none.
-static inline bool run_named_tokenizer(const char* config, bool assume_llama, char* path) {
+// The tokenizer that a config.json names: its file beside it or its built-in name into path, how its text is split into pattern (32 bytes,
+// "" = as the file tells). False if it names none.
+static inline bool run_named_tokenizer(const char* config, bool assume_llama, char* path, char* pattern) {
     Config c;
     Error e = {{0}};
     char dir[PATH_SIZE];
@@ -151,28 +148,58 @@ static inline bool run_named_tokenizer(const char* config, bool assume_llama, ch
     snprintf(dir, sizeof dir, "%.*s", slash ? (int)(slash - config) + 1 : 0, config);
     path_join(path, PATH_SIZE, dir, c.tokenizer);
     if (!file_exists(path)) { snprintf(path, PATH_SIZE, "%s", c.tokenizer); }
+    const char* told = c.tokenizer_pattern[0] ? c.tokenizer_pattern : tokenizer_copy_pattern(path);
+    snprintf(pattern, 32, "%s", told ? told : "");
     return true;
 }
 
-// --tokenizer, else the one that `config` names ("" = no such file), else a built-in one that the shards' vocabulary tells.
-static inline void run_open_tokenizer(Run* r, const char* config, int shard_vocabulary) {
-    char path[PATH_SIZE] = "";
+// Refuses a tokenizer that is not the one the shards were made with: by name, number of ids, and rank file where theirs is there.
+static inline void run_check_tokenizer(const Run* r, const ShardTokenizer* s) {
+    const Tokenizer* t = r->tokenizer;
+    Error e = {{0}};
+    char text[256], *ranks = NULL;
+    size_t n = 0;
+    bool same = (s->vocab_size == 0 || s->vocab_size == tokenizer_vocab(t)) && (!s->name[0] || !strcmp(s->name, tokenizer_name(t)));
+    if (same && s->path[0] && file_exists(s->path)) {
+        if (!read_file(s->path, UINT32_MAX, &ranks, &n, &e)) { die("%s", e.text); }
+        same = n == r->ranks.n && !memcmp(ranks, r->ranks.text, n);
+        free(ranks);
+    }
+    if (!same) {
+        die("--tokenizer: %s is %s (%d ids), but %s was made with %s", tokenizer_file(t) ? tokenizer_file(t) : tokenizer_name(t), tokenizer_name(t),
+            tokenizer_vocab(t), s->shard, shard_tokenizer_text(s, text, sizeof text));
+    }
+}
+
+// --tokenizer, else the shards' own, else the one that `config` names ("" = no such file). All that are known must be the same.
+static inline void run_open_tokenizer(Run* r, const char* config) {
+    char path[PATH_SIZE] = "", named[PATH_SIZE] = "", pattern[32] = "";
     Error e = {{0}};
     const TrainOptions* o = r->options;
+    const ShardTokenizer* s = &r->shard_tokenizer;
+    bool has = !o->tokenizer && config[0] && run_named_tokenizer(config, o->assume_llama, named, pattern);
     if (o->tokenizer) {
         snprintf(path, sizeof path, "%s", o->tokenizer);
-    } else if (!config[0] || !run_named_tokenizer(config, o->assume_llama, path)) {
-        if (shard_vocabulary == 259) { snprintf(path, sizeof path, "bytes"); }
-        if (shard_vocabulary == 32) { snprintf(path, sizeof path, "toy"); }
+        snprintf(pattern, sizeof pattern, "%s", o->pattern ? o->pattern : "");
+    } else if (has) {
+        snprintf(path, sizeof path, "%s", named);
+    } else if (s->name[0]) {
+        snprintf(path, sizeof path, "%s", s->path[0] ? s->path : s->name);
+        snprintf(pattern, sizeof pattern, "%s", s->path[0] ? s->name : "");
     }
-    if (!path[0] && !o->tokenizer) { return; }
-    r->tokenizer = tokenizer_open(path, o->tokenizer ? o->pattern : tokenizer_copy_pattern(path), &e);
+    if (!path[0] && !o->tokenizer) {
+        if (s->shard[0]) { printf("the tokenizer of %s is unknown (no manifest.json beside it names one): samples need --tokenizer NAME|FILE\n", s->shard); }
+        return;
+    }
+    r->tokenizer = tokenizer_open(path, pattern[0] ? pattern : NULL, &e);
     if (!r->tokenizer || (tokenizer_file(r->tokenizer) && !read_file(path, UINT32_MAX, &r->ranks.text, &r->ranks.n, &e))) { die("--tokenizer: %s", e.text); }
-    snprintf(r->config.tokenizer, sizeof r->config.tokenizer, "%s", tokenizer_file_name(r->tokenizer));
-    r->config.bos_token_id = tokenizer_bos(r->tokenizer);
-    r->config.eos_token_id = tokenizer_end(r->tokenizer);
-    r->config.n_other_eos = 0;
-    snprintf(r->config.tokenizer_pattern, sizeof r->config.tokenizer_pattern, "%s", tokenizer_kept_pattern(r->tokenizer));
+    run_check_tokenizer(r, s);
+    Config* c = &r->config;
+    snprintf(c->tokenizer, sizeof c->tokenizer, "%s", tokenizer_file_name(r->tokenizer));
+    snprintf(c->tokenizer_pattern, sizeof c->tokenizer_pattern, "%s", tokenizer_kept_pattern(r->tokenizer));
+    c->bos_token_id = tokenizer_bos(r->tokenizer);
+    c->eos_token_id = tokenizer_end(r->tokenizer);
+    c->n_other_eos = 0;
     int32_t* ids = NULL;  // better now than at the first sample
     size_t n = 0;
     if (o->sample_prompt && !tokenizer_encode(r->tokenizer, o->sample_prompt, strlen(o->sample_prompt), &ids, &n, &e)) { die("--sample-prompt: %s", e.text); }
@@ -236,10 +263,11 @@ static inline void run_configure(Run* r) {
         if (!config_set_attention(c, o->attention ? o->attention : "mta", preset && !strcmp(preset->name, "toy"), &e)) { die("--%s", e.text); }
     }
     run_override_attention(c, o);
-    int shard_vocabulary = run_shard_vocabulary(o);
+    run_shard_tokenizer(r);
+    int shard_vocabulary = r->shard_tokenizer.vocab_size;
     const char* from = r->resume_dir[0] ? r->resume_dir : r->init_dir;
     if (from[0]) { path_join(path, sizeof path, from, "config.json"); }
-    run_open_tokenizer(r, (from[0] || loaded) && file_exists(path) ? path : "", shard_vocabulary);
+    run_open_tokenizer(r, (from[0] || loaded) && file_exists(path) ? path : "");
     int needed = r->tokenizer ? tokenizer_vocab(r->tokenizer) : 0;
     if (shard_vocabulary > needed) { needed = shard_vocabulary; }
     if (preset && !options_field_given(o, "vocab_size") && needed > c->vocab_size) { c->vocab_size = needed; }
@@ -344,6 +372,11 @@ static inline void run_open_val(Run* r) {
         if (equals) { *equals = 0; }
         if (equals == part || !*glob) { die("--val: got \"%s\", wanted [NAME=]GLOB,...", o->val); }
         if (!loader_open(&v->loader, glob, r->seq_len, r->config.vocab_size, 0, &e)) { die("--val: %s", e.text); }
+        ShardTokenizer made;
+        if (!loader_tokenizer(&v->loader, &made, &e) || (r->shard_tokenizer.shard[0] && !shard_tokenizers_agree(&made, &r->shard_tokenizer, &e))) {
+            die("--val: %s", e.text);
+        }
+        if (r->tokenizer) { run_check_tokenizer(r, &made); }
         snprintf(v->name, sizeof v->name, "%s", equals ? part : v->loader.sources[0].name);
         for (ValSet* w = r->val; w < v; w++) { if (!strcmp(w->name, v->name)) { die("--val: two sets are called %s; NAME=GLOB gives another name", v->name); } }
     }
@@ -563,7 +596,6 @@ static inline void run_log_start(Run* r, size_t parameters) {
     } else if (r->options->resume) {
         printf("no checkpoint in %s: starting from step 0\n", r->options->out);
     }
-    if (r->options->sample_every && !r->tokenizer) { printf("no samples: the tokenizer is not known, --tokenizer NAME|FILE gives one\n"); }
     fflush(stdout);
 }
 

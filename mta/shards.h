@@ -291,32 +291,38 @@ static inline bool source_window(const LoaderSource* s, uint64_t w, int T, int v
 // Documents of a source, for MIX_DOCUMENT: DIR/manifest.json, as data/prepare.py leaves it beside the shards, has
 //   {"shards": {"c4_train_000000.bin": {"documents": 1234, "tokens": 567890, ...}, ...}, ...}
 
+// The manifest.json beside a shard into *manifest, which stays while the shards stay in one directory (dir, PATH_SIZE bytes). NULL where
+// there is none. The caller frees the last.
+static inline bool manifest_beside(const char* shard, char* dir, Json** manifest, Error* e) {
+    char path[PATH_SIZE], *text;
+    size_t length, n = strrchr(shard, '/') != NULL ? (size_t)(strrchr(shard, '/') + 1 - shard) : 0;
+    Error why;
+    why.text[0] = 0;
+    if (*manifest != NULL && strlen(dir) == n && strncmp(dir, shard, n) == 0) { return true; }
+    json_free(*manifest);
+    *manifest = NULL;
+    memcpy(dir, shard, n);
+    dir[n] = 0;
+    path_join(path, sizeof(path), dir, "manifest.json");
+    if (!file_exists(path)) { return true; }
+    if (!read_file(path, (size_t)1 << 30, &text, &length, e)) { return false; }
+    *manifest = json_parse(text, length, &why);
+    free(text);
+    return *manifest != NULL || fail(e, "%.300s: %.150s", path, why.text);
+}
+
+static inline const char* shard_base_name(const char* path) { return strrchr(path, '/') != NULL ? strrchr(path, '/') + 1 : path; }
+
 static inline bool source_count_documents(LoaderSource* s, Error* e) {
     char dir[PATH_SIZE] = "", path[PATH_SIZE];
     Json* manifest = NULL;
     bool good = true;
     for (int i = 0; i < s->n_shards && good; i++) {
-        const char* slash = strrchr(s->shards[i].path, '/');
-        const char* base = slash != NULL ? slash + 1 : s->shards[i].path;
-        size_t n = (size_t)(base - s->shards[i].path);
-        if (manifest == NULL || strlen(dir) != n || strncmp(dir, s->shards[i].path, n) != 0) {  // another directory than the shard before
-            char* text = NULL;
-            size_t length = 0;
-            json_free(manifest);
-            manifest = NULL;
-            memcpy(dir, s->shards[i].path, n);
-            dir[n] = 0;
-            path_join(path, sizeof(path), dir, "manifest.json");
-            Error why;
-            why.text[0] = 0;
-            if (!read_file(path, (size_t)1 << 30, &text, &length, &why)) {
-                fail(e, "%.300s, which --mix document needs; use --mix token", why.text);
-            } else {
-                manifest = json_parse(text, length, &why);
-                if (manifest == NULL) { fail(e, "%s: %s", path, why.text); }
-            }
-            free(text);
-            good = manifest != NULL;
+        const char* base = shard_base_name(s->shards[i].path);
+        good = manifest_beside(s->shards[i].path, dir, &manifest, e);
+        path_join(path, sizeof(path), dir, "manifest.json");
+        if (good && manifest == NULL) {
+            good = fail(e, "%.300s: No such file or directory, which --mix document needs; use --mix token", path);
         }
         if (!good) { break; }
         const Json* entry = json_get(json_get(manifest, "shards"), base);
@@ -331,6 +337,77 @@ static inline bool source_count_documents(LoaderSource* s, Error* e) {
     }
     json_free(manifest);
     if (good && !(s->documents > 0)) { good = fail(e, "%s: no documents in its shards, which --mix document needs", s->pattern); }
+    return good;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------------------------
+// The tokenizer that shards were made with: preparations[shards[FILE].preparation].tokenizer of the manifest beside them (data/README.md)
+
+typedef struct {
+    char name[32];         // bytes, toy, or how the rank file's text is split; "" = no manifest speaks of the shards
+    char path[PATH_SIZE];  // of the rank file, "" = built in
+    char sha256[80];       // of the rank file
+    int vocab_size;        // of the manifest or the headers, 0 = unknown
+    char shard[PATH_SIZE]; // one that was made with it
+} ShardTokenizer;
+
+// "gpt2 (50257 ids, a/gpt2.tiktoken)", for messages.
+static inline const char* shard_tokenizer_text(const ShardTokenizer* t, char* out, size_t n) {
+    snprintf(out, n, "%s (%d ids%s%.80s)", t->name[0] ? t->name : "an unknown tokenizer", t->vocab_size, t->path[0] ? ", " : "", t->path);
+    return out;
+}
+
+// What the manifest says of one shard; its header where it says nothing.
+static inline bool shard_tokenizer(const Shard* s, const char* dir, const Json* manifest, ShardTokenizer* t, Error* e) {
+    const Json* entry = json_get(json_get(manifest, "shards"), shard_base_name(s->path));
+    const Json* preparation = json_get(entry, "preparation");
+    const Json* made = preparation != NULL && preparation->type == JSON_STRING ? json_get(json_get(manifest, "preparations"), preparation->string) : NULL;
+    const Json* tokenizer = json_get(made, "tokenizer");
+    const Json *name = json_get(tokenizer, "name"), *file = json_get(tokenizer, "file"), *sha = json_get(tokenizer, "sha256");
+    int64_t vocab = 0;
+    memset(t, 0, sizeof(*t));
+    snprintf(t->shard, sizeof(t->shard), "%s", s->path);
+    t->vocab_size = s->vocab_size;
+    if (name == NULL || name->type != JSON_STRING) { return true; }
+    if (!json_integer(json_get(tokenizer, "vocab_size"), 1, INT32_MAX, &vocab) || (s->vocab_size > 0 && s->vocab_size != vocab)) {
+        return fail(e, "%.200s: a vocabulary of %d, but the manifest.json beside it says %.30s with %lld", s->path, s->vocab_size, name->string, (long long)vocab);
+    }
+    snprintf(t->name, sizeof(t->name), "%s", name->string);
+    t->vocab_size = (int)vocab;
+    if (sha != NULL && sha->type == JSON_STRING) { snprintf(t->sha256, sizeof(t->sha256), "%s", sha->string); }
+    if (file == NULL || file->type != JSON_STRING) { return true; }
+    if (strchr(file->string, '/') != NULL || strlen(file->string) > 255) { return fail(e, "%smanifest.json: \"%.60s\" is no file beside it", dir, file->string); }
+    path_join(t->path, sizeof(t->path), dir, file->string);
+    return true;
+}
+
+// Refuses two that are known to differ. Where one is unknown, the vocabularies of the headers tell what they can.
+static inline bool shard_tokenizers_agree(const ShardTokenizer* a, const ShardTokenizer* b, Error* e) {
+    char x[256], y[256];
+    bool same = a->vocab_size == b->vocab_size || a->vocab_size == 0 || b->vocab_size == 0;
+    if (a->name[0] && b->name[0]) {
+        same = same && strcmp(a->name, b->name) == 0 && (!a->sha256[0] || !b->sha256[0] || strcmp(a->sha256, b->sha256) == 0);
+    }
+    return same || fail(e, "%.90s was made with %s, %.90s with %s: shards of one run need one tokenizer", a->shard, shard_tokenizer_text(a, x, sizeof(x)), b->shard,
+                        shard_tokenizer_text(b, y, sizeof(y)));
+}
+
+// The one tokenizer of all shards of a loader into *t; refused where they differ.
+static inline bool loader_tokenizer(const Loader* l, ShardTokenizer* t, Error* e) {
+    char dir[PATH_SIZE] = "";
+    Json* manifest = NULL;
+    bool good = true;
+    memset(t, 0, sizeof(*t));
+    for (int i = 0; i < l->n_sources && good; i++) {
+        for (int j = 0; j < l->sources[i].n_shards && good; j++) {
+            const Shard* s = &l->sources[i].shards[j];
+            ShardTokenizer own;
+            good = manifest_beside(s->path, dir, &manifest, e) && shard_tokenizer(s, dir, manifest, &own, e) &&
+                   (!t->shard[0] || shard_tokenizers_agree(t, &own, e));
+            if (good && (!t->shard[0] || (own.name[0] && !t->name[0]) || (!t->name[0] && t->vocab_size == 0))) { *t = own; }
+        }
+    }
+    json_free(manifest);
     return good;
 }
 

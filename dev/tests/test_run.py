@@ -433,13 +433,17 @@ class Resume(Trainer):
         ranks, out = self.path("ranks.bin"), self.out()
         with open(ranks, "wb") as f:
             f.write(b"".join(b"%s %d\n" % (base64.b64encode(bytes([i])), i) for i in range(256)))
-        changes = {"--tokenizer": ranks, "--pattern": "gpt2", "--vocab-size": 257, "--save-every": 1, "--keep": 1}
+        write_shard(self.path("ranked_train_000000.bin"), [i % 250 for i in range(16 * 40 + 1)], vocab=257)
+        changes = {"--tokenizer": ranks, "--pattern": "gpt2", "--vocab-size": 257, "--save-every": 1, "--keep": 1, "--val": None,
+                   "--train": self.path("ranked_train_*.bin")}
         self.refused(["ranks.bin", "--pattern"], dict(changes, **{"--pattern": None}))
         self.run_ok(out, dict(changes, **{"--steps": 1}))
         text = read_bytes(ranks)
         os.remove(ranks)
         self.run_ok(out, dict(changes, **{"--steps": 4, "--tokenizer": None, "--pattern": None, "--sample-every": 2}), ["--resume"])
         self.assertEqual(read_bytes(os.path.join(out, "step-00000004", "gpt2.tiktoken")), text)
+        with open(os.path.join(out, "step-00000004", "config.json")) as f:
+            self.assertEqual(json.load(f)["tokenizer_pattern"], "gpt2")  # 256 ranks do not tell it
         self.assertEqual([e["step"] for e in log_events(out, "sample")], [2, 4])
         with open(os.path.join(out, "step-00000004", "config.json")) as f:
             config = json.load(f)  # 256 ranks tell no pattern; without an EOS, <|endoftext|> ends a text
@@ -447,7 +451,7 @@ class Resume(Trainer):
         for name, value in (("--init-from", os.path.join(out, "step-00000004")), ("--model", os.path.join(out, "step-00000004", "config.json"))):
             other = self.out()
             none = {n: None for n in SMALL if n.startswith(("--attention", "--hidden", "--num", "--inter", "--vocab", "--kq", "--model"))}
-            self.run_ok(other, dict(none, **{name: value, "--steps": 1}))
+            self.run_ok(other, dict(none, **{name: value, "--steps": 1, "--val": None, "--train": self.path("ranked_train_*.bin")}))
             self.assertEqual(read_bytes(os.path.join(other, "step-00000001", "gpt2.tiktoken")), text)
 
     def test_resume_without_a_checkpoint(self):
@@ -584,6 +588,98 @@ def spoil(path, what, prefix=""):
     with open(path, "wb") as f:
         f.write(data)
     return name
+
+
+class Tokenizers(Trainer):
+    """The shards' tokenizer stands in the manifest.json beside them; all that are known must be one."""
+
+    def shards(self, folder, tokenizer=None, vocab=32, name="a"):
+        """Two sets under a manifest as data/README.md describes it, or without one."""
+        os.makedirs(self.path(folder), exist_ok=True)
+        names = [f"{name}_train_000000.bin", f"{name}_val_000000.bin"]
+        for n in names:
+            write_shard(self.path(folder, n), [i % 26 for i in range(16 * 20 + 1)], vocab=vocab)
+        if tokenizer is not None:
+            path = self.path(folder, "manifest.json")
+            manifest = {"preparations": {}, "shards": {}}
+            if os.path.exists(path):
+                with open(path) as f:
+                    manifest = json.load(f)
+            manifest["preparations"][name] = {"tokenizer": tokenizer}
+            manifest["shards"].update({n: {"preparation": name, "tokens": 321} for n in names})
+            with open(path, "w") as f:
+                json.dump(manifest, f)
+        return {"--train": self.path(folder, f"{name}_train_*.bin"), "--val": self.path(folder, f"{name}_val_*.bin")}
+
+    def ranks(self, folder, swap=0):
+        """A rank file of 256 single bytes, the first `swap` of them in another order."""
+        order = list(range(swap))[::-1] + list(range(swap, 256))
+        os.makedirs(self.path(folder), exist_ok=True)
+        with open(self.path(folder, "r.tiktoken"), "wb") as f:
+            f.write(b"".join(b"%s %d\n" % (base64.b64encode(bytes([b])), i) for i, b in enumerate(order)))
+        return {"name": "gpt2", "vocab_size": 257, "bos": 256, "eos": -1, "file": "r.tiktoken", "sha256": str(swap)}
+
+    TOY, BYTES = {"name": "toy", "vocab_size": 32}, {"name": "bytes", "vocab_size": 259}
+
+    def test_from_the_manifest(self):
+        out = self.out()
+        self.run_ok(out, dict(self.shards("toy", self.TOY), **{"--sample-every": 3}))
+        self.assertEqual(len(log_events(out, "sample")), 2)
+        with open(os.path.join(checkpoints(out)[-1], "config.json")) as f:
+            self.assertEqual(json.load(f)["tokenizer"], "toy")
+        out = self.out()
+        self.run_ok(out, dict(self.shards("ranks", self.ranks("ranks"), 257), **{"--vocab-size": 257, "--sample-every": 6}))
+        with open(os.path.join(checkpoints(out)[-1], "config.json")) as f:
+            config = json.load(f)
+        self.assertEqual((config["tokenizer"], config["tokenizer_pattern"], config["eos_token_id"]), ("gpt2.tiktoken", "gpt2", 256))
+        self.assertEqual(len(log_events(out, "sample")), 1)
+
+    def test_unknown(self):
+        """No manifest, or one of another kind: nothing is guessed from the vocabulary, and it is said."""
+        for folder, text in (("none", None), ("other", '{"name": "of a web page"}')):
+            changes = self.shards(folder)
+            if text:
+                with open(self.path(folder, "manifest.json"), "w") as f:
+                    f.write(text)
+            out = self.out()
+            done = self.run_ok(out, dict(changes, **{"--sample-every": 3}))
+            self.assertIn("unknown", done.stdout)
+            self.assertIn("--tokenizer", done.stdout)
+            self.assertEqual(log_events(out, "sample"), [])
+            with open(os.path.join(checkpoints(out)[-1], "config.json")) as f:
+                self.assertNotIn("tokenizer", json.load(f))
+
+    def test_refused(self):
+        toy, other = self.shards("both", self.TOY), self.shards("both", self.BYTES, 259, "b")  # two preparations of one folder
+        one, two = self.shards("r1", self.ranks("r1"), 257), self.shards("r2", self.ranks("r2", 9), 257)
+        plain = self.shards("plain", None, 259)
+        wide = {"--vocab-size": 259}
+        for pieces, changes in ((("toy", "bytes"), dict(toy, **{"--train": toy["--train"] + "," + other["--train"]})),
+                                (("toy", "bytes"), dict(toy, **{"--val": other["--val"]})),
+                                (("toy", "259"), dict(toy, **{"--train": toy["--train"] + "," + plain["--train"]})),
+                                (("toy", "259"), dict(toy, **{"--val": plain["--val"]})),
+                                (("toy", "bytes"), dict(toy, **{"--tokenizer": "bytes"})),
+                                (("259", "toy"), dict(plain, **{"--tokenizer": "toy"})),
+                                (("r1/r.tiktoken", "r2/r.tiktoken"), dict(one, **{"--train": one["--train"] + "," + two["--train"]})),
+                                (("r1/r.tiktoken", "r2/r.tiktoken"), dict(one, **{"--tokenizer": self.path("r2/r.tiktoken"), "--pattern": "gpt2"})),
+                                (("gpt2", "llama3"), dict(one, **{"--tokenizer": self.path("r1/r.tiktoken"), "--pattern": "llama3"}))):
+            with self.subTest(pieces=pieces, changes=changes):
+                self.refused(pieces, dict(wide, **changes))
+        self.run_ok(self.out(), dict(wide, **dict(one, **{"--tokenizer": self.path("r1/r.tiktoken"), "--pattern": "gpt2", "--steps": 1})))
+        out = self.out()
+        self.run_ok(out, dict(toy, **{"--vocab-size": 259, "--steps": 1}))
+        self.refused(("toy", "bytes"), dict(other, **{"--init-from": checkpoints(out)[-1], "--vocab-size": 259}))
+
+    def test_bad_manifests(self):
+        changes = self.shards("bad", self.TOY)
+        for tokenizer, piece in (({"name": "toy", "vocab_size": 31}, "31"), ({"name": "toy"}, "vocabulary"),
+                                 ({"name": "gpt2", "vocab_size": 32, "file": "../r"}, "../r"), ({"name": "gpt2", "vocab_size": 32, "file": "gone"}, "gone")):
+            with self.subTest(tokenizer=tokenizer):
+                self.shards("bad", tokenizer)
+                self.refused(["manifest.json" if piece != "gone" else "gone", piece] if piece != "vocabulary" else [piece], changes)
+        with open(self.path("bad", "manifest.json"), "w") as f:
+            f.write("{")
+        self.refused(["manifest.json", "JSON"], changes)
 
 
 class InitFrom(Trainer):
