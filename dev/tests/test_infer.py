@@ -233,14 +233,14 @@ class Golden(LogitsCase):
         unused = [i for i in range(c.V) if i not in free]
         where = c.dir + "_eos"
         for at in (0, 3, 7):
-            for ids in ([free[at]], [unused[0], free[at]], unused[:7] + [free[at]]):
+            for ids in ([free[at]], [unused[0], free[at]], unused[:20] + [free[at]]):
                 Case.write(where, c.weights, dict(c.config, eos_token_id=ids if len(ids) > 1 else ids[0]))
                 got = list(map(int, run([where] + options).split()))
                 self.assertEqual(got, free[: free.index(free[at])], ids)
-        Case.write(where, c.weights, dict(c.config, eos_token_id=unused[:9]))
+        Case.write(where, c.weights, dict(c.config, eos_token_id=(unused * 3)[:65]))
         p = run([where] + options, check=False)
         self.assertEqual(p.returncode, 1)
-        self.assertIn(b"eos_token_id: more than 8 ids", p.stderr)
+        self.assertIn(b"eos_token_id: more than 64 ids", p.stderr)
 
     def test_ends_of_generation_config(self):
         """generation_config.json's ids end a text where that file is there, and none where it names none, as in
