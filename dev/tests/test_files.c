@@ -586,8 +586,10 @@ static void test_checkpoint_tensors(Arena* a) {
           a->stored == a->list.n);
     CHECK(write_variant(path, a, -1, "model.layers.0.self_attn.rotary_emb.inv_freq", DT_F32, false) &&
           read_variant(a, false, NULL, &e));
-    // tied: ignored
-    CHECK(write_variant(path, a, -1, "lm_head.weight", DT_F32, false) && read_variant(a, false, NULL, &e));
+    // tied, and yet a head of its own: refused
+    CHECK(write_variant(path, a, -1, "lm_head.weight", DT_F32, false) && !read_variant(a, false, NULL, &e) &&
+          says(&e, "lm_head.weight is another than model.embed_tokens.weight"));
+    e = (Error){{0}};
     CHECK(write_variant(path, a, -1, "model.layers.0.self_attn.extra", DT_F32, false) &&
           !read_variant(a, false, NULL, &e) && says(&e, "extra is not one of"));
     e = (Error){{0}};
