@@ -363,7 +363,9 @@ static inline void run_open_val(Run* r) {
     Error e = {{0}};
     if (!o->val) { return; }
     char* copy = strdup(o->val);
-    for (char *save = NULL, *part = strtok_r(copy, ",", &save); part; part = strtok_r(NULL, ",", &save)) {
+    for (char* rest = copy; rest;) {
+        char* part = spec_part(&rest);
+        if (!*part) { continue; }
         if (r->n_val == MAX_VAL_SETS) { die("--val: more than %d sets", MAX_VAL_SETS); }
         ValSet* v = &r->val[r->n_val++];
         char* equals = part + strcspn(part, "=/*?[");  // of a NAME; a folder may be called "lr=3"

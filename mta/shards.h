@@ -473,17 +473,49 @@ static inline bool loader_read_recipe(Loader* l, const char* path, Error* e) {
     return good && (l->n_sources > 0 || fail(e, "%s: a recipe without a source, wanted lines GLOB=WEIGHT", path));
 }
 
+// Does this part of a list of globs name a file, as it stands or without the NAME= before it or the =WEIGHT behind it?
+static inline bool spec_names_file(const char* part) {
+    const char *first = part + strcspn(part, "=,/*?["), *last = strrchr(part, '=');
+    bool there = false, may[3] = {true, *first == '=', last != NULL && strpbrk(last, ",/*?[") == NULL};
+    for (int i = 0; i < 3 && !there; i++) {
+        if (!may[i]) { continue; }
+        Text text = {NULL, 0, 0}, escaped = {NULL, 0, 0};
+        glob_t found;
+        text_printf(&text, "%s", i == 1 ? first + 1 : part);
+        if (i == 2) { text.text[last - part] = 0; }
+        glob_pattern(&escaped, text.text);
+        there = glob(escaped.n > 0 ? escaped.text : "", GLOB_NOSORT, NULL, &found) == 0;
+        if (there) { globfree(&found); }
+        text_free(&text);
+        text_free(&escaped);
+    }
+    return there;
+}
+
+// Cuts the next part off *rest (NULL behind the last) at a comma: the longest that names a file, since a folder may be called "a,b"; else
+// up to the first comma.
+static inline char* spec_part(char** rest) {
+    char* part = *rest;
+    size_t end = strcspn(part, ",");
+    for (size_t i = strlen(part); i > end; i--) {
+        char keep = part[i];
+        if (keep != 0 && keep != ',') { continue; }
+        part[i] = 0;
+        bool there = spec_names_file(part);
+        part[i] = keep;
+        if (there) { end = i; }
+    }
+    *rest = part[end] != 0 ? part + end + 1 : NULL;
+    part[end] = 0;
+    return part;
+}
+
 static inline bool loader_read_spec(Loader* l, const char* spec, Error* e) {
     if (spec[0] == '@') { return loader_read_recipe(l, spec + 1, e); }
     char* copy = strdup(spec);
     if (copy == NULL) { die("out of memory"); }
     bool good = true;
-    for (char* part = copy; good && part != NULL;) {
-        char* comma = strchr(part, ',');
-        if (comma != NULL) { *comma++ = 0; }
-        good = loader_add_source(l, part, "", "shards", e);
-        part = comma;
-    }
+    for (char* rest = copy; good && rest != NULL;) { good = loader_add_source(l, spec_part(&rest), "", "shards", e); }
     free(copy);
     return good;
 }

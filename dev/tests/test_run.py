@@ -670,6 +670,18 @@ class Tokenizers(Trainer):
         self.run_ok(out, dict(toy, **{"--vocab-size": 259, "--steps": 1}))
         self.refused(("toy", "bytes"), dict(other, **{"--init-from": checkpoints(out)[-1], "--vocab-size": 259}))
 
+    def test_names_with_signs(self):
+        """A folder or file of that very name is meant where there is one, by glob or in full, with a weight and a name."""
+        for folder in ("a,b", "c[1],d", "e=3,f"):
+            changes = self.shards(folder, self.TOY)
+            both = changes["--train"] + "=2," + self.path("a_train_*.bin")
+            for train, val in ((changes["--train"], changes["--val"]), (both, "n=" + changes["--val"]),
+                               (changes["--train"].replace("*", "000000"), changes["--val"].replace("*", "000000") + ",other=" + self.path("a_train_*.bin"))):
+                with self.subTest(train=train, val=val):
+                    out = self.out()
+                    self.run_ok(out, {"--train": train, "--val": val, "--steps": 1})
+                    self.assertEqual(len(log_events(out, "val")), 1 + val.count(self.path("a_train_")))
+
     def test_bad_manifests(self):
         changes = self.shards("bad", self.TOY)
         for tokenizer, piece in (({"name": "toy", "vocab_size": 31}, "31"), ({"name": "toy"}, "vocabulary"),
