@@ -224,7 +224,8 @@ step check "emulator ten models" test_mta_cuda_cpu_bf16 ./test_mta_cuda_cpu_bf16
 step full "operations" build/test_ops build/test_ops
 step full "operations fp32" build/test_ops_fp32 build/test_ops_fp32
 step full "operations, order 7" build/test_ops env CUDA_CPU_ORDER=7 build/test_ops --longest 200
-step full "races operations" build/races/test_ops build/races/test_ops --longest 80
+step full "races operations" build/races/test_ops build/races/test_ops --quick
+step full "races fused attention" build/races/test_ops build/races/test_ops --only "attention fused" --longest 74
 step full "the emulator itself" build/test_emulator build/test_emulator
 step full "the emulator itself, races" build/test_races build/test_races
 if has nvcc; then
