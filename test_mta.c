@@ -1,10 +1,14 @@
 // test_mta.c: the tests of both trainers.
 //   test_mta                         all tests of train_mta.c (test_mta_cuda: and of train_mta.cu)
-//   test_mta --golden FILE...        the named golden cases alone: a table per tensor; exit status 1 if any tensor is out of tolerance
-//   test_mta --write DIR [N]         N golden cases of this trainer's own results (default 5: one of every kind of attention; more: drawn at random)
-//   test_mta --only TEXT             the tests whose name contains TEXT; test_mta_cuda --models N: so many random models instead of 60
+//   test_mta --golden FILE...        the named golden cases alone: a table per tensor; exit status 1 if any tensor is
+//                                    out of tolerance
+//   test_mta --write DIR [N]         N golden cases of this trainer's own results (default 5: one of every kind of
+//                                    attention; more: drawn at random)
+//   test_mta --only TEXT             the tests whose name contains TEXT
+//   test_mta_cuda --models N         so many random models instead of 60
 //   test_mta_cuda --compare DIR [--train GLOB] [--seq-len N] [--batch-size N]
-//                                    gradients of a checkpoint, CPU against GPU, on a batch (seeded random tokens without shards)
+//                                    gradients of a checkpoint, CPU against GPU, on a batch (seeded random tokens
+//                                    without shards)
 //
 // Three copies of a trainer meet here: train_mta.c in double, included below, for finite differences; train_mta.c in fp32 and train_mta.cu,
 // linked, behind the table of mta/trainer.h. One metric serves all comparisons: the worst |got - want| / (atol + rtol * largest |want|) of a
@@ -18,7 +22,7 @@
 
 #pragma weak trainer_cuda  // NULL where train_mta.cu is not linked: one object makes test_mta and test_mta_cuda
 
-// ---------------------------------------------------------------------------------------------------------------------------------
+// ---------------------------------------------------------------------------------------------------------------------
 // Harness
 
 static int passed, failed, skipped;
@@ -88,7 +92,7 @@ static int32_t* random_tokens(uint64_t seed, size_t n, int V) {
     return x;
 }
 
-// ---------------------------------------------------------------------------------------------------------------------------------
+// ---------------------------------------------------------------------------------------------------------------------
 // Small models
 
 static Config small_config(const char* kind) {
@@ -197,7 +201,7 @@ static void copy_state(const Trainer* from, const void* a, const Trainer* to, vo
     }
 }
 
-// ---------------------------------------------------------------------------------------------------------------------------------
+// ---------------------------------------------------------------------------------------------------------------------
 // Golden cases (dev/ref/make_golden.py writes them and says what is in one)
 
 typedef struct {
@@ -456,7 +460,7 @@ static void golden_directory(const Trainer* tr) {
     for (int i = 0; i < n; i++) { golden_case(tr, names[i], false); free(names[i]); }
 }
 
-// ---------------------------------------------------------------------------------------------------------------------------------
+// ---------------------------------------------------------------------------------------------------------------------
 // Finite differences, in double. A layer is a function from some arrays to an output; the scalar is sum(output * r), r random.
 
 typedef struct { const char* name; double *x, *dx; size_t n; } Argument;  // dx: what the backward pass says
@@ -838,7 +842,7 @@ static void test_checkers(void) {
     verdict(!(nan.worst <= 1), "a NaN is caught", "error/tolerance %.3f", nan.worst);
 }
 
-// ---------------------------------------------------------------------------------------------------------------------------------
+// ---------------------------------------------------------------------------------------------------------------------
 // Invariants of a trainer behind its table
 
 static void title_of(char* title, size_t n, const Trainer* tr, const char* what, const char* kind) { snprintf(title, n, "%s %s %s", tr->name, what, kind); }
@@ -1083,7 +1087,7 @@ static void test_masked(const Trainer* tr) {
     free(tokens);
 }
 
-// ---------------------------------------------------------------------------------------------------------------------------------
+// ---------------------------------------------------------------------------------------------------------------------
 // mta/config.h and mta/run.h
 
 static void test_config(void) {
@@ -1123,7 +1127,7 @@ static void test_schedules(void) {
     verdict(worst < 1e-12, "learning rate schedules", "largest error %.1e", worst);
 }
 
-// ---------------------------------------------------------------------------------------------------------------------------------
+// ---------------------------------------------------------------------------------------------------------------------
 // CPU against GPU
 
 // Every gradient at real initialisation: dim 128, 4 layers, 4 x 96 tokens. heads 0: the preset's

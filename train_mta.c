@@ -1,14 +1,16 @@
 // train_mta.c: trains a LLaMA-style language model with Multi-Token Attention (arXiv 2504.00927) on the CPU, in fp32.
 // The readable truth that train_mta.cu is tested against: every layer forward, then backward, in the order data meets them.
 //
-//   make train_mta && ./train_mta --model 3m --train "data/shards/text_train_*.bin" --val "data/shards/text_val_*.bin" --out runs/text
+//   make train_mta && ./train_mta --model 3m --train "shards/text_train_*.bin" --val "shards/text_val_*.bin" --out runs/text
 //
 // What it is: one file with the whole model. What it is not: a framework; there is no graph, each backward is written below its forward.
 // Equations are those of dev/MODEL.md. What all programs share (configuration, checkpoints, shards, options) is in mta/.
 //
-//   B batch   T positions   C channels   L layers   NH heads   NKV key/value heads   HS head size   FF hidden units of the MLP   V vocabulary
-//   cq, ck    queries and keys of the convolution;   ch heads of a mixing group;   N = B*T rows
-//   b t h i(query) j(key) c l are the loops over them. "scores" are before the softmax, "att" after; _pre and _post the same.
+//   B batch   T positions   C channels   L layers   NH heads   NKV key/value heads   HS head size
+//   FF hidden units of the MLP   V vocabulary   N = B*T rows
+//   cq, ck    queries and keys of the convolution   ch heads of a mixing group
+//   b t h i(query) j(key) c l are the loops over them. "scores" are before the softmax, "att" after; _pre and _post the
+//   same.
 //
 // Memory: nothing of size T x T. Attention works on a chunk of queries at a time and its backward recomputes the chunk from q, k and the
 // row's largest score and sum of exponentials. Threads: work is cut the same way whatever their number, sums have a fixed order: same seed, same bits.
@@ -102,7 +104,7 @@ INLINE real exp_real(real x) { return exp(x); }
 INLINE real sqrt_real(real x) { return sqrt(x); }
 #endif
 
-// =================================================================================================================================
+// =====================================================================================================================
 // Matrix products
 
 // out (M,N) = alpha * A B + beta * out on one thread; A (M,K), or its transpose (K,M) if ta; B (K,N), or (N,K) if tb; ld* are row strides.
@@ -220,7 +222,7 @@ static void matmul_backward(real* dinp, real* dweight, const real* dout, const r
     if (dweight) { gemm(true, false, OC, C, N, 1, dout, (size_t)OC, inp, (size_t)C, 1, dweight, (size_t)C); }
 }
 
-// =================================================================================================================================
+// =====================================================================================================================
 // Embedding
 
 // out (N,C) = weight[tokens[n]], weight (V,C)
@@ -243,7 +245,7 @@ static void embedding_backward(real* dweight, const real* dout, const int32_t* t
     }
 }
 
-// =================================================================================================================================
+// =====================================================================================================================
 // RMSNorm (MODEL.md eq. 1)
 //
 // Also the norm of a head's output (eq. 10), where `scale` is 1 - lambda_init.
@@ -294,7 +296,7 @@ static void rmsnorm_backward(real* dinp, real* dweight, const real* dout, const 
     }
 }
 
-// =================================================================================================================================
+// =====================================================================================================================
 // RoPE (MODEL.md eq. 2): pairs (t, t + HS/2) of a head are rotated by position times frequency
 
 // cosine, sine (T, HS/2)
@@ -332,7 +334,7 @@ static void rope_backward(real* dx, const real* cosine, const real* sine, int B,
     rope_forward(dx, cosine, sine, B, T, heads, HS, -1);  // the inverse of a rotation is its transpose
 }
 
-// =================================================================================================================================
+// =====================================================================================================================
 // Attention, a chunk of queries at a time (MODEL.md eq. 3 to 9). The steps first, each on a tile, forward then backward; then the chunk.
 //
 // A tile holds rows of scores of the heads of one mixing group: rows are queries i0 <= i < i0 + rows, columns are keys. Left of key 0 lie
@@ -912,7 +914,7 @@ static void diff_lambda_backward(real* dq1, real* dk1, real* dq2, real* dk2, con
     }
 }
 
-// =================================================================================================================================
+// =====================================================================================================================
 // SwiGLU (MODEL.md eq. 13): out = silu(gate) * up
 
 // out, gate, up (n)
@@ -933,7 +935,7 @@ static void swiglu_backward(real* dgate, real* dup, real* act, const real* dout,
     }
 }
 
-// =================================================================================================================================
+// =====================================================================================================================
 // Cross-entropy (MODEL.md eq. 14)
 
 // losses (N) = -log softmax(logits)[target], wrong (N) = 1 where another id scores higher; 0 where target < 0 (not counted).
@@ -968,7 +970,7 @@ static void crossentropy_forward_backward(real* losses, unsigned char* wrong, re
     }
 }
 
-// =================================================================================================================================
+// =====================================================================================================================
 // The model: state and memory
 
 // Pointers to one layer's tensors inside an arena (weights or gradients), in the order of TensorKind; NULL where the model has none.
@@ -1156,7 +1158,7 @@ static void model_free(Model* m) {
     free(m);
 }
 
-// =================================================================================================================================
+// =====================================================================================================================
 // Forward, backward, update
 
 // From tokens (B,T) to the normalised last state acts.ln_f (N,C).
@@ -1340,7 +1342,7 @@ static double model_update(Model* m, const AdamW* h, long step) {
     return norm;
 }
 
-// =================================================================================================================================
+// =====================================================================================================================
 // The training step
 
 // One optimizer step: the loss is the sum over all counted targets of the step over their number. Stops between micro-batches when a signal
@@ -1355,7 +1357,7 @@ static StepResult train_step(Model* m, const Step* s) {
 
 #ifdef MTA_REAL_IS_FLOAT  // the rest is left out where the tests include this file in double
 
-// =================================================================================================================================
+// =====================================================================================================================
 // What the plan must know of this machine
 
 // Operations a second of a matrix product of 1024^3, measured for a moment: what MFU and the plan's time are relative to.
@@ -1386,7 +1388,7 @@ static void print_plan(Run* r) {
     }
 }
 
-// =================================================================================================================================
+// =====================================================================================================================
 // The table of this trainer (mta/trainer.h), and main
 
 static void* table_create(const Config* c, int B, int T, int chunk, Error* e) {

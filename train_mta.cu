@@ -13,9 +13,11 @@
 // dev/cuda_cpu compiles this file with a C++ compiler and runs these kernels on a CPU; so launches go through LAUNCH, and dynamic shared
 // memory through DYNAMIC_SHARED.
 //
-//   B batch   T positions   C channels   L layers   NH heads   NKV key/value heads   HS head size   FF hidden units of the MLP   V vocabulary
-//   cq, ck    queries and keys of the convolution;   ch heads of a mixing group;   N = B*T rows;   S sequences of an attention batch
-//   b t h i(query) j(key) c l are the loops over them. W: elements that a thread loads at once (16 bytes of floatX, or 1 where sizes are odd)
+//   B batch   T positions   C channels   L layers   NH heads   NKV key/value heads   HS head size
+//   FF hidden units of the MLP   V vocabulary   N = B*T rows   S sequences of an attention batch
+//   cq, ck    queries and keys of the convolution   ch heads of a mixing group
+//   W         elements that a thread loads at once (16 bytes of floatX, or 1 where sizes are odd)
+//   b t h i(query) j(key) c l are the loops over them.
 
 #include <assert.h>
 #include <math.h>
@@ -72,7 +74,7 @@ static __host__ __device__ inline int max_int(int a, int b) { return a > b ? a :
 static inline int ceil_div(size_t n, size_t by) { return (int)((n + by - 1) / by); }
 static inline int round_up(int n, int to) { return (n + to - 1) / to * to; }
 
-// =================================================================================================================================
+// =====================================================================================================================
 // The device: context, checks, small device functions
 
 typedef struct {
@@ -304,7 +306,7 @@ static bool device_memory(T** p, size_t bytes, const char* what, Error* e) {
     return fail(e, "no %zu MiB of GPU memory for %s", bytes >> 20, what);
 }
 
-// =================================================================================================================================
+// =====================================================================================================================
 // Matrix products
 
 // A matrix in device memory, row-major, rows `ld` elements apart; in a batch, one matrix every `stride` elements.
@@ -368,7 +370,7 @@ static void matmul_joined_backward(floatX* dinp, const floatX* dout, const float
     }
 }
 
-// =================================================================================================================================
+// =====================================================================================================================
 // Embedding
 
 // out (N,C) = weight[tokens[n]], weight (V,C). A thread moves W elements.
@@ -412,7 +414,7 @@ static void embedding_backward(float* dweight, const float* dout, const int* tok
     LAUNCH_WIDE(C, embedding_backward_kernel, grid, 64, 0, g->stream, dweight, dout, tokens, rows, starts, C);
 }
 
-// =================================================================================================================================
+// =====================================================================================================================
 // RMSNorm (MODEL.md eq. 1)
 //
 // With the residual sum before it. The residual stream and its gradient stay in fp32: bf16 roundings would add up over
@@ -517,7 +519,7 @@ static void rmsnorm_backward(float* dinp, floatX* rounded, float* dweight, const
     LAUNCH_WIDE(C, rmsnorm_backward_kernel, ceil_div(N, ROW_WARPS), ROW_THREADS, 0, g->stream, dinp, rounded, dout, inp, weight, rstd, N, C, add_dinp);
 }
 
-// =================================================================================================================================
+// =====================================================================================================================
 // RoPE (MODEL.md eq. 2): pairs (t, t + HS/2) of a head are rotated by position times frequency
 //
 // The same kernels split qkv into q, k and v by heads, and join their gradients.
@@ -616,7 +618,7 @@ static void rope_backward(floatX* dqkv, const float* dq, const float* dk, const 
                 q_parts, v_parts);
 }
 
-// =================================================================================================================================
+// =====================================================================================================================
 // Attention, a chunk of queries at a time (MODEL.md eq. 3 to 9). The steps first, each on a tile, forward then backward; then the chunk.
 //
 // A tile holds rows of scores of all heads of S sequences: rows are queries i0 <= i < i0 + rows, columns are keys. Every step writes zeros right
@@ -1538,7 +1540,7 @@ static void diff_lambda_backward(float* dq1, float* dk1, float* dq2, float* dk2,
     launchCheck(g->stream);
 }
 
-// =================================================================================================================================
+// =====================================================================================================================
 // SwiGLU (MODEL.md eq. 13): out = silu(gate) * up
 
 // out (N,FF), gate_up (N,2*FF): gate in the first half of a row, up in the second. A thread owns W elements.
@@ -1581,7 +1583,7 @@ static void swiglu_backward(floatX* dgate_up, floatX* act, const floatX* dout, c
                 FF);
 }
 
-// =================================================================================================================================
+// =====================================================================================================================
 // Cross-entropy (MODEL.md eq. 14)
 
 // losses (N) = -log softmax(logits)[target], wrong (N) = 1 where another id scores higher; 0 where target < 0 (not
@@ -1635,7 +1637,7 @@ static void crossentropy_forward_backward(float* losses, unsigned char* wrong, f
     launchCheck(g->stream);
 }
 
-// =================================================================================================================================
+// =====================================================================================================================
 // Fast paths: tensor cores
 //
 // A warp multiplies tiles of 16-bit elements; ldmatrix feeds it from shared memory, copy_async feeds that (PTX manual: mma.m16n8k16,
@@ -1746,7 +1748,7 @@ static __device__ inline void load_b_transposed(unsigned* r, const T* tile) {
     ldmatrix_transposed(r, tile + lane % 16 * PITCH + lane / 16 * 8);
 }
 
-// =================================================================================================================================
+// =====================================================================================================================
 // Fast paths: the convolution on tensor cores
 
 // kq_conv for kernels within BAND_TAPS x (2 BAND + 1) in the bf16 build. 8 output columns j .. j+7 of a row are, for each tap a, the
@@ -1899,7 +1901,7 @@ static void kq_conv_band_backward_weight(double* dweight, const TileX* dout, con
     sums_add(dweight, parts, S, a->NH, blocks, a->cq * a->ck, g);
 }
 
-// =================================================================================================================================
+// =====================================================================================================================
 // Fast paths: head_mix, softmax, head_mix of groups of 16 heads in one kernel
 //
 // On tensor cores, in the bf16 build (MODEL.md eq. 5, 6, 8): one read of the logits, one write.
@@ -2187,7 +2189,7 @@ static void mix16_maps_backward(TileX* d, TileX* other, const AttentionSums* sum
     head_mix16_backward<true, false>(sums->mix_pre, NULL, d, &m->A, d, &m->C, stats, a, S, lo, hi, end, nk, parts, g);
 }
 
-// =================================================================================================================================
+// =====================================================================================================================
 // Fast paths: all of attention in one kernel
 //
 // Fused attention (MODEL.md, Fused attention): nothing but its result leaves the chip. For bf16 layers whose only operations on scores are a
@@ -2837,7 +2839,7 @@ static int attention_chunk_on(const Config* c, int T, size_t shared) {
     }
     return needed > shared ? attention_chunk(T) : 0;
 }
-// =================================================================================================================================
+// =====================================================================================================================
 // Fast paths: the launches of a pass as a CUDA graph
 //
 // A pass over all layers is thousands of launches where attention goes chunk by chunk; as a graph the host pays for one.
@@ -2862,7 +2864,7 @@ static void replay(Replay* r, const Pass& pass, Cuda* g) {
     cudaCheck(cudaGraphLaunch(r->graph, g->stream));
 }
 
-// =================================================================================================================================
+// =====================================================================================================================
 // The model: state and memory
 
 // Pointers to one layer's tensors inside an arena (weights or gradients), in the order of TensorKind; NULL where the model has none.
@@ -3183,7 +3185,7 @@ static void model_free(Model* m) {
     free(m);
 }
 
-// =================================================================================================================================
+// =====================================================================================================================
 // Forward, backward, update
 
 // The activations of layer l; what is computed again shares one layer's place.
@@ -3456,7 +3458,7 @@ static double model_update(Model* m, const AdamW* h, long step) {
     return norm;
 }
 
-// =================================================================================================================================
+// =====================================================================================================================
 // The training step
 
 // One optimizer step: the loss is the sum over all counted targets of the step over their number. Stops between micro-batches when a signal
@@ -3470,7 +3472,7 @@ static StepResult train_step(Model* m, const Step* s) {
     return step_result(s, &b, norm);
 }
 
-// =================================================================================================================================
+// =====================================================================================================================
 // What the plan must know of this machine
 
 // Dense operations a second of the device's tensor cores in bf16 (fp32: of its CUDA cores) by the vendor's data sheet; 0 = not known, no MFU.
@@ -3518,7 +3520,7 @@ static void print_plan(Run* r) {
     fflush(stdout);
 }
 
-// =================================================================================================================================
+// =====================================================================================================================
 // The table of this trainer (mta/trainer.h), and main
 
 static void* table_create(const Config* c, int B, int T, int chunk, Error* e) { return model_create(c, B, T, chunk, RECOMPUTE_NONE, e); }

@@ -48,7 +48,7 @@ typedef struct {
     bool head_gate;
 } Config;
 
-// ---------------------------------------------------------------------------------------------------------------------------------
+// ---------------------------------------------------------------------------------------------------------------------
 // The one table of fields: config.json in and out, the ranges of config_check, the trainers' options, and what makes another model.
 
 typedef enum {
@@ -252,7 +252,7 @@ static inline Config config_default(void) {
     return c;
 }
 
-// ---------------------------------------------------------------------------------------------------------------------------------
+// ---------------------------------------------------------------------------------------------------------------------
 // Checks
 
 // Everything the programs rely on. Returns false with one line that says what is wrong and what is accepted.
@@ -289,7 +289,7 @@ static inline bool config_check(const Config* c, Error* e) {
     return true;
 }
 
-// ---------------------------------------------------------------------------------------------------------------------------------
+// ---------------------------------------------------------------------------------------------------------------------
 // Presets (README.md, dev/MODEL.md) and kinds of attention
 
 static const char* const MODEL_NAMES = "toy, 1m, 3m, 11m, 25m, 300m, 550m, 880m, 1b";
@@ -399,7 +399,7 @@ static inline bool config_override(Config* c, const FieldValue* given, FieldPart
     return true;
 }
 
-// ---------------------------------------------------------------------------------------------------------------------------------
+// ---------------------------------------------------------------------------------------------------------------------
 // config.json
 
 // eos_token_id: one id, or a list of them (Llama 3's is one).
@@ -781,7 +781,7 @@ static inline double config_rope_frequency(const Config* c, int t) {
     return (1 - s) * f / c->rope_factor + s * f;
 }
 
-// ---------------------------------------------------------------------------------------------------------------------------------
+// ---------------------------------------------------------------------------------------------------------------------
 // The tensors
 
 typedef enum {

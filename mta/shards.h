@@ -19,7 +19,7 @@
 enum { SHARD_HEADER_BYTES = 1024, SHARD_MAGIC_U16 = 20240520, SHARD_VERSION_U16 = 1, SHARD_MAGIC_U32 = 20240801, SHARD_VERSION_U32 = 7 };
 enum { IGNORED_TARGET = -100 };
 
-// ---------------------------------------------------------------------------------------------------------------------------------------
+// ---------------------------------------------------------------------------------------------------------------------
 // One shard
 
 typedef struct {
@@ -166,7 +166,7 @@ static inline bool shard_write(const char* path, const uint32_t* tokens, size_t 
     return good;
 }
 
-// ---------------------------------------------------------------------------------------------------------------------------------------
+// ---------------------------------------------------------------------------------------------------------------------
 // Sources: the shards of one glob
 
 typedef enum { MIX_TOKEN, MIX_DOCUMENT } LoaderMix;
@@ -287,7 +287,7 @@ static inline bool source_window(const LoaderSource* s, uint64_t w, int T, int v
     return false;
 }
 
-// ---------------------------------------------------------------------------------------------------------------------------------------
+// ---------------------------------------------------------------------------------------------------------------------
 // Documents of a source, for MIX_DOCUMENT: DIR/manifest.json, as data/prepare.py leaves it beside the shards, has
 //   {"shards": {"c4_train_000000.bin": {"documents": 1234, "tokens": 567890, ...}, ...}, ...}
 
@@ -340,7 +340,7 @@ static inline bool source_count_documents(LoaderSource* s, Error* e) {
     return good;
 }
 
-// ---------------------------------------------------------------------------------------------------------------------------------------
+// ---------------------------------------------------------------------------------------------------------------------
 // The tokenizer that shards were made with: preparations[shards[FILE].preparation].tokenizer of the manifest beside them (data/README.md)
 
 typedef struct {
@@ -411,7 +411,7 @@ static inline bool loader_tokenizer(const Loader* l, ShardTokenizer* t, Error* e
     return good;
 }
 
-// ---------------------------------------------------------------------------------------------------------------------------------------
+// ---------------------------------------------------------------------------------------------------------------------
 // --train GLOB[=WEIGHT],... or @RECIPE, a file with one GLOB=WEIGHT a line
 
 // Splits "GLOB=WEIGHT" in place and opens the source as the loader's next. What follows the last '=' is a weight unless it holds a '/' or
@@ -556,7 +556,7 @@ static inline bool loader_open(Loader* l, const char* spec, int seq_len, int voc
     return loader_open_mix(l, spec, seq_len, vocab_size, seed, MIX_TOKEN, e);
 }
 
-// ---------------------------------------------------------------------------------------------------------------------------------------
+// ---------------------------------------------------------------------------------------------------------------------
 // The order
 
 // Whose turn it is. Tijdeman's rule (The chairman assignment problem, 1980): of the sources that are behind their share by at least
@@ -638,7 +638,7 @@ static inline bool loader_masked(const Loader* l) {
     return false;
 }
 
-// ---------------------------------------------------------------------------------------------------------------------------------------
+// ---------------------------------------------------------------------------------------------------------------------
 // Its state in trainer.json
 
 static inline const char* loader_mix_name(LoaderMix mix) { return mix == MIX_DOCUMENT ? "document" : "token"; }

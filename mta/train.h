@@ -8,7 +8,7 @@
 
 #include "random.h"
 
-// ---------------------------------------------------------------------------------------------------------------------------------
+// ---------------------------------------------------------------------------------------------------------------------
 // The plan
 
 // Floating-point operations of training on one token, as MFU counts them (MODEL.md, What a step costs): 6 per parameter
@@ -68,7 +68,7 @@ static inline double train_print_plan(Run* r, const char* device, double flops_p
     return (double)total;
 }
 
-// ---------------------------------------------------------------------------------------------------------------------------------
+// ---------------------------------------------------------------------------------------------------------------------
 // The start: weights at random, from --init-from, or everything from the checkpoint that is resumed
 
 // Identity kernels and mixers, norm weights 1, gate bias 0, lambda vectors normal with std 0.1, all else normal with
@@ -155,7 +155,7 @@ static inline void model_start(Run* r) {
     text_free(&absent);
 }
 
-// ---------------------------------------------------------------------------------------------------------------------------------
+// ---------------------------------------------------------------------------------------------------------------------
 // The step, as each trainer's train_step goes through it
 
 // One micro-batch of a step, and how far the step has come.
@@ -189,7 +189,7 @@ static inline StepResult step_result(const Step* s, const Batch* b, double norm)
     return result;
 }
 
-// ---------------------------------------------------------------------------------------------------------------------------------
+// ---------------------------------------------------------------------------------------------------------------------
 // Evaluation
 
 // Loss of every validation set over --eval-windows sequences spread evenly over it; with masks, the share of sequences
@@ -220,7 +220,7 @@ static inline void evaluate(Run* r) {
     }
 }
 
-// ---------------------------------------------------------------------------------------------------------------------------------
+// ---------------------------------------------------------------------------------------------------------------------
 // Samples
 
 // The id drawn from softmax(logits / temperature); the likeliest at temperature 0. logits (V) are overwritten.
@@ -269,7 +269,7 @@ static inline void sample(Run* r) {
     free(logits);
 }
 
-// ---------------------------------------------------------------------------------------------------------------------------------
+// ---------------------------------------------------------------------------------------------------------------------
 // Checkpoints
 
 static inline const void* fetch_tensor(void* ctx, int group, int tensor, size_t from, size_t n) {
@@ -314,7 +314,7 @@ static inline bool timed_save_due(const Run* r) {
     return r->options->save_minutes > 0 && r->step < r->steps && seconds_now() - r->saved_at >= 60 * r->options->save_minutes;
 }
 
-// ---------------------------------------------------------------------------------------------------------------------------------
+// ---------------------------------------------------------------------------------------------------------------------
 // The loop
 
 // One optimizer step; false: a signal came in between.

@@ -3,11 +3,13 @@
 //
 // One block runs at a time, and its threads are fibers on one CPU thread: a fiber runs until it meets a barrier or a warp operation,
 // so an execution is a fixed interleaving that set_order() changes. What it reports, by one line on stderr and abort():
-//   - a barrier or a warp operation (a shuffle, a product) that not every thread reaches, or that threads reach at different source lines;
+//   - a barrier or a warp operation (a shuffle, a product) that not every thread reaches, or that threads reach at
+//     different source lines;
 //   - a launch that a GPU would refuse (too many threads, too much shared memory) comes back as a CUDA error instead;
 //   - uninitialised reads: device, dynamic shared and static shared memory start as NaN in every floating-point format;
 //   - out-of-bounds accesses: every allocation is its own malloc, so -fsanitize=address sees them;
-//   - races past a missing barrier: run twice, with set_order(0) and set_order(1) or a seed, and compare the results; or link races.cpp.
+//   - races past a missing barrier: run twice, with set_order(0) and set_order(1) or a seed, and compare the results;
+//     or link races.cpp.
 // Tensor-core instructions and asynchronous copies: tensor_cores.h.
 // Not modelled: memory ordering between blocks, occupancy, independent progress inside a warp, textures, clusters. Static __shared__ arrays inside function templates are not poisoned (g++ ignores sections there): use DYNAMIC_SHARED.
 #ifndef CUDA_CPU_H

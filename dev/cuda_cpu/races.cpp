@@ -1,6 +1,7 @@
 // races.cpp: finds the races of a kernel that runs on dev/cuda_cpu, whatever the order of its threads: two threads touch the same bytes, one of them writes, and no
 // __syncthreads (inside a warp: no __syncwarp) stands between; two blocks of a launch do; or bytes are touched while an asynchronous copy is under way to them.
-//   g++ -fsanitize=thread -x c++ -Idev/cuda_cpu -c train_mta.cu, then linked with this file and without the thread sanitizer's library:
+//   g++ -fsanitize=thread -x c++ -Idev/cuda_cpu -c train_mta.cu
+// then linked with this file and without the thread sanitizer's library:
 // its compiler pass calls the functions below for every access to memory. A shuffle, a vote and a tensor-core instruction order nothing, as CUDA has it.
 // Static __shared__ arrays, dynamic shared memory and device memory are watched, two bytes at a time; accesses to single bytes and atomics are not.
 #include "cuda_runtime.h"

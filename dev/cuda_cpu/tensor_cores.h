@@ -1,6 +1,7 @@
 // tensor_cores.h: bodies on the CPU for the tensor-core and copy instructions that train_mta.cu keeps behind small device functions.
 // Layouts are those of the PTX manual (mma.m16n8k16, ldmatrix.m8n8.x4). With lane = 4 g + t:
-//   A (16,16): a[0] holds A[g][2t], A[g][2t+1]; a[1] row g+8; a[2] columns +8; a[3] both      C (16,8): c[0], c[1] C[g][2t], C[g][2t+1]; c[2], c[3] row g+8
+//   A (16,16): a[0] holds A[g][2t], A[g][2t+1]; a[1] row g+8; a[2] columns +8; a[3] both
+//   C (16,8): c[0], c[1] C[g][2t], C[g][2t+1]; c[2], c[3] row g+8
 //   B (16,8):  b[0] holds B[2t][g], B[2t+1][g]; b[1] rows +8
 // An instruction of a warp runs when its last lane arrives, for all lanes at once. An asynchronous copy is made when it is waited for, as late
 // as the hardware may make it: what is read too early is still poison.

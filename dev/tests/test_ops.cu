@@ -1,7 +1,12 @@
-// test_ops.cu: every launcher of train_mta.cu alone, at odd shapes, against its namesake of train_mta.c in double. One file for both machines:
-//   build/test_ops [test] [--quick] [--only TEXT] [--longest T]   the kernels executed on the CPU by dev/cuda_cpu, in bf16; build/test_ops_fp32; build/test_ops_cuda on a GPU
-//   build/test_ops perf [--only TEXT] [--model NAME] [T] [B]      what each operation costs: time, bytes, operations, share of the roofline; on the CPU only that it runs,
-//                                                                 and how many products and loads of the tensor cores it executes
+// test_ops.cu: every launcher of train_mta.cu alone, at odd shapes, against its namesake of train_mta.c in double.
+//
+//   build/test_ops [test] [--quick] [--only TEXT] [--longest T]
+//                                    the kernels executed on the CPU by dev/cuda_cpu, in bf16; build/test_ops_fp32 the
+//                                    same in fp32; build/test_ops_cuda on a GPU
+//   build/test_ops perf [--only TEXT] [--model NAME] [T] [B]
+//                                    what each operation costs: time, bytes, operations, share of the roofline; on the
+//                                    CPU only that it runs, and how many products and loads of tensor cores it executes
+//
 // The table OPERATIONS is the list of tests. An operation is a function that draws inputs at random, rounds them to what the device stores, gives the same values to both
 // trainers and compares. What a device's array holds before it is written is NaN in every type, also beyond the rows, columns and elements that an operation may write,
 // and those must still hold it afterwards. train_mta.cu itself says what must be tested: a launcher that no operation names, and a launch that none has reached, fail.
@@ -32,7 +37,7 @@ static Launches& launches() {
 #include "../../train_mta.cu"
 #include "ops_reference.h"
 
-// =================================================================================================================================
+// =====================================================================================================================
 // Harness
 
 typedef std::vector<double> Doubles;
@@ -143,7 +148,7 @@ private:
     Device(const Device&);
 };
 
-// =================================================================================================================================
+// =====================================================================================================================
 // Small helpers of the device, products, embedding, norms, RoPE. s: the shape, numbers in the order that OPERATIONS names.
 
 static void test_parts_add(Test* t, const int* s) {
@@ -368,7 +373,7 @@ static void test_rope_backward(Test* t, const int* s) {
     expect(t, "dqkv", dqkv.get(), want, STORED);
 }
 
-// =================================================================================================================================
+// =====================================================================================================================
 // Steps of attention. A shape begins with S T NH lo hi: maps of S*NH heads, of which the rows lo <= i < hi are computed, in a tile that has
 // some rows more above and below, and keys up to nk.
 
@@ -686,7 +691,7 @@ static void test_head_mix16_backward(Test* t, const int* s) {
 }
 #endif
 
-// =================================================================================================================================
+// =====================================================================================================================
 // All of attention, through a model of one layer: the path that the configuration takes (chunk 0), or chunks of so many queries
 
 enum { OUT, DQ, DK, DV, DCONV_PRE, DCONV_POST, DMIX_PRE, DMIX_POST, N_RESULTS };
@@ -825,7 +830,7 @@ static void test_attention(Test* t, const int* s) {
     }
 }
 
-// =================================================================================================================================
+// =====================================================================================================================
 // What follows attention; loss, update
 
 typedef struct { int B, T, NH, HS, wide; bool norm, gate, mix; } HeadShape;
@@ -959,7 +964,7 @@ static void test_update(Test* t, const int* s) {
     model_free(m);
 }
 
-// =================================================================================================================================
+// =====================================================================================================================
 // The list of tests
 
 // launchers: what of train_mta.cu a test calls. fields: what the numbers of a shape are. The first shape is that of --quick; large ones are for a GPU, or for --large.
@@ -1142,7 +1147,7 @@ static bool run_shape(const Operation& o, const std::vector<int>& shape, Cuda* g
     return good;
 }
 
-// =================================================================================================================================
+// =====================================================================================================================
 // perf: what an operation costs. Bytes are what it must read and write at least, each element once; operations are 2 M N K of a product and, of attention, those of the
 // definition on the causal half: 4 T^2/2 (HS + values) forward, values HS or 2 HS wide, 2.5 times that backward, and for a convolution 2 cq ck T^2/2 forward, twice that
 // backward. The roofline is the larger of the times that the bytes need at the rate of a copy of device memory and the operations at the vendor's peak.
@@ -1356,7 +1361,7 @@ static int perf(const char* only, const char* model, int T, int B) {
     return 0;
 }
 
-// =================================================================================================================================
+// =====================================================================================================================
 // main
 
 static int test(const char* only, bool quick, bool large, int longest) {
