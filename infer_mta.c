@@ -40,8 +40,8 @@ typedef struct {
     const float *input_norm, *post_norm;
     const float *conv_pre, *conv_post;  // (NH, cq, ck), NULL: none
     const float *mix_pre, *mix_post;    // (NH/ch, ch, ch) out, in; NULL: none
-    const float *head_norm;             // (HS), diff (2 HS); NULL: none
-    const float *head_gate;             // (HS); NULL: none
+    const float* head_norm;             // (HS), diff (2 HS); NULL: none
+    const float* head_gate;             // (HS); NULL: none
     float gate_bias, lambda;            // lambda: diff
     float head_scale;                   // 1 or 1 - lambda_init
 } Layer;
@@ -123,11 +123,17 @@ static void model_open(Model* m, const char* dir, int want, int threads, bool la
         die("%s", e.text);
     }
     const Config* c = &m->c;
-    m->C = c->hidden_size; m->NH = c->num_attention_heads; m->NKV = c->num_key_value_heads; m->HS = config_head_size(c);
+    m->C = c->hidden_size;
+    m->NH = c->num_attention_heads;
+    m->NKV = c->num_key_value_heads;
+    m->HS = config_head_size(c);
     size_t stored = 0;
     for (int i = 0; i < m->files.n_files; i++) { stored += m->files.maps[i].size; }
     m->memory.copy = large_pages && stored < memory_available() / 4 * 3;
-    m->FF = c->intermediate_size; m->V = c->vocab_size; m->cq = c->kq_conv_query_size; m->ck = c->kq_conv_key_size;
+    m->FF = c->intermediate_size;
+    m->V = c->vocab_size;
+    m->cq = c->kq_conv_query_size;
+    m->ck = c->kq_conv_key_size;
     TensorList list;
     tensor_list(&list, c);
     omp_set_num_threads(threads ? threads
@@ -159,8 +165,8 @@ static void model_open(Model* m, const char* dir, int want, int threads, bool la
 enum { PAD = 64 };  // zeros at both ends of a row of scores: a convolution reads up to 31 beyond, a vector 15 more
 
 typedef struct {
-    int T, capacity;       // positions held, and at most
-    bool half;             // keys and values in bf16
+    int T, capacity;          // positions held, and at most
+    bool half;                // keys and values in bf16
     size_t k_layer, v_layer;  // elements of one layer
     // k: (layer, NKV, tiles of TILE keys, HS, TILE); v: (layer, NKV, panels of TILE values, capacity, TILE)
     char *k, *v;
@@ -195,7 +201,7 @@ static void cache_open(Cache* cache, const Model* m, int capacity, bool half) {
     cache->last_p = post ? big_alloc((p + 1) * 4, "the cache of probabilities") : NULL;
     for (size_t l = 0; l < L; l++) {  // what is counted is what will be touched
         cache->bytes += (cache->k_layer + cache->v_layer) * width + (m->layers[l].conv_pre ? q / L * 4 : 0) +
-                    (m->layers[l].conv_post ? p / L * 4 : 0);
+                        (m->layers[l].conv_post ? p / L * 4 : 0);
     }
 }
 
@@ -217,7 +223,10 @@ static void cache_clear(Cache* cache, const Model* m) {
 
 // What must be set aside to come back to position T later: keys and values stay where they are, the two short memories
 // are copied.
-typedef struct { int T; float *q, *p; } CacheMark;
+typedef struct {
+    int T;
+    float *q, *p;
+} CacheMark;
 
 static void mark_free(CacheMark* k) {
     free(k->q);
@@ -267,22 +276,25 @@ static void mark_return(CacheMark* k, Cache* cache, const Model* m) {
 // The forward pass of a chunk
 
 // Attention weights of one head for a picture: rows by query, columns by key.
-typedef struct { int layer, head, n; float *before, *after; } AttentionTap;  // (n, n)
+typedef struct {
+    int layer, head, n;
+    float *before, *after;
+} AttentionTap;  // (n, n)
 
 typedef struct {
-    int chunk;           // positions at a time, at most
-    float *x, *xn;       // (chunk, C) residual stream; normalised
-    float *q;            // (cq-1 + chunk, NH HS) rotated and scaled queries, the cq-1 before the chunk first
-    float *k, *v;        // (chunk, NKV HS)
-    float *o;            // (chunk, NH HS)
-    float *gate, *up;    // (chunk, FF)
-    float *angles;       // (chunk, HS): cosines, then sines
-    float *a, *b;        // blocks of score rows: (NH, rows, stride)
-    size_t block;        // floats of each
-    float *heads;        // (NH, R, HS rounded up to TILE): values before norm and gate
-    int R;               // queries of a block at most
-    float *zero_row;     // (row) of zeros
-    AttentionTap* tap;   // NULL: none
+    int chunk;          // positions at a time, at most
+    float *x, *xn;      // (chunk, C) residual stream; normalised
+    float* q;           // (cq-1 + chunk, NH HS) rotated and scaled queries, the cq-1 before the chunk first
+    float *k, *v;       // (chunk, NKV HS)
+    float* o;           // (chunk, NH HS)
+    float *gate, *up;   // (chunk, FF)
+    float* angles;      // (chunk, HS): cosines, then sines
+    float *a, *b;       // blocks of score rows: (NH, rows, stride)
+    size_t block;       // floats of each
+    float* heads;       // (NH, R, HS rounded up to TILE): values before norm and gate
+    int R;              // queries of a block at most
+    float* zero_row;    // (row) of zeros
+    AttentionTap* tap;  // NULL: none
     size_t bytes;
 } Work;
 
@@ -300,7 +312,9 @@ static void work_open(Work* w, const Model* m, int chunk, int capacity) {
     if (w->R > chunk) { w->R = chunk; }
     w->block = NH * (extra + (size_t)w->R) * row_stride(capacity);
     size_t head_floats = NH * (size_t)w->R * round_up((size_t)m->HS, TILE);
-    struct { float** p; size_t n;
+    struct {
+        float** p;
+        size_t n;
     } parts[] = {
         {&w->x, n * C},
         {&w->xn, n * C},
@@ -371,7 +385,11 @@ static void rope_angles(float* out, const Config* c, int position) {
 }
 
 static inline void cache_store(const Cache* cache, char* base, size_t at, float value) {
-    if (cache->half) { ((uint16_t*)base)[at] = f32_to_bf16(value); } else { ((float*)base)[at] = value; }
+    if (cache->half) {
+        ((uint16_t*)base)[at] = f32_to_bf16(value);
+    } else {
+        ((float*)base)[at] = value;
+    }
 }
 
 // Puts n rotated keys and values (n, NKV HS) into the cache from position T on. A key goes to a line of memory a value:
@@ -788,7 +806,8 @@ static void read_tokens(const Model* m, Cache* cache, Work* w, const int32_t* to
 // Options
 
 typedef struct {
-    const char *dir, *tokenizer, *pattern, *weights, *cache, *prompt, *prompts, *token_ids, *score, *logits, *attention_map;
+    const char *dir, *tokenizer, *pattern, *weights, *cache, *prompt, *prompts, *token_ids, *score, *logits,
+        *attention_map;
     int context, chunk, threads, max_tokens, top_k, repeat_last, samples, layer, head;
     int64_t seed;
     double temperature, top_p, min_p, repeat_penalty;
@@ -907,10 +926,11 @@ static void options_read(Options* o, int argc, char** argv) {
     options_parse(table, usage, argc, argv, positional, 1);
     o->dir = positional[0];
     bool alone = o->tokenize || o->detokenize;
-    int modes = (o->prompt != NULL) + (o->prompts != NULL) + (o->token_ids != NULL) + (o->score != NULL) + o->interactive + o->tokenize +
-                o->detokenize;
+    int modes = (o->prompt != NULL) + (o->prompts != NULL) + (o->token_ids != NULL) + (o->score != NULL) +
+                o->interactive + o->tokenize + o->detokenize;
     if (modes > 1) {
-        die("--prompt, --prompts, --token-ids, --score, --interactive, --tokenize and --detokenize exclude each other; give one");
+        die("--prompt, --prompts, --token-ids, --score, --interactive, --tokenize and --detokenize exclude each other; "
+            "give one");
     }
     if (!alone && !o->dir) { die("no checkpoint directory given; usage: infer_mta DIR [options], --help lists them"); }
     if (o->binary && !o->tokenize) { die("--binary belongs to --tokenize"); }
@@ -931,13 +951,13 @@ typedef struct {
     int32_t* ids;          // the tokens so far, capacity of them; the first cache.T are in the cache
     int32_t* ends;         // (n_ends) the ids that end a text
     int n_ends;
-    int32_t* batch;      // (chunk) tokens of several sequences, for --score
+    int32_t* batch;  // (chunk) tokens of several sequences, for --score
     int n;
-    float* candidates;   // (2, V): sampling's weights, and the ids they belong to
+    float* candidates;  // (2, V): sampling's weights, and the ids they belong to
     double prompt_seconds, decode_seconds, decode_bytes, best_seconds, best_bytes;  // best: of one token
     long prompt_tokens, decode_tokens, passes;  // passes over the weights that --score made
-    bool terminal;       // standard output is one
-    bool utf8;           // it shows UTF-8, as far as is known
+    bool terminal;                              // standard output is one
+    bool utf8;                                  // it shows UTF-8, as far as is known
 } Session;
 
 // At a time: the head is unpacked once for so many, and 32 rows of 128,256 logits are 16 MiB.
@@ -959,8 +979,8 @@ static bool locale_is_utf8(void) {
     return !set || !strncasecmp(set, ".UTF-8", 6) || !strncasecmp(set, ".UTF8", 5);
 }
 
-// Text for a reader: on a terminal control characters are shown, not obeyed (C0 but newline and tab, DEL, C1), and so is
-// what it cannot show: all but ASCII where it has another character set than UTF-8.
+// Text for a reader: on a terminal control characters are shown, not obeyed (C0 but newline and tab, DEL, C1), and so
+// is what it cannot show: all but ASCII where it has another character set than UTF-8.
 static void put_text(const Session* session, const char* text, size_t n) {
     for (size_t i = 0, from = 0; session->terminal && i <= n; i++) {
         unsigned char c = i < n ? (unsigned char)text[i] : 0;
@@ -1123,8 +1143,7 @@ static size_t cache_bytes_read(const Session* session) {  // keys and values of 
 }
 
 // The end of a program whose model gives NaN or infinity: what it would go on with is no text and no JSON.
-__attribute__((noreturn))
-static void die_not_finite(const Session* session, const char* what, int position) {
+__attribute__((noreturn)) static void die_not_finite(const Session* session, const char* what, int position) {
     die("%s: the %s at position %d are not finite: the numbers of this model overflow", session->options.dir, what,
         position);
 }
@@ -1615,7 +1634,11 @@ static void run_attention_map(Session* session) {
         size_t n = session->tokenizer ? tokenizer_decode(session->tokenizer, &stream, session->ids[i], piece) : 0;
         if (session->tokenizer) { n += tokenizer_flush(&stream, piece + n); }
         text_append(&t, ", ", i ? 2 : 0);
-        if (n) { text_json_string(&t, piece, n); } else { text_printf(&t, "\"%d\"", session->ids[i]); }
+        if (n) {
+            text_json_string(&t, piece, n);
+        } else {
+            text_printf(&t, "\"%d\"", session->ids[i]);
+        }
     }
     text_append(&t, "]", 1);
     put_matrix(&t, "before", tap.before, session->n);
@@ -1641,7 +1664,10 @@ enum { MARKS = 8, BATCH = 64, PASS = 16 };
 
 // Of one row of logits (V): the log-probability of `target`, NaN where one of them is not finite, and whether no other
 // is more probable.
-typedef struct { double logprob; bool best; } RowScore;
+typedef struct {
+    double logprob;
+    bool best;
+} RowScore;
 
 static RowScore score_row(const float* logits, int V, int32_t target) {
     float largest = largest_of(logits, V);
@@ -1803,8 +1829,8 @@ static void run_score(Session* session) {
 // ---------------------------------------------------------------------------------------------------------------------
 // The tokenizer alone
 
-// --tokenize --binary, as data/prepare.py asks for it. A batch: its size in bytes, uint64, then UTF-8 texts, each ended by the
-// byte 0xFF, which UTF-8 never holds. Its answer: the number of ids of each text, then all ids, each a uint32.
+// --tokenize --binary, as data/prepare.py asks for it. A batch: its size in bytes, uint64, then UTF-8 texts, each ended
+// by the byte 0xFF, which UTF-8 never holds. Its answer: the number of ids of each text, then all ids, each a uint32.
 static void tokenize_batches(const Tokenizer* t) {
     Text batch = {0}, counts = {0}, ids = {0};
     Error e = {{0}};

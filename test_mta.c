@@ -10,9 +10,9 @@
 //                                    gradients of a checkpoint, CPU against GPU, on a batch (seeded random tokens
 //                                    without shards)
 //
-// Three copies of a trainer meet here: train_mta.c in double, included below, for finite differences; train_mta.c in fp32 and train_mta.cu,
-// linked, behind the table of mta/trainer.h. One metric serves all comparisons: the worst |got - want| / (atol + rtol * largest |want|) of a
-// tensor, written so that NaN fails. The tolerances stand in one table.
+// Three copies of a trainer meet here: train_mta.c in double, included below, for finite differences; train_mta.c in
+// fp32 and train_mta.cu, linked, behind the table of mta/trainer.h. One metric serves all comparisons: the worst |got -
+// want| / (atol + rtol * largest |want|) of a tensor, written so that NaN fails. The tolerances stand in one table.
 #define MTA_REAL double
 #define MTA_LIBRARY
 #include "train_mta.c"
@@ -40,38 +40,57 @@ static void verdict(bool good, const char* name, const char* fmt, ...) {
     va_end(args);
     printf("%-4s %-44s %s\n", good ? "ok" : "FAIL", name, text);
     fflush(stdout);
-    if (good) { passed++; } else { failed++; }
+    if (good) {
+        passed++;
+    } else {
+        failed++;
+    }
 }
 
 // Tolerances, relative to the largest value of the tensor compared, and why.
-typedef struct { double atol, rtol; } Tolerance;
-static const Tolerance GOLDEN_FP32 = {1e-6, 5e-5};      // fp32 against fp64; PyTorch in fp32 stays within a third of it
-static const Tolerance DIFFERENCES = {1e-10, 1e-8};     // central differences in double, step 1e-5: truncation near 1e-10, rounding near 1e-16 / 1e-5;
-                                                        // the worst measured is a tenth of this
+typedef struct {
+    double atol, rtol;
+} Tolerance;
+static const Tolerance GOLDEN_FP32 = {1e-6, 5e-5};  // fp32 against fp64; PyTorch in fp32 stays within a third of it
+static const Tolerance DIFFERENCES = {1e-10,
+                                      1e-8};  // central differences in double, step 1e-5: truncation near 1e-10,
+                                              // rounding near 1e-16 / 1e-5; the worst measured is a tenth of this
 static const Tolerance ROUNDING_FP32 = {1e-7, 1e-5};    // the same sums in another order, fp32
 static const Tolerance ROUNDING_FP64 = {1e-14, 1e-11};  // the same in double
-// bf16 storage against fp32 on the same bf16-rounded weights, relative Frobenius error: all gradients together, any one tensor
+// bf16 storage against fp32 on the same bf16-rounded weights, relative Frobenius error: all gradients together, any one
+// tensor
 enum { BF16_GOLDEN_ALL_PERCENT = 15, BF16_GOLDEN_TENSOR_PERCENT = 50 };
-// the same at real initialisation, where weights are tame; scalars and lambda vectors (see Frobenius) of all layers together
+// the same at real initialisation, where weights are tame; scalars and lambda vectors (see Frobenius) of all layers
+// together
 enum { BF16_REAL_ALL_PERCENT = 2, BF16_REAL_TENSOR_PERCENT = 10, BF16_REAL_SMALL_PERCENT = 30 };
 
-typedef struct { double worst, largest; size_t at; } Worst;  // worst <= 1 passes
+typedef struct {
+    double worst, largest;
+    size_t at;
+} Worst;  // worst <= 1 passes
 
 static void worst_add(Worst* w, double got, double want, double limit, size_t i) {
     double err = fabs(got - want) / limit;
-    if (!(err <= w->worst)) { w->worst = isnan(err) ? INFINITY : err; w->at = i; }
+    if (!(err <= w->worst)) {
+        w->worst = isnan(err) ? INFINITY : err;
+        w->at = i;
+    }
 }
 
 static Worst compare_floats(const float* got, const float* want, size_t n, Tolerance t) {
     Worst w = {0, 0, 0};
-    for (size_t i = 0; i < n; i++) { if (!(fabs((double)want[i]) <= w.largest)) { w.largest = fabs((double)want[i]); } }
+    for (size_t i = 0; i < n; i++) {
+        if (!(fabs((double)want[i]) <= w.largest)) { w.largest = fabs((double)want[i]); }
+    }
     for (size_t i = 0; i < n; i++) { worst_add(&w, (double)got[i], (double)want[i], t.atol + t.rtol * w.largest, i); }
     return w;
 }
 
 static Worst compare_doubles(const double* got, const double* want, size_t n, Tolerance t) {
     Worst w = {0, 0, 0};
-    for (size_t i = 0; i < n; i++) { if (!(fabs(want[i]) <= w.largest)) { w.largest = fabs(want[i]); } }
+    for (size_t i = 0; i < n; i++) {
+        if (!(fabs(want[i]) <= w.largest)) { w.largest = fabs(want[i]); }
+    }
     for (size_t i = 0; i < n; i++) { worst_add(&w, got[i], want[i], t.atol + t.rtol * w.largest, i); }
     return w;
 }
@@ -98,8 +117,14 @@ static int32_t* random_tokens(uint64_t seed, size_t n, int V) {
 static Config small_config(const char* kind) {
     Config c = config_default();
     Error e = {{0}};
-    c.vocab_size = 37; c.hidden_size = 24; c.intermediate_size = 20; c.num_hidden_layers = 2; c.num_attention_heads = c.num_key_value_heads = 4;
-    c.max_position_embeddings = 128; c.rms_norm_eps = 1e-5; c.tie_word_embeddings = true;
+    c.vocab_size = 37;
+    c.hidden_size = 24;
+    c.intermediate_size = 20;
+    c.num_hidden_layers = 2;
+    c.num_attention_heads = c.num_key_value_heads = 4;
+    c.max_position_embeddings = 128;
+    c.rms_norm_eps = 1e-5;
+    c.tie_word_embeddings = true;
     if (!config_set_attention(&c, kind, false, &e) || !config_check(&c, &e)) { die("%s", e.text); }
     return c;
 }
@@ -118,17 +143,24 @@ static Config random_config(Rng* rng, bool many_heads, int* B, int* T) {
     *B = 1 + draw(rng, 3);
     *T = 1 + draw(rng, many_heads ? 140 : 60);
     bool diff = NH % 2 == 0 && draw(rng, 4) == 0;
-    c.vocab_size = 3 + draw(rng, 70); c.hidden_size = NH * HS; c.intermediate_size = 1 + draw(rng, 40); c.num_hidden_layers = 1 + draw(rng, 3);
-    c.num_attention_heads = NH; c.num_key_value_heads = NH % 2 == 0 && draw(rng, 2) ? NH / 2 : NH;
+    c.vocab_size = 3 + draw(rng, 70);
+    c.hidden_size = NH * HS;
+    c.intermediate_size = 1 + draw(rng, 40);
+    c.num_hidden_layers = 1 + draw(rng, 3);
+    c.num_attention_heads = NH;
+    c.num_key_value_heads = NH % 2 == 0 && draw(rng, 2) ? NH / 2 : NH;
     c.tie_word_embeddings = draw(rng, 2);
     c.head_norm = (HeadNorm)draw(rng, 3);
     if (diff) {
         c.attention_type = ATTENTION_DIFF;
     } else {
         for (int l = 0; l < c.num_hidden_layers; l++) { c.kq_conv_layer[l] = draw(rng, 2); }
-        c.kq_conv_query_size = 1 + draw(rng, 9); c.kq_conv_key_size = 1 + 2 * draw(rng, 7);
-        c.kq_conv_pre_softmax = draw(rng, 2); c.kq_conv_post_softmax = draw(rng, 2);
-        c.head_mix_pre_softmax = draw(rng, 2) ? 0 : NH; c.head_mix_post_softmax = draw(rng, 2) ? 0 : NH % 2 ? NH : 2;
+        c.kq_conv_query_size = 1 + draw(rng, 9);
+        c.kq_conv_key_size = 1 + 2 * draw(rng, 7);
+        c.kq_conv_pre_softmax = draw(rng, 2);
+        c.kq_conv_post_softmax = draw(rng, 2);
+        c.head_mix_pre_softmax = draw(rng, 2) ? 0 : NH;
+        c.head_mix_post_softmax = draw(rng, 2) ? 0 : NH % 2 ? NH : 2;
         if (many_heads && draw(rng, 6)) { c.head_mix_pre_softmax = c.head_mix_post_softmax = 16; }
         c.head_gate = draw(rng, 2);
     }
@@ -165,7 +197,8 @@ static int64_t counted(const int32_t* targets, int N) {
 }
 
 // Mean loss of the counted targets, 0 if there are none; logits (B,T,V) unless NULL.
-static double mean_loss(const Trainer* tr, void* m, const int32_t* tokens, const int32_t* targets, int B, int T, float* logits) {
+static double mean_loss(const Trainer* tr, void* m, const int32_t* tokens, const int32_t* targets, int B, int T,
+                        float* logits) {
     int64_t n = counted(targets, B * T);
     double sum = tr->forward(m, tokens, targets, B, T, logits).sum;
     return n ? sum / (double)n : 0;
@@ -187,7 +220,10 @@ static Step one_batch(const int32_t* tokens, const int32_t* targets, int B, int 
 static float* get_all(const Trainer* tr, const void* m, StateKind kind) {
     const TensorList* list = tr->tensors(m);
     float *all = floats(list->parameters), *p = all;
-    for (int i = 0; i < list->n; i++) { tr->get(m, kind, i, 0, list->specs[i].numel, p); p += list->specs[i].numel; }
+    for (int i = 0; i < list->n; i++) {
+        tr->get(m, kind, i, 0, list->specs[i].numel, p);
+        p += list->specs[i].numel;
+    }
     return all;
 }
 
@@ -215,7 +251,9 @@ typedef struct {
 static const StTensor* golden_tensor(const Golden* g, const char* name, DType dtype, size_t numel, const char* path) {
     const StTensor* t = safetensors_find(&g->file, name);
     if (!t) { die("%s: tensor %s is missing", path, name); }
-    if (t->dtype != dtype || (numel && t->numel != numel)) { die("%s: tensor %s has another type or size than the configuration says", path, name); }
+    if (t->dtype != dtype || (numel && t->numel != numel)) {
+        die("%s: tensor %s has another type or size than the configuration says", path, name);
+    }
     return t;
 }
 
@@ -231,7 +269,8 @@ static Golden golden_open(const char* path) {
     json_free(j);
     const StTensor* tokens = golden_tensor(&g, "golden.tokens", DT_I32, 0, path);
     if (tokens->ndim != 2 || tokens->numel < 1 || tokens->numel > INT32_MAX) {
-        die("%s: golden.tokens has %d dimensions and %zu values, wanted 2, (B,T), and at least one", path, tokens->ndim, tokens->numel);
+        die("%s: golden.tokens has %d dimensions and %zu values, wanted 2, (B,T), and at least one", path, tokens->ndim,
+            tokens->numel);
     }
     g.B = (int)tokens->shape[0];
     g.T = (int)tokens->shape[1];
@@ -241,7 +280,9 @@ static Golden golden_open(const char* path) {
     g.logits = golden_tensor(&g, "golden.logits", DT_F32, N * (size_t)g.config.vocab_size, path);
     g.loss = golden_tensor(&g, "golden.loss", DT_F32, 1, path);
     for (size_t i = 0; i < N; i++) {
-        if (g.tokens[i] < 0 || g.tokens[i] >= g.config.vocab_size || g.targets[i] >= g.config.vocab_size) { die("%s: token out of range", path); }
+        if (g.tokens[i] < 0 || g.tokens[i] >= g.config.vocab_size || g.targets[i] >= g.config.vocab_size) {
+            die("%s: token out of range", path);
+        }
     }
     return g;
 }
@@ -257,7 +298,10 @@ static void golden_weights(const Golden* g, const Trainer* tr, void* m, const ch
 }
 
 static bool golden_row(const char* name, Worst w, bool table) {
-    if (table) { printf("  %-52s largest %.3e  error/tolerance %.3f at %zu%s\n", name, w.largest, w.worst, w.at, w.worst <= 1 ? "" : "  FAIL"); }
+    if (table) {
+        printf("  %-52s largest %.3e  error/tolerance %.3f at %zu%s\n", name, w.largest, w.worst, w.at,
+               w.worst <= 1 ? "" : "  FAIL");
+    }
     return w.worst <= 1;
 }
 
@@ -278,12 +322,16 @@ static void golden_exact(const Trainer* tr, const char* path, bool table) {
                      compare_floats(&loss_forward, (const float*)g.loss->data, 1, GOLDEN_FP32),
                      compare_floats(&loss, (const float*)g.loss->data, 1, GOLDEN_FP32)};
     const char* const names[3] = {"logits", "loss (forward)", "loss (with backward)"};
-    for (int i = 0; i < 3; i++) { good &= golden_row(names[i], rows[i], table); worst = fmax(worst, rows[i].worst); }
+    for (int i = 0; i < 3; i++) {
+        good &= golden_row(names[i], rows[i], table);
+        worst = fmax(worst, rows[i].worst);
+    }
     for (int i = 0; i < list->n; i++) {
         float* got = floats(list->specs[i].numel);
         snprintf(name, sizeof name, "grad.%s", list->specs[i].name);
         tr->get(m, STATE_GRADIENT, i, 0, list->specs[i].numel, got);
-        Worst w = compare_floats(got, (const float*)golden_tensor(&g, name, DT_F32, list->specs[i].numel, path)->data, list->specs[i].numel, GOLDEN_FP32);
+        Worst w = compare_floats(got, (const float*)golden_tensor(&g, name, DT_F32, list->specs[i].numel, path)->data,
+                                 list->specs[i].numel, GOLDEN_FP32);
         good &= golden_row(name, w, table);
         worst = fmax(worst, w.worst);
         free(got);
@@ -296,14 +344,20 @@ static void golden_exact(const Trainer* tr, const char* path, bool table) {
     safetensors_close(&g.file);
 }
 
-// Relative Frobenius error of every gradient of `tr` against train_mta.c in fp32 on the weights that tr really holds (rounded to bf16).
-// Gate biases and lambda vectors are kept apart: the gradient of each is one scalar (that of lambda, in all four vectors of a layer), a sum of terms
-// of either sign over all tokens and heads. Where a layer's sum happens to vanish only rounding is left of it, so worst_small, by tensor, has no
-// bound: above 0.3 at 9 of 60 seeds, 4.96 at one (dev/experiments.tsv). small_together takes the biases of all layers as one tensor and the lambda
-// vectors as another, whose scale is the model's, at which the rounding enters: 0.10 at most.
-typedef struct { double all, worst, worst_small, small_together; char name[96]; double loss, want_loss; } Frobenius;
+// Relative Frobenius error of every gradient of `tr` against train_mta.c in fp32 on the weights that tr really holds
+// (rounded to bf16). Gate biases and lambda vectors are kept apart: the gradient of each is one scalar (that of lambda,
+// in all four vectors of a layer), a sum of terms of either sign over all tokens and heads. Where a layer's sum happens
+// to vanish only rounding is left of it, so worst_small, by tensor, has no bound: above 0.3 at 9 of 60 seeds, 4.96 at
+// one (dev/experiments.tsv). small_together takes the biases of all layers as one tensor and the lambda vectors as
+// another, whose scale is the model's, at which the rounding enters: 0.10 at most.
+typedef struct {
+    double all, worst, worst_small, small_together;
+    char name[96];
+    double loss, want_loss;
+} Frobenius;
 
-static Frobenius frobenius(const Trainer* tr, void* m, const int32_t* tokens, const int32_t* targets, int B, int T, const Config* c, bool table) {
+static Frobenius frobenius(const Trainer* tr, void* m, const int32_t* tokens, const int32_t* targets, int B, int T,
+                           const Config* c, bool table) {
     const Trainer* cpu = trainer_cpu();
     void* ref = make_model(cpu, c, B, T, 0);
     const TensorList* list = cpu->tensors(ref);
@@ -320,21 +374,35 @@ static Frobenius frobenius(const Trainer* tr, void* m, const int32_t* tokens, co
         cpu->get(ref, STATE_GRADIENT, i, 0, n, want);
         for (size_t k = 0; k < n; k++) {
             double d = (double)got[k] - (double)want[k];
-            diff += d * d; norm += (double)want[k] * (double)want[k]; got_norm += (double)got[k] * (double)got[k];
-            if (!(fabs(d) <= largest)) { largest = fabs(d); at = k; }
+            diff += d * d;
+            norm += (double)want[k] * (double)want[k];
+            got_norm += (double)got[k] * (double)got[k];
+            if (!(fabs(d) <= largest)) {
+                largest = fabs(d);
+                at = k;
+            }
         }
         double err = diff == 0 ? 0 : sqrt(diff / norm);
         if (table) {
-            printf("  %-52s |cpu| %.4e  |gpu| %.4e  relative %.2e  worst %.2e at %zu\n", list->specs[i].name, sqrt(norm), sqrt(got_norm), err, largest, at);
+            printf("  %-52s |cpu| %.4e  |gpu| %.4e  relative %.2e  worst %.2e at %zu\n", list->specs[i].name,
+                   sqrt(norm), sqrt(got_norm), err, largest, at);
         }
         TensorKind kind = list->specs[i].kind;
         bool lambda = kind >= TENSOR_LAMBDA_Q1 && kind <= TENSOR_LAMBDA_K2, small = n == 1 || lambda;
-        if (small) { group[lambda] += diff; group_norm[lambda] += norm; }
+        if (small) {
+            group[lambda] += diff;
+            group_norm[lambda] += norm;
+        }
         if (isnan(err)) { err = INFINITY; }
         if (small && !(err <= f.worst_small)) { f.worst_small = err; }
-        if (!small && !(err <= f.worst)) { f.worst = err; snprintf(f.name, sizeof f.name, "%s", list->specs[i].name); }
-        all += diff; all_norm += norm;
-        free(got); free(want);
+        if (!small && !(err <= f.worst)) {
+            f.worst = err;
+            snprintf(f.name, sizeof f.name, "%s", list->specs[i].name);
+        }
+        all += diff;
+        all_norm += norm;
+        free(got);
+        free(want);
     }
     f.all = sqrt(all / all_norm);
     for (int k = 0; k < 2; k++) {
@@ -355,20 +423,31 @@ static void golden_rounded(const Trainer* tr, const char* path, bool table) {
     Frobenius f = frobenius(tr, m, g.tokens, g.targets, g.B, g.T, &g.config, table);
     const char* base = strrchr(path, '/') ? strrchr(path, '/') + 1 : path;
     snprintf(title, sizeof title, "%s golden %s", tr->name, base);
-    bool good = f.all <= BF16_GOLDEN_ALL_PERCENT / 100.0 && fmax(f.worst, f.worst_small) <= BF16_GOLDEN_TENSOR_PERCENT / 100.0 && fabs(f.loss - f.want_loss) <= 0.05 * f.want_loss;
+    bool good = f.all <= BF16_GOLDEN_ALL_PERCENT / 100.0 &&
+                fmax(f.worst, f.worst_small) <= BF16_GOLDEN_TENSOR_PERCENT / 100.0 &&
+                fabs(f.loss - f.want_loss) <= 0.05 * f.want_loss;
     verdict(good, title, "relative error %.3f in all, worst %.3f (%s)", f.all, f.worst, f.name);
     tr->destroy(m);
     safetensors_close(&g.file);
 }
 
 static void golden_case(const Trainer* tr, const char* path, bool table) {
-    if (tr->exact) { golden_exact(tr, path, table); } else { golden_rounded(tr, path, table); }
+    if (tr->exact) {
+        golden_exact(tr, path, table);
+    } else {
+        golden_rounded(tr, path, table);
+    }
 }
 
 // Tensors of a file to be written; all are four bytes an element.
-typedef struct { StEntry* entries; const void** data; int n; } GoldenParts;
+typedef struct {
+    StEntry* entries;
+    const void** data;
+    int n;
+} GoldenParts;
 
-static void golden_part(GoldenParts* p, const char* name, DType dtype, int ndim, const size_t* shape, const void* data) {
+static void golden_part(GoldenParts* p, const char* name, DType dtype, int ndim, const size_t* shape,
+                        const void* data) {
     StEntry entry = {name, dtype, ndim, {shape[0], ndim > 1 ? shape[1] : 0, ndim > 2 ? shape[2] : 0}};
     p->entries[p->n] = entry;
     p->data[p->n++] = data;
@@ -402,7 +481,8 @@ static void golden_write(const Trainer* tr, const char* path, const Config* c, i
     tr->forward(m, tokens, targets, B, T, logits);
     float loss = (float)mean_gradients(tr, m, tokens, targets, B, T);
     float *weights = get_all(tr, m, STATE_WEIGHT), *gradients = get_all(tr, m, STATE_GRADIENT);
-    char (*names)[ST_NAME_SIZE] = (char (*)[ST_NAME_SIZE])alloc_or_die((size_t)list->n, ST_NAME_SIZE, "names of gradients");
+    char(*names)[ST_NAME_SIZE] =
+        (char(*)[ST_NAME_SIZE])alloc_or_die((size_t)list->n, ST_NAME_SIZE, "names of gradients");
     GoldenParts parts = {(StEntry*)alloc_or_die(2 * (size_t)list->n + 4, sizeof(StEntry), "a golden case"),
                          (const void**)alloc_or_die(2 * (size_t)list->n + 4, sizeof(void*), "a golden case"), 0};
     golden_part(&parts, "golden.tokens", DT_I32, 2, shape, tokens);
@@ -418,7 +498,14 @@ static void golden_write(const Trainer* tr, const char* path, const Config* c, i
     }
     golden_save(&parts, path, c);
     tr->destroy(m);
-    free(tokens); free(targets); free(logits); free(weights); free(gradients); free(names); free(parts.entries); free(parts.data);
+    free(tokens);
+    free(targets);
+    free(logits);
+    free(weights);
+    free(gradients);
+    free(names);
+    free(parts.entries);
+    free(parts.data);
 }
 
 // --write: one case of every kind of attention, then models drawn at random.
@@ -439,7 +526,9 @@ static void golden_write_cases(const Trainer* tr, const char* dir, int n) {
     printf("%d golden cases of %s in %s\n", n, tr->name, dir);
 }
 
-static int compare_names(const void* a, const void* b) { return strcmp(*(const char* const*)a, *(const char* const*)b); }
+static int compare_names(const void* a, const void* b) {
+    return strcmp(*(const char* const*)a, *(const char* const*)b);
+}
 
 static void golden_directory(const Trainer* tr) {
     const char* const places[] = {"dev/golden", "../dev/golden", "../../dev/golden"};
@@ -457,13 +546,21 @@ static void golden_directory(const Trainer* tr) {
     }
     qsort(names, (size_t)n, sizeof names[0], compare_names);
     if (!n) { verdict(false, "golden cases", "none found: run from the repository"); }
-    for (int i = 0; i < n; i++) { golden_case(tr, names[i], false); free(names[i]); }
+    for (int i = 0; i < n; i++) {
+        golden_case(tr, names[i], false);
+        free(names[i]);
+    }
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Finite differences, in double. A layer is a function from some arrays to an output; the scalar is sum(output * r), r random.
+// Finite differences, in double. A layer is a function from some arrays to an output; the scalar is sum(output * r), r
+// random.
 
-typedef struct { const char* name; double *x, *dx; size_t n; } Argument;  // dx: what the backward pass says
+typedef struct {
+    const char* name;
+    double *x, *dx;
+    size_t n;
+} Argument;  // dx: what the backward pass says
 typedef double (*Scalar)(void* ctx);
 
 // Central differences of every element (or of at most `most`, spread out) of each argument against dx.
@@ -480,7 +577,8 @@ static Worst differences(const Argument* args, int n, Scalar f, void* ctx, size_
             args[a].x[i] = x - h;
             double down = f(ctx);
             args[a].x[i] = x;
-            worst_add(&w, args[a].dx[i], (up - down) / (2 * h), DIFFERENCES.atol + DIFFERENCES.rtol * fmax(largest, 1), i);
+            worst_add(&w, args[a].dx[i], (up - down) / (2 * h), DIFFERENCES.atol + DIFFERENCES.rtol * fmax(largest, 1),
+                      i);
         }
     }
     return w;
@@ -507,9 +605,18 @@ static LayerTest layer_test(uint64_t seed, int N, int C, int OC) {
     LayerTest t;
     memset(&t, 0, sizeof t);
     size_t big = (size_t)(N + 1) * (size_t)(C + OC + 1) + (size_t)C * (size_t)OC;
-    t.N = N; t.C = C; t.OC = OC;
-    t.x = random_doubles(&rng, big); t.w = random_doubles(&rng, big); t.w2 = random_doubles(&rng, big); t.r = random_doubles(&rng, big);
-    t.out = doubles(big); t.aux = doubles(big); t.dx = doubles(big); t.dw = doubles(big); t.dw2 = doubles(big);
+    t.N = N;
+    t.C = C;
+    t.OC = OC;
+    t.x = random_doubles(&rng, big);
+    t.w = random_doubles(&rng, big);
+    t.w2 = random_doubles(&rng, big);
+    t.r = random_doubles(&rng, big);
+    t.out = doubles(big);
+    t.aux = doubles(big);
+    t.dx = doubles(big);
+    t.dw = doubles(big);
+    t.dw2 = doubles(big);
     t.parts = doubles((size_t)NORM_PARTS * (size_t)(C + 1));
     t.ids = random_tokens(seed, (size_t)N, OC);
     t.flags = (unsigned char*)alloc_or_die((size_t)N, 1, "flags");
@@ -655,12 +762,17 @@ static double scalar_attention(void* p) {
     return dot_product(t->out, t->r, (size_t)t->a.B * (size_t)t->a.T * (size_t)t->a.NH * (size_t)t->a.HS);
 }
 
-typedef struct { const char* name; int NH, NKV, cq, ck, pre, post, ch_pre, ch_post; } AttentionCase;
+typedef struct {
+    const char* name;
+    int NH, NKV, cq, ck, pre, post, ch_pre, ch_post;
+} AttentionCase;
 static const AttentionCase ATTENTION_CASES[] = {
-    {"scores, softmax, values", 2, 2, 1, 1, 0, 0, 0, 0}, {"grouped keys", 4, 2, 1, 1, 0, 0, 0, 0}, {"kq_conv before", 2, 2, 6, 11, 1, 0, 0, 0},
-    {"kq_conv after", 2, 2, 6, 11, 0, 1, 0, 0},          {"kq_conv 2x15", 2, 2, 2, 15, 1, 0, 0, 0}, {"kq_conv 9x3 both", 1, 1, 9, 3, 1, 1, 0, 0},
-    {"kq_conv 1x5 both", 2, 1, 1, 5, 1, 1, 0, 0},        {"kq_conv 3x1", 2, 2, 3, 1, 1, 0, 0, 0},  {"head_mix before", 4, 4, 1, 1, 0, 0, 4, 0},
-    {"head_mix after", 4, 4, 1, 1, 0, 0, 0, 2},          {"head_mix 2 and 3", 6, 3, 1, 1, 0, 0, 2, 3}, {"everything", 4, 2, 6, 11, 1, 1, 4, 2},
+    {"scores, softmax, values", 2, 2, 1, 1, 0, 0, 0, 0}, {"grouped keys", 4, 2, 1, 1, 0, 0, 0, 0},
+    {"kq_conv before", 2, 2, 6, 11, 1, 0, 0, 0},         {"kq_conv after", 2, 2, 6, 11, 0, 1, 0, 0},
+    {"kq_conv 2x15", 2, 2, 2, 15, 1, 0, 0, 0},           {"kq_conv 9x3 both", 1, 1, 9, 3, 1, 1, 0, 0},
+    {"kq_conv 1x5 both", 2, 1, 1, 5, 1, 1, 0, 0},        {"kq_conv 3x1", 2, 2, 3, 1, 1, 0, 0, 0},
+    {"head_mix before", 4, 4, 1, 1, 0, 0, 4, 0},         {"head_mix after", 4, 4, 1, 1, 0, 0, 0, 2},
+    {"head_mix 2 and 3", 6, 3, 1, 1, 0, 0, 2, 3},        {"everything", 4, 2, 6, 11, 1, 1, 4, 2},
     {"everything 4x7", 3, 3, 4, 7, 1, 1, 3, 3},
 };
 
@@ -668,49 +780,95 @@ static void test_attention_case(const AttentionCase* s, int B, int T, int chunk)
     Rng rng = rng_make(11, (uint64_t)T);
     int HS = 4;
     char title[128];
-    size_t qn = (size_t)B * (size_t)T * (size_t)s->NH * (size_t)HS, kn = (size_t)B * (size_t)T * (size_t)s->NKV * (size_t)HS;
-    size_t kernel = (size_t)s->NH * (size_t)s->cq * (size_t)s->ck, pre = (size_t)s->NH * (size_t)s->ch_pre, post = (size_t)s->NH * (size_t)s->ch_post;
+    size_t qn = (size_t)B * (size_t)T * (size_t)s->NH * (size_t)HS,
+           kn = (size_t)B * (size_t)T * (size_t)s->NKV * (size_t)HS;
+    size_t kernel = (size_t)s->NH * (size_t)s->cq * (size_t)s->ck, pre = (size_t)s->NH * (size_t)s->ch_pre,
+           post = (size_t)s->NH * (size_t)s->ch_post;
     AttentionTest t;
     memset(&t, 0, sizeof t);
-    t.q = random_doubles(&rng, qn); t.k = random_doubles(&rng, kn); t.v = random_doubles(&rng, kn); t.r = random_doubles(&rng, qn);
-    t.conv_pre = random_doubles(&rng, kernel); t.conv_post = random_doubles(&rng, kernel);
-    t.mix_pre = random_doubles(&rng, pre + 1); t.mix_post = random_doubles(&rng, post + 1);
-    for (size_t i = 0; i < kernel; i++) { t.conv_pre[i] *= 0.2; t.conv_post[i] *= 0.2; }
-    t.out = doubles(qn); t.stats = doubles(2 * (size_t)B * (size_t)s->NH * (size_t)T);
-    Attention a = {B, T, s->NH, s->NKV, HS, s->cq, s->ck, s->ch_pre, s->ch_post, s->pre ? t.conv_pre : NULL, s->post ? t.conv_post : NULL,
-                   s->ch_pre ? t.mix_pre : NULL, s->ch_post ? t.mix_post : NULL, min_int(chunk, T)};
+    t.q = random_doubles(&rng, qn);
+    t.k = random_doubles(&rng, kn);
+    t.v = random_doubles(&rng, kn);
+    t.r = random_doubles(&rng, qn);
+    t.conv_pre = random_doubles(&rng, kernel);
+    t.conv_post = random_doubles(&rng, kernel);
+    t.mix_pre = random_doubles(&rng, pre + 1);
+    t.mix_post = random_doubles(&rng, post + 1);
+    for (size_t i = 0; i < kernel; i++) {
+        t.conv_pre[i] *= 0.2;
+        t.conv_post[i] *= 0.2;
+    }
+    t.out = doubles(qn);
+    t.stats = doubles(2 * (size_t)B * (size_t)s->NH * (size_t)T);
+    Attention a = {B,
+                   T,
+                   s->NH,
+                   s->NKV,
+                   HS,
+                   s->cq,
+                   s->ck,
+                   s->ch_pre,
+                   s->ch_post,
+                   s->pre ? t.conv_pre : NULL,
+                   s->post ? t.conv_post : NULL,
+                   s->ch_pre ? t.mix_pre : NULL,
+                   s->ch_post ? t.mix_post : NULL,
+                   min_int(chunk, T)};
     t.a = a;
     t.scratch = doubles((size_t)omp_get_max_threads() * ATTENTION_TILES * attention_tile_size(&a));
-    double *sums = doubles((size_t)B * (2 * kernel + pre + post + 4)), *d = doubles(2 * qn + 2 * kn + 2 * kernel + pre + post + 4);
+    double *sums = doubles((size_t)B * (2 * kernel + pre + post + 4)),
+           *d = doubles(2 * qn + 2 * kn + 2 * kernel + pre + post + 4);
     AttentionSums as = {sums, sums + kernel, sums + 2 * kernel, sums + 2 * kernel + pre, 2 * kernel + pre + post};
-    double *dq = d, *dk = dq + qn, *dv = dk + kn, *dcp = dv + kn, *dco = dcp + kernel, *dmp = dco + kernel, *dmo = dmp + pre;
+    double *dq = d, *dk = dq + qn, *dv = dk + kn, *dcp = dv + kn, *dco = dcp + kernel, *dmp = dco + kernel,
+           *dmo = dmp + pre;
     scalar_attention(&t);
     attention_backward(dq, dk, dv, &as, t.r, t.q, t.k, t.v, t.stats, &a, t.scratch);
     Argument args[7] = {{"q", t.q, dq, qn}, {"k", t.k, dk, kn}, {"v", t.v, dv, kn}};
     int n = 3;
-    if (s->pre) { attention_sums_add(dcp, as.conv_pre, B, as.n, kernel); Argument x = {"conv_pre", t.conv_pre, dcp, kernel}; args[n++] = x; }
-    if (s->post) { attention_sums_add(dco, as.conv_post, B, as.n, kernel); Argument x = {"conv_post", t.conv_post, dco, kernel}; args[n++] = x; }
-    if (s->ch_pre) { attention_sums_add(dmp, as.mix_pre, B, as.n, pre); Argument x = {"mix_pre", t.mix_pre, dmp, pre}; args[n++] = x; }
-    if (s->ch_post) { attention_sums_add(dmo, as.mix_post, B, as.n, post); Argument x = {"mix_post", t.mix_post, dmo, post}; args[n++] = x; }
+    if (s->pre) {
+        attention_sums_add(dcp, as.conv_pre, B, as.n, kernel);
+        Argument x = {"conv_pre", t.conv_pre, dcp, kernel};
+        args[n++] = x;
+    }
+    if (s->post) {
+        attention_sums_add(dco, as.conv_post, B, as.n, kernel);
+        Argument x = {"conv_post", t.conv_post, dco, kernel};
+        args[n++] = x;
+    }
+    if (s->ch_pre) {
+        attention_sums_add(dmp, as.mix_pre, B, as.n, pre);
+        Argument x = {"mix_pre", t.mix_pre, dmp, pre};
+        args[n++] = x;
+    }
+    if (s->ch_post) {
+        attention_sums_add(dmo, as.mix_post, B, as.n, post);
+        Argument x = {"mix_post", t.mix_post, dmo, post};
+        args[n++] = x;
+    }
     Worst w = differences(args, n, scalar_attention, &t, 60);
     snprintf(title, sizeof title, "differences attention %s T=%d", s->name, T);
     verdict(w.worst <= 1, title, "B=%d chunk=%d error/tolerance %.3f", B, a.chunk, w.worst);
-    void* const all[] = {t.q, t.k, t.v, t.r, t.conv_pre, t.conv_post, t.mix_pre, t.mix_post, t.out, t.stats, t.scratch, sums, d};
+    void* const all[] = {t.q,   t.k,     t.v,       t.r,  t.conv_pre, t.conv_post, t.mix_pre, t.mix_post,
+                         t.out, t.stats, t.scratch, sums, d};
     for (size_t i = 0; i < sizeof all / sizeof all[0]; i++) { free(all[i]); }
 }
 
 static void test_attention(void) {
     for (size_t i = 0; i < sizeof ATTENTION_CASES / sizeof ATTENTION_CASES[0]; i++) {
-        test_attention_case(&ATTENTION_CASES[i], 2, 1, 16);   // one token
-        test_attention_case(&ATTENTION_CASES[i], 1, 4, 16);   // shorter than most kernels
-        test_attention_case(&ATTENTION_CASES[i], 2, 7, 3);    // chunks smaller than the halo, T no multiple of them
+        test_attention_case(&ATTENTION_CASES[i], 2, 1, 16);  // one token
+        test_attention_case(&ATTENTION_CASES[i], 1, 4, 16);  // shorter than most kernels
+        test_attention_case(&ATTENTION_CASES[i], 2, 7, 3);   // chunks smaller than the halo, T no multiple of them
         test_attention_case(&ATTENTION_CASES[i], 1, 37, 16);
     }
 }
 
 // ---- the whole model, in double: forward, loss and backward of every kind
 
-typedef struct { Model* m; const int32_t *tokens, *targets; int B, T, counted; } ModelTest;
+typedef struct {
+    Model* m;
+    const int32_t *tokens, *targets;
+    int B, T, counted;
+} ModelTest;
 
 static double scalar_model(void* p) {
     ModelTest* t = (ModelTest*)p;
@@ -733,12 +891,17 @@ static void test_model_differences(void) {
         Config c = small_config(KINDS[k % N_KINDS]);
         int B = 2, T = 13;
         char title[128];
-        if (k == N_KINDS) { c.num_key_value_heads = 2; c.tie_word_embeddings = false; c.vocab_size = 41; }
+        if (k == N_KINDS) {
+            c.num_key_value_heads = 2;
+            c.tie_word_embeddings = false;
+            c.vocab_size = 41;
+        }
         Model* m = model_create(&c, B, T, 5);
         initialise_double(m, 3);
         Rng rng = rng_make(4, 4);
         for (size_t i = 0; i < m->tensors.numel; i++) { m->weights[i] += 0.1 * rng_normal(&rng); }
-        int32_t *tokens = random_tokens(1, (size_t)B * T, c.vocab_size), *targets = random_tokens(2, (size_t)B * T, c.vocab_size);
+        int32_t *tokens = random_tokens(1, (size_t)B * T, c.vocab_size),
+                *targets = random_tokens(2, (size_t)B * T, c.vocab_size);
         targets[3] = targets[4] = -100;
         ModelTest t = {m, tokens, targets, B, T, B * T - 2};
         model_forward(m, tokens, B, T);
@@ -750,21 +913,28 @@ static void test_model_differences(void) {
             size_t o = m->tensors.specs[i].offset;
             Argument arg = {m->tensors.specs[i].name, m->weights + o, m->grads + o, m->tensors.specs[i].numel};
             Worst w = differences(&arg, 1, scalar_model, &t, 12);
-            if (!(w.worst <= worst.worst)) { worst = w; where = arg.name; }
+            if (!(w.worst <= worst.worst)) {
+                worst = w;
+                where = arg.name;
+            }
         }
-        snprintf(title, sizeof title, "differences model %s%s", KINDS[k % N_KINDS], k == N_KINDS ? " grouped untied" : "");
+        snprintf(title, sizeof title, "differences model %s%s", KINDS[k % N_KINDS],
+                 k == N_KINDS ? " grouped untied" : "");
         verdict(worst.worst <= 1, title, "error/tolerance %.3f (%s)", worst.worst, where);
         model_free(m);
-        free(tokens); free(targets);
+        free(tokens);
+        free(targets);
     }
 }
 
-// A step in micro-batches with different numbers of counted targets is that of one batch: loss, norm, gradients, the weights after it.
+// A step in micro-batches with different numbers of counted targets is that of one batch: loss, norm, gradients, the
+// weights after it.
 static void test_accumulation(void) {
     Config c = small_config("mta");
     int B = 3, T = 9;
     Model *a = model_create(&c, B, T, 0), *b = model_create(&c, B, T, 0);
-    int32_t *tokens = random_tokens(1, (size_t)B * T, c.vocab_size), *targets = random_tokens(2, (size_t)B * T, c.vocab_size);
+    int32_t *tokens = random_tokens(1, (size_t)B * T, c.vocab_size),
+            *targets = random_tokens(2, (size_t)B * T, c.vocab_size);
     AdamW hyper = {1e-2, 0.9, 0.98, 1e-8, 0.05, 1};
     for (int i = 0; i < 7; i++) { targets[i] = -100; }
     Step step = one_batch(tokens, targets, B, T, 1, hyper);
@@ -773,14 +943,19 @@ static void test_accumulation(void) {
     StepResult whole = train_step(a, &step);
     step.B = 2;  // two sequences, then one
     StepResult parts = train_step(b, &step);
-    Worst g = compare_doubles(b->grads, a->grads, a->tensors.numel, ROUNDING_FP64), w = compare_doubles(b->weights, a->weights, a->tensors.numel, ROUNDING_FP64);
+    Worst g = compare_doubles(b->grads, a->grads, a->tensors.numel, ROUNDING_FP64),
+          w = compare_doubles(b->weights, a->weights, a->tensors.numel, ROUNDING_FP64);
     bool same = fabs(parts.loss - whole.loss) < 1e-12 && fabs(parts.grad_norm - whole.grad_norm) < 1e-12;
-    verdict(g.worst <= 1 && w.worst <= 1 && same, "micro-batches add up to the step", "error/tolerance %.3f, of the weights %.3f", g.worst, w.worst);
-    model_free(a); model_free(b);
-    free(tokens); free(targets);
+    verdict(g.worst <= 1 && w.worst <= 1 && same, "micro-batches add up to the step",
+            "error/tolerance %.3f, of the weights %.3f", g.worst, w.worst);
+    model_free(a);
+    model_free(b);
+    free(tokens);
+    free(targets);
 }
 
-// A window that convolution kernels at the identity, mixers at the identity leave plain attention, in double to rounding.
+// A window that convolution kernels at the identity, mixers at the identity leave plain attention, in double to
+// rounding.
 static void test_identity(void) {
     Config plain = small_config("transformer"), mta = small_config("mta-full");
     mta.head_norm = HEAD_NORM_NONE;
@@ -794,7 +969,8 @@ static void test_identity(void) {
     initialise_double(b, 9);
     for (int i = 0; i < a->tensors.n; i++) {
         int j = tensor_find(&b->tensors, a->tensors.specs[i].name);
-        memcpy(a->weights + a->tensors.specs[i].offset, b->weights + b->tensors.specs[j].offset, a->tensors.specs[i].numel * sizeof(real));
+        memcpy(a->weights + a->tensors.specs[i].offset, b->weights + b->tensors.specs[j].offset,
+               a->tensors.specs[i].numel * sizeof(real));
     }
     model_forward(a, tokens, B, T);
     model_loss(a, tokens, B * T, 0, false, la);
@@ -803,8 +979,11 @@ static void test_identity(void) {
     Tolerance rounding = {1e-7, 1e-7};  // logits leave as fp32
     Worst w = compare_floats(lb, la, n, rounding);
     verdict(w.worst <= 1, "identity kernels equal plain attention", "error/tolerance %.3f", w.worst);
-    model_free(a); model_free(b);
-    free(tokens); free(la); free(lb);
+    model_free(a);
+    model_free(b);
+    free(tokens);
+    free(la);
+    free(lb);
 }
 
 // The plan that is printed, at growing T: attention's scratch and all else must grow in step with T.
@@ -835,7 +1014,8 @@ static void test_checkers(void) {
     Worst before = differences(args, 1, scalar_matmul, &t, 400);
     t.dx[7] += 1e-4;
     Worst after = differences(args, 1, scalar_matmul, &t, 400);
-    verdict(before.worst <= 1 && !(after.worst <= 1), "an injected gradient error is caught", "%.3f before, %.3f after", before.worst, after.worst);
+    verdict(before.worst <= 1 && !(after.worst <= 1), "an injected gradient error is caught", "%.3f before, %.3f after",
+            before.worst, after.worst);
     layer_test_free(&t);
     float want[3] = {1, 2, 3}, got[3] = {1, NAN, 3};
     Worst nan = compare_floats(got, want, 3, GOLDEN_FP32);
@@ -845,7 +1025,9 @@ static void test_checkers(void) {
 // ---------------------------------------------------------------------------------------------------------------------
 // Invariants of a trainer behind its table
 
-static void title_of(char* title, size_t n, const Trainer* tr, const char* what, const char* kind) { snprintf(title, n, "%s %s %s", tr->name, what, kind); }
+static void title_of(char* title, size_t n, const Trainer* tr, const char* what, const char* kind) {
+    snprintf(title, n, "%s %s %s", tr->name, what, kind);
+}
 
 // Change token t: every logit before t keeps its bits.
 static void test_causality(const Trainer* tr, const char* kind) {
@@ -859,11 +1041,15 @@ static void test_causality(const Trainer* tr, const char* kind) {
     tr->forward(m, tokens, tokens, 1, T, a);
     tokens[changed] = (tokens[changed] + 1) % V;
     tr->forward(m, tokens, tokens, 1, T, b);
-    bool before = memcmp(a, b, (size_t)changed * V * sizeof(float)) == 0, after = memcmp(a + changed * V, b + changed * V, (size_t)V * sizeof(float)) != 0;
+    bool before = memcmp(a, b, (size_t)changed * V * sizeof(float)) == 0,
+         after = memcmp(a + changed * V, b + changed * V, (size_t)V * sizeof(float)) != 0;
     title_of(title, sizeof title, tr, "causality", kind);
-    verdict(before && after, title, "before token %d %s, at it %s", changed, before ? "bits kept" : "CHANGED", after ? "changed" : "UNCHANGED");
+    verdict(before && after, title, "before token %d %s, at it %s", changed, before ? "bits kept" : "CHANGED",
+            after ? "changed" : "UNCHANGED");
     tr->destroy(m);
-    free(tokens); free(a); free(b);
+    free(tokens);
+    free(a);
+    free(b);
 }
 
 // Twice the same, and with one thread or many: the same bits in every gradient and in the weights after two updates.
@@ -872,7 +1058,8 @@ static float* train_twice(const Trainer* tr, const char* kind, int threads) {
     int B = 2, T = 29, before = omp_get_max_threads();
     omp_set_num_threads(threads);
     void* m = make_model(tr, &c, B, T, 16);
-    int32_t *tokens = random_tokens(3, (size_t)B * T, c.vocab_size), *targets = random_tokens(4, (size_t)B * T, c.vocab_size);
+    int32_t *tokens = random_tokens(3, (size_t)B * T, c.vocab_size),
+            *targets = random_tokens(4, (size_t)B * T, c.vocab_size);
     AdamW hyper = {1e-2, 0.9, 0.98, 1e-8, 0.05, 1};
     perturb(tr, m, &c, 5);
     for (int step = 1; step <= 2; step++) {
@@ -885,7 +1072,10 @@ static float* train_twice(const Trainer* tr, const char* kind, int threads) {
     memcpy(both + n, grads, n * sizeof(float));
     tr->destroy(m);
     omp_set_num_threads(before);
-    free(tokens); free(targets); free(weights); free(grads);
+    free(tokens);
+    free(targets);
+    free(weights);
+    free(grads);
     return both;
 }
 
@@ -899,7 +1089,9 @@ static void test_determinism(const Trainer* tr, const char* kind) {
     title_of(title, sizeof title, tr, "same bits twice, 1 and 2 threads", kind);
     verdict(!memcmp(a, b, bytes) && !memcmp(a, d, bytes), title, "%zu values", 2 * list.parameters);
     tensor_list_free(&list);
-    free(a); free(b); free(d);
+    free(a);
+    free(b);
+    free(d);
 }
 
 // The chunk changes no result beyond rounding.
@@ -910,7 +1102,8 @@ static void test_chunks(const Trainer* tr, const char* kind) {
     char title[128];
     Worst worst = {0, 0, 0};
     float* want = NULL;
-    int32_t *tokens = random_tokens(3, (size_t)B * T, c.vocab_size), *targets = random_tokens(4, (size_t)B * T, c.vocab_size);
+    int32_t *tokens = random_tokens(3, (size_t)B * T, c.vocab_size),
+            *targets = random_tokens(4, (size_t)B * T, c.vocab_size);
     for (int i = 0; i < 4; i++) {
         void* m = make_model(tr, &c, B, T, chunks[i]);
         perturb(tr, m, &c, 5);
@@ -927,7 +1120,9 @@ static void test_chunks(const Trainer* tr, const char* kind) {
     }
     title_of(title, sizeof title, tr, "chunks of 1, 7, 32 and 70 agree", kind);
     verdict(worst.worst <= 1, title, "error/tolerance %.3f", worst.worst);
-    free(want); free(tokens); free(targets);
+    free(want);
+    free(tokens);
+    free(targets);
 }
 
 // One batch can be learnt by heart.
@@ -937,7 +1132,8 @@ static void test_overfit(const Trainer* tr, const char* kind) {
     char title[128];
     double first = 0, last = 0;
     void* m = make_model(tr, &c, B, T, 0);
-    int32_t *tokens = random_tokens(3, (size_t)B * T, c.vocab_size), *targets = random_tokens(4, (size_t)B * T, c.vocab_size);
+    int32_t *tokens = random_tokens(3, (size_t)B * T, c.vocab_size),
+            *targets = random_tokens(4, (size_t)B * T, c.vocab_size);
     AdamW hyper = {1e-2, 0.9, 0.98, 1e-8, 0, 1};
     model_initialise(tr, m, &c, 5);
     for (int step = 1; step <= steps; step++) {
@@ -948,7 +1144,8 @@ static void test_overfit(const Trainer* tr, const char* kind) {
     title_of(title, sizeof title, tr, "overfits one batch", kind);
     verdict(last < 0.1 && first > 3, title, "loss %.3f to %.4f in %d steps", first, last, steps);
     tr->destroy(m);
-    free(tokens); free(targets);
+    free(tokens);
+    free(targets);
 }
 
 // AdamW against its definition, element by element in double; clipping; a gradient that is not finite changes nothing.
@@ -966,10 +1163,16 @@ static void test_update(const Trainer* tr) {
     for (int step = 1; step <= 3; step++) {
         Rng rng = rng_make(77, (uint64_t)step);
         norm = 0;
-        for (size_t i = 0; i < n; i++) { g[i] = (float)rng_normal(&rng); norm += (double)g[i] * (double)g[i]; }
+        for (size_t i = 0; i < n; i++) {
+            g[i] = (float)rng_normal(&rng);
+            norm += (double)g[i] * (double)g[i];
+        }
         norm = sqrt(norm);
         float* p = g;
-        for (int i = 0; i < list->n; i++) { tr->set(m, STATE_GRADIENT, i, p); p += list->specs[i].numel; }
+        for (int i = 0; i < list->n; i++) {
+            tr->set(m, STATE_GRADIENT, i, p);
+            p += list->specs[i].numel;
+        }
         returned = tr->update(m, &h, step);
         for (size_t i = 0; i < n; i++) {
             double d = (double)g[i] * fmin(1, h.grad_clip / norm);
@@ -982,7 +1185,8 @@ static void test_update(const Trainer* tr) {
     w1 = get_all(tr, m, STATE_MASTER);
     Worst w = compare_floats(w1, want, n, ROUNDING_FP32);
     title_of(title, sizeof title, tr, "AdamW with decay and clipping", "");
-    verdict(w.worst <= 1 && fabs(returned / norm - 1) < (tr->exact ? 1e-6 : 1e-2), title, "error/tolerance %.3f, norm %.6f (want %.6f)", w.worst, returned, norm);
+    verdict(w.worst <= 1 && fabs(returned / norm - 1) < (tr->exact ? 1e-6 : 1e-2), title,
+            "error/tolerance %.3f, norm %.6f (want %.6f)", w.worst, returned, norm);
     g[list->specs[0].numel / 2] = NAN;
     tr->set(m, STATE_GRADIENT, 0, g);
     double bad = tr->update(m, &h, 4);
@@ -990,10 +1194,17 @@ static void test_update(const Trainer* tr) {
     title_of(title, sizeof title, tr, "a NaN gradient changes nothing", "");
     verdict(!isfinite(bad) && !memcmp(w1, w2, n * sizeof(float)), title, "norm %f", bad);
     tr->destroy(m);
-    free(w0); free(w1); free(w2); free(want); free(g); free(am); free(av);
+    free(w0);
+    free(w1);
+    free(w2);
+    free(want);
+    free(g);
+    free(am);
+    free(av);
 }
 
-// Every state comes back as it went in, in pieces too; the weights are the rounded master weights, and setting them rounds both.
+// Every state comes back as it went in, in pieces too; the weights are the rounded master weights, and setting them
+// rounds both.
 static void test_states(const Trainer* tr) {
     const StateKind kinds[] = {STATE_GRADIENT, STATE_M, STATE_V, STATE_MASTER};
     Config c = small_config("mta-full");
@@ -1018,15 +1229,17 @@ static void test_states(const Trainer* tr) {
         tr->set(m, STATE_WEIGHT, i, x);
         tr->get(m, STATE_MASTER, i, 0, n, got);
         wrong += memcmp(got, rounded, n * sizeof(float)) != 0;
-        free(x); free(rounded); free(got);
+        free(x);
+        free(rounded);
+        free(got);
     }
     title_of(title, sizeof title, tr, "states come back bit for bit", "");
     verdict(wrong == 0, title, "%d tensors and states differ", wrong);
     tr->destroy(m);
 }
 
-// What forward says beside the logits follows from them: each loss, the sum, which targets another id beats. The logits after n tokens are the last
-// row of n.
+// What forward says beside the logits follows from them: each loss, the sum, which targets another id beats. The logits
+// after n tokens are the last row of n.
 static void test_losses(const Trainer* tr) {
     Config c = small_config("mta");
     int B = 2, T = 13, V = c.vocab_size, wrong = 0;
@@ -1041,21 +1254,27 @@ static void test_losses(const Trainer* tr) {
     mean_loss(tr, m, tokens, targets, B, T, logits);
     for (int i = 1; i < B * T; i += 5) {  // these are right: the likeliest ids
         targets[i] = 0;
-        for (int v = 1; v < V; v++) { if (logits[i * V + v] > logits[i * V + targets[i]]) { targets[i] = v; } }
+        for (int v = 1; v < V; v++) {
+            if (logits[i * V + v] > logits[i * V + targets[i]]) { targets[i] = v; }
+        }
     }
     Losses l = tr->forward(m, tokens, targets, B, T, logits);
     for (int i = 0; i < B * T; i++) {
         const float* x = logits + (size_t)i * V;
         bool none = targets[i] < 0, beaten = false;
         double total = 0;
-        for (int v = 0; v < V; v++) { total += exp((double)x[v]); beaten = beaten || (!none && x[v] > x[targets[i]]); }
+        for (int v = 0; v < V; v++) {
+            total += exp((double)x[v]);
+            beaten = beaten || (!none && x[v] > x[targets[i]]);
+        }
         double want = none ? 0 : log(total) - (double)x[targets[i]];
         worst_add(&w, (double)l.losses[i], want, 1e-5 * fmax(1, want), (size_t)i);
         wrong += l.wrong[i] != beaten;
         sum += (double)l.losses[i];
     }
     title_of(title, sizeof title, tr, "losses, their sum, beaten targets", "");
-    verdict(w.worst <= 1 && wrong == 0 && l.sum == sum && sum > 0, title, "error/tolerance %.3f, %d flags wrong, sums %.6f and %.6f", w.worst, wrong, l.sum, sum);
+    verdict(w.worst <= 1 && wrong == 0 && l.sum == sum && sum > 0, title,
+            "error/tolerance %.3f, %d flags wrong, sums %.6f and %.6f", w.worst, wrong, l.sum, sum);
     Tolerance bf16 = {0, 1e-2};
     for (int n = 1; n <= T; n += 4) {
         tr->last_logits(m, tokens, n, row);
@@ -1065,7 +1284,10 @@ static void test_losses(const Trainer* tr) {
     title_of(title, sizeof title, tr, "last logits are the last row of logits", "");
     verdict(last.worst <= 1, title, "error/tolerance %.3f", last.worst);
     tr->destroy(m);
-    free(tokens); free(targets); free(logits); free(row);
+    free(tokens);
+    free(targets);
+    free(logits);
+    free(row);
 }
 
 // Ignored targets give no loss and no gradient; all ignored: loss 0, gradient exactly 0.
@@ -1091,9 +1313,14 @@ static void test_masked(const Trainer* tr) {
 // mta/config.h and mta/run.h
 
 static void test_config(void) {
-    const struct { const char *model, *kind; size_t parameters; } sizes[] = {  // dev/MODEL.md
-        {"880m", "transformer", 876553728}, {"880m", "mta", 876563136}, {"880m", "mta-full", 876583320}, {"880m", "talking-heads", 876566016},
-        {"880m", "diff", 876567552}, {"300m", "transformer", 388277248}, {"550m", "transformer", 651818240}, {"1b", "transformer", 1495894016}};
+    const struct {
+        const char *model, *kind;
+        size_t parameters;
+    } sizes[] = {// dev/MODEL.md
+                 {"880m", "transformer", 876553728}, {"880m", "mta", 876563136},
+                 {"880m", "mta-full", 876583320},    {"880m", "talking-heads", 876566016},
+                 {"880m", "diff", 876567552},        {"300m", "transformer", 388277248},
+                 {"550m", "transformer", 651818240}, {"1b", "transformer", 1495894016}};
     bool good = true;
     for (size_t i = 0; i < sizeof sizes / sizeof sizes[0]; i++) {
         Config c, back;
@@ -1116,9 +1343,13 @@ static void test_config(void) {
 
 static void test_schedules(void) {
     Schedule s = {"", 1, 0.1, 10, 110};
-    const struct { const char* kind; int64_t step; double want; } cases[] = {
-        {"linear", 0, 0.1}, {"linear", 9, 1}, {"linear", 10, 1}, {"linear", 60, 0.55}, {"linear", 110, 0.1}, {"linear", 1000, 0.1},
-        {"cosine", 60, 0.55}, {"cosine", 110, 0.1}, {"constant", 100, 1}, {"wsd", 80, 1}, {"wsd", 100, 0.55}, {"wsd", 110, 0.1}};
+    const struct {
+        const char* kind;
+        int64_t step;
+        double want;
+    } cases[] = {{"linear", 0, 0.1},   {"linear", 9, 1},      {"linear", 10, 1},    {"linear", 60, 0.55},
+                 {"linear", 110, 0.1}, {"linear", 1000, 0.1}, {"cosine", 60, 0.55}, {"cosine", 110, 0.1},
+                 {"constant", 100, 1}, {"wsd", 80, 1},        {"wsd", 100, 0.55},   {"wsd", 110, 0.1}};
     double worst = 0;
     for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {
         s.kind = cases[i].kind;
@@ -1140,21 +1371,24 @@ static void test_real_initialisation(const Trainer* tr, const char* kind, int he
     if (heads) { c.num_attention_heads = c.num_key_value_heads = heads; }
     if (!config_set_attention(&c, kind, false, &e) || !config_check(&c, &e)) { die("%s", e.text); }
     void* m = make_model(tr, &c, B, T, 0);
-    int32_t *tokens = random_tokens(3, (size_t)B * T, c.vocab_size), *targets = random_tokens(4, (size_t)B * T, c.vocab_size);
+    int32_t *tokens = random_tokens(3, (size_t)B * T, c.vocab_size),
+            *targets = random_tokens(4, (size_t)B * T, c.vocab_size);
     model_initialise(tr, m, &c, 5);
     Frobenius f = frobenius(tr, m, tokens, targets, B, T, &c, false);
-    double all = tr->exact ? 1e-5 : BF16_REAL_ALL_PERCENT / 100.0, worst = tr->exact ? 1e-4 : BF16_REAL_TENSOR_PERCENT / 100.0;
+    double all = tr->exact ? 1e-5 : BF16_REAL_ALL_PERCENT / 100.0,
+           worst = tr->exact ? 1e-4 : BF16_REAL_TENSOR_PERCENT / 100.0;
     double small = tr->exact ? 1e-3 : BF16_REAL_SMALL_PERCENT / 100.0;
     snprintf(name, sizeof name, "%s, %d heads", kind, c.num_attention_heads);
     title_of(title, sizeof title, tr, "against the CPU, real initialisation", name);
-    verdict(f.all <= all && f.worst <= worst && f.small_together <= small, title, "relative error %.2g in all, worst %.2g (%s), scalars %.2g", f.all, f.worst,
-            f.name, f.small_together);
+    verdict(f.all <= all && f.worst <= worst && f.small_together <= small, title,
+            "relative error %.2g in all, worst %.2g (%s), scalars %.2g", f.all, f.worst, f.name, f.small_together);
     tr->destroy(m);
-    free(tokens); free(targets);
+    free(tokens);
+    free(targets);
 }
 
-// Models drawn at random, every field in any combination, at odd sizes, batches and chunks: loss and all gradients against the CPU.
-// many_heads: 16 or 32, mostly mixed in groups of 16, which bf16 does on tensor cores.
+// Models drawn at random, every field in any combination, at odd sizes, batches and chunks: loss and all gradients
+// against the CPU. many_heads: 16 or 32, mostly mixed in groups of 16, which bf16 does on tensor cores.
 static void test_random_models(const Trainer* tr, int models, bool many_heads) {
     Rng rng = rng_make(17, many_heads ? 3 : 1);
     char worst_model[192] = "";
@@ -1164,23 +1398,28 @@ static void test_random_models(const Trainer* tr, int models, bool many_heads) {
         Config c = random_config(&rng, many_heads, &B, &T);
         int NH = c.num_attention_heads, HS = config_head_size(&c);
         void* m = make_model(tr, &c, B, T, draw(&rng, 2) ? 0 : 1 + draw(&rng, T));
-        int32_t *tokens = random_tokens((uint64_t)i, (size_t)B * T, c.vocab_size), *targets = random_tokens((uint64_t)i + 1000, (size_t)B * T, c.vocab_size);
+        int32_t *tokens = random_tokens((uint64_t)i, (size_t)B * T, c.vocab_size),
+                *targets = random_tokens((uint64_t)i + 1000, (size_t)B * T, c.vocab_size);
         for (int n = 1; n < B * T; n += 5) { targets[n] = -100; }
-        perturb_by(tr, m, &c, (uint64_t)i, many_heads ? 0.1 * sqrt(4.0 / NH) : 0.1);  // a mixed head gathers noise from all heads
+        perturb_by(tr, m, &c, (uint64_t)i,
+                   many_heads ? 0.1 * sqrt(4.0 / NH) : 0.1);  // a mixed head gathers noise from all heads
         Frobenius f = frobenius(tr, m, tokens, targets, B, T, &c, false);
         if (!(f.all <= worst)) {
             worst = isnan(f.all) ? INFINITY : f.all;
             snprintf(worst_model, sizeof worst_model, "model %d: %d heads of %d, T %d, %s", i, NH, HS, T, f.name);
         }
         tr->destroy(m);
-        free(tokens); free(targets);
+        free(tokens);
+        free(targets);
     }
     char title[128];
-    title_of(title, sizeof title, tr, many_heads ? "models of many heads against the CPU" : "random models against the CPU", "");
+    title_of(title, sizeof title, tr,
+             many_heads ? "models of many heads against the CPU" : "random models against the CPU", "");
     verdict(worst <= limit, title, "%d models, largest relative error %.2g (%s)", models, worst, worst_model);
 }
 
-// Ten optimizer steps from the same weights on the same batches: the losses stay within 1e-4 (fp32) or 0.02 (bf16) of the CPU's.
+// Ten optimizer steps from the same weights on the same batches: the losses stay within 1e-4 (fp32) or 0.02 (bf16) of
+// the CPU's.
 static void test_ten_steps(const Trainer* tr, const char* kind) {
     const Trainer* cpu = trainer_cpu();
     Config c = small_config(kind);
@@ -1192,29 +1431,37 @@ static void test_ten_steps(const Trainer* tr, const char* kind) {
     model_initialise(tr, m, &c, 5);
     copy_state(tr, m, cpu, ref, STATE_MASTER);
     for (int step = 1; step <= 10; step++) {
-        int32_t *tokens = random_tokens((uint64_t)step % 2, (size_t)B * T, c.vocab_size), *targets = random_tokens((uint64_t)step % 2 + 9, (size_t)B * T, c.vocab_size);
+        int32_t *tokens = random_tokens((uint64_t)step % 2, (size_t)B * T, c.vocab_size),
+                *targets = random_tokens((uint64_t)step % 2 + 9, (size_t)B * T, c.vocab_size);
         Step s = one_batch(tokens, targets, B, T, step, hyper);
         double got = tr->train_step(m, &s).loss, want = cpu->train_step(ref, &s).loss;
         if (!(fabs(got - want) <= worst)) { worst = isnan(got) ? INFINITY : fabs(got - want); }
         if (step == 1) { first = want; }
         last = want;
-        free(tokens); free(targets);
+        free(tokens);
+        free(targets);
     }
     title_of(title, sizeof title, tr, "ten steps beside the CPU", kind);
-    verdict(worst <= (tr->exact ? 1e-4 : 0.02) && last < first, title, "CPU loss %.3f to %.3f, largest distance %.1e", first, last, worst);
+    verdict(worst <= (tr->exact ? 1e-4 : 0.02) && last < first, title, "CPU loss %.3f to %.3f, largest distance %.1e",
+            first, last, worst);
     tr->destroy(m);
     cpu->destroy(ref);
 }
 
-typedef struct { const Trainer* tr; void* m; } CompareTarget;
+typedef struct {
+    const Trainer* tr;
+    void* m;
+} CompareTarget;
 static bool compare_store(void* ctx, int group, int tensor, const float* data, Error* e) {
     const CompareTarget* t = (const CompareTarget*)ctx;
-    (void)group; (void)e;
+    (void)group;
+    (void)e;
     t->tr->set(t->m, STATE_WEIGHT, tensor, data);
     return true;
 }
 
-// --compare: a table of all gradients of a checkpoint on one batch, from --train's first windows or of seeded random tokens.
+// --compare: a table of all gradients of a checkpoint on one batch, from --train's first windows or of seeded random
+// tokens.
 static void compare_checkpoint(const Trainer* tr, int argc, char** argv) {
     static const char* const no_prefix[] = {""};
     const char *dir = argc > 2 ? argv[2] : NULL, *train = NULL;
@@ -1224,30 +1471,45 @@ static void compare_checkpoint(const Trainer* tr, int argc, char** argv) {
     Error e = {{0}};
     for (int i = 3; i < argc; i += 2) {
         if (i + 1 == argc) { die("%s: wanted a value", argv[i]); }
-        if (!strcmp(argv[i], "--train")) { train = argv[i + 1]; }
-        else if (!strcmp(argv[i], "--seq-len")) { T = atoi(argv[i + 1]); }
-        else if (!strcmp(argv[i], "--batch-size")) { B = atoi(argv[i + 1]); }
-        else { die("--compare: unknown option %s, wanted --train GLOB, --seq-len N or --batch-size N", argv[i]); }
+        if (!strcmp(argv[i], "--train")) {
+            train = argv[i + 1];
+        } else if (!strcmp(argv[i], "--seq-len")) {
+            T = atoi(argv[i + 1]);
+        } else if (!strcmp(argv[i], "--batch-size")) {
+            B = atoi(argv[i + 1]);
+        } else {
+            die("--compare: unknown option %s, wanted --train GLOB, --seq-len N or --batch-size N", argv[i]);
+        }
     }
-    if (!dir || B < 1 || T < 1 || (int64_t)B * T > 1 << 24) { die("--compare: wanted a checkpoint directory, and sizes that are positive"); }
+    if (!dir || B < 1 || T < 1 || (int64_t)B * T > 1 << 24) {
+        die("--compare: wanted a checkpoint directory, and sizes that are positive");
+    }
     path_join(path, sizeof path, dir, "config.json");
     if (!config_read(&c, path, &e)) { die("%s", e.text); }
-    int32_t *tokens = random_tokens(1, (size_t)B * T, c.vocab_size), *targets = random_tokens(2, (size_t)B * T, c.vocab_size);
+    int32_t *tokens = random_tokens(1, (size_t)B * T, c.vocab_size),
+            *targets = random_tokens(2, (size_t)B * T, c.vocab_size);
     if (train) {
         Loader loader;
         if (!loader_open(&loader, train, T, c.vocab_size, 1, &e)) { die("--train: %s", e.text); }
-        for (int b = 0; b < B; b++) { if (!loader_next(&loader, tokens + (size_t)b * T, targets + (size_t)b * T, &e)) { die("--train: %s", e.text); } }
+        for (int b = 0; b < B; b++) {
+            if (!loader_next(&loader, tokens + (size_t)b * T, targets + (size_t)b * T, &e)) {
+                die("--train: %s", e.text);
+            }
+        }
         loader_close(&loader);
     }
     CompareTarget target = {tr, make_model(tr, &c, B, T, 0)};
-    if (!checkpoint_read_tensors(dir, tr->tensors(target.m), no_prefix, 1, false, NULL, compare_store, &target, &e)) { die("%s", e.text); }
+    if (!checkpoint_read_tensors(dir, tr->tensors(target.m), no_prefix, 1, false, NULL, compare_store, &target, &e)) {
+        die("%s", e.text);
+    }
     printf("%s: train_mta.c in fp32 against %s, %d x %d tokens%s\n", dir, tr->name, B, T, train ? "" : " at random");
     Frobenius f = frobenius(tr, target.m, tokens, targets, B, T, &c, true);
     printf("loss: cpu %.6f, gpu %.6f\n", f.want_loss, f.loss);
-    verdict(f.all <= (tr->exact ? 1e-4 : 0.1) && f.worst <= (tr->exact ? 1e-3 : 0.5), "CPU against GPU", "relative error %.2g in all, worst %.2g (%s)", f.all,
-            f.worst, f.name);
+    verdict(f.all <= (tr->exact ? 1e-4 : 0.1) && f.worst <= (tr->exact ? 1e-3 : 0.5), "CPU against GPU",
+            "relative error %.2g in all, worst %.2g (%s)", f.all, f.worst, f.name);
     tr->destroy(target.m);
-    free(tokens); free(targets);
+    free(tokens);
+    free(targets);
 }
 
 static void test_trainer(const Trainer* tr) {
@@ -1294,17 +1556,20 @@ static void test_double(void) {
 }
 
 static const char USAGE[] =
-    "usage: test_mta [--only TEXT] [--models N]        every test, or those whose name contains TEXT; N random models instead of 60\n"
+    "usage: test_mta [--only TEXT] [--models N]        every test, or those whose name contains TEXT; N random models "
+    "instead of 60\n"
     "       test_mta --golden FILE...                  the named golden cases: a table per tensor\n"
     "       test_mta --write DIR [N]                   N golden cases of this trainer's own results (default 5)\n"
     "       test_mta_cuda --compare DIR [--train GLOB] [--seq-len N] [--batch-size N]\n"
     "                                                  gradients of a checkpoint, CPU against GPU\n"
-    "The exit status is the verdict. test_mta_cuda, test_mta_cuda_cpu and test_mta_cuda_cpu_bf16 take the same options.\n";
+    "The exit status is the verdict. test_mta_cuda, test_mta_cuda_cpu and test_mta_cuda_cpu_bf16 take the same "
+    "options.\n";
 
 int main(int argc, char** argv) {
     open_standard_files();
     const Trainer* tr = trainer_cuda ? trainer_cuda() : trainer_cpu();
-    omp_set_num_threads(1);  // the models are tiny: threads would only wait for each other; the determinism test sets its own number
+    omp_set_num_threads(
+        1);  // the models are tiny: threads would only wait for each other; the determinism test sets its own number
     // On dev/cuda_cpu, small models are cut as large ones are: into several chunks and splits.
     setenv("CUDA_CPU_SCRATCH", "1048576", 0);
     setenv("CUDA_CPU_FLASH_BLOCKS", "5", 0);
@@ -1319,7 +1584,9 @@ int main(int argc, char** argv) {
         for (int i = 2; i < argc; i++) { golden_case(tr, argv[i], true); }
     } else if (argc > 1 && !strcmp(argv[1], "--write")) {
         int n = argc > 3 ? atoi(argv[3]) : N_KINDS;
-        if (argc < 3 || argc > 4 || n < 1 || n > 1000) { die("--write: wanted a directory, and a number of cases from 1 to 1000"); }
+        if (argc < 3 || argc > 4 || n < 1 || n > 1000) {
+            die("--write: wanted a directory, and a number of cases from 1 to 1000");
+        }
         golden_write_cases(tr, argv[2], n);
         return 0;
     } else if (argc > 1 && !strcmp(argv[1], "--compare")) {
@@ -1328,9 +1595,15 @@ int main(int argc, char** argv) {
         compare_checkpoint(tr, argc, argv);
     } else {
         for (int i = 1; i < argc; i += 2) {
-            if (i + 1 < argc && !strcmp(argv[i], "--only")) { only = argv[i + 1]; }
-            else if (i + 1 < argc && !strcmp(argv[i], "--models") && atoi(argv[i + 1]) > 0) { models = atoi(argv[i + 1]); }
-            else { die("got \"%s\", wanted nothing, --only TEXT, --models N, --golden FILE..., --write DIR or --compare DIR; --help says more", argv[i]); }
+            if (i + 1 < argc && !strcmp(argv[i], "--only")) {
+                only = argv[i + 1];
+            } else if (i + 1 < argc && !strcmp(argv[i], "--models") && atoi(argv[i + 1]) > 0) {
+                models = atoi(argv[i + 1]);
+            } else {
+                die("got \"%s\", wanted nothing, --only TEXT, --models N, --golden FILE..., --write DIR or --compare "
+                    "DIR; --help says more",
+                    argv[i]);
+            }
         }
         if (!trainer_cuda) { test_double(); }
         test_trainer(tr);

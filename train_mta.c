@@ -1,10 +1,13 @@
 // train_mta.c: trains a LLaMA-style language model with Multi-Token Attention (arXiv 2504.00927) on the CPU, in fp32.
-// The readable truth that train_mta.cu is tested against: every layer forward, then backward, in the order data meets them.
+// The readable truth that train_mta.cu is tested against: every layer forward, then backward, in the order data meets
+// them.
 //
-//   make train_mta && ./train_mta --model 3m --train "shards/text_train_*.bin" --val "shards/text_val_*.bin" --out runs/text
+//   make train_mta && ./train_mta --model 3m --train "shards/text_train_*.bin" --val "shards/text_val_*.bin" --out
+//   runs/text
 //
-// What it is: one file with the whole model. What it is not: a framework; there is no graph, each backward is written below its forward.
-// Equations are those of dev/MODEL.md. What all programs share (configuration, checkpoints, shards, options) is in mta/.
+// What it is: one file with the whole model. What it is not: a framework; there is no graph, each backward is written
+// below its forward. Equations are those of dev/MODEL.md. What all programs share (configuration, checkpoints, shards,
+// options) is in mta/.
 //
 //   B batch   T positions   C channels   L layers   NH heads   NKV key/value heads   HS head size
 //   FF hidden units of the MLP   V vocabulary   N = B*T rows
@@ -12,14 +15,16 @@
 //   b t h i(query) j(key) c l are the loops over them. "scores" are before the softmax, "att" after; _pre and _post the
 //   same.
 //
-// Memory: nothing of size T x T. Attention works on a chunk of queries at a time and its backward recomputes the chunk from q, k and the
-// row's largest score and sum of exponentials. Threads: work is cut the same way whatever their number, sums have a fixed order: same seed, same bits.
+// Memory: nothing of size T x T. Attention works on a chunk of queries at a time and its backward recomputes the chunk
+// from q, k and the row's largest score and sum of exponentials. Threads: work is cut the same way whatever their
+// number, sums have a fixed order: same seed, same bits.
 
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE  // memmem and others, before the first header
 #endif
 #ifdef __clang__
-#pragma clang diagnostic ignored "-Wpass-failed"  // clang turns no maximum into vectors without -ffast-math, and says so
+#pragma clang diagnostic ignored \
+    "-Wpass-failed"  // clang turns no maximum into vectors without -ffast-math, and says so
 #endif
 #include <assert.h>
 #include <math.h>
@@ -70,17 +75,22 @@ static inline int max_int(int a, int b) { return a > b ? a : b; }
 static inline int round_up(int n, int to) { return (n + to - 1) / to * to; }
 static inline int lcm(int a, int b) {
     int x = a, y = b;
-    while (y) { int r = x % y; x = y; y = r; }
+    while (y) {
+        int r = x % y;
+        x = y;
+        y = r;
+    }
     return a / x * b;
 }
 
-// exp for arguments up to 88, relative error below 2e-7, written so that the compiler vectorises it: 2^n by the exponent bits times a
-// Taylor polynomial of e^r on |r| <= ln(2)/2. Below -87 it returns e^-87 = 1e-38. NaN stays NaN.
+// exp for arguments up to 88, relative error below 2e-7, written so that the compiler vectorises it: 2^n by the
+// exponent bits times a Taylor polynomial of e^r on |r| <= ln(2)/2. Below -87 it returns e^-87 = 1e-38. NaN stays NaN.
 #ifdef MTA_REAL_IS_FLOAT
 INLINE float exp_real(float x) {
     x = x < -87.0f ? -87.0f : x;
     x = x > 88.0f ? 88.0f : x;
-    float shifted = x * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: adding it rounds to a whole number, held in the low bits
+    float shifted =
+        x * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: adding it rounds to a whole number, held in the low bits
     float n = shifted - 12582912.0f;
     float r = (x - n * 0.693145752f) - n * 1.42860677e-6f;  // ln 2 in two parts
     float p = 1.0f / 5040;
@@ -107,17 +117,19 @@ INLINE real sqrt_real(real x) { return sqrt(x); }
 // =====================================================================================================================
 // Matrix products
 
-// out (M,N) = alpha * A B + beta * out on one thread; A (M,K), or its transpose (K,M) if ta; B (K,N), or (N,K) if tb; ld* are row strides.
+// out (M,N) = alpha * A B + beta * out on one thread; A (M,K), or its transpose (K,M) if ta; B (K,N), or (N,K) if tb;
+// ld* are row strides.
 #if defined(MTA_REAL_IS_FLOAT) && defined(MTA_CBLAS)
-static void gemm_serial(bool ta, bool tb, int M, int N, int K, real alpha, const real* A, size_t lda, const real* B, size_t ldb, real beta,
-                        real* out, size_t ldo) {
+static void gemm_serial(bool ta, bool tb, int M, int N, int K, real alpha, const real* A, size_t lda, const real* B,
+                        size_t ldb, real beta, real* out, size_t ldo) {
     if (M <= 0 || N <= 0) { return; }
-    cblas_sgemm(CblasRowMajor, ta ? CblasTrans : CblasNoTrans, tb ? CblasTrans : CblasNoTrans, M, N, K, alpha, A, (int)lda, B, (int)ldb, beta,
-                out, (int)ldo);
+    cblas_sgemm(CblasRowMajor, ta ? CblasTrans : CblasNoTrans, tb ? CblasTrans : CblasNoTrans, M, N, K, alpha, A,
+                (int)lda, B, (int)ldb, beta, out, (int)ldo);
 }
 #else
-// Without a BLAS: blocks of A and B are packed so that the inner kernel reads both in order (Goto and van de Geijn, "Anatomy of
-// High-Performance Matrix Multiplication", 2008). The kernel keeps GEMM_ROWS x 2 vectors of sums in registers.
+// Without a BLAS: blocks of A and B are packed so that the inner kernel reads both in order (Goto and van de Geijn,
+// "Anatomy of High-Performance Matrix Multiplication", 2008). The kernel keeps GEMM_ROWS x 2 vectors of sums in
+// registers.
 enum { GEMM_COLS = 2 * VEC, GEMM_M = 8 * GEMM_ROWS, GEMM_N = 256, GEMM_K = 256 };
 
 // a (kc, GEMM_ROWS), b (kc, GEMM_COLS) packed; acc (GEMM_ROWS, GEMM_COLS)
@@ -153,13 +165,16 @@ static void gemm_pack(real* out, const real* X, size_t ld, bool k_is_row, int n,
     }
 }
 
-static void gemm_serial(bool ta, bool tb, int M, int N, int K, real alpha, const real* A, size_t lda, const real* B, size_t ldb, real beta,
-                        real* out, size_t ldo) {
+static void gemm_serial(bool ta, bool tb, int M, int N, int K, real alpha, const real* A, size_t lda, const real* B,
+                        size_t ldb, real beta, real* out, size_t ldo) {
     real pa[GEMM_M * GEMM_K] __attribute__((aligned(64))), pb[GEMM_N * GEMM_K] __attribute__((aligned(64)));
     real acc[GEMM_ROWS * GEMM_COLS] __attribute__((aligned(64)));
     for (int m = 0; m < M; m++) {
-        if (beta == 0) { memset(out + (size_t)m * ldo, 0, (size_t)N * sizeof(real)); }
-        else if (beta != 1) { for (int n = 0; n < N; n++) { out[(size_t)m * ldo + n] *= beta; } }
+        if (beta == 0) {
+            memset(out + (size_t)m * ldo, 0, (size_t)N * sizeof(real));
+        } else if (beta != 1) {
+            for (int n = 0; n < N; n++) { out[(size_t)m * ldo + n] *= beta; }
+        }
     }
     for (int n0 = 0; n0 < N; n0 += GEMM_N) {
         for (int k0 = 0; k0 < K; k0 += GEMM_K) {
@@ -195,11 +210,20 @@ static void blas_single_thread(void) {
 #endif
 
 // The same on all threads: the output is cut into blocks that depend on its size alone, each block one serial product.
-static void gemm(bool ta, bool tb, int M, int N, int K, real alpha, const real* A, size_t lda, const real* B, size_t ldb, real beta, real* out,
-                 size_t ldo) {
-    enum { TARGET_M = 512, TARGET_N = 1024 };  // smaller ones pack the operands more often: 256 x 512 cost 8% of a step (dev/experiments.tsv)
+static void gemm(bool ta, bool tb, int M, int N, int K, real alpha, const real* A, size_t lda, const real* B,
+                 size_t ldb, real beta, real* out, size_t ldo) {
+    enum {
+        TARGET_M = 512,
+        TARGET_N = 1024
+    };  // smaller ones pack the operands more often: 256 x 512 cost 8% of a step (dev/experiments.tsv)
     int mb = (M + TARGET_M - 1) / TARGET_M, nb = (N + TARGET_N - 1) / TARGET_N;
-    if (mb * nb % 2) { if (M > N) { mb++; } else { nb++; } }  // an odd number of blocks leaves one of two cores waiting
+    if (mb * nb % 2) {
+        if (M > N) {
+            mb++;
+        } else {
+            nb++;
+        }
+    }  // an odd number of blocks leaves one of two cores waiting
     int bm = round_up((M + mb - 1) / mb, 16), bn = round_up((N + nb - 1) / nb, 32);
     mb = (M + bm - 1) / bm, nb = (N + bn - 1) / bn;
 #pragma omp parallel for schedule(dynamic, 1)
@@ -216,9 +240,11 @@ static void matmul_forward(real* out, const real* inp, const real* weight, int N
 }
 
 // dinp (N,C) = dout weight, or += with add_dinp; dweight (OC,C) += dout^T inp. Either may be NULL.
-static void matmul_backward(real* dinp, real* dweight, const real* dout, const real* inp, const real* weight, int N, int C, int OC,
-                            bool add_dinp) {
-    if (dinp) { gemm(false, false, N, C, OC, 1, dout, (size_t)OC, weight, (size_t)C, add_dinp ? 1 : 0, dinp, (size_t)C); }
+static void matmul_backward(real* dinp, real* dweight, const real* dout, const real* inp, const real* weight, int N,
+                            int C, int OC, bool add_dinp) {
+    if (dinp) {
+        gemm(false, false, N, C, OC, 1, dout, (size_t)OC, weight, (size_t)C, add_dinp ? 1 : 0, dinp, (size_t)C);
+    }
     if (dweight) { gemm(true, false, OC, C, N, 1, dout, (size_t)OC, inp, (size_t)C, 1, dweight, (size_t)C); }
 }
 
@@ -228,7 +254,9 @@ static void matmul_backward(real* dinp, real* dweight, const real* dout, const r
 // out (N,C) = weight[tokens[n]], weight (V,C)
 static void embedding_forward(real* out, const int32_t* tokens, const real* weight, int N, int C) {
 #pragma omp parallel for schedule(static)
-    for (int n = 0; n < N; n++) { memcpy(out + (size_t)n * C, weight + (size_t)tokens[n] * C, (size_t)C * sizeof(real)); }
+    for (int n = 0; n < N; n++) {
+        memcpy(out + (size_t)n * C, weight + (size_t)tokens[n] * C, (size_t)C * sizeof(real));
+    }
 }
 
 // dweight[tokens[n]] += dout[n]. Threads own columns, so that a token's rows are added in order.
@@ -251,7 +279,8 @@ static void embedding_backward(real* dweight, const real* dout, const int32_t* t
 // Also the norm of a head's output (eq. 10), where `scale` is 1 - lambda_init.
 
 // out (N,C) = scale * weight * inp * rstd, rstd (N) = 1 / sqrt(mean(inp^2) + eps)
-static void rmsnorm_forward(real* out, real* rstd, const real* inp, const real* weight, int N, int C, double eps, double scale) {
+static void rmsnorm_forward(real* out, real* rstd, const real* inp, const real* weight, int N, int C, double eps,
+                            double scale) {
 #pragma omp parallel for schedule(static)
     for (int n = 0; n < N; n++) {
         const real* x = inp + (size_t)n * C;
@@ -265,11 +294,12 @@ static void rmsnorm_forward(real* out, real* rstd, const real* inp, const real* 
     }
 }
 
-// dinp (N,C) = (or += with add_dinp) scale * rstd * (g - xhat * mean(g . xhat)), g = dout * weight, xhat = inp * rstd; dinp may be dout;
-// dweight (C) += scale * sum_n dout * xhat. parts (NORM_PARTS,C) is scratch: each part sums its own rows, then parts are added in order.
+// dinp (N,C) = (or += with add_dinp) scale * rstd * (g - xhat * mean(g . xhat)), g = dout * weight, xhat = inp * rstd;
+// dinp may be dout; dweight (C) += scale * sum_n dout * xhat. parts (NORM_PARTS,C) is scratch: each part sums its own
+// rows, then parts are added in order.
 enum { NORM_PARTS = 32 };
-static void rmsnorm_backward(real* dinp, real* dweight, const real* dout, const real* inp, const real* weight, const real* rstd, int N, int C,
-                             double scale, real* parts, bool add_dinp) {
+static void rmsnorm_backward(real* dinp, real* dweight, const real* dout, const real* inp, const real* weight,
+                             const real* rstd, int N, int C, double scale, real* parts, bool add_dinp) {
 #pragma omp parallel for schedule(static)
     for (int p = 0; p < NORM_PARTS; p++) {
         real* dw = parts + (size_t)p * C;
@@ -312,7 +342,8 @@ static void rope_table(real* cosine, real* sine, const Config* config, int T) {
 }
 
 // x (B,T,heads,HS) in place; direction 1 rotates, -1 rotates back, which is the backward pass
-static void rope_forward(real* x, const real* cosine, const real* sine, int B, int T, int heads, int HS, int direction) {
+static void rope_forward(real* x, const real* cosine, const real* sine, int B, int T, int heads, int HS,
+                         int direction) {
     int half = HS / 2;
 #pragma omp parallel for schedule(static)
     for (int n = 0; n < B * T; n++) {
@@ -335,11 +366,12 @@ static void rope_backward(real* dx, const real* cosine, const real* sine, int B,
 }
 
 // =====================================================================================================================
-// Attention, a chunk of queries at a time (MODEL.md eq. 3 to 9). The steps first, each on a tile, forward then backward; then the chunk.
+// Attention, a chunk of queries at a time (MODEL.md eq. 3 to 9). The steps first, each on a tile, forward then
+// backward; then the chunk.
 //
-// A tile holds rows of scores of the heads of one mixing group: rows are queries i0 <= i < i0 + rows, columns are keys. Left of key 0 lie
-// PAD zeros, and right of a row's last allowed key (its own query: causality) zeros up to tail(nk), so that the convolution reads beyond
-// the edges without asking. Rows outside the sequence are zero throughout.
+// A tile holds rows of scores of the heads of one mixing group: rows are queries i0 <= i < i0 + rows, columns are keys.
+// Left of key 0 lie PAD zeros, and right of a row's last allowed key (its own query: causality) zeros up to tail(nk),
+// so that the convolution reads beyond the edges without asking. Rows outside the sequence are zero throughout.
 
 enum { PAD = 32 };  // >= (MAX_KERNEL - 1) / 2, a multiple of VEC for fp32
 
@@ -353,7 +385,9 @@ static inline real* tile_row(const Tile* t, int head, int i) {
     return t->data + ((size_t)head * t->rows + (size_t)(i - t->i0)) * t->ld + PAD;
 }
 static inline int tile_stride(int T) { return round_up(T, 2 * PAD) + 2 * PAD; }
-static inline int tail(int nk) { return round_up(nk, PAD) + PAD; }  // keys 0 .. nk-1 matter; columns up to here are defined
+static inline int tail(int nk) {
+    return round_up(nk, PAD) + PAD;
+}  // keys 0 .. nk-1 matter; columns up to here are defined
 
 static void tile_clear_pads(const Tile* t, int H) {
     for (int r = 0; r < H * t->rows; r++) { memset(t->data + (size_t)r * t->ld, 0, PAD * sizeof(real)); }
@@ -363,7 +397,9 @@ static void tile_clear_pads(const Tile* t, int H) {
 static inline int row_length(int i, int T, int nk) { return i < 0 || i >= T ? 0 : min_int(i + 1, nk); }
 
 // Zeros right of the diagonal, by each row's own query (mask_0).
-static inline void row_mask(real* row, int length, int nk) { memset(row + length, 0, (size_t)(tail(nk) - length) * sizeof(real)); }
+static inline void row_mask(real* row, int length, int nk) {
+    memset(row + length, 0, (size_t)(tail(nk) - length) * sizeof(real));
+}
 
 // What attention needs to know. Strides: a token of q and out is NH*HS apart, of k and v NKV*HS.
 typedef struct {
@@ -376,22 +412,24 @@ typedef struct {
 // ---- scores: S[i,j] = q_i . k_j / sqrt(HS), masked
 
 // Rows lo <= i < hi of every head h0 .. h0+H-1, keys 0 .. nk-1; q (T,NH,HS), k (T,NKV,HS) of one sequence
-static void scores_forward(const Tile* out, const real* q, const real* k, const Attention* a, int h0, int H, int lo, int hi, int nk) {
+static void scores_forward(const Tile* out, const real* q, const real* k, const Attention* a, int h0, int H, int lo,
+                           int hi, int nk) {
     size_t qs = (size_t)a->NH * a->HS, ks = (size_t)a->NKV * a->HS;
     real scale = (real)(1.0 / sqrt(a->HS));
     int from = max_int(lo, 0), to = min_int(hi, a->T);
     for (int h = 0; h < H; h++) {
         const real* kh = k + (size_t)((h0 + h) / (a->NH / a->NKV)) * a->HS;
         if (from < to) {
-            gemm_serial(false, true, to - from, nk, a->HS, scale, q + (size_t)from * qs + (size_t)(h0 + h) * a->HS, qs, kh, ks, 0,
-                        tile_row(out, h, from), (size_t)out->ld);
+            gemm_serial(false, true, to - from, nk, a->HS, scale, q + (size_t)from * qs + (size_t)(h0 + h) * a->HS, qs,
+                        kh, ks, 0, tile_row(out, h, from), (size_t)out->ld);
         }
         for (int i = lo; i < hi; i++) { row_mask(tile_row(out, h, i), row_length(i, a->T, nk), nk); }
     }
 }
 
 // dq_i += dS[i,:] k / sqrt(HS);  dk_j += dS[:,j]^T q / sqrt(HS), rows lo <= i < hi
-static void scores_backward(real* dq, real* dk, const Tile* dout, const real* q, const real* k, const Attention* a, int h0, int H, int lo, int hi) {
+static void scores_backward(real* dq, real* dk, const Tile* dout, const real* q, const real* k, const Attention* a,
+                            int h0, int H, int lo, int hi) {
     size_t qs = (size_t)a->NH * a->HS, ks = (size_t)a->NKV * a->HS;
     real scale = (real)(1.0 / sqrt(a->HS));
     for (int h = 0; h < H; h++) {
@@ -404,9 +442,11 @@ static void scores_backward(real* dq, real* dk, const Tile* dout, const real* q,
 
 // ---- kq_conv: out[i,j] = sum_{a<cq, b<ck} weight[a,b] inp[i-(cq-1)+a, j-(ck-1)/2+b], inp masked by its own rows
 
-// `taps` rows of the kernel: out rows 0 .. rows-1 += (or = with first) rows of inp, where inp is the row that tap 0 of row 0 reads.
-// Walks down a strip of two vectors of columns; sum[a] is the row whose tap a meets the current input row, so each load serves all taps.
-INLINE void conv_strip(real* out, const real* inp, const real* weight, int rows, int cols, size_t ld, int ck, const int taps, bool first) {
+// `taps` rows of the kernel: out rows 0 .. rows-1 += (or = with first) rows of inp, where inp is the row that tap 0 of
+// row 0 reads. Walks down a strip of two vectors of columns; sum[a] is the row whose tap a meets the current input row,
+// so each load serves all taps.
+INLINE void conv_strip(real* out, const real* inp, const real* weight, int rows, int cols, size_t ld, int ck,
+                       const int taps, bool first) {
     int r = (ck - 1) / 2;
     for (int j = 0; j < cols; j += 2 * VEC) {
         Vec sum[8][2] = {{{0}}};
@@ -428,7 +468,10 @@ INLINE void conv_strip(real* out, const real* inp, const real* weight, int rows,
                 store(o + VEC, first ? sum[taps - 1][1] : load(o + VEC) + sum[taps - 1][1]);
             }
 #pragma GCC unroll 8
-            for (int a = taps - 1; a > 0; a--) { sum[a][0] = sum[a - 1][0]; sum[a][1] = sum[a - 1][1]; }
+            for (int a = taps - 1; a > 0; a--) {
+                sum[a][0] = sum[a - 1][0];
+                sum[a][1] = sum[a - 1][1];
+            }
             sum[0][0] = sum[0][1] = (Vec){0};
         }
     }
@@ -451,17 +494,19 @@ static void conv_rows(real* out, const real* inp, const real* weight, int rows, 
 }
 
 // Rows lo <= i < hi of each head, masked; inp must hold rows lo-(cq-1) .. hi-1. weight (NH,cq,ck)
-static void kq_conv_forward(const Tile* out, const Tile* inp, const real* weight, const Attention* a, int h0, int H, int lo, int hi, int nk) {
+static void kq_conv_forward(const Tile* out, const Tile* inp, const real* weight, const Attention* a, int h0, int H,
+                            int lo, int hi, int nk) {
     for (int h = 0; h < H; h++) {
-        conv_rows(tile_row(out, h, lo), tile_row(inp, h, lo - (a->cq - 1)), weight + (size_t)(h0 + h) * a->cq * a->ck, hi - lo, nk,
-                  (size_t)out->ld, a->cq, a->ck);
+        conv_rows(tile_row(out, h, lo), tile_row(inp, h, lo - (a->cq - 1)), weight + (size_t)(h0 + h) * a->cq * a->ck,
+                  hi - lo, nk, (size_t)out->ld, a->cq, a->ck);
         for (int i = lo; i < hi; i++) { row_mask(tile_row(out, h, i), row_length(i, a->T, nk), nk); }
     }
 }
 
 // dinp[i,j] = sum weight[a,b] dout[i+(cq-1)-a, j+(ck-1)/2-b], masked: the same walk with the kernel turned around.
 // Rows lo <= i < hi of dinp; dout must hold rows lo .. hi-1+(cq-1), masked.
-static void kq_conv_backward_input(const Tile* dinp, const Tile* dout, const real* weight, const Attention* a, int h0, int H, int lo, int hi, int nk) {
+static void kq_conv_backward_input(const Tile* dinp, const Tile* dout, const real* weight, const Attention* a, int h0,
+                                   int H, int lo, int hi, int nk) {
     real turned[MAX_KERNEL * MAX_KERNEL];
     int n = a->cq * a->ck;
     for (int h = 0; h < H; h++) {
@@ -472,8 +517,10 @@ static void kq_conv_backward_input(const Tile* dinp, const Tile* dout, const rea
     }
 }
 
-// dweight[a, b..b+2] += sum_{i,j} dout[i,j] inp[i-(cq-1)+a, j-r+b..] for `taps` rows a of the kernel; three columns b share each load of dout.
-INLINE void conv_weight_strip(double* dweight, const real* dout, const real* inp, int rows, int cols, size_t ld, int ck, const int taps, int b0) {
+// dweight[a, b..b+2] += sum_{i,j} dout[i,j] inp[i-(cq-1)+a, j-r+b..] for `taps` rows a of the kernel; three columns b
+// share each load of dout.
+INLINE void conv_weight_strip(double* dweight, const real* dout, const real* inp, int rows, int cols, size_t ld, int ck,
+                              const int taps, int b0) {
     int r = (ck - 1) / 2, nb = min_int(3, ck - b0);
     Vec sum[6][3] = {{{0}}};
     for (int j = 0; j < cols; j += VEC) {
@@ -502,7 +549,8 @@ INLINE void conv_weight_strip(double* dweight, const real* dout, const real* inp
 }
 
 // dweight (H,cq,ck) += over the rows lo <= i < hi of dout; sums over chunks are kept in double
-static void kq_conv_backward_weight(double* dweight, const Tile* dout, const Tile* inp, const Attention* a, int H, int lo, int hi, int nk) {
+static void kq_conv_backward_weight(double* dweight, const Tile* dout, const Tile* inp, const Attention* a, int H,
+                                    int lo, int hi, int nk) {
     for (int h = 0; h < H; h++) {
         for (int tap = 0; tap < a->cq; tap += 6) {
             const real* d = tile_row(dout, h, lo);
@@ -524,9 +572,10 @@ static void kq_conv_backward_weight(double* dweight, const Tile* dout, const Til
 
 // ---- head_mix: out_o = sum_n W[o,n] inp_n within groups of ch heads; zeros above the diagonal stay zeros
 
-// Rows lo <= i < hi of the H heads of a tile, H a multiple of ch; weight (H/ch,ch,ch), its transpose for the backward pass.
-// out may be inp: a vector of all heads is read before any is written.
-static void head_mix_forward(const Tile* out, const Tile* inp, const real* weight, bool transpose, int ch, int T, int H, int lo, int hi, int nk) {
+// Rows lo <= i < hi of the H heads of a tile, H a multiple of ch; weight (H/ch,ch,ch), its transpose for the backward
+// pass. out may be inp: a vector of all heads is read before any is written.
+static void head_mix_forward(const Tile* out, const Tile* inp, const real* weight, bool transpose, int ch, int T, int H,
+                             int lo, int hi, int nk) {
     Vec x[MAX_HEADS];
     for (int g = 0; g < H; g += ch, weight += ch * ch) {
         for (int i = lo; i < hi; i++) {
@@ -556,12 +605,14 @@ static void head_mix_forward(const Tile* out, const Tile* inp, const real* weigh
     }
 }
 
-static void head_mix_backward_input(const Tile* dinp, const Tile* dout, const real* weight, int ch, int T, int H, int lo, int hi, int nk) {
+static void head_mix_backward_input(const Tile* dinp, const Tile* dout, const real* weight, int ch, int T, int H,
+                                    int lo, int hi, int nk) {
     head_mix_forward(dinp, dout, weight, true, ch, T, H, lo, hi, nk);
 }
 
 // dweight[o,n] += sum_{i,j} dout_o[i,j] inp_n[i,j]: a (ch,ch) product over the keys of each row, rows summed in double
-static void head_mix_backward_weight(double* dweight, const Tile* dout, const Tile* inp, int ch, int H, int lo, int hi) {
+static void head_mix_backward_weight(double* dweight, const Tile* dout, const Tile* inp, int ch, int H, int lo,
+                                     int hi) {
     real row[MAX_HEADS];
     for (int g = 0; g < H; g += ch, dweight += ch * ch) {
         for (int i = lo; i < hi; i++) {
@@ -573,7 +624,10 @@ static void head_mix_backward_weight(double* dweight, const Tile* dout, const Ti
                     const real* y = x + ld;
                     real dot_x = 0, dot_y = 0;
 #pragma omp simd reduction(+ : dot_x, dot_y)
-                    for (int j = 0; j <= i; j++) { dot_x += d[j] * x[j]; dot_y += d[j] * y[j]; }
+                    for (int j = 0; j <= i; j++) {
+                        dot_x += d[j] * x[j];
+                        dot_y += d[j] * y[j];
+                    }
                     row[0] = dot_x;
                     row[1] = dot_y;
                 } else {
@@ -588,8 +642,10 @@ static void head_mix_backward_weight(double* dweight, const Tile* dout, const Ti
 // ---- softmax over keys <= query, fp32; of each row the maximum and 1 / sum are kept for the backward pass
 // (a log-sum-exp in their place would cost the probabilities half their digits where it is large)
 
-// out and inp may be the same tile. stats (NH,T,2) of the sequence is written for the rows from `own` on (those above are another chunk's).
-static void softmax_forward(const Tile* out, const Tile* inp, real* stats, const Attention* a, int h0, int H, int lo, int own, int hi, int nk) {
+// out and inp may be the same tile. stats (NH,T,2) of the sequence is written for the rows from `own` on (those above
+// are another chunk's).
+static void softmax_forward(const Tile* out, const Tile* inp, real* stats, const Attention* a, int h0, int H, int lo,
+                            int own, int hi, int nk) {
     for (int h = 0; h < H; h++) {
         for (int i = lo; i < hi; i++) {
             real* p = tile_row(out, h, i);
@@ -599,7 +655,10 @@ static void softmax_forward(const Tile* out, const Tile* inp, real* stats, const
 #pragma omp simd reduction(max : max)
                 for (int j = 0; j <= i; j++) { max = s[j] > max ? s[j] : max; }
 #pragma omp simd reduction(+ : sum)
-                for (int j = 0; j <= i; j++) { p[j] = exp_real(s[j] - max); sum += p[j]; }
+                for (int j = 0; j <= i; j++) {
+                    p[j] = exp_real(s[j] - max);
+                    sum += p[j];
+                }
                 real inverse = 1 / sum;
                 for (int j = 0; j <= i; j++) { p[j] *= inverse; }
                 if (i >= own) {
@@ -613,13 +672,15 @@ static void softmax_forward(const Tile* out, const Tile* inp, real* stats, const
 }
 
 // The same rows in the backward pass, from maximum and 1 / sum.
-static void softmax_recompute(const Tile* out, const Tile* inp, const real* stats, const Attention* a, int h0, int H, int lo, int hi, int nk) {
+static void softmax_recompute(const Tile* out, const Tile* inp, const real* stats, const Attention* a, int h0, int H,
+                              int lo, int hi, int nk) {
     for (int h = 0; h < H; h++) {
         for (int i = lo; i < hi; i++) {
             real* p = tile_row(out, h, i);
             if (i >= 0 && i < a->T) {
                 const real* s = tile_row(inp, h, i);
-                real max = stats[2 * ((size_t)(h0 + h) * a->T + i)], inverse = stats[2 * ((size_t)(h0 + h) * a->T + i) + 1];
+                real max = stats[2 * ((size_t)(h0 + h) * a->T + i)],
+                     inverse = stats[2 * ((size_t)(h0 + h) * a->T + i) + 1];
 #pragma omp simd
                 for (int j = 0; j <= i; j++) { p[j] = exp_real(s[j] - max) * inverse; }
             }
@@ -629,7 +690,8 @@ static void softmax_recompute(const Tile* out, const Tile* inp, const real* stat
 }
 
 // dinp = att (dout - sum_j att dout); dinp may be dout. Rows beyond the sequence become zero.
-static void softmax_backward(const Tile* dinp, const Tile* dout, const Tile* att, const Attention* a, int H, int lo, int hi, int nk) {
+static void softmax_backward(const Tile* dinp, const Tile* dout, const Tile* att, const Attention* a, int H, int lo,
+                             int hi, int nk) {
     for (int h = 0; h < H; h++) {
         for (int i = lo; i < hi; i++) {
             real* dx = tile_row(dinp, h, i);
@@ -649,16 +711,19 @@ static void softmax_backward(const Tile* dinp, const Tile* dout, const Tile* att
 // ---- values: O_i = sum_j att[i,j] v_j
 
 // out (T,NH,HS), v (T,NKV,HS) of one sequence
-static void values_forward(real* out, const Tile* att, const real* v, const Attention* a, int h0, int H, int lo, int hi) {
+static void values_forward(real* out, const Tile* att, const real* v, const Attention* a, int h0, int H, int lo,
+                           int hi) {
     size_t os = (size_t)a->NH * a->HS, vs = (size_t)a->NKV * a->HS;
     for (int h = 0; h < H; h++) {
-        gemm_serial(false, false, hi - lo, a->HS, hi, 1, tile_row(att, h, lo), (size_t)att->ld, v + (size_t)((h0 + h) / (a->NH / a->NKV)) * a->HS, vs,
-                    0, out + (size_t)lo * os + (size_t)(h0 + h) * a->HS, os);
+        gemm_serial(false, false, hi - lo, a->HS, hi, 1, tile_row(att, h, lo), (size_t)att->ld,
+                    v + (size_t)((h0 + h) / (a->NH / a->NKV)) * a->HS, vs, 0,
+                    out + (size_t)lo * os + (size_t)(h0 + h) * a->HS, os);
     }
 }
 
 // datt[i,j] = dO_i . v_j, masked, rows lo <= i < hi
-static void values_backward_att(const Tile* datt, const real* dout, const real* v, const Attention* a, int h0, int H, int lo, int hi, int nk) {
+static void values_backward_att(const Tile* datt, const real* dout, const real* v, const Attention* a, int h0, int H,
+                                int lo, int hi, int nk) {
     size_t os = (size_t)a->NH * a->HS, vs = (size_t)a->NKV * a->HS;
     int to = min_int(hi, a->T);
     for (int h = 0; h < H; h++) {
@@ -669,17 +734,20 @@ static void values_backward_att(const Tile* datt, const real* dout, const real* 
 }
 
 // dv_j += sum_i att[i,j] dO_i
-static void values_backward_v(real* dv, const Tile* att, const real* dout, const Attention* a, int h0, int H, int lo, int hi) {
+static void values_backward_v(real* dv, const Tile* att, const real* dout, const Attention* a, int h0, int H, int lo,
+                              int hi) {
     size_t os = (size_t)a->NH * a->HS, vs = (size_t)a->NKV * a->HS;
     for (int h = 0; h < H; h++) {
-        gemm_serial(true, false, hi, a->HS, hi - lo, 1, tile_row(att, h, lo), (size_t)att->ld, dout + (size_t)lo * os + (size_t)(h0 + h) * a->HS, os,
-                    1, dv + (size_t)((h0 + h) / (a->NH / a->NKV)) * a->HS, vs);
+        gemm_serial(true, false, hi, a->HS, hi - lo, 1, tile_row(att, h, lo), (size_t)att->ld,
+                    dout + (size_t)lo * os + (size_t)(h0 + h) * a->HS, os, 1,
+                    dv + (size_t)((h0 + h) / (a->NH / a->NKV)) * a->HS, vs);
     }
 }
 
 // ---- the chunk: all steps for the queries lo <= i < hi of one group of heads of one sequence
 
-// Heads that must be in one tile, and heads that one thread must own (mixing groups, and the heads that share keys and values).
+// Heads that must be in one tile, and heads that one thread must own (mixing groups, and the heads that share keys and
+// values).
 static int attention_group(const Attention* a) { return lcm(a->mix_pre ? a->ch_pre : 1, a->mix_post ? a->ch_post : 1); }
 static int attention_unit(const Attention* a) { return lcm(attention_group(a), a->NH / a->NKV); }
 static int halo_pre(const Attention* a) { return a->conv_pre ? a->cq - 1 : 0; }
@@ -688,27 +756,34 @@ static int halo_post(const Attention* a) { return a->conv_post ? a->cq - 1 : 0; 
 enum { ATTENTION_TILES = 7 };  // S C L R A of the maps, and two for gradients
 // Reals of one tile: every row any step needs, chunk plus halos above and below.
 static size_t attention_tile_size(const Attention* a) {
-    return (size_t)attention_group(a) * (size_t)(a->chunk + 2 * (halo_pre(a) + halo_post(a))) * (size_t)tile_stride(a->T);
+    return (size_t)attention_group(a) * (size_t)(a->chunk + 2 * (halo_pre(a) + halo_post(a))) *
+           (size_t)tile_stride(a->T);
 }
-// Queries of a chunk: few enough that a tile stays near a core's cache, many enough that the small products and the halo rows pay
-// (dev/experiments.tsv has the measurement).
+// Queries of a chunk: few enough that a tile stays near a core's cache, many enough that the small products and the
+// halo rows pay (dev/experiments.tsv has the measurement).
 static int attention_chunk(int T, int group) {
     int rows = (1 << 18) / (tile_stride(T) * group) / 16 * 16;
     return min_int(T, max_int(64, min_int(128, rows)));
 }
 
 static Tile tile_make(real* scratch, int which, const Attention* a, int i0) {
-    Tile t = {scratch + (size_t)which * attention_tile_size(a), i0, a->chunk + 2 * (halo_pre(a) + halo_post(a)), tile_stride(a->T)};
+    Tile t = {scratch + (size_t)which * attention_tile_size(a), i0, a->chunk + 2 * (halo_pre(a) + halo_post(a)),
+              tile_stride(a->T)};
     return t;
 }
 
-// The maps of the chunk: S scores, C convolved, L mixed, P softmax, R convolved, A mixed. A step that is off shares its input's tile, and P
-// takes L's place. For the forward pass rows lo-halo_post .. hi-1 of P; with `backward` S, C, L, P have halo_pre rows more below hi, and every map
-// that a gradient needs is kept in a tile of its own.
-typedef struct { Tile S, C, L, P, R, A; int tiles; } Maps;
+// The maps of the chunk: S scores, C convolved, L mixed, P softmax, R convolved, A mixed. A step that is off shares its
+// input's tile, and P takes L's place. For the forward pass rows lo-halo_post .. hi-1 of P; with `backward` S, C, L, P
+// have halo_pre rows more below hi, and every map that a gradient needs is kept in a tile of its own.
+typedef struct {
+    Tile S, C, L, P, R, A;
+    int tiles;
+} Maps;
 
-static Maps attention_maps(real* scratch, real* stats, const real* q, const real* k, const Attention* a, int h0, int lo, int hi, bool backward) {
-    int H = attention_group(a), p = halo_pre(a), r = halo_post(a), end = hi + (backward ? p : 0), nk = min_int(end, a->T);
+static Maps attention_maps(real* scratch, real* stats, const real* q, const real* k, const Attention* a, int h0, int lo,
+                           int hi, bool backward) {
+    int H = attention_group(a), p = halo_pre(a), r = halo_post(a), end = hi + (backward ? p : 0),
+        nk = min_int(end, a->T);
     Maps m;
     m.tiles = 0;
     m.S = tile_make(scratch, m.tiles++, a, lo - r - p);
@@ -724,8 +799,11 @@ static Maps attention_maps(real* scratch, real* stats, const real* q, const real
         head_mix_forward(&m.L, &m.C, a->mix_pre + (size_t)h0 * a->ch_pre, false, a->ch_pre, a->T, H, lo - r, end, nk);
     }
     m.P = m.L;
-    if (backward) { softmax_recompute(&m.P, &m.L, stats, a, h0, H, lo - r, end, nk); }
-    else { softmax_forward(&m.P, &m.L, stats, a, h0, H, lo - r, lo, end, nk); }
+    if (backward) {
+        softmax_recompute(&m.P, &m.L, stats, a, h0, H, lo - r, end, nk);
+    } else {
+        softmax_forward(&m.P, &m.L, stats, a, h0, H, lo - r, lo, end, nk);
+    }
     m.R = m.P;
     if (a->conv_post) {
         m.R = tile_make(scratch, m.tiles++, a, lo - r - p);
@@ -739,14 +817,19 @@ static Maps attention_maps(real* scratch, real* stats, const real* q, const real
     return m;
 }
 
-// Gradients of the attention's own weights as sums in double of one sequence: (NH*cq*ck), (NH*ch); n: how many, behind one another.
-// Every sequence has its own, n after those of the one before, so that threads share nothing.
-typedef struct { double *conv_pre, *conv_post, *mix_pre, *mix_post; size_t n; } AttentionSums;
+// Gradients of the attention's own weights as sums in double of one sequence: (NH*cq*ck), (NH*ch); n: how many, behind
+// one another. Every sequence has its own, n after those of the one before, so that threads share nothing.
+typedef struct {
+    double *conv_pre, *conv_post, *mix_pre, *mix_post;
+    size_t n;
+} AttentionSums;
 
-// dq is set, dk, dv and the sums are added to. q, dq, dout (T,NH,HS), k, v, dk, dv (T,NKV,HS), stats (NH,T,2) of one sequence.
-// Rows of dS come from rows of dC up to halo_pre further down, those from rows of dA up to halo_post further: all are recomputed here.
-static void attention_chunk_backward(real* dq, real* dk, real* dv, const AttentionSums* sums, const real* dout, const real* q, const real* k,
-                                     const real* v, real* stats, const Attention* a, int h0, int lo, int hi, real* scratch) {
+// dq is set, dk, dv and the sums are added to. q, dq, dout (T,NH,HS), k, v, dk, dv (T,NKV,HS), stats (NH,T,2) of one
+// sequence. Rows of dS come from rows of dC up to halo_pre further down, those from rows of dA up to halo_post further:
+// all are recomputed here.
+static void attention_chunk_backward(real* dq, real* dk, real* dv, const AttentionSums* sums, const real* dout,
+                                     const real* q, const real* k, const real* v, real* stats, const Attention* a,
+                                     int h0, int lo, int hi, real* scratch) {
     int H = attention_group(a), p = halo_pre(a), r = halo_post(a), end = hi + p, far = hi + p + r, n = a->cq * a->ck;
     int nk = min_int(end, a->T), nk_far = min_int(far, a->T);
     Maps m = attention_maps(scratch, stats, q, k, a, h0, lo, hi, true);
@@ -754,30 +837,32 @@ static void attention_chunk_backward(real* dq, real* dk, real* dv, const Attenti
     if (a->conv_pre || a->conv_post) { other = tile_make(scratch, m.tiles++, a, lo); }
     assert(m.tiles <= ATTENTION_TILES);
 
-    values_backward_v(dv, &m.A, dout, a, h0, H, lo, hi);                        // O = A v
+    values_backward_v(dv, &m.A, dout, a, h0, H, lo, hi);  // O = A v
     values_backward_att(&d, dout, v, a, h0, H, lo, far, nk_far);
-    if (a->mix_post) {                                                          // A = mix(R)
+    if (a->mix_post) {  // A = mix(R)
         const real* w = a->mix_post + (size_t)h0 * a->ch_post;
         head_mix_backward_weight(sums->mix_post + (size_t)h0 * a->ch_post, &d, &m.R, a->ch_post, H, lo, hi);
         head_mix_backward_input(&d, &d, w, a->ch_post, a->T, H, lo, far, nk_far);
     }
-    if (a->conv_post) {                                                         // R = conv(P)
+    if (a->conv_post) {  // R = conv(P)
         kq_conv_backward_weight(sums->conv_post + (size_t)h0 * n, &d, &m.P, a, H, lo, hi, hi);
         kq_conv_backward_input(&other, &d, a->conv_post, a, h0, H, lo, end, nk);
-        Tile swap = d; d = other; other = swap;
+        Tile swap = d;
+        d = other;
+        other = swap;
     }
-    softmax_backward(&d, &d, &m.P, a, H, lo, end, nk);                          // P = softmax(L)
-    if (a->mix_pre) {                                                           // L = mix(C)
+    softmax_backward(&d, &d, &m.P, a, H, lo, end, nk);  // P = softmax(L)
+    if (a->mix_pre) {                                   // L = mix(C)
         const real* w = a->mix_pre + (size_t)h0 * a->ch_pre;
         head_mix_backward_weight(sums->mix_pre + (size_t)h0 * a->ch_pre, &d, &m.C, a->ch_pre, H, lo, hi);
         head_mix_backward_input(&d, &d, w, a->ch_pre, a->T, H, lo, end, nk);
     }
-    if (a->conv_pre) {                                                          // C = conv(S)
+    if (a->conv_pre) {  // C = conv(S)
         kq_conv_backward_weight(sums->conv_pre + (size_t)h0 * n, &d, &m.S, a, H, lo, hi, hi);
         kq_conv_backward_input(&other, &d, a->conv_pre, a, h0, H, lo, hi, hi);
         d = other;
     }
-    scores_backward(dq, dk, &d, q, k, a, h0, H, lo, hi);                        // S = q k^T / sqrt(HS)
+    scores_backward(dq, dk, &d, q, k, a, h0, H, lo, hi);  // S = q k^T / sqrt(HS)
 }
 
 static void attention_clear_pads(real* scratch, const Attention* a) {
@@ -787,9 +872,10 @@ static void attention_clear_pads(real* scratch, const Attention* a) {
     }
 }
 
-// out (B,T,NH,HS); stats (B,NH,T,2) for the backward pass; q (B,T,NH,HS), k, v (B,T,NKV,HS), q and k rotated; scratch: ATTENTION_TILES tiles a thread.
-// Threads own (sequence, heads) whole: a unit of heads shares no result with another.
-static void attention_forward(real* out, real* stats, const real* q, const real* k, const real* v, const Attention* a, real* scratch) {
+// out (B,T,NH,HS); stats (B,NH,T,2) for the backward pass; q (B,T,NH,HS), k, v (B,T,NKV,HS), q and k rotated; scratch:
+// ATTENTION_TILES tiles a thread. Threads own (sequence, heads) whole: a unit of heads shares no result with another.
+static void attention_forward(real* out, real* stats, const real* q, const real* k, const real* v, const Attention* a,
+                              real* scratch) {
     int unit = attention_unit(a), units = a->NH / unit;
     size_t qn = (size_t)a->T * a->NH * a->HS, kn = (size_t)a->T * a->NKV * a->HS;
 #pragma omp parallel for schedule(dynamic, 1)
@@ -809,8 +895,8 @@ static void attention_forward(real* out, real* stats, const real* q, const real*
 }
 
 // dq, dk, dv are set; the sums of every sequence are set, `sums` are those of the first
-static void attention_backward(real* dq, real* dk, real* dv, const AttentionSums* sums, const real* dout, const real* q, const real* k, const real* v,
-                               real* stats, const Attention* a, real* scratch) {
+static void attention_backward(real* dq, real* dk, real* dv, const AttentionSums* sums, const real* dout, const real* q,
+                               const real* k, const real* v, real* stats, const Attention* a, real* scratch) {
     int unit = attention_unit(a), units = a->NH / unit;
     size_t qn = (size_t)a->T * a->NH * a->HS, kn = (size_t)a->T * a->NKV * a->HS;
     memset(dk, 0, (size_t)a->B * kn * sizeof(real));
@@ -821,12 +907,14 @@ static void attention_backward(real* dq, real* dk, real* dv, const AttentionSums
         int b = task / units, first = task % units * unit;
         real* mine = scratch + (size_t)omp_get_thread_num() * ATTENTION_TILES * attention_tile_size(a);
         size_t own = b * sums->n;
-        AttentionSums s = {sums->conv_pre + own, sums->conv_post + own, sums->mix_pre + own, sums->mix_post + own, sums->n};
+        AttentionSums s = {sums->conv_pre + own, sums->conv_post + own, sums->mix_pre + own, sums->mix_post + own,
+                           sums->n};
         attention_clear_pads(mine, a);
         for (int h = first; h < first + unit; h += attention_group(a)) {
             for (int lo = 0; lo < a->T; lo += a->chunk) {
-                attention_chunk_backward(dq + b * qn, dk + b * kn, dv + b * kn, &s, dout + b * qn, q + b * qn, k + b * kn, v + b * kn,
-                                         stats + (size_t)b * a->NH * a->T * 2, a, h, lo, min_int(lo + a->chunk, a->T), mine);
+                attention_chunk_backward(dq + b * qn, dk + b * kn, dv + b * kn, &s, dout + b * qn, q + b * qn,
+                                         k + b * kn, v + b * kn, stats + (size_t)b * a->NH * a->T * 2, a, h, lo,
+                                         min_int(lo + a->chunk, a->T), mine);
             }
         }
     }
@@ -857,9 +945,10 @@ static void head_gate_forward(real* out, const real* inp, const real* weight, co
     }
 }
 
-// dinp = g dout + weight ds, ds = g (1-g) (dout . inp); dweight += ds inp, dbias += ds. dinp may be dout. parts (NORM_PARTS,HS+1) is scratch.
-static void head_gate_backward(real* dinp, real* dweight, real* dbias, const real* dout, const real* inp, const real* weight, const real* bias,
-                               int N, int HS, real* parts) {
+// dinp = g dout + weight ds, ds = g (1-g) (dout . inp); dweight += ds inp, dbias += ds. dinp may be dout. parts
+// (NORM_PARTS,HS+1) is scratch.
+static void head_gate_backward(real* dinp, real* dweight, real* dbias, const real* dout, const real* inp,
+                               const real* weight, const real* bias, int N, int HS, real* parts) {
 #pragma omp parallel for schedule(static)
     for (int p = 0; p < NORM_PARTS; p++) {
         real* dw = parts + (size_t)p * (HS + 1);
@@ -871,7 +960,10 @@ static void head_gate_backward(real* dinp, real* dweight, real* dbias, const rea
             real* dx = dinp + (size_t)n * HS;
             real dot = 0, through = 0;
 #pragma omp simd reduction(+ : dot, through)
-            for (int c = 0; c < HS; c++) { dot += x[c] * weight[c]; through += x[c] * dy[c]; }
+            for (int c = 0; c < HS; c++) {
+                dot += x[c] * weight[c];
+                through += x[c] * dy[c];
+            }
             real gate = 1 / (1 + exp_real(-(dot + *bias))), ds = gate * (1 - gate) * through;
             for (int c = 0; c < HS; c++) { dx[c] = gate * dy[c] + ds * weight[c]; }
             for (int c = 0; c < HS; c++) { dw[c] += ds * x[c]; }
@@ -885,9 +977,12 @@ static void head_gate_backward(real* dinp, real* dweight, real* dbias, const rea
     }
 }
 
-// ---- diff (MODEL.md eq. 12): P_2p - lambda P_2p+1 on both heads' values is a mixing after softmax with W = [[1,-lambda],[1,-lambda]]
+// ---- diff (MODEL.md eq. 12): P_2p - lambda P_2p+1 on both heads' values is a mixing after softmax with W =
+// [[1,-lambda],[1,-lambda]]
 
-typedef struct { const real *q1, *k1, *q2, *k2; } Lambda;  // (HS) each
+typedef struct {
+    const real *q1, *k1, *q2, *k2;
+} Lambda;  // (HS) each
 
 static double lambda_dot(const real* a, const real* b, int HS) {
     double sum = 0;
@@ -902,7 +997,8 @@ static void diff_lambda_forward(real* mix, const Lambda* w, double lambda_init, 
 }
 
 // d* (HS) += from dmix (NH/2,2,2)
-static void diff_lambda_backward(real* dq1, real* dk1, real* dq2, real* dk2, const real* dmix, const Lambda* w, int NH, int HS) {
+static void diff_lambda_backward(real* dq1, real* dk1, real* dq2, real* dk2, const real* dmix, const Lambda* w, int NH,
+                                 int HS) {
     double dlambda = 0;
     for (int i = 1; i < NH * 2; i += 2) { dlambda -= (double)dmix[i]; }
     double d1 = dlambda * exp(lambda_dot(w->q1, w->k1, HS)), d2 = -dlambda * exp(lambda_dot(w->q2, w->k2, HS));
@@ -923,9 +1019,10 @@ static void swiglu_forward(real* out, const real* gate, const real* up, size_t n
     for (size_t i = 0; i < n; i++) { out[i] = gate[i] / (1 + exp_real(-gate[i])) * up[i]; }
 }
 
-// dgate = dout up s (1 + gate (1 - s)), dup = dout gate s, s = sigmoid(gate); act = the forward result again, for down_proj's gradient.
-// dgate may be dout.
-static void swiglu_backward(real* dgate, real* dup, real* act, const real* dout, const real* gate, const real* up, size_t n) {
+// dgate = dout up s (1 + gate (1 - s)), dup = dout gate s, s = sigmoid(gate); act = the forward result again, for
+// down_proj's gradient. dgate may be dout.
+static void swiglu_backward(real* dgate, real* dup, real* act, const real* dout, const real* gate, const real* up,
+                            size_t n) {
 #pragma omp parallel for simd schedule(static)
     for (size_t i = 0; i < n; i++) {
         real g = gate[i], s = 1 / (1 + exp_real(-g)), d = dout[i];
@@ -938,10 +1035,10 @@ static void swiglu_backward(real* dgate, real* dup, real* act, const real* dout,
 // =====================================================================================================================
 // Cross-entropy (MODEL.md eq. 14)
 
-// losses (N) = -log softmax(logits)[target], wrong (N) = 1 where another id scores higher; 0 where target < 0 (not counted).
-// With `gradient`, logits (N,V) become dlogits = (softmax - onehot) * dloss, zero where not counted.
-static void crossentropy_forward_backward(real* losses, unsigned char* wrong, real* logits, const int32_t* targets, int N, int V, real dloss,
-                                          bool gradient) {
+// losses (N) = -log softmax(logits)[target], wrong (N) = 1 where another id scores higher; 0 where target < 0 (not
+// counted). With `gradient`, logits (N,V) become dlogits = (softmax - onehot) * dloss, zero where not counted.
+static void crossentropy_forward_backward(real* losses, unsigned char* wrong, real* logits, const int32_t* targets,
+                                          int N, int V, real dloss, bool gradient) {
 #pragma omp parallel for schedule(static)
     for (int n = 0; n < N; n++) {
         real* x = logits + (size_t)n * V;
@@ -957,7 +1054,10 @@ static void crossentropy_forward_backward(real* losses, unsigned char* wrong, re
         for (int v = 0; v < V; v++) { max = x[v] > max ? x[v] : max; }
         if (gradient) {
 #pragma omp simd reduction(+ : sum)
-            for (int v = 0; v < V; v++) { x[v] = exp_real(x[v] - max); sum += x[v]; }
+            for (int v = 0; v < V; v++) {
+                x[v] = exp_real(x[v] - max);
+                sum += x[v];
+            }
             real scale = dloss / sum;
             for (int v = 0; v < V; v++) { x[v] *= scale; }
             x[target] -= dloss;
@@ -973,60 +1073,68 @@ static void crossentropy_forward_backward(real* losses, unsigned char* wrong, re
 // =====================================================================================================================
 // The model: state and memory
 
-// Pointers to one layer's tensors inside an arena (weights or gradients), in the order of TensorKind; NULL where the model has none.
+// Pointers to one layer's tensors inside an arena (weights or gradients), in the order of TensorKind; NULL where the
+// model has none.
 typedef struct {
-    real *input_norm, *q, *k, *v, *o, *kq_conv, *kq_conv_post, *head_mix_pre, *head_mix, *head_norm, *gate_weight, *gate_bias;
+    real *input_norm, *q, *k, *v, *o, *kq_conv, *kq_conv_post, *head_mix_pre, *head_mix, *head_norm, *gate_weight,
+        *gate_bias;
     real *lambda_q1, *lambda_k1, *lambda_q2, *lambda_k2, *post_norm, *gate_proj, *up_proj, *down_proj;
 } Layer;
 
-// What the forward pass keeps for the backward pass. N = B*T rows, all layers behind one another: layer l of x starts at l*N*C.
+// What the forward pass keeps for the backward pass. N = B*T rows, all layers behind one another: layer l of x starts
+// at l*N*C.
 typedef struct {
-    real *x;               // (L+1,N,C) residual stream before each layer, and after the last
-    real *x_mid;           // (L,N,C) after attention
-    real *ln1, *ln2;       // (L,N,C) normalised inputs of attention and MLP
-    real *rstd1, *rstd2;   // (L,N)
-    real *q;               // (L,N,NH,HS) rotated
-    real *k, *v;           // (L,N,NKV,HS) k rotated
-    real *stats;           // (L,B,NH,T,2) maximum and 1 / sum of the score rows
-    real *att;             // (L,N,NH,HS) output of the heads
-    real *normed;          // (L,N,NH,HS) after head_norm, where there is one
-    real *head_rstd;       // (L,N,NH)
-    real *gated;           // (L,N,NH,HS) after head_gate, where there is one
-    real *gate, *up;       // (L,N,FF)
-    real *ln_f, *rstd_f;   // (N,C), (N)
+    real* x;              // (L+1,N,C) residual stream before each layer, and after the last
+    real* x_mid;          // (L,N,C) after attention
+    real *ln1, *ln2;      // (L,N,C) normalised inputs of attention and MLP
+    real *rstd1, *rstd2;  // (L,N)
+    real* q;              // (L,N,NH,HS) rotated
+    real *k, *v;          // (L,N,NKV,HS) k rotated
+    real* stats;          // (L,B,NH,T,2) maximum and 1 / sum of the score rows
+    real* att;            // (L,N,NH,HS) output of the heads
+    real* normed;         // (L,N,NH,HS) after head_norm, where there is one
+    real* head_rstd;      // (L,N,NH)
+    real* gated;          // (L,N,NH,HS) after head_gate, where there is one
+    real *gate, *up;      // (L,N,FF)
+    real *ln_f, *rstd_f;  // (N,C), (N)
 } Activations;
 
 // What no pass keeps.
 typedef struct {
-    real *act, *dgate, *dup;         // (N,FF)
-    real *dx, *dln;                  // (N,C) gradient of the residual stream, of a normalised input
-    real *datt, *dq, *dk, *dv;       // as att, q, k, v of one layer
-    real *logits;                    // (rows of a classifier chunk, V)
-    real *losses;                    // (N)
-    real *parts;                     // partial sums of norm and gate weights
-    real *diff_mix, *diff_dmix;      // (NH/2,2,2)
-    real *tiles;                     // attention tiles of every thread
-    real *cosine, *sine;             // (T,HS/2)
+    real *act, *dgate, *dup;     // (N,FF)
+    real *dx, *dln;              // (N,C) gradient of the residual stream, of a normalised input
+    real *datt, *dq, *dk, *dv;   // as att, q, k, v of one layer
+    real* logits;                // (rows of a classifier chunk, V)
+    real* losses;                // (N)
+    real* parts;                 // partial sums of norm and gate weights
+    real *diff_mix, *diff_dmix;  // (NH/2,2,2)
+    real* tiles;                 // attention tiles of every thread
+    real *cosine, *sine;         // (T,HS/2)
 } Scratch;
 
 typedef struct {
     Config config;
     TensorList tensors;
-    int B, T;                         // the largest micro-batch
-    int chunk;                        // queries of an attention chunk
-    int logit_rows;                   // rows of a classifier chunk
-    real *weights, *grads, *m, *v;    // arenas of tensors.numel
+    int B, T;                       // the largest micro-batch
+    int chunk;                      // queries of an attention chunk
+    int logit_rows;                 // rows of a classifier chunk
+    real *weights, *grads, *m, *v;  // arenas of tensors.numel
     real *activation_memory, *scratch_memory;
-    double* sum_memory;               // attention's weight gradients, (B, sums.n)
-    unsigned char* wrong;             // (N) counted targets that another id beats
+    double* sum_memory;    // attention's weight gradients, (B, sums.n)
+    unsigned char* wrong;  // (N) counted targets that another id beats
     Activations acts;
     Scratch scratch;
     AttentionSums sums;
 } Model;
 
-typedef struct { const char* name; real** ptr; size_t numel; } Buffer;
+typedef struct {
+    const char* name;
+    real** ptr;
+    size_t numel;
+} Buffer;
 
-// Sets every pointer of the list; with base NULL it only measures, so that size and layout cannot disagree. Returns reals.
+// Sets every pointer of the list; with base NULL it only measures, so that size and layout cannot disagree. Returns
+// reals.
 static size_t carve(const Buffer* buffers, int n, real* base) {
     size_t offset = 0;
     for (int i = 0; i < n; i++) {
@@ -1038,15 +1146,29 @@ static size_t carve(const Buffer* buffers, int n, real* base) {
 }
 
 static size_t carve_activations(Activations* a, const Config* c, int B, int T, real* base) {
-    size_t N = (size_t)B * T, L = (size_t)c->num_hidden_layers, C = (size_t)c->hidden_size, FF = (size_t)c->intermediate_size;
+    size_t N = (size_t)B * T, L = (size_t)c->num_hidden_layers, C = (size_t)c->hidden_size,
+           FF = (size_t)c->intermediate_size;
     size_t NH = (size_t)c->num_attention_heads, KV = (size_t)c->num_key_value_heads * config_head_size(c);
     bool norm = c->head_norm != HEAD_NORM_NONE;
     const Buffer list[] = {
-        {"x", &a->x, (L + 1) * N * C}, {"x_mid", &a->x_mid, L * N * C}, {"ln1", &a->ln1, L * N * C}, {"ln2", &a->ln2, L * N * C},
-        {"rstd1", &a->rstd1, L * N}, {"rstd2", &a->rstd2, L * N}, {"q", &a->q, L * N * C}, {"k", &a->k, L * N * KV}, {"v", &a->v, L * N * KV},
-        {"stats", &a->stats, L * N * NH * 2}, {"att", &a->att, L * N * C}, {"normed", &a->normed, norm ? L * N * C : 0},
-        {"head_rstd", &a->head_rstd, norm ? L * N * NH : 0}, {"gated", &a->gated, c->head_gate ? L * N * C : 0},
-        {"gate", &a->gate, L * N * FF}, {"up", &a->up, L * N * FF}, {"ln_f", &a->ln_f, N * C}, {"rstd_f", &a->rstd_f, N},
+        {"x", &a->x, (L + 1) * N * C},
+        {"x_mid", &a->x_mid, L * N * C},
+        {"ln1", &a->ln1, L * N * C},
+        {"ln2", &a->ln2, L * N * C},
+        {"rstd1", &a->rstd1, L * N},
+        {"rstd2", &a->rstd2, L * N},
+        {"q", &a->q, L * N * C},
+        {"k", &a->k, L * N * KV},
+        {"v", &a->v, L * N * KV},
+        {"stats", &a->stats, L * N * NH * 2},
+        {"att", &a->att, L * N * C},
+        {"normed", &a->normed, norm ? L * N * C : 0},
+        {"head_rstd", &a->head_rstd, norm ? L * N * NH : 0},
+        {"gated", &a->gated, c->head_gate ? L * N * C : 0},
+        {"gate", &a->gate, L * N * FF},
+        {"up", &a->up, L * N * FF},
+        {"ln_f", &a->ln_f, N * C},
+        {"rstd_f", &a->rstd_f, N},
     };
     return carve(list, (int)(sizeof list / sizeof list[0]), base);
 }
@@ -1054,9 +1176,20 @@ static size_t carve_activations(Activations* a, const Config* c, int B, int T, r
 static Attention attention_of(const Model* m, const Layer* w, int B, int T) {
     const Config* c = &m->config;
     bool diff = c->attention_type == ATTENTION_DIFF;
-    Attention a = {B, T, c->num_attention_heads, c->num_key_value_heads, config_head_size(c), c->kq_conv_query_size, c->kq_conv_key_size,
-                   c->head_mix_pre_softmax, diff ? 2 : c->head_mix_post_softmax, w->kq_conv, w->kq_conv_post, w->head_mix_pre,
-                   diff ? m->scratch.diff_mix : w->head_mix, min_int(m->chunk, T)};
+    Attention a = {B,
+                   T,
+                   c->num_attention_heads,
+                   c->num_key_value_heads,
+                   config_head_size(c),
+                   c->kq_conv_query_size,
+                   c->kq_conv_key_size,
+                   c->head_mix_pre_softmax,
+                   diff ? 2 : c->head_mix_post_softmax,
+                   w->kq_conv,
+                   w->kq_conv_post,
+                   w->head_mix_pre,
+                   diff ? m->scratch.diff_mix : w->head_mix,
+                   min_int(m->chunk, T)};
     return a;
 }
 
@@ -1064,10 +1197,24 @@ static Attention attention_of(const Model* m, const Layer* w, int B, int T) {
 static Attention attention_largest(const Config* c, int B, int T, int chunk) {
     static const real one = 1;
     bool pre = false, post = false, diff = c->attention_type == ATTENTION_DIFF;
-    for (int l = 0; l < c->num_hidden_layers; l++) { pre = pre || config_conv_pre(c, l); post = post || config_conv_post(c, l); }
-    Attention a = {B, T, c->num_attention_heads, c->num_key_value_heads, config_head_size(c), c->kq_conv_query_size, c->kq_conv_key_size,
-                   c->head_mix_pre_softmax, diff ? 2 : c->head_mix_post_softmax, pre ? &one : NULL, post ? &one : NULL,
-                   c->head_mix_pre_softmax ? &one : NULL, diff || c->head_mix_post_softmax ? &one : NULL, chunk};
+    for (int l = 0; l < c->num_hidden_layers; l++) {
+        pre = pre || config_conv_pre(c, l);
+        post = post || config_conv_post(c, l);
+    }
+    Attention a = {B,
+                   T,
+                   c->num_attention_heads,
+                   c->num_key_value_heads,
+                   config_head_size(c),
+                   c->kq_conv_query_size,
+                   c->kq_conv_key_size,
+                   c->head_mix_pre_softmax,
+                   diff ? 2 : c->head_mix_post_softmax,
+                   pre ? &one : NULL,
+                   post ? &one : NULL,
+                   c->head_mix_pre_softmax ? &one : NULL,
+                   diff || c->head_mix_post_softmax ? &one : NULL,
+                   chunk};
     if (!a.chunk) { a.chunk = attention_chunk(T, attention_group(&a)); }
     a.chunk = min_int(a.chunk, T);
     return a;
@@ -1077,31 +1224,48 @@ static int logit_rows(int V, int N) { return min_int(N, max_int(16, (1 << 22) / 
 
 // Doubles of one sequence's sums; with base NULL it only measures.
 static size_t carve_sums(AttentionSums* s, const Config* c, double* base) {
-    size_t NH = (size_t)c->num_attention_heads, conv = config_any_conv(c) ? NH * c->kq_conv_query_size * c->kq_conv_key_size : 0;
-    size_t pre = NH * c->head_mix_pre_softmax, post = NH * (c->attention_type == ATTENTION_DIFF ? 2 : c->head_mix_post_softmax);
-    AttentionSums sums = {base, base ? base + conv : NULL, base ? base + 2 * conv : NULL, base ? base + 2 * conv + pre : NULL, 2 * conv + pre + post};
+    size_t NH = (size_t)c->num_attention_heads,
+           conv = config_any_conv(c) ? NH * c->kq_conv_query_size * c->kq_conv_key_size : 0;
+    size_t pre = NH * c->head_mix_pre_softmax,
+           post = NH * (c->attention_type == ATTENTION_DIFF ? 2 : c->head_mix_post_softmax);
+    AttentionSums sums = {base, base ? base + conv : NULL, base ? base + 2 * conv : NULL,
+                          base ? base + 2 * conv + pre : NULL, 2 * conv + pre + post};
     *s = sums;
     return sums.n;
 }
 
 static size_t carve_scratch(Scratch* s, const Config* c, int B, int T, int chunk, real* base) {
-    size_t N = (size_t)B * T, C = (size_t)c->hidden_size, FF = (size_t)c->intermediate_size, HS = (size_t)config_head_size(c);
+    size_t N = (size_t)B * T, C = (size_t)c->hidden_size, FF = (size_t)c->intermediate_size,
+           HS = (size_t)config_head_size(c);
     size_t NH = (size_t)c->num_attention_heads, KV = (size_t)c->num_key_value_heads * HS;
     Attention a = attention_largest(c, B, T, chunk);
     size_t widest = C > 2 * HS + 1 ? C : 2 * HS + 1;
     const Buffer list[] = {
-        {"act", &s->act, N * FF}, {"dgate", &s->dgate, N * FF}, {"dup", &s->dup, N * FF}, {"dx", &s->dx, N * C}, {"dln", &s->dln, N * C},
-        {"datt", &s->datt, N * C}, {"dq", &s->dq, N * C}, {"dk", &s->dk, N * KV}, {"dv", &s->dv, N * KV},
-        {"logits", &s->logits, (size_t)logit_rows(c->vocab_size, (int)N) * c->vocab_size}, {"losses", &s->losses, N},
-        {"parts", &s->parts, NORM_PARTS * widest}, {"diff_mix", &s->diff_mix, 2 * NH}, {"diff_dmix", &s->diff_dmix, 2 * NH},
+        {"act", &s->act, N * FF},
+        {"dgate", &s->dgate, N * FF},
+        {"dup", &s->dup, N * FF},
+        {"dx", &s->dx, N * C},
+        {"dln", &s->dln, N * C},
+        {"datt", &s->datt, N * C},
+        {"dq", &s->dq, N * C},
+        {"dk", &s->dk, N * KV},
+        {"dv", &s->dv, N * KV},
+        {"logits", &s->logits, (size_t)logit_rows(c->vocab_size, (int)N) * c->vocab_size},
+        {"losses", &s->losses, N},
+        {"parts", &s->parts, NORM_PARTS * widest},
+        {"diff_mix", &s->diff_mix, 2 * NH},
+        {"diff_dmix", &s->diff_dmix, 2 * NH},
         {"tiles", &s->tiles, (size_t)omp_get_max_threads() * ATTENTION_TILES * attention_tile_size(&a)},
-        {"cosine", &s->cosine, (size_t)T * HS / 2}, {"sine", &s->sine, (size_t)T * HS / 2},
+        {"cosine", &s->cosine, (size_t)T * HS / 2},
+        {"sine", &s->sine, (size_t)T * HS / 2},
     };
     return carve(list, (int)(sizeof list / sizeof list[0]), base);
 }
 
 // Bytes of each allocation of a model, in the order of the plan that is printed before any is made.
-typedef struct { size_t weights, gradients, optimizer, activations, scratch; } MemoryPlan;
+typedef struct {
+    size_t weights, gradients, optimizer, activations, scratch;
+} MemoryPlan;
 
 static MemoryPlan model_memory(const Config* c, int B, int T) {
     TensorList list;
@@ -1111,7 +1275,8 @@ static MemoryPlan model_memory(const Config* c, int B, int T) {
     size_t arena = list.numel * sizeof(real);
     AttentionSums sums;
     MemoryPlan p = {arena, arena, 2 * arena, carve_activations(&acts, c, B, T, NULL) * sizeof(real),
-                    carve_scratch(&scratch, c, B, T, 0, NULL) * sizeof(real) + (size_t)B * T + (size_t)B * carve_sums(&sums, c, NULL) * sizeof(double)};
+                    carve_scratch(&scratch, c, B, T, 0, NULL) * sizeof(real) + (size_t)B * T +
+                        (size_t)B * carve_sums(&sums, c, NULL) * sizeof(double)};
     tensor_list_free(&list);
     return p;
 }
@@ -1123,7 +1288,9 @@ static Layer model_layer(const Model* m, real* arena, int l) {
     tensors_of_layer(&w, &m->tensors, l, arena, sizeof(real));
     return w;
 }
-static real* model_tensor(const Model* m, real* arena, TensorKind kind) { return arena + m->tensors.specs[tensor_at(&m->tensors, 0, kind)].offset; }
+static real* model_tensor(const Model* m, real* arena, TensorKind kind) {
+    return arena + m->tensors.specs[tensor_at(&m->tensors, 0, kind)].offset;
+}
 static real* model_head(const Model* m, real* arena) {  // the classifier: the embedding itself if tied
     return model_tensor(m, arena, m->config.tie_word_embeddings ? TENSOR_EMBED : TENSOR_LM_HEAD);
 }
@@ -1132,7 +1299,8 @@ static real* model_head(const Model* m, real* arena) {  // the classifier: the e
 static Model* model_create(const Config* config, int B, int T, int chunk) {
     Model* m = (Model*)alloc_or_die(1, sizeof(Model), "model");
     m->config = *config;
-    m->B = B; m->T = T;
+    m->B = B;
+    m->T = T;
     m->logit_rows = logit_rows(config->vocab_size, B * T);
     tensor_list(&m->tensors, config);
     m->chunk = attention_largest(config, B, T, chunk).chunk;
@@ -1140,11 +1308,14 @@ static Model* model_create(const Config* config, int B, int T, int chunk) {
     m->grads = (real*)alloc_or_die(m->tensors.numel, sizeof(real), "gradients");
     m->m = (real*)alloc_or_die(m->tensors.numel, sizeof(real), "optimizer state m");
     m->v = (real*)alloc_or_die(m->tensors.numel, sizeof(real), "optimizer state v");
-    m->activation_memory = (real*)alloc_or_die(carve_activations(&m->acts, config, B, T, NULL), sizeof(real), "activations");
-    m->scratch_memory = (real*)alloc_or_die(carve_scratch(&m->scratch, config, B, T, chunk, NULL), sizeof(real), "scratch");
+    m->activation_memory =
+        (real*)alloc_or_die(carve_activations(&m->acts, config, B, T, NULL), sizeof(real), "activations");
+    m->scratch_memory =
+        (real*)alloc_or_die(carve_scratch(&m->scratch, config, B, T, chunk, NULL), sizeof(real), "scratch");
     carve_activations(&m->acts, config, B, T, m->activation_memory);
     carve_scratch(&m->scratch, config, B, T, chunk, m->scratch_memory);
-    m->sum_memory = (double*)alloc_or_die((size_t)B * carve_sums(&m->sums, config, NULL), sizeof(double), "gradient sums");
+    m->sum_memory =
+        (double*)alloc_or_die((size_t)B * carve_sums(&m->sums, config, NULL), sizeof(double), "gradient sums");
     carve_sums(&m->sums, config, m->sum_memory);
     m->wrong = (unsigned char*)alloc_or_die((size_t)B * T, 1, "wrong targets");
     rope_table(m->scratch.cosine, m->scratch.sine, config, T);
@@ -1152,7 +1323,8 @@ static Model* model_create(const Config* config, int B, int T, int chunk) {
 }
 
 static void model_free(Model* m) {
-    void* const memory[] = {m->weights, m->grads, m->m, m->v, m->activation_memory, m->scratch_memory, m->sum_memory, m->wrong};
+    void* const memory[] = {m->weights,           m->grads,          m->m,          m->v,
+                            m->activation_memory, m->scratch_memory, m->sum_memory, m->wrong};
     for (size_t i = 0; i < sizeof memory / sizeof memory[0]; i++) { free(memory[i]); }
     tensor_list_free(&m->tensors);
     free(m);
@@ -1165,7 +1337,8 @@ static void model_free(Model* m) {
 static void model_forward(Model* m, const int32_t* tokens, int B, int T) {
     const Config* c = &m->config;
     Activations* a = &m->acts;
-    int N = B * T, C = c->hidden_size, FF = c->intermediate_size, NH = c->num_attention_heads, NKV = c->num_key_value_heads;
+    int N = B * T, C = c->hidden_size, FF = c->intermediate_size, NH = c->num_attention_heads,
+        NKV = c->num_key_value_heads;
     int HS = config_head_size(c), KV = NKV * HS, wide = config_norm_heads(c);
     size_t NC = (size_t)N * C, NF = (size_t)N * FF, NK = (size_t)N * KV;
     assert(B <= m->B && T <= m->T);
@@ -1189,7 +1362,8 @@ static void model_forward(Model* m, const int32_t* tokens, int B, int T) {
         if (w.head_norm) {
             double scale = c->head_norm == HEAD_NORM_GROUP_DEPTH_SCALED ? 1 - config_lambda_init(l) : 1;
             out = a->normed + l * NC;
-            rmsnorm_forward(out, a->head_rstd + (size_t)l * N * NH, att, w.head_norm, N * NH / wide, HS * wide, 1e-5, scale);
+            rmsnorm_forward(out, a->head_rstd + (size_t)l * N * NH, att, w.head_norm, N * NH / wide, HS * wide, 1e-5,
+                            scale);
         }
         if (w.gate_weight) {
             head_gate_forward(a->gated + l * NC, out, w.gate_weight, w.gate_bias, N * NH, HS);
@@ -1204,11 +1378,13 @@ static void model_forward(Model* m, const int32_t* tokens, int B, int T) {
         memcpy(x + NC, x_mid, NC * sizeof(real));
         gemm(false, true, N, C, FF, 1, m->scratch.act, (size_t)FF, w.down_proj, (size_t)FF, 1, x + NC, (size_t)C);
     }
-    rmsnorm_forward(a->ln_f, a->rstd_f, a->x + c->num_hidden_layers * NC, model_tensor(m, m->weights, TENSOR_NORM), N, C, c->rms_norm_eps, 1);
+    rmsnorm_forward(a->ln_f, a->rstd_f, a->x + c->num_hidden_layers * NC, model_tensor(m, m->weights, TENSOR_NORM), N,
+                    C, c->rms_norm_eps, 1);
 }
 
-// The classifier and its loss, a chunk of rows at a time so that the logits of all rows never exist: returns the sum of the counted losses,
-// fills scratch.losses and wrong. With `gradient`: scratch.dln = dL/d(ln_f) and the head's gradient, L = sum * dloss. logits (N,V) unless NULL.
+// The classifier and its loss, a chunk of rows at a time so that the logits of all rows never exist: returns the sum of
+// the counted losses, fills scratch.losses and wrong. With `gradient`: scratch.dln = dL/d(ln_f) and the head's
+// gradient, L = sum * dloss. logits (N,V) unless NULL.
 static double model_loss(Model* m, const int32_t* targets, int N, real dloss, bool gradient, float* logits) {
     int C = m->config.hidden_size, V = m->config.vocab_size;
     const real* head = model_head(m, m->weights);
@@ -1217,9 +1393,14 @@ static double model_loss(Model* m, const int32_t* targets, int N, real dloss, bo
         const real* x = m->acts.ln_f + (size_t)n * C;
         real* chunk = m->scratch.logits;
         matmul_forward(chunk, x, head, rows, C, V);
-        if (logits) { for (size_t i = 0; i < (size_t)rows * V; i++) { logits[(size_t)n * V + i] = (float)chunk[i]; } }
-        crossentropy_forward_backward(m->scratch.losses + n, m->wrong + n, chunk, targets + n, rows, V, dloss, gradient);
-        if (gradient) { matmul_backward(m->scratch.dln + (size_t)n * C, model_head(m, m->grads), chunk, x, head, rows, C, V, false); }
+        if (logits) {
+            for (size_t i = 0; i < (size_t)rows * V; i++) { logits[(size_t)n * V + i] = (float)chunk[i]; }
+        }
+        crossentropy_forward_backward(m->scratch.losses + n, m->wrong + n, chunk, targets + n, rows, V, dloss,
+                                      gradient);
+        if (gradient) {
+            matmul_backward(m->scratch.dln + (size_t)n * C, model_head(m, m->grads), chunk, x, head, rows, C, V, false);
+        }
     }
     double sum = 0;
     for (int n = 0; n < N; n++) { sum += (double)m->scratch.losses[n]; }
@@ -1231,11 +1412,13 @@ static void model_backward(Model* m, const int32_t* tokens, int B, int T) {
     const Config* c = &m->config;
     const Activations* a = &m->acts;
     Scratch* s = &m->scratch;
-    int N = B * T, C = c->hidden_size, FF = c->intermediate_size, NH = c->num_attention_heads, NKV = c->num_key_value_heads;
+    int N = B * T, C = c->hidden_size, FF = c->intermediate_size, NH = c->num_attention_heads,
+        NKV = c->num_key_value_heads;
     int HS = config_head_size(c), KV = NKV * HS, wide = config_norm_heads(c), L = c->num_hidden_layers;
-    size_t NC = (size_t)N * C, NF = (size_t)N * FF, NK = (size_t)N * KV, kernel = (size_t)NH * c->kq_conv_query_size * c->kq_conv_key_size;
-    rmsnorm_backward(s->dx, model_tensor(m, m->grads, TENSOR_NORM), s->dln, a->x + L * NC, model_tensor(m, m->weights, TENSOR_NORM), a->rstd_f, N, C,
-                     1, s->parts, false);
+    size_t NC = (size_t)N * C, NF = (size_t)N * FF, NK = (size_t)N * KV,
+           kernel = (size_t)NH * c->kq_conv_query_size * c->kq_conv_key_size;
+    rmsnorm_backward(s->dx, model_tensor(m, m->grads, TENSOR_NORM), s->dln, a->x + L * NC,
+                     model_tensor(m, m->weights, TENSOR_NORM), a->rstd_f, N, C, 1, s->parts, false);
     for (int l = L - 1; l >= 0; l--) {
         Layer w = model_layer(m, m->weights, l), g = model_layer(m, m->grads, l);
         const real *x = a->x + l * NC, *ln1 = a->ln1 + l * NC, *ln2 = a->ln2 + l * NC, *x_mid = a->x_mid + l * NC;
@@ -1247,27 +1430,34 @@ static void model_backward(Model* m, const int32_t* tokens, int B, int T) {
         matmul_backward(NULL, g.down_proj, s->dx, s->act, NULL, N, FF, C, false);
         matmul_backward(s->dln, g.gate_proj, s->dgate, ln2, w.gate_proj, N, C, FF, false);
         matmul_backward(s->dln, g.up_proj, s->dup, ln2, w.up_proj, N, C, FF, true);
-        rmsnorm_backward(s->dx, g.post_norm, s->dln, x_mid, w.post_norm, a->rstd2 + (size_t)l * N, N, C, 1, s->parts, true);
+        rmsnorm_backward(s->dx, g.post_norm, s->dln, x_mid, w.post_norm, a->rstd2 + (size_t)l * N, N, C, 1, s->parts,
+                         true);
         // x + o(out)
         matmul_backward(s->datt, g.o, s->dx, out, w.o, N, C, C, false);
         if (w.gate_weight) {
-            head_gate_backward(s->datt, g.gate_weight, g.gate_bias, s->datt, normed, w.gate_weight, w.gate_bias, N * NH, HS, s->parts);
+            head_gate_backward(s->datt, g.gate_weight, g.gate_bias, s->datt, normed, w.gate_weight, w.gate_bias, N * NH,
+                               HS, s->parts);
         }
         if (w.head_norm) {
             double scale = c->head_norm == HEAD_NORM_GROUP_DEPTH_SCALED ? 1 - config_lambda_init(l) : 1;
-            rmsnorm_backward(s->datt, g.head_norm, s->datt, att, w.head_norm, a->head_rstd + (size_t)l * N * NH, N * NH / wide, HS * wide, scale,
-                             s->parts, false);
+            rmsnorm_backward(s->datt, g.head_norm, s->datt, att, w.head_norm, a->head_rstd + (size_t)l * N * NH,
+                             N * NH / wide, HS * wide, scale, s->parts, false);
         }
         if (w.lambda_q1) {
             Lambda lambda = {w.lambda_q1, w.lambda_k1, w.lambda_q2, w.lambda_k2};
             diff_lambda_forward(s->diff_mix, &lambda, config_lambda_init(l), NH, HS);
         }
         Attention shape = attention_of(m, &w, B, T);
-        attention_backward(s->dq, s->dk, s->dv, &m->sums, s->datt, q, k, v, a->stats + (size_t)l * N * NH * 2, &shape, s->tiles);
+        attention_backward(s->dq, s->dk, s->dv, &m->sums, s->datt, q, k, v, a->stats + (size_t)l * N * NH * 2, &shape,
+                           s->tiles);
         if (g.kq_conv) { attention_sums_add(g.kq_conv, m->sums.conv_pre, B, m->sums.n, kernel); }
         if (g.kq_conv_post) { attention_sums_add(g.kq_conv_post, m->sums.conv_post, B, m->sums.n, kernel); }
-        if (g.head_mix_pre) { attention_sums_add(g.head_mix_pre, m->sums.mix_pre, B, m->sums.n, (size_t)NH * c->head_mix_pre_softmax); }
-        if (g.head_mix) { attention_sums_add(g.head_mix, m->sums.mix_post, B, m->sums.n, (size_t)NH * c->head_mix_post_softmax); }
+        if (g.head_mix_pre) {
+            attention_sums_add(g.head_mix_pre, m->sums.mix_pre, B, m->sums.n, (size_t)NH * c->head_mix_pre_softmax);
+        }
+        if (g.head_mix) {
+            attention_sums_add(g.head_mix, m->sums.mix_post, B, m->sums.n, (size_t)NH * c->head_mix_post_softmax);
+        }
         if (w.lambda_q1) {
             Lambda lambda = {w.lambda_q1, w.lambda_k1, w.lambda_q2, w.lambda_k2};
             memset(s->diff_dmix, 0, 2 * (size_t)NH * sizeof(real));
@@ -1279,20 +1469,24 @@ static void model_backward(Model* m, const int32_t* tokens, int B, int T) {
         matmul_backward(s->dln, g.q, s->dq, ln1, w.q, N, C, C, false);
         matmul_backward(s->dln, g.k, s->dk, ln1, w.k, N, C, KV, true);
         matmul_backward(s->dln, g.v, s->dv, ln1, w.v, N, C, KV, true);
-        rmsnorm_backward(s->dx, g.input_norm, s->dln, x, w.input_norm, a->rstd1 + (size_t)l * N, N, C, 1, s->parts, true);
+        rmsnorm_backward(s->dx, g.input_norm, s->dln, x, w.input_norm, a->rstd1 + (size_t)l * N, N, C, 1, s->parts,
+                         true);
     }
     embedding_backward(model_tensor(m, m->grads, TENSOR_EMBED), s->dx, tokens, N, C);
 }
 
 // Both of a batch: adds dloss times the gradient of the summed loss, and returns that sum.
-static double model_forward_backward(Model* m, const int32_t* tokens, const int32_t* targets, int B, int T, double dloss) {
+static double model_forward_backward(Model* m, const int32_t* tokens, const int32_t* targets, int B, int T,
+                                     double dloss) {
     model_forward(m, tokens, B, T);
     double sum = model_loss(m, targets, B * T, (real)dloss, true, NULL);
     model_backward(m, tokens, B, T);
     return sum;
 }
 
-enum { UPDATE_BLOCK = 1 << 16 };  // elements of an arena that one thread handles at a time; the order of the norm's sum hangs on it
+enum {
+    UPDATE_BLOCK = 1 << 16
+};  // elements of an arena that one thread handles at a time; the order of the norm's sum hangs on it
 
 static void model_zero_gradients(Model* m) {
 #pragma omp parallel for schedule(static)
@@ -1309,7 +1503,8 @@ static double gradient_norm(const Model* m) {
 #pragma omp parallel for schedule(static)
     for (size_t b = 0; b < blocks; b++) {
         const real* g = m->grads + b * UPDATE_BLOCK;
-        size_t n = m->tensors.numel - b * UPDATE_BLOCK < UPDATE_BLOCK ? m->tensors.numel - b * UPDATE_BLOCK : (size_t)UPDATE_BLOCK;
+        size_t n = m->tensors.numel - b * UPDATE_BLOCK < UPDATE_BLOCK ? m->tensors.numel - b * UPDATE_BLOCK
+                                                                      : (size_t)UPDATE_BLOCK;
         double sum = 0;
 #pragma omp simd reduction(+ : sum)
         for (size_t i = 0; i < n; i++) { sum += (double)g[i] * (double)g[i]; }
@@ -1321,8 +1516,9 @@ static double gradient_norm(const Model* m) {
     return sqrt(total);
 }
 
-// AdamW with decoupled decay on every tensor (MODEL.md eq. 15); step counts from 1. Gradients are scaled down to the norm grad_clip (0 = off).
-// Returns the norm before clipping. If it is not finite nothing is changed: the caller counts and decides.
+// AdamW with decoupled decay on every tensor (MODEL.md eq. 15); step counts from 1. Gradients are scaled down to the
+// norm grad_clip (0 = off). Returns the norm before clipping. If it is not finite nothing is changed: the caller counts
+// and decides.
 static double model_update(Model* m, const AdamW* h, long step) {
     double norm = gradient_norm(m);
     if (!isfinite(norm)) { return norm; }
@@ -1345,8 +1541,9 @@ static double model_update(Model* m, const AdamW* h, long step) {
 // =====================================================================================================================
 // The training step
 
-// One optimizer step: the loss is the sum over all counted targets of the step over their number. Stops between micro-batches when a signal
-// has come: then no weight is changed, nor where the loss or the gradient norm is not finite.
+// One optimizer step: the loss is the sum over all counted targets of the step over their number. Stops between
+// micro-batches when a signal has come: then no weight is changed, nor where the loss or the gradient norm is not
+// finite.
 static StepResult train_step(Model* m, const Step* s) {
     Batch b = step_begin(s);
     model_zero_gradients(m);
@@ -1360,7 +1557,8 @@ static StepResult train_step(Model* m, const Step* s) {
 // =====================================================================================================================
 // What the plan must know of this machine
 
-// Operations a second of a matrix product of 1024^3, measured for a moment: what MFU and the plan's time are relative to.
+// Operations a second of a matrix product of 1024^3, measured for a moment: what MFU and the plan's time are relative
+// to.
 static double matmul_rate(void) {
     enum { SIDE = 1024 };
     real* a = (real*)alloc_or_die(3 * (size_t)SIDE * SIDE, sizeof(real), "a test product");
@@ -1368,7 +1566,8 @@ static double matmul_rate(void) {
     for (size_t i = 0; i < 2 * (size_t)SIDE * SIDE; i++) { a[i] = (real)(i % 97); }
     for (int i = 0; i < 5; i++) {
         double start = seconds_now();
-        gemm(false, false, SIDE, SIDE, SIDE, 1, a, SIDE, a + (size_t)SIDE * SIDE, SIDE, 0, a + 2 * (size_t)SIDE * SIDE, SIDE);
+        gemm(false, false, SIDE, SIDE, SIDE, 1, a, SIDE, a + (size_t)SIDE * SIDE, SIDE, 0, a + 2 * (size_t)SIDE * SIDE,
+             SIDE);
         best = fmax(best, 2.0 * SIDE * SIDE * SIDE / (seconds_now() - start));
     }
     free(a);
@@ -1379,12 +1578,17 @@ static double matmul_rate(void) {
 static void print_plan(Run* r) {
     char device[64];
     MemoryPlan p = model_memory(&r->config, r->batch_size, r->seq_len);
-    const PlanRow rows[] = {{"weights fp32", p.weights}, {"gradients", p.gradients}, {"optimizer m, v", p.optimizer},
-                            {"activations", p.activations}, {"scratch", p.scratch}};
+    const PlanRow rows[] = {{"weights fp32", p.weights},
+                            {"gradients", p.gradients},
+                            {"optimizer m, v", p.optimizer},
+                            {"activations", p.activations},
+                            {"scratch", p.scratch}};
     snprintf(device, sizeof device, "%d threads", omp_get_max_threads());
-    double total = train_print_plan(r, device, matmul_rate(), rows, (int)(sizeof rows / sizeof rows[0])), available = (double)memory_available();
+    double total = train_print_plan(r, device, matmul_rate(), rows, (int)(sizeof rows / sizeof rows[0])),
+           available = (double)memory_available();
     if (!r->options->dry_run && available > 0 && total > available) {
-        die("memory: the plan needs %.1f GiB, %.1f are available; try a smaller --batch-size or --seq-len", total / 1073741824, available / 1073741824);
+        die("memory: the plan needs %.1f GiB, %.1f are available; try a smaller --batch-size or --seq-len",
+            total / 1073741824, available / 1073741824);
     }
 }
 
@@ -1419,17 +1623,20 @@ static Losses table_forward(void* model, const int32_t* tokens, const int32_t* t
 static void table_last_logits(void* model, const int32_t* tokens, int n, float* logits) {
     Model* m = (Model*)model;
     model_forward(m, tokens, 1, n);
-    matmul_forward(logits, m->acts.ln_f + (size_t)(n - 1) * m->config.hidden_size, model_head(m, m->weights), 1, m->config.hidden_size, m->config.vocab_size);
+    matmul_forward(logits, m->acts.ln_f + (size_t)(n - 1) * m->config.hidden_size, model_head(m, m->weights), 1,
+                   m->config.hidden_size, m->config.vocab_size);
 }
 static double table_update(void* m, const AdamW* hyper, long step) { return model_update((Model*)m, hyper, step); }
-static double table_forward_backward(void* m, const int32_t* tokens, const int32_t* targets, int B, int T, double dloss) {
+static double table_forward_backward(void* m, const int32_t* tokens, const int32_t* targets, int B, int T,
+                                     double dloss) {
     return model_forward_backward((Model*)m, tokens, targets, B, T, dloss);
 }
 static StepResult table_train_step(void* m, const Step* step) { return train_step((Model*)m, step); }
 
 const Trainer* trainer_cpu(void) {
-    static const Trainer table = {"cpu fp32", true, table_create, table_destroy, table_tensors, table_set, table_get, table_forward, table_last_logits,
-                                  table_forward_backward, table_update, table_train_step};
+    static const Trainer table = {
+        "cpu fp32", true,          table_create,      table_destroy,          table_tensors, table_set,
+        table_get,  table_forward, table_last_logits, table_forward_backward, table_update,  table_train_step};
     return &table;
 }
 

@@ -1,17 +1,17 @@
 // train_mta.cu: trains a LLaMA-style language model with Multi-Token Attention (arXiv 2504.00927) on one NVIDIA GPU.
-// The same sections, names and order as train_mta.c, which is the truth this file is tested against: read them in two windows.
+// The same sections, names and order as train_mta.c, which is the truth this file is tested against: read them in two
+// windows.
 //
 //   make train_mta_cuda && ./train_mta_cuda --model 880m --train "data/shards/*_train_*.bin" --out runs/880m
 //
-// Storage is bf16 (floatX) with fp32 accumulation; master weights, gradients, AdamW state and the residual stream are fp32. PRECISION=FP32
-// stores all in fp32, for tests.
-// Matrix products are cuBLAS; everything else is a kernel below, each a few lines, followed by its launcher, which keeps
-// the CPU's signature and adds the Cuda context. Attention comes twice: the chunked algorithm (a chunk of queries of all
-// heads of some sequences at a time), which serves every variant, and fused kernels for the common ones. Those, and all
-// else that only makes it fast, stand in sections of their own after the layers, "Fast paths", to be read last. Nothing
-// of size T x T. Deterministic: every sum has a fixed order, no floating-point atomics.
-// dev/cuda_cpu compiles this file with a C++ compiler and runs these kernels on a CPU; so launches go through LAUNCH, and dynamic shared
-// memory through DYNAMIC_SHARED.
+// Storage is bf16 (floatX) with fp32 accumulation; master weights, gradients, AdamW state and the residual stream are
+// fp32. PRECISION=FP32 stores all in fp32, for tests. Matrix products are cuBLAS; everything else is a kernel below,
+// each a few lines, followed by its launcher, which keeps the CPU's signature and adds the Cuda context. Attention
+// comes twice: the chunked algorithm (a chunk of queries of all heads of some sequences at a time), which serves every
+// variant, and fused kernels for the common ones. Those, and all else that only makes it fast, stand in sections of
+// their own after the layers, "Fast paths", to be read last. Nothing of size T x T. Deterministic: every sum has a
+// fixed order, no floating-point atomics. dev/cuda_cpu compiles this file with a C++ compiler and runs these kernels on
+// a CPU; so launches go through LAUNCH, and dynamic shared memory through DYNAMIC_SHARED.
 //
 //   B batch   T positions   C channels   L layers   NH heads   NKV key/value heads   HS head size
 //   FF hidden units of the MLP   V vocabulary   N = B*T rows   S sequences of an attention batch
@@ -86,7 +86,8 @@ enum { EXIT_CUDA = 70 };  // a CUDA call failed that should not have; a missing 
 
 static void cuda_fail(const char* what, const char* call, const char* file, int line) {
     fflush(stdout);
-    fprintf(stderr, "train_mta_cuda: CUDA error at %s:%d: %s, in %.*s\n", file, line, what, (int)strcspn(call, "("), call);  // arguments fill lines
+    fprintf(stderr, "train_mta_cuda: CUDA error at %s:%d: %s, in %.*s\n", file, line, what, (int)strcspn(call, "("),
+            call);  // arguments fill lines
     exit(EXIT_CUDA);
 }
 static void cuda_check(cudaError_t e, const char* call, const char* file, int line) {
@@ -98,7 +99,8 @@ static void blas_check(cublasStatus_t s, const char* call, const char* file, int
 #define cudaCheck(call) cuda_check(call, #call, __FILE__, __LINE__)
 #define blasCheck(call) blas_check(call, #call, __FILE__, __LINE__)
 
-// After every launch, `function` is its launcher. With DEBUG_SYNC it waits, and so blames the right kernel; then nothing can be captured.
+// After every launch, `function` is its launcher. With DEBUG_SYNC it waits, and so blames the right kernel; then
+// nothing can be captured.
 #if defined(DEBUG_SYNC)
 enum { WAITS = 1 };
 #else
@@ -115,34 +117,37 @@ static void launch_check(cudaStream_t stream, const char* function, const char* 
 #define launchCheck(stream) launch_check(stream, __func__, __FILE__, __LINE__)
 
 // A kernel that needs more dynamic shared memory than the default 48 KiB has to say so once.
-template <typename Kernel>
-static void allow_shared(Kernel* kernel, size_t bytes) {
-    if (bytes > (48 << 10)) { cudaCheck(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes)); }
+template <typename Kernel> static void allow_shared(Kernel* kernel, size_t bytes) {
+    if (bytes > (48 << 10)) {
+        cudaCheck(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes));
+    }
 }
 
 // W elements side by side, moved by one or two 16-byte accesses where W = WIDE
-template <typename T, int W>
-struct alignas(sizeof(T) * W) Pack {
-    T v[W];
-};
+template <typename T, int W> struct alignas(sizeof(T) * W) Pack { T v[W]; };
 enum { WIDE = 16 / sizeof(floatX) };
-template <int W, typename T>
-static __device__ inline Pack<T, W> load(const T* p) {
+template <int W, typename T> static __device__ inline Pack<T, W> load(const T* p) {
     return *reinterpret_cast<const Pack<T, W>*>(p);
 }
-template <int W, typename T>
-static __device__ inline void store(T* p, const Pack<T, W>& x) {
+template <int W, typename T> static __device__ inline void store(T* p, const Pack<T, W>& x) {
     *reinterpret_cast<Pack<T, W>*>(p) = x;
 }
 // Launches kernel<WIDE> where every row starts at a multiple of WIDE elements, else kernel<1>.
-#define LAUNCH_WIDE(size, kernel, grid, block, shared, stream, ...)                                        \
-    do {                                                                                                   \
-        if ((size) % WIDE == 0) { LAUNCH(kernel<WIDE>, (grid), block, shared, stream, __VA_ARGS__); }      \
-        else { LAUNCH(kernel<1>, (grid), block, shared, stream, __VA_ARGS__); }                            \
-        launchCheck(stream);                                                                               \
+#define LAUNCH_WIDE(size, kernel, grid, block, shared, stream, ...)           \
+    do {                                                                      \
+        if ((size) % WIDE == 0) {                                             \
+            LAUNCH(kernel<WIDE>, (grid), block, shared, stream, __VA_ARGS__); \
+        } else {                                                              \
+            LAUNCH(kernel<1>, (grid), block, shared, stream, __VA_ARGS__);    \
+        }                                                                     \
+        launchCheck(stream);                                                  \
     } while (0)
 
-enum { WARP_SIZE = 32, ROW_WARPS = 8, ROW_THREADS = ROW_WARPS * WARP_SIZE };  // kernels that give each row a warp: warps of a block
+enum {
+    WARP_SIZE = 32,
+    ROW_WARPS = 8,
+    ROW_THREADS = ROW_WARPS * WARP_SIZE
+};  // kernels that give each row a warp: warps of a block
 #define ALL_LANES 0xffffffffu
 
 static __device__ inline float warp_sum(float x) {
@@ -153,13 +158,14 @@ static __device__ inline float warp_max(float x) {
     for (int o = WARP_SIZE / 2; o > 0; o /= 2) { x = fmaxf(x, __shfl_xor_sync(ALL_LANES, x, o)); }
     return x;
 }
-// The sums of 8 values over the warp: lane l gets that of value l / 4. Half of the values change sides at each of the first three steps.
+// The sums of 8 values over the warp: lane l gets that of value l / 4. Half of the values change sides at each of the
+// first three steps.
 static __device__ inline float warp_sums_of_8(float* x) {
     int lane = threadIdx.x % WARP_SIZE;
-UNROLL
+    UNROLL
     for (int n = 4; n > 0; n /= 2) {
         bool upper = lane & 4 * n;
-UNROLL
+        UNROLL
         for (int k = 0; k < n; k++) {
             float give = upper ? x[k] : x[k + n], keep = upper ? x[k + n] : x[k];
             x[k] = keep + __shfl_xor_sync(ALL_LANES, give, 4 * n);
@@ -183,8 +189,9 @@ static __device__ inline float block_reduce(float x, bool maximum) {
     return maximum ? warp_max(x) : warp_sum(x);
 }
 
-// ---- exponentials. Where results are stored in 2 bytes the hardware's own 2^x (relative error 2^-22, zero below 2^-126) has more than twice their digits, and is
-// one instruction where exp2f, which keeps subnormal numbers, is four and expf eight. The fp32 build keeps to the library's.
+// ---- exponentials. Where results are stored in 2 bytes the hardware's own 2^x (relative error 2^-22, zero below
+// 2^-126) has more than twice their digits, and is one instruction where exp2f, which keeps subnormal numbers, is four
+// and expf eight. The fp32 build keeps to the library's.
 
 #define LOG2E 1.4426950408889634f
 static __device__ inline float exponential2(float x) {
@@ -197,7 +204,9 @@ static __device__ inline float exponential2(float x) {
 #endif
 }
 static __device__ inline float exponential(float x) { return EXACT ? expf(x) : exponential2(LOG2E * x); }
-static __device__ inline float sigmoid(float x) { return EXACT ? 1.0f / (1.0f + expf(-x)) : __fdividef(1.0f, 1.0f + exponential(-x)); }
+static __device__ inline float sigmoid(float x) {
+    return EXACT ? 1.0f / (1.0f + expf(-x)) : __fdividef(1.0f, 1.0f + exponential(-x));
+}
 
 // parts (n_parts, stride): dweight[i] += the sum of column i, i < n, from the first part to the last. A thread owns a
 // column.
@@ -213,7 +222,8 @@ static void parts_add(float* dweight, const float* parts, int n_parts, int n, in
     launchCheck(g->stream);
 }
 
-// sums (groups, n) += parts (S, groups, blocks, n), in double: a block owns SUMS elements, SUMS_SLICES threads each, whose sums are halved in order
+// sums (groups, n) += parts (S, groups, blocks, n), in double: a block owns SUMS elements, SUMS_SLICES threads each,
+// whose sums are halved in order
 enum { SUMS = 8, SUMS_SLICES = 64 };
 static __global__ void sums_add_kernel(double* sums, const float* parts, int S, int groups, int blocks, int n) {
     DYNAMIC_SHARED(double, slices);  // (SUMS_SLICES, SUMS)
@@ -235,14 +245,14 @@ static __global__ void sums_add_kernel(double* sums, const float* parts, int S, 
     if (slice == 0 && e < groups * n) { sums[e] += slices[threadIdx.x]; }
 }
 static void sums_add(double* sums, const float* parts, int S, int groups, int blocks, int n, Cuda* g) {
-    LAUNCH(sums_add_kernel, ceil_div((size_t)groups * n, SUMS), SUMS * SUMS_SLICES, SUMS * SUMS_SLICES * sizeof(double), g->stream, sums, parts, S, groups,
-           blocks, n);
+    LAUNCH(sums_add_kernel, ceil_div((size_t)groups * n, SUMS), SUMS * SUMS_SLICES, SUMS * SUMS_SLICES * sizeof(double),
+           g->stream, sums, parts, S, groups, blocks, n);
     launchCheck(g->stream);
 }
 
-// to (n) = from (n) in another precision. A thread moves W elements, n a multiple of W; wide: 8 at a time, both arrays start at multiples of that
-template <int W, typename To, typename From>
-static __global__ void convert_kernel(To* to, const From* from, size_t n) {
+// to (n) = from (n) in another precision. A thread moves W elements, n a multiple of W; wide: 8 at a time, both arrays
+// start at multiples of that
+template <int W, typename To, typename From> static __global__ void convert_kernel(To* to, const From* from, size_t n) {
     size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * W;
     if (i >= n) { return; }
     Pack<From, W> x = load<W>(from + i);
@@ -264,28 +274,37 @@ static bool cuda_open(Cuda* g, Error* e) {
     if (cudaDriverGetVersion(&driver) != cudaSuccess) { driver = 0; }
     cudaRuntimeGetVersion(&runtime);
     if (status == cudaErrorInsufficientDriver && driver > 0) {  // 0: there is no driver at all
-        return fail(e, "the NVIDIA driver supports CUDA %d.%d, this build needs %d.%d; update the driver or build with an older toolkit", driver / 1000,
-                    driver % 1000 / 10, runtime / 1000, runtime % 1000 / 10);
+        return fail(e,
+                    "the NVIDIA driver supports CUDA %d.%d, this build needs %d.%d; update the driver or build with an "
+                    "older toolkit",
+                    driver / 1000, driver % 1000 / 10, runtime / 1000, runtime % 1000 / 10);
     }
     if (status != cudaSuccess || devices == 0) {
-        return fail(e, "no usable NVIDIA GPU (%s); train_mta trains on the CPU", status != cudaSuccess ? cudaGetErrorString(status) : "none found");
+        return fail(e, "no usable NVIDIA GPU (%s); train_mta trains on the CPU",
+                    status != cudaSuccess ? cudaGetErrorString(status) : "none found");
     }
     cudaCheck(cudaSetDevice(0));
     cudaDeviceProp device;
     cudaCheck(cudaGetDeviceProperties(&device, 0));
-    if (device.major < 8) { return fail(e, "%s has compute capability %d.%d, wanted 8.0 or more (bf16)", device.name, device.major, device.minor); }
+    if (device.major < 8) {
+        return fail(e, "%s has compute capability %d.%d, wanted 8.0 or more (bf16)", device.name, device.major,
+                    device.minor);
+    }
     cudaFuncAttributes code;
     status = cudaFuncGetAttributes(&code, parts_add_kernel);
-    if (status == cudaErrorNoKernelImageForDevice || status == cudaErrorInvalidDeviceFunction) {  // either, by the driver's version
-        return fail(e, "this build has no code for %s (compute capability %d.%d); build it with make NVCC_ARCH=sm_%d%d%s", device.name, device.major,
-                    device.minor, device.major, device.minor, device.major == 9 ? "a" : "");
+    if (status == cudaErrorNoKernelImageForDevice ||
+        status == cudaErrorInvalidDeviceFunction) {  // either, by the driver's version
+        return fail(e,
+                    "this build has no code for %s (compute capability %d.%d); build it with make NVCC_ARCH=sm_%d%d%s",
+                    device.name, device.major, device.minor, device.major, device.minor, device.major == 9 ? "a" : "");
     }
     cudaCheck(status);
     cudaCheck(cudaStreamCreateWithFlags(&g->stream, cudaStreamNonBlocking));
     blasCheck(cublasCreate(&g->blas));
     blasCheck(cublasSetStream(g->blas, g->stream));
     // Where cuBLAS cuts a product along K, it may add up the parts in the result's 16 bits unless it is told not to.
-    blasCheck(cublasSetMathMode(g->blas, (cublasMath_t)(CUBLAS_DEFAULT_MATH | CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION)));
+    blasCheck(cublasSetMathMode(
+        g->blas, (cublasMath_t)(CUBLAS_DEFAULT_MATH | CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION)));
     return true;
 }
 static size_t device_shared(void) {  // bytes that a block may have at most
@@ -299,8 +318,7 @@ static void cuda_close(Cuda* g) {
 }
 
 // Allocates on the device; false if it cannot be had.
-template <typename T>
-static bool device_memory(T** p, size_t bytes, const char* what, Error* e) {
+template <typename T> static bool device_memory(T** p, size_t bytes, const char* what, Error* e) {
     if (cudaMalloc(p, bytes ? bytes : 1) == cudaSuccess) { return true; }
     cudaGetLastError();
     return fail(e, "no %zu MiB of GPU memory for %s", bytes >> 20, what);
@@ -310,13 +328,21 @@ static bool device_memory(T** p, size_t bytes, const char* what, Error* e) {
 // Matrix products
 
 // A matrix in device memory, row-major, rows `ld` elements apart; in a batch, one matrix every `stride` elements.
-typedef struct { const void* data; cudaDataType_t type; size_t ld, stride; } Matrix;
-template <typename T>
-static Matrix matrix(const T* data, size_t ld, size_t stride = 0) {
-    return {data, std::is_same<T, float>::value ? CUDA_R_32F : std::is_same<T, floatX>::value ? CUDA_R_16BF : CUDA_R_16F, ld, stride};
+typedef struct {
+    const void* data;
+    cudaDataType_t type;
+    size_t ld, stride;
+} Matrix;
+template <typename T> static Matrix matrix(const T* data, size_t ld, size_t stride = 0) {
+    return {data,
+            std::is_same<T, float>::value    ? CUDA_R_32F
+            : std::is_same<T, floatX>::value ? CUDA_R_16BF
+                                             : CUDA_R_16F,
+            ld, stride};
 }
 
-// out (M,N) = alpha * A B + beta * out; A (M,K), or its transpose (K,M) if ta; B (K,N), or (N,K) if tb; `batch` of them.
+// out (M,N) = alpha * A B + beta * out; A (M,K), or its transpose (K,M) if ta; B (K,N), or (N,K) if tb; `batch` of
+// them.
 struct Gemm {
     bool ta, tb;
     int M, N, K;
@@ -327,27 +353,38 @@ enum { BLAS_WORKSPACE = 32 << 20 };  // what cuBLAS asks for on sm_90 and sm_100
 
 // cuBLAS is column-major, so it is asked for the transpose, out^T = B^T A^T.
 static void gemm(const Matrix& out, const Matrix& A, const Matrix& B, const Gemm& p, Cuda* g) {
-    blasCheck(cublasGemmStridedBatchedEx(g->blas, p.tb ? CUBLAS_OP_T : CUBLAS_OP_N, p.ta ? CUBLAS_OP_T : CUBLAS_OP_N, p.N, p.M, p.K, &p.alpha, B.data, B.type,
-                                         (int)B.ld, (long long)B.stride, A.data, A.type, (int)A.ld, (long long)A.stride, &p.beta, (void*)out.data, out.type,
-                                         (int)out.ld, (long long)out.stride, p.batch, CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT));
+    blasCheck(cublasGemmStridedBatchedEx(g->blas, p.tb ? CUBLAS_OP_T : CUBLAS_OP_N, p.ta ? CUBLAS_OP_T : CUBLAS_OP_N,
+                                         p.N, p.M, p.K, &p.alpha, B.data, B.type, (int)B.ld, (long long)B.stride,
+                                         A.data, A.type, (int)A.ld, (long long)A.stride, &p.beta, (void*)out.data,
+                                         out.type, (int)out.ld, (long long)out.stride, p.batch, CUBLAS_COMPUTE_32F,
+                                         CUBLAS_GEMM_DEFAULT));
 }
 
 // out (N,OC), rows ldo apart = inp (N,C) weight^T, weight (OC,C)
 template <typename Out>
-static void matmul_forward(Out* out, size_t ldo, const floatX* inp, const floatX* weight, int N, int C, int OC, Cuda* g) {
+static void matmul_forward(Out* out, size_t ldo, const floatX* inp, const floatX* weight, int N, int C, int OC,
+                           Cuda* g) {
     gemm(matrix(out, ldo), matrix(inp, C), matrix(weight, C), {false, true, N, OC, C}, g);
 }
 
-// dinp (N,C) = dout weight, or += with add_dinp; dweight (OC,C) += dout^T inp in fp32. Either may be NULL. Rows of dout are ldd apart.
-static void matmul_backward(floatX* dinp, float* dweight, const floatX* dout, size_t ldd, const floatX* inp, const floatX* weight, int N, int C, int OC,
-                            bool add_dinp, Cuda* g) {
-    if (dinp) { gemm(matrix(dinp, C), matrix(dout, ldd), matrix(weight, C), {false, false, N, C, OC, 1, add_dinp ? 1.0f : 0.0f}, g); }
+// dinp (N,C) = dout weight, or += with add_dinp; dweight (OC,C) += dout^T inp in fp32. Either may be NULL. Rows of dout
+// are ldd apart.
+static void matmul_backward(floatX* dinp, float* dweight, const floatX* dout, size_t ldd, const floatX* inp,
+                            const floatX* weight, int N, int C, int OC, bool add_dinp, Cuda* g) {
+    if (dinp) {
+        gemm(matrix(dinp, C), matrix(dout, ldd), matrix(weight, C), {false, false, N, C, OC, 1, add_dinp ? 1.0f : 0.0f},
+             g);
+    }
     if (dweight) { gemm(matrix(dweight, C), matrix(dout, ldd), matrix(inp, C), {true, false, OC, C, N, 1, 1}, g); }
 }
 
 // Several weights (OC,C) of one input, their outputs side by side in rows of `width`: one product where the weights lie
 // behind one another.
-typedef struct { int n, OC[3], width; const floatX* weight[3]; float* dweight[3]; } Joined;
+typedef struct {
+    int n, OC[3], width;
+    const floatX* weight[3];
+    float* dweight[3];
+} Joined;
 
 // Outputs of the weights from *i on that are one product; *i: the first that is not.
 static int joined_outputs(const Joined* w, int* i, int C) {
@@ -362,7 +399,8 @@ static void matmul_joined_forward(floatX* out, const floatX* inp, const Joined* 
         out += outputs;
     }
 }
-static void matmul_joined_backward(floatX* dinp, const floatX* dout, const floatX* inp, const Joined* w, int N, int C, Cuda* g) {
+static void matmul_joined_backward(floatX* dinp, const floatX* dout, const floatX* inp, const Joined* w, int N, int C,
+                                   Cuda* g) {
     for (int i = 0; i < w->n;) {
         int first = i, outputs = joined_outputs(w, &i, C);
         matmul_backward(dinp, w->dweight[first], dout, w->width, inp, w->weight[first], N, C, outputs, first > 0, g);
@@ -386,13 +424,16 @@ static __global__ void embedding_forward_kernel(float* out, const int* tokens, c
     store<W>(out + i, x);
 }
 static void embedding_forward(float* out, const int* tokens, const floatX* weight, int N, int C, Cuda* g) {
-    LAUNCH_WIDE(C, embedding_forward_kernel, ceil_div((size_t)N * C, (size_t)256 * (C % WIDE ? 1 : WIDE)), 256, 0, g->stream, out, tokens, weight, N, C);
+    LAUNCH_WIDE(C, embedding_forward_kernel, ceil_div((size_t)N * C, (size_t)256 * (C % WIDE ? 1 : WIDE)), 256, 0,
+                g->stream, out, tokens, weight, N, C);
 }
 
-// dweight[id] += the rows of dout where that token stands, in order. The host has sorted the rows by token: occurrences of the k-th distinct
-// token are rows[starts[k]] .. rows[starts[k+1]-1]. A block owns one token and blockDim.x*W columns, so no two threads add to one place.
+// dweight[id] += the rows of dout where that token stands, in order. The host has sorted the rows by token: occurrences
+// of the k-th distinct token are rows[starts[k]] .. rows[starts[k+1]-1]. A block owns one token and blockDim.x*W
+// columns, so no two threads add to one place.
 template <int W>
-static __global__ void embedding_backward_kernel(float* dweight, const float* dout, const int* tokens, const int* rows, const int* starts, int C) {
+static __global__ void embedding_backward_kernel(float* dweight, const float* dout, const int* tokens, const int* rows,
+                                                 const int* starts, int C) {
     int k = blockIdx.x, c = (blockIdx.y * blockDim.x + threadIdx.x) * W;
     if (c >= C) { return; }
 
@@ -409,7 +450,8 @@ static __global__ void embedding_backward_kernel(float* dweight, const float* do
     for (int e = 0; e < W; e++) { w.v[e] += sum[e]; }
     store<W>(dw, w);
 }
-static void embedding_backward(float* dweight, const float* dout, const int* tokens, const int* rows, const int* starts, int distinct, int C, Cuda* g) {
+static void embedding_backward(float* dweight, const float* dout, const int* tokens, const int* rows, const int* starts,
+                               int distinct, int C, Cuda* g) {
     dim3 grid(distinct, ceil_div(C, 64 * (C % WIDE ? 1 : WIDE)));
     LAUNCH_WIDE(C, embedding_backward_kernel, grid, 64, 0, g->stream, dweight, dout, tokens, rows, starts, C);
 }
@@ -425,8 +467,8 @@ static void embedding_backward(float* dweight, const float* dout, const int* tok
 // A warp owns a row; a lane owns packs of W columns, every 32nd, in both passes: so it reads back only what it stored
 // itself, and needs no barrier.
 template <int W>
-static __global__ void rmsnorm_forward_kernel(floatX* out, float* rstd, float* sum, const float* inp, const float* branch, const floatX* weight, int N, int C,
-                                              float eps) {
+static __global__ void rmsnorm_forward_kernel(floatX* out, float* rstd, float* sum, const float* inp,
+                                              const float* branch, const floatX* weight, int N, int C, float eps) {
     int n = blockIdx.x * ROW_WARPS + threadIdx.x / WARP_SIZE, lane = threadIdx.x % WARP_SIZE;
     if (n >= N) { return; }  // whole warps leave
 
@@ -453,19 +495,21 @@ static __global__ void rmsnorm_forward_kernel(floatX* out, float* rstd, float* s
         store<W>(out + (size_t)n * C + c, w);
     }
 }
-static void residual_rmsnorm_forward(floatX* out, float* rstd, float* sum, const float* inp, const float* branch, const floatX* weight, int N, int C, double eps,
-                                     Cuda* g) {
-    LAUNCH_WIDE(C, rmsnorm_forward_kernel, ceil_div(N, ROW_WARPS), ROW_THREADS, 0, g->stream, out, rstd, sum, inp, branch, weight, N, C, (float)eps);
+static void residual_rmsnorm_forward(floatX* out, float* rstd, float* sum, const float* inp, const float* branch,
+                                     const floatX* weight, int N, int C, double eps, Cuda* g) {
+    LAUNCH_WIDE(C, rmsnorm_forward_kernel, ceil_div(N, ROW_WARPS), ROW_THREADS, 0, g->stream, out, rstd, sum, inp,
+                branch, weight, N, C, (float)eps);
 }
-static void rmsnorm_forward(floatX* out, float* rstd, const float* inp, const floatX* weight, int N, int C, double eps, Cuda* g) {
+static void rmsnorm_forward(floatX* out, float* rstd, const float* inp, const floatX* weight, int N, int C, double eps,
+                            Cuda* g) {
     residual_rmsnorm_forward(out, rstd, NULL, inp, NULL, weight, N, C, eps, g);
 }
 
-// dinp (N,C) = (or += with add_dinp) rstd * (d - xhat * mean(d . xhat)), d = dout * weight, xhat = inp * rstd; rounded (N,C) is dinp in floatX,
-// for the products. A warp owns a row.
+// dinp (N,C) = (or += with add_dinp) rstd * (d - xhat * mean(d . xhat)), d = dout * weight, xhat = inp * rstd; rounded
+// (N,C) is dinp in floatX, for the products. A warp owns a row.
 template <int W>
-static __global__ void rmsnorm_backward_kernel(float* dinp, floatX* rounded, const floatX* dout, const float* inp, const floatX* weight, const float* rstd, int N,
-                                               int C, bool add_dinp) {
+static __global__ void rmsnorm_backward_kernel(float* dinp, floatX* rounded, const floatX* dout, const float* inp,
+                                               const floatX* weight, const float* rstd, int N, int C, bool add_dinp) {
     int n = blockIdx.x * ROW_WARPS + threadIdx.x / WARP_SIZE, lane = threadIdx.x % WARP_SIZE;
     if (n >= N) { return; }
 
@@ -495,7 +539,8 @@ static __global__ void rmsnorm_backward_kernel(float* dinp, floatX* rounded, con
 enum { NORM_PARTS = 256 };  // rows are summed in so many parts, then the parts in order
 // parts (NORM_PARTS,C): part p of sum_n dout * xhat. A thread owns W columns and walks down its part's rows.
 template <int W>
-static __global__ void rmsnorm_backward_weight_kernel(float* parts, const floatX* dout, const float* inp, const float* rstd, int N, int C) {
+static __global__ void rmsnorm_backward_weight_kernel(float* parts, const floatX* dout, const float* inp,
+                                                      const float* rstd, int N, int C) {
     int c = (blockIdx.x * blockDim.x + threadIdx.x) * W, p = blockIdx.y;
     if (c >= C) { return; }
 
@@ -511,12 +556,14 @@ static __global__ void rmsnorm_backward_weight_kernel(float* parts, const floatX
     store<W>(parts + (size_t)p * C + c, sum);
 }
 // dweight (C) += sum_n dout * xhat; parts (NORM_PARTS,C) is scratch
-static void rmsnorm_backward(float* dinp, floatX* rounded, float* dweight, const floatX* dout, const float* inp, const floatX* weight, const float* rstd, int N,
-                             int C, float* parts, bool add_dinp, Cuda* g) {
+static void rmsnorm_backward(float* dinp, floatX* rounded, float* dweight, const floatX* dout, const float* inp,
+                             const floatX* weight, const float* rstd, int N, int C, float* parts, bool add_dinp,
+                             Cuda* g) {
     dim3 columns(ceil_div(C, 64 * (C % WIDE ? 1 : WIDE)), NORM_PARTS);
     LAUNCH_WIDE(C, rmsnorm_backward_weight_kernel, columns, 64, 0, g->stream, parts, dout, inp, rstd, N, C);
     parts_add(dweight, parts, NORM_PARTS, C, C, g);
-    LAUNCH_WIDE(C, rmsnorm_backward_kernel, ceil_div(N, ROW_WARPS), ROW_THREADS, 0, g->stream, dinp, rounded, dout, inp, weight, rstd, N, C, add_dinp);
+    LAUNCH_WIDE(C, rmsnorm_backward_kernel, ceil_div(N, ROW_WARPS), ROW_THREADS, 0, g->stream, dinp, rounded, dout, inp,
+                weight, rstd, N, C, add_dinp);
 }
 
 // =====================================================================================================================
@@ -537,7 +584,10 @@ static void rope_table(float* cosine, float* sine, const Config* config, int T) 
 }
 
 // The tables (T,HS/2) and the shape of what they rotate
-typedef struct { const float *cosine, *sine; int T, NH, NKV, HS; } Rope;
+typedef struct {
+    const float *cosine, *sine;
+    int T, NH, NKV, HS;
+} Rope;
 
 // qkv (B,T,NH+2*NKV,HS) becomes q, k, v (B,NH,T,HS): q and k rotated, k and v repeated for the heads that share them,
 // so that every product of attention is one strided batch. A thread moves W pairs of one head of one token; W divides
@@ -550,7 +600,8 @@ static __global__ void rope_forward_kernel(floatX* q, floatX* k, floatX* v, cons
 
     // Which pairs, of which of q, k and v, of which head and token this thread moves.
     int t2 = (int)(id % packs) * W, which = (int)(id / packs % (3 * NH));
-    int n = (int)(id / packs / (3 * NH)), b = n / T, t = n % T, h = which % NH, kind = which / NH;  // kind: 0 q, 1 k, 2 v
+    int n = (int)(id / packs / (3 * NH)), b = n / T, t = n % T, h = which % NH,
+        kind = which / NH;  // kind: 0 q, 1 k, 2 v
     int from = kind == 0 ? h : NH + (kind - 1) * NKV + h / (NH / NKV);
     const floatX* inp = qkv + ((size_t)n * (NH + 2 * NKV) + from) * HS + t2;
     floatX* out = (kind == 0 ? q : kind == 1 ? k : v) + (((size_t)b * NH + h) * T + t) * HS + t2;
@@ -570,19 +621,22 @@ static __global__ void rope_forward_kernel(floatX* q, floatX* k, floatX* v, cons
 }
 static void rope_forward(floatX* q, floatX* k, floatX* v, const floatX* qkv, const Rope* r, int B, Cuda* g) {
     int half = r->HS / 2, W = half % WIDE ? 1 : WIDE;
-    LAUNCH_WIDE(half, rope_forward_kernel, ceil_div((size_t)B * r->T * 3 * r->NH * (half / W), 256), 256, 0, g->stream, q, k, v, qkv, *r, B);
+    LAUNCH_WIDE(half, rope_forward_kernel, ceil_div((size_t)B * r->T * 3 * r->NH * (half / W), 256), 256, 0, g->stream,
+                q, k, v, qkv, *r, B);
 }
 
-// The reverse for S sequences: dq (q_parts,S,NH,T,HS), dk (S,NH,T,HS) and dv (v_parts,S,NH,T,HS), in fp32, become dqkv (S,T,NH+2*NKV,HS). Parts, and
-// heads that share keys, are added in order, then rotated back.
+// The reverse for S sequences: dq (q_parts,S,NH,T,HS), dk (S,NH,T,HS) and dv (v_parts,S,NH,T,HS), in fp32, become dqkv
+// (S,T,NH+2*NKV,HS). Parts, and heads that share keys, are added in order, then rotated back.
 template <int W>
-static __global__ void rope_backward_kernel(floatX* dqkv, const float* dq, const float* dk, const float* dv, Rope r, int S, int q_parts, int v_parts) {
+static __global__ void rope_backward_kernel(floatX* dqkv, const float* dq, const float* dk, const float* dv, Rope r,
+                                            int S, int q_parts, int v_parts) {
     const int T = r.T, NH = r.NH, NKV = r.NKV, HS = r.HS, half = HS / 2, packs = half / W, heads = NH + 2 * NKV;
     size_t id = (size_t)blockIdx.x * blockDim.x + threadIdx.x, all = (size_t)S * NH * T * HS;
     if (id >= (size_t)S * T * heads * packs) { return; }
 
     // Which pairs, of which packed head and token this thread writes.
-    int t2 = (int)(id % packs) * W, which = (int)(id / packs % heads), n = (int)(id / packs / heads), b = n / T, t = n % T;
+    int t2 = (int)(id % packs) * W, which = (int)(id / packs % heads), n = (int)(id / packs / heads), b = n / T,
+        t = n % T;
     const float* from = which < NH ? dq : which < NH + NKV ? dk : dv;
     int share = which < NH ? 1 : NH / NKV, parts = which < NH ? q_parts : which < NH + NKV ? 1 : v_parts;
     int head = which < NH ? which : (which - NH) % NKV * share;
@@ -612,23 +666,25 @@ static __global__ void rope_backward_kernel(floatX* dqkv, const float* dq, const
     store<W>(out, xo);
     store<W>(out + half, yo);
 }
-static void rope_backward(floatX* dqkv, const float* dq, const float* dk, const float* dv, const Rope* r, int S, int q_parts, int v_parts, Cuda* g) {
+static void rope_backward(floatX* dqkv, const float* dq, const float* dk, const float* dv, const Rope* r, int S,
+                          int q_parts, int v_parts, Cuda* g) {
     int half = r->HS / 2, W = half % WIDE ? 1 : WIDE;
-    LAUNCH_WIDE(half, rope_backward_kernel, ceil_div((size_t)S * r->T * (r->NH + 2 * r->NKV) * (half / W), 256), 256, 0, g->stream, dqkv, dq, dk, dv, *r, S,
-                q_parts, v_parts);
+    LAUNCH_WIDE(half, rope_backward_kernel, ceil_div((size_t)S * r->T * (r->NH + 2 * r->NKV) * (half / W), 256), 256, 0,
+                g->stream, dqkv, dq, dk, dv, *r, S, q_parts, v_parts);
 }
 
 // =====================================================================================================================
-// Attention, a chunk of queries at a time (MODEL.md eq. 3 to 9). The steps first, each on a tile, forward then backward; then the chunk.
+// Attention, a chunk of queries at a time (MODEL.md eq. 3 to 9). The steps first, each on a tile, forward then
+// backward; then the chunk.
 //
-// A tile holds rows of scores of all heads of S sequences: rows are queries i0 <= i < i0 + rows, columns are keys. Every step writes zeros right
-// of the diagonal and reads through a mask: nothing outside 0 <= j <= i < T is ever used. Rows outside the sequence are never touched.
-// Steps compute in fp32 and pass on 2 bytes a logit: the maps from the scores on in fp16 (floatS), whose 11 bits are 8 times bf16's;
-// what a product with the values or the queries reads, and all gradients, which need bf16's range, in floatX.
+// A tile holds rows of scores of all heads of S sequences: rows are queries i0 <= i < i0 + rows, columns are keys.
+// Every step writes zeros right of the diagonal and reads through a mask: nothing outside 0 <= j <= i < T is ever used.
+// Rows outside the sequence are never touched. Steps compute in fp32 and pass on 2 bytes a logit: the maps from the
+// scores on in fp16 (floatS), whose 11 bits are 8 times bf16's; what a product with the values or the queries reads,
+// and all gradients, which need bf16's range, in floatX.
 
-template <typename T>
-struct TileOf {
-    T* data;           // (S*NH, rows, ld)
+template <typename T> struct TileOf {
+    T* data;  // (S*NH, rows, ld)
     int i0, rows, ld;
     __host__ __device__ T* row(int head, int i) const { return data + ((size_t)head * rows + (size_t)(i - i0)) * ld; }
 };
@@ -644,15 +700,15 @@ typedef struct {
     const floatX *conv_pre, *conv_post;            // (NH,cq,ck), NULL = off
     const floatX* mix_pre;                         // (NH/ch,ch,ch), NULL = off
     const floatX* mix_post;
-    const float* diff_mix;                         // (NH/2,2,2): takes the place of mix_post for diff
-    int chunk;                                     // queries of a chunk
-    const float* pair_mix;                         // (NH/2,2,2) mix_post or diff_mix in fp32, for the fused kernels
-    bool flash;                                    // they serve this layer
+    const float* diff_mix;  // (NH/2,2,2): takes the place of mix_post for diff
+    int chunk;              // queries of a chunk
+    const float* pair_mix;  // (NH/2,2,2) mix_post or diff_mix in fp32, for the fused kernels
+    bool flash;             // they serve this layer
 } Attention;
 
-// What only makes these steps faster stands in sections of its own after cross-entropy ("Fast paths"), declared here and
-// called where it serves: the convolution on tensor cores; mixing, softmax and mixing of groups of 16 heads in one kernel;
-// all of attention in one kernel.
+// What only makes these steps faster stands in sections of its own after cross-entropy ("Fast paths"), declared here
+// and called where it serves: the convolution on tensor cores; mixing, softmax and mixing of groups of 16 heads in one
+// kernel; all of attention in one kernel.
 typedef struct KqConv KqConv;
 typedef struct Heads Heads;
 typedef struct Maps Maps;
@@ -661,30 +717,37 @@ typedef struct AttentionScratch AttentionScratch;
 static bool conv_is_band(const Attention* a);
 template <typename Out, typename In>
 static void kq_conv_band(const TileOf<Out>* out, const TileOf<In>* inp, const KqConv& conv, int S, Cuda* g);
-static void kq_conv_band_backward_weight(double* dweight, const TileX* dout, const Tile* inp, const Attention* a, int S, int lo, int hi, float* parts, Cuda* g);
+static void kq_conv_band_backward_weight(double* dweight, const TileX* dout, const Tile* inp, const Attention* a, int S,
+                                         int lo, int hi, float* parts, Cuda* g);
 static bool mixes_16(const Attention* a);
 static size_t mix16_parts_size(const Attention* a);
 static void mix16_maps(const Maps* m, float* stats, const Attention* a, int S, int lo, int hi, bool backward, Cuda* g);
-static void mix16_maps_backward(TileX* d, TileX* other, const AttentionSums* sums, const Maps* m, const float* stats, const Attention* a, int S, int lo, int hi,
-                                float* parts, Cuda* g);
+static void mix16_maps_backward(TileX* d, TileX* other, const AttentionSums* sums, const Maps* m, const float* stats,
+                                const Attention* a, int S, int lo, int hi, float* parts, Cuda* g);
 static int flash_splits(int S, int NH, int T);
-static void flash_attention_forward(floatX* out, float* stats, const floatX* q, const floatX* k, const floatX* v, const Attention* a, Cuda* g);
-static void flash_attention_backward(const AttentionSums* sums, const floatX* dout, const floatX* out, const Heads* x, const Attention* a, int S,
-                                     const AttentionScratch* scratch, Cuda* g);
+static void flash_attention_forward(floatX* out, float* stats, const floatX* q, const floatX* k, const floatX* v,
+                                    const Attention* a, Cuda* g);
+static void flash_attention_backward(const AttentionSums* sums, const floatX* dout, const floatX* out, const Heads* x,
+                                     const Attention* a, int S, const AttentionScratch* scratch, Cuda* g);
 
 // As operands of products, a batch of heads: a tile from row i on; x (heads,T,HS) from row i on
-template <typename T>
-static Matrix tile_matrix(const TileOf<T>* t, int i) { return matrix(t->row(0, i), t->ld, (size_t)t->rows * t->ld); }
-template <typename T>
-static Matrix heads_matrix(const T* x, int i, const Attention* a) { return matrix(x + (size_t)i * a->HS, a->HS, (size_t)a->T * a->HS); }
+template <typename T> static Matrix tile_matrix(const TileOf<T>* t, int i) {
+    return matrix(t->row(0, i), t->ld, (size_t)t->rows * t->ld);
+}
+template <typename T> static Matrix heads_matrix(const T* x, int i, const Attention* a) {
+    return matrix(x + (size_t)i * a->HS, a->HS, (size_t)a->T * a->HS);
+}
 
 // ---- scores: S[i,j] = q_i . k_j / sqrt(HS); not masked, its readers are
 
-// Rows lo <= i < hi within the sequence, keys 0 .. nk-1; q, k of S sequences, in floatS: cuBLAS writes no fp16 from bf16
-static void scores_forward(const Tile* out, const floatS* q, const floatS* k, const Attention* a, int S, int lo, int hi, int nk, Cuda* g) {
+// Rows lo <= i < hi within the sequence, keys 0 .. nk-1; q, k of S sequences, in floatS: cuBLAS writes no fp16 from
+// bf16
+static void scores_forward(const Tile* out, const floatS* q, const floatS* k, const Attention* a, int S, int lo, int hi,
+                           int nk, Cuda* g) {
     float scale = (float)(1.0 / sqrt(a->HS));
     lo = max_int(lo, 0), hi = min_int(hi, a->T);
-    gemm(tile_matrix(out, lo), heads_matrix(q, lo, a), heads_matrix(k, 0, a), {false, true, hi - lo, nk, a->HS, scale, 0, S * a->NH}, g);
+    gemm(tile_matrix(out, lo), heads_matrix(q, lo, a), heads_matrix(k, 0, a),
+         {false, true, hi - lo, nk, a->HS, scale, 0, S * a->NH}, g);
 }
 // x (S,NH,T,HS) for it: as it is where that is floatS, else converted into scratch
 template <typename From>
@@ -698,10 +761,13 @@ static const floatS* scores_input(floatS* scratch, const From* x, const Attentio
 }
 
 // dq_i = dS[i,:] k / sqrt(HS);  dk_j += dS[:,j]^T q / sqrt(HS), rows lo <= i < hi
-static void scores_backward(float* dq, float* dk, const TileX* dout, const floatX* q, const floatX* k, const Attention* a, int S, int lo, int hi, Cuda* g) {
+static void scores_backward(float* dq, float* dk, const TileX* dout, const floatX* q, const floatX* k,
+                            const Attention* a, int S, int lo, int hi, Cuda* g) {
     float scale = (float)(1.0 / sqrt(a->HS));
-    gemm(heads_matrix(dq, lo, a), tile_matrix(dout, lo), heads_matrix(k, 0, a), {false, false, hi - lo, a->HS, hi, scale, 0, S * a->NH}, g);
-    gemm(heads_matrix(dk, 0, a), tile_matrix(dout, lo), heads_matrix(q, lo, a), {true, false, hi, a->HS, hi - lo, scale, 1, S * a->NH}, g);
+    gemm(heads_matrix(dq, lo, a), tile_matrix(dout, lo), heads_matrix(k, 0, a),
+         {false, false, hi - lo, a->HS, hi, scale, 0, S * a->NH}, g);
+    gemm(heads_matrix(dk, 0, a), tile_matrix(dout, lo), heads_matrix(q, lo, a),
+         {true, false, hi, a->HS, hi - lo, scale, 1, S * a->NH}, g);
 }
 
 // ---- kq_conv: out[i,j] = sum_{a<cq, b<ck} weight[a,b] inp[i-(cq-1)+a, j-(ck-1)/2+b], inp masked by its own rows
@@ -713,23 +779,26 @@ static __host__ __device__ inline int conv_margin(int ck) { return ((ck - 1) / 2
 // Taps of one key column, as many as are loaded at once
 static __host__ __device__ inline int conv_taps(int cq) { return (cq + 3) / 4 * 4; }
 static size_t conv_shared(int cq, int ck) {
-    return ((size_t)(CONV_ROWS + cq - 1) * (CONV_COLS + 2 * conv_margin(ck)) + (size_t)conv_taps(cq) * ck) * sizeof(float);
+    return ((size_t)(CONV_ROWS + cq - 1) * (CONV_COLS + 2 * conv_margin(ck)) + (size_t)conv_taps(cq) * ck) *
+           sizeof(float);
 }
-// Rows top .. top+rows-1, columns left .. left+cols-1 of one head into shared memory, left and cols multiples of PACK; zero outside begin <= i < end
-// and right of the diagonal
+// Rows top .. top+rows-1, columns left .. left+cols-1 of one head into shared memory, left and cols multiples of PACK;
+// zero outside begin <= i < end and right of the diagonal
 template <typename T>
-static __device__ inline void tile_load(float* shared, const TileOf<T>& inp, int head, int top, int left, int rows, int cols, int begin, int end) {
+static __device__ inline void tile_load(float* shared, const TileOf<T>& inp, int head, int top, int left, int rows,
+                                        int cols, int begin, int end) {
     for (int t = threadIdx.x; t < rows * (cols / PACK); t += blockDim.x) {
         int i = top + t / (cols / PACK), j = left + t % (cols / PACK) * PACK;
         bool inside = i >= begin && i < end && j >= 0 && j <= i;
         Pack<T, PACK> x = {};
         if (inside) { x = load<PACK>(inp.row(head, i) + j); }
-UNROLL
+        UNROLL
         for (int e = 0; e < PACK; e++) { shared[t * PACK + e] = inside && j + e <= i ? (float)x.v[e] : 0.0f; }
     }
 }
 
-// Output rows lo <= i < hi, columns < nk; input rows begin <= i < end. weight (NH,cq,ck). backward: the transpose, the same walk with the kernel turned around:
+// Output rows lo <= i < hi, columns < nk; input rows begin <= i < end. weight (NH,cq,ck). backward: the transpose, the
+// same walk with the kernel turned around:
 //   dinp[i,j] = sum weight[a,b] dout[i+(cq-1)-a, j+(ck-1)/2-b].
 struct KqConv {
     const floatX* weight;
@@ -737,12 +806,13 @@ struct KqConv {
     bool backward;
 };
 
-// A block owns CONV_ROWS x CONV_COLS outputs of a head; a thread CONV_STRIP rows of one column. CQ: cq where it is worth a kernel of its own (the
-// inputs of a column slide through registers), 0 = any.
+// A block owns CONV_ROWS x CONV_COLS outputs of a head; a thread CONV_STRIP rows of one column. CQ: cq where it is
+// worth a kernel of its own (the inputs of a column slide through registers), 0 = any.
 template <int CQ, typename Out, typename In>
 static __global__ void kq_conv_kernel(TileOf<Out> out, TileOf<In> inp, KqConv conv) {
     DYNAMIC_SHARED(float, s);
-    const int cq = CQ ? CQ : conv.cq, ck = conv.ck, taps = conv_taps(cq), margin = conv_margin(ck), rows = CONV_ROWS + cq - 1, cols = CONV_COLS + 2 * margin;
+    const int cq = CQ ? CQ : conv.cq, ck = conv.ck, taps = conv_taps(cq), margin = conv_margin(ck),
+              rows = CONV_ROWS + cq - 1, cols = CONV_COLS + 2 * margin;
 
     // The block's place: CONV_ROWS rows from i0 on, CONV_COLS columns from j0 on; the thread's: column j, CONV_STRIP
     // rows from r0 on.
@@ -756,7 +826,9 @@ static __global__ void kq_conv_kernel(TileOf<Out> out, TileOf<In> inp, KqConv co
     if (j0 < i0 + CONV_ROWS) {  // else all of the block lies right of the diagonal
         tile_load(s, inp, head, conv.backward ? i0 : i0 - (cq - 1), j0 - margin, rows, cols, conv.begin, conv.end);
         const floatX* own = conv.weight + (size_t)(head % conv.NH) * cq * ck;
-        for (int t = threadIdx.x; t < cq * ck; t += blockDim.x) { w[t % ck * taps + t / ck] = (float)own[conv.backward ? cq * ck - 1 - t : t]; }
+        for (int t = threadIdx.x; t < cq * ck; t += blockDim.x) {
+            w[t % ck * taps + t / ck] = (float)own[conv.backward ? cq * ck - 1 - t : t];
+        }
         __syncthreads();  // the tile and the kernel are there
 
         // A key column of the kernel at a time. With CQ known, the column's inputs are loaded once and serve all taps.
@@ -764,12 +836,12 @@ static __global__ void kq_conv_kernel(TileOf<Out> out, TileOf<In> inp, KqConv co
             const float* x = s + r0 * cols + c + margin - (ck - 1) / 2 + b;
             if constexpr (CQ > 0) {
                 float column[CONV_STRIP + CQ - 1];
-UNROLL
+                UNROLL
                 for (int r = 0; r < CONV_STRIP + CQ - 1; r++) { column[r] = x[r * cols]; }
-UNROLL
+                UNROLL
                 for (int a = 0; a < CQ; a++) {
                     float tap = load<4>(w + b * taps + a / 4 * 4).v[a % 4];
-UNROLL
+                    UNROLL
                     for (int r = 0; r < CONV_STRIP; r++) { sum[r] += tap * column[r + a]; }
                 }
             } else {
@@ -790,22 +862,30 @@ UNROLL
 
 template <typename Out, typename In>
 static void kq_conv(const TileOf<Out>* out, const TileOf<In>* inp, KqConv conv, const Attention* a, int S, Cuda* g) {
-    conv.lo = max_int(conv.lo, 0), conv.hi = min_int(conv.hi, a->T), conv.begin = max_int(conv.begin, 0), conv.end = min_int(conv.end, a->T);
-    if (conv_is_band(a)) { kq_conv_band(out, inp, conv, S, g); return; }
+    conv.lo = max_int(conv.lo, 0), conv.hi = min_int(conv.hi, a->T), conv.begin = max_int(conv.begin, 0),
+    conv.end = min_int(conv.end, a->T);
+    if (conv_is_band(a)) {
+        kq_conv_band(out, inp, conv, S, g);
+        return;
+    }
     dim3 grid(ceil_div(conv.nk, CONV_COLS), ceil_div(conv.hi - conv.lo, CONV_ROWS), S * a->NH);
     size_t shared = conv_shared(a->cq, a->ck);
-    auto kernel = a->cq == 6 ? kq_conv_kernel<6, Out, In> : a->cq == 2 ? kq_conv_kernel<2, Out, In> : kq_conv_kernel<0, Out, In>;
+    auto kernel = a->cq == 6   ? kq_conv_kernel<6, Out, In>
+                  : a->cq == 2 ? kq_conv_kernel<2, Out, In>
+                               : kq_conv_kernel<0, Out, In>;
     allow_shared(kernel, shared);
     LAUNCH(kernel, grid, CONV_THREADS, shared, g->stream, *out, *inp, conv);
     launchCheck(g->stream);
 }
 // Rows lo <= i < hi of each head; inp must hold rows lo-(cq-1) .. hi-1. weight (NH,cq,ck)
 template <typename Out>
-static void kq_conv_forward(const TileOf<Out>* out, const Tile* inp, const floatX* weight, const Attention* a, int S, int lo, int hi, int nk, Cuda* g) {
+static void kq_conv_forward(const TileOf<Out>* out, const Tile* inp, const floatX* weight, const Attention* a, int S,
+                            int lo, int hi, int nk, Cuda* g) {
     kq_conv(out, inp, {weight, a->cq, a->ck, a->NH, lo, hi, nk, lo - (a->cq - 1), hi, false}, a, S, g);
 }
 // Rows lo <= i < hi of dinp; dout must hold rows lo .. hi-1+(cq-1)
-static void kq_conv_backward_input(const TileX* dinp, const TileX* dout, const floatX* weight, const Attention* a, int S, int lo, int hi, int nk, Cuda* g) {
+static void kq_conv_backward_input(const TileX* dinp, const TileX* dout, const floatX* weight, const Attention* a,
+                                   int S, int lo, int hi, int nk, Cuda* g) {
     kq_conv(dinp, dout, {weight, a->cq, a->ck, a->NH, lo, hi, nk, lo, hi + a->cq - 1, true}, a, S, g);
 }
 
@@ -815,17 +895,20 @@ static void kq_conv_backward_input(const TileX* dinp, const TileX* dout, const f
 // past: TAPS taps at a time (cq where it is worth a kernel of its own, else 8; 8 at most), added up over the warp, then
 // in the warp's own sums, which no other warp touches.
 template <int TAPS>
-static __global__ void kq_conv_backward_weight_kernel(float* parts, TileX dout, Tile inp, int cq, int ck, int lo, int hi) {
+static __global__ void kq_conv_backward_weight_kernel(float* parts, TileX dout, Tile inp, int cq, int ck, int lo,
+                                                      int hi) {
     DYNAMIC_SHARED(float, s);  // rows of inp, then (warps, ck, taps) sums
-    const int taps = (cq + TAPS - 1) / TAPS * TAPS, margin = conv_margin(ck), rows = CONV_ROWS + taps - 1, cols = CONV_COLS + 2 * margin;
-    const int warp = threadIdx.x / WARP_SIZE, lane = threadIdx.x % WARP_SIZE, c = threadIdx.x % CONV_COLS, r0 = threadIdx.x / CONV_COLS * CONV_STRIP;
+    const int taps = (cq + TAPS - 1) / TAPS * TAPS, margin = conv_margin(ck), rows = CONV_ROWS + taps - 1,
+              cols = CONV_COLS + 2 * margin;
+    const int warp = threadIdx.x / WARP_SIZE, lane = threadIdx.x % WARP_SIZE, c = threadIdx.x % CONV_COLS,
+              r0 = threadIdx.x / CONV_COLS * CONV_STRIP;
     float *sums = s + rows * cols, *own = sums + warp * ck * taps;
     int head = blockIdx.y, i0 = lo + blockIdx.x * CONV_ROWS, last = min_int(i0 + CONV_ROWS, hi) - 1;
     for (int t = threadIdx.x; t < CONV_THREADS / WARP_SIZE * ck * taps; t += CONV_THREADS) { sums[t] = 0; }
     for (int j0 = 0; j0 <= last; j0 += CONV_COLS) {
         // This thread's part of dout: it stays in registers for all taps.
         float d[CONV_STRIP];
-UNROLL
+        UNROLL
         for (int r = 0; r < CONV_STRIP; r++) {
             int i = i0 + r0 + r, j = j0 + c;
             d[r] = i < hi && j <= i ? (float)dout.row(head, i)[j] : 0.0f;
@@ -839,11 +922,11 @@ UNROLL
             for (int a0 = 0; a0 < taps; a0 += TAPS) {
                 const float* x = s + (r0 + a0) * cols + c + margin - (ck - 1) / 2 + b;
                 float column[CONV_STRIP + TAPS - 1], tap[8] = {};
-UNROLL
+                UNROLL
                 for (int r = 0; r < CONV_STRIP + TAPS - 1; r++) { column[r] = x[r * cols]; }
-UNROLL
+                UNROLL
                 for (int a = 0; a < TAPS; a++) {
-UNROLL
+                    UNROLL
                     for (int r = 0; r < CONV_STRIP; r++) { tap[a] += d[r] * column[r + a]; }
                 }
                 float sum = warp_sums_of_8(tap);
@@ -863,14 +946,22 @@ UNROLL
 
 static size_t conv_weight_shared(int cq, int ck) {
     int taps = round_up(cq, cq == 6 || cq == 2 ? cq : 8);
-    return ((size_t)(CONV_ROWS + taps - 1) * (CONV_COLS + 2 * conv_margin(ck)) + (size_t)CONV_THREADS / WARP_SIZE * ck * taps) * sizeof(float);
+    return ((size_t)(CONV_ROWS + taps - 1) * (CONV_COLS + 2 * conv_margin(ck)) +
+            (size_t)CONV_THREADS / WARP_SIZE * ck * taps) *
+           sizeof(float);
 }
 // dweight (NH,cq,ck) += over the rows lo <= i < hi of dout; sums over chunks are kept in double; parts is scratch
-static void kq_conv_backward_weight(double* dweight, const TileX* dout, const Tile* inp, const Attention* a, int S, int lo, int hi, float* parts, Cuda* g) {
-    if (conv_is_band(a)) { kq_conv_band_backward_weight(dweight, dout, inp, a, S, lo, hi, parts, g); return; }
+static void kq_conv_backward_weight(double* dweight, const TileX* dout, const Tile* inp, const Attention* a, int S,
+                                    int lo, int hi, float* parts, Cuda* g) {
+    if (conv_is_band(a)) {
+        kq_conv_band_backward_weight(dweight, dout, inp, a, S, lo, hi, parts, g);
+        return;
+    }
     int blocks = ceil_div(hi - lo, CONV_ROWS);
     size_t shared = conv_weight_shared(a->cq, a->ck);
-    auto kernel = a->cq == 6 ? kq_conv_backward_weight_kernel<6> : a->cq == 2 ? kq_conv_backward_weight_kernel<2> : kq_conv_backward_weight_kernel<8>;
+    auto kernel = a->cq == 6   ? kq_conv_backward_weight_kernel<6>
+                  : a->cq == 2 ? kq_conv_backward_weight_kernel<2>
+                               : kq_conv_backward_weight_kernel<8>;
     allow_shared(kernel, shared);
     LAUNCH(kernel, dim3(blocks, S * a->NH), CONV_THREADS, shared, g->stream, parts, *dout, *inp, a->cq, a->ck, lo, hi);
     launchCheck(g->stream);
@@ -883,7 +974,8 @@ static void kq_conv_backward_weight(double* dweight, const TileX* dout, const Ti
 // that out may be inp. CH: ch where it is worth a kernel of its own (the column in registers, the weights in shared
 // memory), 0 = any (the column in the thread's own column of shared memory).
 template <typename Weight, int CH, typename Out, typename In>
-static __global__ void head_mix_kernel(TileOf<Out> out, TileOf<In> inp, const Weight* weight, bool transpose, int ch, int groups, int lo, int nk) {
+static __global__ void head_mix_kernel(TileOf<Out> out, TileOf<In> inp, const Weight* weight, bool transpose, int ch,
+                                       int groups, int lo, int nk) {
     DYNAMIC_SHARED(float, s);  // CH: (ch,ch) weights; else (ch, blockDim.x)
     int j = blockIdx.x * blockDim.x + threadIdx.x, i = lo + blockIdx.y, head = blockIdx.z * ch, threads = blockDim.x;
     const Weight* w = weight + (size_t)(blockIdx.z % groups) * ch * ch;
@@ -894,12 +986,12 @@ static __global__ void head_mix_kernel(TileOf<Out> out, TileOf<In> inp, const We
         if (j >= nk) { return; }
 
         // The column of all heads; zero right of the diagonal, where the tile may hold anything.
-UNROLL
+        UNROLL
         for (int n = 0; n < CH; n++) { x[n] = j <= i ? (float)inp.row(head + n, i)[j] : 0.0f; }
-UNROLL
+        UNROLL
         for (int o = 0; o < CH; o++) {
             float sum = 0;
-UNROLL
+            UNROLL
             for (int n = 0; n < CH; n++) { sum += s[o * CH + n] * x[n]; }
             out.row(head + o, i)[j] = (Out)sum;
         }
@@ -918,8 +1010,8 @@ static int mix_threads(int ch) { return ch <= 64 ? 128 : 32; }
 static size_t mix_shared(int ch) { return (size_t)ch * (ch == 2 || ch == 16 ? ch : mix_threads(ch)) * sizeof(float); }
 // Rows lo <= i < hi; weight (NH/ch,ch,ch), its transpose for the backward pass
 template <typename Weight, typename Out, typename In>
-static void head_mix_forward(const TileOf<Out>* out, const TileOf<In>* inp, const Weight* weight, bool transpose, int ch, const Attention* a, int S, int lo,
-                             int hi, int nk, Cuda* g) {
+static void head_mix_forward(const TileOf<Out>* out, const TileOf<In>* inp, const Weight* weight, bool transpose,
+                             int ch, const Attention* a, int S, int lo, int hi, int nk, Cuda* g) {
     lo = max_int(lo, 0), hi = min_int(hi, a->T);
     int threads = mix_threads(ch);
     size_t shared = mix_shared(ch);
@@ -927,12 +1019,13 @@ static void head_mix_forward(const TileOf<Out>* out, const TileOf<In>* inp, cons
                   : ch == 16 ? head_mix_kernel<Weight, 16, Out, In>
                              : head_mix_kernel<Weight, 0, Out, In>;
     allow_shared(kernel, shared);
-    LAUNCH(kernel, dim3(ceil_div(nk, threads), hi - lo, S * a->NH / ch), threads, shared, g->stream, *out, *inp, weight, transpose, ch, a->NH / ch, lo, nk);
+    LAUNCH(kernel, dim3(ceil_div(nk, threads), hi - lo, S * a->NH / ch), threads, shared, g->stream, *out, *inp, weight,
+           transpose, ch, a->NH / ch, lo, nk);
     launchCheck(g->stream);
 }
 template <typename Weight>
-static void head_mix_backward_input(const TileX* dinp, const TileX* dout, const Weight* weight, int ch, const Attention* a, int S, int lo, int hi, int nk,
-                                    Cuda* g) {
+static void head_mix_backward_input(const TileX* dinp, const TileX* dout, const Weight* weight, int ch,
+                                    const Attention* a, int S, int lo, int hi, int nk, Cuda* g) {
     head_mix_forward(dinp, dout, weight, true, ch, a, S, lo, hi, nk, g);
 }
 
@@ -943,14 +1036,17 @@ static void head_mix_backward_input(const TileX* dinp, const TileX* dout, const 
 enum { MIX_ROWS = 8, MIX_THREADS = 256 };
 // Two stages within 40 KiB; an odd number, so that the same column of all heads lies in different banks
 static int mix_columns(int ch) { return max_int(1, (min_int(512, 5120 / ch) - 1) | 1); }
-static __global__ void head_mix_backward_weight_kernel(float* parts, TileX dout, Tile inp, int ch, int cols, int lo, int hi) {
+static __global__ void head_mix_backward_weight_kernel(float* parts, TileX dout, Tile inp, int ch, int cols, int lo,
+                                                       int hi) {
     DYNAMIC_SHARED(float, d);  // (ch, cols) of dout, the same of inp, then the slices' sums
     float *x = d + ch * cols, *sums = x + ch * cols;
-    const int pairs = ch * ch, threads = blockDim.x, slices = max_int(1, threads / pairs), step = slices > 1 ? pairs : threads;
+    const int pairs = ch * ch, threads = blockDim.x, slices = max_int(1, threads / pairs),
+              step = slices > 1 ? pairs : threads;
     int head = blockIdx.y * ch, i0 = lo + blockIdx.x * MIX_ROWS, i1 = min_int(i0 + MIX_ROWS, hi);
     for (int first = 0; first < pairs; first += step) {
         // This thread's pair and slice; one without a pair helps to stage.
-        int slice = slices > 1 ? threadIdx.x / pairs : 0, pair = first + (slices > 1 ? threadIdx.x % pairs : threadIdx.x);
+        int slice = slices > 1 ? threadIdx.x / pairs : 0,
+            pair = first + (slices > 1 ? threadIdx.x % pairs : threadIdx.x);
         bool own = slice < slices && pair < pairs;
         const float *dp = d + (own ? pair / ch * cols : 0), *xp = x + (own ? pair % ch * cols : 0);
         float sum = 0;
@@ -979,11 +1075,12 @@ static __global__ void head_mix_backward_weight_kernel(float* parts, TileX dout,
         }
     }
 }
-static void head_mix_backward_weight(double* dweight, const TileX* dout, const Tile* inp, int ch, const Attention* a, int S, int lo, int hi, float* parts,
-                                     Cuda* g) {
+static void head_mix_backward_weight(double* dweight, const TileX* dout, const Tile* inp, int ch, const Attention* a,
+                                     int S, int lo, int hi, float* parts, Cuda* g) {
     int blocks = ceil_div(hi - lo, MIX_ROWS), cols = mix_columns(ch);
     size_t shared = ((size_t)2 * ch * cols + MIX_THREADS) * sizeof(float);
-    LAUNCH(head_mix_backward_weight_kernel, dim3(blocks, S * a->NH / ch), MIX_THREADS, shared, g->stream, parts, *dout, *inp, ch, cols, lo, hi);
+    LAUNCH(head_mix_backward_weight_kernel, dim3(blocks, S * a->NH / ch), MIX_THREADS, shared, g->stream, parts, *dout,
+           *inp, ch, cols, lo, hi);
     launchCheck(g->stream);
     sums_add(dweight, parts, S, a->NH / ch, blocks, ch * ch, g);
 }
@@ -992,7 +1089,9 @@ static void head_mix_backward_weight(double* dweight, const TileX* dout, const T
 // (a log-sum-exp in their place would cost the probabilities half their digits where it is large)
 
 // A row's maximum and the sum of exp(x - maximum), of the values seen so far; more of them join
-typedef struct { float max, sum; } RowStats;
+typedef struct {
+    float max, sum;
+} RowStats;
 static __device__ inline void stats_join(RowStats* s, RowStats more) {
     float max = fmaxf(s->max, more.max);
     if (max > -INFINITY) { s->sum = s->sum * exponential(s->max - max) + more.sum * exponential(more.max - max); }
@@ -1001,10 +1100,10 @@ static __device__ inline void stats_join(RowStats* s, RowStats more) {
 // The first n values of a pack
 static __device__ inline void stats_add(RowStats* s, const float* x, int n) {
     RowStats more = {-INFINITY, 0};
-UNROLL
+    UNROLL
     for (int e = 0; e < PACK; e++) { more.max = e < n ? fmaxf(more.max, x[e]) : more.max; }
     if (more.max > s->max) { s->sum *= exponential(s->max - more.max), s->max = more.max; }
-UNROLL
+    UNROLL
     for (int e = 0; e < PACK; e++) { s->sum += e < n ? exponential(x[e] - s->max) : 0.0f; }
 }
 static __device__ inline RowStats stats_shuffle(RowStats s, int flip) {
@@ -1016,7 +1115,8 @@ static __device__ inline RowStats stats_shuffle(RowStats s, int flip) {
 // recompute: read instead. A warp owns a row; a lane owns packs of PACK keys, every 32nd, in both passes, so that it
 // may write over its own input.
 template <typename Out>
-static __global__ void softmax_forward_kernel(TileOf<Out> out, float* stats, Tile inp, bool recompute, int heads, int lo, int own, int hi, int nk, int T) {
+static __global__ void softmax_forward_kernel(TileOf<Out> out, float* stats, Tile inp, bool recompute, int heads,
+                                              int lo, int own, int hi, int nk, int T) {
     int row = blockIdx.x * ROW_WARPS + threadIdx.x / WARP_SIZE, lane = threadIdx.x % WARP_SIZE;
     if (row >= heads * (hi - lo)) { return; }  // whole warps leave
     int head = row / (hi - lo), i = lo + row % (hi - lo);
@@ -1043,31 +1143,36 @@ static __global__ void softmax_forward_kernel(TileOf<Out> out, float* stats, Til
         Pack<Out, PACK> p = {};
         if (j <= i) {
             Pack<floatS, PACK> v = load<PACK>(x + j);
-            for (int e = 0; e < PACK; e++) { p.v[e] = (Out)(j + e <= i ? exponential((float)v.v[e] - max) * inverse : 0.0f); }
+            for (int e = 0; e < PACK; e++) {
+                p.v[e] = (Out)(j + e <= i ? exponential((float)v.v[e] - max) * inverse : 0.0f);
+            }
         }
         store<PACK>(y + j, p);
     }
     if (lane == 0 && !recompute && i >= own) { kept[0] = max, kept[1] = inverse; }
 }
 template <typename Out>
-static void softmax_forward(const TileOf<Out>* out, const Tile* inp, float* stats, const Attention* a, int S, int lo, int own, int hi, int nk, Cuda* g) {
+static void softmax_forward(const TileOf<Out>* out, const Tile* inp, float* stats, const Attention* a, int S, int lo,
+                            int own, int hi, int nk, Cuda* g) {
     lo = max_int(lo, 0), hi = min_int(hi, a->T);
-    LAUNCH(softmax_forward_kernel<Out>, ceil_div((size_t)S * a->NH * (hi - lo), ROW_WARPS), ROW_THREADS, 0, g->stream, *out, stats, *inp, false, S * a->NH, lo,
-           own, hi, nk, a->T);
+    LAUNCH(softmax_forward_kernel<Out>, ceil_div((size_t)S * a->NH * (hi - lo), ROW_WARPS), ROW_THREADS, 0, g->stream,
+           *out, stats, *inp, false, S * a->NH, lo, own, hi, nk, a->T);
     launchCheck(g->stream);
 }
 
 // The same rows in the backward pass, from maximum and 1 / sum.
 template <typename Out>
-static void softmax_recompute(const TileOf<Out>* out, const Tile* inp, float* stats, const Attention* a, int S, int lo, int hi, int nk, Cuda* g) {
+static void softmax_recompute(const TileOf<Out>* out, const Tile* inp, float* stats, const Attention* a, int S, int lo,
+                              int hi, int nk, Cuda* g) {
     lo = max_int(lo, 0), hi = min_int(hi, a->T);
-    LAUNCH(softmax_forward_kernel<Out>, ceil_div((size_t)S * a->NH * (hi - lo), ROW_WARPS), ROW_THREADS, 0, g->stream, *out, stats, *inp, true, S * a->NH, lo,
-           hi, hi, nk, a->T);
+    LAUNCH(softmax_forward_kernel<Out>, ceil_div((size_t)S * a->NH * (hi - lo), ROW_WARPS), ROW_THREADS, 0, g->stream,
+           *out, stats, *inp, true, S * a->NH, lo, hi, hi, nk, a->T);
     launchCheck(g->stream);
 }
 
 // dinp = att (dout - sum_j att dout), att = softmax(inp) from its stats; dinp may be dout. A warp owns a row.
-static __global__ void softmax_backward_kernel(TileX dinp, TileX dout, Tile inp, const float* stats, int heads, int lo, int hi, int nk, int T) {
+static __global__ void softmax_backward_kernel(TileX dinp, TileX dout, Tile inp, const float* stats, int heads, int lo,
+                                               int hi, int nk, int T) {
     int row = blockIdx.x * ROW_WARPS + threadIdx.x / WARP_SIZE, lane = threadIdx.x % WARP_SIZE;
     if (row >= heads * (hi - lo)) { return; }
     int head = row / (hi - lo), i = lo + row % (hi - lo);
@@ -1086,7 +1191,8 @@ static __global__ void softmax_backward_kernel(TileX dinp, TileX dout, Tile inp,
                 Pack<floatS, PACK> v = load<PACK>(x + j);
                 d = load<PACK>(dy + j);
                 for (int e = 0; e < PACK; e++) {
-                    float p = j + e <= i ? exponential((float)v.v[e] - max) * inverse : 0.0f, de = j + e <= i ? (float)d.v[e] : 0.0f;
+                    float p = j + e <= i ? exponential((float)v.v[e] - max) * inverse : 0.0f,
+                          de = j + e <= i ? (float)d.v[e] : 0.0f;
                     if (pass == 0) { dot += p * de; }
                     d.v[e] = (floatX)(p * (de - dot));
                 }
@@ -1096,41 +1202,56 @@ static __global__ void softmax_backward_kernel(TileX dinp, TileX dout, Tile inp,
         if (pass == 0) { dot = warp_sum(dot); }
     }
 }
-static void softmax_backward(const TileX* dinp, const TileX* dout, const Tile* inp, const float* stats, const Attention* a, int S, int lo, int hi, int nk,
-                             Cuda* g) {
+static void softmax_backward(const TileX* dinp, const TileX* dout, const Tile* inp, const float* stats,
+                             const Attention* a, int S, int lo, int hi, int nk, Cuda* g) {
     lo = max_int(lo, 0), hi = min_int(hi, a->T);
-    LAUNCH(softmax_backward_kernel, ceil_div((size_t)S * a->NH * (hi - lo), ROW_WARPS), ROW_THREADS, 0, g->stream, *dinp, *dout, *inp, stats, S * a->NH, lo,
-           hi, nk, a->T);
+    LAUNCH(softmax_backward_kernel, ceil_div((size_t)S * a->NH * (hi - lo), ROW_WARPS), ROW_THREADS, 0, g->stream,
+           *dinp, *dout, *inp, stats, S * a->NH, lo, hi, nk, a->T);
     launchCheck(g->stream);
 }
 
 // ---- values: O_i = sum_j att[i,j] v_j
 
-static void values_forward(floatX* out, const TileX* att, const floatX* v, const Attention* a, int S, int lo, int hi, Cuda* g) {
-    gemm(heads_matrix(out, lo, a), tile_matrix(att, lo), heads_matrix(v, 0, a), {false, false, hi - lo, a->HS, hi, 1, 0, S * a->NH}, g);
+static void values_forward(floatX* out, const TileX* att, const floatX* v, const Attention* a, int S, int lo, int hi,
+                           Cuda* g) {
+    gemm(heads_matrix(out, lo, a), tile_matrix(att, lo), heads_matrix(v, 0, a),
+         {false, false, hi - lo, a->HS, hi, 1, 0, S * a->NH}, g);
 }
 // datt[i,j] = dO_i . v_j, rows lo <= i < hi within the sequence; not masked, its readers are
-static void values_backward_att(const TileX* datt, const floatX* dout, const floatX* v, const Attention* a, int S, int lo, int hi, int nk, Cuda* g) {
+static void values_backward_att(const TileX* datt, const floatX* dout, const floatX* v, const Attention* a, int S,
+                                int lo, int hi, int nk, Cuda* g) {
     hi = min_int(hi, a->T);
-    gemm(tile_matrix(datt, lo), heads_matrix(dout, lo, a), heads_matrix(v, 0, a), {false, true, hi - lo, nk, a->HS, 1, 0, S * a->NH}, g);
+    gemm(tile_matrix(datt, lo), heads_matrix(dout, lo, a), heads_matrix(v, 0, a),
+         {false, true, hi - lo, nk, a->HS, 1, 0, S * a->NH}, g);
 }
 // dv_j += sum_i att[i,j] dO_i, in fp32
-static void values_backward_v(float* dv, const TileX* att, const floatX* dout, const Attention* a, int S, int lo, int hi, Cuda* g) {
-    gemm(heads_matrix(dv, 0, a), tile_matrix(att, lo), heads_matrix(dout, lo, a), {true, false, hi, a->HS, hi - lo, 1, 1, S * a->NH}, g);
+static void values_backward_v(float* dv, const TileX* att, const floatX* dout, const Attention* a, int S, int lo,
+                              int hi, Cuda* g) {
+    gemm(heads_matrix(dv, 0, a), tile_matrix(att, lo), heads_matrix(dout, lo, a),
+         {true, false, hi, a->HS, hi - lo, 1, 1, S * a->NH}, g);
 }
 
 // ---- the chunk: all steps for the queries lo <= i < hi of all heads of S sequences
 
 // q, k, v (S,NH,T,HS) of S sequences; q_s, k_s: q and k as scores_forward reads them; stats (S,NH,T,2)
-struct Heads { const floatX *q, *k, *v; const floatS *q_s, *k_s; float* stats; };
+struct Heads {
+    const floatX *q, *k, *v;
+    const floatS *q_s, *k_s;
+    float* stats;
+};
 
 static int halo_pre(const Attention* a) { return a->conv_pre ? a->cq - 1 : 0; }
 static int halo_post(const Attention* a) { return a->conv_post ? a->cq - 1 : 0; }
 static bool mixes_post(const Attention* a) { return a->mix_post || a->diff_mix; }
-static int mix_parts(const Attention* a) { return a->flash && a->pair_mix ? 2 : 1; }  // of a head's output, which head_output adds up, and of dv
-static bool keeps_att(const Attention* a) { return a->conv_post || mixes_post(a); }  // the softmax's result is not yet A
+static int mix_parts(const Attention* a) {
+    return a->flash && a->pair_mix ? 2 : 1;
+}  // of a head's output, which head_output adds up, and of dv
+static bool keeps_att(const Attention* a) {
+    return a->conv_post || mixes_post(a);
+}  // the softmax's result is not yet A
 
-// Scratch of attention, shared by all layers. Tiles in floatS: S C L P R of the maps; in floatX: A, and two that gradients pass through in turns.
+// Scratch of attention, shared by all layers. Tiles in floatS: S C L P R of the maps; in floatX: A, and two that
+// gradients pass through in turns.
 enum { ATTENTION_TILES_X = 3 };
 struct AttentionScratch {
     floatS* tiles;        // (attention_tiles, tile)
@@ -1156,30 +1277,36 @@ static size_t attention_parts_size(const Attention* a) {
     if (mixes_16(a)) { mix = mix16_parts_size(a); }
     return (size_t)a->S * (conv > mix ? conv : mix);
 }
-// Queries of a chunk: enough that products are large; 16 heads x 256 x 2048 x 2 bytes, a tile of one sequence, are 17 MB of an L2 cache of 50.
+// Queries of a chunk: enough that products are large; 16 heads x 256 x 2048 x 2 bytes, a tile of one sequence, are 17
+// MB of an L2 cache of 50.
 static int attention_chunk(int T) { return min_int(T, 256); }
-// Sequences at a time: as many as let the tiles fit into a GiB, so that few launches do much (the emulator's builds set less, so that the tests
-// have several batches of sequences); heads are a grid's z, at most 65535.
+// Sequences at a time: as many as let the tiles fit into a GiB, so that few launches do much (the emulator's builds set
+// less, so that the tests have several batches of sequences); heads are a grid's z, at most 65535.
 #if !defined(ATTENTION_SCRATCH)
 #define ATTENTION_SCRATCH ((size_t)1 << 30)
 #endif
 static int attention_sequences(const Attention* one, int B) {
-    size_t bytes = attention_tile_size(one) * ((size_t)attention_tiles(one) * sizeof(floatS) + ATTENTION_TILES_X * sizeof(floatX));
+    size_t bytes =
+        attention_tile_size(one) * ((size_t)attention_tiles(one) * sizeof(floatS) + ATTENTION_TILES_X * sizeof(floatX));
     return max_int(1, min_int(min_int(B, 65535 / one->NH), (int)((size_t)ATTENTION_SCRATCH / bytes)));
 }
 
-template <typename T>
-static TileOf<T> tile_make(T* scratch, int which, const Attention* a, int i0) {
-    TileOf<T> t = {scratch + (size_t)which * attention_tile_size(a), i0, a->chunk + 2 * (halo_pre(a) + halo_post(a)), tile_stride(a->T)};
+template <typename T> static TileOf<T> tile_make(T* scratch, int which, const Attention* a, int i0) {
+    TileOf<T> t = {scratch + (size_t)which * attention_tile_size(a), i0, a->chunk + 2 * (halo_pre(a) + halo_post(a)),
+                   tile_stride(a->T)};
     return t;
 }
 
-// The maps of the chunk: S scores, C convolved, L mixed, P softmax, R convolved, A mixed. A step that is off shares its input's tile; A, which the
-// products read, is in floatX, and the last step writes it. For the forward pass rows lo-halo_post .. hi-1 of P; with `backward` S, C, L, P have
-// halo_pre rows more below hi.
-struct Maps { Tile S, C, L, P, R; TileX A; };
+// The maps of the chunk: S scores, C convolved, L mixed, P softmax, R convolved, A mixed. A step that is off shares its
+// input's tile; A, which the products read, is in floatX, and the last step writes it. For the forward pass rows
+// lo-halo_post .. hi-1 of P; with `backward` S, C, L, P have halo_pre rows more below hi.
+struct Maps {
+    Tile S, C, L, P, R;
+    TileX A;
+};
 
-static Maps attention_maps(const AttentionScratch* scratch, const Heads* x, const Attention* a, int S, int lo, int hi, bool backward, Cuda* g) {
+static Maps attention_maps(const AttentionScratch* scratch, const Heads* x, const Attention* a, int S, int lo, int hi,
+                           bool backward, Cuda* g) {
     int p = halo_pre(a), r = halo_post(a), end = hi + (backward ? p : 0), nk = min_int(end, a->T), tiles = 0;
     Maps m;
 
@@ -1210,13 +1337,19 @@ static Maps attention_maps(const AttentionScratch* scratch, const Heads* x, cons
 
     // The softmax: the last step, straight into A, or followed by a convolution, a mixing or both.
     if (!keeps_att(a)) {
-        if (backward) { softmax_recompute(&m.A, &m.L, x->stats, a, S, lo, end, nk, g); }
-        else { softmax_forward(&m.A, &m.L, x->stats, a, S, lo, lo, end, nk, g); }
+        if (backward) {
+            softmax_recompute(&m.A, &m.L, x->stats, a, S, lo, end, nk, g);
+        } else {
+            softmax_forward(&m.A, &m.L, x->stats, a, S, lo, lo, end, nk, g);
+        }
         return m;
     }
     m.P = m.R = tile_make(scratch->tiles, tiles++, a, lo - r - p);
-    if (backward) { softmax_recompute(&m.P, &m.L, x->stats, a, S, lo - r, end, nk, g); }
-    else { softmax_forward(&m.P, &m.L, x->stats, a, S, lo - r, lo, end, nk, g); }
+    if (backward) {
+        softmax_recompute(&m.P, &m.L, x->stats, a, S, lo - r, end, nk, g);
+    } else {
+        softmax_forward(&m.P, &m.L, x->stats, a, S, lo - r, lo, end, nk, g);
+    }
 
     // Then the convolution, and the mixing, whichever comes last into A.
     if (a->conv_post && mixes_post(a)) {
@@ -1225,66 +1358,81 @@ static Maps attention_maps(const AttentionScratch* scratch, const Heads* x, cons
     } else if (a->conv_post) {
         kq_conv_forward(&m.A, &m.P, a->conv_post, a, S, lo, hi, nk, g);
     }
-    if (a->diff_mix) { head_mix_forward(&m.A, &m.R, a->diff_mix, false, 2, a, S, lo, hi, nk, g); }
-    else if (a->mix_post) { head_mix_forward(&m.A, &m.R, a->mix_post, false, a->ch_post, a, S, lo, hi, nk, g); }
+    if (a->diff_mix) {
+        head_mix_forward(&m.A, &m.R, a->diff_mix, false, 2, a, S, lo, hi, nk, g);
+    } else if (a->mix_post) {
+        head_mix_forward(&m.A, &m.R, a->mix_post, false, a->ch_post, a, S, lo, hi, nk, g);
+    }
     return m;
 }
 
-// Gradients of the attention's own weights as sums in double of all sequences: (NH*cq*ck), (NH*ch); n: how many, behind one
-// another.
-struct AttentionSums { double *conv_pre, *conv_post, *mix_pre, *mix_post; size_t n; };
+// Gradients of the attention's own weights as sums in double of all sequences: (NH*cq*ck), (NH*ch); n: how many, behind
+// one another.
+struct AttentionSums {
+    double *conv_pre, *conv_post, *mix_pre, *mix_post;
+    size_t n;
+};
 
 // dq of the scratch is set, its dk, dv and the sums are added to. dout (S,NH,T,HS).
-// Rows of dS come from rows of dC up to halo_pre further down, those from rows of dA up to halo_post further down: all are recomputed here.
-static void attention_chunk_backward(const AttentionSums* sums, const floatX* dout, const Heads* x, const Attention* a, int S, int lo, int hi,
-                                     const AttentionScratch* scratch, Cuda* g) {
-    int p = halo_pre(a), r = halo_post(a), end = hi + p, far = hi + p + r, nk = min_int(end, a->T), nk_far = min_int(far, a->T);
+// Rows of dS come from rows of dC up to halo_pre further down, those from rows of dA up to halo_post further down: all
+// are recomputed here.
+static void attention_chunk_backward(const AttentionSums* sums, const floatX* dout, const Heads* x, const Attention* a,
+                                     int S, int lo, int hi, const AttentionScratch* scratch, Cuda* g) {
+    int p = halo_pre(a), r = halo_post(a), end = hi + p, far = hi + p + r, nk = min_int(end, a->T),
+        nk_far = min_int(far, a->T);
     Maps m = attention_maps(scratch, x, a, S, lo, hi, true, g);
-    TileX d = tile_make(scratch->tiles_x, 1, a, lo), other = tile_make(scratch->tiles_x, 2, a, lo);  // a convolution goes from one to the other
+    TileX d = tile_make(scratch->tiles_x, 1, a, lo),
+          other = tile_make(scratch->tiles_x, 2, a, lo);  // a convolution goes from one to the other
 
-    values_backward_att(&d, dout, x->v, a, S, lo, far, nk_far, g);                  // O = A v
-    if (mixes_16(a)) {                                                              // from A to C, and A itself
+    values_backward_att(&d, dout, x->v, a, S, lo, far, nk_far, g);  // O = A v
+    if (mixes_16(a)) {                                              // from A to C, and A itself
         mix16_maps_backward(&d, &other, sums, &m, x->stats, a, S, lo, hi, scratch->parts, g);
     } else {
-        if (mixes_post(a)) {                                                        // A = mix(R)
+        if (mixes_post(a)) {  // A = mix(R)
             head_mix_backward_weight(sums->mix_post, &d, &m.R, a->ch_post, a, S, lo, hi, scratch->parts, g);
-            if (a->diff_mix) { head_mix_backward_input(&d, &d, a->diff_mix, 2, a, S, lo, far, nk_far, g); }
-            else { head_mix_backward_input(&d, &d, a->mix_post, a->ch_post, a, S, lo, far, nk_far, g); }
+            if (a->diff_mix) {
+                head_mix_backward_input(&d, &d, a->diff_mix, 2, a, S, lo, far, nk_far, g);
+            } else {
+                head_mix_backward_input(&d, &d, a->mix_post, a->ch_post, a, S, lo, far, nk_far, g);
+            }
         }
-        if (a->conv_post) {                                                         // R = conv(P)
+        if (a->conv_post) {  // R = conv(P)
             kq_conv_backward_weight(sums->conv_post, &d, &m.P, a, S, lo, hi, scratch->parts, g);
             kq_conv_backward_input(&other, &d, a->conv_post, a, S, lo, end, nk, g);
             std::swap(d, other);
         }
-        softmax_backward(&d, &d, &m.L, x->stats, a, S, lo, end, nk, g);             // P = softmax(L)
-        if (a->mix_pre) {                                                           // L = mix(C)
+        softmax_backward(&d, &d, &m.L, x->stats, a, S, lo, end, nk, g);  // P = softmax(L)
+        if (a->mix_pre) {                                                // L = mix(C)
             head_mix_backward_weight(sums->mix_pre, &d, &m.C, a->ch_pre, a, S, lo, hi, scratch->parts, g);
             head_mix_backward_input(&d, &d, a->mix_pre, a->ch_pre, a, S, lo, end, nk, g);
         }
     }
-    values_backward_v(scratch->dv, &m.A, dout, a, S, lo, hi, g);                    // O = A v, now that A is there in every case
-    if (a->conv_pre) {                                                              // C = conv(S)
+    values_backward_v(scratch->dv, &m.A, dout, a, S, lo, hi, g);  // O = A v, now that A is there in every case
+    if (a->conv_pre) {                                            // C = conv(S)
         kq_conv_backward_weight(sums->conv_pre, &d, &m.S, a, S, lo, hi, scratch->parts, g);
         kq_conv_backward_input(&other, &d, a->conv_pre, a, S, lo, hi, hi, g);
         std::swap(d, other);
     }
-    scores_backward(scratch->dq, scratch->dk, &d, x->q, x->k, a, S, lo, hi, g);     // S = q k^T / sqrt(HS)
+    scores_backward(scratch->dq, scratch->dk, &d, x->q, x->k, a, S, lo, hi, g);  // S = q k^T / sqrt(HS)
 }
 
 // Of the sequences b .. b+S-1 of q, k, v (B,NH,T,HS) and stats (B,NH,T,2)
-static Heads attention_heads(const floatX* q, const floatX* k, const floatX* v, float* stats, const Attention* a, int b, int S, const AttentionScratch* scratch,
-                             Cuda* g) {
+static Heads attention_heads(const floatX* q, const floatX* k, const floatX* v, float* stats, const Attention* a, int b,
+                             int S, const AttentionScratch* scratch, Cuda* g) {
     size_t rows = (size_t)b * a->NH * a->T, at = rows * a->HS;
     Heads x = {q + at, k + at, v + at, NULL, NULL, stats + 2 * rows};
     if (!a->flash) { x.q_s = scores_input(scratch->q, x.q, a, S, g), x.k_s = scores_input(scratch->k, x.k, a, S, g); }
     return x;
 }
 
-// out: with a->flash and mixing two parts of (B,NH,T,HS), B*NH*T*HS apart, that head_output is to mix; else (B,NH,T,HS). q, k, v (B,NH,T,HS), q and k rotated;
-// stats (B,NH,T,2) for the backward pass
-static void attention_forward(floatX* out, float* stats, const floatX* q, const floatX* k, const floatX* v, const Attention* a, const AttentionScratch* scratch,
-                              Cuda* g) {
-    if (a->flash) { flash_attention_forward(out, stats, q, k, v, a, g); return; }
+// out: with a->flash and mixing two parts of (B,NH,T,HS), B*NH*T*HS apart, that head_output is to mix; else
+// (B,NH,T,HS). q, k, v (B,NH,T,HS), q and k rotated; stats (B,NH,T,2) for the backward pass
+static void attention_forward(floatX* out, float* stats, const floatX* q, const floatX* k, const floatX* v,
+                              const Attention* a, const AttentionScratch* scratch, Cuda* g) {
+    if (a->flash) {
+        flash_attention_forward(out, stats, q, k, v, a, g);
+        return;
+    }
     for (int b = 0; b < a->B; b += a->S) {
         int S = min_int(a->S, a->B - b);
         Heads x = attention_heads(q, k, v, stats, a, b, S, scratch, g);
@@ -1296,9 +1444,11 @@ static void attention_forward(floatX* out, float* stats, const floatX* q, const 
     }
 }
 
-// dqkv (B,T,NH+2*NKV,HS) is set, gradients of q and k rotated back; the sums are set. dout (B,NH,T,HS); out as attention_forward left it.
-static void attention_backward(floatX* dqkv, const AttentionSums* sums, const floatX* dout, const floatX* out, const floatX* q, const floatX* k,
-                               const floatX* v, float* stats, const Rope* rope, const Attention* a, const AttentionScratch* scratch, Cuda* g) {
+// dqkv (B,T,NH+2*NKV,HS) is set, gradients of q and k rotated back; the sums are set. dout (B,NH,T,HS); out as
+// attention_forward left it.
+static void attention_backward(floatX* dqkv, const AttentionSums* sums, const floatX* dout, const floatX* out,
+                               const floatX* q, const floatX* k, const floatX* v, float* stats, const Rope* rope,
+                               const Attention* a, const AttentionScratch* scratch, Cuda* g) {
     size_t sequence = (size_t)a->NH * a->T * a->HS, packed = (size_t)a->T * (a->NH + 2 * rope->NKV) * a->HS;
     if (sums->n) { cudaCheck(cudaMemsetAsync(sums->conv_pre, 0, sums->n * sizeof(double), g->stream)); }
     for (int b = 0; b < a->B; b += a->S) {
@@ -1310,7 +1460,8 @@ static void attention_backward(floatX* dqkv, const AttentionSums* sums, const fl
             cudaCheck(cudaMemsetAsync(scratch->dk, 0, S * sequence * sizeof(float), g->stream));
             cudaCheck(cudaMemsetAsync(scratch->dv, 0, S * sequence * sizeof(float), g->stream));
             for (int lo = 0; lo < a->T; lo += a->chunk) {
-                attention_chunk_backward(sums, dout + b * sequence, &x, a, S, lo, min_int(lo + a->chunk, a->T), scratch, g);
+                attention_chunk_backward(sums, dout + b * sequence, &x, a, S, lo, min_int(lo + a->chunk, a->T), scratch,
+                                         g);
             }
         }
         rope_backward(dqkv + b * packed, scratch->dq, scratch->dk, scratch->dv, rope, S, q_parts, mix_parts(a), g);
@@ -1329,12 +1480,14 @@ static void attention_sums_add(float* dweight, const double* sums, size_t n, Cud
 
 // ---- head_gate with head_norm (MODEL.md eq. 11 and 10), one pass: the heads' outputs become rows of channels
 
-// What the pass needs: wide heads share a norm (2 for diff); norm (wide*HS), gate (HS), bias (1), NULL = off; scale is 1 - lambda_init
+// What the pass needs: wide heads share a norm (2 for diff); norm (wide*HS), gate (HS), bias (1), NULL = off; scale is
+// 1 - lambda_init
 typedef struct {
     const floatX *norm, *gate, *bias;
     float scale;
     int B, T, NH, HS, wide;
-    const float* pair_mix;  // (NH/2,2,2), NULL = off: the heads' outputs come in two parts (fused attention), O_o = sum_n W[o,n] part_n (MODEL.md eq. 8)
+    const float* pair_mix;  // (NH/2,2,2), NULL = off: the heads' outputs come in two parts (fused attention), O_o =
+                            // sum_n W[o,n] part_n (MODEL.md eq. 8)
 } HeadOutput;
 
 // A warp owns unit h, `wide` heads side by side, of token n of `inp` (B,NH,T,HS): where element e of the unit lies
@@ -1361,8 +1514,7 @@ static __device__ inline Pack<float, W> head_load(const floatX* inp, const HeadO
 // out (B,T,NH*HS) = gate(norm(inp)), inp (B,NH,T,HS), or two parts of it. A warp owns a unit of a token, a lane packs
 // of W elements; W divides HS, so that a pack lies in one head. The row is read again for each step: it is in the
 // cache.
-template <int W>
-static __global__ void head_output_forward_kernel(floatX* out, const floatX* inp, HeadOutput o) {
+template <int W> static __global__ void head_output_forward_kernel(floatX* out, const floatX* inp, HeadOutput o) {
     int units = o.NH / o.wide, size = o.wide * o.HS, lane = threadIdx.x % WARP_SIZE;
     size_t row = (size_t)blockIdx.x * ROW_WARPS + threadIdx.x / WARP_SIZE;
     if (row >= (size_t)o.B * o.T * units) { return; }
@@ -1384,7 +1536,9 @@ static __global__ void head_output_forward_kernel(floatX* out, const floatX* inp
         float dot = 0;
         for (int e = lane * W; e < size; e += WARP_SIZE * W) {
             Pack<float, W> x = head_load<W>(inp, o, n, h, e);
-            for (int i = 0; i < W; i++) { dot += x.v[i] * r * (o.norm ? (float)o.norm[e + i] : 1.0f) * (float)o.gate[e + i]; }
+            for (int i = 0; i < W; i++) {
+                dot += x.v[i] * r * (o.norm ? (float)o.norm[e + i] : 1.0f) * (float)o.gate[e + i];
+            }
         }
         s = sigmoid(warp_sum(dot) + (float)*o.bias);
     }
@@ -1398,13 +1552,15 @@ static __global__ void head_output_forward_kernel(floatX* out, const floatX* inp
     }
 }
 static void head_output_forward(floatX* out, const floatX* inp, const HeadOutput* o, Cuda* g) {
-    LAUNCH_WIDE(o->HS, head_output_forward_kernel, ceil_div((size_t)o->B * o->T * (o->NH / o->wide), ROW_WARPS), ROW_THREADS, 0, g->stream, out, inp, *o);
+    LAUNCH_WIDE(o->HS, head_output_forward_kernel, ceil_div((size_t)o->B * o->T * (o->NH / o->wide), ROW_WARPS),
+                ROW_THREADS, 0, g->stream, out, inp, *o);
 }
 
-// With y = norm(inp), s = sigmoid(y . gate + bias), out = s y: ds = s (1-s) (dout . y), dy = s dout + ds gate, and RMSNorm's backward of dy.
-// head_stats (B*T, NH/wide, 3): 1/rms, s, ds of each row, for the weights' gradients
+// With y = norm(inp), s = sigmoid(y . gate + bias), out = s y: ds = s (1-s) (dout . y), dy = s dout + ds gate, and
+// RMSNorm's backward of dy. head_stats (B*T, NH/wide, 3): 1/rms, s, ds of each row, for the weights' gradients
 template <int W>
-static __global__ void head_output_backward_kernel(floatX* dinp, float* head_stats, const floatX* dout, const floatX* inp, HeadOutput o) {
+static __global__ void head_output_backward_kernel(floatX* dinp, float* head_stats, const floatX* dout,
+                                                   const floatX* inp, HeadOutput o) {
     int units = o.NH / o.wide, size = o.wide * o.HS, lane = threadIdx.x % WARP_SIZE;
     size_t row = (size_t)blockIdx.x * ROW_WARPS + threadIdx.x / WARP_SIZE;
     if (row >= (size_t)o.B * o.T * units) { return; }
@@ -1467,7 +1623,8 @@ static __global__ void head_output_backward_kernel(floatX* dinp, float* head_sta
 }
 // parts (NORM_PARTS, wide*HS + HS + 1): the part's sums of the gradients of norm, gate and bias. A thread owns one
 // element of a unit.
-static __global__ void head_output_backward_weight_kernel(float* parts, const floatX* dout, const floatX* inp, const float* head_stats, HeadOutput o) {
+static __global__ void head_output_backward_weight_kernel(float* parts, const floatX* dout, const floatX* inp,
+                                                          const float* head_stats, HeadOutput o) {
     int units = o.NH / o.wide, size = o.wide * o.HS, e = blockIdx.x * blockDim.x + threadIdx.x, p = blockIdx.y;
     if (e >= size) { return; }
     size_t rows = (size_t)o.B * o.T * units, row0 = rows * p / NORM_PARTS, row1 = rows * (p + 1) / NORM_PARTS;
@@ -1477,7 +1634,8 @@ static __global__ void head_output_backward_weight_kernel(float* parts, const fl
     for (size_t row = row0; row < row1; row++) {
         int n = (int)(row / units), h = (int)(row % units);
         float r = head_stats[3 * row], s = head_stats[3 * row + 1], ds = head_stats[3 * row + 2];
-        float x = head_load<1>(inp, o, n, h, e).v[0], d = s * (float)dout[(size_t)n * o.NH * o.HS + (size_t)h * size + e];
+        float x = head_load<1>(inp, o, n, h, e).v[0],
+              d = s * (float)dout[(size_t)n * o.NH * o.HS + (size_t)h * size + e];
         if (o.gate) { d += ds * (float)o.gate[e]; }
         norm += d * o.scale * x * r;
         gate += ds * x * (o.norm ? r * o.scale * (float)o.norm[e] : 1.0f);
@@ -1489,13 +1647,14 @@ static __global__ void head_output_backward_weight_kernel(float* parts, const fl
     if (e == 0) { part[size + o.HS] = bias; }
 }
 // dinp (B,NH,T,HS) is set; dnorm, dgate, dbias are added to; head_stats and parts are scratch
-static void head_output_backward(floatX* dinp, float* dnorm, float* dgate, float* dbias, const floatX* dout, const floatX* inp, const HeadOutput* o,
-                                 float* head_stats, float* parts, Cuda* g) {
+static void head_output_backward(floatX* dinp, float* dnorm, float* dgate, float* dbias, const floatX* dout,
+                                 const floatX* inp, const HeadOutput* o, float* head_stats, float* parts, Cuda* g) {
     int size = o->wide * o->HS, width = size + o->HS + 1;
-    LAUNCH_WIDE(o->HS, head_output_backward_kernel, ceil_div((size_t)o->B * o->T * (o->NH / o->wide), ROW_WARPS), ROW_THREADS, 0, g->stream, dinp, head_stats, dout,
-                inp, *o);
+    LAUNCH_WIDE(o->HS, head_output_backward_kernel, ceil_div((size_t)o->B * o->T * (o->NH / o->wide), ROW_WARPS),
+                ROW_THREADS, 0, g->stream, dinp, head_stats, dout, inp, *o);
     if (!o->norm && !o->gate) { return; }
-    LAUNCH(head_output_backward_weight_kernel, dim3(ceil_div(size, 64), NORM_PARTS), 64, 0, g->stream, parts, dout, inp, head_stats, *o);
+    LAUNCH(head_output_backward_weight_kernel, dim3(ceil_div(size, 64), NORM_PARTS), 64, 0, g->stream, parts, dout, inp,
+           head_stats, *o);
     launchCheck(g->stream);
     if (o->norm) { parts_add(dnorm, parts, NORM_PARTS, size, width, g); }
     if (o->gate) {
@@ -1504,9 +1663,12 @@ static void head_output_backward(floatX* dinp, float* dnorm, float* dgate, float
     }
 }
 
-// ---- diff (MODEL.md eq. 12): P_2p - lambda P_2p+1 on both heads' values is a mixing after softmax with W = [[1,-lambda],[1,-lambda]]
+// ---- diff (MODEL.md eq. 12): P_2p - lambda P_2p+1 on both heads' values is a mixing after softmax with W =
+// [[1,-lambda],[1,-lambda]]
 
-typedef struct { const floatX *q1, *k1, *q2, *k2; } Lambda;  // (HS) each
+typedef struct {
+    const floatX *q1, *k1, *q2, *k2;
+} Lambda;  // (HS) each
 
 static __device__ inline float lambda_dot(const floatX* a, const floatX* b, int HS) {  // by one warp
     float sum = 0;
@@ -1523,7 +1685,8 @@ static void diff_lambda_forward(float* mix, const Lambda* w, double lambda_init,
     launchCheck(g->stream);
 }
 // d* (HS) += from dmix (NH/2,2,2); one warp
-static __global__ void diff_lambda_backward_kernel(float* dq1, float* dk1, float* dq2, float* dk2, const double* dmix, Lambda w, int NH, int HS) {
+static __global__ void diff_lambda_backward_kernel(float* dq1, float* dk1, float* dq2, float* dk2, const double* dmix,
+                                                   Lambda w, int NH, int HS) {
     float dlambda = 0;
     for (int i = threadIdx.x; i < NH; i += WARP_SIZE) { dlambda -= (float)dmix[2 * i + 1]; }
     dlambda = warp_sum(dlambda);
@@ -1535,7 +1698,8 @@ static __global__ void diff_lambda_backward_kernel(float* dq1, float* dk1, float
         dk2[i] += d2 * (float)w.q2[i];
     }
 }
-static void diff_lambda_backward(float* dq1, float* dk1, float* dq2, float* dk2, const double* dmix, const Lambda* w, int NH, int HS, Cuda* g) {
+static void diff_lambda_backward(float* dq1, float* dk1, float* dq2, float* dk2, const double* dmix, const Lambda* w,
+                                 int NH, int HS, Cuda* g) {
     LAUNCH(diff_lambda_backward_kernel, 1, WARP_SIZE, 0, g->stream, dq1, dk1, dq2, dk2, dmix, *w, NH, HS);
     launchCheck(g->stream);
 }
@@ -1544,8 +1708,7 @@ static void diff_lambda_backward(float* dq1, float* dk1, float* dq2, float* dk2,
 // SwiGLU (MODEL.md eq. 13): out = silu(gate) * up
 
 // out (N,FF), gate_up (N,2*FF): gate in the first half of a row, up in the second. A thread owns W elements.
-template <int W>
-static __global__ void swiglu_forward_kernel(floatX* out, const floatX* gate_up, int N, int FF) {
+template <int W> static __global__ void swiglu_forward_kernel(floatX* out, const floatX* gate_up, int N, int FF) {
     size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * W;
     if (i >= (size_t)N * FF) { return; }
     const floatX* row = gate_up + i / FF * 2 * FF + i % FF;
@@ -1557,13 +1720,15 @@ static __global__ void swiglu_forward_kernel(floatX* out, const floatX* gate_up,
     store<W>(out + i, a);
 }
 static void swiglu_forward(floatX* out, const floatX* gate_up, int N, int FF, Cuda* g) {
-    LAUNCH_WIDE(FF, swiglu_forward_kernel, ceil_div((size_t)N * FF, (size_t)256 * (FF % WIDE ? 1 : WIDE)), 256, 0, g->stream, out, gate_up, N, FF);
+    LAUNCH_WIDE(FF, swiglu_forward_kernel, ceil_div((size_t)N * FF, (size_t)256 * (FF % WIDE ? 1 : WIDE)), 256, 0,
+                g->stream, out, gate_up, N, FF);
 }
 
-// dgate = dout up s (1 + gate (1 - s)), dup = dout gate s, s = sigmoid(gate), both into dgate_up; act = the forward result again, for down_proj's
-// gradient. act may be dout.
+// dgate = dout up s (1 + gate (1 - s)), dup = dout gate s, s = sigmoid(gate), both into dgate_up; act = the forward
+// result again, for down_proj's gradient. act may be dout.
 template <int W>
-static __global__ void swiglu_backward_kernel(floatX* dgate_up, floatX* act, const floatX* dout, const floatX* gate_up, int N, int FF) {
+static __global__ void swiglu_backward_kernel(floatX* dgate_up, floatX* act, const floatX* dout, const floatX* gate_up,
+                                              int N, int FF) {
     size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * W;
     if (i >= (size_t)N * FF) { return; }
     size_t at = i / FF * 2 * FF + i % FF;
@@ -1578,9 +1743,10 @@ static __global__ void swiglu_backward_kernel(floatX* dgate_up, floatX* act, con
     store<W>(dgate_up + at, da);
     store<W>(dgate_up + at + FF, du);
 }
-static void swiglu_backward(floatX* dgate_up, floatX* act, const floatX* dout, const floatX* gate_up, int N, int FF, Cuda* g) {
-    LAUNCH_WIDE(FF, swiglu_backward_kernel, ceil_div((size_t)N * FF, (size_t)256 * (FF % WIDE ? 1 : WIDE)), 256, 0, g->stream, dgate_up, act, dout, gate_up, N,
-                FF);
+static void swiglu_backward(floatX* dgate_up, floatX* act, const floatX* dout, const floatX* gate_up, int N, int FF,
+                            Cuda* g) {
+    LAUNCH_WIDE(FF, swiglu_backward_kernel, ceil_div((size_t)N * FF, (size_t)256 * (FF % WIDE ? 1 : WIDE)), 256, 0,
+                g->stream, dgate_up, act, dout, gate_up, N, FF);
 }
 
 // =====================================================================================================================
@@ -1591,7 +1757,8 @@ static void swiglu_backward(floatX* dgate_up, floatX* act, const floatX* dout, c
 // counted. A block owns a row: one pass for the running maximum and sum, one that writes. ld is a multiple of WIDE,
 // blockDim.x of 32. A thread owns packs of WIDE logits, every blockDim.x-th.
 enum { LOSS_THREADS = 512 };
-static __global__ void crossentropy_kernel(float* losses, unsigned char* wrong, floatX* logits, const int* targets, int V, int ld, float dloss, bool gradient) {
+static __global__ void crossentropy_kernel(float* losses, unsigned char* wrong, floatX* logits, const int* targets,
+                                           int V, int ld, float dloss, bool gradient) {
     floatX* x = logits + (size_t)blockIdx.x * ld;
     int target = targets[blockIdx.x];
     float own = target >= 0 ? (float)x[target] : 0.0f, max = -INFINITY, sum = 0;
@@ -1603,7 +1770,9 @@ static __global__ void crossentropy_kernel(float* losses, unsigned char* wrong, 
             Pack<floatX, WIDE> p = load<WIDE>(x + v);
             float top = max;
             for (int e = 0; e < WIDE; e++) { top = fmaxf(top, v + e < V ? (float)p.v[e] : -INFINITY); }
-            if (top > max) { sum *= exponential(max - top), max = top; }  // 0 at first, whatever max: exponential(-inf) is 0
+            if (top > max) {
+                sum *= exponential(max - top), max = top;
+            }  // 0 at first, whatever max: exponential(-inf) is 0
             for (int e = 0; e < WIDE; e++) { sum += v + e < V ? exponential((float)p.v[e] - max) : 0.0f; }
         }
         float top = block_reduce(max, true);
@@ -1630,8 +1799,8 @@ static __global__ void crossentropy_kernel(float* losses, unsigned char* wrong, 
         store<WIDE>(x + v, p);
     }
 }
-static void crossentropy_forward_backward(float* losses, unsigned char* wrong, floatX* logits, const int* targets, int N, int V, int ld, float dloss,
-                                          bool gradient, Cuda* g) {
+static void crossentropy_forward_backward(float* losses, unsigned char* wrong, floatX* logits, const int* targets,
+                                          int N, int V, int ld, float dloss, bool gradient, Cuda* g) {
     int threads = min_int(LOSS_THREADS, round_up(ceil_div(V, WIDE), WARP_SIZE));
     LAUNCH(crossentropy_kernel, N, threads, 0, g->stream, losses, wrong, logits, targets, V, ld, dloss, gradient);
     launchCheck(g->stream);
@@ -1640,8 +1809,9 @@ static void crossentropy_forward_backward(float* losses, unsigned char* wrong, f
 // =====================================================================================================================
 // Fast paths: tensor cores
 //
-// A warp multiplies tiles of 16-bit elements; ldmatrix feeds it from shared memory, copy_async feeds that (PTX manual: mma.m16n8k16,
-// movmatrix.m8n8, ldmatrix.m8n8.x4, cp.async). dev/cuda_cpu/tensor_cores.h has the same functions for the CPU.
+// A warp multiplies tiles of 16-bit elements; ldmatrix feeds it from shared memory, copy_async feeds that (PTX manual:
+// mma.m16n8k16, movmatrix.m8n8, ldmatrix.m8n8.x4, cp.async). dev/cuda_cpu/tensor_cores.h has the same functions for the
+// CPU.
 
 #if defined(CUDA_CPU)
 #include "tensor_cores.h"
@@ -1649,20 +1819,25 @@ static void crossentropy_forward_backward(float* losses, unsigned char* wrong, f
 static __device__ inline unsigned shared_address(const void* p) { return (unsigned)__cvta_generic_to_shared(p); }
 // r[m] = this lane's pair of the m-th 8x8 matrix, whose rows the lanes 8m .. 8m+7 point to
 static __device__ inline void ldmatrix(unsigned* r, const void* row) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];" : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(shared_address(row)));
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(shared_address(row)));
 }
 static __device__ inline void ldmatrix_transposed(unsigned* r, const void* row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(shared_address(row)));
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(shared_address(row)));
 }
 // c (16,8) += a (16,16) b (16,8), in fp32
 static __device__ inline void mma_bf16(float* c, const unsigned* a, unsigned b0, unsigned b1) {
     asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 static __device__ inline void mma_half(float* c, const unsigned* a, unsigned b0, unsigned b1) {
     asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 // The transpose of an 8x8 matrix of which lane 4g + t holds row g, columns 2t and 2t+1
 static __device__ inline unsigned transpose8(unsigned pair) {
@@ -1670,20 +1845,26 @@ static __device__ inline unsigned transpose8(unsigned pair) {
     asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(out) : "r"(pair));
     return out;
 }
-// 16 bytes from global to shared memory, zeros where not valid; there after copy_wait<n>, which leaves at most the n newest commits in flight, and a barrier
+// 16 bytes from global to shared memory, zeros where not valid; there after copy_wait<n>, which leaves at most the n
+// newest commits in flight, and a barrier
 [[maybe_unused]] static __device__ inline void copy_async(void* to, const void* from, bool valid) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" :: "r"(shared_address(to)), "l"(from), "r"(valid ? 16 : 0));
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from),
+                 "r"(valid ? 16 : 0));
 }
 [[maybe_unused]] static __device__ inline void copy_commit(void) { asm volatile("cp.async.commit_group;"); }
-template <int LEAVE>
-static __device__ inline void copy_wait(void) { asm volatile("cp.async.wait_group %0;" :: "n"(LEAVE)); }
+template <int LEAVE> static __device__ inline void copy_wait(void) {
+    asm volatile("cp.async.wait_group %0;" ::"n"(LEAVE));
+}
 #endif
 
-// If valid, adds to two neighbours in global memory, 8-byte aligned, without waiting for what is there. The order of such sums is fixed only where one thread alone adds to an
-// address: its own come in the order of its program.
+// If valid, adds to two neighbours in global memory, 8-byte aligned, without waiting for what is there. The order of
+// such sums is fixed only where one thread alone adds to an address: its own come in the order of its program.
 [[maybe_unused]] static __device__ inline void add_pair(float* to, float x, float y, bool valid) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-    asm volatile("{ .reg .pred p; setp.ne.b32 p, %3, 0; @p red.relaxed.gpu.global.add.v2.f32 [%0], {%1,%2}; }" :: "l"(to), "f"(x), "f"(y), "r"((int)valid) : "memory");
+    asm volatile(
+        "{ .reg .pred p; setp.ne.b32 p, %3, 0; @p red.relaxed.gpu.global.add.v2.f32 [%0], {%1,%2}; }" ::"l"(to), "f"(x),
+        "f"(y), "r"((int)valid)
+        : "memory");
 #else
     if (valid) { atomicAdd(to, x), atomicAdd(to + 1, y); }
 #endif
@@ -1703,47 +1884,45 @@ static __device__ inline unsigned pack_bf16(float x, float y) {
     return pair;
 }
 // The same by type: __half, else bf16
-template <typename T>
-static __device__ inline void mma(float* c, const unsigned* a, unsigned b0, unsigned b1) {
-    if constexpr (std::is_same<T, __half>::value) { mma_half(c, a, b0, b1); }
-    else { mma_bf16(c, a, b0, b1); }
+template <typename T> static __device__ inline void mma(float* c, const unsigned* a, unsigned b0, unsigned b1) {
+    if constexpr (std::is_same<T, __half>::value) {
+        mma_half(c, a, b0, b1);
+    } else {
+        mma_bf16(c, a, b0, b1);
+    }
 }
-template <typename T>
-static __device__ inline unsigned pack_pair(float x, float y) {
+template <typename T> static __device__ inline unsigned pack_pair(float x, float y) {
     return std::is_same<T, __half>::value ? pack_half(x, y) : pack_bf16(x, y);
 }
-template <typename T>
-static __device__ inline float2 unpack_pair(unsigned pair) {
+template <typename T> static __device__ inline float2 unpack_pair(unsigned pair) {
     __half2 h;
     memcpy(&h, &pair, sizeof h);
-    return std::is_same<T, __half>::value ? __half22float2(h) : make_float2(__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u));
+    return std::is_same<T, __half>::value
+               ? __half22float2(h)
+               : make_float2(__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u));
 }
 
-// Operands from shared memory, rows PITCH elements apart: 8 more than a multiple of 16, so that the rows of an 8x8 matrix lie in different banks.
-// a: 16 rows (m) x 16 columns (k); a_transposed: 16 rows (k) x 16 columns (m); b: 16 rows (two blocks of 8 n) x 16 columns (k), r[0..1] and r[2..3];
-// b_single: 8 rows (n), r[0..1]; b_transposed: 16 rows (k) x 16 columns (two blocks of 8 n).
-template <int PITCH, typename T>
-static __device__ inline void load_a(unsigned* r, const T* tile) {
+// Operands from shared memory, rows PITCH elements apart: 8 more than a multiple of 16, so that the rows of an 8x8
+// matrix lie in different banks. a: 16 rows (m) x 16 columns (k); a_transposed: 16 rows (k) x 16 columns (m); b: 16
+// rows (two blocks of 8 n) x 16 columns (k), r[0..1] and r[2..3]; b_single: 8 rows (n), r[0..1]; b_transposed: 16 rows
+// (k) x 16 columns (two blocks of 8 n).
+template <int PITCH, typename T> static __device__ inline void load_a(unsigned* r, const T* tile) {
     int lane = threadIdx.x % WARP_SIZE;
     ldmatrix(r, tile + lane % 16 * PITCH + lane / 16 * 8);
 }
-template <int PITCH, typename T>
-static __device__ inline void load_a_transposed(unsigned* r, const T* tile) {
+template <int PITCH, typename T> static __device__ inline void load_a_transposed(unsigned* r, const T* tile) {
     int lane = threadIdx.x % WARP_SIZE;
     ldmatrix_transposed(r, tile + (lane / 16 * 8 + lane % 8) * PITCH + lane / 8 % 2 * 8);
 }
-template <int PITCH, typename T>
-static __device__ inline void load_b(unsigned* r, const T* tile) {
+template <int PITCH, typename T> static __device__ inline void load_b(unsigned* r, const T* tile) {
     int lane = threadIdx.x % WARP_SIZE;
     ldmatrix(r, tile + (lane / 16 * 8 + lane % 8) * PITCH + lane / 8 % 2 * 8);
 }
-template <int PITCH, typename T>
-static __device__ inline void load_b_single(unsigned* r, const T* tile) {
+template <int PITCH, typename T> static __device__ inline void load_b_single(unsigned* r, const T* tile) {
     int lane = threadIdx.x % WARP_SIZE;
     ldmatrix(r, tile + lane % 8 * PITCH + lane / 8 % 2 * 8);
 }
-template <int PITCH, typename T>
-static __device__ inline void load_b_transposed(unsigned* r, const T* tile) {
+template <int PITCH, typename T> static __device__ inline void load_b_transposed(unsigned* r, const T* tile) {
     int lane = threadIdx.x % WARP_SIZE;
     ldmatrix_transposed(r, tile + lane % 16 * PITCH + lane / 16 * 8);
 }
@@ -1751,50 +1930,59 @@ static __device__ inline void load_b_transposed(unsigned* r, const T* tile) {
 // =====================================================================================================================
 // Fast paths: the convolution on tensor cores
 
-// kq_conv for kernels within BAND_TAPS x (2 BAND + 1) in the bf16 build. 8 output columns j .. j+7 of a row are, for each tap a, the
-// columns j-8 .. j+15 of its row times a banded (Toeplitz) 24 x 8 matrix, T[c,n] = weight[a, c-8-n+r]: two taps are one step of mma.m16n8k16 for each 8 of
-// the 24 columns, so 9 products a block of 16 x 8; the taps' rows are addresses of ldmatrix, T is 18 constant registers, and what is loaded for 8 input columns
-// serves the three blocks of outputs that reach them. A block owns BAND_ROWS x CONV_COLS outputs, a warp 16 rows.
+// kq_conv for kernels within BAND_TAPS x (2 BAND + 1) in the bf16 build. 8 output columns j .. j+7 of a row are, for
+// each tap a, the columns j-8 .. j+15 of its row times a banded (Toeplitz) 24 x 8 matrix, T[c,n] = weight[a, c-8-n+r]:
+// two taps are one step of mma.m16n8k16 for each 8 of the 24 columns, so 9 products a block of 16 x 8; the taps' rows
+// are addresses of ldmatrix, T is 18 constant registers, and what is loaded for 8 input columns serves the three blocks
+// of outputs that reach them. A block owns BAND_ROWS x CONV_COLS outputs, a warp 16 rows.
 enum { BAND = PACK, BAND_TAPS = 6, BAND_ROWS = CONV_THREADS / WARP_SIZE * 16, BAND_BLOCKS = CONV_COLS / 8 };
-enum { BAND_PITCH = CONV_COLS + 2 * BAND + PACK, BAND_OUT_PITCH = CONV_COLS + PACK };  // an odd number of 16 bytes, so that rows lie in different banks
+enum {
+    BAND_PITCH = CONV_COLS + 2 * BAND + PACK,
+    BAND_OUT_PITCH = CONV_COLS + PACK
+};  // an odd number of 16 bytes, so that rows lie in different banks
 static bool conv_is_band(const Attention* a) { return !EXACT && a->cq <= BAND_TAPS && (a->ck - 1) / 2 <= BAND; }
 
 // x, which holds the columns j .. j+7, without those right of the diagonal of row i
-template <typename T>
-static __device__ inline Pack<T, PACK> masked(Pack<T, PACK> x, int i, int j) {
-UNROLL
+template <typename T> static __device__ inline Pack<T, PACK> masked(Pack<T, PACK> x, int i, int j) {
+    UNROLL
     for (int e = 0; e < PACK; e++) { x.v[e] = j + e <= i ? x.v[e] : (T)0.0f; }
     return x;
 }
 // As tile_load, in 2 bytes, converted if To is another type; rows `pitch` apart
 template <typename To, typename From>
-static __device__ inline void tile_load_pairs(To* shared, int pitch, const TileOf<From>& inp, int head, int top, int left, int rows, int cols, int begin,
-                                              int end) {
+static __device__ inline void tile_load_pairs(To* shared, int pitch, const TileOf<From>& inp, int head, int top,
+                                              int left, int rows, int cols, int begin, int end) {
     for (int t = threadIdx.x; t < rows * (cols / PACK); t += blockDim.x) {
         int row = t / (cols / PACK), column = t % (cols / PACK) * PACK, i = top + row, j = left + column;
         Pack<From, PACK> x = {};
         if (i >= begin && i < end && j >= 0 && j <= i) { x = masked(load<PACK>(inp.row(head, i) + j), i, j); }
         Pack<To, PACK> y;
-UNROLL
+        UNROLL
         for (int e = 0; e < PACK; e++) {
-            if constexpr (std::is_same<To, From>::value) { y.v[e] = x.v[e]; }
-            else { y.v[e] = (To)(float)x.v[e]; }
+            if constexpr (std::is_same<To, From>::value) {
+                y.v[e] = x.v[e];
+            } else {
+                y.v[e] = (To)(float)x.v[e];
+            }
         }
         store<PACK>(shared + row * pitch + column, y);
     }
 }
 template <typename Out, typename In>
-static __global__ void __launch_bounds__(CONV_THREADS) kq_conv_band_kernel(TileOf<Out> out, TileOf<In> inp, KqConv conv) {
+static __global__ void __launch_bounds__(CONV_THREADS)
+    kq_conv_band_kernel(TileOf<Out> out, TileOf<In> inp, KqConv conv) {
     DYNAMIC_SHARED(In, s);  // (BAND_ROWS + BAND_TAPS - 1, BAND_PITCH) of inp, then (BAND_ROWS, BAND_OUT_PITCH) of out
     Out* result = (Out*)(s + (BAND_ROWS + BAND_TAPS - 1) * BAND_PITCH);
-    const int cq = conv.cq, ck = conv.ck, head = blockIdx.z, i0 = conv.lo + blockIdx.y * BAND_ROWS, j0 = blockIdx.x * CONV_COLS;
+    const int cq = conv.cq, ck = conv.ck, head = blockIdx.z, i0 = conv.lo + blockIdx.y * BAND_ROWS,
+              j0 = blockIdx.x * CONV_COLS;
     int warp = threadIdx.x / WARP_SIZE, lane = threadIdx.x % WARP_SIZE, g = lane / 4, t = lane % 4;
     if (j0 < i0 + BAND_ROWS) {  // else all of the block lies right of the diagonal
-        tile_load_pairs(s, BAND_PITCH, inp, head, conv.backward ? i0 : i0 - (cq - 1), j0 - BAND, BAND_ROWS + BAND_TAPS - 1, CONV_COLS + 2 * BAND, conv.begin,
-                        conv.end);
+        tile_load_pairs(s, BAND_PITCH, inp, head, conv.backward ? i0 : i0 - (cq - 1), j0 - BAND,
+                        BAND_ROWS + BAND_TAPS - 1, CONV_COLS + 2 * BAND, conv.begin, conv.end);
         const floatX* own = conv.weight + (size_t)(head % conv.NH) * cq * ck;
-        unsigned T[BAND_TAPS / 2][3][2], x[3][BAND_TAPS / 2][4];  // [taps][8 of 24 columns][first, second tap], [columns][taps]
-UNROLL
+        unsigned T[BAND_TAPS / 2][3][2],
+            x[3][BAND_TAPS / 2][4];  // [taps][8 of 24 columns][first, second tap], [columns][taps]
+        UNROLL
         for (int e = 0; e < BAND_TAPS * 3; e++) {
             int a = e / 3, b = e % 3 * 8 - 8 + 2 * t - g + (ck - 1) / 2, at = a * ck + b, last = cq * ck - 1;
             float first = a < cq && b >= 0 && b < ck ? (float)own[conv.backward ? last - at : at] : 0.0f;
@@ -1802,19 +1990,24 @@ UNROLL
             T[a / 2][e % 3][a % 2] = pack_pair<In>(first, second);
         }
         __syncthreads();  // the tile is there
-        const In* rows = s + (warp * 16 + lane / 8 % 2 * 8 + lane % 8 + lane / 16) * BAND_PITCH;  // lanes 16 up: the second tap
-UNROLL
+        const In* rows =
+            s + (warp * 16 + lane / 8 % 2 * 8 + lane % 8 + lane / 16) * BAND_PITCH;  // lanes 16 up: the second tap
+        UNROLL
         for (int block = 0; block < BAND_BLOCKS + 2; block++) {
-UNROLL
-            for (int p = 0; p < BAND_TAPS / 2; p++) { ldmatrix(x[block % 3][p], rows + 2 * p * BAND_PITCH + block * 8); }
+            UNROLL
+            for (int p = 0; p < BAND_TAPS / 2; p++) {
+                ldmatrix(x[block % 3][p], rows + 2 * p * BAND_PITCH + block * 8);
+            }
             if (block < 2) { continue; }
             float c[4] = {};
-UNROLL
+            UNROLL
             for (int e = 0; e < 3; e++) {
-UNROLL
-                for (int p = 0; p < BAND_TAPS / 2; p++) { mma<In>(c, x[(block + 1 + e) % 3][p], T[p][e][0], T[p][e][1]); }
+                UNROLL
+                for (int p = 0; p < BAND_TAPS / 2; p++) {
+                    mma<In>(c, x[(block + 1 + e) % 3][p], T[p][e][0], T[p][e][1]);
+                }
             }
-UNROLL
+            UNROLL
             for (int h = 0; h < 2; h++) {
                 unsigned pair = pack_pair<Out>(c[2 * h], c[2 * h + 1]);
                 memcpy(result + (warp * 16 + g + 8 * h) * BAND_OUT_PITCH + (block - 2) * 8 + 2 * t, &pair, sizeof pair);
@@ -1823,7 +2016,8 @@ UNROLL
         __syncwarp(ALL_LANES);  // the warp's rows are complete
     }
     for (int e = lane; e < 16 * CONV_COLS / PACK; e += WARP_SIZE) {
-        int row = warp * 16 + e / (CONV_COLS / PACK), column = e % (CONV_COLS / PACK) * PACK, i = i0 + row, j = j0 + column;
+        int row = warp * 16 + e / (CONV_COLS / PACK), column = e % (CONV_COLS / PACK) * PACK, i = i0 + row,
+            j = j0 + column;
         Pack<Out, PACK> y = {};
         if (j <= i) { y = masked(load<PACK>(result + row * BAND_OUT_PITCH + column), i, j); }
         if (i < conv.hi && j < conv.nk) { store<PACK>(out.row(head, i) + j, y); }
@@ -1839,35 +2033,41 @@ static void kq_conv_band(const TileOf<Out>* out, const TileOf<In>* inp, const Kq
     launchCheck(g->stream);
 }
 
-// kq_conv_backward_weight, a block for BAND_ROWS rows of inp. Where forward multiplies rows by banded matrices, here the matrices' gradients are products over
-// rows: G_a[n,c] = sum over rows k and blocks of 8 keys j of dout[k+(cq-1)-a, j+n] inp[k, j-8+c], two taps a step, of which each diagonal is one weight,
+// kq_conv_backward_weight, a block for BAND_ROWS rows of inp. Where forward multiplies rows by banded matrices, here
+// the matrices' gradients are products over rows: G_a[n,c] = sum over rows k and blocks of 8 keys j of dout[k+(cq-1)-a,
+// j+n] inp[k, j-8+c], two taps a step, of which each diagonal is one weight,
 //   dweight[a,b] = sum_n G_a[n, b-r+n+8].
 // inp is rounded to bf16, which dout needs: the sums are over thousands of terms. A warp has 16 of the rows.
-static __global__ void __launch_bounds__(CONV_THREADS) kq_conv_band_backward_weight_kernel(float* parts, TileX dout, Tile inp, int cq, int ck, int lo, int hi) {
-    DYNAMIC_SHARED(floatX, d);  // (BAND_ROWS + BAND_TAPS - 1, BAND_OUT_PITCH) of dout, then (BAND_ROWS, BAND_PITCH) of inp; in the end G (warps, taps, 8, 24)
+static __global__ void __launch_bounds__(CONV_THREADS)
+    kq_conv_band_backward_weight_kernel(float* parts, TileX dout, Tile inp, int cq, int ck, int lo, int hi) {
+    DYNAMIC_SHARED(floatX, d);  // (BAND_ROWS + BAND_TAPS - 1, BAND_OUT_PITCH) of dout, then (BAND_ROWS, BAND_PITCH) of
+                                // inp; in the end G (warps, taps, 8, 24)
     floatX* s = d + (BAND_ROWS + BAND_TAPS - 1) * BAND_OUT_PITCH;
-    int head = blockIdx.y, top = lo - (cq - 1) + blockIdx.x * BAND_ROWS, last = min_int(top + BAND_ROWS + cq - 1, hi) - 1;
+    int head = blockIdx.y, top = lo - (cq - 1) + blockIdx.x * BAND_ROWS,
+        last = min_int(top + BAND_ROWS + cq - 1, hi) - 1;
     int warp = threadIdx.x / WARP_SIZE, lane = threadIdx.x % WARP_SIZE, g = lane / 4, t = lane % 4;
     float G[BAND_TAPS / 2][3][4] = {};  // [taps][8 of 24 columns]
     const floatX *rows[BAND_TAPS / 2], *columns = s + (warp * 16 + lane % 16) * BAND_PITCH + lane / 16 * 8;
-UNROLL
-    for (int p = 0; p < BAND_TAPS / 2; p++) {  // lanes 8 up, of each half: the second tap; those of taps beyond cq multiply something, which nobody reads
-        rows[p] = d + (warp * 16 + lane / 16 * 8 + lane % 8 + max_int(0, cq - 1 - 2 * p - lane / 8 % 2)) * BAND_OUT_PITCH;
+    UNROLL
+    for (int p = 0; p < BAND_TAPS / 2; p++) {  // lanes 8 up, of each half: the second tap; those of taps beyond cq
+                                               // multiply something, which nobody reads
+        rows[p] =
+            d + (warp * 16 + lane / 16 * 8 + lane % 8 + max_int(0, cq - 1 - 2 * p - lane / 8 % 2)) * BAND_OUT_PITCH;
     }
     for (int j0 = 0; j0 <= last; j0 += CONV_COLS) {
         __syncthreads();  // the tiles before are used up
         tile_load_pairs(d, BAND_OUT_PITCH, dout, head, top, j0, BAND_ROWS + BAND_TAPS - 1, CONV_COLS, lo, hi);
         tile_load_pairs(s, BAND_PITCH, inp, head, top, j0 - BAND, BAND_ROWS, CONV_COLS + 2 * BAND, 0, hi);
-        __syncthreads();  // the new ones are there
+        __syncthreads();         // the new ones are there
         unsigned x[2][4], y[4];  // 4 x 8 columns of inp, two registers each
         ldmatrix_transposed(x[0], columns);
-UNROLL
+        UNROLL
         for (int block = 0; block < BAND_BLOCKS; block++) {
             if (block % 2 == 0) { ldmatrix_transposed(x[(block / 2 + 1) % 2], columns + (block + 2) * 8); }
-UNROLL
+            UNROLL
             for (int p = 0; p < BAND_TAPS / 2; p++) {
                 ldmatrix_transposed(y, rows[p] + block * 8);
-UNROLL
+                UNROLL
                 for (int e = 0; e < 3; e++) {
                     const unsigned* b = x[(block + e) / 2 % 2] + (block + e) % 2 * 2;
                     mma<floatX>(G[p][e], y, b[0], b[1]);
@@ -1877,7 +2077,7 @@ UNROLL
     }
     float* sums = (float*)d;
     __syncthreads();  // the last tiles are used up
-UNROLL
+    UNROLL
     for (int e = 0; e < BAND_TAPS / 2 * 3 * 4; e++) {
         int p = e / 12, part = e / 4 % 3, c = e % 4;
         sums[((warp * BAND_TAPS + 2 * p + c / 2) * 8 + g) * 24 + part * 8 + 2 * t + c % 2] = G[p][part][c];
@@ -1886,12 +2086,15 @@ UNROLL
     for (int e = threadIdx.x; e < cq * ck; e += CONV_THREADS) {
         float sum = 0;
         for (int w = 0; w < CONV_THREADS / WARP_SIZE; w++) {
-            for (int n = 0; n < 8; n++) { sum += sums[((w * BAND_TAPS + e / ck) * 8 + n) * 24 + e % ck - (ck - 1) / 2 + n + 8]; }
+            for (int n = 0; n < 8; n++) {
+                sum += sums[((w * BAND_TAPS + e / ck) * 8 + n) * 24 + e % ck - (ck - 1) / 2 + n + 8];
+            }
         }
         parts[((size_t)head * gridDim.x + blockIdx.x) * cq * ck + e] = sum;
     }
 }
-static void kq_conv_band_backward_weight(double* dweight, const TileX* dout, const Tile* inp, const Attention* a, int S, int lo, int hi, float* parts, Cuda* g) {
+static void kq_conv_band_backward_weight(double* dweight, const TileX* dout, const Tile* inp, const Attention* a, int S,
+                                         int lo, int hi, float* parts, Cuda* g) {
     int blocks = ceil_div(hi - lo + a->cq - 1, BAND_ROWS);
     size_t shared = ((BAND_ROWS + BAND_TAPS - 1) * BAND_OUT_PITCH + BAND_ROWS * BAND_PITCH) * sizeof(floatX);
     auto kernel = kq_conv_band_backward_weight_kernel;
@@ -1905,22 +2108,35 @@ static void kq_conv_band_backward_weight(double* dweight, const TileX* dout, con
 // Fast paths: head_mix, softmax, head_mix of groups of 16 heads in one kernel
 //
 // On tensor cores, in the bf16 build (MODEL.md eq. 5, 6, 8): one read of the logits, one write.
-// Mixing multiplies the column of a key's 16 heads by a 16 x 16 matrix: 8 keys are one mma.m16n8k16 (forward in fp16 like the maps, backward in bf16 like the
-// gradients, both summed in fp32). A warp takes 32 keys of a row at a time: lane l has keys 8 (l%4) .. +7 of the heads l/4 and l/4 + 8, one 16-byte access
-// each, and its keys 2t, 2t+1 go through product t; so a result lies where the input lay, and a pair of keys of one head is also what a product over keys
-// (the weights' gradients) takes. As the second operand a product wants pairs of heads of one key: transpose8 turns the one into the other.
+// Mixing multiplies the column of a key's 16 heads by a 16 x 16 matrix: 8 keys are one mma.m16n8k16 (forward in fp16
+// like the maps, backward in bf16 like the gradients, both summed in fp32). A warp takes 32 keys of a row at a time:
+// lane l has keys 8 (l%4) .. +7 of the heads l/4 and l/4 + 8, one 16-byte access each, and its keys 2t, 2t+1 go through
+// product t; so a result lies where the input lay, and a pair of keys of one head is also what a product over keys (the
+// weights' gradients) takes. As the second operand a product wants pairs of heads of one key: transpose8 turns the one
+// into the other.
 
-enum { MIX16_WARPS = 4, MIX16_THREADS = MIX16_WARPS * WARP_SIZE, MIX16_KEYS = 4 * PACK, MIX16_STEP = MIX16_WARPS * MIX16_KEYS, MIX16_ROWS = 2 };
-typedef struct { unsigned p[2][4]; } Pairs;      // of head l/4 + 8h: p[h][t] keys 2t, 2t+1, as two fp16 or bf16
-typedef struct { float v[2][PACK]; } Values;     // the same in fp32
-typedef struct { unsigned a[4]; } Matrix16;      // 16 x 16 as a product's first operand
+enum {
+    MIX16_WARPS = 4,
+    MIX16_THREADS = MIX16_WARPS * WARP_SIZE,
+    MIX16_KEYS = 4 * PACK,
+    MIX16_STEP = MIX16_WARPS * MIX16_KEYS,
+    MIX16_ROWS = 2
+};
+typedef struct {
+    unsigned p[2][4];
+} Pairs;  // of head l/4 + 8h: p[h][t] keys 2t, 2t+1, as two fp16 or bf16
+typedef struct {
+    float v[2][PACK];
+} Values;  // the same in fp32
+typedef struct {
+    unsigned a[4];
+} Matrix16;  // 16 x 16 as a product's first operand
 
 // w (out, in)
-template <typename T>
-static __device__ inline Matrix16 matrix16(const floatX* w, bool transpose) {
+template <typename T> static __device__ inline Matrix16 matrix16(const floatX* w, bool transpose) {
     int lane = threadIdx.x % WARP_SIZE, down = transpose ? 1 : 16, across = transpose ? 16 : 1;
     Matrix16 m;
-UNROLL
+    UNROLL
     for (int e = 0; e < 4; e++) {
         const floatX* at = w + (lane / 4 + e % 2 * 8) * down + (lane % 4 * 2 + e / 2 * 8) * across;
         m.a[e] = pack_pair<T>((float)at[0], (float)at[across]);
@@ -1928,17 +2144,18 @@ UNROLL
     return m;
 }
 // Keys j0 .. j0+31 of row i of the heads head .. head+15; zero right of the diagonal
-template <typename T>
-static __device__ inline Pairs pairs_load(const TileOf<T>& inp, int head, int i, int j0) {
+template <typename T> static __device__ inline Pairs pairs_load(const TileOf<T>& inp, int head, int i, int j0) {
     int lane = threadIdx.x % WARP_SIZE, j = j0 + lane % 4 * PACK;
     Pairs x = {};
     if (j > i) { return x; }
-UNROLL
+    UNROLL
     for (int h = 0; h < 2; h++) {
         Pack<T, PACK> v = load<PACK>(inp.row(head + lane / 4 + 8 * h, i) + j);
         memcpy(x.p[h], &v, sizeof x.p[h]);
-UNROLL
-        for (int t = 0; t < 4; t++) { x.p[h][t] = j + 2 * t + 1 <= i ? x.p[h][t] : j + 2 * t <= i ? x.p[h][t] & 0xffffu : 0; }
+        UNROLL
+        for (int t = 0; t < 4; t++) {
+            x.p[h][t] = j + 2 * t + 1 <= i ? x.p[h][t] : j + 2 * t <= i ? x.p[h][t] & 0xffffu : 0;
+        }
     }
     return x;
 }
@@ -1946,24 +2163,22 @@ template <typename T>
 static __device__ inline void pairs_store(const TileOf<T>& out, int head, int i, int j0, int nk, const Pairs& x) {
     int lane = threadIdx.x % WARP_SIZE, j = j0 + lane % 4 * PACK;
     if (j >= nk) { return; }
-UNROLL
+    UNROLL
     for (int h = 0; h < 2; h++) {
         Pack<T, PACK> v = {};
         memcpy(&v, x.p[h], sizeof x.p[h]);
         store<PACK>(out.row(head + lane / 4 + 8 * h, i) + j, v);
     }
 }
-template <typename T>
-static __device__ inline Pairs pairs_of(const Values& x) {
+template <typename T> static __device__ inline Pairs pairs_of(const Values& x) {
     Pairs y;
-UNROLL
+    UNROLL
     for (int e = 0; e < 8; e++) { y.p[e / 4][e % 4] = pack_pair<T>(x.v[e / 4][e % 4 * 2], x.v[e / 4][e % 4 * 2 + 1]); }
     return y;
 }
-template <typename T>
-static __device__ inline Values values_of(const Pairs& x) {
+template <typename T> static __device__ inline Values values_of(const Pairs& x) {
     Values y;
-UNROLL
+    UNROLL
     for (int e = 0; e < 8; e++) {
         float2 pair = unpack_pair<T>(x.p[e / 4][e % 4]);
         y.v[e / 4][e % 4 * 2] = pair.x, y.v[e / 4][e % 4 * 2 + 1] = pair.y;
@@ -1971,10 +2186,9 @@ UNROLL
     return y;
 }
 // w x
-template <typename T>
-static __device__ inline Values mix16(const Matrix16& w, const Pairs& x) {
+template <typename T> static __device__ inline Values mix16(const Matrix16& w, const Pairs& x) {
     Values y;
-UNROLL
+    UNROLL
     for (int t = 0; t < 4; t++) {
         float c[4] = {};
         unsigned low = transpose8(x.p[0][t]), high = transpose8(x.p[1][t]);
@@ -1985,10 +2199,10 @@ UNROLL
 }
 // dw[o,n] += sum over the keys of dy[o] x[n], both bf16; dw[n/8] as a product's result
 static __device__ inline void mix16_backward_weight(float (*dw)[4], const Pairs& dy, const Pairs& x) {
-UNROLL
+    UNROLL
     for (int t = 0; t < 4; t += 2) {
         unsigned a[4] = {dy.p[0][t], dy.p[1][t], dy.p[0][t + 1], dy.p[1][t + 1]};
-UNROLL
+        UNROLL
         for (int n = 0; n < 2; n++) { mma_bf16(dw[n], a, x.p[n][t], x.p[n][t + 1]); }
     }
 }
@@ -1996,7 +2210,7 @@ UNROLL
 static __device__ inline Values mix16_softmax(const Matrix16& w, const Pairs& x, const RowStats* s, int i, int j0) {
     Values p = mix16<__half>(w, x);
     int left = i - (j0 + threadIdx.x % 4 * PACK);
-UNROLL
+    UNROLL
     for (int e = 0; e < 2 * PACK; e++) {
         float* x = &p.v[e / PACK][e % PACK];
         *x = e % PACK <= left ? exponential(*x - s[e / PACK].max) * s[e / PACK].sum : 0.0f;
@@ -2004,11 +2218,13 @@ UNROLL
     return p;
 }
 
-// out = post softmax(pre inp), or what of it is switched on; stats as in softmax_forward. A block owns a row of a group's heads, its warps every fourth
-// 32 keys. Maximum and sum of a row take a pass of their own over the keys, the second read is the cache's.
+// out = post softmax(pre inp), or what of it is switched on; stats as in softmax_forward. A block owns a row of a
+// group's heads, its warps every fourth 32 keys. Maximum and sum of a row take a pass of their own over the keys, the
+// second read is the cache's.
 template <bool SOFTMAX, bool POST, typename Out>
-static __global__ void __launch_bounds__(MIX16_THREADS) head_mix16_forward_kernel(TileOf<Out> out, Tile inp, const floatX* pre, const floatX* post,
-                                                                                 float* stats, bool recompute, int groups, int lo, int own, int nk, int T) {
+static __global__ void __launch_bounds__(MIX16_THREADS)
+    head_mix16_forward_kernel(TileOf<Out> out, Tile inp, const floatX* pre, const floatX* post, float* stats,
+                              bool recompute, int groups, int lo, int own, int nk, int T) {
     DYNAMIC_SHARED(RowStats, rows);  // (warps, 16)
     int warp = threadIdx.x / WARP_SIZE, lane = threadIdx.x % WARP_SIZE, i = lo + blockIdx.x, head = blockIdx.y * 16;
     size_t matrix = (size_t)(blockIdx.y % groups) * 256;
@@ -2032,28 +2248,35 @@ static __global__ void __launch_bounds__(MIX16_THREADS) head_mix16_forward_kerne
             s[h] = {-INFINITY, 0};
             for (int w = 0; w < MIX16_WARPS; w++) { stats_join(&s[h], rows[w * 16 + lane / 4 + 8 * h]); }
             s[h].sum = 1.0f / s[h].sum;
-            if (recompute) { s[h] = {kept[0], kept[1]}; }
-            else if (warp == 0 && lane % 4 == 0 && i >= own) { kept[0] = s[h].max, kept[1] = s[h].sum; }
+            if (recompute) {
+                s[h] = {kept[0], kept[1]};
+            } else if (warp == 0 && lane % 4 == 0 && i >= own) {
+                kept[0] = s[h].max, kept[1] = s[h].sum;
+            }
         }
     }
     for (int j0 = warp * MIX16_KEYS; j0 < nk; j0 += MIX16_STEP) {
         Pairs y = {};
         if (j0 <= i) {
             Pairs x = pairs_load(inp, head, i, j0);
-            if constexpr (SOFTMAX && POST) { y = pairs_of<Out>(mix16<__half>(after, pairs_of<__half>(mix16_softmax(before, x, s, i, j0)))); }
-            else if constexpr (SOFTMAX) { y = pairs_of<Out>(mix16_softmax(before, x, s, i, j0)); }
-            else { y = pairs_of<Out>(mix16<__half>(after, x)); }
+            if constexpr (SOFTMAX && POST) {
+                y = pairs_of<Out>(mix16<__half>(after, pairs_of<__half>(mix16_softmax(before, x, s, i, j0))));
+            } else if constexpr (SOFTMAX) {
+                y = pairs_of<Out>(mix16_softmax(before, x, s, i, j0));
+            } else {
+                y = pairs_of<Out>(mix16<__half>(after, x));
+            }
         }
         pairs_store(out, head, i, j0, nk, y);
     }
 }
 template <bool SOFTMAX, bool POST, typename Out>
-static void head_mix16_forward(const TileOf<Out>* out, const Tile* inp, float* stats, bool recompute, const Attention* a, int S, int lo, int own, int hi, int nk,
-                               Cuda* g) {
+static void head_mix16_forward(const TileOf<Out>* out, const Tile* inp, float* stats, bool recompute,
+                               const Attention* a, int S, int lo, int own, int hi, int nk, Cuda* g) {
     lo = max_int(lo, 0), hi = min_int(hi, a->T);
     auto kernel = head_mix16_forward_kernel<SOFTMAX, POST, Out>;
-    LAUNCH(kernel, dim3(hi - lo, S * a->NH / 16), MIX16_THREADS, MIX16_WARPS * 16 * sizeof(RowStats), g->stream, *out, *inp, a->mix_pre, a->mix_post, stats,
-           recompute, a->NH / 16, lo, own, nk, a->T);
+    LAUNCH(kernel, dim3(hi - lo, S * a->NH / 16), MIX16_THREADS, MIX16_WARPS * 16 * sizeof(RowStats), g->stream, *out,
+           *inp, a->mix_pre, a->mix_post, stats, recompute, a->NH / 16, lo, own, nk, a->T);
     launchCheck(g->stream);
 }
 
@@ -2061,8 +2284,10 @@ static void head_mix16_forward(const TileOf<Out>* out, const Tile* inp, float* s
 static __device__ inline void mix16_parts(float* parts, float* s, float (*dw)[4]) {
     int warp = threadIdx.x / WARP_SIZE, lane = threadIdx.x % WARP_SIZE;
     __syncthreads();  // s has been read
-UNROLL
-    for (int e = 0; e < 8; e++) { s[warp * 256 + (lane / 4 + e % 4 / 2 * 8) * 16 + e / 4 * 8 + lane % 4 * 2 + e % 2] = dw[e / 4][e % 4]; }
+    UNROLL
+    for (int e = 0; e < 8; e++) {
+        s[warp * 256 + (lane / 4 + e % 4 / 2 * 8) * 16 + e / 4 * 8 + lane % 4 * 2 + e % 2] = dw[e / 4][e % 4];
+    }
     __syncthreads();  // all warps have written
     for (int t = threadIdx.x; t < 256; t += MIX16_THREADS) {
         float sum = 0;
@@ -2071,19 +2296,25 @@ UNROLL
     }
 }
 
-// The transpose of the same, rows lo <= i < end; for the rows i < hi also att = post softmax(pre inp), which the forward pass did not keep, and the weights'
-// gradients. With P = softmax(pre inp), dP = post^T dout, dL = P (dP - sum_j P dP): dinp = pre^T dL, dpost = dout P^T, dpre = dL inp^T. dinp may be dout.
-// The dot product takes a pass of its own. Without SOFTMAX: att = post inp, dinp = post^T dout. A block owns MIX16_ROWS rows.
+// The transpose of the same, rows lo <= i < end; for the rows i < hi also att = post softmax(pre inp), which the
+// forward pass did not keep, and the weights' gradients. With P = softmax(pre inp), dP = post^T dout, dL = P (dP -
+// sum_j P dP): dinp = pre^T dL, dpost = dout P^T, dpre = dL inp^T. dinp may be dout. The dot product takes a pass of
+// its own. Without SOFTMAX: att = post inp, dinp = post^T dout. A block owns MIX16_ROWS rows.
 template <bool SOFTMAX, bool POST>
-static __global__ void __launch_bounds__(MIX16_THREADS) head_mix16_backward_kernel(TileX dinp, TileX att, TileX dout, Tile inp, const floatX* pre,
-                                                                                  const floatX* post, const float* stats, float* parts_pre,
-                                                                                  float* parts_post, int groups, int lo, int hi, int end, int nk, int T) {
+static __global__ void __launch_bounds__(MIX16_THREADS)
+    head_mix16_backward_kernel(TileX dinp, TileX att, TileX dout, Tile inp, const floatX* pre, const floatX* post,
+                               const float* stats, float* parts_pre, float* parts_post, int groups, int lo, int hi,
+                               int end, int nk, int T) {
     DYNAMIC_SHARED(float, shared);  // (warps, 16) dot products, (warps, 256) sums
     int warp = threadIdx.x / WARP_SIZE, lane = threadIdx.x % WARP_SIZE, head = blockIdx.y * 16;
     size_t matrix = (size_t)(blockIdx.y % groups) * 256;
     Matrix16 before = {}, before_t = {}, after = {}, after_t = {};
-    if constexpr (SOFTMAX) { before = matrix16<__half>(pre + matrix, false), before_t = matrix16<floatX>(pre + matrix, true); }
-    if constexpr (POST) { after = matrix16<__half>(post + matrix, false), after_t = matrix16<floatX>(post + matrix, true); }
+    if constexpr (SOFTMAX) {
+        before = matrix16<__half>(pre + matrix, false), before_t = matrix16<floatX>(pre + matrix, true);
+    }
+    if constexpr (POST) {
+        after = matrix16<__half>(post + matrix, false), after_t = matrix16<floatX>(post + matrix, true);
+    }
     float dpre[2][4] = {}, dpost[2][4] = {};
     for (int i = lo + blockIdx.x * MIX16_ROWS; i < min_int(end, lo + (int)(blockIdx.x + 1) * MIX16_ROWS); i++) {
         RowStats s[2];
@@ -2095,9 +2326,12 @@ static __global__ void __launch_bounds__(MIX16_THREADS) head_mix16_backward_kern
             }
             for (int j0 = warp * MIX16_KEYS; j0 <= i; j0 += MIX16_STEP) {
                 Pairs d = pairs_load(dout, head, i, j0);
-                Values p = mix16_softmax(before, pairs_load(inp, head, i, j0), s, i, j0), dp = POST ? mix16<floatX>(after_t, d) : values_of<floatX>(d);
-UNROLL
-                for (int e = 0; e < 2 * PACK; e++) { dot[e / PACK] += p.v[e / PACK][e % PACK] * dp.v[e / PACK][e % PACK]; }
+                Values p = mix16_softmax(before, pairs_load(inp, head, i, j0), s, i, j0),
+                       dp = POST ? mix16<floatX>(after_t, d) : values_of<floatX>(d);
+                UNROLL
+                for (int e = 0; e < 2 * PACK; e++) {
+                    dot[e / PACK] += p.v[e / PACK][e % PACK] * dp.v[e / PACK][e % PACK];
+                }
             }
             __syncthreads();  // the products of the row before have been read
             for (int h = 0; h < 2; h++) {
@@ -2117,13 +2351,16 @@ UNROLL
                 Pairs d = pairs_load(dout, head, i, j0), x = {};
                 if (SOFTMAX || i < hi) { x = pairs_load(inp, head, i, j0); }
                 if constexpr (SOFTMAX) {
-                    Values p = mix16_softmax(before, x, s, i, j0), dl = POST ? mix16<floatX>(after_t, d) : values_of<floatX>(d);
+                    Values p = mix16_softmax(before, x, s, i, j0),
+                           dl = POST ? mix16<floatX>(after_t, d) : values_of<floatX>(d);
                     if (POST && i < hi) {
                         y = pairs_of<floatX>(mix16<__half>(after, pairs_of<__half>(p)));
                         mix16_backward_weight(dpost, d, pairs_of<floatX>(p));
                     }
-UNROLL
-                    for (int e = 0; e < 2 * PACK; e++) { dl.v[e / PACK][e % PACK] = p.v[e / PACK][e % PACK] * (dl.v[e / PACK][e % PACK] - dot[e / PACK]); }
+                    UNROLL
+                    for (int e = 0; e < 2 * PACK; e++) {
+                        dl.v[e / PACK][e % PACK] = p.v[e / PACK][e % PACK] * (dl.v[e / PACK][e % PACK] - dot[e / PACK]);
+                    }
                     dx = pairs_of<floatX>(dl);
                     if (i < hi) { mix16_backward_weight(dpre, dx, pairs_of<floatX>(values_of<__half>(x))); }
                     dx = pairs_of<floatX>(mix16<floatX>(before_t, dx));
@@ -2144,25 +2381,31 @@ UNROLL
 }
 // dpre, dpost (NH/16,16,16) += as the sums above
 template <bool SOFTMAX, bool POST>
-static void head_mix16_backward(double* dpre, double* dpost, const TileX* dinp, const TileX* att, const TileX* dout, const Tile* inp, const float* stats,
-                                const Attention* a, int S, int lo, int hi, int end, int nk, float* parts, Cuda* g) {
+static void head_mix16_backward(double* dpre, double* dpost, const TileX* dinp, const TileX* att, const TileX* dout,
+                                const Tile* inp, const float* stats, const Attention* a, int S, int lo, int hi, int end,
+                                int nk, float* parts, Cuda* g) {
     end = min_int(end, a->T);
     int blocks = ceil_div(end - lo, MIX16_ROWS), groups = a->NH / 16;
     float* parts_post = parts + (size_t)S * groups * blocks * 256;
     auto kernel = head_mix16_backward_kernel<SOFTMAX, POST>;
-    LAUNCH(kernel, dim3(blocks, S * groups), MIX16_THREADS, MIX16_WARPS * 256 * sizeof(float), g->stream, *dinp, *att, *dout, *inp, a->mix_pre, a->mix_post,
-           stats, parts, parts_post, groups, lo, hi, end, nk, a->T);
+    LAUNCH(kernel, dim3(blocks, S * groups), MIX16_THREADS, MIX16_WARPS * 256 * sizeof(float), g->stream, *dinp, *att,
+           *dout, *inp, a->mix_pre, a->mix_post, stats, parts, parts_post, groups, lo, hi, end, nk, a->T);
     launchCheck(g->stream);
     if (SOFTMAX) { sums_add(dpre, parts, S, groups, blocks, 256, g); }
     if (POST) { sums_add(dpost, parts_post, S, groups, blocks, 256, g); }
 }
 
-static bool mixes_16(const Attention* a) { return !EXACT && a->mix_pre && a->mix_post && a->ch_pre == 16 && a->ch_post == 16; }
+static bool mixes_16(const Attention* a) {
+    return !EXACT && a->mix_pre && a->mix_post && a->ch_pre == 16 && a->ch_post == 16;
+}
 // Floats of scratch that one sequence's partial sums take
-static size_t mix16_parts_size(const Attention* a) { return (size_t)a->NH * 16 * 2 * (size_t)ceil_div(a->chunk + halo_pre(a) + halo_post(a), MIX16_ROWS); }
+static size_t mix16_parts_size(const Attention* a) {
+    return (size_t)a->NH * 16 * 2 * (size_t)ceil_div(a->chunk + halo_pre(a) + halo_post(a), MIX16_ROWS);
+}
 
-// The rest of attention_maps, from C on: A = mix(softmax(mix(C))) in one kernel, or, with a convolution in between, P = softmax(mix(C)), R = conv(P) and
-// A = mix(R). With `backward` A is left to mix16_maps_backward, whose kernels make it as well.
+// The rest of attention_maps, from C on: A = mix(softmax(mix(C))) in one kernel, or, with a convolution in between, P =
+// softmax(mix(C)), R = conv(P) and A = mix(R). With `backward` A is left to mix16_maps_backward, whose kernels make it
+// as well.
 static void mix16_maps(const Maps* m, float* stats, const Attention* a, int S, int lo, int hi, bool backward, Cuda* g) {
     int end = hi + (backward ? halo_pre(a) : 0), nk = min_int(end, a->T);
     if (!a->conv_post) {
@@ -2175,14 +2418,16 @@ static void mix16_maps(const Maps* m, float* stats, const Attention* a, int S, i
 }
 
 // Its reverse: d is dA and becomes dC; `other` is scratch, the two may change places.
-static void mix16_maps_backward(TileX* d, TileX* other, const AttentionSums* sums, const Maps* m, const float* stats, const Attention* a, int S, int lo, int hi,
-                                float* parts, Cuda* g) {
+static void mix16_maps_backward(TileX* d, TileX* other, const AttentionSums* sums, const Maps* m, const float* stats,
+                                const Attention* a, int S, int lo, int hi, float* parts, Cuda* g) {
     int end = hi + halo_pre(a), far = end + halo_post(a), nk = min_int(end, a->T), nk_far = min_int(far, a->T);
     if (!a->conv_post) {
-        head_mix16_backward<true, true>(sums->mix_pre, sums->mix_post, d, &m->A, d, &m->C, stats, a, S, lo, hi, end, nk, parts, g);
+        head_mix16_backward<true, true>(sums->mix_pre, sums->mix_post, d, &m->A, d, &m->C, stats, a, S, lo, hi, end, nk,
+                                        parts, g);
         return;
     }
-    head_mix16_backward<false, true>(NULL, sums->mix_post, d, &m->A, d, &m->R, stats, a, S, lo, hi, far, nk_far, parts, g);
+    head_mix16_backward<false, true>(NULL, sums->mix_post, d, &m->A, d, &m->R, stats, a, S, lo, hi, far, nk_far, parts,
+                                     g);
     kq_conv_backward_weight(sums->conv_post, d, &m->P, a, S, lo, hi, parts, g);
     kq_conv_backward_input(other, d, a->conv_post, a, S, lo, end, nk, g);
     std::swap(*d, *other);
@@ -2192,33 +2437,41 @@ static void mix16_maps_backward(TileX* d, TileX* other, const AttentionSums* sum
 // =====================================================================================================================
 // Fast paths: all of attention in one kernel
 //
-// Fused attention (MODEL.md, Fused attention): nothing but its result leaves the chip. For bf16 layers whose only operations on scores are a
-// convolution before softmax and the mixing of pairs of heads after it; all other layers, and the fp32 build, take the chunks above.
+// Fused attention (MODEL.md, Fused attention): nothing but its result leaves the chip. For bf16 layers whose only
+// operations on scores are a convolution before softmax and the mixing of pairs of heads after it; all other layers,
+// and the fp32 build, take the chunks above.
 //
-// Mixing after softmax is linear in the values: with Vcat the values of the group's CH heads side by side, Z_n = P_n Vcat and O_o = sum_n W[o,n] Z_n[block o].
-// So a head needs no other head: it is plain flash attention with wide values, and head_output below mixes the Z (MODEL.md eq. 8). Z, dZ and dV come in
-// CH parts of (B,NH,T,HS): part p of value head o is what the p-th head of its group gives to it.
+// Mixing after softmax is linear in the values: with Vcat the values of the group's CH heads side by side, Z_n = P_n
+// Vcat and O_o = sum_n W[o,n] Z_n[block o]. So a head needs no other head: it is plain flash attention with wide
+// values, and head_output below mixes the Z (MODEL.md eq. 8). Z, dZ and dV come in CH parts of (B,NH,T,HS): part p of
+// value head o is what the p-th head of its group gives to it.
 //
-// The convolution is matrix work. Of 8 keys j..j+7 of a row, the scores j-8..j+15 of a tap's row (u queries back) times a banded (Toeplitz) matrix of the
-// tap's weights: CQ taps are 3 CQ steps of 8 columns, two of which make one 16x8x16 product; a tap's row is another address, its matrix constant registers.
-// Scores and their gradients stand in shared memory as fp16: 11 bits, where bf16 has 8; the gradients scaled by a power of two.
+// The convolution is matrix work. Of 8 keys j..j+7 of a row, the scores j-8..j+15 of a tap's row (u queries back) times
+// a banded (Toeplitz) matrix of the tap's weights: CQ taps are 3 CQ steps of 8 columns, two of which make one 16x8x16
+// product; a tap's row is another address, its matrix constant registers. Scores and their gradients stand in shared
+// memory as fp16: 11 bits, where bf16 has 8; the gradients scaled by a power of two.
 
-enum { FLASH_HEAD = 128, FLASH_TAPS = 6, FLASH_REACH = 8 };  // largest head size; of a convolution: queries, keys to either side
+enum {
+    FLASH_HEAD = 128,
+    FLASH_TAPS = 6,
+    FLASH_REACH = 8
+};  // largest head size; of a convolution: queries, keys to either side
 #if !defined(PRECISION_FP32)
 enum { FLASH_WARPS = 8, FLASH_THREADS = FLASH_WARPS * WARP_SIZE, FLASH_KEYS = 64 };  // of a block; keys of a tile
 
 typedef struct {
-    const floatX *q, *k, *v;       // (S,NH,T,HS), q and k rotated
-    const floatX* conv;            // (NH,cq,ck), NULL = off
+    const floatX *q, *k, *v;  // (S,NH,T,HS), q and k rotated
+    const floatX* conv;       // (NH,cq,ck), NULL = off
     int S, T, NH, HS, cq, ck;
-    size_t z_part, dz_part;        // elements from one part of Z, of dZ, to the next
-    float scale;                   // 1 / sqrt(HS)
+    size_t z_part, dz_part;  // elements from one part of Z, of dZ, to the next
+    float scale;             // 1 / sqrt(HS)
 } Flash;
 
-// `n` rows of a (T,HS) matrix from row `first` on into shared memory, WIDTH columns of them, PITCH apart; zeros outside the matrix. By the whole block.
+// `n` rows of a (T,HS) matrix from row `first` on into shared memory, WIDTH columns of them, PITCH apart; zeros outside
+// the matrix. By the whole block.
 template <int WIDTH, int PITCH>
 static __device__ inline void rows_load(floatX* shared, const floatX* from, int first, int n, int T, int HS) {
-ROLLED
+    ROLLED
     for (int t = threadIdx.x; t < n * (WIDTH / 8); t += FLASH_THREADS) {
         int r = t / (WIDTH / 8), c = t % (WIDTH / 8) * 8, i = first + r;
         bool valid = i >= 0 && i < T && c < HS;
@@ -2226,19 +2479,23 @@ ROLLED
     }
 }
 
-// c[m][g] (16 x 8) += rows 16 m .. of a times the 8 rows of group g of b, over WIDTH columns of both. What is loaded of b serves all M.
+// c[m][g] (16 x 8) += rows 16 m .. of a times the 8 rows of group g of b, over WIDTH columns of both. What is loaded of
+// b serves all M.
 template <int WIDTH, int M, int GROUPS, int PITCH>
 static __device__ inline void rows_product(float (*c)[GROUPS][4], const floatX* a, const floatX* b) {
-UNROLL2
+    UNROLL2
     for (int k = 0; k < WIDTH; k += 16) {
         unsigned x[M][4], y[4];
-UNROLL
+        UNROLL
         for (int m = 0; m < M; m++) { load_a<PITCH>(x[m], a + 16 * m * PITCH + k); }
-UNROLL
+        UNROLL
         for (int g = 0; g < GROUPS; g += 2) {
-            if (g + 1 == GROUPS) { load_b_single<PITCH>(y, b + 8 * g * PITCH + k); }
-            else { load_b<PITCH>(y, b + 8 * g * PITCH + k); }
-UNROLL
+            if (g + 1 == GROUPS) {
+                load_b_single<PITCH>(y, b + 8 * g * PITCH + k);
+            } else {
+                load_b<PITCH>(y, b + 8 * g * PITCH + k);
+            }
+            UNROLL
             for (int m = 0; m < M; m++) {
                 mma_bf16(c[m][g], x[m], y[0], y[1]);
                 if (g + 1 < GROUPS) { mma_bf16(c[m][g + 1], x[m], y[2], y[3]); }
@@ -2247,20 +2504,25 @@ UNROLL
     }
 }
 
-// c[m][g] (16 x 8) += rows 16 m .. of a (K columns) times the 8 columns of group g of b (K rows); a given transposed (K rows) if TA
+// c[m][g] (16 x 8) += rows 16 m .. of a (K columns) times the 8 columns of group g of b (K rows); a given transposed (K
+// rows) if TA
 template <int K, int M, int GROUPS, bool TA, int PITCH_A, int PITCH_B>
 static __device__ inline void columns_product(float (*c)[GROUPS][4], const floatX* a, const floatX* b) {
-UNROLL2
+    UNROLL2
     for (int k = 0; k < K; k += 16) {
         unsigned x[M][4], y[4];
-UNROLL
+        UNROLL
         for (int m = 0; m < M; m++) {
-            if (TA) { load_a_transposed<PITCH_A>(x[m], a + k * PITCH_A + 16 * m); } else { load_a<PITCH_A>(x[m], a + 16 * m * PITCH_A + k); }
+            if (TA) {
+                load_a_transposed<PITCH_A>(x[m], a + k * PITCH_A + 16 * m);
+            } else {
+                load_a<PITCH_A>(x[m], a + 16 * m * PITCH_A + k);
+            }
         }
-UNROLL
+        UNROLL
         for (int g = 0; g < GROUPS; g += 2) {
             load_b_transposed<PITCH_B>(y, b + k * PITCH_B + 8 * g);
-UNROLL
+            UNROLL
             for (int m = 0; m < M; m++) {
                 mma_bf16(c[m][g], x[m], y[0], y[1]);
                 mma_bf16(c[m][g + 1], x[m], y[2], y[3]);
@@ -2269,9 +2531,10 @@ UNROLL
     }
 }
 
-// The Toeplitz matrices of one head as operands b, by one warp, into bands (CQ/2, 3, 2, 32 lanes) in shared memory. Step (u/2, gr) multiplies two taps' rows u, u+1 of
-// the gr-th of the three groups of columns around the outputs; tap u is the row u queries back (forward) or on (transposed). Column n of the outputs takes from row k
-// of that group theta[u,v] = weight[cq-1-u, r-v], v the keys from input to output, n - (8 gr - 8 + k), or transposed its negative.
+// The Toeplitz matrices of one head as operands b, by one warp, into bands (CQ/2, 3, 2, 32 lanes) in shared memory.
+// Step (u/2, gr) multiplies two taps' rows u, u+1 of the gr-th of the three groups of columns around the outputs; tap u
+// is the row u queries back (forward) or on (transposed). Column n of the outputs takes from row k of that group
+// theta[u,v] = weight[cq-1-u, r-v], v the keys from input to output, n - (8 gr - 8 + k), or transposed its negative.
 template <int CQ>
 static __device__ inline void toeplitz(unsigned* bands, const floatX* weight, int cq, int ck, bool transposed) {
     int lane = threadIdx.x % WARP_SIZE, n = lane / 4, r = (ck - 1) / 2;
@@ -2287,22 +2550,24 @@ static __device__ inline void toeplitz(unsigned* bands, const floatX* weight, in
     }
 }
 
-// c[g] (16 x 8) += the CQ taps' products for GROUPS groups of columns. tile: first of the 16 rows; column: of the group before the first, modulo RING if that is
-// not 0; tap u reads the rows u * STEP further on. Two taps at a time, three groups of their columns stay in registers while the outputs move along.
+// c[g] (16 x 8) += the CQ taps' products for GROUPS groups of columns. tile: first of the 16 rows; column: of the group
+// before the first, modulo RING if that is not 0; tap u reads the rows u * STEP further on. Two taps at a time, three
+// groups of their columns stay in registers while the outputs move along.
 template <int CQ, int GROUPS, int STEP, int PITCH, int RING>
 static __device__ inline void conv_product(float (*c)[4], const half* tile, int column, const unsigned* bands) {
     int lane = threadIdx.x % WARP_SIZE;
-ROLLED
+    ROLLED
     for (int u = 0; u < CQ; u += 2) {
         unsigned x[3][4], band[3][2];
         const half* rows = tile + (STEP * (u + lane / 16) + lane % 16) * PITCH;
-UNROLL
+        UNROLL
         for (int s = 0; s < 6; s++) { band[s / 2][s % 2] = bands[(3 * u + s) * WARP_SIZE + lane]; }
-UNROLL
-        for (int g = 0; g < GROUPS + 2; g++) {  // g: the group of columns that is loaded; the outputs of g-1, which is c[g-2], are complete then
+        UNROLL
+        for (int g = 0; g < GROUPS + 2;
+             g++) {  // g: the group of columns that is loaded; the outputs of g-1, which is c[g-2], are complete then
             ldmatrix(x[g % 3], rows + (RING ? (column + 8 * g) % (RING ? RING : 1) : column + 8 * g));
             if (g < 2) { continue; }
-UNROLL
+            UNROLL
             for (int gr = 0; gr < 3; gr++) { mma_half(c[g - 2], x[(g - 2 + gr) % 3], band[gr][0], band[gr][1]); }
         }
     }
@@ -2317,13 +2582,27 @@ static __device__ inline float quad_max(float x) {
     return fmaxf(x, __shfl_xor_sync(ALL_LANES, x, 2));
 }
 
-// Forward: z = softmax(conv(q k^T)) Vcat, and the rows' maximum and 1 / sum. Block (tile of 128 queries, head, sequence), a warp owns 16 queries. Keys come 64 at
-// a time, copied while the 64 before are used. With a convolution the logits lag the scores by 8 keys: the scores' columns stand in a ring of 128, of which the
-// last 16 of the step before are read again; only the rows above the tile, which the taps reach, are computed twice, a group of columns by each warp.
-template <int WIDTH, int CH, int CQ>
-struct FlashForward {
-    enum { ROWS = 16 * FLASH_WARPS, HALO = CQ ? 16 : 0, LAG = CQ ? 8 : 0, PITCH = WIDTH + 8, RING = 128, RING_PITCH = RING + 8, GROUPS = FLASH_KEYS / 8 };
-    enum { Q = (ROWS + HALO) * PITCH, K = FLASH_KEYS * PITCH, V = CH * FLASH_KEYS * PITCH, SCORES = CQ ? (ROWS + HALO) * RING_PITCH : 0 };
+// Forward: z = softmax(conv(q k^T)) Vcat, and the rows' maximum and 1 / sum. Block (tile of 128 queries, head,
+// sequence), a warp owns 16 queries. Keys come 64 at a time, copied while the 64 before are used. With a convolution
+// the logits lag the scores by 8 keys: the scores' columns stand in a ring of 128, of which the last 16 of the step
+// before are read again; only the rows above the tile, which the taps reach, are computed twice, a group of columns by
+// each warp.
+template <int WIDTH, int CH, int CQ> struct FlashForward {
+    enum {
+        ROWS = 16 * FLASH_WARPS,
+        HALO = CQ ? 16 : 0,
+        LAG = CQ ? 8 : 0,
+        PITCH = WIDTH + 8,
+        RING = 128,
+        RING_PITCH = RING + 8,
+        GROUPS = FLASH_KEYS / 8
+    };
+    enum {
+        Q = (ROWS + HALO) * PITCH,
+        K = FLASH_KEYS * PITCH,
+        V = CH * FLASH_KEYS * PITCH,
+        SCORES = CQ ? (ROWS + HALO) * RING_PITCH : 0
+    };
     enum { BANDS = 3 * CQ * WARP_SIZE, BYTES = 2 * (Q + 2 * K + 2 * V + SCORES) + 4 * BANDS };  // of shared memory
 };
 template <int WIDTH, int CH, int CQ>
@@ -2334,25 +2613,31 @@ static __global__ void __launch_bounds__(FLASH_THREADS, 1) flash_forward_kernel(
     half* scores = reinterpret_cast<half*>(v_rows + 2 * F::V);
     unsigned* bands = reinterpret_cast<unsigned*>(scores + F::SCORES);
     const int T = f.T, HS = f.HS, warp = threadIdx.x / WARP_SIZE, lane = threadIdx.x % WARP_SIZE;
-    const int i0 = (gridDim.x - 1 - blockIdx.x) * F::ROWS, head = blockIdx.z * f.NH + blockIdx.y, group = head / CH * CH;  // the longest rows first
-    const int row0 = i0 + 16 * warp, row = row0 + lane / 4;  // of the warp; of this lane's first two elements of a product, 8 more for the others
+    const int i0 = (gridDim.x - 1 - blockIdx.x) * F::ROWS, head = blockIdx.z * f.NH + blockIdx.y,
+              group = head / CH * CH;  // the longest rows first
+    const int row0 = i0 + 16 * warp,
+              row = row0 +
+                    lane / 4;  // of the warp; of this lane's first two elements of a product, 8 more for the others
     const size_t size = (size_t)T * HS;
     const int last = min_int(i0 + F::ROWS, T) - 1, steps = (last + F::LAG) / FLASH_KEYS + 1;
 
     auto keys_load = [&](int step) {
         rows_load<WIDTH, F::PITCH>(k_rows + step % 2 * F::K, f.k + head * size, step * FLASH_KEYS, FLASH_KEYS, T, HS);
         for (int o = 0; o < CH; o++) {
-            rows_load<WIDTH, F::PITCH>(v_rows + step % 2 * F::V + o * F::K, f.v + (group + o) * size, step * FLASH_KEYS - F::LAG, FLASH_KEYS, T, HS);
+            rows_load<WIDTH, F::PITCH>(v_rows + step % 2 * F::V + o * F::K, f.v + (group + o) * size,
+                                       step * FLASH_KEYS - F::LAG, FLASH_KEYS, T, HS);
         }
         copy_commit();
     };
-    // fp16 scores of 16 rows from query i on and some groups of columns from key j on; zero right of the diagonal, as the convolution reads them
-    auto scores_put = [&](const float (*c)[4], int groups, int i, int j) {
+    // fp16 scores of 16 rows from query i on and some groups of columns from key j on; zero right of the diagonal, as
+    // the convolution reads them
+    auto scores_put = [&](const float(*c)[4], int groups, int i, int j) {
         for (int g = 0; g < groups; g++) {
-UNROLL
+            UNROLL
             for (int e = 0; e < 4; e += 2) {
                 int query = i + lane / 4 + 4 * e, key = j + 8 * g + lane % 4 * 2;
-                unsigned pair = pack_half(key <= query ? c[g][e] * f.scale : 0.0f, key + 1 <= query ? c[g][e + 1] * f.scale : 0.0f);
+                unsigned pair =
+                    pack_half(key <= query ? c[g][e] * f.scale : 0.0f, key + 1 <= query ? c[g][e + 1] * f.scale : 0.0f);
                 *reinterpret_cast<unsigned*>(scores + (query - i0 + F::HALO) * F::RING_PITCH + key % F::RING) = pair;
             }
         }
@@ -2366,11 +2651,14 @@ UNROLL
             *reinterpret_cast<unsigned*>(scores + t / 8 * F::RING_PITCH + F::RING - 16 + t % 8 * 2) = 0;
         }
     }
-    const float unit = CQ ? LOG2E : LOG2E * f.scale;  // from the products below to logarithms of 2: the convolution's input is scaled already
+    const float unit =
+        CQ ? LOG2E
+           : LOG2E * f.scale;  // from the products below to logarithms of 2: the convolution's input is scaled already
     float out[CH * WIDTH / 8][4] = {}, top[2] = {-INFINITY, -INFINITY}, sum[2] = {0, 0};
     for (int step = 0; step < steps; step++) {
         const int j0 = step * FLASH_KEYS - F::LAG;  // first key of the logits
-        const floatX *k_tile = k_rows + step % 2 * F::K, *v_tile = v_rows + step % 2 * F::V, *q_tile = q_rows + (F::HALO + 16 * warp) * F::PITCH;
+        const floatX *k_tile = k_rows + step % 2 * F::K, *v_tile = v_rows + step % 2 * F::V,
+                     *q_tile = q_rows + (F::HALO + 16 * warp) * F::PITCH;
         copy_wait<0>();
         __syncthreads();  // this step's keys are there, and all have left the other half of the buffers and of the ring
         if (step + 1 < steps) { keys_load(step + 1); }
@@ -2385,55 +2673,63 @@ UNROLL
         }
         if (j0 > row0 + 15) { continue; }  // whole warps: the barriers above they have met
         if constexpr (CQ > 0) {
-UNROLL
+            UNROLL
             for (int g = 0; g < F::GROUPS; g++) { c[g][0] = c[g][1] = c[g][2] = c[g][3] = 0; }
-            conv_product<CQ, F::GROUPS, -1, F::RING_PITCH, F::RING>(c, scores + (F::HALO + 16 * warp) * F::RING_PITCH, j0 + F::RING - 8, bands);
+            conv_product<CQ, F::GROUPS, -1, F::RING_PITCH, F::RING>(c, scores + (F::HALO + 16 * warp) * F::RING_PITCH,
+                                                                    j0 + F::RING - 8, bands);
         } else {
             rows_product<WIDTH, 1, F::GROUPS, F::PITCH>(&c, q_tile, k_tile);
         }
         if (j0 < 0 || j0 + FLASH_KEYS - 1 > row0) {  // the tile reaches over the diagonal or, lagging, before key 0
-UNROLL
+            UNROLL
             for (int x = 0; x < 4 * F::GROUPS; x++) {
                 int e = x % 4, key = j0 + x / 4 * 8 + lane % 4 * 2 + e % 2;
                 if (key < 0 || key > row + e / 2 * 8) { c[x / 4][e] = -INFINITY; }
             }
         }
-UNROLL
+        UNROLL
         for (int r = 0; r < 2; r++) {
             float high = -INFINITY;
-UNROLL
+            UNROLL
             for (int g = 0; g < F::GROUPS; g++) { high = fmaxf(high, fmaxf(c[g][2 * r], c[g][2 * r + 1])); }
             high = fmaxf(top[r], quad_max(high));
-            float base = high == -INFINITY ? 0.0f : high * unit, factor = exponential2(top[r] * unit - base), partial = 0;
+            float base = high == -INFINITY ? 0.0f : high * unit, factor = exponential2(top[r] * unit - base),
+                  partial = 0;
             top[r] = high;
-UNROLL
+            UNROLL
             for (int g = 0; g < F::GROUPS; g++) {
-UNROLL
+                UNROLL
                 for (int e = 2 * r; e < 2 * r + 2; e++) { partial += c[g][e] = exponential2(c[g][e] * unit - base); }
             }
             sum[r] = sum[r] * factor + partial;
-UNROLL
+            UNROLL
             for (int g = 0; g < CH * WIDTH / 8; g++) { out[g][2 * r] *= factor, out[g][2 * r + 1] *= factor; }
         }
-UNROLL
+        UNROLL
         for (int k = 0; k < FLASH_KEYS / 16; k++) {  // out += P Vcat; two groups of P are the operand a as they stand
             const float *left = c[2 * k], *right = c[2 * k + 1];
-            unsigned a[4] = {pack_bf16(left[0], left[1]), pack_bf16(left[2], left[3]), pack_bf16(right[0], right[1]), pack_bf16(right[2], right[3])}, b[4];
-UNROLL
+            unsigned a[4] = {pack_bf16(left[0], left[1]), pack_bf16(left[2], left[3]), pack_bf16(right[0], right[1]),
+                             pack_bf16(right[2], right[3])},
+                     b[4];
+            UNROLL
             for (int g = 0; g < CH * WIDTH / 8; g += 2) {
-                load_b_transposed<F::PITCH>(b, v_tile + (g / (WIDTH / 8) * FLASH_KEYS + 16 * k) * F::PITCH + g % (WIDTH / 8) * 8);
+                load_b_transposed<F::PITCH>(b, v_tile + (g / (WIDTH / 8) * FLASH_KEYS + 16 * k) * F::PITCH +
+                                                   g % (WIDTH / 8) * 8);
                 mma_bf16(out[g], a, b[0], b[1]);
                 mma_bf16(out[g + 1], a, b[2], b[3]);
             }
         }
     }
-UNROLL
+    UNROLL
     for (int r = 0; r < 2; r++) {
         int i = row + 8 * r;
         float inverse = 1.0f / quad_sum(sum[r]);
         if (i >= T) { continue; }
-        if (lane % 4 == 0) { stats[2 * ((size_t)head * T + i)] = CQ ? top[r] : top[r] * f.scale, stats[2 * ((size_t)head * T + i) + 1] = inverse; }
-UNROLL
+        if (lane % 4 == 0) {
+            stats[2 * ((size_t)head * T + i)] = CQ ? top[r] : top[r] * f.scale,
+                                          stats[2 * ((size_t)head * T + i) + 1] = inverse;
+        }
+        UNROLL
         for (int g = 0; g < CH * WIDTH / 8; g++) {
             int o = g / (WIDTH / 8), c = g % (WIDTH / 8) * 8 + lane % 4 * 2;
             if (c < HS) {
@@ -2444,11 +2740,14 @@ UNROLL
     }
 }
 
-// Before the backward kernel, for each row: dots (S,NH,T) D_n = sum_o dO_o . W[o,n] Z_n[block o] = sum_j P dP, what softmax's gradient subtracts; dz (CH parts)
-// W[o,n] dO_o; parts (S,NH/CH,blocks,CH*CH) of dW[o,n] = sum_i dO_o . Z_n[block o]; and bounds (S,NH,2), as bits of floats that only grow: the longest row of
-// dZ_n and of Vcat. CH = 1: there is no mixing, dz is dout itself and not written. A warp owns a row of all heads of a group, a lane 4 elements of each.
+// Before the backward kernel, for each row: dots (S,NH,T) D_n = sum_o dO_o . W[o,n] Z_n[block o] = sum_j P dP, what
+// softmax's gradient subtracts; dz (CH parts) W[o,n] dO_o; parts (S,NH/CH,blocks,CH*CH) of dW[o,n] = sum_i dO_o .
+// Z_n[block o]; and bounds (S,NH,2), as bits of floats that only grow: the longest row of dZ_n and of Vcat. CH = 1:
+// there is no mixing, dz is dout itself and not written. A warp owns a row of all heads of a group, a lane 4 elements
+// of each.
 template <int CH>
-static __global__ void flash_prepare_kernel(floatX* dz, float* dots, unsigned* bounds, float* parts, const floatX* dout, const floatX* z, const float* mix, Flash f) {
+static __global__ void flash_prepare_kernel(floatX* dz, float* dots, unsigned* bounds, float* parts, const floatX* dout,
+                                            const floatX* z, const float* mix, Flash f) {
     DYNAMIC_SHARED(float, sums);  // (warps, CH*CH)
     const int T = f.T, HS = f.HS, warp = threadIdx.x / WARP_SIZE, lane = threadIdx.x % WARP_SIZE, e0 = lane * 4;
     const int groups = f.NH / CH, group = blockIdx.z * f.NH + blockIdx.y * CH;
@@ -2456,46 +2755,50 @@ static __global__ void flash_prepare_kernel(floatX* dz, float* dots, unsigned* b
     float dW[CH][CH] = {}, longest_dz[CH] = {}, longest_v = 0;
     for (int i = blockIdx.x * ROW_WARPS + warp; i < T; i += gridDim.x * ROW_WARPS) {
         float dot[CH] = {}, squares_dz[CH] = {}, squares_v = 0;
-UNROLL
+        UNROLL
         for (int o = 0; o < CH; o++) {
             size_t at = ((size_t)(group + o) * T + i) * HS + e0;
             Pack<floatX, 4> d = {}, v = {};
             if (e0 < HS) { d = load<4>(dout + at), v = load<4>(f.v + at); }
             float squares = 0;
-            for (int e = 0; e < 4; e++) { squares += (float)d.v[e] * (float)d.v[e], squares_v += (float)v.v[e] * (float)v.v[e]; }
-UNROLL
+            for (int e = 0; e < 4; e++) {
+                squares += (float)d.v[e] * (float)d.v[e], squares_v += (float)v.v[e] * (float)v.v[e];
+            }
+            UNROLL
             for (int n = 0; n < CH; n++) {
                 float w = CH > 1 ? W[o * CH + n] : 1.0f, r = 0;
                 if (e0 < HS) {
                     Pack<floatX, 4> x = load<4>(z + n * f.z_part + at), y;
-                    for (int e = 0; e < 4; e++) { r += (float)d.v[e] * (float)x.v[e], y.v[e] = (floatX)(w * (float)d.v[e]); }
+                    for (int e = 0; e < 4; e++) {
+                        r += (float)d.v[e] * (float)x.v[e], y.v[e] = (floatX)(w * (float)d.v[e]);
+                    }
                     if (CH > 1) { store<4>(dz + n * f.dz_part + at, y); }
                 }
                 dot[n] += w * r, dW[o][n] += r, squares_dz[n] += w * w * squares;
             }
         }
         longest_v = fmaxf(longest_v, warp_sum(squares_v));
-UNROLL
+        UNROLL
         for (int n = 0; n < CH; n++) {
             float d = warp_sum(dot[n]);
             longest_dz[n] = fmaxf(longest_dz[n], warp_sum(squares_dz[n]));
             if (lane == 0) { dots[(size_t)(group + n) * T + i] = d; }
         }
     }
-UNROLL
+    UNROLL
     for (int n = 0; n < CH; n++) {
         if (lane == 0) {
             atomicMax(bounds + 2 * (group + n), __float_as_uint(sqrtf(longest_dz[n])));
             atomicMax(bounds + 2 * (group + n) + 1, __float_as_uint(sqrtf(longest_v)));
         }
-UNROLL
+        UNROLL
         for (int o = 0; o < CH; o++) {
             float d = warp_sum(dW[o][n]);
             if (lane == 0) { sums[warp * CH * CH + o * CH + n] = d; }
         }
     }
     if (CH == 1) { return; }  // nothing was mixed
-    __syncthreads();  // the sums of all warps are there
+    __syncthreads();          // the sums of all warps are there
     if (threadIdx.x < CH * CH) {
         float d = 0;
         for (int w = 0; w < ROW_WARPS; w++) { d += sums[w * CH * CH + threadIdx.x]; }
@@ -2503,30 +2806,48 @@ UNROLL
     }
 }
 
-// Backward: dk (S,NH,T,HS) and dv (CH parts) are set, dq (splits,S,NH,T,HS) is added to, all in fp32; parts (S,NH,splits,cq*ck) of the convolution's gradient.
-// Block (split, head, sequence) walks over the blocks of 64 keys split, split + splits, ...; what a block of keys gathers stays in registers while the queries
-// stream past, the last first: a row of dS needs the rows of dL below it. One block of the grid alone adds to its dq, so the order of the sum is fixed.
-// A tile of queries: (1) scores S; (2) P, dP = dZ Vcat^T, dL = P (dP - D); (3) dV += P^T dZ, dS = the transposed convolution of dL, dtheta; (4) dK += dS^T Q,
-// dq += dS K. With a convolution S takes 16 keys more on both sides of the block and 16 rows above the tile, dL 8 keys more and 8 rows below, carried from the
-// tile before. To an element of dq the same thread adds at every block of keys. Warps are 4 (queries, or keys for dK and dV) by 2 (columns).
-template <int WIDTH, int CH, int CQ>
-struct FlashBackward {
-    enum { ROWS = CQ || WIDTH > 96 ? 64 : 128, M = ROWS / 64 /* products of 16 rows a warp has side by side */, PITCH = WIDTH + 8, KEYS_PITCH = FLASH_KEYS + 8 };
-    enum { HALO = CQ ? 16 : 0, SIDE = CQ ? 8 : 0, NEAR = FLASH_KEYS + 2 * SIDE, FAR = FLASH_KEYS + 4 * SIDE, NEAR_PITCH = NEAR + 8, FAR_PITCH = FAR + 8 };
+// Backward: dk (S,NH,T,HS) and dv (CH parts) are set, dq (splits,S,NH,T,HS) is added to, all in fp32; parts
+// (S,NH,splits,cq*ck) of the convolution's gradient. Block (split, head, sequence) walks over the blocks of 64 keys
+// split, split + splits, ...; what a block of keys gathers stays in registers while the queries stream past, the last
+// first: a row of dS needs the rows of dL below it. One block of the grid alone adds to its dq, so the order of the sum
+// is fixed. A tile of queries: (1) scores S; (2) P, dP = dZ Vcat^T, dL = P (dP - D); (3) dV += P^T dZ, dS = the
+// transposed convolution of dL, dtheta; (4) dK += dS^T Q, dq += dS K. With a convolution S takes 16 keys more on both
+// sides of the block and 16 rows above the tile, dL 8 keys more and 8 rows below, carried from the tile before. To an
+// element of dq the same thread adds at every block of keys. Warps are 4 (queries, or keys for dK and dV) by 2
+// (columns).
+template <int WIDTH, int CH, int CQ> struct FlashBackward {
+    enum {
+        ROWS = CQ || WIDTH > 96 ? 64 : 128,
+        M = ROWS / 64 /* products of 16 rows a warp has side by side */,
+        PITCH = WIDTH + 8,
+        KEYS_PITCH = FLASH_KEYS + 8
+    };
+    enum {
+        HALO = CQ ? 16 : 0,
+        SIDE = CQ ? 8 : 0,
+        NEAR = FLASH_KEYS + 2 * SIDE,
+        FAR = FLASH_KEYS + 4 * SIDE,
+        NEAR_PITCH = NEAR + 8,
+        FAR_PITCH = FAR + 8
+    };
     enum { GROUPS = NEAR / 16, BANDS = 3 * CQ * WARP_SIZE };  // groups of columns of a warp in (2)
     enum { K = FAR * PITCH, V = NEAR * PITCH, Q = (ROWS + HALO) * PITCH, DZ = ROWS * PITCH, TILE = ROWS * KEYS_PITCH };
     enum { SCORES = CQ ? (ROWS + HALO) * FAR_PITCH : 0, DLOGITS = CQ ? (ROWS + 8) * NEAR_PITCH : 0 };
     enum { BYTES = 2 * (K + CH * V + 2 * Q + CH * DZ + 2 * TILE + SCORES + DLOGITS) + 4 * 2 * BANDS };
 };
 template <int WIDTH, int CH, int CQ>
-static __global__ void __launch_bounds__(FLASH_THREADS, 1) flash_backward_kernel(float* dq, float* dk, float* dv, float* parts, const floatX* dz, const float* stats,
-                                                                                const float* dots, const unsigned* bounds, Flash f) {
+static __global__ void __launch_bounds__(FLASH_THREADS, 1)
+    flash_backward_kernel(float* dq, float* dk, float* dv, float* parts, const floatX* dz, const float* stats,
+                          const float* dots, const unsigned* bounds, Flash f) {
     typedef FlashBackward<WIDTH, CH, CQ> F;
     DYNAMIC_SHARED(floatX, k_rows);
-    floatX *v_rows = k_rows + F::K, *q_rows = v_rows + CH * F::V, *dz_rows = q_rows + 2 * F::Q, *att = dz_rows + CH * F::DZ, *dscores = att + F::TILE;
+    floatX *v_rows = k_rows + F::K, *q_rows = v_rows + CH * F::V, *dz_rows = q_rows + 2 * F::Q,
+           *att = dz_rows + CH * F::DZ, *dscores = att + F::TILE;
     half *scores = reinterpret_cast<half*>(dscores + F::TILE), *dlogits = scores + F::SCORES;
-    unsigned* bands = reinterpret_cast<unsigned*>(dlogits + F::DLOGITS);  // those of the convolution, then of its transpose
-    const int T = f.T, HS = f.HS, warp = threadIdx.x / WARP_SIZE, lane = threadIdx.x % WARP_SIZE, wr = warp % 4, wc = warp / 4;
+    unsigned* bands =
+        reinterpret_cast<unsigned*>(dlogits + F::DLOGITS);  // those of the convolution, then of its transpose
+    const int T = f.T, HS = f.HS, warp = threadIdx.x / WARP_SIZE, lane = threadIdx.x % WARP_SIZE, wr = warp % 4,
+              wc = warp / 4;
     const int head = blockIdx.z * f.NH + blockIdx.y, group = head / CH * CH;
     const size_t size = (size_t)T * HS, all = (size_t)f.S * f.NH * size;
     float gain = 1, ungain = 1;  // of dL in fp16: |dL| <= 2 |dZ| |V| becomes at most 2^15
@@ -2534,20 +2855,26 @@ static __global__ void __launch_bounds__(FLASH_THREADS, 1) flash_backward_kernel
         float bound = 2 * __uint_as_float(bounds[2 * head]) * __uint_as_float(bounds[2 * head + 1]);
         gain = bound > 0 ? exp2f(fminf(fmaxf(floorf(15 - log2f(bound)), -60.0f), 60.0f)) : 1;
         ungain = 1 / gain;
-        if (warp < 2) { toeplitz<CQ>(bands + warp * F::BANDS, f.conv + (size_t)blockIdx.y * f.cq * f.ck, f.cq, f.ck, warp == 1); }
+        if (warp < 2) {
+            toeplitz<CQ>(bands + warp * F::BANDS, f.conv + (size_t)blockIdx.y * f.cq * f.ck, f.cq, f.ck, warp == 1);
+        }
     }
     float theta[CQ ? CQ / 2 : 1][3][4] = {};  // [two taps x 8 columns of S] x 24 columns of dL, summed along all rows
 
     enum { K_GROUPS = WIDTH / 16 };
-    // What a warp gathers: of dK 16 keys from 16 wr on and half wc of the columns; of dV 16 CH keys and half the columns of one block of values
-    const int v_key = CH == 1 ? 16 * wr : 32 * (warp % 2), v_block = CH == 1 ? 0 : warp / 4, v_column = WIDTH / 2 * (CH == 1 ? wc : warp / 2 % 2);
+    // What a warp gathers: of dK 16 keys from 16 wr on and half wc of the columns; of dV 16 CH keys and half the
+    // columns of one block of values
+    const int v_key = CH == 1 ? 16 * wr : 32 * (warp % 2), v_block = CH == 1 ? 0 : warp / 4,
+              v_column = WIDTH / 2 * (CH == 1 ? wc : warp / 2 % 2);
 
     auto queries_load = [&](int tile) {
-        rows_load<WIDTH, F::PITCH>(q_rows + tile % 2 * F::Q, f.q + head * size, tile * F::ROWS - F::HALO, F::ROWS + F::HALO, T, HS);
+        rows_load<WIDTH, F::PITCH>(q_rows + tile % 2 * F::Q, f.q + head * size, tile * F::ROWS - F::HALO,
+                                   F::ROWS + F::HALO, T, HS);
     };
     auto dz_load = [&](int tile) {
         for (int o = 0; o < CH; o++) {
-            rows_load<WIDTH, F::PITCH>(dz_rows + o * F::DZ, dz + (head - group) * f.dz_part + (group + o) * size, tile * F::ROWS, F::ROWS, T, HS);
+            rows_load<WIDTH, F::PITCH>(dz_rows + o * F::DZ, dz + (head - group) * f.dz_part + (group + o) * size,
+                                       tile * F::ROWS, F::ROWS, T, HS);
         }
     };
 
@@ -2555,14 +2882,17 @@ static __global__ void __launch_bounds__(FLASH_THREADS, 1) flash_backward_kernel
         const int first = j0 / F::ROWS, final = (T - 1) / F::ROWS;
         __syncthreads();  // all have left the keys before
         rows_load<WIDTH, F::PITCH>(k_rows, f.k + head * size, j0 - 2 * F::SIDE, F::FAR, T, HS);
-        for (int o = 0; o < CH; o++) { rows_load<WIDTH, F::PITCH>(v_rows + o * F::V, f.v + (group + o) * size, j0 - F::SIDE, F::NEAR, T, HS); }
+        for (int o = 0; o < CH; o++) {
+            rows_load<WIDTH, F::PITCH>(v_rows + o * F::V, f.v + (group + o) * size, j0 - F::SIDE, F::NEAR, T, HS);
+        }
         queries_load(final);
         copy_commit();
         dz_load(final);
         copy_commit();
         if constexpr (CQ > 0) {
             for (int t = threadIdx.x; t < 8 * F::NEAR / 2; t += FLASH_THREADS) {  // below the last row
-                *reinterpret_cast<unsigned*>(dlogits + (F::ROWS + t / (F::NEAR / 2)) * F::NEAR_PITCH + t % (F::NEAR / 2) * 2) = 0;
+                *reinterpret_cast<unsigned*>(dlogits + (F::ROWS + t / (F::NEAR / 2)) * F::NEAR_PITCH +
+                                             t % (F::NEAR / 2) * 2) = 0;
             }
         }
         float dv_sum[CH][K_GROUPS][4] = {}, dk_sum[1][K_GROUPS][4] = {};
@@ -2571,23 +2901,29 @@ static __global__ void __launch_bounds__(FLASH_THREADS, 1) flash_backward_kernel
             const int i0 = tile * F::ROWS;
             const floatX* q_tile = q_rows + tile % 2 * F::Q;
             // commits in flight, oldest first: queries of this tile, its dZ
-            if (CQ) { copy_wait<1>(); } else { copy_wait<0>(); }
+            if (CQ) {
+                copy_wait<1>();
+            } else {
+                copy_wait<0>();
+            }
             __syncthreads();  // they are there, and all have left the tile before
             if (tile > first) { queries_load(tile - 1); }
             copy_commit();
             if constexpr (CQ > 0) {  // (1)
-                auto scores_put = [&](const float (*c)[4], int groups, int r0, int c0) {
+                auto scores_put = [&](const float(*c)[4], int groups, int r0, int c0) {
                     for (int g = 0; g < groups; g++) {
-UNROLL
+                        UNROLL
                         for (int e = 0; e < 4; e += 2) {
-                            int r = r0 + lane / 4 + 4 * e, column = c0 + 8 * g + lane % 4 * 2, back = i0 - F::HALO + r - (j0 - 2 * F::SIDE + column);
-                            *reinterpret_cast<unsigned*>(scores + r * F::FAR_PITCH + column) =
-                                pack_half(back >= 0 ? c[g][e] * f.scale : 0.0f, back >= 1 ? c[g][e + 1] * f.scale : 0.0f);
+                            int r = r0 + lane / 4 + 4 * e, column = c0 + 8 * g + lane % 4 * 2,
+                                back = i0 - F::HALO + r - (j0 - 2 * F::SIDE + column);
+                            *reinterpret_cast<unsigned*>(scores + r * F::FAR_PITCH + column) = pack_half(
+                                back >= 0 ? c[g][e] * f.scale : 0.0f, back >= 1 ? c[g][e + 1] * f.scale : 0.0f);
                         }
                     }
                 };
                 float c[6][4] = {}, above[2][4] = {};
-                rows_product<WIDTH, 1, 6, F::PITCH>(&c, q_tile + (F::HALO + 16 * wr) * F::PITCH, k_rows + 48 * wc * F::PITCH);
+                rows_product<WIDTH, 1, 6, F::PITCH>(&c, q_tile + (F::HALO + 16 * wr) * F::PITCH,
+                                                    k_rows + 48 * wc * F::PITCH);
                 scores_put(c, 6, F::HALO + 16 * wr, 48 * wc);
                 if (warp < 6) {
                     rows_product<WIDTH, 1, 2, F::PITCH>(&above, q_tile, k_rows + 16 * warp * F::PITCH);
@@ -2597,124 +2933,154 @@ UNROLL
                 __syncthreads();  // the scores of all rows are there, and dZ
             }
             float p[F::M][F::GROUPS][4] = {}, d[F::M][F::GROUPS][4] = {}, lse[2 * F::M], dot[2 * F::M];  // (2)
-UNROLL
-            for (int x = 0; x < 2 * F::M; x++) {  // of this lane's rows, asked for before the products that hide the wait
+            UNROLL
+            for (int x = 0; x < 2 * F::M;
+                 x++) {  // of this lane's rows, asked for before the products that hide the wait
                 int query = i0 + 16 * (F::M * wr + x / 2) + lane / 4 + x % 2 * 8, i = head * T + min_int(query, T - 1);
                 Pack<float, 2> s = load<2>(stats + 2 * (size_t)i);  // maximum, 1 / sum
                 lse[x] = s.v[0] * LOG2E - log2f(s.v[1]), dot[x] = dots[i];
             }
-UNROLL
+            UNROLL
             for (int o = 0; o < CH; o++) {
                 rows_product<WIDTH, F::M, F::GROUPS, F::PITCH>(d, dz_rows + o * F::DZ + 16 * F::M * wr * F::PITCH,
                                                                v_rows + o * F::V + 8 * F::GROUPS * wc * F::PITCH);
             }
             if constexpr (CQ > 0) {
-                conv_product<CQ, F::GROUPS, -1, F::FAR_PITCH, 0>(p[0], scores + (F::HALO + 16 * wr) * F::FAR_PITCH, 8 * F::GROUPS * wc, bands);
+                conv_product<CQ, F::GROUPS, -1, F::FAR_PITCH, 0>(p[0], scores + (F::HALO + 16 * wr) * F::FAR_PITCH,
+                                                                 8 * F::GROUPS * wc, bands);
             } else {
-                rows_product<WIDTH, F::M, F::GROUPS, F::PITCH>(p, q_tile + 16 * F::M * wr * F::PITCH, k_rows + 8 * F::GROUPS * wc * F::PITCH);
+                rows_product<WIDTH, F::M, F::GROUPS, F::PITCH>(p, q_tile + 16 * F::M * wr * F::PITCH,
+                                                               k_rows + 8 * F::GROUPS * wc * F::PITCH);
             }
-            const int left = j0 - F::SIDE + 8 * F::GROUPS * wc, upper = i0 + 16 * F::M * wr;  // first key and first query of the warp
-            if (left < 0 || left + 8 * F::GROUPS > upper || upper + 16 * F::M > T) {  // over the diagonal, before key 0 or below the last query
-UNROLL
+            const int left = j0 - F::SIDE + 8 * F::GROUPS * wc,
+                      upper = i0 + 16 * F::M * wr;  // first key and first query of the warp
+            if (left < 0 || left + 8 * F::GROUPS > upper ||
+                upper + 16 * F::M > T) {  // over the diagonal, before key 0 or below the last query
+                UNROLL
                 for (int x = 0; x < 4 * F::M * F::GROUPS; x++) {
-                    int m = x / 4 / F::GROUPS, g = x / 4 % F::GROUPS, e = x % 4, query = upper + 16 * m + lane / 4 + e / 2 * 8, key = left + 8 * g + lane % 4 * 2 + e % 2;
+                    int m = x / 4 / F::GROUPS, g = x / 4 % F::GROUPS, e = x % 4,
+                        query = upper + 16 * m + lane / 4 + e / 2 * 8, key = left + 8 * g + lane % 4 * 2 + e % 2;
                     if (key < 0 || key > query || query >= T) { p[m][g][e] = -INFINITY; }
                     if (query == 0) { d[m][g][e] = dot[2 * m + e / 2]; }  // it has one key: its P is constant
                 }
             }
-UNROLL
+            UNROLL
             for (int x = 0; x < 2 * F::M; x++) {
                 const int m = x / 2, e = x % 2 * 2, r = 16 * (F::M * wr + m) + lane / 4 + 4 * e;
                 const float unit = CQ ? LOG2E : LOG2E * f.scale;
-UNROLL
+                UNROLL
                 for (int g = 0; g < F::GROUPS; g++) {
                     int column = 8 * (F::GROUPS * wc + g) + lane % 4 * 2;
                     float own_p[2], own_d[2];
-UNROLL
+                    UNROLL
                     for (int y = 0; y < 2; y++) {
                         own_p[y] = exponential2(p[m][g][e + y] * unit - lse[x]);
                         own_d[y] = own_p[y] * (d[m][g][e + y] - dot[x]) * gain;
                     }
                     int own = column - F::SIDE;  // of the block's own 64 keys
-                    if (own >= 0 && own < FLASH_KEYS) { *reinterpret_cast<unsigned*>(att + r * F::KEYS_PITCH + own) = pack_bf16(own_p[0], own_p[1]); }
-                    if (CQ) { *reinterpret_cast<unsigned*>(dlogits + r * F::NEAR_PITCH + column) = pack_half(own_d[0], own_d[1]); }
-                    else { *reinterpret_cast<unsigned*>(dscores + r * F::KEYS_PITCH + column) = pack_bf16(own_d[0], own_d[1]); }
+                    if (own >= 0 && own < FLASH_KEYS) {
+                        *reinterpret_cast<unsigned*>(att + r * F::KEYS_PITCH + own) = pack_bf16(own_p[0], own_p[1]);
+                    }
+                    if (CQ) {
+                        *reinterpret_cast<unsigned*>(dlogits + r * F::NEAR_PITCH + column) =
+                            pack_half(own_d[0], own_d[1]);
+                    } else {
+                        *reinterpret_cast<unsigned*>(dscores + r * F::KEYS_PITCH + column) =
+                            pack_bf16(own_d[0], own_d[1]);
+                    }
                 }
             }
-            __syncthreads();  // P and dL of all rows are there
+            __syncthreads();         // P and dL of all rows are there
             if constexpr (CQ > 0) {  // (3)
                 float c[4][4] = {};
-                conv_product<CQ, 4, 1, F::NEAR_PITCH, 0>(c, dlogits + 16 * wr * F::NEAR_PITCH, 32 * wc, bands + F::BANDS);
-UNROLL
+                conv_product<CQ, 4, 1, F::NEAR_PITCH, 0>(c, dlogits + 16 * wr * F::NEAR_PITCH, 32 * wc,
+                                                         bands + F::BANDS);
+                UNROLL
                 for (int g = 0; g < 4; g++) {
-UNROLL
+                    UNROLL
                     for (int e = 0; e < 4; e += 2) {
-                        int r = 16 * wr + lane / 4 + 4 * e, column = 32 * wc + 8 * g + lane % 4 * 2, back = i0 + r - (j0 + column);
+                        int r = 16 * wr + lane / 4 + 4 * e, column = 32 * wc + 8 * g + lane % 4 * 2,
+                            back = i0 + r - (j0 + column);
                         *reinterpret_cast<unsigned*>(dscores + r * F::KEYS_PITCH + column) =
                             pack_bf16(back >= 0 ? c[g][e] * ungain : 0.0f, back >= 1 ? c[g][e + 1] * ungain : 0.0f);
                     }
                 }
                 unsigned d[2][4];  // dL of 16 rows and the warp's 4 groups of own keys
-UNROLL
-                for (int g = 0; g < 2; g++) { load_b_transposed<F::NEAR_PITCH>(d[g], dlogits + 16 * wr * F::NEAR_PITCH + F::SIDE + 32 * wc + 16 * g); }
-UNROLL
+                UNROLL
+                for (int g = 0; g < 2; g++) {
+                    load_b_transposed<F::NEAR_PITCH>(d[g],
+                                                     dlogits + 16 * wr * F::NEAR_PITCH + F::SIDE + 32 * wc + 16 * g);
+                }
+                UNROLL
                 for (int s = 0; s < 6; s++) {  // the groups of S that touch them: group s the dL groups s-2, s-1 and s
-UNROLL
+                    UNROLL
                     for (int u = 0; u < CQ; u += 2) {
                         unsigned a[4];  // S transposed: rows 0-7 of tap u, of tap u+1, then rows 8-15
                         int tap = u + lane / 8 % 2;
-                        ldmatrix_transposed(a, scores + (F::HALO + 16 * wr - tap + lane / 16 * 8 + lane % 8) * F::FAR_PITCH + F::SIDE + 32 * wc + 8 * s);
-UNROLL
+                        ldmatrix_transposed(a, scores +
+                                                   (F::HALO + 16 * wr - tap + lane / 16 * 8 + lane % 8) * F::FAR_PITCH +
+                                                   F::SIDE + 32 * wc + 8 * s);
+                        UNROLL
                         for (int b = 0; b < 3; b++) {
                             int g = s - 2 + b;
-                            if (g >= 0 && g < 4) { mma_half(theta[u / 2][b], a, d[g / 2][g % 2 * 2], d[g / 2][g % 2 * 2 + 1]); }
+                            if (g >= 0 && g < 4) {
+                                mma_half(theta[u / 2][b], a, d[g / 2][g % 2 * 2], d[g / 2][g % 2 * 2 + 1]);
+                            }
                         }
                     }
                 }
             }
-            columns_product<F::ROWS, CH, K_GROUPS, true, F::KEYS_PITCH, F::PITCH>(dv_sum, att + v_key, dz_rows + v_block * F::DZ + v_column);
+            columns_product<F::ROWS, CH, K_GROUPS, true, F::KEYS_PITCH, F::PITCH>(dv_sum, att + v_key,
+                                                                                  dz_rows + v_block * F::DZ + v_column);
             __syncthreads();  // dS is there, and all have left dZ
             if (tile > first) { dz_load(tile - 1); }
             copy_commit();
             if constexpr (CQ > 0) {  // the first rows of dL are the rows below of the next tile
                 for (int t = threadIdx.x; t < 8 * F::NEAR / 2; t += FLASH_THREADS) {
                     int at = t / (F::NEAR / 2) * F::NEAR_PITCH + t % (F::NEAR / 2) * 2;
-                    *reinterpret_cast<unsigned*>(dlogits + F::ROWS * F::NEAR_PITCH + at) = *reinterpret_cast<const unsigned*>(dlogits + at);
+                    *reinterpret_cast<unsigned*>(dlogits + F::ROWS * F::NEAR_PITCH + at) =
+                        *reinterpret_cast<const unsigned*>(dlogits + at);
                 }
             }
-            columns_product<F::ROWS, 1, K_GROUPS, true, F::KEYS_PITCH, F::PITCH>(dk_sum, dscores + 16 * wr, q_tile + F::HALO * F::PITCH + WIDTH / 2 * wc);  // (4)
+            columns_product<F::ROWS, 1, K_GROUPS, true, F::KEYS_PITCH, F::PITCH>(
+                dk_sum, dscores + 16 * wr, q_tile + F::HALO * F::PITCH + WIDTH / 2 * wc);  // (4)
             float c[F::M][K_GROUPS][4] = {};
-            columns_product<FLASH_KEYS, F::M, K_GROUPS, false, F::KEYS_PITCH, F::PITCH>(c, dscores + 16 * F::M * wr * F::KEYS_PITCH,
-                                                                                       k_rows + 2 * F::SIDE * F::PITCH + WIDTH / 2 * wc);
-UNROLL
+            columns_product<FLASH_KEYS, F::M, K_GROUPS, false, F::KEYS_PITCH, F::PITCH>(
+                c, dscores + 16 * F::M * wr * F::KEYS_PITCH, k_rows + 2 * F::SIDE * F::PITCH + WIDTH / 2 * wc);
+            UNROLL
             for (int x = 0; x < 2 * F::M; x++) {
                 int i = i0 + 16 * (F::M * wr + x / 2) + lane / 4 + x % 2 * 8, e = x % 2 * 2;
                 float* row = dq + blockIdx.x * all + head * size + (size_t)i * HS + WIDTH / 2 * wc + lane % 4 * 2;
-UNROLL
+                UNROLL
                 for (int g = 0; g < K_GROUPS; g++) {  // HS is a multiple of 8
-                    add_pair(row + 8 * g, c[x / 2][g][e] * f.scale, c[x / 2][g][e + 1] * f.scale, i < T && WIDTH / 2 * wc + 8 * g < HS);
+                    add_pair(row + 8 * g, c[x / 2][g][e] * f.scale, c[x / 2][g][e + 1] * f.scale,
+                             i < T && WIDTH / 2 * wc + 8 * g < HS);
                 }
             }
         }
         // c[g] of keys from `key` on, from column `column` on
-        auto rows_put = [&](float* to, const float (*c)[4], int key, int column, float scale) {
-UNROLL
+        auto rows_put = [&](float* to, const float(*c)[4], int key, int column, float scale) {
+            UNROLL
             for (int g = 0; g < K_GROUPS; g++) {
-UNROLL
+                UNROLL
                 for (int e = 0; e < 4; e += 2) {
                     int j = j0 + key + lane / 4 + 4 * e, at = column + 8 * g + lane % 4 * 2;
-                    if (j < T && at < HS) { store<2>(to + (size_t)j * HS + at, Pack<float, 2>{{c[g][e] * scale, c[g][e + 1] * scale}}); }
+                    if (j < T && at < HS) {
+                        store<2>(to + (size_t)j * HS + at, Pack<float, 2>{{c[g][e] * scale, c[g][e + 1] * scale}});
+                    }
                 }
             }
         };
         rows_put(dk + head * size, dk_sum[0], 16 * wr, WIDTH / 2 * wc, f.scale);
-UNROLL
-        for (int m = 0; m < CH; m++) { rows_put(dv + (head - group) * all + (group + v_block) * size, dv_sum[m], v_key + 16 * m, v_column, 1); }
+        UNROLL
+        for (int m = 0; m < CH; m++) {
+            rows_put(dv + (head - group) * all + (group + v_block) * size, dv_sum[m], v_key + 16 * m, v_column, 1);
+        }
     }
     if constexpr (CQ > 0) {  // dtheta[u,v]: the diagonal v = column of dL - column of S of what the 8 warps have
         float* sums = reinterpret_cast<float*>(q_rows);  // (8, 8 CQ, 24)
-        __syncthreads();  // all have left the queries
-UNROLL
+        __syncthreads();                                 // all have left the queries
+        UNROLL
         for (int x = 0; x < CQ / 2 * 3 * 4; x++) {
             int u = x / 12, b = x / 4 % 3, e = x % 4;
             sums[(warp * 8 * CQ + 16 * u + lane / 4 + e / 2 * 8) * 24 + 8 * b + lane % 4 * 2 + e % 2] = theta[u][b][e];
@@ -2731,22 +3097,39 @@ UNROLL
     }
 }
 
-// The kernels exist for head sizes up to 64, 96 and 128, with and without the mixing of pairs, with and without a convolution (fewer taps are zeros in it).
-// Calls launch(WIDTH, CH, CQ) with the constants that serve.
-template <int N>
-using Constant = std::integral_constant<int, N>;
-template <typename Launch>
-static void flash_pick(int HS, int ch, bool conv, Launch launch) {
-    auto heads = [&](auto width, auto taps) { if (ch == 2) { launch(width, Constant<2>(), taps); } else { launch(width, Constant<1>(), taps); } };
-    auto taps = [&](auto width) { if (conv) { heads(width, Constant<FLASH_TAPS>()); } else { heads(width, Constant<0>()); } };
-    if (HS <= 64) { taps(Constant<64>()); } else if (HS <= 96) { taps(Constant<96>()); } else { taps(Constant<128>()); }
+// The kernels exist for head sizes up to 64, 96 and 128, with and without the mixing of pairs, with and without a
+// convolution (fewer taps are zeros in it). Calls launch(WIDTH, CH, CQ) with the constants that serve.
+template <int N> using Constant = std::integral_constant<int, N>;
+template <typename Launch> static void flash_pick(int HS, int ch, bool conv, Launch launch) {
+    auto heads = [&](auto width, auto taps) {
+        if (ch == 2) {
+            launch(width, Constant<2>(), taps);
+        } else {
+            launch(width, Constant<1>(), taps);
+        }
+    };
+    auto taps = [&](auto width) {
+        if (conv) {
+            heads(width, Constant<FLASH_TAPS>());
+        } else {
+            heads(width, Constant<0>());
+        }
+    };
+    if (HS <= 64) {
+        taps(Constant<64>());
+    } else if (HS <= 96) {
+        taps(Constant<96>());
+    } else {
+        taps(Constant<128>());
+    }
 }
 
 // Bytes of shared memory of the larger of the two kernels
 static size_t flash_shared(int HS, int ch, bool conv) {
     size_t bytes = 0;
     flash_pick(HS, ch, conv, [&](auto width, auto heads, auto taps) {
-        bytes = std::max<size_t>(FlashForward<width(), heads(), taps()>::BYTES, FlashBackward<width(), heads(), taps()>::BYTES);
+        bytes = std::max<size_t>(FlashForward<width(), heads(), taps()>::BYTES,
+                                 FlashBackward<width(), heads(), taps()>::BYTES);
     });
     return bytes;
 }
@@ -2757,17 +3140,20 @@ static void flash_forward(floatX* z, float* stats, const Flash* f, int ch, Cuda*
         typedef FlashForward<width(), heads(), taps()> F;
         auto fused_forward = flash_forward_kernel<width(), heads(), taps()>;  // benches name launches by it
         allow_shared(fused_forward, F::BYTES);
-        LAUNCH(fused_forward, dim3(ceil_div(f->T, F::ROWS), f->NH, f->S), FLASH_THREADS, F::BYTES, g->stream, z, stats, *f);
+        LAUNCH(fused_forward, dim3(ceil_div(f->T, F::ROWS), f->NH, f->S), FLASH_THREADS, F::BYTES, g->stream, z, stats,
+               *f);
         launchCheck(g->stream);
     });
 }
 
-// Blocks that share the keys of a head, each with a dq of its own: enough that 132 multiprocessors have two blocks each (the emulator's builds set less, so that
-// the tests have blocks that walk over several tiles of keys).
+// Blocks that share the keys of a head, each with a dq of its own: enough that 132 multiprocessors have two blocks each
+// (the emulator's builds set less, so that the tests have blocks that walk over several tiles of keys).
 #if !defined(FLASH_BLOCKS)
 #define FLASH_BLOCKS 264
 #endif
-static int flash_splits(int S, int NH, int T) { return max_int(1, min_int(ceil_div(T, FLASH_KEYS), FLASH_BLOCKS / (S * NH))); }
+static int flash_splits(int S, int NH, int T) {
+    return max_int(1, min_int(ceil_div(T, FLASH_KEYS), FLASH_BLOCKS / (S * NH)));
+}
 enum { PREPARE_BLOCKS = 32 };  // of flash_prepare_kernel for a group of heads of a sequence, at most
 static int prepare_blocks(int T) { return min_int(PREPARE_BLOCKS, ceil_div(T, ROW_WARPS)); }
 
@@ -2779,62 +3165,89 @@ typedef struct {
     float* parts;      // of the weights' gradients
 } FlashScratch;
 
-// dq (splits,S,NH,T,HS), dk (S,NH,T,HS), dv (ch parts,S,NH,T,HS) are set; sums of dweights in double are added to. mix (NH/ch,ch,ch)
-static void flash_backward(float* dq, float* dk, float* dv, double* dconv, double* dmix, const floatX* dout, const floatX* z, const float* stats, const float* mix,
-                           const Flash* f, int ch, const FlashScratch* s, Cuda* g) {
+// dq (splits,S,NH,T,HS), dk (S,NH,T,HS), dv (ch parts,S,NH,T,HS) are set; sums of dweights in double are added to. mix
+// (NH/ch,ch,ch)
+static void flash_backward(float* dq, float* dk, float* dv, double* dconv, double* dmix, const floatX* dout,
+                           const floatX* z, const float* stats, const float* mix, const Flash* f, int ch,
+                           const FlashScratch* s, Cuda* g) {
     int splits = flash_splits(f->S, f->NH, f->T), blocks = prepare_blocks(f->T), groups = f->NH / ch;
     cudaCheck(cudaMemsetAsync(dq, 0, (size_t)splits * f->S * f->NH * f->T * f->HS * sizeof(float), g->stream));
     cudaCheck(cudaMemsetAsync(s->bounds, 0, (size_t)f->S * f->NH * 2 * sizeof(unsigned), g->stream));
     auto fused_prepare = ch == 2 ? flash_prepare_kernel<2> : flash_prepare_kernel<1>;
-    LAUNCH(fused_prepare, dim3(blocks, groups, f->S), ROW_THREADS, ROW_WARPS * ch * ch * sizeof(float), g->stream, s->dz, s->dots, s->bounds, s->parts, dout, z, mix, *f);
+    LAUNCH(fused_prepare, dim3(blocks, groups, f->S), ROW_THREADS, ROW_WARPS * ch * ch * sizeof(float), g->stream,
+           s->dz, s->dots, s->bounds, s->parts, dout, z, mix, *f);
     launchCheck(g->stream);
     if (ch > 1) { sums_add(dmix, s->parts, f->S, groups, blocks, ch * ch, g); }
     flash_pick(f->HS, ch, f->conv, [&](auto width, auto heads, auto taps) {
         typedef FlashBackward<width(), heads(), taps()> F;
         auto fused_backward = flash_backward_kernel<width(), heads(), taps()>;
         allow_shared(fused_backward, F::BYTES);
-        LAUNCH(fused_backward, dim3(splits, f->NH, f->S), FLASH_THREADS, F::BYTES, g->stream, dq, dk, dv, s->parts, ch > 1 ? s->dz : dout, stats, s->dots, s->bounds, *f);
+        LAUNCH(fused_backward, dim3(splits, f->NH, f->S), FLASH_THREADS, F::BYTES, g->stream, dq, dk, dv, s->parts,
+               ch > 1 ? s->dz : dout, stats, s->dots, s->bounds, *f);
         launchCheck(g->stream);
     });
     if (f->conv) { sums_add(dconv, s->parts, f->S, f->NH, splits, f->cq * f->ck, g); }
 }
 
-static void flash_attention_forward(floatX* out, float* stats, const floatX* q, const floatX* k, const floatX* v, const Attention* a, Cuda* g) {
+static void flash_attention_forward(floatX* out, float* stats, const floatX* q, const floatX* k, const floatX* v,
+                                    const Attention* a, Cuda* g) {
     size_t sequence = (size_t)a->NH * a->T * a->HS;
-    Flash f = {q, k, v, a->conv_pre, a->B, a->T, a->NH, a->HS, a->cq, a->ck, a->B * sequence, 0, (float)(1.0 / sqrt(a->HS))};
+    Flash f = {
+        q, k, v, a->conv_pre, a->B, a->T, a->NH, a->HS, a->cq, a->ck, a->B * sequence, 0, (float)(1.0 / sqrt(a->HS))};
     flash_forward(out, stats, &f, mix_parts(a), g);
 }
-static void flash_attention_backward(const AttentionSums* sums, const floatX* dout, const floatX* out, const Heads* x, const Attention* a, int S,
-                                     const AttentionScratch* scratch, Cuda* g) {
+static void flash_attention_backward(const AttentionSums* sums, const floatX* dout, const floatX* out, const Heads* x,
+                                     const Attention* a, int S, const AttentionScratch* scratch, Cuda* g) {
     size_t sequence = (size_t)a->NH * a->T * a->HS;
-    Flash f = {x->q, x->k, x->v, a->conv_pre, S, a->T, a->NH, a->HS, a->cq, a->ck, a->B * sequence, S * sequence, (float)(1.0 / sqrt(a->HS))};
+    Flash f = {x->q,
+               x->k,
+               x->v,
+               a->conv_pre,
+               S,
+               a->T,
+               a->NH,
+               a->HS,
+               a->cq,
+               a->ck,
+               a->B * sequence,
+               S * sequence,
+               (float)(1.0 / sqrt(a->HS))};
     FlashScratch s = {scratch->dz, scratch->dots, scratch->bounds, scratch->parts};
-    flash_backward(scratch->dq, scratch->dk, scratch->dv, sums->conv_pre, sums->mix_post, dout, out, x->stats, a->pair_mix, &f, mix_parts(a), &s, g);
+    flash_backward(scratch->dq, scratch->dk, scratch->dv, sums->conv_pre, sums->mix_post, dout, out, x->stats,
+                   a->pair_mix, &f, mix_parts(a), &s, g);
 }
 #else  // flash_serves says no to every layer
 static int flash_splits(int, int, int) { return 1; }
 static int prepare_blocks(int) { return 0; }
 static size_t flash_shared(int, int, bool) { return 0; }
-static void flash_attention_forward(floatX*, float*, const floatX*, const floatX*, const floatX*, const Attention*, Cuda*) { assert(false); }
-static void flash_attention_backward(const AttentionSums*, const floatX*, const floatX*, const Heads*, const Attention*, int, const AttentionScratch*, Cuda*) {
+static void flash_attention_forward(floatX*, float*, const floatX*, const floatX*, const floatX*, const Attention*,
+                                    Cuda*) {
+    assert(false);
+}
+static void flash_attention_backward(const AttentionSums*, const floatX*, const floatX*, const Heads*, const Attention*,
+                                     int, const AttentionScratch*, Cuda*) {
     assert(false);
 }
 #endif
 
-// Do the fused kernels serve layer l? What stands in the config decides, and `chunk`: one that is asked for means the chunks. Only where the device has the shared
-// memory (model_create).
+// Do the fused kernels serve layer l? What stands in the config decides, and `chunk`: one that is asked for means the
+// chunks. Only where the device has the shared memory (model_create).
 static bool flash_serves(const Config* c, int l, int chunk) {
     int HS = config_head_size(c), ch = c->attention_type == ATTENTION_DIFF ? 2 : c->head_mix_post_softmax;
-    bool conv = config_conv_pre(c, l), small = c->kq_conv_query_size <= FLASH_TAPS && c->kq_conv_key_size / 2 <= FLASH_REACH;
-    return !EXACT && chunk == 0 && HS % 8 == 0 && HS <= FLASH_HEAD && !c->head_mix_pre_softmax && !config_conv_post(c, l) && (ch == 0 || ch == 2) && (!conv || small);
+    bool conv = config_conv_pre(c, l),
+         small = c->kq_conv_query_size <= FLASH_TAPS && c->kq_conv_key_size / 2 <= FLASH_REACH;
+    return !EXACT && chunk == 0 && HS % 8 == 0 && HS <= FLASH_HEAD && !c->head_mix_pre_softmax &&
+           !config_conv_post(c, l) && (ch == 0 || ch == 2) && (!conv || small);
 }
-// The chunk that a model without a given one takes on a device with this much shared memory for a block: 0, the fused kernels where they serve, or, where it is too
-// little for them (163 KiB of an A100), that of attention_chunk.
+// The chunk that a model without a given one takes on a device with this much shared memory for a block: 0, the fused
+// kernels where they serve, or, where it is too little for them (163 KiB of an A100), that of attention_chunk.
 static int attention_chunk_on(const Config* c, int T, size_t shared) {
     size_t needed = 0;
     for (int l = 0; l < c->num_hidden_layers; l++) {
         if (flash_serves(c, l, 0)) {
-            needed = std::max(needed, flash_shared(config_head_size(c), c->attention_type == ATTENTION_DIFF ? 2 : c->head_mix_post_softmax, config_conv_pre(c, l)));
+            needed = std::max(needed, flash_shared(config_head_size(c),
+                                                   c->attention_type == ATTENTION_DIFF ? 2 : c->head_mix_post_softmax,
+                                                   config_conv_pre(c, l)));
         }
     }
     return needed > shared ? attention_chunk(T) : 0;
@@ -2842,17 +3255,22 @@ static int attention_chunk_on(const Config* c, int T, size_t shared) {
 // =====================================================================================================================
 // Fast paths: the launches of a pass as a CUDA graph
 //
-// A pass over all layers is thousands of launches where attention goes chunk by chunk; as a graph the host pays for one.
-// Capture freezes every pointer, scalar and grid: what changes from one micro-batch to the next lies in device memory or
-// is launched outside of the pass.
+// A pass over all layers is thousands of launches where attention goes chunk by chunk; as a graph the host pays for
+// one. Capture freezes every pointer, scalar and grid: what changes from one micro-batch to the next lies in device
+// memory or is launched outside of the pass.
 
-typedef struct { int calls; cudaGraphExec_t graph; } Replay;
+typedef struct {
+    int calls;
+    cudaGraphExec_t graph;
+} Replay;
 
 // Runs pass(), which launches and never waits, with the same arguments at every call: directly at the first call, when
 // kernels are loaded and cuBLAS chooses; the second call captures it, and from then on it is replayed.
-template <typename Pass>
-static void replay(Replay* r, const Pass& pass, Cuda* g) {
-    if (r->calls++ == 0) { pass(); return; }
+template <typename Pass> static void replay(Replay* r, const Pass& pass, Cuda* g) {
+    if (r->calls++ == 0) {
+        pass();
+        return;
+    }
     if (!r->graph) {
         cudaGraph_t graph = NULL;
         cudaCheck(cudaStreamBeginCapture(g->stream, cudaStreamCaptureModeThreadLocal));
@@ -2867,78 +3285,85 @@ static void replay(Replay* r, const Pass& pass, Cuda* g) {
 // =====================================================================================================================
 // The model: state and memory
 
-// Pointers to one layer's tensors inside an arena (weights or gradients), in the order of TensorKind; NULL where the model has none.
-template <typename T>
-struct LayerOf {
-    T *input_norm, *q, *k, *v, *o, *kq_conv, *kq_conv_post, *head_mix_pre, *head_mix, *head_norm, *gate_weight, *gate_bias;
+// Pointers to one layer's tensors inside an arena (weights or gradients), in the order of TensorKind; NULL where the
+// model has none.
+template <typename T> struct LayerOf {
+    T *input_norm, *q, *k, *v, *o, *kq_conv, *kq_conv_post, *head_mix_pre, *head_mix, *head_norm, *gate_weight,
+        *gate_bias;
     T *lambda_q1, *lambda_k1, *lambda_q2, *lambda_k2, *post_norm, *gate_proj, *up_proj, *down_proj;
 };
 
-// What the backward pass computes again instead of keeping it: nothing; norms and head outputs; all of a layer but its input.
+// What the backward pass computes again instead of keeping it: nothing; norms and head outputs; all of a layer but its
+// input.
 typedef enum { RECOMPUTE_NONE, RECOMPUTE_ELEMENTWISE, RECOMPUTE_BLOCK } Recompute;
 
-// What the forward pass keeps for the backward pass. N = B*T rows, all layers behind one another: layer l of x starts at l*N*C.
-// LA, LE: layers kept of what RECOMPUTE_BLOCK, and already RECOMPUTE_ELEMENTWISE, computes again: L or 1.
+// What the forward pass keeps for the backward pass. N = B*T rows, all layers behind one another: layer l of x starts
+// at l*N*C. LA, LE: layers kept of what RECOMPUTE_BLOCK, and already RECOMPUTE_ELEMENTWISE, computes again: L or 1.
 typedef struct {
-    float* x;               // (L+1,N,C) residual stream before each layer, and after the last
-    float* x_mid;           // (LA,N,C) after attention
-    floatX *ln1, *ln2;      // (LE,N,C) normalised inputs of attention and MLP
-    float *rstd1, *rstd2;   // (LA,N)
-    floatX *q, *k, *v;      // (LA,B,NH,T,HS) q and k rotated
-    float* stats;           // (LA,B,NH,T,2) maximum and 1 / sum of the score rows
-    floatX* att;            // (LA,parts,B,NH,T,HS) output of the heads, in parts where head_output mixes
-    floatX* out;            // (LE,N,C) after head_norm and head_gate
-    floatX* gate_up;        // (LA,N,2*FF)
-    floatX* ln_f;           // (N,C)
-    float* rstd_f;          // (N)
+    float* x;              // (L+1,N,C) residual stream before each layer, and after the last
+    float* x_mid;          // (LA,N,C) after attention
+    floatX *ln1, *ln2;     // (LE,N,C) normalised inputs of attention and MLP
+    float *rstd1, *rstd2;  // (LA,N)
+    floatX *q, *k, *v;     // (LA,B,NH,T,HS) q and k rotated
+    float* stats;          // (LA,B,NH,T,2) maximum and 1 / sum of the score rows
+    floatX* att;           // (LA,parts,B,NH,T,HS) output of the heads, in parts where head_output mixes
+    floatX* out;           // (LE,N,C) after head_norm and head_gate
+    floatX* gate_up;       // (LA,N,2*FF)
+    floatX* ln_f;          // (N,C)
+    float* rstd_f;         // (N)
 } Activations;
 
 // What no pass keeps.
 typedef struct {
-    floatX *qkv, *act, *dgate_up;      // (N,(NH+2*NKV)*HS), also its gradient; (N,FF); (N,2*FF)
-    float *branch, *dx;                // (N,C) what a layer adds to the residual stream; the stream's gradient
-    floatX *dx_rounded, *dln;          // (N,C) that gradient for the products; gradient of a normalised input
-    floatX *dout, *datt;               // (N,C) gradients of the head outputs, of the heads
-    floatX* logits;                    // (rows of a classifier chunk, V rounded up)
-    float* losses;                     // (N)
-    unsigned char* wrong;              // (N)
-    int *tokens, *targets;             // (N)
-    int *rows, *starts;                // (N), (N+1) rows by token, for embedding_backward
-    float *parts, *head_stats;         // partial sums of norm and gate weights; (N*NH,3) of head_output_backward
-    double* norm_parts;                // (NORM_BLOCKS) of the gradient norm
-    float* pair_mix;                   // (NH/2,2,2) in fp32: diff's mixing, or a copy of head_mix for the fused kernels
-    double* sums;                      // AttentionSums
+    floatX *qkv, *act, *dgate_up;  // (N,(NH+2*NKV)*HS), also its gradient; (N,FF); (N,2*FF)
+    float *branch, *dx;            // (N,C) what a layer adds to the residual stream; the stream's gradient
+    floatX *dx_rounded, *dln;      // (N,C) that gradient for the products; gradient of a normalised input
+    floatX *dout, *datt;           // (N,C) gradients of the head outputs, of the heads
+    floatX* logits;                // (rows of a classifier chunk, V rounded up)
+    float* losses;                 // (N)
+    unsigned char* wrong;          // (N)
+    int *tokens, *targets;         // (N)
+    int *rows, *starts;            // (N), (N+1) rows by token, for embedding_backward
+    float *parts, *head_stats;     // partial sums of norm and gate weights; (N*NH,3) of head_output_backward
+    double* norm_parts;            // (NORM_BLOCKS) of the gradient norm
+    float* pair_mix;               // (NH/2,2,2) in fp32: diff's mixing, or a copy of head_mix for the fused kernels
+    double* sums;                  // AttentionSums
     AttentionScratch attention;
-    float *cosine, *sine;              // (T,HS/2)
-    void* workspace;                   // cuBLAS' own; what it would allocate itself could not be captured
+    float *cosine, *sine;  // (T,HS/2)
+    void* workspace;       // cuBLAS' own; what it would allocate itself could not be captured
 } Scratch;
 
-typedef struct { const char* name; void** ptr; size_t bytes; } Buffer;
+typedef struct {
+    const char* name;
+    void** ptr;
+    size_t bytes;
+} Buffer;
 
 typedef struct {
     Config config;
     TensorList tensors;
-    int B, T;                          // the largest micro-batch
-    int chunk, sequences;              // queries, and sequences, of an attention chunk
-    bool flash;                        // fused attention where it serves
-    int att_parts;                     // of acts.att
-    int logit_rows;                    // rows of a classifier chunk
+    int B, T;              // the largest micro-batch
+    int chunk, sequences;  // queries, and sequences, of an attention chunk
+    bool flash;            // fused attention where it serves
+    int att_parts;         // of acts.att
+    int logit_rows;        // rows of a classifier chunk
     Recompute recompute;
-    floatX* weights;                   // arenas of tensors.numel
-    float *master, *grads, *m, *v;     // master is weights where storage is fp32
+    floatX* weights;                // arenas of tensors.numel
+    float *master, *grads, *m, *v;  // master is weights where storage is fp32
     char *activation_memory, *scratch_memory;
     Activations acts;
     Scratch scratch;
     AttentionSums sums;
-    unsigned char* wrong;              // (N) on the host: counted targets that another id beats
-    float* losses;                     // (N) on the host
-    int *rows, *starts;                // (N), (N+1) on the host
-    bool graphs;                       // are passes replayed as graphs?
-    Replay forward, backward;          // of layers_forward and layers_backward at B x T
+    unsigned char* wrong;      // (N) on the host: counted targets that another id beats
+    float* losses;             // (N) on the host
+    int *rows, *starts;        // (N), (N+1) on the host
+    bool graphs;               // are passes replayed as graphs?
+    Replay forward, backward;  // of layers_forward and layers_backward at B x T
     Cuda cuda;
 } Model;
 
-// Sets every pointer of the list; with base NULL it only measures, so that size and layout cannot disagree. Returns bytes.
+// Sets every pointer of the list; with base NULL it only measures, so that size and layout cannot disagree. Returns
+// bytes.
 static size_t carve(const Buffer* buffers, int n, char* base) {
     size_t offset = 0;
     for (int i = 0; i < n; i++) {
@@ -2951,27 +3376,48 @@ static size_t carve(const Buffer* buffers, int n, char* base) {
 // Parts of the heads' outputs: 2 where some layer's mixing is left to head_output
 static int att_parts(const Config* c, int chunk) {
     bool mixes = c->attention_type == ATTENTION_DIFF || c->head_mix_post_softmax;
-    for (int l = 0; l < c->num_hidden_layers; l++) { if (mixes && flash_serves(c, l, chunk)) { return 2; } }
+    for (int l = 0; l < c->num_hidden_layers; l++) {
+        if (mixes && flash_serves(c, l, chunk)) { return 2; }
+    }
     return 1;
 }
 
-static size_t carve_activations(Activations* a, const Config* c, int B, int T, int chunk, Recompute recompute, char* base) {
-    size_t N = (size_t)B * T, L = (size_t)c->num_hidden_layers, NH = (size_t)c->num_attention_heads, F = 2 * (size_t)c->intermediate_size;
+static size_t carve_activations(Activations* a, const Config* c, int B, int T, int chunk, Recompute recompute,
+                                char* base) {
+    size_t N = (size_t)B * T, L = (size_t)c->num_hidden_layers, NH = (size_t)c->num_attention_heads,
+           F = 2 * (size_t)c->intermediate_size;
     size_t LA = recompute == RECOMPUTE_BLOCK ? 1 : L, LE = recompute == RECOMPUTE_NONE ? L : 1;
     size_t row = N * (size_t)c->hidden_size * sizeof(floatX), f = sizeof(float), stream = row / sizeof(floatX) * f;
-#define BUFFER(name, bytes) {#name, (void**)&a->name, bytes}
+#define BUFFER(name, bytes) \
+    { #name, (void**)&a->name, bytes }
     const Buffer list[] = {
-        BUFFER(x, (L + 1) * stream), BUFFER(x_mid, LA * stream), BUFFER(ln1, LE * row), BUFFER(ln2, LE * row), BUFFER(rstd1, LA * N * f),
-        BUFFER(rstd2, LA * N * f), BUFFER(q, LA * row), BUFFER(k, LA * row), BUFFER(v, LA * row), BUFFER(stats, LA * N * NH * 2 * f), BUFFER(att, LA * row * att_parts(c, chunk)),
-        BUFFER(out, LE * row), BUFFER(gate_up, LA * N * F * sizeof(floatX)), BUFFER(ln_f, row), BUFFER(rstd_f, N * f),
+        BUFFER(x, (L + 1) * stream),
+        BUFFER(x_mid, LA * stream),
+        BUFFER(ln1, LE * row),
+        BUFFER(ln2, LE * row),
+        BUFFER(rstd1, LA * N * f),
+        BUFFER(rstd2, LA * N * f),
+        BUFFER(q, LA * row),
+        BUFFER(k, LA * row),
+        BUFFER(v, LA * row),
+        BUFFER(stats, LA * N * NH * 2 * f),
+        BUFFER(att, LA * row * att_parts(c, chunk)),
+        BUFFER(out, LE * row),
+        BUFFER(gate_up, LA * N * F * sizeof(floatX)),
+        BUFFER(ln_f, row),
+        BUFFER(rstd_f, N * f),
     };
 #undef BUFFER
     return carve(list, (int)(sizeof list / sizeof list[0]), base);
 }
 
-// What the scratch of attention must hold, all layers considered: a chunk's tile with every convolution and mixing that some layer has, unless the fused
-// kernels serve all; chunk 0: chosen, and the fused kernels where they serve.
-typedef struct { Attention chunked; bool any_chunked, any_flash; int S; } AttentionPlan;
+// What the scratch of attention must hold, all layers considered: a chunk's tile with every convolution and mixing that
+// some layer has, unless the fused kernels serve all; chunk 0: chosen, and the fused kernels where they serve.
+typedef struct {
+    Attention chunked;
+    bool any_chunked, any_flash;
+    int S;
+} AttentionPlan;
 
 // Bytes of S sequences' scratch in the fused kernels: dq, dk, dv, dz, dots
 static size_t flash_bytes(const AttentionPlan* p, int S, int parts) {
@@ -2990,9 +3436,23 @@ static AttentionPlan attention_plan(const Config* c, int B, int T, int chunk) {
         p.any_flash = p.any_flash || flash, p.any_chunked = p.any_chunked || !flash;
         if (!flash) { pre = pre || config_conv_pre(c, l), post = post || config_conv_post(c, l); }
     }
-    p.chunked = {B, 1, T, c->num_attention_heads, config_head_size(c), c->kq_conv_query_size, c->kq_conv_key_size, c->head_mix_pre_softmax,
-                 diff ? 2 : c->head_mix_post_softmax, pre ? &one : NULL, post ? &one : NULL, c->head_mix_pre_softmax ? &one : NULL,
-                 c->head_mix_post_softmax ? &one : NULL, diff ? &one_float : NULL, min_int(T, chunk ? chunk : attention_chunk(T)), NULL, false};
+    p.chunked = {B,
+                 1,
+                 T,
+                 c->num_attention_heads,
+                 config_head_size(c),
+                 c->kq_conv_query_size,
+                 c->kq_conv_key_size,
+                 c->head_mix_pre_softmax,
+                 diff ? 2 : c->head_mix_post_softmax,
+                 pre ? &one : NULL,
+                 post ? &one : NULL,
+                 c->head_mix_pre_softmax ? &one : NULL,
+                 c->head_mix_post_softmax ? &one : NULL,
+                 diff ? &one_float : NULL,
+                 min_int(T, chunk ? chunk : attention_chunk(T)),
+                 NULL,
+                 false};
     p.S = B;
     if (p.any_chunked) { p.S = attention_sequences(&p.chunked, B); }
     while (p.any_flash && p.S > 1 && flash_bytes(&p, p.S, att_parts(c, chunk)) > (size_t)ATTENTION_SCRATCH) { p.S--; }
@@ -3003,9 +3463,23 @@ static AttentionPlan attention_plan(const Config* c, int B, int T, int chunk) {
 static Attention attention_of(const Model* m, const LayerOf<floatX>* w, int l, int B, int T) {
     const Config* c = &m->config;
     bool diff = c->attention_type == ATTENTION_DIFF, flash = flash_serves(c, l, m->flash ? 0 : m->chunk);
-    Attention a = {B, min_int(m->sequences, B), T, c->num_attention_heads, config_head_size(c), c->kq_conv_query_size, c->kq_conv_key_size,
-                   c->head_mix_pre_softmax, diff ? 2 : c->head_mix_post_softmax, w->kq_conv, w->kq_conv_post, w->head_mix_pre, w->head_mix,
-                   diff ? m->scratch.pair_mix : NULL, min_int(m->chunk, T), flash && (diff || w->head_mix) ? m->scratch.pair_mix : NULL, flash};
+    Attention a = {B,
+                   min_int(m->sequences, B),
+                   T,
+                   c->num_attention_heads,
+                   config_head_size(c),
+                   c->kq_conv_query_size,
+                   c->kq_conv_key_size,
+                   c->head_mix_pre_softmax,
+                   diff ? 2 : c->head_mix_post_softmax,
+                   w->kq_conv,
+                   w->kq_conv_post,
+                   w->head_mix_pre,
+                   w->head_mix,
+                   diff ? m->scratch.pair_mix : NULL,
+                   min_int(m->chunk, T),
+                   flash && (diff || w->head_mix) ? m->scratch.pair_mix : NULL,
+                   flash};
     return a;
 }
 
@@ -3017,48 +3491,82 @@ enum { NORM_BLOCKS = 1024 };  // of the gradient norm, at most
 
 // Doubles of the sums; with base NULL it only measures.
 static size_t carve_sums(AttentionSums* s, const Config* c, double* base) {
-    size_t NH = (size_t)c->num_attention_heads, conv = config_any_conv(c) ? NH * c->kq_conv_query_size * c->kq_conv_key_size : 0;
-    size_t pre = NH * c->head_mix_pre_softmax, post = NH * (c->attention_type == ATTENTION_DIFF ? 2 : c->head_mix_post_softmax);
-    *s = {base, base ? base + conv : NULL, base ? base + 2 * conv : NULL, base ? base + 2 * conv + pre : NULL, 2 * conv + pre + post};
+    size_t NH = (size_t)c->num_attention_heads,
+           conv = config_any_conv(c) ? NH * c->kq_conv_query_size * c->kq_conv_key_size : 0;
+    size_t pre = NH * c->head_mix_pre_softmax,
+           post = NH * (c->attention_type == ATTENTION_DIFF ? 2 : c->head_mix_post_softmax);
+    *s = {base, base ? base + conv : NULL, base ? base + 2 * conv : NULL, base ? base + 2 * conv + pre : NULL,
+          2 * conv + pre + post};
     return s->n;
 }
 
 static size_t carve_scratch(Scratch* s, const Config* c, int B, int T, int chunk, char* base) {
-    size_t N = (size_t)B * T, C = (size_t)c->hidden_size, FF = (size_t)c->intermediate_size, HS = (size_t)config_head_size(c);
-    size_t NH = (size_t)c->num_attention_heads, NKV = (size_t)c->num_key_value_heads, x = sizeof(floatX), f = sizeof(float), i = sizeof(int);
+    size_t N = (size_t)B * T, C = (size_t)c->hidden_size, FF = (size_t)c->intermediate_size,
+           HS = (size_t)config_head_size(c);
+    size_t NH = (size_t)c->num_attention_heads, NKV = (size_t)c->num_key_value_heads, x = sizeof(floatX),
+           f = sizeof(float), i = sizeof(int);
     AttentionPlan plan = attention_plan(c, B, T, chunk);
     const Attention& a = plan.chunked;
     size_t tile = plan.any_chunked ? attention_tile_size(&a) : 0, sequence = (size_t)a.S * NH * T * HS;
     AttentionSums sums;
-    size_t widest = C > 3 * HS + 1 ? C : 3 * HS + 1, attention_parts = plan.any_chunked ? attention_parts_size(&a) : 0, q_parts = 1, kv_parts = 1;
+    size_t widest = C > 3 * HS + 1 ? C : 3 * HS + 1, attention_parts = plan.any_chunked ? attention_parts_size(&a) : 0,
+           q_parts = 1, kv_parts = 1;
     if (plan.any_flash) {
-        for (int S = 1; S <= a.S; S++) { q_parts = std::max(q_parts, ((size_t)flash_splits(S, (int)NH, T) * S + a.S - 1) / a.S); }  // the last batch may be smaller
+        for (int S = 1; S <= a.S; S++) {
+            q_parts = std::max(q_parts, ((size_t)flash_splits(S, (int)NH, T) * S + a.S - 1) / a.S);
+        }  // the last batch may be smaller
         kv_parts = (size_t)att_parts(c, chunk);
-        size_t taps = (size_t)c->kq_conv_query_size * c->kq_conv_key_size * q_parts, mix = 2 * (size_t)prepare_blocks(T);
+        size_t taps = (size_t)c->kq_conv_query_size * c->kq_conv_key_size * q_parts,
+               mix = 2 * (size_t)prepare_blocks(T);
         attention_parts = std::max(attention_parts, (size_t)a.S * NH * std::max(taps, mix));
     }
-#define BUFFER(name, bytes) {#name, (void**)&s->name, bytes}
+#define BUFFER(name, bytes) \
+    { #name, (void**)&s->name, bytes }
     const Buffer list[] = {
-        BUFFER(qkv, N * (NH + 2 * NKV) * HS * x), BUFFER(act, N * FF * x), BUFFER(dgate_up, 2 * N * FF * x), BUFFER(branch, N * C * f), BUFFER(dx, N * C * f), BUFFER(dx_rounded, N * C * x),
+        BUFFER(qkv, N * (NH + 2 * NKV) * HS * x),
+        BUFFER(act, N * FF * x),
+        BUFFER(dgate_up, 2 * N * FF * x),
+        BUFFER(branch, N * C * f),
+        BUFFER(dx, N * C * f),
+        BUFFER(dx_rounded, N * C * x),
         BUFFER(dln, N * C * x),
-        BUFFER(dout, N * C * x), BUFFER(datt, N * C * x), BUFFER(attention.dq, q_parts * sequence * f),
-        BUFFER(logits, (size_t)logit_rows(c->vocab_size, (int)N) * logit_stride(c->vocab_size) * x), BUFFER(losses, N * f), BUFFER(wrong, N),
-        BUFFER(tokens, N * i), BUFFER(targets, N * i), BUFFER(rows, N * i), BUFFER(starts, (N + 1) * i), BUFFER(parts, NORM_PARTS * widest * f),
-        BUFFER(head_stats, 3 * N * NH * f), BUFFER(norm_parts, NORM_BLOCKS * sizeof(double)), BUFFER(pair_mix, 2 * NH * f),
-        BUFFER(sums, carve_sums(&sums, c, NULL) * sizeof(double)), BUFFER(attention.tiles, (size_t)attention_tiles(&a) * tile * sizeof(floatS)),
-        BUFFER(attention.tiles_x, ATTENTION_TILES_X * tile * x), BUFFER(attention.q, plan.any_chunked && !EXACT ? sequence * sizeof(floatS) : 0),
-        BUFFER(attention.k, plan.any_chunked && !EXACT ? sequence * sizeof(floatS) : 0), BUFFER(attention.dk, sequence * f),
-        BUFFER(attention.dv, kv_parts * sequence * f), BUFFER(attention.parts, attention_parts * f),
-        BUFFER(attention.dz, kv_parts > 1 ? kv_parts * sequence * x : 0), BUFFER(attention.dots, plan.any_flash ? (size_t)a.S * NH * T * f : 0),
-        BUFFER(attention.bounds, plan.any_flash ? 2 * (size_t)a.S * NH * sizeof(unsigned) : 0), BUFFER(cosine, (size_t)T * HS / 2 * f),
-        BUFFER(sine, (size_t)T * HS / 2 * f), BUFFER(workspace, BLAS_WORKSPACE),
+        BUFFER(dout, N * C * x),
+        BUFFER(datt, N * C * x),
+        BUFFER(attention.dq, q_parts * sequence * f),
+        BUFFER(logits, (size_t)logit_rows(c->vocab_size, (int)N) * logit_stride(c->vocab_size) * x),
+        BUFFER(losses, N * f),
+        BUFFER(wrong, N),
+        BUFFER(tokens, N * i),
+        BUFFER(targets, N * i),
+        BUFFER(rows, N * i),
+        BUFFER(starts, (N + 1) * i),
+        BUFFER(parts, NORM_PARTS * widest * f),
+        BUFFER(head_stats, 3 * N * NH * f),
+        BUFFER(norm_parts, NORM_BLOCKS * sizeof(double)),
+        BUFFER(pair_mix, 2 * NH * f),
+        BUFFER(sums, carve_sums(&sums, c, NULL) * sizeof(double)),
+        BUFFER(attention.tiles, (size_t)attention_tiles(&a) * tile * sizeof(floatS)),
+        BUFFER(attention.tiles_x, ATTENTION_TILES_X * tile * x),
+        BUFFER(attention.q, plan.any_chunked && !EXACT ? sequence * sizeof(floatS) : 0),
+        BUFFER(attention.k, plan.any_chunked && !EXACT ? sequence * sizeof(floatS) : 0),
+        BUFFER(attention.dk, sequence * f),
+        BUFFER(attention.dv, kv_parts * sequence * f),
+        BUFFER(attention.parts, attention_parts * f),
+        BUFFER(attention.dz, kv_parts > 1 ? kv_parts * sequence * x : 0),
+        BUFFER(attention.dots, plan.any_flash ? (size_t)a.S * NH * T * f : 0),
+        BUFFER(attention.bounds, plan.any_flash ? 2 * (size_t)a.S * NH * sizeof(unsigned) : 0),
+        BUFFER(cosine, (size_t)T * HS / 2 * f),
+        BUFFER(sine, (size_t)T * HS / 2 * f),
+        BUFFER(workspace, BLAS_WORKSPACE),
     };
 #undef BUFFER
     return carve(list, (int)(sizeof list / sizeof list[0]), base);
 }
 
 // Bytes of each allocation of a model, in the order of the plan that is printed before any is made.
-typedef struct { size_t weights, gradients, optimizer, activations, scratch; } MemoryPlan;
+typedef struct {
+    size_t weights, gradients, optimizer, activations, scratch;
+} MemoryPlan;
 
 static MemoryPlan model_memory(const Config* c, int B, int T, int chunk, Recompute recompute) {
     TensorList list;
@@ -3066,12 +3574,15 @@ static MemoryPlan model_memory(const Config* c, int B, int T, int chunk, Recompu
     Scratch scratch;
     tensor_list(&list, c);
     size_t f = list.numel * sizeof(float);
-    MemoryPlan p = {list.numel * sizeof(floatX), f, EXACT ? 2 * f : 3 * f, carve_activations(&acts, c, B, T, chunk, recompute, NULL),
+    MemoryPlan p = {list.numel * sizeof(floatX), f, EXACT ? 2 * f : 3 * f,
+                    carve_activations(&acts, c, B, T, chunk, recompute, NULL),
                     carve_scratch(&scratch, c, B, T, chunk, NULL)};
     tensor_list_free(&list);
     return p;
 }
-static size_t memory_total(const MemoryPlan* p) { return p->weights + p->gradients + p->optimizer + p->activations + p->scratch; }
+static size_t memory_total(const MemoryPlan* p) {
+    return p->weights + p->gradients + p->optimizer + p->activations + p->scratch;
+}
 
 // The largest micro-batch whose plan fits into `bytes`; 0: not even one sequence does.
 static int largest_batch(const Config* c, int T, int chunk, Recompute recompute, size_t bytes) {
@@ -3085,43 +3596,51 @@ static int largest_batch(const Config* c, int T, int chunk, Recompute recompute,
 }
 
 // The tensors of layer l inside an arena.
-template <typename T>
-static LayerOf<T> model_layer(const Model* m, T* arena, int l) {
+template <typename T> static LayerOf<T> model_layer(const Model* m, T* arena, int l) {
     LayerOf<T> w;
     static_assert(sizeof w == LAYER_TENSORS * sizeof(void*), "a field for each tensor of a layer");
     tensors_of_layer(&w, &m->tensors, l, arena, sizeof(T));
     return w;
 }
-template <typename T>
-static T* model_tensor(const Model* m, T* arena, TensorKind kind) {
+template <typename T> static T* model_tensor(const Model* m, T* arena, TensorKind kind) {
     return arena + m->tensors.specs[tensor_at(&m->tensors, 0, kind)].offset;
 }
-template <typename T>
-static T* model_head(const Model* m, T* arena) {  // the classifier: the embedding itself if tied
+template <typename T> static T* model_head(const Model* m, T* arena) {  // the classifier: the embedding itself if tied
     return model_tensor(m, arena, m->config.tie_word_embeddings ? TENSOR_EMBED : TENSOR_LM_HEAD);
 }
 
-// What the kernels cannot serve though the options may say it, refused before anything is planned: rows and heads of a micro-batch are counted in 32
-// bits, and sequences are a grid's z.
+// What the kernels cannot serve though the options may say it, refused before anything is planned: rows and heads of a
+// micro-batch are counted in 32 bits, and sequences are a grid's z.
 static bool model_check(const Config* c, int B, int T, Error* e) {
     if (B <= 65535 && (int64_t)B * T <= INT32_MAX / c->num_attention_heads) { return true; }
-    return fail(e, "a micro-batch of %d x %d tokens of %d heads: wanted at most 65535 sequences, and a product below 2^31", B, T, c->num_attention_heads);
+    return fail(e,
+                "a micro-batch of %d x %d tokens of %d heads: wanted at most 65535 sequences, and a product below 2^31",
+                B, T, c->num_attention_heads);
 }
 
-// Is a block's shared memory enough for the convolutions and mixings, a chunk at a time? It is for every size of the presets; the largest that
-// a configuration may have, 63 x 63 and groups of 1024 heads, need more than some GPUs have.
+// Is a block's shared memory enough for the convolutions and mixings, a chunk at a time? It is for every size of the
+// presets; the largest that a configuration may have, 63 x 63 and groups of 1024 heads, need more than some GPUs have.
 static bool shared_check(const Config* c, size_t shared, Error* e) {
-    int cq = c->kq_conv_query_size, ck = c->kq_conv_key_size, mixed = max_int(c->head_mix_pre_softmax, c->head_mix_post_softmax);
-    size_t conv = config_any_conv(c) ? std::max(conv_shared(cq, ck), conv_weight_shared(cq, ck)) : 0, mix = mixed ? mix_shared(mixed) : 0;
-    if (conv > shared) { return fail(e, "kq_conv of %d x %d needs %zu KiB of shared memory, this GPU has %zu for a block", cq, ck, conv >> 10, shared >> 10); }
-    if (mix > shared) { return fail(e, "head mixing of %d heads needs %zu KiB of shared memory, this GPU has %zu for a block", mixed, mix >> 10, shared >> 10); }
+    int cq = c->kq_conv_query_size, ck = c->kq_conv_key_size,
+        mixed = max_int(c->head_mix_pre_softmax, c->head_mix_post_softmax);
+    size_t conv = config_any_conv(c) ? std::max(conv_shared(cq, ck), conv_weight_shared(cq, ck)) : 0,
+           mix = mixed ? mix_shared(mixed) : 0;
+    if (conv > shared) {
+        return fail(e, "kq_conv of %d x %d needs %zu KiB of shared memory, this GPU has %zu for a block", cq, ck,
+                    conv >> 10, shared >> 10);
+    }
+    if (mix > shared) {
+        return fail(e, "head mixing of %d heads needs %zu KiB of shared memory, this GPU has %zu for a block", mixed,
+                    mix >> 10, shared >> 10);
+    }
     return true;
 }
 
 static void model_free(Model* m);
 enum { MEMORY_RESERVE_MIB = 512 };  // for the code of kernels and of cuBLAS, graphs and fragmentation
 
-// A model for micro-batches of at most B x T; chunk 0: chosen. NULL with a message if there is no GPU or too little memory.
+// A model for micro-batches of at most B x T; chunk 0: chosen. NULL with a message if there is no GPU or too little
+// memory.
 static Model* model_create(const Config* config, int B, int T, int chunk, Recompute recompute, Error* e) {
     if (!model_check(config, B, T, e)) { return NULL; }
     Model* m = (Model*)alloc_or_die(1, sizeof(Model), "model");
@@ -3129,28 +3648,42 @@ static Model* model_create(const Config* config, int B, int T, int chunk, Recomp
     m->B = B, m->T = T, m->recompute = recompute, m->graphs = !WAITS;
     m->logit_rows = logit_rows(config->vocab_size, B * T);
     tensor_list(&m->tensors, config);
-    if (!cuda_open(&m->cuda, e) || !shared_check(config, device_shared(), e)) { model_free(m); return NULL; }
+    if (!cuda_open(&m->cuda, e) || !shared_check(config, device_shared(), e)) {
+        model_free(m);
+        return NULL;
+    }
     if (chunk == 0) { chunk = attention_chunk_on(config, T, device_shared()); }
     AttentionPlan plan = attention_plan(config, B, T, chunk);
-    m->chunk = plan.chunked.chunk, m->sequences = plan.S, m->flash = chunk == 0, m->att_parts = att_parts(config, chunk);
+    m->chunk = plan.chunked.chunk, m->sequences = plan.S, m->flash = chunk == 0,
+    m->att_parts = att_parts(config, chunk);
     MemoryPlan p = model_memory(config, B, T, chunk, recompute);
     size_t available = 0, total = 0, reserve = (size_t)MEMORY_RESERVE_MIB << 20;
     cudaCheck(cudaMemGetInfo(&available, &total));
     if (memory_total(&p) + reserve > available) {
         size_t room = available > reserve ? available - reserve : 0;
-        int fits = largest_batch(config, T, chunk, recompute, room), most = largest_batch(config, T, chunk, RECOMPUTE_BLOCK, room);
+        int fits = largest_batch(config, T, chunk, recompute, room),
+            most = largest_batch(config, T, chunk, RECOMPUTE_BLOCK, room);
         char advice[128] = "not even one sequence fits: wanted a smaller --seq-len or model, or a larger GPU";
-        if (most > 0) { snprintf(advice, sizeof advice, "the largest that fits is %d sequences, %d with --recompute block", fits, most); }
-        fail(e, "a micro-batch of %d x %d tokens needs %zu MiB, the GPU has %zu MiB free; %s", B, T, (memory_total(&p) + reserve) >> 20, available >> 20, advice);
+        if (most > 0) {
+            snprintf(advice, sizeof advice, "the largest that fits is %d sequences, %d with --recompute block", fits,
+                     most);
+        }
+        fail(e, "a micro-batch of %d x %d tokens needs %zu MiB, the GPU has %zu MiB free; %s", B, T,
+             (memory_total(&p) + reserve) >> 20, available >> 20, advice);
         model_free(m);
         return NULL;
     }
     size_t n = m->tensors.numel, f = sizeof(float);
-    bool ok = device_memory(&m->weights, n * sizeof(floatX), "weights", e) && (EXACT || device_memory(&m->master, n * f, "master weights", e)) &&
+    bool ok = device_memory(&m->weights, n * sizeof(floatX), "weights", e) &&
+              (EXACT || device_memory(&m->master, n * f, "master weights", e)) &&
               device_memory(&m->grads, n * f, "gradients", e) && device_memory(&m->m, n * f, "optimizer state m", e) &&
-              device_memory(&m->v, n * f, "optimizer state v", e) && device_memory(&m->activation_memory, p.activations, "activations", e) &&
+              device_memory(&m->v, n * f, "optimizer state v", e) &&
+              device_memory(&m->activation_memory, p.activations, "activations", e) &&
               device_memory(&m->scratch_memory, p.scratch, "scratch", e);
-    if (!ok) { model_free(m); return NULL; }
+    if (!ok) {
+        model_free(m);
+        return NULL;
+    }
     if (EXACT) { m->master = (float*)(void*)m->weights; }
     carve_activations(&m->acts, config, B, T, chunk, recompute, m->activation_memory);
     carve_scratch(&m->scratch, config, B, T, chunk, m->scratch_memory);
@@ -3176,8 +3709,11 @@ static Model* model_create(const Config* config, int B, int T, int chunk, Recomp
 static void model_free(Model* m) {
     if (m->forward.graph) { cudaCheck(cudaGraphExecDestroy(m->forward.graph)); }
     if (m->backward.graph) { cudaCheck(cudaGraphExecDestroy(m->backward.graph)); }
-    void* const device[] = {m->weights, EXACT ? NULL : m->master, m->grads, m->m, m->v, m->activation_memory, m->scratch_memory};
-    for (size_t i = 0; i < sizeof device / sizeof device[0]; i++) { if (device[i]) { cudaCheck(cudaFree(device[i])); } }
+    void* const device[] = {m->weights, EXACT ? NULL : m->master, m->grads,         m->m,
+                            m->v,       m->activation_memory,     m->scratch_memory};
+    for (size_t i = 0; i < sizeof device / sizeof device[0]; i++) {
+        if (device[i]) { cudaCheck(cudaFree(device[i])); }
+    }
     void* const host[] = {m->wrong, m->losses, m->rows, m->starts};
     for (size_t i = 0; i < sizeof host / sizeof host[0]; i++) { free(host[i]); }
     cuda_close(&m->cuda);
@@ -3192,10 +3728,13 @@ static void model_free(Model* m) {
 static Activations layer_activations(const Model* m, int l, int N) {
     const Config* c = &m->config;
     const Activations* all = &m->acts;
-    size_t row = (size_t)N * c->hidden_size, kept = m->recompute == RECOMPUTE_BLOCK ? 0 : l, light = m->recompute == RECOMPUTE_NONE ? l : 0;
+    size_t row = (size_t)N * c->hidden_size, kept = m->recompute == RECOMPUTE_BLOCK ? 0 : l,
+           light = m->recompute == RECOMPUTE_NONE ? l : 0;
     Activations a = *all;
-    a.x += l * row, a.x_mid += kept * row, a.ln1 += light * row, a.ln2 += light * row, a.rstd1 += kept * N, a.rstd2 += kept * N;
-    a.q += kept * row, a.k += kept * row, a.v += kept * row, a.stats += kept * N * c->num_attention_heads * 2, a.att += kept * m->att_parts * row, a.out += light * row;
+    a.x += l * row, a.x_mid += kept * row, a.ln1 += light * row, a.ln2 += light * row, a.rstd1 += kept * N,
+        a.rstd2 += kept * N;
+    a.q += kept * row, a.k += kept * row, a.v += kept * row, a.stats += kept * N * c->num_attention_heads * 2,
+        a.att += kept * m->att_parts * row, a.out += light * row;
     a.gate_up += kept * N * 2 * c->intermediate_size;
     return a;
 }
@@ -3204,7 +3743,15 @@ static HeadOutput head_output_of(const Model* m, const LayerOf<floatX>* w, int l
     const Config* c = &m->config;
     double scale = c->head_norm == HEAD_NORM_GROUP_DEPTH_SCALED ? 1 - config_lambda_init(l) : 1;
     Attention a = attention_of(m, w, l, B, T);
-    HeadOutput o = {w->head_norm, w->gate_weight, w->gate_bias, (float)scale, B, T, c->num_attention_heads, config_head_size(c), config_norm_heads(c),
+    HeadOutput o = {w->head_norm,
+                    w->gate_weight,
+                    w->gate_bias,
+                    (float)scale,
+                    B,
+                    T,
+                    c->num_attention_heads,
+                    config_head_size(c),
+                    config_norm_heads(c),
                     a.flash ? a.pair_mix : NULL};
     return o;
 }
@@ -3214,9 +3761,11 @@ static void layer_forward(Model* m, int l, const Activations* a, int B, int T) {
     const Config* c = &m->config;
     Scratch* s = &m->scratch;
     Cuda* g = &m->cuda;
-    int N = B * T, C = c->hidden_size, FF = c->intermediate_size, NH = c->num_attention_heads, NKV = c->num_key_value_heads, HS = config_head_size(c);
+    int N = B * T, C = c->hidden_size, FF = c->intermediate_size, NH = c->num_attention_heads,
+        NKV = c->num_key_value_heads, HS = config_head_size(c);
     LayerOf<floatX> w = model_layer(m, m->weights, l);
-    Joined qkv = {3, {NH * HS, NKV * HS, NKV * HS}, (NH + 2 * NKV) * HS, {w.q, w.k, w.v}, {}}, gate_up = {2, {FF, FF}, 2 * FF, {w.gate_proj, w.up_proj}, {}};
+    Joined qkv = {3, {NH * HS, NKV * HS, NKV * HS}, (NH + 2 * NKV) * HS, {w.q, w.k, w.v}, {}},
+           gate_up = {2, {FF, FF}, 2 * FF, {w.gate_proj, w.up_proj}, {}};
     Rope rope = {s->cosine, s->sine, T, NH, NKV, HS};
     matmul_joined_forward(s->qkv, a->ln1, &qkv, N, C, g);
     rope_forward(a->q, a->k, a->v, s->qkv, &rope, B, g);
@@ -3230,7 +3779,8 @@ static void layer_forward(Model* m, int l, const Activations* a, int B, int T) {
     HeadOutput output = head_output_of(m, &w, l, B, T);
     head_output_forward(a->out, a->att, &output, g);
     matmul_forward(s->branch, C, a->out, w.o, N, C, C, g);
-    residual_rmsnorm_forward(a->ln2, a->rstd2, a->x_mid, a->x, s->branch, w.post_norm, N, C, c->rms_norm_eps, g);  // x_mid = x + out Wo^T
+    residual_rmsnorm_forward(a->ln2, a->rstd2, a->x_mid, a->x, s->branch, w.post_norm, N, C, c->rms_norm_eps,
+                             g);  // x_mid = x + out Wo^T
     matmul_joined_forward(a->gate_up, a->ln2, &gate_up, N, C, g);
     swiglu_forward(s->act, a->gate_up, N, FF, g);
     matmul_forward(s->branch, C, s->act, w.down_proj, N, FF, C, g);
@@ -3245,8 +3795,8 @@ static void layers_forward(Model* m, int B, int T) {
     const float* before = NULL;  // x_mid of the layer before, to which its MLP is still to be added
     for (int l = 0; l < L; l++) {
         Activations a = layer_activations(m, l, N);
-        residual_rmsnorm_forward(a.ln1, a.rstd1, a.x, before ? before : a.x, before ? m->scratch.branch : NULL, model_layer(m, m->weights, l).input_norm, N, C,
-                                 c->rms_norm_eps, g);
+        residual_rmsnorm_forward(a.ln1, a.rstd1, a.x, before ? before : a.x, before ? m->scratch.branch : NULL,
+                                 model_layer(m, m->weights, l).input_norm, N, C, c->rms_norm_eps, g);
         layer_forward(m, l, &a, B, T);
         before = a.x_mid;
     }
@@ -3254,19 +3804,26 @@ static void layers_forward(Model* m, int B, int T) {
                              model_tensor(m, m->weights, TENSOR_NORM), N, C, c->rms_norm_eps, g);
 }
 
-// Passes of the model's own shape are replayed; others (the last micro-batch of a step, samples) are launched one by one.
+// Passes of the model's own shape are replayed; others (the last micro-batch of a step, samples) are launched one by
+// one.
 static bool model_replays(const Model* m, int B, int T) { return m->graphs && B == m->B && T == m->T; }
 
 // From tokens (B,T), on the host, to the normalised last state acts.ln_f (N,C).
 static void model_forward(Model* m, const int32_t* tokens, int B, int T) {
     assert(B <= m->B && T <= m->T);
-    cudaCheck(cudaMemcpyAsync(m->scratch.tokens, tokens, (size_t)B * T * sizeof(int), cudaMemcpyHostToDevice, m->cuda.stream));
+    cudaCheck(cudaMemcpyAsync(m->scratch.tokens, tokens, (size_t)B * T * sizeof(int), cudaMemcpyHostToDevice,
+                              m->cuda.stream));
     auto pass = [=] { layers_forward(m, B, T); };
-    if (model_replays(m, B, T)) { replay(&m->forward, pass, &m->cuda); } else { pass(); }
+    if (model_replays(m, B, T)) {
+        replay(&m->forward, pass, &m->cuda);
+    } else {
+        pass();
+    }
 }
 
-// The classifier and its loss, a chunk of rows at a time so that the logits of all rows never exist: returns the sum of the counted losses,
-// fills losses and wrong. With `gradient`: scratch.dln = dL/d(ln_f) and the head's gradient, L = sum * dloss. logits (N,V) on the host unless NULL.
+// The classifier and its loss, a chunk of rows at a time so that the logits of all rows never exist: returns the sum of
+// the counted losses, fills losses and wrong. With `gradient`: scratch.dln = dL/d(ln_f) and the head's gradient, L =
+// sum * dloss. logits (N,V) on the host unless NULL.
 static double model_loss(Model* m, const int32_t* targets, int N, float dloss, bool gradient, float* logits) {
     int C = m->config.hidden_size, V = m->config.vocab_size, ld = logit_stride(V);
     Scratch* s = &m->scratch;
@@ -3279,12 +3836,19 @@ static double model_loss(Model* m, const int32_t* targets, int N, float dloss, b
         const floatX* x = m->acts.ln_f + (size_t)n * C;
         matmul_forward(s->logits, ld, x, head, rows, C, V, g);
         if (logits) {
-            cudaCheck(cudaMemcpyAsync(host, s->logits, (size_t)rows * ld * sizeof(floatX), cudaMemcpyDeviceToHost, g->stream));
+            cudaCheck(cudaMemcpyAsync(host, s->logits, (size_t)rows * ld * sizeof(floatX), cudaMemcpyDeviceToHost,
+                                      g->stream));
             cudaCheck(cudaStreamSynchronize(g->stream));
-            for (size_t i = 0; i < (size_t)rows * V; i++) { logits[(size_t)n * V + i] = (float)host[i / V * ld + i % V]; }
+            for (size_t i = 0; i < (size_t)rows * V; i++) {
+                logits[(size_t)n * V + i] = (float)host[i / V * ld + i % V];
+            }
         }
-        crossentropy_forward_backward(s->losses + n, s->wrong + n, s->logits, s->targets + n, rows, V, ld, dloss, gradient, g);
-        if (gradient) { matmul_backward(s->dln + (size_t)n * C, model_head(m, m->grads), s->logits, ld, x, head, rows, C, V, false, g); }
+        crossentropy_forward_backward(s->losses + n, s->wrong + n, s->logits, s->targets + n, rows, V, ld, dloss,
+                                      gradient, g);
+        if (gradient) {
+            matmul_backward(s->dln + (size_t)n * C, model_head(m, m->grads), s->logits, ld, x, head, rows, C, V, false,
+                            g);
+        }
     }
     free(host);
     cudaCheck(cudaMemcpyAsync(m->losses, s->losses, N * sizeof(float), cudaMemcpyDeviceToHost, g->stream));
@@ -3295,12 +3859,14 @@ static double model_loss(Model* m, const int32_t* targets, int N, float dloss, b
     return sum;
 }
 
-// The exact reverse of layer_forward and of the norm before it: scratch.dx and dx_rounded in and out; adds to the gradients.
+// The exact reverse of layer_forward and of the norm before it: scratch.dx and dx_rounded in and out; adds to the
+// gradients.
 static void layer_backward(Model* m, int l, const Activations* a, int B, int T) {
     const Config* c = &m->config;
     Scratch* s = &m->scratch;
     Cuda* g = &m->cuda;
-    int N = B * T, C = c->hidden_size, FF = c->intermediate_size, NH = c->num_attention_heads, NKV = c->num_key_value_heads, HS = config_head_size(c);
+    int N = B * T, C = c->hidden_size, FF = c->intermediate_size, NH = c->num_attention_heads,
+        NKV = c->num_key_value_heads, HS = config_head_size(c);
     LayerOf<floatX> w = model_layer(m, m->weights, l);
     LayerOf<float> d = model_layer(m, m->grads, l);
     Joined qkv = {3, {NH * HS, NKV * HS, NKV * HS}, (NH + 2 * NKV) * HS, {w.q, w.k, w.v}, {d.q, d.k, d.v}};
@@ -3308,8 +3874,11 @@ static void layer_backward(Model* m, int l, const Activations* a, int B, int T) 
     Rope rope = {s->cosine, s->sine, T, NH, NKV, HS};
     HeadOutput output = head_output_of(m, &w, l, B, T);
     Lambda lambda = {w.lambda_q1, w.lambda_k1, w.lambda_q2, w.lambda_k2};
-    if (w.lambda_q1) { diff_lambda_forward(s->pair_mix, &lambda, config_lambda_init(l), NH, HS, g); }
-    else if (output.pair_mix) { convert(s->pair_mix, w.head_mix, 2 * NH, g); }
+    if (w.lambda_q1) {
+        diff_lambda_forward(s->pair_mix, &lambda, config_lambda_init(l), NH, HS, g);
+    } else if (output.pair_mix) {
+        convert(s->pair_mix, w.head_mix, 2 * NH, g);
+    }
     if (m->recompute == RECOMPUTE_ELEMENTWISE) {
         rmsnorm_forward(a->ln1, a->rstd1, a->x, w.input_norm, N, C, c->rms_norm_eps, g);
         rmsnorm_forward(a->ln2, a->rstd2, a->x_mid, w.post_norm, N, C, c->rms_norm_eps, g);
@@ -3320,18 +3889,24 @@ static void layer_backward(Model* m, int l, const Activations* a, int B, int T) 
     swiglu_backward(s->dgate_up, s->act, s->act, a->gate_up, N, FF, g);
     matmul_backward(NULL, d.down_proj, s->dx_rounded, C, s->act, NULL, N, FF, C, false, g);
     matmul_joined_backward(s->dln, s->dgate_up, a->ln2, &gate_up, N, C, g);
-    rmsnorm_backward(s->dx, s->dx_rounded, d.post_norm, s->dln, a->x_mid, w.post_norm, a->rstd2, N, C, s->parts, true, g);
+    rmsnorm_backward(s->dx, s->dx_rounded, d.post_norm, s->dln, a->x_mid, w.post_norm, a->rstd2, N, C, s->parts, true,
+                     g);
     // x + o(out)
     matmul_backward(s->dout, d.o, s->dx_rounded, C, a->out, w.o, N, C, C, false, g);
-    head_output_backward(s->datt, d.head_norm, d.gate_weight, d.gate_bias, s->dout, a->att, &output, s->head_stats, s->parts, g);
+    head_output_backward(s->datt, d.head_norm, d.gate_weight, d.gate_bias, s->dout, a->att, &output, s->head_stats,
+                         s->parts, g);
     Attention shape = attention_of(m, &w, l, B, T);
     attention_backward(s->qkv, &m->sums, s->datt, a->att, a->q, a->k, a->v, a->stats, &rope, &shape, &s->attention, g);
     size_t kernel = (size_t)NH * c->kq_conv_query_size * c->kq_conv_key_size;
     if (d.kq_conv) { attention_sums_add(d.kq_conv, m->sums.conv_pre, kernel, g); }
     if (d.kq_conv_post) { attention_sums_add(d.kq_conv_post, m->sums.conv_post, kernel, g); }
-    if (d.head_mix_pre) { attention_sums_add(d.head_mix_pre, m->sums.mix_pre, (size_t)NH * c->head_mix_pre_softmax, g); }
+    if (d.head_mix_pre) {
+        attention_sums_add(d.head_mix_pre, m->sums.mix_pre, (size_t)NH * c->head_mix_pre_softmax, g);
+    }
     if (d.head_mix) { attention_sums_add(d.head_mix, m->sums.mix_post, (size_t)NH * c->head_mix_post_softmax, g); }
-    if (w.lambda_q1) { diff_lambda_backward(d.lambda_q1, d.lambda_k1, d.lambda_q2, d.lambda_k2, m->sums.mix_post, &lambda, NH, HS, g); }
+    if (w.lambda_q1) {
+        diff_lambda_backward(d.lambda_q1, d.lambda_k1, d.lambda_q2, d.lambda_k2, m->sums.mix_post, &lambda, NH, HS, g);
+    }
     matmul_joined_backward(s->dln, s->qkv, a->ln1, &qkv, N, C, g);
     rmsnorm_backward(s->dx, s->dx_rounded, d.input_norm, s->dln, a->x, w.input_norm, a->rstd1, N, C, s->parts, true, g);
 }
@@ -3354,8 +3929,9 @@ static void layers_backward(Model* m, int B, int T) {
     Scratch* s = &m->scratch;
     Cuda* g = &m->cuda;
     int N = B * T, C = c->hidden_size, L = c->num_hidden_layers;
-    rmsnorm_backward(s->dx, s->dx_rounded, model_tensor(m, m->grads, TENSOR_NORM), s->dln, m->acts.x + (size_t)L * N * C,
-                     model_tensor(m, m->weights, TENSOR_NORM), m->acts.rstd_f, N, C, s->parts, false, g);
+    rmsnorm_backward(s->dx, s->dx_rounded, model_tensor(m, m->grads, TENSOR_NORM), s->dln,
+                     m->acts.x + (size_t)L * N * C, model_tensor(m, m->weights, TENSOR_NORM), m->acts.rstd_f, N, C,
+                     s->parts, false, g);
     for (int l = L - 1; l >= 0; l--) {
         Activations a = layer_activations(m, l, N);
         if (m->recompute == RECOMPUTE_BLOCK && l < L - 1) {  // the last layer's are still there
@@ -3366,22 +3942,29 @@ static void layers_backward(Model* m, int B, int T) {
     }
 }
 
-// The exact reverse of model_forward, from scratch.dln; adds to the gradients. The embedding's grid depends on the tokens: it is no part of the pass.
+// The exact reverse of model_forward, from scratch.dln; adds to the gradients. The embedding's grid depends on the
+// tokens: it is no part of the pass.
 static void model_backward(Model* m, const int32_t* tokens, int B, int T) {
     Scratch* s = &m->scratch;
     Cuda* g = &m->cuda;
     int N = B * T;
     auto pass = [=] { layers_backward(m, B, T); };
-    if (model_replays(m, B, T)) { replay(&m->backward, pass, g); } else { pass(); }
+    if (model_replays(m, B, T)) {
+        replay(&m->backward, pass, g);
+    } else {
+        pass();
+    }
     int distinct = rows_by_token(m, tokens, N);  // while the GPU works
     cudaCheck(cudaMemcpyAsync(s->rows, m->rows, N * sizeof(int), cudaMemcpyHostToDevice, g->stream));
     cudaCheck(cudaMemcpyAsync(s->starts, m->starts, (distinct + 1) * sizeof(int), cudaMemcpyHostToDevice, g->stream));
-    embedding_backward(model_tensor(m, m->grads, TENSOR_EMBED), s->dx, s->tokens, s->rows, s->starts, distinct, m->config.hidden_size, g);
+    embedding_backward(model_tensor(m, m->grads, TENSOR_EMBED), s->dx, s->tokens, s->rows, s->starts, distinct,
+                       m->config.hidden_size, g);
     cudaCheck(cudaStreamSynchronize(g->stream));  // the host's rows may change now
 }
 
 // Both of a batch: adds dloss times the gradient of the summed loss, and returns that sum.
-static double model_forward_backward(Model* m, const int32_t* tokens, const int32_t* targets, int B, int T, double dloss) {
+static double model_forward_backward(Model* m, const int32_t* tokens, const int32_t* targets, int B, int T,
+                                     double dloss) {
     model_forward(m, tokens, B, T);
     double sum = model_loss(m, targets, B * T, (float)dloss, true, NULL);
     model_backward(m, tokens, B, T);
@@ -3413,16 +3996,20 @@ static double gradient_norm(const Model* m, Cuda* g) {
     int blocks = min_int(NORM_BLOCKS, ceil_div(m->tensors.numel, NORM_THREADS * 4));
     LAUNCH(gradient_norm_kernel, blocks, NORM_THREADS, 0, g->stream, m->scratch.norm_parts, m->grads, m->tensors.numel);
     launchCheck(g->stream);
-    cudaCheck(cudaMemcpyAsync(parts, m->scratch.norm_parts, blocks * sizeof(double), cudaMemcpyDeviceToHost, g->stream));
+    cudaCheck(
+        cudaMemcpyAsync(parts, m->scratch.norm_parts, blocks * sizeof(double), cudaMemcpyDeviceToHost, g->stream));
     cudaCheck(cudaStreamSynchronize(g->stream));
     for (int i = 0; i < blocks; i++) { total += parts[i]; }
     return sqrt(total);
 }
 
 // AdamW on n elements, n a multiple of W; a thread owns W. weights is the rounding of master (the same arena in fp32).
-typedef struct { float clip, b1, b2, eps, decay, rate, correct; } AdamWStep;
+typedef struct {
+    float clip, b1, b2, eps, decay, rate, correct;
+} AdamWStep;
 template <int W>
-static __global__ void adamw_kernel(floatX* weights, float* master, float* m, float* v, const float* grads, size_t n, AdamWStep h) {
+static __global__ void adamw_kernel(floatX* weights, float* master, float* m, float* v, const float* grads, size_t n,
+                                    AdamWStep h) {
     size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * W;
     if (i >= n) { return; }
 
@@ -3444,16 +4031,22 @@ static __global__ void adamw_kernel(floatX* weights, float* master, float* m, fl
     if (!EXACT) { store<W>(weights + i, rounded); }
 }
 
-// AdamW with decoupled decay on every tensor (MODEL.md eq. 15); step counts from 1. Gradients are scaled down to the norm grad_clip (0 = off).
-// Returns the norm before clipping. If it is not finite nothing is changed: the caller counts and decides.
+// AdamW with decoupled decay on every tensor (MODEL.md eq. 15); step counts from 1. Gradients are scaled down to the
+// norm grad_clip (0 = off). Returns the norm before clipping. If it is not finite nothing is changed: the caller counts
+// and decides.
 static double model_update(Model* m, const AdamW* h, long step) {
     Cuda* g = &m->cuda;
     double norm = gradient_norm(m, g);
     if (!isfinite(norm)) { return norm; }
-    AdamWStep s = {(float)(h->grad_clip > 0 && norm > h->grad_clip ? h->grad_clip / norm : 1), (float)h->beta1, (float)h->beta2, (float)h->eps,
-                   (float)(1 - h->lr * h->weight_decay), (float)(h->lr / (1 - pow(h->beta1, (double)step))),
+    AdamWStep s = {(float)(h->grad_clip > 0 && norm > h->grad_clip ? h->grad_clip / norm : 1),
+                   (float)h->beta1,
+                   (float)h->beta2,
+                   (float)h->eps,
+                   (float)(1 - h->lr * h->weight_decay),
+                   (float)(h->lr / (1 - pow(h->beta1, (double)step))),
                    (float)(1 / sqrt(1 - pow(h->beta2, (double)step)))};
-    LAUNCH(adamw_kernel<8>, ceil_div(m->tensors.numel, 256 * 8), 256, 0, g->stream, m->weights, m->master, m->m, m->v, m->grads, m->tensors.numel, s);
+    LAUNCH(adamw_kernel<8>, ceil_div(m->tensors.numel, 256 * 8), 256, 0, g->stream, m->weights, m->master, m->m, m->v,
+           m->grads, m->tensors.numel, s);
     launchCheck(g->stream);
     return norm;
 }
@@ -3461,8 +4054,9 @@ static double model_update(Model* m, const AdamW* h, long step) {
 // =====================================================================================================================
 // The training step
 
-// One optimizer step: the loss is the sum over all counted targets of the step over their number. Stops between micro-batches when a signal
-// has come: then no weight is changed, nor where the loss or the gradient norm is not finite. The GPU has done all of it on return.
+// One optimizer step: the loss is the sum over all counted targets of the step over their number. Stops between
+// micro-batches when a signal has come: then no weight is changed, nor where the loss or the gradient norm is not
+// finite. The GPU has done all of it on return.
 static StepResult train_step(Model* m, const Step* s) {
     Batch b = step_begin(s);
     model_zero_gradients(m);
@@ -3475,23 +4069,26 @@ static StepResult train_step(Model* m, const Step* s) {
 // =====================================================================================================================
 // What the plan must know of this machine
 
-// Dense operations a second of the device's tensor cores in bf16 (fp32: of its CUDA cores) by the vendor's data sheet; 0 = not known, no MFU.
+// Dense operations a second of the device's tensor cores in bf16 (fp32: of its CUDA cores) by the vendor's data sheet;
+// 0 = not known, no MFU.
 static double matmul_rate(const cudaDeviceProp* device) {
 #if defined(CUDA_CPU)
     (void)device;
     return 0;
 #else
     switch (device->major * 10 + device->minor) {
-        case 80: return EXACT ? 19.5e12 : 312e12;   // A100
-        case 90: return EXACT ? 67e12 : 989e12;     // H100, H200
-        case 100: return EXACT ? 75e12 : 2250e12;   // B200
+        case 80: return EXACT ? 19.5e12 : 312e12;  // A100
+        case 90: return EXACT ? 67e12 : 989e12;    // H100, H200
+        case 100: return EXACT ? 75e12 : 2250e12;  // B200
         default: return 0;
     }
 #endif
 }
 
 static Recompute recompute_of(const char* name) {
-    return !strcmp(name, "block") ? RECOMPUTE_BLOCK : !strcmp(name, "elementwise") ? RECOMPUTE_ELEMENTWISE : RECOMPUTE_NONE;
+    return !strcmp(name, "block")         ? RECOMPUTE_BLOCK
+           : !strcmp(name, "elementwise") ? RECOMPUTE_ELEMENTWISE
+                                          : RECOMPUTE_NONE;
 }
 
 // Needs no GPU; with one, says how large a micro-batch its free memory would hold.
@@ -3500,22 +4097,32 @@ static void print_plan(Run* r) {
     Recompute recompute = recompute_of(o->recompute);
     cudaDeviceProp device;
     int devices = 0;
-    bool found = cudaGetDeviceCount(&devices) == cudaSuccess && devices > 0 && cudaGetDeviceProperties(&device, 0) == cudaSuccess;
+    bool found = cudaGetDeviceCount(&devices) == cudaSuccess && devices > 0 &&
+                 cudaGetDeviceProperties(&device, 0) == cudaSuccess;
     cudaGetLastError();
-    int chunk = found ? attention_chunk_on(&r->config, r->seq_len, device_shared()) : 0;  // without a GPU: as on one that serves the fused kernels
+    int chunk = found ? attention_chunk_on(&r->config, r->seq_len, device_shared())
+                      : 0;  // without a GPU: as on one that serves the fused kernels
     MemoryPlan p = model_memory(&r->config, r->batch_size, r->seq_len, chunk, recompute);
-    const PlanRow rows[] = {{"weights " PRECISION_NAME, p.weights}, {"gradients fp32", p.gradients}, {EXACT ? "optimizer m, v" : "optimizer m, v, master", p.optimizer},
-                            {"activations", p.activations}, {"scratch", p.scratch}};
-    train_print_plan(r, found ? device.name : "no GPU", found ? matmul_rate(&device) : 0, rows, (int)(sizeof rows / sizeof rows[0]));
+    const PlanRow rows[] = {{"weights " PRECISION_NAME, p.weights},
+                            {"gradients fp32", p.gradients},
+                            {EXACT ? "optimizer m, v" : "optimizer m, v, master", p.optimizer},
+                            {"activations", p.activations},
+                            {"scratch", p.scratch}};
+    train_print_plan(r, found ? device.name : "no GPU", found ? matmul_rate(&device) : 0, rows,
+                     (int)(sizeof rows / sizeof rows[0]));
     int fused = 0, layers = r->config.num_hidden_layers;
     for (int l = 0; l < layers; l++) { fused += flash_serves(&r->config, l, chunk); }
     printf("attention   fused in %d of %d layers", fused, layers);
     if (fused < layers) { printf(", in chunks of %d queries in %d", attention_chunk(r->seq_len), layers - fused); }
     printf("\n");
-    if (!found) { printf("device      no GPU found\n"); return; }
+    if (!found) {
+        printf("device      no GPU found\n");
+        return;
+    }
     size_t available = 0, total = 0, reserve = (size_t)MEMORY_RESERVE_MIB << 20;
     cudaCheck(cudaMemGetInfo(&available, &total));
-    printf("device      %s, %.1f MiB free of %.1f; the largest micro-batch that fits: %d\n", device.name, (double)available / 1048576, (double)total / 1048576,
+    printf("device      %s, %.1f MiB free of %.1f; the largest micro-batch that fits: %d\n", device.name,
+           (double)available / 1048576, (double)total / 1048576,
            largest_batch(&r->config, r->seq_len, chunk, recompute, available > reserve ? available - reserve : 0));
     fflush(stdout);
 }
@@ -3523,11 +4130,14 @@ static void print_plan(Run* r) {
 // =====================================================================================================================
 // The table of this trainer (mta/trainer.h), and main
 
-static void* table_create(const Config* c, int B, int T, int chunk, Error* e) { return model_create(c, B, T, chunk, RECOMPUTE_NONE, e); }
+static void* table_create(const Config* c, int B, int T, int chunk, Error* e) {
+    return model_create(c, B, T, chunk, RECOMPUTE_NONE, e);
+}
 static void table_destroy(void* m) { model_free((Model*)m); }
 static const TensorList* table_tensors(const void* m) { return &((const Model*)m)->tensors; }
 
-// In fp32 on the device. The weights that the products read are apart where their storage is bf16: the rounded master weights.
+// In fp32 on the device. The weights that the products read are apart where their storage is bf16: the rounded master
+// weights.
 static float* table_state(const Model* m, StateKind kind, int i) {
     float* const arenas[] = {m->master, m->grads, m->m, m->v, m->master};
     return arenas[kind] + m->tensors.specs[i].offset;
@@ -3545,9 +4155,12 @@ static void table_set(void* model, StateKind kind, int tensor, const float* data
 static void table_get(const void* model, StateKind kind, int tensor, size_t from, size_t n, float* data) {
     const Model* m = (const Model*)model;
     bool rounded = !EXACT && kind == STATE_WEIGHT;
-    const void* from_device = rounded ? (const void*)(m->weights + m->tensors.specs[tensor].offset + from) : table_state(m, kind, tensor) + from;
-    char* end = (char*)data + (rounded ? n * sizeof(floatX) : 0);  // bf16 into the upper half of the room, from where it is widened in order
-    cudaCheck(cudaMemcpyAsync(end, from_device, n * (rounded ? sizeof(floatX) : sizeof(float)), cudaMemcpyDeviceToHost, m->cuda.stream));
+    const void* from_device = rounded ? (const void*)(m->weights + m->tensors.specs[tensor].offset + from)
+                                      : table_state(m, kind, tensor) + from;
+    char* end = (char*)data + (rounded ? n * sizeof(floatX)
+                                       : 0);  // bf16 into the upper half of the room, from where it is widened in order
+    cudaCheck(cudaMemcpyAsync(end, from_device, n * (rounded ? sizeof(floatX) : sizeof(float)), cudaMemcpyDeviceToHost,
+                              m->cuda.stream));
     cudaCheck(cudaStreamSynchronize(m->cuda.stream));
     for (size_t i = 0; rounded && i < n; i++) {
         floatX x;
@@ -3567,21 +4180,33 @@ static void table_last_logits(void* model, const int32_t* tokens, int n, float* 
     int C = m->config.hidden_size, V = m->config.vocab_size;
     floatX* row = (floatX*)alloc_or_die(V, sizeof(floatX), "logits");
     model_forward(m, tokens, 1, n);
-    matmul_forward(m->scratch.logits, logit_stride(V), m->acts.ln_f + (size_t)(n - 1) * C, model_head(m, m->weights), 1, C, V, &m->cuda);
+    matmul_forward(m->scratch.logits, logit_stride(V), m->acts.ln_f + (size_t)(n - 1) * C, model_head(m, m->weights), 1,
+                   C, V, &m->cuda);
     cudaCheck(cudaMemcpyAsync(row, m->scratch.logits, V * sizeof(floatX), cudaMemcpyDeviceToHost, m->cuda.stream));
     cudaCheck(cudaStreamSynchronize(m->cuda.stream));
     for (int v = 0; v < V; v++) { logits[v] = (float)row[v]; }
     free(row);
 }
-static double table_forward_backward(void* m, const int32_t* tokens, const int32_t* targets, int B, int T, double dloss) {
+static double table_forward_backward(void* m, const int32_t* tokens, const int32_t* targets, int B, int T,
+                                     double dloss) {
     return model_forward_backward((Model*)m, tokens, targets, B, T, dloss);
 }
 static double table_update(void* m, const AdamW* hyper, long step) { return model_update((Model*)m, hyper, step); }
 static StepResult table_train_step(void* m, const Step* step) { return train_step((Model*)m, step); }
 
 extern "C" const Trainer* trainer_cuda(void) {
-    static const Trainer table = {"cuda " PRECISION_NAME, EXACT, table_create, table_destroy, table_tensors, table_set, table_get, table_forward, table_last_logits,
-                                  table_forward_backward, table_update, table_train_step};
+    static const Trainer table = {"cuda " PRECISION_NAME,
+                                  EXACT,
+                                  table_create,
+                                  table_destroy,
+                                  table_tensors,
+                                  table_set,
+                                  table_get,
+                                  table_forward,
+                                  table_last_logits,
+                                  table_forward_backward,
+                                  table_update,
+                                  table_train_step};
     return &table;
 }
 

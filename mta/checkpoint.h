@@ -104,11 +104,12 @@ static inline bool checkpoint_add_text(CheckpointWriter* w, const char* name, co
 }
 
 #ifndef CHECKPOINT_PIECE
-#define CHECKPOINT_PIECE ((size_t)1 << 20)  // values fetched at once: no copy of a whole tensor need fit beside the model
+#define CHECKPOINT_PIECE \
+    ((size_t)1 << 20)  // values fetched at once: no copy of a whole tensor need fit beside the model
 #endif
 
-// The n values (at most CHECKPOINT_PIECE) from value `from` on of tensor `tensor` of group `group`, already of the dtype
-// the file is written in; valid until the next call.
+// The n values (at most CHECKPOINT_PIECE) from value `from` on of tensor `tensor` of group `group`, already of the
+// dtype the file is written in; valid until the next call.
 typedef const void* (*TensorFetch)(void* ctx, int group, int tensor, size_t from, size_t n);
 
 // One safetensors file with every tensor of the list for each group, named prefix + NAME.
@@ -260,7 +261,8 @@ static inline bool checkpoint_verify_manifest(const char* dir, bool contents, Er
     Json* manifest = checkpoint_manifest(dir, e);
     if (!manifest) { return false; }
     const Json* files = json_get(manifest, "files");
-    bool good = (files && files->type == JSON_OBJECT && files->child) || fail(e, "%s/manifest.json: lists no files", dir);
+    bool good =
+        (files && files->type == JSON_OBJECT && files->child) || fail(e, "%s/manifest.json: lists no files", dir);
     for (const Json* f = good ? files->child : NULL; f && good; f = f->next) {
         good = checkpoint_verify_file(dir, f, contents, e);
     }
@@ -271,8 +273,9 @@ static inline bool checkpoint_verify_manifest(const char* dir, bool contents, Er
 // Every file of the manifest is there, with its size and CRC-32.
 static inline bool checkpoint_verify(const char* dir, Error* e) { return checkpoint_verify_manifest(dir, true, e); }
 
-// Before a model is read from DIR, a checkpoint or a copy of some of its files: those that its manifest lists and that are there have their
-// size and, but for the two that only a resume reads, their CRC-32. True where there is no manifest of a checkpoint: other programs' models.
+// Before a model is read from DIR, a checkpoint or a copy of some of its files: those that its manifest lists and that
+// are there have their size and, but for the two that only a resume reads, their CRC-32. True where there is no
+// manifest of a checkpoint: other programs' models.
 static inline bool checkpoint_verify_model(const char* dir, Error* e) {
     char path[PATH_SIZE];
     path_join(path, sizeof path, dir, "manifest.json");
@@ -352,8 +355,8 @@ static inline long checkpoint_newest(const char* run, char* path_out, Text* pass
 }
 
 // After checkpoint `newest` was written: removes all older than the `keep` up to it whose files have their sizes (0:
-// keeps all). Contents are not read again here: that would cost a pass over every kept checkpoint at each save. Those of
-// later steps, which a resume has passed over as damaged, are left alone and do not count.
+// keeps all). Contents are not read again here: that would cost a pass over every kept checkpoint at each save. Those
+// of later steps, which a resume has passed over as damaged, are left alone and do not count.
 static inline void checkpoint_prune(const char* run, int keep, long newest) {
     long* steps;
     char path[PATH_SIZE];
@@ -401,15 +404,21 @@ static inline bool checkpoint_check_shape(const StTensor* t, const TensorSpec* s
     return fail(e, "%s: tensor %s: shape %s, wanted %s", t->file, t->name, got, want);
 }
 
-// What a checkpoint may hold beyond the list: RoPE's tables, and, where the embedding is the head too, a head of its very bytes.
+// What a checkpoint may hold beyond the list: RoPE's tables, and, where the embedding is the head too, a head of its
+// very bytes.
 static inline bool checkpoint_extra(const SafeTensors* s, const StTensor* t, Error* e) {
     size_t n = strlen(t->name);
     if (n >= 20 && !strcmp(t->name + n - 20, ".rotary_emb.inv_freq")) { return true; }
     const StTensor* embed = safetensors_find(s, "model.embed_tokens.weight");
-    if (strcmp(t->name, "lm_head.weight") || !embed) { return fail(e, "%s: tensor %s is not one of this model's", t->file, t->name); }
+    if (strcmp(t->name, "lm_head.weight") || !embed) {
+        return fail(e, "%s: tensor %s is not one of this model's", t->file, t->name);
+    }
     bool same = t->dtype == embed->dtype && t->bytes == embed->bytes && !memcmp(t->data, embed->data, t->bytes);
-    return same || fail(e, "%s: tensor lm_head.weight is another than model.embed_tokens.weight, but config.json says that they are one "
-                           "(tie_word_embeddings)", t->file);
+    return same || fail(e,
+                        "%s: tensor lm_head.weight is another than model.embed_tokens.weight, but config.json says "
+                        "that they are one "
+                        "(tie_word_embeddings)",
+                        t->file);
 }
 
 // The tensors of `list` for each group, as an array [n_groups * list->n] of pointers into s: NULL where an MTA tensor
@@ -435,9 +444,7 @@ static inline const StTensor** checkpoint_match(const SafeTensors* s, const char
             good = fail(e, "%s: tensor %s is missing", from, name);
         }
     }
-    for (int i = 0; good && i < s->n; i++) {
-        good = used[i] || checkpoint_extra(s, &s->tensors[i], e);
-    }
+    for (int i = 0; good && i < s->n; i++) { good = used[i] || checkpoint_extra(s, &s->tensors[i], e); }
     free(used);
     if (good) { return found; }
     free(found);

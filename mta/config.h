@@ -1,10 +1,11 @@
-// mta/config.h: what a model is: its configuration (config.json), the presets, the kinds of attention, and the list of its tensors.
+// mta/config.h: what a model is: its configuration (config.json), the presets, the kinds of attention, and the list of
+// its tensors.
 //
-// One Config describes every model of this project (LLaMA with Multi-Token Attention, or the DIFF Transformer); its fields stand in one table,
-// which drives config.json, its checks, the trainers' options and what makes another model. Models of others are read where their mathematics
-// is known to be this one, else refused. Keys and tensor
-// names are those of Hugging Face's LLaMA plus the MTA keys of dev/MODEL.md. The tensor list is walked by initialisation, checkpoints,
-// the optimizer and the tests, so that names, shapes and memory layout are said once.
+// One Config describes every model of this project (LLaMA with Multi-Token Attention, or the DIFF Transformer); its
+// fields stand in one table, which drives config.json, its checks, the trainers' options and what makes another model.
+// Models of others are read where their mathematics is known to be this one, else refused. Keys and tensor names are
+// those of Hugging Face's LLaMA plus the MTA keys of dev/MODEL.md. The tensor list is walked by initialisation,
+// checkpoints, the optimizer and the tests, so that names, shapes and memory layout are said once.
 #ifndef MTA_CONFIG_H
 #define MTA_CONFIG_H
 
@@ -14,19 +15,20 @@
 #include <math.h>
 
 enum {
-    MAX_LAYERS = 512,     // bounds that keep every product of sizes far inside 64 bits
+    MAX_LAYERS = 512,  // bounds that keep every product of sizes far inside 64 bits
     MAX_HEADS = 1024,
     MAX_DIM = 1 << 17,
     MAX_VOCAB = 1 << 22,
-    MAX_EOS = 64,         // ids that end a document
-    MAX_KERNEL = 63,      // of either side of a convolution
+    MAX_EOS = 64,     // ids that end a document
+    MAX_KERNEL = 63,  // of either side of a convolution
     MAX_CONTEXT = 1 << 24
 };
 
 typedef enum { ATTENTION_MTA, ATTENTION_DIFF } AttentionType;
 typedef enum { HEAD_NORM_NONE, HEAD_NORM_GROUP, HEAD_NORM_GROUP_DEPTH_SCALED } HeadNorm;
 
-// The members that stand in config.json have a row each in CONFIG_FIELDS below: a new one is a member here and a row there.
+// The members that stand in config.json have a row each in CONFIG_FIELDS below: a new one is a member here and a row
+// there.
 typedef struct {
     int vocab_size, hidden_size, intermediate_size, num_hidden_layers, num_attention_heads, num_key_value_heads;
     int max_position_embeddings;
@@ -35,21 +37,22 @@ typedef struct {
     // rope_scaling of type "llama3" (factor 0 = none): frequencies of long wavelengths are divided by factor
     double rope_factor, rope_low_freq_factor, rope_high_freq_factor;
     int rope_original_context;
-    int bos_token_id, eos_token_id;                 // -1 = none
-    int other_eos[MAX_EOS - 1], n_other_eos;        // of a list of eos_token_id, those behind the first
-    char tokenizer[256];                            // built-in name or rank file beside config.json, "" = unknown
-    char tokenizer_pattern[32];                     // how a rank file's text is split, where its number of ranks does not tell; else ""
+    int bos_token_id, eos_token_id;           // -1 = none
+    int other_eos[MAX_EOS - 1], n_other_eos;  // of a list of eos_token_id, those behind the first
+    char tokenizer[256];                      // built-in name or rank file beside config.json, "" = unknown
+    char tokenizer_pattern[32];  // how a rank file's text is split, where its number of ranks does not tell; else ""
     AttentionType attention_type;
-    bool kq_conv_layer[MAX_LAYERS];                 // true where layer l has key-query convolutions
-    int kq_conv_query_size, kq_conv_key_size;       // cq, ck (odd)
+    bool kq_conv_layer[MAX_LAYERS];            // true where layer l has key-query convolutions
+    int kq_conv_query_size, kq_conv_key_size;  // cq, ck (odd)
     bool kq_conv_pre_softmax, kq_conv_post_softmax;
-    int head_mix_pre_softmax, head_mix_post_softmax; // group size ch, 0 = off
+    int head_mix_pre_softmax, head_mix_post_softmax;  // group size ch, 0 = off
     HeadNorm head_norm;
     bool head_gate;
 } Config;
 
 // ---------------------------------------------------------------------------------------------------------------------
-// The one table of fields: config.json in and out, the ranges of config_check, the trainers' options, and what makes another model.
+// The one table of fields: config.json in and out, the ranges of config_check, the trainers' options, and what makes
+// another model.
 
 typedef enum {
     FIELD_INT,     // int
@@ -65,58 +68,63 @@ typedef enum {
 // Where a field stands in config.json, in the order in which it is written.
 typedef enum { PART_SIZES, PART_CONTEXT, PART_NUMBERS, PART_ROPE, PART_TOKENS, PART_ATTENTION } FieldPart;
 
-// What a change of the field means: nothing for the weights; another model; another model where a layer has convolutions.
+// What a change of the field means: nothing for the weights; another model; another model where a layer has
+// convolutions.
 typedef enum { CHANGE_FREE, CHANGE_MODEL, CHANGE_CONV } FieldChange;
 
 typedef struct {
-    const char* key;      // in config.json; behind a point inside of that object
+    const char* key;  // in config.json; behind a point inside of that object
     FieldType type;
     FieldPart part;
-    size_t offset;        // in Config
-    double value;         // where the key is absent
-    double min, max;      // accepted
+    size_t offset;    // in Config
+    double value;     // where the key is absent
+    double min, max;  // accepted
     FieldChange change;
-    const char* words;    // FIELD_CHOICE: "a|b|c"
-    const char* flag;     // the trainers' option, NULL: none
+    const char* words;  // FIELD_CHOICE: "a|b|c"
+    const char* flag;   // the trainers' option, NULL: none
     const char* help;
 } ConfigField;
 
 #define AT(member) offsetof(Config, member)
 static const ConfigField CONFIG_FIELDS[] = {
-    {"vocab_size", FIELD_INT, PART_SIZES, AT(vocab_size), 32000, 1, MAX_VOCAB, CHANGE_MODEL, NULL,
-     "--vocab-size", "vocabulary (default: the model's or the shards', whichever is larger)"},
-    {"hidden_size", FIELD_INT, PART_SIZES, AT(hidden_size), 4096, 2, MAX_DIM, CHANGE_MODEL, NULL,
-     "--hidden-size", "width of the residual stream"},
+    {"vocab_size", FIELD_INT, PART_SIZES, AT(vocab_size), 32000, 1, MAX_VOCAB, CHANGE_MODEL, NULL, "--vocab-size",
+     "vocabulary (default: the model's or the shards', whichever is larger)"},
+    {"hidden_size", FIELD_INT, PART_SIZES, AT(hidden_size), 4096, 2, MAX_DIM, CHANGE_MODEL, NULL, "--hidden-size",
+     "width of the residual stream"},
     {"intermediate_size", FIELD_INT, PART_SIZES, AT(intermediate_size), 11008, 1, MAX_DIM, CHANGE_MODEL, NULL,
      "--intermediate-size", "hidden units of the MLP"},
     {"num_hidden_layers", FIELD_INT, PART_SIZES, AT(num_hidden_layers), 32, 1, MAX_LAYERS, CHANGE_MODEL, NULL,
      "--num-hidden-layers", "layers"},
     {"num_attention_heads", FIELD_INT, PART_SIZES, AT(num_attention_heads), 32, 1, MAX_HEADS, CHANGE_MODEL, NULL,
      "--num-attention-heads", "heads"},
-    {"num_key_value_heads", FIELD_INT, PART_SIZES, AT(num_key_value_heads), 0, 1, MAX_HEADS, CHANGE_MODEL, NULL,  // 0: as heads
+    {"num_key_value_heads", FIELD_INT, PART_SIZES, AT(num_key_value_heads), 0, 1, MAX_HEADS, CHANGE_MODEL,
+     NULL,  // 0: as heads
      "--num-key-value-heads", "key/value heads (grouped-query attention)"},
-    {"max_position_embeddings", FIELD_INT, PART_CONTEXT, AT(max_position_embeddings), 2048, 1, MAX_CONTEXT, CHANGE_FREE, NULL,
-     "--max-position-embeddings", "context the model states (default: --seq-len)"},
-    {"rope_theta", FIELD_NUMBER, PART_NUMBERS, AT(rope_theta), 10000, 1e-3, 1e12, CHANGE_MODEL, NULL,
-     "--rope-theta", "base of RoPE's frequencies"},
+    {"max_position_embeddings", FIELD_INT, PART_CONTEXT, AT(max_position_embeddings), 2048, 1, MAX_CONTEXT, CHANGE_FREE,
+     NULL, "--max-position-embeddings", "context the model states (default: --seq-len)"},
+    {"rope_theta", FIELD_NUMBER, PART_NUMBERS, AT(rope_theta), 10000, 1e-3, 1e12, CHANGE_MODEL, NULL, "--rope-theta",
+     "base of RoPE's frequencies"},
     {"rms_norm_eps", FIELD_NUMBER, PART_NUMBERS, AT(rms_norm_eps), 1e-6, 1e-20, 0.1, CHANGE_MODEL, NULL,
      "--rms-norm-eps", "epsilon of RMSNorm"},
     {"tie_word_embeddings", FIELD_SWITCH, PART_NUMBERS, AT(tie_word_embeddings), 0, 0, 1, CHANGE_MODEL, NULL,
      "--tie-word-embeddings", "classifier shares the embedding's weights"},
     {"rope_scaling.factor", FIELD_NUMBER, PART_ROPE, AT(rope_factor), 0, 1, 1e9, CHANGE_MODEL, NULL, NULL, NULL},
-    {"rope_scaling.low_freq_factor", FIELD_NUMBER, PART_ROPE, AT(rope_low_freq_factor), 0, 1e-9, 1e9, CHANGE_MODEL, NULL, NULL, NULL},
-    {"rope_scaling.high_freq_factor", FIELD_NUMBER, PART_ROPE, AT(rope_high_freq_factor), 0, 1e-9, 1e9, CHANGE_MODEL, NULL, NULL, NULL},
-    {"rope_scaling.original_max_position_embeddings", FIELD_INT, PART_ROPE, AT(rope_original_context), 0, 1, MAX_CONTEXT, CHANGE_MODEL, NULL,
-     NULL, NULL},
+    {"rope_scaling.low_freq_factor", FIELD_NUMBER, PART_ROPE, AT(rope_low_freq_factor), 0, 1e-9, 1e9, CHANGE_MODEL,
+     NULL, NULL, NULL},
+    {"rope_scaling.high_freq_factor", FIELD_NUMBER, PART_ROPE, AT(rope_high_freq_factor), 0, 1e-9, 1e9, CHANGE_MODEL,
+     NULL, NULL, NULL},
+    {"rope_scaling.original_max_position_embeddings", FIELD_INT, PART_ROPE, AT(rope_original_context), 0, 1,
+     MAX_CONTEXT, CHANGE_MODEL, NULL, NULL, NULL},
     {"bos_token_id", FIELD_TOKEN, PART_TOKENS, AT(bos_token_id), -1, -1, MAX_VOCAB, CHANGE_FREE, NULL, NULL, NULL},
     {"eos_token_id", FIELD_EOS, PART_TOKENS, AT(eos_token_id), -1, -1, MAX_VOCAB, CHANGE_FREE, NULL, NULL, NULL},
-    {"tokenizer", FIELD_NAME, PART_TOKENS, AT(tokenizer), 0, sizeof ((Config*)0)->tokenizer, 0, CHANGE_FREE, NULL, NULL, NULL},
-    {"tokenizer_pattern", FIELD_NAME, PART_TOKENS, AT(tokenizer_pattern), 0, sizeof ((Config*)0)->tokenizer_pattern, 0, CHANGE_FREE, NULL,
-     NULL, NULL},
+    {"tokenizer", FIELD_NAME, PART_TOKENS, AT(tokenizer), 0, sizeof((Config*)0)->tokenizer, 0, CHANGE_FREE, NULL, NULL,
+     NULL},
+    {"tokenizer_pattern", FIELD_NAME, PART_TOKENS, AT(tokenizer_pattern), 0, sizeof((Config*)0)->tokenizer_pattern, 0,
+     CHANGE_FREE, NULL, NULL, NULL},
     {"attention_type", FIELD_CHOICE, PART_ATTENTION, AT(attention_type), ATTENTION_MTA, 0, 1, CHANGE_MODEL, "mta|diff",
      "--attention-type", "config.json's attention_type"},
-    {"kq_conv_layers", FIELD_LAYERS, PART_ATTENTION, AT(kq_conv_layer), 0, 0, 0, CHANGE_CONV, NULL,
-     "--kq-conv-layers", "layers with key-query convolution, from 0, like 2,6,10"},
+    {"kq_conv_layers", FIELD_LAYERS, PART_ATTENTION, AT(kq_conv_layer), 0, 0, 0, CHANGE_CONV, NULL, "--kq-conv-layers",
+     "layers with key-query convolution, from 0, like 2,6,10"},
     {"kq_conv_query_size", FIELD_INT, PART_ATTENTION, AT(kq_conv_query_size), 6, 1, MAX_KERNEL, CHANGE_CONV, NULL,
      "--kq-conv-query-size", "queries the convolution spans, cq"},
     {"kq_conv_key_size", FIELD_INT, PART_ATTENTION, AT(kq_conv_key_size), 11, 1, MAX_KERNEL, CHANGE_CONV, NULL,
@@ -129,17 +137,19 @@ static const ConfigField CONFIG_FIELDS[] = {
      "--head-mix-pre-softmax", "heads mixed before the softmax, 0 = off"},
     {"head_mix_post_softmax", FIELD_INT, PART_ATTENTION, AT(head_mix_post_softmax), 0, 0, MAX_HEADS, CHANGE_MODEL, NULL,
      "--head-mix-post-softmax", "heads mixed after the softmax, 0 = off"},
-    {"head_norm", FIELD_CHOICE, PART_ATTENTION, AT(head_norm), HEAD_NORM_NONE, 0, 2, CHANGE_MODEL, "none|group|group_depth_scaled",
-     "--head-norm", "norm of each head's output"},
-    {"head_gate", FIELD_SWITCH, PART_ATTENTION, AT(head_gate), 0, 0, 1, CHANGE_MODEL, NULL,
-     "--head-gate", "sigmoid gate of each head's output"},
+    {"head_norm", FIELD_CHOICE, PART_ATTENTION, AT(head_norm), HEAD_NORM_NONE, 0, 2, CHANGE_MODEL,
+     "none|group|group_depth_scaled", "--head-norm", "norm of each head's output"},
+    {"head_gate", FIELD_SWITCH, PART_ATTENTION, AT(head_gate), 0, 0, 1, CHANGE_MODEL, NULL, "--head-gate",
+     "sigmoid gate of each head's output"},
 };
 #undef AT
 enum { CONFIG_FIELD_COUNT = sizeof CONFIG_FIELDS / sizeof CONFIG_FIELDS[0] };
 
 // The row of a key; -1: there is none.
 static inline int config_field(const char* key) {
-    for (int i = 0; i < CONFIG_FIELD_COUNT; i++) { if (!strcmp(CONFIG_FIELDS[i].key, key)) { return i; } }
+    for (int i = 0; i < CONFIG_FIELD_COUNT; i++) {
+        if (!strcmp(CONFIG_FIELDS[i].key, key)) { return i; }
+    }
     return -1;
 }
 
@@ -148,7 +158,10 @@ static inline double config_get(const Config* c, const ConfigField* f) {
     const char* at = (const char*)c + f->offset;
     int integer;
     double number;
-    if (f->type == FIELD_NUMBER) { memcpy(&number, at, sizeof number); return number; }
+    if (f->type == FIELD_NUMBER) {
+        memcpy(&number, at, sizeof number);
+        return number;
+    }
     if (f->type == FIELD_SWITCH) { return *(const bool*)at; }
     memcpy(&integer, at, sizeof integer);
     return integer;
@@ -195,14 +208,15 @@ static inline void config_field_write(const Config* c, const ConfigField* f, Tex
             choice_word(f->words, (int)config_get(c, f), word, sizeof word);
             text_printf(t, "\"%s\"", word);
             break;
-        case FIELD_NAME:
-            text_json_string(t, (const char*)c + f->offset, strlen((const char*)c + f->offset));
-            break;
+        case FIELD_NAME: text_json_string(t, (const char*)c + f->offset, strlen((const char*)c + f->offset)); break;
         case FIELD_LAYERS: {
             const bool* layers = (const bool*)((const char*)c + f->offset);
             text_printf(t, "[");
             for (int l = 0, first = 1; l < c->num_hidden_layers; l++) {
-                if (layers[l]) { text_printf(t, "%s%d", first ? "" : ", ", l); first = 0; }
+                if (layers[l]) {
+                    text_printf(t, "%s%d", first ? "" : ", ", l);
+                    first = 0;
+                }
             }
             text_printf(t, "]");
             break;
@@ -231,14 +245,16 @@ static inline int config_norm_heads(const Config* c) { return c->attention_type 
 static inline double config_lambda_init(int l) { return 0.8 - 0.6 * exp(-0.3 * l); }
 
 static inline bool config_any_conv(const Config* c) {
-    for (int l = 0; l < c->num_hidden_layers; l++) { if (config_conv_pre(c, l) || config_conv_post(c, l)) { return true; } }
+    for (int l = 0; l < c->num_hidden_layers; l++) {
+        if (config_conv_pre(c, l) || config_conv_post(c, l)) { return true; }
+    }
     return false;
 }
 
 // True for plain multi-head attention, which is written as a Hugging Face "llama".
 static inline bool config_is_plain(const Config* c) {
-    return c->attention_type == ATTENTION_MTA && !config_any_conv(c) && !c->head_mix_pre_softmax && !c->head_mix_post_softmax &&
-           c->head_norm == HEAD_NORM_NONE && !c->head_gate;
+    return c->attention_type == ATTENTION_MTA && !config_any_conv(c) && !c->head_mix_pre_softmax &&
+           !c->head_mix_post_softmax && c->head_norm == HEAD_NORM_NONE && !c->head_gate;
 }
 
 // What the fields are where no key says otherwise: Hugging Face's LlamaConfig; every MTA feature off.
@@ -259,31 +275,43 @@ static inline Config config_default(void) {
 static inline bool config_check(const Config* c, Error* e) {
     for (int i = 0; i < CONFIG_FIELD_COUNT; i++) {
         const ConfigField* f = &CONFIG_FIELDS[i];
-        if ((f->type != FIELD_INT && f->type != FIELD_NUMBER) || (f->part == PART_ROPE && c->rope_factor == 0)) { continue; }
+        if ((f->type != FIELD_INT && f->type != FIELD_NUMBER) || (f->part == PART_ROPE && c->rope_factor == 0)) {
+            continue;
+        }
         double value = config_get(c, f);
-        if (!(value >= f->min && value <= f->max)) { return fail(e, "%s: got %.9g, wanted %.9g to %.9g", f->key, value, f->min, f->max); }
+        if (!(value >= f->min && value <= f->max)) {
+            return fail(e, "%s: got %.9g, wanted %.9g to %.9g", f->key, value, f->min, f->max);
+        }
     }
     if (c->rope_factor > 0 && c->rope_high_freq_factor <= c->rope_low_freq_factor) {
-        return fail(e, "rope_scaling: got low_freq_factor %g and high_freq_factor %g, wanted low_freq_factor < high_freq_factor",
-                    c->rope_low_freq_factor, c->rope_high_freq_factor);
+        return fail(
+            e,
+            "rope_scaling: got low_freq_factor %g and high_freq_factor %g, wanted low_freq_factor < high_freq_factor",
+            c->rope_low_freq_factor, c->rope_high_freq_factor);
     }
     int NH = c->num_attention_heads;
-    if (c->hidden_size % NH) { return fail(e, "hidden_size %d is not divisible by num_attention_heads %d", c->hidden_size, NH); }
+    if (c->hidden_size % NH) {
+        return fail(e, "hidden_size %d is not divisible by num_attention_heads %d", c->hidden_size, NH);
+    }
     if (config_head_size(c) % 2) { return fail(e, "head size %d is odd, RoPE needs an even one", config_head_size(c)); }
     if (NH % c->num_key_value_heads) {
         return fail(e, "num_attention_heads %d is not divisible by num_key_value_heads %d", NH, c->num_key_value_heads);
     }
-    if (c->kq_conv_key_size % 2 == 0) { return fail(e, "kq_conv_key_size: got %d, wanted an odd number", c->kq_conv_key_size); }
+    if (c->kq_conv_key_size % 2 == 0) {
+        return fail(e, "kq_conv_key_size: got %d, wanted an odd number", c->kq_conv_key_size);
+    }
     const int groups[2] = {c->head_mix_pre_softmax, c->head_mix_post_softmax};
     for (int i = 0; i < 2; i++) {
         if (groups[i] && NH % groups[i]) {
-            return fail(e, "num_attention_heads %d is not divisible by head_mix_%s_softmax %d", NH, i ? "post" : "pre", groups[i]);
+            return fail(e, "num_attention_heads %d is not divisible by head_mix_%s_softmax %d", NH, i ? "post" : "pre",
+                        groups[i]);
         }
     }
     if (c->attention_type == ATTENTION_DIFF) {
         if (NH % 2) { return fail(e, "attention_type diff pairs heads: num_attention_heads %d is odd", NH); }
         if (config_any_conv(c) || groups[0] || groups[1] || c->head_gate) {
-            return fail(e, "attention_type diff takes head_norm and grouped key/value heads only, no kq_conv, head_mix or head_gate beside it");
+            return fail(e, "attention_type diff takes head_norm and grouped key/value heads only, no kq_conv, head_mix "
+                           "or head_gate beside it");
         }
     }
     return true;
@@ -295,7 +323,8 @@ static inline bool config_check(const Config* c, Error* e) {
 static const char* const MODEL_NAMES = "toy, 1m, 3m, 11m, 25m, 300m, 550m, 880m, 1b";
 static const char* const ATTENTION_NAMES = "transformer, mta, mta-full, talking-heads, diff";
 
-// The layers with convolutions of a model by default: toy all; the paper's every fourth from 2; the small ones every second from 1.
+// The layers with convolutions of a model by default: toy all; the paper's every fourth from 2; the small ones every
+// second from 1.
 typedef struct {
     const char* name;
     int C, L, NH, FF, V, context, first_conv, conv_stride;
@@ -304,34 +333,48 @@ typedef struct {
 
 static inline const Preset* preset_find(const char* name) {
     static const Preset presets[] = {
-        {"toy", 256, 4, 2, 768, 32, 512, 0, 1, 100000, 1e-4},     {"1m", 128, 4, 4, 352, 259, 1024, 1, 2, 10000, 1e-3},
-        {"3m", 192, 6, 6, 512, 259, 1024, 1, 2, 10000, 1e-3},     {"11m", 384, 6, 6, 1024, 259, 1024, 1, 2, 10000, 6e-4},
-        {"25m", 512, 8, 8, 1408, 259, 1024, 1, 2, 10000, 6e-4},   {"300m", 1024, 20, 16, 2816, 128256, 2048, 2, 4, 100000, 1.5e-4},
-        {"550m", 1280, 24, 10, 3584, 128256, 2048, 2, 4, 100000, 1.5e-4}, {"880m", 1536, 24, 16, 4096, 128256, 2048, 2, 4, 100000, 1.5e-4},
+        {"toy", 256, 4, 2, 768, 32, 512, 0, 1, 100000, 1e-4},
+        {"1m", 128, 4, 4, 352, 259, 1024, 1, 2, 10000, 1e-3},
+        {"3m", 192, 6, 6, 512, 259, 1024, 1, 2, 10000, 1e-3},
+        {"11m", 384, 6, 6, 1024, 259, 1024, 1, 2, 10000, 6e-4},
+        {"25m", 512, 8, 8, 1408, 259, 1024, 1, 2, 10000, 6e-4},
+        {"300m", 1024, 20, 16, 2816, 128256, 2048, 2, 4, 100000, 1.5e-4},
+        {"550m", 1280, 24, 10, 3584, 128256, 2048, 2, 4, 100000, 1.5e-4},
+        {"880m", 1536, 24, 16, 4096, 128256, 2048, 2, 4, 100000, 1.5e-4},
         {"1b", 2048, 24, 16, 5632, 128256, 2048, 2, 4, 100000, 1.5e-4},
     };
-    for (size_t i = 0; i < sizeof presets / sizeof presets[0]; i++) { if (!strcmp(name, presets[i].name)) { return &presets[i]; } }
+    for (size_t i = 0; i < sizeof presets / sizeof presets[0]; i++) {
+        if (!strcmp(name, presets[i].name)) { return &presets[i]; }
+    }
     return NULL;
 }
 
 static inline void config_from_preset(Config* c, const Preset* p) {
     *c = config_default();
-    c->vocab_size = p->V; c->hidden_size = p->C; c->intermediate_size = p->FF; c->num_hidden_layers = p->L;
+    c->vocab_size = p->V;
+    c->hidden_size = p->C;
+    c->intermediate_size = p->FF;
+    c->num_hidden_layers = p->L;
     c->num_attention_heads = c->num_key_value_heads = p->NH;
     c->max_position_embeddings = p->context;
-    c->rope_theta = p->rope_theta; c->rms_norm_eps = 1e-5;
+    c->rope_theta = p->rope_theta;
+    c->rms_norm_eps = 1e-5;
     c->tie_word_embeddings = true;
     for (int l = p->first_conv; l < p->L; l += p->conv_stride) { c->kq_conv_layer[l] = true; }
 }
 
-// Sets the fields that a kind of attention stands for (the paper's two versions, the toy model; baselines). Convolution layers are kept if the
-// configuration names some, else every fourth from 2 (all, in a model of fewer than 3 layers). toy: the paper's toy model.
+// Sets the fields that a kind of attention stands for (the paper's two versions, the toy model; baselines). Convolution
+// layers are kept if the configuration names some, else every fourth from 2 (all, in a model of fewer than 3 layers).
+// toy: the paper's toy model.
 static inline bool config_set_attention(Config* c, const char* kind, bool toy, Error* e) {
     int NH = c->num_attention_heads;
     bool any = false;
     for (int l = 0; l < c->num_hidden_layers; l++) { any = any || c->kq_conv_layer[l]; }
-    for (int l = 0; l < c->num_hidden_layers && !any; l++) { c->kq_conv_layer[l] = c->num_hidden_layers < 3 || l % 4 == 2; }
-    bool mta = !strcmp(kind, "mta"), full = !strcmp(kind, "mta-full"), talking = !strcmp(kind, "talking-heads"), diff = !strcmp(kind, "diff");
+    for (int l = 0; l < c->num_hidden_layers && !any; l++) {
+        c->kq_conv_layer[l] = c->num_hidden_layers < 3 || l % 4 == 2;
+    }
+    bool mta = !strcmp(kind, "mta"), full = !strcmp(kind, "mta-full"), talking = !strcmp(kind, "talking-heads"),
+         diff = !strcmp(kind, "diff");
     if (!mta && !full && !talking && !diff && strcmp(kind, "transformer")) {
         return fail(e, "attention: got \"%s\", wanted one of %s", kind, ATTENTION_NAMES);
     }
@@ -360,7 +403,8 @@ static inline bool config_set_conv_layers(Config* c, const char* list, Error* e)
         char* end;
         long l = strtol(s, &end, 10);
         if (end == s || l < 0 || l >= c->num_hidden_layers || (*end && *end != ',')) {
-            return fail(e, "kq_conv_layers: got \"%s\", wanted all, none or a list like 1,3,5 of layers 0 to %d", list, c->num_hidden_layers - 1);
+            return fail(e, "kq_conv_layers: got \"%s\", wanted all, none or a list like 1,3,5 of layers 0 to %d", list,
+                        c->num_hidden_layers - 1);
         }
         c->kq_conv_layer[l] = true;
         if (!*end) { return true; }
@@ -369,14 +413,22 @@ static inline bool config_set_conv_layers(Config* c, const char* list, Error* e)
 }
 
 // A field as an option gives it; `text` for choices and layers. Not given: -1, -1.0 or NULL.
-typedef union { int integer; double number; const char* text; } FieldValue;
+typedef union {
+    int integer;
+    double number;
+    const char* text;
+} FieldValue;
 
 static inline bool field_is_text(const ConfigField* f) { return f->type == FIELD_CHOICE || f->type == FIELD_LAYERS; }
 
 static inline FieldValue field_not_given(const ConfigField* f) {
     FieldValue v;
     memset(&v, 0, sizeof v);
-    if (f->type == FIELD_NUMBER) { v.number = -1; } else if (!field_is_text(f)) { v.integer = -1; }
+    if (f->type == FIELD_NUMBER) {
+        v.number = -1;
+    } else if (!field_is_text(f)) {
+        v.integer = -1;
+    }
     return v;
 }
 
@@ -384,7 +436,8 @@ static inline bool field_given(const ConfigField* f, FieldValue v) {
     return field_is_text(f) ? v.text != NULL : f->type == FIELD_NUMBER ? v.number >= 0 : v.integer >= 0;
 }
 
-// Puts the options that were given for one part's fields over what the configuration says; given: a value for each row of CONFIG_FIELDS.
+// Puts the options that were given for one part's fields over what the configuration says; given: a value for each row
+// of CONFIG_FIELDS.
 static inline bool config_override(Config* c, const FieldValue* given, FieldPart part, Error* e) {
     for (int i = 0; i < CONFIG_FIELD_COUNT; i++) {
         const ConfigField* f = &CONFIG_FIELDS[i];
@@ -393,7 +446,10 @@ static inline bool config_override(Config* c, const FieldValue* given, FieldPart
         if (f->type == FIELD_LAYERS) {
             if (!config_set_conv_layers(c, v.text, e)) { return false; }
         } else {
-            config_set(c, f, f->type == FIELD_CHOICE ? choice_index(f->words, v.text) : f->type == FIELD_NUMBER ? v.number : v.integer);
+            config_set(c, f,
+                       f->type == FIELD_CHOICE   ? choice_index(f->words, v.text)
+                       : f->type == FIELD_NUMBER ? v.number
+                                                 : v.integer);
         }
     }
     return true;
@@ -412,7 +468,11 @@ static inline bool config_read_eos(Config* c, const Json* v, const char* key, Er
         int64_t id;
         if (!json_integer(v, -1, MAX_VOCAB, &id)) { return fail(e, "%s: wanted a token id or a list of them", key); }
         if (count == MAX_EOS) { return fail(e, "%s: more than %d ids", key, MAX_EOS); }
-        if (!count) { c->eos_token_id = (int)id; } else { c->other_eos[c->n_other_eos++] = (int)id; }
+        if (!count) {
+            c->eos_token_id = (int)id;
+        } else {
+            c->other_eos[c->n_other_eos++] = (int)id;
+        }
     }
     return true;
 }
@@ -421,7 +481,9 @@ static inline bool config_read_layers(Config* c, bool* layers, const Json* v, co
     if (v->type != JSON_ARRAY) { return fail(e, "%s: wanted a list of layer numbers", key); }
     for (const Json* item = v->child; item; item = item->next) {
         int64_t l;
-        if (!json_integer(item, 0, c->num_hidden_layers - 1, &l)) { return fail(e, "%s: wanted layers from 0 to %d", key, c->num_hidden_layers - 1); }
+        if (!json_integer(item, 0, c->num_hidden_layers - 1, &l)) {
+            return fail(e, "%s: wanted layers from 0 to %d", key, c->num_hidden_layers - 1);
+        }
         layers[l] = true;
     }
     return true;
@@ -429,7 +491,9 @@ static inline bool config_read_layers(Config* c, bool* layers, const Json* v, co
 
 // null: off, none, or as absent; refused where a number is needed (a field whose value is 0 by default can do without).
 static inline bool config_read_null(Config* c, const ConfigField* f, Error* e) {
-    if ((f->type == FIELD_INT || f->type == FIELD_NUMBER) && f->value != 0) { return fail(e, "%s: got null, wanted a number", f->key); }
+    if ((f->type == FIELD_INT || f->type == FIELD_NUMBER) && f->value != 0) {
+        return fail(e, "%s: got null, wanted a number", f->key);
+    }
     if (f->type == FIELD_EOS) { c->n_other_eos = 0; }
     if (f->type != FIELD_LAYERS && f->type != FIELD_NAME) { config_set(c, f, f->value); }
     return true;
@@ -458,7 +522,10 @@ static inline bool config_read_field(Config* c, const ConfigField* f, const Json
             return true;
         case FIELD_CHOICE:
             if (v->type == JSON_STRING) { word = choice_index(f->words, v->string); }
-            if (word < 0) { return fail(e, "%s: got \"%.60s\", wanted one of %s", f->key, v->type == JSON_STRING ? v->string : "?", f->words); }
+            if (word < 0) {
+                return fail(e, "%s: got \"%.60s\", wanted one of %s", f->key, v->type == JSON_STRING ? v->string : "?",
+                            f->words);
+            }
             config_set(c, f, word);
             return true;
         case FIELD_LAYERS: return config_read_layers(c, (bool*)at, v, f->key, e);
@@ -467,7 +534,9 @@ static inline bool config_read_field(Config* c, const ConfigField* f, const Json
             if (v->type != JSON_STRING || v->length >= (size_t)f->min || strlen(v->string) != v->length) {
                 return fail(e, "%s: wanted a short string", f->key);
             }
-            if (strchr(v->string, '/')) { return fail(e, "%s: got \"%s\", wanted a name or a file beside config.json", f->key, v->string); }
+            if (strchr(v->string, '/')) {
+                return fail(e, "%s: got \"%s\", wanted a name or a file beside config.json", f->key, v->string);
+            }
             strcpy(at, v->string);
             return true;
     }
@@ -506,42 +575,140 @@ static inline bool config_same_model(const Config* got, const Config* want, Erro
 
 typedef enum { FAMILY_UNNAMED, FAMILY_LLAMA, FAMILY_MISTRAL, FAMILY_MTA } ConfigFamily;
 
-typedef struct { ConfigFamily family; const char *model_type, *architecture; } FamilyName;
+typedef struct {
+    ConfigFamily family;
+    const char *model_type, *architecture;
+} FamilyName;
 
-// What may stand in config.json beside the fields. NULL: any value, it changes no number that a model computes. Else the value, or the
-// values, at which it changes nothing. "!" at the front: another value is refused under --assume-llama too.
-typedef struct { const char *key, *values; } ConfigKey;
+// What may stand in config.json beside the fields. NULL: any value, it changes no number that a model computes. Else
+// the value, or the values, at which it changes nothing. "!" at the front: another value is refused under
+// --assume-llama too.
+typedef struct {
+    const char *key, *values;
+} ConfigKey;
 
 static const ConfigKey CONFIG_KEYS[] = {
     // what it is called, how it is stored, how it was trained, how text is drawn from it
-    {"architectures", NULL}, {"model_type", NULL}, {"torch_dtype", NULL}, {"dtype", NULL}, {"transformers_version", NULL}, {"_name_or_path", NULL},
-    {"_commit_hash", NULL}, {"_attn_implementation", NULL}, {"attn_implementation", NULL}, {"_attn_implementation_autoset", NULL},
-    {"use_cache", NULL}, {"initializer_range", NULL}, {"pretraining_tp", NULL}, {"attention_dropout", NULL}, {"hidden_dropout", NULL},
-    {"dropout", NULL}, {"resid_pdrop", NULL}, {"embd_pdrop", NULL}, {"attn_pdrop", NULL}, {"pad_token_id", NULL}, {"unk_token_id", NULL},
-    {"sep_token_id", NULL}, {"cls_token_id", NULL}, {"mask_token_id", NULL}, {"pad_token", NULL}, {"decoder_start_token_id", NULL},
-    {"forced_bos_token_id", NULL}, {"forced_eos_token_id", NULL}, {"suppress_tokens", NULL}, {"begin_suppress_tokens", NULL},
-    {"bad_words_ids", NULL}, {"tokenizer_class", NULL}, {"model_max_length", NULL}, {"max_sequence_length", NULL}, {"max_length", NULL},
-    {"min_length", NULL}, {"do_sample", NULL}, {"early_stopping", NULL}, {"num_beams", NULL}, {"num_beam_groups", NULL},
-    {"diversity_penalty", NULL}, {"temperature", NULL}, {"top_k", NULL}, {"top_p", NULL}, {"typical_p", NULL}, {"repetition_penalty", NULL},
-    {"length_penalty", NULL}, {"no_repeat_ngram_size", NULL}, {"encoder_no_repeat_ngram_size", NULL}, {"num_return_sequences", NULL},
-    {"remove_invalid_values", NULL}, {"exponential_decay_length_penalty", NULL}, {"return_dict", NULL}, {"return_dict_in_generate", NULL},
-    {"output_scores", NULL}, {"output_attentions", NULL}, {"output_hidden_states", NULL}, {"torchscript", NULL}, {"use_bfloat16", NULL},
-    {"tf_legacy_loss", NULL}, {"is_decoder", NULL}, {"id2label", NULL}, {"label2id", NULL}, {"num_labels", NULL}, {"problem_type", NULL},
-    {"finetuning_task", NULL}, {"task_specific_params", NULL}, {"prefix", NULL}, {"unsloth_version", NULL}, {"unsloth_fixed", NULL},
-    {"use_flash_attn", NULL}, {"use_flash_attention", NULL}, {"use_flash_attention_2", NULL}, {"gradient_checkpointing", NULL},
+    {"architectures", NULL},
+    {"model_type", NULL},
+    {"torch_dtype", NULL},
+    {"dtype", NULL},
+    {"transformers_version", NULL},
+    {"_name_or_path", NULL},
+    {"_commit_hash", NULL},
+    {"_attn_implementation", NULL},
+    {"attn_implementation", NULL},
+    {"_attn_implementation_autoset", NULL},
+    {"use_cache", NULL},
+    {"initializer_range", NULL},
+    {"pretraining_tp", NULL},
+    {"attention_dropout", NULL},
+    {"hidden_dropout", NULL},
+    {"dropout", NULL},
+    {"resid_pdrop", NULL},
+    {"embd_pdrop", NULL},
+    {"attn_pdrop", NULL},
+    {"pad_token_id", NULL},
+    {"unk_token_id", NULL},
+    {"sep_token_id", NULL},
+    {"cls_token_id", NULL},
+    {"mask_token_id", NULL},
+    {"pad_token", NULL},
+    {"decoder_start_token_id", NULL},
+    {"forced_bos_token_id", NULL},
+    {"forced_eos_token_id", NULL},
+    {"suppress_tokens", NULL},
+    {"begin_suppress_tokens", NULL},
+    {"bad_words_ids", NULL},
+    {"tokenizer_class", NULL},
+    {"model_max_length", NULL},
+    {"max_sequence_length", NULL},
+    {"max_length", NULL},
+    {"min_length", NULL},
+    {"do_sample", NULL},
+    {"early_stopping", NULL},
+    {"num_beams", NULL},
+    {"num_beam_groups", NULL},
+    {"diversity_penalty", NULL},
+    {"temperature", NULL},
+    {"top_k", NULL},
+    {"top_p", NULL},
+    {"typical_p", NULL},
+    {"repetition_penalty", NULL},
+    {"length_penalty", NULL},
+    {"no_repeat_ngram_size", NULL},
+    {"encoder_no_repeat_ngram_size", NULL},
+    {"num_return_sequences", NULL},
+    {"remove_invalid_values", NULL},
+    {"exponential_decay_length_penalty", NULL},
+    {"return_dict", NULL},
+    {"return_dict_in_generate", NULL},
+    {"output_scores", NULL},
+    {"output_attentions", NULL},
+    {"output_hidden_states", NULL},
+    {"torchscript", NULL},
+    {"use_bfloat16", NULL},
+    {"tf_legacy_loss", NULL},
+    {"is_decoder", NULL},
+    {"id2label", NULL},
+    {"label2id", NULL},
+    {"num_labels", NULL},
+    {"problem_type", NULL},
+    {"finetuning_task", NULL},
+    {"task_specific_params", NULL},
+    {"prefix", NULL},
+    {"unsloth_version", NULL},
+    {"unsloth_fixed", NULL},
+    {"use_flash_attn", NULL},
+    {"use_flash_attention", NULL},
+    {"use_flash_attention_2", NULL},
+    {"gradient_checkpointing", NULL},
     {"is_llama_config", NULL},
     // read apart from the table of fields, below
-    {"rope_scaling", NULL}, {"rope_parameters", NULL}, {"head_dim", NULL}, {"sliding_window", NULL}, {"use_sliding_window", NULL},
-    {"attention_multiplier", NULL}, {"auto_map", NULL}, {"layer_types", NULL},
+    {"rope_scaling", NULL},
+    {"rope_parameters", NULL},
+    {"head_dim", NULL},
+    {"sliding_window", NULL},
+    {"use_sliding_window", NULL},
+    {"attention_multiplier", NULL},
+    {"auto_map", NULL},
+    {"layer_types", NULL},
     // what changes the result unless it has this value
-    {"hidden_act", "!silu|swish"}, {"attention_bias", "!false"}, {"mlp_bias", "!false"}, {"partial_rotary_factor", "!1"},
-    {"quantization_config", "!"}, {"compression_config", "!"}, {"quantization", "!"}, {"qkv_bias", "false"}, {"use_qkv_bias", "false"},
-    {"use_bias", "false"}, {"bias", "false"}, {"lm_head_bias", "false"}, {"add_bias_linear", "false"}, {"rotary_pct", "1"},
-    {"rope_interleaved", "false"}, {"qk_norm", "false"}, {"use_qk_norm", "false"}, {"qk_layernorm", "false"}, {"embedding_multiplier", "1"},
-    {"residual_multiplier", "1"}, {"logits_scaling", "1"}, {"logit_scale", "1"}, {"scale_emb", "1"}, {"use_parallel_residual", "false"},
-    {"parallel_residual", "false"}, {"alibi", "false"}, {"add_cross_attention", "false"}, {"is_encoder_decoder", "false"},
-    {"tie_encoder_decoder", "false"}, {"cross_attention_hidden_size", ""}, {"chunk_size_feed_forward", "0"}, {"pruned_heads", "{}"},
-    {"num_experts", "0"}, {"num_local_experts", "0"}, {"n_routed_experts", "0"},
+    {"hidden_act", "!silu|swish"},
+    {"attention_bias", "!false"},
+    {"mlp_bias", "!false"},
+    {"partial_rotary_factor", "!1"},
+    {"quantization_config", "!"},
+    {"compression_config", "!"},
+    {"quantization", "!"},
+    {"qkv_bias", "false"},
+    {"use_qkv_bias", "false"},
+    {"use_bias", "false"},
+    {"bias", "false"},
+    {"lm_head_bias", "false"},
+    {"add_bias_linear", "false"},
+    {"rotary_pct", "1"},
+    {"rope_interleaved", "false"},
+    {"qk_norm", "false"},
+    {"use_qk_norm", "false"},
+    {"qk_layernorm", "false"},
+    {"embedding_multiplier", "1"},
+    {"residual_multiplier", "1"},
+    {"logits_scaling", "1"},
+    {"logit_scale", "1"},
+    {"scale_emb", "1"},
+    {"use_parallel_residual", "false"},
+    {"parallel_residual", "false"},
+    {"alibi", "false"},
+    {"add_cross_attention", "false"},
+    {"is_encoder_decoder", "false"},
+    {"tie_encoder_decoder", "false"},
+    {"cross_attention_hidden_size", ""},
+    {"chunk_size_feed_forward", "0"},
+    {"pruned_heads", "{}"},
+    {"num_experts", "0"},
+    {"num_local_experts", "0"},
+    {"n_routed_experts", "0"},
 };
 
 // A value as the words of CONFIG_KEYS spell it: 1, false, silu, {} or [] for empty ones; "..." for what holds more.
@@ -569,19 +736,28 @@ static inline bool config_check_key(const Json* v, bool assume_llama, Error* e) 
     values += always;
     config_value_text(v, got, sizeof got);
     if ((values[0] && choice_index(values, got) >= 0) || (assume_llama && !always)) { return true; }
-    if (!strcmp(key, "attention_bias") || !strcmp(key, "mlp_bias")) { return fail(e, "%s: biases are not supported", key); }
-    if (!strcmp(key, "partial_rotary_factor")) { return fail(e, "%s: got %s, wanted 1: RoPE turns whole heads", key, got); }
+    if (!strcmp(key, "attention_bias") || !strcmp(key, "mlp_bias")) {
+        return fail(e, "%s: biases are not supported", key);
+    }
+    if (!strcmp(key, "partial_rotary_factor")) {
+        return fail(e, "%s: got %s, wanted 1: RoPE turns whole heads", key, got);
+    }
     if (always && !values[0]) { return fail(e, "%s: quantized weights are not supported", key); }
-    if (values[0]) { return fail(e, "%s: got %s, wanted %s%s", key, got, values, always ? "" : "; --assume-llama passes over it"); }
+    if (values[0]) {
+        return fail(e, "%s: got %s, wanted %s%s", key, got, values, always ? "" : "; --assume-llama passes over it");
+    }
     return fail(e, "%.80s: got %s, and what this key does is not known here; --assume-llama passes over it", key, got);
 }
 
 static inline const char* config_string(const Json* j) { return j && j->type == JSON_STRING ? j->string : NULL; }
 
-// model_type and architectures into *family. They must be known and agree; under --assume-llama any other is taken for LLaMA.
+// model_type and architectures into *family. They must be known and agree; under --assume-llama any other is taken for
+// LLaMA.
 static inline bool config_read_family(const Json* j, bool assume_llama, ConfigFamily* family, Error* e) {
-    static const FamilyName names[] = {{FAMILY_LLAMA, "llama", "LlamaForCausalLM"}, {FAMILY_LLAMA, "llama", "LLaMAForCausalLM"},
-                                       {FAMILY_MISTRAL, "mistral", "MistralForCausalLM"}, {FAMILY_MTA, "mta", "MtaForCausalLM"}};
+    static const FamilyName names[] = {{FAMILY_LLAMA, "llama", "LlamaForCausalLM"},
+                                       {FAMILY_LLAMA, "llama", "LLaMAForCausalLM"},
+                                       {FAMILY_MISTRAL, "mistral", "MistralForCausalLM"},
+                                       {FAMILY_MTA, "mta", "MtaForCausalLM"}};
     const int n = sizeof names / sizeof names[0];
     const Json *type = json_get(j, "model_type"), *list = json_get(j, "architectures");
     int i = n;
@@ -589,18 +765,25 @@ static inline bool config_read_family(const Json* j, bool assume_llama, ConfigFa
     if (type && type->type != JSON_NULL) {
         for (i = 0; i < n && strcmp(names[i].model_type, config_string(type) ? type->string : ""); i++) {}
         if (i == n && !assume_llama) {
-            return fail(e, "model_type: got \"%.60s\", wanted llama, mistral or mta; --assume-llama reads it as LLaMA, right or wrong",
+            return fail(e,
+                        "model_type: got \"%.60s\", wanted llama, mistral or mta; --assume-llama reads it as LLaMA, "
+                        "right or wrong",
                         config_string(type) ? type->string : "?");
         }
         *family = i < n ? names[i].family : FAMILY_LLAMA;
     }
-    if (list && list->type != JSON_ARRAY && list->type != JSON_NULL) { return fail(e, "architectures: wanted a list of names"); }
+    if (list && list->type != JSON_ARRAY && list->type != JSON_NULL) {
+        return fail(e, "architectures: wanted a list of names");
+    }
     for (const Json* a = list ? list->child : NULL; a; a = a->next) {
         for (i = 0; i < n && strcmp(names[i].architecture, config_string(a) ? a->string : ""); i++) {}
         bool agrees = i < n && (*family == FAMILY_UNNAMED || *family == names[i].family);
         if (!agrees && !assume_llama) {
-            return fail(e, "architectures: got \"%.60s\"%s, wanted LlamaForCausalLM, MistralForCausalLM or MtaForCausalLM%s; --assume-llama reads it "
-                        "as LLaMA, right or wrong", config_string(a) ? a->string : "?", i < n ? " beside another model_type" : "",
+            return fail(e,
+                        "architectures: got \"%.60s\"%s, wanted LlamaForCausalLM, MistralForCausalLM or "
+                        "MtaForCausalLM%s; --assume-llama reads it "
+                        "as LLaMA, right or wrong",
+                        config_string(a) ? a->string : "?", i < n ? " beside another model_type" : "",
                         i < n ? " as model_type says" : "");
         }
         if (*family == FAMILY_UNNAMED) { *family = i < n ? names[i].family : FAMILY_LLAMA; }
@@ -608,23 +791,33 @@ static inline bool config_read_family(const Json* j, bool assume_llama, ConfigFa
     return true;
 }
 
-// What transformers' MistralConfig and LlamaConfig assume where that differs from ours, which is LLaMA's without its token ids.
+// What transformers' MistralConfig and LlamaConfig assume where that differs from ours, which is LLaMA's without its
+// token ids.
 static inline void config_family_defaults(Config* c, ConfigFamily family) {
-    if (family == FAMILY_LLAMA || family == FAMILY_MISTRAL) { c->bos_token_id = 1; c->eos_token_id = 2; }
-    if (family == FAMILY_MISTRAL) { c->intermediate_size = 14336; c->num_key_value_heads = 8; c->max_position_embeddings = 131072; }
+    if (family == FAMILY_LLAMA || family == FAMILY_MISTRAL) {
+        c->bos_token_id = 1;
+        c->eos_token_id = 2;
+    }
+    if (family == FAMILY_MISTRAL) {
+        c->intermediate_size = 14336;
+        c->num_key_value_heads = 8;
+        c->max_position_embeddings = 131072;
+    }
 }
 
 // A key of rope_scaling or rope_parameters that is not one of those of its type.
 static inline bool config_check_rope_key(const Json* v, const char* where, bool llama3, bool assume_llama, Error* e) {
     char key[128];
     snprintf(key, sizeof key, "rope_scaling.%.60s", v->key);
-    bool known = config_field(key) >= 0 || !strcmp(v->key, "type") || !strcmp(v->key, "rope_type") || !strcmp(v->key, "rope_theta") ||
-                 v->type == JSON_NULL || (!llama3 && !strcmp(v->key, "factor"));
+    bool known = config_field(key) >= 0 || !strcmp(v->key, "type") || !strcmp(v->key, "rope_type") ||
+                 !strcmp(v->key, "rope_theta") || v->type == JSON_NULL || (!llama3 && !strcmp(v->key, "factor"));
     if (!strcmp(v->key, "partial_rotary_factor")) { return config_check_key(v, assume_llama, e); }
-    return known || assume_llama || fail(e, "%s.%.60s: what this key does is not known here; --assume-llama passes over it", where, v->key);
+    return known || assume_llama ||
+           fail(e, "%s.%.60s: what this key does is not known here; --assume-llama passes over it", where, v->key);
 }
 
-// rope_scaling, or rope_parameters, its newer name, which also holds rope_theta. "default", "llama3" and a "linear" of factor 1 are known.
+// rope_scaling, or rope_parameters, its newer name, which also holds rope_theta. "default", "llama3" and a "linear" of
+// factor 1 are known.
 static inline bool config_read_rope(Config* c, const Json* j, const char* where, bool assume_llama, Error* e) {
     const Json* s = json_get(j, where);
     if (!s || s->type == JSON_NULL) { return true; }
@@ -632,11 +825,15 @@ static inline bool config_read_rope(Config* c, const Json* j, const char* where,
     const Json *type = json_get(s, "rope_type"), *factor = json_get(s, "factor"), *theta = json_get(s, "rope_theta");
     if (!type || type->type == JSON_NULL) { type = json_get(s, "type"); }
     const char* name = !type || type->type == JSON_NULL ? "default" : config_string(type) ? type->string : "?";
-    bool llama3 = !strcmp(name, "llama3"), linear = !strcmp(name, "linear") && factor && factor->type == JSON_NUMBER && factor->number == 1;
+    bool llama3 = !strcmp(name, "llama3"),
+         linear = !strcmp(name, "linear") && factor && factor->type == JSON_NUMBER && factor->number == 1;
     if (!llama3 && !linear && strcmp(name, "default")) {
-        return fail(e, "%s: type \"%.32s\" is not supported, wanted llama3, or none (a linear factor of 1)", where, name);
+        return fail(e, "%s: type \"%.32s\" is not supported, wanted llama3, or none (a linear factor of 1)", where,
+                    name);
     }
-    for (const Json* v = s->child; v; v = v->next) { if (!config_check_rope_key(v, where, llama3, assume_llama, e)) { return false; } }
+    for (const Json* v = s->child; v; v = v->next) {
+        if (!config_check_rope_key(v, where, llama3, assume_llama, e)) { return false; }
+    }
     if (theta && !config_read_field(c, &CONFIG_FIELDS[config_field("rope_theta")], theta, e)) { return false; }
     if (!llama3) { return true; }
     for (int i = 0; i < CONFIG_FIELD_COUNT; i++) {
@@ -665,33 +862,43 @@ static inline bool config_read_ropes(Config* c, const Json* j, bool assume_llama
 static inline bool config_check_window(const Config* c, const Json* j, ConfigFamily family, Error* e) {
     const Json *v = json_get(j, "sliding_window"), *use = json_get(j, "use_sliding_window");
     double window = family == FAMILY_MISTRAL && !v ? 4096 : 0;  // MistralConfig's where the key is absent; null is none
-    if (use && use->type != JSON_BOOL && use->type != JSON_NULL) { return fail(e, "use_sliding_window: wanted true or false"); }
+    if (use && use->type != JSON_BOOL && use->type != JSON_NULL) {
+        return fail(e, "use_sliding_window: wanted true or false");
+    }
     if (v && v->type != JSON_NULL && v->type != JSON_NUMBER) { return fail(e, "sliding_window: wanted a number"); }
     if (v && v->type == JSON_NUMBER) { window = v->number; }
-    if (use && use->type == JSON_BOOL && !use->boolean && family != FAMILY_MISTRAL) { return true; }  // Mistral's has no such switch
+    if (use && use->type == JSON_BOOL && !use->boolean && family != FAMILY_MISTRAL) {
+        return true;
+    }  // Mistral's has no such switch
     if (window > 0 && window < c->max_position_embeddings) {
-        return fail(e, "sliding_window: got %g%s, wanted none below the context of %d: attention sees all positions", window,
-                    v ? "" : " (mistral's where the key is absent)", c->max_position_embeddings);
+        return fail(e, "sliding_window: got %g%s, wanted none below the context of %d: attention sees all positions",
+                    window, v ? "" : " (mistral's where the key is absent)", c->max_position_embeddings);
     }
     return true;
 }
 
 // Keys whose good values depend on others.
 static inline bool config_check_more(const Config* c, const Json* j, ConfigFamily family, bool assume_llama, Error* e) {
-    const Json *dim = json_get(j, "head_dim"), *scale = json_get(j, "attention_multiplier"), *types = json_get(j, "layer_types");
+    const Json *dim = json_get(j, "head_dim"), *scale = json_get(j, "attention_multiplier"),
+               *types = json_get(j, "layer_types");
     const Json* map = json_get(j, "auto_map");
-    if (dim && dim->type != JSON_NULL && (dim->type != JSON_NUMBER || c->hidden_size % c->num_attention_heads || dim->number != config_head_size(c))) {
-        return fail(e, "head_dim: got %g, wanted hidden_size / num_attention_heads = %d / %d", dim->number, c->hidden_size, c->num_attention_heads);
+    if (dim && dim->type != JSON_NULL &&
+        (dim->type != JSON_NUMBER || c->hidden_size % c->num_attention_heads || dim->number != config_head_size(c))) {
+        return fail(e, "head_dim: got %g, wanted hidden_size / num_attention_heads = %d / %d", dim->number,
+                    c->hidden_size, c->num_attention_heads);
     }
     if (!config_check_window(c, j, family, e)) { return false; }
     if (assume_llama) { return true; }
     double usual = 1 / sqrt((double)config_head_size(c));
     if (scale && scale->type != JSON_NULL && !(scale->type == JSON_NUMBER && fabs(scale->number - usual) < 1e-9)) {
-        return fail(e, "attention_multiplier: got %g, wanted 1 / sqrt(head size) = %.9g; --assume-llama passes over it", scale->number, usual);
+        return fail(e, "attention_multiplier: got %g, wanted 1 / sqrt(head size) = %.9g; --assume-llama passes over it",
+                    scale->number, usual);
     }
     for (const Json* t = types ? types->child : NULL; t; t = t->next) {
         if (!config_string(t) || strcmp(t->string, "full_attention")) {
-            return fail(e, "layer_types: got \"%.40s\", wanted full_attention in every layer; --assume-llama passes over it", config_string(t) ? t->string : "?");
+            return fail(
+                e, "layer_types: got \"%.40s\", wanted full_attention in every layer; --assume-llama passes over it",
+                config_string(t) ? t->string : "?");
         }
     }
     if (map && map->type != JSON_NULL && family != FAMILY_MTA) {
@@ -700,21 +907,24 @@ static inline bool config_check_more(const Config* c, const Json* j, ConfigFamil
     return true;
 }
 
-// Reads a parsed config.json. Right or refused: only families whose mathematics is known, with their own defaults for absent keys (neither
-// model_type nor architectures: LLaMA's, without token ids), and no key that is not known. assume_llama: an unknown family is taken for
-// LLaMA and unknown keys are passed over, on the user's word.
+// Reads a parsed config.json. Right or refused: only families whose mathematics is known, with their own defaults for
+// absent keys (neither model_type nor architectures: LLaMA's, without token ids), and no key that is not known.
+// assume_llama: an unknown family is taken for LLaMA and unknown keys are passed over, on the user's word.
 static inline bool config_from_json_as(Config* c, const Json* j, bool assume_llama, Error* e) {
     ConfigFamily family;
     *c = config_default();
     if (!j || j->type != JSON_OBJECT) { return fail(e, "wanted a JSON object"); }
     if (!config_read_family(j, assume_llama, &family, e)) { return false; }
-    for (const Json* v = j->child; v; v = v->next) { if (!config_check_key(v, assume_llama, e)) { return false; } }
+    for (const Json* v = j->child; v; v = v->next) {
+        if (!config_check_key(v, assume_llama, e)) { return false; }
+    }
     config_family_defaults(c, family);
     for (int part = PART_SIZES; part <= PART_ATTENTION; part++) {
         if (part != PART_ROPE && !config_read_part(c, j, (FieldPart)part, e)) { return false; }
     }
     if (!c->num_key_value_heads) { c->num_key_value_heads = c->num_attention_heads; }
-    return config_read_ropes(c, j, assume_llama, e) && config_check_more(c, j, family, assume_llama, e) && config_check(c, e);
+    return config_read_ropes(c, j, assume_llama, e) && config_check_more(c, j, family, assume_llama, e) &&
+           config_check(c, e);
 }
 
 static inline bool config_from_json(Config* c, const Json* j, Error* e) { return config_from_json_as(c, j, false, e); }
@@ -758,23 +968,27 @@ static inline void config_write_rope(const Config* c, Text* t) {
 // torch_dtype: what model.safetensors beside it holds, "float32" or "bfloat16".
 static inline void config_to_json(const Config* c, const char* torch_dtype, Text* t) {
     bool plain = config_is_plain(c);
-    text_printf(t, "{\n  \"architectures\": [\"%s\"],\n  \"model_type\": \"%s\",\n", plain ? "LlamaForCausalLM" : "MtaForCausalLM", plain ? "llama" : "mta");
+    text_printf(t, "{\n  \"architectures\": [\"%s\"],\n  \"model_type\": \"%s\",\n",
+                plain ? "LlamaForCausalLM" : "MtaForCausalLM", plain ? "llama" : "mta");
     config_write_part(c, PART_SIZES, t);
     text_printf(t, "  \"head_dim\": %d,\n", config_head_size(c));
     config_write_part(c, PART_CONTEXT, t);
-    text_printf(t, "  \"hidden_act\": \"silu\",\n  \"attention_bias\": false,\n  \"mlp_bias\": false,\n  \"attention_dropout\": 0.0,\n");
+    text_printf(t, "  \"hidden_act\": \"silu\",\n  \"attention_bias\": false,\n  \"mlp_bias\": false,\n  "
+                   "\"attention_dropout\": 0.0,\n");
     config_write_part(c, PART_NUMBERS, t);
     if (c->rope_factor > 0) { config_write_rope(c, t); }
     config_write_part(c, PART_TOKENS, t);
     if (!plain) { config_write_part(c, PART_ATTENTION, t); }
-    text_printf(t, "  \"initializer_range\": %.9g,\n  \"torch_dtype\": \"%s\",\n  \"use_cache\": true\n}\n", pow(c->hidden_size, -0.5), torch_dtype);
+    text_printf(t, "  \"initializer_range\": %.9g,\n  \"torch_dtype\": \"%s\",\n  \"use_cache\": true\n}\n",
+                pow(c->hidden_size, -0.5), torch_dtype);
 }
 
 // Rotation of RoPE pair t (of HS/2) in radians per position, with Llama 3's scaling where configured.
 static inline double config_rope_frequency(const Config* c, int t) {
     double f = pow(c->rope_theta, -2.0 * t / config_head_size(c));
     if (c->rope_factor <= 0) { return f; }
-    double turns = c->rope_original_context * f / (2 * 3.14159265358979323846);  // rotations within the original context
+    double turns =
+        c->rope_original_context * f / (2 * 3.14159265358979323846);  // rotations within the original context
     if (turns < c->rope_low_freq_factor) { return f / c->rope_factor; }
     if (turns > c->rope_high_freq_factor) { return f; }
     double s = (turns - c->rope_low_freq_factor) / (c->rope_high_freq_factor - c->rope_low_freq_factor);
@@ -785,9 +999,30 @@ static inline double config_rope_frequency(const Config* c, int t) {
 // The tensors
 
 typedef enum {
-    TENSOR_EMBED, TENSOR_INPUT_NORM, TENSOR_Q, TENSOR_K, TENSOR_V, TENSOR_O, TENSOR_KQ_CONV, TENSOR_KQ_CONV_POST, TENSOR_HEAD_MIX_PRE,
-    TENSOR_HEAD_MIX, TENSOR_HEAD_NORM, TENSOR_GATE_WEIGHT, TENSOR_GATE_BIAS, TENSOR_LAMBDA_Q1, TENSOR_LAMBDA_K1, TENSOR_LAMBDA_Q2,
-    TENSOR_LAMBDA_K2, TENSOR_POST_NORM, TENSOR_GATE_PROJ, TENSOR_UP_PROJ, TENSOR_DOWN_PROJ, TENSOR_NORM, TENSOR_LM_HEAD, TENSOR_KINDS
+    TENSOR_EMBED,
+    TENSOR_INPUT_NORM,
+    TENSOR_Q,
+    TENSOR_K,
+    TENSOR_V,
+    TENSOR_O,
+    TENSOR_KQ_CONV,
+    TENSOR_KQ_CONV_POST,
+    TENSOR_HEAD_MIX_PRE,
+    TENSOR_HEAD_MIX,
+    TENSOR_HEAD_NORM,
+    TENSOR_GATE_WEIGHT,
+    TENSOR_GATE_BIAS,
+    TENSOR_LAMBDA_Q1,
+    TENSOR_LAMBDA_K1,
+    TENSOR_LAMBDA_Q2,
+    TENSOR_LAMBDA_K2,
+    TENSOR_POST_NORM,
+    TENSOR_GATE_PROJ,
+    TENSOR_UP_PROJ,
+    TENSOR_DOWN_PROJ,
+    TENSOR_NORM,
+    TENSOR_LM_HEAD,
+    TENSOR_KINDS
 } TensorKind;
 
 typedef struct {
@@ -808,15 +1043,19 @@ typedef struct {
     int* by_kind;       // [layers][TENSOR_KINDS]: index into specs, -1 = the model has none
 } TensorList;
 
-static inline void tensor_add(TensorList* list, TensorKind kind, int layer, const char* name, size_t a, size_t b, size_t c) {
+static inline void tensor_add(TensorList* list, TensorKind kind, int layer, const char* name, size_t a, size_t b,
+                              size_t c) {
     TensorSpec* s = &list->specs[list->n];
     memset(s, 0, sizeof *s);
     snprintf(s->name, sizeof s->name, "%s", name);
     s->ndim = c ? 3 : b ? 2 : 1;
-    s->shape[0] = a; s->shape[1] = b; s->shape[2] = c;
+    s->shape[0] = a;
+    s->shape[1] = b;
+    s->shape[2] = c;
     s->numel = a * (b ? b : 1) * (c ? c : 1);
     s->offset = list->numel;
-    s->layer = layer; s->kind = kind;
+    s->layer = layer;
+    s->kind = kind;
     list->by_kind[layer * TENSOR_KINDS + kind] = list->n++;
     list->numel += (s->numel + 63) / 64 * 64;
     list->parameters += s->numel;
@@ -824,7 +1063,8 @@ static inline void tensor_add(TensorList* list, TensorKind kind, int layer, cons
 
 // Fills the list for a checked configuration; in the order of the forward pass. Owns memory: tensor_list_free.
 static inline void tensor_list(TensorList* list, const Config* c) {
-    size_t C = (size_t)c->hidden_size, FF = (size_t)c->intermediate_size, V = (size_t)c->vocab_size, HS = (size_t)config_head_size(c);
+    size_t C = (size_t)c->hidden_size, FF = (size_t)c->intermediate_size, V = (size_t)c->vocab_size,
+           HS = (size_t)config_head_size(c);
     size_t NH = (size_t)c->num_attention_heads, NKV = (size_t)c->num_key_value_heads;
     size_t cq = (size_t)c->kq_conv_query_size, ck = (size_t)c->kq_conv_key_size;
     size_t slots = (size_t)c->num_hidden_layers * TENSOR_KINDS;
@@ -847,7 +1087,9 @@ static inline void tensor_list(TensorList* list, const Config* c) {
         size_t pre = (size_t)c->head_mix_pre_softmax, post = (size_t)c->head_mix_post_softmax;
         if (pre) { TENSOR(TENSOR_HEAD_MIX_PRE, "self_attn.head_mix_pre.weight", NH / pre, pre, pre); }
         if (post) { TENSOR(TENSOR_HEAD_MIX, "self_attn.head_mix.weight", NH / post, post, post); }
-        if (c->head_norm != HEAD_NORM_NONE) { TENSOR(TENSOR_HEAD_NORM, "self_attn.head_norm.weight", HS * (size_t)config_norm_heads(c), 0, 0); }
+        if (c->head_norm != HEAD_NORM_NONE) {
+            TENSOR(TENSOR_HEAD_NORM, "self_attn.head_norm.weight", HS * (size_t)config_norm_heads(c), 0, 0);
+        }
         if (c->head_gate) {
             TENSOR(TENSOR_GATE_WEIGHT, "self_attn.head_gate.weight", HS, 0, 0);
             TENSOR(TENSOR_GATE_BIAS, "self_attn.head_gate.bias", 1, 0, 0);
@@ -876,13 +1118,17 @@ static inline void tensor_list_free(TensorList* list) {
 
 // Index of a tensor by name, or by layer and kind; -1 if the model has none.
 static inline int tensor_find(const TensorList* list, const char* name) {
-    for (int i = 0; i < list->n; i++) { if (!strcmp(list->specs[i].name, name)) { return i; } }
+    for (int i = 0; i < list->n; i++) {
+        if (!strcmp(list->specs[i].name, name)) { return i; }
+    }
     return -1;
 }
-static inline int tensor_at(const TensorList* list, int layer, TensorKind kind) { return list->by_kind[layer * TENSOR_KINDS + kind]; }
+static inline int tensor_at(const TensorList* list, int layer, TensorKind kind) {
+    return list->by_kind[layer * TENSOR_KINDS + kind];
+}
 
-// Fills `fields`, a struct of nothing but LAYER_TENSORS pointers in the order of TensorKind, with one layer's tensors inside an arena whose
-// values have so many bytes; NULL where the model has none.
+// Fills `fields`, a struct of nothing but LAYER_TENSORS pointers in the order of TensorKind, with one layer's tensors
+// inside an arena whose values have so many bytes; NULL where the model has none.
 enum { LAYER_TENSORS = TENSOR_DOWN_PROJ - TENSOR_INPUT_NORM + 1 };
 static inline void tensors_of_layer(void* fields, const TensorList* list, int layer, void* arena, size_t bytes) {
     for (int k = 0; k < LAYER_TENSORS; k++) {
@@ -893,9 +1139,12 @@ static inline void tensors_of_layer(void* fields, const TensorList* list, int la
 }
 
 // Tensors that a plain LLaMA-family checkpoint lacks: --init-from starts them at the identity.
-static inline bool tensor_is_mta(const TensorSpec* s) { return s->kind >= TENSOR_KQ_CONV && s->kind <= TENSOR_LAMBDA_K2; }
+static inline bool tensor_is_mta(const TensorSpec* s) {
+    return s->kind >= TENSOR_KQ_CONV && s->kind <= TENSOR_LAMBDA_K2;
+}
 static inline bool tensor_is_norm(const TensorSpec* s) {
-    return s->kind == TENSOR_INPUT_NORM || s->kind == TENSOR_POST_NORM || s->kind == TENSOR_NORM || s->kind == TENSOR_HEAD_NORM;
+    return s->kind == TENSOR_INPUT_NORM || s->kind == TENSOR_POST_NORM || s->kind == TENSOR_NORM ||
+           s->kind == TENSOR_HEAD_NORM;
 }
 
 #endif

@@ -14,10 +14,10 @@ typedef enum { JSON_NULL, JSON_BOOL, JSON_NUMBER, JSON_STRING, JSON_ARRAY, JSON_
 typedef struct Json {
     JsonType type;
     bool boolean;
-    bool is_integer;     // the number is exactly `integer`
+    bool is_integer;  // the number is exactly `integer`
     int64_t integer;
     double number;
-    char* string;        // UTF-8, NUL-terminated; may hold NULs: `length` bytes count
+    char* string;  // UTF-8, NUL-terminated; may hold NULs: `length` bytes count
     size_t length;
     char* key;           // NULL unless a member of an object; a key with a NUL inside is refused
     struct Json* child;  // first element or member
@@ -27,7 +27,12 @@ typedef struct Json {
 
 enum { JSON_MAX_DEPTH = 64 };
 
-typedef struct { const char* text; size_t n, at; int depth; Error* error; } JsonReader;
+typedef struct {
+    const char* text;
+    size_t n, at;
+    int depth;
+    Error* error;
+} JsonReader;
 
 static inline void json_free(Json* j) {
     while (j) {  // siblings in a loop, children by recursion: no deeper than JSON_MAX_DEPTH
@@ -71,7 +76,10 @@ static inline size_t utf8_length(const char* text, size_t n) {
 
 // Writes a code point as UTF-8 (room for 4 bytes), returns the bytes.
 static inline size_t utf8_put(char* out, uint32_t c) {
-    if (c < 0x80) { out[0] = (char)c; return 1; }
+    if (c < 0x80) {
+        out[0] = (char)c;
+        return 1;
+    }
     size_t n = c < 0x800 ? 2 : c < 0x10000 ? 3 : 4;
     for (size_t i = n - 1; i > 0; i--, c >>= 6) { out[i] = (char)(0x80 | (c & 63)); }
     out[0] = (char)((n == 2 ? 0xC0 : n == 3 ? 0xE0 : 0xF0) | c);

@@ -1,9 +1,9 @@
 // mta/log.h: what a run leaves behind (DIR/log.jsonl) and what it shows on the way (a progress line).
 //
-// The log is one JSON object per line and event. Each line is one write(2) to a file opened for appending, so that a crash leaves whole
-// lines, or one torn line at the end, which the next --resume cuts together with every line of a step after the resumed one.
-// The progress line overwrites itself on a terminal and becomes ordinary lines elsewhere (a file, a pipe, TERM=dumb); colours are left
-// out there and where NO_COLOR is set (no-color.org).
+// The log is one JSON object per line and event. Each line is one write(2) to a file opened for appending, so that a
+// crash leaves whole lines, or one torn line at the end, which the next --resume cuts together with every line of a
+// step after the resumed one. The progress line overwrites itself on a terminal and becomes ordinary lines elsewhere (a
+// file, a pipe, TERM=dumb); colours are left out there and where NO_COLOR is set (no-color.org).
 #ifndef MTA_LOG_H
 #define MTA_LOG_H
 #include "util.h"
@@ -14,14 +14,14 @@
 // log.jsonl
 
 typedef struct {
-    int fd;               // -1: closed
-    off_t size;           // bytes of whole lines written so far
-    bool warned;          // a failed write has been reported
+    int fd;       // -1: closed
+    off_t size;   // bytes of whole lines written so far
+    bool warned;  // a failed write has been reported
     char path[PATH_SIZE];
 } RunLog;
 
-// How many leading bytes of a log stay when a run resumes at `step`: up to the first line that is torn, is no JSON object, or belongs to
-// a later step. Steps never fall within a log, so that a prefix is all that is needed.
+// How many leading bytes of a log stay when a run resumes at `step`: up to the first line that is torn, is no JSON
+// object, or belongs to a later step. Steps never fall within a log, so that a prefix is all that is needed.
 static inline size_t runlog_keep(const char* text, size_t n, long step) {
     size_t kept = 0;
     while (kept < n) {
@@ -33,7 +33,8 @@ static inline size_t runlog_keep(const char* text, size_t n, long step) {
         Json* line = json_parse(text + kept, length, &e);
         int64_t at = 0;
         const Json* number = json_get(line, "step");
-        bool good = line != NULL && line->type == JSON_OBJECT && (number == NULL || (json_integer(number, 0, INT64_MAX, &at) && at <= step));
+        bool good = line != NULL && line->type == JSON_OBJECT &&
+                    (number == NULL || (json_integer(number, 0, INT64_MAX, &at) && at <= step));
         json_free(line);
         if (!good) { break; }
         kept += length + 1;
@@ -41,8 +42,8 @@ static inline size_t runlog_keep(const char* text, size_t n, long step) {
     return kept;
 }
 
-// Opens run_dir/log.jsonl. resume_step -1: a new run, whose log must not exist. Otherwise the log is cut as runlog_keep says (made, if it
-// is missing) and appended to.
+// Opens run_dir/log.jsonl. resume_step -1: a new run, whose log must not exist. Otherwise the log is cut as runlog_keep
+// says (made, if it is missing) and appended to.
 static inline bool runlog_open(RunLog* log, const char* run_dir, long resume_step, Error* e) {
     log->fd = -1;
     log->size = 0;
@@ -50,7 +51,9 @@ static inline bool runlog_open(RunLog* log, const char* run_dir, long resume_ste
     path_join(log->path, sizeof(log->path), run_dir, "log.jsonl");
     if (resume_step < 0) {
         log->fd = open(log->path, O_WRONLY | O_CREAT | O_EXCL | O_APPEND | O_CLOEXEC, 0644);
-        if (log->fd < 0 && errno == EEXIST) { return fail(e, "%s exists: a run was here; --resume continues it", log->path); }
+        if (log->fd < 0 && errno == EEXIST) {
+            return fail(e, "%s exists: a run was here; --resume continues it", log->path);
+        }
         if (log->fd < 0) { return fail(e, "%s: cannot create: %s", log->path, strerror(errno)); }
         return true;
     }
@@ -64,13 +67,15 @@ static inline bool runlog_open(RunLog* log, const char* run_dir, long resume_ste
     }
     log->fd = open(log->path, O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0644);
     if (log->fd < 0) { return fail(e, "%s: cannot open for writing: %s", log->path, strerror(errno)); }
-    if (ftruncate(log->fd, (off_t)keep) != 0) { return fail(e, "%s: cannot cut to %zu bytes: %s", log->path, keep, strerror(errno)); }
+    if (ftruncate(log->fd, (off_t)keep) != 0) {
+        return fail(e, "%s: cannot cut to %zu bytes: %s", log->path, keep, strerror(errno));
+    }
     log->size = (off_t)keep;
     return true;
 }
 
-// Appends one object (no newline in it). A write that fails (a full disk) leaves no torn line, is reported once on stderr, and returns
-// false: the run goes on, since its checkpoints matter more than its log.
+// Appends one object (no newline in it). A write that fails (a full disk) leaves no torn line, is reported once on
+// stderr, and returns false: the run goes on, since its checkpoints matter more than its log.
 static inline bool runlog_line(RunLog* log, const char* json_object) {
     if (log->fd < 0) { return false; }
     size_t n = strlen(json_object);
@@ -81,8 +86,8 @@ static inline bool runlog_line(RunLog* log, const char* json_object) {
     ssize_t put = write(log->fd, line.text, line.n);
     bool whole = put == (ssize_t)line.n;
     if (!whole && !log->warned) {
-        fprintf(stderr, "%s: %s: cannot write: %s; the run goes on without this line\n", program_invocation_short_name, log->path,
-                put < 0 ? strerror(errno) : "no space left");
+        fprintf(stderr, "%s: %s: cannot write: %s; the run goes on without this line\n", program_invocation_short_name,
+                log->path, put < 0 ? strerror(errno) : "no space left");
         log->warned = true;
     }
     if (whole) {
@@ -114,8 +119,8 @@ typedef struct {
     FILE* out;
     bool terminal;  // the line may overwrite itself
     bool colour;
-    bool open;      // an unfinished line stands on the terminal
-    double last;    // when the line was drawn, seconds_now()
+    bool open;    // an unfinished line stands on the terminal
+    double last;  // when the line was drawn, seconds_now()
 } Progress;
 
 static inline Progress progress_make(FILE* out) {
@@ -143,8 +148,9 @@ static inline int progress_columns(const Progress* p) {
     return p->terminal && ioctl(fileno(p->out), TIOCGWINSZ, &w) == 0 ? w.ws_col : 0;
 }
 
-// Shows `text` (plain ASCII, no newline). On a terminal it replaces the line before, cut to the width, at most ten times a second unless
-// keep; elsewhere it is printed as a line if keep is set and dropped if not. keep: this line is to stay.
+// Shows `text` (plain ASCII, no newline). On a terminal it replaces the line before, cut to the width, at most ten
+// times a second unless keep; elsewhere it is printed as a line if keep is set and dropped if not. keep: this line is
+// to stay.
 static inline void progress_line(Progress* p, const char* text, bool keep) {
     double now = seconds_now();
     if (!p->terminal) {

@@ -108,16 +108,16 @@ static inline vf exp_lanes(vf x) {
     x = (vf)(((vi)high & (x > high)) | ((vi)x & ~(x > high)));
     vf shifted = x * 1.44269504088896341f + magic;
     vf n = shifted - magic;
-    vf r = x - n * 0.693359375f + n * 2.12194440e-4f;  // ln 2 in two parts
+    vf r = x - n * 0.693359375f + n * 2.12194440e-4f;                         // ln 2 in two parts
     vf y = (r * 1.9875691500e-4f + 1.3981999507e-3f) * r + 8.3334519073e-3f;  // the polynomial of Cephes' expf
     y = (((y * r + 4.1665795894e-2f) * r + 1.6666665459e-1f) * r + 5.0000001201e-1f) * (r * r) + r + 1.0f;
     return (vf)((vi)y + (((vi)shifted - (vi)magic) << 23));
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Matrices. rows x cols, y = x W^T, stored row by row; int8 by tiles of LANES rows and GROUP columns, padded with zeros.
-// The GROUP values of a row in a tile share a scale. Four of them are one of the 16 integers of a vector, one integer a
-// row: so products need no sums over lanes, and one instruction multiplies 64 weights.
+// Matrices. rows x cols, y = x W^T, stored row by row; int8 by tiles of LANES rows and GROUP columns, padded with
+// zeros. The GROUP values of a row in a tile share a scale. Four of them are one of the 16 integers of a vector, one
+// integer a row: so products need no sums over lanes, and one instruction multiplies 64 weights.
 
 typedef enum { W_F32, W_BF16, W_F16, W_INT8 } WeightKind;
 static const char* const weight_names[] = {"f32", "bf16", "f16", "int8"};
@@ -159,8 +159,8 @@ static inline vf tile_column(const Int8Tile* t, size_t k) {
     return __builtin_convertvector(((four >> (int)(8 * (k % 4))) & 255) - 128, vf);
 }
 
-// Always inline, so that the compiler sees the same loops in every program: of a loop that it does not turn into vectors
-// it fuses products and sums, which changes last bits.
+// Always inline, so that the compiler sees the same loops in every program: of a loop that it does not turn into
+// vectors it fuses products and sums, which changes last bits.
 static inline __attribute__((always_inline)) float weight_at(const Matrix* w, size_t row, size_t c) {
     size_t i = row * w->cols + c;
     if (w->kind == W_F32) {
@@ -194,16 +194,23 @@ static inline void matrix_row(const Matrix* w, size_t row, float* out) {
 // + low): two integer dot products then do the work of four conversions to float and four multiplications, which would
 // be slower than memory. They take unsigned by signed bytes, hence the 128 in a tile, which `start` takes out again.
 #if defined(__AVX512VNNI__) && defined(__AVX512BW__)
-typedef struct { int8_t high[GROUP], low[GROUP]; float scale; int32_t start; } SplitGroup;
+typedef struct {
+    int8_t high[GROUP], low[GROUP];
+    float scale;
+    int32_t start;
+} SplitGroup;
 #else
-typedef struct { float x[GROUP]; } SplitGroup;
+typedef struct {
+    float x[GROUP];
+} SplitGroup;
 #endif
 
 static inline void split_group(SplitGroup* g, const float* x) {
 #if defined(__AVX512VNNI__) && defined(__AVX512BW__)
     const __m512i half = _mm512_set1_epi32(64);
     __m512 v[4];
-    __m512i largest = _mm512_setzero_si512();  // of the bits without the sign: in the order of the values, NaN above all
+    __m512i largest =
+        _mm512_setzero_si512();  // of the bits without the sign: in the order of the values, NaN above all
     for (int u = 0; u < 4; u++) {
         v[u] = _mm512_loadu_ps(x + u * LANES);
         largest = _mm512_max_epi32(largest, _mm512_castps_si512(_mm512_abs_ps(v[u])));
@@ -318,7 +325,10 @@ static inline __attribute__((always_inline)) void dot_rows_range(const Matrix* w
     }
 }
 
-typedef struct { float* y; const Matrix* w; } Product;  // y (n, w->rows), rows side by side
+typedef struct {
+    float* y;
+    const Matrix* w;
+} Product;  // y (n, w->rows), rows side by side
 
 // Panel p of y (n, rows): rows LANES p ..
 static inline void dot_panel_rows(Product product, size_t p, const float* x, size_t ldx, const SplitGroup* split,
@@ -338,11 +348,13 @@ static inline void dot_panel_rows(Product product, size_t p, const float* x, siz
     }
 }
 
-// y (n, rows) = x (n, cols) W^T of several W that read the same few x. Each thread has a part of all panels, stretches of
-// memory, and once that is done takes panels of the others': on a machine with other work one core is always late. Who
-// computes a row does not change it.
+// y (n, rows) = x (n, cols) W^T of several W that read the same few x. Each thread has a part of all panels, stretches
+// of memory, and once that is done takes panels of the others': on a machine with other work one core is always late.
+// Who computes a row does not change it.
 static inline void matvecs(const Product* products, int count, const float* x, size_t ldx, int n) {
-    struct { size_t next, end, unused[6]; } part[omp_get_max_threads()];  // a line of memory each
+    struct {
+        size_t next, end, unused[6];
+    } part[omp_get_max_threads()];  // a line of memory each
     size_t threads = (size_t)omp_get_max_threads(), panels = 0;
     for (int i = 0; i < count; i++) { panels += panels_of(products[i].w->rows); }
     for (size_t t = 0; t < threads; t++) {
@@ -367,9 +379,8 @@ static inline void matvecs(const Product* products, int count, const float* x, s
 }
 
 // c (m, TILE) = or += a (m, K) b (K, TILE): a by rows of stride lda, b a panel with stride TILE, fp32 or bf16.
-static inline __attribute__((always_inline)) void gemm_tile_rows(int m, float* c, size_t ldc, const float* a,
-                                                                 size_t lda, const void* b, bool half, size_t K,
-                                                                 bool add) {
+static inline __attribute__((always_inline)) void
+gemm_tile_rows(int m, float* c, size_t ldc, const float* a, size_t lda, const void* b, bool half, size_t K, bool add) {
     vf acc[MR][TILE_VECTORS];
 #pragma GCC unroll 8
     for (int r = 0; r < m; r++) {
@@ -423,7 +434,7 @@ static inline void gemm_tile(int m, float* c, size_t ldc, const float* a, size_t
 }
 
 static inline void gemm_tile_bf16(int m, float* c, size_t ldc, const float* a, size_t lda, const uint16_t* b, size_t K,
-                           bool add) {
+                                  bool add) {
     gemm_tile_any(m, c, ldc, a, lda, b, true, K, add);
 }
 

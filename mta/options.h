@@ -7,8 +7,9 @@
 //   const char* files[2];
 //   int n = options_parse(table, "usage: train_mta [options]", argc, argv, files, 2);
 //
-// Spelled --name VALUE or --name=VALUE; a later one wins over an earlier one; "--" ends the options. The value a field holds before the
-// parse is its default and is what --help prints. A mistake of the user gives one line on stderr (what, got, wanted) and exit 1.
+// Spelled --name VALUE or --name=VALUE; a later one wins over an earlier one; "--" ends the options. The value a field
+// holds before the parse is its default and is what --help prints. A mistake of the user gives one line on stderr
+// (what, got, wanted) and exit 1.
 #ifndef MTA_OPTIONS_H
 #define MTA_OPTIONS_H
 #include "util.h"
@@ -20,26 +21,27 @@
 
 typedef enum {
     OPT_HEADING,  // name is a heading of --help
-    OPT_FLAG,  // bool*: --x sets it
-    OPT_SWITCH,  // int*: --x on|off gives 1 or 0, -1 means not given
-    OPT_INT,  // int*
-    OPT_LONG,  // int64_t*
-    OPT_FLOAT,  // double*, finite
-    OPT_STRING,  // const char**, points into argv
-    OPT_CHOICE  // const char**, one of arg = "a|b|c"; points into argv
+    OPT_FLAG,     // bool*: --x sets it
+    OPT_SWITCH,   // int*: --x on|off gives 1 or 0, -1 means not given
+    OPT_INT,      // int*
+    OPT_LONG,     // int64_t*
+    OPT_FLOAT,    // double*, finite
+    OPT_STRING,   // const char**, points into argv
+    OPT_CHOICE    // const char**, one of arg = "a|b|c"; points into argv
 } OptType;
 
 typedef struct {
     const char* name;  // with its dashes
     OptType type;
     void* value;
-    const char* arg;  // what --help shows for the value, NULL: the type's own word; the choices of OPT_CHOICE
+    const char* arg;   // what --help shows for the value, NULL: the type's own word; the choices of OPT_CHOICE
     const char* help;  // one line
-    double min, max;  // accepted range of a number, both 0: any
-    bool given;  // set by the parse
+    double min, max;   // accepted range of a number, both 0: any
+    bool given;        // set by the parse
 } Opt;
 
-#define OPT_END {NULL, OPT_HEADING, NULL, NULL, NULL, 0, 0, false}
+#define OPT_END \
+    { NULL, OPT_HEADING, NULL, NULL, NULL, 0, 0, false }
 
 static inline const char* opt_value_word(const Opt* o) {
     if (o->type == OPT_FLAG) { return ""; }
@@ -76,7 +78,9 @@ static inline void opt_wanted(const Opt* o, char* out, size_t n) {
     }
 }
 
-static inline bool opt_in_range(const Opt* o, double x) { return (o->min == 0 && o->max == 0) || (x >= o->min && x <= o->max); }
+static inline bool opt_in_range(const Opt* o, double x) {
+    return (o->min == 0 && o->max == 0) || (x >= o->min && x <= o->max);
+}
 
 // Is `text` one of the words of "a|b|c"?
 static inline bool opt_is_choice(const char* choices, const char* text) {
@@ -144,8 +148,8 @@ static inline bool opt_store(Opt* o, const char* text) {
     }
 }
 
-// Prints the default of an option into out; empty if there is none worth printing. A number that could not be given stands for "not given":
-// the option's own line then says what happens.
+// Prints the default of an option into out; empty if there is none worth printing. A number that could not be given
+// stands for "not given": the option's own line then says what happens.
 static inline void opt_default(const Opt* o, char* out, size_t n) {
     out[0] = 0;
     if (o->value == NULL) { return; }
@@ -157,7 +161,9 @@ static inline void opt_default(const Opt* o, char* out, size_t n) {
             if (opt_in_range(o, *(int*)o->value)) { snprintf(out, n, "%d", *(int*)o->value); }
             break;
         case OPT_LONG:
-            if (opt_in_range(o, (double)*(int64_t*)o->value)) { snprintf(out, n, "%lld", (long long)*(int64_t*)o->value); }
+            if (opt_in_range(o, (double)*(int64_t*)o->value)) {
+                snprintf(out, n, "%lld", (long long)*(int64_t*)o->value);
+            }
             break;
         case OPT_FLOAT:
             if (opt_in_range(o, *(double*)o->value)) { snprintf(out, n, "%.10g", *(double*)o->value); }
@@ -216,7 +222,8 @@ static inline int opt_distance(const char* a, size_t na, const char* b) {
     return row[nb];
 }
 
-// The option whose name is nearest to text (length n), NULL if none is near: at most a third of the letters differ, or one starts the other.
+// The option whose name is nearest to text (length n), NULL if none is near: at most a third of the letters differ, or
+// one starts the other.
 static inline const char* opt_nearest(const Opt* table, const char* text, size_t n) {
     const char* best = NULL;
     int best_distance = (int)n / 3 + 1;
@@ -247,7 +254,8 @@ static inline bool option_given(const Opt* table, const char* name) {
 }
 
 // Parses argv[1..]; stores up to max_positional other arguments into positional and returns their number.
-static inline int options_parse(Opt* table, const char* usage, int argc, char** argv, const char** positional, int max_positional) {
+static inline int options_parse(Opt* table, const char* usage, int argc, char** argv, const char** positional,
+                                int max_positional) {
     int n_positional = 0;
     bool ended = false;
     for (int i = 1; i < argc; i++) {
@@ -276,8 +284,8 @@ static inline int options_parse(Opt* table, const char* usage, int argc, char** 
         Opt* o = opt_find(table, arg, name_length);
         if (o == NULL) {
             const char* near = opt_nearest(table, arg, name_length);
-            die("unknown option %.*s; %s%s%s--help lists all options", (int)name_length, arg, near ? "did you mean " : "", near ? near : "",
-                near ? "? " : "");
+            die("unknown option %.*s; %s%s%s--help lists all options", (int)name_length, arg,
+                near ? "did you mean " : "", near ? near : "", near ? "? " : "");
         }
         o->given = true;
         if (o->type == OPT_FLAG) {

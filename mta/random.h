@@ -1,21 +1,23 @@
 // mta/random.h: random numbers that depend on (seed, stream, position) and on nothing else.
 //
-// Philox 4x32-10 (Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011): a counter goes through ten
-// rounds of multiplication and key, so block number n of a stream is computed from n, without the blocks before it. Streams never meet
-// (the stream number is half of the counter), and an Rng is plain data: to save its state, copy the struct, or keep rng.block and rng.used.
+// Philox 4x32-10 (Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011): a counter goes
+// through ten rounds of multiplication and key, so block number n of a stream is computed from n, without the blocks
+// before it. Streams never meet (the stream number is half of the counter), and an Rng is plain data: to save its
+// state, copy the struct, or keep rng.block and rng.used.
 //
-// permute_index shuffles 0..n-1 without a table: a Feistel network on the next power of two, walked until it falls inside.
+// permute_index shuffles 0..n-1 without a table: a Feistel network on the next power of two, walked until it falls
+// inside.
 #ifndef MTA_RANDOM_H
 #define MTA_RANDOM_H
 #include <math.h>
 #include <stdint.h>
 
 typedef struct {
-    uint64_t seed;  // Philox key
-    uint64_t stream;  // high half of the counter
-    uint64_t block;  // low half of the counter: blocks of four words computed so far
+    uint64_t seed;     // Philox key
+    uint64_t stream;   // high half of the counter
+    uint64_t block;    // low half of the counter: blocks of four words computed so far
     uint32_t word[4];  // the current block
-    int used;  // words of it already given away, 4: none left
+    int used;          // words of it already given away, 4: none left
 } Rng;
 
 // One Philox block: ctr (4 words) is replaced by the output; key (2 words) is not changed.
@@ -88,9 +90,9 @@ static inline uint64_t mix64(uint64_t x) {
     return x ^ (x >> 31);
 }
 
-// Where element i of 0..n-1 goes under the permutation that `key` names; i < n. Six Feistel rounds on 2h bits; a value outside 0..n-1 is
-// put in again (cycle walking: fewer than 4 rounds on average, since 2^(2h) < 4n once n > 64). At least 256 values, since a network of
-// one or two bits a side reaches few permutations.
+// Where element i of 0..n-1 goes under the permutation that `key` names; i < n. Six Feistel rounds on 2h bits; a value
+// outside 0..n-1 is put in again (cycle walking: fewer than 4 rounds on average, since 2^(2h) < 4n once n > 64). At
+// least 256 values, since a network of one or two bits a side reaches few permutations.
 static inline uint64_t permute_index(uint64_t i, uint64_t n, uint64_t key) {
     int h = 4;
     while (h < 32 && ((uint64_t)1 << (2 * h)) < n) { h++; }

@@ -1,5 +1,5 @@
-// mta/run.h: one training run as it was settled from the options: the model's configuration, the plan, the run directory, the learning
-// rate, one step's data, the log, signals, and trainer.json. No model mathematics, no device.
+// mta/run.h: one training run as it was settled from the options: the model's configuration, the plan, the run
+// directory, the learning rate, one step's data, the log, signals, and trainer.json. No model mathematics, no device.
 #ifndef MTA_RUN_H
 #define MTA_RUN_H
 
@@ -28,7 +28,8 @@ typedef struct {
     Loader loader;
 } ValSet;
 
-// The learning rate: linear warmup to lr, then by kind ("linear", "cosine", "constant" or "wsd") down to min_lr at step `steps`.
+// The learning rate: linear warmup to lr, then by kind ("linear", "cosine", "constant" or "wsd") down to min_lr at step
+// `steps`.
 typedef struct {
     const char* kind;
     double lr, min_lr;
@@ -45,13 +46,13 @@ typedef struct {
     int windows;                  // sequences of an optimizer step
     int64_t tokens_per_step;
     int64_t steps;
-    int64_t eval_every;           // steps between evaluations, 0 = only the last
+    int64_t eval_every;  // steps between evaluations, 0 = only the last
     Schedule schedule;
-    char init_dir[PATH_SIZE];   // directory whose tensors start the run, "" = random
-    char resume_dir[PATH_SIZE]; // checkpoint that is continued, "" = none
+    char init_dir[PATH_SIZE];        // directory whose tensors start the run, "" = random
+    char resume_dir[PATH_SIZE];      // checkpoint that is continued, "" = none
     ShardTokenizer shard_tokenizer;  // what the training shards say of theirs
-    Tokenizer* tokenizer;       // NULL = unknown: no samples
-    Text ranks;                 // its rank file, which goes into every checkpoint: it may lie in one that --keep removes
+    Tokenizer* tokenizer;            // NULL = unknown: no samples
+    Text ranks;  // its rank file, which goes into every checkpoint: it may lie in one that --keep removes
     Loader train;
     ValSet val[MAX_VAL_SETS];
     int n_val;
@@ -59,32 +60,34 @@ typedef struct {
     Text loader_state;          // as of the last finished step
     RunLog log;
     Progress progress;
-    int64_t step;               // finished optimizer steps
+    int64_t step;  // finished optimizer steps
     int64_t tokens_seen;
-    int64_t skipped;            // updates left out because loss or gradient norm was not finite
+    int64_t skipped;  // updates left out because loss or gradient norm was not finite
     int skipped_in_a_row;
-    int64_t saved_step;         // of the newest checkpoint, -1 = none
-    int64_t timed_step;         // of the one that the next checkpoint replaces (--save-minutes), -1 = none
-    double saved_at;            // seconds_now() then, or when training began
-    bool timed;                 // is the checkpoint that is being written one of --save-minutes?
-    Text passed_over;           // what was wrong with newer checkpoints than the one that is resumed, a line each
-    int lock;                   // descriptor that holds the run's lock, -1 = none
+    int64_t saved_step;  // of the newest checkpoint, -1 = none
+    int64_t timed_step;  // of the one that the next checkpoint replaces (--save-minutes), -1 = none
+    double saved_at;     // seconds_now() then, or when training began
+    bool timed;          // is the checkpoint that is being written one of --save-minutes?
+    Text passed_over;    // what was wrong with newer checkpoints than the one that is resumed, a line each
+    int lock;            // descriptor that holds the run's lock, -1 = none
     double flops_per_token, flops_per_second;  // for MFU: the model's, and the machine's peak as the trainer states it
-    double started;             // seconds_now() when training began
-    double training_seconds;    // in train_step since then: what tokens/s and ETA are of
+    double started;                            // seconds_now() when training began
+    double training_seconds;                   // in train_step since then: what tokens/s and ETA are of
     int64_t first_step;
 } Run;
 
 // The one variable that a signal handler may write.
 static volatile sig_atomic_t run_signal = 0;
 
-// The first signal is answered at once. Ctrl-C or SIGTERM a second time stops without saving; a terminal that closes sends SIGHUP twice, and
-// a cluster SIGUSR1 and then SIGTERM: those must not end a save.
+// The first signal is answered at once. Ctrl-C or SIGTERM a second time stops without saving; a terminal that closes
+// sends SIGHUP twice, and a cluster SIGUSR1 and then SIGTERM: those must not end a save.
 static inline void run_on_signal(int number) {
     static const char text[] = "\nstopping after this micro-batch, then saving; the same signal again stops at once\n";
     int before = errno;
     if (run_signal == number && (number == SIGINT || number == SIGTERM)) { _exit(128 + number); }
-    if (!run_signal && write(STDERR_FILENO, text, sizeof text - 1) < 0) { errno = before; }  // a terminal that is gone reads nothing
+    if (!run_signal && write(STDERR_FILENO, text, sizeof text - 1) < 0) {
+        errno = before;
+    }  // a terminal that is gone reads nothing
     run_signal = number;
     errno = before;
 }
@@ -96,7 +99,9 @@ static inline void run_catch_signals(void) {
     sigaction(SIGINT, &a, NULL);
     sigaction(SIGTERM, &a, NULL);
     sigaction(SIGUSR1, &a, NULL);  // what clusters send before a job's time is over
-    if (signal(SIGHUP, SIG_IGN) != SIG_IGN) { sigaction(SIGHUP, &a, NULL); }  // the terminal is gone, and the run was not started by nohup
+    if (signal(SIGHUP, SIG_IGN) != SIG_IGN) {
+        sigaction(SIGHUP, &a, NULL);
+    }                          // the terminal is gone, and the run was not started by nohup
     signal(SIGPIPE, SIG_IGN);  // a closed terminal pipe must not end a run
     signal(SIGXFSZ, SIG_IGN);  // a file size limit shows as a failed write
 }
@@ -106,8 +111,12 @@ static inline void run_catch_signals(void) {
 // Sizes and numbers that were given; other heads bring as many key/value heads along.
 static inline void run_override_fields(Config* c, const TrainOptions* o) {
     Error e = {{0}};
-    if (!config_override(c, o->fields, PART_SIZES, &e) || !config_override(c, o->fields, PART_NUMBERS, &e)) { die("%s", e.text); }
-    if (options_field_given(o, "num_attention_heads") && !options_field_given(o, "num_key_value_heads")) { c->num_key_value_heads = c->num_attention_heads; }
+    if (!config_override(c, o->fields, PART_SIZES, &e) || !config_override(c, o->fields, PART_NUMBERS, &e)) {
+        die("%s", e.text);
+    }
+    if (options_field_given(o, "num_attention_heads") && !options_field_given(o, "num_key_value_heads")) {
+        c->num_key_value_heads = c->num_attention_heads;
+    }
     for (int l = c->num_hidden_layers; l < MAX_LAYERS; l++) { c->kq_conv_layer[l] = false; }
 }
 
@@ -132,11 +141,14 @@ static inline void run_shard_tokenizer(Run* r) {
     Error e = {{0}};
     memset(&r->shard_tokenizer, 0, sizeof r->shard_tokenizer);
     if (!o->train) { return; }
-    if (!loader_open(&l, o->train, 1, MAX_VOCAB, 0, &e) || !loader_tokenizer(&l, &r->shard_tokenizer, &e)) { die("--train: %s", e.text); }
+    if (!loader_open(&l, o->train, 1, MAX_VOCAB, 0, &e) || !loader_tokenizer(&l, &r->shard_tokenizer, &e)) {
+        die("--train: %s", e.text);
+    }
     loader_close(&l);
 }
 
-// The tokenizer that a config.json names: its file beside it or its built-in name into path, how its text is split into pattern (32 bytes,
+// The tokenizer that a config.json names: its file beside it or its built-in name into path, how its text is split into
+// pattern (32 bytes,
 // "" = as the file tells). False if it names none.
 static inline bool run_named_tokenizer(const char* config, bool assume_llama, char* path, char* pattern) {
     Config c;
@@ -153,25 +165,29 @@ static inline bool run_named_tokenizer(const char* config, bool assume_llama, ch
     return true;
 }
 
-// Refuses a tokenizer that is not the one the shards were made with: by name, number of ids, and rank file where theirs is there.
+// Refuses a tokenizer that is not the one the shards were made with: by name, number of ids, and rank file where theirs
+// is there.
 static inline void run_check_tokenizer(const Run* r, const ShardTokenizer* s) {
     const Tokenizer* t = r->tokenizer;
     Error e = {{0}};
     char text[256], *ranks = NULL;
     size_t n = 0;
-    bool same = (s->vocab_size == 0 || s->vocab_size == tokenizer_vocab(t)) && (!s->name[0] || !strcmp(s->name, tokenizer_name(t)));
+    bool same = (s->vocab_size == 0 || s->vocab_size == tokenizer_vocab(t)) &&
+                (!s->name[0] || !strcmp(s->name, tokenizer_name(t)));
     if (same && s->path[0] && file_exists(s->path)) {
         if (!read_file(s->path, UINT32_MAX, &ranks, &n, &e)) { die("%s", e.text); }
         same = n == r->ranks.n && !memcmp(ranks, r->ranks.text, n);
         free(ranks);
     }
     if (!same) {
-        die("--tokenizer: %s is %s (%d ids), but %s was made with %s", tokenizer_file(t) ? tokenizer_file(t) : tokenizer_name(t), tokenizer_name(t),
-            tokenizer_vocab(t), s->shard, shard_tokenizer_text(s, text, sizeof text));
+        die("--tokenizer: %s is %s (%d ids), but %s was made with %s",
+            tokenizer_file(t) ? tokenizer_file(t) : tokenizer_name(t), tokenizer_name(t), tokenizer_vocab(t), s->shard,
+            shard_tokenizer_text(s, text, sizeof text));
     }
 }
 
-// --tokenizer, else the shards' own, else the one that `config` names ("" = no such file). All that are known must be the same.
+// --tokenizer, else the shards' own, else the one that `config` names ("" = no such file). All that are known must be
+// the same.
 static inline void run_open_tokenizer(Run* r, const char* config) {
     char path[PATH_SIZE] = "", named[PATH_SIZE] = "", pattern[32] = "";
     Error e = {{0}};
@@ -188,11 +204,18 @@ static inline void run_open_tokenizer(Run* r, const char* config) {
         snprintf(pattern, sizeof pattern, "%s", s->path[0] ? s->name : "");
     }
     if (!path[0] && !o->tokenizer) {
-        if (s->shard[0]) { printf("the tokenizer of %s is unknown (no manifest.json beside it names one): samples need --tokenizer NAME|FILE\n", s->shard); }
+        if (s->shard[0]) {
+            printf("the tokenizer of %s is unknown (no manifest.json beside it names one): samples need --tokenizer "
+                   "NAME|FILE\n",
+                   s->shard);
+        }
         return;
     }
     r->tokenizer = tokenizer_open(path, pattern[0] ? pattern : NULL, &e);
-    if (!r->tokenizer || (tokenizer_file(r->tokenizer) && !read_file(path, UINT32_MAX, &r->ranks.text, &r->ranks.n, &e))) { die("--tokenizer: %s", e.text); }
+    if (!r->tokenizer ||
+        (tokenizer_file(r->tokenizer) && !read_file(path, UINT32_MAX, &r->ranks.text, &r->ranks.n, &e))) {
+        die("--tokenizer: %s", e.text);
+    }
     run_check_tokenizer(r, s);
     Config* c = &r->config;
     snprintf(c->tokenizer, sizeof c->tokenizer, "%s", tokenizer_file_name(r->tokenizer));
@@ -202,12 +225,14 @@ static inline void run_open_tokenizer(Run* r, const char* config) {
     c->n_other_eos = 0;
     int32_t* ids = NULL;  // better now than at the first sample
     size_t n = 0;
-    if (o->sample_prompt && !tokenizer_encode(r->tokenizer, o->sample_prompt, strlen(o->sample_prompt), &ids, &n, &e)) { die("--sample-prompt: %s", e.text); }
+    if (o->sample_prompt && !tokenizer_encode(r->tokenizer, o->sample_prompt, strlen(o->sample_prompt), &ids, &n, &e)) {
+        die("--sample-prompt: %s", e.text);
+    }
     free(ids);
 }
 
-// Refuses an --init-from whose files are damaged, whose mathematics is not known, or whose numbers (RoPE's base and scaling, the norms'
-// epsilon) a preset would replace without a word.
+// Refuses an --init-from whose files are damaged, whose mathematics is not known, or whose numbers (RoPE's base and
+// scaling, the norms' epsilon) a preset would replace without a word.
 static inline void run_check_init(const Run* r, bool preset) {
     const TrainOptions* o = r->options;
     Config c;
@@ -220,9 +245,11 @@ static inline void run_check_init(const Run* r, bool preset) {
     for (int i = 0; i < CONFIG_FIELD_COUNT && preset; i++) {
         const ConfigField* f = &CONFIG_FIELDS[i];
         double mine = config_get(&r->config, f), theirs = config_get(&c, f);
-        if ((f->part != PART_ROPE && f->type != FIELD_NUMBER) || mine == theirs || field_given(f, o->fields[i])) { continue; }
-        die("--init-from: %s has %s %.9g, --model %s has %.9g; leave out --model%s%s", r->init_dir, f->key, theirs, o->model, mine,
-            f->flag ? " or give " : "", f->flag ? f->flag : "");
+        if ((f->part != PART_ROPE && f->type != FIELD_NUMBER) || mine == theirs || field_given(f, o->fields[i])) {
+            continue;
+        }
+        die("--init-from: %s has %s %.9g, --model %s has %.9g; leave out --model%s%s", r->init_dir, f->key, theirs,
+            o->model, mine, f->flag ? " or give " : "", f->flag ? f->flag : "");
     }
 }
 
@@ -238,7 +265,9 @@ static inline void run_configure(Run* r) {
     if (o->init_from) {
         if (!dir_exists(o->init_from)) { die("--init-from: %s is not a directory", o->init_from); }
         path_join(path, sizeof path, o->init_from, "config.json");
-        if (file_exists(path) || checkpoint_newest(o->init_from, r->init_dir, NULL) < 0) { snprintf(r->init_dir, sizeof r->init_dir, "%s", o->init_from); }
+        if (file_exists(path) || checkpoint_newest(o->init_from, r->init_dir, NULL) < 0) {
+            snprintf(r->init_dir, sizeof r->init_dir, "%s", o->init_from);
+        }
     }
     if (!base && r->resume_dir[0]) { base = r->resume_dir; }
     if (!base && o->init_from) { base = r->init_dir; }
@@ -249,18 +278,25 @@ static inline void run_configure(Run* r) {
         snprintf(path, sizeof path, "%s", base);
         if (dir_exists(base)) { path_join(path, sizeof path, base, "config.json"); }
         if (!file_exists(path)) {
-            if (base == r->init_dir) { die("--init-from: %s: no config.json in it, and no good checkpoint step-N; wanted a checkpoint", base); }
+            if (base == r->init_dir) {
+                die("--init-from: %s: no config.json in it, and no good checkpoint step-N; wanted a checkpoint", base);
+            }
             die("--model: got \"%s\", wanted one of %s or a config.json", base, MODEL_NAMES);
         }
         if (!config_read_as(c, path, o->assume_llama, &e)) { die("%s", e.text); }
         loaded = true;
     }
     run_override_fields(c, o);
-    if (preset && options_field_given(o, "num_hidden_layers")) {  // the preset's pattern of layers, over another number of them
-        for (int l = 0; l < c->num_hidden_layers; l++) { c->kq_conv_layer[l] = l >= preset->first_conv && (l - preset->first_conv) % preset->conv_stride == 0; }
+    if (preset &&
+        options_field_given(o, "num_hidden_layers")) {  // the preset's pattern of layers, over another number of them
+        for (int l = 0; l < c->num_hidden_layers; l++) {
+            c->kq_conv_layer[l] = l >= preset->first_conv && (l - preset->first_conv) % preset->conv_stride == 0;
+        }
     }
     if (o->attention || !loaded) {
-        if (!config_set_attention(c, o->attention ? o->attention : "mta", preset && !strcmp(preset->name, "toy"), &e)) { die("--%s", e.text); }
+        if (!config_set_attention(c, o->attention ? o->attention : "mta", preset && !strcmp(preset->name, "toy"), &e)) {
+            die("--%s", e.text);
+        }
     }
     run_override_attention(c, o);
     run_shard_tokenizer(r);
@@ -272,12 +308,15 @@ static inline void run_configure(Run* r) {
     if (shard_vocabulary > needed) { needed = shard_vocabulary; }
     if (preset && !options_field_given(o, "vocab_size") && needed > c->vocab_size) { c->vocab_size = needed; }
     if (r->tokenizer && tokenizer_vocab(r->tokenizer) > c->vocab_size) {
-        die("--tokenizer: %s has %d ids, the model's vocabulary is %d", tokenizer_file_name(r->tokenizer), tokenizer_vocab(r->tokenizer), c->vocab_size);
+        die("--tokenizer: %s has %d ids, the model's vocabulary is %d", tokenizer_file_name(r->tokenizer),
+            tokenizer_vocab(r->tokenizer), c->vocab_size);
     }
     bool context_given = options_field_given(o, "max_position_embeddings");
     if (!config_override(c, o->fields, PART_CONTEXT, &e)) { die("%s", e.text); }
     r->seq_len = o->seq_len ? o->seq_len : c->max_position_embeddings < 2048 ? c->max_position_embeddings : 2048;
-    if (!context_given && (preset || r->seq_len > c->max_position_embeddings)) { c->max_position_embeddings = r->seq_len; }
+    if (!context_given && (preset || r->seq_len > c->max_position_embeddings)) {
+        c->max_position_embeddings = r->seq_len;
+    }
     if (r->seq_len > c->max_position_embeddings) {
         die("--seq-len: got %d, wanted at most --max-position-embeddings %d", r->seq_len, c->max_position_embeddings);
     }
@@ -300,14 +339,17 @@ static inline void run_settle_steps(Run* r) {
     int64_t T = r->seq_len, tenth = o->steps / 10;
     r->tokens_per_step = o->tokens_per_step ? o->tokens_per_step : T * o->batch_size;
     if (r->tokens_per_step % T || r->tokens_per_step / T > (1 << 24)) {
-        die("--tokens-per-step: got %lld, wanted a multiple of --seq-len %lld, at most %d sequences", (long long)r->tokens_per_step, (long long)T, 1 << 24);
+        die("--tokens-per-step: got %lld, wanted a multiple of --seq-len %lld, at most %d sequences",
+            (long long)r->tokens_per_step, (long long)T, 1 << 24);
     }
     r->windows = (int)(r->tokens_per_step / T);
     r->batch_size = o->batch_size < r->windows ? o->batch_size : r->windows;
     if (T * r->batch_size > INT32_MAX) {
-        die("--batch-size: %d sequences of %lld are %lld tokens at once, wanted at most %d", r->batch_size, (long long)T, (long long)T * r->batch_size, INT32_MAX);
+        die("--batch-size: %d sequences of %lld are %lld tokens at once, wanted at most %d", r->batch_size,
+            (long long)T, (long long)T * r->batch_size, INT32_MAX);
     }
-    Schedule schedule = {o->schedule, r->schedule.lr, o->min_lr, o->warmup, o->schedule_steps ? o->schedule_steps : o->steps};
+    Schedule schedule = {o->schedule, r->schedule.lr, o->min_lr, o->warmup,
+                         o->schedule_steps ? o->schedule_steps : o->steps};
     r->schedule = schedule;
     if (o->min_lr > schedule.lr) { die("--min-lr: got %g, wanted at most --lr %g", o->min_lr, schedule.lr); }
     r->steps = o->steps;
@@ -324,7 +366,9 @@ static inline void run_lock(Run* r) {
         r->lock = fd;
         return;
     }
-    if (errno == EWOULDBLOCK) { die("--out: %s is in use by another run; wanted that one to end first, or another directory", r->options->out); }
+    if (errno == EWOULDBLOCK) {
+        die("--out: %s is in use by another run; wanted that one to end first, or another directory", r->options->out);
+    }
     printf("no lock on %s (%s): two runs at once there would spoil it\n", path, strerror(errno));
     close(fd);
 }
@@ -336,7 +380,10 @@ static inline void run_find_checkpoint(Run* r) {
     r->saved_step = checkpoint_newest(out, r->resume_dir, &r->passed_over);
     if (r->saved_step >= 0) { return; }
     r->resume_dir[0] = 0;
-    if (r->passed_over.n) { die("--resume: no checkpoint in %s is good; all is left as it is, --out with another directory starts anew", out); }
+    if (r->passed_over.n) {
+        die("--resume: no checkpoint in %s is good; all is left as it is, --out with another directory starts anew",
+            out);
+    }
 }
 
 // Finds the checkpoint to continue, settles the model and the steps. Ends the program on a mistake.
@@ -348,7 +395,9 @@ static inline void run_settle(Run* r, const Trainer* trainer, const TrainOptions
     r->lock = -1;
     r->log.fd = -1;
     if (!o->dry_run) {
-        if (!o->resume && run_holds_run(o->out)) { die("--out: %s holds a run; --resume continues it, or choose another directory", o->out); }
+        if (!o->resume && run_holds_run(o->out)) {
+            die("--out: %s holds a run; --resume continues it, or choose another directory", o->out);
+        }
         if (o->resume) { run_find_checkpoint(r); }
     }
     run_configure(r);
@@ -375,12 +424,17 @@ static inline void run_open_val(Run* r) {
         if (equals == part || !*glob) { die("--val: got \"%s\", wanted [NAME=]GLOB,...", o->val); }
         if (!loader_open(&v->loader, glob, r->seq_len, r->config.vocab_size, 0, &e)) { die("--val: %s", e.text); }
         ShardTokenizer made;
-        if (!loader_tokenizer(&v->loader, &made, &e) || (r->shard_tokenizer.shard[0] && !shard_tokenizers_agree(&made, &r->shard_tokenizer, &e))) {
+        if (!loader_tokenizer(&v->loader, &made, &e) ||
+            (r->shard_tokenizer.shard[0] && !shard_tokenizers_agree(&made, &r->shard_tokenizer, &e))) {
             die("--val: %s", e.text);
         }
         if (r->tokenizer) { run_check_tokenizer(r, &made); }
         snprintf(v->name, sizeof v->name, "%s", equals ? part : v->loader.sources[0].name);
-        for (ValSet* w = r->val; w < v; w++) { if (!strcmp(w->name, v->name)) { die("--val: two sets are called %s; NAME=GLOB gives another name", v->name); } }
+        for (ValSet* w = r->val; w < v; w++) {
+            if (!strcmp(w->name, v->name)) {
+                die("--val: two sets are called %s; NAME=GLOB gives another name", v->name);
+            }
+        }
     }
     if (!r->n_val) { die("--val: got \"%s\", wanted [NAME=]GLOB,...", o->val); }
     free(copy);
@@ -397,10 +451,12 @@ static inline void run_check_directory(const Run* r) {
     if (!write_file_synced(path, "1", 1, &e)) { die("--out: %s", e.text); }
     unlink(path);
     tensor_list(&list, &r->config);
-    double needed = (double)list.numel * 14 + (1 << 20);  // fp32 weights, m, v; or bf16 weights, fp32 master weights, m, v
+    double needed =
+        (double)list.numel * 14 + (1 << 20);  // fp32 weights, m, v; or bf16 weights, fp32 master weights, m, v
     tensor_list_free(&list);
     if (!statvfs(r->options->out, &fs) && fs.f_blocks > 0 && (double)fs.f_bavail * (double)fs.f_frsize < needed) {
-        die("--out: %s has %.0f MiB free, one checkpoint needs %.0f", r->options->out, (double)fs.f_bavail * (double)fs.f_frsize / 1048576, needed / 1048576);
+        die("--out: %s has %.0f MiB free, one checkpoint needs %.0f", r->options->out,
+            (double)fs.f_bavail * (double)fs.f_frsize / 1048576, needed / 1048576);
     }
 }
 
@@ -411,9 +467,13 @@ static inline void run_open_data(Run* r) {
     const TrainOptions* o = r->options;
     Error e = {{0}};
     LoaderMix mix = strcmp(o->mix, "document") ? MIX_TOKEN : MIX_DOCUMENT;
-    if (!loader_open_mix(&r->train, o->train, r->seq_len, r->config.vocab_size, (uint64_t)o->seed, mix, &e)) { die("--train: %s", e.text); }
+    if (!loader_open_mix(&r->train, o->train, r->seq_len, r->config.vocab_size, (uint64_t)o->seed, mix, &e)) {
+        die("--train: %s", e.text);
+    }
     for (int i = 0; i < r->train.n_sources && r->train.n_sources > 1; i++) {
-        if (!r->train.sources[i].weighted) { printf("--train: no weight for %s, taken as 1\n", r->train.sources[i].name); }
+        if (!r->train.sources[i].weighted) {
+            printf("--train: no weight for %s, taken as 1\n", r->train.sources[i].name);
+        }
     }
     run_open_val(r);
     size_t n = (size_t)r->windows * (size_t)r->seq_len;
@@ -436,10 +496,12 @@ static inline void run_open_directory(Run* r) {
 static inline const char* run_torch_dtype(const Run* r) { return r->trainer->exact ? "float32" : "bfloat16"; }
 
 static inline void run_state_json(const Run* r, Text* t) {
-    text_printf(t, "{\n  \"format\": 1,\n  \"step\": %lld,\n  \"tokens_seen\": %lld,\n  \"skipped\": %lld,\n", (long long)r->step, (long long)r->tokens_seen,
-                (long long)r->skipped);
-    text_printf(t, "  \"batch_size\": %d,\n  \"tokens_per_step\": %lld,\n%s", r->batch_size, (long long)r->tokens_per_step, r->timed ? "  \"timed\": true,\n" : "");
-    text_printf(t, "  \"random\": {\"seed\": %lld, \"step\": %lld},\n  \"loader\": ", (long long)r->options->seed, (long long)r->step);
+    text_printf(t, "{\n  \"format\": 1,\n  \"step\": %lld,\n  \"tokens_seen\": %lld,\n  \"skipped\": %lld,\n",
+                (long long)r->step, (long long)r->tokens_seen, (long long)r->skipped);
+    text_printf(t, "  \"batch_size\": %d,\n  \"tokens_per_step\": %lld,\n%s", r->batch_size,
+                (long long)r->tokens_per_step, r->timed ? "  \"timed\": true,\n" : "");
+    text_printf(t, "  \"random\": {\"seed\": %lld, \"step\": %lld},\n  \"loader\": ", (long long)r->options->seed,
+                (long long)r->step);
     text_append(t, r->loader_state.text, r->loader_state.n);
     text_printf(t, ",\n  \"program\": ");
     text_json_string(t, program_invocation_short_name, strlen(program_invocation_short_name));
@@ -457,7 +519,9 @@ static inline void run_state_json(const Run* r, Text* t) {
 static inline void run_say_changes(const Run* r, const Json* saved) {
     int64_t batch = 0, tokens = 0;
     if (json_integer(json_get(saved, "batch_size"), 1, INT64_MAX, &batch) && batch != r->batch_size) {
-        printf("--batch-size was %lld, is %d from here on: gradients are summed in another order, the last digits differ\n", (long long)batch, r->batch_size);
+        printf("--batch-size was %lld, is %d from here on: gradients are summed in another order, the last digits "
+               "differ\n",
+               (long long)batch, r->batch_size);
     }
     if (json_integer(json_get(saved, "tokens_per_step"), 1, INT64_MAX, &tokens) && tokens != r->tokens_per_step) {
         printf("--tokens-per-step was %lld, is %lld from here on\n", (long long)tokens, (long long)r->tokens_per_step);
@@ -473,9 +537,15 @@ static inline void run_read_state(Run* r) {
     if (!read_file(path, (size_t)16 << 20, &text, &n, &e)) { die("%s", e.text); }
     Json* j = json_parse(text, n, &e);
     if (!j) { die("%s: %s", path, e.text); }
-    if (!json_integer(json_get(j, "step"), 0, INT64_MAX, &r->step) || !json_integer(json_get(j, "tokens_seen"), 0, INT64_MAX, &r->tokens_seen) ||
-        !json_integer(json_get(j, "skipped"), 0, INT64_MAX, &r->skipped)) { die("%s: step, tokens_seen or skipped is missing", path); }
-    if (r->step != r->saved_step) { die("%s: step %lld, wanted %lld as the directory's name says", path, (long long)r->step, (long long)r->saved_step); }
+    if (!json_integer(json_get(j, "step"), 0, INT64_MAX, &r->step) ||
+        !json_integer(json_get(j, "tokens_seen"), 0, INT64_MAX, &r->tokens_seen) ||
+        !json_integer(json_get(j, "skipped"), 0, INT64_MAX, &r->skipped)) {
+        die("%s: step, tokens_seen or skipped is missing", path);
+    }
+    if (r->step != r->saved_step) {
+        die("%s: step %lld, wanted %lld as the directory's name says", path, (long long)r->step,
+            (long long)r->saved_step);
+    }
     if (!loader_state_read(&r->train, json_get(j, "loader"), &e)) { die("%s", e.text); }
     run_say_changes(r, j);
     const Json* timed = json_get(j, "timed");
@@ -507,7 +577,9 @@ static inline Step run_load_step(Run* r) {
     Error e = {{0}};
     size_t T = (size_t)r->seq_len;
     for (int w = 0; w < r->windows; w++) {
-        if (!loader_next(&r->train, r->tokens + (size_t)w * T, r->targets + (size_t)w * T, &e)) { die("--train: %s", e.text); }
+        if (!loader_next(&r->train, r->tokens + (size_t)w * T, r->targets + (size_t)w * T, &e)) {
+            die("--train: %s", e.text);
+        }
     }
     for (size_t i = 0; i < (size_t)r->windows * T; i++) { s.counted += r->targets[i] >= 0; }
     return s;
@@ -525,11 +597,20 @@ static inline void run_log_step(Run* r, const StepResult* s, double lr, double s
     r->training_seconds += seconds;
     r->loader_state.n = 0;
     loader_state_write(&r->train, &r->loader_state);
-    double rate = (double)tokens / seconds, mfu = r->flops_per_second > 0 ? rate * r->flops_per_token / r->flops_per_second : 0;
+    double rate = (double)tokens / seconds,
+           mfu = r->flops_per_second > 0 ? rate * r->flops_per_token / r->flops_per_second : 0;
     double average = (double)(r->step - r->first_step) / r->training_seconds;
     Text t = {NULL, 0, 0};
-    const struct { const char* name; double value; } fields[] = {{"loss", s->loss}, {"grad_norm", s->grad_norm}, {"lr", lr}, {"tokens", (double)r->tokens_seen},
-                                                                 {"tokens_per_s", rate}, {"mfu", mfu}, {"skipped", (double)r->skipped}};
+    const struct {
+        const char* name;
+        double value;
+    } fields[] = {{"loss", s->loss},
+                  {"grad_norm", s->grad_norm},
+                  {"lr", lr},
+                  {"tokens", (double)r->tokens_seen},
+                  {"tokens_per_s", rate},
+                  {"mfu", mfu},
+                  {"skipped", (double)r->skipped}};
     text_printf(&t, "{\"event\": \"step\", \"step\": %lld", (long long)r->step);
     for (size_t i = 0; i < sizeof fields / sizeof fields[0]; i++) {
         text_printf(&t, ", \"%s\": ", fields[i].name);
@@ -547,10 +628,14 @@ static inline void run_log_step(Run* r, const StepResult* s, double lr, double s
     text_printf(&t, "}");
     runlog_line(&r->log, t.text);
     text_free(&t);
-    snprintf(line, sizeof line, "step %lld/%lld  loss %.4f  norm %.3f  lr %.2e  %s tokens/s  MFU %.1f%%  ETA %s%s", (long long)r->step, (long long)r->steps,
-             s->loss, s->grad_norm, lr, format_count(rate, rate_text, sizeof rate_text), 100 * mfu,
-             format_duration((double)(r->steps - r->step) / average, eta, sizeof eta), skipped ? "  update skipped: not finite" : "");
-    progress_line(&r->progress, line, skipped || r->step % r->options->log_every == 0 || r->step == r->steps || r->step == r->first_step + 1);
+    snprintf(line, sizeof line, "step %lld/%lld  loss %.4f  norm %.3f  lr %.2e  %s tokens/s  MFU %.1f%%  ETA %s%s",
+             (long long)r->step, (long long)r->steps, s->loss, s->grad_norm, lr,
+             format_count(rate, rate_text, sizeof rate_text), 100 * mfu,
+             format_duration((double)(r->steps - r->step) / average, eta, sizeof eta),
+             skipped ? "  update skipped: not finite" : "");
+    progress_line(&r->progress, line,
+                  skipped || r->step % r->options->log_every == 0 || r->step == r->steps ||
+                      r->step == r->first_step + 1);
 }
 
 // Is something due that happens every `every` steps (0 = never)?
@@ -575,10 +660,16 @@ static inline void run_log_passed_over(Run* r) {
 static inline void run_log_start(Run* r, size_t parameters) {
     Text t = {NULL, 0, 0}, config = {NULL, 0, 0};
     Error e = {{0}};
-    if (!runlog_open(&r->log, r->options->out, r->options->resume ? (long)r->step : -1, &e)) { die("--out: %s", e.text); }
+    if (!runlog_open(&r->log, r->options->out, r->options->resume ? (long)r->step : -1, &e)) {
+        die("--out: %s", e.text);
+    }
     config_to_json(&r->config, run_torch_dtype(r), &config);
-    for (size_t i = 0; i < config.n; i++) { if (config.text[i] == '\n') { config.text[i] = ' '; } }
-    text_printf(&t, "{\"event\": \"start\", \"step\": %lld, \"parameters\": %zu, \"tokens_per_step\": %lld, \"seq_len\": %d, \"flops_per_token\": %.17g, \"config\": ",
+    for (size_t i = 0; i < config.n; i++) {
+        if (config.text[i] == '\n') { config.text[i] = ' '; }
+    }
+    text_printf(&t,
+                "{\"event\": \"start\", \"step\": %lld, \"parameters\": %zu, \"tokens_per_step\": %lld, \"seq_len\": "
+                "%d, \"flops_per_token\": %.17g, \"config\": ",
                 (long long)r->step, parameters, (long long)r->tokens_per_step, r->seq_len, r->flops_per_token);
     text_append(&t, config.text, config.n);
     text_printf(&t, ", \"arguments\": [");
@@ -602,7 +693,8 @@ static inline void run_log_start(Run* r, size_t parameters) {
 }
 
 // One validation set's result: loss over `counted` targets; wrong of `sequences` where the set has a mask.
-static inline void run_log_val(Run* r, const ValSet* v, double loss_sum, int64_t counted, int64_t wrong, int64_t sequences) {
+static inline void run_log_val(Run* r, const ValSet* v, double loss_sum, int64_t counted, int64_t wrong,
+                               int64_t sequences) {
     char line[256], error[64] = "";
     Text t = {NULL, 0, 0};
     double loss = counted ? loss_sum / (double)counted : NAN;
@@ -616,12 +708,14 @@ static inline void run_log_val(Run* r, const ValSet* v, double loss_sum, int64_t
     if (loader_masked(&v->loader)) {
         text_printf(&t, ", \"error\": ");
         text_json_number(&t, (double)wrong / (double)sequences);
-        snprintf(error, sizeof error, "  error %.2f%% of %lld sequences", 100.0 * (double)wrong / (double)sequences, (long long)sequences);
+        snprintf(error, sizeof error, "  error %.2f%% of %lld sequences", 100.0 * (double)wrong / (double)sequences,
+                 (long long)sequences);
     }
     text_printf(&t, "}");
     runlog_line(&r->log, t.text);
     text_free(&t);
-    snprintf(line, sizeof line, "val %s  step %lld  loss %.4f  perplexity %.3f%s", v->name, (long long)r->step, loss, exp(loss), error);
+    snprintf(line, sizeof line, "val %s  step %lld  loss %.4f  perplexity %.3f%s", v->name, (long long)r->step, loss,
+             exp(loss), error);
     progress_line(&r->progress, line, true);
 }
 
@@ -637,7 +731,11 @@ static inline void run_log_sample(Run* r, const char* text, size_t n) {
     printf("sample at step %lld: ", (long long)r->step);
     for (size_t i = 0; i < n; i++) {  // what could steer a terminal is shown, not sent
         unsigned char b = (unsigned char)text[i];
-        if ((b < 32 && b != '\n' && b != '\t') || b == 127) { printf("\\x%02x", b); } else { putchar(b); }
+        if ((b < 32 && b != '\n' && b != '\t') || b == 127) {
+            printf("\\x%02x", b);
+        } else {
+            putchar(b);
+        }
     }
     printf("\n");
     fflush(stdout);
@@ -648,7 +746,8 @@ static inline bool run_save_texts(const Run* r, CheckpointWriter* w, Error* e) {
     Text config = {NULL, 0, 0}, state = {NULL, 0, 0};
     config_to_json(&r->config, run_torch_dtype(r), &config);
     run_state_json(r, &state);
-    bool good = checkpoint_add_text(w, "config.json", config.text, config.n, e) && checkpoint_add_text(w, "trainer.json", state.text, state.n, e);
+    bool good = checkpoint_add_text(w, "config.json", config.text, config.n, e) &&
+                checkpoint_add_text(w, "trainer.json", state.text, state.n, e);
     if (good && r->tokenizer && tokenizer_file(r->tokenizer)) {
         good = checkpoint_add_text(w, tokenizer_file_name(r->tokenizer), r->ranks.text, r->ranks.n, e);
     }
@@ -669,7 +768,8 @@ static inline void run_saved(Run* r, const char* path, double seconds) {
     }
     r->timed_step = r->timed ? r->step : -1;
     if (!r->timed) { checkpoint_prune(r->options->out, (int)r->options->keep, (long)r->step); }
-    text_printf(&t, "{\"event\": \"save\", \"step\": %lld, \"seconds\": %.3f, %s\"path\": ", (long long)r->step, seconds, r->timed ? "\"timed\": true, " : "");
+    text_printf(&t, "{\"event\": \"save\", \"step\": %lld, \"seconds\": %.3f, %s\"path\": ", (long long)r->step,
+                seconds, r->timed ? "\"timed\": true, " : "");
     text_json_string(&t, path, strlen(path));
     text_printf(&t, "}");
     runlog_line(&r->log, t.text);
@@ -679,15 +779,18 @@ static inline void run_saved(Run* r, const char* path, double seconds) {
     progress_line(&r->progress, line, true);
 }
 
-// Where a checkpoint failed because the disk is full: removes the oldest one kept, never the newest good one, and says so.
+// Where a checkpoint failed because the disk is full: removes the oldest one kept, never the newest good one, and says
+// so.
 static inline bool run_make_room(Run* r, const Error* e) {
     char line[128];
     if (!strstr(e->text, strerror(ENOSPC)) && !strstr(e->text, strerror(EDQUOT))) { return false; }
     long removed = checkpoint_make_room(r->options->out, (long)r->saved_step);
     if (removed < 0) { return false; }
-    snprintf(line, sizeof line, "{\"event\": \"disk full\", \"step\": %lld, \"removed\": %ld}", (long long)r->step, removed);
+    snprintf(line, sizeof line, "{\"event\": \"disk full\", \"step\": %lld, \"removed\": %ld}", (long long)r->step,
+             removed);
     runlog_line(&r->log, line);
-    fprintf(stderr, "%s: the disk is full: step-%08ld, the oldest checkpoint, was removed to save step %lld\n", program_invocation_short_name, removed, (long long)r->step);
+    fprintf(stderr, "%s: the disk is full: step-%08ld, the oldest checkpoint, was removed to save step %lld\n",
+            program_invocation_short_name, removed, (long long)r->step);
     if (r->timed_step == removed) { r->timed_step = -1; }
     return true;
 }
@@ -695,26 +798,33 @@ static inline bool run_make_room(Run* r, const Error* e) {
 // A checkpoint that could not be written: says so, names what is left, ends the program.
 static inline void run_save_failed(const Run* r, const Error* e) {
     char path[PATH_SIZE];
-    if (r->saved_step < 0) { die("checkpoint of step %lld not saved: %s; there is no earlier one", (long long)r->step, e->text); }
+    if (r->saved_step < 0) {
+        die("checkpoint of step %lld not saved: %s; there is no earlier one", (long long)r->step, e->text);
+    }
     checkpoint_path(r->options->out, (long)r->saved_step, path);
     die("checkpoint of step %lld not saved: %s; the last good one is %s", (long long)r->step, e->text, path);
 }
 
-static inline bool run_goes_on(const Run* r) { return r->step < r->steps && !run_signal && r->skipped_in_a_row < MAX_SKIPPED_IN_A_ROW; }
+static inline bool run_goes_on(const Run* r) {
+    return r->step < r->steps && !run_signal && r->skipped_in_a_row < MAX_SKIPPED_IN_A_ROW;
+}
 
 // Says how the run ended; the exit status.
 static inline int run_end(Run* r) {
     const char* reason = r->skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW ? "not finite" : run_signal ? "signal" : "done";
     char line[256];
     int status = EXIT_DONE;
-    snprintf(line, sizeof line, "{\"event\": \"stop\", \"step\": %lld, \"reason\": \"%s\", \"seconds\": %.3f}", (long long)r->step, reason, seconds_now() - r->started);
+    snprintf(line, sizeof line, "{\"event\": \"stop\", \"step\": %lld, \"reason\": \"%s\", \"seconds\": %.3f}",
+             (long long)r->step, reason, seconds_now() - r->started);
     runlog_line(&r->log, line);
     runlog_close(&r->log);
     progress_break(&r->progress);
     if (r->skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW) {
         char path[PATH_SIZE] = "none was saved";
         if (r->saved_step >= 0) { checkpoint_path(r->options->out, (long)r->saved_step, path); }
-        fprintf(stderr, "%s: loss or gradient norm was not finite in %d steps in a row, stopped at step %lld; the last good checkpoint: %s\n",
+        fprintf(stderr,
+                "%s: loss or gradient norm was not finite in %d steps in a row, stopped at step %lld; the last good "
+                "checkpoint: %s\n",
                 program_invocation_short_name, r->skipped_in_a_row, (long long)r->step, path);
         status = EXIT_NOT_FINITE;
     } else if (run_signal && r->step < r->steps) {

@@ -11,7 +11,20 @@
 #include <limits.h>
 
 typedef enum {
-    DT_F32, DT_F16, DT_BF16, DT_F64, DT_I32, DT_I64, DT_U8, DT_I8, DT_I16, DT_U16, DT_U32, DT_U64, DT_BOOL, DT_COUNT
+    DT_F32,
+    DT_F16,
+    DT_BF16,
+    DT_F64,
+    DT_I32,
+    DT_I64,
+    DT_U8,
+    DT_I8,
+    DT_I16,
+    DT_U16,
+    DT_U32,
+    DT_U64,
+    DT_BOOL,
+    DT_COUNT
 } DType;
 
 static inline size_t dtype_size(DType d) {  // bytes of an element
@@ -30,20 +43,20 @@ enum { ST_NAME_SIZE = 160, ST_MAX_DIMS = 8, ST_MAX_HEADER = 100000000, ST_MAX_FI
 typedef struct {
     char name[ST_NAME_SIZE];
     DType dtype;
-    int ndim;            // 0: a scalar, one element
+    int ndim;  // 0: a scalar, one element
     size_t shape[ST_MAX_DIMS];
     size_t numel, bytes;
-    const void* data;    // in the mapping; aligned only as far as the file aligns it: read by memcpy or st_to_f32
-    const char* file;    // path, owned by the SafeTensors
+    const void* data;  // in the mapping; aligned only as far as the file aligns it: read by memcpy or st_to_f32
+    const char* file;  // path, owned by the SafeTensors
 } StTensor;
 
 typedef struct {
-    MappedFile* maps;    // n_files of them
+    MappedFile* maps;  // n_files of them
     char** paths;
     int n_files;
-    StTensor* tensors;   // n of them, sorted by name
+    StTensor* tensors;  // n of them, sorted by name
     int n;
-    Json* metadata;      // __metadata__ of the first file, or NULL
+    Json* metadata;  // __metadata__ of the first file, or NULL
 } SafeTensors;
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -284,7 +297,11 @@ static inline const StTensor* safetensors_find(const SafeTensors* s, const char*
     while (low < high) {
         int mid = low + (high - low) / 2, order = strcmp(s->tensors[mid].name, name);
         if (order == 0) { return &s->tensors[mid]; }
-        if (order < 0) { low = mid + 1; } else { high = mid; }
+        if (order < 0) {
+            low = mid + 1;
+        } else {
+            high = mid;
+        }
     }
     return NULL;
 }
@@ -385,10 +402,15 @@ static inline bool st_to_f32(const StTensor* t, float* out, Error* e) {
 // ---------------------------------------------------------------------------------------------------------------------
 // Writing
 
-typedef struct { const char* name; DType dtype; int ndim; size_t shape[ST_MAX_DIMS]; } StEntry;
+typedef struct {
+    const char* name;
+    DType dtype;
+    int ndim;
+    size_t shape[ST_MAX_DIMS];
+} StEntry;
 
 typedef struct {
-    int fd;              // -1: closed or failed
+    int fd;  // -1: closed or failed
     char path[PATH_SIZE];
     uint64_t total, written;
     uint32_t crc;

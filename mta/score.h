@@ -3,11 +3,12 @@
 //   {"context": TEXT, "continuation": TEXT} or {"context_ids": [...], "continuation_ids": [...]}
 //   {"logprob": sum, "tokens": n, "greedy": is each the most probable, "token_logprobs": [...]}
 // A context text gets the tokenizer's BOS; context_ids are taken as they are; an empty context without BOS is refused.
-// Two texts are cut into tokens as EleutherAI's lm-evaluation-harness does it: blanks at the end of the context belong to
-// the continuation, and the continuation's tokens are those that both texts in one have beyond the context's.
+// Two texts are cut into tokens as EleutherAI's lm-evaluation-harness does it: blanks at the end of the context belong
+// to the continuation, and the continuation's tokens are those that both texts in one have beyond the context's.
 //
 // What computes them stands behind one function (Scorer.score). Requests are taken as many as there are (a file: up to
-// SCORE_WINDOW; a pipe: what has arrived), given to it in parts sorted by their tokens, and answered in their own order.
+// SCORE_WINDOW; a pipe: what has arrived), given to it in parts sorted by their tokens, and answered in their own
+// order.
 #ifndef MTA_SCORE_H
 #define MTA_SCORE_H
 #include "util.h"
@@ -20,7 +21,13 @@
 // ---------------------------------------------------------------------------------------------------------------------
 // Lines of a file or a pipe
 
-typedef struct { int fd; Text buffer; size_t at; bool end; long number; } Lines;
+typedef struct {
+    int fd;
+    Text buffer;
+    size_t at;
+    bool end;
+    long number;
+} Lines;
 
 // Opens a file, "-": standard input; returns its name for messages.
 static inline const char* lines_open(Lines* l, const char* file) {
@@ -73,11 +80,11 @@ static inline char* lines_next(Lines* l, const char* name, bool wait, size_t* n)
 enum { SCORE_WINDOW = 4096, SCORE_PART = 256 };
 
 typedef struct {
-    int32_t* ids;     // context, then continuation
-    int n, context;   // all tokens; those of the context, at least 1
-    long line;        // of the file
-    // The answer: what Scorer.score fills in. token_logprobs (n - context), logprob their sum, greedy: no other token was
-    // more probable anywhere.
+    int32_t* ids;    // context, then continuation
+    int n, context;  // all tokens; those of the context, at least 1
+    long line;       // of the file
+    // The answer: what Scorer.score fills in. token_logprobs (n - context), logprob their sum, greedy: no other token
+    // was more probable anywhere.
     float* token_logprobs;
     double logprob;
     bool greedy;
@@ -144,11 +151,35 @@ static inline bool score_read_part(ScoreRequest* q, const Scorer* scorer, const 
 
 // Bytes of the blanks that end a text of n bytes: what Python's str.rstrip() takes off.
 static inline size_t score_blanks(const char* text, size_t n) {
-    static const char* const blanks[] = {
-        " ", "\t", "\n", "\v", "\f", "\r", "\x1c", "\x1d", "\x1e", "\x1f", "\xc2\x85", "\xc2\xa0", "\xe1\x9a\x80", "\xe2\x80\x80",
-        "\xe2\x80\x81", "\xe2\x80\x82", "\xe2\x80\x83", "\xe2\x80\x84", "\xe2\x80\x85", "\xe2\x80\x86", "\xe2\x80\x87",
-        "\xe2\x80\x88", "\xe2\x80\x89", "\xe2\x80\x8a", "\xe2\x80\xa8", "\xe2\x80\xa9", "\xe2\x80\xaf", "\xe2\x81\x9f",
-        "\xe3\x80\x80"};
+    static const char* const blanks[] = {" ",
+                                         "\t",
+                                         "\n",
+                                         "\v",
+                                         "\f",
+                                         "\r",
+                                         "\x1c",
+                                         "\x1d",
+                                         "\x1e",
+                                         "\x1f",
+                                         "\xc2\x85",
+                                         "\xc2\xa0",
+                                         "\xe1\x9a\x80",
+                                         "\xe2\x80\x80",
+                                         "\xe2\x80\x81",
+                                         "\xe2\x80\x82",
+                                         "\xe2\x80\x83",
+                                         "\xe2\x80\x84",
+                                         "\xe2\x80\x85",
+                                         "\xe2\x80\x86",
+                                         "\xe2\x80\x87",
+                                         "\xe2\x80\x88",
+                                         "\xe2\x80\x89",
+                                         "\xe2\x80\x8a",
+                                         "\xe2\x80\xa8",
+                                         "\xe2\x80\xa9",
+                                         "\xe2\x80\xaf",
+                                         "\xe2\x81\x9f",
+                                         "\xe3\x80\x80"};
     enum { BLANKS = sizeof blanks / sizeof *blanks };
     size_t left = n;
     for (int i = 0; i < BLANKS; i++) {
@@ -202,8 +233,9 @@ static inline bool score_read(ScoreRequest* q, const Scorer* scorer, const char*
     Json* j = json_parse(line, n, e);
     bool good = j != NULL;
     if (good) {
-        const Json *context = score_field(j, "context", JSON_STRING), *text = score_field(j, "continuation", JSON_STRING);
-        const Json *context_ids = score_field(j, "context_ids", JSON_ARRAY);
+        const Json *context = score_field(j, "context", JSON_STRING),
+                   *text = score_field(j, "continuation", JSON_STRING);
+        const Json* context_ids = score_field(j, "context_ids", JSON_ARRAY);
         const Json* ids = score_field(j, "continuation_ids", JSON_ARRAY);
         if (context && text && !context_ids && !ids) {
             good = score_read_texts(q, scorer, context, text, e);
@@ -234,7 +266,7 @@ static inline bool score_read(ScoreRequest* q, const Scorer* scorer, const char*
 }
 
 static inline int score_by_ids(const void* a, const void* b) {
-    const ScoreRequest *x = *(ScoreRequest* const*)a, *y = *(ScoreRequest* const*)b;
+    const ScoreRequest *x = *(ScoreRequest*const*)a, *y = *(ScoreRequest*const*)b;
     for (int i = 0; i < x->n && i < y->n; i++) {
         if (x->ids[i] != y->ids[i]) { return x->ids[i] < y->ids[i] ? -1 : 1; }
     }

@@ -1,13 +1,15 @@
 // mta/shards.h: token shards on disk, and the loader that gives a trainer one window of them after another.
 //
-// A shard is llm.c's: 256 int32 of header ([0] magic, [1] version, [2] token count, and of its spare words [3] vocabulary size, [4] CRC-32
-// of the tokens, [5] 1 if NAME.mask lies beside NAME.bin; 0 = unknown, none), then the tokens as uint16 (magic 20240520, version 1) or
-// uint32 (20240801, 7). A mask has one byte a token, 1 if the token counts as a target. Files are mapped, never read whole.
+// A shard is llm.c's: 256 int32 of header ([0] magic, [1] version, [2] token count, and of its spare words [3]
+// vocabulary size, [4] CRC-32 of the tokens, [5] 1 if NAME.mask lies beside NAME.bin; 0 = unknown, none), then the
+// tokens as uint16 (magic 20240520, version 1) or uint32 (20240801, 7). A mask has one byte a token, 1 if the token
+// counts as a target. Files are mapped, never read whole.
 //
-// Window w of a shard is tokens wT .. wT+T: T inputs and T targets, of which the last is the first input of the next window. Windows are
-// what is shuffled. The k-th window that a loader gives is a function of (seed, k) and of the data alone, whatever the batch size or the
-// number of processes: sources take turns by a schedule without chance (shares hold to within one window at any moment), and epoch e of
-// source s is a permutation named by (seed, s, e), computed, not stored.
+// Window w of a shard is tokens wT .. wT+T: T inputs and T targets, of which the last is the first input of the next
+// window. Windows are what is shuffled. The k-th window that a loader gives is a function of (seed, k) and of the data
+// alone, whatever the batch size or the number of processes: sources take turns by a schedule without chance (shares
+// hold to within one window at any moment), and epoch e of source s is a permutation named by (seed, s, e), computed,
+// not stored.
 #ifndef MTA_SHARDS_H
 #define MTA_SHARDS_H
 #include "util.h"
@@ -16,14 +18,20 @@
 #include <glob.h>
 #include <math.h>
 
-enum { SHARD_HEADER_BYTES = 1024, SHARD_MAGIC_U16 = 20240520, SHARD_VERSION_U16 = 1, SHARD_MAGIC_U32 = 20240801, SHARD_VERSION_U32 = 7 };
+enum {
+    SHARD_HEADER_BYTES = 1024,
+    SHARD_MAGIC_U16 = 20240520,
+    SHARD_VERSION_U16 = 1,
+    SHARD_MAGIC_U32 = 20240801,
+    SHARD_VERSION_U32 = 7
+};
 enum { IGNORED_TARGET = -100 };
 
 // ---------------------------------------------------------------------------------------------------------------------
 // One shard
 
 typedef struct {
-    char* path;           // owned
+    char* path;             // owned
     MappedFile file, mask;  // mask.data NULL: every token counts
     uint64_t tokens;
     int bytes_per_token;  // 2 or 4
@@ -51,36 +59,41 @@ static inline void shard_close(Shard* s) {
 // Checks that the header and the two files agree; fills the rest of s.
 static inline bool shard_check(Shard* s, Error* e) {
     if (s->file.size < SHARD_HEADER_BYTES) {
-        return fail(e, "%s: %zu bytes, a shard has a header of %d; it is cut off or no shard", s->path, s->file.size, SHARD_HEADER_BYTES);
+        return fail(e, "%s: %zu bytes, a shard has a header of %d; it is cut off or no shard", s->path, s->file.size,
+                    SHARD_HEADER_BYTES);
     }
     int32_t h[6];
     memcpy(h, s->file.data, sizeof(h));
     if (h[0] != SHARD_MAGIC_U16 && h[0] != SHARD_MAGIC_U32) {
-        return fail(e, "%s: magic %d, wanted %d (uint16) or %d (uint32); make shards with data/prepare.py", s->path, h[0], SHARD_MAGIC_U16,
-                    SHARD_MAGIC_U32);
+        return fail(e, "%s: magic %d, wanted %d (uint16) or %d (uint32); make shards with data/prepare.py", s->path,
+                    h[0], SHARD_MAGIC_U16, SHARD_MAGIC_U32);
     }
     int version = h[0] == SHARD_MAGIC_U16 ? SHARD_VERSION_U16 : SHARD_VERSION_U32;
     if (h[1] != version) { return fail(e, "%s: version %d, wanted %d for magic %d", s->path, h[1], version, h[0]); }
     if (h[2] < 0) { return fail(e, "%s: the header counts %d tokens", s->path, h[2]); }
     if (h[3] < 0) { return fail(e, "%s: the header has a vocabulary of %d", s->path, h[3]); }
-    if (h[5] != 0 && h[5] != 1) { return fail(e, "%s: word 5 of the header is %d, wanted 0 (no mask) or 1 (mask beside)", s->path, h[5]); }
+    if (h[5] != 0 && h[5] != 1) {
+        return fail(e, "%s: word 5 of the header is %d, wanted 0 (no mask) or 1 (mask beside)", s->path, h[5]);
+    }
     s->tokens = (uint64_t)h[2];
     s->bytes_per_token = h[0] == SHARD_MAGIC_U16 ? 2 : 4;
     s->vocab_size = h[3];
     memcpy(&s->crc, s->file.data + 16, 4);
     uint64_t want = SHARD_HEADER_BYTES + s->tokens * (uint64_t)s->bytes_per_token;  // below 2^34
     if (s->file.size != want) {
-        return fail(e, "%s: %zu bytes, but its header's %llu tokens of %d bytes make %llu; the file is %s, copy or make it again", s->path,
-                    s->file.size, (unsigned long long)s->tokens, s->bytes_per_token, (unsigned long long)want,
-                    s->file.size < want ? "cut off" : "too long");
+        return fail(
+            e,
+            "%s: %zu bytes, but its header's %llu tokens of %d bytes make %llu; the file is %s, copy or make it again",
+            s->path, s->file.size, (unsigned long long)s->tokens, s->bytes_per_token, (unsigned long long)want,
+            s->file.size < want ? "cut off" : "too long");
     }
     if (h[5] == 1) {
         char path[PATH_SIZE];
         shard_mask_path(s->path, path, sizeof(path));
         if (!map_file(&s->mask, path, e)) { return false; }
         if (s->mask.size != s->tokens) {
-            return fail(e, "%s: %zu bytes, wanted one for each of the %llu tokens of %s", path, s->mask.size, (unsigned long long)s->tokens,
-                        s->path);
+            return fail(e, "%s: %zu bytes, wanted one for each of the %llu tokens of %s", path, s->mask.size,
+                        (unsigned long long)s->tokens, s->path);
         }
     }
     return true;
@@ -107,15 +120,18 @@ static inline uint32_t shard_token(const Shard* s, uint64_t i) {
     return x;
 }
 
-// Copies window w into tokens (T) and targets (T, IGNORED_TARGET where masked). Every id is checked against vocab_size, the mask against 0
-// and 1.
-static inline bool shard_window(const Shard* s, uint64_t w, int T, int vocab_size, int32_t* tokens, int32_t* targets, Error* e) {
+// Copies window w into tokens (T) and targets (T, IGNORED_TARGET where masked). Every id is checked against vocab_size,
+// the mask against 0 and 1.
+static inline bool shard_window(const Shard* s, uint64_t w, int T, int vocab_size, int32_t* tokens, int32_t* targets,
+                                Error* e) {
     assert(w < s->windows);
     uint64_t start = w * (uint64_t)T;
     for (int t = 0; t <= T; t++) {
         uint32_t id = shard_token(s, start + (uint64_t)t);
         if (id >= (uint32_t)vocab_size) {
-            return fail(e, "%s: token id %u at position %llu, the model's vocabulary is %d; use the tokenizer the shards were made with",
+            return fail(e,
+                        "%s: token id %u at position %llu, the model's vocabulary is %d; use the tokenizer the shards "
+                        "were made with",
                         s->path, id, (unsigned long long)(start + (uint64_t)t), vocab_size);
         }
         if (t < T) { tokens[t] = (int32_t)id; }
@@ -124,16 +140,18 @@ static inline bool shard_window(const Shard* s, uint64_t w, int T, int vocab_siz
     for (int t = 0; t < T && s->mask.data != NULL; t++) {
         uint8_t counts = s->mask.data[start + (uint64_t)t + 1];
         if (counts > 1) {
-            return fail(e, "mask of %s: byte %u at position %llu, wanted 0 or 1", s->path, counts, (unsigned long long)(start + (uint64_t)t + 1));
+            return fail(e, "mask of %s: byte %u at position %llu, wanted 0 or 1", s->path, counts,
+                        (unsigned long long)(start + (uint64_t)t + 1));
         }
         if (!counts) { targets[t] = IGNORED_TARGET; }
     }
     return true;
 }
 
-// Writes a shard, and its mask (n bytes, or NULL for none). For tests and small tools: the whole file is built in memory.
-static inline bool shard_write(const char* path, const uint32_t* tokens, size_t n, int bytes_per_token, int vocab_size, const uint8_t* mask,
-                               Error* e) {
+// Writes a shard, and its mask (n bytes, or NULL for none). For tests and small tools: the whole file is built in
+// memory.
+static inline bool shard_write(const char* path, const uint32_t* tokens, size_t n, int bytes_per_token, int vocab_size,
+                               const uint8_t* mask, Error* e) {
     assert(bytes_per_token == 2 || bytes_per_token == 4);
     if (n > INT32_MAX) { return fail(e, "%s: %zu tokens, a shard holds %d at most", path, n, INT32_MAX); }
     size_t bytes = n * (size_t)bytes_per_token;
@@ -172,13 +190,14 @@ static inline bool shard_write(const char* path, const uint32_t* tokens, size_t 
 typedef enum { MIX_TOKEN, MIX_DOCUMENT } LoaderMix;
 
 typedef struct {
-    char name[64];     // the glob's last part without _train_*.bin and the like
-    char* pattern;     // owned
-    double weight;     // as given, 1 if none was
-    bool weighted;     // was one given?
-    double share;      // of windows, all sources together 1
-    uint64_t units;    // the share as a whole number, of 2^40 in all: turns are computed without rounding, equally by every compiler
-    Shard* shards;     // owned, sorted by path
+    char name[64];   // the glob's last part without _train_*.bin and the like
+    char* pattern;   // owned
+    double weight;   // as given, 1 if none was
+    bool weighted;   // was one given?
+    double share;    // of windows, all sources together 1
+    uint64_t units;  // the share as a whole number, of 2^40 in all: turns are computed without rounding, equally by
+                     // every compiler
+    Shard* shards;   // owned, sorted by path
     int n_shards;
     uint64_t tokens, windows;
     double documents;  // only read with MIX_DOCUMENT, else 0
@@ -188,12 +207,12 @@ typedef struct {
 typedef struct {
     LoaderSource* sources;  // owned
     int n_sources;
-    int seq_len;            // T
-    int vocab_size;         // of the model
+    int seq_len;     // T
+    int vocab_size;  // of the model
     uint64_t seed;
     LoaderMix mix;
-    uint64_t total_units;   // about 2^40
-    uint64_t position;      // windows given so far, over all sources
+    uint64_t total_units;  // about 2^40
+    uint64_t position;     // windows given so far, over all sources
 } Loader;
 
 static inline void loader_close(Loader* l) {
@@ -221,9 +240,12 @@ static inline void source_name(const char* pattern, char* out, size_t n) {
     if (length == 0) { snprintf(out, n, "data"); }
 }
 
-static inline int compare_paths(const void* a, const void* b) { return strcmp(*(const char* const*)a, *(const char* const*)b); }
+static inline int compare_paths(const void* a, const void* b) {
+    return strcmp(*(const char* const*)a, *(const char* const*)b);
+}
 
-// `pattern` for glob(): the folder of that very name is meant where there is one, and the file, so that either may be called "run[1]".
+// `pattern` for glob(): the folder of that very name is meant where there is one, and the file, so that either may be
+// called "run[1]".
 static inline void glob_pattern(Text* out, const char* pattern) {
     const char* slash = strrchr(pattern, '/');
     size_t folder = slash != NULL ? (size_t)(slash - pattern) : 0, literal = 0;
@@ -250,7 +272,9 @@ static inline bool source_open(LoaderSource* s, const char* pattern, double weig
     int status = glob(escaped.n ? escaped.text : "", GLOB_NOSORT, NULL, &found);
     text_free(&escaped);
     if (status != 0) {
-        if (status == GLOB_NOMATCH) { return fail(e, "%s: no such shard; wanted .bin files made by data/prepare.py or data/toy_task.py", pattern); }
+        if (status == GLOB_NOMATCH) {
+            return fail(e, "%s: no such shard; wanted .bin files made by data/prepare.py or data/toy_task.py", pattern);
+        }
         return fail(e, "%s: cannot list the files", pattern);
     }
     qsort(found.gl_pathv, found.gl_pathc, sizeof(char*), compare_paths);
@@ -262,8 +286,9 @@ static inline bool source_open(LoaderSource* s, const char* pattern, double weig
         if (!good) { break; }
         s->n_shards++;
         if (shard->vocab_size > vocab_size) {
-            good = fail(e, "%s: made with a vocabulary of %d, the model has %d; use the same tokenizer, or --vocab-size", shard->path,
-                        shard->vocab_size, vocab_size);
+            good =
+                fail(e, "%s: made with a vocabulary of %d, the model has %d; use the same tokenizer, or --vocab-size",
+                     shard->path, shard->vocab_size, vocab_size);
         }
         shard->windows = shard->tokens > 0 ? (shard->tokens - 1) / (uint64_t)T : 0;
         s->tokens += shard->tokens;
@@ -271,14 +296,15 @@ static inline bool source_open(LoaderSource* s, const char* pattern, double weig
     }
     globfree(&found);
     if (good && s->windows == 0) {
-        good = fail(e, "%s: %llu tokens%s, one window needs %d; use a smaller --seq-len or more data", pattern, (unsigned long long)s->tokens,
-                    s->n_shards > 1 ? " in shards that are all too short" : "", T + 1);
+        good = fail(e, "%s: %llu tokens%s, one window needs %d; use a smaller --seq-len or more data", pattern,
+                    (unsigned long long)s->tokens, s->n_shards > 1 ? " in shards that are all too short" : "", T + 1);
     }
     return good;
 }
 
 // Window w of a source, in file order.
-static inline bool source_window(const LoaderSource* s, uint64_t w, int T, int vocab_size, int32_t* tokens, int32_t* targets, Error* e) {
+static inline bool source_window(const LoaderSource* s, uint64_t w, int T, int vocab_size, int32_t* tokens,
+                                 int32_t* targets, Error* e) {
     for (int i = 0; i < s->n_shards; i++) {
         if (w < s->shards[i].windows) { return shard_window(&s->shards[i], w, T, vocab_size, tokens, targets, e); }
         w -= s->shards[i].windows;
@@ -291,8 +317,8 @@ static inline bool source_window(const LoaderSource* s, uint64_t w, int T, int v
 // Documents of a source, for MIX_DOCUMENT: DIR/manifest.json, as data/prepare.py leaves it beside the shards, has
 //   {"shards": {"c4_train_000000.bin": {"documents": 1234, "tokens": 567890, ...}, ...}, ...}
 
-// The manifest.json beside a shard into *manifest, which stays while the shards stay in one directory (dir, PATH_SIZE bytes). NULL where
-// there is none. The caller frees the last.
+// The manifest.json beside a shard into *manifest, which stays while the shards stay in one directory (dir, PATH_SIZE
+// bytes). NULL where there is none. The caller frees the last.
 static inline bool manifest_beside(const char* shard, char* dir, Json** manifest, Error* e) {
     char path[PATH_SIZE], *text;
     size_t length, n = strrchr(shard, '/') != NULL ? (size_t)(strrchr(shard, '/') + 1 - shard) : 0;
@@ -311,7 +337,9 @@ static inline bool manifest_beside(const char* shard, char* dir, Json** manifest
     return *manifest != NULL || fail(e, "%.300s: %.150s", path, why.text);
 }
 
-static inline const char* shard_base_name(const char* path) { return strrchr(path, '/') != NULL ? strrchr(path, '/') + 1 : path; }
+static inline const char* shard_base_name(const char* path) {
+    return strrchr(path, '/') != NULL ? strrchr(path, '/') + 1 : path;
+}
 
 static inline bool source_count_documents(LoaderSource* s, Error* e) {
     char dir[PATH_SIZE] = "", path[PATH_SIZE];
@@ -329,31 +357,36 @@ static inline bool source_count_documents(LoaderSource* s, Error* e) {
         int64_t documents = 0, tokens = 0;
         if (!json_integer(json_get(entry, "documents"), 0, INT32_MAX, &documents)) {
             good = fail(e, "%s: no count of documents for %s, which --mix document needs; use --mix token", path, base);
-        } else if (!json_integer(json_get(entry, "tokens"), 0, INT32_MAX, &tokens) || (uint64_t)tokens != s->shards[i].tokens) {
-            good = fail(e, "%s: %lld tokens for %s, which has %llu; make the shards again", path, (long long)tokens, base,
-                        (unsigned long long)s->shards[i].tokens);
+        } else if (!json_integer(json_get(entry, "tokens"), 0, INT32_MAX, &tokens) ||
+                   (uint64_t)tokens != s->shards[i].tokens) {
+            good = fail(e, "%s: %lld tokens for %s, which has %llu; make the shards again", path, (long long)tokens,
+                        base, (unsigned long long)s->shards[i].tokens);
         }
         s->documents += (double)documents;
     }
     json_free(manifest);
-    if (good && !(s->documents > 0)) { good = fail(e, "%s: no documents in its shards, which --mix document needs", s->pattern); }
+    if (good && !(s->documents > 0)) {
+        good = fail(e, "%s: no documents in its shards, which --mix document needs", s->pattern);
+    }
     return good;
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// The tokenizer that shards were made with: preparations[shards[FILE].preparation].tokenizer of the manifest beside them (data/README.md)
+// The tokenizer that shards were made with: preparations[shards[FILE].preparation].tokenizer of the manifest beside
+// them (data/README.md)
 
 typedef struct {
-    char name[32];         // bytes, toy, or how the rank file's text is split; "" = no manifest speaks of the shards
-    char path[PATH_SIZE];  // of the rank file, "" = built in
-    char sha256[80];       // of the rank file
-    int vocab_size;        // of the manifest or the headers, 0 = unknown
-    char shard[PATH_SIZE]; // one that was made with it
+    char name[32];          // bytes, toy, or how the rank file's text is split; "" = no manifest speaks of the shards
+    char path[PATH_SIZE];   // of the rank file, "" = built in
+    char sha256[80];        // of the rank file
+    int vocab_size;         // of the manifest or the headers, 0 = unknown
+    char shard[PATH_SIZE];  // one that was made with it
 } ShardTokenizer;
 
 // "gpt2 (50257 ids, a/gpt2.tiktoken)", for messages.
 static inline const char* shard_tokenizer_text(const ShardTokenizer* t, char* out, size_t n) {
-    snprintf(out, n, "%s (%d ids%s%.80s)", t->name[0] ? t->name : "an unknown tokenizer", t->vocab_size, t->path[0] ? ", " : "", t->path);
+    snprintf(out, n, "%s (%d ids%s%.80s)", t->name[0] ? t->name : "an unknown tokenizer", t->vocab_size,
+             t->path[0] ? ", " : "", t->path);
     return out;
 }
 
@@ -361,22 +394,29 @@ static inline const char* shard_tokenizer_text(const ShardTokenizer* t, char* ou
 static inline bool shard_tokenizer(const Shard* s, const char* dir, const Json* manifest, ShardTokenizer* t, Error* e) {
     const Json* entry = json_get(json_get(manifest, "shards"), shard_base_name(s->path));
     const Json* preparation = json_get(entry, "preparation");
-    const Json* made = preparation != NULL && preparation->type == JSON_STRING ? json_get(json_get(manifest, "preparations"), preparation->string) : NULL;
+    const Json* made = preparation != NULL && preparation->type == JSON_STRING
+                           ? json_get(json_get(manifest, "preparations"), preparation->string)
+                           : NULL;
     const Json* tokenizer = json_get(made, "tokenizer");
-    const Json *name = json_get(tokenizer, "name"), *file = json_get(tokenizer, "file"), *sha = json_get(tokenizer, "sha256");
+    const Json *name = json_get(tokenizer, "name"), *file = json_get(tokenizer, "file"),
+               *sha = json_get(tokenizer, "sha256");
     int64_t vocab = 0;
     memset(t, 0, sizeof(*t));
     snprintf(t->shard, sizeof(t->shard), "%s", s->path);
     t->vocab_size = s->vocab_size;
     if (name == NULL || name->type != JSON_STRING) { return true; }
-    if (!json_integer(json_get(tokenizer, "vocab_size"), 1, INT32_MAX, &vocab) || (s->vocab_size > 0 && s->vocab_size != vocab)) {
-        return fail(e, "%.200s: a vocabulary of %d, but the manifest.json beside it says %.30s with %lld", s->path, s->vocab_size, name->string, (long long)vocab);
+    if (!json_integer(json_get(tokenizer, "vocab_size"), 1, INT32_MAX, &vocab) ||
+        (s->vocab_size > 0 && s->vocab_size != vocab)) {
+        return fail(e, "%.200s: a vocabulary of %d, but the manifest.json beside it says %.30s with %lld", s->path,
+                    s->vocab_size, name->string, (long long)vocab);
     }
     snprintf(t->name, sizeof(t->name), "%s", name->string);
     t->vocab_size = (int)vocab;
     if (sha != NULL && sha->type == JSON_STRING) { snprintf(t->sha256, sizeof(t->sha256), "%s", sha->string); }
     if (file == NULL || file->type != JSON_STRING) { return true; }
-    if (strchr(file->string, '/') != NULL || strlen(file->string) > 255) { return fail(e, "%smanifest.json: \"%.60s\" is no file beside it", dir, file->string); }
+    if (strchr(file->string, '/') != NULL || strlen(file->string) > 255) {
+        return fail(e, "%smanifest.json: \"%.60s\" is no file beside it", dir, file->string);
+    }
     path_join(t->path, sizeof(t->path), dir, file->string);
     return true;
 }
@@ -386,10 +426,11 @@ static inline bool shard_tokenizers_agree(const ShardTokenizer* a, const ShardTo
     char x[256], y[256];
     bool same = a->vocab_size == b->vocab_size || a->vocab_size == 0 || b->vocab_size == 0;
     if (a->name[0] && b->name[0]) {
-        same = same && strcmp(a->name, b->name) == 0 && (!a->sha256[0] || !b->sha256[0] || strcmp(a->sha256, b->sha256) == 0);
+        same = same && strcmp(a->name, b->name) == 0 &&
+               (!a->sha256[0] || !b->sha256[0] || strcmp(a->sha256, b->sha256) == 0);
     }
-    return same || fail(e, "%.90s was made with %s, %.90s with %s: shards of one run need one tokenizer", a->shard, shard_tokenizer_text(a, x, sizeof(x)), b->shard,
-                        shard_tokenizer_text(b, y, sizeof(y)));
+    return same || fail(e, "%.90s was made with %s, %.90s with %s: shards of one run need one tokenizer", a->shard,
+                        shard_tokenizer_text(a, x, sizeof(x)), b->shard, shard_tokenizer_text(b, y, sizeof(y)));
 }
 
 // The one tokenizer of all shards of a loader into *t; refused where they differ.
@@ -404,7 +445,9 @@ static inline bool loader_tokenizer(const Loader* l, ShardTokenizer* t, Error* e
             ShardTokenizer own;
             good = manifest_beside(s->path, dir, &manifest, e) && shard_tokenizer(s, dir, manifest, &own, e) &&
                    (!t->shard[0] || shard_tokenizers_agree(t, &own, e));
-            if (good && (!t->shard[0] || (own.name[0] && !t->name[0]) || (!t->name[0] && t->vocab_size == 0))) { *t = own; }
+            if (good && (!t->shard[0] || (own.name[0] && !t->name[0]) || (!t->name[0] && t->vocab_size == 0))) {
+                *t = own;
+            }
         }
     }
     json_free(manifest);
@@ -414,8 +457,8 @@ static inline bool loader_tokenizer(const Loader* l, ShardTokenizer* t, Error* e
 // ---------------------------------------------------------------------------------------------------------------------
 // --train GLOB[=WEIGHT],... or @RECIPE, a file with one GLOB=WEIGHT a line
 
-// Splits "GLOB=WEIGHT" in place and opens the source as the loader's next. What follows the last '=' is a weight unless it holds a '/' or
-// a wildcard, so that a folder may be called "lr=3". where: for messages.
+// Splits "GLOB=WEIGHT" in place and opens the source as the loader's next. What follows the last '=' is a weight unless
+// it holds a '/' or a wildcard, so that a folder may be called "lr=3". where: for messages.
 static inline bool loader_add_source(Loader* l, char* text, const char* dir, const char* where, Error* e) {
     double weight = 1;
     char* equals = strrchr(text, '=');
@@ -425,7 +468,8 @@ static inline bool loader_add_source(Loader* l, char* text, const char* dir, con
         weight = strtod(equals + 1, &end);
         while (end[0] == ' ' || end[0] == '\t') { end++; }
         if (end == equals + 1 || *end != 0 || strpbrk(equals + 1, "xX") != NULL || !(weight > 0 && weight < 1e30)) {
-            return fail(e, "%s: weight \"%s\" of %.*s, wanted a number above 0", where, equals + 1, (int)(equals - text), text);
+            return fail(e, "%s: weight \"%s\" of %.*s, wanted a number above 0", where, equals + 1,
+                        (int)(equals - text), text);
         }
         do { *equals-- = 0; } while (equals > text && (*equals == ' ' || *equals == '\t'));
     }
@@ -440,7 +484,8 @@ static inline bool loader_add_source(Loader* l, char* text, const char* dir, con
     s->weighted = weighted;
     char base[sizeof(s->name)];
     memcpy(base, s->name, sizeof(base));
-    for (int i = 0, k = 1; i + 1 < l->n_sources; i++) {  // a/text_train_*.bin and b/text_train_*.bin are text and text-2
+    for (int i = 0, k = 1; i + 1 < l->n_sources;
+         i++) {  // a/text_train_*.bin and b/text_train_*.bin are text and text-2
         if (strcmp(l->sources[i].name, s->name) != 0) { continue; }
         snprintf(s->name, sizeof(s->name), "%.48s-%d", base, ++k);
         i = -1;
@@ -492,8 +537,8 @@ static inline bool spec_names_file(const char* part) {
     return there;
 }
 
-// Cuts the next part off *rest (NULL behind the last) at a comma: the longest that names a file, since a folder may be called "a,b"; else
-// up to the first comma.
+// Cuts the next part off *rest (NULL behind the last) at a comma: the longest that names a file, since a folder may be
+// called "a,b"; else up to the first comma.
 static inline char* spec_part(char** rest) {
     char* part = *rest;
     size_t end = strcspn(part, ",");
@@ -520,8 +565,8 @@ static inline bool loader_read_spec(Loader* l, const char* spec, Error* e) {
     return good;
 }
 
-// Shares of windows: by token, a weight is a share of windows. By document, a weight is a share of draws of a document, and a draw brings
-// that source's tokens per document: shares of windows are weight * tokens / documents.
+// Shares of windows: by token, a weight is a share of windows. By document, a weight is a share of draws of a document,
+// and a draw brings that source's tokens per document: shares of windows are weight * tokens / documents.
 static inline bool loader_shares(Loader* l, Error* e) {
     double total = 0;
     for (int i = 0; i < l->n_sources; i++) {
@@ -534,13 +579,16 @@ static inline bool loader_shares(Loader* l, Error* e) {
         LoaderSource* s = &l->sources[i];
         s->share /= total;
         s->units = (uint64_t)llround(ldexp(s->share, 40));
-        if (s->units == 0) { return fail(e, "%s: its share %.3g of the windows is too small; drop it", s->pattern, s->share); }
+        if (s->units == 0) {
+            return fail(e, "%s: its share %.3g of the windows is too small; drop it", s->pattern, s->share);
+        }
         l->total_units += s->units;
     }
     return true;
 }
 
-static inline bool loader_open_mix(Loader* l, const char* spec, int seq_len, int vocab_size, uint64_t seed, LoaderMix mix, Error* e) {
+static inline bool loader_open_mix(Loader* l, const char* spec, int seq_len, int vocab_size, uint64_t seed,
+                                   LoaderMix mix, Error* e) {
     assert(seq_len > 0 && vocab_size > 0);
     memset(l, 0, sizeof(*l));
     l->seq_len = seq_len;
@@ -559,9 +607,10 @@ static inline bool loader_open(Loader* l, const char* spec, int seq_len, int voc
 // ---------------------------------------------------------------------------------------------------------------------
 // The order
 
-// Whose turn it is. Tijdeman's rule (The chairman assignment problem, 1980): of the sources that are behind their share by at least
-// 1/(2n-2) of a window, counting the one to be given now, the one that would be the first to be behind by a window less that much. Every
-// source is then always within one window of its share. The deficits add up to one window, so that at least one source qualifies.
+// Whose turn it is. Tijdeman's rule (The chairman assignment problem, 1980): of the sources that are behind their share
+// by at least 1/(2n-2) of a window, counting the one to be given now, the one that would be the first to be behind by a
+// window less that much. Every source is then always within one window of its share. The deficits add up to one window,
+// so that at least one source qualifies.
 static inline int loader_turn(const Loader* l) {
     if (l->n_sources == 1) { return 0; }
     const __int128 slack = 2 * l->n_sources - 2;  // all terms are multiplied by it and by total_units
@@ -645,20 +694,22 @@ static inline const char* loader_mix_name(LoaderMix mix) { return mix == MIX_DOC
 
 // Appends an object. The seed is text, since a JSON number holds 53 bits.
 static inline void loader_state_write(const Loader* l, Text* json) {
-    text_printf(json, "{\"seed\": \"%llu\", \"seq_len\": %d, \"mix\": \"%s\", \"windows\": %llu, \"sources\": [", (unsigned long long)l->seed,
-                l->seq_len, loader_mix_name(l->mix), (unsigned long long)l->position);
+    text_printf(json, "{\"seed\": \"%llu\", \"seq_len\": %d, \"mix\": \"%s\", \"windows\": %llu, \"sources\": [",
+                (unsigned long long)l->seed, l->seq_len, loader_mix_name(l->mix), (unsigned long long)l->position);
     for (int i = 0; i < l->n_sources; i++) {
         const LoaderSource* s = &l->sources[i];
         text_printf(json, "%s{\"name\": ", i > 0 ? ", " : "");
         text_json_string(json, s->name, strlen(s->name));
-        text_printf(json, ", \"weight\": %.17g, \"windows\": %llu, \"drawn\": %llu}", s->weight, (unsigned long long)s->windows,
-                    (unsigned long long)s->drawn);
+        text_printf(json, ", \"weight\": %.17g, \"windows\": %llu, \"drawn\": %llu}", s->weight,
+                    (unsigned long long)s->windows, (unsigned long long)s->drawn);
     }
     text_printf(json, "]}");
 }
 
 static inline bool loader_state_differs(Error* e, const char* what, const char* got, const char* wanted) {
-    return fail(e, "resume: the checkpoint's data has %s %s, this run %s; give the same --train, --seq-len, --mix and --seed", what, got, wanted);
+    return fail(
+        e, "resume: the checkpoint's data has %s %s, this run %s; give the same --train, --seq-len, --mix and --seed",
+        what, got, wanted);
 }
 
 // Continues where the state was written; refuses one of other sources, window length, mixing or seed.
@@ -667,8 +718,9 @@ static inline bool loader_state_read(Loader* l, const Json* state, Error* e) {
     const Json* seed = json_get(state, "seed");
     const Json* mix = json_get(state, "mix");
     int64_t T = 0, position = 0;
-    if (list == NULL || list->type != JSON_ARRAY || seed == NULL || seed->type != JSON_STRING || mix == NULL || mix->type != JSON_STRING ||
-        !json_integer(json_get(state, "seq_len"), 1, INT32_MAX, &T) || !json_integer(json_get(state, "windows"), 0, (int64_t)1 << 53, &position)) {
+    if (list == NULL || list->type != JSON_ARRAY || seed == NULL || seed->type != JSON_STRING || mix == NULL ||
+        mix->type != JSON_STRING || !json_integer(json_get(state, "seq_len"), 1, INT32_MAX, &T) ||
+        !json_integer(json_get(state, "windows"), 0, (int64_t)1 << 53, &position)) {
         return fail(e, "resume: the loader's state in the checkpoint is incomplete");
     }
     char got[128], wanted[128];
@@ -677,7 +729,9 @@ static inline bool loader_state_read(Loader* l, const Json* state, Error* e) {
     snprintf(got, sizeof(got), "%lld", (long long)T);
     snprintf(wanted, sizeof(wanted), "%d", l->seq_len);
     if (T != l->seq_len) { return loader_state_differs(e, "window length", got, wanted); }
-    if (strcmp(mix->string, loader_mix_name(l->mix)) != 0) { return loader_state_differs(e, "mixing by", mix->string, loader_mix_name(l->mix)); }
+    if (strcmp(mix->string, loader_mix_name(l->mix)) != 0) {
+        return loader_state_differs(e, "mixing by", mix->string, loader_mix_name(l->mix));
+    }
     snprintf(got, sizeof(got), "%zu", list->count);
     snprintf(wanted, sizeof(wanted), "%d", l->n_sources);
     if (list->count != (size_t)l->n_sources) { return loader_state_differs(e, "number of sources", got, wanted); }
@@ -689,11 +743,14 @@ static inline bool loader_state_read(Loader* l, const Json* state, Error* e) {
         const Json* weight = json_get(j, "weight");
         int64_t windows = 0, drawn = 0;
         if (name == NULL || name->type != JSON_STRING || weight == NULL || weight->type != JSON_NUMBER ||
-            !json_integer(json_get(j, "windows"), 1, INT64_MAX, &windows) || !json_integer(json_get(j, "drawn"), 0, (int64_t)1 << 53, &drawn)) {
+            !json_integer(json_get(j, "windows"), 1, INT64_MAX, &windows) ||
+            !json_integer(json_get(j, "drawn"), 0, (int64_t)1 << 53, &drawn)) {
             return fail(e, "resume: the loader's state of source %d in the checkpoint is incomplete", i);
         }
-        snprintf(got, sizeof(got), "%.60s (%lld windows, weight %.6g)", name->string, (long long)windows, weight->number);
-        snprintf(wanted, sizeof(wanted), "%.60s (%llu windows, weight %.6g)", s->name, (unsigned long long)s->windows, s->weight);
+        snprintf(got, sizeof(got), "%.60s (%lld windows, weight %.6g)", name->string, (long long)windows,
+                 weight->number);
+        snprintf(wanted, sizeof(wanted), "%.60s (%llu windows, weight %.6g)", s->name, (unsigned long long)s->windows,
+                 s->weight);
         if (strcmp(name->string, s->name) != 0 || (uint64_t)windows != s->windows || weight->number != s->weight) {
             return loader_state_differs(e, "source", got, wanted);
         }
@@ -701,8 +758,9 @@ static inline bool loader_state_read(Loader* l, const Json* state, Error* e) {
         sum += (uint64_t)drawn;
     }
     l->position = (uint64_t)position;
-    return sum == l->position || fail(e, "resume: the loader's state in the checkpoint is inconsistent (%llu windows by source, %llu in all)",
-                                      (unsigned long long)sum, (unsigned long long)l->position);
+    return sum == l->position ||
+           fail(e, "resume: the loader's state in the checkpoint is inconsistent (%llu windows by source, %llu in all)",
+                (unsigned long long)sum, (unsigned long long)l->position);
 }
 
 #endif

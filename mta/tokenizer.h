@@ -1,7 +1,7 @@
 // mta/tokenizer.h: text to token ids and back, the same ids as OpenAI's tiktoken (0.14.0) gives, none different.
 //
-// A tokenizer is built in (`bytes`, `toy`) or a rank file of tiktoken's format: one line a token, base64 of its bytes, a
-// space, its rank, which is its id. Llama 3's tokenizer.model is such a file. It does not say how text is split. Its
+// A tokenizer is built in (`bytes`, `toy`) or a rank file of tiktoken's format: one line a token, base64 of its bytes,
+// a space, its rank, which is its id. Llama 3's tokenizer.model is such a file. It does not say how text is split. Its
 // number of ranks does where it is a known tokenizer's (the n below, and Llama 4's 200000, which is taken as
 // o200k_base); of any other file the pattern must be given:
 //   gpt2         '(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s
@@ -13,9 +13,10 @@
 //                |\s*[\r\n]+|\s+(?!\S)|\s+
 //                U = [\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}], W = [\p{Ll}\p{Lm}\p{Lo}\p{M}], C = (?i:'s|'t|'re|'ve|'m|'ll|'d)
 // Encoding: the text is cut into pieces by a scanner written by hand for each pattern (classes of characters from
-// unicode_tables.h). A piece that is a token is that token. Any other starts as single bytes, and the adjacent pair whose
-// joined bytes have the lowest rank, leftmost first, is merged until none is a token: by a scan for short pieces, by a
-// queue by ranks for long ones, so that n bytes without a place to split take n log n at most. Nothing in a text is special:
+// unicode_tables.h). A piece that is a token is that token. Any other starts as single bytes, and the adjacent pair
+// whose joined bytes have the lowest rank, leftmost first, is merged until none is a token: by a scan for short pieces,
+// by a queue by ranks for long ones, so that n bytes without a place to split take n log n at most. Nothing in a text
+// is special:
 // "<|endoftext|>" is encoded as the letters it has.
 //
 // Ids: ranks 0..n-1, then the specials.          vocabulary       BOS                       EOS
@@ -33,7 +34,13 @@
 #include "unicode_tables.h"
 
 typedef enum {
-    SPLIT_BYTES, SPLIT_TOY, SPLIT_GPT2, SPLIT_CL100K_BASE, SPLIT_LLAMA3, SPLIT_O200K_BASE, SPLIT_COUNT
+    SPLIT_BYTES,
+    SPLIT_TOY,
+    SPLIT_GPT2,
+    SPLIT_CL100K_BASE,
+    SPLIT_LLAMA3,
+    SPLIT_O200K_BASE,
+    SPLIT_COUNT
 } SplitPattern;
 
 static inline const char* split_pattern_name(int pattern) {
@@ -44,11 +51,11 @@ static inline const char* split_pattern_name(int pattern) {
 typedef struct Tokenizer {
     SplitPattern pattern;
     int n_ranks, vocab, bos, eos;
-    size_t longest;       // bytes of the longest token
-    char file[PATH_SIZE]; // the rank file's path, "" where built in
-    char* bytes;          // all tokens' bytes one after another, in the order of ranks
-    uint32_t* start;      // n_ranks + 1: token i is bytes[start[i]..start[i+1])
-    uint64_t* slots;      // hash table of tokens by bytes, linear probing: upper half of the hash << 32 | rank + 1, 0 empty
+    size_t longest;        // bytes of the longest token
+    char file[PATH_SIZE];  // the rank file's path, "" where built in
+    char* bytes;           // all tokens' bytes one after another, in the order of ranks
+    uint32_t* start;       // n_ranks + 1: token i is bytes[start[i]..start[i+1])
+    uint64_t* slots;  // hash table of tokens by bytes, linear probing: upper half of the hash << 32 | rank + 1, 0 empty
     size_t slot_mask;
     int32_t* pairs;       // 65536: rank of the two bytes a, b at 256 a + b, -1 none
     int32_t single[256];  // rank of a byte
@@ -60,7 +67,10 @@ typedef struct Tokenizer {
 
 static inline uint64_t token_load(const char* p, size_t n) {  // up to 8 bytes as a number
     uint64_t x = 0;
-    if (n >= 8) { memcpy(&x, p, 8); return x; }
+    if (n >= 8) {
+        memcpy(&x, p, 8);
+        return x;
+    }
     if (n >= 4) {
         uint32_t low, high;
         memcpy(&low, p, 4);
@@ -101,7 +111,9 @@ static inline int32_t token_rank(const Tokenizer* t, const char* p, size_t n) {
 
 enum { RANKS_MAX = 1 << 24, TOKEN_BYTES_MAX = 4096 };  // more is no tokenizer that a model of ours could use
 
-typedef struct { uint32_t rank, line, at, size; } RankLine;  // at: where its bytes lie in the file's own order
+typedef struct {
+    uint32_t rank, line, at, size;
+} RankLine;  // at: where its bytes lie in the file's own order
 
 static inline int base64_value(unsigned char c) {
     if (c >= 'A' && c <= 'Z') { return c - 'A'; }
@@ -130,8 +142,8 @@ static inline bool base64_decode(const char* p, size_t n, Text* out) {
 }
 
 // One line "BASE64 RANK" p[0..n) -> its entry; its bytes are appended to `bytes`.
-static inline bool rank_line_read(const char* path, uint32_t number, const char* p, size_t n, RankLine* line, Text* bytes,
-                                  Error* e) {
+static inline bool rank_line_read(const char* path, uint32_t number, const char* p, size_t n, RankLine* line,
+                                  Text* bytes, Error* e) {
     const char* space = (const char*)memchr(p, ' ', n);
     size_t head = space ? (size_t)(space - p) : n;
     line->line = number;
@@ -140,7 +152,8 @@ static inline bool rank_line_read(const char* path, uint32_t number, const char*
         return fail(e, "%s:%u: a token of more than %d bytes", path, number, TOKEN_BYTES_MAX);
     }
     if (!base64_decode(p, head, bytes)) {
-        return fail(e, "%s:%u: got no base64 of a token, wanted a line of a tiktoken rank file: BASE64 RANK", path, number);
+        return fail(e, "%s:%u: got no base64 of a token, wanted a line of a tiktoken rank file: BASE64 RANK", path,
+                    number);
     }
     line->size = (uint32_t)bytes->n - line->at;
     uint64_t rank = 0;
@@ -160,8 +173,8 @@ static inline int rank_line_compare(const void* a, const void* b) {
     return x->line < y->line ? -1 : x->line > y->line;
 }
 
-// All lines of the file, sorted by rank, ranks 0..n-1 without hole or repetition. Blank lines are skipped, as by tiktoken.
-// *lines is malloc'ed, also on failure.
+// All lines of the file, sorted by rank, ranks 0..n-1 without hole or repetition. Blank lines are skipped, as by
+// tiktoken. *lines is malloc'ed, also on failure.
 static inline bool rank_lines_read(const char* path, const MappedFile* m, RankLine** lines, size_t* count, Text* bytes,
                                    Error* e) {
     size_t n = 0, cap = 0;
@@ -189,7 +202,8 @@ static inline bool rank_lines_read(const char* path, const MappedFile* m, RankLi
     for (size_t i = 0; i < n; i++) {
         const RankLine* line = &(*lines)[i];
         if (line->rank < i) {
-            return fail(e, "%s:%u: rank %u a second time, it was on line %u", path, line->line, line->rank, line[-1].line);
+            return fail(e, "%s:%u: rank %u a second time, it was on line %u", path, line->line, line->rank,
+                        line[-1].line);
         }
         if (line->rank > i) {
             return fail(e, "%s:%u: a hole: got rank %u, but no line has rank %zu", path, line->line, line->rank, i);
@@ -242,18 +256,21 @@ static inline bool ranks_index(Tokenizer* t, const char* path, const RankLine* l
 
 // What a file p[0..n) is, n at least 1, where it is one of those that are taken for rank files; else NULL.
 static inline const char* ranks_other_format(const char* p, size_t n) {
-    static const struct { const char *start, *what; } starts[] = {
-        {"{", "JSON (Hugging Face's tokenizer.json?)"},
-        {"[", "JSON"},
-        {"#version", "a list of merges (GPT-2's merges.txt or vocab.bpe?)"},
-        {"version https://git-lfs", "a pointer of Git LFS, not the file itself (git lfs pull fetches it)"},
-        {"GGUF\003", "a GGUF model"},
-        {"<", "HTML or XML, as of a download that was refused"},
-        {"PK\003\004", "a ZIP archive"},
-        {"\x1f\x8b", "compressed by gzip"}};
+    static const struct {
+        const char *start, *what;
+    } starts[] = {{"{", "JSON (Hugging Face's tokenizer.json?)"},
+                  {"[", "JSON"},
+                  {"#version", "a list of merges (GPT-2's merges.txt or vocab.bpe?)"},
+                  {"version https://git-lfs", "a pointer of Git LFS, not the file itself (git lfs pull fetches it)"},
+                  {"GGUF\003", "a GGUF model"},
+                  {"<", "HTML or XML, as of a download that was refused"},
+                  {"PK\003\004", "a ZIP archive"},
+                  {"\x1f\x8b", "compressed by gzip"}};
     // A SentencePiece model: field 1 of its message, a piece: a length, then field 1 of that, the text.
     const unsigned char* u = (const unsigned char*)p;
-    if (n > 4 && u[0] == 0x0A && u[2] == 0x0A && u[1] > 2 && u[3] <= u[1] - 2) { return "a SentencePiece model (Llama 2's?)"; }
+    if (n > 4 && u[0] == 0x0A && u[2] == 0x0A && u[1] > 2 && u[3] <= u[1] - 2) {
+        return "a SentencePiece model (Llama 2's?)";
+    }
     size_t skip = n > 3 && !memcmp(p, "\xEF\xBB\xBF", 3) ? 3 : 0;  // a byte-order mark
     while (skip < n && strchr(" \t\r\n", p[skip]) && p[skip]) { skip++; }
     for (size_t i = 0; i < sizeof starts / sizeof *starts; i++) {
@@ -302,9 +319,12 @@ static inline SplitPattern split_pattern_of_ranks(int n_ranks) {
 
 // The pattern that a rank file's name speaks of, SPLIT_COUNT where it speaks of none (as tokenizer.model does).
 static inline SplitPattern split_pattern_of_name(const char* path) {
-    static const struct { const char* part; SplitPattern pattern; } parts[] = {
-        {"gpt2", SPLIT_GPT2}, {"gpt-2", SPLIT_GPT2}, {"r50k", SPLIT_GPT2}, {"cl100k", SPLIT_CL100K_BASE},
-        {"o200k", SPLIT_O200K_BASE}, {"llama3", SPLIT_LLAMA3}, {"llama-3", SPLIT_LLAMA3}};
+    static const struct {
+        const char* part;
+        SplitPattern pattern;
+    } parts[] = {{"gpt2", SPLIT_GPT2},          {"gpt-2", SPLIT_GPT2},       {"r50k", SPLIT_GPT2},
+                 {"cl100k", SPLIT_CL100K_BASE}, {"o200k", SPLIT_O200K_BASE}, {"llama3", SPLIT_LLAMA3},
+                 {"llama-3", SPLIT_LLAMA3}};
     const char* slash = strrchr(path, '/');
     for (size_t i = 0; i < sizeof parts / sizeof *parts; i++) {
         if (strcasestr(slash ? slash + 1 : path, parts[i].part)) { return parts[i].pattern; }
@@ -312,13 +332,16 @@ static inline SplitPattern split_pattern_of_name(const char* path) {
     return SPLIT_COUNT;
 }
 
-// How the n_ranks of a file split text where no pattern was given: as the known tokenizer with so many, which the file's
-// name must not contradict. SPLIT_COUNT and a message where that cannot be told.
+// How the n_ranks of a file split text where no pattern was given: as the known tokenizer with so many, which the
+// file's name must not contradict. SPLIT_COUNT and a message where that cannot be told.
 static inline SplitPattern split_pattern_of_file(const char* path, int n_ranks, Error* e) {
     SplitPattern known = split_pattern_of_ranks(n_ranks), named = split_pattern_of_name(path);
     if (known == SPLIT_COUNT) {
-        fail(e, "%s: %d ranks, which no known tokenizer has; add --pattern gpt2|cl100k_base|llama3|o200k_base, which tells how "
-             "text is split", path, n_ranks);
+        fail(e,
+             "%s: %d ranks, which no known tokenizer has; add --pattern gpt2|cl100k_base|llama3|o200k_base, which "
+             "tells how "
+             "text is split",
+             path, n_ranks);
     } else if (named != SPLIT_COUNT && named != known) {
         fail(e, "%s: %d ranks as %s has them, but its name says %s; rename it, or give --pattern", path, n_ranks,
              split_pattern_name(known), split_pattern_name(named));
@@ -341,11 +364,33 @@ static inline void tokenizer_set_ids(Tokenizer* t) {  // vocabulary, BOS and EOS
     int n = t->n_ranks;
     t->eos = -1;
     switch (t->pattern) {
-        case SPLIT_BYTES: t->n_ranks = 256; t->vocab = 259; t->bos = 256; t->eos = 257; t->longest = 1; break;
-        case SPLIT_TOY: t->n_ranks = 29; t->vocab = 32; t->bos = 29; t->eos = 30; t->longest = 1; break;
-        case SPLIT_GPT2: t->vocab = n + 1; t->bos = n; break;
-        case SPLIT_LLAMA3: t->vocab = n + 256; t->bos = n; t->eos = n + 1; break;
-        default: t->vocab = n + 21; t->bos = n + 1; break;
+        case SPLIT_BYTES:
+            t->n_ranks = 256;
+            t->vocab = 259;
+            t->bos = 256;
+            t->eos = 257;
+            t->longest = 1;
+            break;
+        case SPLIT_TOY:
+            t->n_ranks = 29;
+            t->vocab = 32;
+            t->bos = 29;
+            t->eos = 30;
+            t->longest = 1;
+            break;
+        case SPLIT_GPT2:
+            t->vocab = n + 1;
+            t->bos = n;
+            break;
+        case SPLIT_LLAMA3:
+            t->vocab = n + 256;
+            t->bos = n;
+            t->eos = n + 1;
+            break;
+        default:
+            t->vocab = n + 21;
+            t->bos = n + 1;
+            break;
     }
 }
 
@@ -357,8 +402,8 @@ static inline Tokenizer* tokenizer_open(const char* name_or_file, const char* pa
     for (int i = 0; i < SPLIT_COUNT; i++) {
         if (pattern && strcmp(pattern, split_pattern_name(i)) == 0) { chosen = (SplitPattern)i; }
         if (i > SPLIT_TOY && strcmp(name_or_file, split_pattern_name(i)) == 0 && !file_exists(name_or_file)) {
-            fail(e, "tokenizer %s: not built in; give its rank file, such as --tokenizer PATH/%s.tiktoken", name_or_file,
-                 name_or_file);
+            fail(e, "tokenizer %s: not built in; give its rank file, such as --tokenizer PATH/%s.tiktoken",
+                 name_or_file, name_or_file);
             return NULL;
         }
     }
@@ -402,7 +447,7 @@ static inline Tokenizer* tokenizer_open(const char* name_or_file, const char* pa
 
 static inline int tokenizer_vocab(const Tokenizer* t) { return t->vocab; }  // ids are 0..vocab-1, specials included
 static inline int tokenizer_bos(const Tokenizer* t) { return t->bos; }
-static inline int tokenizer_eos(const Tokenizer* t) { return t->eos; }      // -1: none
+static inline int tokenizer_eos(const Tokenizer* t) { return t->eos; }  // -1: none
 
 // The id that ends a generated text: EOS, or where documents have none the BOS of the next one.
 static inline int tokenizer_end(const Tokenizer* t) { return t->eos >= 0 ? t->eos : t->bos; }
@@ -413,7 +458,8 @@ static inline const char* tokenizer_name(const Tokenizer* t) { return split_patt
 // The rank file; NULL: built in.
 static inline const char* tokenizer_file(const Tokenizer* t) { return t->file[0] ? t->file : NULL; }
 
-// A name for a copy of the rank file that tells its pattern, such as cl100k_base.tiktoken; of a built-in one its own name.
+// A name for a copy of the rank file that tells its pattern, such as cl100k_base.tiktoken; of a built-in one its own
+// name.
 static inline const char* tokenizer_file_name(const Tokenizer* t) {
     static const char* const names[SPLIT_COUNT] = {
         "bytes", "toy", "gpt2.tiktoken", "cl100k_base.tiktoken", "llama3.tiktoken", "o200k_base.tiktoken"};
@@ -425,7 +471,8 @@ static inline const char* tokenizer_kept_pattern(const Tokenizer* t) {
     return t->pattern > SPLIT_TOY && split_pattern_of_ranks(t->n_ranks) != t->pattern ? tokenizer_name(t) : "";
 }
 
-// The pattern of a checkpoint's own copy of a rank file, by the name that tokenizer_file_name gave it; NULL: another name.
+// The pattern of a checkpoint's own copy of a rank file, by the name that tokenizer_file_name gave it; NULL: another
+// name.
 static inline const char* tokenizer_copy_pattern(const char* path) {
     const char *slash = strrchr(path, '/'), *name = slash ? slash + 1 : path, *dot = strchr(name, '.');
     for (int i = SPLIT_GPT2; i < SPLIT_COUNT; i++) {
@@ -461,7 +508,10 @@ static inline size_t utf8_valid_up_to(const char* text, size_t n) {
     const unsigned char* p = (const unsigned char*)text;
     for (size_t i = 0; i < n;) {
         uint64_t eight;
-        if (n - i >= 8 && (memcpy(&eight, p + i, 8), (eight & UINT64_C(0x8080808080808080)) == 0)) { i += 8; continue; }
+        if (n - i >= 8 && (memcpy(&eight, p + i, 8), (eight & UINT64_C(0x8080808080808080)) == 0)) {
+            i += 8;
+            continue;
+        }
         size_t size = utf8_char(p + i, n - i);
         if (!size) { return i; }
         i += size;
@@ -470,26 +520,41 @@ static inline size_t utf8_valid_up_to(const char* text, size_t n) {
 }
 
 // What the scanners read: valid UTF-8 from p to end.
-typedef struct { const uint8_t* classes; const unsigned char* end; } Scan;
+typedef struct {
+    const uint8_t* classes;
+    const unsigned char* end;
+} Scan;
 
 enum {  // sets of classes, a bit each; CLASS_END stands for the end of the text and is in none
     CLASS_END = 7,
-    SET_LETTERS = 1 << CLASS_UPPER | 1 << CLASS_LOWER | 1 << CLASS_LETTER,                     // \p{L}
-    SET_NUMBERS = 1 << CLASS_NUMBER,                                                           // \p{N}
-    SET_SPACES = 1 << CLASS_SPACE,                                                             // \s
-    SET_OTHERS = 1 << CLASS_OTHER | 1 << CLASS_MARK,                                           // [^\s\p{L}\p{N}]
-    SET_CAPITALS = 1 << CLASS_UPPER | 1 << CLASS_LETTER | 1 << CLASS_MARK,                     // o200k's U
-    SET_SMALLS = 1 << CLASS_LOWER | 1 << CLASS_LETTER | 1 << CLASS_MARK,                       // o200k's W
+    SET_LETTERS = 1 << CLASS_UPPER | 1 << CLASS_LOWER | 1 << CLASS_LETTER,  // \p{L}
+    SET_NUMBERS = 1 << CLASS_NUMBER,                                        // \p{N}
+    SET_SPACES = 1 << CLASS_SPACE,                                          // \s
+    SET_OTHERS = 1 << CLASS_OTHER | 1 << CLASS_MARK,                        // [^\s\p{L}\p{N}]
+    SET_CAPITALS = 1 << CLASS_UPPER | 1 << CLASS_LETTER | 1 << CLASS_MARK,  // o200k's U
+    SET_SMALLS = 1 << CLASS_LOWER | 1 << CLASS_LETTER | 1 << CLASS_MARK,    // o200k's W
     SET_BOTH = SET_CAPITALS & SET_SMALLS
 };
 
 // Class of the character at p; *next is where the following one begins.
 static inline int scan_class(const Scan* s, const unsigned char* p, const unsigned char** next) {
-    if (p >= s->end) { *next = p; return CLASS_END; }
+    if (p >= s->end) {
+        *next = p;
+        return CLASS_END;
+    }
     uint32_t c = p[0];
-    if (c < 0x80) { *next = p + 1; return s->classes[c]; }
-    if (c < 0xE0) { *next = p + 2; return s->classes[(c & 0x1F) << 6 | (p[1] & 0x3Fu)]; }
-    if (c < 0xF0) { *next = p + 3; return s->classes[(c & 0x0F) << 12 | (p[1] & 0x3Fu) << 6 | (p[2] & 0x3Fu)]; }
+    if (c < 0x80) {
+        *next = p + 1;
+        return s->classes[c];
+    }
+    if (c < 0xE0) {
+        *next = p + 2;
+        return s->classes[(c & 0x1F) << 6 | (p[1] & 0x3Fu)];
+    }
+    if (c < 0xF0) {
+        *next = p + 3;
+        return s->classes[(c & 0x0F) << 12 | (p[1] & 0x3Fu) << 6 | (p[2] & 0x3Fu)];
+    }
     *next = p + 4;
     return s->classes[(c & 0x07) << 18 | (p[1] & 0x3Fu) << 12 | (p[2] & 0x3Fu) << 6 | (p[3] & 0x3Fu)];
 }
@@ -502,7 +567,8 @@ static inline const unsigned char* scan_run(const Scan* s, const unsigned char* 
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// The scanners: where the piece that begins at p ends. Always beyond p: a character is a letter, a number, a space or other.
+// The scanners: where the piece that begins at p ends. Always beyond p: a character is a letter, a number, a space or
+// other.
 
 static inline bool is_newline(unsigned char c) { return c == '\n' || c == '\r'; }
 
@@ -518,11 +584,11 @@ static inline const unsigned char* scan_contraction(const Scan* s, const unsigne
     return (a == 'l' && b == 'l') || (a == 'v' && b == 'e') || (a == 'r' && b == 'e') ? p + 3 : p;
 }
 
-// A run of spaces at p that no word has claimed. newlines: up to the last newline in it (\s*[\r\n]); end_first: but a run
-// that ends the text is one piece (\s++$); otherwise all but the last space, which the next word may want (\s+(?!\S)), or
-// the only one (\s).
+// A run of spaces at p that no word has claimed. newlines: up to the last newline in it (\s*[\r\n]); end_first: but a
+// run that ends the text is one piece (\s++$); otherwise all but the last space, which the next word may want
+// (\s+(?!\S)), or the only one (\s).
 static inline const unsigned char* scan_spaces(const Scan* s, const unsigned char* p, bool newlines, bool end_first) {
-    const unsigned char* last = p;           // start of the last character of the run
+    const unsigned char* last = p;  // start of the last character of the run
     const unsigned char* after_newline = NULL;
     const unsigned char* q = p;
     const unsigned char* next;
@@ -572,9 +638,9 @@ static inline const unsigned char* scan_cl100k(const Scan* s, const unsigned cha
     return scan_spaces(s, p, true, end_first);
 }
 
-// U*W+ at p as a backtracking matcher finds it: U* takes all it can; W+ then needs a small letter there, or takes back the
-// last character that both sets have, and nothing more, since what follows it is capitals. NULL where there is no match;
-// *capitals is where U* ended.
+// U*W+ at p as a backtracking matcher finds it: U* takes all it can; W+ then needs a small letter there, or takes back
+// the last character that both sets have, and nothing more, since what follows it is capitals. NULL where there is no
+// match; *capitals is where U* ended.
 static inline const unsigned char* scan_o200k_word(const Scan* s, const unsigned char* p,
                                                    const unsigned char** capitals) {
     const unsigned char* after_both = NULL;
@@ -593,7 +659,8 @@ static inline const unsigned char* scan_o200k(const Scan* s, const unsigned char
     int k = scan_class(s, p, &next);
     if (k == CLASS_NUMBER) { return scan_numbers(s, p); }
     if (!is_newline(*p)) {
-        const unsigned char* word = SET_LETTERS >> k & 1 ? p : next;  // [^\r\n\p{L}\p{N}]?, which may lead a word, is before it
+        const unsigned char* word =
+            SET_LETTERS >> k & 1 ? p : next;  // [^\r\n\p{L}\p{N}]?, which may lead a word, is before it
         const unsigned char* capitals = word;
         const unsigned char* ignored;
         const unsigned char* q = scan_o200k_word(s, word, &capitals);
@@ -631,8 +698,8 @@ static inline uint32_t join_rank(const Tokenizer* t, const char* p, size_t from,
 
 // Merges p[0..n), n <= MERGE_SHORT, by looking for the lowest rank each time; ids go to out (room for n). How many.
 static inline size_t merge_short(const Tokenizer* t, const char* p, size_t n, int32_t* out) {
-    uint32_t rank[MERGE_SHORT + 1];      // rank of part i joined with part i+1, UINT32_MAX none
-    uint16_t start[MERGE_SHORT + 2];     // part i is p[start[i]..start[i+1])
+    uint32_t rank[MERGE_SHORT + 1];   // rank of part i joined with part i+1, UINT32_MAX none
+    uint16_t start[MERGE_SHORT + 2];  // part i is p[start[i]..start[i+1])
     size_t parts = n;
     for (size_t i = 0; i < n; i++) {
         start[i] = (uint16_t)i;
@@ -654,7 +721,10 @@ static inline size_t merge_short(const Tokenizer* t, const char* p, size_t n, in
 }
 
 // A heap of joins: rank << 32 | position, so that the lowest rank comes first and of equal ones the leftmost.
-typedef struct { uint64_t* items; size_t n, cap; } JoinHeap;
+typedef struct {
+    uint64_t* items;
+    size_t n, cap;
+} JoinHeap;
 
 static inline void join_heap_sink(JoinHeap* h, size_t i) {
     uint64_t item = h->items[i];
@@ -684,16 +754,20 @@ static inline void join_heap_push(JoinHeap* h, uint64_t item) {
     h->items[i] = item;
 }
 
-// The joins of a long piece, lowest rank first and of equal ones the leftmost. Nearly all joins of a rank are noted from
-// left to right, so that each rank has a run of ascending positions, and a heap need order only the ranks; a join that is
-// noted out of turn goes to a heap of its own. A megabyte of one letter: a sixth of the time that one heap of all takes.
-typedef struct { uint32_t* positions; size_t first, n, cap; } JoinRun;
+// The joins of a long piece, lowest rank first and of equal ones the leftmost. Nearly all joins of a rank are noted
+// from left to right, so that each rank has a run of ascending positions, and a heap need order only the ranks; a join
+// that is noted out of turn goes to a heap of its own. A megabyte of one letter: a sixth of the time that one heap of
+// all takes.
+typedef struct {
+    uint32_t* positions;
+    size_t first, n, cap;
+} JoinRun;
 
 typedef struct {
-    JoinHeap ranks;     // rank << 32 | number of its run, for runs that hold something
-    JoinHeap loose;     // joins out of turn
+    JoinHeap ranks;  // rank << 32 | number of its run, for runs that hold something
+    JoinHeap loose;  // joins out of turn
     JoinRun* runs;
-    uint64_t* slots;    // hash table of ranks: rank << 32 | number of its run + 1, 0 empty
+    uint64_t* slots;  // hash table of ranks: rank << 32 | number of its run + 1, 0 empty
     size_t n_runs, slot_mask;
 } JoinQueue;
 
@@ -714,7 +788,8 @@ static inline void join_queue_free(JoinQueue* q) {
     free(q->ranks.items);
 }
 
-static inline size_t join_slot(const JoinQueue* q, uint32_t rank) {  // the rank's slot, or the empty one where it belongs
+static inline size_t join_slot(const JoinQueue* q,
+                               uint32_t rank) {  // the rank's slot, or the empty one where it belongs
     size_t i = rank * UINT32_C(2654435769) >> 7 & q->slot_mask;
     while (q->slots[i] && (uint32_t)(q->slots[i] >> 32) != rank) { i = (i + 1) & q->slot_mask; }
     return i;
@@ -775,7 +850,8 @@ static inline uint64_t join_queue_pop(JoinQueue* q) {
 static inline size_t merge_long(const Tokenizer* t, const char* p, size_t n, int32_t* out) {
     uint32_t* next = (uint32_t*)alloc_or_die(3 * (n + 1), sizeof(uint32_t), "byte-pair merging");
     uint32_t* previous = next + n + 1;
-    uint32_t* rank = previous + n + 1;  // of the part at i joined with its follower, UINT32_MAX: none, or no part is at i
+    uint32_t* rank =
+        previous + n + 1;  // of the part at i joined with its follower, UINT32_MAX: none, or no part is at i
     JoinQueue queue = join_queue_make();
     for (size_t i = 0; i < n; i++) {
         next[i] = (uint32_t)i + 1;
@@ -808,7 +884,10 @@ static inline size_t merge_long(const Tokenizer* t, const char* p, size_t n, int
 // ---------------------------------------------------------------------------------------------------------------------
 // Encoding
 
-typedef struct { int32_t* ids; size_t n, cap; } IdList;
+typedef struct {
+    int32_t* ids;
+    size_t n, cap;
+} IdList;
 
 static inline void id_list_reserve(IdList* l, size_t more) {
     if (more <= l->cap - l->n) { return; }
@@ -822,7 +901,10 @@ static inline void id_list_reserve(IdList* l, size_t more) {
 static inline bool encode_toy(const char* text, size_t n, IdList* out, Error* e) {
     for (size_t i = 0; i < n; i++) {
         unsigned char c = (unsigned char)text[i];
-        if (c >= 'a' && c <= 'z') { out->ids[out->n++] = c - 'a'; continue; }
+        if (c >= 'a' && c <= 'z') {
+            out->ids[out->n++] = c - 'a';
+            continue;
+        }
         if (c != '.' && c != '#' && c != '_') {
             return fail(e, "byte 0x%02x at offset %zu: the toy tokenizer has only a-z . # _", c, i);
         }
@@ -878,25 +960,39 @@ static inline bool tokenizer_encode(const Tokenizer* t, const char* text, size_t
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Decoding. A character may be spread over tokens: its bytes wait in the stream until it is whole. Bytes that can belong to
-// no character come out as U+FFFD, as many as Python's decode("utf-8", "replace") gives.
+// Decoding. A character may be spread over tokens: its bytes wait in the stream until it is whole. Bytes that can
+// belong to no character come out as U+FFFD, as many as Python's decode("utf-8", "replace") gives.
 
-typedef struct { unsigned char pending[8]; int n; } TokenStream;  // start from {0}
+typedef struct {
+    unsigned char pending[8];
+    int n;
+} TokenStream;  // start from {0}
 
 enum { SPECIAL_TEXT_MAX = 40 };  // bytes, with the NUL
 
-// Name of a special id (llama3's as Llama 3.1 has them), "" where the tokenizer gives the id no meaning. bytes' and toy's specials have no text.
+// Name of a special id (llama3's as Llama 3.1 has them), "" where the tokenizer gives the id no meaning. bytes' and
+// toy's specials have no text.
 static inline void tokenizer_special_text(const Tokenizer* t, int32_t id, char* text) {
-    static const char* const llama3[11] = {
-        "<|begin_of_text|>", "<|end_of_text|>", "<|reserved_special_token_0|>", "<|reserved_special_token_1|>",
-        "<|finetune_right_pad_id|>", "<|reserved_special_token_2|>", "<|start_header_id|>", "<|end_header_id|>",
-        "<|eom_id|>", "<|eot_id|>", "<|python_tag|>"};
+    static const char* const llama3[11] = {"<|begin_of_text|>",
+                                           "<|end_of_text|>",
+                                           "<|reserved_special_token_0|>",
+                                           "<|reserved_special_token_1|>",
+                                           "<|finetune_right_pad_id|>",
+                                           "<|reserved_special_token_2|>",
+                                           "<|start_header_id|>",
+                                           "<|end_header_id|>",
+                                           "<|eom_id|>",
+                                           "<|eot_id|>",
+                                           "<|python_tag|>"};
     const char* name = "";
     text[0] = 0;
     if (t->pattern <= SPLIT_TOY || id < t->n_ranks || id >= t->vocab) { return; }
     int i = id - t->n_ranks;
     if (t->pattern == SPLIT_LLAMA3) {
-        if (i >= 11) { snprintf(text, SPECIAL_TEXT_MAX, "<|reserved_special_token_%d|>", i - 8); return; }
+        if (i >= 11) {
+            snprintf(text, SPECIAL_TEXT_MAX, "<|reserved_special_token_%d|>", i - 8);
+            return;
+        }
         name = llama3[i];
     } else if (id == t->bos) {
         name = "<|endoftext|>";

@@ -32,7 +32,10 @@ static inline const char* format_grouped(uint64_t x, char* out, size_t n) {
     return out;
 }
 
-typedef struct { const char* name; size_t bytes; } PlanRow;
+typedef struct {
+    const char* name;
+    size_t bytes;
+} PlanRow;
 
 // Prints what the run will be before anything is allocated. flops_per_second: the device's peak as the trainer states
 // it, 0 = not known. Returns the bytes of all rows.
@@ -45,9 +48,13 @@ static inline double train_print_plan(Run* r, const char* device, double flops_p
     tensor_list(&list, c);
     r->flops_per_token = model_flops_per_token(c, r->seq_len);
     r->flops_per_second = flops_per_second;
-    printf("model       %s, attention %s: %d layers, %d channels, %d heads of %d, vocabulary %d\n", o->model ? o->model : "from the checkpoint",
-           config_is_plain(c) ? "transformer" : o->attention ? o->attention : c->attention_type == ATTENTION_DIFF ? "diff" : "mta", c->num_hidden_layers,
-           c->hidden_size, c->num_attention_heads, config_head_size(c), c->vocab_size);
+    printf("model       %s, attention %s: %d layers, %d channels, %d heads of %d, vocabulary %d\n",
+           o->model ? o->model : "from the checkpoint",
+           config_is_plain(c)                    ? "transformer"
+           : o->attention                        ? o->attention
+           : c->attention_type == ATTENTION_DIFF ? "diff"
+                                                 : "mta",
+           c->num_hidden_layers, c->hidden_size, c->num_attention_heads, config_head_size(c), c->vocab_size);
     printf("parameters  %zu (%s)\n", list.parameters, format_grouped(list.parameters, grouped, sizeof grouped));
     for (int i = 0; i < n; i++) {
         printf("%-11s %-22s %10.1f MiB\n", i ? "" : "memory", rows[i].name, (double)rows[i].bytes / 1048576);
@@ -57,11 +64,14 @@ static inline double train_print_plan(Run* r, const char* device, double flops_p
     printf("step        %d sequences of %d = %s tokens, %d at once\n", r->windows, r->seq_len,
            format_grouped((uint64_t)r->tokens_per_step, grouped, sizeof grouped), r->batch_size);
     double all = (double)r->steps * (double)r->tokens_per_step, rate = r->flops_per_second / r->flops_per_token / 2;
-    if (o->warmup > r->steps) { printf("warmup      %lld steps, the run has %lld: the learning rate stays below --lr\n", (long long)o->warmup, (long long)r->steps); }
+    if (o->warmup > r->steps) {
+        printf("warmup      %lld steps, the run has %lld: the learning rate stays below --lr\n", (long long)o->warmup,
+               (long long)r->steps);
+    }
     printf("run         %lld steps, %s tokens\n", (long long)r->steps, format_count(all, count, sizeof count));
     if (r->flops_per_second > 0) {
-        printf("time        about %s at half of this machine's matrix products (%s, %.0f GFLOP/s)\n", format_duration(all / rate, time, sizeof time), device,
-               r->flops_per_second * 1e-9);
+        printf("time        about %s at half of this machine's matrix products (%s, %.0f GFLOP/s)\n",
+               format_duration(all / rate, time, sizeof time), device, r->flops_per_second * 1e-9);
     }
     fflush(stdout);
     tensor_list_free(&list);
@@ -95,7 +105,9 @@ static inline void tensor_initialise(float* w, const TensorSpec* s, int index, c
         for (int b = 0; b < blocks; b++) {
             Rng rng = rng_make(seed, (uint64_t)index << 32 | (uint64_t)b);
             size_t end = n < (size_t)(b + 1) * BLOCK ? n : (size_t)(b + 1) * BLOCK;
-            for (size_t i = (size_t)b * BLOCK; i < end; i++) { w[i] = (float)(std * (lambda ? rng_normal(&rng) : rng_truncated_normal(&rng, 3))); }
+            for (size_t i = (size_t)b * BLOCK; i < end; i++) {
+                w[i] = (float)(std * (lambda ? rng_normal(&rng) : rng_truncated_normal(&rng, 3)));
+            }
         }
     }
 }
@@ -103,7 +115,9 @@ static inline void tensor_initialise(float* w, const TensorSpec* s, int index, c
 static inline void model_initialise(const Trainer* trainer, void* model, const Config* config, uint64_t seed) {
     const TensorList* list = trainer->tensors(model);
     size_t largest = 0;
-    for (int i = 0; i < list->n; i++) { if (list->specs[i].numel > largest) { largest = list->specs[i].numel; } }
+    for (int i = 0; i < list->n; i++) {
+        if (list->specs[i].numel > largest) { largest = list->specs[i].numel; }
+    }
     float* w = (float*)alloc_or_die(largest, sizeof(float), "one tensor");
     for (int i = 0; i < list->n; i++) {
         tensor_initialise(w, &list->specs[i], i, config, seed);
@@ -117,7 +131,8 @@ static inline void model_initialise(const Trainer* trainer, void* model, const C
 // weights: no bit is lost, whichever trainer wrote it.
 static const char* const NO_PREFIX[] = {""};
 static const char* const OPTIMIZER_PREFIXES[] = {"m.", "v.", "master."};
-static const StateKind READ_WEIGHTS[] = {STATE_MASTER}, SAVED_WEIGHTS[] = {STATE_WEIGHT}, OPTIMIZER_STATES[] = {STATE_M, STATE_V, STATE_MASTER};
+static const StateKind READ_WEIGHTS[] = {STATE_MASTER}, SAVED_WEIGHTS[] = {STATE_WEIGHT},
+                       OPTIMIZER_STATES[] = {STATE_M, STATE_V, STATE_MASTER};
 
 typedef struct {
     const Run* run;
@@ -144,10 +159,13 @@ static inline void model_start(Run* r) {
         path_join(path, sizeof path, r->resume_dir, "optimizer.safetensors");
         bool master = safetensors_holds(path, "master.model.embed_tokens.weight");
         good = checkpoint_read_tensors(r->resume_dir, list, NO_PREFIX, 1, false, NULL, store_tensor, &weights, &e) &&
-               checkpoint_read_tensors(path, list, OPTIMIZER_PREFIXES, master ? 3 : 2, false, NULL, store_tensor, &optimizer, &e);
+               checkpoint_read_tensors(path, list, OPTIMIZER_PREFIXES, master ? 3 : 2, false, NULL, store_tensor,
+                                       &optimizer, &e);
     } else {
         model_initialise(r->trainer, r->model, &r->config, (uint64_t)r->options->seed);
-        if (r->init_dir[0]) { good = checkpoint_read_tensors(r->init_dir, list, NO_PREFIX, 1, true, &absent, store_tensor, &weights, &e); }
+        if (r->init_dir[0]) {
+            good = checkpoint_read_tensors(r->init_dir, list, NO_PREFIX, 1, true, &absent, store_tensor, &weights, &e);
+        }
         if (good && r->init_dir[0]) { printf("weights from %s\n", r->init_dir); }
         if (good && absent.n) { printf("absent there, started at the identity: %s\n", absent.text); }
     }
@@ -206,13 +224,19 @@ static inline void evaluate(Run* r) {
             if (run_signal) { return; }
             int B = (int)(n - w < r->batch_size ? n - w : r->batch_size);
             for (int b = 0; b < B; b++) {
-                if (!loader_window(&v->loader, (uint64_t)((w + b) * all / n), r->tokens + (size_t)b * T, r->targets + (size_t)b * T, &e)) { die("--val: %s", e.text); }
+                if (!loader_window(&v->loader, (uint64_t)((w + b) * all / n), r->tokens + (size_t)b * T,
+                                   r->targets + (size_t)b * T, &e)) {
+                    die("--val: %s", e.text);
+                }
             }
             Losses losses = r->trainer->forward(r->model, r->tokens, r->targets, B, T, NULL);
             sum += losses.sum;
             for (int b = 0; b < B; b++) {
                 int bad = 0;
-                for (int t = b * T; t < (b + 1) * T; t++) { bad |= losses.wrong[t]; counted += r->targets[t] >= 0; }
+                for (int t = b * T; t < (b + 1) * T; t++) {
+                    bad |= losses.wrong[t];
+                    counted += r->targets[t] >= 0;
+                }
                 wrong += bad;
             }
         }
@@ -226,12 +250,20 @@ static inline void evaluate(Run* r) {
 // The id drawn from softmax(logits / temperature); the likeliest at temperature 0. logits (V) are overwritten.
 static inline int draw_token(float* logits, int V, double temperature, Rng* rng) {
     int best = 0;
-    for (int v = 1; v < V; v++) { if (logits[v] > logits[best]) { best = v; } }
+    for (int v = 1; v < V; v++) {
+        if (logits[v] > logits[best]) { best = v; }
+    }
     if (temperature <= 0) { return best; }
     double top = (double)logits[best], sum = 0;
-    for (int v = 0; v < V; v++) { logits[v] = (float)exp(((double)logits[v] - top) / temperature); sum += (double)logits[v]; }
+    for (int v = 0; v < V; v++) {
+        logits[v] = (float)exp(((double)logits[v] - top) / temperature);
+        sum += (double)logits[v];
+    }
     double u = rng_uniform(rng) * sum;
-    for (int v = 0; v < V; v++) { u -= (double)logits[v]; if (u < 0) { return v; } }
+    for (int v = 0; v < V; v++) {
+        u -= (double)logits[v];
+        if (u < 0) { return v; }
+    }
     return best;
 }
 
@@ -246,7 +278,9 @@ static inline void sample(Run* r) {
     Text text = {NULL, 0, 0};
     TokenStream stream = {{0}, 0};
     if (!r->tokenizer) { return; }
-    if (!tokenizer_encode(r->tokenizer, prompt, strlen(prompt), &ids, &count, &e)) { die("--sample-prompt: %s", e.text); }
+    if (!tokenizer_encode(r->tokenizer, prompt, strlen(prompt), &ids, &count, &e)) {
+        die("--sample-prompt: %s", e.text);
+    }
     if (tokenizer_bos(r->tokenizer) >= 0) { tokens[n++] = tokenizer_bos(r->tokenizer); }
     for (size_t i = 0; i < count && n < r->seq_len; i++) { tokens[n++] = ids[i]; }
     free(ids);
@@ -276,7 +310,9 @@ static inline const void* fetch_tensor(void* ctx, int group, int tensor, size_t 
     const TensorGroups* g = (const TensorGroups*)ctx;
     g->run->trainer->get(g->run->model, g->kinds[group], tensor, from, n, g->room);
     char* bytes = (char*)g->room;
-    for (size_t i = 0; g->dtype == DT_BF16 && i < n; i++) { memcpy(bytes + 2 * i, bytes + 4 * i + 2, 2); }  // the upper half: these are rounded
+    for (size_t i = 0; g->dtype == DT_BF16 && i < n; i++) {
+        memcpy(bytes + 2 * i, bytes + 4 * i + 2, 2);
+    }  // the upper half: these are rounded
     return g->room;
 }
 
@@ -285,12 +321,15 @@ static inline bool write_checkpoint(const Run* r, char* path, Error* e) {
     bool exact = r->trainer->exact;
     const TensorList* list = r->trainer->tensors(r->model);
     float* room = (float*)alloc_or_die(CHECKPOINT_PIECE, sizeof(float), "a piece of a tensor");
-    TensorGroups weights = {r, SAVED_WEIGHTS, exact ? DT_F32 : DT_BF16, room}, optimizer = {r, OPTIMIZER_STATES, DT_F32, room};
+    TensorGroups weights = {r, SAVED_WEIGHTS, exact ? DT_F32 : DT_BF16, room},
+                 optimizer = {r, OPTIMIZER_STATES, DT_F32, room};
     CheckpointWriter w;
-    bool good = checkpoint_begin(&w, r->options->out, (long)r->step, e) &&
-                checkpoint_add_tensors(&w, "model.safetensors", list, NO_PREFIX, 1, weights.dtype, fetch_tensor, &weights, e) &&
-                checkpoint_add_tensors(&w, "optimizer.safetensors", list, OPTIMIZER_PREFIXES, exact ? 2 : 3, DT_F32, fetch_tensor, &optimizer, e) &&
-                run_save_texts(r, &w, e) && checkpoint_commit(&w, path, e);
+    bool good =
+        checkpoint_begin(&w, r->options->out, (long)r->step, e) &&
+        checkpoint_add_tensors(&w, "model.safetensors", list, NO_PREFIX, 1, weights.dtype, fetch_tensor, &weights, e) &&
+        checkpoint_add_tensors(&w, "optimizer.safetensors", list, OPTIMIZER_PREFIXES, exact ? 2 : 3, DT_F32,
+                               fetch_tensor, &optimizer, e) &&
+        run_save_texts(r, &w, e) && checkpoint_commit(&w, path, e);
     free(room);
     return good;
 }
@@ -311,7 +350,8 @@ static inline void save(Run* r, bool timed) {
 
 // Is it time for a checkpoint of --save-minutes? The last step has its own.
 static inline bool timed_save_due(const Run* r) {
-    return r->options->save_minutes > 0 && r->step < r->steps && seconds_now() - r->saved_at >= 60 * r->options->save_minutes;
+    return r->options->save_minutes > 0 && r->step < r->steps &&
+           seconds_now() - r->saved_at >= 60 * r->options->save_minutes;
 }
 
 // ---------------------------------------------------------------------------------------------------------------------

@@ -27,17 +27,33 @@ static inline TrainOptions options_default(void) {
     memset(&o, 0, sizeof o);
     for (int i = 0; i < CONFIG_FIELD_COUNT; i++) { o.fields[i] = field_not_given(&CONFIG_FIELDS[i]); }
     o.lr = o.eval_every = -1;  // not given; 0 is a rate too
-    o.mix = "token"; o.schedule = "linear"; o.recompute = "none";
-    o.batch_size = 4; o.cuda_graphs = 1; o.steps = 1000; o.warmup = 50; o.seed = 1;
-    o.beta1 = 0.9; o.beta2 = 0.98; o.eps = 1e-8; o.weight_decay = 0.05; o.grad_clip = 1;
-    o.eval_windows = 128; o.keep = 2; o.sample_tokens = 100; o.sample_temperature = 0.8; o.log_every = 10; o.save_minutes = 30;
+    o.mix = "token";
+    o.schedule = "linear";
+    o.recompute = "none";
+    o.batch_size = 4;
+    o.cuda_graphs = 1;
+    o.steps = 1000;
+    o.warmup = 50;
+    o.seed = 1;
+    o.beta1 = 0.9;
+    o.beta2 = 0.98;
+    o.eps = 1e-8;
+    o.weight_decay = 0.05;
+    o.grad_clip = 1;
+    o.eval_windows = 128;
+    o.keep = 2;
+    o.sample_tokens = 100;
+    o.sample_temperature = 0.8;
+    o.log_every = 10;
+    o.save_minutes = 30;
     return o;
 }
 
 static const char* const TRAIN_USAGE =
     "usage: PROGRAM --model NAME|config.json --train GLOB[=WEIGHT],... --out DIR [options]\n"
     "Trains a language model with Multi-Token Attention. --dry-run prints the plan and stops.\n"
-    "Exit status: 0 done, 1 a mistake in options or files, 3 stopped after steps with NaN or infinite loss, 70 a CUDA call failed,\n"
+    "Exit status: 0 done, 1 a mistake in options or files, 3 stopped after steps with NaN or infinite loss, 70 a CUDA "
+    "call failed,\n"
     "75 stopped by a signal and saved.";
 
 // Was this field of config.json given?
@@ -49,13 +65,19 @@ static inline bool options_field_given(const TrainOptions* o, const char* key) {
 
 // A row for each field of config.json that has an option, its value into `fields`; how many rows.
 static inline int config_options(Opt* table, FieldValue* fields) {
-    static const OptType types[] = {OPT_INT, OPT_FLOAT, OPT_SWITCH, OPT_CHOICE, OPT_STRING};  // of FIELD_INT to FIELD_LAYERS
+    static const OptType types[] = {OPT_INT, OPT_FLOAT, OPT_SWITCH, OPT_CHOICE,
+                                    OPT_STRING};  // of FIELD_INT to FIELD_LAYERS
     int n = 0;
     for (int i = 0; i < CONFIG_FIELD_COUNT; i++) {
         const ConfigField* f = &CONFIG_FIELDS[i];
         if (!f->flag) { continue; }
-        Opt row = {f->flag, types[f->type], &fields[i], f->type == FIELD_LAYERS ? "LIST|all|none" : f->words, f->help, 0, 0, false};
-        if (f->type == FIELD_INT || f->type == FIELD_NUMBER) { row.min = f->min; row.max = f->max; }
+        Opt row = {
+            f->flag, types[f->type], &fields[i], f->type == FIELD_LAYERS ? "LIST|all|none" : f->words, f->help, 0,
+            0,       false};
+        if (f->type == FIELD_INT || f->type == FIELD_NUMBER) {
+            row.min = f->min;
+            row.max = f->max;
+        }
         table[n++] = row;
     }
     return n;
@@ -65,30 +87,46 @@ static inline int config_options(Opt* table, FieldValue* fields) {
 static inline void train_options_table(Opt* table, TrainOptions* o) {
     const double any = 1e300;
     int n = 0;
-#define ROW(name, type, field, arg, help, low, high) { Opt row = {name, type, (void*)(field), arg, help, low, high, false}; table[n++] = row; }
+#define ROW(name, type, field, arg, help, low, high)                         \
+    {                                                                        \
+        Opt row = {name, type, (void*)(field), arg, help, low, high, false}; \
+        table[n++] = row;                                                    \
+    }
 #define HEADING(name) ROW(name, OPT_HEADING, NULL, NULL, NULL, 0, 0)
     HEADING("Model")
-    ROW("--model", OPT_STRING, &o->model, "NAME|config.json", "toy, 1m, 3m, 11m, 25m, 300m, 550m, 880m, 1b, or a configuration file", 0, 0)
-    ROW("--attention", OPT_STRING, &o->attention, "KIND", "transformer, mta (default), mta-full, talking-heads or diff", 0, 0)
-    ROW("--init-from", OPT_STRING, &o->init_from, "DIR", "start from the weights of a checkpoint, or of a LLaMA or Mistral model", 0, 0)
-    ROW("--assume-llama", OPT_FLAG, &o->assume_llama, NULL, "read a config.json of another family, or with unknown keys, as LLaMA", 0, 0)
-    ROW("--no-verify", OPT_FLAG, &o->no_verify, NULL, "do not check --init-from's files against its manifest.json", 0, 0)
-    ROW("--tokenizer", OPT_STRING, &o->tokenizer, "NAME|FILE", "bytes, toy or a tiktoken rank file, for samples and the checkpoint", 0, 0)
-    ROW("--pattern", OPT_CHOICE, &o->pattern, "gpt2|cl100k_base|llama3|o200k_base", "how text is split, where the rank file's number of ranks does not tell", 0, 0)
+    ROW("--model", OPT_STRING, &o->model, "NAME|config.json",
+        "toy, 1m, 3m, 11m, 25m, 300m, 550m, 880m, 1b, or a configuration file", 0, 0)
+    ROW("--attention", OPT_STRING, &o->attention, "KIND", "transformer, mta (default), mta-full, talking-heads or diff",
+        0, 0)
+    ROW("--init-from", OPT_STRING, &o->init_from, "DIR",
+        "start from the weights of a checkpoint, or of a LLaMA or Mistral model", 0, 0)
+    ROW("--assume-llama", OPT_FLAG, &o->assume_llama, NULL,
+        "read a config.json of another family, or with unknown keys, as LLaMA", 0, 0)
+    ROW("--no-verify", OPT_FLAG, &o->no_verify, NULL, "do not check --init-from's files against its manifest.json", 0,
+        0)
+    ROW("--tokenizer", OPT_STRING, &o->tokenizer, "NAME|FILE",
+        "bytes, toy or a tiktoken rank file, for samples and the checkpoint", 0, 0)
+    ROW("--pattern", OPT_CHOICE, &o->pattern, "gpt2|cl100k_base|llama3|o200k_base",
+        "how text is split, where the rank file's number of ranks does not tell", 0, 0)
     HEADING("Model, field by field (over what --model and --attention say)")
     n += config_options(table + n, o->fields);
     HEADING("Data")
     ROW("--train", OPT_STRING, &o->train, "GLOB[=WEIGHT],...|@RECIPE", "token shards to train on", 0, 0)
     ROW("--mix", OPT_CHOICE, &o->mix, "token|document", "what the weights share out", 0, 0)
-    ROW("--val", OPT_STRING, &o->val, "[NAME=]GLOB,...", "token shards to evaluate on, each a set with its own figures", 0, 0)
-    ROW("--seq-len", OPT_INT, &o->seq_len, NULL, "tokens of a sequence (default: the model's context, 2048 at most)", 1, MAX_CONTEXT)
+    ROW("--val", OPT_STRING, &o->val, "[NAME=]GLOB,...", "token shards to evaluate on, each a set with its own figures",
+        0, 0)
+    ROW("--seq-len", OPT_INT, &o->seq_len, NULL, "tokens of a sequence (default: the model's context, 2048 at most)", 1,
+        MAX_CONTEXT)
     ROW("--batch-size", OPT_INT, &o->batch_size, NULL, "sequences computed at once", 1, 1 << 20)
-    ROW("--tokens-per-step", OPT_LONG, &o->tokens_per_step, NULL, "tokens of an optimizer step (default: batch size x sequence length)", 1, any)
+    ROW("--tokens-per-step", OPT_LONG, &o->tokens_per_step, NULL,
+        "tokens of an optimizer step (default: batch size x sequence length)", 1, any)
     HEADING("Training (AdamW; the paper's recipe unless said otherwise)")
     ROW("--steps", OPT_LONG, &o->steps, NULL, "optimizer steps in all", 0, any)
     ROW("--lr", OPT_FLOAT, &o->lr, NULL, "peak learning rate (default: the preset's; 1.5e-4 for 880m)", 0, 1e3)
-    ROW("--schedule", OPT_CHOICE, &o->schedule, "linear|cosine|constant|wsd", "learning rate after warmup; wsd: constant, the last fifth linear", 0, 0)
-    ROW("--schedule-steps", OPT_LONG, &o->schedule_steps, NULL, "length of the schedule where it is not --steps", 1, any)
+    ROW("--schedule", OPT_CHOICE, &o->schedule, "linear|cosine|constant|wsd",
+        "learning rate after warmup; wsd: constant, the last fifth linear", 0, 0)
+    ROW("--schedule-steps", OPT_LONG, &o->schedule_steps, NULL, "length of the schedule where it is not --steps", 1,
+        any)
     ROW("--warmup", OPT_LONG, &o->warmup, NULL, "steps of linear warmup", 0, any)
     ROW("--min-lr", OPT_FLOAT, &o->min_lr, NULL, "learning rate at the end of the schedule", 0, 1e3)
     ROW("--beta1", OPT_FLOAT, &o->beta1, NULL, "decay of the first moment", 0, 0.999999)
@@ -97,15 +135,20 @@ static inline void train_options_table(Opt* table, TrainOptions* o) {
     ROW("--weight-decay", OPT_FLOAT, &o->weight_decay, NULL, "decoupled decay of every tensor", 0, 1e3)
     ROW("--grad-clip", OPT_FLOAT, &o->grad_clip, NULL, "largest global gradient norm, 0 = off", 0, 1e9)
     ROW("--seed", OPT_LONG, &o->seed, NULL, "of initialisation, data order and samples", 0, 9e15)
-    ROW("--recompute", OPT_CHOICE, &o->recompute, "none|elementwise|block", "activations computed again in the backward pass (CUDA)", 0, 0)
-    ROW("--cuda-graphs", OPT_SWITCH, &o->cuda_graphs, NULL, "replay a micro-batch's launches as CUDA graphs; off: one by one, to find a fault", 0, 0)
+    ROW("--recompute", OPT_CHOICE, &o->recompute, "none|elementwise|block",
+        "activations computed again in the backward pass (CUDA)", 0, 0)
+    ROW("--cuda-graphs", OPT_SWITCH, &o->cuda_graphs, NULL,
+        "replay a micro-batch's launches as CUDA graphs; off: one by one, to find a fault", 0, 0)
     HEADING("Run")
     ROW("--out", OPT_STRING, &o->out, "DIR", "run directory: log.jsonl and checkpoints", 0, 0)
     ROW("--resume", OPT_FLAG, &o->resume, NULL, "continue from the newest good checkpoint in --out", 0, 0)
-    ROW("--eval-every", OPT_LONG, &o->eval_every, NULL, "steps between evaluations, 0 = only the last (default: a tenth of the run)", 0, any)
-    ROW("--eval-windows", OPT_LONG, &o->eval_windows, NULL, "sequences of a set per evaluation, spread over it; 0 = all", 0, any)
+    ROW("--eval-every", OPT_LONG, &o->eval_every, NULL,
+        "steps between evaluations, 0 = only the last (default: a tenth of the run)", 0, any)
+    ROW("--eval-windows", OPT_LONG, &o->eval_windows, NULL,
+        "sequences of a set per evaluation, spread over it; 0 = all", 0, any)
     ROW("--save-every", OPT_LONG, &o->save_every, NULL, "steps between checkpoints, 0 = only the last", 0, any)
-    ROW("--save-minutes", OPT_FLOAT, &o->save_minutes, NULL, "minutes between further checkpoints, each in place of the last; 0 = none", 0, 1e6)
+    ROW("--save-minutes", OPT_FLOAT, &o->save_minutes, NULL,
+        "minutes between further checkpoints, each in place of the last; 0 = none", 0, 1e6)
     ROW("--keep", OPT_LONG, &o->keep, NULL, "checkpoints kept, those of --save-minutes apart; 0 = all", 0, 1e9)
     ROW("--sample-every", OPT_LONG, &o->sample_every, NULL, "steps between samples, 0 = none", 0, any)
     ROW("--sample-tokens", OPT_LONG, &o->sample_tokens, NULL, "tokens of a sample", 1, 1e6)
@@ -130,7 +173,9 @@ static inline void options_given(TrainOptions* o, int argc, char** argv) {
     o->argv = argv;
     train_options_table(table, o);
     snprintf(usage, sizeof usage, "usage: %s%s", program_invocation_short_name, rest);
-    if (options_parse(table, usage, argc, argv, extra, 1)) { die("unexpected \"%s\"; every option starts with --, see --help", extra[0]); }
+    if (options_parse(table, usage, argc, argv, extra, 1)) {
+        die("unexpected \"%s\"; every option starts with --, see --help", extra[0]);
+    }
     if (o->pattern && !o->tokenizer) { die("--pattern: wanted --tokenizer FILE beside it, whose text it splits"); }
     if (!o->dry_run) {
         if (!o->train) { die("--train is missing: wanted token shards, made by data/prepare.py; see --help"); }

@@ -11,7 +11,9 @@
 // what AdamW updates, in fp32: the same thing where the storage is fp32.
 typedef enum { STATE_WEIGHT, STATE_GRADIENT, STATE_M, STATE_V, STATE_MASTER } StateKind;
 
-typedef struct { double lr, beta1, beta2, eps, weight_decay, grad_clip; } AdamW;
+typedef struct {
+    double lr, beta1, beta2, eps, weight_decay, grad_clip;
+} AdamW;
 
 // The losses of a batch (B,T); they stay until the model's next call.
 typedef struct {

@@ -39,12 +39,13 @@ enum { PATH_SIZE = 4096 };  // bytes of every path buffer
 // ---------------------------------------------------------------------------------------------------------------------
 // Errors
 
-typedef struct { char text[512]; } Error;  // text[0] == 0: none
+typedef struct {
+    char text[512];
+} Error;  // text[0] == 0: none
 
 // Writes the message unless one is there already. Returns false, so that a reader can `return fail(e, ...)`. e may be
 // NULL.
-__attribute__((format(printf, 2, 3)))
-static inline bool fail(Error* e, const char* fmt, ...) {
+__attribute__((format(printf, 2, 3))) static inline bool fail(Error* e, const char* fmt, ...) {
     if (e && !e->text[0]) {
         va_list args;
         va_start(args, fmt);
@@ -55,8 +56,7 @@ static inline bool fail(Error* e, const char* fmt, ...) {
 }
 
 // One line on stderr, then exit(1).
-__attribute__((format(printf, 1, 2), noreturn))
-static inline void die(const char* fmt, ...) {
+__attribute__((format(printf, 1, 2), noreturn)) static inline void die(const char* fmt, ...) {
     va_list args;
     fflush(stdout);
     fprintf(stderr, "%s: ", program_invocation_short_name);
@@ -135,12 +135,12 @@ static inline const uint32_t (*crc32_tables(void))[256] {
         }
         __atomic_store_n(&ready, 1, __ATOMIC_RELEASE);
     }
-    return (const uint32_t (*)[256])table;
+    return (const uint32_t(*)[256])table;
 }
 
 // CRC of what `crc` covers followed by n more bytes; start with 0.
 static inline uint32_t crc32_update(uint32_t crc, const void* data, size_t n) {
-    const uint32_t (*t)[256] = crc32_tables();
+    const uint32_t(*t)[256] = crc32_tables();
     const uint8_t* p = (const uint8_t*)data;
     uint32_t c = ~crc;
     for (; n >= 16; n -= 16, p += 16) {
@@ -171,11 +171,11 @@ static inline bool file_exists(const char* path) {  // something that can be rea
 }
 
 // Threads that wait for others must not spin for long: on a machine with other work they take the core from the very
-// thread that they wait for. Here they do so a thousand times, some 40 us, and sleep then. On an idle machine that is as
-// fast as libgomp's own 300,000 (decoding of 25m, 300m), where none at all costs up to half; on a busy one it is 5 to 15
-// times as fast. libgomp reads its environment before main, so the program starts itself once more with it. Not where
-// the user has set how threads wait, nor where it cannot start again: under qemu-user, when its file was replaced, by
-// way of the loader (ld.so PROGRAM).
+// thread that they wait for. Here they do so a thousand times, some 40 us, and sleep then. On an idle machine that is
+// as fast as libgomp's own 300,000 (decoding of 25m, 300m), where none at all costs up to half; on a busy one it is 5
+// to 15 times as fast. libgomp reads its environment before main, so the program starts itself once more with it. Not
+// where the user has set how threads wait, nor where it cannot start again: under qemu-user, when its file was
+// replaced, by way of the loader (ld.so PROGRAM).
 static inline void bound_spinning(char** argv) {
     static const char* const settings[] = {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "KMP_LIBRARY"};
     char path[PATH_SIZE];
@@ -190,8 +190,8 @@ static inline void bound_spinning(char** argv) {
     }
 }
 
-// Opens those of the descriptors 0 to 2 that are closed (daemons and `>&-` leave them so) on /dev/null. Otherwise a file
-// of ours would get such a number, and what is printed would be written into it. The first call of every main.
+// Opens those of the descriptors 0 to 2 that are closed (daemons and `>&-` leave them so) on /dev/null. Otherwise a
+// file of ours would get such a number, and what is printed would be written into it. The first call of every main.
 static inline void open_standard_files(void) {
     for (int fd = 0; fd <= 2; fd++) {
         if (fcntl(fd, F_GETFD) >= 0 || errno != EBADF) { continue; }
@@ -200,7 +200,10 @@ static inline void open_standard_files(void) {
     }
 }
 
-typedef struct { const uint8_t* data; size_t size; } MappedFile;  // data NULL: an empty file
+typedef struct {
+    const uint8_t* data;
+    size_t size;
+} MappedFile;  // data NULL: an empty file
 
 // Maps a regular file read-only. The mapping stays until unmap_file; the file must not shrink meanwhile.
 static inline bool map_file(MappedFile* m, const char* path, Error* e) {
@@ -309,16 +312,19 @@ static inline bool write_file_synced(const char* path, const void* data, size_t 
     return fail(e, "%s: cannot write %zu bytes: %s", path, n, strerror(why));
 }
 
-// Does this errno of fsync on a directory say that the file system does not offer it (CIFS, FUSE, some network disks), and not that it failed?
+// Does this errno of fsync on a directory say that the file system does not offer it (CIFS, FUSE, some network disks),
+// and not that it failed?
 static inline bool sync_not_offered(int number) {
-    return number == EINVAL || number == ENOTSUP || number == EOPNOTSUPP || number == ENOSYS || number == ENOTTY || number == EBADF ||
-           number == EROFS || number == EACCES || number == EPERM || number == EISDIR;
+    return number == EINVAL || number == ENOTSUP || number == EOPNOTSUPP || number == ENOSYS || number == ENOTTY ||
+           number == EBADF || number == EROFS || number == EACCES || number == EPERM || number == EISDIR;
 }
 
 // Makes the names in a directory (new files, renames) survive a power cut, where the file system can.
 static inline bool sync_dir(const char* path, Error* e) {
     int fd = open(path, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
-    if (fd < 0) { return errno == EACCES || fail(e, "%s: %s", path, strerror(errno)); }  // may be written and not be listed
+    if (fd < 0) {
+        return errno == EACCES || fail(e, "%s: %s", path, strerror(errno));
+    }  // may be written and not be listed
     bool good = fsync(fd) == 0 || sync_not_offered(errno);
     int why = errno;
     close(fd);
@@ -370,7 +376,10 @@ static inline double seconds_now(void) {  // monotonic
 // ---------------------------------------------------------------------------------------------------------------------
 // A growing string: start from {0}, always NUL-terminated once something was added, freed by text_free.
 
-typedef struct { char* text; size_t n, cap; } Text;
+typedef struct {
+    char* text;
+    size_t n, cap;
+} Text;
 
 static inline void text_reserve(Text* t, size_t more) {  // room for `more` bytes and a NUL
     size_t need;
@@ -393,8 +402,7 @@ static inline void text_append(Text* t, const char* s, size_t n) {
     t->text[t->n] = 0;
 }
 
-__attribute__((format(printf, 2, 3)))
-static inline void text_printf(Text* t, const char* fmt, ...) {
+__attribute__((format(printf, 2, 3))) static inline void text_printf(Text* t, const char* fmt, ...) {
     va_list args, again;
     va_start(args, fmt);
     va_copy(again, args);

@@ -4,7 +4,9 @@
 #define MTA_LIBRARY
 #include "../../train_mta.c"
 
-static int compare_doubles(const void* a, const void* b) { return (*(const double*)a > *(const double*)b) - (*(const double*)a < *(const double*)b); }
+static int compare_doubles(const void* a, const void* b) {
+    return (*(const double*)a > *(const double*)b) - (*(const double*)a < *(const double*)b);
+}
 static double median(double* x, int n) {
     qsort(x, (size_t)n, sizeof(double), compare_doubles);
     return x[n / 2];
@@ -12,7 +14,8 @@ static double median(double* x, int n) {
 
 enum { SIDE = 2048, MAX_REPEATS = 100 };
 
-// Operations a second of one product of 2048^3: the library's own, with its own threads (blocks false), or cut into our blocks.
+// Operations a second of one product of 2048^3: the library's own, with its own threads (blocks false), or cut into our
+// blocks.
 static double product_rate(float* a, bool blocks) {
     float *b = a + (size_t)SIDE * SIDE, *c = b + (size_t)SIDE * SIDE;
     double start;
@@ -36,7 +39,8 @@ static double product_rate(float* a, bool blocks) {
 int main(int argc, char** argv) {
     Config c;
     Error e = {{0}};
-    int B = 2, T = argc > 2 ? atoi(argv[2]) : 1024, repeats = argc > 3 ? atoi(argv[3]) : 5, chunk = argc > 4 ? atoi(argv[4]) : 0;
+    int B = 2, T = argc > 2 ? atoi(argv[2]) : 1024, repeats = argc > 3 ? atoi(argv[3]) : 5,
+        chunk = argc > 4 ? atoi(argv[4]) : 0;
     config_from_preset(&c, preset_find("11m"));
     c.vocab_size = 8192;
     if (argc < 2 || T < 1 || repeats < 1 || repeats > MAX_REPEATS || !config_set_attention(&c, argv[1], false, &e)) {
@@ -66,9 +70,11 @@ int main(int argc, char** argv) {
     }
     double step = median(steps, repeats), sgemm = median(library, 3 * repeats), own = median(blocks, 3 * repeats);
     double flops = model_flops_per_token(&c, T) * B * T;
-    printf("{\"attention\": \"%s\", \"T\": %d, \"chunk\": %d, \"step_s\": %.4f, \"best_step_s\": %.4f, \"model_gflops\": %.1f, \"sgemm_gflops\": %.1f, "
-           "\"gemm_gflops\": %.1f, \"ratio\": %.3f, \"best_ratio\": %.3f, \"loss\": %.4f}\n", argv[1], T, m->chunk, step, steps[0], flops / step * 1e-9,
-           sgemm * 1e-9, own * 1e-9, flops / step / sgemm, flops / steps[0] / library[3 * repeats - 1], loss);
+    printf("{\"attention\": \"%s\", \"T\": %d, \"chunk\": %d, \"step_s\": %.4f, \"best_step_s\": %.4f, "
+           "\"model_gflops\": %.1f, \"sgemm_gflops\": %.1f, "
+           "\"gemm_gflops\": %.1f, \"ratio\": %.3f, \"best_ratio\": %.3f, \"loss\": %.4f}\n",
+           argv[1], T, m->chunk, step, steps[0], flops / step * 1e-9, sgemm * 1e-9, own * 1e-9, flops / step / sgemm,
+           flops / steps[0] / library[3 * repeats - 1], loss);
     model_free(m);
     free(matrices);
     free(tokens);

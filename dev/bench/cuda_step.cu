@@ -1,7 +1,8 @@
-// cuda_step.cu: speed of train_mta.cu's training step on this GPU: tokens/s, MFU, memory, and time by kernel class. It includes the trainer, so
-// what is measured is what ships; it adds only the clock around launches and products.
+// cuda_step.cu: speed of train_mta.cu's training step on this GPU: tokens/s, MFU, memory, and time by kernel class. It
+// includes the trainer, so what is measured is what ships; it adds only the clock around launches and products.
 //   make build/cuda_step && build/cuda_step MODEL ATTENTION T [B=0: 8192 tokens, or less if memory is short] [STEPS=5]
-// One line for a table, then (--classes) one line for each class that takes at least 1% of a step. Random tokens, random weights.
+// One line for a table, then (--classes) one line for each class that takes at least 1% of a step. Random tokens,
+// random weights.
 #include <cublas_v2.h>
 #include <cuda_runtime.h>
 #include <stdio.h>
@@ -11,15 +12,17 @@ static bool profiling = false;
 static void clock_start(const char* name, cudaStream_t stream);
 static void clock_stop(cudaStream_t stream);
 // A launch through a pointer that chooses among instances is named after its launcher.
-static const char* launch_name(const char* kernel, const char* function) { return strcmp(kernel, "kernel") ? kernel : function; }
+static const char* launch_name(const char* kernel, const char* function) {
+    return strcmp(kernel, "kernel") ? kernel : function;
+}
 
 #if defined(CUDA_CPU)
 #undef LAUNCH
-#define LAUNCH(kernel, grid, block, shared, stream, ...)                                          \
-    do {                                                                                          \
-        if (profiling) { clock_start(launch_name(#kernel, __func__), stream); }                   \
-        cuda_cpu::launch(#kernel, grid, block, shared, stream, kernel, __VA_ARGS__);              \
-        if (profiling) { clock_stop(stream); }                                                    \
+#define LAUNCH(kernel, grid, block, shared, stream, ...)                             \
+    do {                                                                             \
+        if (profiling) { clock_start(launch_name(#kernel, __func__), stream); }      \
+        cuda_cpu::launch(#kernel, grid, block, shared, stream, kernel, __VA_ARGS__); \
+        if (profiling) { clock_stop(stream); }                                       \
     } while (0)
 #else
 #define LAUNCH(kernel, grid, block, shared, stream, ...)                        \
@@ -31,9 +34,11 @@ static const char* launch_name(const char* kernel, const char* function) { retur
 #endif
 
 // Products of attention are batches, all others are single.
-static cublasStatus_t timed_gemm(cublasHandle_t h, cublasOperation_t ta, cublasOperation_t tb, int m, int n, int k, const void* alpha, const void* A,
-                                 cudaDataType_t at, int lda, long long sa, const void* B, cudaDataType_t bt, int ldb, long long sb, const void* beta, void* C,
-                                 cudaDataType_t ct, int ldc, long long sc, int batch, cublasComputeType_t compute, cublasGemmAlgo_t algo) {
+static cublasStatus_t timed_gemm(cublasHandle_t h, cublasOperation_t ta, cublasOperation_t tb, int m, int n, int k,
+                                 const void* alpha, const void* A, cudaDataType_t at, int lda, long long sa,
+                                 const void* B, cudaDataType_t bt, int ldb, long long sb, const void* beta, void* C,
+                                 cudaDataType_t ct, int ldc, long long sc, int batch, cublasComputeType_t compute,
+                                 cublasGemmAlgo_t algo) {
     cudaStream_t stream = NULL;
 #if defined(CUDA_CPU)
     stream = h->stream;
@@ -41,7 +46,8 @@ static cublasStatus_t timed_gemm(cublasHandle_t h, cublasOperation_t ta, cublasO
     cublasGetStream(h, &stream);
 #endif
     if (profiling) { clock_start(sc ? "attention products" : "matrix products", stream); }
-    cublasStatus_t s = cublasGemmStridedBatchedEx(h, ta, tb, m, n, k, alpha, A, at, lda, sa, B, bt, ldb, sb, beta, C, ct, ldc, sc, batch, compute, algo);
+    cublasStatus_t s = cublasGemmStridedBatchedEx(h, ta, tb, m, n, k, alpha, A, at, lda, sa, B, bt, ldb, sb, beta, C,
+                                                  ct, ldc, sc, batch, compute, algo);
     if (profiling) { clock_stop(stream); }
     return s;
 }
@@ -50,12 +56,18 @@ static cublasStatus_t timed_gemm(cublasHandle_t h, cublasOperation_t ta, cublasO
 #include "../../train_mta.cu"
 
 enum { MAX_SPANS = 1 << 18, MAX_CLASSES = 128 };
-typedef struct { const char* name; cudaEvent_t start, stop; } Span;
+typedef struct {
+    const char* name;
+    cudaEvent_t start, stop;
+} Span;
 static Span spans[MAX_SPANS];
 static int n_spans = 0;
 
 static void clock_start(const char* name, cudaStream_t stream) {
-    if (n_spans == MAX_SPANS) { profiling = false; return; }
+    if (n_spans == MAX_SPANS) {
+        profiling = false;
+        return;
+    }
     Span* s = &spans[n_spans];
     s->name = name;
     cudaCheck(cudaEventCreate(&s->start));
@@ -66,7 +78,11 @@ static void clock_stop(cudaStream_t stream) {
     if (n_spans < MAX_SPANS) { cudaCheck(cudaEventRecord(spans[n_spans++].stop, stream)); }
 }
 
-typedef struct { char name[64]; double ms; int launches; } Class;
+typedef struct {
+    char name[64];
+    double ms;
+    int launches;
+} Class;
 static int by_time(const void* a, const void* b) { return ((const Class*)a)->ms < ((const Class*)b)->ms ? 1 : -1; }
 
 // "(head_mix_kernel<float>)" and "rope_forward_kernel<WIDE>" are "head_mix" and "rope_forward"
@@ -97,8 +113,8 @@ static void print_classes(int N) {
     }
     qsort(classes, (size_t)n, sizeof classes[0], by_time);
     for (int c = 0; c < n && classes[c].ms >= 0.01 * total; c++) {
-        printf("    %-28s %7.1f ms  %5.1f%%  %8.1f ns a token  %6d launches\n", classes[c].name, classes[c].ms, 100 * classes[c].ms / total,
-               1e6 * classes[c].ms / N, classes[c].launches);
+        printf("    %-28s %7.1f ms  %5.1f%%  %8.1f ns a token  %6d launches\n", classes[c].name, classes[c].ms,
+               100 * classes[c].ms / total, 1e6 * classes[c].ms / N, classes[c].launches);
     }
 }
 
@@ -107,7 +123,9 @@ int main(int argc, char** argv) {
     Error e = {{0}};
     bool classes = argc > 1 && !strcmp(argv[argc - 1], "--classes");
     argc -= classes;
-    if (argc < 4 || argc > 6 || !preset_find(argv[1])) { die("usage: cuda_step MODEL ATTENTION T [B] [STEPS] [--classes]"); }
+    if (argc < 4 || argc > 6 || !preset_find(argv[1])) {
+        die("usage: cuda_step MODEL ATTENTION T [B] [STEPS] [--classes]");
+    }
     int T = atoi(argv[3]), B = argc > 4 ? atoi(argv[4]) : 0, steps = argc > 5 ? atoi(argv[5]) : 5;
     config_from_preset(&c, preset_find(argv[1]));
     if (!config_set_attention(&c, argv[2], false, &e) || !config_check(&c, &e)) { die("%s", e.text); }
@@ -119,7 +137,10 @@ int main(int argc, char** argv) {
     cudaCheck(cudaGetDeviceProperties(&device, 0));
     cudaCheck(cudaMemGetInfo(&available, &total));
     cuda_close(&probe);
-    if (!B) { B = max_int(1, min_int(max_int(1, 32768 / T), largest_batch(&c, T, 0, RECOMPUTE_NONE, available > reserve ? available - reserve : 0))); }
+    if (!B) {
+        B = max_int(1, min_int(max_int(1, 32768 / T),
+                               largest_batch(&c, T, 0, RECOMPUTE_NONE, available > reserve ? available - reserve : 0)));
+    }
     Model* m = model_create(&c, B, T, 0, RECOMPUTE_NONE, &e);
     if (!m) { die("%s", e.text); }
     model_initialise(trainer_cuda(), m, &m->config, 1);
@@ -139,8 +160,8 @@ int main(int argc, char** argv) {
         cudaCheck(cudaStreamSynchronize(m->cuda.stream));
         return seconds_now() - start;
     };
-    // the first step launches one by one, the second captures the graphs, the timed ones replay them; then one without graphs, and one with the
-    // clock inside, since events recorded in a capture tell no time
+    // the first step launches one by one, the second captures the graphs, the timed ones replay them; then one without
+    // graphs, and one with the clock inside, since events recorded in a capture tell no time
     int step = 1;
     m->graphs = !WAITS;
     for (; step <= steps + 2; step++) {
@@ -154,9 +175,11 @@ int main(int argc, char** argv) {
     profiling = false;
     MemoryPlan p = model_memory(&c, B, T, 0, RECOMPUTE_NONE);
     double rate = N / best, peak = matmul_rate(&device);
-    auto mfu = [&](double tokens_per_second) { return peak > 0 ? 100 * tokens_per_second * model_flops_per_token(&c, T) / peak : 0.0; };
-    printf("%-14s T %-5d B %-3d %9.0f tokens/s  MFU %5.1f%%  %8.0f MiB  loss %.3f  without graphs %.0f tokens/s\n", argv[2], T, B, rate, mfu(rate),
-           (double)memory_total(&p) / 1048576, loss, N / direct);
+    auto mfu = [&](double tokens_per_second) {
+        return peak > 0 ? 100 * tokens_per_second * model_flops_per_token(&c, T) / peak : 0.0;
+    };
+    printf("%-14s T %-5d B %-3d %9.0f tokens/s  MFU %5.1f%%  %8.0f MiB  loss %.3f  without graphs %.0f tokens/s\n",
+           argv[2], T, B, rate, mfu(rate), (double)memory_total(&p) / 1048576, loss, N / direct);
     if (classes) { print_classes(N); }
     fflush(stdout);
     model_free(m);

@@ -3,16 +3,15 @@
 //   infer_step DIR WEIGHTS CACHE ROUNDS T [T ...]      WEIGHTS: stored, f32, bf16 or int8; CACHE: f32 or bf16; T rising
 //
 // Up to each T the prompt is processed in chunks of 512, sgemm products between them. Then ROUNDS times, in turns: one
-// token as number T; the same with the convolutions taken out of the model (where it has any); two passes of reading the
-// weights and the cached keys and values that this token reads, where they lie (memory is not all equally near: other
-// memory was read a third faster or slower on a virtual machine), in the plain way and prefetched. The cache goes back
-// by one position after each, so that all are token number T.
+// token as number T; the same with the convolutions taken out of the model (where it has any); two passes of reading
+// the weights and the cached keys and values that this token reads, where they lie (memory is not all equally near:
+// other memory was read a third faster or slower on a virtual machine), in the plain way and prefetched. The cache goes
+// back by one position after each, so that all are token number T.
 #define MTA_LIBRARY
 #include "../../infer_mta.c"
 #include "machine.c"
 
 enum { SIDE = 2048, MAX_ROUNDS = 1000, PART = 512, MAX_SPANS = 1 << 16 };
-
 
 static int compare_doubles(const void* a, const void* b) {
     return (*(const double*)a > *(const double*)b) - (*(const double*)a < *(const double*)b);

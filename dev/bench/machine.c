@@ -48,7 +48,10 @@ static int64_t read_stretch(const char* p, size_t bytes, Reading how) {
     return how == READ_PLAIN ? read_stretch_as(p, bytes, READ_PLAIN) : read_stretch_as(p, bytes, READ_PREFETCHED);
 }
 
-typedef struct { const char* p; size_t bytes; } Span;
+typedef struct {
+    const char* p;
+    size_t bytes;
+} Span;
 
 // Bytes a second of reading all spans: each core an equal part of the bytes, one stretch after another.
 static double read_pass(const Span* spans, int n, Reading how) {

@@ -1,7 +1,8 @@
-// cublas_v2.h: stand-in for the cuBLAS calls that train_mta.cu makes: matrix products with fp32 accumulation, column-major as cuBLAS is.
-// Refuses what cuBLAS refuses: leading dimensions that are too small, and combinations of types that it does not have. And,
-// more strictly than cuBLAS, which would allocate inside the graph: a product that is captured before the handle was given
-// a workspace; and one with a result of 16 bits on a handle that allows cuBLAS to add up its parts in 16 bits.
+// cublas_v2.h: stand-in for the cuBLAS calls that train_mta.cu makes: matrix products with fp32 accumulation,
+// column-major as cuBLAS is. Refuses what cuBLAS refuses: leading dimensions that are too small, and combinations of
+// types that it does not have. And, more strictly than cuBLAS, which would allocate inside the graph: a product that is
+// captured before the handle was given a workspace; and one with a result of 16 bits on a handle that allows cuBLAS to
+// add up its parts in 16 bits.
 #ifndef CUDA_CPU_CUBLAS_H
 #define CUDA_CPU_CUBLAS_H
 #include "cuda_runtime.h"
@@ -9,34 +10,54 @@
 #include "cuda_fp16.h"
 
 typedef enum {
-    CUBLAS_STATUS_SUCCESS = 0, CUBLAS_STATUS_NOT_INITIALIZED = 1, CUBLAS_STATUS_INVALID_VALUE = 7, CUBLAS_STATUS_EXECUTION_FAILED = 13,
+    CUBLAS_STATUS_SUCCESS = 0,
+    CUBLAS_STATUS_NOT_INITIALIZED = 1,
+    CUBLAS_STATUS_INVALID_VALUE = 7,
+    CUBLAS_STATUS_EXECUTION_FAILED = 13,
     CUBLAS_STATUS_NOT_SUPPORTED = 15
 } cublasStatus_t;
 typedef enum { CUBLAS_OP_N, CUBLAS_OP_T } cublasOperation_t;
 typedef enum { CUDA_R_32F = 0, CUDA_R_16F = 2, CUDA_R_16BF = 14 } cudaDataType_t;
 typedef cudaDataType_t cudaDataType;
-typedef enum { CUBLAS_COMPUTE_32F = 68, CUBLAS_COMPUTE_32F_PEDANTIC = 69, CUBLAS_COMPUTE_32F_FAST_TF32 = 77 } cublasComputeType_t;
+typedef enum {
+    CUBLAS_COMPUTE_32F = 68,
+    CUBLAS_COMPUTE_32F_PEDANTIC = 69,
+    CUBLAS_COMPUTE_32F_FAST_TF32 = 77
+} cublasComputeType_t;
 typedef enum { CUBLAS_GEMM_DEFAULT = -1, CUBLAS_GEMM_DEFAULT_TENSOR_OP = 99 } cublasGemmAlgo_t;
 typedef enum {
-    CUBLAS_DEFAULT_MATH, CUBLAS_PEDANTIC_MATH = 2, CUBLAS_TF32_TENSOR_OP_MATH = 3, CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION = 16
+    CUBLAS_DEFAULT_MATH,
+    CUBLAS_PEDANTIC_MATH = 2,
+    CUBLAS_TF32_TENSOR_OP_MATH = 3,
+    CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION = 16
 } cublasMath_t;
 
 namespace cuda_cpu {
-struct Blas { cudaStream_t stream; void* workspace; cublasMath_t math; };
+struct Blas {
+    cudaStream_t stream;
+    void* workspace;
+    cublasMath_t math;
+};
 
 inline float load(const void* p, cudaDataType t, size_t i) {
-    return t == CUDA_R_32F ? ((const float*)p)[i] : t == CUDA_R_16BF ? (float)((const __nv_bfloat16*)p)[i] : (float)((const __half*)p)[i];
+    return t == CUDA_R_32F    ? ((const float*)p)[i]
+           : t == CUDA_R_16BF ? (float)((const __nv_bfloat16*)p)[i]
+                              : (float)((const __half*)p)[i];
 }
 inline void store(void* p, cudaDataType t, size_t i, float v) {
-    if (t == CUDA_R_32F) { ((float*)p)[i] = v; }
-    else if (t == CUDA_R_16BF) { ((__nv_bfloat16*)p)[i] = v; }
-    else { ((__half*)p)[i] = v; }
+    if (t == CUDA_R_32F) {
+        ((float*)p)[i] = v;
+    } else if (t == CUDA_R_16BF) {
+        ((__nv_bfloat16*)p)[i] = v;
+    } else {
+        ((__half*)p)[i] = v;
+    }
 }
 inline size_t type_bytes(cudaDataType t) { return t == CUDA_R_32F ? 4 : 2; }
 
 // C (m x n) = alpha op(A) op(B) + beta C; one column of C at a time, accumulated over k in fp32
-inline void gemm(bool ta, bool tb, int m, int n, int k, float alpha, const void* A, cudaDataType at, size_t lda, const void* B,
-                 cudaDataType bt, size_t ldb, float beta, void* C, cudaDataType ct, size_t ldc) {
+inline void gemm(bool ta, bool tb, int m, int n, int k, float alpha, const void* A, cudaDataType at, size_t lda,
+                 const void* B, cudaDataType bt, size_t ldb, float beta, void* C, cudaDataType ct, size_t ldc) {
     std::vector<float> a((size_t)m * k), sum(m);
     for (int l = 0; l < k; l++) {
         for (int i = 0; i < m; i++) { a[(size_t)l * m + i] = load(A, at, ta ? i * lda + l : l * lda + i); }
@@ -61,8 +82,12 @@ static inline cublasStatus_t cublasCreate(cublasHandle_t* h) {
     *h = new cuda_cpu::Blas{NULL, NULL, CUBLAS_DEFAULT_MATH};
     return CUBLAS_STATUS_SUCCESS;
 }
-static inline cublasStatus_t cublasDestroy(cublasHandle_t h) { delete h; return CUBLAS_STATUS_SUCCESS; }
-static inline cublasStatus_t cublasSetStream(cublasHandle_t h, cudaStream_t s) {  // as documented, it also takes the workspace away
+static inline cublasStatus_t cublasDestroy(cublasHandle_t h) {
+    delete h;
+    return CUBLAS_STATUS_SUCCESS;
+}
+static inline cublasStatus_t cublasSetStream(cublasHandle_t h,
+                                             cudaStream_t s) {  // as documented, it also takes the workspace away
     h->stream = s, h->workspace = NULL;
     return CUBLAS_STATUS_SUCCESS;
 }
@@ -85,30 +110,40 @@ static inline const char* cublasGetStatusString(cublasStatus_t s) {
     }
 }
 
-static inline cublasStatus_t cublasGemmStridedBatchedEx(cublasHandle_t h, cublasOperation_t ta, cublasOperation_t tb, int m, int n, int k,
-        const void* alpha, const void* A, cudaDataType at, int lda, long long stride_a, const void* B, cudaDataType bt, int ldb,
-        long long stride_b, const void* beta, void* C, cudaDataType ct, int ldc, long long stride_c, int batch, cublasComputeType_t,
-        cublasGemmAlgo_t) {
+static inline cublasStatus_t cublasGemmStridedBatchedEx(cublasHandle_t h, cublasOperation_t ta, cublasOperation_t tb,
+                                                        int m, int n, int k, const void* alpha, const void* A,
+                                                        cudaDataType at, int lda, long long stride_a, const void* B,
+                                                        cudaDataType bt, int ldb, long long stride_b, const void* beta,
+                                                        void* C, cudaDataType ct, int ldc, long long stride_c,
+                                                        int batch, cublasComputeType_t, cublasGemmAlgo_t) {
     if (!h) { return CUBLAS_STATUS_NOT_INITIALIZED; }
     if (cuda_cpu::planted_failure(__func__)) { return CUBLAS_STATUS_EXECUTION_FAILED; }
     if (h->stream && h->stream->capture && !h->workspace) { return CUBLAS_STATUS_NOT_SUPPORTED; }
     if (m < 0 || n < 0 || k < 0 || batch < 0 || lda < std::max(1, ta == CUBLAS_OP_N ? m : k) ||
-        ldb < std::max(1, tb == CUBLAS_OP_N ? k : n) || ldc < std::max(1, m)) { return CUBLAS_STATUS_INVALID_VALUE; }
+        ldb < std::max(1, tb == CUBLAS_OP_N ? k : n) || ldc < std::max(1, m)) {
+        return CUBLAS_STATUS_INVALID_VALUE;
+    }
     if (at != bt || (ct != at && ct != CUDA_R_32F)) { return CUBLAS_STATUS_NOT_SUPPORTED; }
-    if (ct != CUDA_R_32F && !(h->math & CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION)) { return CUBLAS_STATUS_NOT_SUPPORTED; }
+    if (ct != CUDA_R_32F && !(h->math & CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION)) {
+        return CUBLAS_STATUS_NOT_SUPPORTED;
+    }
     float al = *(const float*)alpha, be = *(const float*)beta;
     cuda_cpu::submit(h->stream, [=] {
         for (long long b = 0; b < batch; b++) {
-            cuda_cpu::gemm(ta == CUBLAS_OP_T, tb == CUBLAS_OP_T, m, n, k, al, (const char*)A + b * stride_a * cuda_cpu::type_bytes(at), at, lda,
+            cuda_cpu::gemm(ta == CUBLAS_OP_T, tb == CUBLAS_OP_T, m, n, k, al,
+                           (const char*)A + b * stride_a * cuda_cpu::type_bytes(at), at, lda,
                            (const char*)B + b * stride_b * cuda_cpu::type_bytes(bt), bt, ldb, be,
                            (char*)C + b * stride_c * cuda_cpu::type_bytes(ct), ct, ldc);
         }
     });
     return CUBLAS_STATUS_SUCCESS;
 }
-static inline cublasStatus_t cublasGemmEx(cublasHandle_t h, cublasOperation_t ta, cublasOperation_t tb, int m, int n, int k,
-        const void* alpha, const void* A, cudaDataType at, int lda, const void* B, cudaDataType bt, int ldb, const void* beta, void* C,
-        cudaDataType ct, int ldc, cublasComputeType_t compute, cublasGemmAlgo_t algo) {
-    return cublasGemmStridedBatchedEx(h, ta, tb, m, n, k, alpha, A, at, lda, 0, B, bt, ldb, 0, beta, C, ct, ldc, 0, 1, compute, algo);
+static inline cublasStatus_t cublasGemmEx(cublasHandle_t h, cublasOperation_t ta, cublasOperation_t tb, int m, int n,
+                                          int k, const void* alpha, const void* A, cudaDataType at, int lda,
+                                          const void* B, cudaDataType bt, int ldb, const void* beta, void* C,
+                                          cudaDataType ct, int ldc, cublasComputeType_t compute,
+                                          cublasGemmAlgo_t algo) {
+    return cublasGemmStridedBatchedEx(h, ta, tb, m, n, k, alpha, A, at, lda, 0, B, bt, ldb, 0, beta, C, ct, ldc, 0, 1,
+                                      compute, algo);
 }
 #endif

@@ -13,7 +13,9 @@ struct __nv_bfloat16 {
     }
     operator float() const { return __uint_as_float((uint32_t)bits << 16); }
 };
-struct alignas(4) __nv_bfloat162 { __nv_bfloat16 x, y; };
+struct alignas(4) __nv_bfloat162 {
+    __nv_bfloat16 x, y;
+};
 
 static inline __nv_bfloat16 __float2bfloat16(float f) { return __nv_bfloat16(f); }
 static inline float __bfloat162float(__nv_bfloat16 b) { return b; }

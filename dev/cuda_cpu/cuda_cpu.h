@@ -1,8 +1,10 @@
-// cuda_cpu.h: runs the kernels of train_mta.cu, unchanged, on a CPU. A test instrument: it finds mistakes, it does not predict speed.
+// cuda_cpu.h: runs the kernels of train_mta.cu, unchanged, on a CPU. A test instrument: it finds mistakes, it does not
+// predict speed.
 //   g++ -x c++ -std=c++17 -Idev/cuda_cpu train_mta.cu      (the headers of this folder stand in for the toolkit's)
 //
-// One block runs at a time, and its threads are fibers on one CPU thread: a fiber runs until it meets a barrier or a warp operation,
-// so an execution is a fixed interleaving that set_order() changes. What it reports, by one line on stderr and abort():
+// One block runs at a time, and its threads are fibers on one CPU thread: a fiber runs until it meets a barrier or a
+// warp operation, so an execution is a fixed interleaving that set_order() changes. What it reports, by one line on
+// stderr and abort():
 //   - a barrier or a warp operation (a shuffle, a product) that not every thread reaches, or that threads reach at
 //     different source lines;
 //   - a launch that a GPU would refuse (too many threads, too much shared memory) comes back as a CUDA error instead;
@@ -11,7 +13,8 @@
 //   - races past a missing barrier: run twice, with set_order(0) and set_order(1) or a seed, and compare the results;
 //     or link races.cpp.
 // Tensor-core instructions and asynchronous copies: tensor_cores.h.
-// Not modelled: memory ordering between blocks, occupancy, independent progress inside a warp, textures, clusters. Static __shared__ arrays inside function templates are not poisoned (g++ ignores sections there): use DYNAMIC_SHARED.
+// Not modelled: memory ordering between blocks, occupancy, independent progress inside a warp, textures, clusters.
+// Static __shared__ arrays inside function templates are not poisoned (g++ ignores sections there): use DYNAMIC_SHARED.
 #ifndef CUDA_CPU_H
 #define CUDA_CPU_H
 
@@ -43,17 +46,23 @@
 #define __align__(n) alignas(n)
 #define __shared__ static __attribute__((section("cuda_shared")))
 
-// ---- vector types -----------------------------------------------------------------------------------------------------------------
+// ---- vector types
+// -----------------------------------------------------------------------------------------------------------------
 
 struct dim3 {
     unsigned x, y, z;
     dim3(unsigned x_ = 1, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {}
 };
-typedef struct uint3 { unsigned x, y, z; } uint3;
-struct alignas(8) float2 { float x, y; };
+typedef struct uint3 {
+    unsigned x, y, z;
+} uint3;
+struct alignas(8) float2 {
+    float x, y;
+};
 static inline float2 make_float2(float x, float y) { return float2{x, y}; }
 
-// ---- fibers -----------------------------------------------------------------------------------------------------------------------
+// ---- fibers
+// -----------------------------------------------------------------------------------------------------------------------
 
 #if defined(__x86_64__)
 // Saves the callee-saved registers and the stack pointer of the running fiber, loads another's.
@@ -70,15 +79,15 @@ namespace cuda_cpu {
 enum { WARP = 32, MAX_THREADS = 1024, STACK_BYTES = 256 << 10, MAX_SHARED = 227 << 10, DEFAULT_SHARED = 48 << 10 };
 
 struct Fiber {
-    void* stack;             // STACK_BYTES, mapped at first use and kept; its lowest page is a guard
-    void* sp;                // saved stack pointer while not running
-    unsigned thread;         // linear index of the CUDA thread it runs
-    const char* wait;        // NULL: running or ready; else what it waits for: "__syncthreads" or a warp operation
-    int line;                // source line of that barrier
+    void* stack;       // STACK_BYTES, mapped at first use and kept; its lowest page is a guard
+    void* sp;          // saved stack pointer while not running
+    unsigned thread;   // linear index of the CUDA thread it runs
+    const char* wait;  // NULL: running or ready; else what it waits for: "__syncthreads" or a warp operation
+    int line;          // source line of that barrier
 #if !defined(__x86_64__)
     ucontext_t context;
 #endif
-    void* fake;              // address sanitizer's bookkeeping
+    void* fake;  // address sanitizer's bookkeeping
 };
 
 // A warp operation that waits for lanes (arrived < mask) or for its lanes to fetch the result (unread > 0).
@@ -109,22 +118,22 @@ struct Machine {
     WarpOp warp_ops[MAX_THREADS / WARP][WARP_OPS];
     std::vector<Fiber*> ready, idle;
     std::vector<Fiber*> at_barrier;
-    std::vector<unsigned> order;       // the order in which threads start
+    std::vector<unsigned> order;  // the order in which threads start
     Fiber* current;
     Fiber scheduler;
-    const std::function<void()>* body; // the kernel with its arguments
+    const std::function<void()>* body;  // the kernel with its arguments
     const char* kernel;
     unsigned n_threads, next, finished;
     dim3 block_dim, grid_dim;
     uint3 thread_idx, block_idx;
-    char* shared;                      // dynamic shared memory, exactly as large as the launch asked
+    char* shared;  // dynamic shared memory, exactly as large as the launch asked
     size_t shared_bytes;
     uint64_t order_seed = environment_order(), order_state = order_seed;
     uint64_t launches = 0, switches = 0;
     uint32_t now = 0, block_start = 0, launch_start = 0;  // counts launches, blocks and barriers, for races.cpp
     uint32_t warp_now[MAX_THREADS / WARP];                // counts __syncwarp of a warp
-    void (*thread_end)(void) = NULL;   // run when a thread returns
-    const void* main_stack;            // bounds of the scheduler's stack, for the address sanitizer
+    void (*thread_end)(void) = NULL;                      // run when a thread returns
+    const void* main_stack;                               // bounds of the scheduler's stack, for the address sanitizer
     size_t main_stack_bytes;
 };
 inline Machine machine;
@@ -132,8 +141,8 @@ inline Machine machine;
 [[noreturn]] inline void fault(const char* fmt, ...) {
     Machine& m = machine;
     fflush(stdout);
-    fprintf(stderr, "cuda_cpu: kernel %s, block (%u,%u,%u), thread (%u,%u,%u): ", m.kernel ? m.kernel : "none", m.block_idx.x,
-            m.block_idx.y, m.block_idx.z, m.thread_idx.x, m.thread_idx.y, m.thread_idx.z);
+    fprintf(stderr, "cuda_cpu: kernel %s, block (%u,%u,%u), thread (%u,%u,%u): ", m.kernel ? m.kernel : "none",
+            m.block_idx.x, m.block_idx.y, m.block_idx.z, m.thread_idx.x, m.thread_idx.y, m.thread_idx.z);
     va_list args;
     va_start(args, fmt);
     vfprintf(stderr, fmt, args);
@@ -142,7 +151,8 @@ inline Machine machine;
     abort();
 }
 
-// 0: threads start and continue in their order; 1: in reverse; anything else seeds a permutation that changes with every barrier.
+// 0: threads start and continue in their order; 1: in reverse; anything else seeds a permutation that changes with
+// every barrier.
 inline void set_order(uint64_t seed) { machine.order_seed = seed, machine.order_state = seed; }
 
 inline uint64_t next_random() {  // splitmix64
@@ -206,8 +216,8 @@ inline void fiber_create(Fiber* f) {
     if (f->stack == MAP_FAILED || mprotect(f->stack, 4096, PROT_NONE) != 0) { fault("no memory for a fiber's stack"); }
 #if defined(__x86_64__)
     void** top = (void**)((char*)f->stack + STACK_BYTES);
-    *--top = NULL;                   // keeps the alignment that a called function expects
-    *--top = (void*)fiber_main;      // where the first switch returns to
+    *--top = NULL;               // keeps the alignment that a called function expects
+    *--top = (void*)fiber_main;  // where the first switch returns to
     for (int i = 0; i < 6; i++) { *--top = NULL; }
     f->sp = top;
 #else
@@ -238,9 +248,10 @@ inline void barrier(int line) {
     wait_for("__syncthreads", line);
 }
 
-// Every lane of `mask` brings a value; returns all lanes' values. Lanes outside the mask read as all ones (NaN). together: run once, by the lane
-// that comes last, before any lane goes on.
-inline const uint64_t* warp_exchange(const char* what, unsigned mask, uint64_t value, int line, void (*together)(const uint64_t*) = NULL) {
+// Every lane of `mask` brings a value; returns all lanes' values. Lanes outside the mask read as all ones (NaN).
+// together: run once, by the lane that comes last, before any lane goes on.
+inline const uint64_t* warp_exchange(const char* what, unsigned mask, uint64_t value, int line,
+                                     void (*together)(const uint64_t*) = NULL) {
     Machine& m = machine;
     WarpOp* ops = m.warp_ops[m.current->thread / WARP];
     unsigned lane = m.current->thread % WARP;
@@ -278,13 +289,13 @@ inline void release_barrier() {
     for (unsigned w = 0; w * WARP < m.n_threads; w++) {
         for (const WarpOp& op : m.warp_ops[w]) {
             if (op.arrived == 0) { continue; }
-            fault("%s waits for lanes %08x of warp %u, only %08x came (%u of %u threads have returned)", op.what, op.mask, w, op.arrived,
-                  m.finished, m.n_threads);
+            fault("%s waits for lanes %08x of warp %u, only %08x came (%u of %u threads have returned)", op.what,
+                  op.mask, w, op.arrived, m.finished, m.n_threads);
         }
     }
     if (m.at_barrier.size() != m.n_threads) {
-        fault("divergent barrier: %zu of %u threads wait at line %d, %u have returned", m.at_barrier.size(), m.n_threads,
-              m.at_barrier[0]->line, m.finished);
+        fault("divergent barrier: %zu of %u threads wait at line %d, %u have returned", m.at_barrier.size(),
+              m.n_threads, m.at_barrier[0]->line, m.finished);
     }
     std::sort(m.at_barrier.begin(), m.at_barrier.end(), [](Fiber* a, Fiber* b) { return a->thread < b->thread; });
     permute(m.at_barrier);
@@ -343,7 +354,9 @@ inline void run_grid(const char* kernel, dim3 grid, dim3 block, size_t shared, c
     for (unsigned i = 0; i < m.n_threads; i++) { m.order[i] = i; }
     permute(m.order);
     void* bytes = NULL;
-    if (shared && posix_memalign(&bytes, 16, shared) != 0) { fault("no memory for %zu bytes of shared memory", shared); }
+    if (shared && posix_memalign(&bytes, 16, shared) != 0) {
+        fault("no memory for %zu bytes of shared memory", shared);
+    }
     m.shared = (char*)bytes, m.shared_bytes = shared;
     size_t static_bytes = __start_cuda_shared ? (size_t)(__stop_cuda_shared - __start_cuda_shared) : 0;
     size_t n_blocks = (size_t)grid.x * grid.y * grid.z;
@@ -384,7 +397,8 @@ inline int lane() { return (int)(machine.current->thread % WARP); }
 
 }  // namespace cuda_cpu
 
-// ---- what a kernel sees -----------------------------------------------------------------------------------------------------------
+// ---- what a kernel sees
+// -----------------------------------------------------------------------------------------------------------
 
 #define threadIdx (cuda_cpu::machine.thread_idx)
 #define blockIdx (cuda_cpu::machine.block_idx)
@@ -394,7 +408,7 @@ inline int lane() { return (int)(machine.current->thread % WARP); }
 #define DYNAMIC_SHARED(type, name) type* name = (type*)cuda_cpu::dynamic_shared()
 
 #define __syncthreads() cuda_cpu::barrier(__LINE__)
-#define __syncwarp(...) cuda_cpu::sync_warp(__LINE__ __VA_OPT__(,) __VA_ARGS__)
+#define __syncwarp(...) cuda_cpu::sync_warp(__LINE__ __VA_OPT__(, ) __VA_ARGS__)
 #define __shfl_sync(...) cuda_cpu::shfl(__LINE__, __VA_ARGS__)
 #define __shfl_xor_sync(...) cuda_cpu::shfl_xor(__LINE__, __VA_ARGS__)
 #define __shfl_down_sync(...) cuda_cpu::shfl_down(__LINE__, __VA_ARGS__)
@@ -408,7 +422,8 @@ inline int lane() { return (int)(machine.current->thread % WARP); }
 
 namespace cuda_cpu {
 inline void sync_warp(int line, unsigned mask = 0xffffffffu) {
-    warp_exchange("__syncwarp", mask, 0, line, [](const uint64_t*) { machine.warp_now[machine.current->thread / WARP]++; });
+    warp_exchange("__syncwarp", mask, 0, line,
+                  [](const uint64_t*) { machine.warp_now[machine.current->thread / WARP]++; });
 }
 template <typename T> inline T shfl(int line, unsigned mask, T v, int source, int width = 32) {
     int l = lane();
@@ -449,9 +464,21 @@ template <typename T> inline T reduce(int line, unsigned mask, T v, int kind) {
 
 // One fiber runs at a time, so plain read-modify-write is atomic; races.cpp does not look at it.
 #define ATOMIC __attribute__((no_sanitize_thread))
-template <typename T> static inline ATOMIC T atomicAdd(T* p, T v) { T old = *p; *p = (T)(old + v); return old; }
-template <typename T> static inline ATOMIC T atomicMax(T* p, T v) { T old = *p; *p = std::max(old, v); return old; }
-template <typename T> static inline ATOMIC T atomicCAS(T* p, T compare, T v) { T old = *p; *p = old == compare ? v : old; return old; }
+template <typename T> static inline ATOMIC T atomicAdd(T* p, T v) {
+    T old = *p;
+    *p = (T)(old + v);
+    return old;
+}
+template <typename T> static inline ATOMIC T atomicMax(T* p, T v) {
+    T old = *p;
+    *p = std::max(old, v);
+    return old;
+}
+template <typename T> static inline ATOMIC T atomicCAS(T* p, T compare, T v) {
+    T old = *p;
+    *p = old == compare ? v : old;
+    return old;
+}
 
 static inline float __fdividef(float a, float b) { return a / b; }
 static inline unsigned __float_as_uint(float x) { return cuda_cpu::from_bits<unsigned>(cuda_cpu::to_bits(x)); }

@@ -9,11 +9,17 @@ struct __half {
     __half(float f) {
         uint32_t u = __float_as_uint(f), sign = u >> 16 & 0x8000u;
         u &= 0x7fffffffu;
-        if (u > 0x7f800000u) { bits = 0x7fff; return; }                          // NaN
-        if (u >= 0x477ff000u) { bits = (uint16_t)(sign | 0x7c00u); return; }     // 65520 and above round to infinity
-        if (u < 0x38800000u) {                                                   // below 2^-14: a multiple of 2^-24
+        if (u > 0x7f800000u) {
+            bits = 0x7fff;
+            return;
+        }  // NaN
+        if (u >= 0x477ff000u) {
+            bits = (uint16_t)(sign | 0x7c00u);
+            return;
+        }                       // 65520 and above round to infinity
+        if (u < 0x38800000u) {  // below 2^-14: a multiple of 2^-24
             float scaled = __uint_as_float(u) * 16777216.0f;
-            bits = (uint16_t)(sign | (uint32_t)lrintf(scaled));                  // the default rounding mode: nearest even
+            bits = (uint16_t)(sign | (uint32_t)lrintf(scaled));  // the default rounding mode: nearest even
             return;
         }
         bits = (uint16_t)(sign | ((u + 0xfffu + (u >> 13 & 1) - 0x38000000u) >> 13));
@@ -25,7 +31,9 @@ struct __half {
         return __uint_as_float(sign | (e + 112) << 23 | m << 13);
     }
 };
-struct alignas(4) __half2 { __half x, y; };
+struct alignas(4) __half2 {
+    __half x, y;
+};
 typedef __half half;
 
 static inline __half __float2half(float f) { return __half(f); }

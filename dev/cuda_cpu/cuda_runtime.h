@@ -1,9 +1,10 @@
-// cuda_runtime.h: stand-in for the CUDA runtime. Device memory is malloc'ed, poisoned with NaN and counted against a pretended size;
-// the default stream works at once, another only when somebody waits for it, as late as a GPU may; a captured stream keeps its work in a graph, and what may not
-// be called meanwhile breaks the capture.
-// The environment pretends other machines: CUDA_CPU_DEVICES=0 (no GPU), CUDA_CPU_DRIVER=old, CUDA_CPU_MEMORY_MIB=N, CUDA_CPU_CAPABILITY=75,
-// CUDA_CPU_SHARED_KIB=N (shared memory of a block at most), CUDA_CPU_IMAGE=none or =invalid (no code for the device: the two answers of a runtime); and
-// failures: CUDA_CPU_FAIL=NAME:N, the N-th call of a function, the N-th launch of a kernel, or with launch:N the N-th of any.
+// cuda_runtime.h: stand-in for the CUDA runtime. Device memory is malloc'ed, poisoned with NaN and counted against a
+// pretended size; the default stream works at once, another only when somebody waits for it, as late as a GPU may; a
+// captured stream keeps its work in a graph, and what may not be called meanwhile breaks the capture. The environment
+// pretends other machines: CUDA_CPU_DEVICES=0 (no GPU), CUDA_CPU_DRIVER=old, CUDA_CPU_MEMORY_MIB=N,
+// CUDA_CPU_CAPABILITY=75, CUDA_CPU_SHARED_KIB=N (shared memory of a block at most), CUDA_CPU_IMAGE=none or =invalid (no
+// code for the device: the two answers of a runtime); and failures: CUDA_CPU_FAIL=NAME:N, the N-th call of a function,
+// the N-th launch of a kernel, or with launch:N the N-th of any.
 #ifndef CUDA_CPU_RUNTIME_H
 #define CUDA_CPU_RUNTIME_H
 #include "cuda_cpu.h"
@@ -11,20 +12,40 @@
 #include <typeinfo>
 
 typedef enum {
-    cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorMemoryAllocation = 2, cudaErrorInvalidConfiguration = 9,
-    cudaErrorInvalidDevicePointer = 17, cudaErrorInsufficientDriver = 35, cudaErrorInvalidDeviceFunction = 98, cudaErrorNoDevice = 100, cudaErrorNoKernelImageForDevice = 209,
-    cudaErrorLaunchFailure = 719, cudaErrorStreamCaptureUnsupported = 900, cudaErrorStreamCaptureInvalidated = 901, cudaErrorCapturedEvent = 907,
+    cudaSuccess = 0,
+    cudaErrorInvalidValue = 1,
+    cudaErrorMemoryAllocation = 2,
+    cudaErrorInvalidConfiguration = 9,
+    cudaErrorInvalidDevicePointer = 17,
+    cudaErrorInsufficientDriver = 35,
+    cudaErrorInvalidDeviceFunction = 98,
+    cudaErrorNoDevice = 100,
+    cudaErrorNoKernelImageForDevice = 209,
+    cudaErrorLaunchFailure = 719,
+    cudaErrorStreamCaptureUnsupported = 900,
+    cudaErrorStreamCaptureInvalidated = 901,
+    cudaErrorCapturedEvent = 907,
     cudaErrorUnknown = 999
 } cudaError_t;
 typedef enum {
-    cudaMemcpyHostToHost, cudaMemcpyHostToDevice, cudaMemcpyDeviceToHost, cudaMemcpyDeviceToDevice, cudaMemcpyDefault
+    cudaMemcpyHostToHost,
+    cudaMemcpyHostToDevice,
+    cudaMemcpyDeviceToHost,
+    cudaMemcpyDeviceToDevice,
+    cudaMemcpyDefault
 } cudaMemcpyKind;
 typedef enum { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 } cudaFuncAttribute;
 typedef enum {
-    cudaDevAttrMultiProcessorCount = 16, cudaDevAttrComputeCapabilityMajor = 75, cudaDevAttrComputeCapabilityMinor = 76,
+    cudaDevAttrMultiProcessorCount = 16,
+    cudaDevAttrComputeCapabilityMajor = 75,
+    cudaDevAttrComputeCapabilityMinor = 76,
     cudaDevAttrMaxSharedMemoryPerBlockOptin = 97
 } cudaDeviceAttr;
-typedef enum { cudaStreamCaptureModeGlobal, cudaStreamCaptureModeThreadLocal, cudaStreamCaptureModeRelaxed } cudaStreamCaptureMode;
+typedef enum {
+    cudaStreamCaptureModeGlobal,
+    cudaStreamCaptureModeThreadLocal,
+    cudaStreamCaptureModeRelaxed
+} cudaStreamCaptureMode;
 enum { cudaStreamNonBlocking = 1 };
 
 struct cudaDeviceProp {
@@ -35,14 +56,21 @@ struct cudaDeviceProp {
 
 namespace cuda_cpu {
 typedef std::vector<std::function<void()>> Graph;
-struct Stream { Graph* capture; Graph queue; };
-struct Event { double seconds; bool captured; };
+struct Stream {
+    Graph* capture;
+    Graph queue;
+};
+struct Event {
+    double seconds;
+    bool captured;
+};
 
-inline std::map<void*, size_t> allocations;     // device memory: address -> bytes
+inline std::map<void*, size_t> allocations;         // device memory: address -> bytes
 inline std::map<const void*, size_t> shared_limit;  // kernel -> dynamic shared memory it was allowed
 inline size_t allocated = 0;
 inline cudaError_t last_error = cudaSuccess;
-inline std::vector<Stream*> streams;  // those that were created, as if all with cudaStreamNonBlocking: the default stream does not wait for them
+inline std::vector<Stream*> streams;  // those that were created, as if all with cudaStreamNonBlocking: the default
+                                      // stream does not wait for them
 inline bool capturing = false, capture_broken = false;  // of one stream at a time
 
 inline cudaError_t set_error(cudaError_t e) {
@@ -83,49 +111,87 @@ inline double seconds() {
 }
 // Runs the work now, or keeps it, for when somebody waits or if the stream is being captured into a graph.
 template <typename F> inline void submit(Stream* stream, F&& work) {
-    if (!stream) { work(); } else { (stream->capture ? *stream->capture : stream->queue).push_back(work); }
+    if (!stream) {
+        work();
+    } else {
+        (stream->capture ? *stream->capture : stream->queue).push_back(work);
+    }
 }
 inline void finish(Stream* s) {
     if (!s) { return; }
     for (auto& work : s->queue) { work(); }
     s->queue.clear();
 }
-inline void finish_all(void) { for (Stream* s : streams) { finish(s); } }
+inline void finish_all(void) {
+    for (Stream* s : streams) { finish(s); }
+}
 
-// A launch as a hook sees it, when its turn in the stream has come. Arguments as the kernel's parameters have them; a type by its mangled name (Pf: float*).
-struct Argument { const void* bytes; size_t size; const char* type; };
-struct Launch { const char* name; const void* kernel; dim3 grid, block; size_t shared; std::vector<Argument> arguments; };
-// The one place where another instrument can take part: called for every launch unless NULL; emulate() runs the kernel here, as often as it is called.
+// A launch as a hook sees it, when its turn in the stream has come. Arguments as the kernel's parameters have them; a
+// type by its mangled name (Pf: float*).
+struct Argument {
+    const void* bytes;
+    size_t size;
+    const char* type;
+};
+struct Launch {
+    const char* name;
+    const void* kernel;
+    dim3 grid, block;
+    size_t shared;
+    std::vector<Argument> arguments;
+};
+// The one place where another instrument can take part: called for every launch unless NULL; emulate() runs the kernel
+// here, as often as it is called.
 inline void (*launch_hook)(const Launch& launch, const std::function<void()>& emulate) = NULL;
 
 template <typename... P, typename... A>
-inline void launch(const char* name, dim3 grid, dim3 block, size_t shared, Stream* stream, void (*kernel)(P...), A&&... args) {
+inline void launch(const char* name, dim3 grid, dim3 block, size_t shared, Stream* stream, void (*kernel)(P...),
+                   A&&... args) {
     auto limit = shared_limit.find((const void*)kernel);
     size_t allowed = limit == shared_limit.end() ? (size_t)DEFAULT_SHARED : limit->second;
     size_t threads = (size_t)block.x * block.y * block.z;
-    if (planted_failure("launch") || planted_failure(name)) { set_error(cudaErrorLaunchFailure); return; }
-    if (threads == 0 || threads > MAX_THREADS || block.z > 64 || grid.x == 0 || grid.y == 0 || grid.z == 0 || grid.x > 0x7fffffffu ||
-        grid.y > 65535 || grid.z > 65535 || shared > allowed || device_state() != cudaSuccess) {
+    if (planted_failure("launch") || planted_failure(name)) {
+        set_error(cudaErrorLaunchFailure);
+        return;
+    }
+    if (threads == 0 || threads > MAX_THREADS || block.z > 64 || grid.x == 0 || grid.y == 0 || grid.z == 0 ||
+        grid.x > 0x7fffffffu || grid.y > 65535 || grid.z > 65535 || shared > allowed || device_state() != cudaSuccess) {
         set_error(device_state() != cudaSuccess ? device_state() : cudaErrorInvalidConfiguration);
         return;
     }
     std::tuple<std::decay_t<P>...> params(std::forward<A>(args)...);  // evaluated and converted once, as a launch does
     submit(stream, [=] {
-        std::function<void()> body = [&] { std::apply(kernel, params); }, emulate = [&] { run_grid(name, grid, block, shared, body); };
-        if (!launch_hook) { emulate(); return; }
+        std::function<void()> body = [&] { std::apply(kernel, params); },
+                              emulate = [&] { run_grid(name, grid, block, shared, body); };
+        if (!launch_hook) {
+            emulate();
+            return;
+        }
         Launch l = {name, (const void*)kernel, grid, block, shared, {}};
-        std::apply([&](const auto&... x) { (l.arguments.push_back(Argument{&x, sizeof x, typeid(x).name()}), ...); }, params);
+        std::apply(
+            [&](const auto&... x) {
+                (l.arguments.push_back(Argument{&x, sizeof x, typeid(x).name()}), ...);
+            },
+            params);
         launch_hook(l, emulate);
     });
 }
 }  // namespace cuda_cpu
 
 // train_mta.cu launches through this macro alone; with nvcc it becomes the triple brackets.
-#define LAUNCH(kernel, grid, block, shared, stream, ...) cuda_cpu::launch(#kernel, grid, block, shared, stream, kernel, __VA_ARGS__)
+#define LAUNCH(kernel, grid, block, shared, stream, ...) \
+    cuda_cpu::launch(#kernel, grid, block, shared, stream, kernel, __VA_ARGS__)
 
 // First in a function that can be told to fail; in one that waits, allocates or copies at once.
-#define CUDA_CPU_CALL() do { if (cuda_cpu::planted_failure(__func__)) { return cuda_cpu::set_error(cudaErrorUnknown); } } while (0)
-#define CUDA_CPU_WAITS() do { CUDA_CPU_CALL(); if (cuda_cpu::not_while_capturing()) { return cudaErrorStreamCaptureUnsupported; } } while (0)
+#define CUDA_CPU_CALL()                                                                            \
+    do {                                                                                           \
+        if (cuda_cpu::planted_failure(__func__)) { return cuda_cpu::set_error(cudaErrorUnknown); } \
+    } while (0)
+#define CUDA_CPU_WAITS()                                                                   \
+    do {                                                                                   \
+        CUDA_CPU_CALL();                                                                   \
+        if (cuda_cpu::not_while_capturing()) { return cudaErrorStreamCaptureUnsupported; } \
+    } while (0)
 
 typedef cuda_cpu::Stream* cudaStream_t;
 typedef cuda_cpu::Event* cudaEvent_t;
@@ -158,7 +224,10 @@ static inline cudaError_t cudaGetDeviceCount(int* n) {
     *n = cuda_cpu::device_state() == cudaSuccess ? 1 : 0;
     return cuda_cpu::device_state();
 }
-static inline cudaError_t cudaSetDevice(int device) { CUDA_CPU_CALL(); return device == 0 ? cuda_cpu::device_state() : cudaErrorInvalidValue; }
+static inline cudaError_t cudaSetDevice(int device) {
+    CUDA_CPU_CALL();
+    return device == 0 ? cuda_cpu::device_state() : cudaErrorInvalidValue;
+}
 static inline cudaError_t cudaGetDeviceProperties(cudaDeviceProp* p, int) {
     memset(p, 0, sizeof(*p));
     snprintf(p->name, sizeof(p->name), "CPU emulator (dev/cuda_cpu)");
@@ -169,9 +238,14 @@ static inline cudaError_t cudaGetDeviceProperties(cudaDeviceProp* p, int) {
     p->multiProcessorCount = 4, p->l2CacheSize = 50 << 20;
     return cudaSuccess;
 }
-static inline cudaError_t cudaRuntimeGetVersion(int* v) { *v = 13000; return cudaSuccess; }
+static inline cudaError_t cudaRuntimeGetVersion(int* v) {
+    *v = 13000;
+    return cudaSuccess;
+}
 static inline cudaError_t cudaDriverGetVersion(int* v) {
-    *v = cuda_cpu::device_state() == cudaErrorInsufficientDriver ? 11000 : cuda_cpu::device_state() == cudaSuccess ? 13000 : 0;
+    *v = cuda_cpu::device_state() == cudaErrorInsufficientDriver ? 11000
+         : cuda_cpu::device_state() == cudaSuccess               ? 13000
+                                                                 : 0;
     return cudaSuccess;
 }
 static inline cudaError_t cudaMemGetInfo(size_t* free_bytes, size_t* total) {
@@ -180,7 +254,11 @@ static inline cudaError_t cudaMemGetInfo(size_t* free_bytes, size_t* total) {
     *free_bytes = *total - std::min(*total, cuda_cpu::allocated);
     return cudaSuccess;
 }
-static inline cudaError_t cudaDeviceSynchronize(void) { CUDA_CPU_WAITS(); cuda_cpu::finish_all(); return cudaSuccess; }
+static inline cudaError_t cudaDeviceSynchronize(void) {
+    CUDA_CPU_WAITS();
+    cuda_cpu::finish_all();
+    return cudaSuccess;
+}
 
 template <typename T> static inline cudaError_t cudaMalloc(T** p, size_t n) {
     *p = NULL;
@@ -212,12 +290,19 @@ static inline cudaError_t cudaMemcpy(void* to, const void* from, size_t n, cudaM
     if (n) { memmove(to, from, n); }
     return cudaSuccess;
 }
-static inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t n, cudaMemcpyKind, cudaStream_t stream = NULL) {
+static inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t n, cudaMemcpyKind,
+                                          cudaStream_t stream = NULL) {
     CUDA_CPU_CALL();
-    cuda_cpu::submit(stream, [=] { if (n) { memmove(to, from, n); } });
+    cuda_cpu::submit(stream, [=] {
+        if (n) { memmove(to, from, n); }
+    });
     return cudaSuccess;
 }
-static inline cudaError_t cudaMemset(void* p, int value, size_t n) { CUDA_CPU_WAITS(); memset(p, value, n); return cudaSuccess; }
+static inline cudaError_t cudaMemset(void* p, int value, size_t n) {
+    CUDA_CPU_WAITS();
+    memset(p, value, n);
+    return cudaSuccess;
+}
 static inline cudaError_t cudaMemsetAsync(void* p, int value, size_t n, cudaStream_t stream = NULL) {
     CUDA_CPU_CALL();
     cuda_cpu::submit(stream, [=] { memset(p, value, n); });
@@ -229,15 +314,21 @@ template <typename F> static inline cudaError_t cudaFuncSetAttribute(F* kernel, 
     cuda_cpu::shared_limit[(const void*)kernel] = (size_t)std::max<int>(bytes, cuda_cpu::DEFAULT_SHARED);
     return cudaSuccess;
 }
-struct cudaFuncAttributes { size_t sharedSizeBytes; };
+struct cudaFuncAttributes {
+    size_t sharedSizeBytes;
+};
 template <typename F> static inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* a, F*) {
     const char* image = getenv("CUDA_CPU_IMAGE");
     a->sharedSizeBytes = 0;
-    return !image ? cudaSuccess : cuda_cpu::set_error(strcmp(image, "none") == 0 ? cudaErrorNoKernelImageForDevice : cudaErrorInvalidDeviceFunction);
+    return !image ? cudaSuccess
+                  : cuda_cpu::set_error(strcmp(image, "none") == 0 ? cudaErrorNoKernelImageForDevice
+                                                                   : cudaErrorInvalidDeviceFunction);
 }
 static inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attr, int) {
-    *value = attr == cudaDevAttrMultiProcessorCount ? 4 : attr == cudaDevAttrComputeCapabilityMajor ? 9
-           : attr == cudaDevAttrMaxSharedMemoryPerBlockOptin ? cuda_cpu::shared_most() : 0;
+    *value = attr == cudaDevAttrMultiProcessorCount            ? 4
+             : attr == cudaDevAttrComputeCapabilityMajor       ? 9
+             : attr == cudaDevAttrMaxSharedMemoryPerBlockOptin ? cuda_cpu::shared_most()
+                                                               : 0;
     return cudaSuccess;
 }
 
@@ -246,16 +337,29 @@ static inline cudaError_t cudaStreamCreate(cudaStream_t* s) {
     cuda_cpu::streams.push_back(*s = new cuda_cpu::Stream{NULL, {}});
     return cudaSuccess;
 }
-static inline cudaError_t cudaStreamCreateWithFlags(cudaStream_t* s, unsigned) { CUDA_CPU_CALL(); return cudaStreamCreate(s); }
+static inline cudaError_t cudaStreamCreateWithFlags(cudaStream_t* s, unsigned) {
+    CUDA_CPU_CALL();
+    return cudaStreamCreate(s);
+}
 static inline cudaError_t cudaStreamDestroy(cudaStream_t s) {
     cuda_cpu::finish(s);
     cuda_cpu::streams.erase(std::find(cuda_cpu::streams.begin(), cuda_cpu::streams.end(), s));
     delete s;
     return cudaSuccess;
 }
-static inline cudaError_t cudaStreamSynchronize(cudaStream_t s) { CUDA_CPU_WAITS(); cuda_cpu::finish(s); return cudaSuccess; }
-static inline cudaError_t cudaEventCreate(cudaEvent_t* e) { *e = new cuda_cpu::Event{0, false}; return cudaSuccess; }
-static inline cudaError_t cudaEventDestroy(cudaEvent_t e) { delete e; return cudaSuccess; }
+static inline cudaError_t cudaStreamSynchronize(cudaStream_t s) {
+    CUDA_CPU_WAITS();
+    cuda_cpu::finish(s);
+    return cudaSuccess;
+}
+static inline cudaError_t cudaEventCreate(cudaEvent_t* e) {
+    *e = new cuda_cpu::Event{0, false};
+    return cudaSuccess;
+}
+static inline cudaError_t cudaEventDestroy(cudaEvent_t e) {
+    delete e;
+    return cudaSuccess;
+}
 static inline cudaError_t cudaEventRecord(cudaEvent_t e, cudaStream_t s = NULL) {
     e->captured = s && s->capture;
     cuda_cpu::submit(s, [=] { e->seconds = cuda_cpu::seconds(); });
@@ -299,7 +403,13 @@ static inline cudaError_t cudaGraphLaunch(cudaGraphExec_t e, cudaStream_t stream
     for (auto& work : *e) { cuda_cpu::submit(stream, work); }
     return cudaSuccess;
 }
-static inline cudaError_t cudaGraphDestroy(cudaGraph_t g) { delete g; return cudaSuccess; }
-static inline cudaError_t cudaGraphExecDestroy(cudaGraphExec_t e) { delete e; return cudaSuccess; }
+static inline cudaError_t cudaGraphDestroy(cudaGraph_t g) {
+    delete g;
+    return cudaSuccess;
+}
+static inline cudaError_t cudaGraphExecDestroy(cudaGraphExec_t e) {
+    delete e;
+    return cudaSuccess;
+}
 
 #endif

@@ -1,9 +1,12 @@
-// races.cpp: finds the races of a kernel that runs on dev/cuda_cpu, whatever the order of its threads: two threads touch the same bytes, one of them writes, and no
-// __syncthreads (inside a warp: no __syncwarp) stands between; two blocks of a launch do; or bytes are touched while an asynchronous copy is under way to them.
+// races.cpp: finds the races of a kernel that runs on dev/cuda_cpu, whatever the order of its threads: two threads
+// touch the same bytes, one of them writes, and no
+// __syncthreads (inside a warp: no __syncwarp) stands between; two blocks of a launch do; or bytes are touched while an
+// asynchronous copy is under way to them.
 //   g++ -fsanitize=thread -x c++ -Idev/cuda_cpu -c train_mta.cu
 // then linked with this file and without the thread sanitizer's library:
-// its compiler pass calls the functions below for every access to memory. A shuffle, a vote and a tensor-core instruction order nothing, as CUDA has it.
-// Static __shared__ arrays, dynamic shared memory and device memory are watched, two bytes at a time; accesses to single bytes and atomics are not.
+// its compiler pass calls the functions below for every access to memory. A shuffle, a vote and a tensor-core
+// instruction order nothing, as CUDA has it. Static __shared__ arrays, dynamic shared memory and device memory are
+// watched, two bytes at a time; accesses to single bytes and atomics are not.
 #include "cuda_runtime.h"
 
 using namespace cuda_cpu;
@@ -11,14 +14,19 @@ using namespace cuda_cpu;
 extern "C" char __executable_start[];  // of the program: what addr2line counts from
 
 namespace {
-struct Cell {                    // of two bytes; times are machine.now, 0 = never
-    uint32_t wrote, read;        // last
+struct Cell {                        // of two bytes; times are machine.now, 0 = never
+    uint32_t wrote, read;            // last
     uint32_t wrote_warp, read_warp;  // warp_now of their warps then
-    uint16_t writer, reader;     // threads
-    uint32_t other_block;        // launch_start of a launch in which a block before this one read it
-    bool several, warps, copy;   // since the last barrier more than one thread read it, of more than one warp; a copy is under way
+    uint16_t writer, reader;         // threads
+    uint32_t other_block;            // launch_start of a launch in which a block before this one read it
+    bool several, warps,
+        copy;  // since the last barrier more than one thread read it, of more than one warp; a copy is under way
 };
-struct Range { char* begin; size_t bytes; Cell* cells; };
+struct Range {
+    char* begin;
+    size_t bytes;
+    Cell* cells;
+};
 std::map<char*, Range> ranges;  // of device memory, made when first touched
 Range shared = {NULL, 0, NULL}, fixed = {NULL, 0, NULL};
 
@@ -44,12 +52,16 @@ bool unordered(uint32_t time, uint32_t warp_time, unsigned by) {
     return time == machine.now && by != own && (by / WARP != own / WARP || warp_time == machine.warp_now[own / WARP]);
 }
 void report(const Range* r, const char* p, const char* what, unsigned other, void* pc) {
-    fault("race: %s (thread %u) at byte %zu of %s memory; addr2line -ie PROGRAM %zx", what, other, (size_t)(p - r->begin),
-          r == &shared || r == &fixed ? "shared" : "device", (size_t)((char*)pc - __executable_start));
+    fault("race: %s (thread %u) at byte %zu of %s memory; addr2line -ie PROGRAM %zx", what, other,
+          (size_t)(p - r->begin), r == &shared || r == &fixed ? "shared" : "device",
+          (size_t)((char*)pc - __executable_start));
 }
 void touch(char* p, size_t n, bool write, void* pc) {
     Machine& m = machine;
-    if (!m.kernel || !m.current || n < 2 || (p >= (char*)m.current->stack && p < (char*)m.current->stack + STACK_BYTES)) { return; }
+    if (!m.kernel || !m.current || n < 2 ||
+        (p >= (char*)m.current->stack && p < (char*)m.current->stack + STACK_BYTES)) {
+        return;
+    }
     watch(&shared, m.shared, m.shared_bytes);
     Range* r = find(p);
     if (!r) { return; }
@@ -59,12 +71,19 @@ void touch(char* p, size_t n, bool write, void* pc) {
     for (size_t i = (size_t)(p - r->begin) / 2; i <= (size_t)(p + n - 1 - r->begin) / 2; i++) {
         Cell& c = r->cells[i];
         if (c.copy) { report(r, p, "touches what an asynchronous copy is under way to", c.writer, pc); }
-        if (unordered(c.wrote, c.wrote_warp, c.writer)) { report(r, p, write ? "overwrites what another thread wrote" : "reads what another thread wrote", c.writer, pc); }
-        if (device && c.wrote >= m.launch_start && c.wrote < m.block_start) { report(r, p, "touches what another block wrote", c.writer, pc); }
+        if (unordered(c.wrote, c.wrote_warp, c.writer)) {
+            report(r, p, write ? "overwrites what another thread wrote" : "reads what another thread wrote", c.writer,
+                   pc);
+        }
+        if (device && c.wrote >= m.launch_start && c.wrote < m.block_start) {
+            report(r, p, "touches what another block wrote", c.writer, pc);
+        }
         bool read_here = c.read == m.now, same_warp = c.reader / WARP == own / WARP;
         if (write) {
             bool others = c.several && (c.warps || !same_warp || c.read_warp == warp_time);
-            if (unordered(c.read, c.read_warp, c.reader) || (read_here && others)) { report(r, p, "overwrites what another thread reads", c.reader, pc); }
+            if (unordered(c.read, c.read_warp, c.reader) || (read_here && others)) {
+                report(r, p, "overwrites what another thread reads", c.reader, pc);
+            }
             if (device && (c.other_block == m.launch_start || (c.read >= m.launch_start && c.read < m.block_start))) {
                 report(r, p, "overwrites what another block reads", c.reader, pc);
             }
@@ -88,16 +107,21 @@ extern "C" void cuda_cpu_copy(void* to, bool begins) {
 
 #define HOOK(name, bytes, write) \
     extern "C" void __tsan_##name(void* p) { touch((char*)p, bytes, write, __builtin_return_address(0)); }
-#define HOOKS(bytes) \
-    HOOK(read##bytes, bytes, false) HOOK(write##bytes, bytes, true) HOOK(unaligned_read##bytes, bytes, false) HOOK(unaligned_write##bytes, bytes, true)
-HOOK(read1, 1, false) HOOK(write1, 1, true) HOOKS(2) HOOKS(4) HOOKS(8) HOOKS(16)
-extern "C" void __tsan_read_range(void* p, size_t n) { touch((char*)p, n, false, __builtin_return_address(0)); }
+#define HOOKS(bytes)                \
+    HOOK(read##bytes, bytes, false) \
+    HOOK(write##bytes, bytes, true) HOOK(unaligned_read##bytes, bytes, false) HOOK(unaligned_write##bytes, bytes, true)
+HOOK(read1, 1, false)
+HOOK(write1, 1, true) HOOKS(2) HOOKS(4) HOOKS(8) HOOKS(16) extern "C" void __tsan_read_range(void* p, size_t n) {
+    touch((char*)p, n, false, __builtin_return_address(0));
+}
 extern "C" void __tsan_write_range(void* p, size_t n) { touch((char*)p, n, true, __builtin_return_address(0)); }
 extern "C" void __tsan_vptr_update(void**, void*) {}
 extern "C" void __tsan_vptr_read(void**) {}
 extern "C" void __tsan_func_entry(void*) {}
 extern "C" void __tsan_func_exit(void) {}
-extern "C" void __tsan_init(void) { if (__start_cuda_shared) { watch(&fixed, __start_cuda_shared, (size_t)(__stop_cuda_shared - __start_cuda_shared)); } }
+extern "C" void __tsan_init(void) {
+    if (__start_cuda_shared) { watch(&fixed, __start_cuda_shared, (size_t)(__stop_cuda_shared - __start_cuda_shared)); }
+}
 // Atomics of the host's code
 extern "C" int32_t __tsan_atomic32_load(const volatile int32_t* p, int) { return __atomic_load_n(p, __ATOMIC_SEQ_CST); }
 extern "C" void __tsan_atomic32_store(volatile int32_t* p, int32_t v, int) { __atomic_store_n(p, v, __ATOMIC_SEQ_CST); }

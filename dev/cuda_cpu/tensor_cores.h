@@ -1,24 +1,33 @@
-// tensor_cores.h: bodies on the CPU for the tensor-core and copy instructions that train_mta.cu keeps behind small device functions.
-// Layouts are those of the PTX manual (mma.m16n8k16, ldmatrix.m8n8.x4). With lane = 4 g + t:
+// tensor_cores.h: bodies on the CPU for the tensor-core and copy instructions that train_mta.cu keeps behind small
+// device functions. Layouts are those of the PTX manual (mma.m16n8k16, ldmatrix.m8n8.x4). With lane = 4 g + t:
 //   A (16,16): a[0] holds A[g][2t], A[g][2t+1]; a[1] row g+8; a[2] columns +8; a[3] both
 //   C (16,8): c[0], c[1] C[g][2t], C[g][2t+1]; c[2], c[3] row g+8
 //   B (16,8):  b[0] holds B[2t][g], B[2t+1][g]; b[1] rows +8
-// An instruction of a warp runs when its last lane arrives, for all lanes at once. An asynchronous copy is made when it is waited for, as late
-// as the hardware may make it: what is read too early is still poison.
+// An instruction of a warp runs when its last lane arrives, for all lanes at once. An asynchronous copy is made when it
+// is waited for, as late as the hardware may make it: what is read too early is still poison.
 #ifndef CUDA_CPU_TENSOR_CORES_H
 #define CUDA_CPU_TENSOR_CORES_H
 #include "cuda_cpu.h"
 #include "cuda_bf16.h"
 #include "cuda_fp16.h"
 
-extern "C" void cuda_cpu_copy(void* to, bool begins) __attribute__((weak));  // races.cpp, where it is linked: a copy is under way to here
+extern "C" void cuda_cpu_copy(void* to, bool begins)
+    __attribute__((weak));  // races.cpp, where it is linked: a copy is under way to here
 
 namespace cuda_cpu {
-struct TensorCounts { uint64_t mma, ldmatrix, copies; };  // executed: by a warp, by a warp, by a thread (16 bytes each)
+struct TensorCounts {
+    uint64_t mma, ldmatrix, copies;
+};  // executed: by a warp, by a warp, by a thread (16 bytes each)
 inline TensorCounts tensor_counts;
 
-struct MmaLane { const unsigned *a, *b; float* c; };
-struct LdmatrixLane { const uint16_t* row; unsigned* r; };
+struct MmaLane {
+    const unsigned *a, *b;
+    float* c;
+};
+struct LdmatrixLane {
+    const uint16_t* row;
+    unsigned* r;
+};
 
 template <typename T> inline float half_word(unsigned pair, int which) {  // T: __half or __nv_bfloat16
     T x;
@@ -32,7 +41,9 @@ template <typename T> inline void mma_warp(const uint64_t* lanes) {
     for (int l = 0; l < WARP; l++) {
         const MmaLane* own = (const MmaLane*)lanes[l];
         int g = l / 4, t = l % 4;
-        for (int e = 0; e < 8; e++) { A[g + e / 2 % 2 * 8][2 * t + e / 4 * 8 + e % 2] = half_word<T>(own->a[e / 2], e % 2); }
+        for (int e = 0; e < 8; e++) {
+            A[g + e / 2 % 2 * 8][2 * t + e / 4 * 8 + e % 2] = half_word<T>(own->a[e / 2], e % 2);
+        }
         for (int e = 0; e < 4; e++) { B[g][2 * t + e / 2 * 8 + e % 2] = half_word<T>(own->b[e / 2], e % 2); }
     }
     for (int l = 0; l < WARP; l++) {
@@ -50,7 +61,9 @@ template <bool TRANSPOSED> inline void ldmatrix_warp(const uint64_t* lanes) {
     tensor_counts.ldmatrix++;
     for (int l = 0; l < WARP; l++) {
         const LdmatrixLane* own = (const LdmatrixLane*)lanes[l];
-        if ((uintptr_t)own->row % 16 != 0) { fault("ldmatrix: the row of lane %d is not at a multiple of 16 bytes", l); }
+        if ((uintptr_t)own->row % 16 != 0) {
+            fault("ldmatrix: the row of lane %d is not at a multiple of 16 bytes", l);
+        }
         for (int m = 0; m < 4; m++) {
             uint16_t x[2];
             for (int e = 0; e < 2; e++) {
@@ -62,7 +75,11 @@ template <bool TRANSPOSED> inline void ldmatrix_warp(const uint64_t* lanes) {
     }
 }
 
-struct Copy { void* to; const void* from; bool valid; };
+struct Copy {
+    void* to;
+    const void* from;
+    bool valid;
+};
 inline std::vector<std::vector<Copy>> copies[MAX_THREADS];  // of each thread: committed groups, the last one still open
 
 inline void copies_end() {
@@ -83,7 +100,11 @@ inline void copy_wait_for(size_t leave) {  // all committed groups but the newes
     while (own.size() > leave + 1) {
         for (const Copy& c : own.front()) {
             if (cuda_cpu_copy) { cuda_cpu_copy(c.to, false); }
-            if (c.valid) { memcpy(c.to, c.from, 16); } else { memset(c.to, 0, 16); }
+            if (c.valid) {
+                memcpy(c.to, c.from, 16);
+            } else {
+                memset(c.to, 0, 16);
+            }
         }
         own.erase(own.begin());
     }
@@ -112,13 +133,16 @@ namespace cuda_cpu {
 inline unsigned transpose8_lane(int line, unsigned pair) {  // movmatrix.m8n8.trans
     const uint64_t* lanes = warp_exchange("movmatrix", 0xffffffffu, pair, line);
     int row = 2 * (lane() % 4), column = lane() / 4, shift = column % 2 * 16;
-    unsigned x = (unsigned)lanes[4 * row + column / 2] >> shift & 0xffffu, y = (unsigned)lanes[4 * (row + 1) + column / 2] >> shift & 0xffffu;
+    unsigned x = (unsigned)lanes[4 * row + column / 2] >> shift & 0xffffu,
+             y = (unsigned)lanes[4 * (row + 1) + column / 2] >> shift & 0xffffu;
     return x | y << 16;
 }
 }  // namespace cuda_cpu
 
 static inline void copy_async(void* to, const void* from, bool valid) {
-    if ((uintptr_t)to % 16 != 0 || (valid && (uintptr_t)from % 16 != 0)) { cuda_cpu::fault("copy_async: not at a multiple of 16 bytes"); }
+    if ((uintptr_t)to % 16 != 0 || (valid && (uintptr_t)from % 16 != 0)) {
+        cuda_cpu::fault("copy_async: not at a multiple of 16 bytes");
+    }
     cuda_cpu::tensor_counts.copies++;
     cuda_cpu::own_copies().back().push_back({to, from, valid});
     if (cuda_cpu_copy) { cuda_cpu_copy(to, true); }

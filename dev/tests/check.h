@@ -1,4 +1,5 @@
-// check.h: what the C and C++ tests of dev/tests share: checks that are counted and told where they fail, a folder of their own, the verdict.
+// check.h: what the C and C++ tests of dev/tests share: checks that are counted and told where they fail, a folder of
+// their own, the verdict.
 #ifndef CHECK_H
 #define CHECK_H
 
@@ -11,7 +12,8 @@
 
 static int passed, failed, skipped;
 
-// check(good, what) or check(good, what, detail): a failed one prints its line, what was checked and, if given, what was there instead.
+// check(good, what) or check(good, what, detail): a failed one prints its line, what was checked and, if given, what
+// was there instead.
 #define check(good, ...) check_at(good, __LINE__, __VA_ARGS__, (const char*)NULL)
 #define CHECK(good) check(good, #good)
 
@@ -20,7 +22,11 @@ static inline void check_at(bool good, int line, const char* what, ...) {
     va_start(details, what);
     const char* detail = va_arg(details, const char*);
     va_end(details);
-    if (good) { passed++; } else { failed++; }
+    if (good) {
+        passed++;
+    } else {
+        failed++;
+    }
     if (!good) { printf("FAILED line %d: %s%s%s\n", line, what, detail ? ": " : "", detail ? detail : ""); }
 }
 
@@ -30,7 +36,10 @@ static inline const char* test_folder(void) {
     if (!folder[0]) {
         const char* temporary = getenv("TMPDIR");
         snprintf(folder, sizeof folder, "%s/mta_test_XXXXXX", temporary && *temporary ? temporary : "/tmp");
-        if (!mkdtemp(folder)) { perror(folder); exit(1); }
+        if (!mkdtemp(folder)) {
+            perror(folder);
+            exit(1);
+        }
     }
     return folder;
 }
@@ -44,7 +53,9 @@ static inline const char* at(const char* name) {
 }
 
 static inline int remove_entry(const char* path, const struct stat* status, int flag, struct FTW* place) {
-    (void)status; (void)flag; (void)place;
+    (void)status;
+    (void)flag;
+    (void)place;
     return remove(path);
 }
 

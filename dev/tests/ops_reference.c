@@ -6,14 +6,15 @@
 
 static double* doubles(size_t n) { return (double*)alloc_or_die(n, sizeof(double), "the reference's arrays"); }
 
-static void rmsnorm_backward_alone(double* dinp, double* dweight, const double* dout, const double* inp, const double* weight, const double* rstd, int N, int C,
-                                   double scale, bool add_dinp) {
+static void rmsnorm_backward_alone(double* dinp, double* dweight, const double* dout, const double* inp,
+                                   const double* weight, const double* rstd, int N, int C, double scale,
+                                   bool add_dinp) {
     double* parts = doubles((size_t)NORM_PARTS * (size_t)C);
     rmsnorm_backward(dinp, dweight, dout, inp, weight, rstd, N, C, scale, parts, add_dinp);
     free(parts);
 }
-static void head_gate_backward_alone(double* dinp, double* dweight, double* dbias, const double* dout, const double* inp, const double* weight, const double* bias,
-                                     int N, int HS) {
+static void head_gate_backward_alone(double* dinp, double* dweight, double* dbias, const double* dout,
+                                     const double* inp, const double* weight, const double* bias, int N, int HS) {
     double* parts = doubles((size_t)NORM_PARTS * (size_t)(HS + 1));
     head_gate_backward(dinp, dweight, dbias, dout, inp, weight, bias, N, HS, parts);
     free(parts);
@@ -27,7 +28,8 @@ static void diff_lambda_backward_alone(double* dx, const double* dmix, const dou
     diff_lambda_backward(dx, dx + HS, dx + 2 * HS, dx + 3 * HS, dmix, &w, NH, HS);
 }
 // AdamW of all n elements, MODEL.md eq. 15: train_mta.c leaves its update out in double
-static double update_alone(double* weights, double* m, double* v, const double* grads, size_t n, const AdamW* h, long step) {
+static double update_alone(double* weights, double* m, double* v, const double* grads, size_t n, const AdamW* h,
+                           long step) {
     double squares = 0;
     for (size_t i = 0; i < n; i++) { squares += grads[i] * grads[i]; }
     double norm = sqrt(squares), clip = h->grad_clip > 0 && norm > h->grad_clip ? h->grad_clip / norm : 1;
@@ -43,7 +45,8 @@ static double update_alone(double* weights, double* m, double* v, const double* 
 // ---- steps of attention: a map becomes a tile that has all rows of a sequence, and halos above and below it
 
 static Attention shape_of(const RefAttention* r, int chunk) {
-    Attention a = {r->B, r->T, r->NH, r->NKV, r->HS, r->cq, r->ck, r->ch_pre, r->ch_post, r->conv_pre, r->conv_post, r->mix_pre, r->mix_post, chunk};
+    Attention a = {r->B,      r->T,       r->NH,       r->NKV,       r->HS,      r->cq,       r->ck,
+                   r->ch_pre, r->ch_post, r->conv_pre, r->conv_post, r->mix_pre, r->mix_post, chunk};
     return a;
 }
 static Tile tile_new(const Attention* a) {
@@ -52,18 +55,24 @@ static Tile tile_new(const Attention* a) {
     t.data = doubles((size_t)a->NH * (size_t)t.rows * (size_t)t.ld);  // zeros
     return t;
 }
-static double* map_row(double* map, const Attention* a, int b, int h, int i) { return map + (((size_t)b * a->NH + h) * a->T + i) * a->T; }
+static double* map_row(double* map, const Attention* a, int b, int h, int i) {
+    return map + (((size_t)b * a->NH + h) * a->T + i) * a->T;
+}
 // Of sequence b; only what lies left of the diagonal
 static Tile tile_from(const double* map, const Attention* a, int b) {
     Tile t = tile_new(a);
     for (int h = 0; h < a->NH; h++) {
-        for (int i = 0; i < a->T; i++) { memcpy(tile_row(&t, h, i), map_row((double*)(uintptr_t)map, a, b, h, i), (size_t)(i + 1) * sizeof(double)); }
+        for (int i = 0; i < a->T; i++) {
+            memcpy(tile_row(&t, h, i), map_row((double*)(uintptr_t)map, a, b, h, i), (size_t)(i + 1) * sizeof(double));
+        }
     }
     return t;
 }
 static void tile_to(double* map, Tile t, const Attention* a, int b, int lo, int hi, int nk) {
     for (int h = 0; h < a->NH; h++) {
-        for (int i = max_int(lo, 0); i < min_int(hi, a->T); i++) { memcpy(map_row(map, a, b, h, i), tile_row(&t, h, i), (size_t)nk * sizeof(double)); }
+        for (int i = max_int(lo, 0); i < min_int(hi, a->T); i++) {
+            memcpy(map_row(map, a, b, h, i), tile_row(&t, h, i), (size_t)nk * sizeof(double));
+        }
     }
     free(t.data);
 }
@@ -71,18 +80,23 @@ static void tile_to(double* map, Tile t, const Attention* a, int b, int lo, int 
 static double* rows_of(const double* x, int heads, int T, int HS) {
     double* rows = doubles((size_t)heads * (size_t)T * (size_t)HS);
     for (int h = 0; h < heads; h++) {
-        for (int t = 0; t < T; t++) { memcpy(rows + ((size_t)t * heads + h) * HS, x + ((size_t)h * T + t) * HS, (size_t)HS * sizeof(double)); }
+        for (int t = 0; t < T; t++) {
+            memcpy(rows + ((size_t)t * heads + h) * HS, x + ((size_t)h * T + t) * HS, (size_t)HS * sizeof(double));
+        }
     }
     return rows;
 }
 static void heads_of(double* x, double* rows, int heads, int T, int HS) {
     for (int h = 0; h < heads; h++) {
-        for (int t = 0; t < T; t++) { memcpy(x + ((size_t)h * T + t) * HS, rows + ((size_t)t * heads + h) * HS, (size_t)HS * sizeof(double)); }
+        for (int t = 0; t < T; t++) {
+            memcpy(x + ((size_t)h * T + t) * HS, rows + ((size_t)t * heads + h) * HS, (size_t)HS * sizeof(double));
+        }
     }
     free(rows);
 }
 
-static void scores_forward_map(double* out, const double* q, const double* k, const RefAttention* r, int lo, int hi, int nk) {
+static void scores_forward_map(double* out, const double* q, const double* k, const RefAttention* r, int lo, int hi,
+                               int nk) {
     Attention a = shape_of(r, r->T);
     size_t n = (size_t)a.NH * a.T * a.HS;
     for (int b = 0; b < a.B; b++) {
@@ -94,7 +108,8 @@ static void scores_forward_map(double* out, const double* q, const double* k, co
         free(kr);
     }
 }
-static void scores_backward_map(double* dq, double* dk, const double* dout, const double* q, const double* k, const RefAttention* r, int lo, int hi) {
+static void scores_backward_map(double* dq, double* dk, const double* dout, const double* q, const double* k,
+                                const RefAttention* r, int lo, int hi) {
     Attention a = shape_of(r, r->T);
     size_t n = (size_t)a.NH * a.T * a.HS;
     for (int b = 0; b < a.B; b++) {
@@ -109,7 +124,8 @@ static void scores_backward_map(double* dq, double* dk, const double* dout, cons
         free(kr);
     }
 }
-static void kq_conv_forward_map(double* out, const double* inp, const double* weight, const RefAttention* r, int lo, int hi, int nk) {
+static void kq_conv_forward_map(double* out, const double* inp, const double* weight, const RefAttention* r, int lo,
+                                int hi, int nk) {
     Attention a = shape_of(r, r->T);
     for (int b = 0; b < a.B; b++) {
         Tile x = tile_from(inp, &a, b), y = tile_new(&a);
@@ -118,7 +134,8 @@ static void kq_conv_forward_map(double* out, const double* inp, const double* we
         free(x.data);
     }
 }
-static void kq_conv_backward_input_map(double* dinp, const double* dout, const double* weight, const RefAttention* r, int lo, int hi, int nk) {
+static void kq_conv_backward_input_map(double* dinp, const double* dout, const double* weight, const RefAttention* r,
+                                       int lo, int hi, int nk) {
     Attention a = shape_of(r, r->T);
     for (int b = 0; b < a.B; b++) {
         Tile d = tile_from(dout, &a, b), y = tile_new(&a);
@@ -127,7 +144,8 @@ static void kq_conv_backward_input_map(double* dinp, const double* dout, const d
         free(d.data);
     }
 }
-static void kq_conv_backward_weight_map(double* dweight, const double* dout, const double* inp, const RefAttention* r, int lo, int hi) {
+static void kq_conv_backward_weight_map(double* dweight, const double* dout, const double* inp, const RefAttention* r,
+                                        int lo, int hi) {
     Attention a = shape_of(r, r->T);
     for (int b = 0; b < a.B; b++) {
         Tile d = tile_from(dout, &a, b), x = tile_from(inp, &a, b);
@@ -136,7 +154,8 @@ static void kq_conv_backward_weight_map(double* dweight, const double* dout, con
         free(x.data);
     }
 }
-static void head_mix_forward_map(double* out, const double* inp, const double* weight, bool transpose, int ch, const RefAttention* r, int lo, int hi, int nk) {
+static void head_mix_forward_map(double* out, const double* inp, const double* weight, bool transpose, int ch,
+                                 const RefAttention* r, int lo, int hi, int nk) {
     Attention a = shape_of(r, r->T);
     for (int b = 0; b < a.B; b++) {
         Tile x = tile_from(inp, &a, b), y = tile_new(&a);
@@ -145,7 +164,8 @@ static void head_mix_forward_map(double* out, const double* inp, const double* w
         free(x.data);
     }
 }
-static void head_mix_backward_weight_map(double* dweight, const double* dout, const double* inp, int ch, const RefAttention* r, int lo, int hi) {
+static void head_mix_backward_weight_map(double* dweight, const double* dout, const double* inp, int ch,
+                                         const RefAttention* r, int lo, int hi) {
     Attention a = shape_of(r, r->T);
     for (int b = 0; b < a.B; b++) {
         Tile d = tile_from(dout, &a, b), x = tile_from(inp, &a, b);
@@ -154,7 +174,8 @@ static void head_mix_backward_weight_map(double* dweight, const double* dout, co
         free(x.data);
     }
 }
-static void softmax_forward_map(double* out, const double* inp, double* stats, const RefAttention* r, int lo, int own, int hi, int nk) {
+static void softmax_forward_map(double* out, const double* inp, double* stats, const RefAttention* r, int lo, int own,
+                                int hi, int nk) {
     Attention a = shape_of(r, r->T);
     for (int b = 0; b < a.B; b++) {
         Tile x = tile_from(inp, &a, b);
@@ -162,7 +183,8 @@ static void softmax_forward_map(double* out, const double* inp, double* stats, c
         tile_to(out, x, &a, b, lo, hi, nk);
     }
 }
-static void softmax_backward_map(double* dinp, const double* dout, const double* att, const RefAttention* r, int lo, int hi, int nk) {
+static void softmax_backward_map(double* dinp, const double* dout, const double* att, const RefAttention* r, int lo,
+                                 int hi, int nk) {
     Attention a = shape_of(r, r->T);
     for (int b = 0; b < a.B; b++) {
         Tile d = tile_from(dout, &a, b), p = tile_from(att, &a, b);
@@ -183,7 +205,8 @@ static void values_forward_map(double* out, const double* att, const double* v, 
         free(vr);
     }
 }
-static void values_backward_att_map(double* datt, const double* dout, const double* v, const RefAttention* r, int lo, int hi, int nk) {
+static void values_backward_att_map(double* datt, const double* dout, const double* v, const RefAttention* r, int lo,
+                                    int hi, int nk) {
     Attention a = shape_of(r, r->T);
     size_t n = (size_t)a.NH * a.T * a.HS;
     for (int b = 0; b < a.B; b++) {
@@ -195,7 +218,8 @@ static void values_backward_att_map(double* datt, const double* dout, const doub
         free(vr);
     }
 }
-static void values_backward_v_map(double* dv, const double* att, const double* dout, const RefAttention* r, int lo, int hi) {
+static void values_backward_v_map(double* dv, const double* att, const double* dout, const RefAttention* r, int lo,
+                                  int hi) {
     Attention a = shape_of(r, r->T);
     size_t n = (size_t)a.NH * a.T * a.HS;
     for (int b = 0; b < a.B; b++) {
@@ -225,7 +249,10 @@ static void batch_heads(double* x, double* rows, int B, int heads, int T, int HS
     size_t n = (size_t)heads * (size_t)T * (size_t)HS;
     for (int b = 0; b < B; b++) {
         for (int h = 0; h < heads; h++) {
-            for (int t = 0; t < T; t++) { memcpy(x + b * n + ((size_t)h * T + t) * HS, rows + b * n + ((size_t)t * heads + h) * HS, (size_t)HS * sizeof(double)); }
+            for (int t = 0; t < T; t++) {
+                memcpy(x + b * n + ((size_t)h * T + t) * HS, rows + b * n + ((size_t)t * heads + h) * HS,
+                       (size_t)HS * sizeof(double));
+            }
         }
     }
     free(rows);
@@ -238,24 +265,29 @@ static Attention chunked_shape(const RefAttention* r) {
     a.chunk = attention_chunk(a.T, attention_group(&a));
     return a;
 }
-static void attention_forward_alone(double* out, double* stats, const double* q, const double* k, const double* v, const RefAttention* r) {
+static void attention_forward_alone(double* out, double* stats, const double* q, const double* k, const double* v,
+                                    const RefAttention* r) {
     Attention a = chunked_shape(r);
     double *scratch = attention_scratch(&a), *rows = batch_rows(q, a.B, a.NH, a.T, a.HS);
-    double *qr = batch_rows(q, a.B, a.NH, a.T, a.HS), *kr = batch_rows(k, a.B, a.NKV, a.T, a.HS), *vr = batch_rows(v, a.B, a.NKV, a.T, a.HS);
+    double *qr = batch_rows(q, a.B, a.NH, a.T, a.HS), *kr = batch_rows(k, a.B, a.NKV, a.T, a.HS),
+           *vr = batch_rows(v, a.B, a.NKV, a.T, a.HS);
     attention_forward(rows, stats, qr, kr, vr, &a, scratch);
     batch_heads(out, rows, a.B, a.NH, a.T, a.HS);
     double* const all[] = {scratch, qr, kr, vr};
     for (int i = 0; i < 4; i++) { free(all[i]); }
 }
-static void attention_backward_alone(double* dq, double* dk, double* dv, double* dconv_pre, double* dconv_post, double* dmix_pre, double* dmix_post, const double* dout,
-                                     const double* q, const double* k, const double* v, double* stats, const RefAttention* r) {
+static void attention_backward_alone(double* dq, double* dk, double* dv, double* dconv_pre, double* dconv_post,
+                                     double* dmix_pre, double* dmix_post, const double* dout, const double* q,
+                                     const double* k, const double* v, double* stats, const RefAttention* r) {
     Attention a = chunked_shape(r);
     size_t conv = (size_t)a.NH * a.cq * a.ck, pre = (size_t)a.NH * a.ch_pre, post = (size_t)a.NH * a.ch_post;
     size_t all_sums = 2 * conv + pre + post;
     double *scratch = attention_scratch(&a), *sum = doubles((size_t)a.B * all_sums);
     AttentionSums sums = {sum, sum + conv, sum + 2 * conv, sum + 2 * conv + pre, all_sums};
-    double *dqr = batch_rows(q, a.B, a.NH, a.T, a.HS), *dkr = batch_rows(k, a.B, a.NKV, a.T, a.HS), *dvr = batch_rows(v, a.B, a.NKV, a.T, a.HS);
-    double *qr = batch_rows(q, a.B, a.NH, a.T, a.HS), *kr = batch_rows(k, a.B, a.NKV, a.T, a.HS), *vr = batch_rows(v, a.B, a.NKV, a.T, a.HS);
+    double *dqr = batch_rows(q, a.B, a.NH, a.T, a.HS), *dkr = batch_rows(k, a.B, a.NKV, a.T, a.HS),
+           *dvr = batch_rows(v, a.B, a.NKV, a.T, a.HS);
+    double *qr = batch_rows(q, a.B, a.NH, a.T, a.HS), *kr = batch_rows(k, a.B, a.NKV, a.T, a.HS),
+           *vr = batch_rows(v, a.B, a.NKV, a.T, a.HS);
     double* dr = batch_rows(dout, a.B, a.NH, a.T, a.HS);
     attention_backward(dqr, dkr, dvr, &sums, dr, qr, kr, vr, stats, &a, scratch);
     batch_heads(dq, dqr, a.B, a.NH, a.T, a.HS);
@@ -275,11 +307,36 @@ static void attention_backward_alone(double* dq, double* dk, double* dv, double*
 }
 
 const Reference* reference(void) {
-    static const Reference table = {
-        gemm, matmul_forward, matmul_backward, embedding_forward, embedding_backward, rmsnorm_forward, rmsnorm_backward_alone, rope_table, rope_forward,
-        scores_forward_map, scores_backward_map, kq_conv_forward_map, kq_conv_backward_input_map, kq_conv_backward_weight_map, head_mix_forward_map,
-        head_mix_backward_weight_map, softmax_forward_map, softmax_backward_map, values_forward_map, values_backward_att_map, values_backward_v_map,
-        attention_forward_alone, attention_backward_alone, head_gate_forward, head_gate_backward_alone, diff_lambda_forward_alone, diff_lambda_backward_alone,
-        swiglu_forward, swiglu_backward, crossentropy_forward_backward, update_alone};
+    static const Reference table = {gemm,
+                                    matmul_forward,
+                                    matmul_backward,
+                                    embedding_forward,
+                                    embedding_backward,
+                                    rmsnorm_forward,
+                                    rmsnorm_backward_alone,
+                                    rope_table,
+                                    rope_forward,
+                                    scores_forward_map,
+                                    scores_backward_map,
+                                    kq_conv_forward_map,
+                                    kq_conv_backward_input_map,
+                                    kq_conv_backward_weight_map,
+                                    head_mix_forward_map,
+                                    head_mix_backward_weight_map,
+                                    softmax_forward_map,
+                                    softmax_backward_map,
+                                    values_forward_map,
+                                    values_backward_att_map,
+                                    values_backward_v_map,
+                                    attention_forward_alone,
+                                    attention_backward_alone,
+                                    head_gate_forward,
+                                    head_gate_backward_alone,
+                                    diff_lambda_forward_alone,
+                                    diff_lambda_backward_alone,
+                                    swiglu_forward,
+                                    swiglu_backward,
+                                    crossentropy_forward_backward,
+                                    update_alone};
     return &table;
 }

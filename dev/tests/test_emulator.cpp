@@ -1,5 +1,5 @@
-// test_emulator.cpp: tests of dev/cuda_cpu, the emulator that runs train_mta.cu's kernels on a CPU. Among them planted faults: an
-// instrument that cannot see a missing barrier would let every kernel pass.
+// test_emulator.cpp: tests of dev/cuda_cpu, the emulator that runs train_mta.cu's kernels on a CPU. Among them planted
+// faults: an instrument that cannot see a missing barrier would let every kernel pass.
 //   make build/test_emulator build/test_races    the latter those of races.cpp
 #include <cuda_runtime.h>
 #include <cublas_v2.h>
@@ -9,8 +9,8 @@
 #include <unistd.h>
 #include <string>
 
-
-// ---- kernels that are right -------------------------------------------------------------------------------------------------------
+// ---- kernels that are right
+// -------------------------------------------------------------------------------------------------------
 
 static __global__ void index_kernel(int* out) {
     int block = (int)(blockIdx.x + gridDim.x * (blockIdx.y + gridDim.y * blockIdx.z));
@@ -47,12 +47,15 @@ static __global__ void atomic_kernel(int* out) {
     atomicCAS(&out[2], 0, (int)threadIdx.x + 1);
 }
 
-// c (16,16) = a (16,16) b, one warp: the left 8 columns with b given as (8 columns, 16), the right 8 as (16, 8 columns). WAIT 0: reads what asynchronous copies
-// have yet to bring; WAIT -1: returns with copies in flight.
-template <typename T, int WAIT> static __global__ void product_kernel(float* c, const T* a, const T* left, const T* right) {
+// c (16,16) = a (16,16) b, one warp: the left 8 columns with b given as (8 columns, 16), the right 8 as (16, 8
+// columns). WAIT 0: reads what asynchronous copies have yet to bring; WAIT -1: returns with copies in flight.
+template <typename T, int WAIT>
+static __global__ void product_kernel(float* c, const T* a, const T* left, const T* right) {
     DYNAMIC_SHARED(T, s);  // a (16,16), left (8,16), right (16,8)
     int lane = (int)threadIdx.x;
-    for (int t = lane; t < 64; t += 32) { copy_async(s + 8 * t, t < 32 ? a + 8 * t : t < 48 ? left + 8 * (t - 32) : right + 8 * (t - 48), t != 63); }
+    for (int t = lane; t < 64; t += 32) {
+        copy_async(s + 8 * t, t < 32 ? a + 8 * t : t < 48 ? left + 8 * (t - 32) : right + 8 * (t - 48), t != 63);
+    }
     copy_commit();
     if (WAIT < 0) { return; }
     if (WAIT) { copy_wait<0>(); }
@@ -62,8 +65,13 @@ template <typename T, int WAIT> static __global__ void product_kernel(float* c, 
     ldmatrix(x, s + lane % 16 * 16 + lane / 16 * 8);
     ldmatrix(y, s + 256 + lane % 8 * 16 + lane / 8 % 2 * 8);
     ldmatrix_transposed(z, s + 384 + lane % 16 * 8);
-    if (std::is_same<T, __half>::value) { mma_half(l, x, y[0], y[1]); mma_half(r, x, z[0], z[1]); }
-    else { mma_bf16(l, x, y[0], y[1]); mma_bf16(r, x, z[0], z[1]); }
+    if (std::is_same<T, __half>::value) {
+        mma_half(l, x, y[0], y[1]);
+        mma_half(r, x, z[0], z[1]);
+    } else {
+        mma_bf16(l, x, y[0], y[1]);
+        mma_bf16(r, x, z[0], z[1]);
+    }
     for (int e = 0; e < 4; e++) {
         int at = (lane / 4 + e / 2 * 8) * 16 + lane % 4 * 2 + e % 2;
         c[at] = l[e];
@@ -104,7 +112,8 @@ static __global__ void scale_by_kernel(float* x, int n, const float* a) {
     if (i < n) { x[i] *= *a; }
 }
 
-// ---- kernels that are wrong -------------------------------------------------------------------------------------------------------
+// ---- kernels that are wrong
+// -------------------------------------------------------------------------------------------------------
 
 static __global__ void divergent_kernel(float* x) {
     if (threadIdx.x >= 50) { return; }
@@ -122,8 +131,11 @@ static __global__ void two_barriers_kernel(float* x) {
 static __global__ void lost_lane_kernel(int* x) {
     if (threadIdx.x != 7) { x[threadIdx.x] = __shfl_xor_sync(0xffffffffu, (int)threadIdx.x, 1); }
 }
-static __global__ void wrong_mask_kernel(int* x) { x[threadIdx.x] = __shfl_xor_sync(threadIdx.x % 2 ? 0xffffffffu : 0x55555555u, 1, 2); }
-template <int LANES> static __global__ void two_products_kernel(float* out) {  // the first LANES lanes at one place, the others at another
+static __global__ void wrong_mask_kernel(int* x) {
+    x[threadIdx.x] = __shfl_xor_sync(threadIdx.x % 2 ? 0xffffffffu : 0x55555555u, 1, 2);
+}
+template <int LANES>
+static __global__ void two_products_kernel(float* out) {  // the first LANES lanes at one place, the others at another
     unsigned a[4] = {}, b = 0;
     float c[4] = {};
     if ((int)threadIdx.x < LANES) {
@@ -154,11 +166,14 @@ static __global__ void read_shared_kernel(float* out) {
     out[4 + threadIdx.x] = d[threadIdx.x];
 }
 
-// ---- tests ------------------------------------------------------------------------------------------------------------------------
+// ---- tests
+// ------------------------------------------------------------------------------------------------------------------------
 
 template <typename T> struct Device {  // n elements of device memory, freed at the end of the scope
     T* p;
-    explicit Device(size_t n) { if (cudaMalloc(&p, n * sizeof(T)) != cudaSuccess) { abort(); } }
+    explicit Device(size_t n) {
+        if (cudaMalloc(&p, n * sizeof(T)) != cudaSuccess) { abort(); }
+    }
     ~Device() { cudaFree(p); }
 };
 
@@ -193,8 +208,9 @@ static void test_warp() {
         int *o = out.p + 8 * t, w = t / 32 * 32, l = t % 32;
         unsigned votes = 0;
         for (int i = 0; i < 32; i++) { votes |= (w + i) % 3 == 0 ? 1u << i : 0; }
-        ok = ok && o[0] == w + 5 && o[1] == (l < 3 ? t : t - 3) && o[2] == (l % 8 < 4 ? t + 4 : t) && o[3] == (int)votes &&
-             o[4] == (w ? 1 : 2) && o[5] == 99 && o[6] == (t % 2 ? t ^ 2 : -(t ^ 2)) && o[7] == 32;
+        ok = ok && o[0] == w + 5 && o[1] == (l < 3 ? t : t - 3) && o[2] == (l % 8 < 4 ? t + 4 : t) &&
+             o[3] == (int)votes && o[4] == (w ? 1 : 2) && o[5] == 99 && o[6] == (t % 2 ? t ^ 2 : -(t ^ 2)) &&
+             o[7] == 32;
     }
     check(ok, "shuffles, votes and reductions, with widths and half masks");
     Device<int> a(3);
@@ -239,22 +255,24 @@ template <typename T> static bool gemm_case(cudaDataType type, bool ta, bool tb,
     cublasHandle_t h;
     cublasCreate(&h);
     float alpha = 0.5f;
-    bool ok = cublasGemmStridedBatchedEx(h, ta ? CUBLAS_OP_T : CUBLAS_OP_N, tb ? CUBLAS_OP_T : CUBLAS_OP_N, m, n, k, &alpha, a.p, type, lda, sa,
-        b.p, type, ldb, sb, &beta, c.p, CUDA_R_32F, ldc, sc, batch, CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT) == CUBLAS_STATUS_SUCCESS;
+    bool ok = cublasGemmStridedBatchedEx(h, ta ? CUBLAS_OP_T : CUBLAS_OP_N, tb ? CUBLAS_OP_T : CUBLAS_OP_N, m, n, k,
+                                         &alpha, a.p, type, lda, sa, b.p, type, ldb, sb, &beta, c.p, CUDA_R_32F, ldc,
+                                         sc, batch, CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT) == CUBLAS_STATUS_SUCCESS;
     for (int q = 0; q < batch; q++) {
         for (int i = 0; i < m; i++) {
             for (int j = 0; j < n; j++) {
                 double sum = 0;
                 for (int l = 0; l < k; l++) {
-                    sum += (double)(float)a.p[q * sa + (ta ? i * lda + l : l * lda + i)] * (float)b.p[q * sb + (tb ? l * ldb + j : j * ldb + l)];
+                    sum += (double)(float)a.p[q * sa + (ta ? i * lda + l : l * lda + i)] *
+                           (float)b.p[q * sb + (tb ? l * ldb + j : j * ldb + l)];
                 }
                 double want = 0.5 * sum + (beta == 0 ? 0 : beta * before[q * sc + j * ldc + i]);
                 ok = ok && c.p[q * sc + j * ldc + i] == (float)want;
             }
         }
     }
-    ok = ok && cublasGemmEx(h, CUBLAS_OP_N, CUBLAS_OP_N, m, n, k, &alpha, a.p, type, m - 1, b.p, type, k, &beta, c.p, CUDA_R_32F, m,
-                            CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT) == CUBLAS_STATUS_INVALID_VALUE;
+    ok = ok && cublasGemmEx(h, CUBLAS_OP_N, CUBLAS_OP_N, m, n, k, &alpha, a.p, type, m - 1, b.p, type, k, &beta, c.p,
+                            CUDA_R_32F, m, CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT) == CUBLAS_STATUS_INVALID_VALUE;
     cublasDestroy(h);
     return ok;
 }
@@ -266,19 +284,22 @@ static void test_gemm() {
         ok = ok && gemm_case<__nv_bfloat16>(CUDA_R_16BF, i & 1, i & 2, i & 4 ? 2.0f : 0.0f);
         ok = ok && gemm_case<__half>(CUDA_R_16F, i & 1, i & 2, i & 4 ? 1.0f : 0.0f);
     }
-    check(ok, "matrix products: every transposition and type, strided batches, beta; a short leading dimension is refused");
+    check(ok,
+          "matrix products: every transposition and type, strided batches, beta; a short leading dimension is refused");
     cublasHandle_t h;
     cublasCreate(&h);
     float one = 1, x[4] = {0, 0, 0, 0};
-    check(cublasGemmEx(h, CUBLAS_OP_N, CUBLAS_OP_N, 1, 1, 1, &one, x, CUDA_R_16BF, 1, x, CUDA_R_16BF, 1, &one, x, CUDA_R_16F, 1, CUBLAS_COMPUTE_32F,
-                       CUBLAS_GEMM_DEFAULT) == CUBLAS_STATUS_NOT_SUPPORTED, "a mix of types that cuBLAS lacks is refused");
+    check(cublasGemmEx(h, CUBLAS_OP_N, CUBLAS_OP_N, 1, 1, 1, &one, x, CUDA_R_16BF, 1, x, CUDA_R_16BF, 1, &one, x,
+                       CUDA_R_16F, 1, CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT) == CUBLAS_STATUS_NOT_SUPPORTED,
+          "a mix of types that cuBLAS lacks is refused");
     auto halves = [&] {
-        return cublasGemmEx(h, CUBLAS_OP_N, CUBLAS_OP_N, 1, 1, 1, &one, x, CUDA_R_16BF, 1, x, CUDA_R_16BF, 1, &one, x, CUDA_R_16BF, 1, CUBLAS_COMPUTE_32F,
-                            CUBLAS_GEMM_DEFAULT);
+        return cublasGemmEx(h, CUBLAS_OP_N, CUBLAS_OP_N, 1, 1, 1, &one, x, CUDA_R_16BF, 1, x, CUDA_R_16BF, 1, &one, x,
+                            CUDA_R_16BF, 1, CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT);
     };
     cublasStatus_t allowed = halves();
     cublasSetMathMode(h, (cublasMath_t)(CUBLAS_DEFAULT_MATH | CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION));
-    check(allowed == CUBLAS_STATUS_NOT_SUPPORTED && halves() == CUBLAS_STATUS_SUCCESS, "a result of 16 bits whose parts may be added in 16 bits is refused");
+    check(allowed == CUBLAS_STATUS_NOT_SUPPORTED && halves() == CUBLAS_STATUS_SUCCESS,
+          "a result of 16 bits whose parts may be added in 16 bits is refused");
     cublasDestroy(h);
 }
 
@@ -306,7 +327,8 @@ static void test_graph() {
     check(ok, "a captured graph runs when launched, with the arguments of its capture");
 }
 
-// Three passes that scale x by 2, 3 and 4: submitted, captured and replayed, replayed. The factor lies in device memory, or is an argument.
+// Three passes that scale x by 2, 3 and 4: submitted, captured and replayed, replayed. The factor lies in device
+// memory, or is an argument.
 static float three_passes(bool in_memory) {
     Device<float> x(1), factor(1);
     cudaStream_t s;
@@ -318,8 +340,11 @@ static float three_passes(bool in_memory) {
         float a = (float)(pass + 2);
         cudaMemcpyAsync(factor.p, &a, sizeof a, cudaMemcpyHostToDevice, s);
         auto submit = [&] {
-            if (in_memory) { LAUNCH(scale_by_kernel, 1, 32, 0, s, x.p, 1, factor.p); }
-            else { LAUNCH(scale_kernel, 1, 32, 0, s, x.p, 1, a); }
+            if (in_memory) {
+                LAUNCH(scale_by_kernel, 1, 32, 0, s, x.p, 1, factor.p);
+            } else {
+                LAUNCH(scale_kernel, 1, 32, 0, s, x.p, 1, a);
+            }
         };
         if (pass == 0) { submit(); }
         if (pass == 1) {
@@ -347,7 +372,8 @@ static void test_streams() {
     LAUNCH(scale_kernel, 1, 32, 0, s, x.p, 1, 2.0f);
     cudaMemcpyAsync(&to, x.p, sizeof to, cudaMemcpyDeviceToHost, s);
     LAUNCH(scale_kernel, 1, 32, 0, NULL, y.p, 1, 3.0f);
-    check(x.p[0] == 1 && to == 0 && y.p[0] == 3, "planted: what nobody waited for is not there yet; the default stream does not wait for others");
+    check(x.p[0] == 1 && to == 0 && y.p[0] == 3,
+          "planted: what nobody waited for is not there yet; the default stream does not wait for others");
     from = 7;
     cudaStreamSynchronize(s);
     check(to == 14, "planted: a host buffer that changes before its copy was waited for arrives changed");
@@ -365,15 +391,20 @@ template <typename F> static cudaGraph_t capture(cudaStream_t s, F submit, cudaE
 
 static void test_capture() {
     check(three_passes(true) == 24, "what lies in device memory may change between replays");
-    check(three_passes(false) == 18, "planted: a scalar that changes between passes is frozen by capture, and the result shows it");
+    check(three_passes(false) == 18,
+          "planted: a scalar that changes between passes is frozen by capture, and the result shows it");
     cudaStream_t s;
     cudaStreamCreate(&s);
     cudaError_t inside = cudaSuccess, end = cudaSuccess;
-    cudaGraph_t g = capture(s, [&] { inside = cudaStreamSynchronize(s); }, &end);
-    check(inside == cudaErrorStreamCaptureUnsupported && end == cudaErrorStreamCaptureInvalidated && !g, "planted: a wait inside a capture breaks it");
+    cudaGraph_t g = capture(
+        s, [&] { inside = cudaStreamSynchronize(s); }, &end);
+    check(inside == cudaErrorStreamCaptureUnsupported && end == cudaErrorStreamCaptureInvalidated && !g,
+          "planted: a wait inside a capture breaks it");
     float* p = NULL;
-    g = capture(s, [&] { inside = cudaMalloc(&p, 4); }, &end);
-    check(inside == cudaErrorStreamCaptureUnsupported && end == cudaErrorStreamCaptureInvalidated && !g && !p, "planted: so does an allocation");
+    g = capture(
+        s, [&] { inside = cudaMalloc(&p, 4); }, &end);
+    check(inside == cudaErrorStreamCaptureUnsupported && end == cudaErrorStreamCaptureInvalidated && !g && !p,
+          "planted: so does an allocation");
     Device<float> x(4), workspace(64);
     for (int i = 0; i < 4; i++) { x.p[i] = 1; }
     float one = 1;
@@ -381,24 +412,36 @@ static void test_capture() {
     cublasCreate(&h);
     cublasSetStream(h, s);
     auto product = [&] {
-        return cublasGemmEx(h, CUBLAS_OP_N, CUBLAS_OP_N, 1, 1, 1, &one, x.p, CUDA_R_32F, 1, x.p, CUDA_R_32F, 1, &one, x.p, CUDA_R_32F, 1, CUBLAS_COMPUTE_32F,
-                            CUBLAS_GEMM_DEFAULT);
+        return cublasGemmEx(h, CUBLAS_OP_N, CUBLAS_OP_N, 1, 1, 1, &one, x.p, CUDA_R_32F, 1, x.p, CUDA_R_32F, 1, &one,
+                            x.p, CUDA_R_32F, 1, CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT);
     };
-    cublasStatus_t status = product(), without = CUBLAS_STATUS_SUCCESS, with = CUBLAS_STATUS_SUCCESS, taken = CUBLAS_STATUS_SUCCESS;
-    cudaGraphDestroy(capture(s, [&] { without = product(); }, &end));
+    cublasStatus_t status = product(), without = CUBLAS_STATUS_SUCCESS, with = CUBLAS_STATUS_SUCCESS,
+                   taken = CUBLAS_STATUS_SUCCESS;
+    cudaGraphDestroy(capture(
+        s, [&] { without = product(); }, &end));
     cublasSetWorkspace(h, workspace.p, 256);
-    cudaGraphDestroy(capture(s, [&] { with = product(); }, &end));
+    cudaGraphDestroy(capture(
+        s, [&] { with = product(); }, &end));
     cublasSetStream(h, s);
-    cudaGraphDestroy(capture(s, [&] { taken = product(); }, &end));
-    check(status == CUBLAS_STATUS_SUCCESS && without == CUBLAS_STATUS_NOT_SUPPORTED && with == CUBLAS_STATUS_SUCCESS && taken == CUBLAS_STATUS_NOT_SUPPORTED,
+    cudaGraphDestroy(capture(
+        s, [&] { taken = product(); }, &end));
+    check(status == CUBLAS_STATUS_SUCCESS && without == CUBLAS_STATUS_NOT_SUPPORTED && with == CUBLAS_STATUS_SUCCESS &&
+              taken == CUBLAS_STATUS_NOT_SUPPORTED,
           "planted: a product is captured only with a workspace, which setting the stream takes away");
     cublasDestroy(h);
     cudaEvent_t a, b;
     float ms = 0;
     cudaEventCreate(&a);
     cudaEventCreate(&b);
-    cudaGraphDestroy(capture(s, [&] { cudaEventRecord(a, s); cudaEventRecord(b, s); }, &end));
-    check(cudaEventElapsedTime(&ms, a, b) == cudaErrorCapturedEvent, "planted: events recorded in a capture tell no time");
+    cudaGraphDestroy(capture(
+        s,
+        [&] {
+            cudaEventRecord(a, s);
+            cudaEventRecord(b, s);
+        },
+        &end));
+    check(cudaEventElapsedTime(&ms, a, b) == cudaErrorCapturedEvent,
+          "planted: events recorded in a capture tell no time");
     cudaEventDestroy(a);
     cudaEventDestroy(b);
     cudaStreamDestroy(s);
@@ -425,8 +468,9 @@ static void test_hook() {
     cudaStreamSynchronize(stream);
     check(seen_times == 1 && x.p[0] == 9 && x.p[39] == 9, "a hook may run the kernel twice");
     const auto& a = seen.arguments;
-    check(strcmp(seen.name, "scale_kernel") == 0 && seen.kernel == (const void*)scale_kernel && seen.grid.x == 2 && seen.block.x == 32 && seen.shared == 64 &&
-              a.size() == 3 && strcmp(a[0].type, "Pf") == 0 && strcmp(a[1].type, "i") == 0 && strcmp(a[2].type, "f") == 0 && a[2].size == sizeof(float),
+    check(strcmp(seen.name, "scale_kernel") == 0 && seen.kernel == (const void*)scale_kernel && seen.grid.x == 2 &&
+              seen.block.x == 32 && seen.shared == 64 && a.size() == 3 && strcmp(a[0].type, "Pf") == 0 &&
+              strcmp(a[1].type, "i") == 0 && strcmp(a[2].type, "f") == 0 && a[2].size == sizeof(float),
           "it sees name, kernel, grid, block, shared bytes, and each argument's size and type");
     hook_runs = 0;
     LAUNCH(scale_kernel, 2, 32, 0, NULL, x.p, 40, 3.0f);
@@ -442,8 +486,10 @@ static void test_hook() {
 static void test_failures() {
     Device<float> x(4);
     setenv("CUDA_CPU_FAIL", "cudaMemsetAsync:2", 1);
-    bool ok = cudaMemsetAsync(x.p, 0, 16) == cudaSuccess && cudaMemset(x.p, 0, 16) == cudaSuccess && cudaMemsetAsync(x.p, 0, 16) == cudaErrorUnknown;
-    check(ok && cudaGetLastError() == cudaErrorUnknown && cudaMemsetAsync(x.p, 0, 16) == cudaSuccess, "the n-th call of a function can be told to fail");
+    bool ok = cudaMemsetAsync(x.p, 0, 16) == cudaSuccess && cudaMemset(x.p, 0, 16) == cudaSuccess &&
+              cudaMemsetAsync(x.p, 0, 16) == cudaErrorUnknown;
+    check(ok && cudaGetLastError() == cudaErrorUnknown && cudaMemsetAsync(x.p, 0, 16) == cudaSuccess,
+          "the n-th call of a function can be told to fail");
     unsetenv("CUDA_CPU_FAIL");
     cudaMemsetAsync(x.p, 0, 16);
     setenv("CUDA_CPU_FAIL", "scale_kernel:1", 1);
@@ -451,15 +497,18 @@ static void test_failures() {
     LAUNCH(scale_by_kernel, 1, 32, 0, NULL, x.p, 1, x.p);
     ok = cudaGetLastError() == cudaSuccess;
     LAUNCH(scale_kernel, 1, 32, 0, NULL, x.p, 1, 3.0f);
-    check(ok && cudaGetLastError() == cudaErrorLaunchFailure && x.p[0] == 1, "and so can a launch, which then does nothing");
+    check(ok && cudaGetLastError() == cudaErrorLaunchFailure && x.p[0] == 1,
+          "and so can a launch, which then does nothing");
     unsetenv("CUDA_CPU_FAIL");
 }
 
 static void test_runtime() {
     float* x = NULL;
-    bool ok = cudaMalloc(&x, 12) == cudaSuccess && isnan(x[0]) && isnan(x[2]) && isnan((float)*(__half*)x) && isnan((float)*(__nv_bfloat16*)x);
+    bool ok = cudaMalloc(&x, 12) == cudaSuccess && isnan(x[0]) && isnan(x[2]) && isnan((float)*(__half*)x) &&
+              isnan((float)*(__nv_bfloat16*)x);
     check(ok, "device memory starts as NaN in every format");
-    check(cudaFree(x + 1) == cudaErrorInvalidDevicePointer && cudaFree(x) == cudaSuccess, "freeing what was not allocated is an error");
+    check(cudaFree(x + 1) == cudaErrorInvalidDevicePointer && cudaFree(x) == cudaSuccess,
+          "freeing what was not allocated is an error");
     cudaGetLastError();
     setenv("CUDA_CPU_MEMORY_MIB", "1", 1);
     float* y = NULL;
@@ -480,18 +529,24 @@ static void test_runtime() {
     ok = ok && cudaGetLastError() == cudaErrorInvalidConfiguration;
     cudaFuncSetAttribute(reverse_kernel<1>, cudaFuncAttributeMaxDynamicSharedMemorySize, 64 << 10);
     LAUNCH(reverse_kernel<1>, 1, 32, 64 << 10, NULL, z.p, z.p);
-    check(ok && cudaGetLastError() == cudaSuccess, "launches beyond the limits of a GPU are refused, the opt-in limit of shared memory works");
+    check(ok && cudaGetLastError() == cudaSuccess,
+          "launches beyond the limits of a GPU are refused, the opt-in limit of shared memory works");
 }
 
-// Tensor-core products and the copies that feed them, against plain sums. The last row of b's right half is not copied (its copy is not valid): zeros.
-static __global__ void transpose_kernel(unsigned* out, const unsigned* inp) { out[threadIdx.x] = transpose8(inp[threadIdx.x]); }
+// Tensor-core products and the copies that feed them, against plain sums. The last row of b's right half is not copied
+// (its copy is not valid): zeros.
+static __global__ void transpose_kernel(unsigned* out, const unsigned* inp) {
+    out[threadIdx.x] = transpose8(inp[threadIdx.x]);
+}
 static void test_transpose() {  // element (row, column) of the 8x8 matrix is 8 row + column
     Device<unsigned> inp(32), out(32);
     bool ok = true;
     for (unsigned l = 0; l < 32; l++) { inp.p[l] = 2 * l | (2 * l + 1) << 16; }
     LAUNCH(transpose_kernel, 1, 32, 0, NULL, out.p, inp.p);
     cudaDeviceSynchronize();
-    for (unsigned l = 0; l < 32; l++) { ok = ok && out.p[l] == ((16 * (l % 4) + l / 4) | (16 * (l % 4) + 8 + l / 4) << 16); }
+    for (unsigned l = 0; l < 32; l++) {
+        ok = ok && out.p[l] == ((16 * (l % 4) + l / 4) | (16 * (l % 4) + 8 + l / 4) << 16);
+    }
     check(ok, "movmatrix transposes");
 }
 template <typename T> static bool product_case() {
@@ -504,7 +559,11 @@ template <typename T> static bool product_case() {
     for (int i = 0; i < 16; i++) {
         for (int j = 0; j < 16; j++) {
             float sum = 0;
-            for (int k = 0; k < 16; k++) { sum += (float)a.p[i * 16 + k] * (j < 8 ? (float)left.p[j * 16 + k] : k < 15 ? (float)right.p[k * 8 + j - 8] : 0.0f); }
+            for (int k = 0; k < 16; k++) {
+                sum += (float)a.p[i * 16 + k] * (j < 8    ? (float)left.p[j * 16 + k]
+                                                 : k < 15 ? (float)right.p[k * 8 + j - 8]
+                                                          : 0.0f);
+            }
             if (c.p[i * 16 + j] != sum) { return false; }
         }
     }
@@ -536,20 +595,30 @@ template <typename K> static bool orders_agree(K run, int n) {
 
 static void test_races() {
     auto reverse = [](bool barrier) {
-        return orders_agree([=](float* host) {
-            Device<float> in(64), out(64);
-            for (int i = 0; i < 64; i++) { in.p[i] = (float)i; }
-            if (barrier) { LAUNCH(reverse_kernel<1>, 1, 64, 256, NULL, out.p, in.p); }
-            else { LAUNCH(reverse_kernel<0>, 1, 64, 256, NULL, out.p, in.p); }
-            memcpy(host, out.p, 256);
-        }, 64);
+        return orders_agree(
+            [=](float* host) {
+                Device<float> in(64), out(64);
+                for (int i = 0; i < 64; i++) { in.p[i] = (float)i; }
+                if (barrier) {
+                    LAUNCH(reverse_kernel<1>, 1, 64, 256, NULL, out.p, in.p);
+                } else {
+                    LAUNCH(reverse_kernel<0>, 1, 64, 256, NULL, out.p, in.p);
+                }
+                memcpy(host, out.p, 256);
+            },
+            64);
     };
     auto shift = [](bool barrier) {
-        return orders_agree([=](float* host) {
-            for (int i = 0; i < 64; i++) { host[i] = (float)i; }
-            if (barrier) { LAUNCH(shift_kernel<1>, 1, 64, 0, NULL, host); }
-            else { LAUNCH(shift_kernel<0>, 1, 64, 0, NULL, host); }
-        }, 64);
+        return orders_agree(
+            [=](float* host) {
+                for (int i = 0; i < 64; i++) { host[i] = (float)i; }
+                if (barrier) {
+                    LAUNCH(shift_kernel<1>, 1, 64, 0, NULL, host);
+                } else {
+                    LAUNCH(shift_kernel<0>, 1, 64, 0, NULL, host);
+                }
+            },
+            64);
     };
     check(reverse(true) && shift(true), "right kernels give the same bits under every order of threads");
     check(!reverse(false), "planted: a read after write past a missing barrier differs under a permuted order");
@@ -559,7 +628,8 @@ static void test_races() {
 static void test_uninitialised() {
     Device<float> out(8), x(4), y(4);
     LAUNCH(read_shared_kernel, 1, 4, 16, NULL, out.p);
-    check(out.p[1] == 1 && out.p[5] == 1 && isnan(out.p[0]) && isnan(out.p[4]), "planted: shared memory read before it is written is NaN");
+    check(out.p[1] == 1 && out.p[5] == 1 && isnan(out.p[0]) && isnan(out.p[4]),
+          "planted: shared memory read before it is written is NaN");
     LAUNCH(scale_kernel, 1, 4, 0, NULL, x.p, 4, 0.0f);
     check(isnan(x.p[0]), "planted: device memory read before it is written is NaN, even times zero");
 }
@@ -593,21 +663,40 @@ static void test_faults() {
     Device<int> n(64);
     float* p = x.p;
     int* q = n.p;
-    check_fault([=] { LAUNCH(divergent_kernel, 1, 64, 0, NULL, p); }, "divergent barrier: 50 of 64", "planted: an early return ahead of a barrier");
-    check_fault([=] { LAUNCH(two_barriers_kernel, 1, 64, 0, NULL, p); }, "reaches the barrier of line", "planted: two branches, two barriers");
-    check_fault([=] { LAUNCH(lost_lane_kernel, 1, 32, 0, NULL, q); }, "only ffffff7f came", "planted: a shuffle that one lane misses");
-    check_fault([=] { LAUNCH(wrong_mask_kernel, 1, 32, 0, NULL, q); }, "only aaaaaaaa came", "planted: lanes that disagree about the mask");
+    check_fault([=] { LAUNCH(divergent_kernel, 1, 64, 0, NULL, p); }, "divergent barrier: 50 of 64",
+                "planted: an early return ahead of a barrier");
+    check_fault([=] { LAUNCH(two_barriers_kernel, 1, 64, 0, NULL, p); }, "reaches the barrier of line",
+                "planted: two branches, two barriers");
+    check_fault([=] { LAUNCH(lost_lane_kernel, 1, 32, 0, NULL, q); }, "only ffffff7f came",
+                "planted: a shuffle that one lane misses");
+    check_fault([=] { LAUNCH(wrong_mask_kernel, 1, 32, 0, NULL, q); }, "only aaaaaaaa came",
+                "planted: lanes that disagree about the mask");
     LAUNCH(two_products_kernel<32>, 1, 32, 0, NULL, p);
-    check_fault([=] { LAUNCH(two_products_kernel<16>, 1, 32, 0, NULL, p); }, "while other lanes wait at that of line", "planted: a warp's lanes in two products");
+    check_fault([=] { LAUNCH(two_products_kernel<16>, 1, 32, 0, NULL, p); }, "while other lanes wait at that of line",
+                "planted: a warp's lanes in two products");
 #if defined(__SANITIZE_ADDRESS__)
-    check_fault([=] { LAUNCH((product_kernel<__half, -1>), 1, 32, 1024, NULL, p, (const __half*)p, (const __half*)p, (const __half*)p); },
-                "asynchronous copies in flight", "planted: a thread that returns before its copies are there");
-    check_fault([=] { LAUNCH(unaligned_kernel, 1, 32, 1024, NULL, p); }, "not at a multiple of 16 bytes", "planted: a row of ldmatrix between two banks");
-    check_fault([=] { LAUNCH(write_kernel, 1, 1, 0, NULL, p, 64); }, "AddressSanitizer", "planted: a write past the end of device memory");
-    check_fault([=] { LAUNCH(write_kernel, 1, 1, 0, NULL, p, -1); }, "AddressSanitizer", "planted: a write ahead of device memory");
-    check_fault([=] { LAUNCH(write_shared_kernel, 1, 8, 0, NULL, p, 8); }, "AddressSanitizer", "planted: a write past a static shared array");
-    check_fault([=] { LAUNCH(write_dynamic_kernel, 1, 1, 20, NULL, p, 5); }, "AddressSanitizer", "planted: a write past dynamic shared memory");
-    check_fault([=] { cudaFree(p); LAUNCH(write_kernel, 1, 1, 0, NULL, p, 0); }, "AddressSanitizer", "planted: a write to freed device memory");
+    check_fault(
+        [=] {
+            LAUNCH((product_kernel<__half, -1>), 1, 32, 1024, NULL, p, (const __half*)p, (const __half*)p,
+                   (const __half*)p);
+        },
+        "asynchronous copies in flight", "planted: a thread that returns before its copies are there");
+    check_fault([=] { LAUNCH(unaligned_kernel, 1, 32, 1024, NULL, p); }, "not at a multiple of 16 bytes",
+                "planted: a row of ldmatrix between two banks");
+    check_fault([=] { LAUNCH(write_kernel, 1, 1, 0, NULL, p, 64); }, "AddressSanitizer",
+                "planted: a write past the end of device memory");
+    check_fault([=] { LAUNCH(write_kernel, 1, 1, 0, NULL, p, -1); }, "AddressSanitizer",
+                "planted: a write ahead of device memory");
+    check_fault([=] { LAUNCH(write_shared_kernel, 1, 8, 0, NULL, p, 8); }, "AddressSanitizer",
+                "planted: a write past a static shared array");
+    check_fault([=] { LAUNCH(write_dynamic_kernel, 1, 1, 20, NULL, p, 5); }, "AddressSanitizer",
+                "planted: a write past dynamic shared memory");
+    check_fault(
+        [=] {
+            cudaFree(p);
+            LAUNCH(write_kernel, 1, 1, 0, NULL, p, 0);
+        },
+        "AddressSanitizer", "planted: a write to freed device memory");
     LAUNCH(write_shared_kernel, 1, 8, 0, NULL, p, 7);
     check(p[0] == 3, "a write inside the static shared array passes");
 #else
@@ -618,7 +707,8 @@ static void test_faults() {
 }
 
 #if defined(__SANITIZE_THREAD__)  // built for races.cpp
-// ---- races: kernels that are right with BARRIER 1, wrong with 0, whatever the order of threads ------------------------------------
+// ---- races: kernels that are right with BARRIER 1, wrong with 0, whatever the order of threads
+// ------------------------------------
 
 template <int BARRIER> static __global__ void exchange_kernel(float* out) {  // between the lanes of a warp
     DYNAMIC_SHARED(float, s);
@@ -626,7 +716,9 @@ template <int BARRIER> static __global__ void exchange_kernel(float* out) {  // 
     if (BARRIER) { __syncwarp(); }
     out[threadIdx.x] = s[threadIdx.x ^ 1];
 }
-template <int BARRIER> static __global__ void rounds_kernel(float* out) {  // a slow thread still reads what a fast one overwrites in the next round
+template <int BARRIER>
+static __global__ void
+rounds_kernel(float* out) {  // a slow thread still reads what a fast one overwrites in the next round
     DYNAMIC_SHARED(float, s);
     float sum = 0;
     for (int round = 0; round < 2; round++) {
@@ -637,7 +729,8 @@ template <int BARRIER> static __global__ void rounds_kernel(float* out) {  // a 
     }
     out[threadIdx.x] = sum;
 }
-template <int BARRIER> static __global__ void copies_kernel(float* out, const float* inp) {  // the copy is under way while others still read
+template <int BARRIER>
+static __global__ void copies_kernel(float* out, const float* inp) {  // the copy is under way while others still read
     DYNAMIC_SHARED(float, s);
     for (int e = 0; e < 4; e++) { s[4 * threadIdx.x + e] = 1; }
     __syncthreads();
@@ -647,7 +740,9 @@ template <int BARRIER> static __global__ void copies_kernel(float* out, const fl
     copy_commit();
     copy_wait<0>();
 }
-template <int BARRIER> static __global__ void early_kernel(float* out, const float* inp) {  // a thread reads where its own copy has yet to arrive
+template <int BARRIER>
+static __global__ void early_kernel(float* out,
+                                    const float* inp) {  // a thread reads where its own copy has yet to arrive
     DYNAMIC_SHARED(float, s);
     s[0] = 1;
     copy_async(s, inp, true);
@@ -679,13 +774,20 @@ static void test_race_detector() {
     check(product_case<__half>() && cudaGetLastError() == cudaSuccess, "right kernels race nowhere");
     for (uint64_t order = 0; order < 3; order++) {
         cuda_cpu::set_order(order);
-        check_fault([=] { LAUNCH(reverse_kernel<0>, 1, 64, 256, NULL, p, q); }, "race: ", "planted: a read after write past a missing barrier");
-        check_fault([=] { LAUNCH(shift_kernel<0>, 1, 64, 0, NULL, p); }, "race: ", "planted: a write after read past a missing barrier");
-        check_fault([=] { LAUNCH(exchange_kernel<0>, 1, 64, 256, NULL, p); }, "race: ", "planted: lanes that exchange past a missing __syncwarp");
-        check_fault([=] { LAUNCH(rounds_kernel<0>, 1, 64, 256, NULL, p); }, "race: ", "planted: rounds without a barrier between");
-        check_fault([=] { LAUNCH(copies_kernel<0>, 1, 64, 1024, NULL, p, q); }, "race: ", "planted: a copy begins while others still read there");
-        check_fault([=] { LAUNCH(early_kernel<0>, 1, 1, 16, NULL, p, q); }, "asynchronous copy is under way", "planted: a read ahead of the own copy's end");
-        check_fault([=] { LAUNCH(blocks_kernel<0>, 2, 1, 0, NULL, p); }, "another block", "planted: blocks that touch the same memory");
+        check_fault([=] { LAUNCH(reverse_kernel<0>, 1, 64, 256, NULL, p, q); },
+                    "race: ", "planted: a read after write past a missing barrier");
+        check_fault([=] { LAUNCH(shift_kernel<0>, 1, 64, 0, NULL, p); },
+                    "race: ", "planted: a write after read past a missing barrier");
+        check_fault([=] { LAUNCH(exchange_kernel<0>, 1, 64, 256, NULL, p); },
+                    "race: ", "planted: lanes that exchange past a missing __syncwarp");
+        check_fault([=] { LAUNCH(rounds_kernel<0>, 1, 64, 256, NULL, p); },
+                    "race: ", "planted: rounds without a barrier between");
+        check_fault([=] { LAUNCH(copies_kernel<0>, 1, 64, 1024, NULL, p, q); },
+                    "race: ", "planted: a copy begins while others still read there");
+        check_fault([=] { LAUNCH(early_kernel<0>, 1, 1, 16, NULL, p, q); }, "asynchronous copy is under way",
+                    "planted: a read ahead of the own copy's end");
+        check_fault([=] { LAUNCH(blocks_kernel<0>, 2, 1, 0, NULL, p); }, "another block",
+                    "planted: blocks that touch the same memory");
     }
 }
 int main() {

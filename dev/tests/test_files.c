@@ -29,7 +29,11 @@ static bool standard_files_open(int closed) {
         int pipes[2];
         if (pipe(pipes) || dup2(pipes[1], 9) != 9) { _exit(1); }
         for (int fd = 0; fd <= 2; fd++) {
-            if (closed & 1 << fd) { close(fd); } else { dup2(9, fd); }
+            if (closed & 1 << fd) {
+                close(fd);
+            } else {
+                dup2(9, fd);
+            }
         }
         for (int fd = 3; fd < 9; fd++) { close(fd); }
         open_standard_files();
@@ -63,10 +67,8 @@ static void test_util(void) {
     CHECK(!mul_size(SIZE_MAX / 2, 3, &out) && out == 7 && mul_size(1u << 20, 1u << 20, &out) && out == (size_t)1 << 40);
     CHECK(!add_size(SIZE_MAX, 1, &out) && add_size(1, 2, &out) && out == 3);
 
-    CHECK(make_dirs(at("a/b/c"), &(Error){{0}}) && make_dirs(at("a/b/c"), &(Error){{0}}) &&
-          dir_exists(at("a/b")));
-    CHECK(write_file_synced(at("a/f"), bytes, 1000, &(Error){{0}}) && file_exists(at("a/f")) &&
-          !file_exists(at("a")));
+    CHECK(make_dirs(at("a/b/c"), &(Error){{0}}) && make_dirs(at("a/b/c"), &(Error){{0}}) && dir_exists(at("a/b")));
+    CHECK(write_file_synced(at("a/f"), bytes, 1000, &(Error){{0}}) && file_exists(at("a/f")) && !file_exists(at("a")));
     e = (Error){{0}};
     CHECK(!make_dirs(at("a/f/g"), &e) && says(&e, "a/f: cannot create directory: File exists"));
     e = (Error){{0}};  // nothing is there and nothing can be made: mkdir's own reason, not "No such file or directory"
@@ -76,8 +78,7 @@ static void test_util(void) {
     }
     char* text;
     size_t n;
-    CHECK(read_file(at("a/f"), 1000, &text, &n, &(Error){{0}}) && n == 1000 && !memcmp(text, bytes, n) &&
-          !text[n]);
+    CHECK(read_file(at("a/f"), 1000, &text, &n, &(Error){{0}}) && n == 1000 && !memcmp(text, bytes, n) && !text[n]);
     free(text);
     e = (Error){{0}};
     CHECK(!read_file(at("a/f"), 999, &text, &n, &e) && says(&e, "more than the 999 bytes"));
@@ -170,7 +171,8 @@ static void test_json(void) {
     CHECK(j && j->integer == 12345);
     json_free(j);
     j = json_parse("\"\\ud800\\u0041\"", 14, &e);  // half a pair
-    CHECK(j && !strcmp(j->string, "\xEF\xBF\xBD" "A"));
+    CHECK(j && !strcmp(j->string, "\xEF\xBF\xBD"
+                                  "A"));
     json_free(j);
     free(exact);
 
@@ -303,8 +305,7 @@ static void test_safetensors_round_trip(void) {
     SafeTensors s;
     float values[6];
     make_dirs(at("st"), NULL);
-    CHECK(write_pair(at("st/model.safetensors"), "x.a", "x.b", 1, &e) &&
-          safetensors_open_dir(&s, at("st"), &e));
+    CHECK(write_pair(at("st/model.safetensors"), "x.a", "x.b", 1, &e) && safetensors_open_dir(&s, at("st"), &e));
     CHECK(s.n == 2 && !strcmp(safetensors_metadata(&s, "origin"), "a \"test\"") &&
           !strcmp(safetensors_metadata(&s, "format"), "pt"));
     const StTensor* a = safetensors_find(&s, "x.a");
@@ -369,7 +370,12 @@ static void test_safetensors_index(void) {
 // ---------------------------------------------------------------------------------------------------------------------
 // checkpoint.h
 
-typedef struct { TensorList list; float* data; float scale; int stored; } Arena;
+typedef struct {
+    TensorList list;
+    float* data;
+    float scale;
+    int stored;
+} Arena;
 
 static const void* arena_fetch(void* ctx, int group, int tensor, size_t from, size_t n) {
     Arena* a = (Arena*)ctx;
@@ -462,8 +468,7 @@ static void test_checkpoint_damage(Arena* a) {
     CHECK(silent_newest(run, path) == 500);
     flip_byte(at("damage/step-00000500/model.safetensors"), 3000);
     CHECK(!checkpoint_verify(path, &e) && says(&e, "damaged") && silent_newest(run, path) == 400);
-    CHECK(truncate(at("damage/step-00000400/optimizer.safetensors"), 1000) == 0 &&
-          silent_newest(run, path) == 300);
+    CHECK(truncate(at("damage/step-00000400/optimizer.safetensors"), 1000) == 0 && silent_newest(run, path) == 300);
     CHECK(unlink(at("damage/step-00000300/manifest.json")) == 0 && silent_newest(run, path) == 200);
     CHECK(write_file_synced(at("damage/step-00000200/manifest.json"), "{\"files\":{\"../x\":{}}}", 20, NULL) &&
           silent_newest(run, path) == 100);
@@ -495,8 +500,7 @@ static void test_checkpoint_kill(Arena* a) {
         }
         int status = 0;
         waitpid(child, &status, 0);
-        CHECK(WIFSIGNALED(status) && dir_exists(at("kill/.step-00000020.partial")) &&
-              silent_newest(run, path) == 10);
+        CHECK(WIFSIGNALED(status) && dir_exists(at("kill/.step-00000020.partial")) && silent_newest(run, path) == 10);
     }
     CHECK(save(run, 30, a, path, &e) && !dir_exists(at("kill/.step-00000020.partial")) &&
           silent_newest(run, path) == 30);
@@ -557,7 +561,10 @@ static bool write_variant(const char* path, Arena* a, int skip, const char* extr
         for (int d = 0; d < entries[n].ndim; d++) { entries[n].shape[d] = a->list.specs[i].shape[d]; }
         map[n++] = i;
     }
-    if (extra) { entries[n] = (StEntry){extra, dtype, 1, {a->list.specs[1].numel}}; map[n++] = 1; }
+    if (extra) {
+        entries[n] = (StEntry){extra, dtype, 1, {a->list.specs[1].numel}};
+        map[n++] = 1;
+    }
     bool good = st_writer_open(&w, path, entries, n, NULL, 0, NULL);
     for (int i = 0; good && i < n; i++) {
         float* f = (float*)arena_fetch(a, 0, map[i], 0, a->list.specs[map[i]].numel);
@@ -572,8 +579,7 @@ static bool write_variant(const char* path, Arena* a, int skip, const char* extr
 
 static bool read_variant(Arena* a, bool may_be_absent, Text* absent, Error* e) {
     a->stored = 0;
-    return checkpoint_read_tensors(at("variant"), &a->list, no_prefix, 1, may_be_absent, absent, arena_store, a,
-                                   e);
+    return checkpoint_read_tensors(at("variant"), &a->list, no_prefix, 1, may_be_absent, absent, arena_store, a, e);
 }
 
 static void test_checkpoint_tensors(Arena* a) {

@@ -7,9 +7,11 @@
 //                                    what each operation costs: time, bytes, operations, share of the roofline; on the
 //                                    CPU only that it runs, and how many products and loads of tensor cores it executes
 //
-// The table OPERATIONS is the list of tests. An operation is a function that draws inputs at random, rounds them to what the device stores, gives the same values to both
-// trainers and compares. What a device's array holds before it is written is NaN in every type, also beyond the rows, columns and elements that an operation may write,
-// and those must still hold it afterwards. train_mta.cu itself says what must be tested: a launcher that no operation names, and a launch that none has reached, fail.
+// The table OPERATIONS is the list of tests. An operation is a function that draws inputs at random, rounds them to
+// what the device stores, gives the same values to both trainers and compares. What a device's array holds before it is
+// written is NaN in every type, also beyond the rows, columns and elements that an operation may write, and those must
+// still hold it afterwards. train_mta.cu itself says what must be tested: a launcher that no operation names, and a
+// launch that none has reached, fail.
 #if !defined(MTA_LIBRARY)
 #define MTA_LIBRARY
 #endif
@@ -29,7 +31,8 @@ static Launches& launches() {
 #if defined(CUDA_CPU)
 #undef LAUNCH
 #define LAUNCH(kernel, grid, block, shared, stream, ...) \
-    (launches().insert({__LINE__, #kernel}), cuda_cpu::launch(#kernel, grid, block, shared, stream, kernel, __VA_ARGS__))
+    (launches().insert({__LINE__, #kernel}),             \
+     cuda_cpu::launch(#kernel, grid, block, shared, stream, kernel, __VA_ARGS__))
 #else
 #define LAUNCH(kernel, grid, block, shared, stream, ...) \
     (launches().insert({__LINE__, #kernel}), kernel<<<grid, block, shared, stream>>>(__VA_ARGS__))
@@ -42,22 +45,29 @@ static Launches& launches() {
 
 typedef std::vector<double> Doubles;
 
-// A result passes where |got - want| <= atol + rtol * largest |want| for every element of a tensor; NaN fails. About twice the largest error measured over the cases
-// below and three orders of threads.
-typedef struct { double atol, rtol; } Tolerance;
-static const Tolerance MOVED = {0, 0};                                                          // values are moved, not computed
-static const Tolerance FLOAT = {1e-30, 3e-6};                                                   // an fp32 result: sums of up to some thousand terms
-static const Tolerance STORED = EXACT ? Tolerance{1e-30, 1e-5} : Tolerance{1e-30, 0.0042};      // floatX of an fp32 result: bf16 rounds by 2^-8 = 0.0039 at most
-static const Tolerance MAPPED = EXACT ? Tolerance{1e-30, 1e-5} : Tolerance{1e-30, 0.0006};      // floatS: fp16 rounds by 2^-11 = 0.0005 at most
-static const Tolerance ROUNDED = EXACT ? Tolerance{1e-30, 1e-5} : Tolerance{1e-5, 0.01};        // sums of products whose factors are rounded on the way
-static const Tolerance CHAINED = EXACT ? Tolerance{1e-7, 2e-5} : Tolerance{1e-5, 0.02};         // all of attention, every step of it rounded
+// A result passes where |got - want| <= atol + rtol * largest |want| for every element of a tensor; NaN fails. About
+// twice the largest error measured over the cases below and three orders of threads.
+typedef struct {
+    double atol, rtol;
+} Tolerance;
+static const Tolerance MOVED = {0, 0};         // values are moved, not computed
+static const Tolerance FLOAT = {1e-30, 3e-6};  // an fp32 result: sums of up to some thousand terms
+static const Tolerance STORED =
+    EXACT ? Tolerance{1e-30, 1e-5}
+          : Tolerance{1e-30, 0.0042};  // floatX of an fp32 result: bf16 rounds by 2^-8 = 0.0039 at most
+static const Tolerance MAPPED =
+    EXACT ? Tolerance{1e-30, 1e-5} : Tolerance{1e-30, 0.0006};  // floatS: fp16 rounds by 2^-11 = 0.0005 at most
+static const Tolerance ROUNDED =
+    EXACT ? Tolerance{1e-30, 1e-5} : Tolerance{1e-5, 0.01};  // sums of products whose factors are rounded on the way
+static const Tolerance CHAINED =
+    EXACT ? Tolerance{1e-7, 2e-5} : Tolerance{1e-5, 0.02};  // all of attention, every step of it rounded
 
 typedef struct {
     Cuda* g;
     const Reference* ref;
     Rng rng;
-    double worst;        // error / tolerance so far; over 1: failed
-    std::string what;    // of the worst
+    double worst;      // error / tolerance so far; over 1: failed
+    std::string what;  // of the worst
 } Test;
 
 static void failed_with(Test* t, double worst, const std::string& what) {
@@ -65,10 +75,14 @@ static void failed_with(Test* t, double worst, const std::string& what) {
 }
 static void expect(Test* t, const char* name, const Doubles& got, const Doubles& want, Tolerance tolerance) {
     double largest = 0;
-    if (got.size() != want.size()) { failed_with(t, INFINITY, std::string(name) + ": another size"); return; }
+    if (got.size() != want.size()) {
+        failed_with(t, INFINITY, std::string(name) + ": another size");
+        return;
+    }
     for (double x : want) { largest = std::fmax(largest, std::fabs(x)); }
     for (size_t i = 0; i < want.size(); i++) {
-        double off = std::fabs(got[i] - want[i]), error = off == 0 ? 0 : off / (tolerance.atol + tolerance.rtol * largest);
+        double off = std::fabs(got[i] - want[i]),
+               error = off == 0 ? 0 : off / (tolerance.atol + tolerance.rtol * largest);
         if (error <= t->worst) { continue; }
         char text[128];
         snprintf(text, sizeof text, "%s[%zu] is %.6g, wanted %.6g, largest %.3g", name, i, got[i], want[i], largest);
@@ -87,9 +101,9 @@ static std::vector<int32_t> draw_ids(Test* t, int n, int V) {
     return ids;
 }
 
-// n elements on the device between two guards; NaN, or the values given, of which `host` has what the device's type makes of them.
-template <typename T>
-struct Device {
+// n elements on the device between two guards; NaN, or the values given, of which `host` has what the device's type
+// makes of them.
+template <typename T> struct Device {
     enum { GUARD = 512 };  // bytes
     T* p;
     Doubles host;
@@ -106,7 +120,9 @@ struct Device {
         cudaCheck(cudaMemcpyAsync(all.data(), memory, bytes(), cudaMemcpyDeviceToHost, t->g->stream));
         cudaCheck(cudaStreamSynchronize(t->g->stream));
         for (size_t i = 0; i < bytes(); i++) {
-            if ((i < GUARD || i >= GUARD + n * sizeof(T)) && all[i] != 0xff) { failed_with(t, INFINITY, "written outside of an array"); }
+            if ((i < GUARD || i >= GUARD + n * sizeof(T)) && all[i] != 0xff) {
+                failed_with(t, INFINITY, "written outside of an array");
+            }
         }
         cudaCheck(cudaFree(memory));
     }
@@ -127,15 +143,21 @@ struct Device {
         cudaCheck(cudaStreamSynchronize(t->g->stream));
     }
     static T element(double x) {
-        if constexpr (std::is_same<T, double>::value) { return x; }
-        else { return (T)(float)x; }
+        if constexpr (std::is_same<T, double>::value) {
+            return x;
+        } else {
+            return (T)(float)x;
+        }
     }
     static double number(T x) {
-        if constexpr (std::is_same<T, double>::value) { return x; }
-        else { return (double)(float)x; }
+        if constexpr (std::is_same<T, double>::value) {
+            return x;
+        } else {
+            return (double)(float)x;
+        }
     }
 
-private:
+  private:
     Test* t;
     size_t n;
     char* memory;
@@ -149,7 +171,8 @@ private:
 };
 
 // =====================================================================================================================
-// Small helpers of the device, products, embedding, norms, RoPE. s: the shape, numbers in the order that OPERATIONS names.
+// Small helpers of the device, products, embedding, norms, RoPE. s: the shape, numbers in the order that OPERATIONS
+// names.
 
 static void test_parts_add(Test* t, const int* s) {
     int n_parts = s[0], n = s[1], stride = s[2];
@@ -166,7 +189,9 @@ static void test_sums_add(Test* t, const int* s) {
     Doubles want = sums.host;
     for (int x = 0; x < S; x++) {
         for (int group = 0; group < groups; group++) {
-            for (int i = 0; i < blocks * n; i++) { want[group * n + i % n] += parts.host[((size_t)(x * groups + group) * blocks) * n + i]; }
+            for (int i = 0; i < blocks * n; i++) {
+                want[group * n + i % n] += parts.host[((size_t)(x * groups + group) * blocks) * n + i];
+            }
         }
     }
     sums_add(sums.p, parts.p, S, groups, blocks, n, t->g);
@@ -187,13 +212,15 @@ static void test_replay(Test* t, const int* s) {
     Doubles want = dweight.host;
     Replay r = {};
     for (int i = 0; i < s[0]; i++) { want[i] += s[1] * parts.host[i]; }
-    for (int i = 0; i < s[1]; i++) { replay(&r, [&] { parts_add(dweight.p, parts.p, 1, s[0], s[0], t->g); }, t->g); }
+    for (int i = 0; i < s[1]; i++) {
+        replay(
+            &r, [&] { parts_add(dweight.p, parts.p, 1, s[0], s[0], t->g); }, t->g);
+    }
     expect(t, "dweight", dweight.get(), want, FLOAT);
     if (r.graph) { cudaCheck(cudaGraphExecDestroy(r.graph)); }
 }
 
-template <typename To, typename From>
-static void convert_case(Test* t, int n, bool wide, Tolerance tolerance) {
+template <typename To, typename From> static void convert_case(Test* t, int n, bool wide, Tolerance tolerance) {
     Device<From> from(t, normal(t, n));
     Device<To> to(t, n);
     convert(to.p, from.p, n, t->g, wide);
@@ -205,16 +232,19 @@ static void test_convert(Test* t, const int* s) {
     convert_case<floatS, floatX>(t, s[0], s[1], MAPPED);
 }
 
-template <typename Out>
-static void gemm_case(Test* t, const int* s, Tolerance tolerance) {
+template <typename Out> static void gemm_case(Test* t, const int* s, Tolerance tolerance) {
     bool ta = s[0], tb = s[1];
-    int M = s[2], N = s[3], K = s[4], batch = s[5], add = s[6], lda = (ta ? M : K) + 3, ldb = (tb ? K : N) + 1, ldo = N + 2;
+    int M = s[2], N = s[3], K = s[4], batch = s[5], add = s[6], lda = (ta ? M : K) + 3, ldb = (tb ? K : N) + 1,
+        ldo = N + 2;
     size_t na = (size_t)(ta ? K : M) * lda, nb = (size_t)(tb ? N : K) * ldb, no = (size_t)M * ldo;
     Device<floatX> A(t, normal(t, batch * na)), B(t, normal(t, batch * nb));
     Device<Out> out(t, normal(t, batch * no));
     Doubles want = out.host;
-    for (int b = 0; b < batch; b++) { t->ref->gemm(ta, tb, M, N, K, 0.5, &A.host[b * na], lda, &B.host[b * nb], ldb, add, &want[b * no], ldo); }
-    gemm(matrix(out.p, ldo, no), matrix(A.p, lda, na), matrix(B.p, ldb, nb), {ta, tb, M, N, K, 0.5f, (float)add, batch}, t->g);
+    for (int b = 0; b < batch; b++) {
+        t->ref->gemm(ta, tb, M, N, K, 0.5, &A.host[b * na], lda, &B.host[b * nb], ldb, add, &want[b * no], ldo);
+    }
+    gemm(matrix(out.p, ldo, no), matrix(A.p, lda, na), matrix(B.p, ldb, nb), {ta, tb, M, N, K, 0.5f, (float)add, batch},
+         t->g);
     expect(t, "out", out.get(), want, tolerance);
 }
 static void test_gemm(Test* t, const int* s) {
@@ -234,7 +264,8 @@ static void columns_put(Doubles* wide, const Doubles& x, int rows, int width, in
 
 static void test_matmul_forward(Test* t, const int* s) {
     int N = s[0], C = s[1], OC = s[2], ldo = OC + s[3];
-    Device<floatX> inp(t, normal(t, (size_t)N * C)), weight(t, normal(t, (size_t)OC * C)), out(t, normal(t, (size_t)N * ldo));
+    Device<floatX> inp(t, normal(t, (size_t)N * C)), weight(t, normal(t, (size_t)OC * C)),
+        out(t, normal(t, (size_t)N * ldo));
     Doubles want = out.host, own((size_t)N * OC);
     t->ref->matmul_forward(own.data(), inp.host.data(), weight.host.data(), N, C, OC);
     columns_put(&want, own, N, ldo, 0, OC);
@@ -244,19 +275,23 @@ static void test_matmul_forward(Test* t, const int* s) {
 static void test_matmul_backward(Test* t, const int* s) {
     int N = s[0], C = s[1], OC = s[2], ldd = OC + s[3];
     bool add = s[4];
-    Device<floatX> dout(t, normal(t, (size_t)N * ldd)), inp(t, normal(t, (size_t)N * C)), weight(t, normal(t, (size_t)OC * C)), dinp(t, normal(t, (size_t)N * C));
+    Device<floatX> dout(t, normal(t, (size_t)N * ldd)), inp(t, normal(t, (size_t)N * C)),
+        weight(t, normal(t, (size_t)OC * C)), dinp(t, normal(t, (size_t)N * C));
     Device<float> dweight(t, normal(t, (size_t)OC * C));
     Doubles want = dinp.host, want_weight = dweight.host, own = columns_of(dout.host, N, ldd, 0, OC);
-    t->ref->matmul_backward(want.data(), want_weight.data(), own.data(), inp.host.data(), weight.host.data(), N, C, OC, add);
+    t->ref->matmul_backward(want.data(), want_weight.data(), own.data(), inp.host.data(), weight.host.data(), N, C, OC,
+                            add);
     matmul_backward(dinp.p, dweight.p, dout.p, ldd, inp.p, weight.p, N, C, OC, add, t->g);
     expect(t, "dinp", dinp.get(), want, STORED);
     expect(t, "dweight", dweight.get(), want_weight, FLOAT);
 }
 // Three weights of one input, the first two behind one another, the third elsewhere if apart.
 static void test_matmul_joined(Test* t, const int* s) {
-    int N = s[0], C = s[1], OC[3] = {s[2], s[3], s[4]}, gap = s[5] * 8, width = OC[0] + OC[1] + OC[2], first[3] = {0, OC[0] * C, (OC[0] + OC[1]) * C + gap};
+    int N = s[0], C = s[1], OC[3] = {s[2], s[3], s[4]}, gap = s[5] * 8, width = OC[0] + OC[1] + OC[2],
+        first[3] = {0, OC[0] * C, (OC[0] + OC[1]) * C + gap};
     size_t n = (size_t)width * C + gap;
-    Device<floatX> inp(t, normal(t, (size_t)N * C)), weight(t, normal(t, n)), out(t, (size_t)N * width), dout(t, normal(t, (size_t)N * width)), dinp(t, (size_t)N * C);
+    Device<floatX> inp(t, normal(t, (size_t)N * C)), weight(t, normal(t, n)), out(t, (size_t)N * width),
+        dout(t, normal(t, (size_t)N * width)), dinp(t, (size_t)N * C);
     Device<float> dweight(t, normal(t, n));
     Joined joined = {3, {OC[0], OC[1], OC[2]}, width, {}, {}};
     Doubles want((size_t)N * width), want_dinp((size_t)N * C), want_dweight = dweight.host;
@@ -264,7 +299,8 @@ static void test_matmul_joined(Test* t, const int* s) {
         Doubles own((size_t)N * OC[i]), down = columns_of(dout.host, N, width, at, OC[i]);
         joined.weight[i] = weight.p + first[i], joined.dweight[i] = dweight.p + first[i];
         t->ref->matmul_forward(own.data(), inp.host.data(), &weight.host[first[i]], N, C, OC[i]);
-        t->ref->matmul_backward(want_dinp.data(), &want_dweight[first[i]], down.data(), inp.host.data(), &weight.host[first[i]], N, C, OC[i], i > 0);
+        t->ref->matmul_backward(want_dinp.data(), &want_dweight[first[i]], down.data(), inp.host.data(),
+                                &weight.host[first[i]], N, C, OC[i], i > 0);
         columns_put(&want, own, N, width, at, OC[i]);
     }
     matmul_joined_forward(out.p, inp.p, &joined, N, C, t->g);
@@ -279,7 +315,9 @@ static void test_embedding(Test* t, const int* s) {
     std::vector<int32_t> ids = draw_ids(t, N, V), rows((size_t)N), starts;
     for (int n = 0; n < N; n++) { rows[n] = n; }
     std::stable_sort(rows.begin(), rows.end(), [&](int a, int b) { return ids[a] < ids[b]; });
-    for (int i = 0; i < N; i++) { if (i == 0 || ids[rows[i]] != ids[rows[i - 1]]) { starts.push_back(i); } }
+    for (int i = 0; i < N; i++) {
+        if (i == 0 || ids[rows[i]] != ids[rows[i - 1]]) { starts.push_back(i); }
+    }
     int distinct = (int)starts.size();
     starts.push_back(N);
     Device<int> tokens(t, ids), sorted(t, rows), begin(t, starts);
@@ -303,8 +341,11 @@ static void test_rmsnorm_forward(Test* t, const int* s) {
     Doubles x = inp.host, want(n), want_rstd(N);
     for (size_t i = 0; branch && i < n; i++) { x[i] += add.host[i]; }
     t->ref->rmsnorm_forward(want.data(), want_rstd.data(), x.data(), weight.host.data(), N, C, 1e-5, 1);
-    if (branch) { residual_rmsnorm_forward(out.p, rstd.p, sum.p, inp.p, add.p, weight.p, N, C, 1e-5, t->g); }
-    else { rmsnorm_forward(out.p, rstd.p, inp.p, weight.p, N, C, 1e-5, t->g); }
+    if (branch) {
+        residual_rmsnorm_forward(out.p, rstd.p, sum.p, inp.p, add.p, weight.p, N, C, 1e-5, t->g);
+    } else {
+        rmsnorm_forward(out.p, rstd.p, inp.p, weight.p, N, C, 1e-5, t->g);
+    }
     expect(t, "out", out.get(), want, STORED);
     expect(t, "rstd", rstd.get(), want_rstd, FLOAT);
     if (branch) { expect(t, "sum", sum.get(), x, FLOAT); }
@@ -313,10 +354,12 @@ static void test_rmsnorm_backward(Test* t, const int* s) {
     int N = s[0], C = s[1];
     bool add = s[2];
     size_t n = (size_t)N * C;
-    Device<float> inp(t, normal(t, n)), rstd(t, normal(t, N, 0.2, 1)), dinp(t, normal(t, n)), dweight(t, normal(t, C)), parts(t, (size_t)NORM_PARTS * C);
+    Device<float> inp(t, normal(t, n)), rstd(t, normal(t, N, 0.2, 1)), dinp(t, normal(t, n)), dweight(t, normal(t, C)),
+        parts(t, (size_t)NORM_PARTS * C);
     Device<floatX> weight(t, normal(t, C, 0.3, 1)), dout(t, normal(t, n)), rounded(t, n);
     Doubles want = dinp.host, want_dweight = dweight.host;
-    t->ref->rmsnorm_backward(want.data(), want_dweight.data(), dout.host.data(), inp.host.data(), weight.host.data(), rstd.host.data(), N, C, 1, add);
+    t->ref->rmsnorm_backward(want.data(), want_dweight.data(), dout.host.data(), inp.host.data(), weight.host.data(),
+                             rstd.host.data(), N, C, 1, add);
     rmsnorm_backward(dinp.p, rounded.p, dweight.p, dout.p, inp.p, weight.p, rstd.p, N, C, parts.p, add, t->g);
     expect(t, "dinp", dinp.get(), want, FLOAT);
     expect(t, "rounded", rounded.get(), want, STORED);
@@ -344,7 +387,8 @@ static void test_rope_forward(Test* t, const int* s) {
     for (size_t i = 0; i < 3 * n; i++) {
         size_t kind = i / n, x = i % HS, time = i / HS % T, h = i / HS / T % NH, b = i % n / HS / T / NH;
         const Doubles& from = kind < 2 ? turned : qkv.host;
-        want[kind][i % n] = from[packed_at((int)(b * T + time), (int)kind, (int)(kind ? h / share : h), NH, NKV, HS) + x];
+        want[kind][i % n] =
+            from[packed_at((int)(b * T + time), (int)kind, (int)(kind ? h / share : h), NH, NKV, HS) + x];
     }
     Rope rope = {cosine.p, sine.p, T, NH, NKV, HS};
     rope_forward(q.p, k.p, v.p, qkv.p, &rope, B, t->g);
@@ -355,51 +399,65 @@ static void test_rope_forward(Test* t, const int* s) {
 static void test_rope_backward(Test* t, const int* s) {
     int S = s[0], T = s[1], NH = s[2], NKV = s[3], HS = s[4], q_parts = s[5], v_parts = s[6], share = NH / NKV;
     size_t n = (size_t)S * NH * T * HS;
-    Device<float> dq(t, normal(t, q_parts * n)), dk(t, normal(t, n)), dv(t, normal(t, v_parts * n)), cosine(t, angles(t, T, HS, false)), sine(t, angles(t, T, HS, true));
+    Device<float> dq(t, normal(t, q_parts * n)), dk(t, normal(t, n)), dv(t, normal(t, v_parts * n)),
+        cosine(t, angles(t, T, HS, false)), sine(t, angles(t, T, HS, true));
     Device<floatX> dqkv(t, (size_t)S * T * (NH + 2 * NKV) * HS);
     Doubles want((size_t)S * T * (NH + 2 * NKV) * HS), turned;
     const Doubles* from[3] = {&dq.host, &dk.host, &dv.host};
     for (int kind = 0; kind < 3; kind++) {
         for (size_t i = 0; i < from[kind]->size(); i++) {
             size_t x = i % HS, time = i / HS % T, h = i / HS / T % NH, b = i % n / HS / T / NH;
-            want[packed_at((int)(b * T + time), kind, (int)(kind ? h / share : h), NH, NKV, HS) + x] += (*from[kind])[i];
+            want[packed_at((int)(b * T + time), kind, (int)(kind ? h / share : h), NH, NKV, HS) + x] +=
+                (*from[kind])[i];
         }
     }
     turned = want;
     t->ref->rope_forward(turned.data(), cosine.host.data(), sine.host.data(), S, T, NH + 2 * NKV, HS, -1);
-    for (size_t i = 0; i < want.size(); i++) { if (i / HS % (NH + 2 * NKV) < (size_t)(NH + NKV)) { want[i] = turned[i]; } }
+    for (size_t i = 0; i < want.size(); i++) {
+        if (i / HS % (NH + 2 * NKV) < (size_t)(NH + NKV)) { want[i] = turned[i]; }
+    }
     Rope rope = {cosine.p, sine.p, T, NH, NKV, HS};
     rope_backward(dqkv.p, dq.p, dk.p, dv.p, &rope, S, q_parts, v_parts, t->g);
     expect(t, "dqkv", dqkv.get(), want, STORED);
 }
 
 // =====================================================================================================================
-// Steps of attention. A shape begins with S T NH lo hi: maps of S*NH heads, of which the rows lo <= i < hi are computed, in a tile that has
-// some rows more above and below, and keys up to nk.
+// Steps of attention. A shape begins with S T NH lo hi: maps of S*NH heads, of which the rows lo <= i < hi are
+// computed, in a tile that has some rows more above and below, and keys up to nk.
 
-typedef struct { int S, T, NH, lo, hi, nk; RefAttention ref; Attention own; } Steps;
+typedef struct {
+    int S, T, NH, lo, hi, nk;
+    RefAttention ref;
+    Attention own;
+} Steps;
 
 static Steps steps_of(const int* s, int HS = 8, int cq = 1, int ck = 1) {
     Steps x = {s[0], s[1], s[2], s[3], s[4], min_int(s[4], s[1]), {}, {}};
     x.ref.B = x.S, x.ref.T = x.T, x.ref.NH = x.ref.NKV = x.NH, x.ref.HS = HS, x.ref.cq = cq, x.ref.ck = ck;
-    x.own.B = x.own.S = x.S, x.own.T = x.T, x.own.NH = x.NH, x.own.HS = HS, x.own.cq = cq, x.own.ck = ck, x.own.chunk = x.hi - x.lo;
+    x.own.B = x.own.S = x.S, x.own.T = x.T, x.own.NH = x.NH, x.own.HS = HS, x.own.cq = cq, x.own.ck = ck,
+    x.own.chunk = x.hi - x.lo;
     return x;
 }
 static size_t map_size(const Steps& x) { return (size_t)x.S * x.NH * x.T * x.T; }
 
-// A tile and its map. Input: NaN right of the diagonal, or zeros where a product reads it, and NaN above and below the sequence. Output: NaN everywhere.
-template <typename T>
-struct MapTile {
+// A tile and its map. Input: NaN right of the diagonal, or zeros where a product reads it, and NaN above and below the
+// sequence. Output: NaN everywhere.
+template <typename T> struct MapTile {
     enum { HALO = 9 };  // rows beyond those computed: more than a convolution of 6 needs
     Device<T> memory;
     TileOf<T> tile;
     Doubles map;  // as the tile's type rounds it
     MapTile(Test* test, const Steps& x) : memory(test, size(x)), tile(make(x)), map(map_size(x)), t(test), steps(x) {}
-    MapTile(Test* test, const Steps& x, const Doubles& values, bool zeros = false) : memory(test, filled(x, values, zeros)), tile(make(x)), map(values), t(test), steps(x) {
-        each([&](size_t at, size_t in_map, int i, int j) { if (j < x.T) { map[in_map] = j <= i ? memory.host[at] : 0; } });
+    MapTile(Test* test, const Steps& x, const Doubles& values, bool zeros = false)
+        : memory(test, filled(x, values, zeros)), tile(make(x)), map(values), t(test), steps(x) {
+        each([&](size_t at, size_t in_map, int i, int j) {
+            if (j < x.T) { map[in_map] = j <= i ? memory.host[at] : 0; }
+        });
     }
-    // Rows lo <= i < hi, keys < nk, are `want`; with `left` only left of the diagonal. Other rows are as they were, but where the tile was also the input.
-    void check(const char* name, const Doubles& want, Tolerance tolerance, int lo, int hi, int nk, bool left = false, bool in_place = false) {
+    // Rows lo <= i < hi, keys < nk, are `want`; with `left` only left of the diagonal. Other rows are as they were, but
+    // where the tile was also the input.
+    void check(const char* name, const Doubles& want, Tolerance tolerance, int lo, int hi, int nk, bool left = false,
+               bool in_place = false) {
         Doubles all = memory.get(), got(map.size()), expected(map.size());
         bool touched = false;
         for (size_t at = 0; at < all.size(); at++) {
@@ -407,34 +465,37 @@ struct MapTile {
             touched |= (i < lo || i >= hi) && !std::isnan(all[at]) && !in_place;
         }
         each([&](size_t at, size_t in_map, int i, int j) {
-            if (i >= lo && i < hi && j < nk && (!left || j <= i)) { got[in_map] = all[at], expected[in_map] = j <= i ? want[in_map] : 0; }
+            if (i >= lo && i < hi && j < nk && (!left || j <= i)) {
+                got[in_map] = all[at], expected[in_map] = j <= i ? want[in_map] : 0;
+            }
         });
         if (touched) { failed_with(t, INFINITY, std::string(name) + ": rows that are not its own were written"); }
         expect(t, name, got, expected, tolerance);
     }
 
-private:
+  private:
     Test* t;
     Steps steps;
     static int rows(const Steps& x) { return x.hi - x.lo + 2 * HALO; }
     static size_t size(const Steps& x) { return (size_t)x.S * x.NH * rows(x) * tile_stride(x.T); }
     TileOf<T> make(const Steps& x) { return TileOf<T>{memory.p, x.lo - HALO, rows(x), tile_stride(x.T)}; }
     // f(place in the tile, in the map, i, j) for the rows of both
-    template <typename F>
-    void each(const F& f) { each_of(steps, f); }
-    template <typename F>
-    static void each_of(const Steps& x, const F& f) {
+    template <typename F> void each(const F& f) { each_of(steps, f); }
+    template <typename F> static void each_of(const Steps& x, const F& f) {
         for (int head = 0; head < x.S * x.NH; head++) {
             for (int i = max_int(0, x.lo - HALO); i < min_int(x.T, x.hi + HALO); i++) {
                 for (int j = 0; j < tile_stride(x.T); j++) {
-                    f(((size_t)head * rows(x) + i - (x.lo - HALO)) * tile_stride(x.T) + j, ((size_t)head * x.T + i) * x.T + j, i, j);
+                    f(((size_t)head * rows(x) + i - (x.lo - HALO)) * tile_stride(x.T) + j,
+                      ((size_t)head * x.T + i) * x.T + j, i, j);
                 }
             }
         }
     }
     static Doubles filled(const Steps& x, const Doubles& values, bool zeros) {
         Doubles y(size(x), NAN);
-        each_of(x, [&](size_t at, size_t in_map, int i, int j) { y[at] = j <= i ? values[in_map] : zeros ? 0 : (double)NAN; });
+        each_of(x, [&](size_t at, size_t in_map, int i, int j) {
+            y[at] = j <= i ? values[in_map] : zeros ? 0 : (double)NAN;
+        });
         return y;
     }
 };
@@ -447,7 +508,8 @@ static void test_scores_forward(Test* t, const int* s) {
     MapTile<floatS> out(t, x);
     Doubles want(map_size(x));
     t->ref->scores_forward(want.data(), q.host.data(), k.host.data(), &x.ref, x.lo, x.hi, x.nk);
-    const floatS *q_s = scores_input(room_q.p, q.p, &x.own, x.S, t->g), *k_s = scores_input(room_k.p, k.p, &x.own, x.S, t->g);
+    const floatS *q_s = scores_input(room_q.p, q.p, &x.own, x.S, t->g),
+                 *k_s = scores_input(room_k.p, k.p, &x.own, x.S, t->g);
     scores_forward(&out.tile, q_s, k_s, &x.own, x.S, x.lo, x.hi, x.nk, t->g);
     out.check("out", want, MAPPED, x.lo, x.hi, x.nk, true);
 }
@@ -458,14 +520,14 @@ static void test_scores_backward(Test* t, const int* s) {
     Device<float> dq(t, normal(t, n)), dk(t, normal(t, n));
     MapTile<floatX> dout(t, x, normal(t, map_size(x)), true);
     Doubles want_q = dq.host, want_k = dk.host;
-    t->ref->scores_backward(want_q.data(), want_k.data(), dout.map.data(), q.host.data(), k.host.data(), &x.ref, x.lo, x.hi);
+    t->ref->scores_backward(want_q.data(), want_k.data(), dout.map.data(), q.host.data(), k.host.data(), &x.ref, x.lo,
+                            x.hi);
     scores_backward(dq.p, dk.p, &dout.tile, q.p, k.p, &x.own, x.S, x.lo, x.hi, t->g);
     expect(t, "dq", dq.get(), want_q, FLOAT);
     expect(t, "dk", dk.get(), want_k, FLOAT);
 }
 
-template <typename Out>
-static void kq_conv_forward_case(Test* t, const int* s, Tolerance tolerance) {
+template <typename Out> static void kq_conv_forward_case(Test* t, const int* s, Tolerance tolerance) {
     Steps x = steps_of(s, 8, s[5], s[6]);
     Device<floatX> weight(t, normal(t, (size_t)x.NH * s[5] * s[6], 0.3));
     MapTile<floatS> inp(t, x, normal(t, map_size(x)));
@@ -501,8 +563,7 @@ static void test_kq_conv_backward_weight(Test* t, const int* s) {
     expect(t, "dweight", dweight.get(), want, ROUNDED);
 }
 
-template <typename Out, typename Weight>
-static void head_mix_forward_case(Test* t, const int* s, Tolerance tolerance) {
+template <typename Out, typename Weight> static void head_mix_forward_case(Test* t, const int* s, Tolerance tolerance) {
     Steps x = steps_of(s);
     int ch = s[5];
     Device<Weight> weight(t, normal(t, (size_t)x.NH * ch, 0.5));
@@ -518,15 +579,15 @@ static void test_head_mix_forward(Test* t, const int* s) {
     head_mix_forward_case<floatX, floatX>(t, s, STORED);
     if (s[5] == 2) { head_mix_forward_case<floatX, float>(t, s, STORED); }  // diff's
 }
-template <typename Weight>
-static void head_mix_backward_input_case(Test* t, const int* s) {
+template <typename Weight> static void head_mix_backward_input_case(Test* t, const int* s) {
     Steps x = steps_of(s);
     int ch = s[5];
     Device<Weight> weight(t, normal(t, (size_t)x.NH * ch, 0.5));
     MapTile<floatX> dout(t, x, normal(t, map_size(x)));
     Doubles want(map_size(x));
     t->ref->head_mix_forward(want.data(), dout.map.data(), weight.host.data(), true, ch, &x.ref, x.lo, x.hi, x.nk);
-    head_mix_backward_input(&dout.tile, &dout.tile, weight.p, ch, &x.own, x.S, x.lo, x.hi, x.nk, t->g);  // in place, as attention has it
+    head_mix_backward_input(&dout.tile, &dout.tile, weight.p, ch, &x.own, x.S, x.lo, x.hi, x.nk,
+                            t->g);  // in place, as attention has it
     dout.check("dinp", want, STORED, x.lo, x.hi, x.nk, false, true);
 }
 static void test_head_mix_backward_input(Test* t, const int* s) {
@@ -555,16 +616,20 @@ static Doubles stats_of(Test* t, const Steps& x, const Doubles& map) {
 // Of the rows `own` up to hi that of `all`, else NaN: what a softmax writes
 static Doubles own_stats(const Steps& x, const Doubles& all, int own) {
     Doubles y(all.size(), NAN);
-    for (size_t i = 0; i < y.size(); i++) { int row = (int)(i / 2 % x.T); if (row >= own && row < x.hi) { y[i] = all[i]; } }
+    for (size_t i = 0; i < y.size(); i++) {
+        int row = (int)(i / 2 % x.T);
+        if (row >= own && row < x.hi) { y[i] = all[i]; }
+    }
     return y;
 }
 static void expect_stats(Test* t, const Doubles& got, Doubles want, Tolerance tolerance) {
     Doubles y = got;
-    for (size_t i = 0; i < y.size(); i++) { if (std::isnan(want[i]) && std::isnan(y[i])) { want[i] = y[i] = 0; } }
+    for (size_t i = 0; i < y.size(); i++) {
+        if (std::isnan(want[i]) && std::isnan(y[i])) { want[i] = y[i] = 0; }
+    }
     expect(t, "stats", y, want, tolerance);
 }
-template <typename Out>
-static void softmax_forward_case(Test* t, const int* s, Tolerance tolerance) {
+template <typename Out> static void softmax_forward_case(Test* t, const int* s, Tolerance tolerance) {
     Steps x = steps_of(s);
     int own = x.lo + s[5];
     bool recompute = s[6];
@@ -573,8 +638,11 @@ static void softmax_forward_case(Test* t, const int* s, Tolerance tolerance) {
     Doubles want(map_size(x)), all = stats_of(t, x, inp.map), unused = all;
     Device<float> stats(t, recompute ? all : Doubles(all.size(), NAN));
     t->ref->softmax_forward(want.data(), inp.map.data(), unused.data(), &x.ref, x.lo, own, x.hi, x.nk);
-    if (recompute) { softmax_recompute(&out.tile, &inp.tile, stats.p, &x.own, x.S, x.lo, x.hi, x.nk, t->g); }
-    else { softmax_forward(&out.tile, &inp.tile, stats.p, &x.own, x.S, x.lo, own, x.hi, x.nk, t->g); }
+    if (recompute) {
+        softmax_recompute(&out.tile, &inp.tile, stats.p, &x.own, x.S, x.lo, x.hi, x.nk, t->g);
+    } else {
+        softmax_forward(&out.tile, &inp.tile, stats.p, &x.own, x.S, x.lo, own, x.hi, x.nk, t->g);
+    }
     out.check("out", want, tolerance, x.lo, x.hi, x.nk);
     expect_stats(t, stats.get(), recompute ? stats.host : own_stats(x, all, own), FLOAT);
 }
@@ -623,8 +691,11 @@ static void test_values_backward(Test* t, const int* s) {
 
 #if !defined(PRECISION_FP32)
 // maps of the definition: L = pre C, P = softmax(L), A = post P, or what of it is on
-typedef struct { Doubles L, P, A, stats; } Mix16Maps;
-static Mix16Maps mix16_definition(Test* t, const Steps& x, const Doubles& C, const Doubles& pre, const Doubles& post, bool softmax, bool mix_post) {
+typedef struct {
+    Doubles L, P, A, stats;
+} Mix16Maps;
+static Mix16Maps mix16_definition(Test* t, const Steps& x, const Doubles& C, const Doubles& pre, const Doubles& post,
+                                  bool softmax, bool mix_post) {
     Mix16Maps m = {C, C, C, Doubles((size_t)x.S * x.NH * x.T * 2)};
     if (softmax) {
         t->ref->head_mix_forward(m.L.data(), C.data(), pre.data(), false, 16, &x.ref, 0, x.T, x.T);
@@ -634,8 +705,7 @@ static Mix16Maps mix16_definition(Test* t, const Steps& x, const Doubles& C, con
     if (mix_post) { t->ref->head_mix_forward(m.A.data(), m.P.data(), post.data(), false, 16, &x.ref, 0, x.T, x.T); }
     return m;
 }
-template <bool SOFTMAX, bool POST, typename Out>
-static void head_mix16_forward_case(Test* t, const int* s) {
+template <bool SOFTMAX, bool POST, typename Out> static void head_mix16_forward_case(Test* t, const int* s) {
     Steps x = steps_of(s);
     int own = x.lo + s[5];
     bool recompute = SOFTMAX && s[6];
@@ -645,7 +715,8 @@ static void head_mix16_forward_case(Test* t, const int* s) {
     Mix16Maps want = mix16_definition(t, x, inp.map, pre.host, post.host, SOFTMAX, POST);
     Device<float> stats(t, recompute ? want.stats : Doubles(want.stats.size(), NAN));
     x.own.mix_pre = pre.p, x.own.mix_post = post.p;
-    head_mix16_forward<SOFTMAX, POST>(&out.tile, &inp.tile, stats.p, recompute, &x.own, x.S, x.lo, own, x.hi, x.nk, t->g);
+    head_mix16_forward<SOFTMAX, POST>(&out.tile, &inp.tile, stats.p, recompute, &x.own, x.S, x.lo, own, x.hi, x.nk,
+                                      t->g);
     out.check("out", want.A, ROUNDED, x.lo, x.hi, x.nk);
     if (SOFTMAX) { expect_stats(t, stats.get(), recompute ? stats.host : own_stats(x, want.stats, own), ROUNDED); }
 }
@@ -654,8 +725,7 @@ static void test_head_mix16_forward(Test* t, const int* s) {
     head_mix16_forward_case<true, false, floatS>(t, s);
     head_mix16_forward_case<false, true, floatX>(t, s);
 }
-template <bool SOFTMAX, bool POST>
-static void head_mix16_backward_case(Test* t, const int* s) {
+template <bool SOFTMAX, bool POST> static void head_mix16_backward_case(Test* t, const int* s) {
     Steps x = steps_of(s);
     int end = x.hi + s[5], last = min_int(end, x.T);  // gradients go on for some rows below those whose weights count
     Device<floatX> pre(t, normal(t, (size_t)x.NH * 16, 0.3)), post(t, normal(t, (size_t)x.NH * 16, 0.3));
@@ -677,8 +747,9 @@ static void head_mix16_backward_case(Test* t, const int* s) {
         t->ref->head_mix_forward(next.data(), d.data(), pre.host.data(), true, 16, &x.ref, x.lo, last, last);
     }
     x.own.mix_pre = pre.p, x.own.mix_post = post.p;
-    head_mix16_backward<SOFTMAX, POST>(SOFTMAX ? dpre.p : NULL, POST ? dpost.p : NULL, &dout.tile, &att.tile, &dout.tile, &inp.tile, stats.p, &x.own, x.S, x.lo, x.hi,
-                                       end, last, parts.p, t->g);
+    head_mix16_backward<SOFTMAX, POST>(SOFTMAX ? dpre.p : NULL, POST ? dpost.p : NULL, &dout.tile, &att.tile,
+                                       &dout.tile, &inp.tile, stats.p, &x.own, x.S, x.lo, x.hi, end, last, parts.p,
+                                       t->g);
     dout.check("dinp", next, ROUNDED, x.lo, last, last, false, true);
     if (POST) { att.check("att", m.A, ROUNDED, x.lo, x.hi, x.nk); }
     expect(t, "dpre", dpre.get(), want_pre, ROUNDED);
@@ -692,10 +763,13 @@ static void test_head_mix16_backward(Test* t, const int* s) {
 #endif
 
 // =====================================================================================================================
-// All of attention, through a model of one layer: the path that the configuration takes (chunk 0), or chunks of so many queries
+// All of attention, through a model of one layer: the path that the configuration takes (chunk 0), or chunks of so many
+// queries
 
 enum { OUT, DQ, DK, DV, DCONV_PRE, DCONV_POST, DMIX_PRE, DMIX_POST, N_RESULTS };
-typedef struct { int B, T, NH, NKV, HS, cq, ck, pre, post, ch_pre, ch_post, diff, chunk; } Whole;
+typedef struct {
+    int B, T, NH, NKV, HS, cq, ck, pre, post, ch_pre, ch_post, diff, chunk;
+} Whole;
 
 static Config whole_config(const Whole* w) {
     Config c = config_default();
@@ -703,20 +777,19 @@ static Config whole_config(const Whole* w) {
     c.vocab_size = 8, c.hidden_size = w->NH * w->HS, c.intermediate_size = 8, c.num_hidden_layers = 1;
     c.num_attention_heads = w->NH, c.num_key_value_heads = w->NKV, c.max_position_embeddings = std::max(16, w->T);
     c.kq_conv_layer[0] = w->pre || w->post, c.kq_conv_pre_softmax = w->pre, c.kq_conv_post_softmax = w->post;
-    c.kq_conv_query_size = w->cq, c.kq_conv_key_size = w->ck, c.head_mix_pre_softmax = w->ch_pre, c.head_mix_post_softmax = w->ch_post;
+    c.kq_conv_query_size = w->cq, c.kq_conv_key_size = w->ck, c.head_mix_pre_softmax = w->ch_pre,
+    c.head_mix_post_softmax = w->ch_post;
     if (w->diff) { c.attention_type = ATTENTION_DIFF; }
     if (!config_check(&c, &e)) { die("%s", e.text); }
     return c;
 }
-template <typename T>
-static void upload(T* to, const Doubles& from, Cuda* g) {
+template <typename T> static void upload(T* to, const Doubles& from, Cuda* g) {
     std::vector<T> x(from.size());
     for (size_t i = 0; i < x.size(); i++) { x[i] = Device<T>::element(from[i]); }
     cudaCheck(cudaMemcpyAsync(to, x.data(), x.size() * sizeof(T), cudaMemcpyHostToDevice, g->stream));
     cudaCheck(cudaStreamSynchronize(g->stream));
 }
-template <typename T>
-static Doubles download(const T* from, size_t n, Cuda* g) {
+template <typename T> static Doubles download(const T* from, size_t n, Cuda* g) {
     std::vector<T> x(n);
     Doubles y(n);
     cudaCheck(cudaMemcpyAsync(x.data(), from, n * sizeof(T), cudaMemcpyDeviceToHost, g->stream));
@@ -739,28 +812,52 @@ static Doubles mix_weights(Test* t, int NH, int ch) {
     for (size_t i = 0; i < x.size(); i++) { x[i] += i / ch % ch == i % ch; }
     return rounded(x);
 }
-typedef struct { Doubles q, k, v, dout, conv_pre, conv_post, mix_pre, mix_post; } Inputs;
+typedef struct {
+    Doubles q, k, v, dout, conv_pre, conv_post, mix_pre, mix_post;
+} Inputs;
 
 static Inputs whole_inputs(Test* t, const Whole* w) {
     size_t n = (size_t)w->B * w->NH * w->T * w->HS, nk = n / w->NH * w->NKV;
-    Inputs in = {rounded(normal(t, n, 1.5)), rounded(normal(t, nk, 1.5)), rounded(normal(t, nk)), rounded(normal(t, n, 0.01)), {}, {}, {}, {}};
+    Inputs in = {rounded(normal(t, n, 1.5)),
+                 rounded(normal(t, nk, 1.5)),
+                 rounded(normal(t, nk)),
+                 rounded(normal(t, n, 0.01)),
+                 {},
+                 {},
+                 {},
+                 {}};
     if (w->pre) { in.conv_pre = conv_weights(t, w); }
     if (w->post) { in.conv_post = conv_weights(t, w); }
     if (w->ch_pre) { in.mix_pre = mix_weights(t, w->NH, w->ch_pre); }
     if (w->ch_post) { in.mix_post = mix_weights(t, w->NH, w->ch_post); }
-    if (w->diff) { for (int i = 0; i < 2 * w->NH; i++) { in.mix_post.push_back(i % 2 ? -0.625 : 1); } }
+    if (w->diff) {
+        for (int i = 0; i < 2 * w->NH; i++) { in.mix_post.push_back(i % 2 ? -0.625 : 1); }
+    }
     return in;
 }
 static void whole_reference(Test* t, Doubles* res, const Whole* w, const Inputs* in) {
     auto pointer = [](const Doubles& x) { return x.empty() ? NULL : x.data(); };
-    RefAttention a = {w->B, w->T, w->NH, w->NKV, w->HS, w->cq, w->ck, w->ch_pre, w->diff ? 2 : w->ch_post, pointer(in->conv_pre), pointer(in->conv_post),
-                      pointer(in->mix_pre), pointer(in->mix_post)};
-    size_t sizes[N_RESULTS] = {in->q.size(), in->q.size(), in->k.size(), in->v.size(), in->conv_pre.size(), in->conv_post.size(), in->mix_pre.size(), in->mix_post.size()};
+    RefAttention a = {w->B,
+                      w->T,
+                      w->NH,
+                      w->NKV,
+                      w->HS,
+                      w->cq,
+                      w->ck,
+                      w->ch_pre,
+                      w->diff ? 2 : w->ch_post,
+                      pointer(in->conv_pre),
+                      pointer(in->conv_post),
+                      pointer(in->mix_pre),
+                      pointer(in->mix_post)};
+    size_t sizes[N_RESULTS] = {in->q.size(),        in->q.size(),         in->k.size(),       in->v.size(),
+                               in->conv_pre.size(), in->conv_post.size(), in->mix_pre.size(), in->mix_post.size()};
     for (int i = 0; i < N_RESULTS; i++) { res[i].assign(sizes[i], 0.0); }
     Doubles stats((size_t)w->B * w->NH * w->T * 2);
     t->ref->attention_forward(res[OUT].data(), stats.data(), in->q.data(), in->k.data(), in->v.data(), &a);
-    t->ref->attention_backward(res[DQ].data(), res[DK].data(), res[DV].data(), res[DCONV_PRE].data(), res[DCONV_POST].data(), res[DMIX_PRE].data(), res[DMIX_POST].data(),
-                               in->dout.data(), in->q.data(), in->k.data(), in->v.data(), stats.data(), &a);
+    t->ref->attention_backward(res[DQ].data(), res[DK].data(), res[DV].data(), res[DCONV_PRE].data(),
+                               res[DCONV_POST].data(), res[DMIX_PRE].data(), res[DMIX_POST].data(), in->dout.data(),
+                               in->q.data(), in->k.data(), in->v.data(), stats.data(), &a);
 }
 // k and v, (B,NKV,T,HS), for every head that reads them
 static Doubles repeated(const Doubles& x, const Whole* w) {
@@ -797,26 +894,32 @@ static void whole_trainer(Doubles* res, const Whole* w, const Inputs* in) {
     if (a.pair_mix && !w->diff) { convert(s->pair_mix, weights.head_mix, 2 * NH, g); }
     attention_forward(m->acts.att, m->acts.stats, m->acts.q, m->acts.k, m->acts.v, &a, &s->attention, g);
     HeadOutput output = {};
-    output.scale = 1, output.B = w->B, output.T = w->T, output.NH = NH, output.HS = HS, output.wide = 1, output.pair_mix = a.pair_mix;
+    output.scale = 1, output.B = w->B, output.T = w->T, output.NH = NH, output.HS = HS, output.wide = 1,
+    output.pair_mix = a.pair_mix;
     head_output_forward(m->acts.out, m->acts.att, &output, g);
     Rope rope = {s->cosine, s->sine, w->T, NH, NKV, HS};
-    attention_backward(s->qkv, &m->sums, s->datt, m->acts.att, m->acts.q, m->acts.k, m->acts.v, m->acts.stats, &rope, &a, &s->attention, g);
+    attention_backward(s->qkv, &m->sums, s->datt, m->acts.att, m->acts.q, m->acts.k, m->acts.v, m->acts.stats, &rope,
+                       &a, &s->attention, g);
     Doubles out = download(m->acts.out, n, g), dqkv = download(s->qkv, n / NH * (NH + 2 * NKV), g);
     for (int kind = OUT; kind <= DV; kind++) {  // (B,heads,T,HS) from rows of heads
         int heads = kind <= DQ ? NH : NKV;
         res[kind].resize(n / NH * heads);
         for (size_t i = 0; i < res[kind].size(); i++) {
             size_t x = i % HS, row = i / HS / w->T / heads * w->T + i / HS % w->T, h = i / HS / w->T % heads;
-            res[kind][i] = kind == OUT ? out[(row * NH + h) * HS + x] : dqkv[packed_at((int)row, kind - DQ, (int)h, NH, NKV, HS) + x];
+            res[kind][i] = kind == OUT ? out[(row * NH + h) * HS + x]
+                                       : dqkv[packed_at((int)row, kind - DQ, (int)h, NH, NKV, HS) + x];
         }
     }
     const double* const sums[4] = {m->sums.conv_pre, m->sums.conv_post, m->sums.mix_pre, m->sums.mix_post};
     const Doubles* const like[4] = {&in->conv_pre, &in->conv_post, &in->mix_pre, &in->mix_post};
-    for (int i = 0; i < 4; i++) { res[DCONV_PRE + i] = like[i]->empty() ? Doubles() : download(sums[i], like[i]->size(), g); }
+    for (int i = 0; i < 4; i++) {
+        res[DCONV_PRE + i] = like[i]->empty() ? Doubles() : download(sums[i], like[i]->size(), g);
+    }
     model_free(m);
 }
 static void test_attention(Test* t, const int* s) {
-    static const char* const names[N_RESULTS] = {"out", "dq", "dk", "dv", "dconv_pre", "dconv_post", "dmix_pre", "dmix_post"};
+    static const char* const names[N_RESULTS] = {"out",       "dq",         "dk",       "dv",
+                                                 "dconv_pre", "dconv_post", "dmix_pre", "dmix_post"};
     Whole w = {s[0], s[1], s[2], s[3], s[4], s[5], s[6], s[7], s[8], s[9], s[10], s[11], s[12]};
     Inputs in = whole_inputs(t, &w);
     Doubles want[N_RESULTS], got[N_RESULTS], again[N_RESULTS];
@@ -833,14 +936,22 @@ static void test_attention(Test* t, const int* s) {
 // =====================================================================================================================
 // What follows attention; loss, update
 
-typedef struct { int B, T, NH, HS, wide; bool norm, gate, mix; } HeadShape;
+typedef struct {
+    int B, T, NH, HS, wide;
+    bool norm, gate, mix;
+} HeadShape;
 
 // Values of heads (B,NH,T,HS) as rows (B*T,NH*HS), or back
 static Doubles head_rows(const Doubles& x, const HeadShape& h, bool back) {
     Doubles y(x.size());
     for (int i = 0; i < (int)x.size(); i++) {
-        int e = i % h.HS, t = i / h.HS % h.T, head = i / h.HS / h.T % h.NH, b = i / h.HS / h.T / h.NH, row = ((b * h.T + t) * h.NH + head) * h.HS + e;
-        if (back) { y[i] = x[row]; } else { y[row] = x[i]; }
+        int e = i % h.HS, t = i / h.HS % h.T, head = i / h.HS / h.T % h.NH, b = i / h.HS / h.T / h.NH,
+            row = ((b * h.T + t) * h.NH + head) * h.HS + e;
+        if (back) {
+            y[i] = x[row];
+        } else {
+            y[row] = x[i];
+        }
     }
     return y;
 }
@@ -849,9 +960,11 @@ static void test_head_output(Test* t, const int* s) {
     int N = h.B * h.T, units = h.NH / h.wide, size = h.wide * h.HS;
     size_t n = (size_t)N * h.NH * h.HS;
     double scale = h.norm ? 0.75 : 1;
-    Device<floatX> inp(t, normal(t, h.mix ? 2 * n : n)), norm(t, normal(t, size, 0.3, 1)), gate(t, normal(t, h.HS, 0.5)), bias(t, normal(t, 1)), out(t, n), dinp(t, n);
+    Device<floatX> inp(t, normal(t, h.mix ? 2 * n : n)), norm(t, normal(t, size, 0.3, 1)),
+        gate(t, normal(t, h.HS, 0.5)), bias(t, normal(t, 1)), out(t, n), dinp(t, n);
     Device<floatX> dout(t, normal(t, n));
-    Device<float> mix(t, normal(t, 2 * h.NH)), dnorm(t, normal(t, size)), dgate(t, normal(t, h.HS)), dbias(t, normal(t, 1));
+    Device<float> mix(t, normal(t, 2 * h.NH)), dnorm(t, normal(t, size)), dgate(t, normal(t, h.HS)),
+        dbias(t, normal(t, 1));
     Device<float> stats(t, (size_t)3 * N * units), parts(t, (size_t)NORM_PARTS * (size + h.HS + 1));
     HeadOutput o = {};
     if (h.norm) { o.norm = norm.p; }
@@ -865,14 +978,20 @@ static void test_head_output(Test* t, const int* s) {
     }
     Doubles x = head_rows(heads, h, false), normed = x, rstd((size_t)N * units), want = x, d = dout.host, back = d;
     Doubles want_dnorm = dnorm.host, want_dgate = dgate.host, want_dbias = dbias.host;
-    if (h.norm) { t->ref->rmsnorm_forward(normed.data(), rstd.data(), x.data(), norm.host.data(), N * units, size, 1e-5, scale); }
+    if (h.norm) {
+        t->ref->rmsnorm_forward(normed.data(), rstd.data(), x.data(), norm.host.data(), N * units, size, 1e-5, scale);
+    }
     want = normed;
     if (h.gate) {
         t->ref->head_gate_forward(want.data(), normed.data(), gate.host.data(), bias.host.data(), N * h.NH, h.HS);
-        t->ref->head_gate_backward(back.data(), want_dgate.data(), want_dbias.data(), d.data(), normed.data(), gate.host.data(), bias.host.data(), N * h.NH, h.HS);
+        t->ref->head_gate_backward(back.data(), want_dgate.data(), want_dbias.data(), d.data(), normed.data(),
+                                   gate.host.data(), bias.host.data(), N * h.NH, h.HS);
         d = back;
     }
-    if (h.norm) { t->ref->rmsnorm_backward(back.data(), want_dnorm.data(), d.data(), x.data(), norm.host.data(), rstd.data(), N * units, size, scale, false); }
+    if (h.norm) {
+        t->ref->rmsnorm_backward(back.data(), want_dnorm.data(), d.data(), x.data(), norm.host.data(), rstd.data(),
+                                 N * units, size, scale, false);
+    }
     head_output_forward(out.p, inp.p, &o, t->g);
     head_output_backward(dinp.p, dnorm.p, dgate.p, dbias.p, dout.p, inp.p, &o, stats.p, parts.p, t->g);
     expect(t, "out", out.get(), want, STORED);
@@ -901,13 +1020,15 @@ static void test_swiglu(Test* t, const int* s) {
     int N = s[0], FF = s[1];
     size_t n = (size_t)N * FF;
     Device<floatX> gate_up(t, normal(t, 2 * n, 2)), out(t, n), dout(t, normal(t, n)), dgate_up(t, 2 * n);
-    Doubles gate = columns_of(gate_up.host, N, 2 * FF, 0, FF), up = columns_of(gate_up.host, N, 2 * FF, FF, FF), want(n), again(n), dgate(n), dup(n), want_d(2 * n);
+    Doubles gate = columns_of(gate_up.host, N, 2 * FF, 0, FF), up = columns_of(gate_up.host, N, 2 * FF, FF, FF),
+            want(n), again(n), dgate(n), dup(n), want_d(2 * n);
     t->ref->swiglu_forward(want.data(), gate.data(), up.data(), n);
     t->ref->swiglu_backward(dgate.data(), dup.data(), again.data(), dout.host.data(), gate.data(), up.data(), n);
     columns_put(&want_d, dgate, N, 2 * FF, 0, FF);
     columns_put(&want_d, dup, N, 2 * FF, FF, FF);
     swiglu_forward(out.p, gate_up.p, N, FF, t->g);
-    swiglu_backward(dgate_up.p, dout.p, dout.p, gate_up.p, N, FF, t->g);  // the forward result takes the gradient's place, as the trainer has it
+    swiglu_backward(dgate_up.p, dout.p, dout.p, gate_up.p, N, FF,
+                    t->g);  // the forward result takes the gradient's place, as the trainer has it
     expect(t, "out", out.get(), want, STORED);
     expect(t, "act", dout.get(), want, STORED);
     expect(t, "dgate_up", dgate_up.get(), want_d, STORED);
@@ -949,13 +1070,16 @@ static void test_update(Test* t, const int* s) {
     size_t n = m->tensors.numel;
     Doubles master = normal(t, n), first = normal(t, n, 0.1), second = normal(t, n, 0.1), grads = normal(t, n);
     for (double& v : second) { v = v * v; }
-    for (Doubles* x : {&master, &first, &second, &grads}) { for (double& v : *x) { v = (double)(float)v; } }
+    for (Doubles* x : {&master, &first, &second, &grads}) {
+        for (double& v : *x) { v = (double)(float)v; }
+    }
     AdamW hyper = {0.01, 0.9, 0.95, 1e-8, 0.1, s[1] ? 1.0 : 0.0};
     upload(m->master, master, &m->cuda);
     upload(m->m, first, &m->cuda);
     upload(m->v, second, &m->cuda);
     upload(m->grads, grads, &m->cuda);
-    double want = t->ref->update(master.data(), first.data(), second.data(), grads.data(), n, &hyper, s[2]), got = model_update(m, &hyper, s[2]);
+    double want = t->ref->update(master.data(), first.data(), second.data(), grads.data(), n, &hyper, s[2]),
+           got = model_update(m, &hyper, s[2]);
     expect(t, "norm", {got}, {want}, FLOAT);
     expect(t, "master", download(m->master, n, &m->cuda), master, FLOAT);
     expect(t, "weights", download(m->weights, n, &m->cuda), master, STORED);
@@ -967,7 +1091,8 @@ static void test_update(Test* t, const int* s) {
 // =====================================================================================================================
 // The list of tests
 
-// launchers: what of train_mta.cu a test calls. fields: what the numbers of a shape are. The first shape is that of --quick; large ones are for a GPU, or for --large.
+// launchers: what of train_mta.cu a test calls. fields: what the numbers of a shape are. The first shape is that of
+// --quick; large ones are for a GPU, or for --large.
 typedef std::vector<std::vector<int>> Shapes;
 typedef struct {
     const char *name, *launchers, *fields;
@@ -975,8 +1100,9 @@ typedef struct {
     Shapes shapes, large;
 } Operation;
 
-// Steps of attention: one row, a chunk whose halo reaches above the sequence, one in the middle, one that ends with the sequence, one that would go beyond it; several
-// tiles of each kernel (32, 64, 128 rows, 64 columns), and sizes that are multiples of nothing.
+// Steps of attention: one row, a chunk whose halo reaches above the sequence, one in the middle, one that ends with the
+// sequence, one that would go beyond it; several tiles of each kernel (32, 64, 128 rows, 64 columns), and sizes that
+// are multiples of nothing.
 static std::vector<Operation> operations(void) {
     std::vector<Operation> list = {
         {"parts_add", "parts_add", "parts n stride", test_parts_add, {{5, 131, 140}, {1, 1, 1}, {3, 128, 128}}, {}},
@@ -984,77 +1110,281 @@ static std::vector<Operation> operations(void) {
         {"attention_sums_add", "attention_sums_add", "n", test_attention_sums_add, {{131}, {1}, {256}}, {}},
         {"replay", "replay", "n calls", test_replay, {{37, 4}, {37, 1}}, {}},
         {"convert", "convert", "n wide", test_convert, {{259, 0}, {2056, 1}, {1, 0}}, {}},
-        {"gemm", "gemm", "ta tb M N K batch add", test_gemm,
-         {{0, 1, 7, 13, 19, 3, 0}, {1, 0, 7, 13, 19, 3, 1}, {0, 0, 33, 5, 70, 2, 1}, {1, 1, 6, 9, 11, 1, 0}, {0, 1, 1, 1, 1, 1, 1}}, {}},
+        {"gemm",
+         "gemm",
+         "ta tb M N K batch add",
+         test_gemm,
+         {{0, 1, 7, 13, 19, 3, 0},
+          {1, 0, 7, 13, 19, 3, 1},
+          {0, 0, 33, 5, 70, 2, 1},
+          {1, 1, 6, 9, 11, 1, 0},
+          {0, 1, 1, 1, 1, 1, 1}},
+         {}},
         {"matmul_forward", "matmul_forward", "N C OC apart", test_matmul_forward, {{11, 37, 21, 3}, {1, 1, 1, 0}}, {}},
-        {"matmul_backward", "matmul_backward", "N C OC apart add", test_matmul_backward, {{11, 37, 21, 3, 0}, {11, 37, 21, 0, 1}, {1, 1, 1, 0, 0}}, {}},
-        {"matmul_joined", "matmul_joined_forward matmul_joined_backward", "N C OC0 OC1 OC2 apart", test_matmul_joined, {{9, 16, 8, 24, 5, 0}, {9, 16, 8, 24, 5, 1}}, {}},
-        {"embedding", "embedding_forward embedding_backward", "N C V", test_embedding, {{37, 19, 11}, {70, 136, 5}, {1, 1, 1}, {300, 72, 40}}, {}},
-        {"rmsnorm_forward", "rmsnorm_forward residual_rmsnorm_forward", "N C branch", test_rmsnorm_forward,
-         {{9, 37, 1}, {9, 37, 0}, {17, 520, 1}, {3, 264, 0}, {1, 1, 0}}, {}},
-        {"rmsnorm_backward", "rmsnorm_backward", "N C add", test_rmsnorm_backward, {{9, 37, 1}, {13, 520, 0}, {300, 72, 1}, {1, 1, 0}}, {}},
-        {"rope_forward", "rope_forward", "B T NH NKV HS", test_rope_forward, {{2, 7, 6, 2, 10}, {1, 19, 3, 3, 48}, {2, 1, 2, 1, 2}}, {}},
-        {"rope_backward", "rope_backward", "B T NH NKV HS q_parts v_parts", test_rope_backward, {{2, 7, 6, 2, 10, 1, 1}, {1, 19, 4, 2, 48, 3, 2}, {2, 1, 2, 1, 2, 2, 1}}, {}},
-        {"scores_forward", "scores_input scores_forward", "S T NH lo hi HS", test_scores_forward, {{2, 37, 3, 5, 29, 12}, {1, 19, 2, -3, 23, 16}, {1, 1, 1, 0, 1, 2}}, {}},
-        {"scores_backward", "scores_backward", "S T NH lo hi HS", test_scores_backward, {{2, 37, 3, 5, 29, 12}, {1, 19, 2, 0, 19, 16}, {1, 1, 1, 0, 1, 2}}, {}},
-        {"kq_conv_forward", "kq_conv kq_conv_band kq_conv_forward", "S T NH lo hi cq ck", test_kq_conv_forward,
-         {{2, 150, 2, 71, 143, 6, 11}, {1, 37, 3, -4, 41, 6, 11}, {1, 1, 2, 0, 1, 6, 11}, {1, 140, 2, 0, 140, 2, 9}, {2, 75, 2, 3, 75, 5, 17}, {1, 100, 1, 20, 100, 3, 1},
-          {1, 150, 2, 71, 143, 6, 33}, {2, 80, 1, -1, 80, 2, 19}, {1, 75, 3, 9, 80, 9, 5}, {1, 70, 2, 0, 33, 7, 13}, {1, 140, 2, 10, 139, 1, 3}, {1, 4, 1, 0, 4, 1, 1}}, {}},
-        {"kq_conv_backward_input", "kq_conv kq_conv_band kq_conv_backward_input", "S T NH lo hi cq ck", test_kq_conv_backward_input,
-         {{2, 150, 2, 71, 143, 6, 11}, {1, 37, 3, 0, 41, 6, 11}, {1, 1, 2, 0, 1, 6, 11}, {1, 140, 2, 0, 140, 2, 9}, {2, 75, 2, 3, 75, 5, 17}, {1, 100, 1, 20, 90, 3, 1},
-          {1, 150, 2, 71, 143, 6, 33}, {2, 80, 1, 0, 78, 2, 19}, {1, 75, 3, 9, 70, 9, 5}, {1, 70, 2, 0, 33, 7, 13}, {1, 140, 2, 10, 139, 1, 3}, {1, 4, 1, 0, 4, 1, 1}}, {}},
-        {"kq_conv_backward_weight", "kq_conv_backward_weight kq_conv_band_backward_weight", "S T NH lo hi cq ck", test_kq_conv_backward_weight,
-         {{2, 150, 2, 71, 143, 6, 11}, {1, 37, 3, 0, 37, 6, 11}, {1, 1, 2, 0, 1, 6, 11}, {1, 140, 2, 0, 140, 2, 9}, {2, 75, 2, 3, 75, 5, 17}, {1, 100, 1, 20, 90, 3, 1},
-          {1, 150, 2, 71, 143, 6, 33}, {2, 80, 1, 0, 78, 2, 19}, {1, 75, 3, 9, 70, 9, 5}, {1, 70, 2, 0, 33, 7, 13}, {1, 140, 2, 10, 139, 1, 3}, {1, 4, 1, 0, 4, 1, 1}}, {}},
-        {"head_mix_forward", "head_mix_forward", "S T NH lo hi ch", test_head_mix_forward,
-         {{2, 135, 4, 5, 23, 2}, {1, 37, 3, -3, 41, 3}, {2, 37, 32, 30, 37, 16}, {1, 40, 130, 33, 40, 65}, {1, 1, 2, 0, 1, 2}, {1, 131, 12, 126, 131, 6}}, {}},
-        {"head_mix_backward_input", "head_mix_backward_input", "S T NH lo hi ch", test_head_mix_backward_input,
-         {{2, 135, 4, 5, 23, 2}, {1, 37, 3, 0, 41, 3}, {2, 37, 32, 30, 37, 16}, {1, 40, 130, 33, 40, 65}, {1, 1, 2, 0, 1, 2}, {1, 131, 12, 126, 131, 6}}, {}},
-        {"head_mix_backward_weight", "head_mix_backward_weight", "S T NH lo hi ch", test_head_mix_backward_weight,
-         {{2, 135, 4, 5, 23, 2}, {1, 37, 3, 0, 37, 3}, {2, 37, 32, 30, 37, 16}, {1, 80, 34, 71, 80, 17}, {1, 1, 2, 0, 1, 2}, {1, 600, 4, 590, 600, 2}, {1, 420, 12, 415, 420, 12}}, {}},
-        {"softmax_forward", "softmax_forward softmax_recompute", "S T NH lo hi own recompute", test_softmax_forward,
-         {{2, 300, 2, 271, 300, 3, 0}, {1, 37, 3, -3, 41, 3, 0}, {2, 75, 2, 9, 70, 0, 1}, {1, 1, 1, 0, 1, 0, 0}}, {}},
-        {"softmax_backward", "softmax_backward", "S T NH lo hi", test_softmax_backward, {{2, 300, 2, 271, 300}, {1, 37, 3, 0, 41}, {2, 75, 2, 9, 70}, {1, 1, 1, 0, 1}}, {}},
-        {"values_forward", "values_forward", "S T NH lo hi HS", test_values_forward, {{2, 37, 3, 5, 29, 12}, {1, 19, 2, 0, 19, 16}, {1, 1, 1, 0, 1, 2}}, {}},
-        {"values_backward", "values_backward_att values_backward_v", "S T NH lo hi HS", test_values_backward, {{2, 37, 3, 5, 29, 12}, {1, 19, 2, 0, 24, 16}, {1, 1, 1, 0, 1, 2}}, {}},
-        {"attention in chunks", "attention_forward attention_backward attention_maps attention_chunk_backward mix16_maps mix16_maps_backward", "B T NH NKV HS cq ck pre post ch_pre ch_post diff chunk", test_attention,
-         {{1, 41, 2, 2, 8, 6, 11, 1, 0, 0, 2, 0, 16}, {2, 53, 4, 2, 8, 6, 11, 1, 1, 4, 2, 0, 16}, {1, 41, 4, 4, 8, 1, 1, 0, 0, 0, 0, 0, 16}, {2, 33, 4, 1, 6, 1, 1, 0, 0, 0, 0, 1, 7},
-          {1, 50, 4, 4, 8, 5, 3, 0, 1, 0, 0, 0, 16}, {1, 29, 4, 4, 8, 9, 5, 1, 1, 0, 0, 0, 3}, {1, 50, 6, 6, 8, 1, 1, 0, 0, 6, 3, 0, 20}, {1, 1, 4, 4, 8, 6, 11, 1, 1, 4, 4, 0, 1},
-          {1, 1, 32, 32, 8, 6, 11, 1, 1, 16, 16, 0, 1}, {1, 75, 32, 16, 8, 6, 11, 1, 1, 16, 16, 0, 32}, {1, 75, 16, 16, 8, 1, 1, 0, 0, 16, 16, 0, 32},
-          {2, 75, 16, 16, 8, 6, 11, 1, 0, 16, 16, 0, 20}, {1, 75, 16, 16, 8, 6, 11, 0, 1, 16, 16, 0, 20},
-          {1, 613, 16, 16, 8, 6, 11, 1, 1, 16, 16, 0, 256}, {1, 613, 2, 2, 8, 6, 11, 1, 1, 2, 2, 0, 256}}, {}},  // mta-full as it is trained: chunks of 256, three of them
-        {"head_output", "head_output_forward head_output_backward", "B T NH HS wide norm gate mix", test_head_output,
-         {{2, 7, 4, 12, 1, 1, 1, 0}, {2, 7, 4, 12, 2, 1, 0, 0}, {1, 19, 4, 40, 1, 1, 0, 1}, {1, 19, 2, 264, 1, 0, 1, 0}, {3, 5, 4, 32, 2, 1, 0, 1}, {2, 3, 2, 6, 1, 0, 0, 1}, {1, 300, 2, 8, 1, 1, 1, 1}}, {}},
-        {"diff_lambda", "diff_lambda_forward diff_lambda_backward", "NH HS", test_diff_lambda, {{4, 37}, {66, 96}, {2, 1}}, {}},
+        {"matmul_backward",
+         "matmul_backward",
+         "N C OC apart add",
+         test_matmul_backward,
+         {{11, 37, 21, 3, 0}, {11, 37, 21, 0, 1}, {1, 1, 1, 0, 0}},
+         {}},
+        {"matmul_joined",
+         "matmul_joined_forward matmul_joined_backward",
+         "N C OC0 OC1 OC2 apart",
+         test_matmul_joined,
+         {{9, 16, 8, 24, 5, 0}, {9, 16, 8, 24, 5, 1}},
+         {}},
+        {"embedding",
+         "embedding_forward embedding_backward",
+         "N C V",
+         test_embedding,
+         {{37, 19, 11}, {70, 136, 5}, {1, 1, 1}, {300, 72, 40}},
+         {}},
+        {"rmsnorm_forward",
+         "rmsnorm_forward residual_rmsnorm_forward",
+         "N C branch",
+         test_rmsnorm_forward,
+         {{9, 37, 1}, {9, 37, 0}, {17, 520, 1}, {3, 264, 0}, {1, 1, 0}},
+         {}},
+        {"rmsnorm_backward",
+         "rmsnorm_backward",
+         "N C add",
+         test_rmsnorm_backward,
+         {{9, 37, 1}, {13, 520, 0}, {300, 72, 1}, {1, 1, 0}},
+         {}},
+        {"rope_forward",
+         "rope_forward",
+         "B T NH NKV HS",
+         test_rope_forward,
+         {{2, 7, 6, 2, 10}, {1, 19, 3, 3, 48}, {2, 1, 2, 1, 2}},
+         {}},
+        {"rope_backward",
+         "rope_backward",
+         "B T NH NKV HS q_parts v_parts",
+         test_rope_backward,
+         {{2, 7, 6, 2, 10, 1, 1}, {1, 19, 4, 2, 48, 3, 2}, {2, 1, 2, 1, 2, 2, 1}},
+         {}},
+        {"scores_forward",
+         "scores_input scores_forward",
+         "S T NH lo hi HS",
+         test_scores_forward,
+         {{2, 37, 3, 5, 29, 12}, {1, 19, 2, -3, 23, 16}, {1, 1, 1, 0, 1, 2}},
+         {}},
+        {"scores_backward",
+         "scores_backward",
+         "S T NH lo hi HS",
+         test_scores_backward,
+         {{2, 37, 3, 5, 29, 12}, {1, 19, 2, 0, 19, 16}, {1, 1, 1, 0, 1, 2}},
+         {}},
+        {"kq_conv_forward",
+         "kq_conv kq_conv_band kq_conv_forward",
+         "S T NH lo hi cq ck",
+         test_kq_conv_forward,
+         {{2, 150, 2, 71, 143, 6, 11},
+          {1, 37, 3, -4, 41, 6, 11},
+          {1, 1, 2, 0, 1, 6, 11},
+          {1, 140, 2, 0, 140, 2, 9},
+          {2, 75, 2, 3, 75, 5, 17},
+          {1, 100, 1, 20, 100, 3, 1},
+          {1, 150, 2, 71, 143, 6, 33},
+          {2, 80, 1, -1, 80, 2, 19},
+          {1, 75, 3, 9, 80, 9, 5},
+          {1, 70, 2, 0, 33, 7, 13},
+          {1, 140, 2, 10, 139, 1, 3},
+          {1, 4, 1, 0, 4, 1, 1}},
+         {}},
+        {"kq_conv_backward_input",
+         "kq_conv kq_conv_band kq_conv_backward_input",
+         "S T NH lo hi cq ck",
+         test_kq_conv_backward_input,
+         {{2, 150, 2, 71, 143, 6, 11},
+          {1, 37, 3, 0, 41, 6, 11},
+          {1, 1, 2, 0, 1, 6, 11},
+          {1, 140, 2, 0, 140, 2, 9},
+          {2, 75, 2, 3, 75, 5, 17},
+          {1, 100, 1, 20, 90, 3, 1},
+          {1, 150, 2, 71, 143, 6, 33},
+          {2, 80, 1, 0, 78, 2, 19},
+          {1, 75, 3, 9, 70, 9, 5},
+          {1, 70, 2, 0, 33, 7, 13},
+          {1, 140, 2, 10, 139, 1, 3},
+          {1, 4, 1, 0, 4, 1, 1}},
+         {}},
+        {"kq_conv_backward_weight",
+         "kq_conv_backward_weight kq_conv_band_backward_weight",
+         "S T NH lo hi cq ck",
+         test_kq_conv_backward_weight,
+         {{2, 150, 2, 71, 143, 6, 11},
+          {1, 37, 3, 0, 37, 6, 11},
+          {1, 1, 2, 0, 1, 6, 11},
+          {1, 140, 2, 0, 140, 2, 9},
+          {2, 75, 2, 3, 75, 5, 17},
+          {1, 100, 1, 20, 90, 3, 1},
+          {1, 150, 2, 71, 143, 6, 33},
+          {2, 80, 1, 0, 78, 2, 19},
+          {1, 75, 3, 9, 70, 9, 5},
+          {1, 70, 2, 0, 33, 7, 13},
+          {1, 140, 2, 10, 139, 1, 3},
+          {1, 4, 1, 0, 4, 1, 1}},
+         {}},
+        {"head_mix_forward",
+         "head_mix_forward",
+         "S T NH lo hi ch",
+         test_head_mix_forward,
+         {{2, 135, 4, 5, 23, 2},
+          {1, 37, 3, -3, 41, 3},
+          {2, 37, 32, 30, 37, 16},
+          {1, 40, 130, 33, 40, 65},
+          {1, 1, 2, 0, 1, 2},
+          {1, 131, 12, 126, 131, 6}},
+         {}},
+        {"head_mix_backward_input",
+         "head_mix_backward_input",
+         "S T NH lo hi ch",
+         test_head_mix_backward_input,
+         {{2, 135, 4, 5, 23, 2},
+          {1, 37, 3, 0, 41, 3},
+          {2, 37, 32, 30, 37, 16},
+          {1, 40, 130, 33, 40, 65},
+          {1, 1, 2, 0, 1, 2},
+          {1, 131, 12, 126, 131, 6}},
+         {}},
+        {"head_mix_backward_weight",
+         "head_mix_backward_weight",
+         "S T NH lo hi ch",
+         test_head_mix_backward_weight,
+         {{2, 135, 4, 5, 23, 2},
+          {1, 37, 3, 0, 37, 3},
+          {2, 37, 32, 30, 37, 16},
+          {1, 80, 34, 71, 80, 17},
+          {1, 1, 2, 0, 1, 2},
+          {1, 600, 4, 590, 600, 2},
+          {1, 420, 12, 415, 420, 12}},
+         {}},
+        {"softmax_forward",
+         "softmax_forward softmax_recompute",
+         "S T NH lo hi own recompute",
+         test_softmax_forward,
+         {{2, 300, 2, 271, 300, 3, 0}, {1, 37, 3, -3, 41, 3, 0}, {2, 75, 2, 9, 70, 0, 1}, {1, 1, 1, 0, 1, 0, 0}},
+         {}},
+        {"softmax_backward",
+         "softmax_backward",
+         "S T NH lo hi",
+         test_softmax_backward,
+         {{2, 300, 2, 271, 300}, {1, 37, 3, 0, 41}, {2, 75, 2, 9, 70}, {1, 1, 1, 0, 1}},
+         {}},
+        {"values_forward",
+         "values_forward",
+         "S T NH lo hi HS",
+         test_values_forward,
+         {{2, 37, 3, 5, 29, 12}, {1, 19, 2, 0, 19, 16}, {1, 1, 1, 0, 1, 2}},
+         {}},
+        {"values_backward",
+         "values_backward_att values_backward_v",
+         "S T NH lo hi HS",
+         test_values_backward,
+         {{2, 37, 3, 5, 29, 12}, {1, 19, 2, 0, 24, 16}, {1, 1, 1, 0, 1, 2}},
+         {}},
+        {"attention in chunks",
+         "attention_forward attention_backward attention_maps attention_chunk_backward mix16_maps mix16_maps_backward",
+         "B T NH NKV HS cq ck pre post ch_pre ch_post diff chunk",
+         test_attention,
+         {{1, 41, 2, 2, 8, 6, 11, 1, 0, 0, 2, 0, 16},
+          {2, 53, 4, 2, 8, 6, 11, 1, 1, 4, 2, 0, 16},
+          {1, 41, 4, 4, 8, 1, 1, 0, 0, 0, 0, 0, 16},
+          {2, 33, 4, 1, 6, 1, 1, 0, 0, 0, 0, 1, 7},
+          {1, 50, 4, 4, 8, 5, 3, 0, 1, 0, 0, 0, 16},
+          {1, 29, 4, 4, 8, 9, 5, 1, 1, 0, 0, 0, 3},
+          {1, 50, 6, 6, 8, 1, 1, 0, 0, 6, 3, 0, 20},
+          {1, 1, 4, 4, 8, 6, 11, 1, 1, 4, 4, 0, 1},
+          {1, 1, 32, 32, 8, 6, 11, 1, 1, 16, 16, 0, 1},
+          {1, 75, 32, 16, 8, 6, 11, 1, 1, 16, 16, 0, 32},
+          {1, 75, 16, 16, 8, 1, 1, 0, 0, 16, 16, 0, 32},
+          {2, 75, 16, 16, 8, 6, 11, 1, 0, 16, 16, 0, 20},
+          {1, 75, 16, 16, 8, 6, 11, 0, 1, 16, 16, 0, 20},
+          {1, 613, 16, 16, 8, 6, 11, 1, 1, 16, 16, 0, 256},
+          {1, 613, 2, 2, 8, 6, 11, 1, 1, 2, 2, 0, 256}},
+         {}},  // mta-full as it is trained: chunks of 256, three of them
+        {"head_output",
+         "head_output_forward head_output_backward",
+         "B T NH HS wide norm gate mix",
+         test_head_output,
+         {{2, 7, 4, 12, 1, 1, 1, 0},
+          {2, 7, 4, 12, 2, 1, 0, 0},
+          {1, 19, 4, 40, 1, 1, 0, 1},
+          {1, 19, 2, 264, 1, 0, 1, 0},
+          {3, 5, 4, 32, 2, 1, 0, 1},
+          {2, 3, 2, 6, 1, 0, 0, 1},
+          {1, 300, 2, 8, 1, 1, 1, 1}},
+         {}},
+        {"diff_lambda",
+         "diff_lambda_forward diff_lambda_backward",
+         "NH HS",
+         test_diff_lambda,
+         {{4, 37}, {66, 96}, {2, 1}},
+         {}},
         {"swiglu", "swiglu_forward swiglu_backward", "N FF", test_swiglu, {{7, 37}, {9, 136}, {1, 1}}, {}},
-        {"crossentropy", "crossentropy_forward_backward", "N V gradient", test_crossentropy, {{7, 37, 1}, {4, 9001, 1}, {7, 37, 0}, {1, 1, 1}, {5, 8192, 0}, {3, 264, 1}}, {}},
+        {"crossentropy",
+         "crossentropy_forward_backward",
+         "N V gradient",
+         test_crossentropy,
+         {{7, 37, 1}, {4, 9001, 1}, {7, 37, 0}, {1, 1, 1}, {5, 8192, 0}, {3, 264, 1}},
+         {}},
         {"update", "gradient_norm model_update", "HS clip step", test_update, {{8, 1, 1}, {6, 0, 3}, {250, 1, 2}}, {}},
     };
 #if !defined(PRECISION_FP32)
     std::vector<Operation> bf16 = {
-        {"head_mix16_forward", "head_mix16_forward", "S T NH lo hi own recompute", test_head_mix16_forward,
-         {{1, 150, 16, 139, 150, 3, 0}, {2, 37, 32, -3, 41, 3, 0}, {1, 75, 16, 60, 70, 0, 1}, {1, 1, 16, 0, 1, 0, 0}}, {}},
-        {"head_mix16_backward", "head_mix16_backward", "S T NH lo hi further", test_head_mix16_backward,
-         {{1, 150, 16, 139, 145, 5}, {2, 37, 32, 30, 37, 5}, {1, 75, 16, 60, 70, 0}, {1, 1, 16, 0, 1, 0}}, {}},
-        {"attention fused", "attention_forward attention_backward flash_attention_forward flash_attention_backward flash_forward flash_backward", "B T NH NKV HS cq ck pre post ch_pre ch_post diff chunk", test_attention,
-         {{1, 74, 2, 2, 96, 6, 11, 1, 0, 0, 2, 0, 0}, {1, 1, 2, 2, 96, 1, 1, 0, 0, 0, 0, 0, 0}, {2, 1, 2, 2, 96, 6, 11, 1, 0, 0, 2, 0, 0}, {3, 65, 1, 1, 64, 1, 1, 0, 0, 0, 0, 0, 0},
-          {1, 257, 2, 1, 96, 1, 1, 0, 0, 0, 0, 0, 0}, {2, 130, 1, 1, 128, 1, 1, 0, 0, 0, 0, 0, 0}, {1, 71, 3, 3, 40, 1, 1, 0, 0, 0, 0, 0, 0}, {1, 129, 4, 2, 64, 1, 1, 0, 0, 0, 2, 0, 0},
-          {3, 33, 4, 4, 96, 1, 1, 0, 0, 0, 2, 0, 0}, {1, 131, 2, 2, 128, 1, 1, 0, 0, 0, 2, 0, 0}, {1, 193, 1, 1, 96, 6, 11, 1, 0, 0, 0, 0, 0}, {1, 257, 2, 2, 96, 6, 11, 1, 0, 0, 2, 0, 0},
-          {2, 127, 2, 2, 64, 6, 11, 1, 0, 0, 2, 0, 0}, {1, 129, 2, 2, 128, 6, 11, 1, 0, 0, 2, 0, 0}, {2, 74, 2, 2, 128, 2, 9, 1, 0, 0, 0, 0, 0}, {1, 97, 2, 2, 128, 2, 15, 1, 0, 0, 0, 0, 0},
-          {1, 66, 1, 1, 96, 1, 3, 1, 0, 0, 0, 0, 0}, {1, 100, 2, 2, 88, 5, 17, 1, 0, 0, 2, 0, 0}, {3, 67, 2, 2, 16, 3, 5, 1, 0, 0, 2, 0, 0}, {1, 7, 2, 2, 8, 6, 1, 1, 0, 0, 2, 0, 0},
+        {"head_mix16_forward",
+         "head_mix16_forward",
+         "S T NH lo hi own recompute",
+         test_head_mix16_forward,
+         {{1, 150, 16, 139, 150, 3, 0}, {2, 37, 32, -3, 41, 3, 0}, {1, 75, 16, 60, 70, 0, 1}, {1, 1, 16, 0, 1, 0, 0}},
+         {}},
+        {"head_mix16_backward",
+         "head_mix16_backward",
+         "S T NH lo hi further",
+         test_head_mix16_backward,
+         {{1, 150, 16, 139, 145, 5}, {2, 37, 32, 30, 37, 5}, {1, 75, 16, 60, 70, 0}, {1, 1, 16, 0, 1, 0}},
+         {}},
+        {"attention fused",
+         "attention_forward attention_backward flash_attention_forward flash_attention_backward flash_forward "
+         "flash_backward",
+         "B T NH NKV HS cq ck pre post ch_pre ch_post diff chunk",
+         test_attention,
+         {{1, 74, 2, 2, 96, 6, 11, 1, 0, 0, 2, 0, 0},  {1, 1, 2, 2, 96, 1, 1, 0, 0, 0, 0, 0, 0},
+          {2, 1, 2, 2, 96, 6, 11, 1, 0, 0, 2, 0, 0},   {3, 65, 1, 1, 64, 1, 1, 0, 0, 0, 0, 0, 0},
+          {1, 257, 2, 1, 96, 1, 1, 0, 0, 0, 0, 0, 0},  {2, 130, 1, 1, 128, 1, 1, 0, 0, 0, 0, 0, 0},
+          {1, 71, 3, 3, 40, 1, 1, 0, 0, 0, 0, 0, 0},   {1, 129, 4, 2, 64, 1, 1, 0, 0, 0, 2, 0, 0},
+          {3, 33, 4, 4, 96, 1, 1, 0, 0, 0, 2, 0, 0},   {1, 131, 2, 2, 128, 1, 1, 0, 0, 0, 2, 0, 0},
+          {1, 193, 1, 1, 96, 6, 11, 1, 0, 0, 0, 0, 0}, {1, 257, 2, 2, 96, 6, 11, 1, 0, 0, 2, 0, 0},
+          {2, 127, 2, 2, 64, 6, 11, 1, 0, 0, 2, 0, 0}, {1, 129, 2, 2, 128, 6, 11, 1, 0, 0, 2, 0, 0},
+          {2, 74, 2, 2, 128, 2, 9, 1, 0, 0, 0, 0, 0},  {1, 97, 2, 2, 128, 2, 15, 1, 0, 0, 0, 0, 0},
+          {1, 66, 1, 1, 96, 1, 3, 1, 0, 0, 0, 0, 0},   {1, 100, 2, 2, 88, 5, 17, 1, 0, 0, 2, 0, 0},
+          {3, 67, 2, 2, 16, 3, 5, 1, 0, 0, 2, 0, 0},   {1, 7, 2, 2, 8, 6, 1, 1, 0, 0, 2, 0, 0},
           {1, 90, 4, 2, 64, 1, 1, 0, 0, 0, 0, 1, 0}},
-         {{1, 300, 132, 132, 16, 6, 11, 1, 0, 0, 2, 0, 0}, {1, 300, 132, 132, 32, 1, 1, 0, 0, 0, 2, 0, 0},  // blocks of several tiles of keys, as 880m has at B 16
-          {1, 1023, 2, 2, 96, 1, 1, 0, 0, 0, 0, 0, 0}, {1, 2047, 2, 2, 96, 1, 1, 0, 0, 0, 2, 0, 0}, {2, 2048, 2, 2, 96, 6, 11, 1, 0, 0, 2, 0, 0}, {1, 4099, 2, 2, 96, 6, 11, 1, 0, 0, 2, 0, 0}}},
+         {{1, 300, 132, 132, 16, 6, 11, 1, 0, 0, 2, 0, 0},
+          {1, 300, 132, 132, 32, 1, 1, 0, 0, 0, 2, 0, 0},  // blocks of several tiles of keys, as 880m has at B 16
+          {1, 1023, 2, 2, 96, 1, 1, 0, 0, 0, 0, 0, 0},
+          {1, 2047, 2, 2, 96, 1, 1, 0, 0, 0, 2, 0, 0},
+          {2, 2048, 2, 2, 96, 6, 11, 1, 0, 0, 2, 0, 0},
+          {1, 4099, 2, 2, 96, 6, 11, 1, 0, 0, 2, 0, 0}}},
     };
     list.insert(list.end(), bf16.begin(), bf16.end());
 #endif
     return list;
 }
 
-// ---- what train_mta.cu says must be tested: functions whose last parameter is the Cuda context, and those that launch a kernel
+// ---- what train_mta.cu says must be tested: functions whose last parameter is the Cuda context, and those that launch
+// a kernel
 
-typedef struct { int line; bool wide; std::string launcher; } Site;  // a LAUNCH or LAUNCH_WIDE
-typedef struct { std::set<std::string> launchers; std::vector<Site> sites; } Source;
+typedef struct {
+    int line;
+    bool wide;
+    std::string launcher;
+} Site;  // a LAUNCH or LAUNCH_WIDE
+typedef struct {
+    std::set<std::string> launchers;
+    std::vector<Site> sites;
+} Source;
 
 static Source read_source(void) {
     std::string path(__FILE__), line, head;
@@ -1078,7 +1408,8 @@ static Source read_source(void) {
         if (line.find("#else") == 0 && depth == skipped) { skipped = 0; }
         if (line.find("#endif") == 0 && depth-- == skipped) { skipped = 0; }
         if (skipped) { continue; }
-        if (line.find("static ") == 0 && line.find("__device__") == std::string::npos && line.find('(') != std::string::npos) {
+        if (line.find("static ") == 0 && line.find("__device__") == std::string::npos &&
+            line.find('(') != std::string::npos) {
             size_t paren = line.find('('), begin = line.find_last_of(" *", paren) + 1;
             name = line.substr(begin, paren - begin), head = "", in_head = true;
         }
@@ -1087,10 +1418,14 @@ static Source read_source(void) {
             size_t brace = head.find('{');
             in_head = brace == std::string::npos && head.find(';') == std::string::npos;
             size_t context = head.find(", Cuda* g");
-            if (!in_head && brace != std::string::npos && context != std::string::npos && (head[context + 9] == ')' || head.compare(context + 9, 6, ", bool") == 0)) { s.launchers.insert(name); }
+            if (!in_head && brace != std::string::npos && context != std::string::npos &&
+                (head[context + 9] == ')' || head.compare(context + 9, 6, ", bool") == 0)) {
+                s.launchers.insert(name);
+            }
         }
         size_t at = line.find("LAUNCH");
-        if (at != std::string::npos && line.find("//") > at && line[0] != '#' && line.back() != '\\' && (line.compare(at, 7, "LAUNCH(") == 0 || line.compare(at, 12, "LAUNCH_WIDE(") == 0)) {
+        if (at != std::string::npos && line.find("//") > at && line[0] != '#' && line.back() != '\\' &&
+            (line.compare(at, 7, "LAUNCH(") == 0 || line.compare(at, 12, "LAUNCH_WIDE(") == 0)) {
             s.launchers.insert(name);
             s.sites.push_back({number, line[at + 6] == '_', name});
         }
@@ -1099,7 +1434,9 @@ static Source read_source(void) {
     return s;
 }
 // What the fp32 build never calls: kernels for tensor cores
-static bool other_build(const std::string& launcher) { return EXACT && (launcher.find("head_mix16") == 0 || launcher.find("kq_conv_band") == 0); }
+static bool other_build(const std::string& launcher) {
+    return EXACT && (launcher.find("head_mix16") == 0 || launcher.find("kq_conv_band") == 0);
+}
 
 // Those that no operation names
 static std::vector<std::string> untested(const Source& source, const std::vector<Operation>& list) {
@@ -1107,22 +1444,28 @@ static std::vector<std::string> untested(const Source& source, const std::vector
     std::vector<std::string> missing;
     for (const Operation& o : list) { all += std::string(o.launchers) + " "; }
     for (const std::string& name : source.launchers) {
-        if (all.find(" " + name + " ") == std::string::npos && !other_build(name)) { missing.push_back(name + ": no operation tests it"); }
+        if (all.find(" " + name + " ") == std::string::npos && !other_build(name)) {
+            missing.push_back(name + ": no operation tests it");
+        }
     }
     return missing;
 }
-// Launches that nothing reached; of those in two widths, either. A launch belongs to the last site before or at its line: a macro's line is that of its end for some compilers.
+// Launches that nothing reached; of those in two widths, either. A launch belongs to the last site before or at its
+// line: a macro's line is that of its end for some compilers.
 static std::vector<std::string> unreached(const Source& source) {
     std::map<int, std::set<std::string>> reached;
     std::vector<std::string> missing;
     for (const auto& l : launches()) {
         int line = 0;
-        for (const Site& s : source.sites) { if (s.line <= l.first) { line = s.line; } }
+        for (const Site& s : source.sites) {
+            if (s.line <= l.first) { line = s.line; }
+        }
         reached[line].insert(l.second);
     }
     for (const Site& s : source.sites) {
         if (!other_build(s.launcher) && reached[s.line].size() < (s.wide ? 2u : 1u)) {
-            missing.push_back(s.launcher + ", line " + std::to_string(s.line) + ": " + (s.wide ? "a launch of one width was not reached" : "a launch was not reached"));
+            missing.push_back(s.launcher + ", line " + std::to_string(s.line) + ": " +
+                              (s.wide ? "a launch of one width was not reached" : "a launch was not reached"));
         }
     }
     return missing;
@@ -1141,20 +1484,30 @@ static bool run_shape(const Operation& o, const std::vector<int>& shape, Cuda* g
     double start = seconds_now();
     o.run(&t, shape.data());
     bool good = t.worst <= 1;
-    printf("%s %-100s %5.2f s, %.3f of the tolerance%s%s\n", good ? "ok  " : "FAIL", title.c_str(), seconds_now() - start, t.worst, good ? "" : ": ",
-           good ? "" : t.what.c_str());
+    printf("%s %-100s %5.2f s, %.3f of the tolerance%s%s\n", good ? "ok  " : "FAIL", title.c_str(),
+           seconds_now() - start, t.worst, good ? "" : ": ", good ? "" : t.what.c_str());
     fflush(stdout);
     return good;
 }
 
 // =====================================================================================================================
-// perf: what an operation costs. Bytes are what it must read and write at least, each element once; operations are 2 M N K of a product and, of attention, those of the
-// definition on the causal half: 4 T^2/2 (HS + values) forward, values HS or 2 HS wide, 2.5 times that backward, and for a convolution 2 cq ck T^2/2 forward, twice that
-// backward. The roofline is the larger of the times that the bytes need at the rate of a copy of device memory and the operations at the vendor's peak.
+// perf: what an operation costs. Bytes are what it must read and write at least, each element once; operations are 2 M
+// N K of a product and, of attention, those of the definition on the causal half: 4 T^2/2 (HS + values) forward, values
+// HS or 2 HS wide, 2.5 times that backward, and for a convolution 2 cq ck T^2/2 forward, twice that backward. The
+// roofline is the larger of the times that the bytes need at the rate of a copy of device memory and the operations at
+// the vendor's peak.
 
 typedef std::function<void()> Work;
-typedef struct { std::string name; double bytes, flops; Work work; } Cost;
-typedef struct { Cuda* g; const char* only; double bytes_per_us, flops_per_us; } Perf;
+typedef struct {
+    std::string name;
+    double bytes, flops;
+    Work work;
+} Cost;
+typedef struct {
+    Cuda* g;
+    const char* only;
+    double bytes_per_us, flops_per_us;
+} Perf;
 enum { ROUNDS = 5 };
 
 // The best of ROUNDS, in microseconds; one more before them warms up.
@@ -1184,17 +1537,23 @@ static void print_cost(const Perf* p, const Cost& c) {
     cudaCheck(cudaStreamSynchronize(p->g->stream));
     const cuda_cpu::TensorCounts& n = cuda_cpu::tensor_counts;
     printf("%-56s %8.2f MB %9.4f GFLOP", c.name.c_str(), c.bytes * 1e-6, c.flops * 1e-9);
-    if (n.mma) { printf("  %.2f of its products of 4096 executed, %.2f KB loaded each, %.1f KB copied", 4096.0 * (double)n.mma / c.flops, 0.5 * (double)n.ldmatrix / (double)n.mma, 16.0 / 1024 * (double)n.copies); }
+    if (n.mma) {
+        printf("  %.2f of its products of 4096 executed, %.2f KB loaded each, %.1f KB copied",
+               4096.0 * (double)n.mma / c.flops, 0.5 * (double)n.ldmatrix / (double)n.mma,
+               16.0 / 1024 * (double)n.copies);
+    }
     printf("\n");
 #else
-    double us = best_microseconds(p->g, c.work), least = std::max(c.bytes / p->bytes_per_us, p->flops_per_us > 0 ? c.flops / p->flops_per_us : 0);
-    printf("%-56s %9.1f us %8.1f MB %7.0f GB/s %9.2f GFLOP %7.1f TFLOP/s  %.3f of the roofline\n", c.name.c_str(), us, c.bytes * 1e-6, c.bytes / us * 1e-3, c.flops * 1e-9,
-           c.flops / us * 1e-6, least / us);
+    double us = best_microseconds(p->g, c.work),
+           least = std::max(c.bytes / p->bytes_per_us, p->flops_per_us > 0 ? c.flops / p->flops_per_us : 0);
+    printf("%-56s %9.1f us %8.1f MB %7.0f GB/s %9.2f GFLOP %7.1f TFLOP/s  %.3f of the roofline\n", c.name.c_str(), us,
+           c.bytes * 1e-6, c.bytes / us * 1e-3, c.flops * 1e-9, c.flops / us * 1e-6, least / us);
 #endif
     fflush(stdout);
 }
 
-// One micro-batch at random fills every buffer with values like those of training. Returns how many tokens are distinct.
+// One micro-batch at random fills every buffer with values like those of training. Returns how many tokens are
+// distinct.
 static int fill_model(Model* m, int B, int T) {
     int N = B * T, V = m->config.vocab_size;
     std::vector<int32_t> tokens((size_t)N);
@@ -1213,30 +1572,46 @@ static std::vector<Cost> kernel_costs(Model* m, int B, int T, int distinct) {
     Scratch* s = &m->scratch;
     Activations* a = &m->acts;
     Cuda* g = &m->cuda;
-    int N = B * T, C = c->hidden_size, FF = c->intermediate_size, NH = c->num_attention_heads, NKV = c->num_key_value_heads, HS = config_head_size(c);
+    int N = B * T, C = c->hidden_size, FF = c->intermediate_size, NH = c->num_attention_heads,
+        NKV = c->num_key_value_heads, HS = config_head_size(c);
     int S = m->sequences, rows = min_int(m->logit_rows, N), V = c->vocab_size, ld = logit_stride(V);
-    double NC = (double)N * C, NF = (double)N * FF, numel = (double)m->tensors.numel, eps = c->rms_norm_eps, x = sizeof(floatX), heads = (NH + 2.0 * NKV) / NH;
+    double NC = (double)N * C, NF = (double)N * FF, numel = (double)m->tensors.numel, eps = c->rms_norm_eps,
+           x = sizeof(floatX), heads = (NH + 2.0 * NKV) / NH;
     LayerOf<floatX> w = model_layer(m, m->weights, 0);
     LayerOf<float> d = model_layer(m, m->grads, 0);
     HeadOutput o = head_output_of(m, &w, 0, B, T);
     AdamW hyper = {1e-5, 0.9, 0.98, 1e-8, 0, 0};
     Rope rope = {s->cosine, s->sine, T, NH, NKV, HS};
     return {
-        {"kernel embedding_forward", NC * (x + 4), 0, [=] { embedding_forward(a->x, s->tokens, model_tensor(m, m->weights, TENSOR_EMBED), N, C, g); }},
+        {"kernel embedding_forward", NC * (x + 4), 0,
+         [=] { embedding_forward(a->x, s->tokens, model_tensor(m, m->weights, TENSOR_EMBED), N, C, g); }},
         {"kernel embedding_backward", NC * 4 + 8.0 * distinct * C, 0,
-         [=] { embedding_backward(model_tensor(m, m->grads, TENSOR_EMBED), s->dx, s->tokens, s->rows, s->starts, distinct, C, g); }},
-        {"kernel residual_rmsnorm_forward", NC * (12 + x), 0, [=] { residual_rmsnorm_forward(a->ln2, a->rstd2, a->x_mid, a->x, s->branch, w.post_norm, N, C, eps, g); }},
+         [=] {
+             embedding_backward(model_tensor(m, m->grads, TENSOR_EMBED), s->dx, s->tokens, s->rows, s->starts, distinct,
+                                C, g);
+         }},
+        {"kernel residual_rmsnorm_forward", NC * (12 + x), 0,
+         [=] { residual_rmsnorm_forward(a->ln2, a->rstd2, a->x_mid, a->x, s->branch, w.post_norm, N, C, eps, g); }},
         {"kernel rmsnorm_backward", NC * (12 + 2 * x), 0,
-         [=] { rmsnorm_backward(s->dx, s->dx_rounded, d.post_norm, s->dln, a->x_mid, w.post_norm, a->rstd2, N, C, s->parts, true, g); }},
+         [=] {
+             rmsnorm_backward(s->dx, s->dx_rounded, d.post_norm, s->dln, a->x_mid, w.post_norm, a->rstd2, N, C,
+                              s->parts, true, g);
+         }},
         {"kernel rope_forward", NC * (heads + 3) * x, 0, [=] { rope_forward(a->q, a->k, a->v, s->qkv, &rope, B, g); }},
         {"kernel rope_backward, 1 part", (double)S * T * C * (12 + heads * x), 0,
          [=] { rope_backward(s->qkv, s->attention.dq, s->attention.dk, s->attention.dv, &rope, S, 1, 1, g); }},
-        {"kernel head_output_forward", NC * x * (m->att_parts + 1), 0, [=] { head_output_forward(a->out, a->att, &o, g); }},
+        {"kernel head_output_forward", NC * x * (m->att_parts + 1), 0,
+         [=] { head_output_forward(a->out, a->att, &o, g); }},
         {"kernel head_output_backward", NC * x * (m->att_parts + 2), 0,
-         [=] { head_output_backward(s->datt, d.head_norm, d.gate_weight, d.gate_bias, s->dout, a->att, &o, s->head_stats, s->parts, g); }},
+         [=] {
+             head_output_backward(s->datt, d.head_norm, d.gate_weight, d.gate_bias, s->dout, a->att, &o, s->head_stats,
+                                  s->parts, g);
+         }},
         {"kernel swiglu_forward", NF * 3 * x, 0, [=] { swiglu_forward(s->act, a->gate_up, N, FF, g); }},
-        {"kernel swiglu_backward", NF * 6 * x, 0, [=] { swiglu_backward(s->dgate_up, s->act, s->act, a->gate_up, N, FF, g); }},
-        {"kernel crossentropy", (double)rows * ld * 2 * x, 0, [=] { crossentropy_forward_backward(s->losses, s->wrong, s->logits, s->targets, rows, V, ld, 1, true, g); }},
+        {"kernel swiglu_backward", NF * 6 * x, 0,
+         [=] { swiglu_backward(s->dgate_up, s->act, s->act, a->gate_up, N, FF, g); }},
+        {"kernel crossentropy", (double)rows * ld * 2 * x, 0,
+         [=] { crossentropy_forward_backward(s->losses, s->wrong, s->logits, s->targets, rows, V, ld, 1, true, g); }},
         {"kernel zero_gradients", numel * 4, 0, [=] { model_zero_gradients(m); }},
         {"kernel gradient_norm", numel * 4, 0, [=] { gradient_norm(m, g); }},
         {"kernel gradient_norm, adamw", numel * (32 + (EXACT ? 0 : x)), 0, [=] { model_update(m, &hyper, 1); }},
@@ -1244,20 +1619,33 @@ static std::vector<Cost> kernel_costs(Model* m, int B, int T, int distinct) {
 }
 
 // Matrix products of a layer: out (M,N) = A B. wide: fp32 out; add: onto what is there
-typedef struct { const char* name; bool ta, tb; int M, N, K; bool wide, add; } Product;
+typedef struct {
+    const char* name;
+    bool ta, tb;
+    int M, N, K;
+    bool wide, add;
+} Product;
 static void print_products(const Perf* p, Model* m, int B, int T) {
     const Config* c = &m->config;
     Cuda* g = &m->cuda;
-    int N = B * T, C = c->hidden_size, FF = c->intermediate_size, QKV = (c->num_attention_heads + 2 * c->num_key_value_heads) * config_head_size(c);
+    int N = B * T, C = c->hidden_size, FF = c->intermediate_size,
+        QKV = (c->num_attention_heads + 2 * c->num_key_value_heads) * config_head_size(c);
     int V = c->vocab_size, rows = min_int(m->logit_rows, N), F = 2 * FF;
     const Product list[] = {
-        {"qkv", false, true, N, QKV, C, false, false},          {"o", false, true, N, C, C, true, false},
-        {"gate, up", false, true, N, F, C, false, false},       {"down", false, true, N, C, FF, true, false},
-        {"head", false, true, rows, V, C, false, false},        {"qkv, dinp", false, false, N, C, QKV, false, false},
-        {"o, dinp", false, false, N, C, C, false, false},       {"gate, up, dinp", false, false, N, C, F, false, false},
-        {"down, dinp", false, false, N, FF, C, false, false},   {"head, dinp", false, false, rows, C, V, false, false},
-        {"qkv, dweight", true, false, QKV, C, N, true, true},   {"o, dweight", true, false, C, C, N, true, true},
-        {"gate, up, dweight", true, false, F, C, N, true, true}, {"down, dweight", true, false, C, FF, N, true, true},
+        {"qkv", false, true, N, QKV, C, false, false},
+        {"o", false, true, N, C, C, true, false},
+        {"gate, up", false, true, N, F, C, false, false},
+        {"down", false, true, N, C, FF, true, false},
+        {"head", false, true, rows, V, C, false, false},
+        {"qkv, dinp", false, false, N, C, QKV, false, false},
+        {"o, dinp", false, false, N, C, C, false, false},
+        {"gate, up, dinp", false, false, N, C, F, false, false},
+        {"down, dinp", false, false, N, FF, C, false, false},
+        {"head, dinp", false, false, rows, C, V, false, false},
+        {"qkv, dweight", true, false, QKV, C, N, true, true},
+        {"o, dweight", true, false, C, C, N, true, true},
+        {"gate, up, dweight", true, false, F, C, N, true, true},
+        {"down, dweight", true, false, C, FF, N, true, true},
         {"head, dweight", true, false, V, C, rows, true, true},
     };
     size_t most = 0, widest = 0;
@@ -1273,17 +1661,21 @@ static void print_products(const Perf* p, Model* m, int B, int T) {
     cudaCheck(cudaMemsetAsync(out, 0, widest, g->stream));
     for (floatX* x : {A, W}) {  // real values: zeros would draw less power and run faster
         for (size_t i = 0; i < most; i += m->tensors.numel) {
-            cudaCheck(cudaMemcpyAsync(x + i, m->weights, std::min(m->tensors.numel, most - i) * sizeof(floatX), cudaMemcpyDeviceToDevice, g->stream));
+            cudaCheck(cudaMemcpyAsync(x + i, m->weights, std::min(m->tensors.numel, most - i) * sizeof(floatX),
+                                      cudaMemcpyDeviceToDevice, g->stream));
         }
     }
     for (const Product& x : list) {
         size_t lda = (size_t)(x.ta ? x.M : x.K), ldb = (size_t)(x.tb ? x.K : x.N);
-        double bytes = ((double)x.M * x.K + (double)x.K * x.N) * sizeof(floatX) + (double)x.M * x.N * (x.wide ? 4 : sizeof(floatX)) * (x.add ? 2 : 1);
-        std::string name = std::string("product ") + x.name + " " + std::to_string(x.M) + " x " + std::to_string(x.N) + " x " + std::to_string(x.K);
-        print_cost(p, {name, bytes, 2.0 * x.M * x.N * x.K, [&] {
-            Matrix to = x.wide ? matrix((float*)out, (size_t)x.N) : matrix((floatX*)out, (size_t)x.N);
-            gemm(to, matrix(A, lda), matrix(W, ldb), {x.ta, x.tb, x.M, x.N, x.K, 1, x.add ? 1.0f : 0.0f}, g);
-        }});
+        double bytes = ((double)x.M * x.K + (double)x.K * x.N) * sizeof(floatX) +
+                       (double)x.M * x.N * (x.wide ? 4 : sizeof(floatX)) * (x.add ? 2 : 1);
+        std::string name = std::string("product ") + x.name + " " + std::to_string(x.M) + " x " + std::to_string(x.N) +
+                           " x " + std::to_string(x.K);
+        print_cost(
+            p, {name, bytes, 2.0 * x.M * x.N * x.K, [&] {
+                    Matrix to = x.wide ? matrix((float*)out, (size_t)x.N) : matrix((floatX*)out, (size_t)x.N);
+                    gemm(to, matrix(A, lda), matrix(W, ldb), {x.ta, x.tb, x.M, x.N, x.K, 1, x.add ? 1.0f : 0.0f}, g);
+                }});
     }
     cudaCheck(cudaStreamSynchronize(g->stream));
     cudaCheck(cudaFree(A));
@@ -1292,7 +1684,10 @@ static void print_products(const Perf* p, Model* m, int B, int T) {
 }
 
 // The attention of one layer alone, forward and backward, fused or in chunks
-typedef struct { const char* title; bool conv, mix; } Layer;
+typedef struct {
+    const char* title;
+    bool conv, mix;
+} Layer;
 static void print_layer(const Perf* p, const Layer* l, int B, int T, int NH, int HS, bool fused) {
     Whole w = {B, T, NH, NH, HS, 6, 11, l->conv, 0, 0, l->mix ? 2 : 0, 0, fused ? 0 : attention_chunk(T)};
     Config c = whole_config(&w);
@@ -1303,26 +1698,34 @@ static void print_layer(const Perf* p, const Layer* l, int B, int T, int NH, int
     Scratch* s = &m->scratch;
     Activations* acts = &m->acts;
     Cuda* g = &m->cuda;
-    size_t n = (size_t)NH * T * HS;  // of a sequence; all have the same: to draw numbers for 16 of them takes longer than what is timed
+    size_t n = (size_t)NH * T *
+               HS;  // of a sequence; all have the same: to draw numbers for 16 of them takes longer than what is timed
     std::vector<floatX> x(n);
     floatX* const to[] = {acts->q, acts->k, acts->v, s->datt};
     for (int i = 0; i < 4; i++) {
         Rng rng = rng_make(2, (uint64_t)i);
         for (floatX& v : x) { v = (floatX)rng_normal(&rng); }
-        for (int b = 0; b < B; b++) { cudaCheck(cudaMemcpyAsync(to[i] + b * n, x.data(), n * sizeof(floatX), cudaMemcpyHostToDevice, g->stream)); }
+        for (int b = 0; b < B; b++) {
+            cudaCheck(cudaMemcpyAsync(to[i] + b * n, x.data(), n * sizeof(floatX), cudaMemcpyHostToDevice, g->stream));
+        }
         cudaCheck(cudaStreamSynchronize(g->stream));
     }
     LayerOf<floatX> weights = model_layer(m, m->weights, 0);
     Attention a = attention_of(m, &weights, 0, B, T);
     if (a.pair_mix) { convert(s->pair_mix, weights.head_mix, 2 * NH, g); }
     Rope rope = {s->cosine, s->sine, T, NH, NH, HS};
-    std::string name = std::string("attention ") + l->title + ", " + std::to_string(B) + " x " + std::to_string(T) + (a.flash ? " fused" : " chunked");
-    double half = 0.5 * T * T * NH * B, products = half * 4 * (HS + (l->mix ? 2 : 1) * HS) / 2, conv = l->conv ? half * 2 * 66 : 0, row = (double)B * n * sizeof(floatX);
+    std::string name = std::string("attention ") + l->title + ", " + std::to_string(B) + " x " + std::to_string(T) +
+                       (a.flash ? " fused" : " chunked");
+    double half = 0.5 * T * T * NH * B, products = half * 4 * (HS + (l->mix ? 2 : 1) * HS) / 2,
+           conv = l->conv ? half * 2 * 66 : 0, row = (double)B * n * sizeof(floatX);
     Perf own = {g, p->only, p->bytes_per_us, p->flops_per_us};  // the model's own stream
-    print_cost(&own, {name + " forward", row * (3 + m->att_parts), products + conv, [=] { attention_forward(acts->att, acts->stats, acts->q, acts->k, acts->v, &a, &s->attention, g); }});
+    print_cost(&own, {name + " forward", row * (3 + m->att_parts), products + conv, [=] {
+                          attention_forward(acts->att, acts->stats, acts->q, acts->k, acts->v, &a, &s->attention, g);
+                      }});
     print_cost(&own, {name + " backward", row * (7 + m->att_parts), 2.5 * products + 2 * conv, [=] {
-        attention_backward(s->qkv, &m->sums, s->datt, acts->att, acts->q, acts->k, acts->v, acts->stats, &rope, &a, &s->attention, g);
-    }});
+                          attention_backward(s->qkv, &m->sums, s->datt, acts->att, acts->q, acts->k, acts->v,
+                                             acts->stats, &rope, &a, &s->attention, g);
+                      }});
     cudaCheck(cudaStreamSynchronize(g->stream));
     model_free(m);
 }
@@ -1339,17 +1742,24 @@ static int perf(const char* only, const char* model, int T, int B) {
     Model* m = model_create(&c, B, T, 0, RECOMPUTE_NONE, &e);
     if (!m) { die("%s", e.text); }
     cudaCheck(cudaGetDeviceProperties(&device, 0));
-    size_t half = m->tensors.numel / 2 * sizeof(float);  // device memory's own rate: half of the optimizer's first moment onto the other half
-    double us = best_microseconds(&m->cuda, [&] { cudaCheck(cudaMemcpyAsync(m->m, (char*)m->m + half, half, cudaMemcpyDeviceToDevice, m->cuda.stream)); });
+    size_t half = m->tensors.numel / 2 *
+                  sizeof(float);  // device memory's own rate: half of the optimizer's first moment onto the other half
+    double us = best_microseconds(&m->cuda, [&] {
+        cudaCheck(cudaMemcpyAsync(m->m, (char*)m->m + half, half, cudaMemcpyDeviceToDevice, m->cuda.stream));
+    });
     Perf p = {&m->cuda, only, 2 * (double)half / us, matmul_rate(&device) * 1e-6};
-    printf("%s; one layer of %s, %d x %d tokens; best of %d; a copy of device memory %.0f GB/s, products at most %.0f TFLOP/s\n", device.name, model, B, T, ROUNDS,
-           p.bytes_per_us * 1e-3, p.flops_per_us * 1e-6);
-    static const Layer layers[] = {{"plain", false, false}, {"pairs mixed", false, true}, {"convolution, pairs mixed", true, true}};
+    printf("%s; one layer of %s, %d x %d tokens; best of %d; a copy of device memory %.0f GB/s, products at most %.0f "
+           "TFLOP/s\n",
+           device.name, model, B, T, ROUNDS, p.bytes_per_us * 1e-3, p.flops_per_us * 1e-6);
+    static const Layer layers[] = {
+        {"plain", false, false}, {"pairs mixed", false, true}, {"convolution, pairs mixed", true, true}};
     bool others = strncmp(only, "attention", 9) != 0;
     if (strncmp(only, "kernel", 6) && strncmp(only, "product", 7)) {
         for (int longer = 1; longer <= (B > 1 ? 2 : 1); longer++) {
             for (const Layer& l : layers) {
-                for (int fused = !EXACT; fused >= 0; fused--) { print_layer(&p, &l, B / longer, longer * T, c.num_attention_heads, config_head_size(&c), fused); }
+                for (int fused = !EXACT; fused >= 0; fused--) {
+                    print_layer(&p, &l, B / longer, longer * T, c.num_attention_heads, config_head_size(&c), fused);
+                }
             }
         }
     }
@@ -1379,11 +1789,17 @@ static int test(const char* only, bool quick, bool large, int longest) {
         bool whole = strncmp(o.fields, "B T", 3) == 0 || strncmp(o.fields, "S T", 3) == 0;
         for (const std::vector<int>& shape : shapes) {
             if (std::string(o.name).find(only) == std::string::npos || (whole && shape[1] > longest)) { continue; }
-            if (run_shape(o, shape, &g)) { passed++; } else { failed++; }
+            if (run_shape(o, shape, &g)) {
+                passed++;
+            } else {
+                failed++;
+            }
         }
     }
     cuda_close(&g);
-    if (!*only && !quick && longest >= 613) { for (const std::string& x : unreached(source)) { missing.push_back(x); } }
+    if (!*only && !quick && longest >= 613) {
+        for (const std::string& x : unreached(source)) { missing.push_back(x); }
+    }
     for (const std::string& x : missing) { printf("FAIL %s\n", x.c_str()); }
     failed += (int)missing.size();
     printf("%d passed, %d failed\n", passed, failed);

@@ -1,4 +1,5 @@
-// test_options.c: mta/options.h and mta/random.h. Each command line is parsed in a child process, whose exit status and output are judged.
+// test_options.c: mta/options.h and mta/random.h. Each command line is parsed in a child process, whose exit status and
+// output are judged.
 //   make build/test_options && build/test_options
 #include "mta/util.h"
 #include "mta/options.h"
@@ -16,17 +17,16 @@ typedef struct {
 } Options;
 
 static Options o;
-static Opt table[] = {
-    {"Training", OPT_HEADING, NULL, NULL, NULL, 0, 0, false},
-    {"--dry-run", OPT_FLAG, &o.dry_run, NULL, "print the plan and stop", 0, 0, false},
-    {"--tie", OPT_SWITCH, &o.tie, NULL, "tie the head", 0, 0, false},
-    {"--batch-size", OPT_INT, &o.batch, NULL, "sequences", 1, 1000, false},
-    {"--steps", OPT_LONG, &o.steps, NULL, "steps", 0, 1e18, false},
-    {"--lr", OPT_FLOAT, &o.lr, NULL, "learning rate", 0, 10, false},
-    {"--eps", OPT_FLOAT, &o.eps, NULL, "any number", 0, 0, false},
-    {"--out", OPT_STRING, &o.out, "DIR", "directory", 0, 0, false},
-    {"--schedule", OPT_CHOICE, &o.schedule, "linear|cosine", "shape", 0, 0, false},
-    OPT_END};
+static Opt table[] = {{"Training", OPT_HEADING, NULL, NULL, NULL, 0, 0, false},
+                      {"--dry-run", OPT_FLAG, &o.dry_run, NULL, "print the plan and stop", 0, 0, false},
+                      {"--tie", OPT_SWITCH, &o.tie, NULL, "tie the head", 0, 0, false},
+                      {"--batch-size", OPT_INT, &o.batch, NULL, "sequences", 1, 1000, false},
+                      {"--steps", OPT_LONG, &o.steps, NULL, "steps", 0, 1e18, false},
+                      {"--lr", OPT_FLOAT, &o.lr, NULL, "learning rate", 0, 10, false},
+                      {"--eps", OPT_FLOAT, &o.eps, NULL, "any number", 0, 0, false},
+                      {"--out", OPT_STRING, &o.out, "DIR", "directory", 0, 0, false},
+                      {"--schedule", OPT_CHOICE, &o.schedule, "linear|cosine", "shape", 0, 0, false},
+                      OPT_END};
 
 static void reset(void) {
     o.dry_run = false;
@@ -47,7 +47,8 @@ static int parse(int argc, const char* const* argv) {
     return options_parse(table, "usage: test [options] FILE FILE", argc, (char**)argv, positional, 2);
 }
 
-// Parses in a child; its stdout and stderr come back in text. Returns the exit status, 200 where options_parse returned.
+// Parses in a child; its stdout and stderr come back in text. Returns the exit status, 200 where options_parse
+// returned.
 static int parse_child(int argc, const char* const* argv, char* text, size_t size) {
     int fds[2];
     if (pipe(fds) != 0) { die("pipe: %s", strerror(errno)); }
@@ -72,7 +73,8 @@ static int parse_child(int argc, const char* const* argv, char* text, size_t siz
     return WIFEXITED(status) ? WEXITSTATUS(status) : -1;
 }
 
-// One bad command line (at most three words after the program's name): exit 1, one line, which holds every one of the given pieces.
+// One bad command line (at most three words after the program's name): exit 1, one line, which holds every one of the
+// given pieces.
 static void refused(const char* a, const char* b, const char* c, const char* piece1, const char* piece2) {
     const char* argv[5] = {"prog", a, b, c, NULL};
     int argc = 1;
@@ -80,19 +82,25 @@ static void refused(const char* a, const char* b, const char* c, const char* pie
     char text[8192];
     int status = parse_child(argc, argv, text, sizeof(text));
     char* newline = strchr(text, '\n');
-    bool ok = status == 1 && newline != NULL && newline[1] == 0 && strstr(text, piece1) != NULL && strstr(text, piece2) != NULL;
+    bool ok = status == 1 && newline != NULL && newline[1] == 0 && strstr(text, piece1) != NULL &&
+              strstr(text, piece2) != NULL;
     char what[9000];
-    snprintf(what, sizeof(what), "%s %s %s refused with %s and %s: exit %d, %s", a, b ? b : "", c ? c : "", piece1, piece2, status, text);
+    snprintf(what, sizeof(what), "%s %s %s refused with %s and %s: exit %d, %s", a, b ? b : "", c ? c : "", piece1,
+             piece2, status, text);
     check(ok, what);
 }
 
 static void test_good(void) {
-    const char* argv[] = {"prog", "one", "--lr", "1e-3", "--dry-run", "--tie=off", "--batch-size=16", "--steps", "5000000000", "--out=a=b",
-                          "--schedule", "cosine", "--eps", "-1.5", "--", "--two", NULL};
+    const char* argv[] = {
+        "prog",    "one",        "--lr",      "1e-3",       "--dry-run", "--tie=off", "--batch-size=16",
+        "--steps", "5000000000", "--out=a=b", "--schedule", "cosine",    "--eps",     "-1.5",
+        "--",      "--two",      NULL};
     int n = parse(16, argv);
-    check(n == 2 && strcmp(positional[0], "one") == 0 && strcmp(positional[1], "--two") == 0, "positional arguments, also after --");
+    check(n == 2 && strcmp(positional[0], "one") == 0 && strcmp(positional[1], "--two") == 0,
+          "positional arguments, also after --");
     check(o.lr == 1e-3 && o.dry_run && o.tie == 0 && o.batch == 16 && o.steps == 5000000000LL, "values");
-    check(strcmp(o.out, "a=b") == 0 && strcmp(o.schedule, "cosine") == 0 && o.eps == -1.5, "text, choice, negative number");
+    check(strcmp(o.out, "a=b") == 0 && strcmp(o.schedule, "cosine") == 0 && o.eps == -1.5,
+          "text, choice, negative number");
     check(option_given(table, "--lr") && !option_given(table, "--help"), "given");
     const char* twice[] = {"prog", "--lr=1", "--lr=2", "-", NULL};
     check(parse(4, twice) == 1 && o.lr == 2 && strcmp(positional[0], "-") == 0, "the later one wins; - is an argument");
@@ -137,23 +145,28 @@ static void test_help(void) {
     char text[8192];
     int status = parse_child(2, argv, text, sizeof(text));
     check(status == 0 && strstr(text, "usage: test") == text, "--help exits 0 and starts with the usage line");
-    check(strstr(text, "\nTraining\n") != NULL && strstr(text, "--batch-size N") != NULL && strstr(text, "(default: 8)") != NULL, "help: table");
+    check(strstr(text, "\nTraining\n") != NULL && strstr(text, "--batch-size N") != NULL &&
+              strstr(text, "(default: 8)") != NULL,
+          "help: table");
     check(strstr(text, "\n  --version ") != NULL, "help: --version");
-    check(strstr(text, "--schedule linear|cosine") != NULL && strstr(text, "(default: linear)") != NULL, "help: choices and their default");
+    check(strstr(text, "--schedule linear|cosine") != NULL && strstr(text, "(default: linear)") != NULL,
+          "help: choices and their default");
 }
 
 static void test_version(void) {
     const char* argv[] = {"prog", "--lr", "0.1", "--version", "--no-such-option", NULL};
     char text[8192];
     int status = parse_child(5, argv, text, sizeof(text));
-    check(status == 0 && strstr(text, " " MTA_VERSION "\n") != NULL && strchr(text, '\n')[1] == 0, "--version is one line, exit 0");
+    check(status == 0 && strstr(text, " " MTA_VERSION "\n") != NULL && strchr(text, '\n')[1] == 0,
+          "--version is one line, exit 0");
 }
 
 // Known answers of Philox 4x32-10, from the authors' distribution (Random123, kat_vectors).
 static void test_philox(void) {
     uint32_t zero[4] = {0, 0, 0, 0}, zero_key[2] = {0, 0};
     philox4x32(zero, zero_key);
-    check(zero[0] == 0x6627e8d5u && zero[1] == 0xe169c58du && zero[2] == 0xbc57ac4cu && zero[3] == 0x9b00dbd8u, "Philox of zeros");
+    check(zero[0] == 0x6627e8d5u && zero[1] == 0xe169c58du && zero[2] == 0xbc57ac4cu && zero[3] == 0x9b00dbd8u,
+          "Philox of zeros");
     uint32_t pi[4] = {0x243f6a88u, 0x85a308d3u, 0x13198a2eu, 0x03707344u}, pi_key[2] = {0xa4093822u, 0x299f31d0u};
     philox4x32(pi, pi_key);
     check(pi[0] == 0xd16cfe09u && pi[1] == 0x94fdccebu && pi[2] == 0x5001e420u && pi[3] == 0x24126ea1u, "Philox of pi");
@@ -184,7 +197,8 @@ static void test_random(void) {
     }
     // five standard errors: 1/sqrt(n), sqrt(2/n), sqrt(96/n), sqrt(1/12n)
     check(fabs(mean) < 0.0112 && fabs(square - 1) < 0.0159 && fabs(fourth - 3) < 0.11, "moments of the normal");
-    check(fabs(uniform - 0.5) < 0.0033 && largest <= 3 && largest > 2.9, "mean of the uniform, limit of the truncated normal");
+    check(fabs(uniform - 0.5) < 0.0033 && largest <= 3 && largest > 2.9,
+          "mean of the uniform, limit of the truncated normal");
 }
 
 static void test_permutation(void) {
@@ -208,7 +222,8 @@ static void test_permutation(void) {
     check(moved && keys, "it moves elements, and keys differ");
     int count[3] = {0, 0, 0};
     for (uint64_t key = 0; key < 30000; key++) { count[permute_index(0, 3, key)]++; }
-    check(abs(count[0] - 10000) < 500 && abs(count[1] - 10000) < 500 && abs(count[2] - 10000) < 500, "of three, each place is equally likely");
+    check(abs(count[0] - 10000) < 500 && abs(count[1] - 10000) < 500 && abs(count[2] - 10000) < 500,
+          "of three, each place is equally likely");
     uint64_t huge = ((uint64_t)1 << 40) + 12345, low = 0;
     bool inside = true;
     for (uint64_t i = 0; i < 10000; i++) {

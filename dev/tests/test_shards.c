@@ -1,4 +1,5 @@
-// test_shards.c: mta/shards.h (format, refusals, windows, order, mixing, state) and mta/log.h (lines, cuts, a full disk).
+// test_shards.c: mta/shards.h (format, refusals, windows, order, mixing, state) and mta/log.h (lines, cuts, a full
+// disk).
 //   make build/test_shards && build/test_shards
 #include "mta/shards.h"
 #include "mta/log.h"
@@ -13,7 +14,8 @@ static void spit(const char* path, const void* data, size_t n) {
 }
 
 // A shard of n tokens: token i is (i * step + first) % vocab.
-static void make_shard(const char* name, size_t n, int width, int vocab, uint32_t first, uint32_t step, const uint8_t* mask) {
+static void make_shard(const char* name, size_t n, int width, int vocab, uint32_t first, uint32_t step,
+                       const uint8_t* mask) {
     uint32_t* tokens = (uint32_t*)alloc_or_die(n, 4, "tokens");
     for (size_t i = 0; i < n; i++) { tokens[i] = (uint32_t)(i * step + first) % (uint32_t)vocab; }
     Error e;
@@ -43,7 +45,8 @@ static void refused(const char* spec, int T, int V, const char* piece1, const ch
     Loader l;
     Error e;
     bool ok = !opens(spec, T, V, &l, &e);
-    check(ok && strstr(e.text, piece1) && strstr(e.text, piece2) && !strchr(e.text, '\n'), piece1, ok ? e.text : "it was accepted");
+    check(ok && strstr(e.text, piece1) && strstr(e.text, piece2) && !strchr(e.text, '\n'), piece1,
+          ok ? e.text : "it was accepted");
     if (!ok) { loader_close(&l); }
 }
 
@@ -56,7 +59,8 @@ static void test_windows(void) {
     make_shard("w16_train_000000.bin", 21, 2, 100, 0, 1, NULL);
     make_shard("w32_train_000000.bin", 21, 4, 200000, 131072, 1, NULL);
     make_shard("masked.bin", 21, 2, 100, 0, 1, mask);
-    check(opens(at("w16_train_*.bin"), 4, 100, &l, &e) && loader_windows(&l) == 5, "21 tokens are 5 windows of 4", e.text);
+    check(opens(at("w16_train_*.bin"), 4, 100, &l, &e) && loader_windows(&l) == 5, "21 tokens are 5 windows of 4",
+          e.text);
     check(strcmp(l.sources[0].name, "w16") == 0 && !loader_masked(&l), "name of the source", l.sources[0].name);
     bool ok = true;
     for (uint64_t w = 0; w < 5; w++) {
@@ -66,19 +70,23 @@ static void test_windows(void) {
     check(ok, "windows in file order, stride T, targets one ahead", e.text);
     check(!loader_window(&l, 5, x, y, &e), "there is no sixth window", "");
     loader_close(&l);
-    check(opens(at("w32_train_000000.bin"), 4, 200000, &l, &e) && loader_window(&l, 4, x, y, &e) && x[0] == 131088 && y[3] == 131092, "uint32",
-          e.text);
+    check(opens(at("w32_train_000000.bin"), 4, 200000, &l, &e) && loader_window(&l, 4, x, y, &e) && x[0] == 131088 &&
+              y[3] == 131092,
+          "uint32", e.text);
     loader_close(&l);
-    check(opens(at("masked.bin"), 5, 100, &l, &e) && loader_masked(&l) && loader_window(&l, 1, x, y, &e), "masked", e.text);
+    check(opens(at("masked.bin"), 5, 100, &l, &e) && loader_masked(&l) && loader_window(&l, 1, x, y, &e), "masked",
+          e.text);
     check(y[0] == 6 && y[1] == -100 && y[2] == -100 && y[3] == 9 && y[4] == -100, "masked targets are -100", "");
     loader_close(&l);
-    check(opens(at("w16_train_000000.bin"), 20, 5000, &l, &e) && loader_windows(&l) == 1, "one window; a larger model vocabulary", e.text);
+    check(opens(at("w16_train_000000.bin"), 20, 5000, &l, &e) && loader_windows(&l) == 1,
+          "one window; a larger model vocabulary", e.text);
     loader_close(&l);
 }
 
 // A folder or a file that exists under that very name is meant, whatever the name means to glob().
 static void test_brackets(void) {
-    const char* const specs[] = {"run[1]/s_train_*.bin", "run[1]/s_train_000000.bin", "run[1]/one[2].bin", "run?/s_train_000000.bin", "*/s_train_000000.bin"};
+    const char* const specs[] = {"run[1]/s_train_*.bin", "run[1]/s_train_000000.bin", "run[1]/one[2].bin",
+                                 "run?/s_train_000000.bin", "*/s_train_000000.bin"};
     const char* const folders[] = {"run[1]", "run1", "run?"};
     Loader l;
     Error e = {{0}};
@@ -142,22 +150,27 @@ static void test_ids(void) {
     make_shard("ids.bin", 21, 2, 100, 80, 1, NULL);  // 80 .. 99, 0
     poke("ids.bin", 3, 0);                           // vocabulary unknown: only reading can tell
     check(opens(at("ids.bin"), 4, 84, &l, &e), "an unknown vocabulary opens", e.text);
-    check(!loader_window(&l, 0, x, y, &e) && strstr(e.text, "token id 84 at position 4, the model's vocabulary is 84"), "an id beyond", e.text);
+    check(!loader_window(&l, 0, x, y, &e) && strstr(e.text, "token id 84 at position 4, the model's vocabulary is 84"),
+          "an id beyond", e.text);
     e.text[0] = 0;
     check(!loader_window(&l, 1, x, y, &e) && strstr(e.text, "ids.bin"), "the file is named", e.text);
     loader_close(&l);
     make_shard("big.bin", 9, 4, 100, 0, 1, NULL);
     poke("big.bin", 256 + 3, -1);  // 4294967295 as an id
-    check(opens(at("big.bin"), 4, 100, &l, &e) && !loader_window(&l, 0, x, y, &e) && strstr(e.text, "4294967295"), "an id of 2^32-1", e.text);
+    check(opens(at("big.bin"), 4, 100, &l, &e) && !loader_window(&l, 0, x, y, &e) && strstr(e.text, "4294967295"),
+          "an id of 2^32-1", e.text);
     loader_close(&l);
     uint8_t mask[9] = {1, 1, 7, 1, 1, 1, 1, 1, 1};
     make_shard("badmask.bin", 9, 2, 100, 0, 1, mask);
-    check(opens(at("badmask.bin"), 4, 100, &l, &e) && !loader_window(&l, 0, x, y, &e) && strstr(e.text, "byte 7 at position 2"), "mask byte", e.text);
+    check(opens(at("badmask.bin"), 4, 100, &l, &e) && !loader_window(&l, 0, x, y, &e) &&
+              strstr(e.text, "byte 7 at position 2"),
+          "mask byte", e.text);
     loader_close(&l);
     uint32_t wide[2] = {1, 65536};
     e.text[0] = 0;
-    check(!shard_write(at("wide.bin"), wide, 2, 2, 0, NULL, &e) && strstr(e.text, "two bytes") && !file_exists(at("wide.bin")), "65536 in uint16",
-          e.text);
+    check(!shard_write(at("wide.bin"), wide, 2, 2, 0, NULL, &e) && strstr(e.text, "two bytes") &&
+              !file_exists(at("wide.bin")),
+          "65536 in uint16", e.text);
 }
 
 static void test_large(void) {  // more than 2 GiB: a sparse file, with ids at its very end
@@ -184,7 +197,8 @@ static void test_order(void) {
     const int n = 1000;
     make_shard("o_train_000000.bin", 1601, 2, 4001, 0, 1, NULL);     // 400 windows
     make_shard("o_train_000001.bin", 2401, 2, 4001, 1600, 1, NULL);  // 600 windows, their tokens continue
-    bool opened = opens(at("o_train_*.bin"), 4, 4001, &a, &e) && loader_open(&b, at("o_train_00000?.bin"), 4, 4001, 2, &e);
+    bool opened =
+        opens(at("o_train_*.bin"), 4, 4001, &a, &e) && loader_open(&b, at("o_train_00000?.bin"), 4, 4001, 2, &e);
     check(opened && loader_windows(&a) == n, "two shards of one source", e.text);
     int first[1000], seen[1000];
     memset(seen, 0, sizeof(seen));
@@ -224,7 +238,8 @@ static void test_mixing(void) {
     make_shard("m2.bin", 401, 2, 1000, 300, 1, NULL);
     char spec[4 * PATH_SIZE];
     snprintf(spec, sizeof(spec), "%s=.726,%s=0.24,%s=0.034", at("m0.bin"), at("m1.bin"), at("m2.bin"));
-    check(opens(spec, 4, 1000, &l, &e) && l.n_sources == 3 && fabs(l.sources[0].share - 0.726) < 1e-12, "three weights", e.text);
+    check(opens(spec, 4, 1000, &l, &e) && l.n_sources == 3 && fabs(l.sources[0].share - 0.726) < 1e-12, "three weights",
+          e.text);
     double worst = 0;
     bool right = true;
     for (int k = 1; k <= 20000; k++) {
@@ -240,7 +255,8 @@ static void test_mixing(void) {
     check(worst <= 0.7500001, "shares hold within 1 - 1/(2n-2) of a window at every moment", detail);
     loader_close(&l);
     snprintf(spec, sizeof(spec), "%s,%s", at("m0.bin"), at("m1.bin"));
-    check(opens(spec, 4, 1000, &l, &e) && l.sources[0].share == 0.5 && l.sources[1].share == 0.5, "weight 1 without a weight", e.text);
+    check(opens(spec, 4, 1000, &l, &e) && l.sources[0].share == 0.5 && l.sources[1].share == 0.5,
+          "weight 1 without a weight", e.text);
     loader_close(&l);
     const char* bad[] = {"=0", "=-1", "=x", "=", "=nan", "=inf", "=1x"};
     for (int i = 0; i < 7; i++) {
@@ -266,12 +282,14 @@ static void test_recipe(void) {
     const char* good = "# the mixture\n\nm0.bin = .75  # most\r\n  m1.bin=0.25\n";
     spit(at("recipe.txt"), good, strlen(good));
     snprintf(spec, sizeof(spec), "@%s", at("recipe.txt"));
-    check(opens(spec, 4, 1000, &l, &e) && l.n_sources == 2 && l.sources[0].share == 0.75, "a recipe, relative to its folder", e.text);
+    check(opens(spec, 4, 1000, &l, &e) && l.n_sources == 2 && l.sources[0].share == 0.75,
+          "a recipe, relative to its folder", e.text);
     loader_close(&l);
     char absolute[PATH_SIZE];
     snprintf(absolute, sizeof(absolute), "%s", at("m2.bin"));
     spit(at("recipe.txt"), absolute, strlen(absolute));
-    check(opens(spec, 4, 1000, &l, &e) && l.n_sources == 1 && l.sources[0].share == 1, "an absolute name, no newline at the end", e.text);
+    check(opens(spec, 4, 1000, &l, &e) && l.n_sources == 1 && l.sources[0].share == 1,
+          "an absolute name, no newline at the end", e.text);
     loader_close(&l);
     spit(at("recipe.txt"), "m0.bin=1\nm1.bin=lots\n", 21);
     refused(spec, 4, 1000, "line 2: weight \"lots\"", "above 0");
@@ -291,23 +309,28 @@ static void test_documents(void) {
     Loader l;
     Error e;
     char spec[4 * PATH_SIZE];
-    const char* manifest = "{\"shards\": {\"m0.bin\": {\"documents\": 10, \"tokens\": 41}, \"m1.bin\": {\"documents\": 5, \"tokens\": 81}}}";
+    const char* manifest = "{\"shards\": {\"m0.bin\": {\"documents\": 10, \"tokens\": 41}, \"m1.bin\": {\"documents\": "
+                           "5, \"tokens\": 81}}}";
     spit(at("manifest.json"), manifest, strlen(manifest));
     snprintf(spec, sizeof(spec), "%s=1,%s=3", at("m0.bin"), at("m1.bin"));
     double a = 41.0 / 10, b = 3 * 81.0 / 5;
-    check(open_documents(spec, &l, &e) && fabs(l.sources[0].share - a / (a + b)) < 1e-12, "shares follow tokens per document", e.text);
+    check(open_documents(spec, &l, &e) && fabs(l.sources[0].share - a / (a + b)) < 1e-12,
+          "shares follow tokens per document", e.text);
     loader_close(&l);
-    check(!open_documents(at("m2.bin"), &l, &e) && strstr(e.text, "no count of documents for m2.bin"), "a shard the manifest lacks", e.text);
+    check(!open_documents(at("m2.bin"), &l, &e) && strstr(e.text, "no count of documents for m2.bin"),
+          "a shard the manifest lacks", e.text);
     manifest = "{\"shards\": {\"m0.bin\": {\"documents\": 10, \"tokens\": 40}}}";
     spit(at("manifest.json"), manifest, strlen(manifest));
-    check(!open_documents(at("m0.bin"), &l, &e) && strstr(e.text, "40 tokens for m0.bin, which has 41"), "another token count", e.text);
+    check(!open_documents(at("m0.bin"), &l, &e) && strstr(e.text, "40 tokens for m0.bin, which has 41"),
+          "another token count", e.text);
     manifest = "{\"shards\": {\"m0.bin\": {\"documents\": 0, \"tokens\": 41}}}";
     spit(at("manifest.json"), manifest, strlen(manifest));
     check(!open_documents(at("m0.bin"), &l, &e) && strstr(e.text, "no documents"), "no documents", e.text);
     spit(at("manifest.json"), "{", 1);
     check(!open_documents(at("m0.bin"), &l, &e) && strstr(e.text, "manifest.json"), "broken JSON", e.text);
     unlink(at("manifest.json"));
-    check(!open_documents(at("m0.bin"), &l, &e) && strstr(e.text, "manifest.json") && strstr(e.text, "--mix token"), "no manifest", e.text);
+    check(!open_documents(at("m0.bin"), &l, &e) && strstr(e.text, "manifest.json") && strstr(e.text, "--mix token"),
+          "no manifest", e.text);
 }
 
 // Reads state into a loader opened with other arguments; true if it is refused with a message that holds the piece.
@@ -340,7 +363,8 @@ static void test_state(void) {
     ok = ok && state != NULL && loader_state_read(&b, state, &e);
     check(ok, "the state is read back", e.text);
     for (int i = 0; i < 500 && ok; i++) {
-        ok = loader_next(&a, x, y, &e) && loader_next(&b, x2, y2, &e) && memcmp(x, x2, sizeof(x)) == 0 && memcmp(y, y2, sizeof(y)) == 0;
+        ok = loader_next(&a, x, y, &e) && loader_next(&b, x2, y2, &e) && memcmp(x, x2, sizeof(x)) == 0 &&
+             memcmp(y, y2, sizeof(y)) == 0;
     }
     check(ok, "and the windows after it are the same", e.text);
     loader_close(&b);
@@ -350,8 +374,10 @@ static void test_state(void) {
     check(ok, "skipping gives the same place as reading", e.text);
     check(state_refused(json.text, spec, 4, 7, "seed 18446744073709551614, this run 7", &e), "another seed", e.text);
     check(state_refused(json.text, spec, 5, seed, "window length 4, this run 5", &e), "another window", e.text);
-    check(state_refused(json.text, at("m0.bin"), 4, seed, "number of sources 3, this run 1", &e), "fewer sources", e.text);
-    check(state_refused(json.text, other, 4, seed, "weight 1), this run m2 (100 windows, weight 2)", &e), "other weights", e.text);
+    check(state_refused(json.text, at("m0.bin"), 4, seed, "number of sources 3, this run 1", &e), "fewer sources",
+          e.text);
+    check(state_refused(json.text, other, 4, seed, "weight 1), this run m2 (100 windows, weight 2)", &e),
+          "other weights", e.text);
     check(state_refused("{\"seed\": 1}", spec, 4, seed, "incomplete", &e), "an incomplete state", e.text);
     check(state_refused("[]", spec, 4, seed, "incomplete", &e), "no object", e.text);
     char* drawn = strstr(json.text, "\"drawn\": ") + 9;
@@ -380,10 +406,12 @@ static void test_log(void) {
     Error e;
     e.text[0] = 0;
     check(runlog_open(&log, test_folder(), -1, &e), "a new log", e.text);
-    bool ok = runlog_line(&log, "{\"event\":\"start\"}") && runlog_line(&log, "{\"step\":1}") && runlog_line(&log, "{\"step\":2}");
+    bool ok = runlog_line(&log, "{\"event\":\"start\"}") && runlog_line(&log, "{\"step\":1}") &&
+              runlog_line(&log, "{\"step\":2}");
     runlog_close(&log);
     check(ok && log_is("{\"event\":\"start\"}\n{\"step\":1}\n{\"step\":2}\n"), "three lines", "");
-    check(!runlog_open(&log, test_folder(), -1, &e) && strstr(e.text, "--resume"), "an existing log is not overwritten", e.text);
+    check(!runlog_open(&log, test_folder(), -1, &e) && strstr(e.text, "--resume"), "an existing log is not overwritten",
+          e.text);
     e.text[0] = 0;
     check(runlog_open(&log, test_folder(), 1, &e) && runlog_line(&log, "{\"step\":3}"), "resume at step 1", e.text);
     runlog_close(&log);
@@ -412,15 +440,23 @@ static void test_log(void) {
     char text[32];
     check(strcmp(format_duration(93784, text, 32), "1d 02:03") == 0, "a day", text);
     check(strcmp(format_duration(3723, text, 32), "1:02:03") == 0, "an hour", text);
-    check(strcmp(format_duration(83.4, text, 32), "1:23") == 0 && strcmp(format_duration(NAN, text, 32), "?") == 0, "a minute, unknown", text);
+    check(strcmp(format_duration(83.4, text, 32), "1:23") == 0 && strcmp(format_duration(NAN, text, 32), "?") == 0,
+          "a minute, unknown", text);
     check(strcmp(format_count(1234567, text, 32), "1.23M") == 0, "1.23M", text);
     check(strcmp(format_count(999.7, text, 32), "1.00k") == 0, "1.00k", text);
-    check(strcmp(format_count(54321, text, 32), "54.3k") == 0 && strcmp(format_count(999, text, 32), "999") == 0, "54.3k, 999", text);
+    check(strcmp(format_count(54321, text, 32), "54.3k") == 0 && strcmp(format_count(999, text, 32), "999") == 0,
+          "54.3k, 999", text);
 }
 
 static void test_names(void) {
-    const char* cases[][2] = {{"data/c4_train_*.bin", "c4"}, {"c4_val_000000.bin", "c4"}, {"/x_train_y/book.bin", "book"}, {"toy*.bin", "toy"},
-                              {"a/*.bin", "*"},              {"se[0-9].bin", "se"},        {"x", "x"},                      {"a/", "data"}};
+    const char* cases[][2] = {{"data/c4_train_*.bin", "c4"},
+                              {"c4_val_000000.bin", "c4"},
+                              {"/x_train_y/book.bin", "book"},
+                              {"toy*.bin", "toy"},
+                              {"a/*.bin", "*"},
+                              {"se[0-9].bin", "se"},
+                              {"x", "x"},
+                              {"a/", "data"}};
     for (int i = 0; i < 8; i++) {
         char name[64];
         source_name(cases[i][0], name, sizeof(name));

@@ -1,5 +1,6 @@
-// dev/tests/test_tokenizer.c: mta/tokenizer.h where no Python is at hand: built-in tokenizers, small cases of each pattern, hostile rank
-// files, decoding piece by piece, long runs, random bytes. dev/tests/test_tokenizer.py compares with tiktoken.
+// dev/tests/test_tokenizer.c: mta/tokenizer.h where no Python is at hand: built-in tokenizers, small cases of each
+// pattern, hostile rank files, decoding piece by piece, long runs, random bytes. dev/tests/test_tokenizer.py compares
+// with tiktoken.
 //   make build/test_tokenizer && build/test_tokenizer
 #include "mta/json.h"
 #include "mta/tokenizer.h"
@@ -17,14 +18,16 @@ static const char* put(const char* name, const char* data, size_t n) {
 static void add_rank(Text* t, const unsigned char* bytes, size_t n, int rank) {
     static const char digits[] = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
     for (size_t i = 0; i < n; i += 3) {
-        uint32_t g = (uint32_t)bytes[i] << 16 | (i + 1 < n ? (uint32_t)bytes[i + 1] << 8 : 0) | (i + 2 < n ? bytes[i + 2] : 0);
+        uint32_t g =
+            (uint32_t)bytes[i] << 16 | (i + 1 < n ? (uint32_t)bytes[i + 1] << 8 : 0) | (i + 2 < n ? bytes[i + 2] : 0);
         text_printf(t, "%c%c%c%c", digits[g >> 18], digits[g >> 12 & 63], i + 1 < n ? digits[g >> 6 & 63] : '=',
                     i + 2 < n ? digits[g & 63] : '=');
     }
     text_printf(t, " %d\n", rank);
 }
 
-// The 256 bytes as ranks 0..255, then every two bytes as one more: pieces then come out as ceil(bytes / 2) ids at least.
+// The 256 bytes as ranks 0..255, then every two bytes as one more: pieces then come out as ceil(bytes / 2) ids at
+// least.
 static Text make_ranks(bool pairs) {
     Text t = {NULL, 0, 0};
     for (int a = 0; a < 256; a++) {
@@ -74,12 +77,14 @@ static Text decode_all(Tokenizer* t, const int32_t* ids, size_t n) {
 static void test_built_in(void) {
     Error e = {""};
     Tokenizer* t = tokenizer_open("bytes", NULL, &e);
-    check(t && tokenizer_vocab(t) == 259 && tokenizer_bos(t) == 256 && tokenizer_eos(t) == 257 && !tokenizer_file(t), "bytes: ids");
+    check(t && tokenizer_vocab(t) == 259 && tokenizer_bos(t) == 256 && tokenizer_eos(t) == 257 && !tokenizer_file(t),
+          "bytes: ids");
     check_ids(t, "A\xff\0z", 4, "65 255 0 122");
     check_ids(t, "", 0, "");
     int32_t split[] = {256, 0xF0, 0x9F, 0x98, 0x80, 257, 258, 'x', 0xE2, 0x82, 'y', 0xFF, 0xC3};
     Text got = decode_all(t, split, sizeof split / sizeof *split);
-    check(strcmp(got.text, "\xF0\x9F\x98\x80x\xEF\xBF\xBDy\xEF\xBF\xBD\xEF\xBF\xBD") == 0, "bytes: halves of characters");
+    check(strcmp(got.text, "\xF0\x9F\x98\x80x\xEF\xBF\xBDy\xEF\xBF\xBD\xEF\xBF\xBD") == 0,
+          "bytes: halves of characters");
     text_free(&got);
     int32_t wrong[] = {-1, 259, INT32_MAX, INT32_MIN};
     got = decode_all(t, wrong, 4);
@@ -99,16 +104,30 @@ static void test_built_in(void) {
 
 // With every two bytes a token of rank 256 + first * 256 + second, the ids show where pieces end.
 static void test_patterns(void) {
-    static const char* const cases[][3] = {  // pattern, text, pieces separated by |
-        {"gpt2", "it's I'LL  go", "it|'s| I|'|LL| | go"}, {"gpt2", "a1234 5", "a|1234| 5"},
-        {"gpt2", "x\n\n y", "x|\n\n| y"}, {"gpt2", "x \n\n", "x| \n\n"},
+    static const char* const cases[][3] = {
+        // pattern, text, pieces separated by |
+        {"gpt2", "it's I'LL  go", "it|'s| I|'|LL| | go"},
+        {"gpt2", "a1234 5", "a|1234| 5"},
+        {"gpt2", "x\n\n y", "x|\n\n| y"},
+        {"gpt2", "x \n\n", "x| \n\n"},
         {"cl100k_base", "it's I'LL  go", "it|'s| I|'LL| | go"},
         {"cl100k_base", "a\xE2\x80\x99s'\xC5\xBFx", "a|\xE2\x80\x99s|'\xC5\xBF|x"},
-        {"cl100k_base", "12345 6", "123|45| |6"}, {"cl100k_base", "!!\n\n x \n y", "!!\n\n| x| \n| y"},
-        {"cl100k_base", "x\n ", "x|\n "}, {"llama3", "x\n ", "x|\n| "}, {"llama3", "\tfoo(bar)", "\tfoo|(bar|)"},
+        {"cl100k_base", "12345 6", "123|45| |6"},
+        {"cl100k_base", "!!\n\n x \n y", "!!\n\n| x| \n| y"},
+        {"cl100k_base", "x\n ", "x|\n "},
+        {"llama3", "x\n ", "x|\n| "},
+        {"llama3", "\tfoo(bar)", "\tfoo|(bar|)"},
         {"o200k_base", "HTTPServer camelCase's", "HTTPServer| camel|Case's"},
-        {"o200k_base", "AB\xCA\xB0""CD", "AB\xCA\xB0|CD"}, {"o200k_base", "\xCC\x81""AB c", "\xCC\x81|AB| c"},
-        {"o200k_base", "a://\n/b", "a|://\n/|b"}, {"o200k_base", " \n\n  x", " \n\n| | x"},
+        {"o200k_base",
+         "AB\xCA\xB0"
+         "CD",
+         "AB\xCA\xB0|CD"},
+        {"o200k_base",
+         "\xCC\x81"
+         "AB c",
+         "\xCC\x81|AB| c"},
+        {"o200k_base", "a://\n/b", "a|://\n/|b"},
+        {"o200k_base", " \n\n  x", " \n\n| | x"},
         {"o200k_base", "x \n ", "x| \n| "},
     };
     Text ranks = make_ranks(true);
@@ -134,13 +153,22 @@ static void test_patterns(void) {
 
 static void test_opening(void) {
     Text good = make_ranks(false);
-    struct { const char* name; const char* pattern; const char* add; size_t keep; const char* message; } cases[] = {
-        {"cl100k.tiktoken", "cl100k_base", "YWI= 256\n", 0, ""}, {"cl100k.tiktoken", "llama3", "YWI= 256", 0, ""},
-        {"o200k_x", "o200k_base", "\r\n\nYWI= 256\r\n\n", 0, ""}, {"x.bin", "gpt2", "", 0, ""},
+    struct {
+        const char* name;
+        const char* pattern;
+        const char* add;
+        size_t keep;
+        const char* message;
+    } cases[] = {
+        {"cl100k.tiktoken", "cl100k_base", "YWI= 256\n", 0, ""},
+        {"cl100k.tiktoken", "llama3", "YWI= 256", 0, ""},
+        {"o200k_x", "o200k_base", "\r\n\nYWI= 256\r\n\n", 0, ""},
+        {"x.bin", "gpt2", "", 0, ""},
         {"x.bin", NULL, "", 0, "x.bin: 256 ranks, which no known tokenizer has; add --pattern"},
         {"gpt2.tiktoken", NULL, "", 0, "256 ranks, which no known tokenizer has; add --pattern"},
         {"tokenizer.model", NULL, "", 0, "256 ranks, which no known tokenizer has; add --pattern"},
-        {"x.bin", "gpt3", "", 0, "unknown"}, {"x.bin", "bytes", "", 0, "wanted gpt2"},
+        {"x.bin", "gpt3", "", 0, "unknown"},
+        {"x.bin", "bytes", "", 0, "wanted gpt2"},
         {"gpt2", NULL, "YWI= 257\n", 0, "gpt2:257: a hole: got rank 257, but no line has rank 256"},
         {"gpt2", NULL, "YWI= 255\n", 0, "gpt2:257: rank 255 a second time, it was on line 256"},
         {"gpt2", NULL, "QQ== 256\n", 0, "gpt2:257: rank 256 has the same bytes as rank 65"},
@@ -155,15 +183,21 @@ static void test_opening(void) {
         {"gpt2", NULL, "YWI= 25x\n", 0, "gpt2:257: wanted a rank"},
         {"gpt2", NULL, "YWI= -1\n", 0, "gpt2:257: wanted a rank"},
         {"gpt2", NULL, "YWI= 99999999999999999999999\n", 0, "gpt2:257: wanted a rank"},
-        {"gpt2", NULL, "YWI= 16777216\n", 0, "gpt2:257: wanted a rank"}, {"gpt2", NULL, "", 100, "gpt2"},
-        {"gpt2", NULL, "", 1, "gpt2:1: "}, {"gpt2", NULL, "{\"a\":1}", SIZE_MAX, "JSON"},
-        {"tokenizer.json", NULL, "{\"a\":1}", SIZE_MAX, "Hugging Face's tokenizer.json"}, {"sp.bin", NULL, "\n\x0e\n\x05<unk>", SIZE_MAX, "SentencePiece"},
-        {"gpt2", NULL, "\n\x0e\n\x05<unk>", SIZE_MAX, "SentencePiece"}, {"gpt2", NULL, "", SIZE_MAX, "empty"},
+        {"gpt2", NULL, "YWI= 16777216\n", 0, "gpt2:257: wanted a rank"},
+        {"gpt2", NULL, "", 100, "gpt2"},
+        {"gpt2", NULL, "", 1, "gpt2:1: "},
+        {"gpt2", NULL, "{\"a\":1}", SIZE_MAX, "JSON"},
+        {"tokenizer.json", NULL, "{\"a\":1}", SIZE_MAX, "Hugging Face's tokenizer.json"},
+        {"sp.bin", NULL, "\n\x0e\n\x05<unk>", SIZE_MAX, "SentencePiece"},
+        {"gpt2", NULL, "\n\x0e\n\x05<unk>", SIZE_MAX, "SentencePiece"},
+        {"gpt2", NULL, "", SIZE_MAX, "empty"},
         {"tokenizer.model", NULL, "\n\x0a\n\x03<s>\x15\x01\x01\x01\x01", SIZE_MAX, "SentencePiece"},
         {"tokenizer.json", NULL, "\xEF\xBB\xBF\n  {\"a\":1}", SIZE_MAX, "Hugging Face's tokenizer.json"},
-        {"vocab.json", "gpt2", " [1]", SIZE_MAX, "JSON"}, {"merges.txt", NULL, "#version: 0.2\na b\n", SIZE_MAX, "a list of merges"},
+        {"vocab.json", "gpt2", " [1]", SIZE_MAX, "JSON"},
+        {"merges.txt", NULL, "#version: 0.2\na b\n", SIZE_MAX, "a list of merges"},
         {"tokenizer.model", NULL, "version https://git-lfs.github.com/spec/v1\n", SIZE_MAX, "a pointer of Git LFS"},
-        {"tokenizer.model", NULL, "<!DOCTYPE html>", SIZE_MAX, "HTML"}, {"x.gguf", NULL, "GGUF\003\n", SIZE_MAX, "a GGUF model"},
+        {"tokenizer.model", NULL, "<!DOCTYPE html>", SIZE_MAX, "HTML"},
+        {"x.gguf", NULL, "GGUF\003\n", SIZE_MAX, "a GGUF model"},
         {"x", "gpt2", "\n\n\nYWI= 0\n", SIZE_MAX, "no token for the single byte 0x00"},
         {"gpt2", NULL, "\n\r\n", SIZE_MAX, "no token for the single byte 0x00"},
     };
@@ -203,23 +237,43 @@ static const char* put_ranks(const char* name, int n) {
 
 // The number of ranks tells the pattern; the name does not, but must not say another; an explicit pattern wins.
 static void test_known_numbers_of_ranks(void) {
-    const struct { const char* name; int n; const char* pattern; const char* wanted; } cases[] = {
-        {"x.bin", 50256, NULL, "gpt2"}, {"gpt2.tiktoken", 50256, NULL, "gpt2"}, {"tokenizer.model", 50256, NULL, "gpt2"},
-        {"r50k_base.tiktoken", 50256, NULL, "gpt2"}, {"cl100k_base.tiktoken", 50256, NULL, "its name says cl100k_base"},
-        {"Llama-3-tokenizer.model", 50256, NULL, "its name says llama3"}, {"llama3", 50256, "gpt2", "gpt2"}, {"x.bin", 50256, "llama3", "llama3"},
-        {"x.bin", 50257, NULL, "50257 ranks, which no known tokenizer has"}, {"gpt2", 50255, NULL, "50255 ranks, which no"},
-        {"x.bin", 50257, "gpt2", "gpt2"}, {"x.bin", 100256, NULL, "cl100k_base"}, {"O200K_base", 100256, NULL, "its name says o200k_base"},
-        {"tokenizer.model", 128000, NULL, "llama3"}, {"gpt-2", 128000, NULL, "its name says gpt2"}, {"x.bin", 199998, NULL, "o200k_base"},
-        {"tokenizer.model", 200000, NULL, "o200k_base"}, {"o200k_base.tiktoken", 200000, NULL, "o200k_base"},
-        {"llama3.tiktoken", 200000, NULL, "its name says llama3"}, {"x.bin", 199999, NULL, "add --pattern"}};
+    const struct {
+        const char* name;
+        int n;
+        const char* pattern;
+        const char* wanted;
+    } cases[] = {{"x.bin", 50256, NULL, "gpt2"},
+                 {"gpt2.tiktoken", 50256, NULL, "gpt2"},
+                 {"tokenizer.model", 50256, NULL, "gpt2"},
+                 {"r50k_base.tiktoken", 50256, NULL, "gpt2"},
+                 {"cl100k_base.tiktoken", 50256, NULL, "its name says cl100k_base"},
+                 {"Llama-3-tokenizer.model", 50256, NULL, "its name says llama3"},
+                 {"llama3", 50256, "gpt2", "gpt2"},
+                 {"x.bin", 50256, "llama3", "llama3"},
+                 {"x.bin", 50257, NULL, "50257 ranks, which no known tokenizer has"},
+                 {"gpt2", 50255, NULL, "50255 ranks, which no"},
+                 {"x.bin", 50257, "gpt2", "gpt2"},
+                 {"x.bin", 100256, NULL, "cl100k_base"},
+                 {"O200K_base", 100256, NULL, "its name says o200k_base"},
+                 {"tokenizer.model", 128000, NULL, "llama3"},
+                 {"gpt-2", 128000, NULL, "its name says gpt2"},
+                 {"x.bin", 199998, NULL, "o200k_base"},
+                 {"tokenizer.model", 200000, NULL, "o200k_base"},
+                 {"o200k_base.tiktoken", 200000, NULL, "o200k_base"},
+                 {"llama3.tiktoken", 200000, NULL, "its name says llama3"},
+                 {"x.bin", 199999, NULL, "add --pattern"}};
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
         Error e = {""};
         const char* path = put_ranks(cases[i].name, cases[i].n);
         Tokenizer* t = tokenizer_open(path, cases[i].pattern, &e);
-        bool ok = strstr(t ? tokenizer_name(t) : e.text, cases[i].wanted) != NULL && (t != NULL) == (strchr(cases[i].wanted, ' ') == NULL);
-        if (!ok) { printf("%s, %d ranks: %s %s\n", cases[i].name, cases[i].n, t ? tokenizer_name(t) : "refused", e.text); }
+        bool ok = strstr(t ? tokenizer_name(t) : e.text, cases[i].wanted) != NULL &&
+                  (t != NULL) == (strchr(cases[i].wanted, ' ') == NULL);
+        if (!ok) {
+            printf("%s, %d ranks: %s %s\n", cases[i].name, cases[i].n, t ? tokenizer_name(t) : "refused", e.text);
+        }
         check(ok, "the number of ranks tells the pattern");
-        int n = cases[i].n, end = t ? (t->pattern == SPLIT_GPT2 ? n : n + 1) : 0;  // what ends a text: <|endoftext|>, <|end_of_text|>
+        int n = cases[i].n,
+            end = t ? (t->pattern == SPLIT_GPT2 ? n : n + 1) : 0;  // what ends a text: <|endoftext|>, <|end_of_text|>
         check(!t || (tokenizer_end(t) == end && end < tokenizer_vocab(t)), "the id that ends a text");
         tokenizer_free(t);
         unlink(path);
@@ -229,20 +283,28 @@ static void test_known_numbers_of_ranks(void) {
 static void test_specials(void) {
     Text ranks = make_ranks(false);
     const char* path = put("r.tiktoken", ranks.text, ranks.n);
-    const struct { const char* pattern; int vocab, bos, eos; const char* text; } cases[] = {
-        {"gpt2", 257, 256, -1, "<|endoftext|>"}, {"cl100k_base", 277, 257, -1, "<|endoftext|>"}, {"o200k_base", 277, 257, -1, "<|endoftext|>"},
-        {"llama3", 512, 256, 257, "<|begin_of_text|>"}};
+    const struct {
+        const char* pattern;
+        int vocab, bos, eos;
+        const char* text;
+    } cases[] = {{"gpt2", 257, 256, -1, "<|endoftext|>"},
+                 {"cl100k_base", 277, 257, -1, "<|endoftext|>"},
+                 {"o200k_base", 277, 257, -1, "<|endoftext|>"},
+                 {"llama3", 512, 256, 257, "<|begin_of_text|>"}};
     for (int i = 0; i < 4; i++) {
         Error e = {""};
         Tokenizer* t = tokenizer_open(path, cases[i].pattern, &e);
-        check(t && tokenizer_vocab(t) == cases[i].vocab && tokenizer_bos(t) == cases[i].bos && tokenizer_eos(t) == cases[i].eos, cases[i].pattern);
+        check(t && tokenizer_vocab(t) == cases[i].vocab && tokenizer_bos(t) == cases[i].bos &&
+                  tokenizer_eos(t) == cases[i].eos,
+              cases[i].pattern);
         Text got = decode_all(t, &cases[i].bos, 1);
         check(strcmp(got.text, cases[i].text) == 0, cases[i].text);
         text_free(&got);
         int32_t all[600];
         for (int j = 0; j < 600; j++) { all[j] = j - 10; }
         got = decode_all(t, all, 600);
-        check(i < 3 || memmem(got.text, got.n, "<|eot_id|><|python_tag|><|reserved_special_token_3|>", 52) != NULL, "llama3's specials have their names");
+        check(i < 3 || memmem(got.text, got.n, "<|eot_id|><|python_tag|><|reserved_special_token_3|>", 52) != NULL,
+              "llama3's specials have their names");
         text_free(&got);
         check_ids(t, "<|", 2, "60 124");
         check_ids(t, "a\xff", 2, "byte 0xff at offset 1 is not UTF-8");

@@ -1,4 +1,5 @@
-// dev/tests/tokenizer_lib.c: mta/tokenizer.h as a shared library, so that test_tokenizer.py can call it a million times.
+// dev/tests/tokenizer_lib.c: mta/tokenizer.h as a shared library, so that test_tokenizer.py can call it a million
+// times.
 //   cc -O2 -shared -fPIC -I. dev/tests/tokenizer_lib.c -o /tmp/tokenizer_lib.so
 #include "mta/tokenizer.h"
 
