@@ -2,8 +2,8 @@
 // The readable truth that train_mta.cu is tested against: every layer forward, then backward, in the order data meets
 // them.
 //
-//   make train_mta && ./train_mta --model 3m --train "shards/text_train_*.bin" --val "shards/text_val_*.bin" --out
-//   runs/text
+//   make train_mta
+//   ./train_mta --model 3m --train "shards/text_train_*.bin" --val "shards/text_val_*.bin" --out runs/text
 //
 // What it is: one file with the whole model. What it is not: a framework; there is no graph, each backward is written
 // below its forward. Equations are those of dev/MODEL.md. What all programs share (configuration, checkpoints, shards,
@@ -23,8 +23,8 @@
 #define _GNU_SOURCE  // memmem and others, before the first header
 #endif
 #ifdef __clang__
-#pragma clang diagnostic ignored \
-    "-Wpass-failed"  // clang turns no maximum into vectors without -ffast-math, and says so
+// clang turns no maximum into vectors without -ffast-math, and says so
+#pragma clang diagnostic ignored "-Wpass-failed"
 #endif
 #include <assert.h>
 #include <math.h>
@@ -89,8 +89,7 @@ static inline int lcm(int a, int b) {
 INLINE float exp_real(float x) {
     x = x < -87.0f ? -87.0f : x;
     x = x > 88.0f ? 88.0f : x;
-    float shifted =
-        x * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: adding it rounds to a whole number, held in the low bits
+    float shifted = x * 1.44269504f + 12582912.0f;  // adding 1.5 * 2^23 rounds to a whole number, held in the low bits
     float n = shifted - 12582912.0f;
     float r = (x - n * 0.693145752f) - n * 1.42860677e-6f;  // ln 2 in two parts
     float p = 1.0f / 5040;
@@ -212,18 +211,11 @@ static void blas_single_thread(void) {
 // The same on all threads: the output is cut into blocks that depend on its size alone, each block one serial product.
 static void gemm(bool ta, bool tb, int M, int N, int K, real alpha, const real* A, size_t lda, const real* B,
                  size_t ldb, real beta, real* out, size_t ldo) {
-    enum {
-        TARGET_M = 512,
-        TARGET_N = 1024
-    };  // smaller ones pack the operands more often: 256 x 512 cost 8% of a step (dev/experiments.tsv)
+    // Smaller ones pack the operands more often: 256 x 512 cost 8% of a step (dev/experiments.tsv).
+    enum { TARGET_M = 512, TARGET_N = 1024 };
     int mb = (M + TARGET_M - 1) / TARGET_M, nb = (N + TARGET_N - 1) / TARGET_N;
-    if (mb * nb % 2) {
-        if (M > N) {
-            mb++;
-        } else {
-            nb++;
-        }
-    }  // an odd number of blocks leaves one of two cores waiting
+    // An odd number of blocks leaves one of two cores waiting.
+    if (mb * nb % 2) { *(M > N ? &mb : &nb) += 1; }
     int bm = round_up((M + mb - 1) / mb, 16), bn = round_up((N + nb - 1) / nb, 32);
     mb = (M + bm - 1) / bm, nb = (N + bn - 1) / bn;
 #pragma omp parallel for schedule(dynamic, 1)
@@ -385,9 +377,8 @@ static inline real* tile_row(const Tile* t, int head, int i) {
     return t->data + ((size_t)head * t->rows + (size_t)(i - t->i0)) * t->ld + PAD;
 }
 static inline int tile_stride(int T) { return round_up(T, 2 * PAD) + 2 * PAD; }
-static inline int tail(int nk) {
-    return round_up(nk, PAD) + PAD;
-}  // keys 0 .. nk-1 matter; columns up to here are defined
+// Keys 0 .. nk-1 matter; columns up to here are defined.
+static inline int tail(int nk) { return round_up(nk, PAD) + PAD; }
 
 static void tile_clear_pads(const Tile* t, int H) {
     for (int r = 0; r < H * t->rows; r++) { memset(t->data + (size_t)r * t->ld, 0, PAD * sizeof(real)); }
@@ -1173,48 +1164,36 @@ static size_t carve_activations(Activations* a, const Config* c, int B, int T, r
     return carve(list, (int)(sizeof list / sizeof list[0]), base);
 }
 
+// What the configuration alone says of attention.
+static Attention attention_shape(const Config* c, int B, int T) {
+    Attention a;
+    memset(&a, 0, sizeof a);
+    a.B = B, a.T = T, a.NH = c->num_attention_heads, a.NKV = c->num_key_value_heads, a.HS = config_head_size(c);
+    a.cq = c->kq_conv_query_size, a.ck = c->kq_conv_key_size;
+    a.ch_pre = c->head_mix_pre_softmax;
+    a.ch_post = c->attention_type == ATTENTION_DIFF ? 2 : c->head_mix_post_softmax;
+    return a;
+}
+
 static Attention attention_of(const Model* m, const Layer* w, int B, int T) {
-    const Config* c = &m->config;
-    bool diff = c->attention_type == ATTENTION_DIFF;
-    Attention a = {B,
-                   T,
-                   c->num_attention_heads,
-                   c->num_key_value_heads,
-                   config_head_size(c),
-                   c->kq_conv_query_size,
-                   c->kq_conv_key_size,
-                   c->head_mix_pre_softmax,
-                   diff ? 2 : c->head_mix_post_softmax,
-                   w->kq_conv,
-                   w->kq_conv_post,
-                   w->head_mix_pre,
-                   diff ? m->scratch.diff_mix : w->head_mix,
-                   min_int(m->chunk, T)};
+    Attention a = attention_shape(&m->config, B, T);
+    a.conv_pre = w->kq_conv, a.conv_post = w->kq_conv_post, a.mix_pre = w->head_mix_pre;
+    a.mix_post = m->config.attention_type == ATTENTION_DIFF ? m->scratch.diff_mix : w->head_mix;
+    a.chunk = min_int(m->chunk, T);
     return a;
 }
 
 // The largest tile of all layers: with every convolution and mixing that some layer has.
 static Attention attention_largest(const Config* c, int B, int T, int chunk) {
     static const real one = 1;
-    bool pre = false, post = false, diff = c->attention_type == ATTENTION_DIFF;
+    Attention a = attention_shape(c, B, T);
     for (int l = 0; l < c->num_hidden_layers; l++) {
-        pre = pre || config_conv_pre(c, l);
-        post = post || config_conv_post(c, l);
+        if (config_conv_pre(c, l)) { a.conv_pre = &one; }
+        if (config_conv_post(c, l)) { a.conv_post = &one; }
     }
-    Attention a = {B,
-                   T,
-                   c->num_attention_heads,
-                   c->num_key_value_heads,
-                   config_head_size(c),
-                   c->kq_conv_query_size,
-                   c->kq_conv_key_size,
-                   c->head_mix_pre_softmax,
-                   diff ? 2 : c->head_mix_post_softmax,
-                   pre ? &one : NULL,
-                   post ? &one : NULL,
-                   c->head_mix_pre_softmax ? &one : NULL,
-                   diff || c->head_mix_post_softmax ? &one : NULL,
-                   chunk};
+    a.mix_pre = a.ch_pre ? &one : NULL;
+    a.mix_post = a.ch_post ? &one : NULL;
+    a.chunk = chunk;
     if (!a.chunk) { a.chunk = attention_chunk(T, attention_group(&a)); }
     a.chunk = min_int(a.chunk, T);
     return a;

@@ -1243,12 +1243,10 @@ struct Heads {
 static int halo_pre(const Attention* a) { return a->conv_pre ? a->cq - 1 : 0; }
 static int halo_post(const Attention* a) { return a->conv_post ? a->cq - 1 : 0; }
 static bool mixes_post(const Attention* a) { return a->mix_post || a->diff_mix; }
-static int mix_parts(const Attention* a) {
-    return a->flash && a->pair_mix ? 2 : 1;
-}  // of a head's output, which head_output adds up, and of dv
-static bool keeps_att(const Attention* a) {
-    return a->conv_post || mixes_post(a);
-}  // the softmax's result is not yet A
+// Parts of a head's output, which head_output adds up, and of dv.
+static int mix_parts(const Attention* a) { return a->flash && a->pair_mix ? 2 : 1; }
+// Is the softmax's result not yet A?
+static bool keeps_att(const Attention* a) { return a->conv_post || mixes_post(a); }
 
 // Scratch of attention, shared by all layers. Tiles in floatS: S C L P R of the maps; in floatX: A, and two that
 // gradients pass through in turns.
@@ -3419,6 +3417,17 @@ typedef struct {
     int S;
 } AttentionPlan;
 
+// What the configuration alone says of attention; one sequence at a time.
+static Attention attention_shape(const Config* c, int B, int T, int chunk) {
+    Attention a = {};
+    a.B = B, a.S = 1, a.T = T, a.NH = c->num_attention_heads, a.HS = config_head_size(c);
+    a.cq = c->kq_conv_query_size, a.ck = c->kq_conv_key_size;
+    a.ch_pre = c->head_mix_pre_softmax;
+    a.ch_post = c->attention_type == ATTENTION_DIFF ? 2 : c->head_mix_post_softmax;
+    a.chunk = min_int(chunk, T);
+    return a;
+}
+
 // Bytes of S sequences' scratch in the fused kernels: dq, dk, dv, dz, dots
 static size_t flash_bytes(const AttentionPlan* p, int S, int parts) {
     const Attention* a = &p->chunked;
@@ -3436,23 +3445,11 @@ static AttentionPlan attention_plan(const Config* c, int B, int T, int chunk) {
         p.any_flash = p.any_flash || flash, p.any_chunked = p.any_chunked || !flash;
         if (!flash) { pre = pre || config_conv_pre(c, l), post = post || config_conv_post(c, l); }
     }
-    p.chunked = {B,
-                 1,
-                 T,
-                 c->num_attention_heads,
-                 config_head_size(c),
-                 c->kq_conv_query_size,
-                 c->kq_conv_key_size,
-                 c->head_mix_pre_softmax,
-                 diff ? 2 : c->head_mix_post_softmax,
-                 pre ? &one : NULL,
-                 post ? &one : NULL,
-                 c->head_mix_pre_softmax ? &one : NULL,
-                 c->head_mix_post_softmax ? &one : NULL,
-                 diff ? &one_float : NULL,
-                 min_int(T, chunk ? chunk : attention_chunk(T)),
-                 NULL,
-                 false};
+    p.chunked = attention_shape(c, B, T, chunk ? chunk : attention_chunk(T));
+    p.chunked.conv_pre = pre ? &one : NULL, p.chunked.conv_post = post ? &one : NULL;
+    p.chunked.mix_pre = c->head_mix_pre_softmax ? &one : NULL,
+    p.chunked.mix_post = c->head_mix_post_softmax ? &one : NULL;
+    p.chunked.diff_mix = diff ? &one_float : NULL;
     p.S = B;
     if (p.any_chunked) { p.S = attention_sequences(&p.chunked, B); }
     while (p.any_flash && p.S > 1 && flash_bytes(&p, p.S, att_parts(c, chunk)) > (size_t)ATTENTION_SCRATCH) { p.S--; }
@@ -3463,23 +3460,12 @@ static AttentionPlan attention_plan(const Config* c, int B, int T, int chunk) {
 static Attention attention_of(const Model* m, const LayerOf<floatX>* w, int l, int B, int T) {
     const Config* c = &m->config;
     bool diff = c->attention_type == ATTENTION_DIFF, flash = flash_serves(c, l, m->flash ? 0 : m->chunk);
-    Attention a = {B,
-                   min_int(m->sequences, B),
-                   T,
-                   c->num_attention_heads,
-                   config_head_size(c),
-                   c->kq_conv_query_size,
-                   c->kq_conv_key_size,
-                   c->head_mix_pre_softmax,
-                   diff ? 2 : c->head_mix_post_softmax,
-                   w->kq_conv,
-                   w->kq_conv_post,
-                   w->head_mix_pre,
-                   w->head_mix,
-                   diff ? m->scratch.pair_mix : NULL,
-                   min_int(m->chunk, T),
-                   flash && (diff || w->head_mix) ? m->scratch.pair_mix : NULL,
-                   flash};
+    Attention a = attention_shape(c, B, T, m->chunk);
+    a.S = min_int(m->sequences, B);
+    a.conv_pre = w->kq_conv, a.conv_post = w->kq_conv_post, a.mix_pre = w->head_mix_pre, a.mix_post = w->head_mix;
+    a.diff_mix = diff ? m->scratch.pair_mix : NULL;
+    a.pair_mix = flash && (diff || w->head_mix) ? m->scratch.pair_mix : NULL;
+    a.flash = flash;
     return a;
 }
 
