@@ -1,0 +1,242 @@
+#!/usr/bin/env python3
+"""The cells behind dev/RESULTS.md: which runs there are, how one is trained, what is kept of it. scripts/evidence.sh --help says how to call it.
+
+A cell is one run of the CPU trainer: a task, a model, an attention, a seed and a learning rate. Its name says all of them, and its options follow from the
+name alone, so that a line of dev/evidence/PART.jsonl can be made again by `scripts/evidence.sh PART --cells NAME`. Standard library only.
+"""
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+ROOT = os.path.dirname(HERE)
+RESULTS = os.path.join(ROOT, "dev", "evidence")
+
+# ---- the cells
+
+TOY_TASKS = [(n, kind) for n in (5, 8) for kind in ("all", "first", "last")]
+TOY_BLOCKS = 8             # blocks of a sequence; the paper's sequences of 321 tokens hold 52 or 34
+TOY_SAMPLES = 400000       # sequences of the training set: more than are drawn, so that no sequence is seen twice
+TOY_STEPS, TOY_TUNING_STEPS = 6000, 3000
+TOY_BEST = {"layers": 4, "width": 64, "lr": 2e-3}  # settled by the part toy-tuning, for the plain Transformer
+
+LANGUAGE_MODELS = ("1m", "3m")
+LANGUAGE_ATTENTIONS = ("transformer", "diff", "talking-heads", "mta", "mta-full")
+LANGUAGE_STEPS, LANGUAGE_TUNING_STEPS = 2400, 600
+LANGUAGE_LR = {"1m": 3e-3, "3m": 3e-3}  # settled by the part language-tuning, for the plain Transformer
+
+
+def toy_cell(part, n, kind, attention, seed, layers, width, lr, steps):
+    return {"part": part, "name": f"n{n}_{kind}/{attention}/layers{layers}_width{width}_lr{lr:g}_steps{steps}/seed{seed}", "task": f"n{n}_{kind}", "n": n,
+            "kind": kind, "model": f"toy, {layers} layers of {width} channels", "attention": attention, "seed": seed, "layers": layers, "width": width, "lr": lr,
+            "steps": steps}
+
+
+def language_cell(part, model, attention, seed, lr, steps):
+    return {"part": part, "name": f"{model}/{attention}/lr{lr:g}_steps{steps}/seed{seed}", "task": "language", "model": model, "attention": attention,
+            "seed": seed, "lr": lr, "steps": steps}
+
+
+def cells_of(part):
+    """The cells of a part, those that tell most first."""
+    if part == "toy-tuning":  # depth, width and learning rate of the plain Transformer on one task
+        grid = [(4, 64, 2e-3), (4, 64, 1e-3), (4, 64, 4e-3), (2, 64, 2e-3), (6, 64, 2e-3), (4, 128, 1e-3), (4, 128, 2e-3)]
+        cells = [toy_cell(part, 5, "first", "transformer", 1, *g, TOY_TUNING_STEPS) for g in grid]
+        return cells + [toy_cell(part, 5, "first", "mta", 1, *g, TOY_TUNING_STEPS) for g in grid[:1]]
+    if part == "toy":
+        return [toy_cell(part, n, kind, attention, seed, TOY_BEST["layers"], TOY_BEST["width"], TOY_BEST["lr"], TOY_STEPS)
+                for seed in (1, 2, 3) for n, kind in TOY_TASKS for attention in ("transformer", "mta")]
+    if part == "language-tuning":
+        return [language_cell(part, model, "transformer", 1, lr, LANGUAGE_TUNING_STEPS) for model in LANGUAGE_MODELS for lr in (1.5e-3, 3e-3, 6e-3)]
+    if part == "language":
+        return [language_cell(part, model, attention, seed, LANGUAGE_LR[model], LANGUAGE_STEPS)
+                for seed in (1, 2) for model in LANGUAGE_MODELS for attention in LANGUAGE_ATTENTIONS]
+    raise SystemExit(f"evidence.py: no part is called {part}; wanted one of {', '.join(PARTS)}")
+
+
+PARTS = ("toy-tuning", "toy", "language-tuning", "language")
+
+# ---- what is known of finished cells
+
+
+def read_results(part):
+    """{name: line} of dev/evidence/PART.jsonl."""
+    path = os.path.join(RESULTS, part + ".jsonl")
+    if not os.path.exists(path):
+        return {}
+    with open(path, encoding="utf-8") as f:
+        lines = [json.loads(line) for line in f if line.strip()]
+    return {line["name"]: line for line in lines}
+
+
+def processor():
+    with open("/proc/cpuinfo", encoding="utf-8") as f:
+        for line in f:
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return os.uname().machine
+
+
+def commit():
+    """The commit of the checkout; "+" behind it where a program or a header that trains is changed."""
+    name = subprocess.run(["git", "-C", ROOT, "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    changed = subprocess.run(["git", "-C", ROOT, "status", "--porcelain", "--", "train_mta.c", "mta", "data", "Makefile"], capture_output=True, text=True).stdout
+    return name + ("+" if changed.strip() else "")
+
+
+# ---- one cell
+
+
+def toy_data(cell, out):
+    """Makes the data of a toy cell, unless it is there; a data seed is the run's seed. Returns the options that name it."""
+    folder = os.path.join(out, "data", f"{cell['task']}_{cell['seed']}")
+    if not os.path.exists(os.path.join(folder, "toy_task.json")):
+        subprocess.run([sys.executable, os.path.join(ROOT, "data", "toy_task.py"), "--out", folder, "--n", str(cell["n"]), "--kind", cell["kind"], "--blocks",
+                        str(TOY_BLOCKS), "--seed", str(cell["seed"]), "--train-samples", str(TOY_SAMPLES), "--jobs", "1"], check=True,
+                       stdout=subprocess.DEVNULL)
+    with open(os.path.join(folder, "toy_task.json"), encoding="utf-8") as f:
+        length = json.load(f)["length"]
+    return ["--train", folder + "/toy_train_*.bin", "--val", f"toy={folder}/toy_val_*.bin", "--seq-len", str(length), "--tokenizer", "toy"]
+
+
+def language_data(out):
+    """Makes the shards of the text domains, unless they are there. Returns the options that name them."""
+    folder = os.path.join(out, "text")
+    if not os.path.exists(os.path.join(folder, "done")):
+        subprocess.run([sys.executable, os.path.join(HERE, "evidence_text.py"), "--out", folder], check=True)
+    with open(os.path.join(folder, "done"), encoding="utf-8") as f:
+        domains = f.read().split()
+    return ["--train", ",".join(f"{folder}/{d}_train_*.bin" for d in domains), "--val", ",".join(f"{d}={folder}/{d}_val_*.bin" for d in domains),
+            "--seq-len", "256", "--tokenizer", "bytes"]
+
+
+def command_of(cell, out, trainer):
+    """The trainer's command line of a cell."""
+    steps = cell["steps"]
+    common = ["--attention", cell["attention"], "--lr", f"{cell['lr']:g}", "--schedule", "linear", "--steps", str(steps), "--seed", str(cell["seed"]),
+              "--eval-every", str(steps // 10), "--save-every", str(steps // 10), "--keep", "1", "--sample-every", "0", "--log-every", "100", "--resume",
+              "--out", os.path.join(out, cell["part"], cell["name"])]
+    if cell["task"] == "language":
+        return [trainer, "--model", cell["model"], *language_data(out), "--batch-size", "16", "--tokens-per-step", "4096", "--eval-windows", "256", "--warmup",
+                "100", *common]
+    width = cell["width"]
+    return [trainer, "--model", "toy", "--hidden-size", str(width), "--num-hidden-layers", str(cell["layers"]), "--num-attention-heads", "2",
+            "--num-key-value-heads", "2", "--intermediate-size", str(3 * width), "--kq-conv-key-size", str(2 * cell["n"] - 1), *toy_data(cell, out),
+            "--batch-size", "64", "--eval-windows", "0", "--warmup", "100", "--weight-decay", "0", *common]
+
+
+def result_of(cell, out, trainer):
+    """The line of a finished cell, or None: what its log says of the last step, and the curve of its validations."""
+    log = os.path.join(out, cell["part"], cell["name"], "log.jsonl")
+    if not os.path.exists(log):
+        return None
+    curve, seconds, parameters, arguments = {}, 0.0, 0, []
+    with open(log, encoding="utf-8") as f:
+        for line in f:
+            event = json.loads(line)
+            if event["event"] == "start":
+                parameters, arguments = event["parameters"], event["arguments"]
+            if event["event"] == "stop":
+                seconds += event["seconds"]
+            if event["event"] == "val":
+                value = event["error"] if "error" in event else event["loss"]
+                curve.setdefault(event["name"], []).append([event["step"], round(value, 5)])
+    last = {name: points[-1][1] for name, points in curve.items() if points[-1][0] == cell["steps"]}
+    if not last or len(last) < len(curve):
+        return None
+    arguments = [a.replace(os.path.join(out, ""), "RUNS/") for a in arguments]
+    return {**cell, "processor": processor(), "commit": commit(), "seconds": round(seconds, 1), "parameters": parameters, "last": last, "curve": curve,
+            "arguments": arguments}
+
+
+def keep(result):
+    os.makedirs(RESULTS, exist_ok=True)
+    with open(os.path.join(RESULTS, result["part"] + ".jsonl"), "a", encoding="utf-8") as f:
+        f.write(json.dumps(result) + "\n")
+
+
+# ---- the plan, and running it
+
+
+def predicted_seconds(cell, results):
+    """Seconds of a cell on one thread: as long a cell of its part, model and steps took, else None."""
+    same = [r["seconds"] / r["steps"] for r in results.values() if r["model"] == cell["model"] and r["task"] == cell["task"] and r["attention"] == cell["attention"]]
+    near = [r["seconds"] / r["steps"] for r in results.values() if r["model"] == cell["model"]]
+    rates = same or near
+    return sorted(rates)[len(rates) // 2] * cell["steps"] if rates else None
+
+
+def print_plan(parts, only):
+    for part in parts:
+        results, seconds, unknown, open_cells = read_results(part), 0.0, 0, 0
+        cells = [c for c in cells_of(part) if only in c["name"]]
+        for cell in cells:
+            done = cell["name"] in results
+            guess = None if done else predicted_seconds(cell, results)
+            seconds += guess or 0
+            unknown += not done and guess is None
+            open_cells += not done
+            print(f"{'done' if done else 'open'}  {part}/{cell['name']}" + (f"  about {guess / 60:.0f} min" if guess else ""))
+        print(f"{part}: {len(cells)} cells, {len(cells) - open_cells} done; the others take about {seconds / 3600:.1f} h of one core"
+              + (f", {unknown} of them not known yet" if unknown else ""))
+
+
+def run_cells(parts, only, jobs, out, trainer):
+    """Trains what is open, `jobs` at a time. A signal stops the trainings, which save first; the same command goes on."""
+    waiting = [c for part in parts for c in cells_of(part) if only in c["name"] and c["name"] not in read_results(part)]
+    running, stop = {}, []
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.append(1))
+    print(f"{len(waiting)} cells, {jobs} at a time", flush=True)
+    environment = dict(os.environ, OMP_NUM_THREADS="1")
+    while running or (waiting and not stop):
+        while waiting and len(running) < jobs and not stop:
+            cell = waiting.pop(0)
+            command = command_of(cell, out, trainer)
+            folder = os.path.join(out, cell["part"], cell["name"])
+            os.makedirs(folder, exist_ok=True)
+            with open(folder + ".txt", "a", encoding="utf-8") as log:
+                running[subprocess.Popen(command, stdout=log, stderr=log, env=environment)] = cell
+        time.sleep(0.5)
+        for process in [p for p in running if p.poll() is not None]:
+            cell = running.pop(process)
+            result = result_of(cell, out, trainer) if process.returncode == 0 else None
+            if result:
+                keep(result)
+                print(f"{cell['part']}/{cell['name']}: " + ", ".join(f"{k} {v:g}" for k, v in result["last"].items()) + f"  {result['seconds']:.0f} s", flush=True)
+            elif not stop:
+                print(f"evidence.py: {cell['part']}/{cell['name']} ended with status {process.returncode}; see {out}", file=sys.stderr)
+                stop.append(1)
+        if stop:
+            for process in running:
+                process.terminate()
+    return 75 if stop else 0
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("parts", nargs="*", default=list(PARTS), metavar="PART")
+    parser.add_argument("--plan", action="store_true")
+    parser.add_argument("--report", action="store_true")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count())
+    parser.add_argument("--out", default=os.path.join(ROOT, "runs", "evidence"))
+    parser.add_argument("--trainer", default=os.path.join(ROOT, "train_mta"))
+    parser.add_argument("--cells", default="")
+    options = parser.parse_args()
+    if options.plan:
+        return print_plan(options.parts, options.cells)
+    if options.report:
+        import evidence_report
+
+        return evidence_report.write()
+    if not os.access(options.trainer, os.X_OK):
+        raise SystemExit(f"evidence.py: {options.trainer}: no such program; make train_mta builds it")
+    return run_cells(options.parts, options.cells, options.jobs, os.path.abspath(options.out), options.trainer)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

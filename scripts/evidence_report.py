@@ -1,0 +1,147 @@
+"""Writes dev/RESULTS.md and its pictures from the cells in dev/evidence/*.jsonl: `scripts/evidence.sh --report` calls write().
+
+Every table says what the paper has, what we have, at which size, over how many seeds, by which command and commit. A part without finished cells
+is said to be open. The pictures need matplotlib; without it the tables alone are written."""
+import os
+import statistics
+import sys
+
+import evidence
+
+PICTURES = os.path.join(evidence.ROOT, "dev", "pictures")
+TOY_PAPER = {  # arXiv 2504.00927, table 1: error in percent
+    "transformer": {"n5_all": "51.6 ± 43.1", "n5_first": "78.2", "n5_last": "1.3", "n8_all": "31.2", "n8_first": "28.9", "n8_last": "58.4"},
+    "mta": {"n5_all": "0.1", "n5_first": "0.0", "n5_last": "0.0", "n8_all": "0.1", "n8_first": "0.0", "n8_last": "0.0"},
+}
+LANGUAGE_PAPER = {"transformer": 11.25, "diff": 11.15, "talking-heads": 11.04, "mta": 11.09, "mta-full": 10.91}  # mean validation perplexity, 880M
+
+
+def spread(values, scale=1.0, digits=1):
+    """Mean and standard deviation over seeds, as text; "-" for none."""
+    values = [scale * v for v in values]
+    if not values:
+        return "-"
+    text = f"{statistics.mean(values):.{digits}f}"
+    return text + (f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else "")
+
+
+def table(head, rows):
+    return ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)] + ["| " + " | ".join(str(c) for c in row) + " |" for row in rows] + [""]
+
+
+def origin(results, part):
+    """The line below a table: command, commits, processors, hours of one core."""
+    commits = ", ".join(sorted({r["commit"] for r in results}))
+    machines = ", ".join(sorted({r["processor"] for r in results}))
+    hours = sum(r["seconds"] for r in results) / 3600
+    done, wanted = len(results), len(evidence.cells_of(part))
+    return [f"`scripts/evidence.sh {part}`: {done} of {wanted} cells, {hours:.1f} hours of one core ({machines}), commit {commits}.", ""]
+
+
+def toy(results):
+    chosen = [r for r in results if r["steps"] == evidence.TOY_STEPS]
+    seeds = sorted({r["seed"] for r in chosen})
+    lines = ["## The toy task: find the block that holds two letters", "",
+             f"Claim: a plain Transformer fails at it, MTA does not. The paper: 4 layers, 2 heads, 256 channels, sequences of 321 tokens (34 to 52 blocks), 100,000 "
+             f"steps, attention dropout 0.1. Here: {evidence.TOY_BEST['layers']} layers, 2 heads, {evidence.TOY_BEST['width']} channels, {evidence.TOY_BLOCKS} blocks, "
+             f"{evidence.TOY_STEPS} steps of 64 fresh sequences, learning rate {evidence.TOY_BEST['lr']:g} with linear decay (the best of `toy-tuning` for the plain "
+             "Transformer), no dropout. Sequences with a wrong answer token, of 1000 that training never saw, in percent; mean and standard deviation over seeds "
+             f"{', '.join(map(str, seeds))} of initialisation and data.", ""]
+    tasks = [f"n{n}_{kind}" for n, kind in evidence.TOY_TASKS]
+    rows = []
+    for attention in ("transformer", "mta"):
+        values = {t: [r["last"]["toy"] for r in chosen if r["task"] == t and r["attention"] == attention] for t in tasks}
+        rows.append([f"{attention}, paper"] + [TOY_PAPER[attention][t] for t in tasks])
+        rows.append([f"{attention}, ours"] + [spread(values[t], 100) + (f" ({len(values[t])})" if values[t] else "") for t in tasks])
+    lines += table(["error in % (seeds)"] + [t.replace("_", ", ").replace("n", "N ", 1) for t in tasks], rows)
+    return lines + origin(chosen, "toy")
+
+
+def toy_tuning(results):
+    lines = ["## How the baseline of the toy task was chosen", "", f"N 5, first letter, {evidence.TOY_TUNING_STEPS} steps, one seed: error in percent on the way.", ""]
+    rows = []
+    for r in sorted(results, key=lambda r: r["last"]["toy"]):
+        curve = dict((s, e) for s, e in r["curve"]["toy"])
+        at = [curve.get(r["steps"] * k // 10) for k in (2, 5, 10)]
+        rows.append([r["attention"], r["layers"], r["width"], f"{r['lr']:g}"] + [f"{100 * e:.1f}" if e is not None else "-" for e in at])
+    lines += table(["attention", "layers", "channels", "learning rate"] + [f"step {evidence.TOY_TUNING_STEPS * k // 10}" for k in (2, 5, 10)], rows)
+    return lines + origin(results, "toy-tuning")
+
+
+def language(results):
+    domains = sorted({d for r in results for d in r["last"]})
+    lines = ["## Language: validation loss", "",
+             "Claim: at equal size, data and steps MTA models have a lower validation loss than the plain Transformer; the paper at 880M parameters: perplexity "
+             + ", ".join(f"{a} {p}" for a, p in LANGUAGE_PAPER.items()) + ". Here: bytes as tokens, five domains of Debian's documentation, sequences of 256, "
+             f"{evidence.LANGUAGE_STEPS} steps of 4096 tokens, the learning rate tuned for the plain Transformer (`language-tuning`). Nats a byte; mean and standard "
+             "deviation over seeds; the last column is the mean of the domains minus that of the plain Transformer of the same seed.", ""]
+    mean = lambda r: statistics.mean(r["last"].values())  # noqa: E731
+    for model in evidence.LANGUAGE_MODELS:
+        rows = []
+        plain = {r["seed"]: mean(r) for r in results if r["model"] == model and r["attention"] == "transformer"}
+        for attention in evidence.LANGUAGE_ATTENTIONS:
+            mine = [r for r in results if r["model"] == model and r["attention"] == attention]
+            if mine:
+                differences = [mean(r) - plain[r["seed"]] for r in mine if r["seed"] in plain]
+                rows.append([attention, len(mine)] + [spread([r["last"][d] for r in mine], 1, 4) for d in domains]
+                            + [spread([mean(r) for r in mine], 1, 4), spread(differences, 1, 4) if attention != "transformer" else ""])
+        if rows:
+            lines += [f"Model {model}:", ""] + table(["attention", "seeds"] + domains + ["mean", "minus transformer"], rows)
+    return lines + origin(results, "language")
+
+
+def language_tuning(results):
+    lines = ["## How the learning rate of the language models was chosen", "", f"The plain Transformer, {evidence.LANGUAGE_TUNING_STEPS} steps, seed 1: mean loss of the "
+             "domains.", ""]
+    rows = [[r["model"], f"{r['lr']:g}", f"{statistics.mean(r['last'].values()):.4f}"] for r in sorted(results, key=lambda r: (r["model"], r["lr"]))]
+    return lines + table(["model", "learning rate", "loss"], rows) + origin(results, "language-tuning")
+
+
+def draw_toy(results):
+    """The error over steps of every seed, a panel a task."""
+    try:
+        import matplotlib
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+    except ImportError:
+        print("evidence_report.py: no matplotlib, so no pictures; data/.venv has it", file=sys.stderr)
+        return False
+    figure, axes = plt.subplots(2, 3, figsize=(12, 6), sharex=True, sharey=True)
+    for axis, (n, kind) in zip(axes.flat, evidence.TOY_TASKS):
+        for attention, colour in (("transformer", "#c1272d"), ("mta", "#0000a7")):
+            for i, r in enumerate(r for r in results if r["task"] == f"n{n}_{kind}" and r["attention"] == attention):
+                axis.plot([s for s, _ in r["curve"]["toy"]], [100 * e for _, e in r["curve"]["toy"]], color=colour, marker=".", label=None if i else attention)
+        axis.set_title(f"N = {n}, {kind}")
+        axis.set_ylim(-3, 103)
+        axis.grid(alpha=0.3)
+    axes[0][0].legend()
+    figure.supxlabel("optimizer step")
+    figure.supylabel("sequences with a wrong answer token (%)")
+    figure.tight_layout()
+    figure.savefig(os.path.join(PICTURES, "evidence_toy.png"), dpi=100)
+    return True
+
+
+PARTS = {"toy": toy, "toy-tuning": toy_tuning, "language": language, "language-tuning": language_tuning}
+
+
+def write():
+    lines = ["# Results: the paper's claims, and what was found here", "",
+             "`scripts/evidence.sh --report` writes this page from the cells in [dev/evidence](evidence); one cell is one training run on the CPU, and its line there has "
+             "its options, curve, seconds, processor and commit. `scripts/evidence.sh --plan` lists what is open. Small models only: nobody has trained the 880M model "
+             "with this code.", ""]
+    open_parts = []
+    for part, section in PARTS.items():
+        results = list(evidence.read_results(part).values())
+        if not results:
+            open_parts.append(part)
+            continue
+        lines += section(results)
+        if part == "toy" and draw_toy(results):
+            lines += ["![error over steps of each toy task, every seed](pictures/evidence_toy.png)", ""]
+    if open_parts:
+        lines += ["Not begun: " + ", ".join(open_parts) + ".", ""]
+    with open(os.path.join(evidence.ROOT, "dev", "RESULTS.md"), "w", encoding="utf-8") as f:
+        f.write("\n".join(lines).rstrip() + "\n")
+    print("wrote dev/RESULTS.md")
+    return 0
