@@ -12,6 +12,6 @@
 # It runs at the lowest priority, so that other work on the machine goes first.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-case " $* " in *" --help "*|*" -h "*) sed -n '2,/^set -/{/^set -/d;s/^# \{0,1\}//;p}' "$0"; exit 0 ;; esac
+case " $* " in *" --help "*|*" -h "*) sed -n '2,/^set -/{/^set -/d;s/^# \{0,1\}//;p}' scripts/evidence.sh; exit 0 ;; esac
 export OMP_WAIT_POLICY=passive  # threads that wait sleep: other programs may need the cores
 exec nice -n 19 python3 scripts/evidence.py "$@"
