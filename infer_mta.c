@@ -1042,11 +1042,32 @@ static void add_end(Session* session, int64_t id) {
     session->ends[session->n_ends++] = (int32_t)id;
 }
 
-// The ids that end a text. As in transformers those of DIR/generation_config.json, a number, a list or none, where that
-// file is there; else config.json's and the tokenizer's. One beyond the vocabulary never comes.
-static void find_ends(Session* session) {
-    char path[PATH_SIZE], *text = NULL;
+// Adds the ids of eos_token_id of a generation_config.json: a number, a list or none.
+static bool ends_of_file(Session* session, const char* path, Error* e) {
+    char* text = NULL;
     size_t n;
+    Error why = {{0}};
+    Json* j = read_file(path, (size_t)1 << 20, &text, &n, &why) ? json_parse(text, n, &why) : NULL;
+    bool good = j && j->type == JSON_OBJECT;
+    if (!good) { fail(e, "%s: %s", path, why.text[0] ? why.text : "wanted a JSON object"); }
+    const Json* end = json_get(j, "eos_token_id");
+    bool list = end && end->type == JSON_ARRAY;
+    for (const Json* i = list ? end->child : end; good && i && (list || i->type != JSON_NULL);
+         i = list ? i->next : NULL) {
+        int64_t id = -1;
+        good = json_integer(i, INT32_MIN, INT32_MAX, &id) ||
+               fail(e, "%s: eos_token_id: wanted an id or a list of ids", path);
+        if (good) { add_end(session, id); }
+    }
+    json_free(j);
+    free(text);
+    return good;
+}
+
+// The ids that end a text. As in transformers those of DIR/generation_config.json where that file is there; else
+// config.json's and the tokenizer's. One beyond the vocabulary never comes.
+static void find_ends(Session* session) {
+    char path[PATH_SIZE];
     Error e = {{0}};
     const Config* c = &session->model.c;
     path_join(path, sizeof path, session->options.dir, "generation_config.json");
@@ -1056,23 +1077,10 @@ static void find_ends(Session* session) {
         if (session->tokenizer) { add_end(session, tokenizer_end(session->tokenizer)); }
         return;
     }
-
-    Json* j = read_file(path, (size_t)1 << 20, &text, &n, &e) ? json_parse(text, n, &e) : NULL;
-    if (!j || j->type != JSON_OBJECT) { die("%s: %s", path, e.text[0] ? e.text : "wanted a JSON object"); }
-    const Json* end = json_get(j, "eos_token_id");
-    bool list = end && end->type == JSON_ARRAY;
-    for (const Json* i = list ? end->child : end; i && (list || i->type != JSON_NULL); i = list ? i->next : NULL) {
-        int64_t id;
-        if (!json_integer(i, INT32_MIN, INT32_MAX, &id)) {
-            die("%s: eos_token_id: wanted an id or a list of ids", path);
-        }
-        add_end(session, id);
-    }
+    if (!ends_of_file(session, path, &e)) { die("%s", e.text); }
     if (!session->n_ends && !session->options.quiet) {
         fprintf(stderr, "%s names no id that ends a text: only --max-tokens does, as in transformers\n", path);
     }
-    json_free(j);
-    free(text);
 }
 
 static void session_open(Session* session, const Options* o) {

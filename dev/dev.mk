@@ -14,6 +14,7 @@ help_dev:
 	@echo "make build/asan/test_mta_cuda_cpu_bf16          the same for every access of a kernel; build/races/test_mta_bf16: every access watched for races"
 	@echo "make build/test_ops                             every launcher of train_mta.cu against train_mta.c: test or perf, --help; build/test_ops_fp32, test_ops_cuda"
 	@echo "make build/test_NAME                            dev/tests/test_NAME.c; build/test_emulator, build/test_races: the emulator's own"
+	@echo "make build/faults.so                            makes system calls and allocations fail, for dev/faults/faults.py --help"
 	@echo "make nvcc_check                                 train_mta.cu and its tests through nvcc for every architecture, on a machine without a GPU"
 	@echo "make bench_programs build/infer_step build/cuda_step   what dev/bench runs"
 	@echo "make compile_commands                           compile_commands.json for clangd and other tools"
@@ -47,6 +48,10 @@ test_mta_nocblas: build/test_mta.o build/train_mta_nocblas_library.o
 
 build/test_%: dev/tests/test_%.c $(wildcard dev/tests/*.h) $(HEADERS) build/flags_c
 	$(CC) $(CFLAGS) -O1 -I. $< -o $@ $(LDLIBS)
+
+# Makes system calls and allocations fail: dev/faults/faults.py loads it into the programs.
+build/faults.so: dev/faults/faults.c build/flags_c
+	$(CC) -std=gnu11 -O1 -g $(WARN) -shared -fPIC $< -o $@ -ldl
 
 # Every header in C11 and, the other way round, in C++17; test_mta.c in C++17, as nvcc would have it.
 header_check: $(HEADERS) build/flags_c

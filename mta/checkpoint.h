@@ -199,17 +199,15 @@ static inline bool checkpoint_commit(CheckpointWriter* w, char* path_out, Error*
 
 // by read(2): a failing disk is an error, not a signal
 static inline bool checkpoint_file_crc(const char* path, uint32_t* crc, Error* e) {
-    size_t cap = 1 << 20;
+    char buffer[1 << 16];
     int fd = open(path, O_RDONLY | O_CLOEXEC);
     if (fd < 0) { return fail(e, "%s: %s", path, strerror(errno)); }
-    char* buffer = (char*)alloc_or_die(cap, 1, "checkpoint check");
     ssize_t got;
     *crc = 0;
-    while ((got = read(fd, buffer, cap)) > 0 || (got < 0 && errno == EINTR)) {
+    while ((got = read(fd, buffer, sizeof buffer)) > 0 || (got < 0 && errno == EINTR)) {
         if (got > 0) { *crc = crc32_update(*crc, buffer, (size_t)got); }
     }
     if (got < 0) { fail(e, "%s: %s", path, strerror(errno)); }
-    free(buffer);
     close(fd);
     return got == 0;
 }
@@ -282,7 +280,8 @@ static inline bool checkpoint_verify_model(const char* dir, Error* e) {
     if (!file_exists(path)) { return true; }
     Json* manifest = checkpoint_manifest(dir, e);
     const Json* files = json_get(manifest, "files");
-    bool good = manifest != NULL;
+    bool good =
+        manifest != NULL && (!files || files->type == JSON_OBJECT || fail(e, "%s: \"files\" is no object", path));
     for (const Json* f = files ? files->child : NULL; f && good; f = f->next) {
         bool state = !strcmp(f->key, "optimizer.safetensors") || !strcmp(f->key, "trainer.json");
         bool there = strlen(dir) + strlen(f->key) + 2 < PATH_SIZE;

@@ -135,7 +135,7 @@ static inline bool json_string(JsonReader* r, char** out, size_t* length) {
     while (end < r->n && r->text[end] != '"') { end += r->text[end] == '\\' ? 2 : 1; }
     if (end >= r->n) { return json_fail(r, "string without an end"); }
     char* s = (char*)malloc(end - r->at);
-    if (!s) { return json_fail(r, "out of memory for a string"); }
+    if (!s) { die("out of memory: a JSON string of %zu bytes", end - r->at); }
     size_t n = 0;
     bool good = true;
     for (r->at++; good && r->at < end;) {
@@ -264,10 +264,7 @@ static inline bool json_children(JsonReader* r, Json* j) {
 
 static inline Json* json_value(JsonReader* r) {
     Json* j = (Json*)calloc(1, sizeof *j);
-    if (!j) {
-        json_fail(r, "out of memory for a value");
-        return NULL;
-    }
+    if (!j) { die("out of memory: a JSON value"); }  // no error of the text: a log's good lines would pass for bad ones
     json_skip_space(r);
     int c = json_peek(r);
     bool good = true;

@@ -411,7 +411,7 @@ static inline void run_open_val(Run* r) {
     const TrainOptions* o = r->options;
     Error e = {{0}};
     if (!o->val) { return; }
-    char* copy = strdup(o->val);
+    char* copy = copy_or_die(o->val);
     for (char* rest = copy; rest;) {
         char* part = spec_part(&rest);
         if (!*part) { continue; }
@@ -460,7 +460,7 @@ static inline void run_check_directory(const Run* r) {
     }
 }
 
-static inline void run_read_state(Run* r);
+static inline bool run_read_state(Run* r, Error* e);
 
 // The data, and room for a step of it. Ends the program on a mistake; nothing is written yet.
 static inline void run_open_data(Run* r) {
@@ -481,10 +481,13 @@ static inline void run_open_data(Run* r) {
     r->targets = (int32_t*)alloc_or_die(n, sizeof(int32_t), "a step's targets");
 }
 
-// The run directory, signals; reads trainer.json of the checkpoint that is resumed. Ends the program on any mistake.
+// The run directory, signals; reads trainer.json of the checkpoint that is resumed. What a crash left of an unfinished
+// checkpoint goes: a run that is at its end saves no more, which would remove it. Ends the program on any mistake.
 static inline void run_open_directory(Run* r) {
     run_check_directory(r);
-    if (r->resume_dir[0]) { run_read_state(r); }
+    if (r->options->resume) { checkpoint_remove_partials(r->options->out); }
+    Error e = {{0}};
+    if (r->resume_dir[0] && !run_read_state(r, &e)) { die("%s", e.text); }
     loader_state_write(&r->train, &r->loader_state);
     r->first_step = r->step;
     run_catch_signals();
@@ -528,30 +531,37 @@ static inline void run_say_changes(const Run* r, const Json* saved) {
     }
 }
 
-static inline void run_read_state(Run* r) {
-    char path[PATH_SIZE];
-    char* text;
-    size_t n;
-    Error e = {{0}};
-    path_join(path, sizeof path, r->resume_dir, "trainer.json");
-    if (!read_file(path, (size_t)16 << 20, &text, &n, &e)) { die("%s", e.text); }
-    Json* j = json_parse(text, n, &e);
-    if (!j) { die("%s: %s", path, e.text); }
+// What trainer.json says of step, tokens, skipped updates and the loader.
+static inline bool run_take_state(Run* r, const Json* j, const char* path, Error* e) {
     if (!json_integer(json_get(j, "step"), 0, INT64_MAX, &r->step) ||
         !json_integer(json_get(j, "tokens_seen"), 0, INT64_MAX, &r->tokens_seen) ||
         !json_integer(json_get(j, "skipped"), 0, INT64_MAX, &r->skipped)) {
-        die("%s: step, tokens_seen or skipped is missing", path);
+        return fail(e, "%s: step, tokens_seen or skipped is missing", path);
     }
     if (r->step != r->saved_step) {
-        die("%s: step %lld, wanted %lld as the directory's name says", path, (long long)r->step,
-            (long long)r->saved_step);
+        return fail(e, "%s: step %lld, wanted %lld as the directory's name says", path, (long long)r->step,
+                    (long long)r->saved_step);
     }
-    if (!loader_state_read(&r->train, json_get(j, "loader"), &e)) { die("%s", e.text); }
+    if (!loader_state_read(&r->train, json_get(j, "loader"), e)) { return false; }
     run_say_changes(r, j);
     const Json* timed = json_get(j, "timed");
     if (timed && timed->type == JSON_BOOL && timed->boolean) { r->timed_step = r->step; }
-    json_free(j);
+    return true;
+}
+
+// trainer.json of the checkpoint that is resumed.
+static inline bool run_read_state(Run* r, Error* e) {
+    char path[PATH_SIZE];
+    char* text;
+    size_t n;
+    Error why = {{0}};
+    path_join(path, sizeof path, r->resume_dir, "trainer.json");
+    if (!read_file(path, (size_t)16 << 20, &text, &n, e)) { return false; }
+    Json* j = json_parse(text, n, &why);
     free(text);
+    bool good = j ? run_take_state(r, j, path, e) : fail(e, "%s: %.300s", path, why.text);
+    json_free(j);
+    return good;
 }
 
 // ---- one step

@@ -355,16 +355,13 @@ static inline bool safetensors_open_dir(SafeTensors* s, const char* dir, Error* 
     return good;
 }
 
-// Is there a file at this path with a tensor of this name? False too where the file cannot be read: the reader proper
-// will say why.
-static inline bool safetensors_holds(const char* path, const char* name) {
+// Has the file a tensor of this name?
+static inline bool safetensors_holds(const char* path, const char* name, bool* holds, Error* e) {
     SafeTensors s;
-    Error e;
-    e.text[0] = 0;
-    if (!safetensors_open(&s, path, &e)) { return false; }
-    bool found = safetensors_find(&s, name) != NULL;
+    if (!safetensors_open(&s, path, e)) { return false; }
+    *holds = safetensors_find(&s, name) != NULL;
     safetensors_close(&s);
-    return found;
+    return true;
 }
 
 static inline const char* safetensors_metadata(const SafeTensors* s, const char* key) {  // NULL if absent

@@ -101,8 +101,7 @@ static inline bool shard_check(Shard* s, Error* e) {
 
 static inline bool shard_open(Shard* s, const char* path, Error* e) {
     memset(s, 0, sizeof(*s));
-    s->path = strdup(path);
-    if (s->path == NULL) { die("out of memory"); }
+    s->path = copy_or_die(path);
     if (map_file(&s->file, path, e) && shard_check(s, e)) { return true; }
     shard_close(s);
     return false;
@@ -262,8 +261,7 @@ static inline void glob_pattern(Text* out, const char* pattern) {
 // Opens every file that the pattern matches, sorted by name whatever the locale.
 static inline bool source_open(LoaderSource* s, const char* pattern, double weight, int T, int vocab_size, Error* e) {
     memset(s, 0, sizeof(*s));
-    s->pattern = strdup(pattern);
-    if (s->pattern == NULL) { die("out of memory"); }
+    s->pattern = copy_or_die(pattern);
     s->weight = weight;
     source_name(pattern, s->name, sizeof(s->name));
     glob_t found;
@@ -557,8 +555,7 @@ static inline char* spec_part(char** rest) {
 
 static inline bool loader_read_spec(Loader* l, const char* spec, Error* e) {
     if (spec[0] == '@') { return loader_read_recipe(l, spec + 1, e); }
-    char* copy = strdup(spec);
-    if (copy == NULL) { die("out of memory"); }
+    char* copy = copy_or_die(spec);
     bool good = true;
     for (char* rest = copy; good && rest != NULL;) { good = loader_add_source(l, spec_part(&rest), "", "shards", e); }
     free(copy);

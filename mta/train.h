@@ -157,8 +157,9 @@ static inline void model_start(Run* r) {
     if (r->resume_dir[0]) {
         char path[PATH_SIZE];
         path_join(path, sizeof path, r->resume_dir, "optimizer.safetensors");
-        bool master = safetensors_holds(path, "master.model.embed_tokens.weight");
-        good = checkpoint_read_tensors(r->resume_dir, list, NO_PREFIX, 1, false, NULL, store_tensor, &weights, &e) &&
+        bool master = false;
+        good = safetensors_holds(path, "master.model.embed_tokens.weight", &master, &e) &&
+               checkpoint_read_tensors(r->resume_dir, list, NO_PREFIX, 1, false, NULL, store_tensor, &weights, &e) &&
                checkpoint_read_tensors(path, list, OPTIMIZER_PREFIXES, master ? 3 : 2, false, NULL, store_tensor,
                                        &optimizer, &e);
     } else {

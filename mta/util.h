@@ -102,6 +102,13 @@ static inline void* alloc_or_die(size_t count, size_t size, const char* what) {
     return p;
 }
 
+// A copy of the text, which the caller frees.
+static inline char* copy_or_die(const char* text) {
+    char* copy = strdup(text);
+    if (!copy) { die("out of memory: a text of %zu bytes", strlen(text)); }
+    return copy;
+}
+
 // Bytes that programs can still have, as the kernel estimates them; 0: it does not say.
 static inline size_t memory_available(void) {
     char line[256];
@@ -243,12 +250,17 @@ static inline bool read_file(const char* path, size_t max_bytes, char** text, si
     int fd = open(path, O_RDONLY | O_CLOEXEC);
     if (fd < 0) { return fail(e, "%s: %s", path, strerror(errno)); }
     size_t cap = 4096, have = 0;
-    char* buffer = (char*)malloc(cap);
+    char* buffer = NULL;
     for (;;) {
-        ssize_t got = buffer ? read(fd, buffer + have, cap - 1 - have) : -1;
-        if (got < 0 && buffer && errno == EINTR) { continue; }
+        if (!buffer || have == cap - 1) {
+            cap *= buffer ? 2 : 1;
+            buffer = (char*)realloc(buffer, cap);
+            if (!buffer) { die("%s: out of memory for %zu bytes", path, cap); }  // the file is not to blame
+        }
+        ssize_t got = read(fd, buffer + have, cap - 1 - have);
+        if (got < 0 && errno == EINTR) { continue; }
         if (got < 0) {
-            fail(e, "%s: %s", path, buffer ? strerror(errno) : "out of memory");
+            fail(e, "%s: %s", path, strerror(errno));
             break;
         }
         have += (size_t)got;
@@ -262,12 +274,6 @@ static inline bool read_file(const char* path, size_t max_bytes, char** text, si
             *text = buffer;
             *n = have;
             return true;
-        }
-        if (have == cap - 1) {
-            char* larger = (char*)realloc(buffer, cap * 2);
-            if (!larger) { free(buffer); }
-            buffer = larger;
-            cap *= 2;
         }
     }
     free(buffer);

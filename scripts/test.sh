@@ -245,6 +245,11 @@ for source in dev/tests/test_*.c; do
     step both "$name" "build/$name" "build/$name"
 done
 step both "headers in C11 and C++17" "" make header_check
+if has python3; then
+    step full "faults: system calls" "train_mta infer_mta build/faults.so" python3 dev/faults/faults.py calls
+    step full "faults: kills" "train_mta build/faults.so" python3 dev/faults/faults.py kills
+    step full "faults: memory" "train_mta infer_mta build/faults.so" python3 dev/faults/faults.py memory
+fi
 step full "fuzz" "" bash dev/fuzz/run.sh 20000
 if has clang; then
     openmp=-fopenmp
@@ -261,6 +266,10 @@ step long "emulator 300 models" test_mta_cuda_cpu_bf16 ./test_mta_cuda_cpu_bf16 
 step long "tokenizer, a million strings" "" "$python" dev/tests/test_tokenizer.py --full
 step long "prepare.py, more kills" train_mta "$python" dev/tests/test_prepare.py --full
 step long "fuzz, a million inputs" "" bash dev/fuzz/run.sh 1000000
+step long "faults: every system call" "train_mta infer_mta build/faults.so" python3 dev/faults/faults.py calls --long
+step long "faults: every call, CUDA trainer" "build/train_mta_cuda_cpu build/faults.so" env TRAINER=build/train_mta_cuda_cpu python3 dev/faults/faults.py calls --long --programs trainer
+step long "faults: 2,000 kills" "train_mta build/faults.so" python3 dev/faults/faults.py kills --count 2000
+step long "faults: every allocation" "train_mta infer_mta build/faults.so" python3 dev/faults/faults.py memory --long
 
 if [ ${#names[@]} -eq 0 ]; then echo "test.sh: no test's name contains \"$only\"" >&2; exit 1; fi
 run_steps

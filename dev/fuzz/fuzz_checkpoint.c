@@ -1,9 +1,8 @@
 // fuzz_checkpoint.c: a whole checkpoint from bytes: two bytes with the length of config.json, config.json,
 // model.safetensors. The header is read, every tensor converted, and where the configuration holds, the tensors are
 // matched against the model's list and stored, as the programs do it.
+#include "structure.h"
 #include "mta/checkpoint.h"
-
-int LLVMFuzzerTestOneInput(const uint8_t* data, size_t n);
 
 static bool sum_store(void* ctx, int group, int tensor, const float* data, Error* e) {
     Config* c = (Config*)ctx;
@@ -53,4 +52,29 @@ int LLVMFuzzerTestOneInput(const uint8_t* data, size_t n) {
     safetensors_close(&s);
     free(image);
     return 0;
+}
+
+size_t LLVMFuzzerCustomMutator(uint8_t* data, size_t n, size_t max, unsigned int seed) {
+    Dice dice = {seed};
+    Text config = {NULL, 0, 0}, model = {NULL, 0, 0}, t = {NULL, 0, 0};
+    int words;
+    size_t size = n < 2 ? 0 : data[0] | (size_t)data[1] << 8;
+    if (n < 2 || size > n - 2 || !roll(&dice, 16)) { return LLVMFuzzerMutate(data, n, max); }
+    text_append(&config, (const char*)data + 2, size);
+    text_append(&model, (const char*)data + 2 + size, n - 2 - size);
+    const char* const* known = config_words(&words);
+    if (!roll(&dice, 3)) {
+        mutate_json(&config, &dice, known, words);
+    } else {
+        mutate_safetensors(&model, &dice);
+    }
+    if (config.n < 65536) {
+        const char length[2] = {(char)(config.n & 255), (char)(config.n >> 8)};
+        text_append(&t, length, 2);
+        text_append(&t, config.text, config.n);
+        text_append(&t, model.text ? model.text : "", model.n);
+    }
+    text_free(&config);
+    text_free(&model);
+    return mutated(&t, data, n, max);
 }

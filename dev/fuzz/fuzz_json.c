@@ -1,26 +1,6 @@
 // fuzz_json.c: the JSON reader on any bytes. Beyond not crashing: what was parsed, written out and parsed again is the
 // same.
-#include "mta/json.h"
-
-int LLVMFuzzerTestOneInput(const uint8_t* data, size_t n);
-
-static void write_value(Text* t, const Json* j) {
-    if (j->type == JSON_NULL) { text_printf(t, "null"); }
-    if (j->type == JSON_BOOL) { text_printf(t, j->boolean ? "true" : "false"); }
-    if (j->type == JSON_NUMBER) { text_json_number(t, j->number); }
-    if (j->type == JSON_STRING) { text_json_string(t, j->string, j->length); }
-    if (j->type != JSON_ARRAY && j->type != JSON_OBJECT) { return; }
-    text_printf(t, j->type == JSON_ARRAY ? "[" : "{");
-    for (const Json* c = j->child; c; c = c->next) {
-        if (c != j->child) { text_printf(t, ","); }
-        if (c->key) {
-            text_json_string(t, c->key, strlen(c->key));
-            text_printf(t, ":");
-        }
-        write_value(t, c);
-    }
-    text_printf(t, j->type == JSON_ARRAY ? "]" : "}");
-}
+#include "structure.h"
 
 static bool same(const Json* a, const Json* b) {
     if (a->type != b->type || a->count != b->count || a->boolean != b->boolean || a->number != b->number ||
@@ -49,4 +29,15 @@ int LLVMFuzzerTestOneInput(const uint8_t* data, size_t n) {
     json_free(j);
     text_free(&t);
     return 0;
+}
+
+size_t LLVMFuzzerCustomMutator(uint8_t* data, size_t n, size_t max, unsigned int seed) {
+    Dice dice = {seed};
+    Text t = {NULL, 0, 0};
+    int words;
+    if (!roll(&dice, 3)) { return LLVMFuzzerMutate(data, n, max); }
+    text_append(&t, (const char*)data, n);
+    const char* const* known = config_words(&words);
+    mutate_json(&t, &dice, known, words);
+    return mutated(&t, data, n, max);
 }

@@ -1,12 +1,13 @@
 #!/usr/bin/env python3
 """Writes a small seed corpus for the harnesses of this folder: make_seeds.py DIR ->
-DIR/{json,checkpoint,shard,tokenizer}/*."""
+DIR/{json,config,checkpoint,directory,shard,tokenizer}/*. Beside it the corpus of this folder."""
 
 import base64
 import json
 import os
 import struct
 import sys
+import zlib
 
 CONFIG = {
     "vocab_size": 7,
@@ -64,11 +65,71 @@ def checkpoint(config, shapes, dtype):
     return struct.pack("<H", len(text)) + text + safetensors(shapes, dtype)
 
 
-def shard(tokens, size, vocab):
+def shard(tokens, size, vocab, masked=0):
     """A shard of llm.c's format."""
     magic, version = (20240520, 1) if size == 2 else (20240801, 7)
-    head = struct.pack("<6i", magic, version, len(tokens), vocab, 0, 0) + bytes(1000)
+    head = struct.pack("<6i", magic, version, len(tokens), vocab, 0, masked) + bytes(1000)
     return head + struct.pack("<%d%s" % (len(tokens), "H" if size == 2 else "I"), *tokens)
+
+
+def several(files):
+    """Several files in one input (structure.h)."""
+    return b"".join(name.encode() + b"\0" + struct.pack("<I", len(data)) + data for name, data in files.items())
+
+
+def directory(files):
+    """The files of a checkpoint with their manifest."""
+    listed = {name: {"bytes": len(data), "crc32": zlib.crc32(data)} for name, data in files.items()}
+    return several(dict(files, **{"manifest.json": json.dumps({"step": 3, "files": listed}).encode()}))
+
+
+def trainer_state():
+    """trainer.json of fuzz_directory.c's run."""
+    source = {"name": "x", "weight": 1, "windows": 7, "drawn": 6}
+    loader = {"seed": "5", "mix": "token", "seq_len": 8, "windows": 6, "sources": [source]}
+    state = {"format": 1, "step": 3, "tokens_seen": 48, "skipped": 0, "batch_size": 2, "tokens_per_step": 16, "timed": True}
+    return json.dumps(dict(state, random={"seed": 5, "step": 3}, loader=loader, arguments=["--steps", "3"])).encode()
+
+
+def directories(shapes, ranks):
+    """A checkpoint in one file and in two, with a rank file."""
+    config = dict(CONFIG, model_type="mta", architectures=["MtaForCausalLM"], tokenizer="bytes", eos_token_id=[257, 2])
+    optimizer = safetensors({p + name: shape for p in ("m.", "v.") for name, shape in shapes.items()}, "F32")
+    whole = {
+        "config.json": json.dumps(config).encode(),
+        "model.safetensors": safetensors(shapes, "F32"),
+        "optimizer.safetensors": optimizer,
+        "trainer.json": trainer_state(),
+    }
+    names = sorted(shapes)
+    pieces = {"model-0000%d-of-00002.safetensors" % (i + 1): names[i * 8 : i * 8 + 8 if i == 0 else None] for i in range(2)}
+    parts = {"config.json": json.dumps(dict(config, tokenizer="gpt2.tiktoken", tokenizer_pattern="gpt2")).encode(), "gpt2.tiktoken": ranks}
+    for name, inside in pieces.items():
+        parts[name] = safetensors({n: shapes[n] for n in inside}, "BF16")
+    index = {"metadata": {"total_size": 1}, "weight_map": {n: name for name, inside in pieces.items() for n in inside}}
+    parts["model.safetensors.index.json"] = json.dumps(index).encode()
+    return {"directory/whole": directory(whole), "directory/parts": directory(parts)}
+
+
+def configs():
+    """Configurations of families, of scaled RoPE, and what else stands beside a model."""
+    llama = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 128256, "hidden_size": 64, "num_attention_heads": 4}
+    scaling = {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
+    mistral = {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": None, "hidden_size": 4096, "head_dim": 128}
+    return {
+        "config/mta": dict(CONFIG, model_type="mta", architectures=["MtaForCausalLM"], auto_map={"AutoConfig": "x.y"}),
+        "config/llama": dict(llama, rope_scaling=scaling, head_dim=16, eos_token_id=[1, 2], torch_dtype="bfloat16"),
+        "config/new": dict(llama, rope_parameters=dict(scaling, rope_theta=500000.0), dtype="bfloat16", layer_types=["full_attention"]),
+        "config/linear": dict(llama, rope_scaling={"type": "linear", "factor": 1.0}, hidden_act="silu", mlp_bias=False),
+        "config/mistral": mistral,
+        "config/generation": {"bos_token_id": 1, "eos_token_id": [2, 3], "temperature": 0.6, "max_length": 4096},
+    }
 
 
 def main():
@@ -85,6 +146,14 @@ def main():
     ranks += b"".join(
         base64.b64encode(w) + b" %d\n" % (256 + i) for i, w in enumerate([b"th", b"the", b" t", b"\xc3\xa9", b"  "])
     )
+    tokenizer = {"name": "bytes", "vocab_size": 259}
+    prepared = {
+        "shards": {
+            "x_train_000000.bin": {"tokens": 40, "documents": 3, "preparation": "1"},
+            "y_train_000000.bin": {"tokens": 20, "documents": 2, "preparation": "1"},
+        },
+        "preparations": {"1": {"tokenizer": tokenizer}},
+    }
     text = "The the  \u00e9\u00e8 don't 12345\n\n x\t\U0001f600 ".encode()
     seeds = {
         "json/config": json.dumps(CONFIG).encode(),
@@ -99,10 +168,20 @@ def main():
             diff, {k: v for k, v in shapes.items() if "kq_" not in k and "head_" not in k}, "F64"
         ),
         "checkpoint/odd": checkpoint({}, {"a": [], "b": [0, 3], "c": [2, 1, 1, 1, 1, 1, 1, 1]}, "I64"),
-        "shard/u16": shard(list(range(40)), 2, 300),
-        "shard/u32": shard(list(range(40)), 4, 0),
-        "shard/header": shard([], 2, 300),
+        "shard/u16": several({"x_train_000000.bin": shard(list(range(40)), 2, 300)}),
+        "shard/u32": several({"x_train_000000.bin": shard(list(range(40)), 4, 0)}),
+        "shard/header": several({"x_train_000000.bin": shard([], 2, 300)}),
+        "shard/folder": several(
+            {
+                "x_train_000000.bin": shard(list(range(40)), 2, 259, 1),
+                "x_train_000000.mask": bytes(i % 2 for i in range(40)),
+                "y_train_000000.bin": shard(list(range(20)), 2, 259),
+                "manifest.json": json.dumps(prepared).encode(),
+            }
+        ),
     }
+    seeds.update({name: json.dumps(config).encode() for name, config in configs().items()})
+    seeds.update(directories(shapes, ranks))
     for i in range(4):
         seeds["tokenizer/pattern%d" % i] = bytes([i]) + ranks + b"\0" + text
     for name, data in seeds.items():

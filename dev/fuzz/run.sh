@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
-# Builds the fuzz harnesses with libFuzzer under the address and undefined-behaviour sanitizers and runs each for RUNS inputs from the
-# seeds of make_seeds.py: dev/fuzz/run.sh [RUNS=20000] [HARNESS...]. FUZZ_DIR keeps the corpus and findings (default: a temporary directory).
+# Builds the fuzz harnesses with libFuzzer under the address and undefined-behaviour sanitizers and runs each for RUNS inputs from the seeds of
+# make_seeds.py and the inputs of corpus/: dev/fuzz/run.sh [RUNS=20000] [HARNESS...]. Each harness changes files as one who knows their format
+# would (structure.h). FUZZ_DIR keeps what was found new (default: a temporary directory).
 # Ends with "N passed, N failed[, N skipped]"; skips where clang or its fuzzer runtime is absent.
 set -u
 cd "$(dirname "$0")/../.." || exit 1
 runs=${1:-20000}
 shift || true
 harnesses=("$@")
-[ ${#harnesses[@]} -gt 0 ] || harnesses=(json checkpoint shard tokenizer)
+[ ${#harnesses[@]} -gt 0 ] || harnesses=(json config checkpoint directory shard tokenizer)
 clang=${CLANG:-clang}
 dir=${FUZZ_DIR:-}
 if [ -z "$dir" ]; then
@@ -30,14 +31,14 @@ python3 dev/fuzz/make_seeds.py "$dir/seeds" || exit 1
 passed=0
 failed=0
 for h in "${harnesses[@]}"; do
-    if ! "$clang" -std=gnu11 -g -O1 -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all -I. "dev/fuzz/fuzz_$h.c" -lm -o "$dir/fuzz_$h"; then
+    if ! "$clang" -std=gnu11 -g -O1 -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all -Wno-psabi -I. "dev/fuzz/fuzz_$h.c" -lm -o "$dir/fuzz_$h"; then
         echo "fuzz_$h: does not build"
         failed=$((failed + 1))
         continue
     fi
     mkdir -p "$dir/corpus_$h"
-    if "$dir/fuzz_$h" -runs="$runs" -max_len=8192 -timeout=10 -rss_limit_mb=4096 -seed=1 -artifact_prefix="$dir/found_${h}_" "$dir/corpus_$h" "$dir/seeds/$h" \
-            > "$dir/fuzz_$h.log" 2>&1; then
+    if "$dir/fuzz_$h" -runs="$runs" -max_len=8192 -timeout=10 -rss_limit_mb=4096 -seed=1 -close_fd_mask=3 -artifact_prefix="$dir/found_${h}_" \
+            "$dir/corpus_$h" "$dir/seeds/$h" $(ls -d "dev/fuzz/corpus/$h" 2> /dev/null) > "$dir/fuzz_$h.log" 2>&1; then
         echo "fuzz_$h: $(grep -E '^Done|DONE' "$dir/fuzz_$h.log" | tr '\n' ' ')"
         passed=$((passed + 1))
     else

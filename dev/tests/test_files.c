@@ -472,6 +472,11 @@ static void test_checkpoint_damage(Arena* a) {
     CHECK(unlink(at("damage/step-00000300/manifest.json")) == 0 && silent_newest(run, path) == 200);
     CHECK(write_file_synced(at("damage/step-00000200/manifest.json"), "{\"files\":{\"../x\":{}}}", 20, NULL) &&
           silent_newest(run, path) == 100);
+    CHECK(checkpoint_verify_model(at("damage/step-00000100"), &e));
+    CHECK(write_file_synced(at("damage/step-00000200/manifest.json"), "{\"files\":[1]}", 13,
+                            NULL));  // a list has no names
+    e.text[0] = 0;
+    CHECK(!checkpoint_verify_model(at("damage/step-00000200"), &e) && says(&e, "is no object"));
     path_join(file, sizeof file, run, "step-00000100/config.json");
     CHECK(unlink(file) == 0 && silent_newest(run, path) == -1);
     make_dirs(at("damage/step-99999999999999999999"), NULL);  // not ours

@@ -318,6 +318,9 @@ class Resume(Trainer):
         self.run_ok(parts, common, ["--resume"])
         self.compare(whole, parts, 1)
         self.assertFalse([n for n in os.listdir(parts) if "partial" in n])
+        os.makedirs(os.path.join(parts, ".step-00000300.partial"))  # and where nothing is left to be saved
+        self.run_ok(parts, common, ["--resume"])
+        self.assertFalse([n for n in os.listdir(parts) if "partial" in n])
 
     def test_broken_newest_is_passed_over(self):
         out, whole = self.out(), self.out()
