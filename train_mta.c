@@ -1,6 +1,5 @@
 // train_mta.c: trains a LLaMA-style language model with Multi-Token Attention (arXiv 2504.00927) on the CPU, in fp32.
-// The readable truth that train_mta.cu is tested against: every layer forward, then backward, in the order data meets
-// them.
+// The readable reference for train_mta.cu: every layer forward, then backward, in the order in which data meets them.
 //
 //   make train_mta
 //   ./train_mta --model 3m --train "shards/text_train_*.bin" --val "shards/text_val_*.bin" --out runs/text
@@ -12,8 +11,8 @@
 //   B batch   T positions   C channels   L layers   NH heads   NKV key/value heads   HS head size
 //   FF hidden units of the MLP   V vocabulary   N = B*T rows
 //   cq, ck    queries and keys of the convolution   ch heads of a mixing group
-//   b t h i(query) j(key) c l are the loops over them. "scores" are before the softmax, "att" after; _pre and _post the
-//   same.
+//   b t h i(query) j(key) c l are the loops over them. "scores" are before the softmax, "att" after it, and so
+//   are names that end in _pre and _post.
 //
 // Memory: nothing of size T x T. Attention works on a chunk of queries at a time and its backward recomputes the chunk
 // from q, k and the row's largest score and sum of exponentials. Threads: work is cut the same way whatever their
@@ -23,7 +22,7 @@
 #define _GNU_SOURCE  // memmem and others, before the first header
 #endif
 #ifdef __clang__
-// clang turns no maximum into vectors without -ffast-math, and says so
+// Without -ffast-math clang cannot vectorise a maximum, and warns that it cannot.
 #pragma clang diagnostic ignored "-Wpass-failed"
 #endif
 #include <assert.h>
@@ -57,7 +56,7 @@ typedef float real;
 #endif
 #endif
 
-// One vector register: 16 floats with AVX-512, 8 with AVX. In memory it may lie anywhere.
+// One vector register: 16 floats with AVX-512, 8 with AVX. VecInMemory may be unaligned.
 #if defined(__AVX512F__)
 enum { VECTOR_BYTES = 64, GEMM_ROWS = 14 };
 #else
@@ -208,13 +207,14 @@ static void blas_single_thread(void) {
 }
 #endif
 
-// The same on all threads: the output is cut into blocks that depend on its size alone, each block one serial product.
+// gemm_serial, split over all threads: the output is cut into blocks that depend on its size alone, each block one
+// serial product.
 static void gemm(bool ta, bool tb, int M, int N, int K, real alpha, const real* A, size_t lda, const real* B,
                  size_t ldb, real beta, real* out, size_t ldo) {
-    // Smaller ones pack the operands more often: 256 x 512 cost 8% of a step (dev/experiments.tsv).
+    // Smaller blocks pack the operands more often: 256 x 512 cost 8% of a step (dev/experiments.tsv).
     enum { TARGET_M = 512, TARGET_N = 1024 };
     int mb = (M + TARGET_M - 1) / TARGET_M, nb = (N + TARGET_N - 1) / TARGET_N;
-    // An odd number of blocks leaves one of two cores waiting.
+    // With an odd number of blocks one core of a pair would wait.
     if (mb * nb % 2) { *(M > N ? &mb : &nb) += 1; }
     int bm = round_up((M + mb - 1) / mb, 16), bn = round_up((N + nb - 1) / nb, 32);
     mb = (M + bm - 1) / bm, nb = (N + bn - 1) / bn;
@@ -363,7 +363,7 @@ static void rope_backward(real* dx, const real* cosine, const real* sine, int B,
 //
 // A tile holds rows of scores of the heads of one mixing group: rows are queries i0 <= i < i0 + rows, columns are keys.
 // Left of key 0 lie PAD zeros, and right of a row's last allowed key (its own query: causality) zeros up to tail(nk),
-// so that the convolution reads beyond the edges without asking. Rows outside the sequence are zero throughout.
+// so that the convolution needs no bounds checks at the edges. Rows outside the sequence are zero throughout.
 
 enum { PAD = 32 };  // >= (MAX_KERNEL - 1) / 2, a multiple of VEC for fp32
 
@@ -392,7 +392,8 @@ static inline void row_mask(real* row, int length, int nk) {
     memset(row + length, 0, (size_t)(tail(nk) - length) * sizeof(real));
 }
 
-// What attention needs to know. Strides: a token of q and out is NH*HS apart, of k and v NKV*HS.
+// What attention needs to know. Strides: two tokens of q and out are NH*HS apart, of k and v
+// NKV*HS.
 typedef struct {
     int B, T, NH, NKV, HS, cq, ck, ch_pre, ch_post;  // ch_*: heads of a mixing group, 0 = off
     const real *conv_pre, *conv_post;                // (NH,cq,ck), NULL = off

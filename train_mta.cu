@@ -706,9 +706,10 @@ typedef struct {
     bool flash;             // they serve this layer
 } Attention;
 
-// What only makes these steps faster stands in sections of its own after cross-entropy ("Fast paths"), declared here
-// and called where it serves: the convolution on tensor cores; mixing, softmax and mixing of groups of 16 heads in one
-// kernel; all of attention in one kernel.
+// What follows is what every model can take, step by step. In bf16 --attention transformer, mta and diff take the fused
+// kernels of "Fast paths: all of attention in one kernel" instead (flash_serves says which layers). What is only fast
+// stands in such sections after cross-entropy, declared here and called where it serves: the convolution on tensor
+// cores; mixing, softmax and mixing of groups of 16 heads in one kernel; all of attention in one kernel.
 typedef struct KqConv KqConv;
 typedef struct Heads Heads;
 typedef struct Maps Maps;

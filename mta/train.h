@@ -1,10 +1,10 @@
-// mta/train.h: one training run, over the table of whichever trainer was built: initialisation or resume, the loop,
-// evaluation, samples, checkpoints, and the plan that is printed before. The model and its step are in train_mta.c and
-// train_mta.cu.
+// mta/train.h: one training run, for the CPU and the CUDA trainer alike (mta/trainer.h is the table of either):
+// initialisation or resume, the loop, evaluation, samples, checkpoints, and the plan that is printed before. The model
+// and its step are in train_mta.c and train_mta.cu.
 #ifndef MTA_TRAIN_H
 #define MTA_TRAIN_H
 
-#include "run.h"  // first: its headers ask for what glibc hides by default
+#include "run.h"  // first: it defines _GNU_SOURCE, which must stand before the first header of libc
 
 #include "random.h"
 
@@ -212,7 +212,7 @@ static inline StepResult step_result(const Step* s, const Batch* b, double norm)
 // Evaluation
 
 // Loss of every validation set over --eval-windows sequences spread evenly over it; with masks, the share of sequences
-// that have a wrong counted token (teacher forcing). Given up when a signal comes.
+// that have a wrong counted token (teacher forcing). Stops early when a signal comes.
 static inline void evaluate(Run* r) {
     int T = r->seq_len;
     Error e = {{0}};
@@ -313,11 +313,11 @@ static inline const void* fetch_tensor(void* ctx, int group, int tensor, size_t 
     char* bytes = (char*)g->room;
     for (size_t i = 0; g->dtype == DT_BF16 && i < n; i++) {
         memcpy(bytes + 2 * i, bytes + 4 * i + 2, 2);
-    }  // the upper half: these are rounded
+    }  // a bf16 is the upper half of a float; these are rounded already
     return g->room;
 }
 
-// One try; the checkpoint's directory into path.
+// Tries once; writes the checkpoint's directory into path.
 static inline bool write_checkpoint(const Run* r, char* path, Error* e) {
     bool exact = r->trainer->exact;
     const TensorList* list = r->trainer->tensors(r->model);
@@ -335,7 +335,7 @@ static inline bool write_checkpoint(const Run* r, char* path, Error* e) {
     return good;
 }
 
-// timed: one of --save-minutes, which the next checkpoint replaces.
+// timed: made by --save-minutes; the next checkpoint replaces it.
 static inline void save(Run* r, bool timed) {
     Error e = {{0}};
     char path[PATH_SIZE];

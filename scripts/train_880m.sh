@@ -4,7 +4,7 @@
 # The paper's recipe (arXiv 2504.00927) for the 880M model on one GPU: 104.9B tokens of SlimPajama in 400,000 steps of 128 sequences of 2048,
 # AdamW 1.5e-4, betas 0.9 and 0.98, weight decay 0.05, clip 1, warmup 375, linear to 0, RoPE theta 100,000. A step is split into micro-batches
 # that fit the card. SHARDS: what data/prepare.py slimpajama wrote, with Llama 3's tokenizer.model (TOKENIZER=FILE names it for samples).
-# Stopped by Ctrl-C, SIGTERM or a crash, the same command continues. It takes weeks: dev/SPEED.md has the tokens/s that were measured.
+# Stopped by Ctrl-C, SIGTERM or a crash, the same command continues. It takes weeks on one GPU: 105 billion tokens. No GPU has run it yet.
 set -euo pipefail
 case ${1:-} in -h|--help) sed -n '2,/^set -/{/^set -/d;s/^# \{0,1\}//;p}' "$0"; exit 0 ;; esac
 root=$(cd "$(dirname "$0")/.." && pwd)
