@@ -1790,11 +1790,12 @@ static void score_ends(Session* session, ScoreRequest* const* q, int count) {
     score_rows(session, q, lengths, count, start);
 }
 
-// Scorer.score: `sorted` (n) of requests, model a Session; the passes over the weights that it took.
-static long score_part(void* model, ScoreRequest** sorted, int n) {
+// Scorer.score: the requests sorted by their ids, model a Session.
+static int score_part(void* model, ScoreRequest** sorted, int left, long* passes) {
+    enum { PART = 256 };  // requests between two reports of how far it is
     Session* session = model;
     CacheMark marks[MARKS] = {{0}};
-    int held = 0, depths[MARKS], size, common;
+    int held = 0, n = left < PART ? left : PART, depths[MARKS], size, common;
     long before = session->passes;
     for (int k = 0; k < n; k += size) {
         ScoreRequest* q = sorted[k];
@@ -1815,7 +1816,8 @@ static long score_part(void* model, ScoreRequest** sorted, int n) {
         }
     }
     while (held) { mark_free(&marks[--held]); }
-    return session->passes - before;
+    *passes += session->passes - before;
+    return n;
 }
 
 static void run_score(Session* session) {
@@ -1829,6 +1831,7 @@ static void run_score(Session* session) {
                      .positions = session->cache.capacity,
                      .shift = session->options.shift,
                      .quiet = session->options.quiet,
+                     .order = score_by_ids,
                      .score = score_part,
                      .model = session};
     session->prompt_seconds = score_lines(&scorer, session->options.score);

@@ -1300,7 +1300,7 @@ static void model_forward(Model* m, const int32_t* tokens, int B, int T) {
         NKV = c->num_key_value_heads;
     int HS = config_head_size(c), KV = NKV * HS, wide = config_norm_heads(c);
     size_t NC = (size_t)N * C, NF = (size_t)N * FF, NK = (size_t)N * KV;
-    assert(B <= m->B && T <= m->T);
+    assert((size_t)B * T <= (size_t)m->B * m->T && T <= m->T);
     embedding_forward(a->x, tokens, model_tensor(m, m->weights, TENSOR_EMBED), N, C);
     for (int l = 0; l < c->num_hidden_layers; l++) {
         Layer w = model_layer(m, m->weights, l);
@@ -1374,6 +1374,7 @@ static void model_backward(Model* m, const int32_t* tokens, int B, int T) {
     int N = B * T, C = c->hidden_size, FF = c->intermediate_size, NH = c->num_attention_heads,
         NKV = c->num_key_value_heads;
     int HS = config_head_size(c), KV = NKV * HS, wide = config_norm_heads(c), L = c->num_hidden_layers;
+    assert(B <= m->B);
     size_t NC = (size_t)N * C, NF = (size_t)N * FF, NK = (size_t)N * KV,
            kernel = (size_t)NH * c->kq_conv_query_size * c->kq_conv_key_size;
     rmsnorm_backward(s->dx, model_tensor(m, m->grads, TENSOR_NORM), s->dln, a->x + L * NC,

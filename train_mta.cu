@@ -3797,7 +3797,7 @@ static bool model_replays(const Model* m, int B, int T) { return m->graphs && B 
 
 // From tokens (B,T), on the host, to the normalised last state acts.ln_f (N,C).
 static void model_forward(Model* m, const int32_t* tokens, int B, int T) {
-    assert(B <= m->B && T <= m->T);
+    assert((size_t)B * T <= (size_t)m->B * m->T && T <= m->T);
     cudaCheck(cudaMemcpyAsync(m->scratch.tokens, tokens, (size_t)B * T * sizeof(int), cudaMemcpyHostToDevice,
                               m->cuda.stream));
     auto pass = [=] { layers_forward(m, B, T); };

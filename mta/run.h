@@ -70,6 +70,7 @@ typedef struct {
     bool timed;          // is the checkpoint that is being written one of --save-minutes?
     Text passed_over;    // what was wrong with newer checkpoints than the one that is resumed, a line each
     int lock;            // descriptor that holds the run's lock, -1 = none
+    int answers;         // --score: standard output as the program got it, see run_divert_output
     double flops_per_token, flops_per_second;  // for MFU: the model's, and the machine's peak as the trainer states it
     double started;                            // seconds_now() when training began
     double training_seconds;                   // in train_step since then: what tokens/s and ETA are of
@@ -232,7 +233,7 @@ static inline void run_open_tokenizer(Run* r, const char* config) {
 }
 
 // Refuses an --init-from whose files are damaged, whose mathematics is not known, or whose numbers (RoPE's base and
-// scaling, the norms' epsilon) a preset would replace without a word.
+// scaling, the norms' epsilon) a preset would replace without a word; to evaluate it, more positions than it has.
 static inline void run_check_init(const Run* r, bool preset) {
     const TrainOptions* o = r->options;
     Config c;
@@ -250,6 +251,11 @@ static inline void run_check_init(const Run* r, bool preset) {
         }
         die("--init-from: %s has %s %.9g, --model %s has %.9g; leave out --model%s%s", r->init_dir, f->key, theirs,
             o->model, mine, f->flag ? " or give " : "", f->flag ? f->flag : "");
+    }
+    if (options_evaluate(o) && !options_field_given(o, "max_position_embeddings") &&
+        r->seq_len > c.max_position_embeddings) {
+        die("--seq-len: got %d, %s has %d positions; --max-position-embeddings says that it may have more", r->seq_len,
+            r->init_dir, c.max_position_embeddings);
     }
 }
 
@@ -313,14 +319,15 @@ static inline void run_configure(Run* r) {
     }
     bool context_given = options_field_given(o, "max_position_embeddings");
     if (!config_override(c, o->fields, PART_CONTEXT, &e)) { die("%s", e.text); }
-    r->seq_len = o->seq_len ? o->seq_len : c->max_position_embeddings < 2048 ? c->max_position_embeddings : 2048;
+    bool whole = o->score || c->max_position_embeddings < 2048;  // --score serves what infer_mta serves
+    r->seq_len = o->seq_len ? o->seq_len : whole ? c->max_position_embeddings : 2048;
     if (!context_given && (preset || r->seq_len > c->max_position_embeddings)) {
         c->max_position_embeddings = r->seq_len;
     }
     if (r->seq_len > c->max_position_embeddings) {
         die("--seq-len: got %d, wanted at most --max-position-embeddings %d", r->seq_len, c->max_position_embeddings);
     }
-    if (r->init_dir[0] && !r->resume_dir[0]) { run_check_init(r, preset != NULL); }
+    if (r->init_dir[0] && !r->resume_dir[0]) { run_check_init(r, preset != NULL || (o->model && options_evaluate(o))); }
     r->schedule.lr = o->lr >= 0 ? o->lr : preset ? preset->lr : 1.5e-4;
     if (!config_check(c, &e)) { die("model: %s", e.text); }
     if (r->resume_dir[0]) {
@@ -386,6 +393,17 @@ static inline void run_find_checkpoint(Run* r) {
     }
 }
 
+// --score: standard output is for the answers alone, all else that is printed goes to standard error until
+// run_return_output.
+static inline void run_divert_output(Run* r) {
+    r->answers = fcntl(1, F_DUPFD_CLOEXEC, 3);
+    if (r->answers < 0 || dup2(2, 1) < 0) { die("standard output: %s", strerror(errno)); }
+}
+static inline void run_return_output(Run* r) {
+    if (fflush(stdout) || dup2(r->answers, 1) < 0) { die("standard output: %s", strerror(errno)); }
+    close(r->answers);
+}
+
 // Finds the checkpoint to continue, settles the model and the steps. Ends the program on a mistake.
 static inline void run_settle(Run* r, const Trainer* trainer, const TrainOptions* o) {
     memset(r, 0, sizeof *r);
@@ -394,7 +412,8 @@ static inline void run_settle(Run* r, const Trainer* trainer, const TrainOptions
     r->saved_step = r->timed_step = -1;
     r->lock = -1;
     r->log.fd = -1;
-    if (!o->dry_run) {
+    if (o->score) { run_divert_output(r); }
+    if (!o->dry_run && o->out) {
         if (!o->resume && run_holds_run(o->out)) {
             die("--out: %s holds a run; --resume continues it, or choose another directory", o->out);
         }
@@ -467,7 +486,8 @@ static inline void run_open_data(Run* r) {
     const TrainOptions* o = r->options;
     Error e = {{0}};
     LoaderMix mix = strcmp(o->mix, "document") ? MIX_TOKEN : MIX_DOCUMENT;
-    if (!loader_open_mix(&r->train, o->train, r->seq_len, r->config.vocab_size, (uint64_t)o->seed, mix, &e)) {
+    if (o->train &&
+        !loader_open_mix(&r->train, o->train, r->seq_len, r->config.vocab_size, (uint64_t)o->seed, mix, &e)) {
         die("--train: %s", e.text);
     }
     for (int i = 0; i < r->train.n_sources && r->train.n_sources > 1; i++) {
@@ -479,6 +499,23 @@ static inline void run_open_data(Run* r) {
     size_t n = (size_t)r->windows * (size_t)r->seq_len;
     r->tokens = (int32_t*)alloc_or_die(n, sizeof(int32_t), "a step's tokens");
     r->targets = (int32_t*)alloc_or_die(n, sizeof(int32_t), "a step's targets");
+}
+
+// --eval-only and --score: the directory if there is to be one, and the step that the checkpoint's trainer.json says.
+static inline void run_open_evaluation(Run* r) {
+    char path[PATH_SIZE], *text = NULL;
+    size_t n = 0;
+    Error e = {{0}};
+    if (r->options->out && !make_dirs(r->options->out, &e)) { die("--out: %s", e.text); }
+    path_join(path, sizeof path, r->init_dir, "trainer.json");
+    if (!file_exists(path)) { return; }
+    if (!read_file(path, (size_t)16 << 20, &text, &n, &e)) { die("--init-from: %s", e.text); }
+    Json* j = json_parse(text, n, &e);
+    if (!j || !json_integer(json_get(j, "step"), 0, INT64_MAX, &r->step)) {
+        die("--init-from: %s: %s", path, e.text[0] ? e.text : "step is missing");
+    }
+    json_free(j);
+    free(text);
 }
 
 // The run directory, signals; reads trainer.json of the checkpoint that is resumed. What a crash left of an unfinished
@@ -670,7 +707,7 @@ static inline void run_log_passed_over(Run* r) {
 static inline void run_log_start(Run* r, size_t parameters) {
     Text t = {NULL, 0, 0}, config = {NULL, 0, 0};
     Error e = {{0}};
-    if (!runlog_open(&r->log, r->options->out, r->options->resume ? (long)r->step : -1, &e)) {
+    if (r->options->out && !runlog_open(&r->log, r->options->out, r->options->resume ? (long)r->step : -1, &e)) {
         die("--out: %s", e.text);
     }
     config_to_json(&r->config, run_torch_dtype(r), &config);
@@ -691,7 +728,7 @@ static inline void run_log_start(Run* r, size_t parameters) {
     runlog_line(&r->log, t.text);
     text_free(&t);
     text_free(&config);
-    run_lock(r);
+    if (r->options->out) { run_lock(r); }
     r->started = r->saved_at = seconds_now();
     run_log_passed_over(r);
     if (r->resume_dir[0]) {
@@ -841,7 +878,9 @@ static inline int run_end(Run* r) {
         printf("stopped by signal %d at step %lld, saved; --resume continues\n", (int)run_signal, (long long)r->step);
         status = EXIT_STOPPED;
     } else {
-        printf("done: %lld steps, %lld updates skipped\n", (long long)r->step, (long long)r->skipped);
+        if (!options_evaluate(r->options)) {
+            printf("done: %lld steps, %lld updates skipped\n", (long long)r->step, (long long)r->skipped);
+        }
     }
     loader_close(&r->train);
     for (int i = 0; i < r->n_val; i++) { loader_close(&r->val[i].loader); }

@@ -6,13 +6,14 @@
 // Two texts are cut into tokens as EleutherAI's lm-evaluation-harness does it: blanks at the end of the context belong
 // to the continuation, and the continuation's tokens are those that both texts in one have beyond the context's.
 //
-// What computes them stands behind one function (Scorer.score). Requests are taken as many as there are (a file: up to
-// SCORE_WINDOW; a pipe: what has arrived), given to it in parts sorted by their tokens, and answered in their own
-// order.
+// What computes them stands behind one function (Scorer.score): infer_mta's, or that of the trainers (mta/train.h).
+// Requests are taken as many as there are (a file: up to SCORE_WINDOW; a pipe: what has arrived), given to it in the
+// order it wants, and answered in their own.
 #ifndef MTA_SCORE_H
 #define MTA_SCORE_H
 #include "util.h"
 #include "json.h"
+#include "log.h"
 #include "tokenizer.h"
 
 #include <math.h>
@@ -77,7 +78,7 @@ static inline char* lines_next(Lines* l, const char* name, bool wait, size_t* n)
 // ---------------------------------------------------------------------------------------------------------------------
 // Requests
 
-enum { SCORE_WINDOW = 4096, SCORE_PART = 256 };
+enum { SCORE_WINDOW = 4096 };
 
 typedef struct {
     int32_t* ids;    // context, then continuation
@@ -96,9 +97,10 @@ typedef struct {
     int vocab, positions;        // ids are below vocab; context and continuation, but its last token, fit the positions
     bool shift;                  // a longer context loses its earliest tokens; else it is refused
     bool quiet;                  // nothing on standard error
-    // Answers requests (n), whose logprob is 0 and greedy true, with a logprob of NaN where the model's numbers are not
-    // finite; returns how many passes over the weights it took.
-    long (*score)(void* model, ScoreRequest** requests, int n);
+    int (*order)(const void* a, const void* b);  // of two ScoreRequest*, as qsort asks: what `score` gets them in
+    // Answers the first of the requests (n), at least one, whose logprob is 0 and greedy true; returns how many. The
+    // logprob is NaN where the model's numbers are not finite. Adds the passes over the weights that it took.
+    int (*score)(void* model, ScoreRequest** requests, int n, long* passes);
     void* model;
 } Scorer;
 
@@ -297,18 +299,44 @@ static inline void score_put(const ScoreRequest* q, Text* t) {
 // ---------------------------------------------------------------------------------------------------------------------
 // All requests of a file
 
+// How far the lines of a file have come, told about once a second.
+typedef struct {
+    Progress progress;
+    double start, shown;           // seconds_now()
+    double bytes;                  // of the file, 0 = not known
+    double bytes_before;           // of them before the window that is being answered
+    double bytes_window;           // of that window
+    double tokens_window, tokens;  // of the window's requests, and of those that are answered
+    long done;                     // requests
+} ScoreProgress;
+
+static inline void score_progress(ScoreProgress* p) {
+    char line[128], eta[32];
+    double now = seconds_now(), rate = (double)p->done / (now - p->start);
+    if (now - p->shown < 1) { return; }
+    int n = snprintf(line, sizeof line, "scored %ld, %.1f a second", p->done, rate);
+    double share = (p->bytes_before + p->bytes_window * p->tokens / p->tokens_window) / p->bytes;
+    if (p->bytes > 0 && share > 0 && share <= 1) {
+        snprintf(line + n, sizeof line - (size_t)n, "  %.1f%%  ETA %s", 100 * share,
+                 format_duration((now - p->start) * (1 / share - 1), eta, sizeof eta));
+    }
+    progress_line(&p->progress, line, !p->progress.terminal);
+    p->shown = now;
+}
+
 // Answers the lines of `file` ("-": standard input) on standard output; returns the seconds it took.
 static inline double score_lines(const Scorer* scorer, const char* file) {
     Lines lines;
     const char* name = lines_open(&lines, file);
     struct stat st;
-    bool regular = fstat(lines.fd, &st) == 0 && S_ISREG(st.st_mode), shows = isatty(2) && !scorer->quiet;
+    bool regular = fstat(lines.fd, &st) == 0 && S_ISREG(st.st_mode);
     ScoreRequest* requests = (ScoreRequest*)alloc_or_die(SCORE_WINDOW, sizeof *requests, "requests");
     ScoreRequest** sorted = (ScoreRequest**)alloc_or_die(SCORE_WINDOW, sizeof *sorted, "requests");
     Text answer = {NULL, 0, 0};
     Error e = {{0}};  // of the first bad line: what came before it is answered, then the program ends
-    long done = 0, passes = 0;
-    double start = seconds_now(), shown = start;
+    long passes = 0;
+    ScoreProgress p = {progress_make(stderr), seconds_now(), 0, regular ? (double)st.st_size : 0, 0, 0, 0, 0, 0};
+    p.shown = p.start;
     while (!e.text[0]) {
         int n = 0;
         size_t length;
@@ -318,22 +346,21 @@ static inline double score_lines(const Scorer* scorer, const char* file) {
             if (!score_read(&requests[n], scorer, text, length, &e)) { break; }
             requests[n].line = lines.number;
             sorted[n] = &requests[n];
+            p.tokens_window += requests[n].n;
+            p.bytes_window += (double)length + 1;
             n++;
         }
         if (!n) { break; }  // the end, or a bad line first of all
 
-        // A window is answered in parts, of which each is told on stderr about once a second.
+        qsort(sorted, (size_t)n, sizeof *sorted, scorer->order);
         for (int from = 0, part; from < n; from += part) {
-            part = n - from < SCORE_PART ? n - from : SCORE_PART;
-            qsort(sorted + from, (size_t)part, sizeof *sorted, score_by_ids);
-            passes += scorer->score(scorer->model, sorted + from, part);
-            done += part;
-            if (seconds_now() - shown > 1 && !scorer->quiet) {
-                shown = seconds_now();
-                fprintf(stderr, "%sscored %ld, %.1f a second%s", shows ? "\r" : "", done,
-                        (double)done / (shown - start), shows ? "" : "\n");
-            }
+            part = scorer->score(scorer->model, sorted + from, n - from, &passes);
+            for (int i = from; i < from + part; i++) { p.tokens += sorted[i]->n; }
+            p.done += part;
+            if (!scorer->quiet) { score_progress(&p); }
         }
+        p.bytes_before += p.bytes_window;
+        p.bytes_window = p.tokens_window = p.tokens = 0;
         for (int i = 0; i < n; i++) {
             if (!isfinite(requests[i].logprob)) {
                 die("%s: line %ld: its log-probability is not finite: the numbers of this model overflow", name,
@@ -345,10 +372,11 @@ static inline double score_lines(const Scorer* scorer, const char* file) {
         put_out("", 0, true);
     }
     if (e.text[0]) { die("%s: line %ld: %s", name, lines.number, e.text); }
-    double seconds = seconds_now() - start;
+    double seconds = seconds_now() - p.start;
     if (!scorer->quiet) {
-        fprintf(stderr, "%sscored %ld in %.1f s, %ld passes over the weights\n", shows ? "\r" : "", done, seconds,
-                passes);
+        char line[128];
+        snprintf(line, sizeof line, "scored %ld in %.1f s, %ld passes over the weights", p.done, seconds, passes);
+        progress_line(&p.progress, line, true);
     }
     lines_close(&lines);
     text_free(&answer);

@@ -1,12 +1,13 @@
 // mta/train.h: one training run, for the CPU and the CUDA trainer alike (mta/trainer.h is the table of either):
-// initialisation or resume, the loop, evaluation, samples, checkpoints, and the plan that is printed before. The model
-// and its step are in train_mta.c and train_mta.cu.
+// initialisation or resume, the loop, evaluation, scoring, samples, checkpoints, and the plan that is printed before.
+// The model and its step are in train_mta.c and train_mta.cu.
 #ifndef MTA_TRAIN_H
 #define MTA_TRAIN_H
 
 #include "run.h"  // first: it defines _GNU_SOURCE, which must stand before the first header of libc
 
 #include "random.h"
+#include "score.h"
 
 // ---------------------------------------------------------------------------------------------------------------------
 // The plan
@@ -61,6 +62,12 @@ static inline double train_print_plan(Run* r, const char* device, double flops_p
         total += rows[i].bytes;
     }
     printf("%-11s %-22s %10.1f MiB\n", "", "total", (double)total / 1048576);
+    if (options_evaluate(o)) {
+        printf("at once     %d sequences of %d\n", r->batch_size, r->seq_len);
+        fflush(stdout);
+        tensor_list_free(&list);
+        return (double)total;
+    }
     printf("step        %d sequences of %d = %s tokens, %d at once\n", r->windows, r->seq_len,
            format_grouped((uint64_t)r->tokens_per_step, grouped, sizeof grouped), r->batch_size);
     double all = (double)r->steps * (double)r->tokens_per_step, rate = r->flops_per_second / r->flops_per_token / 2;
@@ -165,7 +172,9 @@ static inline void model_start(Run* r) {
     } else {
         model_initialise(r->trainer, r->model, &r->config, (uint64_t)r->options->seed);
         if (r->init_dir[0]) {
-            good = checkpoint_read_tensors(r->init_dir, list, NO_PREFIX, 1, true, &absent, store_tensor, &weights, &e);
+            bool whole = options_evaluate(r->options);  // then no tensor may be absent
+            good =
+                checkpoint_read_tensors(r->init_dir, list, NO_PREFIX, 1, !whole, &absent, store_tensor, &weights, &e);
         }
         if (good && r->init_dir[0]) { printf("weights from %s\n", r->init_dir); }
         if (good && absent.n) { printf("absent there, started at the identity: %s\n", absent.text); }
@@ -243,6 +252,69 @@ static inline void evaluate(Run* r) {
         }
         run_log_val(r, v, sum, counted, wrong, n);
     }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Scoring (mta/score.h reads and answers the requests): those of about equal length in one batch
+
+// Positions to compute: all tokens but the last, which is only predicted; none where nothing is.
+static inline int score_positions(const ScoreRequest* q) { return q->n > q->context ? q->n - 1 : 0; }
+
+// Longer requests come first, of equal ones those of earlier lines.
+static inline int score_by_length(const void* a, const void* b) {
+    const ScoreRequest *x = *(ScoreRequest*const*)a, *y = *(ScoreRequest*const*)b;
+    int more = score_positions(y) - score_positions(x);
+    return more ? more : (x->line > y->line) - (x->line < y->line);
+}
+
+// Scorer.score, model a Run: as many of the requests (n) as fit the model's tokens at once, all as long as the first.
+// What stands behind a shorter one is of no effect: no token sees a later one.
+static inline int score_batch(void* model, ScoreRequest** requests, int n, long* passes) {
+    enum { MOST = 65535 };  // sequences that the trainers count
+    Run* r = (Run*)model;
+    int T = score_positions(requests[0]), B = 0;
+    if (!T) { return n; }  // and so are the others: nothing is asked of them
+    int most = (int)((int64_t)r->batch_size * r->seq_len / T);
+    for (; B < n && B < most && B < MOST && score_positions(requests[B]); B++) {
+        const ScoreRequest* q = requests[B];
+        int32_t *tokens = r->tokens + (size_t)B * T, *targets = r->targets + (size_t)B * T;
+        for (int t = 0; t < T; t++) {
+            tokens[t] = t < q->n - 1 ? q->ids[t] : 0;
+            targets[t] = t + 1 >= q->context && t + 1 < q->n ? q->ids[t + 1] : -1;
+        }
+    }
+    Losses losses = r->trainer->forward(r->model, r->tokens, r->targets, B, T, NULL);
+    for (int b = 0; b < B; b++) {
+        ScoreRequest* q = requests[b];
+        for (int t = q->context - 1; t < q->n - 1; t++) {
+            q->token_logprobs[t + 1 - q->context] = 0 - losses.losses[(size_t)b * T + t];
+            q->logprob -= (double)losses.losses[(size_t)b * T + t];
+            q->greedy = q->greedy && !losses.wrong[(size_t)b * T + t];
+        }
+    }
+    ++*passes;
+    return B;
+}
+
+// Answers the lines of --score on standard output.
+static inline void score(Run* r) {
+    char unknown[PATH_SIZE + 128];
+    Text t = {NULL, 0, 0};
+    Scorer scorer;
+    memset(&scorer, 0, sizeof scorer);
+    snprintf(unknown, sizeof unknown,
+             "%s: config.json names no tokenizer that is there; give --tokenizer NAME|FILE, or ids", r->init_dir);
+    scorer.tokenizer = r->tokenizer, scorer.no_tokenizer = unknown;
+    scorer.vocab = r->config.vocab_size, scorer.positions = r->seq_len, scorer.shift = r->options->shift;
+    scorer.order = score_by_length, scorer.score = score_batch, scorer.model = r;
+    run_return_output(r);
+    double seconds = score_lines(&scorer, r->options->score);
+    text_printf(&t, "{\"event\": \"score\", \"step\": %lld, \"seconds\": %.3f, \"file\": ", (long long)r->step,
+                seconds);
+    text_json_string(&t, r->options->score, strlen(r->options->score));
+    text_printf(&t, "}");
+    runlog_line(&r->log, t.text);
+    text_free(&t);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -367,12 +439,27 @@ static inline bool take_step(Run* r) {
     return result.complete;
 }
 
+// --eval-only or --score of r->model, which the trainer has made. Returns the program's exit status.
+static inline int evaluate_only(Run* r) {
+    run_open_evaluation(r);
+    model_start(r);
+    run_log_start(r, r->trainer->tensors(r->model)->parameters);
+    if (r->options->score) {
+        score(r);
+    } else {
+        evaluate(r);
+    }
+    return run_end(r);
+}
+
 // Trains r->model, which the trainer has made, to the end of the run or a signal. Returns the program's exit status.
 static inline int train(Run* r) {
     const TrainOptions* o = r->options;
+    if (options_evaluate(o)) { return evaluate_only(r); }
     run_open_directory(r);
     model_start(r);
     run_log_start(r, r->trainer->tensors(r->model)->parameters);
+    if (o->eval_first && !r->step) { evaluate(r); }
     while (run_goes_on(r) && take_step(r)) {
         if (run_due(r, r->eval_every) || r->step == r->steps) { evaluate(r); }
         if (run_due(r, o->sample_every)) { sample(r); }

@@ -7,8 +7,9 @@
 #include "options.h"
 
 typedef struct {
-    const char *model, *attention, *train, *val, *out, *init_from, *tokenizer, *pattern, *mix, *schedule, *recompute;
-    bool resume, dry_run, assume_llama, no_verify;
+    const char *model, *attention, *train, *val, *out, *init_from, *tokenizer, *pattern, *mix, *schedule, *recompute,
+        *score;
+    bool resume, dry_run, assume_llama, no_verify, eval_first, eval_only, shift;
     FieldValue fields[CONFIG_FIELD_COUNT];  // of config.json, a row of CONFIG_FIELDS each
     // training
     int seq_len, batch_size, cuda_graphs;
@@ -51,6 +52,8 @@ static inline TrainOptions options_default(void) {
 
 static const char* const TRAIN_USAGE =
     "usage: PROGRAM --model NAME|config.json --train GLOB[=WEIGHT],... --out DIR [options]\n"
+    "       PROGRAM --eval-only --init-from DIR --val [NAME=]GLOB,...   the loss of a checkpoint, without training\n"
+    "       PROGRAM --score FILE --init-from DIR   log-probabilities of continuations, JSON lines in and out\n"
     "Trains a language model with Multi-Token Attention. --dry-run prints the plan and stops.\n"
     "Exit status: 0 done, 1 a mistake in options or files, 3 stopped after steps with NaN or infinite loss, 70 a CUDA "
     "call failed,\n"
@@ -146,6 +149,7 @@ static inline void train_options_table(Opt* table, TrainOptions* o) {
         "steps between evaluations, 0 = only the last (default: a tenth of the run)", 0, any)
     ROW("--eval-windows", OPT_LONG, &o->eval_windows, NULL,
         "sequences of a set per evaluation, spread over it; 0 = all", 0, any)
+    ROW("--eval-first", OPT_FLAG, &o->eval_first, NULL, "evaluate before the first step too", 0, 0)
     ROW("--save-every", OPT_LONG, &o->save_every, NULL, "steps between checkpoints, 0 = only the last", 0, any)
     ROW("--save-minutes", OPT_FLOAT, &o->save_minutes, NULL,
         "minutes between further checkpoints, each in place of the last; 0 = none", 0, 1e6)
@@ -156,6 +160,12 @@ static inline void train_options_table(Opt* table, TrainOptions* o) {
     ROW("--sample-temperature", OPT_FLOAT, &o->sample_temperature, NULL, "0 = the likeliest token", 0, 100)
     ROW("--log-every", OPT_LONG, &o->log_every, NULL, "steps between lines that stay on the screen", 1, any)
     ROW("--dry-run", OPT_FLAG, &o->dry_run, NULL, "print parameters, memory and time, then stop", 0, 0)
+    HEADING("A checkpoint without training (--init-from DIR, in which no tensor may be absent; --out is optional)")
+    ROW("--eval-only", OPT_FLAG, &o->eval_only, NULL, "evaluate every set of --val, then stop", 0, 0)
+    ROW("--score", OPT_STRING, &o->score, "FILE",
+        "JSON lines as infer_mta --score takes them, - for standard input; the same answers on standard output", 0, 0)
+    ROW("--shift", OPT_FLAG, &o->shift, NULL,
+        "with --score: a context that is too long loses its earliest tokens, else it is refused", 0, 0)
 #undef ROW
 #undef HEADING
     Opt end = OPT_END;
@@ -163,20 +173,61 @@ static inline void train_options_table(Opt* table, TrainOptions* o) {
     assert(n <= 72);
 }
 
+// Does the program stop without training, once it has evaluated or scored?
+static inline bool options_evaluate(const TrainOptions* o) { return o->eval_only || o->score; }
+
+// Of the options behind those of the model: what --eval-only and --score take. The others are of training.
+static inline bool options_serve_evaluation(const TrainOptions* o, const char* name) {
+    static const char* const both[] = {"--seq-len", "--batch-size", "--cuda-graphs", "--out",
+                                       "--dry-run", "--eval-only",  "--score"};
+    for (size_t i = 0; i < sizeof both / sizeof both[0]; i++) {
+        if (!strcmp(name, both[i])) { return true; }
+    }
+    return o->score ? !strcmp(name, "--shift") : !strcmp(name, "--val") || !strcmp(name, "--eval-windows");
+}
+
+// Refuses what --eval-only or --score would leave out without a word, and what they lack.
+static inline void options_check_evaluation(const TrainOptions* o, const Opt* table) {
+    const char* mode = o->score ? "--score" : "--eval-only";
+    bool of_model = true;
+    if (o->score && o->eval_only) { die("--eval-only and --score exclude each other; give one"); }
+    for (const Opt* row = table; row->name; row++) {
+        if (row->type == OPT_HEADING) { of_model = of_model && strcmp(row->name, "Data") != 0; }
+        if (row->given && !of_model && !options_serve_evaluation(o, row->name)) {
+            die("%s: %s has no use beside it; leave it out", row->name, mode);
+        }
+    }
+    if (!o->init_from) { die("%s: wanted --init-from DIR, a checkpoint", mode); }
+    if (o->eval_only && !o->val) { die("--eval-only: wanted --val [NAME=]GLOB,..., what to evaluate on"); }
+}
+
 // The command line into *o, which nothing changes afterwards. Ends the program on a mistake, or with --help.
 static inline void options_given(TrainOptions* o, int argc, char** argv) {
     Opt table[72];
-    char usage[1024];
-    const char *rest = strstr(TRAIN_USAGE, "PROGRAM") + strlen("PROGRAM"), *extra[1] = {""};
+    const char* extra[1] = {""};
+    Text usage = {NULL, 0, 0};
     *o = options_default();
     o->argc = argc;
     o->argv = argv;
     train_options_table(table, o);
-    snprintf(usage, sizeof usage, "usage: %s%s", program_invocation_short_name, rest);
-    if (options_parse(table, usage, argc, argv, extra, 1)) {
+    for (const char *at = TRAIN_USAGE, *next; at; at = next) {  // PROGRAM stands for the name
+        next = strstr(at, "PROGRAM");
+        text_append(&usage, at, next ? (size_t)(next - at) : strlen(at));
+        if (next) { text_printf(&usage, "%s", program_invocation_short_name); }
+        next = next ? next + strlen("PROGRAM") : NULL;
+    }
+    if (options_parse(table, usage.text, argc, argv, extra, 1)) {
         die("unexpected \"%s\"; every option starts with --, see --help", extra[0]);
     }
+    text_free(&usage);
     if (o->pattern && !o->tokenizer) { die("--pattern: wanted --tokenizer FILE beside it, whose text it splits"); }
+    if (options_evaluate(o)) {
+        options_check_evaluation(o, table);
+        o->recompute = "block";  // no backward pass needs what a layer has computed
+        return;
+    }
+    if (o->shift) { die("--shift: wanted --score FILE beside it"); }
+    if (o->eval_first && !o->val) { die("--eval-first: wanted --val [NAME=]GLOB,..., what to evaluate on"); }
     if (!o->dry_run) {
         if (!o->train) { die("--train is missing: wanted token shards, made by data/prepare.py; see --help"); }
         if (!o->out) { die("--out is missing: wanted a directory for the log and checkpoints; see --help"); }

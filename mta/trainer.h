@@ -40,7 +40,8 @@ typedef struct {
 typedef struct {
     const char* name;  // "cpu fp32", "cuda bf16", ...
     bool exact;        // fp32 arithmetic and storage: the CPU's tolerances hold; else the weights are stored in bf16
-    // A model of at most B sequences of at most T tokens, every state zero. chunk: queries of an attention chunk, 0 =
+    // A model of at most B sequences of at most T tokens, every state zero; `forward` also takes more of them that are
+    // shorter, up to B x T tokens together. chunk: queries of an attention chunk, 0 =
     // the trainer's choice. NULL and a message if it cannot be had.
     void* (*create)(const Config* config, int B, int T, int chunk, Error* e);
     void (*destroy)(void* model);

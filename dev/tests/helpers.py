@@ -68,6 +68,19 @@ def write_shard(path, tokens, vocab=32, width=2, magic=None, version=None, count
             f.write(bytes(mask))
 
 
+def golden_checkpoint(path, folder):
+    """A golden case as a checkpoint in folder: its config, and its tokens, a list for each sequence."""
+    tensors, metadata = read_safetensors(path)
+    os.makedirs(folder)
+    with open(os.path.join(folder, "config.json"), "w", encoding="utf-8") as f:
+        f.write(metadata["config"])
+    weights = {n: t for n, t in tensors.items() if not n.startswith(("golden.", "grad."))}
+    write_safetensors(os.path.join(folder, "model.safetensors"), weights)
+    _, (B, T), raw = tensors["golden.tokens"]
+    ids = array.array("i", raw).tolist()
+    return json.loads(metadata["config"]), [ids[b * T:(b + 1) * T] for b in range(B)]
+
+
 def main():
     """Runs the tests of the calling file, or those that -k names; says what was skipped and why; ends with the counts."""
     result = unittest.main(module="__main__", exit=False, verbosity=1).result

@@ -22,7 +22,7 @@ import time
 import unittest
 import zlib
 
-from helpers import BIN, ROOT, main, read_bytes, read_safetensors, write_safetensors, write_shard
+from helpers import BIN, GOLDEN, ROOT, golden_checkpoint, main, read_bytes, read_safetensors, write_safetensors, write_shard
 
 BINARY = os.path.join(BIN, os.environ.get("TRAINER", "train_mta"))
 NAME = os.path.basename(BINARY)
@@ -764,6 +764,170 @@ class InitFrom(Trainer):
             self.refused(["/no/such"], {"--init-from": "/no/such"})
         with self.subTest(what="another size"):
             self.refused(["64"], {"--init-from": checkpoints(base)[-1], "--hidden-size": 64})
+
+
+class Evaluation(Trainer):
+    """--eval-only, --score, --eval-first: a checkpoint on the trainer's device, without training."""
+
+    INFER = os.path.join(BIN, "infer_mta")
+
+    def alone(self, checkpoint, *options, stdin=None):
+        return subprocess.run([BINARY, "--init-from", checkpoint, *map(str, options)], input=stdin, capture_output=True, text=True, cwd=self.folder,
+                              env=dict(os.environ, OMP_NUM_THREADS="1", OMP_WAIT_POLICY="passive"), timeout=TIMEOUT, check=False)
+
+    def lines(self, name, requests):
+        path = os.path.join(tempfile.mkdtemp(dir=self.folder), name)
+        with open(path, "w") as f:
+            f.writelines(json.dumps(r) + "\n" for r in requests)
+        return path
+
+    def requests(self, texts, limit):
+        """Continuations of every length, none among them, of contexts that are shared, in no order."""
+        found = []
+        for ids in texts:
+            ids = ids[:limit + 1]
+            for cut in sorted({1, 2, len(ids) // 2, len(ids) - 1} - {0, len(ids)}):
+                found += [{"context_ids": ids[:cut], "continuation_ids": ids[cut:end]} for end in {cut, cut + 1, (cut + len(ids)) // 2, len(ids)}]
+        random.Random(len(found)).shuffle(found)
+        return found
+
+    def agree(self, folder, path, *options):
+        """infer_mta's answers to the lines and this trainer's are the same to 1e-4, in the same order."""
+        infer = subprocess.run([self.INFER, folder, "--score", path, "--quiet"], capture_output=True, text=True, timeout=TIMEOUT, check=True)
+        done = self.alone(folder, "--score", path, *options)
+        self.assertEqual(done.returncode, 0, done.stderr)
+        got, want = ([json.loads(x) for x in text.splitlines()] for text in (done.stdout, infer.stdout))
+        self.assertEqual(len(got), len(want))
+        for g, w in zip(got, want):
+            self.assertEqual(list(g), list(w))
+            self.assertEqual((g["tokens"], g["greedy"]), (w["tokens"], w["greedy"]))
+            self.assertAlmostEqual(g["logprob"], w["logprob"], delta=1e-4)
+            for a, b in zip(g["token_logprobs"], w["token_logprobs"], strict=True):
+                self.assertAlmostEqual(a, b, delta=1e-4)
+        return done
+
+    @unittest.skipUnless(os.path.exists(INFER), "infer_mta is not built")
+    def test_golden_models_score_as_infer_mta_does(self):
+        for file in sorted(glob.glob(os.path.join(GOLDEN, "*.safetensors"))):
+            folder = self.path("golden_" + os.path.basename(file)[:-len(".safetensors")])
+            config, texts = golden_checkpoint(file, folder)
+            limit = config["max_position_embeddings"]
+            path = self.lines("requests.jsonl", self.requests(texts, limit) + [{"context_ids": [1], "continuation_ids": [2]}])
+            with self.subTest(case=folder):
+                for options in ([], ["--batch-size", 1], ["--batch-size", 3, "--seq-len", min(limit, len(texts[0]))]):
+                    self.agree(folder, path, *options)
+
+    @unittest.skipUnless(os.path.exists(INFER), "infer_mta is not built")
+    def test_a_trained_model_scores_texts(self):
+        run, out = self.out(), self.out()
+        self.run_ok(run, {"--tokenizer": "toy", "--steps": 20, "--lr": 1e-2})
+        texts = [("ab" * k, "cde"[:1 + k % 3]) for k in range(1, 7)] + [("", "abc"), ("a", "")]
+        path = self.lines("texts.jsonl", [{"context": c, "continuation": e} for c, e in texts])
+        done = self.agree(checkpoints(run)[-1], path, "--out", out)
+        self.assertEqual(len(done.stdout.splitlines()), len(texts))
+        self.assertIn("scored %d in" % len(texts), done.stderr)
+        self.assertEqual([e["event"] for e in log_events(out)], ["start", "score", "stop"])
+        self.assertEqual(log_events(out, "score")[0]["step"], 20)
+        self.assertEqual(checkpoints(out), [])
+        long = self.lines("long.jsonl", [{"context": "ab" * 30, "continuation": "c"}])
+        self.assert_refused_line(self.alone(run, "--score", long), "line 1", "62 tokens", "16 positions", "--shift")
+        infer = subprocess.run([self.INFER, run, "--score", long, "--shift", "--quiet"], capture_output=True, text=True, timeout=TIMEOUT, check=True)
+        self.assertAlmostEqual(json.loads(self.alone(run, "--score", long, "--shift").stdout)["logprob"], json.loads(infer.stdout)["logprob"], delta=1e-4)
+
+    def test_answers_come_while_the_input_stays_open(self):
+        run = self.out()
+        self.run_ok(run)
+        line = json.dumps({"context_ids": [1, 2], "continuation_ids": [3]}) + "\n"
+        with subprocess.Popen([BINARY, "--init-from", run, "--score", "-"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                              text=True, env=dict(os.environ, OMP_NUM_THREADS="1")) as child:
+            answers = []
+            for _ in range(3):
+                child.stdin.write(line)
+                child.stdin.flush()
+                self.assertTrue(select.select([child.stdout], [], [], TIMEOUT)[0])
+                answers.append(child.stdout.readline())
+            child.stdin.close()
+            self.assertEqual(child.wait(timeout=TIMEOUT), 0)
+        self.assertEqual(answers, [answers[0]] * 3)
+
+    def test_eval_only_is_what_the_run_said(self):
+        """Every set, the loss of the last evaluation bit for bit, the run's step; the checkpoint stays as it is."""
+        run, out = self.out(), self.out()
+        sets = "one=%s,two=%s" % (self.path("a_val_*.bin"), self.path("a_train_*.bin"))
+        self.run_ok(run, {"--val": sets, "--eval-windows": 6})
+        before = tree(run)
+        want = [e for e in log_events(run, "val") if e["step"] == 6]
+        self.assertEqual(len(want), 2)
+        options = ["--eval-only", "--val", sets, "--seq-len", 16, "--batch-size", 2, "--eval-windows", 6]
+        done = self.alone(run, *options, "--out", out)
+        self.assertEqual((done.returncode, done.stderr), (0, ""))
+        self.assertEqual(log_events(out, "val"), want)
+        for e in want:
+            self.assertIn("val %s  step 6  loss %.4f" % (e["name"], e["loss"]), done.stdout)
+        self.assertEqual(tree(run), before)
+        self.assertEqual(os.listdir(out), ["log.jsonl"])
+        self.assertEqual(self.alone(run, *options).stdout, done.stdout)  # --out is optional
+
+    def test_eval_first(self):
+        first, plain = self.out(), self.out()
+        self.run_ok(first, {"--eval-every": 3}, ["--eval-first"])
+        self.run_ok(plain, {"--eval-every": 3})
+        self.assertEqual([e["step"] for e in log_events(first, "val")], [0, 3, 6])
+        self.assertAlmostEqual(log_events(first, "val")[0]["loss"], math.log(32), delta=0.5)
+        self.assertEqual([e["loss"] for e in log_events(first, "step")], [e["loss"] for e in log_events(plain, "step")])
+        self.refused(["--eval-first", "--val"], {"--val": None}, ["--eval-first"])
+
+    def assert_refused_line(self, done, *pieces):
+        """As assert_refused, where the plan may stand on stderr before the line."""
+        self.assertEqual((done.returncode, done.stdout), (1, ""), done.stderr)
+        last = done.stderr.splitlines()[-1]
+        self.assertTrue(last.startswith(NAME + ": "), done.stderr)
+        for piece in pieces:
+            self.assertIn(piece, last)
+
+    def test_refused(self):
+        run, val = self.out(), self.path("a_val_*.bin")
+        self.run_ok(run)
+        checkpoint = checkpoints(run)[-1]
+        path = self.lines("one.jsonl", [{"context_ids": [1], "continuation_ids": [2]}])
+        for pieces, options in (
+            (["--train", "--score"], ["--score", path, "--train", val]),
+            (["--steps", "--eval-only"], ["--eval-only", "--val", val, "--steps", 3]),
+            (["--lr"], ["--score", path, "--lr", 1]),
+            (["--resume"], ["--eval-only", "--val", val, "--resume"]),
+            (["--val", "--score"], ["--score", path, "--val", val]),
+            (["--eval-only and --score"], ["--score", path, "--eval-only"]),
+            (["--eval-only", "--val"], ["--eval-only"]),
+            (["--shift"], ["--eval-only", "--val", val, "--shift"]),
+            (["--seq-len", "17", "16 positions"], ["--score", path, "--seq-len", 17]),
+            (["--seq-len", "17", "16 positions"], ["--eval-only", "--val", val, "--seq-len", 17]),
+            (["/no/such"], ["--score", "/no/such"]),
+            (["/no/such"], ["--eval-only", "--val", "/no/such"]),
+            (["holds a run"], ["--eval-only", "--val", val, "--out", run]),
+            (["line 1", "names no tokenizer"], ["--score", self.lines("text.jsonl", [{"context": "a", "continuation": "b"}])]),
+            (["line 1", "0 to 31"], ["--score", self.lines("id.jsonl", [{"context_ids": [1], "continuation_ids": [32]}])]),
+        ):
+            with self.subTest(options=options):
+                done = self.alone(checkpoint, *options)
+                self.assertEqual((done.returncode, [p for p in pieces if p not in done.stderr.splitlines()[-1]]), (1, []), done.stderr)
+                if "--score" not in options:
+                    self.assertEqual(done.stderr.count("\n"), 1, done.stderr)
+        self.assert_refused(self.execute([BINARY, "--score", path]), "--init-from")
+        self.assert_refused(self.execute([BINARY, "--shift", *self.arguments(self.out())[1:]]), "--shift", "--score")
+
+    def test_no_tensor_may_be_absent(self):
+        """Training would start it at the identity; there is nothing to evaluate in that."""
+        plain, val = self.out(), self.path("a_val_*.bin")
+        self.run_ok(plain, {"--attention": "transformer", "--kq-conv-key-size": None})
+        done = self.alone(plain, "--eval-only", "--val", val, "--attention", "mta")
+        self.assert_refused(done, "kq_conv.weight is missing")
+        mta = self.out()
+        self.run_ok(mta)
+        tensors, _ = read_safetensors(os.path.join(checkpoints(mta)[-1], "model.safetensors"))
+        name = "model.layers.1.self_attn.kq_conv.weight"
+        write_safetensors(os.path.join(checkpoints(mta)[-1], "model.safetensors"), {n: t for n, t in tensors.items() if n != name})
+        path = self.lines("one.jsonl", [{"context_ids": [1], "continuation_ids": [2]}])
+        self.assert_refused_line(self.alone(checkpoints(mta)[-1], "--score", path, "--no-verify"), name + " is missing")
 
 
 class Refused(Trainer):
