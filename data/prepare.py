@@ -570,10 +570,11 @@ class Preparation:
             elif not os.path.exists(os.path.join(self.out, file)):
                 raise UserError("%s is gone; remove %s to start anew" % (os.path.join(self.out, file), self.work))
         bad_name = os.path.join(self.out, job["name"] + ".bad.jsonl")
-        if os.path.exists(self.path("bad.jsonl")):
+        try:  # a look whether it is there would take a disk that fails for a list that is not
             os.replace(self.path("bad.jsonl"), bad_name)
-        elif not self.state["bad"]["bytes"] and os.path.exists(bad_name):
-            os.remove(bad_name)
+        except FileNotFoundError:
+            if not self.state["bad"]["bytes"] and os.path.exists(bad_name):
+                os.remove(bad_name)
         write_manifest(self.out, manifest, job["name"], self.summary(manifest, names), shards, self.tok)
         for name in sorted(os.listdir(self.work), key=lambda n: n in ("state.json", "lock")):
             os.remove(self.path(name))

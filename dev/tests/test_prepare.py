@@ -1070,6 +1070,18 @@ class Systems(Case):
             self.assertIn(words, done.stdout)
             self.assertNotIn("Traceback", done.stdout)
 
+    def test_a_disk_that_fails_while_publishing(self):
+        """os.path.exists takes an error for a file that is not there: the list of bad documents was left out."""
+        text = self.write("a.jsonl", '{"text": "hello"}\nno json\n' * 20)
+        failing = (
+            "real = os.stat\ndef f(path, *a, **k):\n    if str(path).endswith('bad.jsonl'): raise OSError(errno.EIO, 'failed')\n"
+            "    return real(path, *a, **k)\nos.stat = f"
+        )
+        done = self.python(failing, "text", text, "--name", "a", "--out", self.path("o"))
+        self.assertEqual(done.returncode, 0, done.stdout)
+        with open(self.path("o/a.bad.jsonl")) as f:
+            self.assertEqual(len(f.readlines()), 20)
+
     def test_closed_descriptors(self):
         text = self.write("a.txt", "hello\n" * 50)
         for closed in ((0,), (1,), (2,), (0, 1, 2), (1, 2)):
