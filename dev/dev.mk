@@ -15,6 +15,7 @@ help_dev:
 	@echo "make build/test_ops                             every launcher of train_mta.cu against train_mta.c: test or perf, --help; build/test_ops_fp32, test_ops_cuda"
 	@echo "make build/test_NAME                            dev/tests/test_NAME.c; build/test_emulator, build/test_races: the emulator's own"
 	@echo "make build/faults.so                            makes system calls and allocations fail, for dev/faults/faults.py --help"
+	@echo "make ptx ptx_long                               what nvcc makes of train_mta.cu and the programs that execute it: dev/ptx_cpu/check.py [--long]"
 	@echo "make nvcc_check                                 train_mta.cu and its tests through nvcc for every architecture, on a machine without a GPU"
 	@echo "make bench_programs build/infer_step build/cuda_step   what dev/bench runs"
 	@echo "make compile_commands                           compile_commands.json for clangd and other tools"
@@ -188,6 +189,32 @@ build/races/test_emulator.o: dev/tests/test_emulator.cpp $(wildcard dev/tests/*.
 	$(CXX) -x c++ -std=c++17 -g1 $(WARN) -Wno-unused-function $(RACES) -Idev/cuda_cpu -c $< -o $@
 build/test_races: build/races/test_emulator.o build/races/races.o
 	$(CXX) $^ -o $@
+
+# ---- nvcc's PTX, executed on the CPU (dev/ptx_cpu): replay.o takes the emulator's launches
+
+.PHONY: ptx ptx_long
+PTX_PROGRAMS = $(addprefix build/ptx/,test_ops test_ops_fp32 test_mta_bf16 test_mta_fp32)
+ptx: $(PTX_PROGRAMS) build/ptx/bf16_sm_90a.ptx build/ptx/fp32_sm_90a.ptx
+ptx_long: ptx $(foreach arch,80 100,build/ptx/bf16_sm_$(arch).ptx build/ptx/fp32_sm_$(arch).ptx)
+# No contraction: what PTX rounds apart is rounded apart here.
+PTX_HEADERS = $(wildcard dev/ptx_cpu/*.h)
+build/ptx/replay.o: dev/ptx_cpu/replay.cpp $(PTX_HEADERS) $(EMULATOR_HEADERS) build/flags_cxx
+	@mkdir -p build/ptx
+	$(CXX) $(CXXFLAGS) -O3 -ffp-contract=off -Idev/cuda_cpu -c $< -o $@
+build/ptx/test_ops build/ptx/test_ops_fp32: build/ptx/%: build/%.o build/ops_reference.o build/ptx/replay.o
+	$(CXX) $(CXXFLAGS) $^ -o $@ $(LDLIBS)
+build/ptx/test_mta_%: build/test_mta.o build/train_mta_library.o build/cuda_cpu_%_library.o build/ptx/replay.o
+	$(CXX) $(CXXFLAGS) $^ -o $@ $(BLAS_LINK) $(LDLIBS)
+PTX_OF = $(NVCC) -std=c++17 -O3 -lineinfo -ptx -arch=$*
+build/ptx/bf16_%.ptx: train_mta.cu $(HEADERS) build/flags_nvcc
+	@mkdir -p build/ptx
+	$(PTX_OF) $< -o $@
+build/ptx/fp32_%.ptx: train_mta.cu $(HEADERS) build/flags_nvcc
+	@mkdir -p build/ptx
+	$(PTX_OF) -DPRECISION_FP32 $< -o $@
+# The interpreter's own tests: PTX by hand, planted faults; the emulator's products and copies beside it. No nvcc.
+build/test_ptx: dev/tests/test_ptx.cpp $(wildcard dev/tests/*.h) $(PTX_HEADERS) $(EMULATOR_HEADERS) build/flags_cxx
+	$(CXX) -x c++ $(CXXFLAGS) -O1 -ffp-contract=off -Wno-unused-function -Idev/cuda_cpu -Idev/ptx_cpu $< -o $@
 
 # ---- benches: dev/bench/cpu_step.sh, infer_speed.sh
 

@@ -228,7 +228,10 @@ step full "races operations" build/races/test_ops build/races/test_ops --quick
 step full "races fused attention" build/races/test_ops build/races/test_ops --only "attention fused" --longest 74
 step full "the emulator itself" build/test_emulator build/test_emulator
 step full "the emulator itself, races" build/test_races build/test_races
+step full "the interpreter of PTX itself" build/test_ptx build/test_ptx
 if has nvcc; then
+    step full "PTX executed" ptx "$python" dev/ptx_cpu/check.py
+    step long "PTX executed, --long" ptx_long "$python" dev/ptx_cpu/check.py --long
     step full nvcc nvcc_check make WERROR=1 nvcc_check
     step long "nvcc, other architectures" "build/nvcc/sm_80.o build/nvcc/sm_100.o" make WERROR=1 build/nvcc/sm_80.o build/nvcc/sm_100.o
 else

@@ -1,0 +1,413 @@
+// instructions.h: what an instruction does to the lanes of a warp, chosen once when a kernel is decoded (module.h).
+// Only what nvcc emits for train_mta.cu and its neighbours: whatever is not known here has no function, and module.h
+// refuses it by name.
+#ifndef PTX_INSTRUCTIONS_H
+#define PTX_INSTRUCTIONS_H
+#include "machine.h"
+#include <type_traits>
+
+namespace ptx {
+typedef std::vector<string> Strings;
+inline bool has(const Strings& all, const char* what) { return std::find(all.begin(), all.end(), what) != all.end(); }
+
+// An instruction as a function without state: TO(n), FROM(n) are the rows of its registers.
+#define EXECUTE [](Warp & w, const Instruction& i, uint32_t lanes)
+#define TO(n) (w.file + i.to[n].at)
+#define FROM(n) (w.file + i.from[n].at)
+// R from a (and b, and c of type C), all of type T, by an expression.
+#define UNARY(T, R, EXPRESSION)             \
+    return EXECUTE {                        \
+        char* to = TO(0);                   \
+        const char* p = FROM(0);            \
+        each(lanes, [&](int l) {            \
+            T a = get<T>(p, l);             \
+            put<R>(to, l, (R)(EXPRESSION)); \
+        });                                 \
+    };
+#define BINARY(T, R, EXPRESSION)                  \
+    return EXECUTE {                              \
+        char* to = TO(0);                         \
+        const char *p = FROM(0), *q = FROM(1);    \
+        each(lanes, [&](int l) {                  \
+            T a = get<T>(p, l), b = get<T>(q, l); \
+            put<R>(to, l, (R)(EXPRESSION));       \
+        });                                       \
+    };
+#define TERNARY(T, C, R, EXPRESSION)                         \
+    return EXECUTE {                                         \
+        char* to = TO(0);                                    \
+        const char *p = FROM(0), *q = FROM(1), *r = FROM(2); \
+        each(lanes, [&](int l) {                             \
+            T a = get<T>(p, l), b = get<T>(q, l);            \
+            C c = get<C>(r, l);                              \
+            put<R>(to, l, (R)(EXPRESSION));                  \
+        });                                                  \
+    };
+
+// g(a value of the C++ type) for a PTX type of integers
+template <typename G> inline Execute by_type(const string& type, G g) {
+    if (type == "s16") { return g(int16_t()); }
+    if (type == "u16" || type == "b16") { return g(uint16_t()); }
+    if (type == "s32") { return g(int32_t()); }
+    if (type == "u32" || type == "b32") { return g(uint32_t()); }
+    if (type == "s64") { return g(int64_t()); }
+    if (type == "u64" || type == "b64") { return g(uint64_t()); }
+    return NULL;
+}
+template <typename T> using Unsigned = std::make_unsigned_t<T>;
+template <typename T>
+using Twice = std::conditional_t<
+    sizeof(T) == 8, std::conditional_t<std::is_signed<T>::value, __int128, unsigned __int128>,
+    std::conditional_t<sizeof(T) == 4, std::conditional_t<std::is_signed<T>::value, int64_t, uint64_t>,
+                       std::conditional_t<std::is_signed<T>::value, int32_t, uint32_t>>>;
+
+// ---- memory
+
+inline uint64_t address_of(const Warp& w, const Instruction& i, int operand, int64_t offset, int lane) {
+    uint64_t base = get_any(w, i.from[operand], lane);
+    return i.from[operand].bits == 64 ? base + (uint64_t)offset : (uint32_t)(base + (uint64_t)offset);
+}
+// An integer of so many bytes at p
+inline uint64_t extend(const char* p, int bytes, bool is_signed) {
+    uint64_t v = 0;
+    memcpy(&v, p, (size_t)bytes);
+    int shift = 64 - 8 * bytes;
+    return is_signed ? (uint64_t)((int64_t)(v << shift) >> shift) : v;
+}
+inline void load(Warp& w, const Instruction& i, uint32_t lanes) {
+    each(lanes, [&](int l) {
+        const char* p;
+        if (i.space == PARAM) {
+            p = w.machine->parameter(i.offset);
+        } else {
+            p = w.machine->access(w, l, i.space, address_of(w, i, 0, i.offset, l), (uint32_t)i.bytes * i.n_to, false);
+        }
+        for (int e = 0; e < i.n_to; e++) { put_any(w, i.to[e], l, extend(p + e * i.bytes, i.bytes, i.is_signed)); }
+    });
+}
+inline void store(Warp& w, const Instruction& i, uint32_t lanes) {  // the address, then the elements
+    int n = i.n_from - 1;
+    each(lanes, [&](int l) {
+        uint64_t address = address_of(w, i, 0, i.offset, l);
+        char* p = w.machine->access(w, l, i.space, address, (uint32_t)(i.bytes * n), true);
+        for (int e = 0; e < n; e++) {
+            uint64_t v = get_any(w, i.from[1 + e], l);
+            memcpy(p + e * i.bytes, &v, i.bytes);
+        }
+    });
+}
+
+// atom (with a destination: the old value) and red (elements): the address, the values. Float sums, integer maxima.
+inline void atomic(Warp& w, const Instruction& i, uint32_t lanes) {
+    Machine& x = *w.machine;
+    int n = i.n_from - 1;
+    each(lanes, [&](int l) {
+        uint64_t at = address_of(w, i, 0, i.offset, l);
+        char* p = x.global(w, l, at, 4 * (uint32_t)n);
+        for (int e = 0; e < n; e++) {
+            uint32_t old = get<uint32_t>(p, e), given = get<uint32_t>(FROM(1 + e), l);
+            float sum = bits_as<float>(old) + bits_as<float>(given);
+            put<uint32_t>(p, e, i.is_float ? bits_as<uint32_t>(sum) : std::max(old, given));
+            if (i.n_to) { put<uint32_t>(TO(0), l, old); }
+        }
+        if (i.is_float) { x.added(w, l, at); }
+    });
+}
+
+// cp.async: the shared address, the global one, how many bytes to read
+inline void copy(Warp& w, const Instruction& i, uint32_t lanes) {
+    each(lanes, [&](int l) {
+        uint32_t to = (uint32_t)address_of(w, i, 0, i.offset, l);
+        uint32_t bytes = i.n_from > 2 ? get<uint32_t>(FROM(2), l) : i.bytes;
+        w.machine->copy_begin(w, l, {to, address_of(w, i, 1, i.from_offset, l), bytes, i.bytes});
+    });
+}
+inline void copy_commit(Warp& w, const Instruction&, uint32_t lanes) {
+    each(lanes, [&](int l) {
+        w.lanes[l].groups.push_back(std::move(w.lanes[l].open));
+        w.lanes[l].open.clear();
+    });
+}
+inline void copy_wait(Warp& w, const Instruction& i, uint32_t lanes) {  // for all groups but the newest `offset`
+    each(lanes, [&](int l) {
+        Lane& lane = w.lanes[l];
+        while (lane.groups.size() > (size_t)i.offset) {
+            w.machine->copies_land(w, l, lane.groups.front());
+            lane.groups.pop_front();
+        }
+    });
+}
+
+// ---- of a whole warp: layouts as in the manual's "Matrix Fragments for mma.m16n8k16 with floating point type",
+// ldmatrix, movmatrix
+
+// c (16,8) = a (16,16) b (16,8) + c: four registers of a, two of b, each with two numbers, the even column or row low;
+// four of c.
+inline void matrix_product(Warp& w, const Instruction& i, uint32_t) {
+    const float* f16 = f16_values();
+    auto value = [&](uint32_t pair, int high) {
+        uint32_t bits = high ? pair >> 16 : pair & 0xffff;
+        return i.half ? f16[bits] : bf16_value(bits);
+    };
+    double a[16][16], b[16][8], c[16][8];
+    for (int l = 0; l < WARP; l++) {
+        int group = l / 4, pair = l % 4 * 2;
+        for (int e = 0; e < 8; e++) {
+            a[group + e / 2 % 2 * 8][pair + e % 2 + e / 4 * 8] = value(get<uint32_t>(FROM(e / 2), l), e % 2);
+        }
+        for (int e = 0; e < 4; e++) {
+            b[pair + e % 2 + e / 2 * 8][group] = value(get<uint32_t>(FROM(4 + e / 2), l), e % 2);
+            c[group + e / 2 * 8][pair + e % 2] = get<float>(FROM(6 + e), l);
+        }
+    }
+    for (int r = 0; r < 16; r++) {
+        for (int n = 0; n < 8 && w.machine->truncate; n++) {
+            double terms[16];
+            for (int k = 0; k < 16; k++) { terms[k] = a[r][k] * b[k][n]; }
+            c[r][n] = truncated_sum(terms, 16, (float)c[r][n]);
+        }
+        for (int k = 0; k < 16 && !w.machine->truncate; k++) {
+            for (int n = 0; n < 8; n++) { c[r][n] += a[r][k] * b[k][n]; }
+        }
+    }
+    for (int l = 0; l < WARP; l++) {
+        for (int e = 0; e < 4; e++) { put<float>(TO(e), l, (float)c[l / 4 + e / 2 * 8][l % 4 * 2 + e % 2]); }
+    }
+}
+// Matrix n of (8,8) numbers of 16 bits: its row r at the address of lane 8 n + r. Each lane gets two numbers of a row.
+inline void load_matrix(Warp& w, const Instruction& i, uint32_t) {
+    for (int n = 0; n < i.n_to; n++) {
+        uint16_t x[8][8];
+        for (int r = 0; r < 8; r++) {
+            int l = 8 * n + r;
+            memcpy(x[r], w.machine->access(w, l, SHARED, address_of(w, i, 0, i.offset, l), 16, false), 16);
+        }
+        for (int l = 0; l < WARP; l++) {
+            int row = l / 4, column = l % 4 * 2;
+            uint32_t low = i.transposed ? x[column][row] : x[row][column];
+            uint32_t high = i.transposed ? x[column + 1][row] : x[row][column + 1];
+            put<uint32_t>(TO(n), l, low | high << 16);
+        }
+    }
+}
+inline void move_matrix(Warp& w, const Instruction& i, uint32_t) {
+    uint16_t x[8][8];
+    for (int l = 0; l < WARP; l++) {
+        uint32_t v = get<uint32_t>(FROM(0), l);
+        x[l / 4][l % 4 * 2] = (uint16_t)v, x[l / 4][l % 4 * 2 + 1] = (uint16_t)(v >> 16);
+    }
+    for (int l = 0; l < WARP; l++) {
+        put<uint32_t>(TO(0), l, x[l % 4 * 2][l / 4] | (uint32_t)x[l % 4 * 2 + 1][l / 4] << 16);
+    }
+}
+enum { SHUFFLE_UP, SHUFFLE_DOWN, SHUFFLE_XOR, SHUFFLE_INDEX };
+inline void shuffle(Warp& w, const Instruction& i,
+                    uint32_t lanes) {  // value, lane or distance, clamp and segment, mask
+    uint32_t v[WARP], inside = 0;
+    for (int l = 0; l < WARP; l++) { v[l] = get<uint32_t>(FROM(0), l); }
+    each(lanes, [&](int l) {
+        int b = (int)(get<uint32_t>(FROM(1), l) & 31), c = (int)get<uint32_t>(FROM(2), l), segment = c >> 8 & 31;
+        int limit = (l & segment) | (c & 31 & ~segment), from;
+        switch (i.choice) {
+            case SHUFFLE_UP: from = l - b; break;
+            case SHUFFLE_DOWN: from = l + b; break;
+            case SHUFFLE_XOR: from = l ^ b; break;
+            default: from = (l & segment) | (b & ~segment);
+        }
+        bool good = i.choice == SHUFFLE_UP ? from >= limit : from <= limit;
+        if (!good) { from = l; }
+        if (!(lanes >> from & 1)) { w.machine->fail(&w, format("shfl reads lane %d, which takes no part", from), l); }
+        put<uint32_t>(TO(0), l, v[from]);
+        inside |= (uint32_t)good << l;
+    });
+    if (i.n_to > 1) { put_predicate(w, i.to[1].at, lanes, inside); }
+}
+inline void warp_sync(Warp& w, const Instruction&, uint32_t) { w.turn++; }
+inline void nothing(Warp&, const Instruction&, uint32_t) {}
+
+// ---- comparisons: setp; a second destination gets the opposite
+
+inline void put_comparison(Warp& w, const Instruction& i, uint32_t lanes, uint32_t yes) {
+    put_predicate(w, i.to[0].at, lanes, yes);
+    if (i.n_to > 1) { put_predicate(w, i.to[1].at, lanes, ~yes); }
+}
+#define COMPARE(NAME, EXPRESSION)                     \
+    if (how == NAME) {                                \
+        return EXECUTE {                              \
+            const char *p = FROM(0), *q = FROM(1);    \
+            uint32_t yes = 0;                         \
+            for (int l = 0; l < WARP; l++) {          \
+                T a = get<T>(p, l), b = get<T>(q, l); \
+                yes |= (uint32_t)(EXPRESSION) << l;   \
+            }                                         \
+            put_comparison(w, i, lanes, yes);         \
+        };                                            \
+    }
+template <typename T> inline Execute comparison(const string& how) {
+    COMPARE("eq", a == b)
+    COMPARE("ne", a < b || a > b)  // false where one is NaN
+    COMPARE("lt", a < b)
+    COMPARE("le", a <= b)
+    COMPARE("gt", a > b)
+    COMPARE("ge", a >= b)
+    if (std::is_integral<T>::value) { return NULL; }
+    COMPARE("equ", !(a < b || a > b))
+    COMPARE("neu", a != b)
+    COMPARE("ltu", !(a >= b))
+    COMPARE("leu", !(a > b))
+    COMPARE("gtu", !(a <= b))
+    COMPARE("geu", !(a < b))
+    COMPARE("num", a == a && b == b)
+    COMPARE("nan", a != a || b != b)
+    return NULL;
+}
+inline Execute comparison_of(const string& how, const string& type) {
+    if (type == "f32") { return comparison<float>(how); }
+    if (type == "f64") { return comparison<double>(how); }
+    return by_type(type, [&](auto z) { return comparison<decltype(z)>(how); });
+}
+
+// ---- arithmetic. o: the first part of the opcode, op: all of them
+
+template <typename T> inline Execute float_arithmetic(const string& o) {
+    if (o == "add") { BINARY(T, T, a + b) }
+    if (o == "sub") { BINARY(T, T, a - b) }
+    if (o == "mul") { BINARY(T, T, a * b) }
+    if (o == "neg") { UNARY(T, T, -a) }
+    if (o == "abs") { UNARY(T, T, fabs(a)) }
+    return NULL;
+}
+inline Execute float_of(const string& o, const Strings& op, const string& type) {
+    const string how = op.size() > 2 ? op[1] : "";
+    bool approximate = how == "approx" || how == "full", ftz = has(op, "ftz");
+    if (ftz && o != "ex2") { return NULL; }
+    if (type == "f64") { return how.empty() ? float_arithmetic<double>(o) : NULL; }
+    if (type != "f32") { return NULL; }
+    if (o == "fma" && how == "rn") { TERNARY(float, float, float, fmaf(a, b, c)) }
+    if (o == "fma" && how == "rm") { TERNARY(float, float, float, rounded_fma(a, b, c, FE_DOWNWARD)) }
+    if (o == "max") { BINARY(float, float, max_number(a, b)) }
+    if (o == "min") { BINARY(float, float, min_number(a, b)) }
+    // What is approximate on a GPU, by up to 2 units in the last place, is rounded correctly here.
+    if (o == "div" && how == "rn") { BINARY(float, float, a / b) }
+    if (o == "div" && approximate) { BINARY(float, float, divide_approx(a, b)) }
+    if (o == "rcp" && how == "rn") { UNARY(float, float, 1.0f / a) }
+    if (o == "sqrt" && how == "rn") { UNARY(float, float, sqrtf(a)) }
+    if (o == "ex2" && approximate && ftz) { UNARY(float, float, flush((float)exp2((double)flush(a)))) }
+    if (o == "ex2" && approximate) { UNARY(float, float, exp2((double)a)) }
+    return float_arithmetic<float>(o);
+}
+
+// What depends on the sign: T is the type of the instruction.
+template <typename T> inline Execute signed_arithmetic(const string& o, const string& how) {
+    typedef Twice<T> W;
+    constexpr bool is_signed = std::is_signed<T>::value;
+    if (o == "mul" && how == "hi") { BINARY(T, T, (W)a * (W)b >> (8 * sizeof(T))) }
+    if constexpr (sizeof(T) < 8) {
+        if (o == "mul" && how == "wide") { BINARY(T, W, (W)a * (W)b) }
+        if (o == "mad" && how == "wide") { TERNARY(T, W, W, (Unsigned<W>)((W)a * (W)b) + (Unsigned<W>)c) }
+    }
+    // The quotient of a division by zero is not specified; the smallest number by -1 wraps.
+    if (o == "div") { BINARY(T, T, b == 0 ? (T)-1 : is_signed && b == (T)-1 ? (T)(0 - (Unsigned<T>)a) : (T)(a / b)) }
+    if (o == "rem") { BINARY(T, T, b == 0 ? a : is_signed && b == (T)-1 ? (T)0 : (T)(a % b)) }
+    if (o == "min") { BINARY(T, T, std::min(a, b)) }
+    if (o == "max") { BINARY(T, T, std::max(a, b)) }
+    if (o == "abs") { UNARY(T, T, a < 0 ? (T)(0 - (Unsigned<T>)a) : a) }
+    if (o == "shr") {
+        return EXECUTE {
+            each(lanes, [&](int l) {
+                T a = get<T>(FROM(0), l);
+                uint32_t n = get<uint32_t>(FROM(1), l);
+                put<T>(TO(0), l, n >= 8 * sizeof(T) ? (T)(a < 0 ? -1 : 0) : (T)(a >> n));
+            });
+        };
+    }
+    return NULL;
+}
+// What does not: T is unsigned.
+template <typename T> inline Execute arithmetic(const string& o, const string& how) {
+    if (o == "add") { BINARY(T, T, a + b) }
+    if (o == "sub") { BINARY(T, T, a - b) }
+    if (o == "mul" && how == "lo") { BINARY(T, T, (uint64_t)a * (uint64_t)b) }
+    if (o == "mad" && how == "lo") { TERNARY(T, T, T, (uint64_t)a * (uint64_t)b + c) }
+    if (o == "neg") { UNARY(T, T, 0 - a) }
+    if (o == "not") { UNARY(T, T, ~a) }
+    if (o == "and") { BINARY(T, T, a & b) }
+    if (o == "or") { BINARY(T, T, a | b) }
+    if (o == "xor") { BINARY(T, T, a ^ b) }
+    if (o == "shl") {
+        return EXECUTE {
+            each(lanes, [&](int l) {
+                uint32_t n = get<uint32_t>(FROM(1), l);
+                put<T>(TO(0), l, n >= 8 * sizeof(T) ? (T)0 : (T)(get<T>(FROM(0), l) << n));
+            });
+        };
+    }
+    return NULL;
+}
+inline uint32_t mask_of(uint32_t bits) { return bits >= 32 ? ALL : (1u << bits) - 1; }
+inline void insert_bits(Warp& w, const Instruction& i, uint32_t lanes) {  // b with len bits of a at pos
+    each(lanes, [&](int l) {
+        uint32_t a = get<uint32_t>(FROM(0), l), b = get<uint32_t>(FROM(1), l);
+        uint32_t pos = get<uint32_t>(FROM(2), l) & 255, mask = mask_of(get<uint32_t>(FROM(3), l) & 255);
+        put<uint32_t>(TO(0), l, pos > 31 ? b : (b & ~(mask << pos)) | (a & mask) << pos);
+    });
+}
+inline Execute integer_of(const string& o, const Strings& op, const string& type) {
+    const string how = op.size() > 2 ? op[1] : "";
+    if (o == "bfi" && type == "b32") { return insert_bits; }
+    Execute found = by_type(type, [&](auto z) { return signed_arithmetic<decltype(z)>(o, how); });
+    return found ? found : by_type(type, [&](auto z) { return arithmetic<Unsigned<decltype(z)>>(o, how); });
+}
+// Of predicates: a word each, a bit a lane. ~a has b = a.
+#define PREDICATE(NAME, EXPRESSION)                                                                     \
+    if (o == NAME) {                                                                                    \
+        return EXECUTE {                                                                                \
+            uint32_t a = get_predicate(w, i.from[0].at), b = get_predicate(w, i.from[i.n_from - 1].at); \
+            put_predicate(w, i.to[0].at, lanes, EXPRESSION);                                            \
+        };                                                                                              \
+    }
+inline Execute predicate_of(const string& o) {
+    PREDICATE("and", a & b)
+    PREDICATE("or", a | b)
+    PREDICATE("not", ~(a & b))
+    return NULL;
+}
+
+// ---- conversions
+
+inline Execute float_from_float(const string& to, const string& from, const string& how) {
+    if (to == "f32" && from == "f16" && how.empty()) { UNARY(uint16_t, float, f16_values()[a]) }
+    if (to == "f32" && from == "bf16" && how.empty()) { UNARY(uint16_t, float, bf16_value(a)) }
+    if (to == "f16" && from == "f32" && how == "rn") { UNARY(float, uint16_t, f16_bits(a)) }
+    if (to == "bf16" && from == "f32" && how == "rn") { UNARY(float, uint16_t, bf16_bits(a)) }
+    if (to == "f64" && from == "f32" && how.empty()) { UNARY(float, double, a) }
+    if (to == "f32" && from == "f64" && how == "rn") { UNARY(double, float, a) }
+    if (to != "f32" || from != "f32") { return NULL; }
+    if (how == "sat") { UNARY(float, float, a > 0 ? (a < 1 ? a : 1.0f) : 0.0f) }
+    if (how == "rmi") { UNARY(float, float, floorf(a)) }
+    return NULL;
+}
+inline void resize(Warp& w, const Instruction& i, uint32_t lanes) {  // both registers may be wider than their types
+    each(lanes, [&](int l) {
+        uint64_t v = get_any(w, i.from[0], l);
+        v = extend((const char*)&v, i.bytes, i.is_signed);
+        put_any(w, i.to[0], l, extend((const char*)&v, i.to_bytes, i.to_signed));
+    });
+}
+// two: a pair of floats into one register, the first in the upper half
+inline Execute conversion_of(const string& to, const string& from, const string& how, bool two) {
+    auto is_integer = [](const string& t) { return t[0] == 's' || t[0] == 'u'; };
+    if (two) {
+        if (how != "rn" || from != "f32") { return NULL; }
+        if (to == "f16x2") { BINARY(float, uint32_t, (uint32_t)f16_bits(a) << 16 | f16_bits(b)) }
+        if (to == "bf16x2") { BINARY(float, uint32_t, (uint32_t)bf16_bits(a) << 16 | bf16_bits(b)) }
+        return NULL;
+    }
+    if (is_integer(to) && is_integer(from)) { return how.empty() ? resize : NULL; }
+    if (is_integer(from) && how == "rn" && to == "f32") {
+        return by_type(from, [](auto z) -> Execute { UNARY(decltype(z), float, a) });
+    }
+    return float_from_float(to, from, how);
+}
+}  // namespace ptx
+#endif

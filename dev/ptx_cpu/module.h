@@ -1,0 +1,661 @@
+// module.h: reads a PTX file, and decodes a kernel of it when it is first asked for: registers become rows of a file,
+// operands offsets, opcodes functions (instructions.h). Nothing is guessed: an opcode, a modifier, an operand that is
+// not known is a Fault that names kernel, line and text.
+#ifndef PTX_MODULE_H
+#define PTX_MODULE_H
+#include "instructions.h"
+#include <set>
+
+namespace ptx {
+struct Shared {
+    uint32_t bytes, align;
+    bool is_extern;  // dynamic
+};
+class Module {
+  public:
+    bool fuse = false;  // mul.f32 and add.f32 of its result become one fma, as ptxas may make them
+    std::map<string, Kernel> kernels;
+    std::map<string, Shared> shared;
+    void read(const string& path);
+    void parse(string text);
+    Kernel& kernel(const string& name);
+
+  private:
+    void parse_entry(const string& text, size_t at, size_t* end, uint32_t line);
+};
+
+// ---- text
+
+inline string trim(const string& s) {
+    size_t a = s.find_first_not_of(" \t\r\n"), b = s.find_last_not_of(" \t\r\n");
+    return a == string::npos ? "" : s.substr(a, b - a + 1);
+}
+// The pieces between separators that stand outside of brackets
+inline Strings split(const string& s, char separator) {
+    Strings pieces;
+    string piece;
+    int depth = 0;
+    for (char c : s) {
+        depth += strchr("{[(", c) != NULL, depth -= strchr("}])", c) != NULL;
+        if (c == separator && depth == 0) {
+            pieces.push_back(trim(piece)), piece.clear();
+        } else {
+            piece += c;
+        }
+    }
+    if (!trim(piece).empty()) { pieces.push_back(trim(piece)); }
+    return pieces;
+}
+inline Strings elements(const string& s) { return s[0] == '{' ? split(s.substr(1, s.size() - 2), ',') : Strings{s}; }
+inline bool is_number(const string& s) {
+    return !s.empty() && (isdigit((uint8_t)s[0]) || (s[0] == '-' && s.size() > 1));
+}
+inline int bits_of(const string& type) {
+    if (type == "pred") { return 1; }
+    if (type == "f16x2" || type == "bf16x2") { return 32; }
+    if (type == "bf16") { return 16; }
+    return type.size() >= 2 && strchr("subf", type[0]) ? atoi(type.c_str() + 1) : 0;
+}
+
+// ---- one kernel
+
+class Decoder {
+  public:
+    Decoder(const Module* module, Kernel* kernel) : m(module), k(kernel), line(kernel->first_line) {}
+    void decode();
+
+  private:
+    const Module* m;
+    Kernel* k;
+    std::vector<std::map<string, Row>> scopes{1};
+    std::map<std::pair<uint64_t, int>, uint32_t> constants;
+    std::map<string, uint32_t> specials;
+    std::map<string, int> labels;
+    std::vector<std::pair<size_t, string>> branches;
+    uint32_t line, source = 0;
+    string statement;
+
+    // The instruction that is being decoded: its parts, its operands, what comes of it.
+    Strings op, arg;
+    string type;
+    int bits;
+    Instruction i;
+
+    [[noreturn]] void bad(const string& what) {
+        throw Fault{format("%s: line %u: %s: %s", k->name.c_str(), line, what.c_str(), statement.c_str())};
+    }
+    void need(size_t n) {
+        if (arg.size() != n) { bad(format("%zu operands are wanted", n)); }
+    }
+    void only(const std::set<string>& known) {
+        for (size_t n = 1; n < op.size(); n++) {
+            if (!known.count(op[n]) && op[n] != type) { bad("modifier ." + op[n]); }
+        }
+    }
+
+    Row new_row(int width) {
+        if (width > 1) { k->file_bytes = (k->file_bytes + 63) / 64 * 64; }
+        Row r = {k->file_bytes, (uint8_t)width};
+        k->file_bytes += width == 1 ? 4 : width == 64 ? 256 : 128;
+        return r;
+    }
+    bool find(const string& name, Row* r) const {
+        for (size_t n = scopes.size(); n-- > 0;) {
+            auto found = scopes[n].find(name);
+            if (found != scopes[n].end()) {
+                *r = found->second;
+                return true;
+            }
+        }
+        return false;
+    }
+    uint64_t number(const string& s, int width);
+    Row constant(uint64_t value, int width);
+    bool special(const string& s, Row* r);
+    Row source_row(const string& s, int width, bool any_width);
+    void from(const string& s, int width, bool any_width = false) {
+        i.from[i.n_from++] = source_row(s, width, any_width);
+    }
+    void to(const string& s, int width, bool any_width = false);
+    void to_pair(const string& s, int width);
+    void space_of();
+    void address(const string& s, int64_t* offset);
+
+    void shared_variables();
+    void statement_of(const string& s);
+    void declare_registers(const string& s);
+    void instruction(const string& s);
+    void lower();
+    void move();
+    void load_store();
+    void load_matrices();
+    void product();
+    void shuffles();
+    void barriers();
+    void copies();
+    void atomics();
+    void comparisons();
+    void select();
+    void jump();
+    void convert();
+    void compute();
+    void fuse_products();
+};
+
+inline uint64_t Decoder::number(const string& s, int width) {
+    char* end;
+    bool single = s.size() == 10 && (s[1] == 'f' || s[1] == 'F'),
+         twice = s.size() == 18 && (s[1] == 'd' || s[1] == 'D');
+    if ((single && width != 32) || (twice && width != 64)) { bad("a number of another type"); }
+    if (single || twice) { return strtoull(s.c_str() + 2, NULL, 16); }
+    uint64_t v = s[0] == '-' ? (uint64_t)strtoll(s.c_str(), &end, 0) : strtoull(s.c_str(), &end, 0);
+    if (*end && strcmp(end, "U") != 0) { bad("number " + s); }
+    return width == 32 ? (uint32_t)v : width == 16 ? (uint16_t)v : v;
+}
+inline Row Decoder::constant(uint64_t value, int width) {
+    auto found = constants.find({value, width});
+    if (found != constants.end()) { return {found->second, (uint8_t)width}; }
+    Row r = new_row(width);
+    k->constants.push_back({r, value});
+    constants[{value, width}] = r.at;
+    return r;
+}
+inline bool Decoder::special(const string& s, Row* r) {
+    static const char* names[] = {"%tid.x",   "%tid.y",   "%tid.z",    "%ntid.x",   "%ntid.y",   "%ntid.z", "%ctaid.x",
+                                  "%ctaid.y", "%ctaid.z", "%nctaid.x", "%nctaid.y", "%nctaid.z", "%laneid"};
+    for (int n = 0; n < 13; n++) {
+        if (s != names[n]) { continue; }
+        auto found = specials.find(s);
+        *r = found != specials.end() ? Row{found->second, 32} : new_row(32);
+        if (found == specials.end()) { specials[s] = r->at, k->specials.push_back({r->at, n}); }
+        return true;
+    }
+    return false;
+}
+inline Row Decoder::source_row(const string& s, int width, bool any_width) {
+    Row r;
+    if (find(s, &r)) {
+        if (!any_width && r.bits != width) { bad(format("register %s has %d bits, not %d", s.c_str(), r.bits, width)); }
+        return r;
+    }
+    if (is_number(s)) { return constant(width == 1 ? (number(s, 64) ? ALL : 0) : number(s, width), width); }
+    if (special(s, &r)) { return r; }
+    auto own = k->symbols.find(s);
+    if (own != k->symbols.end()) { return constant(own->second, width); }
+    bad("operand " + s);
+}
+inline void Decoder::to(const string& s, int width, bool any_width) {
+    Row r;
+    if (s == "_") {
+        r = new_row(width);
+    } else if (!find(s, &r)) {
+        bad("destination " + s);
+    }
+    if (!any_width && r.bits != width) { bad(format("register %s has %d bits, not %d", s.c_str(), r.bits, width)); }
+    i.to[i.n_to++] = r;
+}
+inline void Decoder::to_pair(const string& s, int width) {  // a, or a|p with a predicate
+    size_t bar = s.find('|');
+    to(trim(s.substr(0, bar)), width);
+    if (bar != string::npos) { to(trim(s.substr(bar + 1)), 1); }
+}
+inline void Decoder::space_of() {
+    i.space = has(op, "global")                             ? GLOBAL
+              : has(op, "shared") || has(op, "shared::cta") ? SHARED
+              : has(op, "param")                            ? PARAM
+                                                            : (bad("a generic address"), GLOBAL);
+}
+// "[base+offset]"; of a parameter only an offset is left.
+inline void Decoder::address(const string& s, int64_t* offset) {
+    if (s[0] != '[') { bad("an address is wanted"); }
+    string inside = trim(s.substr(1, s.size() - 2));
+    size_t plus = inside.find('+');
+    string base = trim(inside.substr(0, plus));
+    *offset = plus == string::npos ? 0 : strtoll(inside.c_str() + plus + 1, NULL, 0);
+    if (i.space != PARAM) { return from(base, i.space == GLOBAL ? 64 : 32, i.space != GLOBAL); }
+    for (const Parameter& p : k->parameters) {
+        if (p.name == base) {
+            *offset += p.offset;
+            return;
+        }
+    }
+    bad("parameter " + base);
+}
+
+// ---- each kind of instruction
+
+inline void Decoder::move() {
+    if (op[0] == "cvta") {  // to and from global: the same number
+        only({"to", "global", "u64"}), need(2), to(arg[0], 64), from(arg[1], 64);
+        if (op[1] != "to") { bad("cvta"); }
+        i.execute = []() -> Execute { UNARY(uint64_t, uint64_t, a) }();
+        return;
+    }
+    need(2);
+    Strings into = elements(arg[0]), out = elements(arg[1]);
+    for (const string& s : into) { to(s, bits / (int)into.size()); }
+    for (const string& s : out) { from(s, bits / (int)out.size()); }
+    if (type == "pred") {
+        i.execute = EXECUTE { put_predicate(w, i.to[0].at, lanes, get_predicate(w, i.from[0].at)); };
+    } else if (into.size() == 1 && out.size() == 1) {
+        i.execute = by_type("b" + std::to_string(bits), [](auto z) -> Execute { UNARY(decltype(z), decltype(z), a) });
+    } else {
+        i.execute = EXECUTE {  // the first element is the lowest
+            each(lanes, [&](int l) {
+                uint64_t v = 0;
+                for (int e = 0, at = 0; e < i.n_from; at += i.from[e++].bits) { v |= get_any(w, i.from[e], l) << at; }
+                for (int e = 0, at = 0; e < i.n_to; at += i.to[e++].bits) { put_any(w, i.to[e], l, v >> at); }
+            });
+        };
+    }
+}
+inline void Decoder::load_store() {
+    bool is_load = op[0] == "ld";
+    only({"global", "shared", "shared::cta", "param", "nc", "v2", "v4", "v8"}), need(2), space_of();
+    i.bytes = (uint8_t)(bits / 8), i.is_signed = type[0] == 's';
+    if (!i.bytes) { bad("type"); }
+    address(arg[is_load ? 1 : 0], &i.offset);
+    Strings list = elements(arg[is_load ? 0 : 1]);
+    if (list.size() != (has(op, "v2") ? 2u : has(op, "v4") ? 4u : has(op, "v8") ? 8u : 1u)) { bad("elements"); }
+    for (const string& s : list) {
+        if (is_load) {
+            to(s, bits, true);
+        } else {
+            from(s, bits, true);
+        }
+    }
+    i.execute = is_load ? load : store;
+}
+inline void Decoder::load_matrices() {  // ldmatrix, movmatrix
+    i.kind = ALIGNED, need(2);
+    if (op[0] == "movmatrix") {
+        only({"sync", "aligned", "m8n8", "trans", "b16"}), to(arg[0], 32), from(arg[1], 32), i.execute = move_matrix;
+        return;
+    }
+    only({"sync", "aligned", "m8n8", "x1", "x2", "x4", "trans", "shared", "shared::cta", "b16"}), space_of();
+    for (const string& s : elements(arg[0])) { to(s, 32); }
+    if (i.n_to != (has(op, "x4") ? 4 : has(op, "x2") ? 2 : 1)) { bad("registers"); }
+    address(arg[1], &i.offset);
+    i.transposed = has(op, "trans"), i.execute = load_matrix;
+}
+inline void Decoder::product() {
+    string all;
+    for (size_t n = 1; n < op.size(); n++) { all += "." + op[n]; }
+    i.half = all == ".sync.aligned.m16n8k16.row.col.f32.f16.f16.f32";
+    if (!i.half && all != ".sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32") { bad("mma"); }
+    need(4);
+    const size_t sizes[4] = {4, 4, 2, 4};  // d, a, b, c
+    for (int n = 0; n < 4; n++) {
+        Strings list = elements(arg[n]);
+        if (list.size() != sizes[n]) { bad("registers"); }
+        for (const string& s : list) {
+            if (n == 0) {
+                to(s, 32);
+            } else {
+                from(s, 32);
+            }
+        }
+    }
+    i.kind = ALIGNED, i.execute = matrix_product;
+}
+inline void Decoder::shuffles() {
+    only({"sync", "up", "down", "bfly", "idx", "b32"}), need(5), to_pair(arg[0], 32);
+    for (int n = 1; n < 5; n++) { from(arg[n], 32); }
+    i.choice = has(op, "up")     ? SHUFFLE_UP
+               : has(op, "down") ? SHUFFLE_DOWN
+               : has(op, "bfly") ? SHUFFLE_XOR
+                                 : SHUFFLE_INDEX;
+    i.kind = SYNC, i.members = 3, i.execute = op[1] == "sync" ? shuffle : NULL;
+}
+inline void Decoder::barriers() {  // bar.sync, barrier.sync, bar.warp.sync
+    need(1);
+    if (has(op, "warp")) {
+        only({"warp", "sync"}), from(arg[0], 32), i.kind = SYNC, i.members = 0, i.execute = warp_sync;
+        return;
+    }
+    only({"sync", "cta", "aligned"});
+    if (!is_number(arg[0])) { bad("a barrier by register"); }
+    i.offset = (int64_t)number(arg[0], 32), i.kind = BARRIER, i.execute = nothing;
+}
+inline void Decoder::copies() {
+    if (op.size() < 3 || op[1] != "async") { bad("cp"); }
+    if (op[2] == "commit_group") {
+        i.execute = copy_commit;
+        return;
+    }
+    if (op[2] == "wait_group") {
+        need(1), i.offset = (int64_t)number(arg[0], 32), i.execute = copy_wait;
+        return;
+    }
+    only({"async", "cg", "ca", "shared", "shared::cta", "global"});
+    if (arg.size() < 3 || arg.size() > 4) { bad("operands"); }
+    i.space = SHARED, address(arg[0], &i.offset), i.space = GLOBAL, address(arg[1], &i.from_offset);
+    i.bytes = (uint8_t)number(arg[2], 32);
+    if (!(i.bytes == 16 || (has(op, "ca") && (i.bytes == 4 || i.bytes == 8)))) { bad("size"); }
+    if (arg.size() == 4) { from(arg[3], 32); }
+    i.execute = copy;
+}
+inline void Decoder::atomics() {
+    bool is_atom = op[0] == "atom";
+    only({"relaxed", "gpu", "global", "add", "max", "v2"}), space_of();
+    i.is_float = has(op, "add");
+    if (type != (i.is_float ? "f32" : "u32") || i.space != GLOBAL) { bad("operation"); }
+    if (is_atom) { to(arg[0], bits), arg.erase(arg.begin()); }
+    need(2), address(arg[0], &i.offset);
+    for (const string& s : elements(arg[1])) { from(s, bits); }
+    if (i.n_from != (has(op, "v2") ? 3 : 2) || (is_atom && i.n_from > 2)) { bad("elements"); }
+    i.execute = atomic;
+}
+inline void Decoder::comparisons() {
+    if (op.size() != 3) { bad("modifiers"); }
+    need(3), to_pair(arg[0], 1), from(arg[1], bits), from(arg[2], bits);
+    i.execute = comparison_of(op[1], type);
+}
+inline void Decoder::select() {
+    need(4), to(arg[0], bits), from(arg[1], bits), from(arg[2], bits), from(arg[3], 1);
+    i.execute = by_type("b" + std::to_string(bits), [](auto z) -> Execute {
+        typedef decltype(z) T;
+        return EXECUTE {
+            uint32_t first = get_predicate(w, i.from[2].at);
+            each(lanes, [&](int l) { put<T>(TO(0), l, first >> l & 1 ? get<T>(FROM(0), l) : get<T>(FROM(1), l)); });
+        };
+    });
+}
+inline void Decoder::jump() {  // bra, ret
+    only({"uni"}), i.kind = op[0] == "bra" ? BRANCH : EXIT, i.execute = nothing;
+    if (i.kind == EXIT) { return; }
+    need(1), i.choice = op.size() > 1, branches.push_back({k->code.size(), arg[0]});
+}
+inline void Decoder::convert() {
+    const string into = op.size() > 2 ? op[op.size() - 2] : "", how = op.size() == 4 ? op[1] : "";
+    bool two = arg.size() == 3, integers = strchr("su", into[0]) && strchr("su", type[0]);
+    if (!two) { need(2); }
+    if (op.size() > 4) { bad("modifiers"); }
+    to(arg[0], bits_of(into), integers);
+    for (size_t n = 1; n < arg.size(); n++) { from(arg[n], bits, integers); }
+    i.bytes = (uint8_t)(bits / 8), i.to_bytes = (uint8_t)(bits_of(into) / 8);
+    i.is_signed = type[0] == 's', i.to_signed = into[0] == 's';
+    i.execute = conversion_of(into, type, how, two);
+}
+inline void Decoder::compute() {
+    const string& o = op[0];
+    static const std::map<string, size_t> sources = {
+        {"neg", 1}, {"abs", 1}, {"not", 1}, {"rcp", 1}, {"sqrt", 1}, {"ex2", 1}, {"add", 2},
+        {"sub", 2}, {"mul", 2}, {"div", 2}, {"rem", 2}, {"min", 2},  {"max", 2}, {"and", 2},
+        {"or", 2},  {"xor", 2}, {"shl", 2}, {"shr", 2}, {"mad", 3},  {"fma", 3}, {"bfi", 4}};
+    auto n = sources.find(o);
+    bool is_float = type[0] == 'f', wide = has(op, "wide"), shift = o == "shl" || o == "shr";
+    if (n == sources.end()) { bad("opcode"); }
+    if (is_float) {
+        only({"rn", "rm", "approx", "full", "ftz"});
+    } else {
+        only({"lo", "hi", "wide"});
+    }
+    need(n->second + 1), to(arg[0], wide ? 2 * bits : bits);
+    for (size_t s = 1; s <= n->second; s++) {
+        bool count = (shift && s == 2) || (o == "bfi" && s >= 3);  // of bits
+        from(arg[s], count ? 32 : wide && s == 3 ? 2 * bits : bits);
+    }
+    i.execute = type == "pred" ? predicate_of(o) : is_float ? float_of(o, op, type) : integer_of(o, op, type);
+}
+
+inline void Decoder::lower() {
+    typedef void (Decoder::*Form)();
+    static const std::map<string, Form> forms = {{"mov", &Decoder::move},
+                                                 {"cvta", &Decoder::move},
+                                                 {"ld", &Decoder::load_store},
+                                                 {"st", &Decoder::load_store},
+                                                 {"ldmatrix", &Decoder::load_matrices},
+                                                 {"movmatrix", &Decoder::load_matrices},
+                                                 {"mma", &Decoder::product},
+                                                 {"shfl", &Decoder::shuffles},
+                                                 {"bar", &Decoder::barriers},
+                                                 {"barrier", &Decoder::barriers},
+                                                 {"cp", &Decoder::copies},
+                                                 {"atom", &Decoder::atomics},
+                                                 {"red", &Decoder::atomics},
+                                                 {"setp", &Decoder::comparisons},
+                                                 {"selp", &Decoder::select},
+                                                 {"bra", &Decoder::jump},
+                                                 {"ret", &Decoder::jump},
+                                                 {"cvt", &Decoder::convert}};
+    auto form = forms.find(op[0]);
+    if (form == forms.end()) {
+        compute();
+    } else {
+        (this->*form->second)();
+    }
+    if (!i.execute) { bad("not implemented"); }
+}
+inline void Decoder::instruction(const string& s) {
+    i = Instruction();
+    i.text = s, i.line = line, i.source = source;
+    size_t at = 0;
+    if (s[0] == '@') {
+        Row r;
+        i.unless = s[1] == '!';
+        size_t end = s.find_first_of(" \t"), begin = i.unless ? 2 : 1;
+        if (!find(s.substr(begin, end - begin), &r) || r.bits != 1) { bad("predicate"); }
+        i.predicate = r.at, at = s.find_first_not_of(" \t", end);
+    }
+    size_t end = std::min(s.find_first_of(" \t\n", at), s.size());
+    op = split(s.substr(at, end - at), '.'), arg = split(s.substr(end), ',');
+    type = op.back(), bits = bits_of(type);
+    lower();
+    k->code.push_back(i);
+}
+
+// ---- statements
+
+inline void Decoder::declare_registers(const string& s) {  // ".reg .b32 %r<24>" or ".reg .pred p, q"
+    size_t at = s.find('.', 1), end = s.find_first_of(" \t", at);
+    int width = bits_of(s.substr(at + 1, end - at - 1));
+    if (!width) { bad("type of a register"); }
+    if (width == 8) { width = 16; }
+    for (const string& name : split(s.substr(end), ',')) {
+        size_t angle = name.find('<');
+        if (angle == string::npos) {
+            scopes.back()[name] = new_row(width);
+            continue;
+        }
+        for (int n = 0; n < atoi(name.c_str() + angle + 1); n++) {
+            scopes.back()[name.substr(0, angle) + std::to_string(n)] = new_row(width);
+        }
+    }
+}
+inline void Decoder::statement_of(const string& s) {
+    statement = s;
+    if (s.compare(0, 4, ".reg") == 0) {
+        declare_registers(s);
+    } else if (s[0] != '.') {
+        instruction(s);
+    } else if (s.compare(0, 7, ".pragma") != 0) {
+        bad("directive");
+    }
+}
+// Before the statements: any of them may name one. The dynamic ones begin together, after the others.
+inline void Decoder::shared_variables() {
+    for (const auto& v : m->shared) {
+        if (k->body.find(v.first) == string::npos || v.second.is_extern) { continue; }
+        k->static_bytes = (k->static_bytes + v.second.align - 1) / v.second.align * v.second.align;
+        k->symbols[v.first] = SHARED_BASE + k->static_bytes;
+        k->static_bytes += v.second.bytes;
+    }
+    k->dynamic_at = SHARED_BASE + (k->static_bytes + 15) / 16 * 16;
+    for (const auto& v : m->shared) {
+        if (v.second.is_extern) { k->symbols[v.first] = k->dynamic_at; }
+    }
+}
+inline void Decoder::decode() {
+    const string& b = k->body;
+    shared_variables();
+    for (size_t at = 0; at < b.size();) {
+        if (isspace((uint8_t)b[at])) {
+            line += b[at++] == '\n';
+            continue;
+        }
+        if (b[at] == '{') {
+            scopes.emplace_back(), at++;
+            continue;
+        }
+        if (b[at] == '}') {
+            scopes.pop_back(), at++;
+            continue;
+        }
+        if (b.compare(at, 4, ".loc") == 0 && isspace((uint8_t)b[at + 4])) {
+            unsigned file, number;
+            if (sscanf(b.c_str() + at, ".loc %u %u", &file, &number) == 2) { source = number; }
+            at = std::min(b.find('\n', at), b.size());
+            continue;
+        }
+        size_t end = b.find(';', at), colon = b.find(':', at);
+        if (colon < end && b.find_first_of(" \t\n{[,", at) > colon) {
+            labels[b.substr(at, colon - at)] = (int)k->code.size(), at = colon + 1;
+            continue;
+        }
+        if (end == string::npos) { statement = b.substr(at), bad("no end of a statement"); }
+        statement_of(trim(b.substr(at, end - at)));
+        line += (uint32_t)std::count(b.begin() + (long)at, b.begin() + (long)end, '\n'), at = end + 1;
+    }
+    for (const auto& branch : branches) {
+        auto label = labels.find(branch.second);
+        if (label == labels.end()) { statement = branch.second, bad("label"); }
+        k->code[branch.first].target = label->second;
+    }
+    Instruction end;
+    end.kind = EXIT, end.execute = nothing, end.text = "end of the kernel", end.line = line;
+    k->code.push_back(end);
+    k->registers.assign(k->file_bytes, (char)0xff);  // NaN
+    for (const Constant& c : k->constants) {
+        char* row = &k->registers[c.row.at];
+        for (int l = 0; l < (c.row.bits == 1 ? 1 : WARP); l++) {
+            if (c.row.bits == 64) {
+                put<uint64_t>(row, l, c.value);
+            } else {
+                put<uint32_t>(row, l, (uint32_t)c.value);
+            }
+        }
+    }
+    if (m->fuse) { fuse_products(); }
+    k->decoded = true;
+}
+// mul.f32 and the add.f32 or sub.f32 of its result as one fma, within a basic block: without .rn ptxas may, and need
+// not.
+inline void Decoder::fuse_products() {
+    std::set<int> targets;
+    std::map<uint32_t, std::pair<Row, Row>> products;  // register: what it is the product of
+    for (const Instruction& x : k->code) {
+        if (x.kind == BRANCH) { targets.insert(x.target); }
+    }
+    for (size_t at = 0; at < k->code.size(); at++) {
+        Instruction& x = k->code[at];
+        auto is = [&](const char* o) { return x.text.compare(0, strlen(o), o) == 0; };
+        if (targets.count((int)at) || (at && k->code[at - 1].kind == BRANCH)) { products.clear(); }
+        bool product = is("mul.f32"), minus = is("sub.f32");
+        Row a = x.from[0], b = x.from[1];
+        if (is("add.f32") || minus) {
+            bool left = products.count(a.at);
+            auto found = products.find(left ? a.at : b.at);
+            if (found != products.end()) {
+                x.from[0] = found->second.first, x.from[1] = found->second.second, x.from[2] = left ? b : a,
+                x.n_from = 3;
+                x.minus_sum = minus && left, x.minus_product = minus && !left;  // x y - c; c - x y
+                x.execute = [](Warp& w, const Instruction& i, uint32_t lanes) {
+                    each(lanes, [&](int l) {
+                        float p = get<float>(FROM(0), l), q = get<float>(FROM(1), l), c = get<float>(FROM(2), l);
+                        put<float>(TO(0), l, fmaf(i.minus_product ? -p : p, q, i.minus_sum ? -c : c));
+                    });
+                };
+            }
+        }
+        for (int e = 0; e < x.n_to; e++) {  // a register that is written ends the products of it and with it
+            uint32_t r = x.to[e].at;
+            for (auto p = products.begin(); p != products.end();) {
+                bool gone = p->first == r || p->second.first.at == r || p->second.second.at == r;
+                p = gone ? products.erase(p) : std::next(p);
+            }
+        }
+        if (product && a.at != x.to[0].at && b.at != x.to[0].at) { products[x.to[0].at] = {a, b}; }
+    }
+}
+
+// ---- a file
+
+inline void Module::read(const string& path) {
+    FILE* f = fopen(path.c_str(), "rb");
+    if (!f) { throw Fault{"cannot read " + path}; }
+    string text;
+    char buffer[1 << 16];
+    for (size_t n; (n = fread(buffer, 1, sizeof buffer, f)) > 0;) { text.append(buffer, n); }
+    fclose(f);
+    parse(text);
+}
+// Declarations and the bodies of kernels, from a text of which comments are blanked out.
+inline void Module::parse(string text) {
+    for (size_t a = 0; (a = text.find("//", a)) != string::npos;) {
+        size_t end = std::min(text.find('\n', a), text.size());
+        if (!a || text[a - 1] != '"') { std::fill(text.begin() + (long)a, text.begin() + (long)end, ' '); }
+        a = end;
+    }
+    uint32_t line = 1;
+    for (size_t at = 0; at < text.size();) {
+        size_t end = std::min(text.find('\n', at), text.size());
+        string s = text.substr(at, end - at);
+        unsigned align, bytes;
+        char name[512];
+        if (sscanf(s.c_str(), ".extern .shared .align %u .b8 %511[^[][]", &align, name) == 2) {
+            shared[name] = {0, align, true};
+        } else if (sscanf(s.c_str(), ".shared .align %u .b8 %511[^[][%u]", &align, name, &bytes) == 3) {
+            shared[name] = {bytes, align, false};
+        } else if (s.compare(0, 7, ".global") == 0 || s.compare(0, 6, ".const") == 0 || s.compare(0, 5, ".func") == 0) {
+            throw Fault{"not implemented: " + s};
+        }
+        size_t begin = at;
+        if (s.find(".entry") == string::npos) {
+            at = end + 1;
+        } else {
+            parse_entry(text, at + s.find(".entry") + 7, &at, line);
+        }
+        line += (uint32_t)std::count(text.begin() + (long)begin, text.begin() + (long)std::min(at, text.size()), '\n');
+    }
+}
+inline void Module::parse_entry(const string& text, size_t at, size_t* end, uint32_t line) {
+    size_t open = text.find('{', at), close = open, paren = std::min(text.find('(', at), open);
+    for (int depth = 0; close < text.size(); close++) {
+        depth += text[close] == '{', depth -= text[close] == '}';
+        if (depth == 0) { break; }
+    }
+    Kernel k;
+    k.name = trim(text.substr(at, paren - at));
+    size_t last = text.find(')', paren);
+    for (const string& p : split(paren < open ? text.substr(paren + 1, last - paren - 1) : "", ',')) {
+        char type[16], name[512];
+        unsigned align, bytes;
+        if (sscanf(p.c_str(), ".param .align %u .b8 %511[^[][%u]", &align, name, &bytes) != 3) {
+            if (sscanf(p.c_str(), ".param .%15s", type) != 1 || !bits_of(type)) { throw Fault{"parameter " + p}; }
+            align = bytes = (unsigned)bits_of(type) / 8;  // sm_100 has more words between type and name
+            snprintf(name, sizeof name, "%s", p.c_str() + p.find_last_of(" \t") + 1);
+        }
+        k.parameter_bytes = (k.parameter_bytes + align - 1) / align * align;
+        k.parameters.push_back({name, k.parameter_bytes, bytes});
+        k.parameter_bytes += bytes;
+    }
+    k.first_line = line + (uint32_t)std::count(text.begin() + (long)at, text.begin() + (long)open, '\n');
+    k.body = text.substr(open + 1, close - open - 1);
+    kernels[k.name] = k;
+    *end = close + 1;
+}
+inline Kernel& Module::kernel(const string& name) {
+    auto found = kernels.find(name);
+    if (found == kernels.end()) { throw Fault{"no kernel " + name + " in the PTX"}; }
+    Kernel& k = found->second;
+    if (!k.decoded && k.error.empty()) {
+        try {
+            Decoder(this, &k).decode();
+        } catch (Fault& fault) { k.error = fault.text; }
+    }
+    if (!k.error.empty()) { throw Fault{k.error}; }
+    return k;
+}
+}  // namespace ptx
+#endif

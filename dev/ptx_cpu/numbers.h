@@ -1,0 +1,90 @@
+// numbers.h: numbers as the PTX manual has them, where C++ has none or leaves the result open.
+#ifndef PTX_NUMBERS_H
+#define PTX_NUMBERS_H
+#include <fenv.h>
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+#include <algorithm>
+
+namespace ptx {
+template <typename To, typename From> inline To bits_as(From x) {
+    static_assert(sizeof(To) == sizeof(From), "the same number of bits");
+    To y;
+    memcpy(&y, &x, sizeof y);
+    return y;
+}
+inline float bf16_value(uint32_t bits) { return bits_as<float>((bits & 0xffff) << 16); }
+inline float f16_value(uint32_t bits) {
+    int exponent = bits >> 10 & 31, mantissa = bits & 1023;
+    double v = exponent == 31 ? (mantissa ? (double)NAN : (double)INFINITY)
+                              : ldexp(exponent ? 1024 + mantissa : mantissa, std::max(exponent, 1) - 25);
+    return (float)(bits & 0x8000 ? -v : v);
+}
+// The same from a table: products of half precision ask 384 times.
+inline const float* f16_values() {
+    struct Table {
+        float value[65536];
+        Table() {
+            for (uint32_t i = 0; i < 65536; i++) { value[i] = f16_value(i); }
+        }
+    };
+    static const Table* table = new Table;
+    return table->value;
+}
+
+// x rounded to the nearest even number of a format with so many stored bits of mantissa and exponents from `smallest`.
+inline uint16_t narrow(float x, int mantissa, int smallest, uint16_t infinity) {
+    uint16_t sign = signbit(x) ? 0x8000 : 0;
+    if (isnan(x)) { return 0x7fff; }
+    if (isinf(x) || x == 0) { return sign | (x == 0 ? 0 : infinity); }
+    int exponent;
+    double a = fabs((double)x);
+    frexp(a, &exponent);
+    exponent = std::max(exponent - 1, smallest);  // a = s * 2^exponent with s < 2
+
+    // The hidden bit carries into the exponent: 2^mantissa units or more add 1 to it.
+    uint32_t units = (uint32_t)nearbyint(ldexp(a, mantissa - exponent));
+    return sign | (uint16_t)std::min<uint32_t>(units + ((uint32_t)(exponent - smallest) << mantissa), infinity);
+}
+inline uint16_t f16_bits(float x) { return narrow(x, 10, -14, 0x7c00); }
+inline uint16_t bf16_bits(float x) { return narrow(x, 7, -126, 0x7f80); }
+
+inline float flush(float x) { return fabsf(x) < 0x1p-126f ? copysignf(0.0f, x) : x; }  // .ftz
+// div.approx gives 0 where 2^126 < |b| < 2^128, and NaN for an infinite a.
+inline float divide_approx(float a, float b) {
+    if (!(fabsf(b) > 0x1p126f && fabsf(b) < INFINITY)) { return (float)((double)a / b); }
+    return isinf(a) ? NAN : copysignf(0.0f, signbit(a) != signbit(b) ? -1.0f : 1.0f);
+}
+__attribute__((noinline)) inline float rounded_fma(float a, float b, float c, int mode) {
+    volatile float x = a, y = b, z = c;  // not moved across the change of mode
+    fesetround(mode);
+    volatile float r = fmaf(x, y, z);
+    fesetround(FE_TONEAREST);
+    return r;
+}
+// The larger number; a NaN gives way to a number; +0 is larger than -0.
+inline float max_number(float a, float b) {
+    if (isnan(a) || isnan(b)) { return isnan(a) ? (isnan(b) ? bits_as<float>(0x7fffffffu) : b) : a; }
+    return a > b ? a : b > a ? b : signbit(a) ? b : a;
+}
+inline float min_number(float a, float b) {
+    if (isnan(a) || isnan(b)) { return isnan(a) ? (isnan(b) ? bits_as<float>(0x7fffffffu) : b) : a; }
+    return a < b ? a : b < a ? b : signbit(a) ? a : b;
+}
+
+// The sum of n products and c as tensor cores make it: the terms cut to 25 bits below the largest, their sum cut to
+// fp32.
+inline float truncated_sum(const double* terms, int n, float c) {
+    int top = -1000, exponent;
+    for (int k = 0; k <= n; k++) {
+        double x = k < n ? terms[k] : c;
+        if (x != 0 && isfinite(x)) { top = std::max((frexp(x, &exponent), exponent), top); }
+    }
+    double unit = ldexp(1, top - 25), sum = trunc(c / unit);
+    for (int k = 0; k < n; k++) { sum += trunc(terms[k] / unit); }
+    float f = (float)(sum * unit);
+    return fabs((double)f) > fabs(sum * unit) ? nextafterf(f, 0) : f;
+}
+}  // namespace ptx
+#endif
