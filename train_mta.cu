@@ -1811,6 +1811,7 @@ static void crossentropy_forward_backward(float* losses, unsigned char* wrong, f
 // A warp multiplies tiles of 16-bit elements; ldmatrix feeds it from shared memory, copy_async feeds that (PTX manual:
 // mma.m16n8k16, movmatrix.m8n8, ldmatrix.m8n8.x4, cp.async). dev/cuda_cpu/tensor_cores.h has the same functions for the
 // CPU.
+// ldmatrix and the copies clobber "memory": the compiler moves no access past them. Today that costs no instruction.
 
 #if defined(CUDA_CPU)
 #include "tensor_cores.h"
@@ -1820,12 +1821,14 @@ static __device__ inline unsigned shared_address(const void* p) { return (unsign
 static __device__ inline void ldmatrix(unsigned* r, const void* row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-                 : "r"(shared_address(row)));
+                 : "r"(shared_address(row))
+                 : "memory");
 }
 static __device__ inline void ldmatrix_transposed(unsigned* r, const void* row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-                 : "r"(shared_address(row)));
+                 : "r"(shared_address(row))
+                 : "memory");
 }
 // c (16,8) += a (16,16) b (16,8), in fp32
 static __device__ inline void mma_bf16(float* c, const unsigned* a, unsigned b0, unsigned b1) {
@@ -1848,11 +1851,14 @@ static __device__ inline unsigned transpose8(unsigned pair) {
 // newest commits in flight, and a barrier
 [[maybe_unused]] static __device__ inline void copy_async(void* to, const void* from, bool valid) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from),
-                 "r"(valid ? 16 : 0));
+                 "r"(valid ? 16 : 0)
+                 : "memory");
 }
-[[maybe_unused]] static __device__ inline void copy_commit(void) { asm volatile("cp.async.commit_group;"); }
+[[maybe_unused]] static __device__ inline void copy_commit(void) {
+    asm volatile("cp.async.commit_group;" ::: "memory");
+}
 template <int LEAVE> static __device__ inline void copy_wait(void) {
-    asm volatile("cp.async.wait_group %0;" ::"n"(LEAVE));
+    asm volatile("cp.async.wait_group %0;" ::"n"(LEAVE) : "memory");
 }
 #endif
 
