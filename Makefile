@@ -23,6 +23,13 @@ BLAS := $(shell echo 'int main(void){return cblas_sgemm == 0;}' | $(CC) -include
 BLAS_LINK := $(if $(BLAS),$(BLAS_LIBS))
 endif
 
+# oneDNN 2 (libdnnl-dev) for the CPU trainer's products in bf16, --matmul bf16. NO_ONEDNN=1: without.
+ifndef NO_ONEDNN
+ONEDNN := $(shell echo 'int main(void){return dnnl_matmul_desc_init == 0;}' | \
+    $(CC) -include oneapi/dnnl/dnnl.h -x c - -ldnnl -o /dev/null 2>/dev/null && echo -DMTA_ONEDNN)
+ONEDNN_LINK := $(if $(ONEDNN),-ldnnl)
+endif
+
 # The CUDA trainer: NVCC_ARCH=sm_80|sm_90a|sm_100, PRECISION=BF16|FP32, DEBUG_SYNC=1 waits after every kernel.
 NVCC ?= nvcc
 NVCC_ARCH ?= sm_90a
@@ -45,13 +52,14 @@ help:
 	@echo "make check            the quick tests, about a minute and a half: before each commit"
 	@echo "make test             scripts/test.sh: every test; one of them: scripts/test.sh --only TEXT"
 	@echo "make help_dev         what else there is for development: emulator, sanitizers, benches (dev/dev.mk)"
-	@echo "variables: CC, ARCH, OPT=-O3, NO_CBLAS=1, WERROR=1, NVCC"
+	@echo "variables: CC, ARCH, OPT=-O3, NO_CBLAS=1, NO_ONEDNN=1, WERROR=1, NVCC"
 	@echo "found: compiler       $(CC), $(shell $(CC) -dumpmachine), $(or $(ARCH),its default instructions)"
 	@echo "       CBLAS          $(if $(BLAS),$(BLAS_LINK),none: plain OpenMP products)"
+	@echo "       oneDNN         $(or $(ONEDNN_LINK),none: no --matmul bf16 on the CPU (Debian: libdnnl-dev))"
 	@echo "       CUDA toolkit   $(or $(shell $(NVCC) --version 2>/dev/null | grep -o 'release [0-9.]*'),none: no train_mta_cuda here)"
 
 train_mta: build/train_mta.o
-	$(CC) $(CFLAGS) $^ -o $@ $(BLAS_LINK) $(LDLIBS)
+	$(CC) $(CFLAGS) $^ -o $@ $(BLAS_LINK) $(ONEDNN_LINK) $(LDLIBS)
 
 infer_mta: build/infer_mta.o
 	$(CC) $(CFLAGS) $^ -o $@ $(BLAS_LINK) $(LDLIBS)
@@ -61,10 +69,10 @@ train_mta_cuda: build/train_mta_cuda.o
 
 # The tests hold train_mta.c twice: in fp32 behind its table, and in double inside test_mta.c for finite differences.
 test_mta: build/test_mta.o build/train_mta_library.o
-	$(CC) $(CFLAGS) $^ -o $@ $(BLAS_LINK) $(LDLIBS)
+	$(CC) $(CFLAGS) $^ -o $@ $(BLAS_LINK) $(ONEDNN_LINK) $(LDLIBS)
 
 test_mta_cuda: build/test_mta.o build/train_mta_library.o build/train_mta_cuda_library.o
-	$(NVCC) $(NVCC_CODE) -Xcompiler -fopenmp $^ -o $@ $(CUDA_LINK) $(BLAS_LINK) $(LDLIBS)
+	$(NVCC) $(NVCC_CODE) -Xcompiler -fopenmp $^ -o $@ $(CUDA_LINK) $(BLAS_LINK) $(ONEDNN_LINK) $(LDLIBS)
 
 check:
 	scripts/test.sh --check

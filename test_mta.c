@@ -643,7 +643,7 @@ static double scalar_embedding(void* p) {
 }
 static double scalar_matmul(void* p) {
     LayerTest* t = (LayerTest*)p;
-    matmul_forward(t->out, t->x, t->w, t->N, t->C, t->OC);
+    matmul_forward(t->out, t->x, t->w, t->N, t->C, t->OC, NULL);
     return dot_product(t->out, t->r, (size_t)t->N * (size_t)t->OC);
 }
 static double scalar_rmsnorm(void* p) {
@@ -696,7 +696,7 @@ static void test_layers(void) {
         }
         {
             LayerTest t = layer_test(2 + s, N, C, OC);
-            matmul_backward(t.dx, t.dw, t.r, t.x, t.w, N, C, OC, false);
+            matmul_backward(t.dx, t.dw, t.r, t.x, t.w, N, C, OC, false, NULL);
             Argument args[] = {{"inp", t.x, t.dx, NC}, {"weight", t.w, t.dw, (size_t)OC * (size_t)C}};
             layer_verdict("matmul", &t, args, 2, scalar_matmul);
         }
@@ -813,7 +813,8 @@ static void test_attention_case(const AttentionCase* s, int B, int T, int chunk)
                    s->post ? t.conv_post : NULL,
                    s->ch_pre ? t.mix_pre : NULL,
                    s->ch_post ? t.mix_post : NULL,
-                   min_int(chunk, T)};
+                   min_int(chunk, T),
+                   NULL};
     t.a = a;
     t.scratch = doubles((size_t)omp_get_max_threads() * ATTENTION_TILES * attention_tile_size(&a));
     double *sums = doubles((size_t)B * (2 * kernel + pre + post + 4)),
@@ -1009,7 +1010,7 @@ static void test_memory_plan(void) {
 // The testers tested: a wrong gradient, a NaN and a wrong order must be seen.
 static void test_checkers(void) {
     LayerTest t = layer_test(21, 3, 5, 4);
-    matmul_backward(t.dx, t.dw, t.r, t.x, t.w, 3, 5, 4, false);
+    matmul_backward(t.dx, t.dw, t.r, t.x, t.w, 3, 5, 4, false, NULL);
     Argument args[] = {{"inp", t.x, t.dx, 15}};
     Worst before = differences(args, 1, scalar_matmul, &t, 400);
     t.dx[7] += 1e-4;

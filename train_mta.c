@@ -55,6 +55,9 @@ typedef float real;
 #if defined(MTA_CBLAS)
 #include <cblas.h>
 #endif
+#if defined(MTA_ONEDNN)
+#include <oneapi/dnnl/dnnl.h>
+#endif
 #endif
 
 // One vector register: 16 floats with AVX-512, 8 with AVX. VecInMemory may be unaligned.
@@ -97,8 +100,8 @@ INLINE real sqrt_real(real x) { return sqrt(x); }
 // out (M,N) = alpha * A B + beta * out on one thread; A (M,K), or its transpose (K,M) if ta; B (K,N), or (N,K) if tb;
 // ld* are row strides.
 #if defined(MTA_REAL_IS_FLOAT) && defined(MTA_CBLAS)
-static void gemm_serial(bool ta, bool tb, int M, int N, int K, real alpha, const real* A, size_t lda, const real* B,
-                        size_t ldb, real beta, real* out, size_t ldo) {
+static void gemm_real(bool ta, bool tb, int M, int N, int K, real alpha, const real* A, size_t lda, const real* B,
+                      size_t ldb, real beta, real* out, size_t ldo) {
     if (M <= 0 || N <= 0) { return; }
     cblas_sgemm(CblasRowMajor, ta ? CblasTrans : CblasNoTrans, tb ? CblasTrans : CblasNoTrans, M, N, K, alpha, A,
                 (int)lda, B, (int)ldb, beta, out, (int)ldo);
@@ -142,8 +145,8 @@ static void gemm_pack(real* out, const real* X, size_t ld, bool k_is_row, int n,
     }
 }
 
-static void gemm_serial(bool ta, bool tb, int M, int N, int K, real alpha, const real* A, size_t lda, const real* B,
-                        size_t ldb, real beta, real* out, size_t ldo) {
+static void gemm_real(bool ta, bool tb, int M, int N, int K, real alpha, const real* A, size_t lda, const real* B,
+                      size_t ldb, real beta, real* out, size_t ldo) {
     real pa[GEMM_M * GEMM_K] __attribute__((aligned(64))), pb[GEMM_N * GEMM_K] __attribute__((aligned(64)));
     real acc[GEMM_ROWS * GEMM_COLS] __attribute__((aligned(64)));
     for (int m = 0; m < M; m++) {
@@ -176,6 +179,170 @@ static void gemm_serial(bool ta, bool tb, int M, int N, int K, real alpha, const
 }
 #endif
 
+// ---- products in bf16 (--matmul bf16): the operands rounded, the sums in fp32, by oneDNN
+//
+// Whoever writes an operand rounds it, once, by round_operand; its copy lies in memory of its own that repeats the
+// operand's memory value for value, so that a product finds it by the operand's address.
+
+typedef struct {
+    const real* from;  // memory that holds operands
+    size_t n;          // values
+    uint16_t* copy;    // (n) the same in bf16
+} Rounded;
+
+#if defined(MTA_REAL_IS_FLOAT) && defined(MTA_ONEDNN)
+#define MTA_BF16
+typedef dnnl_engine_t Bf16Engine;
+typedef dnnl_primitive_t Bf16Product;
+#else
+typedef void *Bf16Engine, *Bf16Product;
+#endif
+
+// What a model's products in bf16 need. Where a function takes `const Products*`, NULL stands for products of reals.
+typedef struct {
+    Rounded of[3];  // weights, activations, scratch
+    real scale;     // the alpha of products that have one: of the scores
+    Bf16Engine engine;
+    Bf16Product product[2][2][2][2];  // [ta][tb][alpha is scale, else 1][beta]
+} Products;
+
+static uint16_t* rounded_copy(const Products* p, const real* x) {
+    for (int i = 0; i < 3; i++) {
+        const Rounded* r = &p->of[i];
+        if (x >= r->from && x < r->from + r->n) { return r->copy + (x - r->from); }
+    }
+    assert(!"an operand of a product lies in memory that has a copy");
+    return NULL;
+}
+
+// x (rows,cols), ld apart, has been written: rounds it for the products that will read it. On one thread.
+static void round_rows(const Products* p, const real* x, int rows, int cols, size_t ld) {
+    if (!p) { return; }
+    for (int r = 0; r < rows; r++) {
+        uint16_t* copy = rounded_copy(p, x + (size_t)r * ld);
+        for (int c = 0; c < cols; c++) { copy[c] = f32_to_bf16((float)x[(size_t)r * ld + c]); }
+    }
+}
+
+// The same for n values, on all threads.
+static void round_operand(const Products* p, const real* x, size_t n) {
+    enum { PIECE = 1 << 14 };
+    if (!p) { return; }
+#pragma omp parallel for schedule(static)
+    for (size_t i = 0; i < n; i += PIECE) { round_rows(p, x + i, 1, n - i < PIECE ? (int)(n - i) : PIECE, 0); }
+}
+
+#ifdef MTA_BF16
+static void dnnl_check(dnnl_status_t status, const char* what) {
+    if (status != dnnl_success) { die("oneDNN: %s: status %d", what, (int)status); }
+}
+
+// A matrix (rows,cols), or the transpose of one (cols,rows); ld and sizes may be DNNL_RUNTIME_DIM_VAL.
+static dnnl_memory_desc_t dnnl_matrix(bool t, dnnl_dim_t rows, dnnl_dim_t cols, dnnl_dim_t ld, dnnl_data_type_t type) {
+    dnnl_memory_desc_t d;
+    dnnl_dims_t size = {rows, cols}, stride = {t ? 1 : ld, t ? ld : 1};
+    dnnl_check(dnnl_memory_desc_init_by_strides(&d, 2, size, type, stride), "a matrix");
+    return d;
+}
+
+// A product of any size: what is transposed, alpha and whether it adds to what is there (beta) are its own.
+static dnnl_primitive_t dnnl_product(dnnl_engine_t engine, bool ta, bool tb, float alpha, bool add) {
+    const dnnl_dim_t any = DNNL_RUNTIME_DIM_VAL;
+    dnnl_memory_desc_t A = dnnl_matrix(ta, any, any, any, dnnl_bf16), B = dnnl_matrix(tb, any, any, any, dnnl_bf16),
+                       out = dnnl_matrix(false, any, any, any, dnnl_f32);
+    dnnl_matmul_desc_t matmul;
+    dnnl_primitive_attr_t attributes;
+    dnnl_post_ops_t after;
+    dnnl_primitive_desc_t description;
+    dnnl_primitive_t product;
+    dnnl_check(dnnl_matmul_desc_init(&matmul, &A, &B, NULL, &out), "a product");
+    dnnl_check(dnnl_primitive_attr_create(&attributes), "attributes");
+    dnnl_check(dnnl_primitive_attr_set_output_scales(attributes, 1, 0, &alpha), "alpha");
+    dnnl_check(dnnl_post_ops_create(&after), "beta");
+    if (add) { dnnl_check(dnnl_post_ops_append_sum(after, 1), "beta"); }
+    dnnl_check(dnnl_primitive_attr_set_post_ops(attributes, after), "beta");
+    dnnl_check(dnnl_primitive_desc_create(&description, &matmul, attributes, engine, NULL), "a product in bf16");
+    dnnl_check(dnnl_primitive_create(&product, description), "a product in bf16");
+    dnnl_primitive_desc_destroy(description);
+    dnnl_post_ops_destroy(after);
+    dnnl_primitive_attr_destroy(attributes);
+    return product;
+}
+
+// A product in bf16, as gemm_real. oneDNN keeps to one thread, since every product here is inside a parallel loop.
+static void gemm_bf16(bool ta, bool tb, int M, int N, int K, real alpha, const real* A, size_t lda, const real* B,
+                      size_t ldb, real beta, real* out, size_t ldo, const Products* p) {
+    if (M <= 0 || N <= 0) { return; }
+    assert((alpha == 1 || alpha == p->scale) && (beta == 0 || beta == 1));
+    dnnl_memory_desc_t d[3] = {dnnl_matrix(ta, M, K, (dnnl_dim_t)lda, dnnl_bf16),
+                               dnnl_matrix(tb, K, N, (dnnl_dim_t)ldb, dnnl_bf16),
+                               dnnl_matrix(false, M, N, (dnnl_dim_t)ldo, dnnl_f32)};
+    void* const data[3] = {rounded_copy(p, A), rounded_copy(p, B), out};
+    dnnl_exec_arg_t matrices[3] = {{DNNL_ARG_SRC, NULL}, {DNNL_ARG_WEIGHTS, NULL}, {DNNL_ARG_DST, NULL}};
+    dnnl_stream_t stream;
+    dnnl_check(dnnl_stream_create(&stream, p->engine, dnnl_stream_default_flags), "a stream");
+    for (int i = 0; i < 3; i++) {
+        dnnl_check(dnnl_memory_create(&matrices[i].memory, &d[i], p->engine, data[i]), "a matrix");
+    }
+    dnnl_check(dnnl_primitive_execute(p->product[ta][tb][alpha != 1][beta != 0], stream, 3, matrices), "a product");
+    for (int i = 0; i < 3; i++) { dnnl_memory_destroy(matrices[i].memory); }
+    dnnl_stream_destroy(stream);
+}
+#endif
+
+// Can this build and this processor multiply in bf16? If not, why.
+static bool bf16_products(Error* e) {
+#ifdef MTA_BF16
+    int got = (int)dnnl_get_effective_cpu_isa(), wanted = (int)dnnl_cpu_isa_avx512_core_bf16;
+    if ((got & wanted) == wanted) { return true; }
+    return fail(e, "this processor has no bf16 instructions that oneDNN uses (AVX512-BF16 or AMX)");
+#else
+    return fail(e, "this build has no oneDNN; `make help` says what was found");
+#endif
+}
+
+// Of operands that lie in three stretches of memory (weights, activations, scratch); scale: the alpha of some products.
+static Products* products_create(const Rounded of[3], real scale) {
+    Products* p = (Products*)alloc_or_die(1, sizeof(Products), "products");
+    p->scale = scale;
+    for (int i = 0; i < 3; i++) {
+        p->of[i] = of[i];
+        p->of[i].copy = (uint16_t*)alloc_or_die(of[i].n, sizeof(uint16_t), "rounded operands");
+    }
+#ifdef MTA_BF16
+    dnnl_check(dnnl_engine_create(&p->engine, dnnl_cpu, 0), "an engine");
+    for (int i = 0; i < 16; i++) {
+        bool ta = i & 1, tb = i & 2, scaled = i & 4, add = i & 8;
+        p->product[ta][tb][scaled][add] = dnnl_product(p->engine, ta, tb, scaled ? scale : 1, add);
+    }
+#endif
+    return p;
+}
+
+static void products_free(Products* p) {
+    if (!p) { return; }
+    for (int i = 0; i < 3; i++) { free(p->of[i].copy); }
+#ifdef MTA_BF16
+    for (int i = 0; i < 16; i++) { dnnl_primitive_destroy(p->product[i & 1][i >> 1 & 1][i >> 2 & 1][i >> 3]); }
+    dnnl_engine_destroy(p->engine);
+#endif
+    free(p);
+}
+
+// ---- a product on one thread, and on all
+
+static void gemm_serial(bool ta, bool tb, int M, int N, int K, real alpha, const real* A, size_t lda, const real* B,
+                        size_t ldb, real beta, real* out, size_t ldo, const Products* p) {
+#ifdef MTA_BF16
+    if (p) {
+        gemm_bf16(ta, tb, M, N, K, alpha, A, lda, B, ldb, beta, out, ldo, p);
+        return;
+    }
+#endif
+    (void)p;
+    gemm_real(ta, tb, M, N, K, alpha, A, lda, B, ldb, beta, out, ldo);
+}
+
 // Our blocks run side by side, so the library inside must keep to one thread. Called once, before the first product.
 #ifdef MTA_REAL_IS_FLOAT
 static void blas_single_thread(void) {
@@ -189,7 +356,7 @@ static void blas_single_thread(void) {
 // gemm_serial, split over all threads: the output is cut into blocks that depend on its size alone, each block one
 // serial product.
 static void gemm(bool ta, bool tb, int M, int N, int K, real alpha, const real* A, size_t lda, const real* B,
-                 size_t ldb, real beta, real* out, size_t ldo) {
+                 size_t ldb, real beta, real* out, size_t ldo, const Products* p) {
     // Smaller blocks pack the operands more often: 256 x 512 cost 8% of a step (dev/experiments.tsv).
     enum { TARGET_M = 512, TARGET_N = 1024 };
     int mb = (M + TARGET_M - 1) / TARGET_M, nb = (N + TARGET_N - 1) / TARGET_N;
@@ -201,22 +368,22 @@ static void gemm(bool ta, bool tb, int M, int N, int K, real alpha, const real* 
     for (int block = 0; block < mb * nb; block++) {
         int m = block % mb * bm, n = block / mb * bn;
         gemm_serial(ta, tb, min_int(bm, M - m), min_int(bn, N - n), K, alpha, ta ? A + m : A + (size_t)m * lda, lda,
-                    tb ? B + (size_t)n * ldb : B + n, ldb, beta, out + (size_t)m * ldo + n, ldo);
+                    tb ? B + (size_t)n * ldb : B + n, ldb, beta, out + (size_t)m * ldo + n, ldo, p);
     }
 }
 
 // out (N,OC) = inp (N,C) weight^T, weight (OC,C)
-static void matmul_forward(real* out, const real* inp, const real* weight, int N, int C, int OC) {
-    gemm(false, true, N, OC, C, 1, inp, (size_t)C, weight, (size_t)C, 0, out, (size_t)OC);
+static void matmul_forward(real* out, const real* inp, const real* weight, int N, int C, int OC, const Products* p) {
+    gemm(false, true, N, OC, C, 1, inp, (size_t)C, weight, (size_t)C, 0, out, (size_t)OC, p);
 }
 
 // dinp (N,C) = dout weight, or += with add_dinp; dweight (OC,C) += dout^T inp. Either may be NULL.
 static void matmul_backward(real* dinp, real* dweight, const real* dout, const real* inp, const real* weight, int N,
-                            int C, int OC, bool add_dinp) {
+                            int C, int OC, bool add_dinp, const Products* p) {
     if (dinp) {
-        gemm(false, false, N, C, OC, 1, dout, (size_t)OC, weight, (size_t)C, add_dinp ? 1 : 0, dinp, (size_t)C);
+        gemm(false, false, N, C, OC, 1, dout, (size_t)OC, weight, (size_t)C, add_dinp ? 1 : 0, dinp, (size_t)C, p);
     }
-    if (dweight) { gemm(true, false, OC, C, N, 1, dout, (size_t)OC, inp, (size_t)C, 1, dweight, (size_t)C); }
+    if (dweight) { gemm(true, false, OC, C, N, 1, dout, (size_t)OC, inp, (size_t)C, 1, dweight, (size_t)C, p); }
 }
 
 // =====================================================================================================================
@@ -378,21 +545,24 @@ typedef struct {
     const real *conv_pre, *conv_post;                // (NH,cq,ck), NULL = off
     const real *mix_pre, *mix_post;                  // (NH/ch,ch,ch), NULL = off
     int chunk;                                       // queries of a chunk
+    const Products* products;
 } Attention;
 
 // ---- scores: S[i,j] = q_i . k_j / sqrt(HS), masked
+
+static inline real attention_scale(int HS) { return (real)(1.0 / sqrt(HS)); }
 
 // Rows lo <= i < hi of every head h0 .. h0+H-1, keys 0 .. nk-1; q (T,NH,HS), k (T,NKV,HS) of one sequence
 static void scores_forward(const Tile* out, const real* q, const real* k, const Attention* a, int h0, int H, int lo,
                            int hi, int nk) {
     size_t qs = (size_t)a->NH * a->HS, ks = (size_t)a->NKV * a->HS;
-    real scale = (real)(1.0 / sqrt(a->HS));
+    real scale = attention_scale(a->HS);
     int from = max_int(lo, 0), to = min_int(hi, a->T);
     for (int h = 0; h < H; h++) {
         const real* kh = k + (size_t)((h0 + h) / (a->NH / a->NKV)) * a->HS;
         if (from < to) {
             gemm_serial(false, true, to - from, nk, a->HS, scale, q + (size_t)from * qs + (size_t)(h0 + h) * a->HS, qs,
-                        kh, ks, 0, tile_row(out, h, from), (size_t)out->ld);
+                        kh, ks, 0, tile_row(out, h, from), (size_t)out->ld, a->products);
         }
         for (int i = lo; i < hi; i++) { row_mask(tile_row(out, h, i), row_length(i, a->T, nk), nk); }
     }
@@ -402,12 +572,15 @@ static void scores_forward(const Tile* out, const real* q, const real* k, const 
 static void scores_backward(real* dq, real* dk, const Tile* dout, const real* q, const real* k, const Attention* a,
                             int h0, int H, int lo, int hi) {
     size_t qs = (size_t)a->NH * a->HS, ks = (size_t)a->NKV * a->HS;
-    real scale = (real)(1.0 / sqrt(a->HS));
+    real scale = attention_scale(a->HS);
     for (int h = 0; h < H; h++) {
         size_t qo = (size_t)lo * qs + (size_t)(h0 + h) * a->HS, ko = (size_t)((h0 + h) / (a->NH / a->NKV)) * a->HS;
         const real* ds = tile_row(dout, h, lo);
-        gemm_serial(false, false, hi - lo, a->HS, hi, scale, ds, (size_t)dout->ld, k + ko, ks, 0, dq + qo, qs);
-        gemm_serial(true, false, hi, a->HS, hi - lo, scale, ds, (size_t)dout->ld, q + qo, qs, 1, dk + ko, ks);
+        round_rows(a->products, ds, hi - lo, hi, (size_t)dout->ld);
+        gemm_serial(false, false, hi - lo, a->HS, hi, scale, ds, (size_t)dout->ld, k + ko, ks, 0, dq + qo, qs,
+                    a->products);
+        gemm_serial(true, false, hi, a->HS, hi - lo, scale, ds, (size_t)dout->ld, q + qo, qs, 1, dk + ko, ks,
+                    a->products);
     }
 }
 
@@ -602,7 +775,7 @@ static void head_mix_backward_weight(double* dweight, const Tile* dout, const Ti
                     row[0] = dot_x;
                     row[1] = dot_y;
                 } else {
-                    gemm_serial(false, true, 1, ch, i + 1, 1, d, ld, x, ld, 0, row, (size_t)ch);
+                    gemm_serial(false, true, 1, ch, i + 1, 1, d, ld, x, ld, 0, row, (size_t)ch, NULL);
                 }
                 for (int n = 0; n < ch; n++) { dweight[o * ch + n] += (double)row[n]; }
             }
@@ -686,9 +859,10 @@ static void values_forward(real* out, const Tile* att, const real* v, const Atte
                            int hi) {
     size_t os = (size_t)a->NH * a->HS, vs = (size_t)a->NKV * a->HS;
     for (int h = 0; h < H; h++) {
+        round_rows(a->products, tile_row(att, h, lo), hi - lo, hi, (size_t)att->ld);
         gemm_serial(false, false, hi - lo, a->HS, hi, 1, tile_row(att, h, lo), (size_t)att->ld,
                     v + (size_t)((h0 + h) / (a->NH / a->NKV)) * a->HS, vs, 0,
-                    out + (size_t)lo * os + (size_t)(h0 + h) * a->HS, os);
+                    out + (size_t)lo * os + (size_t)(h0 + h) * a->HS, os, a->products);
     }
 }
 
@@ -699,7 +873,8 @@ static void values_backward_att(const Tile* datt, const real* dout, const real* 
     int to = min_int(hi, a->T);
     for (int h = 0; h < H; h++) {
         gemm_serial(false, true, to - lo, nk, a->HS, 1, dout + (size_t)lo * os + (size_t)(h0 + h) * a->HS, os,
-                    v + (size_t)((h0 + h) / (a->NH / a->NKV)) * a->HS, vs, 0, tile_row(datt, h, lo), (size_t)datt->ld);
+                    v + (size_t)((h0 + h) / (a->NH / a->NKV)) * a->HS, vs, 0, tile_row(datt, h, lo), (size_t)datt->ld,
+                    a->products);
         for (int i = lo; i < hi; i++) { row_mask(tile_row(datt, h, i), row_length(i, a->T, nk), nk); }
     }
 }
@@ -709,9 +884,10 @@ static void values_backward_v(real* dv, const Tile* att, const real* dout, const
                               int hi) {
     size_t os = (size_t)a->NH * a->HS, vs = (size_t)a->NKV * a->HS;
     for (int h = 0; h < H; h++) {
+        round_rows(a->products, tile_row(att, h, lo), hi - lo, hi, (size_t)att->ld);
         gemm_serial(true, false, hi, a->HS, hi - lo, 1, tile_row(att, h, lo), (size_t)att->ld,
                     dout + (size_t)lo * os + (size_t)(h0 + h) * a->HS, os, 1,
-                    dv + (size_t)((h0 + h) / (a->NH / a->NKV)) * a->HS, vs);
+                    dv + (size_t)((h0 + h) / (a->NH / a->NKV)) * a->HS, vs, a->products);
     }
 }
 
@@ -1068,6 +1244,7 @@ typedef struct {
     real* gated;          // (L,N,NH,HS) after head_gate, where there is one
     real *gate, *up;      // (L,N,FF)
     real *ln_f, *rstd_f;  // (N,C), (N)
+    size_t operands;      // values at the beginning of this memory that products read
 } Activations;
 
 // What no pass keeps.
@@ -1081,6 +1258,7 @@ typedef struct {
     real *diff_mix, *diff_dmix;  // (NH/2,2,2)
     real* tiles;                 // attention tiles of every thread
     real *cosine, *sine;         // (T,HS/2)
+    size_t operands;             // values at the beginning of this memory that products read
 } Scratch;
 
 typedef struct {
@@ -1096,6 +1274,8 @@ typedef struct {
     Activations acts;
     Scratch scratch;
     AttentionSums sums;
+    Products* products;    // in bf16; NULL: products of reals
+    bool weights_rounded;  // are the products' copies of the weights those of `weights`?
 } Model;
 
 typedef struct {
@@ -1121,27 +1301,30 @@ static size_t carve_activations(Activations* a, const Config* c, int B, int T, r
            FF = (size_t)c->intermediate_size;
     size_t NH = (size_t)c->num_attention_heads, KV = (size_t)c->num_key_value_heads * config_head_size(c);
     bool norm = c->head_norm != HEAD_NORM_NONE;
-    const Buffer list[] = {
-        {"x", &a->x, (L + 1) * N * C},
-        {"x_mid", &a->x_mid, L * N * C},
+    const Buffer operands[] = {
         {"ln1", &a->ln1, L * N * C},
         {"ln2", &a->ln2, L * N * C},
-        {"rstd1", &a->rstd1, L * N},
-        {"rstd2", &a->rstd2, L * N},
         {"q", &a->q, L * N * C},
         {"k", &a->k, L * N * KV},
         {"v", &a->v, L * N * KV},
-        {"stats", &a->stats, L * N * NH * 2},
         {"att", &a->att, L * N * C},
         {"normed", &a->normed, norm ? L * N * C : 0},
-        {"head_rstd", &a->head_rstd, norm ? L * N * NH : 0},
         {"gated", &a->gated, c->head_gate ? L * N * C : 0},
+        {"ln_f", &a->ln_f, N * C},
+    };
+    const Buffer others[] = {
+        {"x", &a->x, (L + 1) * N * C},
+        {"x_mid", &a->x_mid, L * N * C},
+        {"rstd1", &a->rstd1, L * N},
+        {"rstd2", &a->rstd2, L * N},
+        {"stats", &a->stats, L * N * NH * 2},
+        {"head_rstd", &a->head_rstd, norm ? L * N * NH : 0},
         {"gate", &a->gate, L * N * FF},
         {"up", &a->up, L * N * FF},
-        {"ln_f", &a->ln_f, N * C},
         {"rstd_f", &a->rstd_f, N},
     };
-    return carve(list, (int)(sizeof list / sizeof list[0]), base);
+    a->operands = carve(operands, (int)(sizeof operands / sizeof operands[0]), base);
+    return a->operands + carve(others, (int)(sizeof others / sizeof others[0]), base ? base + a->operands : NULL);
 }
 
 // What the configuration alone says of attention.
@@ -1160,6 +1343,7 @@ static Attention attention_of(const Model* m, const Layer* w, int B, int T) {
     a.conv_pre = w->kq_conv, a.conv_post = w->kq_conv_post, a.mix_pre = w->head_mix_pre;
     a.mix_post = m->config.attention_type == ATTENTION_DIFF ? m->scratch.diff_mix : w->head_mix;
     a.chunk = min_int(m->chunk, T);
+    a.products = m->products;
     return a;
 }
 
@@ -1199,31 +1383,35 @@ static size_t carve_scratch(Scratch* s, const Config* c, int B, int T, int chunk
     size_t NH = (size_t)c->num_attention_heads, KV = (size_t)c->num_key_value_heads * HS;
     Attention a = attention_largest(c, B, T, chunk);
     size_t widest = C > 2 * HS + 1 ? C : 2 * HS + 1;
-    const Buffer list[] = {
+    const Buffer operands[] = {
         {"act", &s->act, N * FF},
         {"dgate", &s->dgate, N * FF},
         {"dup", &s->dup, N * FF},
         {"dx", &s->dx, N * C},
-        {"dln", &s->dln, N * C},
         {"datt", &s->datt, N * C},
         {"dq", &s->dq, N * C},
         {"dk", &s->dk, N * KV},
         {"dv", &s->dv, N * KV},
         {"logits", &s->logits, (size_t)logit_rows(c->vocab_size, (int)N) * c->vocab_size},
+        {"tiles", &s->tiles, (size_t)omp_get_max_threads() * ATTENTION_TILES * attention_tile_size(&a)},
+    };
+    const Buffer others[] = {
+        {"dln", &s->dln, N * C},
         {"losses", &s->losses, N},
         {"parts", &s->parts, NORM_PARTS * widest},
         {"diff_mix", &s->diff_mix, 2 * NH},
         {"diff_dmix", &s->diff_dmix, 2 * NH},
-        {"tiles", &s->tiles, (size_t)omp_get_max_threads() * ATTENTION_TILES * attention_tile_size(&a)},
         {"cosine", &s->cosine, (size_t)T * HS / 2},
         {"sine", &s->sine, (size_t)T * HS / 2},
     };
-    return carve(list, (int)(sizeof list / sizeof list[0]), base);
+    s->operands = carve(operands, (int)(sizeof operands / sizeof operands[0]), base);
+    return s->operands + carve(others, (int)(sizeof others / sizeof others[0]), base ? base + s->operands : NULL);
 }
 
 // Bytes of each allocation of a model, in the order of the plan that is printed before any is made.
 typedef struct {
     size_t weights, gradients, optimizer, activations, scratch;
+    size_t rounded;  // the copies in bf16 of what products read, where they are in bf16
 } MemoryPlan;
 
 static MemoryPlan model_memory(const Config* c, int B, int T) {
@@ -1233,9 +1421,13 @@ static MemoryPlan model_memory(const Config* c, int B, int T) {
     tensor_list(&list, c);
     size_t arena = list.numel * sizeof(real);
     AttentionSums sums;
-    MemoryPlan p = {arena, arena, 2 * arena, carve_activations(&acts, c, B, T, NULL) * sizeof(real),
+    MemoryPlan p = {arena,
+                    arena,
+                    2 * arena,
+                    carve_activations(&acts, c, B, T, NULL) * sizeof(real),
                     carve_scratch(&scratch, c, B, T, 0, NULL) * sizeof(real) + (size_t)B * T +
-                        (size_t)B * carve_sums(&sums, c, NULL) * sizeof(double)};
+                        (size_t)B * carve_sums(&sums, c, NULL) * sizeof(double),
+                    (list.numel + acts.operands + scratch.operands) * sizeof(uint16_t)};
     tensor_list_free(&list);
     return p;
 }
@@ -1281,10 +1473,19 @@ static Model* model_create(const Config* config, int B, int T, int chunk) {
     return m;
 }
 
+// From here on this model's products are in bf16.
+static void model_round_products(Model* m) {
+    const Rounded of[3] = {{m->weights, m->tensors.numel, NULL},
+                           {m->activation_memory, m->acts.operands, NULL},
+                           {m->scratch_memory, m->scratch.operands, NULL}};
+    m->products = products_create(of, attention_scale(config_head_size(&m->config)));
+}
+
 static void model_free(Model* m) {
     void* const memory[] = {m->weights,           m->grads,          m->m,          m->v,
                             m->activation_memory, m->scratch_memory, m->sum_memory, m->wrong};
     for (size_t i = 0; i < sizeof memory / sizeof memory[0]; i++) { free(memory[i]); }
+    products_free(m->products);
     tensor_list_free(&m->tensors);
     free(m);
 }
@@ -1295,23 +1496,30 @@ static void model_free(Model* m) {
 // From tokens (B,T) to the normalised last state acts.ln_f (N,C).
 static void model_forward(Model* m, const int32_t* tokens, int B, int T) {
     const Config* c = &m->config;
+    const Products* mm = m->products;
     Activations* a = &m->acts;
     int N = B * T, C = c->hidden_size, FF = c->intermediate_size, NH = c->num_attention_heads,
         NKV = c->num_key_value_heads;
     int HS = config_head_size(c), KV = NKV * HS, wide = config_norm_heads(c);
     size_t NC = (size_t)N * C, NF = (size_t)N * FF, NK = (size_t)N * KV;
     assert((size_t)B * T <= (size_t)m->B * m->T && T <= m->T);
+    if (mm && !m->weights_rounded) { round_operand(mm, m->weights, m->tensors.numel); }
+    m->weights_rounded = true;
     embedding_forward(a->x, tokens, model_tensor(m, m->weights, TENSOR_EMBED), N, C);
     for (int l = 0; l < c->num_hidden_layers; l++) {
         Layer w = model_layer(m, m->weights, l);
         real *x = a->x + l * NC, *ln1 = a->ln1 + l * NC, *ln2 = a->ln2 + l * NC, *x_mid = a->x_mid + l * NC;
         real *q = a->q + l * NC, *k = a->k + l * NK, *v = a->v + l * NK, *att = a->att + l * NC, *out = att;
         rmsnorm_forward(ln1, a->rstd1 + (size_t)l * N, x, w.input_norm, N, C, c->rms_norm_eps, 1);
-        matmul_forward(q, ln1, w.q, N, C, C);
-        matmul_forward(k, ln1, w.k, N, C, KV);
-        matmul_forward(v, ln1, w.v, N, C, KV);
+        round_operand(mm, ln1, NC);
+        matmul_forward(q, ln1, w.q, N, C, C, mm);
+        matmul_forward(k, ln1, w.k, N, C, KV, mm);
+        matmul_forward(v, ln1, w.v, N, C, KV, mm);
         rope_forward(q, m->scratch.cosine, m->scratch.sine, B, T, NH, HS, 1);
         rope_forward(k, m->scratch.cosine, m->scratch.sine, B, T, NKV, HS, 1);
+        round_operand(mm, q, NC);
+        round_operand(mm, k, NK);
+        round_operand(mm, v, NK);
         if (w.lambda_q1) {
             Lambda lambda = {w.lambda_q1, w.lambda_k1, w.lambda_q2, w.lambda_k2};
             diff_lambda_forward(m->scratch.diff_mix, &lambda, config_lambda_init(l), NH, HS);
@@ -1328,17 +1536,21 @@ static void model_forward(Model* m, const int32_t* tokens, int B, int T) {
             head_gate_forward(a->gated + l * NC, out, w.gate_weight, w.gate_bias, N * NH, HS);
             out = a->gated + l * NC;
         }
+        round_operand(mm, out, NC);
         memcpy(x_mid, x, NC * sizeof(real));
-        gemm(false, true, N, C, C, 1, out, (size_t)C, w.o, (size_t)C, 1, x_mid, (size_t)C);  // x_mid = x + out Wo^T
+        gemm(false, true, N, C, C, 1, out, (size_t)C, w.o, (size_t)C, 1, x_mid, (size_t)C, mm);  // x_mid = x + out Wo^T
         rmsnorm_forward(ln2, a->rstd2 + (size_t)l * N, x_mid, w.post_norm, N, C, c->rms_norm_eps, 1);
-        matmul_forward(a->gate + l * NF, ln2, w.gate_proj, N, C, FF);
-        matmul_forward(a->up + l * NF, ln2, w.up_proj, N, C, FF);
+        round_operand(mm, ln2, NC);
+        matmul_forward(a->gate + l * NF, ln2, w.gate_proj, N, C, FF, mm);
+        matmul_forward(a->up + l * NF, ln2, w.up_proj, N, C, FF, mm);
         swiglu_forward(m->scratch.act, a->gate + l * NF, a->up + l * NF, NF);
+        round_operand(mm, m->scratch.act, NF);
         memcpy(x + NC, x_mid, NC * sizeof(real));
-        gemm(false, true, N, C, FF, 1, m->scratch.act, (size_t)FF, w.down_proj, (size_t)FF, 1, x + NC, (size_t)C);
+        gemm(false, true, N, C, FF, 1, m->scratch.act, (size_t)FF, w.down_proj, (size_t)FF, 1, x + NC, (size_t)C, mm);
     }
     rmsnorm_forward(a->ln_f, a->rstd_f, a->x + c->num_hidden_layers * NC, model_tensor(m, m->weights, TENSOR_NORM), N,
                     C, c->rms_norm_eps, 1);
+    round_operand(mm, a->ln_f, NC);
 }
 
 // The classifier and its loss, a chunk of rows at a time so that the logits of all rows never exist: returns the sum of
@@ -1347,18 +1559,21 @@ static void model_forward(Model* m, const int32_t* tokens, int B, int T) {
 static double model_loss(Model* m, const int32_t* targets, int N, real dloss, bool gradient, float* logits) {
     int C = m->config.hidden_size, V = m->config.vocab_size;
     const real* head = model_head(m, m->weights);
+    const Products* mm = m->products;
     for (int n = 0; n < N; n += m->logit_rows) {
         int rows = min_int(m->logit_rows, N - n);
         const real* x = m->acts.ln_f + (size_t)n * C;
         real* chunk = m->scratch.logits;
-        matmul_forward(chunk, x, head, rows, C, V);
+        matmul_forward(chunk, x, head, rows, C, V, mm);
         if (logits) {
             for (size_t i = 0; i < (size_t)rows * V; i++) { logits[(size_t)n * V + i] = (float)chunk[i]; }
         }
         crossentropy_forward_backward(m->scratch.losses + n, m->wrong + n, chunk, targets + n, rows, V, dloss,
                                       gradient);
         if (gradient) {
-            matmul_backward(m->scratch.dln + (size_t)n * C, model_head(m, m->grads), chunk, x, head, rows, C, V, false);
+            round_operand(mm, chunk, (size_t)rows * V);
+            matmul_backward(m->scratch.dln + (size_t)n * C, model_head(m, m->grads), chunk, x, head, rows, C, V, false,
+                            mm);
         }
     }
     double sum = 0;
@@ -1371,6 +1586,7 @@ static void model_backward(Model* m, const int32_t* tokens, int B, int T) {
     const Config* c = &m->config;
     const Activations* a = &m->acts;
     Scratch* s = &m->scratch;
+    const Products* mm = m->products;
     int N = B * T, C = c->hidden_size, FF = c->intermediate_size, NH = c->num_attention_heads,
         NKV = c->num_key_value_heads;
     int HS = config_head_size(c), KV = NKV * HS, wide = config_norm_heads(c), L = c->num_hidden_layers;
@@ -1385,15 +1601,20 @@ static void model_backward(Model* m, const int32_t* tokens, int B, int T) {
         const real *q = a->q + l * NC, *k = a->k + l * NK, *v = a->v + l * NK, *att = a->att + l * NC;
         const real *normed = w.head_norm ? a->normed + l * NC : att, *out = w.gate_weight ? a->gated + l * NC : normed;
         // x + down(act)
-        matmul_backward(s->dgate, NULL, s->dx, NULL, w.down_proj, N, FF, C, false);
+        round_operand(mm, s->dx, NC);
+        matmul_backward(s->dgate, NULL, s->dx, NULL, w.down_proj, N, FF, C, false, mm);
         swiglu_backward(s->dgate, s->dup, s->act, s->dgate, a->gate + l * NF, a->up + l * NF, NF);
-        matmul_backward(NULL, g.down_proj, s->dx, s->act, NULL, N, FF, C, false);
-        matmul_backward(s->dln, g.gate_proj, s->dgate, ln2, w.gate_proj, N, C, FF, false);
-        matmul_backward(s->dln, g.up_proj, s->dup, ln2, w.up_proj, N, C, FF, true);
+        round_operand(mm, s->act, NF);
+        round_operand(mm, s->dgate, NF);
+        round_operand(mm, s->dup, NF);
+        matmul_backward(NULL, g.down_proj, s->dx, s->act, NULL, N, FF, C, false, mm);
+        matmul_backward(s->dln, g.gate_proj, s->dgate, ln2, w.gate_proj, N, C, FF, false, mm);
+        matmul_backward(s->dln, g.up_proj, s->dup, ln2, w.up_proj, N, C, FF, true, mm);
         rmsnorm_backward(s->dx, g.post_norm, s->dln, x_mid, w.post_norm, a->rstd2 + (size_t)l * N, N, C, 1, s->parts,
                          true);
         // x + o(out)
-        matmul_backward(s->datt, g.o, s->dx, out, w.o, N, C, C, false);
+        round_operand(mm, s->dx, NC);
+        matmul_backward(s->datt, g.o, s->dx, out, w.o, N, C, C, false, mm);
         if (w.gate_weight) {
             head_gate_backward(s->datt, g.gate_weight, g.gate_bias, s->datt, normed, w.gate_weight, w.gate_bias, N * NH,
                                HS, s->parts);
@@ -1408,6 +1629,7 @@ static void model_backward(Model* m, const int32_t* tokens, int B, int T) {
             diff_lambda_forward(s->diff_mix, &lambda, config_lambda_init(l), NH, HS);
         }
         Attention shape = attention_of(m, &w, B, T);
+        round_operand(mm, s->datt, NC);
         attention_backward(s->dq, s->dk, s->dv, &m->sums, s->datt, q, k, v, a->stats + (size_t)l * N * NH * 2, &shape,
                            s->tiles);
         if (g.kq_conv) { attention_sums_add(g.kq_conv, m->sums.conv_pre, B, m->sums.n, kernel); }
@@ -1426,9 +1648,12 @@ static void model_backward(Model* m, const int32_t* tokens, int B, int T) {
         }
         rope_backward(s->dq, s->cosine, s->sine, B, T, NH, HS);
         rope_backward(s->dk, s->cosine, s->sine, B, T, NKV, HS);
-        matmul_backward(s->dln, g.q, s->dq, ln1, w.q, N, C, C, false);
-        matmul_backward(s->dln, g.k, s->dk, ln1, w.k, N, C, KV, true);
-        matmul_backward(s->dln, g.v, s->dv, ln1, w.v, N, C, KV, true);
+        round_operand(mm, s->dq, NC);
+        round_operand(mm, s->dk, NK);
+        round_operand(mm, s->dv, NK);
+        matmul_backward(s->dln, g.q, s->dq, ln1, w.q, N, C, C, false, mm);
+        matmul_backward(s->dln, g.k, s->dk, ln1, w.k, N, C, KV, true, mm);
+        matmul_backward(s->dln, g.v, s->dv, ln1, w.v, N, C, KV, true, mm);
         rmsnorm_backward(s->dx, g.input_norm, s->dln, x, w.input_norm, a->rstd1 + (size_t)l * N, N, C, 1, s->parts,
                          true);
     }
@@ -1495,6 +1720,7 @@ static double model_update(Model* m, const AdamW* h, long step) {
         av[i] = b2 * av[i] + (1 - b2) * d * d;
         w[i] = w[i] * decay - rate * am[i] / (sqrt_real(av[i]) * correct + eps);
     }
+    m->weights_rounded = false;
     return norm;
 }
 
@@ -1519,17 +1745,21 @@ static StepResult train_step(Model* m, const Step* s) {
 
 // Operations a second of a matrix product of 1024^3, measured for a moment: what MFU and the plan's time are relative
 // to.
-static double matmul_rate(void) {
-    enum { SIDE = 1024 };
-    real* a = (real*)alloc_or_die(3 * (size_t)SIDE * SIDE, sizeof(real), "a test product");
+static double matmul_rate(bool bf16) {
+    enum { SIDE = 1024, NUMEL = SIDE * SIDE };
+    real* a = (real*)alloc_or_die(3 * (size_t)NUMEL, sizeof(real), "a test product");
+    const Rounded of[3] = {{a, NUMEL, NULL}, {a + NUMEL, NUMEL, NULL}, {NULL, 0, NULL}};
+    Products* products = bf16 ? products_create(of, 1) : NULL;
     double best = 0;
-    for (size_t i = 0; i < 2 * (size_t)SIDE * SIDE; i++) { a[i] = (real)(i % 97); }
+    for (size_t i = 0; i < 2 * (size_t)NUMEL; i++) { a[i] = (real)(i % 97); }
+    round_operand(products, a, NUMEL);
+    round_operand(products, a + NUMEL, NUMEL);
     for (int i = 0; i < 5; i++) {
         double start = seconds_now();
-        gemm(false, false, SIDE, SIDE, SIDE, 1, a, SIDE, a + (size_t)SIDE * SIDE, SIDE, 0, a + 2 * (size_t)SIDE * SIDE,
-             SIDE);
+        gemm(false, false, SIDE, SIDE, SIDE, 1, a, SIDE, a + NUMEL, SIDE, 0, a + 2 * (size_t)NUMEL, SIDE, products);
         best = fmax(best, 2.0 * SIDE * SIDE * SIDE / (seconds_now() - start));
     }
+    products_free(products);
     free(a);
     return best;
 }
@@ -1538,14 +1768,12 @@ static double matmul_rate(void) {
 static void print_plan(Run* r) {
     char device[64];
     MemoryPlan p = model_memory(&r->config, r->batch_size, r->seq_len);
-    const PlanRow rows[] = {{"weights fp32", p.weights},
-                            {"gradients", p.gradients},
-                            {"optimizer m, v", p.optimizer},
-                            {"activations", p.activations},
-                            {"scratch", p.scratch}};
+    const PlanRow rows[] = {{"weights fp32", p.weights},    {"gradients", p.gradients}, {"optimizer m, v", p.optimizer},
+                            {"activations", p.activations}, {"scratch", p.scratch},     {"rounded to bf16", p.rounded}};
+    bool bf16 = r->trainer == trainer_cpu_bf16();
+    int n = (int)(sizeof rows / sizeof rows[0]) - !bf16;
     snprintf(device, sizeof device, "%d threads", omp_get_max_threads());
-    double total = train_print_plan(r, device, matmul_rate(), rows, (int)(sizeof rows / sizeof rows[0])),
-           available = (double)memory_available();
+    double total = train_print_plan(r, device, matmul_rate(bf16), rows, n), available = (double)memory_available();
     if (!r->options->dry_run && available > 0 && total > available) {
         die("memory: the plan needs %.1f GiB, %.1f are available; try a smaller --batch-size or --seq-len",
             total / 1073741824, available / 1073741824);
@@ -1559,6 +1787,12 @@ static void* table_create(const Config* c, int B, int T, int chunk, Error* e) {
     (void)e;  // on the CPU, memory that cannot be had ends the program with a line that says how much
     return model_create(c, B, T, chunk);
 }
+static void* table_create_bf16(const Config* c, int B, int T, int chunk, Error* e) {
+    if (!bf16_products(e)) { return NULL; }
+    Model* m = model_create(c, B, T, chunk);
+    model_round_products(m);
+    return m;
+}
 static void table_destroy(void* m) { model_free((Model*)m); }
 static const TensorList* table_tensors(const void* m) { return &((const Model*)m)->tensors; }
 
@@ -1567,8 +1801,9 @@ static real* table_state(const Model* m, StateKind kind, int i) {
     return arenas[kind] + m->tensors.specs[i].offset;
 }
 static void table_set(void* model, StateKind kind, int tensor, const float* data) {
-    const Model* m = (const Model*)model;
+    Model* m = (Model*)model;
     memcpy(table_state(m, kind, tensor), data, m->tensors.specs[tensor].numel * sizeof(real));
+    m->weights_rounded = false;
 }
 static void table_get(const void* m, StateKind kind, int tensor, size_t from, size_t n, float* data) {
     memcpy(data, table_state((const Model*)m, kind, tensor) + from, n * sizeof(real));
@@ -1584,7 +1819,7 @@ static void table_last_logits(void* model, const int32_t* tokens, int n, float* 
     Model* m = (Model*)model;
     model_forward(m, tokens, 1, n);
     matmul_forward(logits, m->acts.ln_f + (size_t)(n - 1) * m->config.hidden_size, model_head(m, m->weights), 1,
-                   m->config.hidden_size, m->config.vocab_size);
+                   m->config.hidden_size, m->config.vocab_size, m->products);
 }
 static double table_update(void* m, const AdamW* hyper, long step) { return model_update((Model*)m, hyper, step); }
 static double table_forward_backward(void* m, const int32_t* tokens, const int32_t* targets, int B, int T,
@@ -1595,26 +1830,39 @@ static StepResult table_train_step(void* m, const Step* step) { return train_ste
 
 const Trainer* trainer_cpu(void) {
     static const Trainer table = {
-        "cpu fp32", true,          table_create,      table_destroy,          table_tensors, table_set,
-        table_get,  table_forward, table_last_logits, table_forward_backward, table_update,  table_train_step};
+        "cpu fp32",      true,      false,         table_create,      table_destroy,          table_tensors,
+        table_set,       table_get, table_forward, table_last_logits, table_forward_backward, table_update,
+        table_train_step};
+    return &table;
+}
+
+// The same with products in bf16.
+const Trainer* trainer_cpu_bf16(void) {
+    static const Trainer table = {
+        "cpu bf16",      false,     false,         table_create_bf16, table_destroy,          table_tensors,
+        table_set,       table_get, table_forward, table_last_logits, table_forward_backward, table_update,
+        table_train_step};
     return &table;
 }
 
 #ifndef MTA_LIBRARY
 int main(int argc, char** argv) {
+    Error e = {{0}};
     TrainOptions options;
     Run run;
     bound_spinning(argv);
     open_standard_files();
     blas_single_thread();
     options_given(&options, argc, argv);
-    run_settle(&run, trainer_cpu(), &options);
+    bool bf16 = options.matmul && !strcmp(options.matmul, "bf16");
+    if (bf16 && !bf16_products(&e)) { die("--matmul bf16: %s", e.text); }
+    run_settle(&run, bf16 ? trainer_cpu_bf16() : trainer_cpu(), &options);
     print_plan(&run);
     if (options.dry_run) { return EXIT_DONE; }
     run_open_data(&run);
-    run.model = model_create(&run.config, run.batch_size, run.seq_len, 0);
+    run.model = run.trainer->create(&run.config, run.batch_size, run.seq_len, 0, &e);
     int status = train(&run);
-    model_free((Model*)run.model);
+    run.trainer->destroy(run.model);
     return status;
 }
 #endif

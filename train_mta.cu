@@ -4190,6 +4190,7 @@ static StepResult table_train_step(void* m, const Step* step) { return train_ste
 extern "C" const Trainer* trainer_cuda(void) {
     static const Trainer table = {"cuda " PRECISION_NAME,
                                   EXACT,
+                                  !EXACT,
                                   table_create,
                                   table_destroy,
                                   table_tensors,

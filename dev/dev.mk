@@ -21,7 +21,7 @@ help_dev:
 	@echo "make compile_commands                           compile_commands.json for clangd and other tools"
 
 # What was compiled with other flags is compiled again: these files change where the flags do (all but -Werror, which changes no code).
-FLAGS_c = $(CC) $(CFLAGS) $(BLAS)
+FLAGS_c = $(CC) $(CFLAGS) $(BLAS) $(ONEDNN)
 FLAGS_cxx = $(CXX) $(CXXFLAGS)
 FLAGS_nvcc = $(NVCC) $(NVCCFLAGS) $(NVCC_CODE) $(CUDA_DEFINES)
 build/flags_%: FORCE
@@ -36,7 +36,7 @@ OBJCOPY = $(shell $(CC) -print-prog-name=objcopy)
 # ---- C
 
 build/%.o: %.c $(HEADERS) build/flags_c
-	$(CC) $(CFLAGS) $(BLAS) -c $< -o $@
+	$(CC) $(CFLAGS) $(BLAS) $(ONEDNN) -c $< -o $@
 
 build/%_nocblas.o: %.c $(HEADERS) build/flags_c
 	$(CC) $(CFLAGS) -c $< -o $@
@@ -90,7 +90,7 @@ build/train_mta_cuda_fp32: build/train_mta_cuda_fp32.o
 	$(NVCC) $(NVCC_CODE) -Xcompiler -fopenmp $^ -o $@ $(CUDA_LINK)
 
 build/test_mta_cuda_fp32: build/test_mta.o build/train_mta_library.o build/train_mta_cuda_fp32_library.o
-	$(NVCC) $(NVCC_CODE) -Xcompiler -fopenmp $^ -o $@ $(CUDA_LINK) $(BLAS_LINK) $(LDLIBS)
+	$(NVCC) $(NVCC_CODE) -Xcompiler -fopenmp $^ -o $@ $(CUDA_LINK) $(BLAS_LINK) $(ONEDNN_LINK) $(LDLIBS)
 
 # Programs that include train_mta.cu: dev/tests/test_ops.cu, dev/bench/cuda_step.cu.
 CUDA_PROGRAM = $(NVCC) $(NVCCFLAGS) $(NVCC_CODE) $(CUDA_DEFINES) -diag-suppress 177
@@ -138,9 +138,9 @@ build/train_mta_cuda_cpu_fp32: build/cuda_cpu_fp32.o
 	$(CXX) $(CXXFLAGS) $^ -o $@ $(LDLIBS)
 
 test_mta_cuda_cpu: build/test_mta.o build/train_mta_library.o build/cuda_cpu_fp32_library.o
-	$(CXX) $(CXXFLAGS) $^ -o $@ $(BLAS_LINK) $(LDLIBS)
+	$(CXX) $(CXXFLAGS) $^ -o $@ $(BLAS_LINK) $(ONEDNN_LINK) $(LDLIBS)
 test_mta_cuda_cpu_bf16: build/test_mta.o build/train_mta_library.o build/cuda_cpu_bf16_library.o
-	$(CXX) $(CXXFLAGS) $^ -o $@ $(BLAS_LINK) $(LDLIBS)
+	$(CXX) $(CXXFLAGS) $^ -o $@ $(BLAS_LINK) $(ONEDNN_LINK) $(LDLIBS)
 
 # test_ops.cu includes train_mta.cu, and is linked with train_mta.c in double.
 build/ops_reference.o: dev/tests/ops_reference.c dev/tests/ops_reference.h train_mta.c $(HEADERS) build/flags_c
@@ -164,7 +164,7 @@ build/asan/cuda_cpu_bf16.o: train_mta.cu $(HEADERS) $(EMULATOR_HEADERS) build/fl
 	@mkdir -p build/asan
 	$(EMULATE) $(ASAN_KERNELS) $(SIZES) -c $< -o $@
 build/asan/test_mta_cuda_cpu_bf16: build/test_mta.o build/train_mta_library.o build/asan/cuda_cpu_bf16_library.o
-	$(CXX) $(CXXFLAGS) $(ASAN_KERNELS) $^ -o $@ $(BLAS_LINK) $(LDLIBS)
+	$(CXX) $(CXXFLAGS) $(ASAN_KERNELS) $^ -o $@ $(BLAS_LINK) $(ONEDNN_LINK) $(LDLIBS)
 
 # Every access of a kernel watched for races (dev/cuda_cpu/races.cpp); `thread` is the compiler's pass alone, its library is not linked.
 RACES = -O1 -fsanitize=thread
@@ -178,7 +178,7 @@ build/races/fp32.o: train_mta.cu $(HEADERS) $(EMULATOR_HEADERS) build/flags_cxx
 	@mkdir -p build/races
 	$(EMULATE) $(RACES) $(SIZES) -DPRECISION_FP32 -c $< -o $@
 build/races/test_mta_%: build/test_mta.o build/train_mta_library.o build/races/%_library.o build/races/races.o
-	$(CXX) $(CXXFLAGS) $^ -o $@ $(BLAS_LINK) $(LDLIBS)
+	$(CXX) $(CXXFLAGS) $^ -o $@ $(BLAS_LINK) $(ONEDNN_LINK) $(LDLIBS)
 
 # The emulator's own tests, with planted faults: the address sanitizer sees those out of bounds, races.cpp the races.
 build/test_emulator: dev/tests/test_emulator.cpp $(wildcard dev/tests/*.h) $(EMULATOR_HEADERS)
@@ -220,7 +220,7 @@ build/test_ptx: dev/tests/test_ptx.cpp $(wildcard dev/tests/*.h) $(PTX_HEADERS) 
 
 bench_programs: build/cpu_step build/cpu_step_nocblas
 build/cpu_step: dev/bench/cpu_step.c train_mta.c $(HEADERS) build/flags_c
-	$(CC) $(CFLAGS) $(BLAS) $< -o $@ $(BLAS_LINK) $(LDLIBS)
+	$(CC) $(CFLAGS) $(BLAS) $(ONEDNN) $< -o $@ $(BLAS_LINK) $(ONEDNN_LINK) $(LDLIBS)
 build/cpu_step_nocblas: dev/bench/cpu_step.c train_mta.c $(HEADERS) build/flags_c
 	$(CC) $(CFLAGS) $< -o $@ $(LDLIBS)
 build/infer_step: dev/bench/infer_step.c dev/bench/machine.c infer_mta.c $(HEADERS) build/flags_c

@@ -404,6 +404,9 @@ static inline void run_return_output(Run* r) {
     close(r->answers);
 }
 
+// What the products multiply.
+static inline const char* run_matmul(const Run* r) { return r->trainer->exact ? "fp32" : "bf16"; }
+
 // Finds the checkpoint to continue, settles the model and the steps. Ends the program on a mistake.
 static inline void run_settle(Run* r, const Trainer* trainer, const TrainOptions* o) {
     memset(r, 0, sizeof *r);
@@ -412,6 +415,9 @@ static inline void run_settle(Run* r, const Trainer* trainer, const TrainOptions
     r->saved_step = r->timed_step = -1;
     r->lock = -1;
     r->log.fd = -1;
+    if (o->matmul && strcmp(o->matmul, run_matmul(r)) != 0) {
+        die("--matmul: got %s, this build's products are in %s", o->matmul, run_matmul(r));
+    }
     if (o->score) { run_divert_output(r); }
     if (!o->dry_run && o->out) {
         if (!o->resume && run_holds_run(o->out)) {
@@ -533,13 +539,14 @@ static inline void run_open_directory(Run* r) {
 // ---- trainer.json
 
 // What the trainer writes into model.safetensors, for config.json.
-static inline const char* run_torch_dtype(const Run* r) { return r->trainer->exact ? "float32" : "bfloat16"; }
+static inline const char* run_torch_dtype(const Run* r) { return r->trainer->rounded ? "bfloat16" : "float32"; }
 
 static inline void run_state_json(const Run* r, Text* t) {
     text_printf(t, "{\n  \"format\": 1,\n  \"step\": %lld,\n  \"tokens_seen\": %lld,\n  \"skipped\": %lld,\n",
                 (long long)r->step, (long long)r->tokens_seen, (long long)r->skipped);
     text_printf(t, "  \"batch_size\": %d,\n  \"tokens_per_step\": %lld,\n%s", r->batch_size,
                 (long long)r->tokens_per_step, r->timed ? "  \"timed\": true,\n" : "");
+    text_printf(t, "  \"matmul\": \"%s\",\n", run_matmul(r));
     text_printf(t, "  \"random\": {\"seed\": %lld, \"step\": %lld},\n  \"loader\": ", (long long)r->options->seed,
                 (long long)r->step);
     text_append(t, r->loader_state.text, r->loader_state.n);
@@ -565,6 +572,11 @@ static inline void run_say_changes(const Run* r, const Json* saved) {
     }
     if (json_integer(json_get(saved, "tokens_per_step"), 1, INT64_MAX, &tokens) && tokens != r->tokens_per_step) {
         printf("--tokens-per-step was %lld, is %lld from here on\n", (long long)tokens, (long long)r->tokens_per_step);
+    }
+    const Json* matmul = json_get(saved, "matmul");
+    if (matmul && matmul->type == JSON_STRING && strcmp(matmul->string, run_matmul(r)) != 0) {
+        printf("--matmul was %s, is %s from here on: operands of products are rounded otherwise\n", matmul->string,
+               run_matmul(r));
     }
 }
 

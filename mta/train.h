@@ -391,16 +391,16 @@ static inline const void* fetch_tensor(void* ctx, int group, int tensor, size_t 
 
 // Tries once; writes the checkpoint's directory into path.
 static inline bool write_checkpoint(const Run* r, char* path, Error* e) {
-    bool exact = r->trainer->exact;
+    bool rounded = r->trainer->rounded;
     const TensorList* list = r->trainer->tensors(r->model);
     float* room = (float*)alloc_or_die(CHECKPOINT_PIECE, sizeof(float), "a piece of a tensor");
-    TensorGroups weights = {r, SAVED_WEIGHTS, exact ? DT_F32 : DT_BF16, room},
+    TensorGroups weights = {r, SAVED_WEIGHTS, rounded ? DT_BF16 : DT_F32, room},
                  optimizer = {r, OPTIMIZER_STATES, DT_F32, room};
     CheckpointWriter w;
     bool good =
         checkpoint_begin(&w, r->options->out, (long)r->step, e) &&
         checkpoint_add_tensors(&w, "model.safetensors", list, NO_PREFIX, 1, weights.dtype, fetch_tensor, &weights, e) &&
-        checkpoint_add_tensors(&w, "optimizer.safetensors", list, OPTIMIZER_PREFIXES, exact ? 2 : 3, DT_F32,
+        checkpoint_add_tensors(&w, "optimizer.safetensors", list, OPTIMIZER_PREFIXES, rounded ? 3 : 2, DT_F32,
                                fetch_tensor, &optimizer, e) &&
         run_save_texts(r, &w, e) && checkpoint_commit(&w, path, e);
     free(room);

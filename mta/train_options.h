@@ -8,7 +8,7 @@
 
 typedef struct {
     const char *model, *attention, *train, *val, *out, *init_from, *tokenizer, *pattern, *mix, *schedule, *recompute,
-        *score;
+        *score, *matmul;
     bool resume, dry_run, assume_llama, no_verify, eval_first, eval_only, shift;
     FieldValue fields[CONFIG_FIELD_COUNT];  // of config.json, a row of CONFIG_FIELDS each
     // training
@@ -138,6 +138,8 @@ static inline void train_options_table(Opt* table, TrainOptions* o) {
     ROW("--weight-decay", OPT_FLOAT, &o->weight_decay, NULL, "decoupled decay of every tensor", 0, 1e3)
     ROW("--grad-clip", OPT_FLOAT, &o->grad_clip, NULL, "largest global gradient norm, 0 = off", 0, 1e9)
     ROW("--seed", OPT_LONG, &o->seed, NULL, "of initialisation, data order and samples", 0, 9e15)
+    ROW("--matmul", OPT_CHOICE, &o->matmul, "fp32|bf16",
+        "what products multiply (default: fp32 on the CPU; CUDA: as it was built, nothing else)", 0, 0)
     ROW("--recompute", OPT_CHOICE, &o->recompute, "none|elementwise|block",
         "activations computed again in the backward pass (CUDA)", 0, 0)
     ROW("--cuda-graphs", OPT_SWITCH, &o->cuda_graphs, NULL,

@@ -39,7 +39,8 @@ typedef struct {
 
 typedef struct {
     const char* name;  // "cpu fp32", "cuda bf16", ...
-    bool exact;        // fp32 arithmetic and storage: the CPU's tolerances hold; else the weights are stored in bf16
+    bool exact;        // arithmetic and storage in fp32: the CPU's tolerances hold; else products read bf16
+    bool rounded;      // the weights are stored in bf16, and master weights in fp32 beside them
     // A model of at most B sequences of at most T tokens, every state zero; `forward` also takes more of them that are
     // shorter, up to B x T tokens together. chunk: queries of an attention chunk, 0 =
     // the trainer's choice. NULL and a message if it cannot be had.
@@ -67,8 +68,9 @@ typedef struct {
 #ifdef __cplusplus
 extern "C" {
 #endif
-const Trainer* trainer_cpu(void);   // train_mta.c, fp32
-const Trainer* trainer_cuda(void);  // train_mta.cu
+const Trainer* trainer_cpu(void);       // train_mta.c, fp32
+const Trainer* trainer_cpu_bf16(void);  // the same with products of operands rounded to bf16
+const Trainer* trainer_cuda(void);      // train_mta.cu
 #ifdef __cplusplus
 }
 #endif

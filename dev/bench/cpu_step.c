@@ -32,7 +32,7 @@ static double product_rate(float* a, bool blocks) {
 #endif
     (void)blocks;
     start = seconds_now();
-    gemm(false, false, SIDE, SIDE, SIDE, 1, a, SIDE, b, SIDE, 0, c, SIDE);
+    gemm(false, false, SIDE, SIDE, SIDE, 1, a, SIDE, b, SIDE, 0, c, SIDE, NULL);
     return 2.0 * SIDE * SIDE * SIDE / (seconds_now() - start);
 }
 

@@ -45,8 +45,8 @@ static double update_alone(double* weights, double* m, double* v, const double* 
 // ---- steps of attention: a map becomes a tile that has all rows of a sequence, and halos above and below it
 
 static Attention shape_of(const RefAttention* r, int chunk) {
-    Attention a = {r->B,      r->T,       r->NH,       r->NKV,       r->HS,      r->cq,       r->ck,
-                   r->ch_pre, r->ch_post, r->conv_pre, r->conv_post, r->mix_pre, r->mix_post, chunk};
+    Attention a = {r->B,       r->T,        r->NH,        r->NKV,     r->HS,       r->cq, r->ck, r->ch_pre,
+                   r->ch_post, r->conv_pre, r->conv_post, r->mix_pre, r->mix_post, chunk, NULL};
     return a;
 }
 static Tile tile_new(const Attention* a) {
@@ -306,10 +306,22 @@ static void attention_backward_alone(double* dq, double* dk, double* dv, double*
     for (int i = 0; i < 6; i++) { free(all[i]); }
 }
 
+static void gemm_alone(bool ta, bool tb, int M, int N, int K, double alpha, const double* A, size_t lda,
+                       const double* B, size_t ldb, double beta, double* out, size_t ldo) {
+    gemm(ta, tb, M, N, K, alpha, A, lda, B, ldb, beta, out, ldo, NULL);
+}
+static void matmul_forward_alone(double* out, const double* inp, const double* weight, int N, int C, int OC) {
+    matmul_forward(out, inp, weight, N, C, OC, NULL);
+}
+static void matmul_backward_alone(double* dinp, double* dweight, const double* dout, const double* inp,
+                                  const double* weight, int N, int C, int OC, bool add_dinp) {
+    matmul_backward(dinp, dweight, dout, inp, weight, N, C, OC, add_dinp, NULL);
+}
+
 const Reference* reference(void) {
-    static const Reference table = {gemm,
-                                    matmul_forward,
-                                    matmul_backward,
+    static const Reference table = {gemm_alone,
+                                    matmul_forward_alone,
+                                    matmul_backward_alone,
                                     embedding_forward,
                                     embedding_backward,
                                     rmsnorm_forward,
