@@ -233,6 +233,10 @@ static void round_operand(const Products* p, const real* x, size_t n) {
 }
 
 #ifdef MTA_BF16
+#ifndef CHECK_ROUNDED
+#define CHECK_ROUNDED(p, x, rows, cols, ld)  // dev/tests/test_products.c looks whether the copy is that of x
+#endif
+
 static void dnnl_check(dnnl_status_t status, const char* what) {
     if (status != dnnl_success) { die("oneDNN: %s: status %d", what, (int)status); }
 }
@@ -278,6 +282,8 @@ static void gemm_bf16(bool ta, bool tb, int M, int N, int K, real alpha, const r
                                dnnl_matrix(tb, K, N, (dnnl_dim_t)ldb, dnnl_bf16),
                                dnnl_matrix(false, M, N, (dnnl_dim_t)ldo, dnnl_f32)};
     void* const data[3] = {rounded_copy(p, A), rounded_copy(p, B), out};
+    CHECK_ROUNDED(p, A, ta ? K : M, ta ? M : K, lda);
+    CHECK_ROUNDED(p, B, tb ? N : K, tb ? K : N, ldb);
     dnnl_exec_arg_t matrices[3] = {{DNNL_ARG_SRC, NULL}, {DNNL_ARG_WEIGHTS, NULL}, {DNNL_ARG_DST, NULL}};
     dnnl_stream_t stream;
     dnnl_check(dnnl_stream_create(&stream, p->engine, dnnl_stream_default_flags), "a stream");
@@ -290,6 +296,7 @@ static void gemm_bf16(bool ta, bool tb, int M, int N, int K, real alpha, const r
 }
 #endif
 
+#ifdef MTA_REAL_IS_FLOAT
 // Can this build and this processor multiply in bf16? If not, why.
 static bool bf16_products(Error* e) {
 #ifdef MTA_BF16
@@ -318,6 +325,7 @@ static Products* products_create(const Rounded of[3], real scale) {
 #endif
     return p;
 }
+#endif
 
 static void products_free(Products* p) {
     if (!p) { return; }
@@ -1473,6 +1481,7 @@ static Model* model_create(const Config* config, int B, int T, int chunk) {
     return m;
 }
 
+#ifdef MTA_REAL_IS_FLOAT
 // From here on this model's products are in bf16.
 static void model_round_products(Model* m) {
     const Rounded of[3] = {{m->weights, m->tensors.numel, NULL},
@@ -1480,6 +1489,7 @@ static void model_round_products(Model* m) {
                            {m->scratch_memory, m->scratch.operands, NULL}};
     m->products = products_create(of, attention_scale(config_head_size(&m->config)));
 }
+#endif
 
 static void model_free(Model* m) {
     void* const memory[] = {m->weights,           m->grads,          m->m,          m->v,

@@ -54,6 +54,10 @@ build/test_%: dev/tests/test_%.c $(wildcard dev/tests/*.h) $(HEADERS) build/flag
 build/faults.so: dev/faults/faults.c build/flags_c
 	$(CC) -std=gnu11 -O1 -g $(WARN) -shared -fPIC $< -o $@ -ldl
 
+# This one includes the CPU trainer.
+build/test_products: dev/tests/test_products.c train_mta.c dev/tests/check.h $(HEADERS) build/flags_c
+	$(CC) $(CFLAGS) $(BLAS) $(ONEDNN) -O1 -I. $< -o $@ $(BLAS_LINK) $(ONEDNN_LINK) $(LDLIBS)
+
 # Every header in C11 and, the other way round, in C++17; test_mta.c in C++17, as nvcc would have it.
 header_check: $(HEADERS) build/flags_c
 	printf '#include "%s"\n' $(sort $(wildcard mta/*.h)) > build/headers.c

@@ -133,6 +133,7 @@ install_packages() {
     has pkg-config || need+=(pkg-config)
     has clang || need+=(clang)
     compiles 'int main(void){return cblas_sgemm == 0;}' gcc -include cblas.h $(pkg-config --cflags --libs openblas 2> /dev/null) -lopenblas || need+=(libopenblas-dev)
+    compiles 'int main(void){return dnnl_matmul_desc_init == 0;}' gcc -include oneapi/dnnl/dnnl.h -ldnnl || need+=(libdnnl-dev)
     compiles 'int main(void){return 0;}' clang -fopenmp || need+=(libomp-dev)
     compiles 'int LLVMFuzzerTestOneInput(void){return 0;}' clang -fsanitize=fuzzer,address || need+=("$(clang_runtime)")
     has python3 || need+=(python3)

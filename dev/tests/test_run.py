@@ -407,6 +407,29 @@ class Resume(Trainer):
         self.run_ok(off, {"--steps": 20, "--save-minutes": 0})
         self.assertEqual([e["step"] for e in log_events(off, "save")], [20])
 
+    def matmul_of(self, out):
+        with open(os.path.join(checkpoints(out)[-1], "trainer.json")) as f:
+            return json.load(f)["matmul"]
+
+    def test_other_products(self):
+        """--matmul: kept in trainer.json, a change is said, and what this build or processor cannot do is refused."""
+        out = self.out()
+        self.run_ok(out, {"--steps": 2})
+        first = self.matmul_of(out)
+        other = "fp32" if first == "bf16" else "bf16"
+        self.run_ok(out, {"--steps": 3, "--matmul": first}, ["--resume"])
+        words = self.arguments(out, {"--steps": 4, "--matmul": other}, ["--resume"])
+        done = self.execute(words)
+        if done.returncode:
+            self.assert_refused(done, "--matmul", other)
+            return
+        self.assertIn("--matmul was %s, is %s from here on" % (first, other), done.stdout)
+        self.assertEqual(self.matmul_of(out), other)
+        self.assertIn("rounded to bf16", done.stdout)
+        again = self.run_ok(out, {"--steps": 5, "--matmul": other}, ["--resume"])
+        self.assertNotIn(" was ", again.stdout)
+        self.assertNotIn("rounded to bf16", self.run_ok(self.out(), {"--steps": 1}).stdout)
+
     def test_what_a_resume_changes_is_said(self):
         out = self.out()
         self.run_ok(out, {"--steps": 2})
