@@ -623,7 +623,7 @@ def parquet_tasks(index, entry, at):
     parquet = need("pyarrow.parquet")
     try:
         with parquet.ParquetFile(path) as f:
-            groups = f.num_row_groups
+            groups, rows = f.num_row_groups, f.metadata.num_rows
     except Exception as e:
         with open(path, "rb") as f:
             head = f.read(64)
@@ -633,6 +633,10 @@ def parquet_tasks(index, entry, at):
             else (ANOTHER, "%s, wanted parquet" % (what_is(head) or "it begins with %r" % head[:8]))
         )
         yield ("bad", path, split, 0, what), {"input": index + 1, "offset": 0, "line": 0}
+        return
+    if rows == 0:
+        end = {"input": index + 1, "offset": 0, "line": 0}
+        yield ("bad", path, split, 0, ("empty document", "no document in this file")), end
         return
     for group in range(at["offset"], groups):
         yield ("rows", path, split, group, None), {"input": index, "offset": group + 1, "line": 0}

@@ -100,7 +100,7 @@ def read_ranks(path):
         if not line.strip():
             continue
         try:
-            encoded, rank = line.split()
+            encoded, rank = line.removesuffix(b"\r").split(b" ")  # as mta/tokenizer.h reads it, not as tiktoken
             if not rank.isdigit():
                 raise ValueError
             token, rank = base64.b64decode(encoded, validate=True), int(rank)

@@ -30,7 +30,7 @@ typedef struct {
 // Removes a directory of plain files (a checkpoint has no other), as far as that goes.
 static inline void checkpoint_remove_dir(const char* path) {
     char file[PATH_SIZE];
-    DIR* d = opendir(path);
+    DIR* d = unlink(path) ? opendir(path) : NULL;  // a link to a directory goes alone: what it leads to is the user's
     for (struct dirent* entry = d ? readdir(d) : NULL; entry; entry = readdir(d)) {
         if (!strcmp(entry->d_name, ".") || !strcmp(entry->d_name, "..")) { continue; }
         path_join(file, sizeof file, path, entry->d_name);
@@ -276,8 +276,9 @@ static inline bool checkpoint_verify(const char* dir, Error* e) { return checkpo
 // manifest of a checkpoint: other programs' models.
 static inline bool checkpoint_verify_model(const char* dir, Error* e) {
     char path[PATH_SIZE];
+    struct stat st;
     path_join(path, sizeof path, dir, "manifest.json");
-    if (!file_exists(path)) { return true; }
+    if (lstat(path, &st)) { return true; }
     Json* manifest = checkpoint_manifest(dir, e);
     const Json* files = json_get(manifest, "files");
     bool good =

@@ -838,7 +838,8 @@ static inline bool config_read_rope(Config* c, const Json* j, const char* where,
     if (!llama3) { return true; }
     for (int i = 0; i < CONFIG_FIELD_COUNT; i++) {
         const char* key = CONFIG_FIELDS[i].part == PART_ROPE ? strchr(CONFIG_FIELDS[i].key, '.') + 1 : NULL;
-        if (key && !json_get(s, key)) { return fail(e, "%s: type llama3 without %s", where, key); }
+        const Json* v = key ? json_get(s, key) : NULL;
+        if (key && (!v || v->type == JSON_NULL)) { return fail(e, "%s: type llama3 without %s", where, key); }
     }
     return config_read_part(c, s, PART_ROPE, e);
 }
@@ -893,6 +894,9 @@ static inline bool config_check_more(const Config* c, const Json* j, ConfigFamil
     if (scale && scale->type != JSON_NULL && !(scale->type == JSON_NUMBER && fabs(scale->number - usual) < 1e-9)) {
         return fail(e, "attention_multiplier: got %g, wanted 1 / sqrt(head size) = %.9g; --assume-llama passes over it",
                     scale->number, usual);
+    }
+    if (types && types->type != JSON_ARRAY && types->type != JSON_NULL) {
+        return fail(e, "layer_types: wanted a list of full_attention for every layer");
     }
     for (const Json* t = types ? types->child : NULL; t; t = t->next) {
         if (!config_string(t) || strcmp(t->string, "full_attention")) {

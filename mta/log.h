@@ -65,7 +65,7 @@ static inline bool runlog_open(RunLog* log, const char* run_dir, long resume_ste
         keep = runlog_keep(text, n, resume_step);
         free(text);
     }
-    log->fd = open(log->path, O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0644);
+    log->fd = open(log->path, O_WRONLY | O_CREAT | O_APPEND | O_NONBLOCK | O_CLOEXEC, 0644);
     if (log->fd < 0) { return fail(e, "%s: cannot open for writing: %s", log->path, strerror(errno)); }
     if (ftruncate(log->fd, (off_t)keep) != 0) {
         return fail(e, "%s: cannot cut to %zu bytes: %s", log->path, keep, strerror(errno));

@@ -111,8 +111,9 @@ static inline bool opt_parse_integer(const char* text, int64_t* out) {
 static inline bool opt_parse_number(const char* text, double* out) {
     if (text[0] == 0 || strspn(text, "0123456789+-.eE") != strlen(text)) { return false; }
     char* end = NULL;
+    errno = 0;
     double x = strtod(text, &end);
-    if (end == text || *end != 0 || !isfinite(x)) { return false; }
+    if (end == text || *end != 0 || !isfinite(x) || errno == ERANGE) { return false; }  // 1e-400 is not 0
     *out = x;
     return true;
 }
@@ -287,6 +288,7 @@ static inline int options_parse(Opt* table, const char* usage, int argc, char** 
             die("unknown option %.*s; %s%s%s--help lists all options", (int)name_length, arg,
                 near ? "did you mean " : "", near ? near : "", near ? "? " : "");
         }
+        bool again = o->given;
         o->given = true;
         if (o->type == OPT_FLAG) {
             if (equals != NULL) { die("%s: takes no value, got \"%s\"", o->name, equals + 1); }
@@ -303,6 +305,11 @@ static inline int options_parse(Opt* table, const char* usage, int argc, char** 
                 die("%s: the value is missing (%s follows), wanted %s", o->name, value, wanted);
             }
             i++;
+        }
+        const char* before = o->type == OPT_STRING ? *(const char**)o->value : NULL;
+        if (again && before && strcmp(before, value)) {
+            fprintf(stderr, "%s: %s is given twice: %s counts, %s does not\n", program_invocation_short_name, o->name,
+                    value, before);
         }
         if (!opt_store(o, value)) { die("%s: got \"%s\", wanted %s", o->name, value, wanted); }
     }

@@ -104,7 +104,6 @@ static inline void run_catch_signals(void) {
         sigaction(SIGHUP, &a, NULL);
     }                          // the terminal is gone, and the run was not started by nohup
     signal(SIGPIPE, SIG_IGN);  // a closed terminal pipe must not end a run
-    signal(SIGXFSZ, SIG_IGN);  // a file size limit shows as a failed write
 }
 
 // ---- the model's configuration
@@ -241,7 +240,12 @@ static inline void run_check_init(const Run* r, bool preset) {
     char path[PATH_SIZE];
     if (!o->no_verify && !checkpoint_verify_model(r->init_dir, &e)) { die("--init-from: %s", e.text); }
     path_join(path, sizeof path, r->init_dir, "config.json");
-    if (!file_exists(path)) { return; }
+    if (!file_exists(path)) {
+        printf(
+            "--init-from: no config.json in %s: RoPE's base and scaling and the norms' epsilon are those of --model\n",
+            r->init_dir);
+        return;
+    }
     if (!config_read_as(&c, path, o->assume_llama, &e)) { die("--init-from: %s", e.text); }
     for (int i = 0; i < CONFIG_FIELD_COUNT && preset; i++) {
         const ConfigField* f = &CONFIG_FIELDS[i];
@@ -364,11 +368,11 @@ static inline void run_settle_steps(Run* r) {
 }
 
 // Keeps other programs out of the run, where its log is. A file system without locks is no reason not to run.
-static inline void run_lock(Run* r) {
+static inline void run_lock(Run* r, bool create) {
     char path[PATH_SIZE];
     path_join(path, sizeof path, r->options->out, "log.jsonl");
-    int fd = r->lock < 0 ? open(path, O_WRONLY | O_APPEND | O_CLOEXEC) : -1;
-    if (fd < 0) { return; }  // no log yet: a new run's comes into being once
+    int fd = r->lock < 0 ? open(path, O_WRONLY | O_APPEND | O_NONBLOCK | O_CLOEXEC | (create ? O_CREAT : 0), 0644) : -1;
+    if (fd < 0) { return; }  // no log yet: a new run's comes into being once; what else is wrong, runlog_open says
     if (flock(fd, LOCK_EX | LOCK_NB) == 0) {
         r->lock = fd;
         return;
@@ -383,7 +387,7 @@ static inline void run_lock(Run* r) {
 // --resume: the newest good checkpoint. Where there are checkpoints and none is good, nothing is touched.
 static inline void run_find_checkpoint(Run* r) {
     const char* out = r->options->out;
-    run_lock(r);
+    run_lock(r, false);
     r->saved_step = checkpoint_newest(out, r->resume_dir, &r->passed_over);
     if (r->saved_step >= 0) { return; }
     r->resume_dir[0] = 0;
@@ -448,6 +452,9 @@ static inline void run_open_val(Run* r) {
         if (equals) { *equals = 0; }
         if (equals == part || !*glob) { die("--val: got \"%s\", wanted [NAME=]GLOB,...", o->val); }
         if (!loader_open(&v->loader, glob, r->seq_len, r->config.vocab_size, 0, &e)) { die("--val: %s", e.text); }
+        if (v->loader.sources[0].weighted) {
+            die("--val: got \"%s\", wanted no weight: each set has its own figures", glob);
+        }
         ShardTokenizer made;
         if (!loader_tokenizer(&v->loader, &made, &e) ||
             (r->shard_tokenizer.shard[0] && !shard_tokenizers_agree(&made, &r->shard_tokenizer, &e))) {
@@ -471,6 +478,7 @@ static inline void run_check_directory(const Run* r) {
     struct statvfs fs;
     char path[PATH_SIZE];
     TensorList list;
+    signal(SIGXFSZ, SIG_IGN);  // a file size limit shows as a failed write
     if (!make_dirs(r->options->out, &e)) { die("--out: %s", e.text); }
     path_join(path, sizeof path, r->options->out, ".writable");
     if (!write_file_synced(path, "1", 1, &e)) { die("--out: %s", e.text); }
@@ -565,6 +573,9 @@ static inline void run_state_json(const Run* r, Text* t) {
 // What is not as it was when the checkpoint was saved, and changes the numbers that follow.
 static inline void run_say_changes(const Run* r, const Json* saved) {
     int64_t batch = 0, tokens = 0;
+    if (r->step > r->steps) {
+        printf("--steps %lld: the checkpoint has %lld already\n", (long long)r->steps, (long long)r->step);
+    }
     if (json_integer(json_get(saved, "batch_size"), 1, INT64_MAX, &batch) && batch != r->batch_size) {
         printf("--batch-size was %lld, is %d from here on: gradients are summed in another order, the last digits "
                "differ\n",
@@ -719,6 +730,8 @@ static inline void run_log_passed_over(Run* r) {
 static inline void run_log_start(Run* r, size_t parameters) {
     Text t = {NULL, 0, 0}, config = {NULL, 0, 0};
     Error e = {{0}};
+    // Of two that found no log, the second must not cut the first one's.
+    if (r->options->out && r->options->resume) { run_lock(r, true); }
     if (r->options->out && !runlog_open(&r->log, r->options->out, r->options->resume ? (long)r->step : -1, &e)) {
         die("--out: %s", e.text);
     }
@@ -740,7 +753,7 @@ static inline void run_log_start(Run* r, size_t parameters) {
     runlog_line(&r->log, t.text);
     text_free(&t);
     text_free(&config);
-    if (r->options->out) { run_lock(r); }
+    if (r->options->out) { run_lock(r, false); }
     r->started = r->saved_at = seconds_now();
     run_log_passed_over(r);
     if (r->resume_dir[0]) {

@@ -14,6 +14,7 @@
 #include <assert.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <poll.h>
 #include <stdarg.h>
 #include <stdbool.h>
 #include <stddef.h>
@@ -43,6 +44,13 @@ typedef struct {
     char text[512];
 } Error;  // text[0] == 0: none
 
+// A message is one line, whatever the names in it hold: newlines, and what would steer a terminal, become '?'.
+static inline void make_one_line(char* text) {
+    for (; *text; text++) {
+        if ((unsigned char)*text < ' ' || *text == 127) { *text = '?'; }
+    }
+}
+
 // Writes the message unless one is there already. Returns false, so that a reader can `return fail(e, ...)`. e may be
 // NULL.
 __attribute__((format(printf, 2, 3))) static inline bool fail(Error* e, const char* fmt, ...) {
@@ -51,19 +59,21 @@ __attribute__((format(printf, 2, 3))) static inline bool fail(Error* e, const ch
         va_start(args, fmt);
         vsnprintf(e->text, sizeof e->text, fmt, args);
         va_end(args);
+        make_one_line(e->text);
     }
     return false;
 }
 
 // One line on stderr, then exit(1).
 __attribute__((format(printf, 1, 2), noreturn)) static inline void die(const char* fmt, ...) {
+    char text[3 * PATH_SIZE];
     va_list args;
     fflush(stdout);
-    fprintf(stderr, "%s: ", program_invocation_short_name);
     va_start(args, fmt);
-    vfprintf(stderr, fmt, args);
+    vsnprintf(text, sizeof text, fmt, args);
     va_end(args);
-    fputc('\n', stderr);
+    make_one_line(text);
+    fprintf(stderr, "%s: %s\n", program_invocation_short_name, text);
     exit(1);
 }
 
@@ -216,7 +226,7 @@ typedef struct {
 static inline bool map_file(MappedFile* m, const char* path, Error* e) {
     m->data = NULL;
     m->size = 0;
-    int fd = open(path, O_RDONLY | O_CLOEXEC);
+    int fd = open(path, O_RDONLY | O_NONBLOCK | O_CLOEXEC);  // a pipe in its place would be waited for
     if (fd < 0) { return fail(e, "%s: %s", path, strerror(errno)); }
     struct stat st;
     if (fstat(fd, &st) || !S_ISREG(st.st_mode)) {
@@ -247,8 +257,9 @@ static inline void unmap_file(MappedFile* m) {
 static inline bool read_file(const char* path, size_t max_bytes, char** text, size_t* n, Error* e) {
     *text = NULL;
     *n = 0;
-    int fd = open(path, O_RDONLY | O_CLOEXEC);
+    int fd = open(path, O_RDONLY | O_NONBLOCK | O_CLOEXEC);  // a named pipe that nobody writes to is empty
     if (fd < 0) { return fail(e, "%s: %s", path, strerror(errno)); }
+    struct pollfd waiting = {fd, POLLIN, 0};
     size_t cap = 4096, have = 0;
     char* buffer = NULL;
     for (;;) {
@@ -259,6 +270,7 @@ static inline bool read_file(const char* path, size_t max_bytes, char** text, si
         }
         ssize_t got = read(fd, buffer + have, cap - 1 - have);
         if (got < 0 && errno == EINTR) { continue; }
+        if (got < 0 && errno == EAGAIN && poll(&waiting, 1, -1) >= 0) { continue; }
         if (got < 0) {
             fail(e, "%s: %s", path, strerror(errno));
             break;

@@ -213,7 +213,8 @@ class Refused(Folders):
                 ({"logits_scaling": 8.0}, "logits_scaling"), ({"residual_multiplier": 0.22}, "residual_multiplier"), ({"scale_emb": 12}, "scale_emb"),
                 ({"scale_depth": 1.4}, "scale_depth"), ({"qk_norm": True}, "qk_norm"), ({"final_logit_softcapping": 30.0}, "final_logit_softcapping"),
                 ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config"), ({"some_new_key": 1}, "some_new_key"),
-                ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"), ({"rope_interleaved": True}, "rope_interleaved"),
+                ({"rope_scaling": dict(LLAMA3, factor=None)}, "factor"), ({"layer_types": "sliding_attention"}, "layer_types"),
+                ({"some\nkey": 1}, "some?key"), ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"), ({"rope_interleaved": True}, "rope_interleaved"),
                 ({"auto_map": {"AutoModelForCausalLM": "modeling.Own"}}, "auto_map"), ({"num_experts": 4}, "num_experts"),
                 ({"rms_norm_eps": None}, "rms_norm_eps"), ({"vocab_size": None}, "vocab_size"), ({"hidden_size": "32"}, "hidden_size"),
                 ({"model_type": "LLAMA"}, "model_type"), ({"model_type": 3}, "model_type"), ({"architectures": ["MistralForCausalLM"]}, "MistralForCausalLM"),
@@ -261,12 +262,25 @@ class Refused(Folders):
             json.dump({"name": "of a web page"}, f)
         self.accepted(folder)
 
+    def test_pipes_in_place_of_files(self):
+        """Nobody writes to them: refused, not waited for."""
+        for name in ("model.safetensors", "manifest.json"):
+            folder = self.model(PLAIN)
+            path = os.path.join(folder, name)
+            if os.path.exists(path):
+                os.remove(path)
+            os.mkfifo(path)
+            with self.subTest(name=name):
+                self.assert_refused(self.infer(folder)[0], name)
+
     def test_numbers_that_a_preset_would_replace(self):
         folder = self.model(changed(PLAIN, {"rope_theta": 500000.0}))
         small = ["--model", "1m", "--attention", "transformer", "--hidden-size", 32, "--num-hidden-layers", 2, "--num-attention-heads", 4,
                  "--num-key-value-heads", 2, "--intermediate-size", 48, "--vocab-size", 64, "--tie-word-embeddings", "off", "--rms-norm-eps", 1e-6]
         self.assert_refused(self.train(folder, *small), "rope_theta", "500000", "10000")
         self.assertEqual(self.train(folder, *small, "--rope-theta", 500000).returncode, 0)
+        os.remove(os.path.join(folder, "config.json"))
+        self.assertIn("no config.json", self.train(folder, *small).stdout)
         granite = self.model(changed(PLAIN, {"model_type": "granite"}))
         self.assert_refused(self.train(granite, *small, "--rope-theta", 10000), "granite")
 

@@ -495,6 +495,9 @@ class Bad(Case):
             "twice": (lines + [lines[3].split()[0] + b" 1000"], ":1001: the same token"),
             "byte": (lines[:200], "no token for the single byte"),
             "json": ([b"{}"], "JSON"),
+            "tab": (lines + [b"AAAA\t1000"], ":1001: wanted a line"),  # the C programs refuse these too
+            "spaces": (lines + [b"AAAA  1000"], ":1001: wanted a line"),
+            "behind": (lines + [b"AAAA 1000 "], ":1001: wanted a line"),
         }
         for name, (content, message) in cases.items():
             path = self.write("cl100k_%s.tiktoken" % name, b"\n".join(content) + b"\n")
@@ -785,6 +788,9 @@ class Kinds(Case):
             cases["zero.parquet"] = (b"", "0 bytes")
             cases["pointer.parquet"] = (pointer, "Git LFS pointer")
             cases["lines.parquet"] = (self.GOOD, "wanted parquet")
+            none = io.BytesIO()
+            pyarrow.parquet.write_table(pyarrow.table({"text": pyarrow.array([], pyarrow.string())}), none)
+            cases["none.parquet"] = (none.getvalue(), "no document")
         good = self.write("good.jsonl", self.GOOD)
         paths = [self.write(name, data) for name, (data, _) in cases.items()]
         documents, shown = self.read(good, *paths)

@@ -197,6 +197,13 @@ class Runs(Trainer):
         self.assertEqual(done.stdout.count("no weight for"), 1)
         self.assertNotIn("no weight for", self.run_ok(self.out(), {"--train": f"{one}=3,{two}=1"}).stdout + self.run_ok(self.out()).stdout)
 
+    def test_an_option_given_twice_is_said(self):
+        for name in ("--train", "--val"):
+            done = self.run_ok(self.out(), {"--steps": 1}, [name, self.path("a_train_000000.bin")])
+            self.assertEqual(done.stderr.count("\n"), 1, done.stderr)
+            self.assertIn(f"{name} is given twice: {self.path('a_train_000000.bin')} counts", done.stderr)
+        self.assertEqual(self.run_ok(self.out(), {"--steps": 1}, ["--schedule", "linear", "--val", self.path("a_val_*.bin")]).stderr, "")
+
     def test_mixture_from_a_recipe(self):
         write_shard(self.path("x_train_000000.bin"), [i % 32 for i in range(400)])
         with open(self.path("recipe.txt"), "w") as f:
@@ -368,6 +375,27 @@ class Resume(Trainer):
         steps = [e["step"] for e in log_events(out, "step")]
         self.assertEqual(steps, list(range(1, len(steps) + 1)))
         self.run_ok(out, {"--steps": steps[-1] + 1}, ["--resume"])
+
+    def test_two_that_resume_where_nothing_is(self):
+        """The second finds no log either, and must not cut the first one's."""
+        out = self.out()
+        os.makedirs(out)
+        words = self.arguments(out, {"--steps": 10 ** 6, "--save-every": 5}, ["--resume"])
+        children = [self.launch(words), self.launch(words)]
+        try:
+            deadline = time.time() + 30
+            while all(c.poll() is None for c in children) and time.time() < deadline:
+                time.sleep(0.05)
+            ended = [c for c in children if c.poll() is not None]
+            self.assertEqual([c.returncode for c in ended], [1])
+            self.assertIn("in use by another run", ended[0].communicate()[1])
+            self.wait_for_step(out, 12)
+        finally:
+            for c in children:
+                if c.poll() is None:
+                    c.send_signal(signal.SIGTERM)
+                    c.communicate(timeout=TIMEOUT)
+        self.assertEqual(len(log_events(out, "start")), 1)
 
     def test_file_system_without_locks(self):
         """Lustre without the option flock, for example: the run goes on and says so."""
@@ -973,6 +1001,8 @@ class Refused(Trainer):
         self.refused(["--sample-prompt", "byte 0x48"], {"--tokenizer": "toy", "--sample-prompt": "Hello", "--sample-every": 3})
         self.refused(["--tokenizer"], {"--tokenizer": ""})
         self.refused(["--pattern", "--tokenizer"], {"--pattern": "gpt2"})
+        self.refused(["--lr", "1e-400"], {"--lr": "1e-400"})
+        self.refused(["--val", "no weight"], {"--val": self.path("a_val_*.bin") + "=2"})
         self.refused(["--batch-size", "2147483647"], {"--batch-size": 1 << 20, "--tokens-per-step": 1 << 33, "--seq-len": 1 << 20})
 
     def test_models(self):
@@ -1036,6 +1066,31 @@ class Refused(Trainer):
         self.refused(["/proc"], out="/proc/no/run")
         self.assertEqual(read_bytes(blocked), b"x")
 
+    def test_names_and_files_that_are_odd(self):
+        out = os.path.join(tempfile.mkdtemp(dir=self.folder), "two\nlines")
+        self.run_ok(out, {"--steps": 1})
+        self.refused_again(out, "two?lines", {})
+        os.remove(os.path.join(out, "log.jsonl"))
+        os.mkfifo(os.path.join(out, "log.jsonl"))
+        self.refused_again(out, "log.jsonl", {"--steps": 2}, ["--resume"])
+
+    def refused_again(self, out, piece, changes, flags=()):
+        """What is there stays."""
+        before = [os.path.basename(c) for c in checkpoints(out)]
+        self.assert_refused(self.execute(self.arguments(out, changes, flags)), piece)
+        self.assertEqual([os.path.basename(c) for c in checkpoints(out)], before)
+
+    def test_a_checkpoint_that_is_a_link(self):
+        """--keep removes the link, not what it leads to."""
+        out, away = self.out(), os.path.join(tempfile.mkdtemp(dir=self.folder), "away")
+        self.run_ok(out, {"--steps": 1})
+        os.rename(checkpoints(out)[0], away)
+        os.symlink(away, os.path.join(out, "step-00000001"))
+        before = tree(away)
+        self.run_ok(out, {"--steps": 4, "--save-every": 1, "--keep": 1}, ["--resume"])
+        self.assertEqual([os.path.basename(c) for c in checkpoints(out)], ["step-00000004"])
+        self.assertTrue(tree(away) == before)
+
     def test_full_disk(self):
         """A file size limit stands for a full disk: one line, no half checkpoint, the one before stays good."""
         out = self.out()
@@ -1047,6 +1102,8 @@ class Refused(Trainer):
         self.assertTrue(tree(checkpoints(out)[0]) == good)
         self.assertFalse([n for n in os.listdir(out) if "partial" in n])
         self.run_ok(out, {"--steps": 4}, ["--resume"])
+        self.assertIn("--steps 2: the checkpoint has 4 already", self.run_ok(out, {"--steps": 2}, ["--resume"]).stdout)
+        self.assert_refused(self.execute(self.arguments(self.out()), limit=0), ".writable")
 
     def test_full_file_system(self):
         """A tmpfs, where this user may mount one: too small for a checkpoint, and with room for some and not for all."""
