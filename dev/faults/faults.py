@@ -1,14 +1,16 @@
 #!/usr/bin/env python3
 """What must hold when the machine fails: system calls that fail, kills, no memory. Ends with "N passed, N failed".
 
-dev/faults/faults.py calls   [--long]     a fault at the n-th system call on a run's files, for every n: trainer and prepare.py. The last good
-                                          checkpoint verifies, a resume goes on bit for bit; and all is synced before it is renamed
+dev/faults/faults.py calls   [--long]     a fault at the n-th system call on a run's files: trainer and prepare.py. The
+                                          last good checkpoint verifies, a resume goes on bit for bit, and all is synced
+                                          before it is renamed
 dev/faults/faults.py kills   [--count N]  SIGKILL at random moments while a trainer saves
 dev/faults/faults.py memory  [--long]     the n-th allocation of the programs' own code fails: one line, exit status 1
 
 Without --long a sample of the calls. TRAINER names another trainer than train_mta (build/train_mta_cuda_cpu).
 `make build/faults.so train_mta infer_mta` first. The faults come from faults.c, by LD_PRELOAD.
 """
+
 import argparse
 import concurrent.futures
 import glob
@@ -38,9 +40,36 @@ INFER = os.path.join(ROOT, "infer_mta")
 PREPARE = os.path.join(ROOT, "data", "prepare.py")
 SHARDS = os.path.join(ROOT, "data", "shards.py")
 KINDS = ("ENOSPC", "EIO", "EINTR", "KILL", "SHORT")
-MODEL = ["--model", "toy", "--attention", "mta-full", "--hidden-size", "16", "--num-hidden-layers", "1", "--num-attention-heads", "2",
-         "--intermediate-size", "16", "--vocab-size", "32", "--kq-conv-key-size", "3", "--seq-len", "16", "--batch-size", "2", "--warmup", "0",
-         "--schedule", "constant", "--sample-every", "0", "--seed", "5"]
+MODEL = [
+    "--model",
+    "toy",
+    "--attention",
+    "mta-full",
+    "--hidden-size",
+    "16",
+    "--num-hidden-layers",
+    "1",
+    "--num-attention-heads",
+    "2",
+    "--intermediate-size",
+    "16",
+    "--vocab-size",
+    "32",
+    "--kq-conv-key-size",
+    "3",
+    "--seq-len",
+    "16",
+    "--batch-size",
+    "2",
+    "--warmup",
+    "0",
+    "--schedule",
+    "constant",
+    "--sample-every",
+    "0",
+    "--seed",
+    "5",
+]
 TIMEOUT = 120
 
 
@@ -77,15 +106,30 @@ class Faulty:
         self.state.write(bytes(8))
         self.state.flush()
         env = environment(FAULT_STATE=self.state.name, FAULT_AT=str(at), FAULT_KIND=kind, **settings)
-        done = subprocess.run(command, env=env, input='{"text": "abc"}\n', stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, timeout=TIMEOUT)
+        done = subprocess.run(
+            command,
+            env=env,
+            input='{"text": "abc"}\n',
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=TIMEOUT,
+        )
         with open(self.state.name, "rb") as f:
             return done, struct.unpack("<Q", f.read(8))[0]
 
 
 def environment(**settings):
     """The library without FAULT_STATE makes nothing fail."""
-    return dict(os.environ, LD_PRELOAD=LIBRARY, OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1", OMP_WAIT_POLICY="passive",
-                PYTHONDONTWRITEBYTECODE="1", **settings)
+    return dict(
+        os.environ,
+        LD_PRELOAD=LIBRARY,
+        OMP_NUM_THREADS="1",
+        OPENBLAS_NUM_THREADS="1",
+        OMP_WAIT_POLICY="passive",
+        PYTHONDONTWRITEBYTECODE="1",
+        **settings
+    )
 
 
 def clean(command):
@@ -108,8 +152,8 @@ def taken(path):
 
 
 def out_of_order(name, trace):
-    """What a power cut could take: a file renamed (with its folder) before it was synced, a checkpoint removed before the
-    newer one's name was. "" = nothing."""
+    """What a power cut could take: a file renamed (with its folder) before it was synced, a checkpoint removed before
+    the newer one's name was. "" = nothing."""
     unsynced, renamed = set(), set()
     for call, path in trace:
         if call in ("write", "pwrite", "ftruncate", "ftruncate64"):
@@ -124,14 +168,19 @@ def out_of_order(name, trace):
             renamed.add(path)
         elif call == "unlink":
             unsynced.discard(path)
-            waiting = [r for r in renamed if r.endswith(".partial") and not r.startswith(os.path.dirname(path)) and "/step-" in path]
+            waiting = [
+                r
+                for r in renamed
+                if r.endswith(".partial") and not r.startswith(os.path.dirname(path)) and "/step-" in path
+            ]
             if waiting:
                 return "%s: %s is removed before the name of %s is synced" % (name, path, waiting[0])
     return ""
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 # A trainer's run directory
+
 
 def damage(folder):
     """What is wrong with a checkpoint, by its manifest; "" = nothing."""
@@ -141,7 +190,11 @@ def damage(folder):
             data = read_bytes(os.path.join(folder, name))
             if len(data) != entry["bytes"] or zlib.crc32(data) != entry["crc32"]:
                 return name + " is damaged"
-        return "" if {"config.json", "trainer.json", "model.safetensors", "optimizer.safetensors"} <= set(files) else "files are missing"
+        return (
+            ""
+            if {"config.json", "trainer.json", "model.safetensors", "optimizer.safetensors"} <= set(files)
+            else "files are missing"
+        )
     except (OSError, ValueError, KeyError) as e:
         return str(e)
 
@@ -159,7 +212,13 @@ def contents(folder):
     """The files of a checkpoint that a resume must give again to the bit."""
     state = json.loads(read_bytes(os.path.join(folder, "trainer.json")))
     del state["arguments"]
-    return {"trainer.json": state, **{n: read_bytes(os.path.join(folder, n)) for n in ("config.json", "model.safetensors", "optimizer.safetensors")}}
+    return {
+        "trainer.json": state,
+        **{
+            n: read_bytes(os.path.join(folder, n))
+            for n in ("config.json", "model.safetensors", "optimizer.safetensors")
+        },
+    }
 
 
 def bad_log(out):
@@ -191,7 +250,9 @@ class TrainerScenario:
     def count(self, faulty, folder):
         out, trace = os.path.join(folder, "count"), os.path.join(folder, "trace")
         self.lay(out)
-        done, calls = faulty.run(self.arguments(out, bool(self.start)), FAULT_UNDER=out, FAULT_TRACE=trace, **self.settings)
+        done, calls = faulty.run(
+            self.arguments(out, bool(self.start)), FAULT_UNDER=out, FAULT_TRACE=trace, **self.settings
+        )
         if done.returncode:
             sys.exit("%s without a fault: %s" % (self.name, done.stderr))
         shutil.rmtree(out)
@@ -242,7 +303,7 @@ def trainer_scenarios(folder):
     rng = random.Random(1)
     write_shard(data, [rng.randrange(32) for _ in range(2000)])
     TrainerScenario.data = data
-    base, two = os.path.join(folder, "whole"), os.path.join(folder, "two")
+    base = os.path.join(folder, "whole")
     options = ["--steps", "4", "--save-every", "1", "--keep", "0"]
     whole = TrainerScenario("", None, options, {})
     must(whole.arguments(base, False))
@@ -251,7 +312,11 @@ def trainer_scenarios(folder):
     def start(name, steps, damaged=()):
         """A run stopped after its last step, with these checkpoints, some of them damaged."""
         path = os.path.join(folder, name)
-        must(TrainerScenario("", None, ["--steps", str(max(steps)), "--save-every", "1", "--keep", "0"], {}).arguments(path, False))
+        must(
+            TrainerScenario("", None, ["--steps", str(max(steps)), "--save-every", "1", "--keep", "0"], {}).arguments(
+                path, False
+            )
+        )
         for step, checkpoint in checkpoints(path).items():
             if step not in steps:
                 shutil.rmtree(checkpoint)
@@ -267,18 +332,28 @@ def trainer_scenarios(folder):
         TrainerScenario("a new run", None, ["--steps", "2", "--save-every", "1", "--keep", "1"], {2: wanted[2]}),
         TrainerScenario("the next checkpoint", two, ["--steps", "3", "--save-every", "3", "--keep", "2"], last),
         TrainerScenario("over a damaged one", over, ["--steps", "3", "--save-every", "3", "--keep", "1"], last),
-        TrainerScenario("over a damaged one, without exchange", over, ["--steps", "3", "--save-every", "3", "--keep", "1"], last,
-                        {"FAULT_NO_EXCHANGE": "1"}),
+        TrainerScenario(
+            "over a damaged one, without exchange",
+            over,
+            ["--steps", "3", "--save-every", "3", "--keep", "1"],
+            last,
+            {"FAULT_NO_EXCHANGE": "1"},
+        ),
     ]
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 # prepare.py
+
 
 def digest(out):
     """Every file of a finished preparation, but for an empty lock that stays where the very last removal fails."""
-    return {os.path.relpath(os.path.join(d, n), out): hashlib.sha256(read_bytes(os.path.join(d, n))).hexdigest() for d, _, names in os.walk(out)
-            for n in names if n != "lock"}
+    return {
+        os.path.relpath(os.path.join(d, n), out): hashlib.sha256(read_bytes(os.path.join(d, n))).hexdigest()
+        for d, _, names in os.walk(out)
+        for n in names
+        if n != "lock"
+    }
 
 
 class PrepareScenario:
@@ -289,14 +364,30 @@ class PrepareScenario:
         self.text, whole = os.path.join(folder, "text.jsonl"), os.path.join(folder, "prepared")
         with open(self.text, "w") as f:
             for _ in range(60):
-                f.write(json.dumps({"text": "".join(chr(97 + rng.randrange(26)) for _ in range(rng.randrange(100)))}) + "\n")
+                f.write(
+                    json.dumps({"text": "".join(chr(97 + rng.randrange(26)) for _ in range(rng.randrange(100)))}) + "\n"
+                )
             f.write("no json\n")
         must(self.arguments(whole))
         self.wanted = digest(whole)
 
     def arguments(self, out):
-        return [sys.executable, PREPARE, "text", self.text, "--tokenizer", "bytes", "--workers", "1", "--save-seconds", "0", "--shard-tokens", "1k",
-                "--out", out]
+        return [
+            sys.executable,
+            PREPARE,
+            "text",
+            self.text,
+            "--tokenizer",
+            "bytes",
+            "--workers",
+            "1",
+            "--save-seconds",
+            "0",
+            "--shard-tokens",
+            "1k",
+            "--out",
+            out,
+        ]
 
     def count(self, faulty, folder):
         out, trace = os.path.join(folder, "count"), os.path.join(folder, "trace")
@@ -319,19 +410,25 @@ class PrepareScenario:
             problem = "exit status 1 without a word"
         elif done.returncode == 0 and digest(out) != self.wanted:
             problem = "it was content, but the files are others"
-        elif os.path.exists(os.path.join(out, "manifest.json")) and clean([sys.executable, SHARDS, "verify", out]).returncode:
+        elif (
+            os.path.exists(os.path.join(out, "manifest.json"))
+            and clean([sys.executable, SHARDS, "verify", out]).returncode
+        ):
             problem = "published shards do not verify"
         if not problem:
             again = clean(self.arguments(out))
             if again.returncode:
                 problem = "the restart ends with %d: %s" % (again.returncode, again.stderr)
             elif digest(out) != self.wanted:
-                problem = "other files after the restart: %s" % sorted(set(digest(out).items()) ^ set(self.wanted.items()))
+                problem = "other files after the restart: %s" % sorted(
+                    set(digest(out).items()) ^ set(self.wanted.items())
+                )
         return "prepare.py, %s at call %d: %s" % (kind, at, problem) if problem else ""
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 # The three commands
+
 
 def room():
     """Where the files lie: in memory, where a kill costs no disk."""
@@ -347,7 +444,9 @@ def calls(o, verdict):
             n, trace = scenario.count(Faulty(folder), folder)
             verdict.check(out_of_order(scenario.name, trace))
             every = 1 if o.long else max(1, n // 4)
-            trials = [(at, kind) for k, kind in enumerate(KINDS) for at in range(1 + k * every // len(KINDS), n + 1, every)]
+            trials = [
+                (at, kind) for k, kind in enumerate(KINDS) for at in range(1 + k * every // len(KINDS), n + 1, every)
+            ]
 
             def one(trial):
                 with tempfile.TemporaryDirectory(dir=folder) as own:
@@ -359,11 +458,13 @@ def calls(o, verdict):
             with concurrent.futures.ThreadPoolExecutor(o.jobs) as pool:
                 for problem in pool.map(one, trials):
                     verdict.check(problem)
-            verdict.figures.append("%s: %d calls, %d faults in %.0f s" % (scenario.name, n, len(trials), time.time() - began))
+            verdict.figures.append(
+                "%s: %d calls, %d faults in %.0f s" % (scenario.name, n, len(trials), time.time() - began)
+            )
 
 
 def kills(o, verdict):
-    """One run, killed and resumed again and again; it saves after each step, so that most kills come inside of a save."""
+    """One run, killed and resumed again and again; it saves after each step: most kills come inside of a save."""
     began, rng = time.time(), random.Random(o.seed)
     with tempfile.TemporaryDirectory(prefix="kills_") as folder:
         trainer_data = os.path.join(folder, "x_train_000000.bin")
@@ -374,7 +475,13 @@ def kills(o, verdict):
         inside, done, newest = 0, 0, -1
         env = environment()
         while done < o.count:
-            child = subprocess.Popen(endless.arguments(out, os.path.exists(out)), env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+            child = subprocess.Popen(
+                endless.arguments(out, os.path.exists(out)),
+                env=env,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
             for line in child.stdout:  # from its first save on
                 if line.startswith("saved"):
                     break
@@ -385,24 +492,44 @@ def kills(o, verdict):
             inside += bool(glob.glob(os.path.join(out, ".step-*")))
             good = newest_good(out)
             complete = all(not damage(path) for step, path in checkpoints(out).items() if step >= good)
-            verdict.check("" if good > newest and complete and not errors else "kill %d: newest good step %d, before %d, complete %s, stderr %r" %
-                          (done, good, newest, complete, errors))
+            verdict.check(
+                ""
+                if good > newest and complete and not errors
+                else "kill %d: newest good step %d, before %d, complete %s, stderr %r"
+                % (done, good, newest, complete, errors)
+            )
             newest = good
             if done % 100 == 0 or done == o.count:  # the same as a run that was never killed?
-                must(TrainerScenario("", None, ["--steps", str(newest), "--save-every", str(newest), "--keep", "1"], {}).arguments(whole, os.path.exists(whole)))
+                must(
+                    TrainerScenario(
+                        "", None, ["--steps", str(newest), "--save-every", str(newest), "--keep", "1"], {}
+                    ).arguments(whole, os.path.exists(whole))
+                )
                 same = contents(checkpoints(whole)[newest]) == contents(checkpoints(out)[newest])
-                verdict.check("" if same and not bad_log(out) else "after %d kills step %d is another, or the log: %s" % (done, newest, bad_log(out)))
-        verdict.figures.append("%d kills, %d of them inside of a save, %d steps, %.0f s" % (done, inside, newest, time.time() - began))
+                verdict.check(
+                    ""
+                    if same and not bad_log(out)
+                    else "after %d kills step %d is another, or the log: %s" % (done, newest, bad_log(out))
+                )
+        verdict.figures.append(
+            "%d kills, %d of them inside of a save, %d steps, %.0f s" % (done, inside, newest, time.time() - began)
+        )
 
 
 def memory(o, verdict):
     with room() as folder:
-        data, out, lines = os.path.join(folder, "x_train_000000.bin"), os.path.join(folder, "run"), os.path.join(folder, "lines.jsonl")
+        data, out, lines = (
+            os.path.join(folder, "x_train_000000.bin"),
+            os.path.join(folder, "run"),
+            os.path.join(folder, "lines.jsonl"),
+        )
         rng = random.Random(1)
         write_shard(data, [rng.randrange(32) for _ in range(2000)])
         write_shard(data.replace("train", "val"), [rng.randrange(32) for _ in range(200)])
         TrainerScenario.data = data
-        train = TrainerScenario("", None, ["--steps", "1", "--val", data.replace("train", "val"), "--tokenizer", "toy"], {})
+        train = TrainerScenario(
+            "", None, ["--steps", "1", "--val", data.replace("train", "val"), "--tokenizer", "toy"], {}
+        )
         must(train.arguments(out, False))
         model = checkpoints(out)[1]
         with open(lines, "w") as f:
@@ -410,8 +537,21 @@ def memory(o, verdict):
         commands = {
             "train": lambda own: train.arguments(os.path.join(own, "new"), False),
             "train --resume": lambda own: train.arguments(shutil.copytree(out, os.path.join(own, "copy")), True),
-            "train --init-from": lambda own: [TRAINER, "--init-from", model, "--train", data, "--out", os.path.join(own, "new"), "--steps", "1",
-                                              "--seq-len", "16", "--batch-size", "2"],
+            "train --init-from": lambda own: [
+                TRAINER,
+                "--init-from",
+                model,
+                "--train",
+                data,
+                "--out",
+                os.path.join(own, "new"),
+                "--steps",
+                "1",
+                "--seq-len",
+                "16",
+                "--batch-size",
+                "2",
+            ],
         }
         if "infer" in o.programs:
             commands["infer --prompt"] = lambda own: [INFER, model, "--quiet", "--prompt", "ab", "--max-tokens", "2"]
@@ -430,15 +570,23 @@ def memory(o, verdict):
                     trace = os.path.join(own, "trace")
                     done, _ = Faulty(own).run(command(own), at, "ENOMEM", FAULT_MEMORY="1", FAULT_TRACE=trace)
                     with open(trace) as f:
-                        where = f.read().splitlines()[at - 1:at]
+                        where = f.read().splitlines()[at - 1 : at]
                 if done.returncode == 1 and done.stderr.count("\n") == 1 and re.match(r"\S+: .*memory", done.stderr):
                     return ""
-                return "%s, allocation %d (%s): exit status %d, stderr %r" % (name, at, where, done.returncode, done.stderr)
+                return "%s, allocation %d (%s): exit status %d, stderr %r" % (
+                    name,
+                    at,
+                    where,
+                    done.returncode,
+                    done.stderr,
+                )
 
             with concurrent.futures.ThreadPoolExecutor(o.jobs) as pool:
                 for problem in pool.map(one, numbers):
                     verdict.check(problem)
-            verdict.figures.append("%s: %d allocations, %d failed in turn, %.0f s" % (name, n, len(numbers), time.time() - began))
+            verdict.figures.append(
+                "%s: %d allocations, %d failed in turn, %.0f s" % (name, n, len(numbers), time.time() - began)
+            )
 
 
 def main():

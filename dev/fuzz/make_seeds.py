@@ -87,7 +87,15 @@ def trainer_state():
     """trainer.json of fuzz_directory.c's run."""
     source = {"name": "x", "weight": 1, "windows": 7, "drawn": 6}
     loader = {"seed": "5", "mix": "token", "seq_len": 8, "windows": 6, "sources": [source]}
-    state = {"format": 1, "step": 3, "tokens_seen": 48, "skipped": 0, "batch_size": 2, "tokens_per_step": 16, "timed": True}
+    state = {
+        "format": 1,
+        "step": 3,
+        "tokens_seen": 48,
+        "skipped": 0,
+        "batch_size": 2,
+        "tokens_per_step": 16,
+        "timed": True,
+    }
     return json.dumps(dict(state, random={"seed": 5, "step": 3}, loader=loader, arguments=["--steps", "3"])).encode()
 
 
@@ -102,8 +110,13 @@ def directories(shapes, ranks):
         "trainer.json": trainer_state(),
     }
     names = sorted(shapes)
-    pieces = {"model-0000%d-of-00002.safetensors" % (i + 1): names[i * 8 : i * 8 + 8 if i == 0 else None] for i in range(2)}
-    parts = {"config.json": json.dumps(dict(config, tokenizer="gpt2.tiktoken", tokenizer_pattern="gpt2")).encode(), "gpt2.tiktoken": ranks}
+    pieces = {
+        "model-0000%d-of-00002.safetensors" % (i + 1): names[i * 8 : i * 8 + 8 if i == 0 else None] for i in range(2)
+    }
+    parts = {
+        "config.json": json.dumps(dict(config, tokenizer="gpt2.tiktoken", tokenizer_pattern="gpt2")).encode(),
+        "gpt2.tiktoken": ranks,
+    }
     for name, inside in pieces.items():
         parts[name] = safetensors({n: shapes[n] for n in inside}, "BF16")
     index = {"metadata": {"total_size": 1}, "weight_map": {n: name for name, inside in pieces.items() for n in inside}}
@@ -113,7 +126,13 @@ def directories(shapes, ranks):
 
 def configs():
     """Configurations of families, of scaled RoPE, and what else stands beside a model."""
-    llama = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 128256, "hidden_size": 64, "num_attention_heads": 4}
+    llama = {
+        "model_type": "llama",
+        "architectures": ["LlamaForCausalLM"],
+        "vocab_size": 128256,
+        "hidden_size": 64,
+        "num_attention_heads": 4,
+    }
     scaling = {
         "rope_type": "llama3",
         "factor": 8.0,
@@ -121,11 +140,19 @@ def configs():
         "high_freq_factor": 4.0,
         "original_max_position_embeddings": 8192,
     }
-    mistral = {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": None, "hidden_size": 4096, "head_dim": 128}
+    mistral = {
+        "model_type": "mistral",
+        "architectures": ["MistralForCausalLM"],
+        "sliding_window": None,
+        "hidden_size": 4096,
+        "head_dim": 128,
+    }
     return {
         "config/mta": dict(CONFIG, model_type="mta", architectures=["MtaForCausalLM"], auto_map={"AutoConfig": "x.y"}),
         "config/llama": dict(llama, rope_scaling=scaling, head_dim=16, eos_token_id=[1, 2], torch_dtype="bfloat16"),
-        "config/new": dict(llama, rope_parameters=dict(scaling, rope_theta=500000.0), dtype="bfloat16", layer_types=["full_attention"]),
+        "config/new": dict(
+            llama, rope_parameters=dict(scaling, rope_theta=500000.0), dtype="bfloat16", layer_types=["full_attention"]
+        ),
         "config/linear": dict(llama, rope_scaling={"type": "linear", "factor": 1.0}, hidden_act="silu", mlp_bias=False),
         "config/mistral": mistral,
         "config/generation": {"bos_token_id": 1, "eos_token_id": [2, 3], "temperature": 0.6, "max_length": 4096},

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# Builds the fuzz harnesses with libFuzzer under the address and undefined-behaviour sanitizers and runs each for RUNS inputs from the seeds of
-# make_seeds.py and the inputs of corpus/: dev/fuzz/run.sh [RUNS=20000] [HARNESS...]. Each harness changes files as one who knows their format
-# would (structure.h). FUZZ_DIR keeps what was found new (default: a temporary directory).
+# Builds the fuzz harnesses with libFuzzer under the address and undefined-behaviour sanitizers and runs each for RUNS
+# inputs from the seeds of make_seeds.py and the inputs of corpus/: dev/fuzz/run.sh [RUNS=20000] [HARNESS...]. Each
+# harness changes files as one who knows their format would (structure.h). FUZZ_DIR keeps what was found new (default: a
+# temporary directory).
 # Ends with "N passed, N failed[, N skipped]"; skips where clang or its fuzzer runtime is absent.
 set -u
 cd "$(dirname "$0")/../.." || exit 1
