@@ -355,6 +355,9 @@ inline void insert_bits(Warp& w, const Instruction& i, uint32_t lanes) {  // b w
 inline Execute integer_of(const string& o, const Strings& op, const string& type) {
     const string how = op.size() > 2 ? op[1] : "";
     if (o == "bfi" && type == "b32") { return insert_bits; }
+    if (o == "bfe" && type == "u32") {
+        TERNARY(uint32_t, uint32_t, uint32_t, (b & 255) > 31 ? 0 : a >> (b & 255) & mask_of(c & 255))
+    }
     Execute found = by_type(type, [&](auto z) { return signed_arithmetic<decltype(z)>(o, how); });
     return found ? found : by_type(type, [&](auto z) { return arithmetic<Unsigned<decltype(z)>>(o, how); });
 }

@@ -380,9 +380,9 @@ inline void Decoder::convert() {
 inline void Decoder::compute() {
     const string& o = op[0];
     static const std::map<string, size_t> sources = {
-        {"neg", 1}, {"abs", 1}, {"not", 1}, {"rcp", 1}, {"sqrt", 1}, {"ex2", 1}, {"add", 2},
-        {"sub", 2}, {"mul", 2}, {"div", 2}, {"rem", 2}, {"min", 2},  {"max", 2}, {"and", 2},
-        {"or", 2},  {"xor", 2}, {"shl", 2}, {"shr", 2}, {"mad", 3},  {"fma", 3}, {"bfi", 4}};
+        {"neg", 1}, {"abs", 1}, {"not", 1}, {"rcp", 1}, {"sqrt", 1}, {"ex2", 1}, {"add", 2}, {"sub", 2},
+        {"mul", 2}, {"div", 2}, {"rem", 2}, {"min", 2}, {"max", 2},  {"and", 2}, {"or", 2},  {"xor", 2},
+        {"shl", 2}, {"shr", 2}, {"mad", 3}, {"fma", 3}, {"bfe", 3},  {"bfi", 4}};
     auto n = sources.find(o);
     bool is_float = type[0] == 'f', wide = has(op, "wide"), shift = o == "shl" || o == "shr";
     if (n == sources.end()) { bad("opcode"); }

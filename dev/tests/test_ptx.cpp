@@ -101,7 +101,7 @@ static void test_integers() {
                          "div.s32 %r7, %r5, %r6; rem.u32 %r8, %r5, %r6; mul.hi.s32 %r9, %r5, %r6; mul.wide.s32 %rd8, "
                          "%r5, %r6; shr.s64 %rd8, %rd8, 20; cvt.u32.u64 %r10, %rd8;"
                          "st.global.v4.u32 [%rd6], {%r7,%r8,%r9,%r10}; and.b32 %r11, %r6, 63; shr.s32 %r7, %r5, %r11; "
-                         "shl.b32 %r8, %r5, %r11;"
+                         "shl.b32 %r8, %r5, %r11; bfe.u32 %r12, %r5, 5, 9; xor.b32 %r8, %r8, %r12;"
                          "bfi.b32 %r9, %r5, %r6, 20, 14; setp.lt.u32 %p1|%p2, %r5, %r6; selp.b32 %r10, %r5, %r6, %p2; "
                          "st.global.v4.u32 [%rd6+16], {%r7,%r8,%r9,%r10};",
                          {1, 1024, 0}, out, x);
@@ -115,7 +115,7 @@ static void test_integers() {
                        (int)(wide >> 32),
                        (int)(wide >> 20),
                        s > 31 ? (a < 0 ? -1 : 0) : a >> s,
-                       s > 31 ? 0 : (int)(ua << s),
+                       (s > 31 ? 0 : (int)(ua << s)) ^ (int)(ua >> 5 & 511),
                        (int)((ub & 0xfffff) | ua << 20),
                        (int)(ua < ub ? ub : ua)};
         for (int k = 0; k < 8; k++) {
