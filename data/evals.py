@@ -106,7 +106,7 @@ def winogrande(record):
 def mmlu(record):
     """The four choices stand in the context with their letters, and the letters are scored."""
     subject, choices, answer = record["subject"].replace("_", " "), record["choices"], record["answer"]
-    if not subject.strip() or len(choices) != 4:
+    if not subject.strip() or len(choices) != 4 or not all(isinstance(c, str) for c in choices):
         raise ValueError("wanted a subject and 4 choices, got %r and %d" % (subject, len(choices)))
     lines = ["The following are multiple choice questions (with answers) about %s.\n" % subject]
     lines += [record["question"].strip()] + ["%s. %s" % pair for pair in zip("ABCD", choices)] + ["Answer:"]
@@ -118,13 +118,22 @@ def general(record):
     """{"context", "question" or "query"; "choices": [...]; "gold", "label" or "answer": number or the choice itself}"""
     context = next(record[k] for k in ("context", "question", "query") if isinstance(record.get(k), str))
     gold = next((record[k] for k in ("gold", "label", "answer") if record.get(k) is not None), None)
+    if not isinstance(record["choices"], list) or not record["choices"]:
+        raise ValueError("choices: wanted a list of texts")
     if gold in record["choices"]:
         gold = record["choices"].index(gold)
     return [(context, c if c[:1].isspace() else " " + c) for c in record["choices"]], gold
 
 
+def whole(value):
+    """1, "1", 1.0 and true are a number of a choice; 1.5 is none."""
+    if isinstance(value, float) and not value.is_integer():
+        raise ValueError("%s as the right choice, wanted a whole number" % value)
+    return int(value)
+
+
 def one_based(value):
-    return None if value in (None, "") else int(value) - 1
+    return None if value in (None, "") else whole(value) - 1
 
 
 FORMATS = {  # in the order in which a record is tried
@@ -165,6 +174,8 @@ def read_labels(path, one):
 
 def convert(args):
     """Records of a file -> requests. A record that cannot be used is named, and left out or refused."""
+    if os.path.exists(args.out) and os.path.exists(args.input) and os.path.samefile(args.out, args.input):
+        raise UserError("--out %s: the input itself" % args.out)
     labels = read_labels(args.labels, args.labels_from) if args.labels else None
     task = args.task or re.sub(r"\.jsonl?$", "", os.path.basename(args.input))
     requests, bad, items, formats = [], 0, 0, set()
@@ -187,19 +198,21 @@ def convert(args):
             if labels is not None:
                 gold = labels[i]
             if len(pairs) > 1:
-                gold = int(gold) if gold not in (None, "") else None
+                gold = whole(gold) if gold not in (None, "") else None
                 if gold is None or not 0 <= gold < len(pairs):
                     raise ValueError("gold is %s, wanted one of the %d choices" % (gold, len(pairs)))
-            for choice, (context, continuation) in enumerate(pairs):
+            for context, continuation in pairs:  # all of them, before any is taken
                 if not isinstance(context, str) or not isinstance(continuation, str) or not continuation.strip():
                     raise ValueError("an empty continuation")
+                (context + continuation).encode("utf-8")
+            for choice, (context, continuation) in enumerate(pairs):
                 request = {"context": context, "continuation": continuation, "task": task, "item": items}
                 if len(pairs) > 1:
                     request.update(choice=choice, gold=gold)
                 requests.append(request)
             items += 1
             formats.add(name)
-        except (ValueError, KeyError, TypeError, AttributeError, StopIteration) as e:
+        except (ValueError, KeyError, TypeError, AttributeError, StopIteration, RecursionError) as e:
             why = "no field %s" % e if isinstance(e, KeyError) else str(e) or "no context"
             if args.on_bad == "refuse":
                 raise UserError("%s:%d: %s; mend it, or --on-bad skip" % (args.input, number, why))
@@ -514,10 +527,12 @@ def read_lines(path, keys):
                     missing = [k for k in keys if not isinstance(record, dict) or k not in record]
                     if missing:
                         raise UserError("%s:%d: no %s" % (path, number, ", ".join(missing)))
+                    if "greedy" in keys and not (type(record["greedy"]) is bool and type(record["tokens"]) is int):
+                        raise UserError("%s:%d: wanted a number of tokens, and true or false as greedy" % (path, number))
                     records.append(record)
     except OSError as e:
         raise UserError("%s: %s" % (path, e.strerror))
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         raise UserError("%s:%d: broken JSON: %s" % (path, number, e))
     return records
 
@@ -530,6 +545,8 @@ def choice_of(request):
 def score_item(answers):
     """One question: [(request, score)] of its choices in order -> the numbers that are averaged."""
     gold = answers[0][0].get("gold", 0)
+    if [r.get("choice", 0) for r, _ in answers] != list(range(len(answers))) or gold not in range(len(answers)):
+        raise UserError("item %s: its choices are not whole, or none of them is gold" % answers[0][0]["item"])
     request, score = answers[gold]
     result = {
         "logprob": score["logprob"],
@@ -613,6 +630,12 @@ def report(args):
 # ----------------------------------------------------------------------------------------------------------------------
 
 
+def parse_samples(text):
+    if not re.fullmatch("[1-9][0-9]{0,8}", text):
+        raise argparse.ArgumentTypeError("got %r, wanted a whole number from 1" % text)
+    return int(text)
+
+
 def numbers(text):
     try:
         return [parse_count(part) for part in text.split(",")]
@@ -654,7 +677,7 @@ def main():
         p.add_argument("--text", nargs="+", default=[], metavar="FILE", help="texts to distract with")
         p.add_argument("--tokenizer", default="bytes", metavar="NAME|FILE", help="counts the tokens; default bytes")
         p.add_argument("--pattern")
-        p.add_argument("--samples", type=int, default=100, metavar="N", help="questions of each setting; default 100")
+        p.add_argument("--samples", type=parse_samples, default=100, metavar="N", help="questions of each setting; default 100")
         p.add_argument("--seed", type=int, default=0)
         if name == "needle":
             p.add_argument(

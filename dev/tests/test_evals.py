@@ -162,6 +162,26 @@ class Formats(Case):
             path = self.write("in.jsonl", [record])
             self.assertIn(why, run("choice", path, "--out", self.path("o.jsonl"), status=1))
 
+    def test_answers_and_choices_that_are_none(self):
+        """Refused as a whole: no half question joins the next one, no number is cut to a whole one."""
+        good = {"context": "Q:", "choices": ["a", "b"], "gold": 1}
+        mmlu = {"question": "q", "subject": "s", "choices": ["a", "b", "c", "d"], "answer": 2}
+        piqa = {"goal": "G", "sol1": "s", "sol2": "t", "label": 0}
+        bad = [
+            dict(good, gold=1.7), dict(mmlu, answer=2.5), dict(mmlu, choices=["a", None, "c", "d"]), dict(piqa, sol2=""),
+            {"sentence": "The _ is x.", "option1": "a", "option2": "b", "answer": 1.5},
+            {"context": "c", "question": "q", "answerA": "a", "answerB": "b", "answerC": "c", "label": 2.5},
+            dict(good, choices=[]), dict(good, choices={"text": ["a", "b"], "label": ["A", "B"]}), dict(good, context="\ud800"),
+            '{"context": "c", "choices": ["a", "b"], "gold": 0, "x": ' + "[" * 5000 + "]" * 5000 + "}",
+        ]  # fmt: skip
+        path = self.write("in.jsonl", [line for record in bad for line in (record, good)])
+        shown = run("choice", path, "--out", self.path("o.jsonl"))
+        for i in range(len(bad)):
+            self.assertIn("%s:%d: " % (path, 2 * i + 1), shown)
+        requests = self.read("o.jsonl")
+        self.assertEqual([(r["item"], r["choice"]) for r in requests], [(i, c) for i in range(len(bad)) for c in (0, 1)])
+        self.assertIn("the input itself", run("choice", path, "--out", path, status=1))
+
     def test_bad_lines_are_named(self):
         path = self.write(
             "in.jsonl",
@@ -314,6 +334,8 @@ class Generated(Case):
             "alone have", run("needle", "--text", self.book(), "--length", "50", "--out", self.path("x"), status=1)
         )
         self.assertIn("wanted 1 to 5", run("babilong", "--tasks", "6", "--out", self.path("x"), status=1))
+        for n in ("0", "-1", "1.5"):
+            self.assertIn("from 1", run("needle", "--samples=" + n, "--out", self.path("x"), status=1))
         self.assertIn("No such file", run("needle", "--text", self.path("none"), "--out", self.path("x"), status=1))
 
 
@@ -367,7 +389,7 @@ class Report(Case):
             self.assertEqual((row["accuracy"], row["acc_norm"], row["acc_bytes"]), want, texts)
 
     def test_refusals(self):
-        requests = self.write("r.jsonl", [{"continuation": "x", "task": "t", "item": 0}] * 2)
+        requests = self.write("r.jsonl", [{"continuation": "x", "task": "t", "item": i} for i in (0, 1)])
         one = self.write("s.jsonl", [{"logprob": -1.0, "tokens": 1, "greedy": True}])
         self.assertIn("2 requests", run("report", requests, one, status=1))
         self.assertIn(":1: no logprob", run("report", requests, self.write("b.jsonl", [{}] * 2), status=1))
@@ -383,6 +405,12 @@ class Report(Case):
         two = self.write("s2.jsonl", [{"logprob": -1.0, "tokens": 1, "greedy": True}] * 2)
         self.assertIn("no/j: No such file", run("report", requests, two, "--json", self.path("no/j"), status=1))
         self.assertIn("broken JSON", run("report", requests, self.write("x.jsonl", ["{"]), status=1))
+        for change in ({"greedy": "no"}, {"tokens": None}):
+            wrong = self.write("w.jsonl", [dict({"logprob": -1.0, "tokens": 1, "greedy": True}, **change)] * 2)
+            self.assertIn("w.jsonl:1: wanted a number of tokens", run("report", requests, wrong, status=1))
+        whole = [{"continuation": "x", "task": "t", "item": 0, "choice": c, "gold": 1} for c in (0, 1)]
+        for half in (whole[:1] * 2, [dict(r, gold=2) for r in whole]):
+            self.assertIn("not whole", run("report", self.write("h.jsonl", half), two, status=1))
 
     def test_infer_mta_reads_what_is_written(self):
         """The whole way with a model of no training: chance is what it knows."""
