@@ -1,38 +1,57 @@
-"""Seconds of one step of the dense PyTorch reference at the shapes of cpu_step.c: torch_step.py ATTENTION [T] [REPEATS]; one line of JSON.
+"""Seconds of one optimizer step in PyTorch on this CPU, at the shapes of cpu_step.c, as its users would write it: torch_step.py ATTENTION fp32|bf16
+[T] [REPEATS] [SECONDS]; one line of JSON.
 
-Forward, loss and backward of dev/ref/mta_ref.py in float32 on all cores. No optimizer update is counted, in its favour."""
+The model of torch_gpu.py (scaled dot product attention for `transformer`, the dense definition otherwise), each block compiled by torch.compile,
+fused AdamW, weights in fp32, with bf16 autocast for bf16. The best of REPEATS steps, or of those that fit into SECONDS, after two that compile.
+"""
+import contextlib
 import json
 import os
 import sys
 import time
 
 import torch
+import torch.nn.functional as F
+from torch import nn
 
-sys.path.insert(0, os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "ref"))
-import mta_ref as R  # noqa: E402
+import torch_gpu as G
 
-KINDS = {
-    "transformer": {},
-    "mta": dict(kq_conv_layers=[1, 3, 5], head_mix_post_softmax=2, head_norm="group_depth_scaled"),
-    "mta-full": dict(kq_conv_layers=[1, 3, 5], kq_conv_post_softmax=True, head_mix_pre_softmax=6, head_mix_post_softmax=6,
-                     head_norm="group", head_gate=True),
-}
+G.C, G.L, G.NH, G.FF, G.V, G.HS = 384, 6, 6, 1024, 8192, 64
 
 
-def main(kind, T=1024, repeats=2):
-    """Prints the best of `repeats` steps."""
-    torch.set_num_threads(os.cpu_count())  # Debian's build starts with one
-    c = R.make_config(vocab_size=8192, hidden_size=384, intermediate_size=1024, num_hidden_layers=6, num_attention_heads=6,
-                      num_key_value_heads=6, max_position_embeddings=T, **KINDS[kind])
-    w = R.random_weights(c, 1)
-    x, y = torch.randint(0, 8192, (2, T)), torch.randint(0, 8192, (2, T))
-    best = float("inf")
-    for _ in range(repeats):
-        t = time.perf_counter()
-        R.loss_and_grads(x, y, w, c)
-        best = min(best, time.perf_counter() - t)
-    print(json.dumps({"attention": kind, "T": T, "step_s": round(best, 4), "torch": torch.__version__, "threads": torch.get_num_threads()}))
+def main(kind, precision, T=1024, repeats=5, limit=60):
+    """Prints the best step."""
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count()))  # Debian's build starts with one
+    torch.manual_seed(1)
+    B, device = 2, torch.device("cpu")
+    blocks = nn.ModuleList(G.Block(kind, 2 if layer % 2 else 0, device).float() for layer in range(G.L))  # 2: one with a convolution
+    embed, norm = nn.Parameter(torch.randn(G.V, G.C) * G.C ** -0.5), nn.Parameter(torch.ones(G.C))
+    optimizer = torch.optim.AdamW([*blocks.parameters(), embed, norm], lr=1e-5, betas=(0.9, 0.98), fused=True)
+    angles = torch.arange(T)[:, None] * 10000.0 ** (-torch.arange(0, G.HS // 2) * 2 / G.HS)
+    cosine, sine = angles.cos(), angles.sin()
+    compiled = [torch.compile(b, dynamic=False) for b in blocks]
+    tokens, targets = torch.randint(0, G.V, (B, T)), torch.randint(0, G.V, (B, T))
+    cast = (lambda: torch.autocast("cpu", torch.bfloat16)) if precision == "bf16" else contextlib.nullcontext
+    best, began = float("inf"), time.perf_counter()
+    for step in range(repeats + 2):
+        start = time.perf_counter()
+        with cast():
+            x = F.embedding(tokens, embed)
+            for b in compiled:
+                x = b(x, cosine, sine)
+            logits = F.linear(F.rms_norm(x, (G.C,), norm, 1e-5), embed)
+        loss = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_([*blocks.parameters(), embed, norm], 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if step >= 2:
+            best = min(best, time.perf_counter() - start)
+            if time.perf_counter() - began > limit:
+                break
+    print(json.dumps({"torch": torch.__version__, "attention": kind, "matmul": precision, "T": T, "best_step_s": round(best, 4),
+                      "threads": torch.get_num_threads(), "loss": round(loss.item(), 4)}))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], *map(int, sys.argv[2:4]))
+    main(sys.argv[1], sys.argv[2], *map(int, sys.argv[3:6]))
