@@ -1007,6 +1007,47 @@ static void test_memory_plan(void) {
     verdict(good, "memory grows with T, not with T x T", "doubling T multiplies it by at most %.3f", worst);
 }
 
+// Share of the threads' time that the forward pass of attention keeps busy: tasks are taken as they come, the last
+// chunk first, and cost what rows times keys of a chunk are.
+static double attention_balance(const Attention* a, int threads) {
+    double *busy = doubles((size_t)threads), total = 0, longest = 0;
+    int chunks = (a->T + a->chunk - 1) / a->chunk, tasks = attention_tasks(a);
+    for (int task = tasks - 1; task >= 0; task--) {
+        int lo = task / (tasks / chunks) * a->chunk, hi = min_int(lo + a->chunk, a->T), first = 0;
+        for (int t = 1; t < threads; t++) {
+            if (busy[t] < busy[first]) { first = t; }
+        }
+        busy[first] += (double)(hi - lo) * hi;
+        total += (double)(hi - lo) * hi;
+        longest = fmax(longest, busy[first]);
+    }
+    free(busy);
+    return total / (threads * longest);
+}
+
+// One sequence of 2048 tokens: the forward pass has tasks enough, and even ones, for many more cores than heads.
+static void test_balance(void) {
+    const int threads[] = {2, 16, 64, 128};
+    for (int k = 0; k < N_KINDS; k++) {
+        Config c;
+        Error e = {{0}};
+        char title[96], text[160] = "";
+        bool good = true;
+        config_from_preset(&c, preset_find("880m"));
+        if (!config_set_attention(&c, KINDS[k], false, &e)) { die("%s", e.text); }
+        Attention a = attention_largest(&c, 1, 2048, 0);
+        int tasks = attention_tasks(&a);
+        for (int i = 0; i < 4; i++) {
+            double share = attention_balance(&a, threads[i]);
+            good = good && share >= fmin(0.8, 0.5 * tasks / threads[i]);
+            snprintf(text + strlen(text), sizeof text - strlen(text), ", %d threads %.0f%% busy", threads[i],
+                     100 * share);
+        }
+        snprintf(title, sizeof title, "balance of attention, forward, %s", KINDS[k]);
+        verdict(good && tasks >= 32, title, "%d tasks%s", tasks, text);
+    }
+}
+
 // The testers tested: a wrong gradient, a NaN and a wrong order must be seen.
 static void test_checkers(void) {
     LayerTest t = layer_test(21, 3, 5, 4);
@@ -1549,6 +1590,7 @@ static void test_double(void) {
     if (wanted("config")) { test_config(); }
     if (wanted("schedules")) { test_schedules(); }
     if (wanted("memory")) { test_memory_plan(); }
+    if (wanted("balance")) { test_balance(); }
     if (wanted("layers")) { test_layers(); }
     if (wanted("attention")) { test_attention(); }
     if (wanted("model")) { test_model_differences(); }

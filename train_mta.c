@@ -1027,24 +1027,28 @@ static void attention_clear_pads(real* scratch, const Attention* a) {
     }
 }
 
+// Parts of the forward pass that threads may compute side by side: a chunk of queries of a group of heads of a
+// sequence.
+static int attention_tasks(const Attention* a) {
+    return a->B * a->NH / attention_group(a) * ((a->T + a->chunk - 1) / a->chunk);
+}
+
 // out (B,T,NH,HS); stats (B,NH,T,2) for the backward pass; q (B,T,NH,HS), k, v (B,T,NKV,HS), q and k rotated; scratch:
 // ATTENTION_TILES tiles a thread. Threads own (sequence, heads) whole: a unit of heads shares no result with another.
 static void attention_forward(real* out, real* stats, const real* q, const real* k, const real* v, const Attention* a,
                               real* scratch) {
-    int unit = attention_unit(a), units = a->NH / unit;
+    int group = attention_group(a), heads = a->B * a->NH / group;  // groups of heads, of all sequences
     size_t qn = (size_t)a->T * a->NH * a->HS, kn = (size_t)a->T * a->NKV * a->HS;
-#pragma omp parallel for schedule(dynamic, 1)
-    for (int task = 0; task < a->B * units; task++) {
-        int b = task / units, first = task % units * unit;
+#pragma omp parallel
+    {
         real* mine = scratch + (size_t)omp_get_thread_num() * ATTENTION_TILES * attention_tile_size(a);
-        real* sb = stats + (size_t)b * a->NH * a->T * 2;
         attention_clear_pads(mine, a);
-        for (int h = first; h < first + unit; h += attention_group(a)) {
-            for (int lo = 0; lo < a->T; lo += a->chunk) {
-                int hi = min_int(lo + a->chunk, a->T);
-                Maps m = attention_maps(mine, sb, q + b * qn, k + b * kn, a, h, lo, hi, false);
-                values_forward(out + b * qn, &m.A, v + b * kn, a, h, attention_group(a), lo, hi);
-            }
+#pragma omp for schedule(dynamic, 1)
+        for (int task = attention_tasks(a) - 1; task >= 0; task--) {  // the last chunks first: they see most keys
+            int lo = task / heads * a->chunk, hi = min_int(lo + a->chunk, a->T), h = task % heads * group % a->NH;
+            size_t b = (size_t)(task % heads * group / a->NH);
+            Maps m = attention_maps(mine, stats + b * a->NH * a->T * 2, q + b * qn, k + b * kn, a, h, lo, hi, false);
+            values_forward(out + b * qn, &m.A, v + b * kn, a, h, group, lo, hi);
         }
     }
 }
