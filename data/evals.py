@@ -1,14 +1,15 @@
 #!/usr/bin/env python3
-"""Evaluation sets for infer_mta --score, and their results. Standard library; --tokenizer with a rank file: tiktoken.
+"""Evaluation sets for --score of infer_mta or a trainer, and their results. Standard library; --tokenizer with a rank file: tiktoken.
 
     evals.py lambada lambada_test.jsonl --out lambada.jsonl            last word of a passage
     evals.py choice hellaswag_val.jsonl --out hellaswag.jsonl          multiple choice, any number of choices
     evals.py needle --text BOOK.txt --out needle.jsonl                 needles in a haystack, generated
     evals.py babilong --text BOOK.txt --out babilong.jsonl             BabiLong-style QA1 to QA5, generated
-    infer_mta CHECKPOINT --score lambada.jsonl > lambada.scores
+    infer_mta CHECKPOINT --score lambada.jsonl > lambada.scores        on the CPU, or on the trainer's device:
+    train_mta_cuda --init-from CHECKPOINT --score lambada.jsonl --batch-size 16 > lambada.scores
     evals.py report lambada.jsonl lambada.scores
 
-A request is a JSON line with context and continuation, which infer_mta reads, and what the report needs: task (and its
+A request is a JSON line with context and continuation, which the programs read, and what the report needs: task (and its
 settings), item (which question), choice and gold (numbers; only where there are choices). The report says per task:
   accuracy   of choices: the one with the largest log-probability is gold (of equal ones the first); else the same as greedy
   acc_norm   the same with log-probability per character of the choice (the space before it is not one of them)

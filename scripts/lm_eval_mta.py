@@ -3,9 +3,11 @@
 
     lm_eval_mta.py DIR --tasks lambada_openai,hellaswag,piqa [any flag of "lm_eval run": --limit, --num_fewshot, ...]
     lm_eval_mta.py DIR --weights int8 --tasks wikitext --output_path results --log_samples
+    lm_eval_mta.py DIR --trainer ./train_mta_cuda --batch_size 16 --tasks hellaswag       scores on the trainer's device
 
-or, from Python, `import lm_eval_mta` registers the model "mta" with arguments checkpoint=, infer=, weights=, threads=.
-One infer_mta --score and one infer_mta --prompts answer all requests as JSON lines, so that the weights are read once."""
+or, from Python, `import lm_eval_mta` registers the model "mta" with arguments checkpoint=, infer=, weights=, threads=,
+trainer=. One program --score and one infer_mta --prompts answer all requests as JSON lines: the weights are read once.
+"""
 
 import argparse
 import json
@@ -106,12 +108,26 @@ def config_file(checkpoint):
 
 @register_model("mta")
 class MtaLM(LM):
-    """checkpoint: a directory; infer: the program; weights, threads: its options."""
+    """checkpoint: a directory; infer: the program; weights, threads: its options. trainer: train_mta or train_mta_cuda,
+    which then scores in its place, batch_size requests of the model's context at once, or more shorter ones."""
 
     def __init__(
-        self, checkpoint, infer=os.path.join(ROOT, "infer_mta"), weights="stored", threads=0, max_gen_toks=256, **unused
+        self,
+        checkpoint,
+        infer=os.path.join(ROOT, "infer_mta"),
+        weights="stored",
+        threads=0,
+        max_gen_toks=256,
+        trainer=None,
+        batch_size=None,
+        **unused,
     ):
         super().__init__()
+        if trainer and weights != "stored":
+            raise ValueError("a trainer scores with the weights as they are stored, not in %s" % weights)
+        self.trainer_command = [trainer, "--init-from", str(checkpoint)] if trainer else None
+        if trainer and str(batch_size or "").isdigit():
+            self.trainer_command += ["--batch-size", str(batch_size)]
         self.command = [infer, str(checkpoint), "--weights", weights, "--threads", str(threads)]
         self.checkpoint, self.infer, self.max_gen_toks = str(checkpoint), infer, max_gen_toks
         self.scorer = self.generator = None  # the Programs that score and generate, from the first request on
@@ -132,13 +148,13 @@ class MtaLM(LM):
         return answers
 
     def score(self, requests):
-        """The answers of infer_mta --score, which stays and waits for the next requests."""
+        """The answers of a program with --score, which stays and waits for the next requests."""
         if not self.scorer:
-            self.scorer = Program(self.command + ["--score", "-", "--shift"])
+            self.scorer = Program((self.trainer_command or self.command) + ["--score", "-", "--shift"])
         return [json.loads(x) for x in self.scorer.ask([json.dumps(r) for r in requests], last=False)]
 
     def loglikelihood(self, requests, disable_tqdm=False):
-        """infer_mta cuts the texts into tokens of context and continuation as the harness does it (mta/score.h)."""
+        """The program cuts the texts into tokens of context and continuation as the harness does it (mta/score.h)."""
         answers = self.score([{"context": r.args[0], "continuation": r.args[1]} for r in requests])
         return [(a["logprob"], a["greedy"]) for a in answers]
 
@@ -175,6 +191,7 @@ def main():
     parser.add_argument("--weights", default="stored", choices=WEIGHTS)
     parser.add_argument("--threads", type=int, default=0, metavar="N", help="0: all cores")
     parser.add_argument("--infer", default=os.path.join(ROOT, "infer_mta"), metavar="PROGRAM")
+    parser.add_argument("--trainer", metavar="PROGRAM", help="train_mta or train_mta_cuda: scores in place of infer_mta")
     args, others = parser.parse_known_args()
     try:
         from lm_eval.__main__ import cli_evaluate

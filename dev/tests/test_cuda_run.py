@@ -15,10 +15,11 @@ import subprocess
 import tempfile
 import unittest
 
-from helpers import BIN, ROOT, main, read_safetensors, values, write_shard
+from helpers import BIN, GOLDEN, ROOT, golden_checkpoint, main, read_safetensors, values, write_shard
 
 CPU = os.path.join(BIN, "train_mta")
 BF16 = os.environ.get("MTA_CUDA", os.path.join(ROOT, "build", "train_mta_cuda_cpu"))
+INFER = os.path.join(BIN, "infer_mta")
 FP32 = os.environ.get("MTA_CUDA_FP32", os.path.join(ROOT, "build", "train_mta_cuda_cpu_fp32"))
 REAL = next(filter(os.path.exists, (os.path.join(ROOT, "build", "nvcc", "train_mta_cuda"), os.path.join(ROOT, "train_mta_cuda"))), None)  # nvcc's
 EMULATED = "MTA_CUDA" not in os.environ
@@ -130,6 +131,50 @@ class CudaRuns(unittest.TestCase):
             self.assertEqual(self.figures(runs[0][0]), self.figures(runs[1][0]))
             self.assertEqual(self.figures(runs[0][0]), self.figures(runs[2][0]))
             self.assertEqual(self.checkpoint(attention + "0", 2), self.checkpoint(attention + "7", 2))
+
+    @unittest.skipUnless(os.path.exists(INFER), "infer_mta is not built")
+    def test_scores_are_infer_mta_s(self):
+        """Golden models, whose logits are far from tame (log-probabilities of -15), and a trained one: to 1e-4 in fp32, in bf16 to 2% of the largest
+        and, of the trained model, 0.02 in the mean as its loss. Short requests, many at once, lie in a batch of more sequences than --batch-size."""
+        self.train(CPU, "run", "--steps", "8")
+        folders = [self.path("run/step-00000008")]
+        requests = [[{"context_ids": [k], "continuation_ids": [k + 1] * (k % 22)} for k in range(30)]]
+        for name in ("full", "diff", "toy", "one_token"):
+            folders.append(self.path(name))
+            config, texts = golden_checkpoint(os.path.join(GOLDEN, name + ".safetensors"), folders[-1])
+            texts = [ids[:config["max_position_embeddings"] + 1] for ids in texts]
+            requests.append([{"context_ids": ids[:cut], "continuation_ids": ids[cut:]} for ids in texts for cut in range(1, len(ids), 3)] +
+                            [{"context_ids": [1], "continuation_ids": [2]}] * 9)
+        for folder, lines in zip(folders, requests):
+            text = "".join(json.dumps(line) + "\n" for line in lines)
+            with open(self.path("requests"), "w", encoding="utf-8") as f:
+                f.write(text)
+            ask = lambda *command: [json.loads(x) for x in self.ok([*command, "--score", self.path("requests")]).stdout.splitlines()]
+            want = ask(INFER, folder)
+            values = [x for w in want for x in w["token_logprobs"]]
+            for program, distance in ((FP32, 1e-4), (BF16, 0.02 * max(map(abs, values)))):
+                got = ask(program, "--init-from", folder)
+                self.assertEqual([g["tokens"] for g in got], [w["tokens"] for w in want])
+                errors = [g - w for g, w in zip((x for g in got for x in g["token_logprobs"]), values, strict=True)]
+                self.assertLess(max(map(abs, errors)), distance, (program, folder))
+                if folder == folders[0]:
+                    self.assertLess(abs(sum(errors)) / len(errors), min(distance, 0.02))
+
+    def test_evaluation_alone(self):
+        """--eval-only says what the run's own last evaluation said, bit for bit; --eval-first's loss is that of the start."""
+        log, _ = self.train(BF16, "run", "--steps", "2", "--eval-first")
+        losses = {e["step"]: e["loss"] for e in log if e["event"] == "val"}
+        self.assertEqual(sorted(losses), [0, 1, 2])
+        alone = [BF16, "--init-from", self.path("run"), "--eval-only", "--val", "v=" + self.path("a_val_*.bin"), "--seq-len", "24", "--batch-size", "2",
+                 "--eval-windows", "4"]
+        self.ok([*alone, "--out", self.path("alone")])
+        with open(self.path("alone/log.jsonl"), encoding="utf-8") as f:
+            self.assertEqual([e["loss"] for e in map(json.loads, f) if e["event"] == "val"], [losses[2]])
+
+    def ok(self, command):
+        run = self.execute(command)
+        self.assertEqual(run.returncode, 0, run.stderr)
+        return run
 
     def test_accumulation(self):
         """A step of four sequences at once, two at a time or one at a time is the same step."""

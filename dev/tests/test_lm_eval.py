@@ -39,6 +39,7 @@ except ImportError as e:
 
 TASK_FOLDER = os.path.join(os.path.dirname(lm_eval.__file__), "tasks")
 INFER = os.path.join(BIN, "infer_mta")
+TRAINER = os.path.join(BIN, "train_mta")
 RANKS = os.path.join(ROOT, "dev", "golden", "tokenizers", "cl100k_base.tiktoken")
 EVALS = os.path.join(ROOT, "data", "evals.py")
 sys.path.insert(0, os.path.join(ROOT, "scripts"))
@@ -320,8 +321,8 @@ class Model(Case):
         cls.addClassCleanup(shutil.rmtree, cls.model, ignore_errors=True)
         write_model(cls.model)
 
-    def lm(self):
-        lm = lm_eval_mta.MtaLM(self.model, infer=INFER, threads=1)
+    def lm(self, **options):
+        lm = lm_eval_mta.MtaLM(self.model, infer=INFER, threads=1, **options)
         self.addCleanup(lm.close)
         return lm
 
@@ -358,6 +359,20 @@ class Model(Case):
         self.assertIn("line 1: the continuation adds no token: with it the context has 1, without it 1", done.stderr)
         with self.assertRaises(AssertionError), contextlib.redirect_stderr(io.StringIO()):
             Reference(self).loglikelihood(instances("loglikelihood", [("inter", "national")]), disable_tqdm=True)
+
+    @unittest.skipUnless(os.path.exists(TRAINER), "train_mta is not built")
+    def test_a_trainer_scores_the_same(self):
+        """Contexts that are too long, windows of a text, and requests that come one after the other."""
+        lm = self.lm(trainer=TRAINER, batch_size=2)
+        pairs = [("The cat", " sat"), ("long " * 300, "end"), ("", "start"), ("a", "")]
+        for some in (pairs, pairs[:1]):
+            got, want = (m.loglikelihood(instances("loglikelihood", some)) for m in (lm, self.lm()))
+            self.close_to([x for x, _ in got], [x for x, _ in want])
+            self.assertEqual([g for _, g in got], [g for _, g in want])
+        texts = instances("loglikelihood_rolling", [("word " * 200,), ("short",)])
+        self.close_to(lm.loglikelihood_rolling(texts), self.lm().loglikelihood_rolling(texts))
+        with self.assertRaisesRegex(ValueError, "int8"):
+            self.lm(trainer=TRAINER, weights="int8")
 
     def test_rolling_windows(self):
         words = ["word%d" % i for i in range(400)]
