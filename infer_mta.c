@@ -1011,10 +1011,15 @@ static Tokenizer* tokenizer_for(const Options* o, const Config* c) {
         path_join(path, sizeof path, o->dir, c->tokenizer);
         if (file_exists(path)) {
             const char* kept = c->tokenizer_pattern[0] ? c->tokenizer_pattern : tokenizer_copy_pattern(path);
-            own = tokenizer_open(path, o->pattern && !o->tokenizer ? o->pattern : kept, &e);
+            if (kept && o->pattern && !o->tokenizer && strcmp(kept, o->pattern)) {
+                die("--pattern: got %s, but the model was trained with %s", o->pattern, kept);
+            }
+            own = tokenizer_open(path, kept ? kept : o->tokenizer ? NULL : o->pattern, &e);
         } else {
-            own = tokenizer_open(c->tokenizer, NULL, &e);
+            own = tokenizer_open(c->tokenizer, o->tokenizer ? NULL : o->pattern, &e);
         }
+    } else if (o->pattern && !o->tokenizer) {
+        die("--pattern: wanted --tokenizer FILE beside it, whose text it splits");
     }
     if (o->tokenizer) {
         Error why = {{0}};
@@ -1023,6 +1028,10 @@ static Tokenizer* tokenizer_for(const Options* o, const Config* c) {
         if (own && tokenizer_vocab(own) != tokenizer_vocab(given)) {
             die("%s: %d ids, but the model was trained with %s, which has %d", o->tokenizer, tokenizer_vocab(given),
                 c->tokenizer, tokenizer_vocab(own));
+        }
+        if (own && strcmp(tokenizer_name(own), tokenizer_name(given))) {
+            die("%s: split as %s, but the model was trained with %s", o->tokenizer, tokenizer_name(given),
+                tokenizer_name(own));
         }
         tokenizer_free(own);
     } else if (c && c->tokenizer[0] && !own && !o->token_ids && !o->score) {
@@ -1529,8 +1538,21 @@ static void answer_request(Session* session, const Json* j, long number, const c
     *o = options;
 }
 
+// The first key of a request that is not known here; NULL: none.
+static const char* unknown_key(const Json* request) {
+    static const char* const known[] = {"prompt", "until", "max_tokens", "temperature", "top_k", "top_p"};
+    const size_t n = sizeof known / sizeof *known;
+    for (const Json* j = request->child; j; j = j->next) {
+        size_t i = 0;
+        while (i < n && strcmp(known[i], j->key)) { i++; }
+        if (i == n) { return j->key; }
+    }
+    return NULL;
+}
+
 static void run_prompts(Session* session) {
     Lines lines;
+    bool said = false;
     const char* name = lines_open(&lines, session->options.prompts);
     size_t n;
     for (char* text; (text = lines_next(&lines, name, true, &n)) != NULL;) {
@@ -1540,6 +1562,13 @@ static void run_prompts(Session* session) {
         snprintf(where, sizeof where, "%s: line %ld", name, lines.number);
         Json* j = json_parse(text, n, &e);
         if (!j) { die("%s: %s", where, e.text); }
+        const char* key = j->type == JSON_OBJECT && !said ? unknown_key(j) : NULL;
+        if (key) {
+            fail(&e, "%s: \"%.60s\" is passed over; a line has prompt, until, max_tokens, temperature, top_k, top_p",
+                 where, key);
+            fprintf(stderr, "%s: %s\n", program_invocation_short_name, e.text);
+            said = true;
+        }
         answer_request(session, j, lines.number, where);
         json_free(j);
     }

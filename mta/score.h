@@ -239,7 +239,10 @@ static inline bool score_read(ScoreRequest* q, const Scorer* scorer, const char*
                    *text = score_field(j, "continuation", JSON_STRING);
         const Json* context_ids = score_field(j, "context_ids", JSON_ARRAY);
         const Json* ids = score_field(j, "continuation_ids", JSON_ARRAY);
-        if (context && text && !context_ids && !ids) {
+        if ((context && context_ids) || (text && ids)) {
+            good = fail(e, "got a text and ids of the %s, wanted one of them",
+                        context && context_ids ? "context" : "continuation");
+        } else if (context && text && !context_ids && !ids) {
             good = score_read_texts(q, scorer, context, text, e);
         } else {
             good = score_read_part(q, scorer, context, context_ids, "context", e);

@@ -745,6 +745,7 @@ class Refusals(unittest.TestCase):
         self.refuse([d, "--prompt", "a"], "names no tokenizer")
         self.refuse([d, "--prompt", "a", "--tokenizer", "bytes"], "vocabulary has 61")
         self.refuse([d, "--prompt", "a", "--tokenizer", "gpt2"], "rank file")
+        self.refuse([d, "--token-ids", "1", "--pattern", "gpt2"], "--tokenizer FILE")
         self.refuse([d, "--token-ids", "1", "--context", "65"], "64 positions")
         self.refuse([d, "--token-ids", "1", "--temprature", "1"], "did you mean --temperature")
         self.refuse([d, "--token-ids", "1", "--prompt", "a"], "exclude each other")
@@ -755,6 +756,8 @@ class Refusals(unittest.TestCase):
             (b"{}", 'wanted "context"'),
             (b'{"context_ids":[],"continuation_ids":[1]}', "context is empty"),
             (b'{"context_ids":[],"continuation_ids":[]}', "context is empty"),
+            (b'{"context":"a","context_ids":[1],"continuation_ids":[1]}', "ids of the context, wanted one"),
+            (b'{"context_ids":[1],"continuation":"a","continuation_ids":[1]}', "ids of the continuation, wanted one"),
             (b'{"context_ids":[1],"continuation_ids":[99]}', "from 0 to 60"),
             (b'{"context_ids":[1],"continuation_ids":[%s]}' % b",".join([b"1"] * 65), "the context has 64 positions"),
         ):
@@ -1123,6 +1126,11 @@ class TextIO(unittest.TestCase):
         cut = model.generate_until([Instance("abc", {"until": [whole[3]], "max_gen_toks": 9})])
         self.assertEqual(cut, [whole[: whole.index(whole[3])]])
 
+    def test_keys_of_a_request_that_are_passed_over(self):
+        p = run([self.dir, "--prompts", "-", "--quiet"], stdin=b'{"prompt": "a", "max_tokens": 0}\n{"prompt": "a", "max_tokens": 0, "stop": ["b"]}\n', check=False)
+        self.assertIn(b'line 2: "stop" is passed over', p.stderr)
+        self.assertEqual((p.stderr.count(b"\n"), p.stdout.count(b"\n")), (1, 2))
+
     def test_pattern_of_config_json(self):
         """A rank file whose number of ranks tells no pattern is split as config.json says, or as its copy's name does."""
         ranks = b"".join(b"%s %d\n" % (base64.b64encode(bytes([i])), i) for i in range(256)) + b"MTI= 256\nMzQ= 257\nMTIz 258\nMTIzNA== 259\n"
@@ -1143,6 +1151,11 @@ class TextIO(unittest.TestCase):
             p = run([where, "--tokenize"], stdin=b'{"text": "1234"}\n', check=False)
             if want:
                 self.assertEqual((p.returncode, p.stdout.decode().strip()), (0, want), p.stderr)
+                other = "llama3" if want == "259" else "gpt2"  # another than the model was trained with
+                for more in (["--pattern", other], ["--pattern", other, "--tokenizer", os.path.join(where, name)]):
+                    p = run([where, "--tokenize", *more], stdin=b'{"text": "1234"}\n', check=False)
+                    self.assertEqual((p.returncode, p.stderr.count(b"\n")), (1, 1), p.stderr)
+                    self.assertIn(b"the model was trained with", p.stderr)
             else:
                 self.assertEqual(p.returncode, 1)
                 self.assertIn(b"260 ranks, which no known tokenizer has; add --pattern", p.stderr)
