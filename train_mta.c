@@ -1,4 +1,5 @@
-// train_mta.c: trains a LLaMA-style language model with Multi-Token Attention (arXiv 2504.00927) on the CPU, in fp32.
+// train_mta.c: trains a LLaMA-style language model with Multi-Token Attention (arXiv 2504.00927) on the CPU, in fp32; with
+// --matmul bf16 its products read operands rounded to bf16.
 // The readable reference for train_mta.cu: every layer forward, then backward, in the order in which data meets them.
 //
 //   make train_mta
