@@ -680,6 +680,8 @@ def make_job(args, files):
         raise UserError("--val-fraction %g: wanted 0 up to, not including, 1" % args.val_fraction)
     if not 1 <= args.shard_tokens < 2**31:
         raise UserError("--shard-tokens %d: wanted 1 to 2147483647" % args.shard_tokens)
+    if args.max_tokens is not None and args.max_tokens < 1:
+        raise UserError("--max-tokens %d: wanted 1 or more" % args.max_tokens)
     tok = open_tokenizer(args.tokenizer, args.pattern, encoder=False)
     encoder = tok.path and find_encoder(args.encoder)
     for package, wanted in (

@@ -30,7 +30,10 @@ SHARD_NAME = re.compile(r"(.+)_(train|val)_\d{6}\.bin")
 
 
 class Parser(argparse.ArgumentParser):
-    """A mistake in the options is one line and exit status 1, as in the programs."""
+    """A mistake in the options is one line and exit status 1, as in the programs; part of a name is none of them."""
+
+    def __init__(self, **settings):
+        super().__init__(allow_abbrev=False, **settings)
 
     def error(self, message):
         self.exit(1, "%s: %s; --help lists all options\n" % (self.prog, message))

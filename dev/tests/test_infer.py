@@ -1127,7 +1127,8 @@ class TextIO(unittest.TestCase):
         self.assertEqual(cut, [whole[: whole.index(whole[3])]])
 
     def test_keys_of_a_request_that_are_passed_over(self):
-        p = run([self.dir, "--prompts", "-", "--quiet"], stdin=b'{"prompt": "a", "max_tokens": 0}\n{"prompt": "a", "max_tokens": 0, "stop": ["b"]}\n', check=False)
+        lines = b'{"prompt": "a", "max_tokens": 0}\n{"prompt": "a", "max_tokens": 0, "stop": ["b"]}\n'
+        p = run([self.dir, "--prompts", "-", "--quiet"], stdin=lines, check=False)
         self.assertIn(b'line 2: "stop" is passed over', p.stderr)
         self.assertEqual((p.stderr.count(b"\n"), p.stdout.count(b"\n")), (1, 2))
 

@@ -514,6 +514,8 @@ class Bad(Case):
             (("--shard-tokens", "0"), "wanted 1 to"),
             (("--name", "a/b"), "wanted letters"),
             (("--shard-toknes", "9"), "unrecognized arguments: --shard-toknes"),
+            (("--shard", "9"), "unrecognized arguments: --shard"),
+            (("--max-tokens", "0"), "wanted 1 or more"),
         ):
             shown = run("text", text, "--out", self.path("o"), *options, status=1)
             self.assertIn(message, shown)
