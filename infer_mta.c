@@ -806,9 +806,9 @@ static void read_tokens(const Model* m, Cache* cache, Work* w, const int32_t* to
 // Options
 
 typedef struct {
-    const char *dir, *tokenizer, *pattern, *weights, *cache, *prompt, *prompts, *token_ids, *score, *logits,
-        *attention_map;
-    int context, chunk, threads, max_tokens, top_k, repeat_last, samples, layer, head;
+    const char *dir, *tokenizer, *pattern, *weights, *cache, *prompt, *prompts, *token_ids, *score, *perplexity,
+        *logits, *attention_map;
+    int context, chunk, threads, stride, max_tokens, top_k, repeat_last, samples, layer, head;
     int64_t seed;
     double temperature, top_p, min_p, repeat_penalty;
     bool mapped, interactive, echo, ignore_eos, shift, quiet, tokenize, detokenize, binary, assume_llama, no_verify;
@@ -854,6 +854,7 @@ static void options_read(Options* o, int argc, char** argv) {
         "       infer_mta DIR --token-ids \"1 2 3\"       continue ids; prints ids\n"
         "       infer_mta DIR --prompts FILE           continue many texts, JSON lines in and out\n"
         "       infer_mta DIR --score FILE             log-probabilities of continuations, JSON lines in and out\n"
+        "       infer_mta DIR --perplexity FILE        the loss of a text in windows of the context, bits per byte\n"
         "       infer_mta DIR --interactive            turn by turn; Ctrl-C stops an answer, Ctrl-D the program\n"
         "       infer_mta --tokenize --tokenizer FILE  JSON lines {\"text\"} on standard input to lines of ids; "
         "--detokenize back\n"
@@ -908,6 +909,11 @@ static void options_read(Options* o, int argc, char** argv) {
         {"--score", OPT_STRING, &o->score, "FILE",
          "JSON lines {\"context\",\"continuation\"} or {\"context_ids\",\"continuation_ids\"}, - for standard input", 0,
          0, false},
+        {"--perplexity", OPT_STRING, &o->perplexity, "FILE",
+         "the loss of a text: each token once, in windows of the context; nats, perplexity, bits per byte as JSON", 0,
+         0, false},
+        {"--stride", OPT_INT, &o->stride, "N", "tokens by which a window moves on (0: half the context)", 0,
+         MAX_CONTEXT, false},
         {"--logits", OPT_STRING, &o->logits, "FILE",
          "write the logits of each position of the prompt (safetensors), generate nothing", 0, 0, false},
         {"--attention-map", OPT_STRING, &o->attention_map, "FILE",
@@ -927,12 +933,14 @@ static void options_read(Options* o, int argc, char** argv) {
     o->dir = positional[0];
     bool alone = o->tokenize || o->detokenize;
     int modes = (o->prompt != NULL) + (o->prompts != NULL) + (o->token_ids != NULL) + (o->score != NULL) +
-                o->interactive + o->tokenize + o->detokenize;
+                (o->perplexity != NULL) + o->interactive + o->tokenize + o->detokenize;
     if (modes > 1) {
-        die("--prompt, --prompts, --token-ids, --score, --interactive, --tokenize and --detokenize exclude each other; "
-            "give one");
+        die("--prompt, --prompts, --token-ids, --score, --perplexity, --interactive, --tokenize and --detokenize "
+            "exclude "
+            "each other; give one");
     }
     if (!alone && !o->dir) { die("no checkpoint directory given; usage: infer_mta DIR [options], --help lists them"); }
+    if (o->stride && !o->perplexity) { die("--stride belongs to --perplexity"); }
     if (o->binary && !o->tokenize) { die("--binary belongs to --tokenize"); }
     if (o->dir) { o->dir = checkpoint_of(o->dir, o->quiet); }
     if (alone && !o->tokenizer && !o->dir) { die("--tokenize needs --tokenizer NAME|FILE or a checkpoint directory"); }
@@ -1100,7 +1108,8 @@ static void session_open(Session* session, const Options* o) {
     for (int i = 0; i < 4; i++) {
         if (!strcmp(o->weights, forms[i])) { want = i; }
     }
-    bool generates = !o->score && !o->logits && !o->attention_map;  // else weights are read once for many tokens
+    bool generates =
+        !o->score && !o->perplexity && !o->logits && !o->attention_map;  // else weights are read once for many tokens
     model_open(&session->model, o->dir, want, o->threads, generates && !o->mapped, o->assume_llama, !o->no_verify);
     const Config* c = &session->model.c;
     if (o->context > c->max_position_embeddings) {
@@ -1866,6 +1875,71 @@ static void run_score(Session* session) {
     session->prompt_seconds = score_lines(&scorer, session->options.score);
 }
 
+// --perplexity: BOS and the text, each token predicted once. The first window is a whole context; the others move on by
+// the stride and reach as far back as the context does, so that a token has at least context - stride before it.
+static double perplexity_windows(Session* session, int32_t* ids, size_t n, long* windows) {
+    size_t T = (size_t)session->cache.capacity, done = 1;
+    size_t stride = session->options.stride ? (size_t)session->options.stride : (T + 1) / 2;
+    if (stride > T) { die("--stride: got %zu, the context has %zu positions", stride, T); }
+    ScoreProgress p = {progress_make(stderr), seconds_now(), seconds_now(), (double)n, 0, 0, 1, 0, 0};
+    double sum = 0;
+    int held = 0;  // no marks: windows share no prefix
+    while (done < n) {
+        size_t end = done == 1 ? T + 1 : done + stride;
+        end = end < n ? end : n;
+        size_t start = end > T + 1 ? end - T - 1 : 0;
+        ScoreRequest q = {.ids = ids + start, .n = (int)(end - start), .context = (int)(done - start)};
+        q.token_logprobs = alloc_or_die(end - done, sizeof(float), "log-probabilities");
+        cache_clear(&session->cache, &session->model);
+        score_to(session, &q, q.n - 1, NULL, 0, NULL, &held);
+        session->prompt_tokens += q.n - 1;
+        sum += q.logprob;
+        free(q.token_logprobs);
+        done = end;
+        p.done++;
+        p.bytes_before = (double)done;
+        if (!session->options.quiet) { score_progress(&p); }
+    }
+    progress_break(&p.progress);
+    *windows = p.done;
+    return -sum;
+}
+
+static void run_perplexity(Session* session) {
+    const char* file = session->options.perplexity;
+    const Tokenizer* t = need_tokenizer(session);
+    char* text = NULL;
+    size_t bytes = 0, n = 0;
+    int32_t *ids = NULL, bos = tokenizer_bos(t);
+    long windows = 0;
+    Error e = {{0}};
+    Text line = {0};
+    if (!read_file(file, (size_t)1 << 30, &text, &bytes, &e)) { die("%s", e.text); }
+    if (!tokenizer_encode(t, text, bytes, &ids, &n, &e)) { die("%s: %s", file, e.text); }
+    if (!n) { die("%s: it holds no text", file); }
+    if (bos < 0) { die("%s: %s has no BOS, nothing to condition the first token on", file, tokenizer_name(t)); }
+    int32_t* all = alloc_or_die(n + 1, sizeof *all, "tokens");
+    all[0] = bos;
+    memcpy(all + 1, ids, n * sizeof *ids);
+    double start = seconds_now(), nats = perplexity_windows(session, all, n + 1, &windows);
+    session->prompt_seconds = seconds_now() - start;
+    if (!isfinite(nats)) { die("%s: its loss is not finite: the numbers of this model overflow", file); }
+    const double values[] = {nats, nats / (double)n, exp(nats / (double)n), nats / (double)bytes,
+                             nats / (double)bytes / log(2)};
+    const char* const names[] = {"nats", "nats_per_token", "perplexity", "nats_per_byte", "bits_per_byte"};
+    text_printf(&line, "{\"tokens\": %zu, \"bytes\": %zu, \"windows\": %ld", n, bytes, windows);
+    for (int i = 0; i < 5; i++) {
+        text_printf(&line, ", \"%s\": ", names[i]);
+        text_json_number(&line, values[i]);
+    }
+    text_printf(&line, "}\n");
+    put_out(line.text, line.n, true);
+    text_free(&line);
+    free(all);
+    free(ids);
+    free(text);
+}
+
 // ---------------------------------------------------------------------------------------------------------------------
 // The tokenizer alone
 
@@ -1978,6 +2052,8 @@ int main(int argc, char** argv) {
     session_open(&session, &o);
     if (o.score) {
         run_score(&session);
+    } else if (o.perplexity) {
+        run_perplexity(&session);
     } else if (o.logits) {
         run_logits(&session);
     } else if (o.attention_map) {

@@ -302,7 +302,7 @@ static inline void score_put(const ScoreRequest* q, Text* t) {
 // ---------------------------------------------------------------------------------------------------------------------
 // All requests of a file
 
-// How far the lines of a file have come, told about once a second.
+// How far the lines of a file have come, told about once a second where standard error is a terminal.
 typedef struct {
     Progress progress;
     double start, shown;           // seconds_now()
@@ -323,7 +323,7 @@ static inline void score_progress(ScoreProgress* p) {
         snprintf(line + n, sizeof line - (size_t)n, "  %.1f%%  ETA %s", 100 * share,
                  format_duration((now - p->start) * (1 / share - 1), eta, sizeof eta));
     }
-    progress_line(&p->progress, line, !p->progress.terminal);
+    progress_line(&p->progress, line, false);
     p->shown = now;
 }
 

@@ -1132,6 +1132,37 @@ class TextIO(unittest.TestCase):
         self.assertIn(b'line 2: "stop" is passed over', p.stderr)
         self.assertEqual((p.stderr.count(b"\n"), p.stdout.count(b"\n")), (1, 2))
 
+    def test_perplexity_of_a_text(self):
+        """Each token once, in windows of the model's 64 positions that move on by the stride: what --score says of them."""
+        path = os.path.join(self.tmp.name, "text.txt")
+        for length, stride in ((150, None), (150, 7), (150, 64), (64, None), (65, 1), (1, None)):
+            tokens = [256] + [97 + i * i % 26 for i in range(length)]
+            with open(path, "wb") as f:
+                f.write(bytes(tokens[1:]))
+            lines, done = [], 1
+            while done <= length:
+                end = min(65 if done == 1 else done + (stride or 32), length + 1)
+                start = max(0, end - 65)
+                lines.append({"context_ids": tokens[start:done], "continuation_ids": tokens[done:end]})
+                done = end
+            answers = run([self.dir, "--score", "-", "--quiet"], stdin="\n".join(map(json.dumps, lines)).encode())
+            want = -sum(json.loads(a)["logprob"] for a in answers.splitlines())
+            got = json.loads(run([self.dir, "--perplexity", path, "--quiet"] + (["--stride", str(stride)] if stride else [])))
+            self.assertEqual([got[k] for k in ("tokens", "bytes", "windows")], [length, length, len(lines)])
+            self.assertAlmostEqual(got["nats"], want, delta=1e-4 * want)
+            self.assertAlmostEqual(got["perplexity"], math.exp(got["nats"] / length), delta=1e-6 * got["perplexity"])
+            self.assertAlmostEqual(got["bits_per_byte"], got["nats_per_byte"] / math.log(2), delta=1e-6)
+        for options, words in (
+            (["--perplexity", path, "--stride", "65"], "64 positions"),
+            (["--prompt", "a", "--stride", "3"], "belongs to --perplexity"),
+            (["--perplexity", path, "--score", "-"], "exclude"),
+            (["--perplexity", os.devnull], "no text"),
+            (["--perplexity", path + ".none"], "No such file"),
+        ):
+            p = run([self.dir] + options + ["--quiet"], check=False)
+            self.assertEqual((p.returncode, p.stderr.count(b"\n")), (1, 1), p.stderr)
+            self.assertIn(words, p.stderr.decode())
+
     def test_pattern_of_config_json(self):
         """A rank file whose number of ranks tells no pattern is split as config.json says, or as its copy's name does."""
         ranks = b"".join(b"%s %d\n" % (base64.b64encode(bytes([i])), i) for i in range(256)) + b"MTI= 256\nMzQ= 257\nMTIz 258\nMTIzNA== 259\n"
