@@ -1,4 +1,5 @@
-// train_mta.c: trains a LLaMA-style language model with Multi-Token Attention (arXiv 2504.00927) on the CPU, in fp32; with
+// train_mta.c: trains a LLaMA-style language model with Multi-Token Attention (arXiv 2504.00927) on the CPU, in fp32;
+// with
 // --matmul bf16 its products read operands rounded to bf16.
 // The readable reference for train_mta.cu: every layer forward, then backward, in the order in which data meets them.
 //
@@ -1853,22 +1854,19 @@ const Trainer* trainer_cpu(void) {
 
 // The same with products in bf16.
 const Trainer* trainer_cpu_bf16(void) {
-    static const Trainer table = {
-        "cpu bf16",      false,     false,         table_create_bf16, table_destroy,          table_tensors,
-        table_set,       table_get, table_forward, table_last_logits, table_forward_backward, table_update,
-        table_train_step};
+    static Trainer table;
+    table = *trainer_cpu();
+    table.name = "cpu bf16", table.exact = false, table.create = table_create_bf16;
     return &table;
 }
 
 #ifndef MTA_LIBRARY
 int main(int argc, char** argv) {
+    blas_single_thread();  // our threads share out the products
     Error e = {{0}};
     TrainOptions options;
     Run run;
-    bound_spinning(argv);
-    open_standard_files();
-    blas_single_thread();
-    options_given(&options, argc, argv);
+    train_begin(&options, argc, argv);
     bool bf16 = options.matmul && !strcmp(options.matmul, "bf16");
     if (bf16 && !bf16_products(&e)) { die("--matmul bf16: %s", e.text); }
     run_settle(&run, bf16 ? trainer_cpu_bf16() : trainer_cpu(), &options);

@@ -4188,19 +4188,10 @@ static double table_update(void* m, const AdamW* hyper, long step) { return mode
 static StepResult table_train_step(void* m, const Step* step) { return train_step((Model*)m, step); }
 
 extern "C" const Trainer* trainer_cuda(void) {
-    static const Trainer table = {"cuda " PRECISION_NAME,
-                                  EXACT,
-                                  !EXACT,
-                                  table_create,
-                                  table_destroy,
-                                  table_tensors,
-                                  table_set,
-                                  table_get,
-                                  table_forward,
-                                  table_last_logits,
-                                  table_forward_backward,
-                                  table_update,
-                                  table_train_step};
+    static const Trainer table = {
+        "cuda " PRECISION_NAME, EXACT,        !EXACT,          table_create,  table_destroy,
+        table_tensors,          table_set,    table_get,       table_forward, table_last_logits,
+        table_forward_backward, table_update, table_train_step};
     return &table;
 }
 
@@ -4209,9 +4200,7 @@ int main(int argc, char** argv) {
     Error e = {{0}};
     TrainOptions options;
     Run run;
-    bound_spinning(argv);
-    open_standard_files();
-    options_given(&options, argc, argv);
+    train_begin(&options, argc, argv);
     run_settle(&run, trainer_cuda(), &options);
     if (!model_check(&run.config, run.batch_size, run.seq_len, &e)) { die("%s", e.text); }
     print_plan(&run);

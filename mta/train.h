@@ -452,6 +452,13 @@ static inline int evaluate_only(Run* r) {
     return run_end(r);
 }
 
+// What every trainer does before its first product: waiting threads that sleep, closed descriptors, the command line.
+static inline void train_begin(TrainOptions* options, int argc, char** argv) {
+    bound_spinning(argv);
+    open_standard_files();
+    options_given(options, argc, argv);
+}
+
 // Trains r->model, which the trainer has made, to the end of the run or a signal. Returns the program's exit status.
 static inline int train(Run* r) {
     const TrainOptions* o = r->options;

@@ -35,6 +35,12 @@ def steps(lines):
     return [re.split(r"[:(,]| over | with ", m[1])[0].strip() for m in (re.match(r"// ---- (.*)", line) for line in lines) if m]
 
 
+def section(lines, start):
+    """The lines of the section whose title begins so."""
+    starts = headings(lines) + [(len(lines) + 1, "")]
+    return next(lines[first:after - 1] for (first, title), (after, _) in zip(starts, starts[1:]) if title.startswith(start))
+
+
 def functions(lines):
     """Names of the functions that are defined at the left margin, in order: not of kernels, not of declarations."""
     text = re.sub(r"//[^\n]*", "", "\n".join(lines))
@@ -111,7 +117,7 @@ class Layout(unittest.TestCase):
 
     def test_steps_of_attention(self):
         """The same for the parts of the section on attention."""
-        cpu, cuda = steps(self.cpu), steps(self.cuda)
+        cpu, cuda = (steps(section(lines, "Attention")) for lines in (self.cpu, self.cuda))
         self.assertGreater(len(cpu), 6)
         self.assertIsNone(in_order(cpu, cuda))
 
