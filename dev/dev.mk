@@ -208,7 +208,7 @@ build/ptx/replay.o: dev/ptx_cpu/replay.cpp $(PTX_HEADERS) $(EMULATOR_HEADERS) bu
 build/ptx/test_ops build/ptx/test_ops_fp32: build/ptx/%: build/%.o build/ops_reference.o build/ptx/replay.o
 	$(CXX) $(CXXFLAGS) $^ -o $@ $(LDLIBS)
 build/ptx/test_mta_%: build/test_mta.o build/train_mta_library.o build/cuda_cpu_%_library.o build/ptx/replay.o
-	$(CXX) $(CXXFLAGS) $^ -o $@ $(BLAS_LINK) $(LDLIBS)
+	$(CXX) $(CXXFLAGS) $^ -o $@ $(BLAS_LINK) $(ONEDNN_LINK) $(LDLIBS)
 PTX_OF = $(NVCC) -std=c++17 -O3 -lineinfo -ptx -arch=$*
 build/ptx/bf16_%.ptx: train_mta.cu $(HEADERS) build/flags_nvcc
 	@mkdir -p build/ptx

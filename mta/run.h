@@ -532,11 +532,9 @@ static inline void run_open_evaluation(Run* r) {
     free(text);
 }
 
-// The run directory, signals; reads trainer.json of the checkpoint that is resumed. What a crash left of an unfinished
-// checkpoint goes: a run that is at its end saves no more, which would remove it. Ends the program on any mistake.
+// The run directory, signals; reads trainer.json of the checkpoint that is resumed. Ends the program on any mistake.
 static inline void run_open_directory(Run* r) {
     run_check_directory(r);
-    if (r->options->resume) { checkpoint_remove_partials(r->options->out); }
     Error e = {{0}};
     if (r->resume_dir[0] && !run_read_state(r, &e)) { die("%s", e.text); }
     loader_state_write(&r->train, &r->loader_state);
@@ -731,7 +729,12 @@ static inline void run_log_start(Run* r, size_t parameters) {
     Text t = {NULL, 0, 0}, config = {NULL, 0, 0};
     Error e = {{0}};
     // Of two that found no log, the second must not cut the first one's.
-    if (r->options->out && r->options->resume) { run_lock(r, true); }
+    if (r->options->out && r->options->resume) {
+        run_lock(r, true);
+        // What a crash left of an unfinished checkpoint; a run that is at its end saves no more, which would remove it.
+        // Only under the lock: before it, that might be the checkpoint which another run is writing.
+        checkpoint_remove_partials(r->options->out);
+    }
     if (r->options->out && !runlog_open(&r->log, r->options->out, r->options->resume ? (long)r->step : -1, &e)) {
         die("--out: %s", e.text);
     }

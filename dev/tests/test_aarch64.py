@@ -39,7 +39,7 @@ class Aarch64(unittest.TestCase):
         return done.stdout
 
     def test_golden_cases(self):
-        self.assertRegex(self.run_program("test_mta", "--only", "golden"), r"\n1\d passed, 0 failed\n")
+        self.assertRegex(self.run_program("test_mta", "--only", "golden"), r"\n[1-9]\d passed, 0 failed\n")
 
     def test_decodes_the_same_tokens(self):
         """A model that this machine trains gives the same 20 tokens there and here. (train_mta there first measures a product of 1024^3: minutes.)"""
@@ -47,7 +47,8 @@ class Aarch64(unittest.TestCase):
             write_shard(os.path.join(folder, "a_train_000000.bin"), [(7 * i + i // 5) % 24 for i in range(4000)])
             subprocess.run([os.path.join(BIN, "train_mta"), *MODEL, "--train", os.path.join(folder, "a_train_*.bin"), "--out", os.path.join(folder, "run")],
                            check=True, stdout=subprocess.DEVNULL)
-            options = [os.path.join(folder, "run", "step-00000020"), "--token-ids", "1 2 3", "--max-tokens", "20", "--temperature", "0", "--quiet"]
+            options = [os.path.join(folder, "run", "step-00000020"), "--token-ids", "1 2 3", "--max-tokens", "20", "--temperature", "0",
+                       "--ignore-eos", "--quiet"]
             got = self.run_program("infer_mta", *options)
             want = subprocess.run([os.path.join(BIN, "infer_mta"), *options], capture_output=True, text=True, check=True).stdout
             self.assertEqual(len(want.split()), 20, want)

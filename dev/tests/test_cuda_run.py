@@ -338,8 +338,9 @@ class CudaRuns(unittest.TestCase):
         self.train(BF16, "run", "--steps", "1")
         good = self.path("run/step-00000001")
         for name, spoil, words in (("vocabulary", ["--vocab-size", "40"], "model.embed_tokens.weight"), ("heads", ["--num-key-value-heads", "2"], "k_proj"),
-                                   ("missing", ["--init-from", self.path("nowhere")], "is not a directory")):
-            _, error = self.train(BF16, "new" + name, "--steps", "1", "--init-from", good, *spoil, status=1)
+                                   ("missing", [], "is not a directory")):
+            source = self.path("nowhere") if name == "missing" else good
+            _, error = self.train(BF16, "new" + name, "--steps", "1", "--init-from", source, *spoil, status=1)
             self.assertIn(words, error)
         with open(os.path.join(good, "model.safetensors"), "r+b") as f:
             f.truncate(1000)
