@@ -14,7 +14,7 @@ from helpers import BIN, ROOT, main, write_shard
 HOME = os.path.join(ROOT, "build", "aarch64")  # the sources by links: so its programs are not this machine's
 COMPILER, EMULATOR = "aarch64-linux-gnu-gcc", "qemu-aarch64"
 MODEL = ["--model", "toy", "--attention", "mta-full", "--hidden-size", "32", "--num-hidden-layers", "2", "--num-attention-heads", "2",
-         "--num-key-value-heads", "2", "--intermediate-size", "48", "--seq-len", "16", "--batch-size", "2",
+         "--num-key-value-heads", "2", "--intermediate-size", "48", "--seq-len", "32", "--batch-size", "2",
          "--lr", "3e-3", "--schedule", "constant", "--warmup", "0", "--steps", "20", "--sample-every", "0"]
 
 
@@ -39,7 +39,7 @@ class Aarch64(unittest.TestCase):
         return done.stdout
 
     def test_golden_cases(self):
-        self.assertRegex(self.run_program("test_mta", "--only", "golden"), r"\n[1-9]\d passed, 0 failed\n")
+        self.assertRegex(self.run_program("test_mta", "--only", "golden"), r"\n1[2-9] passed, 0 failed")
 
     def test_decodes_the_same_tokens(self):
         """A model that this machine trains gives the same 20 tokens there and here. (train_mta there first measures a product of 1024^3: minutes.)"""
