@@ -425,7 +425,7 @@ inline void Decoder::lower() {
     } else {
         (this->*form->second)();
     }
-    if (!i.execute) { bad("not implemented"); }
+    if (!i.execute) { bad("an instruction that this interpreter does not know"); }
 }
 inline void Decoder::instruction(const string& s) {
     i = Instruction();
@@ -608,7 +608,7 @@ inline void Module::parse(string text) {
         } else if (sscanf(s.c_str(), ".shared .align %u .b8 %511[^[][%u]", &align, name, &bytes) == 3) {
             shared[name] = {bytes, align, false};
         } else if (s.compare(0, 7, ".global") == 0 || s.compare(0, 6, ".const") == 0 || s.compare(0, 5, ".func") == 0) {
-            throw Fault{"not implemented: " + s};
+            throw Fault{"an instruction that this interpreter does not know: " + s};
         }
         size_t begin = at;
         if (s.find(".entry") == string::npos) {
