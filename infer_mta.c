@@ -14,7 +14,8 @@
 //
 // Many tokens at once (a prompt, a text to score) go through the same code as one: forward() takes a chunk of
 // positions. Products with stored matrices are mta/matrix.h's; its gemm_tile serves scores (keys are cached as panels
-// of TILE) and values (so are they) as well. mta/score.h reads what is to be scored and writes the answers.
+// of TILE) and values (so are they) as well. What is not decoding stands in mta/: the options in infer_options.h; in
+// score.h, prompts.h, attention_map.h and tokenize.h how requests are read and answers written.
 //
 // C dim   NH heads   NKV key/value heads   HS head size   FF feed-forward   V vocabulary   cq, ck size of a convolution
 // T positions so far   n positions of a chunk   R of those one attention block handles   i, p query   j key position
@@ -25,8 +26,11 @@
 #include "mta/checkpoint.h"
 #include "mta/matrix.h"
 #include "mta/random.h"
-#include "mta/options.h"
+#include "mta/infer_options.h"
 #include "mta/score.h"
+#include "mta/prompts.h"
+#include "mta/attention_map.h"
+#include "mta/tokenize.h"
 #include "mta/tokenizer.h"
 
 #include <omp.h>
@@ -274,12 +278,6 @@ static void mark_return(CacheMark* k, Cache* cache, const Model* m) {
 
 // ---------------------------------------------------------------------------------------------------------------------
 // The forward pass of a chunk
-
-// Attention weights of one head for a picture: rows by query, columns by key.
-typedef struct {
-    int layer, head, n;
-    float *before, *after;
-} AttentionTap;  // (n, n)
 
 typedef struct {
     int chunk;          // positions at a time, at most
@@ -803,154 +801,10 @@ static void read_tokens(const Model* m, Cache* cache, Work* w, const int32_t* to
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Options
-
-typedef struct {
-    const char *dir, *tokenizer, *pattern, *weights, *cache, *prompt, *prompts, *token_ids, *score, *perplexity,
-        *logits, *attention_map;
-    int context, chunk, threads, stride, max_tokens, top_k, repeat_last, samples, layer, head;
-    int64_t seed;
-    double temperature, top_p, min_p, repeat_penalty;
-    bool mapped, interactive, echo, ignore_eos, shift, quiet, tokenize, detokenize, binary, assume_llama, no_verify;
-} Options;
-
-static Options options_defaults(void) {
-    Options o = {.weights = "stored",
-                 .cache = "f32",
-                 .chunk = 512,
-                 .max_tokens = 256,
-                 .repeat_last = 64,
-                 .samples = 1,
-                 .seed = 1,
-                 .temperature = 0.8,
-                 .top_p = 0.95,
-                 .repeat_penalty = 1};
-    return o;
-}
-
-// The checkpoint that DIR means: itself, or of a run's directory the newest step-N whose files are all there. Kept
-// until the program ends.
-static const char* checkpoint_of(const char* dir, bool quiet) {
-    char* path = alloc_or_die(PATH_SIZE, 1, "a path");
-    long* steps;
-    path_join(path, PATH_SIZE, dir, "config.json");
-    int n = file_exists(path) ? 0 : checkpoint_list(dir, &steps), i = 0;
-    for (; i < n; i++) {
-        Error e = {{0}};
-        checkpoint_path(dir, steps[i], path);
-        if (checkpoint_verify_manifest(path, false, &e)) { break; }
-        fprintf(stderr, "%s: checkpoint passed over: %s\n", program_invocation_short_name, e.text);
-    }
-    if (!n) { return dir; }
-    if (i == n) { die("%s: none of its %d checkpoints is whole", dir, n); }
-    free(steps);
-    if (!quiet) { fprintf(stderr, "%s: the newest checkpoint of %s\n", path, dir); }
-    return path;
-}
-
-static void options_read(Options* o, int argc, char** argv) {
-    const char* usage =
-        "usage: infer_mta DIR --prompt TEXT            continue a text (or standard input, without --prompt)\n"
-        "       infer_mta DIR --token-ids \"1 2 3\"       continue ids; prints ids\n"
-        "       infer_mta DIR --prompts FILE           continue many texts, JSON lines in and out\n"
-        "       infer_mta DIR --score FILE             log-probabilities of continuations, JSON lines in and out\n"
-        "       infer_mta DIR --perplexity FILE        the loss of a text in windows of the context, bits per byte\n"
-        "       infer_mta DIR --interactive            turn by turn; Ctrl-C stops an answer, Ctrl-D the program\n"
-        "       infer_mta --tokenize --tokenizer FILE  JSON lines {\"text\"} on standard input to lines of ids; "
-        "--detokenize back\n"
-        "DIR is a checkpoint: config.json, model.safetensors and a tokenizer; of a run's directory its newest one. "
-        "Exit status 0 done, 1 a mistake of the "
-        "user's.";
-    Opt table[] = {
-        {"Model", OPT_HEADING, NULL, NULL, NULL, 0, 0, false},
-        {"--tokenizer", OPT_STRING, &o->tokenizer, "NAME|FILE",
-         "bytes, toy or a tiktoken rank file; else the one config.json names", 0, 0, false},
-        {"--pattern", OPT_CHOICE, &o->pattern, "gpt2|cl100k_base|llama3|o200k_base",
-         "how text is split, where FILE's number of ranks does not tell", 0, 0, false},
-        {"--weights", OPT_CHOICE, &o->weights, "stored|f32|bf16|int8",
-         "form of the matrices in memory; another than stored costs a copy", 0, 0, false},
-        {"--assume-llama", OPT_FLAG, &o->assume_llama, NULL,
-         "read a config.json of another family, or with unknown keys, as LLaMA", 0, 0, false},
-        {"--no-verify", OPT_FLAG, &o->no_verify, NULL, "do not check the files against DIR/manifest.json", 0, 0, false},
-        {"--mapped", OPT_FLAG, &o->mapped, NULL,
-         "use stored weights in the mapped file: starts at once, no memory of its own, generates slower", 0, 0, false},
-        {"--cache", OPT_CHOICE, &o->cache, "f32|bf16", "form of cached keys and values", 0, 0, false},
-        {"--context", OPT_INT, &o->context, "N", "positions, at most the model's (0: those)", 0, MAX_CONTEXT, false},
-        {"--chunk", OPT_INT, &o->chunk, "N", "prompt tokens of one pass over the weights", 1, 65536, false},
-        {"--threads", OPT_INT, &o->threads, "N", "0: all cores, fewer for small models", 0, 4096, false},
-        {"Text", OPT_HEADING, NULL, NULL, NULL, 0, 0, false},
-        {"--prompt", OPT_STRING, &o->prompt, "TEXT", "text to continue", 0, 0, false},
-        {"--token-ids", OPT_STRING, &o->token_ids, "IDS", "ids to continue, taken as they are", 0, 0, false},
-        {"--prompts", OPT_STRING, &o->prompts, "FILE",
-         "JSON lines {\"prompt\"} to {\"text\", \"tokens\"}, - for standard input; a line may have until, a list of "
-         "texts that end the answer, and max_tokens, temperature, top_k, top_p of its own",
-         0, 0, false},
-        {"--interactive", OPT_FLAG, &o->interactive, NULL, "read a line, continue, again; an empty line goes on", 0, 0,
-         false},
-        {"--echo", OPT_FLAG, &o->echo, NULL, "print the prompt too", 0, 0, false},
-        {"--max-tokens", OPT_INT, &o->max_tokens, "N", "tokens to generate at most", 0, INT32_MAX, false},
-        {"--ignore-eos", OPT_FLAG, &o->ignore_eos, NULL, "go on after the end of a document", 0, 0, false},
-        {"--shift", OPT_FLAG, &o->shift, NULL,
-         "when the context is full, keep its first token and its later half and go on", 0, 0, false},
-        {"Sampling", OPT_HEADING, NULL, NULL, NULL, 0, 0, false},
-        {"--temperature", OPT_FLOAT, &o->temperature, "X", "0 is greedy", 0, 100, false},
-        {"--top-k", OPT_INT, &o->top_k, "N", "only the N most probable tokens (0: all)", 0, MAX_VOCAB, false},
-        {"--top-p", OPT_FLOAT, &o->top_p, "X", "only the most probable tokens that make X of the probability", 0, 1,
-         false},
-        {"--min-p", OPT_FLOAT, &o->min_p, "X", "only tokens of at least X times the best one's probability", 0, 1,
-         false},
-        {"--repeat-penalty", OPT_FLOAT, &o->repeat_penalty, "X",
-         "logits of recent tokens are divided (negative: multiplied) by X", 0.01, 100, false},
-        {"--repeat-last", OPT_INT, &o->repeat_last, "N", "how many tokens are recent", 0, MAX_CONTEXT, false},
-        {"--seed", OPT_LONG, &o->seed, "N", "of the samples", 0, 0, false},
-        {"--samples", OPT_INT, &o->samples, "N", "continuations of the prompt; a line of ---- between texts", 1,
-         1000000, false},
-        {"Scoring and looking inside", OPT_HEADING, NULL, NULL, NULL, 0, 0, false},
-        {"--score", OPT_STRING, &o->score, "FILE",
-         "JSON lines {\"context\",\"continuation\"} or {\"context_ids\",\"continuation_ids\"}, - for standard input", 0,
-         0, false},
-        {"--perplexity", OPT_STRING, &o->perplexity, "FILE",
-         "the loss of a text: each token once, in windows of the context; nats, perplexity, bits per byte as JSON", 0,
-         0, false},
-        {"--stride", OPT_INT, &o->stride, "N", "tokens by which a window moves on (0: half the context)", 0,
-         MAX_CONTEXT, false},
-        {"--logits", OPT_STRING, &o->logits, "FILE",
-         "write the logits of each position of the prompt (safetensors), generate nothing", 0, 0, false},
-        {"--attention-map", OPT_STRING, &o->attention_map, "FILE",
-         "write attention weights over the prompt (JSON; scripts/attention_map.py draws it)", 0, 0, false},
-        {"--layer", OPT_INT, &o->layer, "N", "of the map, from 0", 0, MAX_LAYERS, false},
-        {"--head", OPT_INT, &o->head, "N", "of the map, from 0", 0, MAX_HEADS, false},
-        {"--quiet", OPT_FLAG, &o->quiet, NULL, "no plan and no speed summary on standard error", 0, 0, false},
-        {"Tokenizer alone", OPT_HEADING, NULL, NULL, NULL, 0, 0, false},
-        {"--tokenize", OPT_FLAG, &o->tokenize, NULL, "JSON lines with \"text\" in, a line of ids each out", 0, 0,
-         false},
-        {"--detokenize", OPT_FLAG, &o->detokenize, NULL, "lines of ids in, JSON lines with \"text\" out", 0, 0, false},
-        {"--binary", OPT_FLAG, &o->binary, NULL,
-         "with --tokenize: batches of texts in, numbers out, as data/prepare.py needs it", 0, 0, false},
-        OPT_END};
-    const char* positional[1] = {NULL};
-    options_parse(table, usage, argc, argv, positional, 1);
-    o->dir = positional[0];
-    bool alone = o->tokenize || o->detokenize;
-    int modes = (o->prompt != NULL) + (o->prompts != NULL) + (o->token_ids != NULL) + (o->score != NULL) +
-                (o->perplexity != NULL) + o->interactive + o->tokenize + o->detokenize;
-    if (modes > 1) {
-        die("--prompt, --prompts, --token-ids, --score, --perplexity, --interactive, --tokenize and --detokenize "
-            "exclude "
-            "each other; give one");
-    }
-    if (!alone && !o->dir) { die("no checkpoint directory given; usage: infer_mta DIR [options], --help lists them"); }
-    if (o->stride && !o->perplexity) { die("--stride belongs to --perplexity"); }
-    if (o->binary && !o->tokenize) { die("--binary belongs to --tokenize"); }
-    if (o->dir) { o->dir = checkpoint_of(o->dir, o->quiet); }
-    if (alone && !o->tokenizer && !o->dir) { die("--tokenize needs --tokenizer NAME|FILE or a checkpoint directory"); }
-}
-
-// ---------------------------------------------------------------------------------------------------------------------
 // A session: model, cache and the tokens so far
 
 typedef struct {
-    Options options;
+    InferOptions options;
     Model model;
     Cache cache;
     Work work;
@@ -1008,51 +862,6 @@ static void put_text(const Session* session, const char* text, size_t n) {
     put_out("", 0, true);
 }
 
-// The tokenizer of --tokenizer, or the one that config.json names (a built-in name, or a file beside it). One that was
-// named here must have the vocabulary of the one the model was trained with, where that is known, and never more ids
-// than the model.
-static Tokenizer* tokenizer_for(const Options* o, const Config* c) {
-    Error e = {{0}};
-    char path[PATH_SIZE];
-    Tokenizer *own = NULL, *given = NULL;
-    if (c && c->tokenizer[0]) {
-        path_join(path, sizeof path, o->dir, c->tokenizer);
-        if (file_exists(path)) {
-            const char* kept = c->tokenizer_pattern[0] ? c->tokenizer_pattern : tokenizer_copy_pattern(path);
-            if (kept && o->pattern && !o->tokenizer && strcmp(kept, o->pattern)) {
-                die("--pattern: got %s, but the model was trained with %s", o->pattern, kept);
-            }
-            own = tokenizer_open(path, kept ? kept : o->tokenizer ? NULL : o->pattern, &e);
-        } else {
-            own = tokenizer_open(c->tokenizer, o->tokenizer ? NULL : o->pattern, &e);
-        }
-    } else if (o->pattern && !o->tokenizer) {
-        die("--pattern: wanted --tokenizer FILE beside it, whose text it splits");
-    }
-    if (o->tokenizer) {
-        Error why = {{0}};
-        given = tokenizer_open(o->tokenizer, o->pattern, &why);
-        if (!given) { die("%s", why.text); }
-        if (own && tokenizer_vocab(own) != tokenizer_vocab(given)) {
-            die("%s: %d ids, but the model was trained with %s, which has %d", o->tokenizer, tokenizer_vocab(given),
-                c->tokenizer, tokenizer_vocab(own));
-        }
-        if (own && strcmp(tokenizer_name(own), tokenizer_name(given))) {
-            die("%s: split as %s, but the model was trained with %s", o->tokenizer, tokenizer_name(given),
-                tokenizer_name(own));
-        }
-        tokenizer_free(own);
-    } else if (c && c->tokenizer[0] && !own && !o->token_ids && !o->score) {
-        die("%s", e.text);
-    }
-    Tokenizer* t = given ? given : own;
-    if (t && c && tokenizer_vocab(t) > c->vocab_size) {
-        die("tokenizer %s: %d ids, the model's vocabulary has %d; give the tokenizer it was trained with",
-            o->tokenizer ? o->tokenizer : c->tokenizer, tokenizer_vocab(t), c->vocab_size);
-    }
-    return t;
-}
-
 static void add_end(Session* session, int64_t id) {
     session->ends = realloc(session->ends, ((size_t)session->n_ends + 1) * sizeof *session->ends);
     if (!session->ends) { die("out of memory: ids that end a text"); }
@@ -1100,7 +909,7 @@ static void find_ends(Session* session) {
     }
 }
 
-static void session_open(Session* session, const Options* o) {
+static void session_open(Session* session, const InferOptions* o) {
     memset(session, 0, sizeof *session);
     session->options = *o;
     const char* const forms[] = {"f32", "bf16", "f16", "int8"};
@@ -1267,7 +1076,7 @@ static void heap_sink(float* weight, int32_t* id, int n, int i) {
 // Draws a token: temperature, then the k best, then the best that make top_p of what is left, then those above min_p of
 // the best.
 static int32_t sample(Session* session, Rng* rng) {
-    const Options* o = &session->options;
+    const InferOptions* o = &session->options;
     float* logits = session->logits;
     int V = session->model.V, best = 0;
     if (session->tokenizer && tokenizer_vocab(session->tokenizer) < V) { V = tokenizer_vocab(session->tokenizer); }
@@ -1357,27 +1166,6 @@ static void generate(Session* session, Rng* rng, bool as_ids) {
     free(text);
 }
 
-// Ids of "1 2,3" (malloc'ed), each in 0..V-1; dies naming `where`.
-static int32_t* parse_ids(const char* text, int V, const char* where, size_t* count) {
-    size_t cap = strlen(text) / 2 + 1, n = 0;
-    int32_t* ids = alloc_or_die(cap, sizeof *ids, "token ids");
-    for (const char* p = text;;) {
-        p += strspn(p, " ,\t\r\n");
-        if (!*p) { break; }
-        char* end;
-        errno = 0;
-        long id = strtol(p, &end, 10);
-        if (end == p || errno || id < 0 || id >= V || !strchr(" ,\t\r\n", *end)) {
-            die("%s: got \"%.*s\", wanted token ids from 0 to %d", where,
-                (int)strcspn(p, " ,\t\r\n") > 40 ? 40 : (int)strcspn(p, " ,\t\r\n"), p, V - 1);
-        }
-        ids[n++] = (int32_t)id;
-        p = end;
-    }
-    *count = n;
-    return ids;
-}
-
 static const Tokenizer* need_tokenizer(const Session* session) {
     if (!session->tokenizer) {
         die("%s: config.json names no tokenizer that is there; give --tokenizer NAME|FILE, or ids",
@@ -1453,17 +1241,6 @@ static void run_samples(Session* session) {
     free(ids);
 }
 
-// Cuts a text where the first of the `stops` begins, a list of strings or NULL; false: none of them is there.
-static bool cut_at_stop(Text* text, const Json* stops) {
-    bool found = false;
-    for (const Json* stop = stops ? stops->child : NULL; stop; stop = stop->next) {
-        const char* at = text->n && stop->length ? memmem(text->text, text->n, stop->string, stop->length) : NULL;
-        if (at) { text->n = (size_t)(at - text->text); }
-        found |= at != NULL;
-    }
-    return found;
-}
-
 // Continues the session by up to max_tokens tokens into `out`, until a text of `stops` comes; returns how many.
 static int complete(Session* session, Rng* rng, const Json* stops, Text* out) {
     TokenStream stream = {{0}, 0};
@@ -1483,18 +1260,6 @@ static int complete(Session* session, Rng* rng, const Json* stops, Text* out) {
     cut_at_stop(out, stops);  // what was left of a character may have made one whole
     free(piece);
     return tokens;
-}
-
-// A number of a request in place of an option's, where there is one.
-static double request_number(const Json* j, const char* key, double otherwise, double min, double max, bool integer,
-                             const char* where) {
-    const Json* field = json_get(j, key);
-    if (!field || field->type == JSON_NULL) { return otherwise; }
-    if (field->type != JSON_NUMBER || !(field->number >= min && field->number <= max) ||
-        (integer && !field->is_integer)) {
-        die("%s: %s: wanted %s from %g to %g", where, key, integer ? "an integer" : "a number", min, max);
-    }
-    return field->number;
 }
 
 // The prompt of a request into the session, where room for the answer stays. With --shift a longer prompt loses its
@@ -1523,8 +1288,9 @@ static void append_request(Session* session, const Json* prompt, const char* whe
 }
 
 // One line: the answer goes out at once, so that a program that asks and waits gets it.
-static void answer_request(Session* session, const Json* j, long number, const char* where) {
-    Options options = session->options, *o = &session->options;
+static void answer_request(void* model, const Json* j, long number, const char* where) {
+    Session* session = model;
+    InferOptions options = session->options, *o = &session->options;
     Rng rng = rng_make((uint64_t)o->seed, (uint64_t)number);
     const Json* stops = json_get(j, "until");
     o->max_tokens = (int)request_number(j, "max_tokens", o->max_tokens, 0, MAX_CONTEXT, true, where);
@@ -1536,52 +1302,10 @@ static void answer_request(Session* session, const Json* j, long number, const c
     if (!good) { die("%s: until: wanted a list of strings", where); }
     append_request(session, json_get(j, "prompt"), where);
 
-    Text text = {0}, line = {0};
-    int tokens = complete(session, &rng, stops, &text);
-    text_printf(&line, "{\"text\": ");
-    text_json_string(&line, text.text ? text.text : "", text.n);
-    text_printf(&line, ", \"tokens\": %d}\n", tokens);
-    put_out(line.text, line.n, true);
+    Text text = {0};
+    prompt_put(&text, complete(session, &rng, stops, &text));
     text_free(&text);
-    text_free(&line);
     *o = options;
-}
-
-// The first key of a request that is not known here; NULL: none.
-static const char* unknown_key(const Json* request) {
-    static const char* const known[] = {"prompt", "until", "max_tokens", "temperature", "top_k", "top_p"};
-    const size_t n = sizeof known / sizeof *known;
-    for (const Json* j = request->child; j; j = j->next) {
-        size_t i = 0;
-        while (i < n && strcmp(known[i], j->key)) { i++; }
-        if (i == n) { return j->key; }
-    }
-    return NULL;
-}
-
-static void run_prompts(Session* session) {
-    Lines lines;
-    bool said = false;
-    const char* name = lines_open(&lines, session->options.prompts);
-    size_t n;
-    for (char* text; (text = lines_next(&lines, name, true, &n)) != NULL;) {
-        Error e = {{0}};
-        char where[PATH_SIZE + 32];
-        if (strspn(text, " \t\r") == n) { continue; }
-        snprintf(where, sizeof where, "%s: line %ld", name, lines.number);
-        Json* j = json_parse(text, n, &e);
-        if (!j) { die("%s: %s", where, e.text); }
-        const char* key = j->type == JSON_OBJECT && !said ? unknown_key(j) : NULL;
-        if (key) {
-            fail(&e, "%s: \"%.60s\" is passed over; a line has prompt, until, max_tokens, temperature, top_k, top_p",
-                 where, key);
-            fprintf(stderr, "%s: %s\n", program_invocation_short_name, e.text);
-            said = true;
-        }
-        answer_request(session, j, lines.number, where);
-        json_free(j);
-    }
-    lines_close(&lines);
 }
 
 static void run_interactive(Session* session) {
@@ -1640,19 +1364,7 @@ static void run_logits(Session* session) {
     if (!good || !st_writer_close(&out, NULL, NULL, &e)) { die("%s", e.text); }
 }
 
-static void put_matrix(Text* t, const char* name, const float* x, int n) {
-    text_printf(t, ",\n\"%s\": [", name);
-    for (int i = 0; i < n; i++) {
-        text_printf(t, "%s\n[", i ? "," : "");
-        for (int j = 0; j <= i; j++) {
-            text_printf(t, "%s%.6g", j ? "," : "", (double)x[(size_t)i * (size_t)n + (size_t)j]);
-        }
-        text_printf(t, "]");
-    }
-    text_printf(t, "]");
-}
-
-// --attention-map: {"layer", "head", "tokens", "before": rows 0..i of weights, "after"}.
+// --attention-map (mta/attention_map.h).
 static void run_attention_map(Session* session) {
     if (session->options.layer >= session->model.c.num_hidden_layers || session->options.head >= session->model.NH) {
         die("--layer %d --head %d: the model has layers 0 to %d and heads 0 to %d", session->options.layer,
@@ -1671,29 +1383,7 @@ static void run_attention_map(Session* session) {
             die_not_finite(session, "attention weights", i);
         }
     }
-    Text t = {0};
-    text_printf(&t, "{\"layer\": %d, \"head\": %d, \"tokens\": [", tap.layer, tap.head);
-    char* piece =
-        session->tokenizer ? alloc_or_die(tokenizer_max_bytes(session->tokenizer) + 8, 1, "a token's text") : NULL;
-    for (int i = 0; i < session->n; i++) {
-        TokenStream stream = {{0}, 0};
-        size_t n = session->tokenizer ? tokenizer_decode(session->tokenizer, &stream, session->ids[i], piece) : 0;
-        if (session->tokenizer) { n += tokenizer_flush(&stream, piece + n); }
-        text_append(&t, ", ", i ? 2 : 0);
-        if (n) {
-            text_json_string(&t, piece, n);
-        } else {
-            text_printf(&t, "\"%d\"", session->ids[i]);
-        }
-    }
-    text_append(&t, "]", 1);
-    put_matrix(&t, "before", tap.before, session->n);
-    put_matrix(&t, "after", tap.after, session->n);
-    text_append(&t, "}\n", 2);
-    Error e = {{0}};
-    if (!write_file_synced(session->options.attention_map, t.text, t.n, &e)) { die("%s", e.text); }
-    text_free(&t);
-    free(piece);
+    attention_map_write(session->options.attention_map, &tap, session->tokenizer, session->ids);
     free(tap.before);
     free(tap.after);
 }
@@ -1875,176 +1565,33 @@ static void run_score(Session* session) {
     session->prompt_seconds = score_lines(&scorer, session->options.score);
 }
 
-// --perplexity: BOS and the text, each token predicted once. The first window is a whole context; the others move on by
-// the stride and reach as far back as the context does, so that a token has at least context - stride before it.
-static double perplexity_windows(Session* session, int32_t* ids, size_t n, long* windows) {
-    size_t T = (size_t)session->cache.capacity, done = 1;
-    size_t stride = session->options.stride ? (size_t)session->options.stride : (T + 1) / 2;
-    if (stride > T) { die("--stride: got %zu, the context has %zu positions", stride, T); }
-    ScoreProgress p = {progress_make(stderr), seconds_now(), seconds_now(), (double)n, 0, 0, 1, 0, 0};
-    double sum = 0;
+// Perplexity.score: one window, of which the tokens behind its context are scored.
+static void score_window(void* model, ScoreRequest* q) {
+    Session* session = model;
     int held = 0;  // no marks: windows share no prefix
-    while (done < n) {
-        size_t end = done == 1 ? T + 1 : done + stride;
-        end = end < n ? end : n;
-        size_t start = end > T + 1 ? end - T - 1 : 0;
-        ScoreRequest q = {.ids = ids + start, .n = (int)(end - start), .context = (int)(done - start)};
-        q.token_logprobs = alloc_or_die(end - done, sizeof(float), "log-probabilities");
-        cache_clear(&session->cache, &session->model);
-        score_to(session, &q, q.n - 1, NULL, 0, NULL, &held);
-        session->prompt_tokens += q.n - 1;
-        sum += q.logprob;
-        free(q.token_logprobs);
-        done = end;
-        p.done++;
-        p.bytes_before = (double)done;
-        if (!session->options.quiet) { score_progress(&p); }
-    }
-    progress_break(&p.progress);
-    *windows = p.done;
-    return -sum;
+    cache_clear(&session->cache, &session->model);
+    score_to(session, q, q->n - 1, NULL, 0, NULL, &held);
+    session->prompt_tokens += q->n - 1;
 }
 
 static void run_perplexity(Session* session) {
-    const char* file = session->options.perplexity;
-    const Tokenizer* t = need_tokenizer(session);
-    char* text = NULL;
-    size_t bytes = 0, n = 0;
-    int32_t *ids = NULL, bos = tokenizer_bos(t);
-    long windows = 0;
-    Error e = {{0}};
-    Text line = {0};
-    if (!read_file(file, (size_t)1 << 30, &text, &bytes, &e)) { die("%s", e.text); }
-    if (!tokenizer_encode(t, text, bytes, &ids, &n, &e)) { die("%s: %s", file, e.text); }
-    if (!n) { die("%s: it holds no text", file); }
-    if (bos < 0) { die("%s: %s has no BOS, nothing to condition the first token on", file, tokenizer_name(t)); }
-    int32_t* all = alloc_or_die(n + 1, sizeof *all, "tokens");
-    all[0] = bos;
-    memcpy(all + 1, ids, n * sizeof *ids);
-    double start = seconds_now(), nats = perplexity_windows(session, all, n + 1, &windows);
-    session->prompt_seconds = seconds_now() - start;
-    if (!isfinite(nats)) { die("%s: its loss is not finite: the numbers of this model overflow", file); }
-    const double values[] = {nats, nats / (double)n, exp(nats / (double)n), nats / (double)bytes,
-                             nats / (double)bytes / log(2)};
-    const char* const names[] = {"nats", "nats_per_token", "perplexity", "nats_per_byte", "bits_per_byte"};
-    text_printf(&line, "{\"tokens\": %zu, \"bytes\": %zu, \"windows\": %ld", n, bytes, windows);
-    for (int i = 0; i < 5; i++) {
-        text_printf(&line, ", \"%s\": ", names[i]);
-        text_json_number(&line, values[i]);
-    }
-    text_printf(&line, "}\n");
-    put_out(line.text, line.n, true);
-    text_free(&line);
-    free(all);
-    free(ids);
-    free(text);
-}
-
-// ---------------------------------------------------------------------------------------------------------------------
-// The tokenizer alone
-
-// --tokenize --binary, as data/prepare.py asks for it. A batch: its size in bytes, uint64, then UTF-8 texts, each ended
-// by the byte 0xFF, which UTF-8 never holds. Its answer: the number of ids of each text, then all ids, each a uint32.
-static void tokenize_batches(const Tokenizer* t) {
-    Text batch = {0}, counts = {0}, ids = {0};
-    Error e = {{0}};
-    for (uint64_t size; fread(&size, sizeof size, 1, stdin) == 1;) {
-        if (size > UINT64_C(1) << 32) {
-            die("standard input: a batch of %llu bytes, wanted 4 GiB at most", (unsigned long long)size);
-        }
-        batch.n = counts.n = ids.n = 0;
-        text_reserve(&batch, (size_t)size);
-        if (fread(batch.text, 1, (size_t)size, stdin) != size) { die("standard input: it ends inside a batch"); }
-        for (size_t at = 0; at < size;) {
-            const char* end = memchr(batch.text + at, 0xFF, (size_t)size - at);
-            int32_t* got;
-            size_t count;
-            if (!end) { die("standard input: a text without the byte 0xFF behind it"); }
-            if (!tokenizer_encode(t, batch.text + at, (size_t)(end - batch.text) - at, &got, &count, &e)) {
-                die("standard input: %s", e.text);
-            }
-            uint32_t n = (uint32_t)count;
-            text_append(&counts, (const char*)&n, sizeof n);
-            text_append(&ids, (const char*)got, count * sizeof *got);
-            free(got);
-            at = (size_t)(end - batch.text) + 1;
-        }
-        put_out(counts.text, counts.n, false);
-        put_out(ids.text, ids.n, true);
-    }
-    text_free(&batch);
-    text_free(&counts);
-    text_free(&ids);
-}
-
-static void run_tokenizer(const Options* o) {
-    Error e = {{0}};
-    Config c = config_default();
-    char path[PATH_SIZE];
-    if (o->dir) {
-        path_join(path, sizeof path, o->dir, "config.json");
-        if (!config_read_as(&c, path, o->assume_llama, &e)) { die("%s", e.text); }
-    }
-    Tokenizer* t = tokenizer_for(o, o->dir ? &c : NULL);
-    if (!t) { die("%s names no tokenizer; give --tokenizer NAME|FILE", path); }
-    if (o->binary) {
-        tokenize_batches(t);
-        tokenizer_free(t);
-        return;
-    }
-    Lines lines = {0};
-    Text out = {0};
-    char* piece = alloc_or_die(tokenizer_max_bytes(t) + 8, 1, "a token's text");
-    size_t n, count;
-    int32_t* ids;
-    for (char* line; (line = lines_next(&lines, "standard input", true, &n)) != NULL;) {
-        out.n = 0;
-        if (o->tokenize) {
-            Json* j = json_parse(line, n, &e);
-            if (!j) { die("standard input: line %ld: %s", lines.number, e.text); }
-            const Json* text = json_get(j, "text");
-            if (!text || text->type != JSON_STRING) {
-                die("standard input: line %ld: wanted an object with \"text\", a string", lines.number);
-            }
-            if (!tokenizer_encode(t, text->string, text->length, &ids, &count, &e)) {
-                die("standard input: line %ld: %s", lines.number, e.text);
-            }
-            for (size_t i = 0; i < count; i++) { text_printf(&out, i ? " %d" : "%d", ids[i]); }
-            json_free(j);
-        } else {
-            char where[64];
-            Text text = {0};
-            TokenStream stream = {{0}, 0};
-            snprintf(where, sizeof where, "standard input: line %ld", lines.number);
-            ids = parse_ids(line, tokenizer_vocab(t), where, &count);
-            for (size_t i = 0; i < count; i++) {
-                text_append(&text, piece, tokenizer_decode(t, &stream, ids[i], piece));
-            }
-            text_append(&text, piece, tokenizer_flush(&stream, piece));
-            text_append(&out, "{\"text\": ", 9);
-            text_json_string(&out, text.text, text.n);
-            text_append(&out, "}", 1);
-            text_free(&text);
-        }
-        free(ids);
-        text_append(&out, "\n", 1);
-        put_out(out.text, out.n, false);
-    }
-    put_out("", 0, true);
-    text_free(&lines.buffer);
-    text_free(&out);
-    free(piece);
-    tokenizer_free(t);
+    Perplexity p = {.tokenizer = need_tokenizer(session),
+                    .positions = session->cache.capacity,
+                    .stride = session->options.stride,
+                    .quiet = session->options.quiet,
+                    .score = score_window,
+                    .model = session};
+    session->prompt_seconds = perplexity_of(&p, session->options.perplexity);
 }
 
 #ifndef MTA_LIBRARY  // dev/bench/infer_step.c includes this file
 int main(int argc, char** argv) {
     static Session session;
-    Options o = options_defaults();
+    InferOptions o = infer_options_default();
     bound_spinning(argv);
     open_standard_files();
     signal(SIGPIPE, SIG_IGN);  // a closed pipe is an error of write(2), told as one
-    options_read(&o, argc, argv);
+    infer_options_read(&o, argc, argv);
     if (o.tokenize || o.detokenize) {
         run_tokenizer(&o);
         return 0;
@@ -2059,7 +1606,7 @@ int main(int argc, char** argv) {
     } else if (o.attention_map) {
         run_attention_map(&session);
     } else if (o.prompts) {
-        run_prompts(&session);
+        prompt_lines(o.prompts, answer_request, &session);
     } else if (o.interactive) {
         run_interactive(&session);
     } else {

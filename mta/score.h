@@ -388,4 +388,80 @@ static inline double score_lines(const Scorer* scorer, const char* file) {
     return seconds;
 }
 
+// ---------------------------------------------------------------------------------------------------------------------
+// The loss of a text, in windows of the context (infer_mta --perplexity): one JSON object
+//   {"tokens", "bytes", "windows", "nats", "nats_per_token", "perplexity", "nats_per_byte", "bits_per_byte"}
+
+typedef struct {
+    const Tokenizer* tokenizer;
+    int positions, stride;                        // of a window; by which it moves on (0: half the positions)
+    bool quiet;                                   // nothing on standard error
+    void (*score)(void* model, ScoreRequest* q);  // as Scorer.score, of one window
+    void* model;
+} Perplexity;
+
+// BOS and the text, each token predicted once. The first window is a whole context; the others move on by
+// the stride and reach as far back as the context does, so that a token has at least context - stride before it.
+// Returns nats.
+static inline double perplexity_windows(const Perplexity* perplexity, int32_t* ids, size_t n, long* windows) {
+    size_t T = (size_t)perplexity->positions, done = 1;
+    size_t stride = perplexity->stride ? (size_t)perplexity->stride : (T + 1) / 2;
+    if (stride > T) { die("--stride: got %zu, the context has %zu positions", stride, T); }
+    ScoreProgress p = {progress_make(stderr), seconds_now(), seconds_now(), (double)n, 0, 0, 1, 0, 0};
+    double sum = 0;
+    while (done < n) {
+        size_t end = done == 1 ? T + 1 : done + stride;
+        end = end < n ? end : n;
+        size_t start = end > T + 1 ? end - T - 1 : 0;
+        ScoreRequest q = {ids + start, (int)(end - start), (int)(done - start), 0, NULL, 0, false};
+        q.token_logprobs = (float*)alloc_or_die(end - done, sizeof(float), "log-probabilities");
+        perplexity->score(perplexity->model, &q);
+        sum += q.logprob;
+        free(q.token_logprobs);
+        done = end;
+        p.done++;
+        p.bytes_before = (double)done;
+        if (!perplexity->quiet) { score_progress(&p); }
+    }
+    progress_break(&p.progress);
+    *windows = p.done;
+    return -sum;
+}
+
+// Prints the loss of the text in `file`, one JSON object; returns the seconds it took.
+static inline double perplexity_of(const Perplexity* perplexity, const char* file) {
+    const Tokenizer* t = perplexity->tokenizer;
+    char* text = NULL;
+    size_t bytes = 0, n = 0;
+    int32_t *ids = NULL, bos = tokenizer_bos(t);
+    long windows = 0;
+    Error e = {{0}};
+    Text line = {NULL, 0, 0};
+    if (!read_file(file, (size_t)1 << 30, &text, &bytes, &e)) { die("%s", e.text); }
+    if (!tokenizer_encode(t, text, bytes, &ids, &n, &e)) { die("%s: %s", file, e.text); }
+    if (!n) { die("%s: it holds no text", file); }
+    if (bos < 0) { die("%s: %s has no BOS, nothing to condition the first token on", file, tokenizer_name(t)); }
+    int32_t* all = (int32_t*)alloc_or_die(n + 1, sizeof *all, "tokens");
+    all[0] = bos;
+    memcpy(all + 1, ids, n * sizeof *ids);
+    double start = seconds_now(), nats = perplexity_windows(perplexity, all, n + 1, &windows);
+    double seconds = seconds_now() - start;
+    if (!isfinite(nats)) { die("%s: its loss is not finite: the numbers of this model overflow", file); }
+    const double values[] = {nats, nats / (double)n, exp(nats / (double)n), nats / (double)bytes,
+                             nats / (double)bytes / log(2)};
+    const char* const names[] = {"nats", "nats_per_token", "perplexity", "nats_per_byte", "bits_per_byte"};
+    text_printf(&line, "{\"tokens\": %zu, \"bytes\": %zu, \"windows\": %ld", n, bytes, windows);
+    for (int i = 0; i < 5; i++) {
+        text_printf(&line, ", \"%s\": ", names[i]);
+        text_json_number(&line, values[i]);
+    }
+    text_printf(&line, "}\n");
+    put_out(line.text, line.n, true);
+    text_free(&line);
+    free(all);
+    free(ids);
+    free(text);
+    return seconds;
+}
+
 #endif

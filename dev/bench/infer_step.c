@@ -163,7 +163,7 @@ int main(int argc, char** argv) {
     if (rounds < 1 || rounds > MAX_ROUNDS || last < 1) {
         die("usage: infer_step DIR WEIGHTS CACHE ROUNDS T [T ...], rounds up to %d", MAX_ROUNDS);
     }
-    Options o = options_defaults();
+    InferOptions o = infer_options_default();
     o.dir = argv[1];
     o.weights = argv[2];
     o.cache = argv[3];

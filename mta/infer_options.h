@@ -1,0 +1,199 @@
+// mta/infer_options.h: what the user of infer_mta may give: its options, their defaults, and the one table that makes
+// the parser and --help; which checkpoint and which tokenizer they mean.
+#ifndef MTA_INFER_OPTIONS_H
+#define MTA_INFER_OPTIONS_H
+
+#include "checkpoint.h"
+#include "config.h"
+#include "options.h"
+#include "tokenizer.h"
+
+typedef struct {
+    const char *dir, *tokenizer, *pattern, *weights, *cache, *prompt, *prompts, *token_ids, *score, *perplexity,
+        *logits, *attention_map;
+    int context, chunk, threads, stride, max_tokens, top_k, repeat_last, samples, layer, head;
+    int64_t seed;
+    double temperature, top_p, min_p, repeat_penalty;
+    bool mapped, interactive, echo, ignore_eos, shift, quiet, tokenize, detokenize, binary, assume_llama, no_verify;
+} InferOptions;
+
+static inline InferOptions infer_options_default(void) {
+    InferOptions o;
+    memset(&o, 0, sizeof o);
+    o.weights = "stored";
+    o.cache = "f32";
+    o.chunk = 512;
+    o.max_tokens = 256;
+    o.repeat_last = 64;
+    o.samples = 1;
+    o.seed = 1;
+    o.temperature = 0.8;
+    o.top_p = 0.95;
+    o.repeat_penalty = 1;
+    return o;
+}
+
+// The checkpoint that DIR means: itself, or of a run's directory the newest step-N whose files are all there. Kept
+// until the program ends.
+static inline const char* checkpoint_of(const char* dir, bool quiet) {
+    char* path = (char*)alloc_or_die(PATH_SIZE, 1, "a path");
+    long* steps;
+    path_join(path, PATH_SIZE, dir, "config.json");
+    int n = file_exists(path) ? 0 : checkpoint_list(dir, &steps), i = 0;
+    for (; i < n; i++) {
+        Error e = {{0}};
+        checkpoint_path(dir, steps[i], path);
+        if (checkpoint_verify_manifest(path, false, &e)) { break; }
+        fprintf(stderr, "%s: checkpoint passed over: %s\n", program_invocation_short_name, e.text);
+    }
+    if (!n) { return dir; }
+    if (i == n) { die("%s: none of its %d checkpoints is whole", dir, n); }
+    free(steps);
+    if (!quiet) { fprintf(stderr, "%s: the newest checkpoint of %s\n", path, dir); }
+    return path;
+}
+
+static inline void infer_options_read(InferOptions* o, int argc, char** argv) {
+    const char* usage =
+        "usage: infer_mta DIR --prompt TEXT            continue a text (or standard input, without --prompt)\n"
+        "       infer_mta DIR --token-ids \"1 2 3\"       continue ids; prints ids\n"
+        "       infer_mta DIR --prompts FILE           continue many texts, JSON lines in and out\n"
+        "       infer_mta DIR --score FILE             log-probabilities of continuations, JSON lines in and out\n"
+        "       infer_mta DIR --perplexity FILE        the loss of a text in windows of the context, bits per byte\n"
+        "       infer_mta DIR --interactive            turn by turn; Ctrl-C stops an answer, Ctrl-D the program\n"
+        "       infer_mta --tokenize --tokenizer FILE  JSON lines {\"text\"} on standard input to lines of ids; "
+        "--detokenize back\n"
+        "DIR is a checkpoint: config.json, model.safetensors and a tokenizer; of a run's directory its newest one. "
+        "Exit status 0 done, 1 a mistake of the "
+        "user's.";
+    Opt table[] = {
+        {"Model", OPT_HEADING, NULL, NULL, NULL, 0, 0, false},
+        {"--tokenizer", OPT_STRING, &o->tokenizer, "NAME|FILE",
+         "bytes, toy or a tiktoken rank file; else the one config.json names", 0, 0, false},
+        {"--pattern", OPT_CHOICE, &o->pattern, "gpt2|cl100k_base|llama3|o200k_base",
+         "how text is split, where FILE's number of ranks does not tell", 0, 0, false},
+        {"--weights", OPT_CHOICE, &o->weights, "stored|f32|bf16|int8",
+         "form of the matrices in memory; another than stored costs a copy", 0, 0, false},
+        {"--assume-llama", OPT_FLAG, &o->assume_llama, NULL,
+         "read a config.json of another family, or with unknown keys, as LLaMA", 0, 0, false},
+        {"--no-verify", OPT_FLAG, &o->no_verify, NULL, "do not check the files against DIR/manifest.json", 0, 0, false},
+        {"--mapped", OPT_FLAG, &o->mapped, NULL,
+         "use stored weights in the mapped file: starts at once, no memory of its own, generates slower", 0, 0, false},
+        {"--cache", OPT_CHOICE, &o->cache, "f32|bf16", "form of cached keys and values", 0, 0, false},
+        {"--context", OPT_INT, &o->context, "N", "positions, at most the model's (0: those)", 0, MAX_CONTEXT, false},
+        {"--chunk", OPT_INT, &o->chunk, "N", "prompt tokens of one pass over the weights", 1, 65536, false},
+        {"--threads", OPT_INT, &o->threads, "N", "0: all cores, fewer for small models", 0, 4096, false},
+        {"Text", OPT_HEADING, NULL, NULL, NULL, 0, 0, false},
+        {"--prompt", OPT_STRING, &o->prompt, "TEXT", "text to continue", 0, 0, false},
+        {"--token-ids", OPT_STRING, &o->token_ids, "IDS", "ids to continue, taken as they are", 0, 0, false},
+        {"--prompts", OPT_STRING, &o->prompts, "FILE",
+         "JSON lines {\"prompt\"} to {\"text\", \"tokens\"}, - for standard input; a line may have until, a list of "
+         "texts that end the answer, and max_tokens, temperature, top_k, top_p of its own",
+         0, 0, false},
+        {"--interactive", OPT_FLAG, &o->interactive, NULL, "read a line, continue, again; an empty line goes on", 0, 0,
+         false},
+        {"--echo", OPT_FLAG, &o->echo, NULL, "print the prompt too", 0, 0, false},
+        {"--max-tokens", OPT_INT, &o->max_tokens, "N", "tokens to generate at most", 0, INT32_MAX, false},
+        {"--ignore-eos", OPT_FLAG, &o->ignore_eos, NULL, "go on after the end of a document", 0, 0, false},
+        {"--shift", OPT_FLAG, &o->shift, NULL,
+         "when the context is full, keep its first token and its later half and go on", 0, 0, false},
+        {"Sampling", OPT_HEADING, NULL, NULL, NULL, 0, 0, false},
+        {"--temperature", OPT_FLOAT, &o->temperature, "X", "0 is greedy", 0, 100, false},
+        {"--top-k", OPT_INT, &o->top_k, "N", "only the N most probable tokens (0: all)", 0, MAX_VOCAB, false},
+        {"--top-p", OPT_FLOAT, &o->top_p, "X", "only the most probable tokens that make X of the probability", 0, 1,
+         false},
+        {"--min-p", OPT_FLOAT, &o->min_p, "X", "only tokens of at least X times the best one's probability", 0, 1,
+         false},
+        {"--repeat-penalty", OPT_FLOAT, &o->repeat_penalty, "X",
+         "logits of recent tokens are divided (negative: multiplied) by X", 0.01, 100, false},
+        {"--repeat-last", OPT_INT, &o->repeat_last, "N", "how many tokens are recent", 0, MAX_CONTEXT, false},
+        {"--seed", OPT_LONG, &o->seed, "N", "of the samples", 0, 0, false},
+        {"--samples", OPT_INT, &o->samples, "N", "continuations of the prompt; a line of ---- between texts", 1,
+         1000000, false},
+        {"Scoring and looking inside", OPT_HEADING, NULL, NULL, NULL, 0, 0, false},
+        {"--score", OPT_STRING, &o->score, "FILE",
+         "JSON lines {\"context\",\"continuation\"} or {\"context_ids\",\"continuation_ids\"}, - for standard input", 0,
+         0, false},
+        {"--perplexity", OPT_STRING, &o->perplexity, "FILE",
+         "the loss of a text: each token once, in windows of the context; nats, perplexity, bits per byte as JSON", 0,
+         0, false},
+        {"--stride", OPT_INT, &o->stride, "N", "tokens by which a window moves on (0: half the context)", 0,
+         MAX_CONTEXT, false},
+        {"--logits", OPT_STRING, &o->logits, "FILE",
+         "write the logits of each position of the prompt (safetensors), generate nothing", 0, 0, false},
+        {"--attention-map", OPT_STRING, &o->attention_map, "FILE",
+         "write attention weights over the prompt (JSON; scripts/attention_map.py draws it)", 0, 0, false},
+        {"--layer", OPT_INT, &o->layer, "N", "of the map, from 0", 0, MAX_LAYERS, false},
+        {"--head", OPT_INT, &o->head, "N", "of the map, from 0", 0, MAX_HEADS, false},
+        {"--quiet", OPT_FLAG, &o->quiet, NULL, "no plan and no speed summary on standard error", 0, 0, false},
+        {"Tokenizer alone", OPT_HEADING, NULL, NULL, NULL, 0, 0, false},
+        {"--tokenize", OPT_FLAG, &o->tokenize, NULL, "JSON lines with \"text\" in, a line of ids each out", 0, 0,
+         false},
+        {"--detokenize", OPT_FLAG, &o->detokenize, NULL, "lines of ids in, JSON lines with \"text\" out", 0, 0, false},
+        {"--binary", OPT_FLAG, &o->binary, NULL,
+         "with --tokenize: batches of texts in, numbers out, as data/prepare.py needs it", 0, 0, false},
+        OPT_END};
+    const char* positional[1] = {NULL};
+    options_parse(table, usage, argc, argv, positional, 1);
+    o->dir = positional[0];
+    bool alone = o->tokenize || o->detokenize;
+    int modes = (o->prompt != NULL) + (o->prompts != NULL) + (o->token_ids != NULL) + (o->score != NULL) +
+                (o->perplexity != NULL) + o->interactive + o->tokenize + o->detokenize;
+    if (modes > 1) {
+        die("--prompt, --prompts, --token-ids, --score, --perplexity, --interactive, --tokenize and --detokenize "
+            "exclude "
+            "each other; give one");
+    }
+    if (!alone && !o->dir) { die("no checkpoint directory given; usage: infer_mta DIR [options], --help lists them"); }
+    if (o->stride && !o->perplexity) { die("--stride belongs to --perplexity"); }
+    if (o->binary && !o->tokenize) { die("--binary belongs to --tokenize"); }
+    if (o->dir) { o->dir = checkpoint_of(o->dir, o->quiet); }
+    if (alone && !o->tokenizer && !o->dir) { die("--tokenize needs --tokenizer NAME|FILE or a checkpoint directory"); }
+}
+
+// The tokenizer of --tokenizer, or the one that config.json names (a built-in name, or a file beside it). One that was
+// named here must have the vocabulary of the one the model was trained with, where that is known, and never more ids
+// than the model.
+static inline Tokenizer* tokenizer_for(const InferOptions* o, const Config* c) {
+    Error e = {{0}};
+    char path[PATH_SIZE];
+    Tokenizer *own = NULL, *given = NULL;
+    if (c && c->tokenizer[0]) {
+        path_join(path, sizeof path, o->dir, c->tokenizer);
+        if (file_exists(path)) {
+            const char* kept = c->tokenizer_pattern[0] ? c->tokenizer_pattern : tokenizer_copy_pattern(path);
+            if (kept && o->pattern && !o->tokenizer && strcmp(kept, o->pattern)) {
+                die("--pattern: got %s, but the model was trained with %s", o->pattern, kept);
+            }
+            own = tokenizer_open(path, kept ? kept : o->tokenizer ? NULL : o->pattern, &e);
+        } else {
+            own = tokenizer_open(c->tokenizer, o->tokenizer ? NULL : o->pattern, &e);
+        }
+    } else if (o->pattern && !o->tokenizer) {
+        die("--pattern: wanted --tokenizer FILE beside it, whose text it splits");
+    }
+    if (o->tokenizer) {
+        Error why = {{0}};
+        given = tokenizer_open(o->tokenizer, o->pattern, &why);
+        if (!given) { die("%s", why.text); }
+        if (own && tokenizer_vocab(own) != tokenizer_vocab(given)) {
+            die("%s: %d ids, but the model was trained with %s, which has %d", o->tokenizer, tokenizer_vocab(given),
+                c->tokenizer, tokenizer_vocab(own));
+        }
+        if (own && strcmp(tokenizer_name(own), tokenizer_name(given))) {
+            die("%s: split as %s, but the model was trained with %s", o->tokenizer, tokenizer_name(given),
+                tokenizer_name(own));
+        }
+        tokenizer_free(own);
+    } else if (c && c->tokenizer[0] && !own && !o->token_ids && !o->score) {
+        die("%s", e.text);
+    }
+    Tokenizer* t = given ? given : own;
+    if (t && c && tokenizer_vocab(t) > c->vocab_size) {
+        die("tokenizer %s: %d ids, the model's vocabulary has %d; give the tokenizer it was trained with",
+            o->tokenizer ? o->tokenizer : c->tokenizer, tokenizer_vocab(t), c->vocab_size);
+    }
+    return t;
+}
+
+#endif

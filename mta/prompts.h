@@ -1,0 +1,83 @@
+// mta/prompts.h: many texts to continue, infer_mta --prompts. JSON lines in, one JSON line each out:
+//   {"prompt": TEXT, "until": [TEXT, ...], "max_tokens", "temperature", "top_k", "top_p"}    all but prompt are
+//   optional
+//   {"text": the continuation, "tokens": n}
+#ifndef MTA_PROMPTS_H
+#define MTA_PROMPTS_H
+
+#include "score.h"
+
+// Cuts a text where the first of the `stops` begins, a list of strings or NULL; false: none of them is there.
+static inline bool cut_at_stop(Text* text, const Json* stops) {
+    bool found = false;
+    for (const Json* stop = stops ? stops->child : NULL; stop; stop = stop->next) {
+        bool both = text->n && stop->length;
+        char* at = both ? (char*)memmem(text->text, text->n, stop->string, stop->length) : NULL;
+        if (at) { text->n = (size_t)(at - text->text); }
+        found |= at != NULL;
+    }
+    return found;
+}
+
+// A number of a request in place of an option's, where there is one.
+static inline double request_number(const Json* j, const char* key, double otherwise, double min, double max,
+                                    bool integer, const char* where) {
+    const Json* field = json_get(j, key);
+    if (!field || field->type == JSON_NULL) { return otherwise; }
+    if (field->type != JSON_NUMBER || !(field->number >= min && field->number <= max) ||
+        (integer && !field->is_integer)) {
+        die("%s: %s: wanted %s from %g to %g", where, key, integer ? "an integer" : "a number", min, max);
+    }
+    return field->number;
+}
+
+static inline void prompt_put(const Text* text, int tokens) {
+    Text line = {NULL, 0, 0};
+    text_printf(&line, "{\"text\": ");
+    text_json_string(&line, text->text ? text->text : "", text->n);
+    text_printf(&line, ", \"tokens\": %d}\n", tokens);
+    put_out(line.text, line.n, true);
+    text_free(&line);
+}
+
+// The first key of a request that is not known; NULL: none.
+static inline const char* unknown_key(const Json* request) {
+    static const char* const known[] = {"prompt", "until", "max_tokens", "temperature", "top_k", "top_p"};
+    const size_t n = sizeof known / sizeof *known;
+    for (const Json* j = request->child; j; j = j->next) {
+        size_t i = 0;
+        while (i < n && strcmp(known[i], j->key)) { i++; }
+        if (i == n) { return j->key; }
+    }
+    return NULL;
+}
+
+// Gives each line of `file` ("-": standard input), an object, to `answer`, with what messages call the line.
+static inline void prompt_lines(const char* file,
+                                void (*answer)(void* model, const Json* j, long number, const char* where),
+                                void* model) {
+    Lines lines;
+    bool said = false;
+    const char* name = lines_open(&lines, file);
+    size_t n;
+    for (char* text; (text = lines_next(&lines, name, true, &n)) != NULL;) {
+        Error e = {{0}};
+        char where[PATH_SIZE + 32];
+        if (strspn(text, " \t\r") == n) { continue; }
+        snprintf(where, sizeof where, "%s: line %ld", name, lines.number);
+        Json* j = json_parse(text, n, &e);
+        if (!j) { die("%s: %s", where, e.text); }
+        const char* key = j->type == JSON_OBJECT && !said ? unknown_key(j) : NULL;
+        if (key) {
+            fail(&e, "%s: \"%.60s\" is passed over; a line has prompt, until, max_tokens, temperature, top_k, top_p",
+                 where, key);
+            fprintf(stderr, "%s: %s\n", program_invocation_short_name, e.text);
+            said = true;
+        }
+        answer(model, j, lines.number, where);
+        json_free(j);
+    }
+    lines_close(&lines);
+}
+
+#endif
