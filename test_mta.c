@@ -185,7 +185,7 @@ static void perturb(const Trainer* tr, void* m, const Config* c, uint64_t seed) 
 
 static void* make_model(const Trainer* tr, const Config* c, int B, int T, int chunk) {
     Error e = {{0}};
-    void* m = tr->create(c, B, T, chunk, &e);
+    void* m = tr->create(c, B, T, chunk, true, &e);
     if (!m) { die("%s: %s", tr->name, e.text); }
     return m;
 }
@@ -897,7 +897,7 @@ static void test_model_differences(void) {
             c.tie_word_embeddings = false;
             c.vocab_size = 41;
         }
-        Model* m = model_create(&c, B, T, 5);
+        Model* m = model_create(&c, B, T, 5, true);
         initialise_double(m, 3);
         Rng rng = rng_make(4, 4);
         for (size_t i = 0; i < m->tensors.numel; i++) { m->weights[i] += 0.1 * rng_normal(&rng); }
@@ -933,7 +933,7 @@ static void test_model_differences(void) {
 static void test_accumulation(void) {
     Config c = small_config("mta");
     int B = 3, T = 9;
-    Model *a = model_create(&c, B, T, 0), *b = model_create(&c, B, T, 0);
+    Model *a = model_create(&c, B, T, 0, true), *b = model_create(&c, B, T, 0, true);
     int32_t *tokens = random_tokens(1, (size_t)B * T, c.vocab_size),
             *targets = random_tokens(2, (size_t)B * T, c.vocab_size);
     AdamW hyper = {1e-2, 0.9, 0.98, 1e-8, 0.05, 1};
@@ -964,7 +964,7 @@ static void test_identity(void) {
     for (int l = 0; l < mta.num_hidden_layers; l++) { mta.kq_conv_layer[l] = true; }
     int B = 2, T = 33;
     size_t n = (size_t)B * T * plain.vocab_size;
-    Model *a = model_create(&plain, B, T, 0), *b = model_create(&mta, B, T, 0);
+    Model *a = model_create(&plain, B, T, 0, true), *b = model_create(&mta, B, T, 0, true);
     int32_t* tokens = random_tokens(5, (size_t)B * T, plain.vocab_size);
     float *la = floats(n), *lb = floats(n);
     initialise_double(b, 9);
@@ -995,7 +995,7 @@ static void test_memory_plan(void) {
         Config c = small_config(KINDS[k]);
         size_t bytes[4];
         for (int i = 0; i < 4; i++) {
-            MemoryPlan p = model_memory(&c, 1, 1024 << i);
+            MemoryPlan p = model_memory(&c, 1, 1024 << i, true);
             bytes[i] = p.activations + p.scratch;
         }
         for (int i = 1; i < 4; i++) {
@@ -1554,6 +1554,43 @@ static void compare_checkpoint(const Trainer* tr, int argc, char** argv) {
     free(targets);
 }
 
+// A model that is made for evaluation alone gives the bits of one that trains, in batches of several shapes, also where
+// only the last target of a sequence counts.
+static void test_evaluation(const Trainer* tr, const char* kind) {
+    Config c = small_config(kind);
+    int B = 3, T = 16, N = B * T;
+    Error e = {{0}};
+    char title[128];
+    double worst = 0;
+    void *trains = make_model(tr, &c, B, T, 0), *evaluates = tr->create(&c, B, T, 0, false, &e);
+    if (!evaluates) { die("%s: %s", tr->name, e.text); }
+    int32_t *tokens = random_tokens(3, (size_t)N, c.vocab_size), *targets = random_tokens(4, (size_t)N, c.vocab_size);
+    float *want = floats((size_t)N), *logits[2] = {floats((size_t)N * c.vocab_size), floats((size_t)N * c.vocab_size)};
+    perturb(tr, trains, &c, 5);
+    copy_state(tr, trains, tr, evaluates, STATE_MASTER);
+    for (int shape = 0; shape < 4; shape++) {
+        int b = shape == 1 ? 6 : B, t = shape == 1 ? 7 : T;
+        for (int i = 0; i < N && shape == 3; i++) { targets[i] = i % T == T - 1 ? targets[i] : -1; }
+        Losses losses = tr->forward(trains, tokens, targets, b, t, shape == 2 ? logits[0] : NULL);
+        memcpy(want, losses.losses, (size_t)(b * t) * sizeof(float));
+        losses = tr->forward(evaluates, tokens, targets, b, t, shape == 2 ? logits[1] : NULL);
+        for (int i = 0; i < b * t; i++) {
+            double off = fabs((double)want[i] - (double)losses.losses[i]);
+            worst = off <= worst ? worst : off;  // a NaN stays
+        }
+    }
+    size_t bytes = (size_t)N * (size_t)c.vocab_size * sizeof(float);
+    title_of(title, sizeof title, tr, "evaluates without training", kind);
+    verdict(worst == 0 && !memcmp(logits[0], logits[1], bytes), title, "losses off by %g at most", worst);
+    tr->destroy(trains);
+    tr->destroy(evaluates);
+    free(tokens);
+    free(targets);
+    free(want);
+    free(logits[0]);
+    free(logits[1]);
+}
+
 static void test_trainer(const Trainer* tr) {
     char name[64];
     snprintf(name, sizeof name, "%s golden", tr->name);
@@ -1563,6 +1600,7 @@ static void test_trainer(const Trainer* tr) {
         if (wanted("determinism")) { test_determinism(tr, KINDS[k]); }
         if (wanted("chunks") && tr->exact) { test_chunks(tr, KINDS[k]); }
         if (wanted("overfit")) { test_overfit(tr, KINDS[k]); }
+        if (wanted("evaluates")) { test_evaluation(tr, KINDS[k]); }
     }
     if (wanted("update")) { test_update(tr); }
     if (wanted("masked")) { test_masked(tr); }
@@ -1603,7 +1641,7 @@ static void test_bf16_products(void) {
     const Trainer* tr = trainer_cpu_bf16();
     Config c = small_config("mta");
     Error e = {{0}};
-    void* m = tr->create(&c, 1, 1, 0, &e);
+    void* m = tr->create(&c, 1, 1, 0, true, &e);
     if (!m) {
         printf("skip %-44s %s\n", tr->name, e.text);
         skipped++;

@@ -1281,7 +1281,7 @@ typedef struct {
     int B, T;                       // the largest micro-batch
     int chunk;                      // queries of an attention chunk
     int logit_rows;                 // rows of a classifier chunk
-    real *weights, *grads, *m, *v;  // arenas of tensors.numel
+    real *weights, *grads, *m, *v;  // arenas of tensors.numel; without training only the first
     real *activation_memory, *scratch_memory;
     double* sum_memory;    // attention's weight gradients, (B, sums.n)
     unsigned char* wrong;  // (N) counted targets that another id beats
@@ -1310,8 +1310,9 @@ static size_t carve(const Buffer* buffers, int n, real* base) {
     return offset;
 }
 
-static size_t carve_activations(Activations* a, const Config* c, int B, int T, real* base) {
-    size_t N = (size_t)B * T, L = (size_t)c->num_hidden_layers, C = (size_t)c->hidden_size,
+// Without training the layers share one place: no backward pass reads what they computed.
+static size_t carve_activations(Activations* a, const Config* c, int B, int T, bool training, real* base) {
+    size_t N = (size_t)B * T, L = training ? (size_t)c->num_hidden_layers : 1, C = (size_t)c->hidden_size,
            FF = (size_t)c->intermediate_size;
     size_t NH = (size_t)c->num_attention_heads, KV = (size_t)c->num_key_value_heads * config_head_size(c);
     bool norm = c->head_norm != HEAD_NORM_NONE;
@@ -1327,7 +1328,7 @@ static size_t carve_activations(Activations* a, const Config* c, int B, int T, r
         {"ln_f", &a->ln_f, N * C},
     };
     const Buffer others[] = {
-        {"x", &a->x, (L + 1) * N * C},
+        {"x", &a->x, (training ? L + 1 : 1) * N * C},
         {"x_mid", &a->x_mid, L * N * C},
         {"rstd1", &a->rstd1, L * N},
         {"rstd2", &a->rstd2, L * N},
@@ -1428,7 +1429,7 @@ typedef struct {
     size_t rounded;  // the copies in bf16 of what products read, where they are in bf16
 } MemoryPlan;
 
-static MemoryPlan model_memory(const Config* c, int B, int T) {
+static MemoryPlan model_memory(const Config* c, int B, int T, bool training) {
     TensorList list;
     Activations acts;
     Scratch scratch;
@@ -1436,9 +1437,9 @@ static MemoryPlan model_memory(const Config* c, int B, int T) {
     size_t arena = list.numel * sizeof(real);
     AttentionSums sums;
     MemoryPlan p = {arena,
-                    arena,
-                    2 * arena,
-                    carve_activations(&acts, c, B, T, NULL) * sizeof(real),
+                    training ? arena : 0,
+                    training ? 2 * arena : 0,
+                    carve_activations(&acts, c, B, T, training, NULL) * sizeof(real),
                     carve_scratch(&scratch, c, B, T, 0, NULL) * sizeof(real) + (size_t)B * T +
                         (size_t)B * carve_sums(&sums, c, NULL) * sizeof(double),
                     (list.numel + acts.operands + scratch.operands) * sizeof(uint16_t)};
@@ -1460,8 +1461,9 @@ static real* model_head(const Model* m, real* arena) {  // the classifier: the e
     return model_tensor(m, arena, m->config.tie_word_embeddings ? TENSOR_EMBED : TENSOR_LM_HEAD);
 }
 
-// A model for micro-batches of at most B x T; chunk 0: chosen.
-static Model* model_create(const Config* config, int B, int T, int chunk) {
+// A model for micro-batches of at most B x T; chunk 0: chosen. Without `training` it has no gradients and no optimizer
+// state: only the forward pass and the loss may be asked for.
+static Model* model_create(const Config* config, int B, int T, int chunk, bool training) {
     Model* m = (Model*)alloc_or_die(1, sizeof(Model), "model");
     m->config = *config;
     m->B = B;
@@ -1470,14 +1472,16 @@ static Model* model_create(const Config* config, int B, int T, int chunk) {
     tensor_list(&m->tensors, config);
     m->chunk = attention_largest(config, B, T, chunk).chunk;
     m->weights = (real*)alloc_or_die(m->tensors.numel, sizeof(real), "weights");
-    m->grads = (real*)alloc_or_die(m->tensors.numel, sizeof(real), "gradients");
-    m->m = (real*)alloc_or_die(m->tensors.numel, sizeof(real), "optimizer state m");
-    m->v = (real*)alloc_or_die(m->tensors.numel, sizeof(real), "optimizer state v");
+    if (training) {
+        m->grads = (real*)alloc_or_die(m->tensors.numel, sizeof(real), "gradients");
+        m->m = (real*)alloc_or_die(m->tensors.numel, sizeof(real), "optimizer state m");
+        m->v = (real*)alloc_or_die(m->tensors.numel, sizeof(real), "optimizer state v");
+    }
     m->activation_memory =
-        (real*)alloc_or_die(carve_activations(&m->acts, config, B, T, NULL), sizeof(real), "activations");
+        (real*)alloc_or_die(carve_activations(&m->acts, config, B, T, training, NULL), sizeof(real), "activations");
     m->scratch_memory =
         (real*)alloc_or_die(carve_scratch(&m->scratch, config, B, T, chunk, NULL), sizeof(real), "scratch");
-    carve_activations(&m->acts, config, B, T, m->activation_memory);
+    carve_activations(&m->acts, config, B, T, training, m->activation_memory);
     carve_scratch(&m->scratch, config, B, T, chunk, m->scratch_memory);
     m->sum_memory =
         (double*)alloc_or_die((size_t)B * carve_sums(&m->sums, config, NULL), sizeof(double), "gradient sums");
@@ -1522,9 +1526,11 @@ static void model_forward(Model* m, const int32_t* tokens, int B, int T) {
     if (mm && !m->weights_rounded) { round_operand(mm, m->weights, m->tensors.numel); }
     m->weights_rounded = true;
     embedding_forward(a->x, tokens, model_tensor(m, m->weights, TENSOR_EMBED), N, C);
-    for (int l = 0; l < c->num_hidden_layers; l++) {
-        Layer w = model_layer(m, m->weights, l);
-        real *x = a->x + l * NC, *ln1 = a->ln1 + l * NC, *ln2 = a->ln2 + l * NC, *x_mid = a->x_mid + l * NC;
+    for (int layer = 0; layer < c->num_hidden_layers; layer++) {
+        int l = m->grads ? layer : 0;  // where this layer's activations are
+        Layer w = model_layer(m, m->weights, layer);
+        real *x = a->x + l * NC, *x_next = m->grads ? x + NC : x, *ln1 = a->ln1 + l * NC, *ln2 = a->ln2 + l * NC,
+             *x_mid = a->x_mid + l * NC;
         real *q = a->q + l * NC, *k = a->k + l * NK, *v = a->v + l * NK, *att = a->att + l * NC, *out = att;
         rmsnorm_forward(ln1, a->rstd1 + (size_t)l * N, x, w.input_norm, N, C, c->rms_norm_eps, 1);
         round_operand(mm, ln1, NC);
@@ -1538,12 +1544,12 @@ static void model_forward(Model* m, const int32_t* tokens, int B, int T) {
         round_operand(mm, v, NK);
         if (w.lambda_q1) {
             Lambda lambda = {w.lambda_q1, w.lambda_k1, w.lambda_q2, w.lambda_k2};
-            diff_lambda_forward(m->scratch.diff_mix, &lambda, config_lambda_init(l), NH, HS);
+            diff_lambda_forward(m->scratch.diff_mix, &lambda, config_lambda_init(layer), NH, HS);
         }
         Attention shape = attention_of(m, &w, B, T);
         attention_forward(att, a->stats + (size_t)l * N * NH * 2, q, k, v, &shape, m->scratch.tiles);
         if (w.head_norm) {
-            double scale = c->head_norm == HEAD_NORM_GROUP_DEPTH_SCALED ? 1 - config_lambda_init(l) : 1;
+            double scale = c->head_norm == HEAD_NORM_GROUP_DEPTH_SCALED ? 1 - config_lambda_init(layer) : 1;
             out = a->normed + l * NC;
             rmsnorm_forward(out, a->head_rstd + (size_t)l * N * NH, att, w.head_norm, N * NH / wide, HS * wide, 1e-5,
                             scale);
@@ -1561,11 +1567,11 @@ static void model_forward(Model* m, const int32_t* tokens, int B, int T) {
         matmul_forward(a->up + l * NF, ln2, w.up_proj, N, C, FF, mm);
         swiglu_forward(m->scratch.act, a->gate + l * NF, a->up + l * NF, NF);
         round_operand(mm, m->scratch.act, NF);
-        memcpy(x + NC, x_mid, NC * sizeof(real));
-        gemm(false, true, N, C, FF, 1, m->scratch.act, (size_t)FF, w.down_proj, (size_t)FF, 1, x + NC, (size_t)C, mm);
+        memcpy(x_next, x_mid, NC * sizeof(real));
+        gemm(false, true, N, C, FF, 1, m->scratch.act, (size_t)FF, w.down_proj, (size_t)FF, 1, x_next, (size_t)C, mm);
     }
-    rmsnorm_forward(a->ln_f, a->rstd_f, a->x + c->num_hidden_layers * NC, model_tensor(m, m->weights, TENSOR_NORM), N,
-                    C, c->rms_norm_eps, 1);
+    rmsnorm_forward(a->ln_f, a->rstd_f, a->x + (m->grads ? c->num_hidden_layers * NC : 0),
+                    model_tensor(m, m->weights, TENSOR_NORM), N, C, c->rms_norm_eps, 1);
     round_operand(mm, a->ln_f, NC);
 }
 
@@ -1580,6 +1586,11 @@ static double model_loss(Model* m, const int32_t* targets, int N, real dloss, bo
         int rows = min_int(m->logit_rows, N - n);
         const real* x = m->acts.ln_f + (size_t)n * C;
         real* chunk = m->scratch.logits;
+        if (!gradient && !logits && !any_counted(targets + n, rows)) {
+            memset(m->scratch.losses + n, 0, (size_t)rows * sizeof(real));
+            memset(m->wrong + n, 0, (size_t)rows);
+            continue;
+        }
         matmul_forward(chunk, x, head, rows, C, V, mm);
         if (logits) {
             for (size_t i = 0; i < (size_t)rows * V; i++) { logits[(size_t)n * V + i] = (float)chunk[i]; }
@@ -1606,7 +1617,7 @@ static void model_backward(Model* m, const int32_t* tokens, int B, int T) {
     int N = B * T, C = c->hidden_size, FF = c->intermediate_size, NH = c->num_attention_heads,
         NKV = c->num_key_value_heads;
     int HS = config_head_size(c), KV = NKV * HS, wide = config_norm_heads(c), L = c->num_hidden_layers;
-    assert(B <= m->B);
+    assert(B <= m->B && m->grads);
     size_t NC = (size_t)N * C, NF = (size_t)N * FF, NK = (size_t)N * KV,
            kernel = (size_t)NH * c->kq_conv_query_size * c->kq_conv_key_size;
     rmsnorm_backward(s->dx, model_tensor(m, m->grads, TENSOR_NORM), s->dln, a->x + L * NC,
@@ -1783,7 +1794,7 @@ static double matmul_rate(bool bf16) {
 // Prints the plan; refuses one that this machine cannot hold, since the kernel would end the program without a word.
 static void print_plan(Run* r) {
     char device[64];
-    MemoryPlan p = model_memory(&r->config, r->batch_size, r->seq_len);
+    MemoryPlan p = model_memory(&r->config, r->batch_size, r->seq_len, !options_evaluate(r->options));
     const PlanRow rows[] = {{"weights fp32", p.weights},    {"gradients", p.gradients}, {"optimizer m, v", p.optimizer},
                             {"activations", p.activations}, {"scratch", p.scratch},     {"rounded to bf16", p.rounded}};
     bool bf16 = r->trainer == trainer_cpu_bf16();
@@ -1799,13 +1810,13 @@ static void print_plan(Run* r) {
 // =====================================================================================================================
 // The table of this trainer (mta/trainer.h), and main
 
-static void* table_create(const Config* c, int B, int T, int chunk, Error* e) {
+static void* table_create(const Config* c, int B, int T, int chunk, bool training, Error* e) {
     (void)e;  // on the CPU, memory that cannot be had ends the program with a line that says how much
-    return model_create(c, B, T, chunk);
+    return model_create(c, B, T, chunk, training);
 }
-static void* table_create_bf16(const Config* c, int B, int T, int chunk, Error* e) {
+static void* table_create_bf16(const Config* c, int B, int T, int chunk, bool training, Error* e) {
     if (!bf16_products(e)) { return NULL; }
-    Model* m = model_create(c, B, T, chunk);
+    Model* m = model_create(c, B, T, chunk, training);
     model_round_products(m);
     return m;
 }
@@ -1873,7 +1884,7 @@ int main(int argc, char** argv) {
     print_plan(&run);
     if (options.dry_run) { return EXIT_DONE; }
     run_open_data(&run);
-    run.model = run.trainer->create(&run.config, run.batch_size, run.seq_len, 0, &e);
+    run.model = run.trainer->create(&run.config, run.batch_size, run.seq_len, 0, !options_evaluate(&options), &e);
     int status = train(&run);
     run.trainer->destroy(run.model);
     return status;

@@ -3299,8 +3299,8 @@ template <typename T> struct LayerOf {
 };
 
 // What the backward pass computes again instead of keeping it: nothing; norms and head outputs; all of a layer but its
-// input.
-typedef enum { RECOMPUTE_NONE, RECOMPUTE_ELEMENTWISE, RECOMPUTE_BLOCK } Recompute;
+// input. FORWARD_ONLY: there is no backward pass, and no gradients and no optimizer either.
+typedef enum { RECOMPUTE_NONE, RECOMPUTE_ELEMENTWISE, RECOMPUTE_BLOCK, FORWARD_ONLY } Recompute;
 
 // What the forward pass keeps for the backward pass. N = B*T rows, all layers behind one another: layer l of x starts
 // at l*N*C. LA, LE: layers kept of what RECOMPUTE_BLOCK, and already RECOMPUTE_ELEMENTWISE, computes again: L or 1.
@@ -3391,12 +3391,12 @@ static size_t carve_activations(Activations* a, const Config* c, int B, int T, i
                                 char* base) {
     size_t N = (size_t)B * T, L = (size_t)c->num_hidden_layers, NH = (size_t)c->num_attention_heads,
            F = 2 * (size_t)c->intermediate_size;
-    size_t LA = recompute == RECOMPUTE_BLOCK ? 1 : L, LE = recompute == RECOMPUTE_NONE ? L : 1;
+    size_t LA = recompute >= RECOMPUTE_BLOCK ? 1 : L, LE = recompute == RECOMPUTE_NONE ? L : 1;
     size_t row = N * (size_t)c->hidden_size * sizeof(floatX), f = sizeof(float), stream = row / sizeof(floatX) * f;
 #define BUFFER(name, bytes) \
     { #name, (void**)&a->name, bytes }
     const Buffer list[] = {
-        BUFFER(x, (L + 1) * stream),
+        BUFFER(x, (recompute == FORWARD_ONLY ? 1 : L + 1) * stream),
         BUFFER(x_mid, LA * stream),
         BUFFER(ln1, LE * row),
         BUFFER(ln2, LE * row),
@@ -3561,13 +3561,20 @@ typedef struct {
     size_t weights, gradients, optimizer, activations, scratch;
 } MemoryPlan;
 
+static size_t largest_tensor(const TensorList* list) {
+    size_t n = 0;
+    for (int i = 0; i < list->n; i++) { n = std::max(n, list->specs[i].numel); }
+    return n;
+}
+
 static MemoryPlan model_memory(const Config* c, int B, int T, int chunk, Recompute recompute) {
     TensorList list;
     Activations acts;
     Scratch scratch;
     tensor_list(&list, c);
-    size_t f = list.numel * sizeof(float);
-    MemoryPlan p = {list.numel * sizeof(floatX), f, EXACT ? 2 * f : 3 * f,
+    size_t f = list.numel * sizeof(float), optimizer = EXACT ? 2 * f : 3 * f;
+    if (recompute == FORWARD_ONLY) { f = 0, optimizer = EXACT ? 0 : largest_tensor(&list) * sizeof(float); }
+    MemoryPlan p = {list.numel * sizeof(floatX), f, optimizer,
                     carve_activations(&acts, c, B, T, chunk, recompute, NULL),
                     carve_scratch(&scratch, c, B, T, chunk, NULL)};
     tensor_list_free(&list);
@@ -3667,10 +3674,13 @@ static Model* model_create(const Config* config, int B, int T, int chunk, Recomp
         return NULL;
     }
     size_t n = m->tensors.numel, f = sizeof(float);
+    bool trains = recompute != FORWARD_ONLY;
+    size_t masters = trains ? n : largest_tensor(&m->tensors);
     bool ok = device_memory(&m->weights, n * sizeof(floatX), "weights", e) &&
-              (EXACT || device_memory(&m->master, n * f, "master weights", e)) &&
-              device_memory(&m->grads, n * f, "gradients", e) && device_memory(&m->m, n * f, "optimizer state m", e) &&
-              device_memory(&m->v, n * f, "optimizer state v", e) &&
+              (EXACT || device_memory(&m->master, masters * f, "master weights", e)) &&
+              (!trains || (device_memory(&m->grads, n * f, "gradients", e) &&
+                           device_memory(&m->m, n * f, "optimizer state m", e) &&
+                           device_memory(&m->v, n * f, "optimizer state v", e))) &&
               device_memory(&m->activation_memory, p.activations, "activations", e) &&
               device_memory(&m->scratch_memory, p.scratch, "scratch", e);
     if (!ok) {
@@ -3682,7 +3692,7 @@ static Model* model_create(const Config* config, int B, int T, int chunk, Recomp
     carve_scratch(&m->scratch, config, B, T, chunk, m->scratch_memory);
     blasCheck(cublasSetWorkspace(m->cuda.blas, m->scratch.workspace, BLAS_WORKSPACE));
     float* const arenas[] = {m->master, m->grads, m->m, m->v};
-    for (int i = 0; i < 4; i++) { cudaCheck(cudaMemsetAsync(arenas[i], 0, n * f, m->cuda.stream)); }
+    for (int i = 0; i < 4 && trains; i++) { cudaCheck(cudaMemsetAsync(arenas[i], 0, n * f, m->cuda.stream)); }
     cudaCheck(cudaMemsetAsync(m->weights, 0, n * sizeof(floatX), m->cuda.stream));
     carve_sums(&m->sums, config, m->scratch.sums);
     size_t N = (size_t)B * T, table = (size_t)T * (config_head_size(config) / 2);
@@ -3721,10 +3731,10 @@ static void model_free(Model* m) {
 static Activations layer_activations(const Model* m, int l, int N) {
     const Config* c = &m->config;
     const Activations* all = &m->acts;
-    size_t row = (size_t)N * c->hidden_size, kept = m->recompute == RECOMPUTE_BLOCK ? 0 : l,
-           light = m->recompute == RECOMPUTE_NONE ? l : 0;
+    size_t row = (size_t)N * c->hidden_size, kept = m->recompute >= RECOMPUTE_BLOCK ? 0 : l,
+           stream = m->recompute == FORWARD_ONLY ? 0 : l, light = m->recompute == RECOMPUTE_NONE ? l : 0;
     Activations a = *all;
-    a.x += l * row, a.x_mid += kept * row, a.ln1 += light * row, a.ln2 += light * row, a.rstd1 += kept * N,
+    a.x += stream * row, a.x_mid += kept * row, a.ln1 += light * row, a.ln2 += light * row, a.rstd1 += kept * N,
         a.rstd2 += kept * N;
     a.q += kept * row, a.k += kept * row, a.v += kept * row, a.stats += kept * N * c->num_attention_heads * 2,
         a.att += kept * m->att_parts * row, a.out += light * row;
@@ -3793,7 +3803,8 @@ static void layers_forward(Model* m, int B, int T) {
         layer_forward(m, l, &a, B, T);
         before = a.x_mid;
     }
-    residual_rmsnorm_forward(m->acts.ln_f, m->acts.rstd_f, m->acts.x + (size_t)L * N * C, before, m->scratch.branch,
+    float* last = m->acts.x + (m->recompute == FORWARD_ONLY ? 0 : (size_t)L * N * C);
+    residual_rmsnorm_forward(m->acts.ln_f, m->acts.rstd_f, last, before, m->scratch.branch,
                              model_tensor(m, m->weights, TENSOR_NORM), N, C, c->rms_norm_eps, g);
 }
 
@@ -3827,6 +3838,11 @@ static double model_loss(Model* m, const int32_t* targets, int N, float dloss, b
     for (int n = 0; n < N; n += m->logit_rows) {
         int rows = min_int(m->logit_rows, N - n);
         const floatX* x = m->acts.ln_f + (size_t)n * C;
+        if (!gradient && !logits && !any_counted(targets + n, rows)) {
+            cudaCheck(cudaMemsetAsync(s->losses + n, 0, rows * sizeof(float), g->stream));
+            cudaCheck(cudaMemsetAsync(s->wrong + n, 0, rows, g->stream));
+            continue;
+        }
         matmul_forward(s->logits, ld, x, head, rows, C, V, g);
         if (logits) {
             cudaCheck(cudaMemcpyAsync(host, s->logits, (size_t)rows * ld * sizeof(floatX), cudaMemcpyDeviceToHost,
@@ -4080,6 +4096,7 @@ static double matmul_rate(const cudaDeviceProp* device) {
 
 static Recompute recompute_of(const char* name) {
     return !strcmp(name, "block")         ? RECOMPUTE_BLOCK
+           : !strcmp(name, "never")       ? FORWARD_ONLY
            : !strcmp(name, "elementwise") ? RECOMPUTE_ELEMENTWISE
                                           : RECOMPUTE_NONE;
 }
@@ -4098,7 +4115,10 @@ static void print_plan(Run* r) {
     MemoryPlan p = model_memory(&r->config, r->batch_size, r->seq_len, chunk, recompute);
     const PlanRow rows[] = {{"weights " PRECISION_NAME, p.weights},
                             {"gradients fp32", p.gradients},
-                            {EXACT ? "optimizer m, v" : "optimizer m, v, master", p.optimizer},
+                            {recompute == FORWARD_ONLY ? "one tensor fp32"
+                             : EXACT                   ? "optimizer m, v"
+                                                       : "optimizer m, v, master",
+                             p.optimizer},
                             {"activations", p.activations},
                             {"scratch", p.scratch}};
     train_print_plan(r, found ? device.name : "no GPU", found ? matmul_rate(&device) : 0, rows,
@@ -4123,8 +4143,8 @@ static void print_plan(Run* r) {
 // =====================================================================================================================
 // The table of this trainer (mta/trainer.h), and main
 
-static void* table_create(const Config* c, int B, int T, int chunk, Error* e) {
-    return model_create(c, B, T, chunk, RECOMPUTE_NONE, e);
+static void* table_create(const Config* c, int B, int T, int chunk, bool training, Error* e) {
+    return model_create(c, B, T, chunk, training ? RECOMPUTE_NONE : FORWARD_ONLY, e);
 }
 static void table_destroy(void* m) { model_free((Model*)m); }
 static const TensorList* table_tensors(const void* m) { return &((const Model*)m)->tensors; }
@@ -4133,7 +4153,8 @@ static const TensorList* table_tensors(const void* m) { return &((const Model*)m
 // weights.
 static float* table_state(const Model* m, StateKind kind, int i) {
     float* const arenas[] = {m->master, m->grads, m->m, m->v, m->master};
-    return arenas[kind] + m->tensors.specs[i].offset;
+    bool passing = !EXACT && m->recompute == FORWARD_ONLY;  // then masters are only on their way to the weights
+    return arenas[kind] + (passing ? 0 : m->tensors.specs[i].offset);
 }
 static void table_set(void* model, StateKind kind, int tensor, const float* data) {
     Model* m = (Model*)model;

@@ -58,6 +58,7 @@ static inline double train_print_plan(Run* r, const char* device, double flops_p
            c->num_hidden_layers, c->hidden_size, c->num_attention_heads, config_head_size(c), c->vocab_size);
     printf("parameters  %zu (%s)\n", list.parameters, format_grouped(list.parameters, grouped, sizeof grouped));
     for (int i = 0; i < n; i++) {
+        if (!rows[i].bytes) { continue; }  // gradients and optimizer of an evaluation
         printf("%-11s %-22s %10.1f MiB\n", i ? "" : "memory", rows[i].name, (double)rows[i].bytes / 1048576);
         total += rows[i].bytes;
     }
@@ -170,9 +171,9 @@ static inline void model_start(Run* r) {
                checkpoint_read_tensors(path, list, OPTIMIZER_PREFIXES, master ? 3 : 2, false, NULL, store_tensor,
                                        &optimizer, &e);
     } else {
-        model_initialise(r->trainer, r->model, &r->config, (uint64_t)r->options->seed);
+        bool whole = options_evaluate(r->options);  // then no tensor may be absent
+        if (!whole) { model_initialise(r->trainer, r->model, &r->config, (uint64_t)r->options->seed); }
         if (r->init_dir[0]) {
-            bool whole = options_evaluate(r->options);  // then no tensor may be absent
             good =
                 checkpoint_read_tensors(r->init_dir, list, NO_PREFIX, 1, !whole, &absent, store_tensor, &weights, &e);
         }
@@ -198,6 +199,14 @@ typedef struct {
 static inline Batch step_begin(const Step* s) {
     Batch b = {NULL, NULL, 0, s->T, s->counted ? 1.0 / (double)s->counted : 0, 0, 0};
     return b;
+}
+
+// Is any of n targets counted? Logits that no counted target needs are left out of an evaluation.
+static inline bool any_counted(const int32_t* targets, int n) {
+    for (int i = 0; i < n; i++) {
+        if (targets[i] >= 0) { return true; }
+    }
+    return false;
 }
 
 // Moves to the next micro-batch; false after the last, or when a signal has come.

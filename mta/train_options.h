@@ -225,7 +225,7 @@ static inline void options_given(TrainOptions* o, int argc, char** argv) {
     if (o->pattern && !o->tokenizer) { die("--pattern: wanted --tokenizer FILE beside it, whose text it splits"); }
     if (options_evaluate(o)) {
         options_check_evaluation(o, table);
-        o->recompute = "block";  // no backward pass needs what a layer has computed
+        o->recompute = "never";  // no backward pass needs what a layer has computed
         return;
     }
     if (o->shift) { die("--shift: wanted --score FILE beside it"); }

@@ -42,9 +42,10 @@ typedef struct {
     bool exact;        // arithmetic and storage in fp32: the CPU's tolerances hold; else products read bf16
     bool rounded;      // the weights are stored in bf16, and master weights in fp32 beside them
     // A model of at most B sequences of at most T tokens, every state zero; `forward` also takes more of them that are
-    // shorter, up to B x T tokens together. chunk: queries of an attention chunk, 0 =
-    // the trainer's choice. NULL and a message if it cannot be had.
-    void* (*create)(const Config* config, int B, int T, int chunk, Error* e);
+    // shorter, up to B x T tokens together. chunk: queries of an attention chunk, 0 = the trainer's choice. Without
+    // `training` it has weights alone, set as STATE_MASTER: no gradients, no optimizer, no place for what a backward
+    // pass would read. NULL and a message if it cannot be had.
+    void* (*create)(const Config* config, int B, int T, int chunk, bool training, Error* e);
     void (*destroy)(void* model);
     const TensorList* (*tensors)(const void* model);
     // Tensor number i of the list, whole. STATE_MASTER rounds it into the weights; STATE_WEIGHT sets both to the

@@ -62,7 +62,8 @@ int main(int argc, char** argv) {
     blas_single_thread();
     float* matrices = (float*)alloc_or_die(3 * (size_t)SIDE * SIDE, sizeof(float), "matrices");
     for (int i = 0; i < 2 * SIDE * SIDE; i++) { matrices[i] = (float)(i % 97) * 0.01f; }
-    Model *m = model_create(&c, B, T, chunk), *rounded = bf16_products(&e) ? model_create(&c, B, T, chunk) : NULL;
+    Model *m = model_create(&c, B, T, chunk, true),
+          *rounded = bf16_products(&e) ? model_create(&c, B, T, chunk, true) : NULL;
     model_initialise(trainer_cpu(), m, &m->config, 1);
     if (rounded) {
         model_round_products(rounded);

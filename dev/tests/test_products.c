@@ -71,7 +71,7 @@ static void test_values(int M, int N, int K) {
 static float* train_steps(const Config* c, int B, int T, int threads) {
     omp_set_num_threads(threads);
     const AdamW hyper = {1e-2, 0.9, 0.98, 1e-8, 0.05, 1};
-    Model* m = (Model*)trainer_cpu_bf16()->create(c, B, T, 16, NULL);
+    Model* m = (Model*)trainer_cpu_bf16()->create(c, B, T, 16, true, NULL);
     int32_t* tokens = (int32_t*)alloc_or_die((size_t)2 * B * T, sizeof(int32_t), "tokens");
     Rng rng = rng_make(7, 7);
     for (int i = 0; i < 2 * B * T; i++) { tokens[i] = (int32_t)(rng_u32(&rng) % (uint32_t)c->vocab_size); }
@@ -87,7 +87,7 @@ static float* train_steps(const Config* c, int B, int T, int threads) {
     float* state = (float*)alloc_or_die(2 * m->tensors.numel, sizeof(float), "state");
     memcpy(state, m->weights, m->tensors.numel * sizeof(float));
     memcpy(state + m->tensors.numel, m->grads, m->tensors.numel * sizeof(float));
-    MemoryPlan plan = model_memory(c, B, T);
+    MemoryPlan plan = model_memory(c, B, T, true);
     size_t held = 0;
     for (int i = 0; i < 3; i++) { held += m->products->of[i].n * sizeof(uint16_t); }
     if (threads == omp_get_max_threads()) { CHECK(held <= plan.rounded && held > plan.weights / 2); }
