@@ -1346,14 +1346,14 @@ class Reference(unittest.TestCase):
             a = (a[:, 0::2] - (dots[0] - dots[1] + 0.2) * a[:, 1::2]).repeat_interleave(2, 1)
         conv = 0 in c["kq_conv_layers"]
         if conv and c["kq_conv_pre_softmax"]:
-            s = mta_ref.kq_conv(s, w[p + "kq_conv.weight"], causal)
+            s = mta_ref.kq_convolution(s, w[p + "kq_conv.weight"], causal)
         if c["head_mix_pre_softmax"]:
-            s = mta_ref.head_mix(s, w[p + "head_mix_pre.weight"])
+            s = mta_ref.mix_heads(s, w[p + "head_mix_pre.weight"])
         a = a if c["attention_type"] == "diff" else softmax(s)
         if conv and c["kq_conv_post_softmax"]:
-            a = mta_ref.kq_conv(a, w[p + "kq_conv_post.weight"], causal).masked_fill(~causal, 0)
+            a = mta_ref.kq_convolution(a, w[p + "kq_conv_post.weight"], causal).masked_fill(~causal, 0)
         if c["head_mix_post_softmax"]:
-            a = mta_ref.head_mix(a, w[p + "head_mix.weight"])
+            a = mta_ref.mix_heads(a, w[p + "head_mix.weight"])
         return before[0], a[0]
 
 
