@@ -69,6 +69,7 @@ typedef struct {
     double saved_at;     // seconds_now() then, or when training began
     bool timed;          // is the checkpoint that is being written one of --save-minutes?
     Text passed_over;    // what was wrong with newer checkpoints than the one that is resumed, a line each
+    Text changes;        // what --resume changes, a JSON string each, comma separated
     int lock;            // descriptor that holds the run's lock, -1 = none
     int answers;         // --score: standard output as the program got it, see run_divert_output
     double flops_per_token, flops_per_second;  // for MFU: the model's, and the machine's peak as the trainer states it
@@ -547,17 +548,59 @@ static inline void run_open_directory(Run* r) {
 // What the trainer writes into model.safetensors, for config.json.
 static inline const char* run_torch_dtype(const Run* r) { return r->trainer->rounded ? "bfloat16" : "float32"; }
 
+// What changes the numbers of a run and may be given otherwise on --resume. trainer.json keeps each under its key.
+typedef struct {
+    const char* key;
+    double number;
+    const char* word;  // NULL: a number
+} RunSetting;
+
+enum { MAX_RUN_SETTINGS = 20 };
+
+// The settings as they hold now into s (MAX_RUN_SETTINGS); how many.
+static inline int run_settings(const Run* r, RunSetting* s) {
+    const TrainOptions* o = r->options;
+    const RunSetting all[] = {{"steps", (double)r->steps, NULL},
+                              {"tokens_per_step", (double)r->tokens_per_step, NULL},
+                              {"batch_size", r->batch_size, NULL},
+                              {"lr", r->schedule.lr, NULL},
+                              {"min_lr", r->schedule.min_lr, NULL},
+                              {"schedule", 0, r->schedule.kind},
+                              {"schedule_steps", (double)o->schedule_steps, NULL},
+                              {"warmup", (double)r->schedule.warmup, NULL},
+                              {"beta1", o->beta1, NULL},
+                              {"beta2", o->beta2, NULL},
+                              {"eps", o->eps, NULL},
+                              {"weight_decay", o->weight_decay, NULL},
+                              {"grad_clip", o->grad_clip, NULL},
+                              {"matmul", 0, run_matmul(r)},
+                              {"val", 0, o->val ? o->val : ""},
+                              {"eval_windows", (double)o->eval_windows, NULL},
+                              {"program", 0, program_invocation_short_name}};
+    int n = (int)(sizeof all / sizeof all[0]);
+    assert(n <= MAX_RUN_SETTINGS);
+    memcpy(s, all, sizeof all);
+    return n;
+}
+
 static inline void run_state_json(const Run* r, Text* t) {
+    RunSetting settings[MAX_RUN_SETTINGS];
     text_printf(t, "{\n  \"format\": 1,\n  \"step\": %lld,\n  \"tokens_seen\": %lld,\n  \"skipped\": %lld,\n",
                 (long long)r->step, (long long)r->tokens_seen, (long long)r->skipped);
-    text_printf(t, "  \"batch_size\": %d,\n  \"tokens_per_step\": %lld,\n%s", r->batch_size,
-                (long long)r->tokens_per_step, r->timed ? "  \"timed\": true,\n" : "");
-    text_printf(t, "  \"matmul\": \"%s\",\n", run_matmul(r));
+    for (int i = 0, n = run_settings(r, settings); i < n; i++) {
+        const RunSetting* s = &settings[i];
+        text_printf(t, "  \"%s\": ", s->key);
+        if (s->word) {
+            text_json_string(t, s->word, strlen(s->word));
+        } else {
+            text_json_number(t, s->number);
+        }
+        text_append(t, ",\n", 2);
+    }
+    text_printf(t, "%s", r->timed ? "  \"timed\": true,\n" : "");
     text_printf(t, "  \"random\": {\"seed\": %lld, \"step\": %lld},\n  \"loader\": ", (long long)r->options->seed,
                 (long long)r->step);
     text_append(t, r->loader_state.text, r->loader_state.n);
-    text_printf(t, ",\n  \"program\": ");
-    text_json_string(t, program_invocation_short_name, strlen(program_invocation_short_name));
     text_printf(t, ",\n  \"compiler\": ");
     text_json_string(t, __VERSION__, strlen(__VERSION__));
     text_printf(t, ",\n  \"arguments\": [");
@@ -568,24 +611,45 @@ static inline void run_state_json(const Run* r, Text* t) {
     text_printf(t, "]\n}\n");
 }
 
-// What is not as it was when the checkpoint was saved, and changes the numbers that follow.
-static inline void run_say_changes(const Run* r, const Json* saved) {
-    int64_t batch = 0, tokens = 0;
+// "lr 0.001 -> 0.002" into *change where the checkpoint's value (NULL: it has none) is another than the run's; else it
+// stays empty. Keys are shown as the options are called.
+static inline void run_compare_setting(const RunSetting* s, const Json* saved, Text* change) {
+    bool same = s->word ? saved && saved->type == JSON_STRING && !strcmp(saved->string, s->word)
+                        : saved && saved->type == JSON_NUMBER && saved->number == s->number;
+    if (same) { return; }
+    text_printf(change, "%s ", s->key);
+    for (char* c = change->text; *c; c++) { *c = *c == '_' ? '-' : *c; }
+    if (!saved) {
+        text_printf(change, "(the checkpoint does not say)");
+    } else if (saved->type == JSON_STRING) {
+        text_printf(change, "%s", saved->string[0] ? saved->string : "none");
+    } else {
+        text_json_number(change, saved->number);
+    }
+    text_append(change, " -> ", 4);
+    if (s->word) {
+        text_printf(change, "%s", s->word[0] ? s->word : "none");
+    } else {
+        text_json_number(change, s->number);
+    }
+}
+
+// What is not as it was when the checkpoint was saved, and changes the numbers that follow: a line each, kept for the
+// log too.
+static inline void run_say_changes(Run* r, const Json* saved) {
+    RunSetting settings[MAX_RUN_SETTINGS];
     if (r->step > r->steps) {
         printf("--steps %lld: the checkpoint has %lld already\n", (long long)r->steps, (long long)r->step);
     }
-    if (json_integer(json_get(saved, "batch_size"), 1, INT64_MAX, &batch) && batch != r->batch_size) {
-        printf("--batch-size was %lld, is %d from here on: gradients are summed in another order, the last digits "
-               "differ\n",
-               (long long)batch, r->batch_size);
-    }
-    if (json_integer(json_get(saved, "tokens_per_step"), 1, INT64_MAX, &tokens) && tokens != r->tokens_per_step) {
-        printf("--tokens-per-step was %lld, is %lld from here on\n", (long long)tokens, (long long)r->tokens_per_step);
-    }
-    const Json* matmul = json_get(saved, "matmul");
-    if (matmul && matmul->type == JSON_STRING && strcmp(matmul->string, run_matmul(r)) != 0) {
-        printf("--matmul was %s, is %s from here on: operands of products are rounded otherwise\n", matmul->string,
-               run_matmul(r));
+    for (int i = 0, n = run_settings(r, settings); i < n; i++) {
+        Text change = {NULL, 0, 0};
+        run_compare_setting(&settings[i], json_get(saved, settings[i].key), &change);
+        if (!change.n) { continue; }
+        make_one_line(change.text);
+        printf("changed on --resume: %s\n", change.text);
+        text_printf(&r->changes, "%s", r->changes.n ? ", " : "");
+        text_json_string(&r->changes, change.text, strlen(change.text));
+        text_free(&change);
     }
 }
 
@@ -752,7 +816,8 @@ static inline void run_log_start(Run* r, size_t parameters) {
         if (i > 1) { text_append(&t, ", ", 2); }
         text_json_string(&t, r->options->argv[i], strlen(r->options->argv[i]));
     }
-    text_printf(&t, "]}");
+    text_printf(&t, "]%s%s%s}", r->changes.n ? ", \"changed\": [" : "", r->changes.n ? r->changes.text : "",
+                r->changes.n ? "]" : "");
     runlog_line(&r->log, t.text);
     text_free(&t);
     text_free(&config);
@@ -917,6 +982,7 @@ static inline int run_end(Run* r) {
     text_free(&r->ranks);
     text_free(&r->loader_state);
     text_free(&r->passed_over);
+    text_free(&r->changes);
     free(r->tokens);
     free(r->targets);
     return status;

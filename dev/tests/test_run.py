@@ -451,24 +451,45 @@ class Resume(Trainer):
         if done.returncode:
             self.assert_refused(done, "--matmul", other)
             return
-        self.assertIn("--matmul was %s, is %s from here on" % (first, other), done.stdout)
+        self.assertIn("changed on --resume: matmul %s -> %s\n" % (first, other), done.stdout)
         self.assertEqual(self.matmul_of(out), other)
         self.assertIn("rounded to bf16", done.stdout)
         again = self.run_ok(out, {"--steps": 5, "--matmul": other}, ["--resume"])
-        self.assertNotIn(" was ", again.stdout)
+        self.assertNotIn("changed on --resume: matmul", again.stdout)
         self.assertNotIn("rounded to bf16", self.run_ok(self.out(), {"--steps": 1}).stdout)
 
+    def changed(self, done):
+        return [line[len("changed on --resume: "):] for line in done.stdout.splitlines() if line.startswith("changed on --resume: ")]
+
     def test_what_a_resume_changes_is_said(self):
+        """Every option that changes the numbers which follow: one line each on the screen, and in the log's start."""
         out = self.out()
         self.run_ok(out, {"--steps": 2})
-        done = self.run_ok(out, {"--steps": 3}, ["--resume"])
-        self.assertNotIn(" was ", done.stdout)
-        done = self.run_ok(out, {"--steps": 4, "--batch-size": 1, "--tokens-per-step": 32}, ["--resume"])
-        self.assertIn("--batch-size was 2, is 1", done.stdout)
-        self.assertNotIn("--tokens-per-step was", done.stdout)
-        done = self.run_ok(out, {"--steps": 5, "--batch-size": 4}, ["--resume"])
-        self.assertIn("--batch-size was 1, is 4", done.stdout)
-        self.assertIn("--tokens-per-step was 32, is 64", done.stdout)
+        self.assertEqual(self.changed(self.run_ok(out, {"--steps": 2}, ["--resume"])), [])
+        table = (("--batch-size", 1, "batch-size 2 -> 1"), ("--lr", 0.002, "lr 0.001 -> 0.002"), ("--min-lr", 1e-5, "min-lr 0 -> 1e-05"),
+                 ("--schedule", "cosine", "schedule constant -> cosine"), ("--schedule-steps", 40, "schedule-steps 0 -> 40"),
+                 ("--warmup", 1, "warmup 0 -> 1"), ("--beta1", 0.8, "beta1 0.9 -> 0.8"), ("--beta2", 0.99, "beta2 0.98 -> 0.99"),
+                 ("--eps", 1e-7, "eps 1e-08 -> 1e-07"), ("--weight-decay", 0, "weight-decay 0.05 -> 0"), ("--grad-clip", 0.5, "grad-clip 1 -> 0.5"),
+                 ("--eval-windows", 3, "eval-windows 128 -> 3"), ("--val", None, "val %s -> none" % self.path("a_val_*.bin")))
+        options = {"--steps": 3, "--tokens-per-step": 32}
+        for name, value, words in table:
+            with self.subTest(name):
+                copy = self.out()
+                shutil.copytree(out, copy)
+                self.assertEqual(self.changed(self.run_ok(copy, dict(options, **{name: value}), ["--resume"])), ["steps 2 -> 3", words])
+                self.assertEqual(log_events(copy, "start")[-1]["changed"], ["steps 2 -> 3", words])
+        self.run_ok(out, dict(options, **{name: value for name, value, _ in table}), ["--resume"])
+        again = dict({name: value for name, value, _ in table}, **{"--steps": 4, "--batch-size": 4})  # and with it the tokens of a step
+        self.assertEqual(self.changed(self.run_ok(out, again, ["--resume"])), ["steps 3 -> 4", "tokens-per-step 32 -> 64", "batch-size 1 -> 4"])
+        path = os.path.join(checkpoints(out)[-1], "trainer.json")
+        with open(path) as f:
+            state = json.load(f)
+        del state["lr"], state["schedule"]  # a checkpoint of an earlier version
+        with open(path, "w") as f:
+            json.dump(state, f)
+        mend_manifest(checkpoints(out)[-1])
+        self.assertEqual(self.changed(self.run_ok(out, dict(again, **{"--steps": 4}), ["--resume"])),
+                         ["lr (the checkpoint does not say) -> 0.002", "schedule (the checkpoint does not say) -> cosine"])
 
     def test_damaged_newest_does_not_cost_the_one_that_is_saved(self):
         """With --keep 1, going on from an older checkpoint: what is saved before the damaged one's step stays."""
