@@ -437,6 +437,36 @@ static inline void run_settle(Run* r, const Trainer* trainer, const TrainOptions
 
 // ---- opening: data, directory, log
 
+// Checks the shards of --train or a set of --val (`option`, as it is named in messages); says what is odd, a line each.
+static inline void run_verify_data(const Run* r, const Loader* l, const char* option) {
+    Error e = {{0}};
+    Text said = {NULL, 0, 0};
+    char* rest = NULL;
+    double start = seconds_now(), bytes = 0;
+    bool good = loader_verify(l, r->options->verify_data, &said, &e);
+    for (char* line = said.n ? strtok_r(said.text, "\n", &rest) : NULL; line; line = strtok_r(NULL, "\n", &rest)) {
+        printf("%s: %s\n", option, line);
+    }
+    text_free(&said);
+    if (!good) { die("%s: %s", option, e.text); }
+    if (!r->options->verify_data) { return; }
+    for (int i = 0; loader_shard(l, i); i++) { bytes += (double)loader_shard(l, i)->file.size; }
+    printf("%s: checksums of %.1f MiB compared in %.1f s\n", option, bytes / 1048576, seconds_now() - start);
+}
+
+// A line where a set of --val holds what is trained on too.
+static inline void run_say_overlap(const Run* r, const ValSet* v) {
+    const Shard *a, *b;
+    for (int i = 0; (a = loader_shard(&v->loader, i)); i++) {
+        for (int j = 0; (b = loader_shard(&r->train, j)); j++) {
+            if (!shards_same_file(a, b) && !shards_same_tokens(a, b)) { continue; }
+            printf("--val: %s: %s is also trained on%s%s\n", v->name, a->path, strcmp(a->path, b->path) ? ", as " : "",
+                   strcmp(a->path, b->path) ? b->path : "");
+            return;
+        }
+    }
+}
+
 static inline void run_open_val(Run* r) {
     const TrainOptions* o = r->options;
     Error e = {{0}};
@@ -463,6 +493,8 @@ static inline void run_open_val(Run* r) {
         }
         if (r->tokenizer) { run_check_tokenizer(r, &made); }
         snprintf(v->name, sizeof v->name, "%s", equals ? part : v->loader.sources[0].name);
+        run_verify_data(r, &v->loader, "--val");
+        run_say_overlap(r, v);
         for (ValSet* w = r->val; w < v; w++) {
             if (!strcmp(w->name, v->name)) {
                 die("--val: two sets are called %s; NAME=GLOB gives another name", v->name);
@@ -505,6 +537,7 @@ static inline void run_open_data(Run* r) {
         !loader_open_mix(&r->train, o->train, r->seq_len, r->config.vocab_size, (uint64_t)o->seed, mix, &e)) {
         die("--train: %s", e.text);
     }
+    if (o->train) { run_verify_data(r, &r->train, "--train"); }
     for (int i = 0; i < r->train.n_sources && r->train.n_sources > 1; i++) {
         if (!r->train.sources[i].weighted) {
             printf("--train: no weight for %s, taken as 1\n", r->train.sources[i].name);

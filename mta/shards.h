@@ -15,6 +15,7 @@
 #include "util.h"
 #include "json.h"
 #include "random.h"
+#include <fnmatch.h>
 #include <glob.h>
 #include <math.h>
 
@@ -38,6 +39,8 @@ typedef struct {
     int vocab_size;       // of the header, 0 unknown
     uint32_t crc;         // of the header, 0 unknown
     uint64_t windows;
+    dev_t device;  // with inode: which file it is, whatever its path
+    ino_t inode;
 } Shard;
 
 // NAME.bin -> NAME.mask; a name without .bin gets .mask added.
@@ -100,9 +103,14 @@ static inline bool shard_check(Shard* s, Error* e) {
 }
 
 static inline bool shard_open(Shard* s, const char* path, Error* e) {
+    struct stat st;
     memset(s, 0, sizeof(*s));
     s->path = copy_or_die(path);
-    if (map_file(&s->file, path, e) && shard_check(s, e)) { return true; }
+    if (map_file(&s->file, path, e) && shard_check(s, e) && (stat(path, &st) == 0 || fail(e, "%s: gone", path))) {
+        s->device = st.st_dev;
+        s->inode = st.st_ino;
+        return true;
+    }
     shard_close(s);
     return false;
 }
@@ -602,6 +610,111 @@ static inline bool loader_open(Loader* l, const char* spec, int seq_len, int voc
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
+// What is checked before a run: each shard once, and as the manifest beside it says
+
+// Shard k of all sources together, NULL beyond the last.
+static inline const Shard* loader_shard(const Loader* l, int k) {
+    for (int i = 0; i < l->n_sources; k -= l->sources[i++].n_shards) {
+        if (k < l->sources[i].n_shards) { return &l->sources[i].shards[k]; }
+    }
+    return NULL;
+}
+
+// One file, by whatever path?
+static inline bool shards_same_file(const Shard* a, const Shard* b) {
+    return a->device == b->device && a->inode == b->inode;
+}
+
+// One text in two files, as far as the checksums of their headers tell?
+static inline bool shards_same_tokens(const Shard* a, const Shard* b) {
+    return a->crc != 0 && a->crc == b->crc && a->tokens == b->tokens && a->bytes_per_token == b->bytes_per_token;
+}
+
+// Refuses a file that is there twice. Of two copies a line of *said names the first pair.
+static inline bool loader_check_twice(const Loader* l, Text* said, Error* e) {
+    int copies = 0;
+    const Shard *a, *b;
+    for (int i = 0; (a = loader_shard(l, i)) != NULL; i++) {
+        for (int j = 0; j < i; j++) {
+            b = loader_shard(l, j);
+            if (shards_same_file(a, b)) {
+                return fail(e, "%.230s and %.230s are one file, wanted each shard once%s", b->path, a->path,
+                            l->n_sources > 1 ? "; a weight makes a source more frequent" : "");
+            }
+            if (shards_same_tokens(a, b) && copies++ == 0) {
+                text_printf(said, "%s and %s hold the same tokens: both count\n", b->path, a->path);
+            }
+        }
+    }
+    return true;
+}
+
+// Compares a shard with its entry of the manifest (NULL: none) and, if `contents`, its tokens with its checksum.
+static inline bool shard_verify(const Shard* s, const Json* entry, bool contents, Error* e) {
+    int64_t bytes = (int64_t)s->file.size, tokens = (int64_t)s->tokens;
+    const Json* sum = json_get(entry, "crc32");
+    uint32_t crc = sum != NULL && sum->type == JSON_STRING ? (uint32_t)strtoul(sum->string, NULL, 16) : s->crc;
+    if ((json_integer(json_get(entry, "bytes"), 0, INT64_MAX, &bytes) && bytes != (int64_t)s->file.size) ||
+        (json_integer(json_get(entry, "tokens"), 0, INT64_MAX, &tokens) && tokens != (int64_t)s->tokens)) {
+        return fail(e, "%.200s: %zu bytes, %llu tokens, but the manifest.json beside it says %lld and %lld", s->path,
+                    s->file.size, (unsigned long long)s->tokens, (long long)bytes, (long long)tokens);
+    }
+    if (s->crc != 0 && crc != s->crc) {
+        return fail(e, "%.200s: CRC-32 %08x in its header, but the manifest.json beside it says %08x", s->path, s->crc,
+                    crc);
+    }
+    uint32_t got = contents ? crc32_update(0, s->file.data + SHARD_HEADER_BYTES, s->file.size - SHARD_HEADER_BYTES) : 0;
+    return !contents || crc == 0 || got == crc ||
+           fail(e, "%.200s: CRC-32 of the tokens %08x, wanted %08x: the file is damaged, copy or make it again",
+                s->path, got, crc);
+}
+
+// A line of *said where the manifest lists shards that the source's pattern means and that are not there.
+static inline void source_say_missing(const LoaderSource* s, const char* dir, const Json* manifest, Text* said) {
+    const Json* shards = json_get(manifest, "shards");
+    char path[PATH_SIZE], first[PATH_SIZE] = "";
+    int missing = 0;
+    Text pattern = {NULL, 0, 0};
+    glob_pattern(&pattern, s->pattern);
+    for (const Json* j = shards != NULL && shards->type == JSON_OBJECT ? shards->child : NULL; j != NULL; j = j->next) {
+        if (strchr(j->key, '/') != NULL || strlen(dir) + strlen(j->key) >= sizeof(path)) { continue; }
+        path_join(path, sizeof(path), dir, j->key);
+        if (fnmatch(pattern.text, path, FNM_PATHNAME) != 0 || file_exists(path)) { continue; }
+        if (missing++ == 0) { memcpy(first, path, sizeof(path)); }
+    }
+    if (missing > 0) {
+        text_printf(said, "the manifest.json beside %s lists %d that %s not there: %s%s\n", s->pattern, missing,
+                    missing > 1 ? "are" : "is", first, missing > 1 ? " and others" : "");
+    }
+    text_free(&pattern);
+}
+
+// All of it. contents: every token is read (--verify-data). Lines of *said: what is odd and no mistake.
+static inline bool loader_verify(const Loader* l, bool contents, Text* said, Error* e) {
+    char dir[PATH_SIZE] = "", before[PATH_SIZE];
+    Json* manifest = NULL;
+    int unknown = 0;
+    bool good = loader_check_twice(l, said, e);
+    for (int i = 0; i < l->n_sources && good; i++) {
+        before[0] = 1, before[1] = 0;  // no folder is called so
+        for (int j = 0; j < l->sources[i].n_shards && good; j++) {
+            const Shard* s = &l->sources[i].shards[j];
+            good = manifest_beside(s->path, dir, &manifest, e);
+            if (good && strcmp(before, dir) != 0) {
+                source_say_missing(&l->sources[i], dir, manifest, said);
+                memcpy(before, dir, sizeof(before));
+            }
+            const Json* entry = json_get(json_get(manifest, "shards"), shard_base_name(s->path));
+            good = good && shard_verify(s, entry, contents, e);
+            unknown += s->crc == 0 && json_get(entry, "crc32") == NULL;
+        }
+    }
+    json_free(manifest);
+    if (good && contents && unknown > 0) { text_printf(said, "%d shards have no checksum to compare\n", unknown); }
+    return good;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
 // The order
 
 // Whose turn it is. Tijdeman's rule (The chairman assignment problem, 1980): of the sources that are behind their share
@@ -689,6 +802,16 @@ static inline bool loader_masked(const Loader* l) {
 
 static inline const char* loader_mix_name(LoaderMix mix) { return mix == MIX_DOCUMENT ? "document" : "token"; }
 
+// One number for the shards of a source, in their order: of their sizes and the checksums in their headers.
+static inline uint32_t source_checksum(const LoaderSource* s) {
+    uint32_t crc = 0;
+    for (int i = 0; i < s->n_shards; i++) {
+        crc = crc32_update(crc, &s->shards[i].tokens, sizeof(s->shards[i].tokens));
+        crc = crc32_update(crc, &s->shards[i].crc, sizeof(s->shards[i].crc));
+    }
+    return crc;
+}
+
 // Appends an object. The seed is text, since a JSON number holds 53 bits.
 static inline void loader_state_write(const Loader* l, Text* json) {
     text_printf(json, "{\"seed\": \"%llu\", \"seq_len\": %d, \"mix\": \"%s\", \"windows\": %llu, \"sources\": [",
@@ -697,8 +820,8 @@ static inline void loader_state_write(const Loader* l, Text* json) {
         const LoaderSource* s = &l->sources[i];
         text_printf(json, "%s{\"name\": ", i > 0 ? ", " : "");
         text_json_string(json, s->name, strlen(s->name));
-        text_printf(json, ", \"weight\": %.17g, \"windows\": %llu, \"drawn\": %llu}", s->weight,
-                    (unsigned long long)s->windows, (unsigned long long)s->drawn);
+        text_printf(json, ", \"weight\": %.17g, \"windows\": %llu, \"drawn\": %llu, \"crc32\": %u}", s->weight,
+                    (unsigned long long)s->windows, (unsigned long long)s->drawn, source_checksum(s));
     }
     text_printf(json, "]}");
 }
@@ -749,6 +872,11 @@ static inline bool loader_state_read(Loader* l, const Json* state, Error* e) {
         snprintf(wanted, sizeof(wanted), "%.60s (%llu windows, weight %.6g)", s->name, (unsigned long long)s->windows,
                  s->weight);
         if (strcmp(name->string, s->name) != 0 || (uint64_t)windows != s->windows || weight->number != s->weight) {
+            return loader_state_differs(e, "source", got, wanted);
+        }
+        int64_t crc = 0;
+        snprintf(wanted, sizeof(wanted), "other tokens of %.60s", s->name);
+        if (json_integer(json_get(j, "crc32"), 0, UINT32_MAX, &crc) && crc != source_checksum(s)) {
             return loader_state_differs(e, "source", got, wanted);
         }
         s->drawn = (uint64_t)drawn;

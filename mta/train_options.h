@@ -9,7 +9,7 @@
 typedef struct {
     const char *model, *attention, *train, *val, *out, *init_from, *tokenizer, *pattern, *mix, *schedule, *recompute,
         *score, *matmul;
-    bool resume, dry_run, assume_llama, no_verify, eval_first, eval_only, shift;
+    bool resume, dry_run, assume_llama, no_verify, verify_data, eval_first, eval_only, shift;
     FieldValue fields[CONFIG_FIELD_COUNT];  // of config.json, a row of CONFIG_FIELDS each
     // training
     int seq_len, batch_size, cuda_graphs;
@@ -86,7 +86,7 @@ static inline int config_options(Opt* table, FieldValue* fields) {
     return n;
 }
 
-// The one table of both trainers. `table` has room for 72 rows.
+// The one table of both trainers. `table` has room for 80 rows.
 static inline void train_options_table(Opt* table, TrainOptions* o) {
     const double any = 1e300;
     int n = 0;
@@ -118,6 +118,8 @@ static inline void train_options_table(Opt* table, TrainOptions* o) {
     ROW("--mix", OPT_CHOICE, &o->mix, "token|document", "what the weights share out", 0, 0)
     ROW("--val", OPT_STRING, &o->val, "[NAME=]GLOB,...", "token shards to evaluate on, each a set with its own figures",
         0, 0)
+    ROW("--verify-data", OPT_FLAG, &o->verify_data, NULL,
+        "read every shard first and compare its checksum; sizes are always compared with manifest.json", 0, 0)
     ROW("--seq-len", OPT_INT, &o->seq_len, NULL, "tokens of a sequence (default: the model's context, 2048 at most)", 1,
         MAX_CONTEXT)
     ROW("--batch-size", OPT_INT, &o->batch_size, NULL, "sequences computed at once", 1, 1 << 20)
@@ -172,7 +174,7 @@ static inline void train_options_table(Opt* table, TrainOptions* o) {
 #undef HEADING
     Opt end = OPT_END;
     table[n++] = end;
-    assert(n <= 72);
+    assert(n <= 80);
 }
 
 // Does the program stop without training, once it has evaluated or scored?
@@ -185,7 +187,8 @@ static inline bool options_serve_evaluation(const TrainOptions* o, const char* n
     for (size_t i = 0; i < sizeof both / sizeof both[0]; i++) {
         if (!strcmp(name, both[i])) { return true; }
     }
-    return o->score ? !strcmp(name, "--shift") : !strcmp(name, "--val") || !strcmp(name, "--eval-windows");
+    return o->score ? !strcmp(name, "--shift")
+                    : !strcmp(name, "--val") || !strcmp(name, "--eval-windows") || !strcmp(name, "--verify-data");
 }
 
 // Refuses what --eval-only or --score would leave out without a word, and what they lack.
@@ -205,7 +208,7 @@ static inline void options_check_evaluation(const TrainOptions* o, const Opt* ta
 
 // The command line into *o, which nothing changes afterwards. Ends the program on a mistake, or with --help.
 static inline void options_given(TrainOptions* o, int argc, char** argv) {
-    Opt table[72];
+    Opt table[80];
     const char* extra[1] = {""};
     Text usage = {NULL, 0, 0};
     *o = options_default();

@@ -209,7 +209,9 @@ class Runs(Trainer):
         with open(self.path("recipe.txt"), "w") as f:
             f.write("a_train_*.bin=0.75 # most\nx_train_*.bin=0.25\n")
         out = self.out()
-        self.run_ok(out, {"--train": ",".join([self.path("a_train_*.bin")] * 2), "--steps": 2})  # equal names are told apart in the log
+        os.mkdir(self.path("other"))
+        write_shard(self.path("other", "a_train_000000.bin"), [i % 31 for i in range(400)])
+        self.run_ok(out, {"--train": self.path("a_train_*.bin") + "," + self.path("other/a_train_*.bin"), "--steps": 2})  # told apart in the log
         self.assertEqual(log_events(out, "step")[-1]["sources"], {"a": 32, "a-2": 32})
         out = self.out()
         self.run_ok(out, {"--train": "@" + self.path("recipe.txt")})
@@ -561,6 +563,16 @@ class Resume(Trainer):
             self.assert_refused(done, *pieces)
             self.assertTrue(tree(out) == before, f"{changes} {flags} changed the run's files")
 
+    def test_data_made_anew_under_the_same_names(self):
+        """As many tokens, but others: a resume would go on with windows that were trained on already."""
+        shard, out = self.path("n_train_000000.bin"), self.out()
+        write_shard(shard, [i % 32 for i in range(400)])
+        self.run_ok(out, {"--train": shard})
+        before = tree(out)
+        write_shard(shard, [i % 31 for i in range(400)])
+        self.assert_refused(self.execute(self.arguments(out, {"--train": shard, "--steps": 12}, ["--resume"])), "source", "other tokens of n")
+        self.assertTrue(tree(out) == before)
+
     def test_every_number_of_the_rope_scaling_is_part_of_the_model(self):
         """A --model config.json that differs from the run's in one of them is another model; the context may grow."""
         scaling = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16}
@@ -756,6 +768,83 @@ class Tokenizers(Trainer):
                     out = self.out()
                     self.run_ok(out, {"--train": train, "--val": val, "--steps": 1})
                     self.assertEqual(len(log_events(out, "val")), 1 + val.count(self.path("a_train_")))
+
+    def said(self, done):
+        return [line for line in done.stdout.splitlines() if line.startswith(("--train: ", "--val: "))]
+
+    def test_a_file_twice(self):
+        """The same shard by two paths is refused; copies, and what is evaluated and trained on, are said."""
+        changes = self.shards("twice", self.TOY)
+        shard = self.path("twice", "a_train_000000.bin")
+        os.symlink("a_train_000000.bin", self.path("twice", "a_train_000001.bin"))
+        os.link(shard, self.path("twice", "b_train_000000.bin"))
+        os.symlink("twice", self.path("again"))
+        write_shard(self.path("twice", "c_train_000000.bin"), [i % 26 for i in range(16 * 20 + 1)])
+        with open(self.path("twice", "recipe.txt"), "w") as f:
+            f.write("a_train_000000.bin=2\n./a_train_000000.bin=1\n")
+        for train in ("%s,%s" % (shard, shard), "%s,%s" % (shard, os.path.relpath(shard, self.folder)), "%s,%s" % (shard, self.path("again/a_train_000000.bin")),
+                      "%s,%s" % (shard, self.path("twice/b_train_*.bin=3")), self.path("twice/a_train_*.bin"), self.path("twice/[ab]_train_000000.bin"),
+                      "@" + self.path("twice/recipe.txt")):
+            with self.subTest(train):
+                self.refused(["--train", "one file"], dict(changes, **{"--train": train}))
+        self.refused(["--val", "one file"], dict(changes, **{"--train": shard, "--val": self.path("twice/[ab]_train_000000.bin")}))
+        done = self.run_ok(self.out(), dict(changes, **{"--train": shard + "," + self.path("twice/c_train_*.bin"), "--steps": 1}))
+        self.assertIn("--train: %s and %s hold the same tokens: both count" % (shard, self.path("twice/c_train_000000.bin")), self.said(done))
+        for val, words in ((shard, shard), (self.path("again/a_train_000000.bin"), shard), (self.path("twice/c_train_*.bin"), shard)):
+            done = self.run_ok(self.out(), dict(changes, **{"--train": shard, "--val": "v=" + val, "--steps": 1}))
+            said = [line for line in self.said(done) if "also trained on" in line]
+            self.assertEqual((len(said), said[0].startswith("--val: v: "), words in said[0]), (1, True, True), done.stdout)
+        write_shard(self.path("twice", "v_val_000000.bin"), [i % 25 for i in range(16 * 20 + 1)])
+        self.assertEqual(self.said(self.run_ok(self.out(), dict(changes, **{"--train": shard, "--val": self.path("twice/v_val_*.bin"), "--steps": 1}))), [])
+
+    def test_shards_and_their_manifest(self):
+        """Sizes and the header's checksum are compared always, the tokens with --verify-data; what is missing is said."""
+        changes, shard = self.shards("whole", self.TOY), self.path("whole", "a_train_000000.bin")
+        write_shard(self.path("whole", "a_val_000000.bin"), [i % 25 for i in range(16 * 20 + 1)])
+        path = self.path("whole", "manifest.json")
+        with open(path) as f:
+            manifest = json.load(f)
+        good = {n: {"preparation": "a", "tokens": 321, "bytes": 1666, "crc32": "%08x" % zlib.crc32(read_bytes(self.path("whole", n))[1024:])}
+                for n in ("a_train_000000.bin", "a_val_000000.bin")}
+
+        def say(**entry):
+            manifest["shards"] = json.loads(json.dumps(good))
+            manifest["shards"]["a_train_000000.bin"].update(entry)
+            with open(path, "w") as f:
+                json.dump(manifest, f)
+        say()
+        self.assertEqual(self.said(self.run_ok(self.out(), dict(changes, **{"--steps": 1}))), [])
+        done = self.run_ok(self.out(), dict(changes, **{"--steps": 1}), ["--verify-data"])
+        self.assertRegex("\n".join(self.said(done)), "^--train: checksums of 0.0 MiB compared in .*\n--val: checksums of 0.0 MiB")
+        for entry in ({"bytes": 1668}, {"tokens": 320}, {"crc32": "00000001"}):
+            say(**entry)
+            self.refused([shard, "manifest.json", str(list(entry.values())[0])], changes)
+            self.refused(["--val", shard, "manifest.json"], dict(changes, **{"--train": self.path("a_train_*.bin"), "--val": shard}))
+        say()
+        data = bytearray(read_bytes(shard))
+        data[1500] ^= 1
+        with open(shard, "wb") as f:
+            f.write(data)
+        self.run_ok(self.out(), dict(changes, **{"--steps": 1}))
+        self.refused([shard, "damaged"], changes, ["--verify-data"])
+        self.refused(["--val", shard, "damaged"], dict(changes, **{"--train": self.path("a_train_*.bin"), "--val": shard}), ["--verify-data"])
+        os.remove(path)
+        self.refused([shard, "damaged"], changes, ["--verify-data"])  # the header has it too
+        data[16:20] = bytes(4)
+        with open(shard, "wb") as f:
+            f.write(data)
+        done = self.run_ok(self.out(), dict(changes, **{"--steps": 1}), ["--verify-data"])
+        self.assertIn("--train: 1 shards have no checksum to compare", self.said(done))
+        good.update({"a_train_%06d.bin" % i: {} for i in (1, 2)}, b_train_000000={})
+        say()
+        with open(shard, "wb") as f:
+            f.write(data)
+        os.symlink("whole", self.path("[w]"))  # a folder of that very name
+        for folder in ("whole", "[w]"):
+            done = self.run_ok(self.out(), dict(changes, **{"--steps": 1, "--train": self.path(folder, "a_train_*.bin")}))
+            self.assertEqual([line for line in self.said(done) if "lists 2 that are not there: %s and others" % self.path(folder, "a_train_000001.bin") in line],
+                             self.said(done)[:1])
+            self.assertEqual(len(self.said(done)), 1, done.stdout)
 
     def test_bad_manifests(self):
         changes = self.shards("bad", self.TOY)
