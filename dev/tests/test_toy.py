@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
-"""Tests of data/toy_task.py: every sequence of its shards is taken apart and checked against the task's definition.
+"""Tests of data/toy_task.py: every sequence of its shards is taken apart and checked against the task's definition. And dev/models/toy,
+which has learnt the task: infer_mta answers its questions, and its attention shows why.
 
-python3 dev/tests/test_toy.py
+python3 dev/tests/test_toy.py     (MTA_BIN: folder of infer_mta)
 """
 import array
 import collections
@@ -14,9 +15,11 @@ import tempfile
 import unittest
 import zlib
 
-from helpers import ROOT, main
+from helpers import BIN, ROOT, main
 
 SCRIPT = os.path.join(ROOT, "data", "toy_task.py")
+INFER = os.path.join(BIN, "infer_mta")
+MODEL = os.path.join(ROOT, "dev", "models", "toy")
 sys.path.insert(0, os.path.join(ROOT, "data"))
 import toy_task  # noqa: E402
 
@@ -160,6 +163,38 @@ class Toy(unittest.TestCase):
                 self.assertIn(piece, done.stderr)
                 self.assertEqual(done.stderr.count("\n"), 1, done.stderr)
             self.assertEqual(run().returncode, 1)
+
+
+@unittest.skipUnless(os.path.exists(INFER), "infer_mta is not built")
+class Trained(unittest.TestCase):
+    def infer(self, *arguments, **more):
+        done = subprocess.run([INFER, MODEL, *arguments, "--quiet"], capture_output=True, text=True, **more)
+        self.assertEqual(done.returncode, 0, done.stderr)
+        return done.stdout
+
+    def test_answers(self):
+        """200 questions, and a model that is small."""
+        examples = run("--examples", 200, "--n", 4, "--blocks", 8, "--kind", "first", "--seed", 7).stdout.split("\n")[:200]
+        pairs = [line.lstrip("^").rstrip("$").split(" ") for line in examples]
+        prompts = "".join(json.dumps({"prompt": question, "temperature": 0, "max_tokens": 2}) + "\n" for question, _ in pairs)
+        answers = [json.loads(line)["text"] for line in self.infer("--prompts", "-", input=prompts).splitlines()]
+        self.assertEqual(answers, [answer for _, answer in pairs])
+        self.assertLess(sum(os.path.getsize(os.path.join(MODEL, name)) for name in os.listdir(MODEL)), 500_000)
+
+    def test_attention_map(self):
+        """The example of its README: the question's last letter looks at the letters t of the text, and through the convolution at the
+        first letter of the block that also holds an e."""
+        text = "txwy.tjmh.joyu.wnoi.aebt.nrdf.yzpb.pfvc#et"
+        with tempfile.TemporaryDirectory() as folder:
+            path = os.path.join(folder, "map.json")
+            self.infer("--prompt", text, "--attention-map", path, "--layer", "0", "--head", "1")
+            with open(path) as f:
+                found = json.load(f)
+        answer = 1 + text.index("aebt")  # behind BOS
+        self.assertEqual(found["tokens"][answer:answer + 4], list("aebt"))
+        before, after = found["before"][-1], found["after"][-1]
+        self.assertGreater(sum(w for w, t in zip(before, found["tokens"]) if t == "t"), 0.95)
+        self.assertGreater(after[answer], 0.9)
 
 
 if __name__ == "__main__":
