@@ -841,7 +841,8 @@ static inline bool config_read_rope(Config* c, const Json* j, const char* where,
         const Json* v = key ? json_get(s, key) : NULL;
         if (key && (!v || v->type == JSON_NULL)) { return fail(e, "%s: type llama3 without %s", where, key); }
     }
-    return config_read_part(c, s, PART_ROPE, e);
+    if (!config_read_part(c, s, PART_ROPE, e)) { return false; }
+    return c->rope_factor != 0 || fail(e, "%s: got a factor of 0, wanted 1 or more", where);  // 0 means none in Config
 }
 
 // Both names of it, which must not differ where both are there.
