@@ -24,8 +24,12 @@ enum { MAX_SKIPPED_IN_A_ROW = 5, MAX_VAL_SETS = 64 };
 // A run
 
 typedef struct {
-    char name[64];
+    char name[SET_NAME];
     Loader loader;
+    bool masked;             // has it targets that do not count? Then sequences are right or wrong
+    double bytes_per_token;  // of text, 0 = not known
+    // Of the last evaluation.
+    double loss, bits_per_byte;  // bits_per_byte NAN where it is not known
 } ValSet;
 
 // The learning rate: linear warmup to lr, then by kind ("linear", "cosine", "constant" or "wsd") down to min_lr at step
@@ -467,39 +471,52 @@ static inline void run_say_overlap(const Run* r, const ValSet* v) {
     }
 }
 
+// One set of --val: the files of a glob that belong to `set` (NULL = all), called `name` (NULL = after the glob).
+static inline void run_open_val_set(Run* r, const char* glob, const char* set, const char* name) {
+    Error e = {{0}};
+    if (r->n_val == MAX_VAL_SETS) { die("--val: more than %d sets", MAX_VAL_SETS); }
+    ValSet* v = &r->val[r->n_val++];
+    if (!loader_open_set(&v->loader, glob, set, r->seq_len, r->config.vocab_size, &e)) { die("--val: %s", e.text); }
+    if (v->loader.sources[0].weighted) {
+        die("--val: got \"%s\", wanted no weight: each set has its own figures", glob);
+    }
+    ShardTokenizer made;
+    if (!loader_tokenizer(&v->loader, &made, &e) || !loader_bytes_per_token(&v->loader, &v->bytes_per_token, &e) ||
+        (r->shard_tokenizer.shard[0] && !shard_tokenizers_agree(&made, &r->shard_tokenizer, &e))) {
+        die("--val: %s", e.text);
+    }
+    if (r->tokenizer) { run_check_tokenizer(r, &made); }
+    v->masked = loader_masked(&v->loader);
+    if (!name) { name = v->loader.sources[0].name; }
+    if (strlen(name) >= SET_NAME) {
+        die("--val: the name %s has %zu bytes, wanted at most %d", name, strlen(name), SET_NAME - 1);
+    }
+    memcpy(v->name, name, strlen(name) + 1);
+    run_verify_data(r, &v->loader, "--val");
+    run_say_overlap(r, v);
+    for (ValSet* w = r->val; w < v; w++) {
+        if (!strcmp(w->name, v->name)) { die("--val: two sets are called %s; NAME=GLOB gives another name", v->name); }
+    }
+}
+
+// --val [NAME=]GLOB,...: with NAME one set; without, one for each name before _val_ among the glob's files.
 static inline void run_open_val(Run* r) {
     const TrainOptions* o = r->options;
-    Error e = {{0}};
+    char sets[MAX_VAL_SETS][SET_NAME];
     if (!o->val) { return; }
     char* copy = copy_or_die(o->val);
     for (char* rest = copy; rest;) {
         char* part = spec_part(&rest);
         if (!*part) { continue; }
-        if (r->n_val == MAX_VAL_SETS) { die("--val: more than %d sets", MAX_VAL_SETS); }
-        ValSet* v = &r->val[r->n_val++];
         char* equals = part + strcspn(part, "=/*?[");  // of a NAME; a folder may be called "lr=3"
         if (*equals != '=') { equals = NULL; }
         char* glob = equals ? equals + 1 : part;
         if (equals) { *equals = 0; }
         if (equals == part || !*glob) { die("--val: got \"%s\", wanted [NAME=]GLOB,...", o->val); }
-        if (!loader_open(&v->loader, glob, r->seq_len, r->config.vocab_size, 0, &e)) { die("--val: %s", e.text); }
-        if (v->loader.sources[0].weighted) {
-            die("--val: got \"%s\", wanted no weight: each set has its own figures", glob);
-        }
-        ShardTokenizer made;
-        if (!loader_tokenizer(&v->loader, &made, &e) ||
-            (r->shard_tokenizer.shard[0] && !shard_tokenizers_agree(&made, &r->shard_tokenizer, &e))) {
-            die("--val: %s", e.text);
-        }
-        if (r->tokenizer) { run_check_tokenizer(r, &made); }
-        snprintf(v->name, sizeof v->name, "%s", equals ? part : v->loader.sources[0].name);
-        run_verify_data(r, &v->loader, "--val");
-        run_say_overlap(r, v);
-        for (ValSet* w = r->val; w < v; w++) {
-            if (!strcmp(w->name, v->name)) {
-                die("--val: two sets are called %s; NAME=GLOB gives another name", v->name);
-            }
-        }
+        int n = equals ? 0 : pattern_sets(glob, sets, MAX_VAL_SETS);
+        if (n > MAX_VAL_SETS) { die("--val: %s has files of %d sets, wanted at most %d", glob, n, MAX_VAL_SETS); }
+        for (int i = 0; i < n; i++) { run_open_val_set(r, glob, sets[i], sets[i]); }
+        if (!n) { run_open_val_set(r, glob, NULL, equals ? part : NULL); }
     }
     if (!r->n_val) { die("--val: got \"%s\", wanted [NAME=]GLOB,...", o->val); }
     free(copy);
@@ -865,31 +882,107 @@ static inline void run_log_start(Run* r, size_t parameters) {
     fflush(stdout);
 }
 
-// One validation set's result: loss over `counted` targets; wrong of `sequences` where the set has a mask.
-static inline void run_log_val(Run* r, const ValSet* v, double loss_sum, int64_t counted, int64_t wrong,
-                               int64_t sequences) {
-    char line[256], error[64] = "";
+// Columns of the table of an evaluation: names, bits per byte where some set's are known, errors where some set has a
+// mask.
+typedef struct {
+    int width;
+    bool bits, errors;
+} ValColumns;
+
+static inline ValColumns run_val_columns(const Run* r) {
+    ValColumns columns = {snprintf(NULL, 0, "step %lld", (long long)r->step), false, false};
+    for (int i = 0; i < r->n_val; i++) {
+        int length = (int)strlen(r->val[i].name);
+        columns.width = length > columns.width ? length : columns.width;
+        columns.bits = columns.bits || (r->val[i].bytes_per_token > 0 && !r->val[i].masked);
+        columns.errors = columns.errors || r->val[i].masked;
+    }
+    return columns;
+}
+
+// The line above the table of several sets; one set is a line that says all.
+static inline void run_show_val_head(Run* r) {
+    char line[256], step[32];
+    ValColumns columns = run_val_columns(r);
+    if (r->n_val < 2) { return; }
+    snprintf(step, sizeof step, "step %lld", (long long)r->step);
+    snprintf(line, sizeof line, "val  %-*s      loss    perplexity%s    tokens%s", columns.width, step,
+             columns.bits ? "  bits/byte" : "", columns.errors ? "   error" : "");
+    progress_line(&r->progress, line, true);
+}
+
+// One row of it. tokens < 0, error < 0, bits NAN: a blank, or - where there might have been a figure.
+static inline void run_show_val(Run* r, const char* name, double loss, double perplexity, double bits, int64_t tokens,
+                                double error) {
+    ValColumns columns = run_val_columns(r);
+    char count[32], cell[64];
     Text t = {NULL, 0, 0};
-    double loss = counted ? loss_sum / (double)counted : NAN;
+    if (r->n_val < 2) {
+        text_printf(&t, "val %s  step %lld  loss %.4f  perplexity %.3f", name, (long long)r->step, loss, perplexity);
+        if (columns.bits) { text_printf(&t, "  %.4f bits/byte", bits); }
+        if (columns.errors) { text_printf(&t, "  error %.2f%%", 100 * error); }
+    } else {
+        text_printf(&t, "val  %-*s %9.4f %13.3f", columns.width, name, loss, perplexity);
+        snprintf(cell, sizeof cell, "%.4f", bits);
+        if (columns.bits) { text_printf(&t, " %10s", isnan(bits) ? "-" : cell); }
+        text_printf(&t, " %9s", tokens < 0 ? "" : format_count((double)tokens, count, sizeof count));
+        snprintf(cell, sizeof cell, "%.2f%%", 100 * error);
+        if (columns.errors) { text_printf(&t, " %7s", error < 0 ? "-" : cell); }
+        while (t.n && t.text[t.n - 1] == ' ') { t.text[--t.n] = 0; }
+    }
+    progress_line(&r->progress, t.text, true);
+    text_free(&t);
+}
+
+// One validation set's result: loss over `counted` targets; wrong of `sequences` where the set has a mask.
+static inline void run_log_val(Run* r, ValSet* v, double loss_sum, int64_t counted, int64_t wrong, int64_t sequences) {
+    Text t = {NULL, 0, 0};
+    double error = v->masked ? (double)wrong / (double)sequences : -1;
+    v->loss = counted ? loss_sum / (double)counted : NAN;
+    v->bits_per_byte = v->bytes_per_token > 0 && !v->masked ? v->loss / M_LN2 / v->bytes_per_token : NAN;
     text_printf(&t, "{\"event\": \"val\", \"step\": %lld, \"name\": ", (long long)r->step);
     text_json_string(&t, v->name, strlen(v->name));
     text_printf(&t, ", \"loss\": ");
-    text_json_number(&t, loss);
+    text_json_number(&t, v->loss);
     text_printf(&t, ", \"perplexity\": ");
-    text_json_number(&t, exp(loss));
+    text_json_number(&t, exp(v->loss));
     text_printf(&t, ", \"tokens\": %lld", (long long)counted);
-    if (loader_masked(&v->loader)) {
+    if (!isnan(v->bits_per_byte)) {
+        text_printf(&t, ", \"bits_per_byte\": ");
+        text_json_number(&t, v->bits_per_byte);
+    }
+    if (v->masked) {
         text_printf(&t, ", \"error\": ");
-        text_json_number(&t, (double)wrong / (double)sequences);
-        snprintf(error, sizeof error, "  error %.2f%% of %lld sequences", 100.0 * (double)wrong / (double)sequences,
-                 (long long)sequences);
+        text_json_number(&t, error);
     }
     text_printf(&t, "}");
     runlog_line(&r->log, t.text);
     text_free(&t);
-    snprintf(line, sizeof line, "val %s  step %lld  loss %.4f  perplexity %.3f%s", v->name, (long long)r->step, loss,
-             exp(loss), error);
-    progress_line(&r->progress, line, true);
+    run_show_val(r, v->name, v->loss, exp(v->loss), v->bits_per_byte, counted, error);
+}
+
+// The means over several sets, each of the same weight: the paper's headline is the mean of their perplexities.
+static inline void run_log_val_mean(Run* r) {
+    double loss = 0, perplexity = 0, bits = 0;
+    Text t = {NULL, 0, 0};
+    if (r->n_val < 2) { return; }
+    for (int i = 0; i < r->n_val; i++) {
+        loss += r->val[i].loss / r->n_val;
+        perplexity += exp(r->val[i].loss) / r->n_val;
+        bits += r->val[i].bits_per_byte / r->n_val;
+    }
+    text_printf(&t, "{\"event\": \"val_mean\", \"step\": %lld, \"sets\": %d, \"loss\": ", (long long)r->step, r->n_val);
+    text_json_number(&t, loss);
+    text_printf(&t, ", \"perplexity\": ");
+    text_json_number(&t, perplexity);
+    if (!isnan(bits)) {
+        text_printf(&t, ", \"bits_per_byte\": ");
+        text_json_number(&t, bits);
+    }
+    text_printf(&t, "}");
+    runlog_line(&r->log, t.text);
+    text_free(&t);
+    run_show_val(r, "mean", loss, perplexity, bits, -1, -1);
 }
 
 static inline void run_log_sample(Run* r, const char* text, size_t n) {

@@ -214,8 +214,9 @@ typedef struct {
 typedef struct {
     LoaderSource* sources;  // owned
     int n_sources;
-    int seq_len;     // T
-    int vocab_size;  // of the model
+    int seq_len;      // T
+    int vocab_size;   // of the model
+    const char* set;  // only the files of this set, NULL = all; not owned
     uint64_t seed;
     LoaderMix mix;
     uint64_t total_units;  // about 2^40
@@ -247,6 +248,17 @@ static inline void source_name(const char* pattern, char* out, size_t n) {
     if (length == 0) { snprintf(out, n, "data"); }
 }
 
+// "data/c4_val_000000.bin" -> "c4": the set that a file of shards belongs to, by its name up to _train, _val or _test;
+// "" where it has none of them.
+static inline void shard_set(const char* path, char* out, size_t n) {
+    const char* base = strrchr(path, '/');
+    base = base != NULL ? base + 1 : path;
+    out[0] = 0;
+    if (strstr(base, "_train") != NULL || strstr(base, "_val") != NULL || strstr(base, "_test") != NULL) {
+        source_name(base, out, n);
+    }
+}
+
 static inline int compare_paths(const void* a, const void* b) {
     return strcmp(*(const char* const*)a, *(const char* const*)b);
 }
@@ -266,28 +278,64 @@ static inline void glob_pattern(Text* out, const char* pattern) {
     }
 }
 
-// Opens every file that the pattern matches, sorted by name whatever the locale.
-static inline bool source_open(LoaderSource* s, const char* pattern, double weight, int T, int vocab_size, Error* e) {
+// The files that the pattern matches, sorted by name whatever the locale: 0, or what glob() says. The caller frees them
+// with globfree where it is 0.
+static inline int glob_files(const char* pattern, glob_t* found) {
+    Text escaped = {NULL, 0, 0};
+    glob_pattern(&escaped, pattern);
+    int status = glob(escaped.n > 0 ? escaped.text : "", GLOB_NOSORT, NULL, found);
+    text_free(&escaped);
+    if (status == 0) { qsort(found->gl_pathv, found->gl_pathc, sizeof(char*), compare_paths); }
+    return status;
+}
+
+enum { SET_NAME = 64 };
+
+// The sets to which the files of a pattern belong, each once, into sets (room of them); how many, of which those beyond
+// `room` are not written. 0 where some file belongs to none, or there is no file.
+static inline int pattern_sets(const char* pattern, char (*sets)[SET_NAME], int room) {
+    glob_t found;
+    int n = 0;
+    if (glob_files(pattern, &found) != 0) { return 0; }
+    for (size_t i = 0; i < found.gl_pathc; i++) {
+        char set[SET_NAME];
+        shard_set(found.gl_pathv[i], set, sizeof(set));
+        int k = 0;
+        while (k < n && k < room && strcmp(sets[k], set) != 0) { k++; }
+        if (set[0] == 0) {
+            n = 0;
+            break;
+        }
+        if (k < n) { continue; }
+        if (n < room) { memcpy(sets[n], set, sizeof(set)); }
+        n++;
+    }
+    globfree(&found);
+    return n;
+}
+
+// Opens every file that the pattern matches; set: only those of it, NULL = all.
+static inline bool source_open(LoaderSource* s, const char* pattern, const char* set, double weight, int T,
+                               int vocab_size, Error* e) {
     memset(s, 0, sizeof(*s));
     s->pattern = copy_or_die(pattern);
     s->weight = weight;
     source_name(pattern, s->name, sizeof(s->name));
     glob_t found;
-    Text escaped = {NULL, 0, 0};
-    glob_pattern(&escaped, pattern);
-    int status = glob(escaped.n ? escaped.text : "", GLOB_NOSORT, NULL, &found);
-    text_free(&escaped);
+    int status = glob_files(pattern, &found);
     if (status != 0) {
         if (status == GLOB_NOMATCH) {
             return fail(e, "%s: no such shard; wanted .bin files made by data/prepare.py or data/toy_task.py", pattern);
         }
         return fail(e, "%s: cannot list the files", pattern);
     }
-    qsort(found.gl_pathv, found.gl_pathc, sizeof(char*), compare_paths);
     s->shards = (Shard*)alloc_or_die(found.gl_pathc, sizeof(Shard), "the list of shards");
     bool good = found.gl_pathc < INT32_MAX;
     for (size_t i = 0; i < found.gl_pathc && good; i++) {
-        Shard* shard = &s->shards[i];
+        Shard* shard = &s->shards[s->n_shards];
+        char of[SET_NAME];
+        shard_set(found.gl_pathv[i], of, sizeof(of));
+        if (set != NULL && strcmp(of, set) != 0) { continue; }
         good = shard_open(shard, found.gl_pathv[i], e);
         if (!good) { break; }
         s->n_shards++;
@@ -460,6 +508,38 @@ static inline bool loader_tokenizer(const Loader* l, ShardTokenizer* t, Error* e
     return good;
 }
 
+// Bytes of text that a token of a loader's shards stands for: preparations[P].sets[SET][SPLIT] of the manifest has
+// text_bytes and tokens (of which some begin or end a document). 0 where a manifest does not say it of every shard.
+static inline bool loader_bytes_per_token(const Loader* l, double* bytes_per_token, Error* e) {
+    char dir[PATH_SIZE] = "";
+    Json* manifest = NULL;
+    bool good = true, known = true;
+    double tokens = 0, bytes = 0;
+    for (int i = 0; i < l->n_sources && good && known; i++) {
+        for (int j = 0; j < l->sources[i].n_shards && good && known; j++) {
+            const Shard* s = &l->sources[i].shards[j];
+            good = manifest_beside(s->path, dir, &manifest, e);
+            const Json* at = good ? json_get(json_get(manifest, "shards"), shard_base_name(s->path)) : NULL;
+            const Json *preparation = json_get(at, "preparation"), *set = json_get(at, "set"),
+                       *split = json_get(at, "split");
+            const Json* found[] = {preparation, set, split};
+            for (int k = 0; k < 3; k++) { known = known && found[k] != NULL && found[k]->type == JSON_STRING; }
+            if (!known) { break; }
+            const Json* made = json_get(json_get(json_get(manifest, "preparations"), preparation->string), "sets");
+            const Json* counts = json_get(json_get(made, set->string), split->string);
+            int64_t all = 0, text = 0;
+            known = json_integer(json_get(counts, "tokens"), 1, (int64_t)1 << 53, &all) &&
+                    json_integer(json_get(counts, "text_bytes"), 1, (int64_t)1 << 53, &text);
+            if (!known) { break; }
+            tokens += (double)s->tokens;
+            bytes += (double)s->tokens * ((double)text / (double)all);
+        }
+    }
+    json_free(manifest);
+    *bytes_per_token = good && known && tokens > 0 ? bytes / tokens : 0;
+    return good;
+}
+
 // ---------------------------------------------------------------------------------------------------------------------
 // --train GLOB[=WEIGHT],... or @RECIPE, a file with one GLOB=WEIGHT a line
 
@@ -486,7 +566,7 @@ static inline bool loader_add_source(Loader* l, char* text, const char* dir, con
     if (sources == NULL) { die("out of memory"); }
     l->sources = sources;
     LoaderSource* s = &l->sources[l->n_sources++];
-    if (!source_open(s, pattern, weight, l->seq_len, l->vocab_size, e)) { return false; }
+    if (!source_open(s, pattern, l->set, weight, l->seq_len, l->vocab_size, e)) { return false; }
     s->weighted = weighted;
     char base[sizeof(s->name)];
     memcpy(base, s->name, sizeof(base));
@@ -530,15 +610,13 @@ static inline bool spec_names_file(const char* part) {
     bool there = false, may[3] = {true, *first == '=', last != NULL && strpbrk(last, ",/*?[") == NULL};
     for (int i = 0; i < 3 && !there; i++) {
         if (!may[i]) { continue; }
-        Text text = {NULL, 0, 0}, escaped = {NULL, 0, 0};
+        Text text = {NULL, 0, 0};
         glob_t found;
         text_printf(&text, "%s", i == 1 ? first + 1 : part);
         if (i == 2) { text.text[last - part] = 0; }
-        glob_pattern(&escaped, text.text);
-        there = glob(escaped.n > 0 ? escaped.text : "", GLOB_NOSORT, NULL, &found) == 0;
+        there = glob_files(text.text, &found) == 0;
         if (there) { globfree(&found); }
         text_free(&text);
-        text_free(&escaped);
     }
     return there;
 }
@@ -603,6 +681,19 @@ static inline bool loader_open_mix(Loader* l, const char* spec, int seq_len, int
     if (loader_read_spec(l, spec, e) && loader_shares(l, e)) { return true; }
     loader_close(l);
     return false;
+}
+
+// The files of one pattern that belong to `set` (NULL = all), in file order.
+static inline bool loader_open_set(Loader* l, const char* pattern, const char* set, int seq_len, int vocab_size,
+                                   Error* e) {
+    memset(l, 0, sizeof(*l));
+    l->seq_len = seq_len;
+    l->vocab_size = vocab_size;
+    l->set = set;
+    bool good = loader_read_spec(l, pattern, e) && loader_shares(l, e);
+    l->set = NULL;
+    if (!good) { loader_close(l); }
+    return good;
 }
 
 static inline bool loader_open(Loader* l, const char* spec, int seq_len, int vocab_size, uint64_t seed, Error* e) {

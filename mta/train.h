@@ -234,6 +234,7 @@ static inline StepResult step_result(const Step* s, const Batch* b, double norm)
 static inline void evaluate(Run* r) {
     int T = r->seq_len;
     Error e = {{0}};
+    run_show_val_head(r);
     for (int set = 0; set < r->n_val; set++) {
         ValSet* v = &r->val[set];
         int64_t all = (int64_t)loader_windows(&v->loader), n = r->options->eval_windows, counted = 0, wrong = 0;
@@ -261,6 +262,7 @@ static inline void evaluate(Run* r) {
         }
         run_log_val(r, v, sum, counted, wrong, n);
     }
+    run_log_val_mean(r);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------

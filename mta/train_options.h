@@ -116,8 +116,8 @@ static inline void train_options_table(Opt* table, TrainOptions* o) {
     HEADING("Data")
     ROW("--train", OPT_STRING, &o->train, "GLOB[=WEIGHT],...|@RECIPE", "token shards to train on", 0, 0)
     ROW("--mix", OPT_CHOICE, &o->mix, "token|document", "what the weights share out", 0, 0)
-    ROW("--val", OPT_STRING, &o->val, "[NAME=]GLOB,...", "token shards to evaluate on, each a set with its own figures",
-        0, 0)
+    ROW("--val", OPT_STRING, &o->val, "[NAME=]GLOB,...",
+        "token shards to evaluate on: a set of each NAME, without it one for each name before _val_", 0, 0)
     ROW("--verify-data", OPT_FLAG, &o->verify_data, NULL,
         "read every shard first and compare its checksum; sizes are always compared with manifest.json", 0, 0)
     ROW("--seq-len", OPT_INT, &o->seq_len, NULL, "tokens of a sequence (default: the model's context, 2048 at most)", 1,

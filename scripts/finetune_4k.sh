@@ -23,9 +23,8 @@ batch=1
 for b in 2 4 8 16 32 64; do [ "$b" -le "${fits:-0}" ] && batch=$b; done
 echo "micro-batches of $batch sequences (${fits:-no GPU, so 1} would fit)"
 
-val="" comma=""
-for domain in arxiv book c4 commoncrawl github stackexchange wikipedia; do
-    if compgen -G "$shards/${domain}_val_*.bin" > /dev/null; then val+="$comma$domain=$shards/${domain}_val_*.bin"; comma=,; fi
-done
-exec "$trainer" "${recipe[@]}" --batch-size "$batch" --train "@$shards/recipe.txt" --mix document ${val:+--val "$val"} --out "$out" --resume \
-    --eval-every 1000 --eval-windows 128 --save-every 1000 --keep 3 ${TOKENIZER:+--tokenizer "$TOKENIZER" --sample-every 1000} "$@"
+# A set of each domain, 2.1 million tokens of it.
+val=()
+if compgen -G "$shards/*_val_*.bin" > /dev/null; then val=(--val "$shards/*_val_*.bin"); fi
+exec "$trainer" "${recipe[@]}" --batch-size "$batch" --train "@$shards/recipe.txt" --mix document "${val[@]}" --out "$out" --resume \
+    --eval-every 1000 --eval-windows 512 --save-every 1000 --keep 3 ${TOKENIZER:+--tokenizer "$TOKENIZER" --sample-every 1000} "$@"

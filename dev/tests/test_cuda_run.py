@@ -262,7 +262,11 @@ class CudaRuns(unittest.TestCase):
             with open(os.path.join(folder, "step-00000002", "trainer.json"), encoding="utf-8") as f:
                 arguments = json.load(f)["arguments"]
             self.assertEqual([arguments[arguments.index(o) + 1] for o in ("--weight-decay", "--warmup", "--mix")], [decay, warmup, "document"])
-            self.assertEqual(arguments[arguments.index("--val") + 1], "book=%s/book_val_*.bin,c4=%s/c4_val_*.bin" % (shards, shards))
+            self.assertEqual(arguments[arguments.index("--val") + 1], shards + "/*_val_*.bin")
+            windows, length = int(arguments[arguments.index("--eval-windows") + 1]), int(arguments[arguments.index("--seq-len") + 1])
+            self.assertEqual(windows * length, 1 << 21, "2.1 million tokens of each domain")
+            with open(os.path.join(folder, "log.jsonl"), encoding="utf-8") as f:
+                self.assertEqual(sorted({e["name"] for e in map(json.loads, f) if e["event"] == "val"}), ["book", "c4"])
         plan = script("finetune_4k.sh", os.path.join(out, "step-00000002"), shards, tuned, "--dry-run")
         self.assertIn("64 sequences of 4096 = 262,144 tokens", plan.stdout)
         self.assertIn("40000 steps, 10.5G tokens", plan.stdout)

@@ -175,6 +175,41 @@ class Runs(Trainer):
         self.run_ok(out, {"--eval-every": 0, "--val": "%s,c=%s" % ((self.path("lr=3", "b_val_*.bin"),) * 2)})
         self.assertEqual([(e["step"], e["name"]) for e in log_events(out, "val")], [(6, "b"), (6, "c")])
 
+    def test_a_set_for_each_name_before_val(self):
+        """One glob, three domains: each has its row, what the manifest counts makes bits per byte, and all have their mean; as with the sets one by one."""
+        folder = self.path("domains")
+        os.makedirs(folder)
+        rng, shards, sets = random.Random(1), {}, {}
+        for k, name in enumerate(("arxiv", "book-2", "c4_b")):
+            for part in range(1 + (k == 1)):
+                tokens = [rng.randrange(32) for _ in range(200 + 50 * k)]
+                write_shard(os.path.join(folder, "%s_val_%06d.bin" % (name, part)), tokens)
+                shards["%s_val_%06d.bin" % (name, part)] = {"preparation": "p", "set": name, "split": "val", "tokens": len(tokens)}
+            sets[name] = {"val": {"tokens": 1000, "text_bytes": 2000 + 500 * k}}
+        with open(os.path.join(folder, "manifest.json"), "w") as f:
+            json.dump({"preparations": {"p": {"tokenizer": {"name": "toy", "vocab_size": 32}, "sets": sets}}, "shards": shards}, f)
+        out, single, glob_of = self.out(), self.out(), lambda n: os.path.join(folder, n + "_val_*.bin")
+        one = self.run_ok(out, {"--val": glob_of("*"), "--eval-windows": 0, "--eval-every": 0}).stdout
+        self.run_ok(single, {"--val": ",".join("%s=%s" % (n, glob_of(n)) for n in sets), "--eval-windows": 0, "--eval-every": 0})
+        val, mean = log_events(out, "val"), log_events(out, "val_mean")
+        self.assertEqual(val, log_events(single, "val"))
+        self.assertEqual([e["name"] for e in val], list(sets))
+        for k, e in enumerate(val):
+            self.assertAlmostEqual(e["bits_per_byte"], e["loss"] / math.log(2) / (2 + k / 2), places=9)
+            self.assertRegex(one, r"(?m)^val  %s +%.4f +%.3f +%.4f +\d+$" % (e["name"], e["loss"], e["perplexity"], e["bits_per_byte"]))
+        for key in ("loss", "perplexity", "bits_per_byte"):
+            self.assertAlmostEqual(mean[0][key], sum(e[key] for e in val) / 3, places=9)
+        rows = [line for line in one.splitlines() if line.startswith("val  ")]
+        self.assertEqual([line.split()[1] for line in rows], ["step"] + list(sets) + ["mean"])
+        self.assertEqual({line.index(".") for line in rows[1:]}, {rows[1].index(".")})
+        del shards["c4_b_val_000000.bin"]  # of this one nothing is known: no figure is made of it, nor of the mean
+        with open(os.path.join(folder, "manifest.json"), "w") as f:
+            json.dump({"preparations": {"p": {"tokenizer": {"name": "toy", "vocab_size": 32}, "sets": sets}}, "shards": shards}, f)
+        out = self.out()
+        self.run_ok(out, {"--val": glob_of("*"), "--eval-every": 0})
+        self.assertEqual(["bits_per_byte" in e for e in log_events(out, "val") + log_events(out, "val_mean")], [True, True, False, False])
+        self.refused(["--val", "63", "n" * 64], {"--val": "n" * 64 + "=" + glob_of("*")})
+
     def test_masked_set_reports_error(self):
         tokens = [5, 6, 7, 8] * 32 + [0]
         write_shard(self.path("m_train_000000.bin"), tokens * 4, mask=[1] * (4 * len(tokens)))
@@ -1024,7 +1059,7 @@ class Evaluation(Trainer):
         self.assertEqual((done.returncode, done.stderr), (0, ""))
         self.assertEqual(log_events(out, "val"), want)
         for e in want:
-            self.assertIn("val %s  step 6  loss %.4f" % (e["name"], e["loss"]), done.stdout)
+            self.assertRegex(done.stdout, r"(?m)^val  %s +%.4f +%.3f +\d+$" % (e["name"], e["loss"], e["perplexity"]))
         self.assertEqual(tree(run), before)
         self.assertEqual(os.listdir(out), ["log.jsonl"])
         self.assertEqual(self.alone(run, *options).stdout, done.stdout)  # --out is optional
