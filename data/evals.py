@@ -8,9 +8,11 @@
     infer_mta CHECKPOINT --score lambada.jsonl > lambada.scores        on the CPU, or on the trainer's device:
     train_mta_cuda --init-from CHECKPOINT --score lambada.jsonl --batch-size 16 > lambada.scores
     evals.py report lambada.jsonl lambada.scores
+    evals.py report mta=runs/mta/eval plain=runs/plain/eval --markdown report.md --csv report.csv --pictures .
 
 A request is a JSON line with context and continuation, which the programs read, and what the report needs: task (and its
-settings), item (which question), choice and gold (numbers; only where there are choices). The report says per task:
+settings), item (which question), choice and gold (numbers; only where there are choices). The report has the paper's
+tables, and says per task:
   accuracy   of choices: the one with the largest log-probability is gold (of equal ones the first); else the same as greedy
   acc_norm   the same with log-probability per character of the choice (the space before it is not one of them)
   acc_bytes  the same per byte of the choice in UTF-8
@@ -22,7 +24,6 @@ settings), item (which question), choice and gold (numbers; only where there are
 
 import argparse
 import json
-import math
 import os
 import random
 import re
@@ -30,6 +31,7 @@ import sys
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 from prepare import BadDocument, Parser, UserError, open_tokenizer, parse_count  # noqa: E402
+from report import report  # noqa: E402
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Sets from files: a record -> [(context, continuation) of each choice], number of the gold one. Context and continuation
@@ -513,122 +515,6 @@ def babilong(args):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The report
-
-SETTINGS = ("needles", "length", "depth", "distraction")
-
-
-def read_lines(path, keys):
-    records = []
-    try:
-        with open(path, encoding="utf-8") as f:
-            for number, line in enumerate(f, 1):
-                if line.strip():
-                    record = json.loads(line)
-                    missing = [k for k in keys if not isinstance(record, dict) or k not in record]
-                    if missing:
-                        raise UserError("%s:%d: no %s" % (path, number, ", ".join(missing)))
-                    if "greedy" in keys and not (type(record["greedy"]) is bool and type(record["tokens"]) is int):
-                        raise UserError("%s:%d: wanted a number of tokens, and true or false as greedy" % (path, number))
-                    records.append(record)
-    except OSError as e:
-        raise UserError("%s: %s" % (path, e.strerror))
-    except (ValueError, RecursionError) as e:
-        raise UserError("%s:%d: broken JSON: %s" % (path, number, e))
-    return records
-
-
-def choice_of(request):
-    """The choice without the space that separates it from the context."""
-    return request["continuation"].removeprefix(" ")
-
-
-def score_item(answers):
-    """One question: [(request, score)] of its choices in order -> the numbers that are averaged."""
-    gold = answers[0][0].get("gold", 0)
-    if [r.get("choice", 0) for r, _ in answers] != list(range(len(answers))) or gold not in range(len(answers)):
-        raise UserError("item %s: its choices are not whole, or none of them is gold" % answers[0][0]["item"])
-    request, score = answers[gold]
-    result = {
-        "logprob": score["logprob"],
-        "tokens": score["tokens"],
-        "greedy": float(score["greedy"]),
-        "accuracy": float(score["greedy"]),
-    }
-    if len(answers) > 1:
-        for name, value in (
-            ("accuracy", lambda r, s: s["logprob"]),
-            ("acc_norm", lambda r, s: s["logprob"] / max(1, len(choice_of(r)))),
-            ("acc_bytes", lambda r, s: s["logprob"] / max(1, len(choice_of(r).encode()))),
-            ("acc_token", lambda r, s: s["logprob"] / max(1, s["tokens"])),
-        ):
-            values = [value(r, s) for r, s in answers]
-            result[name] = float(values.index(max(values)) == gold)
-    return result
-
-
-def mean_of(items):
-    n = len(items)
-    logprob, tokens = sum(i["logprob"] for i in items), sum(i["tokens"] for i in items)
-    row = {"questions": n}
-    for name in ("accuracy", "acc_norm", "acc_bytes", "acc_token", "greedy"):
-        if name in items[0]:
-            row[name] = sum(i[name] for i in items) / n
-    row["stderr"] = math.sqrt(row["accuracy"] * (1 - row["accuracy"]) / max(1, n - 1))
-    row["perplexity"] = safe_exp(-logprob / n)
-    row["token_ppl"] = safe_exp(-logprob / tokens) if tokens else None
-    return row
-
-
-def safe_exp(x):
-    return math.exp(x) if x < 700 else math.inf
-
-
-def report(args):
-    if len(args.files) % 2:
-        raise UserError("wanted pairs of files: REQUESTS SCORES ...")
-    groups = {}
-    for requests_path, scores_path in zip(args.files[::2], args.files[1::2]):
-        requests = read_lines(requests_path, ("continuation", "task", "item"))
-        scores = read_lines(scores_path, ("logprob", "tokens", "greedy"))
-        if len(requests) != len(scores):
-            raise UserError(
-                "%s has %d requests, %s has %d scores" % (requests_path, len(requests), scores_path, len(scores))
-            )
-        items = {}
-        for request, score in zip(requests, scores):
-            if not isinstance(score["logprob"], (int, float)) or not math.isfinite(score["logprob"]):
-                raise UserError("%s: a log-probability that is no number, for item %s" % (scores_path, request["item"]))
-            items.setdefault(request["item"], []).append((request, score))
-        for answers in items.values():
-            answers.sort(key=lambda a: a[0].get("choice", 0))
-            settings = ["%s %s" % (k, answers[0][0][k]) for k in SETTINGS if k in answers[0][0]]
-            result = score_item(answers)
-            for group in [answers[0][0]["task"]] + (
-                [answers[0][0]["task"] + ", " + ", ".join(settings)] if settings else []
-            ):
-                groups.setdefault(group, []).append(result)
-    rows = {group: mean_of(items) for group, items in sorted(groups.items())}
-    columns = ["questions", "accuracy", "stderr", "acc_norm", "acc_bytes", "acc_token", "greedy", "perplexity"]
-    columns += ["token_ppl"]
-    width = max([len(g) for g in rows] + [4])
-    print("%-*s %s" % (width, "task", " ".join("%10s" % c for c in columns)))
-    for group, row in rows.items():
-        cells = ["%10d" % row["questions"]] + [
-            "%10.4f" % row[c] if isinstance(row.get(c), float) else "%10s" % "-" for c in columns[1:]
-        ]
-        print("%-*s %s" % (width, group, " ".join(cells)))
-    if args.json:
-        try:
-            with open(args.json, "w", encoding="utf-8") as f:
-                json.dump(rows, f, indent=1)
-                f.write("\n")
-        except OSError as e:
-            raise UserError("%s: %s" % (args.json, e.strerror))
-    return 0
-
-
-# ----------------------------------------------------------------------------------------------------------------------
 
 
 def parse_samples(text):
@@ -707,9 +593,21 @@ def main():
                 metavar="N,...",
                 help="tokens; default 0,1000,2000,4000",
             )
-    p = commands.add_parser("report", help="accuracy and perplexity")
-    p.add_argument("files", nargs="+", metavar="REQUESTS SCORES")
+    p = commands.add_parser("report", help="accuracy and perplexity: tables of one model or several, CSV, pictures")
+    p.add_argument(
+        "files",
+        nargs="+",
+        metavar="[NAME=]FOLDER|REQUESTS SCORES",
+        help="folders of scripts/evaluate.sh, each a model (NAME.jsonl, NAME.scores, validation/log.jsonl); or pairs of files",
+    )
     p.add_argument("--json", metavar="FILE", help="the numbers, not rounded")
+    p.add_argument("--csv", metavar="FILE", help="the same, a row for each model, task and setting")
+    p.add_argument("--markdown", metavar="FILE", help="the tables, with the pictures of --pictures")
+    p.add_argument(
+        "--pictures",
+        metavar="FOLDER",
+        help="needles.png (heat maps, depth by length) and babilong.png go there; needs matplotlib",
+    )
     args = parser.parse_args()
     command = {"lambada": convert, "choice": convert, "needle": needle, "babilong": babilong, "report": report}[
         args.command

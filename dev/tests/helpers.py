@@ -81,6 +81,14 @@ def golden_checkpoint(path, folder):
     return json.loads(metadata["config"]), [ids[b * T:(b + 1) * T] for b in range(B)]
 
 
+def png_size(path):
+    """Width and height of a PNG."""
+    with open(path, "rb") as f:
+        head = f.read(24)
+    assert head[:8] == b"\x89PNG\r\n\x1a\n"
+    return struct.unpack(">II", head[16:24])
+
+
 def main():
     """Runs the tests of the calling file, or those that -k names; says what was skipped and why; ends with the counts."""
     result = unittest.main(module="__main__", exit=False, verbosity=1).result

@@ -4,6 +4,8 @@
 python3 dev/tests/test_evals.py
 """
 
+import csv
+import importlib.util
 import json
 import math
 import os
@@ -15,11 +17,13 @@ import sys
 import tempfile
 import unittest
 
-from helpers import BIN, ROOT, main
+from helpers import BIN, ROOT, main, png_size
 
 EVALS = os.path.join(ROOT, "data", "evals.py")
 sys.path.insert(0, os.path.join(ROOT, "data"))
 import evals  # noqa: E402
+
+PLOTS = importlib.util.find_spec("matplotlib") is not None
 
 
 def run(*args, status=0):
@@ -411,6 +415,86 @@ class Report(Case):
         whole = [{"continuation": "x", "task": "t", "item": 0, "choice": c, "gold": 1} for c in (0, 1)]
         for half in (whole[:1] * 2, [dict(r, gold=2) for r in whole]):
             self.assertIn("not whole", run("report", self.write("h.jsonl", half), two, status=1))
+
+    def evaluation(self, name, right, losses):
+        """A folder as scripts/evaluate.sh leaves it: needles of which the share right[needles, length, depth] of 10 is found, BabiLong, a passage."""
+        folder = self.path(name)
+        os.makedirs(os.path.join(folder, "validation"))
+        needles, scores = [], []
+        for (n, length, depth), share in right.items():
+            for i in range(10):
+                setting = {"needles": n, "length": length, "depth": depth}
+                needles.append(dict(context="c", continuation=" 1", task="needle", item=len(needles), **setting))
+                scores.append({"logprob": -1.0, "tokens": 2, "greedy": i < 10 * share})
+        self.write(name + "/needle.jsonl", needles)
+        self.write(name + "/needle.scores", scores)
+        stories = [
+            {"context": "c", "continuation": " " + w, "task": "qa%d" % t, "item": 10 * t + k, "distraction": d, "choice": c, "gold": 0}
+            for t in (1, 2)
+            for k, d in enumerate((0, 1000, 200))
+            for c, w in enumerate("ab")
+        ]
+        self.write(name + "/babilong.jsonl", stories)
+        self.write(name + "/babilong.scores", [{"logprob": -1.0 * r["choice"], "tokens": 1, "greedy": False} for r in stories])
+        self.write(name + "/lambada.jsonl", [{"context": "c", "continuation": " w", "task": "lambada|x", "item": 0}])
+        self.write(name + "/lambada.scores", [{"logprob": -1.0, "tokens": 1, "greedy": True}])
+        events = [dict(event="val", step=1, name=s, loss=x, perplexity=math.exp(x), tokens=5) for s, x in losses.items()]
+        self.write(name + "/validation/log.jsonl", [{"event": "start", "step": 1}] + events + [{"event": "stop", "step": 1}])
+        return folder
+
+    def test_tables_of_several_models(self):
+        """Depths and lengths are numbers, means are over depths, the best of a column is bold, CSV has everything, pictures are drawn."""
+        depths, right = (0, 5, 100), {}
+        for n, length, depth in ((n, length, d) for n in (2, 10) for length in (1000, 200) for d in depths):
+            right[n, length, depth] = 0.5 if length == 200 else depth / 100
+        a = self.evaluation("a", right, {"arxiv": 1.0, "book": 2.0})
+        b = self.evaluation("b", dict(right, **{}), {"arxiv": 1.5, "book": 1.9})
+        worse = self.evaluation("c", {k: v / 2 if k[0] == 2 else v for k, v in right.items()}, {"arxiv": 1.5})
+        shown = run("report", "x=" + a, b, "--csv", self.path("r.csv"), "--json", self.path("r.json"))
+        cells = [[c.strip() for c in line.strip("|").split("|")] for line in shown.splitlines() if line.startswith("|")]
+        self.assertIn(["model", "arxiv", "book", "mean"], cells)
+        mean = [(math.exp(p) + math.exp(q)) / 2 for p, q in ((1.0, 2.0), (1.5, 1.9))]
+        self.assertIn(["x", "**2.72**", "7.39", "**%.2f**" % mean[0]], cells)
+        self.assertIn(["b", "4.48", "**6.69**", "%.2f" % mean[1]], cells)
+        self.assertIn(["needles", "model", "0%", "5%", "100%", "mean"], cells)
+        self.assertLess(shown.index("haystack of 200 tokens"), shown.index("haystack of 1000 tokens"))
+        self.assertIn(["x", "**50.0**", "**50.0**", "**50.0**"], cells)  # of equal ones all
+        self.assertIn(["x", "**36.7**", "**36.7**", "**36.7**"], cells)  # (0 + 10 + 100) / 3: 5% of 10 is one of them
+        self.assertIn(["task", "model", "0", "200", "1000", "mean"], cells)
+        self.assertIn("lambada\\|x: perplexity", shown)
+        for block in shown.split("\n\n"):
+            self.assertEqual(len({len(line) for line in block.splitlines() if line.startswith("|")} | {0}) - 1, int(block.startswith("|")))
+        flat = [line.split("  ")[0] for line in shown.splitlines() if line.startswith("needle,")]
+        self.assertEqual(flat[:4], ["needle, needles 2, length 200, depth %d" % d for d in depths] + ["needle, needles 2, length 1000, depth 0"])
+        with open(self.path("r.csv"), newline="") as f:
+            rows = list(csv.DictReader(f))
+        found = [r for r in rows if (r["model"], r["needles"], r["length"], r["depth"]) == ("x", "10", "1000", "5")]
+        self.assertEqual([(float(r["accuracy"]), r["questions"]) for r in found], [(0.1, "10")])
+        self.assertEqual([r["loss"] for r in rows if r["task"] == "validation book"], ["2.0", "1.9"])
+        with open(self.path("r.json")) as f:
+            self.assertEqual(list(json.load(f)), ["x", "b"])
+        cells = run("report", a, worse)
+        self.assertRegex(cells, r"(?m)^\| c +\| +4\.48 \| +- \| +- \|$")  # a mean over other sets would not compare
+        self.assertRegex(cells, r"(?m)^\| 2 +\| c +\| +30\.0 \|")
+        self.assertIn("no folder", run("report", a, self.path("r.csv"), status=1))
+        self.assertIn("NAME=FOLDER", run("report", a, a, status=1))
+        self.assertIn("no NAME.scores", run("report", self.folder, status=1))
+
+    @unittest.skipUnless(PLOTS, "matplotlib is missing")
+    def test_pictures(self):
+        right = {(n, length, d): 0.5 for n in (2, 4) for length in (100, 200, 400) for d in (0, 50, 100)}
+        a, b = (self.evaluation(n, right, {"s": 1.0}) for n in ("a", "b $x$"))
+        picture = lambda *of: run("report", *of, "--pictures", self.path("p"), "--markdown", self.path("r.md"))
+        picture(a)
+        one = [png_size(self.path("p/" + n)) for n in ("needles.png", "babilong.png")]
+        picture(a, b)
+        two = [png_size(self.path("p/" + n)) for n in ("needles.png", "babilong.png")]
+        self.assertGreater(two[0][1], one[0][1] * 1.5, "a row of heat maps for each model")
+        self.assertEqual(two[1], one[1])
+        with open(self.path("r.md")) as f:
+            text = f.read()
+        self.assertIn("![needles](p/needles.png)", text)
+        self.assertIn("| **50.0** |", text)
 
     def test_infer_mta_reads_what_is_written(self):
         """The whole way with a model of no training: chance is what it knows."""

@@ -7,13 +7,12 @@ import array
 import json
 import math
 import os
-import struct
 import subprocess
 import sys
 import tempfile
 import unittest
 
-from helpers import ROOT, main, to_bf16, write_safetensors
+from helpers import ROOT, main, png_size, to_bf16, write_safetensors
 
 VENV = os.path.join(ROOT, "data", ".venv", "bin", "python")
 PYTHON = VENV if os.path.exists(VENV) else sys.executable
@@ -22,13 +21,6 @@ HAS_PLOTS = subprocess.run([PYTHON, "-c", "import numpy, matplotlib"], stderr=su
 
 def run(script, *arguments, python=PYTHON):
     return subprocess.run([python, os.path.join(ROOT, "scripts", script), *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-def png_size(path):
-    with open(path, "rb") as f:
-        head = f.read(24)
-    assert head[:8] == b"\x89PNG\r\n\x1a\n"
-    return struct.unpack(">II", head[16:24])
 
 
 def write_checkpoint(folder, tensors, dtype="F32"):
