@@ -555,6 +555,7 @@ typedef struct {
     const real *conv_pre, *conv_post;                // (NH,cq,ck), NULL = off
     const real *mix_pre, *mix_post;                  // (NH/ch,ch,ch), NULL = off
     int chunk;                                       // queries of a chunk
+    bool heads_apart;  // there are fewer chunks than threads can use: they share the heads of a chunk too
     const Products* products;
 } Attention;
 
@@ -568,6 +569,7 @@ static void scores_forward(const Tile* out, const real* q, const real* k, const 
     size_t qs = (size_t)a->NH * a->HS, ks = (size_t)a->NKV * a->HS;
     real scale = attention_scale(a->HS);
     int from = max_int(lo, 0), to = min_int(hi, a->T);
+#pragma omp taskloop if (a->heads_apart)
     for (int h = 0; h < H; h++) {
         const real* kh = k + (size_t)((h0 + h) / (a->NH / a->NKV)) * a->HS;
         if (from < to) {
@@ -578,19 +580,25 @@ static void scores_forward(const Tile* out, const real* q, const real* k, const 
     }
 }
 
-// dq_i += dS[i,:] k / sqrt(HS);  dk_j += dS[:,j]^T q / sqrt(HS), rows lo <= i < hi
+// dq_i = dS[i,:] k / sqrt(HS);  dk_j += dS[:,j]^T q / sqrt(HS), rows lo <= i < hi. Either may be NULL; dq goes first,
+// since it rounds dS.
 static void scores_backward(real* dq, real* dk, const Tile* dout, const real* q, const real* k, const Attention* a,
                             int h0, int H, int lo, int hi) {
     size_t qs = (size_t)a->NH * a->HS, ks = (size_t)a->NKV * a->HS;
     real scale = attention_scale(a->HS);
+#pragma omp taskloop if (a->heads_apart && !dk)  // heads may share their dk
     for (int h = 0; h < H; h++) {
         size_t qo = (size_t)lo * qs + (size_t)(h0 + h) * a->HS, ko = (size_t)((h0 + h) / (a->NH / a->NKV)) * a->HS;
         const real* ds = tile_row(dout, h, lo);
-        round_rows(a->products, ds, hi - lo, hi, (size_t)dout->ld);
-        gemm_serial(false, false, hi - lo, a->HS, hi, scale, ds, (size_t)dout->ld, k + ko, ks, 0, dq + qo, qs,
-                    a->products);
-        gemm_serial(true, false, hi, a->HS, hi - lo, scale, ds, (size_t)dout->ld, q + qo, qs, 1, dk + ko, ks,
-                    a->products);
+        if (dq) {
+            round_rows(a->products, ds, hi - lo, hi, (size_t)dout->ld);
+            gemm_serial(false, false, hi - lo, a->HS, hi, scale, ds, (size_t)dout->ld, k + ko, ks, 0, dq + qo, qs,
+                        a->products);
+        }
+        if (dk) {
+            gemm_serial(true, false, hi, a->HS, hi - lo, scale, ds, (size_t)dout->ld, q + qo, qs, 1, dk + ko, ks,
+                        a->products);
+        }
     }
 }
 
@@ -650,6 +658,7 @@ static void conv_rows(real* out, const real* inp, const real* weight, int rows, 
 // Rows lo <= i < hi of each head, masked; inp must hold rows lo-(cq-1) .. hi-1. weight (NH,cq,ck)
 static void kq_conv_forward(const Tile* out, const Tile* inp, const real* weight, const Attention* a, int h0, int H,
                             int lo, int hi, int nk) {
+#pragma omp taskloop if (a->heads_apart)
     for (int h = 0; h < H; h++) {
         conv_rows(tile_row(out, h, lo), tile_row(inp, h, lo - (a->cq - 1)), weight + (size_t)(h0 + h) * a->cq * a->ck,
                   hi - lo, nk, (size_t)out->ld, a->cq, a->ck);
@@ -661,9 +670,10 @@ static void kq_conv_forward(const Tile* out, const Tile* inp, const real* weight
 // Rows lo <= i < hi of dinp; dout must hold rows lo .. hi-1+(cq-1), masked.
 static void kq_conv_backward_input(const Tile* dinp, const Tile* dout, const real* weight, const Attention* a, int h0,
                                    int H, int lo, int hi, int nk) {
-    real turned[MAX_KERNEL * MAX_KERNEL];
     int n = a->cq * a->ck;
+#pragma omp taskloop if (a->heads_apart)
     for (int h = 0; h < H; h++) {
+        real turned[MAX_KERNEL * MAX_KERNEL];
         const real* w = weight + (size_t)(h0 + h) * n;
         for (int x = 0; x < n; x++) { turned[x] = w[n - 1 - x]; }
         conv_rows(tile_row(dinp, h, lo), tile_row(dout, h, lo), turned, hi - lo, nk, (size_t)dinp->ld, a->cq, a->ck);
@@ -671,7 +681,7 @@ static void kq_conv_backward_input(const Tile* dinp, const Tile* dout, const rea
     }
 }
 
-// dweight[a, b..b+2] += sum_{i,j} dout[i,j] inp[i-(cq-1)+a, j-r+b..] for `taps` rows a of the kernel; three columns b
+// dweight[a, b..b+2] = sum_{i,j} dout[i,j] inp[i-(cq-1)+a, j-r+b..] for `taps` rows a of the kernel; three columns b
 // share each load of dout.
 INLINE void conv_weight_strip(double* dweight, const real* dout, const real* inp, int rows, int cols, size_t ld, int ck,
                               const int taps, int b0) {
@@ -697,14 +707,15 @@ INLINE void conv_weight_strip(double* dweight, const real* dout, const real* inp
         for (int b = 0; b < nb; b++) {
             double total = 0;
             for (int lane = 0; lane < VEC; lane++) { total += (double)sum[a][b][lane]; }
-            dweight[a * ck + b0 + b] += total;
+            dweight[a * ck + b0 + b] = total;
         }
     }
 }
 
-// dweight (H,cq,ck) += over the rows lo <= i < hi of dout; sums over chunks are kept in double
+// dweight (H,cq,ck) = over the rows lo <= i < hi of dout; sums over chunks are kept in double
 static void kq_conv_backward_weight(double* dweight, const Tile* dout, const Tile* inp, const Attention* a, int H,
                                     int lo, int hi, int nk) {
+#pragma omp taskloop if (a->heads_apart)
     for (int h = 0; h < H; h++) {
         for (int tap = 0; tap < a->cq; tap += 6) {
             const real* d = tile_row(dout, h, lo);
@@ -728,21 +739,22 @@ static void kq_conv_backward_weight(double* dweight, const Tile* dout, const Til
 
 // Rows lo <= i < hi of the H heads of a tile, H a multiple of ch; weight (H/ch,ch,ch), its transpose for the backward
 // pass. out may be inp: a vector of all heads is read before any is written.
-static void head_mix_forward(const Tile* out, const Tile* inp, const real* weight, bool transpose, int ch, int T, int H,
-                             int lo, int hi, int nk) {
-    Vec x[MAX_HEADS];
+static void head_mix_forward(const Tile* out, const Tile* inp, const real* weight, bool transpose, int ch,
+                             const Attention* a, int H, int lo, int hi, int nk) {
     for (int g = 0; g < H; g += ch, weight += ch * ch) {
+#pragma omp taskloop if (a->heads_apart)
         for (int i = lo; i < hi; i++) {
-            int n1 = row_length(i, T, nk);
+            Vec x[MAX_HEADS];
+            int n1 = row_length(i, a->T, nk);
             const real* src = tile_row(inp, g, i);
             real* dst = tile_row(out, g, i);
             size_t is = (size_t)inp->rows * inp->ld, os = (size_t)out->rows * out->ld;
             if (ch == 2) {  // the paper's groups of two, without the detour through x
                 real w00 = weight[0], w01 = weight[transpose ? 2 : 1], w10 = weight[transpose ? 1 : 2], w11 = weight[3];
                 for (int j = 0; j < n1; j += VEC) {
-                    Vec a = load(src + j), b = load(src + is + j);
-                    store(dst + j, w00 * a + w01 * b);
-                    store(dst + os + j, w10 * a + w11 * b);
+                    Vec x0 = load(src + j), x1 = load(src + is + j);
+                    store(dst + j, w00 * x0 + w01 * x1);
+                    store(dst + os + j, w10 * x0 + w11 * x1);
                 }
             } else {
                 for (int j = 0; j < n1; j += VEC) {
@@ -759,17 +771,18 @@ static void head_mix_forward(const Tile* out, const Tile* inp, const real* weigh
     }
 }
 
-static void head_mix_backward_input(const Tile* dinp, const Tile* dout, const real* weight, int ch, int T, int H,
-                                    int lo, int hi, int nk) {
-    head_mix_forward(dinp, dout, weight, true, ch, T, H, lo, hi, nk);
+static void head_mix_backward_input(const Tile* dinp, const Tile* dout, const real* weight, int ch, const Attention* a,
+                                    int H, int lo, int hi, int nk) {
+    head_mix_forward(dinp, dout, weight, true, ch, a, H, lo, hi, nk);
 }
 
-// dweight[o,n] += sum_{i,j} dout_o[i,j] inp_n[i,j]: a (ch,ch) product over the keys of each row, rows summed in double
-static void head_mix_backward_weight(double* dweight, const Tile* dout, const Tile* inp, int ch, int H, int lo,
-                                     int hi) {
-    real row[MAX_HEADS];
+// dweight (hi-lo,H/ch,ch,ch) = sum_j dout_o[i,j] inp_n[i,j]: a (ch,ch) product over the keys of each row
+static void head_mix_backward_weight(double* dweight, const Tile* dout, const Tile* inp, int ch, const Attention* a,
+                                     int H, int lo, int hi) {
     for (int g = 0; g < H; g += ch, dweight += ch * ch) {
+#pragma omp taskloop if (a->heads_apart)
         for (int i = lo; i < hi; i++) {
+            real row[MAX_HEADS];
             for (int o = 0; o < ch; o++) {
                 const real* d = tile_row(dout, g + o, i);
                 const real* x = tile_row(inp, g, i);
@@ -787,7 +800,7 @@ static void head_mix_backward_weight(double* dweight, const Tile* dout, const Ti
                 } else {
                     gemm_serial(false, true, 1, ch, i + 1, 1, d, ld, x, ld, 0, row, (size_t)ch, NULL);
                 }
-                for (int n = 0; n < ch; n++) { dweight[o * ch + n] += (double)row[n]; }
+                for (int n = 0; n < ch; n++) { dweight[(size_t)(i - lo) * H * ch + o * ch + n] = (double)row[n]; }
             }
         }
     }
@@ -800,6 +813,7 @@ static void head_mix_backward_weight(double* dweight, const Tile* dout, const Ti
 // are another chunk's).
 static void softmax_forward(const Tile* out, const Tile* inp, real* stats, const Attention* a, int h0, int H, int lo,
                             int own, int hi, int nk) {
+#pragma omp taskloop if (a->heads_apart)
     for (int h = 0; h < H; h++) {
         for (int i = lo; i < hi; i++) {
             real* p = tile_row(out, h, i);
@@ -828,6 +842,7 @@ static void softmax_forward(const Tile* out, const Tile* inp, real* stats, const
 // The same rows in the backward pass, from maximum and 1 / sum.
 static void softmax_recompute(const Tile* out, const Tile* inp, const real* stats, const Attention* a, int h0, int H,
                               int lo, int hi, int nk) {
+#pragma omp taskloop if (a->heads_apart)
     for (int h = 0; h < H; h++) {
         for (int i = lo; i < hi; i++) {
             real* p = tile_row(out, h, i);
@@ -846,6 +861,7 @@ static void softmax_recompute(const Tile* out, const Tile* inp, const real* stat
 // dinp = att (dout - sum_j att dout); dinp may be dout. Rows beyond the sequence become zero.
 static void softmax_backward(const Tile* dinp, const Tile* dout, const Tile* att, const Attention* a, int H, int lo,
                              int hi, int nk) {
+#pragma omp taskloop if (a->heads_apart)
     for (int h = 0; h < H; h++) {
         for (int i = lo; i < hi; i++) {
             real* dx = tile_row(dinp, h, i);
@@ -868,6 +884,7 @@ static void softmax_backward(const Tile* dinp, const Tile* dout, const Tile* att
 static void values_forward(real* out, const Tile* att, const real* v, const Attention* a, int h0, int H, int lo,
                            int hi) {
     size_t os = (size_t)a->NH * a->HS, vs = (size_t)a->NKV * a->HS;
+#pragma omp taskloop if (a->heads_apart)
     for (int h = 0; h < H; h++) {
         round_rows(a->products, tile_row(att, h, lo), hi - lo, hi, (size_t)att->ld);
         gemm_serial(false, false, hi - lo, a->HS, hi, 1, tile_row(att, h, lo), (size_t)att->ld,
@@ -881,6 +898,7 @@ static void values_backward_att(const Tile* datt, const real* dout, const real* 
                                 int lo, int hi, int nk) {
     size_t os = (size_t)a->NH * a->HS, vs = (size_t)a->NKV * a->HS;
     int to = min_int(hi, a->T);
+#pragma omp taskloop if (a->heads_apart)
     for (int h = 0; h < H; h++) {
         gemm_serial(false, true, to - lo, nk, a->HS, 1, dout + (size_t)lo * os + (size_t)(h0 + h) * a->HS, os,
                     v + (size_t)((h0 + h) / (a->NH / a->NKV)) * a->HS, vs, 0, tile_row(datt, h, lo), (size_t)datt->ld,
@@ -903,8 +921,8 @@ static void values_backward_v(real* dv, const Tile* att, const real* dout, const
 
 // ---- the chunk: all steps for the queries lo <= i < hi of one group of heads of one sequence
 
-// Heads that must be in one tile, and heads that one thread must own (mixing groups, and the heads that share keys and
-// values).
+// Heads that must be in one tile (mixing groups), and those whose chunks are added in one order (they share keys and
+// values too).
 static int attention_group(const Attention* a) { return lcm(a->mix_pre ? a->ch_pre : 1, a->mix_post ? a->ch_post : 1); }
 static int attention_unit(const Attention* a) { return lcm(attention_group(a), a->NH / a->NKV); }
 static int halo_pre(const Attention* a) { return a->conv_pre ? a->cq - 1 : 0; }
@@ -931,95 +949,116 @@ static Tile tile_make(real* scratch, int which, const Attention* a, int i0) {
 
 // The maps of the chunk: S scores, C convolved, L mixed, P softmax, R convolved, A mixed. A step that is off shares its
 // input's tile, and P takes L's place. For the forward pass rows lo-halo_post .. hi-1 of P; with `backward` S, C, L, P
-// have halo_pre rows more below hi, and every map that a gradient needs is kept in a tile of its own.
+// have halo_pre rows more below hi, and every map that a gradient needs is kept in a tile of its own. The gradients: dR
+// takes dA's place, dL and dC that of dP.
 typedef struct {
-    Tile S, C, L, P, R, A;
-    int tiles;
+    Tile S, C, L, P, R, A, dA, dP, dS;
 } Maps;
 
-static Maps attention_maps(real* scratch, real* stats, const real* q, const real* k, const Attention* a, int h0, int lo,
-                           int hi, bool backward) {
-    int H = attention_group(a), p = halo_pre(a), r = halo_post(a), end = hi + (backward ? p : 0),
-        nk = min_int(end, a->T);
+static Maps attention_layout(real* scratch, const Attention* a, int lo, bool backward) {
+    int n = 0, i0 = lo - halo_post(a) - halo_pre(a);
     Maps m;
-    m.tiles = 0;
-    m.S = tile_make(scratch, m.tiles++, a, lo - r - p);
-    scores_forward(&m.S, q, k, a, h0, H, lo - r - p, end, nk);
-    m.C = m.S;
-    if (a->conv_pre) {
-        m.C = tile_make(scratch, m.tiles++, a, lo - r - p);
-        kq_conv_forward(&m.C, &m.S, a->conv_pre, a, h0, H, lo - r, end, nk);
-    }
-    m.L = m.C;
-    if (a->mix_pre) {
-        if (backward) { m.L = tile_make(scratch, m.tiles++, a, lo - r - p); }
-        head_mix_forward(&m.L, &m.C, a->mix_pre + (size_t)h0 * a->ch_pre, false, a->ch_pre, a->T, H, lo - r, end, nk);
-    }
+    m.S = tile_make(scratch, n++, a, i0);
+    m.C = a->conv_pre ? tile_make(scratch, n++, a, i0) : m.S;
+    m.L = a->mix_pre && backward ? tile_make(scratch, n++, a, i0) : m.C;
     m.P = m.L;
-    if (backward) {
-        softmax_recompute(&m.P, &m.L, stats, a, h0, H, lo - r, end, nk);
-    } else {
-        softmax_forward(&m.P, &m.L, stats, a, h0, H, lo - r, lo, end, nk);
-    }
-    m.R = m.P;
-    if (a->conv_post) {
-        m.R = tile_make(scratch, m.tiles++, a, lo - r - p);
-        kq_conv_forward(&m.R, &m.P, a->conv_post, a, h0, H, lo, hi, nk);
-    }
-    m.A = m.R;
-    if (a->mix_post) {
-        if (backward) { m.A = tile_make(scratch, m.tiles++, a, lo - r - p); }
-        head_mix_forward(&m.A, &m.R, a->mix_post + (size_t)h0 * a->ch_post, false, a->ch_post, a->T, H, lo, hi, nk);
-    }
+    m.R = a->conv_post ? tile_make(scratch, n++, a, i0) : m.P;
+    m.A = a->mix_post && backward ? tile_make(scratch, n++, a, i0) : m.R;
+    m.dA = tile_make(scratch, n++, a, lo);  // a convolution goes from one tile to another
+    Tile other = a->conv_pre || a->conv_post ? tile_make(scratch, n++, a, lo) : m.dA;
+    m.dP = a->conv_post ? other : m.dA;
+    m.dS = !a->conv_pre ? m.dP : a->conv_post ? m.dA : other;
+    assert(n <= ATTENTION_TILES);
     return m;
 }
 
-// Gradients of the attention's own weights as sums in double of one sequence: (NH*cq*ck), (NH*ch); n: how many, behind
-// one another. Every sequence has its own, n after those of the one before, so that threads share nothing.
+static void attention_maps(const Maps* m, real* stats, const real* q, const real* k, const Attention* a, int h0, int lo,
+                           int hi, bool backward) {
+    int H = attention_group(a), p = halo_pre(a), r = halo_post(a), end = hi + (backward ? p : 0),
+        nk = min_int(end, a->T);
+    scores_forward(&m->S, q, k, a, h0, H, lo - r - p, end, nk);
+    if (a->conv_pre) { kq_conv_forward(&m->C, &m->S, a->conv_pre, a, h0, H, lo - r, end, nk); }
+    if (a->mix_pre) {
+        head_mix_forward(&m->L, &m->C, a->mix_pre + (size_t)h0 * a->ch_pre, false, a->ch_pre, a, H, lo - r, end, nk);
+    }
+    if (backward) {
+        softmax_recompute(&m->P, &m->L, stats, a, h0, H, lo - r, end, nk);
+    } else {
+        softmax_forward(&m->P, &m->L, stats, a, h0, H, lo - r, lo, end, nk);
+    }
+    if (a->conv_post) { kq_conv_forward(&m->R, &m->P, a->conv_post, a, h0, H, lo, hi, nk); }
+    if (a->mix_post) {
+        head_mix_forward(&m->A, &m->R, a->mix_post + (size_t)h0 * a->ch_post, false, a->ch_post, a, H, lo, hi, nk);
+    }
+}
+
+// Gradients of the attention's own weights, summed in double.
 typedef struct {
-    double *conv_pre, *conv_post, *mix_pre, *mix_post;
-    size_t n;
+    double *conv_pre, *conv_post, *mix_pre, *mix_post;  // of one sequence: (NH,cq,ck) twice, (NH,ch) twice
+    size_t n;                                           // how many these are; those of the next sequence follow
+    double* chunks;  // of the chunk in each slot: (group,cq,ck) twice, then (chunk,group,ch) twice: one of each query
 } AttentionSums;
 
-// dq is set, dk, dv and the sums are added to. q, dq, dout (T,NH,HS), k, v, dk, dv (T,NKV,HS), stats (NH,T,2) of one
-// sequence. Rows of dS come from rows of dC up to halo_pre further down, those from rows of dA up to halo_post further:
-// all are recomputed here.
-static void attention_chunk_backward(real* dq, real* dk, real* dv, const AttentionSums* sums, const real* dout,
-                                     const real* q, const real* k, const real* v, real* stats, const Attention* a,
-                                     int h0, int lo, int hi, real* scratch) {
-    int H = attention_group(a), p = halo_pre(a), r = halo_post(a), end = hi + p, far = hi + p + r, n = a->cq * a->ck;
-    int nk = min_int(end, a->T), nk_far = min_int(far, a->T);
-    Maps m = attention_maps(scratch, stats, q, k, a, h0, lo, hi, true);
-    Tile d = tile_make(scratch, m.tiles++, a, lo), other = d;  // a convolution goes from one to the other
-    if (a->conv_pre || a->conv_post) { other = tile_make(scratch, m.tiles++, a, lo); }
-    assert(m.tiles <= ATTENTION_TILES);
+// Sums of so many heads and rows that begin at base; with base NULL it only measures.
+static AttentionSums attention_sums_at(double* base, const Attention* a, int heads, int rows) {
+    size_t H = (size_t)heads, conv = a->conv_pre || a->conv_post ? H * a->cq * a->ck : 0;
+    size_t pre = a->mix_pre ? rows * H * a->ch_pre : 0, post = a->mix_post ? rows * H * a->ch_post : 0;
+    AttentionSums s = {NULL, NULL, NULL, NULL, 2 * conv + pre + post, NULL};
+    if (base) {
+        s.conv_pre = base;
+        s.conv_post = s.conv_pre + conv;
+        s.mix_pre = s.conv_post + conv;
+        s.mix_post = s.mix_pre + pre;
+    }
+    return s;
+}
 
-    values_backward_v(dv, &m.A, dout, a, h0, H, lo, hi);  // O = A v
-    values_backward_att(&d, dout, v, a, h0, H, lo, far, nk_far);
-    if (a->mix_post) {  // A = mix(R)
+// What no other chunk adds to: dq, and the sums of this chunk alone. A and dS stay, for dv and dk. q, dq, dout
+// (T,NH,HS), k, v (T,NKV,HS), stats (NH,T,2) of one sequence. Rows of dS come from rows of dC up to halo_pre further
+// down, those from rows of dA up to halo_post further: all are recomputed here.
+static void attention_chunk_backward(real* dq, const AttentionSums* sums, const Maps* m, const real* dout,
+                                     const real* q, const real* k, const real* v, real* stats, const Attention* a,
+                                     int h0, int lo, int hi) {
+    int H = attention_group(a), end = hi + halo_pre(a), far = end + halo_post(a);
+    int nk = min_int(end, a->T), nk_far = min_int(far, a->T);
+    attention_maps(m, stats, q, k, a, h0, lo, hi, true);
+    values_backward_att(&m->dA, dout, v, a, h0, H, lo, far, nk_far);  // O = A v
+    if (a->mix_post) {                                                // A = mix(R)
         const real* w = a->mix_post + (size_t)h0 * a->ch_post;
-        head_mix_backward_weight(sums->mix_post + (size_t)h0 * a->ch_post, &d, &m.R, a->ch_post, H, lo, hi);
-        head_mix_backward_input(&d, &d, w, a->ch_post, a->T, H, lo, far, nk_far);
+        head_mix_backward_weight(sums->mix_post, &m->dA, &m->R, a->ch_post, a, H, lo, hi);
+        head_mix_backward_input(&m->dA, &m->dA, w, a->ch_post, a, H, lo, far, nk_far);
     }
     if (a->conv_post) {  // R = conv(P)
-        kq_conv_backward_weight(sums->conv_post + (size_t)h0 * n, &d, &m.P, a, H, lo, hi, hi);
-        kq_conv_backward_input(&other, &d, a->conv_post, a, h0, H, lo, end, nk);
-        Tile swap = d;
-        d = other;
-        other = swap;
+        kq_conv_backward_weight(sums->conv_post, &m->dA, &m->P, a, H, lo, hi, hi);
+        kq_conv_backward_input(&m->dP, &m->dA, a->conv_post, a, h0, H, lo, end, nk);
     }
-    softmax_backward(&d, &d, &m.P, a, H, lo, end, nk);  // P = softmax(L)
-    if (a->mix_pre) {                                   // L = mix(C)
+    softmax_backward(&m->dP, &m->dP, &m->P, a, H, lo, end, nk);  // P = softmax(L)
+    if (a->mix_pre) {                                            // L = mix(C)
         const real* w = a->mix_pre + (size_t)h0 * a->ch_pre;
-        head_mix_backward_weight(sums->mix_pre + (size_t)h0 * a->ch_pre, &d, &m.C, a->ch_pre, H, lo, hi);
-        head_mix_backward_input(&d, &d, w, a->ch_pre, a->T, H, lo, end, nk);
+        head_mix_backward_weight(sums->mix_pre, &m->dP, &m->C, a->ch_pre, a, H, lo, hi);
+        head_mix_backward_input(&m->dP, &m->dP, w, a->ch_pre, a, H, lo, end, nk);
     }
     if (a->conv_pre) {  // C = conv(S)
-        kq_conv_backward_weight(sums->conv_pre + (size_t)h0 * n, &d, &m.S, a, H, lo, hi, hi);
-        kq_conv_backward_input(&other, &d, a->conv_pre, a, h0, H, lo, hi, hi);
-        d = other;
+        kq_conv_backward_weight(sums->conv_pre, &m->dP, &m->S, a, H, lo, hi, hi);
+        kq_conv_backward_input(&m->dS, &m->dP, a->conv_pre, a, h0, H, lo, hi, hi);
     }
-    scores_backward(dq, dk, &d, q, k, a, h0, H, lo, hi);  // S = q k^T / sqrt(HS)
+    scores_backward(dq, NULL, &m->dS, q, k, a, h0, H, lo, hi);  // S = q k^T / sqrt(HS)
+}
+
+// The sums of sequence b += those of a chunk of `rows` queries of the heads h0 on, query for query.
+static void attention_chunk_add(const AttentionSums* sums, const AttentionSums* chunk, const Attention* a, int b,
+                                int h0, int rows) {
+    int H = attention_group(a), n = H * a->cq * a->ck;
+    double *conv_pre = sums->conv_pre + b * sums->n + h0 * a->cq * a->ck,
+           *conv_post = sums->conv_post + b * sums->n + h0 * a->cq * a->ck;
+    double *mix_pre = sums->mix_pre + b * sums->n + h0 * a->ch_pre,
+           *mix_post = sums->mix_post + b * sums->n + h0 * a->ch_post;
+    for (int x = 0; a->conv_pre && x < n; x++) { conv_pre[x] += chunk->conv_pre[x]; }
+    for (int x = 0; a->conv_post && x < n; x++) { conv_post[x] += chunk->conv_post[x]; }
+    for (int x = 0; a->mix_pre && x < rows * H * a->ch_pre; x++) { mix_pre[x % (H * a->ch_pre)] += chunk->mix_pre[x]; }
+    for (int x = 0; a->mix_post && x < rows * H * a->ch_post; x++) {
+        mix_post[x % (H * a->ch_post)] += chunk->mix_post[x];
+    }
 }
 
 static void attention_clear_pads(real* scratch, const Attention* a) {
@@ -1029,14 +1068,13 @@ static void attention_clear_pads(real* scratch, const Attention* a) {
     }
 }
 
-// Parts of the forward pass that threads may compute side by side: a chunk of queries of a group of heads of a
-// sequence.
+// What threads may compute side by side: a chunk of queries of a group of heads of a sequence.
 static int attention_tasks(const Attention* a) {
     return a->B * a->NH / attention_group(a) * ((a->T + a->chunk - 1) / a->chunk);
 }
 
 // out (B,T,NH,HS); stats (B,NH,T,2) for the backward pass; q (B,T,NH,HS), k, v (B,T,NKV,HS), q and k rotated; scratch:
-// ATTENTION_TILES tiles a thread. Threads own (sequence, heads) whole: a unit of heads shares no result with another.
+// ATTENTION_TILES tiles a thread.
 static void attention_forward(real* out, real* stats, const real* q, const real* k, const real* v, const Attention* a,
                               real* scratch) {
     int group = attention_group(a), heads = a->B * a->NH / group;  // groups of heads, of all sequences
@@ -1049,34 +1087,68 @@ static void attention_forward(real* out, real* stats, const real* q, const real*
         for (int task = attention_tasks(a) - 1; task >= 0; task--) {  // the last chunks first: they see most keys
             int lo = task / heads * a->chunk, hi = min_int(lo + a->chunk, a->T), h = task % heads * group % a->NH;
             size_t b = (size_t)(task % heads * group / a->NH);
-            Maps m = attention_maps(mine, stats + b * a->NH * a->T * 2, q + b * qn, k + b * kn, a, h, lo, hi, false);
+            Maps m = attention_layout(mine, a, lo, false);
+            attention_maps(&m, stats + b * a->NH * a->T * 2, q + b * qn, k + b * kn, a, h, lo, hi, false);
             values_forward(out + b * qn, &m.A, v + b * kn, a, h, group, lo, hi);
         }
     }
 }
 
-// dq, dk, dv are set; the sums of every sequence are set, `sums` are those of the first
+// How many chunks are in work at once in the backward pass: each holds ATTENTION_TILES tiles.
+static int attention_slots(const Attention* a) { return min_int(omp_get_max_threads(), attention_tasks(a)); }
+
+// So few chunks leave threads idle at the end, or from the beginning.
+static bool attention_heads_apart(const Attention* a) {
+    return attention_group(a) > 1 && attention_tasks(a) < 8 * omp_get_max_threads();
+}
+
+// The head h of a tile as a tile of one head.
+static Tile tile_head(const Tile* t, int h) {
+    Tile one = {t->data + (size_t)h * t->rows * t->ld, t->i0, t->rows, t->ld};
+    return one;
+}
+
+// dq, dk, dv are set; the sums of every sequence are set, `sums` are those of the first. Any thread computes any chunk;
+// what several chunks add to (dk and dv of a head, the sums) waits for its turn, so that it is added in one order
+// whatever the threads. That order and the sharing of slots are all that the tasks depend on.
 static void attention_backward(real* dq, real* dk, real* dv, const AttentionSums* sums, const real* dout, const real* q,
                                const real* k, const real* v, real* stats, const Attention* a, real* scratch) {
-    int unit = attention_unit(a), units = a->NH / unit;
-    size_t qn = (size_t)a->T * a->NH * a->HS, kn = (size_t)a->T * a->NKV * a->HS;
-    memset(dk, 0, (size_t)a->B * kn * sizeof(real));
-    memset(dv, 0, (size_t)a->B * kn * sizeof(real));
+    int group = attention_group(a), unit = attention_unit(a), units = a->B * a->NH / unit, slots = attention_slots(a);
+    int chunks = (a->T + a->chunk - 1) / a->chunk, share = a->NH / a->NKV;
+    size_t slot_size = ATTENTION_TILES * attention_tile_size(a), pairs = (size_t)a->NH * a->T;
+    AttentionSums chunk_sums = attention_sums_at(NULL, a, group, a->chunk);
+    memset(dk, 0, pairs / share * a->B * a->HS * sizeof(real));
+    memset(dv, 0, pairs / share * a->B * a->HS * sizeof(real));
     if (sums->n) { memset(sums->conv_pre, 0, (size_t)a->B * sums->n * sizeof(double)); }
-#pragma omp parallel for schedule(dynamic, 1)
-    for (int task = 0; task < a->B * units; task++) {
-        int b = task / units, first = task % units * unit;
-        real* mine = scratch + (size_t)omp_get_thread_num() * ATTENTION_TILES * attention_tile_size(a);
-        size_t own = b * sums->n;
-        AttentionSums s = {sums->conv_pre + own, sums->conv_post + own, sums->mix_pre + own, sums->mix_post + own,
-                           sums->n};
-        attention_clear_pads(mine, a);
-        for (int h = first; h < first + unit; h += attention_group(a)) {
-            for (int lo = 0; lo < a->T; lo += a->chunk) {
-                attention_chunk_backward(dq + b * qn, dk + b * kn, dv + b * kn, &s, dout + b * qn, q + b * qn,
-                                         k + b * kn, v + b * kn, stats + (size_t)b * a->NH * a->T * 2, a, h, lo,
-                                         min_int(lo + a->chunk, a->T), mine);
+#pragma omp parallel
+    {
+#pragma omp for
+        for (int slot = 0; slot < slots; slot++) { attention_clear_pads(scratch + slot * slot_size, a); }
+#pragma omp single
+        for (int task = 0; task < attention_tasks(a); task++) {
+            // The chunks of a unit (heads that share keys and values) in the order in which it adds them; the units
+            // take turns.
+            int step = task / units, head = task % units * unit, b = head / a->NH,
+                h = head % a->NH + step / chunks * group;
+            int lo = step % chunks * a->chunk, hi = min_int(lo + a->chunk, a->T), slot = task % slots;
+            size_t qo = b * pairs * a->HS, ko = qo / share;
+            real* mine = scratch + slot * slot_size;
+            Maps m = attention_layout(mine, a, lo, true);
+            AttentionSums chunk = attention_sums_at(sums->chunks + slot * chunk_sums.n, a, group, a->chunk);
+#pragma omp task depend(inout : mine[0])
+            attention_chunk_backward(dq + qo, &chunk, &m, dout + qo, q + qo, k + ko, v + ko, stats + 2 * b * pairs, a,
+                                     h, lo, hi);
+            for (int x = 0; x < group; x++) {
+                size_t turn = ko + (size_t)(h + x) / share * a->HS;  // the first value that this head adds to
+                Tile A = tile_head(&m.A, x), dS = tile_head(&m.dS, x);
+#pragma omp task depend(in : mine[0]) depend(inout : dv[turn])
+                values_backward_v(dv + ko, &A, dout + qo, a, h + x, 1, lo, hi);
+#pragma omp task depend(in : mine[0]) depend(inout : dk[turn])
+                scores_backward(NULL, dk + ko, &dS, q + qo, k + ko, a, h + x, 1, lo, hi);
             }
+            if (!sums->n) { continue; }
+#pragma omp task depend(in : mine[0]) depend(inout : sums->conv_pre[b * sums->n])
+            attention_chunk_add(sums, &chunk, a, b, h, hi - lo);
         }
     }
 }
@@ -1283,7 +1355,7 @@ typedef struct {
     int logit_rows;                 // rows of a classifier chunk
     real *weights, *grads, *m, *v;  // arenas of tensors.numel; without training only the first
     real *activation_memory, *scratch_memory;
-    double* sum_memory;    // attention's weight gradients, (B, sums.n)
+    double* sum_memory;    // attention's weight gradients
     unsigned char* wrong;  // (N) counted targets that another id beats
     Activations acts;
     Scratch scratch;
@@ -1358,6 +1430,7 @@ static Attention attention_of(const Model* m, const Layer* w, int B, int T) {
     a.conv_pre = w->kq_conv, a.conv_post = w->kq_conv_post, a.mix_pre = w->head_mix_pre;
     a.mix_post = m->config.attention_type == ATTENTION_DIFF ? m->scratch.diff_mix : w->head_mix;
     a.chunk = min_int(m->chunk, T);
+    a.heads_apart = attention_heads_apart(&a);
     a.products = m->products;
     return a;
 }
@@ -1380,16 +1453,11 @@ static Attention attention_largest(const Config* c, int B, int T, int chunk) {
 
 static int logit_rows(int V, int N) { return min_int(N, max_int(16, (1 << 22) / V)); }  // 16 MiB of logits
 
-// Doubles of one sequence's sums; with base NULL it only measures.
-static size_t carve_sums(AttentionSums* s, const Config* c, double* base) {
-    size_t NH = (size_t)c->num_attention_heads,
-           conv = config_any_conv(c) ? NH * c->kq_conv_query_size * c->kq_conv_key_size : 0;
-    size_t pre = NH * c->head_mix_pre_softmax,
-           post = NH * (c->attention_type == ATTENTION_DIFF ? 2 : c->head_mix_post_softmax);
-    AttentionSums sums = {base, base ? base + conv : NULL, base ? base + 2 * conv : NULL,
-                          base ? base + 2 * conv + pre : NULL, 2 * conv + pre + post};
-    *s = sums;
-    return sums.n;
+// Doubles of the sums of all sequences and of the chunks in work; with base NULL it only measures.
+static size_t carve_sums(AttentionSums* s, const Attention* a, double* base) {
+    *s = attention_sums_at(base, a, a->NH, 1);
+    s->chunks = base ? base + a->B * s->n : NULL;
+    return a->B * s->n + attention_slots(a) * attention_sums_at(NULL, a, attention_group(a), a->chunk).n;
 }
 
 static size_t carve_scratch(Scratch* s, const Config* c, int B, int T, int chunk, real* base) {
@@ -1436,12 +1504,13 @@ static MemoryPlan model_memory(const Config* c, int B, int T, bool training) {
     tensor_list(&list, c);
     size_t arena = list.numel * sizeof(real);
     AttentionSums sums;
+    Attention largest = attention_largest(c, B, T, 0);
     MemoryPlan p = {arena,
                     training ? arena : 0,
                     training ? 2 * arena : 0,
                     carve_activations(&acts, c, B, T, training, NULL) * sizeof(real),
                     carve_scratch(&scratch, c, B, T, 0, NULL) * sizeof(real) + (size_t)B * T +
-                        (size_t)B * carve_sums(&sums, c, NULL) * sizeof(double),
+                        carve_sums(&sums, &largest, NULL) * sizeof(double),
                     (list.numel + acts.operands + scratch.operands) * sizeof(uint16_t)};
     tensor_list_free(&list);
     return p;
@@ -1470,7 +1539,8 @@ static Model* model_create(const Config* config, int B, int T, int chunk, bool t
     m->T = T;
     m->logit_rows = logit_rows(config->vocab_size, B * T);
     tensor_list(&m->tensors, config);
-    m->chunk = attention_largest(config, B, T, chunk).chunk;
+    Attention largest = attention_largest(config, B, T, chunk);
+    m->chunk = largest.chunk;
     m->weights = (real*)alloc_or_die(m->tensors.numel, sizeof(real), "weights");
     if (training) {
         m->grads = (real*)alloc_or_die(m->tensors.numel, sizeof(real), "gradients");
@@ -1483,9 +1553,8 @@ static Model* model_create(const Config* config, int B, int T, int chunk, bool t
         (real*)alloc_or_die(carve_scratch(&m->scratch, config, B, T, chunk, NULL), sizeof(real), "scratch");
     carve_activations(&m->acts, config, B, T, training, m->activation_memory);
     carve_scratch(&m->scratch, config, B, T, chunk, m->scratch_memory);
-    m->sum_memory =
-        (double*)alloc_or_die((size_t)B * carve_sums(&m->sums, config, NULL), sizeof(double), "gradient sums");
-    carve_sums(&m->sums, config, m->sum_memory);
+    m->sum_memory = (double*)alloc_or_die(carve_sums(&m->sums, &largest, NULL), sizeof(double), "gradient sums");
+    carve_sums(&m->sums, &largest, m->sum_memory);
     m->wrong = (unsigned char*)alloc_or_die((size_t)B * T, 1, "wrong targets");
     rope_table(m->scratch.cosine, m->scratch.sine, config, T);
     return m;

@@ -46,7 +46,7 @@ static double update_alone(double* weights, double* m, double* v, const double* 
 
 static Attention shape_of(const RefAttention* r, int chunk) {
     Attention a = {r->B,       r->T,        r->NH,        r->NKV,     r->HS,       r->cq, r->ck, r->ch_pre,
-                   r->ch_post, r->conv_pre, r->conv_post, r->mix_pre, r->mix_post, chunk, NULL};
+                   r->ch_post, r->conv_pre, r->conv_post, r->mix_pre, r->mix_post, chunk, false, NULL};
     return a;
 }
 static Tile tile_new(const Attention* a) {
@@ -147,19 +147,23 @@ static void kq_conv_backward_input_map(double* dinp, const double* dout, const d
 static void kq_conv_backward_weight_map(double* dweight, const double* dout, const double* inp, const RefAttention* r,
                                         int lo, int hi) {
     Attention a = shape_of(r, r->T);
+    size_t n = (size_t)a.NH * (size_t)a.cq * (size_t)a.ck;
+    double* one = doubles(n);
     for (int b = 0; b < a.B; b++) {
         Tile d = tile_from(dout, &a, b), x = tile_from(inp, &a, b);
-        kq_conv_backward_weight(dweight, &d, &x, &a, a.NH, lo, hi, hi);
+        kq_conv_backward_weight(one, &d, &x, &a, a.NH, lo, hi, hi);
+        for (size_t i = 0; i < n; i++) { dweight[i] += one[i]; }
         free(d.data);
         free(x.data);
     }
+    free(one);
 }
 static void head_mix_forward_map(double* out, const double* inp, const double* weight, bool transpose, int ch,
                                  const RefAttention* r, int lo, int hi, int nk) {
     Attention a = shape_of(r, r->T);
     for (int b = 0; b < a.B; b++) {
         Tile x = tile_from(inp, &a, b), y = tile_new(&a);
-        head_mix_forward(&y, &x, weight, transpose, ch, a.T, a.NH, lo, hi, nk);
+        head_mix_forward(&y, &x, weight, transpose, ch, &a, a.NH, lo, hi, nk);
         tile_to(out, y, &a, b, lo, hi, nk);
         free(x.data);
     }
@@ -167,12 +171,16 @@ static void head_mix_forward_map(double* out, const double* inp, const double* w
 static void head_mix_backward_weight_map(double* dweight, const double* dout, const double* inp, int ch,
                                          const RefAttention* r, int lo, int hi) {
     Attention a = shape_of(r, r->T);
+    size_t n = (size_t)a.NH * (size_t)ch, rows = (size_t)(hi - lo);
+    double* each = doubles(rows * n);
     for (int b = 0; b < a.B; b++) {
         Tile d = tile_from(dout, &a, b), x = tile_from(inp, &a, b);
-        head_mix_backward_weight(dweight, &d, &x, ch, a.NH, lo, hi);
+        head_mix_backward_weight(each, &d, &x, ch, &a, a.NH, lo, hi);
+        for (size_t i = 0; i < rows * n; i++) { dweight[i % n] += each[i]; }
         free(d.data);
         free(x.data);
     }
+    free(each);
 }
 static void softmax_forward_map(double* out, const double* inp, double* stats, const RefAttention* r, int lo, int own,
                                 int hi, int nk) {
@@ -281,9 +289,9 @@ static void attention_backward_alone(double* dq, double* dk, double* dv, double*
                                      const double* k, const double* v, double* stats, const RefAttention* r) {
     Attention a = chunked_shape(r);
     size_t conv = (size_t)a.NH * a.cq * a.ck, pre = (size_t)a.NH * a.ch_pre, post = (size_t)a.NH * a.ch_post;
-    size_t all_sums = 2 * conv + pre + post;
-    double *scratch = attention_scratch(&a), *sum = doubles((size_t)a.B * all_sums);
-    AttentionSums sums = {sum, sum + conv, sum + 2 * conv, sum + 2 * conv + pre, all_sums};
+    AttentionSums sums;
+    double *scratch = attention_scratch(&a), *sum = doubles(carve_sums(&sums, &a, NULL) + 1);
+    carve_sums(&sums, &a, sum);
     double *dqr = batch_rows(q, a.B, a.NH, a.T, a.HS), *dkr = batch_rows(k, a.B, a.NKV, a.T, a.HS),
            *dvr = batch_rows(v, a.B, a.NKV, a.T, a.HS);
     double *qr = batch_rows(q, a.B, a.NH, a.T, a.HS), *kr = batch_rows(k, a.B, a.NKV, a.T, a.HS),
@@ -300,7 +308,7 @@ static void attention_backward_alone(double* dq, double* dk, double* dv, double*
     for (int i = 0; i < 4; i++) {
         if (!weights[i]) { continue; }
         memset(to[i], 0, n[i] * sizeof(double));
-        attention_sums_add(to[i], from[i], a.B, all_sums, n[i]);
+        attention_sums_add(to[i], from[i], a.B, sums.n, n[i]);
     }
     double* const all[] = {scratch, sum, qr, kr, vr, dr};
     for (int i = 0; i < 6; i++) { free(all[i]); }
