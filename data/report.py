@@ -223,13 +223,13 @@ def needle_tables(models):
     models = [m for m in models if m.tasks("needle")]
     counts, depths = settings_of(models, "needle", "needles"), settings_of(models, "needle", "depth")
     for length in settings_of(models, "needle", "length"):
-        cell = lambda m, **more: percent(m.mean(kind="needle", length=length, **more))
-        values = [[cell(m, needles=n) for n in counts] for m in models]
+        found = lambda m, **more: percent(m.mean(kind="needle", length=length, **more))
+        values = [[found(m, needles=n) for n in counts] for m in models]
         title = "Needles in a haystack of %d tokens, accuracy in %%, mean over depths" % length
         yield plain_table(title, models, [("%d needle%s" % (n, "s" * (n > 1)), max, 1) for n in counts], values)
         columns, groups = [("%d%%" % d, max, 1) for d in depths], []
         for n in counts:
-            wide, rows = with_mean(columns, [[cell(m, needles=n, depth=d) for d in depths] for m in models])
+            wide, rows = with_mean(columns, [[found(m, needles=n, depth=d) for d in depths] for m in models])
             groups.append([(["%d" % n, m.name], row) for m, row in zip(models, rows)])
         yield ("The same by the depth of the needle that is asked for", ["needles", "model"], wide, groups)
 
@@ -260,6 +260,11 @@ def tables_of(models):
     return found + ([babilong_table(models)] if has("babilong") else [])
 
 
+def cell(value, digits):
+    """A figure of a table; a perplexity beyond a million is that of a model that knows nothing."""
+    return "-" if value is None else "%.*f" % (digits, value) if value < 1e6 else "%.2e" % value
+
+
 def markdown(table, several):
     """A table in Markdown whose columns stand below each other as plain text too."""
     title, leading, columns, groups = table
@@ -272,7 +277,7 @@ def markdown(table, several):
         for cells, values in group:
             row = list(cells)
             for (_, _, digits), value, best in zip(columns, values, bests):
-                text = "-" if value is None else "%.*f" % (digits, value)
+                text = cell(value, digits)
                 row.append("**%s**" % text if value is not None and value == best else text)
             lines.append(row)
     escaped = [[cell.replace("|", "\\|") for cell in line] for line in lines]
@@ -295,7 +300,7 @@ def flat(model):
     lines = ["%-*s %s" % (width, "task", " ".join("%10s" % c for c in COLUMNS))]
     for group, row in rows.items():
         cells = ["%10d" % row["questions"]]
-        cells += ["%10.4f" % row[c] if isinstance(row.get(c), float) else "%10s" % "-" for c in COLUMNS[1:]]
+        cells += ["%10s" % cell(row.get(c), 4) for c in COLUMNS[1:]]
         lines.append("%-*s %s" % (width, group, " ".join(cells)))
     return "\n".join(lines) + "\n"
 

@@ -567,5 +567,80 @@ class Report(Case):
         self.assertIn("qa5, distraction 0", run("report", self.path("r.jsonl"), self.path("s.jsonl")))
 
 
+@unittest.skipUnless(os.path.exists(os.path.join(BIN, "train_mta")), "train_mta is not built")
+class Evaluate(Case):
+    """scripts/evaluate.sh: each part once, whatever stops it; nothing of another checkpoint or other requests."""
+
+    def make_model(self):
+        texts = self.path("texts")
+        os.makedirs(texts)
+        for name in ("arxiv", "book"):
+            with open(os.path.join(texts, name + ".txt"), "w") as f:
+                f.write("".join("Line %d of the text called %s says little. \n" % (i, name) for i in range(1000)))
+            prepare = [sys.executable, os.path.join(ROOT, "data", "prepare.py"), "text", os.path.join(texts, name + ".txt")]
+            subprocess.run(prepare + ["--out", self.path("shards")], check=True, capture_output=True)
+        small = "--model toy --vocab-size 259 --hidden-size 16 --num-hidden-layers 1 --num-attention-heads 2 --intermediate-size 32"
+        small += " --max-position-embeddings 1536 --seq-len 64 --batch-size 1 --steps 2 --save-every 1 --eval-every 0"
+        train = [os.path.join(BIN, "train_mta"), *small.split(), "--train", self.path("shards/*_train_*.bin"), "--out", self.path("run")]
+        subprocess.run(train, check=True, capture_output=True)
+
+    def evaluate(self, *options, status=0, checkpoint="run"):
+        script = [os.path.join(ROOT, "scripts", "evaluate.sh"), self.path(checkpoint), *options]
+        done = subprocess.run(script, env=dict(os.environ, TRAINER=self.path("trainer")), capture_output=True, text=True)
+        self.assertEqual(done.returncode, status, done.stdout + done.stderr)
+        return done.stdout + done.stderr
+
+    def calls(self):
+        with open(self.path("calls")) as f:
+            return f.read().split()
+
+    def test_parts(self):
+        self.make_model()
+        os.makedirs(self.path("requests"))
+        passages = [{"text": "The line said %d and no more" % i} for i in range(3)]
+        run("lambada", self.write("passages.jsonl", passages), "--task", "lambada", "--out", self.path("requests/lambada.jsonl"))
+        with open(self.path("trainer"), "w") as f:  # the trainer, that notes its calls and fails where it is told to
+            f.write('#!/bin/sh\nfor x; do case $x in *.jsonl) echo $(basename $x);; --eval-only) echo validation;; esac; done >> "%s"\n' % self.path("calls"))
+            f.write('case "$*" in *needle*) [ ! -e "%s" ] || { echo half an answer; exit 1; };; esac\n' % self.path("fail"))
+            f.write('exec "%s" "$@"\n' % os.path.join(BIN, "train_mta"))
+        os.chmod(self.path("trainer"), 0o755)
+        text = ["--text", self.path("texts/book.txt"), "--samples", "1", "--lengths", "700", "--distraction", "0,100"]
+        everything = ["--val", self.path("shards/*_val_*.bin"), "--requests", self.path("requests"), *text]
+        self.write("fail", [])
+        self.assertIn("needle.scores: not finished", self.evaluate(*everything, status=1))
+        out = self.path("run/eval/step-00000002")
+        self.assertFalse(os.path.exists(os.path.join(out, "needle.scores")))
+        self.assertEqual(self.calls(), ["validation", "babilong.jsonl", "lambada.jsonl", "needle.jsonl"])
+        os.remove(self.path("fail"))
+        shown = self.evaluate(*everything)
+        self.assertEqual(self.calls()[4:], ["needle.jsonl"])
+        for words in ("Validation perplexity", "bits per byte", "lambada: perplexity", "haystack of 700 tokens", "qa5", "5 of them finished before"):
+            self.assertIn(words, shown)
+        for name in ("report.md", "report.csv", "report.json"):
+            self.assertGreater(os.path.getsize(os.path.join(out, name)), 100)
+        with open(os.path.join(out, "report.md")) as f:
+            before = f.read()
+        self.evaluate(*everything)
+        with open(os.path.join(out, "report.md")) as f:
+            self.assertEqual(f.read(), before)
+        self.assertEqual(len(self.calls()), 5)
+        self.assertIn("another checkpoint", self.evaluate(*everything, "--out", out, status=1, checkpoint="run/step-00000001"))
+        with open(self.path("requests/lambada.jsonl"), "a") as f:
+            f.write("\n")
+        self.assertIn("is not what", self.evaluate("--requests", self.path("requests"), "--out", self.copy_of_requests(out), status=1))
+        self.assertIn("nothing to evaluate on", self.evaluate(status=1))
+        self.assertIn("no checkpoint", self.evaluate(*everything, status=1, checkpoint="texts"))
+
+    def copy_of_requests(self, out):
+        """The evaluation with copies of its requests, as they were, in place of links."""
+        copied = self.path("copied")
+        shutil.copytree(out, copied)
+        with open(os.path.join(copied, "lambada.jsonl"), "rb") as f:
+            text = f.read()
+        with open(os.path.join(copied, "lambada.jsonl"), "wb") as f:
+            f.write(text[:-1])
+        return copied
+
+
 if __name__ == "__main__":
     main()
