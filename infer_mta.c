@@ -1588,7 +1588,7 @@ static void run_perplexity(Session* session) {
 int main(int argc, char** argv) {
     static Session session;
     InferOptions o = infer_options_default();
-    bound_spinning(argv);
+    settle_threads(argv);
     open_standard_files();
     signal(SIGPIPE, SIG_IGN);  // a closed pipe is an error of write(2), told as one
     infer_options_read(&o, argc, argv);

@@ -357,8 +357,34 @@ static void gemm_serial(bool ta, bool tb, int M, int N, int K, real alpha, const
 #ifdef MTA_REAL_IS_FLOAT
 static void blas_single_thread(void) {
 #ifdef MTA_CBLAS
-    extern void openblas_set_num_threads(int) __attribute__((weak));
     if (openblas_set_num_threads) { openblas_set_num_threads(1); }
+#endif
+}
+
+// OpenBLAS maps 128 MiB for each thread that multiplies, and tries for ever where a limit (ulimit -v, -d) leaves less.
+// So there must be room for them before the first product, and OpenBLAS takes them here: it keeps them to the end.
+#ifdef MTA_CBLAS
+extern void* blas_memory_alloc(int) __attribute__((weak));
+extern void blas_memory_free(void*) __attribute__((weak));
+#endif
+static void blas_take_memory(void) {
+#ifdef MTA_CBLAS
+    enum { MOST = 64 };  // of twice as many cores a build of OpenBLAS may know
+    const size_t each = (size_t)129 << 20;
+    void* room[MOST];
+    int threads = blas_memory_alloc && blas_memory_free ? min_int(omp_get_max_threads(), MOST) : 0, n = 0;
+    for (; n < threads; n++) {
+        room[n] = mmap(NULL, each, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+        if (room[n] == MAP_FAILED) { break; }
+    }
+    for (int i = 0; i < n; i++) { munmap(room[i], each); }
+    if (n < threads) {
+        die("out of memory: OpenBLAS maps 128 MiB for each of %d threads, there is room for %d (ulimit -v?); wanted a "
+            "larger limit, fewer threads by OMP_NUM_THREADS, or a build with NO_CBLAS=1",
+            threads, n);
+    }
+    for (int i = 0; i < n; i++) { room[i] = blas_memory_alloc(0); }
+    for (int i = 0; i < n; i++) { blas_memory_free(room[i]); }
 #endif
 }
 #endif
@@ -1947,6 +1973,7 @@ int main(int argc, char** argv) {
     TrainOptions options;
     Run run;
     train_begin(&options, argc, argv);
+    blas_take_memory();
     bool bf16 = options.matmul && !strcmp(options.matmul, "bf16");
     if (bf16 && !bf16_products(&e)) { die("--matmul bf16: %s", e.text); }
     run_settle(&run, bf16 ? trainer_cpu_bf16() : trainer_cpu(), &options);

@@ -10,6 +10,7 @@
 
 #include "config.h"
 #include "safetensors.h"
+#include "tokenizer.h"
 
 #include <dirent.h>
 #include <sys/syscall.h>
@@ -291,6 +292,49 @@ static inline bool checkpoint_verify_model(const char* dir, Error* e) {
     }
     json_free(manifest);
     return good || fail(e, "%s: damaged", dir);
+}
+
+// Size and CRC-32 of the rank file `name` that a checkpoint in DIR was trained with: as its manifest says, else of the
+// copy in DIR. False: neither is there.
+static inline bool checkpoint_rank_sums(const char* dir, const char* name, int64_t* bytes, int64_t* crc) {
+    char path[PATH_SIZE];
+    struct stat st;
+    uint32_t got = 0;
+    path_join(path, sizeof path, dir, name);
+    Json* manifest = checkpoint_manifest(dir, NULL);
+    const Json* entry = json_get(json_get(manifest, "files"), name);
+    bool known = json_integer(json_get(entry, "bytes"), 0, INT64_MAX, bytes) &&
+                 json_integer(json_get(entry, "crc32"), 0, UINT32_MAX, crc);
+    json_free(manifest);
+    if (known || stat(path, &st) || !S_ISREG(st.st_mode) || !checkpoint_file_crc(path, &got, NULL)) { return known; }
+    *bytes = (int64_t)st.st_size;
+    *crc = got;
+    return true;
+}
+
+// Refuses a tokenizer that is not the one which the checkpoint in DIR was trained with, as far as DIR tells: by its
+// pattern and, if `contents`, by every byte of its rank file.
+static inline bool checkpoint_check_tokenizer(const char* dir, const Config* c, const Tokenizer* t, bool contents,
+                                              Error* e) {
+    const char *file = tokenizer_file(t), *kept = c->tokenizer_pattern;
+    int64_t bytes = 0, crc = 0;
+    struct stat st;
+    uint32_t got = 0;
+    bool built_in = !strcmp(c->tokenizer, "bytes") || !strcmp(c->tokenizer, "toy");
+    if (!kept[0]) { kept = built_in ? c->tokenizer : tokenizer_copy_pattern(c->tokenizer); }
+    if (kept && kept[0] && strcmp(kept, tokenizer_name(t))) {
+        return fail(e, "%.300s: split as %s, but the model was trained with %s", file ? file : tokenizer_name(t),
+                    tokenizer_name(t), kept);
+    }
+    if (!contents || !c->tokenizer[0] || !file || !checkpoint_rank_sums(dir, c->tokenizer, &bytes, &crc)) {
+        return true;
+    }
+    if (stat(file, &st) || !checkpoint_file_crc(file, &got, e)) { return fail(e, "%s: %s", file, strerror(errno)); }
+    return (st.st_size == (off_t)bytes && got == (uint32_t)crc) ||
+           fail(e,
+                "%.200s: %lld bytes, CRC-32 %08x, but the model was trained with %.60s of %lld bytes, CRC-32 %08x; "
+                "--no-verify takes it all the same",
+                file, (long long)st.st_size, got, c->tokenizer, (long long)bytes, (uint32_t)crc);
 }
 
 static inline int checkpoint_by_step(const void* a, const void* b) {  // newest first

@@ -152,8 +152,8 @@ static inline void infer_options_read(InferOptions* o, int argc, char** argv) {
 }
 
 // The tokenizer of --tokenizer, or the one that config.json names (a built-in name, or a file beside it). One that was
-// named here must have the vocabulary of the one the model was trained with, where that is known, and never more ids
-// than the model.
+// named here must be the one the model was trained with, as far as the checkpoint tells, and never have more ids than
+// the model.
 static inline Tokenizer* tokenizer_for(const InferOptions* o, const Config* c) {
     Error e = {{0}};
     char path[PATH_SIZE];
@@ -184,6 +184,7 @@ static inline Tokenizer* tokenizer_for(const InferOptions* o, const Config* c) {
             die("%s: split as %s, but the model was trained with %s", o->tokenizer, tokenizer_name(given),
                 tokenizer_name(own));
         }
+        if (c && !checkpoint_check_tokenizer(o->dir, c, given, !o->no_verify, &why)) { die("%s", why.text); }
         tokenizer_free(own);
     } else if (c && c->tokenizer[0] && !own && !o->token_ids && !o->score) {
         die("%s", e.text);

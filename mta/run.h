@@ -184,10 +184,29 @@ static inline void run_check_tokenizer(const Run* r, const ShardTokenizer* s) {
         same = n == r->ranks.n && !memcmp(ranks, r->ranks.text, n);
         free(ranks);
     }
+    if (same && tokenizer_file(t) && s->bytes >= 0 &&
+        ((int64_t)r->ranks.n != s->bytes || crc32_update(0, r->ranks.text, r->ranks.n) != s->crc)) {
+        die("--tokenizer: %s: %zu bytes, CRC-32 %08x, but the manifest.json beside %s says %lld and %08x",
+            tokenizer_file(t), r->ranks.n, crc32_update(0, r->ranks.text, r->ranks.n), s->shard, (long long)s->bytes,
+            s->crc);
+    }
     if (!same) {
         die("--tokenizer: %s is %s (%d ids), but %s was made with %s",
             tokenizer_file(t) ? tokenizer_file(t) : tokenizer_name(t), tokenizer_name(t), tokenizer_vocab(t), s->shard,
             shard_tokenizer_text(s, text, sizeof text));
+    }
+}
+
+// Refuses --tokenizer, with or without --pattern, where the weights in `from` were trained with another one.
+static inline void run_check_trained_tokenizer(const Run* r, const char* from) {
+    char path[PATH_SIZE];
+    Config c;
+    Error e = {{0}};
+    path_join(path, sizeof path, from, "config.json");
+    if (!file_exists(path)) { return; }
+    if (!config_read_as(&c, path, r->options->assume_llama, &e) ||
+        !checkpoint_check_tokenizer(from, &c, r->tokenizer, !r->options->no_verify, &e)) {
+        die("--tokenizer: %s", e.text);
     }
 }
 
@@ -222,6 +241,8 @@ static inline void run_open_tokenizer(Run* r, const char* config) {
         die("--tokenizer: %s", e.text);
     }
     run_check_tokenizer(r, s);
+    const char* from = r->resume_dir[0] ? r->resume_dir : r->init_dir;
+    if (o->tokenizer && from[0]) { run_check_trained_tokenizer(r, from); }
     Config* c = &r->config;
     snprintf(c->tokenizer, sizeof c->tokenizer, "%s", tokenizer_file_name(r->tokenizer));
     snprintf(c->tokenizer_pattern, sizeof c->tokenizer_pattern, "%s", tokenizer_kept_pattern(r->tokenizer));

@@ -433,6 +433,8 @@ typedef struct {
     char name[32];          // bytes, toy, or how the rank file's text is split; "" = no manifest speaks of the shards
     char path[PATH_SIZE];   // of the rank file, "" = built in
     char sha256[80];        // of the rank file
+    int64_t bytes;          // of the rank file, -1 = unknown
+    uint32_t crc;           // CRC-32 of the rank file
     int vocab_size;         // of the manifest or the headers, 0 = unknown
     char shard[PATH_SIZE];  // one that was made with it
 } ShardTokenizer;
@@ -458,6 +460,7 @@ static inline bool shard_tokenizer(const Shard* s, const char* dir, const Json* 
     memset(t, 0, sizeof(*t));
     snprintf(t->shard, sizeof(t->shard), "%s", s->path);
     t->vocab_size = s->vocab_size;
+    t->bytes = -1;
     if (name == NULL || name->type != JSON_STRING) { return true; }
     if (!json_integer(json_get(tokenizer, "vocab_size"), 1, INT32_MAX, &vocab) ||
         (s->vocab_size > 0 && s->vocab_size != vocab)) {
@@ -472,6 +475,11 @@ static inline bool shard_tokenizer(const Shard* s, const char* dir, const Json* 
         return fail(e, "%smanifest.json: \"%.60s\" is no file beside it", dir, file->string);
     }
     path_join(t->path, sizeof(t->path), dir, file->string);
+    const Json* crc = json_get(tokenizer, "crc32");
+    if (crc != NULL && crc->type == JSON_STRING &&
+        json_integer(json_get(tokenizer, "bytes"), 0, INT64_MAX, &t->bytes)) {
+        t->crc = (uint32_t)strtoul(crc->string, NULL, 16);
+    }
     return true;
 }
 

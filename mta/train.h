@@ -465,7 +465,7 @@ static inline int evaluate_only(Run* r) {
 
 // What every trainer does before its first product: waiting threads that sleep, closed descriptors, the command line.
 static inline void train_begin(TrainOptions* options, int argc, char** argv) {
-    bound_spinning(argv);
+    settle_threads(argv);
     open_standard_files();
     options_given(options, argc, argv);
 }

@@ -187,22 +187,34 @@ static inline bool file_exists(const char* path) {  // something that can be rea
     return stat(path, &st) == 0 && !S_ISDIR(st.st_mode);
 }
 
-// Threads that wait for others must not spin for long: on a machine with other work they take the core from the very
-// thread that they wait for. Here they do so a thousand times, some 40 us, and sleep then. On an idle machine that is
-// as fast as libgomp's own 300,000 (decoding of 25m, 300m), where none at all costs up to half; on a busy one it is 5
-// to 15 times as fast. libgomp reads its environment before main, so the program starts itself once more with it. Not
-// where the user has set how threads wait, nor where it cannot start again: under qemu-user, when its file was
-// replaced, by way of the loader (ld.so PROGRAM).
-static inline void bound_spinning(char** argv) {
+// Of OpenBLAS, where the program is linked with it; else NULL.
+#ifdef __cplusplus
+extern "C" void openblas_set_num_threads(int) __attribute__((weak));
+#else
+extern void openblas_set_num_threads(int) __attribute__((weak));
+#endif
+
+// What libraries read from the environment before main, so that the program starts itself once more with it. Not where
+// it cannot start again: under qemu-user, when its file was replaced, by way of the loader (ld.so PROGRAM).
+// - Threads that wait for others must not spin for long: on a machine with other work they take the core from the very
+//   thread that they wait for. Here they do so a thousand times, some 40 us, and sleep then. On an idle machine that is
+//   as fast as libgomp's own 300,000 (decoding of 25m, 300m), where none at all costs up to half; on a busy one it is 5
+//   to 15 times as fast. Where the user has set how threads wait, that holds.
+// - OpenBLAS starts a thread for each core, for which there is no use here: the products are shared out among our own.
+//   Under a limit on memory (ulimit -v) each of them tries for ever to map 128 MiB, and exit() waits for them.
+static inline void settle_threads(char** argv) {
     static const char* const settings[] = {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "KMP_LIBRARY"};
     char path[PATH_SIZE];
-    for (size_t i = 0; i < sizeof settings / sizeof *settings; i++) {
-        if (getenv(settings[i])) { return; }
-    }
+    bool bound = false;
+    for (size_t i = 0; i < sizeof settings / sizeof *settings; i++) { bound = bound || getenv(settings[i]); }
+    const char* blas = openblas_set_num_threads ? getenv("OPENBLAS_NUM_THREADS") : "1";
+    bool one = blas && !strcmp(blas, "1");
+    if (bound && one) { return; }
     ssize_t n = readlink("/proc/self/exe", path, sizeof path - 1);
     path[n > 0 ? n : 0] = 0;
     const char* slash = strrchr(path, '/');
-    if (slash && strncmp(slash, "/ld", 3) && !setenv("GOMP_SPINCOUNT", "1000", 1) && !setenv("KMP_BLOCKTIME", "1", 1)) {
+    if (slash && strncmp(slash, "/ld", 3) && (one || !setenv("OPENBLAS_NUM_THREADS", "1", 1)) &&
+        (bound || (!setenv("GOMP_SPINCOUNT", "1000", 1) && !setenv("KMP_BLOCKTIME", "1", 1)))) {
         execv(path, argv);
     }
 }

@@ -73,7 +73,7 @@ def draw(data, out):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__)
     parser.add_argument("dir", metavar="DIR", nargs="?", help="checkpoint")
     parser.add_argument("--json", metavar="FILE", help="draw this file")
     parser.add_argument("--prompt")

@@ -294,7 +294,9 @@ def convert_back(source, out):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("source", metavar="DIR")
     parser.add_argument("out", metavar="OUT_DIR")
     parser.add_argument("--back", action="store_true", help="ours to theirs")

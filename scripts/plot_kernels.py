@@ -159,7 +159,7 @@ def draw_mixing(kind, layers, title, out):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__.split("\n\n")[0])
     parser.add_argument("checkpoint", help="checkpoint folder, or a run's folder for its newest checkpoint")
     parser.add_argument("--out", help="folder of the pictures (default: the given folder)")
     parser.add_argument("--title", help="first line of the heading (default: the checkpoint's folder)")

@@ -159,7 +159,7 @@ def split_label(text):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__.split("\n\n")[0])
     parser.add_argument("runs", nargs="+", metavar="[LABEL=]RUN", help="folder with log.jsonl, or the file")
     parser.add_argument("--out", help="PNG to write (default: curves.png in the first run's folder)")
     parser.add_argument("--title", help="heading (default: the names of the runs)")

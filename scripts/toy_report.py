@@ -94,7 +94,7 @@ def several_tasks(tasks):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__.split("\n\n")[0])
     parser.add_argument("folders", nargs="+", help="folders of tasks: nN_KIND")
     options = parser.parse_args()
     try:

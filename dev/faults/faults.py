@@ -590,7 +590,9 @@ def memory(o, verdict):
 
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(
+        allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     p.add_argument("what", choices=("calls", "kills", "memory"))
     p.add_argument("--long", action="store_true", help="every call or allocation, not a sample")
     p.add_argument("--count", type=int, default=20, help="kills (20)")

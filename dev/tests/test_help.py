@@ -29,6 +29,18 @@ class Help(unittest.TestCase):
             with self.subTest(os.path.relpath(path, ROOT)):
                 self.check(["bash" if path.endswith(".sh") else sys.executable, "./" + os.path.basename(path)], os.path.dirname(path))
 
+    def test_part_of_an_option_is_no_option(self):
+        """--hel is no --help: of no script, none of its commands and no program."""
+        commands = [["bash" if p.endswith(".sh") else sys.executable, p] for p in SCRIPTS if p.endswith(".sh") or p.endswith(".py") and b"__main__" in read_bytes(p)]
+        commands += [[sys.executable, p] for p in glob.glob(os.path.join(ROOT, "dev", "*", "*.py")) if b"ArgumentParser(" in read_bytes(p) and "/tests/" not in p]
+        commands += [[path] for path in (os.path.join(BIN, n) for n in ("train_mta", "infer_mta", "test_mta")) if os.path.exists(path)]
+        for name, parts in (("evals.py", ("lambada", "report")), ("prepare.py", ("text", "slimpajama", "verify")), ("shards.py", ("inspect", "verify"))):
+            commands += [[sys.executable, os.path.join(ROOT, "data", name), part] for part in parts]
+        for command in commands:
+            with self.subTest(os.path.relpath(command[-1], ROOT)):
+                done = subprocess.run([*command, "--hel"], capture_output=True, text=True, timeout=120, cwd="/")
+                self.assertNotEqual(done.returncode, 0, done.stdout + done.stderr)
+
     def test_programs(self):
         for name in ("train_mta", "infer_mta", "test_mta"):
             with self.subTest(name):

@@ -1192,6 +1192,44 @@ class TextIO(unittest.TestCase):
                 self.assertEqual(p.returncode, 1)
                 self.assertIn(b"260 ranks, which no known tokenizer has; add --pattern", p.stderr)
 
+    def test_another_rank_file_of_the_same_size(self):
+        """--tokenizer with as many ranks as the model's, but others: by the copy, by the manifest alone, by its name."""
+        order = list(range(256))
+        lines = [b"%s %d\n" % (base64.b64encode(bytes([b])), i) for i, b in enumerate(order)]
+        ranks, other = b"".join(lines), b"".join(b"%s %d\n" % (base64.b64encode(bytes([b])), i) for i, b in enumerate(order[::-1]))
+        with open(os.path.join(self.dir, "config.json")) as f:
+            config = json.load(f)
+        where, given = tempfile.mkdtemp(dir=self.tmp.name), os.path.join(self.tmp.name, "given.tiktoken")
+        copy = os.path.join(where, "gpt2.tiktoken")
+        with open(os.path.join(where, "config.json"), "w") as f:
+            json.dump(dict(config, tokenizer="gpt2.tiktoken", tokenizer_pattern="gpt2", vocab_size=1000), f)
+
+        def tokenize(text, *more):
+            with open(given, "wb") as f:
+                f.write(text)
+            args = [where, "--tokenize", "--tokenizer", given, "--pattern", "gpt2", *more]
+            return run(args, stdin=b'{"text": "a"}\n', check=False)
+
+        def refused(p, words):
+            self.assertEqual((p.returncode, p.stdout, p.stderr.count(b"\n")), (1, b"", 1), p.stderr)
+            self.assertIn(words, p.stderr)
+
+        self.assertEqual(tokenize(other).returncode, 0)  # nothing is known
+        with open(copy, "wb") as f:
+            f.write(ranks)
+        refused(tokenize(other), b"but the model was trained with gpt2.tiktoken of")
+        refused(tokenize(ranks + b"\n"), b"but the model was trained with gpt2.tiktoken of")
+        self.assertEqual(tokenize(ranks).stdout, b"97\n")
+        self.assertEqual(tokenize(other, "--no-verify").stdout, b"158\n")
+        os.remove(copy)
+        with open(os.path.join(where, "manifest.json"), "w") as f:
+            json.dump({"step": 1, "files": {"gpt2.tiktoken": {"bytes": len(ranks), "crc32": zlib.crc32(ranks)}}}, f)
+        refused(tokenize(other), b"but the model was trained with gpt2.tiktoken of")
+        self.assertEqual(tokenize(ranks).stdout, b"97\n")
+        refused(tokenize(ranks, "--pattern", "llama3"), b"split as llama3, but the model was trained with gpt2")
+        os.remove(os.path.join(where, "manifest.json"))
+        refused(tokenize(ranks, "--pattern", "llama3"), b"split as llama3, but the model was trained with gpt2")
+
     def on_a_terminal(self, prompt, **locale):
         import pty
 

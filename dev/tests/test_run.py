@@ -792,6 +792,33 @@ class Tokenizers(Trainer):
         self.run_ok(out, dict(toy, **{"--vocab-size": 259, "--steps": 1}))
         self.refused(("toy", "bytes"), dict(other, **{"--init-from": checkpoints(out)[-1], "--vocab-size": 259}))
 
+    def test_the_tokenizer_that_the_weights_were_trained_with(self):
+        """--tokenizer and --pattern beside --init-from and --resume: another pattern or rank file is refused."""
+        ranked, out = dict(self.shards("u", None, 257), **{"--vocab-size": 257}), self.out()
+        self.ranks("u"), self.ranks("u2", 9)
+        good = dict(ranked, **{"--tokenizer": self.path("u/r.tiktoken"), "--pattern": "gpt2"})
+        self.run_ok(out, dict(good, **{"--steps": 1}))
+        start, plain = checkpoints(out)[-1], self.out()
+        write_shard(self.path("z_train_000000.bin"), [i % 26 for i in range(400)], vocab=0)
+        for pieces, changes in ((("llama3", "trained with gpt2"), {"--pattern": "llama3"}), (("u2/r.tiktoken", "CRC-32"), {"--tokenizer": self.path("u2/r.tiktoken")}),
+                                (("toy", "trained with gpt2"), {"--tokenizer": "toy", "--pattern": None})):
+            self.refused(pieces, dict(good, **dict(changes, **{"--init-from": start, "--train": self.path("z_train_*.bin"), "--val": None})))
+            self.assert_refused(self.execute(self.arguments(out, dict(good, **dict(changes, **{"--steps": 2})), ["--resume"])), *pieces[:1])
+        self.run_ok(self.out(), dict(good, **{"--steps": 1, "--init-from": start}))
+        self.run_ok(self.out(), dict(good, **{"--steps": 1, "--init-from": start, "--tokenizer": self.path("u2/r.tiktoken")}), ["--no-verify"])
+        self.run_ok(plain, dict(good, **{"--steps": 1, "--pattern": "llama3", "--vocab-size": 600, "--train": self.path("z_train_*.bin"), "--val": None}))  # no weights: nothing to agree with
+
+    def test_a_rank_file_that_is_not_the_manifest_s(self):
+        """The checksum of the rank file that the shards were made with stands in the manifest."""
+        made = self.ranks("m")
+        data = read_bytes(self.path("m/r.tiktoken"))
+        changes = dict(self.shards("m", dict(made, bytes=len(data), crc32="%08x" % zlib.crc32(data)), 257), **{"--vocab-size": 257})
+        self.run_ok(self.out(), dict(changes, **{"--steps": 1}))
+        self.ranks("m", 9)  # the file beside the shards, spoilt
+        self.refused(["m/r.tiktoken", "manifest.json", "%08x" % zlib.crc32(data)], changes)
+        os.rename(self.path("m/r.tiktoken"), self.path("m/other"))
+        self.refused(["m/other", "manifest.json"], dict(changes, **{"--tokenizer": self.path("m/other"), "--pattern": "gpt2"}))
+
     def test_names_with_signs(self):
         """A folder or file of that very name is meant where there is one, by glob or in full, with a weight and a name."""
         for folder in ("a,b", "c[1],d", "e=3,f"):
@@ -1235,6 +1262,30 @@ class Refused(Trainer):
         self.run_ok(out, {"--steps": 4, "--save-every": 1, "--keep": 1}, ["--resume"])
         self.assertEqual([os.path.basename(c) for c in checkpoints(out)], ["step-00000004"])
         self.assertTrue(tree(away) == before)
+
+    def test_little_address_space(self):
+        """Under any ulimit -v the program ends: done, or one line (before main: what the loader or OpenBLAS says)."""
+        environment = {k: v for k, v in os.environ.items() if k not in ("OMP_WAIT_POLICY", "OPENBLAS_NUM_THREADS")}
+        children = []
+        for kib in (60000, 90000, *range(100000, 480001, 38000), 700000):
+            words = self.arguments(self.out(), {"--steps": 1, "--val": None})
+            children.append((kib, subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, cwd=self.folder,
+                                                   env=dict(environment, OMP_NUM_THREADS="2"),
+                                                   preexec_fn=lambda kib=kib: resource.setrlimit(resource.RLIMIT_AS, (kib * 1024, kib * 1024)))))
+        ended = {}
+        try:
+            for kib, child in children:
+                stderr = child.communicate(timeout=60)[1].strip()
+                ended[kib] = child.returncode
+                self.assertEqual(child.returncode == 0, stderr == "", (kib, child.returncode, stderr))
+                if stderr.startswith(NAME + ": out of memory"):
+                    self.assertEqual((child.returncode, stderr.count("\n")), (1, 0), (kib, stderr))
+        finally:
+            for _, child in children:
+                child.kill()
+        self.assertEqual(ended[700000], 0)
+        if NAME == "train_mta":
+            self.assertIn(1, ended.values())
 
     def test_full_disk(self):
         """A file size limit stands for a full disk: one line, no half checkpoint, the one before stays good."""

@@ -438,7 +438,9 @@ def check_long_runs(checker, tokenizers):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--full", action="store_true", help="1,000,000 strings and 100 MB of text")
     parser.add_argument("--strings", type=int, help="random strings, default 8000")
     parser.add_argument("--text-mb", type=float, help="MB of this machine's text, default 4")

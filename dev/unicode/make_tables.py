@@ -73,7 +73,9 @@ def categories_from_module(version):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--ucd", help="UnicodeData.txt of that version; default: the package unicodedata2")
     parser.add_argument("--unicode-version", default="16.0.0")
     args = parser.parse_args()
