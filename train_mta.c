@@ -26,6 +26,7 @@
 #ifdef __clang__
 // Without -ffast-math clang cannot vectorise a maximum, and warns that it cannot.
 #pragma clang diagnostic ignored "-Wpass-failed"
+#pragma clang diagnostic ignored "-Wsign-compare"  // clang 14 compares so in its own code for a taskloop
 #endif
 #include <assert.h>
 #include <math.h>
