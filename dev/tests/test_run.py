@@ -495,6 +495,20 @@ class Resume(Trainer):
         self.assertNotIn("changed on --resume: matmul", again.stdout)
         self.assertNotIn("rounded to bf16", self.run_ok(self.out(), {"--steps": 1}).stdout)
 
+    def test_products_that_cannot_be(self):
+        """--matmul bf16 where oneDNN finds no bf16 instructions (it is told of an older processor), and in a build without oneDNN: one line."""
+        if NAME != "train_mta":
+            self.skipTest("of the CPU trainer")
+        words = [BINARY, "--model", "1m", "--dry-run", "--matmul", "bf16"]
+        done = subprocess.run(words, capture_output=True, text=True, env=dict(os.environ, ONEDNN_MAX_CPU_ISA="AVX2"), timeout=TIMEOUT)
+        if "no oneDNN" not in done.stderr:
+            self.assert_refused(done, "--matmul bf16", "no bf16 instructions")
+        without = os.path.join(self.folder, "train_mta")
+        subprocess.run([os.environ.get("CC", "cc"), "-std=gnu11", "-w", "-fopenmp", '-DMTA_VERSION="0"', os.path.join(ROOT, "train_mta.c"), "-o", without, "-lm"],
+                       check=True, capture_output=True)
+        self.assert_refused(self.execute([without] + words[1:]), "--matmul bf16", "no oneDNN")
+        self.assertEqual(self.execute([without, "--model", "1m", "--dry-run", "--matmul", "fp32"]).returncode, 0)
+
     def changed(self, done):
         return [line[len("changed on --resume: "):] for line in done.stdout.splitlines() if line.startswith("changed on --resume: ")]
 
