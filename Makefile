@@ -58,13 +58,13 @@ help:
 	@echo "       oneDNN         $(or $(ONEDNN_LINK),none: no --matmul bf16 on the CPU (Debian: libdnnl-dev))"
 	@echo "       CUDA toolkit   $(or $(shell $(NVCC) --version 2>/dev/null | grep -o 'release [0-9.]*'),none: no train_mta_cuda here)"
 
-train_mta: build/train_mta.o
+train_mta: build/train_mta.o build/commit.o
 	$(CC) $(CFLAGS) $^ -o $@ $(BLAS_LINK) $(ONEDNN_LINK) $(LDLIBS)
 
 infer_mta: build/infer_mta.o
 	$(CC) $(CFLAGS) $^ -o $@ $(BLAS_LINK) $(LDLIBS)
 
-train_mta_cuda: build/train_mta_cuda.o
+train_mta_cuda: build/train_mta_cuda.o build/commit.o
 	$(NVCC) $(NVCC_CODE) -Xcompiler -fopenmp $^ -o $@ $(CUDA_LINK)
 
 # The tests hold train_mta.c twice: in fp32 behind its table, and in double inside test_mta.c for finite differences.

@@ -1889,17 +1889,19 @@ static double matmul_rate(bool bf16) {
 
 // Prints the plan; refuses one that this machine cannot hold, since the kernel would end the program without a word.
 static void print_plan(Run* r) {
-    char device[64];
+    char device[128], name[96];
     MemoryPlan p = model_memory(&r->config, r->batch_size, r->seq_len, !options_evaluate(r->options));
     const PlanRow rows[] = {{"weights fp32", p.weights},    {"gradients", p.gradients}, {"optimizer m, v", p.optimizer},
                             {"activations", p.activations}, {"scratch", p.scratch},     {"rounded to bf16", p.rounded}};
     bool bf16 = r->trainer == trainer_cpu_bf16();
     int n = (int)(sizeof rows / sizeof rows[0]) - !bf16;
-    snprintf(device, sizeof device, "%d threads", omp_get_max_threads());
-    double total = train_print_plan(r, device, matmul_rate(bf16), rows, n), available = (double)memory_available();
-    if (!r->options->dry_run && available > 0 && total > available) {
+    snprintf(device, sizeof device, "%s, %d threads", cpu_name(name, sizeof name), omp_get_max_threads());
+    PlanMachine machine = {device, matmul_rate(bf16), (double)memory_available()};
+    double total = train_print_plan(r, &machine, rows, n);
+    r->measure = matmul_rate;
+    if (!r->options->dry_run && machine.available > 0 && total > machine.available) {
         die("memory: the plan needs %.1f GiB, %.1f are available; try a smaller --batch-size or --seq-len",
-            total / 1073741824, available / 1073741824);
+            total / 1073741824, machine.available / 1073741824);
     }
 }
 

@@ -4121,8 +4121,11 @@ static void print_plan(Run* r) {
                              p.optimizer},
                             {"activations", p.activations},
                             {"scratch", p.scratch}};
-    train_print_plan(r, found ? device.name : "no GPU", found ? matmul_rate(&device) : 0, rows,
-                     (int)(sizeof rows / sizeof rows[0]));
+    size_t available = 0, total = 0, reserve = (size_t)MEMORY_RESERVE_MIB << 20;
+    if (found) { cudaCheck(cudaMemGetInfo(&available, &total)); }
+    size_t room = available > reserve ? available - reserve : 0;
+    PlanMachine machine = {found ? device.name : "no GPU", found ? matmul_rate(&device) : 0, (double)room};
+    train_print_plan(r, &machine, rows, (int)(sizeof rows / sizeof rows[0]));
     int fused = 0, layers = r->config.num_hidden_layers;
     for (int l = 0; l < layers; l++) { fused += flash_serves(&r->config, l, chunk); }
     printf("attention   fused in %d of %d layers", fused, layers);
@@ -4132,11 +4135,9 @@ static void print_plan(Run* r) {
         printf("device      no GPU found\n");
         return;
     }
-    size_t available = 0, total = 0, reserve = (size_t)MEMORY_RESERVE_MIB << 20;
-    cudaCheck(cudaMemGetInfo(&available, &total));
     printf("device      %s, %.1f MiB free of %.1f; the largest micro-batch that fits: %d\n", device.name,
            (double)available / 1048576, (double)total / 1048576,
-           largest_batch(&r->config, r->seq_len, chunk, recompute, available > reserve ? available - reserve : 0));
+           largest_batch(&r->config, r->seq_len, chunk, recompute, room));
     fflush(stdout);
 }
 

@@ -28,6 +28,15 @@ build/flags_%: FORCE
 	@mkdir -p build
 	@echo '$(filter-out -Werror,$(FLAGS_$*))' | cmp -s - $@ || echo '$(filter-out -Werror,$(FLAGS_$*))' > $@
 
+# The commit, which a run's log names; with a plus where files differ from it. Linked, not compiled in: a commit compiles nothing again.
+COMMIT = $(or $(shell git describe --always --abbrev=12 --exclude='*' --dirty=+ 2>/dev/null),unknown)
+build/commit.c: FORCE
+	@mkdir -p build
+	@echo 'const char* mta_commit(void); const char* mta_commit(void) { return "$(COMMIT)"; }' | cmp -s - $@ || \
+	    echo 'const char* mta_commit(void); const char* mta_commit(void) { return "$(COMMIT)"; }' > $@
+build/commit.o: build/commit.c
+	@$(CC) $(CFLAGS) -c $< -o $@
+
 # A trainer as the tests link it: the same object, whose main gives way to theirs.
 OBJCOPY = $(shell $(CC) -print-prog-name=objcopy)
 %_library.o: %.o

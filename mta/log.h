@@ -1,6 +1,25 @@
 // mta/log.h: what a run leaves behind (DIR/log.jsonl) and what it shows on the way (a progress line).
 //
-// The log is one JSON object per line and event. Each line is one write(2) to a file opened for appending, so that a
+// The log is one JSON object per line and event. All have
+//   event, step, and time: seconds since 1970 (UTC) when the line was written
+// start     a run, or its resumption: parameters, tokens_per_step, seq_len, flops_per_token (as MFU counts them) and
+//           flops_per_second (the peak that mfu is of, 0 = not known), date, host, device, program, version, commit
+//           ("unknown" where it was built without git), config (as in config.json), arguments; changed: a list of what
+//           --resume has found to be another value than before
+// step      loss (nats per counted target), grad_norm (before clipping), lr, tokens (seen so far), tokens_per_s, mfu (0
+// to
+//           1), skipped (updates so far); sources: tokens of each source, where there are several
+// val       a set of --val: name, loss, perplexity, tokens (counted); bits_per_byte where manifest.json tells the
+// bytes;
+//           error (0 to 1) of sequences where the set has a mask
+// val_mean  behind several of them: sets, and the means over the sets of loss, perplexity, bits_per_byte
+// sample    text
+// save      seconds, path; timed: true where --save-minutes made it
+// damaged   a newer checkpoint that a resume has passed over: reason
+// disk full removed: the step of the checkpoint that gave way
+// score     of --score: seconds, file
+// stop      reason (done, signal, not finite), seconds since the start
+// A value that is not finite is null. Each line is one write(2) to a file opened for appending, so that a
 // crash leaves whole lines, or one torn line at the end, which the next --resume cuts together with every line of a
 // step after the resumed one. The progress line overwrites itself on a terminal and becomes ordinary lines elsewhere (a
 // file, a pipe, TERM=dumb); colours are left out there and where NO_COLOR is set (no-color.org).
@@ -9,6 +28,7 @@
 #include "util.h"
 #include "json.h"
 #include <sys/ioctl.h>
+#include <time.h>
 
 // ---------------------------------------------------------------------------------------------------------------------
 // log.jsonl
@@ -74,15 +94,17 @@ static inline bool runlog_open(RunLog* log, const char* run_dir, long resume_ste
     return true;
 }
 
-// Appends one object (no newline in it). A write that fails (a full disk) leaves no torn line, is reported once on
-// stderr, and returns false: the run goes on, since its checkpoints matter more than its log.
+// Appends one object (no newline in it), to which it adds the time. A write that fails (a full disk) leaves no torn
+// line, is reported once on stderr, and returns false: the run goes on, since its checkpoints matter more than its log.
 static inline bool runlog_line(RunLog* log, const char* json_object) {
     if (log->fd < 0) { return false; }
     size_t n = strlen(json_object);
     Text line;
     memset(&line, 0, sizeof(line));
-    text_append(&line, json_object, n);
-    text_append(&line, "\n", 1);
+    struct timespec now;
+    clock_gettime(CLOCK_REALTIME, &now);
+    text_append(&line, json_object, n - 1);  // all but its closing brace
+    text_printf(&line, ", \"time\": %lld.%03ld}\n", (long long)now.tv_sec, now.tv_nsec / 1000000);
     ssize_t put = write(log->fd, line.text, line.n);
     bool whole = put == (ssize_t)line.n;
     if (!whole && !log->warned) {
@@ -177,8 +199,12 @@ static inline void progress_break(Progress* p) {
 
 // 93784 s as "1d 02:03", 3723 s as "1:02:03", 83 s as "1:23".
 static inline const char* format_duration(double seconds, char* out, size_t n) {
-    if (!(seconds >= 0 && seconds < 1e9)) {
+    if (!(seconds >= 0 && seconds < 1e15)) {
         snprintf(out, n, "?");
+        return out;
+    }
+    if (seconds >= 1e9) {
+        snprintf(out, n, "%.0f years", seconds / (365.25 * 86400));
         return out;
     }
     long s = (long)(seconds + 0.5);

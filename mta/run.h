@@ -15,6 +15,16 @@
 #include <signal.h>
 #include <sys/file.h>
 #include <sys/statvfs.h>
+#include <time.h>
+
+// The commit that was built: the Makefile links it in where git is there, build/commit.o.
+#ifdef __cplusplus
+extern "C" {
+#endif
+const char* mta_commit(void) __attribute__((weak));
+#ifdef __cplusplus
+}
+#endif
 
 // Exit statuses of the trainers.
 enum { EXIT_DONE = 0, EXIT_USER_ERROR = 1, EXIT_NOT_FINITE = 3, EXIT_STOPPED = 75 };
@@ -77,6 +87,9 @@ typedef struct {
     int lock;            // descriptor that holds the run's lock, -1 = none
     int answers;         // --score: standard output as the program got it, see run_divert_output
     double flops_per_token, flops_per_second;  // for MFU: the model's, and the machine's peak as the trainer states it
+    double (*measure)(bool bf16);              // measures that peak again, NULL = it is not measured
+    char device[128];                          // the machine's name for it
+    char length[160];                          // how --tokens or --epochs became steps, for the plan
     double started;                            // seconds_now() when training began
     double training_seconds;                   // in train_step since then: what tokens/s and ETA are of
     int64_t first_step;
@@ -370,10 +383,66 @@ static inline void run_configure(Run* r) {
 
 // ---- options into a run
 
+// Tokens of all windows of --train.
+static inline double run_epoch_tokens(const Run* r) {
+    Loader l;
+    Error e = {{0}};
+    if (!r->options->train) { die("--epochs: wanted --train beside it, whose tokens it counts"); }
+    if (!loader_open(&l, r->options->train, r->seq_len, r->config.vocab_size, 0, &e)) { die("--train: %s", e.text); }
+    double tokens = (double)loader_windows(&l) * r->seq_len;
+    loader_close(&l);
+    return tokens;
+}
+
+// The steps of the run that is resumed, as its checkpoint's trainer.json says; -1 = it does not.
+static inline int64_t run_saved_steps(const Run* r) {
+    char path[PATH_SIZE], *text;
+    size_t n;
+    Error e = {{0}};
+    int64_t steps = -1;
+    path_join(path, sizeof path, r->resume_dir, "trainer.json");
+    if (!r->resume_dir[0] || !read_file(path, (size_t)16 << 20, &text, &n, &e)) { return -1; }
+    Json* j = json_parse(text, n, &e);
+    free(text);
+    if (!json_integer(json_get(j, "steps"), 0, INT64_MAX, &steps)) { steps = -1; }
+    json_free(j);
+    return steps;
+}
+
+// How long the run is: --steps, --tokens or --epochs, the last two rounded up to whole steps; two that differ are
+// refused.
+static inline void run_settle_length(Run* r) {
+    const TrainOptions* o = r->options;
+    double step = (double)r->tokens_per_step, epoch = o->epochs > 0 ? run_epoch_tokens(r) : 0;
+    const struct {
+        const char* option;
+        double given, tokens;
+    } lengths[] = {{"--tokens", o->tokens, o->tokens}, {"--epochs", o->epochs, o->epochs * epoch}};
+    const char* by = "--steps";
+    r->steps = o->steps;
+    for (int i = 0; i < 2; i++) {
+        if (!(lengths[i].given > 0)) { continue; }
+        double exact = lengths[i].tokens / step;
+        int64_t steps = (int64_t)ceil(exact * (1 - 1e-12));  // 0.1 of 30 steps are 3, whatever the last bit says
+        if (r->steps >= 0 && steps != r->steps) {
+            die("%s %.15g is %lld steps of %lld tokens, %s says %lld; give one of them", lengths[i].option,
+                lengths[i].given, (long long)steps, (long long)r->tokens_per_step, by, (long long)r->steps);
+        }
+        r->steps = steps;
+        by = lengths[i].option;
+        char epochs[64] = "";
+        if (i) { snprintf(epochs, sizeof epochs, " of %.15g tokens", epoch); }
+        snprintf(r->length, sizeof r->length, " (%s %.15g%s: %.10g steps%s)", by, lengths[i].given, epochs, exact,
+                 (double)steps - exact > 1e-6 ? ", rounded up" : "");
+    }
+    if (r->steps < 0) { r->steps = run_saved_steps(r); }
+    if (r->steps < 0) { r->steps = 1000; }
+}
+
 // The sizes of a step, the learning rate, when things are due.
 static inline void run_settle_steps(Run* r) {
     const TrainOptions* o = r->options;
-    int64_t T = r->seq_len, tenth = o->steps / 10;
+    int64_t T = r->seq_len;
     r->tokens_per_step = o->tokens_per_step ? o->tokens_per_step : T * o->batch_size;
     if (r->tokens_per_step % T || r->tokens_per_step / T > (1 << 24)) {
         die("--tokens-per-step: got %lld, wanted a multiple of --seq-len %lld, at most %d sequences",
@@ -385,11 +454,12 @@ static inline void run_settle_steps(Run* r) {
         die("--batch-size: %d sequences of %lld are %lld tokens at once, wanted at most %d", r->batch_size,
             (long long)T, (long long)T * r->batch_size, INT32_MAX);
     }
+    if (!options_evaluate(o)) { run_settle_length(r); }
+    int64_t tenth = r->steps / 10;
     Schedule schedule = {o->schedule, r->schedule.lr, o->min_lr, o->warmup,
-                         o->schedule_steps ? o->schedule_steps : o->steps};
+                         o->schedule_steps ? o->schedule_steps : r->steps};
     r->schedule = schedule;
     if (o->min_lr > schedule.lr) { die("--min-lr: got %g, wanted at most --lr %g", o->min_lr, schedule.lr); }
-    r->steps = o->steps;
     r->eval_every = o->eval_every >= 0 ? o->eval_every : tenth > 0 ? tenth : 1;
 }
 
@@ -633,7 +703,7 @@ static inline int run_settings(const Run* r, RunSetting* s) {
     const TrainOptions* o = r->options;
     const RunSetting all[] = {{"steps", (double)r->steps, NULL},
                               {"tokens_per_step", (double)r->tokens_per_step, NULL},
-                              {"batch_size", r->batch_size, NULL},
+                              {"batch_size", (double)r->batch_size, NULL},
                               {"lr", r->schedule.lr, NULL},
                               {"min_lr", r->schedule.min_lr, NULL},
                               {"schedule", 0, r->schedule.kind},
@@ -788,6 +858,15 @@ static inline Step run_load_step(Run* r) {
     return s;
 }
 
+// The peak that MFU is of, where the trainer measures it: its best product so far. Measured again after 1, 2, 4, 8, ...
+// steps: at the start other programs may have been in the way.
+static inline void run_measure(Run* r) {
+    int64_t n = r->step - r->first_step;
+    if (!r->measure || n < 1 || (n & (n - 1))) { return; }
+    double now = r->measure(!r->trainer->exact);
+    if (now > r->flops_per_second) { r->flops_per_second = now; }
+}
+
 // Counts a finished step of so many seconds, writes its log line, shows progress.
 static inline void run_log_step(Run* r, const StepResult* s, double lr, double seconds) {
     char line[512], eta[32], rate_text[32];
@@ -859,6 +938,22 @@ static inline void run_log_passed_over(Run* r) {
     }
 }
 
+// Where a run was made, and by what.
+static inline void run_log_origin(const Run* r, Text* t) {
+    char host[256] = "unknown", date[64];
+    time_t now = time(NULL);
+    struct tm utc;
+    gethostname(host, sizeof host - 1);
+    strftime(date, sizeof date, "%Y-%m-%dT%H:%M:%SZ", gmtime_r(&now, &utc));
+    const char* const origin[][2] = {{"date", date},           {"host", host},
+                                     {"device", r->device},    {"program", program_invocation_short_name},
+                                     {"version", MTA_VERSION}, {"commit", mta_commit ? mta_commit() : "unknown"}};
+    for (size_t i = 0; i < sizeof origin / sizeof origin[0]; i++) {
+        text_printf(t, ", \"%s\": ", origin[i][0]);
+        text_json_string(t, origin[i][1], strlen(origin[i][1]));
+    }
+}
+
 // Opens the log; only here, where the model has been read: a run that cannot start leaves none in the way of the next.
 static inline void run_log_start(Run* r, size_t parameters) {
     Text t = {NULL, 0, 0}, config = {NULL, 0, 0};
@@ -879,8 +974,11 @@ static inline void run_log_start(Run* r, size_t parameters) {
     }
     text_printf(&t,
                 "{\"event\": \"start\", \"step\": %lld, \"parameters\": %zu, \"tokens_per_step\": %lld, \"seq_len\": "
-                "%d, \"flops_per_token\": %.17g, \"config\": ",
-                (long long)r->step, parameters, (long long)r->tokens_per_step, r->seq_len, r->flops_per_token);
+                "%d, \"flops_per_token\": %.17g, \"flops_per_second\": %.17g",
+                (long long)r->step, parameters, (long long)r->tokens_per_step, r->seq_len, r->flops_per_token,
+                r->flops_per_second);
+    run_log_origin(r, &t);
+    text_printf(&t, ", \"config\": ");
     text_append(&t, config.text, config.n);
     text_printf(&t, ", \"arguments\": [");
     for (int i = 1; i < r->options->argc; i++) {

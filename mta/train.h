@@ -1,90 +1,14 @@
 // mta/train.h: one training run, for the CPU and the CUDA trainer alike (mta/trainer.h is the table of either):
-// initialisation or resume, the loop, evaluation, scoring, samples, checkpoints, and the plan that is printed before.
+// initialisation or resume, the loop, evaluation, scoring, samples, checkpoints. mta/plan.h prints the plan before.
 // The model and its step are in train_mta.c and train_mta.cu.
 #ifndef MTA_TRAIN_H
 #define MTA_TRAIN_H
 
 #include "run.h"  // first: it defines _GNU_SOURCE, which must stand before the first header of libc
 
+#include "plan.h"
 #include "random.h"
 #include "score.h"
-
-// ---------------------------------------------------------------------------------------------------------------------
-// The plan
-
-// Floating-point operations of training on one token, as MFU counts them (MODEL.md, What a step costs): 6 per parameter
-// that is multiplied (the classifier counts, tied or not; looking up an embedding does not) and three times the causal
-// half of the attention products; no convolution, no mixing.
-static inline double model_flops_per_token(const Config* c, int T) {
-    double C = c->hidden_size, KV = (double)c->num_key_value_heads * config_head_size(c), FF = c->intermediate_size;
-    double parameters = c->num_hidden_layers * (2 * C * C + 2 * C * KV + 3 * C * FF) + C * c->vocab_size;
-    return 6 * parameters + 3.0 * c->num_hidden_layers * 2 * C * T;
-}
-
-// 876563136 -> "876,563,136"
-static inline const char* format_grouped(uint64_t x, char* out, size_t n) {
-    char digits[32];
-    size_t length = (size_t)snprintf(digits, sizeof digits, "%llu", (unsigned long long)x), used = 0;
-    for (size_t i = 0; i < length && used + 2 < n; i++) {
-        if (i && (length - i) % 3 == 0) { out[used++] = ','; }
-        out[used++] = digits[i];
-    }
-    out[used] = 0;
-    return out;
-}
-
-typedef struct {
-    const char* name;
-    size_t bytes;
-} PlanRow;
-
-// Prints what the run will be before anything is allocated. flops_per_second: the device's peak as the trainer states
-// it, 0 = not known. Returns the bytes of all rows.
-static inline double train_print_plan(Run* r, const char* device, double flops_per_second, const PlanRow* rows, int n) {
-    const TrainOptions* o = r->options;
-    const Config* c = &r->config;
-    TensorList list;
-    char grouped[32], time[32], count[32];
-    size_t total = 0;
-    tensor_list(&list, c);
-    r->flops_per_token = model_flops_per_token(c, r->seq_len);
-    r->flops_per_second = flops_per_second;
-    printf("model       %s, attention %s: %d layers, %d channels, %d heads of %d, vocabulary %d\n",
-           o->model ? o->model : "from the checkpoint",
-           config_is_plain(c)                    ? "transformer"
-           : o->attention                        ? o->attention
-           : c->attention_type == ATTENTION_DIFF ? "diff"
-                                                 : "mta",
-           c->num_hidden_layers, c->hidden_size, c->num_attention_heads, config_head_size(c), c->vocab_size);
-    printf("parameters  %zu (%s)\n", list.parameters, format_grouped(list.parameters, grouped, sizeof grouped));
-    for (int i = 0; i < n; i++) {
-        if (!rows[i].bytes) { continue; }  // gradients and optimizer of an evaluation
-        printf("%-11s %-22s %10.1f MiB\n", i ? "" : "memory", rows[i].name, (double)rows[i].bytes / 1048576);
-        total += rows[i].bytes;
-    }
-    printf("%-11s %-22s %10.1f MiB\n", "", "total", (double)total / 1048576);
-    if (options_evaluate(o)) {
-        printf("at once     %d sequences of %d\n", r->batch_size, r->seq_len);
-        fflush(stdout);
-        tensor_list_free(&list);
-        return (double)total;
-    }
-    printf("step        %d sequences of %d = %s tokens, %d at once\n", r->windows, r->seq_len,
-           format_grouped((uint64_t)r->tokens_per_step, grouped, sizeof grouped), r->batch_size);
-    double all = (double)r->steps * (double)r->tokens_per_step, rate = r->flops_per_second / r->flops_per_token / 2;
-    if (o->warmup > r->steps) {
-        printf("warmup      %lld steps, the run has %lld: the learning rate stays below --lr\n", (long long)o->warmup,
-               (long long)r->steps);
-    }
-    printf("run         %lld steps, %s tokens\n", (long long)r->steps, format_count(all, count, sizeof count));
-    if (r->flops_per_second > 0) {
-        printf("time        about %s at half of this machine's matrix products (%s, %.0f GFLOP/s)\n",
-               format_duration(all / rate, time, sizeof time), device, r->flops_per_second * 1e-9);
-    }
-    fflush(stdout);
-    tensor_list_free(&list);
-    return (double)total;
-}
 
 // ---------------------------------------------------------------------------------------------------------------------
 // The start: weights at random, from --init-from, or everything from the checkpoint that is resumed
@@ -479,6 +403,7 @@ static inline int train(Run* r) {
     run_log_start(r, r->trainer->tensors(r->model)->parameters);
     if (o->eval_first && !r->step) { evaluate(r); }
     while (run_goes_on(r) && take_step(r)) {
+        run_measure(r);
         if (run_due(r, r->eval_every) || r->step == r->steps) { evaluate(r); }
         if (run_due(r, o->sample_every)) { sample(r); }
         bool due = run_due(r, o->save_every);

@@ -14,6 +14,7 @@ typedef struct {
     // training
     int seq_len, batch_size, cuda_graphs;
     int64_t tokens_per_step, steps, schedule_steps, warmup, seed;
+    double tokens, epochs;  // lengths of the run, 0 = not given
     double lr, min_lr, beta1, beta2, eps, weight_decay, grad_clip;
     // reports
     int64_t eval_every, eval_windows, save_every, keep, sample_every, sample_tokens, log_every;
@@ -33,7 +34,7 @@ static inline TrainOptions options_default(void) {
     o.recompute = "none";
     o.batch_size = 4;
     o.cuda_graphs = 1;
-    o.steps = 1000;
+    o.steps = -1;  // not given
     o.warmup = 50;
     o.seed = 1;
     o.beta1 = 0.9;
@@ -126,7 +127,11 @@ static inline void train_options_table(Opt* table, TrainOptions* o) {
     ROW("--tokens-per-step", OPT_LONG, &o->tokens_per_step, NULL,
         "tokens of an optimizer step (default: batch size x sequence length)", 1, any)
     HEADING("Training (AdamW; the paper's recipe unless said otherwise)")
-    ROW("--steps", OPT_LONG, &o->steps, NULL, "optimizer steps in all", 0, any)
+    ROW("--steps", OPT_LONG, &o->steps, NULL,
+        "optimizer steps in all (default: those of the run that --resume continues, else 1000)", 0, any)
+    ROW("--tokens", OPT_FLOAT, &o->tokens, NULL, "the same as tokens, rounded up to whole steps; 1e9 will do", 1, 1e15)
+    ROW("--epochs", OPT_FLOAT, &o->epochs, NULL, "the same as times all of --train, rounded up to whole steps", 1e-9,
+        1e9)
     ROW("--lr", OPT_FLOAT, &o->lr, NULL, "peak learning rate (default: the preset's; 1.5e-4 for 880m)", 0, 1e3)
     ROW("--schedule", OPT_CHOICE, &o->schedule, "linear|cosine|constant|wsd",
         "learning rate after warmup; wsd: constant, the last fifth linear", 0, 0)

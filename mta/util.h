@@ -131,6 +131,23 @@ static inline size_t memory_available(void) {
     return kib * 1024;
 }
 
+// What the processor calls itself, where the kernel tells.
+static inline const char* cpu_name(char* out, size_t n) {
+    char line[512];
+    FILE* f = fopen("/proc/cpuinfo", "r");
+    snprintf(out, n, "CPU");
+    while (f && fgets(line, sizeof line, f)) {
+        char* name = strncmp(line, "model name", 10) ? NULL : strchr(line, ':');
+        if (!name) { continue; }
+        name += 1 + strspn(name + 1, " ");
+        name[strcspn(name, "\n")] = 0;
+        snprintf(out, n, "%.*s", (int)n - 1, name);
+        break;
+    }
+    if (f) { fclose(f); }
+    return out;
+}
+
 // ---------------------------------------------------------------------------------------------------------------------
 // CRC-32 of zlib (polynomial 0xEDB88320), 16 bytes at a time: a table per byte position (Kounavis and Berry,
 // "slicing").

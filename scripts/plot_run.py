@@ -3,9 +3,10 @@
 
     data/.venv/bin/python scripts/plot_run.py runs/text --out curves.png
     data/.venv/bin/python scripts/plot_run.py mta=runs/mta_1 mta=runs/mta_2 plain=runs/plain_1 plain=runs/plain_2 --title "Toy task"
+    data/.venv/bin/python scripts/plot_run.py runs/mta runs/plain --x hours
 
-A run is a folder with log.jsonl, or such a file; LABEL= in front of it names it. Runs of one label (seeds) share a colour. numpy and
-matplotlib are needed.
+A run is a folder with log.jsonl, or such a file; LABEL= in front of it names it. Runs of one label (seeds) look the same. Of several validation sets
+each has its colour, and the mean is black; several runs are then told apart by dashes. numpy and matplotlib are needed.
 """
 import argparse
 import json
@@ -16,14 +17,21 @@ try:
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    import matplotlib.ticker
     import numpy as np
     missing = None
 except ImportError as error:  # --help works without; main() says what is missing
     missing = (f"plot_run.py: {error}; python3 -m venv data/.venv && data/.venv/bin/pip install numpy matplotlib, then run it with "
               "data/.venv/bin/python")
 
-COLOURS = ["#c1272d", "#0000a7", "#008176", "#eecc16", "#7b3294", "#555555", "#e66101", "#1b9e77"]
+DASHES = ["-", "--", ":", "-."]
 LN2 = 0.6931471805599453
+AXES = {"steps": "optimizer step", "tokens": "tokens", "hours": "hours"}
+
+
+def colour_of(i):
+    """Ten that tell apart, then their ten lighter ones."""
+    return plt.get_cmap("tab10")(i) if i < 10 else plt.get_cmap("tab20")(2 * (i % 10) + 1)
 
 
 def number(x):
@@ -32,12 +40,13 @@ def number(x):
 
 
 class Run:
-    """What a log says: steps (n, 2) of step and loss; val[name] (n, 3) of step, loss and error (NaN where there is none)."""
+    """What a log says: steps (n, 2) of place on the axis and loss; val[name] (n, 3) of place, loss and error (NaN where there is none);
+    mean (n, 3) of several sets."""
 
-    def __init__(self, label, path):
+    def __init__(self, label, path, x="steps"):
         self.label, self.path = label, path
         file = os.path.join(path, "log.jsonl") if os.path.isdir(path) else path
-        steps, val = {}, {}
+        steps, val, mean, places, clock = {}, {}, {}, {0: 0.0}, Clock()
         with open(file, encoding="utf-8") as f:
             for line in f:
                 try:
@@ -45,15 +54,42 @@ class Run:
                     kind, step = event.get("event"), event.get("step")
                 except (ValueError, AttributeError):
                     continue  # the torn last line of a run that was killed, or is writing
+                clock.pass_by(event)
                 if kind == "step":
                     steps[step] = number(event.get("loss"))
+                    places[step] = {"steps": step, "tokens": number(event.get("tokens")), "hours": clock.hours}[x]
                 elif kind == "val":
                     val.setdefault(str(event.get("name", "val")), {})[step] = (number(event.get("loss")), number(event.get("error")))
-        self.steps = np.array(sorted(steps.items()), dtype=float).reshape(-1, 2)
-        self.val = {name: np.array([(s, *v) for s, v in sorted(rows.items())], dtype=float) for name, rows in val.items()}
+                elif kind == "val_mean":
+                    mean[step] = (number(event.get("loss")), float("nan"))
+        if x == "steps":
+            places.update((s, s) for rows in [mean, *val.values()] for s in rows)
+        rows_of = lambda rows: np.array([(places[s], *v) for s, v in sorted(rows.items()) if s in places], dtype=float).reshape(-1, 3)
+        self.steps = np.array([(places[s], loss) for s, loss in sorted(steps.items())], dtype=float).reshape(-1, 2)
+        self.val = {name: rows_of(rows) for name, rows in val.items()}
+        self.mean = rows_of(mean)
         if not len(self.steps) and not self.val:
             raise ValueError(f"{file}: no step and no validation in this log")
+        if len(self.steps) and not np.isfinite(self.steps[:, 0]).all():
+            raise ValueError(f"{file}: its steps do not tell the {x}; --x steps is always there")
         self.bytes = is_byte_level(path)
+
+
+class Clock:
+    """Hours that a run has taken, pauses between its parts left out; of a log without times, the hours of its steps alone."""
+
+    def __init__(self):
+        self.hours, self.last, self.tokens = 0.0, None, 0.0
+
+    def pass_by(self, event):
+        if "time" in event:
+            if self.last is not None and event["event"] != "start":
+                self.hours += (event["time"] - self.last) / 3600
+            self.last = event["time"]
+        elif event.get("event") == "step":
+            tokens, rate = number(event.get("tokens")), number(event.get("tokens_per_s"))
+            self.hours += (tokens - self.tokens) / rate / 3600 if rate else 0.0
+            self.tokens = tokens
 
 
 def is_byte_level(path):
@@ -80,47 +116,63 @@ def smooth(y, width):
     return (total[hi] - total[lo]) / np.maximum(count[hi] - count[lo], 1)
 
 
+def legend(ax):
+    """Below the panel, never on the curves."""
+    handles, names = ax.get_legend_handles_labels()
+    if names:
+        columns = max(1, min(4, 56 // (max(map(len, names)) + 6)))
+        ax.legend(handles, names, loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=columns, fontsize=8, frameon=False)
+
+
+def plain(text):
+    """A name in a picture: a dollar sign begins no formula."""
+    return text.replace("$", r"\$")
+
+
 def draw_training(ax, runs, colours):
     used = set()
     for run in runs:
         if not len(run.steps):
             continue
-        step, loss = run.steps[:, 0], run.steps[:, 1]
-        width = max(1, len(step) // 50)
-        name = run.label if run.label not in used else None
+        x, loss = run.steps[:, 0], run.steps[:, 1]
+        width = max(1, len(x) // 50)
+        name = plain(run.label) if run.label not in used else None
         used.add(run.label)
         if len(runs) == 1 and width > 1:
-            ax.plot(step, loss, color=colours[run.label], alpha=0.25, linewidth=0.7)
-        ax.plot(step, smooth(loss, width), color=colours[run.label], linewidth=1.4, label=name)
+            ax.plot(x, loss, color=colours[run.label], alpha=0.25, linewidth=0.7)
+        ax.plot(x, smooth(loss, width), color=colours[run.label], linewidth=1.4, label=name)
     widths = sorted({max(1, len(r.steps) // 50) for r in runs if len(r.steps)})
     smoothed = f" (mean of {widths[-1]} steps)" if widths and widths[-1] > 1 else ""
     ax.set_ylabel("loss (nats per counted token)")
     ax.set_title("training loss" + smoothed)
-    ax.legend()
 
 
 def draw_validation(ax, runs, colours, column, scale):
-    """Column 1 is the loss, 2 the error; one line a run and set, dashes telling the sets apart."""
+    """Column 1 is the loss, 2 the error. One set: a colour for each run. Several: a colour for each set, black for their mean, dashes for the runs."""
     names = sorted({name for run in runs for name in run.val})
-    dashes = ["-", "--", ":", "-."]
+    labels = list(colours)
     used = set()
     for run in runs:
-        for name, rows in run.val.items():
+        curves = [(name, rows, colours[run.label] if len(names) == 1 else colour_of(names.index(name))) for name, rows in run.val.items()]
+        if len(names) > 1:
+            curves.append(("mean", run.mean, "black"))
+        for name, rows, colour in curves:
             good = np.isfinite(rows[:, column])
             if not good.any():
                 continue
-            label = run.label if len(names) == 1 else name if len(runs) == 1 else f"{run.label}, {name}"
-            style = dashes[names.index(name) % len(dashes)]
-            colour = colours[run.label] if len(runs) > 1 or len(names) == 1 else COLOURS[names.index(name) % len(COLOURS)]
-            ax.plot(rows[good, 0], rows[good, column] * scale, style, color=colour, marker="o", markersize=3, linewidth=1.4,
-                    label=label if label not in used else None)
+            label = run.label if len(names) == 1 else name
+            style = "-" if len(names) == 1 else DASHES[labels.index(run.label) % len(DASHES)]
+            ax.plot(rows[good, 0], rows[good, column] * scale, style, color=colour, marker="o", markersize=2.5, linewidth=2.0 if colour == "black" else 1.3,
+                    label=plain(label) if label not in used else None)
             used.add(label)
-    ax.legend()
+    if len(names) > 1 and len(labels) > 1 and used:
+        for i, label in enumerate(labels):
+            ax.plot([], [], DASHES[i % len(DASHES)], color="0.35", linewidth=1.3, label=plain(label))
 
 
-def draw(runs, title, out):
+def draw(runs, title, out, x):
     labels = list(dict.fromkeys(run.label for run in runs))
-    colours = {label: COLOURS[i % len(COLOURS)] for i, label in enumerate(labels)}
+    colours = {label: colour_of(i) for i, label in enumerate(labels)}
     panels = []
     if any(len(run.steps) for run in runs):
         panels.append("training")
@@ -128,7 +180,7 @@ def draw(runs, title, out):
         panels.append("validation")
     if any(np.isfinite(rows[:, 2]).any() for run in runs for rows in run.val.values()):
         panels.append("error")
-    figure, axes = plt.subplots(1, len(panels), figsize=(5.2 * len(panels) + 0.6, 4.2), squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(1, len(panels), figsize=(5.2 * len(panels) + 0.6, 4.8), squeeze=False, layout="constrained")
     for ax, panel in zip(axes[0], panels):
         if panel == "training":
             draw_training(ax, runs, colours)
@@ -143,9 +195,12 @@ def draw(runs, title, out):
             ax.set_ylabel("sequences with a wrong answer token (%)")
             ax.set_title("error on the test set")
             ax.set_ylim(-2, 102)
-        ax.set_xlabel("optimizer step")
+        if x == "tokens":
+            ax.xaxis.set_major_formatter(matplotlib.ticker.EngFormatter(sep=""))
+        ax.set_xlabel(AXES[x])
         ax.grid(alpha=0.25)
-    figure.suptitle(title)
+        legend(ax)
+    figure.suptitle(plain(title))
     figure.savefig(out, dpi=110)
     plt.close(figure)
 
@@ -162,15 +217,16 @@ def main():
     parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__.split("\n\n")[0])
     parser.add_argument("runs", nargs="+", metavar="[LABEL=]RUN", help="folder with log.jsonl, or the file")
     parser.add_argument("--out", help="PNG to write (default: curves.png in the first run's folder)")
+    parser.add_argument("--x", choices=list(AXES), default="steps", help="what the curves are drawn against (default: steps)")
     parser.add_argument("--title", help="heading (default: the names of the runs)")
     options = parser.parse_args()
     if missing:
         sys.exit(missing)
     try:
-        runs = [Run(*split_label(text)) for text in options.runs]
+        runs = [Run(*split_label(text), options.x) for text in options.runs]
         first = runs[0].path if os.path.isdir(runs[0].path) else os.path.dirname(runs[0].path)
         out = options.out or os.path.join(first, "curves.png")
-        draw(runs, options.title or ", ".join(dict.fromkeys(run.label for run in runs)), out)
+        draw(runs, options.title or ", ".join(dict.fromkeys(run.label for run in runs)), out, options.x)
     except (OSError, ValueError, TypeError) as error:
         sys.exit(f"plot_run.py: {error}")
     print(out)

@@ -154,7 +154,7 @@ clang_runtime() {
 }
 
 DATA_PACKAGES="numpy, tiktoken, zstandard, tqdm, pyarrow, matplotlib"
-DEV_PACKAGES="torch, transformers, tokenizers, safetensors, lm_eval, numpy"
+DEV_PACKAGES="torch, transformers, tokenizers, safetensors, lm_eval, tensorboard, numpy"
 
 # make_venv FOLDER PACKAGES: makes the environment, or leaves it as it is where its packages are found.
 make_venv() {
@@ -194,7 +194,7 @@ EMULATED="build/train_mta_cuda_cpu build/train_mta_cuda_cpu_fp32"
 python_step() {
     local source=dev/tests/$1 runner=$python runs=full
     case $1 in test_help.py | test_layout.py) runs=both ;; esac
-    if [ -n "$compare" ] && grep -qE '^ *(import|from) (torch|transformers|tokenizers|safetensors|lm_eval)\b' "$source"; then runner=$compare; fi
+    if [ -n "$compare" ] && grep -qE '^ *(import|from) (torch|transformers|tokenizers|safetensors|lm_eval|tensorboard)\b' "$source"; then runner=$compare; fi
     step $runs "$1" "train_mta infer_mta test_mta $([ $runs = full ] && echo "$EMULATED")" "$runner" "$source"
 }
 if has python3; then

@@ -5,6 +5,7 @@ python3 dev/tests/test_run.py [-k PATTERN]     (MTA_BIN: folder of the binary, d
 """
 import array
 import base64
+import datetime
 import glob
 import json
 import math
@@ -16,6 +17,7 @@ import select
 import shutil
 import signal
 import struct
+import socket
 import subprocess
 import tempfile
 import time
@@ -51,10 +53,11 @@ def checkpoints(out):
     return sorted(glob.glob(os.path.join(out, "step-*")))
 
 
-def log_events(out, kind=None):
+def log_events(out, kind=None, times=False):
+    """The events of a kind; without the times at which their lines were written."""
     with open(os.path.join(out, "log.jsonl")) as f:
         events = [json.loads(line) for line in f]
-    return [e for e in events if kind is None or e["event"] == kind]
+    return [e if times else {k: v for k, v in e.items() if k != "time"} for e in events if kind is None or e["event"] == kind]
 
 
 def tree(folder):
@@ -209,6 +212,73 @@ class Runs(Trainer):
         self.run_ok(out, {"--val": glob_of("*"), "--eval-every": 0})
         self.assertEqual(["bits_per_byte" in e for e in log_events(out, "val") + log_events(out, "val_mean")], [True, True, False, False])
         self.refused(["--val", "63", "n" * 64], {"--val": "n" * 64 + "=" + glob_of("*")})
+
+    def test_every_line_has_a_time_and_the_start_an_origin(self):
+        out, before = self.out(), time.time()
+        self.run_ok(out, {"--save-every": 3})
+        self.run_ok(out, {"--steps": 8}, ["--resume"])
+        events = log_events(out, times=True)
+        times = [e["time"] for e in events]
+        self.assertEqual(times, sorted(times))
+        self.assertTrue(before - 1 <= times[0] <= times[-1] <= time.time() + 1)
+        with open(os.path.join(ROOT, "VERSION")) as f:
+            version = f.read().strip()
+        for e in (e for e in events if e["event"] == "start"):
+            self.assertEqual((e["program"], e["version"], e["host"]), (NAME, version, socket.gethostname()))
+            self.assertRegex(e["commit"], r"^([0-9a-f]{12}\+?|unknown)$")
+            self.assertAlmostEqual(datetime.datetime.fromisoformat(e["date"].replace("Z", "+00:00")).timestamp(), e["time"], delta=2)
+            self.assertRegex(e["device"], "[0-9]+ threads$")
+            self.assertGreater(e["flops_per_second"], 0)
+        for e in (e for e in events if e["event"] == "step"):
+            self.assertGreater(e["mfu"], 0)
+        for path in checkpoints(out):  # what is not the same twice is no part of a checkpoint
+            self.assertNotIn(socket.gethostname().encode(), read_bytes(os.path.join(path, "trainer.json")))
+
+    def test_length_by_tokens_or_epochs(self):
+        """Rounded up to whole steps, which is said; two lengths that differ are refused; --resume without one keeps that of the run."""
+        windows = 4  # of 16 tokens, in 64 tokens of a step
+        tokens = (os.path.getsize(self.path("a_train_000000.bin")) - 1024) // 2
+        epoch = (tokens - 1) // 16 * 16
+        base = {"--steps": None, "--tokens-per-step": 16 * windows, "--eval-every": 0, "--val": None}
+        for options, steps, words in (({"--tokens": 256}, 4, "--tokens 256: 4 steps)"), ({"--tokens": "2.57e2"}, 5, "4.015625 steps, rounded up)"),
+                                      ({"--tokens": 250, "--steps": 4}, 4, "3.90625 steps, rounded up)"),
+                                      ({"--epochs": 320 / epoch}, 5, "of %d tokens: 5 steps)" % epoch)):
+            with self.subTest(options=options):
+                done = self.run_ok(self.out(), dict(base, **options))
+                self.assertIn(words, done.stdout)
+                self.assertIn("done: %d steps" % steps, done.stdout)
+        out, whole = self.out(), self.out()
+        self.run_ok(out, dict(base, **{"--tokens": 256, "--schedule-steps": 6}))
+        again = self.run_ok(out, dict(base, **{"--schedule-steps": 6}), ["--resume"])
+        self.assertIn("done: 4 steps", again.stdout)
+        self.assertNotIn("changed", again.stdout)
+        self.run_ok(out, dict(base, **{"--epochs": 6 * 64 / epoch, "--schedule-steps": 6}), ["--resume"])
+        self.run_ok(whole, dict(base, **{"--steps": 6}))
+        self.assertEqual([(e["step"], e["loss"], e["lr"]) for e in log_events(out, "step")], [(e["step"], e["loss"], e["lr"]) for e in log_events(whole, "step")])
+        self.refused(["--tokens 256 is 4 steps", "--steps says 6"], {"--tokens": 256, "--steps": 6, "--tokens-per-step": 64})
+        self.refused(["--epochs 1", "--tokens says 4"], dict(base, **{"--tokens": 256, "--epochs": 1}))
+        self.refused(["--tokens", "0.5"], dict(base, **{"--tokens": 0.5}))
+        self.refused(["--epochs", "nan"], dict(base, **{"--epochs": "nan"}))
+        alone = self.execute([BINARY, "--model", "toy", "--dry-run", "--epochs", "2"])
+        self.assert_refused(alone, "--epochs", "--train")
+
+    def test_plan(self):
+        """What a run needs is beside what there is; of a run that is too large nothing starts."""
+        plan = self.execute([BINARY, "--model", "880m", "--attention", "mta", "--batch-size", "1", "--dry-run", "--out", self.path("not/yet/there"), "--steps", "10",
+                             "--save-every", "1", "--keep", "5"]).stdout
+        self.assertFalse(os.path.exists(self.path("not")))
+        self.assertIn("of them     9,408 that a plain Transformer of this size lacks: 0.0011%", plan)
+        total, available, verdict = re.search(r"total +([0-9.]+) MiB, of ([0-9.]+) available: it (.*)", plan).groups()
+        self.assertEqual(verdict, "fits" if float(total) <= float(available) else "does not fit")
+        each, kept, all_of_them, free = re.search(r"checkpoints ([0-9.]+) MiB each, at most (\d+) at a time: ([0-9.]+) MiB, of ([0-9.]+) free at ", plan).groups()
+        self.assertAlmostEqual(float(each), 876563136 * 12 / 2**20, delta=0.1)
+        self.assertEqual(int(kept), 5 + 1 + 1)
+        self.assertAlmostEqual(float(all_of_them), 7 * float(each), delta=0.2)
+        self.assertGreater(float(free), 0)
+        self.assertRegex(plan, r"time        about .* GFLOP/s\)")
+        large = self.execute([BINARY, "--model", "880m", "--batch-size", "512", "--dry-run"]).stdout
+        self.assertIn("it does not fit", large)
+        self.assertNotIn("that a plain", self.execute([BINARY, "--model", "toy", "--attention", "transformer", "--dry-run"]).stdout)
 
     def test_masked_set_reports_error(self):
         tokens = [5, 6, 7, 8] * 32 + [0]

@@ -1,0 +1,171 @@
+// mta/plan.h: what a run will be, printed before anything is allocated: the model and what its attention adds, memory
+// against what the machine has, the step, the length, checkpoints against the disk, the time.
+#ifndef MTA_PLAN_H
+#define MTA_PLAN_H
+
+#include "run.h"
+
+// Floating-point operations of training on one token, as MFU counts them (MODEL.md, What a step costs): 6 per parameter
+// that is multiplied (the classifier counts, tied or not; looking up an embedding does not) and three times the causal
+// half of the attention products; no convolution, no mixing.
+static inline double model_flops_per_token(const Config* c, int T) {
+    double C = c->hidden_size, KV = (double)c->num_key_value_heads * config_head_size(c), FF = c->intermediate_size;
+    double parameters = c->num_hidden_layers * (2 * C * C + 2 * C * KV + 3 * C * FF) + C * c->vocab_size;
+    return 6 * parameters + 3.0 * c->num_hidden_layers * 2 * C * T;
+}
+
+// 876563136 -> "876,563,136"
+static inline const char* format_grouped(uint64_t x, char* out, size_t n) {
+    char digits[32];
+    size_t length = (size_t)snprintf(digits, sizeof digits, "%llu", (unsigned long long)x), used = 0;
+    for (size_t i = 0; i < length && used + 2 < n; i++) {
+        if (i && (length - i) % 3 == 0) { out[used++] = ','; }
+        out[used++] = digits[i];
+    }
+    out[used] = 0;
+    return out;
+}
+
+typedef struct {
+    const char* name;
+    size_t bytes;
+} PlanRow;
+
+// What a trainer says of its machine.
+typedef struct {
+    const char* device;       // its name
+    double flops_per_second;  // its peak in matrix products, 0 = not known
+    double available;         // bytes of memory that a model may take, 0 = not known
+} PlanMachine;
+
+// Parameters that a plain Transformer of these sizes does not have.
+static inline size_t plan_extra_parameters(const TensorList* list) {
+    size_t n = 0;
+    for (int i = 0; i < list->n; i++) {
+        TensorKind kind = list->specs[i].kind;
+        if (kind >= TENSOR_KQ_CONV && kind <= TENSOR_LAMBDA_K2) { n += list->specs[i].numel; }
+    }
+    return n;
+}
+
+static inline void plan_print_model(const Run* r, const TensorList* list) {
+    const Config* c = &r->config;
+    char grouped[32];
+    size_t extra = plan_extra_parameters(list);
+    printf("model       %s, attention %s: %d layers, %d channels, %d heads of %d, vocabulary %d\n",
+           r->options->model ? r->options->model : "from the checkpoint",
+           config_is_plain(c)                    ? "transformer"
+           : r->options->attention               ? r->options->attention
+           : c->attention_type == ATTENTION_DIFF ? "diff"
+                                                 : "mta",
+           c->num_hidden_layers, c->hidden_size, c->num_attention_heads, config_head_size(c), c->vocab_size);
+    printf("parameters  %zu (%s)\n", list->parameters, format_grouped(list->parameters, grouped, sizeof grouped));
+    if (extra) {
+        printf("of them     %s that a plain Transformer of this size lacks: %.4f%%\n",
+               format_grouped(extra, grouped, sizeof grouped),
+               100 * (double)extra / (double)(list->parameters - extra));
+    }
+}
+
+// Returns the bytes of all rows.
+static inline double plan_print_memory(const PlanMachine* machine, const PlanRow* rows, int n) {
+    size_t total = 0;
+    for (int i = 0; i < n; i++) {
+        if (!rows[i].bytes) { continue; }  // gradients and optimizer of an evaluation
+        printf("%-11s %-22s %10.1f MiB\n", i ? "" : "memory", rows[i].name, (double)rows[i].bytes / 1048576);
+        total += rows[i].bytes;
+    }
+    printf("%-11s %-22s %10.1f MiB", "", "total", (double)total / 1048576);
+    if (machine->available > 0) {
+        printf(", of %.1f available: it %s", machine->available / 1048576,
+               (double)total <= machine->available ? "fits" : "does not fit");
+    }
+    printf("\n");
+    return (double)total;
+}
+
+// Bytes of a checkpoint's tensors: the weights as they are stored, m, v, and master weights where those are rounded.
+static inline double plan_checkpoint_bytes(const Run* r, const TensorList* list) {
+    return (double)list->parameters * (r->trainer->rounded ? 2 + 3 * 4 : 3 * 4);
+}
+
+// The file system of a path, or of the folder above it that is there.
+static inline bool plan_free_space(const char* path, double* bytes) {
+    char dir[PATH_SIZE];
+    struct statvfs fs;
+    snprintf(dir, sizeof dir, "%s", path);
+    while (!dir_exists(dir)) {
+        char* slash = strrchr(dir, '/');
+        if (slash == dir) { slash++; }
+        snprintf(slash ? slash : dir, 2, "%s", slash ? "" : ".");
+    }
+    bool known = !statvfs(dir, &fs) && fs.f_blocks > 0;
+    if (known) { *bytes = (double)fs.f_bavail * (double)fs.f_frsize; }
+    return known;
+}
+
+// Of a run at its fullest: the checkpoints that --keep keeps, that of --save-minutes, and the one being written.
+static inline void plan_print_checkpoints(const Run* r, const TensorList* list) {
+    const TrainOptions* o = r->options;
+    double each = plan_checkpoint_bytes(r, list), room = 0;
+    int64_t timed = o->save_minutes > 0, saves = o->save_every ? r->steps / o->save_every : 1;
+    int64_t kept = (o->keep && o->keep < saves ? o->keep : saves) + timed + 1;
+    printf("checkpoints %.1f MiB each, at most %lld at a time: %.1f MiB", each / 1048576, (long long)kept,
+           each * (double)kept / 1048576);
+    if (o->out && plan_free_space(o->out, &room)) {
+        printf(", of %.1f free at %s%s", room / 1048576, o->out,
+               each * (double)kept <= room ? "" : ": not enough for all of them");
+    }
+    printf("\n");
+}
+
+// Where no peak is known, of a GPU that is stated.
+static inline void plan_print_time(const Run* r, const PlanMachine* machine) {
+    const double H100 = 989e12, SHARE = 0.4;
+    char time[32];
+    double operations = (double)r->steps * (double)r->tokens_per_step * r->flops_per_token;
+    if (machine->flops_per_second > 0) {
+        printf("time        about %s at half of this machine's matrix products (%s, %.0f GFLOP/s)\n",
+               format_duration(operations / machine->flops_per_second * 2, time, sizeof time), machine->device,
+               machine->flops_per_second * 1e-9);
+    } else {
+        printf(
+            "time        about %s on one H100 or H200 if it reaches %.0f%% of its %.0f TFLOP/s in bf16: an estimate, "
+            "nothing was measured (%s)\n",
+            format_duration(operations / (SHARE * H100), time, sizeof time), 100 * SHARE, H100 * 1e-12,
+            machine->device);
+    }
+}
+
+// Prints the plan; returns the bytes of all rows.
+static inline double train_print_plan(Run* r, const PlanMachine* machine, const PlanRow* rows, int n) {
+    const TrainOptions* o = r->options;
+    TensorList list;
+    char grouped[32], count[32];
+    tensor_list(&list, &r->config);
+    r->flops_per_token = model_flops_per_token(&r->config, r->seq_len);
+    r->flops_per_second = machine->flops_per_second;
+    snprintf(r->device, sizeof r->device, "%s", machine->device);
+    plan_print_model(r, &list);
+    double total = plan_print_memory(machine, rows, n);
+    if (options_evaluate(o)) {
+        printf("at once     %d sequences of %d\n", r->batch_size, r->seq_len);
+    } else {
+        double tokens = (double)r->steps * (double)r->tokens_per_step;
+        printf("step        %d sequences of %d = %s tokens, %d at once\n", r->windows, r->seq_len,
+               format_grouped((uint64_t)r->tokens_per_step, grouped, sizeof grouped), r->batch_size);
+        if (o->warmup > r->steps) {
+            printf("warmup      %lld steps, the run has %lld: the learning rate stays below --lr\n",
+                   (long long)o->warmup, (long long)r->steps);
+        }
+        printf("run         %lld steps, %s tokens%s\n", (long long)r->steps, format_count(tokens, count, sizeof count),
+               r->length);
+        plan_print_checkpoints(r, &list);
+        plan_print_time(r, machine);
+    }
+    fflush(stdout);
+    tensor_list_free(&list);
+    return total;
+}
+
+#endif

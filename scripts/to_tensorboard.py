@@ -1,0 +1,106 @@
+#!/usr/bin/env python3
+"""Writes a run's log.jsonl as TensorBoard's events: scalars of training and of each validation set, samples and configuration as text.
+
+    dev/.venv/bin/python scripts/to_tensorboard.py runs/mta runs/plain
+    dev/.venv/bin/tensorboard --logdir runs
+
+Each run's events go into its folder tensorboard, which is made anew each time: the same command shows what has been added. --out DIR is another
+folder for the events of one run. The package tensorboard is needed (python3 -m pip install tensorboard); TensorFlow is not.
+"""
+import argparse
+import glob
+import json
+import math
+import os
+import sys
+
+try:
+    from tensorboard.compat.proto.event_pb2 import Event
+    from tensorboard.compat.proto.summary_pb2 import Summary
+    from tensorboard.plugins.text.metadata import create_summary_metadata
+    from tensorboard.summary.writer.event_file_writer import EventFileWriter
+    from tensorboard.util.tensor_util import make_tensor_proto
+    missing = None
+except ImportError as error:  # --help works without; main() says what is missing
+    missing = f"to_tensorboard.py: {error}; python3 -m pip install tensorboard, in dev/.venv or another environment"
+
+STEP = ("loss", "grad_norm", "lr", "tokens", "tokens_per_s", "mfu", "skipped")
+VAL = ("loss", "perplexity", "bits_per_byte", "error")
+
+
+def scalars(event):
+    """{tag: value} of an event; null, which stands for NaN and infinity, as NaN."""
+    number = lambda key: math.nan if event[key] is None else float(event[key])
+    kind = event.get("event")
+    if kind == "step":
+        found = {"train/" + key: number(key) for key in STEP if key in event}
+        found.update({f"train tokens/{name}": float(n) for name, n in event.get("sources", {}).items()})
+        return found
+    if kind in ("val", "val_mean"):  # a measure's sets in one group
+        name = event["name"] if kind == "val" else "mean of the sets"
+        return {f"validation {key}/{name}": number(key) for key in VAL if key in event}
+    return {}
+
+
+def texts(event):
+    """{tag: text in Markdown} of an event."""
+    if event.get("event") == "sample":
+        return {"sample": "    " + event["text"].replace("\n", "\n    ")}
+    if event.get("event") == "start":
+        rows = ["%s | %s" % (k, json.dumps(v) if isinstance(v, (dict, list)) else v) for k, v in event.items() if k not in ("event", "config")]
+        config = ["%s | %s" % (k, json.dumps(v)) for k, v in event.get("config", {}).items()]
+        return {"run": "\n".join(["field | value", "---|---"] + rows), "config": "\n".join(["field | value", "---|---"] + config)}
+    return {}
+
+
+def events_of(path):
+    with open(path, encoding="utf-8") as f:
+        for number, line in enumerate(f, 1):
+            try:
+                event = json.loads(line)
+            except ValueError:
+                if line.endswith("\n"):
+                    raise ValueError(f"{path}:{number}: no JSON")
+                return  # the torn last line of a run that was killed, or is writing
+            yield event
+
+
+def convert(log, folder):
+    """Writes the events; how many values there were."""
+    os.makedirs(folder, exist_ok=True)
+    for old in glob.glob(os.path.join(glob.escape(folder), "events.out.tfevents.*")):
+        os.remove(old)
+    writer, n, clock = EventFileWriter(folder), 0, 0.0
+    for event in events_of(log):
+        values = [Summary.Value(tag=tag, simple_value=x) for tag, x in scalars(event).items()]
+        for tag, text in texts(event).items():
+            values.append(Summary.Value(tag=tag, metadata=create_summary_metadata(tag, tag), tensor=make_tensor_proto([text.encode()])))
+        clock = event.get("time", clock)  # logs of earlier versions have no times
+        if values:
+            writer.add_event(Event(wall_time=clock, step=int(event.get("step", 0)), summary=Summary(value=values)))
+            n += len(values)
+    writer.close()
+    return n
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="folder with log.jsonl")
+    parser.add_argument("--out", metavar="DIR", help="of one run: the folder for its events, which holds none yet (default: RUN/tensorboard)")
+    options = parser.parse_args()
+    if missing:
+        sys.exit(missing)
+    if options.out and len(options.runs) > 1:
+        sys.exit("to_tensorboard.py: --out is for one run; without it each has its own folder")
+    if options.out and glob.glob(os.path.join(glob.escape(options.out), "events.out.tfevents.*")):
+        sys.exit(f"to_tensorboard.py: --out: {options.out} holds events; remove them, or choose another folder")
+    try:
+        for run in options.runs:
+            folder = options.out or os.path.join(run, "tensorboard")
+            print(f"{folder}: {convert(os.path.join(run, 'log.jsonl'), folder)} values")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        sys.exit(f"to_tensorboard.py: {error}")
+
+
+if __name__ == "__main__":
+    main()
