@@ -672,6 +672,7 @@ static const ConfigKey CONFIG_KEYS[] = {
     {"use_sliding_window", NULL},
     {"attention_multiplier", NULL},
     {"auto_map", NULL},
+    {"query_chunk", NULL},  // of scripts/hf: how many queries at once
     {"layer_types", NULL},
     // what changes the result unless it has this value
     {"hidden_act", "!silu|swish"},

@@ -154,7 +154,7 @@ clang_runtime() {
 }
 
 DATA_PACKAGES="numpy, tiktoken, zstandard, tqdm, pyarrow, matplotlib"
-DEV_PACKAGES="torch, transformers, tokenizers, safetensors, lm_eval, tensorboard, numpy"
+DEV_PACKAGES="torch, transformers, tokenizers, safetensors, accelerate, lm_eval, tensorboard, numpy"
 
 # make_venv FOLDER PACKAGES: makes the environment, or leaves it as it is where its packages are found.
 make_venv() {
@@ -268,6 +268,7 @@ step long "train_mta, sanitizers" build/asan/train_mta env ASAN_OPTIONS=detect_l
 step long "infer_mta, sanitizers" "build/asan/infer_mta build/asan/train_mta" env ASAN_OPTIONS=detect_leaks=0 MTA_BIN=build/asan "$python" dev/tests/test_infer.py
 step long "emulator 300 models" test_mta_cuda_cpu_bf16 ./test_mta_cuda_cpu_bf16 --only "models" --models 300
 step long "tokenizer, a million strings" "" "$python" dev/tests/test_tokenizer.py --full
+if [ -n "$compare" ]; then step long "export, 100,000 strings" infer_mta "$compare" dev/tests/test_export.py --long -k test_ids; fi
 step long "prepare.py, more kills" train_mta "$python" dev/tests/test_prepare.py --full
 step long "fuzz, a million inputs" "" bash dev/fuzz/run.sh 1000000
 step long "faults: every system call" "train_mta infer_mta build/faults.so" python3 dev/faults/faults.py calls --long

@@ -1,0 +1,613 @@
+#!/usr/bin/env python3
+"""scripts/export.py: what transformers computes with an exported checkpoint is what infer_mta computes with it.
+
+    dev/.venv/bin/python dev/tests/test_export.py [--long] [-k PATTERN]     (MTA_BIN: folder of the binaries)
+
+Logits, greedy text and token ids against infer_mta, gradients against the golden cases, evaluations by the real
+lm-evaluation-harness against those of scripts/lm_eval_mta.py. --long: 100,000 strings for each tokenizer, not 1,000.
+Without torch and transformers only what is written and refused is tested.
+"""
+
+import array
+import contextlib
+import glob
+import inspect
+import io
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+import unittest
+
+from helpers import BIN, GOLDEN, ROOT, floats, golden_checkpoint, main, read_bytes, read_safetensors, write_safetensors
+
+FOLDER = tempfile.TemporaryDirectory(prefix="test_export_")
+os.environ.update(HF_HOME=os.path.join(FOLDER.name, "home"), HF_HUB_OFFLINE="1", TRANSFORMERS_VERBOSITY="error")
+os.environ.update(HF_HUB_DISABLE_PROGRESS_BARS="1", OMP_WAIT_POLICY="passive")
+PYTHON = os.path.join(ROOT, "dev", ".venv", "bin", "python")
+EXPORT = os.path.join(ROOT, "scripts", "export.py")
+INFER, TRAINER = os.path.join(BIN, "infer_mta"), os.path.join(BIN, "train_mta")
+RANKS = os.path.join(GOLDEN, "tokenizers")
+try:
+    import torch
+    import transformers
+    from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, DynamicCache
+
+    transformers.utils.logging.disable_progress_bar()
+except ImportError as e:
+    if os.path.exists(PYTHON) and os.path.abspath(sys.executable) != PYTHON:
+        os.execv(PYTHON, [PYTHON, *sys.argv])
+    torch, REASON = None, "%s; pip install -r dev/requirements.txt into dev/.venv" % e
+needs_torch = unittest.skipIf(torch is None, "" if torch else REASON)
+LONG = "--long" in sys.argv
+sys.argv = [a for a in sys.argv if a != "--long"]
+
+SIZES = dict(
+    vocab_size=259,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=4,
+    max_position_embeddings=96,
+    rope_theta=10000.0,
+    rms_norm_eps=1e-5,
+    tie_word_embeddings=True,
+    bos_token_id=256,
+    eos_token_id=257,
+    tokenizer="bytes",
+)
+LLAMA3 = dict(
+    rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=16
+)
+PRE, POST = dict(kq_conv_pre_softmax=True), dict(kq_conv_post_softmax=True)
+CONV = dict(kq_conv_layers=[0, 2], kq_conv_query_size=6, kq_conv_key_size=11)
+MTA = dict(CONV, **PRE, head_mix_post_softmax=2, head_norm="group_depth_scaled")
+ALL = dict(head_mix_pre_softmax=4, head_mix_post_softmax=4)
+MODELS = {
+    "transformer": {},
+    "mta": MTA,
+    "mta-full": dict(CONV, **PRE, **POST, **ALL, head_norm="group", head_gate=True),
+    "talking-heads": ALL,
+    "diff": dict(attention_type="diff", head_norm="group_depth_scaled"),
+    "toy": dict(PRE, kq_conv_layers=[0, 1, 2], kq_conv_query_size=2, kq_conv_key_size=9),
+    "grouped heads, untied": dict(MTA, num_key_value_heads=2, tie_word_embeddings=False, head_gate=True),
+    "after the softmax alone": dict(CONV, **POST, head_mix_pre_softmax=2),
+    "tall and narrow": dict(CONV, **PRE, **POST, kq_conv_query_size=9, kq_conv_key_size=1),
+    "flat and wide": dict(CONV, **PRE, **POST, kq_conv_query_size=1, kq_conv_key_size=5, head_norm="group"),
+    "scaled RoPE": dict(MTA, rope_scaling=LLAMA3),
+    "plain with scaled RoPE": dict(rope_scaling=LLAMA3, tie_word_embeddings=False, num_key_value_heads=2),
+    "diff with grouped heads, no norm": dict(attention_type="diff", num_key_value_heads=2),
+}
+PLAIN = ("transformer", "plain with scaled RoPE")
+IDS = random.Random(5).choices(range(256), k=60)
+
+
+def run(*arguments, check=True, **more):
+    done = subprocess.run([str(a) for a in arguments], capture_output=True, text=True, timeout=600, **more)
+    if check and done.returncode:
+        raise AssertionError("%s: exit %d: %s" % (arguments, done.returncode, done.stderr[-2000:]))
+    return done
+
+
+def write_config(folder, config):
+    with open(os.path.join(folder, "config.json"), "w", encoding="utf-8") as f:
+        json.dump(config, f)
+
+
+def random_tensors(config):
+    """Tensors of a model, far enough from where training starts that every one of them counts."""
+    sys.path.insert(0, os.path.join(ROOT, "scripts"))
+    import export
+
+    rng, tensors = random.Random(7), {}
+    for name, shape in export.model_tensors(dict(export.ATTENTION, **config)).items():
+        n, spread = export.numel(shape), 0.5 if "embed" in name else 1.3 * shape[-1] ** -0.5
+        values = [spread * rng.gauss(0, 1) for _ in range(n)]
+        if "kq_conv" in name or "head_mix" in name or "lambda" in name or "gate." in name and "proj" not in name:
+            values = [0.3 * rng.gauss(0, 1) for _ in range(n)]
+        if "kq_conv" in name:
+            rows, keys = shape[1:]
+            values = [x + (i % (rows * keys) == (rows - 1) * keys + keys // 2) for i, x in enumerate(values)]
+        if "head_mix" in name:
+            values = [x + (i // shape[1] % shape[1] == i % shape[1]) for i, x in enumerate(values)]
+        if "norm.weight" in name:
+            values = [1 + 0.1 * rng.gauss(0, 1) for _ in range(n)]
+        tensors[name] = ("F32", shape, array.array("f", values).tobytes())
+    return tensors
+
+
+def checkpoint(name, **more):
+    """The folder of a model with random weights, and of its export; made once."""
+    folder = os.path.join(FOLDER.name, "".join(c if c.isalnum() else "_" for c in name))
+    if not os.path.exists(folder):
+        plain = name in PLAIN
+        config = dict(SIZES, model_type="llama" if plain else "mta", **more or {})
+        config.update(MODELS.get(name, {}), torch_dtype="float32")
+        config["architectures"] = ["LlamaForCausalLM" if plain else "MtaForCausalLM"]
+        os.mkdir(folder)
+        write_config(folder, config)
+        write_safetensors(os.path.join(folder, "model.safetensors"), random_tensors(config))
+        run(sys.executable, EXPORT, folder, folder + "_out")
+    return folder, folder + "_out"
+
+
+def infer_logits(folder, ids):
+    """A row of logits for each position."""
+    out = os.path.join(FOLDER.name, "logits.safetensors")
+    run(INFER, folder, "--token-ids", " ".join(map(str, ids)), "--logits", out, "--quiet")
+    rows = floats(read_safetensors(out)[0]["logits"][2])
+    return torch.tensor(rows).view(len(ids), -1)
+
+
+def infer_greedy(folder, ids, count):
+    options = ["--temperature", "0", "--max-tokens", count, "--quiet"]
+    return [int(x) for x in run(INFER, folder, "--token-ids", " ".join(map(str, ids)), *options).stdout.split()]
+
+
+def load(folder, **more):
+    remote = os.path.exists(os.path.join(folder, "modeling_mta.py"))
+    more = dict(dict(dtype=torch.float32), **more)
+    return AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=remote, **more).eval()
+
+
+class Case(unittest.TestCase):
+    def close_to(self, got, want, tolerance):
+        self.assertEqual(got.shape, want.shape)
+        worst = ((got - want).abs().max() / (want.abs().max() + 1e-9)).item()
+        self.assertLessEqual(worst, tolerance)
+
+
+@needs_torch
+class Models(Case):
+    def each(self):
+        for name in MODELS:
+            with self.subTest(name):
+                folder, out = checkpoint(name)
+                yield name, folder, load(out)
+
+    def test_logits(self):
+        """Dense, by chunks of queries, in pieces that the cache joins, behind padding: the same numbers as infer_mta's,
+        which reads the export too."""
+        x = torch.tensor([IDS])
+        for name, folder, model in self.each():
+            with torch.no_grad():
+                want = infer_logits(folder, IDS)
+                self.close_to(model(x).logits[0], want, 1e-5)
+                self.close_to(infer_logits(folder + "_out", IDS), want, 0)
+                word = next(w for w in ("cache", "past_key_values") if w in inspect.signature(model.forward).parameters)
+                cache, pieces, at = DynamicCache(), [], 0
+                for n in (5, 1, 20, 1, 33):
+                    part = x[:, at : at + n]
+                    pieces.append(model(part, use_cache=True, **{word: cache}).logits[0])
+                    at += n
+                self.close_to(torch.cat(pieces), want, 1e-5)
+                short = torch.tensor([[258] * 9 + IDS[:51], IDS])
+                mask = (torch.arange(60) >= torch.tensor([[9], [0]])).long()
+                both = model(short, attention_mask=mask).logits
+                self.close_to(both[0, 9:], want[:51], 1e-5)
+                self.close_to(both[1], want, 1e-5)
+                if name not in PLAIN:
+                    model.config.query_chunk = 7
+                    self.close_to(model(x).logits[0], want, 1e-5)
+                    self.close_to(model(short, attention_mask=mask).logits[0, 9:], want[:51], 1e-5)
+
+    def test_greedy_text(self):
+        """generate with its cache gives infer_mta's text, one prompt or two of different lengths at once; beams run."""
+        for _, folder, model in self.each():
+            prompts = IDS[:7], IDS[20:40]
+            want = [infer_greedy(folder, p, 25) for p in prompts]
+            options = dict(max_new_tokens=25, do_sample=False, pad_token_id=258)
+            end = lambda ids: [i for i in ids.tolist() if i not in (257, 258)]
+            for p, w in zip(prompts, want):
+                self.assertEqual(end(model.generate(torch.tensor([p]), **options)[0, len(p) :]), w)
+            x = torch.tensor([[258] * 13 + prompts[0], prompts[1]])
+            both = model.generate(x, attention_mask=(x != 258).long(), **options)
+            self.assertEqual([end(row[20:]) for row in both], want)
+            self.assertEqual(model.generate(x[1:], num_beams=3, **options)[0, :20].tolist(), prompts[1])
+
+    def test_gradients_of_the_golden_cases(self):
+        """In double, so that only how the cases are rounded is left; dense, and by chunks, which are computed twice."""
+        seen = 0
+        for path in sorted(glob.glob(os.path.join(GOLDEN, "*.safetensors"))):
+            name = os.path.basename(path)[:-12]
+            with self.subTest(name):
+                folder = os.path.join(FOLDER.name, "golden_" + name)
+                config, _ = golden_checkpoint(path, folder)
+                plain = name == "mha"
+                write_config(folder, dict(config, model_type="llama" if plain else "mta"))
+                run(sys.executable, EXPORT, folder, folder + "_out")
+                tensors, _ = read_safetensors(path)
+                values = (
+                    lambda n: torch.frombuffer(bytearray(tensors[n][2]), dtype=torch.float32)
+                    .view(tensors[n][1])
+                    .double()
+                )
+                ids = lambda n: torch.frombuffer(bytearray(tensors[n][2]), dtype=torch.int32).view(tensors[n][1]).long()
+                model = load(folder + "_out").double()
+                for chunk in (512, 5) if not plain else (512,):
+                    model.config.query_chunk = chunk
+                    model.zero_grad()
+                    logits = model(ids("golden.tokens")).logits
+                    targets = ids("golden.targets").flatten()
+                    torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets, ignore_index=-100).backward()
+                    tolerance = 1e-5 if plain else 1e-6  # transformers' LLaMA normalises in fp32
+                    self.close_to(logits, values("golden.logits"), tolerance)
+                    for n, p in model.named_parameters():
+                        self.close_to(p.grad, values("grad." + n), tolerance)
+                        seen += 1
+        self.assertGreater(seen, 500)
+
+    def test_training(self):
+        """The loss of labels is that of the next tokens; checkpointed layers give the same gradients; what is saved is
+        a checkpoint for infer_mta, and for transformers again."""
+        folder, out = checkpoint("mta-full")
+        model, x = load(out).train(), torch.tensor([IDS[:40], IDS[20:]])
+        labels = x.clone()
+        labels[0, :5] = -100
+        result = model(x, labels=labels)
+        want = torch.nn.functional.cross_entropy(result.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+        self.assertAlmostEqual(result.loss.item(), want.item(), places=5)
+        result.loss.backward()
+        grads = [p.grad.clone() for p in model.parameters()]
+        model.zero_grad()
+        model.gradient_checkpointing_enable()
+        model.config.query_chunk = 16
+        model(x, labels=labels).loss.backward()
+        for p, g in zip(model.parameters(), grads):
+            self.close_to(p.grad, g, 1e-4)
+        model.gradient_checkpointing_disable()
+        with torch.no_grad():
+            for p in model.parameters():
+                p -= 0.01 * p.grad
+        saved = os.path.join(FOLDER.name, "saved")
+        model.eval().save_pretrained(saved)
+        with torch.no_grad():
+            want = model(x[:1]).logits[0]
+            self.close_to(infer_logits(saved, IDS[:40]), want, 1e-5)
+            self.close_to(load(saved)(x[:1]).logits[0], want, 1e-6)
+            request = json.dumps({"context_ids": IDS[:39], "continuation_ids": IDS[39:40]})
+            answer = run(TRAINER, "--init-from", saved, "--score", "-", input=request).stdout
+            self.assertAlmostEqual(json.loads(answer)["logprob"], want[38].log_softmax(-1)[IDS[39]].item(), delta=1e-3)
+
+    def test_a_fresh_model_is_plain(self):
+        """Without norm and gate, what a model starts with is the plain model; every layer's output can be had."""
+        folder, out = checkpoint("tall and narrow")
+        config = transformers.AutoConfig.from_pretrained(out, trust_remote_code=True)
+        torch.manual_seed(1)
+        fresh = AutoModelForCausalLM.from_config(config, trust_remote_code=True).eval()
+        plain = load(checkpoint("transformer")[1])
+        missing = plain.load_state_dict(fresh.state_dict(), strict=False).missing_keys
+        self.assertEqual([k for k in missing if k != "lm_head.weight"], [])
+        self.assertAlmostEqual(fresh.model.layers[0].mlp.down_proj.weight.std().item(), 48**-0.5, delta=0.01)
+        with torch.no_grad():
+            got = fresh(torch.tensor([IDS]), output_hidden_states=True)
+            self.close_to(got.logits, plain(torch.tensor([IDS])).logits, 1e-5)
+            self.assertEqual(len(got.hidden_states), 4)
+            body = AutoModel.from_pretrained(out, trust_remote_code=True)
+            want = load(out)(torch.tensor([IDS]), output_hidden_states=True)
+            self.close_to(body.eval()(torch.tensor([IDS])).last_hidden_state, want.hidden_states[-1], 1e-6)
+
+    def test_refused_by_the_model(self):
+        model = load(checkpoint("mta")[1])
+        x = torch.tensor([IDS[:4]])
+        for mask, why in (
+            ([[1, 0, 1, 1]], "padding between tokens"),
+            ([[1, 1, 1]], "wanted (batch, 4)"),
+            ([[[[1, 1, 1, 1]]]], "wanted (batch, 4)"),
+        ):
+            with self.assertRaises(ValueError) as e:
+                model(x, attention_mask=torch.tensor(mask))
+            self.assertIn(why, str(e.exception))
+        with self.assertRaises(TypeError):
+            model(x, position_ids=torch.arange(4)[None])
+        with self.assertRaisesRegex(ValueError, "position_ids"):
+            model.generate(x, max_new_tokens=2, position_ids=torch.arange(4)[None])
+        with self.assertRaisesRegex(ValueError, "wanted a DynamicCache"):
+            model.generate(x, max_new_tokens=2, cache_implementation="static", disable_compile=True)
+        for bad, why in (
+            (dict(attention_type="new"), "wanted mta or diff"),
+            (dict(head_norm="x"), "wanted none, group"),
+            (dict(kq_conv_key_size=4), "odd"),
+            (dict(attention_type="diff"), "takes head_norm only"),
+        ):
+            with self.assertRaisesRegex(ValueError, why):
+                type(model.config)(**dict(dict(MTA), **bad))
+
+    def test_bf16(self):
+        """--bf16 rounds as PyTorch does, and transformers loads it as bf16."""
+        folder, out = checkpoint("mta-full")
+        small = out + "_bf16"
+        run(sys.executable, EXPORT, folder, small, "--bf16")
+        tensors = {n: t for n, t in read_safetensors(os.path.join(folder, "model.safetensors"))[0].items()}
+        for name, (dtype, shape, data) in read_safetensors(os.path.join(small, "model.safetensors"))[0].items():
+            want = torch.frombuffer(bytearray(tensors[name][2]), dtype=torch.float32).bfloat16()
+            got = torch.frombuffer(bytearray(data), dtype=torch.bfloat16)
+            self.assertTrue(
+                dtype == "BF16" and tuple(shape) == tuple(tensors[name][1]) and torch.equal(got, want), name
+            )
+        self.close_to(load(small)(torch.tensor([IDS])).logits[0].detach(), infer_logits(small, IDS), 1e-4)
+        model = load(small, dtype="auto")
+        self.assertEqual(model.dtype, torch.bfloat16)
+        self.close_to(model(torch.tensor([IDS])).logits[0].detach().float(), infer_logits(small, IDS), 0.1)
+
+
+@needs_torch
+class Tokenizers(Case):
+    def tokenizer(self, file, pattern=None):
+        """AutoTokenizer of an export whose checkpoint has this rank file."""
+        folder = tempfile.mkdtemp(dir=FOLDER.name)
+        config = dict(
+            SIZES, model_type="mta", hidden_size=4, num_attention_heads=2, num_key_value_heads=2, num_hidden_layers=1
+        )
+        config.update(
+            head_gate=True, vocab_size=4, tokenizer=os.path.basename(file), bos_token_id=None, eos_token_id=None
+        )
+        write_config(folder, dict(config, tokenizer_pattern=pattern or ""))
+        write_safetensors(os.path.join(folder, "model.safetensors"), random_tensors(config))
+        shutil.copy(file, folder)
+        run(sys.executable, EXPORT, folder, folder + "_out")
+        return AutoTokenizer.from_pretrained(folder + "_out", trust_remote_code=True)
+
+    def ids_of_infer(self, file, pattern, texts):
+        lines = "".join(json.dumps({"text": t}) + "\n" for t in texts)
+        more = ["--pattern", pattern] if pattern else []
+        out = run(INFER, "--tokenize", "--tokenizer", file, *more, input=lines).stdout
+        return [[int(x) for x in line.split()] for line in out.split("\n")[:-1]]
+
+    def test_ids(self):
+        """The golden texts, random strings of all scripts, words that split nowhere: infer_mta's ids, and back."""
+        import test_tokenizer
+
+        rng, pools = random.Random(11), test_tokenizer.character_pools()
+        with open(os.path.join(RANKS, "golden.jsonl"), encoding="utf-8") as f:
+            golden = [json.loads(line) for line in f]
+        texts = [test_tokenizer.random_text(rng, pools) for _ in range(100000 if LONG else 1000)]
+        texts += [test_tokenizer.long_piece(rng) for _ in range(5)] + ["", "<|endoftext|> <|begin_of_text|>"]
+        ranks = os.path.join(FOLDER.name, "ranks.tiktoken")
+        shutil.copy(os.path.join(RANKS, "gpt2.tiktoken"), ranks)
+        for file, pattern in (
+            (os.path.join(RANKS, "gpt2.tiktoken"), None),
+            (os.path.join(RANKS, "cl100k_base.tiktoken"), None),
+            (ranks, "llama3"),
+            (ranks, "o200k_base"),
+        ):
+            with self.subTest(pattern or os.path.basename(file)):
+                tokenizer = self.tokenizer(file, pattern)
+                if not pattern:
+                    got = tokenizer([g["text"] for g in golden], add_special_tokens=False).input_ids
+                    self.assertEqual(got, [g[os.path.basename(file)[:-9]] for g in golden])
+                    bos = {"gpt2.tiktoken": 50256, "cl100k_base.tiktoken": 100257}[os.path.basename(file)]
+                    self.check_specials(tokenizer, file, bos, bos)
+                got = tokenizer(texts, add_special_tokens=False).input_ids
+                for text, ids, want in zip(texts, got, self.ids_of_infer(file, pattern, texts), strict=True):
+                    self.assertEqual(ids, want, ascii(text))
+                    if not LONG:
+                        self.assertEqual(tokenizer.decode(ids), text)
+
+    def check_specials(self, tokenizer, file, bos, eos):
+        """BOS before a text, none inside of it; the ids of the table in mta/tokenizer.h."""
+        self.assertEqual((tokenizer.bos_token_id, tokenizer.eos_token_id), (bos, eos))
+        text = "a<|endoftext|><|begin_of_text|><|end_of_text|>b"
+        want, x = self.ids_of_infer(file, None, [text, "x"])
+        self.assertEqual(tokenizer(text).input_ids, [bos] + want)
+        self.assertEqual(tokenizer(text, "x").input_ids, [bos] + want + [bos] + x)
+        self.assertEqual(tokenizer.decode([bos] + want, skip_special_tokens=True), text)
+        self.assertEqual(tokenizer.decode([eos] + want), tokenizer.eos_token + text)
+
+    def test_special_ids_of_large_ones(self):
+        import test_tokenizer
+
+        for name, n, bos, eos in (
+            ("tokenizer.model", 128000, 128000, 128001),
+            ("o200k_base.tiktoken", 199998, 199999, 199999),
+        ):
+            with self.subTest(name):
+                file = os.path.join(FOLDER.name, name)
+                test_tokenizer.write_ranks(file, n)
+                self.check_specials(self.tokenizer(file), file, bos, eos)
+
+    def test_bytes(self):
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint("mta")[1], trust_remote_code=True)
+        text = "na\u00efve <|eos|>\0\r\n\U0001f600  x"
+        self.assertEqual(tokenizer(text).input_ids, [256, *text.encode()])
+        self.assertEqual((tokenizer.eos_token_id, tokenizer.pad_token_id), (257, 258))
+        self.assertEqual(tokenizer.decode([*text.encode()]), text)
+        self.assertEqual(tokenizer(["a", "bcd"], padding=True).input_ids, [[258, 258, 256, 97], [256, 98, 99, 100]])
+
+
+@needs_torch
+class WholeWay(Case):
+    """A model that train_mta has trained on bytes, its run's folder exported."""
+
+    @classmethod
+    def setUpClass(cls):
+        import pydoc_data.topics
+
+        text, shards = os.path.join(FOLDER.name, "text.txt"), os.path.join(FOLDER.name, "shards")
+        with open(text, "w") as f:
+            f.write("\n\n".join(pydoc_data.topics.topics.values())[:200000].encode("ascii", "ignore").decode())
+        run(
+            sys.executable,
+            os.path.join(ROOT, "data", "prepare.py"),
+            "text",
+            text,
+            "--tokenizer",
+            "bytes",
+            "--out",
+            shards,
+            "--name",
+            "t",
+        )
+        cls.folder, cls.out = os.path.join(FOLDER.name, "run"), os.path.join(FOLDER.name, "run_out")
+        options = "--model 1m --attention mta-full --hidden-size 64 --intermediate-size 128 --seq-len 128"
+        more = ["--batch-size", "8", "--lr", "3e-3", "--warmup", "5", "--steps", "60", "--out", cls.folder]
+        run(TRAINER, *options.split(), *more, "--train", os.path.join(shards, "t_train_*.bin"))
+        cls.said = run(sys.executable, EXPORT, cls.folder, cls.out).stdout
+
+    def test_what_is_written(self):
+        self.assertIn("step-00000060 -> %s: mta, " % self.out, self.said)
+        names = "config.json configuration_mta.py generation_config.json model.safetensors modeling_mta.py".split()
+        self.assertEqual(sorted(os.listdir(self.out)), [*names, "tokenizer.json", "tokenizer_config.json"])
+        model = os.path.join(self.folder, "step-00000060", "model.safetensors")
+        self.assertEqual(read_bytes(os.path.join(self.out, "model.safetensors")), read_bytes(model))
+
+    def test_text(self):
+        model, tokenizer = load(self.out), AutoTokenizer.from_pretrained(self.out, trust_remote_code=True)
+        for prompt in ("The ", "import os\nfor x in"):
+            want = run(
+                INFER, self.folder, "--prompt", prompt, "--temperature", "0", "--max-tokens", "60", "--quiet"
+            ).stdout
+            got = model.generate(**tokenizer(prompt, return_tensors="pt"), max_new_tokens=60)
+            self.assertEqual(tokenizer.decode(got[0], skip_special_tokens=True), prompt + want[:-1])
+
+    def test_the_harness_s_own_class(self):
+        """lm_eval's `hf` gives the numbers of scripts/lm_eval_mta.py, request by request: choices, texts, answers."""
+        try:
+            import lm_eval.models  # noqa: F401: registers hf
+            from lm_eval import simple_evaluate
+        except Exception as e:
+            self.skipTest("lm_eval: %s" % str(e).split("\n")[0])
+        sys.path.insert(0, os.path.join(ROOT, "scripts"))
+        import lm_eval_mta
+
+        records = [
+            {"q": q, "c": ["one.", " two words", "a"], "a": i % 3}
+            for i, q in enumerate(("Which?", "It is", "", "for x in"))
+        ]
+        data = os.path.join(FOLDER.name, "data.jsonl")
+        with open(data, "w") as f:
+            f.writelines(json.dumps(r) + "\n" for r in records)
+        tasks = {
+            "choice": "output_type: multiple_choice\ndoc_to_text: '{{q}}'\ndoc_to_choice: '{{c}}'\ndoc_to_target: a\n",
+            "rolling": "output_type: loglikelihood_rolling\ndoc_to_text: ''\ndoc_to_target: '{{q}} {{c[1]}} and more "
+            "than the model has positions for: %s'\n" % ("many words " * 30)
+            + "metric_list: [{metric: byte_perplexity, aggregation: weighted_perplexity, higher_is_better: false}]\n",
+            "generate": "output_type: generate_until\ndoc_to_text: '{{q}} x'\ndoc_to_target: '{{c[0]}}'\n"
+            "generation_kwargs: {until: ['\\n\\n'], max_gen_toks: 20, do_sample: false}\n"
+            "metric_list: [{metric: exact_match}]\n",
+        }
+        paths = []
+        for name, text in tasks.items():
+            paths.append(os.path.join(FOLDER.name, "local_%s.yaml" % name))
+            with open(paths[-1], "w") as f:
+                f.write(
+                    "task: local_%s\ndataset_path: json\ndataset_kwargs: {data_files: {test: %s}}\ntest_split: test\n"
+                    % (name, data)
+                    + text
+                )
+        ours = lm_eval_mta.MtaLM(self.folder, infer=INFER, threads=1)
+        self.addCleanup(ours.close)
+        theirs = dict(pretrained=self.out, trust_remote_code=True, dtype="float32")
+        with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
+            common = dict(bootstrap_iters=0, log_samples=True)
+            want = simple_evaluate(model=ours, tasks=paths, **common)
+            common.update(model="hf", batch_size=3, device="cpu")
+            got = simple_evaluate(model_args=theirs, tasks=[p for p in paths if "rolling" not in p], **common)
+            # Of whole texts the harness's class puts BOS before the tokenizer's BOS, and counts that one as a target.
+            rolling = simple_evaluate(
+                model_args=dict(theirs, add_bos_token=False), tasks=[p for p in paths if "rolling" in p], **common
+            )
+        for part in ("samples", "results"):
+            got[part].update(rolling[part])
+        compared = 0
+        for task, samples in want["samples"].items():
+            for a, b in zip(got["samples"][task], samples, strict=True):
+                flat = lambda r: [x for y in r for x in flat(y)] if isinstance(r, (list, tuple)) else [r]
+                for x, y in zip(flat(a["resps"]), flat(b["resps"]), strict=True):
+                    if isinstance(y, float):
+                        self.assertAlmostEqual(x, y, delta=1e-4 * abs(y) + 1e-4)
+                    else:
+                        self.assertEqual(x, y)
+                    compared += 1
+            for key, value in want["results"][task].items():
+                if isinstance(value, float):
+                    self.assertAlmostEqual(got["results"][task][key], value, delta=1e-4 * abs(value), msg=key)
+        self.assertEqual(compared, 4 * 3 * 2 + 4 + 4)
+
+
+class Refusals(unittest.TestCase):
+    def setUp(self):
+        self.folder = tempfile.mkdtemp(dir=FOLDER.name)
+        self.source, self.out = os.path.join(self.folder, "in"), os.path.join(self.folder, "out")
+        self.config = dict(SIZES, **MTA, model_type="mta", hidden_size=8, vocab_size=8)
+        os.mkdir(self.source)
+        write_config(self.source, self.config)
+        self.tensors = random_tensors(self.config)
+        write_safetensors(os.path.join(self.source, "model.safetensors"), self.tensors)
+
+    def refused(self, why, *arguments):
+        done = run(sys.executable, EXPORT, *(arguments or (self.source, self.out)), check=False)
+        self.assertEqual((done.returncode, done.stdout, done.stderr.count("\n")), (1, "", 1), done.stderr)
+        self.assertIn(why, done.stderr)
+        self.assertEqual([n for n in os.listdir(self.folder) if n.startswith("out")], [])
+
+    def test_places(self):
+        self.refused("no checkpoint", self.folder, self.out)
+        self.refused("no checkpoint", os.path.join(self.folder, "not there"), self.out)
+        done = run(sys.executable, EXPORT, self.source, self.source, check=False)
+        self.assertEqual((done.returncode, "not empty" in done.stderr), (1, True))
+        os.mkdir(self.out)
+        run(sys.executable, EXPORT, self.source, self.out)
+        self.assertIn("config.json", os.listdir(self.out))
+
+    def test_models(self):
+        for change, why in (
+            (dict(attention_type="linear"), 'attention_type: got "linear", wanted mta or diff'),
+            (dict(head_norm="layer"), 'head_norm: got "layer"'),
+            (dict(new_key=1), "key new_key"),
+            (dict(model_type="gpt2"), "model_type gpt2"),
+            (dict(architectures=["LlamaForCausalLM"]), "wanted a llama or mta"),
+            (dict(kq_conv_layers=[0, 1, 2]), "model.layers.1.self_attn.kq_conv.weight is missing"),
+            (dict(kq_conv_layers=[0]), "model.layers.2.self_attn.kq_conv.weight is not one of this model"),
+            (dict(kq_conv_key_size=9), "got [4, 6, 11], wanted [4, 6, 9]"),
+            (dict(tokenizer="not_there.tiktoken"), "not_there.tiktoken"),
+        ):
+            with self.subTest(str(change)):
+                write_config(self.source, dict(self.config, **change))
+                self.refused(why)
+
+    def test_damage(self):
+        path = os.path.join(self.source, "model.safetensors")
+        good = read_bytes(path)
+        with open(path, "wb") as f:
+            f.write(good[:100])
+        self.refused("no safetensors file")
+        manifest = {"files": {"model.safetensors": {"bytes": len(good), "crc32": 1}}}
+        with open(os.path.join(self.source, "manifest.json"), "w") as f:
+            json.dump(manifest, f)
+        with open(path, "wb") as f:
+            f.write(good)
+        self.refused("damaged")
+        with open(os.path.join(self.source, "config.json"), "a") as f:
+            f.write("}")
+        self.refused("no JSON")
+        os.remove(path)
+        self.refused("no such file")
+
+    def test_toy_and_unknown_tokenizers(self):
+        for name, said in (("toy", "toy has no counterpart"), (None, "config.json names none")):
+            write_config(self.source, dict(self.config, tokenizer=name))
+            out = os.path.join(self.folder, "out_%s" % name)
+            self.assertIn(said, run(sys.executable, EXPORT, self.source, out).stdout)
+            self.assertNotIn("tokenizer.json", os.listdir(out))
+
+    def test_plain_models_bring_no_code(self):
+        for folder in [checkpoint(name)[1] for name in PLAIN]:
+            want = [
+                "config.json",
+                "generation_config.json",
+                "model.safetensors",
+                "tokenizer.json",
+                "tokenizer_config.json",
+            ]
+            self.assertEqual(sorted(os.listdir(folder)), want)
+            with open(os.path.join(folder, "config.json")) as f:
+                self.assertNotIn("auto_map", f.read())
+
+
+if __name__ == "__main__":
+    main()

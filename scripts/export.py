@@ -1,0 +1,441 @@
+#!/usr/bin/env python3
+"""A checkpoint of mta.c for transformers and what builds on it:
+
+    export.py DIR OUT [--bf16]      DIR: a checkpoint, or a run's folder, of which the newest one is taken
+
+writes into OUT, which is new or empty:
+    model.safetensors, config.json      the weights as they are stored (--bf16: rounded to bf16), without the optimizer
+    configuration_mta.py, modeling_mta.py     of a model with MTA's or DIFF Transformer's attention: its code, for
+        AutoModelForCausalLM.from_pretrained(OUT, trust_remote_code=True)   (transformers 4.57 and 5.24 are tested)
+    tokenizer.json, tokenizer_config.json, generation_config.json     of a rank file or of `bytes`, for AutoTokenizer:
+        the same ids. Text that looks like a special token stays text; BOS goes before a text, as infer_mta does it.
+    the rank file, so that infer_mta reads OUT too
+A plain model is LLaMA and needs no code. The tokenizer `toy` has no counterpart (it refuses most characters): its ids
+are written, no tokenizer. The standard library suffices; --bf16 needs numpy.
+"""
+
+import argparse
+import json
+import os
+import re
+import shutil
+import struct
+import sys
+import zlib
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+CODE = os.path.join(ROOT, "scripts", "hf")
+sys.path.insert(0, os.path.join(ROOT, "data"))
+from tokenizer import PATTERNS, UserError, need, open_tokenizer, read_ranks  # noqa: E402
+
+# What mta.c writes into the config.json of a model with an attention of its own: LLaMA's keys, then that attention's
+# with what they are where they are absent (mta/config.h).
+LLAMA_KEYS = set(
+    "architectures model_type vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads "
+    "num_key_value_heads head_dim max_position_embeddings hidden_act attention_bias mlp_bias attention_dropout "
+    "rope_theta rms_norm_eps tie_word_embeddings rope_scaling bos_token_id eos_token_id tokenizer tokenizer_pattern "
+    "initializer_range torch_dtype use_cache auto_map query_chunk".split()
+)
+ATTENTION = {
+    "attention_type": "mta",
+    "kq_conv_layers": [],
+    "kq_conv_query_size": 6,
+    "kq_conv_key_size": 11,
+    "kq_conv_pre_softmax": False,
+    "kq_conv_post_softmax": False,
+    "head_mix_pre_softmax": 0,
+    "head_mix_post_softmax": 0,
+    "head_norm": "none",
+    "head_gate": False,
+}
+CHOICES = {"attention_type": ("mta", "diff"), "head_norm": ("none", "group", "group_depth_scaled")}
+AUTO_MAP = {
+    "AutoConfig": "configuration_mta.MtaConfig",
+    "AutoModel": "modeling_mta.MtaModel",
+    "AutoModelForCausalLM": "modeling_mta.MtaForCausalLM",
+}
+PIECE = 1 << 24  # bytes read at once
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The checkpoint
+
+
+def find_checkpoint(path):
+    """The folder itself, or the newest checkpoint of a run's folder."""
+    if os.path.isfile(os.path.join(path, "config.json")):
+        return path
+    steps = sorted(d for d in (os.listdir(path) if os.path.isdir(path) else ()) if re.fullmatch(r"step-\d{8}", d))
+    if not steps:
+        raise UserError("%s: no checkpoint: neither config.json nor step-NNNNNNNN in it" % path)
+    return os.path.join(path, steps[-1])
+
+
+def read_json(path):
+    try:
+        with open(path, encoding="utf-8") as f:
+            value = json.load(f)
+    except ValueError as e:
+        raise UserError("%s: no JSON: %s" % (path, e))
+    if not isinstance(value, dict):
+        raise UserError("%s: wanted a JSON object" % path)
+    return value
+
+
+def verify(folder, names):
+    """Sizes and checksums as the checkpoint's manifest has them, where there is one."""
+    path = os.path.join(folder, "manifest.json")
+    files = read_json(path).get("files", {}) if os.path.exists(path) else {}
+    for name in filter(files.get, names):
+        size, crc = 0, 0
+        with open(os.path.join(folder, name), "rb") as f:
+            for piece in iter(lambda: f.read(PIECE), b""):
+                size, crc = size + len(piece), zlib.crc32(piece, crc)
+        got, wanted = (size, crc), (files[name]["bytes"], files[name]["crc32"])
+        if got != wanted:
+            raise UserError(
+                "%s: damaged: got %d bytes with CRC-32 %08x, manifest.json says %d and %08x"
+                % (os.path.join(folder, name), *got, *wanted)
+            )
+
+
+def read_config(path):
+    """config.json, every key of the attention in it; refused where the code of the export would not do what it says."""
+    config = read_json(path)
+    family, classes = config.get("model_type"), config.get("architectures") or []
+    known = {"llama": ["LlamaForCausalLM"], "mta": ["MtaForCausalLM"]}
+    if family not in known or classes not in ([], known[family]):
+        raise UserError("%s: model_type %s, architectures %s: wanted a llama or mta of mta.c" % (path, family, classes))
+    if family == "llama":
+        return config
+    unknown = sorted(k for k in set(config) - LLAMA_KEYS - set(ATTENTION) if config[k] is not None)
+    if unknown:
+        raise UserError("%s: what the key %s does is not known here" % (path, unknown[0]))
+    if config.get("hidden_act", "silu") != "silu":
+        raise UserError("%s: hidden_act: got %s, wanted silu" % (path, config["hidden_act"]))
+    config = dict(config, **{k: config[k] if config.get(k) is not None else v for k, v in ATTENTION.items()})
+    for key, words in CHOICES.items():
+        if config[key] not in words:
+            raise UserError("%s: %s: got %s, wanted %s" % (path, key, json.dumps(config[key]), " or ".join(words)))
+    return config
+
+
+def attention_tensors(c, layer):
+    """[(name, shape)] of what a layer's attention has beside LLaMA's projections."""
+    heads, out = c["num_attention_heads"], []
+    size = c["hidden_size"] // heads
+    for when, suffix in (("pre", ""), ("post", "_post")):
+        if layer in c["kq_conv_layers"] and c["kq_conv_%s_softmax" % when]:
+            kernel = (heads, c["kq_conv_query_size"], c["kq_conv_key_size"])
+            out.append(("kq_conv%s.weight" % suffix, kernel))
+    for when, suffix in (("pre", "_pre"), ("post", "")):
+        group = c["head_mix_%s_softmax" % when]
+        if group:
+            out.append(("head_mix%s.weight" % suffix, (heads // group, group, group)))
+    if c["head_norm"] != "none":
+        out.append(("head_norm.weight", (size * (2 if c["attention_type"] == "diff" else 1),)))
+    if c["head_gate"]:
+        out += [("head_gate.weight", (size,)), ("head_gate.bias", (1,))]
+    if c["attention_type"] == "diff":
+        out += [("lambda_" + x, (size,)) for x in ("q1", "k1", "q2", "k2")]
+    return out
+
+
+def model_tensors(c):
+    """{name: shape} of all tensors of a model."""
+    wide, hidden, vocab = c["hidden_size"], c["intermediate_size"], c["vocab_size"]
+    heads = c["num_attention_heads"]
+    keys = (c.get("num_key_value_heads") or heads) * (wide // heads)
+    out = {"model.embed_tokens.weight": (vocab, wide), "model.norm.weight": (wide,)}
+    for layer in range(c["num_hidden_layers"]):
+        attention = [(x + "_proj.weight", (n, wide)) for x, n in (("q", wide), ("k", keys), ("v", keys), ("o", wide))]
+        if c["model_type"] == "mta":
+            attention += attention_tensors(c, layer)
+        names = [("self_attn." + name, shape) for name, shape in attention]
+        names += [("mlp.%s_proj.weight" % x, (hidden, wide)) for x in ("gate", "up")]
+        names += [("mlp.down_proj.weight", (wide, hidden))]
+        names += [(x + "_layernorm.weight", (wide,)) for x in ("input", "post_attention")]
+        out.update(("model.layers.%d.%s" % (layer, name), shape) for name, shape in names)
+    if not c.get("tie_word_embeddings"):
+        out["lm_head.weight"] = (vocab, wide)
+    return out
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The weights
+
+
+def read_header(path):
+    """{name: {"dtype", "shape", "data_offsets"}} of a safetensors file, and where its data start."""
+    with open(path, "rb") as f:
+        head = f.read(8)
+        size = struct.unpack("<Q", head)[0] if len(head) == 8 else 1 << 40
+        if size > os.path.getsize(path) - 8:
+            raise UserError("%s: no safetensors file" % path)
+        header = json.loads(f.read(size))
+    header.pop("__metadata__", None)
+    return header, 8 + size
+
+
+def check_tensors(path, header, wanted):
+    for name in sorted(set(wanted) ^ set(header)):
+        raise UserError("%s: tensor %s is %s" % (path, name, "missing" if name in wanted else "not one of this model"))
+    for name, shape in wanted.items():
+        if tuple(header[name]["shape"]) != shape:
+            raise UserError("%s: tensor %s: got %s, wanted %s" % (path, name, header[name]["shape"], list(shape)))
+        if header[name]["dtype"] not in ("F32", "BF16", "F16"):
+            raise UserError("%s: tensor %s: got %s, wanted F32, BF16 or F16" % (path, name, header[name]["dtype"]))
+
+
+def rounded_to_bf16(data, dtype):
+    """Bytes of F32 or F16 values -> of BF16, to the nearest, to the even one of two."""
+    numpy = need("numpy")
+    bits = numpy.frombuffer(data, "<f2" if dtype == "F16" else "<f4").astype("<f4").view("<u4")
+    nan = (bits & 0x7FFFFFFF) > 0x7F800000
+    near = (bits + (0x7FFF + (bits >> 16 & 1))) >> 16
+    return numpy.where(nan, bits >> 16 | 0x40, near).astype("<u2").tobytes()
+
+
+def write_bf16(source, header, start, path):
+    """The same tensors in the same order, as BF16."""
+    names = sorted(header, key=lambda n: header[n]["data_offsets"][0])
+    out, at = {"__metadata__": {"format": "pt"}}, 0
+    for name in names:
+        begin, end = header[name]["data_offsets"]
+        size = (end - begin) // (2 if header[name]["dtype"] == "F32" else 1)
+        out[name] = {"dtype": "BF16", "shape": header[name]["shape"], "data_offsets": [at, at + size]}
+        at += size
+    text = json.dumps(out).encode()
+    text += b" " * (-(8 + len(text)) % 64)
+    with open(source, "rb") as f, open(path, "wb") as to:
+        to.write(struct.pack("<Q", len(text)) + text)
+        for name in names:
+            begin, end = header[name]["data_offsets"]
+            f.seek(start + begin)
+            while begin < end:
+                piece = f.read(min(PIECE, end - begin))
+                if not piece:
+                    raise UserError("%s: ends inside of tensor %s" % (source, name))
+                begin += len(piece)
+                to.write(piece if header[name]["dtype"] == "BF16" else rounded_to_bf16(piece, header[name]["dtype"]))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The tokenizer
+
+
+def characters_of_bytes():
+    """The printable character that stands for each byte in tokenizer.json (GPT-2's table)."""
+    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [b for b in range(256) if b not in plain]
+    return {**{b: chr(b) for b in plain}, **{b: chr(256 + i) for i, b in enumerate(others)}}
+
+
+def unicode_classes():
+    """{class: its ranges} of mta/unicode_tables.h: classes of another Unicode version would cut elsewhere."""
+    with open(os.path.join(ROOT, "mta", "unicode_tables.h"), encoding="ascii") as f:
+        text = f.read()
+    names = re.search(r"enum \{ (CLASS_OTHER.*?) \}", text).group(1).replace("CLASS_", "").split(", ")
+    starts = [int(x, 16) for x in re.findall(r"0x[0-9a-f]+", text.split("unicode_ranges[UNICODE_RANGES]")[1])]
+    ranges = {name: "" for name in names}
+    for entry, following in zip(starts, starts[1:] + [0x110000 << 3]):
+        ranges[names[entry & 7]] += r"\x{%x}-\x{%x}" % (entry >> 3, (following >> 3) - 1)
+    return ranges
+
+
+def split_regex(pattern):
+    """A pattern of data/tokenizer.py as the library tokenizers understands it (Oniguruma): classes of characters and
+    both cases spelt out, no possessive repeats (which change no match here), the end of the text as \\z."""
+    c = unicode_classes()
+    groups = {
+        "L": c["UPPER"] + c["LOWER"] + c["LETTER"],
+        "N": c["NUMBER"],
+        "M": c["MARK"],
+        "Lu}\\p{Lt": c["UPPER"],
+        "Ll": c["LOWER"],
+        "Lm}\\p{Lo": c["LETTER"],
+    }
+    both = lambda m: "[%s%s%s]" % (m.group(), m.group().upper(), "\u017f" if m.group() == "s" else "")
+    out = re.sub(r"\(\?i:(.*?)\)", lambda m: "(?:%s)" % re.sub("[a-z]", both, m.group(1)), PATTERNS[pattern])
+    out = re.sub(r"([+*?]|\{1,3\})\+", r"\1", out).replace("$", r"\z")
+    for name, ranges in groups.items():
+        out = out.replace(r"\p{%s}" % name, "[%s]" % ranges)
+    return out.replace(r"\s", "[%s]" % c["SPACE"]).replace(r"\S", "[^%s]" % c["SPACE"])
+
+
+def last_merge(token, ranks):
+    """The two tokens whose merge is the last one that makes `token` of its bytes; None where merges do not get there.
+    In any text those two are the only ones that merge to it: what is merged inside of it, is merged in this order."""
+    parts = [token[i : i + 1] for i in range(len(token))]
+    while len(parts) > 2:
+        found = [(ranks.get(parts[i] + parts[i + 1], 1 << 30), i) for i in range(len(parts) - 1)]
+        rank, i = min(found)
+        if rank == 1 << 30:
+            return None
+        parts[i : i + 2] = [parts[i] + parts[i + 1]]
+    return parts if len(parts) == 2 else None
+
+
+def special_tokens(tok):
+    """{id: name} of what stands around a document."""
+    if tok.name == "bytes":
+        return {256: "<|bos|>", 257: "<|eos|>", 258: "<|pad|>"}
+    if tok.name == "llama3":
+        return {tok.bos: "<|begin_of_text|>", tok.eos: "<|end_of_text|>"}
+    return {tok.bos: "<|endoftext|>"}
+
+
+def tokenizer_json(tok):
+    ranks = {bytes([b]): b for b in range(256)} if tok.name == "bytes" else read_ranks(tok.path)
+    table = characters_of_bytes()
+    spell = lambda token: "".join(table[b] for b in token)
+    order = sorted(ranks, key=ranks.get)
+    merges = [last_merge(token, ranks) for token in order]
+    cut = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
+    steps = [cut]
+    if tok.name != "bytes":
+        regex = {"Regex": split_regex(tok.name)}
+        steps.insert(0, {"type": "Split", "pattern": regex, "behavior": "Isolated", "invert": False})
+    specials, flags = special_tokens(tok), ("single_word", "lstrip", "rstrip", "normalized")
+    vocab = {spell(token): ranks[token] for token in order}
+    vocab.update((name, i) for i, name in specials.items())  # else they would get the next free ids, not their own
+    start = specials[tok.bos]
+    bos = {"SpecialToken": {"id": start, "type_id": 0}}
+    text, second = ({"Sequence": {"id": x, "type_id": 0}} for x in "AB")
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [
+            dict({"id": i, "content": name, "special": True}, **dict.fromkeys(flags, False))
+            for i, name in sorted(specials.items())
+        ],
+        "normalizer": None,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": steps},
+        "post_processor": {
+            "type": "TemplateProcessing",
+            "single": [bos, text],
+            "pair": [bos, text, bos, second],
+            "special_tokens": {start: {"id": start, "ids": [tok.bos], "tokens": [start]}},
+        },
+        "decoder": cut,
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "ignore_merges": tok.name != "bytes",  # a piece that is a token is that token
+            "vocab": vocab,
+            "merges": ["%s %s" % (spell(m[0]), spell(m[1])) for m in merges if m],
+        },
+    }
+
+
+def tokenizer_config(tok, positions):
+    specials = special_tokens(tok)
+    out = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": specials[tok.bos],
+        "eos_token": specials[tok.eos if tok.eos >= 0 else tok.bos],
+        "clean_up_tokenization_spaces": False,
+        "split_special_tokens": True,  # nothing in a text is special
+        "padding_side": "left",
+        "model_input_names": ["input_ids", "attention_mask"],
+        "model_max_length": positions,
+    }
+    return dict(out, pad_token=specials[258]) if tok.name == "bytes" else out
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def write_json(folder, name, value):
+    with open(os.path.join(folder, name), "w", encoding="utf-8") as f:
+        json.dump(value, f, indent=2, ensure_ascii=False)
+        f.write("\n")
+
+
+def write_tokenizer(folder, config, out):
+    """What there is of the tokenizer's files; returns a line about it."""
+    name = config.get("tokenizer")
+    if name in (None, "", "toy"):
+        return "no tokenizer: %s" % ("toy has no counterpart in transformers" if name else "config.json names none")
+    path = name if name == "bytes" else os.path.join(folder, name)
+    tok = open_tokenizer(path, config.get("tokenizer_pattern") or None, encoder=False)
+    write_json(out, "tokenizer.json", tokenizer_json(tok))
+    write_json(out, "tokenizer_config.json", tokenizer_config(tok, config.get("max_position_embeddings", 2048)))
+    if tok.path:
+        shutil.copyfile(tok.path, os.path.join(out, name))
+    return "tokenizer %s" % tok.name
+
+
+def export(folder, out, bf16):
+    names = {name: os.path.join(folder, name) for name in ("config.json", "model.safetensors")}
+    for path in names.values():
+        if not os.path.isfile(path):
+            raise UserError("%s: no such file, wanted a checkpoint of mta.c" % path)
+    config = read_config(names["config.json"])
+    verify(folder, [*names, config.get("tokenizer") or ""])
+    header, start = read_header(names["model.safetensors"])
+    check_tensors(names["model.safetensors"], header, model_tensors(config))
+
+    weights, stored = os.path.join(out, "model.safetensors"), {t["dtype"] for t in header.values()}
+    if bf16 and stored != {"BF16"}:
+        write_bf16(names["model.safetensors"], header, start, weights)
+        config["torch_dtype"] = "bfloat16"
+    else:
+        shutil.copyfile(names["model.safetensors"], weights)
+    if config["model_type"] == "mta":
+        config["auto_map"] = AUTO_MAP
+        for name in ("configuration_mta.py", "modeling_mta.py"):
+            shutil.copyfile(os.path.join(CODE, name), os.path.join(out, name))
+    write_json(out, "config.json", config)
+    said = write_tokenizer(folder, config, out)
+    ids = {k: config[k] for k in ("bos_token_id", "eos_token_id") if config.get(k) is not None}
+    if config.get("tokenizer") == "bytes":
+        ids["pad_token_id"] = 258
+    if "eos_token_id" in ids:
+        write_json(out, "generation_config.json", ids)
+    count = sum(numel(t["shape"]) for t in header.values())
+    return "%s, %d parameters, %s" % (config["model_type"], count, said)
+
+
+def numel(shape):
+    n = 1
+    for size in shape:
+        n *= size
+    return n
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", metavar="DIR")
+    parser.add_argument("out", metavar="OUT")
+    parser.add_argument("--bf16", action="store_true", help="round the weights to bf16")
+    args = parser.parse_args()
+    partial = None
+    try:
+        source, out = find_checkpoint(args.source), os.path.abspath(args.out)
+        if os.path.exists(out) and not (os.path.isdir(out) and not os.listdir(out)):
+            raise UserError("%s: it is there and not empty, wanted a new folder" % args.out)
+        os.makedirs(os.path.dirname(out), exist_ok=True)
+        partial = "%s.partial-%d" % (out, os.getpid())
+        os.mkdir(partial)
+        said = export(source, partial, args.bf16)
+        os.rename(partial, out)  # all or nothing
+        partial = None
+    except (UserError, OSError, KeyError, TypeError, ValueError) as e:
+        print("export.py: %s" % e, file=sys.stderr)
+        return 1
+    finally:
+        if partial:
+            shutil.rmtree(partial, ignore_errors=True)
+    print("%s -> %s: %s" % (source, args.out, said))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

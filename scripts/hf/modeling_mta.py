@@ -1,0 +1,330 @@
+"""mta.c's models in PyTorch, for transformers: LLaMA with Multi-Token Attention (arXiv 2504.00927), or with DIFF
+Transformer's.
+
+Shapes: B sequences, T new tokens, L tokens with those of the cache, C width, NH heads, NKV key/value heads, HS head
+size, cq x ck queries x keys of a convolution. A map is (B, NH, queries, keys): scores, after the softmax weights.
+
+Attention computes maps for `query_chunk` queries at a time. A convolution reads the maps of earlier queries, so a chunk
+starts `halo` queries earlier, and the cache of such a layer holds queries beside the keys. Maps are computed in fp32.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers import DynamicCache, GenerationMixin, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+
+from .configuration_mta import MtaConfig
+
+# What transformers calls the cache in a model's output: past_key_values, since 5.2x cache.
+CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
+
+
+def wide(x):
+    """At least fp32."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, size, eps):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x):
+        y = wide(x)
+        y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + self.eps)
+        return y.to(x.dtype) * self.weight
+
+
+class KeyQueryConv(nn.Module):
+    """Of each head: out[i, j] = sum over a < cq, b < ck of weight[a, b] inp[i - (cq - 1) + a, j - (ck - 1) / 2 + b].
+    The caller sees to it that inp is zero where a query does not see a key. Starts as the identity."""
+
+    def __init__(self, heads, cq, ck):
+        super().__init__()
+        self.weight = nn.Parameter(F.pad(torch.ones(heads, 1, 1), (ck // 2, ck // 2, cq - 1, 0)))
+
+    def forward(self, maps):
+        heads, cq, ck = self.weight.shape
+        maps = F.pad(maps, (ck // 2, ck // 2, cq - 1, 0))
+        return F.conv2d(maps, self.weight[:, None].to(maps.dtype), groups=heads)
+
+
+class HeadMix(nn.Module):
+    """Of each group of ch heads: out[o] = sum over n of weight[o, n] inp[n]. Starts as the identity."""
+
+    def __init__(self, heads, ch):
+        super().__init__()
+        self.weight = nn.Parameter(torch.eye(ch).repeat(heads // ch, 1, 1))
+
+    def forward(self, maps):
+        groups, ch, _ = self.weight.shape
+        mixed = torch.einsum("gon,bgnij->bgoij", self.weight.to(maps.dtype), maps.unflatten(1, (groups, ch)))
+        return mixed.flatten(1, 2)
+
+
+class HeadGate(nn.Module):
+    """One gate a token and head: inp * sigmoid(inp . weight + bias)."""
+
+    def __init__(self, size, std):
+        super().__init__()
+        self.weight = nn.Parameter(std * torch.randn(size))
+        self.bias = nn.Parameter(torch.zeros(1))
+
+    def forward(self, x):
+        return x * torch.sigmoid((x * self.weight).sum(-1, keepdim=True) + self.bias)
+
+
+def rope_frequencies(config):
+    """Radians per position of the HS / 2 pairs of a head, with Llama 3's scaling where configured."""
+    rope = getattr(config, "rope_parameters", None) or dict(config.rope_scaling or {}, rope_theta=config.rope_theta)
+    kind, size = rope.get("rope_type", rope.get("type", "default")), config.hidden_size // config.num_attention_heads
+    f = rope["rope_theta"] ** (-torch.arange(0, size, 2, dtype=torch.float64) / size)
+    if kind == "llama3":
+        turns = rope["original_max_position_embeddings"] * f / (2 * math.pi)  # within the original context
+        low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+        share = ((turns - low) / (high - low)).clamp(0, 1)
+        f = (1 - share) * f / rope["factor"] + share * f
+    elif kind != "default":
+        raise ValueError(f"rope_type: got {kind!r}, wanted default or llama3")
+    return f
+
+
+def rotate(x, rope):
+    """RoPE on (B, heads, T, HS): elements t and t + HS / 2 turn by rope = cos, sin, each (T, HS / 2)."""
+    (a, b), (cos, sin) = wide(x).chunk(2, -1), rope
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x.dtype)
+
+
+class MtaAttention(nn.Module):
+    def __init__(self, config, layer):
+        super().__init__()
+        C, NH, NKV = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
+        HS, cq, ck = C // NH, config.kq_conv_query_size, config.kq_conv_key_size
+        pre, post = config.head_mix_pre_softmax, config.head_mix_post_softmax
+        conv, self.diff = layer in config.kq_conv_layers, config.attention_type == "diff"
+        conv_pre, conv_post = conv and config.kq_conv_pre_softmax, conv and config.kq_conv_post_softmax
+        self.config, self.layer, self.sizes = config, layer, (NH, NKV, HS)
+        self.halo = (cq - 1) * (conv_pre + conv_post)  # how many queries a chunk reaches back
+        self.lambda_init = 0.8 - 0.6 * math.exp(-0.3 * layer)
+        self.q_proj = nn.Linear(C, NH * HS, bias=False)
+        self.k_proj = nn.Linear(C, NKV * HS, bias=False)
+        self.v_proj = nn.Linear(C, NKV * HS, bias=False)
+        self.o_proj = nn.Linear(NH * HS, C, bias=False)
+        self.kq_conv = KeyQueryConv(NH, cq, ck) if conv_pre else nn.Identity()
+        self.kq_conv_post = KeyQueryConv(NH, cq, ck) if conv_post else nn.Identity()
+        self.head_mix_pre = HeadMix(NH, pre) if pre else nn.Identity()
+        self.head_mix = HeadMix(NH, post) if post else nn.Identity()
+        self.head_norm = nn.Identity() if config.head_norm == "none" else RMSNorm(2 * HS if self.diff else HS, 1e-5)
+        self.head_gate = HeadGate(HS, C**-0.5) if config.head_gate else nn.Identity()
+        for name in ("lambda_q1", "lambda_k1", "lambda_q2", "lambda_k2") if self.diff else ():
+            setattr(self, name, nn.Parameter(0.1 * torch.randn(HS)))
+
+    def head_outputs(self, q, k, v, padding, start, end):
+        """Outputs of queries start..end-1: (B, NH, end - start, HS), of diff (B, NH / 2, end - start, 2 HS). q: queries
+        up to L, at least those that are read; k, v: of all L; padding: as of padding_of."""
+        NH, NKV, HS = self.sizes
+        first, before = max(0, start - self.halo), k.shape[2] - q.shape[2]
+        k, v = (t[:, :, :end].repeat_interleave(NH // NKV, 1) for t in (k, v))
+        queries = torch.arange(first, end, device=q.device)[:, None]
+        visible = torch.arange(end, device=q.device) <= queries
+        if padding is not None:
+            visible = visible & padding[:, None, None, :end]
+
+        scores = wide(q[:, :, first - before : end - before] @ k.transpose(2, 3)) / math.sqrt(HS)
+        scores = self.head_mix_pre(self.kq_conv(scores.where(visible, 0)))
+        maps = scores.masked_fill(~visible, torch.finfo(scores.dtype).min).softmax(-1).where(visible, 0)
+        maps = self.head_mix(self.kq_conv_post(maps).where(visible, 0)[:, :, start - first :])
+
+        if self.diff:  # heads 2p and 2p + 1: the difference of their maps, on the values of both side by side
+            positive = (wide(self.lambda_q1) * self.lambda_k1).sum().exp()
+            negative = (wide(self.lambda_q2) * self.lambda_k2).sum().exp()
+            maps = maps[:, 0::2] - (positive - negative + self.lambda_init) * maps[:, 1::2]
+            v = torch.cat([v[:, 0::2], v[:, 1::2]], -1)
+        out = self.head_norm(maps.to(v.dtype) @ v)
+        if self.config.head_norm == "group_depth_scaled":
+            out = out * (1 - self.lambda_init)
+        return self.head_gate(out)
+
+    def forward(self, x, rope, padding, cache):
+        (B, T, _), (NH, NKV, HS) = x.shape, self.sizes
+        q, k, v = (p(x).view(B, T, -1, HS).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj))
+        q, k = rotate(q, rope), rotate(k, rope)
+        if cache is not None:
+            k, v = cache.update(torch.cat([k, q], 1) if self.halo else k, v, self.layer)
+            if self.halo:
+                k, q = k.split([NKV, NH], 1)
+        L, chunk, outputs = k.shape[2], self.config.query_chunk or T, []
+        for start in range(L - T, L, chunk):
+            part = (q, k, v, padding, start, min(start + chunk, L))
+            if T > chunk and torch.is_grad_enabled():
+                outputs.append(checkpoint(self.head_outputs, *part, use_reentrant=False))
+            else:
+                outputs.append(self.head_outputs(*part))
+        return self.o_proj(torch.cat(outputs, 2).transpose(1, 2).reshape(B, T, -1))
+
+
+class MtaMLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x):
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class MtaLayer(GradientCheckpointingLayer):
+    def __init__(self, config, layer):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = MtaAttention(config, layer)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MtaMLP(config)
+
+    def forward(self, x, rope, padding, cache):
+        x = x + self.self_attn(self.input_layernorm(x), rope, padding, cache)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class MtaPreTrainedModel(PreTrainedModel):
+    config_class = MtaConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["MtaLayer"]
+
+    def _init_weights(self, module):
+        """Matrices start as in the trainers; the other modules know how they start."""
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            std = module.weight.shape[1] ** -0.5
+            nn.init.trunc_normal_(module.weight, std=std, a=-3 * std, b=3 * std)
+
+
+def padding_of(mask, length):
+    """attention_mask -> None without padding, else (B, L), false where a token is padding."""
+    if mask is None or (mask.dim() == 2 and mask.shape[1] == length and mask.all()):
+        return None
+    if mask.dim() != 2 or mask.shape[1] != length:
+        raise ValueError(f"attention_mask: got the shape {tuple(mask.shape)}, wanted (batch, {length})")
+    mask = mask.bool()
+    if (mask[:, 0].long() + (mask[:, 1:] & ~mask[:, :-1]).sum(1)).max() > 1:
+        raise ValueError("attention_mask: padding between tokens, wanted it at the left or the right end")
+    return mask
+
+
+def returns_dict(model, wanted):
+    return model.config.return_dict if wanted is None else wanted
+
+
+class MtaModel(MtaPreTrainedModel):
+    def __init__(self, config):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(MtaLayer(config, layer) for layer in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        past_key_values=None,
+        inputs_embeds=None,
+        use_cache=None,
+        output_hidden_states=None,
+        return_dict=None,
+        cache=None,
+    ):
+        """cache: past_key_values by its newer name. Positions are counted from the first token, padding or not: RoPE
+        depends on distances alone."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("wanted input_ids or inputs_embeds")
+        x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        cache = past_key_values if cache is None else cache
+        if cache is None and (not self.training and self.config.use_cache if use_cache is None else use_cache):
+            cache = DynamicCache()
+        if cache is not None and not isinstance(cache, DynamicCache):
+            raise ValueError(f"the cache is a {type(cache).__name__}, wanted a DynamicCache")
+
+        past, T = cache.get_seq_length() if cache is not None else 0, x.shape[1]
+        padding = padding_of(attention_mask, past + T)
+        angles = torch.arange(past, past + T, dtype=torch.float64)[:, None] * rope_frequencies(self.config).cpu()
+        rope = [f(angles).to(x.device, wide(x).dtype) for f in (torch.cos, torch.sin)]
+        states = []
+        for layer in self.layers:
+            states.append(x)
+            x = layer(x, rope, padding, cache)
+        x = self.norm(x)
+        states.append(x)
+        wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        out = BaseModelOutputWithPast(x, hidden_states=tuple(states) if wanted else None, **{CACHE: cache})
+        return out if returns_dict(self, return_dict) else out.to_tuple()
+
+
+class MtaForCausalLM(MtaPreTrainedModel, GenerationMixin):
+    def __init__(self, config):
+        super().__init__(config)
+        self.model = MtaModel(config)
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_output_embeddings(self):
+        return None if self.config.tie_word_embeddings else self.lm_head
+
+    def forward(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        past_key_values=None,
+        inputs_embeds=None,
+        labels=None,
+        use_cache=None,
+        output_hidden_states=None,
+        return_dict=None,
+        logits_to_keep=0,
+        cache=None,
+    ):
+        """labels: the ids themselves, -100 where a token is no target; logits at t are of the token t + 1."""
+        out = self.model(
+            input_ids, attention_mask, past_key_values, inputs_embeds, use_cache, output_hidden_states, True, cache
+        )
+        x = out.last_hidden_state if labels is not None else out.last_hidden_state[:, -logits_to_keep:]
+        head = self.model.embed_tokens if self.config.tie_word_embeddings else self.lm_head
+        logits, loss = F.linear(x, head.weight), None
+        if labels is not None:
+            loss = F.cross_entropy(wide(logits[:, :-1]).flatten(0, 1), labels[:, 1:].flatten().to(logits.device))
+        out = CausalLMOutputWithPast(loss, logits, hidden_states=out.hidden_states, **{CACHE: getattr(out, CACHE)})
+        return out if returns_dict(self, return_dict) else out.to_tuple()
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids,
+        past_key_values=None,
+        cache=None,
+        attention_mask=None,
+        inputs_embeds=None,
+        use_cache=True,
+        logits_to_keep=0,
+        output_hidden_states=None,
+        next_sequence_length=None,
+        **others,
+    ):
+        """What forward takes, of the tokens that the cache does not hold yet; the same in all versions."""
+        for name in ("output_attentions", "position_ids"):
+            if others.get(name) is not None and others[name] is not False:
+                raise ValueError(f"{name}: no map is kept, and positions are counted from the first token")
+        cache = past_key_values if cache is None else cache
+        past = cache.get_seq_length() if cache is not None else 0
+        inputs = {"attention_mask": attention_mask, CACHE: cache, "use_cache": use_cache}
+        inputs.update(logits_to_keep=logits_to_keep, output_hidden_states=output_hidden_states)
+        if inputs_embeds is not None and not past:
+            return dict(inputs, inputs_embeds=inputs_embeds)
+        length = (input_ids if attention_mask is None else attention_mask).shape[1]
+        return dict(inputs, input_ids=input_ids[:, -(next_sequence_length or length - past) :])
