@@ -552,8 +552,8 @@ static inline void run_verify_data(const Run* r, const Loader* l, const char* op
 // A line where a set of --val holds what is trained on too.
 static inline void run_say_overlap(const Run* r, const ValSet* v) {
     const Shard *a, *b;
-    for (int i = 0; (a = loader_shard(&v->loader, i)); i++) {
-        for (int j = 0; (b = loader_shard(&r->train, j)); j++) {
+    for (int i = 0; (a = loader_shard(&v->loader, i)) != NULL; i++) {
+        for (int j = 0; (b = loader_shard(&r->train, j)) != NULL; j++) {
             if (!shards_same_file(a, b) && !shards_same_tokens(a, b)) { continue; }
             printf("--val: %s: %s is also trained on%s%s\n", v->name, a->path, strcmp(a->path, b->path) ? ", as " : "",
                    strcmp(a->path, b->path) ? b->path : "");
