@@ -1140,12 +1140,26 @@ static bool ends_text(const Session* session, int32_t id) {
     return found;
 }
 
+// Prints a text up to where a stop begins, and of the rest all but what may yet become one (`last`: nothing may);
+// keeps that in it. True: a stop was there.
+static bool print_to_stop(Session* session, Text* text, const Stops* stops, bool last) {
+    bool stopped = cut_at_stop(text, stops);
+    size_t kept = stopped || last ? 0 : maybe_a_stop(text, stops), printed = text->n - kept;
+    put_text(session, text->text, printed);
+    if (printed) { memmove(text->text, text->text + printed, kept); }
+    text->n = kept;
+    return stopped;
+}
+
 // Continues the session by up to max_tokens tokens, printing each as it comes: text, or ids where as_ids.
 static void generate(Session* session, Rng* rng, bool as_ids) {
     TokenStream stream = {{0}, 0};
-    char* text =
+    Text text = {0};
+    Stops stops = stops_of(&session->options.stops, NULL);
+    bool stopped = false;
+    char* piece =
         session->tokenizer ? alloc_or_die(tokenizer_max_bytes(session->tokenizer) + 8, 1, "a token's text") : NULL;
-    for (int i = 0; i < session->options.max_tokens && !interrupted; i++) {
+    for (int i = 0; i < session->options.max_tokens && !interrupted && !stopped; i++) {
         if (!make_room(session, 0)) {
             fprintf(stderr, "%s%s: the context of %d positions is full; --shift goes on\n",
                     session->terminal ? "\n" : "", program_invocation_short_name, session->cache.capacity);
@@ -1159,11 +1173,17 @@ static void generate(Session* session, Rng* rng, bool as_ids) {
             char number[16];
             put_out(number, (size_t)snprintf(number, sizeof number, i ? " %d" : "%d", id), true);
         } else {
-            put_text(session, text, tokenizer_decode(session->tokenizer, &stream, id, text));
+            text_append(&text, piece, tokenizer_decode(session->tokenizer, &stream, id, piece));
+            stopped = print_to_stop(session, &text, &stops, false);
         }
     }
-    if (text) { put_text(session, text, tokenizer_flush(&stream, text)); }
-    free(text);
+    if (piece && !stopped) {
+        text_append(&text, piece, tokenizer_flush(&stream, piece));
+        print_to_stop(session, &text, &stops, true);
+    }
+    text_free(&text);
+    free(stops.all);
+    free(piece);
 }
 
 static const Tokenizer* need_tokenizer(const Session* session) {
@@ -1242,7 +1262,7 @@ static void run_samples(Session* session) {
 }
 
 // Continues the session by up to max_tokens tokens into `out`, until a text of `stops` comes; returns how many.
-static int complete(Session* session, Rng* rng, const Json* stops, Text* out) {
+static int complete(Session* session, Rng* rng, const Stops* stops, Text* out) {
     TokenStream stream = {{0}, 0};
     char* piece = alloc_or_die(tokenizer_max_bytes(session->tokenizer) + 8, 1, "a token's text");
     bool stopped = false;
@@ -1292,19 +1312,21 @@ static void answer_request(void* model, const Json* j, long number, const char* 
     Session* session = model;
     InferOptions options = session->options, *o = &session->options;
     Rng rng = rng_make((uint64_t)o->seed, (uint64_t)number);
-    const Json* stops = json_get(j, "until");
+    const Json* until = json_get(j, "until");
     o->max_tokens = (int)request_number(j, "max_tokens", o->max_tokens, 0, MAX_CONTEXT, true, where);
     o->temperature = request_number(j, "temperature", o->temperature, 0, 100, false, where);
     o->top_k = (int)request_number(j, "top_k", o->top_k, 0, MAX_VOCAB, true, where);
     o->top_p = request_number(j, "top_p", o->top_p, 0, 1, false, where);
-    bool good = !stops || stops->type == JSON_ARRAY;
-    for (const Json* s = good && stops ? stops->child : NULL; s; s = s->next) { good &= s->type == JSON_STRING; }
+    bool good = !until || until->type == JSON_ARRAY;
+    for (const Json* s = good && until ? until->child : NULL; s; s = s->next) { good &= s->type == JSON_STRING; }
     if (!good) { die("%s: until: wanted a list of strings", where); }
     append_request(session, json_get(j, "prompt"), where);
 
     Text text = {0};
-    prompt_put(&text, complete(session, &rng, stops, &text));
+    Stops stops = stops_of(&o->stops, until);
+    prompt_put(&text, complete(session, &rng, &stops, &text));
     text_free(&text);
+    free(stops.all);
     *o = options;
 }
 

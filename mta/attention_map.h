@@ -26,7 +26,8 @@ static inline void attention_map_put(Text* t, const char* name, const float* x, 
     text_printf(t, "]");
 }
 
-// Writes the file; ids (tap->n). Without a tokenizer the tokens are their numbers.
+// Writes the file; ids (tap->n). Without a tokenizer the tokens are their numbers, and so are those that have no text
+// but BOS and EOS.
 static inline void attention_map_write(const char* path, const AttentionTap* tap, const Tokenizer* tokenizer,
                                        const int32_t* ids) {
     Text t = {NULL, 0, 0};
@@ -39,6 +40,10 @@ static inline void attention_map_write(const char* path, const AttentionTap* tap
         text_append(&t, ", ", i ? 2 : 0);
         if (n) {
             text_json_string(&t, piece, n);
+        } else if (tokenizer && ids[i] == tokenizer_bos(tokenizer)) {
+            text_printf(&t, "\"<BOS>\"");
+        } else if (tokenizer && ids[i] == tokenizer_eos(tokenizer)) {
+            text_printf(&t, "\"<EOS>\"");
         } else {
             text_printf(&t, "\"%d\"", ids[i]);
         }

@@ -14,6 +14,7 @@ typedef struct {
     int context, chunk, threads, stride, max_tokens, top_k, repeat_last, samples, layer, head;
     int64_t seed;
     double temperature, top_p, min_p, repeat_penalty;
+    OptList stops;
     bool mapped, interactive, echo, ignore_eos, shift, quiet, tokenize, detokenize, binary, assume_llama, no_verify;
 } InferOptions;
 
@@ -94,6 +95,8 @@ static inline void infer_options_read(InferOptions* o, int argc, char** argv) {
          false},
         {"--echo", OPT_FLAG, &o->echo, NULL, "print the prompt too", 0, 0, false},
         {"--max-tokens", OPT_INT, &o->max_tokens, "N", "tokens to generate at most", 0, INT32_MAX, false},
+        {"--stop", OPT_LIST, &o->stops, "TEXT",
+         "end where this text would come, which is not printed; may be given several times", 0, 0, false},
         {"--ignore-eos", OPT_FLAG, &o->ignore_eos, NULL, "go on after the end of a document", 0, 0, false},
         {"--shift", OPT_FLAG, &o->shift, NULL,
          "when the context is full, keep its first token and its later half and go on", 0, 0, false},
@@ -145,6 +148,7 @@ static inline void infer_options_read(InferOptions* o, int argc, char** argv) {
             "each other; give one");
     }
     if (!alone && !o->dir) { die("no checkpoint directory given; usage: infer_mta DIR [options], --help lists them"); }
+    if (o->stops.n && o->token_ids) { die("--stop ends texts; --token-ids prints ids"); }
     if (o->stride && !o->perplexity) { die("--stride belongs to --perplexity"); }
     if (o->binary && !o->tokenize) { die("--binary belongs to --tokenize"); }
     if (o->dir) { o->dir = checkpoint_of(o->dir, o->quiet); }

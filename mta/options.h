@@ -27,8 +27,14 @@ typedef enum {
     OPT_LONG,     // int64_t*
     OPT_FLOAT,    // double*, finite
     OPT_STRING,   // const char**, points into argv
+    OPT_LIST,     // OptList*, each time it is given one more
     OPT_CHOICE    // const char**, one of arg = "a|b|c"; points into argv
 } OptType;
+
+typedef struct {
+    const char* texts[16];  // point into argv
+    int n;
+} OptList;
 
 typedef struct {
     const char* name;  // with its dashes
@@ -145,6 +151,14 @@ static inline bool opt_store(Opt* o, const char* text) {
             *(const char**)o->value = text;
             return true;
         case OPT_STRING: *(const char**)o->value = text; return true;
+        case OPT_LIST: {
+            OptList* list = (OptList*)o->value;
+            if (list->n == (int)(sizeof list->texts / sizeof list->texts[0])) {
+                die("%s: given more than %d times", o->name, list->n);
+            }
+            list->texts[list->n++] = text;
+            return true;
+        }
         default: return false;
     }
 }

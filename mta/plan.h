@@ -145,7 +145,7 @@ static inline double train_print_plan(Run* r, const PlanMachine* machine, const 
     tensor_list(&list, &r->config);
     r->flops_per_token = model_flops_per_token(&r->config, r->seq_len);
     r->flops_per_second = machine->flops_per_second;
-    snprintf(r->device, sizeof r->device, "%s", machine->device);
+    snprintf(r->device, sizeof r->device, "%.*s", (int)sizeof r->device - 1, machine->device);
     plan_print_model(r, &list);
     double total = plan_print_memory(machine, rows, n);
     if (options_evaluate(o)) {

@@ -5,18 +5,57 @@
 #ifndef MTA_PROMPTS_H
 #define MTA_PROMPTS_H
 
+#include "options.h"
 #include "score.h"
 
-// Cuts a text where the first of the `stops` begins, a list of strings or NULL; false: none of them is there.
-static inline bool cut_at_stop(Text* text, const Json* stops) {
+// Texts that end an answer; those of the options and of a request together. An empty one ends nothing.
+typedef struct {
+    const char* text;
+    size_t length;
+} StopText;
+typedef struct {
+    StopText* all;  // owned
+    int n;
+} Stops;
+
+// until: a list of strings, or NULL.
+static inline Stops stops_of(const OptList* given, const Json* until) {
+    Stops stops = {NULL, 0};
+    size_t most = (size_t)given->n + (until ? until->count : 0);
+    stops.all = (StopText*)alloc_or_die(most + 1, sizeof(StopText), "stops");
+    for (int i = 0; i < given->n; i++) {
+        stops.all[stops.n].text = given->texts[i];
+        stops.all[stops.n++].length = strlen(given->texts[i]);
+    }
+    for (const Json* stop = until ? until->child : NULL; stop; stop = stop->next) {
+        stops.all[stops.n].text = stop->string;
+        stops.all[stops.n++].length = stop->length;
+    }
+    return stops;
+}
+
+// Cuts a text where the first of the stops begins; false: none of them is there.
+static inline bool cut_at_stop(Text* text, const Stops* stops) {
     bool found = false;
-    for (const Json* stop = stops ? stops->child : NULL; stop; stop = stop->next) {
-        bool both = text->n && stop->length;
-        char* at = both ? (char*)memmem(text->text, text->n, stop->string, stop->length) : NULL;
+    for (int i = 0; i < stops->n; i++) {
+        bool both = text->n && stops->all[i].length;
+        char* at = both ? (char*)memmem(text->text, text->n, stops->all[i].text, stops->all[i].length) : NULL;
         if (at) { text->n = (size_t)(at - text->text); }
         found |= at != NULL;
     }
     return found;
+}
+
+// How many bytes at the end of a text may be the beginning of a stop.
+static inline size_t maybe_a_stop(const Text* text, const Stops* stops) {
+    size_t longest = 0;
+    for (int i = 0; i < stops->n; i++) {
+        size_t n = stops->all[i].length ? stops->all[i].length - 1 : 0;
+        if (n > text->n) { n = text->n; }
+        while (n > longest && memcmp(text->text + text->n - n, stops->all[i].text, n) != 0) { n--; }
+        if (n > longest) { longest = n; }
+    }
+    return longest;
 }
 
 // A number of a request in place of an option's, where there is one.

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""Draws what one head attends to over a prompt: attention_map.py DIR --prompt TEXT --layer 2 --head 0 --out
-FILE.png. The left picture is the plain softmax of the scores, the right one the weights that multiply the values,
-after convolution and mixing; with --json the file that infer_mta --attention-map wrote is drawn instead. Needs
-matplotlib."""
+"""Draws what heads attend to over a prompt: attention_map.py DIR --prompt TEXT --layer 2 --head 0 --out FILE.png.
+Several heads (--head 0,1,5 or --head all) stand below each other. Each has two pictures: the plain softmax of the
+scores, and the weights that multiply the values, after convolution and mixing. --json FILE ... draws files that
+infer_mta --attention-map wrote. Needs matplotlib."""
 
 import argparse
 import json
@@ -14,30 +14,38 @@ import tempfile
 ROOT = os.path.abspath(os.path.join(os.path.dirname(__file__), ".."))
 
 
-def read_map(args):
-    """The map's JSON, from the file given or from infer_mta."""
+def heads_of(args):
+    """The heads that --head names; "all" are those that config.json counts."""
+    if args.head != "all":
+        return [int(h) for h in args.head.split(",")]
+    folder = args.dir
+    if not os.path.exists(os.path.join(folder, "config.json")):  # a run: its newest checkpoint
+        steps = sorted(n for n in os.listdir(folder) if n.startswith("step-") and "." not in n)
+        folder = os.path.join(folder, steps[-1]) if steps else folder
+    with open(os.path.join(folder, "config.json")) as f:
+        return list(range(json.load(f)["num_attention_heads"]))
+
+
+def read_maps(args):
+    """The maps' JSON, from the files given or from infer_mta, one for each head."""
     if args.json:
-        with open(args.json) as f:
-            return json.load(f)
+        return [load(path) for path in args.json]
+    maps = []
     with tempfile.TemporaryDirectory() as tmp:
         path = os.path.join(tmp, "map.json")
-        command = [
-            args.infer,
-            args.dir,
-            "--attention-map",
-            path,
-            "--layer",
-            str(args.layer),
-            "--head",
-            str(args.head),
-            "--quiet",
-        ]
-        command += ["--token-ids", args.token_ids] if args.token_ids else ["--prompt", args.prompt or ""]
-        command += ["--tokenizer", args.tokenizer] if args.tokenizer else []
-        if subprocess.run(command).returncode:
-            sys.exit(1)
-        with open(path) as f:
-            return json.load(f)
+        for head in heads_of(args):
+            command = [args.infer, args.dir, "--attention-map", path, "--layer", str(args.layer), "--head", str(head), "--quiet", "--mapped"]
+            command += ["--token-ids", args.token_ids] if args.token_ids else ["--prompt", args.prompt or ""]
+            command += ["--tokenizer", args.tokenizer] if args.tokenizer else []
+            if subprocess.run(command).returncode:
+                sys.exit(1)
+            maps.append(load(path))
+    return maps
+
+
+def load(path):
+    with open(path) as f:
+        return json.load(f)
 
 
 def label(token):
@@ -47,40 +55,42 @@ def label(token):
     )
 
 
-def draw(data, out):
-    """Two squares side by side, rows are queries, columns keys; weights below zero (after a convolution) in the
-    other colour."""
+def draw(maps, out):
+    """A row for each head: two squares, rows are queries, columns keys; weights below zero (after a convolution) in
+    the other colour. The squares of a row have scales of their own."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    n = len(data["tokens"])
-    labels = [label(t) for t in data["tokens"]]
+    n = len(maps[0]["tokens"])
     size = min(40, max(4, 0.16 * n + 1.5))
-    figure, axes = pyplot.subplots(1, 2, figsize=(2 * size, size), constrained_layout=True)
-    for axis, key, title in zip(axes, ("before", "after"), ("softmax of the scores", "weights of the values")):
-        rows = [row + [float("nan")] * (n - len(row)) for row in data[key]]
-        top = max(max(abs(x) for x in row) for row in data[key]) or 1.0
-        picture = axis.imshow(rows, cmap="RdBu_r", vmin=-top, vmax=top, interpolation="nearest")
-        axis.set_title("layer %d, head %d: %s" % (data["layer"], data["head"], title), fontsize=9)
-        axis.set_xticks(range(n))
-        axis.set_yticks(range(n))
-        axis.set_xticklabels(labels, rotation=90, fontsize=6)
-        axis.set_yticklabels(labels, fontsize=6)
-        figure.colorbar(picture, ax=axis, shrink=0.7)
-    figure.savefig(out, dpi=150)
+    font = max(2, min(7, 72 * 0.8 * (size - 1.5) / n))
+    figure, grid = pyplot.subplots(len(maps), 2, figsize=(2 * size + 1, len(maps) * size), squeeze=False, layout="constrained")
+    for data, axes in zip(maps, grid):
+        labels = [label(t) for t in data["tokens"]]
+        for axis, key, title in zip(axes, ("before", "after"), ("softmax of the scores", "weights of the values")):
+            rows = [row + [float("nan")] * (len(labels) - len(row)) for row in data[key]]
+            top = max(max(abs(x) for x in row) for row in data[key]) or 1.0
+            picture = axis.imshow(rows, cmap="RdBu_r", vmin=-top, vmax=top, interpolation="nearest")
+            axis.set_title("layer %d, head %d: %s" % (data["layer"], data["head"], title), fontsize=10)
+            axis.set_xticks(range(len(labels)), labels, rotation=90, fontsize=font)
+            axis.set_yticks(range(len(labels)), labels, fontsize=font)
+            axis.set_xlabel("key: the token that is attended to", fontsize=9)
+            axis.set_ylabel("query: the token that attends", fontsize=9)
+            figure.colorbar(picture, ax=axis, shrink=0.7, label="weight")
+    figure.savefig(out, dpi=150 if len(maps) < 5 else 90)
 
 
 def main():
     parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__)
     parser.add_argument("dir", metavar="DIR", nargs="?", help="checkpoint")
-    parser.add_argument("--json", metavar="FILE", help="draw this file")
+    parser.add_argument("--json", metavar="FILE", nargs="+", help="draw these files")
     parser.add_argument("--prompt")
     parser.add_argument("--token-ids")
     parser.add_argument("--tokenizer")
     parser.add_argument("--layer", type=int, default=0)
-    parser.add_argument("--head", type=int, default=0)
+    parser.add_argument("--head", default="0", metavar="N,...|all", help="default 0")
     parser.add_argument(
         "--infer", default=os.path.join(ROOT, "infer_mta"), help="the program (default: the repository's)"
     )
@@ -88,7 +98,10 @@ def main():
     args = parser.parse_args()
     if not args.dir and not args.json:
         parser.error("give a checkpoint directory, or --json FILE")
-    draw(read_map(args), args.out)
+    try:
+        draw(read_maps(args), args.out)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        sys.exit("attention_map.py: %s" % error)
     print(args.out)
 
 

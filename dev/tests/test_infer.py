@@ -22,7 +22,7 @@ import time
 import unittest
 import zlib
 
-from helpers import BIN as FOLDER, GOLDEN, ROOT, floats, main, read_bytes, read_safetensors, to_bf16, write_safetensors
+from helpers import BIN as FOLDER, GOLDEN, ROOT, floats, main, png_size, read_bytes, read_safetensors, to_bf16, write_safetensors
 
 BIN = os.path.join(FOLDER, "infer_mta")
 sys.path.insert(0, os.path.join(ROOT, "dev", "ref"))
@@ -1041,6 +1041,46 @@ class TextIO(unittest.TestCase):
         if b"\n" not in whole[:-1].encode() and "\ufffd" not in whole + out:
             self.assertTrue(whole.encode().startswith(first + second))
 
+    def test_stops(self):
+        """The text up to the first of the stops and nothing of it, whatever pieces it comes in; of --prompts too."""
+        greedy = ["--temperature", "0", "--max-tokens", "40", "--quiet", "--ignore-eos"]
+        prompt = [self.dir, "--prompt", "abc", *greedy]
+        raw = subprocess.run([BIN, *prompt], stdout=subprocess.PIPE, check=True).stdout[:-1]
+        bytes_of = lambda *more: subprocess.run([BIN, *prompt, *more], stdout=subprocess.PIPE, check=True).stdout[:-1]
+        self.assertGreater(len(raw), 20)
+        tried = 0
+        for start, end in [(i, i + n) for i in range(0, len(raw) - 3, 3) for n in (1, 2, 3)]:
+            stop = raw[start:end]
+            if b"\0" in stop or stop.startswith(b"--"):
+                continue
+            tried += 1
+            want = raw[: raw.index(stop)]
+            with self.subTest(stop=stop):
+                self.assertEqual(bytes_of(b"--stop=" + stop), want)
+        self.assertGreater(tried, 20)
+        self.assertEqual(bytes_of("--stop", "no such text", b"--stop=" + raw[9:11], b"--stop=" + raw[6:8]), raw[: min(raw.index(raw[9:11]), raw.index(raw[6:8]))])
+        self.assertEqual(bytes_of(b"--stop=" + raw[-1:] + b"\x01never"), raw)  # what was held back as its beginning comes at the end
+        ask = lambda line, *more: json.loads(run([self.dir, "--prompts", "-", *greedy, *more], stdin=json.dumps(line).encode()))
+        self.assertEqual(ask({"prompt": "abc"}, b"--stop=" + raw[:1])["text"], "")
+        p = subprocess.run([BIN, self.dir, "--token-ids", "1", "--stop", "x"], capture_output=True)
+        self.assertEqual((p.returncode, p.stderr.count(b"\n")), (1, 1))
+        p = subprocess.run([BIN, self.dir, "--prompt", "a", *["--stop", "x"] * 17], capture_output=True)
+        self.assertEqual((p.returncode, p.stderr.count(b"\n")), (1, 1))
+
+    def test_typing_is_not_counted(self):
+        """Tokens a second are of the time in which the model computes."""
+        arguments = [BIN, self.dir, "--interactive", "--max-tokens", "20", "--ignore-eos", "--shift"]
+        p = subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        for line in (b"abc\n", b"d\n", b"e\n"):
+            p.stdin.write(line)
+            p.stdin.flush()
+            time.sleep(0.7)
+        _, error = p.communicate(timeout=60)
+        found = re.search(r"prompt (\d+) tokens, ([\d.]+) tokens/s; decode (\d+) tokens, ([\d.]+)", error.decode())
+        prompt, prompt_rate, decoded, rate = map(float, found.groups())
+        self.assertGreaterEqual(decoded, 50)
+        self.assertLess(decoded / rate + prompt / prompt_rate, 1.4, error)
+
     def test_interrupt_stops_the_answer(self):
         p = subprocess.Popen(
             [BIN, self.dir, "--interactive", "--max-tokens", "100000000", "--shift", "--quiet"],
@@ -1073,6 +1113,13 @@ class TextIO(unittest.TestCase):
         subprocess.run(args, check=True, stdout=subprocess.DEVNULL)
         with open(out, "rb") as f:
             self.assertEqual(f.read(8), b"\x89PNG\r\n\x1a\n")
+        one = png_size(out)
+        subprocess.run(args + ["--head", "all"], check=True, stdout=subprocess.DEVNULL)
+        self.assertGreater(png_size(out)[1], 1.5 * one[1], "a row for each head")
+        written = os.path.join(self.tmp.name, "map.json")
+        run([self.dir, "--prompt", "a", "--attention-map", written, "--quiet"])
+        with open(written) as f:
+            self.assertEqual(json.load(f)["tokens"], ["<BOS>", "a"])
         p = subprocess.run(args + ["--head", "7"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         self.assertEqual((p.returncode, p.stderr.count(b"\n")), (1, 1), p.stderr)
 
