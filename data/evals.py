@@ -175,6 +175,15 @@ def read_labels(path, one):
         raise UserError("%s: wanted a number a line: %s" % (path, e))
 
 
+def members(pairs):
+    """An object of a record; one in which a key occurs twice is refused."""
+    record = dict(pairs)
+    if len(record) != len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError("the key %s occurs twice" % max(keys, key=keys.count))
+    return record
+
+
 def convert(args):
     """Records of a file -> requests. A record that cannot be used is named, and left out or refused."""
     if os.path.exists(args.out) and os.path.exists(args.input) and os.path.samefile(args.out, args.input):
@@ -192,7 +201,7 @@ def convert(args):
         raise UserError("%s: %d labels for %d lines of %s" % (args.labels, len(labels), len(lines), args.input))
     for i, (number, line) in enumerate(lines):
         try:
-            record = json.loads(line.decode("utf-8"))
+            record = json.loads(line.decode("utf-8"), object_pairs_hook=members)
             if not isinstance(record, dict):
                 raise ValueError("wanted an object")
             name = "lambada" if args.command == "lambada" else args.format

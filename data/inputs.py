@@ -123,7 +123,10 @@ def expand_inputs(inputs, out):
         unfinished = name.endswith(".bad.jsonl") and os.path.realpath(folder or ".") == os.path.realpath(
             out or os.devnull
         )
-        place = os.path.realpath(path)
+        try:
+            place = os.stat(path)[1:3]  # the file itself, by whatever name
+        except OSError:  # said where it is opened
+            place = path
         if name in own_names[folder] or unfinished:
             own += 1
         elif places.setdefault(place, path) != path:
@@ -454,6 +457,20 @@ def load_json(text):
         if end != len(text):
             raise json.JSONDecodeError("Extra data", text, end)
         return value
+
+
+def check_keys(text, names):
+    """Raises ValueError where one of the keys `names` occurs twice in an object: which is meant, nobody knows."""
+
+    def members(pairs):
+        keys = [key for key, _ in pairs if key in names]
+        if len(keys) != len(set(keys)):
+            raise ValueError("a key occurs twice: %s" % max(keys, key=keys.count))
+
+    try:
+        json.loads(text, object_pairs_hook=members)
+    except RecursionError:  # so deep that only the patient reader gets through
+        pass
 
 
 def json_values(text):

@@ -76,6 +76,9 @@ class Worker:
         self.eos = struct.pack(form, self.tok.eos) if self.tok.eos >= 0 else b""
         self.threshold = int(job["val_fraction"] * 2**64)
         self.seed = b"%d" % job["seed"]
+        paths = [job["text_field"], job["domain_field"] or job["text_field"]]
+        self.names = {name for path in paths for name in (path, *path.split("."))}
+        self.keys = [json.dumps(name).encode() for name in self.names]
 
     def run(self, task):
         """-> (sets, bad): {name: (packed tokens, leading tokens, [tokens of each document that starts], text bytes)}
@@ -164,6 +167,8 @@ class Worker:
     def parse(self, line):
         try:
             record = inputs.load_json(line.decode("utf-8"))
+            if any(line.count(key) > 1 for key in self.keys):  # seldom, and then often a value
+                inputs.check_keys(line.decode("utf-8"), self.names)
         except UnicodeDecodeError as e:
             raise BadDocument("invalid UTF-8", inputs.describe_utf8(e))
         except ValueError as e:

@@ -824,7 +824,14 @@ static inline bool config_read_rope(Config* c, const Json* j, const char* where,
     if (!s || s->type == JSON_NULL) { return true; }
     if (s->type != JSON_OBJECT) { return fail(e, "%s: wanted an object", where); }
     const Json *type = json_get(s, "rope_type"), *factor = json_get(s, "factor"), *theta = json_get(s, "rope_theta");
-    if (!type || type->type == JSON_NULL) { type = json_get(s, "type"); }
+    const Json* older = json_get(s, "type");
+    if (config_string(type) && config_string(older) && strcmp(type->string, older->string)) {
+        return fail(e, "%s: rope_type \"%.32s\" and type \"%.32s\" differ", where, type->string, older->string);
+    }
+    if (!type || type->type == JSON_NULL) { type = older; }
+    if ((!type || type->type == JSON_NULL) && factor && !(factor->type == JSON_NUMBER && factor->number == 1)) {
+        return fail(e, "%s: a factor without rope_type", where);
+    }
     const char* name = !type || type->type == JSON_NULL ? "default" : config_string(type) ? type->string : "?";
     bool llama3 = !strcmp(name, "llama3"),
          linear = !strcmp(name, "linear") && factor && factor->type == JSON_NUMBER && factor->number == 1;
@@ -854,6 +861,10 @@ static inline bool config_read_ropes(Config* c, const Json* j, bool assume_llama
     if (!config_read_rope(c, j, "rope_scaling", assume_llama, e)) { return false; }
     if (!now || now->type == JSON_NULL) { return true; }
     if (!config_read_rope(&other, j, "rope_parameters", assume_llama, e)) { return false; }
+    const Json* theta = json_get(j, "rope_theta");
+    if (theta && theta->type == JSON_NUMBER && theta->number != other.rope_theta) {
+        return fail(e, "rope_theta: got %.9g, but rope_parameters says %.9g", theta->number, other.rope_theta);
+    }
     if (old && old->type == JSON_OBJECT && old->count && !config_same_model(&other, c, &why)) {
         return fail(e, "rope_scaling and rope_parameters differ: %.200s", why.text);
     }

@@ -150,6 +150,9 @@ static inline void infer_options_read(InferOptions* o, int argc, char** argv) {
     if (!alone && !o->dir) { die("no checkpoint directory given; usage: infer_mta DIR [options], --help lists them"); }
     if (o->stops.n && o->token_ids) { die("--stop ends texts; --token-ids prints ids"); }
     if (o->stride && !o->perplexity) { die("--stride belongs to --perplexity"); }
+    if ((option_given(table, "--layer") || option_given(table, "--head")) && !o->attention_map) {
+        die("--layer and --head belong to --attention-map");
+    }
     if (o->binary && !o->tokenize) { die("--binary belongs to --tokenize"); }
     if (o->dir) { o->dir = checkpoint_of(o->dir, o->quiet); }
     if (alone && !o->tokenizer && !o->dir) { die("--tokenize needs --tokenizer NAME|FILE or a checkpoint directory"); }

@@ -1,7 +1,6 @@
 // json.h: a strict JSON reader (RFC 8259) for configurations, checkpoint headers and JSON lines, and two writers of
 // single values. Made for text from strangers: depth is limited, sizes are checked, UTF-8 is validated, numbers that do
-// not fit a double are refused. Of keys that occur twice the last wins (json_get); a caller that must refuse them walks
-// the children.
+// not fit a double are refused, and objects in which a key occurs twice: nobody knows which one is meant.
 #ifndef MTA_JSON_H
 #define MTA_JSON_H
 
@@ -216,6 +215,25 @@ static inline bool json_word(JsonReader* r, const char* word) {
     return true;
 }
 
+static inline int json_compare_keys(const void* a, const void* b) {
+    return strcmp(*(const char* const*)a, *(const char* const*)b);
+}
+
+// Does every key of an object occur once?
+static inline bool json_keys_differ(JsonReader* r, const Json* object) {
+    const char *few[32], **keys = object->count > 32 ? (const char**)malloc(object->count * sizeof *keys) : few;
+    char what[128];
+    size_t n = 0;
+    if (!keys) { die("out of memory: the keys of a JSON object"); }
+    for (const Json* j = object->child; j; j = j->next) { keys[n++] = j->key; }
+    qsort(keys, n, sizeof *keys, json_compare_keys);
+    size_t i = 1;
+    while (i < n && strcmp(keys[i - 1], keys[i])) { i++; }
+    if (i < n) { snprintf(what, sizeof what, "key \"%.60s\" occurs twice in an object that ends", keys[i]); }
+    if (keys != few) { free(keys); }
+    return i >= n || json_fail(r, what);
+}
+
 static inline Json* json_value(JsonReader* r);
 
 // Elements up to ']' or members up to '}'; the reader stands behind the opening bracket.
@@ -258,7 +276,7 @@ static inline bool json_children(JsonReader* r, Json* j) {
             return json_fail(r, object ? "neither ',' nor '}' in an object" : "neither ',' nor ']' in an array");
         }
         r->at++;
-        if (c == close) { return true; }
+        if (c == close) { return !object || json_keys_differ(r, j); }
     }
 }
 
@@ -312,12 +330,11 @@ static inline Json* json_parse(const char* text, size_t n, Error* e) {
 
 // The member of that key, the last if there are several; NULL if absent or not an object.
 static inline const Json* json_get(const Json* object, const char* key) {
-    const Json* found = NULL;
     if (!object || object->type != JSON_OBJECT) { return NULL; }
     for (const Json* c = object->child; c; c = c->next) {
-        if (!strcmp(c->key, key)) { found = c; }
+        if (!strcmp(c->key, key)) { return c; }
     }
-    return found;
+    return NULL;
 }
 
 // An exact integer within min..max.

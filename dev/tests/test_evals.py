@@ -194,12 +194,13 @@ class Formats(Case):
                 {"goal": "G", "sol1": "s", "sol2": "t", "label": 5},
                 {"x": 1},
                 {"goal": "G", "sol1": "s", "sol2": "t", "label": 0},
+                '{"goal": "G", "sol1": "s", "sol1": "r", "sol2": "t", "label": 0}',
             ],
         )
         shown = run("choice", path, "--out", self.path("o.jsonl"))
-        for number, why in ((1, ""), (2, "gold is 5, wanted one of the 2 choices"), (3, "no format that is known")):
+        for number, why in ((1, ""), (2, "gold is 5, wanted one of the 2 choices"), (3, "no format that is known"), (5, "the key sol1 occurs twice")):
             self.assertIn("%s:%d: %s" % (path, number, why), shown)
-        self.assertIn("1 questions, 2 requests, 3 lines left out", shown)
+        self.assertIn("1 questions, 2 requests, 4 lines left out", shown)
         self.assertIn("in.jsonl:1", run("choice", path, "--out", self.path("p.jsonl"), "--on-bad", "refuse", status=1))
         self.assertFalse(os.path.exists(self.path("p.jsonl")))
 

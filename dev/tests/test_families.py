@@ -220,7 +220,9 @@ class Refused(Folders):
                 ({"rms_norm_eps": None}, "rms_norm_eps"), ({"vocab_size": None}, "vocab_size"), ({"hidden_size": "32"}, "hidden_size"),
                 ({"model_type": "LLAMA"}, "model_type"), ({"model_type": 3}, "model_type"), ({"architectures": ["MistralForCausalLM"]}, "MistralForCausalLM"),
                 ({"model_type": DROP, "architectures": ["GraniteForCausalLM"]}, "GraniteForCausalLM"), ({"architectures": "GraniteForCausalLM"}, "architectures"),
-                ({"architectures": ["LlamaForCausalLM", "Own"]}, "Own")):
+                ({"architectures": ["LlamaForCausalLM", "Own"]}, "Own"), ({"rope_scaling": {"factor": 8.0}}, "a factor without rope_type"),
+                ({"rope_scaling": {"rope_type": "default", "type": "mrope"}}, "differ"),
+                ({"rope_theta": 5e5, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}, "rope_parameters says 10000")):
             with self.subTest(piece=piece, **{k: "absent" if v is DROP else v for k, v in changes.items()}):
                 self.refused(self.model(changed(PLAIN, changes), random_weights(PLAIN)), piece)
 

@@ -120,10 +120,10 @@ static bool json_refuses(const char* text, const char* because) {
 
 static void test_json(void) {
     const char* text = " {\"a\": [1, -2.5, 1e3, 9007199254740993, true, null], \"s\": "
-                       "\"x\\u00e9\\ud83d\\ude00\\n\\u0000y\", \"a\": {\"b\": \"later\"}} ";
+                       "\"x\\u00e9\\ud83d\\ude00\\n\\u0000y\", \"o\": {\"b\": \"later\"}} ";
     Error e = {{0}};
     Json* j = json_parse(text, strlen(text), &e);
-    CHECK(j && j->count == 3 && !strcmp(json_get(json_get(j, "a"), "b")->string, "later"));  // of two the last
+    CHECK(j && j->count == 3 && !strcmp(json_get(json_get(j, "o"), "b")->string, "later"));
     const Json* s = json_get(j, "s");
     CHECK(s && s->length == 10 && !memcmp(s->string, "x\xC3\xA9\xF0\x9F\x98\x80\n\0y", 10));
     const Json* list = j ? j->child : NULL;
@@ -142,6 +142,13 @@ static void test_json(void) {
           json_refuses("[1 2]", "neither ','"));
     CHECK(json_refuses("{\"a\" 1}", "no ':'") && json_refuses("{a:1}", "key must be a string") &&
           json_refuses("{\"a\":1,}", "key must be"));
+    CHECK(json_refuses("{\"b\":1,\"a\":2,\"b\":1}", "key \"b\" occurs twice") &&
+          json_refuses("[{\"a\":{\"x\":1,\"\\u0078\":2}}]", "key \"x\" occurs twice"));
+    Text many = {0};  // more keys than the few that are sorted on the stack
+    for (int i = 0; i < 100; i++) { text_printf(&many, "%s\"k%d\":%d", i ? "," : "{", i * 7 % 99, i); }
+    text_append(&many, "}", 1);
+    CHECK(json_refuses(many.text, "key \"k0\" occurs twice"));
+    text_free(&many);
     CHECK(json_refuses("01", "leading zero") && json_refuses("1.", "decimal point") && json_refuses("1e", "exponent") &&
           json_refuses("-", "no digits"));
     CHECK(json_refuses("1e400", "beyond the range") && json_refuses("NaN", "not a JSON value") &&

@@ -1202,6 +1202,7 @@ class TextIO(unittest.TestCase):
         for options, words in (
             (["--perplexity", path, "--stride", "65"], "64 positions"),
             (["--prompt", "a", "--stride", "3"], "belongs to --perplexity"),
+            (["--prompt", "a", "--layer", "1"], "belong to --attention-map"),
             (["--perplexity", path, "--score", "-"], "exclude"),
             (["--perplexity", os.devnull], "no text"),
             (["--perplexity", path + ".none"], "No such file"),

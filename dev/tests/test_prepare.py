@@ -885,6 +885,17 @@ class Kinds(Case):
         small, large = seconds(8 << 20), seconds(160 << 20)
         self.assertTrue(large < 50 * small + 0.5, (small, large))
 
+    def test_a_key_that_occurs_twice(self):
+        """Which text is meant? Elsewhere in the record it does no harm, nor does a value that reads like the key."""
+        lines = (b'{"text": "one", "text": "two"}\n', b'{"type": "text", "text": "good", "x": 1, "x": 2}\n',
+                 b'{"m": {"text": "other"}, "text": "well"}\n', b'{"m": {"n": "a", "n": "b"}, "text": "x"}\n')
+        path = self.write("twice.jsonl", b"".join(lines))
+        documents, shown = self.read(path)
+        self.assertEqual(documents, [b"good", b"well", b"x"])
+        self.assertIn("twice.jsonl:1: broken JSON: a key occurs twice: text", shown)
+        shown = run("text", path, "--text-field", "m.n", "--out", self.path("none"), status=1)
+        self.assertIn("twice.jsonl:4: broken JSON: a key occurs twice: n", shown)
+
     def test_links(self):
         self.write("tree/a.jsonl", self.GOOD)
         self.write("elsewhere/b.jsonl", b'{"text": "far"}\n')
@@ -894,7 +905,10 @@ class Kinds(Case):
         os.symlink(self.path("elsewhere"), self.path("tree", "twin"))
         documents, shown = self.read(self.path("tree"))
         self.assertEqual(sorted(documents), [b"far", b"good"])
-        for name in ("loop: the same folder", "twin: the same folder", "same.jsonl: the same file"):
+        os.link(self.path("tree", "a.jsonl"), self.path("tree", "second_name.jsonl"))
+        documents, shown = self.read(self.path("tree"))
+        self.assertEqual(sorted(documents), [b"far", b"good"])
+        for name in ("loop: the same folder", "twin: the same folder", "same.jsonl: the same file", "second_name.jsonl: the same file"):
             self.assertIn(name, shown)
         documents, _ = self.read(self.path("tree", "l*k"))  # a glob that matches a folder
         self.assertEqual(documents, [b"far"])
