@@ -480,7 +480,19 @@ static inline void run_lock(Run* r, bool create) {
     close(fd);
 }
 
-// --resume: the newest good checkpoint. Where there are checkpoints and none is good, nothing is touched.
+// Does the log say that a checkpoint was saved? Then one must be there.
+static inline bool run_log_says_saved(const char* out) {
+    char path[PATH_SIZE], *text = NULL;
+    size_t n = 0;
+    path_join(path, sizeof path, out, "log.jsonl");
+    bool saved =
+        file_exists(path) && read_file(path, (size_t)1 << 40, &text, &n, NULL) && strstr(text, "{\"event\": \"save\"");
+    free(text);
+    return saved;
+}
+
+// --resume: the newest good checkpoint. Where there are checkpoints and none is good, or where they are gone, nothing
+// is touched.
 static inline void run_find_checkpoint(Run* r) {
     const char* out = r->options->out;
     run_lock(r, false);
@@ -489,6 +501,11 @@ static inline void run_find_checkpoint(Run* r) {
     r->resume_dir[0] = 0;
     if (r->passed_over.n) {
         die("--resume: no checkpoint in %s is good; all is left as it is, --out with another directory starts anew",
+            out);
+    }
+    if (run_log_says_saved(out)) {
+        die("--resume: %s holds no checkpoint, but its log.jsonl says that one was saved; all is left as it is, --out "
+            "with another directory starts anew",
             out);
     }
 }
@@ -800,6 +817,11 @@ static inline bool run_take_state(Run* r, const Json* j, const char* path, Error
         !json_integer(json_get(j, "tokens_seen"), 0, INT64_MAX, &r->tokens_seen) ||
         !json_integer(json_get(j, "skipped"), 0, INT64_MAX, &r->skipped)) {
         return fail(e, "%s: step, tokens_seen or skipped is missing", path);
+    }
+    int64_t format = 0;
+    if (!json_integer(json_get(j, "format"), 1, 1, &format)) {
+        return fail(e, "%s: its format is not the one that this version writes, 1; wanted the version that saved it",
+                    path);
     }
     if (r->step != r->saved_step) {
         return fail(e, "%s: step %lld, wanted %lld as the directory's name says", path, (long long)r->step,

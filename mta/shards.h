@@ -792,7 +792,7 @@ static inline void source_say_missing(const LoaderSource* s, const char* dir, co
 static inline bool loader_verify(const Loader* l, bool contents, Text* said, Error* e) {
     char dir[PATH_SIZE] = "", before[PATH_SIZE];
     Json* manifest = NULL;
-    int unknown = 0;
+    int unknown = 0, empty = 0;
     bool good = loader_check_twice(l, said, e);
     for (int i = 0; i < l->n_sources && good; i++) {
         before[0] = 1, before[1] = 0;  // no folder is called so
@@ -806,9 +806,14 @@ static inline bool loader_verify(const Loader* l, bool contents, Text* said, Err
             const Json* entry = json_get(json_get(manifest, "shards"), shard_base_name(s->path));
             good = good && shard_verify(s, entry, contents, e);
             unknown += s->crc == 0 && json_get(entry, "crc32") == NULL;
+            if (s->windows == 0 && empty++ == 0) {
+                text_printf(said, "%s: %llu tokens, less than one window of %d: it is not used\n", s->path,
+                            (unsigned long long)s->tokens, l->seq_len + 1);
+            }
         }
     }
     json_free(manifest);
+    if (empty > 1) { text_printf(said, "%d shards are so short\n", empty); }
     if (good && contents && unknown > 0) { text_printf(said, "%d shards have no checksum to compare\n", unknown); }
     return good;
 }

@@ -15,6 +15,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <poll.h>
+#include <signal.h>
 #include <stdarg.h>
 #include <stdbool.h>
 #include <stddef.h>
@@ -246,12 +247,22 @@ static inline void open_standard_files(void) {
     }
 }
 
+static inline void bus_error(int number) {
+    static const char text[] = ": a file was cut off while it was read, or its disk failed\n";
+    const char* name = program_invocation_short_name;
+    if (write(STDERR_FILENO, name, strlen(name)) < 0 || write(STDERR_FILENO, text, sizeof text - 1) < 0) {
+        _exit(128 + number);
+    }
+    _exit(1);
+}
+
 typedef struct {
     const uint8_t* data;
     size_t size;
 } MappedFile;  // data NULL: an empty file
 
-// Maps a regular file read-only. The mapping stays until unmap_file; the file must not shrink meanwhile.
+// Maps a regular file read-only. The mapping stays until unmap_file; where the file shrinks meanwhile, or its disk
+// fails, a read ends the program with one line.
 static inline bool map_file(MappedFile* m, const char* path, Error* e) {
     m->data = NULL;
     m->size = 0;
@@ -269,6 +280,7 @@ static inline bool map_file(MappedFile* m, const char* path, Error* e) {
             close(fd);
             return fail(e, "%s: cannot map %lld bytes: %s", path, (long long)st.st_size, strerror(why));
         }
+        signal(SIGBUS, bus_error);
         m->data = (const uint8_t*)p;
         m->size = (size_t)st.st_size;
     }

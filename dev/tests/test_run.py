@@ -656,6 +656,15 @@ class Resume(Trainer):
         self.assertIn("step 0", done.stdout + done.stderr)
         self.assertEqual(len(checkpoints(out)), 1)
 
+    def test_resume_where_the_checkpoints_are_gone(self):
+        """The log says that there was one: weeks of it are not cut for a run from step 0."""
+        out = self.out()
+        self.run_ok(out)
+        shutil.rmtree(checkpoints(out)[0])
+        before = tree(out)
+        self.assert_refused(self.execute(self.arguments(out, None, ["--resume"])), "log.jsonl says that one was saved")
+        self.assertTrue(tree(out) == before)
+
     def test_resume_of_a_finished_run(self):
         out = self.out()
         self.run_ok(out)
@@ -719,7 +728,8 @@ class Resume(Trainer):
         with open(path) as f:
             state = json.load(f)
         for text, piece in (("{", "JSON"), ("{}", "step"), (json.dumps(dict(state, step=1)), "step 1, wanted 2"), (json.dumps(dict(state, tokens_seen=-1)), "tokens_seen"),
-                            (json.dumps(dict(state, loader={})), "loader")):
+                            (json.dumps(dict(state, loader={})), "loader"),
+                            (json.dumps(dict(state, format=2)), "format"), (json.dumps({k: v for k, v in state.items() if k != "format"}), "format")):
             with open(path, "w") as f:
                 f.write(text)
             mend_manifest(checkpoints(out)[0])
@@ -942,6 +952,14 @@ class Tokenizers(Trainer):
             self.assertEqual((len(said), said[0].startswith("--val: v: "), words in said[0]), (1, True, True), done.stdout)
         write_shard(self.path("twice", "v_val_000000.bin"), [i % 25 for i in range(16 * 20 + 1)])
         self.assertEqual(self.said(self.run_ok(self.out(), dict(changes, **{"--train": shard, "--val": self.path("twice/v_val_*.bin"), "--steps": 1}))), [])
+
+    def test_shards_that_are_shorter_than_a_window(self):
+        write_shard(self.path("s_train_000000.bin"), [1] * 16)
+        write_shard(self.path("s_train_000001.bin"), [i % 26 for i in range(400)])
+        done = self.run_ok(self.out(), {"--train": self.path("s_train_*.bin"), "--steps": 1})
+        self.assertEqual(self.said(done), ["--train: %s: 16 tokens, less than one window of 17: it is not used" % self.path("s_train_000000.bin")])
+        write_shard(self.path("s_train_000002.bin"), [2] * 3)
+        self.assertIn("--train: 2 shards are so short", self.said(self.run_ok(self.out(), {"--train": self.path("s_train_*.bin"), "--steps": 1})))
 
     def test_shards_and_their_manifest(self):
         """Sizes and the header's checksum are compared always, the tokens with --verify-data; what is missing is said."""
@@ -1346,6 +1364,17 @@ class Refused(Trainer):
         self.run_ok(out, {"--steps": 4, "--save-every": 1, "--keep": 1}, ["--resume"])
         self.assertEqual([os.path.basename(c) for c in checkpoints(out)], ["step-00000004"])
         self.assertTrue(tree(away) == before)
+
+    def test_a_shard_that_is_cut_off_under_a_run(self):
+        shard, words = self.path("cut_train_000000.bin"), {"--train": self.path("cut_train_*.bin"), "--steps": 10 ** 9, "--val": None}
+        write_shard(shard, [i % 32 for i in range(100000)])
+        with self.launch(self.arguments(self.out(), words)) as child:
+            while not child.stdout.readline().startswith("step 1/"):
+                self.assertIsNone(child.poll())
+            os.truncate(shard, 4096)
+            stderr = child.communicate(timeout=TIMEOUT)[1]
+        self.assertEqual((child.returncode, stderr.count("\n")), (1, 1), stderr)
+        self.assertRegex(stderr, "was cut off while it was read")
 
     def test_little_address_space(self):
         """Under any ulimit -v the program ends: done, or one line (before main: what the loader or OpenBLAS says)."""
