@@ -100,8 +100,8 @@ static inline bool json_hex4(JsonReader* r, uint32_t* out) {
     return true;
 }
 
-// The escape behind a backslash: appends its bytes at out, *n grows. Half of a surrogate pair becomes U+FFFD: UTF-8
-// cannot hold it.
+// The escape behind a backslash: appends its bytes at out, *n grows. Half of a surrogate pair is refused: UTF-8 cannot
+// hold it.
 static inline bool json_escape(JsonReader* r, char* out, size_t* n) {
     static const char from[] = "\"\\/bfnrt", to[] = "\"\\/\b\f\n\r\t";
     int c = json_peek(r);
@@ -115,16 +115,12 @@ static inline bool json_escape(JsonReader* r, char* out, size_t* n) {
     if (c != 'u') { return json_fail(r, "unknown escape in a string"); }
     if (!json_hex4(r, &code)) { return false; }
     if (code >= 0xD800 && code < 0xDC00 && r->n - r->at >= 2 && r->text[r->at] == '\\' && r->text[r->at + 1] == 'u') {
-        size_t back = r->at;
         r->at += 2;
         if (!json_hex4(r, &low)) { return false; }
-        if (low >= 0xDC00 && low < 0xE000) {
-            code = 0x10000 + ((code - 0xD800) << 10) + (low - 0xDC00);
-        } else {
-            r->at = back;  // an escape of its own
-        }
+        if (low >= 0xDC00 && low < 0xE000) { code = 0x10000 + ((code - 0xD800) << 10) + (low - 0xDC00); }
     }
-    *n += utf8_put(out + *n, code >= 0xD800 && code < 0xE000 ? 0xFFFD : code);
+    if (code >= 0xD800 && code < 0xE000) { return json_fail(r, "half of a surrogate pair in a string"); }
+    *n += utf8_put(out + *n, code);
     return true;
 }
 

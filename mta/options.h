@@ -288,11 +288,13 @@ static inline int options_parse(Opt* table, const char* usage, int argc, char** 
         }
         if (strcmp(arg, "--help") == 0 || strcmp(arg, "-h") == 0) {
             options_help(table, usage, stdout);
-            exit(fflush(stdout) == 0 ? 0 : 1);
+            put_out("", 0, true);
+            exit(0);
         }
         if (strcmp(arg, "--version") == 0) {
             printf("%s %s\n", program_invocation_short_name, MTA_VERSION);
-            exit(fflush(stdout) == 0 ? 0 : 1);
+            put_out("", 0, true);
+            exit(0);
         }
         const char* equals = strchr(arg, '=');
         size_t name_length = equals != NULL ? (size_t)(equals - arg) : strlen(arg);

@@ -49,6 +49,15 @@ class Help(unittest.TestCase):
                     self.skipTest(f"{name} is not built")
                 self.check([path])
 
+    def test_a_result_that_cannot_be_written(self):
+        """--help, --version and a plan into a full disk: one line, exit 1."""
+        for name, options in (("train_mta", ["--help"]), ("infer_mta", ["--help"]), ("infer_mta", ["--version"]), ("train_mta", ["--model", "toy", "--dry-run"])):
+            path = os.path.join(BIN, name)
+            if os.path.exists(path) and os.path.exists("/dev/full"):
+                with self.subTest(name, options=options), open("/dev/full", "w") as full:
+                    done = subprocess.run([path, *options], stdout=full, stderr=subprocess.PIPE, text=True, timeout=60)
+                    self.assertEqual((done.returncode, done.stderr), (1, name + ": standard output: No space left on device\n"))
+
     def test_test_mta_names_its_options(self):
         path = os.path.join(BIN, "test_mta")
         if not os.path.exists(path):

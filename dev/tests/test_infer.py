@@ -759,6 +759,9 @@ class Refusals(unittest.TestCase):
             (b'{"context":"a","context_ids":[1],"continuation_ids":[1]}', "ids of the context, wanted one"),
             (b'{"context_ids":[1],"continuation":"a","continuation_ids":[1]}', "ids of the continuation, wanted one"),
             (b'{"context_ids":[1],"continuation_ids":[99]}', "from 0 to 60"),
+            (b'{"context_ids":[1],"continuation_ids":[99999999999999999999]}', "from 0 to 60"),
+            (b'{"context_ids":[1],"context_ids":[2],"continuation_ids":[1]}', 'key "context_ids" occurs twice'),
+            (b'{"context":"a\\ud800","continuation":"b"}', "half of a surrogate pair"),
             (b'{"context_ids":[1],"continuation_ids":[%s]}' % b",".join([b"1"] * 65), "the context has 64 positions"),
         ):
             self.refuse([d, "--score", "-"], part, stdin=line)
