@@ -163,6 +163,7 @@ static inline double train_print_plan(Run* r, const PlanMachine* machine, const 
         plan_print_checkpoints(r, &list);
         plan_print_time(r, machine);
     }
+    if (o->dry_run) { put_out("", 0, true); }  // the plan is the result
     fflush(stdout);
     tensor_list_free(&list);
     return total;
