@@ -22,6 +22,8 @@
 // ---------------------------------------------------------------------------------------------------------------------
 // Vectors of 16 floats. The compiler makes one AVX-512 register of each, two of AVX2, four of SSE or NEON; only the
 // conversions that it does badly are written with intrinsics, with a plain loop beside them.
+// train_mta.c has a type of its own, Vec, because that one is of `real` (double in the tests) and one register wide:
+// with 16 lanes everywhere its sums, and so a checkpoint's bytes, would change on a machine without AVX-512.
 
 enum { LANES = 16 };
 typedef float vf __attribute__((vector_size(64)));
