@@ -2223,21 +2223,32 @@ static __device__ inline Values mix16_softmax(const Matrix16& w, const Pairs& x,
     return p;
 }
 
+// The weights (groups,16,16) before and after softmax
+typedef struct {
+    const floatX *pre, *post;
+    int groups;
+} MixWeights;
+// What a launch makes: rows lo <= i < hi of S sequences, keys 0 .. nk-1. Rows from `own` on are the forward pass's own,
+// whose statistics it keeps; rows below `own` are the backward pass's own: the others give input gradients only.
+typedef struct {
+    int S, lo, hi, own, nk;
+} MixRows;
+
 // out = post softmax(pre inp), or what of it is switched on; stats as in softmax_forward. A block owns a row of a
 // group's heads, its warps every fourth 32 keys. Maximum and sum of a row take a pass of their own over the keys, the
 // second read is the cache's.
 template <bool SOFTMAX, bool POST, typename Out>
 static __global__ void __launch_bounds__(MIX16_THREADS)
-    head_mix16_forward_kernel(TileOf<Out> out, Tile inp, const floatX* pre, const floatX* post, float* stats,
-                              bool recompute, int groups, int lo, int own, int nk, int T) {
+    head_mix16_forward_kernel(TileOf<Out> out, Tile inp, MixWeights weights, float* stats, bool recompute, MixRows r,
+                              int T) {
     DYNAMIC_SHARED(RowStats, rows);  // (warps, 16)
-    int warp = threadIdx.x / WARP_SIZE, lane = threadIdx.x % WARP_SIZE, i = lo + blockIdx.x, head = blockIdx.y * 16;
-    size_t matrix = (size_t)(blockIdx.y % groups) * 256;
+    int warp = threadIdx.x / WARP_SIZE, lane = threadIdx.x % WARP_SIZE, i = r.lo + blockIdx.x, head = blockIdx.y * 16;
+    size_t matrix = (size_t)(blockIdx.y % weights.groups) * 256;
     Matrix16 before = {}, after = {};
     RowStats s[2] = {{-INFINITY, 0}, {-INFINITY, 0}};  // of the heads l/4 and l/4 + 8
-    if constexpr (POST) { after = matrix16<__half>(post + matrix, false); }
+    if constexpr (POST) { after = matrix16<__half>(weights.post + matrix, false); }
     if constexpr (SOFTMAX) {
-        before = matrix16<__half>(pre + matrix, false);
+        before = matrix16<__half>(weights.pre + matrix, false);
         for (int j0 = warp * MIX16_KEYS; !recompute && j0 <= i; j0 += MIX16_STEP) {
             Values x = mix16<__half>(before, pairs_load(inp, head, i, j0));
             for (int h = 0; h < 2; h++) { stats_add(&s[h], x.v[h], i + 1 - (j0 + lane % 4 * PACK)); }
@@ -2255,12 +2266,12 @@ static __global__ void __launch_bounds__(MIX16_THREADS)
             s[h].sum = 1.0f / s[h].sum;
             if (recompute) {
                 s[h] = {kept[0], kept[1]};
-            } else if (warp == 0 && lane % 4 == 0 && i >= own) {
+            } else if (warp == 0 && lane % 4 == 0 && i >= r.own) {
                 kept[0] = s[h].max, kept[1] = s[h].sum;
             }
         }
     }
-    for (int j0 = warp * MIX16_KEYS; j0 < nk; j0 += MIX16_STEP) {
+    for (int j0 = warp * MIX16_KEYS; j0 < r.nk; j0 += MIX16_STEP) {
         Pairs y = {};
         if (j0 <= i) {
             Pairs x = pairs_load(inp, head, i, j0);
@@ -2272,16 +2283,17 @@ static __global__ void __launch_bounds__(MIX16_THREADS)
                 y = pairs_of<Out>(mix16<__half>(after, x));
             }
         }
-        pairs_store(out, head, i, j0, nk, y);
+        pairs_store(out, head, i, j0, r.nk, y);
     }
 }
 template <bool SOFTMAX, bool POST, typename Out>
 static void head_mix16_forward(const TileOf<Out>* out, const Tile* inp, float* stats, bool recompute,
-                               const Attention* a, int S, int lo, int own, int hi, int nk, Cuda* g) {
-    lo = max_int(lo, 0), hi = min_int(hi, a->T);
+                               const Attention* a, MixRows r, Cuda* g) {
+    r.lo = max_int(r.lo, 0), r.hi = min_int(r.hi, a->T);
+    MixWeights weights = {a->mix_pre, a->mix_post, a->NH / 16};
     auto kernel = head_mix16_forward_kernel<SOFTMAX, POST, Out>;
-    LAUNCH(kernel, dim3(hi - lo, S * a->NH / 16), MIX16_THREADS, MIX16_WARPS * 16 * sizeof(RowStats), g->stream, *out,
-           *inp, a->mix_pre, a->mix_post, stats, recompute, a->NH / 16, lo, own, nk, a->T);
+    LAUNCH(kernel, dim3(r.hi - r.lo, r.S * weights.groups), MIX16_THREADS, MIX16_WARPS * 16 * sizeof(RowStats),
+           g->stream, *out, *inp, weights, stats, recompute, r, a->T);
     launchCheck(g->stream);
 }
 
@@ -2301,27 +2313,27 @@ static __device__ inline void mix16_parts(float* parts, float* s, float (*dw)[4]
     }
 }
 
-// The transpose of the same, rows lo <= i < end; for the rows i < hi also att = post softmax(pre inp), which the
+// The transpose of the same; for its own rows also att = post softmax(pre inp), which the
 // forward pass did not keep, and the weights' gradients. With P = softmax(pre inp), dP = post^T dout, dL = P (dP -
 // sum_j P dP): dinp = pre^T dL, dpost = dout P^T, dpre = dL inp^T. dinp may be dout. The dot product takes a pass of
 // its own. Without SOFTMAX: att = post inp, dinp = post^T dout. A block owns MIX16_ROWS rows.
 template <bool SOFTMAX, bool POST>
 static __global__ void __launch_bounds__(MIX16_THREADS)
-    head_mix16_backward_kernel(TileX dinp, TileX att, TileX dout, Tile inp, const floatX* pre, const floatX* post,
-                               const float* stats, float* parts_pre, float* parts_post, int groups, int lo, int hi,
-                               int end, int nk, int T) {
+    head_mix16_backward_kernel(TileX dinp, TileX att, TileX dout, Tile inp, MixWeights weights, const float* stats,
+                               float* parts_pre, float* parts_post, MixRows r, int T) {
     DYNAMIC_SHARED(float, shared);  // (warps, 16) dot products, (warps, 256) sums
     int warp = threadIdx.x / WARP_SIZE, lane = threadIdx.x % WARP_SIZE, head = blockIdx.y * 16;
-    size_t matrix = (size_t)(blockIdx.y % groups) * 256;
+    size_t matrix = (size_t)(blockIdx.y % weights.groups) * 256;
     Matrix16 before = {}, before_t = {}, after = {}, after_t = {};
     if constexpr (SOFTMAX) {
-        before = matrix16<__half>(pre + matrix, false), before_t = matrix16<floatX>(pre + matrix, true);
+        before = matrix16<__half>(weights.pre + matrix, false), before_t = matrix16<floatX>(weights.pre + matrix, true);
     }
     if constexpr (POST) {
-        after = matrix16<__half>(post + matrix, false), after_t = matrix16<floatX>(post + matrix, true);
+        after = matrix16<__half>(weights.post + matrix, false), after_t = matrix16<floatX>(weights.post + matrix, true);
     }
     float dpre[2][4] = {}, dpost[2][4] = {};
-    for (int i = lo + blockIdx.x * MIX16_ROWS; i < min_int(end, lo + (int)(blockIdx.x + 1) * MIX16_ROWS); i++) {
+    int end = min_int(r.hi, r.lo + (int)(blockIdx.x + 1) * MIX16_ROWS);
+    for (int i = r.lo + blockIdx.x * MIX16_ROWS; i < end; i++) {
         RowStats s[2];
         float dot[2] = {};
         if constexpr (SOFTMAX) {
@@ -2350,15 +2362,15 @@ static __global__ void __launch_bounds__(MIX16_THREADS)
                 for (int w = 0; w < MIX16_WARPS; w++) { dot[h] += shared[w * 16 + lane / 4 + 8 * h]; }
             }
         }
-        for (int j0 = warp * MIX16_KEYS; j0 < nk; j0 += MIX16_STEP) {
+        for (int j0 = warp * MIX16_KEYS; j0 < r.nk; j0 += MIX16_STEP) {
             Pairs dx = {}, y = {};
             if (j0 <= i) {
                 Pairs d = pairs_load(dout, head, i, j0), x = {};
-                if (SOFTMAX || i < hi) { x = pairs_load(inp, head, i, j0); }
+                if (SOFTMAX || i < r.own) { x = pairs_load(inp, head, i, j0); }
                 if constexpr (SOFTMAX) {
                     Values p = mix16_softmax(before, x, s, i, j0),
                            dl = POST ? mix16<floatX>(after_t, d) : values_of<floatX>(d);
-                    if (POST && i < hi) {
+                    if (POST && i < r.own) {
                         y = pairs_of<floatX>(mix16<__half>(after, pairs_of<__half>(p)));
                         mix16_backward_weight(dpost, d, pairs_of<floatX>(p));
                     }
@@ -2367,37 +2379,38 @@ static __global__ void __launch_bounds__(MIX16_THREADS)
                         dl.v[e / PACK][e % PACK] = p.v[e / PACK][e % PACK] * (dl.v[e / PACK][e % PACK] - dot[e / PACK]);
                     }
                     dx = pairs_of<floatX>(dl);
-                    if (i < hi) { mix16_backward_weight(dpre, dx, pairs_of<floatX>(values_of<__half>(x))); }
+                    if (i < r.own) { mix16_backward_weight(dpre, dx, pairs_of<floatX>(values_of<__half>(x))); }
                     dx = pairs_of<floatX>(mix16<floatX>(before_t, dx));
                 } else {
-                    if (i < hi) {
+                    if (i < r.own) {
                         y = pairs_of<floatX>(mix16<__half>(after, x));
                         mix16_backward_weight(dpost, d, pairs_of<floatX>(values_of<__half>(x)));
                     }
                     dx = pairs_of<floatX>(mix16<floatX>(after_t, d));
                 }
             }
-            if (POST && i < hi) { pairs_store(att, head, i, j0, nk, y); }
-            pairs_store(dinp, head, i, j0, nk, dx);
+            if (POST && i < r.own) { pairs_store(att, head, i, j0, r.nk, y); }
+            pairs_store(dinp, head, i, j0, r.nk, dx);
         }
     }
     if constexpr (POST) { mix16_parts(parts_post, shared, dpost); }
     if constexpr (SOFTMAX) { mix16_parts(parts_pre, shared, dpre); }
 }
-// dpre, dpost (NH/16,16,16) += as the sums above
+// mix_pre, mix_post (NH/16,16,16) of the sums += as above; the one that is off is not read
 template <bool SOFTMAX, bool POST>
-static void head_mix16_backward(double* dpre, double* dpost, const TileX* dinp, const TileX* att, const TileX* dout,
-                                const Tile* inp, const float* stats, const Attention* a, int S, int lo, int hi, int end,
-                                int nk, float* parts, Cuda* g) {
-    end = min_int(end, a->T);
-    int blocks = ceil_div(end - lo, MIX16_ROWS), groups = a->NH / 16;
-    float* parts_post = parts + (size_t)S * groups * blocks * 256;
+static void head_mix16_backward(const AttentionSums* sums, const TileX* dinp, const TileX* att, const TileX* dout,
+                                const Tile* inp, const float* stats, const Attention* a, MixRows r, float* parts,
+                                Cuda* g) {
+    r.hi = min_int(r.hi, a->T);
+    MixWeights weights = {a->mix_pre, a->mix_post, a->NH / 16};
+    int blocks = ceil_div(r.hi - r.lo, MIX16_ROWS), groups = weights.groups;
+    float* parts_post = parts + (size_t)r.S * groups * blocks * 256;
     auto kernel = head_mix16_backward_kernel<SOFTMAX, POST>;
-    LAUNCH(kernel, dim3(blocks, S * groups), MIX16_THREADS, MIX16_WARPS * 256 * sizeof(float), g->stream, *dinp, *att,
-           *dout, *inp, a->mix_pre, a->mix_post, stats, parts, parts_post, groups, lo, hi, end, nk, a->T);
+    LAUNCH(kernel, dim3(blocks, r.S * groups), MIX16_THREADS, MIX16_WARPS * 256 * sizeof(float), g->stream, *dinp, *att,
+           *dout, *inp, weights, stats, parts, parts_post, r, a->T);
     launchCheck(g->stream);
-    if (SOFTMAX) { sums_add(dpre, parts, S, groups, blocks, 256, g); }
-    if (POST) { sums_add(dpost, parts_post, S, groups, blocks, 256, g); }
+    if (SOFTMAX) { sums_add(sums->mix_pre, parts, r.S, groups, blocks, 256, g); }
+    if (POST) { sums_add(sums->mix_post, parts_post, r.S, groups, blocks, 256, g); }
 }
 
 static bool mixes_16(const Attention* a) {
@@ -2414,29 +2427,28 @@ static size_t mix16_parts_size(const Attention* a) {
 static void mix16_maps(const Maps* m, float* stats, const Attention* a, int S, int lo, int hi, bool backward, Cuda* g) {
     int end = hi + (backward ? halo_pre(a) : 0), nk = min_int(end, a->T);
     if (!a->conv_post) {
-        if (!backward) { head_mix16_forward<true, true>(&m->A, &m->C, stats, false, a, S, lo, lo, end, nk, g); }
+        if (!backward) { head_mix16_forward<true, true>(&m->A, &m->C, stats, false, a, {S, lo, end, lo, nk}, g); }
         return;
     }
-    head_mix16_forward<true, false>(&m->P, &m->C, stats, backward, a, S, lo - halo_post(a), lo, end, nk, g);
+    head_mix16_forward<true, false>(&m->P, &m->C, stats, backward, a, {S, lo - halo_post(a), end, lo, nk}, g);
     kq_conv_forward(&m->R, &m->P, a->conv_post, a, S, lo, hi, nk, g);
-    if (!backward) { head_mix16_forward<false, true>(&m->A, &m->R, stats, false, a, S, lo, lo, hi, nk, g); }
+    if (!backward) { head_mix16_forward<false, true>(&m->A, &m->R, stats, false, a, {S, lo, hi, lo, nk}, g); }
 }
 
 // Its reverse: d is dA and becomes dC; `other` is scratch, the two may change places.
 static void mix16_maps_backward(TileX* d, TileX* other, const AttentionSums* sums, const Maps* m, const float* stats,
                                 const Attention* a, int S, int lo, int hi, float* parts, Cuda* g) {
     int end = hi + halo_pre(a), far = end + halo_post(a), nk = min_int(end, a->T), nk_far = min_int(far, a->T);
+    MixRows rows = {S, lo, end, hi, nk};
     if (!a->conv_post) {
-        head_mix16_backward<true, true>(sums->mix_pre, sums->mix_post, d, &m->A, d, &m->C, stats, a, S, lo, hi, end, nk,
-                                        parts, g);
+        head_mix16_backward<true, true>(sums, d, &m->A, d, &m->C, stats, a, rows, parts, g);
         return;
     }
-    head_mix16_backward<false, true>(NULL, sums->mix_post, d, &m->A, d, &m->R, stats, a, S, lo, hi, far, nk_far, parts,
-                                     g);
+    head_mix16_backward<false, true>(sums, d, &m->A, d, &m->R, stats, a, {S, lo, far, hi, nk_far}, parts, g);
     kq_conv_backward_weight(sums->conv_post, d, &m->P, a, S, lo, hi, parts, g);
     kq_conv_backward_input(other, d, a->conv_post, a, S, lo, end, nk, g);
     std::swap(*d, *other);
-    head_mix16_backward<true, false>(sums->mix_pre, NULL, d, &m->A, d, &m->C, stats, a, S, lo, hi, end, nk, parts, g);
+    head_mix16_backward<true, false>(sums, d, &m->A, d, &m->C, stats, a, rows, parts, g);
 }
 
 // =====================================================================================================================
@@ -3162,7 +3174,12 @@ static int flash_splits(int S, int NH, int T) {
 enum { PREPARE_BLOCKS = 32 };  // of flash_prepare_kernel for a group of heads of a sequence, at most
 static int prepare_blocks(int T) { return min_int(PREPARE_BLOCKS, ceil_div(T, ROW_WARPS)); }
 
-// What the backward pass needs beside dq, dk, dv; all scratch
+// Gradients of the inputs
+typedef struct {
+    float *q, *k, *v;  // (splits,S,NH,T,HS), (S,NH,T,HS), (ch parts,S,NH,T,HS)
+} FlashGradients;
+
+// What the backward pass needs beside them; all scratch
 typedef struct {
     floatX* dz;        // (ch parts,S,NH,T,HS); ch 1: not used
     float* dots;       // (S,NH,T)
@@ -3170,28 +3187,27 @@ typedef struct {
     float* parts;      // of the weights' gradients
 } FlashScratch;
 
-// dq (splits,S,NH,T,HS), dk (S,NH,T,HS), dv (ch parts,S,NH,T,HS) are set; sums of dweights in double are added to. mix
-// (NH/ch,ch,ch)
-static void flash_backward(float* dq, float* dk, float* dv, double* dconv, double* dmix, const floatX* dout,
-                           const floatX* z, const float* stats, const float* mix, const Flash* f, int ch,
-                           const FlashScratch* s, Cuda* g) {
+// d is set; conv_pre and mix_post of the sums are added to. mix (NH/ch,ch,ch)
+static void flash_backward(const FlashGradients* d, const AttentionSums* sums, const floatX* dout, const floatX* z,
+                           const float* stats, const float* mix, const Flash* f, int ch, const FlashScratch* s,
+                           Cuda* g) {
     int splits = flash_splits(f->S, f->NH, f->T), blocks = prepare_blocks(f->T), groups = f->NH / ch;
-    cudaCheck(cudaMemsetAsync(dq, 0, (size_t)splits * f->S * f->NH * f->T * f->HS * sizeof(float), g->stream));
+    cudaCheck(cudaMemsetAsync(d->q, 0, (size_t)splits * f->S * f->NH * f->T * f->HS * sizeof(float), g->stream));
     cudaCheck(cudaMemsetAsync(s->bounds, 0, (size_t)f->S * f->NH * 2 * sizeof(unsigned), g->stream));
     auto fused_prepare = ch == 2 ? flash_prepare_kernel<2> : flash_prepare_kernel<1>;
     LAUNCH(fused_prepare, dim3(blocks, groups, f->S), ROW_THREADS, ROW_WARPS * ch * ch * sizeof(float), g->stream,
            s->dz, s->dots, s->bounds, s->parts, dout, z, mix, *f);
     launchCheck(g->stream);
-    if (ch > 1) { sums_add(dmix, s->parts, f->S, groups, blocks, ch * ch, g); }
+    if (ch > 1) { sums_add(sums->mix_post, s->parts, f->S, groups, blocks, ch * ch, g); }
     flash_pick(f->HS, ch, f->conv, [&](auto width, auto heads, auto taps) {
         typedef FlashBackward<width(), heads(), taps()> F;
         auto fused_backward = flash_backward_kernel<width(), heads(), taps()>;
         allow_shared(fused_backward, F::BYTES);
-        LAUNCH(fused_backward, dim3(splits, f->NH, f->S), FLASH_THREADS, F::BYTES, g->stream, dq, dk, dv, s->parts,
-               ch > 1 ? s->dz : dout, stats, s->dots, s->bounds, *f);
+        LAUNCH(fused_backward, dim3(splits, f->NH, f->S), FLASH_THREADS, F::BYTES, g->stream, d->q, d->k, d->v,
+               s->parts, ch > 1 ? s->dz : dout, stats, s->dots, s->bounds, *f);
         launchCheck(g->stream);
     });
-    if (f->conv) { sums_add(dconv, s->parts, f->S, f->NH, splits, f->cq * f->ck, g); }
+    if (f->conv) { sums_add(sums->conv_pre, s->parts, f->S, f->NH, splits, f->cq * f->ck, g); }
 }
 
 static void flash_attention_forward(floatX* out, float* stats, const floatX* q, const floatX* k, const floatX* v,
@@ -3218,8 +3234,8 @@ static void flash_attention_backward(const AttentionSums* sums, const floatX* do
                S * sequence,
                (float)(1.0 / sqrt(a->HS))};
     FlashScratch s = {scratch->dz, scratch->dots, scratch->bounds, scratch->parts};
-    flash_backward(scratch->dq, scratch->dk, scratch->dv, sums->conv_pre, sums->mix_post, dout, out, x->stats,
-                   a->pair_mix, &f, mix_parts(a), &s, g);
+    FlashGradients d = {scratch->dq, scratch->dk, scratch->dv};
+    flash_backward(&d, sums, dout, out, x->stats, a->pair_mix, &f, mix_parts(a), &s, g);
 }
 #else  // flash_serves says no to every layer
 static int flash_splits(int, int, int) { return 1; }

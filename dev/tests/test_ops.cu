@@ -12,9 +12,6 @@
 // written is NaN in every type, also beyond the rows, columns and elements that an operation may write, and those must
 // still hold it afterwards. train_mta.cu itself says what must be tested: a launcher that no operation names, and a
 // launch that none has reached, fail.
-#if !defined(MTA_LIBRARY)
-#define MTA_LIBRARY
-#endif
 #include <cuda_runtime.h>
 #include <functional>
 #include <map>
@@ -37,7 +34,9 @@ static Launches& launches() {
 #define LAUNCH(kernel, grid, block, shared, stream, ...) \
     (launches().insert({__LINE__, #kernel}), kernel<<<grid, block, shared, stream>>>(__VA_ARGS__))
 #endif
+#define main train_main  // the emulator's trainer is linked from this very object (dev/dev.mk)
 #include "../../train_mta.cu"
+#undef main
 #include "ops_reference.h"
 
 // =====================================================================================================================
@@ -715,7 +714,7 @@ template <bool SOFTMAX, bool POST, typename Out> static void head_mix16_forward_
     Mix16Maps want = mix16_definition(t, x, inp.map, pre.host, post.host, SOFTMAX, POST);
     Device<float> stats(t, recompute ? want.stats : Doubles(want.stats.size(), NAN));
     x.own.mix_pre = pre.p, x.own.mix_post = post.p;
-    head_mix16_forward<SOFTMAX, POST>(&out.tile, &inp.tile, stats.p, recompute, &x.own, x.S, x.lo, own, x.hi, x.nk,
+    head_mix16_forward<SOFTMAX, POST>(&out.tile, &inp.tile, stats.p, recompute, &x.own, {x.S, x.lo, x.hi, own, x.nk},
                                       t->g);
     out.check("out", want.A, ROUNDED, x.lo, x.hi, x.nk);
     if (SOFTMAX) { expect_stats(t, stats.get(), recompute ? stats.host : own_stats(x, want.stats, own), ROUNDED); }
@@ -747,9 +746,9 @@ template <bool SOFTMAX, bool POST> static void head_mix16_backward_case(Test* t,
         t->ref->head_mix_forward(next.data(), d.data(), pre.host.data(), true, 16, &x.ref, x.lo, last, last);
     }
     x.own.mix_pre = pre.p, x.own.mix_post = post.p;
-    head_mix16_backward<SOFTMAX, POST>(SOFTMAX ? dpre.p : NULL, POST ? dpost.p : NULL, &dout.tile, &att.tile,
-                                       &dout.tile, &inp.tile, stats.p, &x.own, x.S, x.lo, x.hi, end, last, parts.p,
-                                       t->g);
+    AttentionSums sums = {NULL, NULL, SOFTMAX ? dpre.p : NULL, POST ? dpost.p : NULL, 0};
+    head_mix16_backward<SOFTMAX, POST>(&sums, &dout.tile, &att.tile, &dout.tile, &inp.tile, stats.p, &x.own,
+                                       {x.S, x.lo, end, x.hi, last}, parts.p, t->g);
     dout.check("dinp", next, ROUNDED, x.lo, last, last, false, true);
     if (POST) { att.check("att", m.A, ROUNDED, x.lo, x.hi, x.nk); }
     expect(t, "dpre", dpre.get(), want_pre, ROUNDED);
@@ -1809,6 +1808,9 @@ static int test(const char* only, bool quick, bool large, int longest) {
 
 int main(int argc, char** argv) {
 #if defined(CUDA_CPU)
+    // Small shapes are cut as large ones are: into several chunks and splits.
+    setenv("CUDA_CPU_SCRATCH", "1048576", 0);
+    setenv("CUDA_CPU_FLASH_BLOCKS", "5", 0);
     bool large = false;
     int T = 128, B = 2;
     const char* model = "1m";
