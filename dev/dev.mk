@@ -11,7 +11,8 @@ help_dev:
 	@echo "                                                --models N: so many random models; CUDA_CPU_ORDER=N: another order of threads"
 	@echo "make build/train_mta_cuda_cpu                   the whole CUDA trainer on the CPU (bf16); build/train_mta_cuda_cpu_fp32"
 	@echo "make asan                                       test_mta, train_mta, infer_mta in build/asan under the address and undefined-behaviour sanitizers"
-	@echo "make build/asan/test_mta_cuda_cpu_bf16          the same for every access of a kernel; build/races/test_mta_bf16: every access watched for races"
+	@echo "make build/asan/test_mta_cuda_cpu_bf16          every access of a kernel under the address sanitizer; build/undefined/test_mta_cuda_cpu_bf16: undefined"
+	@echo "                                                behaviour too; build/races/test_mta_bf16: every access watched for races"
 	@echo "make build/test_ops                             every launcher of train_mta.cu against train_mta.c: test or perf, --help; build/test_ops_fp32, test_ops_cuda"
 	@echo "make build/test_NAME                            dev/tests/test_NAME.c; build/test_emulator, build/test_races: the emulator's own"
 	@echo "make build/faults.so                            makes system calls and allocations fail, for dev/faults/faults.py --help"
@@ -77,7 +78,7 @@ header_check: $(HEADERS) build/flags_c
 
 # ---- C under the sanitizers
 
-SANITIZE = -O1 -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer
+SANITIZE = -O1 -g1 -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer
 asan: build/asan/test_mta build/asan/train_mta build/asan/infer_mta
 
 build/asan/%.o: %.c train_mta.c $(HEADERS) build/flags_c
@@ -119,9 +120,10 @@ NVCC_STRICT = $(NVCC) $(NVCCFLAGS) --Werror all-warnings -Xcompiler -Werror
 NVCC_CHECKS = sm_90a cuda_step $(notdir $(basename $(wildcard dev/tests/*.cu)))
 nvcc_check: $(NVCC_CHECKS:%=build/nvcc/%.o)
 	$(NVCC) -Xcompiler -fopenmp build/nvcc/sm_90a.o -o build/nvcc/train_mta_cuda $(CUDA_LINK)
+# Their PTX is kept, for dev/ptx_cpu.
 build/nvcc/sm_%.o: train_mta.cu $(HEADERS) build/flags_nvcc
-	@mkdir -p build/nvcc
-	$(NVCC_STRICT) -gencode=arch=compute_$*$(,)code=sm_$* $(if $(filter-out 80,$*),-Xptxas --warn-on-spills$(,)--warning-as-error) -c $< -o $@
+	@mkdir -p build/nvcc/keep_$*
+	$(NVCC_STRICT) -lineinfo --keep --keep-dir build/nvcc/keep_$* -gencode=arch=compute_$*$(,)code=sm_$* $(if $(filter-out 80,$*),-Xptxas --warn-on-spills$(,)--warning-as-error) -c $< -o $@
 build/nvcc/%.o: dev/tests/%.cu train_mta.cu $(HEADERS) build/flags_nvcc
 	@mkdir -p build/nvcc
 	$(NVCC_STRICT) -arch=compute_90a -Xcicc -O0 -diag-suppress 177 -c $< -o $@
@@ -135,63 +137,64 @@ build/nvcc/cuda_step.o: dev/bench/cuda_step.cu train_mta.cu $(HEADERS) build/fla
 # -g1: the names and lines of a backtrace; whole debug information takes a third of the compiler's time.
 CXXFLAGS = -std=c++17 -g1 $(ARCH) $(WARN) $(MATH) $(OPENMP) $(VERSION_FLAG)
 EMULATE = $(CXX) $(CXXFLAGS) -Idev/cuda_cpu -x c++
-# Two sizes of train_mta.cu that test_mta makes small through the environment, so that its small models are cut as large ones are; programs
-# that include train_mta.cu have them small.
+# Two sizes of train_mta.cu that the tests make small through the environment, so that their small models are cut as large ones are.
 SIZES = -DATTENTION_SCRATCH='cuda_cpu::size_setting("CUDA_CPU_SCRATCH", 1 << 30)' -DFLASH_BLOCKS='cuda_cpu::size_setting("CUDA_CPU_FLASH_BLOCKS", 264)'
-SMALL = -DMTA_LIBRARY -DATTENTION_SCRATCH='(1 << 20)' -DFLASH_BLOCKS=5 -Wno-unused-function
 
-build/cuda_cpu_bf16.o: train_mta.cu $(HEADERS) $(EMULATOR_HEADERS) build/flags_cxx
+# train_mta.cu is translated once for each precision, inside test_ops.cu: the trainer, test_mta_cuda_cpu and test_ops are linked from that
+# object. Its main is test_ops's; the trainer's is called train_main there.
+EMULATED = dev/tests/test_ops.cu dev/tests/ops_reference.h train_mta.cu $(HEADERS) $(EMULATOR_HEADERS) build/flags_cxx
+build/cuda_cpu_bf16.o: $(EMULATED)
 	$(EMULATE) -O2 $(SIZES) -c $< -o $@
-build/cuda_cpu_fp32.o: train_mta.cu $(HEADERS) $(EMULATOR_HEADERS) build/flags_cxx
+build/cuda_cpu_fp32.o: $(EMULATED)
 	$(EMULATE) -O2 $(SIZES) -DPRECISION_FP32 -c $< -o $@
+build/train_main.o: build/flags_cxx
+	echo 'int train_main(int, char**); int main(int argc, char** argv) { return train_main(argc, argv); }' | $(EMULATE) -c - -o $@
 
-build/train_mta_cuda_cpu: build/cuda_cpu_bf16.o
-	$(CXX) $(CXXFLAGS) $^ -o $@ $(LDLIBS)
-build/train_mta_cuda_cpu_fp32: build/cuda_cpu_fp32.o
-	$(CXX) $(CXXFLAGS) $^ -o $@ $(LDLIBS)
-
-test_mta_cuda_cpu: build/test_mta.o build/train_mta_library.o build/cuda_cpu_fp32_library.o
-	$(CXX) $(CXXFLAGS) $^ -o $@ $(BLAS_LINK) $(ONEDNN_LINK) $(LDLIBS)
-test_mta_cuda_cpu_bf16: build/test_mta.o build/train_mta_library.o build/cuda_cpu_bf16_library.o
-	$(CXX) $(CXXFLAGS) $^ -o $@ $(BLAS_LINK) $(ONEDNN_LINK) $(LDLIBS)
-
-# test_ops.cu includes train_mta.cu, and is linked with train_mta.c in double.
+# test_ops compares with train_mta.c in double.
 build/ops_reference.o: dev/tests/ops_reference.c dev/tests/ops_reference.h train_mta.c $(HEADERS) build/flags_c
 	$(CC) $(CFLAGS) -Wno-unused-function -c $< -o $@
-OPS = dev/tests/test_ops.cu dev/tests/ops_reference.h train_mta.cu $(HEADERS) $(EMULATOR_HEADERS) build/flags_cxx
-build/test_ops.o: $(OPS)
-	$(EMULATE) -O2 $(SMALL) -c $< -o $@
-build/test_ops_fp32.o: $(OPS)
-	$(EMULATE) -O2 $(SMALL) -DPRECISION_FP32 -c $< -o $@
-build/races/test_ops.o: $(OPS)
-	@mkdir -p build/races
-	$(EMULATE) $(RACES) $(SMALL) -c $< -o $@
-build/test_ops build/test_ops_fp32: build/%: build/%.o build/ops_reference.o
+
+EMULATED_TRAINER = build/train_main.o build/cuda_cpu_$(1)_library.o build/ops_reference.o
+build/train_mta_cuda_cpu: $(call EMULATED_TRAINER,bf16)
 	$(CXX) $(CXXFLAGS) $^ -o $@ $(LDLIBS)
-build/races/test_ops: build/races/test_ops.o build/ops_reference.o build/races/races.o
+build/train_mta_cuda_cpu_fp32: $(call EMULATED_TRAINER,fp32)
 	$(CXX) $(CXXFLAGS) $^ -o $@ $(LDLIBS)
 
-# Every access of a kernel under the address sanitizer.
-ASAN_KERNELS = -O1 -fsanitize=address,undefined -fno-sanitize-recover=all -fsanitize-sections=cuda_shared
-build/asan/cuda_cpu_bf16.o: train_mta.cu $(HEADERS) $(EMULATOR_HEADERS) build/flags_cxx
-	@mkdir -p build/asan
-	$(EMULATE) $(ASAN_KERNELS) $(SIZES) -c $< -o $@
-build/asan/test_mta_cuda_cpu_bf16: build/test_mta.o build/train_mta_library.o build/asan/cuda_cpu_bf16_library.o
-	$(CXX) $(CXXFLAGS) $(ASAN_KERNELS) $^ -o $@ $(BLAS_LINK) $(ONEDNN_LINK) $(LDLIBS)
+test_mta_cuda_cpu: build/test_mta.o build/train_mta_library.o build/cuda_cpu_fp32_library.o build/ops_reference.o
+	$(CXX) $(CXXFLAGS) $^ -o $@ $(BLAS_LINK) $(ONEDNN_LINK) $(LDLIBS)
+test_mta_cuda_cpu_bf16: build/test_mta.o build/train_mta_library.o build/cuda_cpu_bf16_library.o build/ops_reference.o
+	$(CXX) $(CXXFLAGS) $^ -o $@ $(BLAS_LINK) $(ONEDNN_LINK) $(LDLIBS)
+
+build/test_ops: build/cuda_cpu_bf16.o build/ops_reference.o
+	$(CXX) $(CXXFLAGS) $^ -o $@ $(LDLIBS)
+build/test_ops_fp32: build/cuda_cpu_fp32.o build/ops_reference.o
+	$(CXX) $(CXXFLAGS) $^ -o $@ $(LDLIBS)
+
+# Every access of a kernel under the address sanitizer; in build/undefined also undefined behaviour, in twice the compiler's time.
+ASAN_KERNELS = -O1 -fsanitize=$(1) -fno-sanitize-recover=all -fsanitize-sections=cuda_shared
+SANITIZERS_asan = address
+SANITIZERS_undefined = address,undefined
+build/asan/cuda_cpu_bf16.o build/undefined/cuda_cpu_bf16.o: build/%/cuda_cpu_bf16.o: train_mta.cu $(HEADERS) $(EMULATOR_HEADERS) build/flags_cxx
+	@mkdir -p build/$*
+	$(EMULATE) $(call ASAN_KERNELS,$(SANITIZERS_$*)) $(SIZES) -c $< -o $@
+build/%/test_mta_cuda_cpu_bf16: build/test_mta.o build/train_mta_library.o build/%/cuda_cpu_bf16_library.o
+	$(CXX) $(CXXFLAGS) $(call ASAN_KERNELS,$(SANITIZERS_$*)) $^ -o $@ $(BLAS_LINK) $(ONEDNN_LINK) $(LDLIBS)
 
 # Every access of a kernel watched for races (dev/cuda_cpu/races.cpp); `thread` is the compiler's pass alone, its library is not linked.
 RACES = -O1 -fsanitize=thread
 build/races/races.o: dev/cuda_cpu/races.cpp $(EMULATOR_HEADERS) build/flags_cxx
 	@mkdir -p build/races
 	$(EMULATE) -O2 -c $< -o $@
-build/races/bf16.o: train_mta.cu $(HEADERS) $(EMULATOR_HEADERS) build/flags_cxx
+build/races/bf16.o: $(EMULATED)
 	@mkdir -p build/races
 	$(EMULATE) $(RACES) $(SIZES) -c $< -o $@
-build/races/fp32.o: train_mta.cu $(HEADERS) $(EMULATOR_HEADERS) build/flags_cxx
+build/races/fp32.o: $(EMULATED)
 	@mkdir -p build/races
 	$(EMULATE) $(RACES) $(SIZES) -DPRECISION_FP32 -c $< -o $@
-build/races/test_mta_%: build/test_mta.o build/train_mta_library.o build/races/%_library.o build/races/races.o
+build/races/test_mta_%: build/test_mta.o build/train_mta_library.o build/races/%_library.o build/ops_reference.o build/races/races.o
 	$(CXX) $(CXXFLAGS) $^ -o $@ $(BLAS_LINK) $(ONEDNN_LINK) $(LDLIBS)
+build/races/test_ops: build/races/bf16.o build/ops_reference.o build/races/races.o
+	$(CXX) $(CXXFLAGS) $^ -o $@ $(LDLIBS)
 
 # The emulator's own tests, with planted faults: the address sanitizer sees those out of bounds, races.cpp the races.
 build/test_emulator: dev/tests/test_emulator.cpp $(wildcard dev/tests/*.h) $(EMULATOR_HEADERS)
@@ -214,17 +217,18 @@ PTX_HEADERS = $(wildcard dev/ptx_cpu/*.h)
 build/ptx/replay.o: dev/ptx_cpu/replay.cpp $(PTX_HEADERS) $(EMULATOR_HEADERS) build/flags_cxx
 	@mkdir -p build/ptx
 	$(CXX) $(CXXFLAGS) -O3 -ffp-contract=off -Idev/cuda_cpu -c $< -o $@
-build/ptx/test_ops build/ptx/test_ops_fp32: build/ptx/%: build/%.o build/ops_reference.o build/ptx/replay.o
+build/ptx/test_ops: build/cuda_cpu_bf16.o build/ops_reference.o build/ptx/replay.o
 	$(CXX) $(CXXFLAGS) $^ -o $@ $(LDLIBS)
-build/ptx/test_mta_%: build/test_mta.o build/train_mta_library.o build/cuda_cpu_%_library.o build/ptx/replay.o
+build/ptx/test_ops_fp32: build/cuda_cpu_fp32.o build/ops_reference.o build/ptx/replay.o
+	$(CXX) $(CXXFLAGS) $^ -o $@ $(LDLIBS)
+build/ptx/test_mta_%: build/test_mta.o build/train_mta_library.o build/cuda_cpu_%_library.o build/ops_reference.o build/ptx/replay.o
 	$(CXX) $(CXXFLAGS) $^ -o $@ $(BLAS_LINK) $(ONEDNN_LINK) $(LDLIBS)
-PTX_OF = $(NVCC) -std=c++17 -O3 -lineinfo -ptx -arch=$*
-build/ptx/bf16_%.ptx: train_mta.cu $(HEADERS) build/flags_nvcc
+build/ptx/bf16_sm_%.ptx: build/nvcc/sm_%.o
 	@mkdir -p build/ptx
-	$(PTX_OF) $< -o $@
+	cp build/nvcc/keep_$*/train_mta.ptx $@
 build/ptx/fp32_%.ptx: train_mta.cu $(HEADERS) build/flags_nvcc
 	@mkdir -p build/ptx
-	$(PTX_OF) -DPRECISION_FP32 $< -o $@
+	$(NVCC) -std=c++17 -O3 -lineinfo -ptx -arch=$* -DPRECISION_FP32 $< -o $@
 # The interpreter's own tests: PTX by hand, planted faults; the emulator's products and copies beside it. No nvcc.
 build/test_ptx: dev/tests/test_ptx.cpp $(wildcard dev/tests/*.h) $(PTX_HEADERS) $(EMULATOR_HEADERS) build/flags_cxx
 	$(CXX) -x c++ $(CXXFLAGS) -O1 -ffp-contract=off -Wno-unused-function -Idev/cuda_cpu -Idev/ptx_cpu $< -o $@
@@ -242,4 +246,4 @@ build/infer_step: dev/bench/infer_step.c dev/bench/machine.c infer_mta.c $(HEADE
 # ---- for editors
 
 compile_commands:
-	$(MAKE) -nB --no-print-directory train_mta infer_mta test_mta test_mta_cuda_cpu_bf16 | python3 dev/compile_commands.py > compile_commands.json
+	$(MAKE) -nB --no-print-directory train_mta infer_mta test_mta test_mta_cuda_cpu_bf16 build/asan/cuda_cpu_bf16.o | python3 dev/compile_commands.py > compile_commands.json

@@ -3,7 +3,11 @@
 #
 # Usage: scripts/test.sh [--check] [--long] [--no-install] [--only TEXT]
 #   --check        the quick tests alone, in about a minute and a half (make check); installs nothing
-#   --long         also what takes long: the programs under the sanitizers, more random models, more inputs for the fuzzers
+#   --long         also what takes long: the tests of train_mta and infer_mta as programs under the sanitizers; undefined behaviour in
+#                  kernels (else the address sanitizer alone); operations in another order of threads at all shapes instead of one; test_mta
+#                  without CBLAS in optimised code (else under the sanitizers alone); 300 random models on the emulator instead of 36; a
+#                  million inputs for the fuzzers instead of 10,000; a million strings for the tokenizer; every system call and allocation,
+#                  and many kills, as faults; nvcc for other architectures and what it made for them
 #   --no-install   installs nothing: what is missing is said and left out
 #   --only TEXT    the tests whose name contains TEXT, and what they need
 #
@@ -100,16 +104,26 @@ report_ended() {
     running=("${still[@]}")
 }
 
-# Builds what the steps need, each program once, then runs them side by side, one a core, in the order in which they were named.
+# What takes longest begins first, builds and steps, so that no core is left alone with one of them at the end.
+FIRST_BUILT="build/asan/test_mta_cuda_cpu_bf16 nvcc_check build/races/test_mta_bf16"
+FIRST=("emulator bf16" test_cuda_run.py "PTX executed" test_prepare.py "emulator fp32" test_run.py test_quickstart.py fuzz
+    "races fused attention" test_lm_eval.py "emulator many heads, order 7, asan" operations test_aarch64.py)
+
+# Builds what the steps need, each program once, then runs them side by side: one more than there are cores, since some of them wait.
 run_steps() {
-    local i needed
-    needed=$(printf '%s\n' "${targets[@]}" | tr ' ' '\n' | awk 'NF && !seen[$0]++' | tr '\n' ' ')
+    local i name needed order=()
+    needed=$(printf '%s\n' "${targets[@]}" | tr ' ' '\n' | awk 'NF && !seen[$0]++')
+    needed=$({ grep -xF "${FIRST_BUILT// /$'\n'}" <<< "$needed"; grep -vxF "${FIRST_BUILT// /$'\n'}" <<< "$needed"; } | awk NF | tr '\n' ' ')
+    for name in "${FIRST[@]}"; do
+        for i in "${!names[@]}"; do [[ ${names[i]} != "$name" ]] || order+=("$i"); done
+    done
+    for i in "${!names[@]}"; do [[ " ${order[*]} " == *" $i "* ]] || order+=("$i"); done
     if [ -n "$needed" ]; then
         run build "make -k -j$cores WERROR=1 $needed"
         report build
     fi
-    for i in "${!names[@]}"; do
-        while [ ${#running[@]} -ge "$cores" ]; do wait -n; report_ended; done
+    for i in "${order[@]}"; do
+        while [ ${#running[@]} -gt "$cores" ]; do wait -n; report_ended; done
         rm -f "$(log_of "${names[i]}").status"
         running+=("${names[i]}")
         run "${names[i]}" "${commands[i]}" &
@@ -187,7 +201,7 @@ if [ $mode != check ]; then
     [ -n "$compare" ] || skip "comparisons with PyTorch, transformers and lm_eval: dev/.venv lacks them"
 fi
 
-# ---- the steps, the longest first
+# ---- the steps
 
 # The Python tests drive the programs. Those that compare with PyTorch and its kin run in dev/.venv.
 EMULATED="build/train_mta_cuda_cpu build/train_mta_cuda_cpu_fp32"
@@ -198,12 +212,7 @@ python_step() {
     step $runs "$1" "train_mta infer_mta test_mta $([ $runs = full ] && echo "$EMULATED")" "$runner" "$source"
 }
 if has python3; then
-    LONGEST="test_quickstart.py test_cuda_run.py test_prepare.py test_infer.py test_run.py test_tokenizer.py"
-    for name in $LONGEST; do python_step "$name"; done
-    for source in dev/tests/test_*.py; do
-        name=$(basename "$source")
-        [[ " $LONGEST " == *" $name "* ]] || python_step "$name"
-    done
+    for source in dev/tests/test_*.py; do python_step "$(basename "$source")"; done
     step check "infer_mta gives the golden logits" infer_mta python3 dev/tests/test_infer.py -k test_logits_of_every_position
     step check "a run with resume" train_mta python3 dev/tests/test_run.py -k ten_and_ten
     if [ -n "$compare" ]; then step full "reference writes the golden cases" "" "$compare" dev/ref/make_golden.py --check dev/golden; fi
@@ -213,8 +222,8 @@ fi
 
 # The CUDA source, executed on the CPU: orders of threads, the address sanitizer, every access watched for races.
 ASAN="env ASAN_OPTIONS=detect_leaks=0"
-step full "emulator bf16" test_mta_cuda_cpu_bf16 ./test_mta_cuda_cpu_bf16
-step full "emulator fp32" test_mta_cuda_cpu ./test_mta_cuda_cpu
+step full "emulator bf16" test_mta_cuda_cpu_bf16 ./test_mta_cuda_cpu_bf16 --models 36
+step full "emulator fp32" test_mta_cuda_cpu ./test_mta_cuda_cpu --models 36
 step full "emulator many heads, order 7, asan" build/asan/test_mta_cuda_cpu_bf16 $ASAN CUDA_CPU_ORDER=7 build/asan/test_mta_cuda_cpu_bf16 --only "many heads" --models 6
 step full "emulator models, order 1, asan" build/asan/test_mta_cuda_cpu_bf16 $ASAN CUDA_CPU_ORDER=1 build/asan/test_mta_cuda_cpu_bf16 --only "random models" --models 14
 step full "emulator golden, order 1, asan" build/asan/test_mta_cuda_cpu_bf16 $ASAN CUDA_CPU_ORDER=1 build/asan/test_mta_cuda_cpu_bf16 --only golden
@@ -224,7 +233,7 @@ step check "emulator golden cases" test_mta_cuda_cpu_bf16 ./test_mta_cuda_cpu_bf
 step check "emulator ten models" test_mta_cuda_cpu_bf16 ./test_mta_cuda_cpu_bf16 --only "random models" --models 10
 step full "operations" build/test_ops build/test_ops
 step full "operations fp32" build/test_ops_fp32 build/test_ops_fp32
-step full "operations, order 7" build/test_ops env CUDA_CPU_ORDER=7 build/test_ops --longest 200
+step full "operations, order 7" build/test_ops env CUDA_CPU_ORDER=7 build/test_ops --quick
 step full "races operations" build/races/test_ops build/races/test_ops --quick
 step full "races fused attention" build/races/test_ops build/races/test_ops --only "attention fused" --longest 74
 step full "the emulator itself" build/test_emulator build/test_emulator
@@ -241,9 +250,8 @@ fi
 if ! has nvidia-smi || ! nvidia-smi > /dev/null 2>&1; then skip "GPU tests: no GPU here (scripts/gpu_check.sh runs them)"; fi
 
 # C.
-step full "test_mta, sanitizers" build/asan/test_mta $ASAN OMP_NUM_THREADS=2 build/asan/test_mta
+step full "test_mta without CBLAS, sanitizers" build/asan/test_mta $ASAN OMP_NUM_THREADS=2 build/asan/test_mta
 step both "test_mta" test_mta ./test_mta
-step full "test_mta without CBLAS" test_mta_nocblas ./test_mta_nocblas
 for source in dev/tests/test_*.c; do
     name=$(basename "$source" .c)
     step both "$name" "build/$name" "build/$name"
@@ -254,7 +262,7 @@ if has python3; then
     step full "faults: kills" "train_mta build/faults.so" python3 dev/faults/faults.py kills
     step full "faults: memory" "train_mta infer_mta build/faults.so" python3 dev/faults/faults.py memory
 fi
-step full "fuzz" "" bash dev/fuzz/run.sh 20000
+step full "fuzz" "" bash dev/fuzz/run.sh 10000
 if has clang; then
     openmp=-fopenmp
     compiles 'int main(void){return 0;}' clang -fopenmp || openmp=-Wno-unknown-pragmas
@@ -263,9 +271,14 @@ else
     skip "clang: none here"
 fi
 
-# What takes long.
+# What takes long. --help names it.
+for order in "7 many heads" "1 random models" "1 golden"; do
+    step long "emulator ${order#* }, undefined behaviour" build/undefined/test_mta_cuda_cpu_bf16 $ASAN CUDA_CPU_ORDER="${order%% *}" build/undefined/test_mta_cuda_cpu_bf16 --only "${order#* }" --models 14
+done
+step long "test_mta without CBLAS" test_mta_nocblas ./test_mta_nocblas
 step long "train_mta, sanitizers" build/asan/train_mta env ASAN_OPTIONS=detect_leaks=0 MTA_BIN=build/asan "$python" dev/tests/test_run.py
 step long "infer_mta, sanitizers" "build/asan/infer_mta build/asan/train_mta" env ASAN_OPTIONS=detect_leaks=0 MTA_BIN=build/asan "$python" dev/tests/test_infer.py
+step long "operations, order 7, all shapes" build/test_ops env CUDA_CPU_ORDER=7 build/test_ops --longest 200
 step long "emulator 300 models" test_mta_cuda_cpu_bf16 ./test_mta_cuda_cpu_bf16 --only "models" --models 300
 step long "tokenizer, a million strings" "" "$python" dev/tests/test_tokenizer.py --full
 if [ -n "$compare" ]; then step long "export, 100,000 strings" infer_mta "$compare" dev/tests/test_export.py --long -k test_ids; fi

@@ -32,7 +32,7 @@ python3 dev/fuzz/make_seeds.py "$dir/seeds" || exit 1
 passed=0
 failed=0
 for h in "${harnesses[@]}"; do
-    if ! "$clang" -std=gnu11 -g -O1 -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all -Wno-psabi -I. "dev/fuzz/fuzz_$h.c" -lm -o "$dir/fuzz_$h"; then
+    if ! "$clang" -std=gnu11 -gline-tables-only -O1 -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all -Wno-psabi -I. "dev/fuzz/fuzz_$h.c" -lm -o "$dir/fuzz_$h"; then
         echo "fuzz_$h: does not build"
         failed=$((failed + 1))
         continue
