@@ -550,12 +550,13 @@ static inline void run_settle(Run* r, const Trainer* trainer, const TrainOptions
 // ---- opening: data, directory, log
 
 // Checks the shards of --train or a set of --val (`option`, as it is named in messages); says what is odd, a line each.
-static inline void run_verify_data(const Run* r, const Loader* l, const char* option) {
+// missing: also which shards are not there.
+static inline void run_verify_data(const Run* r, const Loader* l, const char* option, bool missing) {
     Error e = {{0}};
     Text said = {NULL, 0, 0};
     char* rest = NULL;
     double start = seconds_now(), bytes = 0;
-    bool good = loader_verify(l, r->options->verify_data, &said, &e);
+    bool good = loader_verify(l, missing, r->options->verify_data, &said, &e);
     for (char* line = said.n ? strtok_r(said.text, "\n", &rest) : NULL; line; line = strtok_r(NULL, "\n", &rest)) {
         printf("%s: %s\n", option, line);
     }
@@ -566,21 +567,22 @@ static inline void run_verify_data(const Run* r, const Loader* l, const char* op
     printf("%s: checksums of %.1f MiB compared in %.1f s\n", option, bytes / 1048576, seconds_now() - start);
 }
 
-// A line where a set of --val holds what is trained on too.
-static inline void run_say_overlap(const Run* r, const ValSet* v) {
+// A line where a set of --val holds a shard of `other`, which is trained on or another set.
+static inline void run_say_overlap(const ValSet* v, const Loader* other, const char* use) {
     const Shard *a, *b;
     for (int i = 0; (a = loader_shard(&v->loader, i)) != NULL; i++) {
-        for (int j = 0; (b = loader_shard(&r->train, j)) != NULL; j++) {
+        for (int j = 0; (b = loader_shard(other, j)) != NULL; j++) {
             if (!shards_same_file(a, b) && !shards_same_tokens(a, b)) { continue; }
-            printf("--val: %s: %s is also trained on%s%s\n", v->name, a->path, strcmp(a->path, b->path) ? ", as " : "",
-                   strcmp(a->path, b->path) ? b->path : "");
+            bool same = !strcmp(a->path, b->path);
+            printf("--val: %s: %s is also %s%s%s\n", v->name, a->path, use, same ? "" : ", as ", same ? "" : b->path);
             return;
         }
     }
 }
 
 // One set of --val: the files of a glob that belong to `set` (NULL = all), called `name` (NULL = after the glob).
-static inline void run_open_val_set(Run* r, const char* glob, const char* set, const char* name) {
+// first: no other set of this glob came before.
+static inline void run_open_val_set(Run* r, const char* glob, const char* set, const char* name, bool first) {
     Error e = {{0}};
     if (r->n_val == MAX_VAL_SETS) { die("--val: more than %d sets", MAX_VAL_SETS); }
     ValSet* v = &r->val[r->n_val++];
@@ -600,9 +602,10 @@ static inline void run_open_val_set(Run* r, const char* glob, const char* set, c
         die("--val: the name %s has %zu bytes, wanted at most %d", name, strlen(name), SET_NAME - 1);
     }
     memcpy(v->name, name, strlen(name) + 1);
-    run_verify_data(r, &v->loader, "--val");
-    run_say_overlap(r, v);
+    run_verify_data(r, &v->loader, "--val", first);
+    run_say_overlap(v, &r->train, "trained on");
     for (ValSet* w = r->val; w < v; w++) {
+        run_say_overlap(v, &w->loader, "in another set");
         if (!strcmp(w->name, v->name)) { die("--val: two sets are called %s; NAME=GLOB gives another name", v->name); }
     }
 }
@@ -623,8 +626,8 @@ static inline void run_open_val(Run* r) {
         if (equals == part || !*glob) { die("--val: got \"%s\", wanted [NAME=]GLOB,...", o->val); }
         int n = equals ? 0 : pattern_sets(glob, sets, MAX_VAL_SETS);
         if (n > MAX_VAL_SETS) { die("--val: %s has files of %d sets, wanted at most %d", glob, n, MAX_VAL_SETS); }
-        for (int i = 0; i < n; i++) { run_open_val_set(r, glob, sets[i], sets[i]); }
-        if (!n) { run_open_val_set(r, glob, NULL, equals ? part : NULL); }
+        for (int i = 0; i < n; i++) { run_open_val_set(r, glob, sets[i], sets[i], i == 0); }
+        if (!n) { run_open_val_set(r, glob, NULL, equals ? part : NULL, true); }
     }
     if (!r->n_val) { die("--val: got \"%s\", wanted [NAME=]GLOB,...", o->val); }
     free(copy);
@@ -662,7 +665,7 @@ static inline void run_open_data(Run* r) {
         !loader_open_mix(&r->train, o->train, r->seq_len, r->config.vocab_size, (uint64_t)o->seed, mix, &e)) {
         die("--train: %s", e.text);
     }
-    if (o->train) { run_verify_data(r, &r->train, "--train"); }
+    if (o->train) { run_verify_data(r, &r->train, "--train", true); }
     for (int i = 0; i < r->train.n_sources && r->train.n_sources > 1; i++) {
         if (!r->train.sources[i].weighted) {
             printf("--train: no weight for %s, taken as 1\n", r->train.sources[i].name);

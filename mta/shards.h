@@ -788,8 +788,9 @@ static inline void source_say_missing(const LoaderSource* s, const char* dir, co
     text_free(&pattern);
 }
 
-// All of it. contents: every token is read (--verify-data). Lines of *said: what is odd and no mistake.
-static inline bool loader_verify(const Loader* l, bool contents, Text* said, Error* e) {
+// All of it. missing: look for shards that are not there; contents: read every token (--verify-data). Lines of *said:
+// what is odd and no mistake.
+static inline bool loader_verify(const Loader* l, bool missing, bool contents, Text* said, Error* e) {
     char dir[PATH_SIZE] = "", before[PATH_SIZE];
     Json* manifest = NULL;
     int unknown = 0, empty = 0;
@@ -799,7 +800,7 @@ static inline bool loader_verify(const Loader* l, bool contents, Text* said, Err
         for (int j = 0; j < l->sources[i].n_shards && good; j++) {
             const Shard* s = &l->sources[i].shards[j];
             good = manifest_beside(s->path, dir, &manifest, e);
-            if (good && strcmp(before, dir) != 0) {
+            if (good && missing && strcmp(before, dir) != 0) {
                 source_say_missing(&l->sources[i], dir, manifest, said);
                 memcpy(before, dir, sizeof(before));
             }

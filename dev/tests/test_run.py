@@ -943,7 +943,10 @@ class Tokenizers(Trainer):
                       "@" + self.path("twice/recipe.txt")):
             with self.subTest(train):
                 self.refused(["--train", "one file"], dict(changes, **{"--train": train}))
-        self.refused(["--val", "one file"], dict(changes, **{"--train": shard, "--val": self.path("twice/[ab]_train_000000.bin")}))
+        self.refused(["--val", "one file"], dict(changes, **{"--train": shard, "--val": self.path("twice/a_train_*.bin")}))
+        self.refused(["--val", "one file"], dict(changes, **{"--train": shard, "--val": "v=" + self.path("twice/[ab]_train_000000.bin")}))
+        done = self.run_ok(self.out(), dict(changes, **{"--train": self.path("a_train_*.bin"), "--val": self.path("twice/[ab]_train_000000.bin"), "--steps": 1}))
+        self.assertEqual(self.said(done), ["--val: b: %s is also in another set, as %s" % (self.path("twice/b_train_000000.bin"), shard)])
         done = self.run_ok(self.out(), dict(changes, **{"--train": shard + "," + self.path("twice/c_train_*.bin"), "--steps": 1}))
         self.assertIn("--train: %s and %s hold the same tokens: both count" % (shard, self.path("twice/c_train_000000.bin")), self.said(done))
         for val, words in ((shard, shard), (self.path("again/a_train_000000.bin"), shard), (self.path("twice/c_train_*.bin"), shard)):
@@ -1009,6 +1012,11 @@ class Tokenizers(Trainer):
             self.assertEqual([line for line in self.said(done) if "lists 2 that are not there: %s and others" % self.path(folder, "a_train_000001.bin") in line],
                              self.said(done)[:1])
             self.assertEqual(len(self.said(done)), 1, done.stdout)
+        write_shard(self.path("whole", "c_val_000000.bin"), [i % 24 for i in range(400)])
+        good["b_val_000000.bin"] = {}
+        say()
+        done = self.run_ok(self.out(), dict(changes, **{"--steps": 1, "--train": shard, "--val": self.path("whole", "*_val_*.bin")}))
+        self.assertEqual([line.split(": ")[-1] for line in self.said(done)], [self.path("whole", "b_val_000000.bin")], done.stdout)
 
     def test_bad_manifests(self):
         changes = self.shards("bad", self.TOY)
