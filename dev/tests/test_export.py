@@ -163,51 +163,53 @@ class Case(unittest.TestCase):
 
 @needs_torch
 class Models(Case):
-    def each(self):
-        for name in MODELS:
-            with self.subTest(name):
-                folder, out = checkpoint(name)
-                yield name, folder, load(out)
-
     def test_logits(self):
         """Dense, by chunks of queries, in pieces that the cache joins, behind padding: the same numbers as infer_mta's,
         which reads the export too."""
         x = torch.tensor([IDS])
-        for name, folder, model in self.each():
-            with torch.no_grad():
-                want = infer_logits(folder, IDS)
-                self.close_to(model(x).logits[0], want, 1e-5)
-                self.close_to(infer_logits(folder + "_out", IDS), want, 0)
-                word = next(w for w in ("cache", "past_key_values") if w in inspect.signature(model.forward).parameters)
-                cache, pieces, at = DynamicCache(), [], 0
-                for n in (5, 1, 20, 1, 33):
-                    part = x[:, at : at + n]
-                    pieces.append(model(part, use_cache=True, **{word: cache}).logits[0])
-                    at += n
-                self.close_to(torch.cat(pieces), want, 1e-5)
-                short = torch.tensor([[258] * 9 + IDS[:51], IDS])
-                mask = (torch.arange(60) >= torch.tensor([[9], [0]])).long()
-                both = model(short, attention_mask=mask).logits
-                self.close_to(both[0, 9:], want[:51], 1e-5)
-                self.close_to(both[1], want, 1e-5)
-                if name not in PLAIN:
-                    model.config.query_chunk = 7
-                    self.close_to(model(x).logits[0], want, 1e-5)
-                    self.close_to(model(short, attention_mask=mask).logits[0, 9:], want[:51], 1e-5)
+        for name in MODELS:
+            with self.subTest(name):
+                folder, out = checkpoint(name)
+                model = load(out)
+                with torch.no_grad():
+                    want = infer_logits(folder, IDS)
+                    self.close_to(model(x).logits[0], want, 3e-5)
+                    self.close_to(infer_logits(out, IDS), want, 0)
+                    word = next(
+                        w for w in ("cache", "past_key_values") if w in inspect.signature(model.forward).parameters
+                    )
+                    cache, pieces, at = DynamicCache(), [], 0
+                    for n in (5, 1, 20, 1, 33):
+                        part = x[:, at : at + n]
+                        pieces.append(model(part, use_cache=True, **{word: cache}).logits[0])
+                        at += n
+                    self.close_to(torch.cat(pieces), want, 3e-5)
+                    short = torch.tensor([[258] * 9 + IDS[:51], IDS])
+                    mask = (torch.arange(60) >= torch.tensor([[9], [0]])).long()
+                    both = model(short, attention_mask=mask).logits
+                    self.close_to(both[0, 9:], want[:51], 3e-5)
+                    self.close_to(both[1], want, 3e-5)
+                    if name not in PLAIN:
+                        model.config.query_chunk = 7
+                        self.close_to(model(x).logits[0], want, 3e-5)
+                        self.close_to(model(short, attention_mask=mask).logits[0, 9:], want[:51], 3e-5)
 
     def test_greedy_text(self):
         """generate with its cache gives infer_mta's text, one prompt or two of different lengths at once; beams run."""
-        for _, folder, model in self.each():
-            prompts = IDS[:7], IDS[20:40]
-            want = [infer_greedy(folder, p, 25) for p in prompts]
-            options = dict(max_new_tokens=25, do_sample=False, pad_token_id=258)
-            end = lambda ids: [i for i in ids.tolist() if i not in (257, 258)]
-            for p, w in zip(prompts, want):
-                self.assertEqual(end(model.generate(torch.tensor([p]), **options)[0, len(p) :]), w)
-            x = torch.tensor([[258] * 13 + prompts[0], prompts[1]])
-            both = model.generate(x, attention_mask=(x != 258).long(), **options)
-            self.assertEqual([end(row[20:]) for row in both], want)
-            self.assertEqual(model.generate(x[1:], num_beams=3, **options)[0, :20].tolist(), prompts[1])
+        for name in MODELS:
+            with self.subTest(name):
+                folder, out = checkpoint(name)
+                model = load(out)
+                prompts = IDS[:7], IDS[20:40]
+                want = [infer_greedy(folder, p, 25) for p in prompts]
+                options = dict(max_new_tokens=25, do_sample=False, pad_token_id=258)
+                end = lambda ids: [i for i in ids.tolist() if i not in (257, 258)]
+                for p, w in zip(prompts, want):
+                    self.assertEqual(end(model.generate(torch.tensor([p]), **options)[0, len(p) :]), w)
+                x = torch.tensor([[258] * 13 + prompts[0], prompts[1]])
+                both = model.generate(x, attention_mask=(x != 258).long(), **options)
+                self.assertEqual([end(row[20:]) for row in both], want)
+                self.assertEqual(model.generate(x[1:], num_beams=3, **options)[0, :20].tolist(), prompts[1])
 
     def test_gradients_of_the_golden_cases(self):
         """In double, so that only how the cases are rounded is left; dense, and by chunks, which are computed twice."""
@@ -267,7 +269,7 @@ class Models(Case):
         model.eval().save_pretrained(saved)
         with torch.no_grad():
             want = model(x[:1]).logits[0]
-            self.close_to(infer_logits(saved, IDS[:40]), want, 1e-5)
+            self.close_to(infer_logits(saved, IDS[:40]), want, 3e-5)
             self.close_to(load(saved)(x[:1]).logits[0], want, 1e-6)
             request = json.dumps({"context_ids": IDS[:39], "continuation_ids": IDS[39:40]})
             answer = run(TRAINER, "--init-from", saved, "--score", "-", input=request).stdout
