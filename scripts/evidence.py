@@ -7,10 +7,15 @@ name alone, so that a line of dev/evidence/PART.jsonl can be made again by `scri
 import argparse
 import json
 import os
+import random
+import re
+import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import time
+import zlib
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(HERE)
@@ -29,6 +34,12 @@ LANGUAGE_ATTENTIONS = ("transformer", "diff", "talking-heads", "mta", "mta-full"
 LANGUAGE_STEPS, LANGUAGE_TUNING_STEPS = 2400, 600
 LANGUAGE_LR = {"1m": 3e-3, "3m": 3e-3}  # settled by the part language-tuning, for the plain Transformer
 
+COST_ATTENTIONS = ("diff", "talking-heads", "mta", "mta-full")
+COST_MODELS = {32: ("1m", []), 64: ("11m", []), 128: ("25m", ["--num-attention-heads", "4", "--num-key-value-heads", "4"])}  # by head size
+COST_LENGTHS = (512, 1024, 2048, 4096)
+COST_ROUNDS, COST_STEPS = 3, {32: 10, 64: 5, 128: 4}  # rounds of both programs in turns; steps of one by head size, the first of which does not count
+COST_PLANS = (2048, 4096)       # lengths of the 880m model whose memory on a GPU is planned, 4 sequences at once
+
 
 def toy_cell(part, n, kind, attention, seed, layers, width, lr, steps):
     return {"part": part, "name": f"n{n}_{kind}/{attention}/layers{layers}_width{width}_lr{lr:g}_steps{steps}/seed{seed}", "task": f"n{n}_{kind}", "n": n,
@@ -39,6 +50,16 @@ def toy_cell(part, n, kind, attention, seed, layers, width, lr, steps):
 def language_cell(part, model, attention, seed, lr, steps):
     return {"part": part, "name": f"{model}/{attention}/lr{lr:g}_steps{steps}/seed{seed}", "task": "language", "model": model, "attention": attention,
             "seed": seed, "lr": lr, "steps": steps}
+
+
+def cost_cell(attention, head_size, length):
+    model = COST_MODELS[head_size][0]
+    return {"part": "cost", "name": f"{model}_heads{head_size}/{attention}/T{length}", "task": "cost", "model": f"{model}, heads of {head_size}", "attention": attention,
+            "seed": 1, "head_size": head_size, "length": length, "steps": COST_STEPS[head_size]}
+
+
+def plan_cell(attention, length):
+    return {"part": "cost", "name": f"880m_plan/{attention}/T{length}", "task": "plan", "model": "880m", "attention": attention, "seed": 1, "length": length, "steps": 1}
 
 
 def cells_of(part):
@@ -55,10 +76,13 @@ def cells_of(part):
     if part == "language":
         return [language_cell(part, model, attention, seed, LANGUAGE_LR[model], LANGUAGE_STEPS)
                 for seed in (1, 2) for model in LANGUAGE_MODELS for attention in LANGUAGE_ATTENTIONS]
+    if part == "cost":
+        return [cost_cell(a, h, t) for h in COST_MODELS for t in COST_LENGTHS for a in COST_ATTENTIONS] + [
+            plan_cell(a, t) for t in COST_PLANS for a in ("transformer", *COST_ATTENTIONS)]
     raise SystemExit(f"evidence.py: no part is called {part}; wanted one of {', '.join(PARTS)}")
 
 
-PARTS = ("toy-tuning", "toy", "language-tuning", "language")
+PARTS = ("toy-tuning", "toy", "language-tuning", "language", "cost")
 
 # ---- what is known of finished cells
 
@@ -153,6 +177,77 @@ def result_of(cell, out, trainer):
             "arguments": arguments}
 
 
+def cost_shard(out):
+    """A shard of random bytes: what a step costs does not depend on what it reads."""
+    folder = os.path.join(out, "data", "cost")
+    path = os.path.join(folder, "random_train_000000.bin")
+    if not os.path.exists(path):
+        sys.path.insert(0, os.path.join(ROOT, "data"))
+        import shards
+
+        os.makedirs(folder, exist_ok=True)
+        data = b"".join(byte.to_bytes(2, "little") for byte in random.Random(1).randbytes(1 << 17))
+        shards.write_synced(path, shards.shard_header(2, len(data) // 2, 259, zlib.crc32(data)) + data)
+    return path
+
+
+def timed_run(command):
+    """Runs a training. Returns the seconds of its fastest step but the first, and its peak of resident memory in bytes."""
+    log = os.path.join(command[command.index("--out") + 1], "log.jsonl")
+    shutil.rmtree(os.path.dirname(log), ignore_errors=True)
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    message = process.stderr.read()
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise SystemExit(f"evidence.py: {' '.join(command)}: status {process.returncode}: {message.decode(errors='replace').strip()}")
+    with open(log, encoding="utf-8") as f:
+        events = [json.loads(line) for line in f]
+    tokens = next(e["tokens_per_step"] for e in events if e["event"] == "start")
+    return tokens / max(e["tokens_per_s"] for e in events if e["event"] == "step" and e["step"] > 1), usage.ru_maxrss * 1024
+
+
+def measure_cost(cell, out, trainer):
+    """Step time and memory of an attention beside the plain Transformer's, in turns on the idle machine: all threads, one sequence a step."""
+    began = time.time()
+    model, options = COST_MODELS[cell["head_size"]]
+    seconds, peak, command = {}, {}, []
+    for _ in range(COST_ROUNDS):
+        for attention in ("transformer", cell["attention"]):
+            command = [trainer, "--model", model, *options, "--attention", attention, "--train", cost_shard(out), "--tokenizer", "bytes", "--seq-len", str(cell["length"]),
+                       "--max-position-embeddings", "4096", "--batch-size", "1", "--steps", str(cell["steps"]), "--log-every", "1", "--save-every", "0", "--sample-every", "0",
+                       "--out", os.path.join(out, "cost")]
+            took, resident = timed_run(command)
+            seconds.setdefault(attention, []).append(took)
+            peak[attention] = max(peak.get(attention, 0), resident)
+    mine, plain = (statistics.median(seconds[a]) for a in (cell["attention"], "transformer"))
+    last = {"time": round(mine / plain, 4), "memory": round(peak[cell["attention"]] / peak["transformer"], 4)}
+    return {**cell, "processor": processor(), "commit": commit(), "seconds": round(time.time() - began, 1), "last": last,
+            "step_seconds": {a: [round(x, 5) for x in xs] for a, xs in seconds.items()}, "resident_bytes": peak,
+            "arguments": [a.replace(os.path.join(out, ""), "RUNS/") for a in command]}
+
+
+def plan_memory(cell, emulator):
+    """The memory that the CUDA trainer plans for the 880m model; its own --dry-run, compiled for the CPU, says it."""
+    if not os.access(emulator, os.X_OK):
+        raise SystemExit(f"evidence.py: {emulator}: no such program; make build/train_mta_cuda_cpu builds it")
+    began = time.time()
+    command = [emulator, "--dry-run", "--model", "880m", "--attention", cell["attention"], "--seq-len", str(cell["length"]), "--max-position-embeddings", "4096",
+               "--batch-size", "4"]
+    plan = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    sizes = {name: float(size) for name, size in re.findall(r"^(?:memory)? +([a-z][^0-9\n]*?) +([0-9.]+) MiB$", plan, re.MULTILINE)}
+    return {**cell, "processor": processor(), "commit": commit(), "seconds": round(time.time() - began, 1), "last": {"MiB": sizes["total"]}, "MiB": sizes,
+            "arguments": command[1:]}
+
+
+def measure_cells(only, out, trainer):
+    """The cells of the part `cost`, one after the other: nothing else may run meanwhile."""
+    for cell in [c for c in cells_of("cost") if only in c["name"] and c["name"] not in read_results("cost")]:
+        result = plan_memory(cell, os.path.join(ROOT, "build", "train_mta_cuda_cpu")) if cell["task"] == "plan" else measure_cost(cell, out, trainer)
+        keep(result)
+        print(f"cost/{cell['name']}: " + ", ".join(f"{k} {v:g}" for k, v in result["last"].items()) + f"  {result['seconds']:.0f} s", flush=True)
+
+
 def keep(result):
     os.makedirs(RESULTS, exist_ok=True)
     with open(os.path.join(RESULTS, result["part"] + ".jsonl"), "a", encoding="utf-8") as f:
@@ -187,7 +282,7 @@ def print_plan(parts, only):
 
 def run_cells(parts, only, jobs, out, trainer):
     """Trains what is open, `jobs` at a time. A signal stops the trainings, which save first; the same command goes on."""
-    waiting = [c for part in parts for c in cells_of(part) if only in c["name"] and c["name"] not in read_results(part)]
+    waiting = [c for part in parts if part != "cost" for c in cells_of(part) if only in c["name"] and c["name"] not in read_results(part)]
     running, stop = {}, []
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.append(1))
@@ -235,7 +330,11 @@ def main():
         return evidence_report.write()
     if not os.access(options.trainer, os.X_OK):
         raise SystemExit(f"evidence.py: {options.trainer}: no such program; make train_mta builds it")
-    return run_cells(options.parts, options.cells, options.jobs, os.path.abspath(options.out), options.trainer)
+    out = os.path.abspath(options.out)
+    status = run_cells(options.parts, options.cells, options.jobs, out, options.trainer)
+    if "cost" in options.parts and not status:
+        measure_cells(options.cells, out, options.trainer)
+    return status
 
 
 if __name__ == "__main__":

@@ -122,7 +122,66 @@ def draw_toy(results):
     return True
 
 
-PARTS = {"toy": toy, "toy-tuning": toy_tuning, "language": language, "language-tuning": language_tuning}
+COST_PAPER = {"diff": (54.3 / 17.6, 21.6 / 17.5), "talking-heads": (54.3 / 14.6, 63.0 / 17.5), "mta-full": (54.3 / 5.7, 73.8 / 17.5)}  # time, memory of 880M, T 2048
+
+
+def cost(results):
+    measured = [r for r in results if r["task"] == "cost"]
+    plans = [r for r in results if r["task"] == "plan"]
+    lines = ["## Cost: the step and the memory beside the plain Transformer's", "",
+             "The paper's own code at 880M, T 2048, on H200s, times the plain Transformer: "
+             + ", ".join(f"{a} {t:.1f} in time and {m:.1f} in memory" for a, (t, m) in COST_PAPER.items()) + ". Here: the CPU trainer with all threads, one sequence a "
+             "step, whole steps with the update, in turns with the plain Transformer of the same size (median of three rounds, the fastest step of each); memory is the "
+             "program's largest resident size.", ""]
+    for quantity in ("time", "memory"):
+        rows = []
+        for h in evidence.COST_MODELS:
+            for a in evidence.COST_ATTENTIONS:
+                cells = {r["length"]: r["last"][quantity] for r in measured if r["head_size"] == h and r["attention"] == a}
+                if cells:
+                    rows.append([evidence.COST_MODELS[h][0], h, a] + [f"{cells[t]:.2f}" if t in cells else "-" for t in evidence.COST_LENGTHS])
+        if rows:
+            lines += [f"Times the plain Transformer's {quantity}:", ""]
+            lines += table(["model", "head size", "attention"] + [f"T {t}" for t in evidence.COST_LENGTHS], rows)
+    if plans:
+        plain = {r["length"]: r["last"]["MiB"] for r in plans if r["attention"] == "transformer"}
+        rows = [[a] + [f"{r['last']['MiB'] / 1024:.1f} ({r['last']['MiB'] / plain[t]:.2f})" if (r := found.get((a, t))) and t in plain else "-" for t in evidence.COST_PLANS]
+                for found in [{(r["attention"], r["length"]): r for r in plans}] for a in ("transformer", *evidence.COST_ATTENTIONS)]
+        lines += ["What the CUDA trainer plans for 880m, 4 sequences at once, GiB (times the plain Transformer's): computed by its `--dry-run`, not measured.", ""]
+        lines += table(["attention"] + [f"T {t}" for t in evidence.COST_PLANS], rows)
+    return lines + origin(results, "cost")
+
+
+def draw_cost(results):
+    """Time over length of sequence, a panel a head size; the paper's ratios as dotted lines."""
+    measured = [r for r in results if r["task"] == "cost"]
+    try:
+        import matplotlib
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+    except ImportError:
+        return False
+    figure, axes = plt.subplots(1, len(evidence.COST_MODELS), figsize=(12, 4), sharey=True)
+    for axis, h in zip(axes, evidence.COST_MODELS):
+        for a, colour in zip(evidence.COST_ATTENTIONS, ("#7f7f7f", "#e69f00", "#0000a7", "#009e73")):
+            cells = sorted((r["length"], r["last"]["time"]) for r in measured if r["head_size"] == h and r["attention"] == a)
+            axis.plot([t for t, _ in cells], [x for _, x in cells], color=colour, marker="o", label=a)
+            if a in COST_PAPER:
+                axis.plot(2048, COST_PAPER[a][0], color=colour, marker="x", linestyle="none", label=f"{a}, the paper's code")
+        axis.axhline(1, color="black", linewidth=0.8)
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(evidence.COST_LENGTHS, [str(t) for t in evidence.COST_LENGTHS])
+        axis.set_title(f"{evidence.COST_MODELS[h][0]}, heads of {h}")
+        axis.grid(alpha=0.3)
+    axes[-1].legend(loc="upper left", bbox_to_anchor=(1.02, 1), fontsize=9)
+    figure.supxlabel("tokens of a sequence")
+    figure.supylabel("time of a step / plain Transformer's")
+    figure.tight_layout()
+    figure.savefig(os.path.join(PICTURES, "evidence_cost.png"), dpi=100)
+    return True
+
+
+PARTS = {"toy": toy, "toy-tuning": toy_tuning, "language": language, "language-tuning": language_tuning, "cost": cost}
 
 
 def write():
@@ -139,6 +198,8 @@ def write():
         lines += section(results)
         if part == "toy" and draw_toy(results):
             lines += ["![error over steps of each toy task, every seed](pictures/evidence_toy.png)", ""]
+        if part == "cost" and draw_cost(results):
+            lines += ["![time of a step over the plain Transformer's, by length and head size](pictures/evidence_cost.png)", ""]
     if open_parts:
         lines += ["Not begun: " + ", ".join(open_parts) + ".", ""]
     with open(os.path.join(evidence.ROOT, "dev", "RESULTS.md"), "w", encoding="utf-8") as f:
