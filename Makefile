@@ -30,6 +30,10 @@ ONEDNN := $(shell echo 'int main(void){return dnnl_matmul_desc_init == 0;}' | \
 ONEDNN_LINK := $(if $(ONEDNN),-ldnnl)
 endif
 
+# MPI=1: the CPU trainer on several processes (Debian: libopenmpi-dev, or libmpich-dev). MPICC=mpicc.mpich: another MPI.
+MPICC ?= mpicc
+MPI_CC = OMPI_CC='$(CC)' MPICH_CC='$(CC)' $(MPICC)
+
 # The CUDA trainer: NVCC_ARCH=sm_80|sm_90a|sm_100, PRECISION=BF16|FP32, DEBUG_SYNC=1 waits after every kernel.
 NVCC ?= nvcc
 NVCC_ARCH ?= sm_90a
@@ -44,7 +48,7 @@ CUDA_LINK = -lcublas
 all: train_mta infer_mta test_mta
 
 help:
-	@echo "make train_mta        CPU trainer"
+	@echo "make train_mta        CPU trainer; MPI=1: for several processes, started by mpirun, mpiexec or srun"
 	@echo "make infer_mta        CPU inference: prompt, stream, score"
 	@echo "make train_mta_cuda   CUDA trainer: NVCC_ARCH=sm_80|sm_90a|sm_100, PRECISION=BF16|FP32, DEBUG_SYNC=1 (waits after every kernel)"
 	@echo "make test_mta         tests of the CPU trainer; one of them: ./test_mta --only TEXT"
@@ -52,14 +56,15 @@ help:
 	@echo "make check            the quick tests, about a minute and a half: before each commit"
 	@echo "make test             scripts/test.sh: every test; one of them: scripts/test.sh --only TEXT"
 	@echo "make help_dev         what else there is for development: emulator, sanitizers, benches (dev/dev.mk)"
-	@echo "variables: CC, ARCH, OPT=-O3, NO_CBLAS=1, NO_ONEDNN=1, WERROR=1, NVCC"
+	@echo "variables: CC, ARCH, OPT=-O3, NO_CBLAS=1, NO_ONEDNN=1, MPI=1, MPICC=mpicc, WERROR=1, NVCC"
 	@echo "found: compiler       $(CC), $(shell $(CC) -dumpmachine), $(or $(ARCH),its default instructions)"
 	@echo "       CBLAS          $(if $(BLAS),$(BLAS_LINK),none: plain OpenMP products)"
 	@echo "       oneDNN         $(or $(ONEDNN_LINK),none: no --matmul bf16 on the CPU (Debian: libdnnl-dev))"
+	@echo "       MPI            $(or $(shell command -v $(MPICC)),none: no MPI=1 here)"
 	@echo "       CUDA toolkit   $(or $(shell $(NVCC) --version 2>/dev/null | grep -o 'release [0-9.]*'),none: no train_mta_cuda here)"
 
-train_mta: build/train_mta.o build/commit.o
-	$(CC) $(CFLAGS) $^ -o $@ $(BLAS_LINK) $(ONEDNN_LINK) $(LDLIBS)
+train_mta: build/$(if $(MPI),mpi/)train_mta.o build/commit.o build/flags_train_mta
+	$(if $(MPI),$(MPI_CC),$(CC)) $(CFLAGS) $(filter %.o,$^) -o $@ $(BLAS_LINK) $(ONEDNN_LINK) $(LDLIBS)
 
 infer_mta: build/infer_mta.o
 	$(CC) $(CFLAGS) $^ -o $@ $(BLAS_LINK) $(LDLIBS)

@@ -212,7 +212,7 @@ static double mean_gradients(const Trainer* tr, void* m, const int32_t* tokens, 
 }
 
 static Step one_batch(const int32_t* tokens, const int32_t* targets, int B, int T, int64_t number, AdamW hyper) {
-    Step s = {tokens, targets, B, B, T, counted(targets, B * T), number, hyper};
+    Step s = {tokens, targets, B, B, T, counted(targets, B * T), number, hyper, 1, {0, 1}, NULL, false};
     return s;
 }
 
@@ -878,6 +878,10 @@ static double scalar_model(void* p) {
     return model_loss(t->m, t->targets, t->B * t->T, 0, false, NULL) / t->counted;
 }
 
+static void add_floats(void* sum, const void* more, size_t n) {
+    for (size_t i = 0; i < n; i++) { ((float*)sum)[i] += ((const float*)more)[i]; }
+}
+
 static void initialise_double(Model* m, uint64_t seed) {
     for (int i = 0; i < m->tensors.n; i++) {
         const TensorSpec* s = &m->tensors.specs[i];
@@ -952,6 +956,51 @@ static void test_accumulation(void) {
             "error/tolerance %.3f, of the weights %.3f", g.worst, w.worst);
     model_free(a);
     model_free(b);
+    free(tokens);
+    free(targets);
+}
+
+// Gradients of shards are added as the tree has it, ((0 1) (2 3)) ((4 5) 6) for seven: in fp32 to the bit, and shards
+// of one window each or of none give the step's loss. Then any rank's subtree is the sum of its own shards.
+static void test_shards(void) {
+    const Trainer* tr = trainer_cpu();
+    Config c = small_config("mta");
+    enum { T = 9, MOST = 7 };
+    AdamW hyper = {0, 0.9, 0.98, 1e-8, 0, 0};
+    Ranks alone;
+    memset(&alone, 0, sizeof alone);
+    alone.size = 1;
+    int32_t *tokens = random_tokens(1, MOST * T, c.vocab_size), *targets = random_tokens(2, MOST * T, c.vocab_size);
+    for (int shards = 1; shards <= MOST; shards++) {
+        double losses[MOST], sum = 0;
+        void* parts[MOST];
+        size_t n = 0;
+        for (int v = 0; v < shards; v++) {  // each window's gradients by themselves
+            void* m = make_model(tr, &c, 2, T, 0);
+            perturb(tr, m, &c, 1);
+            sum += tr->forward_backward(m, tokens + v * T, targets + v * T, 1, T, 1.0 / (shards * T));
+            parts[v] = get_all(tr, m, STATE_GRADIENT);
+            n = tr->tensors(m)->parameters;
+            tr->destroy(m);
+        }
+        tree_add(parts, shards, n, add_floats);
+        void* m = make_model(tr, &c, 2, T, 0);
+        perturb(tr, m, &c, 1);
+        tr->share(m, &alone, shards);
+        Step step = {tokens, targets, shards, 2, T, (int64_t)shards * T, 1, hyper, shards, {0, (size_t)shards},
+                     losses, false};
+        StepResult result = tr->train_step(m, &step);
+        float* got = get_all(tr, m, STATE_GRADIENT);
+        verdict(!memcmp(got, parts[0], n * sizeof(float)) && result.complete && result.loss == sum / (shards * T),
+                "shards are added as the tree has it", "%d shards, loss %.9g, wanted %.9g", shards, result.loss,
+                sum / (shards * T));
+        for (int v = 0; v < shards; v++) { free(parts[v]); }
+        free(got);
+        tr->destroy(m);
+    }
+    bool good = shards_divide(12, 3) && shards_divide(12, 1) && !shards_divide(12, 2) && !shards_divide(8, 3) &&
+                shards_divide(8, 8) && !shards_divide(8, 16) && shards_waiting(1) == 0 && shards_waiting(12) == 3;
+    verdict(good, "who can share out which shards", "");
     free(tokens);
     free(targets);
 }
@@ -1698,6 +1747,7 @@ static void test_double(void) {
     if (wanted("attention")) { test_attention(); }
     if (wanted("model")) { test_model_differences(); }
     if (wanted("accumulation")) { test_accumulation(); }
+    if (wanted("shards")) { test_shards(); }
     if (wanted("identity")) { test_identity(); }
 }
 

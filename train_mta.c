@@ -1374,6 +1374,8 @@ typedef struct {
     size_t operands;             // values at the beginning of this memory that products read
 } Scratch;
 
+enum { MAX_WAITING = 12 };  // of MAX_RANKS shards
+
 typedef struct {
     Config config;
     TensorList tensors;
@@ -1381,6 +1383,9 @@ typedef struct {
     int chunk;                      // queries of an attention chunk
     int logit_rows;                 // rows of a classifier chunk
     real *weights, *grads, *m, *v;  // arenas of tensors.numel; without training only the first
+    Ranks* ranks;                   // with which it is shared out, NULL = none
+    real* waiting[MAX_WAITING];     // arenas for gradient sums of shards that wait for their neighbours
+    int n_waiting;
     real *activation_memory, *scratch_memory;
     double* sum_memory;    // attention's weight gradients
     unsigned char* wrong;  // (N) counted targets that another id beats
@@ -1571,8 +1576,8 @@ static Model* model_create(const Config* config, int B, int T, int chunk, bool t
     m->weights = (real*)alloc_or_die(m->tensors.numel, sizeof(real), "weights");
     if (training) {
         m->grads = (real*)alloc_or_die(m->tensors.numel, sizeof(real), "gradients");
-        m->m = (real*)alloc_or_die(m->tensors.numel, sizeof(real), "optimizer state m");
-        m->v = (real*)alloc_or_die(m->tensors.numel, sizeof(real), "optimizer state v");
+        m->m = (real*)alloc_untouched_or_die(m->tensors.numel, sizeof(real), "optimizer state m");
+        m->v = (real*)alloc_untouched_or_die(m->tensors.numel, sizeof(real), "optimizer state v");
     }
     m->activation_memory =
         (real*)alloc_or_die(carve_activations(&m->acts, config, B, T, training, NULL), sizeof(real), "activations");
@@ -1601,6 +1606,7 @@ static void model_free(Model* m) {
     void* const memory[] = {m->weights,           m->grads,          m->m,          m->v,
                             m->activation_memory, m->scratch_memory, m->sum_memory, m->wrong};
     for (size_t i = 0; i < sizeof memory / sizeof memory[0]; i++) { free(memory[i]); }
+    for (int i = 0; i < MAX_WAITING; i++) { free(m->waiting[i]); }
     products_free(m->products);
     tensor_list_free(&m->tensors);
     free(m);
@@ -1792,9 +1798,8 @@ static double model_forward_backward(Model* m, const int32_t* tokens, const int3
     return sum;
 }
 
-enum {
-    UPDATE_BLOCK = 1 << 16
-};  // elements of an arena that one thread handles at a time; the order of the norm's sum hangs on it
+// Elements of an arena that one thread handles at a time.
+enum { UPDATE_BLOCK = RANKS_BLOCK };
 
 static void model_zero_gradients(Model* m) {
 #pragma omp parallel for schedule(static)
@@ -1804,12 +1809,33 @@ static void model_zero_gradients(Model* m) {
     }
 }
 
+// Adds n gradients of `more` to `sum`.
+static void gradients_add(void* sum, const void* more, size_t n) {
+    real* a = (real*)sum;
+    const real* b = (const real*)more;
+#pragma omp parallel for simd schedule(static)
+    for (size_t i = 0; i < n; i++) { a[i] += b[i]; }
+}
+
+// The gradients of this process's shard `done` (1 = first) of n are complete: adds those of its neighbours in the tree
+// (mta/ranks.h) that wait, then waits too, unless it is the last.
+static void model_add_shard(Model* m, int done, int n) {
+    for (int add = shards_to_add(done, n); add > 0; add--) {
+        gradients_add(m->grads, m->waiting[--m->n_waiting], m->tensors.numel);
+    }
+    if (done == n) { return; }
+    real* sum = m->grads;
+    m->grads = m->waiting[m->n_waiting];
+    m->waiting[m->n_waiting++] = sum;
+}
+
 // Square root of the sum of squares of all gradients; not finite if any is not.
 static double gradient_norm(const Model* m) {
     size_t blocks = (m->tensors.numel + UPDATE_BLOCK - 1) / UPDATE_BLOCK;
     double* sums = (double*)alloc_or_die(blocks, sizeof(double), "norm sums");
+    Span own = ranks_own(m->ranks, blocks);
 #pragma omp parallel for schedule(static)
-    for (size_t b = 0; b < blocks; b++) {
+    for (size_t b = own.begin; b < own.end; b++) {
         const real* g = m->grads + b * UPDATE_BLOCK;
         size_t n = m->tensors.numel - b * UPDATE_BLOCK < UPDATE_BLOCK ? m->tensors.numel - b * UPDATE_BLOCK
                                                                       : (size_t)UPDATE_BLOCK;
@@ -1818,6 +1844,7 @@ static double gradient_norm(const Model* m) {
         for (size_t i = 0; i < n; i++) { sum += (double)g[i] * (double)g[i]; }
         sums[b] = sum;
     }
+    ranks_gather(m->ranks, sums, blocks * sizeof(double), sizeof(double));
     double total = 0;
     for (size_t b = 0; b < blocks; b++) { total += sums[b]; }
     free(sums);
@@ -1836,13 +1863,15 @@ static double model_update(Model* m, const AdamW* h, long step) {
     real correct = (real)(1 / sqrt(1 - pow(h->beta2, (double)step)));
     real *w = m->weights, *am = m->m, *av = m->v;
     const real* g = m->grads;
+    Span own = ranks_elements(m->ranks, ranks_number(m->ranks), m->tensors.numel);
 #pragma omp parallel for simd schedule(static)
-    for (size_t i = 0; i < m->tensors.numel; i++) {
+    for (size_t i = own.begin; i < own.end; i++) {
         real d = g[i] * clip;
         am[i] = b1 * am[i] + (1 - b1) * d;
         av[i] = b2 * av[i] + (1 - b2) * d * d;
         w[i] = w[i] * decay - rate * am[i] / (sqrt_real(av[i]) * correct + eps);
     }
+    ranks_gather(m->ranks, w, m->tensors.numel * sizeof(real), UPDATE_BLOCK * sizeof(real));
     m->weights_rounded = false;
     return norm;
 }
@@ -1855,8 +1884,14 @@ static double model_update(Model* m, const AdamW* h, long step) {
 // finite.
 static StepResult train_step(Model* m, const Step* s) {
     Batch b = step_begin(s);
-    model_zero_gradients(m);
-    while (step_next(s, &b)) { b.sum += model_forward_backward(m, b.tokens, b.targets, b.B, b.T, b.dloss); }
+    m->n_waiting = 0;
+    do {
+        model_zero_gradients(m);
+        while (step_next(s, &b)) { b.sum += model_forward_backward(m, b.tokens, b.targets, b.B, b.T, b.dloss); }
+        model_add_shard(m, b.shard - (int)s->own.begin + 1, (int)(s->own.end - s->own.begin));
+    } while (step_next_shard(s, &b));
+    ranks_reduce(m->ranks, m->grads, m->tensors.numel, sizeof(real), gradients_add);
+    step_sum(s, &b, m->ranks);
     double norm = step_updates(s, &b) ? model_update(m, &s->hyper, (long)s->number) : NAN;
     return step_result(s, &b, norm);
 }
@@ -1891,14 +1926,22 @@ static double matmul_rate(bool bf16) {
 static void print_plan(Run* r) {
     char device[128], name[96];
     MemoryPlan p = model_memory(&r->config, r->batch_size, r->seq_len, !options_evaluate(r->options));
-    const PlanRow rows[] = {{"weights fp32", p.weights},    {"gradients", p.gradients}, {"optimizer m, v", p.optimizer},
-                            {"activations", p.activations}, {"scratch", p.scratch},     {"rounded to bf16", p.rounded}};
     bool bf16 = r->trainer == trainer_cpu_bf16();
-    int n = (int)(sizeof rows / sizeof rows[0]) - !bf16;
+    size_t ranks = (size_t)run_ranks(r), shards = (size_t)shards_waiting(max_int(1, r->shards / run_ranks(r)));
+    const PlanRow rows[] = {{"weights fp32", p.weights},
+                            {"gradients", p.gradients},
+                            {"gradients of shards", shards * p.gradients},
+                            {"gradients of ranks", ranks > 1 && p.gradients ? RANKS_ROOM * sizeof(real) : 0},
+                            {ranks > 1 ? "own part of m, v" : "optimizer m, v", p.optimizer / ranks},
+                            {"activations", p.activations},
+                            {"scratch", p.scratch},
+                            {"rounded to bf16", bf16 ? p.rounded : 0}};
+    int n = (int)(sizeof rows / sizeof rows[0]);
     snprintf(device, sizeof device, "%s, %d threads", cpu_name(name, sizeof name), omp_get_max_threads());
-    PlanMachine machine = {device, matmul_rate(bf16), (double)memory_available()};
+    PlanMachine machine = {device, matmul_rate(bf16), (double)memory_available() / ranks_here(r->ranks)};
     double total = train_print_plan(r, &machine, rows, n);
     r->measure = matmul_rate;
+    ranks_meet(r->ranks, false, 0);  // all have looked at the memory before any takes some
     if (!r->options->dry_run && machine.available > 0 && total > machine.available) {
         die("memory: the plan needs %.1f GiB, %.1f are available; try a smaller --batch-size or --seq-len",
             total / 1073741824, machine.available / 1073741824);
@@ -1927,7 +1970,15 @@ static real* table_state(const Model* m, StateKind kind, int i) {
 }
 static void table_set(void* model, StateKind kind, int tensor, const float* data) {
     Model* m = (Model*)model;
-    memcpy(table_state(m, kind, tensor), data, m->tensors.specs[tensor].numel * sizeof(real));
+    const TensorSpec* s = &m->tensors.specs[tensor];
+    size_t from = 0, to = s->numel;
+    if (kind == STATE_M || kind == STATE_V) {  // of its own elements only: what is never written takes no memory
+        Span own = ranks_elements(m->ranks, ranks_number(m->ranks), m->tensors.numel);
+        from = own.begin > s->offset ? own.begin - s->offset : 0;
+        to = own.end > s->offset ? own.end - s->offset : 0;
+        to = to < s->numel ? to : s->numel;
+    }
+    if (from < to) { memcpy(table_state(m, kind, tensor) + from, data + from, (to - from) * sizeof(real)); }
     m->weights_rounded = false;
 }
 static void table_get(const void* m, StateKind kind, int tensor, size_t from, size_t n, float* data) {
@@ -1952,12 +2003,19 @@ static double table_forward_backward(void* m, const int32_t* tokens, const int32
     return model_forward_backward((Model*)m, tokens, targets, B, T, dloss);
 }
 static StepResult table_train_step(void* m, const Step* step) { return train_step((Model*)m, step); }
+static void table_share(void* model, Ranks* ranks, int shards) {
+    Model* m = (Model*)model;
+    m->ranks = ranks;
+    for (int i = shards_waiting(shards / ranks->size); i > 0; i--) {
+        m->waiting[i - 1] = (real*)alloc_or_die(m->tensors.numel, sizeof(real), "gradients of shards");
+    }
+}
 
 const Trainer* trainer_cpu(void) {
     static const Trainer table = {
-        "cpu fp32",      true,      false,         table_create,      table_destroy,          table_tensors,
-        table_set,       table_get, table_forward, table_last_logits, table_forward_backward, table_update,
-        table_train_step};
+        "cpu fp32",       true,       false,         table_create,      table_destroy,          table_tensors,
+        table_set,        table_get,  table_forward, table_last_logits, table_forward_backward, table_update,
+        table_train_step, table_share};
     return &table;
 }
 

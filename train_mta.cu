@@ -3577,12 +3577,6 @@ typedef struct {
     size_t weights, gradients, optimizer, activations, scratch;
 } MemoryPlan;
 
-static size_t largest_tensor(const TensorList* list) {
-    size_t n = 0;
-    for (int i = 0; i < list->n; i++) { n = std::max(n, list->specs[i].numel); }
-    return n;
-}
-
 static MemoryPlan model_memory(const Config* c, int B, int T, int chunk, Recompute recompute) {
     TensorList list;
     Activations acts;
@@ -4227,9 +4221,9 @@ static StepResult table_train_step(void* m, const Step* step) { return train_ste
 
 extern "C" const Trainer* trainer_cuda(void) {
     static const Trainer table = {
-        "cuda " PRECISION_NAME, EXACT,        !EXACT,          table_create,  table_destroy,
-        table_tensors,          table_set,    table_get,       table_forward, table_last_logits,
-        table_forward_backward, table_update, table_train_step};
+        "cuda " PRECISION_NAME, EXACT,        !EXACT,           table_create,  table_destroy,
+        table_tensors,          table_set,    table_get,        table_forward, table_last_logits,
+        table_forward_backward, table_update, table_train_step, NULL};
     return &table;
 }
 

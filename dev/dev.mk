@@ -9,6 +9,7 @@ help_dev:
 	@echo "make test_mta_nocblas                           test_mta without CBLAS"
 	@echo "make test_mta_cuda_cpu test_mta_cuda_cpu_bf16   tests of the CUDA trainer, its own kernels executed on the CPU by dev/cuda_cpu (fp32, bf16);"
 	@echo "                                                --models N: so many random models; CUDA_CPU_ORDER=N: another order of threads"
+	@echo "make build/openmpi/train_mta build/mpich/train_mta   the CPU trainer with one MPI and with the other, for dev/tests/test_ranks.py"
 	@echo "make build/train_mta_cuda_cpu                   the whole CUDA trainer on the CPU (bf16); build/train_mta_cuda_cpu_fp32"
 	@echo "make asan                                       test_mta, train_mta, infer_mta in build/asan under the address and undefined-behaviour sanitizers"
 	@echo "make build/asan/test_mta_cuda_cpu_bf16          every access of a kernel under the address sanitizer; build/undefined/test_mta_cuda_cpu_bf16: undefined"
@@ -22,6 +23,7 @@ help_dev:
 	@echo "make compile_commands                           compile_commands.json for clangd and other tools"
 
 # What was compiled with other flags is compiled again: these files change where the flags do (all but -Werror, which changes no code).
+FLAGS_train_mta = $(FLAGS_c) $(if $(MPI),$(MPICC))
 FLAGS_c = $(CC) $(CFLAGS) $(BLAS) $(ONEDNN)
 FLAGS_cxx = $(CXX) $(CXXFLAGS)
 FLAGS_nvcc = $(NVCC) $(NVCCFLAGS) $(NVCC_CODE) $(CUDA_DEFINES)
@@ -47,6 +49,14 @@ OBJCOPY = $(shell $(CC) -print-prog-name=objcopy)
 
 build/%.o: %.c $(HEADERS) build/flags_c
 	$(CC) $(CFLAGS) $(BLAS) $(ONEDNN) -c $< -o $@
+
+# The CPU trainer for several processes; with MPICC=mpicc.mpich by that MPI. build/openmpi/train_mta, build/mpich/train_mta: both, for their test.
+build/mpi/train_mta.o: train_mta.c $(HEADERS) build/flags_train_mta
+	@mkdir -p build/mpi
+	$(MPI_CC) $(CFLAGS) $(BLAS) $(ONEDNN) -DMTA_MPI -c $< -o $@
+build/openmpi/train_mta build/mpich/train_mta: build/%/train_mta: train_mta.c $(HEADERS) build/commit.o build/flags_c
+	@mkdir -p build/$*
+	OMPI_CC='$(CC)' MPICH_CC='$(CC)' mpicc.$* $(CFLAGS) $(BLAS) $(ONEDNN) -DMTA_MPI $< build/commit.o -o $@ $(BLAS_LINK) $(ONEDNN_LINK) $(LDLIBS)
 
 build/%_nocblas.o: %.c $(HEADERS) build/flags_c
 	$(CC) $(CFLAGS) -c $< -o $@

@@ -123,11 +123,11 @@ static inline void plan_print_checkpoints(const Run* r, const TensorList* list) 
 static inline void plan_print_time(const Run* r, const PlanMachine* machine) {
     const double H100 = 989e12, SHARE = 0.4;
     char time[32];
-    double operations = (double)r->steps * (double)r->tokens_per_step * r->flops_per_token;
+    double operations = (double)r->steps * (double)r->tokens_per_step * r->flops_per_token / run_ranks(r);
     if (machine->flops_per_second > 0) {
-        printf("time        about %s at half of this machine's matrix products (%s, %.0f GFLOP/s)\n",
+        printf("time        about %s at half of this machine's matrix products (%s, %.0f GFLOP/s)%s\n",
                format_duration(operations / machine->flops_per_second * 2, time, sizeof time), machine->device,
-               machine->flops_per_second * 1e-9);
+               machine->flops_per_second * 1e-9, run_ranks(r) > 1 ? " on each rank, without what they send" : "");
     } else {
         printf(
             "time        about %s on one H100 or H200 if it reaches %.0f%% of its %.0f TFLOP/s in bf16: an estimate, "
@@ -135,6 +135,24 @@ static inline void plan_print_time(const Run* r, const PlanMachine* machine) {
             format_duration(operations / (SHARE * H100), time, sizeof time), 100 * SHARE, H100 * 1e-12,
             machine->device);
     }
+}
+
+// What each rank does in a step, and what it sends: gradients to their owners, new weights to all. A machine of several
+// ranks sends through its network what goes to ranks of others.
+static inline void plan_print_ranks(const Run* r, const TensorList* list) {
+    int ranks = run_ranks(r), node = r->options->ranks_per_node ? r->options->ranks_per_node : 1;
+    int each = r->shards / ranks, most = (r->windows + r->shards - 1) / r->shards;  // windows of a shard
+    double R = ranks, arena = (double)list->numel * sizeof(float) / 1048576, sent = arena * (R - 1) / R;
+    if (r->shards == 1) { return; }
+    printf("ranks       %d of %d shard%s each: %d micro-batches of at most %d sequences, %.0f tokens a step\n", ranks,
+           each, each > 1 ? "s" : "", each * ((most + r->batch_size - 1) / r->batch_size),
+           most < r->batch_size ? most : r->batch_size, (double)r->tokens_per_step / R);
+    if (ranks == 1) { return; }
+    printf("sent        %.1f MiB of gradients and %.1f of weights by each rank in a step", sent, sent);
+    if (node > 1) {
+        printf("; %.1f by each machine of %d", ranks > node ? 2 * arena * node * (R - node) / R : 0, node);
+    }
+    printf("\n");
 }
 
 // Prints the plan; returns the bytes of all rows.
@@ -154,6 +172,7 @@ static inline double train_print_plan(Run* r, const PlanMachine* machine, const 
         double tokens = (double)r->steps * (double)r->tokens_per_step;
         printf("step        %d sequences of %d = %s tokens, %d at once\n", r->windows, r->seq_len,
                format_grouped((uint64_t)r->tokens_per_step, grouped, sizeof grouped), r->batch_size);
+        plan_print_ranks(r, &list);
         if (o->warmup > r->steps) {
             printf("warmup      %lld steps, the run has %lld: the learning rate stays below --lr\n",
                    (long long)o->warmup, (long long)r->steps);

@@ -6,6 +6,7 @@
 #include "checkpoint.h"
 #include "config.h"
 #include "log.h"
+#include "ranks.h"
 #include "shards.h"
 #include "tokenizer.h"
 #include "train_options.h"
@@ -57,6 +58,11 @@ typedef struct {
     Config config;                // from here on: what was settled
     int seq_len;                  // T
     int batch_size;               // sequences computed at once
+    Ranks* ranks;                 // the processes of the run
+    int shards;                   // of a step (mta/ranks.h)
+    double* losses;               // (shards) of the current step
+    bool timed_save;              // --save-minutes are over
+    int slow, slow_steps;         // the rank that was the slowest of late, in so many steps in a row
     int windows;                  // sequences of an optimizer step
     int64_t tokens_per_step;
     int64_t steps;
@@ -66,7 +72,7 @@ typedef struct {
     char resume_dir[PATH_SIZE];      // checkpoint that is continued, "" = none
     ShardTokenizer shard_tokenizer;  // what the training shards say of theirs
     Tokenizer* tokenizer;            // NULL = unknown: no samples
-    Text ranks;  // its rank file, which goes into every checkpoint: it may lie in one that --keep removes
+    Text rank_file;  // of the tokenizer, which goes into every checkpoint: it may lie in one that --keep removes
     Loader train;
     ValSet val[MAX_VAL_SETS];
     int n_val;
@@ -93,6 +99,7 @@ typedef struct {
     double started;                            // seconds_now() when training began
     double training_seconds;                   // in train_step since then: what tokens/s and ETA are of
     int64_t first_step;
+    int64_t computed;  // windows that this process has computed
 } Run;
 
 // The one variable that a signal handler may write.
@@ -101,7 +108,9 @@ static volatile sig_atomic_t run_signal = 0;
 // The first signal is answered at once. Ctrl-C or SIGTERM a second time stops without saving; a terminal that closes
 // sends SIGHUP twice, and a cluster SIGUSR1 and then SIGTERM: those must not end a save.
 static inline void run_on_signal(int number) {
-    static const char text[] = "\nstopping after this micro-batch, then saving; the same signal again stops at once\n";
+    static const char text[] =
+        "\nstopping after this micro-batch (several processes: this step), then saving; the same "
+        "signal again stops at once\n";
     int before = errno;
     if (run_signal == number && (number == SIGINT || number == SIGTERM)) { _exit(128 + number); }
     if (!run_signal && write(STDERR_FILENO, text, sizeof text - 1) < 0) {
@@ -111,10 +120,16 @@ static inline void run_on_signal(int number) {
     errno = before;
 }
 
-static inline void run_catch_signals(void) {
+// On a rank other than 0: what it does about a signal, all do at the end of the step, and rank 0 says so.
+static inline void run_on_signal_quietly(int number) {
+    if (run_signal == number && (number == SIGINT || number == SIGTERM)) { _exit(128 + number); }
+    run_signal = number;
+}
+
+static inline void run_catch_signals(const Ranks* ranks) {
     struct sigaction a;
     memset(&a, 0, sizeof a);
-    a.sa_handler = run_on_signal;
+    a.sa_handler = ranks_lead(ranks) ? run_on_signal : run_on_signal_quietly;
     sigaction(SIGINT, &a, NULL);
     sigaction(SIGTERM, &a, NULL);
     sigaction(SIGUSR1, &a, NULL);  // what clusters send before a job's time is over
@@ -123,6 +138,9 @@ static inline void run_catch_signals(void) {
     }                          // the terminal is gone, and the run was not started by nohup
     signal(SIGPIPE, SIG_IGN);  // a closed terminal pipe must not end a run
 }
+
+// Is the run to stop? With several ranks: what all have agreed on, so that none waits for one that has gone.
+static inline bool run_stops(const Run* r) { return ranks_alone(r->ranks) ? run_signal : r->ranks->signal; }
 
 // ---- the model's configuration
 
@@ -194,14 +212,14 @@ static inline void run_check_tokenizer(const Run* r, const ShardTokenizer* s) {
                 (!s->name[0] || !strcmp(s->name, tokenizer_name(t)));
     if (same && s->path[0] && file_exists(s->path)) {
         if (!read_file(s->path, UINT32_MAX, &ranks, &n, &e)) { die("%s", e.text); }
-        same = n == r->ranks.n && !memcmp(ranks, r->ranks.text, n);
+        same = n == r->rank_file.n && !memcmp(ranks, r->rank_file.text, n);
         free(ranks);
     }
     if (same && tokenizer_file(t) && s->bytes >= 0 &&
-        ((int64_t)r->ranks.n != s->bytes || crc32_update(0, r->ranks.text, r->ranks.n) != s->crc)) {
+        ((int64_t)r->rank_file.n != s->bytes || crc32_update(0, r->rank_file.text, r->rank_file.n) != s->crc)) {
         die("--tokenizer: %s: %zu bytes, CRC-32 %08x, but the manifest.json beside %s says %lld and %08x",
-            tokenizer_file(t), r->ranks.n, crc32_update(0, r->ranks.text, r->ranks.n), s->shard, (long long)s->bytes,
-            s->crc);
+            tokenizer_file(t), r->rank_file.n, crc32_update(0, r->rank_file.text, r->rank_file.n), s->shard,
+            (long long)s->bytes, s->crc);
     }
     if (!same) {
         die("--tokenizer: %s is %s (%d ids), but %s was made with %s",
@@ -250,7 +268,7 @@ static inline void run_open_tokenizer(Run* r, const char* config) {
     }
     r->tokenizer = tokenizer_open(path, pattern[0] ? pattern : NULL, &e);
     if (!r->tokenizer ||
-        (tokenizer_file(r->tokenizer) && !read_file(path, UINT32_MAX, &r->ranks.text, &r->ranks.n, &e))) {
+        (tokenizer_file(r->tokenizer) && !read_file(path, UINT32_MAX, &r->rank_file.text, &r->rank_file.n, &e))) {
         die("--tokenizer: %s", e.text);
     }
     run_check_tokenizer(r, s);
@@ -524,26 +542,92 @@ static inline void run_return_output(Run* r) {
 // What the products multiply.
 static inline const char* run_matmul(const Run* r) { return r->trainer->exact ? "fp32" : "bf16"; }
 
+// The checkpoint that rank 0 has found, to all. The tensors are read by rank 0 alone.
+static inline void run_share_checkpoint(Run* r) {
+    struct {
+        int64_t step;
+        char dir[PATH_SIZE];
+    } found;
+    if (ranks_alone(r->ranks)) { return; }
+    ranks_meet(r->ranks, false, 0);
+    memset(&found, 0, sizeof found);
+    found.step = r->saved_step;
+    snprintf(found.dir, sizeof found.dir, "%s", r->resume_dir);
+    ranks_from_root(r->ranks, &found, sizeof found);
+    r->saved_step = found.step;
+    snprintf(r->resume_dir, sizeof r->resume_dir, "%s", found.dir);
+    if (found.dir[0] && !dir_exists(found.dir)) {
+        die("--resume: %s is not there; wanted --out on a file system that all ranks see", found.dir);
+    }
+}
+
+// The shards that the checkpoint's trainer.json names: one where it names none, as before there were any.
+static inline int run_saved_shards(const char* dir) {
+    char path[PATH_SIZE], *text;
+    size_t n;
+    Error e = {{0}};
+    int64_t shards = 1;
+    path_join(path, sizeof path, dir, "trainer.json");
+    if (!read_file(path, (size_t)16 << 20, &text, &n, &e)) { die("--resume: %s", e.text); }
+    Json* j = json_parse(text, n, &e);
+    const Json* value = json_get(j, "shards");
+    if (!j || (value && !json_integer(value, 1, MAX_RANKS, &shards))) { die("--resume: %s: shards: %s", path, e.text); }
+    json_free(j);
+    free(text);
+    return (int)shards;
+}
+
+// Ranks that the run has or, in a dry run, would have.
+static inline int run_ranks(const Run* r) { return r->options->n_ranks ? r->options->n_ranks : r->ranks->size; }
+
+// --shards, else those of the checkpoint, else one for each rank.
+static inline void run_settle_shards(Run* r) {
+    const TrainOptions* o = r->options;
+    int ranks = run_ranks(r), n = 0;
+    r->shards = o->shards ? o->shards : r->resume_dir[0] ? run_saved_shards(r->resume_dir) : ranks;
+    if (options_evaluate(o)) { r->shards = 1; }
+    if ((r->shards > 1 || ranks > 1) && !r->trainer->share) {
+        die("--shards: got %d on %d ranks, this trainer has one shard on one process so far", r->shards, ranks);
+    }
+    if (r->shards > r->windows) {
+        die("--shards: got %d%s, a step has %d sequences", r->shards, o->shards ? "" : ", one for each rank",
+            r->windows);
+    }
+    if (options_evaluate(o) || shards_divide(r->shards, ranks)) { return; }
+    Text can = {NULL, 0, 0};
+    for (int i = 1; i <= r->shards; i++) {
+        if (shards_divide(r->shards, i)) { text_printf(&can, "%s%d", n++ ? ", " : "", i); }
+    }
+    die("%d shard%s cannot be shared out over %d ranks: %s can; --shards %d goes on with other rounding", r->shards,
+        r->shards > 1 ? "s" : "", ranks, can.text, ranks);
+}
+
 // Finds the checkpoint to continue, settles the model and the steps. Ends the program on a mistake.
 static inline void run_settle(Run* r, const Trainer* trainer, const TrainOptions* o) {
     memset(r, 0, sizeof *r);
     r->trainer = trainer;
     r->options = o;
+    r->ranks = o->ranks;
     r->saved_step = r->timed_step = -1;
     r->lock = -1;
     r->log.fd = -1;
     if (o->matmul && strcmp(o->matmul, run_matmul(r)) != 0) {
         die("--matmul: got %s, this build's products are in %s", o->matmul, run_matmul(r));
     }
+    if (o->score && r->ranks->size > 1) {
+        die("--score: got %d ranks, wanted one: it answers line by line", r->ranks->size);
+    }
     if (o->score) { run_divert_output(r); }
-    if (!o->dry_run && o->out) {
+    if (!o->dry_run && o->out && ranks_lead(r->ranks)) {
         if (!o->resume && run_holds_run(o->out)) {
             die("--out: %s holds a run; --resume continues it, or choose another directory", o->out);
         }
         if (o->resume) { run_find_checkpoint(r); }
     }
+    if (!o->dry_run && o->resume) { run_share_checkpoint(r); }
     run_configure(r);
     run_settle_steps(r);
+    run_settle_shards(r);
     r->progress = progress_make(stdout);
 }
 
@@ -675,14 +759,53 @@ static inline void run_open_data(Run* r) {
     size_t n = (size_t)r->windows * (size_t)r->seq_len;
     r->tokens = (int32_t*)alloc_or_die(n, sizeof(int32_t), "a step's tokens");
     r->targets = (int32_t*)alloc_or_die(n, sizeof(int32_t), "a step's targets");
+    r->losses = (double*)alloc_or_die((size_t)r->shards, sizeof(double), "losses of shards");
 }
 
-// --eval-only and --score: the directory if there is to be one, and the step that the checkpoint's trainer.json says.
+// What a loader's shards are, by their headers, which hold the tokens' CRC-32.
+static inline uint64_t run_hash_data(const Loader* l, uint64_t hash) {
+    for (int i = 0; i < l->n_sources; i++) {
+        for (int j = 0; j < l->sources[i].n_shards; j++) {
+            const MappedFile* f = &l->sources[i].shards[j].file;
+            hash = hash * 1000003 + ranks_hash((const char*)f->data, f->size < 1024 ? f->size : 1024) + f->size;
+        }
+    }
+    return hash;
+}
+
+// All ranks have the same program, arguments, model, checkpoint and data, and none has found a mistake.
+static inline void run_meet(Run* r) {
+    if (ranks_alone(r->ranks)) { return; }
+    Text arguments = {NULL, 0, 0}, config = {NULL, 0, 0};
+    char* program = NULL;
+    size_t n = 0;
+    Error e = {{0}};
+    for (int i = 1; i < r->options->argc; i++) { text_printf(&arguments, "%s\n", r->options->argv[i]); }
+    config_to_json(&r->config, "", &config);
+    if (!read_file("/proc/self/exe", (size_t)1 << 32, &program, &n, &e)) { die("%s", e.text); }
+    uint64_t data = run_hash_data(&r->train, 1);
+    for (int i = 0; i < r->n_val; i++) { data = run_hash_data(&r->val[i].loader, data); }
+    const RanksSame same[] = {{"another program file", ranks_hash(program, n)},
+                              {"other arguments", ranks_hash(arguments.text, arguments.n)},
+                              {"another config.json or tokenizer", ranks_hash(config.text, config.n)},
+                              {"other shards behind --train or --val", data}};
+    free(program);
+    text_free(&arguments);
+    text_free(&config);
+    ranks_meet(r->ranks, false, 0);
+    ranks_same(r->ranks, same, (int)(sizeof same / sizeof same[0]));
+    ranks_met(r->ranks);
+    ranks_limit(r->ranks, r->options->rank_timeout);
+    ranks_saved(r->ranks, r->resume_dir);
+}
+
+// --eval-only and --score: the directory if there is to be one, and the step that the checkpoint's trainer.json
+// says.
 static inline void run_open_evaluation(Run* r) {
     char path[PATH_SIZE], *text = NULL;
     size_t n = 0;
     Error e = {{0}};
-    if (r->options->out && !make_dirs(r->options->out, &e)) { die("--out: %s", e.text); }
+    if (r->options->out && ranks_lead(r->ranks) && !make_dirs(r->options->out, &e)) { die("--out: %s", e.text); }
     path_join(path, sizeof path, r->init_dir, "trainer.json");
     if (!file_exists(path)) { return; }
     if (!read_file(path, (size_t)16 << 20, &text, &n, &e)) { die("--init-from: %s", e.text); }
@@ -694,14 +817,15 @@ static inline void run_open_evaluation(Run* r) {
     free(text);
 }
 
-// The run directory, signals; reads trainer.json of the checkpoint that is resumed. Ends the program on any mistake.
+// The run directory, signals; reads trainer.json of the checkpoint that is resumed. Ends the program on any
+// mistake.
 static inline void run_open_directory(Run* r) {
-    run_check_directory(r);
+    if (ranks_lead(r->ranks)) { run_check_directory(r); }
     Error e = {{0}};
     if (r->resume_dir[0] && !run_read_state(r, &e)) { die("%s", e.text); }
     loader_state_write(&r->train, &r->loader_state);
     r->first_step = r->step;
-    run_catch_signals();
+    run_catch_signals(r->ranks);
 }
 
 // ---- trainer.json
@@ -724,6 +848,7 @@ static inline int run_settings(const Run* r, RunSetting* s) {
     const RunSetting all[] = {{"steps", (double)r->steps, NULL},
                               {"tokens_per_step", (double)r->tokens_per_step, NULL},
                               {"batch_size", (double)r->batch_size, NULL},
+                              {"shards", (double)r->shards, NULL},
                               {"lr", r->schedule.lr, NULL},
                               {"min_lr", r->schedule.min_lr, NULL},
                               {"schedule", 0, r->schedule.kind},
@@ -777,7 +902,8 @@ static inline void run_state_json(const Run* r, Text* t) {
 static inline void run_compare_setting(const RunSetting* s, const Json* saved, Text* change) {
     bool same = s->word ? saved && saved->type == JSON_STRING && !strcmp(saved->string, s->word)
                         : saved && saved->type == JSON_NUMBER && saved->number == s->number;
-    if (same) { return; }
+    bool unsaid = !saved && !strcmp(s->key, "shards") && s->number == 1;  // before there were any, there was one
+    if (same || unsaid) { return; }
     text_printf(change, "%s ", s->key);
     for (char* c = change->text; *c; c++) { *c = *c == '_' ? '-' : *c; }
     if (!saved) {
@@ -871,15 +997,26 @@ static inline double learning_rate(const Schedule* s, int64_t step) {
 static inline Step run_load_step(Run* r) {
     const TrainOptions* o = r->options;
     AdamW hyper = {learning_rate(&r->schedule, r->step), o->beta1, o->beta2, o->eps, o->weight_decay, o->grad_clip};
-    Step s = {r->tokens, r->targets, r->windows, r->batch_size, r->seq_len, 0, r->step + 1, hyper};
+    Step s = {r->tokens,   r->targets,
+              r->windows,  r->batch_size,
+              r->seq_len,  0,
+              r->step + 1, hyper,
+              r->shards,   ranks_own(r->ranks, (size_t)r->shards),
+              r->losses,   !ranks_alone(r->ranks)};
     Error e = {{0}};
-    size_t T = (size_t)r->seq_len;
-    for (int w = 0; w < r->windows; w++) {
-        if (!loader_next(&r->train, r->tokens + (size_t)w * T, r->targets + (size_t)w * T, &e)) {
+    size_t T = (size_t)r->seq_len, V = (size_t)r->shards, windows = (size_t)r->windows;
+    size_t begin = windows * s.own.begin / V, end = windows * s.own.end / V;  // what this process computes
+    for (size_t w = 0; w < windows; w++) {
+        bool mine = w >= begin && w < end;
+        if (!mine) {
+            loader_skip(&r->train, 1);
+        } else if (!loader_next(&r->train, r->tokens + w * T, r->targets + w * T, &e)) {
             die("--train: %s", e.text);
         }
     }
-    for (size_t i = 0; i < (size_t)r->windows * T; i++) { s.counted += r->targets[i] >= 0; }
+    for (size_t i = begin * T; i < end * T; i++) { s.counted += r->targets[i] >= 0; }
+    r->computed += (int64_t)(end - begin);
+    s.counted = ranks_total(r->ranks, s.counted);
     return s;
 }
 
@@ -905,7 +1042,7 @@ static inline void run_log_step(Run* r, const StepResult* s, double lr, double s
     r->loader_state.n = 0;
     loader_state_write(&r->train, &r->loader_state);
     double rate = (double)tokens / seconds,
-           mfu = r->flops_per_second > 0 ? rate * r->flops_per_token / r->flops_per_second : 0;
+           mfu = r->flops_per_second > 0 ? rate * r->flops_per_token / (r->flops_per_second * r->ranks->size) : 0;
     double average = (double)(r->step - r->first_step) / r->training_seconds;
     Text t = {NULL, 0, 0};
     const struct {
@@ -984,24 +1121,23 @@ static inline void run_log_start(Run* r, size_t parameters) {
     Text t = {NULL, 0, 0}, config = {NULL, 0, 0};
     Error e = {{0}};
     // Of two that found no log, the second must not cut the first one's.
-    if (r->options->out && r->options->resume) {
+    const char* out = ranks_lead(r->ranks) ? r->options->out : NULL;  // rank 0's alone
+    if (out && r->options->resume) {
         run_lock(r, true);
-        // What a crash left of an unfinished checkpoint; a run that is at its end saves no more, which would remove it.
-        // Only under the lock: before it, that might be the checkpoint which another run is writing.
-        checkpoint_remove_partials(r->options->out);
+        // What a crash left of an unfinished checkpoint; a run that is at its end saves no more, which would remove
+        // it. Only under the lock: before it, that might be the checkpoint which another run is writing.
+        checkpoint_remove_partials(out);
     }
-    if (r->options->out && !runlog_open(&r->log, r->options->out, r->options->resume ? (long)r->step : -1, &e)) {
-        die("--out: %s", e.text);
-    }
+    if (out && !runlog_open(&r->log, out, r->options->resume ? (long)r->step : -1, &e)) { die("--out: %s", e.text); }
     config_to_json(&r->config, run_torch_dtype(r), &config);
     for (size_t i = 0; i < config.n; i++) {
         if (config.text[i] == '\n') { config.text[i] = ' '; }
     }
     text_printf(&t,
                 "{\"event\": \"start\", \"step\": %lld, \"parameters\": %zu, \"tokens_per_step\": %lld, \"seq_len\": "
-                "%d, \"flops_per_token\": %.17g, \"flops_per_second\": %.17g",
+                "%d, \"flops_per_token\": %.17g, \"flops_per_second\": %.17g, \"ranks\": %d, \"shards\": %d",
                 (long long)r->step, parameters, (long long)r->tokens_per_step, r->seq_len, r->flops_per_token,
-                r->flops_per_second);
+                r->flops_per_second, r->ranks->size, r->shards);
     run_log_origin(r, &t);
     text_printf(&t, ", \"config\": ");
     text_append(&t, config.text, config.n);
@@ -1015,7 +1151,7 @@ static inline void run_log_start(Run* r, size_t parameters) {
     runlog_line(&r->log, t.text);
     text_free(&t);
     text_free(&config);
-    if (r->options->out) { run_lock(r, false); }
+    if (out) { run_lock(r, false); }
     r->started = r->saved_at = seconds_now();
     run_log_passed_over(r);
     if (r->resume_dir[0]) {
@@ -1159,11 +1295,19 @@ static inline bool run_save_texts(const Run* r, CheckpointWriter* w, Error* e) {
     bool good = checkpoint_add_text(w, "config.json", config.text, config.n, e) &&
                 checkpoint_add_text(w, "trainer.json", state.text, state.n, e);
     if (good && r->tokenizer && tokenizer_file(r->tokenizer)) {
-        good = checkpoint_add_text(w, tokenizer_file_name(r->tokenizer), r->ranks.text, r->ranks.n, e);
+        good = checkpoint_add_text(w, tokenizer_file_name(r->tokenizer), r->rank_file.text, r->rank_file.n, e);
     }
     text_free(&config);
     text_free(&state);
     return good;
+}
+
+// The same for a rank whose checkpoint rank 0 has written.
+static inline void run_saved_elsewhere(Run* r) {
+    char path[PATH_SIZE];
+    r->saved_step = r->step;
+    checkpoint_path(r->options->out, (long)r->step, path);
+    ranks_saved(r->ranks, path);
 }
 
 // After a checkpoint was committed to `path`: removes those that are not to be kept.
@@ -1172,6 +1316,7 @@ static inline void run_saved(Run* r, const char* path, double seconds) {
     Text t = {NULL, 0, 0};
     r->saved_step = r->step;
     r->saved_at = seconds_now();
+    ranks_saved(r->ranks, path);
     if (r->timed_step >= 0 && r->timed_step != r->step) {
         checkpoint_path(r->options->out, (long)r->timed_step, old);
         checkpoint_remove_dir(old);
@@ -1189,8 +1334,8 @@ static inline void run_saved(Run* r, const char* path, double seconds) {
     progress_line(&r->progress, line, true);
 }
 
-// Where a checkpoint failed because the disk is full: removes the oldest one kept, never the newest good one, and says
-// so.
+// Where a checkpoint failed because the disk is full: removes the oldest one kept, never the newest good one, and
+// says so.
 static inline bool run_make_room(Run* r, const Error* e) {
     char line[128];
     if (!strstr(e->text, strerror(ENOSPC)) && !strstr(e->text, strerror(EDQUOT))) { return false; }
@@ -1216,12 +1361,60 @@ static inline void run_save_failed(const Run* r, const Error* e) {
 }
 
 static inline bool run_goes_on(const Run* r) {
-    return r->step < r->steps && !run_signal && r->skipped_in_a_row < MAX_SKIPPED_IN_A_ROW;
+    return r->step < r->steps && !run_stops(r) && r->skipped_in_a_row < MAX_SKIPPED_IN_A_ROW;
+}
+
+static inline int run_by_seconds(const void* a, const void* b) {
+    double x = *(const double*)a, y = *(const double*)b;
+    return (x > y) - (x < y);
+}
+
+// Warns of a rank that was slower than 1.2 times the middle one in 20 steps in a row. seconds: of each rank's own
+// work.
+static inline void run_note_slow(Run* r, double* seconds) {
+    int n = r->ranks->size, slow = 0;
+    for (int p = 1; p < n; p++) { slow = seconds[p] > seconds[slow] ? p : slow; }
+    double most = seconds[slow];
+    qsort(seconds, (size_t)n, sizeof *seconds, run_by_seconds);
+    double middle = seconds[(n - 1) / 2];
+    bool counts = most > 1.2 * middle && most - middle > 0.001;
+    r->slow_steps = !counts ? 0 : slow == r->slow ? r->slow_steps + 1 : 1;
+    r->slow = slow;
+    if (r->slow_steps != 20 || !ranks_lead(r->ranks)) { return; }
+    progress_break(&r->progress);
+    fprintf(stderr, "%s: rank %d (%s) is slow: %.3f s for a sequence, the middle rank %.3f; all others wait for it\n",
+            program_invocation_short_name, slow, r->ranks->watch.peers[slow].host, most, middle);
+}
+
+// A line of the log: what each rank has computed, sent and waited.
+static inline void run_log_ranks(Run* r) {
+    typedef struct {
+        int64_t windows;
+        uint64_t sent;
+        double waited;
+    } Share;
+    if (ranks_alone(r->ranks)) { return; }
+    Share mine = {r->computed, r->ranks->bytes_sent, r->ranks->waited};
+    Share* all = (Share*)alloc_or_die((size_t)r->ranks->size, sizeof mine, "shares of ranks");
+    Text t = {NULL, 0, 0};
+    ranks_exchange(r->ranks, &mine, sizeof mine, all);
+    text_printf(&t, "{\"event\": \"ranks\", \"step\": %lld, \"ranks\": [", (long long)r->step);
+    for (int p = 0; p < r->ranks->size; p++) {
+        text_printf(&t, "%s{\"host\": ", p ? ", " : "");
+        text_json_string(&t, r->ranks->watch.peers[p].host, strlen(r->ranks->watch.peers[p].host));
+        text_printf(&t, ", \"windows\": %lld, \"bytes_sent\": %llu, \"seconds_waited\": %.3f}",
+                    (long long)all[p].windows, (unsigned long long)all[p].sent, all[p].waited);
+    }
+    text_printf(&t, "]}");
+    runlog_line(&r->log, t.text);
+    text_free(&t);
+    free(all);
 }
 
 // Says how the run ended; the exit status.
 static inline int run_end(Run* r) {
-    const char* reason = r->skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW ? "not finite" : run_signal ? "signal" : "done";
+    const char* reason = r->skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW ? "not finite" : run_stops(r) ? "signal" : "done";
+    run_log_ranks(r);
     char line[256];
     int status = EXIT_DONE;
     snprintf(line, sizeof line, "{\"event\": \"stop\", \"step\": %lld, \"reason\": \"%s\", \"seconds\": %.3f}",
@@ -1237,8 +1430,9 @@ static inline int run_end(Run* r) {
                 "checkpoint: %s\n",
                 program_invocation_short_name, r->skipped_in_a_row, (long long)r->step, path);
         status = EXIT_NOT_FINITE;
-    } else if (run_signal && r->step < r->steps) {
-        printf("stopped by signal %d at step %lld, saved; --resume continues\n", (int)run_signal, (long long)r->step);
+    } else if (run_stops(r) && r->step < r->steps) {
+        printf("stopped by signal %d at step %lld, saved; --resume continues\n",
+               ranks_alone(r->ranks) ? (int)run_signal : r->ranks->signal, (long long)r->step);
         status = EXIT_STOPPED;
     } else {
         if (!options_evaluate(r->options)) {
@@ -1249,12 +1443,14 @@ static inline int run_end(Run* r) {
     for (int i = 0; i < r->n_val; i++) { loader_close(&r->val[i].loader); }
     if (r->tokenizer) { tokenizer_free(r->tokenizer); }
     if (r->lock >= 0) { close(r->lock); }
-    text_free(&r->ranks);
+    text_free(&r->rank_file);
     text_free(&r->loader_state);
     text_free(&r->passed_over);
     text_free(&r->changes);
     free(r->tokens);
     free(r->targets);
+    free(r->losses);
+    ranks_close(r->ranks);
     return status;
 }
 

@@ -8,6 +8,7 @@
 
 #include "plan.h"
 #include "random.h"
+#include "ranks_mpi.h"
 #include "score.h"
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -44,13 +45,17 @@ static inline void tensor_initialise(float* w, const TensorSpec* s, int index, c
     }
 }
 
-static inline void model_initialise(const Trainer* trainer, void* model, const Config* config, uint64_t seed) {
-    const TensorList* list = trainer->tensors(model);
+static inline size_t largest_tensor(const TensorList* list) {
     size_t largest = 0;
     for (int i = 0; i < list->n; i++) {
         if (list->specs[i].numel > largest) { largest = list->specs[i].numel; }
     }
-    float* w = (float*)alloc_or_die(largest, sizeof(float), "one tensor");
+    return largest;
+}
+
+static inline void model_initialise(const Trainer* trainer, void* model, const Config* config, uint64_t seed) {
+    const TensorList* list = trainer->tensors(model);
+    float* w = (float*)alloc_or_die(largest_tensor(list), sizeof(float), "one tensor");
     for (int i = 0; i < list->n; i++) {
         tensor_initialise(w, &list->specs[i], i, config, seed);
         trainer->set(model, STATE_MASTER, i, w);
@@ -80,6 +85,40 @@ static inline bool store_tensor(void* ctx, int group, int tensor, const float* d
     return true;
 }
 
+// Rank 0 reads the checkpoint that is resumed; every tensor goes to all, which keep what is theirs.
+static inline bool store_shared(void* ctx, int group, int tensor, const float* data, Error* e) {
+    const TensorGroups* g = (const TensorGroups*)ctx;
+    size_t bytes = g->run->trainer->tensors(g->run->model)->specs[tensor].numel * sizeof(float);
+    ranks_from_root(g->run->ranks, (void*)(uintptr_t)data, bytes);
+    return store_tensor(ctx, group, tensor, data, e);
+}
+
+// The same on another rank: the tensors of so many groups, in the order in which rank 0 reads them.
+static inline void receive_tensors(Run* r, int n_groups, TensorGroups* groups) {
+    const TensorList* list = r->trainer->tensors(r->model);
+    float* room = (float*)alloc_or_die(largest_tensor(list), sizeof(float), "one tensor");
+    for (int i = 0; i < n_groups * list->n; i++) {
+        Error e = {{0}};
+        store_shared(groups, i / list->n, i % list->n, room, &e);
+    }
+    free(room);
+}
+
+// Refuses ranks that start with other weights: their --init-from holds another model.
+static inline void ranks_same_weights(Run* r) {
+    const TensorList* list = r->trainer->tensors(r->model);
+    if (ranks_alone(r->ranks)) { return; }
+    float* room = (float*)alloc_or_die(largest_tensor(list), sizeof(float), "one tensor");
+    uint32_t crc = 0;
+    for (int i = 0; i < list->n; i++) {
+        r->trainer->get(r->model, STATE_MASTER, i, 0, list->specs[i].numel, room);
+        crc = crc32_update(crc, room, list->specs[i].numel * sizeof(float));
+    }
+    free(room);
+    RanksSame same = {"other weights at the start", crc};
+    ranks_same(r->ranks, &same, 1);
+}
+
 static inline void model_start(Run* r) {
     const TensorList* list = r->trainer->tensors(r->model);
     TensorGroups weights = {r, READ_WEIGHTS, DT_F32, NULL}, optimizer = {r, OPTIMIZER_STATES, DT_F32, NULL};
@@ -90,10 +129,19 @@ static inline void model_start(Run* r) {
         char path[PATH_SIZE];
         path_join(path, sizeof path, r->resume_dir, "optimizer.safetensors");
         bool master = false;
-        good = safetensors_holds(path, "master.model.embed_tokens.weight", &master, &e) &&
-               checkpoint_read_tensors(r->resume_dir, list, NO_PREFIX, 1, false, NULL, store_tensor, &weights, &e) &&
-               checkpoint_read_tensors(path, list, OPTIMIZER_PREFIXES, master ? 3 : 2, false, NULL, store_tensor,
-                                       &optimizer, &e);
+        if (ranks_lead(r->ranks) && !safetensors_holds(path, "master.model.embed_tokens.weight", &master, &e)) {
+            die("%s", e.text);
+        }
+        ranks_from_root(r->ranks, &master, sizeof master);
+        if (ranks_lead(r->ranks)) {
+            good =
+                checkpoint_read_tensors(r->resume_dir, list, NO_PREFIX, 1, false, NULL, store_shared, &weights, &e) &&
+                checkpoint_read_tensors(path, list, OPTIMIZER_PREFIXES, master ? 3 : 2, false, NULL, store_shared,
+                                        &optimizer, &e);
+        } else {
+            receive_tensors(r, 1, &weights);
+            receive_tensors(r, master ? 3 : 2, &optimizer);
+        }
     } else {
         bool whole = options_evaluate(r->options);  // then no tensor may be absent
         if (!whole) { model_initialise(r->trainer, r->model, &r->config, (uint64_t)r->options->seed); }
@@ -106,6 +154,7 @@ static inline void model_start(Run* r) {
     }
     if (!good) { die("%s", e.text); }
     text_free(&absent);
+    ranks_same_weights(r);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -115,13 +164,22 @@ static inline void model_start(Run* r) {
 typedef struct {
     const int32_t *tokens, *targets;  // (B,T)
     int B, T;
-    double dloss;  // of each counted target: the loss of a step is the mean over all that are counted in it
-    int next;      // window of the next micro-batch
-    double sum;    // of the losses so far
+    double dloss;   // of each counted target: the loss of a step is the mean over all that are counted in it
+    int shard;      // which one of the step's
+    int next, end;  // windows: of the next micro-batch, behind the shard's last
+    double sum;     // of the shard's losses so far; after step_sum, of the step's
 } Batch;
 
+static inline void step_open_shard(const Step* s, Batch* b, int shard) {
+    b->shard = shard;
+    b->next = (int)((int64_t)s->windows * shard / s->shards);
+    b->end = (int)((int64_t)s->windows * (shard + 1) / s->shards);
+    b->sum = 0;
+}
+
 static inline Batch step_begin(const Step* s) {
-    Batch b = {NULL, NULL, 0, s->T, s->counted ? 1.0 / (double)s->counted : 0, 0, 0};
+    Batch b = {NULL, NULL, 0, s->T, s->counted ? 1.0 / (double)s->counted : 0, 0, 0, 0, 0};
+    step_open_shard(s, &b, (int)s->own.begin);
     return b;
 }
 
@@ -133,17 +191,35 @@ static inline bool any_counted(const int32_t* targets, int n) {
     return false;
 }
 
-// Moves to the next micro-batch; false after the last, or when a signal has come.
+// Moves to the shard's next micro-batch; false after the last, or when a signal has come.
 static inline bool step_next(const Step* s, Batch* b) {
-    if (run_signal || b->next >= s->windows) { return false; }
+    if ((run_signal && !s->whole) || b->next >= b->end) { return false; }
     b->tokens = s->tokens + (size_t)b->next * (size_t)s->T;
     b->targets = s->targets + (size_t)b->next * (size_t)s->T;
-    b->B = s->windows - b->next < s->B ? s->windows - b->next : s->B;
+    b->B = b->end - b->next < s->B ? b->end - b->next : s->B;
     b->next += b->B;
     return true;
 }
 
-static inline bool step_complete(const Step* s, const Batch* b) { return b->next >= s->windows; }
+// Moves to the next shard of this process; false after the last, or when a signal has come.
+static inline bool step_next_shard(const Step* s, Batch* b) {
+    if (s->losses) { s->losses[b->shard] = b->sum; }
+    if (b->next < b->end || b->shard + 1 >= (int)s->own.end) { return false; }
+    step_open_shard(s, b, b->shard + 1);
+    return true;
+}
+
+// The losses of all shards, in their order, whoever computed them.
+static inline void step_sum(const Step* s, Batch* b, Ranks* ranks) {
+    if (!s->losses) { return; }
+    ranks_gather(ranks, s->losses, (size_t)s->shards * sizeof(double), sizeof(double));
+    b->sum = 0;
+    for (int shard = 0; shard < s->shards; shard++) { b->sum += s->losses[shard]; }
+}
+
+static inline bool step_complete(const Step* s, const Batch* b) {
+    return b->next >= b->end && b->shard + 1 >= (int)s->own.end;
+}
 static inline bool step_updates(const Step* s, const Batch* b) { return step_complete(s, b) && isfinite(b->sum); }
 static inline StepResult step_result(const Step* s, const Batch* b, double norm) {
     StepResult result = {s->counted ? b->sum / (double)s->counted : 0, norm, step_complete(s, b)};
@@ -154,39 +230,67 @@ static inline StepResult step_result(const Step* s, const Batch* b, double norm)
 // Evaluation
 
 // Loss of every validation set over --eval-windows sequences spread evenly over it; with masks, the share of sequences
-// that have a wrong counted token (teacher forcing). Stops early when a signal comes.
-static inline void evaluate(Run* r) {
+// that have a wrong counted token (teacher forcing). Stops early when a signal comes. With several ranks each computes
+// every so many-th batch, and all add the sums in the order of the batches.
+typedef struct {
+    double sum;
+    int64_t counted, wrong;
+    int signal;
+} EvalSum;
+
+// The batch of windows w to w + B - 1 of n, spread over `all` of the set.
+static inline EvalSum evaluate_batch(Run* r, const ValSet* v, int64_t w, int B, int64_t n, int64_t all) {
     int T = r->seq_len;
     Error e = {{0}};
+    for (int b = 0; b < B; b++) {
+        if (!loader_window(&v->loader, (uint64_t)((w + b) * all / n), r->tokens + (size_t)b * T,
+                           r->targets + (size_t)b * T, &e)) {
+            die("--val: %s", e.text);
+        }
+    }
+    Losses losses = r->trainer->forward(r->model, r->tokens, r->targets, B, T, NULL);
+    EvalSum part = {losses.sum, 0, 0, 0};
+    for (int b = 0; b < B; b++) {
+        int bad = 0;
+        for (int t = b * T; t < (b + 1) * T; t++) {
+            bad |= losses.wrong[t];
+            part.counted += r->targets[t] >= 0;
+        }
+        part.wrong += bad;
+    }
+    return part;
+}
+
+static inline void evaluate(Run* r) {
+    int size = r->ranks->size;
+    EvalSum* parts = (EvalSum*)alloc_or_die((size_t)size, sizeof(EvalSum), "sums of an evaluation");
+    ranks_at(r->ranks, AT_EVALUATION, r->step);
     run_show_val_head(r);
-    for (int set = 0; set < r->n_val; set++) {
+    for (int set = 0; set < r->n_val && !run_stops(r); set++) {
         ValSet* v = &r->val[set];
-        int64_t all = (int64_t)loader_windows(&v->loader), n = r->options->eval_windows, counted = 0, wrong = 0;
+        int64_t all = (int64_t)loader_windows(&v->loader), n = r->options->eval_windows;
         if (n == 0 || n > all) { n = all; }
-        double sum = 0;
-        for (int64_t w = 0; w < n; w += r->batch_size) {
-            if (run_signal) { return; }
-            int B = (int)(n - w < r->batch_size ? n - w : r->batch_size);
-            for (int b = 0; b < B; b++) {
-                if (!loader_window(&v->loader, (uint64_t)((w + b) * all / n), r->tokens + (size_t)b * T,
-                                   r->targets + (size_t)b * T, &e)) {
-                    die("--val: %s", e.text);
-                }
+        EvalSum total = {0, 0, 0, 0};
+        int64_t w = 0;
+        for (; w < n && !run_stops(r); w += (int64_t)size * r->batch_size) {
+            int64_t first = w + (int64_t)r->ranks->rank * r->batch_size, left = n - first;
+            EvalSum mine = {0, 0, 0, 0};
+            if (left > 0) {
+                mine = evaluate_batch(r, v, first, (int)(left < r->batch_size ? left : r->batch_size), n, all);
             }
-            Losses losses = r->trainer->forward(r->model, r->tokens, r->targets, B, T, NULL);
-            sum += losses.sum;
-            for (int b = 0; b < B; b++) {
-                int bad = 0;
-                for (int t = b * T; t < (b + 1) * T; t++) {
-                    bad |= losses.wrong[t];
-                    counted += r->targets[t] >= 0;
-                }
-                wrong += bad;
+            mine.signal = run_signal;
+            ranks_exchange(r->ranks, &mine, sizeof mine, parts);
+            for (int p = 0; p < size; p++) {
+                total.sum += parts[p].sum;
+                total.counted += parts[p].counted;
+                total.wrong += parts[p].wrong;
+                r->ranks->signal = r->ranks->signal ? r->ranks->signal : parts[p].signal;
             }
         }
-        run_log_val(r, v, sum, counted, wrong, n);
+        if (w >= n) { run_log_val(r, v, total.sum, total.counted, total.wrong, n); }
     }
-    run_log_val_mean(r);
+    if (!run_stops(r)) { run_log_val_mean(r); }
+    free(parts);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -285,7 +389,8 @@ static inline void sample(Run* r) {
     Error e = {{0}};
     Text text = {NULL, 0, 0};
     TokenStream stream = {{0}, 0};
-    if (!r->tokenizer) { return; }
+    ranks_at(r->ranks, AT_SAMPLES, r->step);
+    if (!r->tokenizer || r->ranks->rank) { return; }  // rank 0 samples, the others wait for it
     if (!tokenizer_encode(r->tokenizer, prompt, strlen(prompt), &ids, &count, &e)) {
         die("--sample-prompt: %s", e.text);
     }
@@ -314,9 +419,36 @@ static inline void sample(Run* r) {
 // ---------------------------------------------------------------------------------------------------------------------
 // Checkpoints
 
+// Replaces those of the n values that are other ranks' by theirs, which fetch_for_root gives.
+static inline void fetch_from_ranks(const Run* r, StateKind kind, int tensor, size_t from, size_t n, float* room) {
+    const TensorList* list = r->trainer->tensors(r->model);
+    size_t at = list->specs[tensor].offset + from;  // in the arena
+    for (int p = 1; p < r->ranks->size && (kind == STATE_M || kind == STATE_V); p++) {
+        Span part = ranks_elements(r->ranks, p, list->numel);
+        size_t begin = part.begin > at ? part.begin : at, end = part.end < at + n ? part.end : at + n;
+        if (begin >= end) { continue; }
+        RanksRequest request = {kind, tensor, from + (begin - at), end - begin};
+        ranks_ask(r->ranks, p, &request, room + (begin - at), (end - begin) * sizeof(float));
+    }
+}
+
+// On the other ranks: answers rank 0 until it asks for nothing more.
+static inline void fetch_for_root(const Run* r) {
+    float* room = (float*)alloc_or_die(CHECKPOINT_PIECE, sizeof(float), "a piece of a tensor");
+    for (;;) {
+        RanksRequest request;
+        ranks_from_root(r->ranks, &request, sizeof request);
+        if (request.kind < 0) { break; }
+        r->trainer->get(r->model, (StateKind)request.kind, request.tensor, request.from, request.n, room);
+        ranks_answer(r->ranks, room, request.n * sizeof(float));
+    }
+    free(room);
+}
+
 static inline const void* fetch_tensor(void* ctx, int group, int tensor, size_t from, size_t n) {
     const TensorGroups* g = (const TensorGroups*)ctx;
     g->run->trainer->get(g->run->model, g->kinds[group], tensor, from, n, g->room);
+    fetch_from_ranks(g->run, g->kinds[group], tensor, from, n, g->room);
     char* bytes = (char*)g->room;
     for (size_t i = 0; g->dtype == DT_BF16 && i < n; i++) {
         memcpy(bytes + 2 * i, bytes + 4 * i + 2, 2);
@@ -348,11 +480,18 @@ static inline void save(Run* r, bool timed) {
     char path[PATH_SIZE];
     double start = seconds_now();
     r->timed = timed;
+    ranks_at(r->ranks, AT_CHECKPOINT, r->step);
+    if (!ranks_lead(r->ranks)) {
+        fetch_for_root(r);
+        run_saved_elsewhere(r);
+        return;
+    }
     progress_break(&r->progress);
     while (!write_checkpoint(r, path, &e)) {
         if (!run_make_room(r, &e)) { run_save_failed(r, &e); }
         e.text[0] = 0;
     }
+    ranks_ask_no_more(r->ranks);
     run_saved(r, path, seconds_now() - start);
 }
 
@@ -362,16 +501,44 @@ static inline bool timed_save_due(const Run* r) {
            seconds_now() - r->saved_at >= 60 * r->options->save_minutes;
 }
 
+// At the end of a step the ranks agree on what only one of them knows: a signal, and rank 0's clock. own: seconds that
+// this one has worked for one of its windows.
+static inline void agree(Run* r, double own) {
+    typedef struct {
+        int signal, timed_save;
+        double own;
+    } Word;
+    r->timed_save = timed_save_due(r);
+    if (ranks_alone(r->ranks)) { return; }
+    Word mine = {(int)run_signal, r->timed_save, own}, *all;
+    all = (Word*)alloc_or_die((size_t)r->ranks->size, sizeof mine, "words of ranks");
+    double* seconds = (double*)alloc_or_die((size_t)r->ranks->size, sizeof(double), "seconds of ranks");
+    ranks_exchange(r->ranks, &mine, sizeof mine, all);
+    r->timed_save = all[0].timed_save;
+    for (int p = 0; p < r->ranks->size; p++) {
+        r->ranks->signal = r->ranks->signal ? r->ranks->signal : all[p].signal;
+        seconds[p] = all[p].own;
+    }
+    run_note_slow(r, seconds);
+    free(seconds);
+    free(all);
+}
+
 // ---------------------------------------------------------------------------------------------------------------------
 // The loop
 
 // One optimizer step; false: a signal came in between.
 static inline bool take_step(Run* r) {
-    double start = seconds_now();
+    double start = seconds_now(), waited = r->ranks->waited;
+    ranks_at(r->ranks, AT_STEP, r->step + 1);
     Step step = run_load_step(r);
     StepResult result = r->trainer->train_step(r->model, &step);
-    if (result.complete) { run_log_step(r, &result, step.hyper.lr, seconds_now() - start); }
-    return result.complete;
+    if (!result.complete) { return false; }
+    double seconds = seconds_now() - start;
+    run_log_step(r, &result, step.hyper.lr, seconds);
+    double own = (double)(step.own.end - step.own.begin) / step.shards * step.windows;
+    agree(r, (seconds - (r->ranks->waited - waited)) / own);
+    return true;
 }
 
 // --eval-only or --score of r->model, which the trainer has made. Returns the program's exit status.
@@ -391,13 +558,17 @@ static inline int evaluate_only(Run* r) {
 static inline void train_begin(TrainOptions* options, int argc, char** argv) {
     settle_threads(argv);
     open_standard_files();
+    Ranks* ranks = ranks_open();
     options_given(options, argc, argv);
+    options->ranks = ranks;
 }
 
 // Trains r->model, which the trainer has made, to the end of the run or a signal. Returns the program's exit status.
 static inline int train(Run* r) {
     const TrainOptions* o = r->options;
+    run_meet(r);
     if (options_evaluate(o)) { return evaluate_only(r); }
+    if (r->trainer->share) { r->trainer->share(r->model, r->ranks, r->shards); }
     run_open_directory(r);
     model_start(r);
     run_log_start(r, r->trainer->tensors(r->model)->parameters);
@@ -407,7 +578,7 @@ static inline int train(Run* r) {
         if (run_due(r, r->eval_every) || r->step == r->steps) { evaluate(r); }
         if (run_due(r, o->sample_every)) { sample(r); }
         bool due = run_due(r, o->save_every);
-        if (!r->skipped_in_a_row && (due || timed_save_due(r))) { save(r, !due); }
+        if (!r->skipped_in_a_row && (due || r->timed_save)) { save(r, !due); }
     }
     if (r->saved_step != r->step && r->skipped_in_a_row < MAX_SKIPPED_IN_A_ROW) { save(r, false); }
     return run_end(r);

@@ -5,6 +5,7 @@
 
 #include "config.h"
 #include "options.h"
+#include "ranks.h"
 
 typedef struct {
     const char *model, *attention, *train, *val, *out, *init_from, *tokenizer, *pattern, *mix, *schedule, *recompute,
@@ -12,14 +13,15 @@ typedef struct {
     bool resume, dry_run, assume_llama, no_verify, verify_data, eval_first, eval_only, shift;
     FieldValue fields[CONFIG_FIELD_COUNT];  // of config.json, a row of CONFIG_FIELDS each
     // training
-    int seq_len, batch_size, cuda_graphs;
+    int seq_len, batch_size, cuda_graphs, shards, n_ranks, ranks_per_node;  // the last two of a dry run
     int64_t tokens_per_step, steps, schedule_steps, warmup, seed;
     double tokens, epochs;  // lengths of the run, 0 = not given
     double lr, min_lr, beta1, beta2, eps, weight_decay, grad_clip;
     // reports
     int64_t eval_every, eval_windows, save_every, keep, sample_every, sample_tokens, log_every;
     const char* sample_prompt;
-    double sample_temperature, save_minutes;
+    double sample_temperature, save_minutes, rank_timeout;
+    Ranks* ranks;  // the processes that were started
     int argc;
     char** argv;  // the command line itself
 } TrainOptions;
@@ -48,6 +50,7 @@ static inline TrainOptions options_default(void) {
     o.sample_temperature = 0.8;
     o.log_every = 10;
     o.save_minutes = 30;
+    o.rank_timeout = 300;
     return o;
 }
 
@@ -58,7 +61,7 @@ static const char* const TRAIN_USAGE =
     "Trains a language model with Multi-Token Attention. --dry-run prints the plan and stops.\n"
     "Exit status: 0 done, 1 a mistake in options or files, 3 stopped after steps with NaN or infinite loss, 70 a CUDA "
     "call failed,\n"
-    "75 stopped by a signal and saved.";
+    "71 another process of the run was lost, 75 stopped by a signal and saved.";
 
 // Was this field of config.json given?
 static inline bool options_field_given(const TrainOptions* o, const char* key) {
@@ -151,6 +154,15 @@ static inline void train_options_table(Opt* table, TrainOptions* o) {
         "activations computed again in the backward pass (CUDA)", 0, 0)
     ROW("--cuda-graphs", OPT_SWITCH, &o->cuda_graphs, NULL,
         "replay a micro-batch's launches as CUDA graphs; off: one by one, to find a fault", 0, 0)
+    HEADING("Several processes (started by mpirun, mpiexec or srun; MPI=1 builds for them)")
+    ROW("--shards", OPT_INT, &o->shards, NULL,
+        "runs that a step's sequences are cut into; the bits depend on them, not on the processes (default: one each)",
+        1, MAX_RANKS)
+    ROW("--rank-timeout", OPT_FLOAT, &o->rank_timeout, NULL,
+        "seconds that a process may stand still before all end with status 71, 0 = for ever", 0, 1e6)
+    ROW("--ranks", OPT_INT, &o->n_ranks, NULL, "with --dry-run: plan for so many processes", 1, MAX_RANKS)
+    ROW("--ranks-per-node", OPT_INT, &o->ranks_per_node, NULL, "with --ranks: of which so many share a machine", 1,
+        MAX_RANKS)
     HEADING("Run")
     ROW("--out", OPT_STRING, &o->out, "DIR", "run directory: log.jsonl and checkpoints", 0, 0)
     ROW("--resume", OPT_FLAG, &o->resume, NULL, "continue from the newest good checkpoint in --out", 0, 0)
@@ -236,6 +248,10 @@ static inline void options_given(TrainOptions* o, int argc, char** argv) {
         o->recompute = "never";  // no backward pass needs what a layer has computed
         return;
     }
+    if (o->n_ranks && !o->dry_run) {
+        die("--ranks: wanted --dry-run beside it; mpirun -n %d starts processes", o->n_ranks);
+    }
+    if (o->ranks_per_node && !o->n_ranks) { die("--ranks-per-node: wanted --ranks N beside it"); }
     if (o->shift) { die("--shift: wanted --score FILE beside it"); }
     if (o->eval_first && !o->val) { die("--eval-first: wanted --val [NAME=]GLOB,..., what to evaluate on"); }
     if (!o->dry_run) {

@@ -6,6 +6,7 @@
 #define MTA_TRAINER_H
 
 #include "config.h"
+#include "ranks.h"
 
 // What there is of every tensor. STATE_WEIGHT is what the products read, in the precision of the storage; STATE_MASTER
 // what AdamW updates, in fp32: the same thing where the storage is fp32.
@@ -29,6 +30,10 @@ typedef struct {
     int64_t counted;  // targets >= 0
     int64_t number;   // of the step, 1 = first
     AdamW hyper;
+    int shards;      // the windows are cut into as many runs (mta/ranks.h)
+    Span own;        // this process computes these shards
+    double* losses;  // (shards) summed losses of each, filled by the trainer; NULL: one shard, one process
+    bool whole;      // a signal waits until the step is done
 } Step;
 
 typedef struct {
@@ -64,6 +69,9 @@ typedef struct {
     double (*update)(void* model, const AdamW* hyper, long step);
     // All of it: gradients of the step's mean loss, and the update unless loss or norm is not finite.
     StepResult (*train_step)(void* model, const Step* step);
+    // Makes the model one of a run of so many shards on these ranks: it then sums gradients as they do, and has m and v
+    // of its own elements only. NULL: this trainer computes on one process, with one shard.
+    void (*share)(void* model, Ranks* ranks, int shards);
 } Trainer;
 
 #ifdef __cplusplus

@@ -113,6 +113,18 @@ static inline void* alloc_or_die(size_t count, size_t size, const char* what) {
     return p;
 }
 
+// The same, aligned as malloc does it: pages that are never written take no memory.
+static inline void* alloc_untouched_or_die(size_t count, size_t size, const char* what) {
+    const size_t huge = (size_t)2 << 20;
+    void* p = calloc(count ? count : 1, size);
+    if (!p) { die("out of memory: %s needs %.1f MiB", what, (double)count * (double)size / 1048576.0); }
+#ifdef MADV_HUGEPAGE
+    size_t bytes = count * size, skip = (huge - (uintptr_t)p % huge) % huge;
+    if (bytes >= 2 * huge) { madvise((char*)p + skip, (bytes - skip) / huge * huge, MADV_HUGEPAGE); }
+#endif
+    return p;
+}
+
 // A copy of the text, which the caller frees.
 static inline char* copy_or_die(const char* text) {
     char* copy = strdup(text);

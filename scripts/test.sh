@@ -11,8 +11,8 @@
 #   --no-install   installs nothing: what is missing is said and left out
 #   --only TEXT    the tests whose name contains TEXT, and what they need
 #
-# On Debian and Ubuntu it installs what it needs (as root, or through sudo): compilers, make, OpenBLAS, Python, clang, a cross compiler and an
-# emulator for aarch64; and the virtual environments data/.venv and dev/.venv (PyTorch and others to compare with: minutes and 4 GB the first
+# On Debian and Ubuntu it installs what it needs (as root, or through sudo): compilers, make, OpenBLAS, Open MPI, MPICH, Python, clang, a cross
+# compiler and an emulator for aarch64; and the virtual environments data/.venv and dev/.venv (PyTorch and others to compare with: minutes and 4 GB the first
 # time). What cannot run here is skipped with its reason. Ends with "N passed, N failed[, N skipped]"; the exit status is the verdict.
 set -u
 cd "$(dirname "$0")/.." || exit 1
@@ -152,6 +152,8 @@ install_packages() {
     compiles 'int LLVMFuzzerTestOneInput(void){return 0;}' clang -fsanitize=fuzzer,address || need+=("$(clang_runtime)")
     has python3 || need+=(python3)
     python3 -c 'import ensurepip' 2> /dev/null || need+=(python3-venv)
+    has mpicc.openmpi || need+=(libopenmpi-dev openmpi-bin)
+    has mpicc.mpich || need+=(libmpich-dev mpich)
     has_aarch64 || need+=(gcc-aarch64-linux-gnu libc6-dev-arm64-cross qemu-user)
     [ ${#need[@]} -eq 0 ] && return 0
     echo "installing ${need[*]}"
@@ -211,8 +213,21 @@ python_step() {
     if [ -n "$compare" ] && grep -qE '^ *(import|from) (torch|transformers|tokenizers|safetensors|lm_eval|tensorboard)\b' "$source"; then runner=$compare; fi
     step $runs "$1" "train_mta infer_mta test_mta $([ $runs = full ] && echo "$EMULATED")" "$runner" "$source"
 }
+# The CPU trainer on several processes, by each MPI that is here.
+ranked=""
+for mpi in openmpi mpich; do
+    if has mpicc.$mpi && has mpirun.$mpi; then ranked+=" build/$mpi/train_mta"; fi
+done
+ranks_step() {
+    if [ -z "$ranked" ]; then skip "$1: no MPI (mpicc.openmpi or mpicc.mpich)"; return; fi
+    step full "$1" "train_mta$ranked" "$python" "dev/tests/$1"
+    step long "$1 --long" "train_mta$ranked" "$python" "dev/tests/$1" --long
+}
 if has python3; then
-    for source in dev/tests/test_*.py; do python_step "$(basename "$source")"; done
+    for source in dev/tests/test_*.py; do
+        name=$(basename "$source")
+        case $name in test_ranks.py) ranks_step "$name" ;; *) python_step "$name" ;; esac
+    done
     step check "infer_mta gives the golden logits" infer_mta python3 dev/tests/test_infer.py -k test_logits_of_every_position
     step check "a run with resume" train_mta python3 dev/tests/test_run.py -k ten_and_ten
     if [ -n "$compare" ]; then step full "reference writes the golden cases" "" "$compare" dev/ref/make_golden.py --check dev/golden; fi

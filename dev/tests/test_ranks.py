@@ -1,0 +1,427 @@
+#!/usr/bin/env python3
+"""One run on several processes over MPI: the same bits whatever their number, resumed on another number, and what happens when one is lost.
+
+python3 dev/tests/test_ranks.py [--long] [-k PATTERN]     build/openmpi/train_mta and build/mpich/train_mta, whichever are there
+"""
+import glob
+import json
+import math
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import unittest
+import zlib
+
+from helpers import ROOT, main, read_bytes, write_shard
+
+LONG = "--long" in sys.argv
+if LONG:
+    sys.argv.remove("--long")
+TIMEOUT = 120  # seconds for one run
+MPIS = [mpi for mpi in ("openmpi", "mpich") if shutil.which(f"mpirun.{mpi}") and os.path.exists(os.path.join(ROOT, f"build/{mpi}/train_mta"))]
+BOTH = MPIS if LONG else MPIS[:1]
+RANKED = ("OMPI_COMM_WORLD_RANK", "PMI_RANK")
+BLOCK = 1 << 16  # elements of the weights that one rank owns: RANKS_BLOCK of mta/ranks.h
+TIMES = {"time", "tokens_per_s", "mfu", "seconds", "path"}
+
+# 330,000 parameters: 6 blocks of the arena; 13 sequences a step.
+SMALL = {"--model": "1m", "--attention": "mta-full", "--num-hidden-layers": 2, "--hidden-size": 128, "--num-attention-heads": 4,
+         "--num-key-value-heads": 2, "--intermediate-size": 256, "--vocab-size": 259, "--seq-len": 16, "--batch-size": 2, "--tokens-per-step": 208,
+         "--train": "a_train_*.bin=2,b_train_*.bin=1", "--val": "a_val_*.bin,m=b_val_*.bin", "--eval-every": 2, "--eval-windows": 9, "--steps": 4,
+         "--lr": 1e-3, "--warmup": 1, "--save-every": 2, "--keep": 0, "--sample-every": 2, "--sample-tokens": 4, "--tokenizer": "bytes",
+         "--log-every": 1, "--out": "run"}
+
+
+def binary(mpi):
+    return os.path.join(ROOT, f"build/{mpi}/train_mta")
+
+
+def children(pid):
+    """The processes below pid, by /proc."""
+    out = []
+    for path in glob.glob(f"/proc/{pid}/task/*/children"):
+        try:
+            with open(path) as f:
+                for child in map(int, f.read().split()):
+                    out += [child] + children(child)
+        except OSError:
+            pass
+    return out
+
+
+def rank_of(pid):
+    """The rank of a trainer's process, None of another's."""
+    try:
+        if os.path.basename(os.readlink(f"/proc/{pid}/exe")) != "train_mta":
+            return None
+        variables = dict(v.split("=", 1) for v in read_bytes(f"/proc/{pid}/environ").decode().split("\0") if "=" in v)
+    except OSError:
+        return None
+    return next((int(variables[name]) for name in RANKED if name in variables), None)
+
+
+def own_lines(text):
+    """What our programs printed on standard error: launchers print more."""
+    return [line for line in text.splitlines() if line.startswith("train_mta")]
+
+
+class Ranks(unittest.TestCase):
+    @classmethod
+    def setUpClass(cls):
+        if not MPIS:
+            raise unittest.SkipTest("no MPI: neither mpirun.openmpi with build/openmpi/train_mta nor mpirun.mpich with build/mpich/train_mta "
+                                    "(Debian: libopenmpi-dev openmpi-bin, mpich libmpich-dev)")
+        cls.folder = tempfile.mkdtemp(prefix="test_ranks_")
+        rng = random.Random(1)
+        cls.data = os.path.join(cls.folder, "data")
+        os.mkdir(cls.data)
+        for name, windows in (("a_train", 60), ("b_train", 40), ("a_val", 20), ("b_val", 11)):
+            n = 16 * windows + 1
+            mask = [rng.random() < 0.6 for _ in range(n)] if name[0] == "b" else None  # so that counted targets differ by shard
+            write_shard(os.path.join(cls.data, f"{name}_000000.bin"), [rng.randrange(40) * (i % 3) for i in range(n)], vocab=259, mask=mask)
+
+    @classmethod
+    def tearDownClass(cls):
+        shutil.rmtree(cls.folder)
+
+    def place(self):
+        """A working directory with the shards in it, so that all runs have the same arguments."""
+        folder = tempfile.mkdtemp(dir=self.folder)
+        for path in glob.glob(os.path.join(self.data, "*")):
+            os.symlink(path, os.path.join(folder, os.path.basename(path)))
+        return folder
+
+    def words(self, ranks, changes=None, flags=(), mpi=None, program=None, launcher=()):
+        mpi = mpi or MPIS[0]
+        start = [] if ranks == 1 and not launcher else [f"mpirun.{mpi}"] + list(launcher) + ["-n", str(ranks)]
+        if start and mpi == "openmpi":
+            start[1:1] = ["--allow-run-as-root", "--oversubscribe", "--bind-to", "none"]
+        options = dict(SMALL, **(changes or {}))
+        given = [str(word) for pair in options.items() if pair[1] is not None for word in pair]
+        return start + (program or [binary(mpi)]) + given + list(flags)
+
+    def start(self, cwd, *args, **more):
+        environment = dict(os.environ, OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1", OMP_WAIT_POLICY="passive")
+        return subprocess.Popen(self.words(*args, **more), cwd=cwd, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                                stderr=subprocess.PIPE, text=True, errors="replace")
+
+    def finish(self, child):
+        try:
+            stdout, stderr = child.communicate(timeout=TIMEOUT)
+        except subprocess.TimeoutExpired:
+            for pid in children(child.pid):
+                os.kill(pid, signal.SIGKILL)
+            child.kill()
+            child.communicate()
+            raise
+        return subprocess.CompletedProcess(child.args, child.returncode, stdout, stderr)
+
+    def run_ok(self, cwd, *args, **more):
+        done = self.finish(self.start(cwd, *args, **more))
+        self.assertEqual(done.returncode, 0, done.stdout[-2000:] + done.stderr)
+        return done
+
+    def events(self, cwd, *kinds):
+        """The lines of the log of these kinds, without what the clock says."""
+        with open(os.path.join(cwd, "run", "log.jsonl")) as f:
+            lines = [json.loads(line) for line in f]
+        return [{k: v for k, v in line.items() if k not in TIMES} for line in lines if line["event"] in kinds]
+
+    def checkpoints(self, cwd):
+        return {os.path.relpath(path, cwd): read_bytes(path) for path in glob.glob(os.path.join(cwd, "run", "step-*", "*"))}
+
+    def assert_same(self, a, b, what):
+        self.assertEqual(self.events(a, "step", "val", "sample"), self.events(b, "step", "val", "sample"), what)
+        mine, theirs = self.checkpoints(a), self.checkpoints(b)
+        self.assertEqual(sorted(mine), sorted(theirs), what)
+        self.assertGreater(len(mine), 4)
+        self.assertEqual([name for name in mine if mine[name] != theirs[name]], [], what)
+
+
+class Bits(Ranks):
+    def same_on(self, shards, sizes, changes, long_sizes=()):
+        """The same losses, norms, samples and checkpoint files on every number of ranks; each computes its share and sends what it should."""
+        one = self.place()
+        self.run_ok(one, 1, dict(changes, **{"--shards": shards}))
+        for mpi in BOTH:
+            for ranks in list(sizes) + list(long_sizes if LONG else ()):
+                many = self.place()
+                self.run_ok(many, ranks, dict(changes, **{"--shards": shards}), mpi=mpi)
+                self.assert_same(one, many, f"{ranks} ranks, {shards} shards, {mpi}")
+                self.check_shares(many, ranks, shards)
+
+    def check_shares(self, cwd, ranks, shards):
+        [shares], steps, windows = self.events(cwd, "ranks"), SMALL["--steps"], SMALL["--tokens-per-step"] // SMALL["--seq-len"]
+        cut = [windows * v // shards for v in range(shards + 1)]
+        wanted = [steps * (cut[shards * (r + 1) // ranks] - cut[shards * r // ranks]) for r in range(ranks)]
+        self.assertEqual([share["windows"] for share in shares["ranks"]], wanted)
+        self.assertEqual(sum(wanted), steps * windows)
+        # Every rank sends its gradients of others' elements and to all others its own new weights, and at two saves rank 0 gets m and v, all
+        # in fp32. More than that are the names at the start and, for each step, some hundred bytes to every other rank.
+        numel = os.path.getsize(os.path.join(cwd, "run", "step-00000002", "model.safetensors")) / 4
+        sent = sum(share["bytes_sent"] for share in shares["ranks"])
+        of_rank_0 = math.ceil(numel / BLOCK) // ranks * BLOCK
+        least = 4 * (numel * 2 * steps * (ranks - 1) + 2 * 2 * (numel - of_rank_0))
+        self.assertGreater(sent, 0.98 * least)
+        self.assertLess(sent, 1.02 * least + 30_000 * ranks * ranks)
+
+    def test_four_shards(self):
+        self.same_on(4, (2, 4), {})
+
+    def test_eight_shards_untied(self):
+        self.same_on(8, (4,), {"--attention": "mta", "--tie-word-embeddings": "off", "--num-key-value-heads": 4}, (2, 8))
+
+    def test_twelve_shards(self):
+        """Three and six ranks; a shard of the 13 windows has one or two; --batch-size larger than a shard."""
+        self.same_on(12, (3, 6), {"--attention": "transformer", "--batch-size": 3}, (12,))
+
+    def test_more_ranks_than_blocks(self):
+        """A model of one block: one rank has all of the moments."""
+        small = {"--attention": "diff", "--hidden-size": 32, "--num-attention-heads": 2, "--num-key-value-heads": 2, "--intermediate-size": 48}
+        one, many = self.place(), self.place()
+        for cwd, ranks in ((one, 1), (many, 4)):
+            self.run_ok(cwd, ranks, dict(small, **{"--shards": 4}), mpi=MPIS[-1])
+        self.assert_same(one, many, "one block")
+
+    def test_shards_change_bits(self):
+        """And the comparison sees it: other shards, other last digits."""
+        one, two = self.place(), self.place()
+        self.run_ok(one, 1, {"--shards": 2})
+        self.run_ok(two, 1, {"--shards": 4})
+        a, b = self.events(one, "step"), self.events(two, "step")
+        self.assertNotEqual(a, b)
+        self.assertTrue(all(abs(x["loss"] - y["loss"]) < 1e-4 * x["loss"] for x, y in zip(a, b)))
+
+    @unittest.skipUnless(len(MPIS) > 1, "only one MPI")
+    def test_other_mpi(self):
+        one, other = self.place(), self.place()
+        self.run_ok(one, 2, {"--shards": 2}, mpi=MPIS[0])
+        self.run_ok(other, 2, {"--shards": 2}, mpi=MPIS[1])
+        self.assert_same(one, other, "two MPIs")
+
+    def test_bf16_products(self):
+        one, many = self.place(), self.place()
+        bf16 = {"--shards": 2, "--matmul": "bf16", "--steps": 2}
+        done = self.finish(self.start(one, 1, bf16))
+        if "oneDNN" in done.stderr:
+            raise unittest.SkipTest(done.stderr.strip())
+        self.run_ok(many, 2, bf16)
+        self.assert_same(one, many, "bf16")
+
+    def test_evaluation_alone(self):
+        """--eval-only on three ranks: the figures of one."""
+        cwd = self.place()
+        self.run_ok(cwd, 1, {"--steps": 2})
+        alone = ["--eval-only", "--init-from", "run/step-00000002", "--val", "a_val_*.bin,m=b_val_*.bin", "--batch-size", "2", "--eval-windows", "9"]
+        nothing = {name: None for name in SMALL}
+        figures = [re.findall(r"^val .*", re.sub(r"\x1b\[K", "", self.run_ok(cwd, n, nothing, alone).stdout), re.M) for n in (1, 3)]
+        self.assertEqual(len(figures[0]), 2)
+        self.assertEqual(figures[0], figures[1])
+
+
+class Resume(Ranks):
+    def test_four_two_one_four(self):
+        """4, 2, 1 and 4 ranks in turn, as the unbroken run on one."""
+        settings = {"--save-every": 2, "--schedule-steps": 8, "--seed": 3}
+        whole, parts = self.place(), self.place()
+        self.run_ok(whole, 1, dict(settings, **{"--steps": 8, "--shards": 4}), ["--resume"])
+        for ranks, steps in ((4, 2), (2, 4), (1, 6), (4, 8)):
+            done = self.run_ok(parts, ranks, dict(settings, **{"--steps": steps, "--shards": 4 if steps == 8 else None}), ["--resume"])
+            if steps > 2:
+                self.assertIn(f"resumed from run/step-{steps - 2:08d}", done.stdout)
+        self.assertEqual(self.events(whole, "step", "val", "sample"), self.events(parts, "step", "val", "sample"))
+        a, b = self.checkpoints(whole), self.checkpoints(parts)
+        last = [name for name in a if "step-00000008" in name or name.endswith(".safetensors")]
+        self.assertEqual(len(last), 5 + 6)
+        self.assertEqual([name for name in last if a[name] != b[name]], [])
+
+    def test_before_there_were_shards(self):
+        """A checkpoint whose trainer.json names none has one: it goes on alone as it was, on two ranks only with --shards."""
+        cwd = self.place()
+        self.run_ok(cwd, 1, {"--steps": 2})
+        path = os.path.join(cwd, "run", "step-00000002", "trainer.json")
+        state = json.loads(read_bytes(path))
+        self.assertEqual(state.pop("shards"), 1)
+        with open(path, "w") as f:
+            json.dump(state, f)
+        manifest = os.path.join(cwd, "run", "step-00000002", "manifest.json")
+        listed = json.loads(read_bytes(manifest))
+        listed["files"]["trainer.json"] = {"bytes": os.path.getsize(path), "crc32": zlib.crc32(read_bytes(path))}
+        with open(manifest, "w") as f:
+            json.dump(listed, f)
+        refused = self.finish(self.start(cwd, 2, {}, ["--resume"]))
+        self.assertEqual(refused.returncode, 1, refused.stderr)
+        self.assertEqual(len(own_lines(refused.stderr)), 1, refused.stderr)
+        self.assertIn("1 shard cannot be shared out over 2 ranks: 1 can; --shards 2 goes on with other rounding", refused.stderr)
+        done = self.run_ok(cwd, 2, {"--shards": 2}, ["--resume"])
+        self.assertIn("changed on --resume: shards (the checkpoint does not say) -> 2", done.stdout)
+
+
+class Refusals(Ranks):
+    """Exit status 1 and one line, whoever finds the mistake."""
+
+    # Rank 1 runs in another folder, with other arguments or another program.
+    ODD = 'if [ "${OMPI_COMM_WORLD_RANK:-$PMI_RANK}" = 1 ]; then cd "$1"; shift; program=$1; shift; more=$1; shift 2; exec "$program" "$@" $more; fi; ' \
+          'shift 3; exec "$@"'
+
+    def refused(self, pieces, cwd, *args, **more):
+        done = self.finish(self.start(cwd, *args, **more))
+        self.assertEqual(done.returncode, 1, done.stdout + done.stderr)
+        self.assertEqual(len(own_lines(done.stderr)), 1, done.stderr)
+        for piece in pieces:
+            self.assertIn(piece, own_lines(done.stderr)[0])
+        self.assertFalse(glob.glob(os.path.join(cwd, "run", "step-*")))
+
+    def odd(self, pieces, folder=None, program=None, more=""):
+        cwd, mpi = self.place(), MPIS[0]
+        folder, program = folder or cwd, program or binary(mpi)
+        self.refused(pieces, cwd, 3, {}, mpi=mpi, program=["bash", "-c", self.ODD, "odd", folder, program, more, binary(mpi)])
+
+    def test_of_all(self):
+        self.refused(["unknown option --bogus"], self.place(), 3, {}, ["--bogus"], mpi=MPIS[-1])
+        self.refused(["4 shards cannot be shared out over 3 ranks: 1, 2, 4 can; --shards 3 goes on"], self.place(), 3, {"--shards": 4})
+        self.refused(["--shards: got 14, a step has 13 sequences"], self.place(), 1, {"--shards": 14})
+
+    def test_that_rank_0_finds(self):
+        cwd = self.place()
+        os.mkdir(os.path.join(cwd, "run"))
+        with open(os.path.join(cwd, "run", "log.jsonl"), "w") as f:
+            f.write("{}\n")
+        self.refused(["--out: run holds a run"], cwd, 3)
+
+    def test_other_arguments(self):
+        self.odd(["rank 1 (", "other arguments than rank 0"], more="--lr 2e-3")
+
+    def test_other_data(self):
+        other = self.place()
+        path = os.path.join(other, "a_train_000000.bin")
+        os.remove(path)
+        write_shard(path, [1] * (16 * 60 + 1), vocab=259)
+        self.odd(["rank 1 (", "other shards behind --train or --val than rank 0"], folder=other)
+        os.remove(path)
+        self.odd(["rank 1 (", "--train: a_train_*.bin: no such shard"], folder=other)
+
+    def test_other_program(self):
+        other = os.path.join(self.folder, "other")
+        with open(other, "wb") as f:
+            f.write(read_bytes(binary(MPIS[0])) + b"x")
+        os.chmod(other, 0o755)
+        self.odd(["rank 1 (", "another program file than rank 0"], program=other)
+
+    def test_built_for_one_or_for_another_mpi(self):
+        plain = os.path.join(ROOT, "train_mta")
+        if os.path.exists(plain):
+            self.refused(["started 3 processes, but this program is for one; `make train_mta MPI=1`"], self.place(), 3, program=[plain])
+        if len(MPIS) > 1:
+            self.refused(["started 3 processes, but MPI sees one: the program was built with another MPI"], self.place(), 3, program=[binary(MPIS[1])])
+
+
+class Faults(Ranks):
+    """A run of 4000 steps with a checkpoint every 10, of which something befalls one rank."""
+
+    RUN = {"--steps": 4000, "--save-every": 10, "--keep": 3, "--eval-every": 0, "--sample-every": 0, "--rank-timeout": 3, "--shards": 4}
+
+    def underway(self, ranks=4, changes=None, mpi=None):
+        """A run that has saved once; its processes by rank."""
+        cwd = self.place()
+        child = self.start(cwd, ranks, dict(self.RUN, **(changes or {})), mpi=mpi)
+        end = time.monotonic() + TIMEOUT
+        while not glob.glob(os.path.join(cwd, "run", "step-*")):
+            self.assertIsNone(child.poll(), "the run ended by itself")
+            self.assertLess(time.monotonic(), end)
+            time.sleep(0.02)
+        pids = {rank_of(pid): pid for pid in children(child.pid)}
+        pids.pop(None, None)
+        self.assertEqual(sorted(pids), list(range(ranks)))
+        return cwd, child, pids
+
+    def last_good(self, cwd):
+        """A resume on one rank takes up the newest checkpoint and goes on for a step."""
+        step = max(int(path[-8:]) for path in glob.glob(os.path.join(cwd, "run", "step-*")))
+        done = self.run_ok(cwd, 1, dict(self.RUN, **{"--steps": step + 1, "--shards": None}), ["--resume"])
+        self.assertIn(f"resumed from run/step-{step:08d}", done.stdout)
+        self.assertNotIn("passed over", done.stderr)
+
+    def ends(self, child, cwd, pieces, seconds, status=None):
+        """All processes end within so many seconds; one line of ours says why."""
+        began = time.monotonic()
+        pids = children(child.pid)
+        done = self.finish(child)
+        took = time.monotonic() - began
+        while time.monotonic() - began < seconds and any(rank_of(pid) is not None for pid in pids):
+            time.sleep(0.02)
+        self.assertEqual([pid for pid in pids if rank_of(pid) is not None], [])
+        self.assertLess(took, seconds)
+        lines = own_lines(done.stderr)
+        self.assertEqual(len(lines), 1, done.stderr)
+        for piece in pieces + ["the last good checkpoint: run/step-"]:
+            self.assertIn(piece, lines[0])
+        if status is not None:
+            self.assertEqual(done.returncode, status, done.stderr)
+        print(f"{self.id().split('.')[-1]}: {took:.2f} s to the end, status {done.returncode}: {lines[0]}")
+        self.last_good(cwd)
+
+    def test_a_rank_is_killed(self):
+        cwd, child, pids = self.underway()
+        os.kill(pids[2], signal.SIGKILL)
+        self.ends(child, cwd, ["rank 2 (", "was lost in"], 5)
+
+    def test_rank_0_is_killed(self):
+        cwd, child, pids = self.underway()
+        os.kill(pids[0], signal.SIGKILL)
+        self.ends(child, cwd, ["rank 1 (", "rank 0 (", "was lost in"], 5)
+
+    def test_a_rank_is_stopped(self):
+        cwd, child, pids = self.underway()
+        os.kill(pids[3], signal.SIGSTOP)
+        self.ends(child, cwd, ["rank 3 (", "is silent since it was"], 10, 71 if MPIS[0] == "openmpi" else None)
+
+    def test_a_rank_hangs(self):
+        """Its main thread alone is stopped, as ptrace does it: it lives, sends beats and does nothing."""
+        cwd, child, pids = self.underway()
+        attach = "import ctypes, os, sys\npid = int(sys.argv[1])\nif ctypes.CDLL(None).ptrace(16, pid, None, None): sys.exit(1)\n" \
+                 "while os.WIFSTOPPED(os.waitpid(pid, 0)[1]): pass"
+        tracer = subprocess.Popen([sys.executable, "-c", attach, str(pids[1])])
+        self.ends(child, cwd, ["rank 1 (", "has stood still for"], 12)
+        self.assertEqual(tracer.wait(), 0, "ptrace is not allowed here")
+
+    def test_a_mistake_in_the_middle(self):
+        """A rank that cannot go on says why, and all end with its status."""
+        cwd, child, pids = self.underway(2, {"--save-every": 400, "--shards": 2, "--save-minutes": 0.001})
+        shutil.rmtree(os.path.join(cwd, "run"))
+        with open(os.path.join(cwd, "run"), "w"):
+            pass
+        done = self.finish(child)
+        self.assertEqual(done.returncode, 1, done.stderr)
+        self.assertEqual(len(own_lines(done.stderr)), 1, done.stderr)
+        self.assertIn("not saved", own_lines(done.stderr)[0])
+
+    def obeyed(self, number, rank, changes=None, mpi=None):
+        cwd, child, pids = self.underway(changes=changes, mpi=mpi)
+        os.kill(pids[rank], number)
+        done = self.finish(child)
+        self.assertEqual(done.returncode, 75, done.stderr)
+        self.assertEqual(own_lines(done.stderr), [])
+        step = int(re.search(rf"stopped by signal {int(number)} at step (\d+), saved", done.stdout)[1])
+        self.assertTrue(os.path.isdir(os.path.join(cwd, "run", f"step-{step:08d}")))
+        self.last_good(cwd)
+
+    def test_signal_to_another_rank(self):
+        self.obeyed(signal.SIGTERM, 3)
+
+    def test_signal_to_rank_0_of_the_other_mpi(self):
+        self.obeyed(signal.SIGINT, 0, mpi=MPIS[-1])
+
+    def test_signal_in_an_evaluation(self):
+        """An evaluation of every step over all windows: most of the time is spent there."""
+        self.obeyed(signal.SIGUSR1, 1, {"--eval-every": 1, "--eval-windows": 0})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,378 @@
+// mta/ranks_watch.h: how the processes of a run ("ranks", mta/ranks.h) see that one of them is gone, stuck or has
+// ended.
+//
+// Neither MPI nor its launchers notice a host that is cut off, and a rank that waits in MPI for a lost one waits for
+// ever. So every rank keeps a TCP connection to rank 0, and a thread that sends a beat over it each second: where the
+// rank is, and how much processor time it has used. A connection that ends is a process that is gone, silence a host
+// that is; a rank that neither works nor waits is stuck. Then one line says which rank on which host, and all ranks end
+// with EXIT_RANK_LOST. Nothing is saved, since the moments that the lost rank held are gone: the last checkpoint is.
+#ifndef MTA_RANKS_WATCH_H
+#define MTA_RANKS_WATCH_H
+
+#include "util.h"
+
+#include <arpa/inet.h>
+#include <ifaddrs.h>
+#include <net/if.h>
+#include <netinet/tcp.h>
+#include <pthread.h>
+#include <signal.h>
+#include <sys/socket.h>
+
+enum { EXIT_RANK_LOST = 71 };
+enum { WATCH_ADDRESSES = 16, WATCH_SILENCE = 20, WATCH_START = 60, HOST_SIZE = 64 };  // the second and third in seconds
+
+// Where a rank is in the run.
+typedef enum { AT_START, AT_STEP, AT_EVALUATION, AT_SAMPLES, AT_CHECKPOINT, AT_END } RunPhase;
+
+// How rank 0 is reached, and a number that only this run knows.
+typedef struct {
+    uint64_t cookie;
+    uint32_t address[WATCH_ADDRESSES];  // of IPv4, in the order of the network
+    int32_t addresses;
+    uint16_t port;
+} WatchAddress;
+
+// BEAT: I live. SAID: I end with `status` and have said why. END: all end with `status`. BYE: the run is over.
+typedef enum { WATCH_HELLO, WATCH_BEAT, WATCH_SAID, WATCH_END, WATCH_BYE } WatchKind;
+typedef struct {
+    uint64_t cookie;
+    int32_t kind, rank, phase, waiting, status, unused;
+    int64_t step, moves,
+        looks;    // moves: grows with all that the rank has finished; looks: with each look while it waits
+    double busy;  // seconds of processor time
+} WatchMessage;
+
+typedef struct {
+    int rank, fd;  // fd -1: none, or said goodbye
+    char host[HOST_SIZE];
+    char part[sizeof(WatchMessage)];  // of a message that has not come whole
+    size_t have;
+    WatchMessage last;
+    double heard, alive, moved;  // when a message came; one that showed any life; one that showed progress
+} WatchPeer;
+
+typedef struct {
+    int rank, size;
+    WatchPeer* peers;  // (size); of all but rank 0 only that of rank 0 is connected
+    uint64_t cookie;
+    int err;                     // standard error as the program got it
+    double timeout;              // seconds that a rank may stand still, 0 = for ever
+    WatchMessage self;           // what the next beat says: written by the main thread
+    char checkpoint[PATH_SIZE];  // the last good one, "" = none
+    bool over, ending;           // the run is done; this process ends all of them
+    pthread_t thread;
+    pthread_mutex_t lock;  // of what both threads use: sending, self, checkpoint, timeout, over
+} Watch;
+
+static inline double watch_busy(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_PROCESS_CPUTIME_ID, &t);
+    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Messages
+
+// Sends to one peer. What cannot be sent is dropped: the reader's silence will tell.
+static inline void watch_send(Watch* w, WatchPeer* peer, WatchKind kind, int status) {
+    pthread_mutex_lock(&w->lock);
+    WatchMessage m = w->self;
+    m.cookie = w->cookie, m.kind = kind, m.rank = w->rank, m.status = status, m.busy = watch_busy();
+    if (peer->fd >= 0 && send(peer->fd, &m, sizeof m, MSG_NOSIGNAL | MSG_DONTWAIT) < 0) { errno = 0; }
+    pthread_mutex_unlock(&w->lock);
+}
+static inline void watch_send_all(Watch* w, WatchKind kind, int status) {
+    for (int i = 0; i < w->size; i++) { watch_send(w, &w->peers[i], kind, status); }
+}
+
+// Rank 0 ends the others without a further line; another rank tells rank 0 that it has printed its own. What is not
+// read when a process ends resets its connections, and with them what was just sent: so it is read, for a second at
+// most.
+static inline void watch_end(Watch* w, int status) {
+    char rest[1024];
+    signal(SIGTERM, SIG_IGN);  // a launcher that sees a process end sends it to the others
+    pthread_mutex_lock(&w->lock);
+    w->ending = true;
+    pthread_mutex_unlock(&w->lock);
+    watch_send_all(w, w->rank ? WATCH_SAID : WATCH_END, status);
+    for (int i = 0; i < w->size; i++) { shutdown(w->peers[i].fd, SHUT_WR); }
+    double end = seconds_now() + 1;
+    for (int i = 0; i < w->size; i++) {
+        struct pollfd one = {w->peers[i].fd, POLLIN, 0};
+        while (one.fd >= 0 && seconds_now() < end && poll(&one, 1, (int)(1000 * (end - seconds_now())) + 1) > 0 &&
+               recv(one.fd, rest, sizeof rest, 0) > 0) {}
+    }
+    _exit(status);
+}
+
+// Where a rank was, as a text: "step 12", "the evaluation after step 10".
+static inline const char* watch_where(const WatchMessage* m, char* out, size_t n) {
+    static const char* const before[] = {"at the start",
+                                         "in step",
+                                         "in the evaluation after step",
+                                         "in the samples after step",
+                                         "in the checkpoint of step",
+                                         "at the end"};
+    if (m->phase == AT_START || m->phase == AT_END) {
+        snprintf(out, n, "%s", before[m->phase]);
+    } else {
+        snprintf(out, n, "%s %lld", before[m->phase], (long long)m->step);
+    }
+    return out;
+}
+
+// Prints the one line, on rank 0 or, if that is the lost one, on rank 1; ends all ranks. at: where that rank was.
+static inline void watch_lost(Watch* w, const WatchPeer* peer, const char* what, const WatchMessage* at) {
+    char where[64], line[PATH_SIZE + 512];
+    pthread_mutex_lock(&w->lock);
+    bool ending = w->ending;
+    pthread_mutex_unlock(&w->lock);
+    while (ending) { pause(); }  // the main thread ends all, and what it ends is no loss
+    watch_where(at, where, sizeof where);
+    snprintf(line, sizeof line, "%s: rank %d (%s) %s %s; all ranks end, the last good checkpoint: %s\n",
+             program_invocation_short_name, peer->rank, peer->host, what, where,
+             w->checkpoint[0] ? w->checkpoint : "none");
+    bool speaks = w->rank == 0 || (peer->rank == 0 && w->rank == 1);
+    if (speaks && write(w->err, line, strlen(line)) < 0) { errno = 0; }
+    watch_end(w, EXIT_RANK_LOST);
+}
+
+static inline void watch_take(Watch* w, WatchPeer* peer, const WatchMessage* m, double now) {
+    if (m->kind == WATCH_END) { _exit(m->status); }
+    if (m->kind == WATCH_SAID) { watch_end(w, m->status); }
+    if (m->kind == WATCH_BYE) { peer->fd = -1; }
+    // The thread that sends this lives: what the main thread does is what counts. It looks, works, or does nothing.
+    bool moved = m->moves != peer->last.moves || (!m->waiting && m->busy > peer->last.busy + 0.02);
+    if (moved) { peer->moved = now; }
+    if (moved || m->looks != peer->last.looks) { peer->alive = now; }
+    peer->heard = now;
+    peer->last = *m;
+}
+
+// Takes what has come from a peer; one that has closed its connection without goodbye is lost.
+static inline void watch_read(Watch* w, WatchPeer* peer, double now) {
+    while (peer->fd >= 0) {
+        ssize_t got = recv(peer->fd, peer->part + peer->have, sizeof peer->part - peer->have, MSG_DONTWAIT);
+        if (got < 0 && (errno == EAGAIN || errno == EINTR)) { return; }
+        if (got <= 0) { watch_lost(w, peer, "was lost", &w->self); }
+        peer->have += (size_t)got;
+        if (peer->have < sizeof peer->part) { continue; }
+        WatchMessage m;
+        memcpy(&m, peer->part, sizeof m);
+        peer->have = 0;
+        watch_take(w, peer, &m, now);
+    }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// The thread
+
+// On rank 0: a rank that is in a step or an evaluation and shows no life is stuck; so are all where each waits for
+// another.
+static inline void watch_find_stuck(Watch* w, double now, double timeout) {
+    int waiting = 0;
+    double last = 0;
+    for (int i = 0; i < w->size; i++) {
+        const WatchPeer* peer = &w->peers[i];
+        bool judged = peer->last.phase == AT_STEP || peer->last.phase == AT_EVALUATION;
+        if (judged && now - peer->alive > timeout) {
+            char what[80];
+            snprintf(what, sizeof what, "has stood still for %.0f s", now - peer->alive);
+            watch_lost(w, peer, what, &peer->last);
+        }
+        waiting += judged && peer->last.waiting;
+        last = peer->moved > last ? peer->moved : last;
+    }
+    if (waiting == w->size && now - last > timeout) {
+        watch_lost(w, &w->peers[0], "and all others wait for each other", &w->self);
+    }
+}
+
+static inline void watch_round(Watch* w, double now, double timeout) {
+    double silence = timeout > 0 && timeout < WATCH_SILENCE ? timeout : (double)WATCH_SILENCE;
+    watch_send_all(w, WATCH_BEAT, 0);
+    for (int i = 0; i < w->size; i++) {
+        WatchPeer* peer = &w->peers[i];
+        if (peer->fd >= 0 && timeout > 0 && now - peer->heard > silence) {
+            watch_lost(w, peer, "is silent since it was", &peer->last);
+        }
+    }
+    if (w->rank || timeout <= 0) { return; }
+    pthread_mutex_lock(&w->lock);
+    WatchMessage self = w->self;
+    pthread_mutex_unlock(&w->lock);
+    self.kind = WATCH_BEAT, self.busy = watch_busy();
+    watch_take(w, &w->peers[0], &self, now);
+    watch_find_stuck(w, now, timeout);
+}
+
+static inline void* watch_thread(void* arg) {
+    Watch* w = (Watch*)arg;
+    struct pollfd* list = (struct pollfd*)alloc_or_die((size_t)w->size, sizeof *list, "the watch's connections");
+    double before = seconds_now(), round = 0;
+    for (;;) {
+        pthread_mutex_lock(&w->lock);
+        bool over = w->over;
+        double timeout = w->timeout;
+        pthread_mutex_unlock(&w->lock);
+        if (over) { break; }
+        for (int i = 0; i < w->size; i++) {
+            struct pollfd one = {w->peers[i].fd, POLLIN, 0};
+            list[i] = one;
+        }
+        poll(list, (nfds_t)w->size, 200);
+        double now = seconds_now();
+        // This process itself was stopped for a while: what it has not heard meanwhile means nothing.
+        for (int i = 0; i < w->size && now - before > 5; i++) {
+            w->peers[i].heard = w->peers[i].alive = w->peers[i].moved = now;
+        }
+        before = now;
+        for (int i = 0; i < w->size; i++) {
+            if (list[i].revents) { watch_read(w, &w->peers[i], now); }
+        }
+        if (now - round >= 1) {
+            watch_round(w, now, timeout);
+            round = now;
+        }
+    }
+    free(list);
+    return NULL;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Start and end
+
+// Rank 0 listens on every address that this machine has; loopback comes last.
+static inline int watch_listen(WatchAddress* a) {
+    struct sockaddr_in any;
+    socklen_t length = sizeof any;
+    memset(&any, 0, sizeof any);
+    any.sin_family = AF_INET;
+    int fd = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
+    if (fd < 0 || bind(fd, (struct sockaddr*)&any, sizeof any) || listen(fd, 1024) ||
+        getsockname(fd, (struct sockaddr*)&any, &length)) {
+        die("ranks: cannot listen for the other ranks: %s", strerror(errno));
+    }
+    a->port = any.sin_port;
+    struct timespec t;
+    clock_gettime(CLOCK_REALTIME, &t);
+    a->cookie = (uint64_t)t.tv_sec * 1000000007u ^ (uint64_t)t.tv_nsec << 20 ^ (uint64_t)getpid();
+    struct ifaddrs* all = NULL;
+    if (getifaddrs(&all)) { die("ranks: cannot list this machine's addresses: %s", strerror(errno)); }
+    for (int loopback = 0; loopback < 2; loopback++) {
+        for (struct ifaddrs* i = all; i; i = i->ifa_next) {
+            if (!i->ifa_addr || i->ifa_addr->sa_family != AF_INET || !(i->ifa_flags & IFF_UP) ||
+                !(i->ifa_flags & IFF_LOOPBACK) != !loopback || a->addresses == WATCH_ADDRESSES) {
+                continue;
+            }
+            a->address[a->addresses++] = ((struct sockaddr_in*)(void*)i->ifa_addr)->sin_addr.s_addr;
+        }
+    }
+    freeifaddrs(all);
+    return fd;
+}
+
+// Reads one message within so many seconds.
+static inline bool watch_await(int fd, WatchMessage* m, uint64_t cookie, int seconds) {
+    char* into = (char*)m;
+    size_t have = 0;
+    double end = seconds_now() + seconds;
+    while (have < sizeof *m) {
+        struct pollfd one = {fd, POLLIN, 0};
+        int left = (int)((end - seconds_now()) * 1000);
+        if (left <= 0 || poll(&one, 1, left) <= 0) { return false; }
+        ssize_t got = recv(fd, into + have, sizeof *m - have, 0);
+        if (got <= 0) { return false; }
+        have += (size_t)got;
+    }
+    return m->cookie == cookie && m->kind == WATCH_HELLO;
+}
+
+static inline int watch_connect(uint32_t address, uint16_t port) {
+    struct sockaddr_in to;
+    memset(&to, 0, sizeof to);
+    to.sin_family = AF_INET, to.sin_addr.s_addr = address, to.sin_port = port;
+    int fd = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0), wrong = 0;
+    socklen_t length = sizeof wrong;
+    struct pollfd one = {fd, POLLOUT, 0};
+    if (fd < 0) { return -1; }
+    bool good = connect(fd, (struct sockaddr*)&to, sizeof to) == 0 ||
+                (errno == EINPROGRESS && poll(&one, 1, 5000) == 1 &&
+                 getsockopt(fd, SOL_SOCKET, SO_ERROR, &wrong, &length) == 0 && wrong == 0);
+    if (good) { return fd; }
+    close(fd);
+    return -1;
+}
+
+// Rank 0 waits for the others, which come with their rank and the cookie and are answered with it.
+static inline void watch_gather(Watch* w, int listening) {
+    double end = seconds_now() + WATCH_START;
+    for (int missing = w->size - 1; missing > 0;) {
+        struct pollfd one = {listening, POLLIN, 0};
+        int left = (int)((end - seconds_now()) * 1000), fd = -1;
+        WatchMessage m;
+        if (left > 0 && poll(&one, 1, left) == 1) { fd = accept4(listening, NULL, NULL, SOCK_CLOEXEC); }
+        if (left <= 0) {
+            int first = 1;
+            while (w->peers[first].fd >= 0) { first++; }
+            die("ranks: %d of %d ranks did not reach rank 0 (%s) within %d s, first rank %d (%s): is there a firewall?",
+                missing, w->size, w->peers[0].host, WATCH_START, first, w->peers[first].host);
+        }
+        if (fd < 0) { continue; }
+        if (watch_await(fd, &m, w->cookie, 5) && m.rank > 0 && m.rank < w->size && w->peers[m.rank].fd < 0) {
+            w->peers[m.rank].fd = fd;
+            watch_send(w, &w->peers[m.rank], WATCH_HELLO, 0);
+            missing--;
+        } else {
+            close(fd);
+        }
+    }
+    close(listening);
+}
+
+// Another rank tries each address of rank 0.
+static inline void watch_reach(Watch* w, const WatchAddress* a) {
+    WatchPeer* root = &w->peers[0];
+    WatchMessage m;
+    for (int i = 0; i < a->addresses && root->fd < 0; i++) {
+        root->fd = watch_connect(a->address[i], a->port);
+        if (root->fd < 0) { continue; }
+        watch_send(w, root, WATCH_HELLO, 0);
+        if (watch_await(root->fd, &m, w->cookie, 5)) { return; }
+        close(root->fd);
+        root->fd = -1;
+    }
+    die("ranks: rank 0 (%s) cannot be reached by TCP from here", root->host);
+}
+
+// From here on the ranks watch each other. listening: rank 0's socket.
+static inline void watch_start(Watch* w, const WatchAddress* a, int listening) {
+    int on = 1;
+    w->cookie = a->cookie;
+    if (w->rank) {
+        watch_reach(w, a);
+    } else {
+        watch_gather(w, listening);
+    }
+    for (int i = 0; i < w->size; i++) {
+        w->peers[i].heard = w->peers[i].alive = w->peers[i].moved = seconds_now();
+        if (w->peers[i].fd >= 0) { setsockopt(w->peers[i].fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on); }
+    }
+    // Signals are for the main thread.
+    sigset_t all, before;
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &before);
+    if (pthread_create(&w->thread, NULL, watch_thread, w)) { die("ranks: no thread to watch the others"); }
+    pthread_sigmask(SIG_SETMASK, &before, NULL);
+}
+
+static inline void watch_stop(Watch* w) {
+    watch_send_all(w, WATCH_BYE, 0);
+    pthread_mutex_lock(&w->lock);
+    w->over = true;
+    pthread_mutex_unlock(&w->lock);
+    pthread_join(w->thread, NULL);
+}
+
+#endif
