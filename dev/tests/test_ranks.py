@@ -221,7 +221,7 @@ class Bits(Ranks):
         alone = ["--eval-only", "--init-from", "run/step-00000002", "--val", "a_val_*.bin,m=b_val_*.bin", "--batch-size", "2", "--eval-windows", "9"]
         nothing = {name: None for name in SMALL}
         figures = [re.findall(r"^val .*", re.sub(r"\x1b\[K", "", self.run_ok(cwd, n, nothing, alone).stdout), re.M) for n in (1, 3)]
-        self.assertEqual(len(figures[0]), 2)
+        self.assertGreaterEqual(len(figures[0]), 2)
         self.assertEqual(figures[0], figures[1])
 
 
