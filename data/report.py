@@ -464,7 +464,7 @@ def report(args):
             raise UserError("%s: %s" % (args.pictures, e.strerror))
     if args.markdown:
         base = os.path.relpath(args.pictures, os.path.dirname(args.markdown) or ".") if pictures else ""
-        links = "".join("\n![%s](%s)\n" % (name[:-4], os.path.join(base, name).replace(" ", "%20")) for name in pictures)
+        links = "".join("\n![%s](%s)\n" % (name[:-4], os.path.normpath(os.path.join(base, name)).replace(" ", "%20")) for name in pictures)
         write(args.markdown, text + links + ("\n```\n%s```\n" % details if details else ""))
     sys.stdout.write(text + ("\n" if text and details else "") + details)
     return 0
