@@ -496,6 +496,9 @@ class Report(Case):
             text = f.read()
         self.assertIn("![needles](p/needles.png)", text)
         self.assertIn("| **50.0** |", text)
+        run("report", a, "--pictures", self.folder, "--markdown", self.path("r.md"))
+        with open(self.path("r.md")) as f:
+            self.assertIn("![needles](needles.png)", f.read())
 
     def test_infer_mta_reads_what_is_written(self):
         """The whole way with a model of no training: chance is what it knows."""
