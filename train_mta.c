@@ -768,6 +768,7 @@ static void kq_conv_backward_weight(double* dweight, const Tile* dout, const Til
 // pass. out may be inp: a vector of all heads is read before any is written.
 static void head_mix_forward(const Tile* out, const Tile* inp, const real* weight, bool transpose, int ch,
                              const Attention* a, int H, int lo, int hi, int nk) {
+    const int from_o = transpose ? 1 : ch, from_n = transpose ? ch : 1;  // steps from one weight to the next
     for (int g = 0; g < H; g += ch, weight += ch * ch) {
 #pragma omp taskloop if (a->heads_apart)
         for (int i = lo; i < hi; i++) {
@@ -777,7 +778,7 @@ static void head_mix_forward(const Tile* out, const Tile* inp, const real* weigh
             real* dst = tile_row(out, g, i);
             size_t is = (size_t)inp->rows * inp->ld, os = (size_t)out->rows * out->ld;
             if (ch == 2) {  // the paper's groups of two, without the detour through x
-                real w00 = weight[0], w01 = weight[transpose ? 2 : 1], w10 = weight[transpose ? 1 : 2], w11 = weight[3];
+                real w00 = weight[0], w01 = weight[from_n], w10 = weight[from_o], w11 = weight[3];
                 for (int j = 0; j < n1; j += VEC) {
                     Vec x0 = load(src + j), x1 = load(src + is + j);
                     store(dst + j, w00 * x0 + w01 * x1);
@@ -788,7 +789,7 @@ static void head_mix_forward(const Tile* out, const Tile* inp, const real* weigh
                     for (int n = 0; n < ch; n++) { x[n] = load(src + n * is + j); }
                     for (int o = 0; o < ch; o++) {
                         Vec sum = {0};
-                        for (int n = 0; n < ch; n++) { sum += weight[transpose ? n * ch + o : o * ch + n] * x[n]; }
+                        for (int n = 0; n < ch; n++) { sum += weight[o * from_o + n * from_n] * x[n]; }
                         store(dst + o * os + j, sum);
                     }
                 }
