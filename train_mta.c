@@ -1041,17 +1041,18 @@ static AttentionSums attention_sums_at(double* base, const Attention* a, int hea
     return s;
 }
 
-// What no other chunk adds to: dq, and the sums of this chunk alone. A and dS stay, for dv and dk. q, dq, dout
-// (T,NH,HS), k, v (T,NKV,HS), stats (NH,T,2) of one sequence. Rows of dS come from rows of dC up to halo_pre further
-// down, those from rows of dA up to halo_post further: all are recomputed here.
-static void attention_chunk_backward(real* dq, const AttentionSums* sums, const Maps* m, const real* dout,
-                                     const real* q, const real* k, const real* v, real* stats, const Attention* a,
-                                     int h0, int lo, int hi) {
+// dq and the sums of this chunk are set; dk, dv are added to, unless NULL: then A and dS stay for who does so. q, dq,
+// dout (T,NH,HS), k, v, dk, dv (T,NKV,HS), stats (NH,T,2) of one sequence. Rows of dS come from rows of dC up to
+// halo_pre further down, those from rows of dA up to halo_post further: all are recomputed here.
+static void attention_chunk_backward(real* dq, real* dk, real* dv, const AttentionSums* sums, const Maps* m,
+                                     const real* dout, const real* q, const real* k, const real* v, real* stats,
+                                     const Attention* a, int h0, int lo, int hi) {
     int H = attention_group(a), end = hi + halo_pre(a), far = end + halo_post(a);
     int nk = min_int(end, a->T), nk_far = min_int(far, a->T);
     attention_maps(m, stats, q, k, a, h0, lo, hi, true);
-    values_backward_att(&m->dA, dout, v, a, h0, H, lo, far, nk_far);  // O = A v
-    if (a->mix_post) {                                                // A = mix(R)
+    if (dv) { values_backward_v(dv, &m->A, dout, a, h0, H, lo, hi); }  // O = A v
+    values_backward_att(&m->dA, dout, v, a, h0, H, lo, far, nk_far);
+    if (a->mix_post) {  // A = mix(R)
         const real* w = a->mix_post + (size_t)h0 * a->ch_post;
         head_mix_backward_weight(sums->mix_post, &m->dA, &m->R, a->ch_post, a, H, lo, hi);
         head_mix_backward_input(&m->dA, &m->dA, w, a->ch_post, a, H, lo, far, nk_far);
@@ -1070,7 +1071,7 @@ static void attention_chunk_backward(real* dq, const AttentionSums* sums, const 
         kq_conv_backward_weight(sums->conv_pre, &m->dP, &m->S, a, H, lo, hi, hi);
         kq_conv_backward_input(&m->dS, &m->dP, a->conv_pre, a, h0, H, lo, hi, hi);
     }
-    scores_backward(dq, NULL, &m->dS, q, k, a, h0, H, lo, hi);  // S = q k^T / sqrt(HS)
+    scores_backward(dq, dk, &m->dS, q, k, a, h0, H, lo, hi);  // S = q k^T / sqrt(HS)
 }
 
 // The sums of sequence b += those of a chunk of `rows` queries of the heads h0 on, query for query.
@@ -1130,6 +1131,11 @@ static bool attention_heads_apart(const Attention* a) {
     return attention_group(a) > 1 && attention_tasks(a) < 8 * omp_get_max_threads();
 }
 
+// Heads that add to the same dk and dv, of all sequences: where there is one for each thread, a chunk adds to them
+// itself, while its maps are in the cache, and the next chunk waits for it.
+static int attention_units(const Attention* a) { return a->B * a->NH / attention_unit(a); }
+static bool attention_together(const Attention* a) { return attention_units(a) >= omp_get_max_threads(); }
+
 // The head h of a tile as a tile of one head.
 static Tile tile_head(const Tile* t, int h) {
     Tile one = {t->data + (size_t)h * t->rows * t->ld, t->i0, t->rows, t->ld};
@@ -1141,7 +1147,7 @@ static Tile tile_head(const Tile* t, int h) {
 // whatever the threads. That order and the sharing of slots are all that the tasks depend on.
 static void attention_backward(real* dq, real* dk, real* dv, const AttentionSums* sums, const real* dout, const real* q,
                                const real* k, const real* v, real* stats, const Attention* a, real* scratch) {
-    int group = attention_group(a), unit = attention_unit(a), units = a->B * a->NH / unit, slots = attention_slots(a);
+    int group = attention_group(a), unit = attention_unit(a), units = attention_units(a), slots = attention_slots(a);
     int chunks = (a->T + a->chunk - 1) / a->chunk, share = a->NH / a->NKV;
     size_t slot_size = ATTENTION_TILES * attention_tile_size(a), pairs = (size_t)a->NH * a->T;
     AttentionSums chunk_sums = attention_sums_at(NULL, a, group, a->chunk);
@@ -1163,10 +1169,14 @@ static void attention_backward(real* dq, real* dk, real* dv, const AttentionSums
             real* mine = scratch + slot * slot_size;
             Maps m = attention_layout(mine, a, lo, true);
             AttentionSums chunk = attention_sums_at(sums->chunks + slot * chunk_sums.n, a, group, a->chunk);
-#pragma omp task depend(inout : mine[0])
-            attention_chunk_backward(dq + qo, &chunk, &m, dout + qo, q + qo, k + ko, v + ko, stats + 2 * b * pairs, a,
-                                     h, lo, hi);
-            for (int x = 0; x < group; x++) {
+            bool together = attention_together(a);
+            real *own_dk = together ? dk + ko : NULL, *own_dv = together ? dv + ko : NULL,
+                 *before = together ? dk + ko + (size_t)(head % a->NH / share) * a->HS : mine;
+            (void)before;  // gcc counts a dependence as no use
+#pragma omp task depend(inout : mine[0], before[0])
+            attention_chunk_backward(dq + qo, own_dk, own_dv, &chunk, &m, dout + qo, q + qo, k + ko, v + ko,
+                                     stats + 2 * b * pairs, a, h, lo, hi);
+            for (int x = 0; x < group && !together; x++) {
                 size_t turn = ko + (size_t)(h + x) / share * a->HS;  // the first value that this head adds to
                 Tile A = tile_head(&m.A, x), dS = tile_head(&m.dS, x);
 #pragma omp task depend(in : mine[0]) depend(inout : dv[turn])
