@@ -1104,12 +1104,20 @@ static double busy_share(Piece* pieces, int n, int threads) {
 // Convolutions, mixing and softmax count nothing; with them what waits for its turn is a smaller part.
 static int attention_pieces(Piece* pieces, const Attention* a, bool backward) {
     int H = attention_group(a), groups = a->NH / H, chunks = (a->T + a->chunk - 1) / a->chunk, n = 0;
-    int parts = attention_heads_apart(a) ? H : 1, slots = attention_slots(a), last[2 * MAX_HEADS];
+    bool together = backward && attention_together(a);
+    int parts = !together && attention_heads_apart(a) ? H : 1, slots = attention_slots(a), last[2 * MAX_HEADS];
     int* slot_first = (int*)alloc_or_die((size_t)slots, sizeof(int), "slots");
     for (int i = 0; i < 2 * MAX_HEADS; i++) { last[i] = -1; }
     for (int task = 0; task < groups * chunks; task++) {
         int chunk = backward ? task / groups : chunks - 1 - task / groups, lo = chunk * a->chunk, maps = n;
         int hi = min_int(lo + a->chunk, a->T), added = maps + parts, slot = task % slots;
+        if (together) {  // one piece, after the chunk before and what was in its slot
+            pieces[n].cost = 5.0 * (hi - lo) * hi * H;
+            piece_follows(pieces, task < groups ? -1 : n - groups, n);
+            piece_follows(pieces, task < slots ? -1 : n - slots, n);
+            n++;
+            continue;
+        }
         for (int i = 0; i < parts; i++, n++) {
             pieces[n].cost = (double)(hi - lo) * hi * (backward ? 3 : 2) * H / parts;
             for (int x = 0; backward && task >= slots && x < 2 * H; x++) {
@@ -1705,6 +1713,38 @@ static void test_evaluation(const Trainer* tr, const char* kind) {
     free(logits[1]);
 }
 
+// Scores far beyond what fp16 holds, next to weights of a kernel that are 0: loss and gradients are numbers.
+static void test_large_scores(const Trainer* tr) {
+    Config c = small_config("mta");
+    int B = 1, T = 40;
+    double worst = 0;
+    c.hidden_size = 32;  // heads of 8: the fused kernels of the CUDA trainer
+    for (int l = 0; l < c.num_hidden_layers; l++) { c.kq_conv_layer[l] = true; }
+    void* m = make_model(tr, &c, B, T, 0);
+    const TensorList* list = tr->tensors(m);
+    int32_t* tokens = random_tokens(3, (size_t)T, c.vocab_size);
+    model_initialise(tr, m, &c, 5);
+    for (int i = 0; i < list->n; i++) {
+        if (list->specs[i].kind != TENSOR_Q && list->specs[i].kind != TENSOR_K) { continue; }
+        float* w = floats(list->specs[i].numel);
+        tr->get(m, STATE_WEIGHT, i, 0, list->specs[i].numel, w);
+        for (size_t k = 0; k < list->specs[i].numel; k++) { w[k] *= 1000; }
+        tr->set(m, STATE_WEIGHT, i, w);
+        free(w);
+    }
+    double loss = mean_gradients(tr, m, tokens, tokens, B, T);
+    float* grads = get_all(tr, m, STATE_GRADIENT);
+    for (size_t i = 0; i < list->parameters; i++) {
+        if (!(fabs((double)grads[i]) <= worst)) { worst = isfinite(grads[i]) ? fabs((double)grads[i]) : INFINITY; }
+    }
+    char title[128];
+    title_of(title, sizeof title, tr, "large scores", "mta");
+    verdict(isfinite(loss) && isfinite(worst), title, "loss %.3f, largest gradient %.3g", loss, worst);
+    tr->destroy(m);
+    free(tokens);
+    free(grads);
+}
+
 static void test_trainer(const Trainer* tr) {
     char name[64];
     snprintf(name, sizeof name, "%s golden", tr->name);
@@ -1720,6 +1760,7 @@ static void test_trainer(const Trainer* tr) {
     if (wanted("masked")) { test_masked(tr); }
     if (wanted("states")) { test_states(tr); }
     if (wanted("losses")) { test_losses(tr); }
+    if (wanted("large scores")) { test_large_scores(tr); }
 }
 
 // train_mta.cu against train_mta.c.
