@@ -307,10 +307,14 @@ static bool cuda_open(Cuda* g, Error* e) {
         g->blas, (cublasMath_t)(CUBLAS_DEFAULT_MATH | CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION)));
     return true;
 }
-static size_t device_shared(void) {  // bytes that a block may have at most
+// Bytes of shared memory that a block may have at most; without a GPU, where only a plan is made, as many as one likes.
+static size_t device_shared(void) {
     int bytes = 0;
-    cudaCheck(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, 0));
-    return (size_t)bytes;
+    if (cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, 0) == cudaSuccess) {
+        return (size_t)bytes;
+    }
+    cudaGetLastError();
+    return SIZE_MAX;
 }
 static void cuda_close(Cuda* g) {
     if (g->blas) { blasCheck(cublasDestroy(g->blas)); }
@@ -704,6 +708,7 @@ typedef struct {
     int chunk;              // queries of a chunk
     const float* pair_mix;  // (NH/2,2,2) mix_post or diff_mix in fp32, for the fused kernels
     bool flash;             // they serve this layer
+    size_t shared;          // bytes of shared memory of a block there
 } Attention;
 
 // What follows is what every model can take, step by step. In bf16 --attention transformer, mta and diff take the fused
@@ -1888,6 +1893,11 @@ static __device__ inline unsigned pack_bf16(float x, float y) {
     memcpy(&pair, &h, sizeof pair);
     return pair;
 }
+// Scores: fp16 ends at 65504, and an infinite score times a weight of 0 would be no number; NaN stays NaN.
+static __device__ inline float score_clamp(float x) {
+    const float most = 60000;
+    return x > most ? most : x < -most ? -most : x;
+}
 // The same by type: __half, else bf16
 template <typename T> static __device__ inline void mma(float* c, const unsigned* a, unsigned b0, unsigned b1) {
     if constexpr (std::is_same<T, __half>::value) {
@@ -2653,8 +2663,8 @@ static __global__ void __launch_bounds__(FLASH_THREADS, 1) flash_forward_kernel(
             UNROLL
             for (int e = 0; e < 4; e += 2) {
                 int query = i + lane / 4 + 4 * e, key = j + 8 * g + lane % 4 * 2;
-                unsigned pair =
-                    pack_half(key <= query ? c[g][e] * f.scale : 0.0f, key + 1 <= query ? c[g][e + 1] * f.scale : 0.0f);
+                unsigned pair = pack_half(key <= query ? score_clamp(c[g][e] * f.scale) : 0.0f,
+                                          key + 1 <= query ? score_clamp(c[g][e + 1] * f.scale) : 0.0f);
                 *reinterpret_cast<unsigned*>(scores + (query - i0 + F::HALO) * F::RING_PITCH + key % F::RING) = pair;
             }
         }
@@ -2832,10 +2842,10 @@ static __global__ void flash_prepare_kernel(floatX* dz, float* dots, unsigned* b
 // sides of the block and 16 rows above the tile, dL 8 keys more and 8 rows below, carried from the tile before. To an
 // element of dq the same thread adds at every block of keys. Warps are 4 (queries, or keys for dK and dV) by 2
 // (columns).
-template <int WIDTH, int CH, int CQ> struct FlashBackward {
+template <int WIDTH, int CH, int CQ, int R> struct FlashBackward {
     enum {
-        ROWS = CQ || WIDTH > 96 ? 64 : 128,
-        M = ROWS / 64 /* products of 16 rows a warp has side by side */,
+        ROWS = R,  // queries of a tile: 64 or 128, flash_rows
+        M = R / 64 /* products of 16 rows a warp has side by side */,
         PITCH = WIDTH + 8,
         KEYS_PITCH = FLASH_KEYS + 8
     };
@@ -2852,11 +2862,11 @@ template <int WIDTH, int CH, int CQ> struct FlashBackward {
     enum { SCORES = CQ ? (ROWS + HALO) * FAR_PITCH : 0, DLOGITS = CQ ? (ROWS + 8) * NEAR_PITCH : 0 };
     enum { BYTES = 2 * (K + CH * V + 2 * Q + CH * DZ + 2 * TILE + SCORES + DLOGITS) + 4 * 2 * BANDS };
 };
-template <int WIDTH, int CH, int CQ>
+template <int WIDTH, int CH, int CQ, int R>
 static __global__ void __launch_bounds__(FLASH_THREADS, 1)
     flash_backward_kernel(float* dq, float* dk, float* dv, float* parts, const floatX* dz, const float* stats,
                           const float* dots, const unsigned* bounds, Flash f) {
-    typedef FlashBackward<WIDTH, CH, CQ> F;
+    typedef FlashBackward<WIDTH, CH, CQ, R> F;
     DYNAMIC_SHARED(floatX, k_rows);
     floatX *v_rows = k_rows + F::K, *q_rows = v_rows + CH * F::V, *dz_rows = q_rows + 2 * F::Q,
            *att = dz_rows + CH * F::DZ, *dscores = att + F::TILE;
@@ -2933,8 +2943,9 @@ static __global__ void __launch_bounds__(FLASH_THREADS, 1)
                         for (int e = 0; e < 4; e += 2) {
                             int r = r0 + lane / 4 + 4 * e, column = c0 + 8 * g + lane % 4 * 2,
                                 back = i0 - F::HALO + r - (j0 - 2 * F::SIDE + column);
-                            *reinterpret_cast<unsigned*>(scores + r * F::FAR_PITCH + column) = pack_half(
-                                back >= 0 ? c[g][e] * f.scale : 0.0f, back >= 1 ? c[g][e + 1] * f.scale : 0.0f);
+                            *reinterpret_cast<unsigned*>(scores + r * F::FAR_PITCH + column) =
+                                pack_half(back >= 0 ? score_clamp(c[g][e] * f.scale) : 0.0f,
+                                          back >= 1 ? score_clamp(c[g][e + 1] * f.scale) : 0.0f);
                         }
                     }
                 };
@@ -3141,12 +3152,23 @@ template <typename Launch> static void flash_pick(int HS, int ch, bool conv, Lau
     }
 }
 
-// Bytes of shared memory of the larger of the two kernels
+// Calls launch(ROWS) with the queries of a tile of the backward kernel: 128 if its sums are in registers and the rest
+// in `shared` bytes of shared memory, else 64 (pairs of head size 96 on an A100).
+template <int WIDTH, int CH, int CQ, typename Launch> static void flash_rows(size_t shared, Launch launch) {
+    enum { MOST = CQ || WIDTH > 96 ? 64 : 128 };
+    if (FlashBackward<WIDTH, CH, CQ, MOST>::BYTES <= shared) {
+        launch(Constant<MOST>());
+    } else {
+        launch(Constant<64>());
+    }
+}
+
+// Bytes of shared memory that the larger of the two kernels cannot do without
 static size_t flash_shared(int HS, int ch, bool conv) {
     size_t bytes = 0;
     flash_pick(HS, ch, conv, [&](auto width, auto heads, auto taps) {
         bytes = std::max<size_t>(FlashForward<width(), heads(), taps()>::BYTES,
-                                 FlashBackward<width(), heads(), taps()>::BYTES);
+                                 FlashBackward<width(), heads(), taps(), 64>::BYTES);
     });
     return bytes;
 }
@@ -3187,10 +3209,10 @@ typedef struct {
     float* parts;      // of the weights' gradients
 } FlashScratch;
 
-// d is set; conv_pre and mix_post of the sums are added to. mix (NH/ch,ch,ch)
+// d is set; conv_pre and mix_post of the sums are added to. mix (NH/ch,ch,ch); shared: bytes that a block may have
 static void flash_backward(const FlashGradients* d, const AttentionSums* sums, const floatX* dout, const floatX* z,
-                           const float* stats, const float* mix, const Flash* f, int ch, const FlashScratch* s,
-                           Cuda* g) {
+                           const float* stats, const float* mix, const Flash* f, int ch, size_t shared,
+                           const FlashScratch* s, Cuda* g) {
     int splits = flash_splits(f->S, f->NH, f->T), blocks = prepare_blocks(f->T), groups = f->NH / ch;
     cudaCheck(cudaMemsetAsync(d->q, 0, (size_t)splits * f->S * f->NH * f->T * f->HS * sizeof(float), g->stream));
     cudaCheck(cudaMemsetAsync(s->bounds, 0, (size_t)f->S * f->NH * 2 * sizeof(unsigned), g->stream));
@@ -3200,12 +3222,14 @@ static void flash_backward(const FlashGradients* d, const AttentionSums* sums, c
     launchCheck(g->stream);
     if (ch > 1) { sums_add(sums->mix_post, s->parts, f->S, groups, blocks, ch * ch, g); }
     flash_pick(f->HS, ch, f->conv, [&](auto width, auto heads, auto taps) {
-        typedef FlashBackward<width(), heads(), taps()> F;
-        auto fused_backward = flash_backward_kernel<width(), heads(), taps()>;
-        allow_shared(fused_backward, F::BYTES);
-        LAUNCH(fused_backward, dim3(splits, f->NH, f->S), FLASH_THREADS, F::BYTES, g->stream, d->q, d->k, d->v,
-               s->parts, ch > 1 ? s->dz : dout, stats, s->dots, s->bounds, *f);
-        launchCheck(g->stream);
+        flash_rows<width(), heads(), taps()>(shared, [&](auto rows) {
+            typedef FlashBackward<width(), heads(), taps(), rows()> F;
+            auto fused_backward = flash_backward_kernel<width(), heads(), taps(), rows()>;
+            allow_shared(fused_backward, F::BYTES);
+            LAUNCH(fused_backward, dim3(splits, f->NH, f->S), FLASH_THREADS, F::BYTES, g->stream, d->q, d->k, d->v,
+                   s->parts, ch > 1 ? s->dz : dout, stats, s->dots, s->bounds, *f);
+            launchCheck(g->stream);
+        });
     });
     if (f->conv) { sums_add(sums->conv_pre, s->parts, f->S, f->NH, splits, f->cq * f->ck, g); }
 }
@@ -3235,7 +3259,7 @@ static void flash_attention_backward(const AttentionSums* sums, const floatX* do
                (float)(1.0 / sqrt(a->HS))};
     FlashScratch s = {scratch->dz, scratch->dots, scratch->bounds, scratch->parts};
     FlashGradients d = {scratch->dq, scratch->dk, scratch->dv};
-    flash_backward(&d, sums, dout, out, x->stats, a->pair_mix, &f, mix_parts(a), &s, g);
+    flash_backward(&d, sums, dout, out, x->stats, a->pair_mix, &f, mix_parts(a), a->shared, &s, g);
 }
 #else  // flash_serves says no to every layer
 static int flash_splits(int, int, int) { return 1; }
@@ -3251,28 +3275,17 @@ static void flash_attention_backward(const AttentionSums*, const floatX*, const 
 }
 #endif
 
-// Do the fused kernels serve layer l? What stands in the config decides, and `chunk`: one that is asked for means the
-// chunks. Only where the device has the shared memory (model_create).
+// Do the fused kernels serve layer l? What stands in the config decides, the device's shared memory (163 KiB of an A100
+// are too little for some), and `chunk`: one that is asked for means the chunks.
 static bool flash_serves(const Config* c, int l, int chunk) {
     int HS = config_head_size(c), ch = c->attention_type == ATTENTION_DIFF ? 2 : c->head_mix_post_softmax;
     bool conv = config_conv_pre(c, l),
          small = c->kq_conv_query_size <= FLASH_TAPS && c->kq_conv_key_size / 2 <= FLASH_REACH;
     return !EXACT && chunk == 0 && HS % 8 == 0 && HS <= FLASH_HEAD && !c->head_mix_pre_softmax &&
-           !config_conv_post(c, l) && (ch == 0 || ch == 2) && (!conv || small);
+           !config_conv_post(c, l) && (ch == 0 || ch == 2) && (!conv || small) &&
+           flash_shared(HS, ch, conv) <= device_shared();
 }
-// The chunk that a model without a given one takes on a device with this much shared memory for a block: 0, the fused
-// kernels where they serve, or, where it is too little for them (163 KiB of an A100), that of attention_chunk.
-static int attention_chunk_on(const Config* c, int T, size_t shared) {
-    size_t needed = 0;
-    for (int l = 0; l < c->num_hidden_layers; l++) {
-        if (flash_serves(c, l, 0)) {
-            needed = std::max(needed, flash_shared(config_head_size(c),
-                                                   c->attention_type == ATTENTION_DIFF ? 2 : c->head_mix_post_softmax,
-                                                   config_conv_pre(c, l)));
-        }
-    }
-    return needed > shared ? attention_chunk(T) : 0;
-}
+
 // =====================================================================================================================
 // Fast paths: the launches of a pass as a CUDA graph
 //
@@ -3489,6 +3502,7 @@ static Attention attention_of(const Model* m, const LayerOf<floatX>* w, int l, i
     a.diff_mix = diff ? m->scratch.pair_mix : NULL;
     a.pair_mix = flash && (diff || w->head_mix) ? m->scratch.pair_mix : NULL;
     a.flash = flash;
+    a.shared = device_shared();
     return a;
 }
 
@@ -3662,7 +3676,6 @@ static Model* model_create(const Config* config, int B, int T, int chunk, Recomp
         model_free(m);
         return NULL;
     }
-    if (chunk == 0) { chunk = attention_chunk_on(config, T, device_shared()); }
     AttentionPlan plan = attention_plan(config, B, T, chunk);
     m->chunk = plan.chunked.chunk, m->sequences = plan.S, m->flash = chunk == 0,
     m->att_parts = att_parts(config, chunk);
@@ -4120,9 +4133,7 @@ static void print_plan(Run* r) {
     bool found = cudaGetDeviceCount(&devices) == cudaSuccess && devices > 0 &&
                  cudaGetDeviceProperties(&device, 0) == cudaSuccess;
     cudaGetLastError();
-    int chunk = found ? attention_chunk_on(&r->config, r->seq_len, device_shared())
-                      : 0;  // without a GPU: as on one that serves the fused kernels
-    MemoryPlan p = model_memory(&r->config, r->batch_size, r->seq_len, chunk, recompute);
+    MemoryPlan p = model_memory(&r->config, r->batch_size, r->seq_len, 0, recompute);
     const PlanRow rows[] = {{"weights " PRECISION_NAME, p.weights},
                             {"gradients fp32", p.gradients},
                             {recompute == FORWARD_ONLY ? "one tensor fp32"
@@ -4137,7 +4148,7 @@ static void print_plan(Run* r) {
     PlanMachine machine = {found ? device.name : "no GPU", found ? matmul_rate(&device) : 0, (double)room};
     train_print_plan(r, &machine, rows, (int)(sizeof rows / sizeof rows[0]));
     int fused = 0, layers = r->config.num_hidden_layers;
-    for (int l = 0; l < layers; l++) { fused += flash_serves(&r->config, l, chunk); }
+    for (int l = 0; l < layers; l++) { fused += flash_serves(&r->config, l, 0); }
     printf("attention   fused in %d of %d layers", fused, layers);
     if (fused < layers) { printf(", in chunks of %d queries in %d", attention_chunk(r->seq_len), layers - fused); }
     printf("\n");
@@ -4147,7 +4158,7 @@ static void print_plan(Run* r) {
     }
     printf("device      %s, %.1f MiB free of %.1f; the largest micro-batch that fits: %d\n", device.name,
            (double)available / 1048576, (double)total / 1048576,
-           largest_batch(&r->config, r->seq_len, chunk, recompute, room));
+           largest_batch(&r->config, r->seq_len, 0, recompute, room));
     fflush(stdout);
 }
 

@@ -325,6 +325,9 @@ class CudaRuns(unittest.TestCase):
         for options, words in ((many, "head mixing of 1024 heads needs 128 KiB"), (["--kq-conv-query-size", "63", "--kq-conv-key-size", "63"],
                                                                                    "kq_conv of 63 x 63 needs 110 KiB")):
             self.assertIn(words, self.refused(*options, env=few))
+        for kib, kind, fused in ((163, "mta", 24), (163, "transformer", 24), (163, "diff", 24), (99, "mta", 0), (99, "transformer", 24)):  # an A100, a 4090
+            done = self.execute([BF16, "--model", "880m", "--attention", kind, "--seq-len", "256", "--dry-run"], {"CUDA_CPU_SHARED_KIB": str(kib)})
+            self.assertIn("attention   fused in %d of 24 layers" % fused, done.stdout, (kib, kind))
         for attention in ("mta", "transformer"):
             log, _ = self.train(BF16, "few" + attention, "--steps", "2", attention=attention, env=few)
             self.compare(self.figures(log), self.figures(self.train(CPU, "cpu" + attention, "--steps", "2", attention=attention)[0]), 0.02)

@@ -768,6 +768,7 @@ static void test_head_mix16_backward(Test* t, const int* s) {
 enum { OUT, DQ, DK, DV, DCONV_PRE, DCONV_POST, DMIX_PRE, DMIX_POST, N_RESULTS };
 typedef struct {
     int B, T, NH, NKV, HS, cq, ck, pre, post, ch_pre, ch_post, diff, chunk;
+    int shared;  // KiB of shared memory that the fused kernels may take; 0: what the device has
 } Whole;
 
 static Config whole_config(const Whole* w) {
@@ -890,6 +891,7 @@ static void whole_trainer(Doubles* res, const Whole* w, const Inputs* in) {
     if (w->ch_post) { upload(weights.head_mix, in->mix_post, g); }
     if (w->diff) { upload(s->pair_mix, in->mix_post, g); }
     Attention a = attention_of(m, &weights, 0, w->B, w->T);
+    if (w->shared) { a.shared = (size_t)w->shared << 10; }
     if (a.pair_mix && !w->diff) { convert(s->pair_mix, weights.head_mix, 2 * NH, g); }
     attention_forward(m->acts.att, m->acts.stats, m->acts.q, m->acts.k, m->acts.v, &a, &s->attention, g);
     HeadOutput output = {};
@@ -916,10 +918,10 @@ static void whole_trainer(Doubles* res, const Whole* w, const Inputs* in) {
     }
     model_free(m);
 }
-static void test_attention(Test* t, const int* s) {
+static void attention_case(Test* t, const int* s, int shared) {
     static const char* const names[N_RESULTS] = {"out",       "dq",         "dk",       "dv",
                                                  "dconv_pre", "dconv_post", "dmix_pre", "dmix_post"};
-    Whole w = {s[0], s[1], s[2], s[3], s[4], s[5], s[6], s[7], s[8], s[9], s[10], s[11], s[12]};
+    Whole w = {s[0], s[1], s[2], s[3], s[4], s[5], s[6], s[7], s[8], s[9], s[10], s[11], s[12], shared};
     Inputs in = whole_inputs(t, &w);
     Doubles want[N_RESULTS], got[N_RESULTS], again[N_RESULTS];
     whole_reference(t, want, &w, &in);
@@ -931,6 +933,8 @@ static void test_attention(Test* t, const int* s) {
         if (twice) { expect(t, "the same launches again", again[i], got[i], MOVED); }
     }
 }
+static void test_attention(Test* t, const int* s) { attention_case(t, s, 0); }
+static void test_attention_little(Test* t, const int* s) { attention_case(t, s, 96); }
 
 // =====================================================================================================================
 // What follows attention; loss, update
@@ -1061,7 +1065,7 @@ static void test_crossentropy(Test* t, const int* s) {
 
 // The update of a model's arena, whose size is the model's: clipped or not, first step or later
 static void test_update(Test* t, const int* s) {
-    Whole w = {1, 4, 2, 2, s[0], 1, 1, 0, 0, 0, 0, 0, 0};
+    Whole w = {1, 4, 2, 2, s[0], 1, 1, 0, 0, 0, 0, 0, 0, 0};
     Config c = whole_config(&w);
     Error e = {{0}};
     Model* m = model_create(&c, 1, 4, 0, RECOMPUTE_NONE, &e);
@@ -1345,6 +1349,16 @@ static std::vector<Operation> operations(void) {
          test_head_mix16_backward,
          {{1, 150, 16, 139, 145, 5}, {2, 37, 32, 30, 37, 5}, {1, 75, 16, 60, 70, 0}, {1, 1, 16, 0, 1, 0}},
          {}},
+        {"attention fused, little shared memory",  // tiles of 64 queries in the backward pass, as on an A100
+         "flash_backward",
+         "B T NH NKV HS cq ck pre post ch_pre ch_post diff chunk",
+         test_attention_little,
+         {{1, 131, 2, 2, 96, 1, 1, 0, 0, 0, 2, 0, 0},
+          {1, 130, 1, 1, 96, 1, 1, 0, 0, 0, 0, 0, 0},
+          {2, 67, 2, 2, 96, 1, 1, 0, 0, 0, 0, 1, 0},
+          {1, 70, 2, 2, 64, 1, 1, 0, 0, 0, 2, 0, 0},
+          {2, 65, 1, 1, 64, 1, 1, 0, 0, 0, 0, 0, 0}},
+         {{1, 1023, 2, 2, 96, 1, 1, 0, 0, 0, 2, 0, 0}}},
         {"attention fused",
          "attention_forward attention_backward flash_attention_forward flash_attention_backward flash_forward "
          "flash_backward",
@@ -1689,7 +1703,7 @@ typedef struct {
     bool conv, mix;
 } Layer;
 static void print_layer(const Perf* p, const Layer* l, int B, int T, int NH, int HS, bool fused) {
-    Whole w = {B, T, NH, NH, HS, 6, 11, l->conv, 0, 0, l->mix ? 2 : 0, 0, fused ? 0 : attention_chunk(T)};
+    Whole w = {B, T, NH, NH, HS, 6, 11, l->conv, 0, 0, l->mix ? 2 : 0, 0, fused ? 0 : attention_chunk(T), 0};
     Config c = whole_config(&w);
     Error e = {{0}};
     Model* m = model_create(&c, B, T, w.chunk, RECOMPUTE_NONE, &e);
