@@ -45,23 +45,23 @@ typedef struct {
     size_t at, n;
     char kind;
     bool element;
-} Span;  // kind: k key, " string, 0 number or word, { or [; element: of an array
+} JsonSpan;  // kind: k key, " string, 0 number or word, { or [; element: of an array
 
 enum { MAX_SPANS = 512, MAX_NESTING = 70 };
 
 // Keys and values of the JSON in text: how many.
-static inline int json_spans(const Text* t, Span* spans) {
+static inline int json_spans(const Text* t, JsonSpan* spans) {
     int open[MAX_NESTING], depth = 0, n = 0;
     for (size_t i = 0; i < t->n && n < MAX_SPANS;) {
         char c = t->text[i];
         size_t from = i++;
         if (c == '{' || c == '[') {
-            spans[n] = (Span){from, 1, c, depth > 0 && spans[open[depth - 1]].kind == '['};
+            spans[n] = (JsonSpan){from, 1, c, depth > 0 && spans[open[depth - 1]].kind == '['};
             if (depth < MAX_NESTING) { open[depth++] = n; }
             n++;
         } else if (c == '}' || c == ']') {
             if (depth) {
-                Span* s = &spans[open[--depth]];
+                JsonSpan* s = &spans[open[--depth]];
                 s->n = i - s->at;
             }
         } else if (c == '"') {
@@ -70,10 +70,10 @@ static inline int json_spans(const Text* t, Span* spans) {
             size_t next = i;
             while (next < t->n && strchr(" \n\t\r", t->text[next]) && t->text[next]) { next++; }
             bool key = next < t->n && t->text[next] == ':';
-            spans[n++] = (Span){from, i - from, key ? 'k' : '"', depth > 0 && spans[open[depth - 1]].kind == '['};
+            spans[n++] = (JsonSpan){from, i - from, key ? 'k' : '"', depth > 0 && spans[open[depth - 1]].kind == '['};
         } else if (!strchr(" \n\t\r,:", c)) {
             while (i < t->n && !strchr(" \n\t\r,:{}[]\"", t->text[i])) { i++; }
-            spans[n++] = (Span){from, i - from, '0', depth > 0 && spans[open[depth - 1]].kind == '['};
+            spans[n++] = (JsonSpan){from, i - from, '0', depth > 0 && spans[open[depth - 1]].kind == '['};
         }
     }
     return n;
@@ -146,14 +146,14 @@ static inline void near_number(Dice* dice, const char* was, char* out, size_t n)
 
 // One change of a JSON text; words: keys and values that the reader knows.
 static inline void mutate_json_once(Text* t, Dice* dice, const char* const* words, int n_words) {
-    Span spans[MAX_SPANS];
+    JsonSpan spans[MAX_SPANS];
     int n = json_spans(t, spans);
     char text[256];
     if (!n || !roll(dice, 40)) {
         mutate_bytes(t, t->n + 64);
         return;
     }
-    Span s = spans[roll(dice, (size_t)n)], other = spans[roll(dice, (size_t)n)];
+    JsonSpan s = spans[roll(dice, (size_t)n)], other = spans[roll(dice, (size_t)n)];
     const char* word = words[roll(dice, (size_t)n_words)];
     size_t end = s.at + s.n;
     switch (roll(dice, 8)) {
