@@ -146,12 +146,19 @@ run_tests() {
     collect
 }
 
+# predicted ATTENTION T: tokens/s of 880m by dev/SPEED.md's table, where it has this GPU
+predicted() {
+    local column
+    case $gpu in *H100*) column=3 ;; *H200*) column=4 ;; *) return 0 ;; esac
+    [ "$2" = 2048 ] || return 0
+    sed -n '/^| predicted /,/^$/p' dev/SPEED.md | awk -F' *[|] *' -v kind="\`$1\`" -v column=$column '$2 == kind {print "; predicted " $column}'
+}
 # speed_row MODEL ATTENTION T: one row of cuda_step; the classes go to the screen and the log
 speed_row() {
     local log=build/log/gpu_speed_$1_$2_$3.log
     run 90 "$log" build/cuda_step "$1" "$2" "$3" 0 4 --classes
     local status=$?
-    if grep -q '^[a-z-]* *T .*tokens/s' "$log" 2> /dev/null; then row "ours    $(grep -m 1 '^[a-z-]* *T .*tokens/s' "$log")"; fi  # also what it had when its time was over
+    if grep -q '^[a-z-]* *T .*tokens/s' "$log" 2> /dev/null; then row "ours    $(grep -m 1 '^[a-z-]* *T .*tokens/s' "$log")$(predicted "$2" "$3")"; fi  # also what it had when its time was over
     case $status in
         0) grep -v 'tokens/s' "$log" ;;
         125) row "skip    ours $2 T $3: no time left" ;;
