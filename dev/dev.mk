@@ -209,7 +209,7 @@ build/races/test_ops: build/races/bf16.o build/ops_reference.o build/races/races
 # The emulator's own tests, with planted faults: the address sanitizer sees those out of bounds, races.cpp the races.
 build/test_emulator: dev/tests/test_emulator.cpp $(wildcard dev/tests/*.h) $(EMULATOR_HEADERS)
 	@mkdir -p build
-	$(CXX) -x c++ -std=c++17 -O1 -g1 $(WARN) -fsanitize=address,undefined -fsanitize-sections=cuda_shared -Idev/cuda_cpu $< -o $@
+	$(CXX) -x c++ -std=c++17 -g1 $(WARN) -fsanitize=address,undefined -fsanitize-sections=cuda_shared -Idev/cuda_cpu $< -o $@
 build/races/test_emulator.o: dev/tests/test_emulator.cpp $(wildcard dev/tests/*.h) $(EMULATOR_HEADERS)
 	@mkdir -p build/races
 	$(CXX) -x c++ -std=c++17 -g1 $(WARN) -Wno-unused-function $(RACES) -Idev/cuda_cpu -c $< -o $@
