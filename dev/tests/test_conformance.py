@@ -1,5 +1,7 @@
 """dev/conformance.py: the reference passes, planted mistakes are named, and the copies of the definition are the definition where nothing is wrong with them."""
+import contextlib
 import importlib.util
+import io
 import os
 import subprocess
 import sys
@@ -8,6 +10,7 @@ import unittest
 
 from helpers import ROOT, main
 
+sys.path[:0] = [os.path.join(ROOT, "dev"), os.path.join(ROOT, "dev", "ref")]
 HAVE_TORCH = importlib.util.find_spec("torch") is not None
 CONFORMANCE = os.path.join(ROOT, "dev", "conformance.py")
 
@@ -86,12 +89,25 @@ class Conformance(unittest.TestCase):
     def tearDownClass(cls):
         cls.folder.cleanup()
 
-    def run_on(self, *arguments):
-        return subprocess.run([sys.executable, CONFORMANCE, *arguments], capture_output=True, text=True, check=False)
+    def run_on(self, *arguments, program=False):
+        """conformance.py with these arguments: inside this process, which has loaded PyTorch once (2 s of a core); or as a program of its own."""
+        if program:
+            return subprocess.run([sys.executable, CONFORMANCE, *arguments], capture_output=True, text=True, check=False)
+        import conformance
+
+        before, sys.argv, printed = sys.argv, [CONFORMANCE, *arguments], io.StringIO()
+        try:
+            with contextlib.redirect_stdout(printed):
+                status = conformance.main()
+        except SystemExit as end:  # with the line that Python would print
+            return subprocess.CompletedProcess(arguments, 1, printed.getvalue(), f"{end.code}\n")
+        finally:
+            sys.argv = before
+        return subprocess.CompletedProcess(arguments, status, printed.getvalue(), "")
 
     def test_right_ones_pass(self):
         for arguments in ([], [self.module + ":right"], [self.module + ":right", "--dtype", "float32"]):
-            done = self.run_on(*arguments)
+            done = self.run_on(*arguments, program=not arguments)
             self.assertEqual((done.returncode, done.stdout.splitlines()[-1], "missed" in done.stdout), (0, "11 passed, 0 failed", False), done.stdout + done.stderr)
 
     def test_planted_mistakes_are_named(self):
@@ -104,7 +120,6 @@ class Conformance(unittest.TestCase):
 
     def test_each_detail_is_told_from_the_others(self):
         """The copy with nothing wrong is the definition; each detail changes some golden case, and no two change all of them alike."""
-        sys.path[:0] = [os.path.join(ROOT, "dev"), os.path.join(ROOT, "dev", "ref")]
         import conformance
         import mta_ref
         import torch
@@ -124,7 +139,7 @@ class Conformance(unittest.TestCase):
 
     def test_refusals(self):
         for name, wanted in (("no_colon", "wanted MODULE:FUNCTION"), (self.module + ":absent", "absent"), ("no_such_module_here:f", "No module named")):
-            done = self.run_on(name)
+            done = self.run_on(name, program=name == "no_colon")
             self.assertEqual((done.returncode, len(done.stderr.splitlines())), (1, 1), done.stderr)
             self.assertIn(wanted, done.stderr)
 
