@@ -24,8 +24,9 @@ FP32 = os.environ.get("MTA_CUDA_FP32", os.path.join(ROOT, "build", "train_mta_cu
 REAL = next(filter(os.path.exists, (os.path.join(ROOT, "build", "nvcc", "train_mta_cuda"), os.path.join(ROOT, "train_mta_cuda"))), None)  # nvcc's
 EMULATED = "MTA_CUDA" not in os.environ
 MODEL = ["--model", "toy", "--hidden-size", "32", "--num-hidden-layers", "2", "--num-attention-heads", "4", "--num-key-value-heads", "4",
-         "--intermediate-size", "48", "--vocab-size", "32", "--seq-len", "24", "--batch-size", "2", "--tokens-per-step", "96", "--lr", "1e-3",
-         "--schedule", "constant", "--warmup", "2", "--eval-windows", "4", "--seed", "5"]
+         "--intermediate-size", "48", "--vocab-size", "32", "--seq-len", "24", "--batch-size", "2", "--tokens-per-step", "48", "--lr", "1e-3",
+         "--schedule", "constant", "--warmup", "2", "--eval-windows", "4", "--seed", "5"]  # an emulated micro-batch takes a quarter of a second
+TWO = ["--tokens-per-step", "96"]  # micro-batches of two sequences a step
 
 
 class CudaRuns(unittest.TestCase):
@@ -66,11 +67,11 @@ class CudaRuns(unittest.TestCase):
 
     def test_resume_bit_for_bit(self):
         for attention in ("mta", "diff"):
-            whole, _ = self.train(BF16, "whole" + attention, "--steps", "4", attention=attention)
-            self.train(BF16, "parts" + attention, "--steps", "2", "--schedule-steps", "4", attention=attention)
-            parts, _ = self.train(BF16, "parts" + attention, "--steps", "4", "--resume", attention=attention)
+            whole, _ = self.train(BF16, "whole" + attention, "--steps", "2", attention=attention)
+            self.train(BF16, "parts" + attention, "--steps", "1", "--schedule-steps", "2", attention=attention)
+            parts, _ = self.train(BF16, "parts" + attention, "--steps", "2", "--resume", attention=attention)
             self.assertEqual(self.figures(whole), self.figures(parts))
-            self.assertEqual(self.checkpoint("whole" + attention, 4), self.checkpoint("parts" + attention, 4))
+            self.assertEqual(self.checkpoint("whole" + attention, 2), self.checkpoint("parts" + attention, 2))
 
     def test_checkpoint_files(self):
         self.train(BF16, "run", "--steps", "2")
@@ -100,37 +101,37 @@ class CudaRuns(unittest.TestCase):
             self.assertEqual(g[3], w[3])
 
     def test_cpu_continues_what_cuda_began(self):
-        want, _ = self.train(CPU, "cpu", "--steps", "8")
+        want, _ = self.train(CPU, "cpu", "--steps", "4")
         for program, distance in ((FP32, 1e-4), (BF16, 0.02)):
             out = "mixed" + str(distance)
-            self.train(program, out, "--steps", "4", "--schedule-steps", "8")
-            log, _ = self.train(CPU, out, "--steps", "8", "--resume")
+            self.train(program, out, "--steps", "2", "--schedule-steps", "4")
+            log, _ = self.train(CPU, out, "--steps", "4", "--resume")
             self.compare(self.figures(log), self.figures(want), distance)
-            self.assertNotIn("master.model.norm.weight", self.checkpoint(out, 8))
+            self.assertNotIn("master.model.norm.weight", self.checkpoint(out, 4))
 
     def test_cuda_continues_what_the_cpu_began(self):
-        want, _ = self.train(CPU, "cpu", "--steps", "8")
+        want, _ = self.train(CPU, "cpu", "--steps", "4")
         for program, distance in ((FP32, 1e-4), (BF16, 0.02)):
             out = "mixed" + str(distance)
-            self.train(CPU, out, "--steps", "4", "--schedule-steps", "8")
-            log, _ = self.train(program, out, "--steps", "8", "--resume")
+            self.train(CPU, out, "--steps", "2", "--schedule-steps", "4")
+            log, _ = self.train(program, out, "--steps", "4", "--resume")
             self.compare(self.figures(log), self.figures(want), distance)
 
     def test_recompute_changes_no_bit(self):
         for attention in ("mta-full", "diff"):
-            runs = [self.train(BF16, attention + mode, "--steps", "3", "--recompute", mode, attention=attention)[0] for mode in ("none", "elementwise", "block")]
+            runs = [self.train(BF16, attention + mode, "--steps", "2", "--recompute", mode, attention=attention)[0] for mode in ("none", "elementwise", "block")]
             self.assertEqual(self.figures(runs[0]), self.figures(runs[1]))
             self.assertEqual(self.figures(runs[0]), self.figures(runs[2]))
-            self.assertEqual(self.checkpoint(attention + "none", 3), self.checkpoint(attention + "block", 3))
+            self.assertEqual(self.checkpoint(attention + "none", 2), self.checkpoint(attention + "block", 2))
 
     @unittest.skipUnless(EMULATED, "skip: a GPU orders its threads as it likes")
     def test_thread_order_changes_no_bit(self):
         """Another order of the threads of a block would show a race past a missing barrier."""
         for attention in ("mta-full", "diff"):
-            runs = [self.train(BF16, attention + order, "--steps", "2", attention=attention, env={"CUDA_CPU_ORDER": order}) for order in ("0", "1", "7")]
+            runs = [self.train(BF16, attention + order, "--steps", "1", attention=attention, env={"CUDA_CPU_ORDER": order}) for order in ("0", "1", "7")]
             self.assertEqual(self.figures(runs[0][0]), self.figures(runs[1][0]))
             self.assertEqual(self.figures(runs[0][0]), self.figures(runs[2][0]))
-            self.assertEqual(self.checkpoint(attention + "0", 2), self.checkpoint(attention + "7", 2))
+            self.assertEqual(self.checkpoint(attention + "0", 1), self.checkpoint(attention + "7", 1))
 
     @unittest.skipUnless(os.path.exists(INFER), "infer_mta is not built")
     def test_scores_are_infer_mta_s(self):
@@ -178,7 +179,7 @@ class CudaRuns(unittest.TestCase):
 
     def test_accumulation(self):
         """A step of four sequences at once, two at a time or one at a time is the same step."""
-        runs = [self.train(FP32, "batch" + n, "--steps", "3", "--batch-size", n)[0] for n in ("4", "2", "1")]
+        runs = [self.train(FP32, "batch" + n, "--steps", "2", *TWO, "--batch-size", n)[0] for n in ("4", "2", "1")]
         for other in runs[1:]:
             for g, w in zip(self.figures(other), self.figures(runs[0])):
                 self.assertLess(abs(g[1] - w[1]), 1e-5)
@@ -192,13 +193,14 @@ class CudaRuns(unittest.TestCase):
         self.assertIn("mlp.gate_proj", error)
 
     def test_graphs_change_no_bit(self):
-        """Captured passes replayed against launches one by one: evaluations in between, a smaller last micro-batch, recompute."""
-        for attention, batch, mode in (("mta-full", "2", "none"), ("mta", "3", "block"), ("diff", "2", "block")):
-            runs = [self.train(BF16, attention + graphs, "--steps", "3", "--batch-size", batch, "--eval-every", "2", "--recompute", mode, "--cuda-graphs",
-                               graphs, attention=attention)[0] for graphs in ("on", "off")]
+        """Captured passes replayed against launches one by one: evaluations in between, a smaller last micro-batch, recompute. Of each size of
+        micro-batch the first pass is launched, the second captured, the third replayed."""
+        for attention, batch, mode, steps in (("mta-full", "2", "none", "2"), ("mta", "3", "block", "3"), ("diff", "2", "block", "2")):
+            runs = [self.train(BF16, attention + graphs, "--steps", steps, *TWO, "--batch-size", batch, "--eval-every", "1", "--recompute", mode,
+                               "--cuda-graphs", graphs, attention=attention)[0] for graphs in ("on", "off")]
             self.assertEqual(self.figures(runs[0]), self.figures(runs[1]))
             self.assertEqual([e["loss"] for e in runs[0] if e["event"] == "val"], [e["loss"] for e in runs[1] if e["event"] == "val"])
-            self.assertEqual(self.checkpoint(attention + "on", 3), self.checkpoint(attention + "off", 3))
+            self.assertEqual(self.checkpoint(attention + "on", int(steps)), self.checkpoint(attention + "off", int(steps)))
 
     @unittest.skipUnless(EMULATED, "skip: a GPU cannot be told to fail")
     def test_a_failing_call_is_named(self):
@@ -210,7 +212,7 @@ class CudaRuns(unittest.TestCase):
                  ("cudaStreamBeginCapture", 1, None), ("cudaStreamEndCapture", 2, None), ("cudaGraphInstantiate", 1, None), ("cudaGraphLaunch", 3, None),
                  ("crossentropy_kernel", 2, "crossentropy_forward_backward"), ("adamw_kernel<8>", 1, "model_update"), ("launch", 100, "")]
         for i, (function, n, launcher) in enumerate(cases):
-            _, error = self.train(BF16, "run%d" % i, "--steps", "2", status=70, env={"CUDA_CPU_FAIL": "%s:%d" % (function, n)})
+            _, error = self.train(BF16, "run%d" % i, "--steps", "2", *TWO, status=70, env={"CUDA_CPU_FAIL": "%s:%d" % (function, n)})
             match = re.fullmatch(r"train_mta_cuda: CUDA error at (?:.*/)?train_mta\.cu:(\d+): (.+), in (.+)\n", error)
             self.assertTrue(match, error)
             line, what, call = int(match[1]), match[2], match[3]
@@ -335,10 +337,10 @@ class CudaRuns(unittest.TestCase):
     def test_odd_sizes(self):
         """Head sizes, widths and vocabularies that 16-byte accesses do not divide are served, by the kernels for one element at a time."""
         odd = ["--hidden-size", "30", "--num-attention-heads", "3", "--num-key-value-heads", "1", "--intermediate-size", "45", "--vocab-size", "33",
-               "--seq-len", "23", "--tokens-per-step", "92", "--head-mix-post-softmax", "3"]
-        want, _ = self.train(CPU, "cpu", "--steps", "3", *odd)
+               "--seq-len", "23", "--tokens-per-step", "46", "--head-mix-post-softmax", "3"]
+        want, _ = self.train(CPU, "cpu", "--steps", "2", *odd)
         for program, distance in ((FP32, 1e-4), (BF16, 0.02)):
-            self.compare(self.figures(self.train(program, "odd" + str(distance), "--steps", "3", *odd)[0]), self.figures(want), distance)
+            self.compare(self.figures(self.train(program, "odd" + str(distance), "--steps", "2", *odd)[0]), self.figures(want), distance)
 
     def test_spoilt_checkpoints(self):
         """A checkpoint of another model, or one that is damaged: one line that names the file, the tensor or the field."""
