@@ -133,7 +133,7 @@ class Day(unittest.TestCase):
     def evaluate(self):
         options = ["--val", self.path("shards/*_val_*.bin"), "--requests", self.path("requests")]
         if OPTIONS.keep:
-            options += ["--text", self.path("book.txt"), "--samples", 5]
+            options += ["--text", self.path("book.txt"), "--samples", 5, "--lengths", "700,1000"]
         said = self.run_text(os.path.join(ROOT, "scripts", "evaluate.sh"), self.path("run"), *options)
         self.assertIn("Zero-shot accuracy", said)
         (self.report,) = glob.glob(self.path("run", "eval", "step-*"))

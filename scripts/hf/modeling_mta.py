@@ -5,7 +5,7 @@ Shapes: B sequences, T new tokens, L tokens with those of the cache, C width, NH
 size, cq x ck queries x keys of a convolution. A map is (B, NH, queries, keys): scores, after the softmax weights.
 
 Attention computes maps for `query_chunk` queries at a time. A convolution reads the maps of earlier queries, so a chunk
-starts `halo` queries earlier, and the cache of such a layer holds queries beside the keys. Maps are computed in fp32.
+starts `halo` queries earlier, and the cache of such a layer holds queries beside the keys. Maps are kept in fp32.
 """
 
 import math
@@ -256,14 +256,13 @@ class MtaModel(MtaPreTrainedModel):
         padding = padding_of(attention_mask, past + T)
         angles = torch.arange(past, past + T, dtype=torch.float64)[:, None] * rope_frequencies(self.config).cpu()
         rope = [f(angles).to(x.device, wide(x).dtype) for f in (torch.cos, torch.sin)]
-        states = []
+        wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        states = ()
         for layer in self.layers:
-            states.append(x)
+            states += (x,) if wanted else ()
             x = layer(x, rope, padding, cache)
         x = self.norm(x)
-        states.append(x)
-        wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
-        out = BaseModelOutputWithPast(x, hidden_states=tuple(states) if wanted else None, **{CACHE: cache})
+        out = BaseModelOutputWithPast(x, hidden_states=states + (x,) if wanted else None, **{CACHE: cache})
         return out if returns_dict(self, return_dict) else out.to_tuple()
 
 
