@@ -5,7 +5,7 @@ the export for transformers, lm_eval's own class; and the same numbers everywher
     dev/.venv/bin/python dev/tests/test_day.py [--keep DIR [--mb N] [--steps N]]     (MTA_BIN: folder of the binaries)
 
 The text is what is installed on the machine; a kind is an ending of file names. By default all is small and thrown
-away. With --keep runs/day there is something to look at: 48 MB, the preset 1m with 1024 positions, needles and
+away. With --keep runs/day there is something to look at: 48 MB, the preset 1m with 2048 positions, needles and
 BabiLong, their pictures; minutes on two cores. Without PyTorch the day ends with the report.
 """
 
@@ -104,36 +104,22 @@ class Day(unittest.TestCase):
             for w in words
             if len(w) > 9
         ]
-        self.tool(
-            "data/evals.py",
-            "choice",
-            self.write("choice.jsonl", questions),
-            "--out",
-            self.path("requests/choice.jsonl"),
-        )
+        out = self.path("requests", "choice.jsonl")
+        self.tool("data/evals.py", "choice", self.write("choice.jsonl", questions), "--out", out)
         return sorted(texts)
 
     def train(self):
         small = "--hidden-size 64 --num-hidden-layers 2 --intermediate-size 128 --seq-len 256 --batch-size 4"
-        size = "--seq-len 1024 --batch-size 2" if OPTIONS.keep else small
+        size = "--seq-len 2048 --batch-size 1" if OPTIONS.keep else small
         data = ["--train", self.path("shards/day_*_train_*.bin"), "--val", self.path("shards/*_val_*.bin")]
-        steps = [
-            "--steps",
-            OPTIONS.steps,
-            "--eval-every",
-            max(20, OPTIONS.steps // 4),
-            "--eval-windows",
-            4,
-            "--save-every",
-            0,
-        ]
+        steps = f"--steps {OPTIONS.steps} --eval-every {OPTIONS.steps // 2} --eval-windows 4 --save-every 0".split()
         recipe = "--model 1m --attention mta --lr 3e-3 --warmup 10 --resume --out".split()
         self.assertIn("mean", self.run_text(TRAINER, *recipe, self.path("run"), *size.split(), *data, *steps))
 
     def evaluate(self):
         options = ["--val", self.path("shards/*_val_*.bin"), "--requests", self.path("requests")]
         if OPTIONS.keep:
-            options += ["--text", self.path("book.txt"), "--samples", 5, "--lengths", "700,1000"]
+            options += ["--text", self.path("book.txt"), "--samples", 2]
         said = self.run_text(os.path.join(ROOT, "scripts", "evaluate.sh"), self.path("run"), *options)
         self.assertIn("Zero-shot accuracy", said)
         (self.report,) = glob.glob(self.path("run", "eval", "step-*"))
