@@ -225,6 +225,21 @@ class Bits(Ranks):
         self.assertEqual(figures[0], figures[1])
 
 
+class Plan(Ranks):
+    def test_dry_run(self):
+        """The paper's run on four machines of eight: gradients and weights of 880m sent once but for the own 32nd, seven eighths of it inside a machine."""
+        nothing = {name: None for name in SMALL}
+        done = self.run_ok(self.place(), 1, nothing, ["--dry-run", "--model", "880m", "--seq-len", "2048", "--tokens-per-step", "262144",
+                                                      "--ranks", "32", "--ranks-per-node", "8"])
+        self.assertIn("ranks       32 of 1 shard each: 1 micro-batches of at most 4 sequences, 8192 tokens a step", done.stdout)
+        sent, weights, machine = map(float, re.search(r"sent +([\d.]+) MiB of gradients and ([\d.]+) of weights by each rank in a step; ([\d.]+) by each "
+                                                      r"machine of 8", done.stdout).groups())
+        self.assertAlmostEqual(sent, 876_563_136 * 4 * 31 / 32 / 2**20, delta=1)
+        self.assertEqual(sent, weights)
+        self.assertAlmostEqual(machine, 8 * 2 * 876_563_136 * 4 * 24 / 32 / 2**20, delta=10)
+        self.assertIn("own part of m, v", done.stdout)
+
+
 class Resume(Ranks):
     def test_four_two_one_four(self):
         """4, 2, 1 and 4 ranks in turn, as the unbroken run on one."""
@@ -322,7 +337,7 @@ class Refusals(Ranks):
             self.refused(["started 3 processes, but MPI sees one: the program was built with another MPI"], self.place(), 3, program=[binary(MPIS[1])])
 
 
-class Faults(Ranks):
+class Underway(Ranks):
     """A run of 4000 steps with a checkpoint every 10, of which something befalls one rank."""
 
     RUN = {"--steps": 4000, "--save-every": 10, "--keep": 3, "--eval-every": 0, "--sample-every": 0, "--rank-timeout": 3, "--shards": 4}
@@ -348,6 +363,8 @@ class Faults(Ranks):
         self.assertIn(f"resumed from run/step-{step:08d}", done.stdout)
         self.assertNotIn("passed over", done.stderr)
 
+
+class Faults(Underway):
     def ends(self, child, cwd, pieces, seconds, status=None):
         """All processes end within so many seconds; one line of ours says why."""
         began = time.monotonic()
@@ -391,6 +408,22 @@ class Faults(Ranks):
         self.ends(child, cwd, ["rank 1 (", "has stood still for"], 12)
         self.assertEqual(tracer.wait(), 0, "ptrace is not allowed here")
 
+    @unittest.skipUnless(LONG, "--long")
+    def test_a_rank_is_slow(self):
+        """Stopped for most of the time: after 20 steps a line says so, and the run goes on."""
+        cwd, child, pids = self.underway(2, {"--shards": 2, "--save-every": 2, "--rank-timeout": 60, "--tokens-per-step": 832})
+        end = time.monotonic() + TIMEOUT / 2
+        while time.monotonic() < end and len(self.events(cwd, "step")) < 32:
+            for _ in range(10):
+                os.kill(pids[1], signal.SIGSTOP)
+                time.sleep(0.05)
+                os.kill(pids[1], signal.SIGCONT)
+                time.sleep(0.01)
+        os.kill(pids[0], signal.SIGUSR1)
+        done = self.finish(child)
+        self.assertEqual(done.returncode, 75, done.stderr)
+        self.assertRegex(own_lines(done.stderr)[0], r"rank 1 \(.*\) is slow: [\d.]+ s for a sequence, the middle rank [\d.]+; all others wait for it")
+
     def test_a_mistake_in_the_middle(self):
         """A rank that cannot go on says why, and all end with its status."""
         cwd, child, pids = self.underway(2, {"--save-every": 400, "--shards": 2, "--save-minutes": 0.001})
@@ -421,6 +454,111 @@ class Faults(Ranks):
     def test_signal_in_an_evaluation(self):
         """An evaluation of every step over all windows: most of the time is spent there."""
         self.obeyed(signal.SIGUSR1, 1, {"--eval-every": 1, "--eval-windows": 0})
+
+
+class Hosts(Underway):
+    """Two network namespaces on a bridge as hosts, rank 0 on the first, rank 1 on the second."""
+
+    AGENT = '#!/bin/bash\nhost=$1; shift; if [ "$host" = -x ]; then host=$1; shift; fi\nexec ip netns exec "%s${host##*.}" bash -c "$*"\n'
+
+    @classmethod
+    def setUpClass(cls):
+        super().setUpClass()
+        if os.geteuid() != 0 or not shutil.which("ip"):
+            raise unittest.SkipTest("hosts are network namespaces: wanted root and ip")
+        cls.name = f"mta{os.getpid() % 100000}n"
+        cls.bridge = cls.name + "b"
+        made = cls.ip(f"link add {cls.bridge} type bridge") and cls.ip(f"link set {cls.bridge} up")
+        for i in (1, 2):
+            space, outer = f"{cls.name}{i}", f"{cls.name}v{i}"
+            made = made and cls.ip(f"netns add {space}") and cls.ip(f"link add {outer} type veth peer name eth0 netns {space}") and \
+                cls.ip(f"link set {outer} master {cls.bridge} up") and cls.ip(f"-n {space} link set lo up") and \
+                cls.ip(f"-n {space} addr add 10.77.0.{i}/24 dev eth0") and cls.ip(f"-n {space} link set eth0 up")
+        if not made:
+            cls.tearDownClass()
+            raise unittest.SkipTest("network namespaces are not allowed here")
+        cls.agent, cls.hosts = os.path.join(cls.folder, "agent"), os.path.join(cls.folder, "hosts")
+        with open(cls.agent, "w") as f:
+            f.write(cls.AGENT % cls.name)
+        os.chmod(cls.agent, 0o755)
+        with open(cls.hosts, "w") as f:
+            f.write("10.77.0.1 slots=1\n10.77.0.2 slots=1\n")
+
+    @classmethod
+    def tearDownClass(cls):
+        for i in (1, 2):
+            cls.ip(f"netns del {cls.name}{i}")
+        cls.ip(f"link del {cls.bridge}")
+        super().tearDownClass()
+
+    @staticmethod
+    def ip(words):
+        return subprocess.run(["ip"] + words.split(), stderr=subprocess.DEVNULL).returncode == 0
+
+    def words(self, ranks, changes=None, flags=(), mpi=None, program=None, launcher=()):
+        if ranks == 1:
+            return super().words(1, changes, flags)
+        mpi = mpi or MPIS[0]
+        network = {"openmpi": ["--hostfile", self.hosts, "--mca", "plm_rsh_agent", self.agent, "--mca", "btl", "tcp,self"] +
+                   [word for part in ("oob", "btl") for word in ("--mca", f"{part}_tcp_if_include", "10.77.0.0/24")],
+                   "mpich": ["-launcher", "rsh", "-launcher-exec", self.agent, "-hosts", "10.77.0.1:1,10.77.0.2:1", "-iface", "eth0"]}[mpi]
+        return ["ip", "netns", "exec", f"{self.name}1"] + super().words(ranks, changes, flags, mpi=mpi, launcher=network)
+
+    def sent_by(self, host):
+        """Bytes that its interface has sent: what the bridge's end of the cable has received."""
+        with open(f"/sys/class/net/{self.name}v{host}/statistics/rx_bytes") as f:
+            return int(f.read())
+
+    def test_bits_and_bytes(self):
+        one, two = self.place(), self.place()
+        self.run_ok(one, 1, {"--shards": 2})
+        before = [self.sent_by(1), self.sent_by(2)]
+        self.run_ok(two, 2, {"--shards": 2})
+        on_wire = [self.sent_by(1) - before[0], self.sent_by(2) - before[1]]
+        self.assert_same(one, two, "two hosts")
+        [shares] = self.events(two, "ranks")
+        counted = [share["bytes_sent"] for share in shares["ranks"]]
+        print(f"counted {counted} bytes, on the wire {on_wire}")
+        for wire, count in zip(on_wire, counted):
+            self.assertGreater(wire, count)
+            self.assertLess(wire, 1.1 * count + 300_000)  # headers of TCP and IP; the launcher's own talk
+
+    def test_a_cable_is_cut(self):
+        """No launcher notices; both sides end, each by the other's silence. The launcher then waits for the other host: it is not ours to end."""
+        cwd = self.place()
+        child = self.start(cwd, 2, dict(self.RUN, **{"--shards": 2}))
+        try:
+            while not glob.glob(os.path.join(cwd, "run", "step-*")):
+                self.assertIsNone(child.poll())
+                time.sleep(0.02)
+            trainers = [pid for pid in children(child.pid) if rank_of(pid) is not None] + \
+                [pid for pid in map(int, filter(str.isdigit, os.listdir("/proc"))) if rank_of(pid) is not None and self.works_in(pid, cwd)]
+            self.assertEqual(len(set(trainers)), 2)
+            began = time.monotonic()
+            self.assertTrue(self.ip(f"link set {self.name}v2 down"))
+            while any(rank_of(pid) is not None for pid in trainers):
+                self.assertLess(time.monotonic() - began, 12)
+                time.sleep(0.02)
+            print(f"a cable is cut: {time.monotonic() - began:.2f} s to the end of both ranks")
+        finally:
+            self.ip(f"link set {self.name}v2 up")
+            time.sleep(0.5)
+            for pid in children(child.pid):
+                os.kill(pid, signal.SIGKILL)
+            child.kill()
+            _, stderr = child.communicate()
+        lines = own_lines(stderr)
+        self.assertEqual(len(lines), 1, stderr)
+        self.assertIn("rank 1 (", lines[0])
+        self.assertIn("is silent since it was in", lines[0])
+        self.last_good(cwd)
+
+    @staticmethod
+    def works_in(pid, folder):
+        try:
+            return os.path.realpath(f"/proc/{pid}/cwd") == os.path.realpath(folder)
+        except OSError:
+            return False
 
 
 if __name__ == "__main__":
