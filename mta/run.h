@@ -62,7 +62,8 @@ typedef struct {
     int shards;                   // of a step (mta/ranks.h)
     double* losses;               // (shards) of the current step
     bool timed_save;              // --save-minutes are over
-    int slow, slow_steps;         // the rank that was the slowest of late, in so many steps in a row
+    int slow, slow_steps;         // the rank that was called slow last, -1 = none; steps since then
+    double* rank_seconds;         // (ranks) that each has worked for a window, averaged over those steps
     int windows;                  // sequences of an optimizer step
     int64_t tokens_per_step;
     int64_t steps;
@@ -759,6 +760,8 @@ static inline void run_open_data(Run* r) {
     size_t n = (size_t)r->windows * (size_t)r->seq_len;
     r->tokens = (int32_t*)alloc_or_die(n, sizeof(int32_t), "a step's tokens");
     r->targets = (int32_t*)alloc_or_die(n, sizeof(int32_t), "a step's targets");
+    r->slow = -1;
+    r->rank_seconds = (double*)alloc_or_die((size_t)r->ranks->size, sizeof(double), "seconds of ranks");
     r->losses = (double*)alloc_or_die((size_t)r->shards, sizeof(double), "losses of shards");
 }
 
@@ -1369,21 +1372,28 @@ static inline int run_by_seconds(const void* a, const void* b) {
     return (x > y) - (x < y);
 }
 
-// Warns of a rank that was slower than 1.2 times the middle one in 20 steps in a row. seconds: of each rank's own
-// work.
-static inline void run_note_slow(Run* r, double* seconds) {
+// Warns of a rank that was slower than 1.2 times the middle one on average over 20 steps, once as long as it stays the
+// slowest. seconds: that each rank has worked in this step for one of its windows.
+static inline void run_note_slow(Run* r, const double* seconds) {
+    enum { STEPS = 20 };
     int n = r->ranks->size, slow = 0;
-    for (int p = 1; p < n; p++) { slow = seconds[p] > seconds[slow] ? p : slow; }
-    double most = seconds[slow];
-    qsort(seconds, (size_t)n, sizeof *seconds, run_by_seconds);
-    double middle = seconds[(n - 1) / 2];
-    bool counts = most > 1.2 * middle && most - middle > 0.001;
-    r->slow_steps = !counts ? 0 : slow == r->slow ? r->slow_steps + 1 : 1;
+    double* sums = r->rank_seconds;
+    for (int p = 0; p < n; p++) { sums[p] += seconds[p] / STEPS; }
+    if (++r->slow_steps < STEPS) { return; }
+    for (int p = 1; p < n; p++) { slow = sums[p] > sums[slow] ? p : slow; }
+    double most = sums[slow];
+    qsort(sums, (size_t)n, sizeof *sums, run_by_seconds);
+    double middle = sums[(n - 1) / 2];
+    memset(sums, 0, (size_t)n * sizeof *sums);
+    r->slow_steps = 0;
+    if (most <= 1.2 * middle || most - middle < 0.001) { slow = -1; }
+    if (slow >= 0 && slow != r->slow && ranks_lead(r->ranks)) {
+        progress_break(&r->progress);
+        fprintf(stderr,
+                "%s: rank %d (%s) is slow: %.3f s for a sequence, the middle rank %.3f; all others wait for it\n",
+                program_invocation_short_name, slow, r->ranks->watch.peers[slow].host, most, middle);
+    }
     r->slow = slow;
-    if (r->slow_steps != 20 || !ranks_lead(r->ranks)) { return; }
-    progress_break(&r->progress);
-    fprintf(stderr, "%s: rank %d (%s) is slow: %.3f s for a sequence, the middle rank %.3f; all others wait for it\n",
-            program_invocation_short_name, slow, r->ranks->watch.peers[slow].host, most, middle);
 }
 
 // A line of the log: what each rank has computed, sent and waited.
@@ -1450,6 +1460,7 @@ static inline int run_end(Run* r) {
     free(r->tokens);
     free(r->targets);
     free(r->losses);
+    free(r->rank_seconds);
     ranks_close(r->ranks);
     return status;
 }

@@ -67,8 +67,8 @@ def rank_of(pid):
 
 
 def own_lines(text):
-    """What our programs printed on standard error: launchers print more."""
-    return [line for line in text.splitlines() if line.startswith("train_mta")]
+    """What our programs printed on standard error: launchers print more, and on a busy machine a rank may be called slow."""
+    return [line for line in text.splitlines() if line.startswith("train_mta") and " is slow: " not in line]
 
 
 class Ranks(unittest.TestCase):
@@ -413,7 +413,7 @@ class Faults(Underway):
         """Stopped for most of the time: after 20 steps a line says so, and the run goes on."""
         cwd, child, pids = self.underway(2, {"--shards": 2, "--save-every": 2, "--rank-timeout": 60, "--tokens-per-step": 832})
         end = time.monotonic() + TIMEOUT / 2
-        while time.monotonic() < end and len(self.events(cwd, "step")) < 32:
+        while time.monotonic() < end and len(self.events(cwd, "step")) < 48:
             for _ in range(10):
                 os.kill(pids[1], signal.SIGSTOP)
                 time.sleep(0.05)
@@ -422,7 +422,7 @@ class Faults(Underway):
         os.kill(pids[0], signal.SIGUSR1)
         done = self.finish(child)
         self.assertEqual(done.returncode, 75, done.stderr)
-        self.assertRegex(own_lines(done.stderr)[0], r"rank 1 \(.*\) is slow: [\d.]+ s for a sequence, the middle rank [\d.]+; all others wait for it")
+        self.assertRegex(done.stderr, r"rank 1 \(.*\) is slow: [\d.]+ s for a sequence, the middle rank [\d.]+; all others wait for it")
 
     def test_a_mistake_in_the_middle(self):
         """A rank that cannot go on says why, and all end with its status."""
