@@ -57,12 +57,31 @@ static const Tolerance DIFFERENCES = {1e-10,
                                               // rounding near 1e-16 / 1e-5; the worst measured is a tenth of this
 static const Tolerance ROUNDING_FP32 = {1e-7, 1e-5};    // the same sums in another order, fp32
 static const Tolerance ROUNDING_FP64 = {1e-14, 1e-11};  // the same in double
-// bf16 storage against fp32 on the same bf16-rounded weights, relative Frobenius error: all gradients together, any one
-// tensor
-enum { BF16_GOLDEN_ALL_PERCENT = 15, BF16_GOLDEN_TENSOR_PERCENT = 50 };
-// the same at real initialisation, where weights are tame; scalars and lambda vectors (see Frobenius) of all layers
-// together
-enum { BF16_REAL_ALL_PERCENT = 2, BF16_REAL_TENSOR_PERCENT = 10, BF16_REAL_SMALL_PERCENT = 30 };
+// What rounding to bf16 does to gradients, relative Frobenius errors against fp32 on the same weights, as measured (the
+// CUDA trainer on dev/cuda_cpu): all gradients of a model together; then of the tensors of a part the worst one, or of
+// random models, whose tensors may all but vanish, all of a part together. A test allows half as much again. Small:
+// scalars and lambda vectors (see Frobenius).
+enum { PART_CONV, PART_MIX, PART_REST, N_PARTS };
+typedef struct {
+    double all, part[N_PARTS], small;
+} Bf16Error;
+typedef struct {
+    const char* trainer;
+    Bf16Error golden, real, random, many_heads;
+} Bf16Measured;
+static const Bf16Measured BF16_MEASURED[] = {
+    // golden cases, real initialisation, sixty random models, ten of many heads
+    {"cuda bf16",
+     {0.0379, {0.0509, 0.0967, 0.0576}, 0.152},
+     {0.0172, {0.0241, 0.0599, 0.0242}, 0.0302},
+     {0.0958, {0.232, 0.0547, 0.0959}, 0},
+     {0.0255, {0.0249, 0.0245, 0.0256}, 0}},
+    {"cpu bf16",
+     {0.0575, {0.0684, 0.125, 0.123}, 0.0610},
+     {0.0178, {0.0265, 0.0497, 0.0277}, 0.0302},
+     {0.0960, {0.521, 0.0757, 0.0957}, 0},
+     {0.0257, {0.0276, 0.0265, 0.0257}, 0}},
+};
 
 typedef struct {
     double worst, largest;
@@ -352,6 +371,7 @@ static void golden_exact(const Trainer* tr, const char* path, bool table) {
 // another, whose scale is the model's, at which the rounding enters: 0.10 at most.
 typedef struct {
     double all, worst, worst_small, small_together;
+    double part_worst[N_PARTS], part_together[N_PARTS];  // without the small ones
     char name[96];
     double loss, want_loss;
 } Frobenius;
@@ -361,7 +381,9 @@ static Frobenius frobenius(const Trainer* tr, void* m, const int32_t* tokens, co
     const Trainer* cpu = trainer_cpu();
     void* ref = make_model(cpu, c, B, T, 0);
     const TensorList* list = cpu->tensors(ref);
-    Frobenius f = {0, 0, 0, 0, "", 0, 0};
+    Frobenius f;
+    memset(&f, 0, sizeof f);
+    double part[N_PARTS] = {0}, part_norm[N_PARTS] = {0};
     double all = 0, all_norm = 0, group[2] = {0}, group_norm[2] = {0};  // groups: biases, lambda vectors
     copy_state(tr, m, cpu, ref, STATE_WEIGHT);
     f.loss = mean_gradients(tr, m, tokens, targets, B, T);
@@ -395,6 +417,14 @@ static Frobenius frobenius(const Trainer* tr, void* m, const int32_t* tokens, co
         }
         if (isnan(err)) { err = INFINITY; }
         if (small && !(err <= f.worst_small)) { f.worst_small = err; }
+        int of = kind == TENSOR_KQ_CONV || kind == TENSOR_KQ_CONV_POST    ? PART_CONV
+                 : kind == TENSOR_HEAD_MIX || kind == TENSOR_HEAD_MIX_PRE ? PART_MIX
+                                                                          : PART_REST;
+        if (!small) {
+            part[of] += diff;
+            part_norm[of] += norm;
+            f.part_worst[of] = fmax(f.part_worst[of], err);
+        }
         if (!small && !(err <= f.worst)) {
             f.worst = err;
             snprintf(f.name, sizeof f.name, "%s", list->specs[i].name);
@@ -405,12 +435,37 @@ static Frobenius frobenius(const Trainer* tr, void* m, const int32_t* tokens, co
         free(want);
     }
     f.all = sqrt(all / all_norm);
+    for (int k = 0; k < N_PARTS; k++) {
+        // where all but nothing comes through (one key has no choice), only rounding is left: of a hundredth of the
+        // whole
+        f.part_together[k] = part[k] == 0 ? 0 : sqrt(part[k] / fmax(part_norm[k], 1e-4 * all_norm));
+        if (isnan(f.part_together[k])) { f.part_together[k] = INFINITY; }
+    }
     for (int k = 0; k < 2; k++) {
         double err = group[k] == 0 ? 0 : sqrt(group[k] / group_norm[k]);
         if (!(err <= f.small_together)) { f.small_together = isnan(err) ? INFINITY : err; }
     }
     cpu->destroy(ref);
     return f;
+}
+
+static Bf16Measured bf16_measured(const Trainer* tr) {
+    for (size_t i = 0; i < sizeof BF16_MEASURED / sizeof BF16_MEASURED[0]; i++) {
+        if (!strcmp(BF16_MEASURED[i].trainer, tr->name)) { return BF16_MEASURED[i]; }
+    }
+    die("%s: no errors of bf16 are known of this trainer", tr->name);
+}
+
+// Is what was found at most `times` as much as what was measured?
+static bool bf16_within(const Bf16Error* found, const Bf16Error* measured, double times) {
+    bool good = found->all <= times * measured->all && found->small <= times * measured->small;
+    for (int k = 0; k < N_PARTS; k++) { good = good && found->part[k] <= times * measured->part[k]; }
+    return good;
+}
+
+static Bf16Error bf16_error(double all, const double* part, double small) {
+    Bf16Error e = {all, {part[0], part[1], part[2]}, small};
+    return e;
 }
 
 // bf16 against fp32: errors of the whole gradient and of each tensor, in percent of its norm.
@@ -423,9 +478,9 @@ static void golden_rounded(const Trainer* tr, const char* path, bool table) {
     Frobenius f = frobenius(tr, m, g.tokens, g.targets, g.B, g.T, &g.config, table);
     const char* base = strrchr(path, '/') ? strrchr(path, '/') + 1 : path;
     snprintf(title, sizeof title, "%s golden %s", tr->name, base);
-    bool good = f.all <= BF16_GOLDEN_ALL_PERCENT / 100.0 &&
-                fmax(f.worst, f.worst_small) <= BF16_GOLDEN_TENSOR_PERCENT / 100.0 &&
-                fabs(f.loss - f.want_loss) <= 0.05 * f.want_loss;
+    Bf16Error found = bf16_error(f.all, f.part_worst, f.worst_small);
+    Bf16Measured measured = bf16_measured(tr);
+    bool good = bf16_within(&found, &measured.golden, 1.5) && fabs(f.loss - f.want_loss) <= 0.05 * f.want_loss;
     verdict(good, title, "relative error %.3f in all, worst %.3f (%s)", f.all, f.worst, f.name);
     tr->destroy(m);
     safetensors_close(&g.file);
@@ -1539,13 +1594,16 @@ static void test_real_initialisation(const Trainer* tr, const char* kind, int he
             *targets = random_tokens(4, (size_t)B * T, c.vocab_size);
     model_initialise(tr, m, &c, 5);
     Frobenius f = frobenius(tr, m, tokens, targets, B, T, &c, false);
-    double all = tr->exact ? 1e-5 : BF16_REAL_ALL_PERCENT / 100.0,
-           worst = tr->exact ? 1e-4 : BF16_REAL_TENSOR_PERCENT / 100.0;
-    double small = tr->exact ? 1e-3 : BF16_REAL_SMALL_PERCENT / 100.0;
     snprintf(name, sizeof name, "%s, %d heads", kind, c.num_attention_heads);
     title_of(title, sizeof title, tr, "against the CPU, real initialisation", name);
-    verdict(f.all <= all && f.worst <= worst && f.small_together <= small, title,
-            "relative error %.2g in all, worst %.2g (%s), scalars %.2g", f.all, f.worst, f.name, f.small_together);
+    bool good = f.all <= 1e-5 && f.worst <= 1e-4 && f.small_together <= 1e-3;
+    if (!tr->exact) {
+        Bf16Error found = bf16_error(f.all, f.part_worst, f.small_together);
+        Bf16Measured measured = bf16_measured(tr);
+        good = bf16_within(&found, &measured.real, 1.5);
+    }
+    verdict(good, title, "relative error %.2g in all, worst %.2g (%s), scalars %.2g", f.all, f.worst, f.name,
+            f.small_together);
     tr->destroy(m);
     free(tokens);
     free(targets);
@@ -1556,7 +1614,7 @@ static void test_real_initialisation(const Trainer* tr, const char* kind, int he
 static void test_random_models(const Trainer* tr, int models, bool many_heads) {
     Rng rng = rng_make(17, many_heads ? 3 : 1);
     char worst_model[192] = "";
-    double worst = 0, limit = tr->exact ? 1e-4 : many_heads ? 0.05 : 0.15;
+    double worst = 0, parts[N_PARTS] = {0};
     for (int i = 0; i < models; i++) {
         int B, T;
         Config c = random_config(&rng, many_heads, &B, &T);
@@ -1572,14 +1630,23 @@ static void test_random_models(const Trainer* tr, int models, bool many_heads) {
             worst = isnan(f.all) ? INFINITY : f.all;
             snprintf(worst_model, sizeof worst_model, "model %d: %d heads of %d, T %d, %s", i, NH, HS, T, f.name);
         }
+        for (int k = 0; k < N_PARTS; k++) { parts[k] = fmax(parts[k], f.part_together[k]); }
         tr->destroy(m);
         free(tokens);
         free(targets);
     }
+    bool good = worst <= 1e-4;
+    if (!tr->exact) {
+        Bf16Error found = bf16_error(worst, parts, 0);
+        Bf16Measured measured = bf16_measured(tr);
+        // More models find worse ones.
+        good = bf16_within(&found, many_heads ? &measured.many_heads : &measured.random, models > 60 ? 3 : 1.5);
+    }
     char title[128];
     title_of(title, sizeof title, tr,
              many_heads ? "models of many heads against the CPU" : "random models against the CPU", "");
-    verdict(worst <= limit, title, "%d models, largest relative error %.2g (%s)", models, worst, worst_model);
+    verdict(good, title, "%d models, largest relative error %.2g (%s), of convolutions %.2g, of mixings %.2g", models,
+            worst, worst_model, parts[PART_CONV], parts[PART_MIX]);
 }
 
 // Ten optimizer steps from the same weights on the same batches: the losses stay within 1e-4 (fp32) or 0.02 (bf16) of
