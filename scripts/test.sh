@@ -7,8 +7,8 @@
 #                  kernels (else the address sanitizer alone); operations in another order of threads at all shapes instead of one; test_mta
 #                  without CBLAS in optimised code (else under the sanitizers alone); 300 random models on the emulator instead of 36; a
 #                  million inputs for the fuzzers instead of 10,000; a million strings for the tokenizer; every system call and allocation,
-#                  and many kills, as faults; train_mta and test_mta for aarch64 in optimised code; nvcc for other architectures and
-#                  what it made for them
+#                  and many kills, as faults; train_mta and test_mta for aarch64 in optimised code; races in fused attention of
+#                  two sequences of 74 with heads of 128; nvcc for other architectures and what it made for them
 #   --no-install   installs nothing: what is missing is said and left out
 #   --only TEXT    the tests whose name contains TEXT, and what they need
 #
@@ -251,7 +251,7 @@ step full "operations" build/test_ops build/test_ops
 step full "operations fp32" build/test_ops_fp32 build/test_ops_fp32
 step full "operations, order 7" build/test_ops env CUDA_CPU_ORDER=7 build/test_ops --quick
 step full "races operations" build/races/test_ops build/races/test_ops --quick
-step full "races fused attention" build/races/test_ops build/races/test_ops --only "attention fused" --longest 74
+step full "races fused attention" build/races/test_ops build/races/test_ops --only "attention fused" --longest 71
 step full "the emulator itself" build/test_emulator build/test_emulator
 step full "the emulator itself, races" build/test_races build/test_races
 step full "the interpreter of PTX itself" build/test_ptx build/test_ptx
@@ -295,6 +295,7 @@ step long "test_mta without CBLAS" test_mta_nocblas ./test_mta_nocblas
 step long "train_mta, sanitizers" build/asan/train_mta env ASAN_OPTIONS=detect_leaks=0 MTA_BIN=build/asan "$python" dev/tests/test_run.py
 step long "infer_mta, sanitizers" "build/asan/infer_mta build/asan/train_mta" env ASAN_OPTIONS=detect_leaks=0 MTA_BIN=build/asan "$python" dev/tests/test_infer.py
 step long "operations, order 7, all shapes" build/test_ops env CUDA_CPU_ORDER=7 build/test_ops --longest 200
+step long "races fused attention, T 74" build/races/test_ops build/races/test_ops --only "attention fused" --longest 74
 step long "emulator 300 models" test_mta_cuda_cpu_bf16 ./test_mta_cuda_cpu_bf16 --only "models" --models 300
 if has python3; then step long "aarch64, optimised" "train_mta infer_mta" python3 dev/tests/test_aarch64.py --long; fi
 step long "tokenizer, a million strings" "" "$python" dev/tests/test_tokenizer.py --full
