@@ -5,7 +5,7 @@
 #   --check        the quick tests alone, in about a minute and a half (make check); installs nothing
 #   --long         also what takes long: the tests of train_mta and infer_mta as programs under the sanitizers; undefined behaviour in
 #                  kernels (else the address sanitizer alone); operations in another order of threads at all shapes instead of one; test_mta
-#                  without CBLAS in optimised code (else under the sanitizers alone); 300 random models on the emulator instead of 36; a
+#                  without CBLAS in optimised code (else under the sanitizers alone); 300 random models on the emulator instead of 24; a
 #                  million inputs for the fuzzers instead of 10,000; a million strings for the tokenizer; every system call and allocation,
 #                  and many kills, as faults; train_mta and test_mta for aarch64 in optimised code; races in fused attention of
 #                  two sequences of 74 with heads of 128; nvcc for other architectures and what it made for them
@@ -238,8 +238,8 @@ fi
 
 # The CUDA source, executed on the CPU: orders of threads, the address sanitizer, every access watched for races.
 ASAN="env ASAN_OPTIONS=detect_leaks=0"
-step full "emulator bf16" test_mta_cuda_cpu_bf16 ./test_mta_cuda_cpu_bf16 --models 36
-step full "emulator fp32" test_mta_cuda_cpu ./test_mta_cuda_cpu --models 36
+step full "emulator bf16" test_mta_cuda_cpu_bf16 ./test_mta_cuda_cpu_bf16 --models 24
+step full "emulator fp32" test_mta_cuda_cpu ./test_mta_cuda_cpu --models 24
 step full "emulator many heads, order 7, asan" build/asan/test_mta_cuda_cpu_bf16 $ASAN CUDA_CPU_ORDER=7 build/asan/test_mta_cuda_cpu_bf16 --only "many heads" --models 6
 step full "emulator models, order 1, asan" build/asan/test_mta_cuda_cpu_bf16 $ASAN CUDA_CPU_ORDER=1 build/asan/test_mta_cuda_cpu_bf16 --only "random models" --models 14
 step full "emulator golden, order 1, asan" build/asan/test_mta_cuda_cpu_bf16 $ASAN CUDA_CPU_ORDER=1 build/asan/test_mta_cuda_cpu_bf16 --only golden
