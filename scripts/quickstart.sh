@@ -33,7 +33,7 @@ while [ $# -gt 0 ]; do
         --text=*) text=$(from_here "${1#*=}") ;;
         --out) out=$(from_here "${2:-}"); shift ;;
         --out=*) out=$(from_here "${1#*=}") ;;
-        --tiny) TOY_STEPS=10 TOY_BATCH=16 TOY_TESTS=100 TEXT_STEPS=4 TEXT_BATCH=2 TEXT_WINDOWS=8 ;;
+        --tiny) TOY_STEPS=4 TOY_BATCH=8 TOY_TESTS=100 TEXT_STEPS=4 TEXT_BATCH=2 TEXT_WINDOWS=8 ;;
         -h|--help) sed -n '2,/^set -/{/^set -/d;s/^# \{0,1\}//;p}' scripts/quickstart.sh; exit 0 ;;
         *) echo "quickstart.sh: unknown option $1; --help lists all" >&2; exit 1 ;;
     esac
