@@ -95,6 +95,7 @@ typedef struct {
     int answers;         // --score: standard output as the program got it, see run_divert_output
     double flops_per_token, flops_per_second;  // for MFU: the model's, and the machine's peak as the trainer states it
     double (*measure)(bool bf16);              // measures that peak again, NULL = it is not measured
+    double measure_after;                      // when next, in seconds of training
     char device[128];                          // the machine's name for it
     char length[160];                          // how --tokens or --epochs became steps, for the plan
     double started;                            // seconds_now() when training began
@@ -1023,13 +1024,13 @@ static inline Step run_load_step(Run* r) {
     return s;
 }
 
-// The peak that MFU is of, where the trainer measures it: its best product so far. Measured again after 1, 2, 4, 8, ...
-// steps: at the start other programs may have been in the way.
+// The peak that MFU is of, where the trainer measures it: its best product so far. Measured again after 10, 20, 40, ...
+// seconds of training, since other programs may have been in the way at the start; a short run is not made longer.
 static inline void run_measure(Run* r) {
-    int64_t n = r->step - r->first_step;
-    if (!r->measure || n < 1 || (n & (n - 1))) { return; }
+    if (!r->measure || r->training_seconds < fmax(10, r->measure_after)) { return; }
     double now = r->measure(!r->trainer->exact);
     if (now > r->flops_per_second) { r->flops_per_second = now; }
+    r->measure_after = 2 * r->training_seconds;
 }
 
 // Counts a finished step of so many seconds, writes its log line, shows progress.
