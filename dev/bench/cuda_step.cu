@@ -59,8 +59,8 @@ enum { MAX_SPANS = 1 << 18, MAX_CLASSES = 128 };
 typedef struct {
     const char* name;
     cudaEvent_t start, stop;
-} Span;
-static Span spans[MAX_SPANS];
+} TimedSpan;
+static TimedSpan spans[MAX_SPANS];
 static int n_spans = 0;
 
 static void clock_start(const char* name, cudaStream_t stream) {
@@ -68,7 +68,7 @@ static void clock_start(const char* name, cudaStream_t stream) {
         profiling = false;
         return;
     }
-    Span* s = &spans[n_spans];
+    TimedSpan* s = &spans[n_spans];
     s->name = name;
     cudaCheck(cudaEventCreate(&s->start));
     cudaCheck(cudaEventCreate(&s->stop));

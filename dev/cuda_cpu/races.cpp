@@ -125,4 +125,7 @@ extern "C" void __tsan_init(void) {
 // Atomics of the host's code
 extern "C" int32_t __tsan_atomic32_load(const volatile int32_t* p, int) { return __atomic_load_n(p, __ATOMIC_SEQ_CST); }
 extern "C" void __tsan_atomic32_store(volatile int32_t* p, int32_t v, int) { __atomic_store_n(p, v, __ATOMIC_SEQ_CST); }
+extern "C" int64_t __tsan_atomic64_fetch_add(volatile int64_t* p, int64_t v, int) {
+    return __atomic_fetch_add(p, v, __ATOMIC_SEQ_CST);
+}
 extern "C" int8_t __tsan_atomic8_load(const volatile int8_t* p, int) { return __atomic_load_n(p, __ATOMIC_SEQ_CST); }
