@@ -217,7 +217,7 @@ static inline void run_check_tokenizer(const Run* r, const ShardTokenizer* s) {
         same = n == r->rank_file.n && !memcmp(ranks, r->rank_file.text, n);
         free(ranks);
     }
-    if (same && tokenizer_file(t) && s->bytes >= 0 &&
+    if (same && tokenizer_file(t) && s->bytes > 0 &&
         ((int64_t)r->rank_file.n != s->bytes || crc32_update(0, r->rank_file.text, r->rank_file.n) != s->crc)) {
         die("--tokenizer: %s: %zu bytes, CRC-32 %08x, but the manifest.json beside %s says %lld and %08x",
             tokenizer_file(t), r->rank_file.n, crc32_update(0, r->rank_file.text, r->rank_file.n), s->shard,

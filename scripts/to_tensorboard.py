@@ -84,7 +84,7 @@ def convert(log, folder):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folder with log.jsonl")
     parser.add_argument("--out", metavar="DIR", help="of one run: the folder for its events, which holds none yet (default: RUN/tensorboard)")
     options = parser.parse_args()

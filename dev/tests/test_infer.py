@@ -587,7 +587,7 @@ class Llama(LogitsCase):
             ({"rope_scaling": None}, plain),
             ({"rope_scaling": dict(self.SCALING, rope_type="llama3")}, scaled),
             ({"rope_scaling": dict(self.SCALING, type="llama3")}, scaled),
-            ({"rope_parameters": dict(self.SCALING, rope_type="llama3", rope_theta=300.0), "rope_theta": 1.0}, scaled),
+            ({"rope_parameters": dict(self.SCALING, rope_type="llama3", rope_theta=300.0), "rope_theta": 300.0}, scaled),
         ]
         with self.assertRaises(AssertionError):
             self.compare(plain, scaled, 1e-2, "the scaling changes nothing")

@@ -934,7 +934,9 @@ static void attention_case(Test* t, const int* s, int shared) {
     }
 }
 static void test_attention(Test* t, const int* s) { attention_case(t, s, 0); }
+#if !defined(PRECISION_FP32)
 static void test_attention_little(Test* t, const int* s) { attention_case(t, s, 96); }
+#endif
 
 // =====================================================================================================================
 // What follows attention; loss, update
