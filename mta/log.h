@@ -6,12 +6,10 @@
 //           flops_per_second (the peak that mfu is of, 0 = not known), date, host, device, program, version, commit
 //           ("unknown" where it was built without git), config (as in config.json), arguments; changed: a list of what
 //           --resume has found to be another value than before
-// step      loss (nats per counted target), grad_norm (before clipping), lr, tokens (seen so far), tokens_per_s, mfu (0
-// to
-//           1), skipped (updates so far); sources: tokens of each source, where there are several
+// step      loss (nats per counted target), grad_norm (before clipping), lr, tokens (seen so far), tokens_per_s,
+//           mfu (0 to 1), skipped (updates so far); sources: tokens of each source, where there are several
 // val       a set of --val: name, loss, perplexity, tokens (counted); bits_per_byte where manifest.json tells the
-// bytes;
-//           error (0 to 1) of sequences where the set has a mask
+//           bytes; error (0 to 1) of sequences where the set has a mask
 // val_mean  behind several of them: sets, and the means over the sets of loss, perplexity, bits_per_byte
 // sample    text
 // save      seconds, path; timed: true where --save-minutes made it

@@ -389,14 +389,17 @@ static void test_state(void) {
     loader_close(&b);
 }
 
-// The log's content equals text?
+// The log's content, but for the time that ends a line, equals text?
 static bool log_is(const char* text) {
-    char* got = NULL;
+    char *got = NULL, *time = NULL, *end = NULL;
     size_t n = 0;
     Error e;
     e.text[0] = 0;
     if (!read_file(at("log.jsonl"), 1 << 20, &got, &n, &e)) { return false; }
-    bool same = n == strlen(text) && memcmp(got, text, n) == 0;
+    while ((time = strstr(got, ", \"time\": ")) != NULL && (end = strchr(time, '}')) != NULL) {
+        memmove(time, end, strlen(end) + 1);
+    }
+    bool same = strcmp(got, text) == 0;
     free(got);
     return same;
 }
@@ -426,7 +429,7 @@ static void test_log(void) {
     struct rlimit old, limit;
     getrlimit(RLIMIT_FSIZE, &old);
     limit = old;
-    limit.rlim_cur = 20;
+    limit.rlim_cur = (rlim_t)log.size + 20;  // room for half a line
     signal(SIGXFSZ, SIG_IGN);
     setrlimit(RLIMIT_FSIZE, &limit);
     int saved = dup(2), null = open("/dev/null", O_WRONLY);
