@@ -211,7 +211,7 @@ def newest_good(out):
 def contents(folder):
     """The files of a checkpoint that a resume must give again to the bit."""
     state = json.loads(read_bytes(os.path.join(folder, "trainer.json")))
-    del state["arguments"]
+    del state["arguments"], state["steps"]  # how far the run was to go, which the runs that are compared do not share
     return {
         "trainer.json": state,
         **{
