@@ -3,8 +3,8 @@
 #
 # Usage: scripts/test.sh [--check] [--long] [--no-install] [--only TEXT]
 #   --check        the quick tests alone, in about a minute and a half (make check); installs nothing
-#   --long         also what takes long: the tests of train_mta and infer_mta as programs under the sanitizers; undefined behaviour in
-#                  kernels (else the address sanitizer alone); operations in another order of threads at all shapes instead of one; test_mta
+#   --long         also what takes long: the tests of train_mta and infer_mta as programs under the sanitizers; the kernels under
+#                  the address sanitizer, and their undefined behaviour; operations in another order of threads at all shapes instead of one; test_mta
 #                  without CBLAS in optimised code (else under the sanitizers alone); 300 random models on the emulator instead of 24; a
 #                  million inputs for the fuzzers instead of 10,000; a million strings for the tokenizer; every system call and allocation,
 #                  and many kills, as faults; train_mta and test_mta for aarch64 in optimised code; races in fused attention of
@@ -106,7 +106,7 @@ report_ended() {
 }
 
 # What takes longest begins first, builds and steps, so that no core is left alone with one of them at the end.
-FIRST_BUILT="build/asan/test_mta_cuda_cpu_bf16 nvcc_check build/races/test_mta_bf16"
+FIRST_BUILT="nvcc_check build/races/test_mta_bf16"
 FIRST=("emulator bf16" test_cuda_run.py "PTX executed" test_prepare.py "emulator fp32" test_run.py test_quickstart.py fuzz
     "races fused attention" test_lm_eval.py "emulator many heads, order 7, asan" operations test_aarch64.py)
 
@@ -240,9 +240,9 @@ fi
 ASAN="env ASAN_OPTIONS=detect_leaks=0"
 step full "emulator bf16" test_mta_cuda_cpu_bf16 ./test_mta_cuda_cpu_bf16 --models 24
 step full "emulator fp32" test_mta_cuda_cpu ./test_mta_cuda_cpu --models 24
-step full "emulator many heads, order 7, asan" build/asan/test_mta_cuda_cpu_bf16 $ASAN CUDA_CPU_ORDER=7 build/asan/test_mta_cuda_cpu_bf16 --only "many heads" --models 6
-step full "emulator models, order 1, asan" build/asan/test_mta_cuda_cpu_bf16 $ASAN CUDA_CPU_ORDER=1 build/asan/test_mta_cuda_cpu_bf16 --only "random models" --models 14
-step full "emulator golden, order 1, asan" build/asan/test_mta_cuda_cpu_bf16 $ASAN CUDA_CPU_ORDER=1 build/asan/test_mta_cuda_cpu_bf16 --only golden
+step long "emulator many heads, order 7, asan" build/asan/test_mta_cuda_cpu_bf16 $ASAN CUDA_CPU_ORDER=7 build/asan/test_mta_cuda_cpu_bf16 --only "many heads" --models 6
+step long "emulator models, order 1, asan" build/asan/test_mta_cuda_cpu_bf16 $ASAN CUDA_CPU_ORDER=1 build/asan/test_mta_cuda_cpu_bf16 --only "random models" --models 14
+step long "emulator golden, order 1, asan" build/asan/test_mta_cuda_cpu_bf16 $ASAN CUDA_CPU_ORDER=1 build/asan/test_mta_cuda_cpu_bf16 --only golden
 step full "races models" build/races/test_mta_bf16 env CUDA_CPU_ORDER=7 build/races/test_mta_bf16 --only "random models" --models 10
 step full "races golden" build/races/test_mta_bf16 build/races/test_mta_bf16 --only golden
 step check "emulator golden cases" test_mta_cuda_cpu_bf16 ./test_mta_cuda_cpu_bf16 --only golden
