@@ -247,9 +247,9 @@ build/test_ptx: dev/tests/test_ptx.cpp $(wildcard dev/tests/*.h) $(PTX_HEADERS) 
 
 bench_programs: build/cpu_step build/cpu_step_nocblas
 build/cpu_step: dev/bench/cpu_step.c train_mta.c $(HEADERS) build/flags_c
-	$(CC) $(CFLAGS) $(BLAS) $(ONEDNN) $< -o $@ $(BLAS_LINK) $(ONEDNN_LINK) $(LDLIBS)
+	$(CC) $(CFLAGS) -Wno-unused-function $(BLAS) $(ONEDNN) $< -o $@ $(BLAS_LINK) $(ONEDNN_LINK) $(LDLIBS)
 build/cpu_step_nocblas: dev/bench/cpu_step.c train_mta.c $(HEADERS) build/flags_c
-	$(CC) $(CFLAGS) $< -o $@ $(LDLIBS)
+	$(CC) $(CFLAGS) -Wno-unused-function $< -o $@ $(LDLIBS)
 build/infer_step: dev/bench/infer_step.c dev/bench/machine.c infer_mta.c $(HEADERS) build/flags_c
 	$(CC) $(CFLAGS) -I. -Wno-unused-function $(BLAS) $< -o $@ $(BLAS_LINK) $(LDLIBS)
 
