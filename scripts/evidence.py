@@ -235,7 +235,7 @@ def plan_memory(cell, emulator):
     command = [emulator, "--dry-run", "--model", "880m", "--attention", cell["attention"], "--seq-len", str(cell["length"]), "--max-position-embeddings", "4096",
                "--batch-size", "4"]
     plan = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    sizes = {name: float(size) for name, size in re.findall(r"^(?:memory)? +([a-z][^0-9\n]*?) +([0-9.]+) MiB$", plan, re.MULTILINE)}
+    sizes = {name: float(size) for name, size in re.findall(r"^(?:memory)? +(\S.*?) +([0-9.]+) MiB", plan, re.MULTILINE)}
     return {**cell, "processor": processor(), "commit": commit(), "seconds": round(time.time() - began, 1), "last": {"MiB": sizes["total"]}, "MiB": sizes,
             "arguments": command[1:]}
 

@@ -155,6 +155,8 @@ def cost(results):
 def draw_cost(results):
     """Time over length of sequence, a panel a head size; the paper's ratios as dotted lines."""
     measured = [r for r in results if r["task"] == "cost"]
+    if not measured:
+        return False
     try:
         import matplotlib
         matplotlib.use("Agg")
