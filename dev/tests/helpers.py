@@ -89,6 +89,14 @@ def png_size(path):
     return struct.unpack(">II", head[16:24])
 
 
+def without_torch(error):
+    """After a failed import of PyTorch or its kin: runs the calling file again by dev/.venv's Python, or gives the reason to skip."""
+    python = os.path.join(ROOT, "dev", ".venv", "bin", "python")
+    if os.path.exists(python) and os.path.abspath(sys.executable) != python:
+        os.execv(python, [python, *sys.argv])
+    return "%s; pip install -r dev/requirements.txt into dev/.venv" % error
+
+
 def main():
     """Runs the tests of the calling file, or those that -k names; says what was skipped and why; ends with the counts."""
     result = unittest.main(module="__main__", exit=False, verbosity=1).result

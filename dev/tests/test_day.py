@@ -20,9 +20,8 @@ import sys
 import tempfile
 import unittest
 
-from helpers import BIN, ROOT, main, read_bytes
+from helpers import BIN, ROOT, main, read_bytes, without_torch
 
-PYTHON = os.path.join(ROOT, "dev", ".venv", "bin", "python")
 TRAINER = os.path.join(BIN, "train_mta")
 WHERE = ("/usr/share", "/usr/lib", "/usr/include", os.path.dirname(os.__file__))
 FOLDER = tempfile.TemporaryDirectory(prefix="test_day_")
@@ -34,9 +33,7 @@ try:
 
     transformers.utils.logging.disable_progress_bar()
 except ImportError as e:
-    if os.path.exists(PYTHON) and os.path.abspath(sys.executable) != PYTHON:
-        os.execv(PYTHON, [PYTHON, *sys.argv])
-    torch, REASON = None, "%s; pip install -r dev/requirements.txt into dev/.venv" % e
+    torch, REASON = None, without_torch(e)
 
 
 def texts_of_this_machine(wanted):

@@ -22,12 +22,13 @@ import sys
 import tempfile
 import unittest
 
-from helpers import BIN, GOLDEN, ROOT, floats, golden_checkpoint, main, read_bytes, read_safetensors, write_safetensors
+from helpers import (
+    BIN, GOLDEN, ROOT, floats, golden_checkpoint, main, read_bytes, read_safetensors, without_torch, write_safetensors,
+)
 
 FOLDER = tempfile.TemporaryDirectory(prefix="test_export_")
 os.environ.update(HF_HOME=os.path.join(FOLDER.name, "home"), HF_HUB_OFFLINE="1", TRANSFORMERS_VERBOSITY="error")
 os.environ.update(HF_HUB_DISABLE_PROGRESS_BARS="1", OMP_WAIT_POLICY="passive")
-PYTHON = os.path.join(ROOT, "dev", ".venv", "bin", "python")
 EXPORT = os.path.join(ROOT, "scripts", "export.py")
 INFER, TRAINER = os.path.join(BIN, "infer_mta"), os.path.join(BIN, "train_mta")
 RANKS = os.path.join(GOLDEN, "tokenizers")
@@ -38,9 +39,7 @@ try:
 
     transformers.utils.logging.disable_progress_bar()
 except ImportError as e:
-    if os.path.exists(PYTHON) and os.path.abspath(sys.executable) != PYTHON:
-        os.execv(PYTHON, [PYTHON, *sys.argv])
-    torch, REASON = None, "%s; pip install -r dev/requirements.txt into dev/.venv" % e
+    torch, REASON = None, without_torch(e)
 needs_torch = unittest.skipIf(torch is None, "" if torch else REASON)
 LONG = "--long" in sys.argv
 sys.argv = [a for a in sys.argv if a != "--long"]
