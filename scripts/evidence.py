@@ -4,11 +4,13 @@
 A cell is one run of the CPU trainer: a task, a model, an attention, a seed and a learning rate. Its name says all of them, and its options follow from the
 name alone, so that a line of dev/evidence/PART.jsonl can be made again by `scripts/evidence.sh PART --cells NAME`. Standard library only.
 """
+
 import argparse
 import json
 import os
 import random
 import re
+import shlex
 import shutil
 import signal
 import statistics
@@ -17,6 +19,9 @@ import sys
 import time
 import zlib
 
+import evidence_kernels
+import evidence_long
+
 HERE = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(HERE)
 RESULTS = os.path.join(ROOT, "dev", "evidence")
@@ -24,65 +29,167 @@ RESULTS = os.path.join(ROOT, "dev", "evidence")
 # ---- the cells
 
 TOY_TASKS = [(n, kind) for n in (5, 8) for kind in ("all", "first", "last")]
-TOY_BLOCKS = 8             # blocks of a sequence; the paper's sequences of 321 tokens hold 52 or 34
-TOY_SAMPLES = 400000       # sequences of the training set: more than are drawn, so that no sequence is seen twice
-TOY_STEPS, TOY_TUNING_STEPS = 6000, 3000
+TOY_BLOCKS = 8  # blocks of a sequence; the paper's sequences of 321 tokens hold 52 or 34
+TOY_SAMPLES = 400000  # sequences of the training set: more than are drawn, so that no sequence is seen twice
+TOY_TESTS = 1000  # sequences of the validation set
+TOY_STEPS, TOY_TUNING_STEPS, TOY_LONG_STEPS = 3000, 3000, 9000
 TOY_BEST = {"layers": 4, "width": 64, "lr": 2e-3}  # settled by the part toy-tuning, for the plain Transformer
+
+ABLATION_SEEDS, ABLATION_STEPS = (1, 2, 3), 1000
+NO_CONV = ["--kq-conv-layers", "none"]
+
+
+def conv(queries=2, keys=9, layers="all", before="on", after="off"):
+    """Options of a key-query convolution; without arguments the paper's for the toy task."""
+    return [
+        "--kq-conv-layers", layers, "--kq-conv-query-size", str(queries), "--kq-conv-key-size", str(keys),
+        "--kq-conv-pre-softmax", before, "--kq-conv-post-softmax", after,
+    ]
+
+
+ABLATION = {  # what stands in a row: the attention it starts from, and the options over it; all of the toy model of two layers
+    "transformer": ("transformer", []),
+    "diff": ("diff", []),
+    "heads before": ("mta", [*NO_CONV, "--head-mix-pre-softmax", "2"]),
+    "heads after": ("mta", [*NO_CONV, "--head-mix-post-softmax", "2"]),
+    "heads before and after (talking-heads)": ("talking-heads", []),
+    "convolution before (the paper's toy model)": ("mta", conv()),
+    "convolution after": ("mta", conv(before="off", after="on")),
+    "convolution before and after": ("mta", conv(after="on")),
+    "convolution before, heads before": ("mta", [*conv(), "--head-mix-pre-softmax", "2"]),
+    "convolution before, heads after": ("mta", [*conv(), "--head-mix-post-softmax", "2"]),
+    "convolution before, norm": ("mta", [*conv(), "--head-norm", "group"]),
+    "convolution before, norm scaled by depth": ("mta", [*conv(), "--head-norm", "group_depth_scaled"]),
+    "convolution before, norm, gate": ("mta", [*conv(), "--head-norm", "group", "--head-gate", "on"]),
+    "all four, no norm": ("mta-full", [*conv(after="on"), "--head-norm", "none", "--head-gate", "off"]),
+    "all four, norm scaled by depth": (
+        "mta-full",
+        [*conv(after="on"), "--head-norm", "group_depth_scaled", "--head-gate", "off"],
+    ),
+    "all four, norm, gate (mta-full)": ("mta-full", conv(after="on")),
+    "kernel of 1 query, 9 keys": ("mta", conv(queries=1)),
+    "kernel of 2 queries, 1 key": ("mta", conv(keys=1)),
+    "kernel of 2 queries, 5 keys": ("mta", conv(keys=5)),
+    "kernel of 6 queries, 11 keys": ("mta", conv(6, 11)),
+    "convolution in the first layer only": ("mta", conv(layers="0")),
+    "convolution in the last layer only": ("mta", conv(layers="1")),
+    "kernels start at random": ("mta", conv()),
+    "kernels start as the mean": ("mta", conv()),
+    "retrofit: plain, then plain": ("transformer", []),
+    "retrofit: plain, then mta from the identity": ("mta", conv()),
+}
+RETROFIT, START = (
+    "retrofit: ",
+    "kernels start ",
+)  # rows that train a plain Transformer first; whose kernels do not start at the identity
 
 LANGUAGE_MODELS = ("1m", "3m")
 LANGUAGE_ATTENTIONS = ("transformer", "diff", "talking-heads", "mta", "mta-full")
 LANGUAGE_STEPS, LANGUAGE_TUNING_STEPS = 2400, 600
 LANGUAGE_LR = {"1m": 3e-3, "3m": 3e-3}  # settled by the part language-tuning, for the plain Transformer
 
+LONG_ATTENTIONS, LONG_SEEDS = ("transformer", "mta"), (1, 2)
+LONG_STEPS, LONG_MORE_STEPS, LONG_THETAS = (
+    2000, 500, (10000, 50000),
+)  # at 256 tokens, then at 512 with the second base of RoPE
+
 COST_ATTENTIONS = ("diff", "talking-heads", "mta", "mta-full")
-COST_MODELS = {32: ("1m", []), 64: ("11m", []), 128: ("25m", ["--num-attention-heads", "4", "--num-key-value-heads", "4"])}  # by head size
+COST_MODELS = {
+    32: ("1m", []), 64: ("11m", []), 128: ("25m", ["--num-attention-heads", "4", "--num-key-value-heads", "4"]),
+}  # by head size
 COST_LENGTHS = (512, 1024, 2048, 4096)
-COST_ROUNDS, COST_STEPS = 3, {32: 10, 64: 5, 128: 4}  # rounds of both programs in turns; steps of one by head size, the first of which does not count
-COST_PLANS = (2048, 4096)       # lengths of the 880m model whose memory on a GPU is planned, 4 sequences at once
+COST_ROUNDS, COST_STEPS = (
+    3,
+    {32: 10, 64: 5, 128: 4},
+)  # rounds of both programs in turns; steps of one by head size, the first of which does not count
+COST_PLANS = (2048, 4096)  # lengths of the 880m model whose memory on a GPU is planned, 4 sequences at once
 
 
 def toy_cell(part, n, kind, attention, seed, layers, width, lr, steps):
-    return {"part": part, "name": f"n{n}_{kind}/{attention}/layers{layers}_width{width}_lr{lr:g}_steps{steps}/seed{seed}", "task": f"n{n}_{kind}", "n": n,
-            "kind": kind, "model": f"toy, {layers} layers of {width} channels", "attention": attention, "seed": seed, "layers": layers, "width": width, "lr": lr,
-            "steps": steps}
+    return {
+        "part": part, "name": f"n{n}_{kind}/{attention}/layers{layers}_width{width}_lr{lr:g}_steps{steps}/seed{seed}",
+        "task": f"n{n}_{kind}", "n": n, "kind": kind, "model": f"toy, {layers} layers of {width} channels",
+        "attention": attention, "seed": seed, "layers": layers, "width": width, "lr": lr, "steps": steps,
+    }
+
+
+def ablation_cell(row, seed):
+    attention, options = ABLATION[row]
+    cell = toy_cell("ablation", 5, "first", attention, seed, 2, TOY_BEST["width"], TOY_BEST["lr"], ABLATION_STEPS)
+    return {**cell, "name": f"{re.sub('[^a-z0-9]+', '_', row).strip('_')}/seed{seed}", "row": row, "options": options}
 
 
 def language_cell(part, model, attention, seed, lr, steps):
-    return {"part": part, "name": f"{model}/{attention}/lr{lr:g}_steps{steps}/seed{seed}", "task": "language", "model": model, "attention": attention,
-            "seed": seed, "lr": lr, "steps": steps}
+    return {
+        "part": part, "name": f"{model}/{attention}/lr{lr:g}_steps{steps}/seed{seed}", "task": "language",
+        "model": model, "attention": attention, "seed": seed, "lr": lr, "steps": steps,
+    }
 
 
 def cost_cell(attention, head_size, length):
     model = COST_MODELS[head_size][0]
-    return {"part": "cost", "name": f"{model}_heads{head_size}/{attention}/T{length}", "task": "cost", "model": f"{model}, heads of {head_size}", "attention": attention,
-            "seed": 1, "head_size": head_size, "length": length, "steps": COST_STEPS[head_size]}
+    return {
+        "part": "cost", "name": f"{model}_heads{head_size}/{attention}/T{length}", "task": "cost",
+        "model": f"{model}, heads of {head_size}", "attention": attention, "seed": 1, "head_size": head_size,
+        "length": length, "steps": COST_STEPS[head_size],
+    }
 
 
 def plan_cell(attention, length):
-    return {"part": "cost", "name": f"880m_plan/{attention}/T{length}", "task": "plan", "model": "880m", "attention": attention, "seed": 1, "length": length, "steps": 1}
+    return {
+        "part": "cost", "name": f"880m_plan/{attention}/T{length}", "task": "plan", "model": "880m",
+        "attention": attention, "seed": 1, "length": length, "steps": 1,
+    }
 
 
 def cells_of(part):
     """The cells of a part, those that tell most first."""
     if part == "toy-tuning":  # depth, width and learning rate of the plain Transformer on one task
-        grid = [(4, 64, 2e-3), (4, 64, 1e-3), (4, 64, 4e-3), (2, 64, 2e-3), (6, 64, 2e-3), (4, 128, 1e-3), (4, 128, 2e-3)]
+        grid = [
+            (4, 64, 2e-3), (4, 64, 1e-3), (4, 64, 4e-3), (2, 64, 2e-3), (6, 64, 2e-3), (4, 128, 1e-3), (4, 128, 2e-3),
+        ]
         cells = [toy_cell(part, 5, "first", "transformer", 1, *g, TOY_TUNING_STEPS) for g in grid]
-        return cells + [toy_cell(part, 5, "first", "mta", 1, *g, TOY_TUNING_STEPS) for g in grid[:1]]
+        cells += [toy_cell(part, 5, "first", "mta", 1, *g, TOY_TUNING_STEPS) for g in grid[:1]]
+        best = (TOY_BEST["layers"], TOY_BEST["width"], TOY_BEST["lr"])
+        return cells + [
+            toy_cell(part, 5, "first", attention, 1, *best, TOY_LONG_STEPS) for attention in ("transformer", "mta")
+        ]
     if part == "toy":
-        return [toy_cell(part, n, kind, attention, seed, TOY_BEST["layers"], TOY_BEST["width"], TOY_BEST["lr"], TOY_STEPS)
-                for seed in (1, 2, 3) for n, kind in TOY_TASKS for attention in ("transformer", "mta")]
+        return [
+            toy_cell(part, n, kind, attention, seed, TOY_BEST["layers"], TOY_BEST["width"], TOY_BEST["lr"], TOY_STEPS)
+            for seed in (1, 2, 3)
+            for n, kind in TOY_TASKS
+            for attention in ("transformer", "mta")
+        ]
+    if part == "ablation":
+        return [ablation_cell(row, seed) for seed in ABLATION_SEEDS for row in ABLATION]
     if part == "language-tuning":
-        return [language_cell(part, model, "transformer", 1, lr, LANGUAGE_TUNING_STEPS) for model in LANGUAGE_MODELS for lr in (1.5e-3, 3e-3, 6e-3)]
+        return [
+            language_cell(part, model, "transformer", 1, lr, LANGUAGE_TUNING_STEPS)
+            for model in LANGUAGE_MODELS
+            for lr in (1.5e-3, 3e-3, 6e-3)
+        ]
     if part == "language":
-        return [language_cell(part, model, attention, seed, LANGUAGE_LR[model], LANGUAGE_STEPS)
-                for seed in (1, 2) for model in LANGUAGE_MODELS for attention in LANGUAGE_ATTENTIONS]
+        return [
+            language_cell(part, model, attention, seed, LANGUAGE_LR[model], LANGUAGE_STEPS)
+            for seed in (1, 2)
+            for model in LANGUAGE_MODELS
+            for attention in LANGUAGE_ATTENTIONS
+        ]
+    if part == "long":
+        return [
+            {**language_cell(part, "1m", attention, seed, LANGUAGE_LR["1m"], LONG_MORE_STEPS), "task": "long"}
+            for seed in LONG_SEEDS
+            for attention in LONG_ATTENTIONS
+        ]
     if part == "cost":
         return [cost_cell(a, h, t) for h in COST_MODELS for t in COST_LENGTHS for a in COST_ATTENTIONS] + [
-            plan_cell(a, t) for t in COST_PLANS for a in ("transformer", *COST_ATTENTIONS)]
+            plan_cell(a, t) for t in COST_PLANS for a in ("transformer", *COST_ATTENTIONS)
+        ]
     raise SystemExit(f"evidence.py: no part is called {part}; wanted one of {', '.join(PARTS)}")
 
 
-PARTS = ("toy-tuning", "toy", "language-tuning", "language", "cost")
+PARTS = ("toy-tuning", "toy", "ablation", "language-tuning", "language", "long", "cost")
 
 # ---- what is known of finished cells
 
@@ -107,8 +214,13 @@ def processor():
 
 def commit():
     """The commit of the checkout; "+" behind it where a program or a header that trains is changed."""
-    name = subprocess.run(["git", "-C", ROOT, "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    changed = subprocess.run(["git", "-C", ROOT, "status", "--porcelain", "--", "train_mta.c", "mta", "data", "Makefile"], capture_output=True, text=True).stdout
+    name = subprocess.run(
+        ["git", "-C", ROOT, "rev-parse", "--short", "HEAD"], capture_output=True, text=True
+    ).stdout.strip()
+    changed = subprocess.run(
+        ["git", "-C", ROOT, "status", "--porcelain", "--", "train_mta.c", "mta", "data", "Makefile"],
+        capture_output=True, text=True,
+    ).stdout
     return name + ("+" if changed.strip() else "")
 
 
@@ -119,12 +231,21 @@ def toy_data(cell, out):
     """Makes the data of a toy cell, unless it is there; a data seed is the run's seed. Returns the options that name it."""
     folder = os.path.join(out, "data", f"{cell['task']}_{cell['seed']}")
     if not os.path.exists(os.path.join(folder, "toy_task.json")):
-        subprocess.run([sys.executable, os.path.join(ROOT, "data", "toy_task.py"), "--out", folder, "--n", str(cell["n"]), "--kind", cell["kind"], "--blocks",
-                        str(TOY_BLOCKS), "--seed", str(cell["seed"]), "--train-samples", str(TOY_SAMPLES), "--jobs", "1"], check=True,
-                       stdout=subprocess.DEVNULL)
+        subprocess.run(
+            [
+                sys.executable, os.path.join(ROOT, "data", "toy_task.py"), "--out", folder, "--n", str(cell["n"]),
+                "--kind", cell["kind"], "--blocks", str(TOY_BLOCKS), "--seed", str(cell["seed"]), "--train-samples",
+                str(TOY_SAMPLES), "--test-samples", str(TOY_TESTS), "--jobs", "1",
+            ],
+            check=True,
+            stdout=subprocess.DEVNULL,
+        )
     with open(os.path.join(folder, "toy_task.json"), encoding="utf-8") as f:
         length = json.load(f)["length"]
-    return ["--train", folder + "/toy_train_*.bin", "--val", f"toy={folder}/toy_val_*.bin", "--seq-len", str(length), "--tokenizer", "toy"]
+    return [
+        "--train", folder + "/toy_train_*.bin", "--val", f"toy={folder}/toy_val_*.bin", "--seq-len", str(length),
+        "--tokenizer", "toy",
+    ]
 
 
 def language_data(out):
@@ -134,23 +255,82 @@ def language_data(out):
         subprocess.run([sys.executable, os.path.join(HERE, "evidence_text.py"), "--out", folder], check=True)
     with open(os.path.join(folder, "done"), encoding="utf-8") as f:
         domains = f.read().split()
-    return ["--train", ",".join(f"{folder}/{d}_train_*.bin" for d in domains), "--val", ",".join(f"{d}={folder}/{d}_val_*.bin" for d in domains),
-            "--seq-len", "256", "--tokenizer", "bytes"]
+    return [
+        "--train", ",".join(f"{folder}/{d}_train_*.bin" for d in domains), "--val",
+        ",".join(f"{d}={folder}/{d}_val_*.bin" for d in domains), "--seq-len", "256", "--tokenizer", "bytes",
+    ]
 
 
-def command_of(cell, out, trainer):
-    """The trainer's command line of a cell."""
+def commands_of(cell, out, trainer):
+    """The trainer's command lines of a cell, in their order; the last one's log is the cell's."""
     steps = cell["steps"]
-    common = ["--attention", cell["attention"], "--lr", f"{cell['lr']:g}", "--schedule", "linear", "--steps", str(steps), "--seed", str(cell["seed"]),
-              "--eval-every", str(steps // 10), "--save-every", str(steps // 10), "--keep", "1", "--sample-every", "0", "--log-every", "100", "--resume",
-              "--out", os.path.join(out, cell["part"], cell["name"])]
+    folder = os.path.join(out, cell["part"], cell["name"])
+    common = [
+        "--lr", f"{cell['lr']:g}", "--schedule", "linear", "--steps", str(steps), "--seed", str(cell["seed"]),
+        "--eval-every", str(steps // 10), "--save-every", str(steps // 10), "--keep", "1", "--sample-every", "0",
+        "--log-every", "100", "--resume",
+    ]
+    attention = ["--attention", cell["attention"], *cell.get("options", [])]
     if cell["task"] == "language":
-        return [trainer, "--model", cell["model"], *language_data(out), "--batch-size", "16", "--tokens-per-step", "4096", "--eval-windows", "256", "--warmup",
-                "100", *common]
-    width = cell["width"]
-    return [trainer, "--model", "toy", "--hidden-size", str(width), "--num-hidden-layers", str(cell["layers"]), "--num-attention-heads", "2",
-            "--num-key-value-heads", "2", "--intermediate-size", str(3 * width), "--kq-conv-key-size", str(2 * cell["n"] - 1), *toy_data(cell, out),
-            "--batch-size", "64", "--eval-windows", "0", "--warmup", "100", "--weight-decay", "0", *common]
+        return [
+            [
+                trainer, "--model", cell["model"], *language_data(out), "--batch-size", "16", "--tokens-per-step",
+                "4096", "--eval-windows", "256", "--warmup", "100", *attention, *common, "--out", folder,
+            ]
+        ]
+    if cell["task"] == "long":
+        language_data(out)
+        evidence_long.make(os.path.join(out, "long"), os.path.join(out, "text"))
+        shards = os.path.join(out, "long", "shards")
+        data = [
+            "--train", f"{shards}/questions_train_*.bin", "--val", f"questions={shards}/questions_val_*.bin",
+            "--batch-size", "8", "--tokens-per-step", "4096", "--eval-windows", "128", *attention,
+        ]
+        first = folder + ".first"
+        lengths = [
+            ["--seq-len", str(t), "--rope-theta", str(theta)] for t, theta in zip(evidence_long.LENGTHS, LONG_THETAS)
+        ]
+        before = [*common]
+        before[before.index("--steps") + 1] = str(LONG_STEPS)
+        return [
+            [
+                trainer, "--model", "1m", "--max-position-embeddings", "512", "--tokenizer", "bytes", *lengths[0],
+                *data, "--warmup", "100", *before, "--out", first,
+            ],
+            [
+                trainer, "--init-from", os.path.join(first, f"step-{LONG_STEPS:08d}"), *lengths[1], *data, "--warmup",
+                "50", *common, "--out", folder,
+            ],
+        ]
+    width, row = cell["width"], cell.get("row", "")
+    task = [*toy_data(cell, out), "--batch-size", "64", "--eval-windows", "0", "--warmup", "100", "--weight-decay", "0"]
+    model = [
+        "--model", "toy", "--hidden-size", str(width), "--num-hidden-layers", str(cell["layers"]),
+        "--num-attention-heads", "2", "--num-key-value-heads", "2", "--intermediate-size", str(3 * width),
+    ]
+    if not row:
+        model += ["--kq-conv-key-size", str(2 * cell["n"] - 1)]
+    first = folder + ".first"
+    continued = [
+        trainer, "--init-from", os.path.join(first, f"step-{1 if row.startswith(START) else steps:08d}"), *task,
+        *attention,
+    ]
+    if row.startswith(RETROFIT):
+        return [
+            [trainer, *model, *task, "--attention", "transformer", *common, "--out", first],
+            [*continued, *common, "--out", folder],
+        ]
+    if row.startswith(START):
+        start = [
+            trainer, *model, *task, *attention, "--seed", str(cell["seed"]), "--steps", "1", "--lr", "0", "--resume",
+            "--out", first,
+        ]
+        edit = [
+            sys.executable, os.path.join(HERE, "evidence_kernels.py"), row[len(START) :].split()[-1], continued[2],
+            str(cell["seed"]),
+        ]
+        return [start, edit, [*continued, "--no-verify", *common, "--out", folder]]
+    return [[trainer, *model, *task, *attention, *common, "--out", folder]]
 
 
 def result_of(cell, out, trainer):
@@ -173,8 +353,26 @@ def result_of(cell, out, trainer):
     if not last or len(last) < len(curve):
         return None
     arguments = [a.replace(os.path.join(out, ""), "RUNS/") for a in arguments]
-    return {**cell, "processor": processor(), "commit": commit(), "seconds": round(seconds, 1), "parameters": parameters, "last": last, "curve": curve,
-            "arguments": arguments}
+    result = {
+        **cell, "processor": processor(), "commit": commit(), "seconds": round(seconds, 1), "parameters": parameters,
+        "last": last, "curve": curve, "arguments": arguments,
+    }
+    checkpoints = {"": os.path.join(os.path.dirname(log), f"step-{cell['steps']:08d}")}
+    if cell["task"] == "long":
+        checkpoints["before "] = os.path.join(os.path.dirname(log) + ".first", f"step-{LONG_STEPS:08d}")
+        result["last"] |= {
+            when + name: round(share, 4)
+            for when, folder in checkpoints.items()
+            for name, share in evidence_long.score(trainer, folder, os.path.join(out, "long")).items()
+        }
+    learned = evidence_kernels.kernels(checkpoints[""])
+    if learned:
+        result["patterns"] = evidence_kernels.counts(learned)
+        result["kernels"] = {
+            f"{layer} {name}": [[[round(w, 3) for w in line] for line in head] for head in tensor]
+            for (layer, name), tensor in sorted(learned.items())
+        }
+    return result
 
 
 def cost_shard(out):
@@ -200,11 +398,15 @@ def timed_run(command):
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
-        raise SystemExit(f"evidence.py: {' '.join(command)}: status {process.returncode}: {message.decode(errors='replace').strip()}")
+        raise SystemExit(
+            f"evidence.py: {' '.join(command)}: status {process.returncode}: {message.decode(errors='replace').strip()}"
+        )
     with open(log, encoding="utf-8") as f:
         events = [json.loads(line) for line in f]
     tokens = next(e["tokens_per_step"] for e in events if e["event"] == "start")
-    return tokens / max(e["tokens_per_s"] for e in events if e["event"] == "step" and e["step"] > 1), usage.ru_maxrss * 1024
+    return tokens / max(
+        e["tokens_per_s"] for e in events if e["event"] == "step" and e["step"] > 1
+    ), usage.ru_maxrss * 1024
 
 
 def measure_cost(cell, out, trainer):
@@ -214,17 +416,22 @@ def measure_cost(cell, out, trainer):
     seconds, peak, command = {}, {}, []
     for _ in range(COST_ROUNDS):
         for attention in ("transformer", cell["attention"]):
-            command = [trainer, "--model", model, *options, "--attention", attention, "--train", cost_shard(out), "--tokenizer", "bytes", "--seq-len", str(cell["length"]),
-                       "--max-position-embeddings", "4096", "--batch-size", "1", "--steps", str(cell["steps"]), "--log-every", "1", "--save-every", "0", "--sample-every", "0",
-                       "--out", os.path.join(out, "cost")]
+            command = [
+                trainer, "--model", model, *options, "--attention", attention, "--train", cost_shard(out),
+                "--tokenizer", "bytes", "--seq-len", str(cell["length"]), "--max-position-embeddings", "4096",
+                "--batch-size", "1", "--steps", str(cell["steps"]), "--log-every", "1", "--save-every", "0",
+                "--sample-every", "0", "--out", os.path.join(out, "cost"),
+            ]
             took, resident = timed_run(command)
             seconds.setdefault(attention, []).append(took)
             peak[attention] = max(peak.get(attention, 0), resident)
     mine, plain = (statistics.median(seconds[a]) for a in (cell["attention"], "transformer"))
     last = {"time": round(mine / plain, 4), "memory": round(peak[cell["attention"]] / peak["transformer"], 4)}
-    return {**cell, "processor": processor(), "commit": commit(), "seconds": round(time.time() - began, 1), "last": last,
-            "step_seconds": {a: [round(x, 5) for x in xs] for a, xs in seconds.items()}, "resident_bytes": peak,
-            "arguments": [a.replace(os.path.join(out, ""), "RUNS/") for a in command]}
+    return {
+        **cell, "processor": processor(), "commit": commit(), "seconds": round(time.time() - began, 1), "last": last,
+        "step_seconds": {a: [round(x, 5) for x in xs] for a, xs in seconds.items()}, "resident_bytes": peak,
+        "arguments": [a.replace(os.path.join(out, ""), "RUNS/") for a in command],
+    }
 
 
 def plan_memory(cell, emulator):
@@ -232,20 +439,35 @@ def plan_memory(cell, emulator):
     if not os.access(emulator, os.X_OK):
         raise SystemExit(f"evidence.py: {emulator}: no such program; make build/train_mta_cuda_cpu builds it")
     began = time.time()
-    command = [emulator, "--dry-run", "--model", "880m", "--attention", cell["attention"], "--seq-len", str(cell["length"]), "--max-position-embeddings", "4096",
-               "--batch-size", "4"]
+    command = [
+        emulator, "--dry-run", "--model", "880m", "--attention", cell["attention"], "--seq-len", str(cell["length"]),
+        "--max-position-embeddings", "4096", "--batch-size", "4",
+    ]
     plan = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    sizes = {name: float(size) for name, size in re.findall(r"^(?:memory)? +(\S.*?) +([0-9.]+) MiB", plan, re.MULTILINE)}
-    return {**cell, "processor": processor(), "commit": commit(), "seconds": round(time.time() - began, 1), "last": {"MiB": sizes["total"]}, "MiB": sizes,
-            "arguments": command[1:]}
+    sizes = {
+        name: float(size) for name, size in re.findall(r"^(?:memory)? +(\S.*?) +([0-9.]+) MiB", plan, re.MULTILINE)
+    }
+    return {
+        **cell, "processor": processor(), "commit": commit(), "seconds": round(time.time() - began, 1),
+        "last": {"MiB": sizes["total"]}, "MiB": sizes, "arguments": command[1:],
+    }
 
 
 def measure_cells(only, out, trainer):
     """The cells of the part `cost`, one after the other: nothing else may run meanwhile."""
     for cell in [c for c in cells_of("cost") if only in c["name"] and c["name"] not in read_results("cost")]:
-        result = plan_memory(cell, os.path.join(ROOT, "build", "train_mta_cuda_cpu")) if cell["task"] == "plan" else measure_cost(cell, out, trainer)
+        result = (
+            plan_memory(cell, os.path.join(ROOT, "build", "train_mta_cuda_cpu"))
+            if cell["task"] == "plan"
+            else measure_cost(cell, out, trainer)
+        )
         keep(result)
-        print(f"cost/{cell['name']}: " + ", ".join(f"{k} {v:g}" for k, v in result["last"].items()) + f"  {result['seconds']:.0f} s", flush=True)
+        print(
+            f"cost/{cell['name']}: "
+            + ", ".join(f"{k} {v:g}" for k, v in result["last"].items())
+            + f"  {result['seconds']:.0f} s",
+            flush=True,
+        )
 
 
 def keep(result):
@@ -259,7 +481,11 @@ def keep(result):
 
 def predicted_seconds(cell, results):
     """Seconds of a cell on one thread: as long a cell of its part, model and steps took, else None."""
-    same = [r["seconds"] / r["steps"] for r in results.values() if r["model"] == cell["model"] and r["task"] == cell["task"] and r["attention"] == cell["attention"]]
+    same = [
+        r["seconds"] / r["steps"]
+        for r in results.values()
+        if r["model"] == cell["model"] and r["task"] == cell["task"] and r["attention"] == cell["attention"]
+    ]
     near = [r["seconds"] / r["steps"] for r in results.values() if r["model"] == cell["model"]]
     rates = same or near
     return sorted(rates)[len(rates) // 2] * cell["steps"] if rates else None
@@ -275,15 +501,26 @@ def print_plan(parts, only):
             seconds += guess or 0
             unknown += not done and guess is None
             open_cells += not done
-            print(f"{'done' if done else 'open'}  {part}/{cell['name']}" + (f"  about {guess / 60:.0f} min" if guess else ""))
-        print(f"{part}: {len(cells)} cells, {len(cells) - open_cells} done; the others take about {seconds / 3600:.1f} h of one core"
-              + (f", {unknown} of them not known yet" if unknown else ""))
+            print(
+                f"{'done' if done else 'open'}  {part}/{cell['name']}"
+                + (f"  about {guess / 60:.0f} min" if guess else "")
+            )
+        print(
+            f"{part}: {len(cells)} cells, {len(cells) - open_cells} done; the others take about {seconds / 3600:.1f} h of one core"
+            + (f", {unknown} of them not known yet" if unknown else "")
+        )
 
 
 def run_cells(parts, only, jobs, out, trainer):
     """Trains what is open, `jobs` at a time. A signal stops the trainings, which save first; the same command goes on."""
-    waiting = [c for part in parts if part != "cost" for c in cells_of(part) if only in c["name"] and c["name"] not in read_results(part)]
-    running, stop = {}, []
+    waiting = [
+        c
+        for part in parts
+        if part != "cost"
+        for c in cells_of(part)
+        if only in c["name"] and c["name"] not in read_results(part)
+    ]
+    running, stop, told = {}, [], False
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.append(1))
     print(f"{len(waiting)} cells, {jobs} at a time", flush=True)
@@ -291,24 +528,40 @@ def run_cells(parts, only, jobs, out, trainer):
     while running or (waiting and not stop):
         while waiting and len(running) < jobs and not stop:
             cell = waiting.pop(0)
-            command = command_of(cell, out, trainer)
+            command = " && ".join(shlex.join(c) for c in commands_of(cell, out, trainer))
             folder = os.path.join(out, cell["part"], cell["name"])
             os.makedirs(folder, exist_ok=True)
             with open(folder + ".txt", "a", encoding="utf-8") as log:
-                running[subprocess.Popen(command, stdout=log, stderr=log, env=environment)] = cell
+                running[
+                    subprocess.Popen(
+                        ["sh", "-c", "trap : TERM; " + command], stdout=log, stderr=log, env=environment,
+                        start_new_session=True,
+                    )
+                ] = cell
         time.sleep(0.5)
         for process in [p for p in running if p.poll() is not None]:
             cell = running.pop(process)
             result = result_of(cell, out, trainer) if process.returncode == 0 else None
             if result:
                 keep(result)
-                print(f"{cell['part']}/{cell['name']}: " + ", ".join(f"{k} {v:g}" for k, v in result["last"].items()) + f"  {result['seconds']:.0f} s", flush=True)
+                print(
+                    f"{cell['part']}/{cell['name']}: "
+                    + ", ".join(f"{k} {v:g}" for k, v in result["last"].items())
+                    + f"  {result['seconds']:.0f} s",
+                    flush=True,
+                )
             elif not stop:
-                print(f"evidence.py: {cell['part']}/{cell['name']} ended with status {process.returncode}; see {out}", file=sys.stderr)
+                print(
+                    f"evidence.py: {cell['part']}/{cell['name']} ended with status {process.returncode}; see {out}",
+                    file=sys.stderr,
+                )
                 stop.append(1)
-        if stop:
+        if stop and not told:  # once: a second signal would end a trainer that is saving
+            told = True
             for process in running:
-                process.terminate()
+                os.killpg(process.pid, signal.SIGTERM)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
     return 75 if stop else 0
 
 

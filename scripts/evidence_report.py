@@ -2,18 +2,25 @@
 
 Every table says what the paper has, what we have, at which size, over how many seeds, by which command and commit. A part without finished cells
 is said to be open. The pictures need matplotlib; without it the tables alone are written."""
+
 import os
 import statistics
 import sys
 
 import evidence
+import evidence_long
 
 PICTURES = os.path.join(evidence.ROOT, "dev", "pictures")
 TOY_PAPER = {  # arXiv 2504.00927, table 1: error in percent
-    "transformer": {"n5_all": "51.6 ± 43.1", "n5_first": "78.2", "n5_last": "1.3", "n8_all": "31.2", "n8_first": "28.9", "n8_last": "58.4"},
+    "transformer": {
+        "n5_all": "51.6 ± 43.1", "n5_first": "78.2", "n5_last": "1.3", "n8_all": "31.2", "n8_first": "28.9",
+        "n8_last": "58.4",
+    },
     "mta": {"n5_all": "0.1", "n5_first": "0.0", "n5_last": "0.0", "n8_all": "0.1", "n8_first": "0.0", "n8_last": "0.0"},
 }
-LANGUAGE_PAPER = {"transformer": 11.25, "diff": 11.15, "talking-heads": 11.04, "mta": 11.09, "mta-full": 10.91}  # mean validation perplexity, 880M
+LANGUAGE_PAPER = {
+    "transformer": 11.25, "diff": 11.15, "talking-heads": 11.04, "mta": 11.09, "mta-full": 10.91,
+}  # mean validation perplexity, 880M
 
 
 def spread(values, scale=1.0, digits=1):
@@ -26,7 +33,11 @@ def spread(values, scale=1.0, digits=1):
 
 
 def table(head, rows):
-    return ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)] + ["| " + " | ".join(str(c) for c in row) + " |" for row in rows] + [""]
+    return (
+        ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+        + ["| " + " | ".join(str(c) for c in row) + " |" for row in rows]
+        + [""]
+    )
 
 
 def origin(results, part):
@@ -35,46 +46,73 @@ def origin(results, part):
     machines = ", ".join(sorted({r["processor"] for r in results}))
     hours = sum(r["seconds"] for r in results) / 3600
     done, wanted = len(results), len(evidence.cells_of(part))
-    return [f"`scripts/evidence.sh {part}`: {done} of {wanted} cells, {hours:.1f} hours of one core ({machines}), commit {commits}.", ""]
+    return [
+        f"`scripts/evidence.sh {part}`: {done} of {wanted} cells, {hours:.1f} hours of one core ({machines}), commit {commits}.",
+        "",
+    ]
 
 
 def toy(results):
     chosen = [r for r in results if r["steps"] == evidence.TOY_STEPS]
     seeds = sorted({r["seed"] for r in chosen})
-    lines = ["## The toy task: find the block that holds two letters", "",
-             f"Claim: a plain Transformer fails at it, MTA does not. The paper: 4 layers, 2 heads, 256 channels, sequences of 321 tokens (34 to 52 blocks), 100,000 "
-             f"steps, attention dropout 0.1. Here: {evidence.TOY_BEST['layers']} layers, 2 heads, {evidence.TOY_BEST['width']} channels, {evidence.TOY_BLOCKS} blocks, "
-             f"{evidence.TOY_STEPS} steps of 64 fresh sequences, learning rate {evidence.TOY_BEST['lr']:g} with linear decay (the best of `toy-tuning` for the plain "
-             "Transformer), no dropout. Sequences with a wrong answer token, of 1000 that training never saw, in percent; mean and standard deviation over seeds "
-             f"{', '.join(map(str, seeds))} of initialisation and data.", ""]
+    lines = [
+        "## The toy task: find the block that holds two letters",
+        "",
+        f"Claim: a plain Transformer fails at it, MTA does not. The paper: 4 layers, 2 heads, 256 channels, sequences of 321 tokens (34 to 52 blocks), 100,000 "
+        f"steps, attention dropout 0.1. Here: {evidence.TOY_BEST['layers']} layers, 2 heads, {evidence.TOY_BEST['width']} channels, {evidence.TOY_BLOCKS} blocks, "
+        f"{evidence.TOY_STEPS} steps of 64 fresh sequences, learning rate {evidence.TOY_BEST['lr']:g} with linear decay (the best of `toy-tuning` for the plain "
+        "Transformer), no dropout. Sequences with a wrong answer token, of 1000 that training never saw, in percent; mean and standard deviation over seeds "
+        f"{', '.join(map(str, seeds))} of initialisation and data.",
+        "",
+    ]
     tasks = [f"n{n}_{kind}" for n, kind in evidence.TOY_TASKS]
     rows = []
     for attention in ("transformer", "mta"):
-        values = {t: [r["last"]["toy"] for r in chosen if r["task"] == t and r["attention"] == attention] for t in tasks}
+        values = {
+            t: [r["last"]["toy"] for r in chosen if r["task"] == t and r["attention"] == attention] for t in tasks
+        }
         rows.append([f"{attention}, paper"] + [TOY_PAPER[attention][t] for t in tasks])
-        rows.append([f"{attention}, ours"] + [spread(values[t], 100) + (f" ({len(values[t])})" if values[t] else "") for t in tasks])
+        rows.append(
+            [f"{attention}, ours"]
+            + [spread(values[t], 100) + (f" ({len(values[t])})" if values[t] else "") for t in tasks]
+        )
     lines += table(["error in % (seeds)"] + [t.replace("_", ", ").replace("n", "N ", 1) for t in tasks], rows)
     return lines + origin(chosen, "toy")
 
 
 def toy_tuning(results):
-    lines = ["## How the baseline of the toy task was chosen", "", f"N 5, first letter, {evidence.TOY_TUNING_STEPS} steps, one seed: error in percent on the way.", ""]
+    """The settings tried, by their error at the end; the same settings for three times as many steps show how far from the plateau they are."""
+    lines = [
+        "## How the baseline of the toy task was chosen", "",
+        "N 5, first letter, one seed: error in percent on the way. Each row's learning rate falls to 0 at its own last step.",
+        "",
+    ]
     rows = []
-    for r in sorted(results, key=lambda r: r["last"]["toy"]):
-        curve = dict((s, e) for s, e in r["curve"]["toy"])
+    for r in sorted(results, key=lambda r: (r["steps"], r["last"]["toy"])):
+        curve = dict(r["curve"]["toy"])
         at = [curve.get(r["steps"] * k // 10) for k in (2, 5, 10)]
-        rows.append([r["attention"], r["layers"], r["width"], f"{r['lr']:g}"] + [f"{100 * e:.1f}" if e is not None else "-" for e in at])
-    lines += table(["attention", "layers", "channels", "learning rate"] + [f"step {evidence.TOY_TUNING_STEPS * k // 10}" for k in (2, 5, 10)], rows)
+        rows.append(
+            [r["attention"], r["layers"], r["width"], f"{r['lr']:g}", r["steps"]]
+            + [f"{100 * e:.1f}" if e is not None else "-" for e in at]
+        )
+    lines += table(
+        ["attention", "layers", "channels", "learning rate", "steps", "after a fifth", "after half", "at the end"], rows
+    )
     return lines + origin(results, "toy-tuning")
 
 
 def language(results):
     domains = sorted({d for r in results for d in r["last"]})
-    lines = ["## Language: validation loss", "",
-             "Claim: at equal size, data and steps MTA models have a lower validation loss than the plain Transformer; the paper at 880M parameters: perplexity "
-             + ", ".join(f"{a} {p}" for a, p in LANGUAGE_PAPER.items()) + ". Here: bytes as tokens, five domains of Debian's documentation, sequences of 256, "
-             f"{evidence.LANGUAGE_STEPS} steps of 4096 tokens, the learning rate tuned for the plain Transformer (`language-tuning`). Nats a byte; mean and standard "
-             "deviation over seeds; the last column is the mean of the domains minus that of the plain Transformer of the same seed.", ""]
+    lines = [
+        "## Language: validation loss",
+        "",
+        "Claim: at equal size, data and steps MTA models have a lower validation loss than the plain Transformer; the paper at 880M parameters: perplexity "
+        + ", ".join(f"{a} {p}" for a, p in LANGUAGE_PAPER.items())
+        + ". Here: bytes as tokens, five domains of Debian's documentation, sequences of 256, "
+        f"{evidence.LANGUAGE_STEPS} steps of 4096 tokens, the learning rate tuned for the plain Transformer (`language-tuning`). Nats a byte; mean and standard "
+        "deviation over seeds; the last column is the mean of the domains minus that of the plain Transformer of the same seed.",
+        "",
+    ]
     mean = lambda r: statistics.mean(r["last"].values())  # noqa: E731
     for model in evidence.LANGUAGE_MODELS:
         rows = []
@@ -83,17 +121,30 @@ def language(results):
             mine = [r for r in results if r["model"] == model and r["attention"] == attention]
             if mine:
                 differences = [mean(r) - plain[r["seed"]] for r in mine if r["seed"] in plain]
-                rows.append([attention, len(mine)] + [spread([r["last"][d] for r in mine], 1, 4) for d in domains]
-                            + [spread([mean(r) for r in mine], 1, 4), spread(differences, 1, 4) if attention != "transformer" else ""])
+                rows.append(
+                    [attention, len(mine)]
+                    + [spread([r["last"][d] for r in mine], 1, 4) for d in domains]
+                    + [
+                        spread([mean(r) for r in mine], 1, 4),
+                        spread(differences, 1, 4) if attention != "transformer" else "",
+                    ]
+                )
         if rows:
-            lines += [f"Model {model}:", ""] + table(["attention", "seeds"] + domains + ["mean", "minus transformer"], rows)
+            lines += [f"Model {model}:", ""] + table(
+                ["attention", "seeds"] + domains + ["mean", "minus transformer"], rows
+            )
     return lines + origin(results, "language")
 
 
 def language_tuning(results):
-    lines = ["## How the learning rate of the language models was chosen", "", f"The plain Transformer, {evidence.LANGUAGE_TUNING_STEPS} steps, seed 1: mean loss of the "
-             "domains.", ""]
-    rows = [[r["model"], f"{r['lr']:g}", f"{statistics.mean(r['last'].values()):.4f}"] for r in sorted(results, key=lambda r: (r["model"], r["lr"]))]
+    lines = [
+        "## How the learning rate of the language models was chosen", "",
+        f"The plain Transformer, {evidence.LANGUAGE_TUNING_STEPS} steps, seed 1: mean loss of the domains.", "",
+    ]
+    rows = [
+        [r["model"], f"{r['lr']:g}", f"{statistics.mean(r['last'].values()):.4f}"]
+        for r in sorted(results, key=lambda r: (r["model"], r["lr"]))
+    ]
     return lines + table(["model", "learning rate", "loss"], rows) + origin(results, "language-tuning")
 
 
@@ -101,6 +152,7 @@ def draw_toy(results):
     """The error over steps of every seed, a panel a task."""
     try:
         import matplotlib
+
         matplotlib.use("Agg")
         import matplotlib.pyplot as plt
     except ImportError:
@@ -110,7 +162,10 @@ def draw_toy(results):
     for axis, (n, kind) in zip(axes.flat, evidence.TOY_TASKS):
         for attention, colour in (("transformer", "#c1272d"), ("mta", "#0000a7")):
             for i, r in enumerate(r for r in results if r["task"] == f"n{n}_{kind}" and r["attention"] == attention):
-                axis.plot([s for s, _ in r["curve"]["toy"]], [100 * e for _, e in r["curve"]["toy"]], color=colour, marker=".", label=None if i else attention)
+                axis.plot(
+                    [s for s, _ in r["curve"]["toy"]], [100 * e for _, e in r["curve"]["toy"]], color=colour,
+                    marker=".", label=None if i else attention,
+                )
         axis.set_title(f"N = {n}, {kind}")
         axis.set_ylim(-3, 103)
         axis.grid(alpha=0.3)
@@ -122,32 +177,177 @@ def draw_toy(results):
     return True
 
 
-COST_PAPER = {"diff": (54.3 / 17.6, 21.6 / 17.5), "talking-heads": (54.3 / 14.6, 63.0 / 17.5), "mta-full": (54.3 / 5.7, 73.8 / 17.5)}  # time, memory of 880M, T 2048
+ABLATION_PAPER = (
+    "all four with gate 10.90, all four with the norm scaled by depth 10.92, without the convolution after the softmax 10.95, convolution before "
+    "and heads after 11.09, the same without a norm 11.16, convolution after and heads after 11.11, convolution and heads before 11.10, "
+    "heads alone 11.04, convolution before alone 11.23 (8 x 13: 11.31), plain 11.25"
+)
+
+
+def ablation(results):
+    seeds = sorted({r["seed"] for r in results})
+    lines = [
+        "## Ablation: what each operation is worth on the toy task",
+        "",
+        f"The paper's, 880M, mean validation perplexity: {ABLATION_PAPER}. Here: N 5, first letter, 2 layers of 2 heads, {evidence.TOY_BEST['width']} "
+        f"channels, {evidence.ABLATION_STEPS} steps of 64 sequences, learning rate {evidence.TOY_BEST['lr']:g}; a retrofit takes as many steps "
+        "again. Wrong sequences in percent, mean and standard deviation over seeds "
+        f"{', '.join(map(str, seeds))} of initialisation and data. The task asks for a match of two letters, which is what a "
+        "convolution finds and heads alone do not: these rows say nothing about language.",
+        "",
+    ]
+    rows = []
+    for row in evidence.ABLATION:
+        errors = [r["last"]["toy"] for r in results if r["row"] == row]
+        rows.append(
+            [
+                row, spread(errors, 100), f"{100 * min(errors):.1f} to {100 * max(errors):.1f}" if errors else "",
+                len(errors),
+            ]
+        )
+    return lines + table(["row", "error, %", "range", "seeds"], rows) + origin(results, "ablation")
+
+
+def long(results):
+    lines = [
+        "## Longer context: trained at 256 tokens, continued at 512",
+        "",
+        "Claim: MTA is better at finding facts in a long text, at 2k tokens and, continued with another base of RoPE, at 4k. Here: the 1m model "
+        f"of bytes, {evidence.LONG_STEPS} steps of 4096 tokens at 256 with base {evidence.LONG_THETAS[0]}, then {evidence.LONG_MORE_STEPS} at 512 with base "
+        f"{evidence.LONG_THETAS[1]}, on questions with their answers: needles ({evidence_long.NEEDLES} facts, one is asked for; the whole number "
+        "must be the greedy continuation) and BabiLong's QA1 (the likeliest of six rooms; QA1 of 256 has no distraction). Questions "
+        "right, in percent, mean and standard deviation over seeds.",
+        "",
+    ]
+    rows = []
+    for attention in evidence.LONG_ATTENTIONS:
+        mine = [r for r in results if r["attention"] == attention]
+        for when, label in (("before ", "at 256"), ("", "continued at 512")):
+            rows.append(
+                [attention, label, len(mine)]
+                + [spread([r["last"][when + name] for r in mine], 100) for name in evidence_long.SETS]
+            )
+    return lines + table(["attention", "trained", "seeds", *evidence_long.SETS], rows) + origin(results, "long")
+
+
+def patterns():
+    """Counts of what the kernels of all finished cells look like, whatever their part."""
+    found = [
+        r
+        for part in ("toy-tuning", "toy", "ablation", "language")
+        for r in evidence.read_results(part).values()
+        if r.get("patterns")
+    ]
+    if not found:
+        return []
+    lines = [
+        "## Patterns: what the kernels have learned",
+        "",
+        "The paper shows kernels near the identity, diagonals, one-sided ones, and heads that are subtracted from others, without counts. "
+        "A convolution counts as identity where its identity tap has 90% of the squared weights; as diagonal where taps that move along with the "
+        "query have 60%, two of them at least 10%; as one-sided where the keys before or the keys behind have 60% of what is not the identity's "
+        "tap. A mixing counts as identity where its diagonal has 90%, as contrast where a head is subtracted from another "
+        "with 10% of its row (scripts/evidence_kernels.py).",
+        "",
+    ]
+    groups = {}
+    for r in found:
+        for name, kinds in r["patterns"].items():
+            group = groups.setdefault((r["part"], r["model"], r["attention"], name), {"models": 0})
+            group["models"] += 1
+            for kind, n in kinds.items():
+                group[kind] = group.get(kind, 0) + n
+    kinds = ("identity", "diagonal", "one-sided", "contrast", "other")
+    rows = [[*key, group["models"], *(group.get(kind, "-") for kind in kinds)] for key, group in sorted(groups.items())]
+    return lines + table(["part", "model", "attention", "kernels", "models", *kinds], rows)
+
+
+def draw_kernels():
+    """The convolutions of the toy model of seed 1, a row a layer, a column a head."""
+    cells = [r for r in evidence.read_results("toy").values() if r.get("kernels") and r["seed"] == 1]
+    if not cells:
+        return False
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+    except ImportError:
+        return False
+    kernels = next((r for r in cells if r["task"] == "n5_first"), cells[0])["kernels"]
+    figure, axes = plt.subplots(
+        len(kernels), len(next(iter(kernels.values()))), figsize=(9, 1.3 * len(kernels)), squeeze=False
+    )
+    limit = max(abs(w) for tensor in kernels.values() for head in tensor for line in head for w in line)
+    for row, (name, tensor) in zip(axes, sorted(kernels.items())):
+        for head, axis in enumerate(row):
+            axis.imshow(tensor[head], cmap="RdBu", vmin=-limit, vmax=limit, aspect="auto")
+            axis.set_title(f"layer {name.split()[0]}, head {head}", fontsize=8)
+            axis.set_xticks(
+                range(len(tensor[head][0])),
+                [f"{k - len(tensor[head][0]) // 2:+d}" for k in range(len(tensor[head][0]))], fontsize=6,
+            )
+            axis.set_yticks(
+                range(len(tensor[head])), [f"{q + 1 - len(tensor[head])}" for q in range(len(tensor[head]))], fontsize=6
+            )
+    figure.supxlabel("key, from the one that is weighed", fontsize=8)
+    figure.supylabel("query, from this one", fontsize=8)
+    figure.tight_layout()
+    figure.savefig(os.path.join(PICTURES, "evidence_kernels.png"), dpi=100)
+    return True
+
+
+COST_PAPER = {
+    "diff": (54.3 / 17.6, 21.6 / 17.5), "talking-heads": (54.3 / 14.6, 63.0 / 17.5),
+    "mta-full": (54.3 / 5.7, 73.8 / 17.5),
+}  # time, memory of 880M, T 2048
 
 
 def cost(results):
     measured = [r for r in results if r["task"] == "cost"]
     plans = [r for r in results if r["task"] == "plan"]
-    lines = ["## Cost: the step and the memory beside the plain Transformer's", "",
-             "The paper's own code at 880M, T 2048, on H200s, times the plain Transformer: "
-             + ", ".join(f"{a} {t:.1f} in time and {m:.1f} in memory" for a, (t, m) in COST_PAPER.items()) + ". Here: the CPU trainer with all threads, one sequence a "
-             "step, whole steps with the update, in turns with the plain Transformer of the same size (median of three rounds, the fastest step of each); memory is the "
-             "program's largest resident size.", ""]
+    lines = [
+        "## Cost: the step and the memory beside the plain Transformer's",
+        "",
+        "The paper's own code at 880M, T 2048, on H200s, times the plain Transformer: "
+        + ", ".join(f"{a} {t:.1f} in time and {m:.1f} in memory" for a, (t, m) in COST_PAPER.items())
+        + ". Here: the CPU trainer with all threads, one sequence a "
+        "step, whole steps with the update, in turns with the plain Transformer of the same size (median of three rounds, the fastest step of each); memory is the "
+        "program's largest resident size.",
+        "",
+    ]
     for quantity in ("time", "memory"):
         rows = []
         for h in evidence.COST_MODELS:
             for a in evidence.COST_ATTENTIONS:
-                cells = {r["length"]: r["last"][quantity] for r in measured if r["head_size"] == h and r["attention"] == a}
+                cells = {
+                    r["length"]: r["last"][quantity] for r in measured if r["head_size"] == h and r["attention"] == a
+                }
                 if cells:
-                    rows.append([evidence.COST_MODELS[h][0], h, a] + [f"{cells[t]:.2f}" if t in cells else "-" for t in evidence.COST_LENGTHS])
+                    rows.append(
+                        [evidence.COST_MODELS[h][0], h, a]
+                        + [f"{cells[t]:.2f}" if t in cells else "-" for t in evidence.COST_LENGTHS]
+                    )
         if rows:
             lines += [f"Times the plain Transformer's {quantity}:", ""]
             lines += table(["model", "head size", "attention"] + [f"T {t}" for t in evidence.COST_LENGTHS], rows)
     if plans:
         plain = {r["length"]: r["last"]["MiB"] for r in plans if r["attention"] == "transformer"}
-        rows = [[a] + [f"{r['last']['MiB'] / 1024:.1f} ({r['last']['MiB'] / plain[t]:.2f})" if (r := found.get((a, t))) and t in plain else "-" for t in evidence.COST_PLANS]
-                for found in [{(r["attention"], r["length"]): r for r in plans}] for a in ("transformer", *evidence.COST_ATTENTIONS)]
-        lines += ["What the CUDA trainer plans for 880m, 4 sequences at once, GiB (times the plain Transformer's): computed by its `--dry-run`, not measured.", ""]
+        rows = [
+            [a]
+            + [
+                f"{r['last']['MiB'] / 1024:.1f} ({r['last']['MiB'] / plain[t]:.2f})"
+                if (r := found.get((a, t))) and t in plain
+                else "-"
+                for t in evidence.COST_PLANS
+            ]
+            for found in [{(r["attention"], r["length"]): r for r in plans}]
+            for a in ("transformer", *evidence.COST_ATTENTIONS)
+        ]
+        lines += [
+            "What the CUDA trainer plans for 880m, 4 sequences at once, GiB (times the plain Transformer's): computed by its `--dry-run`, not measured.",
+            "",
+        ]
         lines += table(["attention"] + [f"T {t}" for t in evidence.COST_PLANS], rows)
     return lines + origin(results, "cost")
 
@@ -159,6 +359,7 @@ def draw_cost(results):
         return False
     try:
         import matplotlib
+
         matplotlib.use("Agg")
         import matplotlib.pyplot as plt
     except ImportError:
@@ -166,10 +367,14 @@ def draw_cost(results):
     figure, axes = plt.subplots(1, len(evidence.COST_MODELS), figsize=(12, 4), sharey=True)
     for axis, h in zip(axes, evidence.COST_MODELS):
         for a, colour in zip(evidence.COST_ATTENTIONS, ("#7f7f7f", "#e69f00", "#0000a7", "#009e73")):
-            cells = sorted((r["length"], r["last"]["time"]) for r in measured if r["head_size"] == h and r["attention"] == a)
+            cells = sorted(
+                (r["length"], r["last"]["time"]) for r in measured if r["head_size"] == h and r["attention"] == a
+            )
             axis.plot([t for t, _ in cells], [x for _, x in cells], color=colour, marker="o", label=a)
             if a in COST_PAPER:
-                axis.plot(2048, COST_PAPER[a][0], color=colour, marker="x", linestyle="none", label=f"{a}, the paper's code")
+                axis.plot(
+                    2048, COST_PAPER[a][0], color=colour, marker="x", linestyle="none", label=f"{a}, the paper's code"
+                )
         axis.axhline(1, color="black", linewidth=0.8)
         axis.set_xscale("log", base=2)
         axis.set_xticks(evidence.COST_LENGTHS, [str(t) for t in evidence.COST_LENGTHS])
@@ -183,14 +388,21 @@ def draw_cost(results):
     return True
 
 
-PARTS = {"toy": toy, "toy-tuning": toy_tuning, "language": language, "language-tuning": language_tuning, "cost": cost}
+PARTS = {
+    "toy": toy, "toy-tuning": toy_tuning, "ablation": ablation, "language": language,
+    "language-tuning": language_tuning, "long": long, "cost": cost,
+}
 
 
 def write():
-    lines = ["# Results: the paper's claims, and what was found here", "",
-             "`scripts/evidence.sh --report` writes this page from the cells in [dev/evidence](evidence); one cell is one training run on the CPU, and its line there has "
-             "its options, curve, seconds, processor and commit. `scripts/evidence.sh --plan` lists what is open. Small models only: nobody has trained the 880M model "
-             "with this code.", ""]
+    lines = [
+        "# Results: the paper's claims, and what was found here",
+        "",
+        "`scripts/evidence.sh --report` writes this page from the cells in [dev/evidence](evidence); one cell is one training run on the CPU, and its line there has "
+        "its options, curve, seconds, processor and commit. `scripts/evidence.sh --plan` lists what is open. Small models only: nobody has trained the 880M model "
+        "with this code.",
+        "",
+    ]
     open_parts = []
     for part, section in PARTS.items():
         results = list(evidence.read_results(part).values())
@@ -201,7 +413,13 @@ def write():
         if part == "toy" and draw_toy(results):
             lines += ["![error over steps of each toy task, every seed](pictures/evidence_toy.png)", ""]
         if part == "cost" and draw_cost(results):
-            lines += ["![time of a step over the plain Transformer's, by length and head size](pictures/evidence_cost.png)", ""]
+            lines += [
+                "![time of a step over the plain Transformer's, by length and head size](pictures/evidence_cost.png)",
+                "",
+            ]
+    lines += patterns()
+    if draw_kernels():
+        lines += ["![the convolution kernels of a toy model, by layer and head](pictures/evidence_kernels.png)", ""]
     if open_parts:
         lines += ["Not begun: " + ", ".join(open_parts) + ".", ""]
     with open(os.path.join(evidence.ROOT, "dev", "RESULTS.md"), "w", encoding="utf-8") as f:

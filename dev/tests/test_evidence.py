@@ -1,0 +1,125 @@
+"""Tests of scripts/evidence.sh's list of cells: the trainer takes each one's options, a cell is trained once, an unfinished one goes on, what is
+counted of kernels and answers is what it says.
+
+    python3 dev/tests/test_evidence.py     (train_mta must be built)
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import unittest
+from unittest import mock
+
+import helpers
+
+sys.path.insert(0, os.path.join(helpers.ROOT, "scripts"))
+import evidence  # noqa: E402
+import evidence_kernels  # noqa: E402
+import evidence_long  # noqa: E402
+
+TRAINER = os.path.join(helpers.BIN, "train_mta")
+
+
+class Evidence(unittest.TestCase):
+    def setUp(self):
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        self.out = os.path.join(folder.name, "runs")
+        self.results = os.path.join(folder.name, "results")
+        os.makedirs(self.out)
+
+    def test_every_cell_is_a_model_that_the_trainer_takes(self):
+        seen = set()
+        with (
+            mock.patch.object(evidence, "toy_data", lambda cell, out: ["--seq-len", "53", "--tokenizer", "toy"]),
+            mock.patch.object(evidence, "language_data", lambda out: ["--seq-len", "256", "--tokenizer", "bytes"]),
+            mock.patch.object(evidence_long, "make", lambda out, text: None),
+        ):
+            for cell in [c for part in evidence.PARTS if part != "cost" for c in evidence.cells_of(part)]:
+                key = (cell["part"], cell["model"], cell["attention"], cell.get("row"), cell["lr"], cell["steps"])
+                if key in seen:
+                    continue
+                seen.add(key)
+                command = [a for a in evidence.commands_of(cell, self.out, TRAINER)[0] if a != "--resume"]
+                for option in {"--train", "--val"} & set(command):  # a plan needs no shards
+                    at = command.index(option)
+                    del command[at : at + 2]
+                done = subprocess.run([*command, "--dry-run"], capture_output=True, text=True)
+                self.assertEqual((done.returncode, done.stderr), (0, ""), cell["name"])
+        self.assertGreater(len(seen), 40)
+
+    def test_names_of_cells_differ(self):
+        for part in evidence.PARTS:
+            names = [c["name"] for c in evidence.cells_of(part)]
+            self.assertEqual(len(names), len(set(names)), part)
+
+    def run_row(self, row, steps):
+        with (
+            mock.patch.object(evidence, "ABLATION", {row: evidence.ABLATION[row]}),
+            mock.patch.object(evidence, "ABLATION_SEEDS", (1,)),
+            mock.patch.object(evidence, "ABLATION_STEPS", steps),
+            mock.patch.object(evidence, "TOY_SAMPLES", 640),
+            mock.patch.object(evidence, "TOY_TESTS", 20),
+            mock.patch.object(evidence, "RESULTS", self.results),
+            mock.patch("builtins.print"),
+        ):
+            return evidence.run_cells(["ablation"], "", 1, self.out, TRAINER), list(
+                evidence.read_results("ablation").values()
+            )
+
+    def test_a_cell_is_trained_once_and_its_line_says_what_it_was(self):
+        for row in ("kernels start at random", "retrofit: plain, then mta from the identity"):
+            status, lines = self.run_row(row, 10)
+            self.assertEqual(status, 0, row)
+            line = lines[-1]
+            self.assertEqual((line["row"], line["attention"], line["seed"], line["steps"]), (row, "mta", 1, 10))
+            self.assertEqual(
+                set(line) & {"part", "model", "processor", "commit", "seconds", "last", "patterns", "arguments"},
+                {"part", "model", "processor", "commit", "seconds", "last", "patterns", "arguments"},
+            )
+            self.assertEqual(sum(line["patterns"]["kq_conv"].values()), 4)  # two layers of two heads
+            path = os.path.join(self.results, "ablation.jsonl")
+            with open(path, encoding="utf-8") as f:
+                before = f.read()
+            self.assertEqual(self.run_row(row, 10)[0], 0)
+            with open(path, encoding="utf-8") as f:
+                self.assertEqual(f.read(), before)
+
+    def test_kernels_that_start_elsewhere_do(self):
+        self.run_row("kernels start as the mean", 10)
+        folder = os.path.join(self.out, "ablation", "kernels_start_as_the_mean", "seed1")
+        start = evidence_kernels.kernels(os.path.join(folder + ".first", "step-00000001"))
+        self.assertEqual(
+            {round(18 * w, 6) for tensor in start.values() for head in tensor for line in head for w in line}, {1.0}
+        )
+
+    def test_patterns(self):
+        identity = [[0, 0, 0, 0, 0], [0, 0, 1, 0.1, 0]]
+        diagonal = [[0, 0.9, 0, 0, 0], [0, 0.1, 1, 0, 0]]
+        earlier = [[0, 0, 0, 0, 0], [0, 1, 1, 0, 0.1]]
+        mixed = [[0, 0, 0, 1, 0], [0, 1, 1, 0, 0]]
+        self.assertEqual(
+            [evidence_kernels.pattern(k) for k in (identity, diagonal, earlier, mixed)],
+            ["identity", "diagonal", "one-sided", "other"],
+        )
+        self.assertEqual(
+            [evidence_kernels.mixing(m) for m in ([[1, 0.1], [0, 2]], [[1, -0.5], [0, 1]], [[1, 0.5], [0.5, 1]])],
+            ["identity", "contrast", "other"],
+        )
+        self.assertEqual(
+            evidence_kernels.counts({(0, "kq_conv"): [identity, diagonal], (1, "kq_conv"): [identity]}),
+            {"kq_conv": {"identity": 2, "diagonal": 1}},
+        )
+
+    def test_share_right(self):
+        choices = [{"item": i, "choice": c, "gold": 1} for i in (0, 1) for c in (0, 1)]
+        answers = [{"logprob": p} for p in (-2.0, -1.0, -1.0, -2.0)]
+        needles = [{"item": 5}, {"item": 6}]
+        for requests, scores in ((choices, answers), (needles, [{"greedy": True}, {"greedy": False}])):
+            self.assertEqual(evidence_long.share_right(map(json.dumps, requests), map(json.dumps, scores)), 0.5)
+
+
+if __name__ == "__main__":
+    helpers.main()
