@@ -15,10 +15,6 @@
 #include "util.h"
 #include <math.h>
 
-#ifndef MTA_VERSION
-#define MTA_VERSION "unknown"  // the Makefile gives what the file VERSION says
-#endif
-
 typedef enum {
     OPT_HEADING,  // name is a heading of --help
     OPT_FLAG,     // bool*: --x sets it

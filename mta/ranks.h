@@ -12,6 +12,7 @@
 
 #include "util.h"
 
+#include "ranks_start.h"
 #include "ranks_watch.h"
 
 #include <sched.h>
@@ -291,30 +292,6 @@ static inline void ranks_answer(Ranks* r, void* data, size_t n) {
 // ---------------------------------------------------------------------------------------------------------------------
 // Start and end
 
-// The processes that a launcher says it has started, and the number of this one; 1 where there is no launcher.
-static inline int ranks_started(int* rank, const char** launcher) {
-    static const char* const variables[][3] = {{"OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK", "Open MPI's mpirun"},
-                                               {"PMI_SIZE", "PMI_RANK", "MPICH's mpiexec"},
-                                               {"SLURM_STEP_NUM_TASKS", "SLURM_PROCID", "srun"}};
-    *rank = 0;
-    for (size_t i = 0; i < sizeof variables / sizeof variables[0]; i++) {
-        const char *size = getenv(variables[i][0]), *number = getenv(variables[i][1]);
-        if (!size || atoi(size) < 2) { continue; }
-        *rank = number ? atoi(number) : 0;
-        *launcher = variables[i][2];
-        return atoi(size);
-    }
-    return 1;
-}
-
-// Where MPI does not tell the ranks of each other, the first one prints what is wrong. A launcher ends all when one
-// ends, so the others wait a moment.
-static inline void ranks_yield_to_first(int rank) {
-    if (!rank) { return; }
-    sleep(2);
-    exit(1);
-}
-
 // What a rank says where all meet: good, or that it has left with a status and the line that it printed.
 typedef struct {
     int32_t left, status;
@@ -366,7 +343,7 @@ static inline void ranks_meet(Ranks* r, bool left, int status) {
 static inline void ranks_on_exit(int status, void* arg) {
     Ranks* r = (Ranks*)arg;
     if (r->over) { return; }
-    if (!r->met) { ranks_meet(r, true, status); }
+    if (!r->met && r->backend) { ranks_meet(r, true, status); }
     fflush(NULL);
     watch_end(&r->watch, status);
 }
@@ -380,46 +357,39 @@ static inline void ranks_met(Ranks* r) {
 }
 
 // Rank 0 prints for all. The others' standard output goes nowhere, and what they say of mistakes is kept until all
-// meet; it begins with who says it.
+// meet. For that the backend must work.
 static inline void ranks_quiet(Ranks* r) {
-    int nowhere = open("/dev/null", O_WRONLY | O_CLOEXEC), kept = memfd_create("stderr", MFD_CLOEXEC);
-    r->stderr_of_all = fcntl(STDERR_FILENO, F_DUPFD_CLOEXEC, 3);
-    r->watch.err = r->rank ? r->stderr_of_all : STDERR_FILENO;
     if (!r->rank) { return; }
-    if (nowhere < 0 || kept < 0 || r->stderr_of_all < 0 || dup2(nowhere, STDOUT_FILENO) < 0 ||
-        dup2(kept, STDERR_FILENO) < 0) {
+    int nowhere = open("/dev/null", O_WRONLY | O_CLOEXEC), kept = memfd_create("stderr", MFD_CLOEXEC);
+    if (nowhere < 0 || kept < 0 || dup2(nowhere, STDOUT_FILENO) < 0 || dup2(kept, STDERR_FILENO) < 0) {
         die("rank %d: standard output and error: %s", r->rank, strerror(errno));
     }
-    snprintf(r->name, sizeof r->name, "%.40s: rank %d (%s)", program_invocation_short_name, r->rank,
-             r->watch.peers[r->rank].host);
-    program_invocation_short_name = r->name;
 }
 
-// The ranks know each other's hosts and watch each other. backend, rank and size are set.
-static inline void ranks_join(Ranks* r) {
-    typedef struct {
-        char host[HOST_SIZE];
-        WatchAddress address;
-    } Hello;
-    Hello mine, *all = (Hello*)alloc_or_die((size_t)r->size, sizeof mine, "ranks");
+// The ranks meet where address says, know each other's hosts and watch each other; rank and size are set. backend: what
+// carries messages already, and the address is then told by it; NULL: it needs rank 0's block (n bytes, which all have
+// afterwards) first. device: what no two ranks may share, "" = nothing. From here on an exit ends all ranks, and what a
+// rank other than 0 prints begins with its name.
+static inline void ranks_join(Ranks* r, StartAddress* address, const char* device, void* block, size_t n) {
     Watch* w = &r->watch;
-    int listening = -1;
     if (r->size > MAX_RANKS) { die("ranks: got %d, at most %d are served", r->size, MAX_RANKS); }
-    memset(&mine, 0, sizeof mine);
-    gethostname(mine.host, sizeof mine.host - 1);
     w->rank = r->rank, w->size = r->size, w->timeout = 300;
     w->peers = (WatchPeer*)alloc_or_die((size_t)r->size, sizeof(WatchPeer), "ranks");
+    for (int p = 0; p < r->size; p++) { w->peers[p].rank = p, w->peers[p].fd = -1; }
     pthread_mutex_init(&w->lock, NULL);
-    if (!r->rank) { listening = watch_listen(&mine.address); }
-    ranks_exchange(r, &mine, sizeof mine, all);
-    for (int p = 0; p < r->size; p++) {
-        w->peers[p].rank = p;
-        w->peers[p].fd = -1;
-        snprintf(w->peers[p].host, HOST_SIZE, "%s", all[p].host);
+    int listening = r->rank ? -1 : start_listen(address);
+    if (r->backend) { ranks_from_root(r, address, sizeof *address); }
+    start_meet(w, address, listening, MTA_VERSION, device, block, n);
+
+    r->stderr_of_all = fcntl(STDERR_FILENO, F_DUPFD_CLOEXEC, 3);
+    if (r->stderr_of_all < 0) { die("rank %d: standard error: %s", r->rank, strerror(errno)); }
+    w->err = r->rank ? r->stderr_of_all : STDERR_FILENO;
+    if (r->rank) {
+        snprintf(r->name, sizeof r->name, "%.40s: rank %d (%s)", program_invocation_short_name, r->rank,
+                 w->peers[r->rank].host);
+        program_invocation_short_name = r->name;
     }
-    watch_start(w, &all[0].address, listening);
-    free(all);
-    ranks_quiet(r);
+    watch_start(w);
     on_exit(ranks_on_exit, r);
 }
 

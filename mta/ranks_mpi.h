@@ -57,21 +57,23 @@ static inline void mpi_close(void* state) {
     MPI_Finalize();
 }
 
-static inline void ranks_open_mpi(Ranks* r, int started, const char* launcher) {
+static inline void ranks_open_mpi(Ranks* r, const Launch* launch) {
     static const RanksBackend backend = {mpi_start, mpi_done, mpi_close};
+    StartAddress address;
     int provided = 0;
+    memset(&address, 0, sizeof address);
     mpi_check(MPI_Init_thread(NULL, NULL, MPI_THREAD_FUNNELED, &provided), "MPI_Init");
     mpi_check(MPI_Comm_rank(MPI_COMM_WORLD, &r->rank), "MPI_Comm_rank");
     mpi_check(MPI_Comm_size(MPI_COMM_WORLD, &r->size), "MPI_Comm_size");
     r->backend = &backend;
     r->state = alloc_or_die(1, sizeof(MpiState), "MPI's messages");
-    if (r->size != started) {
-        int rank = 0;
-        ranks_started(&rank, &launcher);
-        ranks_yield_to_first(rank);
-        die("%s started %d processes, but MPI sees one: the program was built with another MPI than the launcher's",
-            launcher, started);
+    if (r->size != launch->size) {
+        ranks_yield_to_first(launch->rank);
+        die("%s started %d processes, but MPI sees %d: wanted the launcher of the MPI that the program was built with",
+            launch->launcher, launch->size, r->size);
     }
+    ranks_join(r, &address, "", NULL, 0);
+    ranks_quiet(r);
 }
 #endif
 
@@ -79,17 +81,15 @@ static inline void ranks_open_mpi(Ranks* r, int started, const char* launcher) {
 // process itself.
 static inline Ranks* ranks_open(void) {
     static Ranks ranks;  // exit needs it after main
-    const char* launcher = "";
-    int rank = 0, started = ranks_started(&rank, &launcher);
+    Launch launch = launch_read();
     ranks.size = 1;
-    if (started < 2) { return &ranks; }
+    if (launch.size < 2) { return &ranks; }
 #ifdef MTA_MPI
-    ranks_open_mpi(&ranks, started, launcher);
-    ranks_join(&ranks);
+    ranks_open_mpi(&ranks, &launch);
 #else
-    ranks_yield_to_first(rank);
+    ranks_yield_to_first(launch.rank);
     die("%s started %d processes, but this program is for one; `make train_mta MPI=1` builds a CPU trainer for several",
-        launcher, started);
+        launch.launcher, launch.size);
 #endif
     return &ranks;
 }

@@ -11,32 +11,21 @@
 
 #include "util.h"
 
-#include <arpa/inet.h>
-#include <ifaddrs.h>
-#include <net/if.h>
+#include <netinet/in.h>
 #include <netinet/tcp.h>
 #include <pthread.h>
 #include <signal.h>
 #include <sys/socket.h>
 
 enum { EXIT_RANK_LOST = 71 };
-enum { WATCH_ADDRESSES = 16, WATCH_SILENCE = 20, WATCH_START = 60, HOST_SIZE = 64 };  // the second and third in seconds
+enum { WATCH_SILENCE = 20, HOST_SIZE = 64 };  // the first in seconds
 
 // Where a rank is in the run.
 typedef enum { AT_START, AT_STEP, AT_EVALUATION, AT_SAMPLES, AT_CHECKPOINT, AT_END } RunPhase;
 
-// How rank 0 is reached, and a number that only this run knows.
-typedef struct {
-    uint64_t cookie;
-    uint32_t address[WATCH_ADDRESSES];  // of IPv4, in the order of the network
-    int32_t addresses;
-    uint16_t port;
-} WatchAddress;
-
 // BEAT: I live. SAID: I end with `status` and have said why. END: all end with `status`. BYE: the run is over.
-typedef enum { WATCH_HELLO, WATCH_BEAT, WATCH_SAID, WATCH_END, WATCH_BYE } WatchKind;
+typedef enum { WATCH_BEAT, WATCH_SAID, WATCH_END, WATCH_BYE } WatchKind;
 typedef struct {
-    uint64_t cookie;
     int32_t kind, rank, phase, waiting, status, unused;
     int64_t step, moves,
         looks;    // moves: grows with all that the rank has finished; looks: with each look while it waits
@@ -54,8 +43,7 @@ typedef struct {
 
 typedef struct {
     int rank, size;
-    WatchPeer* peers;  // (size); of all but rank 0 only that of rank 0 is connected
-    uint64_t cookie;
+    WatchPeer* peers;            // (size); of all but rank 0 only that of rank 0 is connected
     int err;                     // standard error as the program got it
     double timeout;              // seconds that a rank may stand still, 0 = for ever
     WatchMessage self;           // what the next beat says: written by the main thread
@@ -78,7 +66,7 @@ static inline double watch_busy(void) {
 static inline void watch_send(Watch* w, WatchPeer* peer, WatchKind kind, int status) {
     pthread_mutex_lock(&w->lock);
     WatchMessage m = w->self;
-    m.cookie = w->cookie, m.kind = kind, m.rank = w->rank, m.status = status, m.busy = watch_busy();
+    m.kind = kind, m.rank = w->rank, m.status = status, m.busy = watch_busy();
     if (peer->fd >= 0 && send(peer->fd, &m, sizeof m, MSG_NOSIGNAL | MSG_DONTWAIT) < 0) { errno = 0; }
     pthread_mutex_unlock(&w->lock);
 }
@@ -243,118 +231,9 @@ static inline void* watch_thread(void* arg) {
 // ---------------------------------------------------------------------------------------------------------------------
 // Start and end
 
-// Rank 0 listens on every address that this machine has; loopback comes last.
-static inline int watch_listen(WatchAddress* a) {
-    struct sockaddr_in any;
-    socklen_t length = sizeof any;
-    memset(&any, 0, sizeof any);
-    any.sin_family = AF_INET;
-    int fd = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
-    if (fd < 0 || bind(fd, (struct sockaddr*)&any, sizeof any) || listen(fd, 1024) ||
-        getsockname(fd, (struct sockaddr*)&any, &length)) {
-        die("ranks: cannot listen for the other ranks: %s", strerror(errno));
-    }
-    a->port = any.sin_port;
-    struct timespec t;
-    clock_gettime(CLOCK_REALTIME, &t);
-    a->cookie = (uint64_t)t.tv_sec * 1000000007u ^ (uint64_t)t.tv_nsec << 20 ^ (uint64_t)getpid();
-    struct ifaddrs* all = NULL;
-    if (getifaddrs(&all)) { die("ranks: cannot list this machine's addresses: %s", strerror(errno)); }
-    for (int loopback = 0; loopback < 2; loopback++) {
-        for (struct ifaddrs* i = all; i; i = i->ifa_next) {
-            if (!i->ifa_addr || i->ifa_addr->sa_family != AF_INET || !(i->ifa_flags & IFF_UP) ||
-                !(i->ifa_flags & IFF_LOOPBACK) != !loopback || a->addresses == WATCH_ADDRESSES) {
-                continue;
-            }
-            a->address[a->addresses++] = ((struct sockaddr_in*)(void*)i->ifa_addr)->sin_addr.s_addr;
-        }
-    }
-    freeifaddrs(all);
-    return fd;
-}
-
-// Reads one message within so many seconds.
-static inline bool watch_await(int fd, WatchMessage* m, uint64_t cookie, int seconds) {
-    char* into = (char*)m;
-    size_t have = 0;
-    double end = seconds_now() + seconds;
-    while (have < sizeof *m) {
-        struct pollfd one = {fd, POLLIN, 0};
-        int left = (int)((end - seconds_now()) * 1000);
-        if (left <= 0 || poll(&one, 1, left) <= 0) { return false; }
-        ssize_t got = recv(fd, into + have, sizeof *m - have, 0);
-        if (got <= 0) { return false; }
-        have += (size_t)got;
-    }
-    return m->cookie == cookie && m->kind == WATCH_HELLO;
-}
-
-static inline int watch_connect(uint32_t address, uint16_t port) {
-    struct sockaddr_in to;
-    memset(&to, 0, sizeof to);
-    to.sin_family = AF_INET, to.sin_addr.s_addr = address, to.sin_port = port;
-    int fd = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0), wrong = 0;
-    socklen_t length = sizeof wrong;
-    struct pollfd one = {fd, POLLOUT, 0};
-    if (fd < 0) { return -1; }
-    bool good = connect(fd, (struct sockaddr*)&to, sizeof to) == 0 ||
-                (errno == EINPROGRESS && poll(&one, 1, 5000) == 1 &&
-                 getsockopt(fd, SOL_SOCKET, SO_ERROR, &wrong, &length) == 0 && wrong == 0);
-    if (good) { return fd; }
-    close(fd);
-    return -1;
-}
-
-// Rank 0 waits for the others, which come with their rank and the cookie and are answered with it.
-static inline void watch_gather(Watch* w, int listening) {
-    double end = seconds_now() + WATCH_START;
-    for (int missing = w->size - 1; missing > 0;) {
-        struct pollfd one = {listening, POLLIN, 0};
-        int left = (int)((end - seconds_now()) * 1000), fd = -1;
-        WatchMessage m;
-        if (left > 0 && poll(&one, 1, left) == 1) { fd = accept4(listening, NULL, NULL, SOCK_CLOEXEC); }
-        if (left <= 0) {
-            int first = 1;
-            while (w->peers[first].fd >= 0) { first++; }
-            die("ranks: %d of %d ranks did not reach rank 0 (%s) within %d s, first rank %d (%s): is there a firewall?",
-                missing, w->size, w->peers[0].host, WATCH_START, first, w->peers[first].host);
-        }
-        if (fd < 0) { continue; }
-        if (watch_await(fd, &m, w->cookie, 5) && m.rank > 0 && m.rank < w->size && w->peers[m.rank].fd < 0) {
-            w->peers[m.rank].fd = fd;
-            watch_send(w, &w->peers[m.rank], WATCH_HELLO, 0);
-            missing--;
-        } else {
-            close(fd);
-        }
-    }
-    close(listening);
-}
-
-// Another rank tries each address of rank 0.
-static inline void watch_reach(Watch* w, const WatchAddress* a) {
-    WatchPeer* root = &w->peers[0];
-    WatchMessage m;
-    for (int i = 0; i < a->addresses && root->fd < 0; i++) {
-        root->fd = watch_connect(a->address[i], a->port);
-        if (root->fd < 0) { continue; }
-        watch_send(w, root, WATCH_HELLO, 0);
-        if (watch_await(root->fd, &m, w->cookie, 5)) { return; }
-        close(root->fd);
-        root->fd = -1;
-    }
-    die("ranks: rank 0 (%s) cannot be reached by TCP from here", root->host);
-}
-
-// From here on the ranks watch each other. listening: rank 0's socket.
-static inline void watch_start(Watch* w, const WatchAddress* a, int listening) {
+// From here on the ranks, which have met (mta/ranks_start.h), watch each other.
+static inline void watch_start(Watch* w) {
     int on = 1;
-    w->cookie = a->cookie;
-    if (w->rank) {
-        watch_reach(w, a);
-    } else {
-        watch_gather(w, listening);
-    }
     for (int i = 0; i < w->size; i++) {
         w->peers[i].heard = w->peers[i].alive = w->peers[i].moved = seconds_now();
         if (w->peers[i].fd >= 0) { setsockopt(w->peers[i].fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on); }

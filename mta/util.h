@@ -36,6 +36,10 @@ extern char* program_invocation_short_name;  // errno.h declares it only if _GNU
 #error "mta.c reads and writes its little-endian files by memcpy: a big-endian machine is not supported"
 #endif
 
+#ifndef MTA_VERSION
+#define MTA_VERSION "unknown"  // the Makefile gives what the file VERSION says
+#endif
+
 enum { PATH_SIZE = 4096 };  // bytes of every path buffer
 
 // ---------------------------------------------------------------------------------------------------------------------

@@ -334,7 +334,7 @@ class Refusals(Ranks):
         if os.path.exists(plain):
             self.refused(["started 3 processes, but this program is for one; `make train_mta MPI=1`"], self.place(), 3, program=[plain])
         if len(MPIS) > 1:
-            self.refused(["started 3 processes, but MPI sees one: the program was built with another MPI"], self.place(), 3, program=[binary(MPIS[1])])
+            self.refused(["started 3 processes, but MPI sees 1: wanted the launcher of the MPI that"], self.place(), 3, program=[binary(MPIS[1])])
 
 
 class Underway(Ranks):
@@ -531,6 +531,7 @@ class Hosts(Underway):
             while not glob.glob(os.path.join(cwd, "run", "step-*")):
                 self.assertIsNone(child.poll())
                 time.sleep(0.02)
+            time.sleep(1.2)  # until each has told the other that it is in a step
             trainers = [pid for pid in children(child.pid) if rank_of(pid) is not None] + \
                 [pid for pid in map(int, filter(str.isdigit, os.listdir("/proc"))) if rank_of(pid) is not None and self.works_in(pid, cwd)]
             self.assertEqual(len(set(trainers)), 2)

@@ -1,0 +1,364 @@
+// test_start.c: tests of mta/ranks_start.h: what each launcher's environment says, and the meeting of ranks by TCP.
+//   make build/test_start && build/test_start
+#include "mta/ranks.h"
+#include "check.h"
+
+#include <ctype.h>
+#include <sys/wait.h>
+
+enum { BLOCK = 128 };
+
+// ---- processes
+
+typedef struct {
+    pid_t pid;
+    int out;  // what it prints
+} Child;
+
+// The environment of a launcher and of nothing else: "NAME=VALUE NAME=VALUE".
+static void set_environment(const char* variables) {
+    char* list = copy_or_die(variables);
+    clearenv();
+    for (char* one = strtok(list, " "); one; one = strtok(NULL, " ")) {
+        char* value = strchr(one, '=');
+        *value = 0;
+        setenv(one, value + 1, 1);
+    }
+    free(list);
+}
+
+// Runs work in a process of that environment; its output and its errors come to one pipe.
+static Child start(void (*work)(const char*), const char* argument, const char* variables) {
+    int ends[2];
+    fflush(stdout);
+    if (pipe2(ends, O_CLOEXEC)) { exit(1); }
+    Child c = {fork(), ends[0]};
+    if (!c.pid) {
+        alarm(30);  // a meeting that hangs is a failure of one check
+        dup2(ends[1], STDOUT_FILENO);
+        dup2(ends[1], STDERR_FILENO);
+        set_environment(variables);
+        work(argument);
+        exit(0);
+    }
+    close(ends[1]);
+    return c;
+}
+
+// Its exit status, or 128 + the signal that ended it; text gets what it printed.
+static int ended(Child c, char* text, size_t n) {
+    size_t have = 0;
+    int status = 0;
+    for (ssize_t got = 1; got > 0 && have + 1 < n;) {
+        got = read(c.out, text + have, n - 1 - have);
+        have += got > 0 ? (size_t)got : 0;
+    }
+    text[have] = 0;
+    close(c.out);
+    waitpid(c.pid, &status, 0);
+    return WIFSIGNALED(status) ? 128 + WTERMSIG(status) : WEXITSTATUS(status);
+}
+
+// ---- the environment
+
+static void print_launch(const char* argument) {
+    (void)argument;
+    Launch l = launch_read();
+    printf("%s %d/%d %d/%d", l.launcher, l.rank, l.size, l.local, l.local_size);
+    if (l.size < 2) { return; }
+    l.rank = 0;  // no name is looked up
+    StartAddress a = launch_address(&l);
+    printf(" %s:%d", a.host, ntohs(a.port));
+}
+
+static void expect(const char* variables, int status, const char* wanted) {
+    char text[2048];
+    int got = ended(start(print_launch, "", variables), text, sizeof text);
+    check(got == status && strstr(text, wanted) && (!*wanted || *text), variables, text);
+}
+
+static void test_launchers(void) {
+    // torchrun: beside the port of its own, on this host where all are.
+    expect("RANK=3 WORLD_SIZE=4 LOCAL_RANK=1 LOCAL_WORLD_SIZE=2 MASTER_ADDR=n1 MASTER_PORT=29500", 0,
+           "torchrun 3/4 1/2 n1:29501");
+    expect("RANK=3 WORLD_SIZE=4 LOCAL_RANK=3 LOCAL_WORLD_SIZE=4 MASTER_ADDR=n1 MASTER_PORT=29500", 0,
+           "torchrun 3/4 3/4 127.0.0.1:29501");
+    expect("RANK=0 WORLD_SIZE=2 LOCAL_RANK=0 LOCAL_WORLD_SIZE=1 MASTER_ADDR=n1 MASTER_PORT=29500 MTA_PORT=7000", 0,
+           "n1:7000");
+    // Open MPI: alone, and in a job of Slurm, whose step is the one that started mpirun's daemons.
+    expect("OMPI_COMM_WORLD_RANK=1 OMPI_COMM_WORLD_SIZE=2 OMPI_COMM_WORLD_LOCAL_RANK=1 OMPI_COMM_WORLD_LOCAL_SIZE=2", 0,
+           "Open MPI's mpirun 1/2 1/2 127.0.0.1:29533");
+    expect("OMPI_COMM_WORLD_RANK=5 OMPI_COMM_WORLD_SIZE=8 OMPI_COMM_WORLD_LOCAL_RANK=1 OMPI_COMM_WORLD_LOCAL_SIZE=4 "
+           "SLURM_JOB_NODELIST=n[07-08] SLURM_STEP_NODELIST=n08 SLURM_STEP_NUM_TASKS=2 SLURM_PROCID=0 MASTER_PORT=90",
+           0, "Open MPI's mpirun 5/8 1/4 n07:91");
+    expect("OMPI_COMM_WORLD_RANK=5 OMPI_COMM_WORLD_SIZE=8 OMPI_COMM_WORLD_LOCAL_RANK=1 OMPI_COMM_WORLD_LOCAL_SIZE=4", 1,
+           "Open MPI's mpirun does not say on which host rank 0 is; wanted MASTER_ADDR=HOST");
+    // MPICH.
+    expect("PMI_RANK=2 PMI_SIZE=3 MPI_LOCALRANKID=2 MPI_LOCALNRANKS=3", 0, "MPICH's mpiexec 2/3 2/3 127.0.0.1:29533");
+    expect("PMI_RANK=2 PMI_SIZE=3 MPI_LOCALRANKID=0 MPI_LOCALNRANKS=1 MASTER_ADDR=10.0.0.7", 0, "0/1 10.0.0.7:29533");
+    // Slurm: its steps, not the script of a job, whatever the number of its tasks.
+    expect("SLURM_PROCID=9 SLURM_STEP_NUM_TASKS=16 SLURM_NTASKS=16 SLURM_LOCALID=1 SLURM_STEP_NUM_NODES=2 "
+           "SLURM_STEP_NODELIST=n[01,03],m2 MTA_PORT=7000",
+           0, "srun 9/16 1/-1 n01:7000");
+    expect("SLURM_PROCID=1 SLURM_STEP_NUM_TASKS=2 SLURM_LOCALID=1 SLURM_STEP_NUM_NODES=1 SLURM_STEP_NODELIST=n1 "
+           "MASTER_PORT=80",
+           0, "srun 1/2 1/-1 127.0.0.1:81");
+    expect("SLURM_PROCID=0 SLURM_NTASKS=8 SLURM_LOCALID=0 SLURM_JOB_ID=12 SLURM_JOB_NODELIST=n[1-2]", 0, " 0/1 0/1");
+    expect("SLURM_PROCID=0 SLURM_NTASKS=1 SLURM_STEP_NUM_TASKS=1 SLURM_LOCALID=0", 0, " 0/1 0/1");
+    // Several at once: the first that started more than one.
+    expect("RANK=1 WORLD_SIZE=2 LOCAL_RANK=1 LOCAL_WORLD_SIZE=2 SLURM_PROCID=0 SLURM_STEP_NUM_TASKS=4", 0,
+           "torchrun 1/2 1/2");
+    expect("RANK=0 WORLD_SIZE=1 LOCAL_RANK=0 SLURM_PROCID=3 SLURM_STEP_NUM_TASKS=4 MASTER_ADDR=n1", 0, "srun 3/4");
+    expect("", 0, "");
+    expect("RANK=0 WORLD_SIZE=1", 0, " 0/1 0/1");
+}
+
+static void test_refused_variables(void) {
+    expect("WORLD_SIZE=two RANK=0", 1, "WORLD_SIZE: got \"two\", wanted a number from 0");
+    expect("WORLD_SIZE=2x RANK=0", 1, "WORLD_SIZE: got \"2x\"");
+    expect("WORLD_SIZE=-2 RANK=0", 1, "WORLD_SIZE: got \"-2\"");
+    expect("PMI_SIZE=2 PMI_RANK=99999999999", 1, "PMI_RANK: got \"99999999999\"");
+    expect("WORLD_SIZE=2", 1, "WORLD_SIZE is 2, and RANK is not set; wanted both or neither");
+    expect("WORLD_SIZE=2 RANK=2", 1, "RANK is 2 and WORLD_SIZE is 2: they contradict each other");
+    expect("WORLD_SIZE=2 RANK=1 LOCAL_RANK=1 LOCAL_WORLD_SIZE=1", 1, "LOCAL_RANK is 1 of 1 processes: they contradict");
+    expect("WORLD_SIZE=2 RANK=1 LOCAL_RANK=0 LOCAL_WORLD_SIZE=3", 1, "LOCAL_WORLD_SIZE is 3 and WORLD_SIZE is 2");
+    expect("SLURM_STEP_NUM_TASKS=4 SLURM_PROCID=1 SLURM_LOCALID=4", 1, "SLURM_LOCALID is 4 of 4 processes");
+    expect("WORLD_SIZE=2 RANK=1 MASTER_ADDR=n1 MTA_PORT=70000", 1, "MTA_PORT: got \"70000\", wanted a number from 0");
+    expect("WORLD_SIZE=2 RANK=1 MASTER_ADDR=n1 MASTER_PORT=x", 1, "MASTER_PORT: got \"x\"");
+}
+
+// The port of a job without one of its own: the same for its ranks, another for another job or step.
+static void test_port_of_job(void) {
+    const char* const srun = "SLURM_STEP_NUM_TASKS=2 SLURM_STEP_NUM_NODES=1 SLURM_PROCID=%d SLURM_JOB_ID=%d "
+                             "SLURM_STEP_ID=%d";
+    const int jobs[][3] = {{0, 77, 0}, {1, 77, 0}, {0, 78, 0}, {0, 77, 1}};
+    char text[4][256], variables[256];
+    int ports[4];
+    for (int i = 0; i < 4; i++) {
+        snprintf(variables, sizeof variables, srun, jobs[i][0], jobs[i][1], jobs[i][2]);
+        CHECK(ended(start(print_launch, "", variables), text[i], sizeof text[i]) == 0);
+        ports[i] = atoi(strrchr(text[i], ':') + 1);
+        CHECK(ports[i] >= START_JOB_PORT && ports[i] < START_JOB_PORT + 10000);
+    }
+    CHECK(ports[0] == ports[1] && ports[0] != ports[2] && ports[0] != ports[3] && ports[2] != ports[3]);
+}
+
+static void print_device(const char* devices) {
+    Launch l = launch_read();
+    printf("device %d", launch_device(&l, atoi(devices)));
+}
+static void test_devices(void) {
+    const char* const third = "PMI_RANK=6 PMI_SIZE=8 MPI_LOCALRANKID=2 MPI_LOCALNRANKS=4";
+    char text[1024];
+    CHECK(ended(start(print_device, "8", third), text, sizeof text) == 0 && !strcmp(text, "device 2"));
+    CHECK(ended(start(print_device, "1", third), text, sizeof text) == 0 && !strcmp(text, "device 0"));
+    CHECK(ended(start(print_device, "2", third), text, sizeof text) == 1 &&
+          strstr(text, "rank 6 is process 2 of this host, counted from 0, which has 2 GPUs; wanted one for each"));
+    CHECK(ended(start(print_device, "2", "PMI_RANK=6 PMI_SIZE=8"), text, sizeof text) == 1 &&
+          strstr(text, "LOCAL_RANK"));
+}
+
+// ---- the meeting
+
+static int free_port(void) {
+    struct sockaddr_in any;
+    socklen_t length = sizeof any;
+    memset(&any, 0, sizeof any);
+    any.sin_family = AF_INET;
+    int fd = socket(AF_INET, SOCK_STREAM, 0);
+    if (bind(fd, (struct sockaddr*)&any, sizeof any) || getsockname(fd, (struct sockaddr*)&any, &length)) { exit(1); }
+    close(fd);
+    return ntohs(any.sin_port);
+}
+
+// A rank that meets the others, and what it does then: "MILLISECONDS DEVICE THEN", where THEN is bye, die or stay.
+static void meet(const char* argument) {
+    static Ranks r;
+    char device[32], then[32], block[BLOCK], wanted[BLOCK];
+    int pause_ms = 0;
+    sscanf(argument, "%d %31s %31s", &pause_ms, device, then);
+    usleep((useconds_t)pause_ms * 1000);
+    Launch l = launch_read();
+    StartAddress a = launch_address(&l);
+    memset(wanted, 7, BLOCK);
+    memset(block, l.rank ? 0 : 7, BLOCK);
+    r.rank = l.rank, r.size = l.size;
+    ranks_join(&r, &a, strcmp(device, "-") ? device : "", block, BLOCK);
+    bool same = !memcmp(block, wanted, BLOCK);
+    for (int p = 0; p < r.size; p++) { same = same && !strcmp(r.watch.peers[p].host, r.watch.peers[r.rank].host); }
+    if (!same || !r.watch.peers[0].host[0]) { _exit(9); }
+    if (!strcmp(then, "die")) { raise(SIGKILL); }
+    if (!strcmp(then, "stay")) { pause(); }
+    watch_stop(&r.watch);
+    _exit(0);
+}
+
+// Ranks as torchrun starts them at a port; those whose argument is NULL do not come.
+static void start_ranks(Child* children, int size, int port, const char* const* arguments) {
+    for (int p = 0; p < size; p++) {
+        char variables[256];
+        snprintf(variables, sizeof variables,
+                 "RANK=%d WORLD_SIZE=%d LOCAL_RANK=%d LOCAL_WORLD_SIZE=%d MTA_PORT=%d MTA_START_SECONDS=%d", p, size, p,
+                 size, port, strstr(arguments[0] ? arguments[0] : "", "hurry") ? 1 : 20);
+        children[p].pid = 0;
+        if (arguments[p]) { children[p] = start(meet, arguments[p], variables); }
+    }
+}
+
+static void test_meeting(void) {
+    const char* const arguments[] = {"200 gpu-a bye", "0 gpu-b bye", "400 gpu-c bye", "0 - bye"};
+    Child children[4];
+    char text[2048];
+    start_ranks(children, 4, free_port(), arguments);
+    for (int p = 0; p < 4; p++) {
+        int status = ended(children[p], text, sizeof text);
+        check(status == 0 && !*text, "four ranks meet, rank 0 not the first", text);
+    }
+}
+
+// Runs ranks of which rank 0 prints one line that holds `wanted`, and the others nothing; all end with `status`.
+static void refused(const char* const* arguments, int size, int status, const char* wanted) {
+    Child children[4];
+    char text[2048];
+    start_ranks(children, size, free_port(), arguments);
+    for (int p = 0; p < size; p++) {
+        if (!children[p].pid) { continue; }
+        int got = ended(children[p], text, sizeof text);
+        bool good = p ? !*text : strstr(text, wanted) && strchr(text, '\n') == text + strlen(text) - 1;
+        char detail[2200];
+        snprintf(detail, sizeof detail, "rank %d, status %d: %s", p, got, text);
+        check(got == status && good, wanted, detail);
+    }
+}
+
+static void test_refused_ranks(void) {
+    const char* const missing[] = {"0 - hurry", NULL, "0 - bye", NULL};
+    const char* const one_device[] = {"0 gpu-a bye", "0 gpu-b bye", "100 gpu-a bye"};
+    refused(missing, 4, EXIT_RANK_LOST, " within 1 s; missing 1, 3\n");
+    refused(one_device, 3, 1, "are on one GPU, gpu-a; wanted one for each\n");
+}
+
+static const char* variables_of(int rank, int size, int port, int seconds) {
+    static char out[4][256];
+    static int turn;
+    turn = (turn + 1) % 4;
+    snprintf(out[turn], sizeof out[turn],
+             "RANK=%d WORLD_SIZE=%d LOCAL_RANK=%d LOCAL_WORLD_SIZE=%d MTA_PORT=%d MTA_START_SECONDS=%d", rank, size,
+             rank, size, port, seconds);
+    return out[turn];
+}
+
+static void test_rank_twice(void) {
+    int port = free_port();
+    Child root = start(meet, "0 - bye", variables_of(0, 3, port, 20)),
+          one = start(meet, "0 - bye", variables_of(1, 3, port, 20)),
+          again = start(meet, "0 - bye", variables_of(1, 3, port, 20));
+    char text[2048];
+    CHECK(ended(root, text, sizeof text) == 1);
+    check(strstr(text, "rank 1 came twice: from ") && strstr(text, " (process "), "a rank twice", text);
+    CHECK(ended(one, text, sizeof text) == 1 && !*text);
+    CHECK(ended(again, text, sizeof text) == 1 && !*text);
+}
+
+// A rank 1 that says what its argument says: "VERSION SIZE".
+static void meet_as(const char* argument) {
+    Watch w;
+    WatchPeer peers[4];
+    char version[32];
+    int size = 0;
+    memset(&w, 0, sizeof w);
+    sscanf(argument, "%31s %d", version, &size);
+    Launch l = launch_read();
+    StartAddress a = launch_address(&l);
+    w.rank = l.rank, w.size = size, w.peers = peers;
+    start_meet(&w, &a, -1, version, "", NULL, 0);
+}
+static void test_other_version_or_size(void) {
+    const char* const words[] = {"0.0.0 2", MTA_VERSION " 3"};
+    const char* const wanted[] = {") is of version 0.0.0, rank 0 (", ") was started as one of 3, rank 0 ("};
+    char text[2048];
+    for (int i = 0; i < 2; i++) {
+        int port = free_port();
+        Child root = start(meet, "0 - bye", variables_of(0, 2, port, 20)),
+              odd = start(meet_as, words[i], variables_of(1, 2, port, 20));
+        CHECK(ended(root, text, sizeof text) == 1);
+        check(strstr(text, "rank 1 (") && strstr(text, wanted[i]), wanted[i], text);
+        CHECK(ended(odd, text, sizeof text) == 1 && !*text);
+    }
+}
+
+// Who is no rank of this run is sent away, and the run meets all the same: one that says something else, one that
+// leaves at once, and a rank of another job.
+static void test_strangers(void) {
+    int port = free_port();
+    char text[2048], junk[sizeof(StartHello)];
+    Child root = start(meet, "0 - bye", variables_of(0, 2, port, 20));
+    memset(junk, 'x', sizeof junk);
+    for (int i = 0; i < 3; i++) {
+        int fd = -1;
+        while (fd < 0) { fd = start_connect(htonl(INADDR_LOOPBACK), htons((uint16_t)port)); }
+        if (i == 1) { memcpy(junk, START_MAGIC, sizeof START_MAGIC); }  // the cookie is wrong
+        if (i < 2) { start_send(fd, junk, sizeof junk); }
+        if (i < 2) { CHECK(!start_receive(fd, text, 1, seconds_now() + 10)); }
+        close(fd);
+    }
+    Child other = start(meet, "0 - bye", variables_of(1, 2, port, 20));
+    check(ended(root, text, sizeof text) == 0 && !*text, "strangers come first", text);
+    check(ended(other, text, sizeof text) == 0 && !*text, "strangers come first", text);
+}
+
+static void test_lost(void) {
+    char text[2048];
+    int port = free_port();
+
+    // Rank 0 never comes.
+    Child one = start(meet, "0 - bye", variables_of(1, 2, port, 1));
+    CHECK(ended(one, text, sizeof text) == EXIT_RANK_LOST);
+    check(strstr(text, "): rank 0 was not reached at 127.0.0.1:"), "rank 0 never comes", text);
+
+    // It ends while it waits for the third.
+    Child root = start(meet, "0 - bye", variables_of(0, 3, port, 20));
+    one = start(meet, "0 - bye", variables_of(1, 3, port, 20));
+    usleep(300000);
+    kill(root.pid, SIGKILL);
+    CHECK(ended(root, text, sizeof text) == 128 + SIGKILL);
+    CHECK(ended(one, text, sizeof text) == EXIT_RANK_LOST);
+    check(strstr(text, "rank 0 (127.0.0.1) was lost at the start"), "rank 0 is killed where ranks meet", text);
+
+    // A rank is killed when all have met: the watch has the connection.
+    const char* const arguments[] = {"0 - stay", "0 - die", "0 - stay"};
+    Child children[3];
+    start_ranks(children, 3, free_port(), arguments);
+    CHECK(ended(children[1], text, sizeof text) == 128 + SIGKILL);
+    CHECK(ended(children[0], text, sizeof text) == EXIT_RANK_LOST);
+    check(strstr(text, "rank 1 (") && strstr(text, "was lost at the start; all ranks end"), "a rank is killed", text);
+    CHECK(ended(children[2], text, sizeof text) == EXIT_RANK_LOST && !*text);
+}
+
+static void test_taken_port(void) {
+    StartAddress any;
+    char text[2048];
+    memset(&any, 0, sizeof any);
+    int fd = start_listen(&any);
+    CHECK(any.addresses > 0 && any.port && any.host[0]);
+    Child root = start(meet, "0 - bye", variables_of(0, 2, ntohs(any.port), 20));
+    CHECK(ended(root, text, sizeof text) == 1);
+    check(strstr(text, "cannot listen for the other ranks at port ") && strstr(text, "; MTA_PORT=N chooses another"),
+          "a port that is taken", text);
+    close(fd);
+}
+
+int main(void) {
+    test_launchers();
+    test_refused_variables();
+    test_port_of_job();
+    test_devices();
+    test_meeting();
+    test_refused_ranks();
+    test_rank_twice();
+    test_other_version_or_size();
+    test_strangers();
+    test_lost();
+    test_taken_port();
+    return test_verdict();
+}

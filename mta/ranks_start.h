@@ -1,0 +1,448 @@
+// mta/ranks_start.h: how the processes of a run find each other (mta/ranks.h): what their launcher told them, and a
+// meeting at rank 0.
+//
+// A launcher gives each process its number in environment variables, each launcher in its own (launch_read). Where no
+// MPI says how rank 0 is reached, they tell that too (launch_address). Every rank then connects to rank 0 by TCP and
+// says who it is. Rank 0 refuses by name what does not fit together; else it answers with everybody's host and with a
+// block of its own, which is NCCL's id. The connections stay: they are those of the watch (mta/ranks_watch.h).
+//
+// The environment may set MTA_PORT, where rank 0 listens, and MTA_START_SECONDS, how long it waits for the others.
+#ifndef MTA_RANKS_START_H
+#define MTA_RANKS_START_H
+
+#include "util.h"
+
+#include "ranks_watch.h"
+
+#include <arpa/inet.h>
+#include <ifaddrs.h>
+#include <limits.h>
+#include <net/if.h>
+#include <netdb.h>
+
+enum {
+    START_SECONDS = 120,
+    START_ADDRESSES = 16,
+    START_MISSING = 16,     // missing ranks that are named
+    START_PORT = 29533,     // where neither the environment nor the job gives one
+    START_JOB_PORT = 20000  // and 10,000 more: below those that systems give to whoever asks for any
+};
+
+// A process as its launcher has it.
+typedef struct {
+    int rank, size;         // size 1: no launcher, or one process
+    int local, local_size;  // its number among those on this host, and how many these are; -1 = not said
+    const char* launcher;
+} Launch;
+
+// How rank 0 is reached, and a number that only this run knows.
+typedef struct {
+    uint64_t cookie;
+    uint32_t address[START_ADDRESSES];  // of IPv4, in the order of the network
+    int32_t addresses;
+    uint16_t port;         // in the order of the network; 0 = any, on rank 0 alone
+    char host[HOST_SIZE];  // as it was named, for messages
+} StartAddress;
+
+// ---------------------------------------------------------------------------------------------------------------------
+// What the launcher says
+
+// A variable as a number up to `most`; -1 if it is not there.
+static inline int launch_number(const char* name, int most) {
+    const char* text = name ? getenv(name) : NULL;
+    char* end = NULL;
+    if (!text || !*text) { return -1; }
+    errno = 0;
+    long value = strtol(text, &end, 10);
+    if (*text < '0' || *text > '9' || *end || errno || value > most) {
+        die("%s: got \"%s\", wanted a number from 0 to %d", name, text, most);
+    }
+    return (int)value;
+}
+
+// Where every process finds the same mistake, the first one prints it. A launcher ends all when one ends, so the others
+// wait a moment.
+static inline void ranks_yield_to_first(int rank) {
+    if (!rank) { return; }
+    sleep(2);
+    exit(1);
+}
+
+// The first launcher that says it has started several processes. Slurm is the last: what torchrun and mpirun start
+// inside its jobs sees its variables too, those of another step. And it is the step's number of tasks that counts: a
+// job's script sees the job's, and is one process.
+static inline Launch launch_read(void) {
+    static const struct {
+        const char *launcher, *rank, *size, *local, *local_size;
+    } known[] = {{"torchrun", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"},
+                 {"Open MPI's mpirun", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK",
+                  "OMPI_COMM_WORLD_LOCAL_SIZE"},
+                 {"MPICH's mpiexec", "PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"},
+                 {"srun", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", NULL}};
+    for (size_t i = 0; i < sizeof known / sizeof known[0]; i++) {
+        int size = launch_number(known[i].size, INT_MAX);
+        if (size < 2) { continue; }
+        Launch l = {launch_number(known[i].rank, INT_MAX), size, launch_number(known[i].local, INT_MAX),
+                    launch_number(known[i].local_size, INT_MAX), known[i].launcher};
+        if (l.rank < 0) {
+            die("%s is %d, and %s is not set; wanted both or neither", known[i].size, size, known[i].rank);
+        }
+        if (l.rank >= size) {
+            die("%s is %d and %s is %d: they contradict each other", known[i].rank, l.rank, known[i].size, size);
+        }
+        if (l.local_size > size) {
+            die("%s is %d and %s is %d: they contradict each other", known[i].local_size, l.local_size, known[i].size,
+                size);
+        }
+        if (l.local >= (l.local_size < 0 ? size : l.local_size)) {
+            die("%s is %d of %d processes: they contradict each other", known[i].local, l.local,
+                l.local_size < 0 ? size : l.local_size);
+        }
+        return l;
+    }
+    Launch alone = {0, 1, 0, 1, ""};
+    return alone;
+}
+
+// Which of the GPUs that this process sees is its own: that of its number on this host, or the only one, where the
+// launcher shows each process another. Two ranks on one are found when they meet.
+static inline int launch_device(const Launch* l, int devices) {
+    if (devices == 1) { return 0; }
+    if (l->local < 0) { die("%s does not say which of this host's processes this is; wanted LOCAL_RANK", l->launcher); }
+    if (l->local >= devices) {
+        die("rank %d is process %d of this host, counted from 0, which has %d GPUs; wanted one for each", l->rank,
+            l->local, devices);
+    }
+    return l->local;
+}
+
+// The first host of Slurm's list: of "n[03-05,7],m1" it is n03.
+static inline void launch_first_host(const char* list, char* out, size_t n) {
+    size_t at = 0;
+    bool inside = false, skip = false;
+    for (; *list && at + 1 < n && (inside || *list != ','); list++) {
+        if (*list == '[') {
+            inside = true;
+        } else if (*list == ']') {
+            inside = skip = false;
+        } else if (inside && (*list == '-' || *list == ',')) {
+            skip = true;
+        } else if (!skip) {
+            out[at++] = *list;
+        }
+    }
+    out[at] = 0;
+}
+
+// The host of rank 0. The list of a step is that of the processes that srun started, the one of a job the others'.
+static inline void launch_host(const Launch* l, char* out, size_t n) {
+    bool srun = !strcmp(l->launcher, "srun");
+    const char *address = getenv("MASTER_ADDR"), *list = getenv(srun ? "SLURM_STEP_NODELIST" : "SLURM_JOB_NODELIST");
+    bool here = l->local_size == l->size || (srun && launch_number("SLURM_STEP_NUM_NODES", INT_MAX) == 1);
+    if (here || (address && *address)) {
+        snprintf(out, n, "%s", here ? "127.0.0.1" : address);
+    } else if (list && *list) {
+        launch_first_host(list, out, n);
+    } else {
+        die("%s does not say on which host rank 0 is; wanted MASTER_ADDR=HOST in the environment of all", l->launcher);
+    }
+}
+
+// What tells this job from others on the same hosts; "" where the launcher does not say.
+static inline void launch_job(const Launch* l, char* out, size_t n) {
+    const char* const names[] = {"TORCHELASTIC_RUN_ID", "PMIX_NAMESPACE", "SLURM_JOB_ID", "SLURM_STEP_ID"};
+    Text job = {NULL, 0, 0};
+    for (int i = 0; i < 4; i++) {
+        bool others = (i == 0 && strcmp(l->launcher, "torchrun")) || (i == 3 && strcmp(l->launcher, "srun"));
+        const char* value = others ? NULL : getenv(names[i]);
+        if (value && *value) { text_printf(&job, "%s=%s ", names[i], value); }
+    }
+    snprintf(out, n, "%s", job.text ? job.text : "");
+    text_free(&job);
+}
+
+// Where the ranks meet, without MPI: on rank 0's host, at MTA_PORT, else beside the port at which torchrun listens,
+// else at one that follows from the job.
+static inline StartAddress launch_address(const Launch* l) {
+    StartAddress a;
+    struct addrinfo want, *found = NULL;
+    char job[1024];
+    int port = launch_number("MTA_PORT", 65535), master = launch_number("MASTER_PORT", 65534);
+    memset(&a, 0, sizeof a);
+    memset(&want, 0, sizeof want);
+    launch_job(l, job, sizeof job);
+    uint32_t hash = crc32_update(0, job, strlen(job));
+    a.cookie = (uint64_t)l->size << 32 | hash;
+    a.port = htons((uint16_t)(port > 0     ? port
+                              : master > 0 ? master + 1
+                              : *job       ? START_JOB_PORT + (int)(hash % 10000)
+                                           : START_PORT));
+    launch_host(l, a.host, sizeof a.host);
+    if (!l->rank) { return a; }
+    want.ai_family = AF_INET, want.ai_socktype = SOCK_STREAM;
+    int wrong = getaddrinfo(a.host, NULL, &want, &found);
+    if (wrong) { die("rank %d: %s, the host of rank 0: %s", l->rank, a.host, gai_strerror(wrong)); }
+    for (struct addrinfo* i = found; i && a.addresses < START_ADDRESSES; i = i->ai_next) {
+        a.address[a.addresses++] = ((struct sockaddr_in*)(void*)i->ai_addr)->sin_addr.s_addr;
+    }
+    freeaddrinfo(found);
+    return a;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// The meeting
+
+// What a rank says of itself; it stays as it is, so that versions can tell each other apart.
+typedef struct {
+    char magic[8];
+    uint64_t cookie;
+    int32_t rank, size, pid, unused;
+    char version[32], host[HOST_SIZE], device[64];  // device: "" = shared by many
+} StartHello;
+
+// Rank 0 answers twice: when it has taken a hello, and when all have come. Then the hosts of all and the block follow.
+typedef struct {
+    char magic[8];
+    int32_t all, status;  // status: not 0 = end with it, rank 0 has said why
+} StartAnswer;
+
+static const char START_MAGIC[8] = {'m', 't', 'a', '.', 'm', 'e', 'e', 't'};
+
+// Seconds that rank 0 waits for the others.
+static inline int start_seconds(void) {
+    int seconds = launch_number("MTA_START_SECONDS", 1000000);
+    return seconds > 0 ? seconds : START_SECONDS;
+}
+
+// Reads n bytes before the time `end`; false: they did not come.
+static inline bool start_receive(int fd, void* data, size_t n, double end) {
+    for (size_t have = 0; have < n;) {
+        struct pollfd one = {fd, POLLIN, 0};
+        double left = end - seconds_now();
+        if (left <= 0 || poll(&one, 1, (int)(left * 1000) + 1) <= 0) { return false; }
+        ssize_t got = recv(fd, (char*)data + have, n - have, 0);
+        if (got <= 0) { return false; }
+        have += (size_t)got;
+    }
+    return true;
+}
+
+// Sends n bytes to one that reads; one that does not is lost, which the watch will find.
+static inline void start_send(int fd, const void* data, size_t n) {
+    for (size_t sent = 0; sent < n;) {
+        struct pollfd one = {fd, POLLOUT, 0};
+        if (poll(&one, 1, 5000) <= 0) { return; }
+        ssize_t more = send(fd, (const char*)data + sent, n - sent, MSG_NOSIGNAL);
+        if (more <= 0) { return; }
+        sent += (size_t)more;
+    }
+}
+
+// Rank 0 listens on every address that this machine has, of which a gets a list; loopback comes last. A port of 0
+// becomes one that is free, and then the cookie is made too.
+static inline int start_listen(StartAddress* a) {
+    struct sockaddr_in any;
+    socklen_t length = sizeof any;
+    int on = 1;
+    memset(&any, 0, sizeof any);
+    any.sin_family = AF_INET, any.sin_port = a->port;
+    int fd = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
+    if (fd < 0 || setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &on, sizeof on) ||
+        bind(fd, (struct sockaddr*)&any, sizeof any) || listen(fd, 1024) ||
+        getsockname(fd, (struct sockaddr*)&any, &length)) {
+        die("ranks: cannot listen for the other ranks at port %d: %s%s", ntohs(a->port), strerror(errno),
+            a->port ? "; MTA_PORT=N chooses another" : "");
+    }
+    if (!a->port) {
+        struct timespec t;
+        clock_gettime(CLOCK_REALTIME, &t);
+        gethostname(a->host, sizeof a->host - 1);
+        a->cookie = (uint64_t)t.tv_sec * 1000000007u ^ (uint64_t)t.tv_nsec << 20 ^ (uint64_t)getpid();
+    }
+    a->port = any.sin_port;
+    struct ifaddrs* all = NULL;
+    if (getifaddrs(&all)) { die("ranks: cannot list this machine's addresses: %s", strerror(errno)); }
+    for (int loopback = 0; loopback < 2; loopback++) {
+        for (struct ifaddrs* i = all; i; i = i->ifa_next) {
+            if (!i->ifa_addr || i->ifa_addr->sa_family != AF_INET || !(i->ifa_flags & IFF_UP) ||
+                !(i->ifa_flags & IFF_LOOPBACK) != !loopback || a->addresses == START_ADDRESSES) {
+                continue;
+            }
+            a->address[a->addresses++] = ((struct sockaddr_in*)(void*)i->ifa_addr)->sin_addr.s_addr;
+        }
+    }
+    freeifaddrs(all);
+    return fd;
+}
+
+static inline int start_connect(uint32_t address, uint16_t port) {
+    struct sockaddr_in to;
+    memset(&to, 0, sizeof to);
+    to.sin_family = AF_INET, to.sin_addr.s_addr = address, to.sin_port = port;
+    int fd = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0), wrong = 0;
+    socklen_t length = sizeof wrong;
+    struct pollfd one = {fd, POLLOUT, 0};
+    if (fd < 0) { return -1; }
+    bool good = connect(fd, (struct sockaddr*)&to, sizeof to) == 0 ||
+                (errno == EINPROGRESS && poll(&one, 1, 5000) == 1 &&
+                 getsockopt(fd, SOL_SOCKET, SO_ERROR, &wrong, &length) == 0 && wrong == 0);
+    if (good) { return fd; }
+    close(fd);
+    return -1;
+}
+
+// What speaks against one that comes beside those that have come (all; who has not has no magic), "" = nothing.
+static inline Error start_judge(const StartHello* all, const StartHello* h) {
+    const StartHello *root = &all[0], *other = &all[h->rank < root->size && h->rank >= 0 ? h->rank : 0];
+    Error e = {{0}};
+    if (strcmp(h->version, root->version)) {
+        fail(&e, "rank %d (%s) is of version %s, rank 0 (%s) of %s; wanted the same on all", h->rank, h->host,
+             h->version, root->host, root->version);
+    } else if (h->size != root->size || h->rank < 0 || h->rank >= root->size) {
+        fail(&e, "rank %d (%s) was started as one of %d, rank 0 (%s) as one of %d", h->rank, h->host, h->size,
+             root->host, root->size);
+    } else if (other->magic[0]) {
+        fail(&e, "rank %d came twice: from %s (process %d) and from %s (process %d)", h->rank, other->host, other->pid,
+             h->host, h->pid);
+    }
+    for (int p = 0; p < root->size && h->device[0] && !e.text[0]; p++) {
+        if (all[p].magic[0] && !strcmp(all[p].device, h->device)) {
+            fail(&e, "rank %d (%s) and rank %d (%s) are on one GPU, %s; wanted one for each", p, all[p].host, h->rank,
+                 h->host, h->device);
+        }
+    }
+    return e;
+}
+
+// Ends the run where the ranks meet: rank 0 says why, the others end with it.
+__attribute__((noreturn)) static inline void start_refuse(Watch* w, int status, const char* why) {
+    StartAnswer no = {{0}, 1, status};
+    memcpy(no.magic, START_MAGIC, sizeof no.magic);
+    fprintf(stderr, "%s: %s\n", program_invocation_short_name, why);
+    for (int p = 1; p < w->size; p++) {
+        if (w->peers[p].fd >= 0) { start_send(w->peers[p].fd, &no, sizeof no); }
+    }
+    exit(status);
+}
+
+// Not all have come.
+__attribute__((noreturn)) static inline void start_miss(Watch* w, const StartAddress* a, const StartHello* all) {
+    Text names = {NULL, 0, 0}, why = {NULL, 0, 0};
+    int missing = 0;
+    for (int p = 0; p < w->size; p++) {
+        if (all[p].magic[0]) { continue; }
+        if (missing < START_MISSING) { text_printf(&names, "%s%d", missing ? ", " : "", p); }
+        missing++;
+    }
+    text_printf(&why, "%d of %d ranks came to %s:%d within %d s; missing %s%s", w->size - missing, w->size, all[0].host,
+                ntohs(a->port), start_seconds(), names.text, missing > START_MISSING ? ", ..." : "");
+    start_refuse(w, EXIT_RANK_LOST, why.text);
+}
+
+// Rank 0 takes the next one that comes; what is none of this run's is sent away without a word.
+static inline void start_take(Watch* w, const StartAddress* a, int listening, StartHello* all) {
+    StartHello h;
+    StartAnswer taken = {{0}, 0, 0};
+    memcpy(taken.magic, START_MAGIC, sizeof taken.magic);
+    int fd = accept4(listening, NULL, NULL, SOCK_CLOEXEC);
+    if (fd < 0 && errno == EMFILE) { start_refuse(w, 1, "ranks: too many open files; ulimit -n N allows more"); }
+    if (fd < 0) { return; }
+    if (!start_receive(fd, &h, sizeof h, seconds_now() + 5) || memcmp(h.magic, START_MAGIC, sizeof h.magic) ||
+        h.cookie != a->cookie) {
+        close(fd);
+        return;
+    }
+    h.version[sizeof h.version - 1] = h.host[sizeof h.host - 1] = h.device[sizeof h.device - 1] = 0;
+    Error e = start_judge(all, &h);
+    start_send(fd, &taken, sizeof taken);
+    if (e.text[0]) {
+        taken.all = taken.status = 1;
+        start_send(fd, &taken, sizeof taken);
+        start_refuse(w, 1, e.text);
+    }
+    all[h.rank] = h;
+    w->peers[h.rank].fd = fd;
+}
+
+// Rank 0's part: waits for all, then answers them.
+static inline void start_gather(Watch* w, const StartAddress* a, int listening, StartHello* all, const void* block,
+                                size_t n) {
+    double end = seconds_now() + start_seconds();
+    StartAnswer good = {{0}, 1, 0};
+    memcpy(good.magic, START_MAGIC, sizeof good.magic);
+    for (int there = 1; there < w->size;) {
+        struct pollfd one = {listening, POLLIN, 0};
+        double left = end - seconds_now();
+        if (left <= 0) { start_miss(w, a, all); }
+        if (poll(&one, 1, (int)(left * 1000) + 1) == 1) { start_take(w, a, listening, all); }
+        there = 0;
+        for (int p = 0; p < w->size; p++) { there += all[p].magic[0] != 0; }
+    }
+    close(listening);
+    for (int p = 0; p < w->size; p++) { memcpy(w->peers[p].host, all[p].host, HOST_SIZE); }
+    for (int p = 1; p < w->size; p++) {
+        start_send(w->peers[p].fd, &good, sizeof good);
+        for (int i = 0; i < w->size; i++) { start_send(w->peers[p].fd, all[i].host, HOST_SIZE); }
+        start_send(w->peers[p].fd, block, n);
+    }
+}
+
+// Another rank tries each address of rank 0 until one takes its hello.
+static inline void start_reach(Watch* w, const StartAddress* a, const StartHello* mine, double end) {
+    const struct timespec pause = {0, 50000000};
+    StartAnswer taken;
+    while (seconds_now() < end) {
+        for (int i = 0; i < a->addresses; i++) {
+            int fd = start_connect(a->address[i], a->port);
+            if (fd < 0) { continue; }
+            start_send(fd, mine, sizeof *mine);
+            if (start_receive(fd, &taken, sizeof taken, end) && !memcmp(taken.magic, START_MAGIC, sizeof taken.magic) &&
+                !taken.all && !taken.status) {
+                w->peers[0].fd = fd;
+                return;
+            }
+            close(fd);
+        }
+        nanosleep(&pause, NULL);
+    }
+    fprintf(stderr, "%s: rank %d (%s): rank 0 was not reached at %s:%d within %d s\n", program_invocation_short_name,
+            w->rank, mine->host, a->host, ntohs(a->port), start_seconds());
+    exit(EXIT_RANK_LOST);
+}
+
+// All ranks meet at rank 0, which listens at a (by start_listen). Afterwards all are connected to it, know everybody's
+// host, and have rank 0's `block` of n bytes. device: what no two ranks may share, "" = nothing.
+static inline void start_meet(Watch* w, const StartAddress* a, int listening, const char* version, const char* device,
+                              void* block, size_t n) {
+    StartHello mine;
+    StartAnswer answer;
+    memset(&mine, 0, sizeof mine);
+    memcpy(mine.magic, START_MAGIC, sizeof mine.magic);
+    mine.cookie = a->cookie, mine.rank = w->rank, mine.size = w->size, mine.pid = (int32_t)getpid();
+    snprintf(mine.version, sizeof mine.version, "%s", version);
+    snprintf(mine.device, sizeof mine.device, "%s", device);
+    gethostname(mine.host, sizeof mine.host - 1);
+    if (!w->rank) {
+        StartHello* all = (StartHello*)alloc_or_die((size_t)w->size, sizeof mine, "ranks");
+        all[0] = mine;
+        start_gather(w, a, listening, all, block, n);
+        free(all);
+        return;
+    }
+
+    // The others: a moment longer than rank 0, so that its line, which names who is missing, is the first.
+    double end = seconds_now() + start_seconds() + 2;
+    start_reach(w, a, &mine, end);
+    int fd = w->peers[0].fd;
+    bool came = start_receive(fd, &answer, sizeof answer, end + 5);
+    if (came && answer.status) { exit(answer.status); }
+    for (int p = 0; p < w->size && came; p++) { came = start_receive(fd, w->peers[p].host, HOST_SIZE, end + 5); }
+    if (came && start_receive(fd, block, n, end + 5)) { return; }
+    if (w->rank == 1) {
+        fprintf(stderr, "%s: rank 0 (%s) was lost at the start; all ranks end\n", program_invocation_short_name,
+                a->host);
+    }
+    exit(EXIT_RANK_LOST);
+}
+
+#endif
