@@ -30,7 +30,7 @@ RESULTS = os.path.join(ROOT, "dev", "evidence")
 
 TOY_TASKS = [(n, kind) for n in (5, 8) for kind in ("all", "first", "last")]
 TOY_BLOCKS = 8  # blocks of a sequence; the paper's sequences of 321 tokens hold 52 or 34
-TOY_SAMPLES = 400000  # sequences of the training set: more than are drawn, so that no sequence is seen twice
+TOY_SAMPLES = 200000  # sequences of the training set, three times as many for the longest cells: more than are drawn
 TOY_TESTS = 1000  # sequences of the validation set
 TOY_STEPS, TOY_TUNING_STEPS, TOY_LONG_STEPS = 3000, 3000, 9000
 TOY_BEST = {"layers": 4, "width": 64, "lr": 2e-3}  # settled by the part toy-tuning, for the plain Transformer
@@ -229,13 +229,14 @@ def commit():
 
 def toy_data(cell, out):
     """Makes the data of a toy cell, unless it is there; a data seed is the run's seed. Returns the options that name it."""
-    folder = os.path.join(out, "data", f"{cell['task']}_{cell['seed']}")
+    samples = TOY_SAMPLES if cell["steps"] <= TOY_STEPS else 3 * TOY_SAMPLES
+    folder = os.path.join(out, "data", f"{cell['task']}_{cell['seed']}_{samples}")
     if not os.path.exists(os.path.join(folder, "toy_task.json")):
         subprocess.run(
             [
                 sys.executable, os.path.join(ROOT, "data", "toy_task.py"), "--out", folder, "--n", str(cell["n"]),
                 "--kind", cell["kind"], "--blocks", str(TOY_BLOCKS), "--seed", str(cell["seed"]), "--train-samples",
-                str(TOY_SAMPLES), "--test-samples", str(TOY_TESTS), "--jobs", "1",
+                str(samples), "--test-samples", str(TOY_TESTS), "--jobs", "1",
             ],
             check=True,
             stdout=subprocess.DEVNULL,
