@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""Evaluation sets for --score of infer_mta or a trainer, and their results. Standard library; --tokenizer with a rank file: tiktoken.
+"""Evaluation sets for --score of infer_mta or a trainer, and their results. Standard library; --tokenizer with a rank
+file: tiktoken.
 
     evals.py lambada lambada_test.jsonl --out lambada.jsonl            last word of a passage
     evals.py choice hellaswag_val.jsonl --out hellaswag.jsonl          multiple choice, any number of choices
@@ -10,10 +11,12 @@
     evals.py report lambada.jsonl lambada.scores
     evals.py report mta=runs/mta/eval plain=runs/plain/eval --markdown report.md --csv report.csv --pictures .
 
-A request is a JSON line with context and continuation, which the programs read, and what the report needs: task (and its
-settings), item (which question), choice and gold (numbers; only where there are choices). The report has the paper's
+A request is a JSON line with context and continuation, which the programs read, and what the report needs: task (and
+its settings), item (which question), choice and gold (numbers; only where there are choices). The report has the
+paper's
 tables, and says per task:
-  accuracy   of choices: the one with the largest log-probability is gold (of equal ones the first); else the same as greedy
+  accuracy   of choices: the one with the largest log-probability is gold (of equal ones the first); else the same as
+             greedy
   acc_norm   the same with log-probability per character of the choice (the space before it is not one of them)
   acc_bytes  the same per byte of the choice in UTF-8
   acc_token  the same per token of the continuation
@@ -34,8 +37,8 @@ from prepare import BadDocument, Parser, UserError, open_tokenizer, parse_count 
 from report import report  # noqa: E402
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Sets from files: a record -> [(context, continuation) of each choice], number of the gold one. Context and continuation
-# are those of EleutherAI's lm-evaluation-harness for its task of that name, character by character
+# Sets from files: a record -> [(context, continuation) of each choice], number of the gold one. Context and
+# continuation are those of EleutherAI's lm-evaluation-harness for its task of that name, character by character
 # (dev/tests/test_lm_eval.py compares them); "general" alone is ours.
 
 
@@ -573,7 +576,8 @@ def main():
         p.add_argument("--text", nargs="+", default=[], metavar="FILE", help="texts to distract with")
         p.add_argument("--tokenizer", default="bytes", metavar="NAME|FILE", help="counts the tokens; default bytes")
         p.add_argument("--pattern")
-        p.add_argument("--samples", type=parse_samples, default=100, metavar="N", help="questions of each setting; default 100")
+        p.add_argument("--samples", type=parse_samples, default=100, metavar="N",
+                       help="questions of each setting; default 100")
         p.add_argument("--seed", type=int, default=0)
         if name == "needle":
             p.add_argument(
@@ -607,7 +611,8 @@ def main():
         "files",
         nargs="+",
         metavar="[NAME=]FOLDER|REQUESTS SCORES",
-        help="folders of scripts/evaluate.sh, each a model (NAME.jsonl, NAME.scores, validation/log.jsonl); or pairs of files",
+        help="folders of scripts/evaluate.sh, each a model (NAME.jsonl, NAME.scores, validation/log.jsonl); or pairs "
+             "of files",
     )
     p.add_argument("--json", metavar="FILE", help="the numbers, not rounded")
     p.add_argument("--csv", metavar="FILE", help="the same, a row for each model, task and setting")

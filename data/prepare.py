@@ -893,8 +893,8 @@ def add_prepare_options(p, slim):
         metavar="X",
     )
     if slim:
-        text = "folders (default): as folders or files called train, validation, test say; hash: by --val-fraction alone"
-        option("--split", text, choices=["folders", "hash"], default="folders")
+        text = "folders (default): as folders or files called train, validation, test say; hash: by --val-fraction"
+        option("--split", text + " alone", choices=["folders", "hash"], default="folders")
     option("--seed", "of that hash", type=int, default=0)
     option("--shard-tokens", "tokens in a shard, default 100M", type=parse_count, default=100000000, metavar="N")
     text = "stop behind the documents that bring N tokens; of splits by folders N of train and N/20 of validation"

@@ -1,7 +1,9 @@
-"""Tables, CSV and pictures of what models have scored, for evals.py report. Standard library; matplotlib for the pictures.
+"""Tables, CSV and pictures of what models have scored, for evals.py report. Standard library; matplotlib for the
+pictures.
 
-A model is the answers to some files of requests, and the log of an evaluation of its validation sets where there is one. The
-tables are the paper's: validation perplexity by domain and its mean, LAMBADA, zero-shot tasks, needles in a haystack, BabiLong;
+A model is the answers to some files of requests, and the log of an evaluation of its validation sets where there is
+one. The tables are the paper's: validation perplexity by domain and its mean, LAMBADA, zero-shot tasks, needles in a
+haystack, BabiLong;
 models stand below each other, the best figure of a column is bold.
 """
 
@@ -33,7 +35,8 @@ def read_lines(path, keys):
                     if missing:
                         raise UserError("%s:%d: no %s" % (path, number, ", ".join(missing)))
                     if "greedy" in keys and not (type(record["greedy"]) is bool and type(record["tokens"]) is int):
-                        raise UserError("%s:%d: wanted a number of tokens, and true or false as greedy" % (path, number))
+                        raise UserError("%s:%d: wanted a number of tokens, and true or false as greedy" %
+                                        (path, number))
                     records.append(record)
     except OSError as e:
         raise UserError("%s: %s" % (path, e.strerror))
@@ -112,7 +115,8 @@ class Model:
             first = answers[0][0]
             settings = {k: first[k] for k in SETTINGS if k in first}
             if not all(type(v) in (int, float) for v in settings.values()):
-                raise UserError("%s: item %s: its settings are no numbers: %s" % (requests_path, first["item"], settings))
+                raise UserError("%s: item %s: its settings are no numbers: %s" % (requests_path, first["item"],
+                                                                                  settings))
             self.items.append((first["task"], settings, score_item(answers)))
 
     def add_folder(self, folder):
@@ -127,7 +131,8 @@ class Model:
             raise UserError("%s: no NAME.scores and no validation/log.jsonl in it" % folder)
 
     def groups(self):
-        """{(task, settings in their order): mean}: of each task, and of each of its settings; sorted, numbers as numbers."""
+        """{(task, settings in their order): mean}: of each task, and of each of its settings; sorted, numbers as
+        numbers."""
         found = {}
         for task, settings, numbers in self.items:
             for key in {(task, ()), (task, tuple(settings.items()))}:
@@ -167,8 +172,8 @@ def settings_of(models, kind, name):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Tables: title, heads of the leading columns, columns [(head, which is better, digits)], groups of rows. In a group the rows
-# are models, [leading cells, values]; the best of each column is bold.
+# Tables: title, heads of the leading columns, columns [(head, which is better, digits)], groups of rows. In a group the
+# rows are models, [leading cells, values]; the best of each column is bold.
 
 
 def mean_if_whole(values):
@@ -194,7 +199,8 @@ def plain_table(title, models, columns, values):
 def validation_tables(models):
     models = [m for m in models if m.validation]
     sets = list(dict.fromkeys(name for m in models for name in m.validation))
-    for key, title, digits in (("perplexity", "Validation perplexity", 2), ("bits_per_byte", "Validation, bits per byte", 4)):
+    for key, title, digits in (("perplexity", "Validation perplexity", 2),
+                               ("bits_per_byte", "Validation, bits per byte", 4)):
         values = [[m.validation.get(s, {}).get(key) for s in sets] for m in models]
         if any(v is not None for row in values for v in row):
             yield plain_table(title, models, [(s, min, digits) for s in sets], values)
@@ -214,7 +220,8 @@ def word_table(models):
 def choice_tables(models):
     models = [m for m in models if m.tasks("choice")]
     tasks = sorted({t for m in models for t in m.tasks("choice")})
-    for measure, title in (("accuracy", "Zero-shot accuracy, %"), ("acc_norm", "Zero-shot accuracy per character (acc_norm), %")):
+    for measure, title in (("accuracy", "Zero-shot accuracy, %"),
+                           ("acc_norm", "Zero-shot accuracy per character (acc_norm), %")):
         values = [[percent(m.mean(t), measure) for t in tasks] for m in models]
         yield plain_table(title, models, [(t, max, 1) for t in tasks], values)
 
@@ -283,7 +290,8 @@ def markdown(table, several):
     escaped = [[cell.replace("|", "\\|") for cell in line] for line in lines]
     widths = [max(3, *(len(line[i]) for line in escaped)) for i in range(len(lines[0]))]
     n = len(leading)
-    show = lambda line: "| " + " | ".join(c.ljust(w) if i < n else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths))) + " |"
+    show = lambda line: "| " + " | ".join(c.ljust(w) if i < n else c.rjust(w)
+                                          for i, (c, w) in enumerate(zip(line, widths))) + " |"
     rule = "|" + "|".join("-" * (w + 2) if i < n else "-" * (w + 1) + ":" for i, w in enumerate(widths)) + "|"
     return "\n".join(["### " + title, "", show(escaped[0]), rule] + [show(line) for line in escaped[1:]]) + "\n"
 
@@ -324,22 +332,27 @@ def write_csv(f, models):
 
 
 def draw_needles(pyplot, models, path):
-    """Heat maps: a row of panels for each model, one for each number of needles; depth downwards, length to the right."""
+    """Heat maps: a row of panels for each model, one for each number of needles; depth downwards, length to the
+    right."""
     models = [m for m in models if m.tasks("needle")]
     counts, depths, lengths = (settings_of(models, "needle", k) for k in ("needles", "depth", "length"))
-    size = (1.6 + len(counts) * max(1.5, 0.62 * len(lengths) + 0.5), 1.1 + len(models) * max(1.7, 0.36 * len(depths) + 0.5))
+    size = (1.6 + len(counts) * max(1.5, 0.62 * len(lengths) + 0.5),
+            1.1 + len(models) * max(1.7, 0.36 * len(depths) + 0.5))
     figure, axes = pyplot.subplots(len(models), len(counts), figsize=size, squeeze=False, layout="constrained")
     for m, row in zip(models, axes):
         for count, ax in zip(counts, row):
-            cells = [[percent(m.mean(kind="needle", needles=count, length=n, depth=d)) for n in lengths] for d in depths]
+            cells = [[percent(m.mean(kind="needle", needles=count, length=n, depth=d)) for n in lengths]
+                     for d in depths]
             grid = [[math.nan if c is None else c for c in line] for line in cells]
             picture = ax.imshow(grid, cmap="RdYlGn", vmin=0, vmax=100, aspect="auto", interpolation="nearest")
             for i, line in enumerate(cells):
                 for k, cell in enumerate(line):
                     if cell is not None:
                         dark = cell < 15 or cell > 90
-                        ax.text(k, i, "%.0f" % cell, ha="center", va="center", fontsize=8, color="white" if dark else "black")
-            ax.set_xticks(range(len(lengths)), ["%d" % n for n in lengths], rotation=90 if len(lengths) > 3 else 0, fontsize=8)
+                        ax.text(k, i, "%.0f" % cell, ha="center", va="center", fontsize=8,
+                                color="white" if dark else "black")
+            ax.set_xticks(range(len(lengths)), ["%d" % n for n in lengths], rotation=90 if len(lengths) > 3 else 0,
+                          fontsize=8)
             ax.set_yticks(range(len(depths)), ["%d" % d for d in depths] if ax is row[0] else [], fontsize=8)
             if ax in axes[0]:
                 ax.set_title("%d needle%s" % (count, "s" * (count > 1)), fontsize=10)
@@ -360,14 +373,16 @@ def draw_babilong(pyplot, models, path):
     panels = tasks + ["mean"] * (len(tasks) > 1)
     columns = min(3, len(panels))
     rows = -(-len(panels) // columns)
-    figure, axes = pyplot.subplots(rows, columns, figsize=(3.1 * columns + 1.6, 2.6 * rows + 0.5), squeeze=False, sharey=True, layout="constrained")
+    figure, axes = pyplot.subplots(rows, columns, figsize=(3.1 * columns + 1.6, 2.6 * rows + 0.5), squeeze=False,
+                                   sharey=True, layout="constrained")
     colours, at = pyplot.get_cmap("tab10").colors, range(len(lengths))
     for panel, ax in zip(panels, axes.flat):
         shown = tasks if panel == "mean" else [panel]
         for i, m in enumerate(models):
             known = [mean_if_whole([percent(m.mean(t, distraction=d)) for t in shown]) for d in lengths]
             values = [math.nan if v is None else v for v in known]
-            ax.plot(at, values, "os^Dv<>pP*"[i % 10] + "-", color=colours[i % 10], label=plain(m.name), markersize=4, linewidth=1.5)
+            ax.plot(at, values, "os^Dv<>pP*"[i % 10] + "-", color=colours[i % 10], label=plain(m.name), markersize=4,
+                    linewidth=1.5)
         chances = [m.chance(t) for m in models for t in shown if t in m.tasks("babilong")]
         ax.axhline(100 * sum(chances) / len(chances), color="0.5", linestyle=":", linewidth=1.2, label="chance")
         ax.set_title(panel.upper() if panel != "mean" else "mean", fontsize=10)
@@ -445,7 +460,8 @@ def write(path, text):
 def report(args):
     models = models_of(args.files)
     text = "\n".join(markdown(t, len(models) > 1) for t in tables_of(models))
-    details = "\n".join(("### %s: every measure\n\n" % m.name if len(models) > 1 else "") + flat(m) for m in models if m.items)
+    details = "\n".join(("### %s: every measure\n\n" % m.name if len(models) > 1 else "") + flat(m)
+                        for m in models if m.items)
     if args.json:
         rows = {m.name: {label(key): row for key, row in m.groups().items()} for m in models}
         write(args.json, json.dumps(rows if len(models) > 1 else rows[models[0].name], indent=1) + "\n")
@@ -464,7 +480,8 @@ def report(args):
             raise UserError("%s: %s" % (args.pictures, e.strerror))
     if args.markdown:
         base = os.path.relpath(args.pictures, os.path.dirname(args.markdown) or ".") if pictures else ""
-        links = "".join("\n![%s](%s)\n" % (name[:-4], os.path.normpath(os.path.join(base, name)).replace(" ", "%20")) for name in pictures)
+        links = "".join("\n![%s](%s)\n" % (name[:-4], os.path.normpath(os.path.join(base, name)).replace(" ", "%20"))
+                        for name in pictures)
         write(args.markdown, text + links + ("\n```\n%s```\n" % details if details else ""))
     sys.stdout.write(text + ("\n" if text and details else "") + details)
     return 0

@@ -1,18 +1,21 @@
 #!/usr/bin/env python3
 """Makes the toy task of the Multi-Token Attention paper ("find the block") as token shards with loss masks.
 
-A sequence is BOS, blocks of N letters joined by ".", "#", L letters, the answer, EOS. The letters of a block are distinct, and exactly
-one block holds all L letters of the question. The answer is that block ("all"), or its "first" or its "last" letter. To find it, a
+A sequence is BOS, blocks of N letters joined by ".", "#", L letters, the answer, EOS. The letters of a block are
+distinct, and exactly one block holds all L letters of the question. The answer is that block ("all"), or its "first" or
+its "last" letter. To find it, a
 query must match L keys at once: one attention weight of a plain Transformer compares one query with one key.
 
-    python3 data/toy_task.py --out data/toy                     # the paper's size: N = 5, 52 blocks, a million sequences of 321 tokens
+    python3 data/toy_task.py --out data/toy                     # the paper's size: N = 5, 52 blocks, a million
+                                                                sequences of 321 tokens
     python3 data/toy_task.py --out data/toy --n 4 --blocks 8 --kind first --train-samples 50000
     python3 data/toy_task.py --examples 3 --n 4 --blocks 8      # prints, writes nothing
 
-writes OUT/NAME_train_000000.bin (and more, if it is long) and OUT/NAME_val_000000.bin with .mask files beside them (1 for the answer and
-EOS), OUT/NAME_task.json, which says how they were made, and OUT/manifest.json, from which trainers take the tokenizer. Every sequence has the same length S (printed, and "length" in the JSON
-file), "_" filling it up, and starts at a multiple of S: train with --seq-len S. A sequence of the test set (val) is in it once and never
-in the training set. The standard library suffices.
+writes OUT/NAME_train_000000.bin (and more, if it is long) and OUT/NAME_val_000000.bin with .mask files beside them (1
+for the answer and EOS), OUT/NAME_task.json, which says how they were made, and OUT/manifest.json, from which trainers
+take the tokenizer. Every sequence has the same length S (printed, and "length" in the JSON
+file), "_" filling it up, and starts at a multiple of S: train with --seq-len S. A sequence of the test set (val) is in
+it once and never in the training set. The standard library suffices.
 """
 import argparse
 import json
@@ -25,7 +28,8 @@ import zlib
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 from shards import (  # noqa: E402
-    FORMAT, HEADER_BYTES, Parser, cores, foreign_shard, read_manifest, run_program, shard_header, sync_file, tokenizer_entry, write_manifest,
+    FORMAT, HEADER_BYTES, Parser, cores, foreign_shard, read_manifest, run_program, shard_header, sync_file,
+                    tokenizer_entry, write_manifest,
 )
 from tokenizer import ToyTokenizer, UserError, widened  # noqa: E402
 
@@ -37,7 +41,8 @@ PAPER_LENGTH = 321
 CHUNK = 2000  # sequences that share a random state; part of what a seed means
 SHARD_TOKENS = 1 << 27
 
-# A random byte below 234 = 9 x 26 is a letter, others are dropped: bytes.translate makes uniform letters at the speed of C.
+# A random byte below 234 = 9 x 26 is a letter, others are dropped: bytes.translate makes uniform letters at the speed
+# of C.
 LETTER_OF_BYTE = bytes(b % 26 for b in range(256))
 BYTES_DROPPED = bytes(range(234, 256))
 
@@ -101,12 +106,14 @@ def finish(task, prompt, answer):
 
 
 def chunk_rng(task, seed, split, chunk):
-    """The random state of a chunk: a function of the task without its kind, the seed, the split and the chunk's number."""
+    """The random state of a chunk: a function of the task without its kind, the seed, the split and the chunk's
+    number."""
     return random.Random(f"mta toy {task.n} {task.l} {task.blocks} {seed} {split} {chunk}")
 
 
 def take(task, rng, count, refused, distinct):
-    """`count` sequences whose prompts are not in the set `refused`; distinct: and none twice. Returns a list of (prompt, answer)."""
+    """`count` sequences whose prompts are not in the set `refused`; distinct: and none twice. Returns a list of
+    (prompt, answer)."""
     out, tries = [], 0
     seen = set(refused) if distinct else refused
     for prompt, answer in draw_sequences(task, rng):
@@ -114,7 +121,8 @@ def take(task, rng, count, refused, distinct):
             return out
         tries += 1
         if tries > 100 * count + 10000:
-            raise ValueError(f"found only {len(out)} of {count} sequences that differ from the others; ask for fewer, or for more blocks")
+            raise ValueError(f"found only {len(out)} of {count} sequences that differ from the others; ask for fewer, "
+                             f"or for more blocks")
         if prompt in seen:
             continue
         if distinct:
@@ -175,7 +183,8 @@ class ShardWriter:
         for path in reversed(self.paths()):  # the mask first: a .bin in place is complete
             os.replace(path + ".partial", path)
         name = os.path.basename(self.paths()[0])
-        self.shards[name] = {"documents": self.count + 1, "tokens": count, "bytes": HEADER_BYTES + TOY.width * count, "crc32": "%08x" % self.crc}
+        self.shards[name] = {"documents": self.count + 1, "tokens": count, "bytes": HEADER_BYTES + TOY.width * count,
+                             "crc32": "%08x" % self.crc}
         self.number += 1
 
 
@@ -206,7 +215,8 @@ def train_chunks(task, seed, count, test_prompts, jobs):
     if jobs == 1 or count <= 4 * CHUNK:
         yield from map(train_chunk, work)
         return
-    with multiprocessing.Pool(jobs, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:  # Ctrl-C is the parent's to handle
+    # Ctrl-C is the parent's to handle
+    with multiprocessing.Pool(jobs, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
         yield from pool.imap(train_chunk, work)
 
 
@@ -247,7 +257,8 @@ def main():
     parser.add_argument("--n", type=int, default=5, help="letters a block (the paper: 5 and 8)")
     parser.add_argument("--l", type=int, default=2, help="letters in the question")
     parser.add_argument("--kind", choices=KINDS, default="all", help="what is asked for")
-    parser.add_argument("--blocks", type=int, help="blocks a sequence; by default what fits into 321 tokens (52 for N = 5, 34 for N = 8)")
+    parser.add_argument("--blocks", type=int,
+                        help="blocks a sequence; by default what fits into 321 tokens (52 for N = 5, 34 for N = 8)")
     parser.add_argument("--length", type=int, help="tokens a sequence, filled up with \"_\"; by default what is needed")
     parser.add_argument("--train-samples", type=int, default=1000000, help="sequences of the training set")
     parser.add_argument("--test-samples", type=int, default=1000, help="sequences of the test set")
@@ -257,7 +268,8 @@ def main():
     options = parser.parse_args()
     task = check(options)
     if options.examples > 0:
-        for prompt, answer in take(task, chunk_rng(task, options.seed, "train", 0), options.examples, set(), distinct=False):
+        for prompt, answer in take(task, chunk_rng(task, options.seed, "train", 0), options.examples, set(),
+                                   distinct=False):
             print(text(prompt), text(answer))
         return
     if not options.out:
@@ -274,21 +286,26 @@ def main():
 def write(options, task):
     """All files of the task."""
     manifest, prefix, show = read_manifest(options.out), os.path.join(options.out, options.name), sys.stderr.isatty()
-    found = foreign_shard(options.out, manifest, options.name, [f"{options.name}_{split}_000000.bin" for split in ("train", "val")])
+    found = foreign_shard(options.out, manifest, options.name,
+                          [f"{options.name}_{split}_000000.bin" for split in ("train", "val")])
     if found and found[1]:
         raise UserError(f"{found[0]} belongs to the preparation {found[1]}; give another --name")
     test = take(task, chunk_rng(task, options.seed, "test", 0), options.test_samples, set(), distinct=True)
     shards = {"val": write_split(task, options.seed, "test", [test], prefix + "_val", len(test), show)}
-    chunks = train_chunks(task, options.seed, options.train_samples, {prompt for prompt, _ in test}, max(1, options.jobs))
-    shards["train"] = write_split(task, options.seed, "training", chunks, prefix + "_train", options.train_samples, show)
-    description = {"task": "find the block", "n": task.n, "l": task.l, "kind": task.kind, "blocks": task.blocks, "length": task.length,
+    chunks = train_chunks(task, options.seed, options.train_samples, {prompt for prompt, _ in test},
+                          max(1, options.jobs))
+    shards["train"] = write_split(task, options.seed, "training", chunks, prefix + "_train", options.train_samples,
+                                  show)
+    description = {"task": "find the block", "n": task.n, "l": task.l, "kind": task.kind, "blocks": task.blocks,
+                   "length": task.length,
                    "train_samples": options.train_samples, "test_samples": options.test_samples, "seed": options.seed,
                    "tokenizer": "toy", "shards": [*shards["val"], *shards["train"]]}
     write_entry(options.out, manifest, options.name, shards, {"command": "toy_task", **description})
     with open(prefix + "_task.json", "w", encoding="utf-8") as f:
         json.dump(description, f, indent=1)
         f.write("\n")
-    print(f"{prefix}_train_*.bin: {options.train_samples} sequences, {prefix}_val_*.bin: {options.test_samples}, of {task.length} tokens each "
+    print(f"{prefix}_train_*.bin: {options.train_samples} sequences, {prefix}_val_*.bin: {options.test_samples}, of "
+          f"{task.length} tokens each "
           f"(--seq-len {task.length})")
 
 

@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""Reads what `make -nB` would run and writes compile_commands.json of it: for clangd and other tools (make compile_commands)."""
+"""Reads what `make -nB` would run and writes compile_commands.json of it: for clangd and other tools (make
+compile_commands)."""
 import json
 import os
 import shlex

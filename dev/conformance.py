@@ -1,18 +1,23 @@
 #!/usr/bin/env python3
-"""Runs an implementation of Multi-Token Attention on the golden cases, and names the details of the definition that it misses.
+"""Runs an implementation of Multi-Token Attention on the golden cases, and names the details of the definition that it
+misses.
 
-    dev/conformance.py MODULE:FUNCTION      MODULE: an importable name or a .py file; without a name: this project's own dev/ref/mta_ref.py
+    dev/conformance.py MODULE:FUNCTION      MODULE: an importable name or a .py file; without a name: this project's own
+                                            dev/ref/mta_ref.py
 
-FUNCTION(q, k, v, **weights) takes rotated queries, keys and values (B, NH, T, HS), and of the weights below those that the layer has, as keywords; it
-returns (B, NH, T, HS), through which PyTorch's autograd can go. It scales by 1/sqrt(HS) itself (dev/MODEL.md, equations 3 to 11):
+FUNCTION(q, k, v, **weights) takes rotated queries, keys and values (B, NH, T, HS), and of the weights below those that
+the layer has, as keywords; it returns (B, NH, T, HS), through which PyTorch's autograd can go. It scales by 1/sqrt(HS)
+itself (dev/MODEL.md, equations 3 to 11):
 
     kq_conv, kq_conv_post   (NH, cq, ck)      the key-query convolutions before and after the softmax
-    head_mix_pre, head_mix  (NH/ch, ch, ch)   the head mixings before and after the softmax, (group, output head, input head)
+    head_mix_pre, head_mix  (NH/ch, ch, ch)   the head mixings before and after the softmax, (group, output head, input
+                                              head)
     head_norm, norm_scale   (HS), a number    the norm of a head's values, eps 1e-5, and its factor (1 - lambda_init)
     head_gate, head_gate_bias  (HS), (1)      the sigmoid gate of a head
 
-Each case is a whole small model: its logits, loss and the gradients of all its weights are compared with the golden file. Where they differ, the layers are
-run one by one against the definition, and against copies of it with one detail wrong, or two; a copy that computes the same names the mistake.
+Each case is a whole small model: its logits, loss and the gradients of all its weights are compared with the golden
+file. Where they differ, the layers are run one by one against the definition, and against copies of it with one detail
+wrong, or two; a copy that computes the same names the mistake.
 Exit status 0: all cases pass. 1: some do not, or take a weight that FUNCTION does not know.
 """
 import argparse
@@ -27,16 +32,21 @@ import sys
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.join(HERE, "ref"))
 
-TOLERANCE = {"float64": 1e-6, "float32": 2e-4}  # of the largest value of a tensor; the golden files are rounded to float32 (6e-8)
+# of the largest value of a tensor; the golden files are rounded to float32 (6e-8)
+TOLERANCE = {"float64": 1e-6, "float32": 2e-4}
 
 # What each copy of the definition does wrongly. Order: what is met most often first.
 DETAILS = {
-    "masked_by_reader": "the convolution reads every key up to query i in the rows above; each row i-u must be masked by its own query i-u first",
+    "masked_by_reader":
+        "the convolution reads every key up to query i in the rows above; each row i-u must be masked by its own query "
+        "i-u first",
     "not_masked_before": "scores of future keys (j > i) are not set to 0 before the convolution",
     "future_in_softmax": "future keys take part in the softmax with a score of 0; they must be left out of it",
     "post_not_masked": "the map is not set to 0 at future keys after the convolution that follows the softmax",
-    "flipped_queries": "the kernel is turned round along the queries: weight [cq-1] belongs to query i itself, [0] to query i-(cq-1)",
-    "flipped_keys": "the kernel is turned round along the keys: it is a cross-correlation, weight [b] reads key j + b - (ck-1)/2",
+    "flipped_queries":
+        "the kernel is turned round along the queries: weight [cq-1] belongs to query i itself, [0] to query i-(cq-1)",
+    "flipped_keys":
+        "the kernel is turned round along the keys: it is a cross-correlation, weight [b] reads key j + b - (ck-1)/2",
     "queries_below": "the convolution reads rows below: queries i .. i+cq-1 instead of i-(cq-1) .. i",
     "queries_centred": "the convolution is centred on the query, so that it reads later ones; it must end at query i",
     "keys_to_the_left": "the kernel's keys end at j instead of being centred on it",
@@ -56,9 +66,10 @@ DETAILS = {
 }
 
 
-def wrong_definition(wrong, q, k, v, kq_conv=None, kq_conv_post=None, head_mix_pre=None, head_mix=None, head_norm=None, norm_scale=1.0, head_gate=None,
-                     head_gate_bias=None):
-    """The definition with the details named in `wrong` wrong; with none it is mta_ref.multi_token_attention, in other words."""
+def wrong_definition(wrong, q, k, v, kq_conv=None, kq_conv_post=None, head_mix_pre=None, head_mix=None, head_norm=None,
+                     norm_scale=1.0, head_gate=None, head_gate_bias=None):
+    """The definition with the details named in `wrong` wrong; with none it is mta_ref.multi_token_attention, in other
+    words."""
     import torch
 
     B, NH, T, HS = q.shape
@@ -76,10 +87,11 @@ def wrong_definition(wrong, q, k, v, kq_conv=None, kq_conv_post=None, head_mix_p
         left = ck - 1 if "keys_to_the_left" in wrong else (ck - 1) // 2
         out = torch.zeros_like(s)
         for a in range(cq):
-            above = a if "queries_below" in wrong else cq - 1 - a if "queries_centred" not in wrong else (cq - 1) // 2 - a
+            above = ((cq - 1) // 2 if "queries_centred" in wrong else cq - 1) - a
             if "queries_below" in wrong:
-                above = -above
-            masked = s if "not_masked_before" in wrong or "masked_by_reader" in wrong else torch.where(causal, s, torch.zeros_like(s))
+                above = -a
+            unmasked = "not_masked_before" in wrong or "masked_by_reader" in wrong
+            masked = s if unmasked else torch.where(causal, s, torch.zeros_like(s))
             rows = torch.zeros_like(s)  # rows[i] = masked[i - above], zero outside
             if abs(above) < T:
                 rows[:, :, max(above, 0):T + min(above, 0)] = masked[:, :, max(-above, 0):T - max(above, 0)]
@@ -97,7 +109,8 @@ def wrong_definition(wrong, q, k, v, kq_conv=None, kq_conv_post=None, head_mix_p
         return torch.einsum("gon,bgnij->bgoij", weight, s.view(B, groups, ch, T, T)).reshape(B, NH, T, T)
 
     s = q @ k.transpose(2, 3) / (1 if "not_scaled" in wrong else HS if "scaled_after" in wrong else HS**0.5)
-    before = [(kq_conv is not None, lambda s: convolution(s, kq_conv)), (head_mix_pre is not None, lambda s: mixed(s, head_mix_pre, "pre_transposed" in wrong))]
+    before = [(kq_conv is not None, lambda s: convolution(s, kq_conv)),
+              (head_mix_pre is not None, lambda s: mixed(s, head_mix_pre, "pre_transposed" in wrong))]
     for there, step in reversed(before) if "pre_mix_first" in wrong else before:
         s = step(s) if there else s
     s = torch.where(causal, s, torch.zeros_like(s) if "future_in_softmax" in wrong else torch.full_like(s, -torch.inf))
@@ -109,7 +122,8 @@ def wrong_definition(wrong, q, k, v, kq_conv=None, kq_conv_post=None, head_mix_p
         a = convolution(a, kq_conv_post)
         return a if "post_not_masked" in wrong else torch.where(causal, a, torch.zeros_like(a))
 
-    after = [(kq_conv_post is not None, convolution_after), (head_mix is not None, lambda a: mixed(a, head_mix, "post_transposed" in wrong))]
+    after = [(kq_conv_post is not None, convolution_after),
+             (head_mix is not None, lambda a: mixed(a, head_mix, "post_transposed" in wrong))]
     for there, step in reversed(after) if "post_mix_first" in wrong else after:
         a = step(a) if there else a
     if "rows_to_one" in wrong:
@@ -120,7 +134,8 @@ def wrong_definition(wrong, q, k, v, kq_conv=None, kq_conv_post=None, head_mix_p
         o = o * torch.rsqrt(square + 1e-5) * head_norm * (1.0 if "norm_not_scaled" in wrong else norm_scale)
     if head_gate is not None:
         read = plain if "gate_before_norm" in wrong else o
-        o = o * torch.sigmoid((read * head_gate).sum(-1, keepdim=True) + (0 if "gate_without_bias" in wrong else head_gate_bias))
+        o = o * torch.sigmoid((read * head_gate).sum(-1, keepdim=True) + (0 if "gate_without_bias" in wrong
+                                                                          else head_gate_bias))
     return o
 
 
@@ -143,7 +158,8 @@ def load(name):
 
 
 def distance(got, want):
-    """Largest difference over the largest value wanted; infinite for another shape and for numbers that are not finite."""
+    """Largest difference over the largest value wanted; infinite for another shape and for numbers that are not
+    finite."""
     if got is None or tuple(got.shape) != tuple(want.shape) or not got.isfinite().all():
         return float("inf")
     return ((got.double() - want.double()).abs().max() / want.double().abs().max().clamp_min(1e-12)).item()
@@ -164,10 +180,13 @@ class Layer:
         weights = {n: w.clone().requires_grad_(True) if hasattr(w, "clone") else w for n, w in self.weights.items()}
         out = function(*inputs, **weights)
         result = {"output": out.detach()}
-        seen = torch.randn(self.inputs[0].shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(out.dtype)
+        seen = torch.randn(self.inputs[0].shape, generator=torch.Generator().manual_seed(1),
+                           dtype=torch.float64).to(out.dtype)
         named = {**dict(zip("qkv", inputs)), **{n: w for n, w in weights.items() if hasattr(w, "grad")}}
-        gradients = torch.autograd.grad((out * seen).sum(), list(named.values()), allow_unused=True) if out.requires_grad else [None] * len(named)
-        result.update({"gradient of " + n: torch.zeros_like(t) if g is None else g for (n, t), g in zip(named.items(), gradients)})
+        gradients = torch.autograd.grad((out * seen).sum(), list(named.values()),
+                                        allow_unused=True) if out.requires_grad else [None] * len(named)
+        result.update({"gradient of " + n: torch.zeros_like(t) if g is None else g
+                       for (n, t), g in zip(named.items(), gradients)})
         return result
 
 
@@ -182,7 +201,8 @@ def outputs_of(wrong, layers):
 
 
 def diagnose(layers, function, tolerance):
-    """What `function` misses, as sentences: a copy of the definition with one or two details wrong that computes the same in every layer that it concerns."""
+    """What `function` misses, as sentences: a copy of the definition with one or two details wrong that computes the
+    same in every layer that it concerns."""
     import mta_ref
 
     wants = [layer.run(mta_ref.multi_token_attention) for layer in layers]
@@ -193,7 +213,8 @@ def diagnose(layers, function, tolerance):
     if not outputs_differ:
         names = sorted({d for got, want in zip(gots, wants) for d in differences(got, want, tolerance)})
         return ["the outputs are right, but not the " + ", ".join(names)]
-    matter = [d for d in DETAILS if any(distance(copy, want["output"]) > tolerance for copy, want in zip(outputs_of((d,), layers), wants))]
+    matter = [d for d in DETAILS
+              if any(distance(copy, want["output"]) > tolerance for copy, want in zip(outputs_of((d,), layers), wants))]
     for wrong in [*itertools.combinations(matter, 1), *itertools.combinations(matter, 2)]:
         if all(distance(got["output"], copy) <= tolerance for got, copy in zip(gots, outputs_of(wrong, layers))):
             return [DETAILS[w] for w in wrong]
@@ -202,7 +223,8 @@ def diagnose(layers, function, tolerance):
     if tuple(got["output"].shape) == tuple(want["output"].shape):
         rows = [(h, i) for h in range(want["output"].shape[1]) for i in range(want["output"].shape[2])
                 if not distance(got["output"][:, h, i], want["output"][:, h, i]) <= tolerance]
-        sentences.append("first differing: head %d, query %d; %d of %d (head, query) differ" % (*rows[0], len(rows), want["output"][0, :, :, 0].numel())
+        sentences.append("first differing: head %d, query %d; %d of %d (head, query) differ" %
+                         (*rows[0], len(rows), want["output"][0, :, :, 0].numel())
                          if rows else "no row differs by itself")
     else:
         sentences.append(f"shape {tuple(got['output'].shape)}, wanted {tuple(want['output'].shape)}")
@@ -217,7 +239,8 @@ def leaks(layers, function):
             changed = [t.clone() for t in layer.inputs]
             for t in changed:
                 t[:, :, T - 1] += 1
-            if not (function(*layer.inputs, **layer.weights)[:, :, :T - 1] == function(*changed, **layer.weights)[:, :, :T - 1]).all():
+            if not (function(*layer.inputs,
+                             **layer.weights)[:, :, :T - 1] == function(*changed, **layer.weights)[:, :, :T - 1]).all():
                 return True
     return False
 
@@ -251,11 +274,13 @@ def run_case(path, function, dtype, tolerance):
     if unknown:
         return asked, float("nan"), ["does not take " + ", ".join(unknown)]
     try:
-        logits, loss, gradients = mta_ref.loss_and_grads(tensors["golden.tokens"], tensors["golden.targets"], weights, config, function)
+        logits, loss, gradients = mta_ref.loss_and_grads(tensors["golden.tokens"], tensors["golden.targets"], weights,
+                                                         config, function)
     except Exception as error:  # an implementation under test may raise anything
         return asked, float("inf"), [f"raises {type(error).__name__}: {error}"]
     got = {"golden.logits": logits, "golden.loss": loss.view(1)}
-    got.update({"grad." + n: torch.zeros_like(weights[n]) if g is None else g for n, g in gradients.items()})  # None: what autograd says where nothing depends
+    # None: what autograd says where nothing depends
+    got.update({"grad." + n: torch.zeros_like(weights[n]) if g is None else g for n, g in gradients.items()})
     worst = max(distance(g, tensors[n]) for n, g in got.items())
     sentences = diagnose(layers, function, tolerance) if not worst <= tolerance else []
     if not worst <= tolerance and not sentences:
@@ -266,9 +291,13 @@ def run_case(path, function, dtype, tolerance):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument("function", nargs="?", default=os.path.join(HERE, "ref", "mta_ref.py") + ":multi_token_attention", metavar="MODULE:FUNCTION")
-    parser.add_argument("--dtype", choices=sorted(TOLERANCE), default="float64", help="of weights and activations (default: %(default)s)")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False)
+    parser.add_argument("function", nargs="?",
+                        default=os.path.join(HERE, "ref", "mta_ref.py") + ":multi_token_attention",
+                        metavar="MODULE:FUNCTION")
+    parser.add_argument("--dtype", choices=sorted(TOLERANCE), default="float64",
+                        help="of weights and activations (default: %(default)s)")
     parser.add_argument("--golden", default=os.path.join(HERE, "golden"), help="folder of cases (default: dev/golden)")
     options = parser.parse_args()
     try:
@@ -278,14 +307,17 @@ def main():
     torch.set_num_threads(1)  # the cases are small
     function = load(options.function)
     missed, passed, failed = {}, 0, 0
-    paths = sorted(p for p in glob.glob(os.path.join(options.golden, "*.safetensors")) if os.path.basename(p) != "diff.safetensors")  # diff is no MTA
+    # diff is no MTA
+    paths = sorted(p for p in glob.glob(os.path.join(options.golden, "*.safetensors"))
+                   if os.path.basename(p) != "diff.safetensors")
     if not paths:
         raise SystemExit(f"conformance.py: {options.golden}: no golden cases")
     for path in paths:
         asked, worst, sentences = run_case(path, function, getattr(torch, options.dtype), TOLERANCE[options.dtype])
         good = not sentences
         passed, failed = passed + good, failed + (not good)
-        print(f"{'ok  ' if good else 'FAIL'} {os.path.basename(path)[:-12]:14} {', '.join(asked) or 'plain attention'}: error {worst:.1e}")
+        print(f"{'ok  ' if good else 'FAIL'} {os.path.basename(path)[:-12]:14} "
+              f"{', '.join(asked) or 'plain attention'}: error {worst:.1e}")
         for sentence in sentences:
             missed.setdefault(sentence, []).append(os.path.basename(path)[:-12])
     for sentence, cases in missed.items():

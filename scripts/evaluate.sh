@@ -1,10 +1,13 @@
 #!/usr/bin/env bash
-# scripts/evaluate.sh CHECKPOINT [--val GLOB] [--requests DIR] [--text FILE] [--out DIR] [options]: all that a checkpoint is worth, in one report.
+# scripts/evaluate.sh CHECKPOINT [--val GLOB] [--requests DIR] [--text FILE] [--out DIR] [options]: all that a
+# checkpoint is worth, in one report.
 #
 #   CHECKPOINT          a step-XXXXXXXX directory, or a run: its newest checkpoint
-#   --val GLOB          token shards, a set for each name before _val_: loss, perplexity, bits per byte over 2.1 million tokens of each
+#   --val GLOB          token shards, a set for each name before _val_: loss, perplexity, bits per byte over 2.1
+#                       million tokens of each
 #   --requests DIR      every *.jsonl in it is scored: what data/evals.py lambada, choice, needle, babilong wrote
-#   --text FILE         a text: needles in a haystack and BabiLong are made from it, as long as the checkpoint's context allows
+#   --text FILE         a text: needles in a haystack and BabiLong are made from it, as long as the checkpoint's
+#                       context allows
 #   --out DIR           default: RUN/eval/step-XXXXXXXX
 #   --samples N         questions of each setting of --text, default 100 (the paper: 500 needles)
 #   --lengths N,...     tokens of a haystack; default half of the context and all of it (1000,2000 of 2048)
@@ -12,9 +15,10 @@
 #   --seq-len N         tokens of a sequence; default the checkpoint's context, 4096 at most
 #   --batch-size N      sequences that the trainer computes at once (its default is 4)
 #
-# TRAINER=PROGRAM scores; without it train_mta_cuda where it is built and there is a GPU, else train_mta. The report is DIR/report.md, with report.csv,
-# report.json, needles.png, babilong.png (those need matplotlib: data/.venv). Stopped by anything, the same command goes on: a finished part is not
-# repeated. Several checkpoints side by side: python3 data/evals.py report A=DIR_A B=DIR_B --markdown report.md --pictures .
+# TRAINER=PROGRAM scores; without it train_mta_cuda where it is built and there is a GPU, else train_mta. The report is
+# DIR/report.md, with report.csv, report.json, needles.png, babilong.png (those need matplotlib: data/.venv). Stopped
+# by anything, the same command goes on: a finished part is not repeated. Several checkpoints side by side: python3
+# data/evals.py report A=DIR_A B=DIR_B --markdown report.md --pictures .
 set -euo pipefail
 case ${1:-} in -h|--help) sed -n '2,/^set -/{/^set -/d;s/^# \{0,1\}//;p}' "$0"; exit 0 ;; esac
 root=$(cd "$(dirname "$0")/.." && pwd)
@@ -45,7 +49,9 @@ done
 checkpoint=$given
 if [ ! -e "$checkpoint/config.json" ]; then
     checkpoint=$(find "$given" -maxdepth 1 -name 'step-[0-9]*' ! -name '*.*' 2> /dev/null | sort | tail -n 1)
-    if [ -z "$checkpoint" ] || [ ! -e "$checkpoint/config.json" ]; then stop "$given: no checkpoint, and no run with one"; fi
+    if [ -z "$checkpoint" ] || [ ! -e "$checkpoint/config.json" ]; then
+        stop "$given: no checkpoint, and no run with one"
+    fi
 fi
 checkpoint=$(cd "$checkpoint" && pwd)
 out=${out:-$(dirname "$checkpoint")/eval/$(basename "$checkpoint")}
@@ -58,7 +64,10 @@ python=python3
 [ -x "$root/data/.venv/bin/python" ] && python=$root/data/.venv/bin/python
 
 # What config.json says: positions, tokenizer (the file beside it, or a built-in name), pattern.
-config() { "$python" -c 'import json, sys; print(json.load(open(sys.argv[1])).get(sys.argv[2]) or sys.argv[3])' "$checkpoint/config.json" "$1" "$2"; }
+config() {
+    "$python" -c 'import json, sys; print(json.load(open(sys.argv[1])).get(sys.argv[2]) or sys.argv[3])' \
+        "$checkpoint/config.json" "$1" "$2"
+}
 context=$(config max_position_embeddings 2048)
 positions=${positions:-$((context < 4096 ? context : 4096))}
 tokenizer=$(config tokenizer "")
@@ -71,7 +80,9 @@ mkdir -p "$out"
 out=$(cd "$out" && pwd)
 model=$checkpoint/manifest.json
 [ -e "$model" ] || model=$checkpoint/config.json
-if [ -e "$out/checkpoint" ] && ! cmp -s "$model" "$out/checkpoint"; then stop "$out holds the evaluation of another checkpoint; wanted another --out"; fi
+if [ -e "$out/checkpoint" ] && ! cmp -s "$model" "$out/checkpoint"; then
+    stop "$out holds the evaluation of another checkpoint; wanted another --out"
+fi
 cp "$model" "$out/checkpoint"
 
 parts=0 done_before=0
@@ -88,24 +99,29 @@ part() {
 
 validate() {
     echo "validation: $val"
-    "$TRAINER" --init-from "$checkpoint" --eval-only --val "$val" --seq-len "$positions" --eval-windows $(((2097152 + positions - 1) / positions)) \
+    "$TRAINER" --init-from "$checkpoint" --eval-only --val "$val" --seq-len "$positions" \
+        --eval-windows $(((2097152 + positions - 1) / positions)) \
         "${batch[@]}" --out "$out/validation.partial"
 }
 # The options that name the tokenizer stand behind the subcommand.
 make_requests() {
     local name=$1
     shift
-    "$python" "$root/data/evals.py" "$name" --text "$text" --samples "$samples" --tokenizer "${tokenizer:-bytes}" ${pattern:+--pattern "$pattern"} "$@" \
+    "$python" "$root/data/evals.py" "$name" --text "$text" --samples "$samples" --tokenizer "${tokenizer:-bytes}" \
+        ${pattern:+--pattern "$pattern"} "$@" \
         --out "$out/$name.jsonl.partial"
 }
 score() {
     echo "scoring $1: $(wc -l < "$out/$1.jsonl") requests"
-    "$TRAINER" --init-from "$checkpoint" --score "$out/$1.jsonl" --seq-len "$positions" "${batch[@]}" > "$out/$1.scores.partial"
+    "$TRAINER" --init-from "$checkpoint" --score "$out/$1.jsonl" --seq-len "$positions" "${batch[@]}" \
+        > "$out/$1.scores.partial"
 }
 
 if [ -n "$val" ]; then part "$out/validation" validate; fi
 if [ -n "$text" ]; then
-    [ -n "$tokenizer" ] || stop "--text: $checkpoint/config.json names no tokenizer that counts its tokens; data/evals.py makes requests for --requests"
+    [ -n "$tokenizer" ] ||
+        stop "--text: $checkpoint/config.json names no tokenizer that counts its tokens; data/evals.py makes requests" \
+            "for --requests"
     room=$((positions * 125 / 128))
     part "$out/needle.jsonl" make_requests needle --length "${lengths:-$((room / 2)),$room}"
     part "$out/babilong.jsonl" make_requests babilong --distraction "${distraction:-0,$((room / 4)),$((room / 2))}"
@@ -135,6 +151,10 @@ done
 
 echo "$parts parts, $done_before of them finished before"
 pictures=(--pictures "$out")
-"$python" -c 'import matplotlib' 2> /dev/null || { pictures=(); echo "no pictures: matplotlib is missing, data/README.md says how to install it"; }
-"$python" "$root/data/evals.py" report "$(basename "$given")=$out" --markdown "$out/report.md" --csv "$out/report.csv" --json "$out/report.json" "${pictures[@]}"
+"$python" -c 'import matplotlib' 2> /dev/null || {
+    pictures=()
+    echo "no pictures: matplotlib is missing, data/README.md says how to install it"
+}
+"$python" "$root/data/evals.py" report "$(basename "$given")=$out" --markdown "$out/report.md" --csv "$out/report.csv" \
+    --json "$out/report.json" "${pictures[@]}"
 echo "$out/report.md"

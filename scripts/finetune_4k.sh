@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # scripts/finetune_4k.sh CHECKPOINT SHARDS OUT [more options of train_mta_cuda...]
 #
-# The paper's long-context stage: 10.5B more tokens at a context of 4096 from a checkpoint of scripts/train_880m.sh (a step-XXXXXXXX directory),
-# RoPE theta 500,000, weight decay 0, warmup 50, a fresh optimizer, the rest as before: 40,000 steps of 64 sequences of 4096.
-# The same command continues an interrupted run.
+# The paper's long-context stage: 10.5B more tokens at a context of 4096 from a checkpoint of scripts/train_880m.sh (a
+# step-XXXXXXXX directory), RoPE theta 500,000, weight decay 0, warmup 50, a fresh optimizer, the rest as before:
+# 40,000 steps of 64 sequences of 4096. The same command continues an interrupted run.
 set -euo pipefail
 case ${1:-} in -h|--help) sed -n '2,/^set -/{/^set -/d;s/^# \{0,1\}//;p}' "$0"; exit 0 ;; esac
 root=$(cd "$(dirname "$0")/.." && pwd)
@@ -12,11 +12,18 @@ checkpoint=${1:?$usage} shards=${2:?$usage} out=${3:?$usage}
 shift 3
 trainer=${TRAINER:-$root/train_mta_cuda}
 [ -x "$trainer" ] || { echo "finetune_4k.sh: $trainer is missing, run: make -C $root train_mta_cuda" >&2; exit 1; }
-[ -e "$checkpoint/config.json" ] || { echo "finetune_4k.sh: $checkpoint holds no config.json, wanted a checkpoint directory" >&2; exit 1; }
-[ -d "$shards" ] || { echo "finetune_4k.sh: $shards is not a directory; data/README.md says how to make shards" >&2; exit 1; }
+[ -e "$checkpoint/config.json" ] || {
+    echo "finetune_4k.sh: $checkpoint holds no config.json, wanted a checkpoint directory" >&2
+    exit 1
+}
+[ -d "$shards" ] || {
+    echo "finetune_4k.sh: $shards is not a directory; data/README.md says how to make shards" >&2
+    exit 1
+}
 [ -e "$shards/recipe.txt" ] || cp "$root/data/slimpajama_weights.txt" "$shards/recipe.txt"
 
-recipe=(--init-from "$checkpoint" --seq-len 4096 --max-position-embeddings 4096 --rope-theta 500000 --tokens-per-step 262144 --steps 40000 --lr 1.5e-4
+recipe=(--init-from "$checkpoint" --seq-len 4096 --max-position-embeddings 4096 --rope-theta 500000
+        --tokens-per-step 262144 --steps 40000 --lr 1.5e-4
         --schedule linear --warmup 50 --beta1 0.9 --beta2 0.98 --eps 1e-8 --weight-decay 0 --grad-clip 1)
 fits=$("$trainer" "${recipe[@]}" --batch-size 1 --dry-run "$@" | sed -n 's/.*largest micro-batch that fits: //p')
 batch=1
@@ -26,5 +33,6 @@ echo "micro-batches of $batch sequences (${fits:-no GPU, so 1} would fit)"
 # A set of each domain, 2.1 million tokens of it.
 val=()
 if compgen -G "$shards/*_val_*.bin" > /dev/null; then val=(--val "$shards/*_val_*.bin"); fi
-exec "$trainer" "${recipe[@]}" --batch-size "$batch" --train "@$shards/recipe.txt" --mix document "${val[@]}" --out "$out" --resume \
-    --eval-every 1000 --eval-windows 512 --save-every 1000 --keep 3 ${TOKENIZER:+--tokenizer "$TOKENIZER" --sample-every 1000} "$@"
+exec "$trainer" "${recipe[@]}" --batch-size "$batch" --train "@$shards/recipe.txt" --mix document "${val[@]}" \
+    --out "$out" --resume --eval-every 1000 --eval-windows 512 --save-every 1000 --keep 3 \
+    ${TOKENIZER:+--tokenizer "$TOKENIZER" --sample-every 1000} "$@"

@@ -1,10 +1,12 @@
 #!/usr/bin/env bash
-# scripts/gpu_check.sh [--part tests|speed] [--python PYTHON]: tests and speed of train_mta.cu on the GPU of this machine, at most 9 minutes,
-# the table last, also after Ctrl-C or SIGTERM. Needs nvcc; compute-sanitizer and a PyTorch with CUDA are used where they are.
+# scripts/gpu_check.sh [--part tests|speed] [--python PYTHON]: tests and speed of train_mta.cu on the GPU of this
+# machine, at most 9 minutes, the table last, also after Ctrl-C or SIGTERM. Needs nvcc; compute-sanitizer and a PyTorch
+# with CUDA are used where they are.
 #
-#   tests   every operation alone, test_mta_cuda in bf16 and fp32, compute-sanitizer's memcheck and racecheck on tiny shapes, runs (resume,
-#           checkpoints that change sides)
-#   speed   steps of 880m at T 2048 and 4096 for each attention: tokens/s, MFU, memory, and where the time goes; the same model in PyTorch
+#   tests   every operation alone, test_mta_cuda in bf16 and fp32, compute-sanitizer's memcheck and racecheck on tiny
+#           shapes, runs (resume, checkpoints that change sides)
+#   speed   steps of 880m at T 2048 and 4096 for each attention: tokens/s, MFU, memory, and where the time goes; the
+#           same model in PyTorch
 # What is left out for lack of time or tools is said in the table. Exit status 1 if a test failed or a step did not run.
 set -u
 cd "$(dirname "$0")/.." || exit 1
@@ -18,9 +20,15 @@ while [ $# -gt 0 ]; do
     esac
     shift
 done
-case $part in all | tests | speed) ;; *) echo "gpu_check.sh: --part: got $part, wanted tests or speed" >&2; exit 1 ;; esac
+case $part in
+    all | tests | speed) ;;
+    *)
+        echo "gpu_check.sh: --part: got $part, wanted tests or speed" >&2
+        exit 1 ;;
+esac
 
-# Every step has a limit of its own, and none goes on beyond `deadline`: 520 s for everything, of which the tests leave the speed at least 220 s.
+# Every step has a limit of its own, and none goes on beyond `deadline`: 520 s for everything, of which the tests leave
+# the speed at least 220 s.
 started=$(date +%s)
 limit=${GPU_CHECK_SECONDS:-520}
 deadline=$((started + limit))
@@ -41,17 +49,21 @@ finish() {
 PATH=$PATH:/usr/local/cuda/bin:/usr/local/nvidia/bin
 export OMP_WAIT_POLICY=passive  # the tests share the cores: threads that wait sleep
 command -v nvcc > /dev/null || { echo "gpu_check.sh: no nvcc on PATH, wanted the CUDA toolkit" >&2; exit 1; }
-gpu=$(nvidia-smi --query-gpu=name,driver_version,memory.total,compute_cap --format=csv,noheader 2> /dev/null | head -n 1)
+gpu=$(nvidia-smi --query-gpu=name,driver_version,memory.total,compute_cap --format=csv,noheader 2> /dev/null |
+    head -n 1)
 [ -n "$gpu" ] || { echo "gpu_check.sh: nvidia-smi finds no GPU" >&2; exit 1; }
 capability=$(awk -F, '{gsub(/[ .]/, "", $4); print $4}' <<< "$gpu")
 case $capability in 90) arch=sm_90a ;; *) arch=sm_$capability ;; esac
-ldconfig -p 2> /dev/null | grep -q libcublas || export LD_LIBRARY_PATH="${LD_LIBRARY_PATH:+$LD_LIBRARY_PATH:}$(dirname "$(command -v nvcc)")/../lib64"
+ldconfig -p 2> /dev/null | grep -q libcublas ||
+    export LD_LIBRARY_PATH="${LD_LIBRARY_PATH:+$LD_LIBRARY_PATH:}$(dirname "$(command -v nvcc)")/../lib64"
 mkdir -p build/log
 trap finish EXIT
 trap 'jobs -rp | xargs -r kill; fail "interrupted"; exit 1' INT TERM
-row "gpu     $gpu; $(nvcc --version | grep -oE 'release [0-9.]+'); $arch; commit $(git rev-parse --short HEAD 2> /dev/null || echo unknown)"
+commit=$(git rev-parse --short HEAD 2> /dev/null || echo unknown)
+row "gpu     $gpu; $(nvcc --version | grep -oE 'release [0-9.]+'); $arch; commit $commit"
 
-# start SECONDS LOG COMMAND...: in the background, as $job, within the limit and the deadline; 125: there was no time left
+# start SECONDS LOG COMMAND...: in the background, as $job, within the limit and the deadline; 125: there was no time
+# left
 start() {
     local seconds=$1 log=$2 rest
     shift 2
@@ -70,8 +82,8 @@ ended() {
 }
 run() { start "$@" && ended "$job"; }
 
-# begin REPORT NAME SECONDS COMMAND...: a step of the tests, beside those begun before it; collect: waits for all, and reports each by
-# `REPORT STATUS NAME SECONDS LOG`, in the order in which they were begun.
+# begin REPORT NAME SECONDS COMMAND...: a step of the tests, beside those begun before it; collect: waits for all, and
+# reports each by `REPORT STATUS NAME SECONDS LOG`, in the order in which they were begun.
 steps=()
 begin() {
     local log=build/log/gpu_${2//[^A-Za-z0-9_]/_}.log pid=0
@@ -106,12 +118,17 @@ sanitizer() {  # the same of compute-sanitizer, which may refuse the device
         0) row "ok      $2: $summary" ;;
         124) row "skip    $2: over $3 s" ;;
         125) row "skip    $2: no time left" ;;
-        *) if grep -qiE "$refusal" "$4"; then row "skip    $2: it refuses this device: $(grep -iE "$refusal" "$4" | head -n 1)"; return; fi
+        *)
+            if grep -qiE "$refusal" "$4"; then
+                row "skip    $2: it refuses this device: $(grep -iE "$refusal" "$4" | head -n 1)"
+                return
+            fi
            fail "$2: exit status $1: ${summary:-$(tail -n 1 "$4")} (see $4)"
            grep '=====' "$4" | head -n 20 ;;
     esac
 }
-# sanitize TOOL PROGRAM...: our kernels alone, and no failing calls: cuBLAS asks the driver for functions that it may not have
+# sanitize TOOL PROGRAM...: our kernels alone, and no failing calls: cuBLAS asks the driver for functions that it may
+# not have
 sanitize() {
     local options=(--tool "$1" --error-exitcode 9 --kernel-regex kns=_kernel)
     if [ "$1" = memcheck ]; then options+=(--report-api-errors no); fi
@@ -121,20 +138,28 @@ sanitize() {
 # All at once: each is one compilation of train_mta.cu, and the machine has cores for them.
 build() {
     local programs=()
-    if [ "$part" != speed ]; then programs+=(train_mta train_mta_cuda test_mta_cuda build/train_mta_cuda_fp32 build/test_mta_cuda_fp32 build/test_ops_cuda); fi
+    if [ "$part" != speed ]; then
+        programs+=(train_mta train_mta_cuda test_mta_cuda build/train_mta_cuda_fp32 build/test_mta_cuda_fp32
+                   build/test_ops_cuda)
+    fi
     if [ "$part" != tests ]; then programs+=(build/cuda_step build/test_ops_cuda); fi
     rm -f "${programs[@]}" build/*cuda*.o
     begin verdict build 200 make -s -k -j8 NVCC_ARCH="$arch" "${programs[@]}"
     collect
 }
-# Beside one another: most of each is the start of processes and the CPU's own answers. The sanitizers, which slow the GPU for all, come after.
+# Beside one another: most of each is the start of processes and the CPU's own answers. The sanitizers, which slow the
+# GPU for all, come after.
 run_tests() {
     local golden=(--golden dev/golden/full.safetensors dev/golden/diff.safetensors) tool
     if [ -x build/test_ops_cuda ]; then begin verdict "operations" 150 build/test_ops_cuda; fi
     if [ -x test_mta_cuda ]; then begin verdict "test_mta_cuda bf16" 150 ./test_mta_cuda; fi
     if [ -x build/test_mta_cuda_fp32 ]; then begin verdict "test_mta_cuda fp32" 150 build/test_mta_cuda_fp32; fi
-    if [ ! -x train_mta ] || [ ! -x train_mta_cuda ] || [ ! -x build/train_mta_cuda_fp32 ]; then row "skip    runs: a program is missing"
-    else begin verdict runs 220 env MTA_CUDA="$PWD/train_mta_cuda" MTA_CUDA_FP32="$PWD/build/train_mta_cuda_fp32" python3 dev/tests/test_cuda_run.py; fi
+    if [ ! -x train_mta ] || [ ! -x train_mta_cuda ] || [ ! -x build/train_mta_cuda_fp32 ]; then
+        row "skip    runs: a program is missing"
+    else
+        begin verdict runs 220 env MTA_CUDA="$PWD/train_mta_cuda" MTA_CUDA_FP32="$PWD/build/train_mta_cuda_fp32" \
+            python3 dev/tests/test_cuda_run.py
+    fi
     collect
     if ! command -v compute-sanitizer > /dev/null; then row "skip    compute-sanitizer: not here"
     else
@@ -151,21 +176,25 @@ predicted() {
     local column
     case $gpu in *H100*) column=3 ;; *H200*) column=4 ;; *) return 0 ;; esac
     [ "$2" = 2048 ] || return 0
-    sed -n '/^| predicted /,/^$/p' dev/SPEED.md | awk -F' *[|] *' -v kind="\`$1\`" -v column=$column '$2 == kind {print "; predicted " $column}'
+    sed -n '/^| predicted /,/^$/p' dev/SPEED.md |
+        awk -F' *[|] *' -v kind="\`$1\`" -v column=$column '$2 == kind {print "; predicted " $column}'
 }
 # speed_row MODEL ATTENTION T: one row of cuda_step; the classes go to the screen and the log
 speed_row() {
     local log=build/log/gpu_speed_$1_$2_$3.log
     run 90 "$log" build/cuda_step "$1" "$2" "$3" 0 4 --classes
     local status=$?
-    if grep -q '^[a-z-]* *T .*tokens/s' "$log" 2> /dev/null; then row "ours    $(grep -m 1 '^[a-z-]* *T .*tokens/s' "$log")$(predicted "$2" "$3")"; fi  # also what it had when its time was over
+    if grep -q '^[a-z-]* *T .*tokens/s' "$log" 2> /dev/null; then
+        row "ours    $(grep -m 1 '^[a-z-]* *T .*tokens/s' "$log")$(predicted "$2" "$3")"
+    fi  # also what it had when its time was over
     case $status in
         0) grep -v 'tokens/s' "$log" ;;
         125) row "skip    ours $2 T $3: no time left" ;;
         *) fail "ours $2 T $3: $(tail -n 1 "$log")" ;;
     esac
 }
-# bench_rows TITLE TEXT: what operations whose name contains TEXT cost: the attention of one layer alone, fused and chunked; every other kernel; products
+# bench_rows TITLE TEXT: what operations whose name contains TEXT cost: the attention of one layer alone, fused and
+# chunked; every other kernel; products
 bench_rows() {
     local log=build/log/gpu_$1.log line
     [ -x build/test_ops_cuda ] || return 0
@@ -175,7 +204,9 @@ bench_rows() {
         125) row "skip    $1: no time left"; return ;;
         *) fail "$1: $(tail -n 1 "$log")" ;;
     esac
-    while IFS= read -r line; do row "$(printf '%-7s' "$1") $line"; done < <(tail -n +2 "$log")  # also what there was when the time was over
+    while IFS= read -r line; do
+        row "$(printf '%-7s' "$1") $line"
+    done < <(tail -n +2 "$log")  # also what there was when the time was over
 }
 ratio() {  # tokens/s of the row that begins with $1 over that of $2; $3: what it is
     local a b
@@ -194,14 +225,21 @@ run_speed() {
     bench_rows matmul product
     for kind in talking-heads diff; do for T in 2048 4096; do speed_row 880m $kind $T; done; done
     for T in 2048 4096; do ratio "ours    mta +T $T" "ours    transformer +T $T" "mta over transformer, T $T"; done
-    for kind in transformer mta mta-full; do ratio "ours    $kind +T 2048" "torch   $kind +T 2048" "$kind over PyTorch, T 2048"; done
+    for kind in transformer mta mta-full; do
+        ratio "ours    $kind +T 2048" "torch   $kind +T 2048" "$kind over PyTorch, T 2048"
+    done
 }
-# The first Python whose PyTorch sees a GPU, into this file: looked for while the programs are built, since the first import reads gigabytes
+# The first Python whose PyTorch sees a GPU, into this file: looked for while the programs are built, since the first
+# import reads gigabytes
 torch_python=build/log/gpu_torch_python
 find_torch() {
     local candidate
     for candidate in "$python" data/.venv/bin/python python3 /usr/bin/python3; do
-        if [ -n "$candidate" ] && timeout 150 "$candidate" -c 'import torch; assert torch.cuda.is_available()' 2> /dev/null; then echo "$candidate"; return; fi
+        if [ -n "$candidate" ] &&
+            timeout 150 "$candidate" -c 'import torch; assert torch.cuda.is_available()' 2> /dev/null; then
+            echo "$candidate"
+            return
+        fi
     done
 }
 run_torch() {
@@ -214,8 +252,11 @@ run_torch() {
         log=build/log/gpu_torch_$kind.log
         echo "no time left" > "$log"
         run "$rest" "$log" "$found" dev/bench/torch_gpu.py $kind 2048 4 10
-        if grep -q 'tokens/s' "$log"; then row "torch   $(grep 'tokens/s' "$log" | tail -n 1)"  # also what it had when its time was over
-        else row "skip    PyTorch $kind: $(tail -n 1 "$log" | cut -c1-120)"; fi
+        if grep -q 'tokens/s' "$log"; then
+            row "torch   $(grep 'tokens/s' "$log" | tail -n 1)"  # also what it had when its time was over
+        else
+            row "skip    PyTorch $kind: $(tail -n 1 "$log" | cut -c1-120)"
+        fi
     done
 }
 

@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
-"""What the compiler made of train_mta.cu's kernels: registers, stack, spills, and, where nvdisasm is at hand, instructions by class.
+"""What the compiler made of train_mta.cu's kernels: registers, stack, spills, and, where nvdisasm is at hand,
+instructions by class.
 
     dev/bench/kernel_report.py [--arch sm_90a] [--only flash] [--nvdisasm PROGRAM]
 
-Needs nvcc. Instructions are static counts, of the whole kernel and of the shortest loop that holds the most tensor-core products: a tile (a loop inside
-it counts once however often it runs). Exit status 1 if any kernel spills.
+Needs nvcc. Instructions are static counts, of the whole kernel and of the shortest loop that holds the most tensor-core
+products: a tile (a loop inside it counts once however often it runs). Exit status 1 if any kernel spills.
 """
 
 import argparse
@@ -19,7 +20,8 @@ import tempfile
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 CLASSES = ("HMMA", "LDSM", "LDS", "STS", "LDG", "STG", "LDGSTS", "MUFU", "BAR")
 REPORT = re.compile(
-    r"Compiling entry function '(\S+)'.*?\n.*?\n\s+(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads"
+    r"Compiling entry function '(\S+)'.*?\n.*?\n\s+(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes "
+    r"spill loads"
     r"\n.*?Used (\d+) registers"
 )
 
@@ -80,7 +82,8 @@ def main():
             sys.exit("kernel_report.py: nvcc failed\n" + done.stderr)
         counts = {}
         if shutil.which(options.nvdisasm):
-            counts = instructions(subprocess.run([options.nvdisasm, "-c", cubin], capture_output=True, text=True).stdout)
+            counts = instructions(subprocess.run([options.nvdisasm, "-c", cubin], capture_output=True,
+                                                 text=True).stdout)
         else:
             print("no nvdisasm: registers only")
     kernels = [m.groups() for m in REPORT.finditer(done.stderr)]

@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
-"""Speed of the same model in PyTorch on this GPU: torch_gpu.py ATTENTION [T] [B] [SECONDS]; one line for a table, printed anew after
-every timed step: the last one counts, also where a limit of time ends the program.
+"""Speed of the same model in PyTorch on this GPU: torch_gpu.py ATTENTION [T] [B] [SECONDS]; one line for a table,
+printed anew after every timed step: the last one counts, also where a limit of time ends the program.
 
-The 880m model of train_mta, bf16 autocast weights, fused AdamW, each block compiled by torch.compile. `transformer` uses PyTorch's scaled dot
-product attention; `mta` and `mta-full` are the dense definition, every T x T matrix in memory, since nothing better is to be had there.
+The 880m model of train_mta, bf16 autocast weights, fused AdamW, each block compiled by torch.compile. `transformer`
+uses PyTorch's scaled dot product attention; `mta` and `mta-full` are the dense definition, every T x T matrix in
+memory, since nothing better is to be had there.
 B is halved until it fits. Exit status 2 where there is no PyTorch or no GPU.
 """
 import math
@@ -43,8 +44,11 @@ class Block(nn.Module):
         parameter = lambda *shape: nn.Parameter(torch.randn(shape, device=device, dtype=torch.bfloat16) * C ** -0.5)
         self.kind = kind
         # a tensor, not a number: torch.compile would compile every layer anew for a number of its own
-        self.register_buffer("scale", torch.tensor(1 - (0.8 - 0.6 * math.exp(-0.3 * layer)), device=device, dtype=torch.bfloat16))
-        self.qkv, self.o, self.gate_up, self.down = parameter(3 * C, C), parameter(C, C), parameter(2 * FF, C), parameter(C, FF)
+        self.register_buffer("scale", torch.tensor(1 - (0.8 - 0.6 * math.exp(-0.3 * layer)), device=device,
+                                                   dtype=torch.bfloat16))
+        self.qkv, self.o, self.gate_up, self.down = parameter(3 * C,
+                                                              C), parameter(C,
+                                                                            C), parameter(2 * FF, C), parameter(C, FF)
         self.norm1 = nn.Parameter(torch.ones(C, device=device, dtype=torch.bfloat16))
         self.norm2 = nn.Parameter(torch.ones(C, device=device, dtype=torch.bfloat16))
         self.convolved = kind != "transformer" and layer % 4 == 2
@@ -80,9 +84,11 @@ class Block(nn.Module):
     def forward(self, x, cosine, sine):
         B, T, _ = x.shape
         q, k, v = F.linear(F.rms_norm(x, (C,), self.norm1, 1e-5), self.qkv).view(B, T, 3, NH, HS).permute(2, 0, 3, 1, 4)
-        rotate = lambda a: torch.cat((a[..., : HS // 2] * cosine - a[..., HS // 2:] * sine, a[..., HS // 2:] * cosine + a[..., : HS // 2] * sine), -1)
+        rotate = lambda a: torch.cat((a[..., : HS // 2] * cosine - a[..., HS // 2:] * sine,
+                                      a[..., HS // 2:] * cosine + a[..., : HS // 2] * sine), -1)
         q, k = rotate(q), rotate(k)
-        o = F.scaled_dot_product_attention(q, k, v, is_causal=True) if self.kind == "transformer" else self.scores(q, k, v)
+        o = F.scaled_dot_product_attention(q, k, v,
+                                           is_causal=True) if self.kind == "transformer" else self.scores(q, k, v)
         x = x + F.linear(o.transpose(1, 2).reshape(B, T, C), self.o)
         gate, up = F.linear(F.rms_norm(x, (C,), self.norm2, 1e-5), self.gate_up).chunk(2, -1)
         return x + F.linear(F.silu(gate) * up, self.down)
@@ -118,7 +124,8 @@ def measure(kind, T, B, limit):
         else:
             best = min(best, time.perf_counter() - began)
             memory = torch.cuda.max_memory_allocated() / 2 ** 20
-            print(f"{kind:<14s} T {T:<5d} B {B:<3d} {B * T / best:9.0f} tokens/s  {memory:8.0f} MiB  loss {loss.item():.3f}  PyTorch {torch.__version__}", flush=True)
+            print(f"{kind:<14s} T {T:<5d} B {B:<3d} {B * T / best:9.0f} tokens/s  {memory:8.0f} MiB  loss "
+                  f"{loss.item():.3f}  PyTorch {torch.__version__}", flush=True)
         steps += 1
 
 

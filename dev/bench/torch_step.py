@@ -1,8 +1,9 @@
-"""Seconds of one optimizer step in PyTorch on this CPU, at the shapes of cpu_step.c, as its users would write it: torch_step.py ATTENTION fp32|bf16
-[T] [REPEATS] [SECONDS]; one line of JSON.
+"""Seconds of one optimizer step in PyTorch on this CPU, at the shapes of cpu_step.c, as its users would write it:
+torch_step.py ATTENTION fp32|bf16 [T] [REPEATS] [SECONDS]; one line of JSON.
 
-The model of torch_gpu.py (scaled dot product attention for `transformer`, the dense definition otherwise), each block and the loss compiled by
-torch.compile, fused AdamW, weights in fp32, with bf16 autocast for bf16. The best of REPEATS steps, or of those that fit into SECONDS, after two that compile.
+The model of torch_gpu.py (scaled dot product attention for `transformer`, the dense definition otherwise), each block
+and the loss compiled by torch.compile, fused AdamW, weights in fp32, with bf16 autocast for bf16. The best of REPEATS
+steps, or of those that fit into SECONDS, after two that compile.
 """
 import contextlib
 import json
@@ -24,7 +25,8 @@ def main(kind, precision, T=1024, repeats=5, limit=60):
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count()))  # Debian's build starts with one
     torch.manual_seed(1)
     B, device = 2, torch.device("cpu")
-    blocks = nn.ModuleList(G.Block(kind, 2 if layer % 2 else 0, device).float() for layer in range(G.L))  # 2: one with a convolution
+    # 2: one with a convolution
+    blocks = nn.ModuleList(G.Block(kind, 2 if layer % 2 else 0, device).float() for layer in range(G.L))
     embed, norm = nn.Parameter(torch.randn(G.V, G.C) * G.C ** -0.5), nn.Parameter(torch.ones(G.C))
     optimizer = torch.optim.AdamW([*blocks.parameters(), embed, norm], lr=1e-5, betas=(0.9, 0.98), fused=True)
     angles = torch.arange(T)[:, None] * 10000.0 ** (-torch.arange(0, G.HS // 2) * 2 / G.HS)
@@ -32,7 +34,9 @@ def main(kind, precision, T=1024, repeats=5, limit=60):
     compiled = [torch.compile(b, dynamic=False) for b in blocks]
     tokens, targets = torch.randint(0, G.V, (B, T)), torch.randint(0, G.V, (B, T))
     cast = (lambda: torch.autocast("cpu", torch.bfloat16)) if precision == "bf16" else contextlib.nullcontext
-    head = torch.compile(lambda x: F.cross_entropy(F.linear(F.rms_norm(x, (G.C,), norm, 1e-5), embed).float().flatten(0, 1), targets.flatten()), dynamic=False)
+    head = torch.compile(lambda x: F.cross_entropy(F.linear(F.rms_norm(x, (G.C,), norm, 1e-5),
+                                                            embed).float().flatten(0, 1), targets.flatten()),
+                         dynamic=False)
     best, began = float("inf"), time.perf_counter()
     for step in range(repeats + 2):
         start = time.perf_counter()
@@ -49,7 +53,8 @@ def main(kind, precision, T=1024, repeats=5, limit=60):
             best = min(best, time.perf_counter() - start)
             if time.perf_counter() - began > limit:
                 break
-    print(json.dumps({"torch": torch.__version__, "attention": kind, "matmul": precision, "T": T, "best_step_s": round(best, 4),
+    print(json.dumps({"torch": torch.__version__, "attention": kind, "matmul": precision, "T": T,
+                      "best_step_s": round(best, 4),
                       "threads": torch.get_num_threads(), "loss": round(loss.item(), 4)}))
 
 

@@ -184,7 +184,9 @@ def main():
     text = "The the  \u00e9\u00e8 don't 12345\n\n x\t\U0001f600 ".encode()
     seeds = {
         "json/config": json.dumps(CONFIG).encode(),
-        "json/escapes": b'["\\u00e9\\ud83d\\ude00\\n\\"\\\\/\xc3\xa9", -0.5e-3, 1e300, true, false, null, {}, [], {"a":{"a":1,"a":2}}]',
+        "json/escapes":
+            b'["\\u00e9\\ud83d\\ude00\\n\\"\\\\/\xc3\xa9", -0.5e-3, 1e300, true, false, null, {}, [], '
+            b'{"a":{"a":1,"a":2}}]',
         "json/deep": b"[" * 20 + b"]" * 20,
         "checkpoint/mta": checkpoint(CONFIG, shapes, "F32"),
         "checkpoint/bf16": checkpoint(CONFIG, shapes, "BF16"),

@@ -17,7 +17,9 @@ if [ -z "$dir" ]; then
     trap 'rm -rf "$dir"' EXIT
 fi
 mkdir -p "$dir"
-printf '#include <stddef.h>\nint LLVMFuzzerTestOneInput(const unsigned char* d, size_t n) { return d && n ? 0 : 0; }\n' > "$dir/probe.c"
+printf '#include <stddef.h>
+int LLVMFuzzerTestOneInput(const unsigned char* d, size_t n) { return d && n ? 0 : 0; }
+' > "$dir/probe.c"
 if ! "$clang" -fsanitize=fuzzer,address,undefined "$dir/probe.c" -o "$dir/probe" 2> "$dir/probe.log"; then
     echo "fuzz: skipped, no clang with a libFuzzer runtime here"
     echo "0 passed, 0 failed, ${#harnesses[@]} skipped"
@@ -32,13 +34,15 @@ python3 dev/fuzz/make_seeds.py "$dir/seeds" || exit 1
 passed=0
 failed=0
 for h in "${harnesses[@]}"; do
-    if ! "$clang" -std=gnu11 -gline-tables-only -O1 -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all -Wno-psabi -I. "dev/fuzz/fuzz_$h.c" -lm -o "$dir/fuzz_$h"; then
+    if ! "$clang" -std=gnu11 -gline-tables-only -O1 -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all \
+        -Wno-psabi -I. "dev/fuzz/fuzz_$h.c" -lm -o "$dir/fuzz_$h"; then
         echo "fuzz_$h: does not build"
         failed=$((failed + 1))
         continue
     fi
     mkdir -p "$dir/corpus_$h"
-    if "$dir/fuzz_$h" -runs="$runs" -max_len=8192 -timeout=10 -rss_limit_mb=4096 -seed=1 -close_fd_mask=3 -artifact_prefix="$dir/found_${h}_" \
+    if "$dir/fuzz_$h" -runs="$runs" -max_len=8192 -timeout=10 -rss_limit_mb=4096 -seed=1 -close_fd_mask=3 \
+        -artifact_prefix="$dir/found_${h}_" \
             "$dir/corpus_$h" "$dir/seeds/$h" $(ls -d "dev/fuzz/corpus/$h" 2> /dev/null) > "$dir/fuzz_$h.log" 2>&1; then
         echo "fuzz_$h: $(grep -E '^Done|DONE' "$dir/fuzz_$h.log" | tr '\n' ' ')"
         passed=$((passed + 1))

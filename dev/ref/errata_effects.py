@@ -1,14 +1,18 @@
 #!/usr/bin/env python3
-"""Measures what the differences of dev/ERRATA.md do to small models: errata_effects.py toy|text [--seeds N] [--steps N] [--text DIR]
+"""Measures what the differences of dev/ERRATA.md do to small models: errata_effects.py toy|text [--seeds N] [--steps N]
+[--text DIR]
 
-The same model, weights, data and order, trained in PyTorch by dev/ref/mta_ref.py with one detail of the attention exchanged:
+The same model, weights, data and order, trained in PyTorch by dev/ref/mta_ref.py with one detail of the attention
+exchanged:
 
     ours            the definition of dev/MODEL.md: row i-u of the convolution's input is masked by its own query i-u
     reader_mask     the paper's equation: every row is masked by the query i that reads it
-    double_softmax  the released code of June 2025 where nothing follows the softmax: the softmax of the softmax (toy alone, whose models are such)
+    double_softmax  the released code of June 2025 where nothing follows the softmax: the softmax of the softmax (toy
+                    alone, whose models are such)
 
-toy: the quickstart's task and model (N 4, 8 blocks, first letter; 2 layers of 64 channels), error in % of 1000 sequences. text: 4 layers of 128 channels,
-bytes, sequences of 128, 8 a step, loss on the held-out parts of the domains of scripts/evidence_text.py. Prints one JSON line a run. float32, one thread.
+toy: the quickstart's task and model (N 4, 8 blocks, first letter; 2 layers of 64 channels), error in % of 1000
+sequences. text: 4 layers of 128 channels, bytes, sequences of 128, 8 a step, loss on the held-out parts of the domains
+of scripts/evidence_text.py. Prints one JSON line a run. float32, one thread.
 """
 import argparse
 import glob
@@ -58,7 +62,8 @@ ATTENTIONS = {"ours": mta_ref.multi_token_attention, "reader_mask": reader_mask,
 
 
 def toy_batches(seed):
-    """Endless batches of the quickstart's toy task: tokens and targets, -100 where none counts; and 1000 sequences apart."""
+    """Endless batches of the quickstart's toy task: tokens and targets, -100 where none counts; and 1000 sequences
+    apart."""
     import toy_task as toy
 
     task = toy.Task(4, 2, "first", 8)
@@ -82,7 +87,8 @@ def text_batches(seed, folder, T=128, B=8):
 
     paths = sorted(glob.glob(os.path.join(folder, "*_train_000000.bin")))
     if not paths:
-        raise SystemExit(f"errata_effects.py: {folder}: no *_train_000000.bin; scripts/evidence_text.py --out makes them")
+        raise SystemExit(f"errata_effects.py: {folder}: no *_train_000000.bin; scripts/evidence_text.py --out makes "
+                         f"them")
     train, test = [read(p) for p in paths], [read(p.replace("_train_", "_val_")) for p in paths]
     rng = numpy.random.default_rng(seed)
 
@@ -101,9 +107,11 @@ def text_batches(seed, folder, T=128, B=8):
 
 def configuration(task):
     if task == "toy":
-        return mta_ref.make_config(vocab_size=32, hidden_size=64, intermediate_size=192, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2,
+        return mta_ref.make_config(vocab_size=32, hidden_size=64, intermediate_size=192, num_hidden_layers=2,
+                                   num_attention_heads=2, num_key_value_heads=2,
                                    kq_conv_layers=[0, 1], kq_conv_query_size=2, kq_conv_key_size=7, rope_theta=1e5)
-    return mta_ref.make_config(vocab_size=259, hidden_size=128, intermediate_size=352, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=4,
+    return mta_ref.make_config(vocab_size=259, hidden_size=128, intermediate_size=352, num_hidden_layers=4,
+                               num_attention_heads=4, num_key_value_heads=4,
                                kq_conv_layers=[1, 3], head_mix_post_softmax=2, head_norm="group_depth_scaled")
 
 
@@ -136,7 +144,8 @@ def train(task, attention, seed, steps, folder):
         for group in optimizer.param_groups:
             group["lr"] = 2e-3 * min((step + 1) / 50, (steps - step) / (0.5 * steps), 1)
         tokens, targets = next(batches)
-        loss = F.cross_entropy(mta_ref.forward(tokens, weights, config, ATTENTIONS[attention]).flatten(0, 1), targets.flatten())
+        loss = F.cross_entropy(mta_ref.forward(tokens, weights, config, ATTENTIONS[attention]).flatten(0, 1),
+                               targets.flatten())
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(weights.values(), 1.0)
@@ -146,11 +155,13 @@ def train(task, attention, seed, steps, folder):
         result = {"loss": F.cross_entropy(logits.flatten(0, 1), wanted.flatten()).item()}
         if task == "toy":
             result["error"] = 1 - ((logits.argmax(-1) == wanted) | (wanted < 0)).all(1).float().mean().item()
-    return {"task": task, "attention": attention, "seed": seed, "steps": steps, **{n: round(v, 5) for n, v in result.items()}, "seconds": round(time.time() - began)}
+    return {"task": task, "attention": attention, "seed": seed, "steps": steps,
+            **{n: round(v, 5) for n, v in result.items()}, "seconds": round(time.time() - began)}
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False)
     parser.add_argument("task", choices=("toy", "text"))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=600)

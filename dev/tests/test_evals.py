@@ -130,7 +130,8 @@ class Formats(Case):
         for record, context, continuation, gold in (
             ({"question_stem": "The sun is", "choices": choices, "answerKey": " B"}, "The sun is", " b", 1),
             (
-                {"id": "7-9", "question": {"stem": "The sun", "choices": [{"text": "b", "label": "A"}]}, "answerKey": "A"},
+                {"id": "7-9", "question": {"stem": "The sun", "choices": [{"text": "b", "label": "A"}]},
+                 "answerKey": "A"},
                 "The sun",
                 " b",
                 None,
@@ -172,10 +173,11 @@ class Formats(Case):
         mmlu = {"question": "q", "subject": "s", "choices": ["a", "b", "c", "d"], "answer": 2}
         piqa = {"goal": "G", "sol1": "s", "sol2": "t", "label": 0}
         bad = [
-            dict(good, gold=1.7), dict(mmlu, answer=2.5), dict(mmlu, choices=["a", None, "c", "d"]), dict(piqa, sol2=""),
-            {"sentence": "The _ is x.", "option1": "a", "option2": "b", "answer": 1.5},
+            dict(good, gold=1.7), dict(mmlu, answer=2.5), dict(mmlu, choices=["a", None, "c", "d"]),
+            dict(piqa, sol2=""), {"sentence": "The _ is x.", "option1": "a", "option2": "b", "answer": 1.5},
             {"context": "c", "question": "q", "answerA": "a", "answerB": "b", "answerC": "c", "label": 2.5},
-            dict(good, choices=[]), dict(good, choices={"text": ["a", "b"], "label": ["A", "B"]}), dict(good, context="\ud800"),
+            dict(good, choices=[]), dict(good, choices={"text": ["a", "b"], "label": ["A", "B"]}),
+            dict(good, context="\ud800"),
             '{"context": "c", "choices": ["a", "b"], "gold": 0, "x": ' + "[" * 5000 + "]" * 5000 + "}",
         ]  # fmt: skip
         path = self.write("in.jsonl", [line for record in bad for line in (record, good)])
@@ -183,7 +185,8 @@ class Formats(Case):
         for i in range(len(bad)):
             self.assertIn("%s:%d: " % (path, 2 * i + 1), shown)
         requests = self.read("o.jsonl")
-        self.assertEqual([(r["item"], r["choice"]) for r in requests], [(i, c) for i in range(len(bad)) for c in (0, 1)])
+        self.assertEqual([(r["item"], r["choice"]) for r in requests],
+                         [(i, c) for i in range(len(bad)) for c in (0, 1)])
         self.assertIn("the input itself", run("choice", path, "--out", path, status=1))
 
     def test_bad_lines_are_named(self):
@@ -198,7 +201,8 @@ class Formats(Case):
             ],
         )
         shown = run("choice", path, "--out", self.path("o.jsonl"))
-        for number, why in ((1, ""), (2, "gold is 5, wanted one of the 2 choices"), (3, "no format that is known"), (5, "the key sol1 occurs twice")):
+        for number, why in ((1, ""), (2, "gold is 5, wanted one of the 2 choices"), (3, "no format that is known"),
+                            (5, "the key sol1 occurs twice")):
             self.assertIn("%s:%d: %s" % (path, number, why), shown)
         self.assertIn("1 questions, 2 requests, 4 lines left out", shown)
         self.assertIn("in.jsonl:1", run("choice", path, "--out", self.path("p.jsonl"), "--on-bad", "refuse", status=1))
@@ -418,7 +422,8 @@ class Report(Case):
             self.assertIn("not whole", run("report", self.write("h.jsonl", half), two, status=1))
 
     def evaluation(self, name, right, losses):
-        """A folder as scripts/evaluate.sh leaves it: needles of which the share right[needles, length, depth] of 10 is found, BabiLong, a passage."""
+        """A folder as scripts/evaluate.sh leaves it: needles of which the share right[needles, length, depth] of 10 is
+        found, BabiLong, a passage."""
         folder = self.path(name)
         os.makedirs(os.path.join(folder, "validation"))
         needles, scores = [], []
@@ -430,21 +435,26 @@ class Report(Case):
         self.write(name + "/needle.jsonl", needles)
         self.write(name + "/needle.scores", scores)
         stories = [
-            {"context": "c", "continuation": " " + w, "task": "qa%d" % t, "item": 10 * t + k, "distraction": d, "choice": c, "gold": 0}
+            {"context": "c", "continuation": " " + w, "task": "qa%d" % t, "item": 10 * t + k, "distraction": d,
+             "choice": c, "gold": 0}
             for t in (1, 2)
             for k, d in enumerate((0, 1000, 200))
             for c, w in enumerate("ab")
         ]
         self.write(name + "/babilong.jsonl", stories)
-        self.write(name + "/babilong.scores", [{"logprob": -1.0 * r["choice"], "tokens": 1, "greedy": False} for r in stories])
+        self.write(name + "/babilong.scores",
+                   [{"logprob": -1.0 * r["choice"], "tokens": 1, "greedy": False} for r in stories])
         self.write(name + "/lambada.jsonl", [{"context": "c", "continuation": " w", "task": "lambada|x", "item": 0}])
         self.write(name + "/lambada.scores", [{"logprob": -1.0, "tokens": 1, "greedy": True}])
-        events = [dict(event="val", step=1, name=s, loss=x, perplexity=math.exp(x), tokens=5) for s, x in losses.items()]
-        self.write(name + "/validation/log.jsonl", [{"event": "start", "step": 1}] + events + [{"event": "stop", "step": 1}])
+        events = [dict(event="val", step=1, name=s, loss=x, perplexity=math.exp(x), tokens=5)
+                  for s, x in losses.items()]
+        self.write(name + "/validation/log.jsonl",
+                   [{"event": "start", "step": 1}] + events + [{"event": "stop", "step": 1}])
         return folder
 
     def test_tables_of_several_models(self):
-        """Depths and lengths are numbers, means are over depths, the best of a column is bold, CSV has everything, pictures are drawn."""
+        """Depths and lengths are numbers, means are over depths, the best of a column is bold, CSV has everything,
+        pictures are drawn."""
         depths, right = (0, 5, 100), {}
         for n, length, depth in ((n, length, d) for n in (2, 10) for length in (1000, 200) for d in depths):
             right[n, length, depth] = 0.5 if length == 200 else depth / 100
@@ -464,9 +474,11 @@ class Report(Case):
         self.assertIn(["task", "model", "0", "200", "1000", "mean"], cells)
         self.assertIn("lambada\\|x: perplexity", shown)
         for block in shown.split("\n\n"):
-            self.assertEqual(len({len(line) for line in block.splitlines() if line.startswith("|")} | {0}) - 1, int(block.startswith("|")))
+            self.assertEqual(len({len(line) for line in block.splitlines() if line.startswith("|")} | {0}) - 1,
+                             int(block.startswith("|")))
         flat = [line.split("  ")[0] for line in shown.splitlines() if line.startswith("needle,")]
-        self.assertEqual(flat[:4], ["needle, needles 2, length 200, depth %d" % d for d in depths] + ["needle, needles 2, length 1000, depth 0"])
+        self.assertEqual(flat[:4], ["needle, needles 2, length 200, depth %d" % d
+                                    for d in depths] + ["needle, needles 2, length 1000, depth 0"])
         with open(self.path("r.csv"), newline="") as f:
             rows = list(csv.DictReader(f))
         found = [r for r in rows if (r["model"], r["needles"], r["length"], r["depth"]) == ("x", "10", "1000", "5")]
@@ -581,16 +593,20 @@ class Evaluate(Case):
         for name in ("arxiv", "book"):
             with open(os.path.join(texts, name + ".txt"), "w") as f:
                 f.write("".join("Line %d of the text called %s says little. \n" % (i, name) for i in range(1000)))
-            prepare = [sys.executable, os.path.join(ROOT, "data", "prepare.py"), "text", os.path.join(texts, name + ".txt")]
+            prepare = [sys.executable, os.path.join(ROOT, "data", "prepare.py"), "text",
+                       os.path.join(texts, name + ".txt")]
             subprocess.run(prepare + ["--out", self.path("shards")], check=True, capture_output=True)
-        small = "--model toy --vocab-size 259 --hidden-size 16 --num-hidden-layers 1 --num-attention-heads 2 --intermediate-size 32"
-        small += " --max-position-embeddings 1536 --seq-len 64 --batch-size 1 --steps 2 --save-every 1 --eval-every 0"
-        train = [os.path.join(BIN, "train_mta"), *small.split(), "--train", self.path("shards/*_train_*.bin"), "--out", self.path("run")]
+        small = "--model toy --vocab-size 259 --hidden-size 16 --num-hidden-layers 1 --num-attention-heads 2"
+        small += " --intermediate-size 32 --max-position-embeddings 1536 --seq-len 64 --batch-size 1 --steps 2"
+        small += " --save-every 1 --eval-every 0"
+        train = [os.path.join(BIN, "train_mta"), *small.split(), "--train", self.path("shards/*_train_*.bin"), "--out",
+                 self.path("run")]
         subprocess.run(train, check=True, capture_output=True)
 
     def evaluate(self, *options, status=0, checkpoint="run"):
         script = [os.path.join(ROOT, "scripts", "evaluate.sh"), self.path(checkpoint), *options]
-        done = subprocess.run(script, env=dict(os.environ, TRAINER=self.path("trainer")), capture_output=True, text=True)
+        done = subprocess.run(script, env=dict(os.environ, TRAINER=self.path("trainer")), capture_output=True,
+                              text=True)
         self.assertEqual(done.returncode, status, done.stdout + done.stderr)
         return done.stdout + done.stderr
 
@@ -602,10 +618,13 @@ class Evaluate(Case):
         self.make_model()
         os.makedirs(self.path("requests"))
         passages = [{"text": "The line said %d and no more" % i} for i in range(3)]
-        run("lambada", self.write("passages.jsonl", passages), "--task", "lambada", "--out", self.path("requests/lambada.jsonl"))
+        run("lambada", self.write("passages.jsonl", passages), "--task", "lambada", "--out",
+            self.path("requests/lambada.jsonl"))
         with open(self.path("trainer"), "w") as f:  # the trainer, that notes its calls and fails where it is told to
-            f.write('#!/bin/sh\nfor x; do case $x in *.jsonl) echo $(basename $x);; --eval-only) echo validation;; esac; done >> "%s"\n' % self.path("calls"))
-            f.write('case "$*" in *needle*) [ ! -e "%s" ] || { echo half an answer; exit 1; };; esac\n' % self.path("fail"))
+            f.write('#!/bin/sh\nfor x; do case $x in *.jsonl) echo $(basename $x);; --eval-only) echo validation;; '
+                    'esac; done >> "%s"\n' % self.path("calls"))
+            f.write('case "$*" in *needle*) [ ! -e "%s" ] || { echo half an answer; exit 1; };; esac\n' %
+                    self.path("fail"))
             f.write('exec "%s" "$@"\n' % os.path.join(BIN, "train_mta"))
         os.chmod(self.path("trainer"), 0o755)
         text = ["--text", self.path("texts/book.txt"), "--samples", "1", "--lengths", "700", "--distraction", "0,100"]
@@ -618,7 +637,8 @@ class Evaluate(Case):
         os.remove(self.path("fail"))
         shown = self.evaluate(*everything)
         self.assertEqual(self.calls()[4:], ["needle.jsonl"])
-        for words in ("Validation perplexity", "bits per byte", "lambada: perplexity", "haystack of 700 tokens", "qa5", "5 of them finished before"):
+        for words in ("Validation perplexity", "bits per byte", "lambada: perplexity", "haystack of 700 tokens", "qa5",
+                      "5 of them finished before"):
             self.assertIn(words, shown)
         for name in ("report.md", "report.csv", "report.json"):
             self.assertGreater(os.path.getsize(os.path.join(out, name)), 100)
@@ -628,10 +648,12 @@ class Evaluate(Case):
         with open(os.path.join(out, "report.md")) as f:
             self.assertEqual(f.read(), before)
         self.assertEqual(len(self.calls()), 5)
-        self.assertIn("another checkpoint", self.evaluate(*everything, "--out", out, status=1, checkpoint="run/step-00000001"))
+        self.assertIn("another checkpoint",
+                      self.evaluate(*everything, "--out", out, status=1, checkpoint="run/step-00000001"))
         with open(self.path("requests/lambada.jsonl"), "a") as f:
             f.write("\n")
-        self.assertIn("is not what", self.evaluate("--requests", self.path("requests"), "--out", self.copy_of_requests(out), status=1))
+        self.assertIn("is not what",
+                      self.evaluate("--requests", self.path("requests"), "--out", self.copy_of_requests(out), status=1))
         self.assertIn("nothing to evaluate on", self.evaluate(status=1))
         self.assertIn("no checkpoint", self.evaluate(*everything, status=1, checkpoint="texts"))
 

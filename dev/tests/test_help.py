@@ -23,18 +23,24 @@ class Help(unittest.TestCase):
 
     def test_scripts(self):
         """Called by their relative names, which are no longer good where a script changes its folder first."""
-        scripts = [path for path in SCRIPTS if path.endswith(".sh") or path.endswith(".py") and b"__main__" in read_bytes(path)]
+        scripts = [path for path in SCRIPTS if path.endswith(".sh") or path.endswith(".py")
+                   and b"__main__" in read_bytes(path)]
         self.assertGreater(len(scripts), 10)
         for path in scripts:
             with self.subTest(os.path.relpath(path, ROOT)):
-                self.check(["bash" if path.endswith(".sh") else sys.executable, "./" + os.path.basename(path)], os.path.dirname(path))
+                self.check(["bash" if path.endswith(".sh") else sys.executable, "./" + os.path.basename(path)],
+                           os.path.dirname(path))
 
     def test_part_of_an_option_is_no_option(self):
         """--hel is no --help: of no script, none of its commands and no program."""
-        commands = [["bash" if p.endswith(".sh") else sys.executable, p] for p in SCRIPTS if p.endswith(".sh") or p.endswith(".py") and b"__main__" in read_bytes(p)]
-        commands += [[sys.executable, p] for p in glob.glob(os.path.join(ROOT, "dev", "*", "*.py")) if b"ArgumentParser(" in read_bytes(p) and "/tests/" not in p]
-        commands += [[path] for path in (os.path.join(BIN, n) for n in ("train_mta", "infer_mta", "test_mta")) if os.path.exists(path)]
-        for name, parts in (("evals.py", ("lambada", "report")), ("prepare.py", ("text", "slimpajama", "verify")), ("shards.py", ("inspect", "verify"))):
+        commands = [["bash" if p.endswith(".sh") else sys.executable, p] for p in SCRIPTS if p.endswith(".sh")
+                    or p.endswith(".py") and b"__main__" in read_bytes(p)]
+        commands += [[sys.executable, p] for p in glob.glob(os.path.join(ROOT, "dev", "*", "*.py"))
+                     if b"ArgumentParser(" in read_bytes(p) and "/tests/" not in p]
+        commands += [[path] for path in (os.path.join(BIN, n) for n in ("train_mta", "infer_mta", "test_mta"))
+                     if os.path.exists(path)]
+        for name, parts in (("evals.py", ("lambada", "report")), ("prepare.py", ("text", "slimpajama", "verify")),
+                            ("shards.py", ("inspect", "verify"))):
             commands += [[sys.executable, os.path.join(ROOT, "data", name), part] for part in parts]
         for command in commands:
             with self.subTest(os.path.relpath(command[-1], ROOT)):
@@ -51,12 +57,14 @@ class Help(unittest.TestCase):
 
     def test_a_result_that_cannot_be_written(self):
         """--help, --version and a plan into a full disk: one line, exit 1."""
-        for name, options in (("train_mta", ["--help"]), ("infer_mta", ["--help"]), ("infer_mta", ["--version"]), ("train_mta", ["--model", "toy", "--dry-run"])):
+        for name, options in (("train_mta", ["--help"]), ("infer_mta", ["--help"]), ("infer_mta", ["--version"]),
+                              ("train_mta", ["--model", "toy", "--dry-run"])):
             path = os.path.join(BIN, name)
             if os.path.exists(path) and os.path.exists("/dev/full"):
                 with self.subTest(name, options=options), open("/dev/full", "w") as full:
                     done = subprocess.run([path, *options], stdout=full, stderr=subprocess.PIPE, text=True, timeout=60)
-                    self.assertEqual((done.returncode, done.stderr), (1, name + ": standard output: No space left on device\n"))
+                    self.assertEqual((done.returncode, done.stderr),
+                                     (1, name + ": standard output: No space left on device\n"))
 
     def test_test_mta_names_its_options(self):
         path = os.path.join(BIN, "test_mta")

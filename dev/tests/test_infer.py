@@ -22,7 +22,8 @@ import time
 import unittest
 import zlib
 
-from helpers import BIN as FOLDER, GOLDEN, ROOT, floats, main, png_size, read_bytes, read_safetensors, to_bf16, write_safetensors
+from helpers import BIN as FOLDER, GOLDEN, ROOT, floats, main, png_size, read_bytes, read_safetensors, to_bf16
+from helpers import write_safetensors
 
 BIN = os.path.join(FOLDER, "infer_mta")
 sys.path.insert(0, os.path.join(ROOT, "dev", "ref"))
@@ -269,7 +270,8 @@ class Golden(LogitsCase):
             ends_before(text, None)
         os.remove(beside)
         self.assertEqual(list(map(int, run([where] + options).split())), free[: free.index(free[5])])
-        for text in ("", "{", "[]", '{"eos_token_id": "3"}', '{"eos_token_id": 1.5}', '{"eos_token_id": [1, null]}', '{"eos_token_id": [[1]]}'):
+        for text in ("", "{", "[]", '{"eos_token_id": "3"}', '{"eos_token_id": 1.5}', '{"eos_token_id": [1, null]}',
+                     '{"eos_token_id": [[1]]}'):
             with open(beside, "w") as f:
                 f.write(text)
             p = run([where] + options, check=False)
@@ -371,7 +373,8 @@ class Golden(LogitsCase):
             self.assertEqual(greedy[0], greedy[1])
 
     def test_sampling_follows_the_distribution(self):
-        """First tokens of many samples: their shares are the probabilities; top-k, top-p and min-p cut what they say."""
+        """First tokens of many samples: their shares are the probabilities; top-k, top-p and min-p cut what they
+        say."""
         c = self.cases[0]
         probs = [math.exp(x) for x in log_softmax(list(c.row_logits(0, 4)))]
         order = sorted(range(c.V), key=lambda i: -probs[i])
@@ -587,7 +590,8 @@ class Llama(LogitsCase):
             ({"rope_scaling": None}, plain),
             ({"rope_scaling": dict(self.SCALING, rope_type="llama3")}, scaled),
             ({"rope_scaling": dict(self.SCALING, type="llama3")}, scaled),
-            ({"rope_parameters": dict(self.SCALING, rope_type="llama3", rope_theta=300.0), "rope_theta": 300.0}, scaled),
+            ({"rope_parameters": dict(self.SCALING, rope_type="llama3", rope_theta=300.0), "rope_theta": 300.0},
+             scaled),
         ]
         with self.assertRaises(AssertionError):
             self.compare(plain, scaled, 1e-2, "the scaling changes nothing")
@@ -706,7 +710,8 @@ class Refusals(unittest.TestCase):
         self.refuse([d] + ids, "dtype I32")
         Case.write(d, self.case.weights, dict(self.case.config, rope_scaling={"rope_type": "yarn", "factor": 4.0}))
         self.refuse([d] + ids, "yarn")
-        for key, value in (("sliding_window", 32), ("partial_rotary_factor", 0.5), ("attention_bias", True), ("hidden_act", "gelu")):
+        for key, value in (("sliding_window", 32), ("partial_rotary_factor", 0.5), ("attention_bias", True),
+                           ("hidden_act", "gelu")):
             Case.write(d, self.case.weights, dict(self.case.config, **{key: value}))
             self.refuse([d] + ids, key)
         Case.write(d, self.case.weights, dict(self.case.config, sliding_window=32, use_sliding_window=False))
@@ -772,9 +777,11 @@ class Refusals(unittest.TestCase):
         """What was asked before a bad line is answered, then one line tells of it, and the exit status is 1."""
         good = b'{"context_ids":[1,2],"continuation_ids":[3]}\n'
         want = json.loads(run([self.case.dir, "--score", "-", "--quiet"], stdin=good))["logprob"]
-        for bad in (b"{", b"[1]", b"null", b'{"context_ids":[1],"continuation_ids":[61]}', b'{"context":"a","continuation":"b"}', b"\xff"):
+        for bad in (b"{", b"[1]", b"null", b'{"context_ids":[1],"continuation_ids":[61]}',
+                    b'{"context":"a","continuation":"b"}', b"\xff"):
             for before in (0, 1, 300, 5000):
-                p = run([self.case.dir, "--score", "-", "--quiet"], stdin=good * before + bad + b"\n" + good, check=False)
+                p = run([self.case.dir, "--score", "-", "--quiet"], stdin=good * before + bad + b"\n" + good,
+                        check=False)
                 self.assertEqual((p.returncode, p.stderr.count(b"\n")), (1, 1), p.stderr)
                 self.assertIn(b"line %d: " % (before + 1), p.stderr)
                 answers = [json.loads(x)["logprob"] for x in p.stdout.splitlines()]
@@ -808,19 +815,23 @@ class Refusals(unittest.TestCase):
         self.refuse([os.path.join(self.tmp.name, "empty"), "--token-ids", "1"], "config.json: No such file")
 
     def not_finite(self, where, ids, good):
-        """Every mode tells in one line that numbers overflow after ids, and writes nothing that is no JSON or no number.
+        """Every mode tells in one line that numbers overflow after ids, and writes nothing that is no JSON or no
+        number.
         After `good` (None: there is no such text) all goes as usual."""
         out = os.path.join(self.tmp.name, "out")
         line = json.dumps({"context_ids": good, "continuation_ids": [1]}) + "\n" if good else ""
         bad = json.dumps({"context_ids": ids, "continuation_ids": [1]}) + "\n"
-        for options in ([], ["--weights", "int8"], ["--cache", "bf16", "--chunk", "1"], ["--weights", "int8", "--chunk", "1"]):
-            for mode in (["--temperature", "0"], ["--samples", "2"], ["--logits", out], ["--attention-map", out, "--layer", "1"]):
+        for options in ([], ["--weights", "int8"], ["--cache", "bf16", "--chunk", "1"],
+                        ["--weights", "int8", "--chunk", "1"]):
+            for mode in (["--temperature", "0"], ["--samples", "2"], ["--logits", out],
+                         ["--attention-map", out, "--layer", "1"]):
                 self.refuse([where, "--token-ids", " ".join(map(str, ids))] + mode + options, "not finite")
                 self.assertFalse(os.path.exists(out), mode)
             p = run([where, "--score", "-", "--quiet"] + options, stdin=(line + bad + line).encode(), check=False)
             self.assertEqual((p.returncode, p.stderr.count(b"\n")), (1, 1), p.stderr)
             self.assertIn(b"its log-probability is not finite", p.stderr)
-            self.assertEqual([math.isfinite(json.loads(x)["logprob"]) for x in p.stdout.splitlines()], [True] * bool(good))
+            self.assertEqual([math.isfinite(json.loads(x)["logprob"]) for x in p.stdout.splitlines()],
+                             [True] * bool(good))
 
     def test_numbers_that_are_not_finite(self):
         """Overflows in each part of the model: of one token's embedding (its norm would be 0), of scores (a maximum and
@@ -887,7 +898,8 @@ class Refusals(unittest.TestCase):
             self.assertEqual(written[-1], written[0], closed)
 
     def test_threads_that_wait_do_not_spin_for_long(self):
-        """The program starts itself again with a bound on spinning, where the user has set none; as the same process, under
+        """The program starts itself again with a bound on spinning, where the user has set none; as the same process,
+        under
         the same name, with the same arguments."""
         names = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "KMP_LIBRARY")
         bare = {k: v for k, v in os.environ.items() if k not in names}
@@ -1020,8 +1032,10 @@ class TextIO(unittest.TestCase):
             {"context": "ab", "context_ids": None, "continuation": "cd", "continuation_ids": None},
         ]
         text = "\n".join(map(json.dumps, lines)).encode()
-        for late in (0, 1):  # the last line has no end: it may come in later than the others, and is then no part of their batch
-            p = subprocess.Popen([BIN, self.dir, "--score", "-", "--quiet"], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        # the last line has no end: it may come in later than the others, and is then no part of their batch
+        for late in (0, 1):
+            p = subprocess.Popen([BIN, self.dir, "--score", "-", "--quiet"], stdin=subprocess.PIPE,
+                                 stdout=subprocess.PIPE)
             p.stdin.write(text)
             p.stdin.flush()
             first = [p.stdout.readline() for _ in range(4 if late else 0)]
@@ -1061,9 +1075,12 @@ class TextIO(unittest.TestCase):
             with self.subTest(stop=stop):
                 self.assertEqual(bytes_of(b"--stop=" + stop), want)
         self.assertGreater(tried, 20)
-        self.assertEqual(bytes_of("--stop", "no such text", b"--stop=" + raw[9:11], b"--stop=" + raw[6:8]), raw[: min(raw.index(raw[9:11]), raw.index(raw[6:8]))])
-        self.assertEqual(bytes_of(b"--stop=" + raw[-1:] + b"\x01never"), raw)  # what was held back as its beginning comes at the end
-        ask = lambda line, *more: json.loads(run([self.dir, "--prompts", "-", *greedy, *more], stdin=json.dumps(line).encode()))
+        self.assertEqual(bytes_of("--stop", "no such text", b"--stop=" + raw[9:11], b"--stop=" + raw[6:8]),
+                         raw[: min(raw.index(raw[9:11]), raw.index(raw[6:8]))])
+        # what was held back as its beginning comes at the end
+        self.assertEqual(bytes_of(b"--stop=" + raw[-1:] + b"\x01never"), raw)
+        ask = lambda line, *more: json.loads(run([self.dir, "--prompts", "-", *greedy, *more],
+                                                 stdin=json.dumps(line).encode()))
         self.assertEqual(ask({"prompt": "abc"}, b"--stop=" + raw[:1])["text"], "")
         p = subprocess.run([BIN, self.dir, "--token-ids", "1", "--stop", "x"], capture_output=True)
         self.assertEqual((p.returncode, p.stderr.count(b"\n")), (1, 1))
@@ -1183,7 +1200,8 @@ class TextIO(unittest.TestCase):
         self.assertEqual((p.stderr.count(b"\n"), p.stdout.count(b"\n")), (1, 2))
 
     def test_perplexity_of_a_text(self):
-        """Each token once, in windows of the model's 64 positions that move on by the stride: what --score says of them."""
+        """Each token once, in windows of the model's 64 positions that move on by the stride: what --score says of
+        them."""
         path = os.path.join(self.tmp.name, "text.txt")
         for length, stride in ((150, None), (150, 7), (150, 64), (64, None), (65, 1), (1, None)):
             tokens = [256] + [97 + i * i % 26 for i in range(length)]
@@ -1197,7 +1215,8 @@ class TextIO(unittest.TestCase):
                 done = end
             answers = run([self.dir, "--score", "-", "--quiet"], stdin="\n".join(map(json.dumps, lines)).encode())
             want = -sum(json.loads(a)["logprob"] for a in answers.splitlines())
-            got = json.loads(run([self.dir, "--perplexity", path, "--quiet"] + (["--stride", str(stride)] if stride else [])))
+            got = json.loads(run([self.dir, "--perplexity", path,
+                                  "--quiet"] + (["--stride", str(stride)] if stride else [])))
             self.assertEqual([got[k] for k in ("tokens", "bytes", "windows")], [length, length, len(lines)])
             self.assertAlmostEqual(got["nats"], want, delta=1e-4 * want)
             self.assertAlmostEqual(got["perplexity"], math.exp(got["nats"] / length), delta=1e-6 * got["perplexity"])
@@ -1215,8 +1234,10 @@ class TextIO(unittest.TestCase):
             self.assertIn(words, p.stderr.decode())
 
     def test_pattern_of_config_json(self):
-        """A rank file whose number of ranks tells no pattern is split as config.json says, or as its copy's name does."""
-        ranks = b"".join(b"%s %d\n" % (base64.b64encode(bytes([i])), i) for i in range(256)) + b"MTI= 256\nMzQ= 257\nMTIz 258\nMTIzNA== 259\n"
+        """A rank file whose number of ranks tells no pattern is split as config.json says, or as its copy's name
+        does."""
+        ranks = b"".join(b"%s %d\n" % (base64.b64encode(bytes([i])), i)
+                         for i in range(256)) + b"MTI= 256\nMzQ= 257\nMTIz 258\nMTIzNA== 259\n"
         with open(os.path.join(self.dir, "config.json")) as f:
             config = json.load(f)
         for name, extra, want in (
@@ -1244,10 +1265,12 @@ class TextIO(unittest.TestCase):
                 self.assertIn(b"260 ranks, which no known tokenizer has; add --pattern", p.stderr)
 
     def test_another_rank_file_of_the_same_size(self):
-        """--tokenizer with as many ranks as the model's, but others: by the copy, by the manifest alone, by its name."""
+        """--tokenizer with as many ranks as the model's, but others: by the copy, by the manifest alone, by its
+        name."""
         order = list(range(256))
         lines = [b"%s %d\n" % (base64.b64encode(bytes([b])), i) for i, b in enumerate(order)]
-        ranks, other = b"".join(lines), b"".join(b"%s %d\n" % (base64.b64encode(bytes([b])), i) for i, b in enumerate(order[::-1]))
+        ranks, other = b"".join(lines), b"".join(b"%s %d\n" % (base64.b64encode(bytes([b])), i)
+                                                 for i, b in enumerate(order[::-1]))
         with open(os.path.join(self.dir, "config.json")) as f:
             config = json.load(f)
         where, given = tempfile.mkdtemp(dir=self.tmp.name), os.path.join(self.tmp.name, "given.tiktoken")
@@ -1300,9 +1323,11 @@ class TextIO(unittest.TestCase):
     def test_terminal_without_utf8(self):
         """Bytes that another character set would show as other letters, or obey (0x9b), are shown by their numbers."""
         text = "h\u00e9\u8bdb."
-        for locale in ({}, {"LANG": "C"}, {"LANG": "de_DE.UTF-8"}, {"LC_ALL": "C.utf8"}, {"LC_ALL": "", "LANG": "en_US.utf8@euro"}):
+        for locale in ({}, {"LANG": "C"}, {"LANG": "de_DE.UTF-8"}, {"LC_ALL": "C.utf8"},
+                       {"LC_ALL": "", "LANG": "en_US.utf8@euro"}):
             self.assertIn(text.encode(), self.on_a_terminal(text, **locale), locale)
-        for locale in ({"LANG": "de_DE.ISO-8859-1"}, {"LC_ALL": "ja_JP.eucJP", "LANG": "ja_JP.UTF-8"}, {"LC_CTYPE": "ru_RU.KOI8-R"}):
+        for locale in ({"LANG": "de_DE.ISO-8859-1"}, {"LC_ALL": "ja_JP.eucJP", "LANG": "ja_JP.UTF-8"},
+                       {"LC_CTYPE": "ru_RU.KOI8-R"}):
             self.assertIn(b"h\\xc3\\xa9\\xe8\\xaf\\x9b.", self.on_a_terminal(text, **locale), locale)
 
 

@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""data/evals.py and scripts/lm_eval_mta.py against the real lm-evaluation-harness, whose package holds its tasks' templates.
+"""data/evals.py and scripts/lm_eval_mta.py against the real lm-evaluation-harness, whose package holds its tasks'
+templates.
 
 The harness builds the requests of each task from records made here, in place of the data set that it would download;
 evals.py builds them from the same records. Then the harness evaluates a small model through lm_eval_mta.py.
@@ -104,14 +105,16 @@ TASKS = {
                 "endings": ["pulls up [substeps] shingles. [title] Done", " rips", "is  \u00fcber it.", "x"],
                 "label": "3",
             },
-            {"activity_label": "Tea", "ctx_a": "Boil water.", "ctx_b": "", "ctx": "", "endings": list("abcd"), "label": "0"},
+            {"activity_label": "Tea", "ctx_a": "Boil water.", "ctx_b": "", "ctx": "", "endings": list("abcd"),
+             "label": "0"},
         ],
     ),
     "winogrande": (
         "winogrande/default.yaml",
         "winogrande",
         [
-            {"sentence": "The cup hit the ball as _ was big_ger. ", "option1": "the cup", "option2": "it", "answer": "2"},
+            {"sentence": "The cup hit the ball as _ was big_ger. ", "option1": "the cup", "option2": "it",
+             "answer": "2"},
             {"sentence": "_ slept, so Ann left.", "option1": "\u00c9mile", "option2": "Bo", "answer": "1"},
         ],
     ),
@@ -332,7 +335,8 @@ class Model(Case):
             self.assertAlmostEqual(a, b, delta=2e-4 * abs(b) + 1e-4)
 
     def test_tokens_at_the_join(self):
-        """Blanks, line ends that join the mark before them, a word that goes on, no context, more than the positions."""
+        """Blanks, line ends that join the mark before them, a word that goes on, no context, more than the
+        positions."""
         pairs = [
             ("The cat sat on the", " mat."),
             ("The cat sat on the ", "mat."),
@@ -353,7 +357,8 @@ class Model(Case):
         """"inter" and "national" are one token together. The harness stops there too."""
         line = json.dumps({"context": "inter", "continuation": "national"})
         done = subprocess.run(
-            [INFER, self.model, "--score", "-", "--quiet"], input=line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            [INFER, self.model, "--score", "-", "--quiet"], input=line, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            text=True
         )
         self.assertEqual((done.returncode, done.stdout), (1, ""))
         self.assertIn("line 1: the continuation adds no token: with it the context has 1, without it 1", done.stderr)
@@ -442,7 +447,8 @@ class Model(Case):
             "rolling": "output_type: loglikelihood_rolling\ndoc_to_text: ''\ndoc_to_target: '{{q}} {{c[1]}}'\n"
             "metric_list: [{metric: byte_perplexity, aggregation: weighted_perplexity, higher_is_better: false}]\n",
             "generate": "output_type: generate_until\ndoc_to_text: '{{q}}'\ndoc_to_target: '{{c[0]}}'\n"
-            "generation_kwargs: {until: ['x'], max_gen_toks: 5, do_sample: false}\nmetric_list: [{metric: exact_match}]\n",
+            "generation_kwargs: {until: ['x'], max_gen_toks: 5, do_sample: false}\nmetric_list: [{metric: "
+            "exact_match}]\n",
         }
         for name, text in tasks.items():
             with open(self.path("local_%s.yaml" % name), "w") as f:
@@ -455,7 +461,8 @@ class Model(Case):
         shown = self.run_text(args, env=dict(os.environ, **home))
         for name in tasks:
             self.assertIn("local_" + name, shown)
-        found = [os.path.join(d, f) for d, _, files in os.walk(self.folder) for f in files if f.startswith("samples_local_")]
+        found = [os.path.join(d, f) for d, _, files in os.walk(self.folder)
+                 for f in files if f.startswith("samples_local_")]
         self.assertEqual(len(found), 3)
         for path in found:
             with open(path) as f:
@@ -483,7 +490,8 @@ class Model(Case):
                 if measure:
                     self.assertAlmostEqual(value / rows[task][measure] if value else 0, 1 if value else 0, delta=1e-3)
                     compared += 1
-        self.assertEqual(compared, 10 + 5 + 1)  # acc of all, acc_norm of HellaSwag, PIQA, ARC twice, OpenBookQA; LAMBADA
+        # acc of all, acc_norm of HellaSwag, PIQA, ARC twice, OpenBookQA; LAMBADA
+        self.assertEqual(compared, 10 + 5 + 1)
 
 
 if __name__ == "__main__":

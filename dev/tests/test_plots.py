@@ -20,7 +20,8 @@ HAS_PLOTS = subprocess.run([PYTHON, "-c", "import numpy, matplotlib"], stderr=su
 
 
 def run(script, *arguments, python=PYTHON):
-    return subprocess.run([python, os.path.join(ROOT, "scripts", script), *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.run([python, os.path.join(ROOT, "scripts", script), *arguments], stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE, text=True)
 
 
 def write_checkpoint(folder, tensors, dtype="F32"):
@@ -62,20 +63,24 @@ class Plots(unittest.TestCase):
         self.assertGreater(three[0], two[0], "a masked set adds a panel")
 
     def test_seven_domains(self):
-        """Against steps, tokens and hours; the places are those of the log, pauses between two parts of a run left out. The legend lies below the curves."""
+        """Against steps, tokens and hours; the places are those of the log, pauses between two parts of a run left out.
+        The legend lies below the curves."""
         names, events, now = "arxiv book c4 commoncrawl github stackexchange wikipedia".split(), [], 5000.0
         for step in range(1, 9):
             if step in (1, 5):
                 now += 90000 * (step == 5)
                 events.append({"event": "start", "step": step - 1, "time": now})
             now += 1800
-            events.append({"event": "step", "step": step, "loss": 3 / step, "tokens": 100 * step, "tokens_per_s": 0.5, "time": now})
+            events.append({"event": "step", "step": step, "loss": 3 / step, "tokens": 100 * step, "tokens_per_s": 0.5,
+                           "time": now})
         events += [{"event": "val", "step": 8, "name": n, "loss": 2.0 + i, "time": now} for i, n in enumerate(names)]
         events.append({"event": "val_mean", "step": 8, "sets": 7, "loss": 5.0, "time": now})
         self.write_log("a", "".join(json.dumps(e) + "\n" for e in events))
-        self.write_log("old", "".join(json.dumps({k: v for k, v in e.items() if k != "time"}) + "\n" for e in events if e["event"] != "val_mean"))
+        self.write_log("old", "".join(json.dumps({k: v for k, v in e.items() if k != "time"}) + "\n"
+                                      for e in events if e["event"] != "val_mean"))
         for x in ("steps", "tokens", "hours"):
-            done = run("plot_run.py", self.path("a"), *[self.path("old")] * (x == "hours"), "--x", x, "--out", self.path("x.png"))
+            done = run("plot_run.py", self.path("a"), *[self.path("old")] * (x == "hours"), "--x", x, "--out",
+                       self.path("x.png"))
             self.assertEqual((done.returncode, done.stderr), (0, ""))
         code = """if True:
             import sys; sys.path.insert(0, %r); import plot_run as p
@@ -87,13 +92,16 @@ class Plots(unittest.TestCase):
             p.draw_validation(ax, [r], {"a": p.colour_of(0)}, 1, 1.0)
             p.legend(ax)
             figure.canvas.draw()
-            print(len({l.get_color() for l in ax.get_lines()}), ax.get_legend().get_window_extent().y1 <= ax.get_window_extent().y0)
+            legend, plot = ax.get_legend().get_window_extent(), ax.get_window_extent()
+            print(len({l.get_color() for l in ax.get_lines()}), legend.y1 <= plot.y0)
         """ % os.path.join(ROOT, "scripts")
-        done = subprocess.run([PYTHON, "-B", "-c", code, self.folder.name], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        done = subprocess.run([PYTHON, "-B", "-c", code, self.folder.name], stdout=subprocess.PIPE,
+                              stderr=subprocess.PIPE, text=True)
         hours = [0.5 * i for i in range(1, 9)]
         old = [round(200 * i / 3600, 6) for i in range(1, 9)]
-        self.assertEqual(done.stdout.splitlines(), ["%s 8.0 1" % [float(i) for i in range(1, 9)], "%s 800.0 1" % [100.0 * i for i in range(1, 9)], "%s 4.0 1" % hours,
-                                                    "%s %s 0" % (old, old[-1]), "8 True"], done.stderr)
+        self.assertEqual(done.stdout.splitlines(),
+                         ["%s 8.0 1" % [float(i) for i in range(1, 9)], "%s 800.0 1" % [100.0 * i for i in range(1, 9)],
+                          "%s 4.0 1" % hours, "%s %s 0" % (old, old[-1]), "8 True"], done.stderr)
 
     def test_curves_refused(self):
         self.write_log("empty", "")

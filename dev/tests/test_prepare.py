@@ -584,7 +584,8 @@ class Verify(Case):
 class Restarts(Case):
     def job(self, name, documents, size):
         rng = random.Random(9)
-        texts = [document(rng, size) for _ in range(min(documents, 500))]  # then again, each behind its number: words by chance take time
+        # then again, each behind its number: words by chance take time
+        texts = [document(rng, size) for _ in range(min(documents, 500))]
         write_lines(self.path(name), [("%d %s" % (i, texts[i % 500]), rng.choice(DOMAINS)) for i in range(documents)])
         with open(self.path(name), "a") as f:
             f.write('{"text": 1}\n{broken\n')
@@ -909,7 +910,8 @@ class Kinds(Case):
         os.link(self.path("tree", "a.jsonl"), self.path("tree", "second_name.jsonl"))
         documents, shown = self.read(self.path("tree"))
         self.assertEqual(sorted(documents), [b"far", b"good"])
-        for name in ("loop: the same folder", "twin: the same folder", "same.jsonl: the same file", "second_name.jsonl: the same file"):
+        for name in ("loop: the same folder", "twin: the same folder", "same.jsonl: the same file",
+                     "second_name.jsonl: the same file"):
             self.assertIn(name, shown)
         documents, _ = self.read(self.path("tree", "l*k"))  # a glob that matches a folder
         self.assertEqual(documents, [b"far"])
@@ -1067,13 +1069,15 @@ class Systems(Case):
 
     def python(self, code, *args, **more):
         """prepare.py in a Python in which `code` was run before."""
-        start = "import errno, fcntl, os, sys\nsys.path.insert(0, %r)\n%s\nimport prepare\nprepare.run_program(prepare.main)\n"
+        start = "import errno, fcntl, os, sys\nsys.path.insert(0, %r)\n%s\nimport prepare\n"
+        start += "prepare.run_program(prepare.main)\n"
         command = [sys.executable, "-c", start % (os.path.dirname(PREPARE), code), *map(str, args)]
         return subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=100, **more)
 
     def test_file_systems_without_locks_and_folders_that_cannot_be_synced(self):
         refusing = "def f(*a): raise OSError(errno.%s, os.strerror(errno.%s))\n"
-        folder = "real = os.fsync\ndef g(fd):\n    import stat\n    f() if stat.S_ISDIR(os.fstat(fd).st_mode) else real(fd)\n"
+        folder = "import stat\nreal = os.fsync\n"
+        folder += "def g(fd):\n    f() if stat.S_ISDIR(os.fstat(fd).st_mode) else real(fd)\n"
         text = self.write("a.txt", "hello\n" * 50)
         for i, (code, status, words) in enumerate(
             (
@@ -1097,7 +1101,8 @@ class Systems(Case):
         """os.path.exists takes an error for a file that is not there: the list of bad documents was left out."""
         text = self.write("a.jsonl", '{"text": "hello"}\nno json\n' * 20)
         failing = (
-            "real = os.stat\ndef f(path, *a, **k):\n    if str(path).endswith('bad.jsonl'): raise OSError(errno.EIO, 'failed')\n"
+            "real = os.stat\ndef f(path, *a, **k):\n    if str(path).endswith('bad.jsonl'): raise OSError(errno.EIO, "
+            "'failed')\n"
             "    return real(path, *a, **k)\nos.stat = f"
         )
         done = self.python(failing, "text", text, "--name", "a", "--out", self.path("o"))
@@ -1304,8 +1309,8 @@ class Encoders(Case):
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
-    """The part of the Hugging Face hub's protocol that a download needs, for server.files, misbehaving as server.faults says:
-    {path: [what to do at each GET in turn]}."""
+    """The part of the Hugging Face hub's protocol that a download needs, for server.files, misbehaving as server.faults
+    says: {path: [what to do at each GET in turn]}."""
 
     def log_message(self, *args):
         pass

@@ -1,10 +1,12 @@
 #!/usr/bin/env python3
-"""Tests of scripts/quickstart.sh and scripts/toy_table.sh at their --tiny size, and of what they say when something is missing.
+"""Tests of scripts/quickstart.sh and scripts/toy_table.sh at their --tiny size, and of what they say when something is
+missing.
 
 python3 dev/tests/test_quickstart.py     (needs train_mta and infer_mta: MTA_BIN, default the repository)
 
-Each runs in a copy of the repository with the programs already built, so that nothing is installed or compiled. What is missing is acted by
-stand-ins in PATH: an apt-get that fails, an id that is not root, a compiler without cblas.h, a Python without matplotlib.
+Each runs in a copy of the repository with the programs already built, so that nothing is installed or compiled. What is
+missing is acted by stand-ins in PATH: an apt-get that fails, an id that is not root, a compiler without cblas.h, a
+Python without matplotlib.
 """
 import json
 import os
@@ -56,12 +58,14 @@ class Quickstart(unittest.TestCase):
         os.makedirs(cls.home)
         for name in ("mta", "scripts"):
             shutil.copytree(os.path.join(ROOT, name), os.path.join(cls.home, name))
-        shutil.copytree(os.path.join(ROOT, "data"), os.path.join(cls.home, "data"), ignore=shutil.ignore_patterns(".venv", "__pycache__"))
+        shutil.copytree(os.path.join(ROOT, "data"), os.path.join(cls.home, "data"),
+                        ignore=shutil.ignore_patterns(".venv", "__pycache__"))
         for folder in ("build", "dev"):
             os.mkdir(os.path.join(cls.home, folder))
         for name in ("Makefile", "VERSION", "dev/dev.mk", "train_mta.c", "infer_mta.c"):
             shutil.copy2(os.path.join(ROOT, name), os.path.join(cls.home, name))
-        for name in ("build/flags_c", *(f"build/{name}.o" for name in PROGRAMS), *PROGRAMS):  # each newer than what it is made of: make leaves it
+        # each newer than what it is made of: make leaves it
+        for name in ("build/flags_c", *(f"build/{name}.o" for name in PROGRAMS), *PROGRAMS):
             shutil.copyfile(os.path.join(BIN, name), os.path.join(cls.home, name))
             shutil.copymode(os.path.join(BIN, name), os.path.join(cls.home, name))
         # matplotlib is hidden from every Python, and a farm of links stands for PATH where a tool must be missing
@@ -94,14 +98,15 @@ class Quickstart(unittest.TestCase):
         return farm
 
     def run_script(self, *words, script="quickstart.sh", **changes):
-        return subprocess.run(["scripts/" + script, *words], cwd=self.home, env=self.environment(**changes), stdin=subprocess.DEVNULL,
+        return subprocess.run(["scripts/" + script, *words], cwd=self.home, env=self.environment(**changes),
+                              stdin=subprocess.DEVNULL,
                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace", timeout=600)
 
     def run_on_terminal(self, *words, **changes):
         """(status, what a terminal got)"""
         master, slave = pty.openpty()
-        child = subprocess.Popen(["scripts/quickstart.sh", *words], cwd=self.home, env=self.environment(**changes), stdin=slave, stdout=slave,
-                                 stderr=slave, close_fds=True)
+        child = subprocess.Popen(["scripts/quickstart.sh", *words], cwd=self.home, env=self.environment(**changes),
+                                 stdin=slave, stdout=slave, stderr=slave, close_fds=True)
         os.close(slave)
         got = b""
         while True:
@@ -128,7 +133,8 @@ class Quickstart(unittest.TestCase):
         self.assert_table(done.stdout)
         self.assertNotRegex(done.stdout, "[\x1b\r]")
         self.assertIn("no matplotlib, so no pictures", done.stdout)
-        self.assertRegex(read_text(os.path.join(self.home, "runs/a/n4_first/mta_3.txt")), r"step 4 .* error \d+\.00%", "of 100 sequences: whole percents")
+        self.assertRegex(read_text(os.path.join(self.home, "runs/a/n4_first/mta_3.txt")), r"step 4 .* error \d+\.00%",
+                         "of 100 sequences: whole percents")
         self.assertNotIn("Traceback", done.stdout + done.stderr)
         for variable, bold in (({}, True), ({"NO_COLOR": "1"}, False)):
             status, text = self.run_on_terminal("--no-install", "--tiny", "--out", "runs/a", **variable)
@@ -141,14 +147,17 @@ class Quickstart(unittest.TestCase):
     def test_nothing_can_be_installed(self):
         """One core, not root, apt-get and pip without a network, no CBLAS: a line for each, and the rest works."""
         gcc = shutil.which("gcc")
-        compiler = f'case "$*" in *-E*) input=$(cat); case "$input" in *cblas*) exit 1;; esac; echo "$input" | exec {gcc} "$@";; esac\nexec {gcc} "$@"\n'
-        path = self.stand_ins(gcc=compiler, cc=compiler, apt_get='echo "E: Unable to fetch some archives" >&2; exit 100\n', id="echo 1000\n", nproc="echo 1\n",
-                              sudo='[ "$1" = -n ] && shift; exec "$@"\n')
-        done = self.run_script("--tiny", "--out", "runs/b", PATH=path, PIP_INDEX_URL="http://127.0.0.1:9/", PIP_NO_CACHE_DIR="1")
+        compiler = 'case "$*" in *-E*) input=$(cat); case "$input" in *cblas*) exit 1;; esac; '
+        compiler += f'echo "$input" | exec {gcc} "$@";; esac\nexec {gcc} "$@"\n'
+        path = self.stand_ins(gcc=compiler, cc=compiler,
+                              apt_get='echo "E: Unable to fetch some archives" >&2; exit 100\n', id="echo 1000\n",
+                              nproc="echo 1\n", sudo='[ "$1" = -n ] && shift; exec "$@"\n')
+        done = self.run_script("--tiny", "--out", "runs/b", PATH=path, PIP_INDEX_URL="http://127.0.0.1:9/",
+                               PIP_NO_CACHE_DIR="1")
         self.assertEqual(done.returncode, 0, done.stdout + done.stderr)
         self.assert_table(done.stdout)
-        for piece in ("installing with apt-get through sudo: libopenblas-dev", "apt-get failed (no network?): E: Unable to fetch", "no CBLAS",
-                      "so no pictures", "one core"):
+        for piece in ("installing with apt-get through sudo: libopenblas-dev",
+                      "apt-get failed (no network?): E: Unable to fetch", "no CBLAS", "so no pictures", "one core"):
             self.assertIn(piece, done.stdout)
         self.assertNotIn("Traceback", done.stdout + done.stderr)
 
@@ -169,17 +178,22 @@ class Quickstart(unittest.TestCase):
         self.assertIn("sudo wants a password and there is no terminal", done.stdout)
 
     def test_unknown_package(self):
-        """A package that this system does not know keeps the others from being installed together: each is tried alone."""
+        """A package that this system does not know keeps the others from being installed together: each is tried
+        alone."""
         path = self.path_without("make", "apt-get", "id", "gcc", "cc")
         write_program(os.path.join(path, "id"), "echo 0\n")
-        write_program(os.path.join(path, "apt-get"), 'case "$*" in *update*) exit 0;; *libopenblas-dev*) echo "E: Unable to locate package libopenblas-dev"; '
+        write_program(os.path.join(path, "apt-get"),
+                      'case "$*" in *update*) exit 0;; *libopenblas-dev*) echo "E: Unable to locate package '
+                      'libopenblas-dev"; '
                       'exit 100;; *install*make) ln -s "$(PATH=$OLD command -v make)" "$(dirname "$0")/make";; esac\n')
         for name in ("gcc", "cc"):  # compiles nothing: what is there is up to date
-            write_program(os.path.join(path, name), 'case "$*" in *-E*) input=$(cat); case "$input" in *cblas*) exit 1;; esac;; '
+            write_program(os.path.join(path, name),
+                          'case "$*" in *-E*) input=$(cat); case "$input" in *cblas*) exit 1;; esac;; '
                           f'-dumpmachine) exec {shutil.which("gcc")} "$@";; esac\nexit 0\n')
         with open(os.path.join(self.folder, "little.txt"), "w") as f:
             f.write("x")
-        done = self.run_script("--tiny", "--out", "runs/h", "--text", os.path.join(self.folder, "little.txt"), PATH=path, OLD=os.environ["PATH"],
+        done = self.run_script("--tiny", "--out", "runs/h", "--text", os.path.join(self.folder, "little.txt"),
+                               PATH=path, OLD=os.environ["PATH"],
                                PIP_INDEX_URL="http://127.0.0.1:9/", PIP_NO_CACHE_DIR="1")
         self.assertIn("installing with apt-get: make libopenblas-dev", done.stdout)
         self.assertIn("note: apt-get cannot install libopenblas-dev\n", done.stdout)
@@ -209,8 +223,8 @@ class Quickstart(unittest.TestCase):
         self.assertEqual(done.stderr.count("\n"), 1, done.stderr)
 
     def test_options(self):
-        for words, piece in ((("--sideways",), "unknown option --sideways"), (("--text",), "value of the last option"), (("--text", "/no/such"), "no such file"),
-                             (("--out", "/proc/x"), "cannot write there")):
+        for words, piece in ((("--sideways",), "unknown option --sideways"), (("--text",), "value of the last option"),
+                             (("--text", "/no/such"), "no such file"), (("--out", "/proc/x"), "cannot write there")):
             done = self.run_script(*words)
             self.assertEqual((done.returncode, done.stderr.count("\n")), (1, 1), done.stderr)
             self.assertIn(piece, done.stderr)
@@ -218,19 +232,27 @@ class Quickstart(unittest.TestCase):
         # Names are those of the folder from which the script is called.
         with open(os.path.join(self.folder, "near.txt"), "w") as f:
             f.write("x")
-        for words, piece in ((("quickstart.sh", "--text", "near.txt", "--out", "near.txt/x"), self.folder + "/near.txt/x: cannot write there"),
-                             (("quickstart.sh", "--text=none.txt"), "--text: " + self.folder + "/none.txt: no such file"),
-                             (("toy_table.sh", "--size", "tiny", "--trainer", "/bin/true", "--out", "near.txt/x"), self.folder + "/near.txt/x: cannot write there")):
-            done = subprocess.run([os.path.join(self.home, "scripts", words[0]), *words[1:]], cwd=self.folder, env=self.environment(), capture_output=True, text=True)
+        for words, piece in ((("quickstart.sh", "--text", "near.txt", "--out", "near.txt/x"),
+                              self.folder + "/near.txt/x: cannot write there"),
+                             (("quickstart.sh", "--text=none.txt"),
+                              "--text: " + self.folder + "/none.txt: no such file"),
+                             (("toy_table.sh", "--size", "tiny", "--trainer", "/bin/true", "--out", "near.txt/x"),
+                              self.folder + "/near.txt/x: cannot write there")):
+            done = subprocess.run([os.path.join(self.home, "scripts", words[0]), *words[1:]], cwd=self.folder,
+                                  env=self.environment(), capture_output=True, text=True)
             self.assertEqual((done.returncode, done.stderr.count("\n")), (1, 1), done.stderr)
             self.assertIn(piece, done.stderr)
 
     def test_interrupted(self):
         """SIGTERM or SIGINT in the middle: both trainings save and end, status 75; so does the toy table."""
-        for script, words, sig, runs in (("quickstart.sh", ("--no-install", "--out", "runs/f"), signal.SIGTERM, "runs/f/n4_first"),
-                                         ("toy_table.sh", ("--out", "runs/g", "--tasks", "5 first", "--jobs", "2"), signal.SIGINT, "runs/g/n5_first")):
-            # A shell cannot trap a signal that was ignored when it started, as SIGINT is in whatever runs in the background.
-            child = subprocess.Popen(["scripts/" + script, *words], cwd=self.home, env=self.environment(), stdin=subprocess.DEVNULL,
+        for script, words, sig, runs in (("quickstart.sh", ("--no-install", "--out", "runs/f"), signal.SIGTERM,
+                                          "runs/f/n4_first"),
+                                         ("toy_table.sh", ("--out", "runs/g", "--tasks", "5 first", "--jobs", "2"),
+                                          signal.SIGINT, "runs/g/n5_first")):
+            # A shell cannot trap a signal that was ignored when it started, as SIGINT is in whatever runs in the
+            # background.
+            child = subprocess.Popen(["scripts/" + script, *words], cwd=self.home, env=self.environment(),
+                                     stdin=subprocess.DEVNULL,
                                      stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
                                      preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
             self.addCleanup(kill_group, child.pid)
@@ -256,7 +278,8 @@ class Quickstart(unittest.TestCase):
         again = self.run_script(*words, script="toy_table.sh")
         self.assertIn("8 finished before", again.stdout)
         self.assertEqual(again.stdout.partition("sequences with")[2], done.stdout.partition("sequences with")[2])
-        for bad, piece in ((("--size", "huge"), "wanted paper, night or tiny"), (("--jobs", "0"), "--jobs: got"), (("--tasks", "5 some"), "--tasks: got"),
+        for bad, piece in ((("--size", "huge"), "wanted paper, night or tiny"), (("--jobs", "0"), "--jobs: got"),
+                           (("--tasks", "5 some"), "--tasks: got"),
                            (("--trainer", "./nothing"), "no such program"), (("--size",), "the value is missing")):
             done = self.run_script(*bad, script="toy_table.sh")
             self.assertEqual((done.returncode, done.stderr.count("\n")), (1, 1), done.stderr)

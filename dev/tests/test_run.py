@@ -1,7 +1,9 @@
 #!/usr/bin/env python3
-"""Black-box tests of train_mta: runs, resume, signals, and every kind of bad input. Whatever a user can do wrong gives one line and exit 1.
+"""Black-box tests of train_mta: runs, resume, signals, and every kind of bad input. Whatever a user can do wrong gives
+one line and exit 1.
 
-python3 dev/tests/test_run.py [-k PATTERN]     (MTA_BIN: folder of the binary, default the repository; TRAINER: its name, default train_mta)
+python3 dev/tests/test_run.py [-k PATTERN]     (MTA_BIN: folder of the binary, default the repository; TRAINER: its
+                                               name, default train_mta)
 """
 import array
 import base64
@@ -24,17 +26,21 @@ import time
 import unittest
 import zlib
 
-from helpers import BIN, GOLDEN, ROOT, golden_checkpoint, main, read_bytes, read_safetensors, write_safetensors, write_shard
+from helpers import BIN, GOLDEN, ROOT, golden_checkpoint, main, read_bytes, read_safetensors, write_safetensors
+from helpers import write_shard
 
 BINARY = os.path.join(BIN, os.environ.get("TRAINER", "train_mta"))
 NAME = os.path.basename(BINARY)
-SMALL = {"--model": "toy", "--attention": "mta", "--hidden-size": 32, "--num-hidden-layers": 2, "--num-attention-heads": 2,
-         "--num-key-value-heads": 2, "--intermediate-size": 48, "--vocab-size": 32, "--kq-conv-key-size": 5, "--seq-len": 16, "--batch-size": 2,
-         "--steps": 6, "--lr": 1e-3, "--schedule": "constant", "--warmup": 0, "--log-every": 1, "--sample-every": 0, "--seed": 5}
+SMALL = {"--model": "toy", "--attention": "mta", "--hidden-size": 32, "--num-hidden-layers": 2,
+         "--num-attention-heads": 2,
+         "--num-key-value-heads": 2, "--intermediate-size": 48, "--vocab-size": 32, "--kq-conv-key-size": 5,
+         "--seq-len": 16, "--batch-size": 2,
+         "--steps": 6, "--lr": 1e-3, "--schedule": "constant", "--warmup": 0, "--log-every": 1, "--sample-every": 0,
+         "--seed": 5}
 TIMEOUT = float(os.environ.get("TEST_TIMEOUT", 120))  # seconds for one run
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Files
 
 def mend_manifest(folder):
@@ -57,15 +63,17 @@ def log_events(out, kind=None, times=False):
     """The events of a kind; without the times at which their lines were written."""
     with open(os.path.join(out, "log.jsonl")) as f:
         events = [json.loads(line) for line in f]
-    return [e if times else {k: v for k, v in e.items() if k != "time"} for e in events if kind is None or e["event"] == kind]
+    return [e if times else {k: v for k, v in e.items() if k != "time"} for e in events if kind is None
+            or e["event"] == kind]
 
 
 def tree(folder):
     """Every file below the folder with its bytes."""
-    return {os.path.relpath(os.path.join(d, n), folder): read_bytes(os.path.join(d, n)) for d, _, names in os.walk(folder) for n in names}
+    return {os.path.relpath(os.path.join(d, n), folder): read_bytes(os.path.join(d, n))
+            for d, _, names in os.walk(folder) for n in names}
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 
 class Trainer(unittest.TestCase):
     """A folder with two shards of a learnable sequence, and ways to run the trainer in it."""
@@ -77,7 +85,8 @@ class Trainer(unittest.TestCase):
         cls.folder = tempfile.mkdtemp(prefix="test_run_")
         rng = random.Random(1)
         period = [rng.randrange(32) for _ in range(50)]
-        write_shard(cls.path("a_train_000000.bin"), [period[i % 50] if i % 7 else rng.randrange(32) for i in range(16 * 200 + 1)])
+        write_shard(cls.path("a_train_000000.bin"),
+                    [period[i % 50] if i % 7 else rng.randrange(32) for i in range(16 * 200 + 1)])
         write_shard(cls.path("a_val_000000.bin"), [period[i % 50] for i in range(16 * 8 + 1)])
 
     @classmethod
@@ -91,7 +100,8 @@ class Trainer(unittest.TestCase):
     def arguments(self, out, changes=None, flags=()):
         """changes: options that differ from the small run's; None drops one."""
         options = dict(SMALL)
-        options.update({"--train": self.path("a_train_*.bin"), "--val": self.path("a_val_*.bin"), "--out": out, "--threads": None})
+        options.update({"--train": self.path("a_train_*.bin"), "--val": self.path("a_val_*.bin"), "--out": out,
+                        "--threads": None})
         options.update(changes or {})
         words = [BINARY]
         for name, value in options.items():
@@ -106,9 +116,10 @@ class Trainer(unittest.TestCase):
         def prepare():
             if limit is not None:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-        environment = dict(os.environ, OMP_NUM_THREADS=str(threads), OPENBLAS_NUM_THREADS="1", OMP_WAIT_POLICY="passive")
-        return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, preexec_fn=prepare,
-                                cwd=self.folder)
+        environment = dict(os.environ, OMP_NUM_THREADS=str(threads), OPENBLAS_NUM_THREADS="1",
+                           OMP_WAIT_POLICY="passive")
+        return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
+                                preexec_fn=prepare, cwd=self.folder)
 
     def execute(self, words, threads=1, limit=None):
         with self.launch(words, threads, limit) as child:
@@ -179,7 +190,8 @@ class Runs(Trainer):
         self.assertEqual([(e["step"], e["name"]) for e in log_events(out, "val")], [(6, "b"), (6, "c")])
 
     def test_a_set_for_each_name_before_val(self):
-        """One glob, three domains: each has its row, what the manifest counts makes bits per byte, and all have their mean; as with the sets one by one."""
+        """One glob, three domains: each has its row, what the manifest counts makes bits per byte, and all have their
+        mean; as with the sets one by one."""
         folder = self.path("domains")
         os.makedirs(folder)
         rng, shards, sets = random.Random(1), {}, {}
@@ -187,19 +199,23 @@ class Runs(Trainer):
             for part in range(1 + (k == 1)):
                 tokens = [rng.randrange(32) for _ in range(200 + 50 * k)]
                 write_shard(os.path.join(folder, "%s_val_%06d.bin" % (name, part)), tokens)
-                shards["%s_val_%06d.bin" % (name, part)] = {"preparation": "p", "set": name, "split": "val", "tokens": len(tokens)}
+                shards["%s_val_%06d.bin" % (name, part)] = {"preparation": "p", "set": name, "split": "val",
+                                                            "tokens": len(tokens)}
             sets[name] = {"val": {"tokens": 1000, "text_bytes": 2000 + 500 * k}}
         with open(os.path.join(folder, "manifest.json"), "w") as f:
-            json.dump({"preparations": {"p": {"tokenizer": {"name": "toy", "vocab_size": 32}, "sets": sets}}, "shards": shards}, f)
+            json.dump({"preparations": {"p": {"tokenizer": {"name": "toy", "vocab_size": 32}, "sets": sets}},
+                       "shards": shards}, f)
         out, single, glob_of = self.out(), self.out(), lambda n: os.path.join(folder, n + "_val_*.bin")
         one = self.run_ok(out, {"--val": glob_of("*"), "--eval-windows": 0, "--eval-every": 0}).stdout
-        self.run_ok(single, {"--val": ",".join("%s=%s" % (n, glob_of(n)) for n in sets), "--eval-windows": 0, "--eval-every": 0})
+        self.run_ok(single, {"--val": ",".join("%s=%s" % (n, glob_of(n)) for n in sets), "--eval-windows": 0,
+                             "--eval-every": 0})
         val, mean = log_events(out, "val"), log_events(out, "val_mean")
         self.assertEqual(val, log_events(single, "val"))
         self.assertEqual([e["name"] for e in val], list(sets))
         for k, e in enumerate(val):
             self.assertAlmostEqual(e["bits_per_byte"], e["loss"] / math.log(2) / (2 + k / 2), places=9)
-            self.assertRegex(one, r"(?m)^val  %s +%.4f +%.3f +%.4f +\d+$" % (e["name"], e["loss"], e["perplexity"], e["bits_per_byte"]))
+            self.assertRegex(one, r"(?m)^val  %s +%.4f +%.3f +%.4f +\d+$" % (e["name"], e["loss"], e["perplexity"],
+                                                                             e["bits_per_byte"]))
         for key in ("loss", "perplexity", "bits_per_byte"):
             self.assertAlmostEqual(mean[0][key], sum(e[key] for e in val) / 3, places=9)
         rows = [line for line in one.splitlines() if line.startswith("val  ")]
@@ -207,10 +223,12 @@ class Runs(Trainer):
         self.assertEqual({line.index(".") for line in rows[1:]}, {rows[1].index(".")})
         del shards["c4_b_val_000000.bin"]  # of this one nothing is known: no figure is made of it, nor of the mean
         with open(os.path.join(folder, "manifest.json"), "w") as f:
-            json.dump({"preparations": {"p": {"tokenizer": {"name": "toy", "vocab_size": 32}, "sets": sets}}, "shards": shards}, f)
+            json.dump({"preparations": {"p": {"tokenizer": {"name": "toy", "vocab_size": 32}, "sets": sets}},
+                       "shards": shards}, f)
         out = self.out()
         self.run_ok(out, {"--val": glob_of("*"), "--eval-every": 0})
-        self.assertEqual(["bits_per_byte" in e for e in log_events(out, "val") + log_events(out, "val_mean")], [True, True, False, False])
+        self.assertEqual(["bits_per_byte" in e for e in log_events(out, "val") + log_events(out, "val_mean")],
+                         [True, True, False, False])
         self.refused(["--val", "63", "n" * 64], {"--val": "n" * 64 + "=" + glob_of("*")})
 
     def test_every_line_has_a_time_and_the_start_an_origin(self):
@@ -226,7 +244,8 @@ class Runs(Trainer):
         for e in (e for e in events if e["event"] == "start"):
             self.assertEqual((e["program"], e["version"], e["host"]), (NAME, version, socket.gethostname()))
             self.assertRegex(e["commit"], r"^([0-9a-f]{12}\+?|unknown)$")
-            self.assertAlmostEqual(datetime.datetime.fromisoformat(e["date"].replace("Z", "+00:00")).timestamp(), e["time"], delta=2)
+            self.assertAlmostEqual(datetime.datetime.fromisoformat(e["date"].replace("Z", "+00:00")).timestamp(),
+                                   e["time"], delta=2)
             self.assertRegex(e["device"], "[0-9]+ threads$")
             self.assertGreater(e["flops_per_second"], 0)
         for e in (e for e in events if e["event"] == "step"):
@@ -235,12 +254,14 @@ class Runs(Trainer):
             self.assertNotIn(socket.gethostname().encode(), read_bytes(os.path.join(path, "trainer.json")))
 
     def test_length_by_tokens_or_epochs(self):
-        """Rounded up to whole steps, which is said; two lengths that differ are refused; --resume without one keeps that of the run."""
+        """Rounded up to whole steps, which is said; two lengths that differ are refused; --resume without one keeps
+        that of the run."""
         windows = 4  # of 16 tokens, in 64 tokens of a step
         tokens = (os.path.getsize(self.path("a_train_000000.bin")) - 1024) // 2
         epoch = (tokens - 1) // 16 * 16
         base = {"--steps": None, "--tokens-per-step": 16 * windows, "--eval-every": 0, "--val": None}
-        for options, steps, words in (({"--tokens": 256}, 4, "--tokens 256: 4 steps)"), ({"--tokens": "2.57e2"}, 5, "4.015625 steps, rounded up)"),
+        for options, steps, words in (({"--tokens": 256}, 4, "--tokens 256: 4 steps)"),
+                                      ({"--tokens": "2.57e2"}, 5, "4.015625 steps, rounded up)"),
                                       ({"--tokens": 250, "--steps": 4}, 4, "3.90625 steps, rounded up)"),
                                       ({"--epochs": 320 / epoch}, 5, "of %d tokens: 5 steps)" % epoch)):
             with self.subTest(options=options):
@@ -254,8 +275,10 @@ class Runs(Trainer):
         self.assertNotIn("changed", again.stdout)
         self.run_ok(out, dict(base, **{"--epochs": 6 * 64 / epoch, "--schedule-steps": 6}), ["--resume"])
         self.run_ok(whole, dict(base, **{"--steps": 6}))
-        self.assertEqual([(e["step"], e["loss"], e["lr"]) for e in log_events(out, "step")], [(e["step"], e["loss"], e["lr"]) for e in log_events(whole, "step")])
-        self.refused(["--tokens 256 is 4 steps", "--steps says 6"], {"--tokens": 256, "--steps": 6, "--tokens-per-step": 64})
+        self.assertEqual([(e["step"], e["loss"], e["lr"]) for e in log_events(out, "step")],
+                         [(e["step"], e["loss"], e["lr"]) for e in log_events(whole, "step")])
+        self.refused(["--tokens 256 is 4 steps", "--steps says 6"],
+                     {"--tokens": 256, "--steps": 6, "--tokens-per-step": 64})
         self.refused(["--epochs 1", "--tokens says 4"], dict(base, **{"--tokens": 256, "--epochs": 1}))
         self.refused(["--tokens", "0.5"], dict(base, **{"--tokens": 0.5}))
         self.refused(["--epochs", "nan"], dict(base, **{"--epochs": "nan"}))
@@ -264,13 +287,14 @@ class Runs(Trainer):
 
     def test_plan(self):
         """What a run needs is beside what there is; of a run that is too large nothing starts."""
-        plan = self.execute([BINARY, "--model", "880m", "--attention", "mta", "--batch-size", "1", "--dry-run", "--out", self.path("not/yet/there"), "--steps", "10",
-                             "--save-every", "1", "--keep", "5"]).stdout
+        plan = self.execute([BINARY, "--model", "880m", "--attention", "mta", "--batch-size", "1", "--dry-run", "--out",
+                             self.path("not/yet/there"), "--steps", "10", "--save-every", "1", "--keep", "5"]).stdout
         self.assertFalse(os.path.exists(self.path("not")))
         self.assertIn("of them     9,408 that a plain Transformer of this size lacks: 0.0011%", plan)
         total, available, verdict = re.search(r"total +([0-9.]+) MiB, of ([0-9.]+) available: it (.*)", plan).groups()
         self.assertEqual(verdict, "fits" if float(total) <= float(available) else "does not fit")
-        each, kept, all_of_them, free = re.search(r"checkpoints ([0-9.]+) MiB each, at most (\d+) at a time: ([0-9.]+) MiB, of ([0-9.]+) free at ", plan).groups()
+        each, kept, all_of_them, free = re.search(r"checkpoints ([0-9.]+) MiB each, at most (\d+) at a time: ([0-9.]+) "
+                                                  r"MiB, of ([0-9.]+) free at ", plan).groups()
         self.assertAlmostEqual(float(each), 876563136 * 12 / 2**20, delta=0.1)
         self.assertEqual(int(kept), 5 + 1 + 1)
         self.assertAlmostEqual(float(all_of_them), 7 * float(each), delta=0.2)
@@ -278,15 +302,16 @@ class Runs(Trainer):
         self.assertRegex(plan, r"time        about .* GFLOP/s\)")
         large = self.execute([BINARY, "--model", "880m", "--batch-size", "512", "--dry-run"]).stdout
         self.assertIn("it does not fit", large)
-        self.assertNotIn("that a plain", self.execute([BINARY, "--model", "toy", "--attention", "transformer", "--dry-run"]).stdout)
+        self.assertNotIn("that a plain",
+                         self.execute([BINARY, "--model", "toy", "--attention", "transformer", "--dry-run"]).stdout)
 
     def test_masked_set_reports_error(self):
         tokens = [5, 6, 7, 8] * 32 + [0]
         write_shard(self.path("m_train_000000.bin"), tokens * 4, mask=[1] * (4 * len(tokens)))
         write_shard(self.path("m_val_000000.bin"), tokens, mask=[int(i % 16 == 15) for i in range(len(tokens))])
         out = self.out()
-        self.run_ok(out, {"--train": self.path("m_train_*.bin"), "--val": "easy=" + self.path("m_val_*.bin"), "--steps": 60, "--lr": 1e-2,
-                          "--eval-every": 60})
+        self.run_ok(out, {"--train": self.path("m_train_*.bin"), "--val": "easy=" + self.path("m_val_*.bin"),
+                          "--steps": 60, "--lr": 1e-2, "--eval-every": 60})
         val = log_events(out, "val")[-1]
         self.assertEqual(val["name"], "easy")
         self.assertEqual(val["tokens"], 8)
@@ -300,14 +325,17 @@ class Runs(Trainer):
         done = self.run_ok(self.out(), {"--train": f"{one}=3,{two}"})
         self.assertIn("--train: no weight for a-2, taken as 1", done.stdout)
         self.assertEqual(done.stdout.count("no weight for"), 1)
-        self.assertNotIn("no weight for", self.run_ok(self.out(), {"--train": f"{one}=3,{two}=1"}).stdout + self.run_ok(self.out()).stdout)
+        self.assertNotIn("no weight for",
+                         self.run_ok(self.out(),
+                                     {"--train": f"{one}=3,{two}=1"}).stdout + self.run_ok(self.out()).stdout)
 
     def test_an_option_given_twice_is_said(self):
         for name in ("--train", "--val"):
             done = self.run_ok(self.out(), {"--steps": 1}, [name, self.path("a_train_000000.bin")])
             self.assertEqual(done.stderr.count("\n"), 1, done.stderr)
             self.assertIn(f"{name} is given twice: {self.path('a_train_000000.bin')} counts", done.stderr)
-        self.assertEqual(self.run_ok(self.out(), {"--steps": 1}, ["--schedule", "linear", "--val", self.path("a_val_*.bin")]).stderr, "")
+        self.assertEqual(self.run_ok(self.out(), {"--steps": 1},
+                                     ["--schedule", "linear", "--val", self.path("a_val_*.bin")]).stderr, "")
 
     def test_mixture_from_a_recipe(self):
         write_shard(self.path("x_train_000000.bin"), [i % 32 for i in range(400)])
@@ -316,7 +344,8 @@ class Runs(Trainer):
         out = self.out()
         os.mkdir(self.path("other"))
         write_shard(self.path("other", "a_train_000000.bin"), [i % 31 for i in range(400)])
-        self.run_ok(out, {"--train": self.path("a_train_*.bin") + "," + self.path("other/a_train_*.bin"), "--steps": 2})  # told apart in the log
+        # told apart in the log
+        self.run_ok(out, {"--train": self.path("a_train_*.bin") + "," + self.path("other/a_train_*.bin"), "--steps": 2})
         self.assertEqual(log_events(out, "step")[-1]["sources"], {"a": 32, "a-2": 32})
         out = self.out()
         self.run_ok(out, {"--train": "@" + self.path("recipe.txt")})
@@ -332,7 +361,8 @@ class Runs(Trainer):
             self.run_ok(out, {"--steps": 8}, threads=threads)
             last = checkpoints(out)[-1]
             steps = [(e["loss"], e["grad_norm"], e["lr"]) for e in log_events(out, "step")]
-            trees.append((read_bytes(os.path.join(last, "model.safetensors")), read_bytes(os.path.join(last, "optimizer.safetensors")), steps))
+            trees.append((read_bytes(os.path.join(last, "model.safetensors")),
+                          read_bytes(os.path.join(last, "optimizer.safetensors")), steps))
         self.assertTrue(trees[0] == trees[1], "the same run gave other bits")
         self.assertTrue(trees[0] == trees[2], "two threads gave other bits than one")
         out = self.out()
@@ -352,8 +382,10 @@ class Runs(Trainer):
 
     def test_dry_run_counts(self):
         """The parameter counts of the paper's sizes, without --train and --out and without the memory."""
-        for model, attention, count in (("880m", "transformer", 876553728), ("880m", "mta", 876563136), ("880m", "mta-full", 876583320),
-                                        ("880m", "talking-heads", 876566016), ("880m", "diff", 876567552), ("300m", "transformer", 388277248),
+        for model, attention, count in (("880m", "transformer", 876553728), ("880m", "mta", 876563136),
+                                        ("880m", "mta-full", 876583320),
+                                        ("880m", "talking-heads", 876566016), ("880m", "diff", 876567552),
+                                        ("300m", "transformer", 388277248),
                                         ("550m", "transformer", 651818240), ("1b", "transformer", 1495894016)):
             done = self.execute([BINARY, "--model", model, "--attention", attention, "--dry-run"])
             self.assertEqual(done.returncode, 0, done.stderr)
@@ -362,7 +394,8 @@ class Runs(Trainer):
     def test_help(self):
         done = self.execute([BINARY, "--help"])
         self.assertEqual(done.returncode, 0)
-        for name in ("--model", "--attention", "--train", "--val", "--out", "--resume", "--init-from", "--dry-run", "--kq-conv-layers"):
+        for name in ("--model", "--attention", "--train", "--val", "--out", "--resume", "--init-from", "--dry-run",
+                     "--kq-conv-layers"):
             self.assertIn(name + " " if name not in ("--resume", "--dry-run") else name, done.stdout)
         for line in done.stdout.splitlines():  # a default is said once, and is one that could be given
             self.assertLess(line.count("(default"), 2, line)
@@ -379,7 +412,8 @@ class Resume(Trainer):
         for name in ("model.safetensors", "optimizer.safetensors"):
             self.assertTrue(read_bytes(os.path.join(a, name)) == read_bytes(os.path.join(b, name)), name + " differs")
         keys = ("step", "loss", "grad_norm", "lr")
-        rows = [[tuple(e[k] for k in keys) for e in log_events(out, "step") if e["step"] >= first_step] for out in (whole, parts)]
+        rows = [[tuple(e[k] for k in keys) for e in log_events(out, "step") if e["step"] >= first_step]
+                for out in (whole, parts)]
         self.assertEqual(rows[0], rows[1])
         self.assertEqual([e["step"] for e in log_events(parts, "step")], list(range(1, rows[0][-1][0] + 1)))
 
@@ -451,7 +485,8 @@ class Resume(Trainer):
         self.assertIn("step-00000004", done.stderr)
         damaged = [e["reason"] for e in log_events(out, "damaged")]
         self.assertEqual(len(damaged), 2)
-        self.assertTrue("step-00000006" in damaged[0] and "CRC" in damaged[0] and "step-00000004" in damaged[1], damaged)
+        self.assertTrue("step-00000006" in damaged[0] and "CRC" in damaged[0] and "step-00000004" in damaged[1],
+                        damaged)
         self.compare(whole, out, 1)
 
     def test_only_damaged_checkpoints(self):
@@ -466,7 +501,8 @@ class Resume(Trainer):
         self.assertEqual(done.returncode, 1, done.stdout)
         lines = done.stderr.splitlines()
         self.assertEqual(len(lines), 3, done.stderr)
-        self.assertTrue("step-00000006" in lines[0] and "step-00000003" in lines[1] and "no checkpoint" in lines[2], lines)
+        self.assertTrue("step-00000006" in lines[0] and "step-00000003" in lines[1] and "no checkpoint" in lines[2],
+                        lines)
         self.assertTrue(tree(out) == before, "files changed")
 
     def test_one_run_at_a_time(self):
@@ -508,7 +544,8 @@ class Resume(Trainer):
         """Lustre without the option flock, for example: the run goes on and says so."""
         source, library = self.path("no_flock.c"), self.path("no_flock.so")
         with open(source, "w") as f:
-            f.write("#include <errno.h>\nint flock(int fd, int operation) { (void)fd; (void)operation; errno = ENOSYS; return -1; }\n")
+            f.write("#include <errno.h>\nint flock(int fd, int operation) { (void)fd; (void)operation; errno = ENOSYS; "
+                    "return -1; }\n")
         if shutil.which("cc") is None or subprocess.run(["cc", "-shared", "-fPIC", "-o", library, source]).returncode:
             self.skipTest("no C compiler")
         out = self.out()
@@ -566,42 +603,54 @@ class Resume(Trainer):
         self.assertNotIn("rounded to bf16", self.run_ok(self.out(), {"--steps": 1}).stdout)
 
     def test_products_that_cannot_be(self):
-        """--matmul bf16 where oneDNN finds no bf16 instructions (it is told of an older processor), and in a build without oneDNN: one line."""
+        """--matmul bf16 where oneDNN finds no bf16 instructions (it is told of an older processor), and in a build
+        without oneDNN: one line."""
         if NAME != "train_mta":
             self.skipTest("of the CPU trainer")
         words = [BINARY, "--model", "1m", "--dry-run", "--matmul", "bf16"]
-        done = subprocess.run(words, capture_output=True, text=True, env=dict(os.environ, ONEDNN_MAX_CPU_ISA="AVX2"), timeout=TIMEOUT)
+        done = subprocess.run(words, capture_output=True, text=True, env=dict(os.environ, ONEDNN_MAX_CPU_ISA="AVX2"),
+                              timeout=TIMEOUT)
         if "no oneDNN" not in done.stderr:
             self.assert_refused(done, "--matmul bf16", "no bf16 instructions")
         without = os.path.join(self.folder, "train_mta")
-        subprocess.run([os.environ.get("CC", "cc"), "-std=gnu11", "-w", "-fopenmp", '-DMTA_VERSION="0"', os.path.join(ROOT, "train_mta.c"), "-o", without, "-lm"],
+        subprocess.run([os.environ.get("CC", "cc"), "-std=gnu11", "-w", "-fopenmp", '-DMTA_VERSION="0"',
+                        os.path.join(ROOT, "train_mta.c"), "-o", without, "-lm"],
                        check=True, capture_output=True)
         self.assert_refused(self.execute([without] + words[1:]), "--matmul bf16", "no oneDNN")
         self.assertEqual(self.execute([without, "--model", "1m", "--dry-run", "--matmul", "fp32"]).returncode, 0)
 
     def changed(self, done):
-        return [line[len("changed on --resume: "):] for line in done.stdout.splitlines() if line.startswith("changed on --resume: ")]
+        return [line[len("changed on --resume: "):]
+                for line in done.stdout.splitlines() if line.startswith("changed on --resume: ")]
 
     def test_what_a_resume_changes_is_said(self):
         """Every option that changes the numbers which follow: one line each on the screen, and in the log's start."""
         out = self.out()
         self.run_ok(out, {"--steps": 2})
         self.assertEqual(self.changed(self.run_ok(out, {"--steps": 2}, ["--resume"])), [])
-        table = (("--batch-size", 1, "batch-size 2 -> 1"), ("--lr", 0.002, "lr 0.001 -> 0.002"), ("--min-lr", 1e-5, "min-lr 0 -> 1e-05"),
-                 ("--schedule", "cosine", "schedule constant -> cosine"), ("--schedule-steps", 40, "schedule-steps 0 -> 40"),
-                 ("--warmup", 1, "warmup 0 -> 1"), ("--beta1", 0.8, "beta1 0.9 -> 0.8"), ("--beta2", 0.99, "beta2 0.98 -> 0.99"),
-                 ("--eps", 1e-7, "eps 1e-08 -> 1e-07"), ("--weight-decay", 0, "weight-decay 0.05 -> 0"), ("--grad-clip", 0.5, "grad-clip 1 -> 0.5"),
-                 ("--eval-windows", 3, "eval-windows 128 -> 3"), ("--val", None, "val %s -> none" % self.path("a_val_*.bin")))
+        table = (("--batch-size", 1, "batch-size 2 -> 1"), ("--lr", 0.002, "lr 0.001 -> 0.002"),
+                 ("--min-lr", 1e-5, "min-lr 0 -> 1e-05"),
+                 ("--schedule", "cosine", "schedule constant -> cosine"),
+                 ("--schedule-steps", 40, "schedule-steps 0 -> 40"),
+                 ("--warmup", 1, "warmup 0 -> 1"), ("--beta1", 0.8, "beta1 0.9 -> 0.8"),
+                 ("--beta2", 0.99, "beta2 0.98 -> 0.99"),
+                 ("--eps", 1e-7, "eps 1e-08 -> 1e-07"), ("--weight-decay", 0, "weight-decay 0.05 -> 0"),
+                 ("--grad-clip", 0.5, "grad-clip 1 -> 0.5"),
+                 ("--eval-windows", 3, "eval-windows 128 -> 3"),
+                 ("--val", None, "val %s -> none" % self.path("a_val_*.bin")))
         options = {"--steps": 3, "--tokens-per-step": 32}
         for name, value, words in table:
             with self.subTest(name):
                 copy = self.out()
                 shutil.copytree(out, copy)
-                self.assertEqual(self.changed(self.run_ok(copy, dict(options, **{name: value}), ["--resume"])), ["steps 2 -> 3", words])
+                self.assertEqual(self.changed(self.run_ok(copy, dict(options, **{name: value}), ["--resume"])),
+                                 ["steps 2 -> 3", words])
                 self.assertEqual(log_events(copy, "start")[-1]["changed"], ["steps 2 -> 3", words])
         self.run_ok(out, dict(options, **{name: value for name, value, _ in table}), ["--resume"])
-        again = dict({name: value for name, value, _ in table}, **{"--steps": 4, "--batch-size": 4})  # and with it the tokens of a step
-        self.assertEqual(self.changed(self.run_ok(out, again, ["--resume"])), ["steps 3 -> 4", "tokens-per-step 32 -> 64", "batch-size 1 -> 4"])
+        # and with it the tokens of a step
+        again = dict({name: value for name, value, _ in table}, **{"--steps": 4, "--batch-size": 4})
+        self.assertEqual(self.changed(self.run_ok(out, again, ["--resume"])),
+                         ["steps 3 -> 4", "tokens-per-step 32 -> 64", "batch-size 1 -> 4"])
         path = os.path.join(checkpoints(out)[-1], "trainer.json")
         with open(path) as f:
             state = json.load(f)
@@ -610,7 +659,8 @@ class Resume(Trainer):
             json.dump(state, f)
         mend_manifest(checkpoints(out)[-1])
         self.assertEqual(self.changed(self.run_ok(out, dict(again, **{"--steps": 4}), ["--resume"])),
-                         ["lr (the checkpoint does not say) -> 0.002", "schedule (the checkpoint does not say) -> cosine"])
+                         ["lr (the checkpoint does not say) -> 0.002",
+                          "schedule (the checkpoint does not say) -> cosine"])
 
     def test_damaged_newest_does_not_cost_the_one_that_is_saved(self):
         """With --keep 1, going on from an older checkpoint: what is saved before the damaged one's step stays."""
@@ -630,13 +680,14 @@ class Resume(Trainer):
         with open(ranks, "wb") as f:
             f.write(b"".join(b"%s %d\n" % (base64.b64encode(bytes([i])), i) for i in range(256)))
         write_shard(self.path("ranked_train_000000.bin"), [i % 250 for i in range(16 * 40 + 1)], vocab=257)
-        changes = {"--tokenizer": ranks, "--pattern": "gpt2", "--vocab-size": 257, "--save-every": 1, "--keep": 1, "--val": None,
-                   "--train": self.path("ranked_train_*.bin")}
+        changes = {"--tokenizer": ranks, "--pattern": "gpt2", "--vocab-size": 257, "--save-every": 1, "--keep": 1,
+                   "--val": None, "--train": self.path("ranked_train_*.bin")}
         self.refused(["ranks.bin", "--pattern"], dict(changes, **{"--pattern": None}))
         self.run_ok(out, dict(changes, **{"--steps": 1}))
         text = read_bytes(ranks)
         os.remove(ranks)
-        self.run_ok(out, dict(changes, **{"--steps": 4, "--tokenizer": None, "--pattern": None, "--sample-every": 2}), ["--resume"])
+        self.run_ok(out, dict(changes, **{"--steps": 4, "--tokenizer": None, "--pattern": None, "--sample-every": 2}),
+                    ["--resume"])
         self.assertEqual(read_bytes(os.path.join(out, "step-00000004", "gpt2.tiktoken")), text)
         with open(os.path.join(out, "step-00000004", "config.json")) as f:
             self.assertEqual(json.load(f)["tokenizer_pattern"], "gpt2")  # 256 ranks do not tell it
@@ -644,10 +695,13 @@ class Resume(Trainer):
         with open(os.path.join(out, "step-00000004", "config.json")) as f:
             config = json.load(f)  # 256 ranks tell no pattern; without an EOS, <|endoftext|> ends a text
         self.assertEqual([config[k] for k in ("tokenizer_pattern", "bos_token_id", "eos_token_id")], ["gpt2", 256, 256])
-        for name, value in (("--init-from", os.path.join(out, "step-00000004")), ("--model", os.path.join(out, "step-00000004", "config.json"))):
+        for name, value in (("--init-from", os.path.join(out, "step-00000004")),
+                            ("--model", os.path.join(out, "step-00000004", "config.json"))):
             other = self.out()
-            none = {n: None for n in SMALL if n.startswith(("--attention", "--hidden", "--num", "--inter", "--vocab", "--kq", "--model"))}
-            self.run_ok(other, dict(none, **{name: value, "--steps": 1, "--val": None, "--train": self.path("ranked_train_*.bin")}))
+            none = {n: None for n in SMALL
+                    if n.startswith(("--attention", "--hidden", "--num", "--inter", "--vocab", "--kq", "--model"))}
+            self.run_ok(other, dict(none, **{name: value, "--steps": 1, "--val": None,
+                                             "--train": self.path("ranked_train_*.bin")}))
             self.assertEqual(read_bytes(os.path.join(other, "step-00000001", "gpt2.tiktoken")), text)
 
     def test_resume_without_a_checkpoint(self):
@@ -698,15 +752,19 @@ class Resume(Trainer):
         self.run_ok(out, {"--train": shard})
         before = tree(out)
         write_shard(shard, [i % 31 for i in range(400)])
-        self.assert_refused(self.execute(self.arguments(out, {"--train": shard, "--steps": 12}, ["--resume"])), "source", "other tokens of n")
+        self.assert_refused(self.execute(self.arguments(out, {"--train": shard, "--steps": 12}, ["--resume"])),
+                            "source", "other tokens of n")
         self.assertTrue(tree(out) == before)
 
     def test_every_number_of_the_rope_scaling_is_part_of_the_model(self):
         """A --model config.json that differs from the run's in one of them is another model; the context may grow."""
-        scaling = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16}
-        config = {"model_type": "llama", "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48, "vocab_size": 32,
+        scaling = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+                   "original_max_position_embeddings": 16}
+        config = {"model_type": "llama", "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+                  "intermediate_size": 48, "vocab_size": 32,
                   "max_position_embeddings": 64, "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "rope_scaling": scaling}
-        none = {n: None for n in SMALL if n.startswith(("--attention", "--hidden", "--num", "--inter", "--vocab", "--kq"))}
+        none = {n: None for n in SMALL
+                if n.startswith(("--attention", "--hidden", "--num", "--inter", "--vocab", "--kq"))}
         name, out = self.path("scaled.json"), self.out()
 
         def changed(**keys):
@@ -715,7 +773,8 @@ class Resume(Trainer):
             return dict(none, **{"--model": name})
 
         self.run_ok(out, dict(changed(), **{"--steps": 1}))
-        for key, value in (("factor", 4.0), ("low_freq_factor", 2.0), ("high_freq_factor", 5.0), ("original_max_position_embeddings", 32)):
+        for key, value in (("factor", 4.0), ("low_freq_factor", 2.0), ("high_freq_factor", 5.0),
+                           ("original_max_position_embeddings", 32)):
             done = self.execute(self.arguments(out, changed(rope_scaling=dict(scaling, **{key: value})), ["--resume"]))
             self.assert_refused(done, "another model", "rope_scaling." + key)
         self.run_ok(out, changed(max_position_embeddings=128), ["--resume"])
@@ -727,9 +786,11 @@ class Resume(Trainer):
         path = os.path.join(checkpoints(out)[0], "trainer.json")
         with open(path) as f:
             state = json.load(f)
-        for text, piece in (("{", "JSON"), ("{}", "step"), (json.dumps(dict(state, step=1)), "step 1, wanted 2"), (json.dumps(dict(state, tokens_seen=-1)), "tokens_seen"),
+        for text, piece in (("{", "JSON"), ("{}", "step"), (json.dumps(dict(state, step=1)), "step 1, wanted 2"),
+                            (json.dumps(dict(state, tokens_seen=-1)), "tokens_seen"),
                             (json.dumps(dict(state, loader={})), "loader"),
-                            (json.dumps(dict(state, format=2)), "format"), (json.dumps({k: v for k, v in state.items() if k != "format"}), "format")):
+                            (json.dumps(dict(state, format=2)), "format"),
+                            (json.dumps({k: v for k, v in state.items() if k != "format"}), "format")):
             with open(path, "w") as f:
                 f.write(text)
             mend_manifest(checkpoints(out)[0])
@@ -756,8 +817,10 @@ class Resume(Trainer):
 
 
 BAD_TENSORS = {  # what is done to a tensor file, and what the message must hold
-    "missing": ("{name}",), "extra": ("model.layers.0.surprise.weight",), "shape": ("{name}",), "nan": ("{name}",), "inf": ("{name}",),
-    "cut": ("safetensors",), "longer": ("safetensors",), "header length": ("safetensors",), "offsets": ("safetensors",), "dtype": ("{name}",),
+    "missing": ("{name}",), "extra": ("model.layers.0.surprise.weight",), "shape": ("{name}",), "nan": ("{name}",),
+               "inf": ("{name}",),
+    "cut": ("safetensors",), "longer": ("safetensors",), "header length": ("safetensors",), "offsets": ("safetensors",),
+               "dtype": ("{name}",),
     "huge shape": ("safetensors",), "not json": ("safetensors",),
 }
 
@@ -844,10 +907,12 @@ class Tokenizers(Trainer):
         with open(os.path.join(checkpoints(out)[-1], "config.json")) as f:
             self.assertEqual(json.load(f)["tokenizer"], "toy")
         out = self.out()
-        self.run_ok(out, dict(self.shards("ranks", self.ranks("ranks"), 257), **{"--vocab-size": 257, "--sample-every": 6}))
+        self.run_ok(out, dict(self.shards("ranks", self.ranks("ranks"), 257),
+                              **{"--vocab-size": 257, "--sample-every": 6}))
         with open(os.path.join(checkpoints(out)[-1], "config.json")) as f:
             config = json.load(f)
-        self.assertEqual((config["tokenizer"], config["tokenizer_pattern"], config["eos_token_id"]), ("gpt2.tiktoken", "gpt2", 256))
+        self.assertEqual((config["tokenizer"], config["tokenizer_pattern"], config["eos_token_id"]),
+                         ("gpt2.tiktoken", "gpt2", 256))
         self.assertEqual(len(log_events(out, "sample")), 1)
 
     def test_unknown(self):
@@ -866,7 +931,8 @@ class Tokenizers(Trainer):
                 self.assertNotIn("tokenizer", json.load(f))
 
     def test_refused(self):
-        toy, other = self.shards("both", self.TOY), self.shards("both", self.BYTES, 259, "b")  # two preparations of one folder
+        # two preparations of one folder
+        toy, other = self.shards("both", self.TOY), self.shards("both", self.BYTES, 259, "b")
         one, two = self.shards("r1", self.ranks("r1"), 257), self.shards("r2", self.ranks("r2", 9), 257)
         plain = self.shards("plain", None, 259)
         wide = {"--vocab-size": 259}
@@ -876,12 +942,17 @@ class Tokenizers(Trainer):
                                 (("toy", "259"), dict(toy, **{"--val": plain["--val"]})),
                                 (("toy", "bytes"), dict(toy, **{"--tokenizer": "bytes"})),
                                 (("259", "toy"), dict(plain, **{"--tokenizer": "toy"})),
-                                (("r1/r.tiktoken", "r2/r.tiktoken"), dict(one, **{"--train": one["--train"] + "," + two["--train"]})),
-                                (("r1/r.tiktoken", "r2/r.tiktoken"), dict(one, **{"--tokenizer": self.path("r2/r.tiktoken"), "--pattern": "gpt2"})),
-                                (("gpt2", "llama3"), dict(one, **{"--tokenizer": self.path("r1/r.tiktoken"), "--pattern": "llama3"}))):
+                                (("r1/r.tiktoken", "r2/r.tiktoken"),
+                                 dict(one, **{"--train": one["--train"] + "," + two["--train"]})),
+                                (("r1/r.tiktoken", "r2/r.tiktoken"),
+                                 dict(one, **{"--tokenizer": self.path("r2/r.tiktoken"), "--pattern": "gpt2"})),
+                                (("gpt2", "llama3"),
+                                 dict(one, **{"--tokenizer": self.path("r1/r.tiktoken"), "--pattern": "llama3"}))):
             with self.subTest(pieces=pieces, changes=changes):
                 self.refused(pieces, dict(wide, **changes))
-        self.run_ok(self.out(), dict(wide, **dict(one, **{"--tokenizer": self.path("r1/r.tiktoken"), "--pattern": "gpt2", "--steps": 1})))
+        self.run_ok(self.out(),
+                    dict(wide, **dict(one, **{"--tokenizer": self.path("r1/r.tiktoken"), "--pattern": "gpt2",
+                                              "--steps": 1})))
         out = self.out()
         self.run_ok(out, dict(toy, **{"--vocab-size": 259, "--steps": 1}))
         self.refused(("toy", "bytes"), dict(other, **{"--init-from": checkpoints(out)[-1], "--vocab-size": 259}))
@@ -894,32 +965,43 @@ class Tokenizers(Trainer):
         self.run_ok(out, dict(good, **{"--steps": 1}))
         start, plain = checkpoints(out)[-1], self.out()
         write_shard(self.path("z_train_000000.bin"), [i % 26 for i in range(400)], vocab=0)
-        for pieces, changes in ((("llama3", "trained with gpt2"), {"--pattern": "llama3"}), (("u2/r.tiktoken", "CRC-32"), {"--tokenizer": self.path("u2/r.tiktoken")}),
+        for pieces, changes in ((("llama3", "trained with gpt2"), {"--pattern": "llama3"}),
+                                (("u2/r.tiktoken", "CRC-32"), {"--tokenizer": self.path("u2/r.tiktoken")}),
                                 (("toy", "trained with gpt2"), {"--tokenizer": "toy", "--pattern": None})):
-            self.refused(pieces, dict(good, **dict(changes, **{"--init-from": start, "--train": self.path("z_train_*.bin"), "--val": None})))
-            self.assert_refused(self.execute(self.arguments(out, dict(good, **dict(changes, **{"--steps": 2})), ["--resume"])), *pieces[:1])
+            self.refused(pieces, dict(good, **dict(changes, **{"--init-from": start,
+                                                               "--train": self.path("z_train_*.bin"), "--val": None})))
+            self.assert_refused(self.execute(self.arguments(out, dict(good, **dict(changes, **{"--steps": 2})),
+                                                            ["--resume"])), *pieces[:1])
         self.run_ok(self.out(), dict(good, **{"--steps": 1, "--init-from": start}))
-        self.run_ok(self.out(), dict(good, **{"--steps": 1, "--init-from": start, "--tokenizer": self.path("u2/r.tiktoken")}), ["--no-verify"])
-        self.run_ok(plain, dict(good, **{"--steps": 1, "--pattern": "llama3", "--vocab-size": 600, "--train": self.path("z_train_*.bin"), "--val": None}))  # no weights: nothing to agree with
+        self.run_ok(self.out(),
+                    dict(good, **{"--steps": 1, "--init-from": start, "--tokenizer": self.path("u2/r.tiktoken")}),
+                    ["--no-verify"])
+        # no weights: nothing to agree with
+        self.run_ok(plain, dict(good, **{"--steps": 1, "--pattern": "llama3", "--vocab-size": 600,
+                                         "--train": self.path("z_train_*.bin"), "--val": None}))
 
     def test_a_rank_file_that_is_not_the_manifest_s(self):
         """The checksum of the rank file that the shards were made with stands in the manifest."""
         made = self.ranks("m")
         data = read_bytes(self.path("m/r.tiktoken"))
-        changes = dict(self.shards("m", dict(made, bytes=len(data), crc32="%08x" % zlib.crc32(data)), 257), **{"--vocab-size": 257})
+        changes = dict(self.shards("m", dict(made, bytes=len(data), crc32="%08x" % zlib.crc32(data)), 257),
+                       **{"--vocab-size": 257})
         self.run_ok(self.out(), dict(changes, **{"--steps": 1}))
         self.ranks("m", 9)  # the file beside the shards, spoilt
         self.refused(["m/r.tiktoken", "manifest.json", "%08x" % zlib.crc32(data)], changes)
         os.rename(self.path("m/r.tiktoken"), self.path("m/other"))
-        self.refused(["m/other", "manifest.json"], dict(changes, **{"--tokenizer": self.path("m/other"), "--pattern": "gpt2"}))
+        self.refused(["m/other", "manifest.json"],
+                     dict(changes, **{"--tokenizer": self.path("m/other"), "--pattern": "gpt2"}))
 
     def test_names_with_signs(self):
-        """A folder or file of that very name is meant where there is one, by glob or in full, with a weight and a name."""
+        """A folder or file of that very name is meant where there is one, by glob or in full, with a weight and a
+        name."""
         for folder in ("a,b", "c[1],d", "e=3,f"):
             changes = self.shards(folder, self.TOY)
             both = changes["--train"] + "=2," + self.path("a_train_*.bin")
             for train, val in ((changes["--train"], changes["--val"]), (both, "n=" + changes["--val"]),
-                               (changes["--train"].replace("*", "000000"), changes["--val"].replace("*", "000000") + ",other=" + self.path("a_train_*.bin"))):
+                               (changes["--train"].replace("*", "000000"),
+                                changes["--val"].replace("*", "000000") + ",other=" + self.path("a_train_*.bin"))):
                 with self.subTest(train=train, val=val):
                     out = self.out()
                     self.run_ok(out, {"--train": train, "--val": val, "--steps": 1})
@@ -938,40 +1020,59 @@ class Tokenizers(Trainer):
         write_shard(self.path("twice", "c_train_000000.bin"), [i % 26 for i in range(16 * 20 + 1)])
         with open(self.path("twice", "recipe.txt"), "w") as f:
             f.write("a_train_000000.bin=2\n./a_train_000000.bin=1\n")
-        for train in ("%s,%s" % (shard, shard), "%s,%s" % (shard, os.path.relpath(shard, self.folder)), "%s,%s" % (shard, self.path("again/a_train_000000.bin")),
-                      "%s,%s" % (shard, self.path("twice/b_train_*.bin=3")), self.path("twice/a_train_*.bin"), self.path("twice/[ab]_train_000000.bin"),
-                      "@" + self.path("twice/recipe.txt")):
+        for train in ("%s,%s" % (shard, shard), "%s,%s" % (shard, os.path.relpath(shard, self.folder)),
+                      "%s,%s" % (shard, self.path("again/a_train_000000.bin")),
+                      "%s,%s" % (shard, self.path("twice/b_train_*.bin=3")), self.path("twice/a_train_*.bin"),
+                      self.path("twice/[ab]_train_000000.bin"), "@" + self.path("twice/recipe.txt")):
             with self.subTest(train):
                 self.refused(["--train", "one file"], dict(changes, **{"--train": train}))
-        self.refused(["--val", "one file"], dict(changes, **{"--train": shard, "--val": self.path("twice/a_train_*.bin")}))
-        self.refused(["--val", "one file"], dict(changes, **{"--train": shard, "--val": "v=" + self.path("twice/[ab]_train_000000.bin")}))
-        done = self.run_ok(self.out(), dict(changes, **{"--train": self.path("a_train_*.bin"), "--val": self.path("twice/[ab]_train_000000.bin"), "--steps": 1}))
-        self.assertEqual(self.said(done), ["--val: b: %s is also in another set, as %s" % (self.path("twice/b_train_000000.bin"), shard)])
-        done = self.run_ok(self.out(), dict(changes, **{"--train": shard + "," + self.path("twice/c_train_*.bin"), "--steps": 1}))
-        self.assertIn("--train: %s and %s hold the same tokens: both count" % (shard, self.path("twice/c_train_000000.bin")), self.said(done))
-        for val, words in ((shard, shard), (self.path("again/a_train_000000.bin"), shard), (self.path("twice/c_train_*.bin"), shard)):
+        self.refused(["--val", "one file"],
+                     dict(changes, **{"--train": shard, "--val": self.path("twice/a_train_*.bin")}))
+        self.refused(["--val", "one file"],
+                     dict(changes, **{"--train": shard, "--val": "v=" + self.path("twice/[ab]_train_000000.bin")}))
+        done = self.run_ok(self.out(),
+                           dict(changes, **{"--train": self.path("a_train_*.bin"),
+                                            "--val": self.path("twice/[ab]_train_000000.bin"), "--steps": 1}))
+        self.assertEqual(self.said(done),
+                         ["--val: b: %s is also in another set, as %s" % (self.path("twice/b_train_000000.bin"),
+                                                                          shard)])
+        done = self.run_ok(self.out(),
+                           dict(changes, **{"--train": shard + "," + self.path("twice/c_train_*.bin"), "--steps": 1}))
+        self.assertIn("--train: %s and %s hold the same tokens: both count" %
+                      (shard, self.path("twice/c_train_000000.bin")), self.said(done))
+        for val, words in ((shard, shard), (self.path("again/a_train_000000.bin"), shard),
+                           (self.path("twice/c_train_*.bin"), shard)):
             done = self.run_ok(self.out(), dict(changes, **{"--train": shard, "--val": "v=" + val, "--steps": 1}))
             said = [line for line in self.said(done) if "also trained on" in line]
-            self.assertEqual((len(said), said[0].startswith("--val: v: "), words in said[0]), (1, True, True), done.stdout)
+            self.assertEqual((len(said), said[0].startswith("--val: v: "), words in said[0]), (1, True, True),
+                             done.stdout)
         write_shard(self.path("twice", "v_val_000000.bin"), [i % 25 for i in range(16 * 20 + 1)])
-        self.assertEqual(self.said(self.run_ok(self.out(), dict(changes, **{"--train": shard, "--val": self.path("twice/v_val_*.bin"), "--steps": 1}))), [])
+        self.assertEqual(self.said(self.run_ok(self.out(),
+                                               dict(changes, **{"--train": shard,
+                                                                "--val": self.path("twice/v_val_*.bin"),
+                                                                "--steps": 1}))), [])
 
     def test_shards_that_are_shorter_than_a_window(self):
         write_shard(self.path("s_train_000000.bin"), [1] * 16)
         write_shard(self.path("s_train_000001.bin"), [i % 26 for i in range(400)])
         done = self.run_ok(self.out(), {"--train": self.path("s_train_*.bin"), "--steps": 1})
-        self.assertEqual(self.said(done), ["--train: %s: 16 tokens, less than one window of 17: it is not used" % self.path("s_train_000000.bin")])
+        self.assertEqual(self.said(done),
+                         ["--train: %s: 16 tokens, less than one window of 17: it is not used" %
+                          self.path("s_train_000000.bin")])
         write_shard(self.path("s_train_000002.bin"), [2] * 3)
-        self.assertIn("--train: 2 shards are so short", self.said(self.run_ok(self.out(), {"--train": self.path("s_train_*.bin"), "--steps": 1})))
+        self.assertIn("--train: 2 shards are so short",
+                      self.said(self.run_ok(self.out(), {"--train": self.path("s_train_*.bin"), "--steps": 1})))
 
     def test_shards_and_their_manifest(self):
-        """Sizes and the header's checksum are compared always, the tokens with --verify-data; what is missing is said."""
+        """Sizes and the header's checksum are compared always, the tokens with --verify-data; what is missing is
+        said."""
         changes, shard = self.shards("whole", self.TOY), self.path("whole", "a_train_000000.bin")
         write_shard(self.path("whole", "a_val_000000.bin"), [i % 25 for i in range(16 * 20 + 1)])
         path = self.path("whole", "manifest.json")
         with open(path) as f:
             manifest = json.load(f)
-        good = {n: {"preparation": "a", "tokens": 321, "bytes": 1666, "crc32": "%08x" % zlib.crc32(read_bytes(self.path("whole", n))[1024:])}
+        good = {n: {"preparation": "a", "tokens": 321, "bytes": 1666,
+                    "crc32": "%08x" % zlib.crc32(read_bytes(self.path("whole", n))[1024:])}
                 for n in ("a_train_000000.bin", "a_val_000000.bin")}
 
         def say(**entry):
@@ -982,11 +1083,13 @@ class Tokenizers(Trainer):
         say()
         self.assertEqual(self.said(self.run_ok(self.out(), dict(changes, **{"--steps": 1}))), [])
         done = self.run_ok(self.out(), dict(changes, **{"--steps": 1}), ["--verify-data"])
-        self.assertRegex("\n".join(self.said(done)), "^--train: checksums of 0.0 MiB compared in .*\n--val: checksums of 0.0 MiB")
+        self.assertRegex("\n".join(self.said(done)),
+                         "^--train: checksums of 0.0 MiB compared in .*\n--val: checksums of 0.0 MiB")
         for entry in ({"bytes": 1668}, {"tokens": 320}, {"crc32": "00000001"}):
             say(**entry)
             self.refused([shard, "manifest.json", str(list(entry.values())[0])], changes)
-            self.refused(["--val", shard, "manifest.json"], dict(changes, **{"--train": self.path("a_train_*.bin"), "--val": shard}))
+            self.refused(["--val", shard, "manifest.json"],
+                         dict(changes, **{"--train": self.path("a_train_*.bin"), "--val": shard}))
         say()
         data = bytearray(read_bytes(shard))
         data[1500] ^= 1
@@ -994,7 +1097,8 @@ class Tokenizers(Trainer):
             f.write(data)
         self.run_ok(self.out(), dict(changes, **{"--steps": 1}))
         self.refused([shard, "damaged"], changes, ["--verify-data"])
-        self.refused(["--val", shard, "damaged"], dict(changes, **{"--train": self.path("a_train_*.bin"), "--val": shard}), ["--verify-data"])
+        self.refused(["--val", shard, "damaged"],
+                     dict(changes, **{"--train": self.path("a_train_*.bin"), "--val": shard}), ["--verify-data"])
         os.remove(path)
         self.refused([shard, "damaged"], changes, ["--verify-data"])  # the header has it too
         data[16:20] = bytes(4)
@@ -1008,23 +1112,31 @@ class Tokenizers(Trainer):
             f.write(data)
         os.symlink("whole", self.path("[w]"))  # a folder of that very name
         for folder in ("whole", "[w]"):
-            done = self.run_ok(self.out(), dict(changes, **{"--steps": 1, "--train": self.path(folder, "a_train_*.bin")}))
-            self.assertEqual([line for line in self.said(done) if "lists 2 that are not there: %s and others" % self.path(folder, "a_train_000001.bin") in line],
+            done = self.run_ok(self.out(),
+                               dict(changes, **{"--steps": 1, "--train": self.path(folder, "a_train_*.bin")}))
+            self.assertEqual([line for line in self.said(done)
+                              if "lists 2 that are not there: %s and others" %
+                              self.path(folder, "a_train_000001.bin") in line],
                              self.said(done)[:1])
             self.assertEqual(len(self.said(done)), 1, done.stdout)
         write_shard(self.path("whole", "c_val_000000.bin"), [i % 24 for i in range(400)])
         good["b_val_000000.bin"] = {}
         say()
-        done = self.run_ok(self.out(), dict(changes, **{"--steps": 1, "--train": shard, "--val": self.path("whole", "*_val_*.bin")}))
-        self.assertEqual([line.split(": ")[-1] for line in self.said(done)], [self.path("whole", "b_val_000000.bin")], done.stdout)
+        done = self.run_ok(self.out(),
+                           dict(changes, **{"--steps": 1, "--train": shard,
+                                            "--val": self.path("whole", "*_val_*.bin")}))
+        self.assertEqual([line.split(": ")[-1] for line in self.said(done)], [self.path("whole", "b_val_000000.bin")],
+                         done.stdout)
 
     def test_bad_manifests(self):
         changes = self.shards("bad", self.TOY)
         for tokenizer, piece in (({"name": "toy", "vocab_size": 31}, "31"), ({"name": "toy"}, "vocabulary"),
-                                 ({"name": "gpt2", "vocab_size": 32, "file": "../r"}, "../r"), ({"name": "gpt2", "vocab_size": 32, "file": "gone"}, "gone")):
+                                 ({"name": "gpt2", "vocab_size": 32, "file": "../r"}, "../r"),
+                                 ({"name": "gpt2", "vocab_size": 32, "file": "gone"}, "gone")):
             with self.subTest(tokenizer=tokenizer):
                 self.shards("bad", tokenizer)
-                self.refused(["manifest.json" if piece != "gone" else "gone", piece] if piece != "vocabulary" else [piece], changes)
+                self.refused(["manifest.json" if piece != "gone" else "gone", piece] if piece != "vocabulary"
+                             else [piece], changes)
         with open(self.path("bad", "manifest.json"), "w") as f:
             f.write("{")
         self.refused(["manifest.json", "JSON"], changes)
@@ -1035,7 +1147,8 @@ class InitFrom(Trainer):
         """RUN stands for its newest good checkpoint, which is named."""
         run, out, other = self.out(), self.out(), self.out()
         self.run_ok(run, {"--save-every": 2, "--keep": 0})
-        none = {n: None for n in SMALL if n.startswith(("--attention", "--hidden", "--num", "--inter", "--vocab", "--kq", "--model"))}
+        none = {n: None for n in SMALL
+                if n.startswith(("--attention", "--hidden", "--num", "--inter", "--vocab", "--kq", "--model"))}
         done = self.run_ok(out, dict(none, **{"--init-from": run, "--steps": 1}))
         self.assertIn("weights from " + os.path.join(run, "step-00000006"), done.stdout)
         with open(os.path.join(run, "step-00000006", "config.json"), "a") as f:
@@ -1047,11 +1160,12 @@ class InitFrom(Trainer):
         self.refused([empty, "config.json"], dict(none, **{"--init-from": empty}))
 
     def test_longer_context(self):
-        """Fine-tuning with another length, RoPE theta, decay and warmup starts from the weights and a fresh optimizer."""
+        """Fine-tuning with another length, RoPE theta, decay and warmup starts from the weights and a fresh
+        optimizer."""
         base, out = self.out(), self.out()
         self.run_ok(base, {"--steps": 30, "--lr": 1e-2})
-        self.run_ok(out, {"--init-from": checkpoints(base)[-1], "--seq-len": 32, "--rope-theta": 500000, "--weight-decay": 0, "--warmup": 2,
-                          "--steps": 2, "--lr": 1e-9, "--eval-every": 1})
+        self.run_ok(out, {"--init-from": checkpoints(base)[-1], "--seq-len": 32, "--rope-theta": 500000,
+                          "--weight-decay": 0, "--warmup": 2, "--steps": 2, "--lr": 1e-9, "--eval-every": 1})
         first = log_events(out, "step")[0]["loss"]
         self.assertLess(first, log_events(base, "step")[0]["loss"] - 0.2)
         with open(os.path.join(checkpoints(out)[-1], "config.json")) as f:
@@ -1078,7 +1192,8 @@ class InitFrom(Trainer):
             name = spoil(os.path.join(copy, "model.safetensors"), what)
             with self.subTest(what=what):
                 out = self.out()
-                self.refused(["--init-from", "model.safetensors", "wanted"], {"--init-from": copy}, out=out)  # its manifest says so first
+                # its manifest says so first
+                self.refused(["--init-from", "model.safetensors", "wanted"], {"--init-from": copy}, out=out)
                 self.refused([p.format(name=name) for p in pieces], {"--init-from": copy}, ["--no-verify"], out=out)
                 self.assertEqual(os.listdir(out), [], "a run that did not start is in the way of the next")
         copy = self.out()
@@ -1105,8 +1220,10 @@ class Evaluation(Trainer):
     INFER = os.path.join(BIN, "infer_mta")
 
     def alone(self, checkpoint, *options, stdin=None):
-        return subprocess.run([BINARY, "--init-from", checkpoint, *map(str, options)], input=stdin, capture_output=True, text=True, cwd=self.folder,
-                              env=dict(os.environ, OMP_NUM_THREADS="1", OMP_WAIT_POLICY="passive"), timeout=TIMEOUT, check=False)
+        return subprocess.run([BINARY, "--init-from", checkpoint, *map(str, options)], input=stdin, capture_output=True,
+                              text=True, cwd=self.folder,
+                              env=dict(os.environ, OMP_NUM_THREADS="1", OMP_WAIT_POLICY="passive"), timeout=TIMEOUT,
+                              check=False)
 
     def lines(self, name, requests):
         path = os.path.join(tempfile.mkdtemp(dir=self.folder), name)
@@ -1120,13 +1237,15 @@ class Evaluation(Trainer):
         for ids in texts:
             ids = ids[:limit + 1]
             for cut in sorted({1, 2, len(ids) // 2, len(ids) - 1} - {0, len(ids)}):
-                found += [{"context_ids": ids[:cut], "continuation_ids": ids[cut:end]} for end in {cut, cut + 1, (cut + len(ids)) // 2, len(ids)}]
+                found += [{"context_ids": ids[:cut], "continuation_ids": ids[cut:end]}
+                          for end in {cut, cut + 1, (cut + len(ids)) // 2, len(ids)}]
         random.Random(len(found)).shuffle(found)
         return found
 
     def agree(self, folder, path, *options):
         """infer_mta's answers to the lines and this trainer's are the same to 1e-4, in the same order."""
-        infer = subprocess.run([self.INFER, folder, "--score", path, "--quiet"], capture_output=True, text=True, timeout=TIMEOUT, check=True)
+        infer = subprocess.run([self.INFER, folder, "--score", path, "--quiet"], capture_output=True, text=True,
+                               timeout=TIMEOUT, check=True)
         done = self.alone(folder, "--score", path, *options)
         self.assertEqual(done.returncode, 0, done.stderr)
         got, want = ([json.loads(x) for x in text.splitlines()] for text in (done.stdout, infer.stdout))
@@ -1145,7 +1264,8 @@ class Evaluation(Trainer):
             folder = self.path("golden_" + os.path.basename(file)[:-len(".safetensors")])
             config, texts = golden_checkpoint(file, folder)
             limit = config["max_position_embeddings"]
-            path = self.lines("requests.jsonl", self.requests(texts, limit) + [{"context_ids": [1], "continuation_ids": [2]}])
+            path = self.lines("requests.jsonl",
+                              self.requests(texts, limit) + [{"context_ids": [1], "continuation_ids": [2]}])
             with self.subTest(case=folder):
                 for options in ([], ["--batch-size", 1], ["--batch-size", 3, "--seq-len", min(limit, len(texts[0]))]):
                     self.agree(folder, path, *options)
@@ -1164,14 +1284,17 @@ class Evaluation(Trainer):
         self.assertEqual(checkpoints(out), [])
         long = self.lines("long.jsonl", [{"context": "ab" * 30, "continuation": "c"}])
         self.assert_refused_line(self.alone(run, "--score", long), "line 1", "62 tokens", "16 positions", "--shift")
-        infer = subprocess.run([self.INFER, run, "--score", long, "--shift", "--quiet"], capture_output=True, text=True, timeout=TIMEOUT, check=True)
-        self.assertAlmostEqual(json.loads(self.alone(run, "--score", long, "--shift").stdout)["logprob"], json.loads(infer.stdout)["logprob"], delta=1e-4)
+        infer = subprocess.run([self.INFER, run, "--score", long, "--shift", "--quiet"], capture_output=True, text=True,
+                               timeout=TIMEOUT, check=True)
+        self.assertAlmostEqual(json.loads(self.alone(run, "--score", long, "--shift").stdout)["logprob"],
+                               json.loads(infer.stdout)["logprob"], delta=1e-4)
 
     def test_answers_come_while_the_input_stays_open(self):
         run = self.out()
         self.run_ok(run)
         line = json.dumps({"context_ids": [1, 2], "continuation_ids": [3]}) + "\n"
-        with subprocess.Popen([BINARY, "--init-from", run, "--score", "-"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+        with subprocess.Popen([BINARY, "--init-from", run, "--score", "-"], stdin=subprocess.PIPE,
+                              stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
                               text=True, env=dict(os.environ, OMP_NUM_THREADS="1")) as child:
             answers = []
             for _ in range(3):
@@ -1199,7 +1322,8 @@ class Evaluation(Trainer):
             self.assertRegex(done.stdout, r"(?m)^val  %s +%.4f +%.3f +\d+$" % (e["name"], e["loss"], e["perplexity"]))
         self.assertEqual(tree(run), before)
         self.assertEqual(os.listdir(out), ["log.jsonl"])
-        figures = [[line for line in text.splitlines() if "available" not in line] for text in (self.alone(run, *options).stdout, done.stdout)]
+        figures = [[line for line in text.splitlines() if "available" not in line]
+                   for text in (self.alone(run, *options).stdout, done.stdout)]
         self.assertEqual(figures[0], figures[1])  # --out is optional
 
     def test_eval_first(self):
@@ -1238,12 +1362,15 @@ class Evaluation(Trainer):
             (["/no/such"], ["--score", "/no/such"]),
             (["/no/such"], ["--eval-only", "--val", "/no/such"]),
             (["holds a run"], ["--eval-only", "--val", val, "--out", run]),
-            (["line 1", "names no tokenizer"], ["--score", self.lines("text.jsonl", [{"context": "a", "continuation": "b"}])]),
-            (["line 1", "0 to 31"], ["--score", self.lines("id.jsonl", [{"context_ids": [1], "continuation_ids": [32]}])]),
+            (["line 1", "names no tokenizer"],
+             ["--score", self.lines("text.jsonl", [{"context": "a", "continuation": "b"}])]),
+            (["line 1", "0 to 31"],
+             ["--score", self.lines("id.jsonl", [{"context_ids": [1], "continuation_ids": [32]}])]),
         ):
             with self.subTest(options=options):
                 done = self.alone(checkpoint, *options)
-                self.assertEqual((done.returncode, [p for p in pieces if p not in done.stderr.splitlines()[-1]]), (1, []), done.stderr)
+                self.assertEqual((done.returncode, [p for p in pieces if p not in done.stderr.splitlines()[-1]]),
+                                 (1, []), done.stderr)
                 if "--score" not in options:
                     self.assertEqual(done.stderr.count("\n"), 1, done.stderr)
         self.assert_refused(self.execute([BINARY, "--score", path]), "--init-from")
@@ -1259,7 +1386,8 @@ class Evaluation(Trainer):
         self.run_ok(mta)
         tensors, _ = read_safetensors(os.path.join(checkpoints(mta)[-1], "model.safetensors"))
         name = "model.layers.1.self_attn.kq_conv.weight"
-        write_safetensors(os.path.join(checkpoints(mta)[-1], "model.safetensors"), {n: t for n, t in tensors.items() if n != name})
+        write_safetensors(os.path.join(checkpoints(mta)[-1], "model.safetensors"),
+                          {n: t for n, t in tensors.items() if n != name})
         path = self.lines("one.jsonl", [{"context_ids": [1], "continuation_ids": [2]}])
         self.assert_refused_line(self.alone(checkpoints(mta)[-1], "--score", path, "--no-verify"), name + " is missing")
 
@@ -1281,12 +1409,14 @@ class Refused(Trainer):
         self.refused(["--val", "NAME"], {"--val": "a="})
         self.refused(["--val", "called a", "NAME="], {"--val": ",".join([self.path("a_val_*.bin")] * 2)})
         self.refused(["--val", "NAME"], {"--val": "=" + self.path("a_val_*.bin")})
-        self.refused(["--sample-prompt", "byte 0x48"], {"--tokenizer": "toy", "--sample-prompt": "Hello", "--sample-every": 3})
+        self.refused(["--sample-prompt", "byte 0x48"],
+                     {"--tokenizer": "toy", "--sample-prompt": "Hello", "--sample-every": 3})
         self.refused(["--tokenizer"], {"--tokenizer": ""})
         self.refused(["--pattern", "--tokenizer"], {"--pattern": "gpt2"})
         self.refused(["--lr", "1e-400"], {"--lr": "1e-400"})
         self.refused(["--val", "no weight"], {"--val": self.path("a_val_*.bin") + "=2"})
-        self.refused(["--batch-size", "2147483647"], {"--batch-size": 1 << 20, "--tokens-per-step": 1 << 33, "--seq-len": 1 << 20})
+        self.refused(["--batch-size", "2147483647"],
+                     {"--batch-size": 1 << 20, "--tokens-per-step": 1 << 33, "--seq-len": 1 << 20})
 
     def test_models(self):
         self.refused(["32", "3"], {"--num-attention-heads": 3, "--num-key-value-heads": 3})
@@ -1299,12 +1429,14 @@ class Refused(Trainer):
         self.refused(["diff"], {"--attention-type": "diff", "--kq-conv-layers": "all"})
         self.refused(["odd"], {"--hidden-size": 30, "--num-attention-heads": 2, "--intermediate-size": 30})
         path = self.path("broken.json")
-        for text, pieces in (("{", ["broken.json"]), ("[]", ["broken.json"]), ('{"hidden_size": "big"}', ["hidden_size"]),
-                             ('{"hidden_size": 1e30}', ["hidden_size"]),
+        for text, pieces in (("{", ["broken.json"]), ("[]", ["broken.json"]),
+                             ('{"hidden_size": "big"}', ["hidden_size"]), ('{"hidden_size": 1e30}', ["hidden_size"]),
                              ('{"hidden_size": 64, "num_attention_heads": 4, "head_dim": 8}', ["head_dim"])):
             with open(path, "w") as f:
                 f.write(text)
-            changes = {name: None for name in SMALL if name.startswith(("--hidden", "--num", "--inter", "--vocab", "--kq", "--attention"))}
+            changes = {name: None
+                       for name in SMALL
+                       if name.startswith(("--hidden", "--num", "--inter", "--vocab", "--kq", "--attention"))}
             with self.subTest(config=text):
                 self.refused(pieces, dict(changes, **{"--model": path}))
 
@@ -1375,7 +1507,8 @@ class Refused(Trainer):
         self.assertTrue(tree(away) == before)
 
     def test_a_shard_that_is_cut_off_under_a_run(self):
-        shard, words = self.path("cut_train_000000.bin"), {"--train": self.path("cut_train_*.bin"), "--steps": 10 ** 9, "--val": None}
+        shard, words = self.path("cut_train_000000.bin"), {"--train": self.path("cut_train_*.bin"), "--steps": 10 ** 9,
+                                                           "--val": None}
         write_shard(shard, [i % 32 for i in range(100000)])
         with self.launch(self.arguments(self.out(), words)) as child:
             while not child.stdout.readline().startswith("step 1/"):
@@ -1391,9 +1524,11 @@ class Refused(Trainer):
         children = []
         for kib in (60000, 90000, *range(100000, 480001, 38000), 700000):
             words = self.arguments(self.out(), {"--steps": 1, "--val": None})
-            children.append((kib, subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, cwd=self.folder,
-                                                   env=dict(environment, OMP_NUM_THREADS="2"),
-                                                   preexec_fn=lambda kib=kib: resource.setrlimit(resource.RLIMIT_AS, (kib * 1024, kib * 1024)))))
+            children.append((kib, subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+                                                   cwd=self.folder, env=dict(environment, OMP_NUM_THREADS="2"),
+                                                   preexec_fn=lambda kib=kib:
+                                                       resource.setrlimit(resource.RLIMIT_AS,
+                                                                          (kib * 1024, kib * 1024)))))
         ended = {}
         try:
             for kib, child in children:
@@ -1424,13 +1559,16 @@ class Refused(Trainer):
         self.assert_refused(self.execute(self.arguments(self.out()), limit=0), ".writable")
 
     def test_full_file_system(self):
-        """A tmpfs, where this user may mount one: too small for a checkpoint, and with room for some and not for all."""
+        """A tmpfs, where this user may mount one: too small for a checkpoint, and with room for some and not for
+        all."""
         mount = self.path("mount")
         os.makedirs(mount)
         every = {"--save-every": 1, "--keep": 0, "--steps": 9}
-        for size, changes, piece, left in (("256k", {"--hidden-size": 128}, "free", 0), ("5m", dict(every, **{"--hidden-size": 128}), None, 1),
+        for size, changes, piece, left in (("256k", {"--hidden-size": 128}, "free", 0),
+                                           ("5m", dict(every, **{"--hidden-size": 128}), None, 1),
                                            ("12m", dict(every, **{"--hidden-size": 256}), "No space left", 1)):
-            if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", mount], stderr=subprocess.DEVNULL).returncode != 0:
+            if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", mount],
+                              stderr=subprocess.DEVNULL).returncode != 0:
                 self.skipTest("mounting a tmpfs is not allowed here")
             try:
                 out = os.path.join(mount, "run")
@@ -1457,7 +1595,8 @@ class Refused(Trainer):
 
 class Failing(Trainer):
     def test_nan_is_skipped_and_counted(self):
-        """Weights so large that scores overflow: every loss is not finite, each update is skipped and changes nothing, the run stops and names
+        """Weights so large that scores overflow: every loss is not finite, each update is skipped and changes nothing,
+        the run stops and names
         the last good checkpoint."""
         out = self.out()
         self.run_ok(out, {"--steps": 3})
@@ -1466,7 +1605,8 @@ class Failing(Trainer):
         tensors, metadata = read_safetensors(path)
         for name in ("model.layers.0.self_attn.q_proj.weight", "model.layers.0.self_attn.k_proj.weight"):
             dtype, shape, raw = tensors[name]
-            tensors[name] = (dtype, shape, array.array("f", [3e38 if i % 3 else -3e38 for i in range(len(raw) // 4)]).tobytes())
+            tensors[name] = (dtype, shape,
+                             array.array("f", [3e38 if i % 3 else -3e38 for i in range(len(raw) // 4)]).tobytes())
         write_safetensors(path, tensors, metadata)
         mend_manifest(last)
         before = tree(last)
@@ -1521,11 +1661,15 @@ class Failing(Trainer):
                 self.run_ok(out, {"--steps": int(last[-8:]) + 1}, ["--resume"])
 
     def test_signals_that_come_in_pairs(self):
-        """A terminal that closes sends SIGHUP twice, a cluster SIGUSR1 and later SIGTERM: the run is saved all the same."""
-        for first, second in ((signal.SIGHUP, signal.SIGHUP), (signal.SIGUSR1, signal.SIGTERM), (signal.SIGHUP, signal.SIGINT)):
+        """A terminal that closes sends SIGHUP twice, a cluster SIGUSR1 and later SIGTERM: the run is saved all the
+        same."""
+        for first, second in ((signal.SIGHUP, signal.SIGHUP), (signal.SIGUSR1, signal.SIGTERM),
+                              (signal.SIGHUP, signal.SIGINT)):
             out = self.out()
-            child = self.launch(self.arguments(out, {"--hidden-size": 256, "--num-hidden-layers": 8, "--intermediate-size": 1024,
-                                                     "--batch-size": 200, "--tokens-per-step": 16 * 200 * 100, "--steps": 5}))
+            child = self.launch(self.arguments(out, {"--hidden-size": 256, "--num-hidden-layers": 8,
+                                                     "--intermediate-size": 1024,
+                                                     "--batch-size": 200, "--tokens-per-step": 16 * 200 * 100,
+                                                     "--steps": 5}))
             self.wait_for_file(os.path.join(out, "log.jsonl"))
             time.sleep(0.2)
             child.send_signal(first)
@@ -1547,7 +1691,8 @@ class Failing(Trainer):
         """Minutes of either are given up; the step before is saved."""
         write_shard(self.path("big_val_000000.bin"), [i % 31 for i in range(16 * 100000 + 1)])
         for changes, event in (({"--val": self.path("big_val_*.bin"), "--eval-windows": 0, "--eval-every": 1}, "val"),
-                               ({"--seq-len": 1000, "--batch-size": 1, "--sample-every": 1, "--sample-tokens": 10 ** 6, "--tokenizer": "toy",
+                               ({"--seq-len": 1000, "--batch-size": 1, "--sample-every": 1, "--sample-tokens": 10 ** 6,
+                                 "--tokenizer": "toy",
                                  "--sample-temperature": 0, "--num-hidden-layers": 12, "--val": None}, None)):
             out = self.out()
             child = self.launch(self.arguments(out, dict(changes, **{"--steps": 10 ** 6})))
@@ -1563,8 +1708,10 @@ class Failing(Trainer):
         """In a step that takes seconds, two signals end the process without a save."""
         for _ in range(5):  # the first signal may come just before the step notices it
             out = self.out()
-            child = self.launch(self.arguments(out, {"--hidden-size": 256, "--num-hidden-layers": 8, "--intermediate-size": 1024,
-                                                     "--batch-size": 200, "--tokens-per-step": 16 * 200 * 100, "--steps": 5}))
+            child = self.launch(self.arguments(out, {"--hidden-size": 256, "--num-hidden-layers": 8,
+                                                     "--intermediate-size": 1024,
+                                                     "--batch-size": 200, "--tokens-per-step": 16 * 200 * 100,
+                                                     "--steps": 5}))
             self.wait_for_file(os.path.join(out, "log.jsonl"))
             time.sleep(1)
             child.send_signal(signal.SIGINT)
@@ -1594,8 +1741,10 @@ class Golden(unittest.TestCase):
         cases = (({}, None), ({"golden.loss": ("F32", [1], struct.pack("<f", math.nan))}, ""),
                  ({"golden.tokens": ("I32", [0, t], b""), "golden.targets": ("I32", [0, t], b"")}, "at least one"),
                  ({"golden.tokens": ("I32", [b * t],) + good["golden.tokens"][2:]}, "1 dimensions"),
-                 ({"golden.tokens": good["golden.tokens"][:2] + (struct.pack("<i", -1) + good["golden.tokens"][2][4:],)}, "out of range"),
-                 ({kernel: ("F32", good[kernel][1][::-1], good[kernel][2])}, kernel), ({kernel: None}, kernel), ({"grad." + kernel: None}, "grad." + kernel))
+                 ({"golden.tokens": good["golden.tokens"][:2] +
+                   (struct.pack("<i", -1) + good["golden.tokens"][2][4:],)}, "out of range"),
+                 ({kernel: ("F32", good[kernel][1][::-1], good[kernel][2])}, kernel), ({kernel: None}, kernel),
+                 ({"grad." + kernel: None}, "grad." + kernel))
         with tempfile.TemporaryDirectory() as folder:
             path = os.path.join(folder, "case.safetensors")
             for changes, message in cases:
