@@ -34,7 +34,8 @@ def read_maps(args):
     with tempfile.TemporaryDirectory() as tmp:
         path = os.path.join(tmp, "map.json")
         for head in heads_of(args):
-            command = [args.infer, args.dir, "--attention-map", path, "--layer", str(args.layer), "--head", str(head), "--quiet", "--mapped"]
+            command = [args.infer, args.dir, "--attention-map", path, "--layer", str(args.layer), "--head", str(head),
+                       "--quiet", "--mapped"]
             command += ["--token-ids", args.token_ids] if args.token_ids else ["--prompt", args.prompt or ""]
             command += ["--tokenizer", args.tokenizer] if args.tokenizer else []
             if subprocess.run(command).returncode:
@@ -66,7 +67,8 @@ def draw(maps, out):
     n = len(maps[0]["tokens"])
     size = min(40, max(4, 0.16 * n + 1.5))
     font = max(2, min(7, 72 * 0.8 * (size - 1.5) / n))
-    figure, grid = pyplot.subplots(len(maps), 2, figsize=(2 * size + 1, len(maps) * size), squeeze=False, layout="constrained")
+    figure, grid = pyplot.subplots(len(maps), 2, figsize=(2 * size + 1, len(maps) * size), squeeze=False,
+                                   layout="constrained")
     for data, axes in zip(maps, grid):
         labels = [label(t) for t in data["tokens"]]
         for axis, key, title in zip(axes, ("before", "after"), ("softmax of the scores", "weights of the values")):

@@ -1,8 +1,10 @@
 #!/usr/bin/env python3
-"""The cells behind dev/RESULTS.md: which runs there are, how one is trained, what is kept of it. scripts/evidence.sh --help says how to call it.
+"""The cells behind dev/RESULTS.md: which runs there are, how one is trained, what is kept of it. scripts/evidence.sh
+--help says how to call it.
 
-A cell is one run of the CPU trainer: a task, a model, an attention, a seed and a learning rate. Its name says all of them, and its options follow from the
-name alone, so that a line of dev/evidence/PART.jsonl can be made again by `scripts/evidence.sh PART --cells NAME`. Standard library only.
+A cell is one run of the CPU trainer: a task, a model, an attention, a seed and a learning rate. Its name says all of
+them, and its options follow from the name alone, so that a line of dev/evidence/PART.jsonl can be made again by
+`scripts/evidence.sh PART --cells NAME`. Standard library only.
 """
 
 import argparse
@@ -47,7 +49,8 @@ def conv(queries=2, keys=9, layers="all", before="on", after="off"):
     ]
 
 
-ABLATION = {  # what stands in a row: the attention it starts from, and the options over it; all of the toy model of two layers
+# what stands in a row: the attention it starts from, and the options over it; all of the toy model of two layers
+ABLATION = {
     "transformer": ("transformer", []),
     "diff": ("diff", []),
     "heads before": ("mta", [*NO_CONV, "--head-mix-pre-softmax", "2"]),
@@ -228,7 +231,8 @@ def commit():
 
 
 def toy_data(cell, out):
-    """Makes the data of a toy cell, unless it is there; a data seed is the run's seed. Returns the options that name it."""
+    """Makes the data of a toy cell, unless it is there; a data seed is the run's seed. Returns the options that name
+    it."""
     samples = TOY_SAMPLES if cell["steps"] <= TOY_STEPS else 3 * TOY_SAMPLES
     folder = os.path.join(out, "data", f"{cell['task']}_{cell['seed']}_{samples}")
     if not os.path.exists(os.path.join(folder, "toy_task.json")):
@@ -391,7 +395,8 @@ def cost_shard(out):
 
 
 def timed_run(command):
-    """Runs a training. Returns the seconds of its fastest step but the first, and its peak of resident memory in bytes."""
+    """Runs a training. Returns the seconds of its fastest step but the first, and its peak of resident memory in
+    bytes."""
     log = os.path.join(command[command.index("--out") + 1], "log.jsonl")
     shutil.rmtree(os.path.dirname(log), ignore_errors=True)
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
@@ -411,7 +416,8 @@ def timed_run(command):
 
 
 def measure_cost(cell, out, trainer):
-    """Step time and memory of an attention beside the plain Transformer's, in turns on the idle machine: all threads, one sequence a step."""
+    """Step time and memory of an attention beside the plain Transformer's, in turns on the idle machine: all threads,
+    one sequence a step."""
     began = time.time()
     model, options = COST_MODELS[cell["head_size"]]
     seconds, peak, command = {}, {}, []
@@ -507,13 +513,15 @@ def print_plan(parts, only):
                 + (f"  about {guess / 60:.0f} min" if guess else "")
             )
         print(
-            f"{part}: {len(cells)} cells, {len(cells) - open_cells} done; the others take about {seconds / 3600:.1f} h of one core"
+            f"{part}: {len(cells)} cells, {len(cells) - open_cells} done; the others take about {seconds / 3600:.1f} h "
+            f"of one core"
             + (f", {unknown} of them not known yet" if unknown else "")
         )
 
 
 def run_cells(parts, only, jobs, out, trainer):
-    """Trains what is open, `jobs` at a time. A signal stops the trainings, which save first; the same command goes on."""
+    """Trains what is open, `jobs` at a time. A signal stops the trainings, which save first; the same command goes
+    on."""
     waiting = [
         c
         for part in parts

@@ -3,8 +3,9 @@
 
     python3 scripts/evidence_kernels.py random|mean DIR SEED
 
-writes DIR/model.safetensors anew with every kernel drawn from a normal distribution of variance 1 / taps, or with each tap 1 / taps; the
-same call gives the same bytes. scripts/evidence.py uses both, and kernels(DIR). Standard library only.
+writes DIR/model.safetensors anew with every kernel drawn from a normal distribution of variance 1 / taps, or with each
+tap 1 / taps; the same call gives the same bytes. scripts/evidence.py uses both, and kernels(DIR). Standard library
+only.
 """
 
 import array
@@ -19,8 +20,8 @@ LEARNED = re.compile(r"model\.layers\.(\d+)\.self_attn\.(kq_conv|kq_conv_post|he
 
 
 def kernels(folder):
-    """{(layer, name): floats} of a float32 checkpoint in one file: [head][query][key] of a convolution, where row cq - 1, key (ck - 1) / 2 is
-    the identity's tap, and [group][head out][head in] of a mixing."""
+    """{(layer, name): floats} of a float32 checkpoint in one file: [head][query][key] of a convolution, where row cq -
+    1, key (ck - 1) / 2 is the identity's tap, and [group][head out][head in] of a mixing."""
     found = {}
     with open(os.path.join(folder, "model.safetensors"), "rb") as f:
         start = 8 + int.from_bytes(f.read(8), "little")
@@ -39,9 +40,11 @@ def kernels(folder):
 
 
 def pattern(kernel):
-    """What a kernel [query][key] looks like, by the squares of its weights: "identity" where the identity's tap has 90% of them or more;
-    "diagonal" where taps that move along with the query (so many queries back, as many keys back) have 60% or more, two of them at
-    least 10%; "one-sided" where the keys before, or the keys behind, have 60% of what is not the identity's tap; else "other"."""
+    """What a kernel [query][key] looks like, by the squares of its weights: "identity" where the identity's tap has 90%
+    of them or more; "diagonal" where taps that move along with the query (so many queries back, as many keys back) have
+    60% or more, two of them at
+    least 10%; "one-sided" where the keys before, or the keys behind, have 60% of what is not the identity's tap; else
+    "other"."""
     queries, keys = len(kernel), len(kernel[0])
     row, centre = queries - 1, (keys - 1) // 2
     power = [[w * w for w in line] for line in kernel]
@@ -58,8 +61,8 @@ def pattern(kernel):
 
 
 def mixing(matrix):
-    """What a mixing [head out][head in] looks like: "identity" where the diagonal has 90% of the squares or more; "contrast" where a head is
-    subtracted from another with 10% of its row's squares or more; else "other"."""
+    """What a mixing [head out][head in] looks like: "identity" where the diagonal has 90% of the squares or more;
+    "contrast" where a head is subtracted from another with 10% of its row's squares or more; else "other"."""
     squares = [[w * w for w in line] for line in matrix]
     if sum(squares[i][i] for i in range(len(matrix))) >= 0.9 * sum(map(sum, squares)):
         return "identity"

@@ -1,8 +1,8 @@
-"""The data and the questions of the part `long` of scripts/evidence.sh: needles in a haystack and BabiLong's QA1, made by data/evals.py, for a small
-model of bytes that is trained at 256 tokens and goes on at 512.
+"""The data and the questions of the part `long` of scripts/evidence.sh: needles in a haystack and BabiLong's QA1, made
+by data/evals.py, for a small model of bytes that is trained at 256 tokens and goes on at 512.
 
-Training documents are questions with their answers among text of two domains, the text of scripts/evidence_text.py; the questions that are scored
-have other seeds, and their distraction is another domain. Standard library only.
+Training documents are questions with their answers among text of two domains, the text of scripts/evidence_text.py; the
+questions that are scored have other seeds, and their distraction is another domain. Standard library only.
 """
 
 import json
@@ -26,7 +26,8 @@ def evals(kind, *options):
 
 
 def questions(path, task, length, samples, seed, text):
-    """Questions; those of 512 tokens and all needles stay below `length` with their answer, QA1 of "256" has no distraction and up to 450."""
+    """Questions; those of 512 tokens and all needles stay below `length` with their answer, QA1 of "256" has no
+    distraction and up to 450."""
     if task == "needle":
         evals(
             "needle",
@@ -117,7 +118,8 @@ def make(out, text):
 
 
 def share_right(requests, answers):
-    """The share of questions answered rightly: the likeliest choice, or where there are none a continuation that is greedy throughout."""
+    """The share of questions answered rightly: the likeliest choice, or where there are none a continuation that is
+    greedy throughout."""
     right, best = {}, {}
     for request, answer in zip(map(json.loads, requests), map(json.loads, answers), strict=True):
         item = request["item"]

@@ -1,7 +1,9 @@
-"""Writes dev/RESULTS.md and its pictures from the cells in dev/evidence/*.jsonl: `scripts/evidence.sh --report` calls write().
+"""Writes dev/RESULTS.md and its pictures from the cells in dev/evidence/*.jsonl: `scripts/evidence.sh --report` calls
+write().
 
-Every table says what the paper has, what we have, at which size, over how many seeds, by which command and commit. A part without finished cells
-is said to be open. The pictures need matplotlib; without it the tables alone are written."""
+Every table says what the paper has, what we have, at which size, over how many seeds, by which command and commit. A
+part without finished cells is said to be open. The pictures need matplotlib; without it the tables alone are
+written."""
 
 import os
 import statistics
@@ -47,7 +49,8 @@ def origin(results, part):
     hours = sum(r["seconds"] for r in results) / 3600
     done, wanted = len(results), len(evidence.cells_of(part))
     return [
-        f"`scripts/evidence.sh {part}`: {done} of {wanted} cells, {hours:.1f} hours of one core ({machines}), commit {commits}.",
+        f"`scripts/evidence.sh {part}`: {done} of {wanted} cells, {hours:.1f} hours of one core ({machines}), commit "
+        f"{commits}.",
         "",
     ]
 
@@ -58,10 +61,14 @@ def toy(results):
     lines = [
         "## The toy task: find the block that holds two letters",
         "",
-        f"Claim: a plain Transformer fails at it, MTA does not. The paper: 4 layers, 2 heads, 256 channels, sequences of 321 tokens (34 to 52 blocks), 100,000 "
-        f"steps, attention dropout 0.1. Here: {evidence.TOY_BEST['layers']} layers, 2 heads, {evidence.TOY_BEST['width']} channels, {evidence.TOY_BLOCKS} blocks, "
-        f"{evidence.TOY_STEPS} steps of 64 fresh sequences, learning rate {evidence.TOY_BEST['lr']:g} with linear decay (the best of `toy-tuning` for the plain "
-        "Transformer), no dropout. Sequences with a wrong answer token, of 1000 that training never saw, in percent; mean and standard deviation over seeds "
+        f"Claim: a plain Transformer fails at it, MTA does not. The paper: 4 layers, 2 heads, 256 channels, sequences "
+        f"of 321 tokens (34 to 52 blocks), 100,000 "
+        f"steps, attention dropout 0.1. Here: {evidence.TOY_BEST['layers']} layers, 2 heads, "
+        f"{evidence.TOY_BEST['width']} channels, {evidence.TOY_BLOCKS} blocks, "
+        f"{evidence.TOY_STEPS} steps of 64 fresh sequences, learning rate {evidence.TOY_BEST['lr']:g} with linear "
+        f"decay (the best of `toy-tuning` for the plain "
+        "Transformer), no dropout. Sequences with a wrong answer token, of 1000 that training never saw, in percent; "
+        "mean and standard deviation over seeds "
         f"{', '.join(map(str, seeds))} of initialisation and data.",
         "",
     ]
@@ -81,10 +88,12 @@ def toy(results):
 
 
 def toy_tuning(results):
-    """The settings tried, by their error at the end; the same settings for three times as many steps show how far from the plateau they are."""
+    """The settings tried, by their error at the end; the same settings for three times as many steps show how far from
+    the plateau they are."""
     lines = [
         "## How the baseline of the toy task was chosen", "",
-        "N 5, first letter, one seed: error in percent on the way. Each row's learning rate falls to 0 at its own last step.",
+        "N 5, first letter, one seed: error in percent on the way. Each row's learning rate falls to 0 at its own last "
+        "step.",
         "",
     ]
     rows = []
@@ -106,11 +115,14 @@ def language(results):
     lines = [
         "## Language: validation loss",
         "",
-        "Claim: at equal size, data and steps MTA models have a lower validation loss than the plain Transformer; the paper at 880M parameters: perplexity "
+        "Claim: at equal size, data and steps MTA models have a lower validation loss than the plain Transformer; the "
+        "paper at 880M parameters: perplexity "
         + ", ".join(f"{a} {p}" for a, p in LANGUAGE_PAPER.items())
         + ". Here: bytes as tokens, five domains of Debian's documentation, sequences of 256, "
-        f"{evidence.LANGUAGE_STEPS} steps of 4096 tokens, the learning rate tuned for the plain Transformer (`language-tuning`). Nats a byte; mean and standard "
-        "deviation over seeds; the last column is the mean of the domains minus that of the plain Transformer of the same seed.",
+        f"{evidence.LANGUAGE_STEPS} steps of 4096 tokens, the learning rate tuned for the plain Transformer "
+        f"(`language-tuning`). Nats a byte; mean and standard "
+        "deviation over seeds; the last column is the mean of the domains minus that of the plain Transformer of the "
+        "same seed.",
         "",
     ]
     mean = lambda r: statistics.mean(r["last"].values())  # noqa: E731
@@ -178,8 +190,10 @@ def draw_toy(results):
 
 
 ABLATION_PAPER = (
-    "all four with gate 10.90, all four with the norm scaled by depth 10.92, without the convolution after the softmax 10.95, convolution before "
-    "and heads after 11.09, the same without a norm 11.16, convolution after and heads after 11.11, convolution and heads before 11.10, "
+    "all four with gate 10.90, all four with the norm scaled by depth 10.92, without the convolution after the softmax "
+    "10.95, convolution before "
+    "and heads after 11.09, the same without a norm 11.16, convolution after and heads after 11.11, convolution and "
+    "heads before 11.10, "
     "heads alone 11.04, convolution before alone 11.23 (8 x 13: 11.31), plain 11.25"
 )
 
@@ -189,10 +203,13 @@ def ablation(results):
     lines = [
         "## Ablation: what each operation is worth on the toy task",
         "",
-        f"The paper's, 880M, mean validation perplexity: {ABLATION_PAPER}. Here: N 5, first letter, 2 layers of 2 heads, {evidence.TOY_BEST['width']} "
-        f"channels, {evidence.ABLATION_STEPS} steps of 64 sequences, learning rate {evidence.TOY_BEST['lr']:g}; a retrofit takes as many steps "
+        f"The paper's, 880M, mean validation perplexity: {ABLATION_PAPER}. Here: N 5, first letter, 2 layers of 2 "
+        f"heads, {evidence.TOY_BEST['width']} "
+        f"channels, {evidence.ABLATION_STEPS} steps of 64 sequences, learning rate {evidence.TOY_BEST['lr']:g}; a "
+        f"retrofit takes as many steps "
         "again. Wrong sequences in percent, mean and standard deviation over seeds "
-        f"{', '.join(map(str, seeds))} of initialisation and data. The task asks for a match of two letters, which is what a "
+        f"{', '.join(map(str, seeds))} of initialisation and data. The task asks for a match of two letters, which is "
+        f"what a "
         "convolution finds and heads alone do not: these rows say nothing about language.",
         "",
     ]
@@ -212,10 +229,14 @@ def long(results):
     lines = [
         "## Longer context: trained at 256 tokens, continued at 512",
         "",
-        "Claim: MTA is better at finding facts in a long text, at 2k tokens and, continued with another base of RoPE, at 4k. Here: the 1m model "
-        f"of bytes, {evidence.LONG_STEPS} steps of 4096 tokens at 256 with base {evidence.LONG_THETAS[0]}, then {evidence.LONG_MORE_STEPS} at 512 with base "
-        f"{evidence.LONG_THETAS[1]}, on questions with their answers: needles ({evidence_long.NEEDLES} facts, one is asked for; the whole number "
-        "must be the greedy continuation) and BabiLong's QA1 (the likeliest of six rooms; QA1 of 256 has no distraction). Questions "
+        "Claim: MTA is better at finding facts in a long text, at 2k tokens and, continued with another base of RoPE, "
+        "at 4k. Here: the 1m model "
+        f"of bytes, {evidence.LONG_STEPS} steps of 4096 tokens at 256 with base {evidence.LONG_THETAS[0]}, then "
+        f"{evidence.LONG_MORE_STEPS} at 512 with base "
+        f"{evidence.LONG_THETAS[1]}, on questions with their answers: needles ({evidence_long.NEEDLES} facts, one is "
+        f"asked for; the whole number "
+        "must be the greedy continuation) and BabiLong's QA1 (the likeliest of six rooms; QA1 of 256 has no "
+        "distraction). Questions "
         "right, in percent, mean and standard deviation over seeds.",
         "",
     ]
@@ -243,10 +264,14 @@ def patterns():
     lines = [
         "## Patterns: what the kernels have learned",
         "",
-        "The paper shows kernels near the identity, diagonals, one-sided ones, and heads that are subtracted from others, without counts. "
-        "A convolution counts as identity where its identity tap has 90% of the squared weights; as diagonal where taps that move along with the "
-        "query have 60%, two of them at least 10%; as one-sided where the keys before or the keys behind have 60% of what is not the identity's "
-        "tap. A mixing counts as identity where its diagonal has 90%, as contrast where a head is subtracted from another "
+        "The paper shows kernels near the identity, diagonals, one-sided ones, and heads that are subtracted from "
+        "others, without counts. "
+        "A convolution counts as identity where its identity tap has 90% of the squared weights; as diagonal where "
+        "taps that move along with the "
+        "query have 60%, two of them at least 10%; as one-sided where the keys before or the keys behind have 60% of "
+        "what is not the identity's "
+        "tap. A mixing counts as identity where its diagonal has 90%, as contrast where a head is subtracted from "
+        "another "
         "with 10% of its row (scripts/evidence_kernels.py).",
         "",
     ]
@@ -312,7 +337,8 @@ def cost(results):
         "The paper's own code at 880M, T 2048, on H200s, times the plain Transformer: "
         + ", ".join(f"{a} {t:.1f} in time and {m:.1f} in memory" for a, (t, m) in COST_PAPER.items())
         + ". Here: the CPU trainer with all threads, one sequence a "
-        "step, whole steps with the update, in turns with the plain Transformer of the same size (median of three rounds, the fastest step of each); memory is the "
+        "step, whole steps with the update, in turns with the plain Transformer of the same size (median of three "
+        "rounds, the fastest step of each); memory is the "
         "program's largest resident size.",
         "",
     ]
@@ -345,7 +371,8 @@ def cost(results):
             for a in ("transformer", *evidence.COST_ATTENTIONS)
         ]
         lines += [
-            "What the CUDA trainer plans for 880m, 4 sequences at once, GiB (times the plain Transformer's): computed by its `--dry-run`, not measured.",
+            "What the CUDA trainer plans for 880m, 4 sequences at once, GiB (times the plain Transformer's): computed "
+            "by its `--dry-run`, not measured.",
             "",
         ]
         lines += table(["attention"] + [f"T {t}" for t in evidence.COST_PLANS], rows)
@@ -398,8 +425,10 @@ def write():
     lines = [
         "# Results: the paper's claims, and what was found here",
         "",
-        "`scripts/evidence.sh --report` writes this page from the cells in [dev/evidence](evidence); one cell is one training run on the CPU, and its line there has "
-        "its options, curve, seconds, processor and commit. `scripts/evidence.sh --plan` lists what is open. Small models only: nobody has trained the 880M model "
+        "`scripts/evidence.sh --report` writes this page from the cells in [dev/evidence](evidence); one cell is one "
+        "training run on the CPU, and its line there has "
+        "its options, curve, seconds, processor and commit. `scripts/evidence.sh --plan` lists what is open. Small "
+        "models only: nobody has trained the 880M model "
         "with this code.",
         "",
     ]

@@ -1,10 +1,12 @@
 #!/usr/bin/env python3
-"""Makes the text that the part `language` of scripts/evidence.sh learns: five domains of English out of Debian's own documentation packages.
+"""Makes the text that the part `language` of scripts/evidence.sh learns: five domains of English out of Debian's own
+documentation packages.
 
     python3 scripts/evidence_text.py --out runs/evidence/text
 
-fetches the packages by name with apt-get (nothing is installed), takes out the texts, and makes byte-level shards DOMAIN_train_*.bin and DOMAIN_val_*.bin,
-5% of the documents held out. Equal packages give equal bytes. Writes the domains into OUT/done, the packages' versions into OUT/packages.txt.
+fetches the packages by name with apt-get (nothing is installed), takes out the texts, and makes byte-level shards
+DOMAIN_train_*.bin and DOMAIN_val_*.bin, 5% of the documents held out. Equal packages give equal bytes. Writes the
+domains into OUT/done, the packages' versions into OUT/packages.txt.
 Standard library, apt-get and dpkg-deb only."""
 import argparse
 import glob
@@ -98,18 +100,21 @@ def main():
     for domain, (package, documents, pattern) in DOMAINS.items():
         folder, version = fetch(package, packages)
         texts = {t.strip() + "\n" for t in documents(folder, pattern) if len(t.strip()) >= 200}
-        texts = sorted(texts, key=lambda t: hashlib.sha256(t.encode()).digest())  # an order that says nothing of the documents
+        # an order that says nothing of the documents
+        texts = sorted(texts, key=lambda t: hashlib.sha256(t.encode()).digest())
         lines, size = [], 0
         for text in texts:
             if size + len(text.encode()) <= LIMIT:
                 size += len(text.encode())
                 lines.append(json.dumps({"text": text}))
         if size < 1 << 20:
-            sys.exit(f"evidence_text.py: {package} {version}: {size} bytes of text only; its files have moved, wanted {pattern}")
+            sys.exit(f"evidence_text.py: {package} {version}: {size} bytes of text only; its files have moved, wanted "
+                     f"{pattern}")
         source = os.path.join(out, domain + ".jsonl")
         with open(source, "w", encoding="utf-8") as f:
             f.write("\n".join(lines) + "\n")
-        subprocess.run([sys.executable, os.path.join(ROOT, "data", "prepare.py"), "text", source, "--tokenizer", "bytes", "--name", domain, "--out", out],
+        subprocess.run([sys.executable, os.path.join(ROOT, "data", "prepare.py"), "text", source, "--tokenizer",
+                        "bytes", "--name", domain, "--out", out],
                        check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         versions.append(f"{domain}  {package} {version}  {len(lines)} documents  {size} bytes")
         print(versions[-1], flush=True)

@@ -411,7 +411,8 @@ def numel(shape):
 
 
 def main():
-    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", metavar="DIR")
     parser.add_argument("out", metavar="OUT")
     parser.add_argument("--bf16", action="store_true", help="round the weights to bf16")

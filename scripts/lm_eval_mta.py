@@ -66,8 +66,9 @@ class Program:
 
 
 def rolling_windows(ids, positions):
-    """[(context, continuation)] of a text's ids, each predicted once. The first window has no context but BOS, the others
-    end where they end and reach back as far as the model's positions do, so that the last one has a whole context too."""
+    """[(context, continuation)] of a text's ids, each predicted once. The first window has no context but BOS, the
+    others end where they end and reach back as far as the model's positions do, so that the last one has a whole
+    context too."""
     windows = [([], ids[:positions])] if ids else []
     for start in range(positions, len(ids), positions):
         end = min(start + positions, len(ids))
@@ -172,7 +173,8 @@ class MtaLM(LM):
         return sums
 
     def generate_until(self, requests, disable_tqdm=False):
-        """The answers of infer_mta --prompts, which stays as score's program does. A context that leaves no room for the
+        """The answers of infer_mta --prompts, which stays as score's program does. A context that leaves no room for
+        the
         answer loses its earliest tokens."""
         if not self.generator:
             self.generator = Program(self.command + ["--prompts", "-", "--shift"])
@@ -191,7 +193,8 @@ def main():
     parser.add_argument("--weights", default="stored", choices=WEIGHTS)
     parser.add_argument("--threads", type=int, default=0, metavar="N", help="0: all cores")
     parser.add_argument("--infer", default=os.path.join(ROOT, "infer_mta"), metavar="PROGRAM")
-    parser.add_argument("--trainer", metavar="PROGRAM", help="train_mta or train_mta_cuda: scores in place of infer_mta")
+    parser.add_argument("--trainer", metavar="PROGRAM",
+                        help="train_mta or train_mta_cuda: scores in place of infer_mta")
     args, others = parser.parse_known_args()
     try:
         from lm_eval.__main__ import cli_evaluate

@@ -1,11 +1,13 @@
 #!/usr/bin/env python3
 """Draws every learned convolution kernel and head mixing matrix of a checkpoint, by layer and head.
 
-    data/.venv/bin/python scripts/plot_kernels.py runs/text            # the newest checkpoint of a run, pictures beside it
+    data/.venv/bin/python scripts/plot_kernels.py runs/text            # the newest checkpoint of a run, pictures beside
+                                                                       it
     data/.venv/bin/python scripts/plot_kernels.py runs/text/step-00001000 --out pictures
 
-writes, for each kind the checkpoint has, kq_conv.png, kq_conv_post.png, head_mix_pre.png, head_mix.png. A square marks where training
-started: the identity, 1 there and 0 elsewhere. Colours end at the largest weight beside those squares, which are often beyond. numpy and matplotlib are needed.
+writes, for each kind the checkpoint has, kq_conv.png, kq_conv_post.png, head_mix_pre.png, head_mix.png. A square marks
+where training started: the identity, 1 there and 0 elsewhere. Colours end at the largest weight beside those squares,
+which are often beyond. numpy and matplotlib are needed.
 """
 import argparse
 import json
@@ -20,7 +22,8 @@ try:
     import numpy as np
     missing = None
 except ImportError as error:  # --help works without; main() says what is missing
-    missing = (f"plot_kernels.py: {error}; python3 -m venv data/.venv && data/.venv/bin/pip install numpy matplotlib, then run it with "
+    missing = (f"plot_kernels.py: {error}; python3 -m venv data/.venv && data/.venv/bin/pip install numpy matplotlib, "
+               f"then run it with "
               "data/.venv/bin/python")
 
 KINDS = {
@@ -76,14 +79,17 @@ def newest(path):
 
 
 def colour_limit(layers, identity):
-    """Where the colours end: the largest weight beside the identity's ones, so that these do not make everything else look like zero."""
+    """Where the colours end: the largest weight beside the identity's ones, so that these do not make everything else
+    look like zero."""
     return max(max(np.abs(np.where(identity, 0, values)).max() for values in layers.values()), 0.01)
 
 
 def heat(ax, values, marks, limit):
-    """One matrix: red above zero, blue below; `marks` are the (row, column) cells of the identity. Small ones get their numbers."""
+    """One matrix: red above zero, blue below; `marks` are the (row, column) cells of the identity. Small ones get their
+    numbers."""
     rows, columns = values.shape
-    image = ax.imshow(np.ma.masked_invalid(values), cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="equal", interpolation="nearest")
+    image = ax.imshow(np.ma.masked_invalid(values), cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="equal",
+                      interpolation="nearest")
     ax.set_facecolor("#e8e8e8")
     for r, c in marks:
         ax.add_patch(plt.Rectangle((c - 0.5, r - 0.5), 1, 1, fill=False, edgecolor="black", linewidth=1.3))
@@ -107,7 +113,8 @@ def draw_kernels(kind, layers, title, out):
     cell = 0.42 if cq * ck <= 36 else 0.2
     width = max(ck * cell, 1.5) * columns + 2.4
     height = (max(cq * cell, 0.7) + 0.55) * len(layers) * rows_each + 1.0
-    figure, axes = plt.subplots(len(layers) * rows_each, columns, figsize=(max(width, 6.5), height), squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(len(layers) * rows_each, columns, figsize=(max(width, 6.5), height), squeeze=False,
+                                layout="constrained")
     for place, (layer, kernels) in enumerate(sorted(layers.items())):
         panels = axes[place * rows_each:(place + 1) * rows_each].flat
         for h, ax in enumerate(panels):
@@ -136,8 +143,9 @@ def draw_mixing(kind, layers, title, out):
     columns = min(len(layers), 6)
     rows = -(-len(layers) // columns)
     side = max(1.6, heads * (0.42 if heads <= 6 else 0.14))
-    figure, axes = plt.subplots(rows, columns, figsize=(max(6.5, (side + 0.5) * columns + 2.4), (side + 0.7) * rows + 1.4), squeeze=False,
-                                layout="constrained")
+    figure, axes = plt.subplots(rows, columns,
+                                figsize=(max(6.5, (side + 0.5) * columns + 2.4), (side + 0.7) * rows + 1.4),
+                                squeeze=False, layout="constrained")
     for ax in axes.flat[len(layers):]:
         ax.axis("off")
     for ax, (layer, weights) in zip(axes.flat, sorted(layers.items())):

@@ -1,12 +1,14 @@
 #!/usr/bin/env python3
-"""Draws the curves of one or several runs from their log.jsonl: training loss, validation loss, and the error of masked sets.
+"""Draws the curves of one or several runs from their log.jsonl: training loss, validation loss, and the error of masked
+sets.
 
     data/.venv/bin/python scripts/plot_run.py runs/text --out curves.png
-    data/.venv/bin/python scripts/plot_run.py mta=runs/mta_1 mta=runs/mta_2 plain=runs/plain_1 plain=runs/plain_2 --title "Toy task"
-    data/.venv/bin/python scripts/plot_run.py runs/mta runs/plain --x hours
+    data/.venv/bin/python scripts/plot_run.py mta=runs/mta_1 mta=runs/mta_2 plain=runs/plain_1 plain=runs/plain_2
+    --title "Toy task" data/.venv/bin/python scripts/plot_run.py runs/mta runs/plain --x hours
 
-A run is a folder with log.jsonl, or such a file; LABEL= in front of it names it. Runs of one label (seeds) look the same. Of several validation sets
-each has its colour, and the mean is black; several runs are then told apart by dashes. numpy and matplotlib are needed.
+A run is a folder with log.jsonl, or such a file; LABEL= in front of it names it. Runs of one label (seeds) look the
+same. Of several validation sets each has its colour, and the mean is black; several runs are then told apart by dashes.
+numpy and matplotlib are needed.
 """
 import argparse
 import json
@@ -21,7 +23,8 @@ try:
     import numpy as np
     missing = None
 except ImportError as error:  # --help works without; main() says what is missing
-    missing = (f"plot_run.py: {error}; python3 -m venv data/.venv && data/.venv/bin/pip install numpy matplotlib, then run it with "
+    missing = (f"plot_run.py: {error}; python3 -m venv data/.venv && data/.venv/bin/pip install numpy matplotlib, then "
+               f"run it with "
               "data/.venv/bin/python")
 
 DASHES = ["-", "--", ":", "-."]
@@ -40,8 +43,8 @@ def number(x):
 
 
 class Run:
-    """What a log says: steps (n, 2) of place on the axis and loss; val[name] (n, 3) of place, loss and error (NaN where there is none);
-    mean (n, 3) of several sets."""
+    """What a log says: steps (n, 2) of place on the axis and loss; val[name] (n, 3) of place, loss and error (NaN where
+    there is none); mean (n, 3) of several sets."""
 
     def __init__(self, label, path, x="steps"):
         self.label, self.path = label, path
@@ -59,12 +62,14 @@ class Run:
                     steps[step] = number(event.get("loss"))
                     places[step] = {"steps": step, "tokens": number(event.get("tokens")), "hours": clock.hours}[x]
                 elif kind == "val":
-                    val.setdefault(str(event.get("name", "val")), {})[step] = (number(event.get("loss")), number(event.get("error")))
+                    val.setdefault(str(event.get("name", "val")),
+                                   {})[step] = (number(event.get("loss")), number(event.get("error")))
                 elif kind == "val_mean":
                     mean[step] = (number(event.get("loss")), float("nan"))
         if x == "steps":
             places.update((s, s) for rows in [mean, *val.values()] for s in rows)
-        rows_of = lambda rows: np.array([(places[s], *v) for s, v in sorted(rows.items()) if s in places], dtype=float).reshape(-1, 3)
+        rows_of = lambda rows: np.array([(places[s], *v) for s, v in sorted(rows.items()) if s in places],
+                                        dtype=float).reshape(-1, 3)
         self.steps = np.array([(places[s], loss) for s, loss in sorted(steps.items())], dtype=float).reshape(-1, 2)
         self.val = {name: rows_of(rows) for name, rows in val.items()}
         self.mean = rows_of(mean)
@@ -76,7 +81,8 @@ class Run:
 
 
 class Clock:
-    """Hours that a run has taken, pauses between its parts left out; of a log without times, the hours of its steps alone."""
+    """Hours that a run has taken, pauses between its parts left out; of a log without times, the hours of its steps
+    alone."""
 
     def __init__(self):
         self.hours, self.last, self.tokens = 0.0, None, 0.0
@@ -93,7 +99,8 @@ class Clock:
 
 
 def is_byte_level(path):
-    """Does the run's newest checkpoint name the tokenizer `bytes`? Then a token is a byte, and loss / ln 2 is bits per byte."""
+    """Does the run's newest checkpoint name the tokenizer `bytes`? Then a token is a byte, and loss / ln 2 is bits per
+    byte."""
     if not os.path.isdir(path):
         return False
     for name in sorted((n for n in os.listdir(path) if n.startswith("step-")), reverse=True):
@@ -121,7 +128,8 @@ def legend(ax):
     handles, names = ax.get_legend_handles_labels()
     if names:
         columns = max(1, min(4, 56 // (max(map(len, names)) + 6)))
-        ax.legend(handles, names, loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=columns, fontsize=8, frameon=False)
+        ax.legend(handles, names, loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=columns, fontsize=8,
+                  frameon=False)
 
 
 def plain(text):
@@ -148,12 +156,14 @@ def draw_training(ax, runs, colours):
 
 
 def draw_validation(ax, runs, colours, column, scale):
-    """Column 1 is the loss, 2 the error. One set: a colour for each run. Several: a colour for each set, black for their mean, dashes for the runs."""
+    """Column 1 is the loss, 2 the error. One set: a colour for each run. Several: a colour for each set, black for
+    their mean, dashes for the runs."""
     names = sorted({name for run in runs for name in run.val})
     labels = list(colours)
     used = set()
     for run in runs:
-        curves = [(name, rows, colours[run.label] if len(names) == 1 else colour_of(names.index(name))) for name, rows in run.val.items()]
+        curves = [(name, rows, colours[run.label] if len(names) == 1 else colour_of(names.index(name)))
+                  for name, rows in run.val.items()]
         if len(names) > 1:
             curves.append(("mean", run.mean, "black"))
         for name, rows, colour in curves:
@@ -162,8 +172,8 @@ def draw_validation(ax, runs, colours, column, scale):
                 continue
             label = run.label if len(names) == 1 else name
             style = "-" if len(names) == 1 else DASHES[labels.index(run.label) % len(DASHES)]
-            ax.plot(rows[good, 0], rows[good, column] * scale, style, color=colour, marker="o", markersize=2.5, linewidth=2.0 if colour == "black" else 1.3,
-                    label=plain(label) if label not in used else None)
+            ax.plot(rows[good, 0], rows[good, column] * scale, style, color=colour, marker="o", markersize=2.5,
+                    linewidth=2.0 if colour == "black" else 1.3, label=plain(label) if label not in used else None)
             used.add(label)
     if len(names) > 1 and len(labels) > 1 and used:
         for i, label in enumerate(labels):
@@ -180,7 +190,8 @@ def draw(runs, title, out, x):
         panels.append("validation")
     if any(np.isfinite(rows[:, 2]).any() for run in runs for rows in run.val.values()):
         panels.append("error")
-    figure, axes = plt.subplots(1, len(panels), figsize=(5.2 * len(panels) + 0.6, 4.8), squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(1, len(panels), figsize=(5.2 * len(panels) + 0.6, 4.8), squeeze=False,
+                                layout="constrained")
     for ax, panel in zip(axes[0], panels):
         if panel == "training":
             draw_training(ax, runs, colours)
@@ -189,7 +200,8 @@ def draw(runs, title, out, x):
             ax.set_ylabel("loss (nats per counted token)")
             ax.set_title("validation loss")
             if all(run.bytes for run in runs):
-                ax.secondary_yaxis("right", functions=(lambda x: x / LN2, lambda x: x * LN2)).set_ylabel("bits per byte")
+                ax.secondary_yaxis("right", functions=(lambda x: x / LN2,
+                                                       lambda x: x * LN2)).set_ylabel("bits per byte")
         else:
             draw_validation(ax, runs, colours, 2, 100.0)
             ax.set_ylabel("sequences with a wrong answer token (%)")
@@ -217,7 +229,8 @@ def main():
     parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__.split("\n\n")[0])
     parser.add_argument("runs", nargs="+", metavar="[LABEL=]RUN", help="folder with log.jsonl, or the file")
     parser.add_argument("--out", help="PNG to write (default: curves.png in the first run's folder)")
-    parser.add_argument("--x", choices=list(AXES), default="steps", help="what the curves are drawn against (default: steps)")
+    parser.add_argument("--x", choices=list(AXES), default="steps",
+                        help="what the curves are drawn against (default: steps)")
     parser.add_argument("--title", help="heading (default: the names of the runs)")
     options = parser.parse_args()
     if missing:

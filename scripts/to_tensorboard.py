@@ -1,11 +1,13 @@
 #!/usr/bin/env python3
-"""Writes a run's log.jsonl as TensorBoard's events: scalars of training and of each validation set, samples and configuration as text.
+"""Writes a run's log.jsonl as TensorBoard's events: scalars of training and of each validation set, samples and
+configuration as text.
 
     dev/.venv/bin/python scripts/to_tensorboard.py runs/mta runs/plain
     dev/.venv/bin/tensorboard --logdir runs
 
-Each run's events go into its folder tensorboard, which is made anew each time: the same command shows what has been added. --out DIR is another
-folder for the events of one run. The package tensorboard is needed (python3 -m pip install tensorboard); TensorFlow is not.
+Each run's events go into its folder tensorboard, which is made anew each time: the same command shows what has been
+added. --out DIR is another folder for the events of one run. The package tensorboard is needed (python3 -m pip install
+tensorboard); TensorFlow is not.
 """
 import argparse
 import glob
@@ -47,9 +49,11 @@ def texts(event):
     if event.get("event") == "sample":
         return {"sample": "    " + event["text"].replace("\n", "\n    ")}
     if event.get("event") == "start":
-        rows = ["%s | %s" % (k, json.dumps(v) if isinstance(v, (dict, list)) else v) for k, v in event.items() if k not in ("event", "config")]
+        rows = ["%s | %s" % (k, json.dumps(v) if isinstance(v, (dict, list)) else v)
+                for k, v in event.items() if k not in ("event", "config")]
         config = ["%s | %s" % (k, json.dumps(v)) for k, v in event.get("config", {}).items()]
-        return {"run": "\n".join(["field | value", "---|---"] + rows), "config": "\n".join(["field | value", "---|---"] + config)}
+        return {"run": "\n".join(["field | value", "---|---"] + rows),
+                "config": "\n".join(["field | value", "---|---"] + config)}
     return {}
 
 
@@ -74,7 +78,8 @@ def convert(log, folder):
     for event in events_of(log):
         values = [Summary.Value(tag=tag, simple_value=x) for tag, x in scalars(event).items()]
         for tag, text in texts(event).items():
-            values.append(Summary.Value(tag=tag, metadata=create_summary_metadata(tag, tag), tensor=make_tensor_proto([text.encode()])))
+            values.append(Summary.Value(tag=tag, metadata=create_summary_metadata(tag, tag),
+                                        tensor=make_tensor_proto([text.encode()])))
         clock = event.get("time", clock)  # logs of earlier versions have no times
         if values:
             writer.add_event(Event(wall_time=clock, step=int(event.get("step", 0)), summary=Summary(value=values)))
@@ -84,9 +89,11 @@ def convert(log, folder):
 
 
 def main():
-    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folder with log.jsonl")
-    parser.add_argument("--out", metavar="DIR", help="of one run: the folder for its events, which holds none yet (default: RUN/tensorboard)")
+    parser.add_argument("--out", metavar="DIR",
+                        help="of one run: the folder for its events, which holds none yet (default: RUN/tensorboard)")
     options = parser.parse_args()
     if missing:
         sys.exit(missing)

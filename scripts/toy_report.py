@@ -2,9 +2,11 @@
 """Prints the errors of toy-task runs beside the paper's (arXiv 2504.00927, table 1). The standard library suffices.
 
     python3 scripts/toy_report.py runs/quickstart/n4_first                 # one task: a column a seed
-    python3 scripts/toy_report.py runs/toy_table/n*_*                      # several: mean +- standard deviation, a column a task
+    python3 scripts/toy_report.py runs/toy_table/n*_*                      # several: mean +- standard deviation, a
+                                                                           column a task
 
-A task's folder is called nN_KIND and holds runs called MODEL_SEED (transformer_1, mta_3); the last validation of each log.jsonl counts.
+A task's folder is called nN_KIND and holds runs called MODEL_SEED (transformer_1, mta_3); the last validation of each
+log.jsonl counts.
 """
 import argparse
 import json
@@ -14,7 +16,8 @@ import statistics
 import sys
 
 PAPER = {  # error in percent; the one standard deviation the paper's text gives is kept
-    "transformer": {"n5_all": "51.6 +- 43.1", "n5_first": "78.2", "n5_last": "1.3", "n8_all": "31.2", "n8_first": "28.9", "n8_last": "58.4"},
+    "transformer": {"n5_all": "51.6 +- 43.1", "n5_first": "78.2", "n5_last": "1.3", "n8_all": "31.2",
+                    "n8_first": "28.9", "n8_last": "58.4"},
     "mta": {"n5_all": "0.1", "n5_first": "0.0", "n5_last": "0.0", "n8_all": "0.1", "n8_first": "0.0", "n8_last": "0.0"},
 }
 
@@ -57,7 +60,8 @@ def print_table(rows):
     """Rows of cells, the first left-aligned; the widths fit."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     for number, row in enumerate(rows):
-        print("  " + "  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths))).rstrip())
+        print("  " + "  ".join(cell.ljust(w) if i == 0 else cell.rjust(w)
+                               for i, (cell, w) in enumerate(zip(row, widths))).rstrip())
         if number == 0:
             print("  " + "  ".join("-" * w for w in widths))
 
@@ -72,7 +76,8 @@ def one_task(name, task):
         paper = [PAPER.get(model, {}).get(f"n{n}_{kind}", "-") for n in (5, 8)]
         rows.append([model] + cells + [f"{statistics.mean(e for _, e in runs.values()):.1f}"] + paper)
     print_table(rows)
-    pairs = [(task["mta"][s][1], task["transformer"][s][1]) for s in seeds if s in task.get("mta", {}) and s in task.get("transformer", {})]
+    pairs = [(task["mta"][s][1], task["transformer"][s][1]) for s in seeds if s in task.get("mta", {})
+             and s in task.get("transformer", {})]
     if pairs:
         below = sum(a < b for a, b in pairs)
         print(f"  mta is below transformer on {below} of {len(pairs)} seeds")

@@ -1,5 +1,5 @@
-"""Tests of scripts/evidence.sh's list of cells: the trainer takes each one's options, a cell is trained once, an unfinished one goes on, what is
-counted of kernels and answers is what it says.
+"""Tests of scripts/evidence.sh's list of cells: the trainer takes each one's options, a cell is trained once, an
+unfinished one goes on, what is counted of kernels and answers is what it says.
 
     python3 dev/tests/test_evidence.py     (train_mta must be built)
 """

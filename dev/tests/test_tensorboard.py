@@ -24,7 +24,8 @@ SCRIPT = os.path.join(ROOT, "scripts", "to_tensorboard.py")
 
 
 def run(*arguments):
-    return subprocess.run([sys.executable, SCRIPT, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.run([sys.executable, SCRIPT, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                          text=True)
 
 
 @unittest.skipUnless(HAS, "the package tensorboard is missing")
@@ -42,14 +43,18 @@ class TensorBoard(unittest.TestCase):
             f.write("".join(json.dumps(e) + "\n" for e in events) + tail)
 
     def events(self):
-        found = [{"event": "start", "step": 0, "host": "h", "arguments": ["--lr", "1"], "config": {"hidden_size": 8}, "time": 1000.5}]
+        found = [{"event": "start", "step": 0, "host": "h", "arguments": ["--lr", "1"], "config": {"hidden_size": 8},
+                  "time": 1000.5}]
         for i in range(1, 2001):  # more than a reader keeps unless it is told to
-            found.append({"event": "step", "step": i, "loss": None if i == 7 else 5 / i, "grad_norm": 1.5, "lr": 1e-3, "tokens": 64 * i, "tokens_per_s": 1e4, "mfu": 0.25,
+            found.append({"event": "step", "step": i, "loss": None if i == 7 else 5 / i, "grad_norm": 1.5, "lr": 1e-3,
+                          "tokens": 64 * i, "tokens_per_s": 1e4, "mfu": 0.25,
                           "skipped": 0, "sources": {"a": 32 * i, "b": 32 * i}, "time": 1000.5 + i})
         for k, name in enumerate(("arxiv", "book")):
-            found.append({"event": "val", "step": 2000, "name": name, "loss": 2.0 + k, "perplexity": 7.5, "bits_per_byte": 0.5, "tokens": 9, "time": 3001.5})
+            found.append({"event": "val", "step": 2000, "name": name, "loss": 2.0 + k, "perplexity": 7.5,
+                          "bits_per_byte": 0.5, "tokens": 9, "time": 3001.5})
         found.append({"event": "val_mean", "step": 2000, "sets": 2, "loss": 2.5, "perplexity": 8.0, "time": 3002.5})
-        return found + [{"event": "sample", "step": 2000, "text": "A line\nand \u00e9", "time": 3003.5}, {"event": "stop", "step": 2000, "reason": "done", "time": 3004}]
+        return found + [{"event": "sample", "step": 2000, "text": "A line\nand \u00e9", "time": 3003.5},
+                        {"event": "stop", "step": 2000, "reason": "done", "time": 3004}]
 
     def read(self, folder):
         reader = EventAccumulator(folder, size_guidance={"scalars": 0, "tensors": 0})
@@ -73,10 +78,14 @@ class TensorBoard(unittest.TestCase):
                 else:
                     self.assertAlmostEqual(g.value, e[key], delta=1e-6 * abs(e[key]))
         self.assertEqual([g.value for g in reader.Scalars("train tokens/b")][-1], 64000)
-        found = {tag: [(g.step, g.value) for g in reader.Scalars(tag)] for tag in reader.Tags()["scalars"] if tag.startswith("validation")}
-        self.assertEqual(found, {"validation loss/arxiv": [(2000, 2.0)], "validation loss/book": [(2000, 3.0)], "validation loss/mean of the sets": [(2000, 2.5)],
-                                 "validation perplexity/arxiv": [(2000, 7.5)], "validation perplexity/book": [(2000, 7.5)],
-                                 "validation perplexity/mean of the sets": [(2000, 8.0)], "validation bits_per_byte/arxiv": [(2000, 0.5)],
+        found = {tag: [(g.step, g.value) for g in reader.Scalars(tag)]
+                 for tag in reader.Tags()["scalars"] if tag.startswith("validation")}
+        self.assertEqual(found, {"validation loss/arxiv": [(2000, 2.0)], "validation loss/book": [(2000, 3.0)],
+                                 "validation loss/mean of the sets": [(2000, 2.5)],
+                                 "validation perplexity/arxiv": [(2000, 7.5)],
+                                 "validation perplexity/book": [(2000, 7.5)],
+                                 "validation perplexity/mean of the sets": [(2000, 8.0)],
+                                 "validation bits_per_byte/arxiv": [(2000, 0.5)],
                                  "validation bits_per_byte/book": [(2000, 0.5)]})
         text = lambda tag: tensor_util.make_ndarray(reader.Tensors(tag)[0].tensor_proto).item().decode()
         self.assertEqual(text("sample"), "    A line\n    and \u00e9")
@@ -86,7 +95,8 @@ class TensorBoard(unittest.TestCase):
 
     def test_refused(self):
         self.log("run", self.events()[:3])
-        for words, arguments in (("nothing", [self.path("nothing")]), ("holds events", [self.path("run"), "--out", self.path("out")]),
+        for words, arguments in (("nothing", [self.path("nothing")]),
+                                 ("holds events", [self.path("run"), "--out", self.path("out")]),
                                  ("one run", [self.path("run"), self.path("run"), "--out", self.path("x")])):
             if words == "holds events":
                 self.assertEqual(run(*arguments).returncode, 0)
@@ -100,7 +110,8 @@ class TensorBoard(unittest.TestCase):
 
 class WithoutThePackage(unittest.TestCase):
     def test_hint(self):
-        code = f"import sys, runpy; sys.modules['tensorboard'] = None; sys.argv = ['x', 'y']; runpy.run_path({SCRIPT!r}, run_name='__main__')"
+        code = "import sys, runpy; sys.modules['tensorboard'] = None; sys.argv = ['x', 'y']; "
+        code += f"runpy.run_path({SCRIPT!r}, run_name='__main__')"
         done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         self.assertEqual((done.returncode, done.stderr.count("\n")), (1, 1), done.stderr)
         self.assertIn("pip install tensorboard", done.stderr)

@@ -325,7 +325,8 @@ def write_ranks(path, n):
 
 
 def check_twins(checker, library, folder):
-    """What stands in data/tokenizer.py and in mta/tokenizer.h: patterns, which number of ranks has which, names, special ids."""
+    """What stands in data/tokenizer.py and in mta/tokenizer.h: patterns, which number of ranks has which, names,
+    special ids."""
     with open(os.path.join(ROOT, "mta", "tokenizer.h"), encoding="utf-8") as f:
         head = f.read().split("Encoding:")[0]
     said = dict(re.findall(r"^//   (\w+) +([^\s].*(?:\n// {10,}\|.*)*)", head, re.M))

@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
-"""Tests of data/toy_task.py: every sequence of its shards is taken apart and checked against the task's definition. And dev/models/toy,
-which has learnt the task: infer_mta answers its questions, and its attention shows why.
+"""Tests of data/toy_task.py: every sequence of its shards is taken apart and checked against the task's definition. And
+dev/models/toy, which has learnt the task: infer_mta answers its questions, and its attention shows why.
 
 python3 dev/tests/test_toy.py     (MTA_BIN: folder of infer_mta)
 """
@@ -25,7 +25,8 @@ import toy_task  # noqa: E402
 
 
 def run(*arguments):
-    return subprocess.run([sys.executable, SCRIPT, *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.run([sys.executable, SCRIPT, *map(str, arguments)], stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE, text=True)
 
 
 def read_shard(path):
@@ -48,7 +49,8 @@ def sequences(folder, split, length):
     for name in sorted(os.listdir(folder)):
         if f"_{split}_" in name and name.endswith(".bin"):
             tokens, mask = read_shard(os.path.join(folder, name))
-            assert len(tokens) % length == 1 and tokens[-1] == 29 and mask[-1] == 0, "one masked token follows the last window"
+            assert len(tokens) % length == 1, "one token follows the last window"
+            assert tokens[-1] == 29 and mask[-1] == 0, "it is masked"
             out += [(tokens[i:i + length], mask[i:i + length]) for i in range(0, len(tokens) - 1, length)]
     return out
 
@@ -79,8 +81,8 @@ class Toy(unittest.TestCase):
 
     def check_task(self, n, l, kind, blocks, length, extra=()):
         with tempfile.TemporaryDirectory() as folder:
-            done = run("--out", folder, "--n", n, "--l", l, "--kind", kind, "--blocks", blocks, "--train-samples", 3000, "--test-samples", 300,
-                       "--seed", 3, *extra)
+            done = run("--out", folder, "--n", n, "--l", l, "--kind", kind, "--blocks", blocks, "--train-samples", 3000,
+                       "--test-samples", 300, "--seed", 3, *extra)
             self.assertEqual(done.returncode, 0, done.stderr)
             self.assertIn(f"--seq-len {length}", done.stdout)
             with open(os.path.join(folder, "toy_task.json")) as f:
@@ -126,13 +128,14 @@ class Toy(unittest.TestCase):
         self.assertEqual([line.count(".") for line in done.stdout.splitlines()], [33] * 4)
 
     def test_seeds_jobs_and_shards(self):
-        """The same seed gives the same bytes whatever the number of processes; another one shares no prompt; shards only cut."""
+        """The same seed gives the same bytes whatever the number of processes; another one shares no prompt; shards
+        only cut."""
         with tempfile.TemporaryDirectory() as folder:
             names = {}
             for name, seed, jobs in (("a", 1, 1), ("b", 1, 3), ("c", 2, 1)):
                 out = os.path.join(folder, name)
-                self.assertEqual(run("--out", out, "--n", 4, "--blocks", 8, "--train-samples", 20001, "--test-samples", 50, "--seed", seed,
-                                     "--jobs", jobs).returncode, 0)
+                self.assertEqual(run("--out", out, "--n", 4, "--blocks", 8, "--train-samples", 20001, "--test-samples",
+                                     50, "--seed", seed, "--jobs", jobs).returncode, 0)
                 names[name] = os.path.join(out, "toy_train_000000.bin")
             self.assertTrue(filecmp.cmp(names["a"], names["b"], shallow=False))
             a, c = (set(map(tuple, (s[0] for s in sequences(os.path.join(folder, x), "train", 48)))) for x in "ac")
@@ -141,7 +144,8 @@ class Toy(unittest.TestCase):
             toy_task.SHARD_TOKENS = 48 * 100 + 1
             try:
                 pairs = toy_task.take(task, toy_task.chunk_rng(task, 1, "x", 0), 250, set(), False)
-                files = list(toy_task.write_split(task, 1, "x", [pairs[:130], pairs[130:]], os.path.join(folder, "s_train"), 250, False))
+                files = list(toy_task.write_split(task, 1, "x", [pairs[:130], pairs[130:]],
+                                                  os.path.join(folder, "s_train"), 250, False))
             finally:
                 toy_task.SHARD_TOKENS = old
             self.assertEqual(files, [f"s_train_00000{i}.bin" for i in range(3)])
@@ -153,11 +157,14 @@ class Toy(unittest.TestCase):
             blocked = os.path.join(folder, "file")
             open(blocked, "w").close()
             for arguments, piece in (
-                    (("--n", 0), "--n: got 0"), (("--n", 27), "--n: got 27"), (("--l", 6), "--l: got 6"), (("--blocks", 0), "--blocks: got 0"),
-                    (("--n", 26), "every block holds every letter"), (("--length", 320), "--length: got 320, the sequences have 321"),
+                    (("--n", 0), "--n: got 0"), (("--n", 27), "--n: got 27"), (("--l", 6), "--l: got 6"),
+                (("--blocks", 0), "--blocks: got 0"),
+                    (("--n", 26), "every block holds every letter"),
+                (("--length", 320), "--length: got 320, the sequences have 321"),
                     (("--n", 2, "--blocks", 1, "--test-samples", 1301), "found only 1300 of 1301"),
                     (("--n", 2, "--blocks", 1, "--test-samples", 1300, "--train-samples", 5), "found only 0 of 5"),
-                    (("--train-samples", -1), "wanted 0 or more"), (("--kind", "some"), "--kind"), (("--seed", "x"), "--seed"), (("--out", blocked), "File exists")):
+                    (("--train-samples", -1), "wanted 0 or more"), (("--kind", "some"), "--kind"),
+                (("--seed", "x"), "--seed"), (("--out", blocked), "File exists")):
                 done = run("--out", os.path.join(folder, "x"), *arguments)
                 self.assertEqual(done.returncode, 1, (arguments, done.stdout, done.stderr))
                 self.assertIn(piece, done.stderr)
@@ -174,15 +181,18 @@ class Trained(unittest.TestCase):
 
     def test_answers(self):
         """200 questions, and a model that is small."""
-        examples = run("--examples", 200, "--n", 4, "--blocks", 8, "--kind", "first", "--seed", 7).stdout.split("\n")[:200]
+        examples = run("--examples", 200, "--n", 4, "--blocks", 8, "--kind", "first", "--seed",
+                       7).stdout.split("\n")[:200]
         pairs = [line.lstrip("^").rstrip("$").split(" ") for line in examples]
-        prompts = "".join(json.dumps({"prompt": question, "temperature": 0, "max_tokens": 2}) + "\n" for question, _ in pairs)
+        prompts = "".join(json.dumps({"prompt": question, "temperature": 0, "max_tokens": 2}) + "\n"
+                          for question, _ in pairs)
         answers = [json.loads(line)["text"] for line in self.infer("--prompts", "-", input=prompts).splitlines()]
         self.assertEqual(answers, [answer for _, answer in pairs])
         self.assertLess(sum(os.path.getsize(os.path.join(MODEL, name)) for name in os.listdir(MODEL)), 500_000)
 
     def test_attention_map(self):
-        """The example of its README: the question's last letter looks at the letters t of the text, and through the convolution at the
+        """The example of its README: the question's last letter looks at the letters t of the text, and through the
+        convolution at the
         first letter of the block that also holds an e."""
         text = "txwy.tjmh.joyu.wnoi.aebt.nrdf.yzpb.pfvc#et"
         with tempfile.TemporaryDirectory() as folder:
