@@ -56,7 +56,7 @@ def origin(results, part):
 
 
 def paper_toy_flop():
-    """6 operations a parameter and token: 4 layers of 256 channels, MLP of 768, 100,000 steps of 64 sequences of 321 tokens."""
+    """6 operations a parameter and token; 4 layers of 256 channels, MLP of 768, 100,000 steps of 64 x 321 tokens."""
     return 6.0 * 4 * (4 * 256 * 256 + 3 * 256 * 768) * 100000 * 64 * 321
 
 
@@ -75,8 +75,8 @@ def toy(results):
         "no dropout. Sequences with a wrong answer token, of 1000 that training never saw, in percent; "
         "mean and standard deviation over seeds "
         f"{', '.join(map(str, seeds))} of initialisation and data. The paper's own size would take "
-        f"{paper_toy_flop():.1e} operations a run, 36 runs: about 4 hours of one H200 at a tenth of its 990 TFLOP/s, a prediction "
-        "(`scripts/toy_table.sh --size paper`).",
+        f"{paper_toy_flop():.1e} operations a run, 36 runs: about 4 hours of one H200 at a tenth of its 990 TFLOP/s, a "
+        "prediction (`scripts/toy_table.sh --size paper`).",
         "",
     ]
     tasks = [f"n{n}_{kind}" for n, kind in evidence.TOY_TASKS]
@@ -448,7 +448,8 @@ def verdicts():
                 said.append((max(gain) < 0, f"{text} ({len(gain)} seeds)"))
     measured = [r for r in evidence.read_results("cost").values() if r["task"] == "cost"]
     for attention in ("mta", "mta-full"):
-        times = sorted((r["last"]["time"], r["head_size"], r["length"]) for r in measured if r["attention"] == attention)
+        mine = [r for r in measured if r["attention"] == attention]
+        times = sorted((r["last"]["time"], r["head_size"], r["length"]) for r in mine)
         if times:
             best, worst = (f"{t:.2f} times (heads of {h}, T {length})" for t, h, length in (times[0], times[-1]))
             text = f"cost on the CPU: a step of {attention} takes from {best} to {worst} the plain model's time"
