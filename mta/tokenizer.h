@@ -57,9 +57,9 @@ typedef struct Tokenizer {
     uint32_t* start;       // n_ranks + 1: token i is bytes[start[i]..start[i+1])
     uint64_t* slots;  // hash table of tokens by bytes, linear probing: upper half of the hash << 32 | rank + 1, 0 empty
     size_t slot_mask;
-    int32_t* pairs;       // 65536: rank of the two bytes a, b at 256 a + b, -1 none
-    int32_t single[256];  // rank of a byte
-    uint8_t* classes;     // 0x110000: class of a code point
+    int32_t* pairs;          // 65536: rank of the two bytes a, b at 256 a + b, -1 none
+    int32_t single[256];     // rank of a byte
+    const uint8_t* classes;  // 0x110000: class of a code point; one table for all tokenizers
 } Tokenizer;
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -225,6 +225,7 @@ static inline bool ranks_index(Tokenizer* t, const char* path, const RankLine* l
     t->slots = (uint64_t*)alloc_or_die(slots, sizeof *t->slots, "the token hash table");
     t->pairs = (int32_t*)alloc_or_die(65536, sizeof *t->pairs, "the table of byte pairs");
     t->slot_mask = slots - 1;
+    memset(t->pairs, 0xFF, 65536 * sizeof *t->pairs);  // -1: no token
     for (size_t i = 0; i < n; i++) {
         char* to = t->bytes + t->start[i];
         memcpy(to, bytes->text + lines[i].at, lines[i].size);
@@ -235,20 +236,17 @@ static inline bool ranks_index(Tokenizer* t, const char* path, const RankLine* l
             return fail(e, "%s:%u: rank %zu has the same bytes as rank %d on line %u", path, lines[i].line, i, twin,
                         lines[twin].line);
         }
+        if (lines[i].size == 2) { t->pairs[(uint8_t)to[0] * 256 + (uint8_t)to[1]] = (int32_t)i; }
         uint64_t h = token_hash(to, lines[i].size);
         size_t at = (size_t)h & t->slot_mask;
         while (t->slots[at]) { at = (at + 1) & t->slot_mask; }
         t->slots[at] = h >> 32 << 32 | (uint64_t)(i + 1);
     }
     for (int a = 0; a < 256; a++) {
-        char pair[2] = {(char)a, 0};
-        t->single[a] = token_rank(t, pair, 1);
+        char byte = (char)a;
+        t->single[a] = token_rank(t, &byte, 1);
         if (t->single[a] < 0) {
             return fail(e, "%s: no token for the single byte 0x%02x, wanted one for each of the 256", path, a);
-        }
-        for (int b = 0; b < 256; b++) {
-            pair[1] = (char)b;
-            t->pairs[a * 256 + b] = token_rank(t, pair, 2);
         }
     }
     return true;
@@ -356,7 +354,6 @@ static inline void tokenizer_free(Tokenizer* t) {
     free(t->start);
     free(t->slots);
     free(t->pairs);
-    free(t->classes);
     free(t);
 }
 
@@ -392,6 +389,19 @@ static inline void tokenizer_set_ids(Tokenizer* t) {  // vocabulary, BOS and EOS
             t->bos = n + 1;
             break;
     }
+}
+
+// The class of every code point (0x110000 of them), spread out from the ranges when a tokenizer first asks for it.
+// Those are opened by one thread at a time.
+static inline const uint8_t* unicode_classes(void) {
+    static uint8_t classes[0x110000];
+    static bool ready = false;
+    for (int i = 0; i < UNICODE_RANGES && !ready; i++) {
+        uint32_t from = unicode_ranges[i] >> 3, to = i + 1 < UNICODE_RANGES ? unicode_ranges[i + 1] >> 3 : 0x110000;
+        memset(classes + from, (int)(unicode_ranges[i] & 7), to - from);
+    }
+    ready = true;
+    return classes;
 }
 
 // name_or_file: "bytes", "toy", or a rank file; pattern: how its ranks split text, NULL: as its number of them tells.
@@ -435,11 +445,7 @@ static inline Tokenizer* tokenizer_open(const char* name_or_file, const char* pa
             tokenizer_free(t);
             return NULL;
         }
-        t->classes = (uint8_t*)alloc_or_die(0x110000, 1, "the classes of characters");
-        for (int i = 0; i < UNICODE_RANGES; i++) {
-            uint32_t from = unicode_ranges[i] >> 3, to = i + 1 < UNICODE_RANGES ? unicode_ranges[i + 1] >> 3 : 0x110000;
-            memset(t->classes + from, (int)(unicode_ranges[i] & 7), to - from);
-        }
+        t->classes = unicode_classes();
     }
     tokenizer_set_ids(t);
     return t;

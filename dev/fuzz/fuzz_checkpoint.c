@@ -18,6 +18,7 @@ static bool sum_store(void* ctx, int group, int tensor, const float* data, Error
 }
 
 int LLVMFuzzerTestOneInput(const uint8_t* data, size_t n) {
+    input_clock()->input++;
     if (n < 2) { return 0; }
     size_t config_size = data[0] | (size_t)data[1] << 8;
     if (config_size > n - 2) { return 0; }

@@ -24,33 +24,35 @@ static void written_and_read_again(const Config* c) {
     }
     json_free(j);
     text_free(&t);
+    // a layer beyond the eighth brings nothing new; 512 of them take as long as 50 inputs
+    Config few = *c;
+    if (few.num_hidden_layers > 8 && input_clock()->input % 64) { few.num_hidden_layers = 8; }
     TensorList list;
-    tensor_list(&list, c);
+    tensor_list(&list, &few);
     if (list.parameters > list.numel || list.n < 3) { abort(); }
     tensor_list_free(&list);
 }
 
 int LLVMFuzzerTestOneInput(const uint8_t* data, size_t n) {
-    static int fd = -1;
-    static char path[64];
-    Config c;
-    if (fd < 0) {
-        fd = memfd_create("config", 0);
-        snprintf(path, sizeof path, "/proc/self/fd/%d", fd);
+    static const char path[] = MEMORY_FOLDER "/config.json";
+    static Config strict, assumed;
+    Error e = {{0}}, why = {{0}};
+    input_clock()->input++;
+    memory_add(MEMORY_FOLDER, "config.json", (const char*)data, n);
+    bool good = config_read_as(&strict, path, false, &e), again = config_read_as(&assumed, path, true, &why);
+    if (good == (e.text[0] != 0) || again == (why.text[0] != 0) || strchr(e.text, '\n') || strchr(why.text, '\n')) {
+        abort();
     }
-    if (fd < 0 || ftruncate(fd, 0) || pwrite(fd, data, n, 0) != (ssize_t)n) { abort(); }
-    for (int assume = 0; assume < 2; assume++) {
-        Error e = {{0}};
-        bool good = config_read_as(&c, path, assume, &e);
-        if (good == (e.text[0] != 0) || strchr(e.text, '\n')) { abort(); }
-        if (good) { written_and_read_again(&c); }
-    }
+    if (good) { written_and_read_again(&strict); }
+    if (good && !again) { abort(); }  // --assume-llama refuses less, never more
+    if (again && !(good && !memcmp(&strict, &assumed, sizeof strict))) { written_and_read_again(&assumed); }
     static Session session;
-    Error e = {{0}};
+    e.text[0] = 0;
     memset(&session, 0, sizeof session);
     session.options.quiet = true;
     if (ends_of_file(&session, path, &e) == (e.text[0] != 0)) { abort(); }
     free(session.ends);
+    memory_clear();
     return 0;
 }
 

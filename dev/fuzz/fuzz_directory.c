@@ -5,13 +5,7 @@
 #include "structure.h"
 #include "mta/run.h"
 
-static char run_folder[64], folder[96];
-
-static void remove_folder(void) {
-    char command[128];
-    snprintf(command, sizeof command, "rm -rf %s", run_folder);
-    if (system(command)) { fprintf(stderr, "%s stays\n", run_folder); }
-}
+static const char folder[] = MEMORY_FOLDER "/step-00000003";
 
 static bool sum_store(void* ctx, int group, int tensor, const float* data, Error* e) {
     const TensorList* list = (const TensorList*)ctx;
@@ -44,18 +38,26 @@ static void read_model(const Config* c) {
     tensor_list_free(&list);
 }
 
+// Opens a shard of 64 tokens, whose file is then removed: it stays mapped.
+static void open_data(Loader* l) {
+    const uint32_t tokens[64] = {1, 2, 3};
+    char dir[64], path[96];
+    Error e = {{0}};
+    snprintf(dir, sizeof dir, "%s/fuzz_run_XXXXXX", dir_exists("/dev/shm") ? "/dev/shm" : "/tmp");
+    if (!mkdtemp(dir)) { abort(); }
+    snprintf(path, sizeof path, "%s/x_train_000000.bin", dir);
+    if (!shard_write(path, tokens, 64, 2, 259, NULL, &e) || !loader_open(l, path, 8, 259, 5, &e)) { abort(); }
+    unlink(path);
+    rmdir(dir);
+}
+
 static void read_state(void) {
     static Run run;
     static TrainOptions options;
     static const Trainer trainer;
-    char path[160];
     Error e = {{0}};
     if (!run.train.n_sources) {
-        uint32_t tokens[64] = {1, 2, 3};
-        snprintf(path, sizeof path, "%s/x_train_000000.bin", run_folder);
-        if (!shard_write(path, tokens, 64, 2, 259, NULL, &e) || !loader_open(&run.train, path, 8, 259, 5, &e)) {
-            abort();
-        }
+        open_data(&run.train);
         options = options_default();
         if (!freopen("/dev/null", "w", stdout)) { abort(); }  // what differs from the run is said, each time
     }
@@ -83,49 +85,17 @@ static void read_tokenizer(const Config* c) {
     if (t) { tokenizer_free(t); }
 }
 
-static void lay_out(Parts* parts) {
-    static Parts before;
-    char path[256];
-    if (!run_folder[0]) {
-        snprintf(run_folder, sizeof run_folder, "%s/fuzz_run_XXXXXX", dir_exists("/dev/shm") ? "/dev/shm" : "/tmp");
-        if (!mkdtemp(run_folder)) { abort(); }
-        snprintf(folder, sizeof folder, "%s/step-00000003", run_folder);
-        if (mkdir(folder, 0755)) { abort(); }
-        atexit(remove_folder);
-    }
-    for (int i = 0; i < before.n; i++) {
-        if (parts_find(parts, before.part[i].name)) { continue; }
-        snprintf(path, sizeof path, "%s/%s", folder, before.part[i].name);
-        unlink(path);
-    }
-    for (int i = 0; i < parts->n; i++) {
-        const Text* content = &parts->part[i].content;
-        const Part* old = parts_find(&before, parts->part[i].name);
-        if (old && old->content.n == content->n && content->n &&
-            !memcmp(old->content.text, content->text, content->n)) {
-            continue;
-        }
-        snprintf(path, sizeof path, "%s/%s", folder, parts->part[i].name);
-        int fd = open(path, O_WRONLY | O_CREAT | O_TRUNC, 0644);
-        if (fd < 0 || !write_all(fd, content->text, content->n)) { abort(); }
-        close(fd);
-    }
-    parts_free(&before);
-    before = *parts;
-}
-
 int LLVMFuzzerTestOneInput(const uint8_t* data, size_t n) {
     Parts parts;
     char path[PATH_SIZE];
     Error e = {{0}};
     Config c;
+    input_clock()->input++;
     parts_read(&parts, data, n);
-    lay_out(&parts);
+    parts_lay_out(&parts, folder);
     bool resumable = checkpoint_verify(folder, &e);
     if (resumable == (e.text[0] != 0)) { abort(); }
-    if (n % 16 == 0 && (checkpoint_newest(run_folder, path, NULL) == 3) != resumable) {
-        abort();
-    }  // not always: it reads all again
+    if ((checkpoint_newest(MEMORY_FOLDER, path, NULL) == 3) != resumable) { abort(); }
     e.text[0] = 0;
     bool usable = checkpoint_verify_model(folder, &e);
     if (usable == (e.text[0] != 0) || (resumable && !usable)) { abort(); }
@@ -136,6 +106,8 @@ int LLVMFuzzerTestOneInput(const uint8_t* data, size_t n) {
         read_tokenizer(&c);
     }
     read_state();
+    memory_clear();
+    parts_free(&parts);
     return 0;
 }
 

@@ -5,13 +5,6 @@
 #include "mta/shards.h"
 
 enum { T = 7, VOCAB = 300 };
-static char folder[64];
-
-static void remove_folder(void) {
-    char command[128];
-    snprintf(command, sizeof command, "rm -rf %s", folder);
-    if (system(command)) { fprintf(stderr, "%s stays\n", folder); }
-}
 
 static void read_all(Loader* l) {
     int32_t tokens[T], targets[T];
@@ -36,37 +29,20 @@ static void read_all(Loader* l) {
 }
 
 int LLVMFuzzerTestOneInput(const uint8_t* data, size_t n) {
-    static Parts before;
-    char path[256];
     Parts parts;
-    if (!folder[0]) {
-        snprintf(folder, sizeof folder, "%s/fuzz_shard_XXXXXX", dir_exists("/dev/shm") ? "/dev/shm" : "/tmp");
-        if (!mkdtemp(folder)) { abort(); }
-        atexit(remove_folder);
-    }
+    input_clock()->input++;
     parts_read(&parts, data, n);
-    for (int i = 0; i < before.n; i++) {
-        if (parts_find(&parts, before.part[i].name)) { continue; }
-        snprintf(path, sizeof path, "%s/%s", folder, before.part[i].name);
-        unlink(path);
-    }
-    for (int i = 0; i < parts.n; i++) {
-        snprintf(path, sizeof path, "%s/%s", folder, parts.part[i].name);
-        int fd = open(path, O_WRONLY | O_CREAT | O_TRUNC, 0644);
-        if (fd < 0 || !write_all(fd, parts.part[i].content.text, parts.part[i].content.n)) { abort(); }
-        close(fd);
-    }
-    parts_free(&before);
-    before = parts;
-    snprintf(path, sizeof path, "%s/*_train_*.bin", folder);
+    parts_lay_out(&parts, MEMORY_FOLDER);
     for (int mix = MIX_TOKEN; mix <= MIX_DOCUMENT; mix++) {
         Error e = {{0}};
         Loader l;
-        bool good = loader_open_mix(&l, path, T, VOCAB, 1, (LoaderMix)mix, &e);
+        bool good = loader_open_mix(&l, MEMORY_FOLDER "/*_train_*.bin", T, VOCAB, 1, (LoaderMix)mix, &e);
         if (good == (e.text[0] != 0)) { abort(); }
         if (good) { read_all(&l); }
         if (good) { loader_close(&l); }
     }
+    memory_clear();
+    parts_free(&parts);
     return 0;
 }
 

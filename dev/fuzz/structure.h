@@ -4,12 +4,55 @@
 #ifndef MTA_FUZZ_STRUCTURE_H
 #define MTA_FUZZ_STRUCTURE_H
 
+#include "memory_files.h"
 #include "mta/config.h"
 #include "mta/safetensors.h"
 
+int LLVMFuzzerInitialize(int* argc, char*** argv);
 int LLVMFuzzerTestOneInput(const uint8_t* data, size_t n);
 size_t LLVMFuzzerCustomMutator(uint8_t* data, size_t n, size_t max, unsigned int seed);
 size_t LLVMFuzzerMutate(uint8_t* data, size_t n, size_t max);
+const char* __asan_default_options(void);
+
+// ---------------------------------------------------------------------------------------------------------------------
+// What every harness runs under
+
+// A block stays poisoned until 1 MiB more was freed, which is more than an input takes (by default 256 MiB, which no
+// cache holds). A report names the function that allocated, not its callers: the input that was kept tells more.
+const char* __asan_default_options(void) {
+    return "quarantine_size_mb=1:malloc_context_size=1:max_malloc_fill_size=256:detect_stack_use_after_return=0";
+}
+
+enum { SLOW_SECONDS = 10 };
+typedef struct {
+    volatile uint64_t input;  // counts
+    uint64_t seen;            // by the last tick
+} Clock;
+
+static Clock* input_clock(void) {
+    static Clock c;
+    return &c;
+}
+
+// After each 10 s of processor time: is it still the same input? libFuzzer's own alarm counts the seconds of the wall,
+// in which a busy machine may not have let it run at all.
+static void on_tick(int number) {
+    static const char text[] = "one input takes more than 10 s of processor time\n";
+    Clock* c = input_clock();
+    (void)number;
+    if (c->seen == c->input && write(STDERR_FILENO, text, sizeof text - 1) > 0) { abort(); }
+    c->seen = c->input;
+}
+
+int LLVMFuzzerInitialize(int* argc, char*** argv) {
+    const struct itimerval every = {{SLOW_SECONDS, 0}, {SLOW_SECONDS, 0}};
+    (void)argc;
+    (void)argv;
+    input_clock()->seen = UINT64_MAX;
+    signal(SIGPROF, on_tick);
+    if (setitimer(ITIMER_PROF, &every, NULL)) { abort(); }
+    return 0;
+}
 
 typedef struct {
     uint64_t state;
@@ -470,6 +513,14 @@ static inline void parts_write(const Parts* p, Text* out) {
         text_append(out, part->name, strlen(part->name) + 1);
         text_append(out, (const char*)&bytes, 4);
         text_append(out, part->content.text ? part->content.text : "", part->content.n);
+    }
+}
+
+// The parts as files of that folder, until memory_clear.
+static inline void parts_lay_out(const Parts* p, const char* folder) {
+    for (int i = 0; i < p->n; i++) {
+        const Text* content = &p->part[i].content;
+        memory_add(folder, p->part[i].name, content->text, content->n);
     }
 }
 
