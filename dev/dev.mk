@@ -15,7 +15,7 @@ help_dev:
 	@echo "make build/asan/test_mta_cuda_cpu_bf16          every access of a kernel under the address sanitizer; build/undefined/test_mta_cuda_cpu_bf16: undefined"
 	@echo "                                                behaviour too; build/races/test_mta_bf16: every access watched for races"
 	@echo "make build/test_ops                             every launcher of train_mta.cu against train_mta.c: test or perf, --help; build/test_ops_fp32, test_ops_cuda"
-	@echo "make build/test_NAME                            dev/tests/test_NAME.c; build/test_emulator, build/test_races: the emulator's own"
+	@echo "make build/test_NAME                            dev/tests/test_NAME.c; build/test_emulator, build/test_nccl, build/test_races: the emulator's own"
 	@echo "make build/faults.so                            makes system calls and allocations fail, for dev/faults/faults.py --help"
 	@echo "make ptx ptx_long                               what nvcc makes of train_mta.cu and the programs that execute it: dev/ptx_cpu/check.py [--long]"
 	@echo "make nvcc_check                                 train_mta.cu and its tests through nvcc for every architecture, on a machine without a GPU"
@@ -208,6 +208,9 @@ build/races/test_ops: build/races/bf16.o build/ops_reference.o build/races/races
 
 # The emulator's own tests, with planted faults: the address sanitizer sees those out of bounds, races.cpp the races.
 build/test_emulator: dev/tests/test_emulator.cpp $(wildcard dev/tests/*.h) $(EMULATOR_HEADERS)
+	@mkdir -p build
+	$(CXX) -x c++ -std=c++17 -g1 $(WARN) -fsanitize=address,undefined -fsanitize-sections=cuda_shared -Idev/cuda_cpu $< -o $@
+build/test_nccl: dev/tests/test_nccl.cpp dev/tests/check.h $(EMULATOR_HEADERS)
 	@mkdir -p build
 	$(CXX) -x c++ -std=c++17 -g1 $(WARN) -fsanitize=address,undefined -fsanitize-sections=cuda_shared -Idev/cuda_cpu $< -o $@
 build/races/test_emulator.o: dev/tests/test_emulator.cpp $(wildcard dev/tests/*.h) $(EMULATOR_HEADERS)

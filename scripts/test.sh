@@ -253,6 +253,7 @@ step full "operations, order 7" build/test_ops env CUDA_CPU_ORDER=7 build/test_o
 step full "races operations" build/races/test_ops build/races/test_ops --quick
 step full "races fused attention" build/races/test_ops build/races/test_ops --only "attention fused" --longest 71
 step full "the emulator itself" build/test_emulator build/test_emulator
+step full "the stand-in for NCCL itself" build/test_nccl env ASAN_OPTIONS=detect_leaks=0 build/test_nccl
 step full "the emulator itself, races" build/test_races build/test_races
 step full "the interpreter of PTX itself" build/test_ptx build/test_ptx
 if has nvcc; then

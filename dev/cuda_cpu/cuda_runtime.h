@@ -1,15 +1,19 @@
 // cuda_runtime.h: stand-in for the CUDA runtime. Device memory is malloc'ed, poisoned with NaN and counted against a
-// pretended size; the default stream works at once, another only when somebody waits for it, as late as a GPU may; a
-// captured stream keeps its work in a graph, and what may not be called meanwhile breaks the capture. The environment
-// pretends other machines: CUDA_CPU_DEVICES=0 (no GPU), CUDA_CPU_DRIVER=old, CUDA_CPU_MEMORY_MIB=N,
+// pretended size; the default stream works at once, another only when somebody waits for it or asks it a second time,
+// as late as a GPU may, and no further than it must: so that a missing event leaves stale data. A captured stream keeps
+// its work in a graph, and what may not be called meanwhile breaks the capture. The environment pretends other
+// machines: CUDA_CPU_DEVICES=N (0: no GPU, default 1), CUDA_CPU_DRIVER=old, CUDA_CPU_MEMORY_MIB=N,
 // CUDA_CPU_CAPABILITY=75, CUDA_CPU_SHARED_KIB=N (shared memory of a block at most), CUDA_CPU_IMAGE=none or =invalid (no
 // code for the device: the two answers of a runtime); and failures: CUDA_CPU_FAIL=NAME:N, the N-th call of a function,
 // the N-th launch of a kernel, or with launch:N the N-th of any.
 #ifndef CUDA_CPU_RUNTIME_H
 #define CUDA_CPU_RUNTIME_H
 #include "cuda_cpu.h"
+#include <deque>
+#include <memory>
 #include <time.h>
 #include <typeinfo>
+#include <unistd.h>
 
 typedef enum {
     cudaSuccess = 0,
@@ -20,10 +24,14 @@ typedef enum {
     cudaErrorInsufficientDriver = 35,
     cudaErrorInvalidDeviceFunction = 98,
     cudaErrorNoDevice = 100,
+    cudaErrorInvalidDevice = 101,
     cudaErrorNoKernelImageForDevice = 209,
+    cudaErrorInvalidResourceHandle = 400,
+    cudaErrorNotReady = 600,
     cudaErrorLaunchFailure = 719,
     cudaErrorStreamCaptureUnsupported = 900,
     cudaErrorStreamCaptureInvalidated = 901,
+    cudaErrorStreamCaptureIsolation = 905,
     cudaErrorCapturedEvent = 907,
     cudaErrorUnknown = 999
 } cudaError_t;
@@ -46,23 +54,36 @@ typedef enum {
     cudaStreamCaptureModeThreadLocal,
     cudaStreamCaptureModeRelaxed
 } cudaStreamCaptureMode;
-enum { cudaStreamNonBlocking = 1 };
+enum { cudaStreamNonBlocking = 1, cudaEventDisableTiming = 2, cudaHostAllocDefault = 0 };
 
+struct cudaUUID_t {
+    char bytes[16];
+};
 struct cudaDeviceProp {
     char name[256];
+    cudaUUID_t uuid;
     size_t totalGlobalMem, sharedMemPerBlockOptin;
     int major, minor, multiProcessorCount, l2CacheSize;
 };
 
 namespace cuda_cpu {
-typedef std::vector<std::function<void()>> Graph;
+typedef std::function<bool()> Work;  // false: it waits for another stream or process and is to be called again
+typedef std::vector<Work> Graph;
 struct Stream {
     Graph* capture;
-    Graph queue;
+    std::deque<Work> queue;
+    int device;
+    bool asked, busy;  // somebody has asked for the work of now; it is being worked off
+};
+// That an event was recorded: in a stream, done when its turn has come. Later records of the event are others.
+struct Record {
+    Stream* stream;
+    bool asked, done;
+    double seconds;
 };
 struct Event {
-    double seconds;
-    bool captured;
+    std::shared_ptr<Record> last;
+    bool captured, timed;
 };
 
 inline std::map<void*, size_t> allocations;         // device memory: address -> bytes
@@ -72,6 +93,7 @@ inline cudaError_t last_error = cudaSuccess;
 inline std::vector<Stream*> streams;  // those that were created, as if all with cudaStreamNonBlocking: the default
                                       // stream does not wait for them
 inline bool capturing = false, capture_broken = false;  // of one stream at a time
+inline int device = 0;                                  // the one that cudaSetDevice chose
 
 inline cudaError_t set_error(cudaError_t e) {
     if (e != cudaSuccess) { last_error = e; }
@@ -98,32 +120,71 @@ inline int shared_most() {
     const char* kib = getenv("CUDA_CPU_SHARED_KIB");
     return kib ? atoi(kib) << 10 : (int)MAX_SHARED;
 }
+inline int devices() { return size_setting("CUDA_CPU_DEVICES", 1); }
 inline cudaError_t device_state() {
-    const char* devices = getenv("CUDA_CPU_DEVICES");
     const char* driver = getenv("CUDA_CPU_DRIVER");
     if (driver && strcmp(driver, "old") == 0) { return cudaErrorInsufficientDriver; }
-    return devices && atoi(devices) == 0 ? cudaErrorNoDevice : cudaSuccess;
+    return devices() == 0 ? cudaErrorNoDevice : cudaSuccess;
 }
 inline double seconds() {
     struct timespec t;
     clock_gettime(CLOCK_MONOTONIC, &t);
     return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
 }
-// Runs the work now, or keeps it, for when somebody waits or if the stream is being captured into a graph.
-template <typename F> inline void submit(Stream* stream, F&& work) {
-    if (!stream) {
-        work();
-    } else {
-        (stream->capture ? *stream->capture : stream->queue).push_back(work);
+// Works a stream off, up to a record if there is one; false: not yet, it waits for something.
+inline bool advance(Stream* s, const Record* until = NULL) {
+    while (s && !(until && until->done) && !s->queue.empty()) {
+        if (s->busy) { return false; }
+        s->busy = true;
+        bool done = s->queue.front()();
+        s->busy = false;
+        if (!done) { return false; }
+        s->queue.pop_front();
+    }
+    return true;
+}
+// Calls `step` until it is true. What takes long waits for a process that may itself wait for another stream of this
+// one: after a while all of them go on, as on a GPU.
+template <typename F> inline void wait_until(F&& step) {
+    for (double start = seconds(); !step(); usleep(20)) {
+        for (size_t i = 0; i < streams.size() && seconds() > start + 2; i++) { advance(streams[i]); }
     }
 }
 inline void finish(Stream* s) {
-    if (!s) { return; }
-    for (auto& work : s->queue) { work(); }
-    s->queue.clear();
+    wait_until([=] { return advance(s); });
 }
 inline void finish_all(void) {
-    for (Stream* s : streams) { finish(s); }
+    wait_until([] {
+        bool done = true;
+        for (Stream* s : streams) { done = advance(s) && done; }
+        return done;
+    });
+}
+// Runs the work now, or keeps it, for when somebody waits or if the stream is being captured into a graph.
+inline void submit_work(Stream* stream, const Work& work) {
+    if (!stream) {
+        wait_until(work);
+    } else if (stream->capture) {
+        stream->capture->push_back(work);
+    } else {
+        stream->queue.push_back(work);
+        stream->asked = false;
+    }
+}
+template <typename F> inline void submit(Stream* stream, F&& work) {
+    submit_work(stream, [=] {
+        work();
+        return true;
+    });
+}
+// Whether something is done, as cudaStreamQuery and cudaEventQuery ask: the first answer is no, since a GPU may take
+// its time; the second makes progress.
+inline cudaError_t query(Stream* stream, const Record* until, bool* asked) {
+    bool nothing = until ? until->done : !stream || stream->queue.empty();
+    if (nothing) { return cudaSuccess; }
+    bool again = *asked;
+    *asked = true;
+    return again && advance(stream, until) ? cudaSuccess : cudaErrorNotReady;
 }
 
 // A launch as a hook sees it, when its turn in the stream has come. Arguments as the kernel's parameters have them; a
@@ -152,6 +213,10 @@ inline void launch(const char* name, dim3 grid, dim3 block, size_t shared, Strea
     size_t threads = (size_t)block.x * block.y * block.z;
     if (planted_failure("launch") || planted_failure(name)) {
         set_error(cudaErrorLaunchFailure);
+        return;
+    }
+    if (stream && stream->device != device) {
+        set_error(cudaErrorInvalidResourceHandle);
         return;
     }
     if (threads == 0 || threads > MAX_THREADS || block.z > 64 || grid.x == 0 || grid.y == 0 || grid.z == 0 ||
@@ -206,10 +271,14 @@ static inline const char* cudaGetErrorString(cudaError_t e) {
         case cudaErrorInvalidDevicePointer: return "invalid device pointer";
         case cudaErrorInsufficientDriver: return "CUDA driver version is insufficient for CUDA runtime version";
         case cudaErrorNoDevice: return "no CUDA-capable device is detected";
+        case cudaErrorInvalidDevice: return "invalid device ordinal";
+        case cudaErrorInvalidResourceHandle: return "invalid resource handle";
+        case cudaErrorNotReady: return "device not ready";
         case cudaErrorNoKernelImageForDevice: return "no kernel image is available for execution on the device";
         case cudaErrorLaunchFailure: return "unspecified launch failure";
         case cudaErrorStreamCaptureUnsupported: return "operation not permitted when stream is capturing";
         case cudaErrorStreamCaptureInvalidated: return "operation failed due to a previous error during capture";
+        case cudaErrorStreamCaptureIsolation: return "dependency created on uncaptured work in another stream";
         case cudaErrorCapturedEvent: return "operation not permitted on an event last recorded in a capturing stream";
         case cudaErrorUnknown: return "unknown error";
         default: return "invalid argument";
@@ -221,15 +290,23 @@ static inline cudaError_t cudaGetLastError(void) {
     return e;
 }
 static inline cudaError_t cudaGetDeviceCount(int* n) {
-    *n = cuda_cpu::device_state() == cudaSuccess ? 1 : 0;
+    *n = cuda_cpu::device_state() == cudaSuccess ? cuda_cpu::devices() : 0;
     return cuda_cpu::device_state();
 }
 static inline cudaError_t cudaSetDevice(int device) {
     CUDA_CPU_CALL();
-    return device == 0 ? cuda_cpu::device_state() : cudaErrorInvalidValue;
+    if (cuda_cpu::device_state() != cudaSuccess) { return cuda_cpu::device_state(); }
+    if (device < 0 || device >= cuda_cpu::devices()) { return cuda_cpu::set_error(cudaErrorInvalidDevice); }
+    cuda_cpu::device = device;
+    return cudaSuccess;
 }
-static inline cudaError_t cudaGetDeviceProperties(cudaDeviceProp* p, int) {
+static inline cudaError_t cudaGetDevice(int* device) {
+    *device = cuda_cpu::device;
+    return cuda_cpu::device_state();
+}
+static inline cudaError_t cudaGetDeviceProperties(cudaDeviceProp* p, int device) {
     memset(p, 0, sizeof(*p));
+    snprintf(p->uuid.bytes, sizeof p->uuid.bytes, "cuda_cpu %d", device);
     snprintf(p->name, sizeof(p->name), "CPU emulator (dev/cuda_cpu)");
     p->totalGlobalMem = cuda_cpu::memory_total();
     p->sharedMemPerBlockOptin = (size_t)cuda_cpu::shared_most();
@@ -332,12 +409,32 @@ static inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attr
     return cudaSuccess;
 }
 
+// Pinned memory, which a copy reads and writes when its turn has come.
+static inline cudaError_t cudaHostAlloc(void** p, size_t n, unsigned) {
+    CUDA_CPU_WAITS();
+    return posix_memalign(p, 256, n ? n : 1) ? cuda_cpu::set_error(cudaErrorMemoryAllocation) : cudaSuccess;
+}
+static inline cudaError_t cudaFreeHost(void* p) {
+    CUDA_CPU_WAITS();
+    cuda_cpu::finish_all();
+    free(p);
+    return cudaSuccess;
+}
+
 static inline cudaError_t cudaStreamCreate(cudaStream_t* s) {
     CUDA_CPU_CALL();
-    cuda_cpu::streams.push_back(*s = new cuda_cpu::Stream{NULL, {}});
+    cuda_cpu::streams.push_back(*s = new cuda_cpu::Stream{NULL, {}, cuda_cpu::device, false, false});
     return cudaSuccess;
 }
 static inline cudaError_t cudaStreamCreateWithFlags(cudaStream_t* s, unsigned) {
+    CUDA_CPU_CALL();
+    return cudaStreamCreate(s);
+}
+static inline cudaError_t cudaDeviceGetStreamPriorityRange(int* least, int* greatest) {
+    *least = 0, *greatest = -5;
+    return cudaSuccess;
+}
+static inline cudaError_t cudaStreamCreateWithPriority(cudaStream_t* s, unsigned, int) {
     CUDA_CPU_CALL();
     return cudaStreamCreate(s);
 }
@@ -352,27 +449,61 @@ static inline cudaError_t cudaStreamSynchronize(cudaStream_t s) {
     cuda_cpu::finish(s);
     return cudaSuccess;
 }
-static inline cudaError_t cudaEventCreate(cudaEvent_t* e) {
-    *e = new cuda_cpu::Event{0, false};
+static inline cudaError_t cudaStreamQuery(cudaStream_t s) {
+    CUDA_CPU_WAITS();
+    return s ? cuda_cpu::query(s, NULL, &s->asked) : cudaSuccess;
+}
+static inline cudaError_t cudaEventCreateWithFlags(cudaEvent_t* e, unsigned flags) {
+    CUDA_CPU_CALL();
+    *e = new cuda_cpu::Event{NULL, false, !(flags & cudaEventDisableTiming)};
     return cudaSuccess;
 }
+static inline cudaError_t cudaEventCreate(cudaEvent_t* e) { return cudaEventCreateWithFlags(e, 0); }
 static inline cudaError_t cudaEventDestroy(cudaEvent_t e) {
     delete e;
     return cudaSuccess;
 }
 static inline cudaError_t cudaEventRecord(cudaEvent_t e, cudaStream_t s = NULL) {
+    CUDA_CPU_CALL();
     e->captured = s && s->capture;
-    cuda_cpu::submit(s, [=] { e->seconds = cuda_cpu::seconds(); });
+    auto record = std::make_shared<cuda_cpu::Record>(cuda_cpu::Record{s, false, false, 0});
+    e->last = record;
+    cuda_cpu::submit(s, [=] { record->done = true, record->seconds = cuda_cpu::seconds(); });
     return cudaSuccess;
 }
 static inline cudaError_t cudaEventSynchronize(cudaEvent_t e) {
+    CUDA_CPU_WAITS();
     if (e->captured) { return cudaErrorCapturedEvent; }
-    cuda_cpu::finish_all();
+    std::shared_ptr<cuda_cpu::Record> record = e->last;
+    if (record) {
+        cuda_cpu::wait_until([&] { return cuda_cpu::advance(record->stream, record.get()); });
+    }
     return cudaSuccess;
+}
+static inline cudaError_t cudaEventQuery(cudaEvent_t e) {
+    CUDA_CPU_WAITS();
+    if (e->captured) { return cuda_cpu::set_error(cudaErrorCapturedEvent); }
+    return e->last ? cuda_cpu::query(e->last->stream, e->last.get(), &e->last->asked) : cudaSuccess;
 }
 static inline cudaError_t cudaEventElapsedTime(float* ms, cudaEvent_t a, cudaEvent_t b) {
     if (a->captured || b->captured) { return cuda_cpu::set_error(cudaErrorCapturedEvent); }
-    *ms = (float)(1e3 * (b->seconds - a->seconds));
+    if (!a->timed || !b->timed || !a->last || !b->last) { return cuda_cpu::set_error(cudaErrorInvalidResourceHandle); }
+    if (!a->last->done || !b->last->done) { return cudaErrorNotReady; }
+    *ms = (float)(1e3 * (b->last->seconds - a->last->seconds));
+    return cudaSuccess;
+}
+// The stream's later work waits for what the event was last recorded behind. Streams that are captured together are not
+// modelled.
+static inline cudaError_t cudaStreamWaitEvent(cudaStream_t s, cudaEvent_t e, unsigned = 0) {
+    CUDA_CPU_CALL();
+    if (e->captured || (s && s->capture)) {
+        cuda_cpu::capture_broken = true;
+        return cuda_cpu::set_error(cudaErrorStreamCaptureIsolation);
+    }
+    std::shared_ptr<cuda_cpu::Record> record = e->last;
+    if (record) {
+        cuda_cpu::submit_work(s, [=] { return record->done || cuda_cpu::advance(record->stream, record.get()); });
+    }
     return cudaSuccess;
 }
 
@@ -400,7 +531,7 @@ static inline cudaError_t cudaGraphInstantiate(cudaGraphExec_t* e, cudaGraph_t g
 }
 static inline cudaError_t cudaGraphLaunch(cudaGraphExec_t e, cudaStream_t stream) {
     CUDA_CPU_CALL();
-    for (auto& work : *e) { cuda_cpu::submit(stream, work); }
+    for (auto& work : *e) { cuda_cpu::submit_work(stream, work); }
     return cudaSuccess;
 }
 static inline cudaError_t cudaGraphDestroy(cudaGraph_t g) {

@@ -380,6 +380,100 @@ static void test_streams() {
     cudaStreamDestroy(s);
 }
 
+// Work on a stream whose result another one reads, with and without an event between them.
+static void test_events() {
+    Device<float> x(1), y(1);
+    cudaStream_t first, second;
+    cudaEvent_t made, quiet;
+    cudaStreamCreate(&first);
+    cudaStreamCreateWithPriority(&second, cudaStreamNonBlocking, -5);
+    cudaEventCreateWithFlags(&made, cudaEventDisableTiming);
+    cudaEventCreate(&quiet);
+    check(cudaStreamWaitEvent(second, made) == cudaSuccess && cudaStreamSynchronize(second) == cudaSuccess,
+          "an event that was never recorded holds nothing up");
+    for (bool waits : {false, true}) {
+        x.p[0] = 1, y.p[0] = 0;
+        LAUNCH(scale_kernel, 1, 32, 0, first, x.p, 1, 2.0f);
+        cudaEventRecord(made, first);
+        LAUNCH(scale_kernel, 1, 32, 0, first, x.p, 1, 50.0f);
+        if (waits) { cudaStreamWaitEvent(second, made); }
+        cudaMemcpyAsync(y.p, x.p, sizeof(float), cudaMemcpyDeviceToDevice, second);
+        cudaStreamSynchronize(second);
+        check(y.p[0] == (waits ? 2 : 1), waits ? "a stream that waits for an event sees what was before it, no more"
+                                               : "planted: a missing event leaves stale data");
+        cudaStreamSynchronize(first);
+    }
+
+    // The record of then counts, not one that comes later.
+    x.p[0] = 1;
+    LAUNCH(scale_kernel, 1, 32, 0, first, x.p, 1, 2.0f);
+    cudaEventRecord(made, first);
+    cudaStreamWaitEvent(second, made);
+    LAUNCH(scale_kernel, 1, 32, 0, first, x.p, 1, 2.0f);
+    cudaEventRecord(made, first);
+    cudaStreamSynchronize(second);
+    check(x.p[0] == 2, "a stream waits for the record of its call");
+    check(cudaEventSynchronize(made) == cudaSuccess && x.p[0] == 4, "the host waits for the last record");
+
+    // Two streams that wait for each other in turn.
+    x.p[0] = 1;
+    for (int i = 0; i < 3; i++) {
+        cudaStream_t s = i % 2 ? second : first, next = i % 2 ? first : second;
+        LAUNCH(scale_kernel, 1, 32, 0, s, x.p, 1, 2.0f);
+        cudaEventRecord(made, s);
+        cudaStreamWaitEvent(next, made);
+    }
+    check(cudaStreamSynchronize(second) == cudaSuccess && x.p[0] == 8, "streams that wait for each other in turn");
+    cudaStreamSynchronize(first);
+
+    // Queries: late, then done; none of them runs what is behind.
+    LAUNCH(scale_kernel, 1, 32, 0, first, x.p, 1, 2.0f);
+    cudaEventRecord(quiet, first);
+    LAUNCH(scale_kernel, 1, 32, 0, first, x.p, 1, 2.0f);
+    check(cudaEventQuery(quiet) == cudaErrorNotReady && x.p[0] == 8, "an event that is asked for is not ready at once");
+    check(cudaEventQuery(quiet) == cudaSuccess && x.p[0] == 16 && cudaEventQuery(quiet) == cudaSuccess,
+          "asked again it is, and nothing behind it");
+    check(cudaStreamQuery(first) == cudaErrorNotReady && x.p[0] == 16 && cudaStreamQuery(first) == cudaSuccess &&
+              x.p[0] == 32 && cudaStreamQuery(first) == cudaSuccess,
+          "and so is a stream");
+    float ms = -1;
+    check(cudaEventElapsedTime(&ms, made, quiet) == cudaErrorInvalidResourceHandle &&
+              cudaEventElapsedTime(&ms, quiet, quiet) == cudaSuccess && ms == 0,
+          "an event without timing tells no time");
+    cudaStreamBeginCapture(first, cudaStreamCaptureModeRelaxed);
+    cudaError_t inside = cudaStreamWaitEvent(first, quiet);
+    cudaGraph_t graph = NULL;
+    check(inside == cudaErrorStreamCaptureIsolation &&
+              cudaStreamEndCapture(first, &graph) == cudaErrorStreamCaptureInvalidated,
+          "planted: a capture that waits for what is outside of it");
+    cudaEventDestroy(made);
+    cudaEventDestroy(quiet);
+    cudaStreamDestroy(first);
+    cudaStreamDestroy(second);
+    cudaGetLastError();
+}
+
+static void test_devices() {
+    Device<float> x(1);
+    cudaStream_t s;
+    cudaDeviceProp a, b;
+    int n = 0, now = 9;
+    setenv("CUDA_CPU_DEVICES", "3", 1);
+    check(cudaGetDeviceCount(&n) == cudaSuccess && n == 3 && cudaSetDevice(3) == cudaErrorInvalidDevice &&
+              cudaSetDevice(2) == cudaSuccess && cudaGetDevice(&now) == cudaSuccess && now == 2,
+          "several devices");
+    cudaGetDeviceProperties(&a, 1);
+    cudaGetDeviceProperties(&b, 2);
+    check(memcmp(&a.uuid, &b.uuid, sizeof a.uuid) != 0, "each with a number of its own");
+    cudaStreamCreate(&s);
+    cudaSetDevice(0);
+    cudaGetLastError();
+    LAUNCH(scale_kernel, 1, 32, 0, s, x.p, 1, 2.0f);
+    check(cudaGetLastError() == cudaErrorInvalidResourceHandle, "planted: a launch into another device's stream");
+    cudaStreamDestroy(s);
+    unsetenv("CUDA_CPU_DEVICES");
+}
+
 // Captures what `submit` does; the graph, or NULL with *error.
 template <typename F> static cudaGraph_t capture(cudaStream_t s, F submit, cudaError_t* error) {
     cudaGraph_t g = NULL;
@@ -804,6 +898,8 @@ int main() {
     test_gemm();
     test_graph();
     test_streams();
+    test_events();
+    test_devices();
     test_capture();
     test_hook();
     test_failures();
