@@ -76,6 +76,11 @@ static const Bf16Measured BF16_MEASURED[] = {
      {0.0172, {0.0241, 0.0599, 0.0242}, 0.0302},
      {0.0958, {0.232, 0.0547, 0.0959}, 0},
      {0.0255, {0.0249, 0.0245, 0.0256}, 0}},
+    {"cuda bf16, cuDNN",  // the random ones all of layers that it serves
+     {0.0379, {0.0509, 0.0967, 0.0576}, 0.152},
+     {0.0172, {0.0241, 0.0690, 0.0242}, 0.0302},
+     {0.0403, {0.0660, 0.0410, 0.0403}, 0},
+     {0, {0, 0, 0}, 0}},
     {"cpu bf16",
      {0.0575, {0.0684, 0.125, 0.123}, 0.0610},
      {0.0178, {0.0265, 0.0497, 0.0277}, 0.0302},
@@ -183,6 +188,19 @@ static Config random_config(Rng* rng, bool many_heads, int* B, int* T) {
         if (many_heads && draw(rng, 6)) { c.head_mix_pre_softmax = c.head_mix_post_softmax = 16; }
         c.head_gate = draw(rng, 2);
     }
+    if (!config_check(&c, &e)) { die("%s", e.text); }
+    return c;
+}
+
+// One whose layers are of heads that the fused kernels and cuDNN serve, some with a convolution before the softmax.
+static Config random_fused_config(Rng* rng, int* B, int* T) {
+    Config c = random_config(rng, false, B, T);
+    Error e = {{0}};
+    c.hidden_size = c.num_attention_heads * 8 * (1 + draw(rng, 2));
+    c.kq_conv_query_size = 1 + (c.kq_conv_query_size - 1) % 6;
+    c.kq_conv_post_softmax = false;
+    c.head_mix_pre_softmax = 0;
+    if (c.head_mix_post_softmax) { c.head_mix_post_softmax = c.num_attention_heads % 2 ? 0 : 2; }
     if (!config_check(&c, &e)) { die("%s", e.text); }
     return c;
 }
@@ -1607,16 +1625,17 @@ static void test_real_initialisation(const Trainer* tr, const char* kind, int he
 }
 
 // Models drawn at random, every field in any combination, at odd sizes, batches and chunks: loss and all gradients
-// against the CPU. many_heads: 16 or 32, mostly mixed in groups of 16, which bf16 does on tensor cores.
-static void test_random_models(const Trainer* tr, int models, bool many_heads) {
+// against the CPU. many_heads: 16 or 32, mostly mixed in groups of 16, which bf16 does on tensor cores. fused: all of
+// random_fused_config.
+static void test_random_models(const Trainer* tr, int models, bool many_heads, bool fused) {
     Rng rng = rng_make(17, many_heads ? 3 : 1);
     char worst_model[192] = "";
     double worst = 0, parts[N_PARTS] = {0};
     for (int i = 0; i < models; i++) {
         int B, T;
-        Config c = random_config(&rng, many_heads, &B, &T);
+        Config c = fused ? random_fused_config(&rng, &B, &T) : random_config(&rng, many_heads, &B, &T);
         int NH = c.num_attention_heads, HS = config_head_size(&c);
-        void* m = make_model(tr, &c, B, T, draw(&rng, 2) ? 0 : 1 + draw(&rng, T));
+        void* m = make_model(tr, &c, B, T, fused || draw(&rng, 2) ? 0 : 1 + draw(&rng, T));
         int32_t *tokens = random_tokens((uint64_t)i, (size_t)B * T, c.vocab_size),
                 *targets = random_tokens((uint64_t)i + 1000, (size_t)B * T, c.vocab_size);
         for (int n = 1; n < B * T; n += 5) { targets[n] = -100; }
@@ -1829,8 +1848,8 @@ static void test_trainer(const Trainer* tr) {
 
 // train_mta.cu against train_mta.c.
 static void test_against_cpu(const Trainer* tr) {
-    if (wanted("random models")) { test_random_models(tr, models, false); }
-    if (wanted("many heads")) { test_random_models(tr, (models + 5) / 6, true); }
+    if (wanted("random models")) { test_random_models(tr, models, false, false); }
+    if (wanted("many heads")) { test_random_models(tr, (models + 5) / 6, true, false); }
     for (int k = 0; k < N_KINDS; k++) {
         if (wanted("against the CPU")) { test_real_initialisation(tr, KINDS[k], 0); }
         if (wanted("ten steps")) { test_ten_steps(tr, KINDS[k]); }
@@ -1838,6 +1857,74 @@ static void test_against_cpu(const Trainer* tr) {
     if (wanted("against the CPU")) {  // these mix on tensor cores
         test_real_initialisation(tr, "mta-full", 16);
         test_real_initialisation(tr, "talking-heads", 16);
+    }
+}
+
+// train_mta.cu with attention by cuDNN in the layers that it serves; on dev/cuda_cpu by a stand-in.
+static void* create_by_cudnn(const Config* c, int B, int T, int chunk, bool training, Error* e) {
+    return trainer_cuda()->create(c, B, T, chunk ? chunk : CHUNK_CUDNN, training, e);
+}
+
+// Its gradients beside those of the own kernels: not the same bits, as near as both are to fp32; and twice the same.
+static void test_cudnn_beside_own(const Trainer* tr, const char* kind) {
+    Config c = small_config(kind);
+    int B = 3, T = 50;
+    double difference = 0, norm = 0;
+    char title[128];
+    c.hidden_size = 32;  // heads of 8
+    c.kq_conv_layer[1] = false;
+    void *m = make_model(tr, &c, B, T, 0), *own = make_model(trainer_cuda(), &c, B, T, 0);
+    int32_t *tokens = random_tokens(3, (size_t)B * T, c.vocab_size),
+            *targets = random_tokens(4, (size_t)B * T, c.vocab_size);
+    perturb(tr, m, &c, 5);
+    perturb(tr, own, &c, 5);
+    mean_gradients(tr, m, tokens, targets, B, T);
+    mean_gradients(tr, own, tokens, targets, B, T);
+    float *got = get_all(tr, m, STATE_GRADIENT), *want = get_all(tr, own, STATE_GRADIENT);
+    size_t n = tr->tensors(m)->parameters;
+    for (size_t i = 0; i < n; i++) {
+        difference += ((double)got[i] - (double)want[i]) * ((double)got[i] - (double)want[i]);
+        norm += (double)want[i] * (double)want[i];
+    }
+    void* again_model = make_model(tr, &c, B, T, 0);
+    perturb(tr, again_model, &c, 5);
+    mean_gradients(tr, again_model, tokens, targets, B, T);
+    float* again = get_all(tr, again_model, STATE_GRADIENT);
+    bool same = !memcmp(got, again, n * sizeof(float));
+    double error = sqrt(difference / norm);
+    title_of(title, sizeof title, tr, "gradients beside the own kernels'", kind);
+    verdict(error > 0 && error <= 1.5 * bf16_measured(tr).golden.all && same, title, "relative difference %.2g, %s",
+            error, same ? "twice the same bits" : "other bits the second time");
+    void* models_made[] = {m, own, again_model};
+    for (int i = 0; i < 3; i++) { tr->destroy(models_made[i]); }
+    float* arrays[] = {got, want, again};
+    for (int i = 0; i < 3; i++) { free(arrays[i]); }
+    free(tokens);
+    free(targets);
+}
+
+static void test_cudnn(void) {
+    static const char* const kinds[] = {"transformer", "mta", "diff"};
+    const bool golden = wanted("cuDNN golden"), random = wanted("cuDNN random models"),
+               beside = wanted("cuDNN beside own"), real = wanted("cuDNN against the CPU");
+    Trainer tr = *trainer_cuda();
+    Config c = small_config("transformer");
+    Error e = {{0}};
+    tr.name = "cuda bf16, cuDNN";
+    tr.create = create_by_cudnn;
+    if (tr.exact || !(golden || random || beside || real)) { return; }
+    void* m = tr.create(&c, 1, 1, 0, true, &e);
+    if (!m) {
+        printf("skip %-44s %s\n", tr.name, e.text);
+        skipped++;
+        return;
+    }
+    tr.destroy(m);
+    if (golden) { golden_directory(&tr); }
+    if (random) { test_random_models(&tr, (models + 1) / 2, false, true); }
+    for (int k = 0; k < 3; k++) {
+        if (beside) { test_cudnn_beside_own(&tr, kinds[k]); }
+        if (real) { test_real_initialisation(&tr, kinds[k], 0); }
     }
 }
 
@@ -1927,6 +2014,7 @@ int main(int argc, char** argv) {
         test_trainer(tr);
         if (trainer_cuda) {
             test_against_cpu(tr);
+            test_cudnn();
         } else {
             test_bf16_products();
         }

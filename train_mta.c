@@ -2048,6 +2048,10 @@ int main(int argc, char** argv) {
     blas_take_memory();
     bool bf16 = options.matmul && !strcmp(options.matmul, "bf16");
     if (bf16 && !bf16_products(&e)) { die("--matmul bf16: %s", e.text); }
+    if (strcmp(options.attention_kernels, "own") != 0) {
+        die("--attention-kernels: got %s, this trainer has its own alone; cudnn is of train_mta_cuda",
+            options.attention_kernels);
+    }
     run_settle(&run, bf16 ? trainer_cpu_bf16() : trainer_cpu(), &options);
     print_plan(&run);
     if (options.dry_run) { return EXIT_DONE; }

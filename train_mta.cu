@@ -35,6 +35,7 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#include "mta/attention_cudnn.h"
 #include "mta/config.h"
 #include "mta/train.h"
 #include "mta/trainer.h"
@@ -624,11 +625,11 @@ static void rope_forward(floatX* q, floatX* k, floatX* v, const floatX* qkv, con
                 q, k, v, qkv, *r, B);
 }
 
-// The reverse for S sequences: dq (q_parts,S,NH,T,HS), dk (S,NH,T,HS) and dv (v_parts,S,NH,T,HS), in fp32, become dqkv
-// (S,T,NH+2*NKV,HS). Parts, and heads that share keys, are added in order, then rotated back.
-template <int W>
-static __global__ void rope_backward_kernel(floatX* dqkv, const float* dq, const float* dk, const float* dv, Rope r,
-                                            int S, int q_parts, int v_parts) {
+// The reverse for S sequences: dq (q_parts,S,NH,T,HS), dk (S,NH,T,HS) and dv (v_parts,S,NH,T,HS), in fp32 or as cuDNN
+// rounds them, become dqkv (S,T,NH+2*NKV,HS). Parts, and heads that share keys, are added in order, then rotated back.
+template <int W, typename From>
+static __global__ void rope_backward_kernel(floatX* dqkv, const From* dq, const From* dk, const From* dv, Rope r, int S,
+                                            int q_parts, int v_parts) {
     const int T = r.T, NH = r.NH, NKV = r.NKV, HS = r.HS, half = HS / 2, packs = half / W, heads = NH + 2 * NKV;
     size_t id = (size_t)blockIdx.x * blockDim.x + threadIdx.x, all = (size_t)S * NH * T * HS;
     if (id >= (size_t)S * T * heads * packs) { return; }
@@ -636,16 +637,16 @@ static __global__ void rope_backward_kernel(floatX* dqkv, const float* dq, const
     // Which pairs, of which packed head and token this thread writes.
     int t2 = (int)(id % packs) * W, which = (int)(id / packs % heads), n = (int)(id / packs / heads), b = n / T,
         t = n % T;
-    const float* from = which < NH ? dq : which < NH + NKV ? dk : dv;
+    const From* from = which < NH ? dq : which < NH + NKV ? dk : dv;
     int share = which < NH ? 1 : NH / NKV, parts = which < NH ? q_parts : which < NH + NKV ? 1 : v_parts;
     int head = which < NH ? which : (which - NH) % NKV * share;
 
     // Add up the parts of each head, then the heads that share these keys or values.
     Pack<float, W> x = {}, y = {};
     for (int s = 0; s < share * parts; s++) {
-        const float* inp = from + s / share * all + (((size_t)b * NH + head + s % share) * T + t) * HS + t2;
-        Pack<float, W> xi = load<W>(inp), yi = load<W>(inp + half);
-        for (int e = 0; e < W; e++) { x.v[e] += xi.v[e], y.v[e] += yi.v[e]; }
+        const From* inp = from + s / share * all + (((size_t)b * NH + head + s % share) * T + t) * HS + t2;
+        Pack<From, W> xi = load<W>(inp), yi = load<W>(inp + half);
+        for (int e = 0; e < W; e++) { x.v[e] += (float)xi.v[e], y.v[e] += (float)yi.v[e]; }
     }
 
     // The inverse of a rotation is its transpose; v was not rotated.
@@ -665,11 +666,14 @@ static __global__ void rope_backward_kernel(floatX* dqkv, const float* dq, const
     store<W>(out, xo);
     store<W>(out + half, yo);
 }
-static void rope_backward(floatX* dqkv, const float* dq, const float* dk, const float* dv, const Rope* r, int S,
+template <typename From>
+static void rope_backward(floatX* dqkv, const From* dq, const From* dk, const From* dv, const Rope* r, int S,
                           int q_parts, int v_parts, Cuda* g) {
     int half = r->HS / 2, W = half % WIDE ? 1 : WIDE;
-    LAUNCH_WIDE(half, rope_backward_kernel, ceil_div((size_t)S * r->T * (r->NH + 2 * r->NKV) * (half / W), 256), 256, 0,
-                g->stream, dqkv, dq, dk, dv, *r, S, q_parts, v_parts);
+    auto kernel = half % WIDE ? rope_backward_kernel<1, From> : rope_backward_kernel<WIDE, From>;
+    LAUNCH(kernel, ceil_div((size_t)S * r->T * (r->NH + 2 * r->NKV) * (half / W), 256), 256, 0, g->stream, dqkv, dq, dk,
+           dv, *r, S, q_parts, v_parts);
+    launchCheck(g->stream);
 }
 
 // =====================================================================================================================
@@ -703,6 +707,7 @@ typedef struct {
     int chunk;              // queries of a chunk
     const float* pair_mix;  // (NH/2,2,2) mix_post or diff_mix in fp32, for the fused kernels
     bool flash;             // they serve this layer
+    AttentionCudnn* cudnn;  // cuDNN does, in their place; NULL = off
     size_t shared;          // bytes of shared memory of a block there
 } Attention;
 
@@ -729,6 +734,10 @@ static int flash_splits(int S, int NH, int T);
 static void flash_attention_forward(floatX* out, float* stats, const floatX* q, const floatX* k, const floatX* v,
                                     const Attention* a, Cuda* g);
 static void flash_attention_backward(const AttentionSums* sums, const floatX* dout, const floatX* out, const Heads* x,
+                                     const Attention* a, int S, const AttentionScratch* scratch, Cuda* g);
+static void cudnn_attention_forward(floatX* out, const Heads* x, const Attention* a, int S,
+                                    const AttentionScratch* scratch, Cuda* g);
+static void cudnn_attention_backward(const AttentionSums* sums, const floatX* dout, const floatX* out, const Heads* x,
                                      const Attention* a, int S, const AttentionScratch* scratch, Cuda* g);
 
 // As operands of products, a batch of heads: a tile from row i on; x (heads,T,HS) from row i on
@@ -1261,6 +1270,8 @@ struct AttentionScratch {
     floatX* dz;           // what the fused kernels need: FlashScratch
     float* dots;
     unsigned* bounds;
+    floatX* wide;  // what cuDNN needs: (4,S,NH,T,2*HS) rows of both values of a pair side by side; its workspace
+    void* cudnn;
 };
 
 static int attention_tiles(const Attention* a) {
@@ -1428,13 +1439,17 @@ static Heads attention_heads(const floatX* q, const floatX* k, const floatX* v, 
 // (B,NH,T,HS). q, k, v (B,NH,T,HS), q and k rotated; stats (B,NH,T,2) for the backward pass
 static void attention_forward(floatX* out, float* stats, const floatX* q, const floatX* k, const floatX* v,
                               const Attention* a, const AttentionScratch* scratch, Cuda* g) {
-    if (a->flash) {
+    if (a->flash && !a->cudnn) {
         flash_attention_forward(out, stats, q, k, v, a, g);
         return;
     }
     for (int b = 0; b < a->B; b += a->S) {
         int S = min_int(a->S, a->B - b);
         Heads x = attention_heads(q, k, v, stats, a, b, S, scratch, g);
+        if (a->cudnn) {
+            cudnn_attention_forward(out + (size_t)b * a->NH * a->T * a->HS, &x, a, S, scratch, g);
+            continue;
+        }
         for (int lo = 0; lo < a->T; lo += a->chunk) {
             int hi = min_int(lo + a->chunk, a->T);
             Maps m = attention_maps(scratch, &x, a, S, lo, hi, false, g);
@@ -1453,6 +1468,12 @@ static void attention_backward(floatX* dqkv, const AttentionSums* sums, const fl
     for (int b = 0; b < a->B; b += a->S) {
         int S = min_int(a->S, a->B - b), q_parts = a->flash ? flash_splits(S, a->NH, a->T) : 1;
         Heads x = attention_heads(q, k, v, stats, a, b, S, scratch, g);
+        if (a->cudnn) {
+            cudnn_attention_backward(sums, dout + b * sequence, out + b * sequence, &x, a, S, scratch, g);
+            rope_backward(dqkv + b * packed, (floatX*)scratch->dq, (floatX*)scratch->dk, (floatX*)scratch->dv, rope, S,
+                          1, mix_parts(a), g);
+            continue;
+        }
         if (a->flash) {
             flash_attention_backward(sums, dout + b * sequence, out + b * sequence, &x, a, S, scratch, g);
         } else {
@@ -3264,18 +3285,25 @@ typedef struct {
     float* parts;      // of the weights' gradients
 } FlashScratch;
 
-// d is set; conv_pre and mix_post of the sums are added to. mix (NH/ch,ch,ch); shared: bytes that a block may have
-static void flash_backward(const FlashGradients* d, const AttentionSums* sums, const floatX* dout, const floatX* z,
-                           const float* stats, const float* mix, const Flash* f, int ch, size_t shared,
-                           const FlashScratch* s, Cuda* g) {
-    int splits = flash_splits(f->S, f->NH, f->T), blocks = prepare_blocks(f->T), groups = f->NH / ch;
-    cudaCheck(cudaMemsetAsync(d->q, 0, (size_t)splits * f->S * f->NH * f->T * f->HS * sizeof(float), g->stream));
+// dz, dots and bounds of the scratch are set, mix_post of the sums is added to.
+static void flash_prepare(const AttentionSums* sums, const floatX* dout, const floatX* z, const float* mix,
+                          const Flash* f, int ch, const FlashScratch* s, Cuda* g) {
+    int blocks = prepare_blocks(f->T), groups = f->NH / ch;
     cudaCheck(cudaMemsetAsync(s->bounds, 0, (size_t)f->S * f->NH * 2 * sizeof(unsigned), g->stream));
     auto fused_prepare = ch == 2 ? flash_prepare_kernel<2> : flash_prepare_kernel<1>;
     LAUNCH(fused_prepare, dim3(blocks, groups, f->S), ROW_THREADS, ROW_WARPS * ch * ch * sizeof(float), g->stream,
            s->dz, s->dots, s->bounds, s->parts, dout, z, mix, *f);
     launchCheck(g->stream);
     if (ch > 1) { sums_add(sums->mix_post, s->parts, f->S, groups, blocks, ch * ch, g); }
+}
+
+// d is set; conv_pre and mix_post of the sums are added to. mix (NH/ch,ch,ch); shared: bytes that a block may have
+static void flash_backward(const FlashGradients* d, const AttentionSums* sums, const floatX* dout, const floatX* z,
+                           const float* stats, const float* mix, const Flash* f, int ch, size_t shared,
+                           const FlashScratch* s, Cuda* g) {
+    int splits = flash_splits(f->S, f->NH, f->T);
+    cudaCheck(cudaMemsetAsync(d->q, 0, (size_t)splits * f->S * f->NH * f->T * f->HS * sizeof(float), g->stream));
+    flash_prepare(sums, dout, z, mix, f, ch, s, g);
     flash_pick(f->HS, ch, f->conv, [&](auto width, auto heads, auto taps) {
         flash_rows<width(), heads(), taps()>(shared, [&](auto rows) {
             typedef FlashBackward<width(), heads(), taps(), rows()> F;
@@ -3296,8 +3324,8 @@ static void flash_attention_forward(floatX* out, float* stats, const floatX* q, 
         q, k, v, a->conv_pre, a->B, a->T, a->NH, a->HS, a->cq, a->ck, a->B * sequence, 0, (float)(1.0 / sqrt(a->HS))};
     flash_forward(out, stats, &f, mix_parts(a), g);
 }
-static void flash_attention_backward(const AttentionSums* sums, const floatX* dout, const floatX* out, const Heads* x,
-                                     const Attention* a, int S, const AttentionScratch* scratch, Cuda* g) {
+// S sequences of them
+static Flash flash_of(const Heads* x, const Attention* a, int S) {
     size_t sequence = (size_t)a->NH * a->T * a->HS;
     Flash f = {x->q,
                x->k,
@@ -3312,6 +3340,11 @@ static void flash_attention_backward(const AttentionSums* sums, const floatX* do
                a->B * sequence,
                S * sequence,
                (float)(1.0 / sqrt(a->HS))};
+    return f;
+}
+static void flash_attention_backward(const AttentionSums* sums, const floatX* dout, const floatX* out, const Heads* x,
+                                     const Attention* a, int S, const AttentionScratch* scratch, Cuda* g) {
+    Flash f = flash_of(x, a, S);
     FlashScratch s = {scratch->dz, scratch->dots, scratch->bounds, scratch->parts};
     FlashGradients d = {scratch->dq, scratch->dk, scratch->dv};
     flash_backward(&d, sums, dout, out, x->stats, a->pair_mix, &f, mix_parts(a), a->shared, &s, g);
@@ -3336,10 +3369,129 @@ static bool flash_serves(const Config* c, int l, int chunk) {
     int HS = config_head_size(c), ch = c->attention_type == ATTENTION_DIFF ? 2 : c->head_mix_post_softmax;
     bool conv = config_conv_pre(c, l),
          small = c->kq_conv_query_size <= FLASH_TAPS && c->kq_conv_key_size / 2 <= FLASH_REACH;
-    return !EXACT && chunk == 0 && HS % 8 == 0 && HS <= FLASH_HEAD && !c->head_mix_pre_softmax &&
+    return !EXACT && chunk <= 0 && HS % 8 == 0 && HS <= FLASH_HEAD && !c->head_mix_pre_softmax &&
            !config_conv_post(c, l) && (ch == 0 || ch == 2) && (!conv || small) &&
            flash_shared(HS, ch, conv) <= device_shared();
 }
+
+// =====================================================================================================================
+// Fast paths: attention by cuDNN (mta/attention_cudnn.h), --attention-kernels cudnn
+//
+// For the layers of the fused kernels that have no convolution, in sequences of the model's own length; others, as
+// samples have them, take the fused kernels, since cuDNN compiles a plan for every length. Pairs are what they are
+// there: a head with the values of its group side by side. cuDNN wants them as one row of 2*HS, where all else here
+// has parts of HS: copied between the two layouts, 18 KB a token and layer forward, 48 backward (HS 96, 16 heads).
+
+// Does cuDNN serve layer l? chunk CHUNK_CUDNN: where it can
+static bool cudnn_serves(const Config* c, int l, int chunk) {
+    return chunk == CHUNK_CUDNN && flash_serves(c, l, chunk) && !config_conv_pre(c, l);
+}
+
+// What every call for S sequences says of its shape; pairs: values of two heads
+static AttentionShape cudnn_shape(const Attention* a, int S, bool pairs) {
+    AttentionShape s = {S, a->NH, a->T, a->HS, pairs ? 2 * a->HS : a->HS, (float)(1.0 / sqrt(a->HS))};
+    return s;
+}
+
+#if defined(CUDA_CPU) || defined(MTA_CUDNN)
+static void cudnn_check(bool done, const Error* e, const char* file, int line) {
+    if (!done) { cuda_fail(e->text, "cuDNN", file, line); }
+}
+#define cudnnCheck(call) cudnn_check(call, &e, __FILE__, __LINE__)
+
+// wide (heads,T,2*HS) from parts, or parts from wide. Of a pair of heads, element e of block o of head n's row is
+// element e of part n of value head o; parts lie `part` elements apart, 0: the same for both heads. A thread moves 8
+// elements, HS a multiple of 8.
+enum { PAIR_PACK = 8 };
+template <bool WIDEN>
+static __global__ void pair_rows_kernel(floatX* wide, floatX* parts, size_t part, int T, int HS, size_t packs) {
+    size_t id = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
+    if (id >= packs) { return; }
+    int row = 2 * HS / PAIR_PACK, c = (int)(id % row) * PAIR_PACK, o = c / HS, e = c % HS;
+    size_t head = id / row / T, t = id / row % T, n = head % 2;
+    floatX* narrow = parts + n * part + ((head - n + o) * T + t) * HS + e;
+    if (WIDEN) {
+        store<PAIR_PACK>(wide + id * PAIR_PACK, load<PAIR_PACK>(narrow));
+    } else {
+        store<PAIR_PACK>(narrow, load<PAIR_PACK>(wide + id * PAIR_PACK));
+    }
+}
+template <bool WIDEN>
+static void pair_rows(floatX* wide, floatX* parts, size_t part, const Attention* a, int S, Cuda* g) {
+    size_t packs = (size_t)S * a->NH * a->T * 2 * a->HS / PAIR_PACK;
+    LAUNCH(pair_rows_kernel<WIDEN>, ceil_div(packs, 256), 256, 0, g->stream, wide, parts, part, a->T, a->HS, packs);
+    launchCheck(g->stream);
+}
+
+// out: as flash_attention_forward leaves it, of S sequences
+static void cudnn_attention_forward(floatX* out, const Heads* x, const Attention* a, int S,
+                                    const AttentionScratch* scratch, Cuda* g) {
+    Error e = {{0}};
+    bool pairs = a->pair_mix != NULL;
+    AttentionShape s = cudnn_shape(a, S, pairs);
+    size_t wide = (size_t)S * a->NH * a->T * 2 * a->HS;
+    floatX *v = scratch->wide, *z = scratch->wide + wide;
+    if (!pairs) {
+        cudnnCheck(attention_cudnn_forward(a->cudnn, out, x->stats, x->q, x->k, x->v, &s, scratch->cudnn, &e));
+        return;
+    }
+    pair_rows<true>(v, (floatX*)x->v, 0, a, S, g);
+    cudnnCheck(attention_cudnn_forward(a->cudnn, z, x->stats, x->q, x->k, v, &s, scratch->cudnn, &e));
+    pair_rows<false>(z, out, (size_t)a->B * a->NH * a->T * a->HS, a, S, g);
+}
+
+// dq, dk and dv (parts) of the scratch are set, all in floatX; mix_post of the sums is added to.
+static void cudnn_attention_backward(const AttentionSums* sums, const floatX* dout, const floatX* out, const Heads* x,
+                                     const Attention* a, int S, const AttentionScratch* scratch, Cuda* g) {
+    Error e = {{0}};
+    bool pairs = a->pair_mix != NULL;
+    AttentionShape s = cudnn_shape(a, S, pairs);
+    size_t sequence = (size_t)a->NH * a->T * a->HS, wide = 2 * S * sequence;
+    floatX *dq = (floatX*)scratch->dq, *dk = (floatX*)scratch->dk, *dv = (floatX*)scratch->dv;
+    floatX *v_wide = scratch->wide, *z = v_wide + wide, *dz = z + wide, *dv_wide = dz + wide;
+    if (!pairs) {
+        cudnnCheck(attention_cudnn_backward(a->cudnn, dq, dk, dv, dout, out, x->stats, x->q, x->k, x->v, &s,
+                                            scratch->cudnn, &e));
+        return;
+    }
+
+    // The gradient of the mixing, and through it that of Z.
+    Flash f = flash_of(x, a, S);
+    FlashScratch prepared = {scratch->dz, scratch->dots, scratch->bounds, scratch->parts};
+    flash_prepare(sums, dout, out, a->pair_mix, &f, 2, &prepared, g);
+
+    pair_rows<true>(v_wide, (floatX*)x->v, 0, a, S, g);
+    pair_rows<true>(z, (floatX*)out, f.z_part, a, S, g);
+    pair_rows<true>(dz, scratch->dz, f.dz_part, a, S, g);
+    cudnnCheck(attention_cudnn_backward(a->cudnn, dq, dk, dv_wide, dz, z, x->stats, x->q, x->k, v_wide, &s,
+                                        scratch->cudnn, &e));
+    pair_rows<false>(dv_wide, dv, S * sequence, a, S, g);
+}
+
+// The plans of all batches of sequences that a pass of B has: no other is needed while a stream is captured.
+static bool cudnn_plans(AttentionCudnn* c, const Attention* a, int B, bool pairs, bool training, Error* e) {
+    const int batches[] = {min_int(a->S, B), B % a->S};
+    for (int S : batches) {
+        AttentionShape s = cudnn_shape(a, S, pairs);
+        if (S && (!attention_cudnn_plan(c, &s, false, e) || (training && !attention_cudnn_plan(c, &s, true, e)))) {
+            return false;
+        }
+    }
+    return true;
+}
+enum { HAS_CUDNN = 1 };
+#else  // attention_cudnn_open refuses: nothing comes here
+enum { HAS_CUDNN = 0 };
+static void cudnn_attention_forward(floatX*, const Heads*, const Attention*, int, const AttentionScratch*, Cuda*) {
+    assert(false);
+}
+static void cudnn_attention_backward(const AttentionSums*, const floatX*, const floatX*, const Heads*, const Attention*,
+                                     int, const AttentionScratch*, Cuda*) {
+    assert(false);
+}
+static bool cudnn_plans(AttentionCudnn*, const Attention*, int, bool, bool, Error*) { return false; }
+static void attention_cudnn_close(AttentionCudnn*) {}
+#endif
 
 // =====================================================================================================================
 // Fast paths: the launches of a pass as a CUDA graph
@@ -3434,8 +3586,10 @@ typedef struct {
     int B, T;              // the largest micro-batch
     int chunk, sequences;  // queries, and sequences, of an attention chunk
     bool flash;            // fused attention where it serves
-    int att_parts;         // of acts.att
-    int logit_rows;        // rows of a classifier chunk
+    bool by_cudnn;         // cuDNN's where that serves
+    AttentionCudnn cudnn;
+    int att_parts;   // of acts.att
+    int logit_rows;  // rows of a classifier chunk
     Recompute recompute;
     floatX* weights;                // arenas of tensors.numel
     float *master, *grads, *m, *v;  // master is weights where storage is fp32
@@ -3504,7 +3658,7 @@ static size_t carve_activations(Activations* a, const Config* c, int B, int T, i
 // some layer has, unless the fused kernels serve all; chunk 0: chosen, and the fused kernels where they serve.
 typedef struct {
     Attention chunked;
-    bool any_chunked, any_flash;
+    bool any_chunked, any_flash, any_cudnn;
     int S;
 } AttentionPlan;
 
@@ -3526,6 +3680,14 @@ static size_t flash_bytes(const AttentionPlan* p, int S, int parts) {
     int splits = flash_splits(S, a->NH, a->T);
     return (size_t)S * a->NH * (head * ((splits + 1 + parts) * f + parts * sizeof(floatX)) + a->T * f);
 }
+// And in cuDNN: its workspace, and rows of pairs
+static size_t cudnn_wide(const Attention* a, int S, int parts) {
+    return parts > 1 ? 4 * 2 * (size_t)S * a->NH * a->T * a->HS * sizeof(floatX) : 0;
+}
+static size_t cudnn_workspace(const AttentionPlan* p, int S, int parts) {
+    AttentionShape s = cudnn_shape(&p->chunked, S, parts > 1);
+    return p->any_cudnn ? attention_cudnn_workspace(&s) : 0;
+}
 static AttentionPlan attention_plan(const Config* c, int B, int T, int chunk) {
     static const floatX one = (floatX)1.0f;
     static const float one_float = 1;
@@ -3534,29 +3696,36 @@ static AttentionPlan attention_plan(const Config* c, int B, int T, int chunk) {
     for (int l = 0; l < c->num_hidden_layers; l++) {
         bool flash = flash_serves(c, l, chunk);
         p.any_flash = p.any_flash || flash, p.any_chunked = p.any_chunked || !flash;
+        p.any_cudnn = p.any_cudnn || cudnn_serves(c, l, chunk);
         if (!flash) { pre = pre || config_conv_pre(c, l), post = post || config_conv_post(c, l); }
     }
-    p.chunked = attention_shape(c, B, T, chunk ? chunk : attention_chunk(T));
+    p.chunked = attention_shape(c, B, T, chunk > 0 ? chunk : attention_chunk(T));
     p.chunked.conv_pre = pre ? &one : NULL, p.chunked.conv_post = post ? &one : NULL;
     p.chunked.mix_pre = c->head_mix_pre_softmax ? &one : NULL,
     p.chunked.mix_post = c->head_mix_post_softmax ? &one : NULL;
     p.chunked.diff_mix = diff ? &one_float : NULL;
     p.S = B;
     if (p.any_chunked) { p.S = attention_sequences(&p.chunked, B); }
-    while (p.any_flash && p.S > 1 && flash_bytes(&p, p.S, att_parts(c, chunk)) > (size_t)ATTENTION_SCRATCH) { p.S--; }
+    int parts = att_parts(c, chunk);
+    while (p.any_flash && p.S > 1 &&
+           flash_bytes(&p, p.S, parts) + cudnn_workspace(&p, p.S, parts) > (size_t)ATTENTION_SCRATCH) {
+        p.S--;
+    }
     p.chunked.S = p.S;
     return p;
 }
 
 static Attention attention_of(const Model* m, const LayerOf<floatX>* w, int l, int B, int T) {
     const Config* c = &m->config;
-    bool diff = c->attention_type == ATTENTION_DIFF, flash = flash_serves(c, l, m->flash ? 0 : m->chunk);
+    int chunk = m->by_cudnn ? CHUNK_CUDNN : m->flash ? 0 : m->chunk;
+    bool diff = c->attention_type == ATTENTION_DIFF, flash = flash_serves(c, l, chunk);
     Attention a = attention_shape(c, B, T, m->chunk);
     a.S = min_int(m->sequences, B);
     a.conv_pre = w->kq_conv, a.conv_post = w->kq_conv_post, a.mix_pre = w->head_mix_pre, a.mix_post = w->head_mix;
     a.diff_mix = diff ? m->scratch.pair_mix : NULL;
     a.pair_mix = flash && (diff || w->head_mix) ? m->scratch.pair_mix : NULL;
     a.flash = flash;
+    a.cudnn = T == m->T && cudnn_serves(c, l, chunk) ? (AttentionCudnn*)&m->cudnn : NULL;
     a.shared = device_shared();
     return a;
 }
@@ -3633,6 +3802,8 @@ static size_t carve_scratch(Scratch* s, const Config* c, int B, int T, int chunk
         BUFFER(attention.dz, kv_parts > 1 ? kv_parts * sequence * x : 0),
         BUFFER(attention.dots, plan.any_flash ? (size_t)a.S * NH * T * f : 0),
         BUFFER(attention.bounds, plan.any_flash ? 2 * (size_t)a.S * NH * sizeof(unsigned) : 0),
+        BUFFER(attention.wide, plan.any_cudnn ? cudnn_wide(&a, a.S, att_parts(c, chunk)) : 0),
+        BUFFER(attention.cudnn, cudnn_workspace(&plan, a.S, att_parts(c, chunk))),
         BUFFER(cosine, (size_t)T * HS / 2 * f),
         BUFFER(sine, (size_t)T * HS / 2 * f),
         BUFFER(workspace, BLAS_WORKSPACE),
@@ -3723,8 +3894,8 @@ static bool shared_check(const Config* c, size_t shared, Error* e) {
 static void model_free(Model* m);
 enum { MEMORY_RESERVE_MIB = 512 };  // for the code of kernels and of cuBLAS, graphs and fragmentation
 
-// A model for micro-batches of at most B x T; chunk 0: chosen. NULL with a message if there is no GPU or too little
-// memory.
+// A model for micro-batches of at most B x T; chunk 0: chosen; CHUNK_CUDNN: and cuDNN where it serves. NULL with a
+// message if there is no GPU or too little memory, or if cuDNN was wanted and has no plans.
 static Model* model_create(const Config* config, int B, int T, int chunk, Recompute recompute, Error* e) {
     if (!model_check(config, B, T, e)) { return NULL; }
     Model* m = (Model*)alloc_or_die(1, sizeof(Model), "model");
@@ -3737,8 +3908,14 @@ static Model* model_create(const Config* config, int B, int T, int chunk, Recomp
         return NULL;
     }
     AttentionPlan plan = attention_plan(config, B, T, chunk);
-    m->chunk = plan.chunked.chunk, m->sequences = plan.S, m->flash = chunk == 0,
+    m->chunk = plan.chunked.chunk, m->sequences = plan.S, m->flash = chunk <= 0, m->by_cudnn = chunk == CHUNK_CUDNN,
     m->att_parts = att_parts(config, chunk);
+    if (m->by_cudnn && (!attention_cudnn_open(&m->cudnn, m->cuda.stream, e) ||
+                        (plan.any_cudnn &&
+                         !cudnn_plans(&m->cudnn, &plan.chunked, B, m->att_parts > 1, recompute != FORWARD_ONLY, e)))) {
+        model_free(m);
+        return NULL;
+    }
     MemoryPlan p = model_memory(config, B, T, chunk, recompute);
     size_t available = 0, total = 0, reserve = (size_t)MEMORY_RESERVE_MIB << 20;
     cudaCheck(cudaMemGetInfo(&available, &total));
@@ -3802,6 +3979,7 @@ static void model_free(Model* m) {
     }
     void* const host[] = {m->wrong, m->losses, m->rows, m->starts};
     for (size_t i = 0; i < sizeof host / sizeof host[0]; i++) { free(host[i]); }
+    if (m->by_cudnn) { attention_cudnn_close(&m->cudnn); }
     cuda_close(&m->cuda);
     tensor_list_free(&m->tensors);
     free(m);
@@ -4183,8 +4361,46 @@ static Recompute recompute_of(const char* name) {
                                           : RECOMPUTE_NONE;
 }
 
-// Needs no GPU; with one, says how large a micro-batch its free memory would hold.
-static void print_plan(Run* r) {
+// CHUNK_CUDNN for --attention-kernels cudnn, 0 for own. Ends the program where this build or this model has no use for
+// it.
+static int attention_kernels(const TrainOptions* o, const Config* c) {
+    int served = 0;
+    if (!strcmp(o->attention_kernels, "own")) { return 0; }
+    if (!HAS_CUDNN) { die("--attention-kernels cudnn: this build has none; make train_mta_cuda CUDNN=1 has"); }
+    if (EXACT) { die("--attention-kernels cudnn: this build computes in fp32, cuDNN's attention in bf16"); }
+    for (int l = 0; l < c->num_hidden_layers; l++) { served += cudnn_serves(c, l, CHUNK_CUDNN); }
+    if (!served) {
+        die("--attention-kernels cudnn: got no layer that it serves, wanted one without operations on the scores "
+            "before "
+            "the softmax, of heads of at most %d in multiples of 8",
+            FLASH_HEAD);
+    }
+    return CHUNK_CUDNN;
+}
+
+// Which layers take which kernels.
+static void print_attention(const Run* r, int chunk) {
+    const Config* c = &r->config;
+    int fused = 0, by_cudnn = 0, layers = c->num_hidden_layers;
+    for (int l = 0; l < layers; l++) {
+        bool other = cudnn_serves(c, l, chunk);
+        by_cudnn += other, fused += !other && flash_serves(c, l, chunk);
+    }
+    printf("attention   ");
+    if (by_cudnn) {
+        AttentionPlan plan = attention_plan(c, r->batch_size, r->seq_len, chunk);
+        printf("cuDNN in %d of %d layers, %d sequences at a time in %.1f MiB of workspace", by_cudnn, layers, plan.S,
+               (double)cudnn_workspace(&plan, plan.S, att_parts(c, chunk)) / 1048576);
+    }
+    if (fused || !by_cudnn) { printf("%sfused in %d of %d layers", by_cudnn ? ", " : "", fused, layers); }
+    if (fused + by_cudnn < layers) {
+        printf(", in chunks of %d queries in %d", attention_chunk(r->seq_len), layers - fused - by_cudnn);
+    }
+    printf("\n");
+}
+
+// Needs no GPU; with one, says how large a micro-batch its free memory would hold. chunk: of model_create
+static void print_plan(Run* r, int chunk) {
     const TrainOptions* o = r->options;
     Recompute recompute = recompute_of(o->recompute);
     cudaDeviceProp device;
@@ -4192,7 +4408,7 @@ static void print_plan(Run* r) {
     bool found = cudaGetDeviceCount(&devices) == cudaSuccess && devices > 0 &&
                  cudaGetDeviceProperties(&device, 0) == cudaSuccess;
     cudaGetLastError();
-    MemoryPlan p = model_memory(&r->config, r->batch_size, r->seq_len, 0, recompute);
+    MemoryPlan p = model_memory(&r->config, r->batch_size, r->seq_len, chunk, recompute);
     const PlanRow rows[] = {{"weights " PRECISION_NAME, p.weights},
                             {"gradients fp32", p.gradients},
                             {recompute == FORWARD_ONLY ? "one tensor fp32"
@@ -4206,18 +4422,14 @@ static void print_plan(Run* r) {
     size_t room = available > reserve ? available - reserve : 0;
     PlanMachine machine = {found ? device.name : "no GPU", found ? matmul_rate(&device) : 0, (double)room};
     train_print_plan(r, &machine, rows, (int)(sizeof rows / sizeof rows[0]));
-    int fused = 0, layers = r->config.num_hidden_layers;
-    for (int l = 0; l < layers; l++) { fused += flash_serves(&r->config, l, 0); }
-    printf("attention   fused in %d of %d layers", fused, layers);
-    if (fused < layers) { printf(", in chunks of %d queries in %d", attention_chunk(r->seq_len), layers - fused); }
-    printf("\n");
+    print_attention(r, chunk);
     if (!found) {
         printf("device      no GPU found\n");
         return;
     }
     printf("device      %s, %.1f MiB free of %.1f; the largest micro-batch that fits: %d\n", device.name,
            (double)available / 1048576, (double)total / 1048576,
-           largest_batch(&r->config, r->seq_len, 0, recompute, room));
+           largest_batch(&r->config, r->seq_len, chunk, recompute, room));
     fflush(stdout);
 }
 
@@ -4305,10 +4517,11 @@ int main(int argc, char** argv) {
     train_begin(&options, argc, argv);
     run_settle(&run, trainer_cuda(), &options);
     if (!model_check(&run.config, run.batch_size, run.seq_len, &e)) { die("%s", e.text); }
-    print_plan(&run);
+    int chunk = attention_kernels(&options, &run.config);
+    print_plan(&run, chunk);
     if (options.dry_run) { return EXIT_DONE; }
     run_open_data(&run);
-    Model* m = model_create(&run.config, run.batch_size, run.seq_len, 0, recompute_of(options.recompute), &e);
+    Model* m = model_create(&run.config, run.batch_size, run.seq_len, chunk, recompute_of(options.recompute), &e);
     if (!m) { die("%s", e.text); }  // before the run directory is touched
     m->graphs = m->graphs && options.cuda_graphs;
     run.model = m;

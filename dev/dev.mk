@@ -129,11 +129,11 @@ build/cuda_step: dev/bench/cuda_step.cu train_mta.cu $(HEADERS) build/flags_nvcc
 NVCC_STRICT = $(NVCC) $(NVCCFLAGS) --Werror all-warnings -Xcompiler -Werror
 NVCC_CHECKS = sm_90a cuda_step $(notdir $(basename $(wildcard dev/tests/*.cu)))
 nvcc_check: $(NVCC_CHECKS:%=build/nvcc/%.o)
-	$(NVCC) -Xcompiler -fopenmp build/nvcc/sm_90a.o -o build/nvcc/train_mta_cuda $(CUDA_LINK)
-# Their PTX is kept, for dev/ptx_cpu.
+	$(NVCC) -Xcompiler -fopenmp build/nvcc/sm_90a.o -o build/nvcc/train_mta_cuda $(CUDA_LINK) $(if $(CUDNN_HOME),$(CUDNN_LINK))
+# Their PTX is kept, for dev/ptx_cpu. With cuDNN where it is found; without it are the other checks.
 build/nvcc/sm_%.o: train_mta.cu $(HEADERS) build/flags_nvcc
 	@mkdir -p build/nvcc/keep_$*
-	$(NVCC_STRICT) -lineinfo --keep --keep-dir build/nvcc/keep_$* -gencode=arch=compute_$*$(,)code=sm_$* $(if $(filter-out 80,$*),-Xptxas --warn-on-spills$(,)--warning-as-error) -c $< -o $@
+	$(NVCC_STRICT) $(if $(CUDNN_HOME),$(CUDNN_DEFINES)) -lineinfo --keep --keep-dir build/nvcc/keep_$* -gencode=arch=compute_$*$(,)code=sm_$* $(if $(filter-out 80,$*),-Xptxas --warn-on-spills$(,)--warning-as-error) -c $< -o $@
 build/nvcc/%.o: dev/tests/%.cu train_mta.cu $(HEADERS) build/flags_nvcc
 	@mkdir -p build/nvcc
 	$(NVCC_STRICT) -arch=compute_90a -Xcicc -O0 -diag-suppress 177 -c $< -o $@

@@ -864,6 +864,7 @@ static inline int run_settings(const Run* r, RunSetting* s) {
                               {"weight_decay", o->weight_decay, NULL},
                               {"grad_clip", o->grad_clip, NULL},
                               {"matmul", 0, run_matmul(r)},
+                              {"attention_kernels", 0, o->attention_kernels},
                               {"val", 0, o->val ? o->val : ""},
                               {"eval_windows", (double)o->eval_windows, NULL},
                               {"program", 0, program_invocation_short_name}};
@@ -906,7 +907,8 @@ static inline void run_state_json(const Run* r, Text* t) {
 static inline void run_compare_setting(const RunSetting* s, const Json* saved, Text* change) {
     bool same = s->word ? saved && saved->type == JSON_STRING && !strcmp(saved->string, s->word)
                         : saved && saved->type == JSON_NUMBER && saved->number == s->number;
-    bool unsaid = !saved && !strcmp(s->key, "shards") && s->number == 1;  // before there were any, there was one
+    bool unsaid = !saved && ((!strcmp(s->key, "shards") && s->number == 1) ||  // before there were any, there was one
+                             (!strcmp(s->key, "attention_kernels") && !strcmp(s->word, "own")));
     if (same || unsaid) { return; }
     text_printf(change, "%s ", s->key);
     for (char* c = change->text; *c; c++) { *c = *c == '_' ? '-' : *c; }

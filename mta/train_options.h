@@ -9,7 +9,7 @@
 
 typedef struct {
     const char *model, *attention, *train, *val, *out, *init_from, *tokenizer, *pattern, *mix, *schedule, *recompute,
-        *score, *matmul;
+        *score, *matmul, *attention_kernels;
     bool resume, dry_run, assume_llama, no_verify, verify_data, eval_first, eval_only, shift;
     FieldValue fields[CONFIG_FIELD_COUNT];  // of config.json, a row of CONFIG_FIELDS each
     // training
@@ -34,6 +34,7 @@ static inline TrainOptions options_default(void) {
     o.mix = "token";
     o.schedule = "linear";
     o.recompute = "none";
+    o.attention_kernels = "own";
     o.batch_size = 4;
     o.cuda_graphs = 1;
     o.steps = -1;  // not given
@@ -90,7 +91,9 @@ static inline int config_options(Opt* table, FieldValue* fields) {
     return n;
 }
 
-// The one table of both trainers. `table` has room for 80 rows.
+enum { TRAIN_OPTIONS = 96 };  // rows of the table, at most
+
+// The one table of both trainers. `table` has room for TRAIN_OPTIONS rows.
 static inline void train_options_table(Opt* table, TrainOptions* o) {
     const double any = 1e300;
     int n = 0;
@@ -152,6 +155,8 @@ static inline void train_options_table(Opt* table, TrainOptions* o) {
         "what products multiply (default: fp32 on the CPU; CUDA: as it was built, nothing else)", 0, 0)
     ROW("--recompute", OPT_CHOICE, &o->recompute, "none|elementwise|block",
         "activations computed again in the backward pass (CUDA)", 0, 0)
+    ROW("--attention-kernels", OPT_CHOICE, &o->attention_kernels, "own|cudnn",
+        "cudnn: that library's, in layers without operations on scores before the softmax (CUDA; make CUDNN=1)", 0, 0)
     ROW("--cuda-graphs", OPT_SWITCH, &o->cuda_graphs, NULL,
         "replay a micro-batch's launches as CUDA graphs; off: one by one, to find a fault", 0, 0)
     HEADING("Several processes (started by mpirun, mpiexec or srun; MPI=1 builds for them)")
@@ -191,7 +196,7 @@ static inline void train_options_table(Opt* table, TrainOptions* o) {
 #undef HEADING
     Opt end = OPT_END;
     table[n++] = end;
-    assert(n <= 80);
+    assert(n <= TRAIN_OPTIONS);
 }
 
 // Does the program stop without training, once it has evaluated or scored?
@@ -199,8 +204,9 @@ static inline bool options_evaluate(const TrainOptions* o) { return o->eval_only
 
 // Of the options behind those of the model: what --eval-only and --score take. The others are of training.
 static inline bool options_serve_evaluation(const TrainOptions* o, const char* name) {
-    static const char* const both[] = {"--seq-len", "--batch-size", "--matmul",    "--cuda-graphs",
-                                       "--out",     "--dry-run",    "--eval-only", "--score"};
+    static const char* const both[] = {"--seq-len",           "--batch-size",  "--matmul",
+                                       "--attention-kernels", "--cuda-graphs", "--out",
+                                       "--dry-run",           "--eval-only",   "--score"};
     for (size_t i = 0; i < sizeof both / sizeof both[0]; i++) {
         if (!strcmp(name, both[i])) { return true; }
     }
@@ -225,7 +231,7 @@ static inline void options_check_evaluation(const TrainOptions* o, const Opt* ta
 
 // The command line into *o, which nothing changes afterwards. Ends the program on a mistake, or with --help.
 static inline void options_given(TrainOptions* o, int argc, char** argv) {
-    Opt table[80];
+    Opt table[TRAIN_OPTIONS];
     const char* extra[1] = {""};
     Text usage = {NULL, 0, 0};
     *o = options_default();

@@ -42,12 +42,15 @@ typedef struct {
     bool complete;     // false: a signal came in between, no weight was changed
 } StepResult;
 
+enum { CHUNK_CUDNN = -1 };
+
 typedef struct {
     const char* name;  // "cpu fp32", "cuda bf16", ...
     bool exact;        // arithmetic and storage in fp32: the CPU's tolerances hold; else products read bf16
     bool rounded;      // the weights are stored in bf16, and master weights in fp32 beside them
     // A model of at most B sequences of at most T tokens, every state zero; `forward` also takes more of them that are
-    // shorter, up to B x T tokens together. chunk: queries of an attention chunk, 0 = the trainer's choice. Without
+    // shorter, up to B x T tokens together. chunk: queries of an attention chunk, 0 = the trainer's choice,
+    // CHUNK_CUDNN = that and cuDNN's attention where it serves (of train_mta.cu, where it is built in). Without
     // `training` it has weights alone, set as STATE_MASTER: no gradients, no optimizer, no place for what a backward
     // pass would read. NULL and a message if it cannot be had.
     void* (*create)(const Config* config, int B, int T, int chunk, bool training, Error* e);

@@ -1,0 +1,140 @@
+#!/usr/bin/env python3
+"""cuDNN's plans for attention, built by the real library and mta/attention_cudnn.h's own code on a machine without a GPU.
+
+python3 dev/tests/test_cudnn.py [-k PATTERN]
+Needs cuDNN 9.16 or later and the CUDA toolkit (make help says where they are found); without them it is skipped.
+
+The library is told that the GPU is an H200. It compiles the kernels of a plan and loads them through the driver: here
+through one in which every call succeeds and does nothing, made from the names of the toolkit's own stub of libcuda.
+"""
+import json
+import os
+import shutil
+import subprocess
+import tempfile
+import unittest
+
+from helpers import ROOT, main
+
+H200 = {
+    "deviceName": "NVIDIA H200", "cudaDeviceId": 0, "deviceVer": 900, "multiProcessorCount": 132, "driverVer": 13000,
+    "maxSharedMemoryPerBlockOptin": 232448, "totalGlobalMem": 150000000000, "maxGridSize": [2147483647, 65535, 65535],
+    "maxBlockSize": [1024, 1024, 64], "regsPerBlock": 65536, "smClockRateKHz": 1980000, "memClockRateKHz": 3201000,
+    "l2CacheSize": 62914560, "warpSize": 32, "maxSharedMemoryPerBlock": 49152, "reservedSharedMemoryPerBlock": 1024,
+    "maxRegistersPerSM": 65536, "pciDeviceId": 0, "maxCtasPerSM": 32, "maxThreadsPerBlock": 1024,
+    "maxThreadsPerSM": 2048, "isTccDriver": 0, "supportCoopLaunch": 1,
+}
+
+# Sequences, heads, tokens; sizes of a head's queries and keys, and of its values (twice that with pairs): the presets
+# 300m, 880m, 550m with 1b, at the lengths that are trained; then the smallest, and lengths that divide nothing.
+SHAPES = [(4, 16, 2048, 64, 64), (4, 16, 2048, 64, 128), (4, 16, 2048, 96, 96), (4, 16, 2048, 96, 192),
+          (4, 10, 2048, 128, 128), (1, 16, 4096, 128, 256), (1, 2, 64, 8, 16), (2, 4, 2047, 96, 192), (3, 6, 100, 40, 40),
+          (1, 4, 1, 64, 64)]
+
+# What cuDNN must not take, planted into the header: a name, what stands there, what is put in its place.
+PLANTED = [
+    ("keys not across", "CUDNN_K, bf16, HS, T, true)", "CUDNN_K, bf16, T, HS, false)"),
+    ("values of another length", "CUDNN_V, bf16, T, VS, false)", "CUDNN_V, bf16, T + 8, VS, false)"),
+    ("results of another size", "CUDNN_DQ, bf16, T, HS, false)", "CUDNN_DQ, bf16, T, HS + 8, false)"),
+    ("half of the workspace", "return 2 * heads * padded", "return heads * padded"),
+]
+
+
+def from_make():
+    """CUDA_HOME, CUDNN_HOME and CUDNN_LIBRARIES of the Makefile, empty where nothing was found."""
+    rule = "include Makefile\nvalues:\n\t@echo '$(CUDA_HOME)'; echo '$(CUDNN_HOME)'; echo '$(CUDNN_LIBRARIES)'\n"
+    run = subprocess.run(["make", "-s", "--no-print-directory", "-f", "-", "values"], cwd=ROOT, capture_output=True, text=True, check=True, input=rule)
+    return run.stdout.split("\n")[:3]
+
+
+CUDA, CUDNN, LIBRARIES = from_make()
+
+
+def missing():
+    """Why there is nothing to test, or None."""
+    if not CUDA:
+        return "no CUDA toolkit here"
+    if not CUDNN:
+        return "no cuDNN here: wanted the toolkit's, or the Python package nvidia-cudnn-cu13 in dev/.venv"
+    with open(os.path.join(CUDNN, "include", "cudnn_version.h"), encoding="utf-8") as f:
+        numbers = dict(line.split()[1:3] for line in f if line.startswith("#define CUDNN_M"))
+    version = int(numbers["CUDNN_MAJOR"]), int(numbers["CUDNN_MINOR"])
+    return None if version >= (9, 16) else "cuDNN %d.%d is older than 9.16" % version
+
+
+def driver(folder):
+    """libcuda.so.1 in which every call succeeds and does nothing; but there is no device for whoever looks for one."""
+    libraries = [os.path.join(CUDA, lib, "stubs", "libcuda.so") for lib in ("lib64", "lib")]
+    names = subprocess.run(["nm", "-D", "--defined-only", next(filter(os.path.exists, libraries))], capture_output=True, text=True,
+                           check=True).stdout
+    special = {
+        "cuInit": "int cuInit(unsigned f) { return 100; }",
+        "cuGetExportTable": "int cuGetExportTable(const void** t, const void* id) { *t = 0; return 500; }",
+        "cuDriverGetVersion": "int cuDriverGetVersion(int* v) { *v = 13000; return 0; }",
+    }
+    for name, first in {"cuLibraryLoadData": "void** x, const void* d", "cuLibraryGetKernel": "void** x, void* l, const char* n",
+                        "cuKernelGetFunction": "void** x, void* k", "cuModuleLoadData": "void** x, const void* d",
+                        "cuModuleGetFunction": "void** x, void* m, const char* n"}.items():
+        special[name] = "int %s(%s) { *x = (void*)1; return 0; }" % (name, first)
+    symbols = [line.split()[2] for line in names.splitlines() if line.split()[1] == "T" and line.split()[2].startswith("cu")]
+    with open(os.path.join(folder, "stub.c"), "w", encoding="utf-8") as f:
+        f.write("\n".join([*special.values(), *("int %s(void) { return 0; }" % s for s in symbols if s not in special)]))
+    subprocess.run(["cc", "-shared", "-fPIC", "-w", "-Wl,-soname,libcuda.so.1", "stub.c", "-o", "libcuda.so.1"], cwd=folder, check=True)
+
+
+class Plans(unittest.TestCase):
+    @classmethod
+    def setUpClass(cls):
+        reason = missing()
+        if reason:
+            raise unittest.SkipTest(reason)
+        cls.folder = tempfile.TemporaryDirectory(prefix="mta_cudnn_")
+        cls.addClassCleanup(cls.folder.cleanup)
+        driver(cls.folder.name)
+        with open(os.path.join(cls.folder.name, "device.json"), "w", encoding="utf-8") as f:
+            json.dump(H200, f)
+
+    def program(self, name, old="", new=""):
+        """cudnn_plans of a copy of the header in which `new` stands for `old`."""
+        folder = os.path.join(self.folder.name, name.replace(" ", "_"))
+        shutil.copytree(os.path.join(ROOT, "mta"), os.path.join(folder, "mta"))
+        shutil.copy(os.path.join(ROOT, "dev", "tests", "cudnn_plans.c"), folder)
+        path = os.path.join(folder, "mta", "attention_cudnn.h")
+        with open(path, encoding="utf-8") as f:
+            text = f.read()
+        self.assertIn(old, text)
+        with open(path, "w", encoding="utf-8") as f:
+            f.write(text.replace(old, new) if old else text)
+        command = ["cc", "-std=gnu11", "-O1", "-Wall", "-Wextra", "-Werror", "-I.", "-I" + os.path.join(CUDNN, "include"),
+                   "-I" + os.path.join(CUDA, "include"), "cudnn_plans.c", "-o", "plans", *("-L" + x for x in LIBRARIES.split()),
+                   "-l:libcudnn.so.9", "-Wl,--unresolved-symbols=ignore-in-shared-libs", *("-Wl,-rpath," + x for x in LIBRARIES.split()), "-lm"]
+        subprocess.run(command, cwd=folder, check=True)
+        return os.path.join(folder, "plans")
+
+    def plans(self, program, shapes):
+        """The lines of cudnn_plans for these shapes, two each."""
+        text = "".join("%d %d %d %d %d\n" % s for s in shapes)
+        run = subprocess.run([program, os.path.join(self.folder.name, "device.json")], input=text, capture_output=True, text=True, timeout=300,
+                             env=dict(os.environ, LD_LIBRARY_PATH=self.folder.name), check=False)
+        self.assertEqual(run.returncode, 0, run.stderr)
+        lines = run.stdout.splitlines()
+        self.assertEqual(len(lines), 1 + 2 * len(shapes), run.stdout + run.stderr)
+        return lines
+
+    def test_every_preset_and_head_size_has_plans(self):
+        lines = self.plans(self.program("as it is"), SHAPES)
+        print("\n".join(lines))
+        for line in lines[1:]:
+            words = line.split()
+            self.assertEqual(words[6], "workspace", line)
+            self.assertLessEqual(int(words[7]), int(words[9]), line)
+
+    def test_planted_mistakes_are_refused(self):
+        for name, old, new in PLANTED:
+            with self.subTest(name):
+                lines = self.plans(self.program(name, old, new), [(1, 2, 256, 64, 128)])
+                self.assertIn("refused", "".join(lines), lines)
+
+
+if __name__ == "__main__":
+    main()
