@@ -2559,6 +2559,12 @@ enum {
     FLASH_TAPS = 6,
     FLASH_REACH = 8
 };  // largest head size; of a convolution: queries, keys to either side
+// What every call for S sequences says of its shape; pairs: values of two heads
+static AttentionShape cudnn_shape(const Attention* a, int S, bool pairs) {
+    AttentionShape s = {S, a->NH, a->T, a->HS, pairs ? 2 * a->HS : a->HS, (float)(1.0 / sqrt(a->HS))};
+    return s;
+}
+
 #if !defined(PRECISION_FP32)
 enum { FLASH_WARPS = 8, FLASH_THREADS = FLASH_WARPS * WARP_SIZE, FLASH_KEYS = 64 };  // of a block; keys of a tile
 
@@ -3349,51 +3355,14 @@ static void flash_attention_backward(const AttentionSums* sums, const floatX* do
     FlashGradients d = {scratch->dq, scratch->dk, scratch->dv};
     flash_backward(&d, sums, dout, out, x->stats, a->pair_mix, &f, mix_parts(a), a->shared, &s, g);
 }
-#else  // flash_serves says no to every layer
-static int flash_splits(int, int, int) { return 1; }
-static int prepare_blocks(int) { return 0; }
-static size_t flash_shared(int, int, bool) { return 0; }
-static void flash_attention_forward(floatX*, float*, const floatX*, const floatX*, const floatX*, const Attention*,
-                                    Cuda*) {
-    assert(false);
-}
-static void flash_attention_backward(const AttentionSums*, const floatX*, const floatX*, const Heads*, const Attention*,
-                                     int, const AttentionScratch*, Cuda*) {
-    assert(false);
-}
-#endif
 
-// Do the fused kernels serve layer l? What stands in the config decides, the device's shared memory (163 KiB of an A100
-// are too little for some), and `chunk`: one that is asked for means the chunks.
-static bool flash_serves(const Config* c, int l, int chunk) {
-    int HS = config_head_size(c), ch = c->attention_type == ATTENTION_DIFF ? 2 : c->head_mix_post_softmax;
-    bool conv = config_conv_pre(c, l),
-         small = c->kq_conv_query_size <= FLASH_TAPS && c->kq_conv_key_size / 2 <= FLASH_REACH;
-    return !EXACT && chunk <= 0 && HS % 8 == 0 && HS <= FLASH_HEAD && !c->head_mix_pre_softmax &&
-           !config_conv_post(c, l) && (ch == 0 || ch == 2) && (!conv || small) &&
-           flash_shared(HS, ch, conv) <= device_shared();
-}
-
-// =====================================================================================================================
-// Fast paths: attention by cuDNN (mta/attention_cudnn.h), --attention-kernels cudnn
+// ---- attention by cuDNN (mta/attention_cudnn.h), --attention-kernels cudnn
 //
 // For the layers of the fused kernels that have no convolution, in sequences of the model's own length; others, as
 // samples have them, take the fused kernels, since cuDNN compiles a plan for every length. Pairs are what they are
 // there: a head with the values of its group side by side. cuDNN wants them as one row of 2*HS, where all else here
-// has parts of HS: copied between the two layouts, 18 KB a token and layer forward, 48 backward (HS 96, 16 heads).
+// has parts of HS: copied between the two layouts, 21 KB a token and layer forward, 45 backward (HS 96, 16 heads).
 
-// Does cuDNN serve layer l? chunk CHUNK_CUDNN: where it can
-static bool cudnn_serves(const Config* c, int l, int chunk) {
-    return chunk == CHUNK_CUDNN && flash_serves(c, l, chunk) && !config_conv_pre(c, l);
-}
-
-// What every call for S sequences says of its shape; pairs: values of two heads
-static AttentionShape cudnn_shape(const Attention* a, int S, bool pairs) {
-    AttentionShape s = {S, a->NH, a->T, a->HS, pairs ? 2 * a->HS : a->HS, (float)(1.0 / sqrt(a->HS))};
-    return s;
-}
-
-#if defined(CUDA_CPU) || defined(MTA_CUDNN)
 static void cudnn_check(bool done, const Error* e, const char* file, int line) {
     if (!done) { cuda_fail(e->text, "cuDNN", file, line); }
 }
@@ -3467,6 +3436,42 @@ static void cudnn_attention_backward(const AttentionSums* sums, const floatX* do
                                         scratch->cudnn, &e));
     pair_rows<false>(dv_wide, dv, S * sequence, a, S, g);
 }
+#else  // flash_serves says no to every layer
+static int flash_splits(int, int, int) { return 1; }
+static int prepare_blocks(int) { return 0; }
+static size_t flash_shared(int, int, bool) { return 0; }
+static void flash_attention_forward(floatX*, float*, const floatX*, const floatX*, const floatX*, const Attention*,
+                                    Cuda*) {
+    assert(false);
+}
+static void flash_attention_backward(const AttentionSums*, const floatX*, const floatX*, const Heads*, const Attention*,
+                                     int, const AttentionScratch*, Cuda*) {
+    assert(false);
+}
+static void cudnn_attention_forward(floatX*, const Heads*, const Attention*, int, const AttentionScratch*, Cuda*) {
+    assert(false);
+}
+static void cudnn_attention_backward(const AttentionSums*, const floatX*, const floatX*, const Heads*, const Attention*,
+                                     int, const AttentionScratch*, Cuda*) {
+    assert(false);
+}
+#endif
+
+// Do the fused kernels serve layer l? What stands in the config decides, the device's shared memory (163 KiB of an A100
+// are too little for some), and `chunk`: one that is asked for means the chunks.
+static bool flash_serves(const Config* c, int l, int chunk) {
+    int HS = config_head_size(c), ch = c->attention_type == ATTENTION_DIFF ? 2 : c->head_mix_post_softmax;
+    bool conv = config_conv_pre(c, l),
+         small = c->kq_conv_query_size <= FLASH_TAPS && c->kq_conv_key_size / 2 <= FLASH_REACH;
+    return !EXACT && chunk <= 0 && HS % 8 == 0 && HS <= FLASH_HEAD && !c->head_mix_pre_softmax &&
+           !config_conv_post(c, l) && (ch == 0 || ch == 2) && (!conv || small) &&
+           flash_shared(HS, ch, conv) <= device_shared();
+}
+
+// Does cuDNN serve layer l? chunk CHUNK_CUDNN: where it can
+static bool cudnn_serves(const Config* c, int l, int chunk) {
+    return chunk == CHUNK_CUDNN && flash_serves(c, l, chunk) && !config_conv_pre(c, l);
+}
 
 // The plans of all batches of sequences that a pass of B has: no other is needed while a stream is captured.
 static bool cudnn_plans(AttentionCudnn* c, const Attention* a, int B, bool pairs, bool training, Error* e) {
@@ -3479,19 +3484,6 @@ static bool cudnn_plans(AttentionCudnn* c, const Attention* a, int B, bool pairs
     }
     return true;
 }
-enum { HAS_CUDNN = 1 };
-#else  // attention_cudnn_open refuses: nothing comes here
-enum { HAS_CUDNN = 0 };
-static void cudnn_attention_forward(floatX*, const Heads*, const Attention*, int, const AttentionScratch*, Cuda*) {
-    assert(false);
-}
-static void cudnn_attention_backward(const AttentionSums*, const floatX*, const floatX*, const Heads*, const Attention*,
-                                     int, const AttentionScratch*, Cuda*) {
-    assert(false);
-}
-static bool cudnn_plans(AttentionCudnn*, const Attention*, int, bool, bool, Error*) { return false; }
-static void attention_cudnn_close(AttentionCudnn*) {}
-#endif
 
 // =====================================================================================================================
 // Fast paths: the launches of a pass as a CUDA graph

@@ -13,14 +13,14 @@
 //
 // Deterministic: backward is asked for without the sum of dQ by atomic additions. cuDNN then keeps dS in bf16 in its
 // workspace: 2 B NH T^2 bytes, the one array of T x T in this project, which is why the trainer gives few sequences at
-// a time. An engine that calls itself not deterministic is passed over. Nothing of this was ever run on a GPU; the
-// plans are built by the real library in dev/tests/test_cudnn.py.
+// a time. An engine that calls itself not deterministic is passed over.
 //
 // cuDNN takes attention as a graph of the operations that it consists of; a plan is a kernel that some engine of the
 // library has for the whole graph. Plans are built once for each shape and direction, a new shape's at its first call:
-// make that call before a stream is captured. Built with MTA_CUDNN=1 (make CUDNN=1) against the library's C headers
-// alone, cuDNN 9.16 or later; without it attention_cudnn_open refuses. On the emulator dev/cuda_cpu supplies the same
-// functions.
+// make that call before a stream is captured. Built with -DMTA_CUDNN (make CUDNN=1) against the library's C headers
+// alone, cuDNN 9.16 or later; without it attention_cudnn_open refuses. On the emulator dev/cuda_cpu/cudnn.h stands for
+// the library: it computes the graphs of this file operation by operation, and so do all tests of the trainer.
+// dev/tests/test_cudnn.py has the real library build their plans without a GPU. None has run them.
 #ifndef MTA_ATTENTION_CUDNN_H
 #define MTA_ATTENTION_CUDNN_H
 
@@ -42,13 +42,11 @@ static inline size_t attention_cudnn_workspace(const AttentionShape* s) {
     return 2 * heads * padded * padded + attention_cudnn_sums(s) + 4096;
 }
 
-#if defined(CUDA_CPU)
-#include "attention_cudnn_cpu.h"
-#elif defined(MTA_CUDNN)
+#if defined(CUDA_CPU) || defined(MTA_CUDNN)
 #include <cudnn.h>
 #include <math.h>
 
-enum { CUDNN_PLANS = 64, CUDNN_OPERATIONS = 32, CUDNN_DESCRIPTORS = 128, CUDNN_ENGINES = 16 };
+enum { HAS_CUDNN = 1, CUDNN_PLANS = 64, CUDNN_OPERATIONS = 32, CUDNN_DESCRIPTORS = 128, CUDNN_ENGINES = 16 };
 
 // ---- the graph of operations
 
@@ -502,12 +500,31 @@ static inline bool attention_cudnn_backward(AttentionCudnn* c, void* dq, void* d
     return cudnn_run(c, s, true, memory, (char*)workspace + attention_cudnn_sums(s), e);
 }
 #else
+enum { HAS_CUDNN = 0 };
 typedef struct {
-    int n;
+    int plans;
 } AttentionCudnn;
 static inline bool attention_cudnn_open(AttentionCudnn* c, void* stream, Error* e) {
     (void)c, (void)stream;
     return fail(e, "this build has no cuDNN; make train_mta_cuda CUDNN=1 builds with it");
+}
+// None of these is reached: a model without cuDNN has no use for them.
+static inline void attention_cudnn_close(AttentionCudnn* c) { (void)c; }
+static inline const void* attention_cudnn_plan(AttentionCudnn* c, const AttentionShape* s, bool backward, Error* e) {
+    (void)s, (void)backward;
+    attention_cudnn_open(c, NULL, e);
+    return NULL;
+}
+static inline bool attention_cudnn_forward(AttentionCudnn* c, void* o, float* stats, const void* q, const void* k,
+                                           const void* v, const AttentionShape* s, void* workspace, Error* e) {
+    (void)o, (void)stats, (void)q, (void)k, (void)v, (void)s, (void)workspace;
+    return attention_cudnn_open(c, NULL, e);
+}
+static inline bool attention_cudnn_backward(AttentionCudnn* c, void* dq, void* dk, void* dv, const void* d_o,
+                                            const void* o, const float* stats, const void* q, const void* k,
+                                            const void* v, const AttentionShape* s, void* workspace, Error* e) {
+    (void)dq, (void)dk, (void)dv, (void)d_o, (void)o, (void)stats, (void)q, (void)k, (void)v, (void)s, (void)workspace;
+    return attention_cudnn_open(c, NULL, e);
 }
 #endif
 

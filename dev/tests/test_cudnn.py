@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""cuDNN's plans for attention, built by the real library and mta/attention_cudnn.h's own code on a machine without a GPU.
+"""What mta/attention_cudnn.h tells cuDNN, on a machine without a GPU: its graphs computed, and plans for them by the real library.
 
 python3 dev/tests/test_cudnn.py [-k PATTERN]
-Needs cuDNN 9.16 or later and the CUDA toolkit (make help says where they are found); without them it is skipped.
+The plans need cuDNN 9.16 or later and the CUDA toolkit (make help says where they are found); without them they are skipped.
 
 The library is told that the GPU is an H200. It compiles the kernels of a plan and loads them through the driver: here
 through one in which every call succeeds and does nothing, made from the names of the toolkit's own stub of libcuda.
@@ -28,15 +28,20 @@ H200 = {
 # Sequences, heads, tokens; sizes of a head's queries and keys, and of its values (twice that with pairs): the presets
 # 300m, 880m, 550m with 1b, at the lengths that are trained; then the smallest, and lengths that divide nothing.
 SHAPES = [(4, 16, 2048, 64, 64), (4, 16, 2048, 64, 128), (4, 16, 2048, 96, 96), (4, 16, 2048, 96, 192),
-          (4, 10, 2048, 128, 128), (1, 16, 4096, 128, 256), (1, 2, 64, 8, 16), (2, 4, 2047, 96, 192), (3, 6, 100, 40, 40),
-          (1, 4, 1, 64, 64)]
+          (4, 10, 2048, 128, 128), (1, 16, 4096, 128, 256), (1, 2, 64, 8, 16), (2, 4, 2047, 96, 192), (3, 6, 100, 40, 40)]
 
-# What cuDNN must not take, planted into the header: a name, what stands there, what is put in its place.
-PLANTED = [
+# Mistakes planted into the header: a name, what stands there, what is put in its place. What has no meaning is refused
+# by the library; what has another meaning is noticed by its values.
+REFUSED = [
     ("keys not across", "CUDNN_K, bf16, HS, T, true)", "CUDNN_K, bf16, T, HS, false)"),
-    ("values of another length", "CUDNN_V, bf16, T, VS, false)", "CUDNN_V, bf16, T + 8, VS, false)"),
     ("results of another size", "CUDNN_DQ, bf16, T, HS, false)", "CUDNN_DQ, bf16, T, HS + 8, false)"),
     ("half of the workspace", "return 2 * heads * padded", "return heads * padded"),
+]
+NOTICED = [
+    ("a wrong stride of rows", "across ? 1 : columns,", "across ? 1 : columns + 8,"),
+    ("a wrong stride of heads", "{g->s.NH * size, size,", "{size, g->s.NH * size,"),
+    ("the diagonal masked", "CUDNN_POINTWISE_CMP_GE", "CUDNN_POINTWISE_CMP_GT"),
+    ("dS not scaled", "d, scale);", "d, cudnn_value(g, CUDNN_ONE));"),
 ]
 
 
@@ -48,6 +53,8 @@ def from_make():
 
 
 CUDA, CUDNN, LIBRARIES = from_make()
+LINK = [*("-L" + x for x in LIBRARIES.split()), "-l:libcudnn.so.9", "-Wl,--unresolved-symbols=ignore-in-shared-libs",
+        *("-Wl,-rpath," + x for x in LIBRARIES.split())]
 
 
 def missing():
@@ -82,47 +89,69 @@ def driver(folder):
     subprocess.run(["cc", "-shared", "-fPIC", "-w", "-Wl,-soname,libcuda.so.1", "stub.c", "-o", "libcuda.so.1"], cwd=folder, check=True)
 
 
-class Plans(unittest.TestCase):
-    @classmethod
-    def setUpClass(cls):
-        reason = missing()
-        if reason:
-            raise unittest.SkipTest(reason)
-        cls.folder = tempfile.TemporaryDirectory(prefix="mta_cudnn_")
-        cls.addClassCleanup(cls.folder.cleanup)
-        driver(cls.folder.name)
-        with open(os.path.join(cls.folder.name, "device.json"), "w", encoding="utf-8") as f:
-            json.dump(H200, f)
+class Header(unittest.TestCase):
+    def setUp(self):
+        self.folder = tempfile.TemporaryDirectory(prefix="mta_cudnn_")
+        self.addCleanup(self.folder.cleanup)
 
-    def program(self, name, old="", new=""):
-        """cudnn_plans of a copy of the header in which `new` stands for `old`."""
-        folder = os.path.join(self.folder.name, name.replace(" ", "_"))
+    def build(self, source, command, planted):
+        """The program of dev/tests/SOURCE and a copy of mta/ with a planted mistake, or None."""
+        folder = tempfile.mkdtemp(dir=self.folder.name)
         shutil.copytree(os.path.join(ROOT, "mta"), os.path.join(folder, "mta"))
-        shutil.copy(os.path.join(ROOT, "dev", "tests", "cudnn_plans.c"), folder)
+        shutil.copy(os.path.join(ROOT, "dev", "tests", source), folder)
         path = os.path.join(folder, "mta", "attention_cudnn.h")
         with open(path, encoding="utf-8") as f:
             text = f.read()
-        self.assertIn(old, text)
+        if planted:
+            self.assertIn(planted[1], text)
+            text = text.replace(*planted[1:])
         with open(path, "w", encoding="utf-8") as f:
-            f.write(text.replace(old, new) if old else text)
-        command = ["cc", "-std=gnu11", "-O1", "-Wall", "-Wextra", "-Werror", "-I.", "-I" + os.path.join(CUDNN, "include"),
-                   "-I" + os.path.join(CUDA, "include"), "cudnn_plans.c", "-o", "plans", *("-L" + x for x in LIBRARIES.split()),
-                   "-l:libcudnn.so.9", "-Wl,--unresolved-symbols=ignore-in-shared-libs", *("-Wl,-rpath," + x for x in LIBRARIES.split()), "-lm"]
-        subprocess.run(command, cwd=folder, check=True)
-        return os.path.join(folder, "plans")
+            f.write(text)
+        subprocess.run([*command, "-I.", source, "-o", "program", *(LINK if source.endswith(".c") else []), "-lm"], cwd=folder, check=True)
+        return os.path.join(folder, "program")
 
-    def plans(self, program, shapes):
-        """The lines of cudnn_plans for these shapes, two each."""
-        text = "".join("%d %d %d %d %d\n" % s for s in shapes)
-        run = subprocess.run([program, os.path.join(self.folder.name, "device.json")], input=text, capture_output=True, text=True, timeout=300,
-                             env=dict(os.environ, LD_LIBRARY_PATH=self.folder.name), check=False)
+
+class Values(Header):
+    COMMAND = ["c++", "-std=c++17", "-O0", "-w", "-fopenmp", "-I" + os.path.join(ROOT, "dev", "cuda_cpu")]
+
+    def run_program(self, planted=None):
+        return subprocess.run([self.build("cudnn_values.cpp", self.COMMAND, planted)], capture_output=True, text=True, timeout=60, check=False)
+
+    def test_graphs_are_attention(self):
+        run = self.run_program()
+        print(run.stdout, end="")
         self.assertEqual(run.returncode, 0, run.stderr)
+
+    def test_planted_mistakes_are_noticed(self):
+        for planted in NOTICED:
+            with self.subTest(planted[0]):
+                run = self.run_program(planted)
+                self.assertEqual(run.returncode, 1, run.stdout + run.stderr)
+                self.assertIn("cudnn_values: ", run.stderr)
+
+
+class Plans(Header):
+    def setUp(self):
+        reason = missing()
+        if reason:
+            self.skipTest(reason)
+        super().setUp()
+        driver(self.folder.name)
+        with open(os.path.join(self.folder.name, "device.json"), "w", encoding="utf-8") as f:
+            json.dump(H200, f)
+
+    def plans(self, shapes, planted=None):
+        """The lines of cudnn_plans for these shapes, two each."""
+        command = ["cc", "-std=gnu11", "-Wall", "-Wextra", "-Werror", "-I" + os.path.join(CUDNN, "include"), "-I" + os.path.join(CUDA, "include")]
+        run = subprocess.run([self.build("cudnn_plans.c", command, planted), os.path.join(self.folder.name, "device.json")], text=True, timeout=300,
+                             input="".join("%d %d %d %d %d\n" % s for s in shapes), capture_output=True, check=False,
+                             env=dict(os.environ, LD_LIBRARY_PATH=self.folder.name))
         lines = run.stdout.splitlines()
-        self.assertEqual(len(lines), 1 + 2 * len(shapes), run.stdout + run.stderr)
+        self.assertEqual((run.returncode, len(lines)), (0, 1 + 2 * len(shapes)), run.stdout + run.stderr)
         return lines
 
     def test_every_preset_and_head_size_has_plans(self):
-        lines = self.plans(self.program("as it is"), SHAPES)
+        lines = self.plans(SHAPES)
         print("\n".join(lines))
         for line in lines[1:]:
             words = line.split()
@@ -130,10 +159,9 @@ class Plans(unittest.TestCase):
             self.assertLessEqual(int(words[7]), int(words[9]), line)
 
     def test_planted_mistakes_are_refused(self):
-        for name, old, new in PLANTED:
-            with self.subTest(name):
-                lines = self.plans(self.program(name, old, new), [(1, 2, 256, 64, 128)])
-                self.assertIn("refused", "".join(lines), lines)
+        for planted in REFUSED:
+            with self.subTest(planted[0]):
+                self.assertIn("refused", "".join(self.plans([(1, 2, 256, 64, 128)], planted)))
 
 
 if __name__ == "__main__":
