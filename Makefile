@@ -43,8 +43,8 @@ PRECISION ?= BF16
 CUDA_DEFINES = $(if $(filter FP32,$(PRECISION)),-DPRECISION_FP32) $(if $(DEBUG_SYNC),-DDEBUG_SYNC)
 NVCCFLAGS = -std=c++17 -O3 -Xcompiler -Wall,-Wextra,-fopenmp $(VERSION_FLAG)
 
-# CUDNN=1: with attention by cuDNN, --attention-kernels cudnn. CUDNN_HOME: a folder with include/cudnn.h and the library in lib64 or lib, as the
-# toolkit's may be, or nvidia/cudnn of the Python package nvidia-cudnn-cu13.
+# CUDNN=1: with attention by cuDNN, --attention-kernels cudnn. CUDNN_HOME: a folder with include/cudnn.h, and the
+# library in lib64 or lib, as the toolkit's may be, or nvidia/cudnn of the Python package nvidia-cudnn-cu13.
 CUDA_HOME := $(patsubst %/bin/nvcc,%,$(realpath $(shell command -v $(NVCC))))
 ifndef CUDNN_HOME
 CUDNN_HOME := $(patsubst %/include/cudnn.h,%,$(firstword $(wildcard $(addsuffix /include/cudnn.h,\
@@ -54,7 +54,8 @@ CUDNN_LIBRARIES = $(abspath $(wildcard $(CUDNN_HOME)/lib64 $(CUDNN_HOME)/lib))
 CUDNN_DEFINES = -DMTA_CUDNN -I$(CUDNN_HOME)/include
 CUDNN_LINK = $(CUDNN_LIBRARIES:%=-L%) -l:libcudnn.so.9 $(CUDNN_LIBRARIES:%=-Xlinker -rpath -Xlinker %)
 ifdef CUDNN
-CUDA_DEFINES += $(if $(CUDNN_HOME),$(CUDNN_DEFINES),$(error CUDNN=1: no cudnn.h found, wanted CUDNN_HOME=FOLDER with include/cudnn.h and lib))
+CUDA_DEFINES += $(if $(CUDNN_HOME),$(CUDNN_DEFINES),\
+    $(error CUDNN=1: no cudnn.h found, wanted CUDNN_HOME=FOLDER with include/cudnn.h and lib))
 endif
 CUDA_LINK = -lcublas $(if $(CUDNN),$(CUDNN_LINK))
 
@@ -77,7 +78,7 @@ help:
 	@echo "       oneDNN         $(or $(ONEDNN_LINK),none: no --matmul bf16 on the CPU (Debian: libdnnl-dev))"
 	@echo "       MPI            $(or $(shell command -v $(MPICC)),none: no MPI=1 here)"
 	@echo "       CUDA toolkit   $(or $(shell $(NVCC) --version 2>/dev/null | grep -o 'release [0-9.]*'),none: no train_mta_cuda here)"
-	@echo "       cuDNN          $(or $(CUDNN_HOME),none: no CUDNN=1 here (the toolkit's, or the Python package nvidia-cudnn-cu13))"
+	@echo "       cuDNN          $(or $(CUDNN_HOME),none: no CUDNN=1 here (Python package nvidia-cudnn-cu13))"
 
 train_mta: build/$(if $(MPI),mpi/)train_mta.o build/commit.o build/flags_train_mta
 	$(if $(MPI),$(MPI_CC),$(CC)) $(CFLAGS) $(filter %.o,$^) -o $@ $(BLAS_LINK) $(ONEDNN_LINK) $(LDLIBS)

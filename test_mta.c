@@ -1922,10 +1922,8 @@ static void test_cudnn(void) {
     tr.destroy(m);
     if (golden) { golden_directory(&tr); }
     if (random) { test_random_models(&tr, (models + 1) / 2, false, true); }
-    for (int k = 0; k < 3; k++) {
-        if (beside) { test_cudnn_beside_own(&tr, kinds[k]); }
-        if (real) { test_real_initialisation(&tr, kinds[k], 0); }
-    }
+    for (int k = 0; k < 3 && beside; k++) { test_cudnn_beside_own(&tr, kinds[k]); }
+    if (real) { test_real_initialisation(&tr, "mta", 0); }
 }
 
 // What test_mta alone runs: layers and models in double, and what needs no trainer.

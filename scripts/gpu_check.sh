@@ -135,6 +135,8 @@ sanitize() {
     begin sanitizer "compute-sanitizer $1 of ${2##*/}" 150 compute-sanitizer "${options[@]}" "${@:2}"
 }
 
+# With cuDNN where the Makefile finds it.
+cudnn=$(printf 'include Makefile\nfound:\n\t@echo $(CUDNN_HOME)\n' | make -s --no-print-directory -f - found 2> /dev/null)
 # All at once: each is one compilation of train_mta.cu, and the machine has cores for them.
 build() {
     local programs=()
@@ -144,7 +146,7 @@ build() {
     fi
     if [ "$part" != tests ]; then programs+=(build/cuda_step build/test_ops_cuda); fi
     rm -f "${programs[@]}" build/*cuda*.o
-    begin verdict build 200 make -s -k -j8 NVCC_ARCH="$arch" "${programs[@]}"
+    begin verdict build 200 make -s -k -j8 NVCC_ARCH="$arch" ${cudnn:+CUDNN=1} "${programs[@]}"
     collect
 }
 # Beside one another: most of each is the start of processes and the CPU's own answers. The sanitizers, which slow the
@@ -179,18 +181,18 @@ predicted() {
     sed -n '/^| predicted /,/^$/p' dev/SPEED.md |
         awk -F' *[|] *' -v kind="\`$1\`" -v column=$column '$2 == kind {print "; predicted " $column}'
 }
-# speed_row MODEL ATTENTION T: one row of cuda_step; the classes go to the screen and the log
+# speed_row MODEL ATTENTION T [--cudnn]: one row of cuda_step; the classes go to the screen and the log
 speed_row() {
-    local log=build/log/gpu_speed_$1_$2_$3.log
-    run 90 "$log" build/cuda_step "$1" "$2" "$3" 0 4 --classes
+    local log=build/log/gpu_speed_$1_$2_$3${4:-}.log
+    run 90 "$log" build/cuda_step "$1" "$2" "$3" 0 4 ${4:+"$4"} --classes
     local status=$?
     if grep -q '^[a-z-]* *T .*tokens/s' "$log" 2> /dev/null; then
-        row "ours    $(grep -m 1 '^[a-z-]* *T .*tokens/s' "$log")$(predicted "$2" "$3")"
+        row "ours    $(grep -m 1 '^[a-z-]* *T .*tokens/s' "$log")$([ -n "${4:-}" ] || predicted "$2" "$3")"
     fi  # also what it had when its time was over
     case $status in
         0) grep -v 'tokens/s' "$log" ;;
-        125) row "skip    ours $2 T $3: no time left" ;;
-        *) fail "ours $2 T $3: $(tail -n 1 "$log")" ;;
+        125) row "skip    ours $2 T $3${4:+ $4}: no time left" ;;
+        *) fail "ours $2 T $3${4:+ $4}: $(tail -n 1 "$log")" ;;
     esac
 }
 # bench_rows TITLE TEXT: what operations whose name contains TEXT cost: the attention of one layer alone, fused and
@@ -218,6 +220,11 @@ run_speed() {
     local kind T
     [ -x build/cuda_step ] || return
     for kind in mta transformer mta-full; do speed_row 880m $kind 2048; done
+    if [ -z "$cudnn" ]; then
+        row "skip    attention by cuDNN: the Makefile finds none"
+    else
+        for kind in mta transformer; do speed_row 880m $kind 2048 --cudnn; done
+    fi
     bench_rows layer attention
     run_torch
     for kind in mta transformer mta-full; do speed_row 880m $kind 4096; done

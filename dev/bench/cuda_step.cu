@@ -1,8 +1,8 @@
 // cuda_step.cu: speed of train_mta.cu's training step on this GPU: tokens/s, MFU, memory, and time by kernel class. It
 // includes the trainer, so what is measured is what ships; it adds only the clock around launches and products.
 //   make build/cuda_step && build/cuda_step MODEL ATTENTION T [B=0: 8192 tokens, or less if memory is short] [STEPS=5]
-// One line for a table, then (--classes) one line for each class that takes at least 1% of a step. Random tokens,
-// random weights.
+// One line for a table, then (--classes) one line for each class that takes at least 1% of a step; cuDNN's own
+// launches, of attention with --cudnn, are in none. Random tokens, random weights.
 #include <cublas_v2.h>
 #include <cuda_runtime.h>
 #include <stdio.h>
@@ -123,8 +123,11 @@ int main(int argc, char** argv) {
     Error e = {{0}};
     bool classes = argc > 1 && !strcmp(argv[argc - 1], "--classes");
     argc -= classes;
+    bool by_cudnn = argc > 1 && !strcmp(argv[argc - 1], "--cudnn");
+    argc -= by_cudnn;
+    int chunk = by_cudnn ? CHUNK_CUDNN : 0;
     if (argc < 4 || argc > 6 || !preset_find(argv[1])) {
-        die("usage: cuda_step MODEL ATTENTION T [B] [STEPS] [--classes]");
+        die("usage: cuda_step MODEL ATTENTION T [B] [STEPS] [--cudnn] [--classes]");
     }
     int T = atoi(argv[3]), B = argc > 4 ? atoi(argv[4]) : 0, steps = argc > 5 ? atoi(argv[5]) : 5;
     config_from_preset(&c, preset_find(argv[1]));
@@ -138,10 +141,10 @@ int main(int argc, char** argv) {
     cudaCheck(cudaMemGetInfo(&available, &total));
     cuda_close(&probe);
     if (!B) {
-        B = max_int(1, min_int(max_int(1, 32768 / T),
-                               largest_batch(&c, T, 0, RECOMPUTE_NONE, available > reserve ? available - reserve : 0)));
+        B = max_int(1, min_int(max_int(1, 32768 / T), largest_batch(&c, T, chunk, RECOMPUTE_NONE,
+                                                                    available > reserve ? available - reserve : 0)));
     }
-    Model* m = model_create(&c, B, T, 0, RECOMPUTE_NONE, &e);
+    Model* m = model_create(&c, B, T, chunk, RECOMPUTE_NONE, &e);
     if (!m) { die("%s", e.text); }
     model_initialise(trainer_cuda(), m, &m->config, 1);
     int N = B * T;
@@ -173,13 +176,15 @@ int main(int argc, char** argv) {
     profiling = classes;
     if (classes) { seconds_of_step(step++); }
     profiling = false;
-    MemoryPlan p = model_memory(&c, B, T, 0, RECOMPUTE_NONE);
+    MemoryPlan p = model_memory(&c, B, T, chunk, RECOMPUTE_NONE);
     double rate = N / best, peak = matmul_rate(&device);
     auto mfu = [&](double tokens_per_second) {
         return peak > 0 ? 100 * tokens_per_second * model_flops_per_token(&c, T) / peak : 0.0;
     };
+    char name[64];
+    snprintf(name, sizeof name, "%s%s", argv[2], by_cudnn ? "-cudnn" : "");
     printf("%-14s T %-5d B %-3d %9.0f tokens/s  MFU %5.1f%%  %8.0f MiB  loss %.3f  without graphs %.0f tokens/s\n",
-           argv[2], T, B, rate, mfu(rate), (double)memory_total(&p) / 1048576, loss, N / direct);
+           name, T, B, rate, mfu(rate), (double)memory_total(&p) / 1048576, loss, N / direct);
     if (classes) { print_classes(N); }
     fflush(stdout);
     model_free(m);

@@ -10,6 +10,7 @@ import json
 import os
 import random
 import re
+import shutil
 import struct
 import subprocess
 import tempfile
@@ -191,6 +192,51 @@ class CudaRuns(unittest.TestCase):
         run = self.execute(command)
         self.assertEqual(run.returncode, 0, run.stderr)
         return run
+
+    # Layer 0 of mta without a convolution, for cuDNN; diff is served whole.
+    CUDNN = (("mta", ["--kq-conv-layers", "1", "--attention-kernels", "cudnn"]),
+             ("diff", ["--attention-kernels", "cudnn"]))
+
+    @unittest.skipUnless(EMULATED, "skip: train_mta_cuda may be built without cuDNN")
+    def test_attention_by_cudnn(self):
+        """Beside the own kernels, which give other bits; resume, graphs and recompute, which give the same."""
+        for attention, options in self.CUDNN:
+            whole, output = self.train(BF16, attention, "--steps", "2", *TWO, *options, attention=attention)
+            self.assertRegex(output, r"attention   cuDNN in \d of 2 layers, 2 sequences at a time in \d\.\d MiB")
+            own, _ = self.train(BF16, attention + "own", "--steps", "2", *TWO, *options[:-2], attention=attention)
+            self.compare(self.figures(whole), self.figures(own), 0.02)
+            self.assertNotEqual(self.figures(whole), self.figures(own))
+            again = [*options, "--recompute", "block", "--cuda-graphs", "off"]
+            self.train(BF16, "parts", "--steps", "1", "--schedule-steps", "2", *TWO, *again, attention=attention)
+            parts, _ = self.train(BF16, "parts", "--steps", "2", "--resume", *TWO, *again, attention=attention)
+            self.assertEqual(self.figures(whole), self.figures(parts))
+            self.assertEqual(self.checkpoint(attention, 2), self.checkpoint("parts", 2))
+            self.assertEqual(parts[0]["arguments"].count("cudnn"), 1)
+            self.assertNotIn("attention-kernels", str(parts[-1].get("changed")))
+            shutil.rmtree(self.path("parts"))
+
+    @unittest.skipUnless(EMULATED, "skip: calls cannot be made to fail there")
+    def test_cudnn_refused(self):
+        attention, options = self.CUDNN[0]
+        for program, words in ((CPU, "got cudnn, this trainer has its own alone"), (FP32, "computes in fp32")):
+            _, error = self.train(program, "run", "--steps", "1", *options, attention=attention, status=1)
+            self.assertIn(words, error)
+        self.assertIn("no layer that it serves", self.refused(*options[-2:]))
+        for call, words in (("cudnnCreate:1", "cuDNN cannot be used: CUDNN_STATUS_NOT_INITIALIZED"),
+                            ("cudnnBackendFinalize:9", "cuDNN refused ")):
+            _, error = self.train(BF16, "run", "--steps", "1", *options, attention=attention, status=1,
+                                  env={"CUDA_CPU_FAIL": call})
+            self.assertIn(words, error)
+        _, error = self.train(BF16, "run", "--steps", "1", *options, attention=attention, status=70,
+                              env={"CUDA_CPU_FAIL": "cudnnBackendExecute:2"})
+        self.assertIn("attention by cuDNN, backward: CUDNN_STATUS_EXECUTION_FAILED", error)
+
+    def test_kernels_changed_on_resume_are_said(self):
+        self.train(BF16, "run", "--steps", "1", "--schedule-steps", "2", attention="diff")
+        log, output = self.train(BF16, "run", "--steps", "2", "--resume", "--attention-kernels", "cudnn",
+                                 attention="diff")
+        self.assertIn("attention-kernels own -> cudnn", output)
+        self.assertIn("attention-kernels own -> cudnn", str([e.get("changed") for e in log]))
 
     def test_accumulation(self):
         """A step of four sequences at once, two at a time or one at a time is the same step."""

@@ -1,8 +1,10 @@
 #!/usr/bin/env python3
-"""What mta/attention_cudnn.h tells cuDNN, on a machine without a GPU: its graphs computed, and plans for them by the real library.
+"""What mta/attention_cudnn.h tells cuDNN, on a machine without a GPU: its graphs computed, and plans for them by the
+real library.
 
 python3 dev/tests/test_cudnn.py [-k PATTERN]
-The plans need cuDNN 9.16 or later and the CUDA toolkit (make help says where they are found); without them they are skipped.
+The plans need cuDNN 9.16 or later and the CUDA toolkit (make help says where they are found); without them they are
+skipped.
 
 The library is told that the GPU is an H200. It compiles the kernels of a plan and loads them through the driver: here
 through one in which every call succeeds and does nothing, made from the names of the toolkit's own stub of libcuda.
@@ -28,7 +30,8 @@ H200 = {
 # Sequences, heads, tokens; sizes of a head's queries and keys, and of its values (twice that with pairs): the presets
 # 300m, 880m, 550m with 1b, at the lengths that are trained; then the smallest, and lengths that divide nothing.
 SHAPES = [(4, 16, 2048, 64, 64), (4, 16, 2048, 64, 128), (4, 16, 2048, 96, 96), (4, 16, 2048, 96, 192),
-          (4, 10, 2048, 128, 128), (1, 16, 4096, 128, 256), (1, 2, 64, 8, 16), (2, 4, 2047, 96, 192), (3, 6, 100, 40, 40)]
+          (4, 10, 2048, 128, 128), (1, 16, 4096, 128, 256), (1, 2, 64, 8, 16), (2, 4, 2047, 96, 192),
+          (3, 6, 100, 40, 40)]
 
 # Mistakes planted into the header: a name, what stands there, what is put in its place. What has no meaning is refused
 # by the library; what has another meaning is noticed by its values.
@@ -48,7 +51,8 @@ NOTICED = [
 def from_make():
     """CUDA_HOME, CUDNN_HOME and CUDNN_LIBRARIES of the Makefile, empty where nothing was found."""
     rule = "include Makefile\nvalues:\n\t@echo '$(CUDA_HOME)'; echo '$(CUDNN_HOME)'; echo '$(CUDNN_LIBRARIES)'\n"
-    run = subprocess.run(["make", "-s", "--no-print-directory", "-f", "-", "values"], cwd=ROOT, capture_output=True, text=True, check=True, input=rule)
+    run = subprocess.run(["make", "-s", "--no-print-directory", "-f", "-", "values"], cwd=ROOT, capture_output=True,
+                         text=True, check=True, input=rule)
     return run.stdout.split("\n")[:3]
 
 
@@ -72,21 +76,25 @@ def missing():
 def driver(folder):
     """libcuda.so.1 in which every call succeeds and does nothing; but there is no device for whoever looks for one."""
     libraries = [os.path.join(CUDA, lib, "stubs", "libcuda.so") for lib in ("lib64", "lib")]
-    names = subprocess.run(["nm", "-D", "--defined-only", next(filter(os.path.exists, libraries))], capture_output=True, text=True,
-                           check=True).stdout
+    names = subprocess.run(["nm", "-D", "--defined-only", next(filter(os.path.exists, libraries))],
+                           capture_output=True, text=True, check=True).stdout
     special = {
         "cuInit": "int cuInit(unsigned f) { return 100; }",
         "cuGetExportTable": "int cuGetExportTable(const void** t, const void* id) { *t = 0; return 500; }",
         "cuDriverGetVersion": "int cuDriverGetVersion(int* v) { *v = 13000; return 0; }",
     }
-    for name, first in {"cuLibraryLoadData": "void** x, const void* d", "cuLibraryGetKernel": "void** x, void* l, const char* n",
+    for name, first in {"cuLibraryLoadData": "void** x, const void* d",
+                        "cuLibraryGetKernel": "void** x, void* l, const char* n",
                         "cuKernelGetFunction": "void** x, void* k", "cuModuleLoadData": "void** x, const void* d",
                         "cuModuleGetFunction": "void** x, void* m, const char* n"}.items():
         special[name] = "int %s(%s) { *x = (void*)1; return 0; }" % (name, first)
-    symbols = [line.split()[2] for line in names.splitlines() if line.split()[1] == "T" and line.split()[2].startswith("cu")]
+    functions = [line.split()[2] for line in names.splitlines() if line.split()[1] == "T"]
+    symbols = [name for name in functions if name.startswith("cu")]
     with open(os.path.join(folder, "stub.c"), "w", encoding="utf-8") as f:
-        f.write("\n".join([*special.values(), *("int %s(void) { return 0; }" % s for s in symbols if s not in special)]))
-    subprocess.run(["cc", "-shared", "-fPIC", "-w", "-Wl,-soname,libcuda.so.1", "stub.c", "-o", "libcuda.so.1"], cwd=folder, check=True)
+        f.write("\n".join(special.values()))
+        f.write("".join("\nint %s(void) { return 0; }" % s for s in symbols if s not in special) + "\n")
+    subprocess.run(["cc", "-shared", "-fPIC", "-w", "-Wl,-soname,libcuda.so.1", "stub.c", "-o", "libcuda.so.1"],
+                   cwd=folder, check=True)
 
 
 class Header(unittest.TestCase):
@@ -107,7 +115,8 @@ class Header(unittest.TestCase):
             text = text.replace(*planted[1:])
         with open(path, "w", encoding="utf-8") as f:
             f.write(text)
-        subprocess.run([*command, "-I.", source, "-o", "program", *(LINK if source.endswith(".c") else []), "-lm"], cwd=folder, check=True)
+        link = LINK if source.endswith(".c") else []
+        subprocess.run([*command, "-I.", source, "-o", "program", *link, "-lm"], cwd=folder, check=True)
         return os.path.join(folder, "program")
 
 
@@ -115,7 +124,8 @@ class Values(Header):
     COMMAND = ["c++", "-std=c++17", "-O0", "-w", "-fopenmp", "-I" + os.path.join(ROOT, "dev", "cuda_cpu")]
 
     def run_program(self, planted=None):
-        return subprocess.run([self.build("cudnn_values.cpp", self.COMMAND, planted)], capture_output=True, text=True, timeout=60, check=False)
+        return subprocess.run([self.build("cudnn_values.cpp", self.COMMAND, planted)], capture_output=True, text=True,
+                              timeout=60, check=False)
 
     def test_graphs_are_attention(self):
         run = self.run_program()
@@ -142,9 +152,11 @@ class Plans(Header):
 
     def plans(self, shapes, planted=None):
         """The lines of cudnn_plans for these shapes, two each."""
-        command = ["cc", "-std=gnu11", "-Wall", "-Wextra", "-Werror", "-I" + os.path.join(CUDNN, "include"), "-I" + os.path.join(CUDA, "include")]
-        run = subprocess.run([self.build("cudnn_plans.c", command, planted), os.path.join(self.folder.name, "device.json")], text=True, timeout=300,
-                             input="".join("%d %d %d %d %d\n" % s for s in shapes), capture_output=True, check=False,
+        command = ["cc", "-std=gnu11", "-Wall", "-Wextra", "-Werror", "-I" + os.path.join(CUDNN, "include"),
+                   "-I" + os.path.join(CUDA, "include")]
+        program = self.build("cudnn_plans.c", command, planted)
+        run = subprocess.run([program, os.path.join(self.folder.name, "device.json")], capture_output=True, text=True,
+                             input="".join("%d %d %d %d %d\n" % s for s in shapes), timeout=300, check=False,
                              env=dict(os.environ, LD_LIBRARY_PATH=self.folder.name))
         lines = run.stdout.splitlines()
         self.assertEqual((run.returncode, len(lines)), (0, 1 + 2 * len(shapes)), run.stdout + run.stderr)
