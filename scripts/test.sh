@@ -3,18 +3,21 @@
 #
 # Usage: scripts/test.sh [--check] [--long] [--no-install] [--only TEXT]
 #   --check        the quick tests alone, in about a minute and a half (make check); installs nothing
-#   --long         also what takes long: the tests of train_mta and infer_mta as programs under the sanitizers; the kernels under
-#                  the address sanitizer, and their undefined behaviour; operations in another order of threads at all shapes instead of one; test_mta
-#                  without CBLAS in optimised code (else under the sanitizers alone); 300 random models on the emulator instead of 24; a
-#                  million inputs for the fuzzers instead of 10,000; a million strings for the tokenizer; every system call and allocation,
-#                  and many kills, as faults; train_mta and test_mta for aarch64 in optimised code; races in fused attention of
+#   --long         also what takes long: the tests of train_mta and infer_mta as programs under the sanitizers; the
+#                  kernels under the address sanitizer, and their undefined behaviour; operations in another order of
+#                  threads at all shapes instead of one; test_mta without CBLAS in optimised code (else under the
+#                  sanitizers alone); 300 random models on the emulator instead of 24; a million inputs for the fuzzers
+#                  instead of 10,000; a million strings for the tokenizer; every system call and allocation, and many
+#                  kills, as faults; train_mta and test_mta for aarch64 in optimised code; races in fused attention of
 #                  two sequences of 74 with heads of 128; nvcc for other architectures and what it made for them
 #   --no-install   installs nothing: what is missing is said and left out
 #   --only TEXT    the tests whose name contains TEXT, and what they need
 #
-# On Debian and Ubuntu it installs what it needs (as root, or through sudo): compilers, make, OpenBLAS, Open MPI, MPICH, Python, clang, a cross
-# compiler and an emulator for aarch64; and the virtual environments data/.venv and dev/.venv (PyTorch and others to compare with: minutes and 4 GB the first
-# time). What cannot run here is skipped with its reason. Ends with "N passed, N failed[, N skipped]"; the exit status is the verdict.
+# On Debian and Ubuntu it installs what it needs (as root, or through sudo): compilers, make, OpenBLAS, Open MPI, MPICH,
+# Python, clang, a cross compiler and an emulator for aarch64; and the virtual environments data/.venv and dev/.venv
+# (PyTorch and others to compare with: minutes and 4 GB the first time). What cannot run here is skipped with its
+# reason. Prints seconds of the clock and of processors for each step. Ends with "N passed, N failed[, N skipped]"; the
+# exit status is the verdict.
 set -u
 cd "$(dirname "$0")/.." || exit 1
 install=1 only="" mode=full
@@ -23,18 +26,21 @@ while [ $# -gt 0 ]; do
         --check) mode=check install=0 ;;
         --long) mode=long ;;
         --no-install) install=0 ;;
-        --only) only=${2:-}; shift; [ -n "$only" ] || { echo "test.sh: --only: the text is missing; --help lists all" >&2; exit 1; } ;;
+        --only)
+            only=${2:-}
+            shift
+            [ -n "$only" ] || { echo "test.sh: --only: the text is missing; --help lists all" >&2; exit 1; } ;;
         -h|--help) sed -n '2,/^set -/{/^set -/d;s/^# \{0,1\}//;p}' scripts/test.sh; exit 0 ;;
         *) echo "test.sh: unknown option $1; --help lists all" >&2; exit 1 ;;
     esac
     shift
 done
-passed=0 failed=0 skipped=0 reasons=() failures=() seconds_of=()
+passed=0 failed=0 skipped=0 reasons=() failures=() seconds_of=() processor_seconds=0
 mkdir -p build/log
 started=$SECONDS
 cores=$(nproc)
 export OMP_WAIT_POLICY=passive  # threads that wait sleep: many tests share few cores
-STEP_SECONDS=1200               # a step that hangs fails instead of holding up all others; the longest takes about 150 s on a core of its own
+STEP_SECONDS=1200               # a step that hangs fails instead of holding up all others; the longest takes 100 s
 trap 'echo "interrupted"; kill $(jobs -p) 2> /dev/null; exit 130' INT TERM
 
 # ---- steps: a name, the programs it needs (targets of make), its command
@@ -45,7 +51,10 @@ names=() targets=() commands=()
 step() {
     local runs=$1 name=$2 needs=$3
     shift 3
-    case $mode:$runs in check:check | check:both | full:both | full:full | long:both | long:full | long:long) ;; *) return 0 ;; esac
+    case $mode:$runs in
+        check:check | check:both | full:both | full:full | long:both | long:full | long:long) ;;
+        *) return 0 ;;
+    esac
     [[ -z $only || $name == *"$only"* ]] || return 0
     names+=("$name") targets+=("$needs") commands+=("$(printf '%q ' "$@")")
 }
@@ -58,23 +67,25 @@ skip() {
 
 log_of() { echo "build/log/${1//[^A-Za-z0-9_.-]/_}.log"; }
 
-# run NAME COMMAND: into build/log/NAME.log; exit status and seconds into NAME.log.status, which is there when the step has ended.
+# run NAME COMMAND: into build/log/NAME.log; exit status, seconds of the clock and of processors (user and system) into
+# NAME.log.status, which is there when the step has ended.
 run() {
-    local log status began=$SECONDS
+    local log status began=$SECONDS TIMEFORMAT='%U %S'
     log=$(log_of "$1")
     rm -f "$log.status"
-    timeout -k 10 "$STEP_SECONDS" bash -c "$2" > "$log" 2>&1 < /dev/null
+    { time timeout -k 10 "$STEP_SECONDS" bash -c "$2" > "$log" 2>&1 < /dev/null; } 2> "$log.time"
     status=$?
     if [ "$status" -eq 124 ] || [ "$status" -eq 137 ]; then echo "stopped after $STEP_SECONDS s" >> "$log"; fi
-    echo "$status $((SECONDS - began))" > "$log.new"
+    echo "$status $((SECONDS - began)) $(tail -n 1 "$log.time" | awk '{ printf "%.0f", $1 + $2 }')" > "$log.new"
     mv "$log.new" "$log.status"
 }
 
-# report NAME: counts what was run. A last line "N passed, N failed[, N skipped]" gives the counts; without one the exit status is one test.
+# report NAME: counts what was run. A last line "N passed, N failed[, N skipped]" gives the counts; without one the exit
+# status is one test.
 report() {
-    local name=$1 log line status seconds p f s
+    local name=$1 log line status seconds processors p f s
     log=$(log_of "$name")
-    read -r status seconds < "$log.status"
+    read -r status seconds processors < "$log.status"
     line=$(grep -aE '^[0-9]+ passed, [0-9]+ failed' "$log" | tail -n 1)
     if [ -n "$line" ]; then
         read -r p f s < <(sed -E 's/^([0-9]+) passed, ([0-9]+) failed(, ([0-9]+) skipped)?.*/\1 \2 \4/' <<< "$line")
@@ -84,10 +95,13 @@ report() {
     fi
     s=${s:-0}
     passed=$((passed + p)) failed=$((failed + f)) skipped=$((skipped + s)) seconds_of+=("$seconds $name")
+    processor_seconds=$((processor_seconds + processors))
     if [ "$s" -gt 0 ]; then
-        while IFS= read -r why; do reasons+=("$name: $why"); done < <(grep -aiE 'skip' "$log" | grep -avE '^[0-9]+ passed|^OK|^FAILED' | sort -u | head -n 8)
+        while IFS= read -r why; do reasons+=("$name: $why"); done < \
+            <(grep -aiE 'skip' "$log" | grep -avE '^[0-9]+ passed|^OK|^FAILED' | sort -u | head -n 8)
     fi
-    printf '%-5s %-38s %5d passed %3d failed %3d skipped  %4ds\n' "$([ "$f" -eq 0 ] && echo ok || echo FAIL)" "$name" "$p" "$f" "$s" "$seconds"
+    printf '%-5s %-38s %5d passed %3d failed %3d skipped %5d s, of processors %4d s\n' \
+        "$([ "$f" -eq 0 ] && echo ok || echo FAIL)" "$name" "$p" "$f" "$s" "$seconds" "$processors"
     if [ "$f" -gt 0 ]; then
         failures+=("$name")
         echo "---- the end of $log"
@@ -100,36 +114,58 @@ running=()
 report_ended() {
     local name still=()
     for name in "${running[@]}"; do
-        if [ -e "$(log_of "$name").status" ]; then report "$name"; else still+=("$name"); fi
+        if [ -e "build/log/${name//[^A-Za-z0-9_.-]/_}.log.status" ]; then report "$name"; else still+=("$name"); fi
     done
     running=("${still[@]}")
 }
 
-# What takes longest begins first, builds and steps, so that no core is left alone with one of them at the end.
-FIRST_BUILT="nvcc_check build/races/test_mta_bf16"
-FIRST=("emulator bf16" test_cuda_run.py "PTX executed" test_prepare.py "emulator fp32" test_run.py test_quickstart.py fuzz
-    "races fused attention" test_lm_eval.py "emulator many heads, order 7, asan" operations test_aarch64.py)
+# What takes longest begins first, builds and steps, so that no core is left alone with one of them at the end; what
+# mostly waits begins beside the build.
+FIRST_BUILT=(train_mta build/openmpi/train_mta build/mpich/train_mta nvcc_check build/races/test_mta_bf16)
+FIRST=(test_ranks.py "emulator bf16" "PTX executed" test_cuda_run.py test_prepare.py test_run.py "emulator fp32"
+    test_quickstart.py test_export.py operations fuzz test_lm_eval.py test_day.py test_tokenizer.py test_infer.py
+    "races fused attention" "emulator many heads, order 7, asan")
 
-# Builds what the steps need, each program once, then runs them side by side: one more than there are cores, since some of them wait.
+# make_programs STEP...: makes what these steps need, each program once, and build/log/ready/STEP when a step has all.
+make_programs() {
+    local i goals=" " needed=" ${targets[*]} " ready=build/log/ready
+    for i in "${FIRST_BUILT[@]}"; do [[ $needed != *" $i "* ]] || goals+="$i "; done
+    rm -rf $ready && mkdir $ready
+    {
+        echo "include Makefile"
+        for i in "$@"; do printf '%s: %s\n\t@touch $@\n' "$ready/$i" "${targets[i]}"; done
+        echo "programs:$goals$(printf "$ready/%s " "$@")"
+    } > $ready.mk
+    run build "make -k -j$cores WERROR=1 -f $ready.mk programs"
+}
+
+# Runs the steps side by side while their programs are made: one more than there are cores, since some of them wait. The
+# build counts as one step for each core.
 run_steps() {
-    local i name needed order=()
-    needed=$(printf '%s\n' "${targets[@]}" | tr ' ' '\n' | awk 'NF && !seen[$0]++')
-    needed=$({ grep -xF "${FIRST_BUILT// /$'\n'}" <<< "$needed"; grep -vxF "${FIRST_BUILT// /$'\n'}" <<< "$needed"; } | awk NF | tr '\n' ' ')
+    local i name order=() others=0
     for name in "${FIRST[@]}"; do
         for i in "${!names[@]}"; do [[ ${names[i]} != "$name" ]] || order+=("$i"); done
     done
     for i in "${!names[@]}"; do [[ " ${order[*]} " == *" $i "* ]] || order+=("$i"); done
-    if [ -n "$needed" ]; then
-        run build "make -k -j$cores WERROR=1 $needed"
-        report build
+    for name in build "${names[@]}"; do rm -f "$(log_of "$name").status"; done
+    if [ -n "${targets[*]// /}" ]; then
+        make_programs "${order[@]}" &
+        running=(build)
     fi
-    for i in "${order[@]}"; do
-        while [ ${#running[@]} -gt "$cores" ]; do wait -n; report_ended; done
-        rm -f "$(log_of "${names[i]}").status"
-        running+=("${names[i]}")
-        run "${names[i]}" "${commands[i]}" &
+    while [ ${#running[@]} -gt 0 ] || [ ${#order[@]} -gt 0 ]; do
+        others=0
+        if [ "${running[0]:-}" = build ]; then others=$((cores - 1)); fi
+        for i in "${!order[@]}"; do
+            if [ $((${#running[@]} + others)) -gt "$cores" ]; then break; fi
+            name=${names[order[i]]}
+            if [ "${running[0]:-}" = build ] && [ ! -e "build/log/ready/${order[i]}" ]; then continue; fi
+            running+=("$name")
+            run "$name" "${commands[order[i]]}" &
+            unset "order[i]"
+        done
+        sleep 0.1
+        report_ended
     done
-    while [ ${#running[@]} -gt 0 ]; do wait -n; report_ended; done
 }
 
 # ---- what the machine needs
@@ -147,10 +183,13 @@ install_packages() {
     has make || need+=(make)
     has pkg-config || need+=(pkg-config)
     has clang || need+=(clang)
-    compiles 'int main(void){return cblas_sgemm == 0;}' gcc -include cblas.h $(pkg-config --cflags --libs openblas 2> /dev/null) -lopenblas || need+=(libopenblas-dev)
-    compiles 'int main(void){return dnnl_matmul_desc_init == 0;}' gcc -include oneapi/dnnl/dnnl.h -ldnnl || need+=(libdnnl-dev)
+    compiles 'int main(void){return cblas_sgemm == 0;}' gcc -include cblas.h \
+        $(pkg-config --cflags --libs openblas 2> /dev/null) -lopenblas || need+=(libopenblas-dev)
+    compiles 'int main(void){return dnnl_matmul_desc_init == 0;}' gcc -include oneapi/dnnl/dnnl.h -ldnnl ||
+        need+=(libdnnl-dev)
     compiles 'int main(void){return 0;}' clang -fopenmp || need+=(libomp-dev)
-    compiles 'int LLVMFuzzerTestOneInput(void){return 0;}' clang -fsanitize=fuzzer,address || need+=("$(clang_runtime)")
+    compiles 'int LLVMFuzzerTestOneInput(void){return 0;}' clang -fsanitize=fuzzer,address ||
+        need+=("$(clang_runtime)")
     has python3 || need+=(python3)
     python3 -c 'import ensurepip' 2> /dev/null || need+=(python3-venv)
     has mpicc.openmpi || need+=(libopenmpi-dev openmpi-bin)
@@ -159,7 +198,8 @@ install_packages() {
     [ ${#need[@]} -eq 0 ] && return 0
     echo "installing ${need[*]}"
     as_root apt-get update -qq > build/log/apt.log 2>&1
-    as_root env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${need[@]}" >> build/log/apt.log 2>&1 ||
+    as_root env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${need[@]}" \
+        >> build/log/apt.log 2>&1 ||
         echo "could not install all of ${need[*]}: see build/log/apt.log; going on with what is here"
 }
 
@@ -170,32 +210,34 @@ clang_runtime() {
     echo "libclang-rt-${version:-14}-dev"
 }
 
-DATA_PACKAGES="numpy, tiktoken, zstandard, tqdm, pyarrow, matplotlib"
-DEV_PACKAGES="torch, transformers, tokenizers, safetensors, accelerate, lm_eval, tensorboard, numpy"
-
-# make_venv FOLDER PACKAGES: makes the environment, or leaves it as it is where its packages are found.
+# make_venv FOLDER: the environment FOLDER/.venv with the packages of FOLDER/requirements.txt. A copy of that file in it
+# says that all are there; an environment that was left half made, or is of other requirements, is completed.
 make_venv() {
-    local folder=$1 packages=$2
-    "$folder/.venv/bin/python" -c "import importlib.util as u, sys; sys.exit(any(u.find_spec(p) is None for p in '$packages'.split(', ')))" 2> /dev/null && return 0
+    local folder=$1 log=build/log/venv_$1.log python=$1/.venv/bin/python torch
+    cmp -s "$folder/requirements.txt" "$folder/.venv/requirements.txt" && "$python" -c "" 2> /dev/null && return 0
     echo "making $folder/.venv of $folder/requirements.txt$([ "$folder" = dev ] && echo ' (PyTorch: minutes)')"
-    { [ -x "$folder/.venv/bin/python" ] || python3 -m venv "$folder/.venv"; } > "build/log/venv_$folder.log" 2>&1 || return 1
-    local pip="$folder/.venv/bin/python -m pip install -q --disable-pip-version-check" torch
-    if [ "$folder" = dev ]; then  # without CUDA it is a tenth of the size, where the index has such a one
-        torch=$("$folder/.venv/bin/python" -c 'import sys; print("2.15.0" if sys.version_info >= (3, 11) else "2.8.0")')
-        $pip "torch==$torch+cpu" >> "build/log/venv_$folder.log" 2>&1
+    "$python" -m pip --version > "$log" 2>&1 || python3 -m venv --clear "$folder/.venv" >> "$log" 2>&1 || return 1
+    local pip="$python -m pip install -q --disable-pip-version-check"
+    if [ "$folder" = dev ] && ! "$python" -c "import torch" 2> /dev/null; then
+        # Without CUDA it is a tenth of the size, where the index has such a one.
+        torch=$("$python" -c 'import sys; print("2.15.0" if sys.version_info >= (3, 11) else "2.8.0")')
+        $pip "torch==$torch+cpu" >> "$log" 2>&1
     fi
-    $pip -r "$folder/requirements.txt" >> "build/log/venv_$folder.log" 2>&1
+    $pip -r "$folder/requirements.txt" >> "$log" 2>&1 && cp "$folder/requirements.txt" "$folder/.venv/"
 }
 
 # no_venv FOLDER: says why there is none.
-no_venv() { echo "no $1/.venv with the packages of $1/requirements.txt: $(tail -n 1 "build/log/venv_$1.log" 2> /dev/null)"; }
+no_venv() { echo "$1/.venv lacks packages of $1/requirements.txt: $(tail -n 1 "build/log/venv_$1.log" 2> /dev/null)"; }
 
 if [ $install -eq 1 ]; then
     if ! has apt-get; then echo "no apt-get here: using what is installed"
     elif [ "$(id -u)" -ne 0 ] && ! sudo -n true 2> /dev/null; then echo "not root and no sudo: using what is installed"
-    else install_packages; has clang && install_packages; fi  # twice: clang's runtimes carry the version of the clang just installed
-    make_venv data "$DATA_PACKAGES" || no_venv data
-    make_venv dev "$DEV_PACKAGES" || no_venv dev
+    else
+        install_packages
+        has clang && install_packages  # again: clang's runtimes carry the version of the clang just installed
+    fi
+    make_venv data || no_venv data
+    make_venv dev || no_venv dev
 fi
 python=python3 compare=""
 if [ $mode != check ]; then
@@ -211,7 +253,8 @@ EMULATED="build/train_mta_cuda_cpu build/train_mta_cuda_cpu_fp32"
 python_step() {
     local source=dev/tests/$1 runner=$python runs=full
     case $1 in test_help.py | test_layout.py) runs=both ;; esac
-    if [ -n "$compare" ] && grep -qE '^ *(import|from) (torch|transformers|tokenizers|safetensors|lm_eval|tensorboard)\b' "$source"; then runner=$compare; fi
+    local compared='^ *(import|from) (torch|transformers|tokenizers|safetensors|lm_eval|tensorboard)\b'
+    if [ -n "$compare" ] && grep -qE "$compared" "$source"; then runner=$compare; fi
     step $runs "$1" "train_mta infer_mta test_mta $([ $runs = full ] && echo "$EMULATED")" "$runner" "$source"
 }
 # The CPU trainer on several processes, by each MPI that is here.
@@ -229,9 +272,11 @@ if has python3; then
         name=$(basename "$source")
         case $name in test_ranks.py) ranks_step "$name" ;; *) python_step "$name" ;; esac
     done
-    step check "infer_mta gives the golden logits" infer_mta python3 dev/tests/test_infer.py -k test_logits_of_every_position
+    step check "infer_mta gives the golden logits" infer_mta \
+        python3 dev/tests/test_infer.py -k test_logits_of_every_position
     step check "a run with resume" train_mta python3 dev/tests/test_run.py -k ten_and_ten
-    if [ -n "$compare" ]; then step full "reference writes the golden cases" "" "$compare" dev/ref/make_golden.py --check dev/golden; fi
+    [ -z "$compare" ] ||
+        step full "reference writes the golden cases" "" "$compare" dev/ref/make_golden.py --check dev/golden
 else
     skip "Python tests: no python3 here"
 fi
@@ -240,10 +285,12 @@ fi
 ASAN="env ASAN_OPTIONS=detect_leaks=0"
 step full "emulator bf16" test_mta_cuda_cpu_bf16 ./test_mta_cuda_cpu_bf16 --models 24
 step full "emulator fp32" test_mta_cuda_cpu ./test_mta_cuda_cpu --models 24
-step long "emulator many heads, order 7, asan" build/asan/test_mta_cuda_cpu_bf16 $ASAN CUDA_CPU_ORDER=7 build/asan/test_mta_cuda_cpu_bf16 --only "many heads" --models 6
-step long "emulator models, order 1, asan" build/asan/test_mta_cuda_cpu_bf16 $ASAN CUDA_CPU_ORDER=1 build/asan/test_mta_cuda_cpu_bf16 --only "random models" --models 14
-step long "emulator golden, order 1, asan" build/asan/test_mta_cuda_cpu_bf16 $ASAN CUDA_CPU_ORDER=1 build/asan/test_mta_cuda_cpu_bf16 --only golden
-step full "races models" build/races/test_mta_bf16 env CUDA_CPU_ORDER=7 build/races/test_mta_bf16 --only "random models" --models 10
+asan=build/asan/test_mta_cuda_cpu_bf16
+step long "emulator many heads, order 7, asan" $asan $ASAN CUDA_CPU_ORDER=7 $asan --only "many heads" --models 6
+step long "emulator models, order 1, asan" $asan $ASAN CUDA_CPU_ORDER=1 $asan --only "random models" --models 14
+step long "emulator golden, order 1, asan" $asan $ASAN CUDA_CPU_ORDER=1 $asan --only golden
+step full "races models" build/races/test_mta_bf16 \
+    env CUDA_CPU_ORDER=7 build/races/test_mta_bf16 --only "random models" --models 10
 step full "races golden" build/races/test_mta_bf16 build/races/test_mta_bf16 --only golden
 step check "emulator golden cases" test_mta_cuda_cpu_bf16 ./test_mta_cuda_cpu_bf16 --only golden
 step check "emulator ten models" test_mta_cuda_cpu_bf16 ./test_mta_cuda_cpu_bf16 --only "random models" --models 10
@@ -260,11 +307,14 @@ if has nvcc; then
     step full "PTX executed" ptx "$python" dev/ptx_cpu/check.py
     step long "PTX executed, --long" ptx_long "$python" dev/ptx_cpu/check.py --long
     step full nvcc nvcc_check make WERROR=1 nvcc_check
-    step long "nvcc, other architectures" "build/nvcc/sm_80.o build/nvcc/sm_100.o" make WERROR=1 build/nvcc/sm_80.o build/nvcc/sm_100.o
+    step long "nvcc, other architectures" "build/nvcc/sm_80.o build/nvcc/sm_100.o" \
+        make WERROR=1 build/nvcc/sm_80.o build/nvcc/sm_100.o
 else
     skip "nvcc: no CUDA toolkit here"
 fi
-if ! has nvidia-smi || ! nvidia-smi > /dev/null 2>&1; then skip "GPU tests: no GPU here (scripts/gpu_check.sh runs them)"; fi
+if ! has nvidia-smi || ! nvidia-smi > /dev/null 2>&1; then
+    skip "GPU tests: no GPU here (scripts/gpu_check.sh runs them)"
+fi
 
 # C.
 step full "test_mta without CBLAS, sanitizers" build/asan/test_mta $ASAN OMP_NUM_THREADS=2 build/asan/test_mta
@@ -283,28 +333,34 @@ step full "fuzz" "" bash dev/fuzz/run.sh 10000
 if has clang; then
     openmp=-fopenmp
     compiles 'int main(void){return 0;}' clang -fopenmp || openmp=-Wno-unknown-pragmas
-    step full "clang" "" clang -std=gnu11 -march=native -Wall -Wextra -Werror $openmp -fsyntax-only train_mta.c infer_mta.c test_mta.c
+    step full "clang" "" \
+        clang -std=gnu11 -march=native -Wall -Wextra -Werror $openmp -fsyntax-only train_mta.c infer_mta.c test_mta.c
 else
     skip "clang: none here"
 fi
 
 # What takes long. --help names it.
+undefined=build/undefined/test_mta_cuda_cpu_bf16
 for order in "7 many heads" "1 random models" "1 golden"; do
-    step long "emulator ${order#* }, undefined behaviour" build/undefined/test_mta_cuda_cpu_bf16 $ASAN CUDA_CPU_ORDER="${order%% *}" build/undefined/test_mta_cuda_cpu_bf16 --only "${order#* }" --models 14
+    step long "emulator ${order#* }, undefined behaviour" $undefined \
+        $ASAN CUDA_CPU_ORDER="${order%% *}" $undefined --only "${order#* }" --models 14
 done
 step long "test_mta without CBLAS" test_mta_nocblas ./test_mta_nocblas
-step long "train_mta, sanitizers" build/asan/train_mta env ASAN_OPTIONS=detect_leaks=0 MTA_BIN=build/asan "$python" dev/tests/test_run.py
-step long "infer_mta, sanitizers" "build/asan/infer_mta build/asan/train_mta" env ASAN_OPTIONS=detect_leaks=0 MTA_BIN=build/asan "$python" dev/tests/test_infer.py
+step long "train_mta, sanitizers" build/asan/train_mta $ASAN MTA_BIN=build/asan "$python" dev/tests/test_run.py
+step long "infer_mta, sanitizers" "build/asan/infer_mta build/asan/train_mta" \
+    $ASAN MTA_BIN=build/asan "$python" dev/tests/test_infer.py
 step long "operations, order 7, all shapes" build/test_ops env CUDA_CPU_ORDER=7 build/test_ops --longest 200
 step long "races fused attention, T 74" build/races/test_ops build/races/test_ops --only "attention fused" --longest 74
 step long "emulator 300 models" test_mta_cuda_cpu_bf16 ./test_mta_cuda_cpu_bf16 --only "models" --models 300
 if has python3; then step long "aarch64, optimised" "train_mta infer_mta" python3 dev/tests/test_aarch64.py --long; fi
 step long "tokenizer, a million strings" "" "$python" dev/tests/test_tokenizer.py --full
-if [ -n "$compare" ]; then step long "export, 100,000 strings" infer_mta "$compare" dev/tests/test_export.py --long -k test_ids; fi
+[ -z "$compare" ] ||
+    step long "export, 100,000 strings" infer_mta "$compare" dev/tests/test_export.py --long -k test_ids
 step long "prepare.py, more kills" train_mta "$python" dev/tests/test_prepare.py --full
 step long "fuzz, a million inputs" "" bash dev/fuzz/run.sh 1000000
 step long "faults: every system call" "train_mta infer_mta build/faults.so" python3 dev/faults/faults.py calls --long
-step long "faults: every call, CUDA trainer" "build/train_mta_cuda_cpu build/faults.so" env TRAINER=build/train_mta_cuda_cpu python3 dev/faults/faults.py calls --long --programs trainer
+step long "faults: every call, CUDA trainer" "build/train_mta_cuda_cpu build/faults.so" \
+    env TRAINER=build/train_mta_cuda_cpu python3 dev/faults/faults.py calls --long --programs trainer
 step long "faults: 2,000 kills" "train_mta build/faults.so" python3 dev/faults/faults.py kills --count 2000
 step long "faults: every allocation" "train_mta infer_mta build/faults.so" python3 dev/faults/faults.py memory --long
 
@@ -314,8 +370,9 @@ run_steps
 # ---- verdict
 
 echo
-echo "took $((SECONDS - started)) s; the slowest: $(printf '%s\n' "${seconds_of[@]}" | sort -rn | head -n 5 | sed -E 's/^([0-9]+) (.*)/\2 \1 s/' | paste -sd, | sed 's/,/, /g')"
+slowest=$(printf '%s\n' "${seconds_of[@]}" | sort -rn | head -n 5 | sed -E 's/^([0-9]+) (.*)/\2 \1 s/' | paste -sd,)
+echo "took $((SECONDS - started)) s, $processor_seconds s of processors; the slowest: ${slowest//,/, }"
 if [ ${#reasons[@]} -gt 0 ]; then printf 'skipped: %s\n' "${reasons[@]}"; fi
 if [ ${#failures[@]} -gt 0 ]; then printf 'FAILED: %s\n' "${failures[@]}"; fi
-if [ "$skipped" -gt 0 ]; then echo "$passed passed, $failed failed, $skipped skipped"; else echo "$passed passed, $failed failed"; fi
+echo "$passed passed, $failed failed$([ "$skipped" -eq 0 ] || echo ", $skipped skipped")"
 [ "$failed" -eq 0 ]
