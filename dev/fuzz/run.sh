@@ -20,7 +20,9 @@ if [ -z "$dir" ]; then
     trap 'rm -rf "$dir"' EXIT
 fi
 mkdir -p "$dir"
-printf '#include <stddef.h>\nint LLVMFuzzerTestOneInput(const unsigned char* d, size_t n) { return d && n ? 0 : 0; }\n' > "$dir/probe.c"
+printf '#include <stddef.h>
+int LLVMFuzzerTestOneInput(const unsigned char* d, size_t n) { return d && n ? 0 : 0; }
+' > "$dir/probe.c"
 if ! "$clang" -fsanitize=fuzzer,address,undefined "$dir/probe.c" -o "$dir/probe" 2> "$dir/probe.log"; then
     echo "fuzz: skipped, no clang with a libFuzzer runtime here"
     echo "0 passed, 0 failed, ${#harnesses[@]} skipped"

@@ -1,8 +1,12 @@
-"""What the Python tests share: where things are, safetensors files and shards read and written without any package, the verdict."""
+"""What the Python tests share: where things are, safetensors files and shards read and written without any package,
+scripts run inside of a test's process, the verdict."""
 import array
+import contextlib
+import io
 import json
 import os
 import struct
+import subprocess
 import sys
 import unittest
 import zlib
@@ -24,7 +28,8 @@ def read_safetensors(path):
     start = 8 + struct.unpack("<Q", data[:8])[0]
     header = json.loads(data[8:start])
     metadata = header.pop("__metadata__", {})
-    return {n: (e["dtype"], e["shape"], data[start + e["data_offsets"][0]:start + e["data_offsets"][1]]) for n, e in header.items()}, metadata
+    piece = lambda offsets: data[start + offsets[0]:start + offsets[1]]
+    return {n: (e["dtype"], e["shape"], piece(e["data_offsets"])) for n, e in header.items()}, metadata
 
 
 def write_safetensors(path, tensors, metadata=None):
@@ -60,7 +65,8 @@ def write_shard(path, tokens, vocab=32, width=2, magic=None, version=None, count
     magic = magic if magic is not None else 20240520 if width == 2 else 20240801
     version = version if version is not None else 1 if width == 2 else 7
     data = array.array("H" if width == 2 else "I", tokens).tobytes()
-    header = struct.pack("<4iIi", magic, version, len(tokens) if count is None else count, vocab, zlib.crc32(data), int(mask is not None))
+    count = len(tokens) if count is None else count
+    header = struct.pack("<4iIi", magic, version, count, vocab, zlib.crc32(data), int(mask is not None))
     with open(path, "wb") as f:
         f.write(header.ljust(1024, b"\0") + data)
     if mask is not None:
@@ -90,15 +96,35 @@ def png_size(path):
 
 
 def without_torch(error):
-    """After a failed import of PyTorch or its kin: runs the calling file again by dev/.venv's Python, or gives the reason to skip."""
+    """After a failed import of PyTorch or its kin: runs the calling file again by dev/.venv's Python, or gives the
+    reason to skip."""
     python = os.path.join(ROOT, "dev", ".venv", "bin", "python")
     if os.path.exists(python) and os.path.abspath(sys.executable) != python:
         os.execv(python, [python, *sys.argv])
     return "%s; pip install -r dev/requirements.txt into dev/.venv" % error
 
 
+def call(script, *arguments):
+    """What a script that is imported here does with these arguments, as subprocess.run would give it: inside this
+    process, which has loaded PyTorch once (2 s of a core)."""
+    before, out, err = sys.argv, io.StringIO(), io.StringIO()
+    sys.argv = [script.__file__, *arguments]
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            status = script.main()
+    except SystemExit as end:  # with the line that Python would print
+        status = end.code
+        if isinstance(status, str):
+            err.write(status + "\n")
+            status = 1
+    finally:
+        sys.argv = before
+    return subprocess.CompletedProcess(arguments, status or 0, out.getvalue(), err.getvalue())
+
+
 def main():
-    """Runs the tests of the calling file, or those that -k names; says what was skipped and why; ends with the counts."""
+    """Runs the tests of the calling file, or those that -k names; says what was skipped and why; ends with the
+    counts."""
     result = unittest.main(module="__main__", exit=False, verbosity=1).result
     bad = len(result.failures) + len(result.errors)
     for test, reason in result.skipped:

@@ -10,7 +10,7 @@ import sys
 import tempfile
 import unittest
 
-from helpers import ROOT, main
+from helpers import ROOT, call, main
 
 sys.path.insert(0, os.path.join(ROOT, "dev", "ref"))
 sys.path.insert(0, os.path.join(ROOT, "scripts"))
@@ -153,9 +153,9 @@ class Convert(unittest.TestCase):
                 torch.save({"model": state}, os.path.join(paths[0], "consolidated.pth"))
                 with open(os.path.join(paths[0], "params.json"), "w") as f:
                     json.dump(params, f)
-                script = os.path.join(ROOT, "scripts", "convert_ram.py")
                 for args in ([paths[0], paths[1]], ["--back", paths[1], paths[2]], [paths[2], paths[3]]):
-                    subprocess.run([sys.executable, script] + args, check=True, stdout=subprocess.DEVNULL)
+                    done = call(convert_ram, *args)
+                    self.assertEqual((done.returncode, done.stderr), (0, ""))
                 with open(os.path.join(paths[1], "config.json")) as f:
                     config = json.load(f)
                 self.assertEqual(config["max_position_embeddings"], 64)
@@ -172,6 +172,13 @@ class Convert(unittest.TestCase):
                 again = convert_ram.read_safetensors(os.path.join(paths[3], "model.safetensors"))
                 for name, t in convert_ram.read_safetensors(os.path.join(paths[1], "model.safetensors")).items():
                     self.assertTrue(torch.equal(t, again[name]), name)
+
+    def test_as_a_program(self):
+        """Started by its path, as a user does: one line of what is wrong."""
+        script = os.path.join(ROOT, "scripts", "convert_ram.py")
+        done = subprocess.run([sys.executable, script, "none", "out"], capture_output=True, text=True)
+        self.assertEqual((done.returncode, done.stdout, done.stderr.count("\n")), (1, "", 1), done.stderr)
+        self.assertIn("none", done.stderr)
 
     def test_refuses_what_has_no_counterpart(self):
         for bad in ({"curse_norm": True}, {"pad_key": "left"}, {"add_gating": True, "gate_1d": False}):
