@@ -1,5 +1,7 @@
 #!/usr/bin/env python3
-"""train_mta.c and train_mta.cu scroll side by side: the same headings, the same layers in the same order, and nothing said twice outside of them.
+"""train_mta.c and train_mta.cu scroll side by side: the same headings, the same layers in the same order, and nothing
+said twice outside of them. No line of code is longer than 120 columns; the files that HACKING.md's map, README.md and
+others name are there.
 
 python3 dev/tests/test_layout.py
 """
@@ -10,7 +12,8 @@ import unittest
 import helpers
 
 RULE = re.compile(r"^// ={20,}$")
-LAYERS = ("Embedding", "RMSNorm", "RoPE", "Attention", "SwiGLU", "Cross-entropy")  # sections where the two files may say the same
+# Sections where the two files may say the same.
+LAYERS = ("Embedding", "RMSNorm", "RoPE", "Attention", "SwiGLU", "Cross-entropy")
 
 # Functions of train_mta.c that train_mta.cu has under another name, and why.
 RENAMED = {
@@ -27,18 +30,21 @@ def read(name):
 
 def headings(lines):
     """[(line number, title)] of the sections: the line under a rule, up to what explains it."""
-    return [(i + 1, re.split(r" \(|, |; |(?<!Fast paths): ", lines[i][3:])[0]) for i in range(1, len(lines)) if RULE.match(lines[i - 1])]
+    under_a_rule = [i for i in range(1, len(lines)) if RULE.match(lines[i - 1])]
+    return [(i + 1, re.split(r" \(|, |; |(?<!Fast paths): ", lines[i][3:])[0]) for i in under_a_rule]
 
 
 def steps(lines):
     """The titles of the parts of sections, "// ---- title: more", up to the colon or the bracket."""
-    return [re.split(r"[:(,]| over | with ", m[1])[0].strip() for m in (re.match(r"// ---- (.*)", line) for line in lines) if m]
+    titles = (re.match(r"// ---- (.*)", line) for line in lines)
+    return [re.split(r"[:(,]| over | with ", title[1])[0].strip() for title in titles if title]
 
 
 def section(lines, start):
     """The lines of the section whose title begins so."""
     starts = headings(lines) + [(len(lines) + 1, "")]
-    return next(lines[first:after - 1] for (first, title), (after, _) in zip(starts, starts[1:]) if title.startswith(start))
+    pairs = zip(starts, starts[1:])
+    return next(lines[first:after - 1] for (first, title), (after, _) in pairs if title.startswith(start))
 
 
 def functions(lines):
@@ -58,7 +64,8 @@ def code(lines, first=0):
 
 
 def outside_layers(lines):
-    """The code lines of all sections that are not a layer; None stands for each layer left out, so that no run reaches over it."""
+    """The code lines of all sections that are not a layer; None stands for each layer left out, so that no run reaches
+    over it."""
     out, starts = [], [(0, "")] + headings(lines) + [(len(lines) + 1, "")]
     for (first, title), (after, _) in zip(starts, starts[1:]):
         layer = title.startswith(LAYERS)
@@ -96,13 +103,59 @@ def in_order(wanted, there):
     return None
 
 
+def sources():
+    """The files of code in this repository."""
+    for folder, below, names in os.walk(helpers.ROOT):
+        below[:] = sorted(set(below) - {".git", ".venv", "build", "runs", "corpus", "__pycache__"})
+        for name in sorted(names):
+            if name == "Makefile" or name.endswith((".c", ".h", ".cu", ".cpp", ".py", ".sh", ".mk")):
+                yield os.path.relpath(os.path.join(folder, name), helpers.ROOT)
+
+
+class Files(unittest.TestCase):
+    def test_lines_are_at_most_120_columns_long(self):
+        later = ("dev/dev.mk", "dev/tests/test_ranks.py", "scripts/train_880m.sh")
+        long = ["%s:%d" % (name, i + 1) for name in sources() for i, line in enumerate(read(name))
+                if len(line) > 120 and name not in later]
+        self.assertEqual(long, [])
+
+    def test_the_map_names_files_that_are_there(self):
+        """The first column of the table in HACKING.md: whole paths, or names beside the first one of the row. Every
+        header of mta/ and every folder of dev/ with code is in it."""
+        rows = [line.split("|")[1] for line in read("dev/HACKING.md") if line.startswith("| `")]
+        paths = set()
+        for row in rows:
+            names = re.findall(r"`([^`]+)`", row)
+            beside = os.path.dirname(names[0])
+            paths |= {name if "/" in name or name in os.listdir(helpers.ROOT) else os.path.join(beside, name)
+                      for name in names}
+        self.assertGreater(len(paths), 20)
+        self.assertEqual([path for path in sorted(paths) if not os.path.exists(os.path.join(helpers.ROOT, path))], [])
+        parts = {name for name in sources() if re.match(r"mta/|dev/[^/]+/", name)}
+        parts = {name if name.startswith("mta/") else os.path.dirname(name) for name in parts}
+        self.assertEqual([part for part in sorted(parts) if not any(part.startswith(path) for path in paths)], [])
+
+    def test_links_lead_somewhere(self):
+        """Those of the pages in Markdown, and pictures."""
+        pages = ["README.md", "CHANGELOG.md", "data/README.md"]
+        pages += ["dev/" + name for name in os.listdir(os.path.join(helpers.ROOT, "dev")) if name.endswith(".md")]
+        broken = []
+        for page in pages:
+            for link in re.findall(r"\]\(([^)#\s]+)", "\n".join(read(page))):
+                target = os.path.join(helpers.ROOT, os.path.dirname(page), link)
+                if "://" not in link and not os.path.exists(target):
+                    broken.append("%s: %s" % (page, link))
+        self.assertEqual(broken, [])
+
+
 class Layout(unittest.TestCase):
     @classmethod
     def setUpClass(cls):
         cls.cpu, cls.cuda = read("train_mta.c"), read("train_mta.cu")
 
     def test_sections(self):
-        """Every heading of train_mta.c stands in train_mta.cu, in the same order; what only that file has is the device and the fast paths."""
+        """Every heading of train_mta.c stands in train_mta.cu, in the same order; what only that file has is the device
+        and the fast paths."""
         cpu, cuda = ([title for _, title in headings(lines)] for lines in (self.cpu, self.cuda))
         self.assertGreater(len(cpu), 8)
         self.assertIsNone(in_order(cpu, cuda))
@@ -133,15 +186,18 @@ class Layout(unittest.TestCase):
         self.assertEqual(runs, [], "train_mta.c line, train_mta.cu line, code lines that are the same")
 
     def test_the_test(self):
-        """What the comparisons must see: a name out of order, one that is missing, a run of six lines but not one of five."""
+        """What the comparisons must see: a name out of order, one that is missing, a run of six lines but not one of
+        five."""
         self.assertEqual(in_order(["a", "b"], ["b", "x", "a"]), "b")
         self.assertEqual(in_order(["a", "c"], ["a", "b"]), "c")
         self.assertIsNone(in_order(["a", "c"], ["a", "b", "c"]))
         lines = [(i, "line %d" % i) for i in range(9)]
         self.assertEqual(repeated(lines[:7], lines[1:]), [(1, 1, 6)])
         self.assertEqual(repeated(lines[:6], lines[1:]), [])
-        self.assertEqual(repeated(lines[:4] + [(0, None)] + lines[4:], lines[:4] + [(0, None)] + lines[4:]), [])
-        self.assertEqual(functions(["static int a(int b) { return b; }", "static int c(int);", "static void d(int e,", "              int f) {"]), ["a", "d"])
+        left_out = lines[:4] + [(0, None)] + lines[4:]
+        self.assertEqual(repeated(left_out, left_out), [])
+        source = ["static int a(int b) { return b; }", "static int c(int);", "static void d(int e,", "  int f) {"]
+        self.assertEqual(functions(source), ["a", "d"])
 
 
 if __name__ == "__main__":
