@@ -1,24 +1,31 @@
-# mta.c: `make help` lists the targets and what was found. A C compiler suffices; a CBLAS and the CUDA toolkit are used where they are here.
+# mta.c: `make help` lists the targets and what was found. A C compiler suffices; a CBLAS and the CUDA toolkit are used
+# where they are here.
 
-# ARCH: this machine's own instructions, where the compiler makes code for this machine: CC=aarch64-linux-gnu-gcc alone compiles for that one.
+# ARCH: this machine's own instructions, where the compiler makes code for this machine: CC=aarch64-linux-gnu-gcc alone
+# compiles for that one.
 # 512-bit vectors where there are any: the compiler's default of 256 halves the rate of softmax and SwiGLU.
 HOST := $(shell uname -m)
-ARCH ?= $(if $(filter $(HOST)-%,$(shell $(CC) -dumpmachine)),-march=native $(if $(filter x86_64,$(HOST)),-mprefer-vector-width=512))
+WIDE = $(if $(filter x86_64,$(HOST)),-mprefer-vector-width=512)
+ARCH ?= $(if $(filter $(HOST)-%,$(shell $(CC) -dumpmachine)),-march=native $(WIDE))
 OPT ?= -O3
-# psabi: gcc notes that vectors as arguments changed their ABI once; infer_mta.c passes them between its own functions only.
+# psabi: gcc notes that vectors as arguments changed their ABI once; infer_mta.c passes them between its own functions
+# only.
 WARN = -Wall -Wextra -Wno-psabi $(if $(WERROR),-Werror)
-# No -ffast-math: masks use infinities, guards use isfinite. What is given up here is errno and floating-point traps, no value changes.
+# No -ffast-math: masks use infinities, guards use isfinite. What is given up here is errno and floating-point traps, no
+# value changes.
 MATH = -fno-math-errno -fno-trapping-math
 OPENMP ?= -fopenmp
 VERSION_FLAG = -DMTA_VERSION='"$(shell cat VERSION)"'
 CFLAGS = -std=gnu11 $(OPT) -g $(ARCH) $(WARN) $(MATH) $(OPENMP) $(VERSION_FLAG)
 LDLIBS = -lm
 
-# A CBLAS for the CPU's matrix products: OpenBLAS by pkg-config or by trying to link. NO_CBLAS=1: the plain OpenMP product of train_mta.c.
+# A CBLAS for the CPU's matrix products: OpenBLAS by pkg-config or by trying to link. NO_CBLAS=1: the plain OpenMP
+# product of train_mta.c.
 ifndef NO_CBLAS
 BLAS_CFLAGS := $(shell pkg-config --cflags openblas 2>/dev/null)
 BLAS_LIBS := $(shell pkg-config --libs openblas 2>/dev/null || echo -lopenblas)
-BLAS := $(shell echo 'int main(void){return cblas_sgemm == 0;}' | $(CC) -include cblas.h -x c - $(BLAS_CFLAGS) $(BLAS_LIBS) -o /dev/null 2>/dev/null && \
+BLAS := $(shell echo 'int main(void){return cblas_sgemm == 0;}' | \
+    $(CC) -include cblas.h -x c - $(BLAS_CFLAGS) $(BLAS_LIBS) -o /dev/null 2>/dev/null && \
     echo -DMTA_CBLAS $(BLAS_CFLAGS))
 BLAS_LINK := $(if $(BLAS),$(BLAS_LIBS))
 endif
@@ -37,8 +44,10 @@ MPI_CC = OMPI_CC='$(CC)' MPICH_CC='$(CC)' $(MPICC)
 # The CUDA trainer: NVCC_ARCH=sm_80|sm_90a|sm_100, PRECISION=BF16|FP32, DEBUG_SYNC=1 waits after every kernel.
 NVCC ?= nvcc
 NVCC_ARCH ?= sm_90a
-# Code for that architecture alone: -arch=sm_90a would also compile to PTX, in twice the time, which another GPU would take without a word.
-NVCC_CODE = $(if $(filter sm_%,$(NVCC_ARCH)),-gencode=arch=$(NVCC_ARCH:sm_%=compute_%)$(,)code=$(NVCC_ARCH),-arch=$(NVCC_ARCH))
+# Code for that architecture alone: -arch=sm_90a would also compile to PTX, in twice the time, which another GPU would
+# take without a word.
+NVCC_CODE = $(if $(filter sm_%,$(NVCC_ARCH)),-gencode=arch=$(NVCC_ARCH:sm_%=compute_%)$(,)code=$(NVCC_ARCH),\
+    -arch=$(NVCC_ARCH))
 PRECISION ?= BF16
 CUDA_DEFINES = $(if $(filter FP32,$(PRECISION)),-DPRECISION_FP32) $(if $(DEBUG_SYNC),-DDEBUG_SYNC)
 NVCCFLAGS = -std=c++17 -O3 -Xcompiler -Wall,-Wextra,-fopenmp $(VERSION_FLAG)
@@ -65,10 +74,11 @@ all: train_mta infer_mta test_mta
 help:
 	@echo "make train_mta        CPU trainer; MPI=1: for several processes, started by mpirun, mpiexec or srun"
 	@echo "make infer_mta        CPU inference: prompt, stream, score"
-	@echo "make train_mta_cuda   CUDA trainer: NVCC_ARCH=sm_80|sm_90a|sm_100, PRECISION=BF16|FP32, DEBUG_SYNC=1 (waits after every kernel),"
-	@echo "                      CUDNN=1 (with cuDNN's attention for --attention-kernels cudnn; CUDNN_HOME=FOLDER: where it is)"
+	@echo "make train_mta_cuda   CUDA trainer: NVCC_ARCH=sm_80|sm_90a|sm_100, PRECISION=BF16|FP32,"
+	@echo "                      DEBUG_SYNC=1 (waits after every kernel),"
+	@echo "                      CUDNN=1 (cuDNN's attention for --attention-kernels cudnn; CUDNN_HOME=FOLDER: its place)"
 	@echo "make test_mta         tests of the CPU trainer; one of them: ./test_mta --only TEXT"
-	@echo "make test_mta_cuda    tests of the CUDA trainer on a GPU; CPU against GPU gradients: ./test_mta_cuda --compare DIR"
+	@echo "make test_mta_cuda    tests of the CUDA trainer on a GPU; ./test_mta_cuda --compare DIR: gradients, CPU and GPU"
 	@echo "make check            the quick tests, about a minute and a half: before each commit"
 	@echo "make test             scripts/test.sh: every test; one of them: scripts/test.sh --only TEXT"
 	@echo "make help_dev         what else there is for development: emulator, sanitizers, benches (dev/dev.mk)"
@@ -77,7 +87,8 @@ help:
 	@echo "       CBLAS          $(if $(BLAS),$(BLAS_LINK),none: plain OpenMP products)"
 	@echo "       oneDNN         $(or $(ONEDNN_LINK),none: no --matmul bf16 on the CPU (Debian: libdnnl-dev))"
 	@echo "       MPI            $(or $(shell command -v $(MPICC)),none: no MPI=1 here)"
-	@echo "       CUDA toolkit   $(or $(shell $(NVCC) --version 2>/dev/null | grep -o 'release [0-9.]*'),none: no train_mta_cuda here)"
+	@echo "       CUDA toolkit  " \
+	    "$(or $(shell $(NVCC) --version 2>/dev/null | grep -o 'release [0-9.]*'),none: no train_mta_cuda here)"
 	@echo "       cuDNN          $(or $(CUDNN_HOME),none: no CUDNN=1 here (Python package nvidia-cudnn-cu13))"
 
 train_mta: build/$(if $(MPI),mpi/)train_mta.o build/commit.o build/flags_train_mta
@@ -103,6 +114,7 @@ test:
 	scripts/test.sh
 
 clean:
-	rm -rf build train_mta infer_mta test_mta test_mta_nocblas train_mta_cuda test_mta_cuda test_mta_cuda_cpu test_mta_cuda_cpu_bf16 compile_commands.json
+	rm -rf build train_mta infer_mta test_mta test_mta_nocblas train_mta_cuda test_mta_cuda test_mta_cuda_cpu \
+	    test_mta_cuda_cpu_bf16 compile_commands.json
 
 include dev/dev.mk

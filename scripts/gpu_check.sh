@@ -136,7 +136,8 @@ sanitize() {
 }
 
 # With cuDNN where the Makefile finds it.
-cudnn=$(printf 'include Makefile\nfound:\n\t@echo $(CUDNN_HOME)\n' | make -s --no-print-directory -f - found 2> /dev/null)
+cudnn=$(printf 'include Makefile\nfound:\n\t@echo $(CUDNN_HOME)\n' | make -s --no-print-directory -f - found \
+    2> /dev/null)
 # All at once: each is one compilation of train_mta.cu, and the machine has cores for them.
 build() {
     local programs=()

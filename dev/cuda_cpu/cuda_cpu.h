@@ -62,7 +62,7 @@ struct alignas(8) float2 {
 static inline float2 make_float2(float x, float y) { return float2{x, y}; }
 
 // ---- fibers
-// -----------------------------------------------------------------------------------------------------------------------
+// ---------------------------------------------------------------------------------------------------------------------
 
 #if defined(__x86_64__)
 // Saves the callee-saved registers and the stack pointer of the running fiber, loads another's.
