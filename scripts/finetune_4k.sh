@@ -3,10 +3,12 @@
 #
 # The paper's long-context stage: 10.5B more tokens at a context of 4096 from a checkpoint of scripts/train_880m.sh (a
 # step-XXXXXXXX directory), RoPE theta 500,000, weight decay 0, warmup 50, a fresh optimizer, the rest as before:
-# 40,000 steps of 64 sequences of 4096. The same command continues an interrupted run.
+# 40,000 steps of 64 sequences of 4096. The same command continues an interrupted run, and a launcher starts it on
+# several GPUs as it does train_880m.sh.
 set -euo pipefail
 case ${1:-} in -h|--help) sed -n '2,/^set -/{/^set -/d;s/^# \{0,1\}//;p}' "$0"; exit 0 ;; esac
 root=$(cd "$(dirname "$0")/.." && pwd)
+source "$root/scripts/recipe.bash"
 usage="usage: scripts/finetune_4k.sh CHECKPOINT SHARDS OUT [options...]"
 checkpoint=${1:?$usage} shards=${2:?$usage} out=${3:?$usage}
 shift 3
@@ -20,15 +22,12 @@ trainer=${TRAINER:-$root/train_mta_cuda}
     echo "finetune_4k.sh: $shards is not a directory; data/README.md says how to make shards" >&2
     exit 1
 }
-[ -e "$shards/recipe.txt" ] || cp "$root/data/slimpajama_weights.txt" "$shards/recipe.txt"
+write_recipe
 
 recipe=(--init-from "$checkpoint" --seq-len 4096 --max-position-embeddings 4096 --rope-theta 500000
         --tokens-per-step 262144 --steps 40000 --lr 1.5e-4
         --schedule linear --warmup 50 --beta1 0.9 --beta2 0.98 --eps 1e-8 --weight-decay 0 --grad-clip 1)
-fits=$("$trainer" "${recipe[@]}" --batch-size 1 --dry-run "$@" | sed -n 's/.*largest micro-batch that fits: //p')
-batch=1
-for b in 2 4 8 16 32 64; do [ "$b" -le "${fits:-0}" ] && batch=$b; done
-echo "micro-batches of $batch sequences (${fits:-no GPU, so 1} would fit)"
+choose_batch 64 "${recipe[@]}" "$@"
 
 # A set of each domain, 2.1 million tokens of it.
 val=()

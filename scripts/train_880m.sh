@@ -1,28 +1,32 @@
 #!/usr/bin/env bash
 # scripts/train_880m.sh SHARDS OUT [ATTENTION=mta] [more options of train_mta_cuda...]
 #
-# The paper's recipe (arXiv 2504.00927) for the 880M model on one GPU: 104.9B tokens of SlimPajama in 400,000 steps of 128 sequences of 2048,
+# The paper's recipe (arXiv 2504.00927) for the 880M model: 104.9B tokens of SlimPajama in 400,000 steps of 128 sequences of 2048,
 # AdamW 1.5e-4, betas 0.9 and 0.98, weight decay 0.05, clip 1, warmup 375, linear to 0, RoPE theta 100,000. A step is split into micro-batches
 # that fit the card. SHARDS: what data/prepare.py slimpajama wrote, with Llama 3's tokenizer.model (TOKENIZER=FILE names it for samples).
 # Stopped by Ctrl-C, SIGTERM or a crash, the same command continues. It takes weeks on one GPU: 105 billion tokens. No GPU has run it yet.
+#
+# On several GPUs a launcher starts it once for each, on one host or on several that see SHARDS and OUT:
+#   torchrun --no-python --nproc-per-node 8 scripts/train_880m.sh SHARDS OUT       (and --nnodes, --rdzv-endpoint)
+#   srun --nodes 4 --ntasks-per-node 8 --gpus-per-node 8 --signal=USR1@180 scripts/train_880m.sh SHARDS OUT
+#   mpirun -n 8 scripts/train_880m.sh SHARDS OUT           (on several hosts MASTER_ADDR=HOST of the first, with -x)
+# The bits of the run hang on --shards and --batch-size alone: with both given, it goes on exactly on another number of GPUs.
+# --dry-run --ranks 32 --ranks-per-node 8 plans such a run without starting it.
 set -euo pipefail
 case ${1:-} in -h|--help) sed -n '2,/^set -/{/^set -/d;s/^# \{0,1\}//;p}' "$0"; exit 0 ;; esac
 root=$(cd "$(dirname "$0")/.." && pwd)
+source "$root/scripts/recipe.bash"
 shards=${1:?usage: scripts/train_880m.sh SHARDS OUT [ATTENTION] [options...]} out=${2:?usage: scripts/train_880m.sh SHARDS OUT [ATTENTION] [options...]}
 attention=${3:-mta}
 shift $(($# < 3 ? $# : 3))
 trainer=${TRAINER:-$root/train_mta_cuda}
 [ -x "$trainer" ] || { echo "train_880m.sh: $trainer is missing, run: make -C $root train_mta_cuda" >&2; exit 1; }
 [ -d "$shards" ] || { echo "train_880m.sh: $shards is not a directory; data/README.md says how to make shards" >&2; exit 1; }
-[ -e "$shards/recipe.txt" ] || cp "$root/data/slimpajama_weights.txt" "$shards/recipe.txt"
+write_recipe
 
 recipe=(--model 880m --attention "$attention" --seq-len 2048 --tokens-per-step 262144 --steps 400000 --lr 1.5e-4 --schedule linear --warmup 375
         --beta1 0.9 --beta2 0.98 --eps 1e-8 --weight-decay 0.05 --grad-clip 1 --rope-theta 100000)
-# the largest micro-batch that fits and divides the 128 sequences of a step
-fits=$("$trainer" "${recipe[@]}" --batch-size 1 --dry-run "$@" | sed -n 's/.*largest micro-batch that fits: //p')
-batch=1
-for b in 2 4 8 16 32 64 128; do [ "$b" -le "${fits:-0}" ] && batch=$b; done
-echo "micro-batches of $batch sequences (${fits:-no GPU, so 1} would fit)"
+choose_batch 128 "${recipe[@]}" "$@"
 
 # A set of each domain, 2.1 million tokens of it.
 val=()

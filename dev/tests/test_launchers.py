@@ -1,0 +1,172 @@
+#!/usr/bin/env python3
+"""scripts/train_880m.sh as torchrun, srun, mpirun and mpiexec start it, with a stub that writes down what it was called with; what scripts/ranks_check.sh
+finds, with a stub that pretends runs, and with the CUDA trainer on the emulator.
+
+python3 dev/tests/test_launchers.py     torchrun of dev/.venv, mpirun.openmpi, mpirun.mpich: whichever are there; srun is pretended
+"""
+import json
+import os
+import shutil
+import subprocess
+import tempfile
+import unittest
+
+from helpers import ROOT, main
+
+TORCHRUN = os.path.join(ROOT, "dev", ".venv", "bin", "torchrun")
+LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+# Plans say that 40 sequences fit, and on which GPU and with which launcher's variables they were made.
+STUB = """#!/usr/bin/env python3
+import fcntl, json, os, sys
+with open(os.environ["STUB_LOG"], "a") as f:
+    fcntl.flock(f, fcntl.LOCK_EX)
+    f.write(json.dumps({"arguments": sys.argv[1:], "environment": dict(os.environ)}) + "\\n")
+if "--dry-run" in sys.argv:
+    print("device      a card; the largest micro-batch that fits: 40")
+"""
+
+
+# A run whose numbers follow from its options; FAULT, on the processes of a run of two: another loss, another byte, a death.
+RUN = """#!/usr/bin/env python3
+import os, sys
+option = lambda name: sys.argv[sys.argv.index(name) + 1]
+fault = os.environ["FAULT"] if os.environ["WORLD_SIZE"] == "2" else ""
+if fault == "dies" and os.environ["RANK"] == "1":
+    sys.exit("stub: process 1 dies")
+if os.environ["RANK"] != "0":
+    sys.exit(0)
+steps = range(1 + 2 * ("--resume" in sys.argv), int(option("--steps")) + 1)
+os.makedirs("run", exist_ok=True)
+with open("run/log.jsonl", "a") as f:
+    for step in steps:
+        loss = 1 / step + (1e-7 if fault == "loss" and step == 2 else 0)
+        f.write('{"event": "step", "time": %d, "step": %d, "loss": %.17g, "tokens_per_s": %d.5}\\n' %
+                (os.getpid(), step, loss, 100 + 80 * (fault == "fast")))
+    f.write('{"event": "stop", "pid": %d}\\n' % os.getpid())
+for step in steps:
+    folder = "run/step-%08d" % step
+    os.makedirs(folder)
+    for name in ("model.safetensors", "optimizer.safetensors", "trainer.json", "config.json", "manifest.json"):
+        with open(os.path.join(folder, name), "w") as f:
+            f.write("%s of %d%s" % (name, step, fault if fault in name and step == 4 else ""))
+"""
+
+
+class Scripts(unittest.TestCase):
+    def setUp(self):
+        self.folder = tempfile.mkdtemp(prefix="test_launchers_")
+        self.addCleanup(shutil.rmtree, self.folder)
+        self.environment = dict(os.environ)
+
+    def stub(self, text):
+        path = os.path.join(self.folder, "stub")
+        with open(path, "w") as f:
+            f.write(text)
+        os.chmod(path, 0o755)
+        return path
+
+
+class Launchers(Scripts):
+    def setUp(self):
+        super().setUp()
+        self.shards, self.log = (os.path.join(self.folder, name) for name in ("shards", "log"))
+        os.mkdir(self.shards)
+        hidden = ("OMPI_", "PMI_", "PMIX_", "SLURM_", "MPI_", "CUDA_VISIBLE_DEVICES") + LAUNCHED
+        self.environment = {k: v for k, v in os.environ.items() if not k.startswith(hidden)}
+        self.environment.update(TRAINER=self.stub(STUB), STUB_LOG=self.log)
+
+    def start(self, launcher, environment=None, size=2):
+        """Runs the script on `size` processes; their plans and runs, in the order of the ranks that `rank` tells, and what was printed."""
+        script = [os.path.join(ROOT, "scripts", "train_880m.sh"), self.shards, "out", "mta", "--seed", "9"]
+        children = [subprocess.Popen(launcher + script, cwd=self.folder, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                                     env=dict(self.environment, **variables)) for variables in environment or [{}]]
+        texts = [child.communicate(timeout=120) for child in children]
+        self.assertEqual([child.returncode for child in children], [0] * len(children), texts)
+        self.assertEqual(sorted(os.listdir(self.shards)), ["recipe.txt"])
+        with open(self.log) as f:
+            calls = [json.loads(line) for line in f]
+        plans = [call for call in calls if "--dry-run" in call["arguments"]]
+        runs = [call for call in calls if "--dry-run" not in call["arguments"]]
+        self.assertEqual((len(plans), len(runs)), (size, size))
+        return plans, runs, "".join(stdout for stdout, _ in texts)
+
+    def check(self, plans, runs, printed, names, size=2, gpus=("0", "1"), batch="32"):
+        """Plans of one process each, on a GPU of its own; runs with the launcher's variables and the same arguments."""
+        number, count = names
+        for plan in plans:
+            self.assertIn(f"--ranks {size} ", " ".join(plan["arguments"]))
+            self.assertEqual(plan["arguments"][-2:], ["--seed", "9"])
+            self.assertNotIn(count, plan["environment"])
+        self.assertEqual(sorted(plan["environment"].get("CUDA_VISIBLE_DEVICES", "") for plan in plans), list(gpus))
+        self.assertEqual(sorted(int(run["environment"][number]) for run in runs), list(range(size)))
+        self.assertEqual({run["environment"][count] for run in runs}, {str(size)})
+        self.assertEqual({tuple(run["arguments"]) for run in runs}, {tuple(runs[0]["arguments"])})
+        self.assertEqual(runs[0]["arguments"][runs[0]["arguments"].index("--batch-size") + 1], batch)
+        self.assertNotIn("--ranks", runs[0]["arguments"])
+        self.assertEqual(printed.count("micro-batches of"), 1)
+        self.assertIn(f"micro-batches of {batch} sequences (40 would fit)", printed)
+
+    def test_torchrun(self):
+        if not os.path.exists(TORCHRUN):
+            self.skipTest("no dev/.venv with PyTorch")
+        done = self.start([TORCHRUN, "--no-python", "--standalone", "--nproc-per-node", "2"])
+        self.check(*done, ("RANK", "WORLD_SIZE"))
+        for run in done[1]:
+            self.assertEqual([name for name in LAUNCHED if not run["environment"].get(name)], [])
+
+    def test_mpirun(self):
+        if not shutil.which("mpirun.openmpi"):
+            self.skipTest("no Open MPI")
+        done = self.start(["mpirun.openmpi", "--allow-run-as-root", "--oversubscribe", "--bind-to", "none", "-n", "2"])
+        self.check(*done, ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"))
+
+    def test_mpiexec(self):
+        if not shutil.which("mpiexec.mpich"):
+            self.skipTest("no MPICH")
+        self.check(*self.start(["mpiexec.mpich", "-n", "2"]), ("PMI_RANK", "PMI_SIZE"))
+
+    def test_srun(self):
+        """Eight tasks on two hosts, which see the GPUs 4 to 7: a step of 128 sequences leaves 16 for each."""
+        tasks = [{"SLURM_PROCID": str(i), "SLURM_STEP_NUM_TASKS": "8", "SLURM_LOCALID": str(i % 4), "CUDA_VISIBLE_DEVICES": "4,5,6,7"}
+                 for i in range(8)]
+        self.check(*self.start([], tasks, 8), ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS"), 8, sorted("45674567"), "16")
+
+    def test_srun_that_shows_each_task_its_own_gpu(self):
+        tasks = [{"SLURM_PROCID": str(i), "SLURM_STEP_NUM_TASKS": "2", "SLURM_LOCALID": str(i), "CUDA_VISIBLE_DEVICES": "3"} for i in range(2)]
+        self.check(*self.start([], tasks), ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS"), 2, ("3", "3"))
+
+    def test_script_of_a_job(self):
+        """One process, whatever sbatch says of the job: nothing changes."""
+        plans, runs, printed = self.start([], [{"SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_JOB_ID": "7"}], 1)
+        self.assertNotIn("--ranks", plans[0]["arguments"])
+        self.assertNotIn("CUDA_VISIBLE_DEVICES", plans[0]["environment"])
+        self.assertIn("micro-batches of 32 sequences (40 would fit)", printed)
+        self.assertEqual(runs[0]["arguments"][runs[0]["arguments"].index("--batch-size") + 1], "32")
+
+
+class RanksCheck(Scripts):
+    def check(self, *options, failed=0, **environment):
+        script = [os.path.join(ROOT, "scripts", "ranks_check.sh"), "--small", "--ranks", "2", "--work", os.path.join(self.folder, "work")]
+        done = subprocess.run([*script, *options], capture_output=True, text=True, timeout=120, env=dict(self.environment, **environment))
+        self.assertEqual((done.returncode, done.stderr), (int(failed > 0), ""), done.stdout)
+        self.assertFalse(os.path.exists(os.path.join(self.folder, "work")))
+        self.assertEqual(done.stdout.splitlines()[-1], f"ranks_check: {f'{failed} failed' if failed else 'all passed'}")
+        return done.stdout
+
+    def test_what_it_finds(self):
+        run = self.stub(RUN)
+        good = self.check("--part", "bits", TRAINER=run, FAULT="")
+        self.assertIn("ok      2 processes as one: 4 lines of losses and norms, model.safetensors ", good)
+        self.assertIn("ok      begun by 2, ended by one: 4 lines", good)
+        for fault, failed, words in (("loss", 2, "FAIL    2 processes as one: other losses or norms: "),
+                                     ("manifest.json", 1, "FAIL    2 processes as one: another manifest.json: "),
+                                     ("dies", 2, "FAIL    on_2: exit status 1\n        process 1: stub: process 1 dies")):
+            self.assertIn(words, self.check("--part", "bits", failed=failed, TRAINER=run, FAULT=fault))
+        speed = self.check("--part", "speed", TRAINER=run, FAULT="fast")
+        self.assertIn("speed   1 process: 100 tokens/s", speed)
+        self.assertIn("speed   2 processes, --reduce nccl: 180 tokens/s, 90.0% of 2 times one", speed)
+
+
+if __name__ == "__main__":
+    main()

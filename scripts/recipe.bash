@@ -1,0 +1,48 @@
+# recipe.bash: what train_880m.sh and finetune_4k.sh share; they source it.
+
+# write_recipe: SHARDS/recipe.txt, the weights of the domains, where it is missing: whole or not there, whoever of
+# several processes makes it.
+write_recipe() {
+    local new
+    [ ! -e "$shards/recipe.txt" ] || return 0
+    new=$shards/recipe.txt.$(uname -n).$$
+    cp "$root/data/slimpajama_weights.txt" "$new"
+    mv "$new" "$shards/recipe.txt"
+}
+
+# read_launcher: how many processes there are (ranks), and which this is of all (rank) and of its host (here), by the
+# launcher's variables as mta/ranks_start.h reads them.
+read_launcher() {
+    local number size local
+    ranks=1 rank=0 here=0
+    while read -r number size local; do
+        if [ "${!size:-1}" -gt 1 ]; then
+            ranks=${!size} rank=${!number:-0} here=${!local:-0}
+            return
+        fi
+    done <<< "RANK WORLD_SIZE LOCAL_RANK
+OMPI_COMM_WORLD_RANK OMPI_COMM_WORLD_SIZE OMPI_COMM_WORLD_LOCAL_RANK
+PMI_RANK PMI_SIZE MPI_LOCALRANKID
+SLURM_PROCID SLURM_STEP_NUM_TASKS SLURM_LOCALID"
+}
+
+# choose_batch SEQUENCES OPTIONS...: the largest micro-batch (batch) that fits and divides the SEQUENCES of a step and,
+# of several processes, its share of them. The plan with these options is made by a process alone, on the GPU that this
+# one will have.
+choose_batch() {
+    local sequences=$1 gpus=${CUDA_VISIBLE_DEVICES:-} plan=() fits b
+    shift
+    read_launcher
+    if [ "$ranks" -gt 1 ]; then
+        case $gpus in *,*) gpus=$(cut -d, -f$((here + 1)) <<< "$gpus") ;; "") gpus=$here ;; esac
+        plan=(--ranks "$ranks")
+    fi
+    fits=$(env -u WORLD_SIZE -u OMPI_COMM_WORLD_SIZE -u PMI_SIZE -u SLURM_STEP_NUM_TASKS \
+        ${gpus:+CUDA_VISIBLE_DEVICES="$gpus"} "$trainer" --batch-size 1 --dry-run "${plan[@]}" "$@" |
+        sed -n 's/.*largest micro-batch that fits: //p')
+    batch=1
+    for ((b = 2; b <= sequences / ranks; b *= 2)); do
+        if [ "$b" -le "${fits:-0}" ]; then batch=$b; fi
+    done
+    if [ "$rank" -eq 0 ]; then echo "micro-batches of $batch sequences (${fits:-no GPU, so 1} would fit)"; fi
+}
