@@ -61,6 +61,8 @@ trap finish EXIT
 trap 'jobs -rp | xargs -r kill; fail "interrupted"; exit 1' INT TERM
 commit=$(git rev-parse --short HEAD 2> /dev/null || echo unknown)
 row "gpu     $gpu; $(nvcc --version | grep -oE 'release [0-9.]+'); $arch; commit $commit"
+gpus=$(nvidia-smi -L 2> /dev/null | grep -c '^GPU')
+if [ "$gpus" -gt 1 ]; then row "note    $gpus GPUs here: scripts/ranks_check.sh compares all of them with one"; fi
 
 # start SECONDS LOG COMMAND...: in the background, as $job, within the limit and the deadline; 125: there was no time
 # left
