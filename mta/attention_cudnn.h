@@ -11,9 +11,10 @@
 // all sequences to T tokens, and leaves targets that do not count to the loss; so cuDNN's padding masks, offsets and
 // dropout are never used. HS and VS are multiples of 8, HS at most 128, VS at most 256.
 //
-// Deterministic: backward is asked for without the sum of dQ by atomic additions. cuDNN then keeps dS in bf16 in its
-// workspace: 2 B NH T^2 bytes, the one array of T x T in this project, which is why the trainer gives few sequences at
-// a time. An engine that calls itself not deterministic is passed over.
+// Deterministic by the form of the graph of backward: dQ is the product dS K itself. cuDNN then keeps dS in bf16 in its
+// workspace, 2 B NH T^2 bytes, the one array of T x T in this project, which is why the trainer gives few sequences at
+// a time. The form without it adds to dQ in fp32 by atomics; the library tells the two apart in no other way (9.19
+// gives neither the note that an engine is not deterministic).
 //
 // cuDNN takes attention as a graph of the operations that it consists of; a plan is a kernel that some engine of the
 // library has for the whole graph. Plans are built once for each shape and direction, a new shape's at its first call:
@@ -69,38 +70,40 @@ enum {
     CUDNN_VIRTUAL
 };
 
+typedef cudnnBackendDescriptor_t CudnnPart;  // a tensor, an operation, how it is done, ...
+
 // A graph under construction. The first call that fails is remembered, and all after it are left out.
 typedef struct {
     AttentionShape s;
-    cudnnBackendDescriptor_t made[CUDNN_DESCRIPTORS], operations[CUDNN_OPERATIONS];
+    CudnnPart made[CUDNN_DESCRIPTORS], operations[CUDNN_OPERATIONS];
     int n_made, n_operations;
     int64_t next;          // number of the next virtual tensor
     cudnnStatus_t status;  // of the first call that failed
-    const char* failed;    // what it was about
+    const char* what;      // that is being described, or was when it failed
 } CudnnGraph;
 
-static inline void cudnn_step(CudnnGraph* g, cudnnStatus_t status, const char* what) {
-    if (g->status == CUDNN_STATUS_SUCCESS && status != CUDNN_STATUS_SUCCESS) { g->status = status, g->failed = what; }
+static inline void cudnn_step(CudnnGraph* g, cudnnStatus_t status) {
+    if (g->status == CUDNN_STATUS_SUCCESS) { g->status = status; }
 }
-// A descriptor of the graph's own, which goes with it; NULL if something has failed.
-static inline cudnnBackendDescriptor_t cudnn_make(CudnnGraph* g, cudnnBackendDescriptorType_t type, const char* what) {
-    cudnnBackendDescriptor_t d = NULL;
+// A descriptor of the graph's own, which goes with it; NULL if something has failed. `what` is for the message.
+static inline CudnnPart cudnn_make(CudnnGraph* g, cudnnBackendDescriptorType_t type, const char* what) {
+    CudnnPart d = NULL;
     if (g->status != CUDNN_STATUS_SUCCESS) { return NULL; }
     assert(g->n_made < CUDNN_DESCRIPTORS);
-    cudnn_step(g, cudnnBackendCreateDescriptor(type, &d), what);
+    g->what = what;
+    cudnn_step(g, cudnnBackendCreateDescriptor(type, &d));
     if (d) { g->made[g->n_made++] = d; }
     return d;
 }
-static inline void cudnn_set(CudnnGraph* g, cudnnBackendDescriptor_t d, cudnnBackendAttributeName_t name,
-                             cudnnBackendAttributeType_t type, int64_t n, const void* values, const char* what) {
-    if (g->status == CUDNN_STATUS_SUCCESS) { cudnn_step(g, cudnnBackendSetAttribute(d, name, type, n, values), what); }
+static inline void cudnn_set(CudnnGraph* g, CudnnPart d, cudnnBackendAttributeName_t name,
+                             cudnnBackendAttributeType_t type, int64_t n, const void* values) {
+    if (g->status == CUDNN_STATUS_SUCCESS) { cudnn_step(g, cudnnBackendSetAttribute(d, name, type, n, values)); }
 }
-static inline void cudnn_set_descriptor(CudnnGraph* g, cudnnBackendDescriptor_t d, cudnnBackendAttributeName_t name,
-                                        cudnnBackendDescriptor_t value, const char* what) {
-    cudnn_set(g, d, name, CUDNN_TYPE_BACKEND_DESCRIPTOR, 1, &value, what);
+static inline void cudnn_set_descriptor(CudnnGraph* g, CudnnPart d, cudnnBackendAttributeName_t name, CudnnPart value) {
+    cudnn_set(g, d, name, CUDNN_TYPE_BACKEND_DESCRIPTOR, 1, &value);
 }
-static inline void cudnn_finish(CudnnGraph* g, cudnnBackendDescriptor_t d, const char* what) {
-    if (g->status == CUDNN_STATUS_SUCCESS) { cudnn_step(g, cudnnBackendFinalize(d), what); }
+static inline void cudnn_finish(CudnnGraph* g, CudnnPart d) {
+    if (g->status == CUDNN_STATUS_SUCCESS) { cudnn_step(g, cudnnBackendFinalize(d)); }
 }
 static inline void cudnn_graph_free(CudnnGraph* g) {
     while (g->n_made > 0) { cudnnBackendDestroyDescriptor(g->made[--g->n_made]); }
@@ -108,121 +111,107 @@ static inline void cudnn_graph_free(CudnnGraph* g) {
 
 // Tensor `number` of (B,NH,rows,columns); `across`: memory has the columns' index as the slower one, as (columns,rows).
 // number 0: a virtual one.
-static inline cudnnBackendDescriptor_t cudnn_tensor(CudnnGraph* g, int64_t number, cudnnDataType_t type, int rows,
-                                                    int columns, bool across) {
+static inline CudnnPart cudnn_tensor(CudnnGraph* g, int64_t number, cudnnDataType_t type, int rows, int columns,
+                                     bool across) {
     const int64_t size = (int64_t)rows * columns, one[4] = {1, 1, 1, 1};
     const int64_t sizes[4] = {g->s.B, g->s.NH, rows, columns};
     const int64_t steps[4] = {g->s.NH * size, size, across ? 1 : columns, across ? rows : 1};
-    const bool value = number >= CUDNN_SCALE && number < CUDNN_VIRTUAL,
-               is_virtual = number == 0;  // one number, given by value
+    const bool is_virtual = number == 0, value = number >= CUDNN_SCALE && number < CUDNN_VIRTUAL;  // a single one
     const int64_t aligned = type == CUDNN_DATA_BFLOAT16 ? 16 : 4;
-    const char* what = "a tensor";
-    cudnnBackendDescriptor_t d = cudnn_make(g, CUDNN_BACKEND_TENSOR_DESCRIPTOR, what);
+    CudnnPart d = cudnn_make(g, CUDNN_BACKEND_TENSOR_DESCRIPTOR, "a tensor");
     if (is_virtual) { number = g->next++; }
-    cudnn_set(g, d, CUDNN_ATTR_TENSOR_DATA_TYPE, CUDNN_TYPE_DATA_TYPE, 1, &type, what);
-    cudnn_set(g, d, CUDNN_ATTR_TENSOR_DIMENSIONS, CUDNN_TYPE_INT64, 4, value ? one : sizes, what);
-    cudnn_set(g, d, CUDNN_ATTR_TENSOR_STRIDES, CUDNN_TYPE_INT64, 4, value ? one : steps, what);
-    cudnn_set(g, d, CUDNN_ATTR_TENSOR_UNIQUE_ID, CUDNN_TYPE_INT64, 1, &number, what);
-    cudnn_set(g, d, CUDNN_ATTR_TENSOR_BYTE_ALIGNMENT, CUDNN_TYPE_INT64, 1, &aligned, what);
-    cudnn_set(g, d, CUDNN_ATTR_TENSOR_IS_VIRTUAL, CUDNN_TYPE_BOOLEAN, 1, &is_virtual, what);
-    cudnn_set(g, d, CUDNN_ATTR_TENSOR_IS_BY_VALUE, CUDNN_TYPE_BOOLEAN, 1, &value, what);
-    cudnn_finish(g, d, what);
+    cudnn_set(g, d, CUDNN_ATTR_TENSOR_DATA_TYPE, CUDNN_TYPE_DATA_TYPE, 1, &type);
+    cudnn_set(g, d, CUDNN_ATTR_TENSOR_DIMENSIONS, CUDNN_TYPE_INT64, 4, value ? one : sizes);
+    cudnn_set(g, d, CUDNN_ATTR_TENSOR_STRIDES, CUDNN_TYPE_INT64, 4, value ? one : steps);
+    cudnn_set(g, d, CUDNN_ATTR_TENSOR_UNIQUE_ID, CUDNN_TYPE_INT64, 1, &number);
+    cudnn_set(g, d, CUDNN_ATTR_TENSOR_BYTE_ALIGNMENT, CUDNN_TYPE_INT64, 1, &aligned);
+    cudnn_set(g, d, CUDNN_ATTR_TENSOR_IS_VIRTUAL, CUDNN_TYPE_BOOLEAN, 1, &is_virtual);
+    cudnn_set(g, d, CUDNN_ATTR_TENSOR_IS_BY_VALUE, CUDNN_TYPE_BOOLEAN, 1, &value);
+    cudnn_finish(g, d);
     return d;
 }
-static inline cudnnBackendDescriptor_t cudnn_value(CudnnGraph* g, int64_t number) {
+static inline CudnnPart cudnn_value(CudnnGraph* g, int64_t number) {
     return cudnn_tensor(g, number, CUDNN_DATA_FLOAT, 1, 1, false);
 }
-static inline cudnnBackendDescriptor_t cudnn_scores(CudnnGraph* g, cudnnDataType_t type) {  // (T,T), virtual
+static inline CudnnPart cudnn_scores(CudnnGraph* g, cudnnDataType_t type) {  // (T,T), virtual
     return cudnn_tensor(g, 0, type, g->s.T, g->s.T, false);
 }
-static inline cudnnBackendDescriptor_t cudnn_rows(CudnnGraph* g, int64_t number) {  // one number of each row
+static inline CudnnPart cudnn_rows(CudnnGraph* g, int64_t number) {  // one number of each row
     return cudnn_tensor(g, number, CUDNN_DATA_FLOAT, g->s.T, 1, false);
 }
 
-// Makes `operation`, whose description is `how`, the graph's next.
-static inline void cudnn_add(CudnnGraph* g, cudnnBackendDescriptor_t operation, const char* what) {
-    cudnn_finish(g, operation, what);
+// Makes the operation the graph's next.
+static inline void cudnn_add(CudnnGraph* g, CudnnPart operation) {
+    cudnn_finish(g, operation);
     if (g->status != CUDNN_STATUS_SUCCESS) { return; }
     assert(g->n_operations < CUDNN_OPERATIONS);
     g->operations[g->n_operations++] = operation;
 }
 
 // y = mode(x, b), b NULL where mode has one operand; with `mask` y = mask ? x : b. axis: of CUDNN_POINTWISE_GEN_INDEX.
-static inline cudnnBackendDescriptor_t cudnn_pointwise_as(CudnnGraph* g, cudnnPointwiseMode_t mode,
-                                                          cudnnDataType_t compute, cudnnBackendDescriptor_t y,
-                                                          cudnnBackendDescriptor_t x, cudnnBackendDescriptor_t b,
-                                                          cudnnBackendDescriptor_t mask, int64_t axis) {
-    const char* what = "an operation on single elements";
-    cudnnBackendDescriptor_t how = cudnn_make(g, CUDNN_BACKEND_POINTWISE_DESCRIPTOR, what);
-    cudnn_set(g, how, CUDNN_ATTR_POINTWISE_MODE, CUDNN_TYPE_POINTWISE_MODE, 1, &mode, what);
-    cudnn_set(g, how, CUDNN_ATTR_POINTWISE_MATH_PREC, CUDNN_TYPE_DATA_TYPE, 1, &compute, what);
-    if (mode == CUDNN_POINTWISE_GEN_INDEX) {
-        cudnn_set(g, how, CUDNN_ATTR_POINTWISE_AXIS, CUDNN_TYPE_INT64, 1, &axis, what);
-    }
-    cudnn_finish(g, how, what);
+static inline CudnnPart cudnn_pointwise_as(CudnnGraph* g, cudnnPointwiseMode_t mode, cudnnDataType_t compute,
+                                           CudnnPart y, CudnnPart x, CudnnPart b, CudnnPart mask, int64_t axis) {
+    CudnnPart how = cudnn_make(g, CUDNN_BACKEND_POINTWISE_DESCRIPTOR, "an operation on single elements");
+    cudnn_set(g, how, CUDNN_ATTR_POINTWISE_MODE, CUDNN_TYPE_POINTWISE_MODE, 1, &mode);
+    cudnn_set(g, how, CUDNN_ATTR_POINTWISE_MATH_PREC, CUDNN_TYPE_DATA_TYPE, 1, &compute);
+    if (mode == CUDNN_POINTWISE_GEN_INDEX) { cudnn_set(g, how, CUDNN_ATTR_POINTWISE_AXIS, CUDNN_TYPE_INT64, 1, &axis); }
+    cudnn_finish(g, how);
 
-    cudnnBackendDescriptor_t d = cudnn_make(g, CUDNN_BACKEND_OPERATION_POINTWISE_DESCRIPTOR, what);
-    cudnn_set_descriptor(g, d, CUDNN_ATTR_OPERATION_POINTWISE_PW_DESCRIPTOR, how, what);
-    cudnn_set_descriptor(g, d, CUDNN_ATTR_OPERATION_POINTWISE_XDESC, x, what);
-    if (b) { cudnn_set_descriptor(g, d, CUDNN_ATTR_OPERATION_POINTWISE_BDESC, b, what); }
-    if (mask) { cudnn_set_descriptor(g, d, CUDNN_ATTR_OPERATION_POINTWISE_TDESC, mask, what); }
-    cudnn_set_descriptor(g, d, CUDNN_ATTR_OPERATION_POINTWISE_YDESC, y, what);
-    cudnn_add(g, d, what);
+    CudnnPart d = cudnn_make(g, CUDNN_BACKEND_OPERATION_POINTWISE_DESCRIPTOR, "an operation on single elements");
+    cudnn_set_descriptor(g, d, CUDNN_ATTR_OPERATION_POINTWISE_PW_DESCRIPTOR, how);
+    cudnn_set_descriptor(g, d, CUDNN_ATTR_OPERATION_POINTWISE_XDESC, x);
+    if (b) { cudnn_set_descriptor(g, d, CUDNN_ATTR_OPERATION_POINTWISE_BDESC, b); }
+    if (mask) { cudnn_set_descriptor(g, d, CUDNN_ATTR_OPERATION_POINTWISE_TDESC, mask); }
+    cudnn_set_descriptor(g, d, CUDNN_ATTR_OPERATION_POINTWISE_YDESC, y);
+    cudnn_add(g, d);
     return y;
 }
-static inline cudnnBackendDescriptor_t cudnn_pointwise(CudnnGraph* g, cudnnPointwiseMode_t mode,
-                                                       cudnnBackendDescriptor_t y, cudnnBackendDescriptor_t x,
-                                                       cudnnBackendDescriptor_t b) {
+static inline CudnnPart cudnn_pointwise(CudnnGraph* g, cudnnPointwiseMode_t mode, CudnnPart y, CudnnPart x,
+                                        CudnnPart b) {
     return cudnn_pointwise_as(g, mode, CUDNN_DATA_FLOAT, y, x, b, NULL, 0);
 }
 // c = a b, of each head
-static inline cudnnBackendDescriptor_t cudnn_product(CudnnGraph* g, cudnnBackendDescriptor_t c,
-                                                     cudnnBackendDescriptor_t a, cudnnBackendDescriptor_t b) {
-    const char* what = "a matrix product";
+static inline CudnnPart cudnn_product(CudnnGraph* g, CudnnPart c, CudnnPart a, CudnnPart b) {
     const cudnnDataType_t compute = CUDNN_DATA_FLOAT;
-    cudnnBackendDescriptor_t how = cudnn_make(g, CUDNN_BACKEND_MATMUL_DESCRIPTOR, what);
-    cudnn_set(g, how, CUDNN_ATTR_MATMUL_COMP_TYPE, CUDNN_TYPE_DATA_TYPE, 1, &compute, what);
-    cudnn_finish(g, how, what);
+    CudnnPart how = cudnn_make(g, CUDNN_BACKEND_MATMUL_DESCRIPTOR, "a matrix product");
+    cudnn_set(g, how, CUDNN_ATTR_MATMUL_COMP_TYPE, CUDNN_TYPE_DATA_TYPE, 1, &compute);
+    cudnn_finish(g, how);
 
-    cudnnBackendDescriptor_t d = cudnn_make(g, CUDNN_BACKEND_OPERATION_MATMUL_DESCRIPTOR, what);
-    cudnn_set_descriptor(g, d, CUDNN_ATTR_OPERATION_MATMUL_DESC, how, what);
-    cudnn_set_descriptor(g, d, CUDNN_ATTR_OPERATION_MATMUL_ADESC, a, what);
-    cudnn_set_descriptor(g, d, CUDNN_ATTR_OPERATION_MATMUL_BDESC, b, what);
-    cudnn_set_descriptor(g, d, CUDNN_ATTR_OPERATION_MATMUL_CDESC, c, what);
-    cudnn_add(g, d, what);
+    CudnnPart d = cudnn_make(g, CUDNN_BACKEND_OPERATION_MATMUL_DESCRIPTOR, "a matrix product");
+    cudnn_set_descriptor(g, d, CUDNN_ATTR_OPERATION_MATMUL_DESC, how);
+    cudnn_set_descriptor(g, d, CUDNN_ATTR_OPERATION_MATMUL_ADESC, a);
+    cudnn_set_descriptor(g, d, CUDNN_ATTR_OPERATION_MATMUL_BDESC, b);
+    cudnn_set_descriptor(g, d, CUDNN_ATTR_OPERATION_MATMUL_CDESC, c);
+    cudnn_add(g, d);
     return c;
 }
 // The sum or the maximum of each row of x
-static inline cudnnBackendDescriptor_t cudnn_reduce(CudnnGraph* g, cudnnReduceTensorOp_t reduction,
-                                                    cudnnBackendDescriptor_t x) {
-    const char* what = "a sum of rows";
+static inline CudnnPart cudnn_reduce(CudnnGraph* g, cudnnReduceTensorOp_t reduction, CudnnPart x) {
     const cudnnDataType_t compute = CUDNN_DATA_FLOAT;
-    cudnnBackendDescriptor_t y = cudnn_rows(g, 0), how = cudnn_make(g, CUDNN_BACKEND_REDUCTION_DESCRIPTOR, what);
-    cudnn_set(g, how, CUDNN_ATTR_REDUCTION_OPERATOR, CUDNN_TYPE_REDUCTION_OPERATOR_TYPE, 1, &reduction, what);
-    cudnn_set(g, how, CUDNN_ATTR_REDUCTION_COMP_TYPE, CUDNN_TYPE_DATA_TYPE, 1, &compute, what);
-    cudnn_finish(g, how, what);
+    CudnnPart y = cudnn_rows(g, 0), how = cudnn_make(g, CUDNN_BACKEND_REDUCTION_DESCRIPTOR, "a sum of rows");
+    cudnn_set(g, how, CUDNN_ATTR_REDUCTION_OPERATOR, CUDNN_TYPE_REDUCTION_OPERATOR_TYPE, 1, &reduction);
+    cudnn_set(g, how, CUDNN_ATTR_REDUCTION_COMP_TYPE, CUDNN_TYPE_DATA_TYPE, 1, &compute);
+    cudnn_finish(g, how);
 
-    cudnnBackendDescriptor_t d = cudnn_make(g, CUDNN_BACKEND_OPERATION_REDUCTION_DESCRIPTOR, what);
-    cudnn_set_descriptor(g, d, CUDNN_ATTR_OPERATION_REDUCTION_DESC, how, what);
-    cudnn_set_descriptor(g, d, CUDNN_ATTR_OPERATION_REDUCTION_XDESC, x, what);
-    cudnn_set_descriptor(g, d, CUDNN_ATTR_OPERATION_REDUCTION_YDESC, y, what);
-    cudnn_add(g, d, what);
+    CudnnPart d = cudnn_make(g, CUDNN_BACKEND_OPERATION_REDUCTION_DESCRIPTOR, "a sum of rows");
+    cudnn_set_descriptor(g, d, CUDNN_ATTR_OPERATION_REDUCTION_DESC, how);
+    cudnn_set_descriptor(g, d, CUDNN_ATTR_OPERATION_REDUCTION_XDESC, x);
+    cudnn_set_descriptor(g, d, CUDNN_ATTR_OPERATION_REDUCTION_YDESC, y);
+    cudnn_add(g, d);
     return y;
 }
 // y: x read across, rows as columns
-static inline cudnnBackendDescriptor_t cudnn_across(CudnnGraph* g, cudnnBackendDescriptor_t y,
-                                                    cudnnBackendDescriptor_t x) {
-    const char* what = "a transposition";
-    cudnnBackendDescriptor_t d = cudnn_make(g, CUDNN_BACKEND_OPERATION_RESHAPE_DESCRIPTOR, what);
-    cudnn_set_descriptor(g, d, CUDNN_ATTR_OPERATION_RESHAPE_XDESC, x, what);
-    cudnn_set_descriptor(g, d, CUDNN_ATTR_OPERATION_RESHAPE_YDESC, y, what);
-    cudnn_add(g, d, what);
+static inline CudnnPart cudnn_across(CudnnGraph* g, CudnnPart y, CudnnPart x) {
+    CudnnPart d = cudnn_make(g, CUDNN_BACKEND_OPERATION_RESHAPE_DESCRIPTOR, "a transposition");
+    cudnn_set_descriptor(g, d, CUDNN_ATTR_OPERATION_RESHAPE_XDESC, x);
+    cudnn_set_descriptor(g, d, CUDNN_ATTR_OPERATION_RESHAPE_YDESC, y);
+    cudnn_add(g, d);
     return y;
 }
 // x where the key is at or before the query, minus infinity elsewhere
-static inline cudnnBackendDescriptor_t cudnn_causal(CudnnGraph* g, cudnnBackendDescriptor_t x) {
-    cudnnBackendDescriptor_t query = cudnn_scores(g, CUDNN_DATA_INT32), key = cudnn_scores(g, CUDNN_DATA_INT32),
-                             mask = cudnn_scores(g, CUDNN_DATA_BOOLEAN);
+static inline CudnnPart cudnn_causal(CudnnGraph* g, CudnnPart x) {
+    CudnnPart query = cudnn_scores(g, CUDNN_DATA_INT32), key = cudnn_scores(g, CUDNN_DATA_INT32),
+              mask = cudnn_scores(g, CUDNN_DATA_BOOLEAN);
     cudnn_pointwise_as(g, CUDNN_POINTWISE_GEN_INDEX, CUDNN_DATA_INT32, query, x, NULL, NULL, 2);
     cudnn_pointwise_as(g, CUDNN_POINTWISE_GEN_INDEX, CUDNN_DATA_INT32, key, x, NULL, NULL, 3);
     cudnn_pointwise_as(g, CUDNN_POINTWISE_CMP_GE, CUDNN_DATA_BOOLEAN, mask, query, key, NULL, 0);
@@ -233,24 +222,22 @@ static inline cudnnBackendDescriptor_t cudnn_causal(CudnnGraph* g, cudnnBackendD
 static inline void cudnn_forward_graph(CudnnGraph* g) {
     const int T = g->s.T, HS = g->s.HS, VS = g->s.VS;
     const cudnnDataType_t bf16 = CUDNN_DATA_BFLOAT16, fp32 = CUDNN_DATA_FLOAT;
-    cudnnBackendDescriptor_t q = cudnn_tensor(g, CUDNN_Q, bf16, T, HS, false),
-                             k = cudnn_tensor(g, CUDNN_K, bf16, HS, T, true),
-                             v = cudnn_tensor(g, CUDNN_V, bf16, T, VS, false),
-                             o = cudnn_tensor(g, CUDNN_O, bf16, T, VS, false);
+    CudnnPart q = cudnn_tensor(g, CUDNN_Q, bf16, T, HS, false), k = cudnn_tensor(g, CUDNN_K, bf16, HS, T, true),
+              v = cudnn_tensor(g, CUDNN_V, bf16, T, VS, false), o = cudnn_tensor(g, CUDNN_O, bf16, T, VS, false);
 
     // The scores, masked.
-    cudnnBackendDescriptor_t s = cudnn_product(g, cudnn_scores(g, fp32), q, k);
+    CudnnPart s = cudnn_product(g, cudnn_scores(g, fp32), q, k);
     s = cudnn_pointwise(g, CUDNN_POINTWISE_MUL, cudnn_scores(g, fp32), s, cudnn_value(g, CUDNN_SCALE));
     s = cudnn_causal(g, s);
 
     // The softmax; stats = maximum + log of the sum.
-    cudnnBackendDescriptor_t largest = cudnn_reduce(g, CUDNN_REDUCE_TENSOR_MAX, s);
+    CudnnPart largest = cudnn_reduce(g, CUDNN_REDUCE_TENSOR_MAX, s);
     s = cudnn_pointwise(g, CUDNN_POINTWISE_SUB, cudnn_scores(g, fp32), s, largest);
     s = cudnn_pointwise(g, CUDNN_POINTWISE_EXP, cudnn_scores(g, fp32), s, NULL);
-    cudnnBackendDescriptor_t sum = cudnn_reduce(g, CUDNN_REDUCE_TENSOR_ADD, s);
-    cudnnBackendDescriptor_t log_sum = cudnn_pointwise(g, CUDNN_POINTWISE_LOG, cudnn_rows(g, 0), sum, NULL);
+    CudnnPart sum = cudnn_reduce(g, CUDNN_REDUCE_TENSOR_ADD, s);
+    CudnnPart log_sum = cudnn_pointwise(g, CUDNN_POINTWISE_LOG, cudnn_rows(g, 0), sum, NULL);
     cudnn_pointwise(g, CUDNN_POINTWISE_ADD, cudnn_rows(g, CUDNN_STATS), largest, log_sum);
-    cudnnBackendDescriptor_t p = cudnn_pointwise(g, CUDNN_POINTWISE_DIV, cudnn_scores(g, bf16), s, sum);
+    CudnnPart p = cudnn_pointwise(g, CUDNN_POINTWISE_DIV, cudnn_scores(g, bf16), s, sum);
 
     cudnn_product(g, o, p, v);
 }
@@ -258,30 +245,27 @@ static inline void cudnn_forward_graph(CudnnGraph* g) {
 static inline void cudnn_backward_graph(CudnnGraph* g) {
     const int T = g->s.T, HS = g->s.HS, VS = g->s.VS;
     const cudnnDataType_t bf16 = CUDNN_DATA_BFLOAT16, fp32 = CUDNN_DATA_FLOAT;
-    cudnnBackendDescriptor_t q = cudnn_tensor(g, CUDNN_Q, bf16, T, HS, false),
-                             k = cudnn_tensor(g, CUDNN_K, bf16, HS, T, true),
-                             v = cudnn_tensor(g, CUDNN_V, bf16, VS, T, true),
-                             o = cudnn_tensor(g, CUDNN_O, bf16, T, VS, false),
-                             d_o = cudnn_tensor(g, CUDNN_DO, bf16, T, VS, false), scale = cudnn_value(g, CUDNN_SCALE);
+    CudnnPart q = cudnn_tensor(g, CUDNN_Q, bf16, T, HS, false), k = cudnn_tensor(g, CUDNN_K, bf16, HS, T, true),
+              v = cudnn_tensor(g, CUDNN_V, bf16, VS, T, true), o = cudnn_tensor(g, CUDNN_O, bf16, T, VS, false),
+              d_o = cudnn_tensor(g, CUDNN_DO, bf16, T, VS, false), scale = cudnn_value(g, CUDNN_SCALE);
 
     // Each row's sum of P dP, which is that of dO O.
-    cudnnBackendDescriptor_t x = cudnn_tensor(g, 0, fp32, T, VS, false);
+    CudnnPart x = cudnn_tensor(g, 0, fp32, T, VS, false);
     cudnn_pointwise(g, CUDNN_POINTWISE_MUL, x, d_o, o);
-    cudnnBackendDescriptor_t sums =
-        cudnn_pointwise(g, CUDNN_POINTWISE_MUL, cudnn_rows(g, CUDNN_SUMS), cudnn_reduce(g, CUDNN_REDUCE_TENSOR_ADD, x),
-                        cudnn_value(g, CUDNN_ONE));
+    CudnnPart sums = cudnn_pointwise(g, CUDNN_POINTWISE_MUL, cudnn_rows(g, CUDNN_SUMS),
+                                     cudnn_reduce(g, CUDNN_REDUCE_TENSOR_ADD, x), cudnn_value(g, CUDNN_ONE));
 
     // P = exp(S - stats), and dV = P^T dO.
-    cudnnBackendDescriptor_t s = cudnn_product(g, cudnn_scores(g, fp32), q, k);
+    CudnnPart s = cudnn_product(g, cudnn_scores(g, fp32), q, k);
     s = cudnn_pointwise(g, CUDNN_POINTWISE_MUL, cudnn_scores(g, fp32), s, scale);
     s = cudnn_pointwise(g, CUDNN_POINTWISE_SUB, cudnn_scores(g, fp32), s, cudnn_rows(g, CUDNN_STATS));
     s = cudnn_causal(g, s);
-    cudnnBackendDescriptor_t p = cudnn_pointwise(g, CUDNN_POINTWISE_EXP, cudnn_scores(g, fp32), s, NULL);
+    CudnnPart p = cudnn_pointwise(g, CUDNN_POINTWISE_EXP, cudnn_scores(g, fp32), s, NULL);
     cudnn_product(g, cudnn_tensor(g, CUDNN_DV, bf16, T, VS, false),
                   cudnn_across(g, cudnn_tensor(g, 0, bf16, T, T, true), p), d_o);
 
     // dS = P (dP - sums) * scale, dP = dO V^T.
-    cudnnBackendDescriptor_t d = cudnn_product(g, cudnn_scores(g, fp32), d_o, v);
+    CudnnPart d = cudnn_product(g, cudnn_scores(g, fp32), d_o, v);
     d = cudnn_pointwise(g, CUDNN_POINTWISE_SUB, cudnn_scores(g, fp32), d, sums);
     d = cudnn_pointwise(g, CUDNN_POINTWISE_MUL, cudnn_scores(g, fp32), d, p);
     d = cudnn_pointwise(g, CUDNN_POINTWISE_MUL, cudnn_scores(g, fp32), d, scale);
@@ -298,75 +282,50 @@ static inline void cudnn_backward_graph(CudnnGraph* g) {
 typedef struct {
     AttentionShape shape;
     bool backward;
-    size_t workspace;               // bytes
-    cudnnBackendDescriptor_t plan;  // one of the graph's descriptors, all of which stay
+    size_t workspace;  // bytes
+    CudnnPart plan;    // one of the graph's descriptors, all of which stay
     CudnnGraph graph;
 } CudnnPlan;
 
 typedef struct {
-    cudnnHandle_t handle;             // NULL: plans are only built, for the machine that `device` describes
-    cudnnBackendDescriptor_t device;  // NULL: the handle's own
+    cudnnHandle_t handle;  // NULL: plans are only built, for the machine that `device` describes
+    CudnnPart device;      // NULL: the handle's own
     CudnnPlan plans[CUDNN_PLANS];
     int n;
 } AttentionCudnn;
 
-static inline void cudnn_device(const AttentionCudnn* c, CudnnGraph* g, cudnnBackendDescriptor_t d,
-                                cudnnBackendAttributeName_t handle, cudnnBackendAttributeName_t device) {
-    if (c->device) {
-        cudnn_set_descriptor(g, d, device, c->device, "a device");
-    } else {
-        cudnn_set(g, d, handle, CUDNN_TYPE_HANDLE, 1, &c->handle, "a handle");
-    }
-}
-// Does the engine of this configuration call itself not deterministic?
-static inline bool cudnn_varies(CudnnGraph* g, cudnnBackendDescriptor_t configuration) {
-    cudnnBackendNumericalNote_t notes[CUDNN_NUMERICAL_NOTE_TYPE_COUNT];
-    cudnnBackendDescriptor_t engine = cudnn_make(g, CUDNN_BACKEND_ENGINE_DESCRIPTOR, "an engine");
-    int64_t n = 0;
-    if (g->status != CUDNN_STATUS_SUCCESS ||
-        cudnnBackendGetAttribute(configuration, CUDNN_ATTR_ENGINECFG_ENGINE, CUDNN_TYPE_BACKEND_DESCRIPTOR, 1, &n,
-                                 &engine) != CUDNN_STATUS_SUCCESS ||
-        cudnnBackendGetAttribute(engine, CUDNN_ATTR_ENGINE_NUMERICAL_NOTE, CUDNN_TYPE_NUMERICAL_NOTE,
-                                 CUDNN_NUMERICAL_NOTE_TYPE_COUNT, &n, notes) != CUDNN_STATUS_SUCCESS) {
-        return true;
-    }
-    for (int64_t i = 0; i < n; i++) {
-        if (notes[i] == CUDNN_NUMERICAL_NOTE_NONDETERMINISTIC) { return true; }
-    }
-    return false;
+// What the library says of its last failure, its first line
+static inline void cudnn_last_error(char* text, size_t n) {
+    cudnnGetLastErrorString(text, n);
+    text[strcspn(text, "\n")] = 0;
 }
 // The configurations that cuDNN thinks of for the graph, the best first; how many.
-static inline int64_t cudnn_configurations(const AttentionCudnn* c, CudnnGraph* g, cudnnBackendDescriptor_t* list) {
+static inline int64_t cudnn_configurations(const AttentionCudnn* c, CudnnGraph* g, CudnnPart* list) {
     const cudnnBackendHeurMode_t mode = CUDNN_HEUR_MODE_A;
     int64_t n = 0;
-    cudnnBackendDescriptor_t graph = cudnn_make(g, CUDNN_BACKEND_OPERATIONGRAPH_DESCRIPTOR, "the graph"),
-                             ask = cudnn_make(g, CUDNN_BACKEND_ENGINEHEUR_DESCRIPTOR, "engines");
-    cudnn_set(g, graph, CUDNN_ATTR_OPERATIONGRAPH_OPS, CUDNN_TYPE_BACKEND_DESCRIPTOR, g->n_operations, g->operations,
-              "the graph");
-    if (c->handle) {
-        cudnn_set(g, graph, CUDNN_ATTR_OPERATIONGRAPH_HANDLE, CUDNN_TYPE_HANDLE, 1, &c->handle, "the graph");
-    }
-    cudnn_finish(g, graph, "the graph");
-    cudnn_set_descriptor(g, ask, CUDNN_ATTR_ENGINEHEUR_OPERATION_GRAPH, graph, "engines");
-    cudnn_set(g, ask, CUDNN_ATTR_ENGINEHEUR_MODE, CUDNN_TYPE_HEUR_MODE, 1, &mode, "engines");
-    if (c->device) { cudnn_set_descriptor(g, ask, CUDNN_ATTR_ENGINEHEUR_DEVICEPROP, c->device, "engines"); }
-    cudnn_finish(g, ask, "engines");
+    CudnnPart graph = cudnn_make(g, CUDNN_BACKEND_OPERATIONGRAPH_DESCRIPTOR, "the graph"),
+              ask = cudnn_make(g, CUDNN_BACKEND_ENGINEHEUR_DESCRIPTOR, "engines");
+    cudnn_set(g, graph, CUDNN_ATTR_OPERATIONGRAPH_OPS, CUDNN_TYPE_BACKEND_DESCRIPTOR, g->n_operations, g->operations);
+    if (c->handle) { cudnn_set(g, graph, CUDNN_ATTR_OPERATIONGRAPH_HANDLE, CUDNN_TYPE_HANDLE, 1, &c->handle); }
+    cudnn_finish(g, graph);
+    cudnn_set_descriptor(g, ask, CUDNN_ATTR_ENGINEHEUR_OPERATION_GRAPH, graph);
+    cudnn_set(g, ask, CUDNN_ATTR_ENGINEHEUR_MODE, CUDNN_TYPE_HEUR_MODE, 1, &mode);
+    if (c->device) { cudnn_set_descriptor(g, ask, CUDNN_ATTR_ENGINEHEUR_DEVICEPROP, c->device); }
+    cudnn_finish(g, ask);
     for (int i = 0; i < CUDNN_ENGINES; i++) { list[i] = cudnn_make(g, CUDNN_BACKEND_ENGINECFG_DESCRIPTOR, "engines"); }
     if (g->status == CUDNN_STATUS_SUCCESS) {
-        cudnn_step(g,
-                   cudnnBackendGetAttribute(ask, CUDNN_ATTR_ENGINEHEUR_RESULTS, CUDNN_TYPE_BACKEND_DESCRIPTOR,
-                                            CUDNN_ENGINES, &n, list),
-                   "engines");
+        cudnn_step(g, cudnnBackendGetAttribute(ask, CUDNN_ATTR_ENGINEHEUR_RESULTS, CUDNN_TYPE_BACKEND_DESCRIPTOR,
+                                               CUDNN_ENGINES, &n, list));
     }
     return n < CUDNN_ENGINES ? n : (int64_t)CUDNN_ENGINES;
 }
 
-// Fills plan->plan with the first that is deterministic and whose workspace is within attention_cudnn_workspace.
+// Fills p->plan with the first whose workspace is within attention_cudnn_workspace.
 static inline bool cudnn_plan_build(const AttentionCudnn* c, CudnnPlan* p, Error* e) {
     CudnnGraph* g = &p->graph;
-    cudnnBackendDescriptor_t configurations[CUDNN_ENGINES];
+    CudnnPart configurations[CUDNN_ENGINES];
     const size_t room = attention_cudnn_workspace(&p->shape) - attention_cudnn_sums(&p->shape);
-    int varies = 0, large = 0;
+    int large = 0;
     char last[256] = "";
     g->s = p->shape;
     g->next = CUDNN_VIRTUAL;
@@ -377,24 +336,19 @@ static inline bool cudnn_plan_build(const AttentionCudnn* c, CudnnPlan* p, Error
     }
     int64_t n = cudnn_configurations(c, g, configurations);
     if (g->status != CUDNN_STATUS_SUCCESS) {
-        cudnnGetLastErrorString(last, sizeof last);
-        return fail(e, "cuDNN refused %s: %s; %s", g->failed, cudnnGetErrorString(g->status), last);
+        cudnn_last_error(last, sizeof last);
+        return fail(e, "cuDNN refused %s: %s; %s", g->what, cudnnGetErrorString(g->status), last);
     }
     for (int64_t i = 0; i < n; i++) {
         int64_t workspace = 0, got = 0;
-        if (cudnn_varies(g, configurations[i])) {
-            varies++;
-            continue;
-        }
-        cudnnBackendDescriptor_t d = cudnn_make(g, CUDNN_BACKEND_EXECUTION_PLAN_DESCRIPTOR, "a plan");
-        cudnn_set_descriptor(g, d, CUDNN_ATTR_EXECUTION_PLAN_ENGINE_CONFIG, configurations[i], "a plan");
-        cudnn_device(c, g, d, CUDNN_ATTR_EXECUTION_PLAN_HANDLE, CUDNN_ATTR_EXECUTION_PLAN_DEVICEPROP);
-        cudnn_finish(g, d, "a plan");
+        CudnnPart d = cudnn_make(g, CUDNN_BACKEND_EXECUTION_PLAN_DESCRIPTOR, "a plan");
+        cudnn_set_descriptor(g, d, CUDNN_ATTR_EXECUTION_PLAN_ENGINE_CONFIG, configurations[i]);
+        if (c->device) { cudnn_set_descriptor(g, d, CUDNN_ATTR_EXECUTION_PLAN_DEVICEPROP, c->device); }
+        if (c->handle) { cudnn_set(g, d, CUDNN_ATTR_EXECUTION_PLAN_HANDLE, CUDNN_TYPE_HANDLE, 1, &c->handle); }
+        cudnn_finish(g, d);
         if (g->status == CUDNN_STATUS_SUCCESS) {
-            cudnn_step(g,
-                       cudnnBackendGetAttribute(d, CUDNN_ATTR_EXECUTION_PLAN_WORKSPACE_SIZE, CUDNN_TYPE_INT64, 1, &got,
-                                                &workspace),
-                       "a plan");
+            cudnn_step(g, cudnnBackendGetAttribute(d, CUDNN_ATTR_EXECUTION_PLAN_WORKSPACE_SIZE, CUDNN_TYPE_INT64, 1,
+                                                   &got, &workspace));
         }
         if (g->status == CUDNN_STATUS_SUCCESS && (size_t)workspace <= room) {
             p->plan = d, p->workspace = (size_t)workspace;
@@ -403,14 +357,12 @@ static inline bool cudnn_plan_build(const AttentionCudnn* c, CudnnPlan* p, Error
         if (g->status == CUDNN_STATUS_SUCCESS) {
             large++;
         } else {
-            cudnnGetLastErrorString(last, sizeof last);
+            cudnn_last_error(last, sizeof last);
         }
         g->status = CUDNN_STATUS_SUCCESS;  // the next engine may do better
     }
-    return fail(e,
-                "cuDNN %zu has no plan: of %lld engines %d are not deterministic and %d want more than %zu MiB of "
-                "workspace%s%s",
-                cudnnGetVersion(), (long long)n, varies, large, room >> 20, *last ? "; " : "", last);
+    return fail(e, "cuDNN %zu has no plan: of %lld engines %d want more than %zu MiB of workspace%s%s",
+                cudnnGetVersion(), (long long)n, large, room >> 20, *last ? "; " : "", last);
 }
 
 // The plan of a shape, built if there is none yet; NULL with a message that names the shape if cuDNN has none.
@@ -465,14 +417,12 @@ static inline bool cudnn_run(AttentionCudnn* c, const AttentionShape* s, bool ba
 
     CudnnGraph call;  // of one descriptor
     memset(&call, 0, sizeof call);
-    cudnnBackendDescriptor_t d = cudnn_make(&call, CUDNN_BACKEND_VARIANT_PACK_DESCRIPTOR, "a call");
-    cudnn_set(&call, d, CUDNN_ATTR_VARIANT_PACK_UNIQUE_IDS, CUDNN_TYPE_INT64, n, numbers, "a call");
-    cudnn_set(&call, d, CUDNN_ATTR_VARIANT_PACK_DATA_POINTERS, CUDNN_TYPE_VOID_PTR, n, addresses, "a call");
-    cudnn_set(&call, d, CUDNN_ATTR_VARIANT_PACK_WORKSPACE, CUDNN_TYPE_VOID_PTR, 1, &workspace, "a call");
-    cudnn_finish(&call, d, "a call");
-    if (call.status == CUDNN_STATUS_SUCCESS) {
-        cudnn_step(&call, cudnnBackendExecute(c->handle, p->plan, d), "a call");
-    }
+    CudnnPart d = cudnn_make(&call, CUDNN_BACKEND_VARIANT_PACK_DESCRIPTOR, "a call");
+    cudnn_set(&call, d, CUDNN_ATTR_VARIANT_PACK_UNIQUE_IDS, CUDNN_TYPE_INT64, n, numbers);
+    cudnn_set(&call, d, CUDNN_ATTR_VARIANT_PACK_DATA_POINTERS, CUDNN_TYPE_VOID_PTR, n, addresses);
+    cudnn_set(&call, d, CUDNN_ATTR_VARIANT_PACK_WORKSPACE, CUDNN_TYPE_VOID_PTR, 1, &workspace);
+    cudnn_finish(&call, d);
+    if (call.status == CUDNN_STATUS_SUCCESS) { cudnn_step(&call, cudnnBackendExecute(c->handle, p->plan, d)); }
     cudnn_graph_free(&call);
     return call.status == CUDNN_STATUS_SUCCESS ||
            fail(e, "attention by cuDNN, %s: %s", backward ? "backward" : "forward", cudnnGetErrorString(call.status));

@@ -5,8 +5,8 @@
 //
 // Refuses what the library refuses or must not be asked: sizes that do not fit together, two tensors of one number, a
 // tensor that nothing has computed, memory that is not aligned or reaches beyond its allocation, and a plan that is
-// built while a stream is captured. The first engine it proposes calls itself not deterministic. CUDA_CPU_FAIL=NAME:N
-// makes the N-th call of cudnnCreate, cudnnBackendFinalize or cudnnBackendExecute fail.
+// built while a stream is captured. CUDA_CPU_FAIL=NAME:N makes the N-th call of cudnnCreate, cudnnBackendFinalize or
+// cudnnBackendExecute fail.
 #ifndef CUDA_CPU_CUDNN_H
 #define CUDA_CPU_CUDNN_H
 #include <memory>
@@ -40,7 +40,6 @@ typedef enum {
 } cudnnPointwiseMode_t;
 typedef enum { CUDNN_REDUCE_TENSOR_ADD, CUDNN_REDUCE_TENSOR_MAX } cudnnReduceTensorOp_t;
 typedef enum { CUDNN_HEUR_MODE_A } cudnnBackendHeurMode_t;
-typedef enum { CUDNN_NUMERICAL_NOTE_NONDETERMINISTIC, CUDNN_NUMERICAL_NOTE_TYPE_COUNT } cudnnBackendNumericalNote_t;
 typedef enum {
     CUDNN_BACKEND_POINTWISE_DESCRIPTOR,
     CUDNN_BACKEND_MATMUL_DESCRIPTOR,
@@ -51,7 +50,6 @@ typedef enum {
     CUDNN_BACKEND_OPERATION_RESHAPE_DESCRIPTOR,
     CUDNN_BACKEND_TENSOR_DESCRIPTOR,
     CUDNN_BACKEND_OPERATIONGRAPH_DESCRIPTOR,
-    CUDNN_BACKEND_ENGINE_DESCRIPTOR,
     CUDNN_BACKEND_ENGINECFG_DESCRIPTOR,
     CUDNN_BACKEND_ENGINEHEUR_DESCRIPTOR,
     CUDNN_BACKEND_EXECUTION_PLAN_DESCRIPTOR,
@@ -92,8 +90,6 @@ typedef enum {
     CUDNN_ATTR_ENGINEHEUR_MODE,
     CUDNN_ATTR_ENGINEHEUR_DEVICEPROP,
     CUDNN_ATTR_ENGINEHEUR_RESULTS,
-    CUDNN_ATTR_ENGINECFG_ENGINE,
-    CUDNN_ATTR_ENGINE_NUMERICAL_NOTE,
     CUDNN_ATTR_EXECUTION_PLAN_ENGINE_CONFIG,
     CUDNN_ATTR_EXECUTION_PLAN_HANDLE,
     CUDNN_ATTR_EXECUTION_PLAN_DEVICEPROP,
@@ -109,7 +105,6 @@ typedef enum {
     CUDNN_TYPE_INT64,
     CUDNN_TYPE_VOID_PTR,
     CUDNN_TYPE_HEUR_MODE,
-    CUDNN_TYPE_NUMERICAL_NOTE,
     CUDNN_TYPE_POINTWISE_MODE,
     CUDNN_TYPE_BACKEND_DESCRIPTOR,
     CUDNN_TYPE_REDUCTION_OPERATOR_TYPE
@@ -126,7 +121,6 @@ struct Dnn {
 struct Descriptor {
     cudnnBackendDescriptorType_t type;
     std::map<int, std::vector<char>> attributes;
-    bool varies = false;  // of an engine's configuration: not deterministic
 
     template <typename T> T get(int name, size_t i = 0, T otherwise = T()) const {
         auto found = attributes.find(name);
@@ -418,14 +412,7 @@ static inline cudnnStatus_t cudnnBackendGetAttribute(cudnnBackendDescriptor_t d,
                                                      cudnnBackendAttributeType_t, int64_t room, int64_t* n,
                                                      void* values) {
     if (name == CUDNN_ATTR_ENGINEHEUR_RESULTS) {
-        for (*n = 0; *n < 2 && *n < room; ++*n) {
-            cudnnBackendDescriptor_t config = ((cudnnBackendDescriptor_t*)values)[*n];
-            config->attributes = d->attributes, config->varies = *n == 0;
-        }
-    } else if (name == CUDNN_ATTR_ENGINECFG_ENGINE) {
-        (*(cudnnBackendDescriptor_t*)values)->varies = d->varies, *n = 1;
-    } else if (name == CUDNN_ATTR_ENGINE_NUMERICAL_NOTE) {
-        *(cudnnBackendNumericalNote_t*)values = CUDNN_NUMERICAL_NOTE_NONDETERMINISTIC, *n = d->varies;
+        for (*n = 0; *n < 2 && *n < room; ++*n) { ((cudnnBackendDescriptor_t*)values)[*n]->attributes = d->attributes; }
     } else if (name ==
                CUDNN_ATTR_EXECUTION_PLAN_WORKSPACE_SIZE) {  // as the library wants it on sm_90: dS, and 256 bytes
         int64_t most = 0;
