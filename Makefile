@@ -59,7 +59,8 @@ ifndef CUDNN_HOME
 CUDNN_HOME := $(patsubst %/include/cudnn.h,%,$(firstword $(wildcard $(addsuffix /include/cudnn.h,\
     $(CUDA_HOME) /usr /usr/local dev/.venv/lib/python3*/site-packages/nvidia/cudnn))))
 endif
-CUDNN_LIBRARIES = $(abspath $(wildcard $(CUDNN_HOME)/lib64 $(CUDNN_HOME)/lib))
+CUDNN_LIBRARIES = $(abspath $(patsubst %/libcudnn.so.9,%,$(wildcard $(addsuffix /libcudnn.so.9,\
+    $(CUDNN_HOME)/lib64 $(CUDNN_HOME)/lib))))
 CUDNN_DEFINES = -DMTA_CUDNN -I$(CUDNN_HOME)/include
 CUDNN_LINK = $(CUDNN_LIBRARIES:%=-L%) -l:libcudnn.so.9 $(CUDNN_LIBRARIES:%=-Xlinker -rpath -Xlinker %)
 ifdef CUDNN
