@@ -212,7 +212,7 @@ build/test_emulator: dev/tests/test_emulator.cpp $(wildcard dev/tests/*.h) $(EMU
 	$(CXX) -x c++ -std=c++17 -g1 $(WARN) -fsanitize=address,undefined -fsanitize-sections=cuda_shared -Idev/cuda_cpu $< -o $@
 build/test_nccl: dev/tests/test_nccl.cpp dev/tests/check.h $(EMULATOR_HEADERS)
 	@mkdir -p build
-	$(CXX) -x c++ -std=c++17 -g1 $(WARN) -fsanitize=address,undefined -fsanitize-sections=cuda_shared -Idev/cuda_cpu $< -o $@
+	$(CXX) -x c++ -std=c++17 -g1 $(WARN) -fsanitize=address,undefined -fno-sanitize-recover=all -fsanitize-sections=cuda_shared -Idev/cuda_cpu $< -o $@
 build/races/test_emulator.o: dev/tests/test_emulator.cpp $(wildcard dev/tests/*.h) $(EMULATOR_HEADERS)
 	@mkdir -p build/races
 	$(CXX) -x c++ -std=c++17 -g1 $(WARN) -Wno-unused-function $(RACES) -Idev/cuda_cpu -c $< -o $@

@@ -2,8 +2,8 @@
 # scripts/ranks_check.sh [--ranks N] [--part bits|speed] [--small] [--work DIR]: train_mta_cuda on N GPUs of this
 # machine (default: all of them) against one. The first thing to run where there are two. Minutes; the table comes last.
 #
-#   bits    one run on 1, on N and, where N is even, on N/2 processes; and one that N begin and 1 ends. Losses, norms and
-#           checkpoints must be the same, byte for byte.
+#   bits    one run on 1, on N and, where N is even, on N/2 processes; and one that N begin and 1 ends. Losses, norms
+#           and checkpoints must be the same, byte for byte.
 #   speed   880m, steps of 262,144 tokens: tokens/s of one GPU and of N by both reductions, and the share of N times one
 # --small: tiny models and few steps, for the emulator. --work: where runs go meanwhile, 15 GB of it for the speed
 # (default: build/ranks_check). TRAINER=PROGRAM is taken in place of train_mta_cuda, which is built otherwise.
@@ -22,7 +22,10 @@ while [ $# -gt 0 ]; do
     esac
     shift || { echo "ranks_check.sh: the value of the last option is missing; --help lists all" >&2; exit 1; }
 done
-case $part in all | bits | speed) ;; *) echo "ranks_check.sh: --part: got $part, wanted bits or speed" >&2; exit 1 ;; esac
+case $part in
+    all | bits | speed) ;;
+    *) echo "ranks_check.sh: --part: got $part, wanted bits or speed" >&2; exit 1 ;;
+esac
 ranks=${ranks:-$(nvidia-smi -L 2> /dev/null | grep -c '^GPU')}
 if ! [[ $ranks =~ ^[0-9]+$ ]] || [ "$ranks" -lt 2 ]; then
     echo "ranks_check.sh: got ${ranks:-no} GPUs, wanted two or more" >&2
@@ -115,10 +118,11 @@ check_bits() {
 # The middle one of the tokens/s of a run's last steps.
 rate_of() {
     grep '^{"event": "step"' "$work/$1/run/log.jsonl" | tail -n +4 |
-        sed -E 's/.*"tokens_per_s": ([0-9.e+]*).*/\1/' | sort -g | awk '{x[NR] = $1} END {printf "%.0f", x[int((NR + 1) / 2)]}'
+        sed -E 's/.*"tokens_per_s": ([0-9.e+]*).*/\1/' | sort -g |
+        awk '{x[NR] = $1} END {printf "%.0f", x[int((NR + 1) / 2)]}'
 }
 check_speed() {
-    local model=(--model 880m --seq-len 2048 --tokens-per-step 262144 --steps 10) one reduce rate batch=1
+    local model=(--model 880m --seq-len 2048 --tokens-per-step 262144 --steps 10) one reduce rate share batch=1
     if [ $small = yes ]; then
         model=(--model 1m --num-hidden-layers 1 --seq-len 16 --tokens-per-step $((16 * ranks)) --steps 5 --batch-size 1)
     fi
@@ -132,7 +136,8 @@ check_speed() {
     for reduce in tree nccl; do
         launch "speed_$reduce" "$ranks" "${model[@]}" --shards "$ranks" --reduce $reduce || continue
         rate=$(rate_of "speed_$reduce")
-        row "speed   $ranks processes, --reduce $reduce: $rate tokens/s, $(awk "BEGIN {printf \"%.1f\", 100 * $rate / $ranks / $one}")% of $ranks times one"
+        share=$(awk "BEGIN {printf \"%.1f\", 100 * $rate / $ranks / $one}")
+        row "speed   $ranks processes, --reduce $reduce: $rate tokens/s, $share% of $ranks times one"
         rm -rf "$work/speed_$reduce"
     done
 }

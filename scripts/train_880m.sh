@@ -1,35 +1,42 @@
 #!/usr/bin/env bash
 # scripts/train_880m.sh SHARDS OUT [ATTENTION=mta] [more options of train_mta_cuda...]
 #
-# The paper's recipe (arXiv 2504.00927) for the 880M model: 104.9B tokens of SlimPajama in 400,000 steps of 128 sequences of 2048,
-# AdamW 1.5e-4, betas 0.9 and 0.98, weight decay 0.05, clip 1, warmup 375, linear to 0, RoPE theta 100,000. A step is split into micro-batches
-# that fit the card. SHARDS: what data/prepare.py slimpajama wrote, with Llama 3's tokenizer.model (TOKENIZER=FILE names it for samples).
-# Stopped by Ctrl-C, SIGTERM or a crash, the same command continues. It takes weeks on one GPU: 105 billion tokens. No GPU has run it yet.
+# The paper's recipe (arXiv 2504.00927) for the 880M model: 104.9B tokens of SlimPajama in 400,000 steps of 128
+# sequences of 2048, AdamW 1.5e-4, betas 0.9 and 0.98, weight decay 0.05, clip 1, warmup 375, linear to 0, RoPE theta
+# 100,000. A step is split into micro-batches that fit the card. SHARDS: what data/prepare.py slimpajama wrote, with
+# Llama 3's tokenizer.model (TOKENIZER=FILE names it for samples). Stopped by Ctrl-C, SIGTERM or a crash, the same
+# command continues. It takes weeks on one GPU: 105 billion tokens. No GPU has run it yet.
 #
 # On several GPUs a launcher starts it once for each, on one host or on several that see SHARDS and OUT:
 #   torchrun --no-python --nproc-per-node 8 scripts/train_880m.sh SHARDS OUT       (and --nnodes, --rdzv-endpoint)
 #   srun --nodes 4 --ntasks-per-node 8 --gpus-per-node 8 --signal=USR1@180 scripts/train_880m.sh SHARDS OUT
 #   mpirun -n 8 scripts/train_880m.sh SHARDS OUT           (on several hosts MASTER_ADDR=HOST of the first, with -x)
-# The bits of the run hang on --shards and --batch-size alone: with both given, it goes on exactly on another number of GPUs.
-# --dry-run --ranks 32 --ranks-per-node 8 plans such a run without starting it.
+# The bits of the run hang on --shards and --batch-size alone: with both given, it goes on exactly on another number of
+# GPUs. --dry-run --ranks 32 --ranks-per-node 8 plans such a run without starting it.
 set -euo pipefail
 case ${1:-} in -h|--help) sed -n '2,/^set -/{/^set -/d;s/^# \{0,1\}//;p}' "$0"; exit 0 ;; esac
 root=$(cd "$(dirname "$0")/.." && pwd)
 source "$root/scripts/recipe.bash"
-shards=${1:?usage: scripts/train_880m.sh SHARDS OUT [ATTENTION] [options...]} out=${2:?usage: scripts/train_880m.sh SHARDS OUT [ATTENTION] [options...]}
+usage="usage: scripts/train_880m.sh SHARDS OUT [ATTENTION] [options...]"
+shards=${1:?$usage} out=${2:?$usage}
 attention=${3:-mta}
 shift $(($# < 3 ? $# : 3))
 trainer=${TRAINER:-$root/train_mta_cuda}
 [ -x "$trainer" ] || { echo "train_880m.sh: $trainer is missing, run: make -C $root train_mta_cuda" >&2; exit 1; }
-[ -d "$shards" ] || { echo "train_880m.sh: $shards is not a directory; data/README.md says how to make shards" >&2; exit 1; }
+[ -d "$shards" ] || {
+    echo "train_880m.sh: $shards is not a directory; data/README.md says how to make shards" >&2
+    exit 1
+}
 write_recipe
 
-recipe=(--model 880m --attention "$attention" --seq-len 2048 --tokens-per-step 262144 --steps 400000 --lr 1.5e-4 --schedule linear --warmup 375
-        --beta1 0.9 --beta2 0.98 --eps 1e-8 --weight-decay 0.05 --grad-clip 1 --rope-theta 100000)
+recipe=(--model 880m --attention "$attention" --seq-len 2048 --tokens-per-step 262144 --steps 400000 --lr 1.5e-4
+        --schedule linear --warmup 375 --beta1 0.9 --beta2 0.98 --eps 1e-8 --weight-decay 0.05 --grad-clip 1
+        --rope-theta 100000)
 choose_batch 128 "${recipe[@]}" "$@"
 
 # A set of each domain, 2.1 million tokens of it.
 val=()
 if compgen -G "$shards/*_val_*.bin" > /dev/null; then val=(--val "$shards/*_val_*.bin"); fi
-exec "$trainer" "${recipe[@]}" --batch-size "$batch" --train "@$shards/recipe.txt" --mix document "${val[@]}" --out "$out" --resume \
-    --eval-every 2000 --eval-windows 1024 --save-every 1000 --keep 3 ${TOKENIZER:+--tokenizer "$TOKENIZER" --sample-every 2000} "$@"
+exec "$trainer" "${recipe[@]}" --batch-size "$batch" --train "@$shards/recipe.txt" --mix document "${val[@]}" \
+    --out "$out" --resume --eval-every 2000 --eval-windows 1024 --save-every 1000 --keep 3 \
+    ${TOKENIZER:+--tokenizer "$TOKENIZER" --sample-every 2000} "$@"

@@ -289,6 +289,7 @@ inline void add_type(ncclDataType_t type, char* sum, const char* more, size_t n)
 // out (n values) = the sum of the processes' parts, begun by the one after `last` and ended by it, as a ring does it.
 inline void ring_sum(ncclDataType_t type, char* out, const std::vector<const char*>& parts, size_t n, int last) {
     size_t ranks = parts.size(), bytes = n * type_size(type);
+    if (!n) { return; }
     std::vector<char> sum(bytes);
     for (size_t i = 0; i < ranks; i++) {
         const char* part = parts[((size_t)last + 1 + i) % ranks];
@@ -298,7 +299,7 @@ inline void ring_sum(ncclDataType_t type, char* out, const std::vector<const cha
             add_type(type, sum.data(), part, n);
         }
     }
-    if (n) { memcpy(out, sum.data(), bytes); }
+    memcpy(out, sum.data(), bytes);
 }
 }  // namespace cuda_cpu
 

@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
-"""scripts/train_880m.sh as torchrun, srun, mpirun and mpiexec start it, with a stub that writes down what it was called with; what scripts/ranks_check.sh
-finds, with a stub that pretends runs, and with the CUDA trainer on the emulator.
+"""scripts/train_880m.sh as torchrun, srun, mpirun and mpiexec start it, and what scripts/ranks_check.sh finds, with
+stubs that write down what they were called with or pretend runs.
 
-python3 dev/tests/test_launchers.py     torchrun of dev/.venv, mpirun.openmpi, mpirun.mpich: whichever are there; srun is pretended
+python3 dev/tests/test_launchers.py     torchrun of dev/.venv, mpirun.openmpi, mpirun.mpich: those that are there; srun
+                                        is pretended
 """
 import json
 import os
@@ -14,6 +15,9 @@ import unittest
 from helpers import ROOT, main
 
 TORCHRUN = os.path.join(ROOT, "dev", ".venv", "bin", "torchrun")
+TWO = {"torchrun": [TORCHRUN, "--no-python", "--standalone", "--nproc-per-node", "2"],
+       "mpirun": ["mpirun.openmpi", "--allow-run-as-root", "--oversubscribe", "--bind-to", "none", "-n", "2"],
+       "mpiexec": ["mpiexec.mpich", "-n", "2"]}
 LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 # Plans say that 40 sequences fit, and on which GPU and with which launcher's variables they were made.
@@ -27,7 +31,8 @@ if "--dry-run" in sys.argv:
 """
 
 
-# A run whose numbers follow from its options; FAULT, on the processes of a run of two: another loss, another byte, a death.
+# A run whose numbers follow from its options; FAULT, on the processes of a run of two: another loss, another byte, a
+# death.
 RUN = """#!/usr/bin/env python3
 import os, sys
 option = lambda name: sys.argv[sys.argv.index(name) + 1]
@@ -77,10 +82,11 @@ class Launchers(Scripts):
         self.environment.update(TRAINER=self.stub(STUB), STUB_LOG=self.log)
 
     def start(self, launcher, environment=None, size=2):
-        """Runs the script on `size` processes; their plans and runs, in the order of the ranks that `rank` tells, and what was printed."""
+        """Runs the script on `size` processes; their plans, their runs, and what was printed."""
         script = [os.path.join(ROOT, "scripts", "train_880m.sh"), self.shards, "out", "mta", "--seed", "9"]
-        children = [subprocess.Popen(launcher + script, cwd=self.folder, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                                     env=dict(self.environment, **variables)) for variables in environment or [{}]]
+        children = [subprocess.Popen(launcher + script, cwd=self.folder, text=True, stdout=subprocess.PIPE,
+                                     stderr=subprocess.PIPE, env=dict(self.environment, **variables))
+                    for variables in environment or [{}]]
         texts = [child.communicate(timeout=120) for child in children]
         self.assertEqual([child.returncode for child in children], [0] * len(children), texts)
         self.assertEqual(sorted(os.listdir(self.shards)), ["recipe.txt"])
@@ -110,7 +116,7 @@ class Launchers(Scripts):
     def test_torchrun(self):
         if not os.path.exists(TORCHRUN):
             self.skipTest("no dev/.venv with PyTorch")
-        done = self.start([TORCHRUN, "--no-python", "--standalone", "--nproc-per-node", "2"])
+        done = self.start(TWO["torchrun"])
         self.check(*done, ("RANK", "WORLD_SIZE"))
         for run in done[1]:
             self.assertEqual([name for name in LAUNCHED if not run["environment"].get(name)], [])
@@ -118,22 +124,22 @@ class Launchers(Scripts):
     def test_mpirun(self):
         if not shutil.which("mpirun.openmpi"):
             self.skipTest("no Open MPI")
-        done = self.start(["mpirun.openmpi", "--allow-run-as-root", "--oversubscribe", "--bind-to", "none", "-n", "2"])
-        self.check(*done, ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"))
+        self.check(*self.start(TWO["mpirun"]), ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"))
 
     def test_mpiexec(self):
         if not shutil.which("mpiexec.mpich"):
             self.skipTest("no MPICH")
-        self.check(*self.start(["mpiexec.mpich", "-n", "2"]), ("PMI_RANK", "PMI_SIZE"))
+        self.check(*self.start(TWO["mpiexec"]), ("PMI_RANK", "PMI_SIZE"))
 
     def test_srun(self):
         """Eight tasks on two hosts, which see the GPUs 4 to 7: a step of 128 sequences leaves 16 for each."""
-        tasks = [{"SLURM_PROCID": str(i), "SLURM_STEP_NUM_TASKS": "8", "SLURM_LOCALID": str(i % 4), "CUDA_VISIBLE_DEVICES": "4,5,6,7"}
-                 for i in range(8)]
+        tasks = [{"SLURM_PROCID": str(i), "SLURM_STEP_NUM_TASKS": "8", "SLURM_LOCALID": str(i % 4),
+                  "CUDA_VISIBLE_DEVICES": "4,5,6,7"} for i in range(8)]
         self.check(*self.start([], tasks, 8), ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS"), 8, sorted("45674567"), "16")
 
     def test_srun_that_shows_each_task_its_own_gpu(self):
-        tasks = [{"SLURM_PROCID": str(i), "SLURM_STEP_NUM_TASKS": "2", "SLURM_LOCALID": str(i), "CUDA_VISIBLE_DEVICES": "3"} for i in range(2)]
+        tasks = [{"SLURM_PROCID": str(i), "SLURM_STEP_NUM_TASKS": "2", "SLURM_LOCALID": str(i),
+                  "CUDA_VISIBLE_DEVICES": "3"} for i in range(2)]
         self.check(*self.start([], tasks), ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS"), 2, ("3", "3"))
 
     def test_script_of_a_job(self):
@@ -147,10 +153,12 @@ class Launchers(Scripts):
 
 class RanksCheck(Scripts):
     def check(self, *options, failed=0, **environment):
-        script = [os.path.join(ROOT, "scripts", "ranks_check.sh"), "--small", "--ranks", "2", "--work", os.path.join(self.folder, "work")]
-        done = subprocess.run([*script, *options], capture_output=True, text=True, timeout=120, env=dict(self.environment, **environment))
+        work = os.path.join(self.folder, "work")
+        script = [os.path.join(ROOT, "scripts", "ranks_check.sh"), "--small", "--ranks", "2", "--work", work]
+        done = subprocess.run([*script, *options], capture_output=True, text=True, timeout=120,
+                              env=dict(self.environment, **environment))
         self.assertEqual((done.returncode, done.stderr), (int(failed > 0), ""), done.stdout)
-        self.assertFalse(os.path.exists(os.path.join(self.folder, "work")))
+        self.assertFalse(os.path.exists(work))
         self.assertEqual(done.stdout.splitlines()[-1], f"ranks_check: {f'{failed} failed' if failed else 'all passed'}")
         return done.stdout
 
@@ -159,11 +167,14 @@ class RanksCheck(Scripts):
         good = self.check("--part", "bits", TRAINER=run, FAULT="")
         self.assertIn("ok      2 processes as one: 4 lines of losses and norms, model.safetensors ", good)
         self.assertIn("ok      begun by 2, ended by one: 4 lines", good)
+        dies = "FAIL    on_2: exit status 1\n        process 1: stub: process 1 dies"
         for fault, failed, words in (("loss", 2, "FAIL    2 processes as one: other losses or norms: "),
                                      ("manifest.json", 1, "FAIL    2 processes as one: another manifest.json: "),
-                                     ("dies", 2, "FAIL    on_2: exit status 1\n        process 1: stub: process 1 dies")):
+                                     ("dies", 2, dies)):
             self.assertIn(words, self.check("--part", "bits", failed=failed, TRAINER=run, FAULT=fault))
-        speed = self.check("--part", "speed", TRAINER=run, FAULT="fast")
+
+    def test_speed(self):
+        speed = self.check("--part", "speed", TRAINER=self.stub(RUN), FAULT="fast")
         self.assertIn("speed   1 process: 100 tokens/s", speed)
         self.assertIn("speed   2 processes, --reduce nccl: 180 tokens/s, 90.0% of 2 times one", speed)
 

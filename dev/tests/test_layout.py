@@ -114,7 +114,7 @@ def sources():
 
 class Files(unittest.TestCase):
     def test_lines_are_at_most_120_columns_long(self):
-        later = ("dev/dev.mk", "dev/tests/test_ranks.py", "scripts/train_880m.sh")
+        later = ("dev/dev.mk", "dev/tests/test_ranks.py")
         long = ["%s:%d" % (name, i + 1) for name in sources() for i, line in enumerate(read(name))
                 if len(line) > 120 and name not in later]
         self.assertEqual(long, [])
