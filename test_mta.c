@@ -1975,6 +1975,7 @@ int main(int argc, char** argv) {
     // On dev/cuda_cpu, small models are cut as large ones are: into several chunks and splits.
     setenv("CUDA_CPU_SCRATCH", "1048576", 0);
     setenv("CUDA_CPU_FLASH_BLOCKS", "5", 0);
+    setenv("CUDA_CPU_HEAD_BLOCKS", "6", 0);
     if (argc == 2 && (!strcmp(argv[1], "--help") || !strcmp(argv[1], "-h"))) {
         printf("%s", USAGE);
         return 0;

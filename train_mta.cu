@@ -209,31 +209,18 @@ static __device__ inline float sigmoid(float x) {
     return EXACT ? 1.0f / (1.0f + expf(-x)) : __fdividef(1.0f, 1.0f + exponential(-x));
 }
 
-// parts (n_parts, stride): dweight[i] += the sum of column i, i < n, from the first part to the last. A thread owns a
-// column.
-static __global__ void parts_add_kernel(float* dweight, const float* parts, int n_parts, int n, int stride) {
-    int i = blockIdx.x * blockDim.x + threadIdx.x;
-    if (i >= n) { return; }
-    float sum = 0;
-    for (int p = 0; p < n_parts; p++) { sum += parts[(size_t)p * stride + i]; }
-    dweight[i] += sum;
-}
-static void parts_add(float* dweight, const float* parts, int n_parts, int n, int stride, Cuda* g) {
-    LAUNCH(parts_add_kernel, ceil_div(n, 128), 128, 0, g->stream, dweight, parts, n_parts, n, stride);
-    launchCheck(g->stream);
-}
-
-// sums (groups, n) += parts (S, groups, blocks, n), in double: a block owns SUMS elements, SUMS_SLICES threads each,
-// whose sums are halved in order
+// sums (groups, n) += parts (S, groups, blocks, stride), of which n columns count, in double: a block owns SUMS
+// elements, SUMS_SLICES threads each, whose sums are halved in order
 enum { SUMS = 8, SUMS_SLICES = 64 };
-static __global__ void sums_add_kernel(double* sums, const float* parts, int S, int groups, int blocks, int n) {
+template <typename T>
+static __global__ void sums_add_kernel(T* sums, const float* parts, int S, int groups, int blocks, int n, int stride) {
     DYNAMIC_SHARED(double, slices);  // (SUMS_SLICES, SUMS)
     int e = blockIdx.x * SUMS + threadIdx.x % SUMS, slice = threadIdx.x / SUMS;
 
     // Each thread adds every SUMS_SLICES-th part of its element, the slices side by side.
     double sum = 0;
     for (int p = slice; e < groups * n && p < S * blocks; p += SUMS_SLICES) {
-        sum += (double)parts[(((size_t)(p / blocks) * groups + e / n) * blocks + p % blocks) * n + e % n];
+        sum += (double)parts[(((size_t)(p / blocks) * groups + e / n) * blocks + p % blocks) * stride + e % n];
     }
 
     // Then the upper half of the slices is added to the lower, until one is left: the order does not depend on the
@@ -243,12 +230,20 @@ static __global__ void sums_add_kernel(double* sums, const float* parts, int S, 
         __syncthreads();  // the slices to be added are there
         if (slice < half) { slices[threadIdx.x] += slices[threadIdx.x + half * SUMS]; }
     }
-    if (slice == 0 && e < groups * n) { sums[e] += slices[threadIdx.x]; }
+    if (slice == 0 && e < groups * n) { sums[e] = (T)((double)sums[e] + slices[threadIdx.x]); }
+}
+template <typename T>
+static void sums_launch(T* sums, const float* parts, int S, int groups, int blocks, int n, int stride, Cuda* g) {
+    LAUNCH(sums_add_kernel<T>, ceil_div((size_t)groups * n, SUMS), SUMS * SUMS_SLICES,
+           SUMS * SUMS_SLICES * sizeof(double), g->stream, sums, parts, S, groups, blocks, n, stride);
+    launchCheck(g->stream);
 }
 static void sums_add(double* sums, const float* parts, int S, int groups, int blocks, int n, Cuda* g) {
-    LAUNCH(sums_add_kernel, ceil_div((size_t)groups * n, SUMS), SUMS * SUMS_SLICES, SUMS * SUMS_SLICES * sizeof(double),
-           g->stream, sums, parts, S, groups, blocks, n);
-    launchCheck(g->stream);
+    sums_launch(sums, parts, S, groups, blocks, n, n, g);
+}
+// parts (n_parts, stride): dweight[i] += the sum of column i < n
+static void parts_add(float* dweight, const float* parts, int n_parts, int n, int stride, Cuda* g) {
+    sums_launch(dweight, parts, 1, 1, n_parts, n, stride, g);
 }
 
 // to (n) = from (n) in another precision. A thread moves W elements, n a multiple of W; wide: 8 at a time, both arrays
@@ -292,7 +287,7 @@ static bool cuda_open(Cuda* g, Error* e) {
                     device.minor);
     }
     cudaFuncAttributes code;
-    status = cudaFuncGetAttributes(&code, parts_add_kernel);
+    status = cudaFuncGetAttributes(&code, sums_add_kernel<float>);
     if (status == cudaErrorNoKernelImageForDevice ||
         status == cudaErrorInvalidDeviceFunction) {  // either, by the driver's version
         return fail(e,
@@ -1515,176 +1510,236 @@ typedef struct {
                             // sum_n W[o,n] part_n (MODEL.md eq. 8)
 } HeadOutput;
 
-// A warp owns unit h, `wide` heads side by side, of token n of `inp` (B,NH,T,HS): where element e of the unit lies
-static __device__ inline size_t head_at(const HeadOutput& o, int n, int h, int e) {
-    return (((size_t)(n / o.T) * o.NH + (size_t)(h * o.wide + e / o.HS)) * o.T + n % o.T) * o.HS + e % o.HS;
+// 16 lanes have a token of a unit (`wide` heads side by side), a lane packs of W elements, every 16th. A block walks
+// over tokens of unit blockIdx.y of sequence blockIdx.z, so that what a lane needs of a pack for every token is found
+// once: there is no division in the walk. PACKS: packs of a lane, kept in registers; 0: any number, and a pack is read
+// again from the cache whenever it is needed.
+enum { HEAD_LANES = 16, HEAD_PACKS = 2 };
+template <int W> struct HeadPack {
+    int e;                        // first element of the unit
+    bool there;                   // false: beyond the unit, and all below is zero
+    size_t at;                    // where it lies in (B,NH,T,HS) for token 0
+    float mix[2];                 // of the two parts
+    Pack<float, W> norm;          // norm times scale; 1 where the norm is off
+    Pack<floatX, W> gate;         // 0 where it is off
+    Pack<float, W> x;             // of a token: the head's output, mixed
+    Pack<floatX, W> dy;           // of a token: gradient of what comes out
+    Pack<float, W> dnorm, dgate;  // sums over the lane's tokens: of norm, divided by scale, and of gate
+};
+template <int W> static __device__ inline HeadPack<W> head_pack(const HeadOutput& o, int k) {
+    HeadPack<W> p = {};
+    p.e = (k * HEAD_LANES + (int)threadIdx.x % HEAD_LANES) * W, p.there = p.e < o.wide * o.HS;
+    if (!p.there) { return p; }
+    int head = (int)blockIdx.y * o.wide + p.e / o.HS;
+    p.at = ((size_t)blockIdx.z * o.NH + head) * o.T * o.HS + p.e % o.HS;
+    if (o.pair_mix) { p.mix[0] = o.pair_mix[2 * head], p.mix[1] = o.pair_mix[2 * head + 1]; }
+    if (o.gate) { p.gate = load<W>(o.gate + p.e); }  // wide is 1 here: diff has no gate
+    Pack<floatX, W> norm = {};
+    if (o.norm) { norm = load<W>(o.norm + p.e); }
+    for (int i = 0; i < W; i++) { p.norm.v[i] = o.norm ? o.scale * (float)norm.v[i] : 1.0f; }
+    return p;
 }
-
-// W elements there, mixed
+// Where a pack of token t lies in a row of channels (B,T,NH*HS)
+template <int W> static __device__ inline size_t head_channel(const HeadOutput& o, const HeadPack<W>& p, int t) {
+    return ((size_t)blockIdx.z * o.T + t) * o.NH * o.HS + (size_t)blockIdx.y * o.wide * o.HS + p.e;
+}
+// x and, unless dout is NULL, dy of token t; zeros beyond the last one
 template <int W>
-static __device__ inline Pack<float, W> head_load(const floatX* inp, const HeadOutput& o, int n, int h, int e) {
-    size_t at = head_at(o, n, h, e);
-    Pack<floatX, W> x = load<W>(inp + at);
-    Pack<float, W> y;
-    if (!o.pair_mix) {
-        for (int i = 0; i < W; i++) { y.v[i] = (float)x.v[i]; }
-        return y;
+static __device__ inline void head_read(HeadPack<W>* p, const floatX* inp, const floatX* dout, const HeadOutput& o,
+                                        int t) {
+    Pack<floatX, W> x = {}, second = {};
+    p->dy = {};
+    if (p->there && t < o.T) {
+        const floatX* from = inp + p->at + (size_t)t * o.HS;
+        x = load<W>(from);
+        if (o.pair_mix) { second = load<W>(from + (size_t)o.B * o.NH * o.T * o.HS); }
+        if (dout) { p->dy = load<W>(dout + head_channel(o, *p, t)); }
     }
-    const float* w = o.pair_mix + 2 * (h * o.wide + e / o.HS);
-    Pack<floatX, W> x1 = load<W>(inp + (size_t)o.B * o.NH * o.T * o.HS + at);
-    for (int i = 0; i < W; i++) { y.v[i] = w[0] * (float)x.v[i] + w[1] * (float)x1.v[i]; }
-    return y;
+    for (int i = 0; i < W; i++) {
+        p->x.v[i] = o.pair_mix ? p->mix[0] * (float)x.v[i] + p->mix[1] * (float)second.v[i] : (float)x.v[i];
+    }
+}
+// Calls use(pack) for all packs of a lane's token: those in registers, or each read for the occasion by read(&pack).
+template <int W, int PACKS, typename Read, typename Use>
+static __device__ inline void head_packs(HeadPack<W>* packs, const HeadOutput& o, Read read, Use use) {
+    if constexpr (PACKS > 0) {
+        UNROLL
+        for (int k = 0; k < PACKS; k++) { use(packs[k]); }
+    } else {
+        for (int k = 0; (*packs = head_pack<W>(o, k)).there; k++) { read(packs), use(*packs); }
+    }
+}
+static __device__ inline float head_sum(float x) {  // over the 16 lanes of a token
+    for (int flip = HEAD_LANES / 2; flip > 0; flip /= 2) { x += __shfl_xor_sync(ALL_LANES, x, flip); }
+    return x;
 }
 
-// out (B,T,NH*HS) = gate(norm(inp)), inp (B,NH,T,HS), or two parts of it. A warp owns a unit of a token, a lane packs
-// of W elements; W divides HS, so that a pack lies in one head. The row is read again for each step: it is in the
-// cache.
-template <int W> static __global__ void head_output_forward_kernel(floatX* out, const floatX* inp, HeadOutput o) {
-    int units = o.NH / o.wide, size = o.wide * o.HS, lane = threadIdx.x % WARP_SIZE;
-    size_t row = (size_t)blockIdx.x * ROW_WARPS + threadIdx.x / WARP_SIZE;
-    if (row >= (size_t)o.B * o.T * units) { return; }
-    int n = (int)(row / units), h = (int)(row % units);
+// out (B,T,NH*HS) = gate(norm(inp)), inp (B,NH,T,HS), or two parts of it. Bytes of 880m `mta`, a token and layer: 6 KB
+// of parts read, 3 KB written. Whole warps stay to the end of the walk, since sums go over all lanes.
+template <int W, int PACKS>
+static __global__ void head_output_forward_kernel(floatX* out, const floatX* inp, HeadOutput o) {
+    const int rows = blockDim.x / HEAD_LANES, own = threadIdx.x / HEAD_LANES;
+    HeadPack<W> packs[PACKS ? PACKS : 1];
+    UNROLL
+    for (int k = 0; k < PACKS; k++) { packs[k] = head_pack<W>(o, k); }
+    for (int t0 = blockIdx.x * rows; t0 < o.T; t0 += gridDim.x * rows) {
+        const int t = t0 + own;
+        auto read = [&](HeadPack<W>* p) { head_read(p, inp, NULL, o, t); };
+        UNROLL
+        for (int k = 0; k < PACKS; k++) { read(&packs[k]); }
 
-    // The norm: r is scale / rms.
-    float r = 1, s = 1;
-    if (o.norm) {
-        float squares = 0;
-        for (int e = lane * W; e < size; e += WARP_SIZE * W) {
-            Pack<float, W> x = head_load<W>(inp, o, n, h, e);
-            for (int i = 0; i < W; i++) { squares += x.v[i] * x.v[i]; }
-        }
-        r = o.scale / sqrtf(warp_sum(squares) / size + 1e-5f);
+        // The sums that norm and gate need, in one pass: y = r norm x, so that y . gate = r sum(norm x gate).
+        float squares = 0, dot = 0, r = 1, s = 1;
+        head_packs<W, PACKS>(packs, o, read, [&](HeadPack<W>& p) {
+            for (int i = 0; i < W; i++) { squares += p.x.v[i] * p.x.v[i]; }
+            for (int i = 0; o.gate && i < W; i++) { dot += p.x.v[i] * p.norm.v[i] * (float)p.gate.v[i]; }
+        });
+        if (o.norm) { r = 1.0f / sqrtf(head_sum(squares) / (o.wide * o.HS) + 1e-5f); }
+        if (o.gate) { s = sigmoid(r * head_sum(dot) + (float)*o.bias); }
+
+        // Both applied, into the token's row of channels.
+        head_packs<W, PACKS>(packs, o, read, [&](HeadPack<W>& p) {
+            Pack<floatX, W> y;
+            for (int i = 0; i < W; i++) { y.v[i] = (floatX)(p.x.v[i] * p.norm.v[i] * (r * s)); }
+            if (p.there && t < o.T) { store<W>(out + head_channel(o, p, t), y); }
+        });
     }
+}
 
-    // The gate, of what the norm gives (wide is 1 here: diff has no gate).
-    if (o.gate) {
-        float dot = 0;
-        for (int e = lane * W; e < size; e += WARP_SIZE * W) {
-            Pack<float, W> x = head_load<W>(inp, o, n, h, e);
-            for (int i = 0; i < W; i++) {
-                dot += x.v[i] * r * (o.norm ? (float)o.norm[e + i] : 1.0f) * (float)o.gate[e + i];
-            }
-        }
-        s = sigmoid(warp_sum(dot) + (float)*o.bias);
-    }
+// Blocks of a unit of a sequence, so that a launch has HEAD_BLOCKS: the shape alone decides, so that sums are the same
+// on every GPU (the emulator's builds set less, so that the tests have blocks that walk over several tokens).
+#if !defined(HEAD_BLOCKS)
+#define HEAD_BLOCKS 2048
+#endif
+// Floats that the sums of a token's lanes, and a part of the weights' gradients, have: of norm, gate and bias
+static int head_width(int wide, int HS) { return wide * HS + HS + 1; }
+// Tokens that a block has side by side: as many as have their sums within the default of shared memory, two at least.
+static int head_tokens(int wide, int HS) {
+    return (size_t)ROW_THREADS / HEAD_LANES * head_width(wide, HS) * sizeof(float) <= (48 << 10)
+               ? ROW_THREADS / HEAD_LANES
+               : WARP_SIZE / HEAD_LANES;
+}
+static size_t head_shared(int wide, int HS) {
+    return (size_t)head_tokens(wide, HS) * head_width(wide, HS) * sizeof(float);
+}
+static dim3 head_grid(const HeadOutput* o) {
+    int units = o->NH / o->wide, most = max_int(1, HEAD_BLOCKS / (units * o->B));
+    return dim3(min_int(most, ceil_div(o->T, head_tokens(o->wide, o->HS))), units, o->B);
+}
+// Parts of the weights' gradients of B sequences at most, with any shorter or smaller micro-batch
+static size_t head_parts(int units, int B) { return std::max<size_t>(HEAD_BLOCKS, (size_t)units * B); }
 
-    // Both applied, into the token's row of channels.
-    for (int e = lane * W; e < size; e += WARP_SIZE * W) {
-        Pack<float, W> x = head_load<W>(inp, o, n, h, e);
-        Pack<floatX, W> y;
-        for (int i = 0; i < W; i++) { y.v[i] = (floatX)(x.v[i] * r * (o.norm ? (float)o.norm[e + i] : 1.0f) * s); }
-        store<W>(out + (size_t)n * o.NH * o.HS + (size_t)h * size + e, y);
+// Calls launch(W, PACKS) with the constants that serve: packs in registers where they are one or two a lane.
+template <typename Launch> static void head_pick(const HeadOutput* o, Launch launch) {
+    int packs = o->HS % WIDE ? 0 : ceil_div(o->wide * o->HS, HEAD_LANES * WIDE);
+    if (packs == 1) {
+        launch(std::integral_constant<int, WIDE>(), std::integral_constant<int, 1>());
+    } else if (packs == 2) {
+        launch(std::integral_constant<int, WIDE>(), std::integral_constant<int, 2>());
+    } else {
+        launch(std::integral_constant<int, 1>(), std::integral_constant<int, 0>());
     }
 }
 static void head_output_forward(floatX* out, const floatX* inp, const HeadOutput* o, Cuda* g) {
-    LAUNCH_WIDE(o->HS, head_output_forward_kernel, ceil_div((size_t)o->B * o->T * (o->NH / o->wide), ROW_WARPS),
-                ROW_THREADS, 0, g->stream, out, inp, *o);
+    head_pick(o, [&](auto W, auto packs) {
+        auto head_forward = head_output_forward_kernel<W(), packs()>;
+        LAUNCH(head_forward, head_grid(o), head_tokens(o->wide, o->HS) * HEAD_LANES, 0, g->stream, out, inp, *o);
+        launchCheck(g->stream);
+    });
 }
 
-// With y = norm(inp), s = sigmoid(y . gate + bias), out = s y: ds = s (1-s) (dout . y), dy = s dout + ds gate, and
-// RMSNorm's backward of dy. head_stats (B*T, NH/wide, 3): 1/rms, s, ds of each row, for the weights' gradients
-template <int W>
-static __global__ void head_output_backward_kernel(floatX* dinp, float* head_stats, const floatX* dout,
-                                                   const floatX* inp, HeadOutput o) {
-    int units = o.NH / o.wide, size = o.wide * o.HS, lane = threadIdx.x % WARP_SIZE;
-    size_t row = (size_t)blockIdx.x * ROW_WARPS + threadIdx.x / WARP_SIZE;
-    if (row >= (size_t)o.B * o.T * units) { return; }
-    int n = (int)(row / units), h = (int)(row % units);
-    const floatX* dy = dout + (size_t)n * o.NH * o.HS + (size_t)h * size;
-
-    // 1 / rms of the row, as in the forward pass.
-    float r = 1, s = 1, ds = 0, mean = 0;
-    if (o.norm) {
-        float squares = 0;
-        for (int e = lane * W; e < size; e += WARP_SIZE * W) {
-            Pack<float, W> x = head_load<W>(inp, o, n, h, e);
-            for (int i = 0; i < W; i++) { squares += x.v[i] * x.v[i]; }
-        }
-        r = 1.0f / sqrtf(warp_sum(squares) / size + 1e-5f);
+// The lane's sums of a pack into those of its tokens: norm (wide*HS), gate (HS), bias (1)
+template <int W> static __device__ inline void head_sums_put(float* sums, const HeadPack<W>& p, const HeadOutput& o) {
+    for (int i = 0; p.there && i < W; i++) {
+        sums[p.e + i] += o.scale * p.dnorm.v[i];
+        if (o.gate) { sums[o.wide * o.HS + p.e + i] += p.dgate.v[i]; }
     }
+}
 
-    // The gate and its gradient: dout . y, y the norm's result.
-    if (o.gate) {
-        float dot = 0, through = 0;
-        for (int e = lane * W; e < size; e += WARP_SIZE * W) {
-            Pack<float, W> x = head_load<W>(inp, o, n, h, e);
-            Pack<floatX, W> d = load<W>(dy + e);
+// With x the head's output, r = 1/rms, y = r norm x, s = sigmoid(y . gate + bias), out = s y:
+//   ds = s (1-s) (dy . y),  g = s dy + ds gate,  dnorm += g r x,  dgate += ds y,  dbias += ds,
+//   dx = r (norm g - r x mean),  mean = sum(norm g r x) / size.
+// parts (blocks, head_width): a block's sums of the weights' gradients, lane by lane in registers, then its tokens in
+// order. Bytes of 880m `mta`, a token and layer: 6 KB of parts and 3 KB of dout read, 3 KB written.
+template <int W, int PACKS>
+static __global__ void __launch_bounds__(ROW_THREADS, PACKS == 2 ? 2 : 3)
+    head_output_backward_kernel(floatX* dinp, float* parts, const floatX* dout, const floatX* inp, HeadOutput o) {
+    DYNAMIC_SHARED(float, sums);  // (rows, width)
+    const int rows = blockDim.x / HEAD_LANES, own = threadIdx.x / HEAD_LANES, size = o.wide * o.HS,
+              width = size + o.HS + 1;
+    float *own_sums = sums + own * width, bias = 0;
+    for (int i = threadIdx.x; i < rows * width; i += blockDim.x) { sums[i] = 0; }
+    __syncthreads();  // all are zero
+    HeadPack<W> packs[PACKS ? PACKS : 1];
+    UNROLL
+    for (int k = 0; k < PACKS; k++) { packs[k] = head_pack<W>(o, k); }
+    for (int t0 = blockIdx.x * rows; t0 < o.T; t0 += gridDim.x * rows) {
+        const int t = t0 + own;
+        auto read = [&](HeadPack<W>* p) { head_read(p, inp, dout, o, t); };
+        UNROLL
+        for (int k = 0; k < PACKS; k++) { read(&packs[k]); }
+
+        // All sums of the row in one pass: dy . y, y . gate and the mean follow from sums without r, s and ds.
+        float squares = 0, through = 0, gate = 0, r = 1, s = 1, ds = 0, mean = 0;
+        head_packs<W, PACKS>(packs, o, read, [&](HeadPack<W>& p) {
             for (int i = 0; i < W; i++) {
-                float y = x.v[i] * (o.norm ? r * o.scale * (float)o.norm[e + i] : 1.0f);
-                dot += y * (float)o.gate[e + i];
-                through += y * (float)d.v[i];
+                squares += p.x.v[i] * p.x.v[i], through += p.x.v[i] * p.norm.v[i] * (float)p.dy.v[i];
             }
+            for (int i = 0; o.gate && i < W; i++) { gate += p.x.v[i] * p.norm.v[i] * (float)p.gate.v[i]; }
+        });
+        through = head_sum(through);
+        if (o.norm) { r = 1.0f / sqrtf(head_sum(squares) / size + 1e-5f); }
+        if (o.gate) {
+            gate = head_sum(gate);
+            s = sigmoid(r * gate + (float)*o.bias), ds = s * (1 - s) * r * through;
         }
-        s = sigmoid(warp_sum(dot) + (float)*o.bias);
-        ds = s * (1 - s) * warp_sum(through);
-    }
+        if (o.norm) { mean = r * (s * through + ds * gate) / size; }
+        bias += t < o.T ? ds : 0.0f;
 
-    // What RMSNorm's backward subtracts: the mean of dy . weight . xhat, dy = `through`.
-    if (o.norm) {
-        float dot = 0;
-        for (int e = lane * W; e < size; e += WARP_SIZE * W) {
-            Pack<float, W> x = head_load<W>(inp, o, n, h, e);
-            Pack<floatX, W> d = load<W>(dy + e);
+        // The gradients of the head's output and of the weights.
+        head_packs<W, PACKS>(packs, o, read, [&](HeadPack<W>& p) {
+            Pack<floatX, W> dx;
             for (int i = 0; i < W; i++) {
-                float through = s * (float)d.v[i] + (o.gate ? ds * (float)o.gate[e + i] : 0.0f);
-                dot += through * o.scale * (float)o.norm[e + i] * x.v[i] * r;
+                float x = r * p.x.v[i], d = s * (float)p.dy.v[i];
+                if (o.gate) { d += ds * (float)p.gate.v[i], p.dgate.v[i] += ds * x * p.norm.v[i]; }
+                p.dnorm.v[i] += d * x;
+                dx.v[i] = (floatX)(r * (p.norm.v[i] * d - x * mean));
             }
-        }
-        mean = warp_sum(dot) / size;
+            if (p.there && t < o.T) { store<W>(dinp + p.at + (size_t)t * o.HS, dx); }
+            if (PACKS == 0) { head_sums_put(own_sums, p, o); }
+        });
     }
 
-    // The gradient of the head's output.
-    for (int e = lane * W; e < size; e += WARP_SIZE * W) {
-        Pack<float, W> x = head_load<W>(inp, o, n, h, e);
-        Pack<floatX, W> d = load<W>(dy + e);
-        for (int i = 0; i < W; i++) {
-            float through = s * (float)d.v[i] + (o.gate ? ds * (float)o.gate[e + i] : 0.0f);
-            float dx = o.norm ? r * (through * o.scale * (float)o.norm[e + i] - x.v[i] * r * mean) : through;
-            d.v[i] = (floatX)dx;
-        }
-        store<W>(dinp + head_at(o, n, h, e), d);
+    // The tokens that the block had side by side, in order.
+    UNROLL
+    for (int k = 0; k < PACKS; k++) { head_sums_put(own_sums, packs[k], o); }
+    if (threadIdx.x % HEAD_LANES == 0) { own_sums[width - 1] = bias; }
+    __syncthreads();  // all sums are there
+    float* part = parts + (((size_t)blockIdx.z * gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x) * width;
+    for (int i = threadIdx.x; i < width; i += blockDim.x) {
+        float sum = 0;
+        for (int row = 0; row < rows; row++) { sum += sums[row * width + i]; }
+        part[i] = sum;
     }
-    if (lane == 0) { head_stats[3 * row] = r, head_stats[3 * row + 1] = s, head_stats[3 * row + 2] = ds; }
 }
-// parts (NORM_PARTS, wide*HS + HS + 1): the part's sums of the gradients of norm, gate and bias. A thread owns one
-// element of a unit.
-static __global__ void head_output_backward_weight_kernel(float* parts, const floatX* dout, const floatX* inp,
-                                                          const float* head_stats, HeadOutput o) {
-    int units = o.NH / o.wide, size = o.wide * o.HS, e = blockIdx.x * blockDim.x + threadIdx.x, p = blockIdx.y;
-    if (e >= size) { return; }
-    size_t rows = (size_t)o.B * o.T * units, row0 = rows * p / NORM_PARTS, row1 = rows * (p + 1) / NORM_PARTS;
-
-    // The rows of this part, in order; every thread adds `bias`, the first one's counts.
-    float norm = 0, gate = 0, bias = 0;
-    for (size_t row = row0; row < row1; row++) {
-        int n = (int)(row / units), h = (int)(row % units);
-        float r = head_stats[3 * row], s = head_stats[3 * row + 1], ds = head_stats[3 * row + 2];
-        float x = head_load<1>(inp, o, n, h, e).v[0],
-              d = s * (float)dout[(size_t)n * o.NH * o.HS + (size_t)h * size + e];
-        if (o.gate) { d += ds * (float)o.gate[e]; }
-        norm += d * o.scale * x * r;
-        gate += ds * x * (o.norm ? r * o.scale * (float)o.norm[e] : 1.0f);
-        bias += ds;
-    }
-    float* part = parts + (size_t)p * (size + o.HS + 1);
-    part[e] = norm;
-    if (e < o.HS) { part[size + e] = gate; }
-    if (e == 0) { part[size + o.HS] = bias; }
-}
-// dinp (B,NH,T,HS) is set; dnorm, dgate, dbias are added to; head_stats and parts are scratch
+// dinp (B,NH,T,HS) is set; dnorm, dgate, dbias are added to; parts (head_parts, head_width) is scratch
 static void head_output_backward(floatX* dinp, float* dnorm, float* dgate, float* dbias, const floatX* dout,
-                                 const floatX* inp, const HeadOutput* o, float* head_stats, float* parts, Cuda* g) {
-    int size = o->wide * o->HS, width = size + o->HS + 1;
-    LAUNCH_WIDE(o->HS, head_output_backward_kernel, ceil_div((size_t)o->B * o->T * (o->NH / o->wide), ROW_WARPS),
-                ROW_THREADS, 0, g->stream, dinp, head_stats, dout, inp, *o);
-    if (!o->norm && !o->gate) { return; }
-    LAUNCH(head_output_backward_weight_kernel, dim3(ceil_div(size, 64), NORM_PARTS), 64, 0, g->stream, parts, dout, inp,
-           head_stats, *o);
-    launchCheck(g->stream);
-    if (o->norm) { parts_add(dnorm, parts, NORM_PARTS, size, width, g); }
+                                 const floatX* inp, const HeadOutput* o, float* parts, Cuda* g) {
+    int size = o->wide * o->HS, width = head_width(o->wide, o->HS);
+    size_t shared = head_shared(o->wide, o->HS);
+    dim3 grid = head_grid(o);
+    head_pick(o, [&](auto W, auto packs) {
+        auto head_backward = head_output_backward_kernel<W(), packs()>;
+        allow_shared(head_backward, shared);
+        LAUNCH(head_backward, grid, head_tokens(o->wide, o->HS) * HEAD_LANES, shared, g->stream, dinp, parts, dout, inp,
+               *o);
+        launchCheck(g->stream);
+    });
+    int n = (int)(grid.x * grid.y * grid.z);
+    if (o->norm) { parts_add(dnorm, parts, n, size, width, g); }
     if (o->gate) {
-        parts_add(dgate, parts + size, NORM_PARTS, o->HS, width, g);
-        parts_add(dbias, parts + size + o->HS, NORM_PARTS, 1, width, g);
+        parts_add(dgate, parts + size, n, o->HS, width, g);
+        parts_add(dbias, parts + size + o->HS, n, 1, width, g);
     }
 }
 
@@ -3502,7 +3557,7 @@ typedef struct {
     unsigned char* wrong;          // (N)
     int *tokens, *targets;         // (N)
     int *rows, *starts;            // (N), (N+1) rows by token, for embedding_backward
-    float *parts, *head_stats;     // partial sums of norm and gate weights; (N*NH,3) of head_output_backward
+    float* parts;                  // partial sums of norm and gate weights
     double* norm_parts;            // (NORM_BLOCKS) of the gradient norm
     float* pair_mix;               // (NH/2,2,2) in fp32: diff's mixing, or a copy of head_mix for the fused kernels
     double* sums;                  // AttentionSums
@@ -3693,8 +3748,9 @@ static size_t carve_scratch(Scratch* s, const Config* c, int B, int T, int chunk
     const Attention& a = plan.chunked;
     size_t tile = plan.any_chunked ? attention_tile_size(&a) : 0, sequence = (size_t)a.S * NH * T * HS;
     AttentionSums sums;
-    size_t widest = C > 3 * HS + 1 ? C : 3 * HS + 1, attention_parts = plan.any_chunked ? attention_parts_size(&a) : 0,
-           q_parts = 1, kv_parts = 1;
+    int wide = config_norm_heads(c);
+    size_t head_parts_most = head_parts((int)NH / wide, B) * (size_t)head_width(wide, (int)HS),
+           attention_parts = plan.any_chunked ? attention_parts_size(&a) : 0, q_parts = 1, kv_parts = 1;
     if (plan.any_flash) {
         for (int S = 1; S <= a.S; S++) {
             q_parts = std::max(q_parts, ((size_t)flash_splits(S, (int)NH, T) * S + a.S - 1) / a.S);
@@ -3724,8 +3780,7 @@ static size_t carve_scratch(Scratch* s, const Config* c, int B, int T, int chunk
         BUFFER(targets, N * i),
         BUFFER(rows, N * i),
         BUFFER(starts, (N + 1) * i),
-        BUFFER(parts, NORM_PARTS * widest * f),
-        BUFFER(head_stats, 3 * N * NH * f),
+        BUFFER(parts, std::max(NORM_PARTS * C, head_parts_most) * f),
         BUFFER(norm_parts, NORM_BLOCKS * sizeof(double)),
         BUFFER(pair_mix, 2 * NH * f),
         BUFFER(sums, carve_sums(&sums, c, NULL) * sizeof(double)),
@@ -3805,13 +3860,14 @@ static bool model_check(const Config* c, int B, int T, Error* e) {
                 B, T, c->num_attention_heads);
 }
 
-// Is a block's shared memory enough for the convolutions and mixings, a chunk at a time? It is for every size of the
-// presets; the largest that a configuration may have, 63 x 63 and groups of 1024 heads, need more than some GPUs have.
+// Is a block's shared memory enough for the convolutions and mixings, a chunk at a time, and for a head's output? It is
+// for every size of the presets; the largest that a configuration may have, 63 x 63, groups of 1024 heads and heads of
+// thousands of channels, need more than some GPUs have.
 static bool shared_check(const Config* c, size_t shared, Error* e) {
     int cq = c->kq_conv_query_size, ck = c->kq_conv_key_size,
         mixed = max_int(c->head_mix_pre_softmax, c->head_mix_post_softmax);
     size_t conv = config_any_conv(c) ? std::max(conv_shared(cq, ck), conv_weight_shared(cq, ck)) : 0,
-           mix = mixed ? mix_shared(mixed) : 0;
+           mix = mixed ? mix_shared(mixed) : 0, head = head_shared(config_norm_heads(c), config_head_size(c));
     if (conv > shared) {
         return fail(e, "kq_conv of %d x %d needs %zu KiB of shared memory, this GPU has %zu for a block", cq, ck,
                     conv >> 10, shared >> 10);
@@ -3819,6 +3875,10 @@ static bool shared_check(const Config* c, size_t shared, Error* e) {
     if (mix > shared) {
         return fail(e, "head mixing of %d heads needs %zu KiB of shared memory, this GPU has %zu for a block", mixed,
                     mix >> 10, shared >> 10);
+    }
+    if (head > shared) {
+        return fail(e, "heads of %d channels need %zu KiB of shared memory, this GPU has %zu for a block",
+                    config_head_size(c), head >> 10, shared >> 10);
     }
     return true;
 }
@@ -4095,8 +4155,7 @@ static void layer_backward(Model* m, int l, const Activations* a, int B, int T) 
                      g);
     // x + o(out)
     matmul_backward(s->dout, d.o, s->dx_rounded, C, a->out, w.o, N, C, C, false, g);
-    head_output_backward(s->datt, d.head_norm, d.gate_weight, d.gate_bias, s->dout, a->att, &output, s->head_stats,
-                         s->parts, g);
+    head_output_backward(s->datt, d.head_norm, d.gate_weight, d.gate_bias, s->dout, a->att, &output, s->parts, g);
     Attention shape = attention_of(m, &w, l, B, T);
     attention_backward(s->qkv, &m->sums, s->datt, a->att, a->q, a->k, a->v, a->stats, &rope, &shape, &s->attention, g);
     size_t kernel = (size_t)NH * c->kq_conv_query_size * c->kq_conv_key_size;

@@ -970,7 +970,7 @@ static void test_head_output(Test* t, const int* s) {
     Device<floatX> dout(t, normal(t, n));
     Device<float> mix(t, normal(t, 2 * h.NH)), dnorm(t, normal(t, size)), dgate(t, normal(t, h.HS)),
         dbias(t, normal(t, 1));
-    Device<float> stats(t, (size_t)3 * N * units), parts(t, (size_t)NORM_PARTS * (size + h.HS + 1));
+    Device<float> parts(t, head_parts(units, h.B) * (size_t)head_width(h.wide, h.HS));
     HeadOutput o = {};
     if (h.norm) { o.norm = norm.p; }
     if (h.gate) { o.gate = gate.p, o.bias = bias.p; }
@@ -998,7 +998,7 @@ static void test_head_output(Test* t, const int* s) {
                                  N * units, size, scale, false);
     }
     head_output_forward(out.p, inp.p, &o, t->g);
-    head_output_backward(dinp.p, dnorm.p, dgate.p, dbias.p, dout.p, inp.p, &o, stats.p, parts.p, t->g);
+    head_output_backward(dinp.p, dnorm.p, dgate.p, dbias.p, dout.p, inp.p, &o, parts.p, t->g);
     expect(t, "out", out.get(), want, STORED);
     expect(t, "dinp", dinp.get(), head_rows(back, h, true), STORED);
     expect(t, "dnorm", dnorm.get(), want_dnorm, FLOAT);
@@ -1110,7 +1110,12 @@ typedef struct {
 // are multiples of nothing.
 static std::vector<Operation> operations(void) {
     std::vector<Operation> list = {
-        {"parts_add", "parts_add", "parts n stride", test_parts_add, {{5, 131, 140}, {1, 1, 1}, {3, 128, 128}}, {}},
+        {"parts_add",
+         "parts_add sums_launch",
+         "parts n stride",
+         test_parts_add,
+         {{5, 131, 140}, {1, 1, 1}, {67, 8, 9}},
+         {}},
         {"sums_add", "sums_add", "S groups blocks n", test_sums_add, {{2, 3, 5, 7}, {1, 1, 1, 1}, {3, 2, 70, 66}}, {}},
         {"attention_sums_add", "attention_sums_add", "n", test_attention_sums_add, {{131}, {1}, {256}}, {}},
         {"replay", "replay", "n calls", test_replay, {{37, 4}, {37, 1}}, {}},
@@ -1318,7 +1323,8 @@ static std::vector<Operation> operations(void) {
           {2, 7, 4, 12, 2, 1, 0, 0},
           {1, 19, 4, 40, 1, 1, 0, 1},
           {1, 19, 2, 264, 1, 0, 1, 0},
-          {3, 5, 4, 32, 2, 1, 0, 1},
+          {3, 35, 4, 40, 2, 1, 0, 1},
+          {1, 33, 4, 96, 2, 1, 0, 1},
           {2, 3, 2, 6, 1, 0, 0, 1},
           {1, 300, 2, 8, 1, 1, 1, 1}},
          {}},
@@ -1634,8 +1640,7 @@ static std::vector<Cost> kernel_costs(Model* m, int B, int T, int distinct) {
          [=] { head_output_forward(a->out, a->att, &o, g); }},
         {"kernel head_output_backward", NC * x * (m->att_parts + 2), 0,
          [=] {
-             head_output_backward(s->datt, d.head_norm, d.gate_weight, d.gate_bias, s->dout, a->att, &o, s->head_stats,
-                                  s->parts, g);
+             head_output_backward(s->datt, d.head_norm, d.gate_weight, d.gate_bias, s->dout, a->att, &o, s->parts, g);
          }},
         {"kernel swiglu_forward", NF * 3 * x, 0, [=] { swiglu_forward(s->act, a->gate_up, N, FF, g); }},
         {"kernel swiglu_backward", NF * 6 * x, 0,
@@ -1841,6 +1846,7 @@ int main(int argc, char** argv) {
     // Small shapes are cut as large ones are: into several chunks and splits.
     setenv("CUDA_CPU_SCRATCH", "1048576", 0);
     setenv("CUDA_CPU_FLASH_BLOCKS", "5", 0);
+    setenv("CUDA_CPU_HEAD_BLOCKS", "6", 0);
     bool large = false;
     int T = 128, B = 2;
     const char* model = "1m";
