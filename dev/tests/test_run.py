@@ -1666,8 +1666,7 @@ class Failing(Trainer):
         for first, second in ((signal.SIGHUP, signal.SIGHUP), (signal.SIGUSR1, signal.SIGTERM),
                               (signal.SIGHUP, signal.SIGINT)):
             out = self.out()
-            child = self.launch(self.arguments(out, {"--hidden-size": 256, "--num-hidden-layers": 8,
-                                                     "--intermediate-size": 1024,
+            child = self.launch(self.arguments(out, {"--hidden-size": 128, "--num-hidden-layers": 4,
                                                      "--batch-size": 200, "--tokens-per-step": 16 * 200 * 100,
                                                      "--steps": 5}))
             self.wait_for_file(os.path.join(out, "log.jsonl"))
