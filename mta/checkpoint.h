@@ -342,6 +342,31 @@ static inline int checkpoint_by_step(const void* a, const void* b) {  // newest 
     return (x < y) - (x > y);
 }
 
+// The step of a directory that checkpoint_begin may have named; -1: it is no name of ours.
+static inline long checkpoint_step(const char* name) {
+    char again[32];
+    size_t digits = strncmp(name, "step-", 5) ? 0 : strspn(name + 5, "0123456789");
+    if (digits < 8 || digits > 18 || name[5 + digits]) { return -1; }
+    long step = strtol(name + 5, NULL, 10);
+    snprintf(again, sizeof again, "step-%08ld", step);
+    return strcmp(name, again) ? -1 : step;
+}
+
+// A line on stderr for each directory of RUN whose name begins as a checkpoint's does and is none, such as step-4.
+static inline void checkpoint_say_strange(const char* run) {
+    char path[PATH_SIZE];
+    DIR* d = opendir(run);
+    for (struct dirent* entry = d ? readdir(d) : NULL; entry; entry = readdir(d)) {
+        if (strncmp(entry->d_name, "step-", 5) || checkpoint_step(entry->d_name) >= 0) { continue; }
+        path_join(path, sizeof path, run, entry->d_name);
+        if (!dir_exists(path)) { continue; }
+        make_one_line(path);
+        fprintf(stderr, "%s: %s: passed over: a checkpoint is called step-00000004, with eight digits or more\n",
+                program_invocation_short_name, path);
+    }
+    if (d) { closedir(d); }
+}
+
 // Steps of RUN's directories step-N in *steps (malloc'ed), newest first; how many.
 static inline int checkpoint_list(const char* run, long** steps) {
     int n = 0, cap = 0;
@@ -349,15 +374,8 @@ static inline int checkpoint_list(const char* run, long** steps) {
     DIR* d = opendir(run);
     if (!d && errno != ENOENT && errno != ENOTDIR) { die("%s: cannot list its checkpoints: %s", run, strerror(errno)); }
     for (struct dirent* entry = d ? readdir(d) : NULL; entry; entry = readdir(d)) {
-        const char* digits = entry->d_name + 5;
-        char again[32];
-        if (strncmp(entry->d_name, "step-", 5) || strlen(digits) < 8 || strlen(digits) > 18 ||
-            strspn(digits, "0123456789") != strlen(digits)) {
-            continue;
-        }
-        long step = strtol(digits, NULL, 10);
-        snprintf(again, sizeof again, "%08ld", step);
-        if (strcmp(digits, again)) { continue; }  // not a name that checkpoint_begin makes
+        long step = checkpoint_step(entry->d_name);
+        if (step < 0) { continue; }
         if (n == cap) {
             cap = cap ? 2 * cap : 64;
             long* larger = (long*)realloc(*steps, (size_t)cap * sizeof(long));
@@ -382,6 +400,7 @@ static inline void checkpoint_path(const char* run, long step, char* path) {
 static inline long checkpoint_newest(const char* run, char* path_out, Text* passed_over) {
     long* steps;
     long found = -1;
+    checkpoint_say_strange(run);
     int n = checkpoint_list(run, &steps);
     for (int i = 0; i < n && found < 0; i++) {
         Error why;

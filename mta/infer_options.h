@@ -34,13 +34,81 @@ static inline InferOptions infer_options_default(void) {
     return o;
 }
 
+// What infer_mta does, a bit each, in the order of INFER_MODES.
+enum {
+    INFER_TEXT = 1 << 0,  // continues --prompt or standard input
+    INFER_IDS = 1 << 1,
+    INFER_PROMPTS = 1 << 2,
+    INFER_INTERACTIVE = 1 << 3,
+    INFER_SCORE = 1 << 4,
+    INFER_PERPLEXITY = 1 << 5,
+    INFER_LOGITS = 1 << 6,
+    INFER_MAP = 1 << 7,
+    INFER_TOKENIZE = 1 << 8,
+    INFER_DETOKENIZE = 1 << 9,
+    INFER_ANSWERS = INFER_TEXT | INFER_PROMPTS | INFER_INTERACTIVE,
+    INFER_GENERATES = INFER_ANSWERS | INFER_IDS,
+    INFER_LOOKS = INFER_LOGITS | INFER_MAP,
+    INFER_COMPUTES = INFER_GENERATES | INFER_LOOKS | INFER_SCORE | INFER_PERPLEXITY
+};
+static const char* const INFER_MODES[] = {"--prompt",   "--token-ids",  "--prompts", "--interactive",
+                                          "--score",    "--perplexity", "--logits",  "--attention-map",
+                                          "--tokenize", "--detokenize"};
+
+// The modes that use an option; what is not here, all do.
+static const OptUse INFER_USES[] = {{"--weights", INFER_COMPUTES},
+                                    {"--mapped", INFER_COMPUTES},
+                                    {"--cache", INFER_COMPUTES},
+                                    {"--context", INFER_COMPUTES},
+                                    {"--chunk", INFER_COMPUTES},
+                                    {"--threads", INFER_COMPUTES},
+                                    {"--prompt", INFER_TEXT | INFER_LOOKS},
+                                    {"--token-ids", INFER_IDS | INFER_LOOKS},
+                                    {"--echo", INFER_TEXT | INFER_LOOKS},
+                                    {"--max-tokens", INFER_GENERATES},
+                                    {"--stop", INFER_ANSWERS},
+                                    {"--ignore-eos", INFER_GENERATES},
+                                    {"--shift", INFER_GENERATES | INFER_LOOKS | INFER_SCORE},
+                                    {"--temperature", INFER_GENERATES},
+                                    {"--top-k", INFER_GENERATES},
+                                    {"--top-p", INFER_GENERATES},
+                                    {"--min-p", INFER_GENERATES},
+                                    {"--repeat-penalty", INFER_GENERATES},
+                                    {"--repeat-last", INFER_GENERATES},
+                                    {"--seed", INFER_GENERATES},
+                                    {"--samples", INFER_TEXT | INFER_IDS},
+                                    {"--stride", INFER_PERPLEXITY},
+                                    {"--layer", INFER_MAP},
+                                    {"--head", INFER_MAP},
+                                    {"--binary", INFER_TOKENIZE}};
+
+// Which of them: those that exclude each other are refused. --logits and --attention-map look at a prompt.
+static inline unsigned infer_mode(const InferOptions* o) {
+    const bool given[] = {o->prompt != NULL, o->token_ids != NULL,  o->prompts != NULL, o->interactive,
+                          o->score != NULL,  o->perplexity != NULL, o->logits != NULL,  o->attention_map != NULL,
+                          o->tokenize,       o->detokenize};
+    unsigned mode = 0, source = 0;
+    for (int i = 0; i < 10; i++) {
+        unsigned bit = given[i] ? 1u << i : 0;
+        unsigned* place = bit & (INFER_TEXT | INFER_IDS) ? &source : &mode;
+        if (bit && *place) {
+            die("--prompt and --token-ids exclude each other, and so do --prompts, --interactive, --score, "
+                "--perplexity, --logits, --attention-map, --tokenize and --detokenize; give one");
+        }
+        *place |= bit;
+    }
+    return mode ? mode : source ? source : INFER_TEXT;
+}
+
 // The checkpoint that DIR means: itself, or of a run's directory the newest step-N whose files are all there. Kept
 // until the program ends.
 static inline const char* checkpoint_of(const char* dir, bool quiet) {
     char* path = (char*)alloc_or_die(PATH_SIZE, 1, "a path");
     long* steps;
     path_join(path, PATH_SIZE, dir, "config.json");
-    int n = file_exists(path) ? 0 : checkpoint_list(dir, &steps), i = 0;
+    bool itself = file_exists(path);
+    if (!itself) { checkpoint_say_strange(dir); }
+    int n = itself ? 0 : checkpoint_list(dir, &steps), i = 0;
     for (; i < n; i++) {
         Error e = {{0}};
         checkpoint_path(dir, steps[i], path);
@@ -140,20 +208,15 @@ static inline void infer_options_read(InferOptions* o, int argc, char** argv) {
     options_parse(table, usage, argc, argv, positional, 1);
     o->dir = positional[0];
     bool alone = o->tokenize || o->detokenize;
-    int modes = (o->prompt != NULL) + (o->prompts != NULL) + (o->token_ids != NULL) + (o->score != NULL) +
-                (o->perplexity != NULL) + o->interactive + o->tokenize + o->detokenize;
-    if (modes > 1) {
-        die("--prompt, --prompts, --token-ids, --score, --perplexity, --interactive, --tokenize and --detokenize "
-            "exclude "
-            "each other; give one");
-    }
+    unsigned mode = infer_mode(o);
     if (!alone && !o->dir) { die("no checkpoint directory given; usage: infer_mta DIR [options], --help lists them"); }
-    if (o->stops.n && o->token_ids) { die("--stop ends texts; --token-ids prints ids"); }
-    if (o->stride && !o->perplexity) { die("--stride belongs to --perplexity"); }
-    if ((option_given(table, "--layer") || option_given(table, "--head")) && !o->attention_map) {
-        die("--layer and --head belong to --attention-map");
-    }
-    if (o->binary && !o->tokenize) { die("--binary belongs to --tokenize"); }
+    options_check_uses(table, INFER_USES, sizeof INFER_USES / sizeof *INFER_USES, INFER_MODES,
+                       sizeof INFER_MODES / sizeof *INFER_MODES, mode);
+    const OptNeed needs[] = {{"--echo", !o->token_ids, "a text, not --token-ids,"},
+                             {"--repeat-last", option_given(table, "--repeat-penalty"), "--repeat-penalty"},
+                             {"--assume-llama", o->dir != NULL, "a checkpoint directory"},
+                             {"--no-verify", o->dir != NULL, "a checkpoint directory"}};
+    options_check_needs(table, needs, sizeof needs / sizeof *needs);
     if (o->dir) { o->dir = checkpoint_of(o->dir, o->quiet); }
     if (alone && !o->tokenizer && !o->dir) { die("--tokenize needs --tokenizer NAME|FILE or a checkpoint directory"); }
 }

@@ -261,7 +261,47 @@ static inline bool option_given(const Opt* table, const char* name) {
     for (const Opt* o = table; o->name != NULL; o++) {
         if (o->type != OPT_HEADING && strcmp(o->name, name) == 0) { return o->given; }
     }
+    assert(!"an option of the table");
     return false;
+}
+
+// What a program does is one of several modes, a bit each; an option that not all of them use has a row.
+typedef struct {
+    const char* name;
+    unsigned modes;  // that use it
+} OptUse;
+
+// Refuses an option that was given and that the mode does not use, and names the modes that do. modes: the name of each
+// bit's, n of them; mode: one bit.
+static inline void options_check_uses(const Opt* table, const OptUse* uses, int n_uses, const char* const* modes, int n,
+                                      unsigned mode) {
+    Text others = {NULL, 0, 0};
+    int now = 0;
+    while (now < n && mode != 1u << now) { now++; }
+    assert(now < n);
+    for (int i = 0; i < n_uses; i++) {
+        if (!option_given(table, uses[i].name) || (uses[i].modes & mode)) { continue; }
+        for (int k = 0; k < n; k++) {
+            if (uses[i].modes >> k & 1) { text_printf(&others, "%s%s", others.n ? ", " : "", modes[k]); }
+        }
+        die("%s: no use beside %s; it belongs to %s", uses[i].name, modes[now], others.text);
+    }
+}
+
+// An option that does nothing without another one.
+typedef struct {
+    const char* name;
+    bool used;
+    const char* wanted;  // what makes it useful
+} OptNeed;
+
+// Refuses those that were given and are not used.
+static inline void options_check_needs(const Opt* table, const OptNeed* needs, int n) {
+    for (int i = 0; i < n; i++) {
+        if (option_given(table, needs[i].name) && !needs[i].used) {
+            die("%s: wanted %s beside it", needs[i].name, needs[i].wanted);
+        }
+    }
 }
 
 // Parses argv[1..]; stores up to max_positional other arguments into positional and returns their number.

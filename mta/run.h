@@ -479,6 +479,13 @@ static inline void run_settle_steps(Run* r) {
     Schedule schedule = {o->schedule, r->schedule.lr, o->min_lr, o->warmup,
                          o->schedule_steps ? o->schedule_steps : r->steps};
     r->schedule = schedule;
+    bool constant = !strcmp(o->schedule, "constant");
+    if (constant && (o->min_lr > 0 || o->schedule_steps)) {
+        printf("--schedule constant: %s does nothing\n", o->min_lr > 0 ? "--min-lr" : "--schedule-steps");
+    }
+    if (strcmp(o->recompute, "none") && !strncmp(r->trainer->name, "cpu", 3) && !options_evaluate(o)) {
+        printf("--recompute: it does nothing on the CPU, which keeps no more than its backward pass needs\n");
+    }
     if (o->min_lr > schedule.lr) { die("--min-lr: got %g, wanted at most --lr %g", o->min_lr, schedule.lr); }
     r->eval_every = o->eval_every >= 0 ? o->eval_every : tenth > 0 ? tenth : 1;
 }
@@ -624,6 +631,7 @@ static inline void run_settle(Run* r, const Trainer* trainer, const TrainOptions
         if (!o->resume && run_holds_run(o->out)) {
             die("--out: %s holds a run; --resume continues it, or choose another directory", o->out);
         }
+        if (!o->resume) { checkpoint_say_strange(o->out); }
         if (o->resume) { run_find_checkpoint(r); }
     }
     if (!o->dry_run && o->resume) { run_share_checkpoint(r); }

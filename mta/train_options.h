@@ -229,6 +229,25 @@ static inline void options_check_evaluation(const TrainOptions* o, const Opt* ta
     if (o->eval_only && !o->val) { die("--eval-only: wanted --val [NAME=]GLOB,..., what to evaluate on"); }
 }
 
+// Refuses options that do nothing without another one.
+static inline void options_check_useful(const TrainOptions* o, const Opt* table) {
+    static const char val[] = "--val [NAME=]GLOB,..., what to evaluate on,", samples[] = "--sample-every N";
+    bool val_set = o->val || o->dry_run, given_file = o->model && !preset_find(o->model);
+    const OptNeed needs[] = {{"--pattern", o->tokenizer != NULL, "--tokenizer FILE, whose text it splits,"},
+                             {"--assume-llama", o->init_from || given_file, "--init-from DIR or --model config.json"},
+                             {"--no-verify", o->init_from != NULL, "--init-from DIR"},
+                             {"--ranks", o->dry_run, "--dry-run (mpirun -n N starts processes)"},
+                             {"--ranks-per-node", o->n_ranks > 0, "--ranks N"},
+                             {"--shift", o->score != NULL, "--score FILE"},
+                             {"--eval-first", val_set, val},
+                             {"--eval-every", val_set || o->eval_every == 0, val},
+                             {"--eval-windows", val_set, val},
+                             {"--sample-tokens", o->sample_every > 0, samples},
+                             {"--sample-prompt", o->sample_every > 0, samples},
+                             {"--sample-temperature", o->sample_every > 0, samples}};
+    options_check_needs(table, needs, sizeof needs / sizeof *needs);
+}
+
 // The command line into *o, which nothing changes afterwards. Ends the program on a mistake, or with --help.
 static inline void options_given(TrainOptions* o, int argc, char** argv) {
     Opt table[TRAIN_OPTIONS];
@@ -248,18 +267,12 @@ static inline void options_given(TrainOptions* o, int argc, char** argv) {
         die("unexpected \"%s\"; every option starts with --, see --help", extra[0]);
     }
     text_free(&usage);
-    if (o->pattern && !o->tokenizer) { die("--pattern: wanted --tokenizer FILE beside it, whose text it splits"); }
+    options_check_useful(o, table);
     if (options_evaluate(o)) {
         options_check_evaluation(o, table);
         o->recompute = "never";  // no backward pass needs what a layer has computed
         return;
     }
-    if (o->n_ranks && !o->dry_run) {
-        die("--ranks: wanted --dry-run beside it; mpirun -n %d starts processes", o->n_ranks);
-    }
-    if (o->ranks_per_node && !o->n_ranks) { die("--ranks-per-node: wanted --ranks N beside it"); }
-    if (o->shift) { die("--shift: wanted --score FILE beside it"); }
-    if (o->eval_first && !o->val) { die("--eval-first: wanted --val [NAME=]GLOB,..., what to evaluate on"); }
     if (!o->dry_run) {
         if (!o->train) { die("--train is missing: wanted token shards, made by data/prepare.py; see --help"); }
         if (!o->out) { die("--out is missing: wanted a directory for the log and checkpoints; see --help"); }

@@ -36,7 +36,9 @@ choose_batch 128 "${recipe[@]}" "$@"
 
 # A set of each domain, 2.1 million tokens of it.
 val=()
-if compgen -G "$shards/*_val_*.bin" > /dev/null; then val=(--val "$shards/*_val_*.bin"); fi
+if compgen -G "$shards/*_val_*.bin" > /dev/null; then
+    val=(--val "$shards/*_val_*.bin" --eval-every 2000 --eval-windows 1024)
+fi
 exec "$trainer" "${recipe[@]}" --batch-size "$batch" --train "@$shards/recipe.txt" --mix document "${val[@]}" \
-    --out "$out" --resume --eval-every 2000 --eval-windows 1024 --save-every 1000 --keep 3 \
+    --out "$out" --resume --save-every 1000 --keep 3 \
     ${TOKENIZER:+--tokenizer "$TOKENIZER" --sample-every 2000} "$@"

@@ -1224,7 +1224,7 @@ class TextIO(unittest.TestCase):
         for options, words in (
             (["--perplexity", path, "--stride", "65"], "64 positions"),
             (["--prompt", "a", "--stride", "3"], "belongs to --perplexity"),
-            (["--prompt", "a", "--layer", "1"], "belong to --attention-map"),
+            (["--prompt", "a", "--layer", "1"], "belongs to --attention-map"),
             (["--perplexity", path, "--score", "-"], "exclude"),
             (["--perplexity", os.devnull], "no text"),
             (["--perplexity", path + ".none"], "No such file"),
@@ -1232,6 +1232,38 @@ class TextIO(unittest.TestCase):
             p = run([self.dir] + options + ["--quiet"], check=False)
             self.assertEqual((p.returncode, p.stderr.count(b"\n")), (1, 1), p.stderr)
             self.assertIn(words, p.stderr.decode())
+
+    def test_options_without_use(self):
+        """What would do nothing is refused by name, with the modes that it belongs to; what a mode uses is taken."""
+        for name, text in (("score", '{"context": "a", "continuation": "b"}'), ("prompts", '{"prompt": "a", "max_tokens": 1}'),
+                           ("perplexity", "some text")):
+            with open(os.path.join(self.tmp.name, name), "w") as f:
+                f.write(text + "\n")
+        modes = {name: ["--" + name, os.path.join(self.tmp.name, name)] for name in ("score", "prompts", "perplexity")}
+        modes.update(prompt=["--prompt", "a"], ids=["--token-ids", "1 2"], interactive=["--interactive"],
+                     tokenize=["--tokenize"], logits=["--prompt", "a", "--logits", os.path.join(self.tmp.name, "l")])
+        generate = {"prompt", "ids", "prompts", "interactive"}
+        uses = {"--temperature=1": generate, "--top-k=3": generate, "--top-p=0.5": generate, "--min-p=0.1": generate,
+                "--seed=2": generate, "--repeat-penalty=2": generate, "--max-tokens=1": generate,
+                "--ignore-eos": generate, "--stop=x": generate - {"ids"}, "--samples=2": {"prompt", "ids"},
+                "--echo": {"prompt", "logits"}, "--shift": generate | {"score", "logits"}, "--stride=5": {"perplexity"},
+                "--layer=0": set(), "--binary": {"tokenize"}, "--threads=1": set(modes) - {"tokenize"}}
+        for option, those in uses.items():
+            for mode, words in modes.items():
+                with self.subTest(option=option, mode=mode):
+                    p = run([self.dir, *words, option, "--quiet"], check=False)
+                    if mode in those:
+                        self.assertEqual((p.returncode, b"no use" in p.stderr), (0, False), p.stderr)
+                    else:
+                        self.assertEqual((p.returncode, p.stdout, p.stderr.count(b"\n")), (1, b"", 1), p.stderr)
+                        self.assertIn("%s: no use beside" % option.split("=")[0], p.stderr.decode())
+        for words, why in ((["--prompt", "a", "--repeat-last", "3"], "--repeat-last: wanted --repeat-penalty"),
+                           (["--logits", "x", "--score", "-"], "exclude each other"),
+                           (["--prompt", "a", "--token-ids", "1"], "exclude each other"),
+                           (["--prompt", "a", "--score", "-"], "--prompt: no use beside --score")):
+            p = run([self.dir, *words, "--quiet"], check=False)
+            self.assertEqual((p.returncode, p.stderr.count(b"\n")), (1, 1), p.stderr)
+            self.assertIn(why, p.stderr.decode())
 
     def test_pattern_of_config_json(self):
         """A rank file whose number of ranks tells no pattern is split as config.json says, or as its copy's name

@@ -623,6 +623,43 @@ class Resume(Trainer):
         return [line[len("changed on --resume: "):]
                 for line in done.stdout.splitlines() if line.startswith("changed on --resume: ")]
 
+    def test_options_without_use(self):
+        """What would do nothing without another option is refused by name, or said."""
+        for changes, flags, wanted in (({"--sample-tokens": 5}, (), "--sample-every"),
+                                       ({"--sample-prompt": "a"}, (), "--sample-every"),
+                                       ({"--sample-temperature": 1, "--sample-every": 0}, (), "--sample-every"),
+                                       ({"--val": None, "--eval-every": 1}, (), "--val"),
+                                       ({"--val": None, "--eval-windows": 1}, (), "--val"),
+                                       ({"--val": None}, ["--eval-first"], "--val"),
+                                       ({}, ["--no-verify"], "--init-from"), ({}, ["--assume-llama"], "--init-from"),
+                                       ({}, ["--shift"], "--score"), ({"--ranks": 2}, (), "--dry-run"),
+                                       ({"--ranks-per-node": 2}, ["--dry-run"], "--ranks N"),
+                                       ({"--pattern": "gpt2"}, (), "--tokenizer FILE")):
+            option = flags[0] if flags and flags[0] != "--dry-run" else list(changes)[-1]
+            if option == "--sample-every":
+                option = "--sample-temperature"
+            with self.subTest(option):
+                self.refused(["%s: wanted %s" % (option, wanted), "beside it"], changes, flags)
+        done = self.run_ok(self.out(), {"--schedule": "constant", "--min-lr": 1e-4, "--recompute": "block"})
+        self.assertIn("--schedule constant: --min-lr does nothing", done.stdout)
+        self.assertEqual("--recompute: it does nothing on the CPU" in done.stdout, NAME == "train_mta")
+
+    def test_a_directory_that_is_no_checkpoint_of_ours(self):
+        """step-4 and step-x in a run are named, whoever looks for its checkpoints; a file of that name is nothing."""
+        out = self.out()
+        os.makedirs(os.path.join(out, "step-4"))
+        os.mkdir(os.path.join(out, "step-x"))
+        with open(os.path.join(out, "step-notes.txt"), "w"):
+            pass
+        for words in (self.arguments(out, {"--steps": 1}), self.arguments(out, {"--steps": 2}, ["--resume"]),
+                      [BINARY, "--init-from", out, "--train", self.path("a_train_*.bin"), "--out", self.out(),
+                       "--steps", "1", "--seq-len", "16"]):
+            done = self.execute(words)
+            for name in ("step-4", "step-x"):
+                self.assertEqual(done.stderr.count("%s: passed over: a checkpoint is called step-00000004" % name), 1,
+                                 done.stderr)
+            self.assertEqual((done.returncode, done.stderr.count("\n")), (0, 2), done.stderr)
+
     def test_what_a_resume_changes_is_said(self):
         """Every option that changes the numbers which follow: one line each on the screen, and in the log's start."""
         out = self.out()
@@ -637,7 +674,8 @@ class Resume(Trainer):
                  ("--eps", 1e-7, "eps 1e-08 -> 1e-07"), ("--weight-decay", 0, "weight-decay 0.05 -> 0"),
                  ("--grad-clip", 0.5, "grad-clip 1 -> 0.5"),
                  ("--eval-windows", 3, "eval-windows 128 -> 3"),
-                 ("--val", None, "val %s -> none" % self.path("a_val_*.bin")))
+                 ("--val", self.path("*_val_000000.bin"), "val %s -> %s" % (
+                     self.path("a_val_*.bin"), self.path("*_val_000000.bin"))))
         options = {"--steps": 3, "--tokens-per-step": 32}
         for name, value, words in table:
             with self.subTest(name):
