@@ -232,9 +232,9 @@ static inline void start_send(int fd, const void* data, size_t n) {
     for (size_t sent = 0; sent < n;) {
         struct pollfd one = {fd, POLLOUT, 0};
         if (poll(&one, 1, 5000) <= 0) { return; }
-        ssize_t more = send(fd, (const char*)data + sent, n - sent, MSG_NOSIGNAL);
-        if (more <= 0) { return; }
-        sent += (size_t)more;
+        ssize_t more = send(fd, (const char*)data + sent, n - sent, MSG_NOSIGNAL | MSG_DONTWAIT);
+        if (more < 0 && errno != EAGAIN && errno != EINTR) { return; }
+        sent += more > 0 ? (size_t)more : 0;
     }
 }
 
