@@ -399,8 +399,16 @@ JSON_TOKEN = re.compile(
 )
 
 
-def patient_decode(text, at):
-    """One JSON value from `at` on -> (value, end). Without recursion; a number stays text."""
+class KeyTwice(ValueError):
+    """An object in which a key occurs twice: which of its values is meant, nobody knows."""
+
+    def __init__(self, key):
+        super().__init__("a key occurs twice: %s" % key)
+
+
+def patient_decode(text, at, names=()):
+    """One JSON value from `at` on -> (value, end). Without recursion; a number stays text. Raises KeyTwice for one of
+    the keys `names`."""
     root, stack, keys, expect = None, [], [], ("value",)
     while True:
         at = SPACE.match(text, at).end()
@@ -413,7 +421,10 @@ def patient_decode(text, at):
             elif isinstance(stack[-1], list):
                 stack[-1].append(value)
             else:
-                stack[-1][keys.pop()] = value
+                key = keys.pop()
+                if key in names and key in stack[-1]:
+                    raise KeyTwice(key)
+                stack[-1][key] = value
             if mark:
                 stack.append(value)
             expect = ("key", "}") if mark == "{" else ("value", "]") if mark == "[" else None
@@ -460,17 +471,29 @@ def load_json(text):
 
 
 def check_keys(text, names):
-    """Raises ValueError where one of the keys `names` occurs twice in an object: which is meant, nobody knows."""
+    """Raises KeyTwice where one of the keys `names` occurs twice in an object, however it is spelt."""
 
     def members(pairs):
         keys = [key for key, _ in pairs if key in names]
         if len(keys) != len(set(keys)):
-            raise ValueError("a key occurs twice: %s" % max(keys, key=keys.count))
+            raise KeyTwice(max(keys, key=keys.count))
 
     try:
         json.loads(text, object_pairs_hook=members)
-    except RecursionError:  # so deep that only the patient reader gets through
-        pass
+    except (KeyTwice, json.JSONDecodeError):
+        raise
+    except (RecursionError, ValueError):
+        patient_decode(text, 0, names)
+
+
+def escapes_of(names):
+    """A pattern that finds, in the bytes of a JSON text, an escape that may spell a character of these keys."""
+    letters = "".join(names)
+    units = letters.encode("utf-16-be").hex()
+    codes = {units[i : i + 4] for i in range(0, len(units), 4)}
+    both = lambda m: "[%s%s]" % (m.group(), m.group().upper())
+    spelt = ["u" + re.sub("[a-f]", both, code) for code in sorted(codes)] + ["/"] * ("/" in letters)
+    return re.compile((r"\\(?:%s)" % "|".join(spelt)).encode())
 
 
 def json_values(text):

@@ -78,7 +78,8 @@ class Worker:
         self.seed = b"%d" % job["seed"]
         paths = [job["text_field"], job["domain_field"] or job["text_field"]]
         self.names = {name for path in paths for name in (path, *path.split("."))}
-        self.keys = [json.dumps(name).encode() for name in self.names]
+        self.keys = [json.dumps(name, ensure_ascii=False).encode() for name in self.names]
+        self.escapes = inputs.escapes_of(self.names)
 
     def run(self, task):
         """-> (sets, bad): {name: (packed tokens, leading tokens, [tokens of each document that starts], text bytes)}
@@ -144,7 +145,10 @@ class Worker:
         for key in path.split("."):
             if isinstance(record, str):
                 try:
+                    inputs.check_keys(record, self.names)
                     record = inputs.load_json(record)
+                except inputs.KeyTwice as e:
+                    raise BadDocument("broken JSON", "in %s: %s" % (path, e))
                 except ValueError:
                     record = None
             if not isinstance(record, dict) or key not in record:
@@ -167,7 +171,8 @@ class Worker:
     def parse(self, line):
         try:
             record = inputs.load_json(line.decode("utf-8"))
-            if any(line.count(key) > 1 for key in self.keys):  # seldom, and then often a value
+            # seldom, and then often in a value
+            if any(line.count(key) > 1 for key in self.keys) or (b"\\" in line and self.escapes.search(line)):
                 inputs.check_keys(line.decode("utf-8"), self.names)
         except UnicodeDecodeError as e:
             raise BadDocument("invalid UTF-8", inputs.describe_utf8(e))

@@ -15,6 +15,7 @@ import os
 import sys
 
 from prepare import UserError
+from tokenizer import members
 
 SETTINGS = ("needles", "length", "depth", "distraction")
 MEASURES = ("accuracy", "acc_norm", "acc_bytes", "acc_token", "greedy")
@@ -30,7 +31,7 @@ def read_lines(path, keys):
         with open(path, encoding="utf-8") as f:
             for number, line in enumerate(f, 1):
                 if line.strip():
-                    record = json.loads(line)
+                    record = json.loads(line, object_pairs_hook=members)
                     missing = [k for k in keys if not isinstance(record, dict) or k not in record]
                     if missing:
                         raise UserError("%s:%d: no %s" % (path, number, ", ".join(missing)))

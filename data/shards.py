@@ -17,7 +17,7 @@ import sys
 import zlib
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
-from tokenizer import PATTERNS, UserError, file_sums, open_tokenizer  # noqa: E402
+from tokenizer import PATTERNS, UserError, file_sums, members, open_tokenizer  # noqa: E402
 
 MAGIC = {2: (20240520, 1), 4: (20240801, 7)}  # bytes a token -> llm.c's magic and version
 HEADER_BYTES = 1024
@@ -130,7 +130,7 @@ def read_manifest(folder, wanted=False):
     path = os.path.join(folder, "manifest.json")
     try:
         with open(path, encoding="utf-8") as f:
-            manifest = json.load(f)
+            manifest = json.load(f, object_pairs_hook=members)
         if not isinstance(manifest["preparations"], dict) or not isinstance(manifest["shards"], dict):
             raise KeyError
         return manifest
@@ -140,7 +140,11 @@ def read_manifest(folder, wanted=False):
         return {"preparations": {}, "shards": {}}
     except OSError as e:
         raise UserError("%s: %s" % (path, e.strerror))
-    except (ValueError, KeyError, TypeError, RecursionError):
+    except json.JSONDecodeError:
+        raise UserError("%s: not a manifest of prepare.py" % path)
+    except ValueError as e:  # a key twice, bytes that are no UTF-8
+        raise UserError("%s: not a manifest of prepare.py: %s" % (path, e))
+    except (KeyError, TypeError, RecursionError):
         raise UserError("%s: not a manifest of prepare.py" % path)
 
 

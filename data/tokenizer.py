@@ -48,6 +48,16 @@ class BadDocument(Exception):
     """A document that cannot be used: (kind, detail). The kind is what is counted."""
 
 
+def members(pairs):
+    """An object of a JSON text (object_pairs_hook); one in which a key occurs twice, however it is spelt, is refused:
+    which of its values is meant, nobody knows."""
+    record = dict(pairs)
+    if len(record) != len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError("the key %s occurs twice" % max(keys, key=keys.count))
+    return record
+
+
 def need(module):
     """Imports an optional package, or says how to get it."""
     try:

@@ -1235,8 +1235,8 @@ class TextIO(unittest.TestCase):
 
     def test_options_without_use(self):
         """What would do nothing is refused by name, with the modes that it belongs to; what a mode uses is taken."""
-        for name, text in (("score", '{"context": "a", "continuation": "b"}'), ("prompts", '{"prompt": "a", "max_tokens": 1}'),
-                           ("perplexity", "some text")):
+        for name, text in (("score", '{"context": "a", "continuation": "b"}'), ("perplexity", "some text"),
+                           ("prompts", '{"prompt": "a", "max_tokens": 1}')):
             with open(os.path.join(self.tmp.name, name), "w") as f:
                 f.write(text + "\n")
         modes = {name: ["--" + name, os.path.join(self.tmp.name, name)] for name in ("score", "prompts", "perplexity")}

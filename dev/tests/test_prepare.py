@@ -898,6 +898,42 @@ class Kinds(Case):
         shown = run("text", path, "--text-field", "m.n", "--out", self.path("none"), status=1)
         self.assertIn("twice.jsonl:4: broken JSON: a key occurs twice: n", shown)
 
+    def test_a_key_that_occurs_twice_spelt_otherwise(self):
+        """With an escape, in a name with an accent, in JSON inside of a string, and where only the patient reader gets
+        through: as plainly as above."""
+        deep, digits = b"[" * 3000 + b"]" * 3000, b"1" * 5000
+        lines = (b'{"text": "one", "te\\u0078t": "two"}\n', b'{"te\\u0078t": "two", "text": "one"}\n',
+                 b'{"te\\u0078t": "one spelling"}\n', b'{"text": "with \\u0074 and \\u00e9"}\n',
+                 b'{"text": "deep", "d": %s, "\\u0074ext": "two"}\n' % deep,
+                 b'{"text": "long", "d": %s, "t\\u0065xt": "two"}\n' % digits,
+                 b'{"text": "it says \\"text\\"", "a": ["text"], "d": %s}\n' % digits)
+        documents, shown = self.read(self.write("spelt.jsonl", b"".join(lines)))
+        self.assertEqual(documents, [b"one spelling", b"with t and \xc3\xa9", b'it says "text"'])
+        for line in (1, 2, 5, 6):
+            self.assertIn("spelt.jsonl:%d: broken JSON: a key occurs twice: text" % line, shown)
+        accents = (b'{"\xc3\xa9t\xc3\xa9": "one", "\xc3\xa9t\xc3\xa9": "two"}\n',
+                   b'{"\xc3\xa9t\xc3\xa9": "one", "\\u00E9t\\u00e9": "two"}\n',
+                   b'{"\xc3\xa9t\xc3\xa9": "good"}\n')
+        path = self.write("accents.jsonl", b"".join(accents))
+        shown = run("text", path, "--text-field", "\u00e9t\u00e9", "--out", self.path("accents"))
+        for line in (1, 2):
+            self.assertIn("accents.jsonl:%d: broken JSON: a key occurs twice" % line, shown)
+        inside = self.write("inside.jsonl", b'{"m": "{\\"n\\": \\"a\\", \\"n\\": \\"b\\"}"}\n'
+                                            b'{"m": "{\\"n\\": \\"a\\"}"}\n')
+        shown = run("text", inside, "--text-field", "m.n", "--out", self.path("inside"))
+        self.assertIn("inside.jsonl:1: broken JSON: in m.n: a key occurs twice: n", shown)
+
+    def test_a_manifest_with_a_key_twice(self):
+        path = self.write("in.txt", b"some text\n")
+        run("text", path, "--out", self.path("made"))
+        manifest = self.path("made/manifest.json")
+        with open(manifest) as f:
+            text = f.read()
+        with open(manifest, "w") as f:
+            f.write(text.replace('"shards"', '"shards": {}, "sh\\u0061rds"', 1))
+        shown = run("text", path, "--name", "more", "--out", self.path("made"), status=1)
+        self.assertIn("not a manifest of prepare.py: the key shards occurs twice", shown)
+
     def test_links(self):
         self.write("tree/a.jsonl", self.GOOD)
         self.write("elsewhere/b.jsonl", b'{"text": "far"}\n')
