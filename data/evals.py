@@ -35,6 +35,7 @@ import sys
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 from prepare import BadDocument, Parser, UserError, open_tokenizer, parse_count  # noqa: E402
 from report import report  # noqa: E402
+from tokenizer import members  # noqa: E402
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Sets from files: a record -> [(context, continuation) of each choice], number of the gold one. Context and
@@ -178,15 +179,6 @@ def read_labels(path, one):
         raise UserError("%s: wanted a number a line: %s" % (path, e))
 
 
-def members(pairs):
-    """An object of a record; one in which a key occurs twice is refused."""
-    record = dict(pairs)
-    if len(record) != len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError("the key %s occurs twice" % max(keys, key=keys.count))
-    return record
-
-
 def convert(args):
     """Records of a file -> requests. A record that cannot be used is named, and left out or refused."""
     if os.path.exists(args.out) and os.path.exists(args.input) and os.path.samefile(args.out, args.input):
@@ -297,6 +289,50 @@ class Haystack:
         return taken
 
 
+class NoRoom(UserError):
+    """A setting that cannot be made: so short a text does not hold what it asks for."""
+
+
+class Room:
+    """The positions of a model (None: no matter how many): settings of which a question needs more are left out, and
+    each is named."""
+
+    def __init__(self, positions, tokenizer):
+        self.positions, self.tokenizer = positions, tokenizer
+        self.taken, self.least = [], None
+
+    def take(self, setting, make):
+        """The requests that make() returns, or none."""
+        try:
+            requests = make()
+        except NoRoom as e:
+            if self.positions is None:
+                raise
+            print("%s: left out: %s" % (setting, e))
+            return []
+        if self.positions is not None:
+            need = self.positions_of(requests)
+            self.least = min(need, self.least or need)
+            if need > self.positions:
+                print("%s: left out: a question needs %d positions, the model has %d" % (setting, need, self.positions))
+                return []
+        self.taken.append(setting)
+        return requests
+
+    def positions_of(self, requests):
+        """What the longest of them needs: BOS, context and continuation but for its last token."""
+        texts = sorted({r["context"] + r["continuation"] for r in requests})
+        ids = self.tokenizer.encode_all([text.encode() for text in texts])
+        for bad in (x for x in ids if isinstance(x, BadDocument)):
+            raise UserError("the text: %s" % bad.args[1])
+        return max(map(len, ids)) // self.tokenizer.width + (self.tokenizer.bos >= 0) - 1
+
+    def check(self):
+        if not self.taken:
+            least = "" if self.least is None else "; the shortest needs %d" % self.least
+            raise UserError("--room %d: no setting fits%s" % (self.positions, least))
+
+
 def spread(rng, sentences, facts):
     """Facts in their order at random places between sentences."""
     places = sorted(rng.randrange(len(sentences) + 1) for _ in facts)
@@ -325,40 +361,42 @@ def needle_context(rng, haystack, needles, tokens, depth):
     question = "Question: What is the secret number of %s? Answer: The secret number of %s is" % (cities[0], cities[0])
     fixed = sum(haystack.size(f) for f in facts) + haystack.size(question)
     if fixed > tokens:
-        raise UserError("--length %d: %d needles and the question alone have %d tokens" % (tokens, needles, fixed))
+        raise NoRoom("--length %d: %d needles and the question alone have %d tokens" % (tokens, needles, fixed))
     sentences = haystack.take(rng, tokens - fixed)
     others = spread(rng, sentences, facts[1:])
     others.insert(round(depth / 100 * len(others)), facts[0])
     return " ".join(others + [question]), " %d" % numbers[0]
 
 
+def needle_requests(rng, haystack, needles, tokens, depth, samples):
+    """A setting's, without the numbers of their items."""
+    pairs = [needle_context(rng, haystack, needles, tokens, depth) for _ in range(samples)]
+    setting = {"task": "needle", "item": None, "needles": needles, "length": tokens, "depth": depth}
+    return [dict({"context": context, "continuation": answer}, **setting) for context, answer in pairs]
+
+
 def needle(args):
     haystack = Haystack(args.text, open_tokenizer(args.tokenizer, args.pattern))
-    requests, item = [], 0
+    room, requests = Room(args.room, haystack.tokenizer), []
     for needles in args.needles:
         if not 1 <= needles <= len(CITIES):
             raise UserError("--needles %d: wanted 1 to %d" % (needles, len(CITIES)))
+        for depth in args.depth:
+            if not 0 <= depth <= 100:
+                raise UserError("--depth %d: wanted 0 to 100" % depth)
         for tokens in args.length:
-            for depth in args.depth:
-                if not 0 <= depth <= 100:
-                    raise UserError("--depth %d: wanted 0 to 100" % depth)
-                rng = random.Random("needle %d %d %d %d" % (args.seed, needles, tokens, depth))
-                for _ in range(args.samples):
-                    context, answer = needle_context(rng, haystack, needles, tokens, depth)
-                    requests.append(
-                        {
-                            "context": context,
-                            "continuation": answer,
-                            "task": "needle",
-                            "item": item,
-                            "needles": needles,
-                            "length": tokens,
-                            "depth": depth,
-                        }
-                    )
-                    item += 1
-    write_requests(args.out, requests)
-    print("%s: %d questions" % (args.out, item))
+
+            def make():
+                out = []
+                for depth in args.depth:
+                    rng = random.Random("needle %d %d %d %d" % (args.seed, needles, tokens, depth))
+                    out += needle_requests(rng, haystack, needles, tokens, depth, args.samples)
+                return out
+
+            requests += room.take("%d needles in %d tokens" % (needles, tokens), make)
+    room.check()
+    write_requests(args.out, [dict(r, item=i) for i, r in enumerate(requests)])
+    print("%s: %d questions" % (args.out, len(requests)))
     return 0
 
 
@@ -496,33 +534,46 @@ def qa5(rng):
 TASKS = {1: qa1, 2: qa2, 3: qa3, 4: qa4, 5: qa5}
 
 
+def babilong_requests(rng, haystack, task, tokens, samples):
+    """A setting's; its items are counted from 0."""
+    out = []
+    for item in range(samples):
+        facts, question, answer, answers = TASKS[task](rng)
+        story = spread(rng, haystack.take(rng, tokens), facts)
+        context = " ".join(story) + "\nQuestion: %s\nAnswer:" % question
+        for choice, word in enumerate(answers):
+            out.append(
+                {
+                    "context": context,
+                    "continuation": " " + word,
+                    "task": "qa%d" % task,
+                    "item": item,
+                    "distraction": tokens,
+                    "choice": choice,
+                    "gold": answers.index(answer),
+                }
+            )
+    return out
+
+
 def babilong(args):
     haystack = Haystack(args.text, open_tokenizer(args.tokenizer, args.pattern))
-    requests, item = [], 0
+    room, requests = Room(args.room, haystack.tokenizer), []
     for task in args.tasks:
         if task not in TASKS:
             raise UserError("--tasks %d: wanted 1 to 5" % task)
         for tokens in args.distraction:
             rng = random.Random("babilong %d %d %d" % (args.seed, task, tokens))
-            for _ in range(args.samples):
-                facts, question, answer, answers = TASKS[task](rng)
-                story = spread(rng, haystack.take(rng, tokens), facts)
-                context = " ".join(story) + "\nQuestion: %s\nAnswer:" % question
-                for choice, word in enumerate(answers):
-                    requests.append(
-                        {
-                            "context": context,
-                            "continuation": " " + word,
-                            "task": "qa%d" % task,
-                            "item": item,
-                            "distraction": tokens,
-                            "choice": choice,
-                            "gold": answers.index(answer),
-                        }
-                    )
-                item += 1
+            made = room.take(
+                "qa%d within %d tokens" % (task, tokens),
+                lambda: babilong_requests(rng, haystack, task, tokens, args.samples),
+            )
+            before = (requests[-1]["item"] + 1) if requests else 0
+            requests += [dict(r, item=before + r["item"]) for r in made]
+    room.check()
     write_requests(args.out, requests)
-    print("%s: %d questions, %d requests" % (args.out, item, len(requests)))
+    items = len(room.taken) * args.samples
+    print("%s: %d questions, %d requests" % (args.out, items, len(requests)))
     return 0
 
 
@@ -579,6 +630,12 @@ def main():
         p.add_argument("--samples", type=parse_samples, default=100, metavar="N",
                        help="questions of each setting; default 100")
         p.add_argument("--seed", type=int, default=0)
+        p.add_argument(
+            "--room",
+            type=parse_samples,
+            metavar="N",
+            help="positions of a model: settings of which a question needs more are named and left out",
+        )
         if name == "needle":
             p.add_argument(
                 "--needles", type=numbers, default=[2, 4, 6, 8, 10], metavar="N,...", help="default 2,4,6,8,10"

@@ -7,7 +7,8 @@
 #                       million tokens of each
 #   --requests DIR      every *.jsonl in it is scored: what data/evals.py lambada, choice, needle, babilong wrote
 #   --text FILE         a text: needles in a haystack and BabiLong are made from it, as long as the checkpoint's
-#                       context allows
+#                       context allows; settings that do not fit it are named and left out (in bytes, 10 needles alone
+#                       have some 500 tokens)
 #   --out DIR           default: RUN/eval/step-XXXXXXXX
 #   --samples N         questions of each setting of --text, default 100 (the paper: 500 needles)
 #   --lengths N,...     tokens of a haystack; default half of the context and all of it (1000,2000 of 2048)
@@ -48,10 +49,10 @@ done
 
 checkpoint=$given
 if [ ! -e "$checkpoint/config.json" ]; then
-    checkpoint=$(find "$given" -maxdepth 1 -name 'step-[0-9]*' ! -name '*.*' 2> /dev/null | sort | tail -n 1)
-    if [ -z "$checkpoint" ] || [ ! -e "$checkpoint/config.json" ]; then
+    newest='import sys; sys.path.insert(0, sys.argv[1]); import export; print(export.find_checkpoint(sys.argv[2]))'
+    checkpoint=$(python3 -c "$newest" "$root/scripts" "$given" 2> /dev/null) ||
         stop "$given: no checkpoint, and no run with one"
-    fi
+    [ -e "$checkpoint/config.json" ] || stop "$checkpoint: no config.json in it; wanted a checkpoint"
 fi
 checkpoint=$(cd "$checkpoint" && pwd)
 out=${out:-$(dirname "$checkpoint")/eval/$(basename "$checkpoint")}
@@ -108,7 +109,7 @@ make_requests() {
     local name=$1
     shift
     "$python" "$root/data/evals.py" "$name" --text "$text" --samples "$samples" --tokenizer "${tokenizer:-bytes}" \
-        ${pattern:+--pattern "$pattern"} "$@" \
+        ${pattern:+--pattern "$pattern"} --room "$positions" "$@" \
         --out "$out/$name.jsonl.partial"
 }
 score() {

@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """A checkpoint of mta.c for transformers and what builds on it:
 
-    export.py DIR OUT [--bf16]      DIR: a checkpoint, or a run's folder, of which the newest one is taken
+    export.py DIR OUT [--bf16]      DIR: a checkpoint, or a run's folder, of which the newest one is taken; also the
+        LLaMA of another program, in one file or in several under model.safetensors.index.json
 
 writes into OUT, which is new or empty:
     model.safetensors, config.json      the weights as they are stored (--bf16: rounded to bf16), without the optimizer
@@ -26,7 +27,7 @@ import zlib
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 CODE = os.path.join(ROOT, "scripts", "hf")
 sys.path.insert(0, os.path.join(ROOT, "data"))
-from tokenizer import PATTERNS, UserError, need, open_tokenizer, read_ranks  # noqa: E402
+from tokenizer import PATTERNS, UserError, members, need, open_tokenizer, read_ranks  # noqa: E402
 
 # What mta.c writes into the config.json of a model with an attention of its own: LLaMA's keys, then that attention's
 # with what they are where they are absent (mta/config.h).
@@ -54,6 +55,8 @@ AUTO_MAP = {
     "AutoModel": "modeling_mta.MtaModel",
     "AutoModelForCausalLM": "modeling_mta.MtaForCausalLM",
 }
+INDEX = "model.safetensors.index.json"
+WIDTHS = {"F32": 4, "BF16": 2, "F16": 2}  # bytes of a value
 PIECE = 1 << 24  # bytes read at once
 
 
@@ -65,16 +68,17 @@ def find_checkpoint(path):
     """The folder itself, or the newest checkpoint of a run's folder."""
     if os.path.isfile(os.path.join(path, "config.json")):
         return path
-    steps = sorted(d for d in (os.listdir(path) if os.path.isdir(path) else ()) if re.fullmatch(r"step-\d{8}", d))
+    names = os.listdir(path) if os.path.isdir(path) else ()
+    steps = [int(name[5:]) for name in names if re.fullmatch(r"step-(?!0\d{8})\d{8,18}", name)]
     if not steps:
         raise UserError("%s: no checkpoint: neither config.json nor step-NNNNNNNN in it" % path)
-    return os.path.join(path, steps[-1])
+    return os.path.join(path, "step-%08d" % max(steps))
 
 
 def read_json(path):
     try:
         with open(path, encoding="utf-8") as f:
-            value = json.load(f)
+            value = json.load(f, object_pairs_hook=members)
     except ValueError as e:
         raise UserError("%s: no JSON: %s" % (path, e))
     if not isinstance(value, dict):
@@ -166,25 +170,84 @@ def model_tensors(c):
 
 
 def read_header(path):
-    """{name: {"dtype", "shape", "data_offsets"}} of a safetensors file, and where its data start."""
+    """{name: {"dtype", "shape", "path", "begin", "end"}} of a safetensors file: where each tensor's bytes are."""
     with open(path, "rb") as f:
-        head = f.read(8)
-        size = struct.unpack("<Q", head)[0] if len(head) == 8 else 1 << 40
-        if size > os.path.getsize(path) - 8:
+        head, size = f.read(8), os.path.getsize(path)
+        length = struct.unpack("<Q", head)[0] if len(head) == 8 else 1 << 40
+        if length > size - 8:
             raise UserError("%s: no safetensors file" % path)
-        header = json.loads(f.read(size))
+        header = json.loads(f.read(length), object_pairs_hook=members)
     header.pop("__metadata__", None)
-    return header, 8 + size
+    start = 8 + length
+    for name, t in header.items():
+        begin, end = t.pop("data_offsets")
+        t.update(path=path, begin=start + begin, end=start + end)
+        if not start <= t["begin"] <= t["end"] <= size:
+            raise UserError("%s: tensor %s is not inside of the file" % (path, name))
+    return header
 
 
-def check_tensors(path, header, wanted):
-    for name in sorted(set(wanted) ^ set(header)):
-        raise UserError("%s: tensor %s is %s" % (path, name, "missing" if name in wanted else "not one of this model"))
+def weight_files(folder):
+    """The names of the files that hold the weights, and {tensor: its file} where there is an index, else None."""
+    index = os.path.join(folder, INDEX)
+    if os.path.isfile(os.path.join(folder, "model.safetensors")):
+        return ["model.safetensors"], None
+    if not os.path.isfile(index):
+        raise UserError("%s: neither model.safetensors nor %s in it, wanted a checkpoint" % (folder, INDEX))
+    placed = read_json(index).get("weight_map")
+    if not isinstance(placed, dict) or not placed:
+        raise UserError("%s: no weight_map" % index)
+    for name, file in placed.items():
+        if not isinstance(file, str) or "/" in file or file in ("", ".", ".."):
+            raise UserError("%s: %s: got %s, wanted the name of a file beside it" % (index, name, json.dumps(file)))
+    return sorted(set(placed.values())), placed
+
+
+def read_tensors(folder, files, placed):
+    """read_header of all files together."""
+    tensors = {}
+    for file in files:
+        for name, t in read_header(os.path.join(folder, file)).items():
+            if name in tensors:
+                raise UserError("%s: tensor %s is in %s too" % (t["path"], name, tensors[name]["path"]))
+            tensors[name] = t
+    for name, file in (placed or {}).items():
+        if name not in tensors or os.path.basename(tensors[name]["path"]) != file:
+            raise UserError("%s: tensor %s is not in %s" % (os.path.join(folder, INDEX), name, file))
+    return tensors
+
+
+def same_bytes(a, b):
+    if a["dtype"] != b["dtype"] or a["end"] - a["begin"] != b["end"] - b["begin"]:
+        return False
+    with open(a["path"], "rb") as x, open(b["path"], "rb") as y:
+        return all(p == q for p, q in zip(pieces(x, a), pieces(y, b)))
+
+
+def without_extras(tensors, config):
+    """The tensors but for what may stand beside a model: tables of RoPE, and the embedding once more as the head."""
+    tied = config.get("tie_word_embeddings") and {"lm_head.weight", "model.embed_tokens.weight"} <= set(tensors)
+    head = tensors["lm_head.weight"] if tied else None
+    if head and not same_bytes(head, tensors["model.embed_tokens.weight"]):
+        raise UserError(
+            "%s: tensor lm_head.weight is another than model.embed_tokens.weight, but config.json says that they are "
+            "one (tie_word_embeddings)" % head["path"]
+        )
+    return {n: t for n, t in tensors.items() if not n.endswith(".rotary_emb.inv_freq") and t is not head}
+
+
+def check_tensors(where, tensors, wanted):
+    for name in sorted(set(wanted) ^ set(tensors)):
+        at, what = (where, "missing") if name in wanted else (tensors[name]["path"], "not one of this model")
+        raise UserError("%s: tensor %s is %s" % (at, name, what))
     for name, shape in wanted.items():
-        if tuple(header[name]["shape"]) != shape:
-            raise UserError("%s: tensor %s: got %s, wanted %s" % (path, name, header[name]["shape"], list(shape)))
-        if header[name]["dtype"] not in ("F32", "BF16", "F16"):
-            raise UserError("%s: tensor %s: got %s, wanted F32, BF16 or F16" % (path, name, header[name]["dtype"]))
+        t = tensors[name]
+        if tuple(t["shape"]) != shape:
+            raise UserError("%s: tensor %s: got %s, wanted %s" % (t["path"], name, t["shape"], list(shape)))
+        if t["dtype"] not in WIDTHS:
+            raise UserError("%s: tensor %s: got %s, wanted F32, BF16 or F16" % (t["path"], name, t["dtype"]))
+        if t["end"] - t["begin"] != numel(shape) * WIDTHS[t["dtype"]]:
+            raise UserError("%s: tensor %s: %d bytes do not make its shape" % (t["path"], name, t["end"] - t["begin"]))
 
 
 def rounded_to_bf16(data, dtype):
@@ -196,28 +259,34 @@ def rounded_to_bf16(data, dtype):
     return numpy.where(nan, bits >> 16 | 0x40, near).astype("<u2").tobytes()
 
 
-def write_bf16(source, header, start, path):
-    """The same tensors in the same order, as BF16."""
-    names = sorted(header, key=lambda n: header[n]["data_offsets"][0])
+def pieces(f, t):
+    """The bytes of a tensor, of which f is the file."""
+    f.seek(t["begin"])
+    for left in range(t["end"] - t["begin"], 0, -PIECE):
+        piece = f.read(min(PIECE, left))
+        if len(piece) != min(PIECE, left):
+            raise UserError("%s: it became shorter" % t["path"])
+        yield piece
+
+
+def write_tensors(tensors, path, bf16):
+    """All tensors into one file, in the order in which they lie; bf16: rounded to it."""
+    names = sorted(tensors, key=lambda n: (tensors[n]["path"], tensors[n]["begin"]))
     out, at = {"__metadata__": {"format": "pt"}}, 0
     for name in names:
-        begin, end = header[name]["data_offsets"]
-        size = (end - begin) // (2 if header[name]["dtype"] == "F32" else 1)
-        out[name] = {"dtype": "BF16", "shape": header[name]["shape"], "data_offsets": [at, at + size]}
+        dtype = "BF16" if bf16 else tensors[name]["dtype"]
+        size = numel(tensors[name]["shape"]) * WIDTHS[dtype]
+        out[name] = {"dtype": dtype, "shape": tensors[name]["shape"], "data_offsets": [at, at + size]}
         at += size
     text = json.dumps(out).encode()
     text += b" " * (-(8 + len(text)) % 64)
-    with open(source, "rb") as f, open(path, "wb") as to:
+    with open(path, "wb") as to:
         to.write(struct.pack("<Q", len(text)) + text)
         for name in names:
-            begin, end = header[name]["data_offsets"]
-            f.seek(start + begin)
-            while begin < end:
-                piece = f.read(min(PIECE, end - begin))
-                if not piece:
-                    raise UserError("%s: ends inside of tensor %s" % (source, name))
-                begin += len(piece)
-                to.write(piece if header[name]["dtype"] == "BF16" else rounded_to_bf16(piece, header[name]["dtype"]))
+            t = tensors[name]
+            with open(t["path"], "rb") as f:
+                for piece in pieces(f, t):
+                    to.write(rounded_to_bf16(piece, t["dtype"]) if bf16 and t["dtype"] != "BF16" else piece)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -373,21 +442,23 @@ def write_tokenizer(folder, config, out):
 
 
 def export(folder, out, bf16):
-    names = {name: os.path.join(folder, name) for name in ("config.json", "model.safetensors")}
-    for path in names.values():
-        if not os.path.isfile(path):
-            raise UserError("%s: no such file, wanted a checkpoint of mta.c" % path)
-    config = read_config(names["config.json"])
-    verify(folder, [*names, config.get("tokenizer") or ""])
-    header, start = read_header(names["model.safetensors"])
-    check_tensors(names["model.safetensors"], header, model_tensors(config))
+    if not os.path.isfile(os.path.join(folder, "config.json")):
+        raise UserError("%s: no such file, wanted a checkpoint" % os.path.join(folder, "config.json"))
+    config = read_config(os.path.join(folder, "config.json"))
+    files, placed = weight_files(folder)
+    verify(folder, ["config.json", *files, config.get("tokenizer") or ""])
+    stored = read_tensors(folder, files, placed)
+    tensors = without_extras(stored, config)
+    check_tensors(folder, tensors, model_tensors(config))
 
-    weights, stored = os.path.join(out, "model.safetensors"), {t["dtype"] for t in header.values()}
-    if bf16 and stored != {"BF16"}:
-        write_bf16(names["model.safetensors"], header, start, weights)
-        config["torch_dtype"] = "bfloat16"
+    weights = os.path.join(out, "model.safetensors")
+    bf16 = bf16 and {t["dtype"] for t in tensors.values()} != {"BF16"}
+    if bf16 or len(files) > 1 or len(tensors) < len(stored):
+        write_tensors(tensors, weights, bf16)
     else:
-        shutil.copyfile(names["model.safetensors"], weights)
+        shutil.copyfile(os.path.join(folder, files[0]), weights)
+    if bf16:
+        config["dtype" if "dtype" in config else "torch_dtype"] = "bfloat16"
     if config["model_type"] == "mta":
         config["auto_map"] = AUTO_MAP
         for name in ("configuration_mta.py", "modeling_mta.py"):
@@ -399,7 +470,7 @@ def export(folder, out, bf16):
         ids["pad_token_id"] = 258
     if "eos_token_id" in ids:
         write_json(out, "generation_config.json", ids)
-    count = sum(numel(t["shape"]) for t in header.values())
+    count = sum(numel(t["shape"]) for t in tensors.values())
     return "%s, %d parameters, %s" % (config["model_type"], count, said)
 
 

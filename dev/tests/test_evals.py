@@ -337,6 +337,29 @@ class Generated(Case):
             depth = r["context"].index("number of %s is" % asked) / r["context"].index("Question:")
             self.assertTrue(abs(depth - r["depth"] / 100) < 0.13, (depth, r["depth"]))
 
+    def test_room(self):
+        """Settings that do not fit a model's positions are named and left out; where none fits it is refused."""
+        book, out = self.book(), self.path("r.jsonl")
+        shown = run("needle", "--text", book, "--samples", "3", "--length", "500,1000", "--room", "1024", "--out", out)
+        self.assertIn("10 needles in 500 tokens: left out: --length 500: 10 needles and the question alone have", shown)
+        requests = self.read("r.jsonl")
+        self.assertEqual([r["item"] for r in requests], list(range((5 + 4) * 5 * 3)))
+        self.assertEqual({r["length"] for r in requests if r["needles"] == 10}, {1000})
+        shown = run("babilong", "--text", book, "--samples", "30", "--distraction", "0,256", "--room", "1024",
+                    "--out", out)
+        requests = self.read("r.jsonl")
+        longest = {}
+        for r in requests:
+            need = len((r["context"] + r["continuation"]).encode())  # with BOS, without the last
+            longest[r["task"], r["distraction"]] = max(need, longest.get((r["task"], r["distraction"]), 0))
+        self.assertLessEqual(max(longest.values()), 1024)
+        left_out = {(m[1], int(m[2])) for m in re.finditer(r"(qa\d) within (\d+) tokens: left out", shown)}
+        self.assertEqual((len(left_out) + len(longest), left_out & set(longest)), (10, set()))
+        self.assertTrue(left_out and ("qa3", 256) in left_out, shown)
+        self.assertEqual(sorted({r["item"] for r in requests}), list(range(30 * len(longest))))
+        shown = run("babilong", "--text", book, "--samples", "2", "--room", "9", "--out", out, status=1)
+        self.assertRegex(shown, r"--room 9: no setting fits; the shortest needs \d+")
+
     def test_refusals(self):
         self.assertIn("no text to distract with", run("babilong", "--out", self.path("x"), "--samples", "1", status=1))
         self.assertIn(

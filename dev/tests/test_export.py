@@ -588,8 +588,72 @@ class Refusals(unittest.TestCase):
         with open(os.path.join(self.source, "config.json"), "a") as f:
             f.write("}")
         self.refused("no JSON")
+        write_config(self.source, self.config)
         os.remove(path)
-        self.refused("no such file")
+        self.refused("neither model.safetensors nor model.safetensors.index.json")
+        os.remove(os.path.join(self.source, "config.json"))
+        self.refused("no checkpoint")
+
+    def split(self):
+        """The model in two files under an index, as other programs save large ones."""
+        os.remove(os.path.join(self.source, "model.safetensors"))
+        names = sorted(self.tensors)
+        parts = {"model-0000%d-of-00002.safetensors" % (i + 1): names[i::2] for i in range(2)}
+        for file, inside in parts.items():
+            write_safetensors(os.path.join(self.source, file), {n: self.tensors[n] for n in inside})
+        self.index({"weight_map": {n: file for file, inside in parts.items() for n in inside}})
+        return parts
+
+    def index(self, value):
+        with open(os.path.join(self.source, "model.safetensors.index.json"), "w") as f:
+            json.dump(value, f)
+
+    def test_several_files(self):
+        """The same export as of one file, which infer_mta reads; what the index says wrongly is refused."""
+        run(sys.executable, EXPORT, self.source, self.out)
+        run(sys.executable, EXPORT, self.source, self.out + "_bf16", "--bf16")
+        parts = self.split()
+        for more in ((), ("--bf16",)):
+            out = os.path.join(self.folder, "again" + "".join(more))
+            run(sys.executable, EXPORT, self.source, out, *more)
+            want = read_safetensors(os.path.join(self.out + ("_bf16" if more else ""), "model.safetensors"))[0]
+            self.assertEqual(read_safetensors(os.path.join(out, "model.safetensors"))[0], want)
+            self.assertEqual([n for n in os.listdir(out) if "-of-" in n or "index" in n], [])
+            shutil.rmtree(self.out + ("_bf16" if more else ""))
+        first, second = parts
+        place = {n: file for file, inside in parts.items() for n in inside}
+        norm = "model.norm.weight"
+        for wrong, why in ((dict(place, **{norm: "gone.safetensors"}), "gone.safetensors"),
+                           (dict(place, **{norm: "../" + first}), "wanted the name of a file"),
+                           (dict(place, **{norm: second if place[norm] == first else first}), norm + " is not in"),
+                           (dict(place, more=first), "tensor more is not in"), ({}, "no weight_map")):
+            with self.subTest(why):
+                self.index({"weight_map": wrong})
+                self.refused(why)
+        write_safetensors(os.path.join(self.source, second), {n: self.tensors[n] for n in [*parts[second], norm]})
+        write_safetensors(os.path.join(self.source, first), {n: self.tensors[n] for n in [*parts[first], norm]})
+        self.index({"weight_map": place})
+        self.refused("tensor %s is in" % norm)
+
+    def test_what_stands_beside_a_model(self):
+        """Tables of RoPE and the embedding once more are left out; another head is refused."""
+        embed = self.tensors["model.embed_tokens.weight"]
+        table = ("F32", (1,), array.array("f", [1]).tobytes())
+        path = os.path.join(self.source, "model.safetensors")
+        more = {"model.layers.0.self_attn.rotary_emb.inv_freq": table, "lm_head.weight": embed}
+        write_safetensors(path, dict(self.tensors, **more))
+        run(sys.executable, EXPORT, self.source, self.out)
+        self.assertEqual(sorted(read_safetensors(os.path.join(self.out, "model.safetensors"))[0]), sorted(self.tensors))
+        shutil.rmtree(self.out)
+        write_safetensors(path, dict(self.tensors, **{"lm_head.weight": (*embed[:2], bytes(len(embed[2])))}))
+        self.refused("lm_head.weight is another")
+
+    def test_the_newest(self):
+        """Of a run the checkpoint with the largest number, whatever its digits; others' folders are none."""
+        for name in ("step-00000009", "step-100000000", "step-99999999", "step-9", "step-0999999999", "step-x"):
+            shutil.copytree(self.source, os.path.join(self.folder, "run", name))
+        done = run(sys.executable, EXPORT, os.path.join(self.folder, "run"), self.out)
+        self.assertIn("step-100000000 ->", done.stdout)
 
     def test_toy_and_unknown_tokenizers(self):
         for name, said in (("toy", "toy has no counterpart"), (None, "config.json names none")):
