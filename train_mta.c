@@ -45,6 +45,7 @@ static int omp_get_thread_num(void) { return 0; }
 
 #include "mta/config.h"
 #include "mta/exp.h"
+#include "mta/ranks_mpi.h"
 #include "mta/train.h"
 #include "mta/trainer.h"
 #include "mta/util.h"
@@ -1385,8 +1386,6 @@ typedef struct {
     size_t operands;             // values at the beginning of this memory that products read
 } Scratch;
 
-enum { MAX_WAITING = 12 };  // of MAX_RANKS shards
-
 typedef struct {
     Config config;
     TensorList tensors;
@@ -1397,6 +1396,7 @@ typedef struct {
     Ranks* ranks;                   // with which it is shared out, NULL = none
     real* waiting[MAX_WAITING];     // arenas for gradient sums of shards that wait for their neighbours
     int n_waiting;
+    RanksSum sum;  // of gradients, over the ranks
     real *activation_memory, *scratch_memory;
     double* sum_memory;    // attention's weight gradients
     unsigned char* wrong;  // (N) counted targets that another id beats
@@ -1618,6 +1618,7 @@ static void model_free(Model* m) {
                             m->activation_memory, m->scratch_memory, m->sum_memory, m->wrong};
     for (size_t i = 0; i < sizeof memory / sizeof memory[0]; i++) { free(memory[i]); }
     for (int i = 0; i < MAX_WAITING; i++) { free(m->waiting[i]); }
+    free(m->sum.room);
     products_free(m->products);
     tensor_list_free(&m->tensors);
     free(m);
@@ -1821,7 +1822,8 @@ static void model_zero_gradients(Model* m) {
 }
 
 // Adds n gradients of `more` to `sum`.
-static void gradients_add(void* sum, const void* more, size_t n) {
+static void gradients_add(void* model, void* sum, const void* more, size_t n) {
+    (void)model;
     real* a = (real*)sum;
     const real* b = (const real*)more;
 #pragma omp parallel for simd schedule(static)
@@ -1832,7 +1834,7 @@ static void gradients_add(void* sum, const void* more, size_t n) {
 // (mta/ranks.h) that wait, then waits too, unless it is the last.
 static void model_add_shard(Model* m, int done, int n) {
     for (int add = shards_to_add(done, n); add > 0; add--) {
-        gradients_add(m->grads, m->waiting[--m->n_waiting], m->tensors.numel);
+        gradients_add(m, m->grads, m->waiting[--m->n_waiting], m->tensors.numel);
     }
     if (done == n) { return; }
     real* sum = m->grads;
@@ -1901,7 +1903,7 @@ static StepResult train_step(Model* m, const Step* s) {
         while (step_next(s, &b)) { b.sum += model_forward_backward(m, b.tokens, b.targets, b.B, b.T, b.dloss); }
         model_add_shard(m, b.shard - (int)s->own.begin + 1, (int)(s->own.end - s->own.begin));
     } while (step_next_shard(s, &b));
-    ranks_reduce(m->ranks, m->grads, m->tensors.numel, sizeof(real), gradients_add);
+    ranks_reduce(m->ranks, m->grads, m->tensors.numel, &m->sum);
     step_sum(s, &b, m->ranks);
     double norm = step_updates(s, &b) ? model_update(m, &s->hyper, (long)s->number) : NAN;
     return step_result(s, &b, norm);
@@ -1939,14 +1941,15 @@ static void print_plan(Run* r) {
     MemoryPlan p = model_memory(&r->config, r->batch_size, r->seq_len, !options_evaluate(r->options));
     bool bf16 = r->trainer == trainer_cpu_bf16();
     size_t ranks = (size_t)run_ranks(r), shards = (size_t)shards_waiting(max_int(1, r->shards / run_ranks(r)));
-    const PlanRow rows[] = {{"weights fp32", p.weights},
-                            {"gradients", p.gradients},
-                            {"gradients of shards", shards * p.gradients},
-                            {"gradients of ranks", ranks > 1 && p.gradients ? RANKS_ROOM * sizeof(real) : 0},
-                            {ranks > 1 ? "own part of m, v" : "optimizer m, v", p.optimizer / ranks},
-                            {"activations", p.activations},
-                            {"scratch", p.scratch},
-                            {"rounded to bf16", bf16 ? p.rounded : 0}};
+    const PlanRow rows[] = {
+        {"weights fp32", p.weights},
+        {"gradients", p.gradients},
+        {"gradients of shards", shards * p.gradients},
+        {"gradients of ranks", ranks > 1 && p.gradients ? ranks_room((int)ranks, RANKS_ROOM) * sizeof(real) : 0},
+        {ranks > 1 ? "own part of m, v" : "optimizer m, v", p.optimizer / ranks},
+        {"activations", p.activations},
+        {"scratch", p.scratch},
+        {"rounded to bf16", bf16 ? p.rounded : 0}};
     int n = (int)(sizeof rows / sizeof rows[0]);
     snprintf(device, sizeof device, "%s, %d threads", cpu_name(name, sizeof name), omp_get_max_threads());
     PlanMachine machine = {device, matmul_rate(bf16), (double)memory_available() / ranks_here(r->ranks)};
@@ -2020,6 +2023,11 @@ static void table_share(void* model, Ranks* ranks, int shards) {
     for (int i = shards_waiting(shards / ranks->size); i > 0; i--) {
         m->waiting[i - 1] = (real*)alloc_or_die(m->tensors.numel, sizeof(real), "gradients of shards");
     }
+    if (ranks_alone(ranks)) { return; }
+    size_t elements = ranks_room(ranks->size, RANKS_ROOM);
+    char* room = (char*)alloc_or_die(elements, sizeof(real), "gradients of other ranks");
+    RanksSum sum = {gradients_add, m, sizeof(real), room, elements};
+    m->sum = sum;
 }
 
 const Trainer* trainer_cpu(void) {
@@ -2044,8 +2052,9 @@ int main(int argc, char** argv) {
     Error e = {{0}};
     TrainOptions options;
     Run run;
-    train_begin(&options, argc, argv);
+    train_begin(&options, argc, argv, ranks_of_mpi);
     blas_take_memory();
+    if (strcmp(options.reduce, "tree") != 0) { die("--reduce %s: the CPU trainer has no NCCL", options.reduce); }
     bool bf16 = options.matmul && !strcmp(options.matmul, "bf16");
     if (bf16 && !bf16_products(&e)) { die("--matmul bf16: %s", e.text); }
     if (strcmp(options.attention_kernels, "own") != 0) {

@@ -29,6 +29,7 @@
 #include <string.h>
 #include <algorithm>
 #include <type_traits>
+#include <vector>
 
 #include <cublas_v2.h>
 #include <cuda_bf16.h>
@@ -37,6 +38,7 @@
 
 #include "mta/attention_cudnn.h"
 #include "mta/config.h"
+#include "mta/ranks_nccl.h"
 #include "mta/train.h"
 #include "mta/trainer.h"
 #include "mta/util.h"
@@ -87,8 +89,8 @@ enum { EXIT_CUDA = 70 };  // a CUDA call failed that should not have; a missing 
 
 static void cuda_fail(const char* what, const char* call, const char* file, int line) {
     fflush(stdout);
-    fprintf(stderr, "train_mta_cuda: CUDA error at %s:%d: %s, in %.*s\n", file, line, what, (int)strcspn(call, "("),
-            call);  // arguments fill lines
+    fprintf(stderr, "%s: CUDA error at %s:%d: %s, in %.*s\n", program_invocation_short_name, file, line, what,
+            (int)strcspn(call, "("), call);  // arguments fill lines
     exit(EXIT_CUDA);
 }
 static void cuda_check(cudaError_t e, const char* call, const char* file, int line) {
@@ -263,6 +265,13 @@ static void convert(To* to, const From* from, size_t n, Cuda* g, bool wide = fal
     launchCheck(g->stream);
 }
 
+// The GPU of this process: the first, unless several share a machine (mta/ranks_nccl.h).
+static int device_own(void) {
+    int device = 0;
+    if (cudaGetDevice(&device) != cudaSuccess) { cudaGetLastError(); }
+    return device;
+}
+
 // Is there a GPU that this build can use? False with one line that says what is missing.
 static bool cuda_open(Cuda* g, Error* e) {
     int devices = 0, driver = 0, runtime = 0;
@@ -279,9 +288,9 @@ static bool cuda_open(Cuda* g, Error* e) {
         return fail(e, "no usable NVIDIA GPU (%s); train_mta trains on the CPU",
                     status != cudaSuccess ? cudaGetErrorString(status) : "none found");
     }
-    cudaCheck(cudaSetDevice(0));
+    cudaCheck(cudaSetDevice(device_own()));
     cudaDeviceProp device;
-    cudaCheck(cudaGetDeviceProperties(&device, 0));
+    cudaCheck(cudaGetDeviceProperties(&device, device_own()));
     if (device.major < 8) {
         return fail(e, "%s has compute capability %d.%d, wanted 8.0 or more (bf16)", device.name, device.major,
                     device.minor);
@@ -306,7 +315,7 @@ static bool cuda_open(Cuda* g, Error* e) {
 // Bytes of shared memory that a block may have at most; without a GPU, where only a plan is made, as many as one likes.
 static size_t device_shared(void) {
     int bytes = 0;
-    if (cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, 0) == cudaSuccess) {
+    if (cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device_own()) == cudaSuccess) {
         return (size_t)bytes;
     }
     cudaGetLastError();
@@ -3583,8 +3592,16 @@ typedef struct {
     int att_parts;   // of acts.att
     int logit_rows;  // rows of a classifier chunk
     Recompute recompute;
-    floatX* weights;                // arenas of tensors.numel
-    float *master, *grads, *m, *v;  // master is weights where storage is fp32
+    floatX* weights;                // arenas of tensors.numel, and some more where ranks have parts of equal size
+    float *master, *grads, *m, *v;  // master, m, v: of own elements, the first at own.begin; master is weights in fp32
+    Ranks* ranks;                   // with which the model is shared out, NULL = none
+    int shards;                     // of a step
+    Span own;                       // elements that this process updates
+    size_t part;                    // elements that the first rank updates, and no rank more
+    float* waiting[MAX_WAITING];    // arenas for gradient sums of shards that wait for their neighbours
+    int n_waiting;
+    RanksSum sum;    // of gradients, over the ranks
+    bool own_order;  // sum as the tree has it; else as NCCL does
     char *activation_memory, *scratch_memory;
     Activations acts;
     Scratch scratch;
@@ -3804,35 +3821,55 @@ static size_t carve_scratch(Scratch* s, const Config* c, int B, int T, int chunk
     return carve(list, (int)(sizeof list / sizeof list[0]), base);
 }
 
-// Bytes of each allocation of a model, in the order of the plan that is printed before any is made.
+// Bytes of each allocation of a model, in the order of the plan that is printed before any is made. waiting: of one
+// arena for each shard that waits; room: of gradients of other ranks.
 typedef struct {
-    size_t weights, gradients, optimizer, activations, scratch;
+    size_t weights, gradients, waiting, room, optimizer, activations, scratch;
 } MemoryPlan;
 
-static MemoryPlan model_memory(const Config* c, int B, int T, int chunk, Recompute recompute) {
+// A model's shape and who else there is.
+typedef struct {
+    int B, T, chunk;
+    Recompute recompute;
+    int ranks, shards;
+} ModelShape;
+static ModelShape shape_alone(int B, int T, int chunk, Recompute recompute) { return {B, T, chunk, recompute, 1, 1}; }
+
+#if !defined(GRADIENT_ROOM)
+#define GRADIENT_ROOM (1 << 26)  // elements, a quarter of a GiB: of 880m on 8 GPUs 14 pieces
+#endif
+
+static MemoryPlan model_memory(const Config* c, const ModelShape* x) {
     TensorList list;
     Activations acts;
     Scratch scratch;
     tensor_list(&list, c);
-    size_t f = list.numel * sizeof(float), optimizer = EXACT ? 2 * f : 3 * f;
-    if (recompute == FORWARD_ONLY) { f = 0, optimizer = EXACT ? 0 : largest_tensor(&list) * sizeof(float); }
-    MemoryPlan p = {list.numel * sizeof(floatX), f, optimizer,
-                    carve_activations(&acts, c, B, T, chunk, recompute, NULL),
-                    carve_scratch(&scratch, c, B, T, chunk, NULL)};
+    bool trains = x->recompute != FORWARD_ONLY;
+    size_t f = sizeof(float), part = ranks_most_elements(x->ranks, list.numel), all = part * (size_t)x->ranks,
+           room = x->ranks > 1 ? ranks_room(x->ranks, GRADIENT_ROOM) * f : 0,
+           waiting = (size_t)shards_waiting(max_int(1, x->shards / x->ranks)) * list.numel * f;
+    MemoryPlan p = {(trains ? all : list.numel) * sizeof(floatX),
+                    trains ? all * f : 0,
+                    trains ? waiting : 0,
+                    trains ? room : 0,
+                    trains ? (EXACT ? 2 : 3) * part * f : 0,
+                    carve_activations(&acts, c, x->B, x->T, x->chunk, x->recompute, NULL),
+                    carve_scratch(&scratch, c, x->B, x->T, x->chunk, NULL)};
     tensor_list_free(&list);
     return p;
 }
 static size_t memory_total(const MemoryPlan* p) {
-    return p->weights + p->gradients + p->optimizer + p->activations + p->scratch;
+    return p->weights + p->gradients + p->waiting + p->room + p->optimizer + p->activations + p->scratch;
 }
 
 // The largest micro-batch whose plan fits into `bytes`; 0: not even one sequence does.
-static int largest_batch(const Config* c, int T, int chunk, Recompute recompute, size_t bytes) {
+static int largest_batch(const Config* c, const ModelShape* shape, size_t bytes) {
     int fits = 0;
-    for (int B = 1; B <= 1024; B++) {
-        MemoryPlan p = model_memory(c, B, T, chunk, recompute);
+    ModelShape x = *shape;
+    for (x.B = 1; x.B <= 1024; x.B++) {
+        MemoryPlan p = model_memory(c, &x);
         if (memory_total(&p) > bytes) { break; }
-        fits = B;
+        fits = x.B;
     }
     return fits;
 }
@@ -3884,15 +3921,58 @@ static bool shared_check(const Config* c, size_t shared, Error* e) {
 }
 
 static void model_free(Model* m);
+static void gradients_add(void* model, void* sum, const void* more, size_t n);
 enum { MEMORY_RESERVE_MIB = 512 };  // for the code of kernels and of cuBLAS, graphs and fragmentation
 
-// A model for micro-batches of at most B x T; chunk 0: chosen; CHUNK_CUDNN: and cuDNN where it serves. NULL with a
-// message if there is no GPU or too little memory, or if cuDNN was wanted and has no plans.
-static Model* model_create(const Config* config, int B, int T, int chunk, Recompute recompute, Error* e) {
+// Refuses a model that does not fit into what is free of the GPU's memory.
+static bool memory_check(const Config* c, const ModelShape* x, Error* e) {
+    MemoryPlan p = model_memory(c, x);
+    size_t available = 0, total = 0, reserve = (size_t)MEMORY_RESERVE_MIB << 20;
+    cudaCheck(cudaMemGetInfo(&available, &total));
+    if (memory_total(&p) + reserve <= available) { return true; }
+    ModelShape least = *x;
+    least.recompute = RECOMPUTE_BLOCK;
+    size_t room = available > reserve ? available - reserve : 0;
+    int fits = largest_batch(c, x, room), most = largest_batch(c, &least, room);
+    char advice[128] = "not even one sequence fits: wanted a smaller --seq-len or model, or a larger GPU";
+    if (most > 0) {
+        snprintf(advice, sizeof advice, "the largest that fits is %d sequences, %d with --recompute block", fits, most);
+    }
+    return fail(e, "a micro-batch of %d x %d tokens needs %zu MiB, the GPU has %zu MiB free; %s", x->B, x->T,
+                (memory_total(&p) + reserve) >> 20, available >> 20, advice);
+}
+
+// The arenas, all zero: weights, gradients, those of shards that wait, m, v and the master weights of own elements.
+static bool model_arenas(Model* m, const MemoryPlan* p, Error* e) {
+    cudaStream_t stream = m->cuda.stream;
+    int n = m->tensors.numel ? (int)(p->waiting / (m->tensors.numel * sizeof(float))) : 0;
+    bool ok = device_memory(&m->weights, p->weights, "weights", e);
+    if (ok) { cudaCheck(cudaMemsetAsync(m->weights, 0, p->weights, stream)); }
+    if (!ok || !p->gradients) { return ok; }
+    size_t own = m->part * sizeof(float);
+    ok = device_memory(&m->grads, p->gradients, "gradients", e) &&
+         (!p->room || device_memory(&m->sum.room, p->room, "gradients of ranks", e)) &&
+         (EXACT || device_memory(&m->master, own, "master weights", e)) &&
+         device_memory(&m->m, own, "optimizer state m", e) && device_memory(&m->v, own, "optimizer state v", e);
+    for (int i = 0; i < n && ok; i++) { ok = device_memory(&m->waiting[i], p->waiting / n, "gradients of shards", e); }
+    if (!ok) { return false; }
+    cudaCheck(cudaMemsetAsync(m->grads, 0, p->gradients, stream));
+    float* const state[] = {m->m, m->v, m->master};
+    for (int i = 0; i < (EXACT ? 2 : 3); i++) { cudaCheck(cudaMemsetAsync(state[i], 0, own, stream)); }
+    if (EXACT) { m->master = (float*)(void*)m->weights + m->own.begin; }
+    return true;
+}
+
+// A model for micro-batches of at most B x T; chunk 0: chosen; CHUNK_CUDNN: and cuDNN where it serves. ranks: with
+// which it is shared out, NULL = none. NULL with a message if there is no GPU or too little memory, or if cuDNN was
+// wanted and has no plans.
+static Model* model_create(const Config* config, const ModelShape* shape, Ranks* ranks, Error* e) {
+    int B = shape->B, T = shape->T, chunk = shape->chunk;
     if (!model_check(config, B, T, e)) { return NULL; }
     Model* m = (Model*)alloc_or_die(1, sizeof(Model), "model");
     m->config = *config;
-    m->B = B, m->T = T, m->recompute = recompute, m->graphs = !WAITS;
+    m->B = B, m->T = T, m->recompute = shape->recompute, m->graphs = !WAITS;
+    m->ranks = ranks, m->shards = shape->shards, m->own_order = true;
     m->logit_rows = logit_rows(config->vocab_size, B * T);
     tensor_list(&m->tensors, config);
     if (!cuda_open(&m->cuda, e) || !shared_check(config, device_shared(), e)) {
@@ -3903,51 +3983,28 @@ static Model* model_create(const Config* config, int B, int T, int chunk, Recomp
     m->chunk = plan.chunked.chunk, m->sequences = plan.S, m->flash = chunk <= 0, m->by_cudnn = chunk == CHUNK_CUDNN,
     m->att_parts = att_parts(config, chunk);
     if (m->by_cudnn && (!attention_cudnn_open(&m->cudnn, m->cuda.stream, e) ||
-                        (plan.any_cudnn &&
-                         !cudnn_plans(&m->cudnn, &plan.chunked, B, m->att_parts > 1, recompute != FORWARD_ONLY, e)))) {
+                        (plan.any_cudnn && !cudnn_plans(&m->cudnn, &plan.chunked, B, m->att_parts > 1,
+                                                        shape->recompute != FORWARD_ONLY, e)))) {
         model_free(m);
         return NULL;
     }
-    MemoryPlan p = model_memory(config, B, T, chunk, recompute);
-    size_t available = 0, total = 0, reserve = (size_t)MEMORY_RESERVE_MIB << 20;
-    cudaCheck(cudaMemGetInfo(&available, &total));
-    if (memory_total(&p) + reserve > available) {
-        size_t room = available > reserve ? available - reserve : 0;
-        int fits = largest_batch(config, T, chunk, recompute, room),
-            most = largest_batch(config, T, chunk, RECOMPUTE_BLOCK, room);
-        char advice[128] = "not even one sequence fits: wanted a smaller --seq-len or model, or a larger GPU";
-        if (most > 0) {
-            snprintf(advice, sizeof advice, "the largest that fits is %d sequences, %d with --recompute block", fits,
-                     most);
-        }
-        fail(e, "a micro-batch of %d x %d tokens needs %zu MiB, the GPU has %zu MiB free; %s", B, T,
-             (memory_total(&p) + reserve) >> 20, available >> 20, advice);
+    m->part = ranks_most_elements(shape->ranks, m->tensors.numel);
+    m->own = ranks_elements(ranks, ranks_number(ranks), m->tensors.numel);
+    m->sum.add = gradients_add, m->sum.state = m, m->sum.bytes = sizeof(float);
+    m->sum.elements = ranks_room(shape->ranks, GRADIENT_ROOM);
+    if (!ranks_alone(ranks)) { ranks->work = m->cuda.stream; }
+    MemoryPlan p = model_memory(config, shape);
+    if (!memory_check(config, shape, e) || !model_arenas(m, &p, e) ||
+        !device_memory(&m->activation_memory, p.activations, "activations", e) ||
+        !device_memory(&m->scratch_memory, p.scratch, "scratch", e)) {
         model_free(m);
         return NULL;
     }
-    size_t n = m->tensors.numel, f = sizeof(float);
-    bool trains = recompute != FORWARD_ONLY;
-    size_t masters = trains ? n : largest_tensor(&m->tensors);
-    bool ok = device_memory(&m->weights, n * sizeof(floatX), "weights", e) &&
-              (EXACT || device_memory(&m->master, masters * f, "master weights", e)) &&
-              (!trains || (device_memory(&m->grads, n * f, "gradients", e) &&
-                           device_memory(&m->m, n * f, "optimizer state m", e) &&
-                           device_memory(&m->v, n * f, "optimizer state v", e))) &&
-              device_memory(&m->activation_memory, p.activations, "activations", e) &&
-              device_memory(&m->scratch_memory, p.scratch, "scratch", e);
-    if (!ok) {
-        model_free(m);
-        return NULL;
-    }
-    if (EXACT) { m->master = (float*)(void*)m->weights; }
-    carve_activations(&m->acts, config, B, T, chunk, recompute, m->activation_memory);
+    carve_activations(&m->acts, config, B, T, chunk, shape->recompute, m->activation_memory);
     carve_scratch(&m->scratch, config, B, T, chunk, m->scratch_memory);
     blasCheck(cublasSetWorkspace(m->cuda.blas, m->scratch.workspace, BLAS_WORKSPACE));
-    float* const arenas[] = {m->master, m->grads, m->m, m->v};
-    for (int i = 0; i < 4 && trains; i++) { cudaCheck(cudaMemsetAsync(arenas[i], 0, n * f, m->cuda.stream)); }
-    cudaCheck(cudaMemsetAsync(m->weights, 0, n * sizeof(floatX), m->cuda.stream));
     carve_sums(&m->sums, config, m->scratch.sums);
-    size_t N = (size_t)B * T, table = (size_t)T * (config_head_size(config) / 2);
+    size_t N = (size_t)B * T, table = (size_t)T * (config_head_size(config) / 2), f = sizeof(float);
     m->wrong = (unsigned char*)alloc_or_die(N, 1, "wrong targets");
     m->losses = (float*)alloc_or_die(N, sizeof(float), "losses");
     m->rows = (int*)alloc_or_die(N, sizeof(int), "rows by token");
@@ -3964,10 +4021,13 @@ static Model* model_create(const Config* config, int B, int T, int chunk, Recomp
 static void model_free(Model* m) {
     if (m->forward.graph) { cudaCheck(cudaGraphExecDestroy(m->forward.graph)); }
     if (m->backward.graph) { cudaCheck(cudaGraphExecDestroy(m->backward.graph)); }
-    void* const device[] = {m->weights, EXACT ? NULL : m->master, m->grads,         m->m,
-                            m->v,       m->activation_memory,     m->scratch_memory};
+    void* const device[] = {m->weights, EXACT ? NULL : m->master, m->grads,          m->m,
+                            m->v,       m->activation_memory,     m->scratch_memory, m->sum.room};
     for (size_t i = 0; i < sizeof device / sizeof device[0]; i++) {
         if (device[i]) { cudaCheck(cudaFree(device[i])); }
+    }
+    for (int i = 0; i < MAX_WAITING; i++) {
+        if (m->waiting[i]) { cudaCheck(cudaFree(m->waiting[i])); }
     }
     void* const host[] = {m->wrong, m->losses, m->rows, m->starts};
     for (size_t i = 0; i < sizeof host / sizeof host[0]; i++) { free(host[i]); }
@@ -4236,31 +4296,79 @@ static void model_zero_gradients(Model* m) {
     cudaCheck(cudaMemsetAsync(m->grads, 0, m->tensors.numel * sizeof(float), m->cuda.stream));
 }
 
-// norm_parts (gridDim.x): sums of squares, each block its share of the gradients; n is a multiple of 4
-enum { NORM_THREADS = 256 };
-static __global__ void gradient_norm_kernel(double* norm_parts, const float* grads, size_t n) {
-    size_t step = (size_t)gridDim.x * blockDim.x * 4;
+// sum (n) += more (n), n a multiple of 4. A thread owns 4.
+static __global__ void gradients_add_kernel(float* sum, const float* more, size_t n) {
+    size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * 4;
+    if (i >= n) { return; }
+    Pack<float, 4> x = load<4>(sum + i), y = load<4>(more + i);
+    for (int e = 0; e < 4; e++) { x.v[e] += y.v[e]; }
+    store<4>(sum + i, x);
+}
+static void gradients_add(void* model, void* sum, const void* more, size_t n) {
+    Cuda* g = &((Model*)model)->cuda;
+    LAUNCH(gradients_add_kernel, ceil_div(n, 256 * 4), 256, 0, g->stream, (float*)sum, (const float*)more, n);
+    launchCheck(g->stream);
+}
 
-    // Every thread strides over the whole arena; which elements a block has depends on the size alone, and so does the
-    // order of the sum.
+// The gradients of this process's shard `done` (1 = first) of n are complete: adds those of its neighbours in the tree
+// (mta/ranks.h) that wait, then waits too, unless it is the last. It is copied, since graphs hold the pointer to grads.
+static void model_add_shard(Model* m, int done, int n) {
+    if (done == 1) { m->n_waiting = 0; }  // whatever a signal has left
+    for (int add = shards_to_add(done, n); add > 0; add--) {
+        gradients_add(m, m->grads, m->waiting[--m->n_waiting], m->tensors.numel);
+    }
+    if (done == n) { return; }
+    cudaCheck(cudaMemcpyAsync(m->waiting[m->n_waiting++], m->grads, m->tensors.numel * sizeof(float),
+                              cudaMemcpyDeviceToDevice, m->cuda.stream));
+}
+
+// The sums over all ranks, each rank those of its own elements.
+static void model_reduce(Model* m) {
+    if (m->own_order) {
+        ranks_reduce(m->ranks, m->grads, m->tensors.numel, &m->sum);
+    } else {
+        ranks_reduce_equal(m->ranks, m->grads, m->part);
+    }
+}
+
+// norm_parts (gridDim.x): sums of squares of n gradients, n a multiple of 4. A block begins `apart` after the one
+// before and goes by `step` as far as `reach`: so which elements it has depends on these alone.
+enum { NORM_THREADS = 256 };
+static __global__ void gradient_norm_kernel(double* norm_parts, const float* grads, size_t n, size_t apart,
+                                            size_t reach, size_t step) {
+    size_t begin = blockIdx.x * apart, end = n - begin < reach ? n : begin + reach;
     float sum = 0;
-    for (size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * 4; i < n; i += step) {
+    for (size_t i = begin + threadIdx.x * 4; i < end; i += step) {
         Pack<float, 4> x = load<4>(grads + i);
         for (int e = 0; e < 4; e++) { sum += x.v[e] * x.v[e]; }
     }
     sum = block_reduce(sum, false);
     if (threadIdx.x == 0) { norm_parts[blockIdx.x] = (double)sum; }
 }
-// Square root of the sum of squares of all gradients; not finite if any is not.
+// Square root of the sum of squares of all gradients; not finite if any is not. With one shard the blocks stride over
+// the whole arena together; with several each has RANKS_BLOCK elements, so that ranks can share them out, and the sum
+// is that of the blocks in their order, whoever has computed them.
 static double gradient_norm(const Model* m, Cuda* g) {
-    double parts[NORM_BLOCKS], total = 0;
-    int blocks = min_int(NORM_BLOCKS, ceil_div(m->tensors.numel, NORM_THREADS * 4));
-    LAUNCH(gradient_norm_kernel, blocks, NORM_THREADS, 0, g->stream, m->scratch.norm_parts, m->grads, m->tensors.numel);
-    launchCheck(g->stream);
-    cudaCheck(
-        cudaMemcpyAsync(parts, m->scratch.norm_parts, blocks * sizeof(double), cudaMemcpyDeviceToHost, g->stream));
+    size_t n = m->tensors.numel, apart = NORM_THREADS * 4, reach = n,
+           blocks = (size_t)min_int(NORM_BLOCKS, ceil_div(n, apart)), step = blocks * apart;
+    Span own = {0, blocks};
+    if (m->shards > 1) {
+        step = apart, apart = reach = RANKS_BLOCK, blocks = (size_t)ceil_div(n, apart);
+        own = ranks_own(m->ranks, blocks);
+    }
+    double *parts = (double*)alloc_or_die(blocks, sizeof(double), "norm sums"), total = 0;
+    for (size_t b = own.begin; b < own.end; b += NORM_BLOCKS) {
+        size_t count = own.end - b < NORM_BLOCKS ? own.end - b : (size_t)NORM_BLOCKS;
+        LAUNCH(gradient_norm_kernel, (unsigned)count, NORM_THREADS, 0, g->stream, m->scratch.norm_parts,
+               m->grads + b * apart, n - b * apart, apart, reach, step);
+        launchCheck(g->stream);
+        cudaCheck(cudaMemcpyAsync(parts + b, m->scratch.norm_parts, count * sizeof(double), cudaMemcpyDeviceToHost,
+                                  g->stream));
+    }
     cudaCheck(cudaStreamSynchronize(g->stream));
-    for (int i = 0; i < blocks; i++) { total += parts[i]; }
+    ranks_gather(m->ranks, parts, blocks * sizeof(double), sizeof(double));
+    for (size_t i = 0; i < blocks; i++) { total += parts[i]; }
+    free(parts);
     return sqrt(total);
 }
 
@@ -4306,9 +4414,13 @@ static double model_update(Model* m, const AdamW* h, long step) {
                    (float)(1 - h->lr * h->weight_decay),
                    (float)(h->lr / (1 - pow(h->beta1, (double)step))),
                    (float)(1 / sqrt(1 - pow(h->beta2, (double)step)))};
-    LAUNCH(adamw_kernel<8>, ceil_div(m->tensors.numel, 256 * 8), 256, 0, g->stream, m->weights, m->master, m->m, m->v,
-           m->grads, m->tensors.numel, s);
-    launchCheck(g->stream);
+    size_t first = m->own.begin, n = m->own.end - first;
+    if (n) {  // a small model has less blocks than there may be ranks
+        LAUNCH(adamw_kernel<8>, ceil_div(n, 256 * 8), 256, 0, g->stream, m->weights + first, m->master, m->m, m->v,
+               m->grads + first, n, s);
+        launchCheck(g->stream);
+    }
+    ranks_gather_equal(m->ranks, m->weights, m->part * sizeof(floatX));
     return norm;
 }
 
@@ -4320,8 +4432,16 @@ static double model_update(Model* m, const AdamW* h, long step) {
 // finite. The GPU has done all of it on return.
 static StepResult train_step(Model* m, const Step* s) {
     Batch b = step_begin(s);
-    model_zero_gradients(m);
-    while (step_next(s, &b)) { b.sum += model_forward_backward(m, b.tokens, b.targets, b.B, b.T, b.dloss); }
+    do {
+        model_zero_gradients(m);
+        while (step_next(s, &b)) {
+            b.sum += model_forward_backward(m, b.tokens, b.targets, b.B, b.T, b.dloss);
+            ranks_moved(m->ranks);
+        }
+        model_add_shard(m, b.shard - (int)s->own.begin + 1, (int)(s->own.end - s->own.begin));
+    } while (step_next_shard(s, &b));
+    model_reduce(m);
+    step_sum(s, &b, m->ranks);
     double norm = step_updates(s, &b) ? model_update(m, &s->hyper, (long)s->number) : (double)NAN;
     cudaCheck(cudaStreamSynchronize(m->cuda.stream));
     return step_result(s, &b, norm);
@@ -4391,21 +4511,26 @@ static void print_attention(const Run* r, int chunk) {
     printf("\n");
 }
 
+static ModelShape model_shape(const Run* r, int chunk) {
+    return {r->batch_size, r->seq_len, chunk, recompute_of(r->options->recompute), run_ranks(r), r->shards};
+}
+
 // Needs no GPU; with one, says how large a micro-batch its free memory would hold. chunk: of model_create
 static void print_plan(Run* r, int chunk) {
-    const TrainOptions* o = r->options;
-    Recompute recompute = recompute_of(o->recompute);
     cudaDeviceProp device;
     int devices = 0;
     bool found = cudaGetDeviceCount(&devices) == cudaSuccess && devices > 0 &&
-                 cudaGetDeviceProperties(&device, 0) == cudaSuccess;
+                 cudaGetDeviceProperties(&device, device_own()) == cudaSuccess;
     cudaGetLastError();
-    MemoryPlan p = model_memory(&r->config, r->batch_size, r->seq_len, chunk, recompute);
+    ModelShape shape = model_shape(r, chunk);
+    MemoryPlan p = model_memory(&r->config, &shape);
     const PlanRow rows[] = {{"weights " PRECISION_NAME, p.weights},
                             {"gradients fp32", p.gradients},
-                            {recompute == FORWARD_ONLY ? "one tensor fp32"
-                             : EXACT                   ? "optimizer m, v"
-                                                       : "optimizer m, v, master",
+                            {"gradients of shards", p.waiting},
+                            {"gradients of ranks", p.room},
+                            {shape.ranks > 1 ? (EXACT ? "own part of m, v" : "own m, v, master")
+                             : EXACT         ? "optimizer m, v"
+                                             : "optimizer m, v, master",
                              p.optimizer},
                             {"activations", p.activations},
                             {"scratch", p.scratch}};
@@ -4420,8 +4545,7 @@ static void print_plan(Run* r, int chunk) {
         return;
     }
     printf("device      %s, %.1f MiB free of %.1f; the largest micro-batch that fits: %d\n", device.name,
-           (double)available / 1048576, (double)total / 1048576,
-           largest_batch(&r->config, r->seq_len, chunk, recompute, room));
+           (double)available / 1048576, (double)total / 1048576, largest_batch(&r->config, &shape, room));
     fflush(stdout);
 }
 
@@ -4429,43 +4553,66 @@ static void print_plan(Run* r, int chunk) {
 // The table of this trainer (mta/trainer.h), and main
 
 static void* table_create(const Config* c, int B, int T, int chunk, bool training, Error* e) {
-    return model_create(c, B, T, chunk, training ? RECOMPUTE_NONE : FORWARD_ONLY, e);
+    ModelShape x = shape_alone(B, T, chunk, training ? RECOMPUTE_NONE : FORWARD_ONLY);
+    return model_create(c, &x, NULL, e);
 }
 static void table_destroy(void* m) { model_free((Model*)m); }
 static const TensorList* table_tensors(const void* m) { return &((const Model*)m)->tensors; }
 
-// In fp32 on the device. The weights that the products read are apart where their storage is bf16: the rounded master
-// weights.
-static float* table_state(const Model* m, StateKind kind, int i) {
+// Where values of a tensor lie on the device: of *n of them from value *from on, in fp32. Of m, v and master weights
+// apart those that are this process's own: then *from and *n become theirs.
+static float* table_state(const Model* m, StateKind kind, int tensor, size_t* from, size_t* n) {
     float* const arenas[] = {m->master, m->grads, m->m, m->v, m->master};
-    bool passing = !EXACT && m->recompute == FORWARD_ONLY;  // then masters are only on their way to the weights
-    return arenas[kind] + (passing ? 0 : m->tensors.specs[i].offset);
+    size_t offset = m->tensors.specs[tensor].offset, begin = offset + *from, end = begin + *n;
+    if (kind == STATE_GRADIENT) { return m->grads + begin; }
+    if (EXACT && (kind == STATE_WEIGHT || kind == STATE_MASTER)) { return (float*)(void*)m->weights + begin; }
+    begin = begin > m->own.begin ? begin : m->own.begin;
+    end = end < m->own.end ? end : m->own.end;
+    *from = begin - offset, *n = begin < end ? end - begin : 0;
+    if (!*n) { return NULL; }
+    return arenas[kind] + (begin - m->own.begin);
 }
+
+// In bf16 the weights that the products read are apart: the rounded master weights, and all that there is of those
+// where nothing is trained.
 static void table_set(void* model, StateKind kind, int tensor, const float* data) {
     Model* m = (Model*)model;
-    size_t n = m->tensors.specs[tensor].numel;
-    float* state = table_state(m, kind, tensor);
-    floatX* rounded = m->weights + m->tensors.specs[tensor].offset;
-    cudaCheck(cudaMemcpyAsync(state, data, n * sizeof(float), cudaMemcpyHostToDevice, m->cuda.stream));
-    if (!EXACT && (kind == STATE_WEIGHT || kind == STATE_MASTER)) { convert(rounded, state, n, &m->cuda); }
-    if (!EXACT && kind == STATE_WEIGHT) { convert(state, rounded, n, &m->cuda); }
-    cudaCheck(cudaStreamSynchronize(m->cuda.stream));
+    cudaStream_t stream = m->cuda.stream;
+    size_t from = 0, n = m->tensors.specs[tensor].numel;
+    std::vector<floatX> rounded;
+    std::vector<float> widened;
+    if (!EXACT && (kind == STATE_WEIGHT || kind == STATE_MASTER)) {
+        rounded.assign(data, data + n);
+        cudaCheck(cudaMemcpyAsync(m->weights + m->tensors.specs[tensor].offset, rounded.data(), n * sizeof(floatX),
+                                  cudaMemcpyHostToDevice, stream));
+        if (kind == STATE_WEIGHT) {
+            widened.assign(rounded.begin(), rounded.end());
+            data = widened.data();
+        }
+    }
+    if (EXACT || m->recompute != FORWARD_ONLY) {
+        float* state = table_state(m, kind, tensor, &from, &n);
+        if (n) { cudaCheck(cudaMemcpyAsync(state, data + from, n * sizeof(float), cudaMemcpyHostToDevice, stream)); }
+    }
+    cudaCheck(cudaStreamSynchronize(stream));
 }
 static void table_get(const void* model, StateKind kind, int tensor, size_t from, size_t n, float* data) {
     const Model* m = (const Model*)model;
-    bool rounded = !EXACT && kind == STATE_WEIGHT;
-    const void* from_device = rounded ? (const void*)(m->weights + m->tensors.specs[tensor].offset + from)
-                                      : table_state(m, kind, tensor) + from;
-    char* end = (char*)data + (rounded ? n * sizeof(floatX)
-                                       : 0);  // bf16 into the upper half of the room, from where it is widened in order
-    cudaCheck(cudaMemcpyAsync(end, from_device, n * (rounded ? sizeof(floatX) : sizeof(float)), cudaMemcpyDeviceToHost,
-                              m->cuda.stream));
-    cudaCheck(cudaStreamSynchronize(m->cuda.stream));
-    for (size_t i = 0; rounded && i < n; i++) {
-        floatX x;
-        memcpy(&x, end + i * sizeof(floatX), sizeof(floatX));
-        data[i] = (float)x;
+    cudaStream_t stream = m->cuda.stream;
+    if (!EXACT && kind == STATE_WEIGHT) {
+        std::vector<floatX> rounded(n);
+        cudaCheck(cudaMemcpyAsync(rounded.data(), m->weights + m->tensors.specs[tensor].offset + from,
+                                  n * sizeof(floatX), cudaMemcpyDeviceToHost, stream));
+        cudaCheck(cudaStreamSynchronize(stream));
+        for (size_t i = 0; i < n; i++) { data[i] = (float)rounded[i]; }
+        return;
     }
+    size_t first = from;
+    const float* state = table_state(m, kind, tensor, &first, &n);
+    if (n) {
+        cudaCheck(cudaMemcpyAsync(data + (first - from), state, n * sizeof(float), cudaMemcpyDeviceToHost, stream));
+    }
+    cudaCheck(cudaStreamSynchronize(stream));
 }
 
 static Losses table_forward(void* model, const int32_t* tokens, const int32_t* targets, int B, int T, float* logits) {
@@ -4492,12 +4639,17 @@ static double table_forward_backward(void* m, const int32_t* tokens, const int32
 }
 static double table_update(void* m, const AdamW* hyper, long step) { return model_update((Model*)m, hyper, step); }
 static StepResult table_train_step(void* m, const Step* step) { return train_step((Model*)m, step); }
+static void table_share(void* model, Ranks* ranks, int shards) {
+    const Model* m = (const Model*)model;
+    (void)m, (void)ranks, (void)shards;
+    assert(m->ranks == ranks && m->shards == shards);  // main has made it so: other ranks' parts take no memory
+}
 
 extern "C" const Trainer* trainer_cuda(void) {
     static const Trainer table = {
         "cuda " PRECISION_NAME, EXACT,        !EXACT,           table_create,  table_destroy,
         table_tensors,          table_set,    table_get,        table_forward, table_last_logits,
-        table_forward_backward, table_update, table_train_step, NULL};
+        table_forward_backward, table_update, table_train_step, table_share};
     return &table;
 }
 
@@ -4506,16 +4658,18 @@ int main(int argc, char** argv) {
     Error e = {{0}};
     TrainOptions options;
     Run run;
-    train_begin(&options, argc, argv);
+    train_begin(&options, argc, argv, ranks_of_nccl);
     run_settle(&run, trainer_cuda(), &options);
     if (!model_check(&run.config, run.batch_size, run.seq_len, &e)) { die("%s", e.text); }
     int chunk = attention_kernels(&options, &run.config);
     print_plan(&run, chunk);
     if (options.dry_run) { return EXIT_DONE; }
     run_open_data(&run);
-    Model* m = model_create(&run.config, run.batch_size, run.seq_len, chunk, recompute_of(options.recompute), &e);
+    ModelShape shape = model_shape(&run, chunk);
+    Model* m = model_create(&run.config, &shape, run.ranks, &e);
     if (!m) { die("%s", e.text); }  // before the run directory is touched
     m->graphs = m->graphs && options.cuda_graphs;
+    m->own_order = strcmp(options.reduce, "nccl") != 0;
     run.model = m;
     int status = train(&run);
     model_free(m);

@@ -142,15 +142,21 @@ static inline void plan_print_time(const Run* r, const PlanMachine* machine) {
 static inline void plan_print_ranks(const Run* r, const TensorList* list) {
     int ranks = run_ranks(r), node = r->options->ranks_per_node ? r->options->ranks_per_node : 1;
     int each = r->shards / ranks, most = (r->windows + r->shards - 1) / r->shards;  // windows of a shard
-    double R = ranks, arena = (double)list->numel * sizeof(float) / 1048576, sent = arena * (R - 1) / R;
+    double R = ranks, gradients = (double)list->numel * sizeof(float) / 1048576,
+           weights = r->trainer->rounded ? gradients / 2 : gradients, others = (R - 1) / R;
+    // A machine sends once what it has added up inside, or what NCCL gathers in a ring; all else to each rank
+    // elsewhere.
+    double once = (R - node) / R, added = node & (node - 1) ? node * once : once,
+           gathered = strncmp(r->trainer->name, "cuda", 4) ? node * once : once;
     if (r->shards == 1) { return; }
     printf("ranks       %d of %d shard%s each: %d micro-batches of at most %d sequences, %.0f tokens a step\n", ranks,
            each, each > 1 ? "s" : "", each * ((most + r->batch_size - 1) / r->batch_size),
            most < r->batch_size ? most : r->batch_size, (double)r->tokens_per_step / R);
     if (ranks == 1) { return; }
-    printf("sent        %.1f MiB of gradients and %.1f of weights by each rank in a step", sent, sent);
+    printf("sent        %.1f MiB of gradients and %.1f of weights by each rank in a step", gradients * others,
+           weights * others);
     if (node > 1) {
-        printf("; %.1f by each machine of %d", ranks > node ? 2 * arena * node * (R - node) / R : 0, node);
+        printf("; %.1f by each machine of %d", ranks > node ? gradients * added + weights * gathered : 0, node);
     }
     printf("\n");
 }

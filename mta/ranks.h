@@ -21,7 +21,9 @@
 enum {
     RANKS_BLOCK = 1 << 16,  // elements of an arena that one rank owns; the order of the norm's sum hangs on it
     RANKS_ROOM = 1 << 23,   // elements that a rank receives at once while gradients are reduced
-    MAX_RANKS = 4096
+    RANKS_PIECE = 1 << 24,  // bytes that rank 0 gives to all at once
+    MAX_RANKS = 4096,
+    MAX_WAITING = 12  // sums of MAX_RANKS shards that wait
 };
 
 typedef struct {
@@ -31,42 +33,55 @@ typedef struct {
     bool receive;
 } RanksMessage;
 
-// What carries messages between ranks (mta/ranks_mpi.h). Those between two ranks arrive in the order of the calls.
+// What carries messages between ranks (mta/ranks_mpi.h, mta/ranks_nccl.h). Those between two ranks arrive in the order
+// of the calls.
 typedef struct {
     void (*start)(void* state, const RanksMessage* list, int n);
-    bool (*done)(void* state);  // makes progress, never waits; are all messages delivered?
+    bool (*done)(void* state);  // makes progress, never waits; is all delivered that was started?
     void (*close)(void* state);
+    // NULL, or the engine's own ways for arrays on the GPU of as many equal parts as there are ranks, the own part
+    // there where its rank says: all parts to all; the sums over the ranks of the own part's n floats, in an order that
+    // is the engine's.
+    void (*gather)(void* state, void* data, size_t bytes);
+    void (*reduce)(void* state, float* data, size_t n);
 } RanksBackend;
 
 typedef struct {
     int rank, size;
     const RanksBackend* backend;
-    void* state;        // the backend's
-    int signal;         // that all ranks have agreed to obey, 0 = none
-    bool met;           // all options and files were found good: see ranks_meet
-    bool over;          // ranks_close was called
+    void *state, *work;  // the backend's; on a GPU the stream whose results are sent, NULL = none yet
+    int signal;          // that all ranks have agreed to obey, 0 = none
+    int node;            // ranks of a node, which add up among themselves first: ranks_of_node
+    bool met;            // all options and files were found good: see ranks_meet
+    bool over;           // ranks_close was called
     int stderr_of_all;  // before ranks_meet what ranks other than 0 print on standard error is kept; here it goes after
     char name[128];     // what their messages begin with
-    char* room;         // RANKS_ROOM elements for gradients of other ranks
     uint64_t bytes_sent;  // since the start
     double waited;        // seconds in transfers
     Watch watch;
 } Ranks;
 
-// Adds n elements of `more` to `sum`.
-typedef void (*RanksAdd)(void* sum, const void* more, size_t n);
-
 typedef struct {
     size_t begin, end;
 } Span;
 
+// How gradients are added, and where those of other ranks are received.
+typedef struct {
+    void (*add)(void* state, void* sum, const void* more, size_t n);  // adds n elements of `more` to `sum`
+    void* state;                                                      // add's first argument
+    size_t bytes;                                                     // of an element
+    char* room;                                                       // (elements), NULL where there is but one rank
+    size_t elements;                                                  // ranks_room
+} RanksSum;
+
 // ---------------------------------------------------------------------------------------------------------------------
 // Who has what
 
-// Rank `rank`'s part of n things in a row. Things are shards, or blocks of RANKS_BLOCK elements.
+// Rank `rank`'s part of n things in a row: as many as any rank has, but at the end there may be fewer or none. Things
+// are shards, or blocks of RANKS_BLOCK elements.
 static inline Span ranks_part(const Ranks* r, int rank, size_t n) {
-    size_t size = r ? (size_t)r->size : 1;
-    Span s = {n * (size_t)rank / size, n * ((size_t)rank + 1) / size};
+    size_t size = r ? (size_t)r->size : 1, each = (n + size - 1) / size, begin = (size_t)rank * each;
+    Span s = {begin < n ? begin : n, begin + each < n ? begin + each : n};
     return s;
 }
 static inline int ranks_number(const Ranks* r) { return r ? r->rank : 0; }
@@ -78,6 +93,13 @@ static inline Span ranks_elements(const Ranks* r, int rank, size_t n) {
     s.begin = s.begin * RANKS_BLOCK < n ? s.begin * RANKS_BLOCK : n;
     s.end = s.end * RANKS_BLOCK < n ? s.end * RANKS_BLOCK : n;
     return s;
+}
+
+// Of so many ranks the first has this many elements, none has more.
+static inline size_t ranks_most_elements(int ranks, size_t n) {
+    size_t blocks = (n + RANKS_BLOCK - 1) / RANKS_BLOCK,
+           most = (blocks + (size_t)ranks - 1) / (size_t)ranks * RANKS_BLOCK;
+    return most < n ? most : n;
 }
 
 // Can the shards be shared out, so that each rank has a subtree?
@@ -94,20 +116,40 @@ static inline int shards_to_add(int done, int n) {
 // Sums that wait at the same time, for n shards.
 static inline int shards_waiting(int n) { return 31 - __builtin_clz((unsigned)n); }
 
-// The sum of parts[0] to parts[n-1] into parts[0], each of `count` elements, as the tree has it.
-static inline void tree_add(void* const* parts, int n, size_t count, RanksAdd add) {
+// The sum of parts[0] to parts[n-1] into parts[to], each of `count` elements, as the tree has it. Of two terms either
+// may be the one that is added to: that changes no bit.
+static inline void tree_add(void* const* parts, int n, int to, size_t count, const RanksSum* sum) {
     if (n < 2) { return; }
     int half = 1 << (31 - __builtin_clz((unsigned)n - 1));
-    tree_add(parts, half, count, add);
-    tree_add(parts + half, n - half, count, add);
-    add(parts[0], parts[half], count);
+    int left = to < half ? to : 0, right = to < half ? half : to;
+    tree_add(parts, half, left, count, sum);
+    tree_add(parts + half, n - half, right - half, count, sum);
+    sum->add(sum->state, parts[to], parts[to < half ? right : left], count);
 }
+
+// Elements of a room that serves so many ranks, of about `room`; received at once from each of n of them into it.
+static inline size_t ranks_room(int ranks, size_t room) {
+    return room > (size_t)ranks * RANKS_BLOCK ? room : (size_t)ranks * RANKS_BLOCK;
+}
+static inline size_t ranks_piece(int n, size_t room) { return room / (size_t)n / RANKS_BLOCK * RANKS_BLOCK; }
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Transfers, which all ranks enter in the same order
 
 static inline bool ranks_alone(const Ranks* r) { return !r || r->size == 1; }
 static inline bool ranks_lead(const Ranks* r) { return !r || r->rank == 0; }
+
+// Ranks of a node: as many on each host, side by side, a power of two, so that they are a subtree; else 1.
+static inline int ranks_of_node(const Ranks* r) {
+    int node = 1;
+    while (node < r->size && !strcmp(r->watch.peers[node].host, r->watch.peers[0].host)) { node++; }
+    bool even = r->size % node == 0 && (node & (node - 1)) == 0;
+    for (int p = 1; p < r->size && even; p++) {
+        bool first = p % node == 0, as_before = !strcmp(r->watch.peers[p].host, r->watch.peers[p - 1].host);
+        even = first != as_before;
+    }
+    return even ? node : 1;
+}
 
 // Ranks on this host.
 static inline int ranks_here(const Ranks* r) {
@@ -128,6 +170,14 @@ static inline void ranks_at(Ranks* r, RunPhase phase, int64_t step) {
     pthread_mutex_unlock(&r->watch.lock);
 }
 
+// This rank goes on: something is done.
+static inline void ranks_moved(Ranks* r) {
+    if (ranks_alone(r)) { return; }
+    pthread_mutex_lock(&r->watch.lock);
+    r->watch.self.moves++;
+    pthread_mutex_unlock(&r->watch.lock);
+}
+
 // For the watch: seconds that a rank may stand still, 0 = for ever; the last good checkpoint.
 static inline void ranks_limit(Ranks* r, double seconds) {
     pthread_mutex_lock(&r->watch.lock);
@@ -141,17 +191,15 @@ static inline void ranks_saved(Ranks* r, const char* path) {
     pthread_mutex_unlock(&r->watch.lock);
 }
 
-// Sends and receives all of the list. No call blocks: it looks, and lets others have the core, until all has come or
-// the watch ends the program.
-static inline void ranks_transfer(Ranks* r, const RanksMessage* list, int n) {
+// Waits until all that was started has come. No call blocks: it looks, and lets others have the core, until then or
+// until the watch ends the program.
+static inline void ranks_wait(Ranks* r) {
     const struct timespec nap = {0, 50000};
     Watch* w = &r->watch;
     double began = seconds_now();
-    for (int i = 0; i < n; i++) { r->bytes_sent += list[i].receive ? 0 : list[i].bytes; }
     pthread_mutex_lock(&w->lock);
     w->self.waiting = 1;
     pthread_mutex_unlock(&w->lock);
-    r->backend->start(r->state, list, n);
     for (int looks = 0; !r->backend->done(r->state); looks++) {
         __atomic_fetch_add(&w->self.looks, 1, __ATOMIC_RELAXED);
         if (looks < 100) {
@@ -165,6 +213,13 @@ static inline void ranks_transfer(Ranks* r, const RanksMessage* list, int n) {
     w->self.moves++;
     pthread_mutex_unlock(&w->lock);
     r->waited += seconds_now() - began;
+}
+
+// Sends and receives all of the list.
+static inline void ranks_transfer(Ranks* r, const RanksMessage* list, int n) {
+    for (int i = 0; i < n; i++) { r->bytes_sent += list[i].receive ? 0 : list[i].bytes; }
+    r->backend->start(r->state, list, n);
+    ranks_wait(r);
 }
 
 static inline RanksMessage* ranks_list(const Ranks* r) {
@@ -207,44 +262,73 @@ static inline void ranks_gather(Ranks* r, void* data, size_t bytes, size_t block
     free(list);
 }
 
-// The n elements of data (of so many bytes each), summed over the ranks: each rank has the sums of its own elements
-// afterwards, the others are spoilt.
-static inline void ranks_reduce(Ranks* r, void* data, size_t n, size_t bytes, RanksAdd add) {
+// The same by the backend's own way: equal parts of so many bytes in the GPU's memory.
+static inline void ranks_gather_equal(Ranks* r, void* data, size_t bytes) {
     if (ranks_alone(r)) { return; }
-    size_t piece = RANKS_ROOM / (size_t)r->size / RANKS_BLOCK * RANKS_BLOCK;
-    if (piece < RANKS_BLOCK) { piece = RANKS_BLOCK; }
-    if (!r->room) { r->room = (char*)alloc_or_die(piece * (size_t)r->size, bytes, "gradients of other ranks"); }
+    r->bytes_sent += (uint64_t)(r->size - 1) * bytes;
+    r->backend->gather(r->state, data, bytes);
+    ranks_wait(r);
+}
+
+// Some ranks, and elements of an arena that they add up: the i-th of them is rank first + i * apart, and has afterwards
+// the sums of what rank owner + i * apart owns.
+typedef struct {
+    int n, first, apart, owner;
+} RanksGroup;
+
+// The sums over a group to which this rank belongs, of data of n elements in all; those of the others are spoilt.
+static inline void ranks_reduce_among(Ranks* r, const RanksGroup* g, void* data, size_t n, const RanksSum* sum) {
     RanksMessage* list = ranks_list(r);
-    void** parts = (void**)alloc_or_die((size_t)r->size, sizeof(void*), "parts of a sum");
-    Span own = ranks_elements(r, r->rank, n);
-    bool more = true;
-    for (size_t at = 0; more; at += piece) {
+    void** parts = (void**)alloc_or_die((size_t)g->n, sizeof(void*), "parts of a sum");
+    size_t piece = ranks_piece(g->n, sum->elements), bytes = sum->bytes, most = ranks_most_elements(r->size, n);
+    int self = (r->rank - g->first) / g->apart;
+    Span own = ranks_elements(r, g->owner + self * g->apart, n);
+    for (size_t at = 0; at < most; at += piece) {
         int messages = 0;
         size_t mine = own.end - own.begin > at ? own.end - own.begin - at : 0;
         mine = mine < piece ? mine : piece;
-        more = false;
-        for (int p = 0; p < r->size; p++) {
-            Span part = ranks_elements(r, p, n);
+        for (int i = 0; i < g->n; i++) {
+            Span part = ranks_elements(r, g->owner + i * g->apart, n);
             size_t left = part.end - part.begin > at ? part.end - part.begin - at : 0;
-            more = more || left > piece;
-            parts[p] = r->room + (size_t)p * piece * bytes;
-            if (p == r->rank) {
-                parts[p] = (char*)data + (own.begin + at) * bytes;
+            int peer = g->first + i * g->apart;
+            parts[i] = sum->room + (size_t)i * piece * bytes;
+            if (i == self) {
+                parts[i] = (char*)data + (own.begin + at) * bytes;
                 continue;
             }
-            RanksMessage in = {parts[p], mine * bytes, p, true};
-            RanksMessage out = {(char*)data + (part.begin + at) * bytes, (left < piece ? left : piece) * bytes, p,
+            RanksMessage in = {parts[i], mine * bytes, peer, true};
+            RanksMessage out = {(char*)data + (part.begin + at) * bytes, (left < piece ? left : piece) * bytes, peer,
                                 false};
             if (in.bytes) { list[messages++] = in; }
             if (out.bytes) { list[messages++] = out; }
         }
         ranks_transfer(r, list, messages);
-        if (!mine) { continue; }
-        tree_add(parts, r->size, mine, add);
-        if (r->rank) { memcpy(parts[r->rank], parts[0], mine * bytes); }
+        if (mine) { tree_add(parts, g->n, self, mine, sum); }
     }
     free(parts);
     free(list);
+}
+
+// The n elements of data, summed over the ranks: each rank has the sums of its own elements afterwards, the others are
+// spoilt. First inside each node, where the i-th rank adds up what the i-th ranks of all nodes own, then between these:
+// so a node sends through its network what it has added up. Both are levels of the tree, since a node is a subtree.
+static inline void ranks_reduce(Ranks* r, void* data, size_t n, const RanksSum* sum) {
+    if (ranks_alone(r)) { return; }
+    int node = r->node, here = r->rank / node * node;
+    for (int owner = 0; owner < r->size && node > 1; owner += node) {
+        RanksGroup inside = {node, here, 1, owner};
+        ranks_reduce_among(r, &inside, data, n, sum);
+    }
+    RanksGroup between = {r->size / node, r->rank - here, node, r->rank - here};
+    if (between.n > 1) { ranks_reduce_among(r, &between, data, n, sum); }
+}
+
+// The same by the backend's own way, in its own order: equal parts of n floats in the GPU's memory.
+static inline void ranks_reduce_equal(Ranks* r, float* data, size_t n) {
+    if (ranks_alone(r)) { return; }
+    r->bytes_sent += (uint64_t)(r->size - 1) * n * sizeof(float);
+    r->backend->reduce(r->state, data, n);
+    ranks_wait(r);
 }
 
 // The sum over all ranks.
@@ -255,18 +339,21 @@ static inline int64_t ranks_total(Ranks* r, int64_t mine) {
     return total;
 }
 
-// n bytes of rank 0 to all.
+// n bytes of rank 0 to all, a piece at a time: a backend may need room of its own for what is on the way.
 static inline void ranks_from_root(Ranks* r, void* data, size_t n) {
     if (ranks_alone(r)) { return; }
     RanksMessage* list = ranks_list(r);
-    int messages = 0;
-    RanksMessage in = {data, n, 0, true};
-    for (int p = 1; p < r->size && r->rank == 0; p++) {
-        RanksMessage out = {data, n, p, false};
-        list[messages++] = out;
+    for (size_t at = 0; at < n; at += RANKS_PIECE) {
+        int messages = 0;
+        size_t bytes = n - at < RANKS_PIECE ? n - at : (size_t)RANKS_PIECE;
+        RanksMessage in = {(char*)data + at, bytes, 0, true};
+        for (int p = 1; p < r->size && r->rank == 0; p++) {
+            RanksMessage out = {(char*)data + at, bytes, p, false};
+            list[messages++] = out;
+        }
+        if (r->rank) { list[messages++] = in; }
+        ranks_transfer(r, list, messages);
     }
-    if (r->rank) { list[messages++] = in; }
-    ranks_transfer(r, list, messages);
     free(list);
 }
 
@@ -277,8 +364,9 @@ typedef struct {
 } RanksRequest;
 static inline void ranks_ask(Ranks* r, int peer, const RanksRequest* what, void* data, size_t n) {
     RanksRequest copy = *what;
-    const RanksMessage list[2] = {{&copy, sizeof copy, peer, false}, {data, n, peer, true}};
-    ranks_transfer(r, list, 2);
+    const RanksMessage request = {&copy, sizeof copy, peer, false}, answer = {data, n, peer, true};
+    ranks_transfer(r, &request, 1);
+    ranks_transfer(r, &answer, 1);
 }
 static inline void ranks_ask_no_more(Ranks* r) {
     RanksRequest none = {-1, 0, 0, 0};
@@ -348,12 +436,17 @@ static inline void ranks_on_exit(int status, void* arg) {
     watch_end(&r->watch, status);
 }
 
-// All options and files are good on all ranks: from here on every rank prints its mistakes at once.
+// From here on every rank prints its mistakes at once.
+static inline void ranks_speak(Ranks* r) {
+    if (r->rank && !r->met) { dup2(r->stderr_of_all, STDERR_FILENO); }
+    r->met = true;
+}
+
+// All options and files are good on all ranks.
 static inline void ranks_met(Ranks* r) {
     if (ranks_alone(r) || r->met) { return; }
     ranks_meet(r, false, 0);
-    r->met = true;
-    if (r->rank) { dup2(r->stderr_of_all, STDERR_FILENO); }
+    ranks_speak(r);
 }
 
 // Rank 0 prints for all. The others' standard output goes nowhere, and what they say of mistakes is kept until all
@@ -389,6 +482,7 @@ static inline void ranks_join(Ranks* r, StartAddress* address, const char* devic
                  w->peers[r->rank].host);
         program_invocation_short_name = r->name;
     }
+    r->node = ranks_of_node(r);
     watch_start(w);
     on_exit(ranks_on_exit, r);
 }

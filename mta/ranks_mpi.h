@@ -58,7 +58,7 @@ static inline void mpi_close(void* state) {
 }
 
 static inline void ranks_open_mpi(Ranks* r, const Launch* launch) {
-    static const RanksBackend backend = {mpi_start, mpi_done, mpi_close};
+    static const RanksBackend backend = {mpi_start, mpi_done, mpi_close, NULL, NULL};
     StartAddress address;
     int provided = 0;
     memset(&address, 0, sizeof address);
@@ -77,9 +77,8 @@ static inline void ranks_open_mpi(Ranks* r, const Launch* launch) {
 }
 #endif
 
-// The ranks of this run: one, unless a launcher started several. The first call of a program but for what sets up the
-// process itself.
-static inline Ranks* ranks_open(void) {
+// The ranks of this run: one, unless a launcher started several.
+static inline Ranks* ranks_of_mpi(void) {
     static Ranks ranks;  // exit needs it after main
     Launch launch = launch_read();
     ranks.size = 1;

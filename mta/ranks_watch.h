@@ -49,6 +49,7 @@ typedef struct {
     WatchMessage self;           // what the next beat says: written by the main thread
     char checkpoint[PATH_SIZE];  // the last good one, "" = none
     bool over, ending;           // the run is done; this process ends all of them
+    bool spins;                  // waits here take processor time, which then is no sign of life
     pthread_t thread;
     pthread_mutex_t lock;  // of what both threads use: sending, self, checkpoint, timeout, over
 } Watch;
@@ -66,7 +67,7 @@ static inline double watch_busy(void) {
 static inline void watch_send(Watch* w, WatchPeer* peer, WatchKind kind, int status) {
     pthread_mutex_lock(&w->lock);
     WatchMessage m = w->self;
-    m.kind = kind, m.rank = w->rank, m.status = status, m.busy = watch_busy();
+    m.kind = kind, m.rank = w->rank, m.status = status, m.busy = w->spins ? 0 : watch_busy();
     if (peer->fd >= 0 && send(peer->fd, &m, sizeof m, MSG_NOSIGNAL | MSG_DONTWAIT) < 0) { errno = 0; }
     pthread_mutex_unlock(&w->lock);
 }
@@ -74,16 +75,10 @@ static inline void watch_send_all(Watch* w, WatchKind kind, int status) {
     for (int i = 0; i < w->size; i++) { watch_send(w, &w->peers[i], kind, status); }
 }
 
-// Rank 0 ends the others without a further line; another rank tells rank 0 that it has printed its own. What is not
-// read when a process ends resets its connections, and with them what was just sent: so it is read, for a second at
-// most.
-static inline void watch_end(Watch* w, int status) {
+// What is not read when a process ends resets its connections, and with them what was just sent: so it is read, until
+// the others have closed theirs, for a second at most.
+static inline void watch_drain(Watch* w) {
     char rest[1024];
-    signal(SIGTERM, SIG_IGN);  // a launcher that sees a process end sends it to the others
-    pthread_mutex_lock(&w->lock);
-    w->ending = true;
-    pthread_mutex_unlock(&w->lock);
-    watch_send_all(w, w->rank ? WATCH_SAID : WATCH_END, status);
     for (int i = 0; i < w->size; i++) { shutdown(w->peers[i].fd, SHUT_WR); }
     double end = seconds_now() + 1;
     for (int i = 0; i < w->size; i++) {
@@ -91,6 +86,16 @@ static inline void watch_end(Watch* w, int status) {
         while (one.fd >= 0 && seconds_now() < end && poll(&one, 1, (int)(1000 * (end - seconds_now())) + 1) > 0 &&
                recv(one.fd, rest, sizeof rest, 0) > 0) {}
     }
+}
+
+// Rank 0 ends the others without a further line; another rank tells rank 0 that it has printed its own.
+static inline void watch_end(Watch* w, int status) {
+    signal(SIGTERM, SIG_IGN);  // a launcher that sees a process end sends it to the others
+    pthread_mutex_lock(&w->lock);
+    w->ending = true;
+    pthread_mutex_unlock(&w->lock);
+    watch_send_all(w, w->rank ? WATCH_SAID : WATCH_END, status);
+    watch_drain(w);
     _exit(status);
 }
 
@@ -129,7 +134,12 @@ static inline void watch_lost(Watch* w, const WatchPeer* peer, const char* what,
 static inline void watch_take(Watch* w, WatchPeer* peer, const WatchMessage* m, double now) {
     if (m->kind == WATCH_END) { _exit(m->status); }
     if (m->kind == WATCH_SAID) { watch_end(w, m->status); }
-    if (m->kind == WATCH_BYE) { peer->fd = -1; }
+    if (m->kind == WATCH_BYE) {
+        pthread_mutex_lock(&w->lock);
+        close(peer->fd);
+        peer->fd = -1;
+        pthread_mutex_unlock(&w->lock);
+    }
     // The thread that sends this lives: what the main thread does is what counts. It looks, works, or does nothing.
     bool moved = m->moves != peer->last.moves || (!m->waiting && m->busy > peer->last.busy + 0.02);
     if (moved) { peer->moved = now; }
@@ -190,7 +200,7 @@ static inline void watch_round(Watch* w, double now, double timeout) {
     pthread_mutex_lock(&w->lock);
     WatchMessage self = w->self;
     pthread_mutex_unlock(&w->lock);
-    self.kind = WATCH_BEAT, self.busy = watch_busy();
+    self.kind = WATCH_BEAT, self.busy = w->spins ? 0 : watch_busy();
     watch_take(w, &w->peers[0], &self, now);
     watch_find_stuck(w, now, timeout);
 }
@@ -246,12 +256,14 @@ static inline void watch_start(Watch* w) {
     pthread_sigmask(SIG_SETMASK, &before, NULL);
 }
 
+// Goodbye is said when nobody here watches any more: who hears it closes the connection, which is no loss then.
 static inline void watch_stop(Watch* w) {
-    watch_send_all(w, WATCH_BYE, 0);
     pthread_mutex_lock(&w->lock);
     w->over = true;
     pthread_mutex_unlock(&w->lock);
     pthread_join(w->thread, NULL);
+    watch_send_all(w, WATCH_BYE, 0);
+    watch_drain(w);
 }
 
 #endif

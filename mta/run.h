@@ -873,6 +873,7 @@ static inline int run_settings(const Run* r, RunSetting* s) {
                               {"grad_clip", o->grad_clip, NULL},
                               {"matmul", 0, run_matmul(r)},
                               {"attention_kernels", 0, o->attention_kernels},
+                              {"reduce", 0, o->reduce},
                               {"val", 0, o->val ? o->val : ""},
                               {"eval_windows", (double)o->eval_windows, NULL},
                               {"program", 0, program_invocation_short_name}};
@@ -916,6 +917,7 @@ static inline void run_compare_setting(const RunSetting* s, const Json* saved, T
     bool same = s->word ? saved && saved->type == JSON_STRING && !strcmp(saved->string, s->word)
                         : saved && saved->type == JSON_NUMBER && saved->number == s->number;
     bool unsaid = !saved && ((!strcmp(s->key, "shards") && s->number == 1) ||  // before there were any, there was one
+                             (!strcmp(s->key, "reduce") && !strcmp(s->word, "tree")) ||
                              (!strcmp(s->key, "attention_kernels") && !strcmp(s->word, "own")));
     if (same || unsaid) { return; }
     text_printf(change, "%s ", s->key);
@@ -1149,9 +1151,10 @@ static inline void run_log_start(Run* r, size_t parameters) {
     }
     text_printf(&t,
                 "{\"event\": \"start\", \"step\": %lld, \"parameters\": %zu, \"tokens_per_step\": %lld, \"seq_len\": "
-                "%d, \"flops_per_token\": %.17g, \"flops_per_second\": %.17g, \"ranks\": %d, \"shards\": %d",
+                "%d, \"flops_per_token\": %.17g, \"flops_per_second\": %.17g, \"ranks\": %d, \"shards\": %d, "
+                "\"reduce\": \"%s\"",
                 (long long)r->step, parameters, (long long)r->tokens_per_step, r->seq_len, r->flops_per_token,
-                r->flops_per_second, r->ranks->size, r->shards);
+                r->flops_per_second, r->ranks->size, r->shards, r->options->reduce);
     run_log_origin(r, &t);
     text_printf(&t, ", \"config\": ");
     text_append(&t, config.text, config.n);
@@ -1172,6 +1175,9 @@ static inline void run_log_start(Run* r, size_t parameters) {
         printf("resumed from %s\n", r->resume_dir);
     } else if (r->options->resume) {
         printf("no checkpoint in %s: starting from step 0\n", r->options->out);
+    }
+    if (!ranks_alone(r->ranks) && !strcmp(r->options->reduce, "nccl")) {
+        printf("--reduce nccl: NCCL adds the gradients in its own order, the bits depend on the processes\n");
     }
     fflush(stdout);
 }

@@ -8,7 +8,6 @@
 
 #include "plan.h"
 #include "random.h"
-#include "ranks_mpi.h"
 #include "score.h"
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -111,7 +110,7 @@ static inline void ranks_same_weights(Run* r) {
     float* room = (float*)alloc_or_die(largest_tensor(list), sizeof(float), "one tensor");
     uint32_t crc = 0;
     for (int i = 0; i < list->n; i++) {
-        r->trainer->get(r->model, STATE_MASTER, i, 0, list->specs[i].numel, room);
+        r->trainer->get(r->model, STATE_WEIGHT, i, 0, list->specs[i].numel, room);
         crc = crc32_update(crc, room, list->specs[i].numel * sizeof(float));
     }
     free(room);
@@ -423,7 +422,7 @@ static inline void sample(Run* r) {
 static inline void fetch_from_ranks(const Run* r, StateKind kind, int tensor, size_t from, size_t n, float* room) {
     const TensorList* list = r->trainer->tensors(r->model);
     size_t at = list->specs[tensor].offset + from;  // in the arena
-    for (int p = 1; p < r->ranks->size && (kind == STATE_M || kind == STATE_V); p++) {
+    for (int p = 1; p < r->ranks->size && kind != STATE_WEIGHT; p++) {
         Span part = ranks_elements(r->ranks, p, list->numel);
         size_t begin = part.begin > at ? part.begin : at, end = part.end < at + n ? part.end : at + n;
         if (begin >= end) { continue; }
@@ -554,11 +553,12 @@ static inline int evaluate_only(Run* r) {
     return run_end(r);
 }
 
-// What every trainer does before its first product: waiting threads that sleep, closed descriptors, the command line.
-static inline void train_begin(TrainOptions* options, int argc, char** argv) {
+// What every trainer does before its first product: waiting threads that sleep, closed descriptors, the ranks, by its
+// own way of opening them, the command line.
+static inline void train_begin(TrainOptions* options, int argc, char** argv, Ranks* (*open_ranks)(void)) {
     settle_threads(argv);
     open_standard_files();
-    Ranks* ranks = ranks_open();
+    Ranks* ranks = open_ranks();
     options_given(options, argc, argv);
     options->ranks = ranks;
 }

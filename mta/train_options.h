@@ -9,7 +9,7 @@
 
 typedef struct {
     const char *model, *attention, *train, *val, *out, *init_from, *tokenizer, *pattern, *mix, *schedule, *recompute,
-        *score, *matmul, *attention_kernels;
+        *score, *matmul, *attention_kernels, *reduce;
     bool resume, dry_run, assume_llama, no_verify, verify_data, eval_first, eval_only, shift;
     FieldValue fields[CONFIG_FIELD_COUNT];  // of config.json, a row of CONFIG_FIELDS each
     // training
@@ -35,6 +35,7 @@ static inline TrainOptions options_default(void) {
     o.schedule = "linear";
     o.recompute = "none";
     o.attention_kernels = "own";
+    o.reduce = "tree";
     o.batch_size = 4;
     o.cuda_graphs = 1;
     o.steps = -1;  // not given
@@ -159,10 +160,13 @@ static inline void train_options_table(Opt* table, TrainOptions* o) {
         "cudnn: that library's, in layers without operations on scores before the softmax (CUDA; make CUDNN=1)", 0, 0)
     ROW("--cuda-graphs", OPT_SWITCH, &o->cuda_graphs, NULL,
         "replay a micro-batch's launches as CUDA graphs; off: one by one, to find a fault", 0, 0)
-    HEADING("Several processes (started by mpirun, mpiexec or srun; MPI=1 builds for them)")
+    HEADING("Several processes (started by torchrun, mpirun, mpiexec or srun; on a CPU MPI=1 builds for them)")
     ROW("--shards", OPT_INT, &o->shards, NULL,
         "runs that a step's sequences are cut into; the bits depend on them, not on the processes (default: one each)",
         1, MAX_RANKS)
+    ROW("--reduce", OPT_CHOICE, &o->reduce, "tree|nccl",
+        "how gradients are added: in the shards' order, or by NCCL (CUDA), and then the bits depend on the processes",
+        0, 0)
     ROW("--rank-timeout", OPT_FLOAT, &o->rank_timeout, NULL,
         "seconds that a process may stand still before all end with status 71, 0 = for ever", 0, 1e6)
     ROW("--ranks", OPT_INT, &o->n_ranks, NULL, "with --dry-run: plan for so many processes", 1, MAX_RANKS)

@@ -140,11 +140,12 @@ int main(int argc, char** argv) {
     cudaCheck(cudaGetDeviceProperties(&device, 0));
     cudaCheck(cudaMemGetInfo(&available, &total));
     cuda_close(&probe);
+    ModelShape shape = shape_alone(B, T, chunk, RECOMPUTE_NONE);
     if (!B) {
-        B = max_int(1, min_int(max_int(1, 32768 / T), largest_batch(&c, T, chunk, RECOMPUTE_NONE,
-                                                                    available > reserve ? available - reserve : 0)));
+        int fits = largest_batch(&c, &shape, available > reserve ? available - reserve : 0);
+        shape.B = B = max_int(1, min_int(max_int(1, 32768 / T), fits));
     }
-    Model* m = model_create(&c, B, T, chunk, RECOMPUTE_NONE, &e);
+    Model* m = model_create(&c, &shape, NULL, &e);
     if (!m) { die("%s", e.text); }
     model_initialise(trainer_cuda(), m, &m->config, 1);
     int N = B * T;
@@ -176,7 +177,7 @@ int main(int argc, char** argv) {
     profiling = classes;
     if (classes) { seconds_of_step(step++); }
     profiling = false;
-    MemoryPlan p = model_memory(&c, B, T, chunk, RECOMPUTE_NONE);
+    MemoryPlan p = model_memory(&c, &shape);
     double rate = N / best, peak = matmul_rate(&device);
     auto mfu = [&](double tokens_per_second) {
         return peak > 0 ? 100 * tokens_per_second * model_flops_per_token(&c, T) / peak : 0.0;

@@ -306,7 +306,7 @@ static inline cudaError_t cudaGetDevice(int* device) {
 }
 static inline cudaError_t cudaGetDeviceProperties(cudaDeviceProp* p, int device) {
     memset(p, 0, sizeof(*p));
-    snprintf(p->uuid.bytes, sizeof p->uuid.bytes, "cuda_cpu %d", device);
+    memcpy(p->uuid.bytes, &device, sizeof device);
     snprintf(p->name, sizeof(p->name), "CPU emulator (dev/cuda_cpu)");
     p->totalGlobalMem = cuda_cpu::memory_total();
     p->sharedMemPerBlockOptin = (size_t)cuda_cpu::shared_most();
@@ -360,6 +360,18 @@ static inline cudaError_t cudaFree(void* p) {
     cuda_cpu::allocated -= found->second;
     cuda_cpu::allocations.erase(found);
     free(p);
+    return cudaSuccess;
+}
+// Where an address is: inside an allocation of the device, or anywhere else in the process.
+typedef enum { cudaMemoryTypeUnregistered, cudaMemoryTypeHost, cudaMemoryTypeDevice } cudaMemoryType;
+struct cudaPointerAttributes {
+    cudaMemoryType type;
+};
+static inline cudaError_t cudaPointerGetAttributes(cudaPointerAttributes* a, const void* p) {
+    auto after = cuda_cpu::allocations.upper_bound((void*)p);
+    bool found = after != cuda_cpu::allocations.begin() &&
+                 (const char*)p < (const char*)std::prev(after)->first + std::prev(after)->second;
+    a->type = found ? cudaMemoryTypeDevice : cudaMemoryTypeUnregistered;
     return cudaSuccess;
 }
 static inline cudaError_t cudaMemcpy(void* to, const void* from, size_t n, cudaMemcpyKind) {

@@ -285,7 +285,8 @@ class CudaRuns(unittest.TestCase):
         for i, (function, n, launcher) in enumerate(cases):
             _, error = self.train(BF16, "run%d" % i, "--steps", "2", *TWO, status=70,
                                   env={"CUDA_CPU_FAIL": "%s:%d" % (function, n)})
-            match = re.fullmatch(r"train_mta_cuda: CUDA error at (?:.*/)?train_mta\.cu:(\d+): (.+), in (.+)\n", error)
+            match = re.fullmatch(r"train_mta_cuda_cpu: CUDA error at (?:.*/)?train_mta\.cu:(\d+): (.+), in (.+)\n",
+                                 error)
             self.assertTrue(match, error)
             line, what, call = int(match[1]), match[2], match[3]
             self.assertTrue(what not in ("success", "no error"), error)

@@ -872,7 +872,8 @@ static Doubles repeated(const Doubles& x, const Whole* w) {
 static void whole_trainer(Doubles* res, const Whole* w, const Inputs* in) {
     Config config = whole_config(w);
     Error e = {{0}};
-    Model* m = model_create(&config, w->B, w->T, w->chunk, RECOMPUTE_NONE, &e);
+    ModelShape shape = shape_alone(w->B, w->T, w->chunk, RECOMPUTE_NONE);
+    Model* m = model_create(&config, &shape, NULL, &e);
     if (!m) { die("%s", e.text); }
     Cuda* g = &m->cuda;
     Scratch* s = &m->scratch;
@@ -1070,7 +1071,8 @@ static void test_update(Test* t, const int* s) {
     Whole w = {1, 4, 2, 2, s[0], 1, 1, 0, 0, 0, 0, 0, 0, 0};
     Config c = whole_config(&w);
     Error e = {{0}};
-    Model* m = model_create(&c, 1, 4, 0, RECOMPUTE_NONE, &e);
+    ModelShape shape = shape_alone(1, 4, 0, RECOMPUTE_NONE);
+    Model* m = model_create(&c, &shape, NULL, &e);
     if (!m) { die("%s", e.text); }
     size_t n = m->tensors.numel;
     Doubles master = normal(t, n), first = normal(t, n, 0.1), second = normal(t, n, 0.1), grads = normal(t, n);
@@ -1727,7 +1729,8 @@ static void print_layer(const Perf* p, const Layer* l, int B, int T, int NH, int
     Whole w = {B, T, NH, NH, HS, 6, 11, l->conv, 0, 0, l->mix ? 2 : 0, 0, fused ? 0 : attention_chunk(T), 0};
     Config c = whole_config(&w);
     Error e = {{0}};
-    Model* m = model_create(&c, B, T, w.chunk, RECOMPUTE_NONE, &e);
+    ModelShape shape = shape_alone(B, T, w.chunk, RECOMPUTE_NONE);
+    Model* m = model_create(&c, &shape, NULL, &e);
     if (!m) { die("%s", e.text); }
     model_initialise(trainer_cuda(), m, &m->config, 1);
     Scratch* s = &m->scratch;
@@ -1774,7 +1777,8 @@ static int perf(const char* only, const char* model, int T, int B) {
     c.num_hidden_layers = 1;
     for (int l = 0; l < MAX_LAYERS; l++) { c.kq_conv_layer[l] = false; }
     if (!config_set_attention(&c, "mta", false, &e) || !config_check(&c, &e)) { die("%s", e.text); }
-    Model* m = model_create(&c, B, T, 0, RECOMPUTE_NONE, &e);
+    ModelShape shape = shape_alone(B, T, 0, RECOMPUTE_NONE);
+    Model* m = model_create(&c, &shape, NULL, &e);
     if (!m) { die("%s", e.text); }
     cudaCheck(cudaGetDeviceProperties(&device, 0));
     size_t half = m->tensors.numel / 2 *

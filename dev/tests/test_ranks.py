@@ -71,12 +71,11 @@ def own_lines(text):
     return [line for line in text.splitlines() if line.startswith("train_mta") and " is slow: " not in line]
 
 
-class Ranks(unittest.TestCase):
+class Runs(unittest.TestCase):
+    """Shards, and what a run on them has left: also for the CUDA trainer's ranks, in test_ranks_cuda.py."""
+
     @classmethod
     def setUpClass(cls):
-        if not MPIS:
-            raise unittest.SkipTest("no MPI: neither mpirun.openmpi with build/openmpi/train_mta nor mpirun.mpich with build/mpich/train_mta "
-                                    "(Debian: libopenmpi-dev openmpi-bin, mpich libmpich-dev)")
         cls.folder = tempfile.mkdtemp(prefix="test_ranks_")
         rng = random.Random(1)
         cls.data = os.path.join(cls.folder, "data")
@@ -96,6 +95,40 @@ class Ranks(unittest.TestCase):
         for path in glob.glob(os.path.join(self.data, "*")):
             os.symlink(path, os.path.join(folder, os.path.basename(path)))
         return folder
+
+    def events(self, cwd, *kinds):
+        """The lines of the log of these kinds, without what the clock says."""
+        with open(os.path.join(cwd, "run", "log.jsonl")) as f:
+            lines = [json.loads(line) for line in f]
+        return [{k: v for k, v in line.items() if k not in TIMES} for line in lines if line["event"] in kinds]
+
+    def checkpoints(self, cwd):
+        return {os.path.relpath(path, cwd): read_bytes(path) for path in glob.glob(os.path.join(cwd, "run", "step-*", "*"))}
+
+    def assert_same(self, a, b, what):
+        self.assertEqual(self.events(a, "step", "val", "sample"), self.events(b, "step", "val", "sample"), what)
+        mine, theirs = self.checkpoints(a), self.checkpoints(b)
+        self.assertEqual(sorted(mine), sorted(theirs), what)
+        self.assertGreater(len(mine), 4)
+        self.assertEqual([name for name in mine if mine[name] != theirs[name]], [], what)
+
+    def check_windows(self, cwd, ranks, shards, steps, windows):
+        """Each rank has computed the sequences of its own shards. Returns the bytes that all have sent together."""
+        [shares] = self.events(cwd, "ranks")
+        cut = [windows * v // shards for v in range(shards + 1)]
+        wanted = [steps * (cut[shards * (r + 1) // ranks] - cut[shards * r // ranks]) for r in range(ranks)]
+        self.assertEqual([share["windows"] for share in shares["ranks"]], wanted)
+        self.assertEqual(sum(wanted), steps * windows)
+        return sum(share["bytes_sent"] for share in shares["ranks"])
+
+
+class Ranks(Runs):
+    @classmethod
+    def setUpClass(cls):
+        if not MPIS:
+            raise unittest.SkipTest("no MPI: neither mpirun.openmpi with build/openmpi/train_mta nor mpirun.mpich with build/mpich/train_mta "
+                                    "(Debian: libopenmpi-dev openmpi-bin, mpich libmpich-dev)")
+        super().setUpClass()
 
     def words(self, ranks, changes=None, flags=(), mpi=None, program=None, launcher=()):
         mpi = mpi or MPIS[0]
@@ -127,22 +160,6 @@ class Ranks(unittest.TestCase):
         self.assertEqual(done.returncode, 0, done.stdout[-2000:] + done.stderr)
         return done
 
-    def events(self, cwd, *kinds):
-        """The lines of the log of these kinds, without what the clock says."""
-        with open(os.path.join(cwd, "run", "log.jsonl")) as f:
-            lines = [json.loads(line) for line in f]
-        return [{k: v for k, v in line.items() if k not in TIMES} for line in lines if line["event"] in kinds]
-
-    def checkpoints(self, cwd):
-        return {os.path.relpath(path, cwd): read_bytes(path) for path in glob.glob(os.path.join(cwd, "run", "step-*", "*"))}
-
-    def assert_same(self, a, b, what):
-        self.assertEqual(self.events(a, "step", "val", "sample"), self.events(b, "step", "val", "sample"), what)
-        mine, theirs = self.checkpoints(a), self.checkpoints(b)
-        self.assertEqual(sorted(mine), sorted(theirs), what)
-        self.assertGreater(len(mine), 4)
-        self.assertEqual([name for name in mine if mine[name] != theirs[name]], [], what)
-
 
 class Bits(Ranks):
     def same_on(self, shards, sizes, changes, long_sizes=()):
@@ -157,16 +174,12 @@ class Bits(Ranks):
                 self.check_shares(many, ranks, shards)
 
     def check_shares(self, cwd, ranks, shards):
-        [shares], steps, windows = self.events(cwd, "ranks"), SMALL["--steps"], SMALL["--tokens-per-step"] // SMALL["--seq-len"]
-        cut = [windows * v // shards for v in range(shards + 1)]
-        wanted = [steps * (cut[shards * (r + 1) // ranks] - cut[shards * r // ranks]) for r in range(ranks)]
-        self.assertEqual([share["windows"] for share in shares["ranks"]], wanted)
-        self.assertEqual(sum(wanted), steps * windows)
+        steps = SMALL["--steps"]
+        sent = self.check_windows(cwd, ranks, shards, steps, SMALL["--tokens-per-step"] // SMALL["--seq-len"])
         # Every rank sends its gradients of others' elements and to all others its own new weights, and at two saves rank 0 gets m and v, all
         # in fp32. More than that are the names at the start and, for each step, some hundred bytes to every other rank.
         numel = os.path.getsize(os.path.join(cwd, "run", "step-00000002", "model.safetensors")) / 4
-        sent = sum(share["bytes_sent"] for share in shares["ranks"])
-        of_rank_0 = math.ceil(numel / BLOCK) // ranks * BLOCK
+        of_rank_0 = math.ceil(math.ceil(numel / BLOCK) / ranks) * BLOCK
         least = 4 * (numel * 2 * steps * (ranks - 1) + 2 * 2 * (numel - of_rank_0))
         self.assertGreater(sent, 0.98 * least)
         self.assertLess(sent, 1.02 * least + 30_000 * ranks * ranks)
@@ -236,7 +249,7 @@ class Plan(Ranks):
                                                       r"machine of 8", done.stdout).groups())
         self.assertAlmostEqual(sent, 876_563_136 * 4 * 31 / 32 / 2**20, delta=1)
         self.assertEqual(sent, weights)
-        self.assertAlmostEqual(machine, 8 * 2 * 876_563_136 * 4 * 24 / 32 / 2**20, delta=10)
+        self.assertAlmostEqual(machine, (1 + 8) * 876_563_136 * 4 * 24 / 32 / 2**20, delta=10)
         self.assertIn("own part of m, v", done.stdout)
 
 

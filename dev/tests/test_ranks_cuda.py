@@ -1,0 +1,274 @@
+#!/usr/bin/env python3
+"""The CUDA trainer on several processes, over the emulator's stand-in for NCCL: the same bits whatever their number,
+faults, and planted faults.
+
+python3 dev/tests/test_ranks_cuda.py [-k PATTERN]     build/train_mta_cuda_cpu and build/train_mta_cuda_cpu_fp32
+"""
+import glob
+import math
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+import unittest
+
+import test_ranks
+from helpers import ROOT, main
+
+TIMEOUT = 120  # seconds for one run
+BLOCK = test_ranks.BLOCK
+
+# Of 5 sequences a step four shards have 1, 1, 1 and 2.
+SMALL = dict(test_ranks.SMALL, **{"--tokens-per-step": 80, "--steps": 3, "--eval-windows": 5, "--sample-tokens": 2,
+                                  "--shards": 4})
+
+
+def program(precision):
+    return os.path.join(ROOT, "build", {"bf16": "train_mta_cuda_cpu", "fp32": "train_mta_cuda_cpu_fp32"}[precision])
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+class Started:
+    """So many processes of a program, started as torchrun does it, each with a GPU of its own."""
+
+    def __init__(self, words, cwd, ranks, more=None):
+        port, self.ranks = free_port(), []
+        for rank in range(ranks):
+            variables = dict(os.environ, OMP_NUM_THREADS="1", CUDA_CPU_DEVICES=str(ranks))
+            if ranks > 1:
+                variables.update(RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_RANK=str(rank),
+                                 LOCAL_WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1", MTA_PORT=str(port))
+            variables.update(more or {})
+            out, err = tempfile.TemporaryFile("w+"), tempfile.TemporaryFile("w+")
+            child = subprocess.Popen(words, cwd=cwd, env=variables, stdin=subprocess.DEVNULL, stdout=out, stderr=err)
+            self.ranks.append((child, out, err))
+
+    def finish(self):
+        """Statuses by rank, standard output of rank 0, standard error of all."""
+        end, texts = time.monotonic() + TIMEOUT, []
+        try:
+            for child, _, _ in self.ranks:
+                child.wait(max(0.1, end - time.monotonic()))
+        finally:
+            for child, _, _ in self.ranks:
+                child.kill()
+                child.wait()
+        for _, out, err in self.ranks:
+            for file in (out, err):
+                file.seek(0)
+            texts.append((out.read(), err.read()))
+            out.close()
+            err.close()
+        return [child.returncode for child, _, _ in self.ranks], texts[0][0], "".join(err for _, err in texts)
+
+
+class Ranks(test_ranks.Runs):
+    def start(self, cwd, ranks, precision="bf16", changes=None, flags=(), more=None):
+        options = dict(SMALL, **(changes or {}))
+        given = [str(word) for pair in options.items() if pair[1] is not None for word in pair]
+        return Started([program(precision)] + given + list(flags), cwd, ranks, more)
+
+    def run_ok(self, cwd, *args, **more):
+        statuses, out, err = self.start(cwd, *args, **more).finish()
+        self.assertEqual(set(statuses), {0}, out[-2000:] + err)
+        return out
+
+
+class Bits(Ranks):
+    def same_on(self, precision, sizes, changes):
+        one = self.place()
+        self.run_ok(one, 1, precision, changes)
+        for ranks in sizes:
+            many = self.place()
+            self.run_ok(many, ranks, precision, changes)
+            self.assert_same(one, many, f"{ranks} ranks, {precision}")
+            self.check_bytes(many, ranks, precision, dict(SMALL, **changes)["--shards"])
+
+    def check_bytes(self, cwd, ranks, precision, shards):
+        """Each step sends gradients to their owners in fp32 and weights to all as they are stored; two checkpoints ask
+        for m, v, master."""
+        steps = SMALL["--steps"]
+        sent = self.check_windows(cwd, ranks, shards, steps, SMALL["--tokens-per-step"] // SMALL["--seq-len"])
+        width = 2 if precision == "bf16" else 4
+        numel = os.path.getsize(os.path.join(cwd, "run", "step-00000002", "model.safetensors")) / width
+        part = min(numel, math.ceil(math.ceil(numel / BLOCK) / ranks) * BLOCK)
+        states = 3 if width == 2 else 2
+        least = steps * (ranks - 1) * (4 * numel + width * ranks * part) + 2 * 4 * states * (numel - part)
+        self.assertGreater(sent, 0.98 * least)
+        self.assertLess(sent, 1.02 * least + 60_000 * ranks * ranks)
+
+    def test_bf16(self):
+        self.same_on("bf16", (2, 4), {})
+
+    def test_fp32_untied(self):
+        self.same_on("fp32", (2, 4), {"--attention": "mta", "--tie-word-embeddings": "off",
+                                      "--num-key-value-heads": 4})
+
+    def test_one_block(self):
+        """A model that one rank owns whole; three ranks."""
+        self.same_on("bf16", (3,), {"--attention": "diff", "--hidden-size": 32, "--num-attention-heads": 2,
+                                    "--num-key-value-heads": 2, "--intermediate-size": 48, "--shards": 3})
+
+    def test_sums_of_nccl(self):
+        """--reduce nccl: nearly the same, said in the plan and the log; and nothing changes for one process."""
+        tree, nccl = self.place(), self.place()
+        self.run_ok(tree, 4, "bf16", {"--steps": 2})
+        out = self.run_ok(nccl, 4, "bf16", {"--steps": 2, "--reduce": "nccl"})
+        self.assertIn("--reduce nccl: NCCL adds the gradients in its own order", out)
+        self.assertEqual(self.events(nccl, "start")[0]["reduce"], "nccl")
+        a, b = self.events(tree, "step"), self.events(nccl, "step")
+        self.assertNotEqual(a, b)
+        self.assertTrue(all(abs(x["loss"] - y["loss"]) < 1e-3 * x["loss"] for x, y in zip(a, b)), (a, b))
+
+    def test_evaluation_alone(self):
+        cwd = self.place()
+        self.run_ok(cwd, 1, "bf16", {"--steps": 2})
+        nothing = {name: None for name in SMALL}
+        alone = ["--eval-only", "--init-from", "run/step-00000002", "--val", "a_val_*.bin,m=b_val_*.bin",
+                 "--batch-size", "2", "--eval-windows", "7"]
+        outs = [re.sub(r"\x1b\[K", "", self.run_ok(cwd, n, "bf16", nothing, alone)) for n in (1, 3)]
+        figures = [re.findall(r"^val .*", out, re.M) for out in outs]
+        self.assertGreaterEqual(len(figures[0]), 2)
+        self.assertEqual(figures[0], figures[1])
+
+
+class Resume(Ranks):
+    def test_four_two_one(self):
+        settings = {"--schedule-steps": 6, "--seed": 3}
+        whole, parts = self.place(), self.place()
+        self.run_ok(whole, 1, "bf16", dict(settings, **{"--steps": 6}), ["--resume"])
+        for ranks, steps in ((4, 2), (2, 4), (1, 6)):
+            changes = dict(settings, **{"--steps": steps, "--shards": 4 if steps == 2 else None})
+            out = self.run_ok(parts, ranks, "bf16", changes, ["--resume"])
+            if steps > 2:
+                self.assertIn(f"resumed from run/step-{steps - 2:08d}", out)
+        self.assertEqual(self.events(whole, "step", "val", "sample"), self.events(parts, "step", "val", "sample"))
+        a, b = self.checkpoints(whole), self.checkpoints(parts)
+        tensors = [name for name in a if name.endswith(".safetensors")]
+        self.assertEqual(len(tensors), 6)
+        self.assertEqual([name for name in tensors if a[name] != b[name]], [])
+
+
+class Faults(Ranks):
+    RUN = {"--steps": 4000, "--save-every": 2, "--eval-every": 0, "--sample-every": 0, "--rank-timeout": 10}
+
+    def underway(self, ranks):
+        cwd = self.place()
+        run = self.start(cwd, ranks, "bf16", self.RUN)
+        end = time.monotonic() + TIMEOUT
+        while not os.path.exists(os.path.join(cwd, "run", "step-00000004")):
+            self.assertIsNone(run.ranks[0][0].poll(), "the run ended by itself")
+            self.assertLess(time.monotonic(), end)
+            time.sleep(0.02)
+        return cwd, run
+
+    def last_good(self, cwd):
+        step = max(int(path[-8:]) for path in glob.glob(os.path.join(cwd, "run", "step-*")))
+        changes = dict(self.RUN, **{"--steps": step + 1, "--shards": None})
+        out = self.run_ok(cwd, 1, "bf16", changes, ["--resume"])
+        self.assertIn(f"resumed from run/step-{step:08d}", out)
+
+    def lines(self, err):
+        return [line for line in err.splitlines() if " is slow: " not in line]
+
+    def test_a_rank_is_killed(self):
+        for victim in (2, 0):
+            with self.subTest(victim=victim):
+                cwd, run = self.underway(4)
+                run.ranks[victim][0].kill()
+                began = time.monotonic()
+                statuses, _, err = run.finish()
+                self.assertLess(time.monotonic() - began, 10)
+                self.assertEqual([s for rank, s in enumerate(statuses) if rank != victim], [71] * 3, err)
+                self.assertEqual(len(self.lines(err)), 1, err)
+                self.assertRegex(err, rf"rank {victim} \(.*\) was lost in .*; all ranks end, the last .*: run/step-")
+                if victim:
+                    self.last_good(cwd)
+
+    def test_signal(self):
+        cwd, run = self.underway(2)
+        run.ranks[1][0].send_signal(signal.SIGTERM)
+        statuses, out, err = run.finish()
+        self.assertEqual(statuses, [75, 75], err)
+        self.assertRegex(out, r"stopped by signal 15 at step \d+, saved")
+
+    def test_nccl_fails(self):
+        """On one rank, in a step, at a call and afterwards: one line, and the status of a CUDA call that fails."""
+        for call in ("ncclSend:40", "ncclAllGather:2", "cudaStreamWaitEvent:30"):
+            with self.subTest(call=call):
+                cwd = self.place()
+                run = self.start(cwd, 2, "bf16", {"--rank-timeout": 10}, more={"CUDA_CPU_FAIL": call})
+                statuses, _, err = run.finish()
+                self.assertEqual(set(statuses), {70}, err)
+                self.assertIn(f"in {call.split(':')[0]}", err)
+                self.assertLessEqual(len(self.lines(err)), 2, err)  # both ranks may come to their N-th call
+
+    def test_refusals(self):
+        cwd = self.place()
+        statuses, _, err = self.start(cwd, 2, "bf16", {}, ["--bogus"]).finish()
+        self.assertEqual((statuses, len(self.lines(err))), ([1, 1], 1), err)
+        self.assertIn("unknown option --bogus", err)
+        statuses, _, err = self.start(cwd, 2, "bf16", {}, more={"CUDA_CPU_DEVICES": "1"}).finish()
+        self.assertEqual(set(statuses), {1}, err)
+        self.assertIn("on one GPU", err)
+        self.assertFalse(os.path.exists(os.path.join(cwd, "run")))
+
+
+class Planted(unittest.TestCase):
+    """Faults in the headers, each of which ranks_nccl.cpp must find."""
+
+    def build(self, folder):
+        with open(os.path.join(ROOT, "VERSION")) as f:
+            version = f.read().strip()
+        binary = os.path.join(folder, "ranks_nccl")
+        built = subprocess.run(["g++", "-x", "c++", "-std=c++17", "-O1", "-w", f'-DMTA_VERSION="{version}"',
+                                "-DMTA_NCCL", "-I", folder, "-I", os.path.join(ROOT, "dev", "cuda_cpu"),
+                                os.path.join(ROOT, "dev", "tests", "ranks_nccl.cpp"), "-o", binary],
+                               stderr=subprocess.PIPE, text=True)
+        self.assertEqual(built.returncode, 0, built.stderr)
+        return binary
+
+    def test_none(self):
+        """On 4, 6 and 2 ranks of one host, and as if 2 of them had one each: the tree's sums in two stages."""
+        with tempfile.TemporaryDirectory(prefix="test_ranks_cuda_") as folder:
+            os.symlink(os.path.join(ROOT, "mta"), os.path.join(folder, "mta"))
+            binary = self.build(folder)
+            for ranks, more in ((4, {}), (4, {"NODE": "2"}), (6, {"NODE": "2"}), (2, {"NODE": "1"})):
+                statuses, _, err = Started([binary], folder, ranks, more).finish()
+                self.assertEqual((statuses, err), ([0] * ranks, ""), (ranks, more))
+
+    def found(self, file, good, bad):
+        with tempfile.TemporaryDirectory(prefix="test_ranks_cuda_") as folder:
+            shutil.copytree(os.path.join(ROOT, "mta"), os.path.join(folder, "mta"))
+            path = os.path.join(folder, "mta", file)
+            with open(path) as f:
+                text = f.read()
+            self.assertEqual(text.count(good), 1, good)
+            with open(path, "w") as f:
+                f.write(text.replace(good, bad))
+            statuses, _, err = Started([self.build(folder)], folder, 4).finish()
+            self.assertIn(1, statuses, err)
+            self.assertIn("not as it should be", err)
+
+    def test_a_missing_event(self):
+        self.found("ranks_nccl.h", "ncclCudaCheck(r, cudaStreamWaitEvent(s->stream, s->ready, 0));", "")
+
+    def test_a_slice_off_by_one(self):
+        self.found("ranks.h", "(char*)data + (part.begin + at) * bytes",
+                   "(char*)data + (part.begin + at + 1) * bytes")
+
+    def test_another_order_of_leaves(self):
+        self.found("ranks.h", "int half = 1 << (31 - __builtin_clz((unsigned)n - 1));", "int half = n - 1;")
+
+
+if __name__ == "__main__":
+    main()

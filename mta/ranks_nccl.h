@@ -1,0 +1,256 @@
+// mta/ranks_nccl.h: NCCL as what carries messages between the ranks of the CUDA trainer, one GPU each: where nccl.h was
+// found, with -DMTA_NCCL. The launcher's environment and a meeting at rank 0 (mta/ranks_start.h) stand for MPI, which
+// the CUDA trainer does not link.
+//
+// One communicator that never blocks, on a stream of its own: who waits looks whether the stream is done and whether
+// NCCL has failed, so that the watch can end any wait. What lies in the host's memory goes through a stage on the GPU.
+// The stream first waits, by an event, for what the trainer's stream has been given to compute until then.
+#ifndef MTA_RANKS_NCCL_H
+#define MTA_RANKS_NCCL_H
+
+#include "ranks.h"
+
+#include "ranks_start.h"
+
+#ifdef MTA_NCCL
+#include <cuda_runtime.h>
+#include <nccl.h>
+
+enum { EXIT_NCCL = 70 };  // as where a CUDA call fails
+
+typedef struct {
+    Ranks* ranks;
+    ncclComm_t comm;
+    cudaStream_t stream;
+    cudaEvent_t ready;  // the trainer's stream has come to where its results are sent
+    char* stage;        // (stage_bytes) on the GPU
+    size_t stage_bytes;
+    RanksMessage* later;  // (n_later) what has been received into the stage, in this order, for the host's memory
+    size_t* staged;       // where
+    int n_later, room;
+} NcclState;
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Failures
+
+// NCCL cannot be used any more: all ranks end. Where the cause is another rank, the watch tells.
+__attribute__((noreturn)) static inline void nccl_fail(Ranks* r, const char* what, const char* call, bool another) {
+    if (another) { sleep(2 * WATCH_SILENCE); }
+    ranks_speak(r);
+    fprintf(stderr, "%s: %s, in %.*s\n", program_invocation_short_name, what, (int)strcspn(call, "("), call);
+    fflush(NULL);
+    watch_end(&r->watch, EXIT_NCCL);
+    _exit(EXIT_NCCL);
+}
+static inline void nccl_check(Ranks* r, ncclResult_t status, const char* call) {
+    if (status == ncclSuccess || status == ncclInProgress) { return; }
+    nccl_fail(r, ncclGetErrorString(status), call, status == ncclRemoteError);
+}
+static inline void nccl_cuda_check(Ranks* r, cudaError_t status, const char* call) {
+    if (status != cudaSuccess) { nccl_fail(r, cudaGetErrorString(status), call, false); }
+}
+#define ncclCheck(r, call) nccl_check(r, call, #call)
+#define ncclCudaCheck(r, call) nccl_cuda_check(r, call, #call)
+
+// Is NCCL still busy with what it was asked for? What it has been given is on the stream once it is not.
+static inline bool nccl_busy(NcclState* s) {
+    ncclResult_t status = ncclInProgress;
+    ncclCheck(s->ranks, ncclCommGetAsyncError(s->comm, &status));
+    nccl_check(s->ranks, status, "a transfer");
+    return status == ncclInProgress;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// The backend
+
+static inline bool nccl_on_gpu(Ranks* r, const void* data) {
+    struct cudaPointerAttributes a;
+    ncclCudaCheck(r, cudaPointerGetAttributes(&a, data));
+    return a.type == cudaMemoryTypeDevice;
+}
+
+// What is sent from now on is what the trainer's stream has computed when it comes to here.
+static inline void nccl_follow(NcclState* s) {
+    Ranks* r = s->ranks;
+    if (!r->work) { return; }
+    ncclCudaCheck(r, cudaEventRecord(s->ready, (cudaStream_t)r->work));
+    ncclCudaCheck(r, cudaStreamWaitEvent(s->stream, s->ready, 0));
+}
+
+// Room for a list's messages of host memory, in the stage and in the notes. Nothing is on the way.
+static inline void nccl_make_room(NcclState* s, const RanksMessage* list, int n) {
+    size_t bytes = 0;
+    for (int i = 0; i < n; i++) {
+        bytes += nccl_on_gpu(s->ranks, list[i].data) ? 0 : (list[i].bytes + 255) / 256 * 256;
+    }
+    if (bytes > s->stage_bytes) {
+        ncclCudaCheck(s->ranks, cudaFree(s->stage));
+        ncclCudaCheck(s->ranks, cudaMalloc((void**)&s->stage, bytes));
+        s->stage_bytes = bytes;
+    }
+    s->n_later = 0;
+    if (n <= s->room) { return; }
+    free(s->later);
+    free(s->staged);
+    s->room = 2 * n;
+    s->later = (RanksMessage*)alloc_or_die((size_t)s->room, sizeof *s->later, "messages");
+    s->staged = (size_t*)alloc_or_die((size_t)s->room, sizeof *s->staged, "messages");
+}
+
+static inline void nccl_start(void* state, const RanksMessage* list, int n) {
+    NcclState* s = (NcclState*)state;
+    Ranks* r = s->ranks;
+    size_t end = 0, at = 0;  // of the stage; where this message is, or the one before
+    nccl_make_room(s, list, n);
+    nccl_follow(s);
+    ncclCheck(r, ncclGroupStart());
+    for (int i = 0; i < n; i++) {
+        const RanksMessage* m = &list[i];
+        bool host = !nccl_on_gpu(r, m->data), again = i && !m->receive && !list[i - 1].receive &&
+                                                      m->data == list[i - 1].data && m->bytes == list[i - 1].bytes;
+        if (host && !again) {
+            at = end;
+            end += (m->bytes + 255) / 256 * 256;
+        }
+        char* data = host ? s->stage + at : (char*)m->data;
+        if (m->receive) {
+            ncclCheck(r, ncclRecv(data, m->bytes, ncclInt8, m->peer, s->comm, s->stream));
+            if (host) { s->staged[s->n_later] = at, s->later[s->n_later++] = *m; }
+            continue;
+        }
+        if (host && !again) {
+            ncclCudaCheck(r, cudaMemcpyAsync(data, m->data, m->bytes, cudaMemcpyHostToDevice, s->stream));
+        }
+        ncclCheck(r, ncclSend(data, m->bytes, ncclInt8, m->peer, s->comm, s->stream));
+    }
+    ncclCheck(r, ncclGroupEnd());
+}
+
+// A copy into the host's memory waits for its stream: it is made when there is nothing left to wait for.
+static inline bool nccl_done(void* state) {
+    NcclState* s = (NcclState*)state;
+    if (nccl_busy(s)) { return false; }
+    cudaError_t status = cudaStreamQuery(s->stream);
+    if (status == cudaErrorNotReady) {
+        cudaGetLastError();
+        return false;
+    }
+    nccl_cuda_check(s->ranks, status, "cudaStreamQuery(s->stream)");
+    for (int i = 0; i < s->n_later; i++) {
+        const RanksMessage* m = &s->later[i];
+        ncclCudaCheck(s->ranks,
+                      cudaMemcpyAsync(m->data, s->stage + s->staged[i], m->bytes, cudaMemcpyDeviceToHost, s->stream));
+    }
+    if (s->n_later) { ncclCudaCheck(s->ranks, cudaStreamSynchronize(s->stream)); }
+    s->n_later = 0;
+    return true;
+}
+
+static inline void nccl_gather(void* state, void* data, size_t bytes) {
+    NcclState* s = (NcclState*)state;
+    const char* own = (char*)data + (size_t)s->ranks->rank * bytes;
+    nccl_follow(s);
+    ncclCheck(s->ranks, ncclAllGather(own, data, bytes, ncclInt8, s->comm, s->stream));
+}
+
+static inline void nccl_reduce(void* state, float* data, size_t n) {
+    NcclState* s = (NcclState*)state;
+    float* own = data + (size_t)s->ranks->rank * n;
+    nccl_follow(s);
+    ncclCheck(s->ranks, ncclReduceScatter(data, own, n, ncclFloat32, ncclSum, s->comm, s->stream));
+}
+
+static inline void nccl_close(void* state) {
+    NcclState* s = (NcclState*)state;
+    ncclCheck(s->ranks, ncclCommDestroy(s->comm));
+    ncclCudaCheck(s->ranks, cudaEventDestroy(s->ready));
+    ncclCudaCheck(s->ranks, cudaStreamDestroy(s->stream));
+    ncclCudaCheck(s->ranks, cudaFree(s->stage));
+    free(s->later);
+    free(s->staged);
+    free(s);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Start
+
+// The communicator of all ranks, which have met: each waits for the others at most as long as they might to meet.
+static inline void nccl_connect(NcclState* s, ncclUniqueId id) {
+    const struct timespec nap = {0, 1000000};
+    Ranks* r = s->ranks;
+    ncclConfig_t config = NCCL_CONFIG_INITIALIZER;
+    config.blocking = 0;
+    double end = seconds_now() + start_seconds();
+    ncclCheck(r, ncclCommInitRankConfig(&s->comm, r->size, id, r->rank, &config));
+    while (nccl_busy(s)) {
+        if (seconds_now() > end) {
+            nccl_fail(r, "the ranks did not all connect in time; NCCL_DEBUG=INFO tells more", "ncclCommInitRankConfig",
+                      false);
+        }
+        nanosleep(&nap, NULL);
+    }
+}
+
+// A stream whose work goes before the trainer's, so that what others wait for is not late.
+static inline void nccl_make_stream(NcclState* s) {
+    int least = 0, greatest = 0;
+    ncclCudaCheck(s->ranks, cudaDeviceGetStreamPriorityRange(&least, &greatest));
+    ncclCudaCheck(s->ranks, cudaStreamCreateWithPriority(&s->stream, cudaStreamNonBlocking, greatest));
+    ncclCudaCheck(s->ranks, cudaEventCreateWithFlags(&s->ready, cudaEventDisableTiming));
+}
+
+// The GPU of this process becomes the current one; how it is named in `device`, so that no two ranks take the same.
+static inline void nccl_take_device(const Launch* launch, char* device, size_t n) {
+    int devices = 0;
+    cudaError_t status = cudaGetDeviceCount(&devices);
+    if (status != cudaSuccess || !devices) {
+        ranks_yield_to_first(launch->rank);
+        die("rank %d: no usable NVIDIA GPU (%s)", launch->rank, status ? cudaGetErrorString(status) : "none found");
+    }
+    int own = launch_device(launch, devices);
+    struct cudaDeviceProp p;
+    status = cudaSetDevice(own);
+    if (status == cudaSuccess) { status = cudaGetDeviceProperties(&p, own); }
+    if (status != cudaSuccess) { die("rank %d: GPU %d: %s", launch->rank, own, cudaGetErrorString(status)); }
+    for (size_t i = 0; i < sizeof p.uuid.bytes && 2 * i + 2 < n; i++) {
+        snprintf(device + 2 * i, 3, "%02x", (unsigned char)p.uuid.bytes[i]);
+    }
+}
+
+static inline void ranks_open_nccl(Ranks* r, const Launch* launch) {
+    static const RanksBackend backend = {nccl_start, nccl_done, nccl_close, nccl_gather, nccl_reduce};
+    NcclState* s = (NcclState*)alloc_or_die(1, sizeof(NcclState), "NCCL's messages");
+    char device[64] = "";
+    ncclUniqueId id;
+    memset(&id, 0, sizeof id);
+    r->rank = launch->rank, r->size = launch->size, r->state = s, s->ranks = r;
+    nccl_take_device(launch, device, sizeof device);
+    StartAddress address = launch_address(launch);
+    if (!r->rank) { ncclCheck(r, ncclGetUniqueId(&id)); }
+    r->watch.spins = true;
+    ranks_join(r, &address, device, &id, sizeof id);
+    nccl_make_stream(s);
+    nccl_connect(s, id);
+    r->backend = &backend;
+    ranks_quiet(r);
+    ranks_total(r, 0);  // each pair connects now, before a model's memory is counted
+}
+#endif
+
+// The ranks of this run: one, unless a launcher started several.
+static inline Ranks* ranks_of_nccl(void) {
+    static Ranks ranks;  // exit needs it after main
+    Launch launch = launch_read();
+    ranks.size = 1;
+    if (launch.size < 2) { return &ranks; }
+#ifdef MTA_NCCL
+    ranks_open_nccl(&ranks, &launch);
+#else
+    ranks_yield_to_first(launch.rank);
+    die("%s started %d processes, but this program is for one: it was built where nccl.h was not found",
+        launch.launcher, launch.size);
+#endif
+    return &ranks;
+}
+
+#endif
