@@ -1924,7 +1924,7 @@ static void test_cudnn(void) {
     }
     tr.destroy(m);
     if (golden) { golden_directory(&tr); }
-    if (random) { test_random_models(&tr, (models + 1) / 2, false, true); }
+    if (random) { test_random_models(&tr, (models + 3) / 4, false, true); }
     for (int k = 0; k < 3 && beside; k++) { test_cudnn_beside_own(&tr, kinds[k]); }
     if (real) { test_real_initialisation(&tr, "mta", 0); }
 }
