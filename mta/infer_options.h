@@ -56,31 +56,31 @@ static const char* const INFER_MODES[] = {"--prompt",   "--token-ids",  "--promp
                                           "--tokenize", "--detokenize"};
 
 // The modes that use an option; what is not here, all do.
-static const OptUse INFER_USES[] = {{"--weights", INFER_COMPUTES},
-                                    {"--mapped", INFER_COMPUTES},
-                                    {"--cache", INFER_COMPUTES},
-                                    {"--context", INFER_COMPUTES},
-                                    {"--chunk", INFER_COMPUTES},
-                                    {"--threads", INFER_COMPUTES},
-                                    {"--prompt", INFER_TEXT | INFER_LOOKS},
-                                    {"--token-ids", INFER_IDS | INFER_LOOKS},
-                                    {"--echo", INFER_TEXT | INFER_LOOKS},
-                                    {"--max-tokens", INFER_GENERATES},
-                                    {"--stop", INFER_ANSWERS},
-                                    {"--ignore-eos", INFER_GENERATES},
-                                    {"--shift", INFER_GENERATES | INFER_LOOKS | INFER_SCORE},
-                                    {"--temperature", INFER_GENERATES},
-                                    {"--top-k", INFER_GENERATES},
-                                    {"--top-p", INFER_GENERATES},
-                                    {"--min-p", INFER_GENERATES},
-                                    {"--repeat-penalty", INFER_GENERATES},
-                                    {"--repeat-last", INFER_GENERATES},
-                                    {"--seed", INFER_GENERATES},
-                                    {"--samples", INFER_TEXT | INFER_IDS},
-                                    {"--stride", INFER_PERPLEXITY},
-                                    {"--layer", INFER_MAP},
-                                    {"--head", INFER_MAP},
-                                    {"--binary", INFER_TOKENIZE}};
+static const OptUse INFER_USES[] = {{"--weights", INFER_COMPUTES, false},
+                                    {"--mapped", INFER_COMPUTES, false},
+                                    {"--cache", INFER_COMPUTES, false},
+                                    {"--context", INFER_COMPUTES, false},
+                                    {"--chunk", INFER_COMPUTES, false},
+                                    {"--threads", INFER_COMPUTES, false},
+                                    {"--prompt", INFER_TEXT | INFER_LOOKS, true},
+                                    {"--token-ids", INFER_IDS | INFER_LOOKS, true},
+                                    {"--echo", INFER_TEXT | INFER_LOOKS, false},
+                                    {"--max-tokens", INFER_GENERATES, false},
+                                    {"--stop", INFER_ANSWERS, true},
+                                    {"--ignore-eos", INFER_GENERATES, false},
+                                    {"--shift", INFER_GENERATES | INFER_LOOKS | INFER_SCORE, false},
+                                    {"--temperature", INFER_GENERATES, false},
+                                    {"--top-k", INFER_GENERATES, false},
+                                    {"--top-p", INFER_GENERATES, false},
+                                    {"--min-p", INFER_GENERATES, false},
+                                    {"--repeat-penalty", INFER_GENERATES, false},
+                                    {"--repeat-last", INFER_GENERATES, false},
+                                    {"--seed", INFER_GENERATES, false},
+                                    {"--samples", INFER_TEXT | INFER_IDS, true},
+                                    {"--stride", INFER_PERPLEXITY, true},
+                                    {"--layer", INFER_MAP, true},
+                                    {"--head", INFER_MAP, true},
+                                    {"--binary", INFER_TOKENIZE, true}};
 
 // Which of them: those that exclude each other are refused. --logits and --attention-map look at a prompt.
 static inline unsigned infer_mode(const InferOptions* o) {
@@ -212,10 +212,10 @@ static inline void infer_options_read(InferOptions* o, int argc, char** argv) {
     if (!alone && !o->dir) { die("no checkpoint directory given; usage: infer_mta DIR [options], --help lists them"); }
     options_check_uses(table, INFER_USES, sizeof INFER_USES / sizeof *INFER_USES, INFER_MODES,
                        sizeof INFER_MODES / sizeof *INFER_MODES, mode);
-    const OptNeed needs[] = {{"--echo", !o->token_ids, "a text, not --token-ids,"},
-                             {"--repeat-last", option_given(table, "--repeat-penalty"), "--repeat-penalty"},
-                             {"--assume-llama", o->dir != NULL, "a checkpoint directory"},
-                             {"--no-verify", o->dir != NULL, "a checkpoint directory"}};
+    const OptNeed needs[] = {{"--echo", !o->token_ids, "a text, not --token-ids,", false},
+                             {"--repeat-last", option_given(table, "--repeat-penalty"), "--repeat-penalty", false},
+                             {"--assume-llama", o->dir != NULL, "a checkpoint directory", false},
+                             {"--no-verify", o->dir != NULL, "a checkpoint directory", false}};
     options_check_needs(table, needs, sizeof needs / sizeof *needs);
     if (o->dir) { o->dir = checkpoint_of(o->dir, o->quiet); }
     if (alone && !o->tokenizer && !o->dir) { die("--tokenize needs --tokenizer NAME|FILE or a checkpoint directory"); }

@@ -269,10 +269,11 @@ static inline bool option_given(const Opt* table, const char* name) {
 typedef struct {
     const char* name;
     unsigned modes;  // that use it
+    bool essential;  // it asks for something that the other modes do not do: refused; else it only tunes: said
 } OptUse;
 
-// Refuses an option that was given and that the mode does not use, and names the modes that do. modes: the name of each
-// bit's, n of them; mode: one bit.
+// Refuses an option that was given and that the mode does not use, or says that it does nothing, and names the modes
+// that use it. modes: the name of each bit's, n of them; mode: one bit.
 static inline void options_check_uses(const Opt* table, const OptUse* uses, int n_uses, const char* const* modes, int n,
                                       unsigned mode) {
     Text others = {NULL, 0, 0};
@@ -284,7 +285,12 @@ static inline void options_check_uses(const Opt* table, const OptUse* uses, int 
         for (int k = 0; k < n; k++) {
             if (uses[i].modes >> k & 1) { text_printf(&others, "%s%s", others.n ? ", " : "", modes[k]); }
         }
-        die("%s: no use beside %s; it belongs to %s", uses[i].name, modes[now], others.text);
+        const char* text = "%s: no use beside %s; it belongs to %s";
+        if (uses[i].essential) { die(text, uses[i].name, modes[now], others.text); }
+        fprintf(stderr, "%s: ", program_invocation_short_name);
+        fprintf(stderr, text, uses[i].name, modes[now], others.text);
+        fputc('\n', stderr);
+        text_free(&others);
     }
 }
 
@@ -293,14 +299,16 @@ typedef struct {
     const char* name;
     bool used;
     const char* wanted;  // what makes it useful
+    bool essential;      // refused without it; else said
 } OptNeed;
 
-// Refuses those that were given and are not used.
+// Refuses those that were given and are not used, or says that they do nothing.
 static inline void options_check_needs(const Opt* table, const OptNeed* needs, int n) {
     for (int i = 0; i < n; i++) {
-        if (option_given(table, needs[i].name) && !needs[i].used) {
-            die("%s: wanted %s beside it", needs[i].name, needs[i].wanted);
-        }
+        if (needs[i].used || !option_given(table, needs[i].name)) { continue; }
+        if (needs[i].essential) { die("%s: wanted %s beside it", needs[i].name, needs[i].wanted); }
+        fprintf(stderr, "%s: %s does nothing without %s\n", program_invocation_short_name, needs[i].name,
+                needs[i].wanted);
     }
 }
 

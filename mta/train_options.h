@@ -233,22 +233,23 @@ static inline void options_check_evaluation(const TrainOptions* o, const Opt* ta
     if (o->eval_only && !o->val) { die("--eval-only: wanted --val [NAME=]GLOB,..., what to evaluate on"); }
 }
 
-// Refuses options that do nothing without another one.
+// Refuses options that do nothing without another one; those that only tune it are passed over with a line.
 static inline void options_check_useful(const TrainOptions* o, const Opt* table) {
-    static const char val[] = "--val [NAME=]GLOB,..., what to evaluate on,", samples[] = "--sample-every N";
+    static const char val[] = "--val [NAME=]GLOB,..., what to evaluate on", samples[] = "--sample-every N";
     bool val_set = o->val || o->dry_run, given_file = o->model && !preset_find(o->model);
-    const OptNeed needs[] = {{"--pattern", o->tokenizer != NULL, "--tokenizer FILE, whose text it splits,"},
-                             {"--assume-llama", o->init_from || given_file, "--init-from DIR or --model config.json"},
-                             {"--no-verify", o->init_from != NULL, "--init-from DIR"},
-                             {"--ranks", o->dry_run, "--dry-run (mpirun -n N starts processes)"},
-                             {"--ranks-per-node", o->n_ranks > 0, "--ranks N"},
-                             {"--shift", o->score != NULL, "--score FILE"},
-                             {"--eval-first", val_set, val},
-                             {"--eval-every", val_set || o->eval_every == 0, val},
-                             {"--eval-windows", val_set, val},
-                             {"--sample-tokens", o->sample_every > 0, samples},
-                             {"--sample-prompt", o->sample_every > 0, samples},
-                             {"--sample-temperature", o->sample_every > 0, samples}};
+    const OptNeed needs[] = {
+        {"--pattern", o->tokenizer != NULL, "--tokenizer FILE, whose text it splits,", true},
+        {"--assume-llama", o->init_from || given_file, "--init-from DIR or --model config.json", false},
+        {"--no-verify", o->init_from != NULL, "--init-from DIR", false},
+        {"--ranks", o->dry_run, "--dry-run (mpirun -n N starts processes)", true},
+        {"--ranks-per-node", o->n_ranks > 0, "--ranks N", true},
+        {"--shift", o->score != NULL, "--score FILE", true},
+        {"--eval-first", val_set, val, true},
+        {"--eval-every", val_set || o->eval_every == 0, val, false},
+        {"--eval-windows", val_set, val, false},
+        {"--sample-tokens", o->sample_every > 0, samples, false},
+        {"--sample-prompt", o->sample_every > 0, samples, false},
+        {"--sample-temperature", o->sample_every > 0, samples, false}};
     options_check_needs(table, needs, sizeof needs / sizeof *needs);
 }
 

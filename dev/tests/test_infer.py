@@ -1234,7 +1234,8 @@ class TextIO(unittest.TestCase):
             self.assertIn(words, p.stderr.decode())
 
     def test_options_without_use(self):
-        """What would do nothing is refused by name, with the modes that it belongs to; what a mode uses is taken."""
+        """What would do nothing is named, with the modes that it belongs to, and refused where it asks for something
+        that the mode does not do; what a mode uses is taken."""
         for name, text in (("score", '{"context": "a", "continuation": "b"}'), ("perplexity", "some text"),
                            ("prompts", '{"prompt": "a", "max_tokens": 1}')):
             with open(os.path.join(self.tmp.name, name), "w") as f:
@@ -1255,10 +1256,15 @@ class TextIO(unittest.TestCase):
                     if mode in those:
                         self.assertEqual((p.returncode, b"no use" in p.stderr), (0, False), p.stderr)
                     else:
-                        self.assertEqual((p.returncode, p.stdout, p.stderr.count(b"\n")), (1, b"", 1), p.stderr)
-                        self.assertIn("%s: no use beside" % option.split("=")[0], p.stderr.decode())
-        for words, why in ((["--prompt", "a", "--repeat-last", "3"], "--repeat-last: wanted --repeat-penalty"),
-                           (["--logits", "x", "--score", "-"], "exclude each other"),
+                        name = option.split("=")[0]
+                        refused = name in ("--stop", "--samples", "--stride", "--layer", "--binary")
+                        self.assertEqual(p.returncode, int(refused), p.stderr)
+                        self.assertEqual(p.stderr.decode().count("%s: no use beside" % name), 1, p.stderr)
+                        if refused:
+                            self.assertEqual((p.stdout, p.stderr.count(b"\n")), (b"", 1))
+        p = run([self.dir, "--prompt", "a", "--repeat-last", "3", "--quiet"], check=False)
+        self.assertIn(b"--repeat-last does nothing without --repeat-penalty", p.stderr)
+        for words, why in ((["--logits", "x", "--score", "-"], "exclude each other"),
                            (["--prompt", "a", "--token-ids", "1"], "exclude each other"),
                            (["--prompt", "a", "--score", "-"], "--prompt: no use beside --score")):
             p = run([self.dir, *words, "--quiet"], check=False)

@@ -625,21 +625,19 @@ class Resume(Trainer):
 
     def test_options_without_use(self):
         """What would do nothing without another option is refused by name, or said."""
-        for changes, flags, wanted in (({"--sample-tokens": 5}, (), "--sample-every"),
-                                       ({"--sample-prompt": "a"}, (), "--sample-every"),
-                                       ({"--sample-temperature": 1, "--sample-every": 0}, (), "--sample-every"),
-                                       ({"--val": None, "--eval-every": 1}, (), "--val"),
-                                       ({"--val": None, "--eval-windows": 1}, (), "--val"),
-                                       ({"--val": None}, ["--eval-first"], "--val"),
-                                       ({}, ["--no-verify"], "--init-from"), ({}, ["--assume-llama"], "--init-from"),
-                                       ({}, ["--shift"], "--score"), ({"--ranks": 2}, (), "--dry-run"),
+        for changes, flags, wanted in (({"--val": None}, ["--eval-first"], "--val"), ({}, ["--shift"], "--score"),
+                                       ({"--ranks": 2}, (), "--dry-run"),
                                        ({"--ranks-per-node": 2}, ["--dry-run"], "--ranks N"),
                                        ({"--pattern": "gpt2"}, (), "--tokenizer FILE")):
             option = flags[0] if flags and flags[0] != "--dry-run" else list(changes)[-1]
-            if option == "--sample-every":
-                option = "--sample-temperature"
             with self.subTest(option):
                 self.refused(["%s: wanted %s" % (option, wanted), "beside it"], changes, flags)
+        idle = {"--sample-tokens": 5, "--sample-prompt": "a", "--sample-temperature": 1, "--val": None,
+                "--eval-every": 1, "--eval-windows": 1}
+        said = self.run_ok(self.out(), idle, ["--no-verify", "--assume-llama"]).stderr
+        for option in (*idle, "--no-verify", "--assume-llama"):
+            if option != "--val":
+                self.assertEqual(said.count("%s does nothing without" % option), 1, said)
         done = self.run_ok(self.out(), {"--schedule": "constant", "--min-lr": 1e-4, "--recompute": "block"})
         self.assertIn("--schedule constant: --min-lr does nothing", done.stdout)
         self.assertEqual("--recompute: it does nothing on the CPU" in done.stdout, NAME == "train_mta")
