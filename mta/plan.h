@@ -156,7 +156,9 @@ static inline void plan_print_ranks(const Run* r, const TensorList* list) {
     printf("sent        %.1f MiB of gradients and %.1f of weights by each rank in a step", gradients * others,
            weights * others);
     if (node > 1) {
-        printf("; %.1f by each machine of %d", ranks > node ? gradients * added + weights * gathered : 0, node);
+        bool alone = ranks <= node;
+        printf("; %.1f and %.1f by each machine of %d through its network", alone ? 0 : gradients * added,
+               alone ? 0 : weights * gathered, node);
     }
     printf("\n");
 }

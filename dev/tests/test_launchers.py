@@ -1,20 +1,22 @@
 #!/usr/bin/env python3
-"""scripts/train_880m.sh as torchrun, srun, mpirun and mpiexec start it, and what scripts/ranks_check.sh finds, with
-stubs that write down what they were called with or pretend runs.
+"""scripts/train_880m.sh as torchrun, srun, mpirun and mpiexec start it, and what scripts/ranks_check.sh finds: with
+stubs that write down what they were called with or pretend runs, and with the CUDA trainer on the emulator.
 
 python3 dev/tests/test_launchers.py     torchrun of dev/.venv, mpirun.openmpi, mpirun.mpich: those that are there; srun
                                         is pretended
 """
 import json
 import os
+import re
 import shutil
 import subprocess
 import tempfile
 import unittest
 
-from helpers import ROOT, main
+from helpers import ROOT, main, read_bytes, write_shard
 
 TORCHRUN = os.path.join(ROOT, "dev", ".venv", "bin", "torchrun")
+TRAINER = os.path.join(ROOT, "build", "train_mta_cuda_cpu")
 TWO = {"torchrun": [TORCHRUN, "--no-python", "--standalone", "--nproc-per-node", "2"],
        "mpirun": ["mpirun.openmpi", "--allow-run-as-root", "--oversubscribe", "--bind-to", "none", "-n", "2"],
        "mpiexec": ["mpiexec.mpich", "-n", "2"]}
@@ -151,6 +153,96 @@ class Launchers(Scripts):
         self.assertEqual(runs[0]["arguments"][runs[0]["arguments"].index("--batch-size") + 1], "32")
 
 
+class Emulated(Scripts):
+    """The CUDA trainer on the emulator, by the same script and launchers."""
+
+    SMALL = ["--hidden-size", "32", "--num-hidden-layers", "1", "--num-attention-heads", "2", "--num-key-value-heads",
+             "2", "--intermediate-size", "48", "--vocab-size", "64", "--tokens-per-step", "64", "--batch-size", "1",
+             "--seq-len", "16", "--steps", "2", "--shards", "2"]
+
+    def run_script(self, *launchers):
+        """A run in a folder of its own, of one process or as each of the launchers starts them; its weights and
+        moments."""
+        folder = tempfile.mkdtemp(dir=self.folder)
+        os.symlink(self.shards, os.path.join(folder, "shards"))
+        script = [os.path.join(ROOT, "scripts", "train_880m.sh"), "shards", "out", "mta", *self.SMALL]
+        variables = dict(self.environment, TRAINER=TRAINER, CUDA_CPU_DEVICES="2", OMP_NUM_THREADS="1")
+        children = [subprocess.Popen(launcher + script, cwd=folder, env=variables, text=True, stdout=subprocess.PIPE,
+                                     stderr=subprocess.STDOUT) for launcher in launchers]
+        texts = [child.communicate(timeout=120)[0] for child in children]
+        self.assertEqual({child.returncode for child in children}, {0}, texts)
+        with open(os.path.join(folder, "out", "log.jsonl")) as f:
+            ranks = [json.loads(line)["ranks"] for line in f if '"event": "start"' in line]
+        self.assertEqual(ranks, [2 if launchers[0] else 1])
+        checkpoint = os.path.join(folder, "out", "step-00000002")
+        return [read_bytes(os.path.join(checkpoint, f"{name}.safetensors")) for name in ("model", "optimizer")]
+
+    def make_shards(self):
+        self.shards = os.path.join(self.folder, "shards")
+        os.mkdir(self.shards)
+        for domain in ("commoncrawl", "c4", "github", "wikipedia", "stackexchange", "arxiv", "book"):
+            write_shard(os.path.join(self.shards, f"{domain}_train_000000.bin"),
+                        [i * len(domain) % 61 for i in range(1500)], vocab=64, width=4)
+        counts = {name: {"documents": 30, "tokens": 1500} for name in os.listdir(self.shards)}
+        with open(os.path.join(self.shards, "manifest.json"), "w") as f:
+            json.dump({"shards": counts}, f)
+
+
+class Trained(Emulated):
+    def test_plan_of_the_paper(self):
+        """Four machines of eight: what a rank holds and sends, in steps of a card of 81,559 MiB."""
+        self.make_shards()
+        script = [os.path.join(ROOT, "scripts", "train_880m.sh"), self.shards, "out", "mta", "--dry-run", "--ranks",
+                  "32", "--ranks-per-node", "8"]
+        plan = subprocess.run(script, capture_output=True, text=True, timeout=120,
+                              env=dict(self.environment, TRAINER=TRAINER, CUDA_CPU_MEMORY_MIB="81559"))
+        self.assertEqual((plan.returncode, plan.stderr), (0, ""))
+        mib = 876_563_136 / 2**20
+        for name, wanted in (("weights bf16", 2 * mib), ("gradients fp32", 4 * mib),
+                             ("own m, v, master", 12 * mib / 32)):
+            self.assertAlmostEqual(float(re.search(name + r" +([\d.]+) MiB", plan.stdout)[1]), wanted, delta=1)
+        sent = re.search(r"sent +([\d.]+) MiB of gradients and ([\d.]+) of weights by each rank in a step; ([\d.]+) "
+                         r"and ([\d.]+) by each machine of 8 through its network", plan.stdout)
+        for got, wanted in zip(sent.groups(), (4 * mib * 31 / 32, 2 * mib * 31 / 32, 4 * mib * 3 / 4, 2 * mib * 3 / 4)):
+            self.assertAlmostEqual(float(got), wanted, delta=2)
+        self.assertRegex(plan.stdout, r"ranks +32 of 1 shard each: 1 micro-batches of at most 4 sequences, 8192 tokens")
+
+    def test_same_bits_by_every_launcher(self):
+        self.make_shards()
+        alone = self.run_script([])
+        for name, launcher in TWO.items():
+            if shutil.which(launcher[0]):
+                self.assertTrue(self.run_script(launcher) == alone, name)
+
+
+class Hosts(Emulated):
+    """Two network namespaces as hosts, a cable between them: what a job of Slurm on two hosts sees."""
+
+    def ip(self, words):
+        return subprocess.run(["ip", *words.split()], stderr=subprocess.DEVNULL).returncode == 0
+
+    def test_same_bits(self):
+        if os.geteuid() != 0 or not shutil.which("ip"):
+            self.skipTest("hosts are network namespaces: wanted root and ip")
+        spaces = [f"mta{os.getpid() % 100000}h{i}" for i in range(2)]
+        for space in spaces:
+            self.addCleanup(self.ip, f"netns del {space}")
+        made = all([self.ip(f"netns add {space}") for space in spaces]) and \
+            self.ip(f"-n {spaces[0]} link add eth0 type veth peer name eth0 netns {spaces[1]}")
+        for i, space in enumerate(spaces):
+            made = made and self.ip(f"-n {space} link set lo up") and self.ip(f"-n {space} link set eth0 up") and \
+                self.ip(f"-n {space} addr add 10.78.0.{i + 1}/24 dev eth0")
+        if not made:
+            self.skipTest("network namespaces are not allowed here")
+        self.make_shards()
+        tasks = [{"SLURM_PROCID": str(i), "SLURM_STEP_NUM_TASKS": "2", "SLURM_LOCALID": str(i),
+                  "SLURM_STEP_NUM_NODES": "2", "SLURM_STEP_NODELIST": "10.78.0.[1-2]", "SLURM_JOB_ID": "77"}
+                 for i in range(2)]
+        launchers = [["ip", "netns", "exec", space, "env", *(f"{k}={v}" for k, v in task.items())]
+                     for space, task in zip(spaces, tasks)]
+        self.assertTrue(self.run_script(*launchers) == self.run_script([]))
+
+
 class RanksCheck(Scripts):
     def check(self, *options, failed=0, **environment):
         work = os.path.join(self.folder, "work")
@@ -177,6 +269,11 @@ class RanksCheck(Scripts):
         speed = self.check("--part", "speed", TRAINER=self.stub(RUN), FAULT="fast")
         self.assertIn("speed   1 process: 100 tokens/s", speed)
         self.assertIn("speed   2 processes, --reduce nccl: 180 tokens/s, 90.0% of 2 times one", speed)
+
+    def test_on_the_emulator(self):
+        done = self.check(TRAINER=TRAINER, CUDA_CPU_DEVICES="2", OMP_NUM_THREADS="1")
+        self.assertEqual(done.count("\nok "), 4, done)  # two checks, each printed when it is made and in the table
+        self.assertEqual(done.count("\nspeed "), 6, done)
 
 
 if __name__ == "__main__":

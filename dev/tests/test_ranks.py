@@ -245,11 +245,13 @@ class Plan(Ranks):
         done = self.run_ok(self.place(), 1, nothing, ["--dry-run", "--model", "880m", "--seq-len", "2048", "--tokens-per-step", "262144",
                                                       "--ranks", "32", "--ranks-per-node", "8"])
         self.assertIn("ranks       32 of 1 shard each: 1 micro-batches of at most 4 sequences, 8192 tokens a step", done.stdout)
-        sent, weights, machine = map(float, re.search(r"sent +([\d.]+) MiB of gradients and ([\d.]+) of weights by each rank in a step; ([\d.]+) by each "
-                                                      r"machine of 8", done.stdout).groups())
+        sent, weights, added, gathered = map(float, re.search(
+            r"sent +([\d.]+) MiB of gradients and ([\d.]+) of weights by each rank in a step; ([\d.]+) and ([\d.]+) by each "
+            r"machine of 8 through its network", done.stdout).groups())
         self.assertAlmostEqual(sent, 876_563_136 * 4 * 31 / 32 / 2**20, delta=1)
         self.assertEqual(sent, weights)
-        self.assertAlmostEqual(machine, (1 + 8) * 876_563_136 * 4 * 24 / 32 / 2**20, delta=10)
+        self.assertAlmostEqual(added, 876_563_136 * 4 * 24 / 32 / 2**20, delta=2)
+        self.assertAlmostEqual(gathered, 8 * 876_563_136 * 4 * 24 / 32 / 2**20, delta=10)
         self.assertIn("own part of m, v", done.stdout)
 
 
