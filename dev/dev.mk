@@ -6,23 +6,35 @@ EMULATOR_HEADERS = $(wildcard dev/cuda_cpu/*.h)
 
 .PHONY: FORCE help_dev asan header_check nvcc_check bench_programs compile_commands
 help_dev:
-	@echo "make test_mta_nocblas                           test_mta without CBLAS"
-	@echo "make test_mta_cuda_cpu test_mta_cuda_cpu_bf16   tests of the CUDA trainer, its own kernels executed on the CPU by dev/cuda_cpu (fp32, bf16);"
-	@echo "                                                --models N: so many random models; CUDA_CPU_ORDER=N: another order of threads"
-	@echo "make build/openmpi/train_mta build/mpich/train_mta   the CPU trainer with one MPI and with the other, for dev/tests/test_ranks.py"
-	@echo "make build/train_mta_cuda_cpu                   the whole CUDA trainer on the CPU (bf16); build/train_mta_cuda_cpu_fp32"
-	@echo "make asan                                       test_mta, train_mta, infer_mta in build/asan under the address and undefined-behaviour sanitizers"
-	@echo "make build/asan/test_mta_cuda_cpu_bf16          every access of a kernel under the address sanitizer; build/undefined/test_mta_cuda_cpu_bf16: undefined"
-	@echo "                                                behaviour too; build/races/test_mta_bf16: every access watched for races"
-	@echo "make build/test_ops                             every launcher of train_mta.cu against train_mta.c: test or perf, --help; build/test_ops_fp32, test_ops_cuda"
-	@echo "make build/test_NAME                            dev/tests/test_NAME.c; build/test_emulator, build/test_nccl, build/test_races: the emulator's own"
-	@echo "make build/faults.so                            makes system calls and allocations fail, for dev/faults/faults.py --help"
-	@echo "make ptx ptx_long                               what nvcc makes of train_mta.cu and the programs that execute it: dev/ptx_cpu/check.py [--long]"
-	@echo "make nvcc_check                                 train_mta.cu and its tests through nvcc for every architecture, on a machine without a GPU"
-	@echo "make bench_programs build/infer_step build/cuda_step   what dev/bench runs"
-	@echo "make compile_commands                           compile_commands.json for clangd and other tools"
+	@echo "make test_mta_nocblas                        test_mta without CBLAS"
+	@echo "make test_mta_cuda_cpu test_mta_cuda_cpu_bf16"
+	@echo "                                             tests of the CUDA trainer, its own kernels executed on the CPU by"
+	@echo "                                             dev/cuda_cpu (fp32, bf16); --models N: so many random models;"
+	@echo "                                             CUDA_CPU_ORDER=N: another order of threads"
+	@echo "make build/openmpi/train_mta build/mpich/train_mta"
+	@echo "                                             the CPU trainer with one MPI and with the other, for"
+	@echo "                                             dev/tests/test_ranks.py"
+	@echo "make build/train_mta_cuda_cpu                the whole CUDA trainer on the CPU (bf16); _fp32"
+	@echo "make asan                                    test_mta, train_mta, infer_mta in build/asan under the address and"
+	@echo "                                             undefined-behaviour sanitizers"
+	@echo "make build/asan/test_mta_cuda_cpu_bf16       every access of a kernel under the address sanitizer;"
+	@echo "                                             build/undefined/test_mta_cuda_cpu_bf16: undefined behaviour too;"
+	@echo "                                             build/races/test_mta_bf16: every access watched for races"
+	@echo "make build/test_ops                          every launcher of train_mta.cu against train_mta.c: test or perf,"
+	@echo "                                             --help; build/test_ops_fp32, test_ops_cuda"
+	@echo "make build/test_NAME                         dev/tests/test_NAME.c; build/test_emulator, build/test_nccl,"
+	@echo "                                             build/test_races: the emulator's own"
+	@echo "make build/faults.so                         makes system calls and allocations fail: dev/faults/faults.py"
+	@echo "make ptx ptx_long                            what nvcc makes of train_mta.cu and the programs that execute it:"
+	@echo "                                             dev/ptx_cpu/check.py [--long]"
+	@echo "make nvcc_check                              train_mta.cu and its tests through nvcc for every architecture,"
+	@echo "                                             without a GPU"
+	@echo "make bench_programs build/infer_step build/cuda_step"
+	@echo "                                             what dev/bench runs"
+	@echo "make compile_commands                        compile_commands.json for clangd and other tools"
 
-# What was compiled with other flags is compiled again: these files change where the flags do (all but -Werror, which changes no code).
+# What was compiled with other flags is compiled again: these files change where the flags do (all but -Werror, which
+# changes no code).
 FLAGS_train_mta = $(FLAGS_c) $(if $(MPI),$(MPICC))
 FLAGS_c = $(CC) $(CFLAGS) $(BLAS) $(ONEDNN)
 FLAGS_cxx = $(CXX) $(CXXFLAGS)
@@ -31,7 +43,8 @@ build/flags_%: FORCE
 	@mkdir -p build
 	@echo '$(filter-out -Werror,$(FLAGS_$*))' | cmp -s - $@ || echo '$(filter-out -Werror,$(FLAGS_$*))' > $@
 
-# The commit, which a run's log names; with a plus where files differ from it. Linked, not compiled in: a commit compiles nothing again.
+# The commit, which a run's log names; with a plus where files differ from it. Linked, not compiled in: a commit
+# compiles nothing again.
 COMMIT = $(or $(shell git describe --always --abbrev=12 --exclude='*' --dirty=+ 2>/dev/null),unknown)
 build/commit.c: FORCE
 	@mkdir -p build
@@ -50,13 +63,15 @@ OBJCOPY = $(shell $(CC) -print-prog-name=objcopy)
 build/%.o: %.c $(HEADERS) build/flags_c
 	$(CC) $(CFLAGS) $(BLAS) $(ONEDNN) -c $< -o $@
 
-# The CPU trainer for several processes; with MPICC=mpicc.mpich by that MPI. build/openmpi/train_mta, build/mpich/train_mta: both, for their test.
+# The CPU trainer for several processes; with MPICC=mpicc.mpich by that MPI. build/openmpi/train_mta and
+# build/mpich/train_mta: both, for their test, in a third of the compiler's time.
 build/mpi/train_mta.o: train_mta.c $(HEADERS) build/flags_train_mta
 	@mkdir -p build/mpi
 	$(MPI_CC) $(CFLAGS) $(BLAS) $(ONEDNN) -DMTA_MPI -c $< -o $@
 build/openmpi/train_mta build/mpich/train_mta: build/%/train_mta: train_mta.c $(HEADERS) build/commit.o build/flags_c
 	@mkdir -p build/$*
-	OMPI_CC='$(CC)' MPICH_CC='$(CC)' mpicc.$* $(CFLAGS) $(BLAS) $(ONEDNN) -DMTA_MPI $< build/commit.o -o $@ $(BLAS_LINK) $(ONEDNN_LINK) $(LDLIBS)
+	OMPI_CC='$(CC)' MPICH_CC='$(CC)' mpicc.$* $(CFLAGS) -O1 $(BLAS) $(ONEDNN) -DMTA_MPI $< build/commit.o -o $@ \
+	    $(BLAS_LINK) $(ONEDNN_LINK) $(LDLIBS)
 
 build/%_nocblas.o: %.c $(HEADERS) build/flags_c
 	$(CC) $(CFLAGS) -c $< -o $@
@@ -123,17 +138,20 @@ build/test_ops_cuda: dev/tests/test_ops.cu build/ops_reference.o train_mta.cu $(
 build/cuda_step: dev/bench/cuda_step.cu train_mta.cu $(HEADERS) build/flags_nvcc
 	$(CUDA_PROGRAM) $< -o $@ $(CUDA_LINK)
 
-# The architecture that is tuned for, refusing warnings and spilt registers; test.sh --long adds sm_80 (where they may spill: head size 128 with
-# pairs and a convolution, for which shared memory is too small there anyway) and sm_100. What else gpu_check.sh builds: to PTX alone, not
-# optimised, the bench in fp32, so that this is compiled too.
+# The architecture that is tuned for, refusing warnings and spilt registers; test.sh --long adds sm_80 (where they may
+# spill: head size 128 with pairs and a convolution, for which shared memory is too small there anyway) and sm_100. What
+# else gpu_check.sh builds: to PTX alone, not optimised, the bench in fp32, so that this is compiled too.
 NVCC_STRICT = $(NVCC) $(NVCCFLAGS) --Werror all-warnings -Xcompiler -Werror
 NVCC_CHECKS = sm_90a cuda_step $(notdir $(basename $(wildcard dev/tests/*.cu)))
 nvcc_check: $(NVCC_CHECKS:%=build/nvcc/%.o)
-	$(NVCC) -Xcompiler -fopenmp build/nvcc/sm_90a.o -o build/nvcc/train_mta_cuda $(CUDA_LINK) $(if $(CUDNN_HOME),$(CUDNN_LINK))
+	$(NVCC) -Xcompiler -fopenmp build/nvcc/sm_90a.o -o build/nvcc/train_mta_cuda $(CUDA_LINK) \
+	    $(if $(CUDNN_HOME),$(CUDNN_LINK))
 # Their PTX is kept, for dev/ptx_cpu. With cuDNN where it is found; without it are the other checks.
 build/nvcc/sm_%.o: train_mta.cu $(HEADERS) build/flags_nvcc
 	@mkdir -p build/nvcc/keep_$*
-	$(NVCC_STRICT) $(if $(CUDNN_HOME),$(CUDNN_DEFINES)) -lineinfo --keep --keep-dir build/nvcc/keep_$* -gencode=arch=compute_$*$(,)code=sm_$* $(if $(filter-out 80,$*),-Xptxas --warn-on-spills$(,)--warning-as-error) -c $< -o $@
+	$(NVCC_STRICT) $(if $(CUDNN_HOME),$(CUDNN_DEFINES)) -lineinfo --keep \
+	    --keep-dir build/nvcc/keep_$* -gencode=arch=compute_$*$(,)code=sm_$* \
+	    $(if $(filter-out 80,$*),-Xptxas --warn-on-spills$(,)--warning-as-error) -c $< -o $@
 build/nvcc/%.o: dev/tests/%.cu train_mta.cu $(HEADERS) build/flags_nvcc
 	@mkdir -p build/nvcc
 	$(NVCC_STRICT) -arch=compute_90a -Xcicc -O0 -diag-suppress 177 -c $< -o $@
@@ -153,15 +171,16 @@ SIZES = -DATTENTION_SCRATCH='cuda_cpu::size_setting("CUDA_CPU_SCRATCH", 1 << 30)
     -DFLASH_BLOCKS='cuda_cpu::size_setting("CUDA_CPU_FLASH_BLOCKS", 264)' \
     -DHEAD_BLOCKS='cuda_cpu::size_setting("CUDA_CPU_HEAD_BLOCKS", 2048)' -DGRADIENT_ROOM='(1 << 18)'
 
-# train_mta.cu is translated once for each precision, inside test_ops.cu: the trainer, test_mta_cuda_cpu and test_ops are linked from that
-# object. Its main is test_ops's; the trainer's is called train_main there.
+# train_mta.cu is translated once for each precision, inside test_ops.cu: the trainer, test_mta_cuda_cpu and test_ops
+# are linked from that object. Its main is test_ops's; the trainer's is called train_main there.
 EMULATED = dev/tests/test_ops.cu dev/tests/ops_reference.h train_mta.cu $(HEADERS) $(EMULATOR_HEADERS) build/flags_cxx
 build/cuda_cpu_bf16.o: $(EMULATED)
 	$(EMULATE) -O2 $(SIZES) -c $< -o $@
 build/cuda_cpu_fp32.o: $(EMULATED)
 	$(EMULATE) -O2 $(SIZES) -DPRECISION_FP32 -c $< -o $@
 build/train_main.o: build/flags_cxx
-	echo 'int train_main(int, char**); int main(int argc, char** argv) { return train_main(argc, argv); }' | $(EMULATE) -c - -o $@
+	echo 'int train_main(int, char**); int main(int argc, char** argv) { return train_main(argc, argv); }' | \
+	    $(EMULATE) -c - -o $@
 
 # test_ops compares with train_mta.c in double.
 build/ops_reference.o: dev/tests/ops_reference.c dev/tests/ops_reference.h train_mta.c $(HEADERS) build/flags_c
@@ -183,17 +202,20 @@ build/test_ops: build/cuda_cpu_bf16.o build/ops_reference.o
 build/test_ops_fp32: build/cuda_cpu_fp32.o build/ops_reference.o
 	$(CXX) $(CXXFLAGS) $^ -o $@ $(LDLIBS)
 
-# Every access of a kernel under the address sanitizer; in build/undefined also undefined behaviour, in twice the compiler's time.
+# Every access of a kernel under the address sanitizer; in build/undefined also undefined behaviour, in twice the
+# compiler's time.
 ASAN_KERNELS = -O1 -fsanitize=$(1) -fno-sanitize-recover=all -fsanitize-sections=cuda_shared
 SANITIZERS_asan = address
 SANITIZERS_undefined = address,undefined
-build/asan/cuda_cpu_bf16.o build/undefined/cuda_cpu_bf16.o: build/%/cuda_cpu_bf16.o: train_mta.cu $(HEADERS) $(EMULATOR_HEADERS) build/flags_cxx
+build/asan/cuda_cpu_bf16.o build/undefined/cuda_cpu_bf16.o: build/%/cuda_cpu_bf16.o: train_mta.cu $(HEADERS) \
+    $(EMULATOR_HEADERS) build/flags_cxx
 	@mkdir -p build/$*
 	$(EMULATE) $(call ASAN_KERNELS,$(SANITIZERS_$*)) $(SIZES) -c $< -o $@
 build/%/test_mta_cuda_cpu_bf16: build/test_mta.o build/train_mta_library.o build/%/cuda_cpu_bf16_library.o
 	$(CXX) $(CXXFLAGS) $(call ASAN_KERNELS,$(SANITIZERS_$*)) $^ -o $@ $(BLAS_LINK) $(ONEDNN_LINK) $(LDLIBS)
 
-# Every access of a kernel watched for races (dev/cuda_cpu/races.cpp); `thread` is the compiler's pass alone, its library is not linked.
+# Every access of a kernel watched for races (dev/cuda_cpu/races.cpp); `thread` is the compiler's pass alone, its
+# library is not linked.
 RACES = -O1 -fsanitize=thread
 build/races/races.o: dev/cuda_cpu/races.cpp $(EMULATOR_HEADERS) build/flags_cxx
 	@mkdir -p build/races
@@ -204,7 +226,8 @@ build/races/bf16.o: $(EMULATED)
 build/races/fp32.o: $(EMULATED)
 	@mkdir -p build/races
 	$(EMULATE) $(RACES) $(SIZES) -DPRECISION_FP32 -c $< -o $@
-build/races/test_mta_%: build/test_mta.o build/train_mta_library.o build/races/%_library.o build/ops_reference.o build/races/races.o
+build/races/test_mta_%: build/test_mta.o build/train_mta_library.o build/races/%_library.o build/ops_reference.o \
+    build/races/races.o
 	$(CXX) $(CXXFLAGS) $^ -o $@ $(BLAS_LINK) $(ONEDNN_LINK) $(LDLIBS)
 build/races/test_ops: build/races/bf16.o build/ops_reference.o build/races/races.o
 	$(CXX) $(CXXFLAGS) $^ -o $@ $(LDLIBS)
@@ -212,10 +235,12 @@ build/races/test_ops: build/races/bf16.o build/ops_reference.o build/races/races
 # The emulator's own tests, with planted faults: the address sanitizer sees those out of bounds, races.cpp the races.
 build/test_emulator: dev/tests/test_emulator.cpp $(wildcard dev/tests/*.h) $(EMULATOR_HEADERS)
 	@mkdir -p build
-	$(CXX) -x c++ -std=c++17 -g1 $(WARN) -fsanitize=address,undefined -fsanitize-sections=cuda_shared -Idev/cuda_cpu $< -o $@
+	$(CXX) -x c++ -std=c++17 -g1 $(WARN) -fsanitize=address,undefined -fsanitize-sections=cuda_shared \
+	    -Idev/cuda_cpu $< -o $@
 build/test_nccl: dev/tests/test_nccl.cpp dev/tests/check.h $(EMULATOR_HEADERS)
 	@mkdir -p build
-	$(CXX) -x c++ -std=c++17 -g1 $(WARN) -fsanitize=address,undefined -fno-sanitize-recover=all -fsanitize-sections=cuda_shared -Idev/cuda_cpu $< -o $@
+	$(CXX) -x c++ -std=c++17 -g1 $(WARN) -fsanitize=address,undefined -fno-sanitize-recover=all \
+	    -fsanitize-sections=cuda_shared -Idev/cuda_cpu $< -o $@
 build/races/test_emulator.o: dev/tests/test_emulator.cpp $(wildcard dev/tests/*.h) $(EMULATOR_HEADERS)
 	@mkdir -p build/races
 	$(CXX) -x c++ -std=c++17 -g1 $(WARN) -Wno-unused-function $(RACES) -Idev/cuda_cpu -c $< -o $@
@@ -237,7 +262,8 @@ build/ptx/test_ops: build/cuda_cpu_bf16.o build/ops_reference.o build/ptx/replay
 	$(CXX) $(CXXFLAGS) $^ -o $@ $(LDLIBS)
 build/ptx/test_ops_fp32: build/cuda_cpu_fp32.o build/ops_reference.o build/ptx/replay.o
 	$(CXX) $(CXXFLAGS) $^ -o $@ $(LDLIBS)
-build/ptx/test_mta_%: build/test_mta.o build/train_mta_library.o build/cuda_cpu_%_library.o build/ops_reference.o build/ptx/replay.o
+build/ptx/test_mta_%: build/test_mta.o build/train_mta_library.o build/cuda_cpu_%_library.o build/ops_reference.o \
+    build/ptx/replay.o
 	$(CXX) $(CXXFLAGS) $^ -o $@ $(BLAS_LINK) $(ONEDNN_LINK) $(LDLIBS)
 build/ptx/bf16_sm_%.ptx: build/nvcc/sm_%.o
 	@mkdir -p build/ptx
@@ -262,4 +288,5 @@ build/infer_step: dev/bench/infer_step.c dev/bench/machine.c infer_mta.c $(HEADE
 # ---- for editors
 
 compile_commands:
-	$(MAKE) -nB --no-print-directory train_mta infer_mta test_mta test_mta_cuda_cpu_bf16 build/asan/cuda_cpu_bf16.o | python3 dev/compile_commands.py > compile_commands.json
+	$(MAKE) -nB --no-print-directory train_mta infer_mta test_mta test_mta_cuda_cpu_bf16 build/asan/cuda_cpu_bf16.o | \
+	    python3 dev/compile_commands.py > compile_commands.json
