@@ -355,7 +355,8 @@ class Refusals(Ranks):
 class Underway(Ranks):
     """A run of 4000 steps with a checkpoint every 10, of which something befalls one rank."""
 
-    RUN = {"--steps": 4000, "--save-every": 10, "--keep": 3, "--eval-every": 0, "--sample-every": 0, "--rank-timeout": 3, "--shards": 4}
+    RUN = {"--steps": 4000, "--save-every": 10, "--keep": 3, "--eval-every": 0, "--sample-every": 0,
+           "--sample-tokens": None, "--rank-timeout": 3, "--shards": 4}
 
     def underway(self, ranks=4, changes=None, mpi=None):
         """A run that has saved once; its processes by rank."""
@@ -365,6 +366,10 @@ class Underway(Ranks):
         while not glob.glob(os.path.join(cwd, "run", "step-*")):
             self.assertIsNone(child.poll(), "the run ended by itself")
             self.assertLess(time.monotonic(), end)
+            time.sleep(0.02)
+        saved = max(int(path[-8:]) for path in glob.glob(os.path.join(cwd, "run", "step-*")))
+        while not any(e["step"] > saved for e in self.events(cwd, "step")):  # then every rank knows of it
+            self.assertIsNone(child.poll(), "the run ended by itself")
             time.sleep(0.02)
         pids = {rank_of(pid): pid for pid in children(child.pid)}
         pids.pop(None, None)
