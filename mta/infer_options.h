@@ -97,7 +97,7 @@ static inline unsigned infer_mode(const InferOptions* o) {
         }
         *place |= bit;
     }
-    return mode ? mode : source ? source : INFER_TEXT;
+    return mode ? mode : source ? source : (unsigned)INFER_TEXT;
 }
 
 // The checkpoint that DIR means: itself, or of a run's directory the newest step-N whose files are all there. Kept
