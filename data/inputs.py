@@ -131,6 +131,8 @@ def expand_inputs(inputs, out):
             own += 1
         elif places.setdefault(place, path) != path:
             say("%s: the same file as %s; taken once" % (path, places[place]))
+        elif path in files:
+            say("%s: named twice; taken once" % path)
         else:
             files[path] = below
     if own:

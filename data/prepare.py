@@ -141,6 +141,9 @@ class Worker:
     def field(self, record, path):
         """record["a.b"] or record["a"]["b"] for "a.b"; an object may be there as a JSON string."""
         if isinstance(record, dict) and path in record:
+            first, _, rest = path.partition(".")
+            if isinstance(record.get(first), dict) and rest in record[first]:
+                raise BadDocument("ambiguous field", "%s is there flat and nested" % path)
             return record[path]
         for key in path.split("."):
             if isinstance(record, str):

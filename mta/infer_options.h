@@ -237,7 +237,8 @@ static inline Tokenizer* tokenizer_for(const InferOptions* o, const Config* c) {
             }
             own = tokenizer_open(path, kept ? kept : o->tokenizer ? NULL : o->pattern, &e);
         } else {
-            own = tokenizer_open(c->tokenizer, o->tokenizer ? NULL : o->pattern, &e);
+            const char* kept = c->tokenizer_pattern[0] ? c->tokenizer_pattern : NULL;  // which a built-in one refuses
+            own = tokenizer_open(c->tokenizer, o->tokenizer ? NULL : o->pattern ? o->pattern : kept, &e);
         }
     } else if (o->pattern && !o->tokenizer) {
         die("--pattern: wanted --tokenizer FILE beside it, whose text it splits");

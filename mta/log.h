@@ -60,6 +60,22 @@ static inline size_t runlog_keep(const char* text, size_t n, long step) {
     return kept;
 }
 
+// Where what does not stay (rest, n bytes) begins with a line that is no JSON, and more follows it, a disk or an editor
+// has been at work, not a crash: it is kept in log.jsonl.cut-STEP, and said.
+static inline bool runlog_set_aside(const RunLog* log, const char* rest, size_t n, long step, Error* e) {
+    char path[PATH_SIZE + 32];
+    const char* newline = n > 0 ? (const char*)memchr(rest, '\n', n) : NULL;
+    Json* line = newline != NULL ? json_parse(rest, (size_t)(newline - rest), NULL) : NULL;
+    bool good = line != NULL && line->type == JSON_OBJECT;
+    json_free(line);
+    if (good || newline == NULL || newline + 1 == rest + n) { return true; }
+    snprintf(path, sizeof(path), "%s.cut-%ld", log->path, step);
+    if (!write_file_synced(path, rest, n, e)) { return false; }
+    fprintf(stderr, "%s: %s: a line that is no JSON: it and the lines behind it are cut off and kept in %s\n",
+            program_invocation_short_name, log->path, path);
+    return true;
+}
+
 // Opens run_dir/log.jsonl. resume_step -1: a new run, whose log must not exist. Otherwise the log is cut as runlog_keep
 // says (made, if it is missing) and appended to.
 static inline bool runlog_open(RunLog* log, const char* run_dir, long resume_step, Error* e) {
@@ -75,14 +91,16 @@ static inline bool runlog_open(RunLog* log, const char* run_dir, long resume_ste
         if (log->fd < 0) { return fail(e, "%s: cannot create: %s", log->path, strerror(errno)); }
         return true;
     }
-    size_t keep = 0;
+    size_t keep = 0, n = 0;
     if (file_exists(log->path)) {
         char* text = NULL;
-        size_t n = 0;
         if (!read_file(log->path, (size_t)1 << 40, &text, &n, e)) { return false; }
         keep = runlog_keep(text, n, resume_step);
+        bool good = runlog_set_aside(log, text + keep, n - keep, resume_step, e);
         free(text);
+        if (!good) { return false; }
     }
+    if (n == 0 && resume_step > 0) { printf("%s is gone or empty: a new one begins\n", log->path); }
     log->fd = open(log->path, O_WRONLY | O_CREAT | O_APPEND | O_NONBLOCK | O_CLOEXEC, 0644);
     if (log->fd < 0) { return fail(e, "%s: cannot open for writing: %s", log->path, strerror(errno)); }
     if (ftruncate(log->fd, (off_t)keep) != 0) {

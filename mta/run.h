@@ -1173,6 +1173,7 @@ static inline void run_log_start(Run* r, size_t parameters) {
     run_log_passed_over(r);
     if (r->resume_dir[0]) {
         printf("resumed from %s\n", r->resume_dir);
+        if (r->options->init_from) { printf("--init-from: not read, the run goes on from its own checkpoint\n"); }
     } else if (r->options->resume) {
         printf("no checkpoint in %s: starting from step 0\n", r->options->out);
     }

@@ -658,6 +658,28 @@ class Resume(Trainer):
                                  done.stderr)
             self.assertEqual((done.returncode, done.stderr.count("\n")), (0, 2), done.stderr)
 
+    def test_a_log_with_a_bad_line_inside(self):
+        """What a resume cuts off behind it is kept and said; so is a log that is gone, and --init-from without use."""
+        out = self.out()
+        self.run_ok(out, {"--steps": 2})
+        path = os.path.join(out, "log.jsonl")
+        with open(path) as f:
+            lines = f.readlines()
+        with open(path, "w") as f:
+            f.writelines([lines[0], "garbage\n", *lines[1:]])
+        done = self.run_ok(out, {"--steps": 3}, ["--resume"])
+        self.assertIn("log.jsonl: a line that is no JSON: it and the lines behind it are cut off and kept", done.stderr)
+        with open(path + ".cut-2") as f:
+            self.assertEqual(f.readlines(), ["garbage\n", *lines[1:]])
+        log_events(out)
+        with open(path, "a") as f:
+            f.write('{"event": "st')  # of a crash: nothing that could be kept
+        self.assertEqual(self.run_ok(out, {"--steps": 4}, ["--resume"]).stderr, "")
+        os.remove(path)
+        done = self.run_ok(out, {"--steps": 5, "--init-from": out}, ["--resume"])
+        self.assertIn("log.jsonl is gone or empty: a new one begins", done.stdout)
+        self.assertIn("--init-from: not read", done.stdout)
+
     def test_what_a_resume_changes_is_said(self):
         """Every option that changes the numbers which follow: one line each on the screen, and in the log's start."""
         out = self.out()
