@@ -1,7 +1,9 @@
 #!/usr/bin/env python3
-"""One run on several processes over MPI: the same bits whatever their number, resumed on another number, and what happens when one is lost.
+"""One run on several processes over MPI: the same bits whatever their number, resumed on another number, and what
+happens when one is lost.
 
-python3 dev/tests/test_ranks.py [--long] [-k PATTERN]     build/openmpi/train_mta and build/mpich/train_mta, whichever are there
+python3 dev/tests/test_ranks.py [--long] [-k PATTERN]     build/openmpi/train_mta and build/mpich/train_mta, whichever
+                                                          are there
 """
 import glob
 import json
@@ -24,18 +26,20 @@ LONG = "--long" in sys.argv
 if LONG:
     sys.argv.remove("--long")
 TIMEOUT = 120  # seconds for one run
-MPIS = [mpi for mpi in ("openmpi", "mpich") if shutil.which(f"mpirun.{mpi}") and os.path.exists(os.path.join(ROOT, f"build/{mpi}/train_mta"))]
+MPIS = [mpi for mpi in ("openmpi", "mpich") if shutil.which(f"mpirun.{mpi}")
+        and os.path.exists(os.path.join(ROOT, f"build/{mpi}/train_mta"))]
 BOTH = MPIS if LONG else MPIS[:1]
 RANKED = ("OMPI_COMM_WORLD_RANK", "PMI_RANK")
 BLOCK = 1 << 16  # elements of the weights that one rank owns: RANKS_BLOCK of mta/ranks.h
 TIMES = {"time", "tokens_per_s", "mfu", "seconds", "path"}
 
 # 330,000 parameters: 6 blocks of the arena; 13 sequences a step.
-SMALL = {"--model": "1m", "--attention": "mta-full", "--num-hidden-layers": 2, "--hidden-size": 128, "--num-attention-heads": 4,
-         "--num-key-value-heads": 2, "--intermediate-size": 256, "--vocab-size": 259, "--seq-len": 16, "--batch-size": 2, "--tokens-per-step": 208,
-         "--train": "a_train_*.bin=2,b_train_*.bin=1", "--val": "a_val_*.bin,m=b_val_*.bin", "--eval-every": 2, "--eval-windows": 9, "--steps": 4,
-         "--lr": 1e-3, "--warmup": 1, "--save-every": 2, "--keep": 0, "--sample-every": 2, "--sample-tokens": 4, "--tokenizer": "bytes",
-         "--log-every": 1, "--out": "run"}
+SMALL = {"--model": "1m", "--attention": "mta-full", "--num-hidden-layers": 2, "--hidden-size": 128,
+         "--num-attention-heads": 4, "--num-key-value-heads": 2, "--intermediate-size": 256, "--vocab-size": 259,
+         "--seq-len": 16, "--batch-size": 2, "--tokens-per-step": 208,
+         "--train": "a_train_*.bin=2,b_train_*.bin=1", "--val": "a_val_*.bin,m=b_val_*.bin",
+         "--eval-every": 2, "--eval-windows": 9, "--steps": 4, "--lr": 1e-3, "--warmup": 1, "--save-every": 2, "--keep": 0, "--sample-every": 2, "--sample-tokens": 4,
+         "--tokenizer": "bytes", "--log-every": 1, "--out": "run"}
 
 
 def binary(mpi):
@@ -67,7 +71,8 @@ def rank_of(pid):
 
 
 def own_lines(text):
-    """What our programs printed on standard error: launchers print more, and on a busy machine a rank may be called slow."""
+    """What our programs printed on standard error: launchers print more, and on a busy machine a rank may be called
+    slow."""
     return [line for line in text.splitlines() if line.startswith("train_mta") and " is slow: " not in line]
 
 
@@ -82,8 +87,10 @@ class Runs(unittest.TestCase):
         os.mkdir(cls.data)
         for name, windows in (("a_train", 60), ("b_train", 40), ("a_val", 20), ("b_val", 11)):
             n = 16 * windows + 1
-            mask = [rng.random() < 0.6 for _ in range(n)] if name[0] == "b" else None  # so that counted targets differ by shard
-            write_shard(os.path.join(cls.data, f"{name}_000000.bin"), [rng.randrange(40) * (i % 3) for i in range(n)], vocab=259, mask=mask)
+            # so that counted targets differ by shard
+            mask = [rng.random() < 0.6 for _ in range(n)] if name[0] == "b" else None
+            write_shard(os.path.join(cls.data, f"{name}_000000.bin"), [rng.randrange(40) * (i % 3) for i in range(n)],
+                        vocab=259, mask=mask)
 
     @classmethod
     def tearDownClass(cls):
@@ -103,7 +110,8 @@ class Runs(unittest.TestCase):
         return [{k: v for k, v in line.items() if k not in TIMES} for line in lines if line["event"] in kinds]
 
     def checkpoints(self, cwd):
-        return {os.path.relpath(path, cwd): read_bytes(path) for path in glob.glob(os.path.join(cwd, "run", "step-*", "*"))}
+        return {os.path.relpath(path, cwd): read_bytes(path)
+                for path in glob.glob(os.path.join(cwd, "run", "step-*", "*"))}
 
     def assert_same(self, a, b, what):
         self.assertEqual(self.events(a, "step", "val", "sample"), self.events(b, "step", "val", "sample"), what)
@@ -126,7 +134,8 @@ class Ranks(Runs):
     @classmethod
     def setUpClass(cls):
         if not MPIS:
-            raise unittest.SkipTest("no MPI: neither mpirun.openmpi with build/openmpi/train_mta nor mpirun.mpich with build/mpich/train_mta "
+            raise unittest.SkipTest("no MPI: neither mpirun.openmpi with build/openmpi/train_mta nor mpirun.mpich with "
+                                    "build/mpich/train_mta "
                                     "(Debian: libopenmpi-dev openmpi-bin, mpich libmpich-dev)")
         super().setUpClass()
 
@@ -141,8 +150,8 @@ class Ranks(Runs):
 
     def start(self, cwd, *args, **more):
         environment = dict(os.environ, OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1", OMP_WAIT_POLICY="passive")
-        return subprocess.Popen(self.words(*args, **more), cwd=cwd, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                                stderr=subprocess.PIPE, text=True, errors="replace")
+        return subprocess.Popen(self.words(*args, **more), cwd=cwd, env=environment, stdin=subprocess.DEVNULL,
+                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace")
 
     def finish(self, child):
         try:
@@ -163,7 +172,8 @@ class Ranks(Runs):
 
 class Bits(Ranks):
     def same_on(self, shards, sizes, changes, long_sizes=()):
-        """The same losses, norms, samples and checkpoint files on every number of ranks; each computes its share and sends what it should."""
+        """The same losses, norms, samples and checkpoint files on every number of ranks; each computes its share and
+        sends what it should."""
         one = self.place()
         self.run_ok(one, 1, dict(changes, **{"--shards": shards}))
         for mpi in BOTH:
@@ -176,8 +186,9 @@ class Bits(Ranks):
     def check_shares(self, cwd, ranks, shards):
         steps = SMALL["--steps"]
         sent = self.check_windows(cwd, ranks, shards, steps, SMALL["--tokens-per-step"] // SMALL["--seq-len"])
-        # Every rank sends its gradients of others' elements and to all others its own new weights, and at two saves rank 0 gets m and v, all
-        # in fp32. More than that are the names at the start and, for each step, some hundred bytes to every other rank.
+        # Every rank sends its gradients of others' elements and to all others its own new weights, and at two saves
+        # rank 0 gets m and v, all in fp32. More than that are the names at the start and, for each step, some hundred
+        # bytes to every other rank.
         numel = os.path.getsize(os.path.join(cwd, "run", "step-00000002", "model.safetensors")) / 4
         of_rank_0 = math.ceil(math.ceil(numel / BLOCK) / ranks) * BLOCK
         least = 4 * (numel * 2 * steps * (ranks - 1) + 2 * 2 * (numel - of_rank_0))
@@ -188,7 +199,8 @@ class Bits(Ranks):
         self.same_on(4, (2, 4), {})
 
     def test_eight_shards_untied(self):
-        self.same_on(8, (4,), {"--attention": "mta", "--tie-word-embeddings": "off", "--num-key-value-heads": 4}, (2, 8))
+        self.same_on(8, (4,), {"--attention": "mta", "--tie-word-embeddings": "off", "--num-key-value-heads": 4},
+                     (2, 8))
 
     def test_twelve_shards(self):
         """Three and six ranks; a shard of the 13 windows has one or two; --batch-size larger than a shard."""
@@ -196,7 +208,8 @@ class Bits(Ranks):
 
     def test_more_ranks_than_blocks(self):
         """A model of one block: one rank has all of the moments."""
-        small = {"--attention": "diff", "--hidden-size": 32, "--num-attention-heads": 2, "--num-key-value-heads": 2, "--intermediate-size": 48}
+        small = {"--attention": "diff", "--hidden-size": 32, "--num-attention-heads": 2, "--num-key-value-heads": 2,
+                 "--intermediate-size": 48}
         one, many = self.place(), self.place()
         for cwd, ranks in ((one, 1), (many, 4)):
             self.run_ok(cwd, ranks, dict(small, **{"--shards": 4}), mpi=MPIS[-1])
@@ -231,22 +244,28 @@ class Bits(Ranks):
         """--eval-only on three ranks: the figures of one."""
         cwd = self.place()
         self.run_ok(cwd, 1, {"--steps": 2})
-        alone = ["--eval-only", "--init-from", "run/step-00000002", "--val", "a_val_*.bin,m=b_val_*.bin", "--batch-size", "2", "--eval-windows", "9"]
+        alone = ["--eval-only", "--init-from", "run/step-00000002", "--val", "a_val_*.bin,m=b_val_*.bin",
+                 "--batch-size", "2", "--eval-windows", "9"]
         nothing = {name: None for name in SMALL}
-        figures = [re.findall(r"^val .*", re.sub(r"\x1b\[K", "", self.run_ok(cwd, n, nothing, alone).stdout), re.M) for n in (1, 3)]
+        figures = [re.findall(r"^val .*", re.sub(r"\x1b\[K", "", self.run_ok(cwd, n, nothing, alone).stdout), re.M)
+                   for n in (1, 3)]
         self.assertGreaterEqual(len(figures[0]), 2)
         self.assertEqual(figures[0], figures[1])
 
 
 class Plan(Ranks):
     def test_dry_run(self):
-        """The paper's run on four machines of eight: gradients and weights of 880m sent once but for the own 32nd, seven eighths of it inside a machine."""
+        """The paper's run on four machines of eight: gradients and weights of 880m sent once but for the own 32nd,
+        seven eighths of it inside a machine."""
         nothing = {name: None for name in SMALL}
-        done = self.run_ok(self.place(), 1, nothing, ["--dry-run", "--model", "880m", "--seq-len", "2048", "--tokens-per-step", "262144",
-                                                      "--ranks", "32", "--ranks-per-node", "8"])
-        self.assertIn("ranks       32 of 1 shard each: 1 micro-batches of at most 4 sequences, 8192 tokens a step", done.stdout)
+        done = self.run_ok(self.place(), 1, nothing,
+                           ["--dry-run", "--model", "880m", "--seq-len", "2048", "--tokens-per-step", "262144",
+                            "--ranks", "32", "--ranks-per-node", "8"])
+        self.assertIn("ranks       32 of 1 shard each: 1 micro-batches of at most 4 sequences, 8192 tokens a step",
+                      done.stdout)
         sent, weights, added, gathered = map(float, re.search(
-            r"sent +([\d.]+) MiB of gradients and ([\d.]+) of weights by each rank in a step; ([\d.]+) and ([\d.]+) by each "
+            r"sent +([\d.]+) MiB of gradients and ([\d.]+) of weights by each rank in a step; ([\d.]+) and ([\d.]+) by "
+            r"each "
             r"machine of 8 through its network", done.stdout).groups())
         self.assertAlmostEqual(sent, 876_563_136 * 4 * 31 / 32 / 2**20, delta=1)
         self.assertEqual(sent, weights)
@@ -262,7 +281,9 @@ class Resume(Ranks):
         whole, parts = self.place(), self.place()
         self.run_ok(whole, 1, dict(settings, **{"--steps": 8, "--shards": 4}), ["--resume"])
         for ranks, steps in ((4, 2), (2, 4), (1, 6), (4, 8)):
-            done = self.run_ok(parts, ranks, dict(settings, **{"--steps": steps, "--shards": 4 if steps == 8 else None}), ["--resume"])
+            done = self.run_ok(parts, ranks,
+                               dict(settings, **{"--steps": steps, "--shards": 4 if steps == 8 else None}),
+                               ["--resume"])
             if steps > 2:
                 self.assertIn(f"resumed from run/step-{steps - 2:08d}", done.stdout)
         self.assertEqual(self.events(whole, "step", "val", "sample"), self.events(parts, "step", "val", "sample"))
@@ -272,7 +293,8 @@ class Resume(Ranks):
         self.assertEqual([name for name in last if a[name] != b[name]], [])
 
     def test_before_there_were_shards(self):
-        """A checkpoint whose trainer.json names none has one: it goes on alone as it was, on two ranks only with --shards."""
+        """A checkpoint whose trainer.json names none has one: it goes on alone as it was, on two ranks only with
+        --shards."""
         cwd = self.place()
         self.run_ok(cwd, 1, {"--steps": 2})
         path = os.path.join(cwd, "run", "step-00000002", "trainer.json")
@@ -288,7 +310,8 @@ class Resume(Ranks):
         refused = self.finish(self.start(cwd, 2, {}, ["--resume"]))
         self.assertEqual(refused.returncode, 1, refused.stderr)
         self.assertEqual(len(own_lines(refused.stderr)), 1, refused.stderr)
-        self.assertIn("1 shard cannot be shared out over 2 ranks: 1 can; --shards 2 goes on with other rounding", refused.stderr)
+        self.assertIn("1 shard cannot be shared out over 2 ranks: 1 can; --shards 2 goes on with other rounding",
+                      refused.stderr)
         done = self.run_ok(cwd, 2, {"--shards": 2}, ["--resume"])
         self.assertIn("changed on --resume: shards (the checkpoint does not say) -> 2", done.stdout)
 
@@ -297,8 +320,8 @@ class Refusals(Ranks):
     """Exit status 1 and one line, whoever finds the mistake."""
 
     # Rank 1 runs in another folder, with other arguments or another program.
-    ODD = 'if [ "${OMPI_COMM_WORLD_RANK:-$PMI_RANK}" = 1 ]; then cd "$1"; shift; program=$1; shift; more=$1; shift 2; exec "$program" "$@" $more; fi; ' \
-          'shift 3; exec "$@"'
+    ODD = 'if [ "${OMPI_COMM_WORLD_RANK:-$PMI_RANK}" = 1 ]; then cd "$1"; shift; program=$1; shift; more=$1; shift 2; ' \
+          'exec "$program" "$@" $more; fi; shift 3; exec "$@"'
 
     def refused(self, pieces, cwd, *args, **more):
         done = self.finish(self.start(cwd, *args, **more))
@@ -311,11 +334,13 @@ class Refusals(Ranks):
     def odd(self, pieces, folder=None, program=None, more=""):
         cwd, mpi = self.place(), MPIS[0]
         folder, program = folder or cwd, program or binary(mpi)
-        self.refused(pieces, cwd, 3, {}, mpi=mpi, program=["bash", "-c", self.ODD, "odd", folder, program, more, binary(mpi)])
+        self.refused(pieces, cwd, 3, {}, mpi=mpi,
+                     program=["bash", "-c", self.ODD, "odd", folder, program, more, binary(mpi)])
 
     def test_of_all(self):
         self.refused(["unknown option --bogus"], self.place(), 3, {}, ["--bogus"], mpi=MPIS[-1])
-        self.refused(["4 shards cannot be shared out over 3 ranks: 1, 2, 4 can; --shards 3 goes on"], self.place(), 3, {"--shards": 4})
+        self.refused(["4 shards cannot be shared out over 3 ranks: 1, 2, 4 can; --shards 3 goes on"], self.place(), 3,
+                     {"--shards": 4})
         self.refused(["--shards: got 14, a step has 13 sequences"], self.place(), 1, {"--shards": 14})
 
     def test_that_rank_0_finds(self):
@@ -347,9 +372,11 @@ class Refusals(Ranks):
     def test_built_for_one_or_for_another_mpi(self):
         plain = os.path.join(ROOT, "train_mta")
         if os.path.exists(plain):
-            self.refused(["started 3 processes, but this program is for one; `make train_mta MPI=1`"], self.place(), 3, program=[plain])
+            self.refused(["started 3 processes, but this program is for one; `make train_mta MPI=1`"], self.place(), 3,
+                         program=[plain])
         if len(MPIS) > 1:
-            self.refused(["started 3 processes, but MPI sees 1: wanted the launcher of the MPI that"], self.place(), 3, program=[binary(MPIS[1])])
+            self.refused(["started 3 processes, but MPI sees 1: wanted the launcher of the MPI that"], self.place(), 3,
+                         program=[binary(MPIS[1])])
 
 
 class Underway(Ranks):
@@ -422,7 +449,8 @@ class Faults(Underway):
     def test_a_rank_hangs(self):
         """Its main thread alone is stopped, as ptrace does it: it lives, sends beats and does nothing."""
         cwd, child, pids = self.underway()
-        attach = "import ctypes, os, sys\npid = int(sys.argv[1])\nif ctypes.CDLL(None).ptrace(16, pid, None, None): sys.exit(1)\n" \
+        attach = "import ctypes, os, sys\npid = int(sys.argv[1])\n" \
+                 "if ctypes.CDLL(None).ptrace(16, pid, None, None): sys.exit(1)\n" \
                  "while os.WIFSTOPPED(os.waitpid(pid, 0)[1]): pass"
         tracer = subprocess.Popen([sys.executable, "-c", attach, str(pids[1])])
         self.ends(child, cwd, ["rank 1 (", "has stood still for"], 12)
@@ -431,7 +459,8 @@ class Faults(Underway):
     @unittest.skipUnless(LONG, "--long")
     def test_a_rank_is_slow(self):
         """Stopped for most of the time: after 20 steps a line says so, and the run goes on."""
-        cwd, child, pids = self.underway(2, {"--shards": 2, "--save-every": 2, "--rank-timeout": 60, "--tokens-per-step": 832})
+        cwd, child, pids = self.underway(2, {"--shards": 2, "--save-every": 2, "--rank-timeout": 60,
+                                             "--tokens-per-step": 832})
         end = time.monotonic() + TIMEOUT / 2
         while time.monotonic() < end and len(self.events(cwd, "step")) < 48:
             for _ in range(10):
@@ -442,7 +471,9 @@ class Faults(Underway):
         os.kill(pids[0], signal.SIGUSR1)
         done = self.finish(child)
         self.assertEqual(done.returncode, 75, done.stderr)
-        self.assertRegex(done.stderr, r"rank 1 \(.*\) is slow: [\d.]+ s for a sequence, the middle rank [\d.]+; all others wait for it")
+        self.assertRegex(done.stderr,
+                         r"rank 1 \(.*\) is slow: [\d.]+ s for a sequence, the middle rank [\d.]+; all others wait for "
+                         r"it")
 
     def test_a_mistake_in_the_middle(self):
         """A rank that cannot go on says why, and all end with its status."""
@@ -479,7 +510,8 @@ class Faults(Underway):
 class Hosts(Underway):
     """Two network namespaces on a bridge as hosts, rank 0 on the first, rank 1 on the second."""
 
-    AGENT = '#!/bin/bash\nhost=$1; shift; if [ "$host" = -x ]; then host=$1; shift; fi\nexec ip netns exec "%s${host##*.}" bash -c "$*"\n'
+    AGENT = '#!/bin/bash\nhost=$1; shift; if [ "$host" = -x ]; then host=$1; shift; fi\n' \
+            'exec ip netns exec "%s${host##*.}" bash -c "$*"\n'
 
     @classmethod
     def setUpClass(cls):
@@ -491,7 +523,8 @@ class Hosts(Underway):
         made = cls.ip(f"link add {cls.bridge} type bridge") and cls.ip(f"link set {cls.bridge} up")
         for i in (1, 2):
             space, outer = f"{cls.name}{i}", f"{cls.name}v{i}"
-            made = made and cls.ip(f"netns add {space}") and cls.ip(f"link add {outer} type veth peer name eth0 netns {space}") and \
+            made = made and cls.ip(f"netns add {space}") and \
+                cls.ip(f"link add {outer} type veth peer name eth0 netns {space}") and \
                 cls.ip(f"link set {outer} master {cls.bridge} up") and cls.ip(f"-n {space} link set lo up") and \
                 cls.ip(f"-n {space} addr add 10.77.0.{i}/24 dev eth0") and cls.ip(f"-n {space} link set eth0 up")
         if not made:
@@ -519,10 +552,13 @@ class Hosts(Underway):
         if ranks == 1:
             return super().words(1, changes, flags)
         mpi = mpi or MPIS[0]
-        network = {"openmpi": ["--hostfile", self.hosts, "--mca", "plm_rsh_agent", self.agent, "--mca", "btl", "tcp,self"] +
+        network = {"openmpi": ["--hostfile", self.hosts, "--mca", "plm_rsh_agent", self.agent, "--mca", "btl",
+                               "tcp,self"] +
                    [word for part in ("oob", "btl") for word in ("--mca", f"{part}_tcp_if_include", "10.77.0.0/24")],
-                   "mpich": ["-launcher", "rsh", "-launcher-exec", self.agent, "-hosts", "10.77.0.1:1,10.77.0.2:1", "-iface", "eth0"]}[mpi]
-        return ["ip", "netns", "exec", f"{self.name}1"] + super().words(ranks, changes, flags, mpi=mpi, launcher=network)
+                   "mpich": ["-launcher", "rsh", "-launcher-exec", self.agent, "-hosts", "10.77.0.1:1,10.77.0.2:1",
+                             "-iface", "eth0"]}[mpi]
+        words = super().words(ranks, changes, flags, mpi=mpi, launcher=network)
+        return ["ip", "netns", "exec", f"{self.name}1"] + words
 
     def sent_by(self, host):
         """Bytes that its interface has sent: what the bridge's end of the cable has received."""
@@ -544,7 +580,8 @@ class Hosts(Underway):
             self.assertLess(wire, 1.1 * count + 300_000)  # headers of TCP and IP; the launcher's own talk
 
     def test_a_cable_is_cut(self):
-        """No launcher notices; both sides end, each by the other's silence. The launcher then waits for the other host: it is not ours to end."""
+        """No launcher notices; both sides end, each by the other's silence. The launcher then waits for the other host:
+        it is not ours to end."""
         cwd = self.place()
         child = self.start(cwd, 2, dict(self.RUN, **{"--shards": 2}))
         try:
@@ -553,7 +590,8 @@ class Hosts(Underway):
                 time.sleep(0.02)
             time.sleep(1.2)  # until each has told the other that it is in a step
             trainers = [pid for pid in children(child.pid) if rank_of(pid) is not None] + \
-                [pid for pid in map(int, filter(str.isdigit, os.listdir("/proc"))) if rank_of(pid) is not None and self.works_in(pid, cwd)]
+                [pid for pid in map(int, filter(str.isdigit, os.listdir("/proc"))) if rank_of(pid) is not None
+                 and self.works_in(pid, cwd)]
             self.assertEqual(len(set(trainers)), 2)
             began = time.monotonic()
             self.assertTrue(self.ip(f"link set {self.name}v2 down"))
