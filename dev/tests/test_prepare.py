@@ -924,7 +924,8 @@ class Kinds(Case):
         self.assertIn("inside.jsonl:1: broken JSON: in m.n: a key occurs twice: n", shown)
 
     def test_what_is_there_twice_is_said(self):
-        path = self.write("once.jsonl", b'{"text": "a", "m.n": "flat", "m": {"n": "nested"}}\n{"m.n": "good", "m": 1}\n')
+        path = self.write("once.jsonl", b'{"text": "a", "m.n": "flat", "m": {"n": "nested"}}\n'
+                                        b'{"m.n": "good", "m": 1}\n')
         self.assertIn("named twice; taken once", run("text", path, path, "--out", self.path("once")))
         shown = run("text", path, "--text-field", "m.n", "--out", self.path("flat"))
         self.assertIn("once.jsonl:1: ambiguous field: m.n is there flat and nested", shown)
