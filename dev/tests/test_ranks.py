@@ -38,8 +38,9 @@ SMALL = {"--model": "1m", "--attention": "mta-full", "--num-hidden-layers": 2, "
          "--num-attention-heads": 4, "--num-key-value-heads": 2, "--intermediate-size": 256, "--vocab-size": 259,
          "--seq-len": 16, "--batch-size": 2, "--tokens-per-step": 208,
          "--train": "a_train_*.bin=2,b_train_*.bin=1", "--val": "a_val_*.bin,m=b_val_*.bin",
-         "--eval-every": 2, "--eval-windows": 9, "--steps": 4, "--lr": 1e-3, "--warmup": 1, "--save-every": 2, "--keep": 0, "--sample-every": 2, "--sample-tokens": 4,
-         "--tokenizer": "bytes", "--log-every": 1, "--out": "run"}
+         "--eval-every": 2, "--eval-windows": 9, "--steps": 4, "--lr": 1e-3, "--warmup": 1,
+         "--save-every": 2, "--keep": 0, "--sample-every": 2, "--sample-tokens": 4, "--tokenizer": "bytes",
+         "--log-every": 1, "--out": "run"}
 
 
 def binary(mpi):
@@ -320,8 +321,8 @@ class Refusals(Ranks):
     """Exit status 1 and one line, whoever finds the mistake."""
 
     # Rank 1 runs in another folder, with other arguments or another program.
-    ODD = 'if [ "${OMPI_COMM_WORLD_RANK:-$PMI_RANK}" = 1 ]; then cd "$1"; shift; program=$1; shift; more=$1; shift 2; ' \
-          'exec "$program" "$@" $more; fi; shift 3; exec "$@"'
+    ODD = 'if [ "${OMPI_COMM_WORLD_RANK:-$PMI_RANK}" = 1 ]; then cd "$1"; shift; program=$1; shift; more=$1; ' \
+          'shift 2; exec "$program" "$@" $more; fi; shift 3; exec "$@"'
 
     def refused(self, pieces, cwd, *args, **more):
         done = self.finish(self.start(cwd, *args, **more))
