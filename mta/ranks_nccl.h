@@ -17,6 +17,7 @@
 #include <nccl.h>
 
 enum { EXIT_NCCL = 70 };  // as where a CUDA call fails
+static const struct timespec NCCL_NAP = {0, 1000000};
 
 typedef struct {
     Ranks* ranks;
@@ -160,9 +161,14 @@ static inline void nccl_reduce(void* state, float* data, size_t n) {
     ncclCheck(s->ranks, ncclReduceScatter(data, own, n, ncclFloat32, ncclSum, s->comm, s->stream));
 }
 
+// All is delivered here, but a network may still carry what others wait for: NCCL is told to finish, not to stop.
+// Nobody watches any more, so that this does not wait for ever.
 static inline void nccl_close(void* state) {
     NcclState* s = (NcclState*)state;
-    ncclCheck(s->ranks, ncclCommDestroy(s->comm));
+    double end = seconds_now() + WATCH_SILENCE;
+    ncclCheck(s->ranks, ncclCommFinalize(s->comm));
+    while (nccl_busy(s) && seconds_now() < end) { nanosleep(&NCCL_NAP, NULL); }
+    ncclCheck(s->ranks, seconds_now() < end ? ncclCommDestroy(s->comm) : ncclCommAbort(s->comm));
     ncclCudaCheck(s->ranks, cudaEventDestroy(s->ready));
     ncclCudaCheck(s->ranks, cudaStreamDestroy(s->stream));
     ncclCudaCheck(s->ranks, cudaFree(s->stage));
@@ -176,7 +182,6 @@ static inline void nccl_close(void* state) {
 
 // The communicator of all ranks, which have met: each waits for the others at most as long as they might to meet.
 static inline void nccl_connect(NcclState* s, ncclUniqueId id) {
-    const struct timespec nap = {0, 1000000};
     Ranks* r = s->ranks;
     ncclConfig_t config = NCCL_CONFIG_INITIALIZER;
     config.blocking = 0;
@@ -187,7 +192,7 @@ static inline void nccl_connect(NcclState* s, ncclUniqueId id) {
             nccl_fail(r, "the ranks did not all connect in time; NCCL_DEBUG=INFO tells more", "ncclCommInitRankConfig",
                       false);
         }
-        nanosleep(&nap, NULL);
+        nanosleep(&NCCL_NAP, NULL);
     }
 }
 

@@ -395,13 +395,18 @@ static inline ncclResult_t ncclCommAbort(ncclComm_t c) {
     return ncclSuccess;
 }
 // Waits for what is in streams.
-static inline ncclResult_t ncclCommDestroy(ncclComm_t c) {
+// Finishes what was begun; the real one may do so after it has returned.
+static inline ncclResult_t ncclCommFinalize(ncclComm_t c) {
     if (!c || c->gone) { return ncclInvalidArgument; }
     std::shared_ptr<cuda_cpu::Operation> last = c->last;
     if (last) {
         cuda_cpu::wait_until([&] { return last->done || c->error != ncclSuccess || cuda_cpu::advance(last->stream); });
     }
-    return ncclCommAbort(c);
+    return ncclSuccess;
+}
+static inline ncclResult_t ncclCommDestroy(ncclComm_t c) {
+    ncclResult_t finished = ncclCommFinalize(c);
+    return finished == ncclSuccess ? ncclCommAbort(c) : finished;
 }
 
 static inline ncclResult_t ncclGroupStart(void) {
