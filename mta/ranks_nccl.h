@@ -53,11 +53,15 @@ static inline void nccl_cuda_check(Ranks* r, cudaError_t status, const char* cal
 #define ncclCheck(r, call) nccl_check(r, call, #call)
 #define ncclCudaCheck(r, call) nccl_cuda_check(r, call, #call)
 
-// Is NCCL still busy with what it was asked for? What it has been given is on the stream once it is not.
+// Is NCCL still busy with what it was asked for? What it has been given is on the stream once it is not. What fails
+// once all are connected is mostly the work of a lost rank, whatever NCCL calls it.
 static inline bool nccl_busy(NcclState* s) {
+    Ranks* r = s->ranks;
     ncclResult_t status = ncclInProgress;
-    ncclCheck(s->ranks, ncclCommGetAsyncError(s->comm, &status));
-    nccl_check(s->ranks, status, "a transfer");
+    ncclCheck(r, ncclCommGetAsyncError(s->comm, &status));
+    if (status != ncclSuccess && status != ncclInProgress) {
+        nccl_fail(r, ncclGetErrorString(status), "what goes on between ranks", r->backend || status == ncclRemoteError);
+    }
     return status == ncclInProgress;
 }
 
