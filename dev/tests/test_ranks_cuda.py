@@ -159,7 +159,8 @@ class Resume(Ranks):
 
 
 class Faults(Ranks):
-    RUN = {"--steps": 4000, "--save-every": 2, "--eval-every": 0, "--sample-every": 0, "--rank-timeout": 10}
+    RUN = {"--steps": 4000, "--save-every": 2, "--eval-every": 0, "--sample-every": 0, "--sample-tokens": None,
+           "--rank-timeout": 10}
 
     def underway(self, ranks):
         cwd = self.place()
