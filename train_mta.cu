@@ -321,6 +321,13 @@ static size_t device_shared(void) {
     cudaGetLastError();
     return SIZE_MAX;
 }
+// Without a GPU, where only a plan is made, those of an H100 or H200.
+static int device_multiprocessors(void) {
+    int n = 0;
+    if (cudaDeviceGetAttribute(&n, cudaDevAttrMultiProcessorCount, 0) == cudaSuccess) { return n; }
+    cudaGetLastError();
+    return 132;
+}
 static void cuda_close(Cuda* g) {
     if (g->blas) { blasCheck(cublasDestroy(g->blas)); }
     if (g->stream) { cudaCheck(cudaStreamDestroy(g->stream)); }
@@ -729,6 +736,9 @@ typedef struct Heads Heads;
 typedef struct Maps Maps;
 typedef struct AttentionSums AttentionSums;
 typedef struct AttentionScratch AttentionScratch;
+typedef struct {
+    int S, lo, hi;
+} Chunk;  // the queries lo <= i < hi of S sequences
 static bool conv_is_band(const Attention* a);
 template <typename Out, typename In>
 static void kq_conv_band(const TileOf<Out>* out, const TileOf<In>* inp, const KqConv& conv, int S, Cuda* g);
@@ -736,9 +746,9 @@ static void kq_conv_band_backward_weight(double* dweight, const TileX* dout, con
                                          int lo, int hi, float* parts, Cuda* g);
 static bool mixes_16(const Attention* a);
 static size_t mix16_parts_size(const Attention* a);
-static void mix16_maps(const Maps* m, float* stats, const Attention* a, int S, int lo, int hi, bool backward, Cuda* g);
+static void mix16_maps(const Maps* m, float* stats, const Attention* a, Chunk c, bool backward, Cuda* g);
 static void mix16_maps_backward(TileX* d, TileX* other, const AttentionSums* sums, const Maps* m, const float* stats,
-                                const Attention* a, int S, int lo, int hi, float* parts, Cuda* g);
+                                const Attention* a, Chunk c, float* parts, Cuda* g);
 static int flash_splits(int S, int NH, int T);
 static void flash_attention_forward(floatX* out, float* stats, const floatX* q, const floatX* k, const floatX* v,
                                     const Attention* a, Cuda* g);
@@ -1343,7 +1353,7 @@ static Maps attention_maps(const AttentionScratch* scratch, const Heads* x, cons
             m.P = tile_make(scratch->tiles, tiles++, a, lo - r - p);
             m.R = tile_make(scratch->tiles, tiles++, a, lo - r - p);
         }
-        mix16_maps(&m, x->stats, a, S, lo, hi, backward, g);
+        mix16_maps(&m, x->stats, a, {S, lo, hi}, backward, g);
         return m;
     }
 
@@ -1405,7 +1415,7 @@ static void attention_chunk_backward(const AttentionSums* sums, const floatX* do
 
     values_backward_att(&d, dout, x->v, a, S, lo, far, nk_far, g);  // O = A v
     if (mixes_16(a)) {                                              // from A to C, and A itself
-        mix16_maps_backward(&d, &other, sums, &m, x->stats, a, S, lo, hi, scratch->parts, g);
+        mix16_maps_backward(&d, &other, sums, &m, x->stats, a, {S, lo, hi}, scratch->parts, g);
     } else {
         if (mixes_post(a)) {  // A = mix(R)
             head_mix_backward_weight(sums->mix_post, &d, &m.R, a->ch_post, a, S, lo, hi, scratch->parts, g);
@@ -2519,8 +2529,8 @@ static size_t mix16_parts_size(const Attention* a) {
 // The rest of attention_maps, from C on: A = mix(softmax(mix(C))) in one kernel, or, with a convolution in between, P =
 // softmax(mix(C)), R = conv(P) and A = mix(R). With `backward` A is left to mix16_maps_backward, whose kernels make it
 // as well.
-static void mix16_maps(const Maps* m, float* stats, const Attention* a, int S, int lo, int hi, bool backward, Cuda* g) {
-    int end = hi + (backward ? halo_pre(a) : 0), nk = min_int(end, a->T);
+static void mix16_maps(const Maps* m, float* stats, const Attention* a, Chunk c, bool backward, Cuda* g) {
+    int S = c.S, lo = c.lo, hi = c.hi, end = hi + (backward ? halo_pre(a) : 0), nk = min_int(end, a->T);
     if (!a->conv_post) {
         if (!backward) { head_mix16_forward<true, true>(&m->A, &m->C, stats, false, a, {S, lo, end, lo, nk}, g); }
         return;
@@ -2532,8 +2542,9 @@ static void mix16_maps(const Maps* m, float* stats, const Attention* a, int S, i
 
 // Its reverse: d is dA and becomes dC; `other` is scratch, the two may change places.
 static void mix16_maps_backward(TileX* d, TileX* other, const AttentionSums* sums, const Maps* m, const float* stats,
-                                const Attention* a, int S, int lo, int hi, float* parts, Cuda* g) {
-    int end = hi + halo_pre(a), far = end + halo_post(a), nk = min_int(end, a->T), nk_far = min_int(far, a->T);
+                                const Attention* a, Chunk c, float* parts, Cuda* g) {
+    int S = c.S, lo = c.lo, hi = c.hi, end = hi + halo_pre(a), far = end + halo_post(a), nk = min_int(end, a->T),
+        nk_far = min_int(far, a->T);
     MixRows rows = {S, lo, end, hi, nk};
     if (!a->conv_post) {
         head_mix16_backward<true, true>(sums, d, &m->A, d, &m->C, stats, a, rows, parts, g);
@@ -2585,15 +2596,20 @@ typedef struct {
     float scale;             // 1 / sqrt(HS)
 } Flash;
 
-// `n` rows of a (T,HS) matrix from row `first` on into shared memory, WIDTH columns of them, PITCH apart; zeros outside
-// the matrix. By the whole block.
-template <int WIDTH, int PITCH>
-static __device__ inline void rows_load(floatX* shared, const floatX* from, int first, int n, int T, int HS) {
-    ROLLED
-    for (int t = threadIdx.x; t < n * (WIDTH / 8); t += FLASH_THREADS) {
-        int r = t / (WIDTH / 8), c = t % (WIDTH / 8) * 8, i = first + r;
-        bool valid = i >= 0 && i < T && c < HS;
-        copy_async(shared + r * PITCH + c, from + (valid ? (size_t)i * HS + c : 0), valid);
+// ROWS rows of a (T,HS) matrix from row `first` on into shared memory, WIDTH columns of them, PITCH apart; zeros
+// outside the matrix. By the whole block: a thread has 8 columns of every STEP-th row, so that both of its addresses
+// move on by a constant (of 96 columns 252 threads copy). Where nothing is to be copied the source's address may be
+// anything.
+template <int WIDTH, int PITCH, int ROWS>
+static __device__ inline void rows_load(floatX* shared, const floatX* from, int first, int T, int HS) {
+    enum { PACKS = WIDTH / 8, STEP = FLASH_THREADS / PACKS };
+    const int r = threadIdx.x / PACKS, c = threadIdx.x % PACKS * 8, rows = c < HS ? T : 0;
+    if (r >= STEP) { return; }
+    const floatX* row = from + (ptrdiff_t)(first + r) * HS + c;
+    UNROLL
+    for (int s = 0; s < ROWS; s += STEP, row += STEP * HS) {
+        if (s + STEP > ROWS && r + s >= ROWS) { return; }
+        copy_async(shared + (r + s) * PITCH + c, row, (unsigned)(first + r + s) < (unsigned)rows);
     }
 }
 
@@ -2705,157 +2721,209 @@ static __device__ inline float quad_max(float x) {
 // the logits lag the scores by 8 keys: the scores' columns stand in a ring of 128, of which the last 16 of the step
 // before are read again; only the rows above the tile, which the taps reach, are computed twice, a group of columns by
 // each warp.
-template <int WIDTH, int CH, int CQ> struct FlashForward {
+template <int WIDTH_, int CH_, int CQ_> struct FlashForward {
     enum {
+        WIDTH = WIDTH_,
+        CH = CH_,
+        CQ = CQ_,
         ROWS = 16 * FLASH_WARPS,
-        HALO = CQ ? 16 : 0,
-        LAG = CQ ? 8 : 0,
+        HALO = CQ_ ? 16 : 0,
+        LAG = CQ_ ? 8 : 0,
         PITCH = WIDTH + 8,
         RING = 128,
         RING_PITCH = RING + 8,
-        GROUPS = FLASH_KEYS / 8
+        GROUPS = FLASH_KEYS / 8,
+        OUT_GROUPS = CH * WIDTH / 8
     };
     enum {
         Q = (ROWS + HALO) * PITCH,
         K = FLASH_KEYS * PITCH,
         V = CH * FLASH_KEYS * PITCH,
-        SCORES = CQ ? (ROWS + HALO) * RING_PITCH : 0
+        SCORES = CQ_ ? (ROWS + HALO) * RING_PITCH : 0
     };
     enum { BANDS = 3 * CQ * WARP_SIZE, BYTES = 2 * (Q + 2 * K + 2 * V + SCORES) + 4 * BANDS };  // of shared memory
 };
-template <int WIDTH, int CH, int CQ>
-static __global__ void __launch_bounds__(FLASH_THREADS, 1) flash_forward_kernel(floatX* z, float* stats, Flash f) {
-    typedef FlashForward<WIDTH, CH, CQ> F;
-    DYNAMIC_SHARED(floatX, q_rows);
-    floatX *k_rows = q_rows + F::Q, *v_rows = k_rows + 2 * F::K;
-    half* scores = reinterpret_cast<half*>(v_rows + 2 * F::V);
-    unsigned* bands = reinterpret_cast<unsigned*>(scores + F::SCORES);
-    const int T = f.T, HS = f.HS, warp = threadIdx.x / WARP_SIZE, lane = threadIdx.x % WARP_SIZE;
-    const int i0 = (gridDim.x - 1 - blockIdx.x) * F::ROWS, head = blockIdx.z * f.NH + blockIdx.y,
-              group = head / CH * CH;  // the longest rows first
-    const int row0 = i0 + 16 * warp,
-              row = row0 +
-                    lane / 4;  // of the warp; of this lane's first two elements of a product, 8 more for the others
-    const size_t size = (size_t)T * HS;
-    const int last = min_int(i0 + F::ROWS, T) - 1, steps = (last + F::LAG) / FLASH_KEYS + 1;
+// A block's place and its shared memory: two buffers of keys and of values
+template <typename F> struct ForwardBlock {
+    floatX *q_rows, *k_rows, *v_rows;
+    half* scores;
+    unsigned* bands;
+    int i0, row0, head, group;  // first query, the warp's first query; the head, the first one of its group
+};
+// This lane's first row of a product of the warp: 8 more for the second half of its elements
+static __device__ inline int lane_row(void) { return threadIdx.x % WARP_SIZE / 4; }
+static __device__ inline int lane_column(void) { return threadIdx.x % 4 * 2; }
 
-    auto keys_load = [&](int step) {
-        rows_load<WIDTH, F::PITCH>(k_rows + step % 2 * F::K, f.k + head * size, step * FLASH_KEYS, FLASH_KEYS, T, HS);
-        for (int o = 0; o < CH; o++) {
-            rows_load<WIDTH, F::PITCH>(v_rows + step % 2 * F::V + o * F::K, f.v + (group + o) * size,
-                                       step * FLASH_KEYS - F::LAG, FLASH_KEYS, T, HS);
-        }
-        copy_commit();
-    };
-    // fp16 scores of 16 rows from query i on and some groups of columns from key j on; zero right of the diagonal, as
-    // the convolution reads them
-    auto scores_put = [&](const float(*c)[4], int groups, int i, int j) {
-        for (int g = 0; g < groups; g++) {
-            UNROLL
-            for (int e = 0; e < 4; e += 2) {
-                int query = i + lane / 4 + 4 * e, key = j + 8 * g + lane % 4 * 2;
-                unsigned pair = pack_half(key <= query ? score_clamp(c[g][e] * f.scale) : 0.0f,
-                                          key + 1 <= query ? score_clamp(c[g][e + 1] * f.scale) : 0.0f);
-                *reinterpret_cast<unsigned*>(scores + (query - i0 + F::HALO) * F::RING_PITCH + key % F::RING) = pair;
-            }
-        }
-    };
-
-    rows_load<WIDTH, F::PITCH>(q_rows, f.q + head * size, i0 - F::HALO, F::ROWS + F::HALO, T, HS);
-    keys_load(0);
-    if constexpr (CQ > 0) {
-        if (warp == 0) { toeplitz<CQ>(bands, f.conv + (size_t)blockIdx.y * f.cq * f.ck, f.cq, f.ck, false); }
-        for (int t = threadIdx.x; t < (F::ROWS + F::HALO) * 8; t += FLASH_THREADS) {  // the 16 columns before key 0
-            *reinterpret_cast<unsigned*>(scores + t / 8 * F::RING_PITCH + F::RING - 16 + t % 8 * 2) = 0;
+template <typename F> static __device__ inline ForwardBlock<F> forward_block(floatX* shared, const Flash& f) {
+    ForwardBlock<F> x;
+    x.q_rows = shared, x.k_rows = shared + F::Q, x.v_rows = x.k_rows + 2 * F::K;
+    x.scores = reinterpret_cast<half*>(x.v_rows + 2 * F::V);
+    x.bands = reinterpret_cast<unsigned*>(x.scores + F::SCORES);
+    x.i0 = (gridDim.x - 1 - blockIdx.x) * F::ROWS;  // the longest rows first
+    x.row0 = x.i0 + 16 * (threadIdx.x / WARP_SIZE);
+    x.head = blockIdx.z * f.NH + blockIdx.y, x.group = x.head / F::CH * F::CH;
+    return x;
+}
+// The keys of a step, and the values that its logits need
+template <typename F> static __device__ inline void forward_load(const ForwardBlock<F>& x, const Flash& f, int step) {
+    const size_t size = (size_t)f.T * f.HS;
+    const int j0 = step * FLASH_KEYS;
+    rows_load<F::WIDTH, F::PITCH, FLASH_KEYS>(x.k_rows + step % 2 * F::K, f.k + x.head * size, j0, f.T, f.HS);
+    UNROLL
+    for (int o = 0; o < F::CH; o++) {
+        rows_load<F::WIDTH, F::PITCH, FLASH_KEYS>(x.v_rows + step % 2 * F::V + o * F::K, f.v + (x.group + o) * size,
+                                                  j0 - F::LAG, f.T, f.HS);
+    }
+    copy_commit();
+}
+// The convolution's matrices, and zeros for the 16 columns before key 0
+template <typename F> static __device__ inline void forward_conv_begin(const ForwardBlock<F>& x, const Flash& f) {
+    if (threadIdx.x < WARP_SIZE) {
+        toeplitz<F::CQ>(x.bands, f.conv + (size_t)blockIdx.y * f.cq * f.ck, f.cq, f.ck, false);
+    }
+    for (int t = threadIdx.x; t < (F::ROWS + F::HALO) * 8; t += FLASH_THREADS) {
+        *reinterpret_cast<unsigned*>(x.scores + t / 8 * F::RING_PITCH + F::RING - 16 + t % 8 * 2) = 0;
+    }
+}
+// fp16 scores of 16 rows from query i on and some groups of columns from key j on; zero right of the diagonal, as the
+// convolution reads them
+template <typename F, int GROUPS>
+static __device__ inline void forward_scores_put(const ForwardBlock<F>& x, const float (*c)[4], int i, int j,
+                                                 float scale) {
+    UNROLL
+    for (int g = 0; g < GROUPS; g++) {
+        UNROLL
+        for (int e = 0; e < 4; e += 2) {
+            int query = i + lane_row() + 4 * e, key = j + 8 * g + lane_column();
+            unsigned pair = pack_half(key <= query ? score_clamp(c[g][e] * scale) : 0.0f,
+                                      key + 1 <= query ? score_clamp(c[g][e + 1] * scale) : 0.0f);
+            *reinterpret_cast<unsigned*>(x.scores + (query - x.i0 + F::HALO) * F::RING_PITCH + key % F::RING) = pair;
         }
     }
-    const float unit =
-        CQ ? LOG2E
-           : LOG2E * f.scale;  // from the products below to logarithms of 2: the convolution's input is scaled already
-    float out[CH * WIDTH / 8][4] = {}, top[2] = {-INFINITY, -INFINITY}, sum[2] = {0, 0};
-    for (int step = 0; step < steps; step++) {
-        const int j0 = step * FLASH_KEYS - F::LAG;  // first key of the logits
-        const floatX *k_tile = k_rows + step % 2 * F::K, *v_tile = v_rows + step % 2 * F::V,
-                     *q_tile = q_rows + (F::HALO + 16 * warp) * F::PITCH;
-        copy_wait<0>();
-        __syncthreads();  // this step's keys are there, and all have left the other half of the buffers and of the ring
-        if (step + 1 < steps) { keys_load(step + 1); }
-        float c[F::GROUPS][4] = {};
-        if constexpr (CQ > 0) {
-            if (j0 + F::LAG <= row0 + 15) { rows_product<WIDTH, 1, F::GROUPS, F::PITCH>(&c, q_tile, k_tile); }
-            scores_put(c, F::GROUPS, row0, j0 + F::LAG);
-            float above[1][4] = {};
-            rows_product<WIDTH, 1, 1, F::PITCH>(&above, q_rows, k_tile + 8 * warp * F::PITCH);
-            scores_put(above, 1, i0 - F::HALO, j0 + F::LAG + 8 * warp);
-            __syncthreads();  // the scores of all rows are there
-        }
-        if (j0 > row0 + 15) { continue; }  // whole warps: the barriers above they have met
-        if constexpr (CQ > 0) {
-            UNROLL
-            for (int g = 0; g < F::GROUPS; g++) { c[g][0] = c[g][1] = c[g][2] = c[g][3] = 0; }
-            conv_product<CQ, F::GROUPS, -1, F::RING_PITCH, F::RING>(c, scores + (F::HALO + 16 * warp) * F::RING_PITCH,
-                                                                    j0 + F::RING - 8, bands);
-        } else {
-            rows_product<WIDTH, 1, F::GROUPS, F::PITCH>(&c, q_tile, k_tile);
-        }
-        if (j0 < 0 || j0 + FLASH_KEYS - 1 > row0) {  // the tile reaches over the diagonal or, lagging, before key 0
-            UNROLL
-            for (int x = 0; x < 4 * F::GROUPS; x++) {
-                int e = x % 4, key = j0 + x / 4 * 8 + lane % 4 * 2 + e % 2;
-                if (key < 0 || key > row + e / 2 * 8) { c[x / 4][e] = -INFINITY; }
-            }
-        }
-        UNROLL
-        for (int r = 0; r < 2; r++) {
-            float high = -INFINITY;
-            UNROLL
-            for (int g = 0; g < F::GROUPS; g++) { high = fmaxf(high, fmaxf(c[g][2 * r], c[g][2 * r + 1])); }
-            high = fmaxf(top[r], quad_max(high));
-            float base = high == -INFINITY ? 0.0f : high * unit, factor = exponential2(top[r] * unit - base),
-                  partial = 0;
-            top[r] = high;
-            UNROLL
-            for (int g = 0; g < F::GROUPS; g++) {
-                UNROLL
-                for (int e = 2 * r; e < 2 * r + 2; e++) { partial += c[g][e] = exponential2(c[g][e] * unit - base); }
-            }
-            sum[r] = sum[r] * factor + partial;
-            UNROLL
-            for (int g = 0; g < CH * WIDTH / 8; g++) { out[g][2 * r] *= factor, out[g][2 * r + 1] *= factor; }
-        }
-        UNROLL
-        for (int k = 0; k < FLASH_KEYS / 16; k++) {  // out += P Vcat; two groups of P are the operand a as they stand
-            const float *left = c[2 * k], *right = c[2 * k + 1];
-            unsigned a[4] = {pack_bf16(left[0], left[1]), pack_bf16(left[2], left[3]), pack_bf16(right[0], right[1]),
-                             pack_bf16(right[2], right[3])},
-                     b[4];
-            UNROLL
-            for (int g = 0; g < CH * WIDTH / 8; g += 2) {
-                load_b_transposed<F::PITCH>(b, v_tile + (g / (WIDTH / 8) * FLASH_KEYS + 16 * k) * F::PITCH +
-                                                   g % (WIDTH / 8) * 8);
-                mma_bf16(out[g], a, b[0], b[1]);
-                mma_bf16(out[g + 1], a, b[2], b[3]);
-            }
-        }
+}
+// The scores of a step's keys, j on, into the ring: of the warp's rows, and a group of columns of the rows above
+template <typename F>
+static __device__ inline void forward_scores(const ForwardBlock<F>& x, const floatX* q_tile, const floatX* k_tile,
+                                             int j, float scale) {
+    const int warp = threadIdx.x / WARP_SIZE;
+    float c[F::GROUPS][4] = {}, above[1][4] = {};
+    if (j <= x.row0 + 15) { rows_product<F::WIDTH, 1, F::GROUPS, F::PITCH>(&c, q_tile, k_tile); }
+    forward_scores_put<F, F::GROUPS>(x, c, x.row0, j, scale);
+    rows_product<F::WIDTH, 1, 1, F::PITCH>(&above, x.q_rows, k_tile + 8 * warp * F::PITCH);
+    forward_scores_put<F, 1>(x, above, x.i0 - F::HALO, j + 8 * warp, scale);
+}
+// Logits of keys before the first, which a convolution's lag brings, and after the query
+template <typename F> static __device__ inline void forward_mask(float (*c)[4], int j0, int row) {
+    UNROLL
+    for (int x = 0; x < 4 * F::GROUPS; x++) {
+        int e = x % 4, key = j0 + x / 4 * 8 + lane_column() + e % 2;
+        if (key < 0 || key > row + e / 2 * 8) { c[x / 4][e] = -INFINITY; }
     }
+}
+// c becomes exp(c * unit - maximum), in powers of 2, with the maximum of all keys so far; what was summed with a
+// smaller one is scaled down. top, sum: of this lane's two rows
+template <typename F>
+static __device__ inline void forward_softmax(float (*c)[4], float (*out)[4], float* top, float* sum, float unit) {
     UNROLL
     for (int r = 0; r < 2; r++) {
-        int i = row + 8 * r;
+        float high = -INFINITY;
+        UNROLL
+        for (int g = 0; g < F::GROUPS; g++) { high = fmaxf(high, fmaxf(c[g][2 * r], c[g][2 * r + 1])); }
+        high = fmaxf(top[r], quad_max(high));
+        float base = high == -INFINITY ? 0.0f : high * unit, factor = exponential2(top[r] * unit - base), partial = 0;
+        top[r] = high;
+        UNROLL
+        for (int g = 0; g < F::GROUPS; g++) {
+            UNROLL
+            for (int e = 2 * r; e < 2 * r + 2; e++) { partial += c[g][e] = exponential2(c[g][e] * unit - base); }
+        }
+        sum[r] = sum[r] * factor + partial;
+        UNROLL
+        for (int g = 0; g < F::OUT_GROUPS; g++) { out[g][2 * r] *= factor, out[g][2 * r + 1] *= factor; }
+    }
+}
+// out += P Vcat; two groups of P are the operand a as they stand
+template <typename F>
+static __device__ inline void forward_values(float (*out)[4], const float (*c)[4], const floatX* v_tile) {
+    UNROLL
+    for (int k = 0; k < FLASH_KEYS / 16; k++) {
+        const float *left = c[2 * k], *right = c[2 * k + 1];
+        unsigned a[4] = {pack_bf16(left[0], left[1]), pack_bf16(left[2], left[3]), pack_bf16(right[0], right[1]),
+                         pack_bf16(right[2], right[3])},
+                 b[4];
+        UNROLL
+        for (int g = 0; g < F::OUT_GROUPS; g += 2) {
+            load_b_transposed<F::PITCH>(b, v_tile + (g / (F::WIDTH / 8) * FLASH_KEYS + 16 * k) * F::PITCH +
+                                               g % (F::WIDTH / 8) * 8);
+            mma_bf16(out[g], a, b[0], b[1]);
+            mma_bf16(out[g + 1], a, b[2], b[3]);
+        }
+    }
+}
+// z and the statistics of the warp's rows
+template <typename F>
+static __device__ inline void forward_store(floatX* z, float* stats, const ForwardBlock<F>& x, const float (*out)[4],
+                                            const float* top, const float* sum, const Flash& f) {
+    UNROLL
+    for (int r = 0; r < 2; r++) {
+        int i = x.row0 + lane_row() + 8 * r;
         float inverse = 1.0f / quad_sum(sum[r]);
-        if (i >= T) { continue; }
-        if (lane % 4 == 0) {
-            stats[2 * ((size_t)head * T + i)] = CQ ? top[r] : top[r] * f.scale,
-                                          stats[2 * ((size_t)head * T + i) + 1] = inverse;
+        if (i >= f.T) { continue; }
+        if (threadIdx.x % 4 == 0) {
+            float* kept = stats + 2 * ((size_t)x.head * f.T + i);
+            kept[0] = F::CQ > 0 ? top[r] : top[r] * f.scale, kept[1] = inverse;
         }
         UNROLL
-        for (int g = 0; g < CH * WIDTH / 8; g++) {
-            int o = g / (WIDTH / 8), c = g % (WIDTH / 8) * 8 + lane % 4 * 2;
-            if (c < HS) {
-                *reinterpret_cast<unsigned*>(z + (head - group) * f.z_part + (group + o) * size + (size_t)i * HS + c) =
+        for (int g = 0; g < F::OUT_GROUPS; g++) {
+            int o = g / (F::WIDTH / 8), c = g % (F::WIDTH / 8) * 8 + lane_column();
+            if (c < f.HS) {
+                *reinterpret_cast<unsigned*>(z + (x.head - x.group) * f.z_part +
+                                             ((size_t)(x.group + o) * f.T + i) * f.HS + c) =
                     pack_bf16(out[g][2 * r] * inverse, out[g][2 * r + 1] * inverse);
             }
         }
     }
+}
+template <int WIDTH, int CH, int CQ>
+static __global__ void __launch_bounds__(FLASH_THREADS, 1) flash_forward_kernel(floatX* z, float* stats, Flash f) {
+    typedef FlashForward<WIDTH, CH, CQ> F;
+    DYNAMIC_SHARED(floatX, shared);
+    const ForwardBlock<F> x = forward_block<F>(shared, f);
+    const int warp = threadIdx.x / WARP_SIZE, last = min_int(x.i0 + F::ROWS, f.T) - 1,
+              steps = (last + F::LAG) / FLASH_KEYS + 1;
+    const float unit = CQ ? LOG2E : LOG2E * f.scale;  // to logarithms of 2: the convolution's input is scaled already
+    float out[F::OUT_GROUPS][4] = {}, top[2] = {-INFINITY, -INFINITY}, sum[2] = {0, 0};
+    rows_load<WIDTH, F::PITCH, F::ROWS + F::HALO>(x.q_rows, f.q + (size_t)x.head * f.T * f.HS, x.i0 - F::HALO, f.T,
+                                                  f.HS);
+    forward_load(x, f, 0);
+    if constexpr (CQ > 0) { forward_conv_begin(x, f); }
+
+    for (int step = 0; step < steps; step++) {
+        const int j0 = step * FLASH_KEYS - F::LAG;  // first key of the logits
+        const floatX *k_tile = x.k_rows + step % 2 * F::K, *v_tile = x.v_rows + step % 2 * F::V,
+                     *q_tile = x.q_rows + (F::HALO + 16 * warp) * F::PITCH;
+        copy_wait<0>();
+        __syncthreads();  // this step's keys are there, and all have left the other half of the buffers and of the ring
+        if (step + 1 < steps) { forward_load(x, f, step + 1); }
+        if constexpr (CQ > 0) {
+            forward_scores(x, q_tile, k_tile, j0 + F::LAG, f.scale);
+            __syncthreads();  // the scores of all rows are there
+        }
+
+        // From here on each warp is for itself; the barriers are above.
+        if (j0 > x.row0 + 15) { continue; }
+        float c[F::GROUPS][4] = {};
+        if constexpr (CQ > 0) {
+            conv_product<CQ, F::GROUPS, -1, F::RING_PITCH, F::RING>(c, x.scores + (F::HALO + 16 * warp) * F::RING_PITCH,
+                                                                    j0 + F::RING - 8, x.bands);
+        } else {
+            rows_product<WIDTH, 1, F::GROUPS, F::PITCH>(&c, q_tile, k_tile);
+        }
+        if (j0 < 0 || j0 + FLASH_KEYS - 1 > x.row0) { forward_mask<F>(c, j0, x.row0 + lane_row()); }
+        forward_softmax<F>(c, out, top, sum, unit);
+        forward_values<F>(out, c, v_tile);
+    }
+    forward_store<F>(z, stats, x, out, top, sum, f);
 }
 
 // Before the backward kernel, for each row: dots (S,NH,T) D_n = sum_o dO_o . W[o,n] Z_n[block o] = sum_j P dP, what
@@ -2926,23 +2994,28 @@ static __global__ void flash_prepare_kernel(floatX* dz, float* dots, unsigned* b
 
 // Backward: dk (S,NH,T,HS) and dv (CH parts) are set, dq (splits,S,NH,T,HS) is added to, all in fp32; parts
 // (S,NH,splits,cq*ck) of the convolution's gradient. Block (split, head, sequence) walks over the blocks of 64 keys
-// split, split + splits, ...; what a block of keys gathers stays in registers while the queries stream past, the last
-// first: a row of dS needs the rows of dL below it. One block of the grid alone adds to its dq, so the order of the sum
-// is fixed. A tile of queries: (1) scores S; (2) P, dP = dZ Vcat^T, dL = P (dP - D); (3) dV += P^T dZ, dS = the
-// transposed convolution of dL, dtheta; (4) dK += dS^T Q, dq += dS K. With a convolution S takes 16 keys more on both
-// sides of the block and 16 rows above the tile, dL 8 keys more and 8 rows below, carried from the tile before. To an
-// element of dq the same thread adds at every block of keys. Warps are 4 (queries, or keys for dK and dV) by 2
-// (columns).
-template <int WIDTH, int CH, int CQ, int R> struct FlashBackward {
+// split, split + splits, ...; what a block of keys gathers stays in registers while the queries stream past. One block
+// of the grid alone adds to its dq, so the order of the sum is fixed. A tile of queries: (1) scores S; (2) P, dP = dZ
+// Vcat^T, dL = P (dP - D); (3) dV += P^T dZ, dS = the transposed convolution of dL, dtheta; (4) dK += dS^T Q, dq += dS
+// K. With a convolution S takes 16 keys more on both sides of the block and 16 rows above the tile, dL 8 keys more and
+// 8 rows below, carried from the tile before: queries come from the last to the first, since a row of dS needs the rows
+// of dL below it. Without one every other block of keys takes them from the first to the last, so that it begins with
+// what the block before it left in the L2 cache. To an element of dq the same thread adds at every block of keys. Warps
+// are 4 (queries, or keys for dK and dV) by 2 (columns).
+template <int WIDTH_, int CH_, int CQ_, int R> struct FlashBackward {
     enum {
-        ROWS = R,  // queries of a tile: 64 or 128, flash_rows
-        M = R / 64 /* products of 16 rows a warp has side by side */,
+        WIDTH = WIDTH_,
+        CH = CH_,
+        CQ = CQ_,
+        ROWS = R,    // queries of a tile: 64 or 128, flash_rows
+        M = R / 64,  // products of 16 rows a warp has side by side
         PITCH = WIDTH + 8,
-        KEYS_PITCH = FLASH_KEYS + 8
+        KEYS_PITCH = FLASH_KEYS + 8,
+        K_GROUPS = WIDTH / 16  // groups of columns of a warp in (3) and (4)
     };
     enum {
-        HALO = CQ ? 16 : 0,
-        SIDE = CQ ? 8 : 0,
+        HALO = CQ_ ? 16 : 0,
+        SIDE = CQ_ ? 8 : 0,
         NEAR = FLASH_KEYS + 2 * SIDE,
         FAR = FLASH_KEYS + 4 * SIDE,
         NEAR_PITCH = NEAR + 8,
@@ -2950,74 +3023,301 @@ template <int WIDTH, int CH, int CQ, int R> struct FlashBackward {
     };
     enum { GROUPS = NEAR / 16, BANDS = 3 * CQ * WARP_SIZE };  // groups of columns of a warp in (2)
     enum { K = FAR * PITCH, V = NEAR * PITCH, Q = (ROWS + HALO) * PITCH, DZ = ROWS * PITCH, TILE = ROWS * KEYS_PITCH };
-    enum { SCORES = CQ ? (ROWS + HALO) * FAR_PITCH : 0, DLOGITS = CQ ? (ROWS + 8) * NEAR_PITCH : 0 };
+    enum { SCORES = CQ_ ? (ROWS + HALO) * FAR_PITCH : 0, DLOGITS = CQ_ ? (ROWS + 8) * NEAR_PITCH : 0 };
     enum { BYTES = 2 * (K + CH * V + 2 * Q + CH * DZ + 2 * TILE + SCORES + DLOGITS) + 4 * 2 * BANDS };
 };
+// A block's place and its shared memory
+template <typename F> struct BackwardBlock {
+    floatX *k_rows, *v_rows, *q_rows, *dz_rows, *att, *dscores;
+    half *scores, *dlogits;
+    unsigned* bands;          // those of the convolution, then of its transpose
+    int head, group, wr, wc;  // the head, the first one of its group; the warp's rows and columns
+    float gain;               // of dL in fp16: |dL| <= 2 |dZ| |V| becomes at most 2^15
+};
+template <typename F>
+static __device__ inline BackwardBlock<F> backward_block(floatX* shared, const unsigned* bounds, const Flash& f) {
+    BackwardBlock<F> x;
+    x.k_rows = shared, x.v_rows = x.k_rows + F::K, x.q_rows = x.v_rows + F::CH * F::V;
+    x.dz_rows = x.q_rows + 2 * F::Q, x.att = x.dz_rows + F::CH * F::DZ, x.dscores = x.att + F::TILE;
+    x.scores = reinterpret_cast<half*>(x.dscores + F::TILE), x.dlogits = x.scores + F::SCORES;
+    x.bands = reinterpret_cast<unsigned*>(x.dlogits + F::DLOGITS);
+    x.head = blockIdx.z * f.NH + blockIdx.y, x.group = x.head / F::CH * F::CH;
+    x.wr = threadIdx.x / WARP_SIZE % 4, x.wc = threadIdx.x / WARP_SIZE / 4;
+    x.gain = 1;
+    if constexpr (F::CQ > 0) {
+        float bound = 2 * __uint_as_float(bounds[2 * x.head]) * __uint_as_float(bounds[2 * x.head + 1]);
+        x.gain = bound > 0 ? exp2f(fminf(fmaxf(floorf(15 - log2f(bound)), -60.0f), 60.0f)) : 1;
+    }
+    return x;
+}
+// The keys and values of a block of keys
+template <typename F>
+static __device__ inline void backward_load_keys(const BackwardBlock<F>& x, const Flash& f, int j0) {
+    const size_t size = (size_t)f.T * f.HS;
+    rows_load<F::WIDTH, F::PITCH, F::FAR>(x.k_rows, f.k + x.head * size, j0 - 2 * F::SIDE, f.T, f.HS);
+    UNROLL
+    for (int o = 0; o < F::CH; o++) {
+        rows_load<F::WIDTH, F::PITCH, F::NEAR>(x.v_rows + o * F::V, f.v + (x.group + o) * size, j0 - F::SIDE, f.T,
+                                               f.HS);
+    }
+}
+template <typename F>
+static __device__ inline void backward_load_queries(const BackwardBlock<F>& x, const Flash& f, int tile) {
+    rows_load<F::WIDTH, F::PITCH, F::ROWS + F::HALO>(x.q_rows + tile % 2 * F::Q, f.q + (size_t)x.head * f.T * f.HS,
+                                                     tile * F::ROWS - F::HALO, f.T, f.HS);
+}
+template <typename F>
+static __device__ inline void backward_load_dz(const BackwardBlock<F>& x, const floatX* dz, const Flash& f, int tile) {
+    UNROLL
+    for (int o = 0; o < F::CH; o++) {
+        rows_load<F::WIDTH, F::PITCH, F::ROWS>(x.dz_rows + o * F::DZ,
+                                               dz + (x.head - x.group) * f.dz_part + (size_t)(x.group + o) * f.T * f.HS,
+                                               tile * F::ROWS, f.T, f.HS);
+    }
+}
+
+// (1) fp16 scores of 16 rows from r0 on and some groups of columns from c0 on, as forward_scores_put
+template <typename F, int GROUPS>
+static __device__ inline void backward_scores_put(const BackwardBlock<F>& x, const float (*c)[4], int r0, int c0,
+                                                  int i0, int j0, float scale) {
+    UNROLL
+    for (int g = 0; g < GROUPS; g++) {
+        UNROLL
+        for (int e = 0; e < 4; e += 2) {
+            int r = r0 + lane_row() + 4 * e, column = c0 + 8 * g + lane_column(),
+                back = i0 - F::HALO + r - (j0 - 2 * F::SIDE + column);
+            *reinterpret_cast<unsigned*>(x.scores + r * F::FAR_PITCH + column) = pack_half(
+                back >= 0 ? score_clamp(c[g][e] * scale) : 0.0f, back >= 1 ? score_clamp(c[g][e + 1] * scale) : 0.0f);
+        }
+    }
+}
+// The scores of a tile's queries and of the 16 above them
+template <typename F>
+static __device__ inline void backward_scores(const BackwardBlock<F>& x, const floatX* q_tile, int i0, int j0,
+                                              float scale) {
+    const int warp = threadIdx.x / WARP_SIZE;
+    float c[6][4] = {}, above[2][4] = {};
+    rows_product<F::WIDTH, 1, 6, F::PITCH>(&c, q_tile + (F::HALO + 16 * x.wr) * F::PITCH,
+                                           x.k_rows + 48 * x.wc * F::PITCH);
+    backward_scores_put<F, 6>(x, c, F::HALO + 16 * x.wr, 48 * x.wc, i0, j0, scale);
+    if (warp < 6) {
+        rows_product<F::WIDTH, 1, 2, F::PITCH>(&above, q_tile, x.k_rows + 16 * warp * F::PITCH);
+        backward_scores_put<F, 2>(x, above, 0, 16 * warp, i0, j0, scale);
+    }
+}
+
+// (2) Of this lane's rows: log2 of the sum of exponentials, and D
+template <typename F>
+static __device__ inline void backward_rows(float* lse, float* dot, const BackwardBlock<F>& x, const float* stats,
+                                            const float* dots, int i0, int T) {
+    UNROLL
+    for (int r = 0; r < 2 * F::M; r++) {
+        int query = i0 + 16 * (F::M * x.wr + r / 2) + lane_row() + r % 2 * 8, i = x.head * T + min_int(query, T - 1);
+        Pack<float, 2> s = load<2>(stats + 2 * (size_t)i);  // maximum, 1 / sum
+        lse[r] = s.v[0] * LOG2E - log2f(s.v[1]), dot[r] = dots[i];
+    }
+}
+// Logits p and d = dP of the warp's rows and columns
+template <typename F>
+static __device__ inline void backward_logits(float (*p)[F::GROUPS][4], float (*d)[F::GROUPS][4],
+                                              const BackwardBlock<F>& x, const floatX* q_tile) {
+    const int row = 16 * F::M * x.wr, column = 8 * F::GROUPS * x.wc;
+    UNROLL
+    for (int o = 0; o < F::CH; o++) {
+        rows_product<F::WIDTH, F::M, F::GROUPS, F::PITCH>(d, x.dz_rows + o * F::DZ + row * F::PITCH,
+                                                          x.v_rows + o * F::V + column * F::PITCH);
+    }
+    if constexpr (F::CQ > 0) {
+        conv_product<F::CQ, F::GROUPS, -1, F::FAR_PITCH, 0>(p[0], x.scores + (F::HALO + row) * F::FAR_PITCH, column,
+                                                            x.bands);
+    } else {
+        rows_product<F::WIDTH, F::M, F::GROUPS, F::PITCH>(p, q_tile + row * F::PITCH, x.k_rows + column * F::PITCH);
+    }
+}
+// Over the diagonal, before key 0 or below the last query there is no P; row 0 has one key, so that its P is constant.
+template <typename F>
+static __device__ inline void backward_mask(float (*p)[F::GROUPS][4], float (*d)[F::GROUPS][4], const float* dot,
+                                            int upper, int left, int T) {
+    UNROLL
+    for (int x = 0; x < 4 * F::M * F::GROUPS; x++) {
+        int m = x / 4 / F::GROUPS, g = x / 4 % F::GROUPS, e = x % 4, query = upper + 16 * m + lane_row() + e / 2 * 8,
+            key = left + 8 * g + lane_column() + e % 2;
+        if (key < 0 || key > query || query >= T) { p[m][g][e] = -INFINITY; }
+        if (query == 0) { d[m][g][e] = dot[2 * m + e / 2]; }
+    }
+}
+// P of the block's own keys, and dL = P (dP - D): in fp16 with the keys to both sides for the convolution, else as dS
+template <typename F>
+static __device__ inline void backward_softmax(const BackwardBlock<F>& x, const float (*p)[F::GROUPS][4],
+                                               const float (*d)[F::GROUPS][4], const float* lse, const float* dot,
+                                               float unit) {
+    UNROLL
+    for (int y = 0; y < 2 * F::M; y++) {
+        const int m = y / 2, e = y % 2 * 2, r = 16 * (F::M * x.wr + m) + lane_row() + 4 * e;
+        UNROLL
+        for (int g = 0; g < F::GROUPS; g++) {
+            int column = 8 * (F::GROUPS * x.wc + g) + lane_column(), own = column - F::SIDE;
+            float own_p[2], own_d[2];
+            UNROLL
+            for (int z = 0; z < 2; z++) {
+                own_p[z] = exponential2(p[m][g][e + z] * unit - lse[y]);
+                own_d[z] = own_p[z] * (d[m][g][e + z] - dot[y]) * x.gain;
+            }
+            if (own >= 0 && own < FLASH_KEYS) {
+                *reinterpret_cast<unsigned*>(x.att + r * F::KEYS_PITCH + own) = pack_bf16(own_p[0], own_p[1]);
+            }
+            if (F::CQ > 0) {
+                *reinterpret_cast<unsigned*>(x.dlogits + r * F::NEAR_PITCH + column) = pack_half(own_d[0], own_d[1]);
+            } else {
+                *reinterpret_cast<unsigned*>(x.dscores + r * F::KEYS_PITCH + column) = pack_bf16(own_d[0], own_d[1]);
+            }
+        }
+    }
+}
+
+// (3) dS, the transposed convolution of dL
+template <typename F> static __device__ inline void backward_conv(const BackwardBlock<F>& x, int i0, int j0) {
+    float c[4][4] = {}, ungain = 1 / x.gain;
+    conv_product<F::CQ, 4, 1, F::NEAR_PITCH, 0>(c, x.dlogits + 16 * x.wr * F::NEAR_PITCH, 32 * x.wc,
+                                                x.bands + F::BANDS);
+    UNROLL
+    for (int g = 0; g < 4; g++) {
+        UNROLL
+        for (int e = 0; e < 4; e += 2) {
+            int r = 16 * x.wr + lane_row() + 4 * e, column = 32 * x.wc + 8 * g + lane_column(),
+                back = i0 + r - (j0 + column);
+            *reinterpret_cast<unsigned*>(x.dscores + r * F::KEYS_PITCH + column) =
+                pack_bf16(back >= 0 ? c[g][e] * ungain : 0.0f, back >= 1 ? c[g][e + 1] * ungain : 0.0f);
+        }
+    }
+}
+// theta [two taps x 8 columns of S] x 24 columns of dL += S^T dL of 16 rows and the warp's 4 groups of own keys
+template <typename F> static __device__ inline void backward_theta(float (*theta)[3][4], const BackwardBlock<F>& x) {
+    const int lane = threadIdx.x % WARP_SIZE;
+    unsigned d[2][4];
+    UNROLL
+    for (int g = 0; g < 2; g++) {
+        load_b_transposed<F::NEAR_PITCH>(d[g], x.dlogits + 16 * x.wr * F::NEAR_PITCH + F::SIDE + 32 * x.wc + 16 * g);
+    }
+    UNROLL
+    for (int s = 0; s < 6; s++) {  // the groups of S that touch them: group s the dL groups s-2, s-1 and s
+        UNROLL
+        for (int u = 0; u < F::CQ; u += 2) {
+            unsigned a[4];  // S transposed: rows 0-7 of tap u, of tap u+1, then rows 8-15
+            int tap = u + lane / 8 % 2;
+            ldmatrix_transposed(a, x.scores + (F::HALO + 16 * x.wr - tap + lane / 16 * 8 + lane % 8) * F::FAR_PITCH +
+                                       F::SIDE + 32 * x.wc + 8 * s);
+            UNROLL
+            for (int b = 0; b < 3; b++) {
+                int g = s - 2 + b;
+                if (g >= 0 && g < 4) { mma_half(theta[u / 2][b], a, d[g / 2][g % 2 * 2], d[g / 2][g % 2 * 2 + 1]); }
+            }
+        }
+    }
+}
+// 8 rows of dL below the tile's last: zeros, or `carried`, the tile's first rows, since queries come upwards
+template <typename F> static __device__ inline void backward_rows_below(const BackwardBlock<F>& x, bool carried) {
+    for (int t = threadIdx.x; t < 8 * F::NEAR / 2; t += FLASH_THREADS) {
+        unsigned* at =
+            reinterpret_cast<unsigned*>(x.dlogits + t / (F::NEAR / 2) * F::NEAR_PITCH + t % (F::NEAR / 2) * 2);
+        at[F::ROWS * F::NEAR_PITCH / 2] = carried ? *at : 0;
+    }
+}
+
+// (4) dq += dS K for the tile's rows; HS is a multiple of 8
+template <typename F>
+static __device__ inline void backward_dq(float* dq, const BackwardBlock<F>& x, const Flash& f, int i0) {
+    float c[F::M][F::K_GROUPS][4] = {};
+    columns_product<FLASH_KEYS, F::M, F::K_GROUPS, false, F::KEYS_PITCH, F::PITCH>(
+        c, x.dscores + 16 * F::M * x.wr * F::KEYS_PITCH, x.k_rows + 2 * F::SIDE * F::PITCH + F::WIDTH / 2 * x.wc);
+    UNROLL
+    for (int y = 0; y < 2 * F::M; y++) {
+        int i = i0 + 16 * (F::M * x.wr + y / 2) + lane_row() + y % 2 * 8, e = y % 2 * 2;
+        float* row = dq + (size_t)i * f.HS + F::WIDTH / 2 * x.wc + lane_column();
+        UNROLL
+        for (int g = 0; g < F::K_GROUPS; g++) {
+            add_pair(row + 8 * g, c[y / 2][g][e] * f.scale, c[y / 2][g][e + 1] * f.scale,
+                     i < f.T && F::WIDTH / 2 * x.wc + 8 * g < f.HS);
+        }
+    }
+}
+// Sums c of 16 keys from j on and the groups of columns from `column` on
+template <typename F>
+static __device__ inline void backward_store(float* to, const float (*c)[4], int j, int column, float scale,
+                                             const Flash& f) {
+    UNROLL
+    for (int g = 0; g < F::K_GROUPS; g++) {
+        UNROLL
+        for (int e = 0; e < 4; e += 2) {
+            int key = j + lane_row() + 4 * e, at = column + 8 * g + lane_column();
+            if (key < f.T && at < f.HS) {
+                store<2>(to + (size_t)key * f.HS + at, Pack<float, 2>{{c[g][e] * scale, c[g][e + 1] * scale}});
+            }
+        }
+    }
+}
+// parts (cq*ck) of the block: dtheta[u,v] is the diagonal v = column of dL - column of S of what the 8 warps have
+template <typename F>
+static __device__ inline void backward_theta_store(float* parts, const float (*theta)[3][4], const BackwardBlock<F>& x,
+                                                   const Flash& f) {
+    float* sums = reinterpret_cast<float*>(x.q_rows);  // (8, 8 CQ, 24)
+    const int warp = threadIdx.x / WARP_SIZE;
+    __syncthreads();  // all have left the queries
+    UNROLL
+    for (int y = 0; y < F::CQ / 2 * 3 * 4; y++) {
+        int u = y / 12, b = y / 4 % 3, e = y % 4;
+        sums[(warp * 8 * F::CQ + 16 * u + lane_row() + e / 2 * 8) * 24 + 8 * b + lane_column() + e % 2] =
+            theta[u][b][e];
+    }
+    __syncthreads();  // and those of all warps are there
+    for (int t = threadIdx.x; t < f.cq * f.ck; t += FLASH_THREADS) {
+        int u = f.cq - 1 - t / f.ck, v = (f.ck - 1) / 2 - t % f.ck;
+        float sum = 0;
+        for (int w = 0; w < FLASH_WARPS; w++) {
+            for (int c = 0; c < 8; c++) { sum += sums[(w * 8 * F::CQ + 8 * u + c) * 24 + v + 8 + c]; }
+        }
+        parts[t] = sum * (1 / x.gain);
+    }
+}
+
 template <int WIDTH, int CH, int CQ, int R>
 static __global__ void __launch_bounds__(FLASH_THREADS, 1)
     flash_backward_kernel(float* dq, float* dk, float* dv, float* parts, const floatX* dz, const float* stats,
                           const float* dots, const unsigned* bounds, Flash f) {
     typedef FlashBackward<WIDTH, CH, CQ, R> F;
-    DYNAMIC_SHARED(floatX, k_rows);
-    floatX *v_rows = k_rows + F::K, *q_rows = v_rows + CH * F::V, *dz_rows = q_rows + 2 * F::Q,
-           *att = dz_rows + CH * F::DZ, *dscores = att + F::TILE;
-    half *scores = reinterpret_cast<half*>(dscores + F::TILE), *dlogits = scores + F::SCORES;
-    unsigned* bands =
-        reinterpret_cast<unsigned*>(dlogits + F::DLOGITS);  // those of the convolution, then of its transpose
-    const int T = f.T, HS = f.HS, warp = threadIdx.x / WARP_SIZE, lane = threadIdx.x % WARP_SIZE, wr = warp % 4,
-              wc = warp / 4;
-    const int head = blockIdx.z * f.NH + blockIdx.y, group = head / CH * CH;
-    const size_t size = (size_t)T * HS, all = (size_t)f.S * f.NH * size;
-    float gain = 1, ungain = 1;  // of dL in fp16: |dL| <= 2 |dZ| |V| becomes at most 2^15
+    DYNAMIC_SHARED(floatX, shared);
+    const BackwardBlock<F> x = backward_block<F>(shared, bounds, f);
+    const size_t size = (size_t)f.T * f.HS, all = (size_t)f.S * f.NH * size;
+    const float unit = CQ ? LOG2E : LOG2E * f.scale;
+    float theta[CQ ? CQ / 2 : 1][3][4] = {};
     if constexpr (CQ > 0) {
-        float bound = 2 * __uint_as_float(bounds[2 * head]) * __uint_as_float(bounds[2 * head + 1]);
-        gain = bound > 0 ? exp2f(fminf(fmaxf(floorf(15 - log2f(bound)), -60.0f), 60.0f)) : 1;
-        ungain = 1 / gain;
-        if (warp < 2) {
-            toeplitz<CQ>(bands + warp * F::BANDS, f.conv + (size_t)blockIdx.y * f.cq * f.ck, f.cq, f.ck, warp == 1);
+        if (threadIdx.x < 2 * WARP_SIZE) {
+            toeplitz<CQ>(x.bands + x.wr * F::BANDS, f.conv + (size_t)blockIdx.y * f.cq * f.ck, f.cq, f.ck, x.wr == 1);
         }
     }
-    float theta[CQ ? CQ / 2 : 1][3][4] = {};  // [two taps x 8 columns of S] x 24 columns of dL, summed along all rows
 
-    enum { K_GROUPS = WIDTH / 16 };
     // What a warp gathers: of dK 16 keys from 16 wr on and half wc of the columns; of dV 16 CH keys and half the
     // columns of one block of values
-    const int v_key = CH == 1 ? 16 * wr : 32 * (warp % 2), v_block = CH == 1 ? 0 : warp / 4,
-              v_column = WIDTH / 2 * (CH == 1 ? wc : warp / 2 % 2);
+    const int v_key = CH == 1 ? 16 * x.wr : 32 * (x.wr % 2), v_block = CH == 1 ? 0 : x.wc,
+              v_column = WIDTH / 2 * (CH == 1 ? x.wc : x.wr / 2);
+    const int final = (f.T - 1) / F::ROWS;
+    bool up = true;  // from the last query to the first
 
-    auto queries_load = [&](int tile) {
-        rows_load<WIDTH, F::PITCH>(q_rows + tile % 2 * F::Q, f.q + head * size, tile * F::ROWS - F::HALO,
-                                   F::ROWS + F::HALO, T, HS);
-    };
-    auto dz_load = [&](int tile) {
-        for (int o = 0; o < CH; o++) {
-            rows_load<WIDTH, F::PITCH>(dz_rows + o * F::DZ, dz + (head - group) * f.dz_part + (group + o) * size,
-                                       tile * F::ROWS, F::ROWS, T, HS);
-        }
-    };
-
-    for (int j0 = blockIdx.x * FLASH_KEYS; j0 < T; j0 += gridDim.x * FLASH_KEYS) {
-        const int first = j0 / F::ROWS, final = (T - 1) / F::ROWS;
+    for (int j0 = blockIdx.x * FLASH_KEYS; j0 < f.T; j0 += gridDim.x * FLASH_KEYS) {
+        const int first = j0 / F::ROWS, step = up ? -1 : 1;
+        int tile = up ? final : first;
         __syncthreads();  // all have left the keys before
-        rows_load<WIDTH, F::PITCH>(k_rows, f.k + head * size, j0 - 2 * F::SIDE, F::FAR, T, HS);
-        for (int o = 0; o < CH; o++) {
-            rows_load<WIDTH, F::PITCH>(v_rows + o * F::V, f.v + (group + o) * size, j0 - F::SIDE, F::NEAR, T, HS);
-        }
-        queries_load(final);
+        backward_load_keys(x, f, j0);
+        backward_load_queries(x, f, tile);
         copy_commit();
-        dz_load(final);
+        backward_load_dz(x, dz, f, tile);
         copy_commit();
-        if constexpr (CQ > 0) {
-            for (int t = threadIdx.x; t < 8 * F::NEAR / 2; t += FLASH_THREADS) {  // below the last row
-                *reinterpret_cast<unsigned*>(dlogits + (F::ROWS + t / (F::NEAR / 2)) * F::NEAR_PITCH +
-                                             t % (F::NEAR / 2) * 2) = 0;
-            }
-        }
-        float dv_sum[CH][K_GROUPS][4] = {}, dk_sum[1][K_GROUPS][4] = {};
+        if constexpr (CQ > 0) { backward_rows_below(x, false); }
+        float dv_sum[CH][F::K_GROUPS][4] = {}, dk_sum[1][F::K_GROUPS][4] = {};
 
-        for (int tile = final; tile >= first; tile--) {
-            const int i0 = tile * F::ROWS;
-            const floatX* q_tile = q_rows + tile % 2 * F::Q;
+        for (int left = final - first; left >= 0; left--, tile += step) {  // tiles still to come after this one
+            const int i0 = tile * F::ROWS, upper = i0 + 16 * F::M * x.wr, near = j0 - F::SIDE + 8 * F::GROUPS * x.wc;
+            const floatX* q_tile = x.q_rows + tile % 2 * F::Q;
             // commits in flight, oldest first: queries of this tile, its dZ
             if (CQ) {
                 copy_wait<1>();
@@ -3025,194 +3325,47 @@ static __global__ void __launch_bounds__(FLASH_THREADS, 1)
                 copy_wait<0>();
             }
             __syncthreads();  // they are there, and all have left the tile before
-            if (tile > first) { queries_load(tile - 1); }
+            if (left > 0) { backward_load_queries(x, f, tile + step); }
             copy_commit();
-            if constexpr (CQ > 0) {  // (1)
-                auto scores_put = [&](const float(*c)[4], int groups, int r0, int c0) {
-                    for (int g = 0; g < groups; g++) {
-                        UNROLL
-                        for (int e = 0; e < 4; e += 2) {
-                            int r = r0 + lane / 4 + 4 * e, column = c0 + 8 * g + lane % 4 * 2,
-                                back = i0 - F::HALO + r - (j0 - 2 * F::SIDE + column);
-                            *reinterpret_cast<unsigned*>(scores + r * F::FAR_PITCH + column) =
-                                pack_half(back >= 0 ? score_clamp(c[g][e] * f.scale) : 0.0f,
-                                          back >= 1 ? score_clamp(c[g][e + 1] * f.scale) : 0.0f);
-                        }
-                    }
-                };
-                float c[6][4] = {}, above[2][4] = {};
-                rows_product<WIDTH, 1, 6, F::PITCH>(&c, q_tile + (F::HALO + 16 * wr) * F::PITCH,
-                                                    k_rows + 48 * wc * F::PITCH);
-                scores_put(c, 6, F::HALO + 16 * wr, 48 * wc);
-                if (warp < 6) {
-                    rows_product<WIDTH, 1, 2, F::PITCH>(&above, q_tile, k_rows + 16 * warp * F::PITCH);
-                    scores_put(above, 2, 0, 16 * warp);
-                }
+            if constexpr (CQ > 0) {
+                backward_scores(x, q_tile, i0, j0, f.scale);
                 copy_wait<1>();
                 __syncthreads();  // the scores of all rows are there, and dZ
             }
-            float p[F::M][F::GROUPS][4] = {}, d[F::M][F::GROUPS][4] = {}, lse[2 * F::M], dot[2 * F::M];  // (2)
-            UNROLL
-            for (int x = 0; x < 2 * F::M;
-                 x++) {  // of this lane's rows, asked for before the products that hide the wait
-                int query = i0 + 16 * (F::M * wr + x / 2) + lane / 4 + x % 2 * 8, i = head * T + min_int(query, T - 1);
-                Pack<float, 2> s = load<2>(stats + 2 * (size_t)i);  // maximum, 1 / sum
-                lse[x] = s.v[0] * LOG2E - log2f(s.v[1]), dot[x] = dots[i];
+
+            // lse and dot are asked for before the products that hide the wait.
+            float p[F::M][F::GROUPS][4] = {}, d[F::M][F::GROUPS][4] = {}, lse[2 * F::M], dot[2 * F::M];
+            backward_rows<F>(lse, dot, x, stats, dots, i0, f.T);
+            backward_logits<F>(p, d, x, q_tile);
+            if (near < 0 || near + 8 * F::GROUPS > upper || upper + 16 * F::M > f.T) {
+                backward_mask<F>(p, d, dot, upper, near, f.T);
             }
-            UNROLL
-            for (int o = 0; o < CH; o++) {
-                rows_product<WIDTH, F::M, F::GROUPS, F::PITCH>(d, dz_rows + o * F::DZ + 16 * F::M * wr * F::PITCH,
-                                                               v_rows + o * F::V + 8 * F::GROUPS * wc * F::PITCH);
-            }
+            backward_softmax<F>(x, p, d, lse, dot, unit);
+            __syncthreads();  // P and dL of all rows are there
             if constexpr (CQ > 0) {
-                conv_product<CQ, F::GROUPS, -1, F::FAR_PITCH, 0>(p[0], scores + (F::HALO + 16 * wr) * F::FAR_PITCH,
-                                                                 8 * F::GROUPS * wc, bands);
-            } else {
-                rows_product<WIDTH, F::M, F::GROUPS, F::PITCH>(p, q_tile + 16 * F::M * wr * F::PITCH,
-                                                               k_rows + 8 * F::GROUPS * wc * F::PITCH);
+                backward_conv(x, i0, j0);
+                backward_theta<F>(theta, x);
             }
-            const int left = j0 - F::SIDE + 8 * F::GROUPS * wc,
-                      upper = i0 + 16 * F::M * wr;  // first key and first query of the warp
-            if (left < 0 || left + 8 * F::GROUPS > upper ||
-                upper + 16 * F::M > T) {  // over the diagonal, before key 0 or below the last query
-                UNROLL
-                for (int x = 0; x < 4 * F::M * F::GROUPS; x++) {
-                    int m = x / 4 / F::GROUPS, g = x / 4 % F::GROUPS, e = x % 4,
-                        query = upper + 16 * m + lane / 4 + e / 2 * 8, key = left + 8 * g + lane % 4 * 2 + e % 2;
-                    if (key < 0 || key > query || query >= T) { p[m][g][e] = -INFINITY; }
-                    if (query == 0) { d[m][g][e] = dot[2 * m + e / 2]; }  // it has one key: its P is constant
-                }
-            }
-            UNROLL
-            for (int x = 0; x < 2 * F::M; x++) {
-                const int m = x / 2, e = x % 2 * 2, r = 16 * (F::M * wr + m) + lane / 4 + 4 * e;
-                const float unit = CQ ? LOG2E : LOG2E * f.scale;
-                UNROLL
-                for (int g = 0; g < F::GROUPS; g++) {
-                    int column = 8 * (F::GROUPS * wc + g) + lane % 4 * 2;
-                    float own_p[2], own_d[2];
-                    UNROLL
-                    for (int y = 0; y < 2; y++) {
-                        own_p[y] = exponential2(p[m][g][e + y] * unit - lse[x]);
-                        own_d[y] = own_p[y] * (d[m][g][e + y] - dot[x]) * gain;
-                    }
-                    int own = column - F::SIDE;  // of the block's own 64 keys
-                    if (own >= 0 && own < FLASH_KEYS) {
-                        *reinterpret_cast<unsigned*>(att + r * F::KEYS_PITCH + own) = pack_bf16(own_p[0], own_p[1]);
-                    }
-                    if (CQ) {
-                        *reinterpret_cast<unsigned*>(dlogits + r * F::NEAR_PITCH + column) =
-                            pack_half(own_d[0], own_d[1]);
-                    } else {
-                        *reinterpret_cast<unsigned*>(dscores + r * F::KEYS_PITCH + column) =
-                            pack_bf16(own_d[0], own_d[1]);
-                    }
-                }
-            }
-            __syncthreads();         // P and dL of all rows are there
-            if constexpr (CQ > 0) {  // (3)
-                float c[4][4] = {};
-                conv_product<CQ, 4, 1, F::NEAR_PITCH, 0>(c, dlogits + 16 * wr * F::NEAR_PITCH, 32 * wc,
-                                                         bands + F::BANDS);
-                UNROLL
-                for (int g = 0; g < 4; g++) {
-                    UNROLL
-                    for (int e = 0; e < 4; e += 2) {
-                        int r = 16 * wr + lane / 4 + 4 * e, column = 32 * wc + 8 * g + lane % 4 * 2,
-                            back = i0 + r - (j0 + column);
-                        *reinterpret_cast<unsigned*>(dscores + r * F::KEYS_PITCH + column) =
-                            pack_bf16(back >= 0 ? c[g][e] * ungain : 0.0f, back >= 1 ? c[g][e + 1] * ungain : 0.0f);
-                    }
-                }
-                unsigned d[2][4];  // dL of 16 rows and the warp's 4 groups of own keys
-                UNROLL
-                for (int g = 0; g < 2; g++) {
-                    load_b_transposed<F::NEAR_PITCH>(d[g],
-                                                     dlogits + 16 * wr * F::NEAR_PITCH + F::SIDE + 32 * wc + 16 * g);
-                }
-                UNROLL
-                for (int s = 0; s < 6; s++) {  // the groups of S that touch them: group s the dL groups s-2, s-1 and s
-                    UNROLL
-                    for (int u = 0; u < CQ; u += 2) {
-                        unsigned a[4];  // S transposed: rows 0-7 of tap u, of tap u+1, then rows 8-15
-                        int tap = u + lane / 8 % 2;
-                        ldmatrix_transposed(a, scores +
-                                                   (F::HALO + 16 * wr - tap + lane / 16 * 8 + lane % 8) * F::FAR_PITCH +
-                                                   F::SIDE + 32 * wc + 8 * s);
-                        UNROLL
-                        for (int b = 0; b < 3; b++) {
-                            int g = s - 2 + b;
-                            if (g >= 0 && g < 4) {
-                                mma_half(theta[u / 2][b], a, d[g / 2][g % 2 * 2], d[g / 2][g % 2 * 2 + 1]);
-                            }
-                        }
-                    }
-                }
-            }
-            columns_product<F::ROWS, CH, K_GROUPS, true, F::KEYS_PITCH, F::PITCH>(dv_sum, att + v_key,
-                                                                                  dz_rows + v_block * F::DZ + v_column);
+            columns_product<F::ROWS, CH, F::K_GROUPS, true, F::KEYS_PITCH, F::PITCH>(
+                dv_sum, x.att + v_key, x.dz_rows + v_block * F::DZ + v_column);
             __syncthreads();  // dS is there, and all have left dZ
-            if (tile > first) { dz_load(tile - 1); }
+            if (left > 0) { backward_load_dz(x, dz, f, tile + step); }
             copy_commit();
-            if constexpr (CQ > 0) {  // the first rows of dL are the rows below of the next tile
-                for (int t = threadIdx.x; t < 8 * F::NEAR / 2; t += FLASH_THREADS) {
-                    int at = t / (F::NEAR / 2) * F::NEAR_PITCH + t % (F::NEAR / 2) * 2;
-                    *reinterpret_cast<unsigned*>(dlogits + F::ROWS * F::NEAR_PITCH + at) =
-                        *reinterpret_cast<const unsigned*>(dlogits + at);
-                }
-            }
-            columns_product<F::ROWS, 1, K_GROUPS, true, F::KEYS_PITCH, F::PITCH>(
-                dk_sum, dscores + 16 * wr, q_tile + F::HALO * F::PITCH + WIDTH / 2 * wc);  // (4)
-            float c[F::M][K_GROUPS][4] = {};
-            columns_product<FLASH_KEYS, F::M, K_GROUPS, false, F::KEYS_PITCH, F::PITCH>(
-                c, dscores + 16 * F::M * wr * F::KEYS_PITCH, k_rows + 2 * F::SIDE * F::PITCH + WIDTH / 2 * wc);
-            UNROLL
-            for (int x = 0; x < 2 * F::M; x++) {
-                int i = i0 + 16 * (F::M * wr + x / 2) + lane / 4 + x % 2 * 8, e = x % 2 * 2;
-                float* row = dq + blockIdx.x * all + head * size + (size_t)i * HS + WIDTH / 2 * wc + lane % 4 * 2;
-                UNROLL
-                for (int g = 0; g < K_GROUPS; g++) {  // HS is a multiple of 8
-                    add_pair(row + 8 * g, c[x / 2][g][e] * f.scale, c[x / 2][g][e + 1] * f.scale,
-                             i < T && WIDTH / 2 * wc + 8 * g < HS);
-                }
-            }
+            if constexpr (CQ > 0) { backward_rows_below(x, true); }
+            columns_product<F::ROWS, 1, F::K_GROUPS, true, F::KEYS_PITCH, F::PITCH>(
+                dk_sum, x.dscores + 16 * x.wr, q_tile + F::HALO * F::PITCH + WIDTH / 2 * x.wc);
+            backward_dq(dq + blockIdx.x * all + x.head * size, x, f, i0);
         }
-        // c[g] of keys from `key` on, from column `column` on
-        auto rows_put = [&](float* to, const float(*c)[4], int key, int column, float scale) {
-            UNROLL
-            for (int g = 0; g < K_GROUPS; g++) {
-                UNROLL
-                for (int e = 0; e < 4; e += 2) {
-                    int j = j0 + key + lane / 4 + 4 * e, at = column + 8 * g + lane % 4 * 2;
-                    if (j < T && at < HS) {
-                        store<2>(to + (size_t)j * HS + at, Pack<float, 2>{{c[g][e] * scale, c[g][e + 1] * scale}});
-                    }
-                }
-            }
-        };
-        rows_put(dk + head * size, dk_sum[0], 16 * wr, WIDTH / 2 * wc, f.scale);
+        backward_store<F>(dk + x.head * size, dk_sum[0], j0 + 16 * x.wr, WIDTH / 2 * x.wc, f.scale, f);
         UNROLL
         for (int m = 0; m < CH; m++) {
-            rows_put(dv + (head - group) * all + (group + v_block) * size, dv_sum[m], v_key + 16 * m, v_column, 1);
+            backward_store<F>(dv + (x.head - x.group) * all + (x.group + v_block) * size, dv_sum[m],
+                              j0 + v_key + 16 * m, v_column, 1, f);
         }
+        if (!CQ) { up = !up; }
     }
-    if constexpr (CQ > 0) {  // dtheta[u,v]: the diagonal v = column of dL - column of S of what the 8 warps have
-        float* sums = reinterpret_cast<float*>(q_rows);  // (8, 8 CQ, 24)
-        __syncthreads();                                 // all have left the queries
-        UNROLL
-        for (int x = 0; x < CQ / 2 * 3 * 4; x++) {
-            int u = x / 12, b = x / 4 % 3, e = x % 4;
-            sums[(warp * 8 * CQ + 16 * u + lane / 4 + e / 2 * 8) * 24 + 8 * b + lane % 4 * 2 + e % 2] = theta[u][b][e];
-        }
-        __syncthreads();  // and those of all warps are there
-        for (int t = threadIdx.x; t < f.cq * f.ck; t += FLASH_THREADS) {
-            int u = f.cq - 1 - t / f.ck, v = (f.ck - 1) / 2 - t % f.ck;
-            float sum = 0;
-            for (int w = 0; w < FLASH_WARPS; w++) {
-                for (int c = 0; c < 8; c++) { sum += sums[(w * 8 * CQ + 8 * u + c) * 24 + v + 8 + c]; }
-            }
-            parts[((size_t)head * gridDim.x + blockIdx.x) * f.cq * f.ck + t] = sum * ungain;
-        }
+    if constexpr (CQ > 0) {
+        backward_theta_store(parts + ((size_t)x.head * gridDim.x + blockIdx.x) * f.cq * f.ck, theta, x, f);
     }
 }
 
@@ -3276,13 +3429,34 @@ static void flash_forward(floatX* z, float* stats, const Flash* f, int ch, Cuda*
     });
 }
 
-// Blocks that share the keys of a head, each with a dq of its own: enough that 132 multiprocessors have two blocks each
-// (the emulator's builds set less, so that the tests have blocks that walk over several tiles of keys).
-#if !defined(FLASH_BLOCKS)
-#define FLASH_BLOCKS 264
-#endif
+// Time of the backward kernel for so many heads of T tokens, `splits` blocks to a head: tiles of 64 x 64 in the rounds
+// that the multiprocessors need, of which the last is as long as the longest block.
+static double flash_time(int heads, int T, int splits, int multiprocessors) {
+    int n = ceil_div(T, FLASH_KEYS), rounds = ceil_div((size_t)heads * splits, multiprocessors);
+    double most = ceil_div(n, splits), longest = most * n - 0.5 * splits * most * (most - 1);
+    return (rounds - 1) * 0.5 * n * (n + 1) / splits + longest;
+}
+// Blocks that share the keys of a head, each with a dq of its own: the fastest; FLASH_SHARE where that costs 5% at
+// most, since blocks of a head run side by side and find its queries and dZ in the L2 cache; more only where heads are
+// few.
+enum { FLASH_SHARE = 2, FLASH_SPLITS = 16 };
 static int flash_splits(int S, int NH, int T) {
-    return max_int(1, min_int(ceil_div(T, FLASH_KEYS), FLASH_BLOCKS / (S * NH)));
+    int heads = S * NH, m = device_multiprocessors(), best = 1,
+        most = min_int(ceil_div(T, FLASH_KEYS), heads * FLASH_SHARE < m ? FLASH_SPLITS : FLASH_SHARE);
+    for (int n = 2; n <= most; n++) {
+        if (flash_time(heads, T, n, m) < flash_time(heads, T, best, m)) { best = n; }
+    }
+    double limit = 1.05 * flash_time(heads, T, best, m);
+    for (int n = min_int(most, FLASH_SHARE); n > best; n--) {
+        if (flash_time(heads, T, n, m) <= limit) { return n; }
+    }
+    return best;
+}
+// Of B sequences, S at a time
+static double flash_batch_time(int B, int S, int NH, int T) {
+    int m = device_multiprocessors();
+    double time = B / S * flash_time(S * NH, T, flash_splits(S, NH, T), m);
+    return B % S ? time + flash_time(B % S * NH, T, flash_splits(B % S, NH, T), m) : time;
 }
 enum { PREPARE_BLOCKS = 32 };  // of flash_prepare_kernel for a group of heads of a sequence, at most
 static int prepare_blocks(int T) { return min_int(PREPARE_BLOCKS, ceil_div(T, ROW_WARPS)); }
@@ -3447,6 +3621,7 @@ static void cudnn_attention_backward(const AttentionSums* sums, const floatX* do
 }
 #else  // flash_serves says no to every layer
 static int flash_splits(int, int, int) { return 1; }
+static double flash_batch_time(int, int, int, int) { return 0; }
 static int prepare_blocks(int) { return 0; }
 static size_t flash_shared(int, int, bool) { return 0; }
 static void flash_attention_forward(floatX*, float*, const floatX*, const floatX*, const floatX*, const Attention*,
@@ -3697,6 +3872,21 @@ static size_t cudnn_workspace(const AttentionPlan* p, int S, int parts) {
     AttentionShape s = cudnn_shape(&p->chunked, S, parts > 1);
     return p->any_cudnn ? attention_cudnn_workspace(&s) : 0;
 }
+// Sequences at a time in the fused kernels, at most `most`: batches of one size, few of them, each within the scratch;
+// of the fewest, and of one or two more, what fills the rounds of the multiprocessors best.
+static int flash_sequences(const AttentionPlan* p, int B, int most, int parts) {
+    auto fits = [&](int S) {
+        return flash_bytes(p, S, parts) + cudnn_workspace(p, S, parts) <= (size_t)ATTENTION_SCRATCH;
+    };
+    auto time = [&](int S) { return flash_batch_time(B, S, p->chunked.NH, p->chunked.T); };
+    while (most > 1 && !fits(most)) { most--; }
+    int fewest = ceil_div(B, most), best = ceil_div(B, fewest);
+    for (int batches = fewest + 1; batches <= fewest + 2; batches++) {
+        int S = ceil_div(B, batches);
+        if (time(S) < time(best) && fits(S)) { best = S; }
+    }
+    return best;
+}
 static AttentionPlan attention_plan(const Config* c, int B, int T, int chunk) {
     static const floatX one = (floatX)1.0f;
     static const float one_float = 1;
@@ -3715,11 +3905,7 @@ static AttentionPlan attention_plan(const Config* c, int B, int T, int chunk) {
     p.chunked.diff_mix = diff ? &one_float : NULL;
     p.S = B;
     if (p.any_chunked) { p.S = attention_sequences(&p.chunked, B); }
-    int parts = att_parts(c, chunk);
-    while (p.any_flash && p.S > 1 &&
-           flash_bytes(&p, p.S, parts) + cudnn_workspace(&p, p.S, parts) > (size_t)ATTENTION_SCRATCH) {
-        p.S--;
-    }
+    if (p.any_flash) { p.S = flash_sequences(&p, B, p.S, att_parts(c, chunk)); }
     p.chunked.S = p.S;
     return p;
 }

@@ -179,10 +179,10 @@ run_tests() {
 # predicted ATTENTION T: tokens/s of 880m by dev/SPEED.md's table, where it has this GPU
 predicted() {
     local column
-    case $gpu in *H100*) column=3 ;; *H200*) column=4 ;; *) return 0 ;; esac
-    [ "$2" = 2048 ] || return 0
+    case $gpu in *H100*) column=4 ;; *H200*) column=5 ;; *) return 0 ;; esac
     sed -n '/^| predicted /,/^$/p' dev/SPEED.md |
-        awk -F' *[|] *' -v kind="\`$1\`" -v column=$column '$2 == kind {print "; predicted " $column}'
+        awk -F' *[|] *' -v kind="\`$1\`" -v T="$2" -v column=$column \
+            '$2 == kind && $3 == T {print "; predicted " $column}'
 }
 # speed_row MODEL ATTENTION T [--cudnn]: one row of cuda_step; the classes go to the screen and the log
 speed_row() {

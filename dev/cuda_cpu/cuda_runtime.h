@@ -121,6 +121,7 @@ inline int shared_most() {
     return kib ? atoi(kib) << 10 : (int)MAX_SHARED;
 }
 inline int devices() { return size_setting("CUDA_CPU_DEVICES", 1); }
+inline int multiprocessors() { return size_setting("CUDA_CPU_MULTIPROCESSORS", 132); }
 inline cudaError_t device_state() {
     const char* driver = getenv("CUDA_CPU_DRIVER");
     if (driver && strcmp(driver, "old") == 0) { return cudaErrorInsufficientDriver; }
@@ -312,7 +313,7 @@ static inline cudaError_t cudaGetDeviceProperties(cudaDeviceProp* p, int device)
     p->sharedMemPerBlockOptin = (size_t)cuda_cpu::shared_most();
     const char* capability = getenv("CUDA_CPU_CAPABILITY");
     p->major = (capability ? atoi(capability) : 90) / 10, p->minor = (capability ? atoi(capability) : 90) % 10;
-    p->multiProcessorCount = 4, p->l2CacheSize = 50 << 20;
+    p->multiProcessorCount = cuda_cpu::multiprocessors(), p->l2CacheSize = 50 << 20;
     return cudaSuccess;
 }
 static inline cudaError_t cudaRuntimeGetVersion(int* v) {
@@ -414,7 +415,7 @@ template <typename F> static inline cudaError_t cudaFuncGetAttributes(cudaFuncAt
                                                                    : cudaErrorInvalidDeviceFunction);
 }
 static inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attr, int) {
-    *value = attr == cudaDevAttrMultiProcessorCount            ? 4
+    *value = attr == cudaDevAttrMultiProcessorCount            ? cuda_cpu::multiprocessors()
              : attr == cudaDevAttrComputeCapabilityMajor       ? 9
              : attr == cudaDevAttrMaxSharedMemoryPerBlockOptin ? cuda_cpu::shared_most()
                                                                : 0;

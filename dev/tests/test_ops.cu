@@ -1849,7 +1849,7 @@ int main(int argc, char** argv) {
 #if defined(CUDA_CPU)
     // Small shapes are cut as large ones are: into several chunks and splits.
     setenv("CUDA_CPU_SCRATCH", "1048576", 0);
-    setenv("CUDA_CPU_FLASH_BLOCKS", "5", 0);
+    setenv("CUDA_CPU_MULTIPROCESSORS", "2", 0);
     setenv("CUDA_CPU_HEAD_BLOCKS", "6", 0);
     bool large = false;
     int T = 128, B = 2;
