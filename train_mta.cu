@@ -522,64 +522,65 @@ static void rmsnorm_forward(floatX* out, float* rstd, const float* inp, const fl
 }
 
 // dinp (N,C) = (or += with add_dinp) rstd * (d - xhat * mean(d . xhat)), d = dout * weight, xhat = inp * rstd; rounded
-// (N,C) is dinp in floatX, for the products. A warp owns a row.
-template <int W>
-static __global__ void rmsnorm_backward_kernel(float* dinp, floatX* rounded, const floatX* dout, const float* inp,
-                                               const floatX* weight, const float* rstd, int N, int C, bool add_dinp) {
-    int n = blockIdx.x * ROW_WARPS + threadIdx.x / WARP_SIZE, lane = threadIdx.x % WARP_SIZE;
-    if (n >= N) { return; }
-
-    // First pass: the dot product of the row's gradient with its normalised input.
-    size_t row = (size_t)n * C;
-    float r = rstd[n], dot = 0;
-    for (int c = lane * W; c < C; c += WARP_SIZE * W) {
-        Pack<floatX, W> d = load<W>(dout + row + c), w = load<W>(weight + c);
-        Pack<float, W> x = load<W>(inp + row + c);
-        for (int e = 0; e < W; e++) { dot += (float)d.v[e] * (float)w.v[e] * x.v[e]; }
-    }
-    float mean = warp_sum(dot) * r / C;
-
-    // Second pass: the gradient of the input, in fp32 for the stream and rounded for the next products.
-    for (int c = lane * W; c < C; c += WARP_SIZE * W) {
-        Pack<floatX, W> d = load<W>(dout + row + c), w = load<W>(weight + c);
-        Pack<float, W> x = load<W>(inp + row + c), dx = {};
-        if (add_dinp) { dx = load<W>(dinp + row + c); }
-        for (int e = 0; e < W; e++) {
-            dx.v[e] += r * ((float)d.v[e] * (float)w.v[e] - x.v[e] * r * mean);
-            d.v[e] = (floatX)dx.v[e];
+// (N,C) is dinp in floatX, for the products; parts (blocks,C) the block's share of sum_n dout * xhat. A block owns
+// every gridDim.x-th row, a thread packs of W columns of all its rows, so that nobody else adds to its sums. ONE: one
+// pack, which stays in registers; else the sums stand in `parts`, and the row is read again from the cache. Bytes an
+// element: 2 of dout, 4 of inp, 8 of dinp and 2 of rounded, and 4 for every N / NORM_PARTS rows (a kernel of its own
+// for the weight read 6 more).
+enum { NORM_PARTS = 1024, NORM_ROW = 1024 };  // blocks at most: the same sums on every GPU; threads of a block at most
+template <int W, bool ONE>
+static __global__ void rmsnorm_backward_kernel(float* dinp, floatX* rounded, float* parts, const floatX* dout,
+                                               const float* inp, const floatX* weight, const float* rstd, int N, int C,
+                                               bool add_dinp) {
+    const int first = threadIdx.x * W, step = blockDim.x * W;
+    float* part = parts + (size_t)blockIdx.x * C;
+    Pack<floatX, W> d = {}, w = {};
+    Pack<float, W> x = {}, sum = {};
+    for (int c = first; c < C; c += step) { store<W>(part + c, sum); }
+    for (int n = blockIdx.x; n < N; n += gridDim.x) {
+        // First pass: the dot product of the row's gradient with its normalised input.
+        size_t row = (size_t)n * C;
+        float r = rstd[n], dot = 0;
+        for (int c = first; c < C; c += step) {
+            d = load<W>(dout + row + c), w = load<W>(weight + c), x = load<W>(inp + row + c);
+            for (int e = 0; e < W; e++) { dot += (float)d.v[e] * (float)w.v[e] * x.v[e]; }
         }
-        store<W>(dinp + row + c, dx);
-        store<W>(rounded + row + c, d);
-    }
-}
-enum { NORM_PARTS = 256 };  // rows are summed in so many parts, then the parts in order
-// parts (NORM_PARTS,C): part p of sum_n dout * xhat. A thread owns W columns and walks down its part's rows.
-template <int W>
-static __global__ void rmsnorm_backward_weight_kernel(float* parts, const floatX* dout, const float* inp,
-                                                      const float* rstd, int N, int C) {
-    int c = (blockIdx.x * blockDim.x + threadIdx.x) * W, p = blockIdx.y;
-    if (c >= C) { return; }
+        float mean = block_reduce(dot, false) * r / C;
 
-    // The rows are cut by number alone, not by blocks at work: the same sums on every GPU.
-    int n0 = (int)((int64_t)N * p / NORM_PARTS), n1 = (int)((int64_t)N * (p + 1) / NORM_PARTS);
-    Pack<float, W> sum = {};
-    for (int n = n0; n < n1; n++) {
-        Pack<floatX, W> d = load<W>(dout + (size_t)n * C + c);
-        Pack<float, W> x = load<W>(inp + (size_t)n * C + c);
-        float r = rstd[n];
-        for (int e = 0; e < W; e++) { sum.v[e] += (float)d.v[e] * x.v[e] * r; }
+        // Second pass: the gradients of the weight, and of the input in fp32 for the stream and rounded for the next
+        // products.
+        for (int c = first; c < C; c += step) {
+            Pack<float, W> dx = {};
+            Pack<floatX, W> y;
+            if (add_dinp) { dx = load<W>(dinp + row + c); }
+            if (!ONE) {
+                d = load<W>(dout + row + c), w = load<W>(weight + c), x = load<W>(inp + row + c);
+                sum = load<W>(part + c);
+            }
+            for (int e = 0; e < W; e++) {
+                sum.v[e] += (float)d.v[e] * x.v[e] * r;
+                dx.v[e] += r * ((float)d.v[e] * (float)w.v[e] - x.v[e] * r * mean);
+                y.v[e] = (floatX)dx.v[e];
+            }
+            if (!ONE) { store<W>(part + c, sum); }
+            store<W>(dinp + row + c, dx);
+            store<W>(rounded + row + c, y);
+        }
     }
-    store<W>(parts + (size_t)p * C + c, sum);
+    if (ONE && first < C) { store<W>(part + first, sum); }
 }
 // dweight (C) += sum_n dout * xhat; parts (NORM_PARTS,C) is scratch
 static void rmsnorm_backward(float* dinp, floatX* rounded, float* dweight, const floatX* dout, const float* inp,
                              const floatX* weight, const float* rstd, int N, int C, float* parts, bool add_dinp,
                              Cuda* g) {
-    dim3 columns(ceil_div(C, 64 * (C % WIDE ? 1 : WIDE)), NORM_PARTS);
-    LAUNCH_WIDE(C, rmsnorm_backward_weight_kernel, columns, 64, 0, g->stream, parts, dout, inp, rstd, N, C);
-    parts_add(dweight, parts, NORM_PARTS, C, C, g);
-    LAUNCH_WIDE(C, rmsnorm_backward_kernel, ceil_div(N, ROW_WARPS), ROW_THREADS, 0, g->stream, dinp, rounded, dout, inp,
-                weight, rstd, N, C, add_dinp);
+    int packs = C % WIDE ? C : C / WIDE, threads = min_int(NORM_ROW, round_up(packs, WARP_SIZE)),
+        blocks = min_int(N, NORM_PARTS);
+    auto kernel = C % WIDE            ? rmsnorm_backward_kernel<1, false>
+                  : packs <= NORM_ROW ? rmsnorm_backward_kernel<WIDE, true>
+                                      : rmsnorm_backward_kernel<WIDE, false>;
+    LAUNCH(kernel, blocks, threads, 0, g->stream, dinp, rounded, parts, dout, inp, weight, rstd, N, C, add_dinp);
+    launchCheck(g->stream);
+    parts_add(dweight, parts, blocks, C, C, g);
 }
 
 // =====================================================================================================================
@@ -1853,55 +1854,62 @@ static void swiglu_backward(floatX* dgate_up, floatX* act, const floatX* dout, c
 
 // losses (N) = -log softmax(logits)[target], wrong (N) = 1 where another id scores higher; 0 where target < 0 (not
 // counted). With `gradient`, logits (N,V), rows ld apart, become dlogits = (softmax - onehot) * dloss, zero where not
-// counted. A block owns a row: one pass for the running maximum and sum, one that writes. ld is a multiple of WIDE,
-// blockDim.x of 32. A thread owns packs of WIDE logits, every blockDim.x-th.
-enum { LOSS_THREADS = 512 };
-static __global__ void crossentropy_kernel(float* losses, unsigned char* wrong, floatX* logits, const int* targets,
-                                           int V, int ld, float dloss, bool gradient) {
-    floatX* x = logits + (size_t)blockIdx.x * ld;
-    int target = targets[blockIdx.x];
-    float own = target >= 0 ? (float)x[target] : 0.0f, max = -INFINITY, sum = 0;
+// counted. A block owns every gridDim.x-th row: one pass for the running maximum and sum, one that writes. ld is a
+// multiple of WIDE, blockDim.x of 32. A thread owns packs of WIDE logits, every blockDim.x-th. A multiprocessor has one
+// block, so that the second pass finds the row in the L2 cache: rows of 128,256 logits that 132 have in work are 34 MB;
+// bytes a logit 2 read and 2 written (with four smaller blocks 135 MB, and 2 more read).
+enum { LOSS_THREADS = 1024 };
+static __global__ void __launch_bounds__(LOSS_THREADS, 1)
+    crossentropy_kernel(float* losses, unsigned char* wrong, floatX* logits, const int* targets, int N, int V, int ld,
+                        float dloss, bool gradient) {
+    for (int n = blockIdx.x; n < N; n += gridDim.x) {
+        floatX* x = logits + (size_t)n * ld;
+        const int target = targets[n];
+        float own = target >= 0 ? (float)x[target] : 0.0f, max = -INFINITY, sum = 0;
 
-    // Each thread's maximum so far, and the sum of exp(x - maximum), which a larger maximum scales down. Then both over
-    // the block.
-    if (target >= 0) {  // the same for the whole block
+        // Each thread's maximum so far, and the sum of exp(x - maximum), which a larger maximum scales down. Then both
+        // over the block.
+        if (target >= 0) {  // the same for the whole block
+            for (int v = threadIdx.x * WIDE; v < V; v += blockDim.x * WIDE) {
+                Pack<floatX, WIDE> p = load<WIDE>(x + v);
+                float top = max;
+                for (int e = 0; e < WIDE; e++) { top = fmaxf(top, v + e < V ? (float)p.v[e] : -INFINITY); }
+                // 0 at first, whatever max: exponential(-inf) is 0
+                if (top > max) { sum *= exponential(max - top), max = top; }
+                for (int e = 0; e < WIDE; e++) { sum += v + e < V ? exponential((float)p.v[e] - max) : 0.0f; }
+            }
+            float top = block_reduce(max, true);
+            // 0: a thread without elements
+            sum = block_reduce(sum == 0.0f ? 0.0f : sum * exponential(max - top), false);
+            max = top;
+        }
+
+        // The row's loss, by one thread.
+        if (threadIdx.x == 0) {
+            losses[n] = target >= 0 ? logf(sum) + max - own : 0.0f;
+            wrong[n] = target >= 0 && !(own >= max);
+        }
+        if (!gradient) { continue; }
+
+        // Second pass: the gradient takes the logits' place. No thread reads what another writes: the target's logit
+        // was read ahead of the barriers above.
+        float inverse = 1.0f / sum;
         for (int v = threadIdx.x * WIDE; v < V; v += blockDim.x * WIDE) {
             Pack<floatX, WIDE> p = load<WIDE>(x + v);
-            float top = max;
-            for (int e = 0; e < WIDE; e++) { top = fmaxf(top, v + e < V ? (float)p.v[e] : -INFINITY); }
-            if (top > max) {
-                sum *= exponential(max - top), max = top;
-            }  // 0 at first, whatever max: exponential(-inf) is 0
-            for (int e = 0; e < WIDE; e++) { sum += v + e < V ? exponential((float)p.v[e] - max) : 0.0f; }
+            for (int e = 0; e < WIDE; e++) {  // beyond V lie rows' ends that no product reads
+                float y = 0;
+                if (target >= 0) { y = exponential((float)p.v[e] - max) * inverse - (v + e == target ? 1.0f : 0.0f); }
+                p.v[e] = (floatX)(y * dloss);
+            }
+            store<WIDE>(x + v, p);
         }
-        float top = block_reduce(max, true);
-        sum = block_reduce(sum == 0.0f ? 0.0f : sum * exponential(max - top), false);  // 0: a thread without elements
-        max = top;
-    }
-
-    // The row's loss, by one thread.
-    if (threadIdx.x == 0) {
-        losses[blockIdx.x] = target >= 0 ? logf(sum) + max - own : 0.0f;
-        wrong[blockIdx.x] = target >= 0 && !(own >= max);
-    }
-    if (!gradient) { return; }
-
-    // Second pass: the gradient takes the logits' place. No thread reads what another writes: the target's logit was
-    // read ahead of the barriers above.
-    float inverse = 1.0f / sum;
-    for (int v = threadIdx.x * WIDE; v < V; v += blockDim.x * WIDE) {
-        Pack<floatX, WIDE> p = load<WIDE>(x + v);
-        for (int e = 0; e < WIDE; e++) {  // beyond V lie rows' ends that no product reads
-            float y = target >= 0 ? exponential((float)p.v[e] - max) * inverse - (v + e == target ? 1.0f : 0.0f) : 0.0f;
-            p.v[e] = (floatX)(y * dloss);
-        }
-        store<WIDE>(x + v, p);
     }
 }
 static void crossentropy_forward_backward(float* losses, unsigned char* wrong, floatX* logits, const int* targets,
                                           int N, int V, int ld, float dloss, bool gradient, Cuda* g) {
     int threads = min_int(LOSS_THREADS, round_up(ceil_div(V, WIDE), WARP_SIZE));
-    LAUNCH(crossentropy_kernel, N, threads, 0, g->stream, losses, wrong, logits, targets, V, ld, dloss, gradient);
+    LAUNCH(crossentropy_kernel, min_int(N, device_multiprocessors()), threads, 0, g->stream, losses, wrong, logits,
+           targets, N, V, ld, dloss, gradient);
     launchCheck(g->stream);
 }
 
