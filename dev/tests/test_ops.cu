@@ -1067,6 +1067,16 @@ static void test_crossentropy(Test* t, const int* s) {
 }
 
 // The update of a model's arena, whose size is the model's: clipped or not, first step or later
+static void test_gradients_add(Test* t, const int* s) {
+    size_t n = (size_t)s[0];
+    Model m = {};
+    m.cuda = *t->g;
+    Device<float> sum(t, normal(t, n)), more(t, normal(t, n));
+    Doubles want = sum.host;
+    for (size_t i = 0; i < n; i++) { want[i] += more.host[i]; }
+    gradients_add(&m, sum.p, more.p, n);
+    expect(t, "sum", sum.get(), want, FLOAT);
+}
 static void test_update(Test* t, const int* s) {
     Whole w = {1, 4, 2, 2, s[0], 1, 1, 0, 0, 0, 0, 0, 0, 0};
     Config c = whole_config(&w);
@@ -1343,6 +1353,7 @@ static std::vector<Operation> operations(void) {
          test_crossentropy,
          {{7, 37, 1}, {4, 9001, 1}, {7, 37, 0}, {1, 1, 1}, {5, 8192, 0}, {3, 264, 1}},
          {}},
+        {"gradients_add", "gradients_add", "n", test_gradients_add, {{4}, {2052}}, {}},
         {"update", "gradient_norm model_update", "HS clip step", test_update, {{8, 1, 1}, {6, 0, 3}, {250, 1, 2}}, {}},
     };
 #if !defined(PRECISION_FP32)
