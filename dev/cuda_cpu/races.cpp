@@ -125,6 +125,12 @@ extern "C" void __tsan_init(void) {
 // Atomics of the host's code
 extern "C" int32_t __tsan_atomic32_load(const volatile int32_t* p, int) { return __atomic_load_n(p, __ATOMIC_SEQ_CST); }
 extern "C" void __tsan_atomic32_store(volatile int32_t* p, int32_t v, int) { __atomic_store_n(p, v, __ATOMIC_SEQ_CST); }
+extern "C" int32_t __tsan_atomic32_fetch_add(volatile int32_t* p, int32_t v, int) {
+    return __atomic_fetch_add(p, v, __ATOMIC_SEQ_CST);
+}
+extern "C" int __tsan_atomic32_compare_exchange_strong(volatile int32_t* p, int32_t* expected, int32_t v, int, int) {
+    return __atomic_compare_exchange_n(p, expected, v, false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST);
+}
 extern "C" int64_t __tsan_atomic64_fetch_add(volatile int64_t* p, int64_t v, int) {
     return __atomic_fetch_add(p, v, __ATOMIC_SEQ_CST);
 }
