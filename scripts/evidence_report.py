@@ -34,6 +34,18 @@ def spread(values, scale=1.0, digits=1):
     return text + (f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else "")
 
 
+def seeds_of(results):
+    """Over which seeds of initialisation and data a table's values are."""
+    seeds = sorted({r["seed"] for r in results})
+    if len(seeds) < 2:
+        return f"seed {seeds[0]} of initialisation and data" if seeds else "no seed yet"
+    return f"mean and standard deviation over seeds {', '.join(map(str, seeds))} of initialisation and data"
+
+
+def count(n):
+    return "one seed" if n == 1 else f"{n} seeds"
+
+
 def table(head, rows):
     return (
         ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
@@ -43,14 +55,13 @@ def table(head, rows):
 
 
 def origin(results, part):
-    """The line below a table: command, commits, processors, hours of one core."""
+    """The line below a table: command, commits, processors, hours by the clock."""
     commits = ", ".join(sorted({r["commit"] for r in results}))
     machines = ", ".join(sorted({r["processor"] for r in results}))
     hours = sum(r["seconds"] for r in results) / 3600
     done, wanted = len(results), len(evidence.cells_of(part))
     return [
-        f"`scripts/evidence.sh {part}`: {done} of {wanted} cells, {hours:.1f} hours of one core ({machines}), commit "
-        f"{commits}.",
+        f"`scripts/evidence.sh {part}`: {done} of {wanted} cells, {hours:.1f} hours ({machines}), commit {commits}.",
         "",
     ]
 
@@ -62,7 +73,6 @@ def paper_toy_flop():
 
 def toy(results):
     chosen = [r for r in results if r["steps"] == evidence.TOY_STEPS]
-    seeds = sorted({r["seed"] for r in chosen})
     lines = [
         "## The toy task: find the block that holds two letters",
         "",
@@ -73,8 +83,7 @@ def toy(results):
         f"{evidence.TOY_STEPS} steps of 64 fresh sequences, learning rate {evidence.TOY_BEST['lr']:g} with linear "
         "decay (the plain Transformer's best of `toy-tuning` at this size; with 128 channels it errs 2 points less), "
         "no dropout. Sequences with a wrong answer token, of 1000 that training never saw, in percent; "
-        "mean and standard deviation over seeds "
-        f"{', '.join(map(str, seeds))} of initialisation and data. The paper's own size would take "
+        f"{seeds_of(chosen)}. The paper's own size would take "
         f"{paper_toy_flop():.1e} operations a run, 36 runs: about 4 hours of one H200 at a tenth of its 990 TFLOP/s, a "
         "prediction (`scripts/toy_table.sh --size paper`).",
         "",
@@ -206,7 +215,6 @@ ABLATION_PAPER = (
 
 
 def ablation(results):
-    seeds = sorted({r["seed"] for r in results})
     lines = [
         "## Ablation: what each operation is worth on the toy task",
         "",
@@ -214,8 +222,7 @@ def ablation(results):
         f"heads, {evidence.TOY_BEST['width']} "
         f"channels, {evidence.ABLATION_STEPS} steps of 64 sequences, learning rate {evidence.TOY_BEST['lr']:g}; a "
         f"retrofit takes as many steps "
-        "again. Wrong sequences in percent, mean and standard deviation over seeds "
-        f"{', '.join(map(str, seeds))} of initialisation and data. The task asks for a match of two letters, which is "
+        f"again. Wrong sequences in percent; {seeds_of(results)}. The task asks for a match of two letters, which is "
         f"what a "
         "convolution finds and heads alone do not: these rows say nothing about language.",
         "",
@@ -291,7 +298,7 @@ def patterns():
                 group[kind] = group.get(kind, 0) + n
     kinds = ("identity", "diagonal", "one-sided", "contrast", "other")
     rows = [[*key, group["models"], *(group.get(kind, "-") for kind in kinds)] for key, group in sorted(groups.items())]
-    return lines + table(["part", "model", "attention", "kernels", "models", *kinds], rows)
+    return lines + table(["part", "model", "attention", "tensor", "models", *(f"{k}, kernels" for k in kinds)], rows)
 
 
 def draw_kernels():
@@ -343,7 +350,7 @@ def cost(results):
         "",
         "The paper's own code at 880M, T 2048, on H200s, times the plain Transformer: "
         + ", ".join(f"{a} {t:.1f} in time and {m:.1f} in memory" for a, (t, m) in COST_PAPER.items())
-        + ". Here: the CPU trainer with all threads, one sequence a "
+        + " (another machine and size: not to be compared). Here: the CPU trainer with all threads, one sequence a "
         "step, whole steps with the update, in turns with the plain Transformer of the same size (median of three "
         "rounds, the fastest step of each); memory is the "
         "program's largest resident size.",
@@ -435,7 +442,7 @@ def verdicts():
         plain, mta = ([r["last"]["toy"] for r in mine if r["attention"] == a] for a in ("transformer", "mta"))
         if plain and mta:
             text = f"toy, N {n}, {kind}: mta errs in {spread(mta, 100)}%, the plain model in {spread(plain, 100)}%"
-            said.append((max(mta) < min(plain), f"{text} ({len(mta)} and {len(plain)} seeds)"))
+            said.append((max(mta) < min(plain), f"{text} ({count(min(len(mta), len(plain)))})"))
     found = evidence.read_results("language").values()
     for model in evidence.LANGUAGE_MODELS:
         mine = [r for r in found if r["model"] == model]
@@ -445,7 +452,7 @@ def verdicts():
             gain = [mean_loss(r) - plain[r["seed"]] for r in of_kind]
             if gain:
                 text = f"language, {model}: {attention} minus the plain model {spread(gain, 1, 4)} nats a byte"
-                said.append((max(gain) < 0, f"{text} ({len(gain)} seeds)"))
+                said.append((max(gain) < 0, f"{text} ({count(len(gain))})"))
     measured = [r for r in evidence.read_results("cost").values() if r["task"] == "cost"]
     for attention in ("mta", "mta-full"):
         mine = [r for r in measured if r["attention"] == attention]
@@ -465,7 +472,8 @@ def hours():
         spent = sum(r["seconds"] for r in done) / 3600
         machines = ", ".join(sorted({r["processor"] for r in done})) or "-"
         rows.append([part, len(done), len(evidence.cells_of(part)), f"{spent:.1f}", machines])
-    lines = ["## Machine hours", "", "Seconds by the clock, added; much of it beside other work on two cores.", ""]
+    how = "By the clock: one thread for each cell, but all threads for `cost`; much of it beside other work on two cores."
+    lines = ["## Machine hours", "", how, ""]
     return lines + table(["part", "cells done", "of", "hours", "processor"], rows)
 
 
@@ -486,15 +494,17 @@ def write():
         "with this code.",
         "",
     ]
+    missing = {part: len(evidence.cells_of(part)) - len(evidence.read_results(part)) for part in PARTS}
+    if any(missing.values()):
+        still = ", ".join(f"{part} {n} of {len(evidence.cells_of(part))}" for part, n in missing.items() if n)
+        lines += [f"**Still open**, cells: {still}.", ""]
     said = sorted(verdicts(), key=lambda v: v[0])
     if said:
         lines += ["## Verdicts, the unfavourable ones first", ""]
-        lines += [("- for the claim: " if good else "- against it: ") + text for good, text in said] + [""]
-    open_parts = []
+        lines += [("- favourable: " if good else "- unfavourable: ") + text for good, text in said] + [""]
     for part, section in PARTS.items():
         results = list(evidence.read_results(part).values())
         if not results:
-            open_parts.append(part)
             continue
         lines += section(results)
         if part == "toy" and draw_toy(results):
@@ -508,8 +518,6 @@ def write():
     if draw_kernels():
         lines += ["![the convolution kernels of a toy model, by layer and head](pictures/evidence_kernels.png)", ""]
     lines += hours()
-    if open_parts:
-        lines += ["Not begun: " + ", ".join(open_parts) + ".", ""]
     with open(os.path.join(evidence.ROOT, "dev", "RESULTS.md"), "w", encoding="utf-8") as f:
         f.write("\n".join(lines).rstrip() + "\n")
     print("wrote dev/RESULTS.md")

@@ -227,7 +227,6 @@ template <typename To, typename From> static void convert_case(Test* t, int n, b
 }
 static void test_convert(Test* t, const int* s) {
     convert_case<float, floatX>(t, s[0], s[1], MOVED);
-    convert_case<floatX, float>(t, s[0], s[1], STORED);
     convert_case<floatS, floatX>(t, s[0], s[1], MAPPED);
 }
 
