@@ -140,7 +140,8 @@ build/cuda_step: dev/bench/cuda_step.cu train_mta.cu $(HEADERS) build/flags_nvcc
 
 # The architecture that is tuned for, refusing warnings and spilt registers; test.sh --long adds sm_80 (where they may
 # spill: head size 128 with pairs and a convolution, for which shared memory is too small there anyway) and sm_100. What
-# else gpu_check.sh builds: to PTX alone, not optimised, the bench in fp32, so that this is compiled too.
+# else gpu_check.sh builds: its device code is checked and not made, the bench's in fp32, so that this is seen too.
+NVCC_LOOK = -O0 -arch=compute_90a -fdevice-syntax-only -diag-suppress 177
 NVCC_STRICT = $(NVCC) $(NVCCFLAGS) --Werror all-warnings -Xcompiler -Werror
 NVCC_CHECKS = sm_90a cuda_step $(notdir $(basename $(wildcard dev/tests/*.cu)))
 nvcc_check: $(NVCC_CHECKS:%=build/nvcc/%.o)
@@ -154,10 +155,10 @@ build/nvcc/sm_%.o: train_mta.cu $(HEADERS) build/flags_nvcc
 	    $(if $(filter-out 80,$*),-Xptxas --warn-on-spills$(,)--warning-as-error) -c $< -o $@
 build/nvcc/%.o: dev/tests/%.cu train_mta.cu $(HEADERS) build/flags_nvcc
 	@mkdir -p build/nvcc
-	$(NVCC_STRICT) -arch=compute_90a -Xcicc -O0 -diag-suppress 177 -c $< -o $@
+	$(subst -O3,,$(NVCC_STRICT)) $(NVCC_LOOK) -c $< -o $@
 build/nvcc/cuda_step.o: dev/bench/cuda_step.cu train_mta.cu $(HEADERS) build/flags_nvcc
 	@mkdir -p build/nvcc
-	$(NVCC_STRICT) -arch=compute_90a -Xcicc -O0 -diag-suppress 177 -DPRECISION_FP32 -c $< -o $@
+	$(subst -O3,,$(NVCC_STRICT)) $(NVCC_LOOK) -DPRECISION_FP32 -c $< -o $@
 , = ,
 
 # ---- train_mta.cu on the emulator: the same kernels by a C++ compiler, executed on the CPU (dev/cuda_cpu)
