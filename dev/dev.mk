@@ -77,7 +77,7 @@ build/%_nocblas.o: %.c $(HEADERS) build/flags_c
 	$(CC) $(CFLAGS) -c $< -o $@
 
 build/test_mta.o: test_mta.c train_mta.c $(HEADERS) build/flags_c
-	$(CC) $(CFLAGS) -c $< -o $@
+	$(CC) $(CFLAGS) -O1 -c $< -o $@
 
 test_mta_nocblas: build/test_mta.o build/train_mta_nocblas_library.o
 	$(CC) $(CFLAGS) $^ -o $@ $(LDLIBS)

@@ -8,8 +8,9 @@
 #                  threads at all shapes instead of one; test_mta without CBLAS in optimised code (else under the
 #                  sanitizers alone); 300 random models on the emulator instead of 24; a million inputs for the fuzzers
 #                  instead of 10,000; a million strings for the tokenizer; every system call and allocation, and many
-#                  kills, as faults; train_mta and test_mta for aarch64 in optimised code; races in fused attention of
-#                  two sequences of 74 with heads of 128; nvcc for other architectures and what it made for them
+#                  kills, as faults; train_mta and test_mta for aarch64 in optimised code; races in random models, and
+#                  in fused attention of two sequences of 74 with heads of 128; nvcc for other architectures and what it
+#                  made for them
 #   --no-install   installs nothing: what is missing is said and left out
 #   --only TEXT    the tests whose name contains TEXT, and what they need
 #
@@ -284,12 +285,12 @@ fi
 # The CUDA source, executed on the CPU: orders of threads, the address sanitizer, every access watched for races.
 ASAN="env ASAN_OPTIONS=detect_leaks=0"
 step full "emulator bf16" test_mta_cuda_cpu_bf16 ./test_mta_cuda_cpu_bf16 --models 24
-step full "emulator fp32" test_mta_cuda_cpu ./test_mta_cuda_cpu --models 24
+step full "emulator fp32" test_mta_cuda_cpu ./test_mta_cuda_cpu --models 12
 asan=build/asan/test_mta_cuda_cpu_bf16
 step long "emulator many heads, order 7, asan" $asan $ASAN CUDA_CPU_ORDER=7 $asan --only "many heads" --models 6
 step long "emulator models, order 1, asan" $asan $ASAN CUDA_CPU_ORDER=1 $asan --only "random models" --models 14
 step long "emulator golden, order 1, asan" $asan $ASAN CUDA_CPU_ORDER=1 $asan --only golden
-step full "races models" build/races/test_mta_bf16 \
+step long "races models" build/races/test_mta_bf16 \
     env CUDA_CPU_ORDER=7 build/races/test_mta_bf16 --only "random models" --models 10
 step full "races golden" build/races/test_mta_bf16 build/races/test_mta_bf16 --only golden
 step check "emulator golden cases" test_mta_cuda_cpu_bf16 ./test_mta_cuda_cpu_bf16 --only golden
