@@ -135,8 +135,7 @@ def programs(long):
     """The runs: (name, precision, architecture, command, environment)"""
     files, alone, runs = sorted(glob.glob("dev/golden/*.safetensors")), {"PTX_ALONE": "1"}, []
     for p, suffix in (("bf16", ""), ("fp32", "_fp32")):
-        longest = "330" if long or p == "bf16" else "70"  # fp32 has no kernels of its own for long sequences
-        ops, test_mta = [f"{FOLDER}/test_ops{suffix}", "--longest", longest], f"{FOLDER}/test_mta_{p}"
+        ops, test_mta = [f"{FOLDER}/test_ops{suffix}", "--longest", "330"], f"{FOLDER}/test_mta_{p}"
         golden = [test_mta, "--golden", *files]
         if not long:
             runs.append((f"operations {p}", p, "sm_90a", ops, {}))
