@@ -80,6 +80,7 @@ class Worker:
         self.names = {name for path in paths for name in (path, *path.split("."))}
         self.keys = [json.dumps(name, ensure_ascii=False).encode() for name in self.names]
         self.escapes = inputs.escapes_of(self.names)
+        self.escaped = [b"\\u"] + [b"\\/"] * any("/" in name for name in self.names)  # how they begin
 
     def run(self, task):
         """-> (sets, bad): {name: (packed tokens, leading tokens, [tokens of each document that starts], text bytes)}
@@ -175,7 +176,8 @@ class Worker:
         try:
             record = inputs.load_json(line.decode("utf-8"))
             # seldom, and then often in a value
-            if any(line.count(key) > 1 for key in self.keys) or (b"\\" in line and self.escapes.search(line)):
+            spelt = any(escape in line for escape in self.escaped) and self.escapes.search(line)
+            if spelt or any(line.count(key) > 1 for key in self.keys):
                 inputs.check_keys(line.decode("utf-8"), self.names)
         except UnicodeDecodeError as e:
             raise BadDocument("invalid UTF-8", inputs.describe_utf8(e))
