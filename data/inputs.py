@@ -458,44 +458,32 @@ def decode_json(text, at=0):
         return patient_decode(text, at)
 
 
-def load_json(text):
-    """The JSON value that a text is."""
+def decoder_of(names):
+    """A decoder that raises KeyTwice where one of the keys `names` occurs twice in an object, however it is spelt."""
+
+    def members(pairs):
+        found = dict(pairs)
+        if len(found) != len(pairs):
+            keys = [key for key, _ in pairs if key in names]
+            if len(keys) != len(set(keys)):
+                raise KeyTwice(max(keys, key=keys.count))
+        return found
+
+    return json.JSONDecoder(object_pairs_hook=members)
+
+
+def load_json(text, decoder=DECODER, names=()):
+    """The JSON value that a text is; decoder: DECODER, or decoder_of(names)."""
     try:
-        return json.loads(text)
-    except json.JSONDecodeError:
+        return decoder.decode(text)
+    except (KeyTwice, json.JSONDecodeError):
         raise
     except (RecursionError, ValueError):
-        value, end = patient_decode(text, 0)
+        value, end = patient_decode(text, 0, names)
         end = SPACE.match(text, end).end()
         if end != len(text):
             raise json.JSONDecodeError("Extra data", text, end)
         return value
-
-
-def check_keys(text, names):
-    """Raises KeyTwice where one of the keys `names` occurs twice in an object, however it is spelt."""
-
-    def members(pairs):
-        keys = [key for key, _ in pairs if key in names]
-        if len(keys) != len(set(keys)):
-            raise KeyTwice(max(keys, key=keys.count))
-
-    try:
-        json.loads(text, object_pairs_hook=members)
-    except (KeyTwice, json.JSONDecodeError):
-        raise
-    except (RecursionError, ValueError):
-        patient_decode(text, 0, names)
-
-
-def escapes_of(names):
-    """A pattern that finds, in the bytes of a JSON text, an escape that may spell a character of these keys."""
-    letters = "".join(names)
-    units = letters.encode("utf-16-be").hex()
-    codes = {units[i : i + 4] for i in range(0, len(units), 4)}
-    both = lambda m: "[%s%s]" % (m.group(), m.group().upper())
-    spelt = ["u" + re.sub("[a-f]", both, code) for code in sorted(codes)] + ["/"] * ("/" in letters)
-    return re.compile((r"\\(?:%s)" % "|".join(spelt)).encode())
 
 
 def json_values(text):

@@ -78,9 +78,7 @@ class Worker:
         self.seed = b"%d" % job["seed"]
         paths = [job["text_field"], job["domain_field"] or job["text_field"]]
         self.names = {name for path in paths for name in (path, *path.split("."))}
-        self.keys = [json.dumps(name, ensure_ascii=False).encode() for name in self.names]
-        self.escapes = inputs.escapes_of(self.names)
-        self.escaped = [b"\\u"] + [b"\\/"] * any("/" in name for name in self.names)  # how they begin
+        self.decoder = inputs.decoder_of(self.names)
 
     def run(self, task):
         """-> (sets, bad): {name: (packed tokens, leading tokens, [tokens of each document that starts], text bytes)}
@@ -149,8 +147,7 @@ class Worker:
         for key in path.split("."):
             if isinstance(record, str):
                 try:
-                    inputs.check_keys(record, self.names)
-                    record = inputs.load_json(record)
+                    record = inputs.load_json(record, self.decoder, self.names)
                 except inputs.KeyTwice as e:
                     raise BadDocument("broken JSON", "in %s: %s" % (path, e))
                 except ValueError:
@@ -174,11 +171,7 @@ class Worker:
 
     def parse(self, line):
         try:
-            record = inputs.load_json(line.decode("utf-8"))
-            # seldom, and then often in a value
-            spelt = any(escape in line for escape in self.escaped) and self.escapes.search(line)
-            if spelt or any(line.count(key) > 1 for key in self.keys):
-                inputs.check_keys(line.decode("utf-8"), self.names)
+            record = inputs.load_json(line.decode("utf-8"), self.decoder, self.names)
         except UnicodeDecodeError as e:
             raise BadDocument("invalid UTF-8", inputs.describe_utf8(e))
         except ValueError as e:
