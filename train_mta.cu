@@ -324,7 +324,7 @@ static size_t device_shared(void) {
 // Without a GPU, where only a plan is made, those of an H100 or H200.
 static int device_multiprocessors(void) {
     int n = 0;
-    if (cudaDeviceGetAttribute(&n, cudaDevAttrMultiProcessorCount, 0) == cudaSuccess) { return n; }
+    if (cudaDeviceGetAttribute(&n, cudaDevAttrMultiProcessorCount, device_own()) == cudaSuccess) { return n; }
     cudaGetLastError();
     return 132;
 }

@@ -18,7 +18,7 @@ import time
 import zlib
 
 from shards import MAGIC, read_manifest
-from tokenizer import BadDocument, UserError, file_sums, need
+from tokenizer import BadDocument, KeyTwice, UserError, file_sums, members, need
 
 BLOCK = 1 << 20  # bytes of lines that a worker gets at once
 SEGMENT = 4 << 20  # bytes of one long text that a worker gets at once
@@ -401,13 +401,6 @@ JSON_TOKEN = re.compile(
 )
 
 
-class KeyTwice(ValueError):
-    """An object in which a key occurs twice: which of its values is meant, nobody knows."""
-
-    def __init__(self, key):
-        super().__init__("a key occurs twice: %s" % key)
-
-
 def patient_decode(text, at, names=()):
     """One JSON value from `at` on -> (value, end). Without recursion; a number stays text. Raises KeyTwice for one of
     the keys `names`."""
@@ -460,16 +453,7 @@ def decode_json(text, at=0):
 
 def decoder_of(names):
     """A decoder that raises KeyTwice where one of the keys `names` occurs twice in an object, however it is spelt."""
-
-    def members(pairs):
-        found = dict(pairs)
-        if len(found) != len(pairs):
-            keys = [key for key, _ in pairs if key in names]
-            if len(keys) != len(set(keys)):
-                raise KeyTwice(max(keys, key=keys.count))
-        return found
-
-    return json.JSONDecoder(object_pairs_hook=members)
+    return json.JSONDecoder(object_pairs_hook=functools.partial(members, names=names))
 
 
 def load_json(text, decoder=DECODER, names=()):

@@ -48,7 +48,9 @@ from shards import (  # noqa: E402
     write_manifest,
     write_synced,
 )
-from tokenizer import PATTERNS, BadDocument, UserError, file_sums, find_encoder, need, open_tokenizer  # noqa: E402
+from tokenizer import (  # noqa: E402
+    PATTERNS, BadDocument, KeyTwice, UserError, file_sums, find_encoder, need, open_tokenizer,
+)
 
 # SlimPajama's names of its sources -> the names of our shards
 SLIMPAJAMA = {
@@ -148,7 +150,7 @@ class Worker:
             if isinstance(record, str):
                 try:
                     record = inputs.load_json(record, self.decoder, self.names)
-                except inputs.KeyTwice as e:
+                except KeyTwice as e:
                     raise BadDocument("broken JSON", "in %s: %s" % (path, e))
                 except ValueError:
                     record = None

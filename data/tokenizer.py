@@ -48,13 +48,21 @@ class BadDocument(Exception):
     """A document that cannot be used: (kind, detail). The kind is what is counted."""
 
 
-def members(pairs):
-    """An object of a JSON text (object_pairs_hook); one in which a key occurs twice, however it is spelt, is refused:
-    which of its values is meant, nobody knows."""
+class KeyTwice(ValueError):
+    """An object of a JSON text in which a key occurs twice: which of its values is meant, nobody knows."""
+
+    def __init__(self, key):
+        super().__init__("the key %s occurs twice" % key)
+
+
+def members(pairs, names=None):
+    """An object of a JSON text (object_pairs_hook). Raises KeyTwice where a key, or one of `names`, occurs twice,
+    however it is spelt."""
     record = dict(pairs)
     if len(record) != len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError("the key %s occurs twice" % max(keys, key=keys.count))
+        keys = [key for key, _ in pairs if names is None or key in names]
+        if len(keys) != len(set(keys)):
+            raise KeyTwice(max(keys, key=keys.count))
     return record
 
 

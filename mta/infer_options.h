@@ -82,13 +82,14 @@ static const OptUse INFER_USES[] = {{"--weights", INFER_COMPUTES, false},
                                     {"--head", INFER_MAP, true},
                                     {"--binary", INFER_TOKENIZE, true}};
 
-// Which of them: those that exclude each other are refused. --logits and --attention-map look at a prompt.
+// Which of them; two that exclude each other are refused. --prompt and --token-ids alone are modes, and beside --logits
+// or --attention-map what these look at.
 static inline unsigned infer_mode(const InferOptions* o) {
     const bool given[] = {o->prompt != NULL, o->token_ids != NULL,  o->prompts != NULL, o->interactive,
                           o->score != NULL,  o->perplexity != NULL, o->logits != NULL,  o->attention_map != NULL,
                           o->tokenize,       o->detokenize};
     unsigned mode = 0, source = 0;
-    for (int i = 0; i < 10; i++) {
+    for (int i = 0; i < (int)(sizeof given / sizeof *given); i++) {
         unsigned bit = given[i] ? 1u << i : 0;
         unsigned* place = bit & (INFER_TEXT | INFER_IDS) ? &source : &mode;
         if (bit && *place) {

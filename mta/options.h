@@ -272,25 +272,31 @@ typedef struct {
     bool essential;  // it asks for something that the other modes do not do: refused; else it only tunes: said
 } OptUse;
 
+// What was given and has no use: refused where it is essential, else said.
+static inline void option_idle(bool essential, const char* why) {
+    if (essential) { die("%s", why); }
+    fprintf(stderr, "%s: %s\n", program_invocation_short_name, why);
+}
+
 // Refuses an option that was given and that the mode does not use, or says that it does nothing, and names the modes
 // that use it. modes: the name of each bit's, n of them; mode: one bit.
 static inline void options_check_uses(const Opt* table, const OptUse* uses, int n_uses, const char* const* modes, int n,
                                       unsigned mode) {
-    Text others = {NULL, 0, 0};
     int now = 0;
     while (now < n && mode != 1u << now) { now++; }
     assert(now < n);
     for (int i = 0; i < n_uses; i++) {
         if (!option_given(table, uses[i].name) || (uses[i].modes & mode)) { continue; }
+        Text why = {NULL, 0, 0};
+        const char* before = "";
+        text_printf(&why, "%s: no use beside %s; it belongs to ", uses[i].name, modes[now]);
         for (int k = 0; k < n; k++) {
-            if (uses[i].modes >> k & 1) { text_printf(&others, "%s%s", others.n ? ", " : "", modes[k]); }
+            if (!(uses[i].modes >> k & 1)) { continue; }
+            text_printf(&why, "%s%s", before, modes[k]);
+            before = ", ";
         }
-        const char* text = "%s: no use beside %s; it belongs to %s";
-        if (uses[i].essential) { die(text, uses[i].name, modes[now], others.text); }
-        fprintf(stderr, "%s: ", program_invocation_short_name);
-        fprintf(stderr, text, uses[i].name, modes[now], others.text);
-        fputc('\n', stderr);
-        text_free(&others);
+        option_idle(uses[i].essential, why.text);
+        text_free(&why);
     }
 }
 
@@ -306,9 +312,11 @@ typedef struct {
 static inline void options_check_needs(const Opt* table, const OptNeed* needs, int n) {
     for (int i = 0; i < n; i++) {
         if (needs[i].used || !option_given(table, needs[i].name)) { continue; }
-        if (needs[i].essential) { die("%s: wanted %s beside it", needs[i].name, needs[i].wanted); }
-        fprintf(stderr, "%s: %s does nothing without %s\n", program_invocation_short_name, needs[i].name,
-                needs[i].wanted);
+        Text why = {NULL, 0, 0};
+        const char* text = needs[i].essential ? "%s: wanted %s beside it" : "%s does nothing without %s";
+        text_printf(&why, text, needs[i].name, needs[i].wanted);
+        option_idle(needs[i].essential, why.text);
+        text_free(&why);
     }
 }
 

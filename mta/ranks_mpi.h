@@ -75,22 +75,12 @@ static inline void ranks_open_mpi(Ranks* r, const Launch* launch) {
     ranks_join(r, &address, "", NULL, 0);
     ranks_quiet(r);
 }
-#endif
 
-// The ranks of this run: one, unless a launcher started several.
-static inline Ranks* ranks_of_mpi(void) {
-    static Ranks ranks;  // exit needs it after main
-    Launch launch = launch_read();
-    ranks.size = 1;
-    if (launch.size < 2) { return &ranks; }
-#ifdef MTA_MPI
-    ranks_open_mpi(&ranks, &launch);
+static inline Ranks* ranks_of_mpi(void) { return ranks_of(ranks_open_mpi, NULL); }
 #else
-    ranks_yield_to_first(launch.rank);
-    die("%s started %d processes, but this program is for one; `make train_mta MPI=1` builds a CPU trainer for several",
-        launch.launcher, launch.size);
-#endif
-    return &ranks;
+static inline Ranks* ranks_of_mpi(void) {
+    return ranks_of(NULL, "`make train_mta MPI=1` builds a CPU trainer for several");
 }
+#endif
 
 #endif

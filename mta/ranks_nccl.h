@@ -244,22 +244,10 @@ static inline void ranks_open_nccl(Ranks* r, const Launch* launch) {
     ranks_quiet(r);
     ranks_total(r, 0);  // each pair connects now, before a model's memory is counted
 }
-#endif
 
-// The ranks of this run: one, unless a launcher started several.
-static inline Ranks* ranks_of_nccl(void) {
-    static Ranks ranks;  // exit needs it after main
-    Launch launch = launch_read();
-    ranks.size = 1;
-    if (launch.size < 2) { return &ranks; }
-#ifdef MTA_NCCL
-    ranks_open_nccl(&ranks, &launch);
+static inline Ranks* ranks_of_nccl(void) { return ranks_of(ranks_open_nccl, NULL); }
 #else
-    ranks_yield_to_first(launch.rank);
-    die("%s started %d processes, but this program is for one: it was built where nccl.h was not found",
-        launch.launcher, launch.size);
+static inline Ranks* ranks_of_nccl(void) { return ranks_of(NULL, "it was built where nccl.h was not found"); }
 #endif
-    return &ranks;
-}
 
 #endif

@@ -373,7 +373,7 @@ class Refusals(Ranks):
     def test_built_for_one_or_for_another_mpi(self):
         plain = os.path.join(ROOT, "train_mta")
         if os.path.exists(plain):
-            self.refused(["started 3 processes, but this program is for one; `make train_mta MPI=1`"], self.place(), 3,
+            self.refused(["started 3 processes, but this program is for one: `make train_mta MPI=1`"], self.place(), 3,
                          program=[plain])
         if len(MPIS) > 1:
             self.refused(["started 3 processes, but MPI sees 1: wanted the launcher of the MPI that"], self.place(), 3,
