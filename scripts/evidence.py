@@ -31,11 +31,14 @@ RESULTS = os.path.join(ROOT, "dev", "evidence")
 # ---- the cells
 
 TOY_TASKS = [(n, kind) for n in (5, 8) for kind in ("all", "first", "last")]
+TOY_ATTENTIONS = ("transformer", "mta")
 TOY_BLOCKS = 8  # blocks of a sequence; the paper's sequences of 321 tokens hold 52 or 34
 TOY_SAMPLES = 200000  # sequences of the training set, three times as many for the longest cells: more than are drawn
 TOY_TESTS = 1000  # sequences of the validation set
 TOY_STEPS, TOY_TUNING_STEPS, TOY_LONG_STEPS = 3000, 3000, 9000
 TOY_BEST = {"layers": 4, "width": 64, "lr": 2e-3}  # settled by the part toy-tuning, for the plain Transformer
+PAPER_TOY = {"layers": 4, "width": 256, "lr": 1e-4, "steps": 100000}  # the paper's own size, with its constant rate
+PAPER_TOY_SAMPLES = 1000000  # of 321 tokens
 
 ABLATION_SEEDS, ABLATION_STEPS = (1, 2, 3), 1000
 NO_CONV = ["--kq-conv-layers", "none"]
@@ -88,7 +91,8 @@ RETROFIT, START = (
 
 LANGUAGE_MODELS = ("1m", "3m")
 LANGUAGE_ATTENTIONS = ("transformer", "diff", "talking-heads", "mta", "mta-full")
-LANGUAGE_STEPS, LANGUAGE_TUNING_STEPS = 2400, 600
+LANGUAGE_STEPS, LANGUAGE_TUNING_STEPS = 1200, 400
+LANGUAGE_MATMUL = "bf16"  # what products multiply; one cell of the part is trained in fp32 too
 LANGUAGE_LR = {"1m": 3e-3, "3m": 3e-3}  # settled by the part language-tuning, for the plain Transformer
 
 LONG_ATTENTIONS, LONG_SEEDS = ("transformer", "mta"), (1, 2)
@@ -122,10 +126,10 @@ def ablation_cell(row, seed):
     return {**cell, "name": f"{re.sub('[^a-z0-9]+', '_', row).strip('_')}/seed{seed}", "row": row, "options": options}
 
 
-def language_cell(part, model, attention, seed, lr, steps):
+def language_cell(part, model, attention, seed, lr, steps, matmul=LANGUAGE_MATMUL):
     return {
-        "part": part, "name": f"{model}/{attention}/lr{lr:g}_steps{steps}/seed{seed}", "task": "language",
-        "model": model, "attention": attention, "seed": seed, "lr": lr, "steps": steps,
+        "part": part, "name": f"{model}/{attention}/lr{lr:g}_steps{steps}_{matmul}/seed{seed}", "task": "language",
+        "model": model, "attention": attention, "seed": seed, "lr": lr, "steps": steps, "matmul": matmul,
     }
 
 
@@ -157,13 +161,16 @@ def cells_of(part):
         return cells + [
             toy_cell(part, 5, "first", attention, 1, *best, TOY_LONG_STEPS) for attention in ("transformer", "mta")
         ]
-    if part == "toy":
+    if part in ("toy", "toy-paper"):
+        size = {**TOY_BEST, "steps": TOY_STEPS} if part == "toy" else PAPER_TOY
         return [
-            toy_cell(part, n, kind, attention, seed, TOY_BEST["layers"], TOY_BEST["width"], TOY_BEST["lr"], TOY_STEPS)
+            toy_cell(part, n, kind, attention, seed, **size)
             for seed in (1, 2, 3)
             for n, kind in TOY_TASKS
-            for attention in ("transformer", "mta")
+            for attention in TOY_ATTENTIONS
         ]
+    if part == "again":  # two cells of the table by a seed that it has not seen
+        return [toy_cell(part, 5, "first", attention, 4, **TOY_BEST, steps=TOY_STEPS) for attention in TOY_ATTENTIONS]
     if part == "ablation":
         return [ablation_cell(row, seed) for seed in ABLATION_SEEDS for row in ABLATION]
     if part == "language-tuning":
@@ -178,6 +185,9 @@ def cells_of(part):
             for seed in (1, 2)
             for model in LANGUAGE_MODELS
             for attention in LANGUAGE_ATTENTIONS
+        ] + [
+            language_cell(part, "1m", attention, 1, LANGUAGE_LR["1m"], LANGUAGE_STEPS, "fp32")
+            for attention in ("transformer", "mta")
         ]
     if part == "long":
         return [
@@ -189,10 +199,11 @@ def cells_of(part):
         return [cost_cell(a, h, t) for h in COST_MODELS for t in COST_LENGTHS for a in COST_ATTENTIONS] + [
             plan_cell(a, t) for t in COST_PLANS for a in ("transformer", *COST_ATTENTIONS)
         ]
-    raise SystemExit(f"evidence.py: no part is called {part}; wanted one of {', '.join(PARTS)}")
+    raise SystemExit(f"evidence.py: no part is called {part}; wanted one of {', '.join(PARTS + NAMED_PARTS)}")
 
 
-PARTS = ("toy-tuning", "toy", "ablation", "language-tuning", "language", "long", "cost")
+PARTS = ("toy-tuning", "toy", "again", "ablation", "language-tuning", "language", "long", "cost")
+NAMED_PARTS = ("toy-paper",)  # too long for a CPU: only where they are asked for by name
 
 # ---- what is known of finished cells
 
@@ -234,13 +245,16 @@ def toy_data(cell, out):
     """Makes the data of a toy cell, unless it is there; a data seed is the run's seed. Returns the options that name
     it."""
     samples = TOY_SAMPLES if cell["steps"] <= TOY_STEPS else 3 * TOY_SAMPLES
+    blocks = ["--blocks", str(TOY_BLOCKS)]
+    if cell["part"] == "toy-paper":  # as many blocks as the paper's sequence holds
+        samples, blocks = PAPER_TOY_SAMPLES, []
     folder = os.path.join(out, "data", f"{cell['task']}_{cell['seed']}_{samples}")
     if not os.path.exists(os.path.join(folder, "toy_task.json")):
         subprocess.run(
             [
                 sys.executable, os.path.join(ROOT, "data", "toy_task.py"), "--out", folder, "--n", str(cell["n"]),
-                "--kind", cell["kind"], "--blocks", str(TOY_BLOCKS), "--seed", str(cell["seed"]), "--train-samples",
-                str(samples), "--test-samples", str(TOY_TESTS), "--jobs", "1",
+                "--kind", cell["kind"], *blocks, "--seed", str(cell["seed"]), "--train-samples", str(samples),
+                "--test-samples", str(TOY_TESTS), "--jobs", "1",
             ],
             check=True,
             stdout=subprocess.DEVNULL,
@@ -270,12 +284,15 @@ def commands_of(cell, out, trainer):
     """The trainer's command lines of a cell, in their order; the last one's log is the cell's."""
     steps = cell["steps"]
     folder = os.path.join(out, cell["part"], cell["name"])
+    paper = cell["part"] == "toy-paper"
     common = [
-        "--lr", f"{cell['lr']:g}", "--schedule", "linear", "--steps", str(steps), "--seed", str(cell["seed"]),
-        "--eval-every", str(steps // 10), "--save-every", str(steps // 10), "--keep", "1", "--sample-every", "0",
-        "--log-every", "100", "--resume",
+        "--lr", f"{cell['lr']:g}", "--schedule", "constant" if paper else "linear", "--steps", str(steps), "--seed",
+        str(cell["seed"]), "--eval-every", str(steps // 10), "--save-every", str(steps // 10), "--keep", "1",
+        "--sample-every", "0", "--log-every", "100", "--resume",
     ]
     attention = ["--attention", cell["attention"], *cell.get("options", [])]
+    if "matmul" in cell:
+        common += ["--matmul", cell["matmul"]]
     if cell["task"] == "language":
         return [
             [
@@ -308,7 +325,10 @@ def commands_of(cell, out, trainer):
             ],
         ]
     width, row = cell["width"], cell.get("row", "")
-    task = [*toy_data(cell, out), "--batch-size", "64", "--eval-windows", "0", "--warmup", "100", "--weight-decay", "0"]
+    task = [
+        *toy_data(cell, out), "--batch-size", "64", "--eval-windows", "0", "--weight-decay", "0",
+        *(["--warmup", "0", "--beta2", "0.98"] if paper else ["--warmup", "100"]),
+    ]
     model = [
         "--model", "toy", "--hidden-size", str(width), "--num-hidden-layers", str(cell["layers"]),
         "--num-attention-heads", "2", "--num-key-value-heads", "2", "--intermediate-size", str(3 * width),
@@ -569,6 +589,8 @@ def run_cells(parts, only, jobs, out, trainer):
             told = True
             for process in running:
                 os.killpg(process.pid, signal.SIGTERM)
+    if told:
+        print("evidence.py: stopped; the same command continues", file=sys.stderr)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_DFL)
     return 75 if stop else 0
@@ -592,7 +614,13 @@ def main():
         return evidence_report.write()
     if not os.access(options.trainer, os.X_OK):
         raise SystemExit(f"evidence.py: {options.trainer}: no such program; make train_mta builds it")
+    if options.jobs < 1:
+        raise SystemExit(f"evidence.py: --jobs: got {options.jobs}, wanted at least 1")
     out = os.path.abspath(options.out)
+    try:
+        os.makedirs(out, exist_ok=True)
+    except OSError as error:
+        raise SystemExit(f"evidence.py: --out: {error}") from None
     status = run_cells(options.parts, options.cells, options.jobs, out, options.trainer)
     if "cost" in options.parts and not status:
         measure_cells(options.cells, out, options.trainer)

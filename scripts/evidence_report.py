@@ -8,18 +8,15 @@ written."""
 import os
 import statistics
 import sys
+import textwrap
 
 import evidence
 import evidence_long
+import toy_report
 
 PICTURES = os.path.join(evidence.ROOT, "dev", "pictures")
-TOY_PAPER = {  # arXiv 2504.00927, table 1: error in percent
-    "transformer": {
-        "n5_all": "51.6 ± 43.1", "n5_first": "78.2", "n5_last": "1.3", "n8_all": "31.2", "n8_first": "28.9",
-        "n8_last": "58.4",
-    },
-    "mta": {"n5_all": "0.1", "n5_first": "0.0", "n5_last": "0.0", "n8_all": "0.1", "n8_first": "0.0", "n8_last": "0.0"},
-}
+TOY_PAPER = {a: {task: e.replace("+-", "±") for task, e in row.items()} for a, row in toy_report.PAPER.items()}
+COLOURS = ("#7f7f7f", "#e69f00", "#0000a7", "#009e73")  # of all attentions but the plain one
 LANGUAGE_PAPER = {
     "transformer": 11.25, "diff": 11.15, "talking-heads": 11.04, "mta": 11.09, "mta-full": 10.91,
 }  # mean validation perplexity, 880M
@@ -40,6 +37,14 @@ def seeds_of(results):
     if len(seeds) < 2:
         return f"seed {seeds[0]} of initialisation and data" if seeds else "no seed yet"
     return f"mean and standard deviation over seeds {', '.join(map(str, seeds))} of initialisation and data"
+
+
+def filled(line):
+    """A paragraph in lines of at most 120 columns; a table's row, a picture and a heading stay as they are."""
+    if line.startswith(("|", "!", "#")):
+        return line
+    options = {"width": 120, "break_long_words": False, "break_on_hyphens": False}
+    return textwrap.fill(line, subsequent_indent="  " if line.startswith("- ") else "", **options)
 
 
 def count(n):
@@ -85,7 +90,7 @@ def toy(results):
         "no dropout. Sequences with a wrong answer token, of 1000 that training never saw, in percent; "
         f"{seeds_of(chosen)}. The paper's own size would take "
         f"{paper_toy_flop():.1e} operations a run, 36 runs: about 4 hours of one H200 at a tenth of its 990 TFLOP/s, a "
-        "prediction (`scripts/toy_table.sh --size paper`).",
+        "prediction (`scripts/evidence.sh toy-paper`).",
         "",
     ]
     tasks = [f"n{n}_{kind}" for n, kind in evidence.TOY_TASKS]
@@ -101,6 +106,22 @@ def toy(results):
         )
     lines += table(["error in % (seeds)"] + [t.replace("_", ", ").replace("n", "N ", 1) for t in tasks], rows)
     return lines + origin(chosen, "toy")
+
+
+def again(results):
+    """Cells by a seed that the table has not seen, beside the range of the table's seeds."""
+    rows = []
+    for r in results:
+        seen = [
+            c["last"]["toy"]
+            for c in evidence.read_results("toy").values()
+            if (c["task"], c["attention"], c["steps"]) == (r["task"], r["attention"], r["steps"])
+        ]
+        at = f"{100 * min(seen):.1f} to {100 * max(seen):.1f}" if seen else "-"
+        rows.append([r["task"], r["attention"], f"{100 * r['last']['toy']:.1f}", at, spread(seen, 100), len(seen)])
+    lines = ["## Run again by another seed", "", "Two cells of the toy table with seed 4, error in percent.", ""]
+    head = ["task", "attention", "seed 4", "the table's range", "mean and standard deviation", "seeds"]
+    return lines + table(head, rows) + origin(results, "again")
 
 
 def toy_tuning(results):
@@ -135,25 +156,26 @@ def language(results):
         "paper at 880M parameters: perplexity "
         + ", ".join(f"{a} {p}" for a, p in LANGUAGE_PAPER.items())
         + ". Here: bytes as tokens, five domains of Debian's documentation, sequences of 256, "
-        f"{evidence.LANGUAGE_STEPS} steps of 4096 tokens, the learning rate tuned for the plain Transformer "
-        f"(`language-tuning`). Nats a byte; mean and standard "
+        f"{evidence.LANGUAGE_STEPS} steps of 4096 tokens, products in {evidence.LANGUAGE_MATMUL}, the learning rate "
+        f"tuned for the plain Transformer (`language-tuning`). Nats a byte; mean and standard "
         "deviation over seeds; the last column is the mean of the domains minus that of the plain Transformer of the "
         "same seed.",
         "",
     ]
-    mean = lambda r: statistics.mean(r["last"].values())  # noqa: E731
+    exact = [r for r in results if r["matmul"] != evidence.LANGUAGE_MATMUL]
+    chosen = [r for r in results if r["matmul"] == evidence.LANGUAGE_MATMUL]
     for model in evidence.LANGUAGE_MODELS:
         rows = []
-        plain = {r["seed"]: mean(r) for r in results if r["model"] == model and r["attention"] == "transformer"}
+        plain = losses_of(chosen, model, "transformer")
         for attention in evidence.LANGUAGE_ATTENTIONS:
-            mine = [r for r in results if r["model"] == model and r["attention"] == attention]
+            mine = [r for r in chosen if r["model"] == model and r["attention"] == attention]
             if mine:
-                differences = [mean(r) - plain[r["seed"]] for r in mine if r["seed"] in plain]
+                differences = [mean_loss(r) - plain[r["seed"]] for r in mine if r["seed"] in plain]
                 rows.append(
                     [attention, len(mine)]
                     + [spread([r["last"][d] for r in mine], 1, 4) for d in domains]
                     + [
-                        spread([mean(r) for r in mine], 1, 4),
+                        spread([mean_loss(r) for r in mine], 1, 4),
                         spread(differences, 1, 4) if attention != "transformer" else "",
                     ]
                 )
@@ -161,7 +183,54 @@ def language(results):
             lines += [f"Model {model}:", ""] + table(
                 ["attention", "seeds"] + domains + ["mean", "minus transformer"], rows
             )
+    for r in exact:
+        other = losses_of(chosen, r["model"], r["attention"]).get(r["seed"])
+        if other is not None:
+            lines += [
+                f"Model {r['model']}, {r['attention']}, seed {r['seed']}, with products in {r['matmul']}: "
+                f"{mean_loss(r):.4f}, in {evidence.LANGUAGE_MATMUL} {other:.4f}.",
+                "",
+            ]
     return lines + origin(results, "language")
+
+
+def losses_of(results, model, attention):
+    """{seed: mean loss of the domains}."""
+    return {r["seed"]: mean_loss(r) for r in results if (r["model"], r["attention"]) == (model, attention)}
+
+
+def draw_language(results):
+    """The mean loss of the domains minus the plain Transformer's of the same seed, over steps; a panel a model."""
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+    except ImportError:
+        return False
+    curves = {}
+    for r in results:
+        if r["matmul"] == evidence.LANGUAGE_MATMUL:
+            points = [dict(points) for points in r["curve"].values()]
+            means = {step: statistics.mean(p[step] for p in points) for step in points[0]}
+            curves[r["model"], r["attention"], r["seed"]] = means
+    figure, axes = plt.subplots(1, 2, figsize=(12, 4))
+    for axis, model in zip(axes, evidence.LANGUAGE_MODELS):
+        for attention, colour in zip(evidence.LANGUAGE_ATTENTIONS[1:], COLOURS):
+            for (m, a, seed), curve in sorted(curves.items()):
+                plain = curves.get((model, "transformer", seed))
+                if (m, a) == (model, attention) and plain:
+                    style = {"color": colour, "linestyle": "-" if seed == 1 else "--", "marker": "."}
+                    axis.plot(list(curve), [curve[s] - plain[s] for s in curve], label=f"{a}, seed {seed}", **style)
+        axis.axhline(0, color="black", linewidth=0.8)
+        axis.set_title(model)
+        axis.grid(alpha=0.3)
+    axes[-1].legend(loc="upper left", bbox_to_anchor=(1.02, 1), fontsize=9)
+    figure.supxlabel("optimizer step")
+    figure.supylabel("loss minus the plain Transformer's (nats a byte)")
+    figure.tight_layout()
+    figure.savefig(os.path.join(PICTURES, "evidence_language.png"), dpi=100)
+    return True
 
 
 def language_tuning(results):
@@ -407,7 +476,7 @@ def draw_cost(results):
         return False
     figure, axes = plt.subplots(1, len(evidence.COST_MODELS), figsize=(12, 4), sharey=True)
     for axis, h in zip(axes, evidence.COST_MODELS):
-        for a, colour in zip(evidence.COST_ATTENTIONS, ("#7f7f7f", "#e69f00", "#0000a7", "#009e73")):
+        for a, colour in zip(evidence.COST_ATTENTIONS, COLOURS):
             cells = sorted(
                 (r["length"], r["last"]["time"]) for r in measured if r["head_size"] == h and r["attention"] == a
             )
@@ -443,10 +512,10 @@ def verdicts():
         if plain and mta:
             text = f"toy, N {n}, {kind}: mta errs in {spread(mta, 100)}%, the plain model in {spread(plain, 100)}%"
             said.append((max(mta) < min(plain), f"{text} ({count(min(len(mta), len(plain)))})"))
-    found = evidence.read_results("language").values()
+    found = [r for r in evidence.read_results("language").values() if r["matmul"] == evidence.LANGUAGE_MATMUL]
     for model in evidence.LANGUAGE_MODELS:
         mine = [r for r in found if r["model"] == model]
-        plain = {r["seed"]: mean_loss(r) for r in mine if r["attention"] == "transformer"}
+        plain = losses_of(mine, model, "transformer")
         for attention in ("mta", "mta-full"):
             of_kind = [r for r in mine if r["attention"] == attention and r["seed"] in plain]
             gain = [mean_loss(r) - plain[r["seed"]] for r in of_kind]
@@ -478,7 +547,7 @@ def hours():
 
 
 PARTS = {
-    "toy": toy, "toy-tuning": toy_tuning, "ablation": ablation, "language": language,
+    "toy": toy, "again": again, "toy-tuning": toy_tuning, "ablation": ablation, "language": language,
     "language-tuning": language_tuning, "long": long, "cost": cost,
 }
 
@@ -509,6 +578,8 @@ def write():
         lines += section(results)
         if part == "toy" and draw_toy(results):
             lines += ["![error over steps of each toy task, every seed](pictures/evidence_toy.png)", ""]
+        if part == "language" and draw_language(results):
+            lines += ["![loss minus the plain Transformer's, over steps](pictures/evidence_language.png)", ""]
         if part == "cost" and draw_cost(results):
             lines += [
                 "![time of a step over the plain Transformer's, by length and head size](pictures/evidence_cost.png)",
@@ -519,6 +590,6 @@ def write():
         lines += ["![the convolution kernels of a toy model, by layer and head](pictures/evidence_kernels.png)", ""]
     lines += hours()
     with open(os.path.join(evidence.ROOT, "dev", "RESULTS.md"), "w", encoding="utf-8") as f:
-        f.write("\n".join(lines).rstrip() + "\n")
+        f.write("\n".join(filled(line) for line in lines).rstrip() + "\n")
     print("wrote dev/RESULTS.md")
     return 0

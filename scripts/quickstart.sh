@@ -316,6 +316,6 @@ $checkpoint   the language model: config.json, model.safetensors and what --resu
 next:
   ./infer_mta $checkpoint --prompt "If you"              more text
   ./train_mta --help                                     every option; your own text: data/README.md
-  scripts/toy_table.sh --help                            the paper's whole toy table
+  scripts/evidence.sh --help                             the paper's whole toy table, and its other claims
 finished after $((SECONDS - started)) s
 END

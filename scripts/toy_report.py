@@ -1,12 +1,11 @@
 #!/usr/bin/env python3
-"""Prints the errors of toy-task runs beside the paper's (arXiv 2504.00927, table 1). The standard library suffices.
+"""Prints the errors of toy-task runs, a column a seed, beside the paper's (arXiv 2504.00927, table 1). The standard
+library suffices.
 
-    python3 scripts/toy_report.py runs/quickstart/n4_first                 # one task: a column a seed
-    python3 scripts/toy_report.py runs/toy_table/n*_*                      # several: mean +- standard deviation, a
-                                                                           column a task
+    python3 scripts/toy_report.py runs/quickstart/n4_first
 
 A task's folder is called nN_KIND and holds runs called MODEL_SEED (transformer_1, mta_3); the last validation of each
-log.jsonl counts.
+log.jsonl counts. The paper's whole table: scripts/evidence.sh toy.
 """
 import argparse
 import json
@@ -50,12 +49,6 @@ def read_task(folder):
     return out
 
 
-def models_of(tasks):
-    """Models in a fixed order: transformer, mta, then others."""
-    found = {model for task in tasks.values() for model in task}
-    return [m for m in PAPER if m in found] + sorted(found - set(PAPER))
-
-
 def print_table(rows):
     """Rows of cells, the first left-aligned; the widths fit."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
@@ -66,11 +59,11 @@ def print_table(rows):
             print("  " + "  ".join("-" * w for w in widths))
 
 
-def one_task(name, task):
+def print_task(name, task):
     seeds = sorted({seed for runs in task.values() for seed in runs})
     kind = name.rpartition("_")[2]
     rows = [["error in %"] + [f"seed {s}" for s in seeds] + ["mean", f"paper, N=5 {kind}", f"paper, N=8 {kind}"]]
-    for model in models_of({name: task}):
+    for model in [m for m in PAPER if m in task] + sorted(set(task) - set(PAPER)):
         runs = task[model]
         cells = [f"{runs[s][1]:.1f}" if s in runs else "-" for s in seeds]
         paper = [PAPER.get(model, {}).get(f"n{n}_{kind}", "-") for n in (5, 8)]
@@ -83,35 +76,17 @@ def one_task(name, task):
         print(f"  mta is below transformer on {below} of {len(pairs)} seeds")
 
 
-def several_tasks(tasks):
-    names = sorted(tasks)
-    rows = [["error in %"] + [name.replace("_", " ").upper()[:2] + " " + name.partition("_")[2] for name in names]]
-    for model in models_of(tasks):
-        row = [model]
-        for name in names:
-            errors = [e for _, e in tasks[name].get(model, {}).values()]
-            spread = f" +- {statistics.stdev(errors):.1f}" if len(errors) > 1 else ""
-            row.append(f"{statistics.mean(errors):.1f}{spread} ({len(errors)})" if errors else "-")
-        rows.append(row)
-        rows.append(["  paper"] + [PAPER.get(model, {}).get(name, "-") for name in names])
-    print_table(rows)
-    print("  mean +- standard deviation over seeds (their number)")
-
-
 def main():
     parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__.split("\n\n")[0])
-    parser.add_argument("folders", nargs="+", help="folders of tasks: nN_KIND")
-    options = parser.parse_args()
+    parser.add_argument("folder", help="folder of a task: nN_KIND")
+    folder = parser.parse_args().folder
     try:
-        tasks = {os.path.basename(os.path.normpath(f)): read_task(f) for f in options.folders}
+        task = read_task(folder)
     except OSError as error:
         sys.exit(f"toy_report.py: {error}")
-    if not any(tasks.values()):
-        sys.exit(f"toy_report.py: no run with a masked validation set below {' '.join(options.folders)}")
-    if len(tasks) == 1:
-        one_task(*next(iter(tasks.items())))
-    else:
-        several_tasks(tasks)
+    if not task:
+        sys.exit(f"toy_report.py: no run with a masked validation set below {folder}")
+    print_task(os.path.basename(os.path.normpath(folder)), task)
 
 
 if __name__ == "__main__":

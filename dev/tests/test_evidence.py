@@ -6,9 +6,12 @@ unfinished one goes on, what is counted of kernels and answers is what it says.
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
+import time
 import unittest
 from unittest import mock
 
@@ -37,7 +40,8 @@ class Evidence(unittest.TestCase):
             mock.patch.object(evidence, "language_data", lambda out: ["--seq-len", "256", "--tokenizer", "bytes"]),
             mock.patch.object(evidence_long, "make", lambda out, text: None),
         ):
-            for cell in [c for part in evidence.PARTS if part != "cost" for c in evidence.cells_of(part)]:
+            parts = [part for part in evidence.PARTS + evidence.NAMED_PARTS if part != "cost"]
+            for cell in [c for part in parts for c in evidence.cells_of(part)]:
                 key = (cell["part"], cell["model"], cell["attention"], cell.get("row"), cell["lr"], cell["steps"])
                 if key in seen:
                     continue
@@ -51,7 +55,7 @@ class Evidence(unittest.TestCase):
         self.assertGreater(len(seen), 40)
 
     def test_names_of_cells_differ(self):
-        for part in evidence.PARTS:
+        for part in evidence.PARTS + evidence.NAMED_PARTS:
             names = [c["name"] for c in evidence.cells_of(part)]
             self.assertEqual(len(names), len(set(names)), part)
 
@@ -86,6 +90,25 @@ class Evidence(unittest.TestCase):
             self.assertEqual(self.run_row(row, 10)[0], 0)
             with open(path, encoding="utf-8") as f:
                 self.assertEqual(f.read(), before)
+
+    def test_a_stopped_cell_goes_on(self):
+        log = os.path.join(self.out, "ablation", "transformer", "seed1", "log.jsonl")
+
+        def stop():
+            while not (os.path.exists(log) and os.path.getsize(log)):
+                time.sleep(0.02)
+            os.kill(os.getpid(), signal.SIGINT)
+
+        thread = threading.Thread(target=stop, daemon=True)
+        thread.start()
+        self.assertEqual(self.run_row("transformer", 60), (75, []))
+        thread.join()
+        status, lines = self.run_row("transformer", 60)
+        self.assertEqual((status, [line["steps"] for line in lines]), (0, [60]))
+        with open(log, encoding="utf-8") as f:
+            events = [json.loads(line) for line in f]
+        reasons = [e["reason"] for e in events if e["event"] == "stop"]
+        self.assertEqual((reasons, [e["step"] for e in events if e["event"] == "step"][-1]), (["signal", "done"], 60))
 
     def test_kernels_that_start_elsewhere_do(self):
         self.run_row("kernels start as the mean", 10)

@@ -1,6 +1,5 @@
 #!/usr/bin/env python3
-"""Tests of scripts/quickstart.sh and scripts/toy_table.sh at their --tiny size, and of what they say when something is
-missing.
+"""Tests of scripts/quickstart.sh at its --tiny size, and of what it says when something is missing.
 
 python3 dev/tests/test_quickstart.py     (needs train_mta and infer_mta: MTA_BIN, default the repository)
 
@@ -235,55 +234,28 @@ class Quickstart(unittest.TestCase):
         for words, piece in ((("quickstart.sh", "--text", "near.txt", "--out", "near.txt/x"),
                               self.folder + "/near.txt/x: cannot write there"),
                              (("quickstart.sh", "--text=none.txt"),
-                              "--text: " + self.folder + "/none.txt: no such file"),
-                             (("toy_table.sh", "--size", "tiny", "--trainer", "/bin/true", "--out", "near.txt/x"),
-                              self.folder + "/near.txt/x: cannot write there")):
+                              "--text: " + self.folder + "/none.txt: no such file")):
             done = subprocess.run([os.path.join(self.home, "scripts", words[0]), *words[1:]], cwd=self.folder,
                                   env=self.environment(), capture_output=True, text=True)
             self.assertEqual((done.returncode, done.stderr.count("\n")), (1, 1), done.stderr)
             self.assertIn(piece, done.stderr)
 
     def test_interrupted(self):
-        """SIGTERM or SIGINT in the middle: both trainings save and end, status 75; so does the toy table."""
-        for script, words, sig, runs in (("quickstart.sh", ("--no-install", "--out", "runs/f"), signal.SIGTERM,
-                                          "runs/f/n4_first"),
-                                         ("toy_table.sh", ("--out", "runs/g", "--tasks", "5 first", "--jobs", "2"),
-                                          signal.SIGINT, "runs/g/n5_first")):
-            # A shell cannot trap a signal that was ignored when it started, as SIGINT is in whatever runs in the
-            # background.
-            child = subprocess.Popen(["scripts/" + script, *words], cwd=self.home, env=self.environment(),
-                                     stdin=subprocess.DEVNULL,
-                                     stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
-                                     preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
-            self.addCleanup(kill_group, child.pid)
-            logs = [os.path.join(self.home, runs, kind + "_1", "log.jsonl") for kind in ("transformer", "mta")]
-            start = time.time()
-            while time.time() - start < 300 and not all('"event": "step"' in read_text(log) for log in logs):
-                time.sleep(0.1)
-            child.send_signal(sig)
-            _, stderr = child.communicate(timeout=300)
-            self.assertEqual(child.returncode, 75, stderr)
-            self.assertIn("the same command continues", stderr)
-            for log in logs:
-                self.assertEqual(json.loads(read_text(log).splitlines()[-1])["reason"], "signal")
-
-    def test_toy_table(self):
-        """A small table; the second call finds everything done."""
-        words = ("--size", "tiny", "--out", "runs/table", "--seeds", "1 2", "--tasks", "5 all,8 last", "--jobs", "2")
-        done = self.run_script(*words, script="toy_table.sh")
-        self.assertEqual(done.returncode, 0, done.stdout + done.stderr)
-        self.assertIn("8 runs of 4 steps each", done.stdout)
-        self.assertRegex(done.stdout, r"N5 all +N8 last\n")
-        self.assertRegex(done.stdout, r"transformer +[\d.]+ \+- [\d.]+ \(2\)")
-        again = self.run_script(*words, script="toy_table.sh")
-        self.assertIn("8 finished before", again.stdout)
-        self.assertEqual(again.stdout.partition("sequences with")[2], done.stdout.partition("sequences with")[2])
-        for bad, piece in ((("--size", "huge"), "wanted paper, night or tiny"), (("--jobs", "0"), "--jobs: got"),
-                           (("--tasks", "5 some"), "--tasks: got"),
-                           (("--trainer", "./nothing"), "no such program"), (("--size",), "the value is missing")):
-            done = self.run_script(*bad, script="toy_table.sh")
-            self.assertEqual((done.returncode, done.stderr.count("\n")), (1, 1), done.stderr)
-            self.assertIn(piece, done.stderr)
+        """SIGTERM in the middle: both trainings save and end, status 75."""
+        child = subprocess.Popen(["scripts/quickstart.sh", "--no-install", "--out", "runs/f"], cwd=self.home,
+                                 env=self.environment(), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                                 stderr=subprocess.PIPE, text=True, start_new_session=True)
+        self.addCleanup(kill_group, child.pid)
+        logs = [os.path.join(self.home, "runs/f/n4_first", kind + "_1", "log.jsonl") for kind in ("transformer", "mta")]
+        start = time.time()
+        while time.time() - start < 300 and not all('"event": "step"' in read_text(log) for log in logs):
+            time.sleep(0.1)
+        child.send_signal(signal.SIGTERM)
+        _, stderr = child.communicate(timeout=300)
+        self.assertEqual(child.returncode, 75, stderr)
+        self.assertIn("the same command continues", stderr)
+        for log in logs:
+            self.assertEqual(json.loads(read_text(log).splitlines()[-1])["reason"], "signal")
 
 
 if __name__ == "__main__":
