@@ -1799,36 +1799,62 @@ static void test_evaluation(const Trainer* tr, const char* kind) {
     free(logits[1]);
 }
 
-// Scores far beyond what fp16 holds, next to weights of a kernel that are 0: loss and gradients are numbers.
-static void test_large_scores(const Trainer* tr) {
-    Config c = small_config("mta");
-    int B = 1, T = 40;
-    double worst = 0;
-    c.hidden_size = 32;  // heads of 8: the fused kernels of the CUDA trainer
-    for (int l = 0; l < c.num_hidden_layers; l++) { c.kq_conv_layer[l] = true; }
-    void* m = make_model(tr, &c, B, T, 0);
+// Numbers too large for what they are stored in: a step that they make wrong shows in its loss or in the gradients'
+// norm, and so changes nothing. The CPU's and fp32's scores hold those of the first row.
+typedef struct {
+    const char* name;
+    float factor;         // of the weights of
+    TensorKind kinds[2];  // these
+    bool fp32_holds;
+} Large;
+static const Large LARGE[] = {
+    {"scores beyond fp16", 1e3f, {TENSOR_Q, TENSOR_K}, true},
+    {"scores beyond fp32", 1e20f, {TENSOR_Q, TENSOR_K}, false},
+    {"squares of the stream beyond fp32", 1e25f, {TENSOR_EMBED, TENSOR_EMBED}, false},
+    {"squares of a head beyond fp32", 1e25f, {TENSOR_V, TENSOR_V}, false},
+};
+
+static void scale_weights(const Trainer* tr, void* m, const Large* large) {
     const TensorList* list = tr->tensors(m);
-    int32_t* tokens = random_tokens(3, (size_t)T, c.vocab_size);
-    model_initialise(tr, m, &c, 5);
     for (int i = 0; i < list->n; i++) {
-        if (list->specs[i].kind != TENSOR_Q && list->specs[i].kind != TENSOR_K) { continue; }
-        float* w = floats(list->specs[i].numel);
-        tr->get(m, STATE_WEIGHT, i, 0, list->specs[i].numel, w);
-        for (size_t k = 0; k < list->specs[i].numel; k++) { w[k] *= 1000; }
+        size_t n = list->specs[i].numel;
+        if (list->specs[i].kind != large->kinds[0] && list->specs[i].kind != large->kinds[1]) { continue; }
+        float* w = floats(n);
+        tr->get(m, STATE_WEIGHT, i, 0, n, w);
+        for (size_t k = 0; k < n; k++) { w[k] *= large->factor; }
         tr->set(m, STATE_WEIGHT, i, w);
         free(w);
     }
-    double loss = mean_gradients(tr, m, tokens, tokens, B, T);
-    float* grads = get_all(tr, m, STATE_GRADIENT);
-    for (size_t i = 0; i < list->parameters; i++) {
-        if (!(fabs((double)grads[i]) <= worst)) { worst = isfinite(grads[i]) ? fabs((double)grads[i]) : INFINITY; }
-    }
+}
+
+// chunk: queries at a time, 0 = the fused kernels of the CUDA trainer where they serve
+static void test_large(const Trainer* tr, const char* kind, const Large* large, int chunk) {
+    Config c = small_config(kind);
+    int B = 1, T = 40;
+    AdamW hyper = {0.01, 0.9, 0.95, 1e-8, 0.1, 1.0};
     char title[128];
-    title_of(title, sizeof title, tr, "large scores", "mta");
-    verdict(isfinite(loss) && isfinite(worst), title, "loss %.3f, largest gradient %.3g", loss, worst);
+    c.hidden_size = 32;  // heads of 8, which the fused kernels take
+    for (int l = 0; l < c.num_hidden_layers; l++) {
+        c.kq_conv_layer[l] = c.kq_conv_pre_softmax || c.kq_conv_post_softmax;
+    }
+    void* m = make_model(tr, &c, B, T, chunk);
+    int32_t* tokens = random_tokens(3, (size_t)T, c.vocab_size);
+    model_initialise(tr, m, &c, 5);
+    scale_weights(tr, m, large);
+    float* before = get_all(tr, m, STATE_MASTER);
+    Step s = one_batch(tokens, tokens, B, T, 1, hyper);
+    StepResult r = tr->train_step(m, &s);
+    float* after = get_all(tr, m, STATE_MASTER);
+    size_t n = tr->tensors(m)->parameters;
+    bool seen = !isfinite(r.loss) || !isfinite(r.grad_norm), same = !memcmp(before, after, n * sizeof(float)),
+         holds = large->fp32_holds && (tr->exact || !strncmp(tr->name, "cpu", 3));
+    title_of(title, sizeof title, tr, large->name, kind);
+    verdict(seen != holds && same == seen, title, "chunks of %d: loss %.3g, gradient norm %.3g, weights %s", chunk,
+            r.loss, r.grad_norm, same ? "kept" : "changed");
     tr->destroy(m);
     free(tokens);
-    free(grads);
+    free(before);
+    free(after);
 }
 
 static void test_trainer(const Trainer* tr) {
@@ -1846,7 +1872,11 @@ static void test_trainer(const Trainer* tr) {
     if (wanted("masked")) { test_masked(tr); }
     if (wanted("states")) { test_states(tr); }
     if (wanted("losses")) { test_losses(tr); }
-    if (wanted("large scores")) { test_large_scores(tr); }
+    for (int k = 0; k < N_KINDS * 2; k++) {
+        for (size_t i = 0; wanted("beyond") && i < sizeof LARGE / sizeof *LARGE; i++) {
+            test_large(tr, KINDS[k / 2], &LARGE[i], k % 2 * 16);
+        }
+    }
 }
 
 // train_mta.cu against train_mta.c.

@@ -464,7 +464,8 @@ static void rmsnorm_forward(real* out, real* rstd, const real* inp, const real* 
         real sum = 0;
 #pragma omp simd reduction(+ : sum)
         for (int c = 0; c < C; c++) { sum += x[c] * x[c]; }
-        real r = (real)(1.0 / sqrt((double)sum / C + eps)), s = r * (real)scale;
+        real r = (real)(isfinite(sum) ? 1.0 / sqrt((double)sum / C + eps) : NAN);  // of an overflow it would be 0
+        real s = r * (real)scale;
         rstd[n] = r;
         for (int c = 0; c < C; c++) { o[c] = x[c] * s * weight[c]; }
     }

@@ -207,6 +207,8 @@ static __device__ inline float exponential2(float x) {
 #endif
 }
 static __device__ inline float exponential(float x) { return EXACT ? expf(x) : exponential2(LOG2E * x); }
+// 1 / sqrt(x) of a mean square; NaN where the squares overflow, which 0 would hide
+static __device__ inline float inverse_root(float x) { return x < INFINITY ? 1.0f / sqrtf(x) : NAN; }
 static __device__ inline float sigmoid(float x) {
     return EXACT ? 1.0f / (1.0f + expf(-x)) : __fdividef(1.0f, 1.0f + exponential(-x));
 }
@@ -499,7 +501,7 @@ static __global__ void rmsnorm_forward_kernel(floatX* out, float* rstd, float* s
         }
         for (int e = 0; e < W; e++) { squares += x.v[e] * x.v[e]; }
     }
-    float r = 1.0f / sqrtf(warp_sum(squares) / C + eps);
+    float r = inverse_root(warp_sum(squares) / C + eps);
     if (lane == 0) { rstd[n] = r; }
 
     // Second pass: the row again, from the cache, scaled.
@@ -1125,17 +1127,19 @@ typedef struct {
 } RowStats;
 static __device__ inline void stats_join(RowStats* s, RowStats more) {
     float max = fmaxf(s->max, more.max);
-    if (max > -INFINITY) { s->sum = s->sum * exponential(s->max - max) + more.sum * exponential(more.max - max); }
+    bool none = max == -INFINITY;  // of both; but a sum may be NaN, for which fmaxf takes no maximum
+    s->sum = none ? s->sum + more.sum : s->sum * exponential(s->max - max) + more.sum * exponential(more.max - max);
     s->max = max;
 }
-// The first n values of a pack
+// The first n values of a pack. An infinity is a logit that fp16 could not hold: times 0 it is NaN and so shows in the
+// sum, where its exponential may be 0.
 static __device__ inline void stats_add(RowStats* s, const float* x, int n) {
     RowStats more = {-INFINITY, 0};
     UNROLL
     for (int e = 0; e < PACK; e++) { more.max = e < n ? fmaxf(more.max, x[e]) : more.max; }
     if (more.max > s->max) { s->sum *= exponential(s->max - more.max), s->max = more.max; }
     UNROLL
-    for (int e = 0; e < PACK; e++) { s->sum += e < n ? exponential(x[e] - s->max) : 0.0f; }
+    for (int e = 0; e < PACK; e++) { s->sum += e < n ? exponential(x[e] - s->max) + 0.0f * x[e] : 0.0f; }
 }
 static __device__ inline RowStats stats_shuffle(RowStats s, int flip) {
     RowStats other = {__shfl_xor_sync(ALL_LANES, s.max, flip), __shfl_xor_sync(ALL_LANES, s.sum, flip)};
@@ -1615,7 +1619,7 @@ static __global__ void head_output_forward_kernel(floatX* out, const floatX* inp
             for (int i = 0; i < W; i++) { squares += p.x.v[i] * p.x.v[i]; }
             for (int i = 0; o.gate && i < W; i++) { dot += p.x.v[i] * p.norm.v[i] * (float)p.gate.v[i]; }
         });
-        if (o.norm) { r = 1.0f / sqrtf(head_sum(squares) / (o.wide * o.HS) + 1e-5f); }
+        if (o.norm) { r = inverse_root(head_sum(squares) / (o.wide * o.HS) + 1e-5f); }
         if (o.gate) { s = sigmoid(r * head_sum(dot) + (float)*o.bias); }
 
         // Both applied, into the token's row of channels.
@@ -1709,7 +1713,7 @@ static __global__ void __launch_bounds__(ROW_THREADS, PACKS == 2 ? 2 : 3)
             for (int i = 0; o.gate && i < W; i++) { gate += p.x.v[i] * p.norm.v[i] * (float)p.gate.v[i]; }
         });
         through = head_sum(through);
-        if (o.norm) { r = 1.0f / sqrtf(head_sum(squares) / size + 1e-5f); }
+        if (o.norm) { r = inverse_root(head_sum(squares) / size + 1e-5f); }
         if (o.gate) {
             gate = head_sum(gate);
             s = sigmoid(r * gate + (float)*o.bias), ds = s * (1 - s) * r * through;
@@ -1997,10 +2001,15 @@ static __device__ inline unsigned pack_bf16(float x, float y) {
     memcpy(&pair, &h, sizeof pair);
     return pair;
 }
-// Scores: fp16 ends at 65504, and an infinite score times a weight of 0 would be no number; NaN stays NaN.
-static __device__ inline float score_clamp(float x) {
-    const float most = 60000;
-    return x > most ? most : x < -most ? -most : x;
+// Two scores. What fp16 cannot hold becomes NaN, not infinity: a weight next to zero would hide
+// an infinite score from the loss, and the step would not be seen to be wrong. One instruction: x * 0 + x.
+#define SCORES_END 65520.0f  // from here on fp16 rounds to infinity
+static __device__ inline unsigned pack_scores(float x, float y) {
+    __half2 h = __floats2half2_rn(x, y);
+    h = __hfma2(h, __floats2half2_rn(0, 0), h);
+    unsigned pair;
+    memcpy(&pair, &h, sizeof pair);
+    return pair;
 }
 // The same by type: __half, else bf16
 template <typename T> static __device__ inline void mma(float* c, const unsigned* a, unsigned b0, unsigned b1) {
@@ -2804,8 +2813,8 @@ static __device__ inline void forward_scores_put(const ForwardBlock<F>& x, const
         UNROLL
         for (int e = 0; e < 4; e += 2) {
             int query = i + lane_row() + 4 * e, key = j + 8 * g + lane_column();
-            unsigned pair = pack_half(key <= query ? score_clamp(c[g][e] * scale) : 0.0f,
-                                      key + 1 <= query ? score_clamp(c[g][e + 1] * scale) : 0.0f);
+            unsigned pair =
+                pack_scores(key <= query ? c[g][e] * scale : 0.0f, key + 1 <= query ? c[g][e + 1] * scale : 0.0f);
             *reinterpret_cast<unsigned*>(x.scores + (query - x.i0 + F::HALO) * F::RING_PITCH + key % F::RING) = pair;
         }
     }
@@ -2869,18 +2878,20 @@ static __device__ inline void forward_values(float (*out)[4], const float (*c)[4
         }
     }
 }
-// z and the statistics of the warp's rows
+// z and the statistics of the warp's rows. A row with a score that the chunks' fp16 could not hold is NaN here as
+// there: its gradient would be the rounding of P times such scores.
 template <typename F>
 static __device__ inline void forward_store(floatX* z, float* stats, const ForwardBlock<F>& x, const float (*out)[4],
                                             const float* top, const float* sum, const Flash& f) {
     UNROLL
     for (int r = 0; r < 2; r++) {
         int i = x.row0 + lane_row() + 8 * r;
-        float inverse = 1.0f / quad_sum(sum[r]);
+        float max = F::CQ > 0 ? top[r] : top[r] * f.scale, all = quad_sum(sum[r]),
+              inverse = max < SCORES_END ? 1.0f / all : NAN;
         if (i >= f.T) { continue; }
         if (threadIdx.x % 4 == 0) {
             float* kept = stats + 2 * ((size_t)x.head * f.T + i);
-            kept[0] = F::CQ > 0 ? top[r] : top[r] * f.scale, kept[1] = inverse;
+            kept[0] = max, kept[1] = inverse;
         }
         UNROLL
         for (int g = 0; g < F::OUT_GROUPS; g++) {
@@ -3095,8 +3106,8 @@ static __device__ inline void backward_scores_put(const BackwardBlock<F>& x, con
         for (int e = 0; e < 4; e += 2) {
             int r = r0 + lane_row() + 4 * e, column = c0 + 8 * g + lane_column(),
                 back = i0 - F::HALO + r - (j0 - 2 * F::SIDE + column);
-            *reinterpret_cast<unsigned*>(x.scores + r * F::FAR_PITCH + column) = pack_half(
-                back >= 0 ? score_clamp(c[g][e] * scale) : 0.0f, back >= 1 ? score_clamp(c[g][e + 1] * scale) : 0.0f);
+            *reinterpret_cast<unsigned*>(x.scores + r * F::FAR_PITCH + column) =
+                pack_scores(back >= 0 ? c[g][e] * scale : 0.0f, back >= 1 ? c[g][e + 1] * scale : 0.0f);
         }
     }
 }

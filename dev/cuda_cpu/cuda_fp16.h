@@ -39,5 +39,12 @@ typedef __half half;
 static inline __half __float2half(float f) { return __half(f); }
 static inline float __half2float(__half h) { return h; }
 static inline __half2 __floats2half2_rn(float x, float y) { return __half2{x, y}; }
+// One rounding: a product of two halves and its sum with a third are exact in double where this decides.
+static inline __half fma_half(__half x, __half y, __half z) {
+    return __half((float)((double)(float)x * (float)y + (float)z));
+}
+static inline __half2 __hfma2(__half2 x, __half2 y, __half2 z) {
+    return __half2{fma_half(x.x, y.x, z.x), fma_half(x.y, y.y, z.y)};
+}
 static inline float2 __half22float2(__half2 h) { return float2{h.x, h.y}; }
 #endif

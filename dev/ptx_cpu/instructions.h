@@ -282,6 +282,7 @@ inline Execute float_of(const string& o, const Strings& op, const string& type) 
     bool approximate = how == "approx" || how == "full", ftz = has(op, "ftz");
     if (ftz && o != "ex2") { return NULL; }
     if (type == "f64") { return how.empty() ? float_arithmetic<double>(o) : NULL; }
+    if (type == "f16x2" && o == "fma" && how == "rn") { TERNARY(uint32_t, uint32_t, uint32_t, fma_halves(a, b, c)) }
     if (type != "f32") { return NULL; }
     if (o == "fma" && how == "rn") { TERNARY(float, float, float, fmaf(a, b, c)) }
     if (o == "fma" && how == "rm") { TERNARY(float, float, float, rounded_fma(a, b, c, FE_DOWNWARD)) }

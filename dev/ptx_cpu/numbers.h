@@ -34,12 +34,12 @@ inline const float* f16_values() {
 }
 
 // x rounded to the nearest even number of a format with so many stored bits of mantissa and exponents from `smallest`.
-inline uint16_t narrow(float x, int mantissa, int smallest, uint16_t infinity) {
+inline uint16_t narrow(double x, int mantissa, int smallest, uint16_t infinity) {
     uint16_t sign = signbit(x) ? 0x8000 : 0;
     if (isnan(x)) { return 0x7fff; }
     if (isinf(x) || x == 0) { return sign | (x == 0 ? 0 : infinity); }
     int exponent;
-    double a = fabs((double)x);
+    double a = fabs(x);
     frexp(a, &exponent);
     exponent = std::max(exponent - 1, smallest);  // a = s * 2^exponent with s < 2
 
@@ -47,9 +47,18 @@ inline uint16_t narrow(float x, int mantissa, int smallest, uint16_t infinity) {
     uint32_t units = (uint32_t)nearbyint(ldexp(a, mantissa - exponent));
     return sign | (uint16_t)std::min<uint32_t>(units + ((uint32_t)(exponent - smallest) << mantissa), infinity);
 }
-inline uint16_t f16_bits(float x) { return narrow(x, 10, -14, 0x7c00); }
+inline uint16_t f16_bits(double x) { return narrow(x, 10, -14, 0x7c00); }
 inline uint16_t bf16_bits(float x) { return narrow(x, 7, -126, 0x7f80); }
 
+// a b + c of both halves of a pair, each rounded once: what a double loses of the sum never decides.
+inline uint32_t fma_halves(uint32_t a, uint32_t b, uint32_t c) {
+    auto one = [&](int shift) -> uint32_t {
+        double x = f16_value(a >> shift & 0xffff), y = f16_value(b >> shift & 0xffff),
+               z = f16_value(c >> shift & 0xffff);
+        return f16_bits(x * y + z);
+    };
+    return one(0) | one(16) << 16;
+}
 inline float flush(float x) { return fabsf(x) < 0x1p-126f ? copysignf(0.0f, x) : x; }  // .ftz
 // div.approx gives 0 where 2^126 < |b| < 2^128, and NaN for an infinite a.
 inline float divide_approx(float a, float b) {

@@ -52,9 +52,9 @@ static std::mt19937 random_bits(1);
 // ---- instructions against plain C++
 
 // x rounded to the nearest even number by a search among all of a format: slow and sure.
-static uint32_t nearest(float x, float (*value)(uint32_t), uint32_t infinity, double top) {
+static uint32_t nearest(double x, float (*value)(uint32_t), uint32_t infinity, double top) {
     uint32_t sign = signbit(x) ? 0x8000 : 0, low = 0, high = infinity - 1;
-    double a = fabs((double)x);
+    double a = fabs(x);
     if (isnan(x)) { return 0x7fff; }
     if (a >= top) { return sign | infinity; }
     while (low < high) {
@@ -90,6 +90,25 @@ static void test_conversions() {
         check(o[0] == (h | h << 16) && o[1] == (b | h << 16) &&
                   (isnan(x[n]) || ptx::bits_as<float>(o[2]) == floorf(x[n])) && back,
               "conversions", ptx::format("of %g", x[n]).c_str());
+    }
+}
+// fma.rn.f16x2 of any bits; and times 0, which makes NaN of an infinity and leaves the rest (pack_scores).
+static void test_half_sums() {
+    std::vector<uint32_t> x(1024), out(2 * x.size());
+    for (uint32_t& v : x) { v = (uint32_t)random_bits() & 0xbfffbfffu; }
+    x[0] = 0x7c00fc00u, x[1] = 0x7bff8001u, x[2] = 0x7fff0000u, x[3] = 0x80003c00u;
+    string bad = execute("mul.wide.u32 %rd6, %r2, 8; add.s64 %rd6, %rd1, %rd6; ld.global.u32 %r5, [%rd4]; xor.b32 %r6, "
+                         "%r5, 353436678; shr.u32 %r7, %r5, 3; fma.rn.f16x2 %r6, %r5, %r6, %r7; mov.b32 %r8, 0; "
+                         "fma.rn.f16x2 %r7, %r5, %r8, %r5; st.global.v2.u32 [%rd6], {%r6,%r7};",
+                         {1, 1024, 0}, out, x);
+    check(bad.empty(), "sums of halves run", bad.c_str());
+    for (size_t n = 0; n < 2 * x.size(); n++) {
+        uint32_t a = x[n / 2] >> n % 2 * 16 & 0xffff, b = (x[n / 2] ^ 353436678u) >> n % 2 * 16 & 0xffff,
+                 c = x[n / 2] >> 3 >> n % 2 * 16 & 0xffff, sum = out[n / 2 * 2] >> n % 2 * 16 & 0xffff,
+                 same = out[n / 2 * 2 + 1] >> n % 2 * 16 & 0xffff;
+        double want = (double)ptx::f16_value(a) * (double)ptx::f16_value(b) + (double)ptx::f16_value(c);
+        check(sum == nearest(want, ptx::f16_value, 0x7c00, 65520) && same == ((a & 0x7c00) == 0x7c00 ? 0x7fff : a),
+              "sums of halves", ptx::format("%x, %x, %x: %x, %x", a, b, c, sum, same).c_str());
     }
 }
 static void test_integers() {
@@ -304,6 +323,7 @@ int main(void) {
     test_divergence();
     test_product<__half>("f16");
     test_product<__nv_bfloat16>("bf16");
+    test_half_sums();
     test_planted();
     return test_verdict();
 }
