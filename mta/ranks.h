@@ -357,6 +357,21 @@ static inline void ranks_from_root(Ranks* r, void* data, size_t n) {
     free(list);
 }
 
+// Rank 0 gives each rank p the n bytes at data + p * n, which p has at its data; back: p gives them to rank 0.
+static inline void ranks_deal(Ranks* r, void* data, size_t n, bool back) {
+    if (ranks_alone(r)) { return; }
+    RanksMessage* list = ranks_list(r);
+    int messages = 0;
+    for (int p = 1; p < r->size && r->rank == 0; p++) {
+        RanksMessage one = {(char*)data + (size_t)p * n, n, p, back};
+        list[messages++] = one;
+    }
+    RanksMessage own = {data, n, 0, !back};
+    if (r->rank) { list[messages++] = own; }
+    ranks_transfer(r, list, messages);
+    free(list);
+}
+
 // Rank 0 asks one rank for something of n bytes, or tells all with NULL that nothing more is asked for.
 typedef struct {
     int32_t kind, tensor;  // kind -1: nothing more

@@ -101,7 +101,7 @@ typedef struct {
     double started;                            // seconds_now() when training began
     double training_seconds;                   // in train_step since then: what tokens/s and ETA are of
     int64_t first_step;
-    int64_t computed;  // windows that this process has computed
+    int64_t computed;  // windows, or requests of --score, that this process has computed
 } Run;
 
 // The one variable that a signal handler may write.
@@ -623,10 +623,7 @@ static inline void run_settle(Run* r, const Trainer* trainer, const TrainOptions
     if (o->matmul && strcmp(o->matmul, run_matmul(r)) != 0) {
         die("--matmul: got %s, this build's products are in %s", o->matmul, run_matmul(r));
     }
-    if (o->score && r->ranks->size > 1) {
-        die("--score: got %d ranks, wanted one: it answers line by line", r->ranks->size);
-    }
-    if (o->score) { run_divert_output(r); }
+    if (o->score && ranks_lead(r->ranks)) { run_divert_output(r); }
     if (!o->dry_run && o->out && ranks_lead(r->ranks)) {
         if (!o->resume && run_holds_run(o->out)) {
             die("--out: %s holds a run; --resume continues it, or choose another directory", o->out);

@@ -293,7 +293,36 @@ static inline void evaluate(Run* r) {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Scoring (mta/score.h reads and answers the requests): those of about equal length in one batch
+// Scoring (mta/score.h reads and answers the requests): those of about equal length in one batch. With several ranks
+// rank 0 reads and answers; it cuts the batches that one process would compute and deals them out, one for each rank in
+// a round, so that the answers are the same bytes on any number of ranks.
+
+// What a rank computes in a round: its tokens follow, then its targets, each (B,T) of room for as many as any batch
+// has. The answer to it are the losses (B,T) as floats and, behind their room, whether each is wrong (B,T).
+typedef struct {
+    int32_t B, T;  // B 0: nothing in this round; -1: there is no other round
+    int64_t line;  // of the first request
+} ScoreBatch;
+
+typedef struct {
+    Run* run;
+    size_t tokens;                     // of a batch at most
+    size_t batch_bytes, answer_bytes;  // of one rank
+    char *batches, *answers;           // of every rank, in their order; of another rank than 0 its own
+} ScoreRounds;
+
+static inline ScoreBatch* score_of(const ScoreRounds* s, int rank) {
+    return (ScoreBatch*)(void*)(s->batches + (size_t)rank * s->batch_bytes);
+}
+
+static inline ScoreRounds score_open(Run* r) {
+    size_t tokens = (size_t)r->batch_size * (size_t)r->seq_len, ranks = r->ranks->rank ? 1 : (size_t)r->ranks->size;
+    ScoreRounds s = {r, tokens, sizeof(ScoreBatch) + 2 * tokens * sizeof(int32_t), 0, NULL, NULL};
+    s.answer_bytes = (tokens * (sizeof(float) + 1) + 3) / 4 * 4;
+    s.batches = (char*)alloc_or_die(ranks, s.batch_bytes, "batches of requests");
+    s.answers = (char*)alloc_or_die(ranks, s.answer_bytes, "losses of requests");
+    return s;
+}
 
 // Positions to compute: all tokens but the last, which is only predicted; none where nothing is.
 static inline int score_positions(const ScoreRequest* q) { return q->n > q->context ? q->n - 1 : 0; }
@@ -305,54 +334,118 @@ static inline int score_by_length(const void* a, const void* b) {
     return more ? more : (x->line > y->line) - (x->line < y->line);
 }
 
-// Scorer.score, model a Run: as many of the requests (n) as fit the model's tokens at once, all as long as the first.
-// What stands behind a shorter one is of no effect: no token sees a later one.
-static inline int score_batch(void* model, ScoreRequest** requests, int n, long* passes) {
+// A batch of as many of the requests (n) as fit the model's tokens at once, all as long as the first. What stands
+// behind a shorter one is of no effect: no token sees a later one. Returns how many; all where nothing is asked of the
+// first, and so of the others.
+static inline int score_fill(const ScoreRounds* s, ScoreBatch* batch, ScoreRequest** requests, int n) {
     enum { MOST = 65535 };  // sequences that the trainers count
-    Run* r = (Run*)model;
-    int T = score_positions(requests[0]), B = 0;
-    if (!T) { return n; }  // and so are the others: nothing is asked of them
-    int most = (int)((int64_t)r->batch_size * r->seq_len / T);
+    int T = n ? score_positions(requests[0]) : 0, most = T ? (int)(s->tokens / (size_t)T) : 0, B = 0;
     for (; B < n && B < most && B < MOST && score_positions(requests[B]); B++) {
         const ScoreRequest* q = requests[B];
-        int32_t *tokens = r->tokens + (size_t)B * T, *targets = r->targets + (size_t)B * T;
+        int32_t *tokens = (int32_t*)(batch + 1) + (size_t)B * T, *targets = tokens + s->tokens;
         for (int t = 0; t < T; t++) {
             tokens[t] = t < q->n - 1 ? q->ids[t] : 0;
             targets[t] = t + 1 >= q->context && t + 1 < q->n ? q->ids[t + 1] : -1;
         }
     }
-    Losses losses = r->trainer->forward(r->model, r->tokens, r->targets, B, T, NULL);
-    for (int b = 0; b < B; b++) {
-        ScoreRequest* q = requests[b];
-        for (int t = q->context - 1; t < q->n - 1; t++) {
-            q->token_logprobs[t + 1 - q->context] = 0 - losses.losses[(size_t)b * T + t];
-            q->logprob -= (double)losses.losses[(size_t)b * T + t];
-            q->greedy = q->greedy && !losses.wrong[(size_t)b * T + t];
-        }
-    }
-    ++*passes;
-    return B;
+    batch->B = B, batch->T = T, batch->line = n ? requests[0]->line : 0;
+    return T ? B : n;
 }
 
-// Answers the lines of --score on standard output.
-static inline void score(Run* r) {
+// The losses of this rank's batch, the first in its memory as rank 0's is in rank 0's.
+static inline void score_compute(ScoreRounds* s) {
+    Run* r = s->run;
+    const ScoreBatch* batch = score_of(s, 0);
+    const int32_t* tokens = (const int32_t*)(batch + 1);
+    size_t n = (size_t)batch->B * (size_t)batch->T;
+    ranks_at(r->ranks, AT_SCORE, batch->line);
+    if (!n) { return; }
+    Losses losses = r->trainer->forward(r->model, tokens, tokens + s->tokens, batch->B, batch->T, NULL);
+    memcpy(s->answers, losses.losses, n * sizeof(float));
+    memcpy(s->answers + s->tokens * sizeof(float), losses.wrong, n);
+    r->computed += batch->B;
+}
+
+// The answers to the requests of a batch.
+static inline void score_take(const ScoreRounds* s, int rank, ScoreRequest** requests) {
+    const ScoreBatch* batch = score_of(s, rank);
+    const char* answer = s->answers + (size_t)rank * s->answer_bytes;
+    for (int b = 0; b < batch->B; b++) {
+        ScoreRequest* q = requests[b];
+        const float* losses = (const float*)(const void*)answer + (size_t)b * batch->T;
+        const char* wrong = answer + s->tokens * sizeof(float) + (size_t)b * batch->T;
+        for (int t = q->context - 1; t < q->n - 1; t++) {
+            q->token_logprobs[t + 1 - q->context] = 0 - losses[t];
+            q->logprob -= (double)losses[t];
+            q->greedy = q->greedy && !wrong[t];
+        }
+    }
+}
+
+// Scorer.score, model the ScoreRounds: one round.
+static inline int score_round(void* model, ScoreRequest** requests, int n, long* passes) {
+    ScoreRounds* s = (ScoreRounds*)model;
+    Ranks* ranks = s->run->ranks;
+    int from[MAX_RANKS + 1] = {0};  // each rank's first request
+    for (int p = 0; p < ranks->size; p++) {
+        from[p + 1] = from[p] + score_fill(s, score_of(s, p), requests + from[p], n - from[p]);
+        *passes += score_of(s, p)->B > 0;
+    }
+    ranks_deal(ranks, s->batches, s->batch_bytes, false);
+    score_compute(s);
+    ranks_deal(ranks, s->answers, s->answer_bytes, true);
+    for (int p = 0; p < ranks->size; p++) { score_take(s, p, requests + from[p]); }
+    ranks_at(ranks, AT_REQUESTS, score_of(s, 0)->line);
+    return from[ranks->size];
+}
+
+// On the other ranks: rounds until there is no other.
+static inline void score_for_root(ScoreRounds* s) {
+    Ranks* ranks = s->run->ranks;
+    ranks_at(ranks, AT_SCORE, 0);
+    for (;;) {
+        ranks_deal(ranks, s->batches, s->batch_bytes, false);
+        if (score_of(s, 0)->B < 0) { return; }
+        score_compute(s);
+        ranks_deal(ranks, s->answers, s->answer_bytes, true);
+    }
+}
+
+// Answers the lines of --score on standard output, and tells the others when all are answered.
+static inline void score_for_all(ScoreRounds* s) {
+    Run* r = s->run;
     char unknown[PATH_SIZE + 128];
     Text t = {NULL, 0, 0};
     Scorer scorer;
     memset(&scorer, 0, sizeof scorer);
     snprintf(unknown, sizeof unknown,
-             "%s: config.json names no tokenizer that is there; give --tokenizer NAME|FILE, or ids", r->init_dir);
+             "%.*s: config.json names no tokenizer that is there; give --tokenizer NAME|FILE, or ids", PATH_SIZE - 1,
+             r->init_dir);
     scorer.tokenizer = r->tokenizer, scorer.no_tokenizer = unknown;
     scorer.vocab = r->config.vocab_size, scorer.positions = r->seq_len, scorer.shift = r->options->shift;
-    scorer.order = score_by_length, scorer.score = score_batch, scorer.model = r;
+    scorer.order = score_by_length, scorer.score = score_round, scorer.model = s;
     run_return_output(r);
+    ranks_at(r->ranks, AT_REQUESTS, 0);
     double seconds = score_lines(&scorer, r->options->score);
+    for (int p = 0; p < r->ranks->size; p++) { score_of(s, p)->B = -1; }
+    ranks_deal(r->ranks, s->batches, s->batch_bytes, false);
     text_printf(&t, "{\"event\": \"score\", \"step\": %lld, \"seconds\": %.3f, \"file\": ", (long long)r->step,
                 seconds);
     text_json_string(&t, r->options->score, strlen(r->options->score));
     text_printf(&t, "}");
     runlog_line(&r->log, t.text);
     text_free(&t);
+}
+
+static inline void score(Run* r) {
+    ScoreRounds s = score_open(r);
+    if (ranks_lead(r->ranks)) {
+        score_for_all(&s);
+    } else {
+        score_for_root(&s);
+    }
+    free(s.batches);
+    free(s.answers);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------

@@ -208,9 +208,9 @@ static inline bool options_evaluate(const TrainOptions* o) { return o->eval_only
 
 // Of the options behind those of the model: what --eval-only and --score take. The others are of training.
 static inline bool options_serve_evaluation(const TrainOptions* o, const char* name) {
-    static const char* const both[] = {"--seq-len",           "--batch-size",  "--matmul",
-                                       "--attention-kernels", "--cuda-graphs", "--out",
-                                       "--dry-run",           "--eval-only",   "--score"};
+    static const char* const both[] = {"--seq-len",     "--batch-size",  "--matmul",  "--attention-kernels",
+                                       "--cuda-graphs", "--out",         "--dry-run", "--eval-only",
+                                       "--score",       "--rank-timeout"};
     for (size_t i = 0; i < sizeof both / sizeof both[0]; i++) {
         if (!strcmp(name, both[i])) { return true; }
     }

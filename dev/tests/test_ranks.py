@@ -71,6 +71,22 @@ def rank_of(pid):
     return next((int(variables[name]) for name in RANKED if name in variables), None)
 
 
+def write_requests(path, n, bad=None):
+    """Requests of --score of every length that 16 positions take, in no order; some ask for nothing, some are texts.
+    Line `bad` is none. Returns how many ask for something."""
+    rng, asked = random.Random(n), 0
+    with open(path, "w") as f:
+        for line in range(1, n + 1):
+            ids = [rng.randrange(256) for _ in range(rng.randint(1, 17))]
+            cut = rng.randint(1, len(ids))
+            request = {"context_ids": ids[:cut], "continuation_ids": ids[cut:] if line != bad else [999]}
+            if line % 7 == 0:
+                request = {"context": "ab" * rng.randint(0, 5), "continuation": "cde"}
+            asked += line % 7 == 0 or cut < len(ids)
+            f.write(json.dumps(request) + "\n")
+    return asked
+
+
 def own_lines(text):
     """What our programs printed on standard error: launchers print more, and on a busy machine a rank may be called
     slow."""
@@ -149,9 +165,9 @@ class Ranks(Runs):
         given = [str(word) for pair in options.items() if pair[1] is not None for word in pair]
         return start + (program or [binary(mpi)]) + given + list(flags)
 
-    def start(self, cwd, *args, **more):
+    def start(self, cwd, *args, stdin=subprocess.DEVNULL, **more):
         environment = dict(os.environ, OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1", OMP_WAIT_POLICY="passive")
-        return subprocess.Popen(self.words(*args, **more), cwd=cwd, env=environment, stdin=subprocess.DEVNULL,
+        return subprocess.Popen(self.words(*args, **more), cwd=cwd, env=environment, stdin=stdin,
                                 stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace")
 
     def finish(self, child):
@@ -252,6 +268,74 @@ class Bits(Ranks):
                    for n in (1, 3)]
         self.assertGreaterEqual(len(figures[0]), 2)
         self.assertEqual(figures[0], figures[1])
+
+
+class Score(Ranks):
+    NOTHING = {name: None for name in SMALL}
+
+    @staticmethod
+    def flags(*more):
+        return ["--init-from", "run/step-00000002", "--batch-size", "2", *more]
+
+    def trained(self):
+        cwd = self.place()
+        self.run_ok(cwd, 1, {"--steps": 2})
+        return cwd
+
+    def test_same_answers(self):
+        """The bytes of one process, in its order; each rank has computed its part of the requests."""
+        cwd = self.trained()
+        asked = write_requests(os.path.join(cwd, "requests"), 100)
+        alone = self.run_ok(cwd, 1, self.NOTHING, self.flags("--score", "requests"))
+        self.assertEqual(alone.stdout.count("\n"), 100)
+        passes = re.search(r"(\d+) passes over the weights", alone.stderr)[1]
+        for mpi in MPIS:
+            for ranks in (2, 3):
+                done = self.run_ok(cwd, ranks, self.NOTHING, self.flags("--score", "requests", "--out", mpi), mpi=mpi)
+                self.assertEqual(done.stdout, alone.stdout, (mpi, ranks))
+                self.assertRegex(done.stderr, rf"scored 100 in [\d.]+ s, {passes} passes over the weights")
+                with open(os.path.join(cwd, mpi, "log.jsonl")) as f:
+                    [shares] = [line["ranks"] for line in map(json.loads, f) if line["event"] == "ranks"]
+                shutil.rmtree(os.path.join(cwd, mpi))
+                computed = [share["windows"] for share in shares]
+                self.assertEqual((len(computed), sum(computed)), (ranks, asked))
+                self.assertGreater(min(computed), asked / ranks / 2)
+
+    def test_bad_requests(self):
+        """Refused once, when all before them are answered; a file that is not there, too."""
+        cwd = self.trained()
+        write_requests(os.path.join(cwd, "requests"), 30, bad=20)
+        alone = self.finish(self.start(cwd, 1, self.NOTHING, self.flags("--score", "requests")))
+        for name, piece in (("requests", "requests: line 20: continuation_ids: wanted token ids from 0 to 258"),
+                            ("none", "none: No such file")):
+            done = self.finish(self.start(cwd, 3, self.NOTHING, self.flags("--score", name)))
+            self.assertEqual(done.returncode, 1, done.stderr)
+            self.assertEqual(len(own_lines(done.stderr)), 1, done.stderr)
+            self.assertIn(piece, own_lines(done.stderr)[0])
+            self.assertEqual(done.stdout, alone.stdout if name == "requests" else "")
+        self.assertEqual(alone.stdout.count("\n"), 19)
+
+    def test_a_rank_is_lost(self):
+        """Answers come while the input stays open; then a rank is killed while rank 0 waits for the next request."""
+        cwd = self.trained()
+        child = self.start(cwd, 3, self.NOTHING, self.flags("--score", "-"), stdin=subprocess.PIPE)
+        for _ in range(2):
+            child.stdin.write('{"context_ids": [1, 2], "continuation_ids": [3]}\n')
+            child.stdin.flush()
+            self.assertEqual(json.loads(child.stdout.readline())["tokens"], 1)
+        pids = {rank_of(pid): pid for pid in children(child.pid)}
+        os.kill(pids[1], signal.SIGKILL)
+        began = time.monotonic()
+        try:
+            self.assertNotEqual(child.wait(timeout=10), 0)
+        finally:
+            print(f"a rank of --score is killed: {time.monotonic() - began:.2f} s to the end")
+            done = self.finish(child)
+        self.assertEqual(done.stdout, "")
+        if MPIS[0] == "openmpi":  # mpiexec of MPICH may end all before they can say why
+            self.assertEqual(len(own_lines(done.stderr)), 1, done.stderr)
+            self.assertRegex(own_lines(done.stderr)[0],
+                             r"rank 1 \(.*\) was lost before the requests behind line 2; all ranks end")
 
 
 class Plan(Ranks):

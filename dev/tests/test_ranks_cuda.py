@@ -141,6 +141,17 @@ class Bits(Ranks):
         self.assertEqual(figures[0], figures[1])
 
 
+    def test_score(self):
+        """--score on two and three ranks: the bytes of one."""
+        cwd = self.place()
+        self.run_ok(cwd, 1, "bf16", {"--steps": 2})
+        test_ranks.write_requests(os.path.join(cwd, "requests"), 60)
+        flags = ["--score", "requests", "--init-from", "run/step-00000002", "--batch-size", "2"]
+        answers = [self.run_ok(cwd, n, "bf16", {name: None for name in SMALL}, flags) for n in (1, 2, 3)]
+        self.assertEqual(answers[0].count("\n"), 60)
+        self.assertEqual(answers, [answers[0]] * 3)
+
+
 class Resume(Ranks):
     def test_four_two_one(self):
         settings = {"--schedule-steps": 6, "--seed": 3}
