@@ -476,9 +476,10 @@ static inline void ranks_quiet(Ranks* r) {
 
 // The ranks meet where address says, know each other's hosts and watch each other; rank and size are set. backend: what
 // carries messages already, and the address is then told by it; NULL: it needs rank 0's block (n bytes, which all have
-// afterwards) first. device: what no two ranks may share, "" = nothing. From here on an exit ends all ranks, and what a
-// rank other than 0 prints begins with its name.
-static inline void ranks_join(Ranks* r, StartAddress* address, const char* device, void* block, size_t n) {
+// afterwards) first. device: what no two ranks may share, "" = nothing. mistake: why this one can only say so. From
+// here on an exit ends all ranks, and what a rank other than 0 prints begins with its name.
+static inline void ranks_join(Ranks* r, StartAddress* address, const char* device, const StartMistake* mistake,
+                              void* block, size_t n) {
     Watch* w = &r->watch;
     if (r->size > MAX_RANKS) { die("ranks: got %d, at most %d are served", r->size, MAX_RANKS); }
     w->rank = r->rank, w->size = r->size, w->timeout = 300;
@@ -487,7 +488,7 @@ static inline void ranks_join(Ranks* r, StartAddress* address, const char* devic
     pthread_mutex_init(&w->lock, NULL);
     int listening = r->rank ? -1 : start_listen(address);
     if (r->backend) { ranks_from_root(r, address, sizeof *address); }
-    start_meet(w, address, listening, MTA_VERSION, device, block, n);
+    start_meet(w, address, listening, MTA_VERSION, device, mistake, block, n);
 
     r->stderr_of_all = fcntl(STDERR_FILENO, F_DUPFD_CLOEXEC, 3);
     if (r->stderr_of_all < 0) { die("rank %d: standard error: %s", r->rank, strerror(errno)); }

@@ -59,6 +59,7 @@ static inline void mpi_close(void* state) {
 
 static inline void ranks_open_mpi(Ranks* r, const Launch* launch) {
     static const RanksBackend backend = {mpi_start, mpi_done, mpi_close, NULL, NULL};
+    const StartMistake none = {0, {{0}}};
     StartAddress address;
     int provided = 0;
     memset(&address, 0, sizeof address);
@@ -72,7 +73,7 @@ static inline void ranks_open_mpi(Ranks* r, const Launch* launch) {
         die("%s started %d processes, but MPI sees %d: wanted the launcher of the MPI that the program was built with",
             launch->launcher, launch->size, r->size);
     }
-    ranks_join(r, &address, "", NULL, 0);
+    ranks_join(r, &address, "", &none, NULL, 0);
     ranks_quiet(r);
 }
 

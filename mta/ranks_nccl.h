@@ -189,7 +189,7 @@ static inline void nccl_connect(NcclState* s, ncclUniqueId id) {
     Ranks* r = s->ranks;
     ncclConfig_t config = NCCL_CONFIG_INITIALIZER;
     config.blocking = 0;
-    double end = seconds_now() + start_seconds();
+    double end = seconds_now() + start_seconds(r->size);
     ncclCheck(r, ncclCommInitRankConfig(&s->comm, r->size, id, r->rank, &config));
     while (nccl_busy(s)) {
         if (seconds_now() > end) {
@@ -209,21 +209,36 @@ static inline void nccl_make_stream(NcclState* s) {
 }
 
 // The GPU of this process becomes the current one; how it is named in `device`, so that no two ranks take the same.
-static inline void nccl_take_device(const Launch* launch, char* device, size_t n) {
-    int devices = 0;
+static inline bool nccl_take_device(const Launch* launch, char* device, size_t n, Error* e) {
+    int devices = 0, own = 0;
     cudaError_t status = cudaGetDeviceCount(&devices);
     if (status != cudaSuccess || !devices) {
-        ranks_yield_to_first(launch->rank);
-        die("rank %d: no usable NVIDIA GPU (%s)", launch->rank, status ? cudaGetErrorString(status) : "none found");
+        return fail(e, "no usable NVIDIA GPU (%s)", status ? cudaGetErrorString(status) : "none found");
     }
-    int own = launch_device(launch, devices);
+    if (!launch_device(launch, devices, &own, e)) { return false; }
     struct cudaDeviceProp p;
     status = cudaSetDevice(own);
     if (status == cudaSuccess) { status = cudaGetDeviceProperties(&p, own); }
-    if (status != cudaSuccess) { die("rank %d: GPU %d: %s", launch->rank, own, cudaGetErrorString(status)); }
+    if (status != cudaSuccess) { return fail(e, "GPU %d: %s", own, cudaGetErrorString(status)); }
     for (size_t i = 0; i < sizeof p.uuid.bytes && 2 * i + 2 < n; i++) {
         snprintf(device + 2 * i, 3, "%02x", (unsigned char)p.uuid.bytes[i]);
     }
+    return true;
+}
+
+// What this rank needs before all meet: a GPU, and on rank 0 NCCL's id. What is wrong with it.
+static inline StartMistake nccl_prepare(const Launch* launch, char* device, size_t n, ncclUniqueId* id) {
+    StartMistake mistake = {0, {{0}}};
+    if (!nccl_take_device(launch, device, n, &mistake.why)) {
+        mistake.status = 1;
+        return mistake;
+    }
+    ncclResult_t made = launch->rank ? ncclSuccess : ncclGetUniqueId(id);
+    if (made != ncclSuccess) {
+        mistake.status = EXIT_NCCL;
+        fail(&mistake.why, "%s, in ncclGetUniqueId", ncclGetErrorString(made));
+    }
+    return mistake;
 }
 
 static inline void ranks_open_nccl(Ranks* r, const Launch* launch) {
@@ -233,11 +248,10 @@ static inline void ranks_open_nccl(Ranks* r, const Launch* launch) {
     ncclUniqueId id;
     memset(&id, 0, sizeof id);
     r->rank = launch->rank, r->size = launch->size, r->state = s, s->ranks = r;
-    nccl_take_device(launch, device, sizeof device);
     StartAddress address = launch_address(launch);
-    if (!r->rank) { ncclCheck(r, ncclGetUniqueId(&id)); }
+    StartMistake mistake = nccl_prepare(launch, device, sizeof device, &id);
     r->watch.spins = true;
-    ranks_join(r, &address, device, &id, sizeof id);
+    ranks_join(r, &address, device, &mistake, &id, sizeof id);
     nccl_make_stream(s);
     nccl_connect(s, id);
     r->backend = &backend;

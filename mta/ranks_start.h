@@ -6,7 +6,12 @@
 // says who it is. Rank 0 refuses by name what does not fit together; else it answers with everybody's host and with a
 // block of its own, which is NCCL's id. The connections stay: they are those of the watch (mta/ranks_watch.h).
 //
-// The environment may set MTA_PORT, where rank 0 listens, and MTA_START_SECONDS, how long it waits for the others.
+// Not every launcher ends all when one has ended, so nobody may wait for what will not come: a rank that cannot take
+// part comes all the same and says why; rank 0, if it refuses, stays until all have come and sends them away. What
+// remains is a rank that dies without a word before it comes.
+//
+// The environment may set MTA_PORT, where rank 0 listens, and MTA_START_SECONDS, how long the next rank may take to
+// come, or rank 0 to be reached.
 #ifndef MTA_RANKS_START_H
 #define MTA_RANKS_START_H
 
@@ -19,9 +24,10 @@
 #include <limits.h>
 #include <net/if.h>
 #include <netdb.h>
+#include <sys/resource.h>
 
 enum {
-    START_SECONDS = 120,
+    START_SECONDS = 60,  // and one for each ten ranks, which launchers start one after another
     START_ADDRESSES = 16,
     START_MISSING = 16,     // missing ranks that are named
     START_PORT = 29533,     // where neither the environment nor the job gives one
@@ -104,16 +110,17 @@ static inline Launch launch_read(void) {
     return alone;
 }
 
-// Which of the GPUs that this process sees is its own: that of its number on this host, or the only one, where the
-// launcher shows each process another. Two ranks on one are found when they meet.
-static inline int launch_device(const Launch* l, int devices) {
-    if (devices == 1) { return 0; }
-    if (l->local < 0) { die("%s does not say which of this host's processes this is; wanted LOCAL_RANK", l->launcher); }
-    if (l->local >= devices) {
-        die("rank %d is process %d of this host, counted from 0, which has %d GPUs; wanted one for each", l->rank,
-            l->local, devices);
+// Which of the GPUs that this process sees is its own (*own): that of its number on this host, or the only one, where
+// the launcher shows each process another. Two ranks on one are found when they meet.
+static inline bool launch_device(const Launch* l, int devices, int* own, Error* e) {
+    *own = devices == 1 ? 0 : l->local;
+    if (*own < 0) {
+        return fail(e, "%s does not say which of this host's processes this is; wanted LOCAL_RANK", l->launcher);
     }
-    return l->local;
+    return *own < devices || fail(e,
+                                  "it is process %d of this host, counted from 0, which has %d GPUs; wanted one for "
+                                  "each",
+                                  *own, devices);
 }
 
 // The first host of Slurm's list: of "n[03-05,7],m1" it is n03.
@@ -192,15 +199,22 @@ static inline StartAddress launch_address(const Launch* l) {
 // ---------------------------------------------------------------------------------------------------------------------
 // The meeting
 
+// Why a rank cannot take part, and the status that it would end with; 0: it can.
+typedef struct {
+    int32_t status;
+    Error why;
+} StartMistake;
+
 // What a rank says of itself; it stays as it is, so that versions can tell each other apart.
 typedef struct {
     char magic[8];
     uint64_t cookie;
-    int32_t rank, size, pid, unused;
+    int32_t rank, size, pid, mistake;               // mistake: 1 = a StartMistake follows
     char version[32], host[HOST_SIZE], device[64];  // device: "" = shared by many
 } StartHello;
 
-// Rank 0 answers twice: when it has taken a hello, and when all have come. Then the hosts of all and the block follow.
+// Rank 0 answers when it has taken a hello, then each second, and at last when all have come. Then the hosts of all and
+// the block follow.
 typedef struct {
     char magic[8];
     int32_t all, status;  // status: not 0 = end with it, rank 0 has said why
@@ -208,10 +222,10 @@ typedef struct {
 
 static const char START_MAGIC[8] = {'m', 't', 'a', '.', 'm', 'e', 'e', 't'};
 
-// Seconds that rank 0 waits for the others.
-static inline int start_seconds(void) {
+// Seconds that rank 0 waits for the next rank of so many, and each of them for rank 0.
+static inline int start_seconds(int size) {
     int seconds = launch_number("MTA_START_SECONDS", 1000000);
-    return seconds > 0 ? seconds : START_SECONDS;
+    return seconds > 0 ? seconds : START_SECONDS + size / 10;
 }
 
 // Reads n bytes before the time `end`; false: they did not come.
@@ -242,8 +256,15 @@ static inline void start_send(int fd, const void* data, size_t n) {
 // becomes one that is free, and then the cookie is made too.
 static inline int start_listen(StartAddress* a) {
     struct sockaddr_in any;
+    struct rlimit files;
     socklen_t length = sizeof any;
     int on = 1;
+
+    // Each rank's connection is an open file: as many as this user may have at all.
+    if (!getrlimit(RLIMIT_NOFILE, &files)) {
+        files.rlim_cur = files.rlim_max;
+        setrlimit(RLIMIT_NOFILE, &files);
+    }
     memset(&any, 0, sizeof any);
     any.sin_family = AF_INET, any.sin_port = a->port;
     int fd = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
@@ -291,6 +312,28 @@ static inline int start_connect(uint32_t address, uint16_t port) {
     return -1;
 }
 
+// Rank 0's side of the meeting.
+typedef struct {
+    Watch* w;
+    const StartAddress* address;
+    int listening;
+    StartHello* all;  // (size) who has come; the others have no magic
+    int came;         // hellos of this run, rank 0's own among them
+    int status;       // not 0: the run is refused, and whoever comes ends with it
+} StartRoot;
+
+static inline void start_answer(int fd, bool all, int status) {
+    StartAnswer answer = {{0}, all, status};
+    memcpy(answer.magic, START_MAGIC, sizeof answer.magic);
+    start_send(fd, &answer, sizeof answer);
+}
+
+static inline void start_answer_all(const StartRoot* s, bool all, int status) {
+    for (int p = 1; p < s->w->size; p++) {
+        if (s->w->peers[p].fd >= 0) { start_answer(s->w->peers[p].fd, all, status); }
+    }
+}
+
 // What speaks against one that comes beside those that have come (all; who has not has no magic), "" = nothing.
 static inline Error start_judge(const StartHello* all, const StartHello* h) {
     const StartHello *root = &all[0], *other = &all[h->rank < root->size && h->rank >= 0 ? h->rank : 0];
@@ -314,88 +357,124 @@ static inline Error start_judge(const StartHello* all, const StartHello* h) {
     return e;
 }
 
-// Ends the run where the ranks meet: rank 0 says why, the others end with it.
-__attribute__((noreturn)) static inline void start_refuse(Watch* w, int status, const char* why) {
-    StartAnswer no = {{0}, 1, status};
-    memcpy(no.magic, START_MAGIC, sizeof no.magic);
+__attribute__((noreturn)) static inline void start_refuse(StartRoot* s, int status, const char* why);
+
+// Rank 0 takes the next one that comes; what is none of this run's is sent away without a word.
+static inline void start_take(StartRoot* s) {
+    StartHello h;
+    StartMistake mistake = {0, {{0}}};
+    Error e = {{0}};
+    int fd = accept4(s->listening, NULL, NULL, SOCK_CLOEXEC);
+    if (fd < 0 && errno == EMFILE && !s->status) {
+        start_refuse(s, 1, "ranks: too many open files; ulimit -n N allows more");
+    }
+    if (fd < 0) { return; }
+    double end = seconds_now() + 2;  // meanwhile nobody hears of rank 0
+    if (!start_receive(fd, &h, sizeof h, end) || memcmp(h.magic, START_MAGIC, sizeof h.magic) ||
+        h.cookie != s->address->cookie || (h.mistake && !start_receive(fd, &mistake, sizeof mistake, end))) {
+        close(fd);
+        return;
+    }
+    h.version[sizeof h.version - 1] = h.host[sizeof h.host - 1] = h.device[sizeof h.device - 1] = 0;
+    mistake.why.text[sizeof mistake.why.text - 1] = 0;
+    start_answer(fd, false, 0);
+    s->came++;
+    if (!s->status) { e = start_judge(s->all, &h); }
+    if (mistake.status && !e.text[0]) { fail(&e, "rank %d (%s): %.400s", h.rank, h.host, mistake.why.text); }
+    if (s->status || e.text[0]) {
+        int status = s->status ? s->status : mistake.status ? mistake.status : 1;
+        start_answer(fd, true, status);
+        close(fd);
+        if (s->status) { return; }
+        start_refuse(s, status, e.text);
+    }
+    s->all[h.rank] = h;
+    s->w->peers[h.rank].fd = fd;
+}
+
+// Ends the run where the ranks meet: rank 0 says why, the others end with it, also those that come later.
+__attribute__((noreturn)) static inline void start_refuse(StartRoot* s, int status, const char* why) {
     fprintf(stderr, "%s: %s\n", program_invocation_short_name, why);
-    for (int p = 1; p < w->size; p++) {
-        if (w->peers[p].fd >= 0) { start_send(w->peers[p].fd, &no, sizeof no); }
+    start_answer_all(s, true, status);
+    s->status = status;
+    for (double end = seconds_now() + start_seconds(s->w->size); s->came < s->w->size && seconds_now() < end;) {
+        struct pollfd one = {s->listening, POLLIN, 0};
+        if (poll(&one, 1, 100) == 1) { start_take(s); }
     }
     exit(status);
 }
 
 // Not all have come.
-__attribute__((noreturn)) static inline void start_miss(Watch* w, const StartAddress* a, const StartHello* all) {
+__attribute__((noreturn)) static inline void start_miss(StartRoot* s) {
     Text names = {NULL, 0, 0}, why = {NULL, 0, 0};
-    int missing = 0;
-    for (int p = 0; p < w->size; p++) {
-        if (all[p].magic[0]) { continue; }
+    int missing = 0, size = s->w->size;
+    for (int p = 0; p < size; p++) {
+        if (s->all[p].magic[0]) { continue; }
         if (missing < START_MISSING) { text_printf(&names, "%s%d", missing ? ", " : "", p); }
         missing++;
     }
-    text_printf(&why, "%d of %d ranks came to %s:%d within %d s; missing %s%s", w->size - missing, w->size, all[0].host,
-                ntohs(a->port), start_seconds(), names.text, missing > START_MISSING ? ", ..." : "");
-    start_refuse(w, EXIT_RANK_LOST, why.text);
+    text_printf(&why, "%d of %d ranks came to %s:%d, then none within %d s; missing %s%s", size - missing, size,
+                s->all[0].host, ntohs(s->address->port), start_seconds(size), names.text,
+                missing > START_MISSING ? ", ..." : "");
+    s->came = size;  // who comes later is not waited for
+    start_refuse(s, EXIT_RANK_LOST, why.text);
 }
 
-// Rank 0 takes the next one that comes; what is none of this run's is sent away without a word.
-static inline void start_take(Watch* w, const StartAddress* a, int listening, StartHello* all) {
-    StartHello h;
-    StartAnswer taken = {{0}, 0, 0};
-    memcpy(taken.magic, START_MAGIC, sizeof taken.magic);
-    int fd = accept4(listening, NULL, NULL, SOCK_CLOEXEC);
-    if (fd < 0 && errno == EMFILE) { start_refuse(w, 1, "ranks: too many open files; ulimit -n N allows more"); }
-    if (fd < 0) { return; }
-    if (!start_receive(fd, &h, sizeof h, seconds_now() + 5) || memcmp(h.magic, START_MAGIC, sizeof h.magic) ||
-        h.cookie != a->cookie) {
-        close(fd);
-        return;
+// One that has come says nothing until all have: what its connection shows is its end.
+static inline void start_check(StartRoot* s, const struct pollfd* list) {
+    for (int p = 1; p < s->w->size; p++) {
+        if (!list[p].revents) { continue; }
+        Error e = {{0}};
+        fail(&e, "rank %d (%s) was lost at the start", p, s->all[p].host);
+        start_refuse(s, EXIT_RANK_LOST, e.text);
     }
-    h.version[sizeof h.version - 1] = h.host[sizeof h.host - 1] = h.device[sizeof h.device - 1] = 0;
-    Error e = start_judge(all, &h);
-    start_send(fd, &taken, sizeof taken);
-    if (e.text[0]) {
-        taken.all = taken.status = 1;
-        start_send(fd, &taken, sizeof taken);
-        start_refuse(w, 1, e.text);
-    }
-    all[h.rank] = h;
-    w->peers[h.rank].fd = fd;
 }
 
 // Rank 0's part: waits for all, then answers them.
-static inline void start_gather(Watch* w, const StartAddress* a, int listening, StartHello* all, const void* block,
-                                size_t n) {
-    double end = seconds_now() + start_seconds();
-    StartAnswer good = {{0}, 1, 0};
-    memcpy(good.magic, START_MAGIC, sizeof good.magic);
-    for (int there = 1; there < w->size;) {
-        struct pollfd one = {listening, POLLIN, 0};
-        double left = end - seconds_now();
-        if (left <= 0) { start_miss(w, a, all); }
-        if (poll(&one, 1, (int)(left * 1000) + 1) == 1) { start_take(w, a, listening, all); }
-        there = 0;
-        for (int p = 0; p < w->size; p++) { there += all[p].magic[0] != 0; }
+static inline void start_gather(StartRoot* s, const void* block, size_t n) {
+    Watch* w = s->w;
+    struct pollfd* list = (struct pollfd*)alloc_or_die((size_t)w->size, sizeof *list, "the ranks' connections");
+    double limit = start_seconds(w->size), end = seconds_now() + limit, told = seconds_now();
+    while (s->came < w->size) {
+        for (int p = 0; p < w->size; p++) {
+            struct pollfd one = {p ? w->peers[p].fd : s->listening, POLLIN, 0};
+            list[p] = one;
+        }
+        poll(list, (nfds_t)w->size, 100);
+        double now = seconds_now();
+        if (now > end) { start_miss(s); }
+        start_check(s, list);
+        if (list[0].revents) {
+            int before = s->came;
+            start_take(s);
+            end = s->came > before ? now + limit : end;
+        }
+        if (now > told + 1) {
+            start_answer_all(s, false, 0);
+            told = now;
+        }
     }
-    close(listening);
-    for (int p = 0; p < w->size; p++) { memcpy(w->peers[p].host, all[p].host, HOST_SIZE); }
+    free(list);
+    close(s->listening);
+    for (int p = 0; p < w->size; p++) { memcpy(w->peers[p].host, s->all[p].host, HOST_SIZE); }
+    start_answer_all(s, true, 0);
     for (int p = 1; p < w->size; p++) {
-        start_send(w->peers[p].fd, &good, sizeof good);
-        for (int i = 0; i < w->size; i++) { start_send(w->peers[p].fd, all[i].host, HOST_SIZE); }
+        for (int i = 0; i < w->size; i++) { start_send(w->peers[p].fd, s->all[i].host, HOST_SIZE); }
         start_send(w->peers[p].fd, block, n);
     }
 }
 
 // Another rank tries each address of rank 0 until one takes its hello.
-static inline void start_reach(Watch* w, const StartAddress* a, const StartHello* mine, double end) {
+static inline void start_reach(Watch* w, const StartAddress* a, const StartHello* mine, const StartMistake* mistake) {
     const struct timespec pause = {0, 50000000};
     StartAnswer taken;
+    double end = seconds_now() + start_seconds(w->size);
     while (seconds_now() < end) {
         for (int i = 0; i < a->addresses; i++) {
             int fd = start_connect(a->address[i], a->port);
             if (fd < 0) { continue; }
             start_send(fd, mine, sizeof *mine);
+            if (mine->mistake) { start_send(fd, mistake, sizeof *mistake); }
             if (start_receive(fd, &taken, sizeof taken, end) && !memcmp(taken.magic, START_MAGIC, sizeof taken.magic) &&
                 !taken.all && !taken.status) {
                 w->peers[0].fd = fd;
@@ -405,39 +484,52 @@ static inline void start_reach(Watch* w, const StartAddress* a, const StartHello
         }
         nanosleep(&pause, NULL);
     }
+    if (mine->mistake) { die("rank %d (%s): %s", w->rank, mine->host, mistake->why.text); }
     fprintf(stderr, "%s: rank %d (%s): rank 0 was not reached at %s:%d within %d s\n", program_invocation_short_name,
-            w->rank, mine->host, a->host, ntohs(a->port), start_seconds());
+            w->rank, mine->host, a->host, ntohs(a->port), start_seconds(w->size));
     exit(EXIT_RANK_LOST);
 }
 
-// All ranks meet at rank 0, which listens at a (by start_listen). Afterwards all are connected to it, know everybody's
-// host, and have rank 0's `block` of n bytes. device: what no two ranks may share, "" = nothing.
-static inline void start_meet(Watch* w, const StartAddress* a, int listening, const char* version, const char* device,
-                              void* block, size_t n) {
-    StartHello mine;
+// What the others read of rank 0's answer: everybody's host, and the block (n). It lives as long as it answers.
+static inline bool start_await(Watch* w, void* block, size_t n) {
     StartAnswer answer;
+    int fd = w->peers[0].fd;
+    do {
+        if (!start_receive(fd, &answer, sizeof answer, seconds_now() + WATCH_SILENCE)) { return false; }
+    } while (!answer.all);
+    if (answer.status) { exit(answer.status); }
+    for (int p = 0; p < w->size; p++) {
+        if (!start_receive(fd, w->peers[p].host, HOST_SIZE, seconds_now() + WATCH_SILENCE)) { return false; }
+    }
+    return start_receive(fd, block, n, seconds_now() + WATCH_SILENCE);
+}
+
+// All ranks meet at rank 0, which listens at a (by start_listen). Afterwards all are connected to it, know everybody's
+// host, and have rank 0's `block` of n bytes. device: what no two ranks may share, "" = nothing. mistake: of this rank.
+static inline void start_meet(Watch* w, const StartAddress* a, int listening, const char* version, const char* device,
+                              const StartMistake* mistake, void* block, size_t n) {
+    StartHello mine;
     memset(&mine, 0, sizeof mine);
     memcpy(mine.magic, START_MAGIC, sizeof mine.magic);
     mine.cookie = a->cookie, mine.rank = w->rank, mine.size = w->size, mine.pid = (int32_t)getpid();
+    mine.mistake = mistake->status != 0;
     snprintf(mine.version, sizeof mine.version, "%s", version);
     snprintf(mine.device, sizeof mine.device, "%s", device);
     gethostname(mine.host, sizeof mine.host - 1);
     if (!w->rank) {
-        StartHello* all = (StartHello*)alloc_or_die((size_t)w->size, sizeof mine, "ranks");
-        all[0] = mine;
-        start_gather(w, a, listening, all, block, n);
-        free(all);
+        StartRoot s = {w, a, listening, (StartHello*)alloc_or_die((size_t)w->size, sizeof mine, "ranks"), 1, 0};
+        Error e = {{0}};
+        s.all[0] = mine;
+        if (mine.mistake) {
+            fail(&e, "rank 0 (%s): %.400s", mine.host, mistake->why.text);
+            start_refuse(&s, mistake->status, e.text);
+        }
+        start_gather(&s, block, n);
+        free(s.all);
         return;
     }
-
-    // The others: a moment longer than rank 0, so that its line, which names who is missing, is the first.
-    double end = seconds_now() + start_seconds() + 2;
-    start_reach(w, a, &mine, end);
-    int fd = w->peers[0].fd;
-    bool came = start_receive(fd, &answer, sizeof answer, end + 5);
-    if (came && answer.status) { exit(answer.status); }
-    for (int p = 0; p < w->size && came; p++) { came = start_receive(fd, w->peers[p].host, HOST_SIZE, end + 5); }
-    if (came && start_receive(fd, block, n, end + 5)) { return; }
+    start_reach(w, a, &mine, mistake);
+    if (start_await(w, block, n)) { return; }
     if (w->rank == 1) {
         fprintf(stderr, "%s: rank 0 (%s) was lost at the start; all ranks end\n", program_invocation_short_name,
                 a->host);

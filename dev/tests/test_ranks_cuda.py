@@ -38,9 +38,10 @@ def free_port():
 
 
 class Started:
-    """So many processes of a program, started as torchrun does it, each with a GPU of its own."""
+    """So many processes of a program, started as torchrun does it, each with a GPU of its own. more: variables of all;
+    of_rank: by rank, of one."""
 
-    def __init__(self, words, cwd, ranks, more=None):
+    def __init__(self, words, cwd, ranks, more=None, of_rank=None):
         port, self.ranks = free_port(), []
         for rank in range(ranks):
             variables = dict(os.environ, OMP_NUM_THREADS="1", CUDA_CPU_DEVICES=str(ranks))
@@ -48,6 +49,7 @@ class Started:
                 variables.update(RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_RANK=str(rank),
                                  LOCAL_WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1", MTA_PORT=str(port))
             variables.update(more or {})
+            variables.update((of_rank or {}).get(rank, {}))
             out, err = tempfile.TemporaryFile("w+"), tempfile.TemporaryFile("w+")
             child = subprocess.Popen(words, cwd=cwd, env=variables, stdin=subprocess.DEVNULL, stdout=out, stderr=err)
             self.ranks.append((child, out, err))
@@ -72,10 +74,10 @@ class Started:
 
 
 class Ranks(test_ranks.Runs):
-    def start(self, cwd, ranks, precision="bf16", changes=None, flags=(), more=None):
+    def start(self, cwd, ranks, precision="bf16", changes=None, flags=(), more=None, of_rank=None):
         options = dict(SMALL, **(changes or {}))
         given = [str(word) for pair in options.items() if pair[1] is not None for word in pair]
-        return Started([program(precision)] + given + list(flags), cwd, ranks, more)
+        return Started([program(precision)] + given + list(flags), cwd, ranks, more, of_rank)
 
     def run_ok(self, cwd, *args, **more):
         statuses, out, err = self.start(cwd, *args, **more).finish()
@@ -232,6 +234,15 @@ class Faults(Ranks):
         statuses, _, err = self.start(cwd, 2, "bf16", {}, more={"CUDA_CPU_DEVICES": "1"}).finish()
         self.assertEqual(set(statuses), {1}, err)
         self.assertIn("on one GPU", err)
+
+        # What a rank finds before all meet, rank 0 says.
+        for rank, variable, value, status, line in (
+                (1, "CUDA_CPU_DEVICES", "0", 1, "no usable NVIDIA GPU (no CUDA-capable device is detected)"),
+                (2, "CUDA_CPU_FAIL", "cudaSetDevice:1", 1, "GPU 2: unknown error"),
+                (0, "CUDA_CPU_FAIL", "ncclGetUniqueId:1", 70, "in ncclGetUniqueId")):
+            statuses, _, err = self.start(cwd, 3, "bf16", {}, of_rank={rank: {variable: value}}).finish()
+            self.assertEqual((set(statuses), len(self.lines(err))), ({status}, 1), err)
+            self.assertRegex(err, rf": rank {rank} \(.*\): .*{re.escape(line)}")
         self.assertFalse(os.path.exists(os.path.join(cwd, "run")))
 
 

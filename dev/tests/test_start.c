@@ -145,7 +145,10 @@ static void test_port_of_job(void) {
 
 static void print_device(const char* devices) {
     Launch l = launch_read();
-    printf("device %d", launch_device(&l, atoi(devices)));
+    Error e = {{0}};
+    int device = -1;
+    if (!launch_device(&l, atoi(devices), &device, &e)) { die("%s", e.text); }
+    printf("device %d", device);
 }
 static void test_devices(void) {
     const char* const third = "PMI_RANK=6 PMI_SIZE=8 MPI_LOCALRANKID=2 MPI_LOCALNRANKS=4";
@@ -153,7 +156,7 @@ static void test_devices(void) {
     CHECK(ended(start(print_device, "8", third), text, sizeof text) == 0 && !strcmp(text, "device 2"));
     CHECK(ended(start(print_device, "1", third), text, sizeof text) == 0 && !strcmp(text, "device 0"));
     CHECK(ended(start(print_device, "2", third), text, sizeof text) == 1 &&
-          strstr(text, "rank 6 is process 2 of this host, counted from 0, which has 2 GPUs; wanted one for each"));
+          strstr(text, "it is process 2 of this host, counted from 0, which has 2 GPUs; wanted one for each"));
     CHECK(ended(start(print_device, "2", "PMI_RANK=6 PMI_SIZE=8"), text, sizeof text) == 1 &&
           strstr(text, "LOCAL_RANK"));
 }
@@ -171,9 +174,11 @@ static int free_port(void) {
     return ntohs(any.sin_port);
 }
 
-// A rank that meets the others, and what it does then: "MILLISECONDS DEVICE THEN", where THEN is bye, die or stay.
+// A rank that meets the others, and what it does then: "MILLISECONDS DEVICE THEN", where THEN is bye, die or stay;
+// cannot: it comes with a mistake.
 static void meet(const char* argument) {
     static Ranks r;
+    StartMistake mistake = {0, {{0}}};
     char device[32], then[32], block[BLOCK], wanted[BLOCK];
     int pause_ms = 0;
     sscanf(argument, "%d %31s %31s", &pause_ms, device, then);
@@ -183,7 +188,11 @@ static void meet(const char* argument) {
     memset(wanted, 7, BLOCK);
     memset(block, l.rank ? 0 : 7, BLOCK);
     r.rank = l.rank, r.size = l.size;
-    ranks_join(&r, &a, strcmp(device, "-") ? device : "", block, BLOCK);
+    if (!strcmp(then, "cannot")) {
+        mistake.status = 3;
+        fail(&mistake.why, "it has no GPU");
+    }
+    ranks_join(&r, &a, strcmp(device, "-") ? device : "", &mistake, block, BLOCK);
     bool same = !memcmp(block, wanted, BLOCK);
     for (int p = 0; p < r.size; p++) { same = same && !strcmp(r.watch.peers[p].host, r.watch.peers[r.rank].host); }
     if (!same || !r.watch.peers[0].host[0]) { _exit(9); }
@@ -195,25 +204,33 @@ static void meet(const char* argument) {
 
 // Ranks as torchrun starts them at a port; those whose argument is NULL do not come.
 static void start_ranks(Child* children, int size, int port, const char* const* arguments) {
+    const char* first = arguments[0] ? arguments[0] : "";
+    int seconds = strstr(first, "hurry") ? 1 : strstr(first, "steady") ? 2 : 20;
     for (int p = 0; p < size; p++) {
         char variables[256];
         snprintf(variables, sizeof variables,
                  "RANK=%d WORLD_SIZE=%d LOCAL_RANK=%d LOCAL_WORLD_SIZE=%d MTA_PORT=%d MTA_START_SECONDS=%d", p, size, p,
-                 size, port, strstr(arguments[0] ? arguments[0] : "", "hurry") ? 1 : 20);
+                 size, port, seconds);
         children[p].pid = 0;
         if (arguments[p]) { children[p] = start(meet, arguments[p], variables); }
     }
 }
 
-static void test_meeting(void) {
-    const char* const arguments[] = {"200 gpu-a bye", "0 gpu-b bye", "400 gpu-c bye", "0 - bye"};
+static void met(const char* const* arguments, const char* what) {
     Child children[4];
     char text[2048];
     start_ranks(children, 4, free_port(), arguments);
     for (int p = 0; p < 4; p++) {
         int status = ended(children[p], text, sizeof text);
-        check(status == 0 && !*text, "four ranks meet, rank 0 not the first", text);
+        check(status == 0 && !*text, what, text);
     }
+}
+
+static void test_meeting(void) {
+    const char* const late_root[] = {"200 gpu-a bye", "0 gpu-b bye", "400 gpu-c bye", "0 - bye"};
+    const char* const staggered[] = {"0 steady bye", "900 - bye", "2700 - bye", "1800 - bye"};
+    met(late_root, "four ranks meet, rank 0 not the first");
+    met(staggered, "each comes within the limit after the one before");
 }
 
 // Runs ranks of which rank 0 prints one line that holds `wanted`, and the others nothing; all end with `status`.
@@ -233,9 +250,15 @@ static void refused(const char* const* arguments, int size, int status, const ch
 
 static void test_refused_ranks(void) {
     const char* const missing[] = {"0 - hurry", NULL, "0 - bye", NULL};
-    const char* const one_device[] = {"0 gpu-a bye", "0 gpu-b bye", "100 gpu-a bye"};
-    refused(missing, 4, EXIT_RANK_LOST, " within 1 s; missing 1, 3\n");
+    const char* const one_device[] = {"0 gpu-a bye", "100 gpu-a bye", "500 gpu-b bye"};
+    const char* const one_cannot[] = {"0 - bye", "100 - cannot", "500 - bye"};
+    const char* const root_cannot[] = {"100 - cannot", "0 - bye", "500 - cannot"};
+    double began = seconds_now();
+    refused(missing, 4, EXIT_RANK_LOST, ", then none within 1 s; missing 1, 3\n");
     refused(one_device, 3, 1, "are on one GPU, gpu-a; wanted one for each\n");
+    refused(one_cannot, 3, 3, "): it has no GPU\n");
+    refused(root_cannot, 3, 3, "rank 0 (");
+    CHECK(seconds_now() - began < 8);  // nobody waits for the limit of 20 s, nor who comes last
 }
 
 static const char* variables_of(int rank, int size, int port, int seconds) {
@@ -270,8 +293,9 @@ static void meet_as(const char* argument) {
     sscanf(argument, "%31s %d", version, &size);
     Launch l = launch_read();
     StartAddress a = launch_address(&l);
+    const StartMistake none = {0, {{0}}};
     w.rank = l.rank, w.size = size, w.peers = peers;
-    start_meet(&w, &a, -1, version, "", NULL, 0);
+    start_meet(&w, &a, -1, version, "", &none, NULL, 0);
 }
 static void test_other_version_or_size(void) {
     const char* const words[] = {"0.0.0 2", MTA_VERSION " 3"};
@@ -311,6 +335,54 @@ static void test_strangers(void) {
     other = start(meet, "0 - bye", variables_of(1, 2, port, 20));
     check(ended(root, text, sizeof text) == 0 && !*text, "the same port again", text);
     check(ended(other, text, sizeof text) == 0 && !*text, "the same port again", text);
+}
+
+// A rank that comes and is gone before all have.
+static void come_and_go(const char* argument) {
+    (void)argument;
+    Watch w;
+    WatchPeer peers[4];
+    StartHello mine;
+    Launch l = launch_read();
+    StartAddress a = launch_address(&l);
+    memset(&w, 0, sizeof w);
+    memset(&mine, 0, sizeof mine);
+    memcpy(mine.magic, START_MAGIC, sizeof mine.magic);
+    snprintf(mine.version, sizeof mine.version, "%s", MTA_VERSION);
+    mine.cookie = a.cookie, mine.rank = w.rank = l.rank, mine.size = w.size = l.size, w.peers = peers;
+    start_reach(&w, &a, &mine, NULL);
+    raise(SIGKILL);
+}
+static void test_lost_before_all_have_come(void) {
+    char text[2048];
+    int port = free_port();
+    double began = seconds_now();
+    Child root = start(meet, "0 - bye", variables_of(0, 3, port, 20)),
+          one = start(come_and_go, "", variables_of(1, 3, port, 20)),
+          late = start(meet, "700 - bye", variables_of(2, 3, port, 20));
+    CHECK(ended(one, text, sizeof text) == 128 + SIGKILL);
+    CHECK(ended(root, text, sizeof text) == EXIT_RANK_LOST);
+    check(strstr(text, "rank 1 (") && strstr(text, ") was lost at the start\n"), "a rank comes and is killed", text);
+    CHECK(ended(late, text, sizeof text) == EXIT_RANK_LOST && !*text);
+    CHECK(seconds_now() - began < 5);
+}
+
+// Rank 0 has a connection to each rank: more than a user's programs have by default.
+static void meet_with_few_files(const char* argument) {
+    struct rlimit files;
+    getrlimit(RLIMIT_NOFILE, &files);
+    files.rlim_cur = 6;
+    setrlimit(RLIMIT_NOFILE, &files);
+    meet(argument);
+}
+static void test_few_files(void) {
+    char text[2048];
+    int port = free_port();
+    Child root = start(meet_with_few_files, "0 - bye", variables_of(0, 4, port, 20)), others[3];
+    for (int p = 1; p < 4; p++) { others[p - 1] = start(meet, "0 - bye", variables_of(p, 4, port, 20)); }
+    int status = ended(root, text, sizeof text);
+    check(status == 0 && !*text, "more ranks than open files by default", text);
+    for (int p = 1; p < 4; p++) { CHECK(ended(others[p - 1], text, sizeof text) == 0); }
 }
 
 static void test_lost(void) {
@@ -365,6 +437,8 @@ int main(void) {
     test_other_version_or_size();
     test_strangers();
     test_lost();
+    test_lost_before_all_have_come();
+    test_few_files();
     test_taken_port();
     return test_verdict();
 }
