@@ -39,6 +39,7 @@ typedef struct {
     void (*start)(void* state, const RanksMessage* list, int n);
     bool (*done)(void* state);  // makes progress, never waits; is all delivered that was started?
     void (*close)(void* state);
+    bool (*computes)(void* state);  // NULL, or: does what was started wait for this rank's own GPU, not for others?
     // NULL, or the engine's own ways for arrays on the GPU of as many equal parts as there are ranks, the own part
     // there where its rank says: all parts to all; the sums over the ranks of the own part's n floats, in an order that
     // is the engine's.
@@ -192,16 +193,21 @@ static inline void ranks_saved(Ranks* r, const char* path) {
 }
 
 // Waits until all that was started has come. No call blocks: it looks, and lets others have the core, until then or
-// until the watch ends the program.
+// until the watch ends the program. As long as its own GPU has not come so far that this rank waits for others, looks
+// are no sign of life: the GPU may hang.
 static inline void ranks_wait(Ranks* r) {
     const struct timespec nap = {0, 50000};
     Watch* w = &r->watch;
     double began = seconds_now();
-    pthread_mutex_lock(&w->lock);
-    w->self.waiting = 1;
-    pthread_mutex_unlock(&w->lock);
+    bool others = false;
     for (int looks = 0; !r->backend->done(r->state); looks++) {
-        __atomic_fetch_add(&w->self.looks, 1, __ATOMIC_RELAXED);
+        if (!others && (!r->backend->computes || !r->backend->computes(r->state))) {
+            others = true;
+            pthread_mutex_lock(&w->lock);
+            w->self.waiting = 1;
+            pthread_mutex_unlock(&w->lock);
+        }
+        if (others) { __atomic_fetch_add(&w->self.looks, 1, __ATOMIC_RELAXED); }
         if (looks < 100) {
             sched_yield();
         } else {

@@ -151,6 +151,17 @@ static inline bool nccl_done(void* state) {
     return true;
 }
 
+static inline bool nccl_computes(void* state) {
+    NcclState* s = (NcclState*)state;
+    cudaError_t status = cudaEventQuery(s->ready);
+    if (status != cudaErrorNotReady) {
+        nccl_cuda_check(s->ranks, status, "cudaEventQuery(s->ready)");
+        return false;
+    }
+    cudaGetLastError();
+    return true;
+}
+
 static inline void nccl_gather(void* state, void* data, size_t bytes) {
     NcclState* s = (NcclState*)state;
     const char* own = (char*)data + (size_t)s->ranks->rank * bytes;
@@ -242,7 +253,7 @@ static inline StartMistake nccl_prepare(const Launch* launch, char* device, size
 }
 
 static inline void ranks_open_nccl(Ranks* r, const Launch* launch) {
-    static const RanksBackend backend = {nccl_start, nccl_done, nccl_close, nccl_gather, nccl_reduce};
+    static const RanksBackend backend = {nccl_start, nccl_done, nccl_close, nccl_computes, nccl_gather, nccl_reduce};
     NcclState* s = (NcclState*)alloc_or_die(1, sizeof(NcclState), "NCCL's messages");
     char device[64] = "";
     ncclUniqueId id;

@@ -20,8 +20,19 @@
 enum { EXIT_RANK_LOST = 71 };
 enum { WATCH_SILENCE = 20, HOST_SIZE = 64 };  // the first in seconds
 
-// Where a rank is in the run. AT_REQUESTS: rank 0 reads what --score answers, for as long as it takes to come.
-typedef enum { AT_START, AT_STEP, AT_EVALUATION, AT_SAMPLES, AT_CHECKPOINT, AT_SCORE, AT_REQUESTS, AT_END } RunPhase;
+// Where a rank is in the run. AT_FETCH: rank 0 gets what a checkpoint is written of. AT_REQUESTS: it reads what --score
+// answers, for as long as it takes to come.
+typedef enum {
+    AT_START,
+    AT_STEP,
+    AT_EVALUATION,
+    AT_SAMPLES,
+    AT_CHECKPOINT,
+    AT_FETCH,
+    AT_SCORE,
+    AT_REQUESTS,
+    AT_END
+} RunPhase;
 
 // BEAT: I live. SAID: I end with `status` and have said why. END: all end with `status`. BYE: the run is over.
 typedef enum { WATCH_BEAT, WATCH_SAID, WATCH_END, WATCH_BYE } WatchKind;
@@ -106,6 +117,7 @@ static inline const char* watch_where(const WatchMessage* m, char* out, size_t n
                                          "in the evaluation after step",
                                          "in the samples after step",
                                          "in the checkpoint of step",
+                                         "in the checkpoint of step",
                                          "in the requests from line",
                                          "before the requests behind line",
                                          "at the end"};
@@ -168,20 +180,32 @@ static inline void watch_read(Watch* w, WatchPeer* peer, double now) {
 // ---------------------------------------------------------------------------------------------------------------------
 // The thread
 
-// On rank 0: a rank that is in a step, an evaluation or --score and shows no life is stuck; so are all where each waits
-// for another.
+// Must a rank show life where it is? Not at the start and the end, where files are read and closed, nor rank 0 while it
+// writes what it has fetched or waits for requests: how long that takes is the disk's or the user's to say.
+static inline bool watch_judges(const WatchPeer* peer) {
+    switch (peer->last.phase) {
+        case AT_STEP:
+        case AT_EVALUATION:
+        case AT_SAMPLES:
+        case AT_FETCH:
+        case AT_SCORE: return true;
+        case AT_CHECKPOINT: return peer->rank != 0;
+        default: return false;
+    }
+}
+
+// On rank 0: a rank that must show life and does not is stuck; so are all where each waits for another.
 static inline void watch_find_stuck(Watch* w, double now, double timeout) {
     int waiting = 0;
     double last = 0;
     for (int i = 0; i < w->size; i++) {
         const WatchPeer* peer = &w->peers[i];
-        bool judged = peer->last.phase == AT_STEP || peer->last.phase == AT_EVALUATION || peer->last.phase == AT_SCORE;
-        if (judged && now - peer->alive > timeout) {
+        if (watch_judges(peer) && now - peer->alive > timeout) {
             char what[80];
             snprintf(what, sizeof what, "has stood still for %.0f s", now - peer->alive);
             watch_lost(w, peer, what, &peer->last);
         }
-        waiting += judged && peer->last.waiting;
+        waiting += peer->last.waiting;
         last = peer->moved > last ? peer->moved : last;
     }
     if (waiting == w->size && now - last > timeout) {

@@ -500,6 +500,7 @@ static inline void sample(Run* r) {
         if (id == tokenizer_eos(r->tokenizer)) { break; }
         tokens[n++] = id;
         text_append(&text, piece, tokenizer_decode(r->tokenizer, &stream, id, piece));
+        ranks_moved(r->ranks);
     }
     text_append(&text, piece, tokenizer_flush(&stream, piece));
     run_log_sample(r, text.text ? text.text : "", text.n);
@@ -539,8 +540,10 @@ static inline void fetch_for_root(const Run* r) {
 
 static inline const void* fetch_tensor(void* ctx, int group, int tensor, size_t from, size_t n) {
     const TensorGroups* g = (const TensorGroups*)ctx;
+    ranks_at(g->run->ranks, AT_FETCH, g->run->step);
     g->run->trainer->get(g->run->model, g->kinds[group], tensor, from, n, g->room);
     fetch_from_ranks(g->run, g->kinds[group], tensor, from, n, g->room);
+    ranks_at(g->run->ranks, AT_CHECKPOINT, g->run->step);
     char* bytes = (char*)g->room;
     for (size_t i = 0; g->dtype == DT_BF16 && i < n; i++) {
         memcpy(bytes + 2 * i, bytes + 4 * i + 2, 2);

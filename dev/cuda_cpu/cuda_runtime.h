@@ -5,7 +5,8 @@
 // machines: CUDA_CPU_DEVICES=N (0: no GPU, default 1), CUDA_CPU_DRIVER=old, CUDA_CPU_MEMORY_MIB=N,
 // CUDA_CPU_CAPABILITY=75, CUDA_CPU_SHARED_KIB=N (shared memory of a block at most), CUDA_CPU_IMAGE=none or =invalid (no
 // code for the device: the two answers of a runtime); and failures: CUDA_CPU_FAIL=NAME:N, the N-th call of a function,
-// the N-th launch of a kernel, or with launch:N the N-th of any.
+// the N-th launch of a kernel, or with launch:N the N-th of any. CUDA_CPU_HANG=NAME:N: that launch, or that
+// cudaMemcpyAsync, never ends.
 #ifndef CUDA_CPU_RUNTIME_H
 #define CUDA_CPU_RUNTIME_H
 #include "cuda_cpu.h"
@@ -99,12 +100,20 @@ inline cudaError_t set_error(cudaError_t e) {
     if (e != cudaSuccess) { last_error = e; }
     return e;
 }
+// Is this call of a function the one that a variable of the environment, NAME:N, speaks of? calls: of it so far.
+inline bool planted(const char* variable, const char* name, long* calls) {
+    const char* plan = getenv(variable);
+    size_t n = strlen(name);
+    if (!plan) { *calls = 0; }
+    return plan && strncmp(plan, name, n) == 0 && plan[n] == ':' && ++*calls == atol(plan + n + 1);
+}
 inline bool planted_failure(const char* name) {
     static long calls = 0;
-    const char* plan = getenv("CUDA_CPU_FAIL");
-    size_t n = strlen(name);
-    if (!plan) { calls = 0; }
-    return plan && strncmp(plan, name, n) == 0 && plan[n] == ':' && ++calls == atol(plan + n + 1);
+    return planted("CUDA_CPU_FAIL", name, &calls);
+}
+inline bool planted_hang(const char* name) {
+    static long calls = 0;
+    return planted("CUDA_CPU_HANG", name, &calls);
 }
 // What waits, allocates, or copies at once is not allowed while a stream is captured, and makes the graph useless.
 inline cudaError_t not_while_capturing() {
@@ -224,6 +233,9 @@ inline void launch(const char* name, dim3 grid, dim3 block, size_t shared, Strea
         grid.x > 0x7fffffffu || grid.y > 65535 || grid.z > 65535 || shared > allowed || device_state() != cudaSuccess) {
         set_error(device_state() != cudaSuccess ? device_state() : cudaErrorInvalidConfiguration);
         return;
+    }
+    if (planted_hang("launch") || planted_hang(name)) {
+        submit_work(stream, [] { return false; });
     }
     std::tuple<std::decay_t<P>...> params(std::forward<A>(args)...);  // evaluated and converted once, as a launch does
     submit(stream, [=] {
@@ -383,8 +395,9 @@ static inline cudaError_t cudaMemcpy(void* to, const void* from, size_t n, cudaM
 static inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t n, cudaMemcpyKind,
                                           cudaStream_t stream = NULL) {
     CUDA_CPU_CALL();
-    cuda_cpu::submit(stream, [=] {
-        if (n) { memmove(to, from, n); }
+    cuda_cpu::submit_work(stream, [=, hangs = cuda_cpu::planted_hang(__func__)] {
+        if (n && !hangs) { memmove(to, from, n); }
+        return !hangs;
     });
     return cudaSuccess;
 }

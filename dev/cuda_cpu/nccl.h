@@ -6,7 +6,8 @@
 // was called is in the stream only when ncclCommGetAsyncError has been asked until it no longer says so; another call
 // before that is refused. A process that is gone shows as ncclRemoteError there, and what waits for it hangs until
 // ncclCommAbort. Sent and received sizes that differ, which hang or worse, end the program with a line.
-// CUDA_CPU_FAIL=ncclSend:N: the N-th call of a function fails, as in cuda_runtime.h.
+// CUDA_CPU_FAIL=ncclSend:N: the N-th call of a function fails, as in cuda_runtime.h; CUDA_CPU_HANG=ncclSend:N: what it
+// is to do is never done.
 #ifndef CUDA_CPU_NCCL_H
 #define CUDA_CPU_NCCL_H
 #include <cuda_bf16.h>
@@ -97,7 +98,7 @@ struct Operation {
     std::vector<Transfer> transfers;
     std::vector<std::function<void()>> after;  // what is computed when all has come
     std::shared_ptr<Operation> before;         // the communicator's last one before it, whatever its stream
-    bool done;
+    bool done, hangs;
 };
 }  // namespace cuda_cpu
 
@@ -159,7 +160,7 @@ inline bool move_piece(ncclComm_t c, Transfer* t) {
 // Goes on with an operation; false: it is not done. Between two processes messages are in the order of the calls.
 inline bool step(ncclComm_t c, Operation* o) {
     if (c->gone || o->done) { return o->done = true; }
-    if (c->error != ncclSuccess) { return false; }
+    if (c->error != ncclSuccess || o->hangs) { return false; }
     if (o->before && !o->before->done) { advance(o->before->stream); }
     if (o->before && !o->before->done) { return false; }
     o->before = NULL;
@@ -221,7 +222,7 @@ inline Operation* operation_of(ncclComm_t c, Stream* stream) {
     for (auto& o : c->collected) {
         if (o->stream == stream) { return o.get(); }
     }
-    c->collected.push_back(std::make_shared<Operation>(Operation{stream, {}, {}, NULL, false}));
+    c->collected.push_back(std::make_shared<Operation>(Operation{stream, {}, {}, NULL, false, false}));
     return c->collected.back().get();
 }
 
@@ -256,7 +257,9 @@ inline ncclResult_t communicate(const char* name, ncclComm_t c, int peer, size_t
     } else if ((stream && (stream->capture || stream->device != c->device)) || c->device != device) {
         error = ncclInvalidUsage;  // the real library can be captured; hangs are reported of it
     } else if (count) {
-        add(operation_of(c, stream));
+        Operation* o = operation_of(c, stream);
+        o->hangs = planted_hang(name) || o->hangs;
+        add(o);
     }
     if (group_depth > 0) {
         if (group_error == ncclSuccess) { group_error = error; }

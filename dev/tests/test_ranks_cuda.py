@@ -174,6 +174,7 @@ class Resume(Ranks):
 class Faults(Ranks):
     RUN = {"--steps": 4000, "--save-every": 2, "--eval-every": 0, "--sample-every": 0, "--sample-tokens": None,
            "--rank-timeout": 10}
+    LITTLE = {"--hidden-size": 64, "--num-attention-heads": 2, "--num-key-value-heads": 2, "--intermediate-size": 128}
 
     def underway(self, ranks):
         cwd = self.place()
@@ -185,9 +186,9 @@ class Faults(Ranks):
             time.sleep(0.02)
         return cwd, run
 
-    def last_good(self, cwd):
+    def last_good(self, cwd, model=None):
         step = max(int(path[-8:]) for path in glob.glob(os.path.join(cwd, "run", "step-*")))
-        changes = dict(self.RUN, **{"--steps": step + 1, "--shards": None})
+        changes = dict(self.RUN, **{"--steps": step + 1, "--shards": None}, **(model or {}))
         out = self.run_ok(cwd, 1, "bf16", changes, ["--resume"])
         self.assertIn(f"resumed from run/step-{step:08d}", out)
 
@@ -225,6 +226,37 @@ class Faults(Ranks):
                 self.assertEqual(set(statuses), {70}, err)
                 self.assertIn(f"in {call.split(':')[0]}", err)
                 self.assertLessEqual(len(self.lines(err)), 2, err)  # both ranks may come to their N-th call
+
+    def test_a_gpu_hangs(self):
+        """One rank's never finishes what it was given: a kernel of a step, of its update, of an evaluation or a sample,
+        a copy for a checkpoint; or all wait for a message that never comes."""
+        fixed = dict(self.RUN, **self.LITTLE, **{"--rank-timeout": 4, "--cuda-graphs": "off", "--shards": 2})
+        every = {"--eval-every": 1, "--sample-every": 1, "--sample-tokens": 14, "--save-every": 1, "--eval-windows": 20}
+        forward, still = "embedding_forward_kernel<WIDE>", "has stood still for"
+        cases = ((1, f"{forward}:9", {}, still, "in step 5"),
+                 (1, "adamw_kernel<8>:5", {}, still, "in step 5"),
+                 (1, f"{forward}:5", every, still, "in the evaluation after step 1"),
+                 (0, f"{forward}:14", every, still, "in the samples after step 1"),
+                 (0, "cudaMemcpyAsync:231", every, "", "in the checkpoint of step 1"),
+                 (1, "cudaMemcpyAsync:240", every, "", "in the checkpoint of step 1"),
+                 (1, "ncclSend:100", {}, "and all others wait for each other", r"in .*step \d+"))
+        places = [self.place() for _ in cases]
+        for some in range(0, len(cases), 4):
+            runs = [self.start(places[some + i], 2, "bf16", dict(fixed, **changes),
+                               of_rank={rank: {"CUDA_CPU_HANG": call}})
+                    for i, (rank, call, changes, _, _) in enumerate(cases[some:some + 4])]
+            began = time.monotonic()
+            for cwd, run, (rank, call, changes, words, where) in zip(places[some:], runs, cases[some:]):
+                with self.subTest(call=call):
+                    statuses, _, err = run.finish()
+                    self.assertLess(time.monotonic() - began, 30)
+                    self.assertEqual((set(statuses), len(self.lines(err))), ({71}, 1), err)
+                    named = {still: rank, "": r"\d"}.get(words, 0)
+                    print(f"{call} on rank {rank}: {time.monotonic() - began:.1f} s, {err.strip()}")
+                    self.assertRegex(err, rf"rank {named} \(.*\) {words}.* {where}; all ranks end")
+                    if not changes:
+                        self.assertIn("the last good checkpoint: run/step-", err)
+                        self.last_good(cwd, self.LITTLE)
 
     def test_refusals(self):
         cwd = self.place()
