@@ -413,8 +413,9 @@ __attribute__((noreturn)) static inline void start_miss(StartRoot* s) {
         if (missing < START_MISSING) { text_printf(&names, "%s%d", missing ? ", " : "", p); }
         missing++;
     }
-    text_printf(&why, "%d of %d ranks came to %s:%d, then none within %d s; missing %s%s", size - missing, size,
-                s->all[0].host, ntohs(s->address->port), start_seconds(size), names.text,
+    text_printf(&why,
+                "%d of %d ranks came to %s:%d, then none within %d s; missing %s%s; MTA_START_SECONDS=N waits longer",
+                size - missing, size, s->all[0].host, ntohs(s->address->port), start_seconds(size), names.text,
                 missing > START_MISSING ? ", ..." : "");
     s->came = size;  // who comes later is not waited for
     start_refuse(s, EXIT_RANK_LOST, why.text);
@@ -485,8 +486,8 @@ static inline void start_reach(Watch* w, const StartAddress* a, const StartHello
         nanosleep(&pause, NULL);
     }
     if (mine->mistake) { die("rank %d (%s): %s", w->rank, mine->host, mistake->why.text); }
-    fprintf(stderr, "%s: rank %d (%s): rank 0 was not reached at %s:%d within %d s\n", program_invocation_short_name,
-            w->rank, mine->host, a->host, ntohs(a->port), start_seconds(w->size));
+    fprintf(stderr, "%s: rank %d (%s): rank 0 was not reached at %s:%d within %d s; MTA_START_SECONDS=N waits longer\n",
+            program_invocation_short_name, w->rank, mine->host, a->host, ntohs(a->port), start_seconds(w->size));
     exit(EXIT_RANK_LOST);
 }
 

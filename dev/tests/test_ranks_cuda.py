@@ -144,14 +144,20 @@ class Bits(Ranks):
 
 
     def test_score(self):
-        """--score on two and three ranks: the bytes of one."""
+        """--score on two and three ranks: the bytes of one. A GPU that hangs is named."""
         cwd = self.place()
         self.run_ok(cwd, 1, "bf16", {"--steps": 2})
         test_ranks.write_requests(os.path.join(cwd, "requests"), 60)
         flags = ["--score", "requests", "--init-from", "run/step-00000002", "--batch-size", "2"]
-        answers = [self.run_ok(cwd, n, "bf16", {name: None for name in SMALL}, flags) for n in (1, 2, 3)]
+        nothing = {name: None for name in SMALL}
+        answers = [self.run_ok(cwd, n, "bf16", nothing, flags) for n in (1, 2, 3)]
         self.assertEqual(answers[0].count("\n"), 60)
         self.assertEqual(answers, [answers[0]] * 3)
+        run = self.start(cwd, 3, "bf16", nothing, flags + ["--rank-timeout", "4"],
+                         of_rank={1: {"CUDA_CPU_HANG": "embedding_forward_kernel<WIDE>:3"}})
+        statuses, out, err = run.finish()
+        self.assertEqual((set(statuses), out), ({71}, ""), err)
+        self.assertRegex(err.splitlines()[-1], r"rank 1 \(.*\) has stood still .* in the requests from line \d+; all")
 
 
 class Resume(Ranks):

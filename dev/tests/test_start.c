@@ -254,7 +254,7 @@ static void test_refused_ranks(void) {
     const char* const one_cannot[] = {"0 - bye", "100 - cannot", "500 - bye"};
     const char* const root_cannot[] = {"100 - cannot", "0 - bye", "500 - cannot"};
     double began = seconds_now();
-    refused(missing, 4, EXIT_RANK_LOST, ", then none within 1 s; missing 1, 3\n");
+    refused(missing, 4, EXIT_RANK_LOST, ", then none within 1 s; missing 1, 3; MTA_START_SECONDS=N waits longer\n");
     refused(one_device, 3, 1, "are on one GPU, gpu-a; wanted one for each\n");
     refused(one_cannot, 3, 3, "): it has no GPU\n");
     refused(root_cannot, 3, 3, "rank 0 (");
