@@ -193,14 +193,18 @@ static inline void ranks_saved(Ranks* r, const char* path) {
 }
 
 // Waits until all that was started has come. No call blocks: it looks, and lets others have the core, until then or
-// until the watch ends the program. As long as its own GPU has not come so far that this rank waits for others, looks
-// are no sign of life: the GPU may hang.
+// until the watch ends the program. What takes longer is for the watch to know: that this rank looks and waits for
+// others. As long as its own GPU has not come so far, its looks are no sign of life: that GPU may hang.
 static inline void ranks_wait(Ranks* r) {
     const struct timespec nap = {0, 50000};
     Watch* w = &r->watch;
     double began = seconds_now();
     bool others = false;
     for (int looks = 0; !r->backend->done(r->state); looks++) {
+        if (looks < 100) {
+            sched_yield();
+            continue;
+        }
         if (!others && (!r->backend->computes || !r->backend->computes(r->state))) {
             others = true;
             pthread_mutex_lock(&w->lock);
@@ -208,11 +212,7 @@ static inline void ranks_wait(Ranks* r) {
             pthread_mutex_unlock(&w->lock);
         }
         if (others) { __atomic_fetch_add(&w->self.looks, 1, __ATOMIC_RELAXED); }
-        if (looks < 100) {
-            sched_yield();
-        } else {
-            nanosleep(&nap, NULL);
-        }
+        nanosleep(&nap, NULL);
     }
     pthread_mutex_lock(&w->lock);
     w->self.waiting = 0;
