@@ -124,6 +124,9 @@ struct Machine {
     const std::function<void()>* body;  // the kernel with its arguments
     const char* kernel;
     unsigned n_threads, next, finished;
+    size_t ready_at;                 // the first of `ready` that has not gone on yet
+    int waiting_ops;                 // warp operations that wait for lanes
+    std::vector<uint3> thread_idxs;  // by linear index
     dim3 block_dim, grid_dim;
     uint3 thread_idx, block_idx;
     char* shared;  // dynamic shared memory, exactly as large as the launch asked
@@ -186,16 +189,30 @@ inline void switch_to(Fiber* from, Fiber* to) {
 #endif
 }
 
-inline void set_thread(unsigned t) {
+inline void set_thread(unsigned t) { machine.thread_idx = machine.thread_idxs[t]; }
+
+inline void fiber_create(Fiber* f);
+
+// What runs next: a fiber that can go on, else one for threads that have not started, else the scheduler.
+inline Fiber* next_fiber() {
     Machine& m = machine;
-    m.thread_idx = uint3{t % m.block_dim.x, t / m.block_dim.x % m.block_dim.y, t / (m.block_dim.x * m.block_dim.y)};
+    if (m.ready_at < m.ready.size()) { return m.current = m.ready[m.ready_at++]; }
+    if (m.next == m.n_threads) { return &m.scheduler; }
+    if (m.idle.empty()) { fault("more fibers than threads"); }
+    m.current = m.idle.back();
+    m.idle.pop_back();
+    if (!m.current->stack) { fiber_create(m.current); }
+    return m.current;
 }
 
 // A fiber takes thread after thread for as long as none of them has to wait: kernels without barriers never switch.
 inline void fiber_main() {
     Machine& m = machine;
 #if defined(__SANITIZE_ADDRESS__)
-    __sanitizer_finish_switch_fiber(NULL, &m.main_stack, &m.main_stack_bytes);  // entered from the scheduler
+    const void* from;
+    size_t bytes;
+    __sanitizer_finish_switch_fiber(NULL, &from, &bytes);
+    if (!m.main_stack) { m.main_stack = from, m.main_stack_bytes = bytes; }  // the first one comes from the scheduler
 #endif
     for (;;) {
         Fiber* self = m.current;
@@ -206,8 +223,9 @@ inline void fiber_main() {
             if (m.thread_end) { m.thread_end(); }
             m.finished++;
         }
+        Fiber* next = next_fiber();
         m.idle.push_back(self);
-        switch_to(self, &m.scheduler);
+        switch_to(self, next);
     }
 }
 
@@ -215,7 +233,8 @@ inline void fiber_create(Fiber* f) {
     f->stack = mmap(NULL, STACK_BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (f->stack == MAP_FAILED || mprotect(f->stack, 4096, PROT_NONE) != 0) { fault("no memory for a fiber's stack"); }
 #if defined(__x86_64__)
-    void** top = (void**)((char*)f->stack + STACK_BYTES);
+    // Each begins elsewhere in its pages: else what all fibers use would lie in the same few lines of the cache.
+    void** top = (void**)((char*)f->stack + STACK_BYTES - (f - machine.fibers) * 1088 % 32768);
     *--top = NULL;               // keeps the alignment that a called function expects
     *--top = (void*)fiber_main;  // where the first switch returns to
     for (int i = 0; i < 6; i++) { *--top = NULL; }
@@ -230,11 +249,10 @@ inline void fiber_create(Fiber* f) {
 
 // The running thread stops here until something puts its fiber on the ready list.
 inline void wait_for(const char* what, int line) {
-    Machine& m = machine;
-    Fiber* self = m.current;
+    Fiber* self = machine.current;
     self->wait = what;
     self->line = line;
-    switch_to(self, &m.scheduler);
+    switch_to(self, next_fiber());
     self->wait = NULL;
     set_thread(self->thread);
 }
@@ -258,7 +276,8 @@ inline const uint64_t* warp_exchange(const char* what, unsigned mask, uint64_t v
     if (!(mask >> lane & 1)) { fault("%s of line %d: lane %u is not in its own mask %08x", what, line, lane, mask); }
     WarpOp* op = NULL;
     for (int i = 0; i < WARP_OPS; i++) {
-        bool same = ops[i].arrived != 0 && ops[i].mask == mask && strcmp(ops[i].what, what) == 0;
+        bool same =
+            ops[i].arrived != 0 && ops[i].mask == mask && (ops[i].what == what || strcmp(ops[i].what, what) == 0);
         if (same || (!op && ops[i].arrived == 0 && ops[i].unread == 0)) { op = &ops[i]; }
         if (same) { break; }
     }
@@ -266,6 +285,7 @@ inline const uint64_t* warp_exchange(const char* what, unsigned mask, uint64_t v
     if (op->arrived == 0) {
         op->mask = mask, op->what = what, op->line = line;
         memset(op->value, 0xff, sizeof op->value);
+        m.waiting_ops++;
     }
     if (op->line != line) { fault("%s of line %d while other lanes wait at that of line %d", what, line, op->line); }
     op->value[lane] = value;
@@ -275,6 +295,7 @@ inline const uint64_t* warp_exchange(const char* what, unsigned mask, uint64_t v
         m.ready.insert(m.ready.end(), op->waiting, op->waiting + op->n_waiting);
         op->unread = op->n_waiting;
         op->arrived = 0, op->n_waiting = 0;
+        m.waiting_ops--;
     } else {
         op->waiting[op->n_waiting++] = m.current;
         wait_for(what, line);
@@ -286,7 +307,7 @@ inline const uint64_t* warp_exchange(const char* what, unsigned mask, uint64_t v
 // No thread can go on: either all wait at the barrier (release them) or some never will.
 inline void release_barrier() {
     Machine& m = machine;
-    for (unsigned w = 0; w * WARP < m.n_threads; w++) {
+    for (unsigned w = 0; m.waiting_ops && w * WARP < m.n_threads; w++) {
         for (const WarpOp& op : m.warp_ops[w]) {
             if (op.arrived == 0) { continue; }
             fault("%s waits for lanes %08x of warp %u, only %08x came (%u of %u threads have returned)", op.what,
@@ -297,9 +318,9 @@ inline void release_barrier() {
         fault("divergent barrier: %zu of %u threads wait at line %d, %u have returned", m.at_barrier.size(),
               m.n_threads, m.at_barrier[0]->line, m.finished);
     }
-    std::sort(m.at_barrier.begin(), m.at_barrier.end(), [](Fiber* a, Fiber* b) { return a->thread < b->thread; });
-    permute(m.at_barrier);
-    m.ready.swap(m.at_barrier);
+    m.ready.resize(m.n_threads), m.ready_at = 0;
+    for (Fiber* f : m.at_barrier) { m.ready[f->thread] = f; }
+    permute(m.ready);
     m.at_barrier.clear();
     m.now++;
 }
@@ -307,24 +328,16 @@ inline void release_barrier() {
 inline void run_block() {
     Machine& m = machine;
     m.next = m.finished = 0;
+    m.ready_at = 0, m.waiting_ops = 0;
     m.block_start = ++m.now;
-    size_t at = 0;
     m.ready.clear();
     while (m.finished < m.n_threads) {
-        if (at < m.ready.size()) {
-            m.current = m.ready[at++];
-        } else if (m.next < m.n_threads) {
-            if (m.idle.empty()) { fault("more fibers than threads"); }
-            m.current = m.idle.back();
-            m.idle.pop_back();
-            if (!m.current->stack) { fiber_create(m.current); }
-        } else {
-            at = 0;
-            m.ready.clear();
+        Fiber* next = next_fiber();
+        if (next == &m.scheduler) {
             release_barrier();
-            continue;
+        } else {
+            switch_to(&m.scheduler, next);
         }
-        switch_to(&m.scheduler, m.current);
     }
 }
 
@@ -350,8 +363,11 @@ inline void run_grid(const char* kernel, dim3 grid, dim3 block, size_t shared, c
     if (m.idle.empty()) {
         for (int i = MAX_THREADS - 1; i >= 0; i--) { m.idle.push_back(&m.fibers[i]); }
     }
-    m.order.resize(m.n_threads);
-    for (unsigned i = 0; i < m.n_threads; i++) { m.order[i] = i; }
+    m.order.resize(m.n_threads), m.thread_idxs.resize(m.n_threads);
+    for (unsigned i = 0; i < m.n_threads; i++) {
+        m.order[i] = i;
+        m.thread_idxs[i] = uint3{i % block.x, i / block.x % block.y, i / (block.x * block.y)};
+    }
     permute(m.order);
     void* bytes = NULL;
     if (shared && posix_memalign(&bytes, 16, shared) != 0) {

@@ -25,10 +25,9 @@ struct __half {
         bits = (uint16_t)(sign | ((u + 0xfffu + (u >> 13 & 1) - 0x38000000u) >> 13));
     }
     operator float() const {
-        uint32_t sign = (uint32_t)(bits & 0x8000u) << 16, e = bits >> 10 & 31, m = bits & 1023u;
-        if (e == 31) { return __uint_as_float(sign | 0x7f800000u | m << 13); }
-        if (e == 0) { return (sign ? -1.0f : 1.0f) * (float)m / 16777216.0f; }
-        return __uint_as_float(sign | (e + 112) << 23 | m << 13);
+        uint32_t sign = (uint32_t)(bits & 0x8000u) << 16, rest = (uint32_t)(bits & 0x7fffu) << 13;
+        if (rest >= 31u << 23) { return __uint_as_float(sign | 0x7f800000u | rest); }  // infinity, NaN
+        return __uint_as_float(sign | rest) * 0x1p112f;  // the exponent's bias is 15 here, 127 there; subnormals too
     }
 };
 struct alignas(4) __half2 {

@@ -37,13 +37,16 @@ void watch(Range* r, char* begin, size_t bytes) {
     *r = Range{begin, bytes, (Cell*)calloc(bytes / 2 + 1, sizeof(Cell))};
 }
 Range* find(char* p) {
+    static Range* last = NULL;  // of device memory, in this launch: nothing is allocated or freed in one
+    static uint32_t launch = 0;
     if (inside(shared, p)) { return &shared; }
     if (inside(fixed, p)) { return &fixed; }
+    if (last && launch == machine.launch_start && inside(*last, p)) { return last; }
     auto a = allocations.upper_bound(p);
     if (a == allocations.begin() || p >= (char*)(--a)->first + a->second) { return NULL; }
-    Range* r = &ranges[(char*)a->first];
-    watch(r, (char*)a->first, a->second);
-    return r;
+    last = &ranges[(char*)a->first], launch = machine.launch_start;
+    watch(last, (char*)a->first, a->second);
+    return last;
 }
 
 // Are an access of thread `by` at this time and one of the running thread now unordered?

@@ -35,25 +35,28 @@ template <typename T> inline float half_word(unsigned pair, int which) {  // T: 
     return x;
 }
 
+typedef float MmaRow __attribute__((vector_size(32)));  // 8 columns, so that every optimisation computes them at once
+
 template <typename T> inline void mma_warp(const uint64_t* lanes) {
     tensor_counts.mma++;
-    float A[16][16], B[8][16];
+    float A[16][16];
+    MmaRow B[16], sum[16] = {};
     for (int l = 0; l < WARP; l++) {
         const MmaLane* own = (const MmaLane*)lanes[l];
         int g = l / 4, t = l % 4;
+#pragma GCC unroll 8
         for (int e = 0; e < 8; e++) {
             A[g + e / 2 % 2 * 8][2 * t + e / 4 * 8 + e % 2] = half_word<T>(own->a[e / 2], e % 2);
         }
-        for (int e = 0; e < 4; e++) { B[g][2 * t + e / 2 * 8 + e % 2] = half_word<T>(own->b[e / 2], e % 2); }
+#pragma GCC unroll 4
+        for (int e = 0; e < 4; e++) { B[2 * t + e / 2 * 8 + e % 2][g] = half_word<T>(own->b[e / 2], e % 2); }
+    }
+    for (int i = 0; i < 16; i++) {
+        for (int k = 0; k < 16; k++) { sum[i] += A[i][k] * B[k]; }
     }
     for (int l = 0; l < WARP; l++) {
         const MmaLane* own = (const MmaLane*)lanes[l];
-        for (int e = 0; e < 4; e++) {
-            const float *x = A[l / 4 + e / 2 * 8], *y = B[2 * (l % 4) + e % 2];
-            float sum = 0;
-            for (int k = 0; k < 16; k++) { sum += x[k] * y[k]; }
-            own->c[e] += sum;
-        }
+        for (int e = 0; e < 4; e++) { own->c[e] += sum[l / 4 + e / 2 * 8][2 * (l % 4) + e % 2]; }
     }
 }
 

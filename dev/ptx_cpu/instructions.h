@@ -145,20 +145,22 @@ inline void copy_wait(Warp& w, const Instruction& i, uint32_t lanes) {  // for a
 // four of c.
 inline void matrix_product(Warp& w, const Instruction& i, uint32_t) {
     const float* f16 = f16_values();
-    auto value = [&](uint32_t pair, int high) {
-        uint32_t bits = high ? pair >> 16 : pair & 0xffff;
-        return i.half ? f16[bits] : bf16_value(bits);
-    };
+    uint16_t bits[2][16][16];  // of a, then of b transposed
     double a[16][16], b[16][8], c[16][8];
-    for (int l = 0; l < WARP; l++) {
-        int group = l / 4, pair = l % 4 * 2;
-        for (int e = 0; e < 8; e++) {
-            a[group + e / 2 % 2 * 8][pair + e % 2 + e / 4 * 8] = value(get<uint32_t>(FROM(e / 2), l), e % 2);
+    for (int e = 0; e < 6; e++) {
+        int row = e / 4 ? 0 : e % 2 * 8, column = e / 4 ? e % 2 * 8 : e / 2 * 8;
+        for (int l = 0; l < WARP; l++) {
+            uint32_t two = get<uint32_t>(FROM(e), l);
+            uint16_t* to = &bits[e / 4][row + l / 4][column + l % 4 * 2];
+            to[0] = (uint16_t)two, to[1] = (uint16_t)(two >> 16);
         }
-        for (int e = 0; e < 4; e++) {
-            b[pair + e % 2 + e / 2 * 8][group] = value(get<uint32_t>(FROM(4 + e / 2), l), e % 2);
-            c[group + e / 2 * 8][pair + e % 2] = get<float>(FROM(6 + e), l);
-        }
+    }
+    for (int r = 0; r < 16; r++) {
+        for (int k = 0; k < 16; k++) { a[r][k] = i.half ? f16[bits[0][r][k]] : bf16_value(bits[0][r][k]); }
+        for (int n = 0; n < 8; n++) { b[r][n] = i.half ? f16[bits[1][n][r]] : bf16_value(bits[1][n][r]); }
+    }
+    for (int e = 0; e < 4; e++) {
+        for (int l = 0; l < WARP; l++) { c[l / 4 + e / 2 * 8][l % 4 * 2 + e % 2] = get<float>(FROM(6 + e), l); }
     }
     for (int r = 0; r < 16; r++) {
         for (int n = 0; n < 8 && w.machine->truncate; n++) {

@@ -265,7 +265,7 @@ inline void Machine::fail(const Warp* w, const string& what, int lane) {
     throw Fault{text};
 }
 inline char* Machine::global(Warp& w, int lane, uint64_t address, uint32_t bytes) {
-    if (address % bytes) {
+    if (address & (bytes - 1)) {  // bytes: a power of two
         fail(&w, format("misaligned address %llx of %u bytes", (unsigned long long)address, bytes), lane);
     }
     for (int turn = 0; turn < 2; turn++) {
@@ -280,7 +280,7 @@ inline char* Machine::global(Warp& w, int lane, uint64_t address, uint32_t bytes
     fail(&w, format("global address %llx of %u bytes is in no allocation", (unsigned long long)address, bytes), lane);
 }
 inline char* Machine::shared(Warp& w, int lane, uint64_t address, uint32_t bytes) {
-    if (address % bytes) {
+    if (address & (bytes - 1)) {
         fail(&w, format("misaligned shared address %llx of %u bytes", (unsigned long long)address, bytes), lane);
     }
     if (address < SHARED_BASE || address + bytes > SHARED_BASE + shared_.size()) {
@@ -399,7 +399,7 @@ inline void Machine::copies_land(Warp& w, int lane, const std::vector<Copy>& cop
         Shadow* s = &shared_shadow_[(c.to - SHARED_BASE) / 2];
         memset(p, 0, c.size);
         if (c.bytes) { memcpy(p, (const char*)c.from, c.bytes); }
-        for (uint32_t b = 0; watch && b < c.bytes; b += 2) { read_mark(w, lane, shadow_of(c.from + b), 2, true); }
+        if (watch && c.bytes) { read_mark(w, lane, shadow_of(c.from), c.bytes, true); }
         for (uint32_t b = 0; b < c.size / 2; b++) { s[b].in_flight = 0; }
         write_mark(w, lane, s, c.size, false);
     }
