@@ -3,8 +3,8 @@
 sets.
 
     data/.venv/bin/python scripts/plot_run.py runs/text --out curves.png
-    data/.venv/bin/python scripts/plot_run.py mta=runs/mta_1 mta=runs/mta_2 plain=runs/plain_1 plain=runs/plain_2
-    --title "Toy task" data/.venv/bin/python scripts/plot_run.py runs/mta runs/plain --x hours
+    data/.venv/bin/python scripts/plot_run.py mta=runs/mta_1 mta=runs/mta_2 plain=runs/plain --title "Toy task"
+    data/.venv/bin/python scripts/plot_run.py runs/mta runs/plain --x hours
 
 A run is a folder with log.jsonl, or such a file; LABEL= in front of it names it. Runs of one label (seeds) look the
 same. Of several validation sets each has its colour, and the mean is black; several runs are then told apart by dashes.

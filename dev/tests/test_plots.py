@@ -12,16 +12,19 @@ import sys
 import tempfile
 import unittest
 
-from helpers import ROOT, main, png_size, to_bf16, write_safetensors
+from helpers import ROOT, call, main, png_size, to_bf16, write_safetensors
 
 VENV = os.path.join(ROOT, "data", ".venv", "bin", "python")
-PYTHON = VENV if os.path.exists(VENV) else sys.executable
-HAS_PLOTS = subprocess.run([PYTHON, "-c", "import numpy, matplotlib"], stderr=subprocess.DEVNULL).returncode == 0
-
-
-def run(script, *arguments, python=PYTHON):
-    return subprocess.run([python, os.path.join(ROOT, "scripts", script), *arguments], stdout=subprocess.PIPE,
-                          stderr=subprocess.PIPE, text=True)
+try:
+    import matplotlib
+    import numpy
+except ImportError:
+    if os.path.exists(VENV) and os.path.abspath(sys.executable) != VENV:
+        os.execv(VENV, [VENV, *sys.argv])
+    matplotlib = numpy = None
+sys.path.insert(0, os.path.join(ROOT, "scripts"))
+import plot_kernels  # noqa: E402
+import plot_run  # noqa: E402
 
 
 def write_checkpoint(folder, tensors, dtype="F32"):
@@ -34,7 +37,7 @@ def write_checkpoint(folder, tensors, dtype="F32"):
     write_safetensors(os.path.join(folder, "model.safetensors"), entries)
 
 
-@unittest.skipUnless(HAS_PLOTS, "numpy and matplotlib are missing")
+@unittest.skipUnless(matplotlib and numpy, "numpy and matplotlib are missing")
 class Plots(unittest.TestCase):
     def setUp(self):
         self.folder = tempfile.TemporaryDirectory()
@@ -42,6 +45,10 @@ class Plots(unittest.TestCase):
 
     def path(self, *parts):
         return os.path.join(self.folder.name, *parts)
+
+    def command(self, script, *arguments):
+        return subprocess.run([sys.executable, os.path.join(ROOT, "scripts", script), *arguments], capture_output=True,
+                              text=True)
 
     def write_log(self, name, events):
         os.makedirs(self.path(name))
@@ -55,10 +62,11 @@ class Plots(unittest.TestCase):
         lines.append(json.dumps({"event": "val", "step": 199, "name": "toy", "loss": 0.1, "error": 0.25}))
         self.write_log("a", "\n".join(lines) + '\n{"event":"st')
         self.write_log("b", '{"event":"step","step":1,"loss":3}\n{"event":"val","step":1,"name":"x","loss":2}\n')
-        done = run("plot_run.py", "one=" + self.path("a"), "two=" + self.path("b"), "--out", self.path("ab.png"))
+        done = self.command("plot_run.py", "one=" + self.path("a"), "two=" + self.path("b"), "--out",
+                            self.path("ab.png"))
         self.assertEqual((done.returncode, done.stderr, done.stdout), (0, "", self.path("ab.png") + "\n"))
         three = png_size(self.path("ab.png"))
-        self.assertEqual(run("plot_run.py", self.path("b", "log.jsonl")).returncode, 0)
+        self.assertEqual(call(plot_run, self.path("b", "log.jsonl")).returncode, 0)
         two = png_size(self.path("b", "curves.png"))
         self.assertGreater(three[0], two[0], "a masked set adds a panel")
 
@@ -79,34 +87,32 @@ class Plots(unittest.TestCase):
         self.write_log("old", "".join(json.dumps({k: v for k, v in e.items() if k != "time"}) + "\n"
                                       for e in events if e["event"] != "val_mean"))
         for x in ("steps", "tokens", "hours"):
-            done = run("plot_run.py", self.path("a"), *[self.path("old")] * (x == "hours"), "--x", x, "--out",
+            done = call(plot_run, self.path("a"), *[self.path("old")] * (x == "hours"), "--x", x, "--out",
                        self.path("x.png"))
             self.assertEqual((done.returncode, done.stderr), (0, ""))
-        code = """if True:
-            import sys; sys.path.insert(0, %r); import plot_run as p
-            for name, x in (("a", "steps"), ("a", "tokens"), ("a", "hours"), ("old", "hours")):
-                r = p.Run(name, sys.argv[1] + "/" + name, x)
-                print([round(float(v), 6) for v in r.steps[:, 0]], r.val["book"][0, 0].round(6), len(r.mean))
-            figure, ax = p.plt.subplots(layout="constrained")
-            r = p.Run("a", sys.argv[1] + "/a", "steps")
-            p.draw_validation(ax, [r], {"a": p.colour_of(0)}, 1, 1.0)
-            p.legend(ax)
-            figure.canvas.draw()
-            legend, plot = ax.get_legend().get_window_extent(), ax.get_window_extent()
-            print(len({l.get_color() for l in ax.get_lines()}), legend.y1 <= plot.y0)
-        """ % os.path.join(ROOT, "scripts")
-        done = subprocess.run([PYTHON, "-B", "-c", code, self.folder.name], stdout=subprocess.PIPE,
-                              stderr=subprocess.PIPE, text=True)
+        drawn = []
+        for name, x in (("a", "steps"), ("a", "tokens"), ("a", "hours"), ("old", "hours")):
+            r = plot_run.Run(name, self.path(name), x)
+            places = [round(float(v), 6) for v in r.steps[:, 0]]
+            drawn.append((places, round(float(r.val["book"][0, 0]), 6), len(r.mean)))
         hours = [0.5 * i for i in range(1, 9)]
         old = [round(200 * i / 3600, 6) for i in range(1, 9)]
-        self.assertEqual(done.stdout.splitlines(),
-                         ["%s 8.0 1" % [float(i) for i in range(1, 9)], "%s 800.0 1" % [100.0 * i for i in range(1, 9)],
-                          "%s 4.0 1" % hours, "%s %s 0" % (old, old[-1]), "8 True"], done.stderr)
+        steps = [float(i) for i in range(1, 9)]
+        self.assertEqual(drawn, [(steps, 8.0, 1), ([100 * i for i in steps], 800.0, 1), (hours, 4.0, 1),
+                                 (old, old[-1], 0)])
+
+        figure, ax = plot_run.plt.subplots(layout="constrained")
+        plot_run.draw_validation(ax, [plot_run.Run("a", self.path("a"), "steps")], {"a": plot_run.colour_of(0)}, 1, 1.0)
+        plot_run.legend(ax)
+        figure.canvas.draw()
+        self.assertEqual(len({line.get_color() for line in ax.get_lines()}), 8)
+        self.assertLessEqual(ax.get_legend().get_window_extent().y1, ax.get_window_extent().y0)
+        plot_run.plt.close(figure)
 
     def test_curves_refused(self):
         self.write_log("empty", "")
         for arguments in ((self.path("nothing"),), (self.path("empty"),)):
-            done = run("plot_run.py", *arguments)
+            done = call(plot_run, *arguments)
             self.assertEqual(done.returncode, 1)
             self.assertEqual(done.stderr.count("\n"), 1, done.stderr)
 
@@ -119,7 +125,7 @@ class Plots(unittest.TestCase):
         for dtype in ("F32", "BF16"):
             write_checkpoint(self.path(dtype, "step-00000009"), tensors, dtype)
             write_checkpoint(self.path(dtype, "step-00000003"), {base.format(0, "q_proj"): [1, 1]})
-            done = run("plot_kernels.py", self.path(dtype))
+            done = call(plot_kernels, self.path(dtype))
             self.assertEqual((done.returncode, done.stderr), (0, ""))
             for name in ("kq_conv", "kq_conv_post", "head_mix"):
                 self.assertGreater(min(png_size(self.path(dtype, name + ".png"))), 200)
@@ -128,12 +134,12 @@ class Plots(unittest.TestCase):
 
     def test_kernels_refused(self):
         write_checkpoint(self.path("plain", "step-00000001"), {"model.norm.weight": [4]})
-        done = run("plot_kernels.py", self.path("plain"))
+        done = call(plot_kernels, self.path("plain"))
         self.assertEqual(done.returncode, 1)
         self.assertIn("plain Transformer", done.stderr)
         with open(self.path("plain", "step-00000001", "model.safetensors"), "wb") as f:
             f.write(b"\xff" * 100)
-        done = run("plot_kernels.py", self.path("plain"))
+        done = call(plot_kernels, self.path("plain"))
         self.assertEqual((done.returncode, done.stderr.count("\n")), (1, 1), done.stderr)
 
 
@@ -143,7 +149,7 @@ class WithoutMatplotlib(unittest.TestCase):
         for script in ("plot_run.py", "plot_kernels.py"):
             code = ("import sys, runpy; sys.modules['matplotlib'] = None; sys.argv = ['x', 'y']; "
                     f"runpy.run_path({os.path.join(ROOT, 'scripts', script)!r}, run_name='__main__')")
-            done = subprocess.run([PYTHON, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+            done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
             self.assertEqual((done.returncode, done.stderr.count("\n")), (1, 1), done.stderr)
             self.assertIn("pip install numpy matplotlib", done.stderr)
 
