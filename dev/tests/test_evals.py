@@ -17,9 +17,8 @@ import sys
 import tempfile
 import unittest
 
-from helpers import BIN, ROOT, main, png_size
+from helpers import BIN, ROOT, call, main, png_size
 
-EVALS = os.path.join(ROOT, "data", "evals.py")
 sys.path.insert(0, os.path.join(ROOT, "data"))
 import evals  # noqa: E402
 
@@ -27,12 +26,11 @@ PLOTS = importlib.util.find_spec("matplotlib") is not None
 
 
 def run(*args, status=0):
-    done = subprocess.run(
-        [sys.executable, EVALS, *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+    done = call(evals, *map(str, args))
+    said = done.stdout + done.stderr
     if done.returncode != status:
-        raise AssertionError("exit status %d, wanted %d\n%s" % (done.returncode, status, done.stdout))
-    return done.stdout
+        raise AssertionError("exit status %d, wanted %d\n%s" % (done.returncode, status, said))
+    return said
 
 
 class Case(unittest.TestCase):

@@ -149,7 +149,7 @@ class WithoutMatplotlib(unittest.TestCase):
         for script in ("plot_run.py", "plot_kernels.py"):
             code = ("import sys, runpy; sys.modules['matplotlib'] = None; sys.argv = ['x', 'y']; "
                     f"runpy.run_path({os.path.join(ROOT, 'scripts', script)!r}, run_name='__main__')")
-            done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+            done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
             self.assertEqual((done.returncode, done.stderr.count("\n")), (1, 1), done.stderr)
             self.assertIn("pip install numpy matplotlib", done.stderr)
 
