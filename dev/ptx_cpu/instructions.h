@@ -67,10 +67,19 @@ inline uint64_t address_of(const Warp& w, const Instruction& i, int operand, int
     uint64_t base = get_any(w, i.from[operand], lane);
     return i.from[operand].bits == 64 ? base + (uint64_t)offset : (uint32_t)(base + (uint64_t)offset);
 }
+// Copies an element of 1, 2, 4 or 8 bytes: sizes that the compiler knows.
+inline void copy_element(void* to, const void* from, int bytes) {
+    switch (bytes) {
+        case 1: memcpy(to, from, 1); break;
+        case 2: memcpy(to, from, 2); break;
+        case 4: memcpy(to, from, 4); break;
+        default: memcpy(to, from, 8);
+    }
+}
 // An integer of so many bytes at p
 inline uint64_t extend(const char* p, int bytes, bool is_signed) {
     uint64_t v = 0;
-    memcpy(&v, p, (size_t)bytes);
+    copy_element(&v, p, bytes);
     int shift = 64 - 8 * bytes;
     return is_signed ? (uint64_t)((int64_t)(v << shift) >> shift) : v;
 }
@@ -92,7 +101,7 @@ inline void store(Warp& w, const Instruction& i, uint32_t lanes) {  // the addre
         char* p = w.machine->access(w, l, i.space, address, (uint32_t)(i.bytes * n), true);
         for (int e = 0; e < n; e++) {
             uint64_t v = get_any(w, i.from[1 + e], l);
-            memcpy(p + e * i.bytes, &v, i.bytes);
+            copy_element(p + e * i.bytes, &v, i.bytes);
         }
     });
 }

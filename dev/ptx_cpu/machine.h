@@ -107,14 +107,19 @@ struct Kernel {
 struct Region {  // of global memory
     uint64_t begin, end;
 };
-struct Shadow {  // of two bytes: who touched them last
-    uint32_t write_epoch, read_epoch, add_epoch, write_pc, read_pc, read_block, add_block;
-    uint16_t writer, reader, adder, write_turn, read_turn;
+struct alignas(32) Shadow {  // of two bytes: who touched them last; of four bytes a line of the cache
+    uint32_t write_epoch, read_epoch, write_pc, read_pc, read_block;
+    uint16_t writer, reader, write_turn, read_turn;
     uint8_t in_flight, written;
+};
+struct Added {  // of four bytes: the last float atomic
+    uint32_t epoch, block;
+    uint16_t thread;
 };
 enum { MANY = 0xffff, PAGE = 4096, PAGES = 256 };
 struct Page {
     Shadow shadow[PAGE / 2];
+    Added added[PAGE / 4];
 };
 struct Copy {
     uint32_t to;
@@ -166,7 +171,7 @@ class Machine {
     void copies_land(Warp& w, int lane, const std::vector<Copy>& copies);
     void added(Warp& w, int lane, uint64_t address);  // a float atomic
     const char* parameter(int64_t offset) const { return parameters_ + offset; }
-    [[noreturn]] void fail(const Warp* w, const string& what, int lane = -1);
+    [[noreturn, gnu::cold]] void fail(const Warp* w, const string& what, int lane = -1);
 
   private:
     const Kernel* kernel_ = NULL;
@@ -183,17 +188,17 @@ class Machine {
         uint64_t number;
         Page* page;
     } recent_[PAGES] = {};
-    uint32_t epoch_ = 1, block_epoch_ = 1, launch_epoch_ = 1;
+    uint32_t epoch_ = 1, block_epoch_ = 1, launch_epoch_ = 1, block_number_ = 0;
 
-    uint32_t block_number() const { return at_.x + grid_.x * (at_.y + grid_.y * at_.z); }
-    string where(uint32_t pc) const;
-    void note(const string& what) { notes[what]++; }
-    void race(const char* what, uint32_t pc, uint32_t other, bool is_global);
+    [[gnu::cold]] string where(uint32_t pc) const;
+    [[gnu::cold]] void note(const string& what) { notes[what]++; }
+    [[gnu::cold]] void race(const char* what, uint32_t pc, uint32_t other, bool is_global);
     void check(const Warp& w, uint32_t thread, uint32_t epoch, uint16_t other, uint16_t turn, uint32_t other_pc,
                bool is_global, bool write);
     void read_mark(Warp& w, int lane, Shadow* s, uint32_t bytes, bool is_global);
     void write_mark(Warp& w, int lane, Shadow* s, uint32_t bytes, bool is_global, bool written = true);
-    Shadow* shadow_of(uint64_t address);
+    Page* page_of(uint64_t address);
+    Shadow* shadow_of(uint64_t address) { return &page_of(address)->shadow[address % PAGE / 2]; }
     void start_warp(uint32_t n);
     void run_block();
     bool meet();
@@ -291,7 +296,7 @@ inline char* Machine::shared(Warp& w, int lane, uint64_t address, uint32_t bytes
     }
     return shared_.data() + (address - SHARED_BASE);
 }
-inline Shadow* Machine::shadow_of(uint64_t address) {
+inline Page* Machine::page_of(uint64_t address) {
     uint64_t number = address / PAGE;
     Recent& r = recent_[number % PAGES];
     if (r.number != number || !r.page) {
@@ -299,7 +304,7 @@ inline Shadow* Machine::shadow_of(uint64_t address) {
         if (!page) { page.reset(new Page()); }
         r = {number, page.get()};
     }
-    return &r.page->shadow[address % PAGE / 2];
+    return r.page;
 }
 
 inline void Machine::race(const char* what, uint32_t pc, uint32_t other, bool is_global) {
@@ -321,7 +326,7 @@ inline void Machine::check(const Warp& w, uint32_t thread, uint32_t epoch, uint1
 }
 inline void Machine::read_mark(Warp& w, int lane, Shadow* s, uint32_t bytes, bool is_global) {
     uint16_t thread = (uint16_t)(w.index * WARP + lane), turn = (uint16_t)w.turn;
-    uint32_t number = block_number();
+    uint32_t number = block_number_;
     for (Shadow* end = s + (bytes + 1) / 2; s < end; s++) {
         if (s->in_flight) { fail(&w, "reads what a cp.async has not yet brought", lane); }
         if (!is_global && !s->written) { note("shared memory read before it is written: " + where(w.pc)); }
@@ -346,7 +351,7 @@ inline void Machine::write_mark(Warp& w, int lane, Shadow* s, uint32_t bytes, bo
             check(w, thread, s->write_epoch, s->writer, s->write_turn, s->write_pc, is_global, true);
         }
         if (s->read_epoch >= launch_epoch_) {
-            bool blocks = is_global && s->read_block != block_number();
+            bool blocks = is_global && s->read_block != block_number_;
             if (blocks) {
                 race("RACE of blocks", w.pc, s->read_pc, is_global);
             } else {
@@ -372,12 +377,12 @@ inline char* Machine::access(Warp& w, int lane, Space space, uint64_t address, u
 }
 inline void Machine::added(Warp& w, int lane, uint64_t address) {
     if (!watch) { return; }
-    Shadow* s = shadow_of(address);
+    Added* last = &page_of(address)->added[address % PAGE / 4];
     uint16_t thread = (uint16_t)(w.index * WARP + lane);
-    if (s->add_epoch >= launch_epoch_ && (s->add_block != block_number() || s->adder != thread)) {
+    if (last->epoch >= launch_epoch_ && (last->block != block_number_ || last->thread != thread)) {
         note("float atomics of several threads on one address: " + where(w.pc));
     }
-    s->add_epoch = epoch_, s->add_block = block_number(), s->adder = thread;
+    *last = {epoch_, block_number_, thread};
 }
 
 // The destination is poisoned, and nobody may touch it until the copies of this thread have landed: at its wait, as
@@ -597,7 +602,7 @@ inline void Machine::launch(const Kernel& kernel, Dim grid, Dim block, uint32_t 
     shared_shadow_.assign(shared_.size() / 2 + 16, Shadow());
     while (warps_.size() < n_warps_) { warps_.emplace_back(new Warp), warps_.back()->machine = this; }
     files_.resize((size_t)n_warps_ * kernel.file_bytes + 64);
-    if (pages_.size() > 4096) {  // each has 20 times the memory that it watches
+    if (pages_.size() > 4096) {  // each has 17 times the memory that it watches
         pages_.clear();
         std::fill(recent_, recent_ + PAGES, Recent());
     }
@@ -605,6 +610,7 @@ inline void Machine::launch(const Kernel& kernel, Dim grid, Dim block, uint32_t 
     for (uint64_t b = 0; b < n; b++) {
         uint64_t which = order == 1 ? n - 1 - b : b;
         at_ = {(uint32_t)(which % grid.x), (uint32_t)(which / grid.x % grid.y), (uint32_t)(which / grid.x / grid.y)};
+        block_number_ = (uint32_t)which;
         run_block();
     }
 }
