@@ -1057,7 +1057,7 @@ static void test_shards(void) {
             n = tr->tensors(m)->parameters;
             tr->destroy(m);
         }
-        const RanksSum floats_sum = {add_floats, NULL, sizeof(float), NULL, 0};
+        const RanksSum floats_sum = {add_floats, NULL, sizeof(float), NULL};
         int to = shards / 2;  // whichever part takes the sum
         tree_add(parts, shards, to, n, &floats_sum);
         void* m = make_model(tr, &c, 2, T, 0);

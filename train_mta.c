@@ -1823,8 +1823,8 @@ static void model_zero_gradients(Model* m) {
 }
 
 // Adds n gradients of `more` to `sum`.
-static void gradients_add(void* model, void* sum, const void* more, size_t n) {
-    (void)model;
+static void gradients_add(void* state, void* sum, const void* more, size_t n) {
+    (void)state;
     real* a = (real*)sum;
     const real* b = (const real*)more;
 #pragma omp parallel for simd schedule(static)
@@ -1835,7 +1835,7 @@ static void gradients_add(void* model, void* sum, const void* more, size_t n) {
 // (mta/ranks.h) that wait, then waits too, unless it is the last.
 static void model_add_shard(Model* m, int done, int n) {
     for (int add = shards_to_add(done, n); add > 0; add--) {
-        gradients_add(m, m->grads, m->waiting[--m->n_waiting], m->tensors.numel);
+        gradients_add(NULL, m->grads, m->waiting[--m->n_waiting], m->tensors.numel);
     }
     if (done == n) { return; }
     real* sum = m->grads;
@@ -1843,24 +1843,27 @@ static void model_add_shard(Model* m, int done, int n) {
     m->waiting[m->n_waiting++] = sum;
 }
 
+// The elements of the j-th block of those that this process updates.
+static Span own_block(const Model* m, size_t j) {
+    size_t n = m->tensors.numel, begin = ranks_own_block(m->ranks, n, j);
+    Span s = {begin, n - begin < UPDATE_BLOCK ? n : begin + UPDATE_BLOCK};
+    return s;
+}
+
 // Square root of the sum of squares of all gradients; not finite if any is not.
 static double gradient_norm(const Model* m) {
-    size_t blocks = (m->tensors.numel + UPDATE_BLOCK - 1) / UPDATE_BLOCK;
-    double* sums = (double*)alloc_or_die(blocks, sizeof(double), "norm sums");
-    Span own = ranks_own(m->ranks, blocks);
+    size_t n = m->tensors.numel, blocks = ranks_own_blocks(m->ranks, n);
+    double* sums = (double*)alloc_or_die(ranks_most_blocks(m->ranks, n), sizeof(double), "norm sums");
 #pragma omp parallel for schedule(static)
-    for (size_t b = own.begin; b < own.end; b++) {
-        const real* g = m->grads + b * UPDATE_BLOCK;
-        size_t n = m->tensors.numel - b * UPDATE_BLOCK < UPDATE_BLOCK ? m->tensors.numel - b * UPDATE_BLOCK
-                                                                      : (size_t)UPDATE_BLOCK;
+    for (size_t j = 0; j < blocks; j++) {
+        Span block = own_block(m, j);
+        const real* g = m->grads;
         double sum = 0;
 #pragma omp simd reduction(+ : sum)
-        for (size_t i = 0; i < n; i++) { sum += (double)g[i] * (double)g[i]; }
-        sums[b] = sum;
+        for (size_t i = block.begin; i < block.end; i++) { sum += (double)g[i] * (double)g[i]; }
+        sums[j] = sum;
     }
-    ranks_gather(m->ranks, sums, blocks * sizeof(double), sizeof(double));
-    double total = 0;
-    for (size_t b = 0; b < blocks; b++) { total += sums[b]; }
+    double total = ranks_sum_blocks(m->ranks, sums, n);
     free(sums);
     return sqrt(total);
 }
@@ -1877,15 +1880,19 @@ static double model_update(Model* m, const AdamW* h, long step) {
     real correct = (real)(1 / sqrt(1 - pow(h->beta2, (double)step)));
     real *w = m->weights, *am = m->m, *av = m->v;
     const real* g = m->grads;
-    Span own = ranks_elements(m->ranks, ranks_number(m->ranks), m->tensors.numel);
-#pragma omp parallel for simd schedule(static)
-    for (size_t i = own.begin; i < own.end; i++) {
-        real d = g[i] * clip;
-        am[i] = b1 * am[i] + (1 - b1) * d;
-        av[i] = b2 * av[i] + (1 - b2) * d * d;
-        w[i] = w[i] * decay - rate * am[i] / (sqrt_real(av[i]) * correct + eps);
+    size_t blocks = ranks_own_blocks(m->ranks, m->tensors.numel);
+#pragma omp parallel for schedule(static)
+    for (size_t j = 0; j < blocks; j++) {
+        Span block = own_block(m, j);
+#pragma omp simd
+        for (size_t i = block.begin; i < block.end; i++) {
+            real d = g[i] * clip;
+            am[i] = b1 * am[i] + (1 - b1) * d;
+            av[i] = b2 * av[i] + (1 - b2) * d * d;
+            w[i] = w[i] * decay - rate * am[i] / (sqrt_real(av[i]) * correct + eps);
+        }
     }
-    ranks_gather(m->ranks, w, m->tensors.numel * sizeof(real), UPDATE_BLOCK * sizeof(real));
+    ranks_gather_arena(m->ranks, w, m->tensors.numel, sizeof(real));
     m->weights_rounded = false;
     return norm;
 }
@@ -1904,7 +1911,7 @@ static StepResult train_step(Model* m, const Step* s) {
         while (step_next(s, &b)) { b.sum += model_forward_backward(m, b.tokens, b.targets, b.B, b.T, b.dloss); }
         model_add_shard(m, b.shard - (int)s->own.begin + 1, (int)(s->own.end - s->own.begin));
     } while (step_next_shard(s, &b));
-    ranks_reduce(m->ranks, m->grads, m->tensors.numel, &m->sum);
+    ranks_reduce_arena(m->ranks, m->grads, m->tensors.numel, &m->sum);
     step_sum(s, &b, m->ranks);
     double norm = step_updates(s, &b) ? model_update(m, &s->hyper, (long)s->number) : NAN;
     return step_result(s, &b, norm);
@@ -1942,15 +1949,14 @@ static void print_plan(Run* r) {
     MemoryPlan p = model_memory(&r->config, r->batch_size, r->seq_len, !options_evaluate(r->options));
     bool bf16 = r->trainer == trainer_cpu_bf16();
     size_t ranks = (size_t)run_ranks(r), shards = (size_t)shards_waiting(max_int(1, r->shards / run_ranks(r)));
-    const PlanRow rows[] = {
-        {"weights fp32", p.weights},
-        {"gradients", p.gradients},
-        {"gradients of shards", shards * p.gradients},
-        {"gradients of ranks", ranks > 1 && p.gradients ? ranks_room((int)ranks, RANKS_ROOM) * sizeof(real) : 0},
-        {ranks > 1 ? "own part of m, v" : "optimizer m, v", p.optimizer / ranks},
-        {"activations", p.activations},
-        {"scratch", p.scratch},
-        {"rounded to bf16", bf16 ? p.rounded : 0}};
+    const PlanRow rows[] = {{"weights fp32", p.weights},
+                            {"gradients", p.gradients},
+                            {"gradients of shards", shards * p.gradients},
+                            {"gradients of ranks", p.gradients ? ranks_room((int)ranks, 1) * sizeof(real) : 0},
+                            {ranks > 1 ? "own part of m, v" : "optimizer m, v", p.optimizer / ranks},
+                            {"activations", p.activations},
+                            {"scratch", p.scratch},
+                            {"rounded to bf16", bf16 ? p.rounded : 0}};
     int n = (int)(sizeof rows / sizeof rows[0]);
     snprintf(device, sizeof device, "%s, %d threads", cpu_name(name, sizeof name), omp_get_max_threads());
     PlanMachine machine = {device, matmul_rate(bf16), (double)memory_available() / ranks_here(r->ranks)};
@@ -1985,15 +1991,14 @@ static real* table_state(const Model* m, StateKind kind, int i) {
 }
 static void table_set(void* model, StateKind kind, int tensor, const float* data) {
     Model* m = (Model*)model;
-    const TensorSpec* s = &m->tensors.specs[tensor];
-    size_t from = 0, to = s->numel;
-    if (kind == STATE_M || kind == STATE_V) {  // of its own elements only: what is never written takes no memory
-        Span own = ranks_elements(m->ranks, ranks_number(m->ranks), m->tensors.numel);
-        from = own.begin > s->offset ? own.begin - s->offset : 0;
-        to = own.end > s->offset ? own.end - s->offset : 0;
-        to = to < s->numel ? to : s->numel;
+    size_t first = m->tensors.specs[tensor].offset, end = first + m->tensors.specs[tensor].numel;
+    for (size_t at = first; at < end;) {  // m and v of its own elements only: what is never written takes no memory
+        Stretch s = ranks_stretch(m->ranks, m->tensors.numel, at, end);
+        if ((kind != STATE_M && kind != STATE_V) || s.rank == ranks_number(m->ranks)) {
+            memcpy(table_state(m, kind, tensor) + (at - first), data + (at - first), (s.end - at) * sizeof(real));
+        }
+        at = s.end;
     }
-    if (from < to) { memcpy(table_state(m, kind, tensor) + from, data + from, (to - from) * sizeof(real)); }
     m->weights_rounded = false;
 }
 static void table_get(const void* m, StateKind kind, int tensor, size_t from, size_t n, float* data) {
@@ -2025,9 +2030,9 @@ static void table_share(void* model, Ranks* ranks, int shards) {
         m->waiting[i - 1] = (real*)alloc_or_die(m->tensors.numel, sizeof(real), "gradients of shards");
     }
     if (ranks_alone(ranks)) { return; }
-    size_t elements = ranks_room(ranks->size, RANKS_ROOM);
+    size_t elements = ranks_room(ranks->size, m->tensors.numel);
     char* room = (char*)alloc_or_die(elements, sizeof(real), "gradients of other ranks");
-    RanksSum sum = {gradients_add, m, sizeof(real), room, elements};
+    RanksSum sum = {gradients_add, NULL, sizeof(real), room};
     m->sum = sum;
 }
 

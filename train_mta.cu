@@ -3788,24 +3788,23 @@ typedef struct {
     int logit_rows;  // rows of a classifier chunk
     Recompute recompute;
     floatX* weights;                // arenas of tensors.numel, and some more where ranks have parts of equal size
-    float *master, *grads, *m, *v;  // master, m, v: of own elements, the first at own.begin; master is weights in fp32
+    float *master, *grads, *m, *v;  // master, m, v: of own elements, side by side; master is weights in fp32
     Ranks* ranks;                   // with which the model is shared out, NULL = none
     int shards;                     // of a step
-    Span own;                       // elements that this process updates
-    size_t part;                    // elements that the first rank updates, and no rank more
     float* waiting[MAX_WAITING];    // arenas for gradient sums of shards that wait for their neighbours
     int n_waiting;
-    RanksSum sum;    // of gradients, over the ranks
-    bool own_order;  // sum as the tree has it; else as NCCL does
+    RanksSum sum;   // of gradients, over the ranks
+    size_t unsent;  // gradients, the first so many, of a step's last backward pass whose sums have not been begun
     char *activation_memory, *scratch_memory;
     Activations acts;
     Scratch scratch;
     AttentionSums sums;
-    unsigned char* wrong;      // (N) on the host: counted targets that another id beats
-    float* losses;             // (N) on the host
-    int *rows, *starts;        // (N), (N+1) on the host
-    bool graphs;               // are passes replayed as graphs?
-    Replay forward, backward;  // of layers_forward and layers_backward at B x T
+    unsigned char* wrong;  // (N) on the host: counted targets that another id beats
+    float* losses;         // (N) on the host
+    int *rows, *starts;    // (N), (N+1) on the host
+    bool graphs;           // are passes replayed as graphs?
+    Replay forward;        // of layers_forward at B x T
+    Replay* backward;      // (L) of layers_backward, by the layer where a part of it ends
     Cuda cuda;
 } Model;
 
@@ -4041,24 +4040,20 @@ typedef struct {
 } ModelShape;
 static ModelShape shape_alone(int B, int T, int chunk, Recompute recompute) { return {B, T, chunk, recompute, 1, 1}; }
 
-#if !defined(GRADIENT_ROOM)
-#define GRADIENT_ROOM (1 << 26)  // elements, a quarter of a GiB: of 880m on 8 GPUs 14 pieces
-#endif
-
 static MemoryPlan model_memory(const Config* c, const ModelShape* x) {
     TensorList list;
     Activations acts;
     Scratch scratch;
     tensor_list(&list, c);
     bool trains = x->recompute != FORWARD_ONLY;
-    size_t f = sizeof(float), part = ranks_most_elements(x->ranks, list.numel), all = part * (size_t)x->ranks,
-           room = x->ranks > 1 ? ranks_room(x->ranks, GRADIENT_ROOM) * f : 0,
+    size_t f = sizeof(float), own = ranks_most_elements(x->ranks, list.numel), all = ranks_padded(x->ranks, list.numel),
+           room = ranks_room(x->ranks, list.numel) * f,
            waiting = (size_t)shards_waiting(max_int(1, x->shards / x->ranks)) * list.numel * f;
     MemoryPlan p = {(trains ? all : list.numel) * sizeof(floatX),
                     trains ? all * f : 0,
                     trains ? waiting : 0,
                     trains ? room : 0,
-                    trains ? (EXACT ? 2 : 3) * part * f : 0,
+                    trains ? (EXACT ? 2 : 3) * own * f : 0,
                     carve_activations(&acts, c, x->B, x->T, x->chunk, x->recompute, NULL),
                     carve_scratch(&scratch, c, x->B, x->T, x->chunk, NULL)};
     tensor_list_free(&list);
@@ -4127,7 +4122,7 @@ static bool shared_check(const Config* c, size_t shared, Error* e) {
 }
 
 static void model_free(Model* m);
-static void gradients_add(void* model, void* sum, const void* more, size_t n);
+static void gradients_add(void* stream, void* sum, const void* more, size_t n);
 enum { MEMORY_RESERVE_MIB = 512 };  // for the code of kernels and of cuBLAS, graphs and fragmentation
 
 // Refuses a model that does not fit into what is free of the GPU's memory.
@@ -4155,7 +4150,7 @@ static bool model_arenas(Model* m, const MemoryPlan* p, Error* e) {
     bool ok = device_memory(&m->weights, p->weights, "weights", e);
     if (ok) { cudaCheck(cudaMemsetAsync(m->weights, 0, p->weights, stream)); }
     if (!ok || !p->gradients) { return ok; }
-    size_t own = m->part * sizeof(float);
+    size_t own = p->optimizer / (EXACT ? 2 : 3);
     ok = device_memory(&m->grads, p->gradients, "gradients", e) &&
          (!p->room || device_memory(&m->sum.room, p->room, "gradients of ranks", e)) &&
          (EXACT || device_memory(&m->master, own, "master weights", e)) &&
@@ -4165,7 +4160,7 @@ static bool model_arenas(Model* m, const MemoryPlan* p, Error* e) {
     cudaCheck(cudaMemsetAsync(m->grads, 0, p->gradients, stream));
     float* const state[] = {m->m, m->v, m->master};
     for (int i = 0; i < (EXACT ? 2 : 3); i++) { cudaCheck(cudaMemsetAsync(state[i], 0, own, stream)); }
-    if (EXACT) { m->master = (float*)(void*)m->weights + m->own.begin; }
+    if (EXACT) { m->master = (float*)(void*)m->weights; }
     return true;
 }
 
@@ -4178,7 +4173,8 @@ static Model* model_create(const Config* config, const ModelShape* shape, Ranks*
     Model* m = (Model*)alloc_or_die(1, sizeof(Model), "model");
     m->config = *config;
     m->B = B, m->T = T, m->recompute = shape->recompute, m->graphs = !WAITS;
-    m->ranks = ranks, m->shards = shape->shards, m->own_order = true;
+    m->ranks = ranks, m->shards = shape->shards;
+    m->backward = (Replay*)alloc_or_die(config->num_hidden_layers, sizeof(Replay), "parts of the backward pass");
     m->logit_rows = logit_rows(config->vocab_size, B * T);
     tensor_list(&m->tensors, config);
     if (!cuda_open(&m->cuda, e) || !shared_check(config, device_shared(), e)) {
@@ -4194,11 +4190,8 @@ static Model* model_create(const Config* config, const ModelShape* shape, Ranks*
         model_free(m);
         return NULL;
     }
-    m->part = ranks_most_elements(shape->ranks, m->tensors.numel);
-    m->own = ranks_elements(ranks, ranks_number(ranks), m->tensors.numel);
-    m->sum.add = gradients_add, m->sum.state = m, m->sum.bytes = sizeof(float);
-    m->sum.elements = ranks_room(shape->ranks, GRADIENT_ROOM);
-    if (!ranks_alone(ranks)) { ranks->work = m->cuda.stream; }
+    m->sum.add = gradients_add, m->sum.bytes = sizeof(float);
+    if (!ranks_alone(ranks)) { ranks->work = m->cuda.stream, m->sum.state = ranks->stream; }
     MemoryPlan p = model_memory(config, shape);
     if (!memory_check(config, shape, e) || !model_arenas(m, &p, e) ||
         !device_memory(&m->activation_memory, p.activations, "activations", e) ||
@@ -4226,7 +4219,9 @@ static Model* model_create(const Config* config, const ModelShape* shape, Ranks*
 
 static void model_free(Model* m) {
     if (m->forward.graph) { cudaCheck(cudaGraphExecDestroy(m->forward.graph)); }
-    if (m->backward.graph) { cudaCheck(cudaGraphExecDestroy(m->backward.graph)); }
+    for (int l = 0; l < m->config.num_hidden_layers; l++) {
+        if (m->backward[l].graph) { cudaCheck(cudaGraphExecDestroy(m->backward[l].graph)); }
+    }
     void* const device[] = {m->weights, EXACT ? NULL : m->master, m->grads,          m->m,
                             m->v,       m->activation_memory,     m->scratch_memory, m->sum.room};
     for (size_t i = 0; i < sizeof device / sizeof device[0]; i++) {
@@ -4235,7 +4230,7 @@ static void model_free(Model* m) {
     for (int i = 0; i < MAX_WAITING; i++) {
         if (m->waiting[i]) { cudaCheck(cudaFree(m->waiting[i])); }
     }
-    void* const host[] = {m->wrong, m->losses, m->rows, m->starts};
+    void* const host[] = {m->wrong, m->losses, m->rows, m->starts, m->backward};
     for (size_t i = 0; i < sizeof host / sizeof host[0]; i++) { free(host[i]); }
     if (m->by_cudnn) { attention_cudnn_close(&m->cudnn); }
     cuda_close(&m->cuda);
@@ -4450,16 +4445,19 @@ static int rows_by_token(Model* m, const int32_t* tokens, int N) {
     return distinct;
 }
 
-// From scratch.dln to scratch.dx, the gradient of the embedded tokens.
-static void layers_backward(Model* m, int B, int T) {
+// From scratch.dln, or from what layer `end` has left in scratch.dx, through the layers below `end` down to `begin`, to
+// scratch.dx; through all of them, the gradient of the embedded tokens.
+static void layers_backward(Model* m, int begin, int end, int B, int T) {
     const Config* c = &m->config;
     Scratch* s = &m->scratch;
     Cuda* g = &m->cuda;
     int N = B * T, C = c->hidden_size, L = c->num_hidden_layers;
-    rmsnorm_backward(s->dx, s->dx_rounded, model_tensor(m, m->grads, TENSOR_NORM), s->dln,
-                     m->acts.x + (size_t)L * N * C, model_tensor(m, m->weights, TENSOR_NORM), m->acts.rstd_f, N, C,
-                     s->parts, false, g);
-    for (int l = L - 1; l >= 0; l--) {
+    if (end == L) {
+        rmsnorm_backward(s->dx, s->dx_rounded, model_tensor(m, m->grads, TENSOR_NORM), s->dln,
+                         m->acts.x + (size_t)L * N * C, model_tensor(m, m->weights, TENSOR_NORM), m->acts.rstd_f, N, C,
+                         s->parts, false, g);
+    }
+    for (int l = end - 1; l >= begin; l--) {
         Activations a = layer_activations(m, l, N);
         if (m->recompute == RECOMPUTE_BLOCK && l < L - 1) {  // the last layer's are still there
             rmsnorm_forward(a.ln1, a.rstd1, a.x, model_layer(m, m->weights, l).input_norm, N, C, c->rms_norm_eps, g);
@@ -4469,23 +4467,74 @@ static void layers_backward(Model* m, int B, int T) {
     }
 }
 
+// Where the gradients begin that are complete when the backward pass has come through layer l.
+static size_t layer_begin(const Model* m, int l) {
+    return m->tensors.specs[tensor_at(&m->tensors, l, TENSOR_INPUT_NORM)].offset;
+}
+
+// The backward pass goes in parts, so that gradients can be sent to other ranks in between: the part through the layers
+// below `end` comes to where the next bucket of them (mta/ranks.h) is complete. One process has one bucket, and one
+// part.
+static int backward_stop(const Model* m, int end) {
+    size_t n = m->tensors.numel, complete = end < m->config.num_hidden_layers ? layer_begin(m, end) : n,
+           next = ranks_bucket_at(ranks_size(m->ranks), n, complete - 1).begin;
+    int l = end - 1;
+    while (l > 0 && layer_begin(m, l) > next) { l--; }
+    return l;
+}
+
+// sum (n) += more (n), n a multiple of 4. A thread owns 4.
+static __global__ void gradients_add_kernel(float* sum, const float* more, size_t n) {
+    size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * 4;
+    if (i >= n) { return; }
+    Pack<float, 4> x = load<4>(sum + i), y = load<4>(more + i);
+    for (int e = 0; e < 4; e++) { x.v[e] += y.v[e]; }
+    store<4>(sum + i, x);
+}
+static void gradients_add(void* stream, void* sum, const void* more, size_t n) {
+    cudaStream_t on = (cudaStream_t)stream;
+    LAUNCH(gradients_add_kernel, ceil_div(n, 256 * 4), 256, 0, on, (float*)sum, (const float*)more, n);
+    launchCheck(on);
+}
+
+// The gradients from element `from` of the arena on are complete: begins the sums of the buckets which that makes
+// complete, first over those of this process's shards that wait, then over the ranks.
+static void model_reduce(Model* m, size_t from) {
+    while (m->unsent) {
+        Span bucket = ranks_bucket_at(ranks_size(m->ranks), m->tensors.numel, m->unsent - 1);
+        if (bucket.begin < from) { return; }
+        for (int i = m->n_waiting - 1; i >= 0; i--) {
+            gradients_add(m->cuda.stream, m->grads + bucket.begin, m->waiting[i] + bucket.begin,
+                          bucket.end - bucket.begin);
+        }
+        ranks_reduce(m->ranks, m->grads, bucket, &m->sum, from > 0);
+        m->unsent = bucket.begin;
+    }
+}
+
 // The exact reverse of model_forward, from scratch.dln; adds to the gradients. The embedding's grid depends on the
 // tokens: it is no part of the pass.
 static void model_backward(Model* m, const int32_t* tokens, int B, int T) {
     Scratch* s = &m->scratch;
     Cuda* g = &m->cuda;
     int N = B * T;
-    auto pass = [=] { layers_backward(m, B, T); };
-    if (model_replays(m, B, T)) {
-        replay(&m->backward, pass, g);
-    } else {
-        pass();
+    for (int end = m->config.num_hidden_layers; end > 0;) {
+        int begin = backward_stop(m, end);
+        auto pass = [=] { layers_backward(m, begin, end, B, T); };
+        if (model_replays(m, B, T)) {
+            replay(&m->backward[begin], pass, g);
+        } else {
+            pass();
+        }
+        model_reduce(m, layer_begin(m, begin));
+        end = begin;
     }
     int distinct = rows_by_token(m, tokens, N);  // while the GPU works
     cudaCheck(cudaMemcpyAsync(s->rows, m->rows, N * sizeof(int), cudaMemcpyHostToDevice, g->stream));
     cudaCheck(cudaMemcpyAsync(s->starts, m->starts, (distinct + 1) * sizeof(int), cudaMemcpyHostToDevice, g->stream));
     embedding_backward(model_tensor(m, m->grads, TENSOR_EMBED), s->dx, s->tokens, s->rows, s->starts, distinct,
                        m->config.hidden_size, g);
+    model_reduce(m, 0);
     cudaCheck(cudaStreamSynchronize(g->stream));  // the host's rows may change now
 }
 
@@ -4502,39 +4551,17 @@ static void model_zero_gradients(Model* m) {
     cudaCheck(cudaMemsetAsync(m->grads, 0, m->tensors.numel * sizeof(float), m->cuda.stream));
 }
 
-// sum (n) += more (n), n a multiple of 4. A thread owns 4.
-static __global__ void gradients_add_kernel(float* sum, const float* more, size_t n) {
-    size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * 4;
-    if (i >= n) { return; }
-    Pack<float, 4> x = load<4>(sum + i), y = load<4>(more + i);
-    for (int e = 0; e < 4; e++) { x.v[e] += y.v[e]; }
-    store<4>(sum + i, x);
-}
-static void gradients_add(void* model, void* sum, const void* more, size_t n) {
-    Cuda* g = &((Model*)model)->cuda;
-    LAUNCH(gradients_add_kernel, ceil_div(n, 256 * 4), 256, 0, g->stream, (float*)sum, (const float*)more, n);
-    launchCheck(g->stream);
-}
-
 // The gradients of this process's shard `done` (1 = first) of n are complete: adds those of its neighbours in the tree
-// (mta/ranks.h) that wait, then waits too, unless it is the last. It is copied, since graphs hold the pointer to grads.
-static void model_add_shard(Model* m, int done, int n) {
+// (mta/ranks.h) that wait, then waits too; the last has been added by model_reduce. It is copied, since graphs hold the
+// pointer to grads.
+static void model_keep_shard(Model* m, int done, int n) {
+    if (done == n) { return; }
     if (done == 1) { m->n_waiting = 0; }  // whatever a signal has left
     for (int add = shards_to_add(done, n); add > 0; add--) {
-        gradients_add(m, m->grads, m->waiting[--m->n_waiting], m->tensors.numel);
+        gradients_add(m->cuda.stream, m->grads, m->waiting[--m->n_waiting], m->tensors.numel);
     }
-    if (done == n) { return; }
     cudaCheck(cudaMemcpyAsync(m->waiting[m->n_waiting++], m->grads, m->tensors.numel * sizeof(float),
                               cudaMemcpyDeviceToDevice, m->cuda.stream));
-}
-
-// The sums over all ranks, each rank those of its own elements.
-static void model_reduce(Model* m) {
-    if (m->own_order) {
-        ranks_reduce(m->ranks, m->grads, m->tensors.numel, &m->sum);
-    } else {
-        ranks_reduce_equal(m->ranks, m->grads, m->part);
-    }
 }
 
 // norm_parts (gridDim.x): sums of squares of n gradients, n a multiple of 4. A block begins `apart` after the one
@@ -4551,30 +4578,41 @@ static __global__ void gradient_norm_kernel(double* norm_parts, const float* gra
     sum = block_reduce(sum, false);
     if (threadIdx.x == 0) { norm_parts[blockIdx.x] = (double)sum; }
 }
-// Square root of the sum of squares of all gradients; not finite if any is not. With one shard the blocks stride over
-// the whole arena together; with several each has RANKS_BLOCK elements, so that ranks can share them out, and the sum
-// is that of the blocks in their order, whoever has computed them.
-static double gradient_norm(const Model* m, Cuda* g) {
-    size_t n = m->tensors.numel, apart = NORM_THREADS * 4, reach = n,
-           blocks = (size_t)min_int(NORM_BLOCKS, ceil_div(n, apart)), step = blocks * apart;
-    Span own = {0, blocks};
-    if (m->shards > 1) {
-        step = apart, apart = reach = RANKS_BLOCK, blocks = (size_t)ceil_div(n, apart);
-        own = ranks_own(m->ranks, blocks);
+// The sum of squares of all gradients where ranks can share it out: of RANKS_BLOCK elements for each block, and of
+// these sums in the order of the blocks, whoever has computed them.
+static double norm_of_blocks(const Model* m) {
+    size_t n = m->tensors.numel, blocks = ranks_own_blocks(m->ranks, n), count = 0;
+    double* parts = (double*)alloc_or_die(ranks_most_blocks(m->ranks, n), sizeof(double), "norm sums");
+    cudaStream_t stream = m->cuda.stream;
+    for (size_t j = 0; j < blocks; j += count) {  // as many as lie side by side, and as there is room for
+        size_t begin = ranks_own_block(m->ranks, n, j), held = j % NORM_BLOCKS;
+        Span own = ranks_elements(m->ranks, ranks_bucket_at(ranks_size(m->ranks), n, begin));
+        count = std::min((size_t)ceil_div(own.end - begin, RANKS_BLOCK), NORM_BLOCKS - held);
+        LAUNCH(gradient_norm_kernel, (unsigned)count, NORM_THREADS, 0, stream, m->scratch.norm_parts + held,
+               m->grads + begin, n - begin, RANKS_BLOCK, RANKS_BLOCK, NORM_THREADS * 4);
+        launchCheck(stream);
+        if (held + count < NORM_BLOCKS && j + count < blocks) { continue; }
+        cudaCheck(cudaMemcpyAsync(parts + (j - held), m->scratch.norm_parts, (held + count) * sizeof(double),
+                                  cudaMemcpyDeviceToHost, stream));
     }
-    double *parts = (double*)alloc_or_die(blocks, sizeof(double), "norm sums"), total = 0;
-    for (size_t b = own.begin; b < own.end; b += NORM_BLOCKS) {
-        size_t count = own.end - b < NORM_BLOCKS ? own.end - b : (size_t)NORM_BLOCKS;
-        LAUNCH(gradient_norm_kernel, (unsigned)count, NORM_THREADS, 0, g->stream, m->scratch.norm_parts,
-               m->grads + b * apart, n - b * apart, apart, reach, step);
-        launchCheck(g->stream);
-        cudaCheck(cudaMemcpyAsync(parts + b, m->scratch.norm_parts, count * sizeof(double), cudaMemcpyDeviceToHost,
-                                  g->stream));
-    }
-    cudaCheck(cudaStreamSynchronize(g->stream));
-    ranks_gather(m->ranks, parts, blocks * sizeof(double), sizeof(double));
-    for (size_t i = 0; i < blocks; i++) { total += parts[i]; }
+    cudaCheck(cudaStreamSynchronize(stream));
+    double total = ranks_sum_blocks(m->ranks, parts, n);
     free(parts);
+    return total;
+}
+// Square root of the sum of squares of all gradients; not finite if any is not. With one shard the blocks stride over
+// the whole arena together.
+static double gradient_norm(const Model* m, Cuda* g) {
+    if (m->shards > 1) { return sqrt(norm_of_blocks(m)); }
+    size_t n = m->tensors.numel, apart = NORM_THREADS * 4, blocks = (size_t)min_int(NORM_BLOCKS, ceil_div(n, apart));
+    double parts[NORM_BLOCKS], total = 0;
+    LAUNCH(gradient_norm_kernel, (unsigned)blocks, NORM_THREADS, 0, g->stream, m->scratch.norm_parts, m->grads, n,
+           apart, n, blocks * apart);
+    launchCheck(g->stream);
+    cudaCheck(
+        cudaMemcpyAsync(parts, m->scratch.norm_parts, blocks * sizeof(double), cudaMemcpyDeviceToHost, g->stream));
+    cudaCheck(cudaStreamSynchronize(g->stream));
+    for (size_t i = 0; i < blocks; i++) { total += parts[i]; }
     return sqrt(total);
 }
 
@@ -4620,13 +4658,18 @@ static double model_update(Model* m, const AdamW* h, long step) {
                    (float)(1 - h->lr * h->weight_decay),
                    (float)(h->lr / (1 - pow(h->beta1, (double)step))),
                    (float)(1 / sqrt(1 - pow(h->beta2, (double)step)))};
-    size_t first = m->own.begin, n = m->own.end - first;
-    if (n) {  // a small model has less blocks than there may be ranks
-        LAUNCH(adamw_kernel<8>, ceil_div(n, 256 * 8), 256, 0, g->stream, m->weights + first, m->master, m->m, m->v,
-               m->grads + first, n, s);
+    size_t done = 0;
+    for (Span bucket = {0, 0}; bucket.end < m->tensors.numel;) {
+        bucket = ranks_bucket_at(ranks_size(m->ranks), m->tensors.numel, bucket.end);
+        Span own = ranks_elements(m->ranks, bucket);
+        size_t n = own.end - own.begin;
+        if (!n) { continue; }  // at the end there may be less blocks than ranks
+        LAUNCH(adamw_kernel<8>, ceil_div(n, 256 * 8), 256, 0, g->stream, m->weights + own.begin,
+               m->master + (EXACT ? own.begin : done), m->m + done, m->v + done, m->grads + own.begin, n, s);
         launchCheck(g->stream);
+        done += n;
     }
-    ranks_gather_equal(m->ranks, m->weights, m->part * sizeof(floatX));
+    ranks_gather_arena(m->ranks, m->weights, m->tensors.numel, sizeof(floatX));
     return norm;
 }
 
@@ -4641,12 +4684,13 @@ static StepResult train_step(Model* m, const Step* s) {
     do {
         model_zero_gradients(m);
         while (step_next(s, &b)) {
+            m->unsent = step_complete(s, &b) ? m->tensors.numel : 0;
             b.sum += model_forward_backward(m, b.tokens, b.targets, b.B, b.T, b.dloss);
             ranks_moved(m->ranks);
         }
-        model_add_shard(m, b.shard - (int)s->own.begin + 1, (int)(s->own.end - s->own.begin));
+        model_keep_shard(m, b.shard - (int)s->own.begin + 1, (int)(s->own.end - s->own.begin));
     } while (step_next_shard(s, &b));
-    model_reduce(m);
+    ranks_finish(m->ranks);
     step_sum(s, &b, m->ranks);
     double norm = step_updates(s, &b) ? model_update(m, &s->hyper, (long)s->number) : (double)NAN;
     cudaCheck(cudaStreamSynchronize(m->cuda.stream));
@@ -4765,18 +4809,23 @@ static void* table_create(const Config* c, int B, int T, int chunk, bool trainin
 static void table_destroy(void* m) { model_free((Model*)m); }
 static const TensorList* table_tensors(const void* m) { return &((const Model*)m)->tensors; }
 
-// Where values of a tensor lie on the device: of *n of them from value *from on, in fp32. Of m, v and master weights
-// apart those that are this process's own: then *from and *n become theirs.
-static float* table_state(const Model* m, StateKind kind, int tensor, size_t* from, size_t* n) {
+// Copies n values of a tensor, in fp32, from value `from` on to the device, or back into data. Of m, v and master
+// weights apart those that are this process's own.
+static void copy_state(const Model* m, StateKind kind, int tensor, size_t from, size_t n, float* data,
+                       cudaMemcpyKind way) {
     float* const arenas[] = {m->master, m->grads, m->m, m->v, m->master};
-    size_t offset = m->tensors.specs[tensor].offset, begin = offset + *from, end = begin + *n;
-    if (kind == STATE_GRADIENT) { return m->grads + begin; }
-    if (EXACT && (kind == STATE_WEIGHT || kind == STATE_MASTER)) { return (float*)(void*)m->weights + begin; }
-    begin = begin > m->own.begin ? begin : m->own.begin;
-    end = end < m->own.end ? end : m->own.end;
-    *from = begin - offset, *n = begin < end ? end - begin : 0;
-    if (!*n) { return NULL; }
-    return arenas[kind] + (begin - m->own.begin);
+    bool whole = kind == STATE_GRADIENT || (EXACT && (kind == STATE_WEIGHT || kind == STATE_MASTER));
+    size_t first = m->tensors.specs[tensor].offset + from, end = first + n;
+    for (size_t at = first; at < end;) {
+        Stretch s = ranks_stretch(m->ranks, m->tensors.numel, at, end);
+        float *state = arenas[kind] + (whole ? at : s.local), *host = data + (at - first);
+        if (whole || s.rank == ranks_number(m->ranks)) {
+            bool in = way == cudaMemcpyHostToDevice;
+            cudaCheck(cudaMemcpyAsync(in ? state : host, in ? host : state, (s.end - at) * sizeof(float), way,
+                                      m->cuda.stream));
+        }
+        at = s.end;
+    }
 }
 
 // In bf16 the weights that the products read are apart: the rounded master weights, and all that there is of those
@@ -4784,7 +4833,7 @@ static float* table_state(const Model* m, StateKind kind, int tensor, size_t* fr
 static void table_set(void* model, StateKind kind, int tensor, const float* data) {
     Model* m = (Model*)model;
     cudaStream_t stream = m->cuda.stream;
-    size_t from = 0, n = m->tensors.specs[tensor].numel;
+    size_t n = m->tensors.specs[tensor].numel;
     std::vector<floatX> rounded;
     std::vector<float> widened;
     if (!EXACT && (kind == STATE_WEIGHT || kind == STATE_MASTER)) {
@@ -4797,8 +4846,7 @@ static void table_set(void* model, StateKind kind, int tensor, const float* data
         }
     }
     if (EXACT || m->recompute != FORWARD_ONLY) {
-        float* state = table_state(m, kind, tensor, &from, &n);
-        if (n) { cudaCheck(cudaMemcpyAsync(state, data + from, n * sizeof(float), cudaMemcpyHostToDevice, stream)); }
+        copy_state(m, kind, tensor, 0, n, (float*)(uintptr_t)data, cudaMemcpyHostToDevice);
     }
     cudaCheck(cudaStreamSynchronize(stream));
 }
@@ -4813,11 +4861,7 @@ static void table_get(const void* model, StateKind kind, int tensor, size_t from
         for (size_t i = 0; i < n; i++) { data[i] = (float)rounded[i]; }
         return;
     }
-    size_t first = from;
-    const float* state = table_state(m, kind, tensor, &first, &n);
-    if (n) {
-        cudaCheck(cudaMemcpyAsync(data + (first - from), state, n * sizeof(float), cudaMemcpyDeviceToHost, stream));
-    }
+    copy_state(m, kind, tensor, from, n, data, cudaMemcpyDeviceToHost);
     cudaCheck(cudaStreamSynchronize(stream));
 }
 
@@ -4875,7 +4919,7 @@ int main(int argc, char** argv) {
     Model* m = model_create(&run.config, &shape, run.ranks, &e);
     if (!m) { die("%s", e.text); }  // before the run directory is touched
     m->graphs = m->graphs && options.cuda_graphs;
-    m->own_order = strcmp(options.reduce, "nccl") != 0;
+    if (!strcmp(options.reduce, "nccl")) { m->sum.add = NULL; }
     run.model = m;
     int status = train(&run);
     model_free(m);

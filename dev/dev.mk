@@ -170,7 +170,7 @@ EMULATE = $(CXX) $(CXXFLAGS) -Idev/cuda_cpu -DMTA_NCCL -x c++
 # Sizes of train_mta.cu that the tests make small, most of them through the environment, so that their small models are
 # cut as large ones are.
 SIZES = -DATTENTION_SCRATCH='cuda_cpu::size_setting("CUDA_CPU_SCRATCH", 1 << 30)' \
-    -DHEAD_BLOCKS='cuda_cpu::size_setting("CUDA_CPU_HEAD_BLOCKS", 2048)' -DGRADIENT_ROOM='(1 << 18)'
+    -DHEAD_BLOCKS='cuda_cpu::size_setting("CUDA_CPU_HEAD_BLOCKS", 2048)' -DRANKS_ROOM='(1 << 18)'
 
 # train_mta.cu is translated once for each precision, inside test_ops.cu: the trainer, test_mta_cuda_cpu and test_ops
 # are linked from that object. Its main is test_ops's; the trainer's is called train_main there.

@@ -120,8 +120,8 @@ static inline void plan_print_checkpoints(const Run* r, const TensorList* list) 
 }
 
 // Where no peak is known, of a GPU that is stated.
+static const double PLAN_H100 = 989e12, PLAN_SHARE = 0.4;  // operations a second, and how much of them it reaches
 static inline void plan_print_time(const Run* r, const PlanMachine* machine) {
-    const double H100 = 989e12, SHARE = 0.4;
     char time[32];
     double operations = (double)r->steps * (double)r->tokens_per_step * r->flops_per_token / run_ranks(r);
     if (machine->flops_per_second > 0) {
@@ -132,15 +132,40 @@ static inline void plan_print_time(const Run* r, const PlanMachine* machine) {
         printf(
             "time        about %s on one H100 or H200 if it reaches %.0f%% of its %.0f TFLOP/s in bf16: an estimate, "
             "nothing was measured (%s)\n",
-            format_duration(operations / (SHARE * H100), time, sizeof time), 100 * SHARE, H100 * 1e-12,
-            machine->device);
+            format_duration(operations / (PLAN_SHARE * PLAN_H100), time, sizeof time), 100 * PLAN_SHARE,
+            PLAN_H100 * 1e-12, machine->device);
     }
+}
+
+// How fast so many GPUs would be, in % of as many that need not speak to each other: a prediction. Gradients go by
+// NVLink inside a machine and then between machines, where each GPU has a NIC; weights by both at once, in NCCL's ring.
+// What can hide under the backward pass are the buckets that are complete before its last layer, as long as it takes.
+static inline void plan_print_prediction(const Run* r, const PlanMachine* machine, const TensorList* list, int node) {
+    const double NVLINK = 360e9, NIC = 46e9, BACKWARD = 2.0 / 3;
+    int ranks = run_ranks(r), last = tensor_at(list, r->config.num_hidden_layers > 1, TENSOR_INPUT_NORM);
+    int inside = node & (node - 1) ? 1 : node;  // ranks that add up in a machine
+    if (ranks <= node) { inside = ranks; }
+    double R = ranks, N = inside, gradients = (double)list->numel * sizeof(float),
+           weights = r->trainer->rounded ? gradients / 2 : gradients,
+           rate = machine->flops_per_second > 0 ? machine->flops_per_second / 2 : PLAN_SHARE * PLAN_H100;
+    double compute = (double)r->tokens_per_step / R * r->flops_per_token / rate,
+           reduce = gradients * ((N - 1) / N / NVLINK + (1 / N - 1 / R) / NIC),
+           gather = weights * (R - 1) / R / (ranks > node ? fmin(NVLINK, node * NIC) : NVLINK),
+           share = ranks_share_behind(ranks, list->numel, list->specs[last].offset),
+           hidden = fmin(share * reduce, BACKWARD * compute), all = compute + reduce + gather;
+    printf("predicted   %.0f%% of the speed of %d GPUs that need not speak to each other, ",
+           100 * compute / (all - hidden), ranks);
+    printf("%.0f%% if nothing were sent under the backward pass\n", 100 * compute / all);
+    printf("            (computing %.1f ms, gradients %.1f, of which %.1f can hide, weights %.1f; ", 1e3 * compute,
+           1e3 * reduce, 1e3 * hidden, 1e3 * gather);
+    printf("NVLink at %.0f GB/s, a NIC of %.0f for each GPU; nothing was measured)\n", NVLINK * 1e-9, NIC * 1e-9);
 }
 
 // What each rank does in a step, and what it sends: gradients to their owners, new weights to all. A machine of several
 // ranks sends through its network what goes to ranks of others.
-static inline void plan_print_ranks(const Run* r, const TensorList* list) {
-    int ranks = run_ranks(r), node = r->options->ranks_per_node ? r->options->ranks_per_node : 1;
+static inline void plan_print_ranks(const Run* r, const PlanMachine* machine, const TensorList* list) {
+    const TrainOptions* o = r->options;
+    int ranks = run_ranks(r), node = o->ranks_per_node ? o->ranks_per_node : o->n_ranks ? 1 : r->ranks->node;
     int each = r->shards / ranks, most = (r->windows + r->shards - 1) / r->shards;  // windows of a shard
     double R = ranks, gradients = (double)list->numel * sizeof(float) / 1048576,
            weights = r->trainer->rounded ? gradients / 2 : gradients, others = (R - 1) / R;
@@ -161,6 +186,7 @@ static inline void plan_print_ranks(const Run* r, const TensorList* list) {
                alone ? 0 : weights * gathered, node);
     }
     printf("\n");
+    if (!strncmp(r->trainer->name, "cuda", 4)) { plan_print_prediction(r, machine, list, node); }
 }
 
 // Prints the plan; returns the bytes of all rows.
@@ -180,7 +206,7 @@ static inline double train_print_plan(Run* r, const PlanMachine* machine, const 
         double tokens = (double)r->steps * (double)r->tokens_per_step;
         printf("step        %d sequences of %d = %s tokens, %d at once\n", r->windows, r->seq_len,
                format_grouped((uint64_t)r->tokens_per_step, grouped, sizeof grouped), r->batch_size);
-        plan_print_ranks(r, &list);
+        plan_print_ranks(r, machine, &list);
         if (o->warmup > r->steps) {
             printf("warmup      %lld steps, the run has %lld: the learning rate stays below --lr\n",
                    (long long)o->warmup, (long long)r->steps);

@@ -4,7 +4,9 @@
 // gradient sum of its own, and the V sums are added as a fixed binary tree has it: the node [a,b) is the sum of [a,m)
 // and [m,b), b - m the smaller one, m - a the largest power of two below b - a. A rank has V/R shards, a subtree, so
 // that the same bits come out of any number R of ranks for which V/R is a power of two, and of one. Each rank updates
-// its own blocks of the weights with its part of the moments (ZeRO-1) and gives the new weights to the others.
+// its own blocks of the weights with its part of the moments (ZeRO-1) and gives the new weights to the others. The
+// arena is cut into buckets, of which every rank has its part: the gradients of a bucket can be added up while those of
+// others are still computed.
 //
 // Alone (size 1, or NULL for a model that was never shared out) every function here returns at once.
 #ifndef MTA_RANKS_H
@@ -20,11 +22,13 @@
 
 enum {
     RANKS_BLOCK = 1 << 16,  // elements of an arena that one rank owns; the order of the norm's sum hangs on it
-    RANKS_ROOM = 1 << 23,   // elements that a rank receives at once while gradients are reduced
     RANKS_PIECE = 1 << 24,  // bytes that rank 0 gives to all at once
     MAX_RANKS = 4096,
     MAX_WAITING = 12  // sums of MAX_RANKS shards that wait
 };
+#if !defined(RANKS_ROOM)
+#define RANKS_ROOM (1 << 25)  // elements of a bucket, and that a rank receives at once: of 880m about one layer
+#endif
 
 typedef struct {
     void* data;
@@ -38,11 +42,14 @@ typedef struct {
 typedef struct {
     void (*start)(void* state, const RanksMessage* list, int n);
     bool (*done)(void* state);  // makes progress, never waits; is all delivered that was started?
+    // The same, but: may more be started, and sums be asked for of what is received? On a GPU they are asked for in
+    // `stream`, where they wait for it themselves.
+    bool (*taken)(void* state);
     void (*close)(void* state);
     bool (*computes)(void* state);  // NULL, or: does what was started wait for this rank's own GPU, not for others?
     // NULL, or the engine's own ways for arrays on the GPU of as many equal parts as there are ranks, the own part
-    // there where its rank says: all parts to all; the sums over the ranks of the own part's n floats, in an order that
-    // is the engine's.
+    // there where its place says: all parts to all; the sums over the ranks of the own part's n floats, in an order
+    // that is the engine's.
     void (*gather)(void* state, void* data, size_t bytes);
     void (*reduce)(void* state, float* data, size_t n);
 } RanksBackend;
@@ -51,14 +58,16 @@ typedef struct {
     int rank, size;
     const RanksBackend* backend;
     void *state, *work;  // the backend's; on a GPU the stream whose results are sent, NULL = none yet
+    void* stream;        // the backend's on a GPU, in which all is sent and what is received is added up
     int signal;          // that all ranks have agreed to obey, 0 = none
     int node;            // ranks of a node, which add up among themselves first: ranks_of_node
     bool met;            // all options and files were found good: see ranks_meet
     bool over;           // ranks_close was called
     int stderr_of_all;  // before ranks_meet what ranks other than 0 print on standard error is kept; here it goes after
     char name[128];     // what their messages begin with
-    uint64_t bytes_sent;  // since the start
-    double waited;        // seconds in transfers
+    uint64_t bytes_sent;                  // since the start
+    uint64_t bytes_reduced, bytes_early;  // of them gradients; of these such as were on their way before all were there
+    double waited;                        // seconds in transfers
     Watch watch;
 } Ranks;
 
@@ -68,39 +77,115 @@ typedef struct {
 
 // How gradients are added, and where those of other ranks are received.
 typedef struct {
-    void (*add)(void* state, void* sum, const void* more, size_t n);  // adds n elements of `more` to `sum`
-    void* state;                                                      // add's first argument
-    size_t bytes;                                                     // of an element
-    char* room;                                                       // (elements), NULL where there is but one rank
-    size_t elements;                                                  // ranks_room
+    // Adds n elements of `more` to `sum`; NULL: the backend adds, in its own order.
+    void (*add)(void* state, void* sum, const void* more, size_t n);
+    void* state;   // add's first argument
+    size_t bytes;  // of an element
+    char* room;    // (ranks_room elements), NULL where there is but one rank
 } RanksSum;
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Who has what
 
-// Rank `rank`'s part of n things in a row: as many as any rank has, but at the end there may be fewer or none. Things
-// are shards, or blocks of RANKS_BLOCK elements.
+static inline int ranks_number(const Ranks* r) { return r ? r->rank : 0; }
+static inline int ranks_size(const Ranks* r) { return r ? r->size : 1; }
+
+// Rank `rank`'s part of n things in a row, of shards: as many as any rank has, but at the end there may be fewer or
+// none.
 static inline Span ranks_part(const Ranks* r, int rank, size_t n) {
-    size_t size = r ? (size_t)r->size : 1, each = (n + size - 1) / size, begin = (size_t)rank * each;
+    size_t size = (size_t)ranks_size(r), each = (n + size - 1) / size, begin = (size_t)rank * each;
     Span s = {begin < n ? begin : n, begin + each < n ? begin + each : n};
     return s;
 }
-static inline int ranks_number(const Ranks* r) { return r ? r->rank : 0; }
 static inline Span ranks_own(const Ranks* r, size_t n) { return ranks_part(r, ranks_number(r), n); }
 
-// The elements of an arena of n that rank `rank` updates.
-static inline Span ranks_elements(const Ranks* r, int rank, size_t n) {
-    Span s = ranks_part(r, rank, (n + RANKS_BLOCK - 1) / RANKS_BLOCK);
-    s.begin = s.begin * RANKS_BLOCK < n ? s.begin * RANKS_BLOCK : n;
-    s.end = s.end * RANKS_BLOCK < n ? s.end * RANKS_BLOCK : n;
+// An arena of n elements is cut into buckets, all of one size but the last; one rank alone has a single one. Elements
+// of a bucket, and the bucket that holds element `at`.
+static inline size_t ranks_bucket(int ranks, size_t n) {
+    size_t row = (size_t)ranks * RANKS_BLOCK;
+    return ranks == 1 ? n : RANKS_ROOM > row ? RANKS_ROOM / row * row : row;
+}
+static inline Span ranks_bucket_at(int ranks, size_t n, size_t at) {
+    size_t bucket = ranks_bucket(ranks, n), begin = at / bucket * bucket;
+    Span s = {begin, n - begin < bucket ? n : begin + bucket};
     return s;
 }
 
-// Of so many ranks the first has this many elements, none has more.
+// Every bucket is cut into as many parts as there are ranks, of whole blocks, but at the end there may be less or none.
+// Elements of a part, and the i-th part of so many elements.
+static inline size_t ranks_each(int ranks, Span bucket) {
+    size_t n = bucket.end - bucket.begin, blocks = (n + RANKS_BLOCK - 1) / RANKS_BLOCK,
+           each = (blocks + (size_t)ranks - 1) / (size_t)ranks * RANKS_BLOCK;
+    return each < n ? each : n;
+}
+static inline Span ranks_cut(Span s, size_t each, int i) {
+    size_t begin = s.begin + (size_t)i * each, end = begin + each;
+    Span part = {begin < s.end ? begin : s.end, end < s.end ? end : s.end};
+    return part;
+}
+
+// Which part a rank has, and whose a part is: those of the first ranks of all nodes come first, then those of the
+// second ones, ..., so that what a rank adds up inside its node, for all nodes, lies in one stretch.
+static inline int ranks_nodes(const Ranks* r) { return r && r->size > 1 ? r->size / r->node : 1; }
+static inline int ranks_place(const Ranks* r, int rank) {
+    int nodes = ranks_nodes(r), node = ranks_size(r) / nodes;
+    return rank % node * nodes + rank / node;
+}
+static inline int ranks_in_place(const Ranks* r, int place) {
+    int nodes = ranks_nodes(r), node = ranks_size(r) / nodes;
+    return place % nodes * node + place / nodes;
+}
+
+// This rank's part of a bucket.
+static inline Span ranks_elements(const Ranks* r, Span bucket) {
+    return ranks_cut(bucket, ranks_each(ranks_size(r), bucket), ranks_place(r, ranks_number(r)));
+}
+
+// The elements of an arena of n from `at` on, up to `end` at most, that one rank has, and where the first of them is
+// among all that this rank has.
+typedef struct {
+    int rank;
+    size_t end, local;
+} Stretch;
+static inline Stretch ranks_stretch(const Ranks* r, size_t n, size_t at, size_t end) {
+    int size = ranks_size(r);
+    Span bucket = ranks_bucket_at(size, n, at);
+    size_t each = ranks_each(size, bucket), place = (at - bucket.begin) / each;
+    Span part = ranks_cut(bucket, each, (int)place);
+    Stretch s = {ranks_in_place(r, (int)place), part.end < end ? part.end : end,
+                 bucket.begin / (size_t)size + (at - part.begin)};
+    return s;
+}
+
+// Blocks that this rank has of an arena of n elements, and where the j-th of them begins.
+static inline size_t ranks_own_blocks(const Ranks* r, size_t n) {
+    int size = ranks_size(r);
+    Span last = ranks_bucket_at(size, n, n - 1), own = ranks_elements(r, last);
+    return (last.begin / (size_t)size + (own.end - own.begin) + RANKS_BLOCK - 1) / RANKS_BLOCK;
+}
+static inline size_t ranks_own_block(const Ranks* r, size_t n, size_t j) {
+    int size = ranks_size(r);
+    size_t bucket = ranks_bucket(size, n), each = bucket / (size_t)size, local = j * RANKS_BLOCK, i = local / each;
+    return ranks_elements(r, ranks_bucket_at(size, n, i * bucket)).begin + (local - i * each);
+}
+
+// Elements that the first of so many ranks has of an arena of n, and none has more; that the arena must have room for
+// where all parts are to be equal; that are received at once.
 static inline size_t ranks_most_elements(int ranks, size_t n) {
-    size_t blocks = (n + RANKS_BLOCK - 1) / RANKS_BLOCK,
-           most = (blocks + (size_t)ranks - 1) / (size_t)ranks * RANKS_BLOCK;
-    return most < n ? most : n;
+    Span last = ranks_bucket_at(ranks, n, n - 1);
+    return last.begin / (size_t)ranks + ranks_each(ranks, last);
+}
+static inline size_t ranks_padded(int ranks, size_t n) {
+    Span last = ranks_bucket_at(ranks, n, n - 1);
+    return last.begin + ranks_each(ranks, last) * (size_t)ranks;
+}
+static inline size_t ranks_room(int ranks, size_t n) { return ranks > 1 ? ranks_bucket(ranks, n) : 0; }
+
+// The share of an arena of n that lies in buckets wholly at or behind element `from`: so much can be on its way when
+// all gradients from there on are complete.
+static inline double ranks_share_behind(int ranks, size_t n, size_t from) {
+    size_t bucket = ranks_bucket(ranks, n), begin = (from + bucket - 1) / bucket * bucket;
+    return begin < n ? (double)(n - begin) / (double)n : 0;
 }
 
 // Can the shards be shared out, so that each rank has a subtree?
@@ -127,12 +212,6 @@ static inline void tree_add(void* const* parts, int n, int to, size_t count, con
     tree_add(parts + half, n - half, right - half, count, sum);
     sum->add(sum->state, parts[to], parts[to < half ? right : left], count);
 }
-
-// Elements of a room that serves so many ranks, of about `room`; received at once from each of n of them into it.
-static inline size_t ranks_room(int ranks, size_t room) {
-    return room > (size_t)ranks * RANKS_BLOCK ? room : (size_t)ranks * RANKS_BLOCK;
-}
-static inline size_t ranks_piece(int n, size_t room) { return room / (size_t)n / RANKS_BLOCK * RANKS_BLOCK; }
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Transfers, which all ranks enter in the same order
@@ -192,15 +271,15 @@ static inline void ranks_saved(Ranks* r, const char* path) {
     pthread_mutex_unlock(&r->watch.lock);
 }
 
-// Waits until all that was started has come. No call blocks: it looks, and lets others have the core, until then or
-// until the watch ends the program. What takes longer is for the watch to know: that this rank looks and waits for
-// others. As long as its own GPU has not come so far, its looks are no sign of life: that GPU may hang.
-static inline void ranks_wait(Ranks* r) {
+// Waits until all that was started is `done` or `taken`. No call blocks: it looks, and lets others have the core, until
+// then or until the watch ends the program. What takes longer is for the watch to know: that this rank looks and waits
+// for others. As long as its own GPU has not come so far, its looks are no sign of life: that GPU may hang.
+static inline void ranks_wait(Ranks* r, bool (*until)(void* state)) {
     const struct timespec nap = {0, 50000};
     Watch* w = &r->watch;
     double began = seconds_now();
     bool others = false;
-    for (int looks = 0; !r->backend->done(r->state); looks++) {
+    for (int looks = 0; !until(r->state); looks++) {
         if (looks < 100) {
             sched_yield();
             continue;
@@ -221,11 +300,20 @@ static inline void ranks_wait(Ranks* r) {
     r->waited += seconds_now() - began;
 }
 
-// Sends and receives all of the list.
-static inline void ranks_transfer(Ranks* r, const RanksMessage* list, int n) {
+// Sends and receives all of the list; ranks_start alone begins it.
+static inline void ranks_start(Ranks* r, const RanksMessage* list, int n) {
     for (int i = 0; i < n; i++) { r->bytes_sent += list[i].receive ? 0 : list[i].bytes; }
     r->backend->start(r->state, list, n);
-    ranks_wait(r);
+    ranks_wait(r, r->backend->taken);
+}
+static inline void ranks_transfer(Ranks* r, const RanksMessage* list, int n) {
+    ranks_start(r, list, n);
+    ranks_wait(r, r->backend->done);
+}
+
+// All that was started is done.
+static inline void ranks_finish(Ranks* r) {
+    if (!ranks_alone(r)) { ranks_wait(r, r->backend->done); }
 }
 
 static inline RanksMessage* ranks_list(const Ranks* r) {
@@ -268,80 +356,132 @@ static inline void ranks_gather(Ranks* r, void* data, size_t bytes, size_t block
     free(list);
 }
 
-// The same by the backend's own way: equal parts of so many bytes in the GPU's memory.
-static inline void ranks_gather_equal(Ranks* r, void* data, size_t bytes) {
+// Begins: each rank has its part of a bucket of an arena whose elements have so many bytes, and afterwards all have
+// all. By the backend's own way, if it has one, in equal parts (ranks_padded).
+static inline void ranks_gather_bucket(Ranks* r, void* arena, Span bucket, size_t bytes) {
     if (ranks_alone(r)) { return; }
-    r->bytes_sent += (uint64_t)(r->size - 1) * bytes;
-    r->backend->gather(r->state, data, bytes);
-    ranks_wait(r);
+    size_t each = ranks_each(r->size, bucket);
+    if (r->backend->gather) {
+        r->bytes_sent += (uint64_t)(r->size - 1) * each * bytes;
+        r->backend->gather(r->state, (char*)arena + bucket.begin * bytes, each * bytes);
+        ranks_wait(r, r->backend->taken);
+        return;
+    }
+    RanksMessage* list = ranks_list(r);
+    int messages = 0;
+    for (int p = 0; p < r->size; p++) {
+        Span part[2] = {ranks_cut(bucket, each, ranks_place(r, p)), ranks_elements(r, bucket)};
+        for (int send = 0; send < 2 && p != r->rank; send++) {
+            RanksMessage one = {(char*)arena + part[send].begin * bytes, (part[send].end - part[send].begin) * bytes, p,
+                                !send};
+            if (one.bytes) { list[messages++] = one; }
+        }
+    }
+    ranks_start(r, list, messages);
+    free(list);
 }
 
-// Some ranks, and elements of an arena that they add up: the i-th of them is rank first + i * apart, and has afterwards
-// the sums of what rank owner + i * apart owns.
+// All buckets.
+static inline void ranks_gather_arena(Ranks* r, void* arena, size_t n, size_t bytes) {
+    if (ranks_alone(r)) { return; }
+    for (Span bucket = {0, 0}; bucket.end < n;) {
+        bucket = ranks_bucket_at(r->size, n, bucket.end);
+        ranks_gather_bucket(r, arena, bucket, bytes);
+    }
+    ranks_finish(r);
+}
+
+// Some ranks that add up elements of an arena: the i-th of them, rank first + i * apart, gets the sums of the i-th
+// part.
 typedef struct {
-    int n, first, apart, owner;
+    int n, first, apart;
 } RanksGroup;
 
-// The sums over a group to which this rank belongs, of data of n elements in all; those of the others are spoilt.
-static inline void ranks_reduce_among(Ranks* r, const RanksGroup* g, void* data, size_t n, const RanksSum* sum) {
+// Begins: the sums over a group to which this rank belongs, of elements s of an arena in parts of `each`; those of the
+// others are spoilt.
+static inline void ranks_reduce_among(Ranks* r, const RanksGroup* g, void* arena, Span s, size_t each,
+                                      const RanksSum* sum) {
     RanksMessage* list = ranks_list(r);
     void** parts = (void**)alloc_or_die((size_t)g->n, sizeof(void*), "parts of a sum");
-    size_t piece = ranks_piece(g->n, sum->elements), bytes = sum->bytes, most = ranks_most_elements(r->size, n);
-    int self = (r->rank - g->first) / g->apart;
-    Span own = ranks_elements(r, g->owner + self * g->apart, n);
-    for (size_t at = 0; at < most; at += piece) {
-        int messages = 0;
-        size_t mine = own.end - own.begin > at ? own.end - own.begin - at : 0;
-        mine = mine < piece ? mine : piece;
-        for (int i = 0; i < g->n; i++) {
-            Span part = ranks_elements(r, g->owner + i * g->apart, n);
-            size_t left = part.end - part.begin > at ? part.end - part.begin - at : 0;
-            int peer = g->first + i * g->apart;
-            parts[i] = sum->room + (size_t)i * piece * bytes;
-            if (i == self) {
-                parts[i] = (char*)data + (own.begin + at) * bytes;
-                continue;
-            }
-            RanksMessage in = {parts[i], mine * bytes, peer, true};
-            RanksMessage out = {(char*)data + (part.begin + at) * bytes, (left < piece ? left : piece) * bytes, peer,
-                                false};
-            if (in.bytes) { list[messages++] = in; }
-            if (out.bytes) { list[messages++] = out; }
-        }
-        ranks_transfer(r, list, messages);
-        if (mine) { tree_add(parts, g->n, self, mine, sum); }
+    int self = (r->rank - g->first) / g->apart, messages = 0;
+    Span own = ranks_cut(s, each, self);
+    size_t mine = own.end - own.begin;
+    for (int i = 0; i < g->n; i++) {
+        Span part = ranks_cut(s, each, i);
+        char* from = (char*)arena + part.begin * sum->bytes;
+        parts[i] = i == self ? from : sum->room + (size_t)i * each * sum->bytes;
+        RanksMessage in = {parts[i], mine * sum->bytes, g->first + i * g->apart, true},
+                     out = {from, (part.end - part.begin) * sum->bytes, in.peer, false};
+        if (i != self && in.bytes) { list[messages++] = in; }
+        if (i != self && out.bytes) { list[messages++] = out; }
     }
+    ranks_start(r, list, messages);
+    if (mine) { tree_add(parts, g->n, self, mine, sum); }
     free(parts);
     free(list);
 }
 
-// The n elements of data, summed over the ranks: each rank has the sums of its own elements afterwards, the others are
-// spoilt. First inside each node, where the i-th rank adds up what the i-th ranks of all nodes own, then between these:
-// so a node sends through its network what it has added up. Both are levels of the tree, since a node is a subtree.
-static inline void ranks_reduce(Ranks* r, void* data, size_t n, const RanksSum* sum) {
-    if (ranks_alone(r)) { return; }
-    int node = r->node, here = r->rank / node * node;
-    for (int owner = 0; owner < r->size && node > 1; owner += node) {
-        RanksGroup inside = {node, here, 1, owner};
-        ranks_reduce_among(r, &inside, data, n, sum);
-    }
-    RanksGroup between = {r->size / node, r->rank - here, node, r->rank - here};
-    if (between.n > 1) { ranks_reduce_among(r, &between, data, n, sum); }
+// Begins: the sums over all ranks of a bucket of an arena; each rank has those of its own elements when ranks_finish
+// has come back, the others are spoilt. Inside each node first, where the i-th rank adds up what the i-th ranks of all
+// nodes own, then between these: so a node sends through its network what it has added up. Both are levels of the tree,
+// since a node is a subtree.
+static inline void ranks_reduce_in_stages(Ranks* r, void* arena, Span bucket, const RanksSum* sum) {
+    int node = r->node, nodes = ranks_nodes(r), self = r->rank % node;
+    size_t each = ranks_each(r->size, bucket), of_nodes = each * (size_t)nodes;
+    RanksGroup inside = {node, r->rank - self, 1}, between = {nodes, self, node};
+    if (node > 1) { ranks_reduce_among(r, &inside, arena, bucket, of_nodes, sum); }
+    if (nodes > 1) { ranks_reduce_among(r, &between, arena, ranks_cut(bucket, of_nodes, self), each, sum); }
 }
 
-// The same by the backend's own way, in its own order: equal parts of n floats in the GPU's memory.
-static inline void ranks_reduce_equal(Ranks* r, float* data, size_t n) {
+// The same, or where sum has no add by the backend's own way, in its own order: then of floats in the GPU's memory, in
+// equal parts. early: other buckets' gradients are still being computed.
+static inline void ranks_reduce(Ranks* r, void* arena, Span bucket, const RanksSum* sum, bool early) {
     if (ranks_alone(r)) { return; }
-    r->bytes_sent += (uint64_t)(r->size - 1) * n * sizeof(float);
-    r->backend->reduce(r->state, data, n);
-    ranks_wait(r);
+    uint64_t before = r->bytes_sent;
+    if (sum->add) {
+        ranks_reduce_in_stages(r, arena, bucket, sum);
+    } else {
+        size_t each = ranks_each(r->size, bucket);
+        r->bytes_sent += (uint64_t)(r->size - 1) * each * sizeof(float);
+        r->backend->reduce(r->state, (float*)arena + bucket.begin, each);
+        ranks_wait(r, r->backend->taken);
+    }
+    r->bytes_reduced += r->bytes_sent - before;
+    r->bytes_early += early ? r->bytes_sent - before : 0;
+}
+
+// All buckets.
+static inline void ranks_reduce_arena(Ranks* r, void* arena, size_t n, const RanksSum* sum) {
+    if (ranks_alone(r)) { return; }
+    for (Span bucket = {0, 0}; bucket.end < n;) {
+        bucket = ranks_bucket_at(r->size, n, bucket.end);
+        ranks_reduce(r, arena, bucket, sum, false);
+    }
+    ranks_finish(r);
+}
+
+// The sum of one number for each block of an arena of n elements, in the order of the blocks, whoever has them. mine
+// (ranks_most_blocks): those of the own blocks in their order.
+static inline size_t ranks_most_blocks(const Ranks* r, size_t n) {
+    return (ranks_most_elements(ranks_size(r), n) + RANKS_BLOCK - 1) / RANKS_BLOCK;
+}
+static inline double ranks_sum_blocks(Ranks* r, const double* mine, size_t n) {
+    size_t size = (size_t)ranks_size(r), most = ranks_most_blocks(r, n);
+    double *all = (double*)alloc_or_die(size * most, sizeof(double), "sums of blocks"), total = 0;
+    ranks_exchange(r, mine, most * sizeof(double), all);
+    for (size_t at = 0; at < n; at += RANKS_BLOCK) {
+        Stretch s = ranks_stretch(r, n, at, n);
+        total += all[(size_t)s.rank * most + s.local / RANKS_BLOCK];
+    }
+    free(all);
+    return total;
 }
 
 // The sum over all ranks.
 static inline int64_t ranks_total(Ranks* r, int64_t mine) {
     int64_t all[MAX_RANKS], total = 0;
     ranks_exchange(r, &mine, sizeof mine, all);
-    for (int p = 0; p < (r ? r->size : 1); p++) { total += all[p]; }
+    for (int p = 0; p < ranks_size(r); p++) { total += all[p]; }
     return total;
 }
 
@@ -534,7 +674,7 @@ static inline void ranks_same(Ranks* r, const RanksSame* mine, int n) {
 static inline Ranks* ranks_of(void (*open)(Ranks*, const Launch*), const char* why) {
     static Ranks ranks;  // exit needs it after main
     Launch launch = launch_read();
-    ranks.size = 1;
+    ranks.size = ranks.node = 1;
     if (launch.size < 2) { return &ranks; }
     if (!open) {
         ranks_yield_to_first(launch.rank);

@@ -58,7 +58,7 @@ static inline void mpi_close(void* state) {
 }
 
 static inline void ranks_open_mpi(Ranks* r, const Launch* launch) {
-    static const RanksBackend backend = {mpi_start, mpi_done, mpi_close, NULL, NULL, NULL};
+    static const RanksBackend backend = {mpi_start, mpi_done, mpi_done, mpi_close, NULL, NULL, NULL};
     const StartMistake none = {0, {{0}}};
     StartAddress address;
     int provided = 0;

@@ -4,7 +4,11 @@
 //
 // One communicator that never blocks, on a stream of its own: who waits looks whether the stream is done and whether
 // NCCL has failed, so that the watch can end any wait. What lies in the host's memory goes through a stage on the GPU.
-// The stream first waits, by an event, for what the trainer's stream has been given to compute until then.
+// The stream first waits, by an event, for what the trainer's stream has been given to compute until then, and not for
+// what it is given later: so gradients are sent, and added up in this stream, while the backward pass goes on. The way
+// back needs no event: the trainer's stream gets work that reads them only once the host has seen this one done.
+//
+// NCCL's number of a rank is its place (ranks_place), so that all parts that it gathers are where their owners are.
 #ifndef MTA_RANKS_NCCL_H
 #define MTA_RANKS_NCCL_H
 
@@ -119,17 +123,19 @@ static inline void nccl_start(void* state, const RanksMessage* list, int n) {
         }
         char* data = host ? s->stage + at : (char*)m->data;
         if (m->receive) {
-            ncclCheck(r, ncclRecv(data, m->bytes, ncclInt8, m->peer, s->comm, s->stream));
+            ncclCheck(r, ncclRecv(data, m->bytes, ncclInt8, ranks_place(r, m->peer), s->comm, s->stream));
             if (host) { s->staged[s->n_later] = at, s->later[s->n_later++] = *m; }
             continue;
         }
         if (host && !again) {
             ncclCudaCheck(r, cudaMemcpyAsync(data, m->data, m->bytes, cudaMemcpyHostToDevice, s->stream));
         }
-        ncclCheck(r, ncclSend(data, m->bytes, ncclInt8, m->peer, s->comm, s->stream));
+        ncclCheck(r, ncclSend(data, m->bytes, ncclInt8, ranks_place(r, m->peer), s->comm, s->stream));
     }
     ncclCheck(r, ncclGroupEnd());
 }
+
+static inline bool nccl_taken(void* state) { return !nccl_busy((NcclState*)state); }
 
 // A copy into the host's memory waits for its stream: it is made when there is nothing left to wait for.
 static inline bool nccl_done(void* state) {
@@ -164,14 +170,14 @@ static inline bool nccl_computes(void* state) {
 
 static inline void nccl_gather(void* state, void* data, size_t bytes) {
     NcclState* s = (NcclState*)state;
-    const char* own = (char*)data + (size_t)s->ranks->rank * bytes;
+    const char* own = (char*)data + (size_t)ranks_place(s->ranks, s->ranks->rank) * bytes;
     nccl_follow(s);
     ncclCheck(s->ranks, ncclAllGather(own, data, bytes, ncclInt8, s->comm, s->stream));
 }
 
 static inline void nccl_reduce(void* state, float* data, size_t n) {
     NcclState* s = (NcclState*)state;
-    float* own = data + (size_t)s->ranks->rank * n;
+    float* own = data + (size_t)ranks_place(s->ranks, s->ranks->rank) * n;
     nccl_follow(s);
     ncclCheck(s->ranks, ncclReduceScatter(data, own, n, ncclFloat32, ncclSum, s->comm, s->stream));
 }
@@ -201,7 +207,7 @@ static inline void nccl_connect(NcclState* s, ncclUniqueId id) {
     ncclConfig_t config = NCCL_CONFIG_INITIALIZER;
     config.blocking = 0;
     double end = seconds_now() + start_seconds(r->size);
-    ncclCheck(r, ncclCommInitRankConfig(&s->comm, r->size, id, r->rank, &config));
+    ncclCheck(r, ncclCommInitRankConfig(&s->comm, r->size, id, ranks_place(r, r->rank), &config));
     while (nccl_busy(s)) {
         if (seconds_now() > end) {
             nccl_fail(r, "the ranks did not all connect in time; NCCL_DEBUG=INFO tells more", "ncclCommInitRankConfig",
@@ -216,6 +222,7 @@ static inline void nccl_make_stream(NcclState* s) {
     int least = 0, greatest = 0;
     ncclCudaCheck(s->ranks, cudaDeviceGetStreamPriorityRange(&least, &greatest));
     ncclCudaCheck(s->ranks, cudaStreamCreateWithPriority(&s->stream, cudaStreamNonBlocking, greatest));
+    s->ranks->stream = s->stream;
     ncclCudaCheck(s->ranks, cudaEventCreateWithFlags(&s->ready, cudaEventDisableTiming));
 }
 
@@ -253,7 +260,8 @@ static inline StartMistake nccl_prepare(const Launch* launch, char* device, size
 }
 
 static inline void ranks_open_nccl(Ranks* r, const Launch* launch) {
-    static const RanksBackend backend = {nccl_start, nccl_done, nccl_close, nccl_computes, nccl_gather, nccl_reduce};
+    static const RanksBackend backend = {nccl_start,    nccl_done,   nccl_taken, nccl_close,
+                                         nccl_computes, nccl_gather, nccl_reduce};
     NcclState* s = (NcclState*)alloc_or_die(1, sizeof(NcclState), "NCCL's messages");
     char device[64] = "";
     ncclUniqueId id;

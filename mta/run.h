@@ -1411,15 +1411,16 @@ static inline void run_note_slow(Run* r, const double* seconds) {
     r->slow = slow;
 }
 
-// A line of the log: what each rank has computed, sent and waited.
+// A line of the log: what each rank has computed, sent and waited; of what it sent the gradients, and of these what was
+// on its way before the backward pass had ended.
 static inline void run_log_ranks(Run* r) {
     typedef struct {
         int64_t windows;
-        uint64_t sent;
+        uint64_t sent, reduced, early;
         double waited;
     } Share;
     if (ranks_alone(r->ranks)) { return; }
-    Share mine = {r->computed, r->ranks->bytes_sent, r->ranks->waited};
+    Share mine = {r->computed, r->ranks->bytes_sent, r->ranks->bytes_reduced, r->ranks->bytes_early, r->ranks->waited};
     Share* all = (Share*)alloc_or_die((size_t)r->ranks->size, sizeof mine, "shares of ranks");
     Text t = {NULL, 0, 0};
     ranks_exchange(r->ranks, &mine, sizeof mine, all);
@@ -1427,8 +1428,11 @@ static inline void run_log_ranks(Run* r) {
     for (int p = 0; p < r->ranks->size; p++) {
         text_printf(&t, "%s{\"host\": ", p ? ", " : "");
         text_json_string(&t, r->ranks->watch.peers[p].host, strlen(r->ranks->watch.peers[p].host));
-        text_printf(&t, ", \"windows\": %lld, \"bytes_sent\": %llu, \"seconds_waited\": %.3f}",
-                    (long long)all[p].windows, (unsigned long long)all[p].sent, all[p].waited);
+        text_printf(&t,
+                    ", \"windows\": %lld, \"bytes_sent\": %llu, \"bytes_reduced\": %llu, \"bytes_early\": %llu, "
+                    "\"seconds_waited\": %.3f}",
+                    (long long)all[p].windows, (unsigned long long)all[p].sent, (unsigned long long)all[p].reduced,
+                    (unsigned long long)all[p].early, all[p].waited);
     }
     text_printf(&t, "]}");
     runlog_line(&r->log, t.text);

@@ -515,13 +515,13 @@ static inline void sample(Run* r) {
 // Replaces those of the n values that are other ranks' by theirs, which fetch_for_root gives.
 static inline void fetch_from_ranks(const Run* r, StateKind kind, int tensor, size_t from, size_t n, float* room) {
     const TensorList* list = r->trainer->tensors(r->model);
-    size_t at = list->specs[tensor].offset + from;  // in the arena
-    for (int p = 1; p < r->ranks->size && kind != STATE_WEIGHT; p++) {
-        Span part = ranks_elements(r->ranks, p, list->numel);
-        size_t begin = part.begin > at ? part.begin : at, end = part.end < at + n ? part.end : at + n;
-        if (begin >= end) { continue; }
-        RanksRequest request = {kind, tensor, from + (begin - at), end - begin};
-        ranks_ask(r->ranks, p, &request, room + (begin - at), (end - begin) * sizeof(float));
+    size_t first = list->specs[tensor].offset + from, end = first + n;  // in the arena
+    if (kind == STATE_WEIGHT) { return; }
+    for (size_t at = first; at < end;) {
+        Stretch s = ranks_stretch(r->ranks, list->numel, at, end);
+        RanksRequest request = {kind, tensor, from + (at - first), s.end - at};
+        if (s.rank) { ranks_ask(r->ranks, s.rank, &request, room + (at - first), (s.end - at) * sizeof(float)); }
+        at = s.end;
     }
 }
 

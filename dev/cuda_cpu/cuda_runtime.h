@@ -1,12 +1,13 @@
 // cuda_runtime.h: stand-in for the CUDA runtime. Device memory is malloc'ed, poisoned with NaN and counted against a
 // pretended size; the default stream works at once, another only when somebody waits for it or asks it a second time,
-// as late as a GPU may, and no further than it must: so that a missing event leaves stale data. A captured stream keeps
-// its work in a graph, and what may not be called meanwhile breaks the capture. The environment pretends other
-// machines: CUDA_CPU_DEVICES=N (0: no GPU, default 1), CUDA_CPU_DRIVER=old, CUDA_CPU_MEMORY_MIB=N,
-// CUDA_CPU_CAPABILITY=75, CUDA_CPU_SHARED_KIB=N (shared memory of a block at most), CUDA_CPU_IMAGE=none or =invalid (no
-// code for the device: the two answers of a runtime); and failures: CUDA_CPU_FAIL=NAME:N, the N-th call of a function,
-// the N-th launch of a kernel, or with launch:N the N-th of any. CUDA_CPU_HANG=NAME:N: that launch, or that
-// cudaMemcpyAsync, never ends.
+// as late as a GPU may, and no further than it must: so that a missing event leaves stale data. CUDA_CPU_EAGER=1: a
+// stream of high priority works as early as it may, ahead of the others: so that what it should have waited for is
+// missing. A captured stream keeps its work in a graph, and what may not be called meanwhile breaks the capture. The
+// environment pretends other machines: CUDA_CPU_DEVICES=N (0: no GPU, default 1), CUDA_CPU_DRIVER=old,
+// CUDA_CPU_MEMORY_MIB=N, CUDA_CPU_CAPABILITY=75, CUDA_CPU_SHARED_KIB=N (shared memory of a block at most),
+// CUDA_CPU_IMAGE=none or =invalid (no code for the device: the two answers of a runtime); and failures:
+// CUDA_CPU_FAIL=NAME:N, the N-th call of a function, the N-th launch of a kernel, or with launch:N the N-th of any.
+// CUDA_CPU_HANG=NAME:N: that launch, or that cudaMemcpyAsync, never ends.
 #ifndef CUDA_CPU_RUNTIME_H
 #define CUDA_CPU_RUNTIME_H
 #include "cuda_cpu.h"
@@ -75,6 +76,7 @@ struct Stream {
     std::deque<Work> queue;
     int device;
     bool asked, busy;  // somebody has asked for the work of now; it is being worked off
+    bool eager;        // works as soon as it may
 };
 // That an event was recorded: in a stream, done when its turn has come. Later records of the event are others.
 struct Record {
@@ -179,6 +181,12 @@ inline void submit_work(Stream* stream, const Work& work) {
     } else {
         stream->queue.push_back(work);
         stream->asked = false;
+    }
+    for (size_t i = 0; i < streams.size(); i++) {
+        if (streams[i]->eager && streams[i] != stream) { advance(streams[i]); }
+    }
+    for (double start = seconds(); stream && stream->eager && !advance(stream) && seconds() < start + 1;) {
+        usleep(20);  // the other processes are about to come
     }
 }
 template <typename F> inline void submit(Stream* stream, F&& work) {
@@ -449,7 +457,7 @@ static inline cudaError_t cudaFreeHost(void* p) {
 
 static inline cudaError_t cudaStreamCreate(cudaStream_t* s) {
     CUDA_CPU_CALL();
-    cuda_cpu::streams.push_back(*s = new cuda_cpu::Stream{NULL, {}, cuda_cpu::device, false, false});
+    cuda_cpu::streams.push_back(*s = new cuda_cpu::Stream{NULL, {}, cuda_cpu::device, false, false, false});
     return cudaSuccess;
 }
 static inline cudaError_t cudaStreamCreateWithFlags(cudaStream_t* s, unsigned) {
@@ -460,9 +468,11 @@ static inline cudaError_t cudaDeviceGetStreamPriorityRange(int* least, int* grea
     *least = 0, *greatest = -5;
     return cudaSuccess;
 }
-static inline cudaError_t cudaStreamCreateWithPriority(cudaStream_t* s, unsigned, int) {
+static inline cudaError_t cudaStreamCreateWithPriority(cudaStream_t* s, unsigned, int priority) {
     CUDA_CPU_CALL();
-    return cudaStreamCreate(s);
+    cudaError_t status = cudaStreamCreate(s);
+    if (status == cudaSuccess) { (*s)->eager = priority < 0 && getenv("CUDA_CPU_EAGER"); }
+    return status;
 }
 static inline cudaError_t cudaStreamDestroy(cudaStream_t s) {
     cuda_cpu::finish(s);

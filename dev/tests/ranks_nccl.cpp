@@ -2,11 +2,19 @@
 // one stream and sent on another, sums in the tree's order, bytes of the host's memory. test_ranks_cuda.py builds it,
 // also with faults planted in the headers, and starts a few of it. Ends with status 1 and a line where something is not
 // what it should be. NODE=N: as if so many ranks had a host of their own.
+#define RANKS_ROOM (1 << 18)
 #include <nccl.h>
 #include <vector>
 #include "mta/ranks_nccl.h"
 
-enum { N = 5 * RANKS_BLOCK + 192, THREADS = 256 };
+enum { N = 13 * RANKS_BLOCK + 192, THREADS = 256 };
+
+// What the ranks tell each other of their host, in place of libc's.
+extern "C" int gethostname(char* name, size_t n) noexcept {
+    const char *node = getenv("NODE"), *rank = getenv("RANK");
+    snprintf(name, n, "host%d", node && rank ? atoi(rank) / atoi(node) : 0);
+    return 0;
+}
 
 // A value that rounds differently in another order of sums.
 static __host__ __device__ float value_of(int rank, int round, size_t i) {
@@ -14,9 +22,13 @@ static __host__ __device__ float value_of(int rank, int round, size_t i) {
     x ^= x >> 15;
     return ((float)(x % 20011) - 10005.0f) / (float)(1 << x % 11);
 }
-static __global__ void fill_kernel(float* x, size_t n, int rank, int round) {
+static __global__ void fill_kernel(float* x, size_t begin, size_t end, int rank, int round) {
+    size_t i = begin + (size_t)blockIdx.x * blockDim.x + threadIdx.x;
+    if (i < end) { x[i] = value_of(rank, round, i); }
+}
+static __global__ void double_kernel(float* x, size_t n) {
     size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
-    if (i < n) { x[i] = value_of(rank, round, i); }
+    if (i < n) { x[i] *= 2; }
 }
 static __global__ void add_kernel(float* sum, const float* more, size_t n) {
     size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
@@ -39,38 +51,79 @@ static float tree_value(int from, int to, int round, size_t i) {
     return tree_value(from, from + half, round, i) + tree_value(from + half, to, round, i);
 }
 
+// The gradients of all buckets, last first, each computed when those before it are on their way; then their sums.
+static void reduce(Ranks* r, float* data, const RanksSum* sum, cudaStream_t stream, int round) {
+    uint64_t reduced = r->bytes_reduced, early = r->bytes_early, sent = r->bytes_sent;
+    for (size_t end = N; end > 0;) {
+        Span bucket = ranks_bucket_at(r->size, N, end - 1);
+        LAUNCH(fill_kernel, (unsigned)((end - bucket.begin + THREADS - 1) / THREADS), THREADS, 0, stream, data,
+               bucket.begin, bucket.end, r->rank, round);
+        ranks_reduce(r, data, bucket, sum, bucket.begin > 0);
+        end = bucket.begin;
+    }
+    ranks_finish(r);
+    reduced = r->bytes_reduced - reduced, early = r->bytes_early - early, sent = r->bytes_sent - sent;
+    need(sent == reduced, "what is counted as gradients", (size_t)reduced);
+
+    // All ranks together have sent each element to all others but one, in whichever stages, or in equal parts; early
+    // what lies behind the first bucket.
+    uint64_t others = (uint64_t)(r->size - 1) * sizeof(float), behind = N - ranks_bucket_at(r->size, N, 0).end,
+             padding = sum->add ? 0 : ranks_padded(r->size, N) - N;
+    int64_t all = ranks_total(r, (int64_t)reduced), ahead = ranks_total(r, (int64_t)early);
+    need(all == (int64_t)((N + padding) * others), "the bytes of gradients", (size_t)all);
+    need(ahead == (int64_t)((behind + padding) * others), "the bytes that were early", (size_t)ahead);
+}
+
 int main() {
     Ranks* r = ranks_of_nccl();
     cudaStream_t stream;
     float *data, *room;
-    size_t part = ranks_most_elements(r->size, N), all = part * (size_t)r->size, elements = ranks_room(r->size, 0);
-    Span own = ranks_elements(r, r->rank, N);
+    size_t all = ranks_padded(r->size, N);
     std::vector<float> got(all);
     cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking);
     cudaMalloc(&data, all * sizeof(float));
-    cudaMalloc(&room, elements * sizeof(float));
+    cudaMalloc(&room, ranks_room(r->size, N) * sizeof(float));
     cudaMemset(data, 0, all * sizeof(float));
     r->work = stream;
-    if (getenv("NODE")) { r->node = atoi(getenv("NODE")); }
-    RanksSum sum = {add, stream, sizeof(float), (char*)room, elements};
+    RanksSum sum = {add, r->stream, sizeof(float), (char*)room};
+    const char* node = getenv("NODE");
+    need(r->node == (node ? atoi(node) : r->size & (r->size - 1) ? 1 : r->size), "ranks of a node", (size_t)r->node);
 
-    // Sums, twice: what the second round sends must not be the first one's. Then the own parts to all.
+    // Who has what: each element one rank, side by side there.
+    std::vector<size_t> had((size_t)r->size);
+    for (size_t i = 0; i < N; i++) {
+        Stretch s = ranks_stretch(r, N, i, N);
+        Span own = ranks_elements(r, ranks_bucket_at(r->size, N, i));
+        need(s.local == had[(size_t)s.rank]++, "what is side by side at a rank", i);
+        need((s.rank == r->rank) == (own.begin <= i && i < own.end), "whose an element is", i);
+    }
+    need(had[0] == ranks_most_elements(r->size, N), "what the first rank has", had[0]);
+
+    // Sums, twice: what the second round sends must not be the first one's. Then the own parts, doubled, to all.
     for (int round = 0; round < 2; round++) {
-        LAUNCH(fill_kernel, (N + THREADS - 1) / THREADS, THREADS, 0, stream, data, (size_t)N, r->rank, round);
-        ranks_reduce(r, data, N, &sum);
-        ranks_gather_equal(r, data, part * sizeof(float));
+        reduce(r, data, &sum, stream, round);
         cudaMemcpyAsync(got.data(), data, all * sizeof(float), cudaMemcpyDeviceToHost, stream);
         cudaStreamSynchronize(stream);
-        for (size_t i = 0; i < N; i++) { need(got[i] == tree_value(0, r->size, round, i), "the tree's sums", i); }
+        for (size_t i = 0; i < N; i++) {
+            bool own = ranks_stretch(r, N, i, N).rank == r->rank;
+            need(!own || got[i] == tree_value(0, r->size, round, i), "the tree's sums", i);
+        }
+        LAUNCH(double_kernel, (unsigned)((N + THREADS - 1) / THREADS), THREADS, 0, stream, data, (size_t)N);
+        ranks_gather_arena(r, data, N, sizeof(float));
+        cudaMemcpyAsync(got.data(), data, all * sizeof(float), cudaMemcpyDeviceToHost, stream);
+        cudaStreamSynchronize(stream);
+        for (size_t i = 0; i < N; i++) { need(got[i] == 2 * tree_value(0, r->size, round, i), "parts of all", i); }
     }
 
     // The same sums in the library's own order.
-    LAUNCH(fill_kernel, (N + THREADS - 1) / THREADS, THREADS, 0, stream, data, (size_t)N, r->rank, 2);
-    ranks_reduce_equal(r, data, part);
+    RanksSum other = sum;
+    other.add = NULL;
+    reduce(r, data, &other, stream, 2);
     cudaMemcpyAsync(got.data(), data, all * sizeof(float), cudaMemcpyDeviceToHost, stream);
     cudaStreamSynchronize(stream);
-    for (size_t i = own.begin; i < own.end; i++) {
-        need(fabsf(got[i] - tree_value(0, r->size, 2, i)) < 0.02f, "NCCL's sums", i);
+    for (size_t i = 0; i < N; i++) {
+        bool own = ranks_stretch(r, N, i, N).rank == r->rank;
+        need(!own || fabsf(got[i] - tree_value(0, r->size, 2, i)) < 0.02f, "NCCL's sums", i);
     }
 
     // Bytes of the host's memory.

@@ -404,6 +404,24 @@ static void test_events() {
         cudaStreamSynchronize(first);
     }
 
+    // CUDA_CPU_EAGER: the stream of high priority is ahead, and with an event still not too early.
+    cudaStream_t ahead;
+    setenv("CUDA_CPU_EAGER", "1", 1);
+    cudaStreamCreateWithPriority(&ahead, cudaStreamNonBlocking, -5);
+    unsetenv("CUDA_CPU_EAGER");
+    for (bool waits : {false, true}) {
+        x.p[0] = 1, y.p[0] = 0;
+        LAUNCH(scale_kernel, 1, 32, 0, first, x.p, 1, 2.0f);
+        cudaEventRecord(made, first);
+        LAUNCH(scale_kernel, 1, 32, 0, first, x.p, 1, 50.0f);
+        if (waits) { cudaStreamWaitEvent(ahead, made); }
+        cudaMemcpyAsync(y.p, x.p, sizeof(float), cudaMemcpyDeviceToDevice, ahead);
+        check(y.p[0] == (waits ? 2 : 1), waits ? "an eager stream waits for an event, nobody for it"
+                                               : "planted: a missing event lets an eager stream go ahead");
+        cudaStreamSynchronize(first);
+    }
+    cudaStreamDestroy(ahead);
+
     // The record of then counts, not one that comes later.
     x.p[0] = 1;
     LAUNCH(scale_kernel, 1, 32, 0, first, x.p, 1, 2.0f);

@@ -21,6 +21,9 @@ from helpers import ROOT, main
 
 TIMEOUT = 120  # seconds for one run
 BLOCK = test_ranks.BLOCK
+EAGER = {"CUDA_CPU_EAGER": "1"}  # what is sent goes ahead of what is computed, else it comes after it
+# Can processes be told that they have a host of their own?
+HOSTS = os.geteuid() == 0 and shutil.which("unshare") and subprocess.run(["unshare", "--uts", "true"]).returncode == 0
 
 # Of 5 sequences a step four shards have 1, 1, 1 and 2.
 SMALL = dict(test_ranks.SMALL, **{"--tokens-per-step": 80, "--steps": 3, "--eval-windows": 5, "--sample-tokens": 2,
@@ -38,10 +41,10 @@ def free_port():
 
 
 class Started:
-    """So many processes of a program, started as torchrun does it, each with a GPU of its own. more: variables of all;
-    of_rank: by rank, of one."""
+    """So many processes of a program, started as torchrun does it, each with a GPU of its own; where that is
+    allowed, `node` of them as if they had a host. more: variables of all; of_rank: by rank, of one."""
 
-    def __init__(self, words, cwd, ranks, more=None, of_rank=None):
+    def __init__(self, words, cwd, ranks, more=None, of_rank=None, node=None):
         port, self.ranks = free_port(), []
         for rank in range(ranks):
             variables = dict(os.environ, OMP_NUM_THREADS="1", CUDA_CPU_DEVICES=str(ranks))
@@ -51,7 +54,11 @@ class Started:
             variables.update(more or {})
             variables.update((of_rank or {}).get(rank, {}))
             out, err = tempfile.TemporaryFile("w+"), tempfile.TemporaryFile("w+")
-            child = subprocess.Popen(words, cwd=cwd, env=variables, stdin=subprocess.DEVNULL, stdout=out, stderr=err)
+            named = []
+            if node and HOSTS:
+                named = ["unshare", "--uts", "bash", "-c", 'hostname "$0" && exec "$@"', f"host{rank // node}"]
+            child = subprocess.Popen(named + words, cwd=cwd, env=variables, stdin=subprocess.DEVNULL, stdout=out,
+                                     stderr=err)
             self.ranks.append((child, out, err))
 
     def finish(self):
@@ -74,10 +81,10 @@ class Started:
 
 
 class Ranks(test_ranks.Runs):
-    def start(self, cwd, ranks, precision="bf16", changes=None, flags=(), more=None, of_rank=None):
+    def start(self, cwd, ranks, precision="bf16", changes=None, flags=(), more=None, of_rank=None, node=None):
         options = dict(SMALL, **(changes or {}))
         given = [str(word) for pair in options.items() if pair[1] is not None for word in pair]
-        return Started([program(precision)] + given + list(flags), cwd, ranks, more, of_rank)
+        return Started([program(precision)] + given + list(flags), cwd, ranks, more, of_rank, node)
 
     def run_ok(self, cwd, *args, **more):
         statuses, out, err = self.start(cwd, *args, **more).finish()
@@ -87,19 +94,27 @@ class Ranks(test_ranks.Runs):
 
 class Bits(Ranks):
     def same_on(self, precision, sizes, changes):
-        one = self.place()
+        """On four ranks, of two hosts, with sending ahead of computing, on others behind it. Returns the folders."""
+        one, folders = self.place(), []
         self.run_ok(one, 1, precision, changes)
         for ranks in sizes:
             many = self.place()
-            self.run_ok(many, ranks, precision, changes)
+            self.run_ok(many, ranks, precision, changes, more=EAGER if ranks == 4 else None,
+                        node=2 if ranks == 4 else None)
             self.assert_same(one, many, f"{ranks} ranks, {precision}")
-            self.check_bytes(many, ranks, precision, dict(SMALL, **changes)["--shards"])
+            self.check_bytes(many, ranks, precision, dict(SMALL, **changes))
+            if ranks == 4 and HOSTS:
+                [shares] = self.events(many, "ranks")
+                self.assertEqual([share["host"] for share in shares["ranks"]], ["host0", "host0", "host1", "host1"])
+            folders.append(many)
+        return folders
 
-    def check_bytes(self, cwd, ranks, precision, shards):
+    def check_bytes(self, cwd, ranks, precision, options):
         """Each step sends gradients to their owners in fp32 and weights to all as they are stored; two checkpoints ask
         for m, v, master."""
-        steps = SMALL["--steps"]
-        sent = self.check_windows(cwd, ranks, shards, steps, SMALL["--tokens-per-step"] // SMALL["--seq-len"])
+        steps = options["--steps"]
+        sent = self.check_windows(cwd, ranks, options["--shards"], steps,
+                                  options["--tokens-per-step"] // options["--seq-len"])
         width = 2 if precision == "bf16" else 4
         numel = os.path.getsize(os.path.join(cwd, "run", "step-00000002", "model.safetensors")) / width
         part = min(numel, math.ceil(math.ceil(numel / BLOCK) / ranks) * BLOCK)
@@ -114,6 +129,18 @@ class Bits(Ranks):
     def test_fp32_untied(self):
         self.same_on("fp32", (2, 4), {"--attention": "mta", "--tie-word-embeddings": "off",
                                       "--num-key-value-heads": 4})
+
+    def test_under_the_backward_pass(self):
+        """A model of many layers: most gradients are on their way before the backward pass has come to its end, whether
+        a rank has one shard or two, with layers that are computed again; nothing more is sent than else."""
+        deep = {"--attention": "transformer", "--num-hidden-layers": 12, "--recompute": "block"}
+        for folder in self.same_on("fp32", (2, 4), deep):
+            shares = self.events(folder, "ranks")[0]["ranks"]
+            early, all_ = (sum(share[key] for share in shares) for key in ("bytes_early", "bytes_reduced"))
+            numel = os.path.getsize(os.path.join(folder, "run", "step-00000002", "model.safetensors")) / 4
+            self.assertAlmostEqual(all_ / (4 * numel * (len(shares) - 1) * SMALL["--steps"]), 1, delta=0.02)
+            self.assertGreaterEqual(early / all_, 0.8, shares)
+            self.assertLess(early / all_, 0.9, "and the first bucket holds the embedding")
 
     def test_one_block(self):
         """A model that one rank owns whole; three ranks."""
@@ -158,6 +185,26 @@ class Bits(Ranks):
         statuses, out, err = run.finish()
         self.assertEqual((set(statuses), out), ({71}, ""), err)
         self.assertRegex(err.splitlines()[-1], r"rank 1 \(.*\) has stood still .* in the requests from line \d+; all")
+
+
+class Plan(Ranks):
+    def test_prediction(self):
+        """880m on four machines of eight: of 3.5 GB of gradients NVLink carries 7/8, and a NIC three quarters of an
+        eighth; weights of half the size; all but the embedding and one layer can hide."""
+        paper = ["--dry-run", "--model", "880m", "--seq-len", "2048", "--tokens-per-step", "262144", "--ranks", "32",
+                 "--ranks-per-node", "8"]
+        out = self.run_ok(self.place(), 1, "bf16", {name: None for name in SMALL}, paper)
+        found = re.search(r"predicted +(\d+)% of the speed of 32 GPUs that need not speak to each other, (\d+)% if "
+                          r"nothing were sent under the backward pass\n +\(computing ([\d.]+) ms, gradients ([\d.]+), "
+                          r"of which ([\d.]+) can hide, weights ([\d.]+); .*nothing was measured\)", out)
+        self.assertIsNotNone(found, out)
+        under, after, computing, gradients, hidden, weights = map(float, found.groups())
+        size = 4 * 876_563_136 * 1e-6  # MB: over GB/s, ms
+        self.assertAlmostEqual(gradients, size * (7 / 8 / 360 + (1 / 8 - 1 / 32) / 46), delta=0.1)
+        self.assertAlmostEqual(weights, size / 2 * 31 / 32 / 360, delta=0.1)
+        self.assertAlmostEqual(hidden / gradients, 1 - (197_001_216 + 28_320_000) / 876_563_136, delta=0.01)
+        self.assertAlmostEqual(after, 100 * computing / (computing + gradients + weights), delta=1)
+        self.assertAlmostEqual(under, 100 * computing / (computing + gradients - hidden + weights), delta=1)
 
 
 class Resume(Ranks):
@@ -303,11 +350,12 @@ class Planted(unittest.TestCase):
         with tempfile.TemporaryDirectory(prefix="test_ranks_cuda_") as folder:
             os.symlink(os.path.join(ROOT, "mta"), os.path.join(folder, "mta"))
             binary = self.build(folder)
-            for ranks, more in ((4, {}), (4, {"NODE": "2"}), (6, {"NODE": "2"}), (2, {"NODE": "1"})):
+            for ranks, more in ((4, {}), (4, EAGER), (4, {"NODE": "2"}), (4, dict(EAGER, NODE="2")), (6, {"NODE": "2"}),
+                                (2, {"NODE": "1"})):
                 statuses, _, err = Started([binary], folder, ranks, more).finish()
                 self.assertEqual((statuses, err), ([0] * ranks, ""), (ranks, more))
 
-    def found(self, file, good, bad):
+    def found(self, file, good, bad, more=None):
         with tempfile.TemporaryDirectory(prefix="test_ranks_cuda_") as folder:
             shutil.copytree(os.path.join(ROOT, "mta"), os.path.join(folder, "mta"))
             path = os.path.join(folder, "mta", file)
@@ -316,16 +364,25 @@ class Planted(unittest.TestCase):
             self.assertEqual(text.count(good), 1, good)
             with open(path, "w") as f:
                 f.write(text.replace(good, bad))
-            statuses, _, err = Started([self.build(folder)], folder, 4).finish()
+            statuses, _, err = Started([self.build(folder)], folder, 4, more).finish()
             self.assertIn(1, statuses, err)
             self.assertIn("not as it should be", err)
 
     def test_a_missing_event(self):
         self.found("ranks_nccl.h", "ncclCudaCheck(r, cudaStreamWaitEvent(s->stream, s->ready, 0));", "")
 
+    def test_the_way_back_not_awaited(self):
+        self.found("ranks.h", "if (!ranks_alone(r)) { ranks_wait(r, r->backend->done); }", "(void)r;")
+
+    def test_sums_in_another_stream(self):
+        self.found("ranks_nccl.h", "s->ranks->stream = s->stream;", "")
+
     def test_a_slice_off_by_one(self):
-        self.found("ranks.h", "(char*)data + (part.begin + at) * bytes",
-                   "(char*)data + (part.begin + at + 1) * bytes")
+        self.found("ranks.h", "(char*)arena + part.begin * sum->bytes", "(char*)arena + (part.begin + 1) * sum->bytes")
+
+    def test_places_out_of_order(self):
+        self.found("ranks_nccl.h", "const char* own = (char*)data + (size_t)ranks_place(s->ranks, s->ranks->rank)",
+                   "const char* own = (char*)data + (size_t)s->ranks->rank", {"NODE": "2"})
 
     def test_another_order_of_leaves(self):
         self.found("ranks.h", "int half = 1 << (31 - __builtin_clz((unsigned)n - 1));", "int half = n - 1;")
