@@ -64,13 +64,13 @@ build/%.o: %.c $(HEADERS) build/flags_c
 	$(CC) $(CFLAGS) $(BLAS) $(ONEDNN) -c $< -o $@
 
 # The CPU trainer for several processes; with MPICC=mpicc.mpich by that MPI. build/openmpi/train_mta and
-# build/mpich/train_mta: both, for their test, in a third of the compiler's time.
+# build/mpich/train_mta: both, for their test, in a quarter of the compiler's time.
 build/mpi/train_mta.o: train_mta.c $(HEADERS) build/flags_train_mta
 	@mkdir -p build/mpi
 	$(MPI_CC) $(CFLAGS) $(BLAS) $(ONEDNN) -DMTA_MPI -c $< -o $@
 build/openmpi/train_mta build/mpich/train_mta: build/%/train_mta: train_mta.c $(HEADERS) build/commit.o build/flags_c
 	@mkdir -p build/$*
-	OMPI_CC='$(CC)' MPICH_CC='$(CC)' mpicc.$* $(CFLAGS) -O1 $(BLAS) $(ONEDNN) -DMTA_MPI $< build/commit.o -o $@ \
+	OMPI_CC='$(CC)' MPICH_CC='$(CC)' mpicc.$* $(CFLAGS) -O1 -g1 $(BLAS) $(ONEDNN) -DMTA_MPI $< build/commit.o -o $@ \
 	    $(BLAS_LINK) $(ONEDNN_LINK) $(LDLIBS)
 
 build/%_nocblas.o: %.c $(HEADERS) build/flags_c
@@ -83,7 +83,7 @@ test_mta_nocblas: build/test_mta.o build/train_mta_nocblas_library.o
 	$(CC) $(CFLAGS) $^ -o $@ $(LDLIBS)
 
 build/test_%: dev/tests/test_%.c $(wildcard dev/tests/*.h) $(HEADERS) build/flags_c
-	$(CC) $(CFLAGS) -O1 -I. $< -o $@ $(LDLIBS)
+	$(CC) $(CFLAGS) -O1 -g1 -I. $< -o $@ $(LDLIBS)
 
 # Makes system calls and allocations fail: dev/faults/faults.py loads it into the programs.
 build/faults.so: dev/faults/faults.c build/flags_c
@@ -91,7 +91,7 @@ build/faults.so: dev/faults/faults.c build/flags_c
 
 # This one includes the CPU trainer.
 build/test_products: dev/tests/test_products.c train_mta.c dev/tests/check.h $(HEADERS) build/flags_c
-	$(CC) $(CFLAGS) $(BLAS) $(ONEDNN) -O1 -I. $< -o $@ $(BLAS_LINK) $(ONEDNN_LINK) $(LDLIBS)
+	$(CC) $(CFLAGS) $(BLAS) $(ONEDNN) -O1 -g1 -I. $< -o $@ $(BLAS_LINK) $(ONEDNN_LINK) $(LDLIBS)
 
 # Every header in C11 and, the other way round, in C++17; test_mta.c in C++17, as nvcc would have it.
 header_check: $(HEADERS) build/flags_c
