@@ -4,14 +4,15 @@
 //
 //   make train_mta_cuda && ./train_mta_cuda --model 880m --train "data/shards/*_train_*.bin" --out runs/880m
 //
-// Storage is bf16 (floatX) with fp32 accumulation; master weights, gradients, AdamW state and the residual stream are
-// fp32. PRECISION=FP32 stores all in fp32, for tests. Matrix products are cuBLAS; everything else is a kernel below,
-// each a few lines, followed by its launcher, which keeps the CPU's signature and adds the Cuda context. Attention
-// comes twice: the chunked algorithm (a chunk of queries of all heads of some sequences at a time), which serves every
-// variant, and fused kernels for the common ones. Those, and all else that only makes it fast, stand in sections of
-// their own after the layers, "Fast paths", to be read last. Nothing of size T x T. Deterministic: every sum has a
-// fixed order, no floating-point atomics. dev/cuda_cpu compiles this file with a C++ compiler and runs these kernels on
-// a CPU; so launches go through LAUNCH, and dynamic shared memory through DYNAMIC_SHARED.
+// Storage is bf16 (floatX) with fp32 accumulation; master weights, gradients and AdamW state are fp32, the residual
+// stream has 16 of its 24 bits of mantissa. PRECISION=FP32 stores all in fp32, for tests. Matrix products are cuBLAS;
+// everything else is a kernel below, each a few lines, followed by its launcher, which keeps the CPU's signature and
+// adds the Cuda context. Attention comes twice: the chunked algorithm (a chunk of queries of all heads of some
+// sequences at a time), which serves every variant, and fused kernels for the common ones. Those, and all else that
+// only makes it fast, stand in sections of their own after the layers, "Fast paths", to be read last. Nothing of size T
+// x T. Deterministic: every sum has a fixed order, no floating-point atomics. dev/cuda_cpu compiles this file with a
+// C++ compiler and runs these kernels on a CPU; so launches go through LAUNCH, and dynamic shared memory through
+// DYNAMIC_SHARED.
 //
 //   B batch   T positions   C channels   L layers   NH heads   NKV key/value heads   HS head size
 //   FF hidden units of the MLP   V vocabulary   N = B*T rows   S sequences of an attention batch
@@ -429,9 +430,36 @@ static void matmul_joined_backward(floatX* dinp, const floatX* dout, const float
 // =====================================================================================================================
 // Embedding
 
+// The residual stream, and its gradient, as two arrays: a number rounded to bf16, and what that leaves out, rounded
+// too: 16 bits of mantissa in all, since the roundings of bf16 alone would add up over the layers. Products and the
+// layers' norms in their backward passes read `high` alone, the last norm, whose weight's gradient would show it, both.
+// In the fp32 build it is the number, and there is no `low`.
+template <typename T> struct StreamOf { T *high, *low; };
+typedef StreamOf<floatX> Stream;
+static Stream stream_at(Stream s, size_t i) { return {s.high + i, EXACT ? NULL : s.low + i}; }
+static Stream stream_rounded(Stream s) { return {s.high, NULL}; }
+
+template <int W> static __device__ inline Pack<float, W> stream_load(Stream s, size_t i) {
+    Pack<floatX, W> high = load<W>(s.high + i), low = {};
+    if (!EXACT && s.low) { low = load<W>(s.low + i); }
+    Pack<float, W> x;
+    for (int e = 0; e < W; e++) { x.v[e] = (float)high.v[e] + (float)low.v[e]; }
+    return x;
+}
+// x becomes what stream_load will give.
+template <int W> static __device__ inline void stream_store(Stream s, size_t i, Pack<float, W>* x) {
+    Pack<floatX, W> high, low;
+    for (int e = 0; e < W; e++) {
+        high.v[e] = (floatX)x->v[e], low.v[e] = (floatX)(x->v[e] - (float)high.v[e]);
+        x->v[e] = (float)high.v[e] + (float)low.v[e];
+    }
+    store<W>(s.high + i, high);
+    if (!EXACT) { store<W>(s.low + i, low); }
+}
+
 // out (N,C) = weight[tokens[n]], weight (V,C). A thread moves W elements.
 template <int W>
-static __global__ void embedding_forward_kernel(float* out, const int* tokens, const floatX* weight, int N, int C) {
+static __global__ void embedding_forward_kernel(Stream out, const int* tokens, const floatX* weight, int N, int C) {
     size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * W;
     if (i >= (size_t)N * C) { return; }
 
@@ -439,9 +467,9 @@ static __global__ void embedding_forward_kernel(float* out, const int* tokens, c
     Pack<floatX, W> w = load<W>(weight + (size_t)tokens[i / C] * C + i % C);
     Pack<float, W> x;
     for (int e = 0; e < W; e++) { x.v[e] = (float)w.v[e]; }
-    store<W>(out + i, x);
+    stream_store<W>(out, i, &x);
 }
-static void embedding_forward(float* out, const int* tokens, const floatX* weight, int N, int C, Cuda* g) {
+static void embedding_forward(Stream out, const int* tokens, const floatX* weight, int N, int C, Cuda* g) {
     LAUNCH_WIDE(C, embedding_forward_kernel, ceil_div((size_t)N * C, (size_t)256 * (C % WIDE ? 1 : WIDE)), 256, 0,
                 g->stream, out, tokens, weight, N, C);
 }
@@ -450,7 +478,7 @@ static void embedding_forward(float* out, const int* tokens, const floatX* weigh
 // of the k-th distinct token are rows[starts[k]] .. rows[starts[k+1]-1]. A block owns one token and blockDim.x*W
 // columns, so no two threads add to one place.
 template <int W>
-static __global__ void embedding_backward_kernel(float* dweight, const float* dout, const int* tokens, const int* rows,
+static __global__ void embedding_backward_kernel(float* dweight, Stream dout, const int* tokens, const int* rows,
                                                  const int* starts, int C) {
     int k = blockIdx.x, c = (blockIdx.y * blockDim.x + threadIdx.x) * W;
     if (c >= C) { return; }
@@ -458,7 +486,7 @@ static __global__ void embedding_backward_kernel(float* dweight, const float* do
     // The rows of this token, in the order of the batch.
     float sum[W] = {};
     for (int i = starts[k]; i < starts[k + 1]; i++) {
-        Pack<float, W> d = load<W>(dout + (size_t)rows[i] * C + c);
+        Pack<float, W> d = stream_load<W>(dout, (size_t)rows[i] * C + c);
         for (int e = 0; e < W; e++) { sum[e] += d.v[e]; }
     }
 
@@ -468,7 +496,7 @@ static __global__ void embedding_backward_kernel(float* dweight, const float* do
     for (int e = 0; e < W; e++) { w.v[e] += sum[e]; }
     store<W>(dw, w);
 }
-static void embedding_backward(float* dweight, const float* dout, const int* tokens, const int* rows, const int* starts,
+static void embedding_backward(float* dweight, Stream dout, const int* tokens, const int* rows, const int* starts,
                                int distinct, int C, Cuda* g) {
     dim3 grid(distinct, ceil_div(C, 64 * (C % WIDE ? 1 : WIDE)));
     LAUNCH_WIDE(C, embedding_backward_kernel, grid, 64, 0, g->stream, dweight, dout, tokens, rows, starts, C);
@@ -477,27 +505,26 @@ static void embedding_backward(float* dweight, const float* dout, const int* tok
 // =====================================================================================================================
 // RMSNorm (MODEL.md eq. 1)
 //
-// With the residual sum before it. The residual stream and its gradient stay in fp32: bf16 roundings would add up over
-// the layers, and each element is read only a few times.
+// With the residual sum before it.
 
-// sum (N,C) = inp + branch (sum and branch NULL: sum is inp);
+// sum (N,C) = inp + branch (branch NULL: sum is inp, and not written);
 //   out = weight * sum * rstd,  rstd (N) = 1 / sqrt(mean(sum^2) + eps).
-// A warp owns a row; a lane owns packs of W columns, every 32nd, in both passes: so it reads back only what it stored
-// itself, and needs no barrier.
+// Bytes an element: 4 of inp, 2 of branch, 4 of sum, 2 of out. A warp owns a row; a lane owns packs of W columns, every
+// 32nd, in both passes: so it reads back only what it stored itself, and needs no barrier.
 template <int W>
-static __global__ void rmsnorm_forward_kernel(floatX* out, float* rstd, float* sum, const float* inp,
-                                              const float* branch, const floatX* weight, int N, int C, float eps) {
+static __global__ void rmsnorm_forward_kernel(floatX* out, float* rstd, Stream sum, Stream inp, const floatX* branch,
+                                              const floatX* weight, int N, int C, float eps) {
     int n = blockIdx.x * ROW_WARPS + threadIdx.x / WARP_SIZE, lane = threadIdx.x % WARP_SIZE;
     if (n >= N) { return; }  // whole warps leave
 
     // First pass: the residual sum, and the squares of what it gives.
     float squares = 0;
     for (int c = lane * W; c < C; c += WARP_SIZE * W) {
-        Pack<float, W> x = load<W>(inp + (size_t)n * C + c);
+        Pack<float, W> x = stream_load<W>(inp, (size_t)n * C + c);
         if (branch) {
-            Pack<float, W> y = load<W>(branch + (size_t)n * C + c);
-            for (int e = 0; e < W; e++) { x.v[e] += y.v[e]; }
-            store<W>(sum + (size_t)n * C + c, x);
+            Pack<floatX, W> y = load<W>(branch + (size_t)n * C + c);
+            for (int e = 0; e < W; e++) { x.v[e] += (float)y.v[e]; }
+            stream_store<W>(sum, (size_t)n * C + c, &x);
         }
         for (int e = 0; e < W; e++) { squares += x.v[e] * x.v[e]; }
     }
@@ -505,35 +532,33 @@ static __global__ void rmsnorm_forward_kernel(floatX* out, float* rstd, float* s
     if (lane == 0) { rstd[n] = r; }
 
     // Second pass: the row again, from the cache, scaled.
-    const float* row = (branch ? sum : inp) + (size_t)n * C;
     for (int c = lane * W; c < C; c += WARP_SIZE * W) {
-        Pack<float, W> x = load<W>(row + c);
+        size_t at = (size_t)n * C + c;
+        Pack<float, W> x = branch ? stream_load<W>(sum, at) : stream_load<W>(inp, at);
         Pack<floatX, W> w = load<W>(weight + c);
         for (int e = 0; e < W; e++) { w.v[e] = (floatX)((float)w.v[e] * x.v[e] * r); }
         store<W>(out + (size_t)n * C + c, w);
     }
 }
-static void residual_rmsnorm_forward(floatX* out, float* rstd, float* sum, const float* inp, const float* branch,
+static void residual_rmsnorm_forward(floatX* out, float* rstd, Stream sum, Stream inp, const floatX* branch,
                                      const floatX* weight, int N, int C, double eps, Cuda* g) {
     LAUNCH_WIDE(C, rmsnorm_forward_kernel, ceil_div(N, ROW_WARPS), ROW_THREADS, 0, g->stream, out, rstd, sum, inp,
                 branch, weight, N, C, (float)eps);
 }
-static void rmsnorm_forward(floatX* out, float* rstd, const float* inp, const floatX* weight, int N, int C, double eps,
+static void rmsnorm_forward(floatX* out, float* rstd, Stream inp, const floatX* weight, int N, int C, double eps,
                             Cuda* g) {
-    residual_rmsnorm_forward(out, rstd, NULL, inp, NULL, weight, N, C, eps, g);
+    residual_rmsnorm_forward(out, rstd, {}, inp, NULL, weight, N, C, eps, g);
 }
 
-// dinp (N,C) = (or += with add_dinp) rstd * (d - xhat * mean(d . xhat)), d = dout * weight, xhat = inp * rstd; rounded
-// (N,C) is dinp in floatX, for the products; parts (blocks,C) the block's share of sum_n dout * xhat. A block owns
+// dinp (N,C) = (or += with add_dinp) rstd * (d - xhat * mean(d . xhat)), d = dout * weight, xhat = inp * rstd, inp
+// both parts of the stream or the rounded one; parts (blocks,C) the block's share of sum_n dout * xhat. A block owns
 // every gridDim.x-th row, a thread packs of W columns of all its rows, so that nobody else adds to its sums. ONE: one
 // pack, which stays in registers; else the sums stand in `parts`, and the row is read again from the cache. Bytes an
-// element: 2 of dout, 4 of inp, 8 of dinp and 2 of rounded, and 4 for every N / NORM_PARTS rows (a kernel of its own
-// for the weight read 6 more).
+// element: 2 of dout, 2 of inp, 8 of dinp, and 4 for every N / NORM_PARTS rows.
 enum { NORM_PARTS = 1024, NORM_ROW = 1024 };  // blocks at most: the same sums on every GPU; threads of a block at most
 template <int W, bool ONE>
-static __global__ void rmsnorm_backward_kernel(float* dinp, floatX* rounded, float* parts, const floatX* dout,
-                                               const float* inp, const floatX* weight, const float* rstd, int N, int C,
-                                               bool add_dinp) {
+static __global__ void rmsnorm_backward_kernel(Stream dinp, float* parts, const floatX* dout, Stream inp,
+                                               const floatX* weight, const float* rstd, int N, int C, bool add_dinp) {
     const int first = threadIdx.x * W, step = blockDim.x * W;
     float* part = parts + (size_t)blockIdx.x * C;
     Pack<floatX, W> d = {}, w = {};
@@ -544,43 +569,38 @@ static __global__ void rmsnorm_backward_kernel(float* dinp, floatX* rounded, flo
         size_t row = (size_t)n * C;
         float r = rstd[n], dot = 0;
         for (int c = first; c < C; c += step) {
-            d = load<W>(dout + row + c), w = load<W>(weight + c), x = load<W>(inp + row + c);
+            d = load<W>(dout + row + c), w = load<W>(weight + c), x = stream_load<W>(inp, row + c);
             for (int e = 0; e < W; e++) { dot += (float)d.v[e] * (float)w.v[e] * x.v[e]; }
         }
         float mean = block_reduce(dot, false) * r / C;
 
-        // Second pass: the gradients of the weight, and of the input in fp32 for the stream and rounded for the next
-        // products.
+        // Second pass: the gradients of the weight and of the input.
         for (int c = first; c < C; c += step) {
             Pack<float, W> dx = {};
-            Pack<floatX, W> y;
-            if (add_dinp) { dx = load<W>(dinp + row + c); }
+            if (add_dinp) { dx = stream_load<W>(dinp, row + c); }
             if (!ONE) {
-                d = load<W>(dout + row + c), w = load<W>(weight + c), x = load<W>(inp + row + c);
+                d = load<W>(dout + row + c), w = load<W>(weight + c), x = stream_load<W>(inp, row + c);
                 sum = load<W>(part + c);
             }
             for (int e = 0; e < W; e++) {
                 sum.v[e] += (float)d.v[e] * x.v[e] * r;
                 dx.v[e] += r * ((float)d.v[e] * (float)w.v[e] - x.v[e] * r * mean);
-                y.v[e] = (floatX)dx.v[e];
             }
             if (!ONE) { store<W>(part + c, sum); }
-            store<W>(dinp + row + c, dx);
-            store<W>(rounded + row + c, y);
+            stream_store<W>(dinp, row + c, &dx);
         }
     }
     if (ONE && first < C) { store<W>(part + first, sum); }
 }
 // dweight (C) += sum_n dout * xhat; parts (NORM_PARTS,C) is scratch
-static void rmsnorm_backward(float* dinp, floatX* rounded, float* dweight, const floatX* dout, const float* inp,
-                             const floatX* weight, const float* rstd, int N, int C, float* parts, bool add_dinp,
-                             Cuda* g) {
+static void rmsnorm_backward(Stream dinp, float* dweight, const floatX* dout, Stream inp, const floatX* weight,
+                             const float* rstd, int N, int C, float* parts, bool add_dinp, Cuda* g) {
     int packs = C % WIDE ? C : C / WIDE, threads = min_int(NORM_ROW, round_up(packs, WARP_SIZE)),
         blocks = min_int(N, NORM_PARTS);
     auto kernel = C % WIDE            ? rmsnorm_backward_kernel<1, false>
                   : packs <= NORM_ROW ? rmsnorm_backward_kernel<WIDE, true>
                                       : rmsnorm_backward_kernel<WIDE, false>;
-    LAUNCH(kernel, blocks, threads, 0, g->stream, dinp, rounded, parts, dout, inp, weight, rstd, N, C, add_dinp);
+    LAUNCH(kernel, blocks, threads, 0, g->stream, dinp, parts, dout, inp, weight, rstd, N, C, add_dinp);
     launchCheck(g->stream);
     parts_add(dweight, parts, blocks, C, C, g);
 }
@@ -644,11 +664,24 @@ static void rope_forward(floatX* q, floatX* k, floatX* v, const floatX* qkv, con
                 q, k, v, qkv, *r, B);
 }
 
-// The reverse for S sequences: dq (q_parts,S,NH,T,HS), dk (S,NH,T,HS) and dv (v_parts,S,NH,T,HS), in fp32 or as cuDNN
-// rounds them, become dqkv (S,T,NH+2*NKV,HS). Parts, and heads that share keys, are added in order, then rotated back.
+// The x and y of parts, and of heads that share keys: parts (parts,S,NH,T,HS), `all` elements apart, `at` the first
+// head's, heads `head` elements apart.
 template <int W, typename From>
-static __global__ void rope_backward_kernel(floatX* dqkv, const From* dq, const From* dk, const From* dv, Rope r, int S,
-                                            int q_parts, int v_parts) {
+static __device__ inline void rope_sum(Pack<float, W>* x, Pack<float, W>* y, const From* from, size_t at, size_t all,
+                                       size_t head, int half, int parts, int share) {
+    for (int s = 0; s < share * parts; s++) {
+        const From* inp = from + at + s / share * all + s % share * head;
+        Pack<From, W> xi = load<W>(inp), yi = load<W>(inp + half);
+        for (int e = 0; e < W; e++) { x->v[e] += (float)xi.v[e], y->v[e] += (float)yi.v[e]; }
+    }
+}
+
+// The reverse for S sequences: dq (q_parts,S,NH,T,HS), in fp32 where it was added up in memory, dk (S,NH,T,HS) and dv
+// (v_parts,S,NH,T,HS) become dqkv (S,T,NH+2*NKV,HS). Parts, and heads that share keys, are added in order, then rotated
+// back. Bytes an element of q: 4 a part and 2; of k and v: 2 a part (4 from the chunks) and 2.
+template <int W, typename FromQ, typename From>
+static __global__ void rope_backward_kernel(floatX* dqkv, const FromQ* dq, const From* dk, const From* dv, Rope r,
+                                            int S, int q_parts, int v_parts) {
     const int T = r.T, NH = r.NH, NKV = r.NKV, HS = r.HS, half = HS / 2, packs = half / W, heads = NH + 2 * NKV;
     size_t id = (size_t)blockIdx.x * blockDim.x + threadIdx.x, all = (size_t)S * NH * T * HS;
     if (id >= (size_t)S * T * heads * packs) { return; }
@@ -656,16 +689,15 @@ static __global__ void rope_backward_kernel(floatX* dqkv, const From* dq, const 
     // Which pairs, of which packed head and token this thread writes.
     int t2 = (int)(id % packs) * W, which = (int)(id / packs % heads), n = (int)(id / packs / heads), b = n / T,
         t = n % T;
-    const From* from = which < NH ? dq : which < NH + NKV ? dk : dv;
-    int share = which < NH ? 1 : NH / NKV, parts = which < NH ? q_parts : which < NH + NKV ? 1 : v_parts;
-    int head = which < NH ? which : (which - NH) % NKV * share;
+    int share = which < NH ? 1 : NH / NKV, head = which < NH ? which : (which - NH) % NKV * share;
+    size_t at = (((size_t)b * NH + head) * T + t) * HS + t2, next = (size_t)T * HS;
 
     // Add up the parts of each head, then the heads that share these keys or values.
     Pack<float, W> x = {}, y = {};
-    for (int s = 0; s < share * parts; s++) {
-        const From* inp = from + s / share * all + (((size_t)b * NH + head + s % share) * T + t) * HS + t2;
-        Pack<From, W> xi = load<W>(inp), yi = load<W>(inp + half);
-        for (int e = 0; e < W; e++) { x.v[e] += (float)xi.v[e], y.v[e] += (float)yi.v[e]; }
+    if (which < NH) {
+        rope_sum<W>(&x, &y, dq, at, all, next, half, q_parts, 1);
+    } else {
+        rope_sum<W>(&x, &y, which < NH + NKV ? dk : dv, at, all, next, half, which < NH + NKV ? 1 : v_parts, share);
     }
 
     // The inverse of a rotation is its transpose; v was not rotated.
@@ -685,11 +717,11 @@ static __global__ void rope_backward_kernel(floatX* dqkv, const From* dq, const 
     store<W>(out, xo);
     store<W>(out + half, yo);
 }
-template <typename From>
-static void rope_backward(floatX* dqkv, const From* dq, const From* dk, const From* dv, const Rope* r, int S,
+template <typename FromQ, typename From>
+static void rope_backward(floatX* dqkv, const FromQ* dq, const From* dk, const From* dv, const Rope* r, int S,
                           int q_parts, int v_parts, Cuda* g) {
     int half = r->HS / 2, W = half % WIDE ? 1 : WIDE;
-    auto kernel = half % WIDE ? rope_backward_kernel<1, From> : rope_backward_kernel<WIDE, From>;
+    auto kernel = half % WIDE ? rope_backward_kernel<1, FromQ, From> : rope_backward_kernel<WIDE, FromQ, From>;
     LAUNCH(kernel, ceil_div((size_t)S * r->T * (r->NH + 2 * r->NKV) * (half / W), 256), 256, 0, g->stream, dqkv, dq, dk,
            dv, *r, S, q_parts, v_parts);
     launchCheck(g->stream);
@@ -1287,16 +1319,16 @@ static bool keeps_att(const Attention* a) { return a->conv_post || mixes_post(a)
 // gradients pass through in turns.
 enum { ATTENTION_TILES_X = 3 };
 struct AttentionScratch {
-    floatS* tiles;        // (attention_tiles, tile)
-    floatX* tiles_x;      // (ATTENTION_TILES_X, tile)
-    floatS *q, *k;        // (S,NH,T,HS) where floatX is not floatS
-    float *dq, *dk, *dv;  // (S,NH,T,HS), for the fused kernels dq's splits and dv's parts
-    float* parts;         // partial sums of the weight gradients
-    floatX* dz;           // what the fused kernels need: FlashScratch
-    float* dots;
+    floatS* tiles;    // (attention_tiles, tile)
+    floatX* tiles_x;  // (ATTENTION_TILES_X, tile)
+    floatS *q, *k;    // (S,NH,T,HS) where floatX is not floatS
+    float* dq;        // (S,NH,T,HS), for the fused kernels its splits
+    void *dk, *dv;    // the same, dv in parts for the fused kernels: floatX of those and of cuDNN, fp32 of the chunks
+    float* parts;     // partial sums of the weight gradients
+    float* dots;      // what the fused kernels need: FlashScratch
     unsigned* bounds;
-    floatX* wide;  // what cuDNN needs: (4,S,NH,T,2*HS) rows of both values of a pair side by side; its workspace
-    void* cudnn;
+    floatX *wide, *dz;  // what cuDNN needs: (4,S,NH,T,2*HS) rows of both values of a pair side by side; FlashScratch;
+    void* cudnn;        // its workspace
 };
 
 static int attention_tiles(const Attention* a) {
@@ -1442,13 +1474,13 @@ static void attention_chunk_backward(const AttentionSums* sums, const floatX* do
             head_mix_backward_input(&d, &d, a->mix_pre, a->ch_pre, a, S, lo, end, nk, g);
         }
     }
-    values_backward_v(scratch->dv, &m.A, dout, a, S, lo, hi, g);  // O = A v, now that A is there in every case
-    if (a->conv_pre) {                                            // C = conv(S)
+    values_backward_v((float*)scratch->dv, &m.A, dout, a, S, lo, hi, g);  // O = A v, now that A is there in every case
+    if (a->conv_pre) {                                                    // C = conv(S)
         kq_conv_backward_weight(sums->conv_pre, &d, &m.S, a, S, lo, hi, scratch->parts, g);
         kq_conv_backward_input(&other, &d, a->conv_pre, a, S, lo, hi, hi, g);
         std::swap(d, other);
     }
-    scores_backward(scratch->dq, scratch->dk, &d, x->q, x->k, a, S, lo, hi, g);  // S = q k^T / sqrt(HS)
+    scores_backward(scratch->dq, (float*)scratch->dk, &d, x->q, x->k, a, S, lo, hi, g);  // S = q k^T / sqrt(HS)
 }
 
 // Of the sequences b .. b+S-1 of q, k, v (B,NH,T,HS) and stats (B,NH,T,2)
@@ -1491,16 +1523,16 @@ static void attention_backward(floatX* dqkv, const AttentionSums* sums, const fl
     size_t sequence = (size_t)a->NH * a->T * a->HS, packed = (size_t)a->T * (a->NH + 2 * rope->NKV) * a->HS;
     if (sums->n) { cudaCheck(cudaMemsetAsync(sums->conv_pre, 0, sums->n * sizeof(double), g->stream)); }
     for (int b = 0; b < a->B; b += a->S) {
-        int S = min_int(a->S, a->B - b), q_parts = a->flash ? flash_splits(S, a->NH, a->T) : 1;
+        int S = min_int(a->S, a->B - b);
         Heads x = attention_heads(q, k, v, stats, a, b, S, scratch, g);
+        const floatX *dk = (const floatX*)scratch->dk, *dv = (const floatX*)scratch->dv;
         if (a->cudnn) {
             cudnn_attention_backward(sums, dout + b * sequence, out + b * sequence, &x, a, S, scratch, g);
-            rope_backward(dqkv + b * packed, (floatX*)scratch->dq, (floatX*)scratch->dk, (floatX*)scratch->dv, rope, S,
-                          1, mix_parts(a), g);
-            continue;
-        }
-        if (a->flash) {
+            rope_backward(dqkv + b * packed, (const floatX*)scratch->dq, dk, dv, rope, S, 1, mix_parts(a), g);
+        } else if (a->flash) {
             flash_attention_backward(sums, dout + b * sequence, out + b * sequence, &x, a, S, scratch, g);
+            rope_backward(dqkv + b * packed, scratch->dq, dk, dv, rope, S, flash_splits(S, a->NH, a->T), mix_parts(a),
+                          g);
         } else {
             cudaCheck(cudaMemsetAsync(scratch->dk, 0, S * sequence * sizeof(float), g->stream));
             cudaCheck(cudaMemsetAsync(scratch->dv, 0, S * sequence * sizeof(float), g->stream));
@@ -1508,8 +1540,9 @@ static void attention_backward(floatX* dqkv, const AttentionSums* sums, const fl
                 attention_chunk_backward(sums, dout + b * sequence, &x, a, S, lo, min_int(lo + a->chunk, a->T), scratch,
                                          g);
             }
+            rope_backward(dqkv + b * packed, scratch->dq, (const float*)scratch->dk, (const float*)scratch->dv, rope, S,
+                          1, 1, g);
         }
-        rope_backward(dqkv + b * packed, scratch->dq, scratch->dk, scratch->dv, rope, S, q_parts, mix_parts(a), g);
     }
 }
 
@@ -2609,10 +2642,13 @@ enum { FLASH_WARPS = 8, FLASH_THREADS = FLASH_WARPS * WARP_SIZE, FLASH_KEYS = 64
 typedef struct {
     const floatX *q, *k, *v;  // (S,NH,T,HS), q and k rotated
     const floatX* conv;       // (NH,cq,ck), NULL = off
+    const float* mix;         // (NH/2,2,2) of pairs
     int S, T, NH, HS, cq, ck;
     size_t z_part, dz_part;  // elements from one part of Z, of dZ, to the next
     float scale;             // 1 / sqrt(HS)
 } Flash;
+// W[o,n] of the pair that head blockIdx.y belongs to
+static __device__ inline float flash_mix(const Flash& f, int o, int n) { return f.mix[blockIdx.y / 2 * 4 + 2 * o + n]; }
 
 // ROWS rows of a (T,HS) matrix from row `first` on into shared memory, WIDTH columns of them, PITCH apart; zeros
 // outside the matrix. By the whole block: a thread has 8 columns of every STEP-th row, so that both of its addresses
@@ -2628,6 +2664,19 @@ static __device__ inline void rows_load(floatX* shared, const floatX* from, int 
     for (int s = 0; s < ROWS; s += STEP, row += STEP * HS) {
         if (s + STEP > ROWS && r + s >= ROWS) { return; }
         copy_async(shared + (r + s) * PITCH + c, row, (unsigned)(first + r + s) < (unsigned)rows);
+    }
+}
+
+// Multiplies what this thread has copied by rows_load, once it has arrived.
+template <int WIDTH, int PITCH, int ROWS> static __device__ inline void rows_scale(floatX* shared, float scale) {
+    enum { PACKS = WIDTH / 8, STEP = FLASH_THREADS / PACKS };
+    const int c = threadIdx.x % PACKS * 8;
+    ROLLED
+    for (int r = threadIdx.x / PACKS; r < ROWS && threadIdx.x < STEP * PACKS; r += STEP) {
+        Pack<floatX, 8> x = load<8>(shared + r * PITCH + c);
+        UNROLL
+        for (int e = 0; e < 8; e++) { x.v[e] = (floatX)(scale * (float)x.v[e]); }
+        store<8>(shared + r * PITCH + c, x);
     }
 }
 
@@ -2947,17 +2996,17 @@ static __global__ void __launch_bounds__(FLASH_THREADS, 1) flash_forward_kernel(
 }
 
 // Before the backward kernel, for each row: dots (S,NH,T) D_n = sum_o dO_o . W[o,n] Z_n[block o] = sum_j P dP, what
-// softmax's gradient subtracts; dz (CH parts) W[o,n] dO_o; parts (S,NH/CH,blocks,CH*CH) of dW[o,n] = sum_i dO_o .
-// Z_n[block o]; and bounds (S,NH,2), as bits of floats that only grow: the longest row of dZ_n and of Vcat. CH = 1:
-// there is no mixing, dz is dout itself and not written. A warp owns a row of all heads of a group, a lane 4 elements
+// softmax's gradient subtracts; parts (S,NH/CH,blocks,CH*CH) of dW[o,n] = sum_i dO_o . Z_n[block o]; bounds (S,NH,2),
+// as bits of floats that only grow: the longest row of dZ_n and of Vcat; and, unless dz is NULL, dz (CH parts) W[o,n]
+// dO_o, which cuDNN reads. CH = 1: there is no mixing. A warp owns a row of all heads of a group, a lane 4 elements
 // of each.
 template <int CH>
 static __global__ void flash_prepare_kernel(floatX* dz, float* dots, unsigned* bounds, float* parts, const floatX* dout,
-                                            const floatX* z, const float* mix, Flash f) {
+                                            const floatX* z, Flash f) {
     DYNAMIC_SHARED(float, sums);  // (warps, CH*CH)
     const int T = f.T, HS = f.HS, warp = threadIdx.x / WARP_SIZE, lane = threadIdx.x % WARP_SIZE, e0 = lane * 4;
     const int groups = f.NH / CH, group = blockIdx.z * f.NH + blockIdx.y * CH;
-    const float* W = mix + (size_t)blockIdx.y * CH * CH;
+    const float* W = f.mix + (size_t)blockIdx.y * CH * CH;
     float dW[CH][CH] = {}, longest_dz[CH] = {}, longest_v = 0;
     for (int i = blockIdx.x * ROW_WARPS + warp; i < T; i += gridDim.x * ROW_WARPS) {
         float dot[CH] = {}, squares_dz[CH] = {}, squares_v = 0;
@@ -2978,7 +3027,7 @@ static __global__ void flash_prepare_kernel(floatX* dz, float* dots, unsigned* b
                     for (int e = 0; e < 4; e++) {
                         r += (float)d.v[e] * (float)x.v[e], y.v[e] = (floatX)(w * (float)d.v[e]);
                     }
-                    if (CH > 1) { store<4>(dz + n * f.dz_part + at, y); }
+                    if (CH > 1 && dz) { store<4>(dz + n * f.dz_part + at, y); }
                 }
                 dot[n] += w * r, dW[o][n] += r, squares_dz[n] += w * w * squares;
             }
@@ -3012,16 +3061,18 @@ static __global__ void flash_prepare_kernel(floatX* dz, float* dots, unsigned* b
     }
 }
 
-// Backward: dk (S,NH,T,HS) and dv (CH parts) are set, dq (splits,S,NH,T,HS) is added to, all in fp32; parts
-// (S,NH,splits,cq*ck) of the convolution's gradient. Block (split, head, sequence) walks over the blocks of 64 keys
-// split, split + splits, ...; what a block of keys gathers stays in registers while the queries stream past. One block
-// of the grid alone adds to its dq, so the order of the sum is fixed. A tile of queries: (1) scores S; (2) P, dP = dZ
-// Vcat^T, dL = P (dP - D); (3) dV += P^T dZ, dS = the transposed convolution of dL, dtheta; (4) dK += dS^T Q, dq += dS
-// K. With a convolution S takes 16 keys more on both sides of the block and 16 rows above the tile, dL 8 keys more and
-// 8 rows below, carried from the tile before: queries come from the last to the first, since a row of dS needs the rows
-// of dL below it. Without one every other block of keys takes them from the first to the last, so that it begins with
-// what the block before it left in the L2 cache. To an element of dq the same thread adds at every block of keys. Warps
-// are 4 (queries, or keys for dK and dV) by 2 (columns).
+// Backward: dk (S,NH,T,HS) and dv (CH parts) are set; dq (splits,S,NH,T,HS) is added to, in fp32; parts
+// (S,NH,splits,cq*ck) of the convolution's gradient.
+// Block (split, head, sequence) walks over the blocks of 64 keys split, split + splits, ...; what a block of keys
+// gathers stays in registers while the queries stream past. One block of the grid alone adds to its dq, so the order of
+// the sum is fixed. A tile of queries: (1) scores S; (2) P, dP = dZ Vcat^T, dL = P (dP - D); (3) dV += P^T dZ, dS = the
+// transposed convolution of dL, dtheta; (4) dK += dS^T Q, dq += dS K. With pairs dZ_n[block o] = W[o,n] dO_o: V is
+// multiplied by W where a block of keys begins, dV at its end, and dO itself streams past, the same rows for both
+// heads. With a convolution S takes 16 keys more on both sides of the block and 16 rows above the tile, dL 8 keys more
+// and 8 rows below, carried from the tile before: queries come from the last to the first, since a row of dS needs the
+// rows of dL below it. Without one every other block of keys takes them from the first to the last, so that it begins
+// with what the block before it left in the L2 cache. To an element of dq the same thread adds at every block of keys.
+// Warps are 4 (queries, or keys for dK and dV) by 2 (columns).
 template <int WIDTH_, int CH_, int CQ_, int R> struct FlashBackward {
     enum {
         WIDTH = WIDTH_,
@@ -3042,13 +3093,19 @@ template <int WIDTH_, int CH_, int CQ_, int R> struct FlashBackward {
         FAR_PITCH = FAR + 8
     };
     enum { GROUPS = NEAR / 16, BANDS = 3 * CQ * WARP_SIZE };  // groups of columns of a warp in (2)
-    enum { K = FAR * PITCH, V = NEAR * PITCH, Q = (ROWS + HALO) * PITCH, DZ = ROWS * PITCH, TILE = ROWS * KEYS_PITCH };
+    enum {
+        K = FAR * PITCH,
+        V = NEAR * PITCH,
+        Q = (ROWS + HALO) * PITCH,
+        DOUT = ROWS * PITCH,
+        TILE = ROWS * KEYS_PITCH
+    };
     enum { SCORES = CQ_ ? (ROWS + HALO) * FAR_PITCH : 0, DLOGITS = CQ_ ? (ROWS + 8) * NEAR_PITCH : 0 };
-    enum { BYTES = 2 * (K + CH * V + 2 * Q + CH * DZ + 2 * TILE + SCORES + DLOGITS) + 4 * 2 * BANDS };
+    enum { BYTES = 2 * (K + CH * V + 2 * Q + CH * DOUT + 2 * TILE + SCORES + DLOGITS) + 4 * 2 * BANDS };
 };
 // A block's place and its shared memory
 template <typename F> struct BackwardBlock {
-    floatX *k_rows, *v_rows, *q_rows, *dz_rows, *att, *dscores;
+    floatX *k_rows, *v_rows, *q_rows, *dout_rows, *att, *dscores;
     half *scores, *dlogits;
     unsigned* bands;          // those of the convolution, then of its transpose
     int head, group, wr, wc;  // the head, the first one of its group; the warp's rows and columns
@@ -3058,7 +3115,7 @@ template <typename F>
 static __device__ inline BackwardBlock<F> backward_block(floatX* shared, const unsigned* bounds, const Flash& f) {
     BackwardBlock<F> x;
     x.k_rows = shared, x.v_rows = x.k_rows + F::K, x.q_rows = x.v_rows + F::CH * F::V;
-    x.dz_rows = x.q_rows + 2 * F::Q, x.att = x.dz_rows + F::CH * F::DZ, x.dscores = x.att + F::TILE;
+    x.dout_rows = x.q_rows + 2 * F::Q, x.att = x.dout_rows + F::CH * F::DOUT, x.dscores = x.att + F::TILE;
     x.scores = reinterpret_cast<half*>(x.dscores + F::TILE), x.dlogits = x.scores + F::SCORES;
     x.bands = reinterpret_cast<unsigned*>(x.dlogits + F::DLOGITS);
     x.head = blockIdx.z * f.NH + blockIdx.y, x.group = x.head / F::CH * F::CH;
@@ -3087,12 +3144,19 @@ static __device__ inline void backward_load_queries(const BackwardBlock<F>& x, c
                                                      tile * F::ROWS - F::HALO, f.T, f.HS);
 }
 template <typename F>
-static __device__ inline void backward_load_dz(const BackwardBlock<F>& x, const floatX* dz, const Flash& f, int tile) {
+static __device__ inline void backward_load_dout(const BackwardBlock<F>& x, const floatX* dout, const Flash& f,
+                                                 int tile) {
     UNROLL
     for (int o = 0; o < F::CH; o++) {
-        rows_load<F::WIDTH, F::PITCH, F::ROWS>(x.dz_rows + o * F::DZ,
-                                               dz + (x.head - x.group) * f.dz_part + (size_t)(x.group + o) * f.T * f.HS,
+        rows_load<F::WIDTH, F::PITCH, F::ROWS>(x.dout_rows + o * F::DOUT, dout + (size_t)(x.group + o) * f.T * f.HS,
                                                tile * F::ROWS, f.T, f.HS);
+    }
+}
+// W V of the keys that this thread has copied
+template <typename F> static __device__ inline void backward_mix_values(const BackwardBlock<F>& x, const Flash& f) {
+    UNROLL
+    for (int o = 0; o < F::CH; o++) {
+        rows_scale<F::WIDTH, F::PITCH, F::NEAR>(x.v_rows + o * F::V, flash_mix(f, o, x.head - x.group));
     }
 }
 
@@ -3144,7 +3208,7 @@ static __device__ inline void backward_logits(float (*p)[F::GROUPS][4], float (*
     const int row = 16 * F::M * x.wr, column = 8 * F::GROUPS * x.wc;
     UNROLL
     for (int o = 0; o < F::CH; o++) {
-        rows_product<F::WIDTH, F::M, F::GROUPS, F::PITCH>(d, x.dz_rows + o * F::DZ + row * F::PITCH,
+        rows_product<F::WIDTH, F::M, F::GROUPS, F::PITCH>(d, x.dout_rows + o * F::DOUT + row * F::PITCH,
                                                           x.v_rows + o * F::V + column * F::PITCH);
     }
     if constexpr (F::CQ > 0) {
@@ -3263,7 +3327,7 @@ static __device__ inline void backward_dq(float* dq, const BackwardBlock<F>& x, 
 }
 // Sums c of 16 keys from j on and the groups of columns from `column` on
 template <typename F>
-static __device__ inline void backward_store(float* to, const float (*c)[4], int j, int column, float scale,
+static __device__ inline void backward_store(floatX* to, const float (*c)[4], int j, int column, float scale,
                                              const Flash& f) {
     UNROLL
     for (int g = 0; g < F::K_GROUPS; g++) {
@@ -3271,7 +3335,8 @@ static __device__ inline void backward_store(float* to, const float (*c)[4], int
         for (int e = 0; e < 4; e += 2) {
             int key = j + lane_row() + 4 * e, at = column + 8 * g + lane_column();
             if (key < f.T && at < f.HS) {
-                store<2>(to + (size_t)key * f.HS + at, Pack<float, 2>{{c[g][e] * scale, c[g][e + 1] * scale}});
+                *reinterpret_cast<unsigned*>(to + (size_t)key * f.HS + at) =
+                    pack_bf16(c[g][e] * scale, c[g][e + 1] * scale);
             }
         }
     }
@@ -3302,7 +3367,7 @@ static __device__ inline void backward_theta_store(float* parts, const float (*t
 
 template <int WIDTH, int CH, int CQ, int R>
 static __global__ void __launch_bounds__(FLASH_THREADS, 1)
-    flash_backward_kernel(float* dq, float* dk, float* dv, float* parts, const floatX* dz, const float* stats,
+    flash_backward_kernel(float* dq, floatX* dk, floatX* dv, float* parts, const floatX* dout, const float* stats,
                           const float* dots, const unsigned* bounds, Flash f) {
     typedef FlashBackward<WIDTH, CH, CQ, R> F;
     DYNAMIC_SHARED(floatX, shared);
@@ -3330,9 +3395,13 @@ static __global__ void __launch_bounds__(FLASH_THREADS, 1)
         backward_load_keys(x, f, j0);
         backward_load_queries(x, f, tile);
         copy_commit();
-        backward_load_dz(x, dz, f, tile);
+        backward_load_dout(x, dout, f, tile);
         copy_commit();
         if constexpr (CQ > 0) { backward_rows_below(x, false); }
+        if constexpr (CH > 1) {
+            copy_wait<1>();  // for this thread's keys and values; the barrier that shows them to others comes with dO
+            backward_mix_values(x, f);
+        }
         float dv_sum[CH][F::K_GROUPS][4] = {}, dk_sum[1][F::K_GROUPS][4] = {};
 
         for (int left = final - first; left >= 0; left--, tile += step) {  // tiles still to come after this one
@@ -3367,9 +3436,9 @@ static __global__ void __launch_bounds__(FLASH_THREADS, 1)
                 backward_theta<F>(theta, x);
             }
             columns_product<F::ROWS, CH, F::K_GROUPS, true, F::KEYS_PITCH, F::PITCH>(
-                dv_sum, x.att + v_key, x.dz_rows + v_block * F::DZ + v_column);
+                dv_sum, x.att + v_key, x.dout_rows + v_block * F::DOUT + v_column);
             __syncthreads();  // dS is there, and all have left dZ
-            if (left > 0) { backward_load_dz(x, dz, f, tile + step); }
+            if (left > 0) { backward_load_dout(x, dout, f, tile + step); }
             copy_commit();
             if constexpr (CQ > 0) { backward_rows_below(x, true); }
             columns_product<F::ROWS, 1, F::K_GROUPS, true, F::KEYS_PITCH, F::PITCH>(
@@ -3380,7 +3449,8 @@ static __global__ void __launch_bounds__(FLASH_THREADS, 1)
         UNROLL
         for (int m = 0; m < CH; m++) {
             backward_store<F>(dv + (x.head - x.group) * all + (x.group + v_block) * size, dv_sum[m],
-                              j0 + v_key + 16 * m, v_column, 1, f);
+                              j0 + v_key + 16 * m, v_column, CH > 1 ? flash_mix(f, v_block, x.head - x.group) : 1.0f,
+                              f);
         }
         if (!CQ) { up = !up; }
     }
@@ -3483,43 +3553,43 @@ static int prepare_blocks(int T) { return min_int(PREPARE_BLOCKS, ceil_div(T, RO
 
 // Gradients of the inputs
 typedef struct {
-    float *q, *k, *v;  // (splits,S,NH,T,HS), (S,NH,T,HS), (ch parts,S,NH,T,HS)
+    float* q;       // (splits,S,NH,T,HS)
+    floatX *k, *v;  // (S,NH,T,HS), (ch parts,S,NH,T,HS)
 } FlashGradients;
 
 // What the backward pass needs beside them; all scratch
 typedef struct {
-    floatX* dz;        // (ch parts,S,NH,T,HS); ch 1: not used
+    floatX* dz;        // (ch parts,S,NH,T,HS); NULL: not wanted
     float* dots;       // (S,NH,T)
     unsigned* bounds;  // (S,NH,2)
     float* parts;      // of the weights' gradients
 } FlashScratch;
 
 // dz, dots and bounds of the scratch are set, mix_post of the sums is added to.
-static void flash_prepare(const AttentionSums* sums, const floatX* dout, const floatX* z, const float* mix,
-                          const Flash* f, int ch, const FlashScratch* s, Cuda* g) {
+static void flash_prepare(const AttentionSums* sums, const floatX* dout, const floatX* z, const Flash* f, int ch,
+                          const FlashScratch* s, Cuda* g) {
     int blocks = prepare_blocks(f->T), groups = f->NH / ch;
     cudaCheck(cudaMemsetAsync(s->bounds, 0, (size_t)f->S * f->NH * 2 * sizeof(unsigned), g->stream));
     auto fused_prepare = ch == 2 ? flash_prepare_kernel<2> : flash_prepare_kernel<1>;
     LAUNCH(fused_prepare, dim3(blocks, groups, f->S), ROW_THREADS, ROW_WARPS * ch * ch * sizeof(float), g->stream,
-           s->dz, s->dots, s->bounds, s->parts, dout, z, mix, *f);
+           s->dz, s->dots, s->bounds, s->parts, dout, z, *f);
     launchCheck(g->stream);
     if (ch > 1) { sums_add(sums->mix_post, s->parts, f->S, groups, blocks, ch * ch, g); }
 }
 
-// d is set; conv_pre and mix_post of the sums are added to. mix (NH/ch,ch,ch); shared: bytes that a block may have
+// d is set; conv_pre and mix_post of the sums are added to. shared: bytes that a block may have
 static void flash_backward(const FlashGradients* d, const AttentionSums* sums, const floatX* dout, const floatX* z,
-                           const float* stats, const float* mix, const Flash* f, int ch, size_t shared,
-                           const FlashScratch* s, Cuda* g) {
+                           const float* stats, const Flash* f, int ch, size_t shared, const FlashScratch* s, Cuda* g) {
     int splits = flash_splits(f->S, f->NH, f->T);
     cudaCheck(cudaMemsetAsync(d->q, 0, (size_t)splits * f->S * f->NH * f->T * f->HS * sizeof(float), g->stream));
-    flash_prepare(sums, dout, z, mix, f, ch, s, g);
+    flash_prepare(sums, dout, z, f, ch, s, g);
     flash_pick(f->HS, ch, f->conv, [&](auto width, auto heads, auto taps) {
         flash_rows<width(), heads(), taps()>(shared, [&](auto rows) {
             typedef FlashBackward<width(), heads(), taps(), rows()> F;
             auto fused_backward = flash_backward_kernel<width(), heads(), taps(), rows()>;
             allow_shared(fused_backward, F::BYTES);
             LAUNCH(fused_backward, dim3(splits, f->NH, f->S), FLASH_THREADS, F::BYTES, g->stream, d->q, d->k, d->v,
-                   s->parts, ch > 1 ? s->dz : dout, stats, s->dots, s->bounds, *f);
+                   s->parts, dout, stats, s->dots, s->bounds, *f);
             launchCheck(g->stream);
         });
     });
@@ -3529,34 +3599,28 @@ static void flash_backward(const FlashGradients* d, const AttentionSums* sums, c
 static void flash_attention_forward(floatX* out, float* stats, const floatX* q, const floatX* k, const floatX* v,
                                     const Attention* a, Cuda* g) {
     size_t sequence = (size_t)a->NH * a->T * a->HS;
-    Flash f = {
-        q, k, v, a->conv_pre, a->B, a->T, a->NH, a->HS, a->cq, a->ck, a->B * sequence, 0, (float)(1.0 / sqrt(a->HS))};
+    Flash f = {q,     k,     v,     a->conv_pre, a->pair_mix,     a->B, a->T,
+               a->NH, a->HS, a->cq, a->ck,       a->B * sequence, 0,    (float)(1.0 / sqrt(a->HS))};
     flash_forward(out, stats, &f, mix_parts(a), g);
 }
 // S sequences of them
 static Flash flash_of(const Heads* x, const Attention* a, int S) {
     size_t sequence = (size_t)a->NH * a->T * a->HS;
-    Flash f = {x->q,
-               x->k,
-               x->v,
-               a->conv_pre,
-               S,
-               a->T,
-               a->NH,
-               a->HS,
-               a->cq,
-               a->ck,
-               a->B * sequence,
-               S * sequence,
-               (float)(1.0 / sqrt(a->HS))};
+    Flash f = {x->q,         x->k,
+               x->v,         a->conv_pre,
+               a->pair_mix,  S,
+               a->T,         a->NH,
+               a->HS,        a->cq,
+               a->ck,        a->B * sequence,
+               S * sequence, (float)(1.0 / sqrt(a->HS))};
     return f;
 }
 static void flash_attention_backward(const AttentionSums* sums, const floatX* dout, const floatX* out, const Heads* x,
                                      const Attention* a, int S, const AttentionScratch* scratch, Cuda* g) {
     Flash f = flash_of(x, a, S);
-    FlashScratch s = {scratch->dz, scratch->dots, scratch->bounds, scratch->parts};
-    FlashGradients d = {scratch->dq, scratch->dk, scratch->dv};
-    flash_backward(&d, sums, dout, out, x->stats, a->pair_mix, &f, mix_parts(a), a->shared, &s, g);
+    FlashScratch s = {NULL, scratch->dots, scratch->bounds, scratch->parts};
+    FlashGradients d = {scratch->dq, (floatX*)scratch->dk, (floatX*)scratch->dv};
+    flash_backward(&d, sums, dout, out, x->stats, &f, mix_parts(a), a->shared, &s, g);
 }
 
 // ---- attention by cuDNN (mta/attention_cudnn.h), --attention-kernels cudnn
@@ -3630,7 +3694,7 @@ static void cudnn_attention_backward(const AttentionSums* sums, const floatX* do
     // The gradient of the mixing, and through it that of Z.
     Flash f = flash_of(x, a, S);
     FlashScratch prepared = {scratch->dz, scratch->dots, scratch->bounds, scratch->parts};
-    flash_prepare(sums, dout, out, a->pair_mix, &f, 2, &prepared, g);
+    flash_prepare(sums, dout, out, &f, 2, &prepared, g);
 
     pair_rows<true>(v_wide, (floatX*)x->v, 0, a, S, g);
     pair_rows<true>(z, (floatX*)out, f.z_part, a, S, g);
@@ -3737,8 +3801,8 @@ typedef enum { RECOMPUTE_NONE, RECOMPUTE_ELEMENTWISE, RECOMPUTE_BLOCK, FORWARD_O
 // What the forward pass keeps for the backward pass. N = B*T rows, all layers behind one another: layer l of x starts
 // at l*N*C. LA, LE: layers kept of what RECOMPUTE_BLOCK, and already RECOMPUTE_ELEMENTWISE, computes again: L or 1.
 typedef struct {
-    float* x;              // (L+1,N,C) residual stream before each layer, and after the last
-    float* x_mid;          // (LA,N,C) after attention
+    Stream x;              // (L+1,N,C) residual stream before each layer, and after the last
+    Stream x_mid;          // (LA,N,C) after attention
     floatX *ln1, *ln2;     // (LE,N,C) normalised inputs of attention and MLP
     float *rstd1, *rstd2;  // (LA,N)
     floatX *q, *k, *v;     // (LA,B,NH,T,HS) q and k rotated
@@ -3753,8 +3817,9 @@ typedef struct {
 // What no pass keeps.
 typedef struct {
     floatX *qkv, *act, *dgate_up;  // (N,(NH+2*NKV)*HS), also its gradient; (N,FF); (N,2*FF)
-    float *branch, *dx;            // (N,C) what a layer adds to the residual stream; the stream's gradient
-    floatX *dx_rounded, *dln;      // (N,C) that gradient for the products; gradient of a normalised input
+    floatX* branch;                // (N,C) what a layer adds to the residual stream
+    Stream dx;                     // (N,C) the stream's gradient
+    floatX* dln;                   // (N,C) gradient of a normalised input
     floatX *dout, *datt;           // (N,C) gradients of the head outputs, of the heads
     floatX* logits;                // (rows of a classifier chunk, V rounded up)
     float* losses;                 // (N)
@@ -3833,12 +3898,15 @@ static size_t carve_activations(Activations* a, const Config* c, int B, int T, i
     size_t N = (size_t)B * T, L = (size_t)c->num_hidden_layers, NH = (size_t)c->num_attention_heads,
            F = 2 * (size_t)c->intermediate_size;
     size_t LA = recompute >= RECOMPUTE_BLOCK ? 1 : L, LE = recompute == RECOMPUTE_NONE ? L : 1;
-    size_t row = N * (size_t)c->hidden_size * sizeof(floatX), f = sizeof(float), stream = row / sizeof(floatX) * f;
+    size_t row = N * (size_t)c->hidden_size * sizeof(floatX), f = sizeof(float), low = EXACT ? 0 : row,
+           streams = recompute == FORWARD_ONLY ? 1 : L + 1;
 #define BUFFER(name, bytes) \
     { #name, (void**)&a->name, bytes }
     const Buffer list[] = {
-        BUFFER(x, (recompute == FORWARD_ONLY ? 1 : L + 1) * stream),
-        BUFFER(x_mid, LA * stream),
+        BUFFER(x.high, streams * row),
+        BUFFER(x.low, streams * low),
+        BUFFER(x_mid.high, LA * row),
+        BUFFER(x_mid.low, LA * low),
         BUFFER(ln1, LE * row),
         BUFFER(ln2, LE * row),
         BUFFER(rstd1, LA * N * f),
@@ -3876,12 +3944,15 @@ static Attention attention_shape(const Config* c, int B, int T, int chunk) {
     return a;
 }
 
-// Bytes of S sequences' scratch in the fused kernels: dq, dk, dv, dz, dots
+// Bytes of an element of dk and dv
+static size_t kv_bytes(const AttentionPlan* p) { return p->any_chunked ? sizeof(float) : sizeof(floatX); }
+// Bytes of S sequences' scratch in the fused kernels: dq, dk, dv, dots; dz of cuDNN
 static size_t flash_bytes(const AttentionPlan* p, int S, int parts) {
     const Attention* a = &p->chunked;
     size_t head = (size_t)a->T * a->HS, f = sizeof(float);
     int splits = flash_splits(S, a->NH, a->T);
-    return (size_t)S * a->NH * (head * ((splits + 1 + parts) * f + parts * sizeof(floatX)) + a->T * f);
+    return (size_t)S * a->NH *
+           (head * (splits * f + (1 + parts) * kv_bytes(p) + (p->any_cudnn ? parts : 0) * sizeof(floatX)) + a->T * f);
 }
 // And in cuDNN: its workspace, and rows of pairs
 static size_t cudnn_wide(const Attention* a, int S, int parts) {
@@ -3988,9 +4059,9 @@ static size_t carve_scratch(Scratch* s, const Config* c, int B, int T, int chunk
         BUFFER(qkv, N * (NH + 2 * NKV) * HS * x),
         BUFFER(act, N * FF * x),
         BUFFER(dgate_up, 2 * N * FF * x),
-        BUFFER(branch, N * C * f),
-        BUFFER(dx, N * C * f),
-        BUFFER(dx_rounded, N * C * x),
+        BUFFER(branch, N * C * x),
+        BUFFER(dx.high, N * C * x),
+        BUFFER(dx.low, EXACT ? 0 : N * C * x),
         BUFFER(dln, N * C * x),
         BUFFER(dout, N * C * x),
         BUFFER(datt, N * C * x),
@@ -4010,10 +4081,10 @@ static size_t carve_scratch(Scratch* s, const Config* c, int B, int T, int chunk
         BUFFER(attention.tiles_x, ATTENTION_TILES_X * tile * x),
         BUFFER(attention.q, plan.any_chunked && !EXACT ? sequence * sizeof(floatS) : 0),
         BUFFER(attention.k, plan.any_chunked && !EXACT ? sequence * sizeof(floatS) : 0),
-        BUFFER(attention.dk, sequence * f),
-        BUFFER(attention.dv, kv_parts * sequence * f),
+        BUFFER(attention.dk, sequence * kv_bytes(&plan)),
+        BUFFER(attention.dv, kv_parts * sequence * kv_bytes(&plan)),
         BUFFER(attention.parts, attention_parts * f),
-        BUFFER(attention.dz, kv_parts > 1 ? kv_parts * sequence * x : 0),
+        BUFFER(attention.dz, plan.any_cudnn && kv_parts > 1 ? kv_parts * sequence * x : 0),
         BUFFER(attention.dots, plan.any_flash ? (size_t)a.S * NH * T * f : 0),
         BUFFER(attention.bounds, plan.any_flash ? 2 * (size_t)a.S * NH * sizeof(unsigned) : 0),
         BUFFER(attention.wide, plan.any_cudnn ? cudnn_wide(&a, a.S, att_parts(c, chunk)) : 0),
@@ -4248,8 +4319,8 @@ static Activations layer_activations(const Model* m, int l, int N) {
     size_t row = (size_t)N * c->hidden_size, kept = m->recompute >= RECOMPUTE_BLOCK ? 0 : l,
            stream = m->recompute == FORWARD_ONLY ? 0 : l, light = m->recompute == RECOMPUTE_NONE ? l : 0;
     Activations a = *all;
-    a.x += stream * row, a.x_mid += kept * row, a.ln1 += light * row, a.ln2 += light * row, a.rstd1 += kept * N,
-        a.rstd2 += kept * N;
+    a.x = stream_at(a.x, stream * row), a.x_mid = stream_at(a.x_mid, kept * row), a.ln1 += light * row,
+    a.ln2 += light * row, a.rstd1 += kept * N, a.rstd2 += kept * N;
     a.q += kept * row, a.k += kept * row, a.v += kept * row, a.stats += kept * N * c->num_attention_heads * 2,
         a.att += kept * m->att_parts * row, a.out += light * row;
     a.gate_up += kept * N * 2 * c->intermediate_size;
@@ -4309,15 +4380,15 @@ static void layers_forward(Model* m, int B, int T) {
     Cuda* g = &m->cuda;
     int N = B * T, C = c->hidden_size, L = c->num_hidden_layers;
     embedding_forward(m->acts.x, m->scratch.tokens, model_tensor(m, m->weights, TENSOR_EMBED), N, C, g);
-    const float* before = NULL;  // x_mid of the layer before, to which its MLP is still to be added
+    Stream before = {};  // x_mid of the layer before, to which its MLP is still to be added
     for (int l = 0; l < L; l++) {
         Activations a = layer_activations(m, l, N);
-        residual_rmsnorm_forward(a.ln1, a.rstd1, a.x, before ? before : a.x, before ? m->scratch.branch : NULL,
+        residual_rmsnorm_forward(a.ln1, a.rstd1, a.x, l ? before : a.x, l ? m->scratch.branch : NULL,
                                  model_layer(m, m->weights, l).input_norm, N, C, c->rms_norm_eps, g);
         layer_forward(m, l, &a, B, T);
         before = a.x_mid;
     }
-    float* last = m->acts.x + (m->recompute == FORWARD_ONLY ? 0 : (size_t)L * N * C);
+    Stream last = stream_at(m->acts.x, m->recompute == FORWARD_ONLY ? 0 : (size_t)L * N * C);
     residual_rmsnorm_forward(m->acts.ln_f, m->acts.rstd_f, last, before, m->scratch.branch,
                              model_tensor(m, m->weights, TENSOR_NORM), N, C, c->rms_norm_eps, g);
 }
@@ -4382,7 +4453,7 @@ static double model_loss(Model* m, const int32_t* targets, int N, float dloss, b
     return sum;
 }
 
-// The exact reverse of layer_forward and of the norm before it: scratch.dx and dx_rounded in and out; adds to the
+// The exact reverse of layer_forward and of the norm before it: scratch.dx in and out; adds to the
 // gradients.
 static void layer_backward(Model* m, int l, const Activations* a, int B, int T) {
     const Config* c = &m->config;
@@ -4408,14 +4479,14 @@ static void layer_backward(Model* m, int l, const Activations* a, int B, int T) 
         head_output_forward(a->out, a->att, &output, g);
     }
     // x + down(act)
-    matmul_backward(s->act, NULL, s->dx_rounded, C, NULL, w.down_proj, N, FF, C, false, g);
+    matmul_backward(s->act, NULL, s->dx.high, C, NULL, w.down_proj, N, FF, C, false, g);
     swiglu_backward(s->dgate_up, s->act, s->act, a->gate_up, N, FF, g);
-    matmul_backward(NULL, d.down_proj, s->dx_rounded, C, s->act, NULL, N, FF, C, false, g);
+    matmul_backward(NULL, d.down_proj, s->dx.high, C, s->act, NULL, N, FF, C, false, g);
     matmul_joined_backward(s->dln, s->dgate_up, a->ln2, &gate_up, N, C, g);
-    rmsnorm_backward(s->dx, s->dx_rounded, d.post_norm, s->dln, a->x_mid, w.post_norm, a->rstd2, N, C, s->parts, true,
+    rmsnorm_backward(s->dx, d.post_norm, s->dln, stream_rounded(a->x_mid), w.post_norm, a->rstd2, N, C, s->parts, true,
                      g);
     // x + o(out)
-    matmul_backward(s->dout, d.o, s->dx_rounded, C, a->out, w.o, N, C, C, false, g);
+    matmul_backward(s->dout, d.o, s->dx.high, C, a->out, w.o, N, C, C, false, g);
     head_output_backward(s->datt, d.head_norm, d.gate_weight, d.gate_bias, s->dout, a->att, &output, s->parts, g);
     Attention shape = attention_of(m, &w, l, B, T);
     attention_backward(s->qkv, &m->sums, s->datt, a->att, a->q, a->k, a->v, a->stats, &rope, &shape, &s->attention, g);
@@ -4430,7 +4501,8 @@ static void layer_backward(Model* m, int l, const Activations* a, int B, int T) 
         diff_lambda_backward(d.lambda_q1, d.lambda_k1, d.lambda_q2, d.lambda_k2, m->sums.mix_post, &lambda, NH, HS, g);
     }
     matmul_joined_backward(s->dln, s->qkv, a->ln1, &qkv, N, C, g);
-    rmsnorm_backward(s->dx, s->dx_rounded, d.input_norm, s->dln, a->x, w.input_norm, a->rstd1, N, C, s->parts, true, g);
+    rmsnorm_backward(s->dx, d.input_norm, s->dln, stream_rounded(a->x), w.input_norm, a->rstd1, N, C, s->parts, true,
+                     g);
 }
 
 // The rows of the batch sorted by token, and where each distinct token starts. Returns how many there are.
@@ -4453,9 +4525,8 @@ static void layers_backward(Model* m, int begin, int end, int B, int T) {
     Cuda* g = &m->cuda;
     int N = B * T, C = c->hidden_size, L = c->num_hidden_layers;
     if (end == L) {
-        rmsnorm_backward(s->dx, s->dx_rounded, model_tensor(m, m->grads, TENSOR_NORM), s->dln,
-                         m->acts.x + (size_t)L * N * C, model_tensor(m, m->weights, TENSOR_NORM), m->acts.rstd_f, N, C,
-                         s->parts, false, g);
+        rmsnorm_backward(s->dx, model_tensor(m, m->grads, TENSOR_NORM), s->dln, stream_at(m->acts.x, (size_t)L * N * C),
+                         model_tensor(m, m->weights, TENSOR_NORM), m->acts.rstd_f, N, C, s->parts, false, g);
     }
     for (int l = end - 1; l >= begin; l--) {
         Activations a = layer_activations(m, l, N);

@@ -118,13 +118,15 @@ void Replay::report() {
 
 // ---- one launch
 
-// What an argument points to. Integers and flags are compared byte by byte.
-enum Type { BF16, FP16, FP32, FP64, BYTES, NO_POINTER };
+// What an argument points to. Integers and flags are compared byte by byte; what the rounding of the residual stream
+// leaves out (LOW) with it by the operation's own verdict alone.
+enum Type { BF16, FP16, FP32, FP64, BYTES, LOW, NO_POINTER };
 static const char* const TYPE_NAMES[] = {"bf16", "fp16", "fp32", "fp64", "int"};
-static const size_t TYPE_BYTES[] = {2, 2, 4, 8, 1};
-static Type type_of(const char* mangled) {  // Pf, PKf; of a tile its first member: 6TileOfIfE
+static const size_t TYPE_BYTES[] = {2, 2, 4, 8, 1, 1};
+static bool is_stream(const char* mangled) { return strstr(mangled, "StreamOf") != NULL; }
+static Type type_of(const char* mangled) {  // Pf, PKf; of a tile or a stream its first member: 6TileOfIfE
     string s = mangled;
-    bool tile = s.find("TileOf") != string::npos;
+    bool tile = s.find("TileOf") != string::npos || is_stream(mangled);
     if (s[0] != 'P' && !tile) { return NO_POINTER; }
     if (s.find("bfloat16") != string::npos) { return BF16; }
     if (s.find("half") != string::npos) { return FP16; }
@@ -166,6 +168,7 @@ static std::vector<Memory> memory_of(const cuda_cpu::Launch& l) {
             if (p >= at + found->second) { continue; }
             starts[at].insert({0, BYTES});
             if (n == 0 && type_of(a.type) != NO_POINTER) { starts[at][(size_t)(p - at)] = type_of(a.type); }
+            if (n != 0 && is_stream(a.type)) { starts[at][(size_t)(p - at)] = LOW; }
         }
     }
     std::vector<Memory> memory;
@@ -202,7 +205,7 @@ static double largest_input(const std::vector<Memory>& memory) {
     double largest = 0;
     for (const Memory& m : memory) {
         for (const Piece& p : m.pieces) {
-            for (size_t at = p.begin, n = TYPE_BYTES[p.type]; p.type != BYTES && at + n <= p.end; at += n) {
+            for (size_t at = p.begin, n = TYPE_BYTES[p.type]; p.type < BYTES && at + n <= p.end; at += n) {
                 double v = fabs(value(&m.before[at], p.type));
                 if (std::isfinite(v)) { largest = std::max(largest, v); }
             }
@@ -235,6 +238,7 @@ static void compare(const std::vector<Memory>& memory, Tally* t) {
     for (const Memory& m : memory) {
         for (const Piece& p : m.pieces) {
             double largest = 0, worst = 0;
+            if (p.type == LOW) { continue; }
             if (!compare_piece(m, p, &largest, &worst)) { continue; }
             Difference& d = t->differences[TYPE_NAMES[p.type]];
             double relative = worst == 0 ? 0 : worst / largest;
