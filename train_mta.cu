@@ -432,8 +432,7 @@ static void matmul_joined_backward(floatX* dinp, const floatX* dout, const float
 
 // The residual stream, and its gradient, as two arrays: a number rounded to bf16, and what that leaves out, rounded
 // too: 16 bits of mantissa in all, since the roundings of bf16 alone would add up over the layers. Products and the
-// layers' norms in their backward passes read `high` alone, the last norm, whose weight's gradient would show it, both.
-// In the fp32 build it is the number, and there is no `low`.
+// norms' backward passes read `high` alone. In the fp32 build it is the number, and there is no `low`.
 template <typename T> struct StreamOf { T *high, *low; };
 typedef StreamOf<floatX> Stream;
 static Stream stream_at(Stream s, size_t i) { return {s.high + i, EXACT ? NULL : s.low + i}; }
@@ -4525,7 +4524,8 @@ static void layers_backward(Model* m, int begin, int end, int B, int T) {
     Cuda* g = &m->cuda;
     int N = B * T, C = c->hidden_size, L = c->num_hidden_layers;
     if (end == L) {
-        rmsnorm_backward(s->dx, model_tensor(m, m->grads, TENSOR_NORM), s->dln, stream_at(m->acts.x, (size_t)L * N * C),
+        rmsnorm_backward(s->dx, model_tensor(m, m->grads, TENSOR_NORM), s->dln,
+                         stream_rounded(stream_at(m->acts.x, (size_t)L * N * C)),
                          model_tensor(m, m->weights, TENSOR_NORM), m->acts.rstd_f, N, C, s->parts, false, g);
     }
     for (int l = end - 1; l >= begin; l--) {
