@@ -4219,6 +4219,7 @@ static bool model_arenas(Model* m, const MemoryPlan* p, Error* e) {
     int n = m->tensors.numel ? (int)(p->waiting / (m->tensors.numel * sizeof(float))) : 0;
     bool ok = device_memory(&m->weights, p->weights, "weights", e);
     if (ok) { cudaCheck(cudaMemsetAsync(m->weights, 0, p->weights, stream)); }
+    if (EXACT) { m->master = (float*)(void*)m->weights; }
     if (!ok || !p->gradients) { return ok; }
     size_t own = p->optimizer / (EXACT ? 2 : 3);
     ok = device_memory(&m->grads, p->gradients, "gradients", e) &&
@@ -4230,7 +4231,6 @@ static bool model_arenas(Model* m, const MemoryPlan* p, Error* e) {
     cudaCheck(cudaMemsetAsync(m->grads, 0, p->gradients, stream));
     float* const state[] = {m->m, m->v, m->master};
     for (int i = 0; i < (EXACT ? 2 : 3); i++) { cudaCheck(cudaMemsetAsync(state[i], 0, own, stream)); }
-    if (EXACT) { m->master = (float*)(void*)m->weights; }
     return true;
 }
 

@@ -1108,6 +1108,7 @@ static void test_update(Test* t, const int* s) {
     Config c = whole_config(&w);
     Error e = {{0}};
     ModelShape shape = shape_alone(1, 4, 0, RECOMPUTE_NONE);
+    shape.shards = s[3];  // of several, the norm is a sum of blocks that ranks could share
     Model* m = model_create(&c, &shape, NULL, &e);
     if (!m) { die("%s", e.text); }
     size_t n = m->tensors.numel;
@@ -1380,7 +1381,12 @@ static std::vector<Operation> operations(void) {
          {{7, 37, 1}, {4, 9001, 1}, {7, 37, 0}, {1, 1, 1}, {5, 8192, 0}, {3, 264, 1}},
          {}},
         {"gradients_add", "gradients_add", "n", test_gradients_add, {{4}, {2052}}, {}},
-        {"update", "gradient_norm model_update", "HS clip step", test_update, {{8, 1, 1}, {6, 0, 3}, {250, 1, 2}}, {}},
+        {"update",
+         "gradient_norm norm_of_blocks model_update",
+         "HS clip step shards",
+         test_update,
+         {{8, 1, 1, 1}, {6, 0, 3, 1}, {250, 1, 2, 1}, {8, 1, 1, 2}, {250, 1, 2, 4}},
+         {}},
     };
 #if !defined(PRECISION_FP32)
     std::vector<Operation> bf16 = {
