@@ -365,7 +365,7 @@ class Planted(unittest.TestCase):
             with open(path, "w") as f:
                 f.write(text.replace(good, bad))
             statuses, _, err = Started([self.build(folder)], folder, 4, more).finish()
-            self.assertIn(1, statuses, err)
+            self.assertTrue(any(statuses), err)  # who finds it says so; by then the others may have ended it all
             self.assertIn("not as it should be", err)
 
     def test_a_missing_event(self):
