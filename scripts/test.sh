@@ -123,9 +123,10 @@ report_ended() {
 # What takes longest begins first, builds and steps, so that no core is left alone with one of them at the end; what
 # mostly waits begins beside the build.
 FIRST_BUILT=(train_mta build/openmpi/train_mta build/mpich/train_mta nvcc_check build/races/test_mta_bf16)
-FIRST=(test_start test_ranks.py test_ranks_cuda.py "emulator bf16" "PTX executed" test_cuda_run.py test_prepare.py test_run.py
-    "emulator fp32" test_quickstart.py test_export.py operations fuzz test_lm_eval.py test_day.py test_tokenizer.py
-    test_infer.py test_aarch64.py "races golden" "test_mta without CBLAS, sanitizers" test_cudnn.py "races fused attention" "emulator many heads, order 7, asan")
+FIRST=(test_start test_ranks.py test_ranks_cuda.py "emulator bf16" "PTX executed" test_cuda_run.py test_prepare.py
+    test_run.py "emulator fp32" test_quickstart.py test_export.py operations fuzz test_lm_eval.py test_day.py
+    test_tokenizer.py test_infer.py test_aarch64.py "races golden" "test_mta without CBLAS, sanitizers" test_cudnn.py
+    "races fused attention" "emulator many heads, order 7, asan")
 
 # make_programs STEP...: makes what these steps need, each program once, and build/log/ready/STEP when a step has all.
 make_programs() {
