@@ -541,7 +541,8 @@ def hours():
         spent = sum(r["seconds"] for r in done) / 3600
         machines = ", ".join(sorted({r["processor"] for r in done})) or "-"
         rows.append([part, len(done), len(evidence.cells_of(part)), f"{spent:.1f}", machines])
-    how = "By the clock: one thread for each cell, all threads for `cost`; much of it beside other work on two cores, pauses included."
+    how = "By the clock: one thread for each cell, all threads for `cost`; much of it beside other work on two cores, "
+    how += "pauses included."
     lines = ["## Machine hours", "", how, ""]
     return lines + table(["part", "cells done", "of", "hours", "processor"], rows)
 
