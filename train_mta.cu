@@ -432,15 +432,15 @@ static void matmul_joined_backward(floatX* dinp, const floatX* dout, const float
 
 // The residual stream, and its gradient, as two arrays: a number rounded to bf16, and what that leaves out, rounded
 // too: 16 bits of mantissa in all, since the roundings of bf16 alone would add up over the layers. Products and the
-// norms' backward passes read `high` alone. In the fp32 build it is the number, and there is no `low`.
+// norms' backward passes read `high` alone. In the fp32 build it is the number, and there is no `low`. A template, so
+// that a kernel's name tells dev/ptx_cpu what the arrays hold.
 template <typename T> struct StreamOf { T *high, *low; };
 typedef StreamOf<floatX> Stream;
 static Stream stream_at(Stream s, size_t i) { return {s.high + i, EXACT ? NULL : s.low + i}; }
-static Stream stream_rounded(Stream s) { return {s.high, NULL}; }
 
 template <int W> static __device__ inline Pack<float, W> stream_load(Stream s, size_t i) {
     Pack<floatX, W> high = load<W>(s.high + i), low = {};
-    if (!EXACT && s.low) { low = load<W>(s.low + i); }
+    if (!EXACT) { low = load<W>(s.low + i); }
     Pack<float, W> x;
     for (int e = 0; e < W; e++) { x.v[e] = (float)high.v[e] + (float)low.v[e]; }
     return x;
@@ -550,26 +550,26 @@ static void rmsnorm_forward(floatX* out, float* rstd, Stream inp, const floatX* 
 }
 
 // dinp (N,C) = (or += with add_dinp) rstd * (d - xhat * mean(d . xhat)), d = dout * weight, xhat = inp * rstd, inp
-// both parts of the stream or the rounded one; parts (blocks,C) the block's share of sum_n dout * xhat. A block owns
+// the rounded stream; parts (blocks,C) the block's share of sum_n dout * xhat. A block owns
 // every gridDim.x-th row, a thread packs of W columns of all its rows, so that nobody else adds to its sums. ONE: one
 // pack, which stays in registers; else the sums stand in `parts`, and the row is read again from the cache. Bytes an
 // element: 2 of dout, 2 of inp, 8 of dinp, and 4 for every N / NORM_PARTS rows.
 enum { NORM_PARTS = 1024, NORM_ROW = 1024 };  // blocks at most: the same sums on every GPU; threads of a block at most
 template <int W, bool ONE>
-static __global__ void rmsnorm_backward_kernel(Stream dinp, float* parts, const floatX* dout, Stream inp,
+static __global__ void rmsnorm_backward_kernel(Stream dinp, float* parts, const floatX* dout, const floatX* inp,
                                                const floatX* weight, const float* rstd, int N, int C, bool add_dinp) {
     const int first = threadIdx.x * W, step = blockDim.x * W;
     float* part = parts + (size_t)blockIdx.x * C;
-    Pack<floatX, W> d = {}, w = {};
-    Pack<float, W> x = {}, sum = {};
+    Pack<floatX, W> d = {}, w = {}, x = {};
+    Pack<float, W> sum = {};
     for (int c = first; c < C; c += step) { store<W>(part + c, sum); }
     for (int n = blockIdx.x; n < N; n += gridDim.x) {
         // First pass: the dot product of the row's gradient with its normalised input.
         size_t row = (size_t)n * C;
         float r = rstd[n], dot = 0;
         for (int c = first; c < C; c += step) {
-            d = load<W>(dout + row + c), w = load<W>(weight + c), x = stream_load<W>(inp, row + c);
-            for (int e = 0; e < W; e++) { dot += (float)d.v[e] * (float)w.v[e] * x.v[e]; }
+            d = load<W>(dout + row + c), w = load<W>(weight + c), x = load<W>(inp + row + c);
+            for (int e = 0; e < W; e++) { dot += (float)d.v[e] * (float)w.v[e] * (float)x.v[e]; }
         }
         float mean = block_reduce(dot, false) * r / C;
 
@@ -578,12 +578,12 @@ static __global__ void rmsnorm_backward_kernel(Stream dinp, float* parts, const 
             Pack<float, W> dx = {};
             if (add_dinp) { dx = stream_load<W>(dinp, row + c); }
             if (!ONE) {
-                d = load<W>(dout + row + c), w = load<W>(weight + c), x = stream_load<W>(inp, row + c);
+                d = load<W>(dout + row + c), w = load<W>(weight + c), x = load<W>(inp + row + c);
                 sum = load<W>(part + c);
             }
             for (int e = 0; e < W; e++) {
-                sum.v[e] += (float)d.v[e] * x.v[e] * r;
-                dx.v[e] += r * ((float)d.v[e] * (float)w.v[e] - x.v[e] * r * mean);
+                sum.v[e] += (float)d.v[e] * (float)x.v[e] * r;
+                dx.v[e] += r * ((float)d.v[e] * (float)w.v[e] - (float)x.v[e] * r * mean);
             }
             if (!ONE) { store<W>(part + c, sum); }
             stream_store<W>(dinp, row + c, &dx);
@@ -592,7 +592,7 @@ static __global__ void rmsnorm_backward_kernel(Stream dinp, float* parts, const 
     if (ONE && first < C) { store<W>(part + first, sum); }
 }
 // dweight (C) += sum_n dout * xhat; parts (NORM_PARTS,C) is scratch
-static void rmsnorm_backward(Stream dinp, float* dweight, const floatX* dout, Stream inp, const floatX* weight,
+static void rmsnorm_backward(Stream dinp, float* dweight, const floatX* dout, const floatX* inp, const floatX* weight,
                              const float* rstd, int N, int C, float* parts, bool add_dinp, Cuda* g) {
     int packs = C % WIDE ? C : C / WIDE, threads = min_int(NORM_ROW, round_up(packs, WARP_SIZE)),
         blocks = min_int(N, NORM_PARTS);
@@ -4452,8 +4452,7 @@ static double model_loss(Model* m, const int32_t* targets, int N, float dloss, b
     return sum;
 }
 
-// The exact reverse of layer_forward and of the norm before it: scratch.dx in and out; adds to the
-// gradients.
+// The exact reverse of layer_forward and of the norm before it: scratch.dx in and out; adds to the gradients.
 static void layer_backward(Model* m, int l, const Activations* a, int B, int T) {
     const Config* c = &m->config;
     Scratch* s = &m->scratch;
@@ -4482,8 +4481,7 @@ static void layer_backward(Model* m, int l, const Activations* a, int B, int T) 
     swiglu_backward(s->dgate_up, s->act, s->act, a->gate_up, N, FF, g);
     matmul_backward(NULL, d.down_proj, s->dx.high, C, s->act, NULL, N, FF, C, false, g);
     matmul_joined_backward(s->dln, s->dgate_up, a->ln2, &gate_up, N, C, g);
-    rmsnorm_backward(s->dx, d.post_norm, s->dln, stream_rounded(a->x_mid), w.post_norm, a->rstd2, N, C, s->parts, true,
-                     g);
+    rmsnorm_backward(s->dx, d.post_norm, s->dln, a->x_mid.high, w.post_norm, a->rstd2, N, C, s->parts, true, g);
     // x + o(out)
     matmul_backward(s->dout, d.o, s->dx.high, C, a->out, w.o, N, C, C, false, g);
     head_output_backward(s->datt, d.head_norm, d.gate_weight, d.gate_bias, s->dout, a->att, &output, s->parts, g);
@@ -4500,8 +4498,7 @@ static void layer_backward(Model* m, int l, const Activations* a, int B, int T) 
         diff_lambda_backward(d.lambda_q1, d.lambda_k1, d.lambda_q2, d.lambda_k2, m->sums.mix_post, &lambda, NH, HS, g);
     }
     matmul_joined_backward(s->dln, s->qkv, a->ln1, &qkv, N, C, g);
-    rmsnorm_backward(s->dx, d.input_norm, s->dln, stream_rounded(a->x), w.input_norm, a->rstd1, N, C, s->parts, true,
-                     g);
+    rmsnorm_backward(s->dx, d.input_norm, s->dln, a->x.high, w.input_norm, a->rstd1, N, C, s->parts, true, g);
 }
 
 // The rows of the batch sorted by token, and where each distinct token starts. Returns how many there are.
@@ -4524,8 +4521,7 @@ static void layers_backward(Model* m, int begin, int end, int B, int T) {
     Cuda* g = &m->cuda;
     int N = B * T, C = c->hidden_size, L = c->num_hidden_layers;
     if (end == L) {
-        rmsnorm_backward(s->dx, model_tensor(m, m->grads, TENSOR_NORM), s->dln,
-                         stream_rounded(stream_at(m->acts.x, (size_t)L * N * C)),
+        rmsnorm_backward(s->dx, model_tensor(m, m->grads, TENSOR_NORM), s->dln, m->acts.x.high + (size_t)L * N * C,
                          model_tensor(m, m->weights, TENSOR_NORM), m->acts.rstd_f, N, C, s->parts, false, g);
     }
     for (int l = end - 1; l >= begin; l--) {

@@ -14,6 +14,14 @@ import evidence
 import evidence_long
 import toy_report
 
+try:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+except ImportError:
+    pyplot = None
+
 PICTURES = os.path.join(evidence.ROOT, "dev", "pictures")
 TOY_PAPER = {a: {task: e.replace("+-", "±") for task, e in row.items()} for a, row in toy_report.PAPER.items()}
 COLOURS = ("#7f7f7f", "#e69f00", "#0000a7", "#009e73")  # of all attentions but the plain one
@@ -201,20 +209,13 @@ def losses_of(results, model, attention):
 
 def draw_language(results):
     """The mean loss of the domains minus the plain Transformer's of the same seed, over steps; a panel a model."""
-    try:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
-    except ImportError:
-        return False
     curves = {}
     for r in results:
         if r["matmul"] == evidence.LANGUAGE_MATMUL:
             points = [dict(points) for points in r["curve"].values()]
             means = {step: statistics.mean(p[step] for p in points) for step in points[0]}
             curves[r["model"], r["attention"], r["seed"]] = means
-    figure, axes = plt.subplots(1, 2, figsize=(12, 4))
+    figure, axes = pyplot.subplots(1, 2, figsize=(12, 4))
     for axis, model in zip(axes, evidence.LANGUAGE_MODELS):
         for attention, colour in zip(evidence.LANGUAGE_ATTENTIONS[1:], COLOURS):
             for (m, a, seed), curve in sorted(curves.items()):
@@ -228,9 +229,7 @@ def draw_language(results):
     axes[-1].legend(loc="upper left", bbox_to_anchor=(1.02, 1), fontsize=9)
     figure.supxlabel("optimizer step")
     figure.supylabel("loss minus the plain Transformer's (nats a byte)")
-    figure.tight_layout()
-    figure.savefig(os.path.join(PICTURES, "evidence_language.png"), dpi=100)
-    return True
+    return figure
 
 
 def language_tuning(results):
@@ -247,15 +246,7 @@ def language_tuning(results):
 
 def draw_toy(results):
     """The error over steps of every seed, a panel a task."""
-    try:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
-    except ImportError:
-        print("evidence_report.py: no matplotlib, so no pictures; data/.venv has it", file=sys.stderr)
-        return False
-    figure, axes = plt.subplots(2, 3, figsize=(12, 6), sharex=True, sharey=True)
+    figure, axes = pyplot.subplots(2, 3, figsize=(12, 6), sharex=True, sharey=True)
     for axis, (n, kind) in zip(axes.flat, evidence.TOY_TASKS):
         for attention, colour in (("transformer", "#c1272d"), ("mta", "#0000a7")):
             for i, r in enumerate(r for r in results if r["task"] == f"n{n}_{kind}" and r["attention"] == attention):
@@ -269,9 +260,7 @@ def draw_toy(results):
     axes[0][0].legend()
     figure.supxlabel("optimizer step")
     figure.supylabel("sequences with a wrong answer token (%)")
-    figure.tight_layout()
-    figure.savefig(os.path.join(PICTURES, "evidence_toy.png"), dpi=100)
-    return True
+    return figure
 
 
 ABLATION_PAPER = (
@@ -370,20 +359,13 @@ def patterns():
     return lines + table(["part", "model", "attention", "tensor", "models", *(f"{k}, kernels" for k in kinds)], rows)
 
 
-def draw_kernels():
+def draw_kernels(results):
     """The convolutions of the toy model of seed 1, a row a layer, a column a head."""
-    cells = [r for r in evidence.read_results("toy").values() if r.get("kernels") and r["seed"] == 1]
+    cells = [r for r in results if r.get("kernels") and r["seed"] == 1]
     if not cells:
-        return False
-    try:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
-    except ImportError:
-        return False
+        return None
     kernels = next((r for r in cells if r["task"] == "n5_first"), cells[0])["kernels"]
-    figure, axes = plt.subplots(
+    figure, axes = pyplot.subplots(
         len(kernels), len(next(iter(kernels.values()))), figsize=(9, 1.3 * len(kernels)), squeeze=False
     )
     limit = max(abs(w) for tensor in kernels.values() for head in tensor for line in head for w in line)
@@ -400,9 +382,7 @@ def draw_kernels():
             )
     figure.supxlabel("key, from the one that is weighed", fontsize=8)
     figure.supylabel("query, from this one", fontsize=8)
-    figure.tight_layout()
-    figure.savefig(os.path.join(PICTURES, "evidence_kernels.png"), dpi=100)
-    return True
+    return figure
 
 
 COST_PAPER = {
@@ -466,15 +446,8 @@ def draw_cost(results):
     """Time over length of sequence, a panel a head size; the paper's ratios as dotted lines."""
     measured = [r for r in results if r["task"] == "cost"]
     if not measured:
-        return False
-    try:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
-    except ImportError:
-        return False
-    figure, axes = plt.subplots(1, len(evidence.COST_MODELS), figsize=(12, 4), sharey=True)
+        return None
+    figure, axes = pyplot.subplots(1, len(evidence.COST_MODELS), figsize=(12, 4), sharey=True)
     for axis, h in zip(axes, evidence.COST_MODELS):
         for a, colour in zip(evidence.COST_ATTENTIONS, COLOURS):
             cells = sorted(
@@ -493,9 +466,7 @@ def draw_cost(results):
     axes[-1].legend(loc="upper left", bbox_to_anchor=(1.02, 1), fontsize=9)
     figure.supxlabel("tokens of a sequence")
     figure.supylabel("time of a step / plain Transformer's")
-    figure.tight_layout()
-    figure.savefig(os.path.join(PICTURES, "evidence_cost.png"), dpi=100)
-    return True
+    return figure
 
 
 def mean_loss(result):
@@ -553,7 +524,28 @@ PARTS = {
 }
 
 
+DRAWN = {
+    "toy": (draw_toy, "error over steps of each toy task, every seed"),
+    "language": (draw_language, "loss minus the plain Transformer's, over steps"),
+    "cost": (draw_cost, "time of a step over the plain Transformer's, by length and head size"),
+    "kernels": (draw_kernels, "the convolution kernels of a toy model, by layer and head"),
+}
+
+
+def picture(name, results):
+    """Draws a picture, if there is one of this name and anything to show; its line of the page."""
+    draw, text = DRAWN.get(name, (None, ""))
+    figure = draw(results) if draw and pyplot else None
+    if not figure:
+        return []
+    figure.tight_layout()
+    figure.savefig(os.path.join(PICTURES, f"evidence_{name}.png"), dpi=100)
+    return [f"![{text}](pictures/evidence_{name}.png)", ""]
+
+
 def write():
+    if not pyplot:
+        print("evidence_report.py: no matplotlib, so no pictures; data/.venv has it", file=sys.stderr)
     lines = [
         "# Results: the paper's claims, and what was found here",
         "",
@@ -576,20 +568,8 @@ def write():
         results = list(evidence.read_results(part).values())
         if not results:
             continue
-        lines += section(results)
-        if part == "toy" and draw_toy(results):
-            lines += ["![error over steps of each toy task, every seed](pictures/evidence_toy.png)", ""]
-        if part == "language" and draw_language(results):
-            lines += ["![loss minus the plain Transformer's, over steps](pictures/evidence_language.png)", ""]
-        if part == "cost" and draw_cost(results):
-            lines += [
-                "![time of a step over the plain Transformer's, by length and head size](pictures/evidence_cost.png)",
-                "",
-            ]
-    lines += patterns()
-    if draw_kernels():
-        lines += ["![the convolution kernels of a toy model, by layer and head](pictures/evidence_kernels.png)", ""]
-    lines += hours()
+        lines += section(results) + picture(part, results)
+    lines += patterns() + picture("kernels", list(evidence.read_results("toy").values())) + hours()
     with open(os.path.join(evidence.ROOT, "dev", "RESULTS.md"), "w", encoding="utf-8") as f:
         f.write("\n".join(filled(line) for line in lines).rstrip() + "\n")
     print("wrote dev/RESULTS.md")

@@ -391,34 +391,26 @@ static void test_events() {
     cudaEventCreate(&quiet);
     check(cudaStreamWaitEvent(second, made) == cudaSuccess && cudaStreamSynchronize(second) == cudaSuccess,
           "an event that was never recorded holds nothing up");
-    for (bool waits : {false, true}) {
-        x.p[0] = 1, y.p[0] = 0;
-        LAUNCH(scale_kernel, 1, 32, 0, first, x.p, 1, 2.0f);
-        cudaEventRecord(made, first);
-        LAUNCH(scale_kernel, 1, 32, 0, first, x.p, 1, 50.0f);
-        if (waits) { cudaStreamWaitEvent(second, made); }
-        cudaMemcpyAsync(y.p, x.p, sizeof(float), cudaMemcpyDeviceToDevice, second);
-        cudaStreamSynchronize(second);
-        check(y.p[0] == (waits ? 2 : 1), waits ? "a stream that waits for an event sees what was before it, no more"
-                                               : "planted: a missing event leaves stale data");
-        cudaStreamSynchronize(first);
-    }
-
-    // CUDA_CPU_EAGER: the stream of high priority is ahead, and with an event still not too early.
+    // Late, as all streams are, and CUDA_CPU_EAGER: then the stream of high priority is ahead.
     cudaStream_t ahead;
     setenv("CUDA_CPU_EAGER", "1", 1);
     cudaStreamCreateWithPriority(&ahead, cudaStreamNonBlocking, -5);
     unsetenv("CUDA_CPU_EAGER");
-    for (bool waits : {false, true}) {
-        x.p[0] = 1, y.p[0] = 0;
-        LAUNCH(scale_kernel, 1, 32, 0, first, x.p, 1, 2.0f);
-        cudaEventRecord(made, first);
-        LAUNCH(scale_kernel, 1, 32, 0, first, x.p, 1, 50.0f);
-        if (waits) { cudaStreamWaitEvent(ahead, made); }
-        cudaMemcpyAsync(y.p, x.p, sizeof(float), cudaMemcpyDeviceToDevice, ahead);
-        check(y.p[0] == (waits ? 2 : 1), waits ? "an eager stream waits for an event, nobody for it"
-                                               : "planted: a missing event lets an eager stream go ahead");
-        cudaStreamSynchronize(first);
+    for (bool eager : {false, true}) {
+        cudaStream_t reads = eager ? ahead : second;
+        for (bool waits : {false, true}) {
+            x.p[0] = 1, y.p[0] = 0;
+            LAUNCH(scale_kernel, 1, 32, 0, first, x.p, 1, 2.0f);
+            cudaEventRecord(made, first);
+            LAUNCH(scale_kernel, 1, 32, 0, first, x.p, 1, 50.0f);
+            if (waits) { cudaStreamWaitEvent(reads, made); }
+            cudaMemcpyAsync(y.p, x.p, sizeof(float), cudaMemcpyDeviceToDevice, reads);
+            if (!eager) { cudaStreamSynchronize(reads); }
+            check(y.p[0] == (waits ? 2 : 1), waits ? "a stream that waits for an event sees what was before it, no more"
+                                             : eager ? "planted: a missing event lets an eager stream go ahead"
+                                                     : "planted: a missing event leaves stale data");
+            cudaStreamSynchronize(first);
+        }
     }
     cudaStreamDestroy(ahead);
 

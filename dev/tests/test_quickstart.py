@@ -96,8 +96,8 @@ class Quickstart(unittest.TestCase):
                     os.symlink(os.path.join(folder, name), os.path.join(farm, name))
         return farm
 
-    def run_script(self, *words, script="quickstart.sh", **changes):
-        return subprocess.run(["scripts/" + script, *words], cwd=self.home, env=self.environment(**changes),
+    def run_script(self, *words, **changes):
+        return subprocess.run(["scripts/quickstart.sh", *words], cwd=self.home, env=self.environment(**changes),
                               stdin=subprocess.DEVNULL,
                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace", timeout=600)
 
@@ -231,11 +231,10 @@ class Quickstart(unittest.TestCase):
         # Names are those of the folder from which the script is called.
         with open(os.path.join(self.folder, "near.txt"), "w") as f:
             f.write("x")
-        for words, piece in ((("quickstart.sh", "--text", "near.txt", "--out", "near.txt/x"),
+        for words, piece in ((("--text", "near.txt", "--out", "near.txt/x"),
                               self.folder + "/near.txt/x: cannot write there"),
-                             (("quickstart.sh", "--text=none.txt"),
-                              "--text: " + self.folder + "/none.txt: no such file")):
-            done = subprocess.run([os.path.join(self.home, "scripts", words[0]), *words[1:]], cwd=self.folder,
+                             (("--text=none.txt",), "--text: " + self.folder + "/none.txt: no such file")):
+            done = subprocess.run([os.path.join(self.home, "scripts/quickstart.sh"), *words], cwd=self.folder,
                                   env=self.environment(), capture_output=True, text=True)
             self.assertEqual((done.returncode, done.stderr.count("\n")), (1, 1), done.stderr)
             self.assertIn(piece, done.stderr)
