@@ -1922,25 +1922,30 @@ static StepResult train_step(Model* m, const Step* s) {
 // =====================================================================================================================
 // What the plan must know of this machine
 
-// Operations a second of a matrix product of 1024^3, measured for a moment: what MFU and the plan's time are relative
-// to.
+// Operations a second of matrix products, measured for a moment: what MFU and the plan's time are relative to. They are
+// of 1024^3 where one of 512^3 takes less than a millisecond, so that no start of a program waits for long.
 static double matmul_rate(bool bf16) {
-    enum { SIDE = 1024, NUMEL = SIDE * SIDE };
+    enum { MOST = 1024, NUMEL = MOST * MOST };
     real* a = (real*)alloc_or_die(3 * (size_t)NUMEL, sizeof(real), "a test product");
     const Rounded of[3] = {{a, NUMEL, NULL}, {a + NUMEL, NUMEL, NULL}, {NULL, 0, NULL}};
     Products* products = bf16 ? products_create(of, 1) : NULL;
-    double best = 0, began = seconds_now();
-    for (size_t i = 0; i < 2 * (size_t)NUMEL; i++) { a[i] = (real)(i % 97); }
-    round_operand(products, a, NUMEL);
-    round_operand(products, a + NUMEL, NUMEL);
-    for (int i = 0; i < 2 || (i < 5 && seconds_now() - began < 0.05); i++) {  // the first finds cold caches
-        double start = seconds_now();
-        gemm(false, false, SIDE, SIDE, SIDE, 1, a, SIDE, a + NUMEL, SIDE, 0, a + 2 * (size_t)NUMEL, SIDE, products);
-        best = fmax(best, 2.0 * SIDE * SIDE * SIDE / (seconds_now() - start));
+    double seconds = 0;  // of the fastest product
+    int side = MOST / 2;
+    for (; side == MOST / 2 || (side == MOST && seconds < 1e-3); side *= 2) {
+        size_t n = (size_t)side * (size_t)side;
+        for (size_t i = 0; i < n; i++) { a[i] = a[NUMEL + i] = (real)(i % 97); }
+        round_operand(products, a, n);
+        round_operand(products, a + NUMEL, n);
+        seconds = INFINITY;
+        for (int i = 0; i < 3; i++) {  // the first finds cold caches
+            double start = seconds_now();
+            gemm(false, false, side, side, side, 1, a, side, a + NUMEL, side, 0, a + 2 * (size_t)NUMEL, side, products);
+            seconds = fmin(seconds, seconds_now() - start);
+        }
     }
     products_free(products);
     free(a);
-    return best;
+    return 2 * pow(side / 2, 3) / seconds;
 }
 
 // Prints the plan; refuses one that this machine cannot hold, since the kernel would end the program without a word.

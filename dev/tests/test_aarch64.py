@@ -58,7 +58,7 @@ class Aarch64(unittest.TestCase):
 
     def test_decodes_the_same_tokens(self):
         """A model that this machine trains gives the same 20 tokens there and here. (train_mta there first measures a
-        product of 1024^3: minutes.)"""
+        product of 512^3: a minute.)"""
         with tempfile.TemporaryDirectory() as folder:
             write_shard(os.path.join(folder, "a_train_000000.bin"), [(7 * i + i // 5) % 24 for i in range(4000)])
             subprocess.run([os.path.join(BIN, "train_mta"), *MODEL, "--train", os.path.join(folder, "a_train_*.bin"),
