@@ -177,7 +177,7 @@ def cells_of(part):
         return [
             language_cell(part, model, "transformer", 1, lr, LANGUAGE_TUNING_STEPS)
             for model in LANGUAGE_MODELS
-            for lr in (1.5e-3, 3e-3, 6e-3)
+            for lr in (1.5e-3, 3e-3, 6e-3, 1.2e-2)
         ]
     if part == "language":
         return [
