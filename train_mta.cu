@@ -218,7 +218,8 @@ static __device__ inline float sigmoid(float x) {
 // elements, SUMS_SLICES threads each, whose sums are halved in order
 enum { SUMS = 8, SUMS_SLICES = 64 };
 template <typename T>
-static __global__ void sums_add_kernel(T* sums, const float* parts, int S, int groups, int blocks, int n, int stride) {
+static __global__ void __launch_bounds__(SUMS* SUMS_SLICES)
+    sums_add_kernel(T* sums, const float* parts, int S, int groups, int blocks, int n, int stride) {
     DYNAMIC_SHARED(double, slices);  // (SUMS_SLICES, SUMS)
     int e = blockIdx.x * SUMS + threadIdx.x % SUMS, slice = threadIdx.x / SUMS;
 
@@ -556,8 +557,9 @@ static void rmsnorm_forward(floatX* out, float* rstd, Stream inp, const floatX* 
 // element: 2 of dout, 2 of inp, 8 of dinp, and 4 for every N / NORM_PARTS rows.
 enum { NORM_PARTS = 1024, NORM_ROW = 1024 };  // blocks at most: the same sums on every GPU; threads of a block at most
 template <int W, bool ONE>
-static __global__ void rmsnorm_backward_kernel(Stream dinp, float* parts, const floatX* dout, const floatX* inp,
-                                               const floatX* weight, const float* rstd, int N, int C, bool add_dinp) {
+static __global__ void __launch_bounds__(NORM_ROW)
+    rmsnorm_backward_kernel(Stream dinp, float* parts, const floatX* dout, const floatX* inp, const floatX* weight,
+                            const float* rstd, int N, int C, bool add_dinp) {
     const int first = threadIdx.x * W, step = blockDim.x * W;
     float* part = parts + (size_t)blockIdx.x * C;
     Pack<floatX, W> d = {}, w = {}, x = {};
@@ -1956,7 +1958,8 @@ static void crossentropy_forward_backward(float* losses, unsigned char* wrong, f
 // A warp multiplies tiles of 16-bit elements; ldmatrix feeds it from shared memory, copy_async feeds that (PTX manual:
 // mma.m16n8k16, movmatrix.m8n8, ldmatrix.m8n8.x4, cp.async). dev/cuda_cpu/tensor_cores.h has the same functions for the
 // CPU.
-// ldmatrix and the copies clobber "memory": the compiler moves no access past them. Today that costs no instruction.
+// All are volatile, since the lanes of a warp execute them together: the compiler moves none under a branch. ldmatrix
+// and the copies clobber "memory": it moves no access past them. Today that costs no instruction.
 
 #if defined(CUDA_CPU)
 #include "tensor_cores.h"
@@ -1977,19 +1980,21 @@ static __device__ inline void ldmatrix_transposed(unsigned* r, const void* row) 
 }
 // c (16,8) += a (16,16) b (16,8), in fp32
 static __device__ inline void mma_bf16(float* c, const unsigned* a, unsigned b0, unsigned b1) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 static __device__ inline void mma_half(float* c, const unsigned* a, unsigned b0, unsigned b1) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 // The transpose of an 8x8 matrix of which lane 4g + t holds row g, columns 2t and 2t+1
 static __device__ inline unsigned transpose8(unsigned pair) {
     unsigned out;
-    asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(out) : "r"(pair));
+    asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(out) : "r"(pair));
     return out;
 }
 // 16 bytes from global to shared memory, zeros where not valid; there after copy_wait<n>, which leaves at most the n

@@ -2,7 +2,8 @@
 // column-major as cuBLAS is. Refuses what cuBLAS refuses: leading dimensions that are too small, and combinations of
 // types that it does not have. And, more strictly than cuBLAS, which would allocate inside the graph: a product that is
 // captured before the handle was given a workspace; and one with a result of 16 bits on a handle that allows cuBLAS to
-// add up its parts in 16 bits.
+// add up its parts in 16 bits. A matrix that does not lie in device memory, which a GPU would find out later, ends the
+// program.
 #ifndef CUDA_CPU_CUBLAS_H
 #define CUDA_CPU_CUBLAS_H
 #include "cuda_runtime.h"
@@ -54,6 +55,14 @@ inline void store(void* p, cudaDataType t, size_t i, float v) {
     }
 }
 inline size_t type_bytes(cudaDataType t) { return t == CUDA_R_32F ? 4 : 2; }
+
+// Ends the program unless a batch of matrices (rows, columns), column-major, lies in device memory.
+inline void need_on_device(const char* name, const void* p, cudaDataType t, int rows, int columns, int ld,
+                           long long stride, int batch) {
+    if (rows == 0 || columns == 0 || batch == 0) { return; }
+    size_t elements = (size_t)(batch - 1) * (size_t)stride + (size_t)(columns - 1) * (size_t)ld + (size_t)rows;
+    if (!on_device(p, elements * type_bytes(t))) { fault("cublas: %s does not lie in device memory", name); }
+}
 
 // C (m x n) = alpha op(A) op(B) + beta C; one column of C at a time, accumulated over k in fp32
 inline void gemm(bool ta, bool tb, int m, int n, int k, float alpha, const void* A, cudaDataType at, size_t lda,
@@ -127,6 +136,10 @@ static inline cublasStatus_t cublasGemmStridedBatchedEx(cublasHandle_t h, cublas
     if (ct != CUDA_R_32F && !(h->math & CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION)) {
         return CUBLAS_STATUS_NOT_SUPPORTED;
     }
+    bool na = ta == CUBLAS_OP_N, nb = tb == CUBLAS_OP_N;
+    cuda_cpu::need_on_device("A", A, at, na ? m : k, na ? k : m, lda, stride_a, batch);
+    cuda_cpu::need_on_device("B", B, bt, nb ? k : n, nb ? n : k, ldb, stride_b, batch);
+    cuda_cpu::need_on_device("C", C, ct, m, n, ldc, stride_c, batch);
     float al = *(const float*)alpha, be = *(const float*)beta;
     cuda_cpu::submit(h->stream, [=] {
         for (long long b = 0; b < batch; b++) {

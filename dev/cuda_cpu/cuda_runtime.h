@@ -1,6 +1,7 @@
 // cuda_runtime.h: stand-in for the CUDA runtime. Device memory is malloc'ed, poisoned with NaN and counted against a
 // pretended size; the default stream works at once, another only when somebody waits for it or asks it a second time,
-// as late as a GPU may, and no further than it must: so that a missing event leaves stale data. CUDA_CPU_EAGER=1: a
+// as late as a GPU may, and no further than it must: so that a missing event leaves stale data. What a
+// copy or a memset is told of as device memory must lie in one allocation, as the host's in none. CUDA_CPU_EAGER=1: a
 // stream of high priority works as early as it may, ahead of the others: so that what it should have waited for is
 // missing. A captured stream keeps its work in a graph, and what may not be called meanwhile breaks the capture. The
 // environment pretends other machines: CUDA_CPU_DEVICES=N (0: no GPU, default 1), CUDA_CPU_DRIVER=old,
@@ -102,6 +103,13 @@ inline cudaError_t set_error(cudaError_t e) {
     if (e != cudaSuccess) { last_error = e; }
     return e;
 }
+// Do n bytes lie in one allocation of the device?
+inline bool on_device(const void* p, size_t n) {
+    auto after = allocations.upper_bound((void*)p);
+    if (after == allocations.begin()) { return false; }
+    auto a = std::prev(after);
+    return (const char*)p + n <= (const char*)a->first + a->second;
+}
 // Is this call of a function the one that a variable of the environment, NAME:N, speaks of? calls: of it so far.
 inline bool planted(const char* variable, const char* name, long* calls) {
     const char* plan = getenv(variable);
@@ -202,7 +210,8 @@ inline cudaError_t query(Stream* stream, const Record* until, bool* asked) {
     if (nothing) { return cudaSuccess; }
     bool again = *asked;
     *asked = true;
-    return again && advance(stream, until) ? cudaSuccess : cudaErrorNotReady;
+    return set_error(again && advance(stream, until) ? cudaSuccess
+                                                     : cudaErrorNotReady);  // cudaGetLastError says it too
 }
 
 // A launch as a hook sees it, when its turn in the stream has come. Arguments as the kernel's parameters have them; a
@@ -389,20 +398,27 @@ struct cudaPointerAttributes {
     cudaMemoryType type;
 };
 static inline cudaError_t cudaPointerGetAttributes(cudaPointerAttributes* a, const void* p) {
-    auto after = cuda_cpu::allocations.upper_bound((void*)p);
-    bool found = after != cuda_cpu::allocations.begin() &&
-                 (const char*)p < (const char*)std::prev(after)->first + std::prev(after)->second;
-    a->type = found ? cudaMemoryTypeDevice : cudaMemoryTypeUnregistered;
+    a->type = cuda_cpu::on_device(p, 1) ? cudaMemoryTypeDevice : cudaMemoryTypeUnregistered;
     return cudaSuccess;
 }
-static inline cudaError_t cudaMemcpy(void* to, const void* from, size_t n, cudaMemcpyKind) {
+// Is a copy of n bytes what it is said to be?
+static inline cudaError_t cuda_cpu_copies(void* to, const void* from, size_t n, cudaMemcpyKind kind) {
+    bool onto = kind == cudaMemcpyHostToDevice || kind == cudaMemcpyDeviceToDevice,
+         off = kind == cudaMemcpyDeviceToHost || kind == cudaMemcpyDeviceToDevice;
+    bool good = !n || kind == cudaMemcpyDefault ||
+                (cuda_cpu::on_device(to, onto ? n : 1) == onto && cuda_cpu::on_device(from, off ? n : 1) == off);
+    return cuda_cpu::set_error(good ? cudaSuccess : cudaErrorInvalidValue);
+}
+static inline cudaError_t cudaMemcpy(void* to, const void* from, size_t n, cudaMemcpyKind kind) {
     CUDA_CPU_WAITS();
+    if (cuda_cpu_copies(to, from, n, kind)) { return cudaErrorInvalidValue; }
     if (n) { memmove(to, from, n); }
     return cudaSuccess;
 }
-static inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t n, cudaMemcpyKind,
+static inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t n, cudaMemcpyKind kind,
                                           cudaStream_t stream = NULL) {
     CUDA_CPU_CALL();
+    if (cuda_cpu_copies(to, from, n, kind)) { return cudaErrorInvalidValue; }
     cuda_cpu::submit_work(stream, [=, hangs = cuda_cpu::planted_hang(__func__)] {
         if (n && !hangs) { memmove(to, from, n); }
         return !hangs;
@@ -411,11 +427,13 @@ static inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t n, 
 }
 static inline cudaError_t cudaMemset(void* p, int value, size_t n) {
     CUDA_CPU_WAITS();
+    if (n && !cuda_cpu::on_device(p, n)) { return cuda_cpu::set_error(cudaErrorInvalidValue); }
     memset(p, value, n);
     return cudaSuccess;
 }
 static inline cudaError_t cudaMemsetAsync(void* p, int value, size_t n, cudaStream_t stream = NULL) {
     CUDA_CPU_CALL();
+    if (n && !cuda_cpu::on_device(p, n)) { return cuda_cpu::set_error(cudaErrorInvalidValue); }
     cuda_cpu::submit(stream, [=] { memset(p, value, n); });
     return cudaSuccess;
 }

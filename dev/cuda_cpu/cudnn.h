@@ -333,13 +333,6 @@ inline void dnn_run(const DnnGraph& graph, const std::map<int64_t, void*>& memor
         if (!o.y.is_virtual) { dnn_write(o.y, *y, memory.at(o.y.number)); }
     }
 }
-// Does [p, p + bytes) lie in one allocation of the device?
-inline bool on_device(const void* p, size_t bytes) {
-    auto after = allocations.upper_bound((void*)p);
-    if (after == allocations.begin()) { return false; }
-    auto block = std::prev(after);
-    return (const char*)p + bytes <= (const char*)block->first + block->second;
-}
 }  // namespace cuda_cpu
 
 typedef cuda_cpu::Dnn* cudnnHandle_t;

@@ -6,9 +6,10 @@
 //
 // A Fault is thrown, with the line of the PTX and of the source, for: memory outside its allocation or misaligned; what
 // an asynchronous copy has yet to bring, touched by anybody before that thread's wait_group; .sync and .aligned
-// instructions that lanes never reach; barriers that warps never reach.
-// Noted in Machine::notes, not fatal: races; shared memory read before it is written; float atomics of several threads
-// on one address (their sum has no fixed order); a thread that returns with copies in flight.
+// instructions that lanes never reach; barriers that warps never reach; a block of more threads than there are sure to
+// be registers for: those of the kernel's .maxntid, else 256, which fill a multiprocessor if they have 255 each, the
+// most. Noted in Machine::notes, not fatal: races; shared memory read before it is written; float atomics of several
+// threads on one address (their sum has no fixed order); a thread that returns with copies in flight.
 //
 // The watch over races: bytes are watched in pairs (single bytes of global memory are not). Time is cut into epochs,
 // one from barrier to barrier: two threads that touch the same pair in one epoch, one of them writing, have no order;
@@ -91,7 +92,7 @@ struct Special {
 };
 struct Kernel {
     string name, body, error;
-    uint32_t first_line = 0;
+    uint32_t first_line = 0, most_threads = 256;  // of a block
     std::vector<Parameter> parameters;
     uint32_t parameter_bytes = 0, file_bytes = 0, static_bytes = 0, dynamic_at = SHARED_BASE;
     std::vector<Instruction> code;
@@ -597,6 +598,10 @@ inline void Machine::launch(const Kernel& kernel, Dim grid, Dim block, uint32_t 
                             const std::vector<Region>& regions) {
     kernel_ = &kernel, grid_ = grid, block_ = block, parameters_ = parameters, regions_ = regions, last_region_ = 0;
     n_threads_ = block.x * block.y * block.z, n_warps_ = (n_threads_ + WARP - 1) / WARP;
+    if (n_threads_ > kernel.most_threads) {
+        throw Fault{format("a block of %u threads, registers are sure to suffice for %u: wanted __launch_bounds__",
+                           n_threads_, kernel.most_threads)};
+    }
     launch_epoch_ = ++epoch_;
     shared_.assign(kernel.dynamic_at - SHARED_BASE + dynamic_bytes, 0);
     shared_shadow_.assign(shared_.size() / 2 + 16, Shadow());

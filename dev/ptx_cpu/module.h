@@ -640,6 +640,11 @@ inline void Module::parse_entry(const string& text, size_t at, size_t* end, uint
         k.parameters.push_back({name, k.parameter_bytes, bytes});
         k.parameter_bytes += bytes;
     }
+    unsigned x = 1, y = 1, z = 1;
+    size_t bounds = text.find(".maxntid", last);
+    if (bounds < open && sscanf(text.c_str() + bounds, ".maxntid %u, %u, %u", &x, &y, &z) >= 1) {
+        k.most_threads = x * y * z;
+    }
     k.first_line = line + (uint32_t)std::count(text.begin() + (long)at, text.begin() + (long)open, '\n');
     k.body = text.substr(open + 1, close - open - 1);
     kernels[k.name] = k;

@@ -277,6 +277,30 @@ template <typename T> static bool gemm_case(cudaDataType type, bool ta, bool tb,
     return ok;
 }
 
+// Runs the fault in a child; it must die and say `message`.
+template <typename F> static void check_fault(F run, const char* message, const char* what) {
+    int pipes[2];
+    if (pipe(pipes) != 0) { abort(); }
+    fflush(stdout);
+    pid_t child = fork();
+    if (child == 0) {
+        dup2(pipes[1], 2);
+        close(pipes[0]);
+        run();
+        _exit(0);
+    }
+    close(pipes[1]);
+    std::string text;
+    char buffer[4096];
+    for (ssize_t n; (n = read(pipes[0], buffer, sizeof buffer)) > 0;) { text.append(buffer, (size_t)n); }
+    close(pipes[0]);
+    int status = 0;
+    waitpid(child, &status, 0);
+    bool ok = !(WIFEXITED(status) && WEXITSTATUS(status) == 0) && text.find(message) != std::string::npos;
+    check(ok, what);
+    if (!ok) { printf("  status %d, stderr: %.300s\n", status, text.c_str()); }
+}
+
 static void test_gemm() {
     bool ok = true;
     for (int i = 0; i < 8; i++) {
@@ -288,7 +312,10 @@ static void test_gemm() {
           "matrix products: every transposition and type, strided batches, beta; a short leading dimension is refused");
     cublasHandle_t h;
     cublasCreate(&h);
-    float one = 1, x[4] = {0, 0, 0, 0};
+    float one = 1, host[4] = {0, 0, 0, 0};
+    Device<float> device(4);
+    float* x = device.p;
+    for (int i = 0; i < 4; i++) { x[i] = 0; }
     check(cublasGemmEx(h, CUBLAS_OP_N, CUBLAS_OP_N, 1, 1, 1, &one, x, CUDA_R_16BF, 1, x, CUDA_R_16BF, 1, &one, x,
                        CUDA_R_16F, 1, CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT) == CUBLAS_STATUS_NOT_SUPPORTED,
           "a mix of types that cuBLAS lacks is refused");
@@ -300,6 +327,13 @@ static void test_gemm() {
     cublasSetMathMode(h, (cublasMath_t)(CUBLAS_DEFAULT_MATH | CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION));
     check(allowed == CUBLAS_STATUS_NOT_SUPPORTED && halves() == CUBLAS_STATUS_SUCCESS,
           "a result of 16 bits whose parts may be added in 16 bits is refused");
+    for (float* y : {host, x + 1}) {  // the host's, and four numbers of which the last lies behind the allocation
+        auto run = [=] {
+            cublasGemmEx(h, CUBLAS_OP_N, CUBLAS_OP_N, 2, 2, 1, &one, x, CUDA_R_32F, 2, x, CUDA_R_32F, 1, &one, y,
+                         CUDA_R_32F, 2, CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT);
+        };
+        check_fault(run, "C does not lie in device memory", "planted: a product into memory that is not the device's");
+    }
     cublasDestroy(h);
 }
 
@@ -377,6 +411,22 @@ static void test_streams() {
     from = 7;
     cudaStreamSynchronize(s);
     check(to == 14, "planted: a host buffer that changes before its copy was waited for arrives changed");
+    const struct {
+        void *to, *from;
+        cudaMemcpyKind kind;
+        size_t n;
+    } wrong[] = {{x.p, &from, cudaMemcpyDeviceToHost, 4},
+                 {&to, x.p, cudaMemcpyHostToDevice, 4},
+                 {x.p, &from, cudaMemcpyDeviceToDevice, 4},
+                 {x.p, y.p, cudaMemcpyDeviceToDevice, 8}};
+    for (const auto& w : wrong) {
+        check(cudaMemcpyAsync(w.to, w.from, w.n, w.kind, s) == cudaErrorInvalidValue &&
+                  cudaMemcpy(w.to, w.from, w.n, w.kind) == cudaErrorInvalidValue,
+              "planted: a copy of another kind than it is said to be, or beyond an allocation");
+    }
+    check(cudaMemsetAsync(&to, 0, 4, s) == cudaErrorInvalidValue && cudaMemset(x.p, 0, 5) == cudaErrorInvalidValue,
+          "planted: a memset of the host's memory, or beyond an allocation");
+    cudaGetLastError();
     cudaStreamDestroy(s);
 }
 
@@ -441,6 +491,7 @@ static void test_events() {
     cudaEventRecord(quiet, first);
     LAUNCH(scale_kernel, 1, 32, 0, first, x.p, 1, 2.0f);
     check(cudaEventQuery(quiet) == cudaErrorNotReady && x.p[0] == 8, "an event that is asked for is not ready at once");
+    check(cudaGetLastError() == cudaErrorNotReady, "which stays the last error until it is cleared");
     check(cudaEventQuery(quiet) == cudaSuccess && x.p[0] == 16 && cudaEventQuery(quiet) == cudaSuccess,
           "asked again it is, and nothing behind it");
     check(cudaStreamQuery(first) == cudaErrorNotReady && x.p[0] == 16 && cudaStreamQuery(first) == cudaSuccess &&
@@ -736,30 +787,6 @@ static void test_uninitialised() {
           "planted: shared memory read before it is written is NaN");
     LAUNCH(scale_kernel, 1, 4, 0, NULL, x.p, 4, 0.0f);
     check(isnan(x.p[0]), "planted: device memory read before it is written is NaN, even times zero");
-}
-
-// Runs the fault in a child; it must die and say `message`.
-template <typename F> static void check_fault(F run, const char* message, const char* what) {
-    int pipes[2];
-    if (pipe(pipes) != 0) { abort(); }
-    fflush(stdout);
-    pid_t child = fork();
-    if (child == 0) {
-        dup2(pipes[1], 2);
-        close(pipes[0]);
-        run();
-        _exit(0);
-    }
-    close(pipes[1]);
-    std::string text;
-    char buffer[4096];
-    for (ssize_t n; (n = read(pipes[0], buffer, sizeof buffer)) > 0;) { text.append(buffer, (size_t)n); }
-    close(pipes[0]);
-    int status = 0;
-    waitpid(child, &status, 0);
-    bool ok = !(WIFEXITED(status) && WEXITSTATUS(status) == 0) && text.find(message) != std::string::npos;
-    check(ok, what);
-    if (!ok) { printf("  status %d, stderr: %.300s\n", status, text.c_str()); }
 }
 
 static void test_faults() {

@@ -12,9 +12,10 @@ using std::string;
 // Every kernel here has the parameters (out, in, n), `bytes` of dynamic shared memory, and at its start: %rd1 out, %rd2
 // in, %r1 n, %r2 the thread, %r3 where shared memory begins, %rd3 and %rd4 the thread's four bytes of out and in, %r4
 // those of shared memory.
-static string kernel_text(const string& body) {
-    return ".extern .shared .align 16 .b8 bytes[];\n.visible .entry k(.param .u64 o, .param .u64 i, .param .u32 n)\n{\n"
-           ".reg .pred %p<9>; .reg .b16 %rs<9>; .reg .b32 %r<40>; .reg .f32 %f<40>; .reg .b64 %rd<20>;\n"
+static string kernel_text(const string& body, const string& bounds = ".maxntid 1024, 1, 1\n") {
+    return ".extern .shared .align 16 .b8 bytes[];\n.visible .entry k(.param .u64 o, .param .u64 i, .param .u32 n)\n" +
+           bounds +
+           "{\n.reg .pred %p<9>; .reg .b16 %rs<9>; .reg .b32 %r<40>; .reg .f32 %f<40>; .reg .b64 %rd<20>;\n"
            "ld.param.u64 %rd1, [o]; ld.param.u64 %rd2, [i]; ld.param.u32 %r1, [n]; mov.u32 %r2, %tid.x; mov.u32 %r3, "
            "bytes;\n"
            "mul.wide.u32 %rd5, %r2, 4; add.s64 %rd3, %rd1, %rd5; add.s64 %rd4, %rd2, %rd5; mad.lo.s32 %r4, %r2, 4, "
@@ -317,6 +318,24 @@ static void test_planted() {
     }
 }
 
+// A block has as many threads as .maxntid says at most, which nvcc writes for __launch_bounds__; without it 256.
+static void test_bounds() {
+    char parameters[24] = {0};
+    for (const auto& [bounds, most] :
+         std::map<string, uint32_t>{{"", 256}, {".maxntid 16, 32, 1\n.minnctapersm 1\n", 512}}) {
+        ptx::Module module;
+        ptx::Machine machine;
+        module.parse(kernel_text("", bounds));
+        auto refused = [&](uint32_t threads) {
+            try {
+                machine.launch(module.kernel("k"), {1, 1, 1}, {threads, 1, 1}, 0, parameters, {});
+            } catch (ptx::Fault&) { return true; }
+            return false;
+        };
+        check(!refused(most) && refused(most + 1), "a block is as large as a kernel's bounds", bounds.c_str());
+    }
+}
+
 int main(void) {
     test_conversions();
     test_integers();
@@ -325,5 +344,6 @@ int main(void) {
     test_product<__nv_bfloat16>("bf16");
     test_half_sums();
     test_planted();
+    test_bounds();
     return test_verdict();
 }
