@@ -4762,6 +4762,9 @@ static StepResult train_step(Model* m, const Step* s) {
         }
         model_keep_shard(m, b.shard - (int)s->own.begin + 1, (int)(s->own.end - s->own.begin));
     } while (step_next_shard(s, &b));
+
+    // Here the sums over the ranks are waited for. step_sum's exchange goes through the same stream, behind them, but
+    // the copy that it begins with may wait for that stream inside of the driver: this waits as the watch can see it.
     ranks_finish(m->ranks);
     step_sum(s, &b, m->ranks);
     double norm = step_updates(s, &b) ? model_update(m, &s->hyper, (long)s->number) : (double)NAN;

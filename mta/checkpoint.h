@@ -437,18 +437,18 @@ static inline void checkpoint_prune(const char* run, int keep, long newest) {
 }
 
 // Where the disk is full: removes the oldest checkpoint before `newest`, the newest good one, and tells its step; -1 if
-// there is none.
+// there is none. One that cannot be removed, since the user has put something into it, is passed over.
 static inline long checkpoint_make_room(const char* run, long newest) {
-    long *steps, oldest = -1;
+    long *steps, removed = -1;
     char path[PATH_SIZE];
     int n = checkpoint_list(run, &steps);
-    if (n > 0 && steps[n - 1] < newest) {
-        oldest = steps[n - 1];
-        checkpoint_path(run, oldest, path);
+    for (int i = n - 1; i >= 0 && steps[i] < newest && removed < 0; i--) {
+        checkpoint_path(run, steps[i], path);
         checkpoint_remove_dir(path);
+        removed = dir_exists(path) ? -1 : steps[i];
     }
     free(steps);
-    return oldest;
+    return removed;
 }
 
 // ---------------------------------------------------------------------------------------------------------------------

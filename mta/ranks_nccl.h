@@ -40,7 +40,7 @@ typedef struct {
 
 // NCCL cannot be used any more: all ranks end. Where the cause is another rank, the watch tells.
 __attribute__((noreturn)) static inline void nccl_fail(Ranks* r, const char* what, const char* call, bool another) {
-    if (another) { sleep(2 * WATCH_SILENCE); }
+    for (unsigned left = another ? 2 * WATCH_SILENCE : 0; left;) { left = sleep(left); }  // a signal ends a sleep
     ranks_speak(r);
     fprintf(stderr, "%s: %s, in %.*s\n", program_invocation_short_name, what, (int)strcspn(call, "("), call);
     fflush(NULL);

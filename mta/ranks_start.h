@@ -29,6 +29,9 @@
 enum {
     START_SECONDS = 60,  // and one for each ten ranks, which launchers start one after another
     START_ADDRESSES = 16,
+    START_NAME = 256,       // bytes of a host's name, as MASTER_ADDR may give it
+    START_GUESTS = 64,      // who may be about to say who it is, at the same time
+    START_SPEAK = 5,        // seconds in which it says so
     START_MISSING = 16,     // missing ranks that are named
     START_PORT = 29533,     // where neither the environment nor the job gives one
     START_JOB_PORT = 20000  // and 10,000 more: below those that systems give to whoever asks for any
@@ -46,8 +49,8 @@ typedef struct {
     uint64_t cookie;
     uint32_t address[START_ADDRESSES];  // of IPv4, in the order of the network
     int32_t addresses;
-    uint16_t port;         // in the order of the network; 0 = any, on rank 0 alone
-    char host[HOST_SIZE];  // as it was named, for messages
+    uint16_t port;          // in the order of the network; 0 = any, on rank 0 alone
+    char host[START_NAME];  // as it was named, for messages
 } StartAddress;
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -76,7 +79,8 @@ static inline void ranks_yield_to_first(int rank) {
 
 // The first launcher that says it has started several processes. Slurm is the last: what torchrun and mpirun start
 // inside its jobs sees its variables too, those of another step. And it is the step's number of tasks that counts: a
-// job's script sees the job's, and is one process.
+// job's script sees the job's, and is one process. srun --mpi=pmi2 sets MPICH's variables too, but for those of the
+// host: then its own tell more. (scripts/recipe.bash reads the same.)
 static inline Launch launch_read(void) {
     static const struct {
         const char *launcher, *rank, *size, *local, *local_size;
@@ -85,9 +89,12 @@ static inline Launch launch_read(void) {
                   "OMPI_COMM_WORLD_LOCAL_SIZE"},
                  {"MPICH's mpiexec", "PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"},
                  {"srun", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", NULL}};
-    for (size_t i = 0; i < sizeof known / sizeof known[0]; i++) {
+    enum { KNOWN = sizeof known / sizeof known[0] };
+    for (int i = 0; i < KNOWN; i++) {
         int size = launch_number(known[i].size, INT_MAX);
         if (size < 2) { continue; }
+        bool by_srun = i + 2 == KNOWN && launch_number(known[i + 1].size, INT_MAX) == size;
+        if (by_srun && launch_number(known[i].local, INT_MAX) < 0) { continue; }
         Launch l = {launch_number(known[i].rank, INT_MAX), size, launch_number(known[i].local, INT_MAX),
                     launch_number(known[i].local_size, INT_MAX), known[i].launcher};
         if (l.rank < 0) {
@@ -179,7 +186,7 @@ static inline StartAddress launch_address(const Launch* l) {
     memset(&want, 0, sizeof want);
     launch_job(l, job, sizeof job);
     uint32_t hash = crc32_update(0, job, strlen(job));
-    a.cookie = (uint64_t)l->size << 32 | hash;
+    a.cookie = hash;
     a.port = htons((uint16_t)(port > 0     ? port
                               : master > 0 ? master + 1
                               : *job       ? START_JOB_PORT + (int)(hash % 10000)
@@ -188,7 +195,10 @@ static inline StartAddress launch_address(const Launch* l) {
     if (!l->rank) { return a; }
     want.ai_family = AF_INET, want.ai_socktype = SOCK_STREAM;
     int wrong = getaddrinfo(a.host, NULL, &want, &found);
-    if (wrong) { die("rank %d: %s, the host of rank 0: %s", l->rank, a.host, gai_strerror(wrong)); }
+    if (wrong) {
+        die("rank %d: %s, the host of rank 0: %s; wanted a name or an address of IPv4", l->rank, a.host,
+            gai_strerror(wrong));
+    }
     for (struct addrinfo* i = found; i && a.addresses < START_ADDRESSES; i = i->ai_next) {
         a.address[a.addresses++] = ((struct sockaddr_in*)(void*)i->ai_addr)->sin_addr.s_addr;
     }
@@ -312,6 +322,17 @@ static inline int start_connect(uint32_t address, uint16_t port) {
     return -1;
 }
 
+// Who has connected and not yet said all: a rank, or a stranger, which may never do so.
+typedef struct {
+    int fd;  // -1: nobody
+    double until;
+    size_t have;  // bytes of what it says
+    struct {
+        StartHello hello;
+        StartMistake mistake;
+    } said;
+} StartGuest;
+
 // Rank 0's side of the meeting.
 typedef struct {
     Watch* w;
@@ -320,6 +341,8 @@ typedef struct {
     StartHello* all;  // (size) who has come; the others have no magic
     int came;         // hellos of this run, rank 0's own among them
     int status;       // not 0: the run is refused, and whoever comes ends with it
+    StartGuest guests[START_GUESTS];
+    struct pollfd* list;  // (size + START_GUESTS)
 } StartRoot;
 
 static inline void start_answer(int fd, bool all, int status) {
@@ -359,47 +382,103 @@ static inline Error start_judge(const StartHello* all, const StartHello* h) {
 
 __attribute__((noreturn)) static inline void start_refuse(StartRoot* s, int status, const char* why);
 
-// Rank 0 takes the next one that comes; what is none of this run's is sent away without a word.
-static inline void start_take(StartRoot* s) {
-    StartHello h;
-    StartMistake mistake = {0, {{0}}};
+// A guest is a rank of this run and has said all: rank 0 takes it, or refuses.
+static inline void start_take(StartRoot* s, StartGuest* g) {
+    StartHello* h = &g->said.hello;
+    StartMistake* mistake = &g->said.mistake;  // all 0 where none was sent
     Error e = {{0}};
-    int fd = accept4(s->listening, NULL, NULL, SOCK_CLOEXEC);
-    if (fd < 0 && errno == EMFILE && !s->status) {
-        start_refuse(s, 1, "ranks: too many open files; ulimit -n N allows more");
-    }
-    if (fd < 0) { return; }
-    double end = seconds_now() + 2;  // meanwhile nobody hears of rank 0
-    if (!start_receive(fd, &h, sizeof h, end) || memcmp(h.magic, START_MAGIC, sizeof h.magic) ||
-        h.cookie != s->address->cookie || (h.mistake && !start_receive(fd, &mistake, sizeof mistake, end))) {
-        close(fd);
-        return;
-    }
-    h.version[sizeof h.version - 1] = h.host[sizeof h.host - 1] = h.device[sizeof h.device - 1] = 0;
-    mistake.why.text[sizeof mistake.why.text - 1] = 0;
+    int fd = g->fd;
+    g->fd = -1;
+    h->version[sizeof h->version - 1] = h->host[sizeof h->host - 1] = h->device[sizeof h->device - 1] = 0;
+    mistake->why.text[sizeof mistake->why.text - 1] = 0;
     start_answer(fd, false, 0);
     s->came++;
-    if (!s->status) { e = start_judge(s->all, &h); }
-    if (mistake.status && !e.text[0]) { fail(&e, "rank %d (%s): %.400s", h.rank, h.host, mistake.why.text); }
+    if (!s->status) { e = start_judge(s->all, h); }
+    if (mistake->status && !e.text[0]) { fail(&e, "rank %d (%s): %.400s", h->rank, h->host, mistake->why.text); }
     if (s->status || e.text[0]) {
-        int status = s->status ? s->status : mistake.status ? mistake.status : 1;
+        int status = s->status ? s->status : mistake->status ? mistake->status : 1;
         start_answer(fd, true, status);
         close(fd);
         if (s->status) { return; }
         start_refuse(s, status, e.text);
     }
-    s->all[h.rank] = h;
-    s->w->peers[h.rank].fd = fd;
+    s->all[h->rank] = *h;
+    s->w->peers[h->rank].fd = fd;
+}
+
+static inline void start_send_away(StartGuest* g) {
+    if (g->fd >= 0) { close(g->fd); }
+    g->fd = -1;
+}
+
+// Reads what a guest has said by now. Who is none of this run's, is silent for too long or hangs up is sent away
+// without a word.
+static inline void start_hear(StartRoot* s, StartGuest* g) {
+    const StartHello* h = &g->said.hello;
+    for (;;) {
+        bool greeted = g->have >= sizeof *h;
+        size_t wanted = sizeof *h + (greeted && h->mistake ? sizeof g->said.mistake : 0);
+        if (greeted && (memcmp(h->magic, START_MAGIC, sizeof h->magic) || h->cookie != s->address->cookie)) { break; }
+        if (g->have == wanted) {
+            start_take(s, g);
+            return;
+        }
+        ssize_t got = recv(g->fd, (char*)&g->said + g->have, wanted - g->have, MSG_DONTWAIT);
+        if (got < 0 && (errno == EAGAIN || errno == EINTR) && seconds_now() < g->until) { return; }
+        if (got <= 0) { break; }
+        g->have += (size_t)got;
+    }
+    start_send_away(g);
+}
+
+// Lets the next one in, in place of the one that has been here longest where there are too many: if that is a rank, it
+// comes again.
+static inline void start_let_in(StartRoot* s) {
+    StartGuest* g = s->guests;
+    int fd = accept4(s->listening, NULL, NULL, SOCK_CLOEXEC);
+    if (fd < 0 && errno == EMFILE && !s->status) {
+        start_refuse(s, 1, "ranks: too many open files; ulimit -n N allows more");
+    }
+    if (fd < 0) { return; }
+    for (int i = 0; i < START_GUESTS && g->fd >= 0; i++) {
+        const StartGuest* one = &s->guests[i];
+        if (one->fd < 0 || one->until < g->until) { g = &s->guests[i]; }
+    }
+    start_send_away(g);
+    memset(g, 0, sizeof *g);
+    g->fd = fd, g->until = seconds_now() + START_SPEAK;
+    start_hear(s, g);
+}
+
+static inline void start_check(StartRoot* s);
+
+// Waits a moment for whoever connects, says something or is lost, and sees to it. Only open files are in the list: of
+// more than a process may have, poll would take none.
+static inline void start_look(StartRoot* s) {
+    int size = s->w->size, n = 0;
+    for (int i = 0; i < size + START_GUESTS; i++) {
+        struct pollfd one = {i ? i < size ? s->w->peers[i].fd : s->guests[i - size].fd : s->listening, POLLIN, 0};
+        if (one.fd >= 0) { s->list[n++] = one; }
+    }
+    poll(s->list, (nfds_t)n, 100);
+    start_check(s);
+    for (int i = 0; i < START_GUESTS; i++) {
+        if (s->guests[i].fd >= 0) { start_hear(s, &s->guests[i]); }
+    }
+    if (s->list[0].revents) { start_let_in(s); }
 }
 
 // Ends the run where the ranks meet: rank 0 says why, the others end with it, also those that come later.
 __attribute__((noreturn)) static inline void start_refuse(StartRoot* s, int status, const char* why) {
     fprintf(stderr, "%s: %s\n", program_invocation_short_name, why);
     start_answer_all(s, true, status);
+    for (int p = 1; p < s->w->size; p++) {  // that makes room for who comes later
+        if (s->w->peers[p].fd >= 0) { close(s->w->peers[p].fd); }
+        s->w->peers[p].fd = -1;
+    }
     s->status = status;
     for (double end = seconds_now() + start_seconds(s->w->size); s->came < s->w->size && seconds_now() < end;) {
-        struct pollfd one = {s->listening, POLLIN, 0};
-        if (poll(&one, 1, 100) == 1) { start_take(s); }
+        start_look(s);
     }
     exit(status);
 }
@@ -422,9 +501,9 @@ __attribute__((noreturn)) static inline void start_miss(StartRoot* s) {
 }
 
 // One that has come says nothing until all have: what its connection shows is its end.
-static inline void start_check(StartRoot* s, const struct pollfd* list) {
-    for (int p = 1; p < s->w->size; p++) {
-        if (!list[p].revents) { continue; }
+static inline void start_check(StartRoot* s) {
+    for (int p = 1, at = 1; p < s->w->size; p++) {
+        if (s->w->peers[p].fd < 0 || !s->list[at++].revents) { continue; }
         Error e = {{0}};
         fail(&e, "rank %d (%s) was lost at the start", p, s->all[p].host);
         start_refuse(s, EXIT_RANK_LOST, e.text);
@@ -434,35 +513,31 @@ static inline void start_check(StartRoot* s, const struct pollfd* list) {
 // Rank 0's part: waits for all, then answers them.
 static inline void start_gather(StartRoot* s, const void* block, size_t n) {
     Watch* w = s->w;
-    struct pollfd* list = (struct pollfd*)alloc_or_die((size_t)w->size, sizeof *list, "the ranks' connections");
     double limit = start_seconds(w->size), end = seconds_now() + limit, told = seconds_now();
     while (s->came < w->size) {
-        for (int p = 0; p < w->size; p++) {
-            struct pollfd one = {p ? w->peers[p].fd : s->listening, POLLIN, 0};
-            list[p] = one;
-        }
-        poll(list, (nfds_t)w->size, 100);
+        int before = s->came;
+        start_look(s);
         double now = seconds_now();
+        if (s->came > before) { end = now + limit; }
         if (now > end) { start_miss(s); }
-        start_check(s, list);
-        if (list[0].revents) {
-            int before = s->came;
-            start_take(s);
-            end = s->came > before ? now + limit : end;
-        }
         if (now > told + 1) {
             start_answer_all(s, false, 0);
             told = now;
         }
     }
-    free(list);
     close(s->listening);
-    for (int p = 0; p < w->size; p++) { memcpy(w->peers[p].host, s->all[p].host, HOST_SIZE); }
+    for (int i = 0; i < START_GUESTS; i++) { start_send_away(&s->guests[i]); }
+    char* hosts = (char*)alloc_or_die((size_t)w->size, HOST_SIZE, "ranks");
+    for (int p = 0; p < w->size; p++) {
+        memcpy(w->peers[p].host, s->all[p].host, HOST_SIZE);
+        memcpy(hosts + (size_t)p * HOST_SIZE, s->all[p].host, HOST_SIZE);
+    }
     start_answer_all(s, true, 0);
     for (int p = 1; p < w->size; p++) {
-        for (int i = 0; i < w->size; i++) { start_send(w->peers[p].fd, s->all[i].host, HOST_SIZE); }
+        start_send(w->peers[p].fd, hosts, (size_t)w->size * HOST_SIZE);
         start_send(w->peers[p].fd, block, n);
     }
+    free(hosts);
 }
 
 // Another rank tries each address of rank 0 until one takes its hello.
@@ -518,8 +593,13 @@ static inline void start_meet(Watch* w, const StartAddress* a, int listening, co
     snprintf(mine.device, sizeof mine.device, "%s", device);
     gethostname(mine.host, sizeof mine.host - 1);
     if (!w->rank) {
-        StartRoot s = {w, a, listening, (StartHello*)alloc_or_die((size_t)w->size, sizeof mine, "ranks"), 1, 0};
+        StartRoot s;
         Error e = {{0}};
+        memset(&s, 0, sizeof s);
+        s.w = w, s.address = a, s.listening = listening, s.came = 1;
+        s.all = (StartHello*)alloc_or_die((size_t)w->size, sizeof mine, "ranks");
+        s.list = (struct pollfd*)alloc_or_die((size_t)w->size + START_GUESTS, sizeof *s.list, "ranks");
+        for (int i = 0; i < START_GUESTS; i++) { s.guests[i].fd = -1; }
         s.all[0] = mine;
         if (mine.mistake) {
             fail(&e, "rank 0 (%s): %.400s", mine.host, mistake->why.text);
@@ -527,6 +607,7 @@ static inline void start_meet(Watch* w, const StartAddress* a, int listening, co
         }
         start_gather(&s, block, n);
         free(s.all);
+        free(s.list);
         return;
     }
     start_reach(w, a, &mine, mistake);

@@ -18,7 +18,7 @@
 #include <sys/socket.h>
 
 enum { EXIT_RANK_LOST = 71 };
-enum { WATCH_SILENCE = 20, HOST_SIZE = 64 };  // the first in seconds
+enum { WATCH_SILENCE = 20, WATCH_LEAST = 3, HOST_SIZE = 64 };  // seconds; the least that --rank-timeout may be
 
 // Where a rank is in the run. AT_FETCH: rank 0 gets what a checkpoint is written of. AT_REQUESTS: it reads what --score
 // answers, for as long as it takes to come.
@@ -136,10 +136,12 @@ static inline void watch_lost(Watch* w, const WatchPeer* peer, const char* what,
     bool ending = w->ending;
     pthread_mutex_unlock(&w->lock);
     while (ending) { pause(); }  // the main thread ends all, and what it ends is no loss
+    pthread_mutex_lock(&w->lock);
     watch_where(at, where, sizeof where);
     snprintf(line, sizeof line, "%s: rank %d (%s) %s %s; all ranks end, the last good checkpoint: %s\n",
              program_invocation_short_name, peer->rank, peer->host, what, where,
              w->checkpoint[0] ? w->checkpoint : "none");
+    pthread_mutex_unlock(&w->lock);
     bool speaks = w->rank == 0 || (peer->rank == 0 && w->rank == 1);
     if (speaks && write(w->err, line, strlen(line)) < 0) { errno = 0; }
     watch_end(w, EXIT_RANK_LOST);
@@ -233,7 +235,8 @@ static inline void watch_round(Watch* w, double now, double timeout) {
 
 static inline void* watch_thread(void* arg) {
     Watch* w = (Watch*)arg;
-    struct pollfd* list = (struct pollfd*)alloc_or_die((size_t)w->size, sizeof *list, "the watch's connections");
+    int n = w->rank ? 1 : w->size;  // poll takes no more than the files that a process may open
+    struct pollfd* list = (struct pollfd*)alloc_or_die((size_t)n, sizeof *list, "the watch's connections");
     double before = seconds_now(), round = 0;
     for (;;) {
         pthread_mutex_lock(&w->lock);
@@ -241,18 +244,18 @@ static inline void* watch_thread(void* arg) {
         double timeout = w->timeout;
         pthread_mutex_unlock(&w->lock);
         if (over) { break; }
-        for (int i = 0; i < w->size; i++) {
+        for (int i = 0; i < n; i++) {
             struct pollfd one = {w->peers[i].fd, POLLIN, 0};
             list[i] = one;
         }
-        poll(list, (nfds_t)w->size, 200);
+        poll(list, (nfds_t)n, 200);
         double now = seconds_now();
         // This process itself was stopped for a while: what it has not heard meanwhile means nothing.
         for (int i = 0; i < w->size && now - before > 5; i++) {
             w->peers[i].heard = w->peers[i].alive = w->peers[i].moved = now;
         }
         before = now;
-        for (int i = 0; i < w->size; i++) {
+        for (int i = 0; i < n; i++) {
             if (list[i].revents) { watch_read(w, &w->peers[i], now); }
         }
         if (now - round >= 1) {

@@ -132,6 +132,7 @@ static inline void run_catch_signals(const Ranks* ranks) {
     struct sigaction a;
     memset(&a, 0, sizeof a);
     a.sa_handler = ranks_lead(ranks) ? run_on_signal : run_on_signal_quietly;
+    a.sa_flags = SA_RESTART;  // a checkpoint that is being written is not broken off: some network disks would
     sigaction(SIGINT, &a, NULL);
     sigaction(SIGTERM, &a, NULL);
     sigaction(SIGUSR1, &a, NULL);  // what clusters send before a job's time is over
@@ -771,12 +772,27 @@ static inline void run_open_data(Run* r) {
     r->losses = (double*)alloc_or_die((size_t)r->shards, sizeof(double), "losses of shards");
 }
 
-// What a loader's shards are, by their headers, which hold the tokens' CRC-32.
+// A file's size and so many pieces of it, the first at its beginning, the last at its end.
+static inline uint64_t run_hash_file(const MappedFile* f, size_t pieces, size_t bytes) {
+    uint64_t hash = f->size;
+    size_t n = f->size < bytes ? f->size : bytes, rest = f->size - n;
+    for (size_t i = 0; i < pieces && f->data; i++) {
+        size_t at = i + 1 < pieces ? rest / pieces * i : i ? rest : 0;
+        hash = hash * 1000003 + ranks_hash((const char*)f->data + at, n);
+    }
+    return hash;
+}
+
+// What a loader's shards are: by their headers, which hold the tokens' CRC-32; what has none, masks and shards of other
+// programs, by a megabyte of it.
 static inline uint64_t run_hash_data(const Loader* l, uint64_t hash) {
+    enum { PIECES = 16, PIECE = 1 << 16 };
     for (int i = 0; i < l->n_sources; i++) {
         for (int j = 0; j < l->sources[i].n_shards; j++) {
-            const MappedFile* f = &l->sources[i].shards[j].file;
-            hash = hash * 1000003 + ranks_hash((const char*)f->data, f->size < 1024 ? f->size : 1024) + f->size;
+            const Shard* s = &l->sources[i].shards[j];
+            hash = hash * 1000003 + run_hash_file(&s->file, 1, SHARD_HEADER_BYTES);
+            if (!s->crc) { hash = hash * 1000003 + run_hash_file(&s->file, PIECES, PIECE); }
+            hash = hash * 1000003 + run_hash_file(&s->mask, PIECES, PIECE);
         }
     }
     return hash;
@@ -1454,10 +1470,12 @@ static inline int run_end(Run* r) {
     if (r->skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW) {
         char path[PATH_SIZE] = "none was saved";
         if (r->saved_step >= 0) { checkpoint_path(r->options->out, (long)r->saved_step, path); }
-        fprintf(stderr,
-                "%s: loss or gradient norm was not finite in %d steps in a row, stopped at step %lld; the last good "
-                "checkpoint: %s\n",
-                program_invocation_short_name, r->skipped_in_a_row, (long long)r->step, path);
+        if (ranks_lead(r->ranks)) {
+            fprintf(stderr,
+                    "%s: loss or gradient norm was not finite in %d steps in a row, stopped at step %lld; the last "
+                    "good checkpoint: %s\n",
+                    program_invocation_short_name, r->skipped_in_a_row, (long long)r->step, path);
+        }
         status = EXIT_NOT_FINITE;
     } else if (run_stops(r) && r->step < r->steps) {
         printf("stopped by signal %d at step %lld, saved; --resume continues\n",

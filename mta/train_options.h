@@ -251,6 +251,10 @@ static inline void options_check_useful(const TrainOptions* o, const Opt* table)
         {"--sample-prompt", o->sample_every > 0, samples, false},
         {"--sample-temperature", o->sample_every > 0, samples, false}};
     options_check_needs(table, needs, sizeof needs / sizeof *needs);
+    if (o->rank_timeout > 0 && o->rank_timeout < WATCH_LEAST) {
+        die("--rank-timeout: got %g, wanted 0 or at least %d: processes tell each other once a second where they are",
+            o->rank_timeout, WATCH_LEAST);
+    }
 }
 
 // The command line into *o, which nothing changes afterwards. Ends the program on a mistake, or with --help.

@@ -11,12 +11,13 @@ write_recipe() {
 }
 
 # read_launcher: how many processes there are (ranks), and which this is of all (rank) and of its host (here), by the
-# launcher's variables as mta/ranks_start.h reads them.
+# launcher's variables as mta/ranks_start.h reads them: MPICH's without those of the host are set by srun --mpi=pmi2.
 read_launcher() {
     local number size local
     ranks=1 rank=0 here=0
     while read -r number size local; do
         if [ "${!size:-1}" -gt 1 ]; then
+            [ "$size${!local:-}" != PMI_SIZE ] || [ "${!size}" != "${SLURM_STEP_NUM_TASKS:-}" ] || continue
             ranks=${!size} rank=${!number:-0} here=${!local:-0}
             return
         fi

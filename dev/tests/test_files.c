@@ -6,6 +6,7 @@
 #include "mta/json.h"
 #include "mta/safetensors.h"
 #include "mta/checkpoint.h"
+#include "mta/run.h"
 
 #include "check.h"
 #include <signal.h>
@@ -561,6 +562,37 @@ static void test_checkpoint_prune(Arena* a) {
     CHECK(silent_newest(run, path) == 6 && !dir_exists(at("prune/step-00000004")));
 }
 
+// On a full disk the oldest checkpoint gives way; one that the user keeps something in cannot, and another does.
+static void test_checkpoint_make_room(Arena* a) {
+    char path[PATH_SIZE];
+    const char* run = at("room");
+    for (long step = 1; step <= 4; step++) { CHECK(save(run, step, a, path, NULL)); }
+    CHECK(mkdir(at("room/step-00000001/mine"), 0777) == 0);
+    CHECK(checkpoint_make_room(run, 4) == 2 && !dir_exists(at("room/step-00000002")));
+    CHECK(checkpoint_make_room(run, 4) == 3 && checkpoint_make_room(run, 4) == -1);
+    CHECK(silent_newest(run, path) == 4 && dir_exists(at("room/step-00000001/mine")));
+}
+
+// A signal that a run obeys does not break off what waits for a disk.
+static void test_signal_in_a_write(void) {
+    int ends[2];
+    char byte = 0;
+    Ranks quiet = {.rank = 1, .size = 2};
+    CHECK(pipe(ends) == 0);
+    pid_t pid = fork();
+    if (pid == 0) {
+        usleep(100000);
+        kill(getppid(), SIGUSR1);
+        usleep(100000);
+        _exit(write(ends[1], "x", 1) != 1);
+    }
+    run_catch_signals(&quiet);
+    CHECK(read(ends[0], &byte, 1) == 1 && run_signal == SIGUSR1);
+    waitpid(pid, NULL, 0);
+    close(ends[0]);
+    close(ends[1]);
+}
+
 // Writes the arena's tensors but for `skip`, with one renamed to `extra`, and one value replaced.
 static bool write_variant(const char* path, Arena* a, int skip, const char* extra, DType dtype, bool nan) {
     static StEntry entries[80];
@@ -649,6 +681,8 @@ int main(void) {
     test_checkpoint_kill(&a);
     test_checkpoint_full_disk(&a);
     test_checkpoint_prune(&a);
+    test_checkpoint_make_room(&a);
+    test_signal_in_a_write();
     test_checkpoint_tensors(&a);
     tensor_list_free(&a.list);
     free(a.data);

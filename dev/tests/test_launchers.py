@@ -139,6 +139,12 @@ class Launchers(Scripts):
                   "CUDA_VISIBLE_DEVICES": "4,5,6,7"} for i in range(8)]
         self.check(*self.start([], tasks, 8), ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS"), 8, sorted("45674567"), "16")
 
+    def test_srun_by_pmi2(self):
+        """It sets MPICH's variables beside its own, but for the number on the host."""
+        tasks = [{"SLURM_PROCID": str(i), "SLURM_STEP_NUM_TASKS": "2", "SLURM_LOCALID": str(i), "PMI_RANK": str(i),
+                  "PMI_SIZE": "2"} for i in range(2)]
+        self.check(*self.start([], tasks), ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS"))
+
     def test_srun_that_shows_each_task_its_own_gpu(self):
         tasks = [{"SLURM_PROCID": str(i), "SLURM_STEP_NUM_TASKS": "2", "SLURM_LOCALID": str(i),
                   "CUDA_VISIBLE_DEVICES": "3"} for i in range(2)]

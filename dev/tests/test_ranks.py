@@ -257,6 +257,19 @@ class Bits(Ranks):
         self.run_ok(many, 2, bf16)
         self.assert_same(one, many, "bf16")
 
+    def test_not_finite(self):
+        """A rate that soon leaves no finite number: every rank skips as one process does, and one of them says so."""
+        one, four = self.place(), self.place()
+        wild = {"--lr": 900, "--grad-clip": 0, "--steps": 40, "--shards": 4}
+        for cwd, ranks in ((one, 1), (four, 4)):
+            done = self.finish(self.start(cwd, ranks, wild))
+            self.assertEqual(done.returncode, 3, done.stdout[-2000:] + done.stderr)
+            self.assertEqual(len(own_lines(done.stderr)), 1, done.stderr)
+            self.assertIn("loss or gradient norm was not finite in 5 steps in a row", own_lines(done.stderr)[0])
+        steps = self.events(one, "step")
+        self.assertEqual((steps[-1]["grad_norm"], steps[-1]["skipped"]), (None, 5))
+        self.assertEqual(steps, self.events(four, "step"))
+
     def test_evaluation_alone(self):
         """--eval-only on three ranks: the figures of one."""
         cwd = self.place()
@@ -446,6 +459,20 @@ class Refusals(Ranks):
         self.odd(["rank 1 (", "other shards behind --train or --val than rank 0"], folder=other)
         os.remove(path)
         self.odd(["rank 1 (", "--train: a_train_*.bin: no such shard"], folder=other)
+
+    def test_other_mask(self):
+        """Of which no header tells."""
+        other = self.place()
+        path = os.path.join(other, "b_train_000000.mask")
+        mask = bytearray(read_bytes(path))
+        mask[-5] = not mask[-5]
+        os.remove(path)
+        with open(path, "wb") as f:
+            f.write(mask)
+        self.odd(["rank 1 (", "other shards behind --train or --val than rank 0"], folder=other)
+
+    def test_a_hasty_watch(self):
+        self.refused(["--rank-timeout: got 1, wanted 0 or at least 3"], self.place(), 2, {"--rank-timeout": 1})
 
     def test_other_program(self):
         other = os.path.join(self.folder, "other")

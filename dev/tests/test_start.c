@@ -93,6 +93,10 @@ static void test_launchers(void) {
            0, "Open MPI's mpirun 5/8 1/4 n07:91");
     expect("OMPI_COMM_WORLD_RANK=5 OMPI_COMM_WORLD_SIZE=8 OMPI_COMM_WORLD_LOCAL_RANK=1 OMPI_COMM_WORLD_LOCAL_SIZE=4", 1,
            "Open MPI's mpirun does not say on which host rank 0 is; wanted MASTER_ADDR=HOST");
+    // A name as long as clusters have them.
+    expect("RANK=1 WORLD_SIZE=2 LOCAL_RANK=0 LOCAL_WORLD_SIZE=1 MASTER_PORT=80 MASTER_ADDR=llama-880m-mta-master-0."
+           "llama-880m-mta.machine-learning.svc.cluster.example.org",
+           0, "llama-880m-mta-master-0.llama-880m-mta.machine-learning.svc.cluster.example.org:81");
     // MPICH.
     expect("PMI_RANK=2 PMI_SIZE=3 MPI_LOCALRANKID=2 MPI_LOCALNRANKS=3", 0, "MPICH's mpiexec 2/3 2/3 127.0.0.1:29533");
     expect("PMI_RANK=2 PMI_SIZE=3 MPI_LOCALRANKID=0 MPI_LOCALNRANKS=1 MASTER_ADDR=10.0.0.7", 0, "0/1 10.0.0.7:29533");
@@ -103,6 +107,13 @@ static void test_launchers(void) {
     expect("SLURM_PROCID=1 SLURM_STEP_NUM_TASKS=2 SLURM_LOCALID=1 SLURM_STEP_NUM_NODES=1 SLURM_STEP_NODELIST=n1 "
            "MASTER_PORT=80",
            0, "srun 1/2 1/-1 127.0.0.1:81");
+    expect("SLURM_PROCID=5 SLURM_STEP_NUM_TASKS=6 SLURM_LOCALID=1 SLURM_STEP_NUM_NODES=3 "
+           "SLURM_STEP_NODELIST=other-[1-2]x,node[001-004,7]",
+           0, "srun 5/6 1/-1 other-1x:29533");
+    // With --mpi=pmi2 srun gives MPICH's variables too, but not its number on the host.
+    expect("PMI_RANK=1 PMI_SIZE=4 SLURM_PROCID=1 SLURM_STEP_NUM_TASKS=4 SLURM_LOCALID=1 SLURM_STEP_NUM_NODES=2 "
+           "SLURM_STEP_NODELIST=node[001-002] SLURM_JOB_NODELIST=login,node[001-002]",
+           0, "srun 1/4 1/-1 node001:29533");
     expect("SLURM_PROCID=0 SLURM_NTASKS=8 SLURM_LOCALID=0 SLURM_JOB_ID=12 SLURM_JOB_NODELIST=n[1-2]", 0, " 0/1 0/1");
     expect("SLURM_PROCID=0 SLURM_NTASKS=1 SLURM_STEP_NUM_TASKS=1 SLURM_LOCALID=0", 0, " 0/1 0/1");
     // Several at once: the first that started more than one.
@@ -283,31 +294,31 @@ static void test_rank_twice(void) {
     CHECK(ended(again, text, sizeof text) == 1 && !*text);
 }
 
-// A rank 1 that says what its argument says: "VERSION SIZE".
-static void meet_as(const char* argument) {
+// A rank of the version that its argument says.
+static void meet_as(const char* version) {
     Watch w;
     WatchPeer peers[4];
-    char version[32];
-    int size = 0;
     memset(&w, 0, sizeof w);
-    sscanf(argument, "%31s %d", version, &size);
     Launch l = launch_read();
     StartAddress a = launch_address(&l);
     const StartMistake none = {0, {{0}}};
-    w.rank = l.rank, w.size = size, w.peers = peers;
+    w.rank = l.rank, w.size = l.size, w.peers = peers;
     start_meet(&w, &a, -1, version, "", &none, NULL, 0);
 }
 static void test_other_version_or_size(void) {
-    const char* const words[] = {"0.0.0 2", MTA_VERSION " 3"};
-    const char* const wanted[] = {") is of version 0.0.0, rank 0 (", ") was started as one of 3, rank 0 ("};
+    const struct {
+        const char *version, *wanted;
+        int size;
+    } odd[] = {{"0.0.0", ") is of version 0.0.0, rank 0 (", 2},
+               {MTA_VERSION, ") was started as one of 3, rank 0 (", 3}};
     char text[2048];
     for (int i = 0; i < 2; i++) {
         int port = free_port();
         Child root = start(meet, "0 - bye", variables_of(0, 2, port, 20)),
-              odd = start(meet_as, words[i], variables_of(1, 2, port, 20));
+              other = start(meet_as, odd[i].version, variables_of(1, odd[i].size, port, 20));
         CHECK(ended(root, text, sizeof text) == 1);
-        check(strstr(text, "rank 1 (") && strstr(text, wanted[i]), wanted[i], text);
-        CHECK(ended(odd, text, sizeof text) == 1 && !*text);
+        check(strstr(text, "rank 1 (") && strstr(text, odd[i].wanted), odd[i].wanted, text);
+        CHECK(ended(other, text, sizeof text) == 1 && !*text);
     }
 }
 
@@ -335,6 +346,74 @@ static void test_strangers(void) {
     other = start(meet, "0 - bye", variables_of(1, 2, port, 20));
     check(ended(root, text, sizeof text) == 0 && !*text, "the same port again", text);
     check(ended(other, text, sizeof text) == 0 && !*text, "the same port again", text);
+}
+
+// Strangers that stay connected and say nothing, or only begin to, keep no rank waiting.
+static void test_silent_strangers(void) {
+    enum { STRANGERS = 40 };
+    int port = free_port(), silent[STRANGERS];
+    char text[2048];
+    Child root = start(meet, "0 - bye", variables_of(0, 2, port, 20));
+    for (int i = 0; i < STRANGERS; i++) {
+        do { silent[i] = start_connect(htonl(INADDR_LOOPBACK), htons((uint16_t)port)); } while (silent[i] < 0);
+        if (i % 2) { start_send(silent[i], START_MAGIC, 5); }
+    }
+    double began = seconds_now();
+    Child other = start(meet, "0 - bye", variables_of(1, 2, port, 20));
+    check(ended(root, text, sizeof text) == 0 && !*text, "strangers that are silent", text);
+    check(ended(other, text, sizeof text) == 0 && !*text, "strangers that are silent", text);
+    CHECK(seconds_now() - began < 10);
+    for (int i = 0; i < STRANGERS; i++) { close(silent[i]); }
+}
+
+// All ranks but rank 0, in one process; they leave when rank 0 says goodbye.
+static void come_as_crowd(const char* argument) {
+    (void)argument;
+    Launch l = launch_read();
+    StartAddress a = launch_address(&l);
+    struct rlimit files;
+    StartHello mine;
+    StartAnswer taken;
+    char block[BLOCK];
+    int* fds = (int*)alloc_or_die((size_t)l.size, sizeof(int), "connections");
+    getrlimit(RLIMIT_NOFILE, &files);
+    files.rlim_cur = files.rlim_max;
+    setrlimit(RLIMIT_NOFILE, &files);
+    memset(&mine, 0, sizeof mine);
+    memcpy(mine.magic, START_MAGIC, sizeof mine.magic);
+    snprintf(mine.version, sizeof mine.version, "%s", MTA_VERSION);
+    gethostname(mine.host, sizeof mine.host - 1);
+    mine.cookie = a.cookie, mine.size = l.size;
+    for (mine.rank = 1; mine.rank < l.size; mine.rank++) {
+        int* fd = &fds[mine.rank];
+        do { *fd = start_connect(a.address[0], a.port); } while (*fd < 0);
+        start_send(*fd, &mine, sizeof mine);
+        if (!start_receive(*fd, &taken, sizeof taken, seconds_now() + 10)) { _exit(5); }
+    }
+    Watch w;
+    memset(&w, 0, sizeof w);
+    w.size = l.size, w.peers = (WatchPeer*)alloc_or_die((size_t)l.size, sizeof(WatchPeer), "ranks");
+    for (w.rank = 1; w.rank < l.size; w.rank++) {
+        w.peers[0].fd = fds[w.rank];
+        if (!start_await(&w, block, BLOCK) || block[BLOCK - 1] != 7) { _exit(6); }
+    }
+    for (int p = 1; p < l.size; p++) {
+        while (start_receive(fds[p], block, 1, seconds_now() + 10)) {}
+        close(fds[p]);
+    }
+    _exit(0);
+}
+static void test_crowd(void) {
+    struct rlimit files;
+    char text[2048];
+    getrlimit(RLIMIT_NOFILE, &files);
+    int port = free_port(), size = files.rlim_max > 1100 ? 1000 : (int)files.rlim_max - 50;
+    double began = seconds_now();
+    Child root = start(meet, "0 - bye", variables_of(0, size, port, 20)),
+          others = start(come_as_crowd, "", variables_of(1, size, port, 20));
+    check(ended(root, text, sizeof text) == 0 && !*text, "a thousand ranks", text);
+    CHECK(ended(others, text, sizeof text) == 0);
+    printf("%d ranks met and parted in %.1f s\n", size, seconds_now() - began);
 }
 
 // A rank that comes and is gone before all have.
@@ -383,6 +462,56 @@ static void test_few_files(void) {
     int status = ended(root, text, sizeof text);
     check(status == 0 && !*text, "more ranks than open files by default", text);
     for (int p = 1; p < 4; p++) { CHECK(ended(others[p - 1], text, sizeof text) == 0); }
+}
+
+// Where even the most that this user may have is too little, all end at once, also those that are not let in.
+static void meet_with_too_few_files(const char* argument) {
+    struct rlimit files;
+    int next = dup(STDIN_FILENO);
+    close(next);
+    files.rlim_cur = files.rlim_max = (rlim_t)next + 2;  // to listen, and for one of three
+    setrlimit(RLIMIT_NOFILE, &files);
+    meet(argument);
+}
+static void test_too_few_files(void) {
+    char text[2048];
+    int port = free_port();
+    double began = seconds_now();
+    Child root = start(meet_with_too_few_files, "0 - bye", variables_of(0, 4, port, 20)), others[3];
+    for (int p = 1; p < 4; p++) { others[p - 1] = start(meet, "0 - bye", variables_of(p, 4, port, 20)); }
+    CHECK(ended(root, text, sizeof text) == 1);
+    check(!strcmp(strchr(text, ' ') ? strchr(text, ' ') : "", " ranks: too many open files; ulimit -n N allows more\n"),
+          "more ranks than a user may have open files", text);
+    for (int p = 1; p < 4; p++) { CHECK(ended(others[p - 1], text, sizeof text) == 1 && !*text); }
+    CHECK(seconds_now() - began < 8);
+}
+
+// More ranks than a rank may have open files: it hears all the same that another is lost.
+static void test_more_ranks_than_files(void) {
+    enum { RANKS = 16 };
+    char text[2048];
+    int port = free_port();
+    double began = seconds_now();
+    Child children[RANKS];
+    for (int p = 0; p < RANKS; p++) {
+        children[p] = start(p == 1 ? meet_with_too_few_files : meet, p == 9 ? "500 - die" : "0 - stay",
+                            variables_of(p, RANKS, port, 20));
+    }
+    for (int p = 0; p < RANKS; p++) {
+        int wanted = p == 9 ? 128 + SIGKILL : EXIT_RANK_LOST, got = ended(children[p], text, sizeof text);
+        check(got == wanted, "more ranks than open files", text);
+    }
+    CHECK(seconds_now() - began < 10);
+}
+
+// The meeting is over IPv4.
+static void test_no_such_host(void) {
+    char text[2048];
+    Child one =
+        start(meet, "0 - bye", "RANK=1 WORLD_SIZE=2 LOCAL_RANK=0 LOCAL_WORLD_SIZE=1 MASTER_ADDR=::1 MTA_PORT=9");
+    CHECK(ended(one, text, sizeof text) == 1);
+    check(strstr(text, "rank 1: ::1, the host of rank 0: ") && strstr(text, "; wanted a name or an address of IPv4\n"),
+          "a host that has IPv6 alone", text);
 }
 
 static void test_lost(void) {
@@ -436,9 +565,14 @@ int main(void) {
     test_rank_twice();
     test_other_version_or_size();
     test_strangers();
+    test_silent_strangers();
+    test_crowd();
     test_lost();
     test_lost_before_all_have_come();
     test_few_files();
+    test_too_few_files();
+    test_more_ranks_than_files();
+    test_no_such_host();
     test_taken_port();
     return test_verdict();
 }
