@@ -266,8 +266,8 @@ for mpi in openmpi mpich; do
 done
 ranks_step() {
     if [ -z "$ranked" ]; then skip "$1: no MPI (mpicc.openmpi or mpicc.mpich)"; return; fi
-    step full "$1" "train_mta$ranked" "$python" "dev/tests/$1"
-    step long "$1 --long" "train_mta$ranked" "$python" "dev/tests/$1" --long
+    step full "$1" "train_mta$ranked build/faults.so" "$python" "dev/tests/$1"
+    step long "$1 --long" "train_mta$ranked build/faults.so" "$python" "dev/tests/$1" --long
 }
 if has python3; then
     for source in dev/tests/test_*.py; do

@@ -390,6 +390,43 @@ class Resume(Ranks):
         self.assertEqual(len(last), 5 + 6)
         self.assertEqual([name for name in last if a[name] != b[name]], [])
 
+    def test_newest_is_damaged(self):
+        """It is named and passed over; what follows is what an unbroken run has."""
+        whole, broken = self.place(), self.place()
+        changes = {"--shards": 2, "--schedule-steps": 6}
+        self.run_ok(whole, 1, dict(changes, **{"--steps": 6}), ["--resume"])
+        self.run_ok(broken, 2, changes, ["--resume"])
+        newest = os.path.join(broken, "run", "step-00000004", "optimizer.safetensors")
+        os.truncate(newest, os.path.getsize(newest) - 1)
+        done = self.run_ok(broken, 2, dict(changes, **{"--steps": 6}), ["--resume"])
+        self.assertEqual(len(own_lines(done.stderr)), 1, done.stderr)
+        self.assertIn("checkpoint passed over: run/step-00000004/optimizer.safetensors", own_lines(done.stderr)[0])
+        self.assertIn("resumed from run/step-00000002", done.stdout)
+        self.assertEqual(self.events(whole, "step", "val", "sample"), self.events(broken, "step", "val", "sample"))
+
+    def test_full_disk(self):
+        """Where rank 0 writes a checkpoint: the oldest gives way, and the others give their part once more."""
+        library = os.path.join(ROOT, "build", "faults.so")
+        one, two = self.place(), self.place()
+        state, trace = (os.path.join(self.folder, name) for name in ("state", "trace"))
+        on_root = 'if [ "${OMPI_COMM_WORLD_RANK:-$PMI_RANK}" = 0 ]; then export LD_PRELOAD="$1" FAULT_STATE="$2" ' \
+                  'FAULT_TRACE="$3" FAULT_AT="$4" FAULT_KIND=ENOSPC FAULT_UNDER=run; fi; shift 4; exec "$@"'
+        for cwd, at in ((one, 0), (two, None)):
+            if at is None:
+                with open(trace) as f:
+                    calls = [line.split(" ", 2) for line in f]
+                at = [n for n, call, path in calls if call == "write" and "00000006.partial/optimizer" in path][0]
+            with open(state, "wb") as f:
+                f.write(bytes(8))
+            done = self.run_ok(cwd, 2, {"--steps": 6, "--shards": 2}, mpi=MPIS[0],
+                               program=["bash", "-c", on_root, "on_root", library, state, trace, str(at),
+                                        binary(MPIS[0])])
+        self.assertEqual(len(own_lines(done.stderr)), 1, done.stderr)
+        self.assertIn("the disk is full: step-00000002, the oldest checkpoint, was removed to save step 6",
+                      own_lines(done.stderr)[0])
+        a, b = self.checkpoints(one), self.checkpoints(two)
+        self.assertEqual({name: a[name] for name in a if "step-00000002" not in name}, b)
+
     def test_before_there_were_shards(self):
         """A checkpoint whose trainer.json names none has one: it goes on alone as it was, on two ranks only with
         --shards."""
@@ -515,12 +552,20 @@ class Underway(Ranks):
         self.assertEqual(sorted(pids), list(range(ranks)))
         return cwd, child, pids
 
-    def last_good(self, cwd):
-        """A resume on one rank takes up the newest checkpoint and goes on for a step."""
-        step = max(int(path[-8:]) for path in glob.glob(os.path.join(cwd, "run", "step-*")))
+    def last_good(self, cwd, again=False):
+        """A resume on one rank takes up the newest checkpoint and goes on for a step. again: it is one that the run had
+        come to (later checkpoints are removed for that), and has the same loss and norm."""
+        before = {e["step"]: (e["loss"], e["grad_norm"]) for e in self.events(cwd, "step")}
+        steps = sorted(int(path[-8:]) for path in glob.glob(os.path.join(cwd, "run", "step-*")))
+        while again and steps[-1] + 1 not in before:
+            shutil.rmtree(os.path.join(cwd, "run", f"step-{steps.pop():08d}"))
+        step = steps[-1]
         done = self.run_ok(cwd, 1, dict(self.RUN, **{"--steps": step + 1, "--shards": None}), ["--resume"])
         self.assertIn(f"resumed from run/step-{step:08d}", done.stdout)
         self.assertNotIn("passed over", done.stderr)
+        if again:
+            last = self.events(cwd, "step")[-1]
+            self.assertEqual((last["loss"], last["grad_norm"]), before[step + 1])
 
 
 class Faults(Underway):
@@ -541,7 +586,7 @@ class Faults(Underway):
         if status is not None:
             self.assertEqual(done.returncode, status, done.stderr)
         print(f"{self.id().split('.')[-1]}: {took:.2f} s to the end, status {done.returncode}: {lines[0]}")
-        self.last_good(cwd)
+        self.last_good(cwd, again=True)
 
     def test_a_rank_is_killed(self):
         cwd, child, pids = self.underway()
@@ -722,7 +767,7 @@ class Hosts(Underway):
         self.assertEqual(len(lines), 1, stderr)
         self.assertIn("rank 1 (", lines[0])
         self.assertIn("is silent since it was in", lines[0])
-        self.last_good(cwd)
+        self.last_good(cwd, again=True)
 
     @staticmethod
     def works_in(pid, folder):

@@ -17,7 +17,7 @@ import time
 import unittest
 
 import test_ranks
-from helpers import ROOT, main
+from helpers import ROOT, main, read_bytes
 
 TIMEOUT = 120  # seconds for one run
 BLOCK = test_ranks.BLOCK
@@ -261,6 +261,44 @@ class Faults(Ranks):
                 self.assertRegex(err, rf"rank {victim} \(.*\) was lost in .*; all ranks end, the last .*: run/step-")
                 if victim:
                     self.last_good(cwd)
+
+    def test_a_rank_is_killed_in_each_phase(self):
+        """In which a hanging GPU holds the run until then: of rank 1, or of rank 0 where that works alone. The start is
+        in test_start.c, --score in test_ranks.py."""
+        fixed = dict(self.RUN, **self.LITTLE, **{"--rank-timeout": 100, "--cuda-graphs": "off", "--shards": 2})
+        every = {"--eval-every": 1, "--sample-every": 1, "--sample-tokens": 14, "--save-every": 1, "--eval-windows": 20}
+        forward = "embedding_forward_kernel<WIDE>"
+        cases = ((1, f"{forward}:9", {}, ("save", 4), "in step 5"),
+                 (1, "gradients_add_kernel:5", {}, ("save", 4), "in step 5"),
+                 (1, "adamw_kernel<8>:5", {}, ("save", 4), "in step 5"),
+                 (1, "ncclAllGather:5", {}, ("save", 4), "in step 5"),
+                 (1, f"{forward}:5", every, ("step", 1), "in the evaluation after step 1"),
+                 (0, f"{forward}:14", every, ("val_mean", 1), "in the samples after step 1"),
+                 (0, "cudaMemcpyAsync:231", every, ("sample", 1), "in the checkpoint of step 1"))
+        places = [self.place() for _ in cases]
+        runs = [self.start(cwd, 2, "bf16", dict(fixed, **changes), of_rank={rank: {"CUDA_CPU_HANG": call}})
+                for cwd, (rank, call, changes, _, _) in zip(places, cases)]
+        for cwd, (_, _, _, last, _) in zip(places, cases):
+            self.wait_for_event(cwd, *last)
+        time.sleep(2)  # from that line it is not far
+        for cwd, run, (_, call, changes, _, where) in zip(places, runs, cases):
+            with self.subTest(call=call):
+                run.ranks[1][0].kill()
+                began = time.monotonic()
+                statuses, _, err = run.finish()
+                self.assertLess(time.monotonic() - began, 10)
+                self.assertEqual((statuses, len(self.lines(err))), ([71, -9], 1), err)
+                self.assertRegex(err, rf"rank 1 \(.*\) was lost {where}; all ranks end, the last good checkpoint: ")
+                if not changes:
+                    self.assertIn("the last good checkpoint: run/step-00000004", err)
+                    self.last_good(cwd, self.LITTLE)
+
+    def wait_for_event(self, cwd, kind, step):
+        end, log = time.monotonic() + TIMEOUT, os.path.join(cwd, "run", "log.jsonl")
+        wanted = f'{{"event": "{kind}", "step": {step},'.encode()
+        while not os.path.exists(log) or wanted not in read_bytes(log):
+            self.assertLess(time.monotonic(), end, wanted)
+            time.sleep(0.05)
 
     def test_signal(self):
         cwd, run = self.underway(2)
