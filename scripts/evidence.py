@@ -93,7 +93,8 @@ LANGUAGE_MODELS = ("1m", "3m")
 LANGUAGE_ATTENTIONS = ("transformer", "diff", "talking-heads", "mta", "mta-full")
 LANGUAGE_STEPS, LANGUAGE_TUNING_STEPS = 1200, 400
 LANGUAGE_MATMUL = "bf16"  # what products multiply; one cell of the part is trained in fp32 too
-LANGUAGE_LR = {"1m": 3e-3, "3m": 3e-3}  # settled by the part language-tuning, for the plain Transformer
+LANGUAGE_RATES = {"1m": (1.5e-3, 3e-3, 6e-3, 1.2e-2), "3m": (1.5e-3, 3e-3, 6e-3)}  # that are tried
+LANGUAGE_LR = {"1m": 6e-3, "3m": 3e-3}  # settled by the part language-tuning, for the plain Transformer
 
 LONG_ATTENTIONS, LONG_SEEDS = ("transformer", "mta"), (1, 2)
 LONG_STEPS, LONG_MORE_STEPS, LONG_THETAS = (
@@ -177,7 +178,7 @@ def cells_of(part):
         return [
             language_cell(part, model, "transformer", 1, lr, LANGUAGE_TUNING_STEPS)
             for model in LANGUAGE_MODELS
-            for lr in (1.5e-3, 3e-3, 6e-3, 1.2e-2)
+            for lr in LANGUAGE_RATES[model]
         ]
     if part == "language":
         return [
