@@ -1219,7 +1219,10 @@ static void read_prompt(Session* session) {
         size_t n = session->options.prompt ? strlen(session->options.prompt) : 0;
         Error e = {{0}};
         need_tokenizer(session);
-        if (!session->options.prompt && !read_file("/dev/stdin", (size_t)1 << 30, &text, &n, &e)) { die("%s", e.text); }
+        // The descriptor itself: opened by name, a file would begin anew, and a socket could not be opened.
+        if (!session->options.prompt && !read_all(STDIN_FILENO, "standard input", (size_t)1 << 30, &text, &n, &e)) {
+            die("%s", e.text);
+        }
         append_bos(session);
         append_text(session, session->options.prompt ? session->options.prompt : text, n);
         if (session->options.echo) { put_text(session, session->options.prompt ? session->options.prompt : text, n); }

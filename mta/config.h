@@ -402,7 +402,8 @@ static inline bool config_set_conv_layers(Config* c, const char* list, Error* e)
     for (const char* s = list;;) {
         char* end;
         long l = strtol(s, &end, 10);
-        if (end == s || l < 0 || l >= c->num_hidden_layers || (*end && *end != ',')) {
+        bool digits = *s >= '0' && *s <= '9';  // strtol alone takes blanks and a sign
+        if (!digits || l < 0 || l >= c->num_hidden_layers || (*end && *end != ',')) {
             return fail(e, "kq_conv_layers: got \"%s\", wanted all, none or a list like 1,3,5 of layers 0 to %d", list,
                         c->num_hidden_layers - 1);
         }

@@ -57,6 +57,11 @@ static inline const char* opt_value_word(const Opt* o) {
     }
 }
 
+// May the value be empty? A TEXT may, and IDS; what names a file, a folder or a model may not.
+static inline bool opt_takes_empty(const Opt* o) {
+    return o->type != OPT_STRING || o->arg == NULL || strcmp(o->arg, "TEXT") == 0 || strcmp(o->arg, "IDS") == 0;
+}
+
 // What is accepted, for an error line: "a whole number from 1 to 8".
 static inline void opt_wanted(const Opt* o, char* out, size_t n) {
     const char* kind = o->type == OPT_FLOAT ? "a number" : "a whole number";
@@ -76,7 +81,7 @@ static inline void opt_wanted(const Opt* o, char* out, size_t n) {
                 snprintf(out, n, "%s", kind);
             }
             break;
-        default: snprintf(out, n, "a value"); break;
+        default: snprintf(out, n, "%s", opt_takes_empty(o) ? "a value" : o->arg); break;
     }
 }
 
@@ -146,7 +151,10 @@ static inline bool opt_store(Opt* o, const char* text) {
             if (!opt_is_choice(o->arg, text)) { return false; }
             *(const char**)o->value = text;
             return true;
-        case OPT_STRING: *(const char**)o->value = text; return true;
+        case OPT_STRING:
+            if (text[0] == 0 && !opt_takes_empty(o)) { return false; }
+            *(const char**)o->value = text;
+            return true;
         case OPT_LIST: {
             OptList* list = (OptList*)o->value;
             if (list->n == (int)(sizeof list->texts / sizeof list->texts[0])) {
@@ -320,11 +328,15 @@ static inline void options_check_needs(const Opt* table, const OptNeed* needs, i
     }
 }
 
+enum { OPT_MOST = 128 };  // rows of a table
+
 // Parses argv[1..]; stores up to max_positional other arguments into positional and returns their number.
 static inline int options_parse(Opt* table, const char* usage, int argc, char** argv, const char** positional,
                                 int max_positional) {
     int n_positional = 0;
     bool ended = false;
+    const char* texts[OPT_MOST] = {NULL};  // the value that each row was given last
+    Text twice = {NULL, 0, 0};
     for (int i = 1; i < argc; i++) {
         const char* arg = argv[i];
         if (ended || arg[0] != '-' || arg[1] == 0) {
@@ -356,7 +368,7 @@ static inline int options_parse(Opt* table, const char* usage, int argc, char** 
             die("unknown option %.*s; %s%s%s--help lists all options", (int)name_length, arg,
                 near ? "did you mean " : "", near ? near : "", near ? "? " : "");
         }
-        bool again = o->given;
+        assert(o - table < OPT_MOST);
         o->given = true;
         if (o->type == OPT_FLAG) {
             if (equals != NULL) { die("%s: takes no value, got \"%s\"", o->name, equals + 1); }
@@ -374,13 +386,16 @@ static inline int options_parse(Opt* table, const char* usage, int argc, char** 
             }
             i++;
         }
-        const char* before = o->type == OPT_STRING ? *(const char**)o->value : NULL;
-        if (again && before && strcmp(before, value)) {
-            fprintf(stderr, "%s: %s is given twice: %s counts, %s does not\n", program_invocation_short_name, o->name,
-                    value, before);
-        }
         if (!opt_store(o, value)) { die("%s: got \"%s\", wanted %s", o->name, value, wanted); }
+        const char** before = &texts[o - table];
+        if (o->type != OPT_LIST && *before != NULL && strcmp(*before, value) != 0) {
+            text_printf(&twice, "%s: %s is given twice: %s counts, %s does not\n", program_invocation_short_name,
+                        o->name, value, *before);
+        }
+        *before = value;
     }
+    fprintf(stderr, "%s", twice.n > 0 ? twice.text : "");  // now: a mistake is told in a line of its own
+    text_free(&twice);
     return n_positional;
 }
 

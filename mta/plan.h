@@ -211,6 +211,10 @@ static inline double train_print_plan(Run* r, const PlanMachine* machine, const 
             printf("warmup      %lld steps, the run has %lld: the learning rate stays below --lr\n",
                    (long long)o->warmup, (long long)r->steps);
         }
+        if (o->schedule_steps && o->schedule_steps <= o->warmup && strcmp(o->schedule, "constant") != 0) {
+            printf("warmup      %lld steps, --schedule-steps %lld: behind it the learning rate is --min-lr\n",
+                   (long long)o->warmup, (long long)o->schedule_steps);
+        }
         printf("run         %lld steps, %s tokens%s\n", (long long)r->steps, format_count(tokens, count, sizeof count),
                r->length);
         plan_print_checkpoints(r, &list);

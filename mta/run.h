@@ -283,12 +283,22 @@ static inline void run_open_tokenizer(Run* r, const char* config) {
     c->bos_token_id = tokenizer_bos(r->tokenizer);
     c->eos_token_id = tokenizer_end(r->tokenizer);
     c->n_other_eos = 0;
-    int32_t* ids = NULL;  // better now than at the first sample
+}
+
+// Refuses a --sample-prompt that has no ids, or too many to be continued: better now than at the first sample.
+static inline void run_check_sample_prompt(const Run* r) {
+    const char* prompt = r->options->sample_prompt;
+    int32_t* ids = NULL;
     size_t n = 0;
-    if (o->sample_prompt && !tokenizer_encode(r->tokenizer, o->sample_prompt, strlen(o->sample_prompt), &ids, &n, &e)) {
-        die("--sample-prompt: %s", e.text);
-    }
+    Error e = {{0}};
+    if (!prompt || !r->tokenizer) { return; }
+    if (!tokenizer_encode(r->tokenizer, prompt, strlen(prompt), &ids, &n, &e)) { die("--sample-prompt: %s", e.text); }
     free(ids);
+    n += tokenizer_bos(r->tokenizer) >= 0;
+    if (n >= (size_t)r->seq_len) {
+        die("--sample-prompt: got %zu tokens with BOS, wanted fewer than --seq-len %d, which hold the sample too", n,
+            r->seq_len);
+    }
 }
 
 // Refuses an --init-from whose files are damaged, whose mathematics is not known, or whose numbers (RoPE's base and
@@ -391,6 +401,7 @@ static inline void run_configure(Run* r) {
     if (r->seq_len > c->max_position_embeddings) {
         die("--seq-len: got %d, wanted at most --max-position-embeddings %d", r->seq_len, c->max_position_embeddings);
     }
+    run_check_sample_prompt(r);
     if (r->init_dir[0] && !r->resume_dir[0]) { run_check_init(r, preset != NULL || (o->model && options_evaluate(o))); }
     r->schedule.lr = o->lr >= 0 ? o->lr : preset ? preset->lr : 1.5e-4;
     if (!config_check(c, &e)) { die("model: %s", e.text); }
@@ -1216,7 +1227,7 @@ static inline ValColumns run_val_columns(const Run* r) {
 
 // The line above the table of several sets; one set is a line that says all.
 static inline void run_show_val_head(Run* r) {
-    char line[256], step[32];
+    char line[512], step[32];
     ValColumns columns = run_val_columns(r);
     if (r->n_val < 2) { return; }
     snprintf(step, sizeof step, "step %lld", (long long)r->step);

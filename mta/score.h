@@ -222,6 +222,12 @@ static inline const Json* score_field(const Json* j, const char* key, JsonType t
     return field && field->type == type ? field : NULL;
 }
 
+// Is the field there, whatever its type?
+static inline bool score_given(const Json* j, const char* key) {
+    const Json* field = json_get(j, key);
+    return field && field->type != JSON_NULL;
+}
+
 static inline void score_request_free(ScoreRequest* q) {
     free(q->ids);
     free(q->token_logprobs);
@@ -239,9 +245,9 @@ static inline bool score_read(ScoreRequest* q, const Scorer* scorer, const char*
                    *text = score_field(j, "continuation", JSON_STRING);
         const Json* context_ids = score_field(j, "context_ids", JSON_ARRAY);
         const Json* ids = score_field(j, "continuation_ids", JSON_ARRAY);
-        if ((context && context_ids) || (text && ids)) {
-            good = fail(e, "got a text and ids of the %s, wanted one of them",
-                        context && context_ids ? "context" : "continuation");
+        bool both = context && score_given(j, "context_ids");
+        if (both || (text && score_given(j, "continuation_ids"))) {
+            good = fail(e, "got a text and ids of the %s, wanted one of them", both ? "context" : "continuation");
         } else if (context && text && !context_ids && !ids) {
             good = score_read_texts(q, scorer, context, text, e);
         } else {
@@ -259,8 +265,8 @@ static inline bool score_read(ScoreRequest* q, const Scorer* scorer, const char*
         q->n -= over;
         q->context -= over;
     } else if (good && over > 0) {
-        good = fail(e, "%d tokens, the context has %d positions; shorten it, or --shift drops the earliest", q->n,
-                    scorer->positions);
+        good = fail(e, "%d tokens, the context has %d positions; shorten it%s", q->n, scorer->positions,
+                    scorer->shift ? "" : ", or --shift drops the earliest");
     }
     if (!good) {
         score_request_free(q);

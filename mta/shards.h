@@ -195,13 +195,14 @@ static inline bool shard_write(const char* path, const uint32_t* tokens, size_t 
 // Sources: the shards of one glob
 
 typedef enum { MIX_TOKEN, MIX_DOCUMENT } LoaderMix;
+enum { SET_NAME = 256 };  // bytes of a name with its NUL: as much as a file's name may have
 
 typedef struct {
-    char name[64];   // the glob's last part without _train_*.bin and the like
-    char* pattern;   // owned
-    double weight;   // as given, 1 if none was
-    bool weighted;   // was one given?
-    double share;    // of windows, all sources together 1
+    char name[SET_NAME];  // the glob's last part without _train_*.bin and the like
+    char* pattern;        // owned
+    double weight;        // as given, 1 if none was
+    bool weighted;        // was one given?
+    double share;         // of windows, all sources together 1
     uint64_t units;  // the share as a whole number, of 2^40 in all: turns are computed without rounding, equally by
                      // every compiler
     Shard* shards;   // owned, sorted by path
@@ -289,8 +290,6 @@ static inline int glob_files(const char* pattern, glob_t* found) {
     return status;
 }
 
-enum { SET_NAME = 64 };
-
 // The sets to which the files of a pattern belong, each once, into sets (room of them); how many, of which those beyond
 // `room` are not written. 0 where some file belongs to none, or there is no file.
 static inline int pattern_sets(const char* pattern, char (*sets)[SET_NAME], int room) {
@@ -330,7 +329,7 @@ static inline bool source_open(LoaderSource* s, const char* pattern, const char*
         return fail(e, "%s: cannot list the files", pattern);
     }
     s->shards = (Shard*)alloc_or_die(found.gl_pathc, sizeof(Shard), "the list of shards");
-    bool good = found.gl_pathc < INT32_MAX;
+    bool good = found.gl_pathc < INT32_MAX, counts = false;
     for (size_t i = 0; i < found.gl_pathc && good; i++) {
         Shard* shard = &s->shards[s->n_shards];
         char of[SET_NAME];
@@ -347,12 +346,14 @@ static inline bool source_open(LoaderSource* s, const char* pattern, const char*
         shard->windows = shard->tokens > 0 ? (shard->tokens - 1) / (uint64_t)T : 0;
         s->tokens += shard->tokens;
         s->windows += shard->windows;
+        counts = counts || shard->mask.data == NULL || memchr(shard->mask.data, 1, shard->mask.size) != NULL;
     }
     globfree(&found);
     if (good && s->windows == 0) {
         good = fail(e, "%s: %llu tokens%s, one window needs %d; use a smaller --seq-len or more data", pattern,
                     (unsigned long long)s->tokens, s->n_shards > 1 ? " in shards that are all too short" : "", T + 1);
     }
+    if (good && !counts) { good = fail(e, "%s: no token counts as a target: no byte of its masks is 1", pattern); }
     return good;
 }
 
@@ -552,11 +553,12 @@ static inline bool loader_bytes_per_token(const Loader* l, double* bytes_per_tok
 // --train GLOB[=WEIGHT],... or @RECIPE, a file with one GLOB=WEIGHT a line
 
 // Splits "GLOB=WEIGHT" in place and opens the source as the loader's next. What follows the last '=' is a weight unless
-// it holds a '/' or a wildcard, so that a folder may be called "lr=3". where: for messages.
+// it holds a '/' or a wildcard, so that a folder may be called "lr=3", or the whole is a file. where: for messages.
 static inline bool loader_add_source(Loader* l, char* text, const char* dir, const char* where, Error* e) {
     double weight = 1;
-    char* equals = strrchr(text, '=');
-    bool weighted = equals != NULL && strpbrk(equals, "/*?[") == NULL;
+    char *equals = strrchr(text, '='), pattern[PATH_SIZE];
+    path_join(pattern, sizeof(pattern), dir, text);
+    bool weighted = equals != NULL && strpbrk(equals, "/*?[") == NULL && !file_exists(pattern);
     if (weighted) {
         char* end = NULL;
         weight = strtod(equals + 1, &end);
@@ -568,7 +570,6 @@ static inline bool loader_add_source(Loader* l, char* text, const char* dir, con
         do { *equals-- = 0; } while (equals > text && (*equals == ' ' || *equals == '\t'));
     }
     if (text[0] == 0) { return fail(e, "%s: an empty name, wanted GLOB[=WEIGHT]", where); }
-    char pattern[PATH_SIZE];
     path_join(pattern, sizeof(pattern), dir, text);
     LoaderSource* sources = (LoaderSource*)realloc(l->sources, ((size_t)l->n_sources + 1) * sizeof(LoaderSource));
     if (sources == NULL) { die("out of memory"); }
@@ -581,7 +582,7 @@ static inline bool loader_add_source(Loader* l, char* text, const char* dir, con
     for (int i = 0, k = 1; i + 1 < l->n_sources;
          i++) {  // a/text_train_*.bin and b/text_train_*.bin are text and text-2
         if (strcmp(l->sources[i].name, s->name) != 0) { continue; }
-        snprintf(s->name, sizeof(s->name), "%.48s-%d", base, ++k);
+        snprintf(s->name, sizeof(s->name), "%.240s-%d", base, ++k);
         i = -1;
     }
     return true;

@@ -101,6 +101,7 @@ static inline void run_tokenizer(const InferOptions* o) {
             Text text = {NULL, 0, 0};
             TokenStream stream = {{0}, 0};
             snprintf(where, sizeof where, "standard input: line %ld", lines.number);
+            if (strlen(line) != n) { die("%s: a NUL byte, wanted token ids", where); }
             ids = parse_ids(line, tokenizer_vocab(t), where, &count);
             for (size_t i = 0; i < count; i++) {
                 text_append(&text, piece, tokenizer_decode(t, &stream, ids[i], piece));

@@ -56,14 +56,29 @@ static inline void make_one_line(char* text) {
     }
 }
 
+// Copies a message into `out` of n bytes. Of one that is too long its middle is left out, between characters: long
+// names stand at its front, and what is wrong with them at its end.
+static inline void copy_shortened(char* out, size_t n, const char* text) {
+    size_t length = strlen(text), head = n / 2 - 4, at = length < n ? 0 : length - (n - 1 - head - 3);
+    if (length < n) {
+        memcpy(out, text, length + 1);
+        return;
+    }
+    while (head > 0 && ((unsigned char)text[head] & 0xC0) == 0x80) { head--; }
+    while (((unsigned char)text[at] & 0xC0) == 0x80) { at++; }
+    snprintf(out, n, "%.*s...%s", (int)head, text, text + at);
+}
+
 // Writes the message unless one is there already. Returns false, so that a reader can `return fail(e, ...)`. e may be
 // NULL.
 __attribute__((format(printf, 2, 3))) static inline bool fail(Error* e, const char* fmt, ...) {
     if (e && !e->text[0]) {
+        char text[3 * PATH_SIZE];
         va_list args;
         va_start(args, fmt);
-        vsnprintf(e->text, sizeof e->text, fmt, args);
+        vsnprintf(text, sizeof text, fmt, args);
         va_end(args);
+        copy_shortened(e->text, sizeof e->text, text);
         make_one_line(e->text);
     }
     return false;
@@ -310,12 +325,8 @@ static inline void unmap_file(MappedFile* m) {
     m->size = 0;
 }
 
-// Reads a whole file (or pipe) of at most max_bytes into *text, malloc'ed, with a NUL behind its *n bytes.
-static inline bool read_file(const char* path, size_t max_bytes, char** text, size_t* n, Error* e) {
-    *text = NULL;
-    *n = 0;
-    int fd = open(path, O_RDONLY | O_NONBLOCK | O_CLOEXEC);  // a named pipe that nobody writes to is empty
-    if (fd < 0) { return fail(e, "%s: %s", path, strerror(errno)); }
+// Reads all that comes from a descriptor, at most max_bytes, into *text, malloc'ed, with a NUL behind its *n bytes.
+static inline bool read_all(int fd, const char* path, size_t max_bytes, char** text, size_t* n, Error* e) {
     struct pollfd waiting = {fd, POLLIN, 0};
     size_t cap = 4096, have = 0;
     char* buffer = NULL;
@@ -339,15 +350,24 @@ static inline bool read_file(const char* path, size_t max_bytes, char** text, si
         }
         if (got == 0) {
             buffer[have] = 0;
-            close(fd);
             *text = buffer;
             *n = have;
             return true;
         }
     }
     free(buffer);
-    close(fd);
     return false;
+}
+
+// A whole file (or pipe), as read_all gives it.
+static inline bool read_file(const char* path, size_t max_bytes, char** text, size_t* n, Error* e) {
+    *text = NULL;
+    *n = 0;
+    int fd = open(path, O_RDONLY | O_NONBLOCK | O_CLOEXEC);  // a named pipe that nobody writes to is empty
+    if (fd < 0) { return fail(e, "%s: %s", path, strerror(errno)); }
+    bool good = read_all(fd, path, max_bytes, text, n, e);
+    close(fd);
+    return good;
 }
 
 // write(2) until all n bytes are out; false with errno set (ENOSPC where write makes no progress).

@@ -55,6 +55,14 @@ static void test_util(void) {
     for (int closed = 0; closed < 8; closed++) { CHECK(standard_files_open(closed)); }
     Error e = {{0}};
     CHECK(!fail(&e, "first %d", 1) && !fail(&e, "second") && !strcmp(e.text, "first 1"));
+    char path[2000];
+    for (int i = 0; i < 999; i++) { memcpy(path + 2 * i, "\xC3\xBC", 2); }  // of a long name the reason is kept
+    path[1998] = 0;
+    Error cut = {{0}};
+    fail(&cut, "%s: %s", path, "what is wrong");
+    size_t length = strlen(cut.text);
+    CHECK(length > 500 && length < sizeof cut.text && utf8_valid_up_to(cut.text, length) == length);
+    CHECK(strstr(cut.text, "\xBC...\xC3") && !strcmp(cut.text + length - 17, "\xC3\xBC: what is wrong"));
     CHECK(crc32_update(0, "123456789", 9) == 0xCBF43926u);  // the check value of the CRC's definition
     char bytes[1000];
     for (int i = 0; i < 1000; i++) { bytes[i] = (char)(i * 37 + i / 7); }

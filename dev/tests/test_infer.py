@@ -14,6 +14,7 @@ import os
 import random
 import re
 import signal
+import socket
 import struct
 import subprocess
 import sys
@@ -762,6 +763,7 @@ class Refusals(unittest.TestCase):
             (b'{"context_ids":[],"continuation_ids":[1]}', "context is empty"),
             (b'{"context_ids":[],"continuation_ids":[]}', "context is empty"),
             (b'{"context":"a","context_ids":[1],"continuation_ids":[1]}', "ids of the context, wanted one"),
+            (b'{"context":"a","context_ids":"1","continuation":"b"}', "ids of the context, wanted one"),
             (b'{"context_ids":[1],"continuation":"a","continuation_ids":[1]}', "ids of the continuation, wanted one"),
             (b'{"context_ids":[1],"continuation_ids":[99]}', "from 0 to 60"),
             (b'{"context_ids":[1],"continuation_ids":[99999999999999999999]}', "from 0 to 60"),
@@ -1010,6 +1012,20 @@ class TextIO(unittest.TestCase):
         text = run(["--detokenize", "--tokenizer", "bytes"], stdin=c.encode())
         self.assertEqual(json.loads(text)["text"] + "\n", a)
 
+    def test_standard_input_is_what_is_left_of_it(self):
+        """Of a file that was read from before, the rest; also from a socket, which has no name to be opened by."""
+        args = [BIN, self.dir, "--max-tokens", "0", "--echo", "--quiet"]
+        with tempfile.TemporaryFile() as f:
+            f.write(b"one\ntwo")
+            f.flush()
+            os.lseek(f.fileno(), 4, os.SEEK_SET)
+            self.assertEqual(subprocess.run(args, stdin=f, stdout=subprocess.PIPE).stdout, b"two\n")
+        ours, theirs = socket.socketpair()
+        with ours, theirs:
+            ours.sendall(b"three")
+            ours.shutdown(socket.SHUT_WR)
+            self.assertEqual(subprocess.run(args, stdin=theirs, stdout=subprocess.PIPE).stdout, b"three\n")
+
     def test_tokenizer_alone(self):
         texts = ["", "abc", '\u00e9\u4e2d\U0001f600\n"\\', "a b"]
         ids = run(
@@ -1019,8 +1035,9 @@ class TextIO(unittest.TestCase):
         self.assertEqual([list(map(int, x.split())) for x in ids.split("\n")[:-1]], [list(t.encode()) for t in texts])
         back = run(["--detokenize", "--tokenizer", "bytes"], stdin=ids.encode())
         self.assertEqual([json.loads(x)["text"] for x in back.splitlines()], texts)
-        p = run(["--detokenize", "--tokenizer", "toy"], stdin=b"1 2 32\n", check=False)
-        self.assertEqual(p.returncode, 1)
+        for bad in (b"1 2 32\n", b"1 2\0 3\n"):
+            p = run(["--detokenize", "--tokenizer", "toy"], stdin=bad, check=False)
+            self.assertEqual((p.returncode, p.stdout), (1, b""))
 
     def test_score_of_text(self):
         """Text is BOS, context, continuation: the same as their ids."""

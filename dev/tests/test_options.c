@@ -13,7 +13,7 @@ typedef struct {
     int64_t steps;
     double lr, eps;
     const char* out;
-    const char* schedule;
+    const char *schedule, *prompt;
 } Options;
 
 static Options o;
@@ -26,6 +26,7 @@ static Opt table[] = {{"Training", OPT_HEADING, NULL, NULL, NULL, 0, 0, false},
                       {"--eps", OPT_FLOAT, &o.eps, NULL, "any number", 0, 0, false},
                       {"--out", OPT_STRING, &o.out, "DIR", "directory", 0, 0, false},
                       {"--schedule", OPT_CHOICE, &o.schedule, "linear|cosine", "shape", 0, 0, false},
+                      {"--prompt", OPT_STRING, &o.prompt, "TEXT", "any text", 0, 0, false},
                       OPT_END};
 
 static void reset(void) {
@@ -37,6 +38,7 @@ static void reset(void) {
     o.eps = 0;
     o.out = NULL;
     o.schedule = "linear";
+    o.prompt = NULL;
     for (Opt* p = table; p->name != NULL; p++) { p->given = false; }
 }
 
@@ -106,8 +108,21 @@ static void test_good(void) {
     check(parse(4, twice) == 1 && o.lr == 2 && strcmp(positional[0], "-") == 0, "the later one wins; - is an argument");
     const char* none[] = {"prog", NULL};
     check(parse(1, none) == 0 && o.batch == 8 && o.tie == -1 && !option_given(table, "--lr"), "defaults stay");
-    const char* empty[] = {"prog", "--out=", NULL};
-    check(parse(2, empty) == 0 && o.out[0] == 0, "an empty text");
+    const char* empty[] = {"prog", "--prompt=", NULL};
+    check(parse(2, empty) == 0 && o.prompt[0] == 0, "an empty text");
+}
+
+// Of an option that is given twice the last value counts, and that is said: once all are read, so that a mistake is
+// told in one line.
+static void test_twice(void) {
+    const char* argv[] = {"prog",       "--lr=1", "--tie", "on", "--lr", "2", "--tie", "on", "--schedule=cosine",
+                          "--schedule", "linear", NULL};
+    char text[8192];
+    int status = parse_child(11, argv, text, sizeof(text));
+    const char *lr = strstr(text, "--lr is given twice: 2 counts, 1 does not\n"),
+               *schedule = strstr(text, "--schedule is given twice: linear counts, cosine does not\n");
+    check(status == 200 && lr != NULL && schedule > lr && strstr(text, "--tie") == NULL, "given twice");
+    refused("--lr=1", "--lr=2", "--lr=3e", "--lr: got \"3e\"", "a number");
 }
 
 static void test_refused(void) {
@@ -132,6 +147,7 @@ static void test_refused(void) {
     refused("--eps", "inf", NULL, "got \"inf\"", "a number");
     refused("--lr", NULL, NULL, "--lr: the value is missing", "a number");
     refused("--out", "--dry-run", NULL, "--out: the value is missing", "--dry-run follows");
+    refused("--out=", NULL, NULL, "--out: got \"\"", "wanted DIR");
     refused("--tie", "yes", NULL, "--tie: got \"yes\"", "on or off");
     refused("--schedule", "line", NULL, "got \"line\"", "one of linear|cosine");
     refused("--schedule", "linear|cosine", NULL, "got", "one of");
@@ -237,6 +253,7 @@ static void test_permutation(void) {
 int main(void) {
     reset();
     test_good();
+    test_twice();
     test_refused();
     test_help();
     test_version();

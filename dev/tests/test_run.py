@@ -335,7 +335,19 @@ class Runs(Trainer):
             self.assertEqual(done.stderr.count("\n"), 1, done.stderr)
             self.assertIn(f"{name} is given twice: {self.path('a_train_000000.bin')} counts", done.stderr)
         self.assertEqual(self.run_ok(self.out(), {"--steps": 1},
-                                     ["--schedule", "linear", "--val", self.path("a_val_*.bin")]).stderr, "")
+                                     ["--schedule", "linear", "--val", self.path("a_val_*.bin")]).stderr,
+                         f"{NAME}: --schedule is given twice: linear counts, constant does not\n")
+
+    def test_a_sample_prompt_that_leaves_no_room(self):
+        """15 ids and BOS are all of 16 positions."""
+        changes = {"--tokenizer": "toy", "--sample-every": 1, "--sample-tokens": 1, "--steps": 1}
+        self.run_ok(self.out(), dict(changes, **{"--sample-prompt": "a" * 14}))
+        done = self.execute(self.arguments(self.out(), dict(changes, **{"--sample-prompt": "a" * 15})))
+        self.assert_refused(done, "--sample-prompt: got 16 tokens with BOS, wanted fewer than --seq-len 16")
+
+    def test_a_schedule_that_ends_within_the_warmup_is_said(self):
+        done = self.run_ok(self.out(), {"--steps": 4, "--schedule": "linear", "--warmup": 3, "--schedule-steps": 2})
+        self.assertIn("warmup      3 steps, --schedule-steps 2: behind it the learning rate is --min-lr", done.stdout)
 
     def test_mixture_from_a_recipe(self):
         write_shard(self.path("x_train_000000.bin"), [i % 32 for i in range(400)])
@@ -1483,7 +1495,8 @@ class Refused(Trainer):
         self.refused(["0"], {"--kq-conv-query-size": 0})
         self.refused(["3"], {"--head-mix-post-softmax": 3})
         self.refused(["7"], {"--kq-conv-layers": "1,7"})
-        self.refused(["x"], {"--kq-conv-layers": "x"})
+        for layers in ("x", " 1", "+1", "1, 0", "1,"):
+            self.refused([layers], {"--kq-conv-layers": layers})
         self.refused(["diff"], {"--attention-type": "diff", "--kq-conv-layers": "all"})
         self.refused(["odd"], {"--hidden-size": 30, "--num-attention-heads": 2, "--intermediate-size": 30})
         path = self.path("broken.json")

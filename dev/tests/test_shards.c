@@ -105,7 +105,35 @@ static void test_brackets(void) {
     }
 }
 
+// Two sets whose names differ behind the 63rd letter are two, and a file may be called as a weight is written.
+static void test_odd_names(void) {
+    Loader l;
+    Error e;
+    char sets[2][SET_NAME], name[300];
+    for (int i = 0; i < 2; i++) {
+        snprintf(name, sizeof(name), "%070d-%c_val_000000.bin", 7, 'a' + i);
+        make_shard(name, 21, 2, 100, 0, 1, NULL);
+    }
+    snprintf(name, sizeof(name), "%070d-b", 7);
+    int n = pattern_sets(at("0*_val_*.bin"), sets, 2);
+    check(n == 2 && strcmp(sets[1], name) == 0, "sets of long names", n == 2 ? sets[1] : "not two");
+    bool ok = loader_open_set(&l, at("0*_val_*.bin"), name, 4, 100, &e);
+    check(ok && l.sources[0].n_shards == 1, "one of them", "");
+    if (ok) { loader_close(&l); }
+    make_shard("wd=3", 21, 2, 100, 0, 1, NULL);
+    make_shard("wd=3.bin", 21, 2, 100, 0, 1, NULL);
+    ok = opens(at("wd=3"), 4, 100, &l, &e);
+    check(ok && !l.sources[0].weighted, "a file called wd=3", e.text);
+    if (ok) { loader_close(&l); }
+    ok = opens(at("wd=3.bin=2"), 4, 100, &l, &e);
+    check(ok && l.sources[0].weight == 2, "a file called wd=3.bin, with a weight", e.text);
+    if (ok) { loader_close(&l); }
+}
+
 static void test_refused(void) {
+    const uint8_t none[50] = {0};
+    make_shard("none.bin", 50, 2, 100, 0, 1, none);
+    refused(at("none.bin"), 4, 100, "none.bin: no token counts as a target", "masks");
     make_shard("a.bin", 50, 2, 100, 0, 1, NULL);
     refused(at("nothing_*.bin"), 4, 100, "no such shard", "data/prepare.py");
     refused(at("a.bin"), 50, 100, "50 tokens, one window needs 51", "--seq-len");
@@ -470,6 +498,7 @@ static void test_names(void) {
 int main(void) {
     test_windows();
     test_brackets();
+    test_odd_names();
     test_refused();
     test_ids();
     test_large();
