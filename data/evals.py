@@ -33,8 +33,10 @@ import re
 import sys
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
-from prepare import BadDocument, Parser, UserError, open_tokenizer, parse_count  # noqa: E402
+from options import Parser, parse_count, whole_number  # noqa: E402
+from prepare import BadDocument, UserError, open_tokenizer  # noqa: E402
 from report import report  # noqa: E402
+from shards import run_program  # noqa: E402
 from tokenizer import members  # noqa: E402
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -580,12 +582,6 @@ def babilong(args):
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def parse_samples(text):
-    if not re.fullmatch("[1-9][0-9]{0,8}", text):
-        raise argparse.ArgumentTypeError("got %r, wanted a whole number from 1" % text)
-    return int(text)
-
-
 def numbers(text):
     try:
         return [parse_count(part) for part in text.split(",")]
@@ -612,8 +608,8 @@ def main():
         )
         p.add_argument(
             "--labels-from",
-            type=int,
-            choices=[0, 1],
+            type=whole_number(0, 1),
+            metavar="0|1",
             default=0,
             help="number of the first choice in --labels; default 0",
         )
@@ -627,12 +623,12 @@ def main():
         p.add_argument("--text", nargs="+", default=[], metavar="FILE", help="texts to distract with")
         p.add_argument("--tokenizer", default="bytes", metavar="NAME|FILE", help="counts the tokens; default bytes")
         p.add_argument("--pattern")
-        p.add_argument("--samples", type=parse_samples, default=100, metavar="N",
+        p.add_argument("--samples", type=whole_number(1, 10**9 - 1), default=100, metavar="N",
                        help="questions of each setting; default 100")
-        p.add_argument("--seed", type=int, default=0)
+        p.add_argument("--seed", type=whole_number(), default=0)
         p.add_argument(
             "--room",
-            type=parse_samples,
+            type=whole_number(1, 10**9 - 1),
             metavar="N",
             help="positions of a model: settings of which a question needs more are named and left out",
         )
@@ -690,4 +686,4 @@ def main():
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

@@ -30,15 +30,15 @@ import zlib
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 import inputs  # noqa: E402
+from options import Parser, parse_count, real_number, whole_number  # noqa: E402
 from shards import (  # noqa: E402
     FORMAT,
     HEADER_BYTES,
     SHARD_NAME,
-    Parser,
     add_commands,
     cores,
     foreign_shard,
-    parse_count,
+    manifest_lock,
     read_manifest,
     run_program,
     shard_header,
@@ -446,8 +446,11 @@ class Preparation:
             print(text % (self.work, e.strerror), file=sys.stderr)
         sets = {}
         if os.path.exists(self.path("state.json")):
-            with open(self.path("state.json"), encoding="utf-8") as f:
-                state = json.load(f)
+            try:
+                with open(self.path("state.json"), encoding="utf-8") as f:
+                    state = json.load(f)
+            except ValueError as e:
+                raise UserError("%s: %s; remove %s to start anew" % (self.path("state.json"), e, self.work))
             if state.get("plan") == self.digest:
                 sets = state.pop("sets")
                 self.state, self.resumed = state, True
@@ -558,6 +561,13 @@ class Preparation:
 
     def publish(self):
         """Shards, the tokenizer's rank file and the list of bad documents go to DIR, the manifest last."""
+        with manifest_lock(self.out):
+            self.publish_alone()
+        for name in sorted(os.listdir(self.work), key=lambda n: n in ("state.json", "lock")):
+            os.remove(self.path(name))
+        os.rmdir(self.work)
+
+    def publish_alone(self):
         job, manifest = self.job, read_manifest(self.out)
         names = set_names(job, sorted({key.rsplit("/", 1)[0] for key in self.sets}))
         shards, moves = {}, []
@@ -586,9 +596,6 @@ class Preparation:
             if not self.state["bad"]["bytes"] and os.path.exists(bad_name):
                 os.remove(bad_name)
         write_manifest(self.out, manifest, job["name"], self.summary(manifest, names), shards, self.tok)
-        for name in sorted(os.listdir(self.work), key=lambda n: n in ("state.json", "lock")):
-            os.remove(self.path(name))
-        os.rmdir(self.work)
 
     def refuse_foreign(self, manifest, files):
         found = foreign_shard(self.out, manifest, self.job["name"], files)
@@ -686,6 +693,8 @@ def make_job(args, files):
     name = args.name or re.sub(r"[^A-Za-z0-9_-]+", "_", stem).lstrip("_-") or "text"
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
         raise UserError("--name %s: wanted letters, digits, points, dashes and underscores" % ascii(name))
+    if not args.text_field:
+        raise UserError("--text-field: got \"\", wanted the name of the field that holds the text")
     if not 0 <= args.val_fraction < 1:
         raise UserError("--val-fraction %g: wanted 0 up to, not including, 1" % args.val_fraction)
     if not 1 <= args.shard_tokens < 2**31:
@@ -785,6 +794,7 @@ def prepare_into(args, job, plan):
     unfinished = os.path.exists(os.path.join(args.out, ".%s.partial" % job["name"], "state.json"))
     if not unfinished and already_there(args.out, job, plan):
         print("%s: %s is complete already; --overwrite prepares it anew" % (args.out, job["name"]))
+        say_newer(args.out, plan)
         report(args.out, job["name"])
         return
     p = Preparation(args.out, job, plan, digest)
@@ -796,6 +806,16 @@ def prepare_into(args, job, plan):
         p.finish()
     p.publish()
     report(args.out, job["name"])
+
+
+def say_newer(out, plan):
+    """Inputs are known by their names and sizes: a line where one was written after its shards were made."""
+    made = os.stat(os.path.join(out, "manifest.json")).st_mtime_ns
+    newer = [entry["path"] for entry in plan if entry["mtime"] > made]
+    if newer:
+        more = " and %d others are" % (len(newer) - 1) if len(newer) > 1 else " is"
+        text = "%s%s newer than the shards in %s: if the text is another one, --overwrite"
+        print(text % (newer[0], more, out), file=sys.stderr)
 
 
 def tokenise(args, p):
@@ -893,23 +913,23 @@ def add_prepare_options(p, slim):
     option(
         "--val-fraction",
         "share of documents for validation, chosen by a hash; default %(default)s",
-        type=float,
+        type=real_number(),
         default=0.001 if slim else 0.05,
         metavar="X",
     )
     if slim:
         text = "folders (default): as folders or files called train, validation, test say; hash: by --val-fraction"
         option("--split", text + " alone", choices=["folders", "hash"], default="folders")
-    option("--seed", "of that hash", type=int, default=0)
+    option("--seed", "of that hash", type=whole_number(), default=0)
     option("--shard-tokens", "tokens in a shard, default 100M", type=parse_count, default=100000000, metavar="N")
     text = "stop behind the documents that bring N tokens; of splits by folders N of train and N/20 of validation"
     option("--max-tokens", text, type=parse_count, metavar="N")
     text = "a document that cannot be used is left out and listed in NAME.bad.jsonl (default), or ends the run"
     option("--on-bad", text, choices=["skip", "refuse"], default="skip")
-    option("--workers", "processes; default: one a core that this process may use", type=int, default=0, metavar="N")
-    option(
-        "--save-seconds", "how often the state for a restart is saved; default 10", type=float, default=10, metavar="S"
-    )
+    text = "processes; default: one a core that this process may use"
+    option("--workers", text, type=whole_number(0), default=0, metavar="N")
+    text = "how often the state for a restart is saved; default 10"
+    option("--save-seconds", text, type=real_number(0), default=10, metavar="S")
     option("--overwrite", "replace an earlier preparation of this name", action="store_true")
 
 
@@ -924,11 +944,12 @@ def add_download_options(slim):
         default=inputs.REPOSITORY,
         metavar="NAME",
     )
-    option("--max-files", "download no more than N files, spread over the data set", type=int, metavar="N")
+    option("--max-files", "download no more than N files, spread over the data set", type=whole_number(0), metavar="N")
     option("--max-bytes", "download no more than N bytes", type=parse_count, metavar="N")
-    option("--connections", "at once; default 8", type=int, default=8, metavar="N")
-    option("--retries", "tries of a file behind the first; default 8", type=int, default=8, metavar="N")
-    option("--retry-pause", "first pause, doubled up to a minute; default 1", type=float, default=1.0, metavar="S")
+    option("--connections", "at once; default 8", type=whole_number(1), default=8, metavar="N")
+    option("--retries", "tries of a file behind the first; default 8", type=whole_number(0), default=8, metavar="N")
+    text = "first pause, doubled up to a minute; default 1"
+    option("--retry-pause", text, type=real_number(0), default=1.0, metavar="S")
 
 
 def make_parser():

@@ -8,7 +8,9 @@ python3 data/shards.py verify DIR|SHARD   checks every checksum, id and mask
 
 import argparse
 import array
+import contextlib
 import errno
+import fcntl
 import json
 import os
 import re
@@ -17,8 +19,15 @@ import sys
 import zlib
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+from options import Parser, whole_number  # noqa: E402
 from tokenizer import PATTERNS, UserError, file_sums, members, open_tokenizer  # noqa: E402
 
+# What every entry of a manifest has, and of which type.
+ENTRIES = {
+    "preparations": {"tokenizer": dict, "sets": dict, "options": dict},
+    "shards": {"preparation": str, "set": str, "split": str, "documents": int, "tokens": int, "bytes": int,
+               "crc32": str},
+}
 MAGIC = {2: (20240520, 1), 4: (20240801, 7)}  # bytes a token -> llm.c's magic and version
 HEADER_BYTES = 1024
 FORMAT = 1  # of manifest and state
@@ -27,24 +36,6 @@ SHARD_NAME = re.compile(r"(.+)_(train|val)_\d{6}\.bin")
 
 # ----------------------------------------------------------------------------------------------------------------------
 # What the programs in data/ share
-
-
-class Parser(argparse.ArgumentParser):
-    """A mistake in the options is one line and exit status 1, as in the programs; part of a name is none of them."""
-
-    def __init__(self, **settings):
-        super().__init__(allow_abbrev=False, **settings)
-
-    def error(self, message):
-        self.exit(1, "%s: %s; --help lists all options\n" % (self.prog, message))
-
-
-def parse_count(text):
-    """100000000, 100M, 1.5k."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)([kKmMgGbB]?)", text)
-    if not match:
-        raise argparse.ArgumentTypeError("got %r, wanted a number such as 100000000 or 100M" % text)
-    return int(float(match[1]) * {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "b": 10**9}[match[2].lower()])
 
 
 def cores():
@@ -131,7 +122,11 @@ def read_manifest(folder, wanted=False):
     try:
         with open(path, encoding="utf-8") as f:
             manifest = json.load(f, object_pairs_hook=members)
-        if not isinstance(manifest["preparations"], dict) or not isinstance(manifest["shards"], dict):
+        for part, keys in ENTRIES.items():
+            for entry in manifest[part].values():
+                if not all(isinstance(entry[key], type) for key, type in keys.items()):
+                    raise KeyError
+        if not all(isinstance(p["tokenizer"]["name"], str) for p in manifest["preparations"].values()):
             raise KeyError
         return manifest
     except FileNotFoundError:
@@ -144,8 +139,38 @@ def read_manifest(folder, wanted=False):
         raise UserError("%s: not a manifest of prepare.py" % path)
     except ValueError as e:  # a key twice, bytes that are no UTF-8
         raise UserError("%s: not a manifest of prepare.py: %s" % (path, e))
-    except (KeyError, TypeError, RecursionError):
+    except (KeyError, TypeError, AttributeError, RecursionError):
         raise UserError("%s: not a manifest of prepare.py" % path)
+
+
+@contextlib.contextmanager
+def locked(path, busy=None):
+    """Holds the lock `path`, a file that is there while somebody holds it. Who finds it held waits, or raises UserError
+    with the text `busy`."""
+    held = False
+    while not held:
+        lock = open(path, "w")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | (fcntl.LOCK_NB if busy else 0))
+            # the one that was waited for has removed it: then it holds nothing
+            held = os.path.exists(path) and os.path.samestat(os.fstat(lock.fileno()), os.stat(path))
+        except OSError as e:
+            if busy and e.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                raise UserError(busy)
+            held = True  # a file system without locks
+        if not held:
+            lock.close()
+    try:
+        yield
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(path)
+        lock.close()
+
+
+def manifest_lock(folder):
+    """For one program that reads the folder's manifest and writes it: the others wait, so that none loses its part."""
+    return locked(os.path.join(folder, ".manifest.lock"))
 
 
 def tokenizer_entry(tok, manifest, name):
@@ -163,7 +188,8 @@ def tokenizer_entry(tok, manifest, name):
 
 def write_manifest(folder, manifest, name, preparation, shards, tok):
     """Adds or replaces the preparation `name` with its shards {file name: entry} and copies its rank file. Shards of an
-    earlier preparation of this name that are no longer its own are deleted. The manifest is written last."""
+    earlier preparation of this name that are no longer its own are deleted. The manifest is written last. The caller
+    holds manifest_lock since it has read the manifest."""
     for file in [f for f, shard in manifest["shards"].items() if shard["preparation"] == name and f not in shards]:
         for path in (os.path.join(folder, file), os.path.join(folder, file[: -len(".bin")] + ".mask")):
             if os.path.exists(path):
@@ -406,8 +432,8 @@ def add_commands(commands):
     """inspect and verify, to a parser's subcommands."""
     look = commands.add_parser("inspect", help="header, counts and first documents of a shard")
     look.add_argument("shard")
-    look.add_argument("--documents", type=int, default=3, metavar="N")
-    look.add_argument("--characters", type=int, default=400, metavar="N", help="of each document")
+    look.add_argument("--documents", type=whole_number(0), default=3, metavar="N")
+    look.add_argument("--characters", type=whole_number(0), default=400, metavar="N", help="of each document")
     look.set_defaults(run=inspect)
     check = commands.add_parser("verify", help="checks every checksum, id and mask")
     check.add_argument("items", nargs="+", metavar="DIR|SHARD")

@@ -27,9 +27,10 @@ import sys
 import zlib
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+from options import Parser, whole_number  # noqa: E402
 from shards import (  # noqa: E402
-    FORMAT, HEADER_BYTES, Parser, cores, foreign_shard, read_manifest, run_program, shard_header, sync_file,
-                    tokenizer_entry, write_manifest,
+    FORMAT, HEADER_BYTES, cores, foreign_shard, locked, manifest_lock, read_manifest, run_program, shard_header,
+    sync_file, tokenizer_entry, write_manifest,
 )
 from tokenizer import ToyTokenizer, UserError, widened  # noqa: E402
 
@@ -254,17 +255,19 @@ def main():
     parser = Parser(description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--out", help="folder of the shards, made if missing")
     parser.add_argument("--name", default="toy", help="start of the file names")
-    parser.add_argument("--n", type=int, default=5, help="letters a block (the paper: 5 and 8)")
-    parser.add_argument("--l", type=int, default=2, help="letters in the question")
+    parser.add_argument("--n", type=whole_number(), default=5, help="letters a block (the paper: 5 and 8)")
+    parser.add_argument("--l", type=whole_number(), default=2, help="letters in the question")
     parser.add_argument("--kind", choices=KINDS, default="all", help="what is asked for")
-    parser.add_argument("--blocks", type=int,
+    parser.add_argument("--blocks", type=whole_number(),
                         help="blocks a sequence; by default what fits into 321 tokens (52 for N = 5, 34 for N = 8)")
-    parser.add_argument("--length", type=int, help="tokens a sequence, filled up with \"_\"; by default what is needed")
-    parser.add_argument("--train-samples", type=int, default=1000000, help="sequences of the training set")
-    parser.add_argument("--test-samples", type=int, default=1000, help="sequences of the test set")
-    parser.add_argument("--seed", type=int, default=1, help="another seed, other sequences")
-    parser.add_argument("--jobs", type=int, default=cores(), help="processes")
-    parser.add_argument("--examples", type=int, default=0, metavar="K", help="print K training sequences and stop")
+    parser.add_argument("--length", type=whole_number(),
+                        help="tokens a sequence, filled up with \"_\"; by default what is needed")
+    parser.add_argument("--train-samples", type=whole_number(), default=1000000, help="sequences of the training set")
+    parser.add_argument("--test-samples", type=whole_number(), default=1000, help="sequences of the test set")
+    parser.add_argument("--seed", type=whole_number(), default=1, help="another seed, other sequences")
+    parser.add_argument("--jobs", type=whole_number(1), default=cores(), help="processes")
+    parser.add_argument("--examples", type=whole_number(0), default=0, metavar="K",
+                        help="print K training sequences and stop")
     options = parser.parse_args()
     task = check(options)
     if options.examples > 0:
@@ -276,7 +279,9 @@ def main():
         raise UserError("--out: the folder of the shards is missing")
     try:
         os.makedirs(options.out, exist_ok=True)
-        write(options, task)
+        lock = os.path.join(options.out, f".{options.name}.lock")
+        with locked(lock, f"{options.out}: another toy_task.py is at work on {options.name} there"):
+            write(options, task)
     except BrokenPipeError:
         raise
     except (OSError, ValueError) as error:
@@ -293,14 +298,16 @@ def write(options, task):
     test = take(task, chunk_rng(task, options.seed, "test", 0), options.test_samples, set(), distinct=True)
     shards = {"val": write_split(task, options.seed, "test", [test], prefix + "_val", len(test), show)}
     chunks = train_chunks(task, options.seed, options.train_samples, {prompt for prompt, _ in test},
-                          max(1, options.jobs))
+                          options.jobs)
     shards["train"] = write_split(task, options.seed, "training", chunks, prefix + "_train", options.train_samples,
                                   show)
     description = {"task": "find the block", "n": task.n, "l": task.l, "kind": task.kind, "blocks": task.blocks,
                    "length": task.length,
                    "train_samples": options.train_samples, "test_samples": options.test_samples, "seed": options.seed,
                    "tokenizer": "toy", "shards": [*shards["val"], *shards["train"]]}
-    write_entry(options.out, manifest, options.name, shards, {"command": "toy_task", **description})
+    with manifest_lock(options.out):
+        manifest = read_manifest(options.out)  # again: others may have written it meanwhile
+        write_entry(options.out, manifest, options.name, shards, {"command": "toy_task", **description})
     with open(prefix + "_task.json", "w", encoding="utf-8") as f:
         json.dump(description, f, indent=1)
         f.write("\n")

@@ -21,29 +21,39 @@
 # by anything, the same command goes on: a finished part is not repeated. Several checkpoints side by side: python3
 # data/evals.py report A=DIR_A B=DIR_B --markdown report.md --pictures .
 set -euo pipefail
+unset CDPATH
 case ${1:-} in -h|--help) sed -n '2,/^set -/{/^set -/d;s/^# \{0,1\}//;p}' "$0"; exit 0 ;; esac
 root=$(cd "$(dirname "$0")/.." && pwd)
 stop() { echo "evaluate.sh: $*" >&2; exit 1; }
-given=${1:-} val="" requests="" text="" out="" samples=100 lengths="" distraction="" positions="" batch=()
+# whole WHAT VALUE: refuses what is no whole number from 1.
+whole() { [[ $2 =~ ^[1-9][0-9]{0,8}$ ]] || stop "$1: got \"$2\", wanted a whole number from 1"; }
+given=${1:-} val="" requests="" text="" out="" samples=100 lengths="" distraction="" positions="" batch=() seen=" "
 [ -n "$given" ] || stop "wanted a checkpoint; --help says more"
 shift
 while [ $# -gt 0 ]; do
     [ $# -gt 1 ] || stop "$1: a value is missing; --help says more"
+    [[ $seen != *" $1 "* ]] || stop "$1 is given twice"
+    seen+="$1 "
     case $1 in
         --val) val=$2 ;;
         --requests) requests=$2 ;;
         --text) text=$2 ;;
         --out) out=$2 ;;
-        --samples) samples=$2 ;;
+        --samples) whole "$1" "$2"; samples=$2 ;;
         --lengths) lengths=$2 ;;
         --distraction) distraction=$2 ;;
-        --seq-len) positions=$2 ;;
-        --batch-size) batch=(--batch-size "$2") ;;
+        --seq-len) whole "$1" "$2"; positions=$2 ;;
+        --batch-size) whole "$1" "$2"; batch=(--batch-size "$2") ;;
         *) stop "unknown option $1; --help lists all" ;;
     esac
     shift 2
 done
 [ -n "$val$requests$text" ] || stop "nothing to evaluate on: wanted --val, --requests or --text"
+[ -z "$text" ] || [ -r "$text" ] || stop "--text: $text: no such file, or not readable"
+[ -z "$requests" ] || [ -d "$requests" ] || stop "--requests: $requests is no directory"
+for name in --samples --lengths --distraction; do
+    [ -n "$text" ] || [[ $seen != *" $name "* ]] || stop "$name: wanted --text FILE beside it"
+done
 
 # ---- which checkpoint, by which programs
 
@@ -67,9 +77,10 @@ python=python3
 # What config.json says: positions, tokenizer (the file beside it, or a built-in name), pattern.
 config() {
     "$python" -c 'import json, sys; print(json.load(open(sys.argv[1])).get(sys.argv[2]) or sys.argv[3])' \
-        "$checkpoint/config.json" "$1" "$2"
+        "$checkpoint/config.json" "$1" "$2" 2> /dev/null || stop "$checkpoint/config.json: not readable, or no JSON"
 }
 context=$(config max_position_embeddings 2048)
+whole "$checkpoint/config.json: max_position_embeddings" "$context"
 positions=${positions:-$((context < 4096 ? context : 4096))}
 tokenizer=$(config tokenizer "")
 pattern=$(config tokenizer_pattern "")
@@ -87,13 +98,20 @@ fi
 cp "$model" "$out/checkpoint"
 
 parts=0 done_before=0
-# part FILE COMMAND: unless FILE is there, runs the command, which makes FILE.partial, and gives it that name.
+# part FILE HOW COMMAND: unless FILE is there, runs the command, which makes FILE.partial, and gives it that name. HOW:
+# all that its contents hang on beside the checkpoint, kept in FILE.made; a FILE that was made otherwise is refused.
 part() {
-    local file=$1
-    shift
+    local file=$1 how=$2
+    shift 2
     parts=$((parts + 1))
-    if [ -e "$file" ]; then done_before=$((done_before + 1)); return 0; fi
+    if [ -e "$file" ]; then
+        [ "$(cat "$file.made" 2> /dev/null)" = "$how" ] ||
+            stop "$file was made with other options or of other files; wanted those, or another --out"
+        done_before=$((done_before + 1))
+        return 0
+    fi
     rm -rf "$file.partial"
+    printf '%s\n' "$how" > "$file.made"
     "$@" || stop "$(basename "$file"): not finished, the command above says why; the same command goes on from here"
     mv "$file.partial" "$file"
 }
@@ -118,26 +136,28 @@ score() {
         > "$out/$1.scores.partial"
 }
 
-if [ -n "$val" ]; then part "$out/validation" validate; fi
+if [ -n "$val" ]; then part "$out/validation" "--val $val --seq-len $positions" validate; fi
 if [ -n "$text" ]; then
     [ -n "$tokenizer" ] ||
         stop "--text: $checkpoint/config.json names no tokenizer that counts its tokens; data/evals.py makes requests" \
             "for --requests"
     room=$((positions * 125 / 128))
-    part "$out/needle.jsonl" make_requests needle --length "${lengths:-$((room / 2)),$room}"
-    part "$out/babilong.jsonl" make_requests babilong --distraction "${distraction:-0,$((room / 4)),$((room / 2))}"
+    lengths=${lengths:-$((room / 2)),$room} distraction=${distraction:-0,$((room / 4)),$((room / 2))}
+    how="--text of CRC and size $(cksum < "$text") --samples $samples --seq-len $positions"
+    part "$out/needle.jsonl" "$how --lengths $lengths" make_requests needle --length "$lengths"
+    part "$out/babilong.jsonl" "$how --distraction $distraction" make_requests babilong --distraction "$distraction"
 fi
 if [ -n "$requests" ]; then
-    [ -d "$requests" ] || stop "--requests: $requests is no directory"
     found=0
     for file in "$requests"/*.jsonl; do
         [ -e "$file" ] || continue
         found=$((found + 1))
-        link=$out/$(basename "$file")
-        if [ -e "$link" ]; then
-            cmp -s "$file" "$link" || stop "$file is not what $link was; wanted another --out"
+        copy=$out/$(basename "$file")
+        if [ -e "$copy" ]; then
+            cmp -s "$file" "$copy" || stop "$file is not what $copy was; wanted another --out"
         else
-            ln -sfn "$(cd "$requests" && pwd)/$(basename "$file")" "$link"
+            cp "$file" "$copy.partial"
+            mv "$copy.partial" "$copy"
         fi
     done
     [ $found -gt 0 ] || stop "--requests: no *.jsonl in $requests"
@@ -145,7 +165,7 @@ fi
 for file in "$out"/*.jsonl; do
     [ -e "$file" ] || continue
     name=$(basename "$file" .jsonl)
-    part "$out/$name.scores" score "$name"
+    part "$out/$name.scores" "--seq-len $positions of CRC and size $(cksum < "$file")" score "$name"
 done
 
 # ---- the report

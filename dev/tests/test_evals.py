@@ -671,22 +671,39 @@ class Evaluate(Case):
         self.assertEqual(len(self.calls()), 5)
         self.assertIn("another checkpoint",
                       self.evaluate(*everything, "--out", out, status=1, checkpoint="run/step-00000001"))
+        for changes in (["--seq-len", "64"], ["--samples", "2"], ["--lengths", "600"]):
+            again = [x for i, x in enumerate(everything) if changes[0] not in everything[max(0, i - 1):i + 1]]
+            self.assertIn("was made with other options or of other files", self.evaluate(*again, *changes, status=1))
+        shown = self.evaluate("--val", self.path("shards/book_val_*.bin"), status=1)
+        self.assertIn("validation was made with other options", shown)
         with open(self.path("requests/lambada.jsonl"), "a") as f:
             f.write("\n")
-        self.assertIn("is not what",
-                      self.evaluate("--requests", self.path("requests"), "--out", self.copy_of_requests(out), status=1))
-        self.assertIn("nothing to evaluate on", self.evaluate(status=1))
+        self.assertIn("is not what", self.evaluate("--requests", self.path("requests"), status=1))
         self.assertIn("no checkpoint", self.evaluate(*everything, status=1, checkpoint="texts"))
+        self.assertEqual(len(self.calls()), 5)
 
-    def copy_of_requests(self, out):
-        """The evaluation with copies of its requests, as they were, in place of links."""
-        copied = self.path("copied")
-        shutil.copytree(out, copied)
-        with open(os.path.join(copied, "lambada.jsonl"), "rb") as f:
-            text = f.read()
-        with open(os.path.join(copied, "lambada.jsonl"), "wb") as f:
-            f.write(text[:-1])
-        return copied
+    def test_mistakes(self):
+        os.makedirs(self.path("run"))
+        self.write("run/config.json", [{"vocab_size": 259}])
+        self.write("trainer", [])
+        os.chmod(self.path("trainer"), 0o755)
+        val = ["--val", "x"]
+        for options, message in (([], "nothing to evaluate on"), ([*val, "--val", "y"], "--val is given twice"),
+                                 ([*val, "--seq-len", "0"], '--seq-len: got "0", wanted a whole number from 1'),
+                                 ([*val, "--seq-len", "1_0"], "--seq-len: got"), ([*val, "--samples", ""], "got"),
+                                 ([*val, "--samples", "9"], "--samples: wanted --text FILE beside it"),
+                                 ([*val, "--requests", "none"], "none is no directory"),
+                                 (["--text", self.path("none")], "no such file"),
+                                 ([*val, "--sample", "9"], "unknown option --sample"),
+                                 (["--val"], "a value is missing")):
+            shown = self.evaluate(*options, status=1)
+            self.assertIn(message, shown)
+            self.assertEqual(shown.count("\n"), 1, shown)
+
+    def test_from_a_folder_that_cdpath_names(self):
+        shown = subprocess.run(["scripts/evaluate.sh"], cwd=ROOT, env=dict(os.environ, CDPATH=f".:{ROOT}"),
+                               capture_output=True, text=True)
+        self.assertEqual((shown.returncode, shown.stderr), (1, "evaluate.sh: wanted a checkpoint; --help says more\n"))
 
 
 if __name__ == "__main__":

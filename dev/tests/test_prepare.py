@@ -203,6 +203,15 @@ class Texts(Case):
         run("text", text, "--out", self.path("o"), "--overwrite")
         self.assertEqual(digest(self.path("o")), before)
 
+    def test_an_input_that_is_newer_than_its_shards_is_said(self):
+        """Another text may have the same name and length."""
+        text = self.write("a.txt", "one text\n" * 9)
+        run("text", text, "--out", self.path("o"))
+        self.assertNotIn("newer", run("text", text, "--out", self.path("o")))
+        self.write("a.txt", "two text\n" * 9)
+        os.utime(text, (time.time() + 5, time.time() + 5))
+        self.assertIn("a.txt is newer than the shards in", run("text", text, "--out", self.path("o")))
+
     def test_shards_have_the_size_asked_for(self):
         run(
             "text",
@@ -516,6 +525,12 @@ class Bad(Case):
             (("--shard-toknes", "9"), "unrecognized arguments: --shard-toknes"),
             (("--shard", "9"), "unrecognized arguments: --shard"),
             (("--max-tokens", "0"), "wanted 1 or more"),
+            (("--max-tokens", "1.5"), "got '1.5', wanted a whole number such as"),
+            (("--seed", "1_000"), "got '1_000', wanted a whole number"),
+            (("--workers", "-1"), "got '-1', wanted a whole number of at least 0"),
+            (("--val-fraction", "nan"), "got 'nan', wanted a number"),
+            (("--save-seconds", "1e400"), "got '1e400', wanted a number of at least 0"),
+            (("--text-field", ""), 'wanted the name of the field'),
         ):
             shown = run("text", text, "--out", self.path("o"), *options, status=1)
             self.assertIn(message, shown)
@@ -742,6 +757,19 @@ class Restarts(Case):
         self.stopped_in_the_middle(options)
         self.assertIn("another prepare.py is at work", run(*options, status=1))
 
+    def test_several_at_once_into_one_folder(self):
+        """Each under its own name: none loses what another has written into the manifest."""
+        names, out = ["n%d" % i for i in range(6)], self.path("o")
+        text = self.write("a.txt", "some text\n" * 9)
+        words = [sys.executable, PREPARE, "text", text, "--out", out, "--name"]
+        children = [subprocess.Popen([*words, name], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+                    for name in names]
+        self.assertEqual([child.wait() for child in children], [0] * 6)
+        with open(os.path.join(out, "manifest.json")) as f:
+            manifest = json.load(f)
+        self.assertEqual((sorted(manifest["preparations"]), len(manifest["shards"])), (names, 12))
+        self.assertEqual(sorted(n for n in os.listdir(out) if n.startswith(".")), [])
+
 
 class Kinds(Case):
     """What an input may be besides what it should be: read rightly, or named with the rest read."""
@@ -940,6 +968,24 @@ class Kinds(Case):
             f.write(text.replace('"shards"', '"shards": {}, "sh\\u0061rds"', 1))
         shown = run("text", path, "--name", "more", "--out", self.path("made"), status=1)
         self.assertIn("not a manifest of prepare.py: the key shards occurs twice", shown)
+
+    def test_manifests_that_lack_something(self):
+        path, made = self.write("in.txt", b"some text\n" * 9), self.path("made")
+        run("text", path, "--out", made)
+        with open(self.path("made/manifest.json")) as f:
+            good = json.load(f)
+        for part, entry, key in (("preparations", "in", "tokenizer"), ("preparations", "in", "sets"),
+                                 ("shards", "in_train_000000.bin", "crc32"), ("shards", "in_val_000000.bin", None)):
+            bad = json.loads(json.dumps(good))
+            if key:
+                del bad[part][entry][key]
+            else:
+                bad[part][entry] = 3
+            self.write("made/manifest.json", json.dumps(bad))
+            for words in (("text", path, "--out", made), ("verify", made), ("inspect", made + "/in_val_000000.bin")):
+                shown = run(*words, status=1)
+                self.assertIn("manifest.json: not a manifest of prepare.py\n", shown)
+                self.assertEqual(shown.count("\n"), 1, shown)
 
     def test_links(self):
         self.write("tree/a.jsonl", self.GOOD)

@@ -103,6 +103,17 @@ class Toy(unittest.TestCase):
                 self.assertLess(max(abs(places[i] - expected) for i in range(blocks)), 5 * expected ** 0.5 + 1)
             self.assertFalse([name for name in os.listdir(folder) if "partial" in name])
 
+    def test_two_at_once_and_numbers(self):
+        with tempfile.TemporaryDirectory() as folder:
+            with toy_task.locked(os.path.join(folder, ".toy.lock")):
+                done = run("--out", folder, "--n", 2, "--blocks", 2, "--train-samples", 3, "--test-samples", 1)
+                self.assertEqual((done.returncode, done.stderr.count("\n")), (1, 1), done.stderr)
+                self.assertIn("another toy_task.py is at work on toy there", done.stderr)
+            self.assertEqual(os.listdir(folder), [])
+        for option, value in (("--n", "1_0"), ("--seed", "1.5"), ("--jobs", "0")):
+            done = run("--examples", 1, option, value)
+            self.assertEqual((done.returncode, done.stderr.count("\n")), (1, 1), done.stderr)
+
     def test_paper_sizes(self):
         self.check_task(5, 2, "all", 52, 321)
         self.check_task(8, 2, "last", 34, 1 + 34 * 9 - 1 + 1 + 2 + 1 + 1)

@@ -1,0 +1,55 @@
+"""What the options of all scripts share: a mistake is one line and exit status 1, as in the programs; part of a name is
+none; numbers are written as the programs take them, so that 1_000 and nan are none."""
+
+import argparse
+import fractions
+import math
+import re
+
+
+class Parser(argparse.ArgumentParser):
+    def __init__(self, **settings):
+        super().__init__(allow_abbrev=False, **settings)
+
+    def error(self, message):
+        self.exit(1, "%s: %s; --help lists all options\n" % (self.prog, message))
+
+
+def refused(text, wanted):
+    return argparse.ArgumentTypeError("got %r, wanted %s" % (text, wanted))
+
+
+def whole_number(least=None, most=None):
+    """A type for add_argument: a whole number in this range."""
+    wanted = "a whole number" + ("" if least is None else " of at least %d" % least if most is None else
+                                 " from %d to %d" % (least, most))
+
+    def parse(text):
+        number = int(text) if re.fullmatch("[-+]?[0-9]{1,18}", text) else None
+        if number is None or (least is not None and number < least) or (most is not None and number > most):
+            raise refused(text, wanted)
+        return number
+
+    return parse
+
+
+def real_number(least=None):
+    """A type for add_argument: a finite number, not below `least`."""
+
+    def parse(text):
+        shape = r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?"
+        number = float(text) if re.fullmatch(shape, text) else math.inf
+        if not math.isfinite(number) or (least is not None and number < least):
+            raise refused(text, "a number" + ("" if least is None else " of at least %g" % least))
+        return number
+
+    return parse
+
+
+def parse_count(text):
+    """100000000, 100M, 1.5k: a whole number all the same."""
+    match = re.fullmatch(r"([0-9]{1,18}(?:\.[0-9]{1,18})?)([kKmMgGbB]?)", text)
+    number = match and fractions.Fraction(match[1]) * {"": 1, "k": 10**3, "m": 10**6}.get(match[2].lower(), 10**9)
+    if not match or number.denominator != 1:
+        raise refused(text, "a whole number such as 100000000 or 100M")
+    return int(number)
