@@ -4,12 +4,14 @@ Several heads (--head 0,1,5 or --head all) stand below each other. Each has two 
 scores, and the weights that multiply the values, after convolution and mixing. --json FILE ... draws files that
 infer_mta --attention-map wrote. Needs matplotlib."""
 
-import argparse
 import json
 import os
 import subprocess
 import sys
 import tempfile
+
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "data"))
+from options import Parser, whole_number  # noqa: E402
 
 ROOT = os.path.abspath(os.path.join(os.path.dirname(__file__), ".."))
 
@@ -85,13 +87,13 @@ def draw(maps, out):
 
 
 def main():
-    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__)
+    parser = Parser(description=__doc__)
     parser.add_argument("dir", metavar="DIR", nargs="?", help="checkpoint")
     parser.add_argument("--json", metavar="FILE", nargs="+", help="draw these files")
     parser.add_argument("--prompt")
     parser.add_argument("--token-ids")
     parser.add_argument("--tokenizer")
-    parser.add_argument("--layer", type=int, default=0)
+    parser.add_argument("--layer", type=whole_number(0), default=0)
     parser.add_argument("--head", default="0", metavar="N,...|all", help="default 0")
     parser.add_argument(
         "--infer", default=os.path.join(ROOT, "infer_mta"), help="the program (default: the repository's)"

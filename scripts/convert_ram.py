@@ -16,6 +16,9 @@ import shutil
 import struct
 import sys
 
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "data"))
+from options import Parser  # noqa: E402
+
 try:
     import torch
 except ImportError:
@@ -162,6 +165,9 @@ def to_ours(state, params):
 
 def to_theirs(tensors, config):
     """Our tensors and config -> their state dict and model parameters."""
+    for key in ("rope_scaling", "rope_parameters"):
+        if config.get(key):
+            raise UserError("config.json: %s has no counterpart there, only rope_theta" % key)
     if config.get("attention_type", "mta") != "mta" or config.get("rope_scaling"):
         raise UserError("config.json: attention_type diff and rope_scaling have no counterpart there")
     heads, dim = config["num_attention_heads"], config["hidden_size"]
@@ -294,9 +300,7 @@ def convert_back(source, out):
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", metavar="DIR")
     parser.add_argument("out", metavar="OUT_DIR")
     parser.add_argument("--back", action="store_true", help="ours to theirs")
@@ -313,6 +317,9 @@ def main():
     try:
         if torch is None:
             raise UserError("PyTorch is needed to read and write .pth files: pip install torch")
+        for name in ("consolidated.pth", "params.json") if args.back else ("model.safetensors", "config.json"):
+            if os.path.lexists(os.path.join(args.out, name)):
+                raise UserError("%s is there already; wanted a new folder" % os.path.join(args.out, name))
         if args.back:
             convert_back(args.source, args.out)
         else:

@@ -15,6 +15,7 @@
 # A cell is one training run. A finished one is a line in dev/evidence/PART.jsonl and is never repeated; an unfinished
 # one resumes. It runs at the lowest priority, so that other work on the machine goes first.
 set -euo pipefail
+unset CDPATH
 cd "$(dirname "$0")/.."
 case " $* " in *" --help "* | *" -h "*)
     sed -n '2,/^set -/{/^set -/d;s/^# \{0,1\}//;p}' scripts/evidence.sh

@@ -27,6 +27,7 @@ import zlib
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 CODE = os.path.join(ROOT, "scripts", "hf")
 sys.path.insert(0, os.path.join(ROOT, "data"))
+from options import Parser  # noqa: E402
 from tokenizer import PATTERNS, UserError, members, need, open_tokenizer, read_ranks  # noqa: E402
 
 # What mta.c writes into the config.json of a model with an attention of its own: LLaMA's keys, then that attention's
@@ -110,6 +111,9 @@ def read_config(path):
     known = {"llama": ["LlamaForCausalLM"], "mta": ["MtaForCausalLM"]}
     if family not in known or classes not in ([], known[family]):
         raise UserError("%s: model_type %s, architectures %s: wanted a llama or mta of mta.c" % (path, family, classes))
+    for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
+        if type(config.get(key)) is not int or config[key] < 1:
+            raise UserError("%s: %s: got %s, wanted a whole number from 1" % (path, key, json.dumps(config.get(key))))
     if family == "llama":
         return config
     unknown = sorted(k for k in set(config) - LLAMA_KEYS - set(ATTENTION) if config[k] is not None)
@@ -176,12 +180,20 @@ def read_header(path):
         length = struct.unpack("<Q", head)[0] if len(head) == 8 else 1 << 40
         if length > size - 8:
             raise UserError("%s: no safetensors file" % path)
-        header = json.loads(f.read(length), object_pairs_hook=members)
-    header.pop("__metadata__", None)
+        try:
+            header = json.loads(f.read(length), object_pairs_hook=members)
+        except ValueError as e:
+            raise UserError("%s: its header is no JSON: %s" % (path, e))
     start = 8 + length
+    if not isinstance(header, dict):
+        raise UserError("%s: its header is no JSON object" % path)
+    header.pop("__metadata__", None)
     for name, t in header.items():
-        begin, end = t.pop("data_offsets")
-        t.update(path=path, begin=start + begin, end=start + end)
+        try:
+            begin, end = t.pop("data_offsets")
+            t.update(path=path, begin=start + begin, end=start + end, shape=list(t["shape"]), dtype=t["dtype"])
+        except (AttributeError, KeyError, TypeError, ValueError):
+            raise UserError("%s: tensor %s: wanted its dtype, shape and data_offsets" % (path, name))
         if not start <= t["begin"] <= t["end"] <= size:
             raise UserError("%s: tensor %s is not inside of the file" % (path, name))
     return header
@@ -482,8 +494,7 @@ def numel(shape):
 
 
 def main():
-    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", metavar="DIR")
     parser.add_argument("out", metavar="OUT")
     parser.add_argument("--bf16", action="store_true", help="round the weights to bf16")

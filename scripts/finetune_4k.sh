@@ -6,6 +6,7 @@
 # 40,000 steps of 64 sequences of 4096. The same command continues an interrupted run, and a launcher starts it on
 # several GPUs as it does train_880m.sh.
 set -euo pipefail
+unset CDPATH
 case ${1:-} in -h|--help) sed -n '2,/^set -/{/^set -/d;s/^# \{0,1\}//;p}' "$0"; exit 0 ;; esac
 root=$(cd "$(dirname "$0")/.." && pwd)
 source "$root/scripts/recipe.bash"
@@ -30,8 +31,8 @@ recipe=(--init-from "$checkpoint" --seq-len 4096 --max-position-embeddings 4096 
 choose_batch 64 "${recipe[@]}" "$@"
 
 # A set of each domain, 2.1 million tokens of it.
-val=()
-if compgen -G "$shards/*_val_*.bin" > /dev/null; then
+val=() files=("$shards"/*_val_*.bin)
+if [ -e "${files[0]}" ]; then
     val=(--val "$shards/*_val_*.bin" --eval-every 1000 --eval-windows 512)
 fi
 exec "$trainer" "${recipe[@]}" --batch-size "$batch" --train "@$shards/recipe.txt" --mix document "${val[@]}" \

@@ -183,15 +183,17 @@ class MtaLM(LM):
 
 
 def main():
-    parser = argparse.ArgumentParser(
+    sys.path.insert(0, os.path.join(ROOT, "data"))  # here: what imports this module keeps its path as it is
+    from options import Parser, whole_number
+
+    parser = Parser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="All other flags are the harness's own: see `lm_eval run --help`.",
-        allow_abbrev=False,
     )
     parser.add_argument("checkpoint", metavar="DIR")
     parser.add_argument("--weights", default="stored", choices=WEIGHTS)
-    parser.add_argument("--threads", type=int, default=0, metavar="N", help="0: all cores")
+    parser.add_argument("--threads", type=whole_number(0), default=0, metavar="N", help="0: all cores")
     parser.add_argument("--infer", default=os.path.join(ROOT, "infer_mta"), metavar="PROGRAM")
     parser.add_argument("--trainer", metavar="PROGRAM",
                         help="train_mta or train_mta_cuda: scores in place of infer_mta")

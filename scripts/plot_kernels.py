@@ -9,11 +9,13 @@ writes, for each kind the checkpoint has, kq_conv.png, kq_conv_post.png, head_mi
 where training started: the identity, 1 there and 0 elsewhere. Colours end at the largest weight beside those squares,
 which are often beyond. numpy and matplotlib are needed.
 """
-import argparse
 import json
 import os
 import re
 import sys
+
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "data"))
+from options import Parser  # noqa: E402
 
 try:
     import matplotlib
@@ -167,7 +169,7 @@ def draw_mixing(kind, layers, title, out):
 
 
 def main():
-    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__.split("\n\n")[0])
+    parser = Parser(description=__doc__.split("\n\n")[0])
     parser.add_argument("checkpoint", help="checkpoint folder, or a run's folder for its newest checkpoint")
     parser.add_argument("--out", help="folder of the pictures (default: the given folder)")
     parser.add_argument("--title", help="first line of the heading (default: the checkpoint's folder)")

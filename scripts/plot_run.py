@@ -10,10 +10,12 @@ A run is a folder with log.jsonl, or such a file; LABEL= in front of it names it
 same. Of several validation sets each has its colour, and the mean is black; several runs are then told apart by dashes.
 numpy and matplotlib are needed.
 """
-import argparse
 import json
 import os
 import sys
+
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "data"))
+from options import Parser  # noqa: E402
 
 try:
     import matplotlib
@@ -226,7 +228,7 @@ def split_label(text):
 
 
 def main():
-    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__.split("\n\n")[0])
+    parser = Parser(description=__doc__.split("\n\n")[0])
     parser.add_argument("runs", nargs="+", metavar="[LABEL=]RUN", help="folder with log.jsonl, or the file")
     parser.add_argument("--out", help="PNG to write (default: curves.png in the first run's folder)")
     parser.add_argument("--x", choices=list(AXES), default="steps",

@@ -15,6 +15,7 @@
 # sudo, if you are not root), and numpy and matplotlib into data/.venv for the pictures. Nothing else outside of this
 # folder is touched.
 set -euo pipefail
+unset CDPATH
 caller=$PWD
 cd "$(dirname "$0")/.."
 # A file as the caller named it, seen from here.

@@ -9,6 +9,7 @@
 # (default: build/ranks_check). TRAINER=PROGRAM is taken in place of train_mta_cuda, which is built otherwise.
 # Exit status 1 if bits differ or a run fails.
 set -u
+unset CDPATH
 cd "$(dirname "$0")/.." || exit 1
 root=$PWD ranks="" part=all small=no work=$PWD/build/ranks_check
 while [ $# -gt 0 ]; do

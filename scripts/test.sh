@@ -20,6 +20,7 @@
 # reason. Prints seconds of the clock and of processors for each step. Ends with "N passed, N failed[, N skipped]"; the
 # exit status is the verdict.
 set -u
+unset CDPATH
 cd "$(dirname "$0")/.." || exit 1
 install=1 only="" mode=full
 while [ $# -gt 0 ]; do

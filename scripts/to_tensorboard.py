@@ -16,6 +16,9 @@ import math
 import os
 import sys
 
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "data"))
+from options import Parser  # noqa: E402
+
 try:
     from tensorboard.compat.proto.event_pb2 import Event
     from tensorboard.compat.proto.summary_pb2 import Summary
@@ -89,7 +92,7 @@ def convert(log, folder):
 
 
 def main():
-    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__,
+    parser = Parser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folder with log.jsonl")
     parser.add_argument("--out", metavar="DIR",

@@ -7,12 +7,14 @@ library suffices.
 A task's folder is called nN_KIND and holds runs called MODEL_SEED (transformer_1, mta_3); the last validation of each
 log.jsonl counts. The paper's whole table: scripts/evidence.sh toy.
 """
-import argparse
 import json
 import os
 import re
 import statistics
 import sys
+
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "data"))
+from options import Parser  # noqa: E402
 
 PAPER = {  # error in percent; the one standard deviation the paper's text gives is kept
     "transformer": {"n5_all": "51.6 +- 43.1", "n5_first": "78.2", "n5_last": "1.3", "n8_all": "31.2",
@@ -77,7 +79,7 @@ def print_task(name, task):
 
 
 def main():
-    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__.split("\n\n")[0])
+    parser = Parser(description=__doc__.split("\n\n")[0])
     parser.add_argument("folder", help="folder of a task: nN_KIND")
     folder = parser.parse_args().folder
     try:

@@ -14,6 +14,7 @@
 # The bits of the run hang on --shards and --batch-size alone: with both given, it goes on exactly on another number of
 # GPUs. --dry-run --ranks 32 --ranks-per-node 8 plans such a run without starting it.
 set -euo pipefail
+unset CDPATH
 case ${1:-} in -h|--help) sed -n '2,/^set -/{/^set -/d;s/^# \{0,1\}//;p}' "$0"; exit 0 ;; esac
 root=$(cd "$(dirname "$0")/.." && pwd)
 source "$root/scripts/recipe.bash"
@@ -35,8 +36,8 @@ recipe=(--model 880m --attention "$attention" --seq-len 2048 --tokens-per-step 2
 choose_batch 128 "${recipe[@]}" "$@"
 
 # A set of each domain, 2.1 million tokens of it.
-val=()
-if compgen -G "$shards/*_val_*.bin" > /dev/null; then
+val=() files=("$shards"/*_val_*.bin)
+if [ -e "${files[0]}" ]; then
     val=(--val "$shards/*_val_*.bin" --eval-every 2000 --eval-windows 1024)
 fi
 exec "$trainer" "${recipe[@]}" --batch-size "$batch" --train "@$shards/recipe.txt" --mix document "${val[@]}" \

@@ -156,6 +156,9 @@ class Convert(unittest.TestCase):
                 for args in ([paths[0], paths[1]], ["--back", paths[1], paths[2]], [paths[2], paths[3]]):
                     done = call(convert_ram, *args)
                     self.assertEqual((done.returncode, done.stderr), (0, ""))
+                done = call(convert_ram, *args)
+                self.assertEqual(done.returncode, 1)
+                self.assertIn("model.safetensors is there already", done.stderr)
                 with open(os.path.join(paths[1], "config.json")) as f:
                     config = json.load(f)
                 self.assertEqual(config["max_position_embeddings"], 64)
@@ -184,6 +187,9 @@ class Convert(unittest.TestCase):
         for bad in ({"curse_norm": True}, {"pad_key": "left"}, {"add_gating": True, "gate_1d": False}):
             with self.assertRaises(convert_ram.UserError):
                 convert_ram.to_ours({}, {"dim": 32, "n_heads": 4, "mta": bad})
+        for key in ("rope_scaling", "rope_parameters"):
+            with self.assertRaisesRegex(convert_ram.UserError, key):
+                convert_ram.to_theirs({}, {"hidden_size": 32, "num_attention_heads": 4, key: {"rope_theta": 5e5}})
 
 
 if __name__ == "__main__":

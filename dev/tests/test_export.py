@@ -579,6 +579,11 @@ class Refusals(unittest.TestCase):
         with open(path, "wb") as f:
             f.write(good[:100])
         self.refused("no safetensors file")
+        for there, instead, why in ((b'{"__', b'["__', "model.safetensors: its header is no JSON"),
+                                    (b'"dtype"', b'"dtyqe"', "wanted its dtype, shape and data_offsets")):
+            with open(path, "wb") as f:
+                f.write(good.replace(there, instead, 1))
+            self.refused(why)
         manifest = {"files": {"model.safetensors": {"bytes": len(good), "crc32": 1}}}
         with open(os.path.join(self.source, "manifest.json"), "w") as f:
             json.dump(manifest, f)
@@ -591,6 +596,10 @@ class Refusals(unittest.TestCase):
         write_config(self.source, self.config)
         os.remove(path)
         self.refused("neither model.safetensors nor model.safetensors.index.json")
+        for layers in (None, "2", 0):
+            write_config(self.source, dict(self.config, num_hidden_layers=layers))
+            self.refused("config.json: num_hidden_layers: got %s, wanted a whole number" % json.dumps(layers))
+        self.refused("unrecognized arguments: --bf17", self.source, self.out, "--bf17")
         os.remove(os.path.join(self.source, "config.json"))
         self.refused("no checkpoint")
 
