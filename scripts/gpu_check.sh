@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # scripts/gpu_check.sh [--part tests|speed] [--python PYTHON]: tests and speed of train_mta.cu on the GPU of this
 # machine, at most 9 minutes, the table last, also after Ctrl-C or SIGTERM. Needs nvcc; compute-sanitizer and a PyTorch
-# with CUDA are used where they are.
+# with CUDA are used where they are. What the toolkit lacks of cuBLAS and cuDNN is taken from the Python packages that
+# PyTorch came with.
 #
 #   tests   every operation alone, test_mta_cuda in bf16 and fp32, compute-sanitizer's memcheck and racecheck on tiny
 #           shapes, runs (resume, checkpoints that change sides)
@@ -55,8 +56,7 @@ gpu=$(nvidia-smi --query-gpu=name,driver_version,memory.total,compute_cap --form
 [ -n "$gpu" ] || { echo "gpu_check.sh: nvidia-smi finds no GPU" >&2; exit 1; }
 capability=$(awk -F, '{gsub(/[ .]/, "", $4); print $4}' <<< "$gpu")
 case $capability in 90) arch=sm_90a ;; *) arch=sm_$capability ;; esac
-ldconfig -p 2> /dev/null | grep -q libcublas ||
-    export LD_LIBRARY_PATH="${LD_LIBRARY_PATH:+$LD_LIBRARY_PATH:}$(dirname "$(command -v nvcc)")/../lib64"
+loader=${LD_LIBRARY_PATH:-}  # for PyTorch, which finds its own libraries, of other versions maybe
 mkdir -p build/log
 trap finish EXIT
 trap 'jobs -rp | xargs -r kill; fail "interrupted"; exit 1' INT TERM
@@ -111,7 +111,9 @@ verdict() {  # the last line of the step in the table
         0) row "ok      $2: ${last:-done}" ;;
         124) fail "$2: out of its $3 s or of the deadline (see $4): $last" ;;
         125) row "skip    $2: no time left" ;;
-        *) fail "$2: exit status $1: $last (see $4)"; grep -E '^FAIL|error|Error' "$4" | head -n 20 ;;
+        *)
+            fail "$2: exit status $1: $last (see $4)"
+            { grep -E '^FAIL|error|Error' "$4" | head -n 20; tail -n 3 "$4"; } | awk '!seen[$0]++' ;;
     esac
 }
 sanitizer() {  # the same of compute-sanitizer, which may refuse the device
@@ -138,20 +140,71 @@ sanitize() {
     begin sanitizer "compute-sanitizer $1 of ${2##*/}" 150 compute-sanitizer "${options[@]}" "${@:2}"
 }
 
-# With cuDNN where the Makefile finds it.
-cudnn=$(printf 'include Makefile\nfound:\n\t@echo $(CUDNN_HOME)\n' | make -s --no-print-directory -f - found \
-    2> /dev/null)
-# All at once: each is one compilation of train_mta.cu, and the machine has cores for them.
+# The folders nvidia of Python packages, in which PyTorch's libraries are: nvidia/cu13, nvidia/cublas, nvidia/cudnn
+packages() {
+    local candidate
+    for candidate in "$python" data/.venv/bin/python python3 /usr/bin/python3; do
+        [ -n "$candidate" ] && "$candidate" -c 'import nvidia; print(*nvidia.__path__, sep="\n")' 2> /dev/null
+    done | sort -u
+}
+# Where the toolkit has no cuBLAS that can be linked: the packages', under the names that the linker looks for.
+find_cublas() {
+    local header library
+    echo 'int main() { return cublasGetStatusString(CUBLAS_STATUS_SUCCESS) == 0; }' |
+        nvcc -include cublas_v2.h -x c++ - -lcublas -o build/log/gpu_cublas > build/log/gpu_cublas.log 2>&1 && return
+    for header in $(packages | while IFS= read -r home; do find "$home" -maxdepth 3 -name cublas_v2.h; done); do
+        mkdir -p build/cublas
+        for library in "${header%/include/*}"/lib/libcublas*.so.*; do
+            ln -sf "$library" build/cublas/
+            ln -sf "$library" "build/cublas/$(basename "${library%.so.*}").so"
+        done
+        export CPATH="${CPATH:+$CPATH:}${header%/*}" LIBRARY_PATH="${LIBRARY_PATH:+$LIBRARY_PATH:}$PWD/build/cublas"
+        row "note    the toolkit links no cuBLAS: that of ${header%/include/*} is taken"
+        return
+    done
+    row "note    the toolkit links no cuBLAS, and no Python package has one: $(tail -n 1 build/log/gpu_cublas.log)"
+}
+# With cuDNN where the Makefile, or else a package, has one that is new enough.
+cudnn_version() {
+    awk '$2 == "CUDNN_MAJOR" {a = $3} $2 == "CUDNN_MINOR" {b = $3} END {print 100 * a + b}' \
+        "$1/include/cudnn_version.h" 2> /dev/null
+}
+find_cudnn() {
+    local home
+    for home in $(printf 'include Makefile\nfound:\n\t@echo $(CUDNN_HOME)\n' |
+        make -s --no-print-directory -f - found 2> /dev/null) $(packages | sed 's:$:/cudnn:'); do
+        if [ "$(cudnn_version "$home")" -ge 916 ] 2> /dev/null; then
+            cudnn=$home
+            return
+        fi
+    done
+}
+# The toolkit's libraries, and those that were found elsewhere, for programs that do not find theirs.
+find_libraries() {
+    ldd "$@" 2> /dev/null | grep -q 'not found' || return
+    LD_LIBRARY_PATH=${loader:+$loader:}$PWD/build/cublas:$(dirname "$(command -v nvcc)")/../lib64
+    export LD_LIBRARY_PATH
+}
+# All at once: each is one compilation of train_mta.cu, and the machine has cores for them. Where cuDNN is in the way,
+# once more without it.
 build() {
-    local programs=()
+    local programs=() missing=0 program
     if [ "$part" != speed ]; then
         programs+=(train_mta train_mta_cuda test_mta_cuda build/train_mta_cuda_fp32 build/test_mta_cuda_fp32
                    build/test_ops_cuda)
     fi
     if [ "$part" != tests ]; then programs+=(build/cuda_step build/test_ops_cuda); fi
     rm -f "${programs[@]}" build/*cuda*.o
-    begin verdict build 200 make -s -k -j8 NVCC_ARCH="$arch" ${cudnn:+CUDNN=1} "${programs[@]}"
+    begin verdict "build${cudnn:+ with cuDNN}" 200 \
+        make -s -k -j8 NVCC_ARCH="$arch" ${cudnn:+CUDNN=1 CUDNN_HOME="$cudnn"} "${programs[@]}"
     collect
+    for program in "${programs[@]}"; do [ -x "$program" ] || missing=1; done
+    if [ $missing -eq 1 ] && [ -n "$cudnn" ]; then
+        cudnn=""
+        build
+        return
+    fi
+    find_libraries "${programs[@]}"
 }
 # Beside one another: most of each is the start of processes and the CPU's own answers. The sanitizers, which slow the
 # GPU for all, come after.
@@ -225,7 +278,7 @@ run_speed() {
     [ -x build/cuda_step ] || return
     for kind in mta transformer mta-full; do speed_row 880m $kind 2048; done
     if [ -z "$cudnn" ]; then
-        row "skip    attention by cuDNN: the Makefile finds none"
+        row "skip    attention by cuDNN: none of 9.16 or later that builds was found"
     else
         for kind in mta transformer; do speed_row 880m $kind 2048 --cudnn; done
     fi
@@ -247,7 +300,8 @@ find_torch() {
     local candidate
     for candidate in "$python" data/.venv/bin/python python3 /usr/bin/python3; do
         if [ -n "$candidate" ] &&
-            timeout 150 "$candidate" -c 'import torch; assert torch.cuda.is_available()' 2> /dev/null; then
+            LD_LIBRARY_PATH=$loader timeout 150 "$candidate" -c 'import torch; assert torch.cuda.is_available()' \
+                2> /dev/null; then
             echo "$candidate"
             return
         fi
@@ -262,7 +316,7 @@ run_torch() {
         if [ "$rest" -lt 15 ]; then row "skip    PyTorch $kind: its two minutes are over"; continue; fi
         log=build/log/gpu_torch_$kind.log
         echo "no time left" > "$log"
-        run "$rest" "$log" "$found" dev/bench/torch_gpu.py $kind 2048 4 10
+        run "$rest" "$log" env LD_LIBRARY_PATH="$loader" "$found" dev/bench/torch_gpu.py $kind 2048 4 10
         if grep -q 'tokens/s' "$log"; then
             row "torch   $(grep 'tokens/s' "$log" | tail -n 1)"  # also what it had when its time was over
         else
@@ -271,7 +325,10 @@ run_torch() {
     done
 }
 
+cudnn=""
 if [ "$part" != tests ]; then find_torch > "$torch_python" & fi
+find_cublas
+find_cudnn
 build
 if [ "$part" != speed ]; then
     if [ "$part" = all ]; then deadline=$((started + limit - 220)); fi

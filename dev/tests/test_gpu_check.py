@@ -1,0 +1,173 @@
+#!/usr/bin/env python3
+"""scripts/gpu_check.sh where there is no GPU: make, nvcc, nvidia-smi and all programs are stand-ins that succeed, fail
+or hang; what the script makes of it.
+
+python3 dev/tests/test_gpu_check.py [-k PATTERN]
+"""
+import os
+import shutil
+import signal
+import subprocess
+import tempfile
+import time
+import unittest
+
+from helpers import ROOT, main
+
+# What every program that "make" builds is, by its name. FAILS, HANGS: names of those that do.
+PROGRAM = """#!/bin/bash
+name=$(basename "$0")
+case " $HANGS " in *" $name "*) echo "begun"; sleep 60 ;; esac
+case " $FAILS " in *" $name "*) echo "FAIL gemm"; echo "8 passed, 1 failed"; exit 1 ;; esac
+case $name in
+    cuda_step) echo "$2 T $3 B 16 ${4:+}1000 tokens/s  MFU 40.0%"; echo "    matrix products 9.0 ms" ;;
+    test_ops_cuda)
+        if [ "$1" = perf ]; then echo "NVIDIA H200"; echo "$3 one 2.0 us"; else echo "9 passed, 0 failed"; fi ;;
+    *) echo "9 passed, 0 failed" ;;
+esac
+"""
+STUBS = {
+    "nvidia-smi": """[ -z "$NO_GPU" ] || exit 9
+if [ "$1" = -L ]; then echo "GPU 0: NVIDIA H200"; else echo "NVIDIA H200, 580.1, 143771 MiB, 9.0"; fi""",
+    "nvcc": """if [ "$1" = --version ]; then echo "release 13.0, V13.0.88"; exit; fi
+[ -z "$NO_CUBLAS" ] || [ -e build/cublas/libcublas.so ] || { echo "cannot find -lcublas"; exit 1; }""",
+    "compute-sanitizer": 'echo "========= ERROR SUMMARY: 0 errors"',
+    "torch_python": """case $2 in
+    *torch.cuda*) ;;
+    *nvidia*) echo "$PACKAGES" ;;
+    *) echo "$2 T $3 B 4 500 tokens/s" ;;
+esac""",
+    "make": """case $* in *found*) echo "$CUDNN_FOUND"; exit ;; esac
+for word in "$@"; do
+    case $word in
+        CUDNN=1) [ -z "$CUDNN_BROKEN" ] || { echo "cudnn.h:1: error: no"; exit 2; } ;;
+        NVCC_ARCH=*) echo "$word" > build/arch ;;
+        CUDNN_HOME=*) echo "$word" > build/cudnn ;;
+        -*) ;;
+        *) mkdir -p "$(dirname "$word")"; cp program "$word" ;;
+    esac
+done""",
+}
+
+
+class GpuCheck(unittest.TestCase):
+    def setUp(self):
+        folder = tempfile.TemporaryDirectory(prefix="mta_gpu_")
+        self.addCleanup(folder.cleanup)
+        self.folder = folder.name
+        for name in ("scripts", "bin", "dev/tests", "dev/bench", "dev/golden"):
+            os.makedirs(self.path(name))
+        shutil.copy(os.path.join(ROOT, "scripts", "gpu_check.sh"), self.path("scripts"))
+        shutil.copy(os.path.join(ROOT, "dev", "SPEED.md"), self.path("dev"))
+        self.write("program", PROGRAM)
+        self.write("dev/tests/test_cuda_run.py", "print('7 passed, 0 failed')\n")
+        self.write("dev/bench/torch_gpu.py", "")
+        for name, text in STUBS.items():
+            self.write("bin/" + name, "#!/bin/bash\n" + text + "\n")
+
+    def path(self, name):
+        return os.path.join(self.folder, name)
+
+    def write(self, name, text):
+        with open(self.path(name), "w", encoding="utf-8") as f:
+            f.write(text)
+        os.chmod(self.path(name), 0o755)
+
+    def cudnn(self, minor):
+        """A folder with a cuDNN 9.MINOR, by its headers."""
+        os.makedirs(self.path("cudnn/include"), exist_ok=True)
+        self.write("cudnn/include/cudnn_version.h",
+                   "#define CUDNN_MAJOR 9\n#define CUDNN_MINOR %d\n#define CUDNN_PATCHLEVEL 0\n" % minor)
+        return self.path("cudnn")
+
+    def begin(self, *options, **variables):
+        path = self.path("bin") + ":" + os.environ["PATH"]
+        command = [self.path("scripts/gpu_check.sh"), "--python", self.path("bin/torch_python"), *options]
+        return subprocess.Popen(command, env=dict(os.environ, PATH=path, **variables), stdout=subprocess.PIPE,
+                                stderr=subprocess.STDOUT, text=True)
+
+    def check(self, *options, status=0, **variables):
+        """The table, the last lines of the output."""
+        child = self.begin(*options, **variables)
+        output = child.communicate(timeout=100)[0]
+        self.assertEqual(child.returncode, status, output)
+        self.assertIn("\n==== took ", output)
+        return output.split("\n==== took ")[1]
+
+    def test_all_is_well(self):
+        table = self.check(CUDNN_FOUND=self.cudnn(16))
+        self.assertTrue(table.endswith("gpu_check: all passed\n"), table)
+        for words in ("NVIDIA H200, 580.1, 143771 MiB, 9.0; release 13.0; sm_90a", "ok      build with cuDNN: done",
+                      "ok      operations: 9 passed, 0 failed", "ok      test_mta_cuda bf16: 9 passed",
+                      "ok      test_mta_cuda fp32: 9 passed", "ok      runs: 7 passed, 0 failed",
+                      "ok      compute-sanitizer racecheck of test_ops_cuda: ========= ERROR SUMMARY: 0 errors",
+                      "ours    mta-full T 4096 B 16 1000 tokens/s", "kernel  kernel one 2.0 us",
+                      "torch   mta T 2048 B 4 500 tokens/s", "mta over PyTorch, T 2048: 2.00"):
+            self.assertIn(words, table)
+        self.assertNotIn("skip", table)
+        with open(self.path("build/arch"), encoding="utf-8") as f:
+            self.assertEqual(f.read(), "NVCC_ARCH=sm_90a\n")
+
+    def test_what_fails_stops_nothing_else(self):
+        table = self.check(FAILS="test_ops_cuda cuda_step", status=1)
+        self.assertIn("FAIL    operations: exit status 1: 8 passed, 1 failed (see build/log/gpu_operations.log)", table)
+        self.assertIn("FAIL    ours mta T 2048: 8 passed, 1 failed", table)
+        for words in ("ok      test_mta_cuda bf16", "ok      runs", "torch   transformer"):
+            self.assertIn(words, table)
+        self.assertRegex(table, r"\ngpu_check: \d+ failed\n$")
+
+    def test_what_hangs_is_stopped(self):
+        began = time.monotonic()
+        table = self.check("--part", "tests", HANGS="test_mta_cuda", GPU_CHECK_SECONDS="10", status=1)
+        self.assertLess(time.monotonic() - began, 30)
+        self.assertRegex(table, r"FAIL    test_mta_cuda bf16: out of its 150 s or of the deadline \(see .*\): begun")
+        for words in ("ok      operations", "ok      runs",
+                      "skip    compute-sanitizer racecheck of test_ops_cuda: no time left"):
+            self.assertIn(words, table)
+
+    def test_ended_from_outside(self):
+        """As by a machine whose time is up: the table comes at once."""
+        child = self.begin("--part", "tests", HANGS="test_ops_cuda")
+        self.addCleanup(child.kill)
+        while "ok      build" not in child.stdout.readline():
+            self.assertIsNone(child.poll())
+        began = time.monotonic()
+        child.send_signal(signal.SIGTERM)
+        output = child.communicate(timeout=30)[0]
+        self.assertLess(time.monotonic() - began, 10)
+        self.assertEqual(child.returncode, 1)
+        for words in ("==== took", "ok      build", "FAIL    interrupted", "gpu_check: 1 failed"):
+            self.assertIn(words, output)
+
+    def test_cudnn_in_the_way(self):
+        """One that is too old is left alone; one with which nothing builds is given up; one of a package serves."""
+        table = self.check("--part", "speed", CUDNN_FOUND=self.cudnn(5))
+        self.assertIn("skip    attention by cuDNN: none of 9.16", table)
+        table = self.check("--part", "speed", CUDNN_FOUND=self.cudnn(19), CUDNN_BROKEN="1", status=1)
+        for words in ("FAIL    build with cuDNN: exit status 2: cudnn.h:1: error: no", "ok      build: done",
+                      "ours    mta T 2048", "skip    attention by cuDNN", "gpu_check: 1 failed"):
+            self.assertIn(words, table)
+        self.assertIn("ok      build with cuDNN", self.check("--part", "speed", PACKAGES=self.folder))
+        with open(self.path("build/cudnn"), encoding="utf-8") as f:
+            self.assertEqual(f.read(), "CUDNN_HOME=%s\n" % self.path("cudnn"))
+
+    def test_cublas_of_a_package(self):
+        for name in ("include", "lib"):
+            os.makedirs(self.path("packages/cu13/" + name))
+        for name in ("include/cublas_v2.h", "lib/libcublas.so.13", "lib/libcublasLt.so.13"):
+            self.write("packages/cu13/" + name, "")
+        table = self.check("--part", "speed", NO_CUBLAS="1", PACKAGES=self.path("packages"))
+        self.assertIn("note    the toolkit links no cuBLAS: that of %s is taken" % self.path("packages/cu13"), table)
+        self.assertEqual(sorted(os.listdir(self.path("build/cublas"))),
+                         ["libcublas.so", "libcublas.so.13", "libcublasLt.so", "libcublasLt.so.13"])
+        shutil.rmtree(self.path("build"))
+        self.assertIn("no Python package has one: cannot find -lcublas",
+                      self.check("--part", "speed", NO_CUBLAS="1", PACKAGES=self.path("none")))
+
+    def test_no_gpu(self):
+        child = self.begin(NO_GPU="1")
+        self.assertEqual((child.communicate()[0], child.returncode), ("gpu_check.sh: nvidia-smi finds no GPU\n", 1))
+
+
+if __name__ == "__main__":
+    main()
