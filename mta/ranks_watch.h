@@ -129,7 +129,15 @@ static inline const char* watch_where(const WatchMessage* m, char* out, size_t n
     return out;
 }
 
-// Prints the one line, on rank 0 or, if that is the lost one, on rank 1; ends all ranks. at: where that rank was.
+// The rank that speaks if rank 0 is lost: the first one of another host, which may be lost with it, else rank 1.
+static inline int watch_second(const Watch* w) {
+    for (int p = 1; p < w->size; p++) {
+        if (strcmp(w->peers[p].host, w->peers[0].host) != 0) { return p; }
+    }
+    return 1;
+}
+
+// Prints the one line, on rank 0 or, if that is the lost one, on another; ends all ranks. at: where that rank was.
 static inline void watch_lost(Watch* w, const WatchPeer* peer, const char* what, const WatchMessage* at) {
     char where[64], line[PATH_SIZE + 512];
     pthread_mutex_lock(&w->lock);
@@ -142,7 +150,7 @@ static inline void watch_lost(Watch* w, const WatchPeer* peer, const char* what,
              program_invocation_short_name, peer->rank, peer->host, what, where,
              w->checkpoint[0] ? w->checkpoint : "none");
     pthread_mutex_unlock(&w->lock);
-    bool speaks = w->rank == 0 || (peer->rank == 0 && w->rank == 1);
+    bool speaks = w->rank == 0 || (peer->rank == 0 && w->rank == watch_second(w));
     if (speaks && write(w->err, line, strlen(line)) < 0) { errno = 0; }
     watch_end(w, EXIT_RANK_LOST);
 }

@@ -783,27 +783,15 @@ static inline void run_open_data(Run* r) {
     r->losses = (double*)alloc_or_die((size_t)r->shards, sizeof(double), "losses of shards");
 }
 
-// A file's size and so many pieces of it, the first at its beginning, the last at its end.
-static inline uint64_t run_hash_file(const MappedFile* f, size_t pieces, size_t bytes) {
-    uint64_t hash = f->size;
-    size_t n = f->size < bytes ? f->size : bytes, rest = f->size - n;
-    for (size_t i = 0; i < pieces && f->data; i++) {
-        size_t at = i + 1 < pieces ? rest / pieces * i : i ? rest : 0;
-        hash = hash * 1000003 + ranks_hash((const char*)f->data + at, n);
-    }
-    return hash;
-}
-
-// What a loader's shards are: by their headers, which hold the tokens' CRC-32; what has none, masks and shards of other
-// programs, by a megabyte of it.
+// What a loader's shards are: by their sizes and headers, which hold the tokens' CRC-32, and what no header covers by
+// its sample.
 static inline uint64_t run_hash_data(const Loader* l, uint64_t hash) {
-    enum { PIECES = 16, PIECE = 1 << 16 };
     for (int i = 0; i < l->n_sources; i++) {
-        for (int j = 0; j < l->sources[i].n_shards; j++) {
-            const Shard* s = &l->sources[i].shards[j];
-            hash = hash * 1000003 + run_hash_file(&s->file, 1, SHARD_HEADER_BYTES);
-            if (!s->crc) { hash = hash * 1000003 + run_hash_file(&s->file, PIECES, PIECE); }
-            hash = hash * 1000003 + run_hash_file(&s->mask, PIECES, PIECE);
+        const LoaderSource* s = &l->sources[i];
+        hash = hash * 1000003 + s->sample;
+        for (int j = 0; j < s->n_shards; j++) {
+            const MappedFile* f = &s->shards[j].file;
+            hash = hash * 1000003 + ranks_hash((const char*)f->data, SHARD_HEADER_BYTES) + f->size;
         }
     }
     return hash;

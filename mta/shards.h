@@ -102,6 +102,14 @@ static inline bool shard_check(Shard* s, Error* e) {
     return true;
 }
 
+// Continues a CRC-32 by a megabyte of a file, in pieces spread from its beginning to its end: all of a smaller one.
+static inline uint32_t sample_crc(uint32_t crc, const MappedFile* f) {
+    enum { PIECES = 16, PIECE = 1 << 16 };
+    size_t n = f->size < PIECE ? f->size : (size_t)PIECE, rest = f->size - n;
+    for (size_t i = 0; i < PIECES && f->data; i++) { crc = crc32_update(crc, f->data + rest * i / (PIECES - 1), n); }
+    return crc;
+}
+
 static inline bool shard_open(Shard* s, const char* path, Error* e) {
     struct stat st;
     memset(s, 0, sizeof(*s));
@@ -209,6 +217,7 @@ typedef struct {
     int n_shards;
     uint64_t tokens, windows;
     double documents;  // only read with MIX_DOCUMENT, else 0
+    uint32_t sample;   // sample_crc of what no checksum in a header covers: masks, tokens of shards without; 0: nothing
     uint64_t drawn;    // windows given so far
 } LoaderSource;
 
@@ -343,6 +352,8 @@ static inline bool source_open(LoaderSource* s, const char* pattern, const char*
                 fail(e, "%s: made with a vocabulary of %d, the model has %d; use the same tokenizer, or --vocab-size",
                      shard->path, shard->vocab_size, vocab_size);
         }
+        if (!shard->crc) { s->sample = sample_crc(s->sample, &shard->file); }
+        s->sample = sample_crc(s->sample, &shard->mask);
         shard->windows = shard->tokens > 0 ? (shard->tokens - 1) / (uint64_t)T : 0;
         s->tokens += shard->tokens;
         s->windows += shard->windows;
@@ -926,8 +937,10 @@ static inline void loader_state_write(const Loader* l, Text* json) {
         const LoaderSource* s = &l->sources[i];
         text_printf(json, "%s{\"name\": ", i > 0 ? ", " : "");
         text_json_string(json, s->name, strlen(s->name));
-        text_printf(json, ", \"weight\": %.17g, \"windows\": %llu, \"drawn\": %llu, \"crc32\": %u}", s->weight,
+        text_printf(json, ", \"weight\": %.17g, \"windows\": %llu, \"drawn\": %llu, \"crc32\": %u", s->weight,
                     (unsigned long long)s->windows, (unsigned long long)s->drawn, source_checksum(s));
+        if (s->sample) { text_printf(json, ", \"sample_crc32\": %u", s->sample); }
+        text_printf(json, "}");
     }
     text_printf(json, "]}");
 }
@@ -980,9 +993,10 @@ static inline bool loader_state_read(Loader* l, const Json* state, Error* e) {
         if (strcmp(name->string, s->name) != 0 || (uint64_t)windows != s->windows || weight->number != s->weight) {
             return loader_state_differs(e, "source", got, wanted);
         }
-        int64_t crc = 0;
-        snprintf(wanted, sizeof(wanted), "other tokens of %.60s", s->name);
-        if (json_integer(json_get(j, "crc32"), 0, UINT32_MAX, &crc) && crc != source_checksum(s)) {
+        int64_t crc = 0, sample = 0;  // older checkpoints have no such number
+        snprintf(wanted, sizeof(wanted), "other tokens or masks of %.60s", s->name);
+        if ((json_integer(json_get(j, "crc32"), 0, UINT32_MAX, &crc) && crc != source_checksum(s)) ||
+            (json_integer(json_get(j, "sample_crc32"), 0, UINT32_MAX, &sample) && sample != s->sample)) {
             return loader_state_differs(e, "source", got, wanted);
         }
         s->drawn = (uint64_t)drawn;

@@ -232,6 +232,17 @@ class Bits(Ranks):
             self.run_ok(cwd, ranks, dict(small, **{"--shards": 4}), mpi=MPIS[-1])
         self.assert_same(one, many, "one block")
 
+    def test_few_counted_targets(self):
+        """A step has one sequence with any at most, so that most ranks, or all, have none."""
+        one, four = self.place(), self.place()
+        for cwd, ranks in ((one, 1), (four, 4)):
+            mask = [16 <= i < 32 for i in range(40 * 16 + 1)]
+            write_shard(os.path.join(cwd, "c_train_000000.bin"), [i * i % 251 for i in range(len(mask))], vocab=259,
+                        mask=mask)
+            self.run_ok(cwd, ranks, {"--train": "c_train_*.bin", "--shards": 4})
+        self.assert_same(one, four, "few counted targets")
+        self.assertEqual({e["loss"] > 0 for e in self.events(one, "step")}, {True, False})
+
     def test_shards_change_bits(self):
         """And the comparison sees it: other shards, other last digits."""
         one, two = self.place(), self.place()
@@ -428,13 +439,18 @@ class Resume(Ranks):
         self.assertEqual({name: a[name] for name in a if "step-00000002" not in name}, b)
 
     def test_before_there_were_shards(self):
-        """A checkpoint whose trainer.json names none has one: it goes on alone as it was, on two ranks only with
-        --shards."""
+        """A checkpoint as the first version wrote it, whose trainer.json has no settings, has one shard: it goes on
+        alone as it was, on two ranks only with --shards."""
         cwd = self.place()
         self.run_ok(cwd, 1, {"--steps": 2})
         path = os.path.join(cwd, "run", "step-00000002", "trainer.json")
         state = json.loads(read_bytes(path))
-        self.assertEqual(state.pop("shards"), 1)
+        self.assertEqual(state["shards"], 1)
+        state = {key: state[key] for key in ("format", "step", "tokens_seen", "skipped", "random", "loader", "program",
+                                             "compiler", "arguments")}
+        for source in state["loader"]["sources"]:
+            del source["crc32"]
+            source.pop("sample_crc32", None)
         with open(path, "w") as f:
             json.dump(state, f)
         manifest = os.path.join(cwd, "run", "step-00000002", "manifest.json")
@@ -449,6 +465,11 @@ class Resume(Ranks):
                       refused.stderr)
         done = self.run_ok(cwd, 2, {"--shards": 2}, ["--resume"])
         self.assertIn("changed on --resume: shards (the checkpoint does not say) -> 2", done.stdout)
+        shutil.rmtree(os.path.join(cwd, "run", "step-00000004"))
+        whole = self.place()
+        self.run_ok(cwd, 1, {}, ["--resume"])
+        self.run_ok(whole, 1)
+        self.assertEqual(self.events(cwd, "step"), self.events(whole, "step"))
 
 
 class Refusals(Ranks):

@@ -417,6 +417,36 @@ static void test_state(void) {
     loader_close(&b);
 }
 
+// A mask that is another than before, or tokens of a shard whose header has no checksum, are seen at the last byte too.
+static void test_state_of_samples(void) {
+    enum { LONG = 3 << 20 };
+    uint8_t* mask = (uint8_t*)alloc_or_die(LONG, 1, "mask");
+    const char* const files[] = {"covered.mask", "bare.bin"};
+    char spec[3 * PATH_SIZE];
+    memset(mask, 1, LONG);
+    make_shard("covered.bin", LONG, 2, 999, 3, 1, mask);
+    make_shard("bare.bin", 50, 2, 999, 5, 1, NULL);
+    poke("bare.bin", 4, 0);
+    free(mask);
+    snprintf(spec, sizeof(spec), "%s=1,%s=1", at("covered.bin"), at("bare.bin"));
+    for (int i = 0; i < 2; i++) {
+        Loader l;
+        Error e;
+        Text json = {NULL, 0, 0};
+        e.text[0] = 0;
+        check(loader_open(&l, spec, 4, 1000, 1, &e), "shards without a checksum of all", e.text);
+        loader_state_write(&l, &json);
+        Json* state = json_parse(json.text, json.n, &e);
+        check(loader_state_read(&l, state, &e), "their state is read back", e.text);
+        loader_close(&l);
+        int fd = open(at(files[i]), O_WRONLY);
+        CHECK(fd >= 0 && lseek(fd, -1, SEEK_END) > 0 && write(fd, "\2", 1) == 1 && close(fd) == 0);
+        check(state_refused(json.text, spec, 4, 1, "this run other tokens or masks of ", &e), files[i], e.text);
+        json_free(state);
+        text_free(&json);
+    }
+}
+
 // The log's content, but for the time that ends a line, equals text?
 static bool log_is(const char* text) {
     char *got = NULL, *time = NULL, *end = NULL;
@@ -507,6 +537,7 @@ int main(void) {
     test_recipe();
     test_documents();
     test_state();
+    test_state_of_samples();
     test_log();
     test_names();
     remove_tree(test_folder());

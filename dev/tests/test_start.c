@@ -1,4 +1,5 @@
-// test_start.c: tests of mta/ranks_start.h: what each launcher's environment says, and the meeting of ranks by TCP.
+// test_start.c: tests of mta/ranks_start.h: what each launcher's environment says, and the meeting of ranks by TCP; and
+// of who has what afterwards (mta/ranks.h).
 //   make build/test_start && build/test_start
 #include "mta/ranks.h"
 #include "check.h"
@@ -185,6 +186,19 @@ static int free_port(void) {
     return ntohs(any.sin_port);
 }
 
+// The host of a rank, and what it is told in libc's place: NODE=N as if so many ranks had one of their own.
+static const char* host_of(int rank) {
+    static char name[32];
+    const char* node = getenv("NODE");
+    snprintf(name, sizeof name, "host%d", node ? rank / atoi(node) : 0);
+    return name;
+}
+int gethostname(char* name, size_t n) {
+    const char* rank = getenv("RANK");
+    snprintf(name, n, "%s", host_of(rank ? atoi(rank) : 0));
+    return 0;
+}
+
 // A rank that meets the others, and what it does then: "MILLISECONDS DEVICE THEN", where THEN is bye, die or stay;
 // cannot: it comes with a mistake.
 static void meet(const char* argument) {
@@ -204,9 +218,10 @@ static void meet(const char* argument) {
         fail(&mistake.why, "it has no GPU");
     }
     ranks_join(&r, &a, strcmp(device, "-") ? device : "", &mistake, block, BLOCK);
-    bool same = !memcmp(block, wanted, BLOCK);
-    for (int p = 0; p < r.size; p++) { same = same && !strcmp(r.watch.peers[p].host, r.watch.peers[r.rank].host); }
-    if (!same || !r.watch.peers[0].host[0]) { _exit(9); }
+    if (memcmp(block, wanted, BLOCK)) { _exit(9); }
+    for (int p = 0; p < r.size; p++) {
+        if (strcmp(r.watch.peers[p].host, host_of(p))) { _exit(9); }
+    }
     if (!strcmp(then, "die")) { raise(SIGKILL); }
     if (!strcmp(then, "stay")) { pause(); }
     watch_stop(&r.watch);
@@ -542,6 +557,64 @@ static void test_lost(void) {
     CHECK(ended(children[2], text, sizeof text) == EXIT_RANK_LOST && !*text);
 }
 
+// A whole host is lost, with rank 0: the first rank of another host says so, and only that.
+static void test_a_host_is_lost(void) {
+    char text[2048], variables[300];
+    int port = free_port();
+    Child children[6];
+    for (int p = 0; p < 6; p++) {
+        snprintf(variables, sizeof variables, "%s NODE=2", variables_of(p, 6, port, 20));
+        children[p] = start(meet, "0 - stay", variables);
+    }
+    usleep(500000);
+    kill(children[0].pid, SIGKILL);
+    kill(children[1].pid, SIGKILL);
+    for (int p = 0; p < 6; p++) {
+        int got = ended(children[p], text, sizeof text);
+        bool good = p == 2 ? strstr(text, "rank 0 (host0) was lost at the start; all ranks end") != NULL : !*text;
+        check(got == (p < 2 ? 128 + SIGKILL : EXIT_RANK_LOST) && good, "a host is lost", text);
+    }
+}
+
+// ---- who has what
+
+// Blocks of an arena of n elements: each of one rank, side by side there, in the order of ranks_own_block; none has
+// more than the first; all parts together, made equal, are not much more.
+static void check_owners(int size, int node, size_t n) {
+    Ranks r;
+    size_t* had = (size_t*)alloc_or_die((size_t)size, sizeof *had, "elements of ranks");
+    char what[80];
+    bool good = true;
+    memset(&r, 0, sizeof r);
+    r.size = size, r.node = node;
+    for (size_t at = 0; at < n; at += RANKS_BLOCK) {
+        Stretch s = ranks_stretch(&r, n, at, at + RANKS_BLOCK < n ? at + RANKS_BLOCK : n);
+        r.rank = s.rank;
+        good = good && s.end == (at + RANKS_BLOCK < n ? at + RANKS_BLOCK : n) && s.local == had[s.rank] &&
+               ranks_own_block(&r, n, s.local / RANKS_BLOCK) == at;
+        had[s.rank] += s.end - at;
+    }
+    for (r.rank = 0; r.rank < size; r.rank++) {
+        good = good && had[r.rank] <= had[0] &&
+               ranks_own_blocks(&r, n) == (had[r.rank] + RANKS_BLOCK - 1) / RANKS_BLOCK &&
+               ranks_in_place(&r, ranks_place(&r, r.rank)) == r.rank;
+    }
+    good = good && had[0] == ranks_most_elements(size, n) && ranks_padded(size, n) >= n &&
+           ranks_padded(size, n) < n + (size_t)size * RANKS_BLOCK;
+    snprintf(what, sizeof what, "who has what: %d ranks, %d of a host, %zu elements", size, node, n);
+    check(good, what, "");
+    free(had);
+}
+static void test_owners(void) {
+    const size_t sizes[] = {1, 65536, 65537, 33554432, 33554433, 876563136, 1500000064};
+    const int ranks[][2] = {{1, 1}, {2, 2}, {3, 1}, {6, 2}, {12, 4}, {32, 8}, {96, 8}, {512, 8}, {1024, 8}, {4096, 4}};
+    for (size_t i = 0; i < sizeof ranks / sizeof ranks[0]; i++) {
+        for (size_t j = 0; j < sizeof sizes / sizeof sizes[0]; j++) {
+            check_owners(ranks[i][0], ranks[i][1], sizes[j]);
+        }
+    }
+}
+
 static void test_taken_port(void) {
     StartAddress any;
     char text[2048];
@@ -574,5 +647,7 @@ int main(void) {
     test_more_ranks_than_files();
     test_no_such_host();
     test_taken_port();
+    test_a_host_is_lost();
+    test_owners();
     return test_verdict();
 }
