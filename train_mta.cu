@@ -555,9 +555,11 @@ static void rmsnorm_forward(floatX* out, float* rstd, Stream inp, const floatX* 
 // every gridDim.x-th row, a thread packs of W columns of all its rows, so that nobody else adds to its sums. ONE: one
 // pack, which stays in registers; else the sums stand in `parts`, and the row is read again from the cache. Bytes an
 // element: 2 of dout, 2 of inp, 8 of dinp, and 4 for every N / NORM_PARTS rows.
-enum { NORM_PARTS = 1024, NORM_ROW = 1024 };  // blocks at most: the same sums on every GPU; threads of a block at most
+// Blocks at most: the same sums on every GPU; threads of a block at most; with ONE, which takes more registers than
+// there are for 1024 threads
+enum { NORM_PARTS = 1024, NORM_ROW = 1024, NORM_ONE = 512 };
 template <int W, bool ONE>
-static __global__ void __launch_bounds__(NORM_ROW)
+static __global__ void __launch_bounds__(ONE ? NORM_ONE : NORM_ROW)
     rmsnorm_backward_kernel(Stream dinp, float* parts, const floatX* dout, const floatX* inp, const floatX* weight,
                             const float* rstd, int N, int C, bool add_dinp) {
     const int first = threadIdx.x * W, step = blockDim.x * W;
@@ -599,7 +601,7 @@ static void rmsnorm_backward(Stream dinp, float* dweight, const floatX* dout, co
     int packs = C % WIDE ? C : C / WIDE, threads = min_int(NORM_ROW, round_up(packs, WARP_SIZE)),
         blocks = min_int(N, NORM_PARTS);
     auto kernel = C % WIDE            ? rmsnorm_backward_kernel<1, false>
-                  : packs <= NORM_ROW ? rmsnorm_backward_kernel<WIDE, true>
+                  : packs <= NORM_ONE ? rmsnorm_backward_kernel<WIDE, true>
                                       : rmsnorm_backward_kernel<WIDE, false>;
     LAUNCH(kernel, blocks, threads, 0, g->stream, dinp, parts, dout, inp, weight, rstd, N, C, add_dinp);
     launchCheck(g->stream);

@@ -144,7 +144,11 @@ check_speed() {
 }
 
 trainer=${TRAINER:-$root/train_mta_cuda}
-if [ -z "${TRAINER:-}" ]; then make -s train_mta_cuda || fail "make train_mta_cuda"; fi
+if [ -z "${TRAINER:-}" ]; then
+    capability=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2> /dev/null | head -n 1 | tr -d .)
+    case $capability in 90) capability=90a ;; esac
+    make -s train_mta_cuda NVCC_ARCH="sm_${capability:-90a}" || fail "make train_mta_cuda"
+fi
 trainer=$(realpath -m "$trainer")
 [ -x "$trainer" ] || { fail "$trainer is missing"; exit 1; }
 mkdir -p "$work"
