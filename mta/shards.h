@@ -994,9 +994,12 @@ static inline bool loader_state_read(Loader* l, const Json* state, Error* e) {
             return loader_state_differs(e, "source", got, wanted);
         }
         int64_t crc = 0, sample = 0;  // older checkpoints have no such number
-        snprintf(wanted, sizeof(wanted), "other tokens or masks of %.60s", s->name);
-        if ((json_integer(json_get(j, "crc32"), 0, UINT32_MAX, &crc) && crc != source_checksum(s)) ||
-            (json_integer(json_get(j, "sample_crc32"), 0, UINT32_MAX, &sample) && sample != s->sample)) {
+        snprintf(wanted, sizeof(wanted), "other tokens of %.60s", s->name);
+        if (json_integer(json_get(j, "crc32"), 0, UINT32_MAX, &crc) && crc != source_checksum(s)) {
+            return loader_state_differs(e, "source", got, wanted);
+        }
+        snprintf(wanted, sizeof(wanted), "another mask or other tokens of %.60s", s->name);
+        if (json_integer(json_get(j, "sample_crc32"), 0, UINT32_MAX, &sample) && sample != s->sample) {
             return loader_state_differs(e, "source", got, wanted);
         }
         s->drawn = (uint64_t)drawn;

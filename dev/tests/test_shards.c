@@ -441,7 +441,7 @@ static void test_state_of_samples(void) {
         loader_close(&l);
         int fd = open(at(files[i]), O_WRONLY);
         CHECK(fd >= 0 && lseek(fd, -1, SEEK_END) > 0 && write(fd, "\2", 1) == 1 && close(fd) == 0);
-        check(state_refused(json.text, spec, 4, 1, "this run other tokens or masks of ", &e), files[i], e.text);
+        check(state_refused(json.text, spec, 4, 1, "this run another mask or other tokens of ", &e), files[i], e.text);
         json_free(state);
         text_free(&json);
     }
