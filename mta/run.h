@@ -301,8 +301,37 @@ static inline void run_check_sample_prompt(const Run* r) {
     }
 }
 
-// Refuses an --init-from whose files are damaged, whose mathematics is not known, or whose numbers (RoPE's base and
-// scaling, the norms' epsilon) a preset would replace without a word; to evaluate it, more positions than it has.
+// Is this a field that changes what a model computes and that the shapes of its tensors do not show?
+static inline bool field_is_hidden(const ConfigField* f) {
+    return f->part == PART_ROPE || f->type == FIELD_NUMBER || !strcmp(f->key, "num_attention_heads") ||
+           !strcmp(f->key, "head_norm");
+}
+
+// What the run's configuration computes otherwise than --init-from's, whose tensors fit all the same: said where an
+// option asks for it, else refused where it comes from a preset (a norm of heads that is absent there is named among
+// the tensors).
+static inline void run_check_hidden_fields(const Run* r, const Config* init, bool preset) {
+    const TrainOptions* o = r->options;
+    for (int i = 0; i < CONFIG_FIELD_COUNT; i++) {
+        const ConfigField* f = &CONFIG_FIELDS[i];
+        Text mine = {NULL, 0, 0}, theirs = {NULL, 0, 0};
+        bool asked = field_given(f, o->fields[i]) || (f->part == PART_ATTENTION && o->attention);
+        if (!field_is_hidden(f) || config_get(&r->config, f) == config_get(init, f)) { continue; }
+        if (f->type == FIELD_CHOICE && (!config_get(&r->config, f) || !config_get(init, f))) { continue; }
+        config_field_write(&r->config, f, &mine);
+        config_field_write(init, f, &theirs);
+        if (preset && !asked) {
+            die("--init-from: %s has %s %s, --model %s has %s; leave out --model%s%s", r->init_dir, f->key, theirs.text,
+                o->model, mine.text, f->flag ? " or give " : "", f->flag ? f->flag : "");
+        }
+        printf("--init-from: %s has %s %s, this run %s\n", r->init_dir, f->key, theirs.text, mine.text);
+        text_free(&mine);
+        text_free(&theirs);
+    }
+}
+
+// Refuses an --init-from whose files are damaged, whose mathematics is not known, or of which a preset would replace
+// what no tensor shows; to evaluate it, more positions than it has.
 static inline void run_check_init(const Run* r, bool preset) {
     const TrainOptions* o = r->options;
     Config c;
@@ -311,21 +340,14 @@ static inline void run_check_init(const Run* r, bool preset) {
     if (!o->no_verify && !checkpoint_verify_model(r->init_dir, &e)) { die("--init-from: %s", e.text); }
     path_join(path, sizeof path, r->init_dir, "config.json");
     if (!file_exists(path)) {
-        printf(
-            "--init-from: no config.json in %s: RoPE's base and scaling and the norms' epsilon are those of --model\n",
-            r->init_dir);
+        printf("--init-from: no config.json in %s: RoPE's base and scaling, the norms' epsilon and the number of heads "
+               "are "
+               "those of --model\n",
+               r->init_dir);
         return;
     }
     if (!config_read_as(&c, path, o->assume_llama, &e)) { die("--init-from: %s", e.text); }
-    for (int i = 0; i < CONFIG_FIELD_COUNT && preset; i++) {
-        const ConfigField* f = &CONFIG_FIELDS[i];
-        double mine = config_get(&r->config, f), theirs = config_get(&c, f);
-        if ((f->part != PART_ROPE && f->type != FIELD_NUMBER) || mine == theirs || field_given(f, o->fields[i])) {
-            continue;
-        }
-        die("--init-from: %s has %s %.9g, --model %s has %.9g; leave out --model%s%s", r->init_dir, f->key, theirs,
-            o->model, mine, f->flag ? " or give " : "", f->flag ? f->flag : "");
-    }
+    run_check_hidden_fields(r, &c, preset);
     if (options_evaluate(o) && !options_field_given(o, "max_position_embeddings") &&
         r->seq_len > c.max_position_embeddings) {
         die("--seq-len: got %d, %s has %d positions; --max-position-embeddings says that it may have more", r->seq_len,

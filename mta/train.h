@@ -118,6 +118,18 @@ static inline void ranks_same_weights(Run* r) {
     ranks_same(r->ranks, &same, 1);
 }
 
+// Names the tensors that --init-from lacks, and what of them changes the model that it holds.
+static inline void say_absent(const Config* c, const char* names) {
+    const bool norm = strstr(names, "head_norm") != NULL, gate = strstr(names, "head_gate") != NULL,
+               lambda = strstr(names, "lambda") != NULL;
+    const char* depth = c->head_norm == HEAD_NORM_GROUP_DEPTH_SCALED ? " and its factor by depth" : "";
+    printf("absent there, started at the identity: %s\n", names);
+    if (!norm && !gate && !lambda) { return; }
+    printf("no identity, so that the model begins as another one:%s%s%s%s%s%s\n", norm ? " the norm of heads" : "",
+           norm ? depth : "", norm && (gate || lambda) ? "," : "", gate ? " the gate" : "", gate && lambda ? "," : "",
+           lambda ? " what DIFF Transformer subtracts" : "");
+}
+
 static inline void model_start(Run* r) {
     const TensorList* list = r->trainer->tensors(r->model);
     TensorGroups weights = {r, READ_WEIGHTS, DT_F32, NULL}, optimizer = {r, OPTIMIZER_STATES, DT_F32, NULL};
@@ -149,7 +161,7 @@ static inline void model_start(Run* r) {
                 checkpoint_read_tensors(r->init_dir, list, NO_PREFIX, 1, !whole, &absent, store_tensor, &weights, &e);
         }
         if (good && r->init_dir[0]) { printf("weights from %s\n", r->init_dir); }
-        if (good && absent.n) { printf("absent there, started at the identity: %s\n", absent.text); }
+        if (good && absent.n) { say_absent(&r->config, absent.text); }
     }
     if (!good) { die("%s", e.text); }
     text_free(&absent);

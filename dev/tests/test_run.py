@@ -1245,13 +1245,43 @@ class InitFrom(Trainer):
         base, out = self.out(), self.out()
         self.run_ok(base, {"--attention": "transformer", "--kq-conv-key-size": None})
         done = self.run_ok(out, {"--init-from": checkpoints(base)[-1], "--steps": 1, "--lr": 0})
-        self.assertIn("kq_conv", done.stdout + done.stderr)
+        self.assertIn("started at the identity: model.layers.0.self_attn.kq_conv.weight", done.stdout)
+        self.assertNotIn("no identity", done.stdout)
         tensors, _ = read_safetensors(os.path.join(checkpoints(out)[-1], "model.safetensors"))
         kernel = array.array("f", tensors["model.layers.1.self_attn.kq_conv.weight"][2]).tolist()
         self.assertEqual(kernel, ([0] * 5 + [0, 0, 1, 0, 0]) * 2)
         plain, _ = read_safetensors(os.path.join(checkpoints(base)[-1], "model.safetensors"))
         for name, entry in plain.items():
             self.assertEqual(tensors[name], entry, name)
+
+    def test_what_is_no_identity_is_said(self):
+        """A norm of heads and a gate change the model that they are put into."""
+        base = self.out()
+        self.run_ok(base, {"--attention": "transformer", "--kq-conv-key-size": None, "--steps": 1})
+        for kind, said in (("mta", "the norm of heads and its factor by depth"),
+                           ("mta-full", "the norm of heads, the gate"),
+                           ("diff", "the norm of heads and its factor by depth, what DIFF Transformer subtracts")):
+            done = self.run_ok(self.out(), {"--model": None, "--attention": kind, "--kq-conv-key-size": None,
+                                            "--init-from": base, "--steps": 1})
+            self.assertIn("no identity, so that the model begins as another one: " + said + "\n", done.stdout)
+
+    def test_what_no_tensor_shows(self):
+        """The number of heads and the norm's factor: refused where --model brings another one, said where it is asked
+        for."""
+        base, normed = self.out(), self.out()
+        self.run_ok(base, {"--attention": "transformer", "--kq-conv-key-size": None, "--num-attention-heads": 4,
+                           "--num-key-value-heads": None, "--steps": 1})
+        plain = {"--attention": "transformer", "--kq-conv-key-size": None, "--num-key-value-heads": None, "--steps": 1,
+                 "--init-from": base}
+        self.refused(["num_attention_heads 4, --model toy has 2", "give --num-attention-heads"],
+                     dict(plain, **{"--num-attention-heads": None}))
+        done = self.run_ok(self.out(), dict(plain, **{"--num-attention-heads": 2}))
+        self.assertIn("step-00000001 has num_attention_heads 4, this run 2\n", done.stdout)
+        self.assertNotIn("has num", self.run_ok(self.out(), dict(plain, **{"--num-attention-heads": 4})).stdout)
+        self.run_ok(normed, {"--head-norm": "group", "--steps": 1})
+        again = {"--init-from": normed, "--model": None, "--attention": None, "--head-norm": "group_depth_scaled",
+                 "--steps": 1}
+        self.assertIn('has head_norm "group", this run "group_depth_scaled"\n', self.run_ok(self.out(), again).stdout)
 
     def test_bad_checkpoints(self):
         base = self.out()
