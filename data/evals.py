@@ -35,7 +35,7 @@ import sys
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 from options import Parser, parse_count, whole_number  # noqa: E402
 from prepare import BadDocument, UserError, open_tokenizer  # noqa: E402
-from report import report  # noqa: E402
+from report import refuse_input, report  # noqa: E402
 from shards import run_program  # noqa: E402
 from tokenizer import members  # noqa: E402
 
@@ -183,8 +183,7 @@ def read_labels(path, one):
 
 def convert(args):
     """Records of a file -> requests. A record that cannot be used is named, and left out or refused."""
-    if os.path.exists(args.out) and os.path.exists(args.input) and os.path.samefile(args.out, args.input):
-        raise UserError("--out %s: the input itself" % args.out)
+    refuse_input(args.out, [args.input, args.labels])
     labels = read_labels(args.labels, args.labels_from) if args.labels else None
     task = args.task or re.sub(r"\.jsonl?$", "", os.path.basename(args.input))
     requests, bad, items, formats = [], 0, 0, set()
@@ -378,6 +377,7 @@ def needle_requests(rng, haystack, needles, tokens, depth, samples):
 
 
 def needle(args):
+    refuse_input(args.out, args.text)
     haystack = Haystack(args.text, open_tokenizer(args.tokenizer, args.pattern))
     room, requests = Room(args.room, haystack.tokenizer), []
     for needles in args.needles:
@@ -559,6 +559,7 @@ def babilong_requests(rng, haystack, task, tokens, samples):
 
 
 def babilong(args):
+    refuse_input(args.out, args.text)
     haystack = Haystack(args.text, open_tokenizer(args.tokenizer, args.pattern))
     room, requests = Room(args.room, haystack.tokenizer), []
     for task in args.tasks:

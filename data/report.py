@@ -450,6 +450,13 @@ def models_of(arguments):
     return [model]
 
 
+def refuse_input(path, inputs):
+    """A result must not take the place of what it is made from."""
+    for other in filter(None, inputs):
+        if os.path.exists(path) and os.path.exists(other) and os.path.samefile(path, other):
+            raise UserError("%s: the input itself, wanted another file to write to" % path)
+
+
 def write(path, text):
     try:
         with open(path, "w", encoding="utf-8") as f:
@@ -459,12 +466,15 @@ def write(path, text):
 
 
 def report(args):
+    for path in filter(None, (args.json, args.csv, args.markdown)):
+        refuse_input(path, args.files)
     models = models_of(args.files)
     text = "\n".join(markdown(t, len(models) > 1) for t in tables_of(models))
     details = "\n".join(("### %s: every measure\n\n" % m.name if len(models) > 1 else "") + flat(m)
                         for m in models if m.items)
     if args.json:
-        rows = {m.name: {label(key): row for key, row in m.groups().items()} for m in models}
+        finite = lambda row: {k: v if v is None or math.isfinite(v) else None for k, v in row.items()}  # as JSON has it
+        rows = {m.name: {label(key): finite(row) for key, row in m.groups().items()} for m in models}
         write(args.json, json.dumps(rows if len(models) > 1 else rows[models[0].name], indent=1) + "\n")
     if args.csv:
         try:

@@ -43,9 +43,10 @@ build/flags_%: FORCE
 	@mkdir -p build
 	@echo '$(filter-out -Werror,$(FLAGS_$*))' | cmp -s - $@ || echo '$(filter-out -Werror,$(FLAGS_$*))' > $@
 
-# The commit, which a run's log names; with a plus where files differ from it. Linked, not compiled in: a commit
-# compiles nothing again.
-COMMIT = $(or $(shell git describe --always --abbrev=12 --exclude='*' --dirty=+ 2>/dev/null),unknown)
+# The commit, which a run's log names; with a plus where files differ from it. Not of a repository around this folder.
+# Linked, not compiled in: a commit compiles nothing again.
+COMMIT = $(or $(shell test -z "$$(git rev-parse --show-prefix 2>/dev/null)" && \
+    git describe --always --abbrev=12 --exclude='*' --dirty=+ 2>/dev/null),unknown)
 build/commit.c: FORCE
 	@mkdir -p build
 	@echo 'const char* mta_commit(void); const char* mta_commit(void) { return "$(COMMIT)"; }' | cmp -s - $@ || \

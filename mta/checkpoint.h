@@ -320,8 +320,7 @@ static inline bool checkpoint_check_tokenizer(const char* dir, const Config* c, 
     int64_t bytes = 0, crc = 0;
     struct stat st;
     uint32_t got = 0;
-    bool built_in = !strcmp(c->tokenizer, "bytes") || !strcmp(c->tokenizer, "toy");
-    if (!kept[0]) { kept = built_in ? c->tokenizer : tokenizer_copy_pattern(c->tokenizer); }
+    if (!kept[0]) { kept = tokenizer_built_in(c->tokenizer) ? c->tokenizer : tokenizer_copy_pattern(c->tokenizer); }
     if (kept && kept[0] && strcmp(kept, tokenizer_name(t))) {
         return fail(e, "%.300s: split as %s, but the model was trained with %s", file ? file : tokenizer_name(t),
                     tokenizer_name(t), kept);

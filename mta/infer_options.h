@@ -213,7 +213,8 @@ static inline void infer_options_read(InferOptions* o, int argc, char** argv) {
     if (!alone && !o->dir) { die("no checkpoint directory given; usage: infer_mta DIR [options], --help lists them"); }
     options_check_uses(table, INFER_USES, sizeof INFER_USES / sizeof *INFER_USES, INFER_MODES,
                        sizeof INFER_MODES / sizeof *INFER_MODES, mode);
-    const OptNeed needs[] = {{"--echo", !o->token_ids, "a text, not --token-ids,", false},
+    const OptNeed needs[] = {{"--mapped", strcmp(o->weights, "stored") == 0, "--weights stored", false},
+                             {"--echo", !o->token_ids, "a text, not --token-ids,", false},
                              {"--repeat-last", option_given(table, "--repeat-penalty"), "--repeat-penalty", false},
                              {"--assume-llama", o->dir != NULL, "a checkpoint directory", false},
                              {"--no-verify", o->dir != NULL, "a checkpoint directory", false}};
@@ -231,7 +232,7 @@ static inline Tokenizer* tokenizer_for(const InferOptions* o, const Config* c) {
     Tokenizer *own = NULL, *given = NULL;
     if (c && c->tokenizer[0]) {
         path_join(path, sizeof path, o->dir, c->tokenizer);
-        if (file_exists(path)) {
+        if (file_exists(path) || !tokenizer_built_in(c->tokenizer)) {
             const char* kept = c->tokenizer_pattern[0] ? c->tokenizer_pattern : tokenizer_copy_pattern(path);
             if (kept && o->pattern && !o->tokenizer && strcmp(kept, o->pattern)) {
                 die("--pattern: got %s, but the model was trained with %s", o->pattern, kept);

@@ -198,7 +198,7 @@ static inline bool run_named_tokenizer(const char* config, bool assume_llama, ch
     if (!c.tokenizer[0]) { return false; }
     snprintf(dir, sizeof dir, "%.*s", slash ? (int)(slash - config) + 1 : 0, config);
     path_join(path, PATH_SIZE, dir, c.tokenizer);
-    if (!file_exists(path)) { snprintf(path, PATH_SIZE, "%s", c.tokenizer); }
+    if (tokenizer_built_in(c.tokenizer) && !file_exists(path)) { snprintf(path, PATH_SIZE, "%s", c.tokenizer); }
     const char* told = c.tokenizer_pattern[0] ? c.tokenizer_pattern : tokenizer_copy_pattern(path);
     snprintf(pattern, 32, "%s", told ? told : "");
     return true;

@@ -404,11 +404,13 @@ static inline const uint8_t* unicode_classes(void) {
     return classes;
 }
 
+static inline bool tokenizer_built_in(const char* name) { return !strcmp(name, "bytes") || !strcmp(name, "toy"); }
+
 // name_or_file: "bytes", "toy", or a rank file; pattern: how its ranks split text, NULL: as its number of them tells.
 // NULL and a message on failure.
 static inline Tokenizer* tokenizer_open(const char* name_or_file, const char* pattern, Error* e) {
     SplitPattern chosen = SPLIT_COUNT;
-    bool built_in = strcmp(name_or_file, "bytes") == 0 || strcmp(name_or_file, "toy") == 0;
+    bool built_in = tokenizer_built_in(name_or_file);
     for (int i = 0; i < SPLIT_COUNT; i++) {
         if (pattern && strcmp(pattern, split_pattern_name(i)) == 0) { chosen = (SplitPattern)i; }
         if (i > SPLIT_TOY && strcmp(name_or_file, split_pattern_name(i)) == 0 && !file_exists(name_or_file)) {

@@ -509,7 +509,7 @@ static inline void sample(Run* r) {
     for (int64_t i = 0; i < o->sample_tokens && n > 0 && n < r->seq_len && !run_signal; i++) {
         r->trainer->last_logits(r->model, tokens, n, logits);
         int id = draw_token(logits, known, o->sample_temperature, &rng);
-        if (id == tokenizer_eos(r->tokenizer)) { break; }
+        if (id == tokenizer_end(r->tokenizer)) { break; }
         tokens[n++] = id;
         text_append(&text, piece, tokenizer_decode(r->tokenizer, &stream, id, piece));
         ranks_moved(r->ranks);

@@ -84,7 +84,7 @@ whole "$checkpoint/config.json: max_position_embeddings" "$context"
 positions=${positions:-$((context < 4096 ? context : 4096))}
 tokenizer=$(config tokenizer "")
 pattern=$(config tokenizer_pattern "")
-[ -e "$checkpoint/$tokenizer" ] && [ -n "$tokenizer" ] && tokenizer=$checkpoint/$tokenizer
+case $tokenizer in '' | bytes | toy) ;; *) tokenizer=$checkpoint/$tokenizer ;; esac
 
 # ---- the parts. One is finished when its file has its last name.
 

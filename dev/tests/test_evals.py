@@ -51,6 +51,10 @@ class Case(unittest.TestCase):
         with open(self.path(name), encoding="utf-8") as f:
             return [json.loads(line) for line in f]
 
+    def read_all(self, name):
+        with open(self.path(name), encoding="utf-8") as f:
+            return json.load(f)
+
 
 class Formats(Case):
     def convert(self, record, *options, command="choice"):
@@ -186,6 +190,10 @@ class Formats(Case):
         self.assertEqual([(r["item"], r["choice"]) for r in requests],
                          [(i, c) for i in range(len(bad)) for c in (0, 1)])
         self.assertIn("the input itself", run("choice", path, "--out", path, status=1))
+        text = self.write("text.txt", ["Some words. "])
+        self.assertIn("the input itself", run("needle", "--text", text, "--out", text, status=1))
+        self.assertIn("the input itself", run("babilong", "--text", text, "--out", text, status=1))
+        self.assertIn("the input itself", run("report", path, text, "--csv", path, status=1))
 
     def test_bad_lines_are_named(self):
         path = self.write(
@@ -433,6 +441,9 @@ class Report(Case):
             ),
         )
         two = self.write("s2.jsonl", [{"logprob": -1.0, "tokens": 1, "greedy": True}] * 2)
+        hopeless = self.write("s3.jsonl", [{"logprob": -9e3, "tokens": 1, "greedy": False}] * 2)
+        run("report", requests, hopeless, "--json", self.path("j"))
+        self.assertEqual(self.read_all("j")["t"]["perplexity"], None)  # JSON has no infinity
         self.assertIn("no/j: No such file", run("report", requests, two, "--json", self.path("no/j"), status=1))
         self.assertIn("broken JSON", run("report", requests, self.write("x.jsonl", ["{"]), status=1))
         for change in ({"greedy": "no"}, {"tokens": None}):

@@ -1281,6 +1281,8 @@ class TextIO(unittest.TestCase):
                             self.assertEqual((p.stdout, p.stderr.count(b"\n")), (b"", 1))
         p = run([self.dir, "--prompt", "a", "--repeat-last", "3", "--quiet"], check=False)
         self.assertIn(b"--repeat-last does nothing without --repeat-penalty", p.stderr)
+        p = run([self.dir, "--prompt", "a", "--mapped", "--weights", "int8", "--quiet"], check=False)
+        self.assertIn(b"--mapped does nothing without --weights stored", p.stderr)
         for words, why in ((["--logits", "x", "--score", "-"], "exclude each other"),
                            (["--prompt", "a", "--token-ids", "1"], "exclude each other"),
                            (["--prompt", "a", "--score", "-"], "--prompt: no use beside --score")):

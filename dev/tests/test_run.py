@@ -1050,6 +1050,31 @@ class Tokenizers(Trainer):
         self.run_ok(plain, dict(good, **{"--steps": 1, "--pattern": "llama3", "--vocab-size": 600,
                                          "--train": self.path("z_train_*.bin"), "--val": None}))
 
+    def test_a_sample_ends_where_a_document_does(self):
+        """Of a tokenizer without EOS with the BOS of the next one."""
+        self.ranks("end")
+        write_shard(self.path("end_train_000000.bin"), [256] * 400, vocab=257)
+        out = self.out()
+        self.run_ok(out, {"--train": self.path("end_train_*.bin"), "--val": None, "--vocab-size": 257, "--steps": 20,
+                          "--tokenizer": self.path("end/r.tiktoken"), "--pattern": "gpt2", "--lr": 1e-2,
+                          "--sample-every": 20, "--sample-prompt": "ab", "--sample-temperature": 0})
+        self.assertEqual([e["text"] for e in log_events(out, "sample")], ["ab"])
+
+    def test_a_tokenizer_that_is_not_beside_the_model(self):
+        """A file of its name elsewhere, such as where the program was started, is another one."""
+        self.ranks("o")
+        out, copy = self.out(), self.out()
+        self.run_ok(out, dict(self.shards("o", None, 257), **{"--vocab-size": 257, "--steps": 1, "--pattern": "gpt2",
+                                                              "--tokenizer": self.path("o/r.tiktoken")}))
+        shutil.copytree(checkpoints(out)[-1], copy)
+        shutil.move(os.path.join(copy, "gpt2.tiktoken"), self.path("gpt2.tiktoken"))
+        self.addCleanup(os.remove, self.path("gpt2.tiktoken"))
+        self.refused([os.path.join(copy, "gpt2.tiktoken"), "No such file"],
+                     {"--init-from": copy, "--model": None, "--train": self.path("a_train_*.bin"), "--val": None})
+        done = subprocess.run([os.path.join(BIN, "infer_mta"), copy, "--prompt", "a"], cwd=self.folder,
+                              capture_output=True, text=True)
+        self.assertEqual(done.stderr, f"infer_mta: {copy}/gpt2.tiktoken: No such file or directory\n")
+
     def test_a_rank_file_that_is_not_the_manifest_s(self):
         """The checksum of the rank file that the shards were made with stands in the manifest."""
         made = self.ranks("m")
