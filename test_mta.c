@@ -1698,6 +1698,15 @@ static void test_ten_steps(const Trainer* tr, const char* kind) {
     cpu->destroy(ref);
 }
 
+// The value of an option: a whole number from 1 to `most`; else the program ends.
+static int whole_number(const char* option, const char* text, int most) {
+    int64_t n = 0;
+    if (!opt_parse_integer(text, &n) || n < 1 || n > most) {
+        die("%s: got \"%s\", wanted a whole number from 1 to %d", option, text, most);
+    }
+    return (int)n;
+}
+
 typedef struct {
     const Trainer* tr;
     void* m;
@@ -1724,15 +1733,15 @@ static void compare_checkpoint(const Trainer* tr, int argc, char** argv) {
         if (!strcmp(argv[i], "--train")) {
             train = argv[i + 1];
         } else if (!strcmp(argv[i], "--seq-len")) {
-            T = atoi(argv[i + 1]);
+            T = whole_number(argv[i], argv[i + 1], 1 << 24);
         } else if (!strcmp(argv[i], "--batch-size")) {
-            B = atoi(argv[i + 1]);
+            B = whole_number(argv[i], argv[i + 1], 1 << 24);
         } else {
             die("--compare: unknown option %s, wanted --train GLOB, --seq-len N or --batch-size N", argv[i]);
         }
     }
-    if (!dir || B < 1 || T < 1 || (int64_t)B * T > 1 << 24) {
-        die("--compare: wanted a checkpoint directory, and sizes that are positive");
+    if (!dir || (int64_t)B * T > 1 << 24) {
+        die("--compare: wanted a checkpoint directory, and at most %d tokens", 1 << 24);
     }
     path_join(path, sizeof path, dir, "config.json");
     if (!config_read(&c, path, &e)) { die("%s", e.text); }
@@ -2019,10 +2028,8 @@ int main(int argc, char** argv) {
         if (argc == 2) { die("--golden: wanted one or more golden case files"); }
         for (int i = 2; i < argc; i++) { golden_case(tr, argv[i], true); }
     } else if (argc > 1 && !strcmp(argv[1], "--write")) {
-        int n = argc > 3 ? atoi(argv[3]) : N_KINDS;
-        if (argc < 3 || argc > 4 || n < 1 || n > 1000) {
-            die("--write: wanted a directory, and a number of cases from 1 to 1000");
-        }
+        if (argc < 3 || argc > 4) { die("--write: wanted a directory, and a number of cases from 1 to 1000"); }
+        int n = argc > 3 ? whole_number("--write DIR", argv[3], 1000) : N_KINDS;
         golden_write_cases(tr, argv[2], n);
         return 0;
     } else if (argc > 1 && !strcmp(argv[1], "--compare")) {
@@ -2033,8 +2040,8 @@ int main(int argc, char** argv) {
         for (int i = 1; i < argc; i += 2) {
             if (i + 1 < argc && !strcmp(argv[i], "--only")) {
                 only = argv[i + 1];
-            } else if (i + 1 < argc && !strcmp(argv[i], "--models") && atoi(argv[i + 1]) > 0) {
-                models = atoi(argv[i + 1]);
+            } else if (i + 1 < argc && !strcmp(argv[i], "--models")) {
+                models = whole_number(argv[i], argv[i + 1], 1000000);
             } else {
                 die("got \"%s\", wanted nothing, --only TEXT, --models N, --golden FILE..., --write DIR or --compare "
                     "DIR; --help says more",

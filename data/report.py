@@ -25,6 +25,15 @@ COLUMNS = ("questions", "accuracy", "stderr") + MEASURES[1:] + ("perplexity", "t
 # What was asked and answered
 
 
+def is_request(record):
+    return (
+        isinstance(record["continuation"], str)
+        and isinstance(record["task"], str)
+        and type(record["item"]) in (int, str)
+        and type(record.get("choice", 0)) is int
+    )
+
+
 def read_lines(path, keys):
     records = []
     try:
@@ -37,6 +46,9 @@ def read_lines(path, keys):
                         raise UserError("%s:%d: no %s" % (path, number, ", ".join(missing)))
                     if "greedy" in keys and not (type(record["greedy"]) is bool and type(record["tokens"]) is int):
                         raise UserError("%s:%d: wanted a number of tokens, and true or false as greedy" %
+                                        (path, number))
+                    if "item" in keys and not is_request(record):
+                        raise UserError("%s:%d: wanted texts as continuation and task, and numbers as item and choice" %
                                         (path, number))
                     records.append(record)
     except OSError as e:

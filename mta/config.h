@@ -664,6 +664,7 @@ static const ConfigKey CONFIG_KEYS[] = {
     {"use_flash_attention", NULL},
     {"use_flash_attention_2", NULL},
     {"gradient_checkpointing", NULL},
+    {"transformers.js_config", NULL},  // of SmolLM2: forms of the weights for a browser
     {"is_llama_config", NULL},
     // read apart from the table of fields, below
     {"rope_scaling", NULL},

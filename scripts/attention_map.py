@@ -11,7 +11,9 @@ import sys
 import tempfile
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "data"))
+from export import find_checkpoint  # noqa: E402
 from options import Parser, whole_number  # noqa: E402
+from tokenizer import UserError  # noqa: E402
 
 ROOT = os.path.abspath(os.path.join(os.path.dirname(__file__), ".."))
 
@@ -20,11 +22,7 @@ def heads_of(args):
     """The heads that --head names; "all" are those that config.json counts."""
     if args.head != "all":
         return [int(h) for h in args.head.split(",")]
-    folder = args.dir
-    if not os.path.exists(os.path.join(folder, "config.json")):  # a run: its newest checkpoint
-        steps = sorted(n for n in os.listdir(folder) if n.startswith("step-") and "." not in n)
-        folder = os.path.join(folder, steps[-1]) if steps else folder
-    with open(os.path.join(folder, "config.json")) as f:
+    with open(os.path.join(find_checkpoint(args.dir), "config.json"), encoding="utf-8") as f:
         return list(range(json.load(f)["num_attention_heads"]))
 
 
@@ -104,7 +102,7 @@ def main():
         parser.error("give a checkpoint directory, or --json FILE")
     try:
         draw(read_maps(args), args.out)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except (UserError, OSError, ValueError, KeyError, ImportError) as error:
         sys.exit("attention_map.py: %s" % error)
     print(args.out)
 

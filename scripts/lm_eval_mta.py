@@ -12,6 +12,7 @@ trainer=. One program --score and one infer_mta --prompts answer all requests as
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -103,8 +104,8 @@ def config_file(checkpoint):
     path = os.path.join(checkpoint, "config.json")
     if os.path.exists(path):
         return path
-    steps = sorted(name for name in os.listdir(checkpoint) if name.startswith("step-"))
-    return os.path.join(checkpoint, steps[-1], "config.json") if steps else path
+    steps = [int(name[5:]) for name in os.listdir(checkpoint) if re.fullmatch(r"step-\d{8,18}", name)]
+    return os.path.join(checkpoint, "step-%08d" % max(steps), "config.json") if steps else path
 
 
 @register_model("mta")

@@ -105,7 +105,8 @@ def is_byte_level(path):
     byte."""
     if not os.path.isdir(path):
         return False
-    for name in sorted((n for n in os.listdir(path) if n.startswith("step-")), reverse=True):
+    steps = [n for n in os.listdir(path) if n.startswith("step-") and n[5:].isdigit()]
+    for name in sorted(steps, key=lambda n: int(n[5:]), reverse=True):
         try:
             with open(os.path.join(path, name, "config.json"), encoding="utf-8") as f:
                 return json.load(f).get("tokenizer") == "bytes"

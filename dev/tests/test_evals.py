@@ -450,6 +450,9 @@ class Report(Case):
             wrong = self.write("w.jsonl", [dict({"logprob": -1.0, "tokens": 1, "greedy": True}, **change)] * 2)
             self.assertIn("w.jsonl:1: wanted a number of tokens", run("report", requests, wrong, status=1))
         whole = [{"continuation": "x", "task": "t", "item": 0, "choice": c, "gold": 1} for c in (0, 1)]
+        for change in ({"item": [0]}, {"task": 1}, {"continuation": None}, {"choice": "0"}):
+            odd = self.write("odd.jsonl", [dict(record, **change) for record in whole])
+            self.assertIn("odd.jsonl:1: wanted texts as continuation and task", run("report", odd, two, status=1))
         for half in (whole[:1] * 2, [dict(r, gold=2) for r in whole]):
             self.assertIn("not whole", run("report", self.write("h.jsonl", half), two, status=1))
 
@@ -613,6 +616,17 @@ class Report(Case):
                 stderr=subprocess.DEVNULL,
             )
         self.assertIn("qa5, distraction 0", run("report", self.path("r.jsonl"), self.path("s.jsonl")))
+
+
+class Harness(Case):
+    def test_the_newest_checkpoint_of_a_run(self):
+        """By its number: step-100000000 is later than step-99999999."""
+        sys.path.insert(0, os.path.join(ROOT, "scripts"))
+        import lm_eval_mta
+
+        for name in ("step-99999999", "step-100000000", "step-old"):
+            os.mkdir(self.path(name))
+        self.assertEqual(lm_eval_mta.config_file(self.folder), self.path("step-100000000/config.json"))
 
 
 @unittest.skipUnless(os.path.exists(os.path.join(BIN, "train_mta")), "train_mta is not built")

@@ -72,6 +72,9 @@ class Help(unittest.TestCase):
             self.skipTest("test_mta is not built")
         for option in ("--only", "--models", "--golden", "--write", "--compare"):
             self.assertIn(option, self.check([path]))
+        for words in (["--models", "1_0"], ["--models", "0"], ["--write", "/tmp", "5x"], ["--models"]):
+            done = subprocess.run([path, *words], capture_output=True, text=True)
+            self.assertEqual((done.returncode, done.stderr.count("\n")), (1, 1), done.stderr)
 
 
 if __name__ == "__main__":
