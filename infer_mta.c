@@ -1220,7 +1220,8 @@ static void read_prompt(Session* session) {
         Error e = {{0}};
         need_tokenizer(session);
         // The descriptor itself: opened by name, a file would begin anew, and a socket could not be opened.
-        if (!session->options.prompt && !read_all(STDIN_FILENO, "standard input", (size_t)1 << 30, &text, &n, &e)) {
+        if (!session->options.prompt &&
+            !read_descriptor(STDIN_FILENO, "standard input", (size_t)1 << 30, &text, &n, &e)) {
             die("%s", e.text);
         }
         append_bos(session);

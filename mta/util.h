@@ -326,7 +326,7 @@ static inline void unmap_file(MappedFile* m) {
 }
 
 // Reads all that comes from a descriptor, at most max_bytes, into *text, malloc'ed, with a NUL behind its *n bytes.
-static inline bool read_all(int fd, const char* path, size_t max_bytes, char** text, size_t* n, Error* e) {
+static inline bool read_descriptor(int fd, const char* path, size_t max_bytes, char** text, size_t* n, Error* e) {
     struct pollfd waiting = {fd, POLLIN, 0};
     size_t cap = 4096, have = 0;
     char* buffer = NULL;
@@ -359,13 +359,13 @@ static inline bool read_all(int fd, const char* path, size_t max_bytes, char** t
     return false;
 }
 
-// A whole file (or pipe), as read_all gives it.
+// A whole file (or pipe), as read_descriptor gives it.
 static inline bool read_file(const char* path, size_t max_bytes, char** text, size_t* n, Error* e) {
     *text = NULL;
     *n = 0;
     int fd = open(path, O_RDONLY | O_NONBLOCK | O_CLOEXEC);  // a named pipe that nobody writes to is empty
     if (fd < 0) { return fail(e, "%s: %s", path, strerror(errno)); }
-    bool good = read_all(fd, path, max_bytes, text, n, e);
+    bool good = read_descriptor(fd, path, max_bytes, text, n, e);
     close(fd);
     return good;
 }
