@@ -142,13 +142,17 @@ build/cuda_step: dev/bench/cuda_step.cu train_mta.cu $(HEADERS) build/flags_nvcc
 # The architecture that is tuned for, refusing warnings and spilt registers; test.sh --long adds sm_80 and sm_100, where
 # they may spill: head size 128 with pairs and a convolution, for which sm_80's shared memory is too small anyway, and 4
 # bytes of sm_100's head_output_backward_kernel<8, 2>, which leave room for 2 blocks on a multiprocessor. What else
-# gpu_check.sh builds: its device code is checked and not made, the bench's in fp32, so that this is seen too.
+# gpu_check.sh builds: its device code is checked and not made, the bench's in fp32, so that this is seen too. The
+# trainer is linked: with NCCL where that is found, and without MPI.
 NVCC_LOOK = -O0 -arch=compute_90a -fdevice-syntax-only -diag-suppress 177
 NVCC_STRICT = $(NVCC) $(NVCCFLAGS) --Werror all-warnings -Xcompiler -Werror
 NVCC_CHECKS = sm_90a cuda_step $(notdir $(basename $(wildcard dev/tests/*.cu)))
 nvcc_check: $(NVCC_CHECKS:%=build/nvcc/%.o)
 	$(NVCC) -Xcompiler -fopenmp build/nvcc/sm_90a.o -o build/nvcc/train_mta_cuda $(CUDA_LINK) \
 	    $(if $(CUDNN_HOME),$(CUDNN_LINK))
+	nm -D build/nvcc/train_mta_cuda > build/nvcc/symbols
+	$(if $(NCCL),grep -q ' U ncclSend' build/nvcc/symbols)
+	! grep -q ' U MPI_' build/nvcc/symbols
 # Their PTX is kept, for dev/ptx_cpu. With cuDNN where it is found; without it are the other checks.
 build/nvcc/sm_%.o: train_mta.cu $(HEADERS) build/flags_nvcc
 	@mkdir -p build/nvcc/keep_$*

@@ -229,7 +229,7 @@ class Runs(Trainer):
         self.run_ok(out, {"--val": glob_of("*"), "--eval-every": 0})
         self.assertEqual(["bits_per_byte" in e for e in log_events(out, "val") + log_events(out, "val_mean")],
                          [True, True, False, False])
-        self.refused(["--val", "63", "n" * 64], {"--val": "n" * 64 + "=" + glob_of("*")})
+        self.refused(["--val", "255", "n" * 256], {"--val": "n" * 256 + "=" + glob_of("*")})
 
     def test_every_line_has_a_time_and_the_start_an_origin(self):
         out, before = self.out(), time.time()
