@@ -4310,6 +4310,7 @@ static void model_free(Model* m) {
     void* const host[] = {m->wrong, m->losses, m->rows, m->starts, m->backward};
     for (size_t i = 0; i < sizeof host / sizeof host[0]; i++) { free(host[i]); }
     if (m->by_cudnn) { attention_cudnn_close(&m->cudnn); }
+    if (!ranks_alone(m->ranks)) { m->ranks->work = NULL; }  // a refusal is still sent, without this stream
     cuda_close(&m->cuda);
     tensor_list_free(&m->tensors);
     free(m);

@@ -259,6 +259,21 @@ static inline StartMistake nccl_prepare(const Launch* launch, char* device, size
     return mistake;
 }
 
+// NCCL connects at the first use of each way to communicate, and takes memory of the GPU for it, up to gigabytes: so
+// all are used once, at the sizes that come later, since these decide how NCCL goes about it. Each pair first.
+static inline void nccl_use_once(NcclState* s) {
+    Ranks* r = s->ranks;
+    size_t each = RANKS_ROOM / (size_t)r->size;
+    float* room = NULL;
+    ranks_total(r, 0);
+    ncclCudaCheck(r, cudaMalloc((void**)&room, each * (size_t)r->size * sizeof(float)));
+    nccl_gather(s, room, each * 2);  // as of weights in bf16
+    ranks_wait(r, r->backend->done);
+    nccl_reduce(s, room, each);
+    ranks_wait(r, r->backend->done);
+    ncclCudaCheck(r, cudaFree(room));
+}
+
 static inline void ranks_open_nccl(Ranks* r, const Launch* launch) {
     static const RanksBackend backend = {nccl_start,    nccl_done,   nccl_taken, nccl_close,
                                          nccl_computes, nccl_gather, nccl_reduce};
@@ -275,7 +290,7 @@ static inline void ranks_open_nccl(Ranks* r, const Launch* launch) {
     nccl_connect(s, id);
     r->backend = &backend;
     ranks_quiet(r);
-    ranks_total(r, 0);  // each pair connects now, before a model's memory is counted
+    nccl_use_once(s);  // before a model's memory is counted
 }
 
 static inline Ranks* ranks_of_nccl(void) { return ranks_of(ranks_open_nccl, NULL); }

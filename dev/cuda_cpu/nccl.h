@@ -4,7 +4,8 @@
 //
 // What the real library allows itself, this one does: a communicator with blocking = 0 answers ncclInProgress, and what
 // was called is in the stream only when ncclCommGetAsyncError has been asked until it no longer says so; another call
-// before that is refused. A process that is gone shows as ncclRemoteError there, and what waits for it hangs until
+// before that is refused. The first collective of a communicator takes memory of the device (NCCL_BUFFERS), since then
+// NCCL connects for it. A process that is gone shows as ncclRemoteError there, and what waits for it hangs until
 // ncclCommAbort. Sent and received sizes that differ, which hang or worse, end the program with a line.
 // CUDA_CPU_FAIL=ncclSend:N: the N-th call of a function fails, as in cuda_runtime.h; CUDA_CPU_HANG=ncclSend:N: what it
 // is to do is never done.
@@ -73,6 +74,7 @@ typedef struct {
 
 namespace cuda_cpu {
 enum { NCCL_RANKS = 8, NCCL_PIECE = 1 << 16 };  // processes at most; bytes of a message that are under way at a time
+enum { NCCL_BUFFERS = 64 << 20 };
 
 // A piece of a message from one process to another.
 struct Box {
@@ -105,6 +107,7 @@ struct Operation {
 struct ncclComm {
     int rank, size, device, fd;
     bool blocking, met, asked, gone;  // gone: destroyed or aborted
+    size_t buffers;                   // bytes of the device's memory that it has taken
     cuda_cpu::Meeting* meeting;
     ncclResult_t error;
     std::string text;                                             // of the error
@@ -242,6 +245,14 @@ inline ncclResult_t end_group(void) {
     return error;
 }
 
+// Has the communicator the memory for this call? A collective's is taken by the first one.
+inline bool connected(const char* name, ncclComm_t c) {
+    if (!strcmp(name, "ncclSend") || !strcmp(name, "ncclRecv") || c->buffers) { return true; }
+    if (memory_total() < allocated + NCCL_BUFFERS) { return false; }
+    allocated += c->buffers = NCCL_BUFFERS;
+    return true;
+}
+
 // What every call that communicates begins with, and ends with (add: what it adds to an operation).
 template <typename F>
 inline ncclResult_t communicate(const char* name, ncclComm_t c, int peer, size_t count, ncclDataType_t type,
@@ -256,6 +267,8 @@ inline ncclResult_t communicate(const char* name, ncclComm_t c, int peer, size_t
         error = c->error;
     } else if ((stream && (stream->capture || stream->device != c->device)) || c->device != device) {
         error = ncclInvalidUsage;  // the real library can be captured; hangs are reported of it
+    } else if (count && !connected(name, c)) {
+        error = ncclUnhandledCudaError;
     } else if (count) {
         Operation* o = operation_of(c, stream);
         o->hangs = planted_hang(name) || o->hangs;
@@ -364,7 +377,7 @@ static inline ncclResult_t ncclCommInitRankConfig(ncclComm_t* comm, int size, nc
     ncclComm_t c = *comm = new ncclComm;
     cuda_cpu::comms.push_back(c);
     c->rank = rank, c->size = size, c->device = cuda_cpu::device, c->fd = fd;
-    c->blocking = !config || config->blocking != 0, c->met = c->asked = c->gone = false;
+    c->blocking = !config || config->blocking != 0, c->met = c->asked = c->gone = false, c->buffers = 0;
     c->meeting = (cuda_cpu::Meeting*)shared, c->error = ncclSuccess;
     int other = 0;
     if (fcntl(fd, F_OFD_SETLK, &lock) || (!c->meeting->size.compare_exchange_strong(other, size) && other != size)) {
@@ -391,6 +404,7 @@ static inline ncclResult_t ncclCommUserRank(ncclComm_t c, int* rank) {
 static inline ncclResult_t ncclCommAbort(ncclComm_t c) {
     if (!c || c->gone) { return ncclInvalidArgument; }
     c->gone = true;
+    cuda_cpu::allocated -= c->buffers;
     c->collected.clear();
     c->pending.clear();
     munmap(c->meeting, sizeof(cuda_cpu::Meeting));

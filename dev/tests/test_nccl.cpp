@@ -270,6 +270,22 @@ static void test_planted(Rank* r) {
 }
 
 // Sizes that differ, of which the receiver tells.
+static void test_memory(Rank* r) {
+    size_t before = 0, after = 0, total = 0;
+    join(r);
+    float* x = floats(r->size);
+    auto gather = [=] { return ncclAllGather(x + r->rank, x, 1, ncclFloat32, r->comm, r->wire); };
+    cudaMemGetInfo(&before, &total);
+    setenv("CUDA_CPU_MEMORY_MIB", "63", 1);
+    need(gather() == ncclUnhandledCudaError, r, "a collective without memory");
+    unsetenv("CUDA_CPU_MEMORY_MIB");
+    need(gather() == ncclSuccess && gather() == ncclSuccess, r, "with memory");
+    cudaStreamSynchronize(r->wire);
+    cudaMemGetInfo(&after, &total);
+    need(before - after == cuda_cpu::NCCL_BUFFERS && ncclCommAbort(r->comm) == ncclSuccess, r, "what the first takes");
+    cudaMemGetInfo(&after, &total);
+    need(before == after, r, "and gives back");
+}
 static void test_sizes(Rank* r) {
     float x[4] = {};
     join(r);
@@ -332,6 +348,7 @@ int main() {
     processes("two ranks on one device", 2, 0, test_one_device);
     processes("ranks that do not fit together", 1, 0, test_one_rank);
     processes("streams that are not its own", 1, 0, test_streams);
+    processes("the first collective takes memory", 2, 0, test_memory);
     processes("planted: a call that fails", 1, 0, test_planted);
     processes("planted: sizes that differ", 2, 2, test_sizes);
     planted = true;

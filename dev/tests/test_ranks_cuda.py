@@ -271,7 +271,7 @@ class Faults(Ranks):
         cases = ((1, f"{forward}:9", {}, ("save", 4), "in step 5"),
                  (1, "gradients_add_kernel:5", {}, ("save", 4), "in step 5"),
                  (1, "adamw_kernel<8>:5", {}, ("save", 4), "in step 5"),
-                 (1, "ncclAllGather:5", {}, ("save", 4), "in step 5"),
+                 (1, "ncclAllGather:6", {}, ("save", 4), "in step 5"),
                  (1, f"{forward}:5", every, ("step", 1), "in the evaluation after step 1"),
                  (0, f"{forward}:14", every, ("val_mean", 1), "in the samples after step 1"),
                  (0, "cudaMemcpyAsync:231", every, ("sample", 1), "in the checkpoint of step 1"))
@@ -317,6 +317,16 @@ class Faults(Ranks):
                 self.assertEqual(set(statuses), {70}, err)
                 self.assertIn(f"in {call.split(':')[0]}", err)
                 self.assertLessEqual(len(self.lines(err)), 2, err)  # both ranks may come to their N-th call
+
+    def test_memory_that_nccl_takes(self):
+        """NCCL takes it at the first use, which comes before the model's is counted: what is too little for both is
+        refused at the start, not in the first step."""
+        need = 500  # MiB, at first less than a model's reserve
+        for more in (0, 30):
+            memory = {"CUDA_CPU_MEMORY_MIB": str(need + more)}
+            statuses, _, err = self.start(self.place(), 2, "bf16", more=memory).finish()
+            self.assertEqual(set(statuses), {1}, err)
+            need = int(re.search(r"needs (\d+) MiB, the GPU has \d+ MiB free", err)[1])
 
     def test_a_gpu_hangs(self):
         """One rank's never finishes what it was given: a kernel of a step, of its update, of an evaluation or a sample,
