@@ -328,14 +328,11 @@ static inline void options_check_needs(const Opt* table, const OptNeed* needs, i
     }
 }
 
-enum { OPT_MOST = 128 };  // rows of a table
-
 // Parses argv[1..]; stores up to max_positional other arguments into positional and returns their number.
 static inline int options_parse(Opt* table, const char* usage, int argc, char** argv, const char** positional,
                                 int max_positional) {
     int n_positional = 0;
     bool ended = false;
-    const char* texts[OPT_MOST] = {NULL};  // the value that each row was given last
     Text twice = {NULL, 0, 0};
     for (int i = 1; i < argc; i++) {
         const char* arg = argv[i];
@@ -368,7 +365,7 @@ static inline int options_parse(Opt* table, const char* usage, int argc, char** 
             die("unknown option %.*s; %s%s%s--help lists all options", (int)name_length, arg,
                 near ? "did you mean " : "", near ? near : "", near ? "? " : "");
         }
-        assert(o - table < OPT_MOST);
+        bool again = o->given;
         o->given = true;
         if (o->type == OPT_FLAG) {
             if (equals != NULL) { die("%s: takes no value, got \"%s\"", o->name, equals + 1); }
@@ -386,13 +383,13 @@ static inline int options_parse(Opt* table, const char* usage, int argc, char** 
             }
             i++;
         }
+        // Names and texts are more than settings, which a recipe's user may put over the recipe's.
+        const char* before = again && o->type == OPT_STRING ? *(const char**)o->value : value;
         if (!opt_store(o, value)) { die("%s: got \"%s\", wanted %s", o->name, value, wanted); }
-        const char** before = &texts[o - table];
-        if (o->type != OPT_LIST && *before != NULL && strcmp(*before, value) != 0) {
+        if (strcmp(before, value) != 0) {
             text_printf(&twice, "%s: %s is given twice: %s counts, %s does not\n", program_invocation_short_name,
-                        o->name, value, *before);
+                        o->name, value, before);
         }
-        *before = value;
     }
     fprintf(stderr, "%s", twice.n > 0 ? twice.text : "");  // now: a mistake is told in a line of its own
     text_free(&twice);
