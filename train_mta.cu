@@ -2043,7 +2043,7 @@ static __device__ inline unsigned pack_bf16(float x, float y) {
 // Two scores. What fp16 cannot hold becomes NaN, not infinity: a weight next to zero would hide
 // an infinite score from the loss, and the step would not be seen to be wrong. One instruction: x * 0 + x.
 #define SCORES_END 65520.0f  // from here on fp16 rounds to infinity
-static __device__ inline unsigned pack_scores(float x, float y) {
+[[maybe_unused]] static __device__ inline unsigned pack_scores(float x, float y) {
     __half2 h = __floats2half2_rn(x, y);
     h = __hfma2(h, __floats2half2_rn(0, 0), h);
     unsigned pair;

@@ -82,7 +82,7 @@ static inline void ranks_yield_to_first(int rank) {
 // job's script sees the job's, and is one process. srun --mpi=pmi2 sets MPICH's variables too, but for those of the
 // host: then its own tell more. (scripts/recipe.bash reads the same.)
 static inline Launch launch_read(void) {
-    static const struct {
+    static const struct Known {  // a name, since nvcc makes nothing of the size of one without
         const char *launcher, *rank, *size, *local, *local_size;
     } known[] = {{"torchrun", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"},
                  {"Open MPI's mpirun", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK",

@@ -148,12 +148,19 @@ struct Piece {
     size_t begin, end;
     Type type;
 };               // of an allocation: from where an argument points to where the next does
-struct Memory {  // an allocation; after: as the PTX left it, if it changed
+struct Memory {  // an allocation; copies: as it was before, and as the PTX left it, NULL if unchanged
     char* at;
     size_t bytes;
     std::vector<Piece> pieces;
-    std::vector<char> before, after;
+    const char *before, *after;
 };
+// A copy of an allocation in the i-th buffer. All are kept from launch to launch: new pages cost more than the copy.
+static const char* copy_of(const Memory& m, size_t i) {
+    static std::vector<std::vector<char>> buffers;
+    if (i >= buffers.size()) { buffers.resize(i + 1); }
+    if (buffers[i].size() < m.bytes) { buffers[i].resize(m.bytes); }
+    return (const char*)memcpy(buffers[i].data(), m.at, m.bytes);
+}
 // The allocations that arguments point into, those inside of structures too: a kernel may touch no other.
 static std::vector<Memory> memory_of(const cuda_cpu::Launch& l) {
     std::map<char*, std::map<size_t, Type>> starts;
@@ -173,7 +180,7 @@ static std::vector<Memory> memory_of(const cuda_cpu::Launch& l) {
     }
     std::vector<Memory> memory;
     for (const auto& m : starts) {
-        memory.push_back({m.first, cuda_cpu::allocations[m.first], {}, {}, {}});
+        memory.push_back({m.first, cuda_cpu::allocations[m.first], {}, NULL, NULL});
         for (auto s = m.second.begin(); s != m.second.end(); s++) {
             size_t end = std::next(s) == m.second.end() ? memory.back().bytes : std::next(s)->first;
             memory.back().pieces.push_back({s->first, end, s->second});
@@ -206,7 +213,7 @@ static double largest_input(const std::vector<Memory>& memory) {
     for (const Memory& m : memory) {
         for (const Piece& p : m.pieces) {
             for (size_t at = p.begin, n = TYPE_BYTES[p.type]; p.type < BYTES && at + n <= p.end; at += n) {
-                double v = fabs(value(&m.before[at], p.type));
+                double v = fabs(value(m.before + at, p.type));
                 if (std::isfinite(v)) { largest = std::max(largest, v); }
             }
         }
@@ -216,7 +223,7 @@ static double largest_input(const std::vector<Memory>& memory) {
 // What the PTX and the emulator, whose results stand in memory now, wrote into a piece: the largest value, the largest
 // difference. False if nothing.
 static bool compare_piece(const Memory& m, const Piece& p, double* largest, double* worst) {
-    const char *was = m.before.data(), *got = m.after.empty() ? was : m.after.data(), *want = m.at;
+    const char *was = m.before, *got = m.after ? m.after : was, *want = m.at;
     size_t n = TYPE_BYTES[p.type], step = 4096;
     bool written = false;
     for (size_t at = p.begin; at + n <= p.end; at += n) {
@@ -260,21 +267,20 @@ static void on_launch(const cuda_cpu::Launch& l, const std::function<void()>& em
     const string shape = format("%u %u %u %u %zu", l.grid.x, l.grid.y, l.grid.z, l.block.x, l.shared);
     bool compared = !replay.alone && t.shapes[shape]++ < 2;
     std::vector<Memory> memory = memory_of(l);
-    for (Memory& m : memory) {
-        if (compared) { m.before.assign(m.at, m.at + m.bytes); }
-    }
+    for (size_t i = 0; i < memory.size() && compared; i++) { memory[i].before = copy_of(memory[i], 2 * i); }
     try {
         execute(l, memory, &t);
     } catch (Fault& f) { stop(title_of(symbol->second) + ": " + f.text); }
     if (!compared) { return; }
-    for (Memory& m : memory) {
-        if (memcmp(m.at, m.before.data(), m.bytes) == 0) { continue; }
-        m.after.assign(m.at, m.at + m.bytes);
-        memcpy(m.at, m.before.data(), m.bytes);
+    for (size_t i = 0; i < memory.size(); i++) {
+        Memory& m = memory[i];
+        if (memcmp(m.at, m.before, m.bytes) == 0) { continue; }
+        m.after = copy_of(m, 2 * i + 1);
+        memcpy(m.at, m.before, m.bytes);
     }
     emulate();
     compare(memory, &t);
-    for (Memory& m : memory) { memcpy(m.at, m.after.empty() ? m.before.data() : m.after.data(), m.bytes); }
+    for (const Memory& m : memory) { memcpy(m.at, m.after ? m.after : m.before, m.bytes); }
 }
 
 Replay::Replay() {
