@@ -369,7 +369,11 @@ struct Gemm {
     float alpha = 1, beta = 0;
     int batch = 1;
 };
-enum { BLAS_WORKSPACE = 32 << 20 };  // what cuBLAS asks for on sm_90 and sm_100
+// What cuBLAS asks for on sm_90 and sm_100 (the emulator, which needs none, may be given less: what executes the PTX
+// copies all memory that a launch could touch).
+#if !defined(BLAS_WORKSPACE)
+#define BLAS_WORKSPACE (32 << 20)
+#endif
 
 // cuBLAS is column-major, so it is asked for the transpose, out^T = B^T A^T.
 static void gemm(const Matrix& out, const Matrix& A, const Matrix& B, const Gemm& p, Cuda* g) {

@@ -175,7 +175,8 @@ EMULATE = $(CXX) $(CXXFLAGS) -Idev/cuda_cpu -DMTA_NCCL -x c++
 # Sizes of train_mta.cu that the tests make small, most of them through the environment, so that their small models are
 # cut as large ones are.
 SIZES = -DATTENTION_SCRATCH='cuda_cpu::size_setting("CUDA_CPU_SCRATCH", 1 << 30)' \
-    -DHEAD_BLOCKS='cuda_cpu::size_setting("CUDA_CPU_HEAD_BLOCKS", 2048)' -DRANKS_ROOM='(1 << 18)'
+    -DHEAD_BLOCKS='cuda_cpu::size_setting("CUDA_CPU_HEAD_BLOCKS", 2048)' -DRANKS_ROOM='(1 << 18)' \
+    -DBLAS_WORKSPACE='(size_t)cuda_cpu::size_setting("CUDA_CPU_BLAS_WORKSPACE", 32 << 20)'
 
 # train_mta.cu is translated once for each precision, inside test_ops.cu: the trainer, test_mta_cuda_cpu and test_ops
 # are linked from that object. Its main is test_ops's; the trainer's is called train_main there.
@@ -190,7 +191,7 @@ build/train_main.o: build/flags_cxx
 
 # test_ops compares with train_mta.c in double.
 build/ops_reference.o: dev/tests/ops_reference.c dev/tests/ops_reference.h train_mta.c $(HEADERS) build/flags_c
-	$(CC) $(CFLAGS) -Wno-unused-function -c $< -o $@
+	$(CC) $(CFLAGS) -O1 -Wno-unused-function -c $< -o $@
 
 EMULATED_TRAINER = build/train_main.o build/cuda_cpu_$(1)_library.o build/ops_reference.o
 build/train_mta_cuda_cpu: $(call EMULATED_TRAINER,bf16)

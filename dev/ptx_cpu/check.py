@@ -74,7 +74,8 @@ def run(command, environment, timeout=1500):
     """(exit status, output, seconds of this process)"""
     began = time.monotonic()
     try:
-        p = subprocess.run(command, env=dict(os.environ, OMP_NUM_THREADS="1", **environment), stdout=subprocess.PIPE,
+        small = {"OMP_NUM_THREADS": "1", "CUDA_CPU_BLAS_WORKSPACE": "4096"}  # of which each launch makes copies
+        p = subprocess.run(command, env=dict(os.environ, **small, **environment), stdout=subprocess.PIPE,
                            stderr=subprocess.STDOUT, text=True, errors="replace", timeout=timeout)
     except subprocess.TimeoutExpired as late:
         return 124, f"{(late.stdout or b'').decode(errors='replace')}\nstopped after {timeout} s", timeout
