@@ -197,6 +197,7 @@ install_packages() {
     python3 -c 'import ensurepip' 2> /dev/null || need+=(python3-venv)
     has mpicc.openmpi || need+=(libopenmpi-dev openmpi-bin)
     has mpicc.mpich || need+=(libmpich-dev mpich)
+    { has slurmctld && has slurmd && has srun; } || need+=(slurm-wlm)
     has_aarch64 || need+=(gcc-aarch64-linux-gnu libc6-dev-arm64-cross qemu-user)
     [ ${#need[@]} -eq 0 ] && return 0
     echo "installing ${need[*]}"
@@ -258,7 +259,10 @@ python_step() {
     case $1 in test_help.py | test_layout.py) runs=both ;; esac
     local compared='^ *(import|from) (torch|transformers|tokenizers|safetensors|lm_eval|tensorboard)\b'
     if [ -n "$compare" ] && grep -qE "$compared" "$source"; then runner=$compare; fi
-    step $runs "$1" "train_mta infer_mta test_mta $([ $runs = full ] && echo "$EMULATED")" "$runner" "$source"
+    local built="train_mta infer_mta test_mta"
+    if [ $runs = full ]; then built+=" $EMULATED"; fi
+    if [ "$1" = test_launchers.py ]; then built+=$ranked; fi
+    step $runs "$1" "$built" "$runner" "$source"
 }
 # The CPU trainer on several processes, by each MPI that is here.
 ranked=""

@@ -2,15 +2,18 @@
 """scripts/train_880m.sh as torchrun, srun, mpirun and mpiexec start it, and what scripts/ranks_check.sh finds: with
 stubs that write down what they were called with or pretend runs, and with the CUDA trainer on the emulator.
 
-python3 dev/tests/test_launchers.py     torchrun of dev/.venv, mpirun.openmpi, mpirun.mpich: those that are there; srun
-                                        is pretended
+python3 dev/tests/test_launchers.py     torchrun of dev/.venv, mpirun.openmpi, mpirun.mpich, Slurm: those that are there
 """
+import getpass
 import json
 import os
 import re
 import shutil
+import signal
+import socket
 import subprocess
 import tempfile
+import time
 import unittest
 
 from helpers import ROOT, main, read_bytes, write_shard
@@ -166,13 +169,13 @@ class Emulated(Scripts):
              "2", "--intermediate-size", "48", "--vocab-size", "64", "--tokens-per-step", "64", "--batch-size", "1",
              "--seq-len", "16", "--steps", "2", "--shards", "2"]
 
-    def run_script(self, *launchers):
+    def run_script(self, *launchers, trainer=TRAINER):
         """A run in a folder of its own, of one process or as each of the launchers starts them; its weights and
         moments."""
         folder = tempfile.mkdtemp(dir=self.folder)
         os.symlink(self.shards, os.path.join(folder, "shards"))
         script = [os.path.join(ROOT, "scripts", "train_880m.sh"), "shards", "out", "mta", *self.SMALL]
-        variables = dict(self.environment, TRAINER=TRAINER, CUDA_CPU_DEVICES="2", OMP_NUM_THREADS="1")
+        variables = dict(self.environment, TRAINER=trainer, CUDA_CPU_DEVICES="2", OMP_NUM_THREADS="1")
         children = [subprocess.Popen(launcher + script, cwd=folder, env=variables, text=True, stdout=subprocess.PIPE,
                                      stderr=subprocess.STDOUT) for launcher in launchers]
         texts = [child.communicate(timeout=120)[0] for child in children]
@@ -247,6 +250,109 @@ class Hosts(Emulated):
         launchers = [["ip", "netns", "exec", space, "env", *(f"{k}={v}" for k, v in task.items())]
                      for space, task in zip(spaces, tasks)]
         self.assertTrue(self.run_script(*launchers) == self.run_script([]))
+
+
+SLURM = """ClusterName=test
+SlurmctldHost={host}(127.0.0.1)
+SlurmctldPort={ports[0]}
+SlurmdPort={ports[1]}
+AuthType=auth/none
+CredType=cred/none
+SlurmUser={user}
+SlurmdUser={user}
+StateSaveLocation={folder}/state
+SlurmdSpoolDir={folder}/spool
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmdPidFile={folder}/slurmd.pid
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core
+SlurmdParameters=config_overrides
+NodeName={host} NodeAddr=127.0.0.1 CPUs=8
+PartitionName=all Nodes={host} Default=YES State=UP
+"""
+
+
+@unittest.skipUnless(all(map(shutil.which, ("slurmctld", "slurmd", "srun", "sinfo"))), "no Slurm")
+class Slurm(Emulated):
+    """Slurm itself, of one host, without its own authentication; srun starts two tasks."""
+
+    def setUp(self):
+        super().setUp()
+        host, sockets = socket.gethostname().split(".")[0], [socket.socket() for _ in range(2)]
+        for s in sockets:
+            s.bind(("127.0.0.1", 0))
+        ports = [s.getsockname()[1] for s in sockets]
+        for s in sockets:
+            s.close()
+        home = os.path.join(self.folder, "slurm")
+        for name in ("state", "spool"):
+            os.makedirs(os.path.join(home, name))
+        path = os.path.join(home, "slurm.conf")
+        with open(path, "w") as f:
+            f.write(SLURM.format(host=host, ports=ports, user=getpass.getuser(), folder=home))
+        self.environment["SLURM_CONF"] = path
+        with open(os.path.join(home, "log"), "w") as log:
+            for program in ("slurmctld", "slurmd"):
+                daemon = subprocess.Popen([program, "-D"], env=self.environment, stdout=log, stderr=log)
+                self.addCleanup(daemon.wait)
+                self.addCleanup(daemon.terminate)
+        end = time.monotonic() + 30
+        while subprocess.run(["sinfo", "--noheader", "--format=%t"], env=self.environment, capture_output=True,
+                             text=True).stdout.strip() != "idle":
+            with open(os.path.join(home, "log")) as log:
+                self.assertLess(time.monotonic(), end, log.read()[-2000:])
+            time.sleep(0.2)
+        self.make_shards()
+
+    def programs(self):
+        """What is there of the CUDA trainer and of the CPU trainers by each MPI: program, srun's way to start it."""
+        for name, mpi in (("train_mta_cuda_cpu", "none"), ("openmpi/train_mta", "pmix"), ("mpich/train_mta", "pmi2")):
+            program = os.path.join(ROOT, "build", name)
+            if os.path.exists(program):
+                yield program, ["srun", f"--mpi={mpi}", "--ntasks", "2"]
+
+    def test_same_bits(self):
+        for program, srun in self.programs():
+            with self.subTest(program=program):
+                self.assertTrue(self.run_script(srun, trainer=program) == self.run_script([], trainer=program))
+
+    def test_a_task_is_killed(self):
+        """Without --kill-on-bad-exit: the other ends by itself, with its line."""
+        for program, srun in self.programs():
+            with self.subTest(program=program):
+                out = os.path.join(tempfile.mkdtemp(dir=self.folder), "out")
+                run = subprocess.Popen(
+                    [*srun, program, "--model", "880m", *self.SMALL, "--steps", "100000", "--save-every", "10",
+                     "--train", os.path.join(self.shards, "c4_train_*.bin"), "--out", out], text=True,
+                    env=dict(self.environment, CUDA_CPU_DEVICES="2", OMP_NUM_THREADS="1"), stdout=subprocess.DEVNULL,
+                    stderr=subprocess.PIPE)
+                end = time.monotonic() + 60
+                while not os.path.exists(os.path.join(out, "step-00000010")):
+                    self.assertIsNone(run.poll())
+                    self.assertLess(time.monotonic(), end)
+                    time.sleep(0.05)
+                os.kill(self.task(program, 1), signal.SIGKILL)
+                began = time.monotonic()
+                _, err = run.communicate(timeout=60)
+                self.assertLess(time.monotonic() - began, 10)
+                self.assertIn("task 0: Exited with exit code 71", err)
+                self.assertRegex(err, r"rank 1 \(.*\) was lost in .*; all ranks end, the last good checkpoint: .*step-")
+
+    def task(self, program, number):
+        """The process of a task of srun."""
+        for pid in filter(str.isdigit, os.listdir("/proc")):
+            try:
+                with open(f"/proc/{pid}/environ", "rb") as f:
+                    variables = f.read().split(b"\0")
+                if os.readlink(f"/proc/{pid}/exe") == os.path.realpath(program) and \
+                        b"SLURM_CONF=" + self.environment["SLURM_CONF"].encode() in variables and \
+                        b"SLURM_PROCID=%d" % number in variables:
+                    return int(pid)
+            except OSError:
+                continue
+        self.fail(f"task {number} is not there")
 
 
 class RanksCheck(Scripts):

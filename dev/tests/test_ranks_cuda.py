@@ -142,6 +142,11 @@ class Bits(Ranks):
             self.assertGreaterEqual(early / all_, 0.8, shares)
             self.assertLess(early / all_, 0.9, "and the first bucket holds the embedding")
 
+    def test_eight_and_twelve_shards(self):
+        """Of which a rank has two or more: sums wait for their neighbours."""
+        for sizes, shards in (((2, 4), 8), ((3, 6), 12)):
+            self.same_on("bf16", sizes, {"--shards": shards, "--tokens-per-step": 16 * 13})
+
     def test_one_block(self):
         """A model that one rank owns whole; three ranks."""
         self.same_on("bf16", (3,), {"--attention": "diff", "--hidden-size": 32, "--num-attention-heads": 2,
@@ -208,11 +213,11 @@ class Plan(Ranks):
 
 
 class Resume(Ranks):
-    def test_four_two_one(self):
-        settings = {"--schedule-steps": 6, "--seed": 3}
+    def test_four_two_one_four(self):
+        settings = {"--schedule-steps": 8, "--seed": 3}
         whole, parts = self.place(), self.place()
-        self.run_ok(whole, 1, "bf16", dict(settings, **{"--steps": 6}), ["--resume"])
-        for ranks, steps in ((4, 2), (2, 4), (1, 6)):
+        self.run_ok(whole, 1, "bf16", dict(settings, **{"--steps": 8}), ["--resume"])
+        for ranks, steps in ((4, 2), (2, 4), (1, 6), (4, 8)):
             changes = dict(settings, **{"--steps": steps, "--shards": 4 if steps == 2 else None})
             out = self.run_ok(parts, ranks, "bf16", changes, ["--resume"])
             if steps > 2:
@@ -220,7 +225,7 @@ class Resume(Ranks):
         self.assertEqual(self.events(whole, "step", "val", "sample"), self.events(parts, "step", "val", "sample"))
         a, b = self.checkpoints(whole), self.checkpoints(parts)
         tensors = [name for name in a if name.endswith(".safetensors")]
-        self.assertEqual(len(tensors), 6)
+        self.assertEqual(len(tensors), 8)
         self.assertEqual([name for name in tensors if a[name] != b[name]], [])
 
 
