@@ -554,14 +554,15 @@ static void rmsnorm_forward(floatX* out, float* rstd, Stream inp, const floatX* 
     residual_rmsnorm_forward(out, rstd, {}, inp, NULL, weight, N, C, eps, g);
 }
 
-// dinp (N,C) = (or += with add_dinp) rstd * (d - xhat * mean(d . xhat)), d = dout * weight, xhat = inp * rstd, inp
-// the rounded stream; parts (blocks,C) the block's share of sum_n dout * xhat. A block owns
-// every gridDim.x-th row, a thread packs of W columns of all its rows, so that nobody else adds to its sums. ONE: one
-// pack, which stays in registers; else the sums stand in `parts`, and the row is read again from the cache. Bytes an
-// element: 2 of dout, 2 of inp, 8 of dinp, and 4 for every N / NORM_PARTS rows.
-// Blocks at most: the same sums on every GPU; threads of a block at most; with ONE, which takes more registers than
-// there are for 1024 threads
+// Of the norm's backward pass: blocks at most, so that the sums are the same on every GPU; threads of a block at most;
+// threads with ONE, which takes more registers than there are for 1024
 enum { NORM_PARTS = 1024, NORM_ROW = 1024, NORM_ONE = 512 };
+
+// dinp (N,C) = (or += with add_dinp) rstd * (d - xhat * mean(d . xhat)), d = dout * weight, xhat = inp * rstd, inp the
+// rounded stream; parts (blocks,C) the block's share of sum_n dout * xhat. A block owns every gridDim.x-th row, a
+// thread packs of W columns of all its rows, so that nobody else adds to its sums. ONE: one pack, which stays in
+// registers; else the sums stand in `parts`, and the row is read again from the cache. Bytes an element: 2 of dout, 2
+// of inp, 8 of dinp, and 4 for every N / NORM_PARTS rows.
 template <int W, bool ONE>
 static __global__ void __launch_bounds__(ONE ? NORM_ONE : NORM_ROW)
     rmsnorm_backward_kernel(Stream dinp, float* parts, const floatX* dout, const floatX* inp, const floatX* weight,
@@ -2044,8 +2045,8 @@ static __device__ inline unsigned pack_bf16(float x, float y) {
     memcpy(&pair, &h, sizeof pair);
     return pair;
 }
-// Two scores. What fp16 cannot hold becomes NaN, not infinity: a weight next to zero would hide
-// an infinite score from the loss, and the step would not be seen to be wrong. One instruction: x * 0 + x.
+// Two scores. What fp16 cannot hold becomes NaN, not infinity: a weight next to zero would hide an infinite score from
+// the loss, and the step would not be seen to be wrong. One instruction: x * 0 + x. (The fp32 build needs none.)
 #define SCORES_END 65520.0f  // from here on fp16 rounds to infinity
 [[maybe_unused]] static __device__ inline unsigned pack_scores(float x, float y) {
     __half2 h = __floats2half2_rn(x, y);

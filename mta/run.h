@@ -341,8 +341,7 @@ static inline void run_check_init(const Run* r, bool preset) {
     path_join(path, sizeof path, r->init_dir, "config.json");
     if (!file_exists(path)) {
         printf("--init-from: no config.json in %s: RoPE's base and scaling, the norms' epsilon and the number of heads "
-               "are "
-               "those of --model\n",
+               "are those of --model\n",
                r->init_dir);
         return;
     }

@@ -168,8 +168,8 @@ def to_theirs(tensors, config):
     for key in ("rope_scaling", "rope_parameters"):
         if config.get(key):
             raise UserError("config.json: %s has no counterpart there, only rope_theta" % key)
-    if config.get("attention_type", "mta") != "mta" or config.get("rope_scaling"):
-        raise UserError("config.json: attention_type diff and rope_scaling have no counterpart there")
+    if config.get("attention_type", "mta") != "mta":
+        raise UserError("config.json: attention_type diff has no counterpart there")
     heads, dim = config["num_attention_heads"], config["hidden_size"]
     kv_heads = config.get("num_key_value_heads") or heads
     theirs = {v: k for k, v in LAYER_NAMES.items() if k != "attention.wposm.weight"}

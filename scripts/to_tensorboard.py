@@ -92,8 +92,7 @@ def convert(log, folder):
 
 
 def main():
-    parser = Parser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folder with log.jsonl")
     parser.add_argument("--out", metavar="DIR",
                         help="of one run: the folder for its events, which holds none yet (default: RUN/tensorboard)")

@@ -1,9 +1,9 @@
 // cuda_runtime.h: stand-in for the CUDA runtime. Device memory is malloc'ed, poisoned with NaN and counted against a
 // pretended size; the default stream works at once, another only when somebody waits for it or asks it a second time,
-// as late as a GPU may, and no further than it must: so that a missing event leaves stale data. What a
-// copy or a memset is told of as device memory must lie in one allocation, as the host's in none. CUDA_CPU_EAGER=1: a
-// stream of high priority works as early as it may, ahead of the others: so that what it should have waited for is
-// missing. A captured stream keeps its work in a graph, and what may not be called meanwhile breaks the capture. The
+// as late as a GPU may, and no further than it must: so that a missing event leaves stale data. What a copy or a memset
+// is told of as device memory must lie in one allocation, as the host's in none. CUDA_CPU_EAGER=1: a stream of high
+// priority works as early as it may, ahead of the others: so that what it should have waited for is missing. A captured
+// stream keeps its work in a graph, and what may not be called meanwhile breaks the capture. The
 // environment pretends other machines: CUDA_CPU_DEVICES=N (0: no GPU, default 1), CUDA_CPU_DRIVER=old,
 // CUDA_CPU_MEMORY_MIB=N, CUDA_CPU_CAPABILITY=75, CUDA_CPU_SHARED_KIB=N (shared memory of a block at most),
 // CUDA_CPU_IMAGE=none or =invalid (no code for the device: the two answers of a runtime); and failures:
