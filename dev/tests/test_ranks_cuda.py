@@ -238,14 +238,18 @@ class Faults(Ranks):
         cwd = self.place()
         run = self.start(cwd, ranks, "bf16", self.RUN)
         end = time.monotonic() + TIMEOUT
-        while not os.path.exists(os.path.join(cwd, "run", "step-00000004")):
+        while self.newest(cwd) < 4:
             self.assertIsNone(run.ranks[0][0].poll(), "the run ended by itself")
             self.assertLess(time.monotonic(), end)
             time.sleep(0.02)
         return cwd, run
 
+    def newest(self, cwd):
+        """Its step; 0: there is no checkpoint yet."""
+        return max((int(path[-8:]) for path in glob.glob(os.path.join(cwd, "run", "step-*"))), default=0)
+
     def last_good(self, cwd, model=None):
-        step = max(int(path[-8:]) for path in glob.glob(os.path.join(cwd, "run", "step-*")))
+        step = self.newest(cwd)
         changes = dict(self.RUN, **{"--steps": step + 1, "--shards": None}, **(model or {}))
         out = self.run_ok(cwd, 1, "bf16", changes, ["--resume"])
         self.assertIn(f"resumed from run/step-{step:08d}", out)
