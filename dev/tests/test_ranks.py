@@ -28,7 +28,6 @@ if LONG:
 TIMEOUT = 120  # seconds for one run
 MPIS = [mpi for mpi in ("openmpi", "mpich") if shutil.which(f"mpirun.{mpi}")
         and os.path.exists(os.path.join(ROOT, f"build/{mpi}/train_mta"))]
-BOTH = MPIS if LONG else MPIS[:1]
 RANKED = ("OMPI_COMM_WORLD_RANK", "PMI_RANK")
 BLOCK = 1 << 16  # elements of the weights that one rank owns: RANKS_BLOCK of mta/ranks.h
 TIMES = {"time", "tokens_per_s", "mfu", "seconds", "path"}
@@ -188,12 +187,12 @@ class Ranks(Runs):
 
 
 class Bits(Ranks):
-    def same_on(self, shards, sizes, changes, long_sizes=(), mpis=BOTH):
+    def same_on(self, shards, sizes, changes, long_sizes=()):
         """The same losses, norms, samples and checkpoint files on every number of ranks; each computes its share and
         sends what it should."""
         one = self.place()
         self.run_ok(one, 1, dict(changes, **{"--shards": shards}))
-        for mpi in mpis:
+        for mpi in MPIS:
             for ranks in list(sizes) + list(long_sizes if LONG else ()):
                 many = self.place()
                 self.run_ok(many, ranks, dict(changes, **{"--shards": shards}), mpi=mpi)
@@ -220,9 +219,8 @@ class Bits(Ranks):
                      (8,))
 
     def test_twelve_shards(self):
-        """Three and six ranks, by the other MPI; a shard of the 13 windows has one or two; --batch-size larger than a
-        shard."""
-        self.same_on(12, (3, 6), {"--attention": "transformer", "--batch-size": 3}, (12,), BOTH if LONG else MPIS[-1:])
+        """Three and six ranks; a shard of the 13 windows has one or two; --batch-size larger than a shard."""
+        self.same_on(12, (3, 6), {"--attention": "transformer", "--batch-size": 3}, (12,))
 
     def test_more_ranks_than_blocks(self):
         """A model of one block: one rank has all of the moments."""
@@ -383,6 +381,30 @@ class Plan(Ranks):
         self.assertAlmostEqual(gathered, 8 * 876_563_136 * 4 * 24 / 32 / 2**20, delta=10)
         self.assertIn("own part of m, v", done.stdout)
 
+    def test_memory_taken(self):
+        """A rank's memory is what the plan says, beside MPI's own: its part of m and v is all that it has of them."""
+        changes = {name: None for name in SMALL if name[2:] not in ("train", "seq-len", "batch-size", "out")}
+        changes.update({"--model": "11m", "--tokens-per-step": 128, "--steps": 1, "--save-every": 0})
+        measure = "import os, resource, subprocess, sys\n" \
+                  "done = subprocess.run(sys.argv[1:])\n" \
+                  "rank = os.environ.get('OMPI_COMM_WORLD_RANK', os.environ.get('PMI_RANK'))\n" \
+                  "with open('memory.' + rank, 'w') as f:\n" \
+                  "    f.write(str(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024))\n" \
+                  "sys.exit(done.returncode)\n"
+        taken, planned = [], []
+        for ranks in (2, 4):
+            cwd, own = self.place(), dict(changes, **{"--shards": ranks})
+            plan = self.run_ok(cwd, 1, own, ["--dry-run", "--ranks", str(ranks)]).stdout
+            planned.append(float(re.search(r"total +([\d.]+) MiB", plan)[1]))
+            self.run_ok(cwd, ranks, own, program=[sys.executable, "-c", measure, binary(MPIS[0])])
+            taken.append([float(read_bytes(os.path.join(cwd, f"memory.{rank}"))) for rank in range(ranks)])
+            for mib in taken[-1]:
+                self.assertGreater(mib, planned[-1])
+                self.assertLess(mib, planned[-1] + 60)
+        # Of 11m, m and v are 82 MiB; a rank of four has 20 less of them than one of two.
+        self.assertGreater(planned[0] - planned[1], 20)
+        self.assertGreater(min(taken[0]) - max(taken[1]), 0.5 * (planned[0] - planned[1]))
+
 
 class Resume(Ranks):
     def test_four_two_one_four(self):
@@ -417,27 +439,39 @@ class Resume(Ranks):
         self.assertEqual(self.events(whole, "step", "val", "sample"), self.events(broken, "step", "val", "sample"))
 
     def test_full_disk(self):
-        """Where rank 0 writes a checkpoint: the oldest gives way, and the others give their part once more."""
-        library = os.path.join(ROOT, "build", "faults.so")
+        """Where rank 0 writes a checkpoint: the oldest gives way, and the others give their part once more. Rank 0
+        alone writes below --out; on --resume the others read what the model is and where the run stands."""
         one, two = self.place(), self.place()
-        state, trace = (os.path.join(self.folder, name) for name in ("state", "trace"))
-        on_root = 'if [ "${OMPI_COMM_WORLD_RANK:-$PMI_RANK}" = 0 ]; then export LD_PRELOAD="$1" FAULT_STATE="$2" ' \
-                  'FAULT_TRACE="$3" FAULT_AT="$4" FAULT_KIND=ENOSPC FAULT_UNDER=run; fi; shift 4; exec "$@"'
-        for cwd, at in ((one, 0), (two, None)):
-            if at is None:
-                with open(trace) as f:
-                    calls = [line.split(" ", 2) for line in f]
-                at = [n for n, call, path in calls if call == "write" and "00000006.partial/optimizer" in path][0]
-            with open(state, "wb") as f:
-                f.write(bytes(8))
-            done = self.run_ok(cwd, 2, {"--steps": 6, "--shards": 2}, mpi=MPIS[0],
-                               program=["bash", "-c", on_root, "on_root", library, state, trace, str(at),
-                                        binary(MPIS[0])])
+        self.run_ok(one, 2, {"--steps": 6, "--shards": 2}, program=self.traced())
+        calls = self.calls_of(one, 0)
+        at = [n for n, (call, path) in enumerate(calls, 1) if call == "write" and "00000006.partial/optimizer" in path]
+        self.assertEqual(self.calls_of(one, 1), [("stat", "run")])
+        done = self.run_ok(two, 2, {"--steps": 6, "--shards": 2}, program=self.traced(at[0]))
         self.assertEqual(len(own_lines(done.stderr)), 1, done.stderr)
         self.assertIn("the disk is full: step-00000002, the oldest checkpoint, was removed to save step 6",
                       own_lines(done.stderr)[0])
         a, b = self.checkpoints(one), self.checkpoints(two)
         self.assertEqual({name: a[name] for name in a if "step-00000002" not in name}, b)
+        self.run_ok(one, 2, {"--steps": 8}, ["--resume"], program=self.traced())
+        self.assertIn(("write", "run/log.jsonl"), self.calls_of(one, 0))
+        newest = "run/step-00000006"
+        looks = {("stat", "run"), ("statvfs", "run"), ("stat", newest), ("stat", newest + "/config.json")}
+        reads = {(call, f"{newest}/{name}") for call in ("open", "read", "close")
+                 for name in ("config.json", "trainer.json")}
+        self.assertLessEqual(reads, set(self.calls_of(one, 1)))
+        self.assertEqual(set(self.calls_of(one, 1)) - reads - looks, set())
+
+    def traced(self, fail_at=0):
+        """The trainer, each rank with a list of its system calls on files below --out; a write of rank 0's fails."""
+        script = 'rank=${OMPI_COMM_WORLD_RANK:-$PMI_RANK}; head -c 8 /dev/zero > "state.$rank"; rm -f "trace.$rank"; ' \
+                 'at=0; [ "$rank" != 0 ] || at=$2; export LD_PRELOAD="$1" FAULT_STATE="state.$rank" ' \
+                 'FAULT_TRACE="trace.$rank" FAULT_AT="$at" FAULT_KIND=ENOSPC FAULT_UNDER=run; shift 2; exec "$@"'
+        library = os.path.join(ROOT, "build", "faults.so")
+        return ["bash", "-c", script, "traced", library, str(fail_at), binary(MPIS[0])]
+
+    def calls_of(self, cwd, rank):
+        with open(os.path.join(cwd, f"trace.{rank}")) as f:
+            return [tuple(line.rstrip("\n").split(" ", 2)[1:]) for line in f]
 
     def test_timed_checkpoints(self):
         """When one is due rank 0's clock says: that of the others, who write none, would say so in every step."""
