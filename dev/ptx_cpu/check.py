@@ -36,8 +36,7 @@ NEVER = {
 }
 
 # Mistakes that are planted into the PTX of bf16, sm_90a: a name; part of the kernel's name there; what to replace, by
-# what, in which place of each kernel (-1: all); the operation of test_ops that must notice; why the kernel is right all
-# the same, if it is.
+# what, in which place of each kernel (-1: all); the operation of test_ops that must notice.
 FUSED, MIX, BAND, SOFTMAX = "attention fused", "head_mix16", "kq_conv_forward", "softmax_forward"
 REGISTERS = r"(%r\d+),\s*(%r\d+)"
 PAIR = r"(cvt\.rn\.bf16x2\.f32\s+%r\d+, )(%f\d+), (%f\d+)"
@@ -62,7 +61,7 @@ MUTATIONS = [
     ("second barrier dropped, backward", "flash_backward", r"bar\.sync\s+0;", "", 1, FUSED),
     ("fourth barrier dropped, backward", "flash_backward", r"bar\.sync\s+0;", "", 3, FUSED),
     ("last barrier dropped, backward", "flash_backward", r"bar\.sync\s+0;", "", 6, FUSED),
-    ("shfl: down instead of across", "flash_forward", r"shfl\.sync\.bfly", "shfl.sync.down", 0, FUSED),
+    ("shfl: from 4 lanes across", "flash_forward", r"(shfl[^,]*, %r\d+, )[^,]+", r"\g<1>4", 0, FUSED),
     ("ex2: a copy", "softmax_forward", r"ex2\.approx\.ftz\.f32", "mov.f32", 0, SOFTMAX),
     ("red: the second of two sums lost", "flash_backward", SUMS, ONE_SUM, 0, FUSED),
     ("a branch turned round", "flash_forward", r"@(%p\d+) bra", r"@!\1 bra", 9, FUSED),
@@ -169,7 +168,7 @@ def mutate(text, kernel, find, put, place):
 
 def plant(text, mutation):
     """(name, by what it was noticed or "", how many places, seconds)"""
-    name, kernel, find, put, place, only = mutation[:6]
+    name, kernel, find, put, place, only = mutation
     changed, places = mutate(text, kernel, find, put, place)
     with tempfile.TemporaryDirectory() as folder:
         path, report = os.path.join(folder, "x.ptx"), os.path.join(folder, "report")
@@ -226,12 +225,11 @@ def main():
             executed += sum(report.instructions.values())
             verdict(wrong, f"{name}: {sum(report.launches.values())} launches", seconds)
         found = 0
-        for m, future in zip(chosen, planted):
+        for future in planted:
             name, noticed, places, seconds = future.result()
-            equivalent = m[6] if len(m) > 6 else ""
             found += noticed != ""
-            wrong = [] if places and bool(noticed) != bool(equivalent) else [f"noticed: {noticed or 'nothing'}"]
-            verdict(wrong, f"mutation: {name} ({places}): {noticed[:160] or equivalent}", seconds)
+            wrong = [] if places and noticed else [f"noticed: {noticed or 'nothing'}"]
+            verdict(wrong, f"mutation: {name} ({places}): {noticed[:160]}", seconds)
     for p in ("bf16", "fp32"):
         if f"operations {p}" in reports:
             verdict(print_table(p, reports[f"operations {p}"]), f"every kernel of {p} is launched", 0)

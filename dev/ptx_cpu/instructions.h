@@ -56,10 +56,8 @@ template <typename G> inline Execute by_type(const string& type, G g) {
 }
 template <typename T> using Unsigned = std::make_unsigned_t<T>;
 template <typename T>
-using Twice = std::conditional_t<
-    sizeof(T) == 8, std::conditional_t<std::is_signed<T>::value, __int128, unsigned __int128>,
-    std::conditional_t<sizeof(T) == 4, std::conditional_t<std::is_signed<T>::value, int64_t, uint64_t>,
-                       std::conditional_t<std::is_signed<T>::value, int32_t, uint32_t>>>;
+using Twice = std::conditional_t<sizeof(T) == 2, std::conditional_t<std::is_signed<T>::value, int32_t, uint32_t>,
+                                 std::conditional_t<std::is_signed<T>::value, int64_t, uint64_t>>;
 
 // ---- memory
 
@@ -126,9 +124,8 @@ inline void atomic(Warp& w, const Instruction& i, uint32_t lanes) {
 // cp.async: the shared address, the global one, how many bytes to read
 inline void copy(Warp& w, const Instruction& i, uint32_t lanes) {
     each(lanes, [&](int l) {
-        uint32_t to = (uint32_t)address_of(w, i, 0, i.offset, l);
-        uint32_t bytes = i.n_from > 2 ? get<uint32_t>(FROM(2), l) : i.bytes;
-        w.machine->copy_begin(w, l, {to, address_of(w, i, 1, i.from_offset, l), bytes, i.bytes});
+        uint32_t to = (uint32_t)address_of(w, i, 0, i.offset, l), bytes = get<uint32_t>(FROM(2), l);
+        w.machine->copy_begin(w, l, {to, address_of(w, i, 1, i.from_offset, l), bytes});
     });
 }
 inline void copy_commit(Warp& w, const Instruction&, uint32_t lanes) {
@@ -211,37 +208,23 @@ inline void move_matrix(Warp& w, const Instruction& i, uint32_t) {
         put<uint32_t>(TO(0), l, x[l % 4 * 2][l / 4] | (uint32_t)x[l % 4 * 2 + 1][l / 4] << 16);
     }
 }
-enum { SHUFFLE_UP, SHUFFLE_DOWN, SHUFFLE_XOR, SHUFFLE_INDEX };
-inline void shuffle(Warp& w, const Instruction& i,
-                    uint32_t lanes) {  // value, lane or distance, clamp and segment, mask
-    uint32_t v[WARP], inside = 0;
+// shfl.bfly over all lanes of a warp: the value, the distance, 31, the mask. Every lane that is read is inside.
+inline void shuffle(Warp& w, const Instruction& i, uint32_t lanes) {
+    uint32_t v[WARP];
     for (int l = 0; l < WARP; l++) { v[l] = get<uint32_t>(FROM(0), l); }
     each(lanes, [&](int l) {
-        int b = (int)(get<uint32_t>(FROM(1), l) & 31), c = (int)get<uint32_t>(FROM(2), l), segment = c >> 8 & 31;
-        int limit = (l & segment) | (c & 31 & ~segment), from;
-        switch (i.choice) {
-            case SHUFFLE_UP: from = l - b; break;
-            case SHUFFLE_DOWN: from = l + b; break;
-            case SHUFFLE_XOR: from = l ^ b; break;
-            default: from = (l & segment) | (b & ~segment);
-        }
-        bool good = i.choice == SHUFFLE_UP ? from >= limit : from <= limit;
-        if (!good) { from = l; }
+        int from = l ^ (int)(get<uint32_t>(FROM(1), l) & 31);
+        if (get<uint32_t>(FROM(2), l) != 31) { w.machine->fail(&w, "shfl within a part of the warp", l); }
         if (!(lanes >> from & 1)) { w.machine->fail(&w, format("shfl reads lane %d, which takes no part", from), l); }
         put<uint32_t>(TO(0), l, v[from]);
-        inside |= (uint32_t)good << l;
     });
-    if (i.n_to > 1) { put_predicate(w, i.to[1].at, lanes, inside); }
+    if (i.n_to > 1) { put_predicate(w, i.to[1].at, lanes, ALL); }
 }
 inline void warp_sync(Warp& w, const Instruction&, uint32_t) { w.turn++; }
 inline void nothing(Warp&, const Instruction&, uint32_t) {}
 
-// ---- comparisons: setp; a second destination gets the opposite
+// ---- comparisons: setp
 
-inline void put_comparison(Warp& w, const Instruction& i, uint32_t lanes, uint32_t yes) {
-    put_predicate(w, i.to[0].at, lanes, yes);
-    if (i.n_to > 1) { put_predicate(w, i.to[1].at, lanes, ~yes); }
-}
 #define COMPARE(NAME, EXPRESSION)                     \
     if (how == NAME) {                                \
         return EXECUTE {                              \
@@ -251,7 +234,7 @@ inline void put_comparison(Warp& w, const Instruction& i, uint32_t lanes, uint32
                 T a = get<T>(p, l), b = get<T>(q, l); \
                 yes |= (uint32_t)(EXPRESSION) << l;   \
             }                                         \
-            put_comparison(w, i, lanes, yes);         \
+            put_predicate(w, i.to[0].at, lanes, yes); \
         };                                            \
     }
 template <typename T> inline Execute comparison(const string& how) {
@@ -266,64 +249,51 @@ template <typename T> inline Execute comparison(const string& how) {
     COMPARE("neu", a != b)
     COMPARE("ltu", !(a >= b))
     COMPARE("leu", !(a > b))
-    COMPARE("gtu", !(a <= b))
     COMPARE("geu", !(a < b))
-    COMPARE("num", a == a && b == b)
-    COMPARE("nan", a != a || b != b)
     return NULL;
 }
 inline Execute comparison_of(const string& how, const string& type) {
     if (type == "f32") { return comparison<float>(how); }
-    if (type == "f64") { return comparison<double>(how); }
     return by_type(type, [&](auto z) { return comparison<decltype(z)>(how); });
 }
 
-// ---- arithmetic. o: the first part of the opcode, op: all of them
+// ---- arithmetic. o: the opcode; how: its modifiers, with dots between them
 
-template <typename T> inline Execute float_arithmetic(const string& o) {
-    if (o == "add") { BINARY(T, T, a + b) }
-    if (o == "sub") { BINARY(T, T, a - b) }
-    if (o == "mul") { BINARY(T, T, a * b) }
-    if (o == "neg") { UNARY(T, T, -a) }
-    if (o == "abs") { UNARY(T, T, fabs(a)) }
-    return NULL;
-}
-inline Execute float_of(const string& o, const Strings& op, const string& type) {
-    const string how = op.size() > 2 ? op[1] : "";
-    bool approximate = how == "approx" || how == "full", ftz = has(op, "ftz");
-    if (ftz && o != "ex2") { return NULL; }
-    if (type == "f64") { return how.empty() ? float_arithmetic<double>(o) : NULL; }
+inline Execute float_of(const string& o, const string& how, const string& type) {
+    if (type == "f64" && o == "add" && how.empty()) { BINARY(double, double, a + b) }
     if (type == "f16x2" && o == "fma" && how == "rn") { TERNARY(uint32_t, uint32_t, uint32_t, fma_halves(a, b, c)) }
     if (type != "f32") { return NULL; }
+    if (o == "add" && how.empty()) { BINARY(float, float, a + b) }
+    if (o == "sub" && how.empty()) { BINARY(float, float, a - b) }
+    if (o == "mul" && how.empty()) { BINARY(float, float, a* b) }
+    if (o == "neg" && how.empty()) { UNARY(float, float, -a) }
+    if (o == "max" && how.empty()) { BINARY(float, float, max_number(a, b)) }
+    if (o == "min" && how.empty()) { BINARY(float, float, min_number(a, b)) }
     if (o == "fma" && how == "rn") { TERNARY(float, float, float, fmaf(a, b, c)) }
     if (o == "fma" && how == "rm") { TERNARY(float, float, float, rounded_fma(a, b, c, FE_DOWNWARD)) }
-    if (o == "max") { BINARY(float, float, max_number(a, b)) }
-    if (o == "min") { BINARY(float, float, min_number(a, b)) }
-    // What is approximate on a GPU, by up to 2 units in the last place, is rounded correctly here.
     if (o == "div" && how == "rn") { BINARY(float, float, a / b) }
-    if (o == "div" && approximate) { BINARY(float, float, divide_approx(a, b)) }
     if (o == "rcp" && how == "rn") { UNARY(float, float, 1.0f / a) }
     if (o == "sqrt" && how == "rn") { UNARY(float, float, sqrtf(a)) }
-    if (o == "ex2" && approximate && ftz) { UNARY(float, float, flush((float)exp2((double)flush(a)))) }
-    if (o == "ex2" && approximate) { UNARY(float, float, exp2((double)a)) }
-    return float_arithmetic<float>(o);
+    // What is approximate on a GPU, by up to 2 units in the last place, is rounded correctly here.
+    if (o == "div" && how == "approx") { BINARY(float, float, divide_approx(a, b)) }
+    if (o == "ex2" && how == "approx.ftz") { UNARY(float, float, flush((float)exp2((double)flush(a)))) }
+    if (o == "ex2" && how == "approx") { UNARY(float, float, exp2((double)a)) }
+    return NULL;
 }
 
 // What depends on the sign: T is the type of the instruction.
 template <typename T> inline Execute signed_arithmetic(const string& o, const string& how) {
     typedef Twice<T> W;
     constexpr bool is_signed = std::is_signed<T>::value;
-    if (o == "mul" && how == "hi") { BINARY(T, T, (W)a * (W)b >> (8 * sizeof(T))) }
     if constexpr (sizeof(T) < 8) {
+        if (o == "mul" && how == "hi") { BINARY(T, T, (W)a * (W)b >> (8 * sizeof(T))) }
         if (o == "mul" && how == "wide") { BINARY(T, W, (W)a * (W)b) }
-        if (o == "mad" && how == "wide") { TERNARY(T, W, W, (Unsigned<W>)((W)a * (W)b) + (Unsigned<W>)c) }
     }
     // The quotient of a division by zero is not specified; the smallest number by -1 wraps.
     if (o == "div") { BINARY(T, T, b == 0 ? (T)-1 : is_signed && b == (T)-1 ? (T)(0 - (Unsigned<T>)a) : (T)(a / b)) }
     if (o == "rem") { BINARY(T, T, b == 0 ? a : is_signed && b == (T)-1 ? (T)0 : (T)(a % b)) }
     if (o == "min") { BINARY(T, T, std::min(a, b)) }
     if (o == "max") { BINARY(T, T, std::max(a, b)) }
-    if (o == "abs") { UNARY(T, T, a < 0 ? (T)(0 - (Unsigned<T>)a) : a) }
     if (o == "shr") {
         return EXECUTE {
             each(lanes, [&](int l) {
@@ -364,8 +334,7 @@ inline void insert_bits(Warp& w, const Instruction& i, uint32_t lanes) {  // b w
         put<uint32_t>(TO(0), l, pos > 31 ? b : (b & ~(mask << pos)) | (a & mask) << pos);
     });
 }
-inline Execute integer_of(const string& o, const Strings& op, const string& type) {
-    const string how = op.size() > 2 ? op[1] : "";
+inline Execute integer_of(const string& o, const string& how, const string& type) {
     if (o == "bfi" && type == "b32") { return insert_bits; }
     if (o == "bfe" && type == "u32") {
         TERNARY(uint32_t, uint32_t, uint32_t, (b & 255) > 31 ? 0 : a >> (b & 255) & mask_of(c & 255))

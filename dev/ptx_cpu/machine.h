@@ -65,7 +65,7 @@ struct Instruction {
     Space space = GLOBAL;
     uint8_t n_to = 0, n_from = 0;
     uint8_t bytes = 0, to_bytes = 0;  // of an element in memory, or of what is converted
-    uint8_t choice = 0;               // which of the operations that share a function
+    bool uniform = false;             // bra.uni
     bool is_signed = false, to_signed = false, is_float = false;
     bool half = false, transposed = false;          // a product of fp16; ldmatrix.trans
     bool minus_product = false, minus_sum = false;  // of a fused product: which term is negated
@@ -74,7 +74,6 @@ struct Instruction {
     Row to[8], from[12];
     int64_t offset = 0, from_offset = 0;  // of addresses; offset: also a number that is no register
     int target = -1;                      // of a branch
-    int members = -1;                     // SYNC: which source is the mask of lanes
     uint32_t line = 0, source = 0;
     string text;
 };
@@ -88,10 +87,10 @@ struct Constant {
 };
 struct Special {
     uint32_t at;
-    int which;  // 0..2 tid, 3..5 ntid, 6..8 ctaid, 9..11 nctaid, 12 laneid
+    int which;  // tid.x, ntid.x, ctaid.x, .y, .z, nctaid.x, .y
 };
 struct Kernel {
-    string name, body, error;
+    string name, body;
     uint32_t first_line = 0, most_threads = 256;  // of a block
     std::vector<Parameter> parameters;
     uint32_t parameter_bytes = 0, file_bytes = 0, static_bytes = 0, dynamic_at = SHARED_BASE;
@@ -122,10 +121,11 @@ struct Page {
     Shadow shadow[PAGE / 2];
     Added added[PAGE / 4];
 };
-struct Copy {
+enum { COPIED = 16 };
+struct Copy {  // of COPIED bytes: so many are read, the rest is zero
     uint32_t to;
     uint64_t from;
-    uint32_t bytes, size;  // bytes are read, the rest of size is zero
+    uint32_t bytes;
 };
 struct Lane {
     std::vector<Copy> open;
@@ -143,7 +143,6 @@ struct Warp {
     int index;
     uint32_t live, turn, pc;
     bool done, at_barrier;
-    int64_t barrier;
     std::vector<Group> groups;
     Lane lanes[WARP];
 };
@@ -154,7 +153,6 @@ struct Dim {
 class Machine {
   public:
     uint64_t order = 0;     // of warps and blocks: 0 ascending, 1 descending, else a seed
-    bool watch = true;      // over races in global memory; shared memory is always watched
     bool truncate = false;  // products as tensor cores round them, instead of summed exactly and rounded once
     uint64_t executed = 0;  // instructions of warps
     std::map<string, uint64_t> notes;
@@ -367,7 +365,7 @@ inline void Machine::write_mark(Warp& w, int lane, Shadow* s, uint32_t bytes, bo
 inline char* Machine::access(Warp& w, int lane, Space space, uint64_t address, uint32_t bytes, bool write) {
     bool is_global = space == GLOBAL;
     char* p = is_global ? global(w, lane, address, bytes) : shared(w, lane, address, bytes);
-    if (is_global && (!watch || bytes == 1)) { return p; }
+    if (is_global && bytes == 1) { return p; }
     Shadow* s = is_global ? shadow_of(address) : &shared_shadow_[(address - SHARED_BASE) / 2];
     if (write) {
         write_mark(w, lane, s, bytes, is_global);
@@ -377,7 +375,6 @@ inline char* Machine::access(Warp& w, int lane, Space space, uint64_t address, u
     return p;
 }
 inline void Machine::added(Warp& w, int lane, uint64_t address) {
-    if (!watch) { return; }
     Added* last = &page_of(address)->added[address % PAGE / 4];
     uint16_t thread = (uint16_t)(w.index * WARP + lane);
     if (last->epoch >= launch_epoch_ && (last->block != block_number_ || last->thread != thread)) {
@@ -389,25 +386,27 @@ inline void Machine::added(Warp& w, int lane, uint64_t address) {
 // The destination is poisoned, and nobody may touch it until the copies of this thread have landed: at its wait, as
 // late as a GPU may.
 inline void Machine::copy_begin(Warp& w, int lane, const Copy& c) {
-    if (c.bytes > c.size) { fail(&w, "cp.async: more bytes than its size", lane); }
-    if (c.from % c.size) { fail(&w, "cp.async: misaligned source", lane); }
-    char* p = shared(w, lane, c.to, c.size);
+    if (c.bytes > COPIED) { fail(&w, "cp.async: more bytes than its size", lane); }
+    if (c.from % COPIED) { fail(&w, "cp.async: misaligned source", lane); }
+    char* p = shared(w, lane, c.to, COPIED);
     Shadow* s = &shared_shadow_[(c.to - SHARED_BASE) / 2];
-    write_mark(w, lane, s, c.size, false, false);
+    write_mark(w, lane, s, COPIED, false, false);
     if (c.bytes) { global(w, lane, c.from, 1), global(w, lane, c.from + c.bytes - 1, 1); }
-    memset(p, 0xff, c.size);
-    for (uint32_t b = 0; b < c.size / 2; b++) { s[b].in_flight = 1; }
+    memset(p, 0xff, COPIED);
+    for (uint32_t b = 0; b < COPIED / 2; b++) { s[b].in_flight = 1; }
     w.lanes[lane].open.push_back(c);
 }
 inline void Machine::copies_land(Warp& w, int lane, const std::vector<Copy>& copies) {
     for (const Copy& c : copies) {
         char* p = shared_.data() + (c.to - SHARED_BASE);
         Shadow* s = &shared_shadow_[(c.to - SHARED_BASE) / 2];
-        memset(p, 0, c.size);
-        if (c.bytes) { memcpy(p, (const char*)c.from, c.bytes); }
-        if (watch && c.bytes) { read_mark(w, lane, shadow_of(c.from), c.bytes, true); }
-        for (uint32_t b = 0; b < c.size / 2; b++) { s[b].in_flight = 0; }
-        write_mark(w, lane, s, c.size, false);
+        memset(p, 0, COPIED);
+        if (c.bytes) {
+            memcpy(p, (const char*)c.from, c.bytes);
+            read_mark(w, lane, shadow_of(c.from), c.bytes, true);
+        }
+        for (uint32_t b = 0; b < COPIED / 2; b++) { s[b].in_flight = 0; }
+        write_mark(w, lane, s, COPIED, false);
     }
 }
 
@@ -448,13 +447,13 @@ inline bool Machine::branch(Warp& w, size_t group, const Instruction& i, uint32_
         g.pc = i.target;
         return false;
     }
-    if (i.choice) { fail(&w, "bra.uni diverges"); }
+    if (i.uniform) { fail(&w, "bra.uni diverges"); }
     g.lanes &= ~lanes, g.pc++;
     w.groups.push_back({i.target, lanes, false});
     return false;
 }
 inline bool Machine::sync(Warp& w, Group& g, const Instruction& i, uint32_t lanes) {
-    const char* row = w.file + i.from[i.members].at;
+    const char* row = w.file + i.from[i.n_from - 1].at;  // the mask
     uint32_t members = get<uint32_t>(row, __builtin_ctz(lanes));
     each(lanes, [&](int l) {
         if (get<uint32_t>(row, l) != members) { fail(&w, "lanes of different masks", l); }
@@ -499,7 +498,7 @@ inline bool Machine::step(Warp& w, size_t group) {
     if (lanes != g.lanes) { fail(&w, "an .aligned instruction or a barrier under a predicate that differs"); }
     if (i.kind == ALIGNED) { return aligned(w, g, i, lanes); }
     g.blocked = lanes != w.live;  // a barrier waits for the lanes of the warp, then run_block for the warps
-    if (!g.blocked) { g.pc++, w.at_barrier = true, w.barrier = i.offset; }
+    if (!g.blocked) { g.pc++, w.at_barrier = true; }
     return false;
 }
 // Runs a warp until it waits at a barrier or all its lanes have returned.
@@ -531,24 +530,12 @@ inline void Machine::start_warp(uint32_t n) {
     for (const Special& s : kernel_->specials) {
         for (uint32_t l = 0; l < WARP; l++) {
             uint32_t t = n * WARP + l;
-            uint32_t v[13] = {t % block_.x,
-                              t / block_.x % block_.y,
-                              t / (block_.x * block_.y),
-                              block_.x,
-                              block_.y,
-                              block_.z,
-                              at_.x,
-                              at_.y,
-                              at_.z,
-                              grid_.x,
-                              grid_.y,
-                              grid_.z,
-                              l};
+            uint32_t v[7] = {t % block_.x, block_.x, at_.x, at_.y, at_.z, grid_.x, grid_.y};
             put<uint32_t>(w.file + s.at, (int)l, v[s.which]);
         }
     }
 }
-// After every warp has run: whether all have returned; else all must wait at the same barrier.
+// After every warp has run: whether all have returned; else all must wait at the barrier.
 inline bool Machine::meet() {
     uint32_t done = 0, waiting = 0;
     const Warp* first = NULL;
@@ -557,7 +544,6 @@ inline bool Machine::meet() {
         done += w.done, waiting += w.at_barrier;
         if (!w.at_barrier) { continue; }
         if (!first) { first = &w; }
-        if (w.barrier != first->barrier) { fail(&w, "warps wait at different barriers"); }
         int count = (int)std::min<uint32_t>(WARP, n_threads_ - n * WARP);
         if (__builtin_popcount(w.live) != count) { fail(&w, "a barrier after lanes of the warp have returned"); }
     }

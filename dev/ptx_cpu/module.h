@@ -117,7 +117,6 @@ class Decoder {
         i.from[i.n_from++] = source_row(s, width, any_width);
     }
     void to(const string& s, int width, bool any_width = false);
-    void to_pair(const string& s, int width);
     void space_of();
     void address(const string& s, int64_t* offset);
 
@@ -144,12 +143,11 @@ class Decoder {
 
 inline uint64_t Decoder::number(const string& s, int width) {
     char* end;
-    bool single = s.size() == 10 && (s[1] == 'f' || s[1] == 'F'),
-         twice = s.size() == 18 && (s[1] == 'd' || s[1] == 'D');
+    bool single = s.size() == 10 && s[1] == 'f', twice = s.size() == 18 && s[1] == 'd';
     if ((single && width != 32) || (twice && width != 64)) { bad("a number of another type"); }
     if (single || twice) { return strtoull(s.c_str() + 2, NULL, 16); }
     uint64_t v = s[0] == '-' ? (uint64_t)strtoll(s.c_str(), &end, 0) : strtoull(s.c_str(), &end, 0);
-    if (*end && strcmp(end, "U") != 0) { bad("number " + s); }
+    if (*end) { bad("number " + s); }
     return width == 32 ? (uint32_t)v : width == 16 ? (uint16_t)v : v;
 }
 inline Row Decoder::constant(uint64_t value, int width) {
@@ -161,9 +159,8 @@ inline Row Decoder::constant(uint64_t value, int width) {
     return r;
 }
 inline bool Decoder::special(const string& s, Row* r) {
-    static const char* names[] = {"%tid.x",   "%tid.y",   "%tid.z",    "%ntid.x",   "%ntid.y",   "%ntid.z", "%ctaid.x",
-                                  "%ctaid.y", "%ctaid.z", "%nctaid.x", "%nctaid.y", "%nctaid.z", "%laneid"};
-    for (int n = 0; n < 13; n++) {
+    static const char* names[] = {"%tid.x", "%ntid.x", "%ctaid.x", "%ctaid.y", "%ctaid.z", "%nctaid.x", "%nctaid.y"};
+    for (int n = 0; n < 7; n++) {
         if (s != names[n]) { continue; }
         auto found = specials.find(s);
         *r = found != specials.end() ? Row{found->second, 32} : new_row(32);
@@ -186,24 +183,15 @@ inline Row Decoder::source_row(const string& s, int width, bool any_width) {
 }
 inline void Decoder::to(const string& s, int width, bool any_width) {
     Row r;
-    if (s == "_") {
-        r = new_row(width);
-    } else if (!find(s, &r)) {
-        bad("destination " + s);
-    }
+    if (!find(s, &r)) { bad("destination " + s); }
     if (!any_width && r.bits != width) { bad(format("register %s has %d bits, not %d", s.c_str(), r.bits, width)); }
     i.to[i.n_to++] = r;
 }
-inline void Decoder::to_pair(const string& s, int width) {  // a, or a|p with a predicate
-    size_t bar = s.find('|');
-    to(trim(s.substr(0, bar)), width);
-    if (bar != string::npos) { to(trim(s.substr(bar + 1)), 1); }
-}
 inline void Decoder::space_of() {
-    i.space = has(op, "global")                             ? GLOBAL
-              : has(op, "shared") || has(op, "shared::cta") ? SHARED
-              : has(op, "param")                            ? PARAM
-                                                            : (bad("a generic address"), GLOBAL);
+    i.space = has(op, "global")   ? GLOBAL
+              : has(op, "shared") ? SHARED
+              : has(op, "param")  ? PARAM
+                                  : (bad("a generic address"), GLOBAL);
 }
 // "[base+offset]"; of a parameter only an offset is left.
 inline void Decoder::address(const string& s, int64_t* offset) {
@@ -251,19 +239,13 @@ inline void Decoder::move() {
 }
 inline void Decoder::load_store() {
     bool is_load = op[0] == "ld";
-    only({"global", "shared", "shared::cta", "param", "nc", "v2", "v4", "v8"}), need(2), space_of();
+    only({"global", "shared", "param", "v2", "v4", "v8"}), need(2), space_of();
     i.bytes = (uint8_t)(bits / 8), i.is_signed = type[0] == 's';
     if (!i.bytes) { bad("type"); }
     address(arg[is_load ? 1 : 0], &i.offset);
     Strings list = elements(arg[is_load ? 0 : 1]);
     if (list.size() != (has(op, "v2") ? 2u : has(op, "v4") ? 4u : has(op, "v8") ? 8u : 1u)) { bad("elements"); }
-    for (const string& s : list) {
-        if (is_load) {
-            to(s, bits, true);
-        } else {
-            from(s, bits, true);
-        }
-    }
+    for (const string& s : list) { is_load ? to(s, bits, true) : from(s, bits, true); }
     i.execute = is_load ? load : store;
 }
 inline void Decoder::load_matrices() {  // ldmatrix, movmatrix
@@ -272,9 +254,9 @@ inline void Decoder::load_matrices() {  // ldmatrix, movmatrix
         only({"sync", "aligned", "m8n8", "trans", "b16"}), to(arg[0], 32), from(arg[1], 32), i.execute = move_matrix;
         return;
     }
-    only({"sync", "aligned", "m8n8", "x1", "x2", "x4", "trans", "shared", "shared::cta", "b16"}), space_of();
+    only({"sync", "aligned", "m8n8", "x4", "trans", "shared", "b16"}), space_of();
     for (const string& s : elements(arg[0])) { to(s, 32); }
-    if (i.n_to != (has(op, "x4") ? 4 : has(op, "x2") ? 2 : 1)) { bad("registers"); }
+    if (i.n_to != 4) { bad("registers"); }
     address(arg[1], &i.offset);
     i.transposed = has(op, "trans"), i.execute = load_matrix;
 }
@@ -288,34 +270,25 @@ inline void Decoder::product() {
     for (int n = 0; n < 4; n++) {
         Strings list = elements(arg[n]);
         if (list.size() != sizes[n]) { bad("registers"); }
-        for (const string& s : list) {
-            if (n == 0) {
-                to(s, 32);
-            } else {
-                from(s, 32);
-            }
-        }
+        for (const string& s : list) { n == 0 ? to(s, 32) : from(s, 32); }
     }
     i.kind = ALIGNED, i.execute = matrix_product;
 }
 inline void Decoder::shuffles() {
-    only({"sync", "up", "down", "bfly", "idx", "b32"}), need(5), to_pair(arg[0], 32);
+    size_t bar = arg[0].find('|');  // a register, or with a predicate: whether the lane that was read is inside
+    only({"sync", "bfly", "b32"}), need(5), to(trim(arg[0].substr(0, bar)), 32);
+    if (bar != string::npos) { to(trim(arg[0].substr(bar + 1)), 1); }
     for (int n = 1; n < 5; n++) { from(arg[n], 32); }
-    i.choice = has(op, "up")     ? SHUFFLE_UP
-               : has(op, "down") ? SHUFFLE_DOWN
-               : has(op, "bfly") ? SHUFFLE_XOR
-                                 : SHUFFLE_INDEX;
-    i.kind = SYNC, i.members = 3, i.execute = op[1] == "sync" ? shuffle : NULL;
+    i.kind = SYNC, i.execute = has(op, "bfly") ? shuffle : NULL;
 }
-inline void Decoder::barriers() {  // bar.sync, barrier.sync, bar.warp.sync
-    need(1);
+inline void Decoder::barriers() {  // bar.sync 0, bar.warp.sync
+    need(1), only({"warp", "sync"});
     if (has(op, "warp")) {
-        only({"warp", "sync"}), from(arg[0], 32), i.kind = SYNC, i.members = 0, i.execute = warp_sync;
+        from(arg[0], 32), i.kind = SYNC, i.execute = warp_sync;
         return;
     }
-    only({"sync", "cta", "aligned"});
-    if (!is_number(arg[0])) { bad("a barrier by register"); }
-    i.offset = (int64_t)number(arg[0], 32), i.kind = BARRIER, i.execute = nothing;
+    if (arg[0] != "0") { bad("a barrier other than 0"); }
+    i.kind = BARRIER, i.execute = nothing;
 }
 inline void Decoder::copies() {
     if (op.size() < 3 || op[1] != "async") { bad("cp"); }
@@ -327,13 +300,10 @@ inline void Decoder::copies() {
         need(1), i.offset = (int64_t)number(arg[0], 32), i.execute = copy_wait;
         return;
     }
-    only({"async", "cg", "ca", "shared", "shared::cta", "global"});
-    if (arg.size() < 3 || arg.size() > 4) { bad("operands"); }
+    only({"async", "cg", "shared", "global"}), need(4);
     i.space = SHARED, address(arg[0], &i.offset), i.space = GLOBAL, address(arg[1], &i.from_offset);
-    i.bytes = (uint8_t)number(arg[2], 32);
-    if (!(i.bytes == 16 || (has(op, "ca") && (i.bytes == 4 || i.bytes == 8)))) { bad("size"); }
-    if (arg.size() == 4) { from(arg[3], 32); }
-    i.execute = copy;
+    if (arg[2] != "16") { bad("size"); }
+    from(arg[3], 32), i.execute = copy;
 }
 inline void Decoder::atomics() {
     bool is_atom = op[0] == "atom";
@@ -348,7 +318,7 @@ inline void Decoder::atomics() {
 }
 inline void Decoder::comparisons() {
     if (op.size() != 3) { bad("modifiers"); }
-    need(3), to_pair(arg[0], 1), from(arg[1], bits), from(arg[2], bits);
+    need(3), to(arg[0], 1), from(arg[1], bits), from(arg[2], bits);
     i.execute = comparison_of(op[1], type);
 }
 inline void Decoder::select() {
@@ -364,7 +334,7 @@ inline void Decoder::select() {
 inline void Decoder::jump() {  // bra, ret
     only({"uni"}), i.kind = op[0] == "bra" ? BRANCH : EXIT, i.execute = nothing;
     if (i.kind == EXIT) { return; }
-    need(1), i.choice = op.size() > 1, branches.push_back({k->code.size(), arg[0]});
+    need(1), i.uniform = op.size() > 1, branches.push_back({k->code.size(), arg[0]});
 }
 inline void Decoder::convert() {
     const string into = op.size() > 2 ? op[op.size() - 2] : "", how = op.size() == 4 ? op[1] : "";
@@ -380,23 +350,18 @@ inline void Decoder::convert() {
 inline void Decoder::compute() {
     const string& o = op[0];
     static const std::map<string, size_t> sources = {
-        {"neg", 1}, {"abs", 1}, {"not", 1}, {"rcp", 1}, {"sqrt", 1}, {"ex2", 1}, {"add", 2}, {"sub", 2},
-        {"mul", 2}, {"div", 2}, {"rem", 2}, {"min", 2}, {"max", 2},  {"and", 2}, {"or", 2},  {"xor", 2},
-        {"shl", 2}, {"shr", 2}, {"mad", 3}, {"fma", 3}, {"bfe", 3},  {"bfi", 4}};
+        {"neg", 1}, {"not", 1}, {"rcp", 1}, {"sqrt", 1}, {"ex2", 1}, {"add", 2}, {"sub", 2},
+        {"mul", 2}, {"div", 2}, {"rem", 2}, {"min", 2},  {"max", 2}, {"and", 2}, {"or", 2},
+        {"xor", 2}, {"shl", 2}, {"shr", 2}, {"mad", 3},  {"fma", 3}, {"bfe", 3}, {"bfi", 4}};
     auto n = sources.find(o);
-    bool is_float = type[0] == 'f', wide = has(op, "wide"), shift = o == "shl" || o == "shr";
+    bool is_float = type[0] == 'f', shift = o == "shl" || o == "shr";
     if (n == sources.end()) { bad("opcode"); }
-    if (is_float) {
-        only({"rn", "rm", "approx", "full", "ftz"});
-    } else {
-        only({"lo", "hi", "wide"});
-    }
-    need(n->second + 1), to(arg[0], wide ? 2 * bits : bits);
-    for (size_t s = 1; s <= n->second; s++) {
-        bool count = (shift && s == 2) || (o == "bfi" && s >= 3);  // of bits
-        from(arg[s], count ? 32 : wide && s == 3 ? 2 * bits : bits);
-    }
-    i.execute = type == "pred" ? predicate_of(o) : is_float ? float_of(o, op, type) : integer_of(o, op, type);
+    string how = op.size() > 2 ? op[1] : "";
+    for (size_t m = 2; m + 1 < op.size(); m++) { how += "." + op[m]; }
+    if (!is_float && !how.empty() && o != "mul" && o != "mad") { bad("modifier ." + how); }
+    need(n->second + 1), to(arg[0], how == "wide" ? 2 * bits : bits);
+    for (size_t s = 1; s <= n->second; s++) { from(arg[s], shift && s == 2 ? 32 : bits); }
+    i.execute = type == "pred" ? predicate_of(o) : is_float ? float_of(o, how, type) : integer_of(o, how, type);
 }
 
 inline void Decoder::lower() {
@@ -410,7 +375,6 @@ inline void Decoder::lower() {
                                                  {"mma", &Decoder::product},
                                                  {"shfl", &Decoder::shuffles},
                                                  {"bar", &Decoder::barriers},
-                                                 {"barrier", &Decoder::barriers},
                                                  {"cp", &Decoder::copies},
                                                  {"atom", &Decoder::atomics},
                                                  {"red", &Decoder::atomics},
@@ -451,7 +415,6 @@ inline void Decoder::declare_registers(const string& s) {  // ".reg .b32 %r<24>"
     size_t at = s.find('.', 1), end = s.find_first_of(" \t", at);
     int width = bits_of(s.substr(at + 1, end - at - 1));
     if (!width) { bad("type of a register"); }
-    if (width == 8) { width = 16; }
     for (const string& name : split(s.substr(end), ',')) {
         size_t angle = name.find('<');
         if (angle == string::npos) {
@@ -654,12 +617,7 @@ inline Kernel& Module::kernel(const string& name) {
     auto found = kernels.find(name);
     if (found == kernels.end()) { throw Fault{"no kernel " + name + " in the PTX"}; }
     Kernel& k = found->second;
-    if (!k.decoded && k.error.empty()) {
-        try {
-            Decoder(this, &k).decode();
-        } catch (Fault& fault) { k.error = fault.text; }
-    }
-    if (!k.error.empty()) { throw Fault{k.error}; }
+    if (!k.decoded) { Decoder(this, &k).decode(); }
     return k;
 }
 }  // namespace ptx

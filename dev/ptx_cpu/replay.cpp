@@ -6,11 +6,9 @@
 //   PTX_REPORT=FILE   lines are added for check.py, else standard error: K kernel launches blocks instructions;
 //                     W kernel type worst excess; N kernel count note; U kernel of the PTX that was not launched
 //   PTX_ALONE=1       the PTX alone; else two launches of a kernel with one grid, block and shared memory are compared
-//   PTX_ONLY=TEXT     kernels whose name does not contain TEXT run on the emulator
 //   PTX_ORDER=N       order of warps and blocks: 0 ascending, 1 descending, else a seed
 //   PTX_MMA=truncate  products round as tensor cores do
 //   PTX_FUSE=1        mul and add become one fma, as ptxas may make them
-//   PTX_WATCH=0       no watch over races in global memory
 #include <cuda_runtime.h>
 #include "module.h"
 #include <cxxabi.h>
@@ -58,7 +56,6 @@ static struct Replay {
     std::map<const void*, string> symbols;  // the emulator's kernels: address, name
     std::map<string, string> entries;       // the PTX's: demangled, mangled
     std::map<string, Tally> tallies;
-    string only = setting("PTX_ONLY");
     bool alone = setting("PTX_ALONE") == "1", ended = false;
     Replay();
     ~Replay() { report(); }
@@ -259,7 +256,6 @@ static void compare(const std::vector<Memory>& memory, Tally* t) {
 static void on_launch(const cuda_cpu::Launch& l, const std::function<void()>& emulate) {
     auto symbol = replay.symbols.find(l.kernel);
     if (symbol == replay.symbols.end()) { stop(string("no symbol for ") + l.name); }
-    if (symbol->second.find(replay.only) == string::npos) { return emulate(); }
     Tally& t = replay.tallies[symbol->second];
     auto entry = replay.entries.find(symbol->second);
     if (entry == replay.entries.end()) { stop("no kernel of that name in the PTX: " + symbol->second); }
@@ -291,7 +287,6 @@ Replay::Replay() {
     symbols = kernel_symbols();
     machine.order = strtoull(setting("PTX_ORDER").c_str(), NULL, 10);
     machine.truncate = setting("PTX_MMA") == "truncate";
-    machine.watch = setting("PTX_WATCH") != "0";
     module.fuse = setting("PTX_FUSE") == "1";
     cuda_cpu::launch_hook = on_launch;
 }

@@ -122,7 +122,7 @@ static void test_integers() {
                          "%r5, %r6; shr.s64 %rd8, %rd8, 20; cvt.u32.u64 %r10, %rd8;"
                          "st.global.v4.u32 [%rd6], {%r7,%r8,%r9,%r10}; and.b32 %r11, %r6, 63; shr.s32 %r7, %r5, %r11; "
                          "shl.b32 %r8, %r5, %r11; bfe.u32 %r12, %r5, 5, 9; xor.b32 %r8, %r8, %r12;"
-                         "bfi.b32 %r9, %r5, %r6, 20, 14; setp.lt.u32 %p1|%p2, %r5, %r6; selp.b32 %r10, %r5, %r6, %p2; "
+                         "bfi.b32 %r9, %r5, %r6, 20, 14; setp.lt.u32 %p1, %r5, %r6; selp.b32 %r10, %r6, %r5, %p1; "
                          "st.global.v4.u32 [%rd6+16], {%r7,%r8,%r9,%r10};",
                          {1, 1024, 0}, out, x);
     check(bad.empty(), "integers run", bad.c_str());
