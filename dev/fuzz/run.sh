@@ -40,10 +40,13 @@ stopped=0
 trap 'stopped=1; [ -z "$child" ] || kill "$child"' INT TERM
 
 # build HARNESS: unless it is there and no source is newer. Comparisons are not traced: they take 2 of 5 seconds, and
-# libFuzzer only learns from them what the mutators of structure.h know.
+# libFuzzer only learns from them what the mutators of structure.h know. Optimised where the inputs take longer than the
+# compiler.
+optimise=-O2
+[ "$runs" -gt 20000 ] || optimise=-O0
 build() {
     if [ -x "$dir/fuzz_$1" ] && [ -z "$(find dev/fuzz/*.* mta infer_mta.c -newer "$dir/fuzz_$1")" ]; then return; fi
-    "$clang" -std=gnu11 -gline-tables-only -O2 -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all \
+    "$clang" -std=gnu11 -gline-tables-only $optimise -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all \
         -fno-sanitize-coverage=trace-cmp -Wno-psabi -I. "dev/fuzz/fuzz_$1.c" -lm -o "$dir/fuzz_$1"
 }
 
