@@ -1,10 +1,16 @@
 // ranks_nccl.cpp: one rank of a test of mta/ranks_nccl.h over dev/cuda_cpu/nccl.h, without a model: what is computed on
-// one stream and sent on another, sums in the tree's order, bytes of the host's memory. test_ranks_cuda.py builds it,
-// also with faults planted in the headers, and starts a few of it. Ends with status 1 and a line where something is not
-// what it should be. NODE=N: as if so many ranks had a host of their own.
+// one stream and sent on another, sums in the tree's order, bytes of the host's memory. test_ranks_cuda.py builds it
+// with faults planted in the headers, and starts a few of it. Ends with status 1 and a line where something is not what
+// it should be. NODE=N: as if so many ranks had a host of their own. PLANTED=NAME: with this fault.
 #define RANKS_ROOM (1 << 18)
 #include <nccl.h>
 #include <vector>
+
+// What the faults ask that test_ranks_cuda.py plants into the headers below.
+static bool planted(const char* name) {
+    const char* wanted = getenv("PLANTED");
+    return wanted && !strcmp(wanted, name);
+}
 #include "mta/ranks_nccl.h"
 
 enum { N = 13 * RANKS_BLOCK + 192, THREADS = 256 };
