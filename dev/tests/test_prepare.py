@@ -15,6 +15,7 @@ import hashlib
 import http.server
 import io
 import json
+import multiprocessing
 import os
 import random
 import shutil
@@ -73,18 +74,34 @@ def document(rng, size=200):
     return "".join(sentence(rng, rng.randrange(3, 20)) for _ in range(max(1, size // 60)))
 
 
-def run(*args, status=0, python=(sys.executable,), environment=None, **more):
-    """prepare.py with these arguments -> what it printed; its exit status is checked (None: 0 or 1)."""
-    more = {
-        "stdout": subprocess.PIPE,
-        "stderr": subprocess.STDOUT,
-        "env": dict(os.environ, **(environment or {})),
-        **more,
-    }
-    done = subprocess.run([*python, PREPARE, *map(str, args)], text=True, errors="replace", timeout=300, **more)
-    if done.returncode not in ((0, 1) if status is None else (status,)):
-        raise AssertionError("exit status %d, wanted %d\n%s" % (done.returncode, status, done.stdout))
-    return done.stdout
+def main_in_a_copy(arguments, fd):
+    """prepare.py with these arguments, in a process that was copied from this one; what it prints goes to fd."""
+    os.dup2(fd, 1), os.dup2(fd, 2)
+    sys.argv = [PREPARE, *arguments]
+    sys.modules["__main__"] = prepare  # which its worker processes load
+    prepare.run_program(prepare.main)
+
+
+def run(*args, status=0, python=None, environment=None, **more):
+    """prepare.py with these arguments -> what it printed; its exit status is checked (None: 0 or 1). In a copy of this
+    process, which saves the start of Python and of its packages; with more options than that in a process of its own,
+    by `python`."""
+    args = [str(word) for word in args]
+    with tempfile.TemporaryFile("w+", errors="replace") as out:
+        if python or environment or more:
+            command = [*(python or [sys.executable]), PREPARE, *args]
+            variables = dict(os.environ, **(environment or {}))
+            got = subprocess.run(command, stdout=out, stderr=out, env=variables, timeout=300, **more).returncode
+        else:
+            child = multiprocessing.get_context("fork").Process(target=main_in_a_copy, args=(args, out.fileno()))
+            child.start()
+            child.join(300)
+            got = child.exitcode
+        out.seek(0)
+        shown = out.read()
+    if got not in ((0, 1) if status is None else (status,)):
+        raise AssertionError("exit status %s, wanted %s\n%s" % (got, status, shown))
+    return shown
 
 
 def shard_tokens(path):
