@@ -64,22 +64,28 @@ inline void need_on_device(const char* name, const void* p, cudaDataType t, int 
     if (!on_device(p, elements * type_bytes(t))) { fault("cublas: %s does not lie in device memory", name); }
 }
 
+// 8 rows of a column, so that every optimisation computes them at once
+struct Rows {
+    float v __attribute__((vector_size(32)));
+};
+
 // C (m x n) = alpha op(A) op(B) + beta C; one column of C at a time, accumulated over k in fp32
 inline void gemm(bool ta, bool tb, int m, int n, int k, float alpha, const void* A, cudaDataType at, size_t lda,
                  const void* B, cudaDataType bt, size_t ldb, float beta, void* C, cudaDataType ct, size_t ldc) {
-    std::vector<float> a((size_t)m * k), sum(m);
+    size_t blocks = ((size_t)m + 7) / 8;
+    std::vector<Rows> a(blocks * (size_t)k), sum(blocks);
     for (int l = 0; l < k; l++) {
-        for (int i = 0; i < m; i++) { a[(size_t)l * m + i] = load(A, at, ta ? i * lda + l : l * lda + i); }
+        for (int i = 0; i < m; i++) { a[l * blocks + i / 8].v[i % 8] = load(A, at, ta ? i * lda + l : l * lda + i); }
     }
     for (int j = 0; j < n; j++) {
-        std::fill(sum.begin(), sum.end(), 0.0f);
+        std::fill(sum.begin(), sum.end(), Rows{});
         for (int l = 0; l < k; l++) {
             float b = load(B, bt, tb ? l * ldb + j : j * ldb + l);
-            for (int i = 0; i < m; i++) { sum[i] += a[(size_t)l * m + i] * b; }
+            for (size_t i = 0; i < blocks; i++) { sum[i].v += a[l * blocks + i].v * b; }
         }
         for (int i = 0; i < m; i++) {
             size_t at_c = j * ldc + i;
-            store(C, ct, at_c, alpha * sum[i] + (beta == 0.0f ? 0.0f : beta * load(C, ct, at_c)));
+            store(C, ct, at_c, alpha * sum[i / 8].v[i % 8] + (beta == 0.0f ? 0.0f : beta * load(C, ct, at_c)));
         }
     }
 }

@@ -284,7 +284,7 @@ inline const uint64_t* warp_exchange(const char* what, unsigned mask, uint64_t v
     if (!op) { fault("%s of line %d: too many warp operations at once", what, line); }
     if (op->arrived == 0) {
         op->mask = mask, op->what = what, op->line = line;
-        memset(op->value, 0xff, sizeof op->value);
+        if (mask != 0xffffffffu) { memset(op->value, 0xff, sizeof op->value); }
         m.waiting_ops++;
     }
     if (op->line != line) { fault("%s of line %d while other lanes wait at that of line %d", what, line, op->line); }
