@@ -1020,13 +1020,13 @@ static bool make_room(Session* session, int more) {
     return true;
 }
 
-// Appends tokens to the session; too many are refused, or with --shift cut to the first and the last that fit half the
-// context.
+// Appends tokens to the session; too many are refused. With --shift those for which make_room has no room are cut to
+// the last that fit half the context, behind the first of all.
 static void append_ids(Session* session, const int32_t* ids, size_t n) {
     int capacity = session->cache.capacity;
-    if (n > (size_t)capacity / 2 && session->options.shift && session->n + n > (size_t)capacity) {
+    size_t keep = (size_t)capacity / 2;
+    if (session->options.shift && session->n + n > (size_t)capacity && 1 + keep + n > (size_t)capacity) {
         int32_t first = session->n ? session->ids[0] : ids[0];
-        size_t keep = (size_t)capacity / 2;
         session->ids[0] = first;
         memcpy(session->ids + 1, ids + n - keep, keep * sizeof(int32_t));
         session->n = 1 + (int)keep;
@@ -1044,7 +1044,7 @@ static void append_ids(Session* session, const int32_t* ids, size_t n) {
 // ---------------------------------------------------------------------------------------------------------------------
 // Sampling
 
-static void penalize(Session* session, float* logits) {
+static void penalize(const Session* session, float* logits) {
     float penalty = (float)session->options.repeat_penalty;
     int from = session->n > session->options.repeat_last ? session->n - session->options.repeat_last : 0;
     for (int i = from; i < session->n && penalty != 1; i++) {
@@ -1074,21 +1074,21 @@ static void heap_sink(float* weight, int32_t* id, int n, int i) {
 }
 
 // Draws a token: temperature, then the k best, then the best that make top_p of what is left, then those above min_p of
-// the best.
+// the best. The logits stay as they are: where an answer ended at once, the next one begins with them too.
 static int32_t sample(Session* session, Rng* rng) {
     const InferOptions* o = &session->options;
-    float* logits = session->logits;
     int V = session->model.V, best = 0;
-    if (session->tokenizer && tokenizer_vocab(session->tokenizer) < V) { V = tokenizer_vocab(session->tokenizer); }
-    penalize(session, logits);
-    float largest = largest_of(logits, V);
-    while (best < V - 1 && logits[best] != largest) { best++; }
-    if (o->temperature == 0) { return best; }
     float* weight = session->candidates;
+    memcpy(weight, session->logits, (size_t)V * sizeof *weight);
+    penalize(session, weight);
+    if (session->tokenizer && tokenizer_vocab(session->tokenizer) < V) { V = tokenizer_vocab(session->tokenizer); }
+    float largest = largest_of(weight, V);
+    while (best < V - 1 && weight[best] != largest) { best++; }
+    if (o->temperature == 0) { return best; }
     int32_t* id = (int32_t*)(session->candidates + session->model.V);
     double total = 0;
     for (int i = 0; i < V; i++) {
-        weight[i] = expf((logits[i] - logits[best]) / (float)o->temperature);
+        weight[i] = expf((weight[i] - largest) / (float)o->temperature);
         id[i] = i;
         total += weight[i];
     }
@@ -1353,6 +1353,7 @@ static void run_interactive(Session* session) {
             if (asks) { put_out("\n", 1, true); }
             continue;
         }
+        if (n < 0 && !feof(stdin)) { die("standard input: %s", strerror(errno)); }
         if (n < 0) { break; }
         while (n && (line[n - 1] == '\n' || line[n - 1] == '\r')) { n--; }
         append_text(session, line, (size_t)n);
@@ -1364,8 +1365,31 @@ static void run_interactive(Session* session) {
     free(line);
 }
 
+static bool is_file(const char* path, const struct stat* file) {
+    struct stat st;
+    return stat(path, &st) == 0 && st.st_dev == file->st_dev && st.st_ino == file->st_ino;
+}
+
+// Refuses an output that would take the place of a file which the model is read from.
+static void refuse_input(const Session* session, const char* option, const char* path) {
+    const SafeTensors* files = &session->model.files;
+    const char *const names[] = {"config.json", "generation_config.json", "manifest.json", session->model.c.tokenizer},
+                      *tokenizer = session->options.tokenizer;
+    struct stat out;
+    if (stat(path, &out)) { return; }
+    bool same = tokenizer && is_file(tokenizer, &out);
+    for (int i = 0; i < files->n_files; i++) { same |= is_file(files->paths[i], &out); }
+    for (size_t i = 0; i < sizeof names / sizeof names[0]; i++) {
+        char name[PATH_SIZE];
+        path_join(name, sizeof name, session->options.dir, names[i]);
+        same |= is_file(name, &out);
+    }
+    if (same) { die("%s: %s is a file of the model itself, wanted another one to write to", option, path); }
+}
+
 // --logits: every position's logits, as they come, into a safetensors file.
 static void run_logits(Session* session) {
+    refuse_input(session, "--logits", session->options.logits);
     read_prompt(session);
     size_t V = (size_t)session->model.V;
     Error e = {{0}};
@@ -1392,6 +1416,7 @@ static void run_logits(Session* session) {
 
 // --attention-map (mta/attention_map.h).
 static void run_attention_map(Session* session) {
+    refuse_input(session, "--attention-map", session->options.attention_map);
     if (session->options.layer >= session->model.c.num_hidden_layers || session->options.head >= session->model.NH) {
         die("--layer %d --head %d: the model has layers 0 to %d and heads 0 to %d", session->options.layer,
             session->options.head, session->model.c.num_hidden_layers - 1, session->model.NH - 1);

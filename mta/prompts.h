@@ -34,16 +34,16 @@ static inline Stops stops_of(const OptList* given, const Json* until) {
     return stops;
 }
 
-// Cuts a text where the first of the stops begins; false: none of them is there.
+// Cuts a text where the first of the stops begins, whatever their order; false: none of them is there.
 static inline bool cut_at_stop(Text* text, const Stops* stops) {
-    bool found = false;
+    char* first = NULL;
     for (int i = 0; i < stops->n; i++) {
         bool both = text->n && stops->all[i].length;
         char* at = both ? (char*)memmem(text->text, text->n, stops->all[i].text, stops->all[i].length) : NULL;
-        if (at) { text->n = (size_t)(at - text->text); }
-        found |= at != NULL;
+        if (at && (!first || at < first)) { first = at; }
     }
-    return found;
+    if (first) { text->n = (size_t)(first - text->text); }
+    return first != NULL;
 }
 
 // How many bytes at the end of a text may be the beginning of a stop.
@@ -79,16 +79,24 @@ static inline void prompt_put(const Text* text, int tokens) {
     text_free(&line);
 }
 
-// The first key of a request that is not known; NULL: none.
-static inline const char* unknown_key(const Json* request) {
+// Says which keys of a request are not known, each once: `said` (owned by the caller) holds them, a line each.
+static inline void say_unknown_keys(const Json* request, const char* where, Text* said) {
     static const char* const known[] = {"prompt", "until", "max_tokens", "temperature", "top_k", "top_p"};
     const size_t n = sizeof known / sizeof *known;
-    for (const Json* j = request->child; j; j = j->next) {
+    for (const Json* j = request->type == JSON_OBJECT ? request->child : NULL; j; j = j->next) {
+        Text key = {NULL, 0, 0};
         size_t i = 0;
         while (i < n && strcmp(known[i], j->key)) { i++; }
-        if (i == n) { return j->key; }
+        text_printf(&key, "\n%.60s\n", j->key);
+        if (i == n && !(said->n && strstr(said->text, key.text))) {
+            Error e = {{0}};
+            fail(&e, "%s: \"%.60s\" is passed over; a line has prompt, until, max_tokens, temperature, top_k, top_p",
+                 where, j->key);
+            fprintf(stderr, "%s: %s\n", program_invocation_short_name, e.text);
+            text_append(said, key.text, key.n);
+        }
+        text_free(&key);
     }
-    return NULL;
 }
 
 // Gives each line of `file` ("-": standard input), an object, to `answer`, with what messages call the line.
@@ -96,7 +104,7 @@ static inline void prompt_lines(const char* file,
                                 void (*answer)(void* model, const Json* j, long number, const char* where),
                                 void* model) {
     Lines lines;
-    bool said = false;
+    Text said = {NULL, 0, 0};
     const char* name = lines_open(&lines, file);
     size_t n;
     for (char* text; (text = lines_next(&lines, name, true, &n)) != NULL;) {
@@ -106,17 +114,12 @@ static inline void prompt_lines(const char* file,
         snprintf(where, sizeof where, "%s: line %ld", name, lines.number);
         Json* j = json_parse(text, n, &e);
         if (!j) { die("%s: %s", where, e.text); }
-        const char* key = j->type == JSON_OBJECT && !said ? unknown_key(j) : NULL;
-        if (key) {
-            fail(&e, "%s: \"%.60s\" is passed over; a line has prompt, until, max_tokens, temperature, top_k, top_p",
-                 where, key);
-            fprintf(stderr, "%s: %s\n", program_invocation_short_name, e.text);
-            said = true;
-        }
+        say_unknown_keys(j, where, &said);
         answer(model, j, lines.number, where);
         json_free(j);
     }
     lines_close(&lines);
+    text_free(&said);
 }
 
 #endif

@@ -32,7 +32,11 @@ static inline int32_t* parse_ids(const char* text, int V, const char* where, siz
 static inline void tokenize_batches(const Tokenizer* t) {
     Text batch = {NULL, 0, 0}, counts = {NULL, 0, 0}, ids = {NULL, 0, 0};
     Error e = {{0}};
-    for (uint64_t size; fread(&size, sizeof size, 1, stdin) == 1;) {
+    for (uint64_t size;;) {
+        size_t got_size = fread(&size, 1, sizeof size, stdin);
+        if (ferror(stdin)) { die("standard input: %s", strerror(errno)); }
+        if (!got_size) { break; }
+        if (got_size != sizeof size) { die("standard input: it ends inside a batch"); }
         if (size > UINT64_C(1) << 32) {
             die("standard input: a batch of %llu bytes, wanted 4 GiB at most", (unsigned long long)size);
         }

@@ -1104,6 +1104,59 @@ class TextIO(unittest.TestCase):
         p = subprocess.run([BIN, self.dir, "--prompt", "a", *["--stop", "x"] * 17], capture_output=True)
         self.assertEqual((p.returncode, p.stderr.count(b"\n")), (1, 1))
 
+    def test_stops_that_overlap(self):
+        """The one that begins first counts, in whatever order they are given."""
+        greedy = ["--temperature", "0", "--max-tokens", "9", "--quiet", "--ignore-eos"]
+        prompt = [self.dir, "--prompt", "abc", *greedy]
+        raw = subprocess.run([BIN, *prompt], stdout=subprocess.PIPE, check=True).stdout[:-1]
+        inner, outer = b"--stop=" + raw[3:5], b"--stop=" + raw[1:5]
+        for stops in ((inner, outer), (outer, inner)):
+            out = subprocess.run([BIN, *prompt, *stops], stdout=subprocess.PIPE, check=True).stdout
+            self.assertEqual(out, raw[:1] + b"\n", stops)
+
+    def test_standard_input_that_cannot_be_read(self):
+        """A folder, or a batch that is cut off, is no end of the input."""
+        alone = ["--tokenize", "--binary", "--tokenizer", "bytes"]
+        folder = os.open(self.tmp.name, os.O_RDONLY)
+        for args, stdin, what in (([self.dir, "--interactive", "--quiet"], folder, b"Is a directory"),
+                                  (alone, folder, b"Is a directory"), (alone, b"abc", b"it ends inside a batch")):
+            given = {"input": stdin} if isinstance(stdin, bytes) else {"stdin": stdin}
+            p = subprocess.run([BIN, *args], capture_output=True, **given)
+            self.assertEqual((p.returncode, p.stderr.count(b"\n")), (1, 1), p)
+            self.assertIn(b"infer_mta: standard input: " + what, p.stderr)
+        os.close(folder)
+
+    def test_lines_of_half_the_context_shift(self):
+        """--shift makes room for a line of exactly half the positions too."""
+        lines = b"x" * 40 + b"\n" + b"y" * 32 + b"\n"
+        p = run([self.dir, "--interactive", "--shift", "--quiet", "--max-tokens", "2"], stdin=lines, check=False)
+        self.assertEqual((p.returncode, p.stderr), (0, b""))
+
+    def test_the_penalty_counts_once(self):
+        """Where an answer ended at once and an empty line goes on, recent tokens are not penalised a second time."""
+        where, out = text_model(os.path.join(self.tmp.name, "penalty")), os.path.join(self.tmp.name, "penalty.logits")
+        run([where, "--prompt", "abc", "--logits", out, "--quiet"])
+        last = floats(read_safetensors(out)[0]["logits"][2])[-259:]
+        best, recent = max(range(256), key=last.__getitem__), max(last[i] for i in b"abc")
+        self.assertGreater(last[best], recent)
+        self.assertGreater(recent, 0)
+        with open(os.path.join(where, "generation_config.json"), "w") as f:
+            json.dump({"eos_token_id": best}, f)
+        penalty = (recent / last[best]) ** 0.75  # applied twice it would lift a recent token above the best
+        ask = ["--interactive", "--temperature", "0", "--max-tokens", "1", "--quiet", "--repeat-penalty", str(penalty)]
+        self.assertEqual(run([where, *ask], stdin=b"abc\n\n"), "\n\n")
+
+    def test_no_output_takes_the_place_of_the_model(self):
+        where = text_model(os.path.join(self.tmp.name, "own"))
+        for name in ("model.safetensors", "config.json"):
+            path = os.path.join(where, name)
+            before = read_bytes(path)
+            for option in ("--logits", "--attention-map"):
+                p = run([where, "--prompt", "a", option, path, "--quiet"], check=False)
+                self.assertEqual((p.returncode, p.stderr.count(b"\n")), (1, 1), p.stderr)
+                self.assertIn(option.encode() + b": " + path.encode(), p.stderr)
+                self.assertEqual(read_bytes(path), before)
+
     def test_typing_is_not_counted(self):
         """Tokens a second are of the time in which the model computes."""
         arguments = [BIN, self.dir, "--interactive", "--max-tokens", "20", "--ignore-eos", "--shift"]
@@ -1211,10 +1264,13 @@ class TextIO(unittest.TestCase):
         self.assertEqual(cut, [whole[: whole.index(whole[3])]])
 
     def test_keys_of_a_request_that_are_passed_over(self):
-        lines = b'{"prompt": "a", "max_tokens": 0}\n{"prompt": "a", "max_tokens": 0, "stop": ["b"]}\n'
+        """Each is named once, where it is first seen."""
+        lines = b'{"prompt": "a", "max_tokens": 0}\n{"prompt": "a", "max_tokens": 0, "stop": ["b"], "id": 1}\n'
+        lines += b'{"prompt": "a", "max_tokens": 0, "id": 2, "temprature": 0}\n'
         p = run([self.dir, "--prompts", "-", "--quiet"], stdin=lines, check=False)
-        self.assertIn(b'line 2: "stop" is passed over', p.stderr)
-        self.assertEqual((p.stderr.count(b"\n"), p.stdout.count(b"\n")), (1, 2))
+        for words in (b'line 2: "stop" is passed over', b'line 2: "id" is', b'line 3: "temprature" is'):
+            self.assertIn(words, p.stderr)
+        self.assertEqual((p.stderr.count(b"\n"), p.stdout.count(b"\n")), (3, 3))
 
     def test_perplexity_of_a_text(self):
         """Each token once, in windows of the model's 64 positions that move on by the stride: what --score says of
