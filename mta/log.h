@@ -9,7 +9,7 @@
 // step      loss (nats per counted target), grad_norm (before clipping), lr, tokens (seen so far), tokens_per_s,
 //           mfu (0 to 1), skipped (updates so far); sources: tokens of each source, where there are several
 // val       a set of --val: name, loss, perplexity, tokens (counted); bits_per_byte where manifest.json tells the
-//           bytes; error (0 to 1) of sequences where the set has a mask
+//           bytes; where the set has a mask, error (0 to 1) of the sequences that have a counted target
 // val_mean  behind several of them: sets, and the means over the sets of loss, perplexity, bits_per_byte
 // sample    text
 // save      seconds, path; timed: true where --save-minutes made it

@@ -885,7 +885,18 @@ typedef struct {
     const char* word;  // NULL: a number
 } RunSetting;
 
-enum { MAX_RUN_SETTINGS = 20 };
+enum { MAX_RUN_SETTINGS = 21 };
+
+// One number for the shards of all sets of --val: of their checksums and of what these do not cover; 0: no set.
+static inline uint32_t run_val_checksum(const Run* r) {
+    uint32_t crc = 0;
+    for (int i = 0; i < r->n_val; i++) {
+        const LoaderSource* s = r->val[i].loader.sources;
+        const uint32_t of_set[2] = {source_checksum(s), s->sample};
+        crc = crc32_update(crc, of_set, sizeof of_set);
+    }
+    return crc;
+}
 
 // The settings as they hold now into s (MAX_RUN_SETTINGS); how many.
 static inline int run_settings(const Run* r, RunSetting* s) {
@@ -908,6 +919,7 @@ static inline int run_settings(const Run* r, RunSetting* s) {
                               {"attention_kernels", 0, o->attention_kernels},
                               {"reduce", 0, o->reduce},
                               {"val", 0, o->val ? o->val : ""},
+                              {"val_crc32", (double)run_val_checksum(r), NULL},
                               {"eval_windows", (double)o->eval_windows, NULL},
                               {"program", 0, program_invocation_short_name}};
     int n = (int)(sizeof all / sizeof all[0]);
@@ -950,7 +962,7 @@ static inline void run_compare_setting(const RunSetting* s, const Json* saved, T
     bool same = s->word ? saved && saved->type == JSON_STRING && !strcmp(saved->string, s->word)
                         : saved && saved->type == JSON_NUMBER && saved->number == s->number;
     bool unsaid = !saved && ((!strcmp(s->key, "shards") && s->number == 1) ||  // before there were any, there was one
-                             (!strcmp(s->key, "reduce") && !strcmp(s->word, "tree")) ||
+                             !strcmp(s->key, "val_crc32") || (!strcmp(s->key, "reduce") && !strcmp(s->word, "tree")) ||
                              (!strcmp(s->key, "attention_kernels") && !strcmp(s->word, "own")));
     if (same || unsaid) { return; }
     text_printf(change, "%s ", s->key);
@@ -1268,10 +1280,11 @@ static inline void run_show_val(Run* r, const char* name, double loss, double pe
     text_free(&t);
 }
 
-// One validation set's result: loss over `counted` targets; wrong of `sequences` where the set has a mask.
-static inline void run_log_val(Run* r, ValSet* v, double loss_sum, int64_t counted, int64_t wrong, int64_t sequences) {
+// One validation set's result: loss over `counted` targets; wrong of the `asked` sequences, those with a counted
+// target, where the set has a mask.
+static inline void run_log_val(Run* r, ValSet* v, double loss_sum, int64_t counted, int64_t wrong, int64_t asked) {
     Text t = {NULL, 0, 0};
-    double error = v->masked ? (double)wrong / (double)sequences : -1;
+    double error = !v->masked ? -1 : asked ? (double)wrong / (double)asked : NAN;
     v->loss = counted ? loss_sum / (double)counted : NAN;
     v->bits_per_byte = v->bytes_per_token > 0 && !v->masked ? v->loss / M_LN2 / v->bytes_per_token : NAN;
     text_printf(&t, "{\"event\": \"val\", \"step\": %lld, \"name\": ", (long long)r->step);

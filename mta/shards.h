@@ -288,12 +288,18 @@ static inline void glob_pattern(Text* out, const char* pattern) {
     }
 }
 
+// Of glob(): is a folder that cannot be opened an error? Not one that is not there, or no folder.
+static inline int glob_refuses(const char* folder, int error) {
+    (void)folder;
+    return error != ENOENT && error != ENOTDIR;
+}
+
 // The files that the pattern matches, sorted by name whatever the locale: 0, or what glob() says. The caller frees them
 // with globfree where it is 0.
 static inline int glob_files(const char* pattern, glob_t* found) {
     Text escaped = {NULL, 0, 0};
     glob_pattern(&escaped, pattern);
-    int status = glob(escaped.n > 0 ? escaped.text : "", GLOB_NOSORT, NULL, found);
+    int status = glob(escaped.n > 0 ? escaped.text : "", GLOB_NOSORT, glob_refuses, found);
     text_free(&escaped);
     if (status == 0) { qsort(found->gl_pathv, found->gl_pathc, sizeof(char*), compare_paths); }
     return status;
@@ -335,7 +341,7 @@ static inline bool source_open(LoaderSource* s, const char* pattern, const char*
         if (status == GLOB_NOMATCH) {
             return fail(e, "%s: no such shard; wanted .bin files made by data/prepare.py or data/toy_task.py", pattern);
         }
-        return fail(e, "%s: cannot list the files", pattern);
+        return fail(e, "%s: a folder on its way cannot be read", pattern);
     }
     s->shards = (Shard*)alloc_or_die(found.gl_pathc, sizeof(Shard), "the list of shards");
     bool good = found.gl_pathc < INT32_MAX, counts = false;

@@ -240,12 +240,12 @@ static inline StepResult step_result(const Step* s, const Batch* b, double norm)
 // ---------------------------------------------------------------------------------------------------------------------
 // Evaluation
 
-// Loss of every validation set over --eval-windows sequences spread evenly over it; with masks, the share of sequences
-// that have a wrong counted token (teacher forcing). Stops early when a signal comes. With several ranks each computes
-// every so many-th batch, and all add the sums in the order of the batches.
+// Loss of every validation set over --eval-windows sequences spread evenly over it; with masks, the share of those
+// that have a wrong token among the sequences of which some are counted (teacher forcing). Stops early when a signal
+// comes. With several ranks each computes every so many-th batch, and all add the sums in the order of the batches.
 typedef struct {
     double sum;
-    int64_t counted, wrong;
+    int64_t counted, asked, wrong;  // targets; sequences that have one, and of these the wrong ones
     int signal;
 } EvalSum;
 
@@ -260,13 +260,14 @@ static inline EvalSum evaluate_batch(Run* r, const ValSet* v, int64_t w, int B, 
         }
     }
     Losses losses = r->trainer->forward(r->model, r->tokens, r->targets, B, T, NULL);
-    EvalSum part = {losses.sum, 0, 0, 0};
+    EvalSum part = {losses.sum, 0, 0, 0, 0};
     for (int b = 0; b < B; b++) {
         int bad = 0;
         for (int t = b * T; t < (b + 1) * T; t++) {
             bad |= losses.wrong[t];
             part.counted += r->targets[t] >= 0;
         }
+        part.asked += any_counted(r->targets + (size_t)b * T, T);
         part.wrong += bad;
     }
     return part;
@@ -281,11 +282,11 @@ static inline void evaluate(Run* r) {
         ValSet* v = &r->val[set];
         int64_t all = (int64_t)loader_windows(&v->loader), n = r->options->eval_windows;
         if (n == 0 || n > all) { n = all; }
-        EvalSum total = {0, 0, 0, 0};
+        EvalSum total = {0, 0, 0, 0, 0};
         int64_t w = 0;
         for (; w < n && !run_stops(r); w += (int64_t)size * r->batch_size) {
             int64_t first = w + (int64_t)r->ranks->rank * r->batch_size, left = n - first;
-            EvalSum mine = {0, 0, 0, 0};
+            EvalSum mine = {0, 0, 0, 0, 0};
             if (left > 0) {
                 mine = evaluate_batch(r, v, first, (int)(left < r->batch_size ? left : r->batch_size), n, all);
             }
@@ -294,11 +295,12 @@ static inline void evaluate(Run* r) {
             for (int p = 0; p < size; p++) {
                 total.sum += parts[p].sum;
                 total.counted += parts[p].counted;
+                total.asked += parts[p].asked;
                 total.wrong += parts[p].wrong;
                 r->ranks->signal = r->ranks->signal ? r->ranks->signal : parts[p].signal;
             }
         }
-        if (w >= n) { run_log_val(r, v, total.sum, total.counted, total.wrong, n); }
+        if (w >= n) { run_log_val(r, v, total.sum, total.counted, total.wrong, total.asked); }
     }
     if (!run_stops(r)) { run_log_val_mean(r); }
     free(parts);

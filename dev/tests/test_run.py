@@ -317,6 +317,20 @@ class Runs(Trainer):
         self.assertEqual(val["tokens"], 8)
         self.assertEqual(val["error"], 0)
 
+    def test_the_error_is_of_sequences_that_are_asked(self):
+        """Where no target of a sequence counts, none can be wrong: it is no right answer either."""
+        rng = random.Random(7)
+        windows = [[rng.randrange(32) for _ in range(16)] for _ in range(8)]
+        tokens, asked = sum(windows, []) + [0], sum(windows[::2], []) + [0]
+        os.makedirs(self.path("masks"))
+        out, sets = self.out(), [self.path("masks", name + "_val_000000.bin") for name in ("half", "asked")]
+        for path, ids, every in zip(sets, (tokens, asked), (32, 16)):
+            write_shard(path, ids, mask=[int(i % every == 15) for i in range(len(ids))])
+        self.run_ok(out, {"--val": ",".join(sets), "--steps": 1, "--lr": 0})
+        half, asked = ({k: e[k] for k in ("tokens", "loss", "error")} for e in log_events(out, "val"))
+        self.assertGreater(asked["error"], 0)
+        self.assertEqual(half, asked)
+
     def test_options_that_do_nothing_are_said(self):
         done = self.run_ok(self.out(), {"--steps": 2, "--warmup": 3})
         self.assertIn("warmup      3 steps, the run has 2", done.stdout)
@@ -347,6 +361,13 @@ class Runs(Trainer):
     def test_a_schedule_that_ends_within_the_warmup_is_said(self):
         done = self.run_ok(self.out(), {"--steps": 4, "--schedule": "linear", "--warmup": 3, "--schedule-steps": 2})
         self.assertIn("warmup      3 steps, --schedule-steps 2: behind it the learning rate is --min-lr", done.stdout)
+
+    def test_a_schedule_that_ends_before_the_run_is_said(self):
+        said = "schedule    2 steps, the run has 4: behind it the learning rate is --min-lr 0"
+        given = {"--steps": 4, "--schedule": "cosine", "--schedule-steps": 2}
+        self.assertIn(said, self.run_ok(self.out(), given).stdout)
+        for changes in ({"--schedule-steps": 4}, {"--schedule": "constant"}):
+            self.assertNotIn("schedule    ", self.run_ok(self.out(), dict(given, **changes)).stdout)
 
     def test_mixture_from_a_recipe(self):
         write_shard(self.path("x_train_000000.bin"), [i % 32 for i in range(400)])
@@ -730,6 +751,18 @@ class Resume(Trainer):
         self.assertEqual(self.changed(self.run_ok(out, dict(again, **{"--steps": 4}), ["--resume"])),
                          ["lr (the checkpoint does not say) -> 0.002",
                           "schedule (the checkpoint does not say) -> cosine"])
+
+    def test_other_tokens_to_evaluate_on_are_said(self):
+        """What --val names may be made anew under a run: its curve is then of two sets."""
+        out, val, tokens = self.out(), self.path("made_anew", "b_val_000000.bin"), [i % 32 for i in range(33)]
+        os.makedirs(os.path.dirname(val))
+        write_shard(val, tokens, mask=[1] * 33)
+        self.run_ok(out, {"--steps": 2, "--val": val})
+        for changed in ((tokens, [0, 1] + [1] * 31), (tokens[::-1], [1] * 33)):  # the mask, the tokens
+            write_shard(val, changed[0], mask=changed[1])
+            said = self.changed(self.run_ok(out, {"--steps": 2, "--val": val}, ["--resume"]))
+            self.assertEqual(len(said), 1, said)
+            self.assertRegex(said[0], r"^val-crc32 \d+ -> \d+$")
 
     def test_damaged_newest_does_not_cost_the_one_that_is_saved(self):
         """With --keep 1, going on from an older checkpoint: what is saved before the damaged one's step stays."""
@@ -1619,6 +1652,19 @@ class Refused(Trainer):
         before = [os.path.basename(c) for c in checkpoints(out)]
         self.assert_refused(self.execute(self.arguments(out, changes, flags)), piece)
         self.assertEqual([os.path.basename(c) for c in checkpoints(out)], before)
+
+    @unittest.skipUnless(os.geteuid() == 0, "needs to become another user")
+    def test_a_folder_that_may_not_be_read(self):
+        """Shards in a folder that cannot be listed are not left out of a pattern without a word."""
+        for name in ("open", "closed"):
+            os.makedirs(self.path("parts", name))
+            write_shard(self.path("parts", name, "a_train_000000.bin"), [i % 32 for i in range(33)])
+        os.chmod(self.folder, 0o755)
+        os.chmod(self.path("parts", "closed"), 0)
+        words = [BINARY, "--model", "toy", "--out", self.path("none"), "--train", self.path("parts/*/a_train_*.bin")]
+        done = subprocess.run(words, preexec_fn=lambda: os.setuid(65534), capture_output=True, text=True, cwd="/")
+        os.chmod(self.path("parts", "closed"), 0o755)
+        self.assert_refused(done, "parts/*/a_train_*.bin: a folder on its way cannot be read")
 
     def test_a_checkpoint_that_is_a_link(self):
         """--keep removes the link, not what it leads to."""
