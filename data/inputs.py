@@ -153,9 +153,9 @@ def split_of(below):
     return SPLITS[match[1]] if match else next((SPLITS[f] for f in reversed(folders) if f in SPLITS), None)
 
 
-def text_cut(path, size):
-    """Where a single text is cut for validation: its last 5%, from the start of a line if one begins near."""
-    near = size - size // 20
+def text_cut(path, size, fraction):
+    """Where a single text is cut for validation: its last part, from the start of a line if one begins near."""
+    near = size - int(size * fraction)
     with open(path, "rb") as f:
         start = max(0, near - 4096)
         f.seek(start)
@@ -187,7 +187,7 @@ def make_plan(files, job):
         return plan_by_folders(plan, files)
     texts = [p for p in plan if p["kind"] == "text"]
     if len(plan) == 1 and len(texts) == 1 and job["val_fraction"] > 0:
-        texts[0]["split"] = "tail"
+        texts[0].update(split="tail", fraction=job["val_fraction"])
         return plan
 
     def order(i):
@@ -677,7 +677,7 @@ def text_tasks(index, entry, at, tell, whole):
         if bad:
             yield ("bad", path, split, bad[0], bad[1:]), done
             return
-        cut = text_cut(path, size) if split == "tail" else size
+        cut = text_cut(path, size, entry["fraction"]) if split == "tail" else size
         start = 3 if head.startswith(BOM) else 0
         parts = [(start, cut, "val" if split == "val" else "train")] + ([(cut, size, "val")] if cut < size else [])
         at = {"offset": max(at["offset"], start)}

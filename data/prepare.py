@@ -185,17 +185,23 @@ class Worker:
     def rows(self, path, group):
         parquet = need("pyarrow.parquet")
         wanted = [self.job["text_field"]] + ([self.job["domain_field"]] if self.job["domain_field"] else [])
+        bad = None
         try:
             with parquet.ParquetFile(path) as f:
                 first = sum(f.metadata.row_group(i).num_rows for i in range(group))
-                have = set(f.schema_arrow.names)
-                columns = sorted({w if w in have else w.split(".")[0] for w in wanted} & have)
-                rows = f.read_row_group(group, columns=columns).to_pylist()
+                names = f.schema_arrow.names
+                columns = sorted({w if w in names else w.split(".")[0] for w in wanted} & set(names))
+                twice = [name for name in columns if names.count(name) > 1]
+                if twice:
+                    bad = "ambiguous field", "the column %s occurs twice" % twice[0]
+                else:
+                    rows = f.read_row_group(group, columns=columns).to_pylist()
         except Exception as e:
-            detail = "parquet row group %d: %s" % (group, str(e).split("\n")[0])
+            bad = inputs.BROKEN_OFF, "parquet row group %d: %s" % (group, str(e).split("\n")[0])
+        if bad:
 
             def fail():
-                raise BadDocument(inputs.BROKEN_OFF, detail)
+                raise BadDocument(*bad)
 
             yield 0, fail
             return

@@ -170,6 +170,14 @@ class Texts(Case):
         self.assertEqual(header[3], 259)
         self.assertEqual(header[4] & 0xFFFFFFFF, __import__("zlib").crc32(array.array("H", train).tobytes()))
 
+    def test_a_single_text_gives_the_fraction_that_is_asked_for(self):
+        text = self.write("book.txt", document(random.Random(2), 20000))
+        for fraction in (0.3, 0.9):
+            out = self.path("o%g" % fraction)
+            run("text", text, "--out", out, "--val-fraction", fraction)
+            val, all_of_it = set_tokens(out, "book", "val"), os.path.getsize(text)
+            self.assertAlmostEqual(len(val) / all_of_it, fraction, delta=0.02)
+
     def test_a_character_is_never_cut(self):
         run("text", self.write("x.txt", "\u00e9\U0001f600" * 500), "--out", self.path("o"))
         for split in ("train", "val"):
@@ -508,6 +516,16 @@ class Bad(Case):
         self.assertIn(
             "truncated or damaged", run("text", self.write("y.parquet", data[:-20]), "--out", self.path("p"), status=1)
         )
+
+    @unittest.skipUnless(pyarrow, "needs pyarrow")
+    def test_parquet_with_a_column_twice(self):
+        """Which of the two is meant, nobody knows; another column may be there twice."""
+        one, two = pyarrow.array(["one"]), pyarrow.array(["two"])
+        for names, status in ((["text", "text"], 1), (["text", "more", "more"], 0)):
+            table = pyarrow.Table.from_arrays([one, two, two][: len(names)], names=names)
+            pyarrow.parquet.write_table(table, self.path("x%d.parquet" % status))
+            shown = run("text", self.path("x%d.parquet" % status), "--out", self.path("o%d" % status), status=status)
+            self.assertEqual("ambiguous field: the column text occurs twice" in shown, status == 1, shown)
 
     @unittest.skipUnless(tiktoken, "needs tiktoken")
     def test_rank_files(self):
