@@ -295,21 +295,24 @@ def write(options, task):
                           [f"{options.name}_{split}_000000.bin" for split in ("train", "val")])
     if found and found[1]:
         raise UserError(f"{found[0]} belongs to the preparation {found[1]}; give another --name")
+    made = {"task": "find the block", "n": task.n, "l": task.l, "kind": task.kind, "blocks": task.blocks,
+            "length": task.length, "train_samples": options.train_samples, "test_samples": options.test_samples,
+            "seed": options.seed, "tokenizer": "toy"}
+    there = manifest["preparations"].get(options.name)
+    if there and there["options"] != {"command": "toy_task", **made}:
+        raise UserError(f"{options.out} holds a preparation {options.name} of other options; give another --name or "
+                        "--out")
     test = take(task, chunk_rng(task, options.seed, "test", 0), options.test_samples, set(), distinct=True)
     shards = {"val": write_split(task, options.seed, "test", [test], prefix + "_val", len(test), show)}
     chunks = train_chunks(task, options.seed, options.train_samples, {prompt for prompt, _ in test},
                           options.jobs)
     shards["train"] = write_split(task, options.seed, "training", chunks, prefix + "_train", options.train_samples,
                                   show)
-    description = {"task": "find the block", "n": task.n, "l": task.l, "kind": task.kind, "blocks": task.blocks,
-                   "length": task.length,
-                   "train_samples": options.train_samples, "test_samples": options.test_samples, "seed": options.seed,
-                   "tokenizer": "toy", "shards": [*shards["val"], *shards["train"]]}
     with manifest_lock(options.out):
         manifest = read_manifest(options.out)  # again: others may have written it meanwhile
-        write_entry(options.out, manifest, options.name, shards, {"command": "toy_task", **description})
+        write_entry(options.out, manifest, options.name, shards, {"command": "toy_task", **made})
     with open(prefix + "_task.json", "w", encoding="utf-8") as f:
-        json.dump(description, f, indent=1)
+        json.dump({**made, "shards": [*shards["val"], *shards["train"]]}, f, indent=1)
         f.write("\n")
     print(f"{prefix}_train_*.bin: {options.train_samples} sequences, {prefix}_val_*.bin: {options.test_samples}, of "
           f"{task.length} tokens each "
@@ -326,7 +329,7 @@ def write_entry(out, manifest, name, shards, options):
         if entries:
             sets[split] = {**sums, "text_bytes": sums["tokens"], "shards": len(entries)}
     preparation = {"format": FORMAT, "tokenizer": tokenizer_entry(TOY, manifest, name), "sets": {name: sets}, "bad": {},
-                   "options": {key: value for key, value in options.items() if key != "shards"}, "inputs": {}}
+                   "options": options, "inputs": {}}
     write_manifest(out, manifest, name, preparation, {**shards["train"], **shards["val"]}, TOY)
 
 

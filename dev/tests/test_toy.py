@@ -15,7 +15,7 @@ import tempfile
 import unittest
 import zlib
 
-from helpers import BIN, ROOT, main
+from helpers import BIN, ROOT, main, read_bytes
 
 SCRIPT = os.path.join(ROOT, "data", "toy_task.py")
 INFER = os.path.join(BIN, "infer_mta")
@@ -113,6 +113,25 @@ class Toy(unittest.TestCase):
         for option, value in (("--n", "1_0"), ("--seed", "1.5"), ("--jobs", "0")):
             done = run("--examples", 1, option, value)
             self.assertEqual((done.returncode, done.stderr.count("\n")), (1, 1), done.stderr)
+
+    def test_another_preparation_of_the_name(self):
+        """Shards of prepare.py, or of another task, are not written over; the same task again gives the same bytes."""
+        small = ("--n", 2, "--blocks", 2, "--train-samples", 3, "--test-samples", 1)
+        with tempfile.TemporaryDirectory() as folder:
+            book, texts, tasks = (os.path.join(folder, x) for x in ("book.txt", "texts", "tasks"))
+            with open(book, "w") as f:
+                f.write("a line of text\n" * 99)
+            prepare = [sys.executable, os.path.join(ROOT, "data", "prepare.py"), "text", book, "--name", "toy"]
+            subprocess.run([*prepare, "--out", texts], check=True, capture_output=True)
+            self.assertEqual(run("--out", tasks, *small).returncode, 0)
+            for out, changes in ((texts, small), (tasks, (*small, "--seed", 2))):
+                before = {name: read_bytes(os.path.join(out, name)) for name in os.listdir(out)}
+                done = run("--out", out, *changes)
+                self.assertEqual((done.returncode, done.stderr.count("\n")), (1, 1), done.stdout + done.stderr)
+                self.assertIn(f"{out} holds a preparation toy of other options", done.stderr)
+                self.assertEqual({name: read_bytes(os.path.join(out, name)) for name in os.listdir(out)}, before)
+            self.assertEqual(run("--out", tasks, *small).returncode, 0)
+            self.assertEqual({name: read_bytes(os.path.join(tasks, name)) for name in os.listdir(tasks)}, before)
 
     def test_paper_sizes(self):
         self.check_task(5, 2, "all", 52, 321)
