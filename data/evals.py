@@ -130,13 +130,21 @@ def general(record):
     if not isinstance(record["choices"], list) or not record["choices"]:
         raise ValueError("choices: wanted a list of texts")
     if gold in record["choices"]:
-        gold = record["choices"].index(gold)
+        found = record["choices"].index(gold)
+        if isinstance(gold, str) and WHOLE.fullmatch(gold) and int(gold) in range(len(record["choices"])) and (
+                int(gold) != found):
+            raise ValueError("%s is a choice and the number of another one: which is right, nobody knows" % gold)
+        gold = found
     return [(context, c if c[:1].isspace() else " " + c) for c in record["choices"]], gold
+
+
+WHOLE = re.compile("-?[0-9]{1,18}")  # what int() takes is more: 1_0, digits of other scripts
 
 
 def whole(value):
     """1, "1", 1.0 and true are a number of a choice; 1.5 is none."""
-    if isinstance(value, float) and not value.is_integer():
+    cut = isinstance(value, float) and not value.is_integer()
+    if cut or isinstance(value, str) and not WHOLE.fullmatch(value.strip()):
         raise ValueError("%s as the right choice, wanted a whole number" % value)
     return int(value)
 
@@ -174,7 +182,7 @@ def format_of(record):
 def read_labels(path, one):
     try:
         with open(path, encoding="utf-8") as f:
-            return [int(line) - one for line in f.read().split()]
+            return [whole(line) - one for line in f.read().split()]
     except OSError as e:
         raise UserError("%s: %s" % (path, e.strerror))
     except ValueError as e:

@@ -4,6 +4,7 @@ none; numbers are written as the programs take them, so that 1_000 and nan are n
 import argparse
 import fractions
 import math
+import os
 import re
 
 
@@ -13,6 +14,16 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         self.exit(1, "%s: %s; --help lists all options\n" % (self.prog, message))
+
+
+def split_name(text):
+    """[NAME=]PATH -> (NAME or None, PATH). Either may hold a "=": what is there as a whole is a path, else the longest
+    that is there behind a "="."""
+    if os.path.exists(text):
+        return None, text
+    places = [i for i, c in enumerate(text) if c == "="]
+    at = next((i for i in places if os.path.exists(text[i + 1 :])), places[0] if places else None)
+    return (None, text) if at is None else (text[:at], text[at + 1 :])
 
 
 def refused(text, wanted):

@@ -14,6 +14,7 @@ import math
 import os
 import sys
 
+from options import split_name
 from prepare import UserError
 from tokenizer import members
 
@@ -439,8 +440,7 @@ def draw(models, folder):
 
 def models_of(arguments):
     """Folders, [NAME=]FOLDER each a model; or pairs of files, REQUESTS SCORES, all of one model."""
-    split = lambda a: a.partition("=")[::2] if "=" in a and not os.path.exists(a) else (None, a)
-    named = [(name or os.path.basename(os.path.abspath(path)), path) for name, path in map(split, arguments)]
+    named = [(name or os.path.basename(os.path.abspath(path)), path) for name, path in map(split_name, arguments)]
     folders = [os.path.isdir(path) for _, path in named]
     if any(folders):
         wrong = [path for (_, path), folder in zip(named, folders) if not folder]
@@ -456,8 +456,11 @@ def models_of(arguments):
         return models
     if len(arguments) % 2:
         raise UserError("wanted folders of evaluations, or pairs of files: REQUESTS SCORES ...")
-    model = Model("model")
+    model, seen = Model("model"), set()
     for requests, scores in zip(arguments[::2], arguments[1::2]):
+        if os.path.realpath(requests) in seen:
+            raise UserError("%s: given twice, its questions would count twice" % requests)
+        seen.add(os.path.realpath(requests))
         model.add(requests, scores)
     return [model]
 
@@ -477,9 +480,21 @@ def write(path, text):
         raise UserError("%s: %s" % (path, e.strerror))
 
 
+def check_outputs(args):
+    """Each output is a file of its own and none of those that the report is made from."""
+    outputs = [path for path in (args.json, args.csv, args.markdown) if path]
+    read = []
+    for _, path in map(split_name, args.files):
+        parts = ("*.jsonl", "*.scores", os.path.join("validation", "log.jsonl"))
+        read += [path] + [file for part in parts for file in glob.glob(os.path.join(glob.escape(path), part))]
+    for i, path in enumerate(outputs):
+        refuse_input(path, read)
+        if os.path.realpath(path) in map(os.path.realpath, outputs[:i]):
+            raise UserError("%s: named for two outputs, wanted a file for each" % path)
+
+
 def report(args):
-    for path in filter(None, (args.json, args.csv, args.markdown)):
-        refuse_input(path, args.files)
+    check_outputs(args)
     models = models_of(args.files)
     text = "\n".join(markdown(t, len(models) > 1) for t in tables_of(models))
     details = "\n".join(("### %s: every measure\n\n" % m.name if len(models) > 1 else "") + flat(m)

@@ -88,14 +88,22 @@ case $tokenizer in '' | bytes | toy) ;; *) tokenizer=$checkpoint/$tokenizer ;; e
 
 # ---- the parts. One is finished when its file has its last name.
 
+# What the checkpoint is, byte by byte: its manifest, which holds checksums; without one those of its files.
+identity() {
+    if [ -e "$checkpoint/manifest.json" ]; then
+        cat "$checkpoint/manifest.json"
+    else
+        (cd "$checkpoint" && cat config.json && cksum ./*.safetensors)
+    fi
+}
 mkdir -p "$out"
 out=$(cd "$out" && pwd)
-model=$checkpoint/manifest.json
-[ -e "$model" ] || model=$checkpoint/config.json
-if [ -e "$out/checkpoint" ] && ! cmp -s "$model" "$out/checkpoint"; then
+identity > "$out/checkpoint.partial" || stop "$checkpoint: not readable, or no model.safetensors in it"
+if [ -e "$out/checkpoint" ] && ! cmp -s "$out/checkpoint.partial" "$out/checkpoint"; then
+    rm "$out/checkpoint.partial"
     stop "$out holds the evaluation of another checkpoint; wanted another --out"
 fi
-cp "$model" "$out/checkpoint"
+mv "$out/checkpoint.partial" "$out/checkpoint"
 
 parts=0 done_before=0
 # part FILE HOW COMMAND: unless FILE is there, runs the command, which makes FILE.partial, and gives it that name. HOW:
@@ -136,7 +144,29 @@ score() {
         > "$out/$1.scores.partial"
 }
 
-if [ -n "$val" ]; then part "$out/validation" "--val $val --seq-len $positions" validate; fi
+# Sizes and headers, which hold checksums, of the shards behind --val [NAME=]GLOB,...; a folder may be called "a,b".
+shards_of_val() {
+    "$python" - "$root/data" "$val" << 'END'
+import os, re, sys, zlib
+sys.path.insert(0, sys.argv[1])
+from inputs import matches
+sum, parts = 0, sys.argv[2].split(",")
+while parts:
+    for n in range(len(parts), 0, -1):
+        files = matches(re.sub(r"^[^=/*?[]+=", "", ",".join(parts[:n])))
+        if files:
+            break
+    for file in filter(os.path.isfile, files):
+        with open(file, "rb") as f:
+            sum = zlib.crc32(b"%d %s" % (os.path.getsize(file), f.read(1024)), sum)
+    parts = parts[n:]
+print("%08x" % sum)
+END
+}
+if [ -n "$val" ]; then
+    shards=$(shards_of_val) || stop "--val: $val: not readable"
+    part "$out/validation" "--val $val --seq-len $positions, shards of CRC $shards" validate
+fi
 if [ -n "$text" ]; then
     [ -n "$tokenizer" ] ||
         stop "--text: $checkpoint/config.json names no tokenizer that counts its tokens; data/evals.py makes requests" \

@@ -15,7 +15,7 @@ import os
 import sys
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "data"))
-from options import Parser  # noqa: E402
+from options import Parser, split_name  # noqa: E402
 
 try:
     import matplotlib
@@ -222,10 +222,8 @@ def draw(runs, title, out, x):
 
 def split_label(text):
     """LABEL=PATH, or a path whose last part is its label."""
-    label, equals, path = text.partition("=")
-    if equals and not os.path.exists(text):
-        return label, path
-    return os.path.basename(os.path.normpath(text)), text
+    label, path = split_name(text)
+    return os.path.basename(os.path.normpath(path)) if label is None else label, path
 
 
 def main():

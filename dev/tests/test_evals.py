@@ -105,6 +105,12 @@ class Formats(Case):
             [("Question: G\nAnswer:", " s", 1), ("Question: G\nAnswer:", " t", 1)],
         )
 
+        for label in ("1_0", "\u0661", "1.0"):
+            with open(labels, "w") as f:
+                f.write(label)
+            self.assertIn("wanted a number a line", run("choice", self.path("in.jsonl"), "--out", self.path("o"),
+                                                        "--labels", labels, status=1))
+
     def test_others(self):
         self.assertEqual(
             self.convert({"passage": "P.", "question": "is it", "answer": True})[1]["continuation"], " yes"
@@ -179,7 +185,7 @@ class Formats(Case):
             dict(piqa, sol2=""), {"sentence": "The _ is x.", "option1": "a", "option2": "b", "answer": 1.5},
             {"context": "c", "question": "q", "answerA": "a", "answerB": "b", "answerC": "c", "label": 2.5},
             dict(good, choices=[]), dict(good, choices={"text": ["a", "b"], "label": ["A", "B"]}),
-            dict(good, context="\ud800"),
+            dict(good, context="\ud800"), dict(good, choices=["1", "0"], gold="1"), dict(good, gold="0_1"),
             '{"context": "c", "choices": ["a", "b"], "gold": 0, "x": ' + "[" * 5000 + "]" * 5000 + "}",
         ]  # fmt: skip
         path = self.write("in.jsonl", [line for record in bad for line in (record, good)])
@@ -453,6 +459,7 @@ class Report(Case):
         for change in ({"item": [0]}, {"task": 1}, {"continuation": None}, {"choice": "0"}):
             odd = self.write("odd.jsonl", [dict(record, **change) for record in whole])
             self.assertIn("odd.jsonl:1: wanted texts as continuation and task", run("report", odd, two, status=1))
+        self.assertIn("r.jsonl: given twice", run("report", requests, two, requests, two, status=1))
         for half in (whole[:1] * 2, [dict(r, gold=2) for r in whole]):
             self.assertIn("not whole", run("report", self.write("h.jsonl", half), two, status=1))
 
@@ -486,6 +493,19 @@ class Report(Case):
         self.write(name + "/validation/log.jsonl",
                    [{"event": "start", "step": 1}] + events + [{"event": "stop", "step": 1}])
         return folder
+
+    def test_names_with_an_equals_sign_and_outputs(self):
+        """NAME=FOLDER where either may hold a "="; nothing is written over what the report is made from, or twice."""
+        folder = self.evaluation("lr=3", {(2, 1000, 0): 0.5}, {"c4": 1.5})
+        for given, name in ((folder, "lr=3"), ("lr=1e-3=" + folder, "lr=1e-3"), ("x=" + folder, "x")):
+            shown = run("report", given, "--csv", self.path("o.csv"))
+            with open(self.path("o.csv")) as f:
+                self.assertEqual({line.split(",")[0] for line in f.read().splitlines()[1:]}, {name}, shown)
+        for own in ("needle.jsonl", "needle.scores", "validation/log.jsonl"):
+            path = os.path.join(folder, own)
+            self.assertIn("the input itself", run("report", "x=" + folder, "--json", path, status=1))
+        shown = run("report", folder, "--json", self.path("o"), "--csv", self.path("o"), status=1)
+        self.assertIn("o: named for two outputs", shown)
 
     def test_tables_of_several_models(self):
         """Depths and lengths are numbers, means are over depths, the best of a column is bold, CSV has everything,
@@ -706,6 +726,16 @@ class Evaluate(Case):
         self.assertIn("is not what", self.evaluate("--requests", self.path("requests"), status=1))
         self.assertIn("no checkpoint", self.evaluate(*everything, status=1, checkpoint="texts"))
         self.assertEqual(len(self.calls()), 5)
+        shutil.copy(self.path("shards/arxiv_val_000000.bin"), self.path("shards/book_val_000000.bin"))
+        shown = self.evaluate("--val", self.path("shards/*_val_*.bin"), status=1)
+        self.assertIn("validation was made with other options or of other files", shown)
+        # without a manifest other weights beside the same config.json are another checkpoint; a name may hold a "="
+        shutil.copytree(self.path("run/step-00000002"), self.path("lr=3"))
+        os.remove(self.path("lr=3/manifest.json"))
+        val = ["--val", self.path("shards/arxiv_val_*.bin"), "--seq-len", "64"]
+        self.assertRegex(self.evaluate(*val, checkpoint="lr=3"), r"\| lr=3 +\|")
+        shutil.copy(self.path("run/step-00000001/model.safetensors"), self.path("lr=3"))
+        self.assertIn("another checkpoint", self.evaluate(*val, checkpoint="lr=3", status=1))
 
     def test_mistakes(self):
         os.makedirs(self.path("run"))
