@@ -251,7 +251,7 @@ class Runs(Trainer):
         for e in (e for e in events if e["event"] == "step"):
             self.assertGreater(e["mfu"], 0)
         for path in checkpoints(out):  # what is not the same twice is no part of a checkpoint
-            self.assertNotIn(socket.gethostname().encode(), read_bytes(os.path.join(path, "trainer.json")))
+            self.assertNotIn(f'"{socket.gethostname()}"'.encode(), read_bytes(os.path.join(path, "trainer.json")))
 
     def test_length_by_tokens_or_epochs(self):
         """Rounded up to whole steps, which is said; two lengths that differ are refused; --resume without one keeps
