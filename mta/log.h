@@ -22,7 +22,7 @@
 // A value that is not finite is null. Each line is one write(2) to a file opened for appending, so that a
 // crash leaves whole lines, or one torn line at the end, which the next --resume cuts together with every line of a
 // step after the resumed one. The progress line overwrites itself on a terminal and becomes ordinary lines elsewhere (a
-// file, a pipe, TERM=dumb); colours are left out there and where NO_COLOR is set (no-color.org).
+// file, a pipe, TERM=dumb).
 #ifndef MTA_LOG_H
 #define MTA_LOG_H
 #include "util.h"
@@ -48,9 +48,7 @@ static inline size_t runlog_keep(const char* text, size_t n, long step) {
         const char* newline = (const char*)memchr(text + kept, '\n', n - kept);
         if (newline == NULL) { break; }
         size_t length = (size_t)(newline - (text + kept));
-        Error e;
-        e.text[0] = 0;
-        Json* line = json_parse(text + kept, length, &e);
+        Json* line = json_parse(text + kept, length, NULL);
         int64_t at = 0;
         const Json* number = json_get(line, "step");
         bool good = line != NULL && line->type == JSON_OBJECT &&
@@ -117,8 +115,7 @@ static inline bool runlog_open(RunLog* log, const char* run_dir, long resume_ste
 static inline bool runlog_line(RunLog* log, const char* json_object) {
     if (log->fd < 0) { return false; }
     size_t n = strlen(json_object);
-    Text line;
-    memset(&line, 0, sizeof(line));
+    Text line = {NULL, 0, 0};
     struct timespec now;
     clock_gettime(CLOCK_REALTIME, &now);
     text_append(&line, json_object, n - 1);  // all but its closing brace
@@ -139,16 +136,13 @@ static inline bool runlog_line(RunLog* log, const char* json_object) {
     return whole;
 }
 
-// Syncs and closes; called before a checkpoint is announced and at the end.
 static inline void runlog_sync(RunLog* log) {
     if (log->fd >= 0) { fsync(log->fd); }
 }
 
 static inline void runlog_close(RunLog* log) {
-    if (log->fd >= 0) {
-        fsync(log->fd);
-        close(log->fd);
-    }
+    runlog_sync(log);
+    if (log->fd >= 0) { close(log->fd); }
     log->fd = -1;
 }
 
@@ -158,28 +152,14 @@ static inline void runlog_close(RunLog* log) {
 typedef struct {
     FILE* out;
     bool terminal;  // the line may overwrite itself
-    bool colour;
-    bool open;    // an unfinished line stands on the terminal
-    double last;  // when the line was drawn, seconds_now()
+    bool open;      // an unfinished line stands on the terminal
+    double last;    // when the line was drawn, seconds_now()
 } Progress;
 
 static inline Progress progress_make(FILE* out) {
-    Progress p;
     const char* term = getenv("TERM");
-    const char* no_color = getenv("NO_COLOR");
-    p.out = out;
-    p.terminal = isatty(fileno(out)) && (term == NULL || strcmp(term, "dumb") != 0);
-    p.colour = p.terminal && !(no_color != NULL && no_color[0] != 0);
-    p.open = false;
-    p.last = -1e9;
+    Progress p = {out, isatty(fileno(out)) && (term == NULL || strcmp(term, "dumb") != 0), false, -1e9};
     return p;
-}
-
-// ANSI code of a style, or "": "1" bold, "2" dim, "31" red, "32" green, "33" yellow, "0" back to normal.
-static inline const char* progress_style(const Progress* p, const char* code, char* buffer, size_t n) {
-    buffer[0] = 0;
-    if (p->colour) { snprintf(buffer, n, "\033[%sm", code); }
-    return buffer;
 }
 
 // Columns of the terminal, 0 where there is none to ask.
