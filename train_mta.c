@@ -1,6 +1,5 @@
 // train_mta.c: trains a LLaMA-style language model with Multi-Token Attention (arXiv 2504.00927) on the CPU, in fp32;
-// with
-// --matmul bf16 its products read operands rounded to bf16.
+// its products read operands rounded to bf16 with --matmul bf16.
 // The readable reference for train_mta.cu: every layer forward, then backward, in the order in which data meets them.
 //
 //   make train_mta
@@ -577,8 +576,7 @@ static inline void row_mask(real* row, int length, int nk) {
     memset(row + length, 0, (size_t)(tail(nk) - length) * sizeof(real));
 }
 
-// What attention needs to know. Strides: two tokens of q and out are NH*HS apart, of k and v
-// NKV*HS.
+// What attention needs to know. Strides: two tokens of q and out are NH*HS apart, of k and v NKV*HS.
 typedef struct {
     int B, T, NH, NKV, HS, cq, ck, ch_pre, ch_post;  // ch_*: heads of a mixing group, 0 = off
     const real *conv_pre, *conv_post;                // (NH,cq,ck), NULL = off
@@ -1409,7 +1407,6 @@ typedef struct {
 } Model;
 
 typedef struct {
-    const char* name;
     real** ptr;
     size_t numel;
 } Buffer;
@@ -1433,26 +1430,26 @@ static size_t carve_activations(Activations* a, const Config* c, int B, int T, b
     size_t NH = (size_t)c->num_attention_heads, KV = (size_t)c->num_key_value_heads * config_head_size(c);
     bool norm = c->head_norm != HEAD_NORM_NONE;
     const Buffer operands[] = {
-        {"ln1", &a->ln1, L * N * C},
-        {"ln2", &a->ln2, L * N * C},
-        {"q", &a->q, L * N * C},
-        {"k", &a->k, L * N * KV},
-        {"v", &a->v, L * N * KV},
-        {"att", &a->att, L * N * C},
-        {"normed", &a->normed, norm ? L * N * C : 0},
-        {"gated", &a->gated, c->head_gate ? L * N * C : 0},
-        {"ln_f", &a->ln_f, N * C},
+        {&a->ln1, L * N * C},
+        {&a->ln2, L * N * C},
+        {&a->q, L * N * C},
+        {&a->k, L * N * KV},
+        {&a->v, L * N * KV},
+        {&a->att, L * N * C},
+        {&a->normed, norm ? L * N * C : 0},
+        {&a->gated, c->head_gate ? L * N * C : 0},
+        {&a->ln_f, N * C},
     };
     const Buffer others[] = {
-        {"x", &a->x, (training ? L + 1 : 1) * N * C},
-        {"x_mid", &a->x_mid, L * N * C},
-        {"rstd1", &a->rstd1, L * N},
-        {"rstd2", &a->rstd2, L * N},
-        {"stats", &a->stats, L * N * NH * 2},
-        {"head_rstd", &a->head_rstd, norm ? L * N * NH : 0},
-        {"gate", &a->gate, L * N * FF},
-        {"up", &a->up, L * N * FF},
-        {"rstd_f", &a->rstd_f, N},
+        {&a->x, (training ? L + 1 : 1) * N * C},
+        {&a->x_mid, L * N * C},
+        {&a->rstd1, L * N},
+        {&a->rstd2, L * N},
+        {&a->stats, L * N * NH * 2},
+        {&a->head_rstd, norm ? L * N * NH : 0},
+        {&a->gate, L * N * FF},
+        {&a->up, L * N * FF},
+        {&a->rstd_f, N},
     };
     a->operands = carve(operands, (int)(sizeof operands / sizeof operands[0]), base);
     return a->operands + carve(others, (int)(sizeof others / sizeof others[0]), base ? base + a->operands : NULL);
@@ -1511,25 +1508,25 @@ static size_t carve_scratch(Scratch* s, const Config* c, int B, int T, int chunk
     Attention a = attention_largest(c, B, T, chunk);
     size_t widest = C > 2 * HS + 1 ? C : 2 * HS + 1;
     const Buffer operands[] = {
-        {"act", &s->act, N * FF},
-        {"dgate", &s->dgate, N * FF},
-        {"dup", &s->dup, N * FF},
-        {"dx", &s->dx, N * C},
-        {"datt", &s->datt, N * C},
-        {"dq", &s->dq, N * C},
-        {"dk", &s->dk, N * KV},
-        {"dv", &s->dv, N * KV},
-        {"logits", &s->logits, (size_t)logit_rows(c->vocab_size, (int)N) * c->vocab_size},
-        {"tiles", &s->tiles, (size_t)omp_get_max_threads() * ATTENTION_TILES * attention_tile_size(&a)},
+        {&s->act, N * FF},
+        {&s->dgate, N * FF},
+        {&s->dup, N * FF},
+        {&s->dx, N * C},
+        {&s->datt, N * C},
+        {&s->dq, N * C},
+        {&s->dk, N * KV},
+        {&s->dv, N * KV},
+        {&s->logits, (size_t)logit_rows(c->vocab_size, (int)N) * c->vocab_size},
+        {&s->tiles, (size_t)omp_get_max_threads() * ATTENTION_TILES * attention_tile_size(&a)},
     };
     const Buffer others[] = {
-        {"dln", &s->dln, N * C},
-        {"losses", &s->losses, N},
-        {"parts", &s->parts, NORM_PARTS * widest},
-        {"diff_mix", &s->diff_mix, 2 * NH},
-        {"diff_dmix", &s->diff_dmix, 2 * NH},
-        {"cosine", &s->cosine, (size_t)T * HS / 2},
-        {"sine", &s->sine, (size_t)T * HS / 2},
+        {&s->dln, N * C},
+        {&s->losses, N},
+        {&s->parts, NORM_PARTS * widest},
+        {&s->diff_mix, 2 * NH},
+        {&s->diff_dmix, 2 * NH},
+        {&s->cosine, (size_t)T * HS / 2},
+        {&s->sine, (size_t)T * HS / 2},
     };
     s->operands = carve(operands, (int)(sizeof operands / sizeof operands[0]), base);
     return s->operands + carve(others, (int)(sizeof others / sizeof others[0]), base ? base + s->operands : NULL);

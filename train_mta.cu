@@ -1580,7 +1580,7 @@ typedef struct {
 // over tokens of unit blockIdx.y of sequence blockIdx.z, so that what a lane needs of a pack for every token is found
 // once: there is no division in the walk. PACKS: packs of a lane, kept in registers; 0: any number, and a pack is read
 // again from the cache whenever it is needed.
-enum { HEAD_LANES = 16, HEAD_PACKS = 2 };
+enum { HEAD_LANES = 16 };
 template <int W> struct HeadPack {
     int e;                        // first element of the unit
     bool there;                   // false: beyond the unit, and all below is zero
@@ -2480,10 +2480,10 @@ static __device__ inline void mix16_parts(float* parts, float* s, float (*dw)[4]
     }
 }
 
-// The transpose of the same; for its own rows also att = post softmax(pre inp), which the
-// forward pass did not keep, and the weights' gradients. With P = softmax(pre inp), dP = post^T dout, dL = P (dP -
-// sum_j P dP): dinp = pre^T dL, dpost = dout P^T, dpre = dL inp^T. dinp may be dout. The dot product takes a pass of
-// its own. Without SOFTMAX: att = post inp, dinp = post^T dout. A block owns MIX16_ROWS rows.
+// The transpose of the same; for its own rows also att = post softmax(pre inp), which the forward pass did not keep,
+// and the weights' gradients. With P = softmax(pre inp), dP = post^T dout, dL = P (dP - sum_j P dP): dinp = pre^T dL,
+// dpost = dout P^T, dpre = dL inp^T. dinp may be dout. The dot product takes a pass of its own. Without SOFTMAX: att =
+// post inp, dinp = post^T dout. A block owns MIX16_ROWS rows.
 template <bool SOFTMAX, bool POST>
 static __global__ void __launch_bounds__(MIX16_THREADS)
     head_mix16_backward_kernel(TileX dinp, TileX att, TileX dout, Tile inp, MixWeights weights, const float* stats,
@@ -3847,7 +3847,6 @@ typedef struct {
 } Scratch;
 
 typedef struct {
-    const char* name;
     void** ptr;
     size_t bytes;
 } Buffer;
@@ -3912,7 +3911,7 @@ static size_t carve_activations(Activations* a, const Config* c, int B, int T, i
     size_t row = N * (size_t)c->hidden_size * sizeof(floatX), f = sizeof(float), low = EXACT ? 0 : row,
            streams = recompute == FORWARD_ONLY ? 1 : L + 1;
 #define BUFFER(name, bytes) \
-    { #name, (void**)&a->name, bytes }
+    { (void**)&a->name, bytes }
     const Buffer list[] = {
         BUFFER(x.high, streams * row),
         BUFFER(x.low, streams * low),
@@ -4065,7 +4064,7 @@ static size_t carve_scratch(Scratch* s, const Config* c, int B, int T, int chunk
         attention_parts = std::max(attention_parts, (size_t)a.S * NH * std::max(taps, mix));
     }
 #define BUFFER(name, bytes) \
-    { #name, (void**)&s->name, bytes }
+    { (void**)&s->name, bytes }
     const Buffer list[] = {
         BUFFER(qkv, N * (NH + 2 * NKV) * HS * x),
         BUFFER(act, N * FF * x),
