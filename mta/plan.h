@@ -41,10 +41,7 @@ typedef struct {
 // Parameters that a plain Transformer of these sizes does not have.
 static inline size_t plan_extra_parameters(const TensorList* list) {
     size_t n = 0;
-    for (int i = 0; i < list->n; i++) {
-        TensorKind kind = list->specs[i].kind;
-        if (kind >= TENSOR_KQ_CONV && kind <= TENSOR_LAMBDA_K2) { n += list->specs[i].numel; }
-    }
+    for (int i = 0; i < list->n; i++) { n += tensor_is_mta(&list->specs[i]) ? list->specs[i].numel : 0; }
     return n;
 }
 

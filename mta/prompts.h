@@ -1,6 +1,5 @@
 // mta/prompts.h: many texts to continue, infer_mta --prompts. JSON lines in, one JSON line each out:
-//   {"prompt": TEXT, "until": [TEXT, ...], "max_tokens", "temperature", "top_k", "top_p"}    all but prompt are
-//   optional
+//   {"prompt": TEXT, "until": [TEXT, ...], "max_tokens", "temperature", "top_k", "top_p"}: all but prompt are optional
 //   {"text": the continuation, "tokens": n}
 #ifndef MTA_PROMPTS_H
 #define MTA_PROMPTS_H
