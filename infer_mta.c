@@ -122,7 +122,7 @@ static void model_open(Model* m, const char* dir, int want, int threads, bool la
         die("%s: not a checkpoint directory; give one with config.json and model.safetensors", dir);
     }
     path_join(path, sizeof path, dir, "config.json");
-    if ((verify && !checkpoint_verify_model(dir, &e)) || !config_read_as(&m->c, path, assume_llama, &e) ||
+    if ((verify && !checkpoint_verify_model(dir, &e)) || !config_read(&m->c, path, assume_llama, &e) ||
         !safetensors_open_dir(&m->files, dir, &e)) {
         die("%s", e.text);
     }
@@ -870,12 +870,8 @@ static void add_end(Session* session, int64_t id) {
 
 // Adds the ids of eos_token_id of a generation_config.json: a number, a list or none.
 static bool ends_of_file(Session* session, const char* path, Error* e) {
-    char* text = NULL;
-    size_t n;
-    Error why = {{0}};
-    Json* j = read_file(path, (size_t)1 << 20, &text, &n, &why) ? json_parse(text, n, &why) : NULL;
-    bool good = j && j->type == JSON_OBJECT;
-    if (!good) { fail(e, "%s: %s", path, why.text[0] ? why.text : "wanted a JSON object"); }
+    Json* j = json_read(path, (size_t)1 << 20, e);
+    bool good = j && (j->type == JSON_OBJECT || fail(e, "%s: wanted a JSON object", path));
     const Json* end = json_get(j, "eos_token_id");
     bool list = end && end->type == JSON_ARRAY;
     for (const Json* i = list ? end->child : end; good && i && (list || i->type != JSON_NULL);
@@ -886,7 +882,6 @@ static bool ends_of_file(Session* session, const char* path, Error* e) {
         if (good) { add_end(session, id); }
     }
     json_free(j);
-    free(text);
     return good;
 }
 
@@ -912,10 +907,9 @@ static void find_ends(Session* session) {
 static void session_open(Session* session, const InferOptions* o) {
     memset(session, 0, sizeof *session);
     session->options = *o;
-    const char* const forms[] = {"f32", "bf16", "f16", "int8"};
     int want = -1;
-    for (int i = 0; i < 4; i++) {
-        if (!strcmp(o->weights, forms[i])) { want = i; }
+    for (int i = W_F32; i <= W_INT8; i++) {
+        if (!strcmp(o->weights, weight_names[i])) { want = i; }
     }
     bool generates =
         !o->score && !o->perplexity && !o->logits && !o->attention_map;  // else weights are read once for many tokens
@@ -1055,6 +1049,15 @@ static void penalize(const Session* session, float* logits) {
     }
 }
 
+static void heap_swap(float* weight, int32_t* id, int i, int j) {
+    float w = weight[i];
+    int32_t k = id[i];
+    weight[i] = weight[j];
+    id[i] = id[j];
+    weight[j] = w;
+    id[j] = k;
+}
+
 // the largest weight on top; equal ones: the lower id
 static void heap_sink(float* weight, int32_t* id, int n, int i) {
     for (;;) {
@@ -1063,12 +1066,7 @@ static void heap_sink(float* weight, int32_t* id, int n, int i) {
             if (weight[c] > weight[best] || (weight[c] == weight[best] && id[c] < id[best])) { best = c; }
         }
         if (best == i) { return; }
-        float w = weight[i];
-        int32_t k = id[i];
-        weight[i] = weight[best];
-        id[i] = id[best];
-        weight[best] = w;
-        id[best] = k;
+        heap_swap(weight, id, i, best);
         i = best;
     }
 }
@@ -1098,15 +1096,9 @@ static int32_t sample(Session* session, Rng* rng) {
         double sum = 0;
         bool by_k = wanted < V;
         while (left > 0 && taken < wanted && (by_k || sum < o->top_p * total)) {
-            float w = weight[0];
-            int32_t k = id[0];
-            left--;
-            weight[0] = weight[left];
-            id[0] = id[left];
-            weight[left] = w;
-            id[left] = k;
+            heap_swap(weight, id, 0, --left);
             heap_sink(weight, id, left, 0);
-            sum += w;
+            sum += weight[left];
             taken++;
         }
         if (by_k && o->top_p < 1) {

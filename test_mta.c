@@ -302,7 +302,7 @@ static Golden golden_open(const char* path) {
     const char* text = safetensors_metadata(&g.file, "config");
     if (!text) { die("%s: no configuration in its metadata: not a golden case", path); }
     Json* j = json_parse(text, strlen(text), &e);
-    if (!j || !config_from_json(&g.config, j, &e)) { die("%s: %s", path, e.text); }
+    if (!j || !config_from_json(&g.config, j, false, &e)) { die("%s: %s", path, e.text); }
     json_free(j);
     const StTensor* tokens = golden_tensor(&g, "golden.tokens", DT_I32, 0, path);
     if (tokens->ndim != 2 || tokens->numel < 1 || tokens->numel > INT32_MAX) {
@@ -599,10 +599,6 @@ static void golden_write_cases(const Trainer* tr, const char* dir, int n) {
     printf("%d golden cases of %s in %s\n", n, tr->name, dir);
 }
 
-static int compare_names(const void* a, const void* b) {
-    return strcmp(*(const char* const*)a, *(const char* const*)b);
-}
-
 static void golden_directory(const Trainer* tr) {
     const char* const places[] = {"dev/golden", "../dev/golden", "../../dev/golden"};
     char* names[256];
@@ -617,7 +613,7 @@ static void golden_directory(const Trainer* tr) {
         }
         if (d) { closedir(d); }
     }
-    qsort(names, (size_t)n, sizeof names[0], compare_names);
+    qsort(names, (size_t)n, sizeof names[0], compare_texts);
     if (!n) { verdict(false, "golden cases", "none found: run from the repository"); }
     for (int i = 0; i < n; i++) {
         golden_case(tr, names[i], false);
@@ -1571,7 +1567,7 @@ static void test_config(void) {
         tensor_list_free(&list);
         config_to_json(&c, "float32", &t);
         Json* j = json_parse(t.text, t.n, &e);
-        good = good && j && config_from_json(&back, j, &e) && config_same_model(&back, &c, &e);
+        good = good && j && config_from_json(&back, j, false, &e) && config_same_model(&back, &c, &e);
         json_free(j);
         text_free(&t);
     }
@@ -1744,7 +1740,7 @@ static void compare_checkpoint(const Trainer* tr, int argc, char** argv) {
         die("--compare: wanted a checkpoint directory, and at most %d tokens", 1 << 24);
     }
     path_join(path, sizeof path, dir, "config.json");
-    if (!config_read(&c, path, &e)) { die("%s", e.text); }
+    if (!config_read(&c, path, false, &e)) { die("%s", e.text); }
     int32_t *tokens = random_tokens(1, (size_t)B * T, c.vocab_size),
             *targets = random_tokens(2, (size_t)B * T, c.vocab_size);
     if (train) {

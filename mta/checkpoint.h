@@ -61,6 +61,12 @@ static inline void checkpoint_abort(CheckpointWriter* w) {
     text_free(&w->manifest);
 }
 
+static inline void checkpoint_path(const char* run, long step, char* path) {
+    char name[32];
+    snprintf(name, sizeof name, "step-%08ld", step);
+    path_join(path, PATH_SIZE, run, name);
+}
+
 // Starts RUN/.step-N.partial; makes RUN if missing.
 static inline bool checkpoint_begin(CheckpointWriter* w, const char* run, long step, Error* e) {
     char name[64];
@@ -70,8 +76,7 @@ static inline bool checkpoint_begin(CheckpointWriter* w, const char* run, long s
     if (!make_dirs(run, e)) { return false; }
     checkpoint_remove_partials(run);
     snprintf(w->run, sizeof w->run, "%s", run);
-    snprintf(name, sizeof name, "step-%08ld", step);
-    path_join(w->final, sizeof w->final, run, name);
+    checkpoint_path(run, step, w->final);
     snprintf(name, sizeof name, ".step-%08ld.partial", step);
     path_join(w->partial, sizeof w->partial, run, name);
     if (mkdir(w->partial, 0777)) { return fail(e, "%s: cannot create directory: %s", w->partial, strerror(errno)); }
@@ -178,8 +183,7 @@ static inline bool checkpoint_rename(CheckpointWriter* w, Error* e) {
 // Manifest, sync, rename, sync. The checkpoint's path into path_out (PATH_SIZE bytes, may be NULL).
 static inline bool checkpoint_commit(CheckpointWriter* w, char* path_out, Error* e) {
     char path[PATH_SIZE];
-    Text all;
-    memset(&all, 0, sizeof all);
+    Text all = {NULL, 0, 0};
     text_printf(&all, "{\n  \"step\": %ld,\n  \"files\": {%s\n  }\n}\n", w->step,
                 w->manifest.text ? w->manifest.text : "");
     path_join(path, sizeof path, w->partial, "manifest.json");
@@ -240,23 +244,16 @@ static inline bool checkpoint_verify_file(const char* dir, const Json* entry, bo
 // DIR/manifest.json; NULL on error. The caller frees it.
 static inline Json* checkpoint_manifest(const char* dir, Error* e) {
     char path[PATH_SIZE];
-    char* text;
-    size_t n;
-    Error why;
-    why.text[0] = 0;
     if (strlen(dir) + 300 > PATH_SIZE) {
         fail(e, "directory name of %zu bytes is too long", strlen(dir));
         return NULL;
     }
     path_join(path, sizeof path, dir, "manifest.json");
-    if (!read_file(path, MANIFEST_MAX_BYTES, &text, &n, e)) { return NULL; }
-    Json* manifest = json_parse(text, n, &why);
-    free(text);
-    if (!manifest) { fail(e, "%.300s: %.200s", path, why.text); }
-    return manifest;
+    return json_read(path, MANIFEST_MAX_BYTES, e);
 }
 
-static inline bool checkpoint_verify_manifest(const char* dir, bool contents, Error* e) {
+// Every file of the manifest is there, with its size and, if `contents`, its CRC-32.
+static inline bool checkpoint_verify(const char* dir, bool contents, Error* e) {
     Json* manifest = checkpoint_manifest(dir, e);
     if (!manifest) { return false; }
     const Json* files = json_get(manifest, "files");
@@ -268,9 +265,6 @@ static inline bool checkpoint_verify_manifest(const char* dir, bool contents, Er
     json_free(manifest);
     return good;
 }
-
-// Every file of the manifest is there, with its size and CRC-32.
-static inline bool checkpoint_verify(const char* dir, Error* e) { return checkpoint_verify_manifest(dir, true, e); }
 
 // Before a model is read from DIR, a checkpoint or a copy of some of its files: those that its manifest lists and that
 // are there have their size and, but for the two that only a resume reads, their CRC-32. True where there is no
@@ -388,12 +382,6 @@ static inline int checkpoint_list(const char* run, long** steps) {
     return n;
 }
 
-static inline void checkpoint_path(const char* run, long step, char* path) {
-    char name[32];
-    snprintf(name, sizeof name, "step-%08ld", step);
-    path_join(path, PATH_SIZE, run, name);
-}
-
 // The step and path (PATH_SIZE bytes) of the newest checkpoint that verifies, -1 if there is none. A line on stderr for
 // each passed over, the reason also as a line of *passed_over unless that is NULL.
 static inline long checkpoint_newest(const char* run, char* path_out, Text* passed_over) {
@@ -402,10 +390,9 @@ static inline long checkpoint_newest(const char* run, char* path_out, Text* pass
     checkpoint_say_strange(run);
     int n = checkpoint_list(run, &steps);
     for (int i = 0; i < n && found < 0; i++) {
-        Error why;
-        why.text[0] = 0;
+        Error why = {{0}};
         checkpoint_path(run, steps[i], path_out);
-        if (checkpoint_verify(path_out, &why)) {
+        if (checkpoint_verify(path_out, true, &why)) {
             found = steps[i];
         } else {
             fprintf(stderr, "%s: checkpoint passed over: %s\n", program_invocation_short_name, why.text);
@@ -429,7 +416,7 @@ static inline void checkpoint_prune(const char* run, int keep, long newest) {
         if (good == keep) {
             checkpoint_remove_dir(path);
         } else {
-            good += checkpoint_verify_manifest(path, false, NULL);
+            good += checkpoint_verify(path, false, NULL);
         }
     }
     if (keep > 0) { free(steps); }
@@ -531,9 +518,8 @@ static inline bool checkpoint_store_all(const StTensor* const* found, const Tens
         if (t->dtype != DT_F32 || (uintptr_t)data % 4) {
             good = st_to_f32(t, buffer, e);
             data = buffer;
-        }
-        for (size_t k = 0; good && data != buffer && k < t->numel; k++) {
-            if (!isfinite(data[k])) { good = fail(e, "%s: tensor %s: value %zu is not finite", t->file, t->name, k); }
+        } else {
+            good = st_finite(t, data, e);
         }
         good = good && store(ctx, i / list->n, i % list->n, data, e);
     }

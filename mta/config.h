@@ -185,17 +185,6 @@ static inline void choice_word(const char* words, int i, char* out, size_t n) {
     snprintf(out, n, "%.*s", (int)strcspn(words, "|"), words);
 }
 
-// Which word of "a|b|c" that is; -1: none.
-static inline int choice_index(const char* words, const char* word) {
-    size_t n = strlen(word);
-    for (int i = 0;; i++) {
-        size_t length = strcspn(words, "|");
-        if (length == n && !strncmp(words, word, n)) { return i; }
-        if (!words[length]) { return -1; }
-        words += length + 1;
-    }
-}
-
 // The value as JSON.
 static inline void config_field_write(const Config* c, const ConfigField* f, Text* t) {
     char word[64];
@@ -581,137 +570,42 @@ typedef struct {
     const char *model_type, *architecture;
 } FamilyName;
 
-// What may stand in config.json beside the fields. NULL: any value, it changes no number that a model computes. Else
-// the value, or the values, at which it changes nothing. "!" at the front: another value is refused under
+// What may stand in config.json beside the fields: a|b|c, and the value, or values, at which these keys change nothing.
+// NULL: any value, they change no number that a model computes. "!" at the front: another value is refused under
 // --assume-llama too.
 typedef struct {
-    const char *key, *values;
-} ConfigKey;
+    const char *values, *keys;
+} ConfigKeys;
 
-static const ConfigKey CONFIG_KEYS[] = {
-    // what it is called, how it is stored, how it was trained, how text is drawn from it
-    {"architectures", NULL},
-    {"model_type", NULL},
-    {"torch_dtype", NULL},
-    {"dtype", NULL},
-    {"transformers_version", NULL},
-    {"_name_or_path", NULL},
-    {"_commit_hash", NULL},
-    {"_attn_implementation", NULL},
-    {"attn_implementation", NULL},
-    {"_attn_implementation_autoset", NULL},
-    {"use_cache", NULL},
-    {"initializer_range", NULL},
-    {"pretraining_tp", NULL},
-    {"attention_dropout", NULL},
-    {"hidden_dropout", NULL},
-    {"dropout", NULL},
-    {"resid_pdrop", NULL},
-    {"embd_pdrop", NULL},
-    {"attn_pdrop", NULL},
-    {"pad_token_id", NULL},
-    {"unk_token_id", NULL},
-    {"sep_token_id", NULL},
-    {"cls_token_id", NULL},
-    {"mask_token_id", NULL},
-    {"pad_token", NULL},
-    {"decoder_start_token_id", NULL},
-    {"forced_bos_token_id", NULL},
-    {"forced_eos_token_id", NULL},
-    {"suppress_tokens", NULL},
-    {"begin_suppress_tokens", NULL},
-    {"bad_words_ids", NULL},
-    {"tokenizer_class", NULL},
-    {"model_max_length", NULL},
-    {"max_sequence_length", NULL},
-    {"max_length", NULL},
-    {"min_length", NULL},
-    {"do_sample", NULL},
-    {"early_stopping", NULL},
-    {"num_beams", NULL},
-    {"num_beam_groups", NULL},
-    {"diversity_penalty", NULL},
-    {"temperature", NULL},
-    {"top_k", NULL},
-    {"top_p", NULL},
-    {"typical_p", NULL},
-    {"repetition_penalty", NULL},
-    {"length_penalty", NULL},
-    {"no_repeat_ngram_size", NULL},
-    {"encoder_no_repeat_ngram_size", NULL},
-    {"num_return_sequences", NULL},
-    {"remove_invalid_values", NULL},
-    {"exponential_decay_length_penalty", NULL},
-    {"return_dict", NULL},
-    {"return_dict_in_generate", NULL},
-    {"output_scores", NULL},
-    {"output_attentions", NULL},
-    {"output_hidden_states", NULL},
-    {"torchscript", NULL},
-    {"use_bfloat16", NULL},
-    {"tf_legacy_loss", NULL},
-    {"is_decoder", NULL},
-    {"id2label", NULL},
-    {"label2id", NULL},
-    {"num_labels", NULL},
-    {"problem_type", NULL},
-    {"finetuning_task", NULL},
-    {"task_specific_params", NULL},
-    {"prefix", NULL},
-    {"unsloth_version", NULL},
-    {"unsloth_fixed", NULL},
-    {"use_flash_attn", NULL},
-    {"use_flash_attention", NULL},
-    {"use_flash_attention_2", NULL},
-    {"gradient_checkpointing", NULL},
-    {"transformers.js_config", NULL},  // of SmolLM2: forms of the weights for a browser
-    {"is_llama_config", NULL},
-    // read apart from the table of fields, below
-    {"rope_scaling", NULL},
-    {"rope_parameters", NULL},
-    {"head_dim", NULL},
-    {"sliding_window", NULL},
-    {"use_sliding_window", NULL},
-    {"attention_multiplier", NULL},
-    {"auto_map", NULL},
-    {"query_chunk", NULL},  // of scripts/hf: how many queries at once
-    {"layer_types", NULL},
-    // what changes the result unless it has this value
-    {"hidden_act", "!silu|swish"},
-    {"attention_bias", "!false"},
-    {"mlp_bias", "!false"},
-    {"partial_rotary_factor", "!1"},
-    {"quantization_config", "!"},
-    {"compression_config", "!"},
-    {"quantization", "!"},
-    {"qkv_bias", "false"},
-    {"use_qkv_bias", "false"},
-    {"use_bias", "false"},
-    {"bias", "false"},
-    {"lm_head_bias", "false"},
-    {"add_bias_linear", "false"},
-    {"rotary_pct", "1"},
-    {"rope_interleaved", "false"},
-    {"qk_norm", "false"},
-    {"use_qk_norm", "false"},
-    {"qk_layernorm", "false"},
-    {"embedding_multiplier", "1"},
-    {"residual_multiplier", "1"},
-    {"logits_scaling", "1"},
-    {"logit_scale", "1"},
-    {"scale_emb", "1"},
-    {"use_parallel_residual", "false"},
-    {"parallel_residual", "false"},
-    {"alibi", "false"},
-    {"add_cross_attention", "false"},
-    {"is_encoder_decoder", "false"},
-    {"tie_encoder_decoder", "false"},
-    {"cross_attention_hidden_size", ""},
-    {"chunk_size_feed_forward", "0"},
-    {"pruned_heads", "{}"},
-    {"num_experts", "0"},
-    {"num_local_experts", "0"},
-    {"n_routed_experts", "0"},
+static const ConfigKeys CONFIG_KEYS[] = {
+    // what it is called, how it is stored, how it was trained, how text is drawn from it; transformers.js_config is of
+    // SmolLM2: forms of the weights for a browser
+    {NULL, "architectures|model_type|torch_dtype|dtype|transformers_version|_name_or_path|_commit_hash|"
+           "_attn_implementation|attn_implementation|_attn_implementation_autoset|use_cache|initializer_range|"
+           "pretraining_tp|attention_dropout|hidden_dropout|dropout|resid_pdrop|embd_pdrop|attn_pdrop|pad_token_id|"
+           "unk_token_id|sep_token_id|cls_token_id|mask_token_id|pad_token|decoder_start_token_id|forced_bos_token_id|"
+           "forced_eos_token_id|suppress_tokens|begin_suppress_tokens|bad_words_ids|tokenizer_class|model_max_length|"
+           "max_sequence_length|max_length|min_length|do_sample|early_stopping|num_beams|num_beam_groups|"
+           "diversity_penalty|temperature|top_k|top_p|typical_p|repetition_penalty|length_penalty|no_repeat_ngram_size|"
+           "encoder_no_repeat_ngram_size|num_return_sequences|remove_invalid_values|exponential_decay_length_penalty|"
+           "return_dict|return_dict_in_generate|output_scores|output_attentions|output_hidden_states|torchscript|"
+           "use_bfloat16|tf_legacy_loss|is_decoder|id2label|label2id|num_labels|problem_type|finetuning_task|"
+           "task_specific_params|prefix|unsloth_version|unsloth_fixed|use_flash_attn|use_flash_attention|"
+           "use_flash_attention_2|gradient_checkpointing|transformers.js_config|is_llama_config"},
+    // read apart from the table of fields, below; query_chunk is of scripts/hf: how many queries at once
+    {NULL, "rope_scaling|rope_parameters|head_dim|sliding_window|use_sliding_window|attention_multiplier|"
+           "auto_map|query_chunk|layer_types"},
+    {"!silu|swish", "hidden_act"},
+    {"!false", "attention_bias|mlp_bias"},
+    {"!1", "partial_rotary_factor"},
+    {"!", "quantization_config|compression_config|quantization"},
+    {"false", "qkv_bias|use_qkv_bias|use_bias|bias|lm_head_bias|add_bias_linear|rope_interleaved|qk_norm|"
+              "use_qk_norm|qk_layernorm|use_parallel_residual|parallel_residual|alibi|add_cross_attention|"
+              "is_encoder_decoder|tie_encoder_decoder"},
+    {"1", "rotary_pct|embedding_multiplier|residual_multiplier|logits_scaling|logit_scale|scale_emb"},
+    {"", "cross_attention_hidden_size"},
+    {"0", "chunk_size_feed_forward|num_experts|num_local_experts|n_routed_experts"},
+    {"{}", "pruned_heads"},
 };
 
 // A value as the words of CONFIG_KEYS spell it: 1, false, silu, {} or [] for empty ones; "..." for what holds more.
@@ -732,7 +626,7 @@ static inline bool config_check_key(const Json* v, bool assume_llama, Error* e) 
     char got[64];
     int i = config_field(key), n = sizeof CONFIG_KEYS / sizeof CONFIG_KEYS[0];
     if (v->type == JSON_NULL || (i >= 0 && !strchr(key, '.'))) { return true; }
-    for (i = 0; i < n && strcmp(CONFIG_KEYS[i].key, key); i++) {}
+    for (i = 0; i < n && choice_index(CONFIG_KEYS[i].keys, key) < 0; i++) {}
     const char* values = i < n ? CONFIG_KEYS[i].values : "";
     if (!values) { return true; }
     bool always = values[0] == '!';
@@ -752,8 +646,6 @@ static inline bool config_check_key(const Json* v, bool assume_llama, Error* e) 
     return fail(e, "%.80s: got %s, and what this key does is not known here; --assume-llama passes over it", key, got);
 }
 
-static inline const char* config_string(const Json* j) { return j && j->type == JSON_STRING ? j->string : NULL; }
-
 // model_type and architectures into *family. They must be known and agree; under --assume-llama any other is taken for
 // LLaMA.
 static inline bool config_read_family(const Json* j, bool assume_llama, ConfigFamily* family, Error* e) {
@@ -766,12 +658,12 @@ static inline bool config_read_family(const Json* j, bool assume_llama, ConfigFa
     int i = n;
     *family = FAMILY_UNNAMED;
     if (type && type->type != JSON_NULL) {
-        for (i = 0; i < n && strcmp(names[i].model_type, config_string(type) ? type->string : ""); i++) {}
+        for (i = 0; i < n && strcmp(names[i].model_type, json_text(type) ? type->string : ""); i++) {}
         if (i == n && !assume_llama) {
             return fail(e,
                         "model_type: got \"%.60s\", wanted llama, mistral or mta; --assume-llama reads it as LLaMA, "
                         "right or wrong",
-                        config_string(type) ? type->string : "?");
+                        json_text(type) ? type->string : "?");
         }
         *family = i < n ? names[i].family : FAMILY_LLAMA;
     }
@@ -779,14 +671,14 @@ static inline bool config_read_family(const Json* j, bool assume_llama, ConfigFa
         return fail(e, "architectures: wanted a list of names");
     }
     for (const Json* a = list ? list->child : NULL; a; a = a->next) {
-        for (i = 0; i < n && strcmp(names[i].architecture, config_string(a) ? a->string : ""); i++) {}
+        for (i = 0; i < n && strcmp(names[i].architecture, json_text(a) ? a->string : ""); i++) {}
         bool agrees = i < n && (*family == FAMILY_UNNAMED || *family == names[i].family);
         if (!agrees && !assume_llama) {
             return fail(e,
                         "architectures: got \"%.60s\"%s, wanted LlamaForCausalLM, MistralForCausalLM or "
                         "MtaForCausalLM%s; --assume-llama reads it "
                         "as LLaMA, right or wrong",
-                        config_string(a) ? a->string : "?", i < n ? " beside another model_type" : "",
+                        json_text(a) ? a->string : "?", i < n ? " beside another model_type" : "",
                         i < n ? " as model_type says" : "");
         }
         if (*family == FAMILY_UNNAMED) { *family = i < n ? names[i].family : FAMILY_LLAMA; }
@@ -827,14 +719,14 @@ static inline bool config_read_rope(Config* c, const Json* j, const char* where,
     if (s->type != JSON_OBJECT) { return fail(e, "%s: wanted an object", where); }
     const Json *type = json_get(s, "rope_type"), *factor = json_get(s, "factor"), *theta = json_get(s, "rope_theta");
     const Json* older = json_get(s, "type");
-    if (config_string(type) && config_string(older) && strcmp(type->string, older->string)) {
+    if (json_text(type) && json_text(older) && strcmp(type->string, older->string)) {
         return fail(e, "%s: rope_type \"%.32s\" and type \"%.32s\" differ", where, type->string, older->string);
     }
     if (!type || type->type == JSON_NULL) { type = older; }
     if ((!type || type->type == JSON_NULL) && factor && !(factor->type == JSON_NUMBER && factor->number == 1)) {
         return fail(e, "%s: a factor without rope_type", where);
     }
-    const char* name = !type || type->type == JSON_NULL ? "default" : config_string(type) ? type->string : "?";
+    const char* name = !type || type->type == JSON_NULL ? "default" : json_text(type) ? type->string : "?";
     bool llama3 = !strcmp(name, "llama3"),
          linear = !strcmp(name, "linear") && factor && factor->type == JSON_NUMBER && factor->number == 1;
     if (!llama3 && !linear && strcmp(name, "default")) {
@@ -914,10 +806,10 @@ static inline bool config_check_more(const Config* c, const Json* j, ConfigFamil
         return fail(e, "layer_types: wanted a list of full_attention for every layer");
     }
     for (const Json* t = types ? types->child : NULL; t; t = t->next) {
-        if (!config_string(t) || strcmp(t->string, "full_attention")) {
+        if (!json_text(t) || strcmp(t->string, "full_attention")) {
             return fail(
                 e, "layer_types: got \"%.40s\", wanted full_attention in every layer; --assume-llama passes over it",
-                config_string(t) ? t->string : "?");
+                json_text(t) ? t->string : "?");
         }
     }
     if (map && map->type != JSON_NULL && family != FAMILY_MTA) {
@@ -929,7 +821,7 @@ static inline bool config_check_more(const Config* c, const Json* j, ConfigFamil
 // Reads a parsed config.json. Right or refused: only families whose mathematics is known, with their own defaults for
 // absent keys (neither model_type nor architectures: LLaMA's, without token ids), and no key that is not known.
 // assume_llama: an unknown family is taken for LLaMA and unknown keys are passed over, on the user's word.
-static inline bool config_from_json_as(Config* c, const Json* j, bool assume_llama, Error* e) {
+static inline bool config_from_json(Config* c, const Json* j, bool assume_llama, Error* e) {
     ConfigFamily family;
     *c = config_default();
     if (!j || j->type != JSON_OBJECT) { return fail(e, "wanted a JSON object"); }
@@ -946,21 +838,13 @@ static inline bool config_from_json_as(Config* c, const Json* j, bool assume_lla
            config_check(c, e);
 }
 
-static inline bool config_from_json(Config* c, const Json* j, Error* e) { return config_from_json_as(c, j, false, e); }
-
-static inline bool config_read_as(Config* c, const char* path, bool assume_llama, Error* e) {
-    char* text;
-    size_t n;
-    Error inner = {{0}};
-    if (!read_file(path, (size_t)16 << 20, &text, &n, e)) { return false; }
-    Json* j = json_parse(text, n, &inner);
-    bool ok = j && config_from_json_as(c, j, assume_llama, &inner);
+static inline bool config_read(Config* c, const char* path, bool assume_llama, Error* e) {
+    Error why = {{0}};
+    Json* j = json_read(path, (size_t)16 << 20, e);
+    bool good = j && (config_from_json(c, j, assume_llama, &why) || fail(e, "%s: %.400s", path, why.text));
     json_free(j);
-    free(text);
-    return ok ? true : fail(e, "%s: %.400s", path, inner.text);
+    return good;
 }
-
-static inline bool config_read(Config* c, const char* path, Error* e) { return config_read_as(c, path, false, e); }
 
 // The fields of one part, a line each; names that are empty are left out.
 static inline void config_write_part(const Config* c, FieldPart part, Text* t) {

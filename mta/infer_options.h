@@ -113,7 +113,7 @@ static inline const char* checkpoint_of(const char* dir, bool quiet) {
     for (; i < n; i++) {
         Error e = {{0}};
         checkpoint_path(dir, steps[i], path);
-        if (checkpoint_verify_manifest(path, false, &e)) { break; }
+        if (checkpoint_verify(path, false, &e)) { break; }
         fprintf(stderr, "%s: checkpoint passed over: %s\n", program_invocation_short_name, e.text);
     }
     if (!n) { return dir; }

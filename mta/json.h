@@ -59,18 +59,21 @@ static inline void json_skip_space(JsonReader* r) {
     for (int c = json_peek(r); c == ' ' || c == '\t' || c == '\n' || c == '\r'; c = json_peek(r)) { r->at++; }
 }
 
-// Bytes of the UTF-8 character at s (n left): 0 where it is not one (overlong, surrogate, beyond U+10FFFF, cut off).
+// Bytes of the character at `text` (1 to 4), of which n >= 1 bytes are left; 0 where it is no UTF-8: overlong, a
+// surrogate, beyond U+10FFFF, cut off.
 static inline size_t utf8_length(const char* text, size_t n) {
-    const unsigned char* s = (const unsigned char*)text;
-    if (n && s[0] < 0x80) { return 1; }
-    size_t len = !n || s[0] < 0xC2 ? 0 : s[0] < 0xE0 ? 2 : s[0] < 0xF0 ? 3 : s[0] < 0xF5 ? 4 : 0;
-    if (!len || len > n) { return 0; }
-    for (size_t i = 1; i < len; i++) {
-        if ((s[i] & 0xC0) != 0x80) { return 0; }
+    const unsigned char* p = (const unsigned char*)text;
+    unsigned char c = p[0];
+    if (c < 0x80) { return 1; }
+    if (c < 0xC2 || c > 0xF4) { return 0; }
+    size_t size = c < 0xE0 ? 2 : c < 0xF0 ? 3 : 4;
+    if (n < size) { return 0; }
+    unsigned char low = c == 0xE0 ? 0xA0 : c == 0xF0 ? 0x90 : 0x80, high = c == 0xED ? 0x9F : c == 0xF4 ? 0x8F : 0xBF;
+    if (p[1] < low || p[1] > high) { return 0; }
+    for (size_t i = 2; i < size; i++) {
+        if ((p[i] & 0xC0) != 0x80) { return 0; }
     }
-    bool bad = (s[0] == 0xE0 && s[1] < 0xA0) || (s[0] == 0xED && s[1] > 0x9F) || (s[0] == 0xF0 && s[1] < 0x90) ||
-               (s[0] == 0xF4 && s[1] > 0x8F);
-    return bad ? 0 : len;
+    return size;
 }
 
 // Writes a code point as UTF-8 (room for 4 bytes), returns the bytes.
@@ -211,10 +214,6 @@ static inline bool json_word(JsonReader* r, const char* word) {
     return true;
 }
 
-static inline int json_compare_keys(const void* a, const void* b) {
-    return strcmp(*(const char* const*)a, *(const char* const*)b);
-}
-
 // Does every key of an object occur once?
 static inline bool json_keys_differ(JsonReader* r, const Json* object) {
     const char *few[32], **keys = object->count > 32 ? (const char**)malloc(object->count * sizeof *keys) : few;
@@ -222,7 +221,7 @@ static inline bool json_keys_differ(JsonReader* r, const Json* object) {
     size_t n = 0;
     if (!keys) { die("out of memory: the keys of a JSON object"); }
     for (const Json* j = object->child; j; j = j->next) { keys[n++] = j->key; }
-    qsort(keys, n, sizeof *keys, json_compare_keys);
+    qsort(keys, n, sizeof *keys, compare_texts);
     size_t i = 1;
     while (i < n && strcmp(keys[i - 1], keys[i])) { i++; }
     if (i < n) { snprintf(what, sizeof what, "key \"%.60s\" occurs twice in an object that ends", keys[i]); }
@@ -307,12 +306,7 @@ static inline Json* json_value(JsonReader* r) {
 
 // Parses one value that fills the text. NULL on error: what is wrong, at which line and column.
 static inline Json* json_parse(const char* text, size_t n, Error* e) {
-    JsonReader r;
-    r.text = text;
-    r.n = n;
-    r.at = 0;
-    r.depth = 0;
-    r.error = e;
+    JsonReader r = {text, n, 0, 0, e};
     Json* j = json_value(&r);
     if (!j) { return NULL; }
     json_skip_space(&r);
@@ -324,7 +318,19 @@ static inline Json* json_parse(const char* text, size_t n, Error* e) {
     return j;
 }
 
-// The member of that key, the last if there are several; NULL if absent or not an object.
+// A file of at most max_bytes that holds one value; NULL and a message on error.
+static inline Json* json_read(const char* path, size_t max_bytes, Error* e) {
+    char* text;
+    size_t n;
+    Error why = {{0}};
+    if (!read_file(path, max_bytes, &text, &n, e)) { return NULL; }
+    Json* j = json_parse(text, n, &why);
+    free(text);
+    if (!j) { fail(e, "%.300s: %s", path, why.text); }
+    return j;
+}
+
+// The member of that key; NULL if absent or not an object.
 static inline const Json* json_get(const Json* object, const char* key) {
     if (!object || object->type != JSON_OBJECT) { return NULL; }
     for (const Json* c = object->child; c; c = c->next) {
@@ -332,6 +338,9 @@ static inline const Json* json_get(const Json* object, const char* key) {
     }
     return NULL;
 }
+
+// The text of a string; NULL where it is none or absent.
+static inline const char* json_text(const Json* j) { return j ? j->string : NULL; }
 
 // An exact integer within min..max.
 static inline bool json_integer(const Json* j, int64_t min, int64_t max, int64_t* out) {
@@ -378,6 +387,12 @@ static inline void text_json_number(Text* t, double x) {
         if (strtod(digits, NULL) == x) { break; }
     }
     text_append(t, digits, strlen(digits));
+}
+
+// A further member of an object, whose value is a number.
+static inline void text_json_field(Text* t, const char* key, double x) {
+    text_printf(t, ", \"%s\": ", key);
+    text_json_number(t, x);
 }
 
 #endif

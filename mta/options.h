@@ -89,19 +89,6 @@ static inline bool opt_in_range(const Opt* o, double x) {
     return (o->min == 0 && o->max == 0) || (x >= o->min && x <= o->max);
 }
 
-// Is `text` one of the words of "a|b|c"?
-static inline bool opt_is_choice(const char* choices, const char* text) {
-    size_t n = strlen(text);
-    for (const char* p = choices; n > 0;) {
-        const char* bar = strchr(p, '|');
-        size_t len = bar != NULL ? (size_t)(bar - p) : strlen(p);
-        if (len == n && strncmp(p, text, n) == 0) { return true; }
-        if (bar == NULL) { return false; }
-        p = bar + 1;
-    }
-    return false;
-}
-
 // A decimal integer and nothing else (strtoll alone would take leading blanks).
 static inline bool opt_parse_integer(const char* text, int64_t* out) {
     const char* digits = text + (text[0] == '-' || text[0] == '+');
@@ -148,7 +135,7 @@ static inline bool opt_store(Opt* o, const char* text) {
             *(double*)o->value = number;
             return true;
         case OPT_CHOICE:
-            if (!opt_is_choice(o->arg, text)) { return false; }
+            if (choice_index(o->arg, text) < 0) { return false; }
             *(const char**)o->value = text;
             return true;
         case OPT_STRING:

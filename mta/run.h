@@ -29,7 +29,7 @@ const char* mta_commit(void) __attribute__((weak));
 
 // Exit statuses of the trainers.
 enum { EXIT_DONE = 0, EXIT_USER_ERROR = 1, EXIT_NOT_FINITE = 3, EXIT_STOPPED = 75 };
-enum { MAX_SKIPPED_IN_A_ROW = 5, MAX_VAL_SETS = 64 };
+enum { MAX_SKIPPED_IN_A_ROW = 5, MAX_VAL_SETS = 64, TRAINER_MAX_BYTES = 1 << 24 };  // of trainer.json
 
 // ---------------------------------------------------------------------------------------------------------------------
 // A run
@@ -159,11 +159,6 @@ static inline void run_override_fields(Config* c, const TrainOptions* o) {
     for (int l = c->num_hidden_layers; l < MAX_LAYERS; l++) { c->kq_conv_layer[l] = false; }
 }
 
-static inline void run_override_attention(Config* c, const TrainOptions* o) {
-    Error e = {{0}};
-    if (!config_override(c, o->fields, PART_ATTENTION, &e)) { die("%s", e.text); }
-}
-
 static inline bool run_holds_run(const char* dir) {
     char path[PATH_SIZE];
     long* steps;
@@ -187,14 +182,13 @@ static inline void run_shard_tokenizer(Run* r) {
 }
 
 // The tokenizer that a config.json names: its file beside it or its built-in name into path, how its text is split into
-// pattern (32 bytes,
-// "" = as the file tells). False if it names none.
+// pattern (32 bytes, "" = as the file tells). False if it names none.
 static inline bool run_named_tokenizer(const char* config, bool assume_llama, char* path, char* pattern) {
     Config c;
     Error e = {{0}};
     char dir[PATH_SIZE];
     const char* slash = strrchr(config, '/');
-    if (!config_read_as(&c, config, assume_llama, &e)) { die("%s", e.text); }
+    if (!config_read(&c, config, assume_llama, &e)) { die("%s", e.text); }
     if (!c.tokenizer[0]) { return false; }
     snprintf(dir, sizeof dir, "%.*s", slash ? (int)(slash - config) + 1 : 0, config);
     path_join(path, PATH_SIZE, dir, c.tokenizer);
@@ -238,7 +232,7 @@ static inline void run_check_trained_tokenizer(const Run* r, const char* from) {
     Error e = {{0}};
     path_join(path, sizeof path, from, "config.json");
     if (!file_exists(path)) { return; }
-    if (!config_read_as(&c, path, r->options->assume_llama, &e) ||
+    if (!config_read(&c, path, r->options->assume_llama, &e) ||
         !checkpoint_check_tokenizer(from, &c, r->tokenizer, !r->options->no_verify, &e)) {
         die("--tokenizer: %s", e.text);
     }
@@ -345,7 +339,7 @@ static inline void run_check_init(const Run* r, bool preset) {
                r->init_dir);
         return;
     }
-    if (!config_read_as(&c, path, o->assume_llama, &e)) { die("--init-from: %s", e.text); }
+    if (!config_read(&c, path, o->assume_llama, &e)) { die("--init-from: %s", e.text); }
     run_check_hidden_fields(r, &c, preset);
     if (options_evaluate(o) && !options_field_given(o, "max_position_embeddings") &&
         r->seq_len > c.max_position_embeddings) {
@@ -384,7 +378,7 @@ static inline void run_configure(Run* r) {
             }
             die("--model: got \"%s\", wanted one of %s or a config.json", base, MODEL_NAMES);
         }
-        if (!config_read_as(c, path, o->assume_llama, &e)) { die("%s", e.text); }
+        if (!config_read(c, path, o->assume_llama, &e)) { die("%s", e.text); }
         loaded = true;
     }
     run_override_fields(c, o);
@@ -399,7 +393,7 @@ static inline void run_configure(Run* r) {
             die("--%s", e.text);
         }
     }
-    run_override_attention(c, o);
+    if (!config_override(c, o->fields, PART_ATTENTION, &e)) { die("%s", e.text); }
     run_shard_tokenizer(r);
     int shard_vocabulary = r->shard_tokenizer.vocab_size;
     const char* from = r->resume_dir[0] ? r->resume_dir : r->init_dir;
@@ -429,7 +423,7 @@ static inline void run_configure(Run* r) {
     if (r->resume_dir[0]) {
         Config saved;
         path_join(path, sizeof path, r->resume_dir, "config.json");
-        if (!config_read(&saved, path, &e)) { die("%s", e.text); }
+        if (!config_read(&saved, path, false, &e)) { die("%s", e.text); }
         if (!config_same_model(c, &saved, &e)) { die("--resume: %s is another model: %s", r->resume_dir, e.text); }
     }
 }
@@ -449,15 +443,11 @@ static inline double run_epoch_tokens(const Run* r) {
 
 // The steps of the run that is resumed, as its checkpoint's trainer.json says; -1 = it does not.
 static inline int64_t run_saved_steps(const Run* r) {
-    char path[PATH_SIZE], *text;
-    size_t n;
-    Error e = {{0}};
+    char path[PATH_SIZE];
     int64_t steps = -1;
     path_join(path, sizeof path, r->resume_dir, "trainer.json");
-    if (!r->resume_dir[0] || !read_file(path, (size_t)16 << 20, &text, &n, &e)) { return -1; }
-    Json* j = json_parse(text, n, &e);
-    free(text);
-    if (!json_integer(json_get(j, "steps"), 0, INT64_MAX, &steps)) { steps = -1; }
+    Json* j = r->resume_dir[0] ? json_read(path, TRAINER_MAX_BYTES, NULL) : NULL;
+    json_integer(json_get(j, "steps"), 0, INT64_MAX, &steps);
     json_free(j);
     return steps;
 }
@@ -605,17 +595,17 @@ static inline void run_share_checkpoint(Run* r) {
 
 // The shards that the checkpoint's trainer.json names: one where it names none, as before there were any.
 static inline int run_saved_shards(const char* dir) {
-    char path[PATH_SIZE], *text;
-    size_t n;
+    char path[PATH_SIZE];
     Error e = {{0}};
     int64_t shards = 1;
     path_join(path, sizeof path, dir, "trainer.json");
-    if (!read_file(path, (size_t)16 << 20, &text, &n, &e)) { die("--resume: %s", e.text); }
-    Json* j = json_parse(text, n, &e);
+    Json* j = json_read(path, TRAINER_MAX_BYTES, &e);
+    if (!j) { die("--resume: %s", e.text); }
     const Json* value = json_get(j, "shards");
-    if (!j || (value && !json_integer(value, 1, MAX_RANKS, &shards))) { die("--resume: %s: shards: %s", path, e.text); }
+    if (value && !json_integer(value, 1, MAX_RANKS, &shards)) {
+        die("--resume: %s: shards: wanted a number from 1 to %d", path, MAX_RANKS);
+    }
     json_free(j);
-    free(text);
     return (int)shards;
 }
 
@@ -710,7 +700,9 @@ static inline void run_open_val_set(Run* r, const char* glob, const char* set, c
     Error e = {{0}};
     if (r->n_val == MAX_VAL_SETS) { die("--val: more than %d sets", MAX_VAL_SETS); }
     ValSet* v = &r->val[r->n_val++];
-    if (!loader_open_set(&v->loader, glob, set, r->seq_len, r->config.vocab_size, &e)) { die("--val: %s", e.text); }
+    if (!loader_open_mix(&v->loader, glob, set, r->seq_len, r->config.vocab_size, 0, MIX_TOKEN, &e)) {
+        die("--val: %s", e.text);
+    }
     if (v->loader.sources[0].weighted) {
         die("--val: got \"%s\", wanted no weight: each set has its own figures", glob);
     }
@@ -786,7 +778,7 @@ static inline void run_open_data(Run* r) {
     Error e = {{0}};
     LoaderMix mix = strcmp(o->mix, "document") ? MIX_TOKEN : MIX_DOCUMENT;
     if (o->train &&
-        !loader_open_mix(&r->train, o->train, r->seq_len, r->config.vocab_size, (uint64_t)o->seed, mix, &e)) {
+        !loader_open_mix(&r->train, o->train, NULL, r->seq_len, r->config.vocab_size, (uint64_t)o->seed, mix, &e)) {
         die("--train: %s", e.text);
     }
     if (o->train) { run_verify_data(r, &r->train, "--train", true); }
@@ -844,26 +836,20 @@ static inline void run_meet(Run* r) {
     ranks_saved(r->ranks, r->resume_dir);
 }
 
-// --eval-only and --score: the directory if there is to be one, and the step that the checkpoint's trainer.json
-// says.
+// --eval-only and --score: the directory if there is to be one, and the step that the checkpoint's trainer.json says.
 static inline void run_open_evaluation(Run* r) {
-    char path[PATH_SIZE], *text = NULL;
-    size_t n = 0;
+    char path[PATH_SIZE];
     Error e = {{0}};
     if (r->options->out && ranks_lead(r->ranks) && !make_dirs(r->options->out, &e)) { die("--out: %s", e.text); }
     path_join(path, sizeof path, r->init_dir, "trainer.json");
     if (!file_exists(path)) { return; }
-    if (!read_file(path, (size_t)16 << 20, &text, &n, &e)) { die("--init-from: %s", e.text); }
-    Json* j = json_parse(text, n, &e);
-    if (!j || !json_integer(json_get(j, "step"), 0, INT64_MAX, &r->step)) {
-        die("--init-from: %s: %s", path, e.text[0] ? e.text : "step is missing");
-    }
+    Json* j = json_read(path, TRAINER_MAX_BYTES, &e);
+    if (j && !json_integer(json_get(j, "step"), 0, INT64_MAX, &r->step)) { fail(&e, "%s: step is missing", path); }
+    if (e.text[0]) { die("--init-from: %s", e.text); }
     json_free(j);
-    free(text);
 }
 
-// The run directory, signals; reads trainer.json of the checkpoint that is resumed. Ends the program on any
-// mistake.
+// The run directory, signals; reads trainer.json of the checkpoint that is resumed. Ends the program on any mistake.
 static inline void run_open_directory(Run* r) {
     if (ranks_lead(r->ranks)) { run_check_directory(r); }
     Error e = {{0}};
@@ -1027,16 +1013,18 @@ static inline bool run_take_state(Run* r, const Json* j, const char* path, Error
 // trainer.json of the checkpoint that is resumed.
 static inline bool run_read_state(Run* r, Error* e) {
     char path[PATH_SIZE];
-    char* text;
-    size_t n;
-    Error why = {{0}};
     path_join(path, sizeof path, r->resume_dir, "trainer.json");
-    if (!read_file(path, (size_t)16 << 20, &text, &n, e)) { return false; }
-    Json* j = json_parse(text, n, &why);
-    free(text);
-    bool good = j ? run_take_state(r, j, path, e) : fail(e, "%s: %.300s", path, why.text);
+    Json* j = json_read(path, TRAINER_MAX_BYTES, e);
+    bool good = j && run_take_state(r, j, path, e);
     json_free(j);
     return good;
+}
+
+// Ends a line of the log, an object, and writes it.
+static inline void run_log_line(Run* r, Text* t) {
+    text_append(t, "}", 1);
+    runlog_line(&r->log, t->text);
+    text_free(t);
 }
 
 // ---- one step
@@ -1118,8 +1106,7 @@ static inline void run_log_step(Run* r, const StepResult* s, double lr, double s
                   {"skipped", (double)r->skipped}};
     text_printf(&t, "{\"event\": \"step\", \"step\": %lld", (long long)r->step);
     for (size_t i = 0; i < sizeof fields / sizeof fields[0]; i++) {
-        text_printf(&t, ", \"%s\": ", fields[i].name);
-        text_json_number(&t, fields[i].value);
+        text_json_field(&t, fields[i].name, fields[i].value);
     }
     if (r->train.n_sources > 1) {
         text_printf(&t, ", \"sources\": {");
@@ -1130,9 +1117,7 @@ static inline void run_log_step(Run* r, const StepResult* s, double lr, double s
         }
         text_printf(&t, "}");
     }
-    text_printf(&t, "}");
-    runlog_line(&r->log, t.text);
-    text_free(&t);
+    run_log_line(r, &t);
     snprintf(line, sizeof line, "step %lld/%lld  loss %.4f  norm %.3f  lr %.2e  %s tokens/s  MFU %.1f%%  ETA %s%s",
              (long long)r->step, (long long)r->steps, s->loss, s->grad_norm, lr,
              format_count(rate, rate_text, sizeof rate_text), 100 * mfu,
@@ -1155,9 +1140,7 @@ static inline void run_log_passed_over(Run* r) {
         Text t = {NULL, 0, 0};
         text_printf(&t, "{\"event\": \"damaged\", \"step\": %lld, \"reason\": ", (long long)r->step);
         text_json_string(&t, why, strlen(why));
-        text_append(&t, "}", 1);
-        runlog_line(&r->log, t.text);
-        text_free(&t);
+        run_log_line(r, &t);
     }
 }
 
@@ -1208,10 +1191,9 @@ static inline void run_log_start(Run* r, size_t parameters) {
         if (i > 1) { text_append(&t, ", ", 2); }
         text_json_string(&t, r->options->argv[i], strlen(r->options->argv[i]));
     }
-    text_printf(&t, "]%s%s%s}", r->changes.n ? ", \"changed\": [" : "", r->changes.n ? r->changes.text : "",
-                r->changes.n ? "]" : "");
-    runlog_line(&r->log, t.text);
-    text_free(&t);
+    text_append(&t, "]", 1);
+    if (r->changes.n) { text_printf(&t, ", \"changed\": [%s]", r->changes.text); }
+    run_log_line(r, &t);
     text_free(&config);
     if (out) { run_lock(r, false); }
     r->started = r->saved_at = seconds_now();
@@ -1289,22 +1271,12 @@ static inline void run_log_val(Run* r, ValSet* v, double loss_sum, int64_t count
     v->bits_per_byte = v->bytes_per_token > 0 && !v->masked ? v->loss / M_LN2 / v->bytes_per_token : NAN;
     text_printf(&t, "{\"event\": \"val\", \"step\": %lld, \"name\": ", (long long)r->step);
     text_json_string(&t, v->name, strlen(v->name));
-    text_printf(&t, ", \"loss\": ");
-    text_json_number(&t, v->loss);
-    text_printf(&t, ", \"perplexity\": ");
-    text_json_number(&t, exp(v->loss));
+    text_json_field(&t, "loss", v->loss);
+    text_json_field(&t, "perplexity", exp(v->loss));
     text_printf(&t, ", \"tokens\": %lld", (long long)counted);
-    if (!isnan(v->bits_per_byte)) {
-        text_printf(&t, ", \"bits_per_byte\": ");
-        text_json_number(&t, v->bits_per_byte);
-    }
-    if (v->masked) {
-        text_printf(&t, ", \"error\": ");
-        text_json_number(&t, error);
-    }
-    text_printf(&t, "}");
-    runlog_line(&r->log, t.text);
-    text_free(&t);
+    if (!isnan(v->bits_per_byte)) { text_json_field(&t, "bits_per_byte", v->bits_per_byte); }
+    if (v->masked) { text_json_field(&t, "error", error); }
+    run_log_line(r, &t);
     run_show_val(r, v->name, v->loss, exp(v->loss), v->bits_per_byte, counted, error);
 }
 
@@ -1318,17 +1290,11 @@ static inline void run_log_val_mean(Run* r) {
         perplexity += exp(r->val[i].loss) / r->n_val;
         bits += r->val[i].bits_per_byte / r->n_val;
     }
-    text_printf(&t, "{\"event\": \"val_mean\", \"step\": %lld, \"sets\": %d, \"loss\": ", (long long)r->step, r->n_val);
-    text_json_number(&t, loss);
-    text_printf(&t, ", \"perplexity\": ");
-    text_json_number(&t, perplexity);
-    if (!isnan(bits)) {
-        text_printf(&t, ", \"bits_per_byte\": ");
-        text_json_number(&t, bits);
-    }
-    text_printf(&t, "}");
-    runlog_line(&r->log, t.text);
-    text_free(&t);
+    text_printf(&t, "{\"event\": \"val_mean\", \"step\": %lld, \"sets\": %d", (long long)r->step, r->n_val);
+    text_json_field(&t, "loss", loss);
+    text_json_field(&t, "perplexity", perplexity);
+    if (!isnan(bits)) { text_json_field(&t, "bits_per_byte", bits); }
+    run_log_line(r, &t);
     run_show_val(r, "mean", loss, perplexity, bits, -1, -1);
 }
 
@@ -1337,9 +1303,7 @@ static inline void run_log_sample(Run* r, const char* text, size_t n) {
     size_t valid = utf8_valid_up_to(text, n);  // a sample may end inside a character
     text_printf(&t, "{\"event\": \"sample\", \"step\": %lld, \"text\": ", (long long)r->step);
     text_json_string(&t, text, valid);
-    text_printf(&t, "}");
-    runlog_line(&r->log, t.text);
-    text_free(&t);
+    run_log_line(r, &t);
     progress_break(&r->progress);
     printf("sample at step %lld: ", (long long)r->step);
     for (size_t i = 0; i < n; i++) {  // what could steer a terminal is shown, not sent
@@ -1393,10 +1357,8 @@ static inline void run_saved(Run* r, const char* path, double seconds) {
     text_printf(&t, "{\"event\": \"save\", \"step\": %lld, \"seconds\": %.3f, %s\"path\": ", (long long)r->step,
                 seconds, r->timed ? "\"timed\": true, " : "");
     text_json_string(&t, path, strlen(path));
-    text_printf(&t, "}");
-    runlog_line(&r->log, t.text);
+    run_log_line(r, &t);
     runlog_sync(&r->log);
-    text_free(&t);
     snprintf(line, sizeof line, "saved %s", path);
     progress_line(&r->progress, line, true);
 }
@@ -1483,9 +1445,8 @@ static inline void run_log_ranks(Run* r) {
                     (long long)all[p].windows, (unsigned long long)all[p].sent, (unsigned long long)all[p].reduced,
                     (unsigned long long)all[p].early, all[p].waited);
     }
-    text_printf(&t, "]}");
-    runlog_line(&r->log, t.text);
-    text_free(&t);
+    text_append(&t, "]", 1);
+    run_log_line(r, &t);
     free(all);
 }
 
@@ -1514,10 +1475,8 @@ static inline int run_end(Run* r) {
         printf("stopped by signal %d at step %lld, saved; --resume continues\n",
                ranks_alone(r->ranks) ? (int)run_signal : r->ranks->signal, (long long)r->step);
         status = EXIT_STOPPED;
-    } else {
-        if (!options_evaluate(r->options)) {
-            printf("done: %lld steps, %lld updates skipped\n", (long long)r->step, (long long)r->skipped);
-        }
+    } else if (!options_evaluate(r->options)) {
+        printf("done: %lld steps, %lld updates skipped\n", (long long)r->step, (long long)r->skipped);
     }
     loader_close(&r->train);
     for (int i = 0; i < r->n_val; i++) { loader_close(&r->val[i].loader); }

@@ -147,7 +147,7 @@ static inline void safetensors_close(SafeTensors* s) {
 // One header entry; the data section is `size` bytes at `base`.
 static inline bool st_parse_tensor(StTensor* t, const Json* j, const uint8_t* base, size_t size, const char* file,
                                    Error* e) {
-    const Json* dtype = json_get(j, "dtype");
+    const char* dtype = json_text(json_get(j, "dtype"));
     const Json* shape = json_get(j, "shape");
     const Json* offsets = json_get(j, "data_offsets");
     int64_t begin = 0, end = 0, dim = 0;
@@ -158,12 +158,9 @@ static inline bool st_parse_tensor(StTensor* t, const Json* j, const uint8_t* ba
     }
     snprintf(t->name, sizeof t->name, "%s", j->key);
     t->file = file;
-    while (d < DT_COUNT && !(dtype && dtype->type == JSON_STRING && !strcmp(dtype->string, dtype_name((DType)d)))) {
-        d++;
-    }
+    while (d < DT_COUNT && !(dtype && !strcmp(dtype, dtype_name((DType)d)))) { d++; }
     if (d == DT_COUNT) {
-        return fail(e, "%s: tensor %s: dtype %.20s is unknown", file, t->name,
-                    dtype && dtype->string ? dtype->string : "(none)");
+        return fail(e, "%s: tensor %s: dtype %.20s is unknown", file, t->name, dtype ? dtype : "(none)");
     }
     t->dtype = (DType)d;
     if (!shape || shape->type != JSON_ARRAY || shape->count > ST_MAX_DIMS) {
@@ -219,8 +216,7 @@ static inline bool safetensors_add(SafeTensors* s, const uint8_t* image, size_t 
     }
     const uint8_t* base = image + 8 + length;
     size_t data = size - 8 - (size_t)length;
-    Error why;
-    why.text[0] = 0;
+    Error why = {{0}};
     Json* header = json_parse((const char*)image + 8, (size_t)length, &why);
     if (!header) { return fail(e, "%s: header: %s", file, why.text); }
     bool good = header->type == JSON_OBJECT || fail(e, "%s: the header is no JSON object", file);
@@ -342,14 +338,8 @@ static inline bool safetensors_open_dir(SafeTensors* s, const char* dir, Error* 
     if (!file_exists(path)) {
         return fail(e, "%s: neither model.safetensors nor model.safetensors.index.json in it", dir);
     }
-    char* text;
-    size_t n;
-    if (!read_file(path, ST_MAX_HEADER, &text, &n, e)) { return false; }
-    Error why;
-    why.text[0] = 0;
-    Json* index = json_parse(text, n, &why);
-    free(text);
-    bool good = index ? st_add_indexed(s, dir, path, index, e) : fail(e, "%s: %s", path, why.text);
+    Json* index = json_read(path, ST_MAX_HEADER, e);
+    bool good = index && st_add_indexed(s, dir, path, index, e);
     json_free(index);
     if (!good) { safetensors_close(s); }
     return good;
@@ -365,8 +355,14 @@ static inline bool safetensors_holds(const char* path, const char* name, bool* h
 }
 
 static inline const char* safetensors_metadata(const SafeTensors* s, const char* key) {  // NULL if absent
-    const Json* j = json_get(s->metadata, key);
-    return j ? j->string : NULL;
+    return json_text(json_get(s->metadata, key));
+}
+
+static inline bool st_finite(const StTensor* t, const float* values, Error* e) {
+    for (size_t i = 0; i < t->numel; i++) {
+        if (!isfinite(values[i])) { return fail(e, "%s: tensor %s: value %zu is not finite", t->file, t->name, i); }
+    }
+    return true;
 }
 
 // Converts numel values to fp32. Refuses other dtypes and what is not finite in fp32, with tensor and index.
@@ -390,10 +386,7 @@ static inline bool st_to_f32(const StTensor* t, float* out, Error* e) {
     } else {
         return fail(e, "%s: tensor %s: dtype %s, wanted F32, BF16, F16 or F64", t->file, t->name, dtype_name(t->dtype));
     }
-    for (size_t i = 0; i < n; i++) {
-        if (!isfinite(out[i])) { return fail(e, "%s: tensor %s: value %zu is not finite", t->file, t->name, i); }
-    }
-    return true;
+    return st_finite(t, out, e);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -440,14 +433,11 @@ static inline bool st_writer_put(StWriter* w, const void* data, size_t bytes, Er
 // data section starts at a multiple of 64 bytes: the header ends in spaces.
 static inline bool st_writer_open(StWriter* w, const char* path, const StEntry* entries, int n,
                                   const char* const* metadata_pairs, int n_pairs, Error* e) {
-    Text t;
-    memset(&t, 0, sizeof t);
+    Text t = {NULL, 0, 0};
     size_t at = 0;
-    bool format = true;  // a pair may set another format
-    for (int i = 0; i < n_pairs; i++) { format = format && strcmp(metadata_pairs[2 * i], "format"); }
-    text_printf(&t, "{\"__metadata__\":{%s", format ? "\"format\":\"pt\"" : "");
+    text_printf(&t, "{\"__metadata__\":{\"format\":\"pt\"");
     for (int i = 0; i < n_pairs; i++) {
-        text_append(&t, ",", format || i);
+        text_append(&t, ",", 1);
         text_json_string(&t, metadata_pairs[2 * i], strlen(metadata_pairs[2 * i]));
         text_append(&t, ":", 1);
         text_json_string(&t, metadata_pairs[2 * i + 1], strlen(metadata_pairs[2 * i + 1]));

@@ -153,42 +153,16 @@ static inline bool score_read_part(ScoreRequest* q, const Scorer* scorer, const 
 
 // Bytes of the blanks that end a text of n bytes: what Python's str.rstrip() takes off.
 static inline size_t score_blanks(const char* text, size_t n) {
-    static const char* const blanks[] = {" ",
-                                         "\t",
-                                         "\n",
-                                         "\v",
-                                         "\f",
-                                         "\r",
-                                         "\x1c",
-                                         "\x1d",
-                                         "\x1e",
-                                         "\x1f",
-                                         "\xc2\x85",
-                                         "\xc2\xa0",
-                                         "\xe1\x9a\x80",
-                                         "\xe2\x80\x80",
-                                         "\xe2\x80\x81",
-                                         "\xe2\x80\x82",
-                                         "\xe2\x80\x83",
-                                         "\xe2\x80\x84",
-                                         "\xe2\x80\x85",
-                                         "\xe2\x80\x86",
-                                         "\xe2\x80\x87",
-                                         "\xe2\x80\x88",
-                                         "\xe2\x80\x89",
-                                         "\xe2\x80\x8a",
-                                         "\xe2\x80\xa8",
-                                         "\xe2\x80\xa9",
-                                         "\xe2\x80\xaf",
-                                         "\xe2\x81\x9f",
-                                         "\xe3\x80\x80"};
-    enum { BLANKS = sizeof blanks / sizeof *blanks };
+    static const char blanks[] =  // each ended by a NUL, all by another
+        " \0\t\0\n\0\v\0\f\0\r\0\x1c\0\x1d\0\x1e\0\x1f\0\xc2\x85\0\xc2\xa0\0\xe1\x9a\x80\0\xe2\x80\x80\0\xe2\x80\x81\0"
+        "\xe2\x80\x82\0\xe2\x80\x83\0\xe2\x80\x84\0\xe2\x80\x85\0\xe2\x80\x86\0\xe2\x80\x87\0\xe2\x80\x88\0"
+        "\xe2\x80\x89\0\xe2\x80\x8a\0\xe2\x80\xa8\0\xe2\x80\xa9\0\xe2\x80\xaf\0\xe2\x81\x9f\0\xe3\x80\x80\0";
     size_t left = n;
-    for (int i = 0; i < BLANKS; i++) {
-        size_t size = strlen(blanks[i]);
-        if (left < size || memcmp(text + left - size, blanks[i], size)) { continue; }
-        left -= size;
-        i = -1;  // from the first blank again, before these
+    for (const char* blank = blanks; *blank;) {
+        size_t size = strlen(blank);
+        bool ends = left >= size && !memcmp(text + left - size, blank, size);
+        left -= ends ? size : 0;
+        blank = ends ? blanks : blank + size + 1;  // from the first again, before this one
     }
     return n - left;
 }
@@ -457,10 +431,7 @@ static inline double perplexity_of(const Perplexity* perplexity, const char* fil
                              nats / (double)bytes / log(2)};
     const char* const names[] = {"nats", "nats_per_token", "perplexity", "nats_per_byte", "bits_per_byte"};
     text_printf(&line, "{\"tokens\": %zu, \"bytes\": %zu, \"windows\": %ld", n, bytes, windows);
-    for (int i = 0; i < 5; i++) {
-        text_printf(&line, ", \"%s\": ", names[i]);
-        text_json_number(&line, values[i]);
-    }
+    for (int i = 0; i < 5; i++) { text_json_field(&line, names[i], values[i]); }
     text_printf(&line, "}\n");
     put_out(line.text, line.n, true);
     text_free(&line);

@@ -233,6 +233,14 @@ typedef struct {
     uint64_t position;     // windows given so far, over all sources
 } Loader;
 
+// Shard k of all sources together, NULL beyond the last.
+static inline const Shard* loader_shard(const Loader* l, int k) {
+    for (int i = 0; i < l->n_sources; k -= l->sources[i++].n_shards) {
+        if (k < l->sources[i].n_shards) { return &l->sources[i].shards[k]; }
+    }
+    return NULL;
+}
+
 static inline void loader_close(Loader* l) {
     for (int i = 0; i < l->n_sources; i++) {
         for (int j = 0; j < l->sources[i].n_shards; j++) { shard_close(&l->sources[i].shards[j]); }
@@ -243,11 +251,15 @@ static inline void loader_close(Loader* l) {
     memset(l, 0, sizeof(*l));
 }
 
+static inline const char* shard_base_name(const char* path) {
+    const char* slash = strrchr(path, '/');
+    return slash != NULL ? slash + 1 : path;
+}
+
 // "data/c4_train_*.bin" -> "c4": the last part, up to _train, _val or _test, else up to the first wildcard or .bin.
 static inline void source_name(const char* pattern, char* out, size_t n) {
     const char* cuts[] = {"_train", "_val", "_test", "*", "?", "[", ".bin"};
-    const char* base = strrchr(pattern, '/');
-    base = base != NULL ? base + 1 : pattern;
+    const char* base = shard_base_name(pattern);
     size_t length = strlen(base);
     for (int i = 0; i < 7; i++) {
         const char* cut = strstr(base, cuts[i]);
@@ -261,16 +273,11 @@ static inline void source_name(const char* pattern, char* out, size_t n) {
 // "data/c4_val_000000.bin" -> "c4": the set that a file of shards belongs to, by its name up to _train, _val or _test;
 // "" where it has none of them.
 static inline void shard_set(const char* path, char* out, size_t n) {
-    const char* base = strrchr(path, '/');
-    base = base != NULL ? base + 1 : path;
+    const char* base = shard_base_name(path);
     out[0] = 0;
     if (strstr(base, "_train") != NULL || strstr(base, "_val") != NULL || strstr(base, "_test") != NULL) {
         source_name(base, out, n);
     }
-}
-
-static inline int compare_paths(const void* a, const void* b) {
-    return strcmp(*(const char* const*)a, *(const char* const*)b);
 }
 
 // `pattern` for glob(): the folder of that very name is meant where there is one, and the file, so that either may be
@@ -301,7 +308,7 @@ static inline int glob_files(const char* pattern, glob_t* found) {
     glob_pattern(&escaped, pattern);
     int status = glob(escaped.n > 0 ? escaped.text : "", GLOB_NOSORT, glob_refuses, found);
     text_free(&escaped);
-    if (status == 0) { qsort(found->gl_pathv, found->gl_pathc, sizeof(char*), compare_paths); }
+    if (status == 0) { qsort(found->gl_pathv, found->gl_pathc, sizeof(char*), compare_texts); }
     return status;
 }
 
@@ -392,10 +399,8 @@ static inline bool source_window(const LoaderSource* s, uint64_t w, int T, int v
 // The manifest.json beside a shard into *manifest, which stays while the shards stay in one directory (dir, PATH_SIZE
 // bytes). NULL where there is none. The caller frees the last.
 static inline bool manifest_beside(const char* shard, char* dir, Json** manifest, Error* e) {
-    char path[PATH_SIZE], *text;
-    size_t length, n = strrchr(shard, '/') != NULL ? (size_t)(strrchr(shard, '/') + 1 - shard) : 0;
-    Error why;
-    why.text[0] = 0;
+    char path[PATH_SIZE];
+    size_t n = (size_t)(shard_base_name(shard) - shard);
     if (*manifest != NULL && strlen(dir) == n && strncmp(dir, shard, n) == 0) { return true; }
     json_free(*manifest);
     *manifest = NULL;
@@ -403,14 +408,8 @@ static inline bool manifest_beside(const char* shard, char* dir, Json** manifest
     dir[n] = 0;
     path_join(path, sizeof(path), dir, "manifest.json");
     if (!file_exists(path)) { return true; }
-    if (!read_file(path, (size_t)1 << 30, &text, &length, e)) { return false; }
-    *manifest = json_parse(text, length, &why);
-    free(text);
-    return *manifest != NULL || fail(e, "%.300s: %.150s", path, why.text);
-}
-
-static inline const char* shard_base_name(const char* path) {
-    return strrchr(path, '/') != NULL ? strrchr(path, '/') + 1 : path;
+    *manifest = json_read(path, (size_t)1 << 30, e);
+    return *manifest != NULL;
 }
 
 static inline bool source_count_documents(LoaderSource* s, Error* e) {
@@ -467,36 +466,32 @@ static inline const char* shard_tokenizer_text(const ShardTokenizer* t, char* ou
 // What the manifest says of one shard; its header where it says nothing.
 static inline bool shard_tokenizer(const Shard* s, const char* dir, const Json* manifest, ShardTokenizer* t, Error* e) {
     const Json* entry = json_get(json_get(manifest, "shards"), shard_base_name(s->path));
-    const Json* preparation = json_get(entry, "preparation");
-    const Json* made = preparation != NULL && preparation->type == JSON_STRING
-                           ? json_get(json_get(manifest, "preparations"), preparation->string)
-                           : NULL;
+    const char* preparation = json_text(json_get(entry, "preparation"));
+    const Json* made = preparation != NULL ? json_get(json_get(manifest, "preparations"), preparation) : NULL;
     const Json* tokenizer = json_get(made, "tokenizer");
-    const Json *name = json_get(tokenizer, "name"), *file = json_get(tokenizer, "file"),
-               *sha = json_get(tokenizer, "sha256");
+    const char *name = json_text(json_get(tokenizer, "name")), *file = json_text(json_get(tokenizer, "file")),
+               *sha = json_text(json_get(tokenizer, "sha256")), *crc = json_text(json_get(tokenizer, "crc32"));
     int64_t vocab = 0;
     memset(t, 0, sizeof(*t));
     snprintf(t->shard, sizeof(t->shard), "%s", s->path);
     t->vocab_size = s->vocab_size;
     t->bytes = -1;
-    if (name == NULL || name->type != JSON_STRING) { return true; }
+    if (name == NULL) { return true; }
     if (!json_integer(json_get(tokenizer, "vocab_size"), 1, INT32_MAX, &vocab) ||
         (s->vocab_size > 0 && s->vocab_size != vocab)) {
         return fail(e, "%.200s: a vocabulary of %d, but the manifest.json beside it says %.30s with %lld", s->path,
-                    s->vocab_size, name->string, (long long)vocab);
+                    s->vocab_size, name, (long long)vocab);
     }
-    snprintf(t->name, sizeof(t->name), "%s", name->string);
+    snprintf(t->name, sizeof(t->name), "%s", name);
     t->vocab_size = (int)vocab;
-    if (sha != NULL && sha->type == JSON_STRING) { snprintf(t->sha256, sizeof(t->sha256), "%s", sha->string); }
-    if (file == NULL || file->type != JSON_STRING) { return true; }
-    if (strchr(file->string, '/') != NULL || strlen(file->string) > 255) {
-        return fail(e, "%smanifest.json: \"%.60s\" is no file beside it", dir, file->string);
+    if (sha != NULL) { snprintf(t->sha256, sizeof(t->sha256), "%s", sha); }
+    if (file == NULL) { return true; }
+    if (strchr(file, '/') != NULL || strlen(file) > 255) {
+        return fail(e, "%smanifest.json: \"%.60s\" is no file beside it", dir, file);
     }
-    path_join(t->path, sizeof(t->path), dir, file->string);
-    const Json* crc = json_get(tokenizer, "crc32");
-    if (crc != NULL && crc->type == JSON_STRING &&
-        json_integer(json_get(tokenizer, "bytes"), 0, INT64_MAX, &t->bytes)) {
-        t->crc = (uint32_t)strtoul(crc->string, NULL, 16);
+    path_join(t->path, sizeof(t->path), dir, file);
+    if (crc != NULL && json_integer(json_get(tokenizer, "bytes"), 0, INT64_MAX, &t->bytes)) {
+        t->crc = (uint32_t)strtoul(crc, NULL, 16);
     }
     return true;
 }
@@ -518,17 +513,13 @@ static inline bool loader_tokenizer(const Loader* l, ShardTokenizer* t, Error* e
     char dir[PATH_SIZE] = "";
     Json* manifest = NULL;
     bool good = true;
+    const Shard* s;
     memset(t, 0, sizeof(*t));
-    for (int i = 0; i < l->n_sources && good; i++) {
-        for (int j = 0; j < l->sources[i].n_shards && good; j++) {
-            const Shard* s = &l->sources[i].shards[j];
-            ShardTokenizer own;
-            good = manifest_beside(s->path, dir, &manifest, e) && shard_tokenizer(s, dir, manifest, &own, e) &&
-                   (!t->shard[0] || shard_tokenizers_agree(t, &own, e));
-            if (good && (!t->shard[0] || (own.name[0] && !t->name[0]) || (!t->name[0] && t->vocab_size == 0))) {
-                *t = own;
-            }
-        }
+    for (int i = 0; good && (s = loader_shard(l, i)) != NULL; i++) {
+        ShardTokenizer own;
+        good = manifest_beside(s->path, dir, &manifest, e) && shard_tokenizer(s, dir, manifest, &own, e) &&
+               (!t->shard[0] || shard_tokenizers_agree(t, &own, e));
+        if (good && (!t->shard[0] || (own.name[0] && !t->name[0]) || (!t->name[0] && t->vocab_size == 0))) { *t = own; }
     }
     json_free(manifest);
     return good;
@@ -541,25 +532,22 @@ static inline bool loader_bytes_per_token(const Loader* l, double* bytes_per_tok
     Json* manifest = NULL;
     bool good = true, known = true;
     double tokens = 0, bytes = 0;
-    for (int i = 0; i < l->n_sources && good && known; i++) {
-        for (int j = 0; j < l->sources[i].n_shards && good && known; j++) {
-            const Shard* s = &l->sources[i].shards[j];
-            good = manifest_beside(s->path, dir, &manifest, e);
-            const Json* at = good ? json_get(json_get(manifest, "shards"), shard_base_name(s->path)) : NULL;
-            const Json *preparation = json_get(at, "preparation"), *set = json_get(at, "set"),
-                       *split = json_get(at, "split");
-            const Json* found[] = {preparation, set, split};
-            for (int k = 0; k < 3; k++) { known = known && found[k] != NULL && found[k]->type == JSON_STRING; }
-            if (!known) { break; }
-            const Json* made = json_get(json_get(json_get(manifest, "preparations"), preparation->string), "sets");
-            const Json* counts = json_get(json_get(made, set->string), split->string);
-            int64_t all = 0, text = 0;
-            known = json_integer(json_get(counts, "tokens"), 1, (int64_t)1 << 53, &all) &&
-                    json_integer(json_get(counts, "text_bytes"), 1, (int64_t)1 << 53, &text);
-            if (!known) { break; }
-            tokens += (double)s->tokens;
-            bytes += (double)s->tokens * ((double)text / (double)all);
-        }
+    const Shard* s;
+    for (int i = 0; good && known && (s = loader_shard(l, i)) != NULL; i++) {
+        good = manifest_beside(s->path, dir, &manifest, e);
+        const Json* at = good ? json_get(json_get(manifest, "shards"), shard_base_name(s->path)) : NULL;
+        const char *preparation = json_text(json_get(at, "preparation")), *set = json_text(json_get(at, "set")),
+                   *split = json_text(json_get(at, "split"));
+        known = preparation != NULL && set != NULL && split != NULL;
+        if (!known) { break; }
+        const Json* made = json_get(json_get(json_get(manifest, "preparations"), preparation), "sets");
+        const Json* counts = json_get(json_get(made, set), split);
+        int64_t all = 0, text = 0;
+        known = json_integer(json_get(counts, "tokens"), 1, (int64_t)1 << 53, &all) &&
+                json_integer(json_get(counts, "text_bytes"), 1, (int64_t)1 << 53, &text);
+        if (!known) { break; }
+        tokens += (double)s->tokens;
+        bytes += (double)s->tokens * ((double)text / (double)all);
     }
     json_free(manifest);
     *bytes_per_token = good && known && tokens > 0 ? bytes / tokens : 0;
@@ -696,46 +684,28 @@ static inline bool loader_shares(Loader* l, Error* e) {
     return true;
 }
 
-static inline bool loader_open_mix(Loader* l, const char* spec, int seq_len, int vocab_size, uint64_t seed,
-                                   LoaderMix mix, Error* e) {
+// set: only the files that belong to it, NULL = all.
+static inline bool loader_open_mix(Loader* l, const char* spec, const char* set, int seq_len, int vocab_size,
+                                   uint64_t seed, LoaderMix mix, Error* e) {
     assert(seq_len > 0 && vocab_size > 0);
     memset(l, 0, sizeof(*l));
     l->seq_len = seq_len;
     l->vocab_size = vocab_size;
     l->seed = seed;
     l->mix = mix;
-    if (loader_read_spec(l, spec, e) && loader_shares(l, e)) { return true; }
-    loader_close(l);
-    return false;
-}
-
-// The files of one pattern that belong to `set` (NULL = all), in file order.
-static inline bool loader_open_set(Loader* l, const char* pattern, const char* set, int seq_len, int vocab_size,
-                                   Error* e) {
-    memset(l, 0, sizeof(*l));
-    l->seq_len = seq_len;
-    l->vocab_size = vocab_size;
     l->set = set;
-    bool good = loader_read_spec(l, pattern, e) && loader_shares(l, e);
+    bool good = loader_read_spec(l, spec, e) && loader_shares(l, e);
     l->set = NULL;
     if (!good) { loader_close(l); }
     return good;
 }
 
 static inline bool loader_open(Loader* l, const char* spec, int seq_len, int vocab_size, uint64_t seed, Error* e) {
-    return loader_open_mix(l, spec, seq_len, vocab_size, seed, MIX_TOKEN, e);
+    return loader_open_mix(l, spec, NULL, seq_len, vocab_size, seed, MIX_TOKEN, e);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
 // What is checked before a run: each shard once, and as the manifest beside it says
-
-// Shard k of all sources together, NULL beyond the last.
-static inline const Shard* loader_shard(const Loader* l, int k) {
-    for (int i = 0; i < l->n_sources; k -= l->sources[i++].n_shards) {
-        if (k < l->sources[i].n_shards) { return &l->sources[i].shards[k]; }
-    }
-    return NULL;
-}
 
 // One file, by whatever path?
 static inline bool shards_same_file(const Shard* a, const Shard* b) {
@@ -769,8 +739,8 @@ static inline bool loader_check_twice(const Loader* l, Text* said, Error* e) {
 // Compares a shard with its entry of the manifest (NULL: none) and, if `contents`, its tokens with its checksum.
 static inline bool shard_verify(const Shard* s, const Json* entry, bool contents, Error* e) {
     int64_t bytes = (int64_t)s->file.size, tokens = (int64_t)s->tokens;
-    const Json* sum = json_get(entry, "crc32");
-    uint32_t crc = sum != NULL && sum->type == JSON_STRING ? (uint32_t)strtoul(sum->string, NULL, 16) : s->crc;
+    const char* sum = json_text(json_get(entry, "crc32"));
+    uint32_t crc = sum != NULL ? (uint32_t)strtoul(sum, NULL, 16) : s->crc;
     if ((json_integer(json_get(entry, "bytes"), 0, INT64_MAX, &bytes) && bytes != (int64_t)s->file.size) ||
         (json_integer(json_get(entry, "tokens"), 0, INT64_MAX, &tokens) && tokens != (int64_t)s->tokens)) {
         return fail(e, "%.200s: %zu bytes, %llu tokens, but the manifest.json beside it says %lld and %lld", s->path,
@@ -912,12 +882,9 @@ static inline bool loader_window(const Loader* l, uint64_t w, int32_t* tokens, i
 
 // Has any shard a mask? Then a validation set counts wrong sequences too.
 static inline bool loader_masked(const Loader* l) {
-    for (int i = 0; i < l->n_sources; i++) {
-        for (int j = 0; j < l->sources[i].n_shards; j++) {
-            if (l->sources[i].shards[j].mask.data != NULL) { return true; }
-        }
-    }
-    return false;
+    int i = 0;
+    while (loader_shard(l, i) != NULL && loader_shard(l, i)->mask.data == NULL) { i++; }
+    return loader_shard(l, i) != NULL;
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -960,22 +927,21 @@ static inline bool loader_state_differs(Error* e, const char* what, const char* 
 // Continues where the state was written; refuses one of other sources, window length, mixing or seed.
 static inline bool loader_state_read(Loader* l, const Json* state, Error* e) {
     const Json* list = json_get(state, "sources");
-    const Json* seed = json_get(state, "seed");
-    const Json* mix = json_get(state, "mix");
+    const char *seed = json_text(json_get(state, "seed")), *mix = json_text(json_get(state, "mix"));
     int64_t T = 0, position = 0;
-    if (list == NULL || list->type != JSON_ARRAY || seed == NULL || seed->type != JSON_STRING || mix == NULL ||
-        mix->type != JSON_STRING || !json_integer(json_get(state, "seq_len"), 1, INT32_MAX, &T) ||
+    if (list == NULL || list->type != JSON_ARRAY || seed == NULL || mix == NULL ||
+        !json_integer(json_get(state, "seq_len"), 1, INT32_MAX, &T) ||
         !json_integer(json_get(state, "windows"), 0, (int64_t)1 << 53, &position)) {
         return fail(e, "resume: the loader's state in the checkpoint is incomplete");
     }
     char got[128], wanted[128];
     snprintf(wanted, sizeof(wanted), "%llu", (unsigned long long)l->seed);
-    if (strcmp(seed->string, wanted) != 0) { return loader_state_differs(e, "seed", seed->string, wanted); }
+    if (strcmp(seed, wanted) != 0) { return loader_state_differs(e, "seed", seed, wanted); }
     snprintf(got, sizeof(got), "%lld", (long long)T);
     snprintf(wanted, sizeof(wanted), "%d", l->seq_len);
     if (T != l->seq_len) { return loader_state_differs(e, "window length", got, wanted); }
-    if (strcmp(mix->string, loader_mix_name(l->mix)) != 0) {
-        return loader_state_differs(e, "mixing by", mix->string, loader_mix_name(l->mix));
+    if (strcmp(mix, loader_mix_name(l->mix)) != 0) {
+        return loader_state_differs(e, "mixing by", mix, loader_mix_name(l->mix));
     }
     snprintf(got, sizeof(got), "%zu", list->count);
     snprintf(wanted, sizeof(wanted), "%d", l->n_sources);
@@ -984,19 +950,18 @@ static inline bool loader_state_read(Loader* l, const Json* state, Error* e) {
     int i = 0;
     for (const Json* j = list->child; j != NULL; j = j->next, i++) {
         LoaderSource* s = &l->sources[i];
-        const Json* name = json_get(j, "name");
+        const char* name = json_text(json_get(j, "name"));
         const Json* weight = json_get(j, "weight");
         int64_t windows = 0, drawn = 0;
-        if (name == NULL || name->type != JSON_STRING || weight == NULL || weight->type != JSON_NUMBER ||
+        if (name == NULL || weight == NULL || weight->type != JSON_NUMBER ||
             !json_integer(json_get(j, "windows"), 1, INT64_MAX, &windows) ||
             !json_integer(json_get(j, "drawn"), 0, (int64_t)1 << 53, &drawn)) {
             return fail(e, "resume: the loader's state of source %d in the checkpoint is incomplete", i);
         }
-        snprintf(got, sizeof(got), "%.60s (%lld windows, weight %.6g)", name->string, (long long)windows,
-                 weight->number);
+        snprintf(got, sizeof(got), "%.60s (%lld windows, weight %.6g)", name, (long long)windows, weight->number);
         snprintf(wanted, sizeof(wanted), "%.60s (%llu windows, weight %.6g)", s->name, (unsigned long long)s->windows,
                  s->weight);
-        if (strcmp(name->string, s->name) != 0 || (uint64_t)windows != s->windows || weight->number != s->weight) {
+        if (strcmp(name, s->name) != 0 || (uint64_t)windows != s->windows || weight->number != s->weight) {
             return loader_state_differs(e, "source", got, wanted);
         }
         int64_t crc = 0, sample = 0;  // older checkpoints have no such number

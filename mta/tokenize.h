@@ -71,7 +71,7 @@ static inline void run_tokenizer(const InferOptions* o) {
     char path[PATH_SIZE];
     if (o->dir) {
         path_join(path, sizeof path, o->dir, "config.json");
-        if (!config_read_as(&c, path, o->assume_llama, &e)) { die("%s", e.text); }
+        if (!config_read(&c, path, o->assume_llama, &e)) { die("%s", e.text); }
     }
     Tokenizer* t = tokenizer_for(o, o->dir ? &c : NULL);
     if (!t) { die("%s names no tokenizer; give --tokenizer NAME|FILE", path); }

@@ -30,7 +30,7 @@
 #ifndef MTA_TOKENIZER_H
 #define MTA_TOKENIZER_H
 
-#include "util.h"
+#include "json.h"
 #include "unicode_tables.h"
 
 typedef enum {
@@ -496,31 +496,15 @@ static inline const char* tokenizer_copy_pattern(const char* path) {
 // ---------------------------------------------------------------------------------------------------------------------
 // Characters
 
-// Bytes of the character at p (1 to 4), 0 where it is no UTF-8: overlong, a surrogate, beyond U+10FFFF, cut off.
-static inline size_t utf8_char(const unsigned char* p, size_t n) {
-    unsigned char c = p[0];
-    if (c < 0x80) { return 1; }
-    if (c < 0xC2 || c > 0xF4) { return 0; }
-    size_t size = c < 0xE0 ? 2 : c < 0xF0 ? 3 : 4;
-    if (n < size) { return 0; }
-    unsigned char low = c == 0xE0 ? 0xA0 : c == 0xF0 ? 0x90 : 0x80, high = c == 0xED ? 0x9F : c == 0xF4 ? 0x8F : 0xBF;
-    if (p[1] < low || p[1] > high) { return 0; }
-    for (size_t i = 2; i < size; i++) {
-        if ((p[i] & 0xC0) != 0x80) { return 0; }
-    }
-    return size;
-}
-
 // Offset of the first byte that is not UTF-8, n where all is.
 static inline size_t utf8_valid_up_to(const char* text, size_t n) {
-    const unsigned char* p = (const unsigned char*)text;
     for (size_t i = 0; i < n;) {
         uint64_t eight;
-        if (n - i >= 8 && (memcpy(&eight, p + i, 8), (eight & UINT64_C(0x8080808080808080)) == 0)) {
+        if (n - i >= 8 && (memcpy(&eight, text + i, 8), (eight & UINT64_C(0x8080808080808080)) == 0)) {
             i += 8;
             continue;
         }
-        size_t size = utf8_char(p + i, n - i);
+        size_t size = utf8_length(text + i, n - i);
         if (!size) { return i; }
         i += size;
     }

@@ -446,9 +446,7 @@ static inline void score_for_all(ScoreRounds* s) {
     text_printf(&t, "{\"event\": \"score\", \"step\": %lld, \"seconds\": %.3f, \"file\": ", (long long)r->step,
                 seconds);
     text_json_string(&t, r->options->score, strlen(r->options->score));
-    text_printf(&t, "}");
-    runlog_line(&r->log, t.text);
-    text_free(&t);
+    run_log_line(r, &t);
 }
 
 static inline void score(Run* r) {

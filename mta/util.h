@@ -469,8 +469,25 @@ static inline double seconds_now(void) {  // monotonic
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// A growing string: start from {0}, always NUL-terminated once something was added, freed by text_free.
+// Texts
 
+// For qsort: texts by their bytes, whatever the locale.
+static inline int compare_texts(const void* a, const void* b) {
+    return strcmp(*(const char* const*)a, *(const char* const*)b);
+}
+
+// Which word of "a|b|c" that is; -1: none.
+static inline int choice_index(const char* words, const char* word) {
+    size_t n = strlen(word);
+    for (int i = 0;; i++) {
+        size_t length = strcspn(words, "|");
+        if (length == n && !strncmp(words, word, n)) { return i; }
+        if (!words[length]) { return -1; }
+        words += length + 1;
+    }
+}
+
+// A growing string: start from {0}, always NUL-terminated once something was added, freed by text_free.
 typedef struct {
     char* text;
     size_t n, cap;

@@ -25,7 +25,7 @@ int LLVMFuzzerTestOneInput(const uint8_t* data, size_t n) {
     Error e = {{0}};
     Config config;
     Json* j = json_parse((const char*)data + 2, config_size, &e);
-    bool good = j && config_from_json(&config, j, &e);
+    bool good = j && config_from_json(&config, j, false, &e);
     json_free(j);
     size_t size = n - 2 - config_size;
     uint8_t* image = (uint8_t*)malloc(size + 1);  // exactly as large as the file would be: one byte beyond is caught

@@ -93,7 +93,7 @@ int LLVMFuzzerTestOneInput(const uint8_t* data, size_t n) {
     input_clock()->input++;
     parts_read(&parts, data, n);
     parts_lay_out(&parts, folder);
-    bool resumable = checkpoint_verify(folder, &e);
+    bool resumable = checkpoint_verify(folder, true, &e);
     if (resumable == (e.text[0] != 0)) { abort(); }
     if ((checkpoint_newest(MEMORY_FOLDER, path, NULL) == 3) != resumable) { abort(); }
     e.text[0] = 0;
@@ -101,7 +101,7 @@ int LLVMFuzzerTestOneInput(const uint8_t* data, size_t n) {
     if (usable == (e.text[0] != 0) || (resumable && !usable)) { abort(); }
     path_join(path, sizeof path, folder, "config.json");
     e.text[0] = 0;
-    if (config_read_as(&c, path, true, &e)) {
+    if (config_read(&c, path, true, &e)) {
         read_model(&c);
         read_tokenizer(&c);
     }

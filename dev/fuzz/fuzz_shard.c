@@ -36,7 +36,7 @@ int LLVMFuzzerTestOneInput(const uint8_t* data, size_t n) {
     for (int mix = MIX_TOKEN; mix <= MIX_DOCUMENT; mix++) {
         Error e = {{0}};
         Loader l;
-        bool good = loader_open_mix(&l, MEMORY_FOLDER "/*_train_*.bin", T, VOCAB, 1, (LoaderMix)mix, &e);
+        bool good = loader_open_mix(&l, MEMORY_FOLDER "/*_train_*.bin", NULL, T, VOCAB, 1, (LoaderMix)mix, &e);
         if (good == (e.text[0] != 0)) { abort(); }
         if (good) { read_all(&l); }
         if (good) { loader_close(&l); }

@@ -356,7 +356,13 @@ static inline const char* const* config_words(int* n) {
     }
     if (!count) {
         count = CONFIG_FIELD_COUNT;
-        for (size_t i = 0; i < sizeof CONFIG_KEYS / sizeof CONFIG_KEYS[0]; i++) { words[count++] = CONFIG_KEYS[i].key; }
+        for (size_t i = 0; i < sizeof CONFIG_KEYS / sizeof CONFIG_KEYS[0]; i++) {
+            for (const char* key = CONFIG_KEYS[i].keys; *key; key += strspn(key, "|")) {
+                size_t length = strcspn(key, "|");
+                words[count++] = strndup(key, length);
+                key += length;
+            }
+        }
         for (size_t i = 0; i < sizeof more / sizeof more[0]; i++) { words[count++] = more[i]; }
         assert(count <= MAX_WORDS);
     }

@@ -459,7 +459,7 @@ static void test_checkpoint_round_trip(Arena* a) {
     char path[PATH_SIZE];
     const char* run = at("run");
     CHECK(checkpoint_newest(run, path, NULL) == -1);
-    CHECK(save(run, 500, a, path, &e) && !strcmp(path, at("run/step-00000500")) && checkpoint_verify(path, &e));
+    CHECK(save(run, 500, a, path, &e) && !strcmp(path, at("run/step-00000500")) && checkpoint_verify(path, true, &e));
     a->stored = 0;
     CHECK(checkpoint_read_tensors(path, &a->list, no_prefix, 1, false, NULL, arena_store, a, &e) &&
           a->stored == a->list.n);
@@ -482,7 +482,7 @@ static void test_checkpoint_damage(Arena* a) {
     for (long step = 100; step <= 500; step += 100) { CHECK(save(run, step, a, path, &e)); }
     CHECK(silent_newest(run, path) == 500);
     flip_byte(at("damage/step-00000500/model.safetensors"), 3000);
-    CHECK(!checkpoint_verify(path, &e) && says(&e, "damaged") && silent_newest(run, path) == 400);
+    CHECK(!checkpoint_verify(path, true, &e) && says(&e, "damaged") && silent_newest(run, path) == 400);
     CHECK(truncate(at("damage/step-00000400/optimizer.safetensors"), 1000) == 0 && silent_newest(run, path) == 300);
     CHECK(unlink(at("damage/step-00000300/manifest.json")) == 0 && silent_newest(run, path) == 200);
     CHECK(write_file_synced(at("damage/step-00000200/manifest.json"), "{\"files\":{\"../x\":{}}}", 20, NULL) &&

@@ -117,7 +117,7 @@ static void test_odd_names(void) {
     snprintf(name, sizeof(name), "%070d-b", 7);
     int n = pattern_sets(at("0*_val_*.bin"), sets, 2);
     check(n == 2 && strcmp(sets[1], name) == 0, "sets of long names", n == 2 ? sets[1] : "not two");
-    bool ok = loader_open_set(&l, at("0*_val_*.bin"), name, 4, 100, &e);
+    bool ok = loader_open_mix(&l, at("0*_val_*.bin"), name, 4, 100, 0, MIX_TOKEN, &e);
     check(ok && l.sources[0].n_shards == 1, "one of them", "");
     if (ok) { loader_close(&l); }
     make_shard("wd=3", 21, 2, 100, 0, 1, NULL);
@@ -330,7 +330,7 @@ static void test_recipe(void) {
 
 static bool open_documents(const char* spec, Loader* l, Error* e) {
     e->text[0] = 0;
-    return loader_open_mix(l, spec, 4, 1000, 1, MIX_DOCUMENT, e);
+    return loader_open_mix(l, spec, NULL, 4, 1000, 1, MIX_DOCUMENT, e);
 }
 
 static void test_documents(void) {
