@@ -189,7 +189,7 @@ class ShardWriter:
         self.number += 1
 
 
-def write_split(task, seed, split, chunks, prefix, count, show):
+def write_split(task, split, chunks, prefix, count, show):
     """Writes a split from an iterable of lists of (prompt, answer); returns its shards as the manifest has them."""
     writer, done = ShardWriter(task, prefix), 0
     for pairs in chunks:
@@ -303,10 +303,10 @@ def write(options, task):
         raise UserError(f"{options.out} holds a preparation {options.name} of other options; give another --name or "
                         "--out")
     test = take(task, chunk_rng(task, options.seed, "test", 0), options.test_samples, set(), distinct=True)
-    shards = {"val": write_split(task, options.seed, "test", [test], prefix + "_val", len(test), show)}
+    shards = {"val": write_split(task, "test", [test], prefix + "_val", len(test), show)}
     chunks = train_chunks(task, options.seed, options.train_samples, {prompt for prompt, _ in test},
                           options.jobs)
-    shards["train"] = write_split(task, options.seed, "training", chunks, prefix + "_train", options.train_samples,
+    shards["train"] = write_split(task, "training", chunks, prefix + "_train", options.train_samples,
                                   show)
     with manifest_lock(options.out):
         manifest = read_manifest(options.out)  # again: others may have written it meanwhile

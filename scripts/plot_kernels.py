@@ -1,8 +1,7 @@
 #!/usr/bin/env python3
 """Draws every learned convolution kernel and head mixing matrix of a checkpoint, by layer and head.
 
-    data/.venv/bin/python scripts/plot_kernels.py runs/text            # the newest checkpoint of a run, pictures beside
-                                                                       it
+    data/.venv/bin/python scripts/plot_kernels.py runs/text         # the newest checkpoint of a run, pictures beside it
     data/.venv/bin/python scripts/plot_kernels.py runs/text/step-00001000 --out pictures
 
 writes, for each kind the checkpoint has, kq_conv.png, kq_conv_post.png, head_mix_pre.png, head_mix.png. A square marks
@@ -14,8 +13,11 @@ import os
 import re
 import sys
 
-sys.path.insert(0, os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "data"))
+HERE = os.path.dirname(os.path.abspath(__file__))
+sys.path[:0] = [HERE, os.path.join(os.path.dirname(HERE), "data")]
+from export import find_checkpoint  # noqa: E402
 from options import Parser  # noqa: E402
+from tokenizer import UserError  # noqa: E402
 
 try:
     import matplotlib
@@ -25,8 +27,7 @@ try:
     missing = None
 except ImportError as error:  # --help works without; main() says what is missing
     missing = (f"plot_kernels.py: {error}; python3 -m venv data/.venv && data/.venv/bin/pip install numpy matplotlib, "
-               f"then run it with "
-              "data/.venv/bin/python")
+               "then run it with data/.venv/bin/python")
 
 KINDS = {
     "kq_conv": "key-query convolution before the softmax",
@@ -72,12 +73,6 @@ def read_checkpoint(folder):
     for name in files:
         out.update(read_tensors(os.path.join(folder, name)))
     return out
-
-
-def newest(path):
-    """The checkpoint itself, or the newest of a run."""
-    names = sorted((n for n in os.listdir(path) if re.fullmatch(r"step-\d+", n)), key=lambda n: int(n[5:]))
-    return os.path.join(path, names[-1]) if names else path
 
 
 def colour_limit(layers, identity):
@@ -177,7 +172,7 @@ def main():
     if missing:
         sys.exit(missing)
     try:
-        folder = newest(options.checkpoint)
+        folder = find_checkpoint(options.checkpoint)
         tensors = read_checkpoint(folder)
         if not tensors:
             raise ValueError(f"{folder}: no convolution kernel and no mixing matrix: a plain Transformer")
@@ -190,7 +185,7 @@ def main():
                 path = os.path.join(out, kind + ".png")
                 (draw_kernels if kind.startswith("kq") else draw_mixing)(kind, layers, title, path)
                 print(path)
-    except (OSError, ValueError, KeyError) as error:
+    except (UserError, OSError, ValueError, KeyError) as error:
         sys.exit(f"plot_kernels.py: {error}")
 
 

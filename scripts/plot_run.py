@@ -14,8 +14,11 @@ import json
 import os
 import sys
 
-sys.path.insert(0, os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "data"))
+HERE = os.path.dirname(os.path.abspath(__file__))
+sys.path[:0] = [HERE, os.path.join(os.path.dirname(HERE), "data")]
+from export import find_checkpoint  # noqa: E402
 from options import Parser, split_name  # noqa: E402
+from tokenizer import UserError  # noqa: E402
 
 try:
     import matplotlib
@@ -26,8 +29,7 @@ try:
     missing = None
 except ImportError as error:  # --help works without; main() says what is missing
     missing = (f"plot_run.py: {error}; python3 -m venv data/.venv && data/.venv/bin/pip install numpy matplotlib, then "
-               f"run it with "
-              "data/.venv/bin/python")
+               "run it with data/.venv/bin/python")
 
 DASHES = ["-", "--", ":", "-."]
 LN2 = 0.6931471805599453
@@ -103,16 +105,11 @@ class Clock:
 def is_byte_level(path):
     """Does the run's newest checkpoint name the tokenizer `bytes`? Then a token is a byte, and loss / ln 2 is bits per
     byte."""
-    if not os.path.isdir(path):
+    try:
+        with open(os.path.join(find_checkpoint(path), "config.json"), encoding="utf-8") as f:
+            return json.load(f).get("tokenizer") == "bytes"
+    except (UserError, OSError, ValueError):
         return False
-    steps = [n for n in os.listdir(path) if n.startswith("step-") and n[5:].isdigit()]
-    for name in sorted(steps, key=lambda n: int(n[5:]), reverse=True):
-        try:
-            with open(os.path.join(path, name, "config.json"), encoding="utf-8") as f:
-                return json.load(f).get("tokenizer") == "bytes"
-        except (OSError, ValueError):
-            continue
-    return False
 
 
 def smooth(y, width):

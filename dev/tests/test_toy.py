@@ -174,7 +174,7 @@ class Toy(unittest.TestCase):
             toy_task.SHARD_TOKENS = 48 * 100 + 1
             try:
                 pairs = toy_task.take(task, toy_task.chunk_rng(task, 1, "x", 0), 250, set(), False)
-                files = list(toy_task.write_split(task, 1, "x", [pairs[:130], pairs[130:]],
+                files = list(toy_task.write_split(task, "x", [pairs[:130], pairs[130:]],
                                                   os.path.join(folder, "s_train"), 250, False))
             finally:
                 toy_task.SHARD_TOKENS = old
