@@ -84,16 +84,8 @@ def main():
         def prepare(workers):
             subprocess.run(
                 [
-                    sys.executable,
-                    os.path.join(ROOT, "data", "prepare.py"),
-                    "text",
-                    path,
-                    "--tokenizer",
-                    ranks,
-                    "--workers",
-                    str(workers),
-                    "--out",
-                    os.path.join(folder, "out"),
+                    sys.executable, os.path.join(ROOT, "data", "prepare.py"), "text", path, "--tokenizer", ranks,
+                    "--workers", str(workers), "--out", os.path.join(folder, "out"),
                 ],
                 check=True,
                 stdout=subprocess.DEVNULL,

@@ -41,34 +41,10 @@ PREPARE = os.path.join(ROOT, "data", "prepare.py")
 SHARDS = os.path.join(ROOT, "data", "shards.py")
 KINDS = ("ENOSPC", "EIO", "EINTR", "KILL", "SHORT")
 MODEL = [
-    "--model",
-    "toy",
-    "--attention",
-    "mta-full",
-    "--hidden-size",
-    "16",
-    "--num-hidden-layers",
-    "1",
-    "--num-attention-heads",
-    "2",
-    "--intermediate-size",
-    "16",
-    "--vocab-size",
-    "32",
-    "--kq-conv-key-size",
-    "3",
-    "--seq-len",
-    "16",
-    "--batch-size",
-    "2",
-    "--warmup",
-    "0",
-    "--schedule",
-    "constant",
-    "--sample-every",
-    "0",
-    "--seed",
-    "5",
+    "--model", "toy", "--attention", "mta-full", "--hidden-size", "16", "--num-hidden-layers", "1",
+    "--num-attention-heads", "2", "--intermediate-size", "16", "--vocab-size", "32", "--kq-conv-key-size", "3",
+    "--seq-len", "16", "--batch-size", "2", "--warmup", "0", "--schedule", "constant", "--sample-every", "0",
+    "--seed", "5",
 ]
 TIMEOUT = 120
 
@@ -107,12 +83,7 @@ class Faulty:
         self.state.flush()
         env = environment(FAULT_STATE=self.state.name, FAULT_AT=str(at), FAULT_KIND=kind, **settings)
         done = subprocess.run(
-            command,
-            env=env,
-            input='{"text": "abc"}\n',
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
+            command, env=env, input='{"text": "abc"}\n', stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
             timeout=TIMEOUT,
         )
         with open(self.state.name, "rb") as f:
@@ -373,20 +344,8 @@ class PrepareScenario:
 
     def arguments(self, out):
         return [
-            sys.executable,
-            PREPARE,
-            "text",
-            self.text,
-            "--tokenizer",
-            "bytes",
-            "--workers",
-            "1",
-            "--save-seconds",
-            "0",
-            "--shard-tokens",
-            "1k",
-            "--out",
-            out,
+            sys.executable, PREPARE, "text", self.text, "--tokenizer", "bytes", "--workers", "1", "--save-seconds", "0",
+            "--shard-tokens", "1k", "--out", out,
         ]
 
     def count(self, faulty, folder):
@@ -538,19 +497,8 @@ def memory(o, verdict):
             "train": lambda own: train.arguments(os.path.join(own, "new"), False),
             "train --resume": lambda own: train.arguments(shutil.copytree(out, os.path.join(own, "copy")), True),
             "train --init-from": lambda own: [
-                TRAINER,
-                "--init-from",
-                model,
-                "--train",
-                data,
-                "--out",
-                os.path.join(own, "new"),
-                "--steps",
-                "1",
-                "--seq-len",
-                "16",
-                "--batch-size",
-                "2",
+                TRAINER, "--init-from", model, "--train", data, "--out", os.path.join(own, "new"), "--steps", "1",
+                "--seq-len", "16", "--batch-size", "2",
             ],
         }
         if "infer" in o.programs:

@@ -10,38 +10,17 @@ import sys
 import zlib
 
 CONFIG = {
-    "vocab_size": 7,
-    "hidden_size": 4,
-    "intermediate_size": 3,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "tie_word_embeddings": True,
-    "rms_norm_eps": 1e-5,
-    "kq_conv_layers": [0],
-    "kq_conv_pre_softmax": True,
-    "kq_conv_query_size": 2,
-    "kq_conv_key_size": 3,
-    "head_mix_post_softmax": 2,
-    "head_norm": "group",
-    "head_gate": True,
-    "rope_scaling": {"rope_type": "llama3", "factor": 8.0},
+    "vocab_size": 7, "hidden_size": 4, "intermediate_size": 3, "num_hidden_layers": 1, "num_attention_heads": 2,
+    "num_key_value_heads": 1, "tie_word_embeddings": True, "rms_norm_eps": 1e-5, "kq_conv_layers": [0],
+    "kq_conv_pre_softmax": True, "kq_conv_query_size": 2, "kq_conv_key_size": 3, "head_mix_post_softmax": 2,
+    "head_norm": "group", "head_gate": True, "rope_scaling": {"rope_type": "llama3", "factor": 8.0},
 }
 LAYER = {
-    "input_layernorm.weight": [4],
-    "self_attn.q_proj.weight": [4, 4],
-    "self_attn.k_proj.weight": [2, 4],
-    "self_attn.v_proj.weight": [2, 4],
-    "self_attn.o_proj.weight": [4, 4],
-    "self_attn.kq_conv.weight": [2, 2, 3],
-    "self_attn.head_mix.weight": [1, 2, 2],
-    "self_attn.head_norm.weight": [2],
-    "self_attn.head_gate.weight": [2],
-    "self_attn.head_gate.bias": [1],
-    "post_attention_layernorm.weight": [4],
-    "mlp.gate_proj.weight": [3, 4],
-    "mlp.up_proj.weight": [3, 4],
-    "mlp.down_proj.weight": [4, 3],
+    "input_layernorm.weight": [4], "self_attn.q_proj.weight": [4, 4], "self_attn.k_proj.weight": [2, 4],
+    "self_attn.v_proj.weight": [2, 4], "self_attn.o_proj.weight": [4, 4], "self_attn.kq_conv.weight": [2, 2, 3],
+    "self_attn.head_mix.weight": [1, 2, 2], "self_attn.head_norm.weight": [2], "self_attn.head_gate.weight": [2],
+    "self_attn.head_gate.bias": [1], "post_attention_layernorm.weight": [4], "mlp.gate_proj.weight": [3, 4],
+    "mlp.up_proj.weight": [3, 4], "mlp.down_proj.weight": [4, 3],
 }
 SIZE = {"F32": 4, "F16": 2, "BF16": 2, "F64": 8, "I64": 8}
 
@@ -88,13 +67,7 @@ def trainer_state():
     source = {"name": "x", "weight": 1, "windows": 7, "drawn": 6}
     loader = {"seed": "5", "mix": "token", "seq_len": 8, "windows": 6, "sources": [source]}
     state = {
-        "format": 1,
-        "step": 3,
-        "tokens_seen": 48,
-        "skipped": 0,
-        "batch_size": 2,
-        "tokens_per_step": 16,
-        "timed": True,
+        "format": 1, "step": 3, "tokens_seen": 48, "skipped": 0, "batch_size": 2, "tokens_per_step": 16, "timed": True,
     }
     return json.dumps(dict(state, random={"seed": 5, "step": 3}, loader=loader, arguments=["--steps", "3"])).encode()
 

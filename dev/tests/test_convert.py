@@ -22,21 +22,13 @@ except ImportError:
     torch = None
 
 MTA = {
-    "use_mta": True,
-    "query_kernel_size": 6,
-    "key_kernel_size": 11,
-    "pad_key": "both",
-    "mta_layers": "1",
+    "use_mta": True, "query_kernel_size": 6, "key_kernel_size": 11, "pad_key": "both", "mta_layers": "1",
     "group_norm": True,
 }
 KINDS = {
     "first": dict(MTA, head_kernel_size=2, layer_norm_rescale=True),
     "released": dict(
-        MTA,
-        after_sm_query_kernel_size=6,
-        after_sm_key_kernel_size=11,
-        pre_sm_linear_head=True,
-        head_kernel_size=4,
+        MTA, after_sm_query_kernel_size=6, after_sm_key_kernel_size=11, pre_sm_linear_head=True, head_kernel_size=4,
         add_gating=True,
     ),
     "linear": dict(MTA, pre_sm_linear_head=True, post_sm_linear_head=True),
@@ -138,13 +130,8 @@ class Convert(unittest.TestCase):
                 state = their_state(mta, seed)
                 params = {
                     "model": {
-                        "dim": 32,
-                        "n_layers": 2,
-                        "n_heads": 4,
-                        "rope_theta": 5000.0,
-                        "norm_eps": 1e-5,
-                        "weight_tying": True,
-                        "mta": mta,
+                        "dim": 32, "n_layers": 2, "n_heads": 4, "rope_theta": 5000.0, "norm_eps": 1e-5,
+                        "weight_tying": True, "mta": mta,
                     },
                     "data": {"seq_len": 64},
                 }

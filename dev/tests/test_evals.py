@@ -295,32 +295,9 @@ class Generated(Case):
 
     def test_babilong(self):
         book = self.book()
-        run(
-            "babilong",
-            "--text",
-            book,
-            "--samples",
-            "20",
-            "--distraction",
-            "0,500,4000",
-            "--out",
-            self.path("a.jsonl"),
-            "--seed",
-            "3",
-        )
-        run(
-            "babilong",
-            "--text",
-            book,
-            "--samples",
-            "20",
-            "--distraction",
-            "0,500,4000",
-            "--out",
-            self.path("b.jsonl"),
-            "--seed",
-            "3",
-        )
+        for name in ("a.jsonl", "b.jsonl"):
+            run("babilong", "--text", book, "--samples", "20", "--distraction", "0,500,4000", "--out", self.path(name),
+                "--seed", "3")
         requests = self.read("a.jsonl")
         self.assertEqual(requests, self.read("b.jsonl"))
         items = {}
@@ -576,12 +553,8 @@ class Report(Case):
             f.write("A line of text for a model that learns nothing.\n" * 200)
         subprocess.run(
             [
-                sys.executable,
-                os.path.join(ROOT, "data", "prepare.py"),
-                "text",
-                self.path("t.txt"),
-                "--out",
-                self.path("d"),
+                sys.executable, os.path.join(ROOT, "data", "prepare.py"), "text", self.path("t.txt"),
+                "--out", self.path("d"),
             ],
             check=True,
             stdout=subprocess.DEVNULL,
@@ -589,39 +562,11 @@ class Report(Case):
         )
         subprocess.run(
             [
-                train,
-                "--model",
-                "toy",
-                "--attention",
-                "transformer",
-                "--vocab-size",
-                "259",
-                "--hidden-size",
-                "32",
-                "--num-hidden-layers",
-                "1",
-                "--num-attention-heads",
-                "2",
-                "--num-key-value-heads",
-                "2",
-                "--intermediate-size",
-                "64",
-                "--max-position-embeddings",
-                "2048",
-                "--seq-len",
-                "64",
-                "--batch-size",
-                "1",
-                "--tokens-per-step",
-                "64",
-                "--steps",
-                "1",
-                "--tokenizer",
-                "bytes",
-                "--train",
-                self.path("d") + "/t_train_*.bin",
-                "--out",
-                self.path("run"),
+                train, "--model", "toy", "--attention", "transformer", "--vocab-size", "259", "--hidden-size", "32",
+                "--num-hidden-layers", "1", "--num-attention-heads", "2", "--num-key-value-heads", "2",
+                "--intermediate-size", "64", "--max-position-embeddings", "2048", "--seq-len", "64",
+                "--batch-size", "1", "--tokens-per-step", "64", "--steps", "1", "--tokenizer", "bytes",
+                "--train", self.path("d") + "/t_train_*.bin", "--out", self.path("run"),
             ],
             check=True,
             stdout=subprocess.DEVNULL,

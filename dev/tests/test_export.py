@@ -45,19 +45,9 @@ LONG = "--long" in sys.argv
 sys.argv = [a for a in sys.argv if a != "--long"]
 
 SIZES = dict(
-    vocab_size=259,
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=3,
-    num_attention_heads=4,
-    num_key_value_heads=4,
-    max_position_embeddings=96,
-    rope_theta=10000.0,
-    rms_norm_eps=1e-5,
-    tie_word_embeddings=True,
-    bos_token_id=256,
-    eos_token_id=257,
-    tokenizer="bytes",
+    vocab_size=259, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
+    num_key_value_heads=4, max_position_embeddings=96, rope_theta=10000.0, rms_norm_eps=1e-5, tie_word_embeddings=True,
+    bos_token_id=256, eos_token_id=257, tokenizer="bytes",
 )
 LLAMA3 = dict(
     rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=16
@@ -432,16 +422,8 @@ class WholeWay(Case):
         with open(text, "w") as f:
             f.write("\n\n".join(pydoc_data.topics.topics.values())[:200000].encode("ascii", "ignore").decode())
         run(
-            sys.executable,
-            os.path.join(ROOT, "data", "prepare.py"),
-            "text",
-            text,
-            "--tokenizer",
-            "bytes",
-            "--out",
-            shards,
-            "--name",
-            "t",
+            sys.executable, os.path.join(ROOT, "data", "prepare.py"), "text", text, "--tokenizer", "bytes",
+            "--out", shards, "--name", "t",
         )
         cls.folder, cls.out = os.path.join(FOLDER.name, "run"), os.path.join(FOLDER.name, "run_out")
         options = "--model 1m --attention mta-full --hidden-size 64 --intermediate-size 128 --seq-len 128"

@@ -210,13 +210,7 @@ class Golden(LogitsCase):
             steps = min(30, c.config["max_position_embeddings"] - len(prompt))
             out = run(
                 [
-                    c.dir,
-                    "--token-ids",
-                    " ".join(map(str, prompt)),
-                    "--temperature",
-                    "0",
-                    "--max-tokens",
-                    str(steps),
+                    c.dir, "--token-ids", " ".join(map(str, prompt)), "--temperature", "0", "--max-tokens", str(steps),
                     "--quiet",
                 ]
             )
@@ -354,16 +348,8 @@ class Golden(LogitsCase):
             if c.T < 8:
                 continue
             args = [
-                c.dir,
-                "--token-ids",
-                " ".join(map(str, c.row(0)[:7])),
-                "--max-tokens",
-                "12",
-                "--quiet",
-                "--temperature",
-                "3",
-                "--top-p",
-                "1",
+                c.dir, "--token-ids", " ".join(map(str, c.row(0)[:7])), "--max-tokens", "12", "--quiet",
+                "--temperature", "3", "--top-p", "1",
             ]
             three = run(args + ["--samples", "3"]).splitlines()
             self.assertEqual(len(three), 3)
@@ -380,16 +366,8 @@ class Golden(LogitsCase):
         probs = [math.exp(x) for x in log_softmax(list(c.row_logits(0, 4)))]
         order = sorted(range(c.V), key=lambda i: -probs[i])
         args = [
-            c.dir,
-            "--token-ids",
-            " ".join(map(str, c.row(0)[:5])),
-            "--max-tokens",
-            "1",
-            "--samples",
-            "20000",
-            "--quiet",
-            "--temperature",
-            "1",
+            c.dir, "--token-ids", " ".join(map(str, c.row(0)[:5])), "--max-tokens", "1", "--samples", "20000",
+            "--quiet", "--temperature", "1",
         ]
 
         def shares(*options):
@@ -479,18 +457,9 @@ class Llama(LogitsCase):
     their definition by wavelengths."""
 
     CONFIG = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "vocab_size": 23,
-        "hidden_size": 32,
-        "intermediate_size": 40,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 96,
-        "rms_norm_eps": 1e-5,
-        "rope_theta": 300.0,
-        "tie_word_embeddings": False,
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 23, "hidden_size": 32,
+        "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "max_position_embeddings": 96, "rms_norm_eps": 1e-5, "rope_theta": 300.0, "tie_word_embeddings": False,
         "torch_dtype": "float32",
     }
     SCALING = {"factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
@@ -503,14 +472,10 @@ class Llama(LogitsCase):
             p = "model.layers.%d." % i
             shapes.update(
                 {
-                    p + "self_attn.q_proj.weight": [C, C],
-                    p + "self_attn.k_proj.weight": [KV, C],
-                    p + "self_attn.v_proj.weight": [KV, C],
-                    p + "self_attn.o_proj.weight": [C, C],
-                    p + "mlp.gate_proj.weight": [F, C],
-                    p + "mlp.up_proj.weight": [F, C],
-                    p + "mlp.down_proj.weight": [C, F],
-                    p + "input_layernorm.weight": [C],
+                    p + "self_attn.q_proj.weight": [C, C], p + "self_attn.k_proj.weight": [KV, C],
+                    p + "self_attn.v_proj.weight": [KV, C], p + "self_attn.o_proj.weight": [C, C],
+                    p + "mlp.gate_proj.weight": [F, C], p + "mlp.up_proj.weight": [F, C],
+                    p + "mlp.down_proj.weight": [C, F], p + "input_layernorm.weight": [C],
                     p + "post_attention_layernorm.weight": [C],
                 }
             )
@@ -679,13 +644,8 @@ class Refusals(unittest.TestCase):
         size = struct.unpack("<Q", whole[:8])[0]
         header = whole[8 : 8 + size].replace(b" ", b"")
         for there, instead in (
-            (b'"F32"', b'"F3"'),
-            (b'"data_offsets"', b'"data_offset"'),
-            (b'"data_offsets":[0,', b'"data_offsets":[-1,'),
-            (b"{", b"["),
-            (b"[61,", b"[-1,"),
-            (b"[61,", b"[1e99,"),
-            (b"[61,", b"[9223372036854775807,"),
+            (b'"F32"', b'"F3"'), (b'"data_offsets"', b'"data_offset"'), (b'"data_offsets":[0,', b'"data_offsets":[-1,'),
+            (b"{", b"["), (b"[61,", b"[-1,"), (b"[61,", b"[1e99,"), (b"[61,", b"[9223372036854775807,"),
         ):
             self.assertIn(there, header)
             hostile = header.replace(there, instead, 1)
@@ -945,22 +905,10 @@ def text_model(where, torch_free_seed=3):
     """A byte-level checkpoint of random weights for the tests of text."""
     rng = random.Random(torch_free_seed)
     config = {
-        "vocab_size": 259,
-        "hidden_size": 16,
-        "intermediate_size": 24,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "max_position_embeddings": 64,
-        "tie_word_embeddings": True,
-        "rms_norm_eps": 1e-5,
-        "tokenizer": "bytes",
-        "kq_conv_layers": [1],
-        "kq_conv_pre_softmax": True,
-        "kq_conv_post_softmax": True,
-        "kq_conv_query_size": 3,
-        "kq_conv_key_size": 5,
-        "head_mix_post_softmax": 2,
+        "vocab_size": 259, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "num_key_value_heads": 1, "max_position_embeddings": 64, "tie_word_embeddings": True, "rms_norm_eps": 1e-5,
+        "tokenizer": "bytes", "kq_conv_layers": [1], "kq_conv_pre_softmax": True, "kq_conv_post_softmax": True,
+        "kq_conv_query_size": 3, "kq_conv_key_size": 5, "head_mix_post_softmax": 2,
     }
     shapes = {"model.embed_tokens.weight": [259, 16], "model.norm.weight": [16]}
     for i in range(2):
@@ -968,16 +916,10 @@ def text_model(where, torch_free_seed=3):
         a = p + "self_attn."
         shapes.update(
             {
-                p + "input_layernorm.weight": [16],
-                p + "post_attention_layernorm.weight": [16],
-                a + "q_proj.weight": [16, 16],
-                a + "k_proj.weight": [8, 16],
-                a + "v_proj.weight": [8, 16],
-                a + "o_proj.weight": [16, 16],
-                a + "head_mix.weight": [1, 2, 2],
-                p + "mlp.gate_proj.weight": [24, 16],
-                p + "mlp.up_proj.weight": [24, 16],
-                p + "mlp.down_proj.weight": [16, 24],
+                p + "input_layernorm.weight": [16], p + "post_attention_layernorm.weight": [16],
+                a + "q_proj.weight": [16, 16], a + "k_proj.weight": [8, 16], a + "v_proj.weight": [8, 16],
+                a + "o_proj.weight": [16, 16], a + "head_mix.weight": [1, 2, 2], p + "mlp.gate_proj.weight": [24, 16],
+                p + "mlp.up_proj.weight": [24, 16], p + "mlp.down_proj.weight": [16, 24],
             }
         )
     shapes["model.layers.1.self_attn.kq_conv.weight"] = [2, 3, 5]
@@ -1452,12 +1394,8 @@ class Reference(unittest.TestCase):
         "plain": dict(),
         "mta": dict(kq_conv_layers=[1], head_mix_post_softmax=2, head_norm="group_depth_scaled"),
         "full": dict(
-            kq_conv_layers=[0],
-            kq_conv_post_softmax=True,
-            head_mix_pre_softmax=4,
-            head_mix_post_softmax=4,
-            head_norm="group",
-            head_gate=True,
+            kq_conv_layers=[0], kq_conv_post_softmax=True, head_mix_pre_softmax=4, head_mix_post_softmax=4,
+            head_norm="group", head_gate=True,
         ),
         "post": dict(
             kq_conv_layers=[0, 1], kq_conv_pre_softmax=False, kq_conv_post_softmax=True, head_mix_pre_softmax=2
@@ -1478,11 +1416,7 @@ class Reference(unittest.TestCase):
 
     def model(self, kind, where, seed):
         kw = dict(
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=4,
+            hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4,
             vocab_size=61,
         )
         config = mta_ref.make_config(**dict(kw, **self.KINDS[kind]))
@@ -1504,13 +1438,7 @@ class Reference(unittest.TestCase):
                 prompt = [rng.randrange(61) for _ in range(9)]
                 out = run(
                     [
-                        where,
-                        "--token-ids",
-                        " ".join(map(str, prompt)),
-                        "--temperature",
-                        "0",
-                        "--max-tokens",
-                        "200",
+                        where, "--token-ids", " ".join(map(str, prompt)), "--temperature", "0", "--max-tokens", "200",
                         "--quiet",
                     ]
                 )

@@ -84,12 +84,8 @@ TASKS = {
         "siqa",
         [
             {
-                "context": "Tracy left.",
-                "question": "Why did Tracy do this?",
-                "answerA": "to rest",
-                "answerB": "she was \u00e9nerv\u00e9e",
-                "answerC": "no reason",
-                "label": "2",
+                "context": "Tracy left.", "question": "Why did Tracy do this?", "answerA": "to rest",
+                "answerB": "she was \u00e9nerv\u00e9e", "answerC": "no reason", "label": "2",
             }
         ],
     ),

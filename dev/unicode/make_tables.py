@@ -17,32 +17,13 @@ import sys
 
 # Property White_Space (PropList.txt), what \s means: unchanged since Unicode 6.3.
 WHITE_SPACE = {
-    *range(0x09, 0x0E),
-    0x20,
-    0x85,
-    0xA0,
-    0x1680,
-    *range(0x2000, 0x200B),
-    0x2028,
-    0x2029,
-    0x202F,
-    0x205F,
-    0x3000,
+    *range(0x09, 0x0E), 0x20, 0x85, 0xA0, 0x1680, *range(0x2000, 0x200B), 0x2028, 0x2029, 0x202F, 0x205F, 0x3000,
 }
 
 # General categories by class; everything else (punctuation, symbols, controls, unassigned) is CLASS_OTHER.
 CLASS_OF = {
-    "Lu": "UPPER",
-    "Lt": "UPPER",
-    "Ll": "LOWER",
-    "Lm": "LETTER",
-    "Lo": "LETTER",
-    "Mn": "MARK",
-    "Mc": "MARK",
-    "Me": "MARK",
-    "Nd": "NUMBER",
-    "Nl": "NUMBER",
-    "No": "NUMBER",
+    "Lu": "UPPER", "Lt": "UPPER", "Ll": "LOWER", "Lm": "LETTER", "Lo": "LETTER", "Mn": "MARK", "Mc": "MARK",
+    "Me": "MARK", "Nd": "NUMBER", "Nl": "NUMBER", "No": "NUMBER",
 }
 
 
