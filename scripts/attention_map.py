@@ -18,10 +18,14 @@ from tokenizer import UserError  # noqa: E402
 ROOT = os.path.abspath(os.path.join(os.path.dirname(__file__), ".."))
 
 
+def parse_heads(text):
+    return text if text == "all" else [whole_number(0)(h) for h in text.split(",")]
+
+
 def heads_of(args):
     """The heads that --head names; "all" are those that config.json counts."""
     if args.head != "all":
-        return [int(h) for h in args.head.split(",")]
+        return args.head
     with open(os.path.join(find_checkpoint(args.dir), "config.json"), encoding="utf-8") as f:
         return list(range(json.load(f)["num_attention_heads"]))
 
@@ -88,17 +92,18 @@ def main():
     parser = Parser(description=__doc__)
     parser.add_argument("dir", metavar="DIR", nargs="?", help="checkpoint")
     parser.add_argument("--json", metavar="FILE", nargs="+", help="draw these files")
-    parser.add_argument("--prompt")
-    parser.add_argument("--token-ids")
+    given = parser.add_mutually_exclusive_group()
+    given.add_argument("--prompt")
+    given.add_argument("--token-ids")
     parser.add_argument("--tokenizer")
     parser.add_argument("--layer", type=whole_number(0), default=0)
-    parser.add_argument("--head", default="0", metavar="N,...|all", help="default 0")
+    parser.add_argument("--head", type=parse_heads, default=[0], metavar="N,...|all", help="default 0")
     parser.add_argument(
         "--infer", default=os.path.join(ROOT, "infer_mta"), help="the program (default: the repository's)"
     )
     parser.add_argument("--out", default="attention.png")
     args = parser.parse_args()
-    if not args.dir and not args.json:
+    if bool(args.dir) == bool(args.json):
         parser.error("give a checkpoint directory, or --json FILE")
     try:
         draw(read_maps(args), args.out)

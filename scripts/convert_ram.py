@@ -17,7 +17,9 @@ import struct
 import sys
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "data"))
+from export import verify  # noqa: E402
 from options import Parser  # noqa: E402
+from tokenizer import UserError  # noqa: E402
 
 try:
     import torch
@@ -57,10 +59,6 @@ TRITON_NAMES = {
 DTYPES = {"f32": "F32", "bf16": "BF16", "f16": "F16"}
 
 
-class UserError(Exception):
-    """One line for the user."""
-
-
 def halves_from_pairs(w, heads):
     """Rows of a head: (2t, 2t+1) -> (t, t + HS/2)."""
     rows, dim = w.shape
@@ -88,6 +86,8 @@ def to_ours(state, params):
         or mta.get("pad_key", "both") != "both"
     ):
         raise UserError("params.json: curse_norm, gate_1d false and pad_key other than both have no counterpart here")
+    if params.get("sliding_window"):
+        raise UserError("params.json: sliding_window has no counterpart here: attention sees all positions")
     heads = params.get("n_heads") or params["dim"] // params["head_dim"]
     kv_heads = params.get("n_kv_heads") or heads
     tensors, layers, conv = {}, 0, {"kq_conv": set(), "kq_conv_post": set()}
@@ -289,6 +289,7 @@ def convert(source, out, dtype, tokenizer):
 
 
 def convert_back(source, out):
+    verify(source, ["config.json", "model.safetensors"])
     with open(os.path.join(source, "config.json")) as f:
         config = json.load(f)
     state, params = to_theirs(read_safetensors(os.path.join(source, "model.safetensors")), config)

@@ -444,6 +444,8 @@ def write_tokenizer(folder, config, out):
     name = config.get("tokenizer")
     if name in (None, "", "toy"):
         return "no tokenizer: %s" % ("toy has no counterpart in transformers" if name else "config.json names none")
+    if not isinstance(name, str) or "/" in name:
+        raise UserError("tokenizer: got %s, wanted a name or a file beside config.json" % json.dumps(name))
     path = name if name == "bytes" else os.path.join(folder, name)
     tok = open_tokenizer(path, config.get("tokenizer_pattern") or None, encoder=False)
     write_json(out, "tokenizer.json", tokenizer_json(tok))

@@ -17,7 +17,7 @@ import sys
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path[:0] = [HERE, os.path.join(os.path.dirname(HERE), "data")]
 from export import find_checkpoint  # noqa: E402
-from options import Parser, split_name  # noqa: E402
+from options import Parser, log_events, split_name  # noqa: E402
 from tokenizer import UserError  # noqa: E402
 
 try:
@@ -54,26 +54,24 @@ class Run:
         self.label, self.path = label, path
         file = os.path.join(path, "log.jsonl") if os.path.isdir(path) else path
         steps, val, mean, places, clock = {}, {}, {}, {0: 0.0}, Clock()
-        with open(file, encoding="utf-8") as f:
-            for line in f:
-                try:
-                    event = json.loads(line)
-                    kind, step = event.get("event"), event.get("step")
-                except (ValueError, AttributeError):
-                    continue  # the torn last line of a run that was killed, or is writing
-                clock.pass_by(event)
-                if kind == "step":
-                    steps[step] = number(event.get("loss"))
-                    places[step] = {"steps": step, "tokens": number(event.get("tokens")), "hours": clock.hours}[x]
-                elif kind == "val":
-                    val.setdefault(str(event.get("name", "val")),
-                                   {})[step] = (number(event.get("loss")), number(event.get("error")))
-                elif kind == "val_mean":
-                    mean[step] = (number(event.get("loss")), float("nan"))
+        for event in log_events(file):
+            kind, step = event.get("event"), event.get("step")
+            clock.pass_by(event)
+            if kind == "step":
+                steps[step] = number(event.get("loss"))
+                places[step] = {"steps": step, "tokens": number(event.get("tokens")), "hours": clock.hours}[x]
+            elif kind == "val":
+                val.setdefault(str(event.get("name", "val")),
+                               {})[step] = (number(event.get("loss")), number(event.get("error")))
+            elif kind == "val_mean":
+                mean[step] = (number(event.get("loss")), float("nan"))
+        evaluated = {s for rows in [mean, *val.values()] for s in rows}
         if x == "steps":
-            places.update((s, s) for rows in [mean, *val.values()] for s in rows)
-        rows_of = lambda rows: np.array([(places[s], *v) for s, v in sorted(rows.items()) if s in places],
-                                        dtype=float).reshape(-1, 3)
+            places.update((s, s) for s in evaluated)
+        elif evaluated - set(places):
+            raise ValueError(f"{file}: its steps do not tell the {x} of step {min(evaluated - set(places))}, which was "
+                             "evaluated; --x steps is always there")
+        rows_of = lambda rows: np.array([(places[s], *v) for s, v in sorted(rows.items())], dtype=float).reshape(-1, 3)
         self.steps = np.array([(places[s], loss) for s, loss in sorted(steps.items())], dtype=float).reshape(-1, 2)
         self.val = {name: rows_of(rows) for name, rows in val.items()}
         self.mean = rows_of(mean)
@@ -85,8 +83,8 @@ class Run:
 
 
 class Clock:
-    """Hours that a run has taken, pauses between its parts left out; of a log without times, the hours of its steps
-    alone."""
+    """Hours that a run has taken, pauses between its parts left out, and a clock that was set back; of a log without
+    times, the hours of its steps alone."""
 
     def __init__(self):
         self.hours, self.last, self.tokens = 0.0, None, 0.0
@@ -94,7 +92,7 @@ class Clock:
     def pass_by(self, event):
         if "time" in event:
             if self.last is not None and event["event"] != "start":
-                self.hours += (event["time"] - self.last) / 3600
+                self.hours += max(0, event["time"] - self.last) / 3600
             self.last = event["time"]
         elif event.get("event") == "step":
             tokens, rate = number(event.get("tokens")), number(event.get("tokens_per_s"))

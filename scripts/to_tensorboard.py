@@ -17,7 +17,7 @@ import os
 import sys
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "data"))
-from options import Parser  # noqa: E402
+from options import Parser, log_events  # noqa: E402
 
 try:
     from tensorboard.compat.proto.event_pb2 import Event
@@ -60,25 +60,14 @@ def texts(event):
     return {}
 
 
-def events_of(path):
-    with open(path, encoding="utf-8") as f:
-        for number, line in enumerate(f, 1):
-            try:
-                event = json.loads(line)
-            except ValueError:
-                if line.endswith("\n"):
-                    raise ValueError(f"{path}:{number}: no JSON")
-                return  # the torn last line of a run that was killed, or is writing
-            yield event
-
-
 def convert(log, folder):
-    """Writes the events; how many values there were."""
+    """Writes the events; how many values there were. Of a log that cannot be read all stays as it is."""
+    events = list(log_events(log))
     os.makedirs(folder, exist_ok=True)
     for old in glob.glob(os.path.join(glob.escape(folder), "events.out.tfevents.*")):
         os.remove(old)
     writer, n, clock = EventFileWriter(folder), 0, 0.0
-    for event in events_of(log):
+    for event in events:
         values = [Summary.Value(tag=tag, simple_value=x) for tag, x in scalars(event).items()]
         for tag, text in texts(event).items():
             values.append(Summary.Value(tag=tag, metadata=create_summary_metadata(tag, tag),

@@ -7,14 +7,13 @@ library suffices.
 A task's folder is called nN_KIND and holds runs called MODEL_SEED (transformer_1, mta_3); the last validation of each
 log.jsonl counts. The paper's whole table: scripts/evidence.sh toy.
 """
-import json
 import os
 import re
 import statistics
 import sys
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "data"))
-from options import Parser  # noqa: E402
+from options import Parser, log_events  # noqa: E402
 
 PAPER = {  # error in percent; the one standard deviation the paper's text gives is kept
     "transformer": {"n5_all": "51.6 +- 43.1", "n5_first": "78.2", "n5_last": "1.3", "n8_all": "31.2",
@@ -27,14 +26,9 @@ def last_error(run):
     """(step, error in percent) of a run's last masked validation; None if it has none yet."""
     found = None
     try:
-        with open(os.path.join(run, "log.jsonl"), encoding="utf-8") as f:
-            for line in f:
-                try:
-                    event = json.loads(line)
-                except ValueError:
-                    continue
-                if event.get("event") == "val" and event.get("error") is not None:
-                    found = (event["step"], 100.0 * event["error"])
+        for event in log_events(os.path.join(run, "log.jsonl")):
+            if event.get("event") == "val" and event.get("error") is not None:
+                found = (event["step"], 100.0 * event["error"])
     except OSError:
         return None
     return found
@@ -84,7 +78,7 @@ def main():
     folder = parser.parse_args().folder
     try:
         task = read_task(folder)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         sys.exit(f"toy_report.py: {error}")
     if not task:
         sys.exit(f"toy_report.py: no run with a masked validation set below {folder}")

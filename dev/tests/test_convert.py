@@ -170,7 +170,21 @@ class Convert(unittest.TestCase):
         self.assertEqual((done.returncode, done.stdout, done.stderr.count("\n")), (1, "", 1), done.stderr)
         self.assertIn("none", done.stderr)
 
+    def test_a_damaged_checkpoint(self):
+        """What its manifest says of the files holds on the way back too."""
+        with tempfile.TemporaryDirectory() as tmp:
+            for name in ("config.json", "model.safetensors"):
+                with open(os.path.join(tmp, name), "w") as f:
+                    f.write("{}")
+            with open(os.path.join(tmp, "manifest.json"), "w") as f:
+                json.dump({"files": {"model.safetensors": {"bytes": 2, "crc32": 5}}}, f)
+            done = call(convert_ram, "--back", tmp, os.path.join(tmp, "out"))
+            self.assertEqual((done.returncode, done.stderr.count("\n")), (1, 1), done.stderr)
+            self.assertIn("model.safetensors: damaged", done.stderr)
+
     def test_refuses_what_has_no_counterpart(self):
+        with self.assertRaisesRegex(convert_ram.UserError, "sliding_window"):
+            convert_ram.to_ours({}, {"dim": 32, "n_heads": 4, "sliding_window": 512})
         for bad in ({"curse_norm": True}, {"pad_key": "left"}, {"add_gating": True, "gate_1d": False}):
             with self.assertRaises(convert_ram.UserError):
                 convert_ram.to_ours({}, {"dim": 32, "n_heads": 4, "mta": bad})

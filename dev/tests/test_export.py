@@ -550,6 +550,7 @@ class Refusals(unittest.TestCase):
             (dict(kq_conv_layers=[0]), "model.layers.2.self_attn.kq_conv.weight is not one of this model"),
             (dict(kq_conv_key_size=9), "got [4, 6, 11], wanted [4, 6, 9]"),
             (dict(tokenizer="not_there.tiktoken"), "not_there.tiktoken"),
+            (dict(tokenizer="../in/gpt2.tiktoken"), "wanted a name or a file beside config.json"),
         ):
             with self.subTest(str(change)):
                 write_config(self.source, dict(self.config, **change))

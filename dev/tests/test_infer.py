@@ -1148,6 +1148,11 @@ class TextIO(unittest.TestCase):
         one = png_size(out)
         subprocess.run(args + ["--head", "all"], check=True, stdout=subprocess.DEVNULL)
         self.assertGreater(png_size(out)[1], 1.5 * one[1], "a row for each head")
+        for more, words in ((["--head", "1_0"], "--head: got '1_0'"), (["--token-ids", "1"], "not allowed with"),
+                            (["--json", out], "--json FILE")):
+            p = subprocess.run(args + more, capture_output=True, text=True)
+            self.assertEqual((p.returncode, p.stderr.count("\n")), (1, 1), p.stderr)
+            self.assertIn(words, p.stderr)
         written = os.path.join(self.tmp.name, "map.json")
         run([self.dir, "--prompt", "a", "--attention-map", written, "--quiet"])
         with open(written) as f:

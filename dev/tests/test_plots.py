@@ -111,10 +111,21 @@ class Plots(unittest.TestCase):
 
     def test_curves_refused(self):
         self.write_log("empty", "")
-        for arguments in ((self.path("nothing"),), (self.path("empty"),)):
+        self.write_log("holed", '{"event":"step","step":1,"loss":3}\n{"event":"st\n{"event":"step","step":3}\n')
+        self.write_log("evaluated", '{"event":"val","step":7,"name":"x","loss":2}\n')
+        for arguments, words in (([self.path("nothing")], "No such file"), ([self.path("empty")], "no step"),
+                                 ([self.path("holed")], "log.jsonl:2: no JSON"),
+                                 ([self.path("evaluated"), "--x", "tokens"], "do not tell the tokens of step 7")):
             done = call(plot_run, *arguments)
-            self.assertEqual(done.returncode, 1)
+            self.assertEqual(done.returncode, 1, arguments)
             self.assertEqual(done.stderr.count("\n"), 1, done.stderr)
+            self.assertIn(words, done.stderr)
+
+    def test_a_clock_that_is_set_back(self):
+        times = [7200.0, 9000.0, 5400.0, 7200.0]  # half an hour, an hour back, half an hour
+        events = [{"event": "step", "step": i, "loss": 1.0, "time": t} for i, t in enumerate(times, 1)]
+        self.write_log("a", "".join(json.dumps(e) + "\n" for e in events))
+        self.assertEqual(plot_run.Run("a", self.path("a"), "hours").steps[:, 0].tolist(), [0, 0.5, 0.5, 1])
 
     def test_kernels(self):
         base = "model.layers.{}.self_attn.{}.weight"

@@ -103,9 +103,13 @@ class TensorBoard(unittest.TestCase):
             done = run(*arguments)
             self.assertEqual((done.returncode, done.stderr.count("\n")), (1, 1), done.stderr)
             self.assertIn(words, done.stderr)
+        self.assertFalse(os.path.exists(self.path("nothing")))
+        self.assertEqual(run(self.path("run")).returncode, 0)
+        before = os.listdir(self.path("run", "tensorboard"))
         with open(self.path("run", "log.jsonl"), "w") as f:
             f.write("no log\n{}\n")
         self.assertIn("log.jsonl:1: no JSON", run(self.path("run")).stderr)
+        self.assertEqual(os.listdir(self.path("run", "tensorboard")), before)
 
 
 class WithoutThePackage(unittest.TestCase):
