@@ -593,9 +593,12 @@ def babilong(args):
 
 def numbers(text):
     try:
-        return [parse_count(part) for part in text.split(",")]
+        found = [parse_count(part) for part in text.split(",")]
     except argparse.ArgumentTypeError:
-        raise argparse.ArgumentTypeError("got %r, wanted numbers such as 0,1000,2k" % text)
+        found = []
+    if not found or len(found) != len(set(found)):
+        raise argparse.ArgumentTypeError("got %r, wanted numbers such as 0,1000,2k, each once" % text)
+    return found
 
 
 def main():

@@ -276,16 +276,20 @@ def trying(what, call, args):
 
 
 def fetch(hub, args, name, size, sha256):
-    """One file. Where its sha256 is not what the repository says, it is deleted and fetched anew."""
-    path = os.path.join(args.download, name)
+    """One file. It comes below .cache and gets its name once its sha256 is what the repository says; else it is deleted
+    and fetched anew."""
+    path, beside = os.path.join(args.download, name), os.path.join(args.download, ".cache", "coming")
+    come = os.path.join(beside, name)
     if os.path.exists(path) and os.path.getsize(path) == size:
         return 0
 
     def once():
-        hub.hf_hub_download(args.repo, name, repo_type="dataset", local_dir=args.download)
-        if sha256 and file_sums(path)["sha256"] != sha256:
-            os.remove(path)
+        hub.hf_hub_download(args.repo, name, repo_type="dataset", local_dir=beside)
+        if sha256 and file_sums(come)["sha256"] != sha256:
+            os.remove(come)
             raise ValueError("its sha256 is not the repository's")
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        os.replace(come, path)
 
     trying(name, once, args)
     return size

@@ -31,6 +31,7 @@ ENTRIES = {
 MAGIC = {2: (20240520, 1), 4: (20240801, 7)}  # bytes a token -> llm.c's magic and version
 HEADER_BYTES = 1024
 FORMAT = 1  # of manifest and state
+KEPT = 1 << 22  # tokens of a shard of which inspect shows the text
 SHARD_NAME = re.compile(r"(.+)_(train|val)_\d{6}\.bin")
 
 
@@ -308,7 +309,7 @@ def inspect(args):
         found = places(numbers, tok.bos) if tok else []
         starts += len(found)
         first += [position + i for i in found[: args.documents + 1]]
-        if position < 1 << 22:
+        if position < KEPT:
             ids += numbers.tolist()
         position += len(numbers)
     print("largest id %d%s" % (largest, ", NOT BELOW THE VOCABULARY" if shard.vocab and largest >= shard.vocab else ""))
@@ -321,12 +322,13 @@ def inspect(args):
     if first[:1] != [0] and shard.tokens:
         first = [0] + first  # the shard begins inside a document
     for i, start in enumerate(first[: args.documents]):
-        end = first[i + 1] if i + 1 < len(first) else min(shard.tokens, len(ids))
+        end = first[i + 1] if i + 1 < len(first) else shard.tokens
         text = tok.decode(n for n in ids[start:end] if n not in (tok.bos, tok.eos)).decode("utf-8", "replace")
         begun = "" if ids[start : start + 1] == [tok.bos] else ", begun in the shard before"
         print("--- tokens %d to %d%s" % (start, end, begun))
         more = len(text) - args.characters
-        print(text if more <= 0 else "%s [... %d characters more]" % (text[: args.characters], more))
+        rest = "%d characters more" % more if end <= len(ids) else "more"
+        print(text if more <= 0 and end <= len(ids) else "%s [... %s]" % (text[: args.characters], rest))
 
 
 def verify_shard(path, entry, tok):

@@ -25,6 +25,7 @@ except ImportError:  # --help works without the harness; main() says what is mis
 
 ROOT = os.path.abspath(os.path.join(os.path.dirname(__file__), ".."))
 WEIGHTS = ["stored", "f32", "bf16", "int8"]
+NOT_STORED = "--weights %s: a trainer scores with the weights as they are stored"
 
 
 class Program:
@@ -126,7 +127,7 @@ class MtaLM(LM):
     ):
         super().__init__()
         if trainer and weights != "stored":
-            raise ValueError("a trainer scores with the weights as they are stored, not in %s" % weights)
+            raise ValueError(NOT_STORED % weights)
         self.trainer_command = [trainer, "--init-from", str(checkpoint)] if trainer else None
         if trainer and str(batch_size or "").isdigit():
             self.trainer_command += ["--batch-size", str(batch_size)]
@@ -199,6 +200,13 @@ def main():
     parser.add_argument("--trainer", metavar="PROGRAM",
                         help="train_mta or train_mta_cuda: scores in place of infer_mta")
     args, others = parser.parse_known_args()
+    if args.trainer and args.weights != "stored":
+        parser.error(NOT_STORED % args.weights)
+    try:
+        with open(config_file(args.checkpoint), encoding="utf-8"):
+            pass
+    except OSError as e:
+        sys.exit("lm_eval_mta.py: %s: %s; wanted a checkpoint, or a run with one" % (e.filename, e.strerror))
     try:
         from lm_eval.__main__ import cli_evaluate
     except ImportError as e:

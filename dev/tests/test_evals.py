@@ -357,6 +357,7 @@ class Generated(Case):
         self.assertIn("wanted 1 to 5", run("babilong", "--tasks", "6", "--out", self.path("x"), status=1))
         for n in ("0", "-1", "1.5"):
             self.assertIn("from 1", run("needle", "--samples=" + n, "--out", self.path("x"), status=1))
+        self.assertIn("each once", run("needle", "--needles", "2,4,2", "--out", self.path("x"), status=1))
         self.assertIn("No such file", run("needle", "--text", self.path("none"), "--out", self.path("x"), status=1))
 
 
@@ -584,6 +585,15 @@ class Report(Case):
 
 
 class Harness(Case):
+    def test_a_folder_without_a_checkpoint(self):
+        """One line, before the harness is asked for."""
+        script = os.path.join(ROOT, "scripts", "lm_eval_mta.py")
+        for arguments, words in (([self.path("none")], "none"), ([self.folder], "config.json"),
+                                 ([self.folder, "--trainer", "x", "--weights", "int8"], "--weights int8")):
+            done = subprocess.run([sys.executable, script, *arguments, "--tasks", "x"], capture_output=True, text=True)
+            self.assertEqual((done.returncode, done.stderr.count("\n")), (1, 1), done.stderr)
+            self.assertIn(words, done.stderr)
+
     def test_the_newest_checkpoint_of_a_run(self):
         """By its number: step-100000000 is later than step-99999999."""
         sys.path.insert(0, os.path.join(ROOT, "scripts"))

@@ -7,6 +7,7 @@ Runs under any Python; what needs zstandard, pyarrow or tiktoken is skipped with
 without train_mta. --full: 20 kills at random moments of a longer preparation instead of 4.
 """
 
+import argparse
 import array
 import base64
 import contextlib
@@ -27,6 +28,7 @@ import tempfile
 import threading
 import time
 import unittest
+import unittest.mock
 import zlib
 
 from helpers import BIN, ROOT, main
@@ -39,6 +41,7 @@ if FULL:
 sys.path.insert(0, os.path.join(ROOT, "data"))
 import inputs  # noqa: E402
 import prepare  # noqa: E402
+import shards  # noqa: E402
 import tokenizer  # noqa: E402
 
 try:
@@ -236,6 +239,14 @@ class Texts(Case):
         self.write("a.txt", "two text\n" * 9)
         os.utime(text, (time.time() + 5, time.time() + 5))
         self.assertIn("a.txt is newer than the shards in", run("text", text, "--out", self.path("o")))
+
+    def test_inspect_shows_where_a_long_document_ends(self):
+        run("text", self.write("book.txt", b"a line\n" * 200000), "--out", self.path("o"), "--val-fraction", 0)
+        path, shown = self.path("o", "book_train_000000.bin"), io.StringIO()
+        args = argparse.Namespace(shard=path, tokenizer=None, pattern=None, documents=1, characters=6)
+        with unittest.mock.patch.object(shards, "KEPT", 1), contextlib.redirect_stdout(shown):
+            shards.inspect(args)  # of which a megabyte at a time is kept to be shown
+        self.assertIn("--- tokens 0 to 1400002\na line [... more]\n", shown.getvalue())
 
     def test_shards_have_the_size_asked_for(self):
         run(
@@ -1550,6 +1561,21 @@ class Downloads(Case):
         before = len(self.server.requests)
         self.download()
         self.assertEqual(len(self.server.requests), before + 1)  # the listing: all files are there
+
+    def test_stopped_before_the_sha256_was_compared(self):
+        """What has its name has been compared: at the next start its size is enough."""
+        class Hub:
+            @staticmethod
+            def hf_hub_download(repo, name, repo_type, local_dir):
+                os.makedirs(os.path.dirname(os.path.join(local_dir, name)))
+                with open(os.path.join(local_dir, name), "w") as f:
+                    f.write("damaged")
+
+        args = argparse.Namespace(download=self.path("d"), repo="r", retries=0, retry_pause=0)
+        with unittest.mock.patch.object(prepare.inputs, "file_sums", side_effect=KeyboardInterrupt):
+            with self.assertRaises(KeyboardInterrupt):
+                prepare.inputs.fetch(Hub, args, "train/a.jsonl", 7, "0" * 64)
+        self.assertEqual(self.there(), [])
 
     def test_a_sha256_that_is_never_right_ends(self):
         name = self.wanted()[0]
