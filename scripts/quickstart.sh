@@ -35,7 +35,7 @@ TOY_MODEL=(--model toy --hidden-size 64 --num-hidden-layers 2 --num-attention-he
 TEXT_STEPS=300 TEXT_BATCH=16 TEXT_WINDOWS=100
 TEXT_MODEL=(--model 1m --attention mta --tokenizer bytes --seq-len 256 --lr 3e-3 --schedule linear --warmup 20)
 
-install=yes text="" out=runs/quickstart
+install=yes text="" out=runs/quickstart size=""
 while [ $# -gt 0 ]; do
     case $1 in
         --no-install) install=no ;;
@@ -43,7 +43,7 @@ while [ $# -gt 0 ]; do
         --text=*) text=$(from_here "${1#*=}") ;;
         --out) out=$(from_here "${2:-}"); shift ;;
         --out=*) out=$(from_here "${1#*=}") ;;
-        --tiny) TOY_STEPS=4 TOY_BATCH=8 TOY_TESTS=100 TEXT_STEPS=4 TEXT_BATCH=2 TEXT_WINDOWS=8 ;;
+        --tiny) size=--tiny; TOY_STEPS=4 TOY_BATCH=8 TOY_TESTS=100 TEXT_STEPS=4 TEXT_BATCH=2 TEXT_WINDOWS=8 ;;
         -h|--help) sed -n '2,/^set -/{/^set -/d;s/^# \{0,1\}//;p}' scripts/quickstart.sh; exit 0 ;;
         *) echo "quickstart.sh: unknown option $1; --help lists all" >&2; exit 1 ;;
     esac
@@ -69,6 +69,11 @@ if [ -n "$text" ] && ! { [ -r "$text" ] && [ -f "$text" ]; }; then
 fi
 [ -n "$out" ] || fail "--out: the folder is missing"
 mkdir -p "$out" 2> /dev/null && [ -w "$out" ] || fail "$out: cannot write there; choose a folder with --out"
+# The data and the runs of one size are not those of the other.
+if [ -d "$out/data" ] && [ "$(cat "$out/size" 2> /dev/null)" != "$size" ]; then
+    fail "$out holds what a run with${size:+out} --tiny has begun; choose another folder with --out, or remove it"
+fi
+echo "$size" > "$out/size"
 cores=$(nproc 2> /dev/null || echo 1)
 threads=$((cores > 2 ? cores / 2 : 1))   # of each of two trainings side by side
 

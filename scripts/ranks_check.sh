@@ -5,18 +5,19 @@
 #   bits    one run on 1, on N and, where N is even, on N/2 processes; and one that N begin and 1 ends. Losses, norms
 #           and checkpoints must be the same, byte for byte.
 #   speed   880m, steps of 262,144 tokens: tokens/s of one GPU and of N by both reductions, and the share of N times one
-# --small: tiny models and few steps, for the emulator. --work: where runs go meanwhile, 15 GB of it for the speed
-# (default: build/ranks_check). TRAINER=PROGRAM is taken in place of train_mta_cuda, which is built otherwise.
+# --small: tiny models and few steps, for the emulator. --work: where runs go meanwhile, into a folder of their own that
+# is removed, 15 GB of it for the speed (default: build). TRAINER=PROGRAM is taken in place of train_mta_cuda, which is
+# built otherwise.
 # Exit status 1 if bits differ or a run fails.
 set -u
 unset CDPATH
 cd "$(dirname "$0")/.." || exit 1
-root=$PWD ranks="" part=all small=no work=$PWD/build/ranks_check
+root=$PWD ranks="" part=all small=no where=$PWD/build
 while [ $# -gt 0 ]; do
     case $1 in
         --ranks) ranks=${2:-}; shift ;;
         --part) part=${2:-}; shift ;;
-        --work) work=$(realpath -m "${2:?--work needs a directory}"); shift ;;
+        --work) where=$(realpath -m "${2:?--work needs a directory}"); shift ;;
         --small) small=yes ;;
         -h|--help) sed -n '2,/^set -/{/^set -/d;s/^# \{0,1\}//;p}' scripts/ranks_check.sh; exit 0 ;;
         *) echo "ranks_check.sh: unknown option $1; --help lists all" >&2; exit 1 ;;
@@ -33,6 +34,9 @@ if ! [[ $ranks =~ ^[0-9]+$ ]] || [ "$ranks" -lt 2 ]; then
     exit 1
 fi
 source scripts/recipe.bash
+made=no
+[ -d "$where" ] || made=yes
+mkdir -p "$where" && work=$(mktemp -d "$where/ranks_check.XXXXXX") || exit 1
 
 table=() failed=0
 row() { table+=("$*"); echo "$*"; }
@@ -40,6 +44,7 @@ fail() { failed=$((failed + 1)); row "FAIL    $*"; }
 finish() {
     trap - EXIT
     rm -rf "$work"
+    if [ $made = yes ]; then rmdir "$where"; fi
     echo
     printf '%s\n' "${table[@]}"
     if [ $failed -eq 0 ]; then echo "ranks_check: all passed"; else echo "ranks_check: $failed failed"; fi
@@ -151,7 +156,6 @@ if [ -z "${TRAINER:-}" ]; then
 fi
 trainer=$(realpath -m "$trainer")
 [ -x "$trainer" ] || { fail "$trainer is missing"; exit 1; }
-mkdir -p "$work"
 python3 data/prepare.py text ./*.md ./*.c ./*.cu mta/*.h --tokenizer bytes --name text --val-fraction 0.05 \
     --out "$work" > "$work/prepare.log" 2>&1 || { fail "data/prepare.py: $(tail -n 1 "$work/prepare.log")"; exit 1; }
 row "$ranks processes of $trainer, commit $(git rev-parse --short HEAD 2> /dev/null || echo unknown)"

@@ -383,6 +383,19 @@ class RanksCheck(Scripts):
                                      ("dies", 2, dies)):
             self.assertIn(words, self.check("--part", "bits", failed=failed, TRAINER=run, FAULT=fault))
 
+    def test_the_work_folder_is_the_user_s(self):
+        """What lies in --work stays, whether the check begins or not."""
+        work = os.path.join(self.folder, "mine")
+        os.makedirs(work)
+        with open(os.path.join(work, "precious"), "w") as f:
+            f.write("x")
+        script = [os.path.join(ROOT, "scripts", "ranks_check.sh"), "--small", "--ranks", "2", "--work", work]
+        for trainer in ("/none", self.stub(RUN)):
+            done = subprocess.run([*script, "--part", "speed"], capture_output=True, text=True,
+                                  env=dict(self.environment, TRAINER=trainer, FAULT="fast"))
+            self.assertEqual(done.returncode, int(trainer == "/none"), done.stdout + done.stderr)
+            self.assertEqual(os.listdir(work), ["precious"])
+
     def test_speed(self):
         speed = self.check("--part", "speed", TRAINER=self.stub(RUN), FAULT="fast")
         self.assertIn("speed   1 process: 100 tokens/s", speed)

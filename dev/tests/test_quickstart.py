@@ -135,6 +135,9 @@ class Quickstart(unittest.TestCase):
         self.assertRegex(read_text(os.path.join(self.home, "runs/a/n4_first/mta_3.txt")), r"step 4 .* error \d+\.00%",
                          "of 100 sequences: whole percents")
         self.assertNotIn("Traceback", done.stdout + done.stderr)
+        done = self.run_script("--no-install", "--out", "runs/a")  # the data of 4 steps would be that of 600
+        self.assertEqual((done.returncode, done.stderr.count("\n")), (1, 1), done.stdout + done.stderr)
+        self.assertIn("runs/a holds what a run with --tiny has begun", done.stderr)
         status, text = self.run_on_terminal("--no-install", "--tiny", "--out", "runs/a", NO_COLOR="1")
         self.assertEqual(status, 0, text)
         self.assert_table(text)
