@@ -98,6 +98,11 @@ identity() {
 }
 mkdir -p "$out"
 out=$(cd "$out" && pwd)
+for name in report.md report.csv report.json needles.png babilong.png; do
+    if [ -e "$out/$name" ] && ! [ -e "$out/checkpoint" ]; then
+        stop "$out/$name is of no evaluation; wanted another --out"
+    fi
+done
 identity > "$out/checkpoint.partial" || stop "$checkpoint: not readable, or no model.safetensors in it"
 if [ -e "$out/checkpoint" ] && ! cmp -s "$out/checkpoint.partial" "$out/checkpoint"; then
     rm "$out/checkpoint.partial"

@@ -710,6 +710,16 @@ class Evaluate(Case):
             self.assertIn(message, shown)
             self.assertEqual(shown.count("\n"), 1, shown)
 
+    def test_a_report_of_something_else(self):
+        os.makedirs(self.path("run"))
+        self.write("run/config.json", [{"vocab_size": 259}])
+        self.write("trainer", [])
+        os.chmod(self.path("trainer"), 0o755)
+        self.write("report.md", [{"mine": 1}])
+        shown = self.evaluate("--val", "x", "--out", self.folder, status=1)
+        self.assertIn("report.md is of no evaluation; wanted another --out", shown)
+        self.assertEqual(self.read("report.md"), [{"mine": 1}])
+
     def test_from_a_folder_that_cdpath_names(self):
         shown = subprocess.run(["scripts/evaluate.sh"], cwd=ROOT, env=dict(os.environ, CDPATH=f".:{ROOT}"),
                                capture_output=True, text=True)
