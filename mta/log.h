@@ -6,8 +6,8 @@
 //           flops_per_second (the peak that mfu is of, 0 = not known), date, host, device, program, version, commit
 //           ("unknown" where it was built without git), config (as in config.json), arguments; changed: a list of what
 //           --resume has found to be another value than before
-// step      loss (nats per counted target), grad_norm (before clipping), lr, tokens (seen so far), tokens_per_s,
-//           mfu (0 to 1), skipped (updates so far); sources: tokens of each source, where there are several
+// step      loss (nats per counted target, null where none counts), grad_norm (before clipping), lr, tokens (seen so
+//           far), tokens_per_s, mfu (0 to 1), skipped (updates so far); sources: tokens of each of several
 // val       a set of --val: name, loss, perplexity, tokens (counted); bits_per_byte where manifest.json tells the
 //           bytes; where the set has a mask, error (0 to 1) of the sequences that have a counted target
 // val_mean  behind several of them: sets, and the means over the sets of loss, perplexity, bits_per_byte

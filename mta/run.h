@@ -1079,10 +1079,11 @@ static inline void run_measure(Run* r) {
 }
 
 // Counts a finished step of so many seconds, writes its log line, shows progress.
-static inline void run_log_step(Run* r, const StepResult* s, double lr, double seconds) {
+static inline void run_log_step(Run* r, const StepResult* s, const Step* step, double seconds) {
     char line[512], eta[32], rate_text[32];
     int64_t tokens = r->tokens_per_step;
     bool skipped = !isfinite(s->loss) || !isfinite(s->grad_norm);
+    double loss = step->counted ? s->loss : NAN, lr = step->hyper.lr;
     r->step++;
     r->tokens_seen += tokens;
     r->skipped += skipped;
@@ -1097,7 +1098,7 @@ static inline void run_log_step(Run* r, const StepResult* s, double lr, double s
     const struct {
         const char* name;
         double value;
-    } fields[] = {{"loss", s->loss},
+    } fields[] = {{"loss", loss},
                   {"grad_norm", s->grad_norm},
                   {"lr", lr},
                   {"tokens", (double)r->tokens_seen},
@@ -1119,10 +1120,12 @@ static inline void run_log_step(Run* r, const StepResult* s, double lr, double s
     }
     run_log_line(r, &t);
     snprintf(line, sizeof line, "step %lld/%lld  loss %.4f  norm %.3f  lr %.2e  %s tokens/s  MFU %.1f%%  ETA %s%s",
-             (long long)r->step, (long long)r->steps, s->loss, s->grad_norm, lr,
+             (long long)r->step, (long long)r->steps, loss, s->grad_norm, lr,
              format_count(rate, rate_text, sizeof rate_text), 100 * mfu,
              format_duration((double)(r->steps - r->step) / average, eta, sizeof eta),
-             skipped ? "  update skipped: not finite" : "");
+             skipped          ? "  update skipped: not finite"
+             : !step->counted ? "  no target counts"
+                              : "");
     progress_line(&r->progress, line,
                   skipped || r->step % r->options->log_every == 0 || r->step == r->steps ||
                       r->step == r->first_step + 1);

@@ -642,7 +642,7 @@ static inline bool take_step(Run* r) {
     StepResult result = r->trainer->train_step(r->model, &step);
     if (!result.complete) { return false; }
     double seconds = seconds_now() - start;
-    run_log_step(r, &result, step.hyper.lr, seconds);
+    run_log_step(r, &result, &step, seconds);
     double own = (double)(step.own.end - step.own.begin) / step.shards * step.windows;
     agree(r, (seconds - (r->ranks->waited - waited)) / own);
     return true;

@@ -317,6 +317,16 @@ class Runs(Trainer):
         self.assertEqual(val["tokens"], 8)
         self.assertEqual(val["error"], 0)
 
+    def test_a_step_without_a_counted_target_has_no_loss(self):
+        """Not one of 0, which would be the best of all."""
+        os.makedirs(self.path("few"))
+        path, out = self.path("few", "a_train_000000.bin"), self.out()
+        write_shard(path, [i % 32 for i in range(65)], mask=[int(i % 32 == 15) for i in range(65)])
+        done = self.run_ok(out, {"--train": path, "--val": None, "--batch-size": 1, "--steps": 4})
+        losses = sorted((e["loss"] is None, e["loss"] != 0, e["skipped"]) for e in log_events(out, "step"))
+        self.assertEqual(losses, [(False, True, 0)] * 2 + [(True, True, 0)] * 2)
+        self.assertEqual(done.stdout.count("  no target counts"), 2)
+
     def test_the_error_is_of_sequences_that_are_asked(self):
         """Where no target of a sequence counts, none can be wrong: it is no right answer either."""
         rng = random.Random(7)
