@@ -582,10 +582,10 @@ class Bad(Case):
             self.assertIn(message, shown)
             self.assertEqual(shown.count("\n"), 1, shown)
         # what NAME is made of
-        for name, shards in (("a b", "a_b"), ("\u00e9t\u00e9", "t_"), ("\u4e2d", "text"), ("2024-11_x", "2024-11_x")):
-            out = self.path("o " + shards)
+        for name, made in (("a b", "a_b"), ("\u00e9t\u00e9", "t_"), ("\u4e2d", "text"), ("2024-11_x", "2024-11_x")):
+            out = self.path("o " + made)
             run("text", self.write(name + ".txt", "hello\n" * 99), "--out", out)
-            self.assertTrue(os.path.exists(os.path.join(out, shards + "_train_000000.bin")), os.listdir(out))
+            self.assertTrue(os.path.exists(os.path.join(out, made + "_train_000000.bin")), os.listdir(out))
         os.mkfifo(self.path("pipe"))
         self.assertIn("not a regular file", run("text", self.path("pipe"), "--out", self.path("o"), status=1))
         self.assertIn("no such file", run("text", self.path("none"), "--out", self.path("o"), status=1))
