@@ -194,7 +194,8 @@ def make_plan(files, job):
         key = "%d %d %s" % (job["seed"], i, os.path.basename(texts[i]["path"]))
         return hashlib.blake2b(key.encode("utf-8", "surrogateescape"), digest_size=8).digest()
 
-    count = max(1, round(job["val_fraction"] * len(texts))) if job["val_fraction"] > 0 and len(texts) > 1 else 0
+    share = max(1, round(job["val_fraction"] * len(texts)))
+    count = min(share, len(texts) - 1) if job["val_fraction"] > 0 and texts else 0  # one at least to either side
     held = set(sorted(range(len(texts)), key=order)[:count])
     for i, entry in enumerate(texts):
         entry["split"] = "val" if i in held else "train"

@@ -878,6 +878,8 @@ def report(out, name):
             print("%-24s %-6s %12d %14d %14d %7d" % row)
         if "val" not in splits and summary["options"]["val_fraction"] > 0:
             print("%s: no validation set" % key)
+        if "train" not in splits:
+            print("%s: no training set" % key)
     for key, domain in summary.get("domains", {}).items():
         if key != domain:
             print("%s is %s" % (key, domain))

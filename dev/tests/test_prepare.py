@@ -181,6 +181,14 @@ class Texts(Case):
             val, all_of_it = set_tokens(out, "book", "val"), os.path.getsize(text)
             self.assertAlmostEqual(len(val) / all_of_it, fraction, delta=0.02)
 
+    def test_a_large_fraction_leaves_a_text_to_train_on(self):
+        texts = [self.write("%d.txt" % i, "text %d\n" % i) for i in range(3)]
+        run("text", *texts, "--out", self.path("o"), "--val-fraction", 0.9)
+        self.assertEqual([set_tokens(self.path("o"), "text", s).count(256) for s in ("train", "val")], [1, 2])
+        lines = self.write("lines.jsonl", "".join('{"text": "%d"}\n' % i for i in range(5)))
+        shown = run("text", lines, "--out", self.path("p"), "--val-fraction", 0.9999999)
+        self.assertIn("text: no training set", shown)
+
     def test_a_character_is_never_cut(self):
         run("text", self.write("x.txt", "\u00e9\U0001f600" * 500), "--out", self.path("o"))
         for split in ("train", "val"):
