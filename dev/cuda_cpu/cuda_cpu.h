@@ -404,17 +404,11 @@ template <typename T> inline T from_bits(uint64_t bits) {
     return v;
 }
 
-// source: the lane to read for each shuffle flavour, or -1 for the thread's own value
-template <typename T> inline T shuffle(const char* what, unsigned mask, T v, int source, int line) {
-    const uint64_t* values = warp_exchange(what, mask, to_bits(v), line);
-    return source < 0 ? v : from_bits<T>(values[source]);
-}
 inline int lane() { return (int)(machine.current->thread % WARP); }
 
 }  // namespace cuda_cpu
 
 // ---- what a kernel sees
-// -----------------------------------------------------------------------------------------------------------
 
 #define threadIdx (cuda_cpu::machine.thread_idx)
 #define blockIdx (cuda_cpu::machine.block_idx)
@@ -425,56 +419,15 @@ inline int lane() { return (int)(machine.current->thread % WARP); }
 
 #define __syncthreads() cuda_cpu::barrier(__LINE__)
 #define __syncwarp(...) cuda_cpu::sync_warp(__LINE__ __VA_OPT__(, ) __VA_ARGS__)
-#define __shfl_sync(...) cuda_cpu::shfl(__LINE__, __VA_ARGS__)
 #define __shfl_xor_sync(...) cuda_cpu::shfl_xor(__LINE__, __VA_ARGS__)
-#define __shfl_down_sync(...) cuda_cpu::shfl_down(__LINE__, __VA_ARGS__)
-#define __shfl_up_sync(...) cuda_cpu::shfl_up(__LINE__, __VA_ARGS__)
-#define __ballot_sync(mask, p) cuda_cpu::ballot(__LINE__, mask, (p) != 0)
-#define __any_sync(mask, p) (cuda_cpu::ballot(__LINE__, mask, (p) != 0) != 0)
-#define __all_sync(mask, p) (cuda_cpu::ballot(__LINE__, mask, (p) == 0) == 0)
-#define __reduce_add_sync(mask, v) cuda_cpu::reduce(__LINE__, mask, v, 0)
-#define __reduce_max_sync(mask, v) cuda_cpu::reduce(__LINE__, mask, v, 1)
-#define __reduce_min_sync(mask, v) cuda_cpu::reduce(__LINE__, mask, v, 2)
 
 namespace cuda_cpu {
 inline void sync_warp(int line, unsigned mask = 0xffffffffu) {
     warp_exchange("__syncwarp", mask, 0, line,
                   [](const uint64_t*) { machine.warp_now[machine.current->thread / WARP]++; });
 }
-template <typename T> inline T shfl(int line, unsigned mask, T v, int source, int width = 32) {
-    int l = lane();
-    return shuffle("__shfl_sync", mask, v, (l & ~(width - 1)) | (source & (width - 1)), line);
-}
-template <typename T> inline T shfl_xor(int line, unsigned mask, T v, int flip, int width = 32) {
-    int l = lane(), s = l ^ flip;
-    return shuffle("__shfl_xor_sync", mask, v, s / width <= l / width ? s : -1, line);
-}
-template <typename T> inline T shfl_down(int line, unsigned mask, T v, unsigned delta, int width = 32) {
-    int l = lane(), s = l + (int)delta;
-    return shuffle("__shfl_down_sync", mask, v, s / width == l / width ? s : -1, line);
-}
-template <typename T> inline T shfl_up(int line, unsigned mask, T v, unsigned delta, int width = 32) {
-    int l = lane(), s = l - (int)delta;
-    return shuffle("__shfl_up_sync", mask, v, s >= l / width * width ? s : -1, line);
-}
-inline unsigned ballot(int line, unsigned mask, bool p) {
-    const uint64_t* values = warp_exchange("a vote", mask, p, line);
-    unsigned bits = 0;
-    for (int l = 0; l < WARP; l++) { bits |= (mask >> l & 1) && values[l] == 1 ? 1u << l : 0; }
-    return bits;
-}
-template <typename T> inline T reduce(int line, unsigned mask, T v, int kind) {
-    static_assert(std::is_integral<T>::value, "__reduce_*_sync takes integers");
-    const uint64_t* values = warp_exchange("__reduce_sync", mask, to_bits(v), line);
-    bool first = true;
-    T r = 0;
-    for (int l = 0; l < WARP; l++) {
-        if (!(mask >> l & 1)) { continue; }
-        T x = from_bits<T>(values[l]);
-        r = first ? x : kind == 0 ? (T)(r + x) : kind == 1 ? std::max(r, x) : std::min(r, x);
-        first = false;
-    }
-    return r;
+template <typename T> inline T shfl_xor(int line, unsigned mask, T v, int flip) {
+    return from_bits<T>(warp_exchange("__shfl_xor_sync", mask, to_bits(v), line)[lane() ^ flip]);
 }
 }  // namespace cuda_cpu
 
@@ -488,11 +441,6 @@ template <typename T> static inline ATOMIC T atomicAdd(T* p, T v) {
 template <typename T> static inline ATOMIC T atomicMax(T* p, T v) {
     T old = *p;
     *p = std::max(old, v);
-    return old;
-}
-template <typename T> static inline ATOMIC T atomicCAS(T* p, T compare, T v) {
-    T old = *p;
-    *p = old == compare ? v : old;
     return old;
 }
 

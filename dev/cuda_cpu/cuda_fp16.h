@@ -9,20 +9,15 @@ struct __half {
     __half(float f) {
         uint32_t u = __float_as_uint(f), sign = u >> 16 & 0x8000u;
         u &= 0x7fffffffu;
-        if (u > 0x7f800000u) {
+        if (u > 0x7f800000u) {  // NaN
             bits = 0x7fff;
-            return;
-        }  // NaN
-        if (u >= 0x477ff000u) {
+        } else if (u >= 0x477ff000u) {  // 65520 and above round to infinity
             bits = (uint16_t)(sign | 0x7c00u);
-            return;
-        }                       // 65520 and above round to infinity
-        if (u < 0x38800000u) {  // below 2^-14: a multiple of 2^-24
-            float scaled = __uint_as_float(u) * 16777216.0f;
-            bits = (uint16_t)(sign | (uint32_t)lrintf(scaled));  // the default rounding mode: nearest even
-            return;
+        } else if (u < 0x38800000u) {  // below 2^-14: a multiple of 2^-24, rounded to nearest even by default
+            bits = (uint16_t)(sign | (uint32_t)lrintf(__uint_as_float(u) * 16777216.0f));
+        } else {
+            bits = (uint16_t)(sign | ((u + 0xfffu + (u >> 13 & 1) - 0x38000000u) >> 13));
         }
-        bits = (uint16_t)(sign | ((u + 0xfffu + (u >> 13 & 1) - 0x38000000u) >> 13));
     }
     operator float() const {
         uint32_t sign = (uint32_t)(bits & 0x8000u) << 16, rest = (uint32_t)(bits & 0x7fffu) << 13;
@@ -35,8 +30,6 @@ struct alignas(4) __half2 {
 };
 typedef __half half;
 
-static inline __half __float2half(float f) { return __half(f); }
-static inline float __half2float(__half h) { return h; }
 static inline __half2 __floats2half2_rn(float x, float y) { return __half2{x, y}; }
 // One rounding: a product of two halves and its sum with a third are exact in double where this decides.
 static inline __half fma_half(__half x, __half y, __half z) {

@@ -38,26 +38,15 @@ typedef enum {
     cudaErrorCapturedEvent = 907,
     cudaErrorUnknown = 999
 } cudaError_t;
-typedef enum {
-    cudaMemcpyHostToHost,
-    cudaMemcpyHostToDevice,
-    cudaMemcpyDeviceToHost,
-    cudaMemcpyDeviceToDevice,
-    cudaMemcpyDefault
-} cudaMemcpyKind;
+typedef enum { cudaMemcpyHostToDevice = 1, cudaMemcpyDeviceToHost, cudaMemcpyDeviceToDevice } cudaMemcpyKind;
 typedef enum { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 } cudaFuncAttribute;
-typedef enum {
-    cudaDevAttrMultiProcessorCount = 16,
-    cudaDevAttrComputeCapabilityMajor = 75,
-    cudaDevAttrComputeCapabilityMinor = 76,
-    cudaDevAttrMaxSharedMemoryPerBlockOptin = 97
-} cudaDeviceAttr;
+typedef enum { cudaDevAttrMultiProcessorCount = 16, cudaDevAttrMaxSharedMemoryPerBlockOptin = 97 } cudaDeviceAttr;
 typedef enum {
     cudaStreamCaptureModeGlobal,
     cudaStreamCaptureModeThreadLocal,
     cudaStreamCaptureModeRelaxed
 } cudaStreamCaptureMode;
-enum { cudaStreamNonBlocking = 1, cudaEventDisableTiming = 2, cudaHostAllocDefault = 0 };
+enum { cudaStreamNonBlocking = 1, cudaEventDisableTiming = 2 };
 
 struct cudaUUID_t {
     char bytes[16];
@@ -65,8 +54,7 @@ struct cudaUUID_t {
 struct cudaDeviceProp {
     char name[256];
     cudaUUID_t uuid;
-    size_t totalGlobalMem, sharedMemPerBlockOptin;
-    int major, minor, multiProcessorCount, l2CacheSize;
+    int major, minor;
 };
 
 namespace cuda_cpu {
@@ -338,11 +326,8 @@ static inline cudaError_t cudaGetDeviceProperties(cudaDeviceProp* p, int device)
     memset(p, 0, sizeof(*p));
     memcpy(p->uuid.bytes, &device, sizeof device);
     snprintf(p->name, sizeof(p->name), "CPU emulator (dev/cuda_cpu)");
-    p->totalGlobalMem = cuda_cpu::memory_total();
-    p->sharedMemPerBlockOptin = (size_t)cuda_cpu::shared_most();
     const char* capability = getenv("CUDA_CPU_CAPABILITY");
     p->major = (capability ? atoi(capability) : 90) / 10, p->minor = (capability ? atoi(capability) : 90) % 10;
-    p->multiProcessorCount = cuda_cpu::multiprocessors(), p->l2CacheSize = 50 << 20;
     return cudaSuccess;
 }
 static inline cudaError_t cudaRuntimeGetVersion(int* v) {
@@ -393,7 +378,7 @@ static inline cudaError_t cudaFree(void* p) {
     return cudaSuccess;
 }
 // Where an address is: inside an allocation of the device, or anywhere else in the process.
-typedef enum { cudaMemoryTypeUnregistered, cudaMemoryTypeHost, cudaMemoryTypeDevice } cudaMemoryType;
+typedef enum { cudaMemoryTypeUnregistered, cudaMemoryTypeDevice = 2 } cudaMemoryType;
 struct cudaPointerAttributes {
     cudaMemoryType type;
 };
@@ -405,8 +390,7 @@ static inline cudaError_t cudaPointerGetAttributes(cudaPointerAttributes* a, con
 static inline cudaError_t cuda_cpu_copies(void* to, const void* from, size_t n, cudaMemcpyKind kind) {
     bool onto = kind == cudaMemcpyHostToDevice || kind == cudaMemcpyDeviceToDevice,
          off = kind == cudaMemcpyDeviceToHost || kind == cudaMemcpyDeviceToDevice;
-    bool good = !n || kind == cudaMemcpyDefault ||
-                (cuda_cpu::on_device(to, onto ? n : 1) == onto && cuda_cpu::on_device(from, off ? n : 1) == off);
+    bool good = !n || (cuda_cpu::on_device(to, onto ? n : 1) == onto && cuda_cpu::on_device(from, off ? n : 1) == off);
     return cuda_cpu::set_error(good ? cudaSuccess : cudaErrorInvalidValue);
 }
 static inline cudaError_t cudaMemcpy(void* to, const void* from, size_t n, cudaMemcpyKind kind) {
@@ -443,33 +427,17 @@ template <typename F> static inline cudaError_t cudaFuncSetAttribute(F* kernel, 
     cuda_cpu::shared_limit[(const void*)kernel] = (size_t)std::max<int>(bytes, cuda_cpu::DEFAULT_SHARED);
     return cudaSuccess;
 }
-struct cudaFuncAttributes {
-    size_t sharedSizeBytes;
-};
-template <typename F> static inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* a, F*) {
+struct cudaFuncAttributes {};
+template <typename F> static inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, F*) {
     const char* image = getenv("CUDA_CPU_IMAGE");
-    a->sharedSizeBytes = 0;
     return !image ? cudaSuccess
                   : cuda_cpu::set_error(strcmp(image, "none") == 0 ? cudaErrorNoKernelImageForDevice
                                                                    : cudaErrorInvalidDeviceFunction);
 }
 static inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attr, int) {
     *value = attr == cudaDevAttrMultiProcessorCount            ? cuda_cpu::multiprocessors()
-             : attr == cudaDevAttrComputeCapabilityMajor       ? 9
              : attr == cudaDevAttrMaxSharedMemoryPerBlockOptin ? cuda_cpu::shared_most()
                                                                : 0;
-    return cudaSuccess;
-}
-
-// Pinned memory, which a copy reads and writes when its turn has come.
-static inline cudaError_t cudaHostAlloc(void** p, size_t n, unsigned) {
-    CUDA_CPU_WAITS();
-    return posix_memalign(p, 256, n ? n : 1) ? cuda_cpu::set_error(cudaErrorMemoryAllocation) : cudaSuccess;
-}
-static inline cudaError_t cudaFreeHost(void* p) {
-    CUDA_CPU_WAITS();
-    cuda_cpu::finish_all();
-    free(p);
     return cudaSuccess;
 }
 

@@ -11,7 +11,6 @@
 // is to do is never done.
 #ifndef CUDA_CPU_NCCL_H
 #define CUDA_CPU_NCCL_H
-#include <cuda_bf16.h>
 #include <cuda_runtime.h>
 #include <errno.h>
 #include <fcntl.h>
@@ -20,18 +19,8 @@
 #include <atomic>
 #include <string>
 
-#define NCCL_MAJOR 2
-#define NCCL_MINOR 28
-#define NCCL_PATCH 9
-#define NCCL_VERSION_CODE 22809
-#define NCCL_VERSION(X, Y, Z) (((X) <= 2 && (Y) <= 8) ? (X)*1000 + (Y)*100 + (Z) : (X)*10000 + (Y)*100 + (Z))
-#define NCCL_UNIQUE_ID_BYTES 128
-#define NCCL_CONFIG_UNDEF_INT INT_MIN
-#define NCCL_CONFIG_INITIALIZER                                                                            \
-    {                                                                                                      \
-        sizeof(ncclConfig_t), 0xcafebeef, NCCL_VERSION_CODE, NCCL_CONFIG_UNDEF_INT, NCCL_CONFIG_UNDEF_INT, \
-            NCCL_CONFIG_UNDEF_INT, NCCL_CONFIG_UNDEF_INT                                                   \
-    }
+#define NCCL_CONFIG_INITIALIZER \
+    { sizeof(ncclConfig_t), 0xcafebeef, INT_MIN }
 
 typedef enum {
     ncclSuccess = 0,
@@ -41,35 +30,17 @@ typedef enum {
     ncclInvalidArgument = 4,
     ncclInvalidUsage = 5,
     ncclRemoteError = 6,
-    ncclInProgress = 7,
-    ncclNumResults = 8
+    ncclInProgress = 7
 } ncclResult_t;
-typedef enum { ncclSum = 0, ncclProd = 1, ncclMax = 2, ncclMin = 3, ncclAvg = 4, ncclNumOps = 5 } ncclRedOp_t;
-typedef enum {
-    ncclInt8 = 0,
-    ncclChar = 0,
-    ncclUint8 = 1,
-    ncclInt32 = 2,
-    ncclInt = 2,
-    ncclUint32 = 3,
-    ncclInt64 = 4,
-    ncclUint64 = 5,
-    ncclFloat16 = 6,
-    ncclHalf = 6,
-    ncclFloat32 = 7,
-    ncclFloat = 7,
-    ncclFloat64 = 8,
-    ncclDouble = 8,
-    ncclBfloat16 = 9,
-    ncclNumTypes = 10
-} ncclDataType_t;
+typedef enum { ncclSum = 0, ncclMax = 2 } ncclRedOp_t;
+typedef enum { ncclInt8 = 0, ncclFloat32 = 7 } ncclDataType_t;
 typedef struct {
-    char internal[NCCL_UNIQUE_ID_BYTES];
+    char internal[128];
 } ncclUniqueId;
 typedef struct {
     size_t size;
-    unsigned magic, version;
-    int blocking, cgaClusterSize, minCTAs, maxCTAs;
+    unsigned magic;
+    int blocking;
 } ncclConfig_t;
 
 namespace cuda_cpu {
@@ -122,10 +93,7 @@ inline std::vector<ncclComm_t> comms;  // also those that are gone: their work m
 inline int group_depth = 0;
 inline ncclResult_t group_error = ncclSuccess;
 
-inline size_t type_size(ncclDataType_t t) {
-    static const unsigned char sizes[] = {1, 1, 4, 4, 8, 8, 2, 4, 8, 2};
-    return sizes[t];
-}
+inline size_t type_size(ncclDataType_t t) { return t == ncclInt8 ? 1 : sizeof(float); }
 inline ncclResult_t nccl_fail(ncclComm_t c, ncclResult_t error, const char* text) {
     if (c->error == ncclSuccess) { c->error = error, c->text = text; }
     return error;
@@ -260,8 +228,8 @@ inline ncclResult_t communicate(const char* name, ncclComm_t c, int peer, size_t
     ncclResult_t error = ncclSuccess;
     if (planted_failure(name)) {
         error = ncclSystemError;
-    } else if (!c || c->gone || !c->met || !c->pending.empty() || peer < 0 || peer >= c->size || type < 0 ||
-               type >= ncclNumTypes) {
+    } else if (!c || c->gone || !c->met || !c->pending.empty() || peer < 0 || peer >= c->size ||
+               (type != ncclInt8 && type != ncclFloat32)) {
         error = ncclInvalidArgument;  // among them: a call before the last one had its answer
     } else if (c->error != ncclSuccess) {
         error = c->error;
@@ -281,41 +249,14 @@ inline ncclResult_t communicate(const char* name, ncclComm_t c, int peer, size_t
     return error == ncclSuccess ? end_group() : error;
 }
 
-template <typename T> inline void add_values(char* sum, const char* more, size_t n) {
-    T *s = (T*)sum, *m = (T*)more;
-    for (size_t i = 0; i < n; i++) { s[i] = (T)(s[i] + m[i]); }
-}
-inline void add_type(ncclDataType_t type, char* sum, const char* more, size_t n) {
-    switch (type) {
-        case ncclInt32: add_values<int32_t>(sum, more, n); break;
-        case ncclUint32: add_values<uint32_t>(sum, more, n); break;
-        case ncclInt64: add_values<int64_t>(sum, more, n); break;
-        case ncclUint64: add_values<uint64_t>(sum, more, n); break;
-        case ncclFloat32: add_values<float>(sum, more, n); break;
-        case ncclFloat64: add_values<double>(sum, more, n); break;
-        case ncclBfloat16: {
-            __nv_bfloat16 *s = (__nv_bfloat16*)sum, *m = (__nv_bfloat16*)more;
-            for (size_t i = 0; i < n; i++) { s[i] = __nv_bfloat16((float)s[i] + (float)m[i]); }
-            break;
-        }
-        default: fault("nccl: sums of data type %d are not in the stand-in", (int)type);
+// out (n) = the sum of the processes' parts, begun by the one after `last` and ended by it, as a ring does it.
+inline void ring_sum(float* out, const std::vector<const float*>& parts, size_t n, int last) {
+    size_t ranks = parts.size(), first = (size_t)(last + 1) % ranks;
+    std::vector<float> sum(parts[first], parts[first] + n);
+    for (size_t p = 1; p < ranks; p++) {
+        for (size_t i = 0; i < n; i++) { sum[i] += parts[(first + p) % ranks][i]; }
     }
-}
-
-// out (n values) = the sum of the processes' parts, begun by the one after `last` and ended by it, as a ring does it.
-inline void ring_sum(ncclDataType_t type, char* out, const std::vector<const char*>& parts, size_t n, int last) {
-    size_t ranks = parts.size(), bytes = n * type_size(type);
-    if (!n) { return; }
-    std::vector<char> sum(bytes);
-    for (size_t i = 0; i < ranks; i++) {
-        const char* part = parts[((size_t)last + 1 + i) % ranks];
-        if (i == 0) {
-            memcpy(sum.data(), part, bytes);
-        } else {
-            add_type(type, sum.data(), part, n);
-        }
-    }
-    memcpy(out, sum.data(), bytes);
+    std::copy(sum.begin(), sum.end(), out);
 }
 }  // namespace cuda_cpu
 
@@ -333,10 +274,6 @@ static inline const char* ncclGetErrorString(ncclResult_t e) {
     }
 }
 static inline const char* ncclGetLastError(ncclComm_t c) { return c ? c->text.c_str() : ""; }
-static inline ncclResult_t ncclGetVersion(int* version) {
-    *version = NCCL_VERSION_CODE;
-    return ncclSuccess;
-}
 
 // The id says where the process that made it keeps the shared memory: nothing is left behind, however all end.
 static inline ncclResult_t ncclGetUniqueId(ncclUniqueId* id) {
@@ -391,14 +328,6 @@ static inline ncclResult_t ncclCommInitRankConfig(ncclComm_t* comm, int size, nc
 static inline ncclResult_t ncclCommInitRank(ncclComm_t* comm, int size, ncclUniqueId id, int rank) {
     return ncclCommInitRankConfig(comm, size, id, rank, NULL);
 }
-static inline ncclResult_t ncclCommCount(ncclComm_t c, int* count) {
-    *count = c->size;
-    return ncclSuccess;
-}
-static inline ncclResult_t ncclCommUserRank(ncclComm_t c, int* rank) {
-    *rank = c->rank;
-    return ncclSuccess;
-}
 
 // What is in streams still ends at once, whatever it has moved.
 static inline ncclResult_t ncclCommAbort(ncclComm_t c) {
@@ -411,8 +340,7 @@ static inline ncclResult_t ncclCommAbort(ncclComm_t c) {
     close(c->fd);
     return ncclSuccess;
 }
-// Waits for what is in streams.
-// Finishes what was begun; the real one may do so after it has returned.
+// Waits for what is in streams; the real one may do so after it has returned.
 static inline ncclResult_t ncclCommFinalize(ncclComm_t c) {
     if (!c || c->gone) { return ncclInvalidArgument; }
     std::shared_ptr<cuda_cpu::Operation> last = c->last;
@@ -464,64 +392,24 @@ static inline ncclResult_t ncclAllGather(const void* from, void* to, size_t coun
     });
 }
 
-static inline ncclResult_t ncclBroadcast(const void* from, void* to, size_t count, ncclDataType_t type, int root,
-                                         ncclComm_t c, cudaStream_t stream) {
-    return cuda_cpu::communicate(__func__, c, root, count, type, stream, [=](cuda_cpu::Operation* o) {
-        size_t bytes = count * cuda_cpu::type_size(type);
-        for (int p = 0; p < c->size && c->rank == root; p++) {
-            if (p != root) { o->transfers.push_back({false, (char*)from, bytes, 0, p}); }
-        }
-        if (c->rank != root) { o->transfers.push_back({true, (char*)to, bytes, 0, root}); }
-        if (c->rank == root) {
-            o->after.push_back([=] { memmove(to, from, bytes); });
-        }
-    });
-}
-
 // to (count) = the sum of the processes' parts number `rank` of `from` (ranks, count).
 static inline ncclResult_t ncclReduceScatter(const void* from, void* to, size_t count, ncclDataType_t type,
                                              ncclRedOp_t op, ncclComm_t c, cudaStream_t stream) {
-    if (op != ncclSum) { return ncclInvalidArgument; }
+    if (op != ncclSum || type != ncclFloat32) { return ncclInvalidArgument; }
     return cuda_cpu::communicate(__func__, c, 0, count, type, stream, [=](cuda_cpu::Operation* o) {
-        size_t bytes = count * cuda_cpu::type_size(type);
-        auto room = std::make_shared<std::vector<char>>((size_t)c->size * bytes);
-        std::vector<const char*> parts;
+        size_t bytes = count * sizeof(float);
+        auto room = std::make_shared<std::vector<float>>((size_t)c->size * count);
+        std::vector<const float*> parts;
         for (int p = 0; p < c->size; p++) {
-            parts.push_back(p == c->rank ? (const char*)from + (size_t)p * bytes : room->data() + (size_t)p * bytes);
+            const float* given = (const float*)from + (size_t)p * count;
+            float* taken = room->data() + (size_t)p * count;
+            parts.push_back(p == c->rank ? given : taken);
             if (p == c->rank) { continue; }
-            o->transfers.push_back({false, (char*)from + (size_t)p * bytes, bytes, 0, p});
-            o->transfers.push_back({true, room->data() + (size_t)p * bytes, bytes, 0, p});
+            o->transfers.push_back({false, (char*)given, bytes, 0, p});
+            o->transfers.push_back({true, (char*)taken, bytes, 0, p});
         }
-        o->after.push_back([type, to, parts, count, c, room] {  // room: kept until then
-            cuda_cpu::ring_sum(type, (char*)to, parts, count, c->rank);
-        });
-    });
-}
-
-// to = the sum of the processes' `from`: each of as many parts as there are processes in an order of its own.
-static inline ncclResult_t ncclAllReduce(const void* from, void* to, size_t count, ncclDataType_t type, ncclRedOp_t op,
-                                         ncclComm_t c, cudaStream_t stream) {
-    if (op != ncclSum) { return ncclInvalidArgument; }
-    return cuda_cpu::communicate(__func__, c, 0, count, type, stream, [=](cuda_cpu::Operation* o) {
-        size_t size = cuda_cpu::type_size(type), bytes = count * size, ranks = (size_t)c->size;
-        auto room = std::make_shared<std::vector<char>>(ranks * bytes);
-        std::vector<const char*> parts;
-        for (int p = 0; p < c->size; p++) {
-            parts.push_back(p == c->rank ? (const char*)from : room->data() + (size_t)p * bytes);
-            if (p == c->rank) { continue; }
-            o->transfers.push_back({false, (char*)from, bytes, 0, p});
-            o->transfers.push_back({true, room->data() + (size_t)p * bytes, bytes, 0, p});
-        }
-        o->after.push_back([=] {
-            std::vector<char> mine((const char*)from, (const char*)from + bytes);
-            for (size_t part = 0; part < ranks; part++) {
-                size_t begin = count * part / ranks, end = count * (part + 1) / ranks;
-                std::vector<const char*> at;
-                for (size_t p = 0; p < ranks; p++) {
-                    at.push_back(((int)p == c->rank ? mine.data() : room->data() + p * bytes) + begin * size);
-                }
-                cuda_cpu::ring_sum(type, (char*)to + begin * size, at, end - begin, (int)part);
-            }
+        o->after.push_back([to, parts, count, c, room] {  // room: kept until then
+            cuda_cpu::ring_sum((float*)to, parts, count, c->rank);
         });
     });
 }

@@ -109,58 +109,47 @@ static void test_send_and_receive(Rank* r) {
 
 static void test_collectives(Rank* r) {
     join(r);
-    int n = LONG, count = 0, rank = 0;
-    float *all = floats(r->size * n), *mine = floats(n), *one = floats(n);
-    need(ncclCommCount(r->comm, &count) == ncclSuccess && count == r->size &&
-             ncclCommUserRank(r->comm, &rank) == ncclSuccess && rank == r->rank,
-         r, "size and rank");
+    int n = LONG;
+    float *all = floats(r->size * n), *mine = floats(n);
 
-    // Gather, from elsewhere and in place; three operations in a row.
+    // Gather, from elsewhere and in place, one after the other.
     for (int i = 0; i < n; i++) { mine[i] = value_of(r->rank, i); }
     need(ncclAllGather(mine, all, (size_t)n, ncclFloat32, r->comm, r->wire) == ncclSuccess, r, "gather");
     float* place = floats(r->size * n);
     for (int i = 0; i < n; i++) { place[r->rank * n + i] = value_of(r->rank, i); }
     ncclAllGather(place + r->rank * n, place, (size_t)n, ncclFloat32, r->comm, r->wire);
-    for (int i = 0; i < n; i++) { one[i] = r->rank == r->size - 1 ? (float)i : -1.0f; }
-    ncclBroadcast(one, one, (size_t)n, ncclFloat32, r->size - 1, r->comm, r->wire);
     cudaStreamSynchronize(r->wire);
     for (int i = 0; i < r->size * n; i++) {
-        need(all[i] == value_of(i / n, i % n) && place[i] == all[i] && one[i % n] == (float)(i % n), r, "gathered");
+        need(all[i] == value_of(i / n, i % n) && place[i] == all[i], r, "gathered");
     }
 
-    // Whole numbers, of which the order of a sum changes nothing; the sum in place.
-    int64_t counts[3] = {r->rank + 1, 10 * r->rank, 1};
-    ncclAllReduce(counts, counts, 3, ncclInt64, ncclSum, r->comm, r->wire);
-    ncclReduceScatter(all, all + r->rank * n, (size_t)n, ncclFloat32, ncclSum, r->comm, r->wire);
+    // The sum in place.
+    float* own = all + r->rank * n;
+    ncclReduceScatter(all, own, (size_t)n, ncclFloat32, ncclSum, r->comm, r->wire);
     cudaStreamSynchronize(r->wire);
-    int s = r->size;
-    need(counts[0] == s * (s + 1) / 2 && counts[1] == 10 * s * (s - 1) / 2 && counts[2] == s, r, "sums of numbers");
-    for (int i = 0; i < n; i++) { need(all[r->rank * n + i] == (float)s * value_of(r->rank, i), r, "scattered sums"); }
-    need(ncclAllReduce(counts, counts, 3, ncclInt64, ncclMax, r->comm, r->wire) == ncclInvalidArgument, r, "a maximum");
+    for (int i = 0; i < n; i++) { need(own[i] == (float)r->size * value_of(r->rank, i), r, "scattered sums"); }
+    need(ncclReduceScatter(all, own, 1, ncclFloat32, ncclMax, r->comm, r->wire) == ncclInvalidArgument, r, "a maximum");
+    need(ncclReduceScatter(all, own, 1, ncclInt8, ncclSum, r->comm, r->wire) == ncclInvalidArgument, r, "of bytes");
     ncclCommDestroy(r->comm);
 }
 
 // The sum of a part begins behind its rank and ends with it: no rank's own sum in the order of ranks is that of all.
 static void test_ring_order(Rank* r) {
     const float terms[4] = {1e8f, 1.0f, -1e8f, 3.0f};
-    float *x = floats(r->size), *y = floats(r->size), *z = floats(1), plain = terms[0];
+    float *x = floats(r->size), *z = floats(1), plain = terms[0];
     join(r);
-    for (int p = 0; p < r->size; p++) { x[p] = y[p] = terms[r->rank]; }
+    for (int p = 0; p < r->size; p++) { x[p] = terms[r->rank]; }
     ncclReduceScatter(x, z, 1, ncclFloat32, ncclSum, r->comm, r->wire);
-    ncclAllReduce(y, y, (size_t)r->size, ncclFloat32, ncclSum, r->comm, r->wire);
-    __nv_bfloat16 half = r->rank ? 1.0f : 256.0f;
-    ncclAllReduce(&half, &half, 1, ncclBfloat16, ncclSum, r->comm, r->wire);
     cudaStreamSynchronize(r->wire);
     int differ = 0;
     for (int p = 1; p < r->size; p++) { plain += terms[p]; }
     for (int part = 0; part < r->size; part++) {
         float sum = terms[(part + 1) % r->size];
         for (int i = 2; i <= r->size; i++) { sum += terms[(part + i) % r->size]; }
-        need(y[part] == sum && (part != r->rank || z[0] == sum), r, "the order of a ring");
+        need(part != r->rank || z[0] == sum, r, "the order of a ring");
         differ += sum != plain;
     }
     need(differ > 0, r, "an order that no other has");
-    need((float)half == 256.0f, r, "bfloat16 is rounded at every addition");
     ncclCommDestroy(r->comm);
 }
 
@@ -317,14 +306,14 @@ static void test_streams(Rank* r) {
     cudaGraph_t graph;
     join(r);
     cudaStreamBeginCapture(r->work, cudaStreamCaptureModeRelaxed);
-    need(ncclBroadcast(&x, &x, 1, ncclFloat32, 0, r->comm, r->work) == ncclInvalidUsage, r, "a captured stream");
+    need(ncclSend(&x, 1, ncclFloat32, 0, r->comm, r->work) == ncclInvalidUsage, r, "a captured stream");
     cudaStreamEndCapture(r->work, &graph);
     cudaSetDevice(3);
     cudaStreamCreate(&other);
-    need(ncclBroadcast(&x, &x, 1, ncclFloat32, 0, r->comm, r->work) == ncclInvalidUsage, r, "another device");
+    need(ncclSend(&x, 1, ncclFloat32, 0, r->comm, r->work) == ncclInvalidUsage, r, "another device");
     cudaSetDevice(r->rank);
-    need(ncclBroadcast(&x, &x, 1, ncclFloat32, 0, r->comm, other) == ncclInvalidUsage, r, "another device's stream");
-    need(ncclBroadcast(&x, &x, 1, ncclFloat32, 1, r->comm, r->work) == ncclInvalidArgument, r, "a root that is not");
+    need(ncclSend(&x, 1, ncclFloat32, 0, r->comm, other) == ncclInvalidUsage, r, "another device's stream");
+    need(ncclSend(&x, 1, ncclFloat32, 1, r->comm, r->work) == ncclInvalidArgument, r, "a rank that is not");
     need(ncclGroupEnd() == ncclInvalidUsage, r, "the end of no group");
     ncclCommAbort(r->comm);
 }
