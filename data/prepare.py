@@ -588,8 +588,7 @@ class Preparation:
                     preparation=job["name"], set=names[name], split=split, crc32="%08x" % shard["crc32"], bytes=size
                 )
                 shards[file] = entry
-        if not job["overwrite"]:
-            self.refuse_foreign(manifest, [file for ready, file in moves if os.path.exists(ready)])
+        self.refuse_foreign(manifest, [file for ready, file in moves if os.path.exists(ready)])
         for ready, file in moves:
             if os.path.exists(ready):
                 os.replace(ready, os.path.join(self.out, file))
@@ -604,7 +603,7 @@ class Preparation:
         write_manifest(self.out, manifest, job["name"], self.summary(manifest, names), shards, self.tok)
 
     def refuse_foreign(self, manifest, files):
-        found = foreign_shard(self.out, manifest, self.job["name"], files)
+        found = foreign_shard(self.out, manifest, self.job["name"], files, owned=self.job["overwrite"])
         if found:
             owner = "the preparation " + found[1] if found[1] else "no preparation"
             raise UserError("%s belongs to %s; give another --name" % (found[0], owner))

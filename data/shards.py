@@ -208,11 +208,12 @@ def write_manifest(folder, manifest, name, preparation, shards, tok):
     write_synced(os.path.join(folder, "manifest.json"), text.encode())
 
 
-def foreign_shard(folder, manifest, name, files):
-    """The first of these file names that is in the folder already and belongs to another preparation or to none."""
+def foreign_shard(folder, manifest, name, files, owned=False):
+    """The first of these file names that is in the folder already and belongs to another preparation or, unless
+    `owned`, to none."""
     for file in sorted(files):
         owner = manifest["shards"].get(file, {}).get("preparation")
-        if owner != name and os.path.exists(os.path.join(folder, file)):
+        if owner != name and (owner or not owned) and os.path.exists(os.path.join(folder, file)):
             return os.path.join(folder, file), owner
     return None
 

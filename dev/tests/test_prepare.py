@@ -271,6 +271,17 @@ class Texts(Case):
         self.assertEqual(sizes, [1000] * 5 + [2])
         self.assertIn("6 shards good, 5002 tokens", run("verify", self.path("o")))
 
+    def test_overwrite_is_of_its_own_name(self):
+        """Shards of another preparation stay, also where --overwrite replaces one."""
+        lines = self.write("code.jsonl", b'{"text": "print(1)", "lang": "python"}\n' * 3)
+        run("text", lines, "--domain-field", "lang", "--out", self.path("o"))
+        before = digest(self.path("o"))
+        book = self.write("python.txt", "a book on snakes\n" * 99)
+        shown = run("text", book, "--out", self.path("o"), "--overwrite", status=1)
+        self.assertIn("belongs to the preparation text; give another --name", shown)
+        shutil.rmtree(self.path("o", ".python.partial"))
+        self.assertEqual(digest(self.path("o")), before)
+
     def test_a_file_that_was_there_is_not_overwritten(self):
         self.write("o/a_train_000000.bin", "mine")
         self.assertIn("in no manifest", run("text", self.write("a.txt", "abc" * 50), "--out", self.path("o"), status=1))
