@@ -187,10 +187,21 @@ def tokenizer_entry(tok, manifest, name):
     return entry
 
 
+def refuse_foreign_ranks(copy, manifest, tokenizer):
+    """A rank file of the user's that is called as the copy of this one stays: one that is neither the same nor listed."""
+    listed = [p["tokenizer"] for p in manifest["preparations"].values()] + [tokenizer]
+    known = {t.get("sha256") for t in listed if t.get("file") == tokenizer["file"]}
+    if os.path.exists(copy) and file_sums(copy)["sha256"] not in known:
+        raise UserError("%s is another rank file, wanted none or a copy of --tokenizer's; move it elsewhere" % copy)
+
+
 def write_manifest(folder, manifest, name, preparation, shards, tok):
     """Adds or replaces the preparation `name` with its shards {file name: entry} and copies its rank file. Shards of an
     earlier preparation of this name that are no longer its own are deleted. The manifest is written last. The caller
     holds manifest_lock since it has read the manifest."""
+    if tok.path:
+        copy = os.path.join(folder, preparation["tokenizer"]["file"])
+        refuse_foreign_ranks(copy, manifest, preparation["tokenizer"])
     for file in [f for f, shard in manifest["shards"].items() if shard["preparation"] == name and f not in shards]:
         for path in (os.path.join(folder, file), os.path.join(folder, file[: -len(".bin")] + ".mask")):
             if os.path.exists(path):
@@ -199,7 +210,6 @@ def write_manifest(folder, manifest, name, preparation, shards, tok):
     manifest["shards"].update(shards)
     manifest["preparations"][name] = preparation
     if tok.path:
-        copy = os.path.join(folder, preparation["tokenizer"]["file"])
         if not (os.path.exists(copy) and os.path.samefile(copy, tok.path)):
             with open(tok.path, "rb") as f:
                 write_synced(copy, f.read())

@@ -1435,6 +1435,20 @@ class Encoders(Case):
             self.assertEqual(shown.count("\n"), 1, shown)
 
     @unittest.skipUnless(PROGRAM or tiktoken, "needs infer_mta or tiktoken")
+    def test_a_rank_file_that_was_there_is_not_overwritten(self):
+        """The copy is called by the pattern, as a file of the user's may be."""
+        text, mine = self.write("t.txt", "hello there\n" * 9), self.ranks(2000, "o/llama3.tiktoken")
+        options = ("--tokenizer", self.ranks(1000, "mine.model"), "--pattern", "llama3", "--out", self.path("o"))
+        before = digest(self.path("o"))
+        shown = run("text", text, *options, status=1)
+        self.assertIn("o/llama3.tiktoken is another rank file", shown)
+        self.assertEqual(digest(self.path("o"))["llama3.tiktoken"], before["llama3.tiktoken"])
+        os.rename(mine, self.path("llama3.tiktoken"))
+        run("text", text, *options)
+        self.ranks(1500, "mine.model")
+        run("text", text, *options, "--overwrite")  # its own copy may be another one
+        self.assertIn("things wrong", run("verify", self.path("o")))
+
     def test_each_preparation_keeps_its_own_rank_file_and_the_folder_moves(self):
         text = self.write("t.txt", "hello there\n" * 99)
         for i, n in enumerate((1000, 2000, 3000)):
