@@ -251,6 +251,8 @@ class MtaModel(MtaPreTrainedModel):
             cache = DynamicCache()
         if cache is not None and not isinstance(cache, DynamicCache):
             raise ValueError(f"the cache is a {type(cache).__name__}, wanted a DynamicCache")
+        if cache is not None and self.training and torch.is_grad_enabled() and self.layers[0].gradient_checkpointing:
+            raise ValueError("gradient checkpointing puts keys into a cache twice, wanted use_cache=False")
 
         past, T = cache.get_seq_length() if cache is not None else 0, x.shape[1]
         padding = padding_of(attention_mask, past + T)
@@ -313,17 +315,25 @@ class MtaForCausalLM(MtaPreTrainedModel, GenerationMixin):
         logits_to_keep=0,
         output_hidden_states=None,
         next_sequence_length=None,
+        is_first_iteration=None,
         **others,
     ):
-        """What forward takes, of the tokens that the cache does not hold yet; the same in all versions."""
+        """What forward takes, of the tokens that the cache does not hold yet; the same in all versions.
+        next_sequence_length: how many these are; None: all behind the cache that attention_mask has, or without one all
+        that are given."""
         for name in ("output_attentions", "position_ids"):
             if others.get(name) is not None and others[name] is not False:
                 raise ValueError(f"{name}: no map is kept, and positions are counted from the first token")
         cache = past_key_values if cache is None else cache
         past = cache.get_seq_length() if cache is not None else 0
-        inputs = {"attention_mask": attention_mask, CACHE: cache, "use_cache": use_cache}
-        inputs.update(logits_to_keep=logits_to_keep, output_hidden_states=output_hidden_states)
-        if inputs_embeds is not None and not past:
-            return dict(inputs, inputs_embeds=inputs_embeds)
-        length = (input_ids if attention_mask is None else attention_mask).shape[1]
-        return dict(inputs, input_ids=input_ids[:, -(next_sequence_length or length - past) :])
+        first = not past if is_first_iteration is None else is_first_iteration
+        name, given = ("input_ids", input_ids)
+        if inputs_embeds is not None and first:
+            name, given = ("inputs_embeds", inputs_embeds)
+        new = next_sequence_length
+        if new is None:
+            new = given.shape[1] if attention_mask is None else attention_mask.shape[1] - past
+        if new < 1:
+            raise ValueError(f"a cache of {past} tokens, wanted fewer than the text has, {past + new}")
+        inputs = {name: given[:, -new:], "attention_mask": attention_mask, CACHE: cache, "use_cache": use_cache}
+        return dict(inputs, logits_to_keep=logits_to_keep, output_hidden_states=output_hidden_states)
