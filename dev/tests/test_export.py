@@ -317,10 +317,15 @@ class Models(Case):
             ([[1, 0, 1, 1]], "padding between tokens"),
             ([[1, 1, 1]], "wanted (batch, 4)"),
             ([[[[1, 1, 1, 1]]]], "wanted (batch, 4)"),
+            ([[1, 1, 2, 2]], "nothing else"),
+            ([[0.0, 0.0, 0.0, -1e9]], "nothing else"),
         ):
             with self.assertRaises(ValueError) as e:
                 model(x, attention_mask=torch.tensor(mask))
             self.assertIn(why, str(e.exception))
+        rows = [model(x, logits_to_keep=keep).logits for keep in (0, 2, torch.tensor([2, 3]), torch.tensor([2]))]
+        for got, want in zip(rows[1:], (rows[0][:, 2:], rows[0][:, 2:], rows[0][:, 2:3])):
+            self.close_to(got, want, 1e-6)
         with self.assertRaises(TypeError):
             model(x, position_ids=torch.arange(4)[None])
         with self.assertRaisesRegex(ValueError, "position_ids"):
@@ -329,12 +334,25 @@ class Models(Case):
             model.generate(x, max_new_tokens=2, cache_implementation="static", disable_compile=True)
         for bad, why in (
             (dict(attention_type="new"), "wanted mta or diff"),
-            (dict(head_norm="x"), "wanted none, group"),
+            (dict(head_norm="x"), "wanted none or group"),
             (dict(kq_conv_key_size=4), "odd"),
             (dict(attention_type="diff"), "takes head_norm only"),
+            (dict(kq_conv_layers=[0, 3]), "wanted layers from 0 to 2"),
+            (dict(hidden_act="gelu"), "hidden_act: got 'gelu', wanted silu"),
+            (dict(attention_bias=True), "attention_bias"),
+            (dict(mlp_bias=True), "mlp_bias"),
+            (dict(attention_dropout=0.1), "attention_dropout"),
+            (dict(head_dim=16), "head_dim: got 16, wanted 8"),
         ):
             with self.assertRaisesRegex(ValueError, why):
-                type(model.config)(**dict(dict(MTA), **bad))
+                type(model.config)(**dict(SIZES, **dict(MTA, **bad)))
+        for bad in (dict(attention_dropout=0.1), dict(kq_conv_layers=[7])):
+            with self.assertRaisesRegex(ValueError, next(iter(bad))):
+                load(checkpoint("mta")[1], **bad)
+        for bad in ({"rope_type": "linear", "factor": 2.0}, {"rope_type": "default", "partial_rotary_factor": 0.5}):
+            model.config.rope_parameters = dict(bad, rope_theta=1e4)
+            with self.assertRaisesRegex(ValueError, "linear|partial_rotary_factor"):
+                model(x)
 
     def test_bf16(self):
         """--bf16 rounds as PyTorch does, and transformers loads it as bf16."""

@@ -30,15 +30,6 @@ class MtaConfig(LlamaConfig):
         eos_token_id=None,
         **kwargs,
     ):
-        if attention_type not in ("mta", "diff"):
-            raise ValueError(f"attention_type: got {attention_type!r}, wanted mta or diff")
-        if head_norm not in ("none", "group", "group_depth_scaled"):
-            raise ValueError(f"head_norm: got {head_norm!r}, wanted none, group or group_depth_scaled")
-        if kq_conv_key_size % 2 == 0:
-            raise ValueError(f"kq_conv_key_size: got {kq_conv_key_size}, wanted an odd number")
-        mta = kq_conv_layers or head_mix_pre_softmax or head_mix_post_softmax or head_gate
-        if attention_type == "diff" and mta:
-            raise ValueError("attention_type diff takes head_norm only: no kq_conv, head_mix or head_gate beside it")
         self.attention_type = attention_type
         self.kq_conv_layers = list(kq_conv_layers)
         self.kq_conv_query_size = kq_conv_query_size
@@ -51,3 +42,27 @@ class MtaConfig(LlamaConfig):
         self.head_gate = head_gate
         self.query_chunk = query_chunk
         super().__init__(bos_token_id=bos_token_id, eos_token_id=eos_token_id, **kwargs)
+        self.check()
+
+    def check(self):
+        """Refuses what modeling_mta would compute otherwise than these fields say, LLaMA's among them."""
+        heads, layers = self.num_attention_heads, range(self.num_hidden_layers)
+        accepted = {
+            "attention_type": ("mta", "diff"),
+            "head_norm": ("none", "group", "group_depth_scaled"),
+            "hidden_act": ("silu", "swish"),
+            "attention_bias": (False, None),
+            "mlp_bias": (False, None),
+            "attention_dropout": (0, None),
+            "head_dim": (self.hidden_size // heads, None),
+        }
+        for name, values in accepted.items():
+            if getattr(self, name) not in values:
+                raise ValueError(f"{name}: got {getattr(self, name)!r}, wanted {' or '.join(map(str, values))}")
+        if self.kq_conv_key_size % 2 == 0:
+            raise ValueError(f"kq_conv_key_size: got {self.kq_conv_key_size}, wanted an odd number")
+        if not set(self.kq_conv_layers) <= set(layers):
+            raise ValueError(f"kq_conv_layers: got {self.kq_conv_layers}, wanted layers from 0 to {len(layers) - 1}")
+        mta = self.kq_conv_layers or self.head_mix_pre_softmax or self.head_mix_post_softmax or self.head_gate
+        if self.attention_type == "diff" and mta:
+            raise ValueError("attention_type diff takes head_norm only: no kq_conv, head_mix or head_gate beside it")

@@ -92,6 +92,8 @@ def rope_frequencies(config):
         f = (1 - share) * f / rope["factor"] + share * f
     elif kind != "default":
         raise ValueError(f"rope_type: got {kind!r}, wanted default or llama3")
+    if rope.get("partial_rotary_factor", 1) != 1:
+        raise ValueError(f"partial_rotary_factor: got {rope['partial_rotary_factor']}, wanted 1")
     return f
 
 
@@ -208,11 +210,15 @@ class MtaPreTrainedModel(PreTrainedModel):
 
 def padding_of(mask, length):
     """attention_mask -> None without padding, else (B, L), false where a token is padding."""
-    if mask is None or (mask.dim() == 2 and mask.shape[1] == length and mask.all()):
+    if mask is None:
         return None
     if mask.dim() != 2 or mask.shape[1] != length:
         raise ValueError(f"attention_mask: got the shape {tuple(mask.shape)}, wanted (batch, {length})")
+    if ((mask != 0) & (mask != 1)).any():  # numbers of several texts in a row, or what would be added to scores
+        raise ValueError("attention_mask: wanted 1 for a token and 0 for padding, nothing else")
     mask = mask.bool()
+    if mask.all():
+        return None
     if (mask[:, 0].long() + (mask[:, 1:] & ~mask[:, :-1]).sum(1)).max() > 1:
         raise ValueError("attention_mask: padding between tokens, wanted it at the left or the right end")
     return mask
@@ -225,6 +231,7 @@ def returns_dict(model, wanted):
 class MtaModel(MtaPreTrainedModel):
     def __init__(self, config):
         super().__init__(config)
+        config.check()  # from_pretrained may have changed a field
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(MtaLayer(config, layer) for layer in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -296,7 +303,8 @@ class MtaForCausalLM(MtaPreTrainedModel, GenerationMixin):
         out = self.model(
             input_ids, attention_mask, past_key_values, inputs_embeds, use_cache, output_hidden_states, True, cache
         )
-        x = out.last_hidden_state if labels is not None else out.last_hidden_state[:, -logits_to_keep:]
+        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep  # the last, or which
+        x = out.last_hidden_state if labels is not None else out.last_hidden_state[:, keep]
         head = self.model.embed_tokens if self.config.tie_word_embeddings else self.lm_head
         logits, loss = F.linear(x, head.weight), None
         if labels is not None:
