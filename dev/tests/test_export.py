@@ -83,9 +83,13 @@ def run(*arguments, check=True, **more):
     return done
 
 
+def write_json(path, value):
+    with open(path, "w", encoding="utf-8") as f:
+        json.dump(value, f)
+
+
 def write_config(folder, config):
-    with open(os.path.join(folder, "config.json"), "w", encoding="utf-8") as f:
-        json.dump(config, f)
+    write_json(os.path.join(folder, "config.json"), config)
 
 
 def random_tensors(config):
@@ -596,6 +600,8 @@ class Refusals(unittest.TestCase):
             (dict(kq_conv_layers=[0]), "model.layers.2.self_attn.kq_conv.weight is not one of this model"),
             (dict(kq_conv_key_size=9), "got [4, 6, 11], wanted [4, 6, 9]"),
             (dict(tokenizer="not_there.tiktoken"), "not_there.tiktoken"),
+            (dict(attention_bias=True), "attention_bias: got true, wanted false"),
+            (dict(attention_dropout=0.1), "attention_dropout: got 0.1, wanted 0"),
             (dict(tokenizer="../in/gpt2.tiktoken"), "wanted a name or a file beside config.json"),
         ):
             with self.subTest(str(change)):
@@ -614,8 +620,7 @@ class Refusals(unittest.TestCase):
                 f.write(good.replace(there, instead, 1))
             self.refused(why)
         manifest = {"files": {"model.safetensors": {"bytes": len(good), "crc32": 1}}}
-        with open(os.path.join(self.source, "manifest.json"), "w") as f:
-            json.dump(manifest, f)
+        write_json(os.path.join(self.source, "manifest.json"), manifest)
         with open(path, "wb") as f:
             f.write(good)
         self.refused("damaged")
@@ -643,8 +648,7 @@ class Refusals(unittest.TestCase):
         return parts
 
     def index(self, value):
-        with open(os.path.join(self.source, "model.safetensors.index.json"), "w") as f:
-            json.dump(value, f)
+        write_json(os.path.join(self.source, "model.safetensors.index.json"), value)
 
     def test_several_files(self):
         """The same export as of one file, which infer_mta reads; what the index says wrongly is refused."""
@@ -685,6 +689,22 @@ class Refusals(unittest.TestCase):
         shutil.rmtree(self.out)
         write_safetensors(path, dict(self.tensors, **{"lm_head.weight": (*embed[:2], bytes(len(embed[2])))}))
         self.refused("lm_head.weight is another")
+
+    def test_ids_that_end_a_text(self):
+        """generation_config.json of another program goes along: infer_mta ends a text by it, config.json's ids are
+        others. A broken one is refused."""
+        path = os.path.join(self.source, "generation_config.json")
+        for theirs in (None, dict(eos_token_id=[3, 5], temperature=0.6), dict(do_sample=True)):
+            if theirs is not None:
+                write_json(path, theirs)
+            run(sys.executable, EXPORT, self.source, self.out)
+            with open(os.path.join(self.out, "generation_config.json")) as f:
+                got = json.load(f)
+            shutil.rmtree(self.out)
+            self.assertEqual(got, theirs or dict(bos_token_id=256, eos_token_id=257, pad_token_id=258))
+        with open(path, "a") as f:
+            f.write("]")
+        self.refused("generation_config.json: no JSON")
 
     def test_the_newest(self):
         """Of a run the checkpoint with the largest number, whatever its digits; others' folders are none."""
