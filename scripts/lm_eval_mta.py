@@ -112,7 +112,8 @@ def config_file(checkpoint):
 @register_model("mta")
 class MtaLM(LM):
     """checkpoint: a directory; infer: the program; weights, threads: its options. trainer: train_mta or train_mta_cuda,
-    which then scores in its place, batch_size requests of the model's context at once, or more shorter ones."""
+    which then scores in its place, batch_size requests of the model's context at once, or more shorter ones. The
+    harness gives max_batch_size and device to every model, "cuda:0" by itself: they say nothing here."""
 
     def __init__(
         self,
@@ -123,7 +124,8 @@ class MtaLM(LM):
         max_gen_toks=256,
         trainer=None,
         batch_size=None,
-        **unused,
+        max_batch_size=None,
+        device=None,
     ):
         super().__init__()
         if trainer and weights != "stored":

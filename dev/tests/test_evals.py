@@ -603,6 +603,18 @@ class Harness(Case):
             os.mkdir(self.path(name))
         self.assertEqual(lm_eval_mta.config_file(self.folder), self.path("step-100000000/config.json"))
 
+    def test_arguments_that_the_model_does_not_have(self):
+        """A wrong name is not passed over; what the harness gives to every model is."""
+        sys.path.insert(0, os.path.join(ROOT, "scripts"))
+        import lm_eval_mta
+
+        with open(self.path("config.json"), "w") as f:
+            f.write("{}")
+        taken = lm_eval_mta.MtaLM(self.folder, batch_size=1, max_batch_size=8, device="cuda:0", weights="int8")
+        self.assertEqual(taken.command[2:4], ["--weights", "int8"])
+        with self.assertRaisesRegex(TypeError, "weight"):
+            lm_eval_mta.MtaLM(self.folder, weight="int8")
+
 
 @unittest.skipUnless(os.path.exists(os.path.join(BIN, "train_mta")), "train_mta is not built")
 class Evaluate(Case):
