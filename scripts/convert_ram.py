@@ -12,6 +12,7 @@ layers (wpsm, wposm) are (out, in) already; kernels have a dimension of 1 more t
 import argparse
 import json
 import os
+import pickle
 import shutil
 import struct
 import sys
@@ -96,9 +97,8 @@ def to_ours(state, params):
         if name.startswith("rope_embeddings."):
             continue
         if name in TOP_NAMES:
-            if name == "output.weight" and params.get("weight_tying"):
-                continue
-            tensors[TOP_NAMES[name]] = t
+            if name != "output.weight" or not params.get("weight_tying"):
+                tensors[TOP_NAMES[name]] = t
             continue
         if not name.startswith("layers."):
             raise UserError("tensor %s is unknown" % name)
@@ -127,7 +127,12 @@ def to_ours(state, params):
             groups[key] = t.shape[1]
         elif key == "head_gate":
             t = t.reshape(-1)
-        tensors["model.layers.%d.%s" % (layer, ours)] = t
+        ours = "model.layers.%d.%s" % (layer, ours)
+        if ours in tensors:
+            raise UserError("tensor %s is a second one for %s" % (name, ours))
+        tensors[ours] = t
+    if "lm_head.weight" not in tensors and not params.get("weight_tying"):
+        raise UserError("tensor output.weight is missing, and params.json does not say weight_tying")
     if conv["kq_conv"] and conv["kq_conv_post"] and conv["kq_conv"] != conv["kq_conv_post"]:
         raise UserError("convolutions before and after the softmax in different layers have no counterpart here")
     embed = tensors["model.embed_tokens.weight"]
@@ -265,7 +270,12 @@ def read_safetensors(path):
 
 def load_state(path):
     """The tensors of consolidated.pth, which holds them alone or under "model"."""
-    state = torch.load(path, map_location="cpu")
+    try:
+        state = torch.load(path, map_location="cpu")
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as e:
+        raise UserError("%s: PyTorch does not read it: %s" % (path, (str(e) or type(e).__name__).split("\n")[0]))
+    if not isinstance(state, dict):
+        raise UserError("%s: holds a %s, wanted a dictionary of tensors" % (path, type(state).__name__))
     return state.get("model", state) if not hasattr(state.get("model", None), "shape") else state
 
 
@@ -315,6 +325,8 @@ def main():
         "--tokenizer", metavar="FILE", help="rank file to copy and name in config.json (Llama 3's tokenizer.model)"
     )
     args = parser.parse_args()
+    if args.back and (args.dtype != "stored" or args.tokenizer):
+        parser.error("--%s: it has no use beside --back" % ("tokenizer" if args.tokenizer else "dtype"))
     try:
         if torch is None:
             raise UserError("PyTorch is needed to read and write .pth files: pip install torch")

@@ -182,12 +182,37 @@ class Convert(unittest.TestCase):
             self.assertEqual((done.returncode, done.stderr.count("\n")), (1, 1), done.stderr)
             self.assertIn("model.safetensors: damaged", done.stderr)
 
+    def test_refuses_what_it_cannot_read_or_would_pass_over(self):
+        with tempfile.TemporaryDirectory() as tmp:
+            path, out = os.path.join(tmp, "consolidated.pth"), os.path.join(tmp, "out")
+            with open(os.path.join(tmp, "params.json"), "w") as f:
+                f.write("{}")
+            for data, why in ((b"", "does not read it"), (b"PK\3\4" + bytes(90), "does not read it"), (None, "a list")):
+                if data is None:
+                    torch.save([1], path)
+                else:
+                    with open(path, "wb") as f:
+                        f.write(data)
+                done = call(convert_ram, tmp, out)
+                self.assertEqual((done.returncode, done.stdout, done.stderr.count("\n")), (1, "", 1), done.stderr)
+                self.assertIn(why, done.stderr)
+            for more in (["--dtype", "bf16"], ["--tokenizer", path]):
+                done = call(convert_ram, "--back", tmp, out, *more)
+                self.assertEqual((done.returncode, done.stderr.count("\n")), (1, 1), done.stderr)
+                self.assertIn("no use beside --back", done.stderr)
+
     def test_refuses_what_has_no_counterpart(self):
         with self.assertRaisesRegex(convert_ram.UserError, "sliding_window"):
             convert_ram.to_ours({}, {"dim": 32, "n_heads": 4, "sliding_window": 512})
         for bad in ({"curse_norm": True}, {"pad_key": "left"}, {"add_gating": True, "gate_1d": False}):
             with self.assertRaises(convert_ram.UserError):
                 convert_ram.to_ours({}, {"dim": 32, "n_heads": 4, "mta": bad})
+        both = their_state(dict(KINDS["linear"], head_kernel_size=2), 1)
+        model = {"dim": 32, "n_heads": 4, "weight_tying": True, "mta": KINDS["linear"]}
+        with self.assertRaisesRegex(convert_ram.UserError, "a second one for model.layers.0.self_attn.head_mix.weight"):
+            convert_ram.to_ours(both, model)
+        with self.assertRaisesRegex(convert_ram.UserError, "output.weight is missing"):
+            convert_ram.to_ours(their_state({}, 1), dict(model, weight_tying=False, mta={}))
         for key in ("rope_scaling", "rope_parameters"):
             with self.assertRaisesRegex(convert_ram.UserError, key):
                 convert_ram.to_theirs({}, {"hidden_size": 32, "num_attention_heads": 4, key: {"rope_theta": 5e5}})
