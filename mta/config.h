@@ -737,6 +737,10 @@ static inline bool config_read_rope(Config* c, const Json* j, const char* where,
         if (!config_check_rope_key(v, where, llama3, assume_llama, e)) { return false; }
     }
     if (theta && !config_read_field(c, &CONFIG_FIELDS[config_field("rope_theta")], theta, e)) { return false; }
+    const Json* above = json_get(j, "rope_theta");
+    if (above && above->type == JSON_NUMBER && above->number != c->rope_theta) {
+        return fail(e, "rope_theta: got %.9g, but %s says %.9g", above->number, where, c->rope_theta);
+    }
     if (!llama3) { return true; }
     for (int i = 0; i < CONFIG_FIELD_COUNT; i++) {
         const char* key = CONFIG_FIELDS[i].part == PART_ROPE ? strchr(CONFIG_FIELDS[i].key, '.') + 1 : NULL;
@@ -755,10 +759,6 @@ static inline bool config_read_ropes(Config* c, const Json* j, bool assume_llama
     if (!config_read_rope(c, j, "rope_scaling", assume_llama, e)) { return false; }
     if (!now || now->type == JSON_NULL) { return true; }
     if (!config_read_rope(&other, j, "rope_parameters", assume_llama, e)) { return false; }
-    const Json* theta = json_get(j, "rope_theta");
-    if (theta && theta->type == JSON_NUMBER && theta->number != other.rope_theta) {
-        return fail(e, "rope_theta: got %.9g, but rope_parameters says %.9g", theta->number, other.rope_theta);
-    }
     if (old && old->type == JSON_OBJECT && old->count && !config_same_model(&other, c, &why)) {
         return fail(e, "rope_scaling and rope_parameters differ: %.200s", why.text);
     }

@@ -275,7 +275,8 @@ class Refused(Folders):
             ({"rope_scaling": {"factor": 8.0}}, "a factor without rope_type"),
                 ({"rope_scaling": {"rope_type": "default", "type": "mrope"}}, "differ"),
                 ({"rope_theta": 5e5, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}},
-                 "rope_parameters says 10000")):
+                 "rope_parameters says 10000"),
+                ({"rope_scaling": dict(LLAMA3, rope_theta=5e5)}, "rope_scaling says 500000")):
             with self.subTest(piece=piece, **{k: "absent" if v is DROP else v for k, v in changes.items()}):
                 self.refused(self.model(changed(PLAIN, changes), random_weights(PLAIN)), piece)
 
