@@ -146,8 +146,9 @@ static inline void train_options_table(Opt* table, TrainOptions* o) {
         any)
     ROW("--warmup", OPT_LONG, &o->warmup, NULL, "steps of linear warmup", 0, any)
     ROW("--min-lr", OPT_FLOAT, &o->min_lr, NULL, "learning rate at the end of the schedule", 0, 1e3)
-    ROW("--beta1", OPT_FLOAT, &o->beta1, NULL, "decay of the first moment", 0, 0.999999)
-    ROW("--beta2", OPT_FLOAT, &o->beta2, NULL, "decay of the second moment", 0, 0.999999999)
+    // AdamW computes 1 - beta in fp32, which is 0 from 0.99999998 on: weights would be divided by eps.
+    ROW("--beta1", OPT_FLOAT, &o->beta1, NULL, "decay of the first moment", 0, 0.99999)
+    ROW("--beta2", OPT_FLOAT, &o->beta2, NULL, "decay of the second moment", 0, 0.99999)
     ROW("--eps", OPT_FLOAT, &o->eps, NULL, "AdamW's epsilon", 1e-20, 1)
     ROW("--weight-decay", OPT_FLOAT, &o->weight_decay, NULL, "decoupled decay of every tensor", 0, 1e3)
     ROW("--grad-clip", OPT_FLOAT, &o->grad_clip, NULL, "largest global gradient norm, 0 = off", 0, 1e9)

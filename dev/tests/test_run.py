@@ -1581,6 +1581,8 @@ class Refused(Trainer):
         self.refused(["--tokenizer"], {"--tokenizer": ""})
         self.refused(["--pattern", "--tokenizer"], {"--pattern": "gpt2"})
         self.refused(["--lr", "1e-400"], {"--lr": "1e-400"})
+        for name in ("--beta1", "--beta2"):  # fp32 has no such number below 1, nor one less it
+            self.refused([name, "wanted a number from 0 to 0.99999"], {name: "0.99999998"})
         self.refused(["--val", "no weight"], {"--val": self.path("a_val_*.bin") + "=2"})
         self.refused(["--batch-size", "2147483647"],
                      {"--batch-size": 1 << 20, "--tokens-per-step": 1 << 33, "--seq-len": 1 << 20})
