@@ -188,7 +188,7 @@ def tokenizer_entry(tok, manifest, name):
 
 
 def refuse_foreign_ranks(copy, manifest, tokenizer):
-    """A rank file of the user's that is called as the copy of this one stays: one that is neither the same nor listed."""
+    """A rank file of the user's that is called like this one's copy stays, unless it is the same or listed."""
     listed = [p["tokenizer"] for p in manifest["preparations"].values()] + [tokenizer]
     known = {t.get("sha256") for t in listed if t.get("file") == tokenizer["file"]}
     if os.path.exists(copy) and file_sums(copy)["sha256"] not in known:

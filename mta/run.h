@@ -85,14 +85,16 @@ typedef struct {
     int64_t tokens_seen;
     int64_t skipped;  // updates left out because loss or gradient norm was not finite
     int skipped_in_a_row;
-    int64_t saved_step;  // of the newest checkpoint, -1 = none
-    int64_t timed_step;  // of the one that the next checkpoint replaces (--save-minutes), -1 = none
-    double saved_at;     // seconds_now() then, or when training began
-    bool timed;          // is the checkpoint that is being written one of --save-minutes?
-    Text passed_over;    // what was wrong with newer checkpoints than the one that is resumed, a line each
-    Text changes;        // what --resume changes, a JSON string each, comma separated
-    int lock;            // descriptor that holds the run's lock, -1 = none
-    int answers;         // --score: standard output as the program got it, see run_divert_output
+    int64_t saved_step;           // of the newest checkpoint, -1 = none
+    int64_t timed_step;           // of the one that the next checkpoint replaces (--save-minutes), -1 = none
+    double saved_at;              // seconds_now() then, or when training began
+    bool timed;                   // is the checkpoint that is being written one of --save-minutes?
+    bool to_evaluate, to_sample;  // due behind the last step and not done: after a signal --resume does it
+    Text val_lines;               // of the log, from an evaluation of which not all sets are done
+    Text passed_over;             // what was wrong with newer checkpoints than the one that is resumed, a line each
+    Text changes;                 // what --resume changes, a JSON string each, comma separated
+    int lock;                     // descriptor that holds the run's lock, -1 = none
+    int answers;                  // --score: standard output as the program got it, see run_divert_output
     double flops_per_token, flops_per_second;  // for MFU: the model's, and the machine's peak as the trainer states it
     double (*measure)(bool bf16);              // measures that peak again, NULL = it is not measured
     double measure_after;                      // when next, in seconds of training
@@ -928,7 +930,9 @@ static inline void run_state_json(const Run* r, Text* t) {
         }
         text_append(t, ",\n", 2);
     }
-    text_printf(t, "%s", r->timed ? "  \"timed\": true,\n" : "");
+    text_printf(t, "%s%s%s", r->timed ? "  \"timed\": true,\n" : "",
+                r->to_evaluate ? "  \"evaluation_left\": true,\n" : "",
+                r->to_sample ? "  \"sample_left\": true,\n" : "");
     text_printf(t, "  \"random\": {\"seed\": %lld, \"step\": %lld},\n  \"loader\": ", (long long)r->options->seed,
                 (long long)r->step);
     text_append(t, r->loader_state.text, r->loader_state.n);
@@ -987,7 +991,12 @@ static inline void run_say_changes(Run* r, const Json* saved) {
     }
 }
 
-// What trainer.json says of step, tokens, skipped updates and the loader.
+static inline bool run_state_says(const Json* j, const char* key) {
+    const Json* value = json_get(j, key);
+    return value && value->type == JSON_BOOL && value->boolean;
+}
+
+// What trainer.json says of step, tokens, skipped updates, the loader and what a signal has left to do.
 static inline bool run_take_state(Run* r, const Json* j, const char* path, Error* e) {
     if (!json_integer(json_get(j, "step"), 0, INT64_MAX, &r->step) ||
         !json_integer(json_get(j, "tokens_seen"), 0, INT64_MAX, &r->tokens_seen) ||
@@ -1005,8 +1014,9 @@ static inline bool run_take_state(Run* r, const Json* j, const char* path, Error
     }
     if (!loader_state_read(&r->train, json_get(j, "loader"), e)) { return false; }
     run_say_changes(r, j);
-    const Json* timed = json_get(j, "timed");
-    if (timed && timed->type == JSON_BOOL && timed->boolean) { r->timed_step = r->step; }
+    if (run_state_says(j, "timed")) { r->timed_step = r->step; }
+    r->to_evaluate = run_state_says(j, "evaluation_left");
+    r->to_sample = run_state_says(j, "sample_left");
     return true;
 }
 
@@ -1265,6 +1275,28 @@ static inline void run_show_val(Run* r, const char* name, double loss, double pe
     text_free(&t);
 }
 
+// A line of an evaluation. In training it waits for the others, since --resume does again what a signal has cut off.
+static inline void run_log_val_line(Run* r, Text* t) {
+    if (options_evaluate(r->options)) {
+        run_log_line(r, t);
+        return;
+    }
+    text_append(t, "}\n", 2);
+    text_append(&r->val_lines, t->text, t->n);
+    text_free(t);
+}
+
+// The end of an evaluation; whole: of all sets.
+static inline void run_log_val_end(Run* r, bool whole) {
+    for (char* line = r->val_lines.text; whole && line && *line;) {
+        char* end = strchr(line, '\n');
+        *end = 0;
+        runlog_line(&r->log, line);
+        line = end + 1;
+    }
+    text_free(&r->val_lines);
+}
+
 // One validation set's result: loss over `counted` targets; wrong of the `asked` sequences, those with a counted
 // target, where the set has a mask.
 static inline void run_log_val(Run* r, ValSet* v, double loss_sum, int64_t counted, int64_t wrong, int64_t asked) {
@@ -1279,7 +1311,7 @@ static inline void run_log_val(Run* r, ValSet* v, double loss_sum, int64_t count
     text_printf(&t, ", \"tokens\": %lld", (long long)counted);
     if (!isnan(v->bits_per_byte)) { text_json_field(&t, "bits_per_byte", v->bits_per_byte); }
     if (v->masked) { text_json_field(&t, "error", error); }
-    run_log_line(r, &t);
+    run_log_val_line(r, &t);
     run_show_val(r, v->name, v->loss, exp(v->loss), v->bits_per_byte, counted, error);
 }
 
@@ -1297,7 +1329,7 @@ static inline void run_log_val_mean(Run* r) {
     text_json_field(&t, "loss", loss);
     text_json_field(&t, "perplexity", perplexity);
     if (!isnan(bits)) { text_json_field(&t, "bits_per_byte", bits); }
-    run_log_line(r, &t);
+    run_log_val_line(r, &t);
     run_show_val(r, "mean", loss, perplexity, bits, -1, -1);
 }
 
@@ -1474,7 +1506,7 @@ static inline int run_end(Run* r) {
                     program_invocation_short_name, r->skipped_in_a_row, (long long)r->step, path);
         }
         status = EXIT_NOT_FINITE;
-    } else if (run_stops(r) && r->step < r->steps) {
+    } else if (run_stops(r) && (r->step < r->steps || r->to_evaluate || r->to_sample)) {
         printf("stopped by signal %d at step %lld, saved; --resume continues\n",
                ranks_alone(r->ranks) ? (int)run_signal : r->ranks->signal, (long long)r->step);
         status = EXIT_STOPPED;

@@ -273,11 +273,21 @@ static inline EvalSum evaluate_batch(Run* r, const ValSet* v, int64_t w, int B, 
     return part;
 }
 
+// All ranks learn of a signal to any of them.
+static inline void agree_to_stop(Run* r) {
+    if (ranks_alone(r->ranks)) { return; }
+    int mine = (int)run_signal, *all = (int*)alloc_or_die((size_t)r->ranks->size, sizeof mine, "signals of ranks");
+    ranks_exchange(r->ranks, &mine, sizeof mine, all);
+    for (int p = 0; p < r->ranks->size; p++) { r->ranks->signal = r->ranks->signal ? r->ranks->signal : all[p]; }
+    free(all);
+}
+
 static inline void evaluate(Run* r) {
     int size = r->ranks->size;
     EvalSum* parts = (EvalSum*)alloc_or_die((size_t)size, sizeof(EvalSum), "sums of an evaluation");
     ranks_at(r->ranks, AT_EVALUATION, r->step);
     run_show_val_head(r);
+    int done = 0;  // sets
     for (int set = 0; set < r->n_val && !run_stops(r); set++) {
         ValSet* v = &r->val[set];
         int64_t all = (int64_t)loader_windows(&v->loader), n = r->options->eval_windows;
@@ -300,9 +310,11 @@ static inline void evaluate(Run* r) {
                 r->ranks->signal = r->ranks->signal ? r->ranks->signal : parts[p].signal;
             }
         }
-        if (w >= n) { run_log_val(r, v, total.sum, total.counted, total.wrong, total.asked); }
+        if (w >= n) { run_log_val(r, v, total.sum, total.counted, total.wrong, total.asked), done++; }
     }
-    if (!run_stops(r)) { run_log_val_mean(r); }
+    r->to_evaluate = done < r->n_val;
+    if (!r->to_evaluate) { run_log_val_mean(r); }
+    run_log_val_end(r, !r->to_evaluate);
     free(parts);
 }
 
@@ -484,7 +496,7 @@ static inline int draw_token(float* logits, int V, double temperature, Rng* rng)
 }
 
 // Continues --sample-prompt, a full forward pass for every token: infer_mta has the fast way.
-static inline void sample(Run* r) {
+static inline void sample_text(Run* r) {
     const TrainOptions* o = r->options;
     const char* prompt = o->sample_prompt ? o->sample_prompt : "";
     int V = r->config.vocab_size, n = 0;
@@ -493,8 +505,6 @@ static inline void sample(Run* r) {
     Error e = {{0}};
     Text text = {NULL, 0, 0};
     TokenStream stream = {{0}, 0};
-    ranks_at(r->ranks, AT_SAMPLES, r->step);
-    if (!r->tokenizer || r->ranks->rank) { return; }  // rank 0 samples, the others wait for it
     if (!tokenizer_encode(r->tokenizer, prompt, strlen(prompt), &ids, &count, &e)) {
         die("--sample-prompt: %s", e.text);
     }
@@ -506,19 +516,29 @@ static inline void sample(Run* r) {
     char* piece = (char*)alloc_or_die(tokenizer_max_bytes(r->tokenizer) + 16, 1, "a token's text");
     float* logits = (float*)alloc_or_die((size_t)V, sizeof(float), "logits");
     int known = tokenizer_vocab(r->tokenizer) < V ? tokenizer_vocab(r->tokenizer) : V;  // ids that have a text
-    for (int64_t i = 0; i < o->sample_tokens && n > 0 && n < r->seq_len && !run_signal; i++) {
+    r->to_sample = false;
+    for (int64_t i = 0; i < o->sample_tokens && n > 0 && n < r->seq_len && !r->to_sample; i++) {
         r->trainer->last_logits(r->model, tokens, n, logits);
         int id = draw_token(logits, known, o->sample_temperature, &rng);
         if (id == tokenizer_end(r->tokenizer)) { break; }
         tokens[n++] = id;
         text_append(&text, piece, tokenizer_decode(r->tokenizer, &stream, id, piece));
         ranks_moved(r->ranks);
+        r->to_sample = run_signal != 0;
     }
     text_append(&text, piece, tokenizer_flush(&stream, piece));
-    run_log_sample(r, text.text ? text.text : "", text.n);
+    if (!r->to_sample) { run_log_sample(r, text.text ? text.text : "", text.n); }
     text_free(&text);
     free(piece);
     free(logits);
+}
+
+// Rank 0 samples; the others wait for it and for its word whether a signal came.
+static inline void sample(Run* r) {
+    ranks_at(r->ranks, AT_SAMPLES, r->step);
+    if (ranks_lead(r->ranks) && r->tokenizer) { sample_text(r); }
+    r->to_sample = r->to_sample && ranks_lead(r->ranks) && r->tokenizer;
+    agree_to_stop(r);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -648,6 +668,12 @@ static inline bool take_step(Run* r) {
     return true;
 }
 
+// What is due behind a step. Where a signal comes, what is not done is left to --resume.
+static inline void evaluate_and_sample(Run* r) {
+    if (r->to_evaluate) { evaluate(r); }
+    if (r->to_sample && !run_stops(r)) { sample(r); }
+}
+
 // --eval-only or --score of r->model, which the trainer has made. Returns the program's exit status.
 static inline int evaluate_only(Run* r) {
     run_open_evaluation(r);
@@ -680,15 +706,20 @@ static inline int train(Run* r) {
     run_open_directory(r);
     model_start(r);
     run_log_start(r, r->trainer->tensors(r->model)->parameters);
-    if (o->eval_first && !r->step) { evaluate(r); }
+    int64_t left_at = r->to_evaluate || r->to_sample ? r->step : -1;  // then the checkpoint of this step says so
+    r->to_evaluate = r->to_evaluate || (o->eval_first && !r->step);
+    evaluate_and_sample(r);
     while (run_goes_on(r) && take_step(r)) {
         run_measure(r);
-        if (run_due(r, r->eval_every) || r->step == r->steps) { evaluate(r); }
-        if (run_due(r, o->sample_every)) { sample(r); }
+        r->to_evaluate = run_due(r, r->eval_every) || r->step == r->steps;
+        r->to_sample = run_due(r, o->sample_every);
+        evaluate_and_sample(r);
         bool due = run_due(r, o->save_every);
         if (!r->skipped_in_a_row && (due || r->timed_save)) { save(r, !due); }
     }
-    if (r->saved_step != r->step && r->skipped_in_a_row < MAX_SKIPPED_IN_A_ROW) { save(r, false); }
+    if ((r->saved_step != r->step || r->step == left_at) && r->skipped_in_a_row < MAX_SKIPPED_IN_A_ROW) {
+        save(r, false);
+    }
     return run_end(r);
 }
 

@@ -208,12 +208,14 @@ def losses_of(results, model, attention):
 
 
 def draw_language(results):
-    """The mean loss of the domains minus the plain Transformer's of the same seed, over steps; a panel a model."""
+    """The mean loss of the domains minus the plain Transformer's of the same seed, over steps; a panel a model. A
+    domain may lack a step: up to 5800d30 the trainer did not repeat an evaluation that a signal had cut off."""
     curves = {}
     for r in results:
         if r["matmul"] == evidence.LANGUAGE_MATMUL:
             points = [dict(points) for points in r["curve"].values()]
-            means = {step: statistics.mean(p[step] for p in points) for step in points[0]}
+            steps = [step for step in points[0] if all(step in p for p in points)]
+            means = {step: statistics.mean(p[step] for p in points) for step in steps}
             curves[r["model"], r["attention"], r["seed"]] = means
     figure, axes = pyplot.subplots(1, 2, figsize=(12, 4))
     for axis, model in zip(axes, evidence.LANGUAGE_MODELS):
@@ -222,7 +224,8 @@ def draw_language(results):
                 plain = curves.get((model, "transformer", seed))
                 if (m, a) == (model, attention) and plain:
                     style = {"color": colour, "linestyle": "-" if seed == 1 else "--", "marker": "."}
-                    axis.plot(list(curve), [curve[s] - plain[s] for s in curve], label=f"{a}, seed {seed}", **style)
+                    steps = [s for s in curve if s in plain]
+                    axis.plot(steps, [curve[s] - plain[s] for s in steps], label=f"{a}, seed {seed}", **style)
         axis.axhline(0, color="black", linewidth=0.8)
         axis.set_title(model)
         axis.grid(alpha=0.3)

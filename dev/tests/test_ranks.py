@@ -718,6 +718,7 @@ class Faults(Underway):
         step = int(re.search(rf"stopped by signal {int(number)} at step (\d+), saved", done.stdout)[1])
         self.assertTrue(os.path.isdir(os.path.join(cwd, "run", f"step-{step:08d}")))
         self.last_good(cwd)
+        return cwd, step
 
     def test_signal_to_another_rank(self):
         self.obeyed(signal.SIGTERM, 3)
@@ -726,8 +727,10 @@ class Faults(Underway):
         self.obeyed(signal.SIGINT, 0, mpi=MPIS[-1])
 
     def test_signal_in_an_evaluation(self):
-        """An evaluation of every step over all windows: most of the time is spent there."""
-        self.obeyed(signal.SIGUSR1, 1, {"--eval-every": 1, "--eval-windows": 0})
+        """An evaluation of every step over all windows: most of the time is spent there. The resume does it again."""
+        cwd, step = self.obeyed(signal.SIGUSR1, 1, {"--eval-every": 1, "--eval-windows": 0})
+        steps = [e["step"] for e in self.events(cwd, "val")]
+        self.assertEqual({steps.count(s) for s in range(1, step + 1)}, {2})
 
 
 class Hosts(Underway):

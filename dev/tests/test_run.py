@@ -1886,6 +1886,31 @@ class Failing(Trainer):
             self.assertEqual([os.path.basename(c) for c in checkpoints(out)], ["step-00000001"])
             self.assertEqual(log_events(out, event)[:1] if event else [], [])
 
+    def test_signal_leaves_evaluation_and_sample_to_resume(self):
+        """Also where it comes behind the last step, in the second of two sets: the log has every line once, and none of
+        a part."""
+        write_shard(self.path("long_val_000000.bin"), [i % 31 for i in range(16 * 20000 + 1)])
+        changes = {"--val": f"a={self.path('a_val_*.bin')},b={self.path('long_val_*.bin')}", "--eval-windows": 0,
+                   "--eval-every": 1, "--sample-every": 1, "--sample-tokens": 3, "--tokenizer": "toy", "--steps": 1}
+        out = self.out()
+        child = self.launch(self.arguments(out, changes))
+        self.wait_for_log(out, child)
+        self.stopped(child)
+        self.assertEqual([e["event"] for e in log_events(out)], ["start", "step", "save", "stop"])
+        self.run_ok(out, changes, ["--resume"])
+        self.assertEqual([e["event"] for e in log_events(out)][4:],
+                         ["start", "val", "val", "val_mean", "sample", "save", "stop"])
+        self.run_ok(out, changes, ["--resume"])
+        self.assertEqual([e["event"] for e in log_events(out)][11:], ["start", "stop"])
+        whole = self.out()
+        self.run_ok(whole, changes)
+        kinds = ("val", "val_mean", "sample")
+        without_time = [[{k: v for k, v in e.items() if k != "time"} for e in log_events(folder) if e["event"] in kinds]
+                        for folder in (out, whole)]
+        self.assertEqual(*without_time)
+        self.assertEqual(*[read_bytes(os.path.join(checkpoints(folder)[-1], "model.safetensors"))
+                           for folder in (out, whole)])
+
     def test_second_signal_stops_at_once(self):
         """In a step that takes seconds, two signals end the process without a save."""
         for _ in range(5):  # the first signal may come just before the step notices it
