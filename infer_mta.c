@@ -1441,8 +1441,8 @@ static void run_attention_map(Session* session) {
 // cores, passes of 5 to 128 tokens: 120 ms and 6.9 ms a token).
 enum { MARKS = 8, BATCH = 64, PASS = 16 };
 
-// Of one row of logits (V): the log-probability of `target`, NaN where one of them is not finite, and whether no other
-// is more probable.
+// Of one row of logits (V): the log-probability of `target`, NaN where one of them is not finite, and whether greedy
+// decoding takes it: no other is more probable, none before it as probable.
 typedef struct {
     double logprob;
     bool best;
@@ -1459,7 +1459,9 @@ static RowScore score_row(const float* logits, int V, int32_t target) {
         sum += (double)sum_lanes(sums);
         for (; i < part; i++) { sum += expf(logits[v + i] - largest); }
     }
-    return (RowScore){(double)logits[target] - largest - log(sum), logits[target] == largest};
+    bool best = logits[target] == largest;
+    for (int v = 0; best && v < target; v++) { best = logits[v] != largest; }
+    return (RowScore){(double)logits[target] - largest - log(sum), best};
 }
 
 // Scores what the last forward has computed: of sequence k, lengths[k] rows, row r is position `start` + r of request

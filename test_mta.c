@@ -1498,7 +1498,7 @@ static void test_losses(const Trainer* tr) {
         double total = 0;
         for (int v = 0; v < V; v++) {
             total += exp((double)x[v]);
-            beaten = beaten || (!none && x[v] > x[targets[i]]);
+            beaten = beaten || (!none && (x[v] > x[targets[i]] || (v < targets[i] && x[v] == x[targets[i]])));
         }
         double want = none ? 0 : log(total) - (double)x[targets[i]];
         worst_add(&w, (double)l.losses[i], want, 1e-5 * fmax(1, want), (size_t)i);

@@ -1306,8 +1306,9 @@ static void swiglu_backward(real* dgate, real* dup, real* act, const real* dout,
 // =====================================================================================================================
 // Cross-entropy (MODEL.md eq. 14)
 
-// losses (N) = -log softmax(logits)[target], wrong (N) = 1 where another id scores higher; 0 where target < 0 (not
-// counted). With `gradient`, logits (N,V) become dlogits = (softmax - onehot) * dloss, zero where not counted.
+// losses (N) = -log softmax(logits)[target], wrong (N) = 1 where another id scores higher or, without `gradient`, one
+// before it as high: greedy decoding takes the first of the best; 0 where target < 0 (not counted). With `gradient`,
+// logits (N,V) become dlogits = (softmax - onehot) * dloss, zero where not counted.
 static void crossentropy_forward_backward(real* losses, unsigned char* wrong, real* logits, const int32_t* targets,
                                           int N, int V, real dloss, bool gradient) {
 #pragma omp parallel for schedule(static)
@@ -1321,6 +1322,7 @@ static void crossentropy_forward_backward(real* losses, unsigned char* wrong, re
             continue;
         }
         real max = -INFINITY, sum = 0, own = x[target];
+        int before = 0;  // ids before the target that score as high
 #pragma omp simd reduction(max : max)
         for (int v = 0; v < V; v++) { max = x[v] > max ? x[v] : max; }
         if (gradient) {
@@ -1335,9 +1337,10 @@ static void crossentropy_forward_backward(real* losses, unsigned char* wrong, re
         } else {
 #pragma omp simd reduction(+ : sum)
             for (int v = 0; v < V; v++) { sum += exp_real(x[v] - max); }
+            for (int v = 0; v < target; v++) { before += x[v] == own; }
         }
         losses[n] = (real)(log((double)sum) + (double)max - (double)own);
-        wrong[n] = !(own >= max);
+        wrong[n] = !(own >= max) || before;
     }
 }
 

@@ -1898,9 +1898,10 @@ static void swiglu_backward(floatX* dgate_up, floatX* act, const floatX* dout, c
 // =====================================================================================================================
 // Cross-entropy (MODEL.md eq. 14)
 
-// losses (N) = -log softmax(logits)[target], wrong (N) = 1 where another id scores higher; 0 where target < 0 (not
-// counted). With `gradient`, logits (N,V), rows ld apart, become dlogits = (softmax - onehot) * dloss, zero where not
-// counted. A block owns every gridDim.x-th row: one pass for the running maximum and sum, one that writes. ld is a
+// losses (N) = -log softmax(logits)[target], wrong (N) = 1 where another id scores higher or, without `gradient`, one
+// before it as high: greedy decoding takes the first of the best; 0 where target < 0 (not counted). With `gradient`,
+// logits (N,V), rows ld apart, become dlogits = (softmax - onehot) * dloss, zero where not counted.
+// A block owns every gridDim.x-th row: one pass for the running maximum and sum, one that writes. ld is a
 // multiple of WIDE, blockDim.x of 32. A thread owns packs of WIDE logits, every blockDim.x-th. A multiprocessor has one
 // block, so that the second pass finds the row in the L2 cache: rows of 128,256 logits that 132 have in work are 34 MB;
 // bytes a logit 2 read and 2 written (with four smaller blocks 135 MB, and 2 more read).
@@ -1930,10 +1931,17 @@ static __global__ void __launch_bounds__(LOSS_THREADS, 1)
             max = top;
         }
 
+        // Is the target beaten? There may be several that are best: in bf16 in about one row of a hundred.
+        float beaten = own >= max ? 0.0f : 1.0f;
+        if (!gradient && beaten == 0.0f) {  // the same for the whole block
+            for (int v = threadIdx.x; v < target; v += blockDim.x) { beaten = (float)x[v] == own ? 1.0f : beaten; }
+            beaten = block_reduce(beaten, true);
+        }
+
         // The row's loss, by one thread.
         if (threadIdx.x == 0) {
             losses[n] = target >= 0 ? logf(sum) + max - own : 0.0f;
-            wrong[n] = target >= 0 && !(own >= max);
+            wrong[n] = target >= 0 && beaten != 0.0f;
         }
         if (!gradient) { continue; }
 

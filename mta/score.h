@@ -84,8 +84,8 @@ typedef struct {
     int32_t* ids;    // context, then continuation
     int n, context;  // all tokens; those of the context, at least 1
     long line;       // of the file
-    // The answer: what Scorer.score fills in. token_logprobs (n - context), logprob their sum, greedy: no other token
-    // was more probable anywhere.
+    // The answer: what Scorer.score fills in. token_logprobs (n - context), logprob their sum, greedy: greedy decoding
+    // gives just these, the first of equally probable ones.
     float* token_logprobs;
     double logprob;
     bool greedy;

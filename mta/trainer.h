@@ -20,7 +20,7 @@ typedef struct {
 typedef struct {
     double sum;                  // of the counted targets' losses, in nats
     const float* losses;         // of each target, 0 where it is not counted
-    const unsigned char* wrong;  // 1 where another id scores higher than the counted target
+    const unsigned char* wrong;  // 1 where greedy decoding takes another id than the counted target
 } Losses;
 
 // The data of one optimizer step: tokens and targets (windows,T), of which B windows are computed at once.

@@ -1438,6 +1438,20 @@ class Evaluation(Trainer):
                     self.agree(folder, path, *options)
 
     @unittest.skipUnless(os.path.exists(INFER), "infer_mta is not built")
+    def test_of_equally_probable_ids_the_first_is_greedy(self):
+        """All logits are 0: greedy decoding takes id 0, and no other is said to be what it takes."""
+        folder = self.path("all_equal")
+        golden_checkpoint(sorted(glob.glob(os.path.join(GOLDEN, "*.safetensors")))[0], folder)
+        path = os.path.join(folder, "model.safetensors")
+        tensors = read_safetensors(path)[0]
+        write_safetensors(path, {name: (dtype, shape, bytes(len(raw)) if "embed" in name or "head.w" in name else raw)
+                                 for name, (dtype, shape, raw) in tensors.items()})
+        ends = [0], [1], [0, 0], [0, 2]
+        requests = self.lines("equal.jsonl", [{"context_ids": [1], "continuation_ids": ids} for ids in ends])
+        answers = [json.loads(x) for x in self.agree(folder, requests).stdout.splitlines()]
+        self.assertEqual([a["greedy"] for a in answers], [True, False, True, False])
+
+    @unittest.skipUnless(os.path.exists(INFER), "infer_mta is not built")
     def test_a_trained_model_scores_texts(self):
         run, out = self.out(), self.out()
         self.run_ok(run, {"--tokenizer": "toy", "--steps": 20, "--lr": 1e-2})
