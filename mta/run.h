@@ -1485,18 +1485,25 @@ static inline void run_log_ranks(Run* r) {
     free(all);
 }
 
+// The exit status of a run that ends. A signal that leaves nothing to do, as in the last checkpoint, stops none.
+static inline int run_status(const Run* r) {
+    bool left = r->step < r->steps || r->to_evaluate || r->to_sample;
+    if (r->skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW) { return EXIT_NOT_FINITE; }
+    return run_stops(r) && left ? EXIT_STOPPED : EXIT_DONE;
+}
+
 // Says how the run ended; the exit status.
 static inline int run_end(Run* r) {
-    const char* reason = r->skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW ? "not finite" : run_stops(r) ? "signal" : "done";
+    int status = run_status(r);
+    const char* reason = status == EXIT_NOT_FINITE ? "not finite" : status == EXIT_STOPPED ? "signal" : "done";
     run_log_ranks(r);
     char line[256];
-    int status = EXIT_DONE;
     snprintf(line, sizeof line, "{\"event\": \"stop\", \"step\": %lld, \"reason\": \"%s\", \"seconds\": %.3f}",
              (long long)r->step, reason, seconds_now() - r->started);
     runlog_line(&r->log, line);
     runlog_close(&r->log);
     progress_break(&r->progress);
-    if (r->skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW) {
+    if (status == EXIT_NOT_FINITE) {
         char path[PATH_SIZE] = "none was saved";
         if (r->saved_step >= 0) { checkpoint_path(r->options->out, (long)r->saved_step, path); }
         if (ranks_lead(r->ranks)) {
@@ -1505,11 +1512,9 @@ static inline int run_end(Run* r) {
                     "good checkpoint: %s\n",
                     program_invocation_short_name, r->skipped_in_a_row, (long long)r->step, path);
         }
-        status = EXIT_NOT_FINITE;
-    } else if (run_stops(r) && (r->step < r->steps || r->to_evaluate || r->to_sample)) {
+    } else if (status == EXIT_STOPPED) {
         printf("stopped by signal %d at step %lld, saved; --resume continues\n",
                ranks_alone(r->ranks) ? (int)run_signal : r->ranks->signal, (long long)r->step);
-        status = EXIT_STOPPED;
     } else if (!options_evaluate(r->options)) {
         printf("done: %lld steps, %lld updates skipped\n", (long long)r->step, (long long)r->skipped);
     }

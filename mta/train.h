@@ -533,11 +533,12 @@ static inline void sample_text(Run* r) {
     free(logits);
 }
 
-// Rank 0 samples; the others wait for it and for its word whether a signal came.
+// Rank 0 samples; the others wait for it and for its word whether a signal came, since all end with one status.
 static inline void sample(Run* r) {
     ranks_at(r->ranks, AT_SAMPLES, r->step);
-    if (ranks_lead(r->ranks) && r->tokenizer) { sample_text(r); }
-    r->to_sample = r->to_sample && ranks_lead(r->ranks) && r->tokenizer;
+    r->to_sample = r->to_sample && r->tokenizer;
+    if (ranks_lead(r->ranks) && r->to_sample) { sample_text(r); }
+    ranks_from_root(r->ranks, &r->to_sample, sizeof r->to_sample);
     agree_to_stop(r);
 }
 

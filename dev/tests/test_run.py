@@ -1830,10 +1830,11 @@ class Failing(Trainer):
             time.sleep(0.005)
         self.fail("no step was logged")
 
-    def wait_for_file(self, path):
+    def wait_for_file(self, path, child=None):
+        """Until the file is there or, where it is one that goes away again, the child has ended."""
         start = time.time()
-        while not os.path.exists(path) and time.time() - start < TIMEOUT:
-            time.sleep(0.01)
+        while not os.path.exists(path) and time.time() - start < TIMEOUT and (not child or child.poll() is None):
+            time.sleep(0.01 if not child else 0.001)
 
     def stopped(self, child, sig=signal.SIGTERM):
         """Sends the signal: it is answered on the screen at once, the run is saved and ends with 75."""
@@ -1924,6 +1925,19 @@ class Failing(Trainer):
         self.assertEqual(*without_time)
         self.assertEqual(*[read_bytes(os.path.join(checkpoints(folder)[-1], "model.safetensors"))
                            for folder in (out, whole)])
+
+    def test_signal_in_the_last_checkpoint(self):
+        """All is done by then: the log says so too, as the exit status does."""
+        for _ in range(3):  # the checkpoint may be there before the signal
+            out = self.out()
+            child = self.launch(self.arguments(out, {"--steps": 1, "--hidden-size": 256, "--num-hidden-layers": 4}))
+            self.wait_for_file(os.path.join(out, ".step-00000001.partial"), child)
+            child.send_signal(signal.SIGTERM)
+            stdout, stderr = child.communicate(timeout=TIMEOUT)
+            if "stopping" in stderr:
+                break
+        self.assertEqual((child.returncode, log_events(out)[-1]["reason"]), (0, "done"), stdout + stderr)
+        self.assertIn("done: 1 steps", stdout)
 
     def test_second_signal_stops_at_once(self):
         """In a step that takes seconds, two signals end the process without a save."""
