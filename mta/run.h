@@ -930,6 +930,7 @@ static inline void run_state_json(const Run* r, Text* t) {
         }
         text_append(t, ",\n", 2);
     }
+    if (r->skipped_in_a_row) { text_printf(t, "  \"skipped_in_a_row\": %d,\n", r->skipped_in_a_row); }
     text_printf(t, "%s%s%s", r->timed ? "  \"timed\": true,\n" : "",
                 r->to_evaluate ? "  \"evaluation_left\": true,\n" : "",
                 r->to_sample ? "  \"sample_left\": true,\n" : "");
@@ -1012,6 +1013,12 @@ static inline bool run_take_state(Run* r, const Json* j, const char* path, Error
         return fail(e, "%s: step %lld, wanted %lld as the directory's name says", path, (long long)r->step,
                     (long long)r->saved_step);
     }
+    const Json* in_a_row = json_get(j, "skipped_in_a_row");
+    int64_t skipped = 0;
+    if (in_a_row && !json_integer(in_a_row, 0, MAX_SKIPPED_IN_A_ROW - 1, &skipped)) {
+        return fail(e, "%s: skipped_in_a_row: wanted a number below %d", path, MAX_SKIPPED_IN_A_ROW);
+    }
+    r->skipped_in_a_row = (int)skipped;
     if (!loader_state_read(&r->train, json_get(j, "loader"), e)) { return false; }
     run_say_changes(r, j);
     if (run_state_says(j, "timed")) { r->timed_step = r->step; }

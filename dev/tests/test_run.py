@@ -1791,11 +1791,8 @@ class Refused(Trainer):
 
 
 class Failing(Trainer):
-    def test_nan_is_skipped_and_counted(self):
-        """Weights so large that scores overflow: every loss is not finite, each update is skipped and changes nothing,
-        the run stops and names
-        the last good checkpoint."""
-        out = self.out()
+    def overflowing(self, out):
+        """A run of three steps, then weights so large that scores overflow. Returns its checkpoint."""
         self.run_ok(out, {"--steps": 3})
         last = checkpoints(out)[-1]
         path = os.path.join(last, "model.safetensors")
@@ -1806,6 +1803,13 @@ class Failing(Trainer):
                              array.array("f", [3e38 if i % 3 else -3e38 for i in range(len(raw) // 4)]).tobytes())
         write_safetensors(path, tensors, metadata)
         mend_manifest(last)
+        return last
+
+    def test_nan_is_skipped_and_counted(self):
+        """Every loss is not finite, each update is skipped and changes nothing, the run stops and names the last good
+        checkpoint."""
+        out = self.out()
+        last = self.overflowing(out)
         before = tree(last)
         done = self.execute(self.arguments(out, {"--steps": 200}, ["--resume"]))
         self.assertEqual(done.returncode, 3, done.stdout[-500:] + done.stderr)
@@ -1818,6 +1822,16 @@ class Failing(Trainer):
         self.assertEqual(log_events(out)[-1]["event"], "stop")
         self.assertEqual(checkpoints(out), [last])
         self.assertTrue(tree(last) == before)
+
+    def test_nan_is_counted_across_a_resume(self):
+        """A run that stops between skipped updates gives up at the step at which the whole one does."""
+        whole, parts = self.out(), self.out()
+        self.overflowing(whole)
+        shutil.copytree(whole, parts)
+        for out, steps, status in ((whole, 200, 3), (parts, 5, 0), (parts, 200, 3)):
+            done = self.execute(self.arguments(out, {"--steps": steps}, ["--resume"]))
+            self.assertEqual(done.returncode, status, done.stdout[-500:] + done.stderr)
+        self.assertEqual(*[log_events(out)[-1]["step"] for out in (whole, parts)])
 
     def wait_for_log(self, out, child):
         start = time.time()
