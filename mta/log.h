@@ -41,8 +41,9 @@ typedef struct {
 } RunLog;
 
 // How many leading bytes of a log stay when a run resumes at `step`: up to the first line that is torn, is no JSON
-// object, or belongs to a later step. Steps never fall within a log, so that a prefix is all that is needed.
-static inline size_t runlog_keep(const char* text, size_t n, long step) {
+// object, belongs to a later step, or is the event of this step with which the run does again what it has done (NULL:
+// none). Steps never fall within a log, so that a prefix is all that is needed.
+static inline size_t runlog_keep(const char* text, size_t n, long step, const char* again) {
     size_t kept = 0;
     while (kept < n) {
         const char* newline = (const char*)memchr(text + kept, '\n', n - kept);
@@ -51,8 +52,10 @@ static inline size_t runlog_keep(const char* text, size_t n, long step) {
         Json* line = json_parse(text + kept, length, NULL);
         int64_t at = 0;
         const Json* number = json_get(line, "step");
+        const char* event = json_text(json_get(line, "event"));
         bool good = line != NULL && line->type == JSON_OBJECT &&
-                    (number == NULL || (json_integer(number, 0, INT64_MAX, &at) && at <= step));
+                    (number == NULL || (json_integer(number, 0, INT64_MAX, &at) && at <= step)) &&
+                    !(again && event && at == step && !strcmp(event, again));
         json_free(line);
         if (!good) { break; }
         kept += length + 1;
@@ -78,7 +81,7 @@ static inline bool runlog_set_aside(const RunLog* log, const char* rest, size_t 
 
 // Opens run_dir/log.jsonl. resume_step -1: a new run, whose log must not exist. Otherwise the log is cut as runlog_keep
 // says (made, if it is missing) and appended to.
-static inline bool runlog_open(RunLog* log, const char* run_dir, long resume_step, Error* e) {
+static inline bool runlog_open(RunLog* log, const char* run_dir, long resume_step, const char* again, Error* e) {
     log->fd = -1;
     log->size = 0;
     log->warned = false;
@@ -95,7 +98,7 @@ static inline bool runlog_open(RunLog* log, const char* run_dir, long resume_ste
     if (file_exists(log->path)) {
         char* text = NULL;
         if (!read_file(log->path, (size_t)1 << 40, &text, &n, e)) { return false; }
-        keep = runlog_keep(text, n, resume_step);
+        keep = runlog_keep(text, n, resume_step, again);
         bool good = runlog_set_aside(log, text + keep, n - keep, resume_step, e);
         free(text);
         if (!good) { return false; }

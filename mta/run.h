@@ -90,6 +90,7 @@ typedef struct {
     double saved_at;              // seconds_now() then, or when training began
     bool timed;                   // is the checkpoint that is being written one of --save-minutes?
     bool to_evaluate, to_sample;  // due behind the last step and not done: after a signal --resume does it
+    bool evaluated;               // before the first step
     Text val_lines;               // of the log, from an evaluation of which not all sets are done
     Text passed_over;             // what was wrong with newer checkpoints than the one that is resumed, a line each
     Text changes;                 // what --resume changes, a JSON string each, comma separated
@@ -931,7 +932,8 @@ static inline void run_state_json(const Run* r, Text* t) {
         text_append(t, ",\n", 2);
     }
     if (r->skipped_in_a_row) { text_printf(t, "  \"skipped_in_a_row\": %d,\n", r->skipped_in_a_row); }
-    text_printf(t, "%s%s%s", r->timed ? "  \"timed\": true,\n" : "",
+    text_printf(t, "%s%s%s%s", r->timed ? "  \"timed\": true,\n" : "",
+                r->evaluated && !r->step ? "  \"evaluated\": true,\n" : "",
                 r->to_evaluate ? "  \"evaluation_left\": true,\n" : "",
                 r->to_sample ? "  \"sample_left\": true,\n" : "");
     text_printf(t, "  \"random\": {\"seed\": %lld, \"step\": %lld},\n  \"loader\": ", (long long)r->options->seed,
@@ -1022,6 +1024,7 @@ static inline bool run_take_state(Run* r, const Json* j, const char* path, Error
     if (!loader_state_read(&r->train, json_get(j, "loader"), e)) { return false; }
     run_say_changes(r, j);
     if (run_state_says(j, "timed")) { r->timed_step = r->step; }
+    r->evaluated = run_state_says(j, "evaluated");
     r->to_evaluate = run_state_says(j, "evaluation_left");
     r->to_sample = run_state_says(j, "sample_left");
     return true;
@@ -1192,7 +1195,11 @@ static inline void run_log_start(Run* r, size_t parameters) {
         // it. Only under the lock: before it, that might be the checkpoint which another run is writing.
         checkpoint_remove_partials(out);
     }
-    if (out && !runlog_open(&r->log, out, r->options->resume ? (long)r->step : -1, &e)) { die("--out: %s", e.text); }
+    // After a crash the log may have what was left to do: it is done again, and must not stand there twice.
+    const char* again = r->to_evaluate ? "val" : r->to_sample ? "sample" : NULL;
+    if (out && !runlog_open(&r->log, out, r->options->resume ? (long)r->step : -1, again, &e)) {
+        die("--out: %s", e.text);
+    }
     config_to_json(&r->config, run_torch_dtype(r), &config);
     for (size_t i = 0; i < config.n; i++) {
         if (config.text[i] == '\n') { config.text[i] = ' '; }

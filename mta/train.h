@@ -313,6 +313,7 @@ static inline void evaluate(Run* r) {
         if (w >= n) { run_log_val(r, v, total.sum, total.counted, total.wrong, total.asked), done++; }
     }
     r->to_evaluate = done < r->n_val;
+    r->evaluated = r->evaluated || (!r->step && !r->to_evaluate);
     if (!r->to_evaluate) { run_log_val_mean(r); }
     run_log_val_end(r, !r->to_evaluate);
     free(parts);
@@ -706,9 +707,9 @@ static inline int train(Run* r) {
     if (r->trainer->share) { r->trainer->share(r->model, r->ranks, r->shards); }
     run_open_directory(r);
     model_start(r);
-    run_log_start(r, r->trainer->tensors(r->model)->parameters);
     int64_t left_at = r->to_evaluate || r->to_sample ? r->step : -1;  // then the checkpoint of this step says so
-    r->to_evaluate = r->to_evaluate || (o->eval_first && !r->step);
+    r->to_evaluate = r->to_evaluate || (o->eval_first && !r->step && !r->evaluated);
+    run_log_start(r, r->trainer->tensors(r->model)->parameters);
     evaluate_and_sample(r);
     while (run_goes_on(r) && take_step(r)) {
         run_measure(r);

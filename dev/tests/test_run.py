@@ -1516,6 +1516,19 @@ class Evaluation(Trainer):
         self.assertEqual([e["loss"] for e in log_events(first, "step")], [e["loss"] for e in log_events(plain, "step")])
         self.refused(["--eval-first", "--val"], {"--val": None}, ["--eval-first"])
 
+    def test_eval_first_of_a_run_in_parts(self):
+        """Once: where it is in the checkpoint of step 0, not again; where it is not, or there is none, it is done."""
+        early, late, lost = self.out(), self.out(), self.out()
+        for out, flags in ((early, ["--eval-first"]), (late, [])):
+            self.run_ok(out, {"--steps": 0}, flags)
+        os.makedirs(lost)
+        with open(os.path.join(early, "log.jsonl")) as log, open(os.path.join(lost, "log.jsonl"), "w") as copy:
+            copy.writelines(log.readlines()[:2])  # as a crash in the first step leaves them
+        self.assertEqual([e["event"] for e in log_events(lost)], ["start", "val"])
+        for out in (early, late, lost):
+            self.run_ok(out, {"--steps": 2, "--eval-every": 2}, ["--eval-first", "--resume"])
+            self.assertEqual([e["step"] for e in log_events(out, "val")], [0, 2])
+
     def assert_refused_line(self, done, *pieces):
         """As assert_refused, where the plan may stand on stderr before the line."""
         self.assertEqual((done.returncode, done.stdout), (1, ""), done.stderr)
@@ -1926,11 +1939,17 @@ class Failing(Trainer):
         self.wait_for_log(out, child)
         self.stopped(child)
         self.assertEqual([e["event"] for e in log_events(out)], ["start", "step", "save", "stop"])
+        left = tree(checkpoints(out)[-1])
         self.run_ok(out, changes, ["--resume"])
-        self.assertEqual([e["event"] for e in log_events(out)][4:],
-                         ["start", "val", "val", "val_mean", "sample", "save", "stop"])
+        done = ["start", "val", "val", "val_mean", "sample", "save", "stop"]
+        self.assertEqual([e["event"] for e in log_events(out)][4:], done)
+        for name, data in left.items():  # as a crash before that last save leaves it
+            with open(os.path.join(checkpoints(out)[-1], name), "wb") as f:
+                f.write(data)
         self.run_ok(out, changes, ["--resume"])
-        self.assertEqual([e["event"] for e in log_events(out)][11:], ["start", "stop"])
+        self.assertEqual([e["event"] for e in log_events(out)][4:], ["start", *done])
+        self.run_ok(out, changes, ["--resume"])
+        self.assertEqual([e["event"] for e in log_events(out)][12:], ["start", "stop"])
         whole = self.out()
         self.run_ok(whole, changes)
         kinds = ("val", "val_mean", "sample")

@@ -466,24 +466,26 @@ static void test_log(void) {
     RunLog log;
     Error e;
     e.text[0] = 0;
-    check(runlog_open(&log, test_folder(), -1, &e), "a new log", e.text);
+    check(runlog_open(&log, test_folder(), -1, NULL, &e), "a new log", e.text);
     bool ok = runlog_line(&log, "{\"event\":\"start\"}") && runlog_line(&log, "{\"step\":1}") &&
               runlog_line(&log, "{\"step\":2}");
     runlog_close(&log);
     check(ok && log_is("{\"event\":\"start\"}\n{\"step\":1}\n{\"step\":2}\n"), "three lines", "");
-    check(!runlog_open(&log, test_folder(), -1, &e) && strstr(e.text, "--resume"), "an existing log is not overwritten",
-          e.text);
+    check(!runlog_open(&log, test_folder(), -1, NULL, &e) && strstr(e.text, "--resume"),
+          "an existing log is not overwritten", e.text);
     e.text[0] = 0;
-    check(runlog_open(&log, test_folder(), 1, &e) && runlog_line(&log, "{\"step\":3}"), "resume at step 1", e.text);
+    check(runlog_open(&log, test_folder(), 1, NULL, &e) && runlog_line(&log, "{\"step\":3}"), "resume at step 1",
+          e.text);
     runlog_close(&log);
     check(log_is("{\"event\":\"start\"}\n{\"step\":1}\n{\"step\":3}\n"), "later lines are cut", "");
     const char* torn = "{\"step\":1}\n{\"step\":2}\n{\"step\":2,\"lo";
     spit(at("log.jsonl"), torn, strlen(torn));
-    check(runlog_open(&log, test_folder(), 9, &e), "a torn log", e.text);
+    check(runlog_open(&log, test_folder(), 9, NULL, &e), "a torn log", e.text);
     runlog_close(&log);
     check(log_is("{\"step\":1}\n{\"step\":2}\n"), "the torn line is cut", "");
     unlink(at("log.jsonl"));
-    check(runlog_open(&log, test_folder(), 5, &e) && runlog_line(&log, "{\"step\":6}"), "resume without a log", e.text);
+    check(runlog_open(&log, test_folder(), 5, NULL, &e) && runlog_line(&log, "{\"step\":6}"), "resume without a log",
+          e.text);
     struct rlimit old, limit;
     getrlimit(RLIMIT_FSIZE, &old);
     limit = old;
