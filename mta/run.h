@@ -1349,9 +1349,8 @@ static inline void run_log_val_mean(Run* r) {
 
 static inline void run_log_sample(Run* r, const char* text, size_t n) {
     Text t = {NULL, 0, 0};
-    size_t valid = utf8_valid_up_to(text, n);  // a sample may end inside a character
     text_printf(&t, "{\"event\": \"sample\", \"step\": %lld, \"text\": ", (long long)r->step);
-    text_json_string(&t, text, valid);
+    text_json_string(&t, text, n);
     run_log_line(r, &t);
     progress_break(&r->progress);
     printf("sample at step %lld: ", (long long)r->step);

@@ -1102,6 +1102,15 @@ class Tokenizers(Trainer):
                           "--sample-every": 20, "--sample-prompt": "ab", "--sample-temperature": 0})
         self.assertEqual([e["text"] for e in log_events(out, "sample")], ["ab"])
 
+    def test_a_sample_of_a_prompt_that_is_not_utf8(self):
+        """The log has all of it, with U+FFFD for each byte that is no character, not only what stands before."""
+        out = self.out()
+        changes = {"--vocab-size": 259, "--sample-every": 6, "--sample-tokens": 1,
+                   "--sample-prompt": os.fsdecode(b"ab\xffcd")}
+        words = self.arguments(out, {**self.shards("odd_prompt", self.BYTES, 259), **changes})
+        subprocess.run(words, check=True, stdout=subprocess.DEVNULL)
+        self.assertTrue(log_events(out, "sample")[0]["text"].startswith("ab\ufffdcd"), log_events(out, "sample"))
+
     def test_a_tokenizer_that_is_not_beside_the_model(self):
         """A file of its name elsewhere, such as where the program was started, is another one."""
         self.ranks("o")
