@@ -36,7 +36,7 @@
 typedef struct {
     int fd;       // -1: closed
     off_t size;   // bytes of whole lines written so far
-    bool warned;  // a failed write has been reported
+    bool warned;  // the last write failed, which has been reported
     char path[PATH_SIZE];
 } RunLog;
 
@@ -114,7 +114,8 @@ static inline bool runlog_open(RunLog* log, const char* run_dir, long resume_ste
 }
 
 // Appends one object (no newline in it), to which it adds the time. A write that fails (a full disk) leaves no torn
-// line, is reported once on stderr, and returns false: the run goes on, since its checkpoints matter more than its log.
+// line and returns false: the run goes on, since its checkpoints matter more than its log. The first of several in a
+// row is reported on stderr.
 static inline bool runlog_line(RunLog* log, const char* json_object) {
     if (log->fd < 0) { return false; }
     size_t n = strlen(json_object);
@@ -126,12 +127,13 @@ static inline bool runlog_line(RunLog* log, const char* json_object) {
     ssize_t put = write(log->fd, line.text, line.n);
     bool whole = put == (ssize_t)line.n;
     if (!whole && !log->warned) {
-        fprintf(stderr, "%s: %s: cannot write: %s; the run goes on without this line\n", program_invocation_short_name,
-                log->path, put < 0 ? strerror(errno) : "no space left");
+        fprintf(stderr, "%s: %s: cannot write: %s; the run goes on without its lines until that is over\n",
+                program_invocation_short_name, log->path, put < 0 ? strerror(errno) : "no space left");
         log->warned = true;
     }
     if (whole) {
         log->size += put;
+        log->warned = false;
     } else if (put > 0 && ftruncate(log->fd, log->size) != 0) {
         log->warned = true;  // the torn line stays; a resume cuts it
     }

@@ -492,13 +492,24 @@ static void test_log(void) {
     limit.rlim_cur = (rlim_t)log.size + 20;  // room for half a line
     signal(SIGXFSZ, SIG_IGN);
     setrlimit(RLIMIT_FSIZE, &limit);
-    int saved = dup(2), null = open("/dev/null", O_WRONLY);
-    dup2(null, 2);
+    int saved = dup(2), said[2];
+    check(pipe(said) == 0 && dup2(said[1], 2) == 2, "a pipe", "");
     bool refused_full = !runlog_line(&log, "{\"step\":7}") && !runlog_line(&log, "{\"step\":8}");
+    bool whole = log_is("{\"step\":6}\n");
+    setrlimit(RLIMIT_FSIZE, &old);
+    bool later = runlog_line(&log, "{\"step\":9}") && log_is("{\"step\":6}\n{\"step\":9}\n");
+    limit.rlim_cur = (rlim_t)log.size + 20;
+    setrlimit(RLIMIT_FSIZE, &limit);
+    bool again = !runlog_line(&log, "{\"step\":10}");
     dup2(saved, 2);
     setrlimit(RLIMIT_FSIZE, &old);
-    check(refused_full && log_is("{\"step\":6}\n"), "a full disk leaves whole lines only", "");
-    check(runlog_line(&log, "{\"step\":9}") && log_is("{\"step\":6}\n{\"step\":9}\n"), "and later lines go on", "");
+    char lines[4096];
+    ssize_t length = read(said[0], lines, sizeof lines - 1);
+    int newlines = 0;
+    for (ssize_t i = 0; i < length; i++) { newlines += lines[i] == '\n'; }
+    check(refused_full && whole, "a full disk leaves whole lines only", "");
+    check(later, "and later lines go on", "");
+    check(again && newlines == 2, "each time that lines are lost is said once", "");
     runlog_close(&log);
     char text[32];
     check(strcmp(format_duration(93784, text, 32), "1d 02:03") == 0, "a day", text);
