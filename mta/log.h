@@ -16,8 +16,9 @@
 // damaged   a newer checkpoint that a resume has passed over: reason
 // disk full removed: the step of the checkpoint that gave way
 // score     of --score: seconds, file
-// ranks     of several processes, each: host, windows (of --score: requests) it computed, bytes_sent, of these
-//           bytes_reduced of gradients and of these bytes_early before the backward pass had ended, seconds_waited
+// ranks     of several processes, each: host, windows (of steps; of --eval-only: evaluated; of --score: requests) it
+//           computed, bytes_sent, of these bytes_reduced of gradients and of these bytes_early before the backward pass
+//           had ended, seconds_waited
 // stop      reason (done, signal, not finite), seconds since the start
 // A value that is not finite is null. Each line is one write(2) to a file opened for appending, so that a
 // crash leaves whole lines, or one torn line at the end, which the next --resume cuts together with every line of a

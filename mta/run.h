@@ -104,7 +104,7 @@ typedef struct {
     double started;                            // seconds_now() when training began
     double training_seconds;                   // in train_step since then: what tokens/s and ETA are of
     int64_t first_step;
-    int64_t computed;  // windows, or requests of --score, that this process has computed
+    int64_t computed;  // windows of steps, or of --eval-only, or requests of --score, that this process has computed
 } Run;
 
 // The one variable that a signal handler may write.

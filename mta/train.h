@@ -260,6 +260,7 @@ static inline EvalSum evaluate_batch(Run* r, const ValSet* v, int64_t w, int B, 
         }
     }
     Losses losses = r->trainer->forward(r->model, r->tokens, r->targets, B, T, NULL);
+    r->computed += options_evaluate(r->options) ? B : 0;
     EvalSum part = {losses.sum, 0, 0, 0, 0};
     for (int b = 0; b < B; b++) {
         int bad = 0;

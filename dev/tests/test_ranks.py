@@ -281,7 +281,7 @@ class Bits(Ranks):
         self.assertEqual(steps, self.events(four, "step"))
 
     def test_evaluation_alone(self):
-        """--eval-only on three ranks: the figures of one."""
+        """--eval-only on three ranks: the figures of one, and in the log how many of the 18 windows each computed."""
         cwd = self.place()
         self.run_ok(cwd, 1, {"--steps": 2})
         alone = ["--eval-only", "--init-from", "run/step-00000002", "--val", "a_val_*.bin,m=b_val_*.bin",
@@ -291,6 +291,10 @@ class Bits(Ranks):
                    for n in (1, 3)]
         self.assertGreaterEqual(len(figures[0]), 2)
         self.assertEqual(figures[0], figures[1])
+        self.run_ok(cwd, 3, nothing, [*alone, "--out", "figures"])
+        with open(os.path.join(cwd, "figures", "log.jsonl")) as f:
+            ranks = [e["ranks"] for e in map(json.loads, f) if e["event"] == "ranks"]
+        self.assertEqual([[r["windows"] for r in e] for e in ranks], [[8, 6, 4]])
 
 
 class Score(Ranks):
