@@ -712,13 +712,17 @@ static inline int train(Run* r) {
     r->to_evaluate = r->to_evaluate || (o->eval_first && !r->step && !r->evaluated);
     run_log_start(r, r->trainer->tensors(r->model)->parameters);
     evaluate_and_sample(r);
+    bool due = false;  // a checkpoint; where updates are skipped it waits for one that is not
     while (run_goes_on(r) && take_step(r)) {
         run_measure(r);
         r->to_evaluate = run_due(r, r->eval_every) || r->step == r->steps;
         r->to_sample = run_due(r, o->sample_every);
         evaluate_and_sample(r);
-        bool due = run_due(r, o->save_every);
-        if (!r->skipped_in_a_row && (due || r->timed_save)) { save(r, !due); }
+        due = due || run_due(r, o->save_every);
+        if (!r->skipped_in_a_row && (due || r->timed_save)) {
+            save(r, !due);
+            due = false;
+        }
     }
     if ((r->saved_step != r->step || r->step == left_at) && r->skipped_in_a_row < MAX_SKIPPED_IN_A_ROW) {
         save(r, false);
