@@ -66,10 +66,11 @@ gpus=$(nvidia-smi -L 2> /dev/null | grep -c '^GPU')
 if [ "$gpus" -gt 1 ]; then row "note    $gpus GPUs here: scripts/ranks_check.sh compares all of them with one"; fi
 
 # start SECONDS LOG COMMAND...: in the background, as $job, within the limit and the deadline; 125: there was no time
-# left
+# left, and no log, also none of an earlier call
 start() {
     local seconds=$1 log=$2 rest
     shift 2
+    rm -f "$log"
     rest=$(left)
     [ "$rest" -ge 8 ] || return 125
     [ "$rest" -lt "$seconds" ] && seconds=$rest
@@ -90,7 +91,6 @@ run() { start "$@" && ended "$job"; }
 steps=()
 begin() {
     local log=build/log/gpu_${2//[^A-Za-z0-9_]/_}.log pid=0
-    rm -f "$log"
     if start "$3" "$log" "${@:4}"; then pid=$job; fi
     steps+=("$pid $1 $3 $log $2")
 }
@@ -309,14 +309,15 @@ find_torch() {
 }
 run_torch() {
     local kind log found rest torch_end=$(($(date +%s) + 120))
+    if kill -0 "$torch_job" 2> /dev/null; then row "skip    PyTorch: none was found in time"; return 0; fi
     found=$(cat "$torch_python")
     if [ -z "$found" ]; then row "skip    PyTorch: none with CUDA here"; return 0; fi
     for kind in mta transformer mta-full; do
         rest=$((torch_end - $(date +%s)))
         if [ "$rest" -lt 15 ]; then row "skip    PyTorch $kind: its two minutes are over"; continue; fi
         log=build/log/gpu_torch_$kind.log
-        echo "no time left" > "$log"
-        run "$rest" "$log" env LD_LIBRARY_PATH="$loader" "$found" dev/bench/torch_gpu.py $kind 2048 4 10
+        run "$rest" "$log" env LD_LIBRARY_PATH="$loader" "$found" dev/bench/torch_gpu.py $kind 2048 4 10 ||
+            [ $? -ne 125 ] || echo "no time left" > "$log"
         if grep -q 'tokens/s' "$log"; then
             row "torch   $(grep 'tokens/s' "$log" | tail -n 1)"  # also what it had when its time was over
         else
@@ -326,7 +327,7 @@ run_torch() {
 }
 
 cudnn=""
-if [ "$part" != tests ]; then find_torch > "$torch_python" & fi
+if [ "$part" != tests ]; then find_torch > "$torch_python" & torch_job=$!; fi
 find_cublas
 find_cudnn
 build

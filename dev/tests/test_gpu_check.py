@@ -125,6 +125,19 @@ class GpuCheck(unittest.TestCase):
                       "skip    compute-sanitizer racecheck of test_ops_cuda: no time left"):
             self.assertIn(words, table)
 
+    def test_figures_of_an_earlier_call_are_not_this_one_s(self):
+        """Where no time is left for a step, what its log said last time is not in the table."""
+        self.assertIn("ours    mta T 2048", self.check("--part", "speed"))
+        self.write("bin/make", "#!/bin/bash\ncase $* in *NVCC_ARCH*) sleep 4 ;; esac\n" + STUBS["make"])
+        table = self.check("--part", "speed", GPU_CHECK_SECONDS="11")
+        self.assertIn("skip    ours mta T 2048: no time left", table)
+        for words in ("tokens/s", "ratio", " us"):
+            self.assertNotIn(words, table)
+
+    def test_a_torch_that_is_still_looked_for_is_not_missing(self):
+        self.write("bin/torch_python", "#!/bin/bash\ncase $2 in *torch.cuda*) sleep 3 ;; esac\n")
+        self.assertIn("skip    PyTorch: none was found in time", self.check("--part", "speed"))
+
     def test_ended_from_outside(self):
         """As by a machine whose time is up: the table comes at once."""
         child = self.begin("--part", "tests", HANGS="test_ops_cuda")
