@@ -13,11 +13,11 @@ import os
 import random
 import re
 import shlex
-import shutil
 import signal
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 import zlib
 
@@ -355,7 +355,9 @@ def commands_of(cell, out, trainer):
             sys.executable, os.path.join(HERE, "evidence_kernels.py"), row[len(START) :].split()[-1], continued[2],
             str(cell["seed"]),
         ]
-        return [start, edit, [*continued, "--no-verify", *common, "--out", folder]]
+        # Once its kernels start elsewhere, that checkpoint is another than was saved, which --resume refuses.
+        begun = [] if os.path.exists(continued[2]) else [start]
+        return [*begun, edit, [*continued, "--no-verify", *common, "--out", folder]]
     return [[trainer, *model, *task, *attention, *common, "--out", folder]]
 
 
@@ -415,21 +417,21 @@ def cost_shard(out):
     return path
 
 
-def timed_run(command):
-    """Runs a training. Returns the seconds of its fastest step but the first, and its peak of resident memory in
-    bytes."""
-    log = os.path.join(command[command.index("--out") + 1], "log.jsonl")
-    shutil.rmtree(os.path.dirname(log), ignore_errors=True)
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    message = process.stderr.read()
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise SystemExit(
-            f"evidence.py: {' '.join(command)}: status {process.returncode}: {message.decode(errors='replace').strip()}"
-        )
-    with open(log, encoding="utf-8") as f:
-        events = [json.loads(line) for line in f]
+def timed_run(command, out):
+    """Runs a training in a folder of its own in `out`, which is removed. Returns the seconds of its fastest step but
+    the first, and its peak of resident memory in bytes."""
+    with tempfile.TemporaryDirectory(prefix="cost_", dir=out) as folder:
+        command = [*command, "--out", folder]
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        with process.stderr:
+            message = process.stderr.read()
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        if process.returncode:
+            said = message.decode(errors="replace").strip()
+            raise SystemExit(f"evidence.py: {' '.join(command)}: status {process.returncode}: {said}")
+        with open(os.path.join(folder, "log.jsonl"), encoding="utf-8") as f:
+            events = [json.loads(line) for line in f]
     tokens = next(e["tokens_per_step"] for e in events if e["event"] == "start")
     return tokens / max(
         e["tokens_per_s"] for e in events if e["event"] == "step" and e["step"] > 1
@@ -448,9 +450,9 @@ def measure_cost(cell, out, trainer):
                 trainer, "--model", model, *options, "--attention", attention, "--train", cost_shard(out),
                 "--tokenizer", "bytes", "--seq-len", str(cell["length"]), "--max-position-embeddings", "4096",
                 "--batch-size", "1", "--steps", str(cell["steps"]), "--log-every", "1", "--save-every", "0",
-                "--sample-every", "0", "--out", os.path.join(out, "cost"),
+                "--sample-every", "0",
             ]
-            took, resident = timed_run(command)
+            took, resident = timed_run(command, out)
             seconds.setdefault(attention, []).append(took)
             peak[attention] = max(peak.get(attention, 0), resident)
     mine, plain = (statistics.median(seconds[a]) for a in (cell["attention"], "transformer"))
@@ -540,21 +542,17 @@ def print_plan(parts, only):
         )
 
 
-def run_cells(parts, only, jobs, out, trainer):
-    """Trains what is open, `jobs` at a time. A signal stops the trainings, which save first; the same command goes
-    on."""
-    waiting = [
-        c
-        for part in parts
-        if part != "cost"
-        for c in cells_of(part)
-        if only in c["name"] and c["name"] not in read_results(part)
-    ]
-    running, stop, told = {}, [], False
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stop.append(1))
-    print(f"{len(waiting)} cells, {jobs} at a time", flush=True)
-    environment = dict(os.environ, OMP_NUM_THREADS="1")
+def end_cells(running):
+    """Tells trainings to save and stop: each has a session of its own, which no signal to this program reaches."""
+    for process in running:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGTERM)
+
+
+def train_cells(waiting, running, stop, jobs, out, trainer):
+    """Trains the cells that wait, `jobs` at a time, and keeps what they found, until none is left or `stop` is not
+    empty. Was any training stopped?"""
+    told, environment = False, dict(os.environ, OMP_NUM_THREADS="1")
     while running or (waiting and not stop):
         while waiting and len(running) < jobs and not stop:
             cell = waiting.pop(0)
@@ -588,8 +586,29 @@ def run_cells(parts, only, jobs, out, trainer):
                 stop.append(1)
         if stop and not told:  # once: a second signal would end a trainer that is saving
             told = True
-            for process in running:
-                os.killpg(process.pid, signal.SIGTERM)
+            end_cells(running)
+    return told
+
+
+def run_cells(parts, only, jobs, out, trainer):
+    """Trains what is open, `jobs` at a time. A signal stops the trainings, which save first; the same command goes
+    on."""
+    waiting = [
+        c
+        for part in parts
+        if part != "cost"
+        for c in cells_of(part)
+        if only in c["name"] and c["name"] not in read_results(part)
+    ]
+    running, stop = {}, []
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.append(1))
+    print(f"{len(waiting)} cells, {jobs} at a time", flush=True)
+    try:
+        told = train_cells(waiting, running, stop, jobs, out, trainer)
+    except BaseException:
+        end_cells(running)
+        raise
     if told:
         print("evidence.py: stopped; the same command continues", file=sys.stderr)
     for number in (signal.SIGINT, signal.SIGTERM):

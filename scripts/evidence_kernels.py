@@ -98,8 +98,9 @@ def start_at(kind, folder, seed):
             n = queries * keys
             taps = array.array("f", [dice.gauss(0, n**-0.5) if kind == "random" else 1 / n for _ in range(heads * n)])
             data[start + entry["data_offsets"][0] : start + entry["data_offsets"][1]] = taps.tobytes()
-    with open(path, "wb") as f:
+    with open(path + ".partial", "wb") as f:
         f.write(data)
+    os.replace(path + ".partial", path)
 
 
 if __name__ == "__main__":

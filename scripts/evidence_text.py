@@ -16,6 +16,7 @@ import html.parser
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 
@@ -80,12 +81,15 @@ DOMAINS = {  # name: package, how its files become documents, which files
 
 
 def fetch(package, folder):
-    """Downloads and unpacks a package below folder; returns (folder of its files, its version)."""
+    """Downloads and unpacks a package below folder, where it is whole or not there; returns (folder of its files, its
+    version)."""
     target = os.path.join(folder, package)
     if not os.path.isdir(target):
         subprocess.run(["apt-get", "download", "-qq", package], cwd=folder, check=True, stderr=subprocess.DEVNULL)
         (deb,) = glob.glob(os.path.join(folder, package + "_*.deb"))
-        subprocess.run(["dpkg-deb", "-x", deb, target], check=True)
+        shutil.rmtree(target + ".partial", ignore_errors=True)
+        subprocess.run(["dpkg-deb", "-x", deb, target + ".partial"], check=True)
+        os.rename(target + ".partial", target)
     (deb,) = glob.glob(os.path.join(folder, package + "_*.deb"))
     return target, os.path.basename(deb).split("_")[1]
 

@@ -21,6 +21,7 @@ sys.path.insert(0, os.path.join(helpers.ROOT, "scripts"))
 import evidence  # noqa: E402
 import evidence_kernels  # noqa: E402
 import evidence_long  # noqa: E402
+import evidence_text  # noqa: E402
 
 TRAINER = os.path.join(helpers.BIN, "train_mta")
 
@@ -109,6 +110,70 @@ class Evidence(unittest.TestCase):
             events = [json.loads(line) for line in f]
         reasons = [e["reason"] for e in events if e["event"] == "stop"]
         self.assertEqual((reasons, [e["step"] for e in events if e["event"] == "step"][-1]), (["signal", "done"], 60))
+
+    def test_a_cell_goes_on_behind_its_first_run(self):
+        """Stopped when its kernels had been started elsewhere, which makes that checkpoint another than was saved."""
+        row = "kernels start as the mean"
+        self.assertEqual(self.run_row(row, 10)[0], 0)
+        os.remove(os.path.join(self.results, "ablation.jsonl"))
+        self.assertEqual(self.run_row(row, 10)[0], 0)
+
+    def test_what_fails_ends_the_other_trainings(self):
+        """They run in sessions of their own: nothing else would end them."""
+        trainings = []
+
+        def popen(command, **options):
+            trainings.append(real(["sleep", "60"], start_new_session=True))
+            return trainings[-1]
+
+        def commands(cell, out, trainer):
+            if trainings:
+                raise subprocess.CalledProcessError(1, "data")
+            return [[trainer]]
+
+        real = subprocess.Popen
+        with (
+            mock.patch.object(evidence, "commands_of", commands),
+            mock.patch.object(evidence, "RESULTS", self.results),
+            mock.patch("subprocess.Popen", popen),
+            mock.patch("builtins.print"),
+            self.assertRaises(subprocess.CalledProcessError),
+        ):
+            evidence.run_cells(["again"], "", 2, self.out, TRAINER)
+        self.addCleanup(trainings[0].kill)
+        self.assertEqual(trainings[0].wait(5), -signal.SIGTERM)
+
+    def test_costs_leave_what_is_not_theirs(self):
+        """--out may be a folder with a `cost` of the user's."""
+        theirs = os.path.join(self.out, "cost", "theirs.txt")
+        os.makedirs(os.path.dirname(theirs))
+        with open(theirs, "w", encoding="utf-8") as f:
+            f.write("kept")
+        cell = {"name": "x", "head_size": 32, "attention": "mta", "length": 16, "steps": 2}
+        with mock.patch.object(evidence, "COST_ROUNDS", 1):
+            result = evidence.measure_cost(cell, self.out, TRAINER)
+        self.assertGreater(result["last"]["time"], 0)
+        self.assertTrue(os.path.exists(theirs))
+        self.assertEqual(sorted(os.listdir(self.out)), ["cost", "data"])  # nor anything of their own
+
+    def test_a_package_that_was_unpacked_in_part_is_unpacked_again(self):
+        files, whole = ("a.txt", "b.txt"), False
+
+        def command(words, cwd=None, **_):
+            if words[0] == "apt-get":
+                open(os.path.join(cwd, "p_1.0_all.deb"), "w", encoding="utf-8").close()
+                return
+            os.makedirs(words[3])
+            for name in files[: 2 if whole else 1]:
+                open(os.path.join(words[3], name), "w", encoding="utf-8").close()
+            if not whole:
+                raise KeyboardInterrupt
+
+        with mock.patch("subprocess.run", command):
+            self.assertRaises(KeyboardInterrupt, evidence_text.fetch, "p", self.out)
+            whole = True
+            folder, version = evidence_text.fetch("p", self.out)
+        self.assertEqual((sorted(os.listdir(folder)), version), (list(files), "1.0"))
 
     def test_kernels_that_start_elsewhere_do(self):
         self.run_row("kernels start as the mean", 10)
