@@ -1025,7 +1025,10 @@ static inline bool run_take_state(Run* r, const Json* j, const char* path, Error
     run_say_changes(r, j);
     if (run_state_says(j, "timed")) { r->timed_step = r->step; }
     r->evaluated = run_state_says(j, "evaluated");
-    r->to_evaluate = run_state_says(j, "evaluation_left");
+    // A run that --steps ends at a checkpoint which was not its last lacks the evaluation of the last step.
+    int64_t steps = 0;
+    bool ends = json_integer(json_get(j, "steps"), 0, INT64_MAX, &steps) && steps > r->step && r->step == r->steps;
+    r->to_evaluate = ends || run_state_says(j, "evaluation_left");
     r->to_sample = run_state_says(j, "sample_left");
     return true;
 }

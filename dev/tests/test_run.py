@@ -774,6 +774,16 @@ class Resume(Trainer):
             self.assertEqual(len(said), 1, said)
             self.assertRegex(said[0], r"^val-crc32 \d+ -> \d+$")
 
+    def test_a_run_that_steps_end_at_its_checkpoint(self):
+        """The last step is evaluated, once, as in a run of so many steps from the beginning."""
+        out, whole = self.out(), self.out()
+        self.run_ok(out, {"--steps": 4, "--save-every": 2, "--keep": 0, "--eval-every": 0})
+        shutil.rmtree(checkpoints(out)[-1])
+        for _ in range(2):
+            self.run_ok(out, {"--steps": 2, "--eval-every": 0}, ["--resume"])
+        self.run_ok(whole, {"--steps": 2, "--eval-every": 0})
+        self.assertEqual(*[log_events(folder, "val") for folder in (out, whole)])
+
     def test_damaged_newest_does_not_cost_the_one_that_is_saved(self):
         """With --keep 1, going on from an older checkpoint: what is saved before the damaged one's step stays."""
         out = self.out()
