@@ -90,7 +90,7 @@ typedef struct {
     double saved_at;              // seconds_now() then, or when training began
     bool timed;                   // is the checkpoint that is being written one of --save-minutes?
     bool to_evaluate, to_sample;  // due behind the last step and not done: after a signal --resume does it
-    bool evaluated;               // before the first step
+    bool evaluated;               // the step that was finished last, or before the first; as its checkpoint says
     Text val_lines;               // of the log, from an evaluation of which not all sets are done
     Text passed_over;             // what was wrong with newer checkpoints than the one that is resumed, a line each
     Text changes;                 // what --resume changes, a JSON string each, comma separated
@@ -932,8 +932,7 @@ static inline void run_state_json(const Run* r, Text* t) {
         text_append(t, ",\n", 2);
     }
     if (r->skipped_in_a_row) { text_printf(t, "  \"skipped_in_a_row\": %d,\n", r->skipped_in_a_row); }
-    text_printf(t, "%s%s%s%s", r->timed ? "  \"timed\": true,\n" : "",
-                r->evaluated && !r->step ? "  \"evaluated\": true,\n" : "",
+    text_printf(t, "%s%s%s%s", r->timed ? "  \"timed\": true,\n" : "", r->evaluated ? "  \"evaluated\": true,\n" : "",
                 r->to_evaluate ? "  \"evaluation_left\": true,\n" : "",
                 r->to_sample ? "  \"sample_left\": true,\n" : "");
     text_printf(t, "  \"random\": {\"seed\": %lld, \"step\": %lld},\n  \"loader\": ", (long long)r->options->seed,
@@ -1028,7 +1027,7 @@ static inline bool run_take_state(Run* r, const Json* j, const char* path, Error
     // A run that --steps ends at a checkpoint which was not its last lacks the evaluation of the last step.
     int64_t steps = 0;
     bool ends = json_integer(json_get(j, "steps"), 0, INT64_MAX, &steps) && steps > r->step && r->step == r->steps;
-    r->to_evaluate = ends || run_state_says(j, "evaluation_left");
+    r->to_evaluate = (ends && !r->evaluated) || run_state_says(j, "evaluation_left");
     r->to_sample = run_state_says(j, "sample_left");
     return true;
 }
@@ -1108,6 +1107,7 @@ static inline void run_log_step(Run* r, const StepResult* s, const Step* step, d
     bool skipped = !isfinite(s->loss) || !isfinite(s->grad_norm);
     double loss = step->counted ? s->loss : NAN, lr = step->hyper.lr;
     r->step++;
+    r->evaluated = false;
     r->tokens_seen += tokens;
     r->skipped += skipped;
     r->skipped_in_a_row = skipped ? r->skipped_in_a_row + 1 : 0;
@@ -1199,7 +1199,7 @@ static inline void run_log_start(Run* r, size_t parameters) {
         checkpoint_remove_partials(out);
     }
     // After a crash the log may have what was left to do: it is done again, and must not stand there twice.
-    const char* again = r->to_evaluate ? "val" : r->to_sample ? "sample" : NULL;
+    const char* again = r->to_evaluate && r->n_val ? "val" : r->to_sample && r->tokenizer ? "sample" : NULL;
     if (out && !runlog_open(&r->log, out, r->options->resume ? (long)r->step : -1, again, &e)) {
         die("--out: %s", e.text);
     }

@@ -314,7 +314,7 @@ static inline void evaluate(Run* r) {
         if (w >= n) { run_log_val(r, v, total.sum, total.counted, total.wrong, total.asked), done++; }
     }
     r->to_evaluate = done < r->n_val;
-    r->evaluated = r->evaluated || (!r->step && !r->to_evaluate);
+    r->evaluated = !r->to_evaluate && r->n_val;
     if (!r->to_evaluate) { run_log_val_mean(r); }
     run_log_val_end(r, !r->to_evaluate);
     free(parts);

@@ -783,6 +783,12 @@ class Resume(Trainer):
             self.run_ok(out, {"--steps": 2, "--eval-every": 0}, ["--resume"])
         self.run_ok(whole, {"--steps": 2, "--eval-every": 0})
         self.assertEqual(*[log_events(folder, "val") for folder in (out, whole)])
+        out = self.out()
+        self.run_ok(out, {"--steps": 4, "--save-every": 2, "--keep": 0, "--eval-every": 2})
+        shutil.rmtree(checkpoints(out)[-1])
+        self.run_ok(out, {"--steps": 2, "--val": None}, ["--resume"])  # it was evaluated before
+        self.assertEqual([e["event"] for e in log_events(out)],
+                         ["start", "step", "step", "val", "save", "start", "stop"])
 
     def test_damaged_newest_does_not_cost_the_one_that_is_saved(self):
         """With --keep 1, going on from an older checkpoint: what is saved before the damaged one's step stays."""
