@@ -134,7 +134,6 @@ FIRST=(test_start test_ranks.py test_ranks_cuda.py "emulator bf16" "PTX executed
 make_programs() {
     local i goals=" " needed=" ${targets[*]} " ready=build/log/ready
     for i in "${FIRST_BUILT[@]}"; do [[ $needed != *" $i "* ]] || goals+="$i "; done
-    rm -rf $ready && mkdir $ready
     {
         echo "include Makefile"
         for i in "$@"; do printf '%s: %s\n\t@touch $@\n' "$ready/$i" "${targets[i]}"; done
@@ -153,6 +152,7 @@ run_steps() {
     for i in "${!names[@]}"; do [[ " ${order[*]} " == *" $i "* ]] || order+=("$i"); done
     for name in build "${names[@]}"; do rm -f "$(log_of "$name").status"; done
     if [ -n "${targets[*]// /}" ]; then
+        rm -rf build/log/ready && mkdir build/log/ready  # before the first look: those of the last run mean nothing
         make_programs "${order[@]}" &
         running=(build)
     fi
