@@ -272,7 +272,8 @@ static const Planted PLANTED[] = {
      "shared address 256 of 4 bytes, there are 256",
      {1, 64, 256},
      "st.shared.u32 [%r4+4], %r2;"},
-    {"beyond global memory", "in no allocation", {1, 64, 0}, "st.global.u32 [%rd3+4000], %r2;"},
+    // so far that it lies in the other allocation by no chance
+    {"beyond global memory", "in no allocation", {1, 64, 0}, "st.global.u32 [%rd3+100000000], %r2;"},
     {"misaligned", "misaligned shared address", {1, 64, 1024}, "ld.shared.v2.f32 {%f1,%f2}, [%r4];"},
     {"a barrier for one warp of two",
      "a barrier that 1 of 2 warps reach",
