@@ -477,7 +477,8 @@ def mean_loss(result):
 
 
 def verdicts():
-    """What the finished cells say of each claim: [(speaks for it, sentence)], in the order of the claims."""
+    """What the finished cells say of each claim: [(verdict, sentence)], in the order of the claims. A difference of losses
+    is undecided by one seed, and where it is not twice its standard error away from 0."""
     said = []
     chosen = [r for r in evidence.read_results("toy").values() if r["steps"] == evidence.TOY_STEPS]
     for n, kind in evidence.TOY_TASKS:
@@ -485,7 +486,8 @@ def verdicts():
         plain, mta = ([r["last"]["toy"] for r in mine if r["attention"] == a] for a in ("transformer", "mta"))
         if plain and mta:
             text = f"toy, N {n}, {kind}: mta errs in {spread(mta, 100)}%, the plain model in {spread(plain, 100)}%"
-            said.append((max(mta) < min(plain), f"{text} ({count(min(len(mta), len(plain)))})"))
+            verdict = "favourable" if max(mta) < min(plain) else "unfavourable"
+            said.append((verdict, f"{text} ({count(min(len(mta), len(plain)))})"))
     found = [r for r in evidence.read_results("language").values() if r["matmul"] == evidence.LANGUAGE_MATMUL]
     for model in evidence.LANGUAGE_MODELS:
         mine = [r for r in found if r["model"] == model]
@@ -495,7 +497,10 @@ def verdicts():
             gain = [mean_loss(r) - plain[r["seed"]] for r in of_kind]
             if gain:
                 text = f"language, {model}: {attention} minus the plain model {spread(gain, 1, 4)} nats a byte"
-                said.append((max(gain) < 0, f"{text} ({count(len(gain))})"))
+                error = statistics.stdev(gain) / len(gain) ** 0.5 if len(gain) > 1 else float("inf")
+                mean = statistics.mean(gain)
+                verdict = "undecided" if abs(mean) <= 2 * error else "favourable" if mean < 0 else "unfavourable"
+                said.append((verdict, f"{text} ({count(len(gain))})"))
     measured = [r for r in evidence.read_results("cost").values() if r["task"] == "cost"]
     for attention in ("mta", "mta-full"):
         mine = [r for r in measured if r["attention"] == attention]
@@ -503,7 +508,7 @@ def verdicts():
         if times:
             best, worst = (f"{t:.2f} times (heads of {h}, T {length})" for t, h, length in (times[0], times[-1]))
             text = f"cost on the CPU: a step of {attention} takes from {best} to {worst} the plain model's time"
-            said.append((times[-1][0] < 1.1, text))
+            said.append(("favourable" if times[-1][0] < 1.1 else "unfavourable", text))
     return said
 
 
@@ -563,10 +568,10 @@ def write():
     if any(missing.values()):
         still = ", ".join(f"{part} {n} of {len(evidence.cells_of(part))}" for part, n in missing.items() if n)
         lines += [f"**Still open**, cells: {still}.", ""]
-    said = sorted(verdicts(), key=lambda v: v[0])
+    said = sorted(verdicts(), key=lambda v: ("unfavourable", "undecided", "favourable").index(v[0]))
     if said:
         lines += ["## Verdicts, the unfavourable ones first", ""]
-        lines += [("- favourable: " if good else "- unfavourable: ") + text for good, text in said] + [""]
+        lines += [f"- {verdict}: {text}" for verdict, text in said] + [""]
     for part, section in PARTS.items():
         results = list(evidence.read_results(part).values())
         if not results:
