@@ -477,8 +477,8 @@ def mean_loss(result):
 
 
 def verdicts():
-    """What the finished cells say of each claim: [(verdict, sentence)], in the order of the claims. A difference of losses
-    is undecided by one seed, and where it is not twice its standard error away from 0."""
+    """What the finished cells say of each claim: [(verdict, sentence)], in the order of the claims. A difference of
+    losses is undecided by one seed, and where it is not twice its standard error away from 0."""
     said = []
     chosen = [r for r in evidence.read_results("toy").values() if r["steps"] == evidence.TOY_STEPS]
     for n, kind in evidence.TOY_TASKS:
