@@ -1,9 +1,8 @@
 """What the options of all scripts share: a mistake is one line and exit status 1, as in the programs; part of a name is
-none; numbers are written as the programs take them, so that 1_000 and nan are none. And the reading of a run's log."""
+none; numbers are written as the programs take them, so that 1_000 and nan are none."""
 
 import argparse
 import fractions
-import json
 import math
 import os
 import re
@@ -25,21 +24,6 @@ def split_name(text):
     places = [i for i, c in enumerate(text) if c == "="]
     at = next((i for i in places if os.path.exists(text[i + 1 :])), places[0] if places else None)
     return (None, text) if at is None else (text[:at], text[at + 1 :])
-
-
-def log_events(path):
-    """The events of a run's log.jsonl. A torn last line, of a run that was killed or is writing, is none."""
-    with open(path, "rb") as f:
-        for number, line in enumerate(f, 1):
-            try:
-                event = json.loads(line)
-            except ValueError:
-                if line.endswith(b"\n"):
-                    raise ValueError("%s:%d: no JSON" % (path, number))
-                return
-            if not isinstance(event, dict):
-                raise ValueError("%s:%d: no event, wanted an object" % (path, number))
-            yield event
 
 
 def refused(text, wanted):

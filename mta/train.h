@@ -274,12 +274,15 @@ static inline EvalSum evaluate_batch(Run* r, const ValSet* v, int64_t w, int B, 
     return part;
 }
 
+// A signal to a rank, of which all have learnt; 0: none. The first counts.
+static inline void note_signal(Run* r, int number) { r->ranks->signal = r->ranks->signal ? r->ranks->signal : number; }
+
 // All ranks learn of a signal to any of them.
 static inline void agree_to_stop(Run* r) {
     if (ranks_alone(r->ranks)) { return; }
     int mine = (int)run_signal, *all = (int*)alloc_or_die((size_t)r->ranks->size, sizeof mine, "signals of ranks");
     ranks_exchange(r->ranks, &mine, sizeof mine, all);
-    for (int p = 0; p < r->ranks->size; p++) { r->ranks->signal = r->ranks->signal ? r->ranks->signal : all[p]; }
+    for (int p = 0; p < r->ranks->size; p++) { note_signal(r, all[p]); }
     free(all);
 }
 
@@ -308,7 +311,7 @@ static inline void evaluate(Run* r) {
                 total.counted += parts[p].counted;
                 total.asked += parts[p].asked;
                 total.wrong += parts[p].wrong;
-                r->ranks->signal = r->ranks->signal ? r->ranks->signal : parts[p].signal;
+                note_signal(r, parts[p].signal);
             }
         }
         if (w >= n) { run_log_val(r, v, total.sum, total.counted, total.wrong, total.asked), done++; }
@@ -646,7 +649,7 @@ static inline void agree(Run* r, double own) {
     ranks_exchange(r->ranks, &mine, sizeof mine, all);
     r->timed_save = all[0].timed_save;
     for (int p = 0; p < r->ranks->size; p++) {
-        r->ranks->signal = r->ranks->signal ? r->ranks->signal : all[p].signal;
+        note_signal(r, all[p].signal);
         seconds[p] = all[p].own;
     }
     run_note_slow(r, seconds);

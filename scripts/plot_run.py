@@ -17,7 +17,8 @@ import sys
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path[:0] = [HERE, os.path.join(os.path.dirname(HERE), "data")]
 from export import find_checkpoint  # noqa: E402
-from options import Parser, log_events, split_name  # noqa: E402
+from options import Parser, split_name  # noqa: E402
+from runlog import log_events  # noqa: E402
 from tokenizer import UserError  # noqa: E402
 
 try:

@@ -17,7 +17,8 @@ import os
 import sys
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "data"))
-from options import Parser, log_events  # noqa: E402
+from options import Parser  # noqa: E402
+from runlog import log_events  # noqa: E402
 
 try:
     from tensorboard.compat.proto.event_pb2 import Event

@@ -13,7 +13,8 @@ import statistics
 import sys
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "data"))
-from options import Parser, log_events  # noqa: E402
+from options import Parser  # noqa: E402
+from runlog import log_events  # noqa: E402
 
 PAPER = {  # error in percent; the one standard deviation the paper's text gives is kept
     "transformer": {"n5_all": "51.6 +- 43.1", "n5_first": "78.2", "n5_last": "1.3", "n8_all": "31.2",
