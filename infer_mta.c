@@ -461,7 +461,7 @@ static void scores_tile(const Block* b, int h, int tile) {
 // point at key 0 and are zero outside their own causal range.
 static void kq_conv_row(float* out, const float* const* rows, const float* weight, int cq, int ck, int p) {
     for (int j = 0; j <= p; j += 2 * LANES) {
-        vf s0 = splat(0), s1 = splat(0);
+        Vec s0 = splat(0), s1 = splat(0);
         for (int a = 0; a < cq; a++) {
             const float* in = rows[a] + j - ck / 2;
             const float* w = weight + a * ck;
@@ -519,7 +519,7 @@ static void head_mix_row(const Block* b, const float* weight, int ch, int g, int
     for (int o = 0; o < ch; o++) {
         float* out = block_row(b, b->out, g * ch + o, r) + PAD;
         for (int j = 0; j <= end; j += LANES) {
-            vf sum = splat(0);
+            Vec sum = splat(0);
             for (int n = 0; n < ch; n++) { sum += load(block_row(b, b->in, g * ch + n, r) + PAD + j) * w[o * ch + n]; }
             store(out + j, sum);
         }
@@ -532,9 +532,9 @@ static void softmax_row(float* row, int p, int T) {
     float* x = row + PAD;
     float largest = largest_of(x, p + 1), sum = 0;
     int whole = (p + 1) / LANES * LANES;
-    vf sums = splat(0);
+    Vec sums = splat(0);
     for (int j = 0; j < whole; j += LANES) {
-        vf y = exp_lanes(load(x + j) - largest);
+        Vec y = exp_lanes(load(x + j) - largest);
         sums += y;
         store(x + j, y);
     }
@@ -730,7 +730,7 @@ static void swiglu(float* gate, const float* up, size_t n) {  // gate = silu(gat
     size_t whole = n / LANES * LANES;
 #pragma omp parallel for if (n > 1 << 15)
     for (size_t i = 0; i < whole; i += LANES) {
-        vf g = load(gate + i);
+        Vec g = load(gate + i);
         store(gate + i, g / (exp_lanes(-g) + 1.0f) * load(up + i));
     }
     for (size_t i = whole; i < n; i++) { gate[i] = gate[i] / (1.0f + expf(-gate[i])) * up[i]; }
@@ -1453,7 +1453,7 @@ static RowScore score_row(const float* logits, int V, int32_t target) {
     double sum = all_finite(logits, (size_t)V) ? 0 : NAN;
     for (int v = 0, part; v < V; v += part) {  // parts of 4096 in float, together in double
         part = V - v < 4096 ? V - v : 4096;
-        vf sums = splat(0);
+        Vec sums = splat(0);
         int i = 0;
         for (; i + LANES <= part; i += LANES) { sums += exp_lanes(load(logits + v + i) - largest); }
         sum += (double)sum_lanes(sums);

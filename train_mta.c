@@ -49,32 +49,22 @@ static int omp_get_thread_num(void) { return 0; }
 #include "mta/trainer.h"
 #include "mta/util.h"
 
-// Arithmetic and storage. The tests include this file a second time with MTA_REAL double, for finite differences.
-#ifdef MTA_REAL
-typedef MTA_REAL real;
+// Arithmetic and storage: one vector register, 16 floats with AVX-512, 8 with AVX. The tests include this file a second
+// time with MTA_REAL double, for finite differences.
+#if defined(__AVX512F__)
+#define VECTOR_BYTES 64
+enum { GEMM_ROWS = 14 };
 #else
-typedef float real;
-#define MTA_REAL_IS_FLOAT
-#if defined(MTA_CBLAS)
+#define VECTOR_BYTES 32
+enum { GEMM_ROWS = 6 };
+#endif
+#include "mta/vector.h"
+#if defined(MTA_CBLAS) && defined(MTA_REAL_IS_FLOAT)
 #include <cblas.h>
 #endif
-#if defined(MTA_ONEDNN)
+#if defined(MTA_ONEDNN) && defined(MTA_REAL_IS_FLOAT)
 #include <oneapi/dnnl/dnnl.h>
 #endif
-#endif
-
-// One vector register: 16 floats with AVX-512, 8 with AVX. VecInMemory may be unaligned.
-#if defined(__AVX512F__)
-enum { VECTOR_BYTES = 64, GEMM_ROWS = 14 };
-#else
-enum { VECTOR_BYTES = 32, GEMM_ROWS = 6 };
-#endif
-typedef real Vec __attribute__((vector_size(VECTOR_BYTES)));
-typedef real VecInMemory __attribute__((vector_size(VECTOR_BYTES), aligned(4), may_alias));
-enum { VEC = VECTOR_BYTES / (int)sizeof(real) };
-#define INLINE static inline __attribute__((always_inline))
-INLINE Vec load(const real* p) { return (Vec) * (const VecInMemory*)p; }
-INLINE void store(real* p, Vec v) { *(VecInMemory*)p = v; }
 
 static inline int min_int(int a, int b) { return a < b ? a : b; }
 static inline int max_int(int a, int b) { return a > b ? a : b; }
@@ -113,13 +103,13 @@ static void gemm_real(bool ta, bool tb, int M, int N, int K, real alpha, const r
 // Without a BLAS: blocks of A and B are packed so that the inner kernel reads both in order (Goto and van de Geijn,
 // "Anatomy of High-Performance Matrix Multiplication", 2008). The kernel keeps GEMM_ROWS x 2 vectors of sums in
 // registers.
-enum { GEMM_COLS = 2 * VEC, GEMM_M = 8 * GEMM_ROWS, GEMM_N = 256, GEMM_K = 256 };
+enum { GEMM_COLS = 2 * LANES, GEMM_M = 8 * GEMM_ROWS, GEMM_N = 256, GEMM_K = 256 };
 
 // a (kc, GEMM_ROWS), b (kc, GEMM_COLS) packed; acc (GEMM_ROWS, GEMM_COLS)
 static void gemm_kernel(real* acc, const real* a, const real* b, int kc) {
     Vec sum[GEMM_ROWS][2] = {{{0}}};
     for (int k = 0; k < kc; k++, a += GEMM_ROWS, b += GEMM_COLS) {
-        Vec b0 = load(b), b1 = load(b + VEC);
+        Vec b0 = load(b), b1 = load(b + LANES);
 #pragma GCC unroll 16
         for (int m = 0; m < GEMM_ROWS; m++) {
             sum[m][0] += a[m] * b0;
@@ -129,7 +119,7 @@ static void gemm_kernel(real* acc, const real* a, const real* b, int kc) {
 #pragma GCC unroll 16
     for (int m = 0; m < GEMM_ROWS; m++) {
         store(acc + m * GEMM_COLS, sum[m][0]);
-        store(acc + m * GEMM_COLS + VEC, sum[m][1]);
+        store(acc + m * GEMM_COLS + LANES, sum[m][1]);
     }
 }
 
@@ -549,7 +539,7 @@ static void rope_backward(real* dx, const real* cosine, const real* sine, int B,
 // Left of key 0 lie PAD zeros, and right of a row's last allowed key (its own query: causality) zeros up to tail(nk),
 // so that the convolution needs no bounds checks at the edges. Rows outside the sequence are zero throughout.
 
-enum { PAD = 32 };  // >= (MAX_KERNEL - 1) / 2, a multiple of VEC for fp32
+enum { PAD = 32 };  // >= (MAX_KERNEL - 1) / 2, a multiple of LANES for fp32
 
 typedef struct {
     real* data;
@@ -637,12 +627,12 @@ static void scores_backward(real* dq, real* dk, const Tile* dout, const real* q,
 INLINE void conv_strip(real* out, const real* inp, const real* weight, int rows, int cols, size_t ld, int ck,
                        const int taps, bool first) {
     int r = (ck - 1) / 2;
-    for (int j = 0; j < cols; j += 2 * VEC) {
+    for (int j = 0; j < cols; j += 2 * LANES) {
         Vec sum[8][2] = {{{0}}};
         for (int s = 0; s < rows + taps - 1; s++) {
             const real* x = inp + (size_t)s * ld + j - r;
             for (int b = 0; b < ck; b++) {
-                Vec x0 = load(x + b), x1 = load(x + b + VEC);
+                Vec x0 = load(x + b), x1 = load(x + b + LANES);
 #pragma GCC unroll 8
                 for (int a = 0; a < taps; a++) {
                     real w = weight[a * ck + b];
@@ -654,7 +644,7 @@ INLINE void conv_strip(real* out, const real* inp, const real* weight, int rows,
             if (done >= 0) {
                 real* o = out + (size_t)done * ld + j;
                 store(o, first ? sum[taps - 1][0] : load(o) + sum[taps - 1][0]);
-                store(o + VEC, first ? sum[taps - 1][1] : load(o + VEC) + sum[taps - 1][1]);
+                store(o + LANES, first ? sum[taps - 1][1] : load(o + LANES) + sum[taps - 1][1]);
             }
 #pragma GCC unroll 8
             for (int a = taps - 1; a > 0; a--) {
@@ -714,7 +704,7 @@ INLINE void conv_weight_strip(double* dweight, const real* dout, const real* inp
                               const int taps, int b0) {
     int r = (ck - 1) / 2, nb = min_int(3, ck - b0);
     Vec sum[6][3] = {{{0}}};
-    for (int j = 0; j < cols; j += VEC) {
+    for (int j = 0; j < cols; j += LANES) {
         Vec d[6] = {{0}};  // d[a]: the row of dout whose tap a reads the current row of inp
         for (int s = 0; s < rows + taps - 1; s++) {
 #pragma GCC unroll 8
@@ -733,7 +723,7 @@ INLINE void conv_weight_strip(double* dweight, const real* dout, const real* inp
     for (int a = 0; a < taps; a++) {
         for (int b = 0; b < nb; b++) {
             double total = 0;
-            for (int lane = 0; lane < VEC; lane++) { total += (double)sum[a][b][lane]; }
+            for (int lane = 0; lane < LANES; lane++) { total += (double)sum[a][b][lane]; }
             dweight[a * ck + b0 + b] = total;
         }
     }
@@ -779,13 +769,13 @@ static void head_mix_forward(const Tile* out, const Tile* inp, const real* weigh
             size_t is = (size_t)inp->rows * inp->ld, os = (size_t)out->rows * out->ld;
             if (ch == 2) {  // the paper's groups of two, without the detour through x
                 real w00 = weight[0], w01 = weight[from_n], w10 = weight[from_o], w11 = weight[3];
-                for (int j = 0; j < n1; j += VEC) {
+                for (int j = 0; j < n1; j += LANES) {
                     Vec x0 = load(src + j), x1 = load(src + is + j);
                     store(dst + j, w00 * x0 + w01 * x1);
                     store(dst + os + j, w10 * x0 + w11 * x1);
                 }
             } else {
-                for (int j = 0; j < n1; j += VEC) {
+                for (int j = 0; j < n1; j += LANES) {
                     for (int n = 0; n < ch; n++) { x[n] = load(src + n * is + j); }
                     for (int o = 0; o < ch; o++) {
                         Vec sum = {0};

@@ -6,8 +6,9 @@
 #ifndef MTA_MATRIX_H
 #define MTA_MATRIX_H
 #include "exp.h"
-#include "util.h"
 #include "safetensors.h"
+#include "util.h"
+#include "vector.h"
 
 #include <math.h>
 #include <omp.h>
@@ -15,20 +16,14 @@
 #include <immintrin.h>
 #endif
 
-// gcc notes that vectors as arguments changed their ABI once: these functions pass them among themselves only.
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Wpsabi"
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Vectors of 16 floats. The compiler makes one AVX-512 register of each, two of AVX2, four of SSE or NEON; only the
 // conversions that it does badly are written with intrinsics, with a plain loop beside them.
-// train_mta.c has a type of its own, Vec, because that one is of `real` (double in the tests) and one register wide:
-// with 16 lanes everywhere its sums, and so a checkpoint's bytes, would change on a machine without AVX-512.
 
-enum { LANES = 16 };
-typedef float vf __attribute__((vector_size(64)));
-typedef float vf_any __attribute__((vector_size(64), aligned(4), may_alias));  // the same at any float's address
-typedef int32_t vi __attribute__((vector_size(64)));
+typedef int32_t IntVec __attribute__((vector_size(VECTOR_BYTES)));
 
 // Tile of gemm_tile: MR rows by TILE columns of accumulators that fit the registers (AVX-512 has 32 of 16 floats, AVX2
 // 16 of 8).
@@ -39,13 +34,11 @@ enum { MR = 6, TILE_VECTORS = 1 };
 #endif
 enum { TILE = TILE_VECTORS * LANES };
 
-static inline vf splat(float x) { return (vf){x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x}; }
-static inline vf load(const float* p) { return *(const vf_any*)p; }
-static inline void store(float* p, vf x) { *(vf_any*)p = x; }
+static inline Vec splat(float x) { return (Vec){x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x}; }
 
-static inline vf load_bf16(const uint16_t* p) {
+static inline Vec load_bf16(const uint16_t* p) {
 #ifdef __AVX512F__
-    return (vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16);
+    return (Vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16);
 #else
     float f[LANES];
     for (int i = 0; i < LANES; i++) { f[i] = bf16_to_f32(p[i]); }
@@ -53,9 +46,9 @@ static inline vf load_bf16(const uint16_t* p) {
 #endif
 }
 
-static inline vf load_f16(const uint16_t* p) {
+static inline Vec load_f16(const uint16_t* p) {
 #ifdef __AVX512F__
-    return (vf)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
+    return (Vec)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
 #else
     float f[LANES];
 #ifdef __F16C__
@@ -68,7 +61,7 @@ static inline vf load_f16(const uint16_t* p) {
 #endif
 }
 
-static inline float sum_lanes(vf x) {
+static inline float sum_lanes(Vec x) {
 #ifdef __AVX512F__
     return _mm512_reduce_add_ps((__m512)x);
 #else
@@ -82,10 +75,10 @@ static inline float sum_lanes(vf x) {
 static inline float largest_of(const float* x, int n) {
     float largest = -INFINITY;
     int whole = n / LANES * LANES;
-    vf most = splat(-INFINITY);
+    Vec most = splat(-INFINITY);
     for (int i = 0; i < whole; i += LANES) {
-        vf y = load(x + i);
-        most = (vf)(((vi)y & (y > most)) | ((vi)most & ~(y > most)));
+        Vec y = load(x + i);
+        most = (Vec)(((IntVec)y & (y > most)) | ((IntVec)most & ~(y > most)));
     }
     for (int i = 0; i < LANES; i++) { largest = most[i] > largest ? most[i] : largest; }
     for (int i = whole; i < n; i++) { largest = x[i] > largest ? x[i] : largest; }
@@ -95,7 +88,7 @@ static inline float largest_of(const float* x, int n) {
 // Is each of n values finite?
 static inline bool all_finite(const float* x, size_t n) {
     size_t i = 0;
-    vf zeros = splat(0);  // x - x is 0, or NaN where x is NaN or infinite; a NaN stays one in the sum
+    Vec zeros = splat(0);  // x - x is 0, or NaN where x is NaN or infinite; a NaN stays one in the sum
     for (; i + LANES <= n; i += LANES) { zeros += load(x + i) - load(x + i); }
     float sum = sum_lanes(zeros);
     for (; i < n; i++) { sum += x[i] - x[i]; }
@@ -103,7 +96,7 @@ static inline bool all_finite(const float* x, size_t n) {
 }
 
 // exp_float of every lane; the compiler makes vector instructions of the loop.
-static inline vf exp_lanes(vf x) {
+static inline Vec exp_lanes(Vec x) {
     float lane[LANES];
     store(lane, x);
     for (int i = 0; i < LANES; i++) { lane[i] = exp_float(lane[i]); }
@@ -150,14 +143,14 @@ static inline const Int8Tile* tile_at(const Matrix* w, size_t row, size_t c) {
 }
 
 // The weights of columns k, without their scales, one row a lane.
-static inline vf tile_column(const Int8Tile* t, size_t k) {
-    vi four = *(const vi*)t->q[k / 4];
-    return __builtin_convertvector(((four >> (int)(8 * (k % 4))) & 255) - 128, vf);
+static inline Vec tile_column(const Int8Tile* t, size_t k) {
+    IntVec four = *(const IntVec*)t->q[k / 4];
+    return __builtin_convertvector(((four >> (int)(8 * (k % 4))) & 255) - 128, Vec);
 }
 
 // Always inline, so that the compiler sees the same loops in every program: of a loop that it does not turn into
 // vectors it fuses products and sums, which changes last bits.
-static inline __attribute__((always_inline)) float weight_at(const Matrix* w, size_t row, size_t c) {
+INLINE float weight_at(const Matrix* w, size_t row, size_t c) {
     size_t i = row * w->cols + c;
     if (w->kind == W_F32) {
         float f;
@@ -175,7 +168,7 @@ static inline __attribute__((always_inline)) float weight_at(const Matrix* w, si
 }
 
 // 16 weights of a row from column c on; not of int8.
-static inline __attribute__((always_inline)) vf weights_at(const Matrix* w, WeightKind kind, size_t row, size_t c) {
+INLINE Vec weights_at(const Matrix* w, WeightKind kind, size_t row, size_t c) {
     size_t i = row * w->cols + c;
     if (kind == W_F32) { return load((const float*)w->data + i); }
     if (kind == W_BF16) { return load_bf16((const uint16_t*)w->data + i); }
@@ -248,8 +241,8 @@ static inline SplitGroup* split_groups(const float* x, size_t ldx, int n, size_t
 }
 
 // Dot products of the LANES rows of one panel, `groups` tiles, with x.
-static inline vf dot_panel(const Int8Tile* t, size_t groups, const SplitGroup* g) {
-    vf sum = splat(0);
+static inline Vec dot_panel(const Int8Tile* t, size_t groups, const SplitGroup* g) {
+    Vec sum = splat(0);
     for (; groups; groups--, t++, g++) {
         prefetch(t->scale);
 #if defined(__AVX512VNNI__) && defined(__AVX512BW__)
@@ -265,10 +258,10 @@ static inline vf dot_panel(const Int8Tile* t, size_t groups, const SplitGroup* g
             high[k % 2] = _mm512_dpbusd_epi32(high[k % 2], q, _mm512_set1_epi32(four[0]));
             low[k % 2] = _mm512_dpbusd_epi32(low[k % 2], q, _mm512_set1_epi32(four[1]));
         }
-        vi whole = (((vi)high[0] + (vi)high[1]) << 7) + (vi)low[0] + (vi)low[1];
-        sum += __builtin_convertvector(whole, vf) * (load(t->scale) * g->scale);
+        IntVec whole = (((IntVec)high[0] + (IntVec)high[1]) << 7) + (IntVec)low[0] + (IntVec)low[1];
+        sum += __builtin_convertvector(whole, Vec) * (load(t->scale) * g->scale);
 #else
-        vf part = splat(0);
+        Vec part = splat(0);
         for (size_t k = 0; k < GROUP; k++) {
             if (k % 4 == 0) { prefetch(t->q[k / 4]); }
             part += tile_column(t, k) * g->x[k];
@@ -280,17 +273,17 @@ static inline vf dot_panel(const Int8Tile* t, size_t groups, const SplitGroup* g
 }
 
 // Dot products of one row of W with n <= GEMM_ROWS - 1 rows of x (stride ldx): the row is read from memory once.
-static inline __attribute__((always_inline)) void dot_rows(const Matrix* matrix, WeightKind kind, size_t row,
-                                                           const float* x, size_t ldx, int n, float* y, size_t ldy) {
+INLINE void dot_rows(const Matrix* matrix, WeightKind kind, size_t row, const float* x, size_t ldx, int n, float* y,
+                     size_t ldy) {
     const Matrix copy = *matrix, *w = &copy;  // stays in registers across prefetch
     size_t K = w->cols, c = 0;
-    vf acc[GEMM_ROWS - 1][4];
+    Vec acc[GEMM_ROWS - 1][4];
     for (int m = 0; m < n; m++) {
         for (int u = 0; u < 4; u++) { acc[m][u] = splat(0); }
     }
     for (; c + 4 * LANES <= K; c += 4 * LANES) {
         for (int u = 0; u < 4; u++) {
-            vf q = weights_at(w, kind, row, c + (size_t)u * LANES);
+            Vec q = weights_at(w, kind, row, c + (size_t)u * LANES);
             if (kind == W_F32 || u % 2 == 0) {
                 prefetch((const char*)w->data + (row * K + c + (size_t)u * LANES) * (kind == W_F32 ? 4 : 2));
             }
@@ -298,7 +291,7 @@ static inline __attribute__((always_inline)) void dot_rows(const Matrix* matrix,
         }
     }
     for (; c + LANES <= K; c += LANES) {
-        vf q = weights_at(w, kind, row, c);
+        Vec q = weights_at(w, kind, row, c);
         for (int m = 0; m < n; m++) { acc[m][0] += q * load(x + (size_t)m * ldx + c); }
     }
     for (int m = 0; m < n; m++) {
@@ -308,9 +301,8 @@ static inline __attribute__((always_inline)) void dot_rows(const Matrix* matrix,
     }
 }
 
-static inline __attribute__((always_inline)) void dot_rows_range(const Matrix* w, WeightKind kind, size_t from,
-                                                                 size_t to, const float* x, size_t ldx, int n, float* y,
-                                                                 size_t ldy) {
+INLINE void dot_rows_range(const Matrix* w, WeightKind kind, size_t from, size_t to, const float* x, size_t ldx, int n,
+                           float* y, size_t ldy) {
     for (size_t r = from; r < to; r++) {
         switch (n) {  // a constant n keeps the accumulators in registers
             case 1: dot_rows(w, kind, r, x, ldx, 1, y, ldy); break;
@@ -338,7 +330,7 @@ static inline void dot_panel_rows(Product product, size_t p, const float* x, siz
         case W_F16: dot_rows_range(w, W_F16, from, to, x, ldx, n, y, w->rows); break;
         default:
             for (size_t k = 0; k < (size_t)n; k++) {
-                vf sum = dot_panel(tile_at(w, from, 0), groups, split + k * groups);
+                Vec sum = dot_panel(tile_at(w, from, 0), groups, split + k * groups);
                 memcpy(y + k * w->rows + from, &sum, (to - from) * sizeof *y);
             }
     }
@@ -375,16 +367,16 @@ static inline void matvecs(const Product* products, int count, const float* x, s
 }
 
 // c (m, TILE) = or += a (m, K) b (K, TILE): a by rows of stride lda, b a panel with stride TILE, fp32 or bf16.
-static inline __attribute__((always_inline)) void
-gemm_tile_rows(int m, float* c, size_t ldc, const float* a, size_t lda, const void* b, bool half, size_t K, bool add) {
-    vf acc[MR][TILE_VECTORS];
+INLINE void gemm_tile_rows(int m, float* c, size_t ldc, const float* a, size_t lda, const void* b, bool half, size_t K,
+                           bool add) {
+    Vec acc[MR][TILE_VECTORS];
 #pragma GCC unroll 8
     for (int r = 0; r < m; r++) {
 #pragma GCC unroll 2
         for (int u = 0; u < TILE_VECTORS; u++) { acc[r][u] = add ? load(c + (size_t)r * ldc + u * LANES) : splat(0); }
     }
     for (size_t k = 0; k < K; k++) {
-        vf panel[TILE_VECTORS];
+        Vec panel[TILE_VECTORS];
 #pragma GCC unroll 2
         for (int u = 0; u < TILE_VECTORS; u++) {
             // few rows: straight from memory
@@ -394,7 +386,7 @@ gemm_tile_rows(int m, float* c, size_t ldc, const float* a, size_t lda, const vo
         }
 #pragma GCC unroll 8
         for (int r = 0; r < m; r++) {
-            vf x = splat(a[(size_t)r * lda + k]);
+            Vec x = splat(a[(size_t)r * lda + k]);
 #pragma GCC unroll 2
             for (int u = 0; u < TILE_VECTORS; u++) { acc[r][u] += x * panel[u]; }
         }
@@ -406,8 +398,8 @@ gemm_tile_rows(int m, float* c, size_t ldc, const float* a, size_t lda, const vo
     }
 }
 
-static inline __attribute__((always_inline)) void gemm_tile_any(int m, float* c, size_t ldc, const float* a, size_t lda,
-                                                                const void* b, bool half, size_t K, bool add) {
+INLINE void gemm_tile_any(int m, float* c, size_t ldc, const float* a, size_t lda, const void* b, bool half, size_t K,
+                          bool add) {
     switch (m) {
         case 1: gemm_tile_rows(1, c, ldc, a, lda, b, half, K, add); break;
         case 2: gemm_tile_rows(2, c, ldc, a, lda, b, half, K, add); break;
@@ -435,8 +427,8 @@ static inline void gemm_tile_bf16(int m, float* c, size_t ldc, const float* a, s
 }
 
 // 16 x 16 transposed in place: four rounds of interleaving row i with row i + 8.
-static inline void transpose16(vf* a) {
-    vf b[16];
+static inline void transpose16(Vec* a) {
+    Vec b[16];
     for (int round = 0; round < 4; round++) {
         for (int i = 0; i < 8; i++) {
             b[2 * i] = __builtin_shufflevector(a[i], a[i + 8], 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
@@ -448,8 +440,7 @@ static inline void transpose16(vf* a) {
 }
 
 // Unpacks W[r0 .. r0+TILE)[k0 .. k0+K) to a panel (K, TILE) in fp32; rows beyond the last are zeros.
-static inline __attribute__((always_inline)) void unpack_panel(const Matrix* w, WeightKind kind, size_t r0, size_t k0,
-                                                               size_t K, float* panel) {
+INLINE void unpack_panel(const Matrix* w, WeightKind kind, size_t r0, size_t k0, size_t K, float* panel) {
     for (size_t r = 0; r < TILE; r += LANES) {
         size_t k = 0, there = w->rows > r0 + r ? w->rows - r0 - r : 0;
         for (; kind == W_INT8 && there && k < K; k++) {  // columns of tiles are vectors of a panel
@@ -457,7 +448,7 @@ static inline __attribute__((always_inline)) void unpack_panel(const Matrix* w, 
             store(panel + k * TILE + r, tile_column(t, (k0 + k) % GROUP) * load(t->scale));
         }
         for (; there >= LANES && k + LANES <= K; k += LANES) {
-            vf block[LANES];
+            Vec block[LANES];
             for (size_t i = 0; i < LANES; i++) { block[i] = weights_at(w, kind, r0 + r + i, k0 + k); }
             transpose16(block);
             for (size_t i = 0; i < LANES; i++) { store(panel + (k + i) * TILE + r, block[i]); }
@@ -591,7 +582,7 @@ static inline void tensor_release(const StTensor* t, size_t end) {
     if (to > from) { madvise((void*)from, to - from, MADV_DONTNEED); }
 }
 
-static inline __attribute__((always_inline)) float stored_value(const StTensor* t, size_t i) {
+INLINE float stored_value(const StTensor* t, size_t i) {
     uint16_t h;
     if (t->dtype == DT_F32) {
         float f;
