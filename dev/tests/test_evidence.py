@@ -6,6 +6,7 @@ unfinished one goes on, what is counted of kernels and answers is what it says.
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -21,6 +22,7 @@ sys.path.insert(0, os.path.join(helpers.ROOT, "scripts"))
 import evidence  # noqa: E402
 import evidence_kernels  # noqa: E402
 import evidence_long  # noqa: E402
+import evidence_report  # noqa: E402
 import evidence_text  # noqa: E402
 
 TRAINER = os.path.join(helpers.BIN, "train_mta")
@@ -200,6 +202,21 @@ class Evidence(unittest.TestCase):
             evidence_kernels.counts({(0, "kq_conv"): [identity, diagonal], (1, "kq_conv"): [identity]}),
             {"kq_conv": {"identity": 2, "diagonal": 1}},
         )
+
+    def test_what_a_few_seeds_tell(self):
+        """Where one more seed lies with 95%: of draws that scatter normally, 19 of 20. Deviations are pooled by their
+        degrees of freedom."""
+        draw = random.Random(3)
+        inside = 0
+        for _ in range(4000):
+            *seen, new = (draw.gauss(50, 4) for _ in range(4))
+            low, high = map(float, evidence_report.another_seed(seen, 1, 6).split(" to "))
+            inside += low <= new <= high
+        self.assertAlmostEqual(inside / 4000, 0.95, delta=0.015)
+        self.assertEqual(evidence_report.another_seed([0.01, 0.02, 0.03], 100), "0.0 to 7.0")
+        self.assertEqual(evidence_report.another_seed([1.0]), "-")
+        self.assertAlmostEqual(evidence_report.pooled([[1, 3], [2, 2, 2], [9]]), (2 / 3) ** 0.5)
+        self.assertIsNone(evidence_report.pooled([[1], []]))
 
     def test_share_right(self):
         choices = [{"item": i, "choice": c, "gold": 1} for i in (0, 1) for c in (0, 1)]
