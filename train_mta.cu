@@ -1870,8 +1870,8 @@ static void swiglu_forward(floatX* out, const floatX* gate_up, int N, int FF, Cu
                 g->stream, out, gate_up, N, FF);
 }
 
-// dgate = dout up s (1 + gate (1 - s)), dup = dout gate s, s = sigmoid(gate), both into dgate_up; act = the forward
-// result again, for down_proj's gradient. act may be dout.
+// dgate = dout up s (1 + gate (1 - s)), dup = dout gate s, s = sigmoid(gate), both into dgate_up. Unless act is NULL it
+// becomes the forward result again, for down_proj's gradient; it may be dout.
 template <int W>
 static __global__ void swiglu_backward_kernel(floatX* dgate_up, floatX* act, const floatX* dout, const floatX* gate_up,
                                               int N, int FF) {
@@ -1885,7 +1885,7 @@ static __global__ void swiglu_backward_kernel(floatX* dgate_up, floatX* act, con
         du.v[e] = (floatX)(dy * x * s);
         da.v[e] = (floatX)(dy * y * s * (1.0f + x * (1.0f - s)));
     }
-    store<W>(act + i, out);
+    if (act) { store<W>(act + i, out); }
     store<W>(dgate_up + at, da);
     store<W>(dgate_up + at + FF, du);
 }
@@ -3813,8 +3813,8 @@ template <typename T> struct LayerOf {
     T *lambda_q1, *lambda_k1, *lambda_q2, *lambda_k2, *post_norm, *gate_proj, *up_proj, *down_proj;
 };
 
-// What the backward pass computes again instead of keeping it: nothing; norms and head outputs; all of a layer but its
-// input. FORWARD_ONLY: there is no backward pass, and no gradients and no optimizer either.
+// What the backward pass computes again instead of keeping it: nothing; norms, head outputs and SwiGLU; all of a layer
+// but its input. FORWARD_ONLY: there is no backward pass, and no gradients and no optimizer either.
 typedef enum { RECOMPUTE_NONE, RECOMPUTE_ELEMENTWISE, RECOMPUTE_BLOCK, FORWARD_ONLY } Recompute;
 
 // What the forward pass keeps for the backward pass. N = B*T rows, all layers behind one another: layer l of x starts
@@ -3829,6 +3829,7 @@ typedef struct {
     floatX* att;           // (LA,parts,B,NH,T,HS) output of the heads, in parts where head_output mixes
     floatX* out;           // (LE,N,C) after head_norm and head_gate
     floatX* gate_up;       // (LA,N,2*FF)
+    floatX* act;           // (L,N,FF) SwiGLU's result; of what is computed again scratch.act, which dact overwrites
     floatX* ln_f;          // (N,C)
     float* rstd_f;         // (N)
 } Activations;
@@ -3936,6 +3937,7 @@ static size_t carve_activations(Activations* a, const Config* c, int B, int T, i
         BUFFER(att, LA * row * att_parts(c, chunk)),
         BUFFER(out, LE * row),
         BUFFER(gate_up, LA * N * F * sizeof(floatX)),
+        BUFFER(act, recompute == RECOMPUTE_NONE ? L * N * F / 2 * sizeof(floatX) : 0),
         BUFFER(ln_f, row),
         BUFFER(rstd_f, N * f),
     };
@@ -4343,6 +4345,7 @@ static Activations layer_activations(const Model* m, int l, int N) {
     a.q += kept * row, a.k += kept * row, a.v += kept * row, a.stats += kept * N * c->num_attention_heads * 2,
         a.att += kept * m->att_parts * row, a.out += light * row;
     a.gate_up += kept * N * 2 * c->intermediate_size;
+    a.act = m->recompute == RECOMPUTE_NONE ? a.act + light * N * c->intermediate_size : m->scratch.act;
     return a;
 }
 
@@ -4389,8 +4392,8 @@ static void layer_forward(Model* m, int l, const Activations* a, int B, int T) {
     residual_rmsnorm_forward(a->ln2, a->rstd2, a->x_mid, a->x, s->branch, w.post_norm, N, C, c->rms_norm_eps,
                              g);  // x_mid = x + out Wo^T
     matmul_joined_forward(a->gate_up, a->ln2, &gate_up, N, C, g);
-    swiglu_forward(s->act, a->gate_up, N, FF, g);
-    matmul_forward(s->branch, C, s->act, w.down_proj, N, FF, C, g);
+    swiglu_forward(a->act, a->gate_up, N, FF, g);
+    matmul_forward(s->branch, C, a->act, w.down_proj, N, FF, C, g);
 }
 
 // From scratch.tokens to acts.ln_f.
@@ -4496,10 +4499,10 @@ static void layer_backward(Model* m, int l, const Activations* a, int B, int T) 
         rmsnorm_forward(a->ln2, a->rstd2, a->x_mid, w.post_norm, N, C, c->rms_norm_eps, g);
         head_output_forward(a->out, a->att, &output, g);
     }
-    // x + down(act)
+    // x + down(act): scratch.act takes dact and, where it is not kept, act again
     matmul_backward(s->act, NULL, s->dx.high, C, NULL, w.down_proj, N, FF, C, false, g);
-    swiglu_backward(s->dgate_up, s->act, s->act, a->gate_up, N, FF, g);
-    matmul_backward(NULL, d.down_proj, s->dx.high, C, s->act, NULL, N, FF, C, false, g);
+    swiglu_backward(s->dgate_up, m->recompute == RECOMPUTE_NONE ? NULL : s->act, s->act, a->gate_up, N, FF, g);
+    matmul_backward(NULL, d.down_proj, s->dx.high, C, a->act, NULL, N, FF, C, false, g);
     matmul_joined_backward(s->dln, s->dgate_up, a->ln2, &gate_up, N, C, g);
     rmsnorm_backward(s->dx, d.post_norm, s->dln, a->x_mid.high, w.post_norm, a->rstd2, N, C, s->parts, true, g);
     // x + o(out)

@@ -1051,7 +1051,8 @@ static void test_diff_lambda(Test* t, const int* s) {
 static void test_swiglu(Test* t, const int* s) {
     int N = s[0], FF = s[1];
     size_t n = (size_t)N * FF;
-    Device<floatX> gate_up(t, normal(t, 2 * n, 2)), out(t, n), dout(t, normal(t, n)), dgate_up(t, 2 * n);
+    Device<floatX> gate_up(t, normal(t, 2 * n, 2)), out(t, n), dout(t, normal(t, n)), dgate_up(t, 2 * n),
+        alone(t, 2 * n);
     Doubles gate = columns_of(gate_up.host, N, 2 * FF, 0, FF), up = columns_of(gate_up.host, N, 2 * FF, FF, FF),
             want(n), again(n), dgate(n), dup(n), want_d(2 * n);
     t->ref->swiglu_forward(want.data(), gate.data(), up.data(), n);
@@ -1059,11 +1060,13 @@ static void test_swiglu(Test* t, const int* s) {
     columns_put(&want_d, dgate, N, 2 * FF, 0, FF);
     columns_put(&want_d, dup, N, 2 * FF, FF, FF);
     swiglu_forward(out.p, gate_up.p, N, FF, t->g);
-    swiglu_backward(dgate_up.p, dout.p, dout.p, gate_up.p, N, FF,
-                    t->g);  // the forward result takes the gradient's place, as the trainer has it
+    swiglu_backward(alone.p, NULL, dout.p, gate_up.p, N, FF, t->g);
+    // The forward result takes the gradient's place, as the trainer has it where that result was not kept.
+    swiglu_backward(dgate_up.p, dout.p, dout.p, gate_up.p, N, FF, t->g);
     expect(t, "out", out.get(), want, STORED);
     expect(t, "act", dout.get(), want, STORED);
     expect(t, "dgate_up", dgate_up.get(), want_d, STORED);
+    expect(t, "dgate_up alone", alone.get(), want_d, STORED);
 }
 
 static void test_crossentropy(Test* t, const int* s) {
@@ -1691,8 +1694,8 @@ static std::vector<Cost> kernel_costs(Model* m, int B, int T, int distinct) {
              head_output_backward(s->datt, d.head_norm, d.gate_weight, d.gate_bias, s->dout, a->att, &o, s->parts, g);
          }},
         {"kernel swiglu_forward", NF * 3 * x, 0, [=] { swiglu_forward(s->act, a->gate_up, N, FF, g); }},
-        {"kernel swiglu_backward", NF * 6 * x, 0,
-         [=] { swiglu_backward(s->dgate_up, s->act, s->act, a->gate_up, N, FF, g); }},
+        {"kernel swiglu_backward", NF * 5 * x, 0,
+         [=] { swiglu_backward(s->dgate_up, NULL, s->act, a->gate_up, N, FF, g); }},
         {"kernel crossentropy", (double)rows * ld * 2 * x, 0,
          [=] { crossentropy_forward_backward(s->losses, s->wrong, s->logits, s->targets, rows, V, ld, 1, true, g); }},
         {"kernel zero_gradients", numel * 4, 0, [=] { model_zero_gradients(m); }},
