@@ -818,6 +818,7 @@ typedef struct {
     float* candidates;  // (2, V): sampling's weights, and the ids they belong to
     double prompt_seconds, decode_seconds, decode_bytes, best_seconds, best_bytes;  // best: of one token
     long prompt_tokens, decode_tokens, passes;  // passes over the weights that --score made
+    long cut;                                   // prompts of --prompts that lost their earliest tokens
     bool terminal;                              // standard output is one
     bool utf8;                                  // it shows UTF-8, as far as is known
 } Session;
@@ -962,6 +963,7 @@ static void summary(const Session* session) {
                 session->decode_bytes / session->decode_seconds * 1e-9, session->best_seconds * 1e3,
                 session->best_bytes / session->best_seconds * 1e-9);
     }
+    if (session->cut) { fprintf(stderr, "%ld prompts without their earliest tokens; ", session->cut); }
     fprintf(stderr, "peak memory %.1f MiB\n", (double)peak / 1024);
 }
 
@@ -1015,12 +1017,17 @@ static bool make_room(Session* session, int more) {
 }
 
 // Appends tokens to the session; too many are refused. With --shift those for which make_room has no room are cut to
-// the last that fit half the context, behind the first of all.
+// the last that fit half the context, behind the first of all, and how many are not is said.
 static void append_ids(Session* session, const int32_t* ids, size_t n) {
     int capacity = session->cache.capacity;
     size_t keep = (size_t)capacity / 2;
     if (session->options.shift && session->n + n > (size_t)capacity && 1 + keep + n > (size_t)capacity) {
         int32_t first = session->n ? session->ids[0] : ids[0];
+        size_t lost = n - keep - (session->n == 0);
+        if (lost) {
+            fprintf(stderr, "%s: %zu of %zu tokens are left out, the earliest: the context has %d positions\n",
+                    program_invocation_short_name, lost, n, capacity);
+        }
         session->ids[0] = first;
         memcpy(session->ids + 1, ids + n - keep, keep * sizeof(int32_t));
         session->n = 1 + (int)keep;
@@ -1295,6 +1302,7 @@ static void append_request(Session* session, const Json* prompt, const char* whe
     }
     if (!all) { die("%s: the prompt is empty and the tokenizer has no BOS: nothing to continue", where); }
     session->n = 0;
+    session->cut += kept < all;
     cache_clear(&session->cache, &session->model);
     if (bos >= 0 && kept == all) { session->ids[session->n++] = bos; }
     size_t rest = kept - (size_t)session->n;

@@ -69,6 +69,7 @@ static inline char* lines_next(Lines* l, const char* name, bool wait, size_t* n)
         text_reserve(&l->buffer, 1 << 16);
         ssize_t got = read(l->fd, l->buffer.text + l->buffer.n, 1 << 16);
         if (got < 0 && errno == EINTR) { continue; }
+        if (got < 0 && errno == EAGAIN && poll(&p, 1, -1) >= 0) { continue; }
         if (got < 0) { die("%s: %s", name, strerror(errno)); }
         l->buffer.n += (size_t)got;
         l->end = got == 0;
@@ -84,6 +85,7 @@ typedef struct {
     int32_t* ids;    // context, then continuation
     int n, context;  // all tokens; those of the context, at least 1
     long line;       // of the file
+    bool cut;        // its context lost its earliest tokens
     // The answer: what Scorer.score fills in. token_logprobs (n - context), logprob their sum, greedy: greedy decoding
     // gives just these, the first of equally probable ones.
     float* token_logprobs;
@@ -219,8 +221,8 @@ static inline bool score_read(ScoreRequest* q, const Scorer* scorer, const char*
                    *text = score_field(j, "continuation", JSON_STRING);
         const Json* context_ids = score_field(j, "context_ids", JSON_ARRAY);
         const Json* ids = score_field(j, "continuation_ids", JSON_ARRAY);
-        bool both = context && score_given(j, "context_ids");
-        if (both || (text && score_given(j, "continuation_ids"))) {
+        bool both = score_given(j, "context") && score_given(j, "context_ids");
+        if (both || (score_given(j, "continuation") && score_given(j, "continuation_ids"))) {
             good = fail(e, "got a text and ids of the %s, wanted one of them", both ? "context" : "continuation");
         } else if (context && text && !context_ids && !ids) {
             good = score_read_texts(q, scorer, context, text, e);
@@ -238,6 +240,7 @@ static inline bool score_read(ScoreRequest* q, const Scorer* scorer, const char*
         memmove(q->ids, q->ids + over, (size_t)(q->n - over) * sizeof *q->ids);
         q->n -= over;
         q->context -= over;
+        q->cut = true;
     } else if (good && over > 0) {
         good = fail(e, "%d tokens, the context has %d positions; shorten it%s", q->n, scorer->positions,
                     scorer->shift ? "" : ", or --shift drops the earliest");
@@ -290,7 +293,7 @@ typedef struct {
     double bytes_before;           // of them before the window that is being answered
     double bytes_window;           // of that window
     double tokens_window, tokens;  // of the window's requests, and of those that are answered
-    long done;                     // requests
+    long done, cut;                // requests; those whose context lost tokens
 } ScoreProgress;
 
 static inline void score_progress(ScoreProgress* p) {
@@ -318,7 +321,7 @@ static inline double score_lines(const Scorer* scorer, const char* file) {
     Text answer = {NULL, 0, 0};
     Error e = {{0}};  // of the first bad line: what came before it is answered, then the program ends
     long passes = 0;
-    ScoreProgress p = {progress_make(stderr), seconds_now(), 0, regular ? (double)st.st_size : 0, 0, 0, 0, 0, 0};
+    ScoreProgress p = {progress_make(stderr), seconds_now(), 0, regular ? (double)st.st_size : 0, 0, 0, 0, 0, 0, 0};
     p.shown = p.start;
     while (!e.text[0]) {
         int n = 0;
@@ -331,6 +334,7 @@ static inline double score_lines(const Scorer* scorer, const char* file) {
             sorted[n] = &requests[n];
             p.tokens_window += requests[n].n;
             p.bytes_window += (double)length + 1;
+            p.cut += requests[n].cut;
             n++;
         }
         if (!n) { break; }  // the end, or a bad line first of all
@@ -357,8 +361,12 @@ static inline double score_lines(const Scorer* scorer, const char* file) {
     if (e.text[0]) { die("%s: line %ld: %s", name, lines.number, e.text); }
     double seconds = seconds_now() - p.start;
     if (!scorer->quiet) {
-        char line[128];
-        snprintf(line, sizeof line, "scored %ld in %.1f s, %ld passes over the weights", p.done, seconds, passes);
+        char line[192];
+        int end =
+            snprintf(line, sizeof line, "scored %ld in %.1f s, %ld passes over the weights", p.done, seconds, passes);
+        if (p.cut) {
+            snprintf(line + end, sizeof line - (size_t)end, ", %ld contexts without their earliest tokens", p.cut);
+        }
         progress_line(&p.progress, line, true);
     }
     lines_close(&lines);
@@ -387,13 +395,13 @@ static inline double perplexity_windows(const Perplexity* perplexity, int32_t* i
     size_t T = (size_t)perplexity->positions, done = 1;
     size_t stride = perplexity->stride ? (size_t)perplexity->stride : (T + 1) / 2;
     if (stride > T) { die("--stride: got %zu, the context has %zu positions", stride, T); }
-    ScoreProgress p = {progress_make(stderr), seconds_now(), seconds_now(), (double)n, 0, 0, 1, 0, 0};
+    ScoreProgress p = {progress_make(stderr), seconds_now(), seconds_now(), (double)n, 0, 0, 1, 0, 0, 0};
     double sum = 0;
     while (done < n) {
         size_t end = done == 1 ? T + 1 : done + stride;
         end = end < n ? end : n;
         size_t start = end > T + 1 ? end - T - 1 : 0;
-        ScoreRequest q = {ids + start, (int)(end - start), (int)(done - start), 0, NULL, 0, false};
+        ScoreRequest q = {ids + start, (int)(end - start), (int)(done - start), 0, false, NULL, 0, false};
         q.token_logprobs = (float*)alloc_or_die(end - done, sizeof(float), "log-probabilities");
         perplexity->score(perplexity->model, &q);
         sum += q.logprob;
