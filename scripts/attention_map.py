@@ -40,17 +40,31 @@ def read_maps(args):
         for head in heads_of(args):
             command = [args.infer, args.dir, "--attention-map", path, "--layer", str(args.layer), "--head", str(head),
                        "--quiet", "--mapped"]
-            command += ["--token-ids", args.token_ids] if args.token_ids else ["--prompt", args.prompt or ""]
-            command += ["--tokenizer", args.tokenizer] if args.tokenizer else []
+            for option in ("prompt", "token_ids", "tokenizer"):
+                if getattr(args, option) is not None:
+                    command.append("--%s=%s" % (option.replace("_", "-"), getattr(args, option)))
             if subprocess.run(command).returncode:
                 sys.exit(1)
             maps.append(load(path))
     return maps
 
 
+def is_triangle(rows, n):
+    number = lambda x: type(x) in (int, float)
+    return isinstance(rows, list) and len(rows) == n and all(
+        isinstance(row, list) and len(row) == i + 1 and all(map(number, row)) for i, row in enumerate(rows))
+
+
 def load(path):
-    with open(path) as f:
-        return json.load(f)
+    """A map of infer_mta's: row i has the weights of query i over keys 0 to i."""
+    with open(path, encoding="utf-8") as f:
+        data = json.load(f)
+    tokens = data.get("tokens") if isinstance(data, dict) else None
+    good = isinstance(tokens, list) and tokens and all(isinstance(t, str) for t in tokens)
+    good = good and all(type(data.get(key)) is int for key in ("layer", "head"))
+    if not good or not all(is_triangle(data.get(key), len(tokens)) for key in ("before", "after")):
+        raise UserError("%s: no map as infer_mta --attention-map writes it" % path)
+    return data
 
 
 def label(token):
@@ -68,7 +82,7 @@ def draw(maps, out):
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    n = len(maps[0]["tokens"])
+    n = max(len(data["tokens"]) for data in maps)
     size = min(40, max(4, 0.16 * n + 1.5))
     font = max(2, min(7, 72 * 0.8 * (size - 1.5) / n))
     figure, grid = pyplot.subplots(len(maps), 2, figsize=(2 * size + 1, len(maps) * size), squeeze=False,
@@ -96,8 +110,8 @@ def main():
     given.add_argument("--prompt")
     given.add_argument("--token-ids")
     parser.add_argument("--tokenizer")
-    parser.add_argument("--layer", type=whole_number(0), default=0)
-    parser.add_argument("--head", type=parse_heads, default=[0], metavar="N,...|all", help="default 0")
+    parser.add_argument("--layer", type=whole_number(0), help="default 0")
+    parser.add_argument("--head", type=parse_heads, metavar="N,...|all", help="default 0")
     parser.add_argument(
         "--infer", default=os.path.join(ROOT, "infer_mta"), help="the program (default: the repository's)"
     )
@@ -105,6 +119,12 @@ def main():
     args = parser.parse_args()
     if bool(args.dir) == bool(args.json):
         parser.error("give a checkpoint directory, or --json FILE")
+    for option in ("prompt", "token_ids", "tokenizer", "layer", "head"):
+        if args.json and getattr(args, option) is not None:
+            parser.error("--%s: no use beside --json, whose files are drawn as they are" % option.replace("_", "-"))
+    if args.dir and args.prompt is None and args.token_ids is None:
+        parser.error("wanted --prompt TEXT or --token-ids IDS, over which the heads attend")
+    args.layer, args.head = args.layer or 0, args.head or [0]
     try:
         draw(read_maps(args), args.out)
     except (UserError, OSError, ValueError, KeyError, ImportError) as error:

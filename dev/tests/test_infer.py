@@ -724,6 +724,8 @@ class Refusals(unittest.TestCase):
             (b'{"context_ids":[],"continuation_ids":[]}', "context is empty"),
             (b'{"context":"a","context_ids":[1],"continuation_ids":[1]}', "ids of the context, wanted one"),
             (b'{"context":"a","context_ids":"1","continuation":"b"}', "ids of the context, wanted one"),
+            (b'{"context":5,"context_ids":[1],"continuation_ids":[1]}', "ids of the context, wanted one"),
+            (b'{"context_ids":[1],"continuation":["a"],"continuation_ids":[1]}', "ids of the continuation, wanted one"),
             (b'{"context_ids":[1],"continuation":"a","continuation_ids":[1]}', "ids of the continuation, wanted one"),
             (b'{"context_ids":[1],"continuation_ids":[99]}', "from 0 to 60"),
             (b'{"context_ids":[1],"continuation_ids":[99999999999999999999]}', "from 0 to 60"),
@@ -1074,6 +1076,42 @@ class TextIO(unittest.TestCase):
         p = run([self.dir, "--interactive", "--shift", "--quiet", "--max-tokens", "2"], stdin=lines, check=False)
         self.assertEqual((p.returncode, p.stderr), (0, b""))
 
+    def test_what_shift_leaves_out_is_said(self):
+        """Of a prompt that is longer than the context, of requests and of contexts: how many tokens, or how many."""
+        out = os.path.join(self.tmp.name, "logits")
+        for more in (["--max-tokens", "1"], ["--logits", out]):
+            p = run([self.dir, "--prompt", "x" * 70, "--shift", "--quiet", *more], check=False)
+            said = "infer_mta: 38 of 70 tokens are left out, the earliest: the context has 64 positions\n"
+            self.assertEqual((p.returncode, p.stderr.decode()), (0, said))
+        self.assertEqual(read_safetensors(out)[0]["logits"][1], [33, 259])
+        long, short = ("x" * 70, "y")
+        for mode, lines, words in (
+            ("--prompts", [{"prompt": x, "max_tokens": 1} for x in (long, short, long)],
+             "; 2 prompts without their earliest tokens; "),
+            ("--score", [{"context": x, "continuation": "z"} for x in (long, short, long)],
+             " passes over the weights, 2 contexts without their earliest tokens\n"),
+        ):
+            p = run([self.dir, mode, "-", "--shift"], stdin="\n".join(map(json.dumps, lines)).encode(), check=False)
+            self.assertEqual((p.returncode, p.stdout.count(b"\n")), (0, 3))
+            self.assertIn(words, p.stderr.decode())
+        p = run([self.dir, "--score", "-", "--shift"], stdin=json.dumps(lines[1]).encode(), check=False)
+        self.assertNotIn(b"without", p.stderr)
+
+    def test_lines_that_are_waited_for(self):
+        """A pipe that does not block, as a driver may leave it, is waited for."""
+        for mode, line in (("--score", {"context": "a", "continuation": "b"}), ("--prompts", {"prompt": "a"})):
+            ours, theirs = os.pipe()
+            os.set_blocking(ours, False)
+            with subprocess.Popen([BIN, self.dir, mode, "-", "--max-tokens", "2", "--quiet"], stdin=ours,
+                                  stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as p:
+                os.close(ours)
+                time.sleep(0.2)
+                os.write(theirs, json.dumps(line).encode() + b"\n")
+                self.assertEqual(p.stdout.read(1), b"{")
+                os.close(theirs)
+                p.stdout.read()
+                self.assertEqual(p.wait(60), 0)
+
     def test_the_penalty_counts_once(self):
         """Where an answer ended at once and an empty line goes on, recent tokens are not penalised a second time."""
         where, out = text_model(os.path.join(self.tmp.name, "penalty")), os.path.join(self.tmp.name, "penalty.logits")
@@ -1148,15 +1186,31 @@ class TextIO(unittest.TestCase):
         one = png_size(out)
         subprocess.run(args + ["--head", "all"], check=True, stdout=subprocess.DEVNULL)
         self.assertGreater(png_size(out)[1], 1.5 * one[1], "a row for each head")
+        written, odd = (os.path.join(self.tmp.name, name) for name in ("map.json", "odd.json"))
+        run([self.dir, "--prompt", "a", "--attention-map", written, "--quiet"])
+        with open(written) as f:
+            good = json.load(f)
+        self.assertEqual(good["tokens"], ["<BOS>", "a"])
+        drawn = [draws[0], script, "--out", out, "--json"]
         for more, words in ((["--head", "1_0"], "--head: got '1_0'"), (["--token-ids", "1"], "not allowed with"),
                             (["--json", out], "--json FILE")):
             p = subprocess.run(args + more, capture_output=True, text=True)
             self.assertEqual((p.returncode, p.stderr.count("\n")), (1, 1), p.stderr)
             self.assertIn(words, p.stderr)
-        written = os.path.join(self.tmp.name, "map.json")
-        run([self.dir, "--prompt", "a", "--attention-map", written, "--quiet"])
-        with open(written) as f:
-            self.assertEqual(json.load(f)["tokens"], ["<BOS>", "a"])
+        for more, words in (([*drawn, written, "--layer", "0"], "--layer: no use beside --json"),
+                            ([*drawn, written, "--prompt", ""], "--prompt: no use beside --json"),
+                            ([draws[0], script, self.dir, "--infer", BIN], "wanted --prompt TEXT")):
+            p = subprocess.run(more, capture_output=True, text=True)
+            self.assertEqual((p.returncode, p.stderr.count("\n")), (1, 1), p.stderr)
+            self.assertIn(words, p.stderr)
+        for bad in ([], {}, dict(good, tokens=[]), dict(good, after=[[None], [1, 2]]), dict(good, before=[[1]])):
+            with open(odd, "w") as f:
+                json.dump(bad, f)
+            p = subprocess.run([*drawn, odd], capture_output=True, text=True)
+            self.assertEqual((p.returncode, p.stderr.count("\n")), (1, 1), p.stderr)
+            self.assertIn("no map as infer_mta", p.stderr)
+        subprocess.run([draws[0], script, self.dir, "--infer", BIN, "--prompt=--x", "--out", out], check=True,
+                       stdout=subprocess.DEVNULL)
         p = subprocess.run(args + ["--head", "7"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         self.assertEqual((p.returncode, p.stderr.count(b"\n")), (1, 1), p.stderr)
 
