@@ -9,6 +9,7 @@ models stand below each other, the best figure of a column is bold.
 
 import csv
 import glob
+import hashlib
 import json
 import math
 import os
@@ -21,6 +22,7 @@ from tokenizer import members
 SETTINGS = ("needles", "length", "depth", "distraction")
 MEASURES = ("accuracy", "acc_norm", "acc_bytes", "acc_token", "greedy")
 COLUMNS = ("questions", "accuracy", "stderr") + MEASURES[1:] + ("perplexity", "token_ppl")
+OF_VALIDATION = ("loss", "bits_per_byte", "tokens")  # columns of validation sets alone
 
 # ----------------------------------------------------------------------------------------------------------------------
 # What was asked and answered
@@ -107,10 +109,11 @@ def mean_of(items):
 
 
 class Model:
-    """items: [(task, {setting: number}, numbers of the question)]. validation: {set: its event in the log}."""
+    """items: [(task, {setting: number}, numbers of the question)]. validation: {set: its event in the log}. asked:
+    {checksum of a question: its file}."""
 
     def __init__(self, name):
-        self.name, self.items, self.validation = name, [], {}
+        self.name, self.items, self.validation, self.asked = name, [], {}, {}
 
     def add(self, requests_path, scores_path):
         requests = read_lines(requests_path, ("continuation", "task", "item"))
@@ -132,6 +135,11 @@ class Model:
                 raise UserError("%s: item %s: its settings are no numbers: %s" % (requests_path, first["item"],
                                                                                   settings))
             self.items.append((first["task"], settings, score_item(answers)))
+            question = hashlib.sha256(repr([request for request, _ in answers]).encode("utf-8", "replace")).digest()
+            before = self.asked.setdefault(question, requests_path)
+            if before != requests_path:
+                raise UserError("%s: item %s is asked in %s too and would count twice; of several models wanted "
+                                "NAME=FOLDER of each" % (requests_path, first["item"], before))
 
     def add_folder(self, folder):
         """Every NAME.scores with NAME.jsonl beside it, and validation/log.jsonl."""
@@ -330,11 +338,10 @@ def flat(model):
 def write_csv(f, models):
     """A row for each model, task and setting; all that was measured, not rounded."""
     writer = csv.writer(f, lineterminator="\n")
-    more = ("loss", "bits_per_byte", "tokens")
-    writer.writerow(("model", "task") + SETTINGS + COLUMNS + more)
+    writer.writerow(("model", "task") + SETTINGS + COLUMNS + OF_VALIDATION)
     for m in models:
         for name, event in m.validation.items():
-            row = ["" if event.get(c) is None else event[c] for c in COLUMNS + more]
+            row = ["" if event.get(c) is None else event[c] for c in COLUMNS + OF_VALIDATION]
             writer.writerow([m.name, "validation " + name] + [""] * len(SETTINGS) + row)
         for (task, settings), row in m.groups().items():
             cells = [dict(settings).get(k, "") for k in SETTINGS]
@@ -502,6 +509,9 @@ def report(args):
     if args.json:
         finite = lambda row: {k: v if v is None or math.isfinite(v) else None for k, v in row.items()}  # as JSON has it
         rows = {m.name: {label(key): finite(row) for key, row in m.groups().items()} for m in models}
+        for m in models:
+            for name, event in m.validation.items():
+                rows[m.name]["validation " + name] = {c: event[c] for c in COLUMNS + OF_VALIDATION if c in event}
         write(args.json, json.dumps(rows if len(models) > 1 else rows[models[0].name], indent=1) + "\n")
     if args.csv:
         try:

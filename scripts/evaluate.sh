@@ -150,11 +150,13 @@ score() {
 }
 
 # Sizes and headers, which hold checksums, of the shards behind --val [NAME=]GLOB,...; a folder may be called "a,b".
+# Shards of others may have none in their headers: those, and masks, are read.
 shards_of_val() {
     "$python" - "$root/data" "$val" << 'END'
 import os, re, sys, zlib
 sys.path.insert(0, sys.argv[1])
 from inputs import matches
+from tokenizer import file_sums
 sum, parts = 0, sys.argv[2].split(",")
 while parts:
     for n in range(len(parts), 0, -1):
@@ -163,7 +165,11 @@ while parts:
             break
     for file in filter(os.path.isfile, files):
         with open(file, "rb") as f:
-            sum = zlib.crc32(b"%d %s" % (os.path.getsize(file), f.read(1024)), sum)
+            head = f.read(1024)
+        sum = zlib.crc32(b"%d %s" % (os.path.getsize(file), head), sum)
+        mask, has_mask = file.removesuffix(".bin") + ".mask", any(head[20:24])
+        for path in [file] * (not any(head[16:20])) + [mask] * has_mask:
+            sum = zlib.crc32(file_sums(path)["crc32"].encode(), sum)
     parts = parts[n:]
 print("%08x" % sum)
 END

@@ -17,7 +17,7 @@ import sys
 import tempfile
 import unittest
 
-from helpers import BIN, ROOT, call, main, png_size
+from helpers import BIN, ROOT, call, main, png_size, write_shard
 
 sys.path.insert(0, os.path.join(ROOT, "data"))
 import evals  # noqa: E402
@@ -438,6 +438,12 @@ class Report(Case):
             odd = self.write("odd.jsonl", [dict(record, **change) for record in whole])
             self.assertIn("odd.jsonl:1: wanted texts as continuation and task", run("report", odd, two, status=1))
         self.assertIn("r.jsonl: given twice", run("report", requests, two, requests, two, status=1))
+        same = self.write("same.jsonl", self.read("r.jsonl"))  # another model's copy of the questions is no second part
+        shown = run("report", requests, two, same, two, status=1)
+        self.assertRegex(shown, r"same.jsonl: item 0 is asked in .*/r.jsonl too and would count twice; of several")
+        part = self.write("part.jsonl", [{"continuation": "y", "task": "t", "item": i} for i in (0, 1)])
+        run("report", requests, two, part, two, "--json", self.path("j"))
+        self.assertEqual(self.read_all("j")["t"]["questions"], 4)
         for half in (whole[:1] * 2, [dict(r, gold=2) for r in whole]):
             self.assertIn("not whole", run("report", self.write("h.jsonl", half), two, status=1))
 
@@ -518,7 +524,9 @@ class Report(Case):
         self.assertEqual([(float(r["accuracy"]), r["questions"]) for r in found], [(0.1, "10")])
         self.assertEqual([r["loss"] for r in rows if r["task"] == "validation book"], ["2.0", "1.9"])
         with open(self.path("r.json")) as f:
-            self.assertEqual(list(json.load(f)), ["x", "b"])
+            rows = json.load(f)
+        self.assertEqual(list(rows), ["x", "b"])
+        self.assertEqual(rows["b"]["validation book"], {"perplexity": math.exp(1.9), "loss": 1.9, "tokens": 5})
         cells = run("report", a, worse)
         self.assertRegex(cells, r"(?m)^\| c +\| +4\.48 \| +- \| +- \|$")  # a mean over other sets would not compare
         self.assertRegex(cells, r"(?m)^\| 2 +\| c +\| +30\.0 \|")
@@ -703,6 +711,34 @@ class Evaluate(Case):
         self.assertRegex(self.evaluate(*val, checkpoint="lr=3"), r"\| lr=3 +\|")
         shutil.copy(self.path("run/step-00000001/model.safetensors"), self.path("lr=3"))
         self.assertIn("another checkpoint", self.evaluate(*val, checkpoint="lr=3", status=1))
+
+    def test_shards_without_a_checksum_and_masks(self):
+        """Tokens whose header has no checksum, as llm.c writes them, and masks: none changes behind a finished part."""
+        os.makedirs(self.path("run"))
+        for name in ("run/config.json", "run/model.safetensors"):
+            self.write(name, [{"vocab_size": 259}])
+        with open(self.path("trainer"), "w") as f:  # the last argument is the folder
+            f.write('#!/bin/sh\nfor out; do :; done\nmkdir "$out"\n'
+                    'echo \'{"event": "val", "name": "s", "perplexity": 2.5}\' > "$out/log.jsonl"\n')
+        os.chmod(self.path("trainer"), 0o755)
+        shard = self.path("s_val_000000.bin")
+        for tokens, mask in (([1, 2, 3], None), ([1, 2, 3], [1, 1, 0])):
+            out = self.path("out%d" % (mask is None))
+            ask = lambda status: self.evaluate("--val", shard, "--seq-len", "2", "--out", out, status=status)
+            write_shard(shard, tokens, mask=mask)
+            if mask is None:
+                with open(shard, "r+b") as f:
+                    f.seek(16)
+                    f.write(bytes(4))
+            self.assertIn("0 of them finished before", ask(0))
+            self.assertIn("1 of them finished before", ask(0))
+            changed = shard if mask is None else shard[:-4] + ".mask"
+            with open(changed, "r+b") as f:
+                f.seek(-1, os.SEEK_END)
+                last = f.read(1)
+                f.seek(-1, os.SEEK_END)
+                f.write(bytes([1 - last[0]]))
+            self.assertIn("validation was made with other options or of other files", ask(1))
 
     def test_mistakes(self):
         os.makedirs(self.path("run"))
