@@ -271,6 +271,7 @@ class Haystack:
         ]
         self.tokenizer = tokenizer
         self.known = {}
+        self.repeated = False  # which has been said
 
     def size(self, sentence):
         """Tokens of a sentence with a space before it."""
@@ -295,6 +296,10 @@ class Haystack:
                 break
             taken.append(sentence)
             at += 1
+        if len(taken) > len(self.sentences) and not self.repeated:
+            print("the text has %d sentences: it is repeated to make %d tokens" % (len(self.sentences), tokens),
+                  file=sys.stderr)
+            self.repeated = True
         return taken
 
 

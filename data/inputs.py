@@ -154,10 +154,11 @@ def split_of(below):
 
 
 def text_cut(path, size, fraction):
-    """Where a single text is cut for validation: its last part, from the start of a line if one begins near."""
+    """Where a single text is cut for validation: its last part, from the start of a line if one begins near: no
+    further before it than this part is long, or a twentieth of the text."""
     near = size - int(size * fraction)
     with open(path, "rb") as f:
-        start = max(0, near - 4096)
+        start = max(0, near - min(4096, max(size - near, size // 20)))
         f.seek(start)
         window = f.read(near - start)
         newline = window.rfind(b"\n")

@@ -63,6 +63,9 @@ SLIMPAJAMA = {
     "RedPajamaStackExchange": "stackexchange",
 }
 
+VAL_FRACTION = {"text": 0.05, "slimpajama": 0.001}  # by command, where none is given
+FOLDERS_DECIDE = "--val-fraction %g does nothing: folders or files say what is validation; --split hash takes it"
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Working: a task -> packed tokens by set
 
@@ -700,8 +703,9 @@ def make_job(args, files):
         raise UserError("--name %s: wanted letters, digits, points, dashes and underscores" % ascii(name))
     if not args.text_field:
         raise UserError("--text-field: got \"\", wanted the name of the field that holds the text")
-    if not 0 <= args.val_fraction < 1:
-        raise UserError("--val-fraction %g: wanted 0 up to, not including, 1" % args.val_fraction)
+    fraction = VAL_FRACTION[args.command] if args.val_fraction is None else args.val_fraction
+    if not 0 <= fraction < 1:
+        raise UserError("--val-fraction %g: wanted 0 up to, not including, 1" % fraction)
     if not 1 <= args.shard_tokens < 2**31:
         raise UserError("--shard-tokens %d: wanted 1 to 2147483647" % args.shard_tokens)
     if args.max_tokens is not None and args.max_tokens < 1:
@@ -725,7 +729,7 @@ def make_job(args, files):
         "tokenizer_sha256": file_sums(args.tokenizer)["sha256"] if tok.path else "",
         "text_field": args.text_field,
         "domain_field": args.domain_field,
-        "val_fraction": args.val_fraction,
+        "val_fraction": fraction,
         "seed": args.seed,
         "shard_tokens": args.shard_tokens,
         "split": "folders" if by_folders else "",
@@ -784,6 +788,8 @@ def prepare(args):
     files = inputs.expand_inputs(args.inputs, args.out)
     job = make_job(args, files)
     plan = inputs.make_plan(files, job)
+    if args.val_fraction is not None and job["split"] and any(entry.get("split") == "val" for entry in plan):
+        print(FOLDERS_DECIDE % args.val_fraction, file=sys.stderr)
     try:
         os.makedirs(args.out, exist_ok=True)
         prepare_into(args, job, plan)
@@ -910,7 +916,7 @@ def add_prepare_options(p, slim):
         choices=["infer_mta", "tiktoken"],
     )
     option("--text-field", "of JSON lines and parquet; a.b for b in a; default text", default="text", metavar="FIELD")
-    domain = "meta.redpajama_set_name" if slim else ""
+    domain, command = "meta.redpajama_set_name" if slim else "", "slimpajama" if slim else "text"
     option(
         "--domain-field",
         "documents go to one set of shards for each value of this field",
@@ -919,9 +925,8 @@ def add_prepare_options(p, slim):
     )
     option(
         "--val-fraction",
-        "share of documents for validation, chosen by a hash; default %(default)s",
+        "share of documents for validation, chosen by a hash; default %g" % VAL_FRACTION[command],
         type=real_number(),
-        default=0.001 if slim else 0.05,
         metavar="X",
     )
     if slim:

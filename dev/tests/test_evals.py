@@ -326,6 +326,15 @@ class Generated(Case):
             depth = r["context"].index("number of %s is" % asked) / r["context"].index("Question:")
             self.assertTrue(abs(depth - r["depth"] / 100) < 0.13, (depth, r["depth"]))
 
+    def test_a_text_that_is_repeated_is_said(self):
+        with open(self.path("short.txt"), "w") as f:
+            f.write("A sentence of some words. Another one of them. ")
+        command = ("babilong", "--text", self.path("short.txt"), "--samples", "2", "--out", self.path("s.jsonl"))
+        shown = run(*command, "--distraction", "0,40,100,200")
+        self.assertEqual(shown.count("the text has 2 sentences: it is repeated to make 100 tokens"), 1, shown)
+        self.assertEqual(shown.count("repeated"), 1, shown)
+        self.assertNotIn("repeated", run(*command, "--distraction", "0,40"))
+
     def test_room(self):
         """Settings that do not fit a model's positions are named and left out; where none fits it is refused."""
         book, out = self.book(), self.path("r.jsonl")

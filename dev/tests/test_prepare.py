@@ -181,6 +181,11 @@ class Texts(Case):
             val, all_of_it = set_tokens(out, "book", "val"), os.path.getsize(text)
             self.assertAlmostEqual(len(val) / all_of_it, fraction, delta=0.02)
 
+    def test_a_heading_alone_is_no_text_to_train_on(self):
+        """The line before the place where a text is cut may be the whole text."""
+        run("text", self.write("x.txt", "Heading\n" + "word " * 700), "--out", self.path("o"))
+        self.assertAlmostEqual(len(set_tokens(self.path("o"), "x", "val")) / 3500, 0.05, delta=0.01)
+
     def test_a_large_fraction_leaves_a_text_to_train_on(self):
         texts = [self.write("%d.txt" % i, "text %d\n" % i) for i in range(3)]
         run("text", *texts, "--out", self.path("o"), "--val-fraction", 0.9)
@@ -1178,7 +1183,11 @@ class Kinds(Case):
             self.assertEqual((words("o%d" % i, "train"), words("o%d" % i, "val")), ({"train"}, {"validation"}), item)
             self.assertIn("1 files of the test split are left out", shown)
         self.assertIn("complete already", run("slimpajama", self.path("sp/*/chunk1/*"), "--out", self.path("o3")))
-        run("slimpajama", self.path("sp"), "--split", "hash", "--val-fraction", "0.5", "--out", self.path("h"))
+        shown = run("slimpajama", self.path("sp"), "--val-fraction", "0", "--out", self.path("z"))
+        self.assertIn("--val-fraction 0 does nothing: folders", shown)
+        self.assertEqual(words("z", "val"), {"validation"})
+        shown = run("slimpajama", self.path("sp"), "--split", "hash", "--val-fraction", "0.5", "--out", self.path("h"))
+        self.assertNotIn("--val-fraction", shown)
         self.assertEqual(words("h", "train"), {"train", "validation", "test"})
         run("slimpajama", self.path("sp", "train"), "--val-fraction", "0.5", "--out", self.path("t"))
         self.assertEqual((words("t", "train"), words("t", "val")), ({"train"}, {"train"}))
