@@ -256,12 +256,16 @@ static inline const char* shard_base_name(const char* path) {
     return slash != NULL ? slash + 1 : path;
 }
 
-// "data/c4_train_*.bin" -> "c4": the last part, up to _train, _val or _test, else up to the first wildcard or .bin.
+// "data/c4_train_*.bin" -> "c4": the last part, up to the last _train, _val or _test (a_test1 and a_test2 are two
+// sets), and to the first wildcard or .bin.
 static inline void source_name(const char* pattern, char* out, size_t n) {
-    const char* cuts[] = {"_train", "_val", "_test", "*", "?", "[", ".bin"};
-    const char* base = shard_base_name(pattern);
-    size_t length = strlen(base);
-    for (int i = 0; i < 7; i++) {
+    const char *splits[] = {"_train", "_val", "_test"}, *cuts[] = {"*", "?", "[", ".bin"};
+    const char *base = shard_base_name(pattern), *last = base;
+    for (int i = 0; i < 3; i++) {
+        for (const char* at = base; (at = strstr(at, splits[i])) != NULL; at++) { last = at > last ? at : last; }
+    }
+    size_t length = last > base ? (size_t)(last - base) : strlen(base);
+    for (int i = 0; i < 4; i++) {
         const char* cut = strstr(base, cuts[i]);
         if (cut != NULL && cut != base && (size_t)(cut - base) < length) { length = (size_t)(cut - base); }
     }
@@ -776,6 +780,26 @@ static inline void source_say_missing(const LoaderSource* s, const char* dir, co
     text_free(&pattern);
 }
 
+// A line of *said where a twentieth of a source's tokens or more stand behind the last window of their shard, as where
+// shards hold few windows. Shards without any are named otherwise.
+static inline void source_say_left(const LoaderSource* s, int T, Text* said) {
+    uint64_t tokens = 0, left = 0;
+    const Shard* first = NULL;
+    int shards = 0;
+    for (int i = 0; i < s->n_shards; i++) {
+        const Shard* shard = &s->shards[i];
+        if (shard->windows == 0) { continue; }
+        if (shards++ == 0) { first = shard; }
+        tokens += shard->tokens;
+        left += shard->tokens - shard->windows * (uint64_t)T - 1;
+    }
+    if (first == NULL || left == 0 || left * 20 < tokens) { return; }
+    text_printf(said,
+                "%s%s: %llu of %llu tokens stand behind the last window of %d of their shard: they are not used\n",
+                first->path, shards > 1 ? " and the others of its set" : "", (unsigned long long)left,
+                (unsigned long long)tokens, T + 1);
+}
+
 // All of it. missing: look for shards that are not there; contents: read every token (--verify-data). Lines of *said:
 // what is odd and no mistake.
 static inline bool loader_verify(const Loader* l, bool missing, bool contents, Text* said, Error* e) {
@@ -800,6 +824,7 @@ static inline bool loader_verify(const Loader* l, bool missing, bool contents, T
                             (unsigned long long)s->tokens, l->seq_len + 1);
             }
         }
+        if (good) { source_say_left(&l->sources[i], l->seq_len, said); }
     }
     json_free(manifest);
     if (empty > 1) { text_printf(said, "%d shards are so short\n", empty); }

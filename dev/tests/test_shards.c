@@ -120,6 +120,12 @@ static void test_odd_names(void) {
     bool ok = loader_open_mix(&l, at("0*_val_*.bin"), name, 4, 100, 0, MIX_TOKEN, &e);
     check(ok && l.sources[0].n_shards == 1, "one of them", "");
     if (ok) { loader_close(&l); }
+    for (int i = 0; i < 2; i++) {  // up to the last _val, not the first _test
+        snprintf(name, sizeof(name), "my_test%d_val_000000.bin", i);
+        make_shard(name, 21, 2, 100, 0, 1, NULL);
+    }
+    n = pattern_sets(at("my*_val_*.bin"), sets, 2);
+    check(n == 2 && strcmp(sets[1], "my_test1") == 0, "sets called my_test0 and my_test1", n == 2 ? sets[1] : sets[0]);
     make_shard("wd=3", 21, 2, 100, 0, 1, NULL);
     make_shard("wd=3.bin", 21, 2, 100, 0, 1, NULL);
     ok = opens(at("wd=3"), 4, 100, &l, &e);
@@ -526,12 +532,14 @@ static void test_names(void) {
     const char* cases[][2] = {{"data/c4_train_*.bin", "c4"},
                               {"c4_val_000000.bin", "c4"},
                               {"/x_train_y/book.bin", "book"},
+                              {"my_test1_train_*.bin", "my_test1"},
+                              {"_val_a_val_0.bin", "_val_a"},
                               {"toy*.bin", "toy"},
                               {"a/*.bin", "*"},
                               {"se[0-9].bin", "se"},
                               {"x", "x"},
                               {"a/", "data"}};
-    for (int i = 0; i < 8; i++) {
+    for (int i = 0; i < 10; i++) {
         char name[64];
         source_name(cases[i][0], name, sizeof(name));
         check(strcmp(name, cases[i][1]) == 0, cases[i][0], name);
