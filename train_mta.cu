@@ -5006,8 +5006,8 @@ int main(int argc, char** argv) {
     if (!model_check(&run.config, run.batch_size, run.seq_len, &e)) { die("%s", e.text); }
     int chunk = attention_kernels(&options, &run.config);
     print_plan(&run, chunk);
-    if (options.dry_run) { return EXIT_DONE; }
     run_open_data(&run);
+    if (options.dry_run) { return EXIT_DONE; }
     ModelShape shape = model_shape(&run, chunk);
     Model* m = model_create(&run.config, &shape, run.ranks, &e);
     if (!m) { die("%s", e.text); }  // before the run directory is touched

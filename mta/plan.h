@@ -120,16 +120,17 @@ static inline void plan_print_checkpoints(const Run* r, const TensorList* list) 
 static const double PLAN_H100 = 989e12, PLAN_SHARE = 0.4;  // operations a second, and how much of them it reaches
 static inline void plan_print_time(const Run* r, const PlanMachine* machine) {
     char time[32];
-    double operations = (double)r->steps * (double)r->tokens_per_step * r->flops_per_token / run_ranks(r);
+    const char* rest = r->done_steps ? " for the rest" : "";
+    double operations = (run_tokens(r) - (double)r->done_tokens) * r->flops_per_token / run_ranks(r);
     if (machine->flops_per_second > 0) {
-        printf("time        about %s at half of this machine's matrix products (%s, %.0f GFLOP/s)%s\n",
-               format_duration(operations / machine->flops_per_second * 2, time, sizeof time), machine->device,
+        printf("time        about %s%s at half of this machine's matrix products (%s, %.0f GFLOP/s)%s\n",
+               format_duration(operations / machine->flops_per_second * 2, time, sizeof time), rest, machine->device,
                machine->flops_per_second * 1e-9, run_ranks(r) > 1 ? " on each rank, without what they send" : "");
     } else {
         printf(
-            "time        about %s on one H100 or H200 if it reaches %.0f%% of its %.0f TFLOP/s in bf16: an estimate, "
+            "time        about %s%s on one H100 or H200 if it reaches %.0f%% of its %.0f TFLOP/s in bf16: an estimate, "
             "nothing was measured (%s)\n",
-            format_duration(operations / (PLAN_SHARE * PLAN_H100), time, sizeof time), 100 * PLAN_SHARE,
+            format_duration(operations / (PLAN_SHARE * PLAN_H100), time, sizeof time), rest, 100 * PLAN_SHARE,
             PLAN_H100 * 1e-12, machine->device);
     }
 }
@@ -200,7 +201,6 @@ static inline double train_print_plan(Run* r, const PlanMachine* machine, const 
     if (options_evaluate(o)) {
         printf("at once     %d sequences of %d\n", r->batch_size, r->seq_len);
     } else {
-        double tokens = (double)r->steps * (double)r->tokens_per_step;
         printf("step        %d sequences of %d = %s tokens, %d at once\n", r->windows, r->seq_len,
                format_grouped((uint64_t)r->tokens_per_step, grouped, sizeof grouped), r->batch_size);
         plan_print_ranks(r, machine, &list);
@@ -216,8 +216,12 @@ static inline double train_print_plan(Run* r, const PlanMachine* machine, const 
             printf("schedule    %lld steps, the run has %lld: behind it the learning rate is --min-lr %g\n",
                    (long long)o->schedule_steps, (long long)r->steps, o->min_lr);
         }
-        printf("run         %lld steps, %s tokens%s\n", (long long)r->steps, format_count(tokens, count, sizeof count),
-               r->length);
+        printf("run         %lld steps, %s tokens%s\n", (long long)r->steps,
+               format_count(run_tokens(r), count, sizeof count), r->length);
+        if (r->done_steps) {
+            printf("done        %lld steps, %s tokens\n", (long long)r->done_steps,
+                   format_count((double)r->done_tokens, count, sizeof count));
+        }
         plan_print_checkpoints(r, &list);
         plan_print_time(r, machine);
     }

@@ -67,7 +67,8 @@ typedef struct {
     int windows;                  // sequences of an optimizer step
     int64_t tokens_per_step;
     int64_t steps;
-    int64_t eval_every;  // steps between evaluations, 0 = only the last
+    int64_t done_steps, done_tokens;  // of them, by the checkpoint that is resumed
+    int64_t eval_every;               // steps between evaluations, 0 = only the last
     Schedule schedule;
     char init_dir[PATH_SIZE];        // directory whose tensors start the run, "" = random
     char resume_dir[PATH_SIZE];      // checkpoint that is continued, "" = none
@@ -444,15 +445,24 @@ static inline double run_epoch_tokens(const Run* r) {
     return tokens;
 }
 
-// The steps of the run that is resumed, as its checkpoint's trainer.json says; -1 = it does not.
-static inline int64_t run_saved_steps(const Run* r) {
+// The steps of the run that is resumed, as its checkpoint's trainer.json says; -1 = it does not. Of them those that are
+// done, and their tokens, into *r.
+static inline int64_t run_saved_steps(Run* r) {
     char path[PATH_SIZE];
     int64_t steps = -1;
     path_join(path, sizeof path, r->resume_dir, "trainer.json");
     Json* j = r->resume_dir[0] ? json_read(path, TRAINER_MAX_BYTES, NULL) : NULL;
     json_integer(json_get(j, "steps"), 0, INT64_MAX, &steps);
+    json_integer(json_get(j, "step"), 0, INT64_MAX, &r->done_steps);
+    json_integer(json_get(j, "tokens_seen"), 0, INT64_MAX, &r->done_tokens);
     json_free(j);
     return steps;
+}
+
+// Tokens of the whole run: steps that are done may have had more of them or fewer than those that follow.
+static inline double run_tokens(const Run* r) {
+    int64_t left = r->steps > r->done_steps ? r->steps - r->done_steps : 0;
+    return (double)r->done_tokens + (double)left * (double)r->tokens_per_step;
 }
 
 // How long the run is: --steps, --tokens or --epochs, the last two rounded up to whole steps; two that differ are
@@ -460,6 +470,7 @@ static inline int64_t run_saved_steps(const Run* r) {
 static inline void run_settle_length(Run* r) {
     const TrainOptions* o = r->options;
     double step = (double)r->tokens_per_step, epoch = o->epochs > 0 ? run_epoch_tokens(r) : 0;
+    int64_t saved = run_saved_steps(r);
     const struct {
         const char* option;
         double given, tokens;
@@ -468,7 +479,7 @@ static inline void run_settle_length(Run* r) {
     r->steps = o->steps;
     for (int i = 0; i < 2; i++) {
         if (!(lengths[i].given > 0)) { continue; }
-        double exact = lengths[i].tokens / step;
+        double exact = fmax(0, (double)r->done_steps + (lengths[i].tokens - (double)r->done_tokens) / step);
         int64_t steps = (int64_t)ceil(exact * (1 - 1e-12));  // 0.1 of 30 steps are 3, whatever the last bit says
         if (r->steps >= 0 && steps != r->steps) {
             die("%s %.15g is %lld steps of %lld tokens, %s says %lld; give one of them", lengths[i].option,
@@ -481,8 +492,7 @@ static inline void run_settle_length(Run* r) {
         snprintf(r->length, sizeof r->length, " (%s %.15g%s: %.10g steps%s)", by, lengths[i].given, epochs, exact,
                  (double)steps - exact > 1e-6 ? ", rounded up" : "");
     }
-    if (r->steps < 0) { r->steps = run_saved_steps(r); }
-    if (r->steps < 0) { r->steps = 1000; }
+    if (r->steps < 0) { r->steps = saved >= 0 ? saved : 1000; }
 }
 
 // The sizes of a step, the learning rate, when things are due.
@@ -548,7 +558,7 @@ static inline bool run_log_says_saved(const char* out) {
 // is touched.
 static inline void run_find_checkpoint(Run* r) {
     const char* out = r->options->out;
-    run_lock(r, false);
+    if (!r->options->dry_run) { run_lock(r, false); }
     r->saved_step = checkpoint_newest(out, r->resume_dir, &r->passed_over);
     if (r->saved_step >= 0) { return; }
     r->resume_dir[0] = 0;
@@ -650,14 +660,14 @@ static inline void run_settle(Run* r, const Trainer* trainer, const TrainOptions
         die("--matmul: got %s, this build's products are in %s", o->matmul, run_matmul(r));
     }
     if (o->score && ranks_lead(r->ranks)) { run_divert_output(r); }
-    if (!o->dry_run && o->out && ranks_lead(r->ranks)) {
-        if (!o->resume && run_holds_run(o->out)) {
+    if (o->out && ranks_lead(r->ranks)) {
+        if (!o->resume && !o->dry_run && run_holds_run(o->out)) {
             die("--out: %s holds a run; --resume continues it, or choose another directory", o->out);
         }
-        if (!o->resume) { checkpoint_say_strange(o->out); }
+        if (!o->resume && !o->dry_run) { checkpoint_say_strange(o->out); }
         if (o->resume) { run_find_checkpoint(r); }
     }
-    if (!o->dry_run && o->resume) { run_share_checkpoint(r); }
+    if (o->resume) { run_share_checkpoint(r); }
     run_configure(r);
     run_settle_steps(r);
     run_settle_shards(r);
@@ -775,7 +785,21 @@ static inline void run_check_directory(const Run* r) {
 
 static inline bool run_read_state(Run* r, Error* e);
 
-// The data, and room for a step of it. Ends the program on a mistake; nothing is written yet.
+// A line for each source of --train that the run takes more than once.
+static inline void run_say_repeated(const Run* r) {
+    double windows = run_tokens(r) / r->seq_len;
+    for (int i = 0; i < r->train.n_sources; i++) {
+        const LoaderSource* s = &r->train.sources[i];
+        double times = windows * s->share / (double)s->windows;
+        char count[32];
+        if (times < 1.01) { continue; }  // --epochs 1 is rounded up to whole steps
+        printf("--train: %s: the run takes each of its %s tokens %.3g times\n", s->name,
+               format_count((double)s->windows * r->seq_len, count, sizeof count), times);
+    }
+}
+
+// The data, and room for a step of it, which a dry run does without. Ends the program on a mistake; nothing is written
+// yet.
 static inline void run_open_data(Run* r) {
     const TrainOptions* o = r->options;
     Error e = {{0}};
@@ -790,7 +814,12 @@ static inline void run_open_data(Run* r) {
             printf("--train: no weight for %s, taken as 1\n", r->train.sources[i].name);
         }
     }
+    if (!options_evaluate(o)) { run_say_repeated(r); }
     run_open_val(r);
+    if (o->dry_run) {
+        put_out("", 0, true);  // what is said of the data is part of the plan
+        return;
+    }
     size_t n = (size_t)r->windows * (size_t)r->seq_len;
     r->tokens = (int32_t*)alloc_or_die(n, sizeof(int32_t), "a step's tokens");
     r->targets = (int32_t*)alloc_or_die(n, sizeof(int32_t), "a step's targets");

@@ -285,6 +285,48 @@ class Runs(Trainer):
         alone = self.execute([BINARY, "--model", "toy", "--dry-run", "--epochs", "2"])
         self.assert_refused(alone, "--epochs", "--train")
 
+    def test_tokens_of_a_run_whose_steps_change(self):
+        """--tokens counts those of the steps that are done, which had fewer."""
+        out, base = self.out(), {"--steps": None, "--val": None}
+        self.run_ok(out, dict(base, **{"--tokens": 320, "--tokens-per-step": 32}))
+        done = self.run_ok(out, dict(base, **{"--tokens": 640, "--tokens-per-step": 64}), ["--resume"])
+        self.assertEqual([log_events(out, "step")[-1][key] for key in ("step", "tokens")], [15, 640])
+        self.assertIn("run         15 steps, 640 tokens (--tokens 640: 15 steps)\ndone        10 steps, 320 tokens\n",
+                      done.stdout)
+        self.assertIn("for the rest at half", done.stdout)
+        for few in (100, 1):
+            done = self.run_ok(out, dict(base, **{"--tokens": few, "--tokens-per-step": 320}), ["--resume"])
+            self.assertIn("the checkpoint has 15 already", done.stdout)
+
+    def test_a_dry_run_of_what_goes_on(self):
+        """--resume --dry-run: the run's own model and length, what is done; what a start would refuse is refused."""
+        out = self.out()
+        self.run_ok(out, {"--steps": 6})
+        before, words = tree(out), ["--resume", "--dry-run"]
+        model = ("--model", "--attention", "--hidden", "--num", "--inter", "--vocab", "--kq")
+        none = {name: None for name in SMALL if name.startswith(model)}
+        plan = self.run_ok(out, dict(none, **{"--steps": None}), words).stdout
+        self.assertIn("run         6 steps, 192 tokens\ndone        6 steps, 192 tokens\n", plan)
+        for pieces, changes in ((["hidden"], {"--hidden-size": 64}), (["--train", "no such shard"], {"--train": "no"}),
+                                (["--val", "one window needs"], {"--seq-len": 500})):
+            self.assert_refused(self.execute(self.arguments(out, changes, words)), *pieces)
+        self.assertTrue(tree(out) == before)
+
+    def test_data_that_is_taken_more_than_once_is_said(self):
+        """200 sequences of one set, 31 tokens of another, of which one sequence is all that there is."""
+        os.makedirs(self.path("some"))
+        few = self.path("some", "few_train_000000.bin")
+        write_shard(few, [3] * 31)
+        both = self.path("a_train_*.bin") + "=0.9,%s=0.1" % few
+        left = f"--train: {few}: 14 of 31 tokens stand behind the last window of 17 of their shard: " \
+               "they are not used"
+        for train, steps, said in ((self.path("a_train_*.bin"), 100, []),
+                                   (self.path("a_train_*.bin"), 250,
+                                    ["--train: a: the run takes each of its 3.20k tokens 2.5 times"]),
+                                   (both, 100, [left, "--train: few: the run takes each of its 16 tokens 20 times"])):
+            done = self.run_ok(self.out(), {"--train": train, "--steps": steps}, ["--dry-run"])
+            self.assertEqual([line for line in done.stdout.splitlines() if line.startswith("--")], said)
+
     def test_plan(self):
         """What a run needs is beside what there is; of a run that is too large nothing starts."""
         plan = self.execute([BINARY, "--model", "880m", "--attention", "mta", "--batch-size", "1", "--dry-run", "--out",
