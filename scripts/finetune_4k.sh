@@ -30,11 +30,7 @@ recipe=(--init-from "$checkpoint" --seq-len 4096 --max-position-embeddings 4096 
         --schedule linear --warmup 50 --beta1 0.9 --beta2 0.98 --eps 1e-8 --weight-decay 0 --grad-clip 1)
 choose_batch 64 "${recipe[@]}" "$@"
 
-# A set of each domain, 2.1 million tokens of it.
-val=() files=("$shards"/*_val_*.bin)
-if [ -e "${files[0]}" ]; then
-    val=(--val "$shards/*_val_*.bin" --eval-every 1000 --eval-windows 512)
-fi
+choose_val 1000 512 "$@"  # 2.1 million tokens of each domain
 exec "$trainer" "${recipe[@]}" --batch-size "$batch" --train "@$shards/recipe.txt" --mix document "${val[@]}" \
     --out "$out" --resume --save-every 1000 --keep 3 \
     ${TOKENIZER:+--tokenizer "$TOKENIZER" --sample-every 1000} "$@"

@@ -10,6 +10,18 @@ write_recipe() {
     mv "$new" "$shards/recipe.txt"
 }
 
+# choose_val EVERY WINDOWS OPTIONS...: --val (val), a set of each domain. Without such shards, and without --val among the
+# OPTIONS, nothing is evaluated, which is said.
+choose_val() {
+    local files=("$shards"/*_val_*.bin)
+    val=()
+    if [ -e "${files[0]}" ]; then
+        val=(--val "$shards/*_val_*.bin" --eval-every "$1" --eval-windows "$2")
+    elif [ "$rank" -eq 0 ]; then
+        case " $* " in *" --val "* | *" --val="*) ;; *) echo "no $shards/*_val_*.bin: nothing is evaluated" ;; esac
+    fi
+}
+
 # read_launcher: how many processes there are (ranks), and which this is of all (rank) and of its host (here), by the
 # launcher's variables as mta/ranks_start.h reads them: MPICH's without those of the host are set by srun --mpi=pmi2.
 read_launcher() {
@@ -29,11 +41,13 @@ SLURM_PROCID SLURM_STEP_NUM_TASKS SLURM_LOCALID"
 
 # choose_batch SEQUENCES OPTIONS...: the largest micro-batch (batch) that fits and divides the SEQUENCES of a step and,
 # of several processes, its share of them. The plan with these options is made by a process alone, on the GPU that this
-# one will have.
+# one will have. A --batch-size among the OPTIONS holds, since they stand behind this one.
 choose_batch() {
     local sequences=$1 gpus=${CUDA_VISIBLE_DEVICES:-} plan=() fits b
     shift
     read_launcher
+    batch=1
+    case " $* " in *" --batch-size "* | *" --batch-size="*) return ;; esac
     if [ "$ranks" -gt 1 ]; then
         case $gpus in *,*) gpus=$(cut -d, -f$((here + 1)) <<< "$gpus") ;; "") gpus=$here ;; esac
         plan=(--ranks "$ranks")
@@ -41,7 +55,6 @@ choose_batch() {
     fits=$(env -u WORLD_SIZE -u OMPI_COMM_WORLD_SIZE -u PMI_SIZE -u SLURM_STEP_NUM_TASKS \
         ${gpus:+CUDA_VISIBLE_DEVICES="$gpus"} "$trainer" --batch-size 1 --dry-run "${plan[@]}" "$@" |
         sed -n 's/.*largest micro-batch that fits: //p')
-    batch=1
     for ((b = 2; b <= sequences / ranks; b *= 2)); do
         if [ "$b" -le "${fits:-0}" ]; then batch=$b; fi
     done

@@ -35,11 +35,7 @@ recipe=(--model 880m --attention "$attention" --seq-len 2048 --tokens-per-step 2
         --rope-theta 100000)
 choose_batch 128 "${recipe[@]}" "$@"
 
-# A set of each domain, 2.1 million tokens of it.
-val=() files=("$shards"/*_val_*.bin)
-if [ -e "${files[0]}" ]; then
-    val=(--val "$shards/*_val_*.bin" --eval-every 2000 --eval-windows 1024)
-fi
+choose_val 2000 1024 "$@"  # 2.1 million tokens of each domain
 exec "$trainer" "${recipe[@]}" --batch-size "$batch" --train "@$shards/recipe.txt" --mix document "${val[@]}" \
     --out "$out" --resume --save-every 1000 --keep 3 \
     ${TOKENIZER:+--tokenizer "$TOKENIZER" --sample-every 2000} "$@"

@@ -311,11 +311,11 @@ class CudaRuns(unittest.TestCase):
         refusals."""
         shards, out, tuned = self.path("shards"), self.path("out"), self.path("tuned")
         os.mkdir(shards)
-        tokens = [random.Random(2).randrange(60) if i % 50 else 61 for i in range(3000)]
+        tokens = [random.Random(2).randrange(60) if i % 50 else 61 for i in range(5000)]
         for domain in ("commoncrawl", "c4", "github", "wikipedia", "stackexchange", "arxiv", "book"):
             for split in ("train", "val")[:2 if domain in ("c4", "book") else 1]:
                 write_shard(os.path.join(shards, "%s_%s_000000.bin" % (domain, split)), tokens, vocab=64, width=4)
-        counts = {name: {"documents": 60, "tokens": 3000} for name in os.listdir(shards)}
+        counts = {name: {"documents": 60, "tokens": 5000} for name in os.listdir(shards)}
         with open(os.path.join(shards, "manifest.json"), "w", encoding="utf-8") as f:
             json.dump({"shards": counts}, f)
         environment = {"TRAINER": BF16, "CUDA_CPU_MEMORY_MIB": "143771"}
@@ -336,6 +336,7 @@ class CudaRuns(unittest.TestCase):
         for steps in ("1", "2"):  # the same command continues
             run = script("train_880m.sh", shards, out, "mta", *small, "--seq-len", "32", "--steps", steps)
             self.assertEqual((run.returncode, run.stderr), (0, ""))
+            self.assertNotIn("micro-batches of", run.stdout)  # --batch-size says it
         run = script("finetune_4k.sh", os.path.join(out, "step-00000002"), shards, tuned, "--seq-len", "64",
                      "--tokens-per-step", "128", "--batch-size", "1", "--steps", "2", "--eval-windows", "2")
         self.assertEqual((run.returncode, run.stderr), (0, ""))
@@ -355,6 +356,8 @@ class CudaRuns(unittest.TestCase):
             with open(os.path.join(folder, "log.jsonl"), encoding="utf-8") as f:
                 self.assertEqual(sorted({e["name"] for e in map(json.loads, f) if e["event"] == "val"}), ["book", "c4"])
         plan = script("finetune_4k.sh", os.path.join(out, "step-00000002"), shards, tuned, "--dry-run")
+        self.assertEqual((plan.returncode, plan.stderr), (0, ""))
+        self.assertIn("done        2 steps, 256 tokens", plan.stdout)
         self.assertIn("64 sequences of 4096 = 262,144 tokens", plan.stdout)
         self.assertIn("40000 steps, 10.5G tokens", plan.stdout)
         for name, arguments, more, words in (("train_880m.sh", (), {}, "usage: "),
