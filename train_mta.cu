@@ -1040,8 +1040,8 @@ static void kq_conv_backward_weight(double* dweight, const TileX* dout, const Ti
     sums_add(dweight, parts, S, a->NH, blocks, a->cq * a->ck, g);
 }
 
-// ---- head_mix: out_o = sum_n W[o,n] inp_n within groups of ch heads (fused attention mixes the outputs of pairs
-// instead: pair_mix in head_output, under "Fast paths")
+// ---- head_mix: out_o = sum_n W[o,n] inp_n within groups of ch heads. Where fused attention serves a layer (`mta` at
+// 880m), pairs are mixed after it: pair_mix in head_output, below; groups of 16 are head_mix16 under "Fast paths"
 
 // Block (columns, row, group): a thread owns one column of all heads of a group; it reads them all before it writes, so
 // that out may be inp. CH: ch where it is worth a kernel of its own (the column in registers, the weights in shared

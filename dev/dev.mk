@@ -14,7 +14,7 @@ help:
 	@echo "                      CUDNN=1 (cuDNN's attention for --attention-kernels cudnn; CUDNN_HOME=FOLDER: its place)"
 	@echo "make test_mta         tests of the CPU trainer; one of them: ./test_mta --only TEXT"
 	@echo "make test_mta_cuda    tests of the CUDA trainer on a GPU; ./test_mta_cuda --compare DIR: gradients, CPU and GPU"
-	@echo "make check            the quick tests, about a minute and a half: before each commit"
+	@echo "make check            the quick tests, under 90 s on two cores: before each commit"
 	@echo "make test             scripts/test.sh: every test; one of them: scripts/test.sh --only TEXT"
 	@echo "make help_dev         what else there is for development: emulator, sanitizers, benches (dev/dev.mk)"
 	@echo "variables: CC, ARCH, OPT=-O3, NO_CBLAS=1, NO_ONEDNN=1, MPI=1, MPICC=mpicc, NO_NCCL=1, WERROR=1, NVCC"
