@@ -614,22 +614,13 @@ def main():
         p.add_argument("input")
         p.add_argument("--out", required=True, metavar="FILE")
         p.add_argument("--task", help="its name in the report; default: the file's")
-        p.add_argument(
-            "--format",
-            choices=["auto"] + list(FORMATS),
-            default="auto",
-            help="default: what the fields of a record tell",
-        )
+        p.add_argument("--format", choices=["auto"] + list(FORMATS), default="auto",
+                       help="default: what the fields of a record tell")
         p.add_argument(
             "--labels", metavar="FILE", help="right answers, a number a line, where the records have none (PIQA, SIQA)"
         )
-        p.add_argument(
-            "--labels-from",
-            type=whole_number(0, 1),
-            metavar="0|1",
-            default=0,
-            help="number of the first choice in --labels; default 0",
-        )
+        p.add_argument("--labels-from", type=whole_number(0, 1), metavar="0|1", default=0,
+                       help="number of the first choice in --labels; default 0")
         p.add_argument("--on-bad", choices=["skip", "refuse"], default="skip")
     for name, text in (
         ("needle", "generated needles in a haystack"),
@@ -643,39 +634,20 @@ def main():
         p.add_argument("--samples", type=whole_number(1, 10**9 - 1), default=100, metavar="N",
                        help="questions of each setting; default 100")
         p.add_argument("--seed", type=whole_number(), default=0)
-        p.add_argument(
-            "--room",
-            type=whole_number(1, 10**9 - 1),
-            metavar="N",
-            help="positions of a model: settings of which a question needs more are named and left out",
-        )
+        p.add_argument("--room", type=whole_number(1, 10**9 - 1), metavar="N",
+                       help="positions of a model: settings of which a question needs more are named and left out")
         if name == "needle":
             p.add_argument(
                 "--needles", type=numbers, default=[2, 4, 6, 8, 10], metavar="N,...", help="default 2,4,6,8,10"
             )
-            p.add_argument(
-                "--length",
-                type=numbers,
-                default=[2000, 4000],
-                metavar="N,...",
-                help="tokens of the context; default 2000,4000",
-            )
-            p.add_argument(
-                "--depth",
-                type=numbers,
-                default=[0, 25, 50, 75, 100],
-                metavar="P,...",
-                help="percent; default 0,25,50,75,100",
-            )
+            p.add_argument("--length", type=numbers, default=[2000, 4000], metavar="N,...",
+                           help="tokens of the context; default 2000,4000")
+            p.add_argument("--depth", type=numbers, default=[0, 25, 50, 75, 100], metavar="P,...",
+                           help="percent; default 0,25,50,75,100")
         else:
             p.add_argument("--tasks", type=numbers, default=[1, 2, 3, 4, 5], metavar="N,...", help="default 1,2,3,4,5")
-            p.add_argument(
-                "--distraction",
-                type=numbers,
-                default=[0, 1000, 2000, 4000],
-                metavar="N,...",
-                help="tokens; default 0,1000,2000,4000",
-            )
+            p.add_argument("--distraction", type=numbers, default=[0, 1000, 2000, 4000], metavar="N,...",
+                           help="tokens; default 0,1000,2000,4000")
     p = commands.add_parser("report", help="accuracy and perplexity: tables of one model or several, CSV, pictures")
     p.add_argument(
         "files",
@@ -687,11 +659,8 @@ def main():
     p.add_argument("--json", metavar="FILE", help="the numbers, not rounded")
     p.add_argument("--csv", metavar="FILE", help="the same, a row for each model, task and setting")
     p.add_argument("--markdown", metavar="FILE", help="the tables, with the pictures of --pictures")
-    p.add_argument(
-        "--pictures",
-        metavar="FOLDER",
-        help="needles.png (heat maps, depth by length) and babilong.png go there; needs matplotlib",
-    )
+    p.add_argument("--pictures", metavar="FOLDER",
+                   help="needles.png (heat maps, depth by length) and babilong.png go there; needs matplotlib")
     args = parser.parse_args()
     command = {"lambada": convert, "choice": convert, "needle": needle, "babilong": babilong, "report": report}[
         args.command

@@ -266,9 +266,7 @@ def trying(what, call, args):
             why = str(e).strip().split("\n")[0][:200] or type(e).__name__
             hint = "; set HF_TOKEN to a token that may read it?" if status in (401, 403) else ""
             hopeless = status in (401, 403, 404, 410) or getattr(e, "errno", 0) in (
-                errno.ENOSPC,
-                errno.EACCES,
-                errno.EROFS,
+                errno.ENOSPC, errno.EACCES, errno.EROFS,
             )
             if hopeless or tries > args.retries:
                 raise UserError("%s: %s%s, after %d tries" % (what, why, hint, tries))
@@ -333,11 +331,8 @@ def download(args):
                 failed.append(str(e))
             if time.time() - shown > (1 if sys.stderr.isatty() else 30):
                 shown = time.time()
-                print(
-                    "%.1f of %.1f GB" % (done / 1e9, total / 1e9),
-                    file=sys.stderr,
-                    end="\r" if sys.stderr.isatty() else "\n",
-                )
+                print("%.1f of %.1f GB" % (done / 1e9, total / 1e9), file=sys.stderr,
+                      end="\r" if sys.stderr.isatty() else "\n")
     except KeyboardInterrupt:
         print("prepare.py: interrupted; the same command goes on from here", file=sys.stderr, flush=True)
         os._exit(1)  # without waiting for files that come

@@ -671,13 +671,8 @@ class Progress:
         left = (self.total - read) * spent / (read - self.first) if read > self.first else 0
         share = read / self.total if self.total else 1
         line = "%5.1f%%  %d documents, %.0f/s  %.2f MB/s  ETA %d:%02d:%02d" % (
-            100 * share,
-            self.documents,
-            self.documents / spent,
-            self.text_bytes / 1e6 / spent,
-            left // 3600,
-            left // 60 % 60,
-            left % 60,
+            100 * share, self.documents, self.documents / spent, self.text_bytes / 1e6 / spent, left // 3600,
+            left // 60 % 60, left % 60,
         )
         if self.terminal:
             width = 20
@@ -910,25 +905,14 @@ def add_prepare_options(p, slim):
     option("--name", "shards are NAME_train_000000.bin ...; default: " + default)
     option("--tokenizer", "bytes (default), toy, or a tiktoken rank file", default="bytes", metavar="NAME|FILE")
     option("--pattern", "how text is split; default: what the number of ranks tells", choices=list(PATTERNS))
-    option(
-        "--encoder",
-        "what encodes with a rank file; default: infer_mta where it is built",
-        choices=["infer_mta", "tiktoken"],
-    )
+    option("--encoder", "what encodes with a rank file; default: infer_mta where it is built",
+           choices=["infer_mta", "tiktoken"])
     option("--text-field", "of JSON lines and parquet; a.b for b in a; default text", default="text", metavar="FIELD")
     domain, command = "meta.redpajama_set_name" if slim else "", "slimpajama" if slim else "text"
-    option(
-        "--domain-field",
-        "documents go to one set of shards for each value of this field",
-        default=domain,
-        metavar="FIELD",
-    )
-    option(
-        "--val-fraction",
-        "share of documents for validation, chosen by a hash; default %g" % VAL_FRACTION[command],
-        type=real_number(),
-        metavar="X",
-    )
+    option("--domain-field", "documents go to one set of shards for each value of this field", default=domain,
+           metavar="FIELD")
+    option("--val-fraction", "share of documents for validation, chosen by a hash; default %g" % VAL_FRACTION[command],
+           type=real_number(), metavar="X")
     if slim:
         text = "folders (default): as folders or files called train, validation, test say; hash: by --val-fraction"
         option("--split", text + " alone", choices=["folders", "hash"], default="folders")
@@ -950,12 +934,8 @@ def add_download_options(slim):
         slim.add_argument(name, help=text, **more)
 
     option("--download", "fetch SlimPajama's files into FOLDER first, or go on doing so", metavar="FOLDER")
-    option(
-        "--repo",
-        "the data set on the Hugging Face hub, or at HF_ENDPOINT; default %(default)s",
-        default=inputs.REPOSITORY,
-        metavar="NAME",
-    )
+    option("--repo", "the data set on the Hugging Face hub, or at HF_ENDPOINT; default %(default)s",
+           default=inputs.REPOSITORY, metavar="NAME")
     option("--max-files", "download no more than N files, spread over the data set", type=whole_number(0), metavar="N")
     option("--max-bytes", "download no more than N bytes", type=parse_count, metavar="N")
     option("--connections", "at once; default 8", type=whole_number(1), default=8, metavar="N")

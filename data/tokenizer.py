@@ -250,12 +250,8 @@ class Tiktoken:
     def __init__(self, path, pattern, tok):
         # encode() allows no special token, so this one is text like any other; with none at all tiktoken would look
         # for the empty string, which is everywhere, and be slower
-        self.encoding = need("tiktoken").Encoding(
-            pattern,
-            pat_str=PATTERNS[pattern],
-            mergeable_ranks=read_ranks(path),
-            special_tokens={"<|endoftext|>": tok.bos},
-        )
+        self.encoding = need("tiktoken").Encoding(pattern, pat_str=PATTERNS[pattern], mergeable_ranks=read_ranks(path),
+                                                  special_tokens={"<|endoftext|>": tok.bos})
         self.dtype = "<u2" if tok.width == 2 else "<u4"
 
     def encode_all(self, texts):

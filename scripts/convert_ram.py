@@ -315,12 +315,8 @@ def main():
     parser.add_argument("source", metavar="DIR")
     parser.add_argument("out", metavar="OUT_DIR")
     parser.add_argument("--back", action="store_true", help="ours to theirs")
-    parser.add_argument(
-        "--dtype",
-        choices=["stored"] + sorted(DTYPES),
-        default="stored",
-        help="form of the weights (default: as stored)",
-    )
+    parser.add_argument("--dtype", choices=["stored"] + sorted(DTYPES), default="stored",
+                        help="form of the weights (default: as stored)")
     parser.add_argument(
         "--tokenizer", metavar="FILE", help="rank file to copy and name in config.json (Llama 3's tokenizer.model)"
     )

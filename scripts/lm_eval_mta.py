@@ -115,18 +115,8 @@ class MtaLM(LM):
     which then scores in its place, batch_size requests of the model's context at once, or more shorter ones. The
     harness gives max_batch_size and device to every model, "cuda:0" by itself: they say nothing here."""
 
-    def __init__(
-        self,
-        checkpoint,
-        infer=os.path.join(ROOT, "infer_mta"),
-        weights="stored",
-        threads=0,
-        max_gen_toks=256,
-        trainer=None,
-        batch_size=None,
-        max_batch_size=None,
-        device=None,
-    ):
+    def __init__(self, checkpoint, infer=os.path.join(ROOT, "infer_mta"), weights="stored", threads=0, max_gen_toks=256,
+                 trainer=None, batch_size=None, max_batch_size=None, device=None):
         super().__init__()
         if trainer and weights != "stored":
             raise ValueError(NOT_STORED % weights)
@@ -190,11 +180,8 @@ def main():
     sys.path.insert(0, os.path.join(ROOT, "data"))  # here: what imports this module keeps its path as it is
     from options import Parser, whole_number
 
-    parser = Parser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="All other flags are the harness's own: see `lm_eval run --help`.",
-    )
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                    epilog="All other flags are the harness's own: see `lm_eval run --help`.")
     parser.add_argument("checkpoint", metavar="DIR")
     parser.add_argument("--weights", default="stored", choices=WEIGHTS)
     parser.add_argument("--threads", type=whole_number(0), default=0, metavar="N", help="0: all cores")

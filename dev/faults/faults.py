@@ -92,15 +92,8 @@ class Faulty:
 
 def environment(**settings):
     """The library without FAULT_STATE makes nothing fail."""
-    return dict(
-        os.environ,
-        LD_PRELOAD=LIBRARY,
-        OMP_NUM_THREADS="1",
-        OPENBLAS_NUM_THREADS="1",
-        OMP_WAIT_POLICY="passive",
-        PYTHONDONTWRITEBYTECODE="1",
-        **settings
-    )
+    return dict(os.environ, LD_PRELOAD=LIBRARY, OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1",
+                OMP_WAIT_POLICY="passive", PYTHONDONTWRITEBYTECODE="1", **settings)
 
 
 def clean(command):
@@ -303,13 +296,8 @@ def trainer_scenarios(folder):
         TrainerScenario("a new run", None, ["--steps", "2", "--save-every", "1", "--keep", "1"], {2: wanted[2]}),
         TrainerScenario("the next checkpoint", two, ["--steps", "3", "--save-every", "3", "--keep", "2"], last),
         TrainerScenario("over a damaged one", over, ["--steps", "3", "--save-every", "3", "--keep", "1"], last),
-        TrainerScenario(
-            "over a damaged one, without exchange",
-            over,
-            ["--steps", "3", "--save-every", "3", "--keep", "1"],
-            last,
-            {"FAULT_NO_EXCHANGE": "1"},
-        ),
+        TrainerScenario("over a damaged one, without exchange", over,
+                        ["--steps", "3", "--save-every", "3", "--keep", "1"], last, {"FAULT_NO_EXCHANGE": "1"}),
     ]
 
 
@@ -434,13 +422,8 @@ def kills(o, verdict):
         inside, done, newest = 0, 0, -1
         env = environment()
         while done < o.count:
-            child = subprocess.Popen(
-                endless.arguments(out, os.path.exists(out)),
-                env=env,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
+            child = subprocess.Popen(endless.arguments(out, os.path.exists(out)), env=env, stdout=subprocess.PIPE,
+                                     stderr=subprocess.PIPE, text=True)
             for line in child.stdout:  # from its first save on
                 if line.startswith("saved"):
                     break
@@ -477,11 +460,8 @@ def kills(o, verdict):
 
 def memory(o, verdict):
     with room() as folder:
-        data, out, lines = (
-            os.path.join(folder, "x_train_000000.bin"),
-            os.path.join(folder, "run"),
-            os.path.join(folder, "lines.jsonl"),
-        )
+        data, out, lines = (os.path.join(folder, "x_train_000000.bin"), os.path.join(folder, "run"),
+                            os.path.join(folder, "lines.jsonl"))
         rng = random.Random(1)
         write_shard(data, [rng.randrange(32) for _ in range(2000)])
         write_shard(data.replace("train", "val"), [rng.randrange(32) for _ in range(200)])
@@ -522,11 +502,7 @@ def memory(o, verdict):
                 if done.returncode == 1 and done.stderr.count("\n") == 1 and re.match(r"\S+: .*memory", done.stderr):
                     return ""
                 return "%s, allocation %d (%s): exit status %d, stderr %r" % (
-                    name,
-                    at,
-                    where,
-                    done.returncode,
-                    done.stderr,
+                    name, at, where, done.returncode, done.stderr,
                 )
 
             with concurrent.futures.ThreadPoolExecutor(o.jobs) as pool:

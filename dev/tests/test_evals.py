@@ -145,12 +145,8 @@ class Formats(Case):
                 None,
             ),
             ({"passage": "P", "question": "is it?", "label": 0}, "P\nQuestion: is it??\nAnswer:", " yes", 0),
-            (
-                {"context": "C.", "question": "q?", "answerA": "a", "answerB": "b", "answerC": "c", "label": "1"},
-                "Q: C. q?\nA:",
-                " c",
-                0,
-            ),
+            ({"context": "C.", "question": "q?", "answerA": "a", "answerB": "b", "answerC": "c", "label": "1"},
+             "Q: C. q?\nA:", " c", 0),
             (
                 mmlu,
                 "The following are multiple choice questions (with answers) about high school physics.\n\n"
@@ -274,11 +270,8 @@ class Generated(Case):
             for i in range(3000):
                 f.write(
                     "Sentence %d of the dull %s ends here%s"
-                    % (
-                        i,
-                        rng.choice(["novel", "history", "manual"]) * rng.randrange(1, 3),
-                        rng.choice([". ", "!\n", "?\n\n"]),
-                    )
+                    % (i, rng.choice(["novel", "history", "manual"]) * rng.randrange(1, 3),
+                       rng.choice([". ", "!\n", "?\n\n"]))
                 )
         return self.path("book.txt")
 
@@ -426,12 +419,8 @@ class Report(Case):
         self.assertIn(":1: no logprob", run("report", requests, self.write("b.jsonl", [{}] * 2), status=1))
         self.assertIn(
             "no number",
-            run(
-                "report",
-                requests,
-                self.write("n.jsonl", [{"logprob": None, "tokens": 1, "greedy": True}] * 2),
-                status=1,
-            ),
+            run("report", requests, self.write("n.jsonl", [{"logprob": None, "tokens": 1, "greedy": True}] * 2),
+                status=1),
         )
         two = self.write("s2.jsonl", [{"logprob": -1.0, "tokens": 1, "greedy": True}] * 2)
         hopeless = self.write("s3.jsonl", [{"logprob": -9e3, "tokens": 1, "greedy": False}] * 2)
@@ -592,12 +581,8 @@ class Report(Case):
         )
         run("babilong", "--samples", "4", "--distraction", "0", "--out", self.path("r.jsonl"))
         with open(self.path("s.jsonl"), "w") as f:
-            subprocess.run(
-                [infer, self.path("run/step-00000001"), "--score", self.path("r.jsonl")],
-                check=True,
-                stdout=f,
-                stderr=subprocess.DEVNULL,
-            )
+            subprocess.run([infer, self.path("run/step-00000001"), "--score", self.path("r.jsonl")], check=True,
+                           stdout=f, stderr=subprocess.DEVNULL)
         self.assertIn("qa5, distraction 0", run("report", self.path("r.jsonl"), self.path("s.jsonl")))
 
 

@@ -722,13 +722,8 @@ class Refusals(unittest.TestCase):
 
     def test_plain_models_bring_no_code(self):
         for folder in [checkpoint(name)[1] for name in PLAIN]:
-            want = [
-                "config.json",
-                "generation_config.json",
-                "model.safetensors",
-                "tokenizer.json",
-                "tokenizer_config.json",
-            ]
+            want = ["config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
+                    "tokenizer_config.json"]
             self.assertEqual(sorted(os.listdir(folder)), want)
             with open(os.path.join(folder, "config.json")) as f:
                 self.assertNotIn("auto_map", f.read())

@@ -168,12 +168,8 @@ class Golden(LogitsCase):
                 self.compare(
                     self.logits(c.dir, c.row(0), "--weights", "int8", "--chunk", chunk), want, 0.1, c.name + " int8"
                 )
-                self.compare(
-                    self.logits(c.dir, c.row(0), "--cache", "bf16", "--chunk", chunk),
-                    want,
-                    0.03,
-                    c.name + " bf16 cache",
-                )
+                self.compare(self.logits(c.dir, c.row(0), "--cache", "bf16", "--chunk", chunk), want, 0.03,
+                             c.name + " bf16 cache")
 
     def test_int8_is_its_rounded_weights(self):
         """int8 against the same weights rounded here, 64 along a row to the largest over 127, in f32: passes of many
@@ -824,11 +820,8 @@ class Refusals(unittest.TestCase):
 
     def test_closed_pipe_and_full_disk(self):
         d = self.case.dir
-        p = subprocess.Popen(
-            [BIN, d, "--token-ids", "1", "--max-tokens", "60", "--quiet", "--samples", "10000"],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-        )
+        p = subprocess.Popen([BIN, d, "--token-ids", "1", "--max-tokens", "60", "--quiet", "--samples", "10000"],
+                             stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         p.stdout.read(10)
         p.stdout.close()
         error = p.stderr.read().decode()
@@ -1152,11 +1145,8 @@ class TextIO(unittest.TestCase):
         self.assertLess(decoded / rate + prompt / prompt_rate, 1.4, error)
 
     def test_interrupt_stops_the_answer(self):
-        p = subprocess.Popen(
-            [BIN, self.dir, "--interactive", "--max-tokens", "100000000", "--shift", "--quiet"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-        )
+        p = subprocess.Popen([BIN, self.dir, "--interactive", "--max-tokens", "100000000", "--shift", "--quiet"],
+                             stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         p.stdin.write(b"abc\n")
         p.stdin.flush()
         p.stdout.read(20)
@@ -1462,13 +1452,8 @@ class Reference(unittest.TestCase):
         "toy": dict(kq_conv_layers=[0, 1], kq_conv_query_size=2, kq_conv_key_size=9),
         "diff": dict(attention_type="diff", head_norm="group_depth_scaled"),
         "diff_gqa": dict(attention_type="diff", head_norm="group", num_key_value_heads=2),
-        "gqa": dict(
-            num_key_value_heads=2,
-            kq_conv_layers=[0],
-            head_mix_post_softmax=2,
-            head_norm="group",
-            tie_word_embeddings=False,
-        ),
+        "gqa": dict(num_key_value_heads=2, kq_conv_layers=[0], head_mix_post_softmax=2, head_norm="group",
+                    tie_word_embeddings=False),
         "tall": dict(kq_conv_layers=[0, 1], kq_conv_query_size=9, kq_conv_key_size=3, kq_conv_post_softmax=True),
         "one_by_one": dict(kq_conv_layers=[0, 1], kq_conv_query_size=1, kq_conv_key_size=1, kq_conv_post_softmax=True),
     }

@@ -262,16 +262,8 @@ class Texts(Case):
         self.assertIn("--- tokens 0 to 1400002\na line [... more]\n", shown.getvalue())
 
     def test_shards_have_the_size_asked_for(self):
-        run(
-            "text",
-            self.write("a.txt", "x" * 5000),
-            "--out",
-            self.path("o"),
-            "--shard-tokens",
-            "1k",
-            "--val-fraction",
-            "0",
-        )
+        run("text", self.write("a.txt", "x" * 5000), "--out", self.path("o"), "--shard-tokens", "1k", "--val-fraction",
+            "0")
         sizes = [shard_tokens(self.path("o", "a_train_%06d.bin" % i))[1][2] for i in range(6)]
         self.assertEqual(sizes, [1000] * 5 + [2])
         self.assertIn("6 shards good, 5002 tokens", run("verify", self.path("o")))
@@ -323,12 +315,8 @@ class Domains(Case):
         run("slimpajama", self.path("in"), "--out", self.path("o"), *options)
         run("slimpajama", self.path("in"), "--out", self.path("p"), "--workers", "2", *options)
         self.assertEqual(digest(self.path("o")), digest(self.path("p")))
-        encoding = tiktoken.Encoding(
-            "x",
-            pat_str=tokenizer.PATTERNS["cl100k_base"],
-            mergeable_ranks=tokenizer.read_ranks(RANKS),
-            special_tokens={},
-        )
+        encoding = tiktoken.Encoding("x", pat_str=tokenizer.PATTERNS["cl100k_base"],
+                                     mergeable_ranks=tokenizer.read_ranks(RANKS), special_tokens={})
         with open(self.path("o", "manifest.json")) as f:
             manifest = json.load(f)
         for domain, name in prepare.SLIMPAJAMA.items():
@@ -359,37 +347,10 @@ class Domains(Case):
             return
         recipe = shutil.copy(os.path.join(ROOT, "data", "slimpajama_weights.txt"), self.path("o", "recipe.txt"))
         for mix in ("token", "document"):
-            command = [
-                program,
-                "--model",
-                "toy",
-                "--vocab-size",
-                "100277",
-                "--hidden-size",
-                "32",
-                "--num-hidden-layers",
-                "1",
-                "--num-attention-heads",
-                "2",
-                "--num-key-value-heads",
-                "2",
-                "--intermediate-size",
-                "64",
-                "--seq-len",
-                "32",
-                "--batch-size",
-                "4",
-                "--tokens-per-step",
-                "128",
-                "--steps",
-                "2",
-                "--train",
-                "@" + recipe,
-                "--mix",
-                mix,
-                "--out",
-                self.path("run-" + mix),
-            ]
+            command = [program, "--model", "toy", "--vocab-size", "100277", "--hidden-size", "32",
+                       "--num-hidden-layers", "1", "--num-attention-heads", "2", "--num-key-value-heads", "2",
+                       "--intermediate-size", "64", "--seq-len", "32", "--batch-size", "4", "--tokens-per-step", "128",
+                       "--steps", "2", "--train", "@" + recipe, "--mix", mix, "--out", self.path("run-" + mix)]
             done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
             self.assertEqual(done.returncode, 0, done.stdout)
 
@@ -398,16 +359,8 @@ class Domains(Case):
         with open(self.path("x.jsonl"), "w") as f:
             for i in range(40):
                 f.write(json.dumps({"body": {"content": document(rng)}, "lang": ["en", "d e"][i % 2]}) + "\n")
-        run(
-            "text",
-            self.path("x.jsonl"),
-            "--text-field",
-            "body.content",
-            "--domain-field",
-            "lang",
-            "--out",
-            self.path("o"),
-        )
+        run("text", self.path("x.jsonl"), "--text-field", "body.content", "--domain-field", "lang", "--out",
+            self.path("o"))
         self.assertEqual(sorted({f.split("_")[0] for f in os.listdir(self.path("o"))}), ["d-e", "en", "manifest.json"])
 
     def test_gz_equals_plain_lines(self):
@@ -439,28 +392,11 @@ class Segments(Case):
             for pattern in tokenizer.PATTERNS:
                 out = self.path(pattern)
                 with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-                    sys.argv = [
-                        "prepare.py",
-                        "text",
-                        path,
-                        "--tokenizer",
-                        RANKS,
-                        "--pattern",
-                        pattern,
-                        "--val-fraction",
-                        "0",
-                        "--out",
-                        out,
-                        "--workers",
-                        "1",
-                    ]
+                    sys.argv = ["prepare.py", "text", path, "--tokenizer", RANKS, "--pattern", pattern,
+                                "--val-fraction", "0", "--out", out, "--workers", "1"]
                     self.assertIn(prepare.main(), (None, 0))
-                encoding = tiktoken.Encoding(
-                    "x",
-                    pat_str=tokenizer.PATTERNS[pattern],
-                    mergeable_ranks=tokenizer.read_ranks(RANKS),
-                    special_tokens={},
-                )
+                encoding = tiktoken.Encoding("x", pat_str=tokenizer.PATTERNS[pattern],
+                                             mergeable_ranks=tokenizer.read_ranks(RANKS), special_tokens={})
                 ids = set_tokens(out, "long", "train")
                 self.assertEqual(ids[1:-1] if pattern == "llama3" else ids[1:], encoding.encode_ordinary(text))
         finally:
@@ -679,19 +615,8 @@ class Restarts(Case):
         """A child dies (os._exit) before its n-th fsync, replace, remove, truncate or write of a shard's piece, for
         every n (without --full for every fifth)."""
         self.job("x.jsonl", 60, 400)
-        options = [
-            "slimpajama",
-            self.path("x.jsonl"),
-            "--save-seconds",
-            "0",
-            "--shard-tokens",
-            "2000",
-            "--workers",
-            "1",
-            "--val-fraction",
-            "0.1",
-            "--out",
-        ]
+        options = ["slimpajama", self.path("x.jsonl"), "--save-seconds", "0", "--shard-tokens", "2000", "--workers",
+                   "1", "--val-fraction", "0.1", "--out"]
         run(*options, self.path("whole"))
         wanted = digest(self.path("whole"))
         crashes = 0
@@ -746,17 +671,8 @@ class Restarts(Case):
 
     def test_kill_9_at_random_moments(self):
         self.job("x.jsonl", 60000 if FULL else 6000, 1500)
-        options = [
-            "slimpajama",
-            self.path("x.jsonl"),
-            "--save-seconds",
-            "0.1",
-            "--shard-tokens",
-            "300k",
-            "--workers",
-            "2",
-            "--out",
-        ]
+        options = ["slimpajama", self.path("x.jsonl"), "--save-seconds", "0.1", "--shard-tokens", "300k", "--workers",
+                   "2", "--out"]
         start = time.time()
         run(*options, self.path("whole"))
         spent, wanted = time.time() - start, digest(self.path("whole"))
@@ -782,12 +698,8 @@ class Restarts(Case):
 
     def stopped_in_the_middle(self, options):
         """A prepare.py that has saved its state at least once and is held by SIGSTOP before it is done."""
-        child = subprocess.Popen(
-            [sys.executable, PREPARE, *options, "--save-seconds", "0"],
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        child = subprocess.Popen([sys.executable, PREPARE, *options, "--save-seconds", "0"], stdout=subprocess.DEVNULL,
+                                 stderr=subprocess.PIPE, text=True)
         self.addCleanup(child.wait)
         self.addCleanup(child.kill)
         out = options[options.index("--out") + 1]
@@ -1092,12 +1004,8 @@ class Kinds(Case):
         os.chmod(self.path("o"), 0o777)
         other = {"preexec_fn": lambda: os.setuid(65534), "status": 1, "python": ("/usr/bin/python3", "-B")}
         try:
-            subprocess.run(
-                ["/usr/bin/python3", PREPARE, "--help"],
-                check=True,
-                preexec_fn=other["preexec_fn"],
-                stdout=subprocess.DEVNULL,
-            )
+            subprocess.run(["/usr/bin/python3", PREPARE, "--help"], check=True, preexec_fn=other["preexec_fn"],
+                           stdout=subprocess.DEVNULL)
         except (OSError, subprocess.CalledProcessError):
             self.skipTest("another user may not run prepare.py")
         shown = run("text", self.path("tree"), "--out", self.path("o"), **other)
@@ -1112,20 +1020,8 @@ class Kinds(Case):
         self.assertEqual(shown.count("\n"), 1, shown)
 
     def test_domains_that_look_alike_stay_apart(self):
-        domains = [
-            "C",
-            "C++",
-            "C#",
-            "c",
-            "\u4e2d\u6587",
-            "\u0440\u0443\u0441\u0441\u043a\u0438\u0439",
-            "a b",
-            "a-b",
-            "a/b",
-            "en",
-            "EN",
-            "text",
-        ]
+        domains = ["C", "C++", "C#", "c", "\u4e2d\u6587", "\u0440\u0443\u0441\u0441\u043a\u0438\u0439", "a b", "a-b",
+                   "a/b", "en", "EN", "text"]
         rows = [json.dumps({"text": "of %d" % i, "lang": d}) for i, d in enumerate(domains) for _ in range(3)]
         random.Random(1).shuffle(rows)
         lines, loose = self.write("x.jsonl", "\n".join(rows)), self.write("loose.txt", "no field")
@@ -1156,12 +1052,8 @@ class Kinds(Case):
                 "text", self.path("in"), "--name", "u", "--tokenizer", "bytes", "--out", self.path("v"), "--overwrite"
             )
             self.assertIn("that prepare.py has written are left out", shown)
-        shown = run(
-            "text",
-            *map(self.path, ("in/a.jsonl", "in/manifest.json", "in/t_train_000000.bin")),
-            "--out",
-            self.path("w")
-        )
+        shown = run("text", *map(self.path, ("in/a.jsonl", "in/manifest.json", "in/t_train_000000.bin")), "--out",
+                    self.path("w"))
         self.assertIn("2 files that prepare.py has written", shown)
         self.assertIn("nothing there but", run("text", self.path("in", "t_*.bin"), "--out", self.path("x"), status=1))
 
@@ -1213,17 +1105,8 @@ class Kinds(Case):
             100000 <= sizes[100000] < 1200000 and 3000000 <= sizes[3000000] < 4200000 < sizes[100000000], sizes
         )
         self.write("a.txt", "x" * 500), self.write("b.txt", "y" * 500)
-        run(
-            "text",
-            self.path("a.txt"),
-            self.path("b.txt"),
-            "--max-tokens",
-            "10",
-            "--val-fraction",
-            "0",
-            "--out",
-            self.path("t"),
-        )
+        run("text", self.path("a.txt"), self.path("b.txt"), "--max-tokens", "10", "--val-fraction", "0", "--out",
+            self.path("t"))
         self.assertEqual(set_tokens(self.path("t"), "text", "train"), [256] + [120] * 500 + [257])
 
 
@@ -1296,14 +1179,8 @@ class Systems(Case):
             run("text", text, "--out", out, environment=environment)
             self.assertIn("\\u4e2d", run("inspect", os.path.join(out, "a_train_000000.bin"), environment=environment))
             os.rename(text, self.path("\u4e2d.txt"))
-            shown = run(
-                "text",
-                self.path("\u4e2d.txt"),
-                self.write("bad.jsonl", b"\xff\n{}"),
-                "--out",
-                out + "x",
-                environment=environment,
-            )
+            shown = run("text", self.path("\u4e2d.txt"), self.write("bad.jsonl", b"\xff\n{}"), "--out", out + "x",
+                        environment=environment)
             self.assertIn("bad.jsonl:1", shown)
             os.rename(self.path("\u4e2d.txt"), text)
 
@@ -1366,15 +1243,8 @@ class Encoders(Case):
             for i, more in enumerate((("infer_mta", "--workers", "1"), ("tiktoken",), ("infer_mta", "--workers", "2"))):
                 out = self.path("o%d" % i)
                 shutil.rmtree(out, ignore_errors=True)
-                options = (
-                    "--tokenizer",
-                    ranks,
-                    *(("--pattern", pattern) if pattern else ()),
-                    "--encoder",
-                    *more,
-                    "--out",
-                    out,
-                )
+                options = ("--tokenizer", ranks, *(("--pattern", pattern) if pattern else ()), "--encoder", *more,
+                           "--out", out)
                 run("text", self.path("x.jsonl"), self.path("long.txt"), *options)
                 sums.append(digest(out))
             self.assertEqual(sums[0], sums[1])
@@ -1565,11 +1435,8 @@ class Downloads(Case):
         self.server.files["README.md"] = b"about"
 
     def download(self, *more, status=0):
-        environment = dict(
-            HF_ENDPOINT="http://127.0.0.1:%d" % self.server.server_port,
-            HF_HOME=self.path("home"),
-            HF_HUB_DISABLE_TELEMETRY="1",
-        )
+        environment = dict(HF_ENDPOINT="http://127.0.0.1:%d" % self.server.server_port, HF_HOME=self.path("home"),
+                           HF_HUB_DISABLE_TELEMETRY="1")
         options = ("--download", self.path("d"), "--repo", "some/mirror", "--retry-pause", "0.05", *more)
         return run("slimpajama", *options, status=status, environment=environment)
 

@@ -46,13 +46,8 @@ class Library:
         self.lib = ctypes.CDLL(path)
         self.lib.lib_open.restype = ctypes.c_void_p
         self.lib.lib_encode.restype = ctypes.c_long
-        self.lib.lib_encode.argtypes = [
-            ctypes.c_void_p,
-            ctypes.c_char_p,
-            ctypes.c_size_t,
-            ctypes.c_void_p,
-            ctypes.c_char_p,
-        ]
+        self.lib.lib_encode.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_size_t, ctypes.c_void_p,
+                                        ctypes.c_char_p]
         self.lib.lib_decode.restype = self.lib.lib_max_bytes.restype = ctypes.c_size_t
         self.lib.lib_decode.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_char_p]
         self.lib.lib_name.restype = ctypes.c_char_p
@@ -381,12 +376,9 @@ def main():
     parser.add_argument("--full", action="store_true", help="1,000,000 strings and 100 MB of text")
     parser.add_argument("--strings", type=int, help="random strings, default 8000")
     parser.add_argument("--text-mb", type=float, help="MB of this machine's text, default 4")
-    parser.add_argument(
-        "--text",
-        nargs="+",
-        default=["/usr/share", "/usr/lib/python3", "/usr/local/lib", "/usr/include", "/usr/lib"],
-        help="folders to take text from",
-    )
+    parser.add_argument("--text", nargs="+",
+                        default=["/usr/share", "/usr/lib/python3", "/usr/local/lib", "/usr/include", "/usr/lib"],
+                        help="folders to take text from")
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
     strings = args.strings if args.strings is not None else 1000000 if args.full else 8000

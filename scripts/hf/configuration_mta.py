@@ -13,23 +13,9 @@ class MtaConfig(LlamaConfig):
     model_type = "mta"
     base_model_tp_plan = None  # heads that are mixed cannot be spread over devices
 
-    def __init__(
-        self,
-        attention_type="mta",
-        kq_conv_layers=(),
-        kq_conv_query_size=6,
-        kq_conv_key_size=11,
-        kq_conv_pre_softmax=False,
-        kq_conv_post_softmax=False,
-        head_mix_pre_softmax=0,
-        head_mix_post_softmax=0,
-        head_norm="none",
-        head_gate=False,
-        query_chunk=512,
-        bos_token_id=None,
-        eos_token_id=None,
-        **kwargs,
-    ):
+    def __init__(self, attention_type="mta", kq_conv_layers=(), kq_conv_query_size=6, kq_conv_key_size=11,
+                 kq_conv_pre_softmax=False, kq_conv_post_softmax=False, head_mix_pre_softmax=0, head_mix_post_softmax=0,
+                 head_norm="none", head_gate=False, query_chunk=512, bos_token_id=None, eos_token_id=None, **kwargs):
         self.attention_type = attention_type
         self.kq_conv_layers = list(kq_conv_layers)
         self.kq_conv_query_size = kq_conv_query_size

@@ -237,17 +237,8 @@ class MtaModel(MtaPreTrainedModel):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_init()
 
-    def forward(
-        self,
-        input_ids=None,
-        attention_mask=None,
-        past_key_values=None,
-        inputs_embeds=None,
-        use_cache=None,
-        output_hidden_states=None,
-        return_dict=None,
-        cache=None,
-    ):
+    def forward(self, input_ids=None, attention_mask=None, past_key_values=None, inputs_embeds=None, use_cache=None,
+                output_hidden_states=None, return_dict=None, cache=None):
         """cache: past_key_values by its newer name. Positions are counted from the first token, padding or not: RoPE
         depends on distances alone."""
         if (input_ids is None) == (inputs_embeds is None):
@@ -286,19 +277,8 @@ class MtaForCausalLM(MtaPreTrainedModel, GenerationMixin):
     def get_output_embeddings(self):
         return None if self.config.tie_word_embeddings else self.lm_head
 
-    def forward(
-        self,
-        input_ids=None,
-        attention_mask=None,
-        past_key_values=None,
-        inputs_embeds=None,
-        labels=None,
-        use_cache=None,
-        output_hidden_states=None,
-        return_dict=None,
-        logits_to_keep=0,
-        cache=None,
-    ):
+    def forward(self, input_ids=None, attention_mask=None, past_key_values=None, inputs_embeds=None, labels=None,
+                use_cache=None, output_hidden_states=None, return_dict=None, logits_to_keep=0, cache=None):
         """labels: the ids themselves, -100 where a token is no target; logits at t are of the token t + 1."""
         out = self.model(
             input_ids, attention_mask, past_key_values, inputs_embeds, use_cache, output_hidden_states, True, cache
@@ -312,20 +292,9 @@ class MtaForCausalLM(MtaPreTrainedModel, GenerationMixin):
         out = CausalLMOutputWithPast(loss, logits, hidden_states=out.hidden_states, **{CACHE: getattr(out, CACHE)})
         return out if returns_dict(self, return_dict) else out.to_tuple()
 
-    def prepare_inputs_for_generation(
-        self,
-        input_ids,
-        past_key_values=None,
-        cache=None,
-        attention_mask=None,
-        inputs_embeds=None,
-        use_cache=True,
-        logits_to_keep=0,
-        output_hidden_states=None,
-        next_sequence_length=None,
-        is_first_iteration=None,
-        **others,
-    ):
+    def prepare_inputs_for_generation(self, input_ids, past_key_values=None, cache=None, attention_mask=None,
+                                      inputs_embeds=None, use_cache=True, logits_to_keep=0, output_hidden_states=None,
+                                      next_sequence_length=None, is_first_iteration=None, **others):
         """What forward takes, of the tokens that the cache does not hold yet; the same in all versions.
         next_sequence_length: how many these are; None: all behind the cache that attention_mask has, or without one all
         that are given."""
