@@ -833,6 +833,14 @@ static void on_interrupt(int signal) {
     interrupted = 1;
 }
 
+// Notes Ctrl-C from now on. flags 0: a read that waits ends with EINTR; SA_RESTART: a write that waits goes on.
+static void note_interrupts(int flags) {
+    struct sigaction action = {0};
+    action.sa_handler = on_interrupt;
+    action.sa_flags = flags;
+    sigaction(SIGINT, &action, NULL);
+}
+
 // Does the user's locale say UTF-8? One that names no character set, as "C" and none at all, says nothing against it.
 static bool locale_is_utf8(void) {
     static const char* const names[] = {"LC_ALL", "LC_CTYPE", "LANG"};
@@ -1335,25 +1343,25 @@ static void answer_request(void* model, const Json* j, long number, const char* 
 }
 
 static void run_interactive(Session* session) {
-    struct sigaction action = {0};
     Rng rng = rng_make((uint64_t)session->options.seed, 0);
     char* line = NULL;
     size_t cap = 0;
     bool asks = isatty(0);
-    action.sa_handler = on_interrupt;  // without SA_RESTART: reading a line is interrupted too
-    sigaction(SIGINT, &action, NULL);
     append_bos(session);
     for (;;) {
         if (asks) { put_out("> ", 2, true); }
+        note_interrupts(0);
         errno = 0;
         ssize_t n = getline(&line, &cap, stdin);
-        if (n < 0 && errno == EINTR) {
+        int why = errno;
+        note_interrupts(SA_RESTART);
+        if (n < 0 && why == EINTR) {
             clearerr(stdin);
             interrupted = 0;
             if (asks) { put_out("\n", 1, true); }
             continue;
         }
-        if (n < 0 && !feof(stdin)) { die("standard input: %s", strerror(errno)); }
+        if (n < 0 && !feof(stdin)) { die("standard input: %s", strerror(why)); }
         if (n < 0) { break; }
         while (n && (line[n - 1] == '\n' || line[n - 1] == '\r')) { n--; }
         append_text(session, line, (size_t)n);

@@ -7,6 +7,7 @@ MTA_BIN: directory of the binaries (default: the repository root). MTA_GOLDEN: d
 
 import array
 import base64
+import fcntl
 import glob
 import json
 import math
@@ -19,6 +20,7 @@ import struct
 import subprocess
 import sys
 import tempfile
+import termios
 import time
 import unittest
 import zlib
@@ -1158,6 +1160,24 @@ class TextIO(unittest.TestCase):
             pass
         p.stdout.close()
         self.assertEqual(p.wait(60), 0)
+
+    def test_interrupt_of_an_answer_that_nobody_reads(self):
+        """Ctrl-C while a full pipe, or a stopped terminal, is waited for ends the answer and not the session."""
+        unread = lambda f: struct.unpack("i", fcntl.ioctl(f, termios.FIONREAD, bytes(4)))[0]
+        endless = [BIN, self.dir, "--interactive", "--max-tokens", "100000000", "--shift", "--ignore-eos", "--quiet"]
+        with subprocess.Popen(endless, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as p:
+            fcntl.fcntl(p.stdout, fcntl.F_SETPIPE_SZ, 4096)
+            p.stdin.write(b"abc\n")
+            p.stdin.flush()
+            held = 0
+            while not held or held != unread(p.stdout):  # until it is full
+                held = unread(p.stdout)
+                time.sleep(0.2)
+            p.send_signal(signal.SIGINT)
+            time.sleep(0.2)
+            self.assertIsNone(p.poll())
+            self.assertEqual(p.communicate(timeout=60)[1], b"")
+            self.assertEqual(p.returncode, 0)
 
     def test_picture_of_attention(self):
         """scripts/attention_map.py draws the weights over a prompt, whose tokens may be any characters."""
