@@ -110,10 +110,10 @@ def mean_of(items):
 
 class Model:
     """items: [(task, {setting: number}, numbers of the question)]. validation: {set: its event in the log}. asked:
-    {checksum of a question: its file}."""
+    {(checksum of a question, its item): its file}. questions: {(task, its settings): checksums}."""
 
     def __init__(self, name):
-        self.name, self.items, self.validation, self.asked = name, [], {}, {}
+        self.name, self.items, self.validation, self.asked, self.questions = name, [], {}, {}, {}
 
     def add(self, requests_path, scores_path):
         requests = read_lines(requests_path, ("continuation", "task", "item"))
@@ -135,11 +135,13 @@ class Model:
                 raise UserError("%s: item %s: its settings are no numbers: %s" % (requests_path, first["item"],
                                                                                   settings))
             self.items.append((first["task"], settings, score_item(answers)))
-            question = hashlib.sha256(repr([request for request, _ in answers]).encode("utf-8", "replace")).digest()
-            before = self.asked.setdefault(question, requests_path)
+            asked = [{k: v for k, v in request.items() if k != "item"} for request, _ in answers]
+            question = hashlib.sha256(repr(asked).encode("utf-8", "replace")).digest()
+            before = self.asked.setdefault((question, first["item"]), requests_path)
             if before != requests_path:
                 raise UserError("%s: item %s is asked in %s too and would count twice; of several models wanted "
                                 "NAME=FOLDER of each" % (requests_path, first["item"], before))
+            self.questions.setdefault((first["task"], tuple(settings.items())), set()).add(question)
 
     def add_folder(self, folder):
         """Every NAME.scores with NAME.jsonl beside it, and validation/log.jsonl."""
@@ -278,6 +280,15 @@ def babilong_table(models):
         wide, rows = with_mean([("%d" % d, max, 1) for d in lengths], [grid[task, m.name] for m in models])
         groups.append([([task, m.name], row) for m, row in zip(models, rows)])
     return ("BabiLong, accuracy in %, by tokens of distraction", ["task", "model"], wide, groups)
+
+
+def not_the_same(models):
+    """Tasks of which two models were asked other questions, or more of them, under one setting."""
+    groups = {}
+    for m in models:
+        for key, questions in m.questions.items():
+            groups.setdefault(key, set()).add(frozenset(questions))
+    return sorted({task for (task, _), asked in groups.items() if len(asked) > 1})
 
 
 def tables_of(models):
@@ -504,6 +515,9 @@ def report(args):
     check_outputs(args)
     models = models_of(args.files)
     text = "\n".join(markdown(t, len(models) > 1) for t in tables_of(models))
+    other = not_the_same(models)
+    if other:
+        text += "\nNot all models were asked the same questions: %s.\n" % ", ".join(other)
     details = "\n".join(("### %s: every measure\n\n" % m.name if len(models) > 1 else "") + flat(m)
                         for m in models if m.items)
     if args.json:

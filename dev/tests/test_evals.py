@@ -525,7 +525,11 @@ class Report(Case):
             rows = json.load(f)
         self.assertEqual(list(rows), ["x", "b"])
         self.assertEqual(rows["b"]["validation book"], {"perplexity": math.exp(1.9), "loss": 1.9, "tokens": 5})
+        self.assertNotIn("same questions", shown)
+        self.write("c/lambada.jsonl", [{"context": "d", "continuation": " w", "task": "lambada|x", "item": 0}])
+        self.write("c/needle.jsonl", [dict(r, item=r["item"] + 1000) for r in self.read("c/needle.jsonl")])
         cells = run("report", a, worse)
+        self.assertIn("\n\nNot all models were asked the same questions: lambada|x.\n", cells)
         self.assertRegex(cells, r"(?m)^\| c +\| +4\.48 \| +- \| +- \|$")  # a mean over other sets would not compare
         self.assertRegex(cells, r"(?m)^\| 2 +\| c +\| +30\.0 \|")
         self.assertIn("no folder", run("report", a, self.path("r.csv"), status=1))
