@@ -314,6 +314,25 @@ class Models(Case):
             want = load(out)(torch.tensor([IDS]), output_hidden_states=True)
             self.close_to(body.eval()(torch.tensor([IDS])).last_hidden_state, want.hidden_states[-1], 1e-6)
 
+    def test_what_a_checkpoint_lacks(self):
+        """A plain model under the configuration of another attention: what that adds starts as in a new model."""
+        plain, x = checkpoint("transformer")[1], torch.tensor([IDS])
+        want = load(plain)(x).logits
+        for name in MODELS:
+            if name in PLAIN or MODELS[name].get("num_key_value_heads") or MODELS[name].get("rope_scaling"):
+                continue
+            with self.subTest(name):
+                out = checkpoint(name)[1]
+                config = transformers.AutoConfig.from_pretrained(out, trust_remote_code=True)
+                model = type(load(out)).from_pretrained(plain, config=config, dtype=torch.float32).eval()
+                if config.head_norm == "none" and not config.head_gate:
+                    self.close_to(model(x).logits, want, 1e-5)
+                for n, p in model.model.layers[0].self_attn.named_parameters():
+                    if n in ("head_norm.weight", "head_gate.bias"):
+                        self.assertTrue(torch.equal(p, torch.full_like(p, n == "head_norm.weight")), n)
+                    elif n.startswith("lambda") or n == "head_gate.weight":
+                        self.assertTrue(0.01 < p.std() < 1, n)
+
     def test_refused_by_the_model(self):
         model = load(checkpoint("mta")[1])
         x = torch.tensor([IDS[:4]])

@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from .configuration_mta import MtaConfig
 
@@ -32,8 +33,11 @@ def wide(x):
 class RMSNorm(nn.Module):
     def __init__(self, size, eps):
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
+        self.weight = nn.Parameter(torch.empty(size))
         self.eps = eps
+
+    def start(self):
+        nn.init.ones_(self.weight)
 
     def forward(self, x):
         y = wide(x)
@@ -43,11 +47,16 @@ class RMSNorm(nn.Module):
 
 class KeyQueryConv(nn.Module):
     """Of each head: out[i, j] = sum over a < cq, b < ck of weight[a, b] inp[i - (cq - 1) + a, j - (ck - 1) / 2 + b].
-    The caller sees to it that inp is zero where a query does not see a key. Starts as the identity."""
+    The caller sees to it that inp is zero where a query does not see a key."""
 
     def __init__(self, heads, cq, ck):
         super().__init__()
-        self.weight = nn.Parameter(F.pad(torch.ones(heads, 1, 1), (ck // 2, ck // 2, cq - 1, 0)))
+        self.weight = nn.Parameter(torch.empty(heads, cq, ck))
+
+    def start(self):
+        """As the identity."""
+        nn.init.zeros_(self.weight)
+        self.weight[:, -1, self.weight.shape[2] // 2] = 1
 
     def forward(self, maps):
         heads, cq, ck = self.weight.shape
@@ -56,11 +65,15 @@ class KeyQueryConv(nn.Module):
 
 
 class HeadMix(nn.Module):
-    """Of each group of ch heads: out[o] = sum over n of weight[o, n] inp[n]. Starts as the identity."""
+    """Of each group of ch heads: out[o] = sum over n of weight[o, n] inp[n]."""
 
     def __init__(self, heads, ch):
         super().__init__()
-        self.weight = nn.Parameter(torch.eye(ch).repeat(heads // ch, 1, 1))
+        self.weight = nn.Parameter(torch.empty(heads // ch, ch, ch))
+
+    def start(self):
+        """As the identity."""
+        self.weight.copy_(torch.eye(self.weight.shape[1]))
 
     def forward(self, maps):
         groups, ch, _ = self.weight.shape
@@ -73,8 +86,13 @@ class HeadGate(nn.Module):
 
     def __init__(self, size, std):
         super().__init__()
-        self.weight = nn.Parameter(std * torch.randn(size))
-        self.bias = nn.Parameter(torch.zeros(1))
+        self.weight = nn.Parameter(torch.empty(size))
+        self.bias = nn.Parameter(torch.empty(1))
+        self.std = std
+
+    def start(self):
+        nn.init.normal_(self.weight, std=self.std)
+        nn.init.zeros_(self.bias)
 
     def forward(self, x):
         return x * torch.sigmoid((x * self.weight).sum(-1, keepdim=True) + self.bias)
@@ -125,7 +143,11 @@ class MtaAttention(nn.Module):
         self.head_norm = nn.Identity() if config.head_norm == "none" else RMSNorm(2 * HS if self.diff else HS, 1e-5)
         self.head_gate = HeadGate(HS, C**-0.5) if config.head_gate else nn.Identity()
         for name in ("lambda_q1", "lambda_k1", "lambda_q2", "lambda_k2") if self.diff else ():
-            setattr(self, name, nn.Parameter(0.1 * torch.randn(HS)))
+            setattr(self, name, nn.Parameter(torch.empty(HS)))
+
+    def start(self):
+        for vector in self.parameters(recurse=False):  # of diff
+            nn.init.normal_(vector, std=0.1)
 
     def head_outputs(self, q, k, v, padding, start, end):
         """Outputs of queries start..end-1: (B, NH, end - start, HS), of diff (B, NH / 2, end - start, 2 HS). q: queries
@@ -201,11 +223,15 @@ class MtaPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["MtaLayer"]
 
+    @torch.no_grad()
     def _init_weights(self, module):
-        """Matrices start as in the trainers; the other modules know how they start."""
+        """As in the trainers: of a new model, and of what a checkpoint lacks, such as a LLaMA under an MtaConfig, whose
+        tensors have no values at all before."""
         if isinstance(module, (nn.Linear, nn.Embedding)):
             std = module.weight.shape[1] ** -0.5
             nn.init.trunc_normal_(module.weight, std=std, a=-3 * std, b=3 * std)
+        elif hasattr(module, "start"):
+            module.start()
 
 
 def padding_of(mask, length):
