@@ -333,6 +333,23 @@ class Models(Case):
                     elif n.startswith("lambda") or n == "head_gate.weight":
                         self.assertTrue(0.01 < p.std() < 1, n)
 
+    def test_weights_on_disk(self):
+        """Whichever module's weights lie on the disk, or are changed by a hook: the head is called as the others are."""
+        for name in ("mta", "grouped heads, untied"):
+            folder, out = checkpoint(name)
+            want = infer_logits(folder, IDS)
+            for away in ("model.embed_tokens", "model.layers.0", "model.norm"):
+                with self.subTest(name, away=away):
+                    parts = ["model.embed_tokens", "model.norm", *("model.layers.%d" % i for i in range(3)), "lm_head"]
+                    places = {part: "cpu" for part in parts}
+                    places[away] = "disk"
+                    places["lm_head"] = places["model.embed_tokens"]  # one tensor where they are tied
+                    model = load(out, device_map=places, offload_folder=tempfile.mkdtemp(dir=FOLDER.name))
+                    self.close_to(model(torch.tensor([IDS])).logits[0].detach(), want, 3e-5)
+            model = load(out)
+            model.lm_head.register_forward_hook(lambda module, given, logits: logits + 1)
+            self.close_to(model(torch.tensor([IDS])).logits[0].detach(), want + 1, 3e-5)
+
     def test_refused_by_the_model(self):
         model = load(checkpoint("mta")[1])
         x = torch.tensor([IDS[:4]])

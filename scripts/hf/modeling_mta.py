@@ -293,15 +293,13 @@ class MtaModel(MtaPreTrainedModel):
 
 
 class MtaForCausalLM(MtaPreTrainedModel, GenerationMixin):
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # of a model whose configuration ties them
+
     def __init__(self, config):
         super().__init__(config)
         self.model = MtaModel(config)
-        if not config.tie_word_embeddings:
-            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
-
-    def get_output_embeddings(self):
-        return None if self.config.tie_word_embeddings else self.lm_head
 
     def forward(self, input_ids=None, attention_mask=None, past_key_values=None, inputs_embeds=None, labels=None,
                 use_cache=None, output_hidden_states=None, return_dict=None, logits_to_keep=0, cache=None):
@@ -311,8 +309,7 @@ class MtaForCausalLM(MtaPreTrainedModel, GenerationMixin):
         )
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep  # the last, or which
         x = out.last_hidden_state if labels is not None else out.last_hidden_state[:, keep]
-        head = self.model.embed_tokens if self.config.tie_word_embeddings else self.lm_head
-        logits, loss = F.linear(x, head.weight), None
+        logits, loss = self.lm_head(x), None
         if labels is not None:
             loss = F.cross_entropy(wide(logits[:, :-1]).flatten(0, 1), labels[:, 1:].flatten().to(logits.device))
         out = CausalLMOutputWithPast(loss, logits, hidden_states=out.hidden_states, **{CACHE: getattr(out, CACHE)})
