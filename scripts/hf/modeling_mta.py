@@ -21,6 +21,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from .configuration_mta import MtaConfig
 
+# The models whose labels transformers' Trainer shifts under label_smoothing_factor.
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["mta"] = "MtaForCausalLM"
+
 # What transformers calls the cache in a model's output: past_key_values, since 5.2x cache.
 CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 
@@ -294,6 +297,7 @@ class MtaModel(MtaPreTrainedModel):
 
 class MtaForCausalLM(MtaPreTrainedModel, GenerationMixin):
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # of a model whose configuration ties them
+    accepts_loss_kwargs = True  # the Trainer's question for num_items_in_batch
 
     def __init__(self, config):
         super().__init__(config)
@@ -302,8 +306,10 @@ class MtaForCausalLM(MtaPreTrainedModel, GenerationMixin):
         self.post_init()
 
     def forward(self, input_ids=None, attention_mask=None, past_key_values=None, inputs_embeds=None, labels=None,
-                use_cache=None, output_hidden_states=None, return_dict=None, logits_to_keep=0, cache=None):
-        """labels: the ids themselves, -100 where a token is no target; logits at t are of the token t + 1."""
+                use_cache=None, output_hidden_states=None, return_dict=None, logits_to_keep=0, cache=None,
+                num_items_in_batch=None):
+        """labels: the ids themselves, -100 where a token is no target; logits at t are of the token t + 1. The loss is
+        the mean over the targets, or, of a step in several batches, their sum over num_items_in_batch."""
         out = self.model(
             input_ids, attention_mask, past_key_values, inputs_embeds, use_cache, output_hidden_states, True, cache
         )
@@ -311,7 +317,11 @@ class MtaForCausalLM(MtaPreTrainedModel, GenerationMixin):
         x = out.last_hidden_state if labels is not None else out.last_hidden_state[:, keep]
         logits, loss = self.lm_head(x), None
         if labels is not None:
-            loss = F.cross_entropy(wide(logits[:, :-1]).flatten(0, 1), labels[:, 1:].flatten().to(logits.device))
+            how = "mean" if num_items_in_batch is None else "sum"
+            targets = labels[:, 1:].flatten().to(logits.device)
+            loss = F.cross_entropy(wide(logits[:, :-1]).flatten(0, 1), targets, reduction=how)
+            if num_items_in_batch is not None:
+                loss = loss / torch.as_tensor(num_items_in_batch, device=loss.device)
         out = CausalLMOutputWithPast(loss, logits, hidden_states=out.hidden_states, **{CACHE: getattr(out, CACHE)})
         return out if returns_dict(self, return_dict) else out.to_tuple()
 
