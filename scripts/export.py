@@ -31,13 +31,15 @@ sys.path.insert(0, os.path.join(ROOT, "data"))
 from options import Parser  # noqa: E402
 from tokenizer import PATTERNS, UserError, members, need, open_tokenizer, read_ranks  # noqa: E402
 
-# What mta.c writes into the config.json of a model with an attention of its own: LLaMA's keys, then that attention's
-# with what they are where they are absent (mta/config.h).
+# What mta.c writes into the config.json of a model with an attention of its own: LLaMA's keys, then those that
+# transformers adds where it saves such a model again, then that attention's with what they are where they are absent
+# (mta/config.h).
 LLAMA_KEYS = set(
     "architectures model_type vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads "
     "num_key_value_heads head_dim max_position_embeddings hidden_act attention_bias mlp_bias attention_dropout "
     "rope_theta rms_norm_eps tie_word_embeddings rope_scaling bos_token_id eos_token_id tokenizer tokenizer_pattern "
-    "initializer_range torch_dtype use_cache auto_map query_chunk".split()
+    "initializer_range torch_dtype use_cache auto_map query_chunk "
+    "dtype transformers_version rope_parameters pad_token_id pretraining_tp".split()
 )
 ATTENTION = {
     "attention_type": "mta",

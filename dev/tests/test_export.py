@@ -292,6 +292,10 @@ class Models(Case):
             want = model(x[:1]).logits[0]
             self.close_to(infer_logits(saved, IDS[:40]), want, 3e-5)
             self.close_to(load(saved)(x[:1]).logits[0], want, 1e-6)
+            run(sys.executable, EXPORT, saved, saved + "_bf16", "--bf16")
+            again = load(saved + "_bf16", dtype="auto")
+            self.assertEqual(again.dtype, torch.bfloat16)
+            self.close_to(again(x[:1]).logits[0].float(), want, 0.1)
             request = json.dumps({"context_ids": IDS[:39], "continuation_ids": IDS[39:40]})
             answer = run(TRAINER, "--init-from", saved, "--score", "-", input=request).stdout
             self.assertAlmostEqual(json.loads(answer)["logprob"], want[38].log_softmax(-1)[IDS[39]].item(), delta=1e-3)
