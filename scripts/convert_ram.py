@@ -57,6 +57,15 @@ TRITON_NAMES = {
     "wpsm_triton.weight": "wpsm.weight",
     "wposm_triton.weight": "wposm.weight",
 }
+# Keys of params.json that say nothing of a model's mathematics, or what its tensors and to_ours say; another one that
+# is set is refused.
+KNOWN_KEYS = set(
+    "dim n_layers head_dim n_heads n_kv_heads ffn_dim_multiplier multiple_of norm_eps rope_theta init_base_std "
+    "init_std_factor max_seqlen cache_attention_maps dropout triton seed vocab_size weight_tying sliding_window mta "
+    "use_mta query_kernel_size key_kernel_size pad_key mta_layers after_sm_query_kernel_size after_sm_key_kernel_size "
+    "init_method head_kernel_size group_norm layer_norm_rescale curse_norm pre_sm_linear_head post_sm_linear_head "
+    "add_gating gate_1d".split()
+)
 DTYPES = {"f32": "F32", "bf16": "BF16", "f16": "F16"}
 
 
@@ -87,6 +96,9 @@ def to_ours(state, params):
         or mta.get("pad_key", "both") != "both"
     ):
         raise UserError("params.json: curse_norm, gate_1d false and pad_key other than both have no counterpart here")
+    unknown = [key for part in (params, mta) for key in part if key not in KNOWN_KEYS and part[key]]
+    if unknown:
+        raise UserError("params.json: what the key %s does is not known here" % unknown[0])
     if params.get("sliding_window"):
         raise UserError("params.json: sliding_window has no counterpart here: attention sees all positions")
     heads = params.get("n_heads") or params["dim"] // params["head_dim"]

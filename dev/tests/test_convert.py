@@ -204,6 +204,11 @@ class Convert(unittest.TestCase):
     def test_refuses_what_has_no_counterpart(self):
         with self.assertRaisesRegex(convert_ram.UserError, "sliding_window"):
             convert_ram.to_ours({}, {"dim": 32, "n_heads": 4, "sliding_window": 512})
+        for more in ({"use_scaled_rope": True}, {"mta": {"pad_query": "left"}}):  # the first is of Llama 3.1's own files
+            with self.assertRaisesRegex(convert_ram.UserError, "key (use_scaled_rope|pad_query)"):
+                convert_ram.to_ours(their_state({}, 1), dict({"dim": 32, "n_heads": 4, "weight_tying": True}, **more))
+        model = {"dim": 32, "n_heads": 4, "weight_tying": True, "use_scaled_rope": False}
+        self.assertEqual(convert_ram.to_ours(their_state({}, 1), model)[1]["model_type"], "llama")
         for bad in ({"curse_norm": True}, {"pad_key": "left"}, {"add_gating": True, "gate_1d": False}):
             with self.assertRaises(convert_ram.UserError):
                 convert_ram.to_ours({}, {"dim": 32, "n_heads": 4, "mta": bad})
