@@ -204,7 +204,7 @@ class Convert(unittest.TestCase):
     def test_refuses_what_has_no_counterpart(self):
         with self.assertRaisesRegex(convert_ram.UserError, "sliding_window"):
             convert_ram.to_ours({}, {"dim": 32, "n_heads": 4, "sliding_window": 512})
-        for more in ({"use_scaled_rope": True}, {"mta": {"pad_query": "left"}}):  # the first is of Llama 3.1's own files
+        for more in ({"use_scaled_rope": True}, {"mta": {"pad_query": "left"}}):  # the first is Llama 3.1's own
             with self.assertRaisesRegex(convert_ram.UserError, "key (use_scaled_rope|pad_query)"):
                 convert_ram.to_ours(their_state({}, 1), dict({"dim": 32, "n_heads": 4, "weight_tying": True}, **more))
         model = {"dim": 32, "n_heads": 4, "weight_tying": True, "use_scaled_rope": False}

@@ -320,7 +320,8 @@ class Models(Case):
                     arguments = transformers.TrainingArguments(
                         os.path.join(FOLDER.name, "trainer"), use_cpu=True, report_to=[], max_steps=1,
                         per_device_train_batch_size=1, gradient_accumulation_steps=2, learning_rate=0.0,
-                        label_smoothing_factor=smooth, disable_tqdm=True, save_strategy="no", dataloader_pin_memory=False,
+                        label_smoothing_factor=smooth, disable_tqdm=True, save_strategy="no",
+                        dataloader_pin_memory=False,
                     )
                     trainer = trainer_of(model=model.train(), args=arguments, train_dataset=rows)
                     batch = {k: torch.tensor([row[k] for row in rows]) for k in rows[0]}
@@ -369,7 +370,7 @@ class Models(Case):
                         self.assertTrue(0.01 < p.std() < 1, n)
 
     def test_weights_on_disk(self):
-        """Whichever module's weights lie on the disk, or are changed by a hook: the head is called as the others are."""
+        """Whichever module's weights lie on the disk, or a hook changes: the head is called as the others are."""
         for name in ("mta", "grouped heads, untied"):
             folder, out = checkpoint(name)
             want = infer_logits(folder, IDS)
