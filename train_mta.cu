@@ -84,6 +84,7 @@ static inline int round_up(int n, int to) { return (n + to - 1) / to * to; }
 typedef struct {
     cudaStream_t stream;
     cublasHandle_t blas;
+    size_t graph_bytes;  // that the graphs of its passes take of the GPU's memory
 } Cuda;
 
 enum { EXIT_CUDA = 70 };  // a CUDA call failed that should not have; a missing GPU or too little memory is exit 1
@@ -3781,25 +3782,42 @@ static bool cudnn_plans(AttentionCudnn* c, const Attention* a, int B, bool pairs
 
 typedef struct {
     int calls;
-    cudaGraphExec_t graph;
+    cudaGraphExec_t graph;  // NULL: not yet, or it would be too large
 } Replay;
 
-// Runs pass(), which launches and never waits, with the same arguments at every call: directly at the first call, when
-// kernels are loaded and cuBLAS chooses; the second call captures it, and from then on it is replayed.
-template <typename Pass> static void replay(Replay* r, const Pass& pass, Cuda* g) {
-    if (r->calls++ == 0) {
-        pass();
-        return;
-    }
-    if (!r->graph) {
-        cudaGraph_t graph = NULL;
-        cudaCheck(cudaStreamBeginCapture(g->stream, cudaStreamCaptureModeThreadLocal));
-        pass();
-        cudaCheck(cudaStreamEndCapture(g->stream, &graph));
+// What no plan of memory counts: 10 KiB of the GPU's for each node, as NVIDIA says of kernels (CCCL, pull request
+// 3768). All graphs together may take GRAPHS_MIB of what memory_check leaves free. Attention in chunks goes beyond it:
+// 32 sequences of 4096 tokens of 880m `mta-full` are 75,000 nodes, 740 MiB. Each of them works for so long that the
+// launch of the next is hidden anyway.
+#if !defined(GRAPH_NODE)
+#define GRAPH_NODE (10 << 10)
+#endif
+enum { GRAPHS_MIB = 256 };
+
+template <typename Pass> static void replay_capture(Replay* r, const Pass& pass, Cuda* g) {
+    cudaGraph_t graph = NULL;
+    size_t nodes = 0;
+    cudaCheck(cudaStreamBeginCapture(g->stream, cudaStreamCaptureModeThreadLocal));
+    pass();
+    cudaCheck(cudaStreamEndCapture(g->stream, &graph));
+    cudaCheck(cudaGraphGetNodes(graph, NULL, &nodes));
+    if (g->graph_bytes + nodes * GRAPH_NODE <= (size_t)GRAPHS_MIB << 20) {
         cudaCheck(cudaGraphInstantiate(&r->graph, graph, 0));
-        cudaCheck(cudaGraphDestroy(graph));
+        g->graph_bytes += nodes * GRAPH_NODE;
     }
-    cudaCheck(cudaGraphLaunch(r->graph, g->stream));
+    cudaCheck(cudaGraphDestroy(graph));
+}
+
+// Runs pass(), which launches and never waits, with the same arguments at every call: directly at the first call, when
+// kernels are loaded and cuBLAS chooses; the second call captures it, and from then on it is replayed; directly again
+// where its graph would be too large.
+template <typename Pass> static void replay(Replay* r, const Pass& pass, Cuda* g) {
+    if (r->calls++ == 1) { replay_capture(r, pass, g); }
+    if (r->graph) {
+        cudaCheck(cudaGraphLaunch(r->graph, g->stream));
+    } else {
+        pass();
+    }
 }
 
 // =====================================================================================================================
@@ -4214,7 +4232,7 @@ static bool shared_check(const Config* c, size_t shared, Error* e) {
 
 static void model_free(Model* m);
 static void gradients_add(void* stream, void* sum, const void* more, size_t n);
-enum { MEMORY_RESERVE_MIB = 512 };  // for the code of kernels and of cuBLAS, graphs and fragmentation
+enum { MEMORY_RESERVE_MIB = 512 };  // for graphs (GRAPHS_MIB), the code of kernels and of cuBLAS, and fragmentation
 
 // Refuses a model that does not fit into what is free of the GPU's memory.
 static bool memory_check(const Config* c, const ModelShape* x, Error* e) {
@@ -4793,20 +4811,28 @@ static StepResult train_step(Model* m, const Step* s) {
 // =====================================================================================================================
 // What the plan must know of this machine
 
-// Dense operations a second of the device's tensor cores in bf16 (fp32: of its CUDA cores) by the vendor's data sheet;
-// 0 = not known, no MFU.
-static double matmul_rate(const cudaDeviceProp* device) {
-#if defined(CUDA_CPU)
-    (void)device;
-    return 0;
-#else
-    switch (device->major * 10 + device->minor) {
-        case 80: return EXACT ? 19.5e12 : 312e12;  // A100
-        case 90: return EXACT ? 67e12 : 989e12;    // H100, H200
-        case 100: return EXACT ? 75e12 : 2250e12;  // B200
-        default: return 0;
+// Dense operations a second of a GPU's tensor cores in bf16 (fp32: of its CUDA cores) by the vendor's data sheet; 0 =
+// not known, no MFU. GPUs of one architecture differ in their multiprocessors (an H20 has 78, a part of a GPU has
+// fewer), those named NVL in their clocks; the emulator is none.
+static double card_rate(int capability, int multiprocessors, const char* name) {
+    static const struct Card {
+        int capability, multiprocessors;
+        const char* word;  // of its name
+        double bf16, fp32;
+    } cards[] = {{80, 108, "NVIDIA", 312e12, 19.5e12},   // A100
+                 {90, 132, "NVL", 835e12, 60e12},        // H100 NVL, H200 NVL
+                 {90, 132, "NVIDIA", 989e12, 67e12},     // H100 SXM, H200 SXM
+                 {90, 114, "NVIDIA", 756e12, 51e12},     // H100 PCIe
+                 {100, 148, "NVIDIA", 2250e12, 75e12}};  // B200
+    for (const Card& c : cards) {
+        if (c.capability == capability && c.multiprocessors == multiprocessors && strstr(name, c.word)) {
+            return EXACT ? c.fp32 : c.bf16;
+        }
     }
-#endif
+    return 0;
+}
+static double matmul_rate(const cudaDeviceProp* device) {
+    return card_rate(device->major * 10 + device->minor, device_multiprocessors(), device->name);
 }
 
 static Recompute recompute_of(const char* name) {

@@ -62,6 +62,8 @@ trap finish EXIT
 trap 'jobs -rp | xargs -r kill; fail "interrupted"; exit 1' INT TERM
 commit=$(git rev-parse --short HEAD 2> /dev/null || echo unknown)
 row "gpu     $gpu; $(nvcc --version | grep -oE 'release [0-9.]+'); $arch; commit $commit"
+exclusive=$(nvidia-smi --query-gpu=compute_mode --format=csv,noheader 2> /dev/null | grep -m 1 Exclusive)
+if [ -n "$exclusive" ]; then row "note    compute mode $exclusive: the tests run one after another"; fi
 gpus=$(nvidia-smi -L 2> /dev/null | grep -c '^GPU')
 if [ "$gpus" -gt 1 ]; then row "note    $gpus GPUs here: scripts/ranks_check.sh compares all of them with one"; fi
 
@@ -77,22 +79,30 @@ start() {
     timeout -k 3 "$seconds" "$@" > "$log" 2>&1 < /dev/null &
     job=$!
 }
-# ended JOB: its exit status; 124: out of time. A signal ends the wait at once, not when the step is over.
+# ended JOB: its exit status; 124: out of time. A signal ends the wait at once, not when the step is over. A process that
+# hangs inside of the driver cannot be killed: it is left behind, five seconds after the deadline.
 ended() {
+    local status
+    while kill -0 "$1" 2> /dev/null; do
+        [ "$(left)" -gt -5 ] || return 124
+        sleep 0.1
+    done
     wait "$1"
-    local status=$?
+    status=$?
     if [ $status -eq 137 ]; then status=124; fi
     return $status
 }
 run() { start "$@" && ended "$job"; }
 
-# begin REPORT NAME SECONDS COMMAND...: a step of the tests, beside those begun before it; collect: waits for all, and
+# begin REPORT NAME SECONDS COMMAND...: a step of the tests, beside those begun before it, or alone where the GPU takes
+# one process at a time, as the administrators of clusters set it (compute mode); collect: waits for all, and
 # reports each by `REPORT STATUS NAME SECONDS LOG`, in the order in which they were begun.
 steps=()
 begin() {
     local log=build/log/gpu_${2//[^A-Za-z0-9_]/_}.log pid=0
     if start "$3" "$log" "${@:4}"; then pid=$job; fi
     steps+=("$pid $1 $3 $log $2")
+    if [ -n "$exclusive" ]; then collect; fi
 }
 collect() {
     local step pid report seconds log name status

@@ -6,9 +6,9 @@
 // stream keeps its work in a graph, and what may not be called meanwhile breaks the capture. The
 // environment pretends other machines: CUDA_CPU_DEVICES=N (0: no GPU, default 1), CUDA_CPU_DRIVER=old,
 // CUDA_CPU_MEMORY_MIB=N, CUDA_CPU_CAPABILITY=75, CUDA_CPU_SHARED_KIB=N (shared memory of a block at most),
-// CUDA_CPU_IMAGE=none or =invalid (no code for the device: the two answers of a runtime); and failures:
-// CUDA_CPU_FAIL=NAME:N, the N-th call of a function, the N-th launch of a kernel, or with launch:N the N-th of any.
-// CUDA_CPU_HANG=NAME:N: that launch, or that cudaMemcpyAsync, never ends.
+// CUDA_CPU_GRAPH_NODE=N (bytes that a graph's node takes), CUDA_CPU_IMAGE=none or =invalid (no code for the device: the
+// two answers of a runtime); and failures: CUDA_CPU_FAIL=NAME:N, the N-th call of a function, the N-th launch of a
+// kernel, or with launch:N the N-th of any. CUDA_CPU_HANG=NAME:N: that launch, or that cudaMemcpyAsync, never ends.
 #ifndef CUDA_CPU_RUNTIME_H
 #define CUDA_CPU_RUNTIME_H
 #include "cuda_cpu.h"
@@ -123,6 +123,8 @@ inline size_t memory_total() {
     const char* mib = getenv("CUDA_CPU_MEMORY_MIB");
     return (mib ? (size_t)atoll(mib) : (size_t)8192) << 20;
 }
+// What an executable graph takes of the device's memory
+inline size_t graph_bytes(const Graph& g) { return g.size() * (size_t)size_setting("CUDA_CPU_GRAPH_NODE", 10 << 10); }
 inline int shared_most() {
     const char* kib = getenv("CUDA_CPU_SHARED_KIB");
     return kib ? atoi(kib) << 10 : (int)MAX_SHARED;
@@ -546,8 +548,15 @@ static inline cudaError_t cudaStreamEndCapture(cudaStream_t s, cudaGraph_t* g) {
     *g = NULL;
     return cuda_cpu::set_error(cudaErrorStreamCaptureInvalidated);
 }
+static inline cudaError_t cudaGraphGetNodes(cudaGraph_t g, void*, size_t* n) {
+    *n = g->size();
+    return cudaSuccess;
+}
 static inline cudaError_t cudaGraphInstantiate(cudaGraphExec_t* e, cudaGraph_t g, unsigned long long = 0) {
     CUDA_CPU_WAITS();
+    size_t n = cuda_cpu::graph_bytes(*g);
+    if (cuda_cpu::allocated + n > cuda_cpu::memory_total()) { return cuda_cpu::set_error(cudaErrorMemoryAllocation); }
+    cuda_cpu::allocated += n;
     *e = new cuda_cpu::Graph(*g);
     return cudaSuccess;
 }
@@ -561,6 +570,7 @@ static inline cudaError_t cudaGraphDestroy(cudaGraph_t g) {
     return cudaSuccess;
 }
 static inline cudaError_t cudaGraphExecDestroy(cudaGraphExec_t e) {
+    cuda_cpu::allocated -= cuda_cpu::graph_bytes(*e);
     delete e;
     return cudaSuccess;
 }

@@ -1135,6 +1135,12 @@ static void test_update(Test* t, const int* s) {
     model_free(m);
 }
 
+// What the vendor's data sheets say of a GPU, in TFLOP/s; nothing of one that is none of theirs
+static void test_card_rate(Test* t, const int* s) {
+    double rate = card_rate(s[0], s[1], s[2] ? "NVIDIA H200 NVL" : "NVIDIA H200");
+    expect(t, "rate", {rate * 1e-12}, {(double)s[EXACT ? 4 : 3]}, FLOAT);
+}
+
 // =====================================================================================================================
 // The list of tests
 
@@ -1389,6 +1395,17 @@ static std::vector<Operation> operations(void) {
          "HS clip step shards",
          test_update,
          {{8, 1, 1, 1}, {6, 0, 3, 1}, {250, 1, 2, 1}, {8, 1, 1, 2}, {250, 1, 2, 4}},
+         {}},
+        {"card_rate",
+         "",
+         "capability multiprocessors NVL bf16 fp32",
+         test_card_rate,
+         {{90, 132, 0, 989, 67},
+          {90, 132, 1, 835, 60},
+          {90, 114, 0, 756, 51},
+          {90, 78, 0, 0, 0},
+          {80, 56, 0, 0, 0},
+          {89, 128, 0, 0, 0}},
          {}},
     };
 #if !defined(PRECISION_FP32)
