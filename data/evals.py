@@ -3,7 +3,7 @@
 file: tiktoken.
 
     evals.py lambada lambada_test.jsonl --out lambada.jsonl            last word of a passage
-    evals.py choice hellaswag_val.jsonl --out hellaswag.jsonl          multiple choice, any number of choices
+    evals.py choice hellaswag_val.jsonl --out hellaswag.jsonl          multiple choice, 2 choices or more
     evals.py needle --text BOOK.txt --out needle.jsonl                 needles in a haystack, generated
     evals.py babilong --text BOOK.txt --out babilong.jsonl             BabiLong-style QA1 to QA5, generated
     infer_mta CHECKPOINT --score lambada.jsonl > lambada.scores        on the CPU, or on the trainer's device:
@@ -211,6 +211,8 @@ def convert(args):
             name = "lambada" if args.command == "lambada" else args.format
             name = format_of(record) if name == "auto" else name
             pairs, gold = FORMATS[name][1](record)
+            if len(pairs) < 2 and name != "lambada":
+                raise ValueError("%d choices, wanted at least 2" % len(pairs))
             if labels is not None:
                 gold = labels[i]
             if len(pairs) > 1:

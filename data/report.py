@@ -68,8 +68,9 @@ def choice_of(request):
 
 def score_item(answers):
     """One question: [(request, score)] of its choices in order -> the numbers that are averaged."""
-    gold = answers[0][0].get("gold", 0)
-    if [r.get("choice", 0) for r, _ in answers] != list(range(len(answers))) or gold not in range(len(answers)):
+    gold = answers[0][0].get("gold", 0 if len(answers) == 1 else None)
+    known = type(gold) is int and gold in range(len(answers)) and all(r.get("gold", gold) == gold for r, _ in answers)
+    if [r.get("choice", 0) for r, _ in answers] != list(range(len(answers))) or not known:
         raise UserError("item %s: its choices are not whole, or none of them is gold" % answers[0][0]["item"])
     request, score = answers[gold]
     result = {
@@ -110,10 +111,11 @@ def mean_of(items):
 
 class Model:
     """items: [(task, {setting: number}, numbers of the question)]. validation: {set: its event in the log}. asked:
-    {(checksum of a question, its item): its file}. questions: {(task, its settings): checksums}."""
+    {(checksum of a question, its item): its file}. questions: {(task, its settings): checksums}. kinds:
+    {task: what kind_of says}."""
 
     def __init__(self, name):
-        self.name, self.items, self.validation, self.asked, self.questions = name, [], {}, {}, {}
+        self.name, self.items, self.validation, self.asked, self.questions, self.kinds = name, [], {}, {}, {}, {}
 
     def add(self, requests_path, scores_path):
         requests = read_lines(requests_path, ("continuation", "task", "item"))
@@ -134,7 +136,12 @@ class Model:
             if not all(type(v) in (int, float) for v in settings.values()):
                 raise UserError("%s: item %s: its settings are no numbers: %s" % (requests_path, first["item"],
                                                                                   settings))
-            self.items.append((first["task"], settings, score_item(answers)))
+            numbers = score_item(answers)
+            kind = kind_of(settings, numbers)
+            if kind != self.kinds.setdefault(first["task"], kind):
+                raise UserError("%s: item %s: task %s has questions with choices and without, or of other settings" %
+                                (requests_path, first["item"], first["task"]))
+            self.items.append((first["task"], settings, numbers))
             asked = [{k: v for k, v in request.items() if k != "item"} for request, _ in answers]
             question = hashlib.sha256(repr(asked).encode("utf-8", "replace")).digest()
             before = self.asked.setdefault((question, first["item"]), requests_path)

@@ -137,13 +137,9 @@ class Formats(Case):
         mmlu = {"question": " Q? ", "subject": "high_school_physics", "choices": ["3", "4", "5", "7"], "answer": "C"}
         for record, context, continuation, gold in (
             ({"question_stem": "The sun is", "choices": choices, "answerKey": " B"}, "The sun is", " b", 1),
-            (
-                {"id": "7-9", "question": {"stem": "The sun", "choices": [{"text": "b", "label": "A"}]},
-                 "answerKey": "A"},
-                "The sun",
-                " b",
-                None,
-            ),
+            ({"id": "7-9", "answerKey": "B",
+              "question": {"stem": "The sun", "choices": [{"text": t, "label": t.upper()} for t in "ab"]}},
+             "The sun", " b", 1),
             ({"passage": "P", "question": "is it?", "label": 0}, "P\nQuestion: is it??\nAnswer:", " yes", 0),
             ({"context": "C.", "question": "q?", "answerA": "a", "answerB": "b", "answerC": "c", "label": "1"},
              "Q: C. q?\nA:", " c", 0),
@@ -180,7 +176,9 @@ class Formats(Case):
             dict(good, gold=1.7), dict(mmlu, answer=2.5), dict(mmlu, choices=["a", None, "c", "d"]),
             dict(piqa, sol2=""), {"sentence": "The _ is x.", "option1": "a", "option2": "b", "answer": 1.5},
             {"context": "c", "question": "q", "answerA": "a", "answerB": "b", "answerC": "c", "label": 2.5},
-            dict(good, choices=[]), dict(good, choices={"text": ["a", "b"], "label": ["A", "B"]}),
+            dict(good, choices=[]), dict(good, choices=["a"], gold=0),
+            dict(activity_label="A", ctx_a="a", ctx_b="b", endings=[], label=0),
+            dict(good, choices={"text": ["a", "b"], "label": ["A", "B"]}),
             dict(good, context="\ud800"), dict(good, choices=["1", "0"], gold="1"), dict(good, gold="0_1"),
             '{"context": "c", "choices": ["a", "b"], "gold": 0, "x": ' + "[" * 5000 + "]" * 5000 + "}",
         ]  # fmt: skip
@@ -442,8 +440,15 @@ class Report(Case):
         part = self.write("part.jsonl", [{"continuation": "y", "task": "t", "item": i} for i in (0, 1)])
         run("report", requests, two, part, two, "--json", self.path("j"))
         self.assertEqual(self.read_all("j")["t"]["questions"], 4)
-        for half in (whole[:1] * 2, [dict(r, gold=2) for r in whole]):
+        without = [{k: v for k, v in r.items() if k != "gold"} for r in whole]
+        for half in (whole[:1] * 2, [dict(r, gold=2) for r in whole], [dict(r, gold=1.0) for r in whole], without,
+                     [dict(r, gold=r["choice"]) for r in whole]):
             self.assertIn("not whole", run("report", self.write("h.jsonl", half), two, status=1))
+        three = self.write("s4.jsonl", [{"logprob": -1.0, "tokens": 1, "greedy": True}] * 3)
+        alone = {"continuation": "x", "task": "t", "item": 1}
+        for mixed in ([alone] + whole, whole + [alone]):
+            self.assertIn("task t has questions with choices and without",
+                          run("report", self.write("m.jsonl", mixed), three, status=1))
 
     def evaluation(self, name, right, losses):
         """A folder as scripts/evaluate.sh leaves it: needles of which the share right[needles, length, depth] of 10 is
