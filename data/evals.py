@@ -214,7 +214,9 @@ def convert(args):
             if len(pairs) < 2 and name != "lambada":
                 raise ValueError("%d choices, wanted at least 2" % len(pairs))
             if labels is not None:
-                gold = labels[i]
+                own, gold = gold, labels[i]
+                if WHOLE.fullmatch(str(own)) and int(own) in range(len(pairs)) and int(own) != gold:
+                    raise ValueError("choice %s is right by itself, %d by --labels, counted from 0" % (own, gold))
             if len(pairs) > 1:
                 gold = whole(gold) if gold not in (None, "") else None
                 if gold is None or not 0 <= gold < len(pairs):

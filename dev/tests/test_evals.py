@@ -104,6 +104,11 @@ class Formats(Case):
             [(g["context"], g["continuation"], g["gold"]) for g in got],
             [("Question: G\nAnswer:", " s", 1), ("Question: G\nAnswer:", " t", 1)],
         )
+        for label, out in ((1, 2), (-1, 2), ("", 2), (0, 0)):  # one of its own that is another
+            own = self.write("own.jsonl", [{"goal": "G", "sol1": "s", "sol2": "t", "label": label}])
+            shown = run("choice", own, "--out", self.path("o"), "--labels", labels, status=0 if out else 1)
+            self.assertIn("%d requests" % out, shown)
+        self.assertIn("own.jsonl:1: choice 0 is right by itself, 1 by --labels", shown)
 
         for label in ("1_0", "\u0661", "1.0"):
             with open(labels, "w") as f:
