@@ -319,7 +319,7 @@ def download(args):
             "%s: no .jsonl, .jsonl.zst, .jsonl.gz or .parquet file in a folder of this data set" % args.repo
         )
     files = chosen_files(entries, args.max_files, args.max_bytes)
-    total, done, new, failed, shown = sum(size for _, size, _ in files), 0, 0, [], time.time()
+    total, done, new, failed, shown = sum(size for _, size, _ in files), 0, 0, [], time.monotonic()
     pool = ThreadPoolExecutor(max(1, args.connections))
     try:
         jobs = {pool.submit(fetch, hub, args, *entry): entry for entry in files}
@@ -329,8 +329,8 @@ def download(args):
                 done += jobs[job][1]
             except UserError as e:
                 failed.append(str(e))
-            if time.time() - shown > (1 if sys.stderr.isatty() else 30):
-                shown = time.time()
+            if time.monotonic() - shown > (1 if sys.stderr.isatty() else 30):
+                shown = time.monotonic()
                 print("%.1f of %.1f GB" % (done / 1e9, total / 1e9), file=sys.stderr,
                       end="\r" if sys.stderr.isatty() else "\n")
     except KeyboardInterrupt:
@@ -520,6 +520,8 @@ def compressed_chunks(f, kind, tell):
             try:
                 out = stream.decompress(data)
             except error as e:
+                if "Allocation error" in str(e):  # zstd's word where it has no memory for the window
+                    raise MemoryError(str(e))
                 raise BadDocument(BROKEN_OFF, "%s: %s" % (name, e))
             data = b""
             if stream.eof:
@@ -633,6 +635,12 @@ def line_tasks(index, entry, at, tell):
         yield ("lines", path, split, line, b"".join(parts)), end
 
 
+def fault_of_machine(e):
+    """Is an exception of pyarrow's about memory, a disk or a network, and not about what a file holds? Then no document
+    is to be left out for it. Its own errors about contents carry no number of the system's."""
+    return isinstance(e, MemoryError) or (isinstance(e, OSError) and e.errno is not None)
+
+
 def parquet_tasks(index, entry, at):
     path, split = entry["path"], entry.get("split")
     parquet = need("pyarrow.parquet")
@@ -640,6 +648,8 @@ def parquet_tasks(index, entry, at):
         with parquet.ParquetFile(path) as f:
             groups, rows = f.num_row_groups, f.metadata.num_rows
     except Exception as e:
+        if fault_of_machine(e):
+            raise
         with open(path, "rb") as f:
             head = f.read(64)
         what = (
@@ -746,6 +756,8 @@ def entry_tasks(index, entry, at, tell, whole):
             yield from line_tasks(index, entry, at, tell)
     except OSError as e:
         raise UserError("%s: %s" % (entry["path"], e.strerror))
+    except MemoryError as e:
+        raise UserError("%s: out of memory%s" % (entry["path"], ": %s" % e if str(e) else ""))
 
 
 def read_tasks(plan, at, tell, whole, full):

@@ -191,25 +191,27 @@ class Worker:
         bad = None
         try:
             with parquet.ParquetFile(path) as f:
-                first = sum(f.metadata.row_group(i).num_rows for i in range(group))
+                number = sum(f.metadata.row_group(i).num_rows for i in range(group))
                 names = f.schema_arrow.names
                 columns = sorted({w if w in names else w.split(".")[0] for w in wanted} & set(names))
                 twice = [name for name in columns if names.count(name) > 1]
                 if twice:
                     bad = "ambiguous field", "the column %s occurs twice" % twice[0]
-                else:
-                    rows = f.read_row_group(group, columns=columns).to_pylist()
+                # not the whole group at once, which takes more memory, and pyarrow reads no 2 GiB of a nested column
+                for batch in () if bad else f.iter_batches(4096, row_groups=[group], columns=columns):
+                    for number, row in enumerate(batch.to_pylist(), number + 1):
+                        yield number, lambda: self.fields(row)
         except Exception as e:
-            bad = inputs.BROKEN_OFF, "parquet row group %d: %s" % (group, str(e).split("\n")[0])
+            why = "parquet row group %d: %s" % (group, str(e).split("\n")[0] or "out of memory")
+            if inputs.fault_of_machine(e):
+                raise UserError("%s: %s" % (path, why))
+            bad = inputs.BROKEN_OFF, why
         if bad:
 
             def fail():
                 raise BadDocument(*bad)
 
             yield 0, fail
-            return
-        for number, row in enumerate(rows, first + 1):
-            yield number, lambda: self.fields(row)
 
     def text(self, path, split, where, data):
         """A text, or a segment of one."""
@@ -253,20 +255,32 @@ def worker_run(task):
     return worker.run(task)
 
 
+def start_workers(job, workers):
+    """A pool of worker processes; None, with a line, where the system has none, as a container without /dev/shm."""
+    try:
+        from concurrent.futures import ProcessPoolExecutor
+        import multiprocessing
+
+        return ProcessPoolExecutor(
+            workers, mp_context=multiprocessing.get_context("spawn"), initializer=worker_start,
+            initargs=(job, os.getpid()),
+        )
+    except (OSError, ImportError, NotImplementedError) as e:  # no semaphores
+        text = "no worker processes here, this one does all: %s (they need a /dev/shm that can be written)"
+        print(text % (getattr(e, "strerror", None) or e), file=sys.stderr)
+        return None
+
+
 def results(tasks, job, workers):
     """Tasks' results in the order of the tasks, by `workers` processes (in this one, if 1)."""
-    if workers <= 1:
+    pool = start_workers(job, workers) if workers > 1 else None
+    if not pool:
         here = Worker(job)
         for task, at in tasks:
             yield task, here.run(task), at
         return
-    from concurrent.futures import ProcessPoolExecutor
     from concurrent.futures.process import BrokenProcessPool
-    import multiprocessing
 
-    pool = ProcessPoolExecutor(
-        workers, mp_context=multiprocessing.get_context("spawn"), initializer=worker_start, initargs=(job, os.getpid())
-    )
     waiting = collections.deque()
     try:
         for task, at in tasks:
@@ -656,14 +670,14 @@ class Progress:
     """One line, rewritten on a terminal, once in half a minute elsewhere."""
 
     def __init__(self, total, done):
-        self.total, self.first, self.start, self.last = total, done, time.time(), 0.0
+        self.total, self.first, self.start, self.last = total, done, time.monotonic(), 0.0
         self.terminal = sys.stderr.isatty()
         self.documents = self.text_bytes = 0
 
     def add(self, documents, text_bytes, read, force=False):
         self.documents += documents
         self.text_bytes += text_bytes
-        now = time.time()
+        now = time.monotonic()
         if not force and now - max(self.last, 0 if self.terminal else self.start) < (0.2 if self.terminal else 30):
             return
         self.last = now
@@ -834,7 +848,7 @@ def tokenise(args, p):
     def tell(n):
         read[0] = n
 
-    progress, saved, shown = Progress(total, read[0]), time.time(), 0
+    progress, saved, shown = Progress(total, read[0]), time.monotonic(), 0
     tasks = inputs.read_tasks(p.plan, p.state["at"], tell, p.job["tokenizer"] == "toy", p.full)
     whole = True  # the state fits what is written: not so while a task's results are being added
     try:
@@ -858,9 +872,9 @@ def tokenise(args, p):
             p.state["at"] = at
             whole = True
             progress.add(sum(len(s[2]) for s in sets.values()), sum(s[3] for s in sets.values()), read[0])
-            if time.time() - saved >= args.save_seconds:
+            if time.monotonic() - saved >= args.save_seconds:
                 p.commit()
-                saved = time.time()
+                saved = time.monotonic()
     except BaseException:
         if whole:
             p.commit()  # whatever stops us: the next run goes on from here

@@ -91,6 +91,8 @@ def sync_folder(path):
         fd = os.open(path or ".", os.O_RDONLY)
     except OSError as e:
         if e.errno in NO_SYNC:
+    except MemoryError:
+        status = "%s: out of memory" % name
             return
         raise
     try:

@@ -19,6 +19,7 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import shutil
 import signal
 import struct
@@ -487,6 +488,63 @@ class Bad(Case):
         self.assertIn(
             "truncated or damaged", run("text", self.write("y.parquet", data[:-20]), "--out", self.path("p"), status=1)
         )
+
+    @unittest.skipUnless(pyarrow, "needs pyarrow")
+    def test_a_machine_without_memory_or_disk_is_no_damaged_parquet(self):
+        """Its rows were left out as those of a truncated file, and the status was 0."""
+        pyarrow.parquet.write_table(pyarrow.table({"text": ["abc", "def"]}), self.path("x.parquet"))
+        self.write("y.jsonl", '{"text": "hello"}\n' * 3)
+        for i, error in enumerate((pyarrow.ArrowMemoryError("malloc of size 1 failed"), OSError(5, "I/O error"))):
+            for method in ("__init__", "iter_batches", "read_row_group"):
+                with unittest.mock.patch.object(pyarrow.parquet.ParquetFile, method, side_effect=error):
+                    status = 0 if method == "read_row_group" else 1  # which reads all at once
+                    shown = run("text", self.path("x.parquet"), self.path("y.jsonl"), "--out",
+                                self.path("o%s%d" % (method, i)), status=status)
+                self.assertNotIn("truncated", shown)
+                if status:
+                    self.assertRegex(shown, r"(?m)^prepare\.py: .*x\.parquet: .*(malloc of size 1 failed|I/O error)$")
+
+    @unittest.skipUnless(zstandard, "needs zstandard")
+    def test_a_machine_without_memory_is_no_damaged_zst(self):
+        path = self.write("a.jsonl.zst", zstandard.ZstdCompressor().compress(b'{"text": "hello"}\n' * 9))
+        error = zstandard.ZstdError("zstd decompress error: Allocation error : not enough memory")
+        with unittest.mock.patch("zstandard.ZstdDecompressor") as decompressor:
+            decompressor.return_value.decompressobj.return_value.decompress.side_effect = error
+            shown = run("text", path, "--out", self.path("o"), status=1)
+        self.assertIn("a.jsonl.zst: out of memory: zstd", shown)
+
+    @unittest.skipUnless(pyarrow, "needs pyarrow")
+    def test_rows_are_counted_over_batches_and_groups(self):
+        rows = [{"text": "abc", "meta": {"text": "def"}}] * 9000
+        for i in (4095, 4096, 8999):
+            rows[i] = {"text": "", "meta": None}
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), self.path("x.parquet"), row_group_size=5000)
+        for field, kind in (("text", "empty document"), ("meta.text", "missing field")):
+            run("text", self.path("x.parquet"), "--text-field", field, "--out", self.path(field))
+            with open(self.path(field, "text.bad.jsonl")) as f:
+                bad = [json.loads(line) for line in f]
+            self.assertEqual([(b["line"], b["kind"]) for b in bad], [(n, kind) for n in (4096, 4097, 9000)])
+
+    def test_a_program_without_memory_says_so(self):
+        with unittest.mock.patch("inputs.expand_inputs", side_effect=MemoryError):
+            shown = run("text", self.write("a.txt", "hello"), "--out", self.path("o"), status=1)
+        self.assertEqual(shown, "prepare.py: out of memory\n")
+
+    def test_a_system_without_semaphores_has_no_workers(self):
+        """A container whose /dev/shm may not be written: the folder of --out was blamed."""
+        path = self.write("a.jsonl", '{"text": "hello"}\n' * 9)
+        with unittest.mock.patch("_multiprocessing.SemLock", side_effect=PermissionError(13, "Permission denied")):
+            shown = run("text", path, "--out", self.path("o"), "--workers", "2")
+        self.assertIn("no worker processes here, this one does all: Permission denied", shown)
+        run("text", path, "--out", self.path("p"))
+        self.assertEqual(digest(self.path("o")), digest(self.path("p")))
+
+    def test_a_clock_that_is_set_back(self):
+        """The state was not saved until the clock had come back to where it was, and the rates were nonsense."""
+        path = self.write("a.jsonl", '{"text": "hello"}\n' * 9)
+        with unittest.mock.patch("time.time", side_effect=range(10**9, 0, -1000)):
+            shown = run("text", path, "--out", self.path("o"))
+        self.assertLess(int(re.search(r"9 documents, (\d+)/s", shown)[1]), 1000000, shown)
 
     @unittest.skipUnless(pyarrow, "needs pyarrow")
     def test_parquet_with_a_column_twice(self):
