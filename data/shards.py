@@ -12,6 +12,7 @@ import contextlib
 import errno
 import fcntl
 import json
+import math
 import os
 import re
 import struct
@@ -39,9 +40,33 @@ SHARD_NAME = re.compile(r"(.+)_(train|val)_\d{6}\.bin")
 # What the programs in data/ share
 
 
+def core_quota(root=""):
+    """Of how many cores the time is that the cgroups of this process let it have (docker --cpus 1.5); infinity: of all.
+    mta/util.h reads the same. root: a test's own tree in place of "/"."""
+    quota = math.inf
+    with contextlib.suppress(OSError, ValueError), open(root + "/proc/self/cgroup", encoding="utf-8") as f:
+        for line in f:
+            _, names, path = line.rstrip("\n").split(":", 2)
+            folder = root + "/sys/fs/cgroup" + ("/cpu" if names else "")  # of version 1, or 2
+            while names.split(",")[0] in ("", "cpu"):
+                with contextlib.suppress(OSError, ValueError):
+                    words = []
+                    for name in ("cpu.cfs_quota_us", "cpu.cfs_period_us") if names else ("cpu.max",):
+                        with open(folder + path + "/" + name, encoding="utf-8") as numbers:
+                            words += numbers.read().split()
+                    time, period = map(float, words)
+                    quota = min(quota, time / period) if time > 0 and period > 0 else quota
+                if not path:
+                    break
+                path = path.rpartition("/")[0]
+    return quota
+
+
 def cores():
-    """Cores that this process may use: taskset and batch systems allow fewer than the machine has."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Cores that this process may use: taskset and batch systems allow fewer than the machine has, containers less of
+    their time."""
+    n = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return int(max(1, min(n, core_quota())))
 
 
 def run_program(main):
@@ -66,6 +91,8 @@ def run_program(main):
         status = "%s: %s" % (name, e)
     except KeyboardInterrupt:
         status = "%s: interrupted" % name
+    except MemoryError:
+        status = "%s: out of memory" % name
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is still buffered goes nowhere
         os.dup2(1, 2)
@@ -91,8 +118,6 @@ def sync_folder(path):
         fd = os.open(path or ".", os.O_RDONLY)
     except OSError as e:
         if e.errno in NO_SYNC:
-    except MemoryError:
-        status = "%s: out of memory" % name
             return
         raise
     try:

@@ -15,6 +15,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <poll.h>
+#include <sched.h>
 #include <signal.h>
 #include <stdarg.h>
 #include <stdbool.h>
@@ -151,7 +152,71 @@ static inline char* copy_or_die(const char* text) {
     return copy;
 }
 
-// Bytes that programs can still have, as the kernel estimates them; 0: it does not say.
+// What a container or a batch system lets this process have, as its cgroups say; 1e300: they set no limit.
+typedef struct {
+    double memory;  // bytes that can still be had
+    double cores;   // of which the quota of time is, 1.5 for example
+} Limits;
+
+// Up to two numbers at the beginning of a file's first line that has them there, behind `key`; how many. The array has
+// room for two in any case.
+static inline int limit_numbers(const char* folder, const char* file, const char* key, double* numbers) {
+    char path[PATH_SIZE + 64], line[256];
+    int count = 0;
+    snprintf(path, sizeof path, "%s/%s", folder, file);
+    FILE* f = fopen(path, "r");
+    while (f && count < 1 && fgets(line, sizeof line, f)) {
+        if (strncmp(line, key, strlen(key))) { continue; }
+        count = sscanf(line + strlen(key), "%lf %lf", &numbers[0], &numbers[1]);
+    }
+    if (f) { fclose(f); }
+    return count;
+}
+
+// Narrows the limits to those of one cgroup, of version 2 or 1. What files fill of its memory gives way, the rest does
+// not.
+static inline void limits_of_cgroup(Limits* limits, const char* folder, bool second) {
+    double n[3] = {0, 0, 0}, used[2] = {0, 0};
+    if (limit_numbers(folder, second ? "memory.max" : "memory.limit_in_bytes", "", n) > 0) {
+        limit_numbers(folder, "memory.stat", second ? "anon " : "total_rss ", used);
+        double left = n[0] > used[0] ? n[0] - used[0] : 1;
+        limits->memory = left < limits->memory ? left : limits->memory;
+    }
+    bool quota = second ? limit_numbers(folder, "cpu.max", "", n) == 2
+                        : limit_numbers(folder, "cpu.cfs_quota_us", "", n) > 0 &&
+                              limit_numbers(folder, "cpu.cfs_period_us", "", n + 1) > 0;
+    if (quota && n[0] > 0 && n[1] > 0 && n[0] / n[1] < limits->cores) { limits->cores = n[0] / n[1]; }
+}
+
+// Those of this process's cgroups and of all above them. A container may see its own cgroup as the uppermost one,
+// whatever /proc says. root: "", but for tests, which have a tree of their own.
+static inline Limits machine_limits(const char* root) {
+    Limits limits = {1e300, 1e300};
+    char line[PATH_SIZE], folder[PATH_SIZE];
+    snprintf(folder, sizeof folder, "%s/proc/self/cgroup", root);
+    FILE* f = fopen(folder, "r");
+    while (f && fgets(line, sizeof line, f)) {  // "4:memory:/a/b"; of version 2 "0::/a/b"
+        char *name = strchr(line, ':'), *path = name ? strchr(name + 1, ':') : NULL;
+        if (!path) { continue; }
+        *path++ = 0;
+        path[strcspn(path, "\n")] = 0;
+        bool second = !*++name, cpu = !strcmp(name, "cpu") || !strncmp(name, "cpu,", 4);
+        if (!second && !cpu && strcmp(name, "memory")) { continue; }
+        for (char* end = path + strlen(path); end; end = strrchr(path, '/')) {
+            *end = 0;
+            int n = snprintf(folder, sizeof folder, "%s/sys/fs/cgroup%s%s", root,
+                             second ? ""
+                             : cpu  ? "/cpu"
+                                    : "/memory",
+                             path);
+            if (n < (int)sizeof folder) { limits_of_cgroup(&limits, folder, second); }
+        }
+    }
+    if (f) { fclose(f); }
+    return limits;
+}
+
+// Bytes that this process can still have, as the kernel estimates them; 0: it does not say.
 static inline size_t memory_available(void) {
     char line[256];
     size_t kib = 0;
@@ -160,7 +225,8 @@ static inline size_t memory_available(void) {
         if (!strncmp(line, "MemAvailable:", 13)) { kib = strtoul(line + 13, NULL, 10); }
     }
     if (f) { fclose(f); }
-    return kib * 1024;
+    double limit = machine_limits("").memory, free = (double)kib * 1024;
+    return limit < 1e300 && (!kib || limit < free) ? (size_t)limit : kib * 1024;
 }
 
 // What the processor calls itself, where the kernel tells.
@@ -247,6 +313,15 @@ extern void openblas_set_num_threads(int) __attribute__((weak));
 // it cannot start again: under qemu-user, when its file was replaced, by way of the loader (ld.so PROGRAM).
 // - Threads that wait for others must not spin for long: on a machine with other work they take the core from the very
 //   thread that they wait for. Here they do so a thousand times, some 40 us, and sleep then. On an idle machine that is
+// Has this process a quota of time for fewer cores than it may run on? Then how many whole ones, as a text.
+static inline bool fewer_threads(char* text, size_t n) {
+    cpu_set_t set;
+    double cores = machine_limits("").cores;
+    int most = sched_getaffinity(0, sizeof set, &set) ? (int)sysconf(_SC_NPROCESSORS_ONLN) : CPU_COUNT(&set);
+    snprintf(text, n, "%d", cores < 1 ? 1 : cores < most ? (int)cores : most);
+    return cores < most;
+}
+
 //   as fast as libgomp's own 300,000 (decoding of 25m, 300m), where none at all costs up to half; on a busy one it is 5
 //   to 15 times as fast. Where the user has set how threads wait, that holds.
 // - OpenBLAS starts a thread for each core, for which there is no use here: the products are shared out among our own.
@@ -255,10 +330,14 @@ static inline void settle_threads(char** argv) {
     static const char* const settings[] = {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "KMP_LIBRARY"};
     char path[PATH_SIZE];
     bool bound = false;
+// - OpenMP starts a thread for each core too, whatever share of their time a container may have (docker --cpus 2): more
+//   threads than that would be stopped in turns, and all others wait for them.
     for (size_t i = 0; i < sizeof settings / sizeof *settings; i++) { bound = bound || getenv(settings[i]); }
     const char* blas = openblas_set_num_threads ? getenv("OPENBLAS_NUM_THREADS") : "1";
     bool one = blas && !strcmp(blas, "1");
-    if (bound && one) { return; }
+    char threads[32];
+    bool all = getenv("OMP_NUM_THREADS") || !fewer_threads(threads, sizeof threads);
+    if (bound && one && all) { return; }
     ssize_t n = readlink("/proc/self/exe", path, sizeof path - 1);
     path[n > 0 ? n : 0] = 0;
     const char* slash = strrchr(path, '/');
@@ -267,6 +346,7 @@ static inline void settle_threads(char** argv) {
         execv(path, argv);
     }
 }
+        (all || !setenv("OMP_NUM_THREADS", threads, 1)) &&
 
 // Opens those of the descriptors 0 to 2 that are closed (daemons and `>&-` leave them so) on /dev/null. Otherwise a
 // file of ours would get such a number, and what is printed would be written into it. The first call of every main.

@@ -51,6 +51,62 @@ static bool standard_files_open(int closed) {
     return waitpid(pid, &status, 0) == pid && status == 0;
 }
 
+// Limits of a tree whose /proc/self/cgroup has this line, and whose file below /sys/fs/cgroup these words; memory.stat
+// beside it counts 1000 bytes that do not give way.
+static Limits limits_of(const char* line, const char* file, const char* words) {
+    static int trees = 0;
+    char root[PATH_SIZE], path[2 * PATH_SIZE], text[PATH_SIZE];
+    Error e = {{0}};
+    snprintf(root, sizeof root, "%s/limits%d", test_folder(), trees++);
+    const char* const files[][2] = {{"proc/self/cgroup", line},
+                                    {file, words},
+                                    {"memory.stat", "file 7\nanon 1000\n"},
+                                    {"cpu.cfs_period_us", "100000"}};
+    for (int i = 0; i < 4; i++) {
+        const char* beside = i < 2 ? "" : file;  // the last two lie beside it
+        int folder = i < 2 ? 0 : (int)(strrchr(file, '/') - file);
+        snprintf(path, sizeof path, "%s/%.*s/%s", root, folder, beside, files[i][0]);
+        char* slash = strrchr(path, '/');
+        *slash = 0;
+        CHECK(make_dirs(path, &e));
+        *slash = '/';
+        int n = snprintf(text, sizeof text, i ? "%s\n" : "9:pids:/p\n%s\n", files[i][1]);
+        CHECK(write_file_synced(path, text, (size_t)n, &e));
+    }
+    return machine_limits(root);
+}
+
+// Containers and batch systems: the narrowest limit of the process's cgroups and those above them, in both versions.
+static void test_limits(void) {
+    const char* const of_memory[][3] = {{"0::/a/b", "sys/fs/cgroup/a/b/memory.max", "5000"},
+                                        {"0::/a/b", "sys/fs/cgroup/a/memory.max", "5000"},
+                                        {"0::/../b", "sys/fs/cgroup/memory.max", "5000"},
+                                        {"4:memory:/a/b", "sys/fs/cgroup/memory/a/memory.limit_in_bytes", "4000"}};
+    for (int i = 0; i < 4; i++) {
+        Limits limits = limits_of(of_memory[i][0], of_memory[i][1], of_memory[i][2]);
+        check(limits.memory == 4000 && limits.cores == 1e300, of_memory[i][1], of_memory[i][0]);
+    }
+    CHECK(limits_of("0::/", "sys/fs/cgroup/memory.max", "max").memory == 1e300);
+    CHECK(limits_of("0::/", "sys/fs/cgroup/memory.max", "900").memory == 1);  // more is used than may be
+    const struct {
+        const char *line, *file, *words;
+        double cores;
+    } of_cores[] = {{"0::/a", "sys/fs/cgroup/a/cpu.max", "150000 100000", 1.5},
+                    {"0::/a", "sys/fs/cgroup/cpu.max", "200000 100000", 2},
+                    {"0::/", "sys/fs/cgroup/cpu.max", "max 100000", 1e300},
+                    {"4:cpu,cpuacct:/a", "sys/fs/cgroup/cpu/a/cpu.cfs_quota_us", "300000", 3},
+                    {"4:cpu:/", "sys/fs/cgroup/cpu/cpu.cfs_quota_us", "-1", 1e300},
+                    {"4:cpuset:/", "sys/fs/cgroup/cpu/cpu.cfs_quota_us", "100000", 1e300}};
+    for (int i = 0; i < 6; i++) {
+        Limits limits = limits_of(of_cores[i].line, of_cores[i].file, of_cores[i].words);
+        check(limits.cores == of_cores[i].cores, of_cores[i].file, of_cores[i].words);
+    }
+    Limits none = machine_limits(at("nothing"));
+    CHECK(none.memory == 1e300 && none.cores == 1e300);
+    size_t available = memory_available();
+    CHECK(available > 0 && (double)available <= machine_limits("").memory);
+}
+
 static void test_util(void) {
     for (int closed = 0; closed < 8; closed++) { CHECK(standard_files_open(closed)); }
     Error e = {{0}};
@@ -679,6 +735,7 @@ int main(void) {
     a.data = alloc_or_die(a.list.numel, sizeof(float), "test");
     a.scale = 1;
     test_util();
+    test_limits();
     test_json();
     test_halves();
     test_safetensors_hostile();

@@ -1273,6 +1273,24 @@ class Systems(Case):
         code = "os.sched_setaffinity(0, [%d]); import shards; print('cores', shards.cores())" % one
         self.assertIn("cores 1\n", self.python(code, "--help").stdout)
 
+    def test_workers_follow_a_quota_of_time(self):
+        """docker --cpus: the narrowest of the process's cgroups and those above them, in both versions of cgroups."""
+        for i, (line, file, text, quota) in enumerate((
+                ("0::/a/b", "sys/fs/cgroup/a/b/cpu.max", "150000 100000", 1.5),
+                ("0::/a/b", "sys/fs/cgroup/cpu.max", "200000 100000", 2),  # a container's own is the uppermost
+                ("0::/", "sys/fs/cgroup/cpu.max", "max 100000", float("inf")),
+                ("4:cpu,cpuacct:/a", "sys/fs/cgroup/cpu/a/cpu.cfs_quota_us", "300000", 3),
+                ("4:cpu:/", "sys/fs/cgroup/cpu/cpu.cfs_quota_us", "-1", float("inf")),
+                ("4:cpuset:/", "sys/fs/cgroup/cpu/cpu.cfs_quota_us", "100000", float("inf")))):
+            root = "r%d/" % i
+            self.write(root + "proc/self/cgroup", "7:pids:/x\n%s\n" % line)
+            self.write(root + file, text + "\n")
+            self.write(root + os.path.dirname(file) + "/cpu.cfs_period_us", "100000\n")
+            self.assertEqual(shards.core_quota(self.path("r%d" % i)), quota, (line, file, text))
+        self.assertEqual(shards.core_quota(self.path("nothing")), float("inf"))
+        with unittest.mock.patch("shards.core_quota", return_value=0.5):
+            self.assertEqual(shards.cores(), 1)
+
 
 class Encoders(Case):
     """infer_mta and tiktoken give the same shards, and each rank file its own pattern."""
