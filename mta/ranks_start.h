@@ -175,6 +175,32 @@ static inline void launch_job(const Launch* l, char* out, size_t n) {
     text_free(&job);
 }
 
+// Seconds that rank 0 waits for the next rank of so many, and each of them for rank 0.
+static inline int start_seconds(int size) {
+    int seconds = launch_number("MTA_START_SECONDS", 1000000);
+    return seconds > 0 ? seconds : START_SECONDS + size / 10;
+}
+
+// getaddrinfo of rank 0's host, again and again as long as the ranks wait for it: a cluster may name a host only once
+// it has started, later than this one (Kubernetes), and a server of names that a thousand ranks ask may fail for a
+// moment.
+static inline int launch_look_up(const Launch* l, const char* host, const struct addrinfo* want,
+                                 struct addrinfo** found) {
+    const struct timespec pause = {0, 500000000};
+    double end = seconds_now() + start_seconds(l->size);
+    int wrong = getaddrinfo(host, NULL, want, found);
+    bool later = (wrong == EAI_AGAIN || wrong == EAI_NONAME) && !strchr(host, ':');  // no address of IPv6
+    if (later && l->rank == 1) {
+        fprintf(stderr, "%s: rank 1: %s, the host of rank 0: %s; asking again for %d s\n",
+                program_invocation_short_name, host, gai_strerror(wrong), start_seconds(l->size));
+    }
+    while (later && wrong && seconds_now() < end) {
+        nanosleep(&pause, NULL);
+        wrong = getaddrinfo(host, NULL, want, found);
+    }
+    return wrong;
+}
+
 // Where the ranks meet, without MPI: on rank 0's host, at MTA_PORT, else beside the port at which torchrun listens,
 // else at one that follows from the job.
 static inline StartAddress launch_address(const Launch* l) {
@@ -194,7 +220,7 @@ static inline StartAddress launch_address(const Launch* l) {
     launch_host(l, a.host, sizeof a.host);
     if (!l->rank) { return a; }
     want.ai_family = AF_INET, want.ai_socktype = SOCK_STREAM;
-    int wrong = getaddrinfo(a.host, NULL, &want, &found);
+    int wrong = launch_look_up(l, a.host, &want, &found);
     if (wrong) {
         die("rank %d: %s, the host of rank 0: %s; wanted a name or an address of IPv4", l->rank, a.host,
             gai_strerror(wrong));
@@ -231,12 +257,6 @@ typedef struct {
 } StartAnswer;
 
 static const char START_MAGIC[8] = {'m', 't', 'a', '.', 'm', 'e', 'e', 't'};
-
-// Seconds that rank 0 waits for the next rank of so many, and each of them for rank 0.
-static inline int start_seconds(int size) {
-    int seconds = launch_number("MTA_START_SECONDS", 1000000);
-    return seconds > 0 ? seconds : START_SECONDS + size / 10;
-}
 
 // Reads n bytes before the time `end`; false: they did not come.
 static inline bool start_receive(int fd, void* data, size_t n, double end) {

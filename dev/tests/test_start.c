@@ -1,6 +1,18 @@
 // test_start.c: tests of mta/ranks_start.h: what each launcher's environment says, and the meeting of ranks by TCP; and
 // of who has what afterwards (mta/ranks.h).
 //   make build/test_start && build/test_start
+#include "mta/util.h"
+
+#include <netdb.h>
+
+// A server of names that knows the host "late" from the third question on.
+static int late_getaddrinfo(const char* host, const char* service, const struct addrinfo* want,
+                            struct addrinfo** found) {
+    static int asked = 0;
+    if (strcmp(host, "late") && strcmp(host, "never")) { return getaddrinfo(host, service, want, found); }
+    return !strcmp(host, "late") && ++asked > 2 ? getaddrinfo("127.0.0.1", service, want, found) : EAI_NONAME;
+}
+#define getaddrinfo late_getaddrinfo
 #include "mta/ranks.h"
 #include "check.h"
 
@@ -70,6 +82,13 @@ static void print_launch(const char* argument) {
     l.rank = 0;  // no name is looked up
     StartAddress a = launch_address(&l);
     printf(" %s:%d", a.host, ntohs(a.port));
+}
+
+static void look_up(const char* argument) {
+    (void)argument;
+    Launch l = launch_read();
+    StartAddress a = launch_address(&l);
+    printf("%d address\n", a.addresses);
 }
 
 static void expect(const char* variables, int status, const char* wanted) {
@@ -519,6 +538,24 @@ static void test_more_ranks_than_files(void) {
     CHECK(seconds_now() - began < 10);
 }
 
+// A cluster may name rank 0's host later than it starts this one.
+static void test_host_that_is_named_later(void) {
+    char text[2048];
+    const char* const late = "WORLD_SIZE=2 LOCAL_WORLD_SIZE=1 LOCAL_RANK=0 RANK=1 MASTER_ADDR=%s MTA_START_SECONDS=%d";
+    for (int i = 0; i < 2; i++) {
+        char variables[256];
+        double began = seconds_now();
+        snprintf(variables, sizeof variables, late, i ? "never" : "late", i ? 1 : 20);
+        int got = ended(start(look_up, "", variables), text, sizeof text);
+        check(strstr(text, "rank 1: ") && strstr(text, ", the host of rank 0: ") && strstr(text, "; asking again for "),
+              "a host that is not known yet is said", text);
+        check(i ? got == 1 && strstr(text, "rank 1: never, the host of rank 0: ") != NULL
+                : got == 0 && strstr(text, "1 address\n") != NULL,
+              "a host that is named later, and one that never is", text);
+        CHECK(seconds_now() - began < 10);
+    }
+}
+
 // The meeting is over IPv4.
 static void test_no_such_host(void) {
     char text[2048];
@@ -645,6 +682,7 @@ int main(void) {
     test_few_files();
     test_too_few_files();
     test_more_ranks_than_files();
+    test_host_that_is_named_later();
     test_no_such_host();
     test_taken_port();
     test_a_host_is_lost();
