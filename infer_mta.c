@@ -1231,9 +1231,12 @@ static void read_prompt(Session* session) {
             !read_descriptor(STDIN_FILENO, "standard input", (size_t)1 << 30, &text, &n, &e)) {
             die("%s", e.text);
         }
+        size_t mark = text ? byte_order_mark(text, n) : 0;
+        const char* prompt = text ? text + mark : session->options.prompt;
+        n -= mark;
         append_bos(session);
-        append_text(session, session->options.prompt ? session->options.prompt : text, n);
-        if (session->options.echo) { put_text(session, session->options.prompt ? session->options.prompt : text, n); }
+        append_text(session, prompt, n);
+        if (session->options.echo) { put_text(session, prompt, n); }
         free(text);
     }
     if (!session->n) { die("the prompt is empty and the tokenizer has no BOS: nothing to continue"); }
@@ -1649,6 +1652,7 @@ static void run_perplexity(Session* session) {
 int main(int argc, char** argv) {
     static Session session;
     InferOptions o = infer_options_default();
+    settle_signals();
     settle_threads(argv);
     open_standard_files();
     signal(SIGPIPE, SIG_IGN);  // a closed pipe is an error of write(2), told as one

@@ -26,6 +26,7 @@ tables, and says per task:
 """
 
 import argparse
+import codecs
 import json
 import os
 import random
@@ -181,7 +182,7 @@ def format_of(record):
 
 def read_labels(path, one):
     try:
-        with open(path, encoding="utf-8") as f:
+        with open(path, encoding="utf-8-sig") as f:
             return [whole(line) - one for line in f.read().split()]
     except OSError as e:
         raise UserError("%s: %s" % (path, e.strerror))
@@ -197,7 +198,7 @@ def convert(args):
     requests, bad, items, formats = [], 0, 0, set()
     try:
         with open(args.input, "rb") as f:
-            lines = f.read().split(b"\n")
+            lines = f.read().removeprefix(codecs.BOM_UTF8).split(b"\n")
     except OSError as e:
         raise UserError("%s: %s" % (args.input, e.strerror))
     lines = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
@@ -264,7 +265,7 @@ class Haystack:
         text = []
         for path in paths:
             try:
-                with open(path, encoding="utf-8") as f:
+                with open(path, encoding="utf-8-sig") as f:  # without a byte-order mark, as Project Gutenberg's have
                     text.append(f.read())
             except OSError as e:
                 raise UserError("%s: %s" % (path, e.strerror))

@@ -40,7 +40,7 @@ def is_request(record):
 def read_lines(path, keys):
     records = []
     try:
-        with open(path, encoding="utf-8") as f:
+        with open(path, encoding="utf-8-sig") as f:
             for number, line in enumerate(f, 1):
                 if line.strip():
                     record = json.loads(line, object_pairs_hook=members)

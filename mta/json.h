@@ -304,9 +304,10 @@ static inline Json* json_value(JsonReader* r) {
     return NULL;
 }
 
-// Parses one value that fills the text. NULL on error: what is wrong, at which line and column.
+// Parses one value that fills the text but for a byte-order mark. NULL on error: what is wrong, at which line and
+// column.
 static inline Json* json_parse(const char* text, size_t n, Error* e) {
-    JsonReader r = {text, n, 0, 0, e};
+    JsonReader r = {text, n, byte_order_mark(text, n), 0, e};
     Json* j = json_value(&r);
     if (!j) { return NULL; }
     json_skip_space(&r);

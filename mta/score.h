@@ -426,7 +426,10 @@ static inline double perplexity_of(const Perplexity* perplexity, const char* fil
     Error e = {{0}};
     Text line = {NULL, 0, 0};
     if (!read_file(file, (size_t)1 << 30, &text, &bytes, &e)) { die("%s", e.text); }
-    if (!tokenizer_encode(t, text, bytes, &ids, &n, &e)) { die("%s: %s", file, e.text); }
+    size_t good = utf8_valid_up_to(text, bytes), mark = byte_order_mark(text, bytes);
+    if (good < bytes) { die("%s: no UTF-8 at byte %zu, wanted a text in UTF-8", file, good); }
+    bytes -= mark;  // as data/prepare.py does it
+    if (!tokenizer_encode(t, text + mark, bytes, &ids, &n, &e)) { die("%s: %s", file, e.text); }
     if (!n) { die("%s: it holds no text", file); }
     if (bos < 0) { die("%s: %s has no BOS, nothing to condition the first token on", file, tokenizer_name(t)); }
     int32_t* all = (int32_t*)alloc_or_die(n + 1, sizeof *all, "tokens");

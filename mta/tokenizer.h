@@ -269,7 +269,7 @@ static inline const char* ranks_other_format(const char* p, size_t n) {
     if (n > 4 && u[0] == 0x0A && u[2] == 0x0A && u[1] > 2 && u[3] <= u[1] - 2) {
         return "a SentencePiece model (Llama 2's?)";
     }
-    size_t skip = n > 3 && !memcmp(p, "\xEF\xBB\xBF", 3) ? 3 : 0;  // a byte-order mark
+    size_t skip = byte_order_mark(p, n);
     while (skip < n && strchr(" \t\r\n", p[skip]) && p[skip]) { skip++; }
     for (size_t i = 0; i < sizeof starts / sizeof *starts; i++) {
         size_t length = strlen(starts[i].start);

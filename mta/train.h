@@ -696,6 +696,7 @@ static inline int evaluate_only(Run* r) {
 // What every trainer does before its first product: waiting threads that sleep, closed descriptors, the ranks, by its
 // own way of opening them, the command line.
 static inline void train_begin(TrainOptions* options, int argc, char** argv, Ranks* (*open_ranks)(void)) {
+    settle_signals();
     settle_threads(argv);
     open_standard_files();
     Ranks* ranks = open_ranks();

@@ -37,6 +37,10 @@ extern char* program_invocation_short_name;  // errno.h declares it only if _GNU
 #error "mta.c reads and writes its little-endian files by memcpy: a big-endian machine is not supported"
 #endif
 
+#if defined(__FINITE_MATH_ONLY__) && __FINITE_MATH_ONLY__
+#error "masks are infinities and guards ask isfinite: -Ofast, -ffast-math and -ffinite-math-only give other numbers"
+#endif
+
 #ifndef MTA_VERSION
 #define MTA_VERSION "unknown"  // the Makefile gives what the file VERSION says
 #endif
@@ -309,10 +313,6 @@ extern "C" void openblas_set_num_threads(int) __attribute__((weak));
 extern void openblas_set_num_threads(int) __attribute__((weak));
 #endif
 
-// What libraries read from the environment before main, so that the program starts itself once more with it. Not where
-// it cannot start again: under qemu-user, when its file was replaced, by way of the loader (ld.so PROGRAM).
-// - Threads that wait for others must not spin for long: on a machine with other work they take the core from the very
-//   thread that they wait for. Here they do so a thousand times, some 40 us, and sleep then. On an idle machine that is
 // Has this process a quota of time for fewer cores than it may run on? Then how many whole ones, as a text.
 static inline bool fewer_threads(char* text, size_t n) {
     cpu_set_t set;
@@ -322,16 +322,20 @@ static inline bool fewer_threads(char* text, size_t n) {
     return cores < most;
 }
 
+// What libraries read from the environment before main, so that the program starts itself once more with it. Not where
+// it cannot start again: under qemu-user, when its file was replaced, by way of the loader (ld.so PROGRAM).
+// - Threads that wait for others must not spin for long: on a machine with other work they take the core from the very
+//   thread that they wait for. Here they do so a thousand times, some 40 us, and sleep then. On an idle machine that is
 //   as fast as libgomp's own 300,000 (decoding of 25m, 300m), where none at all costs up to half; on a busy one it is 5
 //   to 15 times as fast. Where the user has set how threads wait, that holds.
 // - OpenBLAS starts a thread for each core, for which there is no use here: the products are shared out among our own.
 //   Under a limit on memory (ulimit -v) each of them tries for ever to map 128 MiB, and exit() waits for them.
+// - OpenMP starts a thread for each core too, whatever share of their time a container may have (docker --cpus 2): more
+//   threads than that would be stopped in turns, and all others wait for them.
 static inline void settle_threads(char** argv) {
     static const char* const settings[] = {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "KMP_LIBRARY"};
     char path[PATH_SIZE];
     bool bound = false;
-// - OpenMP starts a thread for each core too, whatever share of their time a container may have (docker --cpus 2): more
-//   threads than that would be stopped in turns, and all others wait for them.
     for (size_t i = 0; i < sizeof settings / sizeof *settings; i++) { bound = bound || getenv(settings[i]); }
     const char* blas = openblas_set_num_threads ? getenv("OPENBLAS_NUM_THREADS") : "1";
     bool one = blas && !strcmp(blas, "1");
@@ -342,11 +346,11 @@ static inline void settle_threads(char** argv) {
     path[n > 0 ? n : 0] = 0;
     const char* slash = strrchr(path, '/');
     if (slash && strncmp(slash, "/ld", 3) && (one || !setenv("OPENBLAS_NUM_THREADS", "1", 1)) &&
+        (all || !setenv("OMP_NUM_THREADS", threads, 1)) &&
         (bound || (!setenv("GOMP_SPINCOUNT", "1000", 1) && !setenv("KMP_BLOCKTIME", "1", 1)))) {
         execv(path, argv);
     }
 }
-        (all || !setenv("OMP_NUM_THREADS", threads, 1)) &&
 
 // Opens those of the descriptors 0 to 2 that are closed (daemons and `>&-` leave them so) on /dev/null. Otherwise a
 // file of ours would get such a number, and what is printed would be written into it. The first call of every main.
@@ -358,13 +362,30 @@ static inline void open_standard_files(void) {
     }
 }
 
-static inline void bus_error(int number) {
-    static const char text[] = ": a file was cut off while it was read, or its disk failed\n";
+// Ends the program from a signal handler, by one line.
+__attribute__((noreturn)) static inline void end_by_signal(int number, const char* text) {
     const char* name = program_invocation_short_name;
-    if (write(STDERR_FILENO, name, strlen(name)) < 0 || write(STDERR_FILENO, text, sizeof text - 1) < 0) {
+    if (write(STDERR_FILENO, name, strlen(name)) < 0 || write(STDERR_FILENO, text, strlen(text)) < 0) {
         _exit(128 + number);
     }
     _exit(1);
+}
+
+static inline void bus_error(int number) {
+    end_by_signal(number, ": a file was cut off while it was read, or its disk failed\n");
+}
+
+static inline void unknown_instruction(int number) {
+    end_by_signal(number,
+                  ": this processor lacks an instruction of the one that it was built for: make clean, and make "
+                  "on this machine, or with ARCH= for any\n");
+}
+
+// Signals that would end the program without a word. What a limit on the size of files stops becomes an error of
+// write(2). Called by every main before it does anything else.
+static inline void settle_signals(void) {
+    signal(SIGXFSZ, SIG_IGN);
+    signal(SIGILL, unknown_instruction);
 }
 
 typedef struct {
@@ -403,6 +424,12 @@ static inline void unmap_file(MappedFile* m) {
     if (m->data) { munmap((void*)(uintptr_t)m->data, m->size); }
     m->data = NULL;
     m->size = 0;
+}
+
+// Bytes of the byte-order mark at the beginning of a text of n bytes, which editors of other systems put there: 3, or
+// 0.
+static inline size_t byte_order_mark(const char* text, size_t n) {
+    return n >= 3 && !memcmp(text, "\xEF\xBB\xBF", 3) ? 3 : 0;
 }
 
 // Reads all that comes from a descriptor, at most max_bytes, into *text, malloc'ed, with a NUL behind its *n bytes.

@@ -200,6 +200,20 @@ class Formats(Case):
         self.assertIn("the input itself", run("babilong", "--text", text, "--out", text, status=1))
         self.assertIn("the input itself", run("report", path, text, "--csv", path, status=1))
 
+    def test_byte_order_marks(self):
+        """As editors of other systems write them, and Project Gutenberg's books have them."""
+        mark, record = "\ufeff", '{"goal": "G", "sol1": "s", "sol2": "t"}'
+        labels = self.write("labels.txt", [mark + "1"])
+        got = self.convert(mark + record, "--labels", labels, "--on-bad", "refuse")
+        self.assertEqual([g["gold"] for g in got], [1, 1])
+        book = self.write("book.txt", [mark + "It was late. " * 40])
+        run("needle", "--text", book, "--samples", "1", "--length", "500", "--out", self.path("n.jsonl"))
+        self.assertNotIn("\\ufeff", ascii(self.read("n.jsonl")))
+        scores = self.write("s.jsonl", [mark + '{"logprob": -1, "tokens": 1, "greedy": true}'] +
+                            ['{"logprob": -2, "tokens": 1, "greedy": true}'])
+        requests = self.write("r.jsonl", [(mark if i == 0 else "") + json.dumps(g) for i, g in enumerate(got)])
+        self.assertIn("1", run("report", requests, scores))
+
     def test_bad_lines_are_named(self):
         path = self.write(
             "in.jsonl",

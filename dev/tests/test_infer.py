@@ -14,6 +14,7 @@ import math
 import os
 import random
 import re
+import resource
 import signal
 import socket
 import struct
@@ -950,6 +951,56 @@ class TextIO(unittest.TestCase):
         c = run([self.dir, "--token-ids", ids, "--max-tokens", "20", "--quiet"])
         text = run(["--detokenize", "--tokenizer", "bytes"], stdin=c.encode())
         self.assertEqual(json.loads(text)["text"] + "\n", a)
+
+    def test_byte_order_marks(self):
+        """What editors of other systems put before a text belongs to none, as in data/prepare.py."""
+        mark, plain = b"\xef\xbb\xbf", [self.dir, "--max-tokens", "9", "--quiet", "--echo"]
+        self.assertEqual(run(plain, stdin=mark + b"hello"), run(plain, stdin=b"hello"))
+        for option, line in (("--score", b'{"context": "a", "continuation": "b"}\r\n'),
+                             ("--prompts", b'{"prompt": "a", "max_tokens": 3}\r\n')):
+            args = [self.dir, option, "-", "--quiet"]
+            self.assertEqual(run(args, stdin=mark + line + mark + line), run(args, stdin=2 * line))
+        path, config = os.path.join(self.tmp.name, "mark.txt"), read_bytes(os.path.join(self.dir, "config.json"))
+        losses = []
+        for text in (b"hello", mark + b"hello"):
+            with open(path, "wb") as f:
+                f.write(text)
+            losses.append(run([self.dir, "--perplexity", path, "--quiet"]))
+        self.assertEqual(losses[0], losses[1])
+        self.assertEqual(json.loads(losses[0])["bytes"], 5)
+        with open(path, "wb") as f:
+            f.write("hello".encode("utf-16"))
+        p = run([self.dir, "--perplexity", path, "--quiet"], check=False)
+        self.assertEqual((p.returncode, p.stderr.decode()), (1, "infer_mta: %s: no UTF-8 at byte 0, wanted a text in "
+                                                                "UTF-8\n" % path))
+        marked = os.path.join(self.tmp.name, "marked")
+        text_model(marked)
+        with open(os.path.join(marked, "config.json"), "wb") as f:
+            f.write(mark + config)
+        self.assertEqual(run([marked] + plain[1:], stdin=b"hello"), run(plain, stdin=b"hello"))
+
+    def test_signals_that_say_nothing(self):
+        """A processor that lacks an instruction, and a limit on the size of files: one line."""
+        p = subprocess.Popen([BIN, self.dir, "--quiet"], stdin=subprocess.PIPE, stderr=subprocess.PIPE)
+        time.sleep(0.3)  # it waits for its prompt
+        p.send_signal(signal.SIGILL)
+        said = p.communicate(timeout=60)[1].decode()
+        self.assertEqual((p.returncode, said.count("\n")), (1, 1), said)
+        self.assertIn("infer_mta: this processor lacks an instruction", said)
+        out = os.path.join(self.tmp.name, "large.safetensors")
+        limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+        p = run([self.dir, "--prompt", "abcdefgh", "--logits", out, "--quiet"], check=False, preexec_fn=limit)
+        self.assertEqual((p.returncode, p.stderr.decode()),
+                         (1, "infer_mta: %s: cannot write: File too large\n" % out))
+        self.assertFalse(os.path.exists(out), "no half of a file is left")
+
+    def test_arithmetic_of_finite_numbers_alone_is_refused(self):
+        """-Ofast folds isfinite to true: NaN would go on as text."""
+        head = ["-include", os.path.join(ROOT, "mta", "util.h"), "-x", "c", "-fsyntax-only", os.devnull]
+        for option, status in (("-O2", 0), ("-Ofast", 1), ("-ffast-math", 1), ("-ffinite-math-only", 1)):
+            p = subprocess.run([os.environ.get("CC", "cc"), option] + head, stderr=subprocess.PIPE, text=True)
+            self.assertEqual(p.returncode, status, (option, p.stderr))
+            self.assertEqual("isfinite" in p.stderr, bool(status), p.stderr)
 
     def test_standard_input_is_what_is_left_of_it(self):
         """Of a file that was read from before, the rest; also from a socket, which has no name to be opened by."""
