@@ -292,7 +292,7 @@ def load_state(path):
 
 
 def convert(source, out, dtype, tokenizer):
-    with open(os.path.join(source, "params.json")) as f:
+    with open(os.path.join(source, "params.json"), encoding="utf-8") as f:
         params = json.load(f)
     model = dict(params.get("model", params))
     if "seq_len" in (params.get("data") or {}):
@@ -305,19 +305,19 @@ def convert(source, out, dtype, tokenizer):
         config["tokenizer"] = os.path.basename(tokenizer)
         shutil.copyfile(tokenizer, os.path.join(out, config["tokenizer"]))
     write_safetensors(os.path.join(out, "model.safetensors"), tensors)
-    with open(os.path.join(out, "config.json"), "w") as f:
+    with open(os.path.join(out, "config.json"), "w", encoding="utf-8") as f:
         json.dump(config, f, indent=2)
     print("%s: %d tensors, %d parameters" % (out, len(tensors), sum(t.numel() for t in tensors.values())))
 
 
 def convert_back(source, out):
     verify(source, ["config.json", "model.safetensors"])
-    with open(os.path.join(source, "config.json")) as f:
+    with open(os.path.join(source, "config.json"), encoding="utf-8") as f:
         config = json.load(f)
     state, params = to_theirs(read_safetensors(os.path.join(source, "model.safetensors")), config)
     os.makedirs(out, exist_ok=True)
     torch.save({"model": state}, os.path.join(out, "consolidated.pth"))
-    with open(os.path.join(out, "params.json"), "w") as f:
+    with open(os.path.join(out, "params.json"), "w", encoding="utf-8") as f:
         json.dump({"model": params}, f, indent=2)
     print("%s: %d tensors" % (out, len(state)))
 

@@ -1245,7 +1245,8 @@ class TextIO(unittest.TestCase):
         with open(out, "rb") as f:
             self.assertEqual(f.read(8), b"\x89PNG\r\n\x1a\n")
         one = png_size(out)
-        subprocess.run(args + ["--head", "all"], check=True, stdout=subprocess.DEVNULL)
+        ascii_alone = dict(os.environ, LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0")
+        subprocess.run(args + ["--head", "all"], check=True, stdout=subprocess.DEVNULL, env=ascii_alone)
         self.assertGreater(png_size(out)[1], 1.5 * one[1], "a row for each head")
         written, odd = (os.path.join(self.tmp.name, name) for name in ("map.json", "odd.json"))
         run([self.dir, "--prompt", "a", "--attention-map", written, "--quiet"])
