@@ -6,6 +6,10 @@ import fractions
 import math
 import os
 import re
+import sys
+
+if sys.version_info < (3, 9):
+    sys.exit("%s: Python %d.%d runs it, wanted 3.9 or later" % (os.path.basename(sys.argv[0]), *sys.version_info[:2]))
 
 
 class Parser(argparse.ArgumentParser):

@@ -322,13 +322,13 @@ def places(numbers, wanted):
     """Where a number stands in what chunks() gives."""
     if hasattr(numbers, "nonzero"):
         return (numbers == wanted).nonzero()[0].tolist()
-    found, at = [], -1
-    try:
-        while True:
-            at = numbers.index(wanted, at + 1)
-            found.append(at)
-    except ValueError:
-        return found
+    data, one, found = numbers.tobytes(), array.array(numbers.typecode, [wanted]).tobytes(), []
+    at = data.find(one)
+    while at >= 0:
+        if at % len(one) == 0:  # else it is halves of two numbers
+            found.append(at // len(one))
+        at = data.find(one, at + 1)
+    return found
 
 
 def inspect(args):

@@ -1267,6 +1267,24 @@ class Systems(Case):
                 self.assertEqual(done.returncode, 0, done.stdout)
                 self.assertIn("usage:", done.stdout)
 
+    def test_an_old_python_is_refused_by_one_line(self):
+        """It was a traceback, in the midst of the work too."""
+        code = "import runpy, sys; sys.version_info = (3, 8, 18); sys.argv = sys.argv[1:]; "
+        code += "runpy.run_path(sys.argv[0], run_name='__main__')"
+        for script in ("data/prepare.py", "data/shards.py", "data/toy_task.py", "data/evals.py", "scripts/export.py",
+                       "scripts/plot_run.py"):
+            done = subprocess.run([sys.executable, "-c", code, os.path.join(ROOT, script), "--help"],
+                                  stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+            want = "%s: Python 3.8 runs it, wanted 3.9 or later\n" % os.path.basename(script)
+            self.assertEqual((done.returncode, done.stdout), (1, want))
+
+    def test_where_a_number_stands_without_numpy(self):
+        """Python 3.9, RHEL 9's, has no array.index from a place on."""
+        for code, numbers in (("H", [256, 1, 257, 257, 0, 257]), ("I", [1, 65536, 257, 257])):
+            want = [i for i, n in enumerate(numbers) if n == 257]
+            self.assertEqual(shards.places(array.array(code, numbers), 257), want)
+            self.assertEqual(shards.places(array.array(code, numbers), 2), [])
+
     @unittest.skipUnless(hasattr(os, "sched_getaffinity"), "needs sched_getaffinity")
     def test_workers_follow_the_affinity(self):
         one = min(os.sched_getaffinity(0))
