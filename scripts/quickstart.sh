@@ -74,8 +74,6 @@ if [ -d "$out/data" ] && [ "$(cat "$out/size" 2> /dev/null)" != "$size" ]; then
     fail "$out holds what a run with${size:+out} --tiny has begun; choose another folder with --out, or remove it"
 fi
 echo "$size" > "$out/size"
-cores=$(nproc 2> /dev/null || echo 1)
-threads=$((cores > 2 ? cores / 2 : 1))   # of each of two trainings side by side
 
 children=() watcher=""
 # Ends the trainings, which save first.
@@ -135,6 +133,9 @@ has "${CC:-gcc}" && compiles '#include <stdio.h>' ||
     fail "no C compiler: install gcc and libc6-dev, then run this again"
 has make || fail "no make: install it, then run this again"
 has python3 || fail "no python3: install it, then run this again"
+# nproc does not know the quota of a container (docker --cpus).
+cores=$(python3 -c 'import sys; sys.path.insert(0, "data"); import shards; print(shards.cores())') || exit 1
+threads=$((cores > 2 ? cores / 2 : 1))   # of each of two trainings side by side
 compiles '#include <cblas.h>' || note "no CBLAS: matrix products use the built-in loop, which is slower"
 
 # A Python with numpy and matplotlib for the pictures: the system's, or data/.venv's. Made while the programs are built.

@@ -147,13 +147,15 @@ class Quickstart(unittest.TestCase):
         self.assertIn("\x1b[1mTools\x1b[0m", text)
 
     def test_nothing_can_be_installed(self):
-        """One core, not root, apt-get and pip without a network, no CBLAS: a line for each, and the rest works."""
-        gcc = shutil.which("gcc")
+        """A quota of one core, not root, apt-get and pip without a network, no CBLAS: a line for each, and the rest
+        works."""
+        gcc, python = shutil.which("gcc"), shutil.which("python3")
         compiler = 'case "$*" in *-E*) input=$(cat); case "$input" in *cblas*) exit 1;; esac; '
         compiler += f'echo "$input" | exec {gcc} "$@";; esac\nexec {gcc} "$@"\n'
-        path = self.stand_ins(gcc=compiler, cc=compiler,
+        cores = f'case "$*" in *shards.cores*) echo 1;; *) exec {python} "$@";; esac\n'
+        path = self.stand_ins(gcc=compiler, cc=compiler, python3=cores,
                               apt_get='echo "E: Unable to fetch some archives" >&2; exit 100\n', id="echo 1000\n",
-                              nproc="echo 1\n", sudo='[ "$1" = -n ] && shift; exec "$@"\n')
+                              sudo='[ "$1" = -n ] && shift; exec "$@"\n')
         done = self.run_script("--tiny", "--out", "runs/b", PATH=path, PIP_INDEX_URL="http://127.0.0.1:9/",
                                PIP_NO_CACHE_DIR="1")
         self.assertEqual(done.returncode, 0, done.stdout + done.stderr)
