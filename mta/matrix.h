@@ -11,7 +11,6 @@
 #include "vector.h"
 
 #include <math.h>
-#include <omp.h>
 #if defined(__AVX512F__) || defined(__F16C__)
 #include <immintrin.h>
 #endif

@@ -29,6 +29,15 @@
 #include <time.h>
 #include <unistd.h>
 
+#ifdef _OPENMP
+#include <omp.h>
+#else  // make OPENMP=: one thread
+static inline int omp_get_max_threads(void) { return 1; }
+static inline int omp_get_num_procs(void) { return 1; }
+static inline int omp_get_thread_num(void) { return 0; }
+static inline void omp_set_num_threads(int n) { (void)n; }
+#endif
+
 #ifndef __cplusplus
 extern char* program_invocation_short_name;  // errno.h declares it only if _GNU_SOURCE came before the first header
 #endif

@@ -1002,6 +1002,15 @@ class TextIO(unittest.TestCase):
             self.assertEqual(p.returncode, status, (option, p.stderr))
             self.assertEqual("isfinite" in p.stderr, bool(status), p.stderr)
 
+    def test_without_openmp_nothing_is_missing(self):
+        """make OPENMP=: infer_mta could not be linked."""
+        options = ["-std=gnu11", "-Werror=implicit-function-declaration", "-w", "-fsyntax-only"]
+        for name in ("infer_mta.c", "train_mta.c", "test_mta.c"):
+            p = subprocess.run([os.environ.get("CC", "cc"), *options, "-H", os.path.join(ROOT, name)], text=True,
+                               stderr=subprocess.PIPE)
+            self.assertEqual(p.returncode, 0, p.stderr[-2000:])
+            self.assertNotIn("/omp.h", p.stderr, name)
+
     def test_standard_input_is_what_is_left_of_it(self):
         """Of a file that was read from before, the rest; also from a socket, which has no name to be opened by."""
         args = [BIN, self.dir, "--max-tokens", "0", "--echo", "--quiet"]
