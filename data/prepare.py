@@ -261,10 +261,8 @@ def start_workers(job, workers):
         from concurrent.futures import ProcessPoolExecutor
         import multiprocessing
 
-        return ProcessPoolExecutor(
-            workers, mp_context=multiprocessing.get_context("spawn"), initializer=worker_start,
-            initargs=(job, os.getpid()),
-        )
+        return ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"), initializer=worker_start,
+                                   initargs=(job, os.getpid()))
     except (OSError, ImportError, NotImplementedError) as e:  # no semaphores
         text = "no worker processes here, this one does all: %s (they need a /dev/shm that can be written)"
         print(text % (getattr(e, "strerror", None) or e), file=sys.stderr)
