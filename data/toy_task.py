@@ -22,6 +22,7 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import signal
 import sys
 import zlib
@@ -133,13 +134,13 @@ def take(task, rng, count, refused, distinct):
 
 
 class ShardWriter:
-    """Writes NAME_SPLIT_000000.bin, .mask and so on: beside, then renamed, the header last."""
+    """Writes NAME_SPLIT_000000.bin.partial, .mask.partial and so on, the header last; publish() renames them."""
 
     def __init__(self, task, prefix):
         self.task, self.prefix = task, prefix
         self.per_shard = max(1, (SHARD_TOKENS - 1) // task.length)
         self.number, self.count, self.files = 0, 0, None
-        self.shards = {}  # their entries in the manifest, by file name
+        self.shards, self.ready = {}, []  # their entries in the manifest, by file name; their paths
 
     def paths(self):
         base = f"{self.prefix}_{self.number:06d}"
@@ -169,7 +170,7 @@ class ShardWriter:
         self.files[1].write(mask)
 
     def close(self):
-        """Adds the token that follows the last window, as its (masked) last target, and puts the files in place."""
+        """Adds the token that follows the last window, as its (masked) last target; the files are complete."""
         if self.files is None:
             return
         self.write(bytes([BOS]), b"\0")
@@ -181,16 +182,19 @@ class ShardWriter:
             sync_file(f.fileno())
             f.close()
         self.files = None
-        for path in reversed(self.paths()):  # the mask first: a .bin in place is complete
-            os.replace(path + ".partial", path)
+        self.ready += reversed(self.paths())  # the mask first: a .bin in place is complete
         name = os.path.basename(self.paths()[0])
         self.shards[name] = {"documents": self.count + 1, "tokens": count, "bytes": HEADER_BYTES + TOY.width * count,
                              "crc32": "%08x" % self.crc}
         self.number += 1
 
+    def publish(self):
+        for path in self.ready:
+            os.replace(path + ".partial", path)
+
 
 def write_split(task, split, chunks, prefix, count, show):
-    """Writes a split from an iterable of lists of (prompt, answer); returns its shards as the manifest has them."""
+    """Writes a split from an iterable of lists of (prompt, answer); returns its ShardWriter."""
     writer, done = ShardWriter(task, prefix), 0
     for pairs in chunks:
         parts = [finish(task, prompt, answer) for prompt, answer in pairs]
@@ -201,7 +205,7 @@ def write_split(task, split, chunks, prefix, count, show):
     writer.close()
     if show:
         print("\r\033[K", end="", file=sys.stderr, flush=True)
-    return writer.shards
+    return writer
 
 
 def train_chunk(job):
@@ -288,28 +292,42 @@ def main():
         raise UserError(error)
 
 
-def write(options, task):
-    """All files of the task."""
-    manifest, prefix, show = read_manifest(options.out), os.path.join(options.out, options.name), sys.stderr.isatty()
-    found = foreign_shard(options.out, manifest, options.name,
-                          [f"{options.name}_{split}_000000.bin" for split in ("train", "val")])
-    if found and found[1]:
-        raise UserError(f"{found[0]} belongs to the preparation {found[1]}; give another --name")
-    made = {"task": "find the block", "n": task.n, "l": task.l, "kind": task.kind, "blocks": task.blocks,
-            "length": task.length, "train_samples": options.train_samples, "test_samples": options.test_samples,
-            "seed": options.seed, "tokenizer": "toy"}
+def refuse_others(options, made):
+    """The manifest, unless it, or a shard that it does not list, is in the way."""
+    manifest = read_manifest(options.out)
     there = manifest["preparations"].get(options.name)
     if there and there["options"] != {"command": "toy_task", **made}:
         raise UserError(f"{options.out} holds a preparation {options.name} of other options; give another --name or "
                         "--out")
+    own = re.compile(re.escape(options.name) + r"_(train|val)_[0-9]{6}\.bin")
+    found = foreign_shard(options.out, manifest, options.name, filter(own.fullmatch, os.listdir(options.out)))
+    if found:
+        owner = f"belongs to the preparation {found[1]}" if found[1] else "is there and in no manifest"
+        raise UserError(f"{found[0]} {owner}; give another --name or --out")
+    return manifest
+
+
+def write(options, task):
+    """All files of the task."""
+    prefix, show = os.path.join(options.out, options.name), sys.stderr.isatty()
+    made = {"task": "find the block", "n": task.n, "l": task.l, "kind": task.kind, "blocks": task.blocks,
+            "length": task.length, "train_samples": options.train_samples, "test_samples": options.test_samples,
+            "seed": options.seed, "tokenizer": "toy"}
+    refuse_others(options, made)
+    left = re.compile(re.escape(options.name) + r"_(train|val)_[0-9]{6}\.(bin|mask)\.partial")
+    for name in filter(left.fullmatch, os.listdir(options.out)):  # of one that was stopped
+        os.remove(os.path.join(options.out, name))
     test = take(task, chunk_rng(task, options.seed, "test", 0), options.test_samples, set(), distinct=True)
-    shards = {"val": write_split(task, "test", [test], prefix + "_val", len(test), show)}
+    written = {"val": write_split(task, "test", [test], prefix + "_val", len(test), show)}
     chunks = train_chunks(task, options.seed, options.train_samples, {prompt for prompt, _ in test},
                           options.jobs)
-    shards["train"] = write_split(task, "training", chunks, prefix + "_train", options.train_samples,
-                                  show)
+    written["train"] = write_split(task, "training", chunks, prefix + "_train", options.train_samples,
+                                   show)
+    shards = {split: writer.shards for split, writer in written.items()}
     with manifest_lock(options.out):
-        manifest = read_manifest(options.out)  # again: others may have written it meanwhile
+        manifest = refuse_others(options, made)  # again: others may have come meanwhile
+        for writer in written.values():
+            writer.publish()
         write_entry(options.out, manifest, options.name, shards, {"command": "toy_task", **made})
     with open(prefix + "_task.json", "w", encoding="utf-8") as f:
         json.dump({**made, "shards": [*shards["val"], *shards["train"]]}, f, indent=1)

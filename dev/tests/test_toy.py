@@ -133,6 +133,22 @@ class Toy(unittest.TestCase):
             self.assertEqual(run("--out", tasks, *small).returncode, 0)
             self.assertEqual({name: read_bytes(os.path.join(tasks, name)) for name in os.listdir(tasks)}, before)
 
+    def test_shards_that_no_manifest_lists(self):
+        """A shard of the name, which trainers would read among the task's, is refused; what was not ended goes."""
+        small = ("--n", 2, "--blocks", 2, "--train-samples", 3, "--test-samples", 1)
+        with tempfile.TemporaryDirectory() as folder:
+            strange, left = (os.path.join(folder, "toy_train_00000" + x) for x in ("1.bin", "2.bin.partial"))
+            for path in (strange, left):
+                with open(path, "w") as f:
+                    f.write("somebody's")
+            done = run("--out", folder, *small)
+            self.assertEqual((done.returncode, done.stderr.count("\n")), (1, 1), done.stderr)
+            self.assertIn(f"{strange} is there and in no manifest", done.stderr)
+            self.assertEqual(len(os.listdir(folder)), 2)
+            os.remove(strange)
+            self.assertEqual(run("--out", folder, *small).returncode, 0)
+            self.assertFalse(os.path.exists(left))
+
     def test_paper_sizes(self):
         self.check_task(5, 2, "all", 52, 321)
         self.check_task(8, 2, "last", 34, 1 + 34 * 9 - 1 + 1 + 2 + 1 + 1)
@@ -174,11 +190,12 @@ class Toy(unittest.TestCase):
             toy_task.SHARD_TOKENS = 48 * 100 + 1
             try:
                 pairs = toy_task.take(task, toy_task.chunk_rng(task, 1, "x", 0), 250, set(), False)
-                files = list(toy_task.write_split(task, "x", [pairs[:130], pairs[130:]],
-                                                  os.path.join(folder, "s_train"), 250, False))
+                writer = toy_task.write_split(task, "x", [pairs[:130], pairs[130:]],
+                                              os.path.join(folder, "s_train"), 250, False)
+                writer.publish()
             finally:
                 toy_task.SHARD_TOKENS = old
-            self.assertEqual(files, [f"s_train_00000{i}.bin" for i in range(3)])
+            self.assertEqual(list(writer.shards), [f"s_train_00000{i}.bin" for i in range(3)])
             want = [list(toy_task.finish(task, *pair)[0]) for pair in pairs]
             self.assertEqual([tokens for tokens, _ in sequences(folder, "train", 48)], want)
 
