@@ -792,7 +792,7 @@ static inline void run_say_repeated(const Run* r) {
         double times = windows * s->share / (double)s->windows;
         char count[32];
         if (times < 1.01) { continue; }  // --epochs 1 is rounded up to whole steps
-        printf("--train: %s: the run takes each of its %s tokens %.3g times\n", s->name,
+        printf("--train: %s: the run takes each of its %s tokens %.3g times\n", s->pattern,
                format_count((double)s->windows * r->seq_len, count, sizeof count), times);
     }
 }

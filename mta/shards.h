@@ -808,6 +808,8 @@ static inline bool loader_verify(const Loader* l, bool missing, bool contents, T
     int unknown = 0, empty = 0;
     bool good = loader_check_twice(l, said, e);
     for (int i = 0; i < l->n_sources && good; i++) {
+        int listed = 0;
+        const Shard* unlisted = NULL;  // the first
         before[0] = 1, before[1] = 0;  // no folder is called so
         for (int j = 0; j < l->sources[i].n_shards && good; j++) {
             const Shard* s = &l->sources[i].shards[j];
@@ -818,11 +820,17 @@ static inline bool loader_verify(const Loader* l, bool missing, bool contents, T
             }
             const Json* entry = json_get(json_get(manifest, "shards"), shard_base_name(s->path));
             good = good && shard_verify(s, entry, contents, e);
+            listed += entry != NULL;
+            if (entry == NULL && unlisted == NULL) { unlisted = s; }
             unknown += s->crc == 0 && json_get(entry, "crc32") == NULL;
             if (s->windows == 0 && empty++ == 0) {
                 text_printf(said, "%s: %llu tokens, less than one window of %d: it is not used\n", s->path,
                             (unsigned long long)s->tokens, l->seq_len + 1);
             }
+        }
+        if (good && listed && unlisted) {
+            text_printf(said, "%s is in no manifest.json, %d of its set %s: it counts all the same\n", unlisted->path,
+                        listed, listed > 1 ? "are" : "is");
         }
         if (good) { source_say_left(&l->sources[i], l->seq_len, said); }
     }

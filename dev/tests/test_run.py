@@ -322,8 +322,10 @@ class Runs(Trainer):
                "they are not used"
         for train, steps, said in ((self.path("a_train_*.bin"), 100, []),
                                    (self.path("a_train_*.bin"), 250,
-                                    ["--train: a: the run takes each of its 3.20k tokens 2.5 times"]),
-                                   (both, 100, [left, "--train: few: the run takes each of its 16 tokens 20 times"])):
+                                    ["--train: %s: the run takes each of its 3.20k tokens 2.5 times" %
+                                     self.path("a_train_*.bin")]),
+                                   (both, 100, [left,
+                                                f"--train: {few}: the run takes each of its 16 tokens 20 times"])):
             done = self.run_ok(self.out(), {"--train": train, "--steps": steps}, ["--dry-run"])
             self.assertEqual([line for line in done.stdout.splitlines() if line.startswith("--")], said)
 
@@ -1314,6 +1316,12 @@ class Tokenizers(Trainer):
         say()
         with open(shard, "wb") as f:
             f.write(data)
+        stray = self.path("whole", "a_train_000007.bin")  # of another preparation that was not ended
+        write_shard(stray, [i % 23 for i in range(321)])
+        done = self.run_ok(self.out(), dict(changes, **{"--steps": 1}))
+        self.assertIn(f"--train: {stray} is in no manifest.json, 1 of its set is: it counts all the same",
+                      self.said(done))
+        os.remove(stray)
         os.symlink("whole", self.path("[w]"))  # a folder of that very name
         for folder in ("whole", "[w]"):
             done = self.run_ok(self.out(),
