@@ -106,7 +106,7 @@ static inline void plan_print_checkpoints(const Run* r, const TensorList* list) 
     const TrainOptions* o = r->options;
     double each = plan_checkpoint_bytes(r, list), room = 0;
     int64_t timed = o->save_minutes > 0, saves = o->save_every ? r->steps / o->save_every : 1;
-    int64_t kept = (o->keep && o->keep < saves ? o->keep : saves) + timed + 1;
+    int64_t kept = (r->keep && r->keep < saves ? r->keep : saves) + timed + 1;
     printf("checkpoints %.1f MiB each, at most %lld at a time: %.1f MiB", each / 1048576, (long long)kept,
            each * (double)kept / 1048576);
     if (o->out && plan_free_space(o->out, &room)) {

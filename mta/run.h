@@ -68,6 +68,7 @@ typedef struct {
     int64_t tokens_per_step;
     int64_t steps;
     int64_t done_steps, done_tokens;  // of them, by the checkpoint that is resumed
+    int64_t keep;                     // checkpoints, 0 = all
     int64_t eval_every;               // steps between evaluations, 0 = only the last
     Schedule schedule;
     char init_dir[PATH_SIZE];        // directory whose tensors start the run, "" = random
@@ -446,7 +447,7 @@ static inline double run_epoch_tokens(const Run* r) {
 }
 
 // The steps of the run that is resumed, as its checkpoint's trainer.json says; -1 = it does not. Of them those that are
-// done, and their tokens, into *r.
+// done, their tokens, and how many checkpoints are kept, into *r.
 static inline int64_t run_saved_steps(Run* r) {
     char path[PATH_SIZE];
     int64_t steps = -1;
@@ -455,6 +456,9 @@ static inline int64_t run_saved_steps(Run* r) {
     json_integer(json_get(j, "steps"), 0, INT64_MAX, &steps);
     json_integer(json_get(j, "step"), 0, INT64_MAX, &r->done_steps);
     json_integer(json_get(j, "tokens_seen"), 0, INT64_MAX, &r->done_tokens);
+    r->keep = 2;
+    json_integer(json_get(j, "keep"), 0, INT32_MAX, &r->keep);
+    if (r->options->keep >= 0) { r->keep = r->options->keep; }
     json_free(j);
     return steps;
 }
@@ -895,14 +899,15 @@ static inline void run_open_directory(Run* r) {
 // What the trainer writes into model.safetensors, for config.json.
 static inline const char* run_torch_dtype(const Run* r) { return r->trainer->rounded ? "bfloat16" : "float32"; }
 
-// What changes the numbers of a run and may be given otherwise on --resume. trainer.json keeps each under its key.
+// What changes the numbers of a run, or what is left of it, and may be given otherwise on --resume. trainer.json keeps
+// each under its key.
 typedef struct {
     const char* key;
     double number;
     const char* word;  // NULL: a number
 } RunSetting;
 
-enum { MAX_RUN_SETTINGS = 21 };
+enum { MAX_RUN_SETTINGS = 22 };
 
 // One number for the shards of all sets of --val: of their checksums and of what these do not cover; 0: no set.
 static inline uint32_t run_val_checksum(const Run* r) {
@@ -938,6 +943,7 @@ static inline int run_settings(const Run* r, RunSetting* s) {
                               {"val", 0, o->val ? o->val : ""},
                               {"val_crc32", (double)run_val_checksum(r), NULL},
                               {"eval_windows", (double)o->eval_windows, NULL},
+                              {"keep", (double)r->keep, NULL},
                               {"program", 0, program_invocation_short_name}};
     int n = (int)(sizeof all / sizeof all[0]);
     assert(n <= MAX_RUN_SETTINGS);
@@ -982,7 +988,8 @@ static inline void run_compare_setting(const RunSetting* s, const Json* saved, T
     bool same = s->word ? saved && saved->type == JSON_STRING && !strcmp(saved->string, s->word)
                         : saved && saved->type == JSON_NUMBER && saved->number == s->number;
     bool unsaid = !saved && ((!strcmp(s->key, "shards") && s->number == 1) ||  // before there were any, there was one
-                             !strcmp(s->key, "val_crc32") || (!strcmp(s->key, "reduce") && !strcmp(s->word, "tree")) ||
+                             !strcmp(s->key, "val_crc32") || !strcmp(s->key, "keep") ||
+                             (!strcmp(s->key, "reduce") && !strcmp(s->word, "tree")) ||
                              (!strcmp(s->key, "attention_kernels") && !strcmp(s->word, "own")));
     if (same || unsaid) { return; }
     text_printf(change, "%s ", s->key);
@@ -1432,7 +1439,7 @@ static inline void run_saved(Run* r, const char* path, double seconds) {
         checkpoint_remove_dir(old);
     }
     r->timed_step = r->timed ? r->step : -1;
-    if (!r->timed) { checkpoint_prune(r->options->out, (int)r->options->keep, (long)r->step); }
+    if (!r->timed) { checkpoint_prune(r->options->out, (int)r->keep, (long)r->step); }
     text_printf(&t, "{\"event\": \"save\", \"step\": %lld, \"seconds\": %.3f, %s\"path\": ", (long long)r->step,
                 seconds, r->timed ? "\"timed\": true, " : "");
     text_json_string(&t, path, strlen(path));

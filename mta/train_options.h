@@ -30,7 +30,7 @@ static inline TrainOptions options_default(void) {
     TrainOptions o;
     memset(&o, 0, sizeof o);
     for (int i = 0; i < CONFIG_FIELD_COUNT; i++) { o.fields[i] = field_not_given(&CONFIG_FIELDS[i]); }
-    o.lr = o.eval_every = -1;  // not given; 0 is a rate too
+    o.lr = o.eval_every = o.keep = -1;  // not given; 0 is a rate too
     o.mix = "token";
     o.schedule = "linear";
     o.recompute = "none";
@@ -47,7 +47,6 @@ static inline TrainOptions options_default(void) {
     o.weight_decay = 0.05;
     o.grad_clip = 1;
     o.eval_windows = 128;
-    o.keep = 2;
     o.sample_tokens = 100;
     o.sample_temperature = 0.8;
     o.log_every = 10;
@@ -184,7 +183,10 @@ static inline void train_options_table(Opt* table, TrainOptions* o) {
     ROW("--save-every", OPT_LONG, &o->save_every, NULL, "steps between checkpoints, 0 = only the last", 0, any)
     ROW("--save-minutes", OPT_FLOAT, &o->save_minutes, NULL,
         "minutes between further checkpoints, each in place of the last; 0 = none", 0, 1e6)
-    ROW("--keep", OPT_LONG, &o->keep, NULL, "checkpoints kept, those of --save-minutes apart; 0 = all", 0, 1e9)
+    ROW("--keep", OPT_LONG, &o->keep, NULL,
+        "checkpoints kept, those of --save-minutes apart; 0 = all (default: as the run that --resume continues, else "
+        "2)",
+        0, 1e9)
     ROW("--sample-every", OPT_LONG, &o->sample_every, NULL, "steps between samples, 0 = none", 0, any)
     ROW("--sample-tokens", OPT_LONG, &o->sample_tokens, NULL, "tokens of a sample", 1, 1e6)
     ROW("--sample-prompt", OPT_STRING, &o->sample_prompt, "TEXT", "what a sample continues", 0, 0)

@@ -665,6 +665,20 @@ class Resume(Trainer):
         self.run_ok(off, {"--steps": 20, "--save-minutes": 0})
         self.assertEqual([e["step"] for e in log_events(off, "save")], [20])
 
+    def test_a_resume_keeps_as_many_checkpoints(self):
+        """All of a run of --keep 0, also where the resume says nothing; another number is said before any goes."""
+        out = self.out()
+        self.run_ok(out, {"--steps": 4, "--save-every": 1, "--keep": 0})
+        done = self.run_ok(out, {"--steps": 6, "--save-every": 1}, ["--resume"])
+        self.assertEqual(self.changed(done), ["steps 4 -> 6"])
+        self.assertEqual([int(path[-8:]) for path in checkpoints(out)], [1, 2, 3, 4, 5, 6])
+        done = self.run_ok(out, {"--steps": 7, "--save-every": 1, "--keep": 3}, ["--resume"])
+        self.assertEqual(self.changed(done), ["steps 6 -> 7", "keep 0 -> 3"])
+        self.assertEqual([int(path[-8:]) for path in checkpoints(out)], [5, 6, 7])
+        other = self.out()
+        self.run_ok(other, {"--steps": 3, "--save-every": 1})
+        self.assertEqual([int(path[-8:]) for path in checkpoints(other)], [2, 3])
+
     def matmul_of(self, out):
         with open(os.path.join(checkpoints(out)[-1], "trainer.json")) as f:
             return json.load(f)["matmul"]
