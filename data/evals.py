@@ -13,8 +13,7 @@ file: tiktoken.
 
 A request is a JSON line with context and continuation, which the programs read, and what the report needs: task (and
 its settings), item (which question), choice and gold (numbers; only where there are choices). The report has the
-paper's
-tables, and says per task:
+paper's tables, and says per task:
   accuracy   of choices: the one with the largest log-probability is gold (of equal ones the first); else the same as
              greedy
   acc_norm   the same with log-probability per character of the choice (the space before it is not one of them)
@@ -38,7 +37,7 @@ from options import Parser, parse_count, whole_number  # noqa: E402
 from prepare import BadDocument, UserError, open_tokenizer  # noqa: E402
 from report import refuse_input, report  # noqa: E402
 from shards import run_program  # noqa: E402
-from tokenizer import members  # noqa: E402
+from tokenizer import PATTERNS, members  # noqa: E402
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Sets from files: a record -> [(context, continuation) of each choice], number of the gold one. Context and
@@ -195,6 +194,8 @@ def convert(args):
     refuse_input(args.out, [args.input, args.labels])
     labels = read_labels(args.labels, args.labels_from) if args.labels else None
     task = args.task or re.sub(r"\.jsonl?$", "", os.path.basename(args.input))
+    if task != task.encode("utf-8", "replace").decode():
+        raise UserError("--task: %s is not UTF-8, wanted a name that is" % ascii(task))
     requests, bad, items, formats = [], 0, 0, set()
     try:
         with open(args.input, "rb") as f:
@@ -635,7 +636,7 @@ def main():
         p.add_argument("--out", required=True, metavar="FILE")
         p.add_argument("--text", nargs="+", default=[], metavar="FILE", help="texts to distract with")
         p.add_argument("--tokenizer", default="bytes", metavar="NAME|FILE", help="counts the tokens; default bytes")
-        p.add_argument("--pattern")
+        p.add_argument("--pattern", choices=list(PATTERNS))
         p.add_argument("--samples", type=whole_number(1, 10**9 - 1), default=100, metavar="N",
                        help="questions of each setting; default 100")
         p.add_argument("--seed", type=whole_number(), default=0)

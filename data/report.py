@@ -3,8 +3,7 @@ pictures.
 
 A model is the answers to some files of requests, and the log of an evaluation of its validation sets where there is
 one. The tables are the paper's: validation perplexity by domain and its mean, LAMBADA, zero-shot tasks, needles in a
-haystack, BabiLong;
-models stand below each other, the best figure of a column is bold.
+haystack, BabiLong; models stand below each other, the best figure of a column is bold.
 """
 
 import csv
@@ -40,10 +39,10 @@ def is_request(record):
 def read_lines(path, keys):
     records = []
     try:
-        with open(path, encoding="utf-8-sig") as f:
+        with open(path, "rb") as f:
             for number, line in enumerate(f, 1):
                 if line.strip():
-                    record = json.loads(line, object_pairs_hook=members)
+                    record = json.loads(line.decode("utf-8-sig"), object_pairs_hook=members)
                     missing = [k for k in keys if not isinstance(record, dict) or k not in record]
                     if missing:
                         raise UserError("%s:%d: no %s" % (path, number, ", ".join(missing)))
@@ -72,7 +71,7 @@ def score_item(answers):
     known = type(gold) is int and gold in range(len(answers)) and all(r.get("gold", gold) == gold for r, _ in answers)
     if [r.get("choice", 0) for r, _ in answers] != list(range(len(answers))) or not known:
         raise UserError("item %s: its choices are not whole, or none of them is gold" % answers[0][0]["item"])
-    request, score = answers[gold]
+    _, score = answers[gold]
     result = {
         "logprob": score["logprob"],
         "tokens": score["tokens"],
@@ -499,7 +498,7 @@ def refuse_input(path, inputs):
 
 def write(path, text):
     try:
-        with open(path, "w", encoding="utf-8") as f:
+        with open(path, "w", encoding="utf-8", errors="backslashreplace") as f:  # names of folders need not be UTF-8
             f.write(text)
     except OSError as e:
         raise UserError("%s: %s" % (path, e.strerror))
@@ -536,7 +535,7 @@ def report(args):
         write(args.json, json.dumps(rows if len(models) > 1 else rows[models[0].name], indent=1) + "\n")
     if args.csv:
         try:
-            with open(args.csv, "w", encoding="utf-8", newline="") as f:
+            with open(args.csv, "w", encoding="utf-8", errors="backslashreplace", newline="") as f:
                 write_csv(f, models)
         except OSError as e:
             raise UserError("%s: %s" % (args.csv, e.strerror))

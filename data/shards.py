@@ -175,19 +175,18 @@ def read_manifest(folder, wanted=False):
 def locked(path, busy=None):
     """Holds the lock `path`, a file that is there while somebody holds it. Who finds it held waits, or raises UserError
     with the text `busy`."""
-    held = False
-    while not held:
+    while True:
         lock = open(path, "w")
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | (fcntl.LOCK_NB if busy else 0))
-            # the one that was waited for has removed it: then it holds nothing
-            held = os.path.exists(path) and os.path.samestat(os.fstat(lock.fileno()), os.stat(path))
         except OSError as e:
             if busy and e.errno in (errno.EWOULDBLOCK, errno.EACCES):
                 raise UserError(busy)
-            held = True  # a file system without locks
-        if not held:
-            lock.close()
+            break  # a file system without locks
+        with contextlib.suppress(FileNotFoundError):  # who was waited for has removed it: then this lock holds nothing
+            if os.path.samestat(os.fstat(lock.fileno()), os.stat(path)):
+                break
+        lock.close()
     try:
         yield
     finally:

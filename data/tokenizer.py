@@ -170,8 +170,7 @@ def file_sums(path):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Tokenizers. encode_all(texts): texts as UTF-8 bytes -> for each its packed ids, `width` bytes each, without BOS and
-# EOS,
-# or the BadDocument that says why it has none.
+# EOS, or the BadDocument that says why it has none.
 
 
 class Tokenizer:
@@ -323,10 +322,8 @@ def find_encoder(wanted=None):
     program = os.path.join(os.environ.get("MTA_BIN", os.path.dirname(PROGRAM)), "infer_mta")
     if os.path.exists(program):
         try:
-            if (
-                b"--binary"
-                in subprocess.run([program, "--help"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL).stdout
-            ):
+            help = subprocess.run([program, "--help"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL).stdout
+            if b"--binary" in help:
                 return program
         except OSError:
             pass  # of another kind of machine

@@ -3,8 +3,8 @@
 
 A sequence is BOS, blocks of N letters joined by ".", "#", L letters, the answer, EOS. The letters of a block are
 distinct, and exactly one block holds all L letters of the question. The answer is that block ("all"), or its "first" or
-its "last" letter. To find it, a
-query must match L keys at once: one attention weight of a plain Transformer compares one query with one key.
+its "last" letter. To find it, a query must match L keys at once: one attention weight of a plain Transformer compares
+one query with one key.
 
     python3 data/toy_task.py --out data/toy                     # the paper's size: N = 5, 52 blocks, a million
                                                                 sequences of 321 tokens
@@ -13,9 +13,9 @@ query must match L keys at once: one attention weight of a plain Transformer com
 
 writes OUT/NAME_train_000000.bin (and more, if it is long) and OUT/NAME_val_000000.bin with .mask files beside them (1
 for the answer and EOS), OUT/NAME_task.json, which says how they were made, and OUT/manifest.json, from which trainers
-take the tokenizer. Every sequence has the same length S (printed, and "length" in the JSON
-file), "_" filling it up, and starts at a multiple of S: train with --seq-len S. A sequence of the test set (val) is in
-it once and never in the training set. The standard library suffices.
+take the tokenizer. Every sequence has the same length S (printed, and "length" in the JSON file), "_" filling it up,
+and starts at a multiple of S: train with --seq-len S. A sequence of the test set (val) is in it once and never in the
+training set. The standard library suffices.
 """
 import argparse
 import json
@@ -230,28 +230,25 @@ def text(tokens):
 
 
 def check(options):
-    """The task of these options; exits with one line if they do not make one."""
-    def refuse(message):
-        raise UserError(message)
-
+    """The task of these options, if they make one."""
     if not 1 <= options.n <= 26:
-        refuse(f"--n: got {options.n}, wanted 1 to 26 letters a block")
+        raise UserError(f"--n: got {options.n}, wanted 1 to 26 letters a block")
     if not 1 <= options.l <= options.n:
-        refuse(f"--l: got {options.l}, wanted 1 to N = {options.n} letters in the question")
+        raise UserError(f"--l: got {options.l}, wanted 1 to N = {options.n} letters in the question")
     blocks = options.blocks
     if blocks is None:  # as many as the paper's length holds with the longest answer
         blocks = (PAPER_LENGTH - (1 + 1 + options.l + options.n + 1) + 1) // (options.n + 1)
     if blocks < 1:
-        refuse(f"--blocks: got {blocks}, wanted at least 1")
+        raise UserError(f"--blocks: got {blocks}, wanted at least 1")
     if blocks > 1 and options.n == 26:
-        refuse("--n 26 with several blocks: every block holds every letter, so none is the only match")
+        raise UserError("--n 26 with several blocks: every block holds every letter, so none is the only match")
     if options.train_samples < 0 or options.test_samples < 0:
-        refuse("--train-samples and --test-samples: wanted 0 or more")
+        raise UserError("--train-samples and --test-samples: wanted 0 or more")
     task = Task(options.n, options.l, options.kind, blocks, options.length)
     if task.length < task.used:
-        refuse(f"--length: got {task.length}, the sequences have {task.used} tokens")
+        raise UserError(f"--length: got {task.length}, the sequences have {task.used} tokens")
     if task.length >= SHARD_TOKENS:
-        refuse(f"sequences of {task.length} tokens are too long for a shard of {SHARD_TOKENS}")
+        raise UserError(f"sequences of {task.length} tokens are too long for a shard of {SHARD_TOKENS}")
     return task
 
 
@@ -319,10 +316,8 @@ def write(options, task):
         os.remove(os.path.join(options.out, name))
     test = take(task, chunk_rng(task, options.seed, "test", 0), options.test_samples, set(), distinct=True)
     written = {"val": write_split(task, "test", [test], prefix + "_val", len(test), show)}
-    chunks = train_chunks(task, options.seed, options.train_samples, {prompt for prompt, _ in test},
-                          options.jobs)
-    written["train"] = write_split(task, "training", chunks, prefix + "_train", options.train_samples,
-                                   show)
+    chunks = train_chunks(task, options.seed, options.train_samples, {prompt for prompt, _ in test}, options.jobs)
+    written["train"] = write_split(task, "training", chunks, prefix + "_train", options.train_samples, show)
     shards = {split: writer.shards for split, writer in written.items()}
     with manifest_lock(options.out):
         manifest = refuse_others(options, made)  # again: others may have come meanwhile
@@ -333,8 +328,7 @@ def write(options, task):
         json.dump({**made, "shards": [*shards["val"], *shards["train"]]}, f, indent=1)
         f.write("\n")
     print(f"{prefix}_train_*.bin: {options.train_samples} sequences, {prefix}_val_*.bin: {options.test_samples}, of "
-          f"{task.length} tokens each "
-          f"(--seq-len {task.length})")
+          f"{task.length} tokens each (--seq-len {task.length})")
 
 
 def write_entry(out, manifest, name, shards, options):

@@ -232,6 +232,8 @@ class Formats(Case):
         self.assertIn("1 questions, 2 requests, 4 lines left out", shown)
         self.assertIn("in.jsonl:1", run("choice", path, "--out", self.path("p.jsonl"), "--on-bad", "refuse", status=1))
         self.assertFalse(os.path.exists(self.path("p.jsonl")))
+        self.assertIn("--task: '\\udce9' is not UTF-8", run("choice", path, "--out", self.path("p.jsonl"), "--task",
+                                                             "\udce9", status=1))
 
 
 def solve(story, question):
@@ -300,8 +302,7 @@ class Generated(Case):
                 self.assertEqual(solve(facts, question), answer, (facts, question))
                 self.assertIn(answer, answers)
                 seen.add(answer)
-            self.assertEqual(seen, set(answers) if task != 5 else seen)
-            self.assertTrue(len(seen) >= 6)
+            self.assertEqual(seen, set(answers) if task != 5 else {*evals.GIVERS, *evals.THINGS})
 
     def test_babilong(self):
         book = self.book()
@@ -374,6 +375,7 @@ class Generated(Case):
             "alone have", run("needle", "--text", self.book(), "--length", "50", "--out", self.path("x"), status=1)
         )
         self.assertIn("wanted 1 to 5", run("babilong", "--tasks", "6", "--out", self.path("x"), status=1))
+        self.assertIn("invalid choice: 'gpt5'", run("needle", "--pattern", "gpt5", "--out", self.path("x"), status=1))
         for n in ("0", "-1", "1.5"):
             self.assertIn("from 1", run("needle", "--samples=" + n, "--out", self.path("x"), status=1))
         self.assertIn("each once", run("needle", "--needles", "2,4,2", "--out", self.path("x"), status=1))
@@ -407,7 +409,7 @@ class Report(Case):
         self.assertAlmostEqual(word["perplexity"], math.exp(1.5))
         self.assertAlmostEqual(word["token_ppl"], math.exp(0.75))
         self.assertEqual(word["accuracy"], 0.5)
-        self.assertIn("t ", shown)
+        self.assertRegex(shown, r"(?m)^t +2 +0\.5000 ")
 
     def test_length_of_a_choice(self):
         """acc_norm counts characters, acc_bytes bytes, neither the space before the choice; of equal ones the first is
@@ -445,6 +447,9 @@ class Report(Case):
         self.assertEqual(self.read_all("j")["t"]["perplexity"], None)  # JSON has no infinity
         self.assertIn("no/j: No such file", run("report", requests, two, "--json", self.path("no/j"), status=1))
         self.assertIn("broken JSON", run("report", requests, self.write("x.jsonl", ["{"]), status=1))
+        with open(self.path("y.jsonl"), "wb") as f:
+            f.write(b"\n\xff\xfe{\n")
+        self.assertIn("y.jsonl:2: broken JSON: 'utf-8'", run("report", self.path("y.jsonl"), one, status=1))
         for change in ({"greedy": "no"}, {"tokens": None}):
             wrong = self.write("w.jsonl", [dict({"logprob": -1.0, "tokens": 1, "greedy": True}, **change)] * 2)
             self.assertIn("w.jsonl:1: wanted a number of tokens", run("report", requests, wrong, status=1))
@@ -507,6 +512,9 @@ class Report(Case):
             shown = run("report", given, "--csv", self.path("o.csv"))
             with open(self.path("o.csv")) as f:
                 self.assertEqual({line.split(",")[0] for line in f.read().splitlines()[1:]}, {name}, shown)
+        run("report", "\udce9=" + folder, "--csv", self.path("o.csv"), "--markdown", self.path("o.md"))
+        with open(self.path("o.csv")) as f:  # a name that is not UTF-8
+            self.assertEqual({line.split(",")[0] for line in f.read().splitlines()[1:]}, {"\\udce9"})
         for own in ("needle.jsonl", "needle.scores", "validation/log.jsonl"):
             path = os.path.join(folder, own)
             self.assertIn("the input itself", run("report", "x=" + folder, "--json", path, status=1))
