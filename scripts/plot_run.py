@@ -112,14 +112,16 @@ def is_byte_level(path):
 
 
 def smooth(y, width):
-    """Mean over a window of `width` values that shrinks towards the ends; NaN are left out of it."""
+    """Mean over a window of `width` values that shrinks towards the ends; NaN are left out of it, and of nothing but
+    NaN it is NaN."""
     if width < 2:
         return y
     good = np.isfinite(y)
     total, count = np.cumsum(np.r_[0, np.where(good, y, 0)]), np.cumsum(np.r_[0, good])
     i = np.arange(len(y))
-    lo, hi = np.maximum(i - width // 2, 0), np.minimum(i + width // 2 + 1, len(y))
-    return (total[hi] - total[lo]) / np.maximum(count[hi] - count[lo], 1)
+    lo, hi = np.maximum(i - width // 2, 0), np.minimum(i + (width + 1) // 2, len(y))
+    n = count[hi] - count[lo]
+    return np.where(n > 0, (total[hi] - total[lo]) / np.maximum(n, 1), np.nan)
 
 
 def legend(ax):

@@ -24,13 +24,13 @@ PAPER = {  # error in percent; the one standard deviation the paper's text gives
 
 
 def last_error(run):
-    """(step, error in percent) of a run's last masked validation; None if it has none yet."""
+    """(step, error in percent) of a run's last masked validation; None if it has none yet, or no log."""
     found = None
     try:
         for event in log_events(os.path.join(run, "log.jsonl")):
             if event.get("event") == "val" and event.get("error") is not None:
                 found = (event["step"], 100.0 * event["error"])
-    except OSError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     return found
 

@@ -121,6 +121,12 @@ class Plots(unittest.TestCase):
             self.assertEqual(done.stderr.count("\n"), 1, done.stderr)
             self.assertIn(words, done.stderr)
 
+    def test_a_mean_over_nothing(self):
+        """Steps without a loss are a gap, not a loss of 0; a window of two has two values."""
+        nan = math.nan
+        for y, width, want in (([5, 5, nan, nan, nan, 5, 7], 3, [5, 5, 5, nan, 5, 6, 6]), ([1, 3, 5], 2, [1, 2, 4])):
+            numpy.testing.assert_equal(plot_run.smooth(numpy.array(y, dtype=float), width), want)
+
     def test_a_clock_that_is_set_back(self):
         times = [7200.0, 9000.0, 5400.0, 7200.0]  # half an hour, an hour back, half an hour
         events = [{"event": "step", "step": i, "loss": 1.0, "time": t} for i, t in enumerate(times, 1)]
