@@ -29,7 +29,7 @@ case $part in
     *) echo "ranks_check.sh: --part: got $part, wanted bits or speed" >&2; exit 1 ;;
 esac
 ranks=${ranks:-$(nvidia-smi -L 2> /dev/null | grep -c '^GPU')}
-if ! [[ $ranks =~ ^[0-9]+$ ]] || [ "$ranks" -lt 2 ]; then
+if ! [[ $ranks =~ ^[1-9][0-9]{0,8}$ ]] || [ "$ranks" -lt 2 ]; then
     echo "ranks_check.sh: got ${ranks:-no} GPUs, wanted two or more" >&2
     exit 1
 fi
@@ -51,7 +51,7 @@ finish() {
     [ $failed -eq 0 ]
     exit
 }
-stop() { jobs -rp | xargs -r kill; fail "interrupted"; exit 1; }
+stop() { jobs -rp | xargs -r kill; wait; fail "interrupted"; exit 1; }  # what saves into `work` first ends
 trap finish EXIT
 trap stop INT TERM
 

@@ -44,7 +44,7 @@ cores=$(nproc)
 export OMP_WAIT_POLICY=passive  # threads that wait sleep: many tests share few cores
 STEP_SECONDS=1200               # a step that hangs fails instead of holding up all others; the longest takes 100 s
 [ "$mode" != long ] || STEP_SECONDS=14400  # --long: the longest took 71 minutes beside other work
-trap 'echo "interrupted"; kill $(jobs -p) 2> /dev/null; exit 130' INT TERM
+trap 'echo "interrupted"; kill $(jobs -p) 2> /dev/null; wait; exit 130' INT TERM
 
 # ---- steps: a name, the programs it needs (targets of make), its command
 
@@ -76,7 +76,8 @@ run() {
     local log status began=$SECONDS TIMEFORMAT='%U %S'
     log=$(log_of "$1")
     rm -f "$log.status"
-    { time timeout -k 10 "$STEP_SECONDS" bash -c "$2" > "$log" 2>&1 < /dev/null; } 2> "$log.time"
+    trap 'kill "$!"; wait "$!"; exit' TERM  # timeout has a process group of its own, which nothing else would end
+    { time { timeout -k 10 "$STEP_SECONDS" bash -c "$2" > "$log" 2>&1 < /dev/null & wait "$!"; }; } 2> "$log.time"
     status=$?
     if [ "$status" -eq 124 ] || [ "$status" -eq 137 ]; then echo "stopped after $STEP_SECONDS s" >> "$log"; fi
     echo "$status $((SECONDS - began)) $(tail -n 1 "$log.time" | awk '{ printf "%.0f", $1 + $2 }')" > "$log.new"
@@ -97,6 +98,7 @@ report() {
         p=$((status == 0)) f=$((status != 0)) s=0
     fi
     s=${s:-0}
+    if [ "$p$f$s" = 000 ]; then f=1; fi  # where nothing was tested, nothing is right
     passed=$((passed + p)) failed=$((failed + f)) skipped=$((skipped + s)) seconds_of+=("$seconds $name")
     processor_seconds=$((processor_seconds + processors))
     if [ "$s" -gt 0 ]; then
@@ -176,7 +178,7 @@ run_steps() {
 
 as_root() { if [ "$(id -u)" -eq 0 ]; then "$@"; else sudo -n "$@"; fi; }
 has() { command -v "$1" > /dev/null; }
-compiles() { echo "$1" | "${@:2}" -x c - -o /dev/null 2> /dev/null; }
+compiles() { echo "$1" | "$2" -x c - -o /dev/null "${@:3}" 2> /dev/null; }  # libraries behind what needs them
 has_aarch64() { has aarch64-linux-gnu-gcc && compiles '#include <stdio.h>
 int main(void){return 0;}' aarch64-linux-gnu-gcc && has qemu-aarch64; }
 

@@ -4,6 +4,7 @@ import array
 import contextlib
 import io
 import json
+import math
 import os
 import struct
 import subprocess
@@ -58,6 +59,19 @@ def values(tensor):
     """The values of an F32 or BF16 tensor as read_safetensors gives it."""
     dtype, _, data = tensor
     return floats(data if dtype == "F32" else b"".join(b"\0\0" + data[i:i + 2] for i in range(0, len(data), 2)))
+
+
+def worst(errors):
+    """The largest, or NaN where one is: max() passes over it."""
+    errors = list(errors)
+    return math.nan if any(map(math.isnan, errors)) else max(errors)
+
+
+def zip_all(*lists):
+    """zip of lists that must be of one length (what strict=True says, which Python 3.9 does not have)."""
+    lists = [list(x) for x in lists]
+    assert len(set(map(len, lists))) == 1, "lengths %s" % [len(x) for x in lists]
+    return zip(*lists)
 
 
 def write_shard(path, tokens, vocab=32, width=2, magic=None, version=None, count=None, mask=None):
@@ -124,11 +138,16 @@ def call(script, *arguments):
 
 def main():
     """Runs the tests of the calling file, or those that -k names; says what was skipped and why; ends with the
-    counts."""
+    counts. A name that no test has is a mistake."""
     result = unittest.main(module="__main__", exit=False, verbosity=1).result
     bad = len(result.failures) + len(result.errors)
+    if not result.testsRun + bad + len(result.skipped):
+        sys.exit("no test has such a name")
+    # Of what did not pass the tests that were begun: a failure may be one of several parts of a test, or of a class.
+    begun = {getattr(test, "test_case", test).id() for test, _ in result.failures + result.errors + result.skipped
+             if isinstance(test, unittest.TestCase)}
     for test, reason in result.skipped:
         print(f"skipped: {test}: {reason}")
     left_out = f", {len(result.skipped)} skipped" if result.skipped else ""
-    print(f"{max(0, result.testsRun - bad - len(result.skipped))} passed, {bad} failed{left_out}")
+    print(f"{result.testsRun - len(begun)} passed, {bad} failed{left_out}")
     sys.exit(bad != 0)

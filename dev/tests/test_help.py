@@ -11,7 +11,13 @@ import unittest
 
 from helpers import BIN, ROOT, main, read_bytes
 
-SCRIPTS = sorted(glob.glob(os.path.join(ROOT, "scripts", "*")) + glob.glob(os.path.join(ROOT, "data", "*.py")))
+FILES = sorted(glob.glob(os.path.join(ROOT, "scripts", "*")) + glob.glob(os.path.join(ROOT, "data", "*.py")))
+SCRIPTS = [path for path in FILES if path.endswith(".sh") or path.endswith(".py") and b"__main__" in read_bytes(path)]
+
+
+def by(path):
+    """What runs a script."""
+    return "bash" if path.endswith(".sh") else sys.executable
 
 
 class Help(unittest.TestCase):
@@ -23,18 +29,14 @@ class Help(unittest.TestCase):
 
     def test_scripts(self):
         """Called by their relative names, which are no longer good where a script changes its folder first."""
-        scripts = [path for path in SCRIPTS if path.endswith(".sh") or path.endswith(".py")
-                   and b"__main__" in read_bytes(path)]
-        self.assertGreater(len(scripts), 10)
-        for path in scripts:
+        self.assertGreater(len(SCRIPTS), 10)
+        for path in SCRIPTS:
             with self.subTest(os.path.relpath(path, ROOT)):
-                self.check(["bash" if path.endswith(".sh") else sys.executable, "./" + os.path.basename(path)],
-                           os.path.dirname(path))
+                self.check([by(path), "./" + os.path.basename(path)], os.path.dirname(path))
 
     def test_part_of_an_option_is_no_option(self):
         """--hel is no --help: of no script, none of its commands and no program."""
-        commands = [["bash" if p.endswith(".sh") else sys.executable, p] for p in SCRIPTS if p.endswith(".sh")
-                    or p.endswith(".py") and b"__main__" in read_bytes(p)]
+        commands = [[by(path), path] for path in SCRIPTS]
         commands += [[sys.executable, p] for p in glob.glob(os.path.join(ROOT, "dev", "*", "*.py"))
                      if b"ArgumentParser(" in read_bytes(p) and "/tests/" not in p]
         commands += [[path] for path in (os.path.join(BIN, n) for n in ("train_mta", "infer_mta", "test_mta"))
@@ -46,6 +48,11 @@ class Help(unittest.TestCase):
             with self.subTest(os.path.relpath(command[-1], ROOT)):
                 done = subprocess.run([*command, "--hel"], capture_output=True, text=True, timeout=120, cwd="/")
                 self.assertNotEqual(done.returncode, 0, done.stdout + done.stderr)
+
+    def test_a_name_that_no_test_has(self):
+        test = [sys.executable, os.path.join(ROOT, "dev", "tests", "test_layout.py"), "-k", "nothing_is_called_so"]
+        done = subprocess.run(test, capture_output=True, text=True)
+        self.assertEqual((done.returncode, done.stderr.splitlines()[-1]), (1, "no test has such a name"))
 
     def test_programs(self):
         for name in ("train_mta", "infer_mta", "test_mta"):
