@@ -66,7 +66,7 @@ KNOWN_KEYS = set(
     "init_method head_kernel_size group_norm layer_norm_rescale curse_norm pre_sm_linear_head post_sm_linear_head "
     "add_gating gate_1d".split()
 )
-DTYPES = {"f32": "F32", "bf16": "BF16", "f16": "F16"}
+DTYPES = torch and {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
 def halves_from_pairs(w, heads):
@@ -250,7 +250,7 @@ def to_theirs(tensors, config):
 
 def write_safetensors(path, tensors):
     """tensors: name -> CPU tensor of F32, BF16 or F16; one at a time in memory beside them."""
-    kinds = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+    kinds = {dtype: name for name, dtype in DTYPES.items()}
     header, at = {"__metadata__": {"format": "pt"}}, 0
     for name, t in tensors.items():
         size = t.numel() * t.element_size()
@@ -267,7 +267,6 @@ def write_safetensors(path, tensors):
 
 def read_safetensors(path):
     """name -> tensor, copied."""
-    kinds = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
     with open(path, "rb") as f:
         size = struct.unpack("<Q", f.read(8))[0]
         header = json.loads(f.read(size))
@@ -276,7 +275,7 @@ def read_safetensors(path):
             if name != "__metadata__":
                 f.seek(8 + size + h["data_offsets"][0])
                 data = bytearray(f.read(h["data_offsets"][1] - h["data_offsets"][0]))
-                out[name] = torch.frombuffer(data, dtype=kinds[h["dtype"]]).view(h["shape"])
+                out[name] = torch.frombuffer(data, dtype=DTYPES[h["dtype"]]).view(h["shape"])
     return out
 
 
@@ -298,8 +297,8 @@ def convert(source, out, dtype, tokenizer):
     if "seq_len" in (params.get("data") or {}):
         model["max_seqlen"] = params["data"]["seq_len"]
     tensors, config = to_ours(load_state(os.path.join(source, "consolidated.pth")), model)
-    kind = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}.get(dtype)
-    tensors = {k: v.to(kind) if kind else v for k, v in tensors.items()}
+    if dtype != "stored":
+        tensors = {name: t.to(DTYPES[dtype.upper()]) for name, t in tensors.items()}
     os.makedirs(out, exist_ok=True)
     if tokenizer:
         config["tokenizer"] = os.path.basename(tokenizer)
@@ -327,7 +326,7 @@ def main():
     parser.add_argument("source", metavar="DIR")
     parser.add_argument("out", metavar="OUT_DIR")
     parser.add_argument("--back", action="store_true", help="ours to theirs")
-    parser.add_argument("--dtype", choices=["stored"] + sorted(DTYPES), default="stored",
+    parser.add_argument("--dtype", choices=("stored", "bf16", "f16", "f32"), default="stored",
                         help="form of the weights (default: as stored)")
     parser.add_argument(
         "--tokenizer", metavar="FILE", help="rank file to copy and name in config.json (Llama 3's tokenizer.model)"

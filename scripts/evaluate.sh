@@ -76,7 +76,7 @@ python=python3
 
 # What config.json says: positions, tokenizer (the file beside it, or a built-in name), pattern.
 config() {
-    "$python" -c 'import json, sys; print(json.load(open(sys.argv[1])).get(sys.argv[2]) or sys.argv[3])' \
+    "$python" -c 'import json, sys; print(json.load(open(sys.argv[1], "rb")).get(sys.argv[2]) or sys.argv[3])' \
         "$checkpoint/config.json" "$1" "$2" 2> /dev/null || stop "$checkpoint/config.json: not readable, or no JSON"
 }
 context=$(config max_position_embeddings 2048)

@@ -168,8 +168,7 @@ class MtaLM(LM):
 
     def generate_until(self, requests, disable_tqdm=False):
         """The answers of infer_mta --prompts, which stays as score's program does. A context that leaves no room for
-        the
-        answer loses its earliest tokens."""
+        the answer loses its earliest tokens."""
         if not self.generator:
             self.generator = Program(self.command + ["--prompts", "-", "--shift"])
         lines = [json.dumps(generation_request(r.args[0], dict(r.args[1] or {}), self.max_gen_toks)) for r in requests]

@@ -293,7 +293,7 @@ checkpoint=$(ls -d "$out"/text/step-* | sort | tail -n 1)
 say
 python3 - "$out/text/log.jsonl" << 'PYTHON'
 import json, math, sys
-val = [e for e in map(json.loads, open(sys.argv[1])) if e["event"] == "val"][-1]
+val = [e for e in map(json.loads, open(sys.argv[1], "rb")) if e["event"] == "val"][-1]
 print(f"validation: {val['loss'] / math.log(2):.3f} bits per byte after {val['step']} steps (8 without a model)")
 PYTHON
 say "a sample of $checkpoint:"

@@ -10,8 +10,8 @@ write_recipe() {
     mv "$new" "$shards/recipe.txt"
 }
 
-# choose_val EVERY WINDOWS OPTIONS...: --val (val), a set of each domain. Without such shards, and without --val among the
-# OPTIONS, nothing is evaluated, which is said.
+# choose_val EVERY WINDOWS OPTIONS...: --val (val), a set of each domain. Without such shards, and without --val among
+# the OPTIONS, nothing is evaluated, which is said.
 choose_val() {
     local files=("$shards"/*_val_*.bin)
     val=()

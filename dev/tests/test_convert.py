@@ -153,9 +153,8 @@ class Convert(unittest.TestCase):
                     k: v.double()
                     for k, v in convert_ram.read_safetensors(os.path.join(paths[1], "model.safetensors")).items()
                 }
-                self.assertEqual(
-                    {n: s for n, s in mta_ref.names_and_shapes(config)}, {k: tuple(v.shape) for k, v in weights.items()}
-                )
+                shapes = {k: tuple(v.shape) for k, v in weights.items()}
+                self.assertEqual(dict(mta_ref.names_and_shapes(config)), shapes)
                 ids = torch.randint(0, 61, (23,), generator=torch.Generator().manual_seed(seed))
                 want, got = their_logits(ids, state, mta, 5000.0), mta_ref.forward(ids[None], weights, config)[0]
                 self.assertLess((want - got).abs().max().item(), 1e-9 * want.abs().max().item(), kind)
@@ -210,7 +209,7 @@ class Convert(unittest.TestCase):
         model = {"dim": 32, "n_heads": 4, "weight_tying": True, "use_scaled_rope": False}
         self.assertEqual(convert_ram.to_ours(their_state({}, 1), model)[1]["model_type"], "llama")
         for bad in ({"curse_norm": True}, {"pad_key": "left"}, {"add_gating": True, "gate_1d": False}):
-            with self.assertRaises(convert_ram.UserError):
+            with self.assertRaisesRegex(convert_ram.UserError, "curse_norm, gate_1d false and pad_key"):
                 convert_ram.to_ours({}, {"dim": 32, "n_heads": 4, "mta": bad})
         both = their_state(dict(KINDS["linear"], head_kernel_size=2), 1)
         model = {"dim": 32, "n_heads": 4, "weight_tying": True, "mta": KINDS["linear"]}
