@@ -253,7 +253,7 @@ class TrainerScenario:
         if done.returncode:
             return "the resume ends with %d: %s" % (done.returncode, done.stderr)
         for step, path in checkpoints(out).items():
-            if step in self.wanted and (damage(path) or contents(path) != self.wanted[step]) and step >= last:
+            if step in self.wanted and (damage(path) or contents(path) != self.wanted[step]):
                 return "step %d after the resume is not that of a run without faults" % step
         if last not in checkpoints(out):
             return "no checkpoint of step %d after the resume" % last
@@ -389,7 +389,7 @@ def calls(o, verdict):
         for scenario in scenarios:
             began = time.time()
             n, trace = scenario.count(Faulty(folder), folder)
-            verdict.check(out_of_order(scenario.name, trace))
+            verdict.check(out_of_order(scenario.name, trace) if n else scenario.name + ": no call was counted")
             every = 1 if o.long else max(1, n // 4)
             trials = [
                 (at, kind) for k, kind in enumerate(KINDS) for at in range(1 + k * every // len(KINDS), n + 1, every)
@@ -489,8 +489,8 @@ def memory(o, verdict):
             began = time.time()
             with tempfile.TemporaryDirectory(dir=folder) as own:
                 done, n = Faulty(folder).run(command(own), FAULT_MEMORY="1")
-            if done.returncode:
-                sys.exit("%s without a fault: %s" % (name, done.stderr))
+            if done.returncode or not n:
+                sys.exit("%s without a fault: %d allocations, %s" % (name, n, done.stderr))
             numbers = range(1, n + 1) if o.long or n <= 20 else sorted({1 + k * (n - 1) // 19 for k in range(20)})
 
             def one(at):

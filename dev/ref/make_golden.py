@@ -12,7 +12,7 @@ import torch
 import mta_ref as R
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "tests"))
-from helpers import read_safetensors  # noqa: E402
+from helpers import read_safetensors, worst  # noqa: E402
 
 S = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4,
          vocab_size=61)
@@ -71,10 +71,10 @@ def check(folder):
         w = {n: x for n, x in t.items() if not n.startswith(("golden.", "grad."))}
         logits, loss, grads = R.loss_and_grads(t["golden.tokens"], t["golden.targets"], w, c)
         got = {"golden.logits": logits, "golden.loss": loss.view(1), **{"grad." + n: g for n, g in grads.items()}}
-        worst = max(((x - t[n]).abs().max() / (1e-7 * t[n].abs().max() + 1e-12)).item() for n, x in got.items())
-        good = worst <= 1 and set(got) == {n for n in t if n.startswith("grad.")
+        error = worst(((x - t[n]).abs().max() / (1e-7 * t[n].abs().max() + 1e-12)).item() for n, x in got.items())
+        good = error <= 1 and set(got) == {n for n in t if n.startswith("grad.")
                                            or n in ("golden.logits", "golden.loss")}
-        print("ok  " if good else "FAIL", os.path.basename(path), "error / fp32 rounding %.3f" % worst)
+        print("ok  " if good else "FAIL", os.path.basename(path), "error / fp32 rounding %.3f" % error)
         passed, failed = passed + good, failed + (not good)
     print(f"{passed} passed, {failed} failed")
     return failed == 0 and passed > 0

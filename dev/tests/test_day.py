@@ -20,7 +20,7 @@ import sys
 import tempfile
 import unittest
 
-from helpers import BIN, ROOT, main, read_bytes, without_torch
+from helpers import BIN, ROOT, main, read_bytes, without_torch, zip_all
 
 TRAINER = os.path.join(BIN, "train_mta")
 WHERE = ("/usr/share", "/usr/lib", "/usr/include", os.path.dirname(os.__file__))
@@ -157,7 +157,7 @@ class Day(unittest.TestCase):
         requests = [Instance(request_type="loglikelihood", doc={}, arguments=p, idx=0) for p in pairs]
         got = lm.loglikelihood(requests, disable_tqdm=True)
         self.assertGreater(len(want), 20)
-        for (logprob, _), w, pair in zip(got, want, pairs, strict=True):
+        for (logprob, _), w, pair in zip_all(got, want, pairs):
             self.assertAlmostEqual(logprob, w, delta=1e-4 * abs(w), msg=pair)
 
 

@@ -22,7 +22,8 @@ import tempfile
 import unittest
 
 from helpers import (
-    BIN, GOLDEN, ROOT, floats, golden_checkpoint, main, read_bytes, read_safetensors, without_torch, write_safetensors,
+    BIN, GOLDEN, ROOT, floats, golden_checkpoint, main, read_bytes, read_safetensors, without_torch,
+    write_safetensors, zip_all,
 )
 
 FOLDER = tempfile.TemporaryDirectory(prefix="test_export_")
@@ -114,12 +115,12 @@ def random_tensors(config):
     return tensors
 
 
-def checkpoint(name, **more):
+def checkpoint(name):
     """The folder of a model with random weights, and of its export; made once."""
     folder = os.path.join(FOLDER.name, "".join(c if c.isalnum() else "_" for c in name))
     if not os.path.exists(folder):
         plain = name in PLAIN
-        config = dict(SIZES, model_type="llama" if plain else "mta", **more or {})
+        config = dict(SIZES, model_type="llama" if plain else "mta")
         config.update(MODELS.get(name, {}), torch_dtype="float32")
         config["architectures"] = ["LlamaForCausalLM" if plain else "MtaForCausalLM"]
         os.mkdir(folder)
@@ -263,7 +264,7 @@ class Models(Case):
     def test_training(self):
         """The loss of labels is that of the next tokens; checkpointed layers give the same gradients; what is saved is
         a checkpoint for infer_mta, and for transformers again."""
-        folder, out = checkpoint("mta-full")
+        out = checkpoint("mta-full")[1]
         model, x = load(out).train(), torch.tensor([IDS[:40], IDS[20:]])
         labels = x.clone()
         labels[0, :5] = -100
@@ -334,7 +335,7 @@ class Models(Case):
 
     def test_a_fresh_model_is_plain(self):
         """Without norm and gate, what a model starts with is the plain model; every layer's output can be had."""
-        folder, out = checkpoint("tall and narrow")
+        out = checkpoint("tall and narrow")[1]
         config = transformers.AutoConfig.from_pretrained(out, trust_remote_code=True)
         torch.manual_seed(1)
         fresh = AutoModelForCausalLM.from_config(config, trust_remote_code=True).eval()
@@ -437,7 +438,7 @@ class Models(Case):
         folder, out = checkpoint("mta-full")
         small = out + "_bf16"
         run(sys.executable, EXPORT, folder, small, "--bf16")
-        tensors = {n: t for n, t in read_safetensors(os.path.join(folder, "model.safetensors"))[0].items()}
+        tensors = read_safetensors(os.path.join(folder, "model.safetensors"))[0]
         for name, (dtype, shape, data) in read_safetensors(os.path.join(small, "model.safetensors"))[0].items():
             want = torch.frombuffer(bytearray(tensors[name][2]), dtype=torch.float32).bfloat16()
             got = torch.frombuffer(bytearray(data), dtype=torch.bfloat16)
@@ -498,7 +499,7 @@ class Tokenizers(Case):
                     bos = {"gpt2.tiktoken": 50256, "cl100k_base.tiktoken": 100257}[os.path.basename(file)]
                     self.check_specials(tokenizer, file, bos, bos)
                 got = tokenizer(texts, add_special_tokens=False).input_ids
-                for text, ids, want in zip(texts, got, self.ids_of_infer(file, pattern, texts), strict=True):
+                for text, ids, want in zip_all(texts, got, self.ids_of_infer(file, pattern, texts)):
                     self.assertEqual(ids, want, ascii(text))
                     if not LONG:
                         self.assertEqual(tokenizer.decode(ids), text)
@@ -624,9 +625,9 @@ class WholeWay(Case):
             got[part].update(rolling[part])
         compared = 0
         for task, samples in want["samples"].items():
-            for a, b in zip(got["samples"][task], samples, strict=True):
+            for a, b in zip_all(got["samples"][task], samples):
                 flat = lambda r: [x for y in r for x in flat(y)] if isinstance(r, (list, tuple)) else [r]
-                for x, y in zip(flat(a["resps"]), flat(b["resps"]), strict=True):
+                for x, y in zip_all(flat(a["resps"]), flat(b["resps"])):
                     if isinstance(y, float):
                         self.assertAlmostEqual(x, y, delta=1e-4 * abs(y) + 1e-4)
                     else:

@@ -7,9 +7,8 @@ known.
 
 Tiny configurations of many families, as transformers' own classes write them, and of LLaMA and Mistral with keys that
 are absent, null, harmless or harmful. Where infer_mta reads a model, its logits are compared with those of
-transformers, which loads the same folder. The
-same folders go to --init-from. Without transformers the comparisons are skipped; what needs no model is tested all the
-same.
+transformers, which loads the same folder. The same folders go to --init-from. Without transformers the comparisons are
+skipped; what needs no model is tested all the same.
 """
 import json
 import os
@@ -135,7 +134,7 @@ class Folders(unittest.TestCase):
             self.assertIn(str(piece), done.stderr)
 
     def refused(self, folder, *pieces):
-        """By both programs, also where --model says the sizes."""
+        """By both programs."""
         self.assert_refused(self.infer(folder)[0], *pieces)
         self.assert_refused(self.train(folder), *pieces)
 

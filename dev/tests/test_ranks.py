@@ -20,7 +20,7 @@ import time
 import unittest
 import zlib
 
-from helpers import ROOT, main, read_bytes, write_shard
+from helpers import ROOT, main, read_bytes, write_shard, zip_all
 
 LONG = "--long" in sys.argv
 if LONG:
@@ -249,7 +249,7 @@ class Bits(Ranks):
         self.run_ok(two, 1, {"--shards": 4})
         a, b = self.events(one, "step"), self.events(two, "step")
         self.assertNotEqual(a, b)
-        self.assertTrue(all(abs(x["loss"] - y["loss"]) < 1e-4 * x["loss"] for x, y in zip(a, b)))
+        self.assertTrue(all(abs(x["loss"] - y["loss"]) < 1e-4 * x["loss"] for x, y in zip_all(a, b)))
 
     @unittest.skipUnless(len(MPIS) > 1, "only one MPI")
     def test_other_mpi(self):
@@ -745,9 +745,9 @@ class Hosts(Underway):
 
     @classmethod
     def setUpClass(cls):
-        super().setUpClass()
         if os.geteuid() != 0 or not shutil.which("ip"):
             raise unittest.SkipTest("hosts are network namespaces: wanted root and ip")
+        super().setUpClass()
         cls.name = f"mta{os.getpid() % 100000}n"
         cls.bridge = cls.name + "b"
         made = cls.ip(f"link add {cls.bridge} type bridge") and cls.ip(f"link set {cls.bridge} up")

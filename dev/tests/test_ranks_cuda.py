@@ -17,7 +17,7 @@ import time
 import unittest
 
 import test_ranks
-from helpers import ROOT, main, read_bytes
+from helpers import ROOT, main, read_bytes, zip_all
 
 TIMEOUT = 120  # seconds for one run
 BLOCK = test_ranks.BLOCK
@@ -161,7 +161,7 @@ class Bits(Ranks):
         self.assertEqual(self.events(nccl, "start")[0]["reduce"], "nccl")
         a, b = self.events(tree, "step"), self.events(nccl, "step")
         self.assertNotEqual(a, b)
-        self.assertTrue(all(abs(x["loss"] - y["loss"]) < 1e-3 * x["loss"] for x, y in zip(a, b)), (a, b))
+        self.assertTrue(all(abs(x["loss"] - y["loss"]) < 1e-3 * x["loss"] for x, y in zip_all(a, b)), (a, b))
 
     def test_evaluation_alone(self):
         cwd = self.place()
@@ -173,7 +173,6 @@ class Bits(Ranks):
         figures = [re.findall(r"^val .*", out, re.M) for out in outs]
         self.assertGreaterEqual(len(figures[0]), 2)
         self.assertEqual(figures[0], figures[1])
-
 
     def test_score(self):
         """--score on two and three ranks: the bytes of one. A GPU that hangs is named."""

@@ -27,7 +27,7 @@ import unittest
 import zlib
 
 from helpers import BIN, GOLDEN, ROOT, golden_checkpoint, main, read_bytes, read_safetensors, write_safetensors
-from helpers import write_shard
+from helpers import write_shard, zip_all
 
 BINARY = os.path.join(BIN, os.environ.get("TRAINER", "train_mta"))
 NAME = os.path.basename(BINARY)
@@ -463,7 +463,7 @@ class Runs(Trainer):
             self.run_ok(out, {"--batch-size": batch, "--tokens-per-step": 128, "--steps": 5})
             losses.append([e["loss"] for e in log_events(out, "step")])
         for other in losses[1:]:
-            for a, b in zip(losses[0], other):
+            for a, b in zip_all(losses[0], other):
                 self.assertAlmostEqual(a, b, delta=2e-5)
 
     def test_dry_run_counts(self):
@@ -643,7 +643,6 @@ class Resume(Trainer):
     def test_timed_checkpoints(self):
         """Each replaces the one before; --keep counts the others; a resume from one continues bit for bit."""
         whole, out = self.out(), self.out()
-        self.run_ok(whole, {"--steps": 90})
         common = {"--save-every": 30, "--keep": 1, "--save-minutes": 1e-9}
         self.run_ok(out, dict(common, **{"--steps": 70}))
         saves = log_events(out, "save")
@@ -657,10 +656,10 @@ class Resume(Trainer):
         names = [os.path.basename(c) for c in checkpoints(out)]
         self.assertEqual((len(names), names[0]), (2, "step-00000070"))
         last = int(names[1][-8:])
-        if last < 88:
-            self.run_ok(out, {"--steps": 90, "--keep": 5}, ["--resume"])
-            self.assertEqual([os.path.basename(c) for c in checkpoints(out)], ["step-00000070", "step-00000090"])
-            self.compare(whole, out, last + 1)
+        for folder, more in ((whole, []), (out, ["--resume"])):
+            self.run_ok(folder, {"--steps": last + 2, "--keep": 5}, more)
+        self.assertEqual([os.path.basename(c) for c in checkpoints(out)], [names[0], "step-%08d" % (last + 2)])
+        self.compare(whole, out, last + 1)
         off = self.out()
         self.run_ok(off, {"--steps": 20, "--save-minutes": 0})
         self.assertEqual([e["step"] for e in log_events(off, "save")], [20])
@@ -1041,7 +1040,6 @@ def spoil(path, what, prefix=""):
     elif what == "not json":
         data[8:10] = b"[["
     else:
-        old, new = header, header
         entries = json.loads(header)
         if what == "offsets":
             entries[name]["data_offsets"][1] += 4
@@ -1049,7 +1047,6 @@ def spoil(path, what, prefix=""):
             entries[name]["shape"] = [1 << 32, 1 << 33]
         new = json.dumps(entries).encode()
         data = bytearray(struct.pack("<Q", len(new))) + new + data[8 + length:]
-        assert old != new
     with open(path, "wb") as f:
         f.write(data)
     return name
@@ -1505,12 +1502,11 @@ class Evaluation(Trainer):
         done = self.alone(folder, "--score", path, *options)
         self.assertEqual(done.returncode, 0, done.stderr)
         got, want = ([json.loads(x) for x in text.splitlines()] for text in (done.stdout, infer.stdout))
-        self.assertEqual(len(got), len(want))
-        for g, w in zip(got, want):
+        for g, w in zip_all(got, want):
             self.assertEqual(list(g), list(w))
             self.assertEqual((g["tokens"], g["greedy"]), (w["tokens"], w["greedy"]))
             self.assertAlmostEqual(g["logprob"], w["logprob"], delta=1e-4)
-            for a, b in zip(g["token_logprobs"], w["token_logprobs"], strict=True):
+            for a, b in zip_all(g["token_logprobs"], w["token_logprobs"]):
                 self.assertAlmostEqual(a, b, delta=1e-4)
         return done
 
@@ -2065,7 +2061,7 @@ class Failing(Trainer):
 
     def test_signal_in_the_last_checkpoint(self):
         """All is done by then: the log says so too, as the exit status does."""
-        for _ in range(3):  # the checkpoint may be there before the signal
+        for _ in range(10):  # the checkpoint may be there before the signal
             out = self.out()
             child = self.launch(self.arguments(out, {"--steps": 1, "--hidden-size": 256, "--num-hidden-layers": 4}))
             self.wait_for_file(os.path.join(out, ".step-00000001.partial"), child)
@@ -2073,6 +2069,7 @@ class Failing(Trainer):
             stdout, stderr = child.communicate(timeout=TIMEOUT)
             if "stopping" in stderr:
                 break
+        self.assertIn("stopping", stderr)
         self.assertEqual((child.returncode, log_events(out)[-1]["reason"]), (0, "done"), stdout + stderr)
         self.assertIn("done: 1 steps", stdout)
 

@@ -64,7 +64,7 @@ class Toy(unittest.TestCase):
         mark = tokens.index(27)
         body, tail = tokens[1:mark], tokens[mark + 1:end]
         self.assertEqual(len(body), blocks * (n + 1) - 1)
-        self.assertEqual([t for t in body[n::n + 1]], [26] * (blocks - 1))
+        self.assertEqual(body[n::n + 1], [26] * (blocks - 1))
         rows = [body[i:i + n] for i in range(0, len(body), n + 1)]
         for row in rows:
             self.assertEqual(len(set(row)), n)
@@ -239,8 +239,7 @@ class Trained(unittest.TestCase):
 
     def test_attention_map(self):
         """The example of its README: the question's last letter looks at the letters t of the text, and through the
-        convolution at the
-        first letter of the block that also holds an e."""
+        convolution at the first letter of the block that also holds an e."""
         text = "txwy.tjmh.joyu.wnoi.aebt.nrdf.yzpb.pfvc#et"
         with tempfile.TemporaryDirectory() as folder:
             path = os.path.join(folder, "map.json")
