@@ -1200,13 +1200,14 @@ static const Tokenizer* need_tokenizer(const Session* session) {
     return session->tokenizer;
 }
 
-static void append_text(Session* session, const char* text, size_t n) {
-    Error e = {{0}};
+// false: the tokenizer has no ids for it.
+static bool append_text(Session* session, const char* text, size_t n, Error* e) {
     int32_t* ids;
     size_t count;
-    if (!tokenizer_encode(need_tokenizer(session), text, n, &ids, &count, &e)) { die("prompt: %s", e.text); }
+    if (!tokenizer_encode(need_tokenizer(session), text, n, &ids, &count, e)) { return false; }
     append_ids(session, ids, count);
     free(ids);
+    return true;
 }
 
 static void append_bos(Session* session) {
@@ -1234,7 +1235,7 @@ static void read_prompt(Session* session) {
         const char* prompt = text ? text + mark : session->options.prompt;
         n -= mark;
         append_bos(session);
-        append_text(session, prompt, n);
+        if (!append_text(session, prompt, n, &e)) { die("prompt: %s", e.text); }
         if (session->options.echo) { put_text(session, prompt, n); }
         free(text);
     }
@@ -1366,7 +1367,12 @@ static void run_interactive(Session* session) {
         if (n < 0 && !feof(stdin)) { die("standard input: %s", strerror(why)); }
         if (n < 0) { break; }
         while (n && (line[n - 1] == '\n' || line[n - 1] == '\r')) { n--; }
-        append_text(session, line, (size_t)n);
+        Error e = {{0}};
+        if (!append_text(session, line, (size_t)n, &e)) {  // who types can type again
+            if (!asks) { die("prompt: %s", e.text); }
+            fprintf(stderr, "%s: %s\n", program_invocation_short_name, e.text);
+            continue;
+        }
         if (!session->n) { continue; }
         interrupted = 0;
         generate(session, &rng, false);

@@ -12,6 +12,7 @@ import glob
 import json
 import math
 import os
+import pty
 import random
 import re
 import resource
@@ -1218,6 +1219,20 @@ class TextIO(unittest.TestCase):
         p.stdout.close()
         self.assertEqual(p.wait(60), 0)
 
+    def test_a_line_that_has_no_ids(self):
+        """Who types it at a terminal is told and goes on; of a file it is the end."""
+        args = [BIN, os.path.join(ROOT, "dev", "models", "toy"), "--interactive", "--max-tokens", "3", "--quiet"]
+        told = b"infer_mta: byte 0x41 at offset 0: the toy tokenizer has only a-z . # _\n"
+        ours, theirs = pty.openpty()
+        self.addCleanup(os.close, ours)
+        with subprocess.Popen(args, stdin=theirs, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as p:
+            os.close(theirs)
+            os.write(ours, b"ab\nAb\nab\n\4")
+            out, error = p.communicate(timeout=60)
+        self.assertEqual((p.returncode, error, out.count(b"> "), out.count(b"\n")), (0, told, 4, 2))
+        p = subprocess.run(args, input=b"ab\nAb\nab\n", capture_output=True)
+        self.assertEqual((p.returncode, p.stderr), (1, told.replace(b": byte", b": prompt: byte")))
+
     def test_interrupt_of_an_answer_that_nobody_reads(self):
         """Ctrl-C while a full pipe, or a stopped terminal, is waited for ends the answer and not the session."""
         unread = lambda f: struct.unpack("i", fcntl.ioctl(f, termios.FIONREAD, bytes(4)))[0]
@@ -1487,8 +1502,6 @@ class TextIO(unittest.TestCase):
         refused(tokenize(ranks, "--pattern", "llama3"), b"split as llama3, but the model was trained with gpt2")
 
     def on_a_terminal(self, prompt, **locale):
-        import pty
-
         bare = {k: v for k, v in os.environ.items() if k not in ("LC_ALL", "LC_CTYPE", "LANG")}
         master, slave = pty.openpty()
         args = [BIN, self.dir, "--prompt", prompt, "--echo", "--max-tokens", "0", "--quiet"]
