@@ -240,10 +240,11 @@ run_tests() {
     collect
 }
 
-# predicted ATTENTION T: tokens/s of 880m by dev/SPEED.md's table, where it has this GPU
+# predicted ATTENTION T: tokens/s of 880m by dev/SPEED.md's table, where it has this GPU: those named so by PCIe and NVL
+# are slower
 predicted() {
     local column
-    case $gpu in *H100*) column=4 ;; *H200*) column=5 ;; *) return 0 ;; esac
+    case $gpu in *PCIe* | *NVL*) return 0 ;; *H100*) column=4 ;; *H200*) column=5 ;; *) return 0 ;; esac
     sed -n '/^| predicted /,/^$/p' dev/SPEED.md |
         awk -F' *[|] *' -v kind="\`$1\`" -v T="$2" -v column=$column \
             '$2 == kind && $3 == T {print "; predicted " $column}'

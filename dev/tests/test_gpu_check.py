@@ -35,7 +35,7 @@ STUBS = {
     "nvidia-smi": """[ -z "$NO_GPU" ] || exit 9
 if [ "$1" = -L ]; then echo "GPU 0: NVIDIA H200"
 elif [ "$1" = --query-gpu=compute_mode ]; then echo "${EXCLUSIVE:-Default}"
-else echo "NVIDIA H200, 580.1, 143771 MiB, 9.0"; fi""",
+else echo "NVIDIA ${GPU:-H200}, 580.1, 143771 MiB, 9.0"; fi""",
     "nvcc": """if [ "$1" = --version ]; then echo "release 13.0, V13.0.88"; exit; fi
 [ -z "$NO_CUBLAS" ] || [ -e build/cublas/libcublas.so ] || { echo "cannot find -lcublas"; exit 1; }""",
     "compute-sanitizer": 'echo "========= ERROR SUMMARY: 0 errors"',
@@ -152,6 +152,11 @@ case $* in *cuda_fp32) echo $$ > hangs; trap '' TERM; exec sleep 60 ;; *) exec /
         self.assertIn("skip    ours mta T 2048: no time left", table)
         for words in ("tokens/s", "ratio", " us"):
             self.assertNotIn(words, table)
+
+    def test_predictions_are_of_the_gpu_that_they_name(self):
+        for gpu, there in (("H200", True), ("H100 PCIe", False)):
+            table = self.check("--part", "speed", GPU=gpu)
+            self.assertEqual("; predicted " in table, there, table)
 
     def test_a_torch_that_is_still_looked_for_is_not_missing(self):
         self.write("bin/torch_python", "#!/bin/bash\ncase $2 in *torch.cuda*) sleep 3 ;; esac\n")
