@@ -79,8 +79,8 @@ start() {
     timeout -k 3 "$seconds" "$@" > "$log" 2>&1 < /dev/null &
     job=$!
 }
-# ended JOB: its exit status; 124: out of time. A signal ends the wait at once, not when the step is over. A process that
-# hangs inside of the driver cannot be killed: it is left behind, five seconds after the deadline.
+# ended JOB: its exit status; 124: out of time. A signal ends the wait at once, not when the step is over. A process
+# that hangs inside of the driver cannot be killed: it is left behind, five seconds after the deadline.
 ended() {
     local status
     while kill -0 "$1" 2> /dev/null; do
