@@ -26,6 +26,7 @@ paper's tables, and says per task:
 
 import argparse
 import codecs
+import contextlib
 import json
 import os
 import random
@@ -36,7 +37,7 @@ sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 from options import Parser, parse_count, whole_number  # noqa: E402
 from prepare import BadDocument, UserError, open_tokenizer  # noqa: E402
 from report import refuse_input, report  # noqa: E402
-from shards import run_program  # noqa: E402
+from shards import run_program, write_synced  # noqa: E402
 from tokenizer import PATTERNS, members  # noqa: E402
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -247,11 +248,17 @@ def convert(args):
 
 
 def write_requests(path, requests):
+    """The whole file or none of it: on a full disk the one that was there before stays."""
+    data = "".join(json.dumps(request, ensure_ascii=False) + "\n" for request in requests).encode()
     try:
-        with open(path, "w", encoding="utf-8") as f:
-            for request in requests:
-                f.write(json.dumps(request, ensure_ascii=False) + "\n")
+        if path.startswith("/dev/") or os.path.exists(path) and not os.path.isfile(path):
+            with open(path, "wb") as f:
+                f.write(data)
+        else:
+            write_synced(os.path.realpath(path), data)
     except OSError as e:
+        with contextlib.suppress(OSError):
+            os.remove(os.path.realpath(path) + ".tmp")
         raise UserError("%s: %s" % (path, e.strerror))
 
 

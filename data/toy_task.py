@@ -285,7 +285,9 @@ def main():
             write(options, task)
     except BrokenPipeError:
         raise
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise UserError(f"{error.filename or options.out}: {error.strerror}")
+    except ValueError as error:
         raise UserError(error)
 
 

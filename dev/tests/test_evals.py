@@ -11,6 +11,7 @@ import math
 import os
 import random
 import re
+import resource
 import shutil
 import subprocess
 import sys
@@ -336,6 +337,18 @@ class Generated(Case):
             self.assertTrue(r["length"] - 100 < size <= r["length"], (size, r["length"]))
             depth = r["context"].index("number of %s is" % asked) / r["context"].index("Question:")
             self.assertTrue(abs(depth - r["depth"] / 100) < 0.13, (depth, r["depth"]))
+
+    def test_a_full_disk_leaves_what_was_there(self):
+        command = [sys.executable, os.path.join(ROOT, "data", "evals.py"), "babilong", "--distraction", "0", "--out",
+                   self.path("q.jsonl"), "--tasks", "1", "--samples"]
+        subprocess.run([*command, "2"], check=True, capture_output=True)
+        before = self.read("q.jsonl")
+        done = subprocess.run([*command, "99"], capture_output=True, text=True,
+                              preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096)))
+        self.assertEqual((done.returncode, done.stderr), (1, "evals.py: %s: File too large\n" % self.path("q.jsonl")))
+        self.assertEqual((self.read("q.jsonl"), os.listdir(self.folder)), (before, ["q.jsonl"]))
+        done = subprocess.run([*command[:-4], "/dev/stdout", *command[-3:], "2"], check=True, capture_output=True)
+        self.assertEqual([json.loads(line) for line in done.stdout.splitlines()[:-1]], before)
 
     def test_a_text_that_is_repeated_is_said(self):
         with open(self.path("short.txt"), "w") as f:

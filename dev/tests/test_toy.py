@@ -9,6 +9,7 @@ import collections
 import filecmp
 import json
 import os
+import resource
 import subprocess
 import sys
 import tempfile
@@ -148,6 +149,13 @@ class Toy(unittest.TestCase):
             os.remove(strange)
             self.assertEqual(run("--out", folder, *small).returncode, 0)
             self.assertFalse(os.path.exists(left))
+
+    def test_a_full_disk_is_said_with_its_place(self):
+        with tempfile.TemporaryDirectory() as folder:
+            words = [sys.executable, SCRIPT, "--out", folder, "--train-samples", "99"]
+            done = subprocess.run(words, capture_output=True, text=True,
+                                  preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096)))
+            self.assertEqual((done.returncode, done.stderr), (1, f"toy_task.py: {folder}: File too large\n"))
 
     def test_paper_sizes(self):
         self.check_task(5, 2, "all", 52, 321)
