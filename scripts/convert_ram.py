@@ -2,7 +2,8 @@
 """The checkpoints of the paper's authors (facebookresearch/RAM, projects/mta: consolidated.pth and params.json) to
 ours and back.
 
-    convert_ram.py RAM_DIR OUT_DIR [--dtype bf16] [--tokenizer FILE]     RAM -> OUT_DIR/config.json, model.safetensors
+    convert_ram.py RAM_DIR OUT_DIR [--dtype bf16] [--tokenizer FILE [--pattern NAME]]
+                                                                         RAM -> OUT_DIR/config.json, model.safetensors
     convert_ram.py --back DIR OUT_DIR                                    DIR -> OUT_DIR/params.json, consolidated.pth
 
 What differs: names; RoPE turns pairs (2t, 2t+1) of a head there and (t, t + HS/2) here, so the rows of wq and wk
@@ -20,7 +21,7 @@ import sys
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "data"))
 from export import verify  # noqa: E402
 from options import Parser  # noqa: E402
-from tokenizer import UserError  # noqa: E402
+from tokenizer import PATTERNS, UserError, open_tokenizer  # noqa: E402
 
 try:
     import torch
@@ -173,6 +174,8 @@ def to_ours(state, params):
         "head_mix_post_softmax": groups["head_mix"],
         "head_norm": norm,
         "head_gate": bool(mta.get("add_gating")),
+        "bos_token_id": None,  # of a LLaMA without these keys 1 and 2, and its texts would end at the id 2
+        "eos_token_id": None,
     }
     plain = not config["kq_conv_layers"] and not any(groups.values()) and norm == "none" and not config["head_gate"]
     if plain:
@@ -290,7 +293,15 @@ def load_state(path):
     return state.get("model", state) if not hasattr(state.get("model", None), "shape") else state
 
 
-def convert(source, out, dtype, tokenizer):
+def tokenizer_keys(file, pattern):
+    """What config.json says of a rank file."""
+    tok = open_tokenizer(file, pattern, encoder=False)
+    keys = {"tokenizer": os.path.basename(file), "bos_token_id": tok.bos}
+    keys["eos_token_id"] = tok.eos if tok.eos >= 0 else tok.bos
+    return dict(keys, tokenizer_pattern=pattern) if pattern else keys
+
+
+def convert(source, out, dtype, tokenizer, pattern):
     with open(os.path.join(source, "params.json"), encoding="utf-8") as f:
         params = json.load(f)
     model = dict(params.get("model", params))
@@ -299,9 +310,10 @@ def convert(source, out, dtype, tokenizer):
     tensors, config = to_ours(load_state(os.path.join(source, "consolidated.pth")), model)
     if dtype != "stored":
         tensors = {name: t.to(DTYPES[dtype.upper()]) for name, t in tensors.items()}
+    if tokenizer:
+        config.update(tokenizer_keys(tokenizer, pattern))
     os.makedirs(out, exist_ok=True)
     if tokenizer:
-        config["tokenizer"] = os.path.basename(tokenizer)
         shutil.copyfile(tokenizer, os.path.join(out, config["tokenizer"]))
     write_safetensors(os.path.join(out, "model.safetensors"), tensors)
     with open(os.path.join(out, "config.json"), "w", encoding="utf-8") as f:
@@ -331,9 +343,13 @@ def main():
     parser.add_argument(
         "--tokenizer", metavar="FILE", help="rank file to copy and name in config.json (Llama 3's tokenizer.model)"
     )
+    parser.add_argument("--pattern", choices=sorted(PATTERNS),
+                        help="how it splits text, where its number of ranks does not tell")
     args = parser.parse_args()
     if args.back and (args.dtype != "stored" or args.tokenizer):
         parser.error("--%s: it has no use beside --back" % ("tokenizer" if args.tokenizer else "dtype"))
+    if args.pattern and not args.tokenizer:
+        parser.error("--pattern: it has no use without --tokenizer")
     try:
         if torch is None:
             raise UserError("PyTorch is needed to read and write .pth files: pip install torch")
@@ -343,7 +359,7 @@ def main():
         if args.back:
             convert_back(args.source, args.out)
         else:
-            convert(args.source, args.out, args.dtype, args.tokenizer)
+            convert(args.source, args.out, args.dtype, args.tokenizer, args.pattern)
     except (UserError, OSError, KeyError, ValueError) as e:
         print("convert_ram.py: %s" % (e if not isinstance(e, KeyError) else "key %s is missing" % e), file=sys.stderr)
         return 1

@@ -10,7 +10,7 @@ import sys
 import tempfile
 import unittest
 
-from helpers import ROOT, call, main
+from helpers import GOLDEN, ROOT, call, main
 
 sys.path.insert(0, os.path.join(ROOT, "dev", "ref"))
 sys.path.insert(0, os.path.join(ROOT, "scripts"))
@@ -161,6 +161,25 @@ class Convert(unittest.TestCase):
                 again = convert_ram.read_safetensors(os.path.join(paths[3], "model.safetensors"))
                 for name, t in convert_ram.read_safetensors(os.path.join(paths[1], "model.safetensors")).items():
                     self.assertTrue(torch.equal(t, again[name]), name)
+
+    def test_ids_that_end_a_text(self):
+        """Those of the rank file, or none; of a plain model too, whose texts would end at the id 2, LLaMA's default."""
+        ranks = os.path.join(GOLDEN, "tokenizers", "gpt2.tiktoken")
+        with tempfile.TemporaryDirectory() as tmp:
+            with open(os.path.join(tmp, "params.json"), "w") as f:
+                json.dump({"dim": 32, "n_heads": 4, "weight_tying": True}, f)
+            torch.save(their_state({}, 1), os.path.join(tmp, "consolidated.pth"))
+            for more, want in (([], (None, None, None)), (["--tokenizer", ranks], (50256, 50256, None)),
+                               (["--tokenizer", ranks, "--pattern", "llama3"], (50256, 50257, "llama3"))):
+                out = os.path.join(tmp, "out%d" % len(more))
+                self.assertEqual(call(convert_ram, tmp, out, *more).stderr, "")
+                with open(os.path.join(out, "config.json")) as f:
+                    config = json.load(f)
+                self.assertEqual(config["model_type"], "llama")
+                got = config["bos_token_id"], config["eos_token_id"], config.get("tokenizer_pattern")
+                self.assertEqual(got, want)
+            done = call(convert_ram, tmp, os.path.join(tmp, "more"), "--pattern", "llama3")
+            self.assertIn("no use without --tokenizer", done.stderr)
 
     def test_as_a_program(self):
         """Started by its path, as a user does: one line of what is wrong."""
