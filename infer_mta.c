@@ -1226,6 +1226,9 @@ static void read_prompt(Session* session) {
         size_t n = session->options.prompt ? strlen(session->options.prompt) : 0;
         Error e = {{0}};
         need_tokenizer(session);
+        if (!session->options.prompt && !session->options.quiet && isatty(STDIN_FILENO)) {
+            fprintf(stderr, "the prompt, up to Ctrl-D:\n");
+        }
         // The descriptor itself: opened by name, a file would begin anew, and a socket could not be opened.
         if (!session->options.prompt &&
             !read_descriptor(STDIN_FILENO, "standard input", (size_t)1 << 30, &text, &n, &e)) {

@@ -18,7 +18,7 @@ import time
 import zlib
 
 from shards import MAGIC, read_manifest
-from tokenizer import BadDocument, KeyTwice, UserError, file_sums, members, need
+from tokenizer import BadDocument, KeyTwice, UserError, file_sums, members, need, reason
 
 BLOCK = 1 << 20  # bytes of lines that a worker gets at once
 SEGMENT = 4 << 20  # bytes of one long text that a worker gets at once
@@ -182,7 +182,7 @@ def make_plan(files, job):
             with open(path, "rb"):
                 pass
         except OSError as e:
-            raise UserError("%s: %s" % (path, e.strerror))
+            raise UserError("%s: %s" % (path, reason(e, path)))
         plan.append({"path": path, "kind": kind_of(path), "bytes": info.st_size, "mtime": info.st_mtime_ns})
     if job["split"]:
         return plan_by_folders(plan, files)

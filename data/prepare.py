@@ -49,7 +49,7 @@ from shards import (  # noqa: E402
     write_synced,
 )
 from tokenizer import (  # noqa: E402
-    PATTERNS, BadDocument, KeyTwice, UserError, file_sums, find_encoder, need, open_tokenizer,
+    PATTERNS, BadDocument, KeyTwice, UserError, file_sums, find_encoder, need, open_tokenizer, reason,
 )
 
 # SlimPajama's names of its sources -> the names of our shards
@@ -803,7 +803,8 @@ def prepare(args):
     except BrokenPipeError:
         raise
     except OSError as e:
-        raise UserError("%s: %s" % (e.filename or args.out, e.strerror))
+        path = e.filename or args.out
+        raise UserError("%s: %s" % (path, reason(e, path)))
 
 
 def prepare_into(args, job, plan):

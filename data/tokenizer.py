@@ -44,6 +44,12 @@ class UserError(Exception):
     """A mistake of the user's: printed as one line, exit status 1."""
 
 
+def reason(error, path):
+    """Why the system refuses a path. A link whose target is gone is there, whatever "No such file" says."""
+    nowhere = os.path.islink(path) and not os.path.exists(path)
+    return "a link that leads nowhere" if nowhere else error.strerror
+
+
 class BadDocument(Exception):
     """A document that cannot be used: (kind, detail). The kind is what is counted."""
 

@@ -338,7 +338,7 @@ static inline void run_check_init(const Run* r, bool preset) {
     char path[PATH_SIZE];
     if (!o->no_verify && !checkpoint_verify_model(r->init_dir, &e)) { die("--init-from: %s", e.text); }
     path_join(path, sizeof path, r->init_dir, "config.json");
-    if (!file_exists(path)) {
+    if (!file_exists(path) && !link_leads_nowhere(path)) {
         printf("--init-from: no config.json in %s: RoPE's base and scaling, the norms' epsilon and the number of heads "
                "are those of --model\n",
                r->init_dir);

@@ -333,9 +333,9 @@ static inline bool safetensors_open_dir(SafeTensors* s, const char* dir, Error* 
     char path[PATH_SIZE];
     memset(s, 0, sizeof *s);
     path_join(path, sizeof path, dir, "model.safetensors");
-    if (file_exists(path)) { return safetensors_open(s, path, e); }
+    if (file_exists(path) || link_leads_nowhere(path)) { return safetensors_open(s, path, e); }
     path_join(path, sizeof path, dir, "model.safetensors.index.json");
-    if (!file_exists(path)) {
+    if (!file_exists(path) && !link_leads_nowhere(path)) {
         return fail(e, "%s: neither model.safetensors nor model.safetensors.index.json in it", dir);
     }
     Json* index = json_read(path, ST_MAX_HEADER, e);

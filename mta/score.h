@@ -34,7 +34,7 @@ typedef struct {
 static inline const char* lines_open(Lines* l, const char* file) {
     bool is_stdin = !strcmp(file, "-");
     memset(l, 0, sizeof *l);
-    if (!is_stdin && (l->fd = open(file, O_RDONLY | O_CLOEXEC)) < 0) { die("%s: %s", file, strerror(errno)); }
+    if (!is_stdin && (l->fd = open(file, O_RDONLY | O_CLOEXEC)) < 0) { die("%s: %s", file, path_error(file, errno)); }
     return is_stdin ? "standard input" : file;
 }
 

@@ -310,6 +310,17 @@ static inline bool dir_exists(const char* path) {
     return stat(path, &st) == 0 && S_ISDIR(st.st_mode);
 }
 
+// A name that is there, whatever "No such file or directory" says: its target was purged, or has another name.
+static inline bool link_leads_nowhere(const char* path) {
+    struct stat st;
+    return lstat(path, &st) == 0 && S_ISLNK(st.st_mode) && stat(path, &st) != 0;
+}
+
+// Why a path cannot be used, by errno.
+static inline const char* path_error(const char* path, int number) {
+    return link_leads_nowhere(path) ? "a link that leads nowhere" : strerror(number);
+}
+
 static inline bool file_exists(const char* path) {  // something that can be read as a file: not a directory
     struct stat st;
     return stat(path, &st) == 0 && !S_ISDIR(st.st_mode);
@@ -408,7 +419,7 @@ static inline bool map_file(MappedFile* m, const char* path, Error* e) {
     m->data = NULL;
     m->size = 0;
     int fd = open(path, O_RDONLY | O_NONBLOCK | O_CLOEXEC);  // a pipe in its place would be waited for
-    if (fd < 0) { return fail(e, "%s: %s", path, strerror(errno)); }
+    if (fd < 0) { return fail(e, "%s: %s", path, path_error(path, errno)); }
     struct stat st;
     if (fstat(fd, &st) || !S_ISREG(st.st_mode)) {
         close(fd);
@@ -480,7 +491,7 @@ static inline bool read_file(const char* path, size_t max_bytes, char** text, si
     *text = NULL;
     *n = 0;
     int fd = open(path, O_RDONLY | O_NONBLOCK | O_CLOEXEC);  // a named pipe that nobody writes to is empty
-    if (fd < 0) { return fail(e, "%s: %s", path, strerror(errno)); }
+    if (fd < 0) { return fail(e, "%s: %s", path, path_error(path, errno)); }
     bool good = read_descriptor(fd, path, max_bytes, text, n, e);
     close(fd);
     return good;
@@ -553,7 +564,7 @@ static inline bool make_dirs(const char* path, Error* e) {
         part[i] = 0;
         if (mkdir(part, 0777) == 0) { continue; }
         int why = errno;  // dir_exists sets its own
-        if (!dir_exists(part)) { return fail(e, "%s: cannot create directory: %s", part, strerror(why)); }
+        if (!dir_exists(part)) { return fail(e, "%s: cannot create directory: %s", part, path_error(part, why)); }
     }
     return true;
 }

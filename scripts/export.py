@@ -211,7 +211,8 @@ def read_header(path):
 def weight_files(folder):
     """The names of the files that hold the weights, and {tensor: its file} where there is an index, else None."""
     index = os.path.join(folder, INDEX)
-    if os.path.isfile(os.path.join(folder, "model.safetensors")):
+    single = os.path.join(folder, "model.safetensors")
+    if os.path.isfile(single) or os.path.islink(single):
         return ["model.safetensors"], None
     if not os.path.isfile(index):
         raise UserError("%s: neither model.safetensors nor %s in it, wanted a checkpoint" % (folder, INDEX))

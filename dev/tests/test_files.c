@@ -147,7 +147,18 @@ static void test_util(void) {
     free(text);
     e = (Error){{0}};
     CHECK(!read_file(at("a/f"), 999, &text, &n, &e) && says(&e, "more than the 999 bytes"));
+    e = (Error){{0}};  // purged scratch space, a cache without its blobs
+    CHECK(symlink("gone", at("link")) == 0 && !make_dirs(at("link/run"), &e) &&
+          says(&e, "link: cannot create directory: a link that leads nowhere"));
+    e = (Error){{0}};
+    CHECK(!read_file(at("link"), 999, &text, &n, &e) && says(&e, "link: a link that leads nowhere"));
     MappedFile m;
+    e = (Error){{0}};
+    CHECK(!map_file(&m, at("link"), &e) && says(&e, "link: a link that leads nowhere"));
+    SafeTensors tensors;
+    e = (Error){{0}};
+    CHECK(make_dirs(at("links"), &e) && symlink("../gone", at("links/model.safetensors")) == 0 &&
+          !safetensors_open_dir(&tensors, at("links"), &e) && says(&e, "model.safetensors: a link that leads nowhere"));
     CHECK(map_file(&m, at("a/f"), &(Error){{0}}) && m.size == 1000 && !memcmp(m.data, bytes, 1000));
     unmap_file(&m);
     e = (Error){{0}};

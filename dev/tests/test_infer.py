@@ -978,6 +978,18 @@ class TextIO(unittest.TestCase):
             f.write(mark + config)
         self.assertEqual(run([marked] + plain[1:], stdin=b"hello"), run(plain, stdin=b"hello"))
 
+    def test_a_prompt_from_the_terminal_is_asked_for(self):
+        """The program waited without a word."""
+        ours, theirs = pty.openpty()
+        p = subprocess.Popen([BIN, self.dir, "--max-tokens", "2"], stdin=theirs, stdout=subprocess.PIPE,
+                             stderr=subprocess.PIPE)
+        os.close(theirs)
+        os.write(ours, b"ab\n\x04")
+        said = p.communicate(timeout=60)[1].decode()
+        os.close(ours)
+        self.assertEqual(p.returncode, 0, said)
+        self.assertIn("\nthe prompt, up to Ctrl-D:\n", said)
+
     def test_signals_that_say_nothing(self):
         """A processor that lacks an instruction, and a limit on the size of files: one line."""
         p = subprocess.Popen([BIN, self.dir, "--quiet"], stdin=subprocess.PIPE, stderr=subprocess.PIPE)

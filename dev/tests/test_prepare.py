@@ -538,6 +538,14 @@ class Bad(Case):
         run("text", path, "--out", self.path("p"))
         self.assertEqual(digest(self.path("o")), digest(self.path("p")))
 
+    def test_links_that_lead_nowhere(self):
+        """Of purged scratch space: "No such file" and "File exists" were said of names that ls shows."""
+        os.symlink(self.path("gone"), self.path("a.txt"))
+        said = "prepare.py: %s: a link that leads nowhere\n"
+        self.assertEqual(run("text", self.path("a.txt"), "--out", self.path("o"), status=1), said % self.path("a.txt"))
+        text = self.write("b.txt", "hello\n" * 9)
+        self.assertEqual(run("text", text, "--out", self.path("a.txt"), status=1), said % self.path("a.txt"))
+
     def test_a_clock_that_is_set_back(self):
         """The state was not saved until the clock had come back to where it was, and the rates were nonsense."""
         path = self.write("a.jsonl", '{"text": "hello"}\n' * 9)
