@@ -69,6 +69,21 @@ def cores():
     return int(max(1, min(n, core_quota())))
 
 
+def of_output(call):
+    """write or flush of standard output, whose errors are its own and not those of a file of the program's."""
+
+    def call_and_tell(*words):
+        try:
+            return call(*words)
+        except BrokenPipeError:
+            raise
+        except OSError as e:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is still buffered goes nowhere
+            raise UserError("standard output: %s" % e.strerror)
+
+    return call_and_tell
+
+
 def run_program(main):
     """Runs main() as a program and exits. Closed descriptors 0 to 2 are opened on /dev/null before anything else can
     take their numbers; a terminal without UTF-8 gets \\u escapes; a reader that went away ends the program quietly."""
@@ -82,6 +97,7 @@ def run_program(main):
             setattr(sys, stream, open(fd, "r" if fd == 0 else "w", encoding="utf-8", closefd=False))
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")
+    sys.stdout.write, sys.stdout.flush = of_output(sys.stdout.write), of_output(sys.stdout.flush)
     try:
         try:
             status = main()

@@ -1245,6 +1245,21 @@ class Systems(Case):
             self.assertIn("bad.jsonl:1", shown)
             os.rename(self.path("\u4e2d.txt"), text)
 
+    @unittest.skipUnless(os.path.exists("/dev/full"), "needs /dev/full")
+    def test_an_output_on_a_full_disk(self):
+        """The folder of --out was blamed, whose shards are whole; elsewhere it was a traceback."""
+        text = self.write("a.txt", "hello\n" * 50)
+        evals = os.path.join(ROOT, "data", "evals.py")
+        passage = self.write("l.jsonl", '{"text": "He came back to the old house ."}')
+        for command in ((PREPARE, "text", text, "--out", self.path("o")), (PREPARE, "verify", self.path("o")),
+                        (PREPARE, "inspect", self.path("o", "a_train_000000.bin")),
+                        (evals, "lambada", passage, "--out", self.path("l"))):
+            with open("/dev/full", "w") as full:
+                done = subprocess.run([sys.executable, *command], stdout=full, stderr=subprocess.PIPE, text=True)
+            self.assertEqual((done.returncode, done.stderr.splitlines()[-1]),
+                             (1, "%s: standard output: No space left on device" % os.path.basename(command[0])))
+            self.assertNotIn("Traceback", done.stderr)
+
     def test_readers_that_go_away(self):
         run("text", self.write("a.txt", "hello\n" * 5000), "--out", self.path("o"))
         for command in (
