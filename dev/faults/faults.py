@@ -175,14 +175,10 @@ def newest_good(out):
 def contents(folder):
     """The files of a checkpoint that a resume must give again to the bit."""
     state = json.loads(read_bytes(os.path.join(folder, "trainer.json")))
-    del state["arguments"], state["steps"]  # how far the run was to go, which the runs that are compared do not share
-    return {
-        "trainer.json": state,
-        **{
-            n: read_bytes(os.path.join(folder, n))
-            for n in ("config.json", "model.safetensors", "optimizer.safetensors")
-        },
-    }
+    for key in ("arguments", "steps", "keep"):  # what the runs that are compared were asked to do differs
+        del state[key]
+    files = ("config.json", "model.safetensors", "optimizer.safetensors")
+    return {"trainer.json": state, **{n: read_bytes(os.path.join(folder, n)) for n in files}}
 
 
 def bad_log(out):
@@ -195,6 +191,15 @@ def bad_log(out):
     except (OSError, ValueError) as e:
         return "log.jsonl: %s" % e
     return "" if steps == sorted(set(steps)) else "log.jsonl: steps %s" % steps
+
+
+def ending(done, kind):
+    """What is wrong with how a program ended under a fault; "" = nothing."""
+    if kind == "KILL":
+        return "" if done.returncode == -signal.SIGKILL else "exit status %d after a SIGKILL" % done.returncode
+    if done.returncode not in (0, 1):
+        return "exit status %d" % done.returncode
+    return "exit status 1 without a word" if done.returncode == 1 and not done.stderr.strip() else ""
 
 
 class TrainerScenario:
@@ -226,25 +231,22 @@ class TrainerScenario:
         """What is wrong after the fault and after a resume; "" = nothing."""
         before = self.lay(out)
         done, _ = faulty.run(self.arguments(out, bool(self.start)), at, kind, FAULT_UNDER=out, **self.settings)
-        name = os.path.basename(TRAINER)
-        problem = ""
-        if kind == "KILL" and done.returncode != -signal.SIGKILL:
-            problem = "exit status %d after a SIGKILL" % done.returncode
-        elif kind != "KILL" and done.returncode not in (0, 1):
-            problem = "exit status %d" % done.returncode
-        elif done.returncode == 1 and not done.stderr:
-            problem = "exit status 1 without a word"
-        elif any(not line.startswith(name + ": ") for line in done.stderr.splitlines()):
-            problem = "on stderr: " + done.stderr
-        elif done.stderr.count("\n") > 3:
-            problem = "%d lines on stderr: %s" % (done.stderr.count("\n"), done.stderr)
-        elif newest_good(out) < before:
-            problem = "the checkpoint of step %d is gone, the newest good one is %d" % (before, newest_good(out))
-        elif done.returncode == 0 and contents(checkpoints(out)[max(self.wanted)]) != self.wanted[max(self.wanted)]:
-            problem = "the program was content, but its checkpoint is another"
-        if not problem:
-            problem = self.resumed(out)
+        problem = ending(done, kind) or self.left(out, done, before) or self.resumed(out)
         return "%s, %s at call %d: %s" % (self.name, kind, at, problem) if problem else ""
+
+    def left(self, out, done, before):
+        """What is wrong with what the program said and with its checkpoints; `before`: the step of the newest good one
+        that it found."""
+        name, last = os.path.basename(TRAINER), max(self.wanted)
+        if any(not line.startswith(name + ": ") for line in done.stderr.splitlines()):
+            return "on stderr: " + done.stderr
+        if done.stderr.count("\n") > 3:
+            return "%d lines on stderr: %s" % (done.stderr.count("\n"), done.stderr)
+        if newest_good(out) < before:
+            return "the checkpoint of step %d is gone, the newest good one is %d" % (before, newest_good(out))
+        if done.returncode == 0 and contents(checkpoints(out)[last]) != self.wanted[last]:
+            return "the program was content, but its checkpoint is another"
+        return ""
 
     def resumed(self, out):
         holds_run = os.path.exists(os.path.join(out, "log.jsonl")) or checkpoints(out)
@@ -346,31 +348,26 @@ class PrepareScenario:
 
     def trial(self, faulty, out, at, kind):
         done, _ = faulty.run(self.arguments(out), at, kind, FAULT_UNDER=out)
-        problem = ""
-        if kind == "KILL" and done.returncode != -signal.SIGKILL:
-            problem = "exit status %d after a SIGKILL" % done.returncode
-        elif kind != "KILL" and done.returncode not in (0, 1):
-            problem = "exit status %d" % done.returncode
-        elif "Traceback" in done.stderr:
-            problem = "on stderr: " + done.stderr
-        elif done.returncode == 1 and not done.stderr.strip():
-            problem = "exit status 1 without a word"
-        elif done.returncode == 0 and digest(out) != self.wanted:
-            problem = "it was content, but the files are others"
-        elif (
-            os.path.exists(os.path.join(out, "manifest.json"))
-            and clean([sys.executable, SHARDS, "verify", out]).returncode
-        ):
-            problem = "published shards do not verify"
-        if not problem:
-            again = clean(self.arguments(out))
-            if again.returncode:
-                problem = "the restart ends with %d: %s" % (again.returncode, again.stderr)
-            elif digest(out) != self.wanted:
-                problem = "other files after the restart: %s" % sorted(
-                    set(digest(out).items()) ^ set(self.wanted.items())
-                )
+        problem = ending(done, kind) or self.left(out, done) or self.restarted(out)
         return "prepare.py, %s at call %d: %s" % (kind, at, problem) if problem else ""
+
+    def left(self, out, done):
+        """What is wrong with what prepare.py said and with its files."""
+        if "Traceback" in done.stderr:
+            return "on stderr: " + done.stderr
+        if done.returncode == 0 and digest(out) != self.wanted:
+            return "it was content, but the files are others"
+        published = os.path.exists(os.path.join(out, "manifest.json"))
+        if published and clean([sys.executable, SHARDS, "verify", out]).returncode:
+            return "published shards do not verify"
+        return ""
+
+    def restarted(self, out):
+        again = clean(self.arguments(out))
+        if again.returncode:
+            return "the restart ends with %d: %s" % (again.returncode, again.stderr)
+        others = sorted(set(digest(out).items()) ^ set(self.wanted.items()))
+        return "other files after the restart: %s" % others if others else ""
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -6,9 +6,11 @@ import io
 import json
 import math
 import os
+import shutil
 import struct
 import subprocess
 import sys
+import tempfile
 import unittest
 import zlib
 
@@ -16,6 +18,17 @@ ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)
 BIN = os.environ.get("MTA_BIN", ROOT)  # folder of train_mta and infer_mta
 GOLDEN = os.environ.get("MTA_GOLDEN", os.path.join(ROOT, "dev", "golden"))
 sys.dont_write_bytecode = True
+
+
+class Folder(unittest.TestCase):
+    """Tests that have a folder of their own each."""
+
+    def setUp(self):
+        self.folder = tempfile.mkdtemp(prefix=os.path.basename(sys.argv[0]).split(".")[0] + "_")
+        self.addCleanup(shutil.rmtree, self.folder, ignore_errors=True)
+
+    def path(self, *names):
+        return os.path.join(self.folder, *names)
 
 
 def read_bytes(path):

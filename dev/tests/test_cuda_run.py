@@ -13,10 +13,10 @@ import re
 import shutil
 import struct
 import subprocess
-import tempfile
 import unittest
 
-from helpers import BIN, GOLDEN, ROOT, golden_checkpoint, main, read_safetensors, values, worst, write_shard, zip_all
+from helpers import BIN, GOLDEN, ROOT, Folder, golden_checkpoint, main, read_safetensors, values, worst, write_shard
+from helpers import zip_all
 
 CPU = os.path.join(BIN, "train_mta")
 BF16 = os.environ.get("MTA_CUDA", os.path.join(ROOT, "build", "train_mta_cuda_cpu"))
@@ -35,17 +35,13 @@ MODEL = ["--model", "toy", "--hidden-size", "32", "--num-hidden-layers", "2", "-
 TWO = ["--tokens-per-step", "96"]  # micro-batches of two sequences a step
 
 
-class CudaRuns(unittest.TestCase):
+class CudaRuns(Folder):
     def setUp(self):
-        self.folder = tempfile.TemporaryDirectory(prefix="mta_cuda_")
-        self.addCleanup(self.folder.cleanup)
+        super().setUp()
         rng = random.Random(1)
         tokens = [rng.randrange(8) + 8 * (i % 3) for i in range(4000)]
         for name in ("a_train_000000.bin", "a_val_000000.bin"):
             write_shard(self.path(name), tokens)
-
-    def path(self, name):
-        return os.path.join(self.folder.name, name)
 
     def train(self, program, out, *options, status=0, attention="mta-full", env=None):
         """Runs a trainer; returns (lines of the log, output)."""

@@ -15,10 +15,9 @@ import resource
 import shutil
 import subprocess
 import sys
-import tempfile
 import unittest
 
-from helpers import BIN, ROOT, call, main, png_size, write_shard
+from helpers import BIN, ROOT, Folder, call, main, png_size, write_shard
 
 sys.path.insert(0, os.path.join(ROOT, "data"))
 import evals  # noqa: E402
@@ -34,14 +33,7 @@ def run(*args, status=0):
     return said
 
 
-class Case(unittest.TestCase):
-    def setUp(self):
-        self.folder = tempfile.mkdtemp(prefix="test_evals_")
-        self.addCleanup(shutil.rmtree, self.folder, ignore_errors=True)
-
-    def path(self, name):
-        return os.path.join(self.folder, name)
-
+class Case(Folder):
     def write(self, name, records):
         with open(self.path(name), "w", encoding="utf-8") as f:
             for record in records:

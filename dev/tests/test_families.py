@@ -12,14 +12,11 @@ skipped; what needs no model is tested all the same.
 """
 import json
 import os
-import shutil
 import struct
 import subprocess
-import tempfile
-import unittest
 import zlib
 
-from helpers import BIN, main, read_safetensors, write_safetensors
+from helpers import BIN, Folder, main, read_safetensors, write_safetensors
 
 INFER, TRAIN = os.path.join(BIN, "infer_mta"), os.path.join(BIN, "train_mta")
 try:
@@ -104,11 +101,8 @@ def random_weights(config):
     return tensors
 
 
-class Folders(unittest.TestCase):
-    def setUp(self):
-        self.folder = tempfile.mkdtemp(prefix="test_families_")
-        self.addCleanup(shutil.rmtree, self.folder)
-        self.count = 0
+class Folders(Folder):
+    count = 0
 
     def model(self, config, weights=None):
         """A folder with this config.json and weights that fit it (or `weights`)."""

@@ -8,11 +8,9 @@ import os
 import shutil
 import signal
 import subprocess
-import tempfile
 import time
-import unittest
 
-from helpers import ROOT, main
+from helpers import ROOT, Folder, main
 
 # What every program that "make" builds is, by its name. FAILS, HANGS: names of those that do. EXCLUSIVE: one at a time.
 PROGRAM = """#!/bin/bash
@@ -57,11 +55,9 @@ done""",
 }
 
 
-class GpuCheck(unittest.TestCase):
+class GpuCheck(Folder):
     def setUp(self):
-        folder = tempfile.TemporaryDirectory(prefix="mta_gpu_")
-        self.addCleanup(folder.cleanup)
-        self.folder = folder.name
+        super().setUp()
         for name in ("scripts", "bin", "dev/tests", "dev/bench", "dev/golden"):
             os.makedirs(self.path(name))
         shutil.copy(os.path.join(ROOT, "scripts", "gpu_check.sh"), self.path("scripts"))
@@ -71,9 +67,6 @@ class GpuCheck(unittest.TestCase):
         self.write("dev/bench/torch_gpu.py", "")
         for name, text in STUBS.items():
             self.write("bin/" + name, "#!/bin/bash\n" + text + "\n")
-
-    def path(self, name):
-        return os.path.join(self.folder, name)
 
     def write(self, name, text):
         with open(self.path(name), "w", encoding="utf-8") as f:

@@ -17,7 +17,7 @@ import tempfile
 import time
 import unittest
 
-from helpers import ROOT, main, read_bytes, write_shard
+from helpers import ROOT, Folder, main, read_bytes, write_shard
 
 TORCHRUN = os.path.join(ROOT, "dev", ".venv", "bin", "torchrun")
 TRAINER = os.path.join(ROOT, "build", "train_mta_cuda_cpu")
@@ -64,10 +64,9 @@ for step in steps:
 """
 
 
-class Scripts(unittest.TestCase):
+class Scripts(Folder):
     def setUp(self):
-        self.folder = tempfile.mkdtemp(prefix="test_launchers_")
-        self.addCleanup(shutil.rmtree, self.folder)
+        super().setUp()
         self.environment = dict(os.environ)
 
     def stub(self, text):

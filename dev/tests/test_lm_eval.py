@@ -20,7 +20,7 @@ import tempfile
 import unittest
 from unittest import mock
 
-from helpers import BIN, ROOT, main, without_torch, write_safetensors, zip_all
+from helpers import BIN, ROOT, Folder, main, without_torch, write_safetensors, zip_all
 
 try:
     import datasets
@@ -166,14 +166,7 @@ def harness_tasks(names):
     return tasks
 
 
-class Case(unittest.TestCase):
-    def setUp(self):
-        self.folder = tempfile.mkdtemp(prefix="test_lm_eval_")
-        self.addCleanup(shutil.rmtree, self.folder, ignore_errors=True)
-
-    def path(self, name):
-        return os.path.join(self.folder, name)
-
+class Case(Folder):
     def write(self, name, records):
         with open(self.path(name), "w", encoding="utf-8") as f:
             f.writelines(json.dumps(r) + "\n" for r in records)

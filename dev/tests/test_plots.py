@@ -9,10 +9,9 @@ import math
 import os
 import subprocess
 import sys
-import tempfile
 import unittest
 
-from helpers import ROOT, call, main, png_size, to_bf16, write_safetensors
+from helpers import ROOT, Folder, call, main, png_size, to_bf16, write_safetensors
 
 VENV = os.path.join(ROOT, "data", ".venv", "bin", "python")
 try:
@@ -38,14 +37,7 @@ def write_checkpoint(folder, tensors, dtype="F32"):
 
 
 @unittest.skipUnless(matplotlib and numpy, "numpy and matplotlib are missing")
-class Plots(unittest.TestCase):
-    def setUp(self):
-        self.folder = tempfile.TemporaryDirectory()
-        self.addCleanup(self.folder.cleanup)
-
-    def path(self, *parts):
-        return os.path.join(self.folder.name, *parts)
-
+class Plots(Folder):
     def command(self, script, *arguments):
         return subprocess.run([sys.executable, os.path.join(ROOT, "scripts", script), *arguments], capture_output=True,
                               text=True)

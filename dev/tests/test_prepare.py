@@ -32,7 +32,7 @@ import unittest
 import unittest.mock
 import zlib
 
-from helpers import BIN, ROOT, main
+from helpers import BIN, ROOT, Folder, main
 
 PREPARE = os.path.join(ROOT, "data", "prepare.py")
 RANKS = os.path.join(ROOT, "dev", "golden", "tokenizers", "cl100k_base.tiktoken")
@@ -146,14 +146,7 @@ def write_lines(path, documents, meta=True):
             )
 
 
-class Case(unittest.TestCase):
-    def setUp(self):
-        self.folder = tempfile.mkdtemp(prefix="test_prepare_")
-        self.addCleanup(shutil.rmtree, self.folder, ignore_errors=True)
-
-    def path(self, *names):
-        return os.path.join(self.folder, *names)
-
+class Case(Folder):
     def write(self, name, data):
         os.makedirs(os.path.dirname(self.path(name)), exist_ok=True)
         with open(self.path(name), "wb") as f:

@@ -135,6 +135,19 @@ class Trainer(unittest.TestCase):
         self.assertEqual(done.returncode, 0, done.stdout[-2000:] + done.stderr)
         return done
 
+    def wait_for_step(self, out, step=1, child=None):
+        """Until the log has it."""
+        start = time.time()
+        while time.time() - start < TIMEOUT and (child is None or child.poll() is None):
+            try:
+                with open(os.path.join(out, "log.jsonl")) as f:
+                    if f'"step":{step},' in f.read().replace(" ", ""):
+                        return
+            except OSError:
+                pass
+            time.sleep(0.005)
+        self.fail("the run did not get there")
+
     def assert_refused(self, done, *pieces):
         """Exit 1 and one line on stderr that starts with the program's name and holds every piece."""
         self.assertEqual(done.returncode, 1, done.stdout[-1000:] + done.stderr)
@@ -524,18 +537,6 @@ class Resume(Trainer):
         self.assertLess(int(checkpoints(parts)[-1][-8:]), 400)
         self.run_ok(parts, common, ["--resume"])
         self.compare(whole, parts, 1)
-
-    def wait_for_step(self, out, step):
-        start = time.time()
-        while time.time() - start < TIMEOUT:
-            try:
-                with open(os.path.join(out, "log.jsonl")) as f:
-                    if f'"step":{step},' in f.read().replace(" ", ""):
-                        return
-            except OSError:
-                pass
-            time.sleep(0.005)
-        self.fail("the run did not get there")
 
     def test_killed_and_resumed(self):
         """kill -9 between checkpoints: the log's later lines are cut, the end is the same."""
@@ -1946,17 +1947,6 @@ class Failing(Trainer):
         self.assertEqual({e["step"] for e in log_events(out, "save") if e["step"] > 3},
                          {next(step for step in range(first, 40) if step not in skipped) for first in due})
 
-    def wait_for_log(self, out, child):
-        start = time.time()
-        while time.time() - start < TIMEOUT and child.poll() is None:
-            try:
-                if log_events(out, "step"):
-                    return
-            except (OSError, ValueError):
-                pass
-            time.sleep(0.005)
-        self.fail("no step was logged")
-
     def wait_for_file(self, path, child=None):
         """Until the file is there or, where it is one that goes away again, the child has ended."""
         start = time.time()
@@ -1977,7 +1967,7 @@ class Failing(Trainer):
             with self.subTest(signal=sig):
                 out = self.out()
                 child = self.launch(self.arguments(out, {"--steps": 10 ** 6}))
-                self.wait_for_log(out, child)
+                self.wait_for_step(out, child=child)
                 stdout = self.stopped(child, sig)
                 last = checkpoints(out)[-1]
                 self.assertIn(os.path.basename(last), stdout)
@@ -2005,7 +1995,7 @@ class Failing(Trainer):
         """A run that was started with SIGHUP ignored outlives its terminal."""
         out = self.out()
         child = self.launch(["nohup"] + self.arguments(out, {"--steps": 10 ** 6}))
-        self.wait_for_log(out, child)
+        self.wait_for_step(out, child=child)
         child.send_signal(signal.SIGHUP)
         time.sleep(0.5)
         self.assertIsNone(child.poll())
@@ -2020,7 +2010,7 @@ class Failing(Trainer):
                                  "--sample-temperature": 0, "--num-hidden-layers": 12, "--val": None}, None)):
             out = self.out()
             child = self.launch(self.arguments(out, dict(changes, **{"--steps": 10 ** 6})))
-            self.wait_for_log(out, child)
+            self.wait_for_step(out, child=child)
             time.sleep(0.3)
             start = time.time()
             self.stopped(child)
@@ -2036,7 +2026,7 @@ class Failing(Trainer):
                    "--eval-every": 1, "--sample-every": 1, "--sample-tokens": 3, "--tokenizer": "toy", "--steps": 1}
         out = self.out()
         child = self.launch(self.arguments(out, changes))
-        self.wait_for_log(out, child)
+        self.wait_for_step(out, child=child)
         self.stopped(child)
         self.assertEqual([e["event"] for e in log_events(out)], ["start", "step", "save", "stop"])
         left = tree(checkpoints(out)[-1])

@@ -8,10 +8,9 @@ import math
 import os
 import subprocess
 import sys
-import tempfile
 import unittest
 
-from helpers import ROOT, main
+from helpers import ROOT, Folder, main
 
 try:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -29,14 +28,7 @@ def run(*arguments):
 
 
 @unittest.skipUnless(HAS, "the package tensorboard is missing")
-class TensorBoard(unittest.TestCase):
-    def setUp(self):
-        self.folder = tempfile.TemporaryDirectory()
-        self.addCleanup(self.folder.cleanup)
-
-    def path(self, *parts):
-        return os.path.join(self.folder.name, *parts)
-
+class TensorBoard(Folder):
     def log(self, name, events, tail=""):
         os.makedirs(self.path(name), exist_ok=True)
         with open(self.path(name, "log.jsonl"), "w") as f:
