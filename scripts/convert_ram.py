@@ -88,9 +88,8 @@ def split_layer(name, prefix):
     return int(number), rest
 
 
-def to_ours(state, params):
-    """Their state dict and model parameters -> our tensors and config."""
-    mta = params.get("mta") or {}
+def refuse_unknown(params, mta):
+    """What of their model parameters has no counterpart here."""
     if (
         mta.get("curse_norm")
         or (mta.get("add_gating") and not mta.get("gate_1d", True))
@@ -102,61 +101,68 @@ def to_ours(state, params):
         raise UserError("params.json: what the key %s does is not known here" % unknown[0])
     if params.get("sliding_window"):
         raise UserError("params.json: sliding_window has no counterpart here: attention sees all positions")
-    heads = params.get("n_heads") or params["dim"] // params["head_dim"]
-    kv_heads = params.get("n_kv_heads") or heads
-    tensors, layers, conv = {}, 0, {"kq_conv": set(), "kq_conv_post": set()}
-    sizes, groups = None, {"head_mix_pre": 0, "head_mix": 0}
-    for name, t in state.items():
-        if name.startswith("rope_embeddings."):
-            continue
-        if name in TOP_NAMES:
-            if name != "output.weight" or not params.get("weight_tying"):
-                tensors[TOP_NAMES[name]] = t
-            continue
-        if not name.startswith("layers."):
-            raise UserError("tensor %s is unknown" % name)
-        layer, rest = split_layer(name, "layers")
-        if rest.startswith("attention.triton_mta."):
-            rest = "attention." + TRITON_NAMES.get(rest[len("attention.triton_mta.") :], "?")
-        if rest not in LAYER_NAMES:
-            raise UserError("tensor %s is unknown" % name)
-        layers = max(layers, layer + 1)
-        ours = LAYER_NAMES[rest]
-        key = ours.split(".")[1] if ours.startswith("self_attn.") else ""
-        if rest == "attention.wq.weight":
-            t = halves_from_pairs(t, heads)
-        elif rest == "attention.wk.weight":
-            t = halves_from_pairs(t, kv_heads)
-        elif key in conv:
-            t = t.reshape(heads, t.shape[-2], t.shape[-1])
-            if sizes not in (None, tuple(t.shape[1:])):
-                raise UserError(
-                    "kernels of different sizes (%s and %s) have no counterpart here" % (sizes, tuple(t.shape[1:]))
-                )
-            sizes = tuple(t.shape[1:])
-            conv[key].add(layer)
-        elif key in groups:
-            t = t.transpose(1, 2) if rest == "attention.head_kernel" else t.reshape(1, heads, heads)
-            groups[key] = t.shape[1]
-        elif key == "head_gate":
-            t = t.reshape(-1)
-        ours = "model.layers.%d.%s" % (layer, ours)
-        if ours in tensors:
-            raise UserError("tensor %s is a second one for %s" % (name, ours))
-        tensors[ours] = t
-    if "lm_head.weight" not in tensors and not params.get("weight_tying"):
-        raise UserError("tensor output.weight is missing, and params.json does not say weight_tying")
-    if conv["kq_conv"] and conv["kq_conv_post"] and conv["kq_conv"] != conv["kq_conv_post"]:
+
+
+def our_name(name):
+    """The name of a tensor of theirs here, and theirs in its layer ("" where it is in none)."""
+    if name in TOP_NAMES:
+        return TOP_NAMES[name], ""
+    if not name.startswith("layers."):
+        raise UserError("tensor %s is unknown" % name)
+    layer, rest = split_layer(name, "layers")
+    if rest.startswith("attention.triton_mta."):
+        rest = "attention." + TRITON_NAMES.get(rest[len("attention.triton_mta.") :], "?")
+    if rest not in LAYER_NAMES:
+        raise UserError("tensor %s is unknown" % name)
+    return "model.layers.%d.%s" % (layer, LAYER_NAMES[rest]), rest
+
+
+def our_form(rest, t, heads, kv_heads):
+    """A layer's tensor of theirs as it is here."""
+    if rest == "attention.wq.weight":
+        return halves_from_pairs(t, heads)
+    if rest == "attention.wk.weight":
+        return halves_from_pairs(t, kv_heads)
+    if rest in ("attention.mta_kernel", "attention.mta_kernel_after_sm"):
+        return t.reshape(heads, t.shape[-2], t.shape[-1])
+    if rest == "attention.head_kernel":
+        return t.transpose(1, 2)
+    if rest in ("attention.wpsm.weight", "attention.wposm.weight"):
+        return t.reshape(1, heads, heads)
+    return t.reshape(-1) if rest.startswith("attention.gate.") else t
+
+
+def shapes_of(tensors, kind):
+    """{layer: shape} of self_attn.KIND.weight."""
+    end = ".self_attn.%s.weight" % kind
+    return {split_layer(n, "model.layers")[0]: tuple(t.shape) for n, t in tensors.items() if n.endswith(end)}
+
+
+def only(what, sizes, absent):
+    """The one element of a set of sizes; `absent` of an empty one."""
+    if len(sizes) > 1:
+        raise UserError("%s of different sizes (%s and %s) have no counterpart here" % (what, *sorted(sizes)[:2]))
+    return next(iter(sizes), absent)
+
+
+def our_config(tensors, params, heads, kv_heads):
+    """config.json of our tensors."""
+    mta, embed = params.get("mta") or {}, tensors["model.embed_tokens.weight"]
+    before, after = shapes_of(tensors, "kq_conv"), shapes_of(tensors, "kq_conv_post")
+    if before and after and set(before) != set(after):
         raise UserError("convolutions before and after the softmax in different layers have no counterpart here")
-    embed = tensors["model.embed_tokens.weight"]
+    cq, ck = only("kernels", {shape[1:] for shape in [*before.values(), *after.values()]}, (6, 11))
+    pre, post = (only("head mixings", {shape[1] for shape in shapes_of(tensors, kind).values()}, 0)
+                 for kind in ("head_mix_pre", "head_mix"))
     norm = "none" if not mta.get("group_norm") else "group_depth_scaled" if mta.get("layer_norm_rescale") else "group"
-    config = {
-        "architectures": ["MtaForCausalLM"],
-        "model_type": "mta",
+    plain = not (before or after or pre or post or norm != "none" or mta.get("add_gating"))
+    return {
+        "architectures": ["LlamaForCausalLM" if plain else "MtaForCausalLM"],
+        "model_type": "llama" if plain else "mta",
         "vocab_size": embed.shape[0],
         "hidden_size": embed.shape[1],
         "intermediate_size": tensors["model.layers.0.mlp.gate_proj.weight"].shape[0],
-        "num_hidden_layers": layers,
+        "num_hidden_layers": 1 + max(split_layer(n, "model.layers")[0] for n in tensors if n.startswith("model.layers.")),
         "num_attention_heads": heads,
         "num_key_value_heads": kv_heads,
         "max_position_embeddings": params.get("max_seqlen", 2048),
@@ -165,22 +171,53 @@ def to_ours(state, params):
         "rms_norm_eps": params.get("norm_eps", 1e-5),
         "tie_word_embeddings": "lm_head.weight" not in tensors,
         "attention_type": "mta",
-        "kq_conv_layers": sorted(conv["kq_conv"] | conv["kq_conv_post"]),
-        "kq_conv_query_size": sizes[0] if sizes else 6,
-        "kq_conv_key_size": sizes[1] if sizes else 11,
-        "kq_conv_pre_softmax": bool(conv["kq_conv"]),
-        "kq_conv_post_softmax": bool(conv["kq_conv_post"]),
-        "head_mix_pre_softmax": groups["head_mix_pre"],
-        "head_mix_post_softmax": groups["head_mix"],
+        "kq_conv_layers": sorted(before or after),
+        "kq_conv_query_size": cq,
+        "kq_conv_key_size": ck,
+        "kq_conv_pre_softmax": bool(before),
+        "kq_conv_post_softmax": bool(after),
+        "head_mix_pre_softmax": pre,
+        "head_mix_post_softmax": post,
         "head_norm": norm,
         "head_gate": bool(mta.get("add_gating")),
         "bos_token_id": None,  # of a LLaMA without these keys 1 and 2, and its texts would end at the id 2
         "eos_token_id": None,
     }
-    plain = not config["kq_conv_layers"] and not any(groups.values()) and norm == "none" and not config["head_gate"]
-    if plain:
-        config.update(architectures=["LlamaForCausalLM"], model_type="llama")
-    return tensors, config
+
+
+def to_ours(state, params):
+    """Their state dict and model parameters -> our tensors and config."""
+    refuse_unknown(params, params.get("mta") or {})
+    heads = params.get("n_heads") or params["dim"] // params["head_dim"]
+    kv_heads = params.get("n_kv_heads") or heads
+    tensors = {}
+    for name, t in state.items():
+        if name.startswith("rope_embeddings.") or name == "output.weight" and params.get("weight_tying"):
+            continue
+        ours, rest = our_name(name)
+        if ours in tensors:
+            raise UserError("tensor %s is a second one for %s" % (name, ours))
+        tensors[ours] = our_form(rest, t, heads, kv_heads)
+    if "lm_head.weight" not in tensors and not params.get("weight_tying"):
+        raise UserError("tensor output.weight is missing, and params.json does not say weight_tying")
+    return tensors, our_config(tensors, params, heads, kv_heads)
+
+
+def their_form(rest, t, heads, kv_heads):
+    """A layer's tensor of ours as it is there."""
+    if rest == "self_attn.q_proj.weight":
+        return pairs_from_halves(t, heads)
+    if rest == "self_attn.k_proj.weight":
+        return pairs_from_halves(t, kv_heads)
+    if rest in ("self_attn.kq_conv.weight", "self_attn.kq_conv_post.weight"):
+        return t[:, None]
+    if rest == "self_attn.head_mix.weight":
+        return t.transpose(1, 2)
+    if rest == "self_attn.head_mix_pre.weight":
+        if t.shape[0] != 1:
+            raise UserError("head mixing before the softmax in groups has no counterpart there, only of all heads")
+        return t[0]
+    return t[None] if rest == "self_attn.head_gate.weight" else t
 
 
 def to_theirs(tensors, config):
@@ -200,21 +237,7 @@ def to_theirs(tensors, config):
             state[top[name]] = t
             continue
         layer, rest = split_layer(name, "model.layers")
-        key = rest.split(".")[1] if rest.startswith("self_attn.") else ""
-        if rest == "self_attn.q_proj.weight":
-            t = pairs_from_halves(t, heads)
-        elif rest == "self_attn.k_proj.weight":
-            t = pairs_from_halves(t, kv_heads)
-        elif key in ("kq_conv", "kq_conv_post"):
-            t = t[:, None]
-        elif key == "head_mix":
-            t = t.transpose(1, 2)
-        elif key == "head_mix_pre":
-            if t.shape[0] != 1:
-                raise UserError("head mixing before the softmax in groups has no counterpart there, only of all heads")
-            t = t[0]
-        elif rest == "self_attn.head_gate.weight":
-            t = t[None]
+        t = their_form(rest, t, heads, kv_heads)
         state["layers.%d.%s" % (layer, theirs[rest])] = t.contiguous()
     norm, layers = config.get("head_norm", "none"), config.get("kq_conv_layers") or []
     cq, ck = config.get("kq_conv_query_size", 6), config.get("kq_conv_key_size", 11)

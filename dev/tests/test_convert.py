@@ -234,6 +234,9 @@ class Convert(unittest.TestCase):
         model = {"dim": 32, "n_heads": 4, "weight_tying": True, "mta": KINDS["linear"]}
         with self.assertRaisesRegex(convert_ram.UserError, "a second one for model.layers.0.self_attn.head_mix.weight"):
             convert_ram.to_ours(both, model)
+        mixed = dict(their_state({"head_kernel_size": 2}, 1), **{"layers.1.attention.head_kernel": torch.zeros(1, 4, 4)})
+        with self.assertRaisesRegex(convert_ram.UserError, "head mixings of different sizes .2 and 4."):
+            convert_ram.to_ours(mixed, dict(model, mta={}))
         with self.assertRaisesRegex(convert_ram.UserError, "output.weight is missing"):
             convert_ram.to_ours(their_state({}, 1), dict(model, weight_tying=False, mta={}))
         for key in ("rope_scaling", "rope_parameters"):
