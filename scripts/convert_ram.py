@@ -162,7 +162,7 @@ def our_config(tensors, params, heads, kv_heads):
         "vocab_size": embed.shape[0],
         "hidden_size": embed.shape[1],
         "intermediate_size": tensors["model.layers.0.mlp.gate_proj.weight"].shape[0],
-        "num_hidden_layers": 1 + max(split_layer(n, "model.layers")[0] for n in tensors if n.startswith("model.layers.")),
+        "num_hidden_layers": 1 + max(split_layer(n, "model.layers")[0] for n in tensors if ".layers." in n),
         "num_attention_heads": heads,
         "num_key_value_heads": kv_heads,
         "max_position_embeddings": params.get("max_seqlen", 2048),

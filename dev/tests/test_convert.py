@@ -234,7 +234,8 @@ class Convert(unittest.TestCase):
         model = {"dim": 32, "n_heads": 4, "weight_tying": True, "mta": KINDS["linear"]}
         with self.assertRaisesRegex(convert_ram.UserError, "a second one for model.layers.0.self_attn.head_mix.weight"):
             convert_ram.to_ours(both, model)
-        mixed = dict(their_state({"head_kernel_size": 2}, 1), **{"layers.1.attention.head_kernel": torch.zeros(1, 4, 4)})
+        mixed = their_state({"head_kernel_size": 2}, 1)
+        mixed["layers.1.attention.head_kernel"] = torch.zeros(1, 4, 4)
         with self.assertRaisesRegex(convert_ram.UserError, "head mixings of different sizes .2 and 4."):
             convert_ram.to_ours(mixed, dict(model, mta={}))
         with self.assertRaisesRegex(convert_ram.UserError, "output.weight is missing"):
