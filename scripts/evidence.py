@@ -91,6 +91,7 @@ RETROFIT, START = (
 
 LANGUAGE_MODELS = ("1m", "3m")
 LANGUAGE_ATTENTIONS = ("transformer", "diff", "talking-heads", "mta", "mta-full")
+LANGUAGE_MORE = [("1m", attention, 3) for attention in ("transformer", "mta", "mta-full")]  # beside seeds 1 and 2
 LANGUAGE_STEPS, LANGUAGE_TUNING_STEPS = 1200, 400
 LANGUAGE_MATMUL = "bf16"  # what products multiply; one cell of the part is trained in fp32 too
 LANGUAGE_RATES = {"1m": (1.5e-3, 3e-3, 6e-3, 1.2e-2), "3m": (1.5e-3, 3e-3, 6e-3)}  # that are tried
@@ -189,6 +190,9 @@ def cells_of(part):
         ] + [
             language_cell(part, "1m", attention, 1, LANGUAGE_LR["1m"], LANGUAGE_STEPS, "fp32")
             for attention in ("transformer", "mta")
+        ] + [
+            language_cell(part, model, attention, seed, LANGUAGE_LR[model], LANGUAGE_STEPS)
+            for model, attention, seed in LANGUAGE_MORE
         ]
     if part == "long":
         return [

@@ -213,6 +213,9 @@ class Evidence(unittest.TestCase):
             low, high = map(float, evidence_report.another_seed(seen, 1, 6).split(" to "))
             inside += low <= new <= high
         self.assertAlmostEqual(inside / 4000, 0.95, delta=0.015)
+        means = [evidence_report.mean_interval([draw.gauss(1, 4) for _ in range(3)]) for _ in range(4000)]
+        self.assertAlmostEqual(sum(low <= 1 <= high for low, high in means) / 4000, 0.95, delta=0.015)
+        self.assertEqual(evidence_report.mean_interval([1.0]), (float("-inf"), float("inf")))
         self.assertEqual(evidence_report.another_seed([0.01, 0.02, 0.03], 100), "0.0 to 7.0")
         self.assertEqual(evidence_report.another_seed([1.0]), "-")
         self.assertAlmostEqual(evidence_report.pooled([[1, 3], [2, 2, 2], [9]]), (2 / 3) ** 0.5)
