@@ -237,8 +237,8 @@ def language(results):
             ]
     if exact:
         lines += [
-            "That a run of the same seed in another arithmetic ends elsewhere shows how much of a seed's spread is chance "
-            "on the way, not initialisation or data.",
+            "That a run of the same seed in another arithmetic ends elsewhere shows how much of the spread of seeds is "
+            "chance on the way, not initialisation or data.",
             "",
         ]
     return lines + origin(results, "language")
