@@ -48,7 +48,7 @@ def core_quota(root=""):
         for line in f:
             _, names, path = line.rstrip("\n").split(":", 2)
             folder = root + "/sys/fs/cgroup" + ("/cpu" if names else "")  # of version 1, or 2
-            while names.split(",")[0] in ("", "cpu"):
+            while not names or "cpu" in names.split(","):
                 with contextlib.suppress(OSError, ValueError):
                     words = []
                     for name in ("cpu.cfs_quota_us", "cpu.cfs_period_us") if names else ("cpu.max",):

@@ -46,8 +46,14 @@ class UserError(Exception):
 
 def reason(error, path):
     """Why the system refuses a path. A link whose target is gone is there, whatever "No such file" says."""
-    nowhere = os.path.islink(path) and not os.path.exists(path)
-    return "a link that leads nowhere" if nowhere else error.strerror
+    try:
+        if os.path.islink(path):
+            os.stat(path)
+    except FileNotFoundError:
+        return "a link that leads nowhere"
+    except OSError as of_link:
+        return of_link.strerror
+    return error.strerror
 
 
 class BadDocument(Exception):

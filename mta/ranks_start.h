@@ -189,7 +189,8 @@ static inline int launch_look_up(const Launch* l, const char* host, const struct
     const struct timespec pause = {0, 500000000};
     double end = seconds_now() + start_seconds(l->size);
     int wrong = getaddrinfo(host, NULL, want, found);
-    bool later = (wrong == EAI_AGAIN || wrong == EAI_NONAME) && !strchr(host, ':');  // no address of IPv6
+    // EAI_NODATA: a name that has no address yet. What has a colon is an address of IPv6, and remains one.
+    bool later = (wrong == EAI_AGAIN || wrong == EAI_NONAME || wrong == EAI_NODATA) && !strchr(host, ':');
     if (later && l->rank == 1) {
         fprintf(stderr, "%s: rank 1: %s, the host of rank 0: %s; asking again for %d s\n",
                 program_invocation_short_name, host, gai_strerror(wrong), start_seconds(l->size));

@@ -446,9 +446,9 @@ static inline double run_epoch_tokens(const Run* r) {
     return tokens;
 }
 
-// The steps of the run that is resumed, as its checkpoint's trainer.json says; -1 = it does not. Of them those that are
-// done, their tokens, and how many checkpoints are kept, into *r.
-static inline int64_t run_saved_steps(Run* r) {
+// Reads what the trainer.json of the checkpoint that is resumed says of the run's length. Returns its steps, -1 = none
+// said; puts those that are done, and their tokens, into *r, and how many checkpoints are kept unless --keep says so.
+static inline int64_t run_read_length(Run* r) {
     char path[PATH_SIZE];
     int64_t steps = -1;
     path_join(path, sizeof path, r->resume_dir, "trainer.json");
@@ -474,7 +474,7 @@ static inline double run_tokens(const Run* r) {
 static inline void run_settle_length(Run* r) {
     const TrainOptions* o = r->options;
     double step = (double)r->tokens_per_step, epoch = o->epochs > 0 ? run_epoch_tokens(r) : 0;
-    int64_t saved = run_saved_steps(r);
+    int64_t saved = run_read_length(r);
     const struct {
         const char* option;
         double given, tokens;

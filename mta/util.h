@@ -171,8 +171,8 @@ typedef struct {
     double cores;   // of which the quota of time is, 1.5 for example
 } Limits;
 
-// Up to two numbers at the beginning of a file's first line that has them there, behind `key`; how many. The array has
-// room for two in any case.
+// The one or two numbers behind `key` at the beginning of the first line that has any there; how many, none where the
+// file cannot be read. `numbers` has room for two in any case.
 static inline int limit_numbers(const char* folder, const char* file, const char* key, double* numbers) {
     char path[PATH_SIZE + 64], line[256];
     int count = 0;
@@ -186,13 +186,14 @@ static inline int limit_numbers(const char* folder, const char* file, const char
     return count;
 }
 
-// Narrows the limits to those of one cgroup, of version 2 or 1. What files fill of its memory gives way, the rest does
-// not.
+// Narrows the limits to those of one cgroup, of version 2 or 1. What files on a disk fill of its memory gives way; what
+// programs have, and files in memory (/dev/shm), does not.
 static inline void limits_of_cgroup(Limits* limits, const char* folder, bool second) {
-    double n[3] = {0, 0, 0}, used[2] = {0, 0};
+    double n[3] = {0, 0, 0}, own[2] = {0, 0}, files[2] = {0, 0};
     if (limit_numbers(folder, second ? "memory.max" : "memory.limit_in_bytes", "", n) > 0) {
-        limit_numbers(folder, "memory.stat", second ? "anon " : "total_rss ", used);
-        double left = n[0] > used[0] ? n[0] - used[0] : 1;
+        limit_numbers(folder, "memory.stat", second ? "anon " : "total_rss ", own);
+        limit_numbers(folder, "memory.stat", second ? "shmem " : "total_shmem ", files);
+        double used = own[0] + files[0], left = n[0] > used ? n[0] - used : 1;
         limits->memory = left < limits->memory ? left : limits->memory;
     }
     bool quota = second ? limit_numbers(folder, "cpu.max", "", n) == 2
@@ -205,23 +206,24 @@ static inline void limits_of_cgroup(Limits* limits, const char* folder, bool sec
 // whatever /proc says. root: "", but for tests, which have a tree of their own.
 static inline Limits machine_limits(const char* root) {
     Limits limits = {1e300, 1e300};
-    char line[PATH_SIZE], folder[PATH_SIZE];
+    char line[PATH_SIZE], names[PATH_SIZE + 3], folder[PATH_SIZE];
     snprintf(folder, sizeof folder, "%s/proc/self/cgroup", root);
     FILE* f = fopen(folder, "r");
-    while (f && fgets(line, sizeof line, f)) {  // "4:memory:/a/b"; of version 2 "0::/a/b"
+    while (f && fgets(line, sizeof line, f)) {  // "4:memory:/a/b", "5:cpuacct,cpu:/a/b"; of version 2 "0::/a/b"
         char *name = strchr(line, ':'), *path = name ? strchr(name + 1, ':') : NULL;
         if (!path) { continue; }
         *path++ = 0;
         path[strcspn(path, "\n")] = 0;
-        bool second = !*++name, cpu = !strcmp(name, "cpu") || !strncmp(name, "cpu,", 4);
-        if (!second && !cpu && strcmp(name, "memory")) { continue; }
+        bool second = !*++name;
+        snprintf(names, sizeof names, ",%s,", name);
+        const char* mount = second                      ? ""
+                            : strstr(names, ",cpu,")    ? "/cpu"
+                            : strstr(names, ",memory,") ? "/memory"
+                                                        : NULL;
+        if (!mount) { continue; }
         for (char* end = path + strlen(path); end; end = strrchr(path, '/')) {
             *end = 0;
-            int n = snprintf(folder, sizeof folder, "%s/sys/fs/cgroup%s%s", root,
-                             second ? ""
-                             : cpu  ? "/cpu"
-                                    : "/memory",
-                             path);
+            int n = snprintf(folder, sizeof folder, "%s/sys/fs/cgroup%s%s", root, mount, path);
             if (n < (int)sizeof folder) { limits_of_cgroup(&limits, folder, second); }
         }
     }
@@ -310,15 +312,17 @@ static inline bool dir_exists(const char* path) {
     return stat(path, &st) == 0 && S_ISDIR(st.st_mode);
 }
 
-// A name that is there, whatever "No such file or directory" says: its target was purged, or has another name.
+// A name that is there, whatever "No such file or directory" says: its target was purged, has another name or cannot be
+// reached, by errno.
 static inline bool link_leads_nowhere(const char* path) {
     struct stat st;
     return lstat(path, &st) == 0 && S_ISLNK(st.st_mode) && stat(path, &st) != 0;
 }
 
-// Why a path cannot be used, by errno.
+// Why a path cannot be used: what `number`, the errno of the call that failed, says, or what its link says.
 static inline const char* path_error(const char* path, int number) {
-    return link_leads_nowhere(path) ? "a link that leads nowhere" : strerror(number);
+    if (!link_leads_nowhere(path)) { return strerror(number); }
+    return errno == ENOENT ? "a link that leads nowhere" : strerror(errno);
 }
 
 static inline bool file_exists(const char* path) {  // something that can be read as a file: not a directory
@@ -397,12 +401,12 @@ static inline void bus_error(int number) {
 
 static inline void unknown_instruction(int number) {
     end_by_signal(number,
-                  ": this processor lacks an instruction of the one that it was built for: make clean, and make "
-                  "on this machine, or with ARCH= for any\n");
+                  ": this processor lacks an instruction that the program was compiled with: make clean, then make "
+                  "on this machine, or make ARCH= for all processors of its kind\n");
 }
 
 // Signals that would end the program without a word. What a limit on the size of files stops becomes an error of
-// write(2). Called by every main before it does anything else.
+// write(2). The trainers and infer_mta call it before they read anything.
 static inline void settle_signals(void) {
     signal(SIGXFSZ, SIG_IGN);
     signal(SIGILL, unknown_instruction);

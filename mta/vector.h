@@ -1,8 +1,9 @@
 // mta/vector.h: the vectors of the CPU programs, as GCC and clang have them, whatever the machine's registers are.
 //
-// What includes it may say before how wide they are and of which numbers. train_mta.c takes one register and, in the
-// tests, double; decoding always takes 64 bytes: two registers of AVX2, four of SSE or NEON. With one width for both
-// the trainer's sums, and so a checkpoint's bytes, would change on a machine without AVX-512.
+// A file that includes it may define VECTOR_BYTES, how wide a vector is, and MTA_REAL, the type of its numbers.
+// train_mta.c takes the width of a register and, in the tests, double. Decoding always takes 64 bytes: two registers of
+// AVX2, four of SSE or NEON. With one width for both, the trainer's sums, and so a checkpoint's bytes, would change on
+// a machine without AVX-512.
 #ifndef MTA_VECTOR_H
 #define MTA_VECTOR_H
 

@@ -52,7 +52,7 @@ static bool standard_files_open(int closed) {
 }
 
 // Limits of a tree whose /proc/self/cgroup has this line, and whose file below /sys/fs/cgroup these words; memory.stat
-// beside it counts 1000 bytes that do not give way.
+// beside it counts 1000 bytes that do not give way, 400 of them of files in memory.
 static Limits limits_of(const char* line, const char* file, const char* words) {
     static int trees = 0;
     char root[PATH_SIZE], path[2 * PATH_SIZE], text[PATH_SIZE];
@@ -60,7 +60,7 @@ static Limits limits_of(const char* line, const char* file, const char* words) {
     snprintf(root, sizeof root, "%s/limits%d", test_folder(), trees++);
     const char* const files[][2] = {{"proc/self/cgroup", line},
                                     {file, words},
-                                    {"memory.stat", "file 7\nanon 1000\n"},
+                                    {"memory.stat", "file 500\nanon 600\nshmem 400\ntotal_rss 600\ntotal_shmem 400"},
                                     {"cpu.cfs_period_us", "100000"}};
     for (int i = 0; i < 4; i++) {
         const char* beside = i < 2 ? "" : file;  // the last two lie beside it
@@ -81,7 +81,7 @@ static void test_limits(void) {
     const char* const of_memory[][3] = {{"0::/a/b", "sys/fs/cgroup/a/b/memory.max", "5000"},
                                         {"0::/a/b", "sys/fs/cgroup/a/memory.max", "5000"},
                                         {"0::/../b", "sys/fs/cgroup/memory.max", "5000"},
-                                        {"4:memory:/a/b", "sys/fs/cgroup/memory/a/memory.limit_in_bytes", "4000"}};
+                                        {"4:memory:/a/b", "sys/fs/cgroup/memory/a/memory.limit_in_bytes", "5000"}};
     for (int i = 0; i < 4; i++) {
         Limits limits = limits_of(of_memory[i][0], of_memory[i][1], of_memory[i][2]);
         check(limits.memory == 4000 && limits.cores == 1e300, of_memory[i][1], of_memory[i][0]);
@@ -95,9 +95,10 @@ static void test_limits(void) {
                     {"0::/a", "sys/fs/cgroup/cpu.max", "200000 100000", 2},
                     {"0::/", "sys/fs/cgroup/cpu.max", "max 100000", 1e300},
                     {"4:cpu,cpuacct:/a", "sys/fs/cgroup/cpu/a/cpu.cfs_quota_us", "300000", 3},
+                    {"4:cpuacct,cpu:/a", "sys/fs/cgroup/cpu/cpu.cfs_quota_us", "300000", 3},
                     {"4:cpu:/", "sys/fs/cgroup/cpu/cpu.cfs_quota_us", "-1", 1e300},
                     {"4:cpuset:/", "sys/fs/cgroup/cpu/cpu.cfs_quota_us", "100000", 1e300}};
-    for (int i = 0; i < 6; i++) {
+    for (int i = 0; i < 7; i++) {
         Limits limits = limits_of(of_cores[i].line, of_cores[i].file, of_cores[i].words);
         check(limits.cores == of_cores[i].cores, of_cores[i].file, of_cores[i].words);
     }
@@ -152,6 +153,9 @@ static void test_util(void) {
           says(&e, "link: cannot create directory: a link that leads nowhere"));
     e = (Error){{0}};
     CHECK(!read_file(at("link"), 999, &text, &n, &e) && says(&e, "link: a link that leads nowhere"));
+    e = (Error){{0}};  // a link that is there, and leads to something
+    CHECK(symlink("loop", at("loop")) == 0 && !make_dirs(at("loop"), &e) &&
+          says(&e, "loop: cannot create directory: Too many levels of symbolic links"));
     MappedFile m;
     e = (Error){{0}};
     CHECK(!map_file(&m, at("link"), &e) && says(&e, "link: a link that leads nowhere"));

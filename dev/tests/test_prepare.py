@@ -538,6 +538,9 @@ class Bad(Case):
         self.assertEqual(run("text", self.path("a.txt"), "--out", self.path("o"), status=1), said % self.path("a.txt"))
         text = self.write("b.txt", "hello\n" * 9)
         self.assertEqual(run("text", text, "--out", self.path("a.txt"), status=1), said % self.path("a.txt"))
+        os.symlink("c.txt", self.path("c.txt"))
+        for words in ((self.path("c.txt"), "--out", self.path("o")), (text, "--out", self.path("c.txt"))):
+            self.assertIn("c.txt: Too many levels of symbolic links\n", run("text", *words, status=1))
 
     def test_a_clock_that_is_set_back(self):
         """The state was not saved until the clock had come back to where it was, and the rates were nonsense."""
@@ -1309,6 +1312,7 @@ class Systems(Case):
                 ("0::/a/b", "sys/fs/cgroup/cpu.max", "200000 100000", 2),  # a container's own is the uppermost
                 ("0::/", "sys/fs/cgroup/cpu.max", "max 100000", float("inf")),
                 ("4:cpu,cpuacct:/a", "sys/fs/cgroup/cpu/a/cpu.cfs_quota_us", "300000", 3),
+                ("4:cpuacct,cpu:/", "sys/fs/cgroup/cpu/cpu.cfs_quota_us", "300000", 3),
                 ("4:cpu:/", "sys/fs/cgroup/cpu/cpu.cfs_quota_us", "-1", float("inf")),
                 ("4:cpuset:/", "sys/fs/cgroup/cpu/cpu.cfs_quota_us", "100000", float("inf")))):
             root = "r%d/" % i

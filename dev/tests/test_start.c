@@ -5,12 +5,13 @@
 
 #include <netdb.h>
 
-// A server of names that knows the host "late" from the third question on.
+// A server of names that knows the address of the host "late" from the third question on.
 static int late_getaddrinfo(const char* host, const char* service, const struct addrinfo* want,
                             struct addrinfo** found) {
     static int asked = 0;
     if (strcmp(host, "late") && strcmp(host, "never")) { return getaddrinfo(host, service, want, found); }
-    return !strcmp(host, "late") && ++asked > 2 ? getaddrinfo("127.0.0.1", service, want, found) : EAI_NONAME;
+    if (!strcmp(host, "never")) { return EAI_NONAME; }
+    return ++asked > 2 ? getaddrinfo("127.0.0.1", service, want, found) : EAI_NODATA;
 }
 #define getaddrinfo late_getaddrinfo
 #include "mta/ranks.h"
