@@ -8,11 +8,6 @@ static int infer_main(int argc, char** argv) __attribute__((unused));
 #include "infer_mta.c"
 #undef main
 
-// Built without OpenMP: what infer_mta.c asks of its library.
-int omp_get_max_threads(void) { return 1; }
-int omp_get_thread_num(void) { return 0; }
-void omp_set_num_threads(int n) { (void)n; }
-
 static void written_and_read_again(const Config* c) {
     Error e = {{0}};
     Text t = {NULL, 0, 0};
