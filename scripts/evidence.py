@@ -393,9 +393,9 @@ def result_of(cell, out, trainer):
     if cell["task"] == "long":
         checkpoints["before "] = os.path.join(os.path.dirname(log) + ".first", f"step-{LONG_STEPS:08d}")
         result["last"] |= {
-            when + name: round(share, 4)
+            when + name: round(value, 4)
             for when, folder in checkpoints.items()
-            for name, share in evidence_long.score(trainer, folder, os.path.join(out, "long")).items()
+            for name, value in evidence_long.score(trainer, folder, os.path.join(out, "long")).items()
         }
     learned = evidence_kernels.kernels(checkpoints[""])
     if learned:

@@ -117,32 +117,33 @@ def make(out, text):
         f.write("shards and questions are complete\n")
 
 
-def share_right(requests, answers):
+def answered(requests, answers):
     """The share of questions answered rightly: the likeliest choice, or where there are none a continuation that is
-    greedy throughout."""
-    right, best = {}, {}
-    for request, answer in zip(map(json.loads, requests), map(json.loads, answers), strict=True):
-        item = request["item"]
-        if "choice" not in request:
+    greedy throughout. And the mean of the right answer's -log-probability, which tells more where few are right."""
+    right, best, nats = {}, {}, []
+    for request, answer in zip(map(json.loads, requests), map(json.loads, answers)):
+        item, chosen = request["item"], request.get("choice")
+        if chosen == request.get("gold"):
+            nats.append(-answer["logprob"])
+        if chosen is None:
             right[item] = answer["greedy"]
         elif item not in best or answer["logprob"] > best[item]:
             best[item] = answer["logprob"]
-            right[item] = request["choice"] == request["gold"]
-    return sum(right.values()) / len(right)
+            right[item] = chosen == request["gold"]
+    return sum(right.values()) / len(right), sum(nats) / len(nats)
 
 
 def score(trainer, checkpoint, out):
-    """{set: share right} of a checkpoint, for SETS."""
-    shares = {}
+    """{set: share right, set + " nats": mean nats of the right answer} of a checkpoint, for SETS."""
+    found = {}
     for name in SETS:
         path = os.path.join(out, name + ".jsonl")
-        answers = subprocess.run(
-            [trainer, "--init-from", checkpoint, "--score", path, "--batch-size", "16"],
-            check=True,
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-        ).stdout
+        command = [trainer, "--init-from", checkpoint, "--score", path, "--batch-size", "16"]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+        answers = subprocess.run(command, check=True, text=True, **pipes).stdout.splitlines()
         with open(path, encoding="utf-8") as f:
-            shares[name] = share_right(f, answers.splitlines())
-    return shares
+            requests = f.readlines()
+        if len(requests) != len(answers):
+            raise SystemExit(f"evidence.py: {path}: {len(requests)} requests, {len(answers)} answers")
+        found[name], found[name + " nats"] = answered(requests, answers)
+    return found

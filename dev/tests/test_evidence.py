@@ -221,12 +221,14 @@ class Evidence(unittest.TestCase):
         self.assertAlmostEqual(evidence_report.pooled([[1, 3], [2, 2, 2], [9]]), (2 / 3) ** 0.5)
         self.assertIsNone(evidence_report.pooled([[1], []]))
 
-    def test_share_right(self):
+    def test_answered(self):
+        """Of two questions of each kind one is answered rightly; the right answers' log-probabilities alone count."""
         choices = [{"item": i, "choice": c, "gold": 1} for i in (0, 1) for c in (0, 1)]
         answers = [{"logprob": p} for p in (-2.0, -1.0, -1.0, -2.0)]
-        needles = [{"item": 5}, {"item": 6}]
-        for requests, scores in ((choices, answers), (needles, [{"greedy": True}, {"greedy": False}])):
-            self.assertEqual(evidence_long.share_right(map(json.dumps, requests), map(json.dumps, scores)), 0.5)
+        needles, scores = [{"item": 5}, {"item": 6}], [{"greedy": g, "logprob": -p} for g, p in ((True, 1), (False, 4))]
+        for requests, given, nats in ((choices, answers, 1.5), (needles, scores, 2.5)):
+            found = evidence_long.answered(map(json.dumps, requests), map(json.dumps, given))
+            self.assertEqual(found, (0.5, nats))
 
 
 if __name__ == "__main__":
