@@ -314,7 +314,7 @@ def write(options, task):
             "seed": options.seed, "tokenizer": "toy"}
     refuse_others(options, made)
     left = re.compile(re.escape(options.name) + r"_(train|val)_[0-9]{6}\.(bin|mask)\.partial")
-    for name in filter(left.fullmatch, os.listdir(options.out)):  # of one that was stopped
+    for name in filter(left.fullmatch, os.listdir(options.out)):  # of a call that was stopped
         os.remove(os.path.join(options.out, name))
     test = take(task, chunk_rng(task, options.seed, "test", 0), options.test_samples, set(), distinct=True)
     written = {"val": write_split(task, "test", [test], prefix + "_val", len(test), show)}
@@ -323,9 +323,10 @@ def write(options, task):
     shards = {split: writer.shards for split, writer in written.items()}
     with manifest_lock(options.out):
         manifest = refuse_others(options, made)  # again: others may have come meanwhile
+        # The manifest first: the same command, given again after an interruption, finds its own shards and goes on.
+        write_entry(options.out, manifest, options.name, shards, {"command": "toy_task", **made})
         for writer in written.values():
             writer.publish()
-        write_entry(options.out, manifest, options.name, shards, {"command": "toy_task", **made})
     with open(prefix + "_task.json", "w", encoding="utf-8") as f:
         json.dump({**made, "shards": [*shards["val"], *shards["train"]]}, f, indent=1)
         f.write("\n")
@@ -334,7 +335,7 @@ def write(options, task):
 
 
 def write_entry(out, manifest, name, shards, options):
-    """The manifest's part on these shards; a document is what begins with BOS, the one behind the last window too."""
+    """The manifest's part on these shards; a document is what begins with BOS, the one after the last window too."""
     sets = {}
     for split, entries in shards.items():
         for entry in entries.values():

@@ -6,7 +6,9 @@ python3 dev/tests/test_toy.py     (MTA_BIN: folder of infer_mta)
 """
 import array
 import collections
+import contextlib
 import filecmp
+import io
 import json
 import os
 import resource
@@ -14,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import unittest
+import unittest.mock
 import zlib
 
 from helpers import BIN, ROOT, main, read_bytes
@@ -149,6 +152,31 @@ class Toy(unittest.TestCase):
             os.remove(strange)
             self.assertEqual(run("--out", folder, *small).returncode, 0)
             self.assertFalse(os.path.exists(left))
+
+    def test_stopped_between_two_names(self):
+        """Whenever it is stopped, the same command goes on: shards that it has put in place itself are its own."""
+        small = ["--n", "2", "--blocks", "2", "--train-samples", "3", "--test-samples", "1"]
+        rename, wanted = os.replace, None
+        for stop in range(6):  # after so many files have got their names, of 5
+            done = []
+
+            def replace(source, target):
+                if len(done) == stop:
+                    raise KeyboardInterrupt
+                rename(source, target)
+                done.append(target)
+
+            with tempfile.TemporaryDirectory() as folder:
+                with unittest.mock.patch("os.replace", replace), contextlib.redirect_stdout(io.StringIO()), \
+                        unittest.mock.patch("sys.argv", ["toy_task.py", *small, "--out", folder]), \
+                        contextlib.suppress(KeyboardInterrupt):
+                    toy_task.main()
+                self.assertEqual(len(done), min(stop, 5))
+                again = run(*small, "--out", folder)
+                self.assertEqual((again.returncode, again.stderr), (0, ""), done)
+                got = {name: read_bytes(os.path.join(folder, name)) for name in os.listdir(folder)}
+            wanted = wanted or got
+            self.assertEqual(got, wanted)
 
     def test_a_full_disk_is_said_with_its_place(self):
         with tempfile.TemporaryDirectory() as folder:
