@@ -26,7 +26,6 @@ paper's tables, and says per task:
 
 import argparse
 import codecs
-import contextlib
 import json
 import os
 import random
@@ -107,7 +106,7 @@ def winogrande(record):
     """The choices fill the blank; what follows it is scored."""
     before, blank, after = record["sentence"].partition("_")
     if not blank or not after.strip():
-        raise ValueError("no blank with a text behind it")
+        raise ValueError("no blank with a text after it")
     return [(before + record[key], " " + after.strip()) for key in ("option1", "option2")], one_based(
         record.get("answer")
     )
@@ -219,7 +218,7 @@ def convert(args):
             if labels is not None:
                 own, gold = gold, labels[i]
                 if WHOLE.fullmatch(str(own)) and int(own) in range(len(pairs)) and int(own) != gold:
-                    raise ValueError("choice %s is right by itself, %d by --labels, counted from 0" % (own, gold))
+                    raise ValueError("the record says choice %s, --labels says %d (from 0)" % (own, gold))
             if len(pairs) > 1:
                 gold = whole(gold) if gold not in (None, "") else None
                 if gold is None or not 0 <= gold < len(pairs):
@@ -257,8 +256,6 @@ def write_requests(path, requests):
         else:
             write_synced(os.path.realpath(path), data)
     except OSError as e:
-        with contextlib.suppress(OSError):
-            os.remove(os.path.realpath(path) + ".tmp")
         raise UserError("%s: %s" % (path, e.strerror))
 
 
@@ -284,7 +281,7 @@ class Haystack:
         ]
         self.tokenizer = tokenizer
         self.known = {}
-        self.repeated = False  # which has been said
+        self.repeated = False  # whether the warning was printed
 
     def size(self, sentence):
         """Tokens of a sentence with a space before it."""

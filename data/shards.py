@@ -41,7 +41,7 @@ SHARD_NAME = re.compile(r"(.+)_(train|val)_\d{6}\.bin")
 
 
 def core_quota(root=""):
-    """Of how many cores the time is that the cgroups of this process let it have (docker --cpus 1.5); infinity: of all.
+    """How many cores' time the cgroups of this process allow it (docker --cpus 1.5); infinity where they set no limit.
     mta/util.h reads the same. root: a test's own tree in place of "/"."""
     quota = math.inf
     with contextlib.suppress(OSError, ValueError), open(root + "/proc/self/cgroup", encoding="utf-8") as f:
@@ -70,7 +70,7 @@ def cores():
 
 
 def of_output(call):
-    """write or flush of standard output, whose errors are its own and not those of a file of the program's."""
+    """Wraps write or flush of standard output: an error is reported as its own, not as that of a file."""
 
     def call_and_tell(*words):
         try:
@@ -144,11 +144,17 @@ def sync_folder(path):
 
 def write_synced(path, data):
     """Written beside, synced, renamed: the file is there whole or not at all."""
-    with open(path + ".tmp", "wb") as f:
-        f.write(data)
-        f.flush()
-        sync_file(f.fileno())
-    os.replace(path + ".tmp", path)
+    f = open(path + ".tmp", "wb")
+    try:
+        with f:
+            f.write(data)
+            f.flush()
+            sync_file(f.fileno())
+        os.replace(path + ".tmp", path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.remove(path + ".tmp")
+        raise
     sync_folder(os.path.dirname(path))
 
 
@@ -199,7 +205,7 @@ def locked(path, busy=None):
             if busy and e.errno in (errno.EWOULDBLOCK, errno.EACCES):
                 raise UserError(busy)
             break  # a file system without locks
-        with contextlib.suppress(FileNotFoundError):  # who was waited for has removed it: then this lock holds nothing
+        with contextlib.suppress(FileNotFoundError):  # the holder has removed the file: try again with a new one
             if os.path.samestat(os.fstat(lock.fileno()), os.stat(path)):
                 break
         lock.close()

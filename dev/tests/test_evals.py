@@ -101,7 +101,7 @@ class Formats(Case):
             own = self.write("own.jsonl", [{"goal": "G", "sol1": "s", "sol2": "t", "label": label}])
             shown = run("choice", own, "--out", self.path("o"), "--labels", labels, status=0 if out else 1)
             self.assertIn("%d requests" % out, shown)
-        self.assertIn("own.jsonl:1: choice 0 is right by itself, 1 by --labels", shown)
+        self.assertIn("own.jsonl:1: the record says choice 0, --labels says 1", shown)
 
         for label in ("1_0", "\u0661", "1.0"):
             with open(labels, "w") as f:
@@ -339,6 +339,11 @@ class Generated(Case):
                               preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096)))
         self.assertEqual((done.returncode, done.stderr), (1, "evals.py: %s: File too large\n" % self.path("q.jsonl")))
         self.assertEqual((self.read("q.jsonl"), os.listdir(self.folder)), (before, ["q.jsonl"]))
+        os.mkdir(self.path("folder"))
+        self.write("folder.tmp", [])
+        self.assertIn("folder: Is a directory", run("babilong", "--distraction", "0", "--out", self.path("folder"),
+                                                    status=1))
+        self.assertTrue(os.path.exists(self.path("folder.tmp")), "somebody's file that is called so")
         done = subprocess.run([*command[:-4], "/dev/stdout", *command[-3:], "2"], check=True, capture_output=True)
         self.assertEqual([json.loads(line) for line in done.stdout.splitlines()[:-1]], before)
 
@@ -465,7 +470,7 @@ class Report(Case):
         self.assertIn("r.jsonl: given twice", run("report", requests, two, requests, two, status=1))
         same = self.write("same.jsonl", self.read("r.jsonl"))  # another model's copy of the questions is no second part
         shown = run("report", requests, two, same, two, status=1)
-        self.assertRegex(shown, r"same.jsonl: item 0 is asked in .*/r.jsonl too and would count twice; of several")
+        self.assertRegex(shown, r"same.jsonl: item 0 is asked in .*/r.jsonl too and would count twice; for several")
         part = self.write("part.jsonl", [{"continuation": "y", "task": "t", "item": i} for i in (0, 1)])
         run("report", requests, two, part, two, "--json", self.path("j"))
         self.assertEqual(self.read_all("j")["t"]["questions"], 4)
