@@ -125,7 +125,7 @@ def expand_inputs(inputs, out):
         )
         try:
             place = os.stat(path)[1:3]  # the file itself, by whatever name
-        except OSError:  # said where it is opened
+        except OSError:  # reported where it is opened
             place = path
         if name in own_names[folder] or unfinished:
             own += 1
@@ -154,8 +154,8 @@ def split_of(below):
 
 
 def text_cut(path, size, fraction):
-    """Where a single text is cut for validation: its last part, from the start of a line if one begins near: no
-    further before it than this part is long, or a twentieth of the text."""
+    """Where a single text is cut for validation: its last part, from the start of a line if one begins shortly before:
+    at most 4096 bytes, and no more than this part has, or a twentieth of the text."""
     near = size - int(size * fraction)
     with open(path, "rb") as f:
         start = max(0, near - min(4096, max(size - near, size // 20)))
@@ -488,11 +488,11 @@ def json_values(text):
                 raise json.JSONDecodeError("Expecting , or ]", text, at)
             at = SPACE.match(text, at + 1).end() if not closed else at
     if array and (not closed or text[at + 1 :].strip(" \t\r\n")):
-        raise json.JSONDecodeError("Expecting the end of the array, and nothing behind it", text, at)
+        raise json.JSONDecodeError("Expecting the end of the array, and nothing after it", text, at)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Reading: inputs -> tasks in a fixed order, each with the position behind it, from which a restart goes on.
+# Reading: inputs -> tasks in a fixed order, each with the position after it, from which a restart goes on.
 # A task is (kind, path, split, where, payload); split: None where the documents' hashes decide.
 
 
@@ -636,8 +636,8 @@ def line_tasks(index, entry, at, tell):
 
 
 def fault_of_machine(e):
-    """Is an exception of pyarrow's about memory, a disk or a network, and not about what a file holds? Then no document
-    is to be left out for it. Its own errors about contents carry no number of the system's."""
+    """Whether an exception of pyarrow is about memory, a disk or a network: then no document may be left out because of
+    it. pyarrow's errors about what a file holds have no errno."""
     return isinstance(e, MemoryError) or (isinstance(e, OSError) and e.errno is not None)
 
 
@@ -703,7 +703,7 @@ def text_tasks(index, entry, at, tell, whole):
 
 
 def segment_end(f, start, end):
-    """End of the segment that begins at `start`: the first safe cut behind SEGMENT bytes, or the end."""
+    """End of the segment that begins at `start`: the first safe cut after SEGMENT bytes, or the end."""
     at = start + SEGMENT
     overlap = b""
     f.seek(min(at, end))

@@ -22,7 +22,7 @@ class Parser(argparse.ArgumentParser):
 
 def split_name(text):
     """[NAME=]PATH -> (NAME or None, PATH). Either may hold a "=": what is there as a whole is a path, else the longest
-    that is there behind a "="."""
+    that is there after a "="."""
     if os.path.exists(text):
         return None, text
     places = [i for i, c in enumerate(text) if c == "="]

@@ -64,7 +64,7 @@ SLIMPAJAMA = {
 }
 
 VAL_FRACTION = {"text": 0.05, "slimpajama": 0.001}  # by command, where none is given
-FOLDERS_DECIDE = "--val-fraction %g does nothing: folders or files say what is validation; --split hash takes it"
+FOLDERS_DECIDE = "--val-fraction %g does nothing: folders or files decide what is validation; --split hash takes it"
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Working: a task -> packed tokens by set
@@ -169,7 +169,7 @@ class Worker:
     def lines(self, number, block):
         for line in block.split(b"\n"):
             number += 1
-            if line.startswith(inputs.BOM):  # files put one behind another bring theirs along
+            if line.startswith(inputs.BOM):  # files put one after another bring theirs along
                 line = line[3:]
             if line and not line.isspace():
                 yield number, lambda: self.parse(line)
@@ -197,7 +197,7 @@ class Worker:
                 twice = [name for name in columns if names.count(name) > 1]
                 if twice:
                     bad = "ambiguous field", "the column %s occurs twice" % twice[0]
-                # not the whole group at once, which takes more memory, and pyarrow reads no 2 GiB of a nested column
+                # Not the whole group at once: that takes more memory, and pyarrow cannot read 2 GiB of a nested column.
                 for batch in () if bad else f.iter_batches(4096, row_groups=[group], columns=columns):
                     for number, row in enumerate(batch.to_pylist(), number + 1):
                         yield number, lambda: self.fields(row)
@@ -256,7 +256,7 @@ def worker_run(task):
 
 
 def start_workers(job, workers):
-    """A pool of worker processes; None, with a line, where the system has none, as a container without /dev/shm."""
+    """A pool of worker processes; None, after a warning, where the system has none, as a container without /dev/shm."""
     try:
         from concurrent.futures import ProcessPoolExecutor
         import multiprocessing
@@ -317,7 +317,7 @@ def work_name(job, name, split):
 
 def set_names(job, names):
     """{name of a set: what its shards are called}. Domains whose letters and digits are the same (C, C++, C#) get a
-    hash behind."""
+    hash at the end."""
     if not job["domain_field"]:
         return {name: name for name in names}
     if job["command"] == "slimpajama":
@@ -532,7 +532,7 @@ class Preparation:
         return limit > 0 and tokens >= limit
 
     def wanted(self, task):
-        """Whether the results of this task count: those behind --max-tokens do not, but a text that was begun is
+        """Whether the results of this task count: those after --max-tokens do not, but a text that was begun is
         ended."""
         if inputs.goes_on(task):
             return self.state.get("dropped") != task[1]
@@ -897,7 +897,7 @@ def report(out, name):
         if key != domain:
             print("%s is %s" % (key, domain))
     if "max_tokens" in summary["options"]:
-        print("stopped behind the document that reached --max-tokens %d" % summary["options"]["max_tokens"])
+        print("stopped after the document that reached --max-tokens %d" % summary["options"]["max_tokens"])
     if summary["bad"]:
         counts = ", ".join("%d %s" % (n, kind) for kind, n in sorted(summary["bad"].items()))
         print("left out: %s; listed in %s" % (counts, os.path.join(out, name + ".bad.jsonl")))
@@ -931,7 +931,7 @@ def add_prepare_options(p, slim):
         option("--split", text + " alone", choices=["folders", "hash"], default="folders")
     option("--seed", "of that hash", type=whole_number(), default=0)
     option("--shard-tokens", "tokens in a shard, default 100M", type=parse_count, default=100000000, metavar="N")
-    text = "stop behind the documents that bring N tokens; of splits by folders N of train and N/20 of validation"
+    text = "stop after the documents that bring N tokens; of splits by folders N of train and N/20 of validation"
     option("--max-tokens", text, type=parse_count, metavar="N")
     text = "a document that cannot be used is left out and listed in NAME.bad.jsonl (default), or ends the run"
     option("--on-bad", text, choices=["skip", "refuse"], default="skip")
@@ -952,7 +952,7 @@ def add_download_options(slim):
     option("--max-files", "download no more than N files, spread over the data set", type=whole_number(0), metavar="N")
     option("--max-bytes", "download no more than N bytes", type=parse_count, metavar="N")
     option("--connections", "at once; default 8", type=whole_number(1), default=8, metavar="N")
-    option("--retries", "tries of a file behind the first; default 8", type=whole_number(0), default=8, metavar="N")
+    option("--retries", "tries of a file after the first; default 8", type=whole_number(0), default=8, metavar="N")
     text = "first pause, doubled up to a minute; default 1"
     option("--retry-pause", text, type=real_number(0), default=1.0, metavar="S")
 

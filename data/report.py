@@ -145,7 +145,7 @@ class Model:
             question = hashlib.sha256(repr(asked).encode("utf-8", "replace")).digest()
             before = self.asked.setdefault((question, first["item"]), requests_path)
             if before != requests_path:
-                raise UserError("%s: item %s is asked in %s too and would count twice; of several models wanted "
+                raise UserError("%s: item %s is asked in %s too and would count twice; for several models give "
                                 "NAME=FOLDER of each" % (requests_path, first["item"], before))
             self.questions.setdefault((first["task"], tuple(settings.items())), set()).add(question)
 
@@ -215,7 +215,7 @@ def percent(row, measure="accuracy"):
 
 
 def with_mean(columns, values):
-    """A column of the mean behind several; only where all of them are known."""
+    """A column of the mean after several; only where all of them are known."""
     if len(columns) < 2:
         return columns, values
     return columns + [("mean",) + columns[0][1:]], [v + [mean_if_whole(v)] for v in values]
@@ -289,7 +289,7 @@ def babilong_table(models):
 
 
 def not_the_same(models):
-    """Tasks of which two models were asked other questions, or more of them, under one setting."""
+    """Tasks for which two models were not asked the same questions under one setting."""
     groups = {}
     for m in models:
         for key, questions in m.questions.items():

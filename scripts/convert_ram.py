@@ -58,8 +58,8 @@ TRITON_NAMES = {
     "wpsm_triton.weight": "wpsm.weight",
     "wposm_triton.weight": "wposm.weight",
 }
-# Keys of params.json that say nothing of a model's mathematics, or what its tensors and to_ours say; another one that
-# is set is refused.
+# Keys of params.json that do not change a model's result, and those whose meaning is read here or shows in the tensors.
+# Any other key that is set is refused.
 KNOWN_KEYS = set(
     "dim n_layers head_dim n_heads n_kv_heads ffn_dim_multiplier multiple_of norm_eps rope_theta init_base_std "
     "init_std_factor max_seqlen cache_attention_maps dropout triton seed vocab_size weight_tying sliding_window mta "
@@ -180,7 +180,7 @@ def our_config(tensors, params, heads, kv_heads):
         "head_mix_post_softmax": post,
         "head_norm": norm,
         "head_gate": bool(mta.get("add_gating")),
-        "bos_token_id": None,  # of a LLaMA without these keys 1 and 2, and its texts would end at the id 2
+        "bos_token_id": None,  # without these keys a LLaMA has 1 and 2, and its texts would end at the id 2
         "eos_token_id": None,
     }
 

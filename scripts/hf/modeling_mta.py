@@ -228,8 +228,8 @@ class MtaPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module):
-        """As in the trainers: of a new model, and of what a checkpoint lacks, such as a LLaMA under an MtaConfig, whose
-        tensors have no values at all before."""
+        """Starts a module as the trainers do: in a new model, and where a checkpoint lacks its tensors (a LLaMA's under
+        an MtaConfig), which have no values before."""
         if isinstance(module, (nn.Linear, nn.Embedding)):
             std = module.weight.shape[1] ** -0.5
             nn.init.trunc_normal_(module.weight, std=std, a=-3 * std, b=3 * std)
@@ -297,7 +297,7 @@ class MtaModel(MtaPreTrainedModel):
 
 class MtaForCausalLM(MtaPreTrainedModel, GenerationMixin):
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # of a model whose configuration ties them
-    accepts_loss_kwargs = True  # the Trainer's question for num_items_in_batch
+    accepts_loss_kwargs = True  # so that the Trainer passes num_items_in_batch
 
     def __init__(self, config):
         super().__init__(config)
@@ -329,7 +329,7 @@ class MtaForCausalLM(MtaPreTrainedModel, GenerationMixin):
                                       inputs_embeds=None, use_cache=True, logits_to_keep=0, output_hidden_states=None,
                                       next_sequence_length=None, is_first_iteration=None, **others):
         """What forward takes, of the tokens that the cache does not hold yet; the same in all versions.
-        next_sequence_length: how many these are; None: all behind the cache that attention_mask has, or without one all
+        next_sequence_length: how many these are; None: all after the cache that attention_mask has, or without one all
         that are given."""
         for name in ("output_attentions", "position_ids"):
             if others.get(name) is not None and others[name] is not False:
