@@ -217,8 +217,8 @@ def convert(args):
                 raise ValueError("%d choices, wanted at least 2" % len(pairs))
             if labels is not None:
                 own, gold = gold, labels[i]
-                if WHOLE.fullmatch(str(own)) and int(own) in range(len(pairs)) and int(own) != gold:
-                    raise ValueError("the record says choice %s, --labels says %d (from 0)" % (own, gold))
+                if any(own in (n, str(n)) for n in range(len(pairs)) if n != gold):
+                    raise ValueError("the record says choice %d, --labels says %d (from 0)" % (whole(own), gold))
             if len(pairs) > 1:
                 gold = whole(gold) if gold not in (None, "") else None
                 if gold is None or not 0 <= gold < len(pairs):
