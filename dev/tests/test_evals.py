@@ -97,7 +97,7 @@ class Formats(Case):
             [(g["context"], g["continuation"], g["gold"]) for g in got],
             [("Question: G\nAnswer:", " s", 1), ("Question: G\nAnswer:", " t", 1)],
         )
-        for label, out in ((1, 2), (-1, 2), ("", 2), (True, 2), ("0", 0), (False, 0), (0, 0)):  # one of its own that is another
+        for label, out in ((1, 2), (-1, 2), ("", 2), (True, 2), ("0", 0), (False, 0), (0, 0)):  # its own is another
             own = self.write("own.jsonl", [{"goal": "G", "sol1": "s", "sol2": "t", "label": label}])
             shown = run("choice", own, "--out", self.path("o"), "--labels", labels, status=0 if out else 1)
             self.assertIn("%d requests" % out, shown)
