@@ -555,6 +555,15 @@ def verdicts():
                 low, high = mean_interval(gain)
                 verdict = "favourable" if high < 0 else "unfavourable" if low > 0 else "undecided"
                 said.append((verdict, f"{text} ({count(len(gain))})"))
+    asked = evidence.read_results("long").values()
+    for name in evidence_long.SETS:
+        plain, mta = ([r["last"][name] for r in asked if r["attention"] == a] for a in ("transformer", "mta"))
+        if plain and mta:
+            text = f"long, {name}: mta answers {spread(mta, 100)}% rightly, the plain model {spread(plain, 100)}%"
+            alone = min(len(plain), len(mta)) < 2
+            better, worse = (min(mta) > max(plain), max(mta) < min(plain)) if not alone else (False, False)
+            verdict = "favourable" if better else "unfavourable" if worse else "undecided"
+            said.append((verdict, f"{text} ({count(min(len(plain), len(mta)))})"))
     measured = [r for r in evidence.read_results("cost").values() if r["task"] == "cost"]
     for attention in ("mta", "mta-full"):
         mine = [r for r in measured if r["attention"] == attention]
@@ -628,7 +637,8 @@ def write():
             "## Verdicts, the unfavourable ones first", "",
             "Toy: favourable where each seed of mta errs less than each of the plain model. Language: undecided by one "
             "seed, and where 0 lies in the 95% interval of the mean difference, mean ± t s / sqrt(n) with Student's t "
-            "(12.7 for two seeds, 4.3 for three). Cost: favourable below 1.1 times at every size.",
+            "(12.7 for two seeds, 4.3 for three). Long: undecided by one seed, and where the ranges of the seeds meet. "
+            "Cost: favourable below 1.1 times at every size.",
             "",
         ]
         lines += [f"- {verdict}: {text}" for verdict, text in said] + [""]
