@@ -365,19 +365,26 @@ def commands_of(cell, out, trainer):
     return [[trainer, *model, *task, *attention, *common, "--out", folder]]
 
 
+def seconds_of(log):
+    """Seconds of the runs that a log holds; 0 where there is none."""
+    if not os.path.exists(log):
+        return 0.0
+    with open(log, encoding="utf-8") as f:
+        return sum(event["seconds"] for event in map(json.loads, f) if event["event"] == "stop")
+
+
 def result_of(cell, out, trainer):
     """The line of a finished cell, or None: what its log says of the last step, and the curve of its validations."""
     log = os.path.join(out, cell["part"], cell["name"], "log.jsonl")
     if not os.path.exists(log):
         return None
-    curve, seconds, parameters, arguments = {}, 0.0, 0, []
+    curve, parameters, arguments = {}, 0, []
+    seconds = seconds_of(log) + seconds_of(os.path.join(os.path.dirname(log) + ".first", "log.jsonl"))
     with open(log, encoding="utf-8") as f:
         for line in f:
             event = json.loads(line)
             if event["event"] == "start":
                 parameters, arguments = event["parameters"], event["arguments"]
-            if event["event"] == "stop":
-                seconds += event["seconds"]
             if event["event"] == "val":
                 value = event["error"] if "error" in event else event["loss"]
                 curve.setdefault(event["name"], []).append([event["step"], round(value, 5)])

@@ -117,6 +117,12 @@ class Evidence(unittest.TestCase):
         """Stopped when its kernels had been started elsewhere, which makes that checkpoint another than was saved."""
         row = "kernels start as the mean"
         self.assertEqual(self.run_row(row, 10)[0], 0)
+        with open(os.path.join(self.results, "ablation.jsonl"), encoding="utf-8") as f:
+            line = json.loads(f.readline())
+        folder = os.path.join(self.out, "ablation", line["name"])
+        both = [evidence.seconds_of(os.path.join(d, "log.jsonl")) for d in (folder, folder + ".first")]
+        self.assertGreater(min(both), 0)
+        self.assertEqual(line["seconds"], round(sum(both), 1))  # of both runs
         os.remove(os.path.join(self.results, "ablation.jsonl"))
         self.assertEqual(self.run_row(row, 10)[0], 0)
 
