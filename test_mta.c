@@ -153,9 +153,6 @@ static Config small_config(const char* kind) {
     return c;
 }
 
-static const char* const KINDS[] = {"transformer", "mta", "mta-full", "talking-heads", "diff"};
-enum { N_KINDS = 5 };
-
 static int draw(Rng* rng, int n) { return (int)(rng_u32(rng) % (uint32_t)n); }
 
 // A model drawn at random, every field in any combination, at odd sizes, and a batch of B x T tokens for it.
@@ -589,9 +586,10 @@ static void golden_write_cases(const Trainer* tr, const char* dir, int n) {
     for (int i = 0; i < n; i++) {
         char name[64], path[PATH_SIZE];
         int B = 2, T = 100;
-        Config c = i < N_KINDS ? small_config(KINDS[i]) : random_config(&rng, false, &B, &T);
+        Config c =
+            i < ATTENTION_KIND_COUNT ? small_config(ATTENTION_KINDS[i].name) : random_config(&rng, false, &B, &T);
         snprintf(name, sizeof name, "random-%03d", i);
-        path_join(path, sizeof path, dir, i < N_KINDS ? KINDS[i] : name);
+        path_join(path, sizeof path, dir, i < ATTENTION_KIND_COUNT ? ATTENTION_KINDS[i].name : name);
         size_t end = strlen(path);
         snprintf(path + end, sizeof path - end, ".safetensors");
         golden_write(tr, path, &c, B, T, (uint64_t)i);
@@ -963,11 +961,11 @@ static void initialise_double(Model* m, uint64_t seed) {
 }
 
 static void test_model_differences(void) {
-    for (int k = 0; k < N_KINDS + 1; k++) {
-        Config c = small_config(KINDS[k % N_KINDS]);
+    for (int k = 0; k < ATTENTION_KIND_COUNT + 1; k++) {
+        Config c = small_config(ATTENTION_KINDS[k % ATTENTION_KIND_COUNT].name);
         int B = 2, T = 13;
         char title[128];
-        if (k == N_KINDS) {
+        if (k == ATTENTION_KIND_COUNT) {
             c.num_key_value_heads = 2;
             c.tie_word_embeddings = false;
             c.vocab_size = 41;
@@ -994,8 +992,8 @@ static void test_model_differences(void) {
                 where = arg.name;
             }
         }
-        snprintf(title, sizeof title, "differences model %s%s", KINDS[k % N_KINDS],
-                 k == N_KINDS ? " grouped untied" : "");
+        snprintf(title, sizeof title, "differences model %s%s", ATTENTION_KINDS[k % ATTENTION_KIND_COUNT].name,
+                 k == ATTENTION_KIND_COUNT ? " grouped untied" : "");
         verdict(worst.worst <= 1, title, "error/tolerance %.3f (%s)", worst.worst, where);
         model_free(m);
         free(tokens);
@@ -1113,8 +1111,8 @@ static void test_identity(void) {
 static void test_memory_plan(void) {
     bool good = true;
     double worst = 0;
-    for (int k = 0; k < N_KINDS; k++) {
-        Config c = small_config(KINDS[k]);
+    for (int k = 0; k < ATTENTION_KIND_COUNT; k++) {
+        Config c = small_config(ATTENTION_KINDS[k].name);
         size_t bytes[4];
         for (int i = 0; i < 4; i++) {
             MemoryPlan p = model_memory(&c, 1, 1024 << i, true);
@@ -1212,14 +1210,14 @@ static int attention_pieces(Piece* pieces, const Attention* a, bool backward) {
 // One sequence of 2048 tokens of each attention of the 880M model, so that only heads and chunks are side by side.
 static void test_balance(void) {
     const int threads[] = {2, 16, 64, 128}, at_least[] = {98, 95, 70, 45}, before = omp_get_max_threads();
-    for (int k = 0; k < 2 * N_KINDS; k++) {
+    for (int k = 0; k < 2 * ATTENTION_KIND_COUNT; k++) {
         Config c;
         Error e = {{0}};
         char title[96], text[160] = "";
         bool good = true, backward = k % 2;
         int n = 0;
         config_from_preset(&c, preset_find("880m"));
-        if (!config_set_attention(&c, KINDS[k / 2], false, &e)) { die("%s", e.text); }
+        if (!config_set_attention(&c, ATTENTION_KINDS[k / 2].name, false, &e)) { die("%s", e.text); }
         Attention a = attention_largest(&c, 1, 2048, 0);
         for (int i = 0; i < 4; i++) {
             omp_set_num_threads(threads[i]);
@@ -1232,7 +1230,8 @@ static void test_balance(void) {
                      percent);
             free(pieces);
         }
-        snprintf(title, sizeof title, "balance of attention %s %s", backward ? "backward" : "forward", KINDS[k / 2]);
+        snprintf(title, sizeof title, "balance of attention %s %s", backward ? "backward" : "forward",
+                 ATTENTION_KINDS[k / 2].name);
         verdict(good, title, "%d pieces; busy: %s", n, text);
     }
     omp_set_num_threads(before);
@@ -1574,6 +1573,57 @@ static void test_config(void) {
     verdict(good, "parameter counts; config.json there and back", "%zu models", sizeof sizes / sizeof sizes[0]);
 }
 
+// "a, b, c" of the names of a table's rows, which begin with their name.
+static bool names_are(const char* names, const void* rows, size_t n, size_t row) {
+    Text t = {NULL, 0, 0};
+    for (size_t i = 0; i < n; i++) {
+        const char* name;
+        memcpy(&name, (const char*)rows + i * row, sizeof name);
+        text_printf(&t, "%s%s", i ? ", " : "", name);
+    }
+    bool same = !strcmp(t.text, names);
+    text_free(&t);
+    return same;
+}
+
+static void test_names(void) {
+    bool models = names_are(MODEL_NAMES, PRESETS, PRESET_COUNT, sizeof PRESETS[0]);
+    bool kinds = names_are(ATTENTION_NAMES, ATTENTION_KINDS, ATTENTION_KIND_COUNT, sizeof ATTENTION_KINDS[0]);
+    verdict(models && kinds, "--help and refusals name every preset and attention", "%s; %s", MODEL_NAMES,
+            ATTENTION_NAMES);
+}
+
+// That random_config draws every field that makes another model, so that a field forgotten there, whose layer no
+// comparison of random models would ever see, is named here; and config.json of each model there and back. RoPE's
+// numbers and eps have tests of their own.
+static void test_random_config(void) {
+    Rng rng = rng_make(23, 1);
+    bool good = true, drawn[CONFIG_FIELD_COUNT] = {false};
+    int models = 200, B, T;
+    Error e = {{0}};
+    Config first = random_config(&rng, false, &B, &T);
+    for (int k = 0; k < models && good; k++) {
+        Config c = random_config(&rng, false, &B, &T), back;
+        Text t = {NULL, 0, 0};
+        config_to_json(&c, "float32", &t);
+        Json* j = json_parse(t.text, t.n, &e);
+        good = j && config_from_json(&back, j, false, &e) && config_same_model(&back, &c, &e);
+        json_free(j);
+        text_free(&t);
+        for (int i = 0; i < CONFIG_FIELD_COUNT; i++) {
+            const ConfigField* f = &CONFIG_FIELDS[i];
+            bool layers = f->type == FIELD_LAYERS;
+            drawn[i] = drawn[i] || f->change == CHANGE_FREE || f->part == PART_ROPE || f->part == PART_NUMBERS ||
+                       (layers ? config_any_conv(&c) : config_get(&c, f) != config_get(&first, f));
+        }
+    }
+    for (int i = 0; i < CONFIG_FIELD_COUNT && good; i++) {
+        good = drawn[i] || fail(&e, "random_config never draws %s", CONFIG_FIELDS[i].key);
+    }
+    verdict(good, "random models have every field; config.json there and back", "%d models%s%s", models,
+            good ? "" : ": ", e.text);
+}
+
 static void test_schedules(void) {
     Schedule s = {"", 1, 0.1, 10, 110};
     const struct {
@@ -1866,20 +1916,20 @@ static void test_trainer(const Trainer* tr) {
     char name[64];
     snprintf(name, sizeof name, "%s golden", tr->name);
     if (wanted(name)) { golden_directory(tr); }
-    for (int k = 0; k < N_KINDS; k++) {
-        if (wanted("causality")) { test_causality(tr, KINDS[k]); }
-        if (wanted("determinism")) { test_determinism(tr, KINDS[k]); }
-        if (wanted("chunks") && tr->exact) { test_chunks(tr, KINDS[k]); }
-        if (wanted("overfit")) { test_overfit(tr, KINDS[k]); }
-        if (wanted("evaluates")) { test_evaluation(tr, KINDS[k]); }
+    for (int k = 0; k < ATTENTION_KIND_COUNT; k++) {
+        if (wanted("causality")) { test_causality(tr, ATTENTION_KINDS[k].name); }
+        if (wanted("determinism")) { test_determinism(tr, ATTENTION_KINDS[k].name); }
+        if (wanted("chunks") && tr->exact) { test_chunks(tr, ATTENTION_KINDS[k].name); }
+        if (wanted("overfit")) { test_overfit(tr, ATTENTION_KINDS[k].name); }
+        if (wanted("evaluates")) { test_evaluation(tr, ATTENTION_KINDS[k].name); }
     }
     if (wanted("update")) { test_update(tr); }
     if (wanted("masked")) { test_masked(tr); }
     if (wanted("states")) { test_states(tr); }
     if (wanted("losses")) { test_losses(tr); }
-    for (int k = 0; k < N_KINDS * 2; k++) {
+    for (int k = 0; k < ATTENTION_KIND_COUNT * 2; k++) {
         for (size_t i = 0; wanted("beyond") && i < sizeof LARGE / sizeof *LARGE; i++) {
-            test_large(tr, KINDS[k / 2], &LARGE[i], k % 2 * 16);
+            test_large(tr, ATTENTION_KINDS[k / 2].name, &LARGE[i], k % 2 * 16);
         }
     }
 }
@@ -1888,9 +1938,9 @@ static void test_trainer(const Trainer* tr) {
 static void test_against_cpu(const Trainer* tr) {
     if (wanted("random models")) { test_random_models(tr, models, false, false); }
     if (wanted("many heads")) { test_random_models(tr, (models + 5) / 6, true, false); }
-    for (int k = 0; k < N_KINDS; k++) {
-        if (wanted("against the CPU")) { test_real_initialisation(tr, KINDS[k], 0); }
-        if (wanted("ten steps")) { test_ten_steps(tr, KINDS[k]); }
+    for (int k = 0; k < ATTENTION_KIND_COUNT; k++) {
+        if (wanted("against the CPU")) { test_real_initialisation(tr, ATTENTION_KINDS[k].name, 0); }
+        if (wanted("ten steps")) { test_ten_steps(tr, ATTENTION_KINDS[k].name); }
     }
     if (wanted("against the CPU")) {  // these mix on tensor cores
         test_real_initialisation(tr, "mta-full", 16);
@@ -1967,7 +2017,11 @@ static void test_cudnn(void) {
 // What test_mta alone runs: layers and models in double, and what needs no trainer.
 static void test_double(void) {
     if (wanted("checkers")) { test_checkers(); }
-    if (wanted("config")) { test_config(); }
+    if (wanted("config")) {
+        test_config();
+        test_names();
+        test_random_config();
+    }
     if (wanted("schedules")) { test_schedules(); }
     if (wanted("memory")) { test_memory_plan(); }
     if (wanted("balance")) { test_balance(); }
@@ -2025,7 +2079,7 @@ int main(int argc, char** argv) {
         for (int i = 2; i < argc; i++) { golden_case(tr, argv[i], true); }
     } else if (argc > 1 && !strcmp(argv[1], "--write")) {
         if (argc < 3 || argc > 4) { die("--write: wanted a directory, and a number of cases from 1 to 1000"); }
-        int n = argc > 3 ? whole_number("--write DIR", argv[3], 1000) : N_KINDS;
+        int n = argc > 3 ? whole_number("--write DIR", argv[3], 1000) : ATTENTION_KIND_COUNT;
         golden_write_cases(tr, argv[2], n);
         return 0;
     } else if (argc > 1 && !strcmp(argv[1], "--compare")) {

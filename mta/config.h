@@ -65,7 +65,8 @@ typedef enum {
     FIELD_NAME     // char [min]: a short string without '/'
 } FieldType;
 
-// Where a field stands in config.json, in the order in which it is written.
+// Where a field stands in config.json, in the order in which it is written. PART_ATTENTION: all that LLaMA does not
+// have; a model with one of these away from its default is written as an "mta".
 typedef enum { PART_SIZES, PART_CONTEXT, PART_NUMBERS, PART_ROPE, PART_TOKENS, PART_ATTENTION } FieldPart;
 
 // What a change of the field means: nothing for the weights; another model; another model where a layer has
@@ -242,8 +243,11 @@ static inline bool config_any_conv(const Config* c) {
 
 // True for plain multi-head attention, which is written as a Hugging Face "llama".
 static inline bool config_is_plain(const Config* c) {
-    return c->attention_type == ATTENTION_MTA && !config_any_conv(c) && !c->head_mix_pre_softmax &&
-           !c->head_mix_post_softmax && c->head_norm == HEAD_NORM_NONE && !c->head_gate;
+    for (int i = 0; i < CONFIG_FIELD_COUNT; i++) {
+        const ConfigField* f = &CONFIG_FIELDS[i];
+        if (f->part == PART_ATTENTION && f->change == CHANGE_MODEL && config_get(c, f) != f->value) { return false; }
+    }
+    return !config_any_conv(c);
 }
 
 // What the fields are where no key says otherwise: Hugging Face's LlamaConfig; every MTA feature off.
@@ -309,8 +313,8 @@ static inline bool config_check(const Config* c, Error* e) {
 // ---------------------------------------------------------------------------------------------------------------------
 // Presets (README.md, dev/MODEL.md) and kinds of attention
 
-static const char* const MODEL_NAMES = "toy, 1m, 3m, 11m, 25m, 300m, 550m, 880m, 1b";
-static const char* const ATTENTION_NAMES = "transformer, mta, mta-full, talking-heads, diff";
+#define MODEL_NAMES "toy, 1m, 3m, 11m, 25m, 300m, 550m, 880m, 1b"
+#define ATTENTION_NAMES "transformer, mta, mta-full, talking-heads, diff"
 
 // The layers with convolutions of a model by default: toy all; the paper's every fourth from 2; the small ones every
 // second from 1.
@@ -320,20 +324,22 @@ typedef struct {
     double rope_theta, lr;  // lr: peak learning rate, the paper's for 880m and toy, else what worked
 } Preset;
 
+static const Preset PRESETS[] = {
+    {"toy", 256, 4, 2, 768, 32, 512, 0, 1, 100000, 1e-4},
+    {"1m", 128, 4, 4, 352, 259, 1024, 1, 2, 10000, 1e-3},
+    {"3m", 192, 6, 6, 512, 259, 1024, 1, 2, 10000, 1e-3},
+    {"11m", 384, 6, 6, 1024, 259, 1024, 1, 2, 10000, 6e-4},
+    {"25m", 512, 8, 8, 1408, 259, 1024, 1, 2, 10000, 6e-4},
+    {"300m", 1024, 20, 16, 2816, 128256, 2048, 2, 4, 100000, 1.5e-4},
+    {"550m", 1280, 24, 10, 3584, 128256, 2048, 2, 4, 100000, 1.5e-4},
+    {"880m", 1536, 24, 16, 4096, 128256, 2048, 2, 4, 100000, 1.5e-4},
+    {"1b", 2048, 24, 16, 5632, 128256, 2048, 2, 4, 100000, 1.5e-4},
+};
+enum { PRESET_COUNT = sizeof PRESETS / sizeof PRESETS[0] };
+
 static inline const Preset* preset_find(const char* name) {
-    static const Preset presets[] = {
-        {"toy", 256, 4, 2, 768, 32, 512, 0, 1, 100000, 1e-4},
-        {"1m", 128, 4, 4, 352, 259, 1024, 1, 2, 10000, 1e-3},
-        {"3m", 192, 6, 6, 512, 259, 1024, 1, 2, 10000, 1e-3},
-        {"11m", 384, 6, 6, 1024, 259, 1024, 1, 2, 10000, 6e-4},
-        {"25m", 512, 8, 8, 1408, 259, 1024, 1, 2, 10000, 6e-4},
-        {"300m", 1024, 20, 16, 2816, 128256, 2048, 2, 4, 100000, 1.5e-4},
-        {"550m", 1280, 24, 10, 3584, 128256, 2048, 2, 4, 100000, 1.5e-4},
-        {"880m", 1536, 24, 16, 4096, 128256, 2048, 2, 4, 100000, 1.5e-4},
-        {"1b", 2048, 24, 16, 5632, 128256, 2048, 2, 4, 100000, 1.5e-4},
-    };
-    for (size_t i = 0; i < sizeof presets / sizeof presets[0]; i++) {
-        if (!strcmp(name, presets[i].name)) { return &presets[i]; }
+    for (int i = 0; i < PRESET_COUNT; i++) {
+        if (!strcmp(name, PRESETS[i].name)) { return &PRESETS[i]; }
     }
     return NULL;
 }
@@ -352,31 +358,51 @@ static inline void config_from_preset(Config* c, const Preset* p) {
     for (int l = p->first_conv; l < p->L; l += p->conv_stride) { c->kq_conv_layer[l] = true; }
 }
 
-// Sets the fields that a kind of attention stands for (the paper's two versions, the toy model; baselines). Convolution
-// layers are kept if the configuration names some, else every fourth from 2 (all, in a model of fewer than 3 layers).
-// toy: the paper's toy model.
-static inline bool config_set_attention(Config* c, const char* kind, bool toy, Error* e) {
+// The operations that a kind of attention stands for: the paper's two versions, and baselines.
+enum { ALL_HEADS = -1 };
+typedef struct {
+    const char* name;
+    AttentionType type;
+    bool conv_pre, conv_post;
+    int mix_pre, mix_post;  // heads that are mixed, or ALL_HEADS
+    HeadNorm norm;
+    bool gate;
+} AttentionKind;
+
+static const AttentionKind ATTENTION_KINDS[] = {
+    {"transformer", ATTENTION_MTA, false, false, 0, 0, HEAD_NORM_NONE, false},
+    {"mta", ATTENTION_MTA, true, false, 0, 2, HEAD_NORM_GROUP_DEPTH_SCALED, false},
+    {"mta-full", ATTENTION_MTA, true, true, ALL_HEADS, ALL_HEADS, HEAD_NORM_GROUP, true},
+    {"talking-heads", ATTENTION_MTA, false, false, ALL_HEADS, ALL_HEADS, HEAD_NORM_NONE, false},
+    {"diff", ATTENTION_DIFF, false, false, 0, 0, HEAD_NORM_GROUP_DEPTH_SCALED, false},
+};
+enum { ATTENTION_KIND_COUNT = sizeof ATTENTION_KINDS / sizeof ATTENTION_KINDS[0] };
+
+// Sets the fields that a kind of attention stands for. Convolution layers are kept if the configuration names some,
+// else every fourth from 2 (all, in a model of fewer than 3 layers). toy: "mta" is the paper's toy model.
+static inline bool config_set_attention(Config* c, const char* name, bool toy, Error* e) {
+    const AttentionKind* kind = NULL;
     int NH = c->num_attention_heads;
     bool any = false;
+    for (int i = 0; i < ATTENTION_KIND_COUNT; i++) {
+        if (!strcmp(name, ATTENTION_KINDS[i].name)) { kind = &ATTENTION_KINDS[i]; }
+    }
+    if (!kind) { return fail(e, "attention: got \"%s\", wanted one of %s", name, ATTENTION_NAMES); }
     for (int l = 0; l < c->num_hidden_layers; l++) { any = any || c->kq_conv_layer[l]; }
     for (int l = 0; l < c->num_hidden_layers && !any; l++) {
         c->kq_conv_layer[l] = c->num_hidden_layers < 3 || l % 4 == 2;
     }
-    bool mta = !strcmp(kind, "mta"), full = !strcmp(kind, "mta-full"), talking = !strcmp(kind, "talking-heads"),
-         diff = !strcmp(kind, "diff");
-    if (!mta && !full && !talking && !diff && strcmp(kind, "transformer")) {
-        return fail(e, "attention: got \"%s\", wanted one of %s", kind, ATTENTION_NAMES);
-    }
-    if (!mta && !full) { memset(c->kq_conv_layer, 0, sizeof c->kq_conv_layer); }
-    c->attention_type = diff ? ATTENTION_DIFF : ATTENTION_MTA;
-    c->kq_conv_query_size = toy && mta ? 2 : 6;
-    c->kq_conv_key_size = toy && mta ? 9 : 11;
-    c->kq_conv_pre_softmax = mta || full;
-    c->kq_conv_post_softmax = full;
-    c->head_mix_pre_softmax = full || talking ? NH : 0;
-    c->head_mix_post_softmax = full || talking ? NH : mta && !toy ? 2 : 0;
-    c->head_norm = full ? HEAD_NORM_GROUP : diff || (mta && !toy) ? HEAD_NORM_GROUP_DEPTH_SCALED : HEAD_NORM_NONE;
-    c->head_gate = full;
+    if (!kind->conv_pre && !kind->conv_post) { memset(c->kq_conv_layer, 0, sizeof c->kq_conv_layer); }
+    toy = toy && !strcmp(name, "mta");
+    c->attention_type = kind->type;
+    c->kq_conv_query_size = toy ? 2 : 6;
+    c->kq_conv_key_size = toy ? 9 : 11;
+    c->kq_conv_pre_softmax = kind->conv_pre;
+    c->kq_conv_post_softmax = kind->conv_post;
+    c->head_mix_pre_softmax = kind->mix_pre == ALL_HEADS ? NH : kind->mix_pre;
+    c->head_mix_post_softmax = toy ? 0 : kind->mix_post == ALL_HEADS ? NH : kind->mix_post;
+    c->head_norm = toy ? HEAD_NORM_NONE : kind->norm;
+    c->head_gate = kind->gate;
     return true;
 }
 

@@ -104,10 +104,8 @@ static inline void train_options_table(Opt* table, TrainOptions* o) {
     }
 #define HEADING(name) ROW(name, OPT_HEADING, NULL, NULL, NULL, 0, 0)
     HEADING("Model")
-    ROW("--model", OPT_STRING, &o->model, "NAME|config.json",
-        "toy, 1m, 3m, 11m, 25m, 300m, 550m, 880m, 1b, or a configuration file", 0, 0)
-    ROW("--attention", OPT_STRING, &o->attention, "KIND", "transformer, mta (default), mta-full, talking-heads or diff",
-        0, 0)
+    ROW("--model", OPT_STRING, &o->model, "NAME|config.json", MODEL_NAMES ", or a configuration file", 0, 0)
+    ROW("--attention", OPT_STRING, &o->attention, "KIND", ATTENTION_NAMES " (default: mta)", 0, 0)
     ROW("--init-from", OPT_STRING, &o->init_from, "DIR",
         "start from the weights of a checkpoint, or of a LLaMA or Mistral model", 0, 0)
     ROW("--assume-llama", OPT_FLAG, &o->assume_llama, NULL,

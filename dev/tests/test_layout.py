@@ -1,12 +1,17 @@
 #!/usr/bin/env python3
 """train_mta.c and train_mta.cu scroll side by side: the same headings, the same layers in the same order, and nothing
 said twice outside of them. No line of code or of a page's text is longer than 120 columns; the files that HACKING.md's
-map, README.md and others name are there.
+map, README.md and others name are there. Whoever adds a field or an attention to mta/config.h is told what else must
+know it.
 
 python3 dev/tests/test_layout.py
 """
+import ast
+import glob
+import json
 import os
 import re
+import sys
 import unittest
 
 import helpers
@@ -161,6 +166,57 @@ class Files(unittest.TestCase):
                 if "://" not in link and not os.path.exists(target):
                     broken.append("%s: %s" % (page, link))
         self.assertEqual(broken, [])
+
+
+class Additions(unittest.TestCase):
+    """What stands in a table of mta/config.h stands wherever HACKING.md, "Adding to the attention", sends one."""
+
+    @classmethod
+    def setUpClass(cls):
+        sys.path.insert(0, os.path.join(helpers.ROOT, "scripts"))
+        import export
+
+        config = "\n".join(read("mta/config.h"))
+        rows = re.findall(r'^    \{"([\w.]+)", FIELD_\w+, PART_(\w+), AT\(\w+\),\s*(\w+),', config, re.M)
+        cls.export, cls.part = export, {key: part for key, part, _ in rows}
+        cls.numbers = {key: int(value) for key, _, value in rows if value.isdigit()}
+        cls.attention = [key for key, part, _ in rows if part == "ATTENTION"]
+        cls.kinds = re.search(r'#define ATTENTION_NAMES "(.*)"', config)[1].split(", ")
+
+    def test_export_knows_the_fields(self):
+        """export.py and transformers' MtaConfig: the same fields with the same defaults as config.h has."""
+        self.assertGreater(len(self.attention), 9)
+        self.assertEqual(list(self.export.ATTENTION), self.attention)
+        others = {key.split(".")[0] for key in self.part} - set(self.attention)
+        self.assertEqual(others - self.export.LLAMA_KEYS, set(), "LLaMA has no such field: wanted PART_ATTENTION")
+        for key in set(self.attention) & set(self.numbers):
+            self.assertIn(self.export.ATTENTION[key], (self.numbers[key], []), key)
+        tree = ast.walk(ast.parse("\n".join(read("scripts/hf/configuration_mta.py"))))
+        init = next(node.args for node in tree if isinstance(node, ast.FunctionDef) and node.name == "__init__")
+        values = [ast.literal_eval(value) for value in init.defaults]
+        there = {name.arg: value for name, value in zip(init.args[-len(values):], values)}
+        self.assertEqual({key: there.get(key, "missing") for key in self.attention},
+                         {key: () if value == [] else value for key, value in self.export.ATTENTION.items()})
+
+    def test_fields_are_named(self):
+        """Where one is computed, converted or tested."""
+        for name in ("scripts/hf/modeling_mta.py", "scripts/convert_ram.py", "dev/ref/mta_ref.py",
+                     "dev/ref/make_golden.py", "dev/tests/test_export.py"):
+            words = set(re.findall(r"\w+", "\n".join(read(name))))
+            self.assertEqual([key for key in self.attention if key not in words], [], name)
+
+    def test_golden_cases_have_the_fields(self):
+        """Each field has two values or more among the golden cases."""
+        cases = [helpers.read_safetensors(path)[1] for path in glob.glob(os.path.join(helpers.GOLDEN, "*.safetensors"))]
+        configs = [dict(self.export.ATTENTION, **json.loads(case["config"])) for case in cases]
+        self.assertEqual([key for key in self.attention if len({str(c[key]) for c in configs}) < 2], [])
+
+    def test_kinds_are_named(self):
+        """The attentions: in the pages, and among the models that are exported."""
+        self.assertGreater(len(self.kinds), 4)
+        for name, quote in (("README.md", "`%s`"), ("dev/MODEL.md", "`%s`"), ("dev/tests/test_export.py", '"%s":')):
+            text = "\n".join(read(name))
+            self.assertEqual([kind for kind in self.kinds if quote % kind not in text], [], name)
 
 
 class Layout(unittest.TestCase):

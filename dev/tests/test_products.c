@@ -132,8 +132,7 @@ int main(void) {
     }
     const int sizes[][3] = {{1, 1, 1}, {1, 7, 3}, {2, 1, 130}, {17, 33, 1}, {64, 96, 40}, {3, 700, 5}, {600, 9, 70}};
     for (size_t i = 0; i < sizeof sizes / sizeof sizes[0]; i++) { test_values(sizes[i][0], sizes[i][1], sizes[i][2]); }
-    const char* const kinds[] = {"transformer", "mta", "mta-full", "talking-heads", "diff"};
-    for (int k = 0; k < 5; k++) { test_steps(kinds[k], 4, k % 2 == 0); }
+    for (int k = 0; k < ATTENTION_KIND_COUNT; k++) { test_steps(ATTENTION_KINDS[k].name, 4, k % 2 == 0); }
     test_steps("transformer", 2, false);
     return test_verdict();
 }
