@@ -348,15 +348,19 @@ static void golden_exact(const Trainer* tr, const char* path, bool table) {
     double worst = 0;
     bool good = true;
     golden_weights(&g, tr, m, path);
-    float* logits = floats(g.logits->numel);
+    size_t V = (size_t)g.config.vocab_size;
+    float *logits = floats(g.logits->numel), *last = floats(V);
+    const float* want = (const float*)g.logits->data;
+    tr->last_logits(m, g.tokens, g.T, last);
     float loss_forward = (float)mean_loss(tr, m, g.tokens, g.targets, g.B, g.T, logits);
     float loss = (float)mean_gradients(tr, m, g.tokens, g.targets, g.B, g.T);
     if (table) { printf("%s (%s)\n", path, tr->name); }
-    Worst rows[3] = {compare_floats(logits, (const float*)g.logits->data, g.logits->numel, GOLDEN_FP32),
+    Worst rows[4] = {compare_floats(logits, want, g.logits->numel, GOLDEN_FP32),
+                     compare_floats(last, want + (size_t)(g.T - 1) * V, V, GOLDEN_FP32),
                      compare_floats(&loss_forward, (const float*)g.loss->data, 1, GOLDEN_FP32),
                      compare_floats(&loss, (const float*)g.loss->data, 1, GOLDEN_FP32)};
-    const char* const names[3] = {"logits", "loss (forward)", "loss (with backward)"};
-    for (int i = 0; i < 3; i++) {
+    const char* const names[4] = {"logits", "last logits", "loss (forward)", "loss (with backward)"};
+    for (int i = 0; i < 4; i++) {
         good &= golden_row(names[i], rows[i], table);
         worst = fmax(worst, rows[i].worst);
     }
@@ -374,6 +378,7 @@ static void golden_exact(const Trainer* tr, const char* path, bool table) {
     snprintf(title, sizeof title, "%s golden %s", tr->name, base);
     verdict(good, title, "worst error/tolerance %.3f", worst);
     free(logits);
+    free(last);
     tr->destroy(m);
     safetensors_close(&g.file);
 }

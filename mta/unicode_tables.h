@@ -1,5 +1,6 @@
 // mta/unicode_tables.h: character classes of Unicode 16.0.0. Written by dev/unicode/make_tables.py; do not edit.
 // UPPER Lu Lt, LOWER Ll, LETTER Lm Lo, MARK Mn Mc Me, NUMBER Nd Nl No, SPACE the property White_Space, OTHER the rest.
+// clang-format off
 #ifndef MTA_UNICODE_TABLES_H
 #define MTA_UNICODE_TABLES_H
 

@@ -282,8 +282,8 @@ if has python3; then
         name=$(basename "$source")
         case $name in test_ranks.py) ranks_step "$name" ;; *) python_step "$name" ;; esac
     done
-    step check "infer_mta gives the golden logits" infer_mta \
-        python3 dev/tests/test_infer.py -k test_logits_of_every_position
+    step check "infer_mta gives the golden logits, and the trainer's" "infer_mta test_mta" \
+        python3 dev/tests/test_infer.py -k test_logits_of_every_position -k trainers_forward
     step check "a run with resume" train_mta python3 dev/tests/test_run.py -k ten_and_ten
     [ -z "$compare" ] ||
         step full "reference writes the golden cases" "" "$compare" dev/ref/make_golden.py --check dev/golden

@@ -55,11 +55,12 @@ def main(out, seed, names):
               os.path.getsize(f"{out}/{n}.safetensors"))
 
 def read_case(path):
-    """Tensors of a golden case as float64 or int64 torch tensors, and its configuration."""
+    """Tensors of a golden case as float64 or int64 torch tensors, and its configuration; a field that is newer than the
+    case is off."""
     tensors, metadata = read_safetensors(path)
     read = {"F32": (np.float32, np.float64), "I32": (np.int32, np.int64)}
     return {n: torch.from_numpy(np.frombuffer(data, read[dtype][0]).reshape(shape).astype(read[dtype][1]))
-            for n, (dtype, shape, data) in tensors.items()}, json.loads(metadata["config"])
+            for n, (dtype, shape, data) in tensors.items()}, R.make_config(**json.loads(metadata["config"]))
 
 
 def check(folder):

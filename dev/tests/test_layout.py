@@ -157,6 +157,15 @@ class Files(unittest.TestCase):
         parts = {name if name.startswith("mta/") else os.path.dirname(name) for name in parts}
         self.assertEqual([part for part in sorted(parts) if not any(part.startswith(path) for path in paths)], [])
 
+    def test_names_in_hacking_are_there(self):
+        """What HACKING.md writes as code is a word of some source."""
+        names = set(re.findall(r"`([A-Za-z_]\w+)`", "\n".join(read("dev/HACKING.md"))))
+        names -= {"NAME_forward", "NAME_backward", "scalar_NAME", "head_bias", "logit_softcap"}
+        self.assertGreater(len(names), 70)
+        words = set(re.findall(r"\w+", "\n".join("\n".join(read(name)) for name in sources())))
+        words |= set(os.listdir(helpers.ROOT))
+        self.assertEqual(sorted(names - words), [])
+
     def test_links_lead_somewhere(self):
         """Those of the pages in Markdown, and pictures."""
         broken = []
@@ -169,7 +178,7 @@ class Files(unittest.TestCase):
 
 
 class Additions(unittest.TestCase):
-    """What stands in a table of mta/config.h stands wherever HACKING.md, "Adding to the attention", sends one."""
+    """What stands in a table of mta/config.h stands wherever HACKING.md, "Adding an attention", sends one."""
 
     @classmethod
     def setUpClass(cls):
@@ -200,16 +209,18 @@ class Additions(unittest.TestCase):
 
     def test_fields_are_named(self):
         """Where one is computed, converted or tested."""
+        missing = []
         for name in ("scripts/hf/modeling_mta.py", "scripts/convert_ram.py", "dev/ref/mta_ref.py",
                      "dev/ref/make_golden.py", "dev/tests/test_export.py"):
             words = set(re.findall(r"\w+", "\n".join(read(name))))
-            self.assertEqual([key for key in self.attention if key not in words], [], name)
+            missing += [(name, key) for key in self.attention if key not in words]
+        self.assertEqual(missing, [])
 
     def test_golden_cases_have_the_fields(self):
         """Each field has two values or more among the golden cases."""
         cases = [helpers.read_safetensors(path)[1] for path in glob.glob(os.path.join(helpers.GOLDEN, "*.safetensors"))]
         configs = [dict(self.export.ATTENTION, **json.loads(case["config"])) for case in cases]
-        self.assertEqual([key for key in self.attention if len({str(c[key]) for c in configs}) < 2], [])
+        self.assertEqual([key for key in self.attention if len({str(c.get(key)) for c in configs}) < 2], [])
 
     def test_kinds_are_named(self):
         """The attentions: in the pages, and among the models that are exported."""

@@ -71,7 +71,7 @@ def main():
         "// UPPER Lu Lt, LOWER Ll, LETTER Lm Lo, MARK Mn Mc Me, NUMBER Nd Nl No, SPACE the property White_Space, "
         "OTHER the rest."
     )
-    print("#ifndef MTA_UNICODE_TABLES_H\n#define MTA_UNICODE_TABLES_H\n\n#include <stdint.h>\n")
+    print("// clang-format off\n#ifndef MTA_UNICODE_TABLES_H\n#define MTA_UNICODE_TABLES_H\n\n#include <stdint.h>\n")
     print('#define UNICODE_VERSION "%s"\n' % args.unicode_version)
     print("enum { CLASS_OTHER, CLASS_UPPER, CLASS_LOWER, CLASS_LETTER, CLASS_MARK, CLASS_NUMBER, CLASS_SPACE };\n")
     print("// Each entry is a first code point times 8 plus the class from there to the next entry's first code point.")
