@@ -700,11 +700,14 @@ static void layer_test_free(LayerTest* t) {
     for (size_t i = 0; i < sizeof all / sizeof all[0]; i++) { free(all[i]); }
 }
 
+// Of all layers, or of those whose name --only asks for.
 static void layer_verdict(const char* name, LayerTest* t, const Argument* args, int n, Scalar f) {
     char title[128];
-    Worst w = differences(args, n, f, t, 400);
-    snprintf(title, sizeof title, "differences %s N=%d C=%d", name, t->N, t->C);
-    verdict(w.worst <= 1, title, "error/tolerance %.3f", w.worst);
+    if (wanted("layers") || wanted(name)) {
+        Worst w = differences(args, n, f, t, 400);
+        snprintf(title, sizeof title, "differences %s N=%d C=%d", name, t->N, t->C);
+        verdict(w.worst <= 1, title, "error/tolerance %.3f", w.worst);
+    }
     layer_test_free(t);
 }
 
@@ -929,6 +932,7 @@ static void test_attention_case(const AttentionCase* s, int B, int T, int chunk)
 
 static void test_attention(void) {
     for (size_t i = 0; i < sizeof ATTENTION_CASES / sizeof ATTENTION_CASES[0]; i++) {
+        if (!wanted("attention") && !wanted(ATTENTION_CASES[i].name)) { continue; }
         test_attention_case(&ATTENTION_CASES[i], 2, 1, 16);  // one token
         test_attention_case(&ATTENTION_CASES[i], 1, 4, 16);  // shorter than most kernels
         test_attention_case(&ATTENTION_CASES[i], 2, 7, 3);   // chunks smaller than the halo, T no multiple of them
@@ -2030,8 +2034,8 @@ static void test_double(void) {
     if (wanted("schedules")) { test_schedules(); }
     if (wanted("memory")) { test_memory_plan(); }
     if (wanted("balance")) { test_balance(); }
-    if (wanted("layers")) { test_layers(); }
-    if (wanted("attention")) { test_attention(); }
+    test_layers();
+    test_attention();
     if (wanted("model")) { test_model_differences(); }
     if (wanted("accumulation")) { test_accumulation(); }
     if (wanted("shards")) { test_shards(); }

@@ -79,6 +79,10 @@ class Help(unittest.TestCase):
             self.skipTest("test_mta is not built")
         for option in ("--only", "--models", "--golden", "--write", "--compare"):
             self.assertIn(option, self.check([path]))
+        for layer in ("rope", "kq_conv"):  # README.md's and HACKING.md's examples
+            done = subprocess.run([path, "--only", layer], capture_output=True, text=True, timeout=60)
+            lines = done.stdout.splitlines()
+            self.assertEqual((done.returncode, {layer in line for line in lines[:-1]}), (0, {True}), done)
         for words in (["--models", "1_0"], ["--models", "0"], ["--write", "/tmp", "5x"], ["--models"]):
             done = subprocess.run([path, *words], capture_output=True, text=True)
             self.assertEqual((done.returncode, done.stderr.count("\n")), (1, 1), done.stderr)
