@@ -236,7 +236,9 @@ def to_theirs(tensors, config):
         if name in top:
             state[top[name]] = t
             continue
-        layer, rest = split_layer(name, "model.layers")
+        layer, rest = split_layer(name, "model.layers") if name.startswith("model.layers.") else (0, name)
+        if rest not in theirs:
+            raise UserError("%s has no counterpart there" % name)
         t = their_form(rest, t, heads, kv_heads)
         state["layers.%d.%s" % (layer, theirs[rest])] = t.contiguous()
     norm, layers = config.get("head_norm", "none"), config.get("kq_conv_layers") or []

@@ -243,6 +243,9 @@ class Convert(unittest.TestCase):
         for key in ("rope_scaling", "rope_parameters"):
             with self.assertRaisesRegex(convert_ram.UserError, key):
                 convert_ram.to_theirs({}, {"hidden_size": 32, "num_attention_heads": 4, key: {"rope_theta": 5e5}})
+        for name in ("model.layers.0.self_attn.q_proj.bias", "model.rotary"):
+            with self.assertRaisesRegex(convert_ram.UserError, name + " has no counterpart"):
+                convert_ram.to_theirs({name: torch.zeros(32)}, {"hidden_size": 32, "num_attention_heads": 4})
 
 
 if __name__ == "__main__":
