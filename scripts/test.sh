@@ -366,6 +366,7 @@ if has python3; then step long "aarch64, optimised" "train_mta infer_mta" python
 step long "tokenizer, a million strings" "" "$python" dev/tests/test_tokenizer.py --full
 [ -z "$compare" ] ||
     step long "export, 100,000 strings" infer_mta "$compare" dev/tests/test_export.py --long -k test_ids
+[ -z "$compare" ] || step long "steps of 60 models" train_mta "$compare" dev/tests/test_steps.py --long
 step long "prepare.py, more kills" train_mta "$python" dev/tests/test_prepare.py --full
 step long "fuzz, a million inputs" "" bash dev/fuzz/run.sh 1000000
 step long "faults: every system call" "train_mta infer_mta build/faults.so" python3 dev/faults/faults.py calls --long
