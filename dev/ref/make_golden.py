@@ -37,6 +37,8 @@ CASES = {
 }
 
 def main(out, seed, names):
+    unknown = [n for n in names if n not in CASES]
+    if unknown: raise SystemExit(f"make_golden.py: {unknown[0]}: no such case, wanted one of {', '.join(CASES)}")
     os.makedirs(out, exist_ok=True)
     for n in names or CASES:
         B, T, kw = CASES[n]
@@ -82,6 +84,8 @@ def check(folder):
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--check"]:
+    if len(sys.argv) == 3 and sys.argv[1] == "--check":
         sys.exit(0 if check(sys.argv[2]) else 1)
+    if len(sys.argv) < 3 or sys.argv[1].startswith("-") or not sys.argv[2].isdecimal():
+        raise SystemExit(__doc__)
     main(sys.argv[1], int(sys.argv[2]), sys.argv[3:])
