@@ -19,7 +19,10 @@ import struct
 import sys
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "data"))
-from export import verify  # noqa: E402
+from export import (  # noqa: E402
+    check_keys, check_tensors, check_values, model_tensors, pieces, read_config, read_header, read_tensors, verify,
+    weight_files, without_extras,
+)
 from options import Parser  # noqa: E402
 from tokenizer import PATTERNS, UserError, open_tokenizer  # noqa: E402
 
@@ -148,6 +151,10 @@ def only(what, sizes, absent):
 def our_config(tensors, params, heads, kv_heads):
     """config.json of our tensors."""
     mta, embed = params.get("mta") or {}, tensors["model.embed_tokens.weight"]
+    layers = 1 + max(split_layer(n, "model.layers")[0] for n in tensors if ".layers." in n)
+    for key, size in (("n_layers", layers), ("dim", embed.shape[1])):
+        if params.get(key, size) != size:
+            raise UserError("params.json: %s %s, but the tensors have %d" % (key, params[key], size))
     before, after = shapes_of(tensors, "kq_conv"), shapes_of(tensors, "kq_conv_post")
     if before and after and set(before) != set(after):
         raise UserError("convolutions before and after the softmax in different layers have no counterpart here")
@@ -162,7 +169,7 @@ def our_config(tensors, params, heads, kv_heads):
         "vocab_size": embed.shape[0],
         "hidden_size": embed.shape[1],
         "intermediate_size": tensors["model.layers.0.mlp.gate_proj.weight"].shape[0],
-        "num_hidden_layers": 1 + max(split_layer(n, "model.layers")[0] for n in tensors if ".layers." in n),
+        "num_hidden_layers": layers,
         "num_attention_heads": heads,
         "num_key_value_heads": kv_heads,
         "max_position_embeddings": params.get("max_seqlen", 2048),
@@ -242,10 +249,14 @@ def to_theirs(tensors, config):
         t = their_form(rest, t, heads, kv_heads)
         state["layers.%d.%s" % (layer, theirs[rest])] = t.contiguous()
     norm, layers = config.get("head_norm", "none"), config.get("kq_conv_layers") or []
+    mixed = config.get("head_mix_pre_softmax") or config.get("head_mix_post_softmax")
+    if (norm != "none" or config.get("head_gate")) and not mixed and len(layers) < config["num_hidden_layers"]:
+        raise UserError("config.json: head_norm or head_gate in a layer with neither convolution nor head mixing has "
+                        "no counterpart there: such a layer is plain")
     cq, ck = config.get("kq_conv_query_size", 6), config.get("kq_conv_key_size", 11)
     pre, post = bool(layers) and config.get("kq_conv_pre_softmax"), bool(layers) and config.get("kq_conv_post_softmax")
     mta = {
-        "use_mta": bool(layers or config.get("head_mix_pre_softmax") or config.get("head_mix_post_softmax")),
+        "use_mta": bool(layers or mixed),
         "query_kernel_size": cq if pre else None,
         "key_kernel_size": ck if pre else None,
         "after_sm_query_kernel_size": cq if post else None,
@@ -293,18 +304,33 @@ def write_safetensors(path, tensors):
             f.write((t.view(torch.int16) if t.element_size() == 2 else t).numpy().tobytes())
 
 
-def read_safetensors(path):
-    """name -> tensor, copied."""
-    with open(path, "rb") as f:
-        size = struct.unpack("<Q", f.read(8))[0]
-        header = json.loads(f.read(size))
-        out = {}
-        for name, h in header.items():
-            if name != "__metadata__":
-                f.seek(8 + size + h["data_offsets"][0])
-                data = bytearray(f.read(h["data_offsets"][1] - h["data_offsets"][0]))
-                out[name] = torch.frombuffer(data, dtype=DTYPES[h["dtype"]]).view(h["shape"])
+def load_tensors(headers):
+    """What read_header says of tensors -> name: tensor, copied."""
+    out = {}
+    for name, t in headers.items():
+        with open(t["path"], "rb") as f:
+            data = bytearray(b"".join(pieces(f, t)))
+        out[name] = torch.frombuffer(data, dtype=DTYPES[t["dtype"]]).view(t["shape"])
     return out
+
+
+def read_safetensors(path):
+    """name -> tensor of a file, copied."""
+    return load_tensors(read_header(path))
+
+
+def read_model(folder):
+    """Tensors and config.json of a model of ours, all that belongs to it and nothing else; of a LLaMA as far as its
+    mathematics is known."""
+    files, placed = weight_files(folder)
+    verify(folder, ["config.json", *files])
+    path = os.path.join(folder, "config.json")
+    config = read_config(path)
+    check_keys(path, config)
+    check_values(path, config)
+    tensors = without_extras(read_tensors(folder, files, placed), config)
+    check_tensors(folder, tensors, model_tensors(config))
+    return load_tensors(tensors), config
 
 
 def load_state(path):
@@ -347,10 +373,7 @@ def convert(source, out, dtype, tokenizer, pattern):
 
 
 def convert_back(source, out):
-    verify(source, ["config.json", "model.safetensors"])
-    with open(os.path.join(source, "config.json"), encoding="utf-8") as f:
-        config = json.load(f)
-    state, params = to_theirs(read_safetensors(os.path.join(source, "model.safetensors")), config)
+    state, params = to_theirs(*read_model(source))
     os.makedirs(out, exist_ok=True)
     torch.save({"model": state}, os.path.join(out, "consolidated.pth"))
     with open(os.path.join(out, "params.json"), "w", encoding="utf-8") as f:

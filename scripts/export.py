@@ -101,6 +101,8 @@ def verify(folder, names):
     """Sizes and checksums as the checkpoint's manifest has them, where there is one."""
     path = os.path.join(folder, "manifest.json")
     files = read_json(path).get("files", {}) if os.path.exists(path) else {}
+    if not isinstance(files, dict):
+        raise UserError('%s: "files" is no object' % path)
     for name in filter(files.get, names):
         size, crc = 0, 0
         with open(os.path.join(folder, name), "rb") as f:
@@ -126,15 +128,25 @@ def read_config(path):
             raise UserError("%s: %s: got %s, wanted a whole number from 1" % (path, key, json.dumps(config.get(key))))
     if family == "llama":
         return config
+    check_keys(path, config)
+    config = dict(config, **{k: config[k] if config.get(k) is not None else v for k, v in ATTENTION.items()})
+    check_values(path, config)
+    return config
+
+
+def check_keys(path, config):
+    """Refuses a key of config.json that mta.c does not write, nor transformers where it saves such a model again."""
     unknown = sorted(k for k in set(config) - LLAMA_KEYS - set(ATTENTION) if config[k] is not None)
     if unknown:
         raise UserError("%s: what the key %s does is not known here" % (path, unknown[0]))
-    config = dict(config, **{k: config[k] if config.get(k) is not None else v for k, v in ATTENTION.items()})
+
+
+def check_values(path, config):
+    """Refuses a value of config.json that says something else than what mta.c computes."""
     for key, words in CHOICES.items():
         if config.get(key) is not None and config[key] not in words:
             wanted = " or ".join(str(w).lower() for w in words)
             raise UserError("%s: %s: got %s, wanted %s" % (path, key, json.dumps(config[key]), wanted))
-    return config
 
 
 def attention_tensors(c, layer):

@@ -200,6 +200,34 @@ class Convert(unittest.TestCase):
             self.assertEqual((done.returncode, done.stderr.count("\n")), (1, 1), done.stderr)
             self.assertIn("model.safetensors: damaged", done.stderr)
 
+    def test_back_takes_all_of_a_model_and_nothing_else(self):
+        """A model that lacks a tensor, whose head is another than its embedding, that was edited or that computes
+        otherwise was written as if it were whole and a LLaMA of theirs."""
+        plain = {"model_type": "llama", "attention_type": "mta"}
+        base = dict(plain, vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+                    num_attention_heads=4, tie_word_embeddings=True)
+        tensors = convert_ram.to_ours(their_state({}, 1), {"dim": 32, "n_heads": 4, "weight_tying": True})[0]
+        missing = {n: t for n, t in tensors.items() if n != "model.layers.1.mlp.up_proj.weight"}
+        for more, state, why in (({}, tensors, ""), ({"rope_scaling": None, "head_dim": 8}, tensors, ""),
+                                 ({}, missing, "tensor model.layers.1.mlp.up_proj.weight is missing"),
+                                 ({}, dict(tensors, **{"lm_head.weight": torch.zeros(61, 32)}), "is another than"),
+                                 ({"num_key_value_heads": 2}, tensors, "k_proj.weight: got [32, 32], wanted [16, 32]"),
+                                 ({"hidden_act": "gelu"}, tensors, 'hidden_act: got "gelu"'),
+                                 ({"sliding_window": 512}, tensors, "what the key sliding_window does"),
+                                 ({"model_type": "mistral"}, tensors, "model_type mistral"),
+                                 ({"model_type": "mta", "head_gate": True},
+                                  dict(tensors, **{"model.layers.%d.self_attn.head_gate.%s" % (i, n): torch.ones(size)
+                                                   for i in (0, 1) for n, size in (("weight", 8), ("bias", 1))}),
+                                  "such a layer is plain")):
+            with tempfile.TemporaryDirectory() as tmp:
+                with open(os.path.join(tmp, "config.json"), "w") as f:
+                    json.dump(dict(base, **more), f)
+                convert_ram.write_safetensors(os.path.join(tmp, "model.safetensors"), state)
+                done = call(convert_ram, "--back", tmp, os.path.join(tmp, "out"))
+                self.assertEqual((done.returncode, done.stderr.count("\n")), (1, 1) if why else (0, 0), done.stderr)
+                self.assertIn(why, done.stderr)
+                self.assertEqual(os.path.exists(os.path.join(tmp, "out")), not why)
+
     def test_refuses_what_it_cannot_read_or_would_pass_over(self):
         with tempfile.TemporaryDirectory() as tmp:
             path, out = os.path.join(tmp, "consolidated.pth"), os.path.join(tmp, "out")
@@ -240,6 +268,9 @@ class Convert(unittest.TestCase):
             convert_ram.to_ours(mixed, dict(model, mta={}))
         with self.assertRaisesRegex(convert_ram.UserError, "output.weight is missing"):
             convert_ram.to_ours(their_state({}, 1), dict(model, weight_tying=False, mta={}))
+        for key in ("n_layers", "dim"):  # a part of a model is none
+            with self.assertRaisesRegex(convert_ram.UserError, key + " 64, but the tensors have (2|32)$"):
+                convert_ram.to_ours(their_state({}, 1), dict(model, mta={}, head_dim=8, **{**{"dim": 32}, key: 64}))
         for key in ("rope_scaling", "rope_parameters"):
             with self.assertRaisesRegex(convert_ram.UserError, key):
                 convert_ram.to_theirs({}, {"hidden_size": 32, "num_attention_heads": 4, key: {"rope_theta": 5e5}})

@@ -699,6 +699,8 @@ class Refusals(unittest.TestCase):
         with open(path, "wb") as f:
             f.write(good)
         self.refused("damaged")
+        write_json(os.path.join(self.source, "manifest.json"), {"files": ["model.safetensors"]})
+        self.refused('manifest.json: "files" is no object')
         with open(os.path.join(self.source, "config.json"), "a") as f:
             f.write("}")
         self.refused("no JSON")
