@@ -274,6 +274,10 @@ static inline void run_open_tokenizer(Run* r, const char* config) {
         die("--tokenizer: %s", e.text);
     }
     run_check_tokenizer(r, s);
+    if (has && s->shard[0] && !s->name[0] && !r->resume_dir[0]) {
+        printf("the tokenizer of %s is unknown (no manifest.json beside it names one): taken for the model's, %s\n",
+               s->shard, tokenizer_file_name(r->tokenizer));
+    }
     const char* from = r->resume_dir[0] ? r->resume_dir : r->init_dir;
     if (o->tokenizer && from[0]) { run_check_trained_tokenizer(r, from); }
     Config* c = &r->config;
@@ -329,6 +333,30 @@ static inline void run_check_hidden_fields(const Run* r, const Config* init, boo
     }
 }
 
+// Says which ids end a text of --init-from's model, as infer_mta takes them, where this run's checkpoints have others.
+static inline void run_say_ends(const Run* r, Config* init) {
+    const ConfigField* f = &CONFIG_FIELDS[config_field("eos_token_id")];
+    char path[PATH_SIZE];
+    Text mine = {NULL, 0, 0}, theirs = {NULL, 0, 0};
+    path_join(path, sizeof path, r->init_dir, "generation_config.json");
+    if (file_exists(path)) {
+        Error e = {{0}};
+        Json* j = json_read(path, (size_t)1 << 20, &e);
+        const Json* ends = json_get(j, f->key);
+        bool good = j && (ends ? config_read_field(init, f, ends, &e) : config_read_null(init, f, &e));
+        if (!good) { die("--init-from: %s: %s", path, e.text); }
+        json_free(j);
+    }
+    config_field_write(init, f, &theirs);
+    config_field_write(&r->config, f, &mine);
+    if (init->eos_token_id >= 0 && strcmp(mine.text, theirs.text) != 0) {
+        printf("--init-from: %s has eos_token_id %s, the checkpoints of this run %s\n", r->init_dir, theirs.text,
+               mine.text);
+    }
+    text_free(&mine);
+    text_free(&theirs);
+}
+
 // Refuses an --init-from whose files are damaged, whose mathematics is not known, or of which a preset would replace
 // what no tensor shows; to evaluate it, more positions than it has.
 static inline void run_check_init(const Run* r, bool preset) {
@@ -346,6 +374,7 @@ static inline void run_check_init(const Run* r, bool preset) {
     }
     if (!config_read(&c, path, o->assume_llama, &e)) { die("--init-from: %s", e.text); }
     run_check_hidden_fields(r, &c, preset);
+    if (!options_evaluate(o)) { run_say_ends(r, &c); }
     if (options_evaluate(o) && !options_field_given(o, "max_position_embeddings") &&
         r->seq_len > c.max_position_embeddings) {
         die("--seq-len: got %d, %s has %d positions; --max-position-embeddings says that it may have more", r->seq_len,

@@ -67,6 +67,7 @@ static inline void model_initialise(const Trainer* trainer, void* model, const C
 // weights: no bit is lost, whichever trainer wrote it.
 static const char* const NO_PREFIX[] = {""};
 static const char* const OPTIMIZER_PREFIXES[] = {"m.", "v.", "master."};
+static const char* const MASTER_OF_EMBEDDING = "master.model.embed_tokens.weight";  // there where all are
 static const StateKind READ_WEIGHTS[] = {STATE_MASTER}, SAVED_WEIGHTS[] = {STATE_WEIGHT},
                        OPTIMIZER_STATES[] = {STATE_M, STATE_V, STATE_MASTER};
 
@@ -130,6 +131,14 @@ static inline void say_absent(const Config* c, const char* names) {
            lambda ? " what DIFF Transformer subtracts" : "");
 }
 
+// Does the checkpoint in DIR hold the fp32 weights of a model whose own file is rounded?
+static inline bool model_has_master(const char* dir) {
+    char path[PATH_SIZE];
+    bool master = false;
+    path_join(path, sizeof path, dir, "optimizer.safetensors");
+    return file_exists(path) && safetensors_holds(path, MASTER_OF_EMBEDDING, &master, NULL) && master;
+}
+
 static inline void model_start(Run* r) {
     const TensorList* list = r->trainer->tensors(r->model);
     TensorGroups weights = {r, READ_WEIGHTS, DT_F32, NULL}, optimizer = {r, OPTIMIZER_STATES, DT_F32, NULL};
@@ -140,9 +149,7 @@ static inline void model_start(Run* r) {
         char path[PATH_SIZE];
         path_join(path, sizeof path, r->resume_dir, "optimizer.safetensors");
         bool master = false;
-        if (ranks_lead(r->ranks) && !safetensors_holds(path, "master.model.embed_tokens.weight", &master, &e)) {
-            die("%s", e.text);
-        }
+        if (ranks_lead(r->ranks) && !safetensors_holds(path, MASTER_OF_EMBEDDING, &master, &e)) { die("%s", e.text); }
         ranks_from_root(r->ranks, &master, sizeof master);
         if (ranks_lead(r->ranks)) {
             good =
@@ -160,7 +167,13 @@ static inline void model_start(Run* r) {
             good =
                 checkpoint_read_tensors(r->init_dir, list, NO_PREFIX, 1, !whole, &absent, store_tensor, &weights, &e);
         }
-        if (good && r->init_dir[0]) { printf("weights from %s\n", r->init_dir); }
+        if (good && r->init_dir[0]) {
+            bool master = !whole && model_has_master(r->init_dir);
+            printf("weights from %s%s\n", r->init_dir,
+                   master ? ", as model.safetensors has them in bf16: its fp32 weights, in optimizer.safetensors, are "
+                            "for --resume"
+                          : "");
+        }
         if (good && absent.n) { say_absent(&r->config, absent.text); }
     }
     if (!good) { die("%s", e.text); }

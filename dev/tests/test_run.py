@@ -1408,6 +1408,35 @@ class InitFrom(Trainer):
         for name, entry in plain.items():
             self.assertEqual(tensors[name], entry, name)
 
+    def test_what_is_left_behind_is_said(self):
+        """Of a model from elsewhere: ids that end a text, fp32 weights beside rounded ones; and a tokenizer that is
+        taken for the shards' own."""
+        base, copy = self.out(), self.out()
+        self.run_ok(base, {"--steps": 1, "--tokenizer": "toy"})
+        start = {"--init-from": copy, "--model": None, "--attention": None, "--steps": 1, "--lr": 0}
+        shutil.copytree(checkpoints(base)[-1], copy)
+        quiet = self.run_ok(self.out(), start).stdout
+        self.assertNotIn("eos_token_id", quiet)
+        self.assertRegex(quiet, r"tokenizer of .*a_train_000000.bin is unknown .*: taken for the model's, toy\n")
+        os.remove(os.path.join(copy, "manifest.json"))
+        header = b'{"master.model.embed_tokens.weight":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'
+        with open(os.path.join(copy, "optimizer.safetensors"), "wb") as f:
+            f.write(struct.pack("<Q", len(header)) + header + bytes(4))
+        for name, ends in (("config.json", [30, 5]), ("generation_config.json", [30, 6])):
+            path = os.path.join(copy, name)
+            config = {}
+            if os.path.exists(path):
+                with open(path) as f:
+                    config = json.load(f)
+            with open(path, "w") as f:
+                json.dump(dict(config, eos_token_id=ends), f)
+            done = self.run_ok(self.out(), start)
+            self.assertIn(f"{copy} has eos_token_id {ends}, the checkpoints of this run 30\n", done.stdout)
+            self.assertIn(f"weights from {copy}, as model.safetensors has them in bf16: its fp32 weights", done.stdout)
+        with open(path, "w") as f:
+            f.write('{"eos_token_id": "</s>"}')
+        self.refused(["generation_config.json: eos_token_id: wanted a token id or a list of them"], start)
+
     def test_what_is_no_identity_is_said(self):
         """A norm of heads and a gate change the model that they are put into."""
         base = self.out()
