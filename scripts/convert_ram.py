@@ -204,7 +204,10 @@ def to_ours(state, params):
         ours, rest = our_name(name)
         if ours in tensors:
             raise UserError("tensor %s is a second one for %s" % (name, ours))
-        tensors[ours] = our_form(rest, t, heads, kv_heads)
+        try:
+            tensors[ours] = our_form(rest, t, heads, kv_heads)
+        except RuntimeError:
+            raise UserError("tensor %s: its shape %s does not fit %d heads" % (name, list(t.shape), heads)) from None
     if "lm_head.weight" not in tensors and not params.get("weight_tying"):
         raise UserError("tensor output.weight is missing, and params.json does not say weight_tying")
     return tensors, our_config(tensors, params, heads, kv_heads)
@@ -373,12 +376,15 @@ def convert(source, out, dtype, tokenizer, pattern):
 
 
 def convert_back(source, out):
-    state, params = to_theirs(*read_model(source))
+    tensors, config = read_model(source)
+    state, params = to_theirs(tensors, config)
     os.makedirs(out, exist_ok=True)
     torch.save({"model": state}, os.path.join(out, "consolidated.pth"))
     with open(os.path.join(out, "params.json"), "w", encoding="utf-8") as f:
         json.dump({"model": params}, f, indent=2)
-    print("%s: %d tensors" % (out, len(state)))
+    name = config.get("tokenizer")
+    lost = ", without the tokenizer %s, which params.json cannot name" % name if name else ""
+    print("%s: %d tensors%s" % (out, len(state), lost))
 
 
 def main():

@@ -208,7 +208,7 @@ class Convert(unittest.TestCase):
                     num_attention_heads=4, tie_word_embeddings=True)
         tensors = convert_ram.to_ours(their_state({}, 1), {"dim": 32, "n_heads": 4, "weight_tying": True})[0]
         missing = {n: t for n, t in tensors.items() if n != "model.layers.1.mlp.up_proj.weight"}
-        for more, state, why in (({}, tensors, ""), ({"rope_scaling": None, "head_dim": 8}, tensors, ""),
+        for more, state, why in (({}, tensors, ""), ({"tokenizer": "bytes", "head_dim": 8}, tensors, ""),
                                  ({}, missing, "tensor model.layers.1.mlp.up_proj.weight is missing"),
                                  ({}, dict(tensors, **{"lm_head.weight": torch.zeros(61, 32)}), "is another than"),
                                  ({"num_key_value_heads": 2}, tensors, "k_proj.weight: got [32, 32], wanted [16, 32]"),
@@ -227,6 +227,7 @@ class Convert(unittest.TestCase):
                 self.assertEqual((done.returncode, done.stderr.count("\n")), (1, 1) if why else (0, 0), done.stderr)
                 self.assertIn(why, done.stderr)
                 self.assertEqual(os.path.exists(os.path.join(tmp, "out")), not why)
+                self.assertEqual("without the tokenizer bytes" in done.stdout, "tokenizer" in more)
 
     def test_refuses_what_it_cannot_read_or_would_pass_over(self):
         with tempfile.TemporaryDirectory() as tmp:
@@ -268,6 +269,8 @@ class Convert(unittest.TestCase):
             convert_ram.to_ours(mixed, dict(model, mta={}))
         with self.assertRaisesRegex(convert_ram.UserError, "output.weight is missing"):
             convert_ram.to_ours(their_state({}, 1), dict(model, weight_tying=False, mta={}))
+        with self.assertRaisesRegex(convert_ram.UserError, r"mta_kernel: its shape .4, 1, 6, 11. does not fit 8 heads"):
+            convert_ram.to_ours(their_state(KINDS["first"], 1), dict(model, n_heads=8))
         for key in ("n_layers", "dim"):  # a part of a model is none
             with self.assertRaisesRegex(convert_ram.UserError, key + " 64, but the tensors have (2|32)$"):
                 convert_ram.to_ours(their_state({}, 1), dict(model, mta={}, head_dim=8, **{**{"dim": 32}, key: 64}))
