@@ -230,6 +230,14 @@ static inline void run_check_tokenizer(const Run* r, const ShardTokenizer* s) {
     }
 }
 
+// Says that shards of an unknown tokenizer are taken for ones of the tokenizer that the model names.
+static inline void run_say_taken(const Run* r, const ShardTokenizer* s) {
+    bool told = r->options->tokenizer || r->resume_dir[0];
+    if (told || !r->tokenizer || !s->shard[0] || s->name[0]) { return; }
+    printf("the tokenizer of %s is unknown (no manifest.json beside it names one): taken for the model's, %s\n",
+           s->shard, tokenizer_file_name(r->tokenizer));
+}
+
 // Refuses --tokenizer, with or without --pattern, where the weights in `from` were trained with another one.
 static inline void run_check_trained_tokenizer(const Run* r, const char* from) {
     char path[PATH_SIZE];
@@ -274,10 +282,7 @@ static inline void run_open_tokenizer(Run* r, const char* config) {
         die("--tokenizer: %s", e.text);
     }
     run_check_tokenizer(r, s);
-    if (has && s->shard[0] && !s->name[0] && !r->resume_dir[0]) {
-        printf("the tokenizer of %s is unknown (no manifest.json beside it names one): taken for the model's, %s\n",
-               s->shard, tokenizer_file_name(r->tokenizer));
-    }
+    run_say_taken(r, s);
     const char* from = r->resume_dir[0] ? r->resume_dir : r->init_dir;
     if (o->tokenizer && from[0]) { run_check_trained_tokenizer(r, from); }
     Config* c = &r->config;
@@ -758,6 +763,7 @@ static inline void run_open_val_set(Run* r, const char* glob, const char* set, c
         die("--val: %s", e.text);
     }
     if (r->tokenizer) { run_check_tokenizer(r, &made); }
+    if (!r->options->train) { run_say_taken(r, &made); }
     v->masked = loader_masked(&v->loader);
     if (!name) { name = v->loader.sources[0].name; }
     if (strlen(name) >= SET_NAME) {

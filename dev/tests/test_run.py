@@ -1418,6 +1418,8 @@ class InitFrom(Trainer):
         quiet = self.run_ok(self.out(), start).stdout
         self.assertNotIn("eos_token_id", quiet)
         self.assertRegex(quiet, r"tokenizer of .*a_train_000000.bin is unknown .*: taken for the model's, toy\n")
+        done = self.execute([BINARY, "--init-from", copy, "--val", self.path("a_val_*.bin"), "--eval-only"])
+        self.assertRegex(done.stdout, r"tokenizer of .*a_val_000000.bin is unknown .*: taken for the model's, toy\n")
         os.remove(os.path.join(copy, "manifest.json"))
         header = b'{"master.model.embed_tokens.weight":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'
         with open(os.path.join(copy, "optimizer.safetensors"), "wb") as f:
