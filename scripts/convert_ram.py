@@ -199,7 +199,12 @@ def to_ours(state, params):
     kv_heads = params.get("n_kv_heads") or heads
     tensors = {}
     for name, t in state.items():
-        if name.startswith("rope_embeddings.") or name == "output.weight" and params.get("weight_tying"):
+        if name == "output.weight" and params.get("weight_tying"):
+            if not torch.equal(t, state.get("tok_embeddings.weight", t)):
+                raise UserError("tensor output.weight is another than tok_embeddings.weight, but params.json says that "
+                                "they are one (weight_tying)")
+            continue
+        if name.startswith("rope_embeddings."):
             continue
         ours, rest = our_name(name)
         if ours in tensors:
@@ -230,11 +235,24 @@ def their_form(rest, t, heads, kv_heads):
     return t[None] if rest == "self_attn.head_gate.weight" else t
 
 
+def rope_theta(config):
+    """RoPE's base, wherever config.json has it: transformers saves it inside of rope_parameters."""
+    said = [config.get("rope_theta")]
+    for key in ("rope_scaling", "rope_parameters"):
+        rope = config.get(key) or {}
+        plain = isinstance(rope, dict) and {"default"} >= {rope.get(k) or "default" for k in ("rope_type", "type")}
+        if not plain or set(rope) - {"rope_type", "type", "rope_theta"}:
+            raise UserError("config.json: %s has no counterpart there, only rope_theta" % key)
+        said.append(rope.get("rope_theta"))
+    said = sorted({theta for theta in said if theta is not None})
+    if len(said) > 1:
+        raise UserError("config.json: rope_theta: got %g and %g, wanted one" % (said[0], said[1]))
+    return said[0] if said else 10000.0
+
+
 def to_theirs(tensors, config):
     """Our tensors and config -> their state dict and model parameters."""
-    for key in ("rope_scaling", "rope_parameters"):
-        if config.get(key):
-            raise UserError("config.json: %s has no counterpart there, only rope_theta" % key)
+    theta = rope_theta(config)
     if config.get("attention_type", "mta") != "mta":
         raise UserError("config.json: attention_type diff has no counterpart there")
     heads, dim = config["num_attention_heads"], config["hidden_size"]
@@ -280,7 +298,7 @@ def to_theirs(tensors, config):
         "n_layers": config["num_hidden_layers"],
         "n_heads": heads,
         "n_kv_heads": kv_heads,
-        "rope_theta": config.get("rope_theta", 10000.0),
+        "rope_theta": theta,
         "norm_eps": config.get("rms_norm_eps", 1e-6),
         "vocab_size": config["vocab_size"],
         "weight_tying": "output.weight" not in state,

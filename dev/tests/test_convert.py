@@ -275,8 +275,15 @@ class Convert(unittest.TestCase):
             with self.assertRaisesRegex(convert_ram.UserError, key + " 64, but the tensors have (2|32)$"):
                 convert_ram.to_ours(their_state({}, 1), dict(model, mta={}, head_dim=8, **{**{"dim": 32}, key: 64}))
         for key in ("rope_scaling", "rope_parameters"):
-            with self.assertRaisesRegex(convert_ram.UserError, key):
-                convert_ram.to_theirs({}, {"hidden_size": 32, "num_attention_heads": 4, key: {"rope_theta": 5e5}})
+            for rope in ({"rope_type": "llama3", "rope_theta": 5e5}, {"factor": 8.0}, "llama3"):
+                with self.assertRaisesRegex(convert_ram.UserError, key + " has no counterpart"):
+                    convert_ram.to_theirs({}, {"hidden_size": 32, "num_attention_heads": 4, key: rope})
+            saved = {key: {"rope_type": "default", "rope_theta": 5e5}}  # as transformers saves it
+            self.assertEqual(convert_ram.rope_theta(saved), 5e5)
+            with self.assertRaisesRegex(convert_ram.UserError, "rope_theta: got 10000 and 500000, wanted one"):
+                convert_ram.rope_theta(dict(saved, rope_theta=10000))
+        with self.assertRaisesRegex(convert_ram.UserError, "output.weight is another than tok_embeddings.weight"):
+            convert_ram.to_ours(dict(their_state({}, 1), **{"output.weight": torch.zeros(61, 32)}), dict(model, mta={}))
         for name in ("model.layers.0.self_attn.q_proj.bias", "model.rotary"):
             with self.assertRaisesRegex(convert_ram.UserError, name + " has no counterpart"):
                 convert_ram.to_theirs({name: torch.zeros(32)}, {"hidden_size": 32, "num_attention_heads": 4})
