@@ -1565,7 +1565,7 @@ static void attention_sums_add(float* dweight, const double* sums, size_t n, Cud
     launchCheck(g->stream);
 }
 
-// ---- head_gate with head_norm (MODEL.md eq. 11 and 10), one pass: the heads' outputs become rows of channels
+// ---- head_gate with head_norm (MODEL.md eq. 11 and 10) and head_mix of pairs, one pass: outputs of heads become rows
 
 // What the pass needs: wide heads share a norm (2 for diff); norm (wide*HS), gate (HS), bias (1), NULL = off; scale is
 // 1 - lambda_init
