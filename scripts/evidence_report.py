@@ -268,15 +268,17 @@ def draw_language(results):
             for (m, a, seed), curve in sorted(curves.items()):
                 plain = curves.get((model, "transformer", seed))
                 if (m, a) == (model, attention) and plain:
-                    style = {"color": colour, "linestyle": "-" if seed == 1 else "--", "marker": "."}
+                    style = {"color": colour, "linestyle": {1: "-", 2: "--"}.get(seed, ":"), "marker": "."}
                     steps = [s for s in curve if s in plain]
                     axis.plot(steps, [curve[s] - plain[s] for s in steps], label=f"{a}, seed {seed}", **style)
         axis.axhline(0, color="black", linewidth=0.8)
         axis.set_title(model)
         axis.grid(alpha=0.3)
-    axes[-1].legend(loc="upper left", bbox_to_anchor=(1.02, 1), fontsize=9)
+    lines = {label: line for axis in axes for line, label in zip(*axis.get_legend_handles_labels())}
+    names = [n for a in evidence.LANGUAGE_ATTENTIONS for n in sorted(lines) if n.split(",")[0] == a]
+    axes[-1].legend([lines[n] for n in names], names, loc="upper left", bbox_to_anchor=(1.02, 1), fontsize=9)
     figure.supxlabel("optimizer step")
-    figure.supylabel("loss minus the plain Transformer's (nats a byte)")
+    figure.supylabel("nats a byte minus plain")
     return figure
 
 
