@@ -204,11 +204,12 @@ def cells_of(part):
         return [cost_cell(a, h, t) for h in COST_MODELS for t in COST_LENGTHS for a in COST_ATTENTIONS] + [
             plan_cell(a, t) for t in COST_PLANS for a in ("transformer", *COST_ATTENTIONS)
         ]
-    raise SystemExit(f"evidence.py: no part is called {part}; wanted one of {', '.join(PARTS + NAMED_PARTS)}")
+    raise SystemExit(f"evidence.py: no part is called {part}; wanted one of {', '.join(PARTS + NAMED_PARTS)}, patterns")
 
 
 PARTS = ("toy-tuning", "toy", "again", "ablation", "language-tuning", "language", "long", "cost")
 NAMED_PARTS = ("toy-paper",)  # too long for a CPU: only where they are asked for by name
+PATTERNS = ("toy-tuning", "toy", "ablation", "language")  # the part `patterns`: those whose kernels are counted
 
 # ---- what is known of finished cells
 
@@ -637,6 +638,7 @@ def main():
     parser.add_argument("--trainer", default=os.path.join(ROOT, "train_mta"))
     parser.add_argument("--cells", default="")
     options = parser.parse_args()
+    options.parts = [p for part in options.parts for p in (PATTERNS if part == "patterns" else (part,))]
     if options.plan:
         return print_plan(options.parts, options.cells)
     if options.report:

@@ -3,8 +3,9 @@
 #
 # Usage: scripts/evidence.sh [PART ...] [--plan] [--report] [--jobs K] [--out DIR] [--trainer PROGRAM] [--cells TEXT]
 #   PART        toy-tuning, toy, again, ablation, language-tuning, language, long, cost: parts of the list in
-#               scripts/evidence.py; default: all. toy-paper, only by name: the toy table at the paper's own size (4
-#               layers, 256 channels, 321 tokens, 100,000 steps; without its dropout), for a GPU:
+#               scripts/evidence.py; default: all. patterns: those whose kernels are counted. toy-paper, only by name:
+#               the toy table at the paper's own size (4 layers, 256 channels, 321 tokens, 100,000 steps; without its
+#               dropout), for a GPU:
 #               scripts/evidence.sh toy-paper --trainer ./train_mta_cuda --jobs 1
 #   --plan      prints the cells, those done and the hours that the others take, and trains nothing
 #   --report    writes the tables and figures of dev/RESULTS.md from the cells in dev/evidence/*.jsonl, and trains

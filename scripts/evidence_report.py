@@ -392,7 +392,7 @@ def patterns():
     """Counts of what the kernels of all finished cells look like, whatever their part."""
     found = [
         r
-        for part in ("toy-tuning", "toy", "ablation", "language")
+        for part in evidence.PATTERNS
         for r in evidence.read_results(part).values()
         if r.get("patterns")
     ]

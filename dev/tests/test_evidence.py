@@ -227,6 +227,16 @@ class Evidence(unittest.TestCase):
         self.assertAlmostEqual(evidence_report.pooled([[1, 3], [2, 2, 2], [9]]), (2 / 3) ** 0.5)
         self.assertIsNone(evidence_report.pooled([[1], []]))
 
+    def test_parts_by_name(self):
+        """`patterns` stands for the parts whose kernels are counted; another name is refused with all that there are."""
+        script = os.path.join(helpers.ROOT, "scripts", "evidence.sh")
+        done = subprocess.run([script, "--plan", "patterns"], capture_output=True, text=True)
+        counted = [line.split(":")[0] for line in done.stdout.splitlines() if " cells, " in line]
+        self.assertEqual((done.returncode, counted), (0, list(evidence.PATTERNS)), done.stderr)
+        done = subprocess.run([script, "--plan", "pattern"], capture_output=True, text=True)
+        self.assertEqual((done.returncode, done.stdout), (1, ""))
+        self.assertIn("no part is called pattern; wanted one of toy-tuning, ", done.stderr)
+
     def test_answered(self):
         """Of two questions of each kind one is answered rightly; the right answers' log-probabilities alone count."""
         choices = [{"item": i, "choice": c, "gold": 1} for i in (0, 1) for c in (0, 1)]
