@@ -228,7 +228,7 @@ class Evidence(unittest.TestCase):
         self.assertIsNone(evidence_report.pooled([[1], []]))
 
     def test_parts_by_name(self):
-        """`patterns` stands for the parts whose kernels are counted; another name is refused with all that there are."""
+        """`patterns` stands for the parts whose kernels are counted; an unknown name is refused with all of them."""
         script = os.path.join(helpers.ROOT, "scripts", "evidence.sh")
         done = subprocess.run([script, "--plan", "patterns"], capture_output=True, text=True)
         counted = [line.split(":")[0] for line in done.stdout.splitlines() if " cells, " in line]
