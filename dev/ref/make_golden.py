@@ -36,7 +36,7 @@ CASES = {
     "tall_kernel":    (1, 45, dict(kq_conv_layers=[0, 1], kq_conv_query_size=9, kq_conv_key_size=3)),
 }
 
-def main(out, seed, names):
+def write(out, seed, names):
     unknown = [n for n in names if n not in CASES]
     if unknown: raise SystemExit(f"make_golden.py: {unknown[0]}: no such case, wanted one of {', '.join(CASES)}")
     os.makedirs(out, exist_ok=True)
@@ -58,11 +58,12 @@ def main(out, seed, names):
 
 def read_case(path):
     """Tensors of a golden case as float64 or int64 torch tensors, and its configuration; a field that is newer than the
-    case is off."""
+    case is off. What else config.json has stands in cases that test_mta --write wrote."""
     tensors, metadata = read_safetensors(path)
+    config = {key: value for key, value in json.loads(metadata["config"]).items() if key in R.DEFAULTS}
     read = {"F32": (np.float32, np.float64), "I32": (np.int32, np.int64)}
     return {n: torch.from_numpy(np.frombuffer(data, read[dtype][0]).reshape(shape).astype(read[dtype][1]))
-            for n, (dtype, shape, data) in tensors.items()}, R.make_config(**json.loads(metadata["config"]))
+            for n, (dtype, shape, data) in tensors.items()}, R.make_config(**config)
 
 
 def check(folder):
@@ -83,9 +84,15 @@ def check(folder):
     return failed == 0 and passed > 0
 
 
-if __name__ == "__main__":
-    if len(sys.argv) == 3 and sys.argv[1] == "--check":
-        sys.exit(0 if check(sys.argv[2]) else 1)
-    if len(sys.argv) < 3 or sys.argv[1].startswith("-") or not sys.argv[2].isdecimal():
+def main():
+    arguments = sys.argv[1:]
+    if len(arguments) == 2 and arguments[0] == "--check":
+        return 0 if check(arguments[1]) else 1
+    if len(arguments) < 2 or arguments[0].startswith("-") or not arguments[1].isdecimal():
         raise SystemExit(__doc__)
-    main(sys.argv[1], int(sys.argv[2]), sys.argv[3:])
+    write(arguments[0], int(arguments[1]), arguments[2:])
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -7,7 +7,7 @@ import sys
 import tempfile
 import unittest
 
-from helpers import ROOT, call, main
+from helpers import BIN, ROOT, call, main
 
 sys.path[:0] = [os.path.join(ROOT, "dev"), os.path.join(ROOT, "dev", "ref")]
 HAVE_TORCH = importlib.util.find_spec("torch") is not None
@@ -197,11 +197,18 @@ class Conformance(unittest.TestCase):
         cls.module = os.path.join(cls.folder.name, "mistaken.py")
         with open(cls.module, "w", encoding="utf-8") as f:
             f.write(MISTAKEN)
-        cls.few = os.path.join(cls.folder.name, "few")  # cases enough to tell
-        os.mkdir(cls.few)
-        for case in ("full", "gqa", "one_token", "toy"):
-            name = case + ".safetensors"
-            os.symlink(os.path.join(ROOT, "dev", "golden", name), os.path.join(cls.few, name))
+        cls.few = cls.cases("few", "full", "gqa", "one_token", "toy")  # enough to tell
+        cls.one = cls.cases("one", "gqa")  # where all pairs of details are tried in vain, which takes seconds
+
+    @classmethod
+    def cases(cls, name, *cases):
+        """A folder of these golden cases."""
+        folder = os.path.join(cls.folder.name, name)
+        os.mkdir(folder)
+        for case in cases:
+            os.symlink(os.path.join(ROOT, "dev", "golden", case + ".safetensors"),
+                       os.path.join(folder, case + ".safetensors"))
+        return folder
 
     @classmethod
     def tearDownClass(cls):
@@ -254,7 +261,7 @@ class Conformance(unittest.TestCase):
                                  ("layer_norm", ["the norm subtracts the mean"]),
                                  ("other_eps", ["the norm's eps is 1e-6 instead of 1e-5"]),
                                  ("softmax_twice", ["the softmax is taken twice"])):
-            done = self.run_on(f"{self.module}:{function}", "--golden", self.few)
+            done = self.run_on(f"{self.module}:{function}", "--golden", self.one if "bf16" in function else self.few)
             missed = sorted(line for line in done.stdout.splitlines() if line.startswith("missed: "))
             self.assertEqual((done.returncode, len(missed)), (1, len(wanted)), function + done.stdout + done.stderr)
             for text in wanted:
@@ -311,14 +318,20 @@ class Conformance(unittest.TestCase):
             mta_ref.make_config(kq_conv_layer=[1])
         for _, _, fields in make_golden.CASES.values():
             mta_ref.make_config(**fields)
-        program = os.path.join(ROOT, "dev", "ref", "make_golden.py")
+        out = os.path.join(self.folder.name, "out")
         for arguments, wanted in ((["--help", "1"], "make_golden.py OUTDIR SEED CASE"), (["--check"], "--check DIR"),
-                                  (["out", "1", "mta"], "mta: no such case, wanted one of mha, paper")):
-            done = subprocess.run([sys.executable, program, *arguments], cwd=self.folder.name, capture_output=True,
-                                  text=True)
-            self.assertEqual((done.returncode, "Traceback" in done.stderr, os.path.exists(
-                os.path.join(self.folder.name, arguments[0]))), (1, False, False), done.stderr)
+                                  ([out, "1", "mta"], "mta: no such case, wanted one of mha, paper")):
+            done = call(make_golden, *arguments)
+            self.assertEqual((done.returncode, os.path.exists(arguments[0])), (1, False), done.stderr)
             self.assertIn(wanted, done.stderr)
+
+    @unittest.skipUnless(os.path.exists(os.path.join(BIN, "test_mta")), "test_mta is not built")
+    def test_cases_of_test_mta(self):
+        """Those that test_mta --write writes, in fp32, with all of config.json."""
+        folder = self.cases("written")
+        subprocess.run([os.path.join(BIN, "test_mta"), "--write", folder], check=True, stdout=subprocess.DEVNULL)
+        done = self.run_on("--golden", folder, "--dtype", "float32")
+        self.assertEqual((done.returncode, done.stdout.splitlines()[-1:]), (0, ["4 passed, 0 failed"]), done)
 
     def test_refusals(self):
         broken = os.path.join(self.folder.name, "broken.py")
@@ -328,7 +341,7 @@ class Conformance(unittest.TestCase):
                              (self.module + ":not_a_function", "a int, wanted a function"),
                              ("no_colon", "wanted MODULE:FUNCTION"), (self.module + ":absent", "absent"),
                              ("no_such_module_here:f", "No module named")):
-            done = self.run_on(name, program=name == "no_colon")
+            done = self.run_on(name)
             self.assertEqual((done.returncode, len(done.stderr.splitlines())), (1, 1), done.stderr)
             self.assertIn(wanted, done.stderr)
 
