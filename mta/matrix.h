@@ -209,7 +209,11 @@ static inline void split_group(SplitGroup* g, const float* x) {
     float inverse = most > 0 ? 16256.0f / most : 0;
     if (!isfinite(inverse)) { inverse = 0; }  // all below 1e-34: zeros
     g->scale = inverse > 0 ? most / 16256.0f : 0;
-    if (!isfinite(most)) { g->scale = NAN; }  // what is not finite must show in the result
+    if (!isfinite(most)) {  // what is not finite must show in the result
+        memset(g, 0, sizeof *g);
+        g->scale = NAN;
+        return;
+    }
     __m512i sum = _mm512_setzero_si512();
     for (int u = 0; u < 4; u++) {
         __m512i q = _mm512_cvtps_epi32(_mm512_mul_ps(v[u], _mm512_set1_ps(inverse)));
