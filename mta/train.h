@@ -131,12 +131,12 @@ static inline void say_absent(const Config* c, const char* names) {
            lambda ? " what DIFF Transformer subtracts" : "");
 }
 
-// Does the checkpoint in DIR hold the fp32 weights of a model whose own file is rounded?
-static inline bool model_has_master(const char* dir) {
+// Does the checkpoint in DIR hold the fp32 weights of a model whose own file is rounded? false and e: not to be read.
+static inline bool model_has_master(bool* found, const char* dir, Error* e) {
     char path[PATH_SIZE];
-    bool master = false;
+    *found = false;
     path_join(path, sizeof path, dir, "optimizer.safetensors");
-    return file_exists(path) && safetensors_holds(path, MASTER_OF_EMBEDDING, &master, NULL) && master;
+    return !file_exists(path) || safetensors_holds(path, MASTER_OF_EMBEDDING, found, e);
 }
 
 static inline void model_start(Run* r) {
@@ -167,8 +167,9 @@ static inline void model_start(Run* r) {
             good =
                 checkpoint_read_tensors(r->init_dir, list, NO_PREFIX, 1, !whole, &absent, store_tensor, &weights, &e);
         }
+        bool master = false;
+        if (good && r->init_dir[0] && !whole) { good = model_has_master(&master, r->init_dir, &e); }
         if (good && r->init_dir[0]) {
-            bool master = !whole && model_has_master(r->init_dir);
             printf("weights from %s%s\n", r->init_dir,
                    master ? ", as model.safetensors has them in bf16: its fp32 weights, in optimizer.safetensors, are "
                             "for --resume"

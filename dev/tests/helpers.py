@@ -15,7 +15,7 @@ import unittest
 import zlib
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-BIN = os.environ.get("MTA_BIN", ROOT)  # folder of train_mta and infer_mta
+BIN = os.path.abspath(os.environ.get("MTA_BIN", ROOT))  # folder of train_mta and infer_mta
 GOLDEN = os.environ.get("MTA_GOLDEN", os.path.join(ROOT, "dev", "golden"))
 sys.dont_write_bytecode = True
 
