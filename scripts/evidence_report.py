@@ -590,7 +590,7 @@ def verdicts():
         ])
     order = ("unfavourable", "undecided", "favourable")
     rows.sort(key=lambda row: order.index(row[0]))
-    head = ["verdict", "claim", "plain", "attention", "its", "its minus plain, 95%", "by seed"]
+    head = ["verdict", "claim", "plain", "attention", "with it", "minus plain, 95%", "by seed"]
     return [*lines, "", *table(head, rows)] if rows else [*lines, ""]
 
 

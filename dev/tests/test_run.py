@@ -31,6 +31,8 @@ from helpers import write_shard, zip_all
 
 BINARY = os.path.join(BIN, os.environ.get("TRAINER", "train_mta"))
 NAME = os.path.basename(BINARY)
+SANITIZED = b"__asan_init" in read_bytes(BINARY)
+unsanitized = unittest.skipIf(SANITIZED, "skip: the address sanitizer wants all of memory, and to be loaded first")
 SMALL = {"--model": "toy", "--attention": "mta", "--hidden-size": 32, "--num-hidden-layers": 2,
          "--num-attention-heads": 2,
          "--num-key-value-heads": 2, "--intermediate-size": 48, "--vocab-size": 32, "--kq-conv-key-size": 5,
@@ -627,6 +629,7 @@ class Resume(Trainer):
                     c.communicate(timeout=TIMEOUT)
         self.assertEqual(len(log_events(out, "start")), 1)
 
+    @unsanitized
     def test_file_system_without_locks(self):
         """Lustre without the option flock, for example: the run goes on and says so."""
         source, library = self.path("no_flock.c"), self.path("no_flock.so")
@@ -1845,6 +1848,7 @@ class Refused(Trainer):
         self.assertEqual((child.returncode, stderr.count("\n")), (1, 1), stderr)
         self.assertRegex(stderr, "was cut off while it was read")
 
+    @unsanitized
     def test_little_address_space(self):
         """Under any ulimit -v the program ends: done, or one line (before main: what the loader or OpenBLAS says)."""
         environment = {k: v for k, v in os.environ.items() if k not in ("OMP_WAIT_POLICY", "OPENBLAS_NUM_THREADS")}
