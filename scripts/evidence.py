@@ -42,6 +42,7 @@ PAPER_TOY_SAMPLES = 1000000  # of 321 tokens
 
 ABLATION_SEEDS, ABLATION_STEPS = (1, 2, 3), 1000
 NO_CONV = ["--kq-conv-layers", "none"]
+FOUR_HEADS = ["--num-attention-heads", "4", "--num-key-value-heads", "4"]  # of 16 channels, in place of 2 of 32
 
 
 def conv(queries=2, keys=9, layers="all", before="on", after="off"):
@@ -77,6 +78,9 @@ ABLATION = {
     "kernel of 2 queries, 1 key": ("mta", conv(keys=1)),
     "kernel of 2 queries, 5 keys": ("mta", conv(keys=5)),
     "kernel of 6 queries, 11 keys": ("mta", conv(6, 11)),
+    "4 heads: convolution before, no mixing": ("mta", [*FOUR_HEADS, *conv()]),
+    "4 heads: the same, mixed in groups of 2": ("mta", [*FOUR_HEADS, *conv(), "--head-mix-post-softmax", "2"]),
+    "4 heads: the same, all 4 mixed": ("mta", [*FOUR_HEADS, *conv(), "--head-mix-post-softmax", "4"]),
     "convolution in the first layer only": ("mta", conv(layers="0")),
     "convolution in the last layer only": ("mta", conv(layers="1")),
     "kernels start at random": ("mta", conv()),

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# quickstart.sh: from a fresh clone to two results in about three minutes on two cores, five with missing packages.
+# quickstart.sh: from a fresh clone to two results in about three minutes on two cores, and the time that
+# missing packages take.
 #   1. the paper's toy task at a small size: a plain Transformer against Multi-Token Attention (MTA), three seeds
 #   2. a byte-level MTA language model of English text, and a sample of it
 #
