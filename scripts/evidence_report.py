@@ -336,16 +336,18 @@ def ablation(results):
         "this speaks of language.",
         "",
     ]
-    rows, groups = [], []
+    rows, groups = [], {}
     for row in evidence.ABLATION:
         errors = [100 * r["last"]["toy"] for r in results if r["row"] == row]
-        groups.append(errors)
+        groups[row] = errors
         rows.append(
             [row, spread(errors), f"{min(errors):.1f} to {max(errors):.1f}" if errors else "", len(errors)]
         )
+    two = [g for row, g in groups.items() if g and not row.startswith("4 heads")]
     for name, some in (
-        ("below 10%", [g for g in groups if g and statistics.mean(g) < 10]),
-        ("above", [g for g in groups if g and statistics.mean(g) >= 10]),
+        ("of 2 heads below 10%", [g for g in two if statistics.mean(g) < 10]),
+        ("of 2 heads above", [g for g in two if statistics.mean(g) >= 10]),
+        ("of 4 heads", [g for row, g in groups.items() if row.startswith("4 heads")]),
     ):
         s = pooled(some)
         if s:
