@@ -14,8 +14,9 @@
 //
 // Many tokens at once (a prompt, a text to score) go through the same code as one: forward() takes a chunk of
 // positions. Products with stored matrices are mta/matrix.h's; its gemm_tile serves scores (keys are cached as panels
-// of TILE) and values (so are they) as well. What is not decoding stands in mta/: the options in infer_options.h; in
-// score.h, prompts.h, attention_map.h and tokenize.h how requests are read and answers written.
+// of TILE) and values (so are they) as well. What is not decoding stands in mta/: the options in infer_options.h; how a
+// token is drawn in sample.h; in score.h, prompts.h, attention_map.h and tokenize.h how requests are read and answers
+// written.
 //
 // C dim   NH heads   NKV key/value heads   HS head size   FF feed-forward   V vocabulary   cq, ck size of a convolution
 // T positions so far   n positions of a chunk   R of those one attention block handles   i, p query   j key position
@@ -27,6 +28,7 @@
 #include "mta/matrix.h"
 #include "mta/random.h"
 #include "mta/infer_options.h"
+#include "mta/sample.h"
 #include "mta/score.h"
 #include "mta/prompts.h"
 #include "mta/attention_map.h"
@@ -1050,95 +1052,15 @@ static void append_ids(Session* session, const int32_t* ids, size_t n) {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Sampling
-
-static void penalize(const Session* session, float* logits) {
-    float penalty = (float)session->options.repeat_penalty;
-    int from = session->n > session->options.repeat_last ? session->n - session->options.repeat_last : 0;
-    for (int i = from; i < session->n && penalty != 1; i++) {
-        bool again = false;  // a token counts once, however often it stands there
-        for (int j = from; j < i && !again; j++) { again = session->ids[j] == session->ids[i]; }
-        float* x = &logits[session->ids[i]];
-        if (!again) { *x = *x > 0 ? *x / penalty : *x * penalty; }
-    }
-}
-
-static void heap_swap(float* weight, int32_t* id, int i, int j) {
-    float w = weight[i];
-    int32_t k = id[i];
-    weight[i] = weight[j];
-    id[i] = id[j];
-    weight[j] = w;
-    id[j] = k;
-}
-
-// the largest weight on top; equal ones: the lower id
-static void heap_sink(float* weight, int32_t* id, int n, int i) {
-    for (;;) {
-        int best = i;
-        for (int c = 2 * i + 1; c <= 2 * i + 2 && c < n; c++) {
-            if (weight[c] > weight[best] || (weight[c] == weight[best] && id[c] < id[best])) { best = c; }
-        }
-        if (best == i) { return; }
-        heap_swap(weight, id, i, best);
-        i = best;
-    }
-}
-
-// Draws a token: temperature, then the k best, then the best that make top_p of what is left, then those above min_p of
-// the best. The logits stay as they are: where an answer ended at once, the next one begins with them too.
-static int32_t sample(Session* session, Rng* rng) {
-    const InferOptions* o = &session->options;
-    int V = session->model.V, best = 0;
-    float* weight = session->candidates;
-    memcpy(weight, session->logits, (size_t)V * sizeof *weight);
-    penalize(session, weight);
-    if (session->tokenizer && tokenizer_vocab(session->tokenizer) < V) { V = tokenizer_vocab(session->tokenizer); }
-    float largest = largest_of(weight, V);
-    while (best < V - 1 && weight[best] != largest) { best++; }
-    if (o->temperature == 0) { return best; }
-    int32_t* id = (int32_t*)(session->candidates + session->model.V);
-    double total = 0;
-    for (int i = 0; i < V; i++) {
-        weight[i] = expf((weight[i] - largest) / (float)o->temperature);
-        id[i] = i;
-        total += weight[i];
-    }
-    int left = V, taken = 0, wanted = o->top_k && o->top_k < V ? o->top_k : V;
-    if (wanted < V || o->top_p < 1) {  // the best come to the end of the arrays, in order
-        for (int i = V / 2 - 1; i >= 0; i--) { heap_sink(weight, id, V, i); }
-        double sum = 0;
-        bool by_k = wanted < V;
-        while (left > 0 && taken < wanted && (by_k || sum < o->top_p * total)) {
-            heap_swap(weight, id, 0, --left);
-            heap_sink(weight, id, left, 0);
-            sum += weight[left];
-            taken++;
-        }
-        if (by_k && o->top_p < 1) {
-            double part = 0;
-            int kept = 0;
-            while (kept < taken && part < o->top_p * sum) { part += weight[V - 1 - kept++]; }
-            taken = kept;
-        }
-        if (!taken) { taken = 1; }  // top_p 0: the best one
-        if (left == V) { return best; }
-    } else {
-        taken = V;
-    }
-    total = 0;
-    for (int i = V - taken; i < V; i++) { total += weight[i] >= o->min_p ? weight[i] : 0; }
-    double u = rng_uniform(rng) * total;
-    for (int i = V - 1; i >= V - taken; i--) {
-        if (weight[i] < o->min_p) { continue; }
-        u -= weight[i];
-        if (u < 0) { return id[i]; }
-    }
-    return best;
-}
-
-// ---------------------------------------------------------------------------------------------------------------------
 // Generating
+
+// Draws a token by the options. The logits stay as they are: where an answer ended at once, the next one begins with
+// them too.
+static int32_t next_token(Session* session, Rng* rng) {
+    int V = session->model.V, known = session->tokenizer ? tokenizer_vocab(session->tokenizer) : V;
+    return sample_token(&session->options, session->logits, V, known < V ? known : V, session->ids, session->n,
+                        session->candidates, rng);
+}
 
 static bool ends_text(const Session* session, int32_t id) {
     bool found = false;
@@ -1172,7 +1094,7 @@ static void generate(Session* session, Rng* rng, bool as_ids) {
             break;
         }
         if (session->cache.T < session->n) { feed(session); }
-        int32_t id = sample(session, rng);
+        int32_t id = next_token(session, rng);
         if (ends_text(session, id)) { break; }
         session->ids[session->n++] = id;
         if (as_ids) {
@@ -1286,7 +1208,7 @@ static int complete(Session* session, Rng* rng, const Stops* stops, Text* out) {
     int tokens = 0;
     while (tokens < session->options.max_tokens && !stopped) {
         if (session->cache.T < session->n) { feed(session); }
-        int32_t id = sample(session, rng);
+        int32_t id = next_token(session, rng);
         if (ends_text(session, id)) { break; }
         session->ids[session->n++] = id;
         tokens++;
