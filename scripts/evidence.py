@@ -175,6 +175,13 @@ def cells_of(part):
             for n, kind in TOY_TASKS
             for attention in TOY_ATTENTIONS
         ]
+    if part == "toy-long":  # thrice the steps: every seed of the task whose seeds still fell, one seed of the others
+        tasks = [(5, "last", seed) for seed in (1, 2, 3)] + [(8, "last", 1), (8, "first", 1), (5, "all", 1), (8, "all", 1)]
+        return [
+            toy_cell(part, n, kind, attention, seed, **TOY_BEST, steps=TOY_LONG_STEPS)
+            for n, kind, seed in tasks
+            for attention in TOY_ATTENTIONS
+        ]
     if part == "again":  # two cells of the table by a seed that it has not seen
         return [toy_cell(part, 5, "first", attention, 4, **TOY_BEST, steps=TOY_STEPS) for attention in TOY_ATTENTIONS]
     if part == "ablation":
@@ -211,7 +218,7 @@ def cells_of(part):
     raise SystemExit(f"evidence.py: no part is called {part}; wanted one of {', '.join(PARTS + NAMED_PARTS)}, patterns")
 
 
-PARTS = ("toy-tuning", "toy", "again", "ablation", "language-tuning", "language", "long", "cost")
+PARTS = ("toy-tuning", "toy", "toy-long", "again", "ablation", "language-tuning", "language", "long", "cost")
 NAMED_PARTS = ("toy-paper",)  # too long for a CPU: only where they are asked for by name
 PATTERNS = ("toy-tuning", "toy", "ablation", "language")  # the part `patterns`: those whose kernels are counted
 

@@ -2,7 +2,7 @@
 # evidence.sh: trains and measures what stands behind dev/RESULTS.md, cell by cell, on the CPU trainer.
 #
 # Usage: scripts/evidence.sh [PART ...] [--plan] [--report] [--jobs K] [--out DIR] [--trainer PROGRAM] [--cells TEXT]
-#   PART        toy-tuning, toy, again, ablation, language-tuning, language, long, cost: parts of the list in
+#   PART        toy-tuning, toy, toy-long, again, ablation, language-tuning, language, long, cost: parts of the list in
 #               scripts/evidence.py; default: all. patterns: those whose kernels are counted. toy-paper, only by name:
 #               the toy table at the paper's own size (4 layers, 256 channels, 321 tokens, 100,000 steps; without its
 #               dropout), for a GPU:
