@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
 """Evaluation sets for --score of infer_mta or a trainer, and their results. Standard library; --tokenizer with a rank
-file: tiktoken.
+file needs infer_mta, where it is built, or tiktoken.
 
     evals.py lambada lambada_test.jsonl --out lambada.jsonl            last word of a passage
     evals.py choice hellaswag_val.jsonl --out hellaswag.jsonl          multiple choice, 2 choices or more
@@ -621,7 +621,7 @@ def main():
     commands = parser.add_subparsers(dest="command", required=True)
     for name, text in (("lambada", "JSON lines with \"text\""), ("choice", "JSON lines of a multiple-choice set")):
         p = commands.add_parser(name, help=text)
-        p.add_argument("input")
+        p.add_argument("input", metavar="INPUT", help="JSON lines")
         p.add_argument("--out", required=True, metavar="FILE")
         p.add_argument("--task", help="its name in the report; default: the file's")
         p.add_argument("--format", choices=["auto"] + list(FORMATS), default="auto",
@@ -631,7 +631,8 @@ def main():
         )
         p.add_argument("--labels-from", type=whole_number(0, 1), metavar="0|1", default=0,
                        help="number of the first choice in --labels; default 0")
-        p.add_argument("--on-bad", choices=["skip", "refuse"], default="skip")
+        p.add_argument("--on-bad", choices=["skip", "refuse"], default="skip",
+                       help="a record that cannot be used is left out and printed (default), or ends the run")
     for name, text in (
         ("needle", "generated needles in a haystack"),
         ("babilong", "generated questions QA1 to QA5 in a distracting text"),
@@ -640,10 +641,12 @@ def main():
         p.add_argument("--out", required=True, metavar="FILE")
         p.add_argument("--text", nargs="+", default=[], metavar="FILE", help="texts to distract with")
         p.add_argument("--tokenizer", default="bytes", metavar="NAME|FILE", help="counts the tokens; default bytes")
-        p.add_argument("--pattern", choices=list(PATTERNS))
+        p.add_argument("--pattern", choices=list(PATTERNS),
+                       help="how text is split; default: what the number of ranks tells")
         p.add_argument("--samples", type=whole_number(1, 10**9 - 1), default=100, metavar="N",
                        help="questions of each setting; default 100")
-        p.add_argument("--seed", type=whole_number(), default=0)
+        p.add_argument("--seed", type=whole_number(), default=0, metavar="N",
+                       help="another seed, other questions; default 0")
         p.add_argument("--room", type=whole_number(1, 10**9 - 1), metavar="N",
                        help="positions of a model: settings of which a question needs more are named and left out")
         if name == "needle":

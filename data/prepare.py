@@ -922,14 +922,15 @@ def add_prepare_options(p, slim):
            choices=["infer_mta", "tiktoken"])
     option("--text-field", "of JSON lines and parquet; a.b for b in a; default text", default="text", metavar="FIELD")
     domain, command = "meta.redpajama_set_name" if slim else "", "slimpajama" if slim else "text"
-    option("--domain-field", "documents go to one set of shards for each value of this field", default=domain,
-           metavar="FIELD")
-    option("--val-fraction", "share of documents for validation, chosen by a hash; default %g" % VAL_FRACTION[command],
+    option("--domain-field", "documents go to one set of shards for each value of this field" +
+           "; default %(default)s" * slim, default=domain, metavar="FIELD")
+    text = "share of documents for validation, chosen by a hash; of a single text its last part; default %g"
+    option("--val-fraction", text % VAL_FRACTION[command],
            type=real_number(), metavar="X")
     if slim:
         text = "folders (default): as folders or files called train, validation, test say; hash: by --val-fraction"
         option("--split", text + " alone", choices=["folders", "hash"], default="folders")
-    option("--seed", "of that hash", type=whole_number(), default=0)
+    option("--seed", "of that hash; default 0", type=whole_number(), default=0, metavar="N")
     option("--shard-tokens", "tokens in a shard, default 100M", type=parse_count, default=100000000, metavar="N")
     text = "stop after the documents that bring N tokens; of splits by folders N of train and N/20 of validation"
     option("--max-tokens", text, type=parse_count, metavar="N")

@@ -493,8 +493,10 @@ def add_commands(commands):
     """inspect and verify, to a parser's subcommands."""
     look = commands.add_parser("inspect", help="header, counts and first documents of a shard")
     look.add_argument("shard")
-    look.add_argument("--documents", type=whole_number(0), default=3, metavar="N")
-    look.add_argument("--characters", type=whole_number(0), default=400, metavar="N", help="of each document")
+    look.add_argument("--documents", type=whole_number(0), default=3, metavar="N",
+                      help="that are shown; default 3")
+    look.add_argument("--characters", type=whole_number(0), default=400, metavar="N",
+                      help="of each document; default 400")
     look.set_defaults(run=inspect)
     check = commands.add_parser("verify", help="checks every checksum, id and mask")
     check.add_argument("items", nargs="+", metavar="DIR|SHARD")

@@ -252,23 +252,32 @@ def check(options):
     return task
 
 
+class Defaults(argparse.HelpFormatter):
+    """Says the default of each option that has one."""
+
+    def _get_help_string(self, action):
+        return action.help + ("" if action.default in (None, argparse.SUPPRESS) else " (default: %(default)s)")
+
+
 def main():
-    parser = Parser(description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--out", help="folder of the shards, made if missing")
+    parser = Parser(description=__doc__.split("\n\n")[0], formatter_class=Defaults)
+    parser.add_argument("--out", metavar="DIR", help="folder of the shards, made if missing")
     parser.add_argument("--name", default="toy", help="start of the file names")
-    parser.add_argument("--n", type=whole_number(), default=5, help="letters a block (the paper: 5 and 8)")
-    parser.add_argument("--l", type=whole_number(), default=2, help="letters in the question")
+    parser.add_argument("--n", type=whole_number(), default=5, metavar="N", help="letters a block (the paper: 5 and 8)")
+    parser.add_argument("--l", type=whole_number(), default=2, metavar="N", help="letters in the question")
     parser.add_argument("--kind", choices=KINDS, default="all", help="what is asked for")
-    parser.add_argument("--blocks", type=whole_number(),
+    parser.add_argument("--blocks", type=whole_number(), metavar="N",
                         help="blocks a sequence; by default what fits into 321 tokens (52 for N = 5, 34 for N = 8)")
-    parser.add_argument("--length", type=whole_number(),
+    parser.add_argument("--length", type=whole_number(), metavar="N",
                         help="tokens a sequence, filled up with \"_\"; by default what is needed")
-    parser.add_argument("--train-samples", type=whole_number(), default=1000000, help="sequences of the training set")
-    parser.add_argument("--test-samples", type=whole_number(), default=1000, help="sequences of the test set")
-    parser.add_argument("--seed", type=whole_number(), default=1, help="another seed, other sequences")
-    parser.add_argument("--jobs", type=whole_number(1), default=cores(), help="processes")
-    parser.add_argument("--examples", type=whole_number(0), default=0, metavar="K",
-                        help="print K training sequences and stop")
+    parser.add_argument("--train-samples", type=whole_number(), default=1000000, metavar="N",
+                        help="sequences of the training set")
+    parser.add_argument("--test-samples", type=whole_number(), default=1000, metavar="N",
+                        help="sequences of the test set")
+    parser.add_argument("--seed", type=whole_number(), default=1, metavar="N", help="another seed, other sequences")
+    parser.add_argument("--jobs", type=whole_number(1), default=cores(), metavar="N", help="processes")
+    parser.add_argument("--examples", type=whole_number(0), default=0, metavar="N",
+                        help="print N training sequences and stop; 0: make the shards")
     options = parser.parse_args()
     task = check(options)
     if options.examples > 0:

@@ -38,7 +38,7 @@ typedef struct {
     double rope_factor, rope_low_freq_factor, rope_high_freq_factor;
     int rope_original_context;
     int bos_token_id, eos_token_id;           // -1 = none
-    int other_eos[MAX_EOS - 1], n_other_eos;  // of a list of eos_token_id, those behind the first
+    int other_eos[MAX_EOS - 1], n_other_eos;  // of a list of eos_token_id, those after the first
     char tokenizer[256];                      // built-in name or rank file beside config.json, "" = unknown
     char tokenizer_pattern[32];  // how a rank file's text is split, where its number of ranks does not tell; else ""
     AttentionType attention_type;
@@ -66,7 +66,9 @@ typedef enum {
 } FieldType;
 
 // Where a field stands in config.json, in the order in which it is written. PART_ATTENTION: all that LLaMA does not
-// have; a model with one of these away from its default is written as an "mta".
+// have. A model that uses any of it is written as an "mta", else as a "llama" without these fields (config_is_plain):
+// it uses a field of CHANGE_MODEL where that is not at its default, and those of CHANGE_CONV where a layer has a
+// convolution.
 typedef enum { PART_SIZES, PART_CONTEXT, PART_NUMBERS, PART_ROPE, PART_TOKENS, PART_ATTENTION } FieldPart;
 
 // What a change of the field means: nothing for the weights; another model; another model where a layer has
@@ -74,7 +76,7 @@ typedef enum { PART_SIZES, PART_CONTEXT, PART_NUMBERS, PART_ROPE, PART_TOKENS, P
 typedef enum { CHANGE_FREE, CHANGE_MODEL, CHANGE_CONV } FieldChange;
 
 typedef struct {
-    const char* key;  // in config.json; behind a point inside of that object
+    const char* key;  // in config.json; after a point inside of that object
     FieldType type;
     FieldPart part;
     size_t offset;    // in Config

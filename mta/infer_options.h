@@ -126,7 +126,7 @@ static inline const char* checkpoint_of(const char* dir, bool quiet) {
 static inline void infer_options_read(InferOptions* o, int argc, char** argv) {
     const char* usage =
         "usage: infer_mta DIR --prompt TEXT            continue a text (or standard input, without --prompt)\n"
-        "       infer_mta DIR --token-ids \"1 2 3\"       continue ids; prints ids\n"
+        "       infer_mta DIR --token-ids \"1 2 3\"      continue ids; prints ids\n"
         "       infer_mta DIR --prompts FILE           continue many texts, JSON lines in and out\n"
         "       infer_mta DIR --score FILE             log-probabilities of continuations, JSON lines in and out\n"
         "       infer_mta DIR --perplexity FILE        the loss of a text in windows of the context, bits per byte\n"
@@ -179,7 +179,7 @@ static inline void infer_options_read(InferOptions* o, int argc, char** argv) {
         {"--repeat-penalty", OPT_FLOAT, &o->repeat_penalty, "X",
          "logits of recent tokens are divided (negative: multiplied) by X", 0.01, 100, false},
         {"--repeat-last", OPT_INT, &o->repeat_last, "N", "how many tokens are recent", 0, MAX_CONTEXT, false},
-        {"--seed", OPT_LONG, &o->seed, "N", "of the samples", 0, 0, false},
+        {"--seed", OPT_LONG, &o->seed, "N", "of what is sampled", 0, 0, false},
         {"--samples", OPT_INT, &o->samples, "N", "continuations of the prompt; a line of ---- between texts", 1,
          1000000, false},
         {"Scoring and looking inside", OPT_HEADING, NULL, NULL, NULL, 0, 0, false},

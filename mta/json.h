@@ -103,7 +103,7 @@ static inline bool json_hex4(JsonReader* r, uint32_t* out) {
     return true;
 }
 
-// The escape behind a backslash: appends its bytes at out, *n grows. Half of a surrogate pair is refused: UTF-8 cannot
+// The escape after a backslash: appends its bytes at out, *n grows. Half of a surrogate pair is refused: UTF-8 cannot
 // hold it.
 static inline bool json_escape(JsonReader* r, char* out, size_t* n) {
     static const char from[] = "\"\\/bfnrt", to[] = "\"\\/\b\f\n\r\t";
@@ -180,7 +180,7 @@ static inline bool json_number(JsonReader* r, Json* j) {
     if (json_peek(r) == '.') {
         integer = false;
         r->at++;
-        if (!json_digits(r)) { return json_fail(r, "no digits behind a decimal point"); }
+        if (!json_digits(r)) { return json_fail(r, "no digits after a decimal point"); }
     }
     if (json_peek(r) == 'e' || json_peek(r) == 'E') {
         integer = false;
@@ -190,7 +190,7 @@ static inline bool json_number(JsonReader* r, Json* j) {
     }
     char small[64];
     size_t n = r->at - start;
-    char* copy = n < sizeof small ? small : (char*)malloc(n + 1);  // the text has no NUL behind it
+    char* copy = n < sizeof small ? small : (char*)malloc(n + 1);  // the text has no NUL after it
     if (!copy) { return json_fail(r, "out of memory for a number"); }
     memcpy(copy, r->text + start, n);
     copy[n] = 0;
@@ -231,7 +231,7 @@ static inline bool json_keys_differ(JsonReader* r, const Json* object) {
 
 static inline Json* json_value(JsonReader* r);
 
-// Elements up to ']' or members up to '}'; the reader stands behind the opening bracket.
+// Elements up to ']' or members up to '}'; the reader stands after the opening bracket.
 static inline bool json_children(JsonReader* r, Json* j) {
     bool object = j->type == JSON_OBJECT;
     char close = object ? '}' : ']';
@@ -250,7 +250,7 @@ static inline bool json_children(JsonReader* r, Json* j) {
             if (!json_string(r, &key, &length)) { return false; }
             json_skip_space(r);
             if (memchr(key, 0, length) || json_peek(r) != ':') {
-                json_fail(r, memchr(key, 0, length) ? "key with a NUL" : "no ':' behind a key");
+                json_fail(r, memchr(key, 0, length) ? "key with a NUL" : "no ':' after a key");
                 free(key);
                 return false;
             }
@@ -312,7 +312,7 @@ static inline Json* json_parse(const char* text, size_t n, Error* e) {
     if (!j) { return NULL; }
     json_skip_space(&r);
     if (r.at < n) {
-        json_fail(&r, "something behind the value");
+        json_fail(&r, "something after the value");
         json_free(j);
         return NULL;
     }

@@ -1,24 +1,24 @@
-// mta/log.h: what a run leaves behind (DIR/log.jsonl) and what it shows on the way (a progress line).
+// mta/log.h: what a run writes down (DIR/log.jsonl) and what it shows on the way (a progress line).
 //
 // The log is one JSON object per line and event. All have
 //   event, step, and time: seconds since 1970 (UTC) when the line was written
 // start     a run, or its resumption: parameters, tokens_per_step, seq_len, flops_per_token (as MFU counts them) and
-//           flops_per_second (the peak that mfu is of, 0 = not known), date, host, device, program, version, commit
-//           ("unknown" where it was built without git), config (as in config.json), arguments; changed: a list of what
-//           --resume has found to be another value than before
+//           flops_per_second (the peak that mfu is of, 0 = not known), ranks, shards and reduce (the values of these
+//           options), date, host, device, program, version, commit ("unknown" where it was built without git), config
+//           (as in config.json), arguments; changed: a list of what --resume has found to be another value than before
 // step      loss (nats per counted target, null where none counts), grad_norm (before clipping), lr, tokens (seen so
 //           far), tokens_per_s, mfu (0 to 1), skipped (updates so far); sources: tokens of each of several
 // val       a set of --val: name, loss, perplexity, tokens (counted); bits_per_byte where manifest.json tells the
 //           bytes; where the set has a mask, error (0 to 1) of the sequences that have a counted target
-// val_mean  behind several of them: sets, and the means over the sets of loss, perplexity, bits_per_byte
+// val_mean  after several of them: sets, and the means over the sets of loss, perplexity, bits_per_byte
 // sample    text
 // save      seconds, path; timed: true where --save-minutes made it
 // damaged   a newer checkpoint that a resume has passed over: reason
 // disk full removed: the step of the checkpoint that gave way
 // score     of --score: seconds, file
-// ranks     of several processes, each: host, windows (of steps; of --eval-only: evaluated; of --score: requests) it
-//           computed, bytes_sent, of these bytes_reduced of gradients and of these bytes_early before the backward pass
-//           had ended, seconds_waited
+// ranks     of several processes: ranks, a list with an object for each: host, windows (of steps; of --eval-only:
+//           evaluated; of --score: requests) it computed, bytes_sent, of these bytes_reduced of gradients and of these
+//           bytes_early before the backward pass had ended, seconds_waited
 // stop      reason (done, signal, not finite), seconds since the start
 // A value that is not finite is null. Each line is one write(2) to a file opened for appending, so that a
 // crash leaves whole lines, or one torn line at the end, which the next --resume cuts together with every line of a
@@ -75,7 +75,7 @@ static inline bool runlog_set_aside(const RunLog* log, const char* rest, size_t 
     if (good || newline == NULL || newline + 1 == rest + n) { return true; }
     snprintf(path, sizeof(path), "%s.cut-%ld", log->path, step);
     if (!write_file_synced(path, rest, n, e)) { return false; }
-    fprintf(stderr, "%s: %s: a line that is no JSON: it and the lines behind it are cut off and kept in %s\n",
+    fprintf(stderr, "%s: %s: a line that is no JSON: it and the lines after it are cut off and kept in %s\n",
             program_invocation_short_name, log->path, path);
     return true;
 }

@@ -209,11 +209,11 @@ static inline double train_print_plan(Run* r, const PlanMachine* machine, const 
                    (long long)o->warmup, (long long)r->steps);
         }
         if (o->schedule_steps && o->schedule_steps <= o->warmup && strcmp(o->schedule, "constant") != 0) {
-            printf("warmup      %lld steps, --schedule-steps %lld: behind it the learning rate is --min-lr\n",
+            printf("warmup      %lld steps, --schedule-steps %lld: after that the learning rate is --min-lr\n",
                    (long long)o->warmup, (long long)o->schedule_steps);
         }
         if (o->schedule_steps > o->warmup && o->schedule_steps < r->steps && strcmp(o->schedule, "constant") != 0) {
-            printf("schedule    %lld steps, the run has %lld: behind it the learning rate is --min-lr %g\n",
+            printf("schedule    %lld steps, the run has %lld: after that the learning rate is --min-lr %g\n",
                    (long long)o->schedule_steps, (long long)r->steps, o->min_lr);
         }
         printf("run         %lld steps, %s tokens%s\n", (long long)r->steps,

@@ -119,7 +119,7 @@ static inline const char* watch_where(const WatchMessage* m, char* out, size_t n
                                          "in the checkpoint of step",
                                          "in the checkpoint of step",
                                          "in the requests from line",
-                                         "before the requests behind line",
+                                         "before the requests after line",
                                          "at the end"};
     if (m->phase == AT_START || m->phase == AT_END) {
         snprintf(out, n, "%s", before[m->phase]);

@@ -91,7 +91,7 @@ typedef struct {
     int64_t timed_step;           // of the one that the next checkpoint replaces (--save-minutes), -1 = none
     double saved_at;              // seconds_now() then, or when training began
     bool timed;                   // is the checkpoint that is being written one of --save-minutes?
-    bool to_evaluate, to_sample;  // due behind the last step and not done: after a signal --resume does it
+    bool to_evaluate, to_sample;  // due after the last step and not done: after a signal --resume does it
     bool evaluated;               // the step that was finished last, or before the first; as its checkpoint says
     Text val_lines;               // of the log, from an evaluation of which not all sets are done
     Text passed_over;             // what was wrong with newer checkpoints than the one that is resumed, a line each
@@ -681,7 +681,7 @@ static inline void run_settle_shards(Run* r) {
     for (int i = 1; i <= r->shards; i++) {
         if (shards_divide(r->shards, i)) { text_printf(&can, "%s%d", n++ ? ", " : "", i); }
     }
-    die("%d shard%s cannot be shared out over %d ranks: %s can; --shards %d goes on with other rounding", r->shards,
+    die("%d shard%s cannot be divided over %d ranks, only over %s; --shards %d goes on with other rounding", r->shards,
         r->shards > 1 ? "s" : "", ranks, can.text, ranks);
 }
 
@@ -895,7 +895,7 @@ static inline void run_meet(Run* r) {
     const RanksSame same[] = {{"another program file", ranks_hash(program, n)},
                               {"other arguments", ranks_hash(arguments.text, arguments.n)},
                               {"another config.json or tokenizer", ranks_hash(config.text, config.n)},
-                              {"other shards behind --train or --val", data}};
+                              {"other shards for --train or --val", data}};
     free(program);
     text_free(&arguments);
     text_free(&config);

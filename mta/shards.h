@@ -622,7 +622,7 @@ static inline bool loader_read_recipe(Loader* l, const char* path, Error* e) {
     return good && (l->n_sources > 0 || fail(e, "%s: a recipe without a source, wanted lines GLOB=WEIGHT", path));
 }
 
-// Does this part of a list of globs name a file, as it stands or without the NAME= before it or the =WEIGHT behind it?
+// Does this part of a list of globs name a file, as it stands or without the NAME= before it or the =WEIGHT after it?
 static inline bool spec_names_file(const char* part) {
     const char *first = part + strcspn(part, "=,/*?["), *last = strrchr(part, '=');
     bool there = false, may[3] = {true, *first == '=', last != NULL && strpbrk(last, ",/*?[") == NULL};
@@ -639,7 +639,7 @@ static inline bool spec_names_file(const char* part) {
     return there;
 }
 
-// Cuts the next part off *rest (NULL behind the last) at a comma: the longest that names a file, since a folder may be
+// Cuts the next part off *rest (NULL after the last) at a comma: the longest that names a file, since a folder may be
 // called "a,b"; else up to the first comma.
 static inline char* spec_part(char** rest) {
     char* part = *rest;
@@ -780,7 +780,7 @@ static inline void source_say_missing(const LoaderSource* s, const char* dir, co
     text_free(&pattern);
 }
 
-// A line of *said where a twentieth of a source's tokens or more stand behind the last window of their shard, as where
+// A line of *said where a twentieth of a source's tokens or more come after the last window of their shard, as where
 // shards hold few windows. Shards without any are named otherwise.
 static inline void source_say_left(const LoaderSource* s, int T, Text* said) {
     uint64_t tokens = 0, left = 0;
@@ -795,7 +795,7 @@ static inline void source_say_left(const LoaderSource* s, int T, Text* said) {
     }
     if (first == NULL || left == 0 || left * 20 < tokens) { return; }
     text_printf(said,
-                "%s%s: %llu of %llu tokens stand behind the last window of %d of their shard: they are not used\n",
+                "%s%s: %llu of %llu tokens are not used: they come after their shard's last window of %d tokens\n",
                 first->path, shards > 1 ? " and the others of its set" : "", (unsigned long long)left,
                 (unsigned long long)tokens, T + 1);
 }

@@ -47,7 +47,7 @@ static inline void tokenize_batches(const Tokenizer* t) {
             const char* end = (const char*)memchr(batch.text + at, 0xFF, (size_t)size - at);
             int32_t* got;
             size_t count;
-            if (!end) { die("standard input: a text without the byte 0xFF behind it"); }
+            if (!end) { die("standard input: a text without the byte 0xFF after it"); }
             if (!tokenizer_encode(t, batch.text + at, (size_t)(end - batch.text) - at, &got, &count, &e)) {
                 die("standard input: %s", e.text);
             }

@@ -61,7 +61,7 @@ static const char* const TRAIN_USAGE =
     "       PROGRAM --score FILE --init-from DIR   log-probabilities of continuations, JSON lines in and out\n"
     "Trains a language model with Multi-Token Attention. --dry-run prints the plan and stops.\n"
     "Exit status: 0 done, 1 a mistake in options or files, 3 stopped after steps with NaN or infinite loss, 70 a CUDA "
-    "call failed,\n"
+    "or NCCL call failed,\n"
     "71 another process of the run was lost, 75 stopped by a signal and saved.";
 
 // Was this field of config.json given?
@@ -120,7 +120,8 @@ static inline void train_options_table(Opt* table, TrainOptions* o) {
     n += config_options(table + n, o->fields);
     HEADING("Data")
     ROW("--train", OPT_STRING, &o->train, "GLOB[=WEIGHT],...|@RECIPE", "token shards to train on", 0, 0)
-    ROW("--mix", OPT_CHOICE, &o->mix, "token|document", "what the weights share out", 0, 0)
+    ROW("--mix", OPT_CHOICE, &o->mix, "token|document",
+        "what the weights of --train are shares of: tokens, or draws of a document", 0, 0)
     ROW("--val", OPT_STRING, &o->val, "[NAME=]GLOB,...",
         "token shards to evaluate on: a set of each NAME, without it one for each name before _val_", 0, 0)
     ROW("--verify-data", OPT_FLAG, &o->verify_data, NULL,
@@ -133,9 +134,10 @@ static inline void train_options_table(Opt* table, TrainOptions* o) {
     HEADING("Training (AdamW; the paper's recipe unless said otherwise)")
     ROW("--steps", OPT_LONG, &o->steps, NULL,
         "optimizer steps in all (default: those of the run that --resume continues, else 1000)", 0, any)
-    ROW("--tokens", OPT_FLOAT, &o->tokens, NULL, "the same as tokens, rounded up to whole steps; 1e9 will do", 1, 1e15)
-    ROW("--epochs", OPT_FLOAT, &o->epochs, NULL, "the same as times all of --train, rounded up to whole steps", 1e-9,
-        1e9)
+    ROW("--tokens", OPT_FLOAT, &o->tokens, NULL,
+        "the same, counted in tokens: rounded up to whole steps; may be written as 1e9", 1, 1e15)
+    ROW("--epochs", OPT_FLOAT, &o->epochs, NULL,
+        "the same, counted in passes over all of --train: rounded up to whole steps", 1e-9, 1e9)
     ROW("--lr", OPT_FLOAT, &o->lr, NULL, "peak learning rate (default: the preset's; 1.5e-4 for 880m)", 0, 1e3)
     ROW("--schedule", OPT_CHOICE, &o->schedule, "linear|cosine|constant|wsd",
         "learning rate after warmup; wsd: constant, the last fifth linear", 0, 0)
@@ -160,7 +162,8 @@ static inline void train_options_table(Opt* table, TrainOptions* o) {
         "replay a micro-batch's launches as CUDA graphs; off: one by one, to find a fault", 0, 0)
     HEADING("Several processes (started by torchrun, mpirun, mpiexec or srun; on a CPU MPI=1 builds for them)")
     ROW("--shards", OPT_INT, &o->shards, NULL,
-        "runs that a step's sequences are cut into; the bits depend on them, not on the processes (default: one each)",
+        "parts that a step's sequences are cut into; the bits depend on their number, not on that of the processes "
+        "(default: one for each process)",
         1, MAX_RANKS)
     ROW("--reduce", OPT_CHOICE, &o->reduce, "tree|nccl",
         "how gradients are added: in the shards' order, or by NCCL (CUDA), and then the bits depend on the processes",
@@ -180,7 +183,7 @@ static inline void train_options_table(Opt* table, TrainOptions* o) {
     ROW("--eval-first", OPT_FLAG, &o->eval_first, NULL, "evaluate before the first step too", 0, 0)
     ROW("--save-every", OPT_LONG, &o->save_every, NULL, "steps between checkpoints, 0 = only the last", 0, any)
     ROW("--save-minutes", OPT_FLOAT, &o->save_minutes, NULL,
-        "minutes between further checkpoints, each in place of the last; 0 = none", 0, 1e6)
+        "minutes between further checkpoints, each of which replaces the one before; 0 = none", 0, 1e6)
     ROW("--keep", OPT_LONG, &o->keep, NULL,
         "checkpoints kept, those of --save-minutes apart; 0 = all (default: as the run that --resume continues, else "
         "2)",
@@ -190,7 +193,8 @@ static inline void train_options_table(Opt* table, TrainOptions* o) {
     ROW("--sample-prompt", OPT_STRING, &o->sample_prompt, "TEXT", "what a sample continues", 0, 0)
     ROW("--sample-temperature", OPT_FLOAT, &o->sample_temperature, NULL, "0 = the likeliest token", 0, 100)
     ROW("--log-every", OPT_LONG, &o->log_every, NULL, "steps between lines that stay on the screen", 1, any)
-    ROW("--dry-run", OPT_FLAG, &o->dry_run, NULL, "print parameters, memory and time, then stop", 0, 0)
+    ROW("--dry-run", OPT_FLAG, &o->dry_run, NULL,
+        "open --train, --val and the run of --resume, print parameters, memory and time, then stop", 0, 0)
     HEADING("A checkpoint without training (--init-from DIR, in which no tensor may be absent; --out is optional)")
     ROW("--eval-only", OPT_FLAG, &o->eval_only, NULL, "evaluate every set of --val, then stop", 0, 0)
     ROW("--score", OPT_STRING, &o->score, "FILE",
@@ -207,7 +211,7 @@ static inline void train_options_table(Opt* table, TrainOptions* o) {
 // Does the program stop without training, once it has evaluated or scored?
 static inline bool options_evaluate(const TrainOptions* o) { return o->eval_only || o->score; }
 
-// Of the options behind those of the model: what --eval-only and --score take. The others are of training.
+// Of the options after those of the model: what --eval-only and --score take. The others are of training.
 static inline bool options_serve_evaluation(const TrainOptions* o, const char* name) {
     static const char* const both[] = {"--seq-len",     "--batch-size",  "--matmul",  "--attention-kernels",
                                        "--cuda-graphs", "--out",         "--dry-run", "--eval-only",

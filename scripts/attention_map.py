@@ -107,15 +107,16 @@ def main():
     parser.add_argument("dir", metavar="DIR", nargs="?", help="checkpoint")
     parser.add_argument("--json", metavar="FILE", nargs="+", help="draw these files")
     given = parser.add_mutually_exclusive_group()
-    given.add_argument("--prompt")
-    given.add_argument("--token-ids")
-    parser.add_argument("--tokenizer")
-    parser.add_argument("--layer", type=whole_number(0), help="default 0")
-    parser.add_argument("--head", type=parse_heads, metavar="N,...|all", help="default 0")
+    given.add_argument("--prompt", metavar="TEXT", help="text over which the heads attend")
+    given.add_argument("--token-ids", metavar="IDS", help="or its ids")
+    parser.add_argument("--tokenizer", metavar="NAME|FILE", help="default: the one that the checkpoint names")
+    parser.add_argument("--layer", type=whole_number(0), metavar="N", help="from 0; default 0")
+    parser.add_argument("--head", type=parse_heads, metavar="N,...|all", help="from 0; default 0")
     parser.add_argument(
-        "--infer", default=os.path.join(ROOT, "infer_mta"), help="the program (default: the repository's)"
+        "--infer", default=os.path.join(ROOT, "infer_mta"), metavar="PROGRAM",
+        help="infer_mta (default: the repository's)"
     )
-    parser.add_argument("--out", default="attention.png")
+    parser.add_argument("--out", default="attention.png", metavar="FILE", help="the picture (default: attention.png)")
     args = parser.parse_args()
     if bool(args.dir) == bool(args.json):
         parser.error("give a checkpoint directory, or --json FILE")

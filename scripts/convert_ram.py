@@ -151,7 +151,9 @@ def only(what, sizes, absent):
 def our_config(tensors, params, heads, kv_heads):
     """config.json of our tensors."""
     mta, embed = params.get("mta") or {}, tensors["model.embed_tokens.weight"]
-    layers = 1 + max(split_layer(n, "model.layers")[0] for n in tensors if ".layers." in n)
+    layers = 1 + max((split_layer(n, "model.layers")[0] for n in tensors if ".layers." in n), default=-1)
+    if not layers:
+        raise UserError("consolidated.pth: no tensor of a layer in it, wanted layers.0. and so on")
     for key, size in (("n_layers", layers), ("dim", embed.shape[1])):
         if params.get(key, size) != size:
             raise UserError("params.json: %s %s, but the tensors have %d" % (key, params[key], size))
@@ -376,6 +378,8 @@ def tokenizer_keys(file, pattern):
 def convert(source, out, dtype, tokenizer, pattern):
     with open(os.path.join(source, "params.json"), encoding="utf-8") as f:
         params = json.load(f)
+    if not isinstance(params, dict) or not isinstance(params.get("model", params), dict):
+        raise UserError("params.json: wanted an object with the model's parameters")
     model = dict(params.get("model", params))
     if "seq_len" in (params.get("data") or {}):
         model["max_seqlen"] = params["data"]["seq_len"]

@@ -100,7 +100,7 @@ mkdir -p "$out"
 out=$(cd "$out" && pwd)
 for name in report.md report.csv report.json needles.png babilong.png; do
     if [ -e "$out/$name" ] && ! [ -e "$out/checkpoint" ]; then
-        stop "$out/$name is of no evaluation; wanted another --out"
+        stop "$out/$name was not made by evaluate.sh; wanted another --out"
     fi
 done
 identity > "$out/checkpoint.partial" || stop "$checkpoint: not readable, or no model.safetensors in it"
@@ -112,7 +112,7 @@ mv "$out/checkpoint.partial" "$out/checkpoint"
 
 parts=0 done_before=0
 # part FILE HOW COMMAND: unless FILE is there, runs the command, which makes FILE.partial, and gives it that name. HOW:
-# all that its contents hang on beside the checkpoint, kept in FILE.made; a FILE that was made otherwise is refused.
+# all that its contents depend on beside the checkpoint, kept in FILE.made; a FILE that was made otherwise is refused.
 part() {
     local file=$1 how=$2
     shift 2
@@ -211,7 +211,7 @@ done
 
 # ---- the report
 
-echo "$parts parts, $done_before of them finished before"
+echo "parts: $parts, of which $done_before were finished before"
 pictures=(--pictures "$out")
 "$python" -c 'import matplotlib' 2> /dev/null || {
     pictures=()

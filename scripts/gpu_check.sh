@@ -40,6 +40,7 @@ row() { table+=("$*"); echo "$*"; }
 fail() { failed=$((failed + 1)); row "FAIL    $*"; }
 finish() {
     trap - EXIT INT TERM
+    jobs -rp | xargs -r kill 2> /dev/null
     echo
     echo "==== took $(($(date +%s) - started)) s"
     printf '%s\n' "${table[@]}"
@@ -59,7 +60,7 @@ case $capability in 90) arch=sm_90a ;; *) arch=sm_$capability ;; esac
 loader=${LD_LIBRARY_PATH:-}  # for PyTorch, which finds its own libraries, of other versions maybe
 mkdir -p build/log
 trap finish EXIT
-trap 'jobs -rp | xargs -r kill; fail "interrupted"; exit 1' INT TERM
+trap 'fail "interrupted"; exit 1' INT TERM
 commit=$(git rev-parse --short HEAD 2> /dev/null || echo unknown)
 row "gpu     $gpu; $(nvcc --version | grep -oE 'release [0-9.]+'); $arch; commit $commit"
 exclusive=$(nvidia-smi --query-gpu=compute_mode --format=csv,noheader 2> /dev/null | grep -m 1 Exclusive)
@@ -305,14 +306,16 @@ run_speed() {
     done
 }
 # The first Python whose PyTorch sees a GPU, into this file: looked for while the programs are built, since the first
-# import reads gigabytes
+# import reads gigabytes. Where the script ends before the search, a signal ends this and the Python that it waits for.
 torch_python=build/log/gpu_torch_python
 find_torch() {
     local candidate
+    trap 'kill $! 2> /dev/null; exit' TERM
     for candidate in "$python" data/.venv/bin/python python3 /usr/bin/python3; do
-        if [ -n "$candidate" ] &&
-            LD_LIBRARY_PATH=$loader timeout 150 "$candidate" -c 'import torch; assert torch.cuda.is_available()' \
-                2> /dev/null; then
+        [ -n "$candidate" ] || continue
+        LD_LIBRARY_PATH=$loader timeout -k 3 150 "$candidate" -c 'import torch; assert torch.cuda.is_available()' \
+            2> /dev/null &
+        if wait $!; then
             echo "$candidate"
             return
         fi

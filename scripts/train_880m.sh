@@ -11,8 +11,8 @@
 #   torchrun --no-python --nproc-per-node 8 scripts/train_880m.sh SHARDS OUT       (and --nnodes, --rdzv-endpoint)
 #   srun --nodes 4 --ntasks-per-node 8 --gpus-per-node 8 --signal=USR1@180 scripts/train_880m.sh SHARDS OUT
 #   mpirun -n 8 scripts/train_880m.sh SHARDS OUT           (on several hosts MASTER_ADDR=HOST of the first, with -x)
-# The bits of the run hang on --shards and --batch-size alone: with both given, it goes on exactly on another number of
-# GPUs. --dry-run --ranks 32 --ranks-per-node 8 plans such a run without starting it.
+# The bits of the run depend on --shards and --batch-size alone: with both given, another number of GPUs continues it
+# exactly. --dry-run --ranks 32 --ranks-per-node 8 plans such a run without starting it.
 set -euo pipefail
 unset CDPATH
 case ${1:-} in -h|--help) sed -n '2,/^set -/{/^set -/d;s/^# \{0,1\}//;p}' "$0"; exit 0 ;; esac

@@ -65,7 +65,7 @@ def instructions(listing):
 
 
 def main():
-    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__.split("\n\n")[0])
     parser.add_argument("--arch", default="sm_90a")
     parser.add_argument("--only", default="", help="kernels whose name contains this")
     parser.add_argument("--nvdisasm", default="nvdisasm", help="the disassembler, if it is not on PATH")

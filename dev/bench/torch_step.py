@@ -59,4 +59,6 @@ def main(kind, precision, T=1024, repeats=5, limit=60):
 
 
 if __name__ == "__main__":
+    if len(sys.argv) < 3:
+        sys.exit("usage: torch_step.py transformer|mta|mta-full fp32|bf16 [T] [REPEATS] [SECONDS]")
     main(sys.argv[1], sys.argv[2], *map(int, sys.argv[3:6]))

@@ -1,3 +1,4 @@
+#!/usr/bin/env python3
 """Executes what nvcc made of train_mta.cu on the CPU and says what came of it.
 
     check.py [--long] [--jobs N] [--only TEXT]      from the repository, after `make ptx` (with --long `make ptx_long`)
@@ -202,10 +203,14 @@ def main():
     parser = argparse.ArgumentParser(
         allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--long", action="store_true")
-    parser.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1), metavar="N", help="at a time (2)")
+    parser.add_argument("--long", action="store_true",
+                        help="what takes long, in place of the quick part")
+    parser.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1), metavar="N",
+                        help="programs at a time (2)")
     parser.add_argument("--only", default="", metavar="TEXT", help="runs and mutations whose name contains TEXT")
     options = parser.parse_args()
+    if not os.path.exists(f"{FOLDER}/bf16_sm_90a.ptx"):
+        sys.exit(f"check.py: {FOLDER}/bf16_sm_90a.ptx is missing; run: make ptx{'_long' * options.long}")
     began, passed, failed, executed = time.monotonic(), 0, 0, 0
 
     def verdict(wrong, text, seconds):

@@ -22,10 +22,13 @@ import os
 import sys
 import time
 
-import mta_ref
-import numpy
-import torch
-import torch.nn.functional as F
+try:
+    import mta_ref
+    import numpy
+    import torch
+    import torch.nn.functional as F
+except ImportError as error:
+    raise SystemExit(f"errata_effects.py: {error}; dev/.venv has it (scripts/test.sh makes it)") from None
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 sys.path.insert(0, os.path.join(ROOT, "data"))
@@ -163,9 +166,10 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)
     parser.add_argument("task", choices=("toy", "text"))
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=600)
-    parser.add_argument("--text", default=os.path.join(ROOT, "runs", "evidence", "text"), metavar="DIR")
+    parser.add_argument("--seeds", type=int, default=3, metavar="N", help="how many, from 1; default 3")
+    parser.add_argument("--steps", type=int, default=600, metavar="N", help="default 600")
+    parser.add_argument("--text", default=os.path.join(ROOT, "runs", "evidence", "text"), metavar="DIR",
+                        help="what scripts/evidence_text.py has made; default runs/evidence/text")
     options = parser.parse_args()
     torch.set_num_threads(1)
     for seed in range(1, options.seeds + 1):

@@ -243,6 +243,12 @@ class Convert(unittest.TestCase):
                 done = call(convert_ram, tmp, out)
                 self.assertEqual((done.returncode, done.stdout, done.stderr.count("\n")), (1, "", 1), done.stderr)
                 self.assertIn(why, done.stderr)
+            for params in ("[]", '{"model": 1}'):
+                with open(os.path.join(tmp, "params.json"), "w") as f:
+                    f.write(params)
+                done = call(convert_ram, tmp, out)
+                said = "convert_ram.py: params.json: wanted an object with the model's parameters\n"
+                self.assertEqual((done.returncode, done.stderr), (1, said))
             for more in (["--dtype", "bf16"], ["--tokenizer", path]):
                 done = call(convert_ram, "--back", tmp, out, *more)
                 self.assertEqual((done.returncode, done.stderr.count("\n")), (1, 1), done.stderr)
@@ -271,6 +277,9 @@ class Convert(unittest.TestCase):
             convert_ram.to_ours(their_state({}, 1), dict(model, weight_tying=False, mta={}))
         with self.assertRaisesRegex(convert_ram.UserError, r"mta_kernel: its shape .4, 1, 6, 11. does not fit 8 heads"):
             convert_ram.to_ours(their_state(KINDS["first"], 1), dict(model, n_heads=8))
+        embedding = {name: t for name, t in their_state({}, 1).items() if not name.startswith("layers.")}
+        with self.assertRaisesRegex(convert_ram.UserError, "no tensor of a layer in it, wanted layers.0. and so on"):
+            convert_ram.to_ours(embedding, dict(model, mta={}))
         for key in ("n_layers", "dim"):  # a part of a model is none
             with self.assertRaisesRegex(convert_ram.UserError, key + " 64, but the tensors have (2|32)$"):
                 convert_ram.to_ours(their_state({}, 1), dict(model, mta={}, head_dim=8, **{**{"dim": 32}, key: 64}))

@@ -719,7 +719,7 @@ class Evaluate(Case):
         shown = self.evaluate(*everything)
         self.assertEqual(self.calls()[4:], ["needle.jsonl"])
         for words in ("Validation perplexity", "bits per byte", "lambada: perplexity", "haystack of 700 tokens", "qa5",
-                      "5 of them finished before"):
+                      "5 were finished before"):
             self.assertIn(words, shown)
         for name in ("report.md", "report.csv", "report.json"):
             self.assertGreater(os.path.getsize(os.path.join(out, name)), 100)
@@ -770,8 +770,8 @@ class Evaluate(Case):
                 with open(shard, "r+b") as f:
                     f.seek(16)
                     f.write(bytes(4))
-            self.assertIn("0 of them finished before", ask(0))
-            self.assertIn("1 of them finished before", ask(0))
+            self.assertIn("0 were finished before", ask(0))
+            self.assertIn("1 were finished before", ask(0))
             changed = shard if mask is None else shard[:-4] + ".mask"
             with open(changed, "r+b") as f:
                 f.seek(-1, os.SEEK_END)
@@ -805,7 +805,7 @@ class Evaluate(Case):
         os.chmod(self.path("trainer"), 0o755)
         self.write("report.md", [{"mine": 1}])
         shown = self.evaluate("--val", "x", "--out", self.folder, status=1)
-        self.assertIn("report.md is of no evaluation; wanted another --out", shown)
+        self.assertIn("report.md was not made by evaluate.sh; wanted another --out", shown)
         self.assertEqual(self.read("report.md"), [{"mine": 1}])
 
     def test_from_a_folder_that_cdpath_names(self):

@@ -239,7 +239,7 @@ static void test_json(void) {
           json_refuses("\"\\u12\"", "hexadecimal"));
     CHECK(json_refuses("\"\xC0\xAF\"", "invalid UTF-8") && json_refuses("\"\xED\xA0\x80\"", "invalid UTF-8") &&
           json_refuses("\"\xF0\x9F\"", "invalid"));
-    CHECK(json_refuses("{\"a\\u0000b\":1}", "NUL") && json_refuses("[] []", "behind the value") &&
+    CHECK(json_refuses("{\"a\\u0000b\":1}", "NUL") && json_refuses("[] []", "after the value") &&
           json_refuses("[\n\n  x]", "line 3, column 3"));
     Text deep = {0};
     for (int i = 0; i < 100000; i++) { text_append(&deep, "[", 1); }

@@ -152,8 +152,26 @@ case $* in *cuda_fp32) echo $$ > hangs; trap '' TERM; exec sleep 60 ;; *) exec /
             self.assertEqual("; predicted " in table, there, table)
 
     def test_a_torch_that_is_still_looked_for_is_not_missing(self):
-        self.write("bin/torch_python", "#!/bin/bash\ncase $2 in *torch.cuda*) sleep 3 ;; esac\n")
+        """And it is not looked for any longer when the script has ended."""
+        self.write("bin/torch_python", "#!/bin/bash\n"
+                                       "case $2 in *torch.cuda*) echo $$ > searching; exec sleep 300 ;; esac\n")
+        self.write("bin/make", "#!/bin/bash\nuntil [ -s searching ]; do sleep 0.1; done\n" + STUBS["make"])
         self.assertIn("skip    PyTorch: none was found in time", self.check("--part", "speed"))
+        with open(self.path("searching"), encoding="utf-8") as f:
+            search = int(f.read())
+        until = time.monotonic() + 60
+        while self.runs(search) and time.monotonic() < until:
+            time.sleep(0.1)
+        self.assertFalse(self.runs(search))
+
+    @staticmethod
+    def runs(process):
+        """One that has ended and waits for its parent to ask runs no longer."""
+        try:
+            with open("/proc/%d/stat" % process, encoding="utf-8") as f:
+                return f.read().rsplit(")", 1)[1].split()[0] != "Z"
+        except OSError:
+            return False
 
     def test_ended_from_outside(self):
         """As by a machine whose time is up: the table comes at once."""

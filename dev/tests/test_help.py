@@ -7,6 +7,7 @@ import glob
 import os
 import subprocess
 import sys
+import tempfile
 import unittest
 
 from helpers import BIN, ROOT, main, read_bytes
@@ -33,6 +34,26 @@ class Help(unittest.TestCase):
         for path in SCRIPTS:
             with self.subTest(os.path.relpath(path, ROOT)):
                 self.check([by(path), "./" + os.path.basename(path)], os.path.dirname(path))
+
+    def test_sentences_are_whole_and_defaults_are_values(self):
+        for name in ("data/toy_task.py", "dev/bench/kernel_report.py"):
+            text = self.check([sys.executable, os.path.join(ROOT, name)])
+            self.assertTrue(text.split("\n\n")[1].endswith("."), text)
+            self.assertNotIn("None", text)
+
+    def test_what_is_not_here_is_named(self):
+        """A build, a package: a line, no traceback."""
+        with tempfile.TemporaryDirectory() as folder:
+            check = [sys.executable, os.path.join(ROOT, "dev", "ptx_cpu", "check.py")]
+            done = subprocess.run(check, capture_output=True, text=True, cwd=folder)
+            self.assertEqual((done.returncode, done.stderr),
+                             (1, "check.py: build/ptx/bf16_sm_90a.ptx is missing; run: make ptx\n"))
+            with open(os.path.join(folder, "torch.py"), "w", encoding="utf-8") as f:
+                f.write("raise ImportError(\"No module named 'torch'\")\n")
+            effects = [sys.executable, os.path.join(ROOT, "dev", "ref", "errata_effects.py"), "toy"]
+            done = subprocess.run(effects, capture_output=True, text=True, env=dict(os.environ, PYTHONPATH=folder))
+        said = "errata_effects.py: No module named 'torch'; dev/.venv has it (scripts/test.sh makes it)\n"
+        self.assertEqual((done.returncode, done.stderr), (1, said))
 
     def test_part_of_an_option_is_no_option(self):
         """--hel is no --help: of no script, none of its commands and no program."""

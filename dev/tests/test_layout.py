@@ -175,6 +175,46 @@ class Files(unittest.TestCase):
                     broken.append("%s: %s" % (page, link))
         self.assertEqual(broken, [])
 
+    def test_links_to_a_heading_lead_to_one(self):
+        broken = []
+        for page in files(".md"):
+            for link, anchor in re.findall(r"\]\(([^)#\s:]*)#([^)\s]+)\)", "\n".join(read(page))):
+                target = os.path.join(os.path.dirname(page), link) if link else page
+                titles = [re.sub(r"[^\w -]", "", line.lstrip("# ").lower()) for line in read(target)
+                          if line.startswith("#")]
+                if anchor not in [title.replace(" ", "-") for title in titles]:
+                    broken.append("%s: %s#%s" % (page, link, anchor))
+        self.assertEqual(broken, [])
+
+    def test_what_pages_call_can_be_called(self):
+        """A script that stands where a command begins, without python3 or bash before it, is executable."""
+        script, called = r"(?:\w+=\S+ |nice (?:-n \d+ )?)*((?:scripts|data|dev)/[\w/]+\.(?:py|sh))", set()
+        for page in files(".md"):
+            text = "\n".join(read(page))
+            called |= set(re.findall("`" + script + " [^`]", text))
+            for block in re.findall(r"^```\w*\n(.*?)^```", text, re.M | re.S):
+                called |= set(re.findall("^" + script, block, re.M))
+        self.assertGreater(len(called), 8)
+        self.assertEqual([name for name in sorted(called)
+                          if not os.access(os.path.join(helpers.ROOT, name), os.X_OK)], [])
+
+    def test_readme_s_numbers_of_lines_hold(self):
+        for name, lines in re.findall(r"^\| \[[^]]*\]\(([^)]+)\) \| ([\d,]+) \|", "\n".join(read("README.md")), re.M):
+            path = os.path.join(helpers.ROOT, name)
+            names = [os.path.join(name, n) for n in os.listdir(path)] if os.path.isdir(path) else [name]
+            there = sum(len(read(n)) - 1 for n in names)
+            self.assertLess(abs(int(lines.replace(",", "")) / there - 1), 0.05, "%s has %d lines" % (name, there))
+
+    def test_the_fields_of_the_log_are_explained(self):
+        """Events of log.jsonl and their fields, at the head of mta/log.h."""
+        head = set(re.findall(r"\w+", "\n".join(read("mta/log.h")).split("#ifndef")[0]))
+        functions = "\n".join(sum((read(name) for name in files("run.h", "train.h")), [])).split("\n}\n")
+        said = [f for f in functions if '{\\"event\\"' in f or "run_log_origin(const" in f]
+        fields = set(re.findall(r'\\"(\w+)\\": |text_json_field\(&t, "(\w+)"|\{"(\w+)", ', "\n".join(said)))
+        fields = {name for found in fields for name in found if name}
+        self.assertGreater(len(fields), 40)
+        self.assertEqual(sorted(fields - head - {"event"}), [])
+
 
 class Additions(unittest.TestCase):
     """What stands in a table of mta/config.h stands wherever HACKING.md, "Adding an attention", sends one."""

@@ -362,7 +362,7 @@ class Score(Ranks):
         if MPIS[0] == "openmpi":  # mpiexec of MPICH may end all before they can say why
             self.assertEqual(len(own_lines(done.stderr)), 1, done.stderr)
             self.assertRegex(own_lines(done.stderr)[0],
-                             r"rank 1 \(.*\) was lost before the requests behind line 2; all ranks end")
+                             r"rank 1 \(.*\) was lost before the requests after line 2; all ranks end")
 
 
 class Plan(Ranks):
@@ -510,7 +510,7 @@ class Resume(Ranks):
         refused = self.finish(self.start(cwd, 2, {}, ["--resume"]))
         self.assertEqual(refused.returncode, 1, refused.stderr)
         self.assertEqual(len(own_lines(refused.stderr)), 1, refused.stderr)
-        self.assertIn("1 shard cannot be shared out over 2 ranks: 1 can; --shards 2 goes on with other rounding",
+        self.assertIn("1 shard cannot be divided over 2 ranks, only over 1; --shards 2 goes on with other rounding",
                       refused.stderr)
         done = self.run_ok(cwd, 2, {"--shards": 2}, ["--resume"])
         self.assertIn("changed on --resume: shards (the checkpoint does not say) -> 2", done.stdout)
@@ -544,7 +544,7 @@ class Refusals(Ranks):
 
     def test_of_all(self):
         self.refused(["unknown option --bogus"], self.place(), 3, {}, ["--bogus"], mpi=MPIS[-1])
-        self.refused(["4 shards cannot be shared out over 3 ranks: 1, 2, 4 can; --shards 3 goes on"], self.place(), 3,
+        self.refused(["4 shards cannot be divided over 3 ranks, only over 1, 2, 4; --shards 3 goes"], self.place(), 3,
                      {"--shards": 4})
         self.refused(["--shards: got 14, a step has 13 sequences"], self.place(), 1, {"--shards": 14})
 
@@ -563,7 +563,7 @@ class Refusals(Ranks):
         path = os.path.join(other, "a_train_000000.bin")
         os.remove(path)
         write_shard(path, [1] * (16 * 60 + 1), vocab=259)
-        self.odd(["rank 1 (", "other shards behind --train or --val than rank 0"], folder=other)
+        self.odd(["rank 1 (", "other shards for --train or --val than rank 0"], folder=other)
         os.remove(path)
         self.odd(["rank 1 (", "--train: a_train_*.bin: no such shard"], folder=other)
 
@@ -576,7 +576,7 @@ class Refusals(Ranks):
         os.remove(path)
         with open(path, "wb") as f:
             f.write(mask)
-        self.odd(["rank 1 (", "other shards behind --train or --val than rank 0"], folder=other)
+        self.odd(["rank 1 (", "other shards for --train or --val than rank 0"], folder=other)
 
     def test_a_hasty_watch(self):
         self.refused(["--rank-timeout: got 1, wanted 0 or at least 3"], self.place(), 2, {"--rank-timeout": 1})

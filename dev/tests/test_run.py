@@ -333,8 +333,8 @@ class Runs(Trainer):
         few = self.path("some", "few_train_000000.bin")
         write_shard(few, [3] * 31)
         both = self.path("a_train_*.bin") + "=0.9,%s=0.1" % few
-        left = f"--train: {few}: 14 of 31 tokens stand behind the last window of 17 of their shard: " \
-               "they are not used"
+        left = f"--train: {few}: 14 of 31 tokens are not used: they come after their shard's last " \
+               "window of 17 tokens"
         for train, steps, said in ((self.path("a_train_*.bin"), 100, []),
                                    (self.path("a_train_*.bin"), 250,
                                     ["--train: %s: the run takes each of its 3.20k tokens 2.5 times" %
@@ -429,10 +429,10 @@ class Runs(Trainer):
 
     def test_a_schedule_that_ends_within_the_warmup_is_said(self):
         done = self.run_ok(self.out(), {"--steps": 4, "--schedule": "linear", "--warmup": 3, "--schedule-steps": 2})
-        self.assertIn("warmup      3 steps, --schedule-steps 2: behind it the learning rate is --min-lr", done.stdout)
+        self.assertIn("warmup      3 steps, --schedule-steps 2: after that the learning rate is --min-lr", done.stdout)
 
     def test_a_schedule_that_ends_before_the_run_is_said(self):
-        said = "schedule    2 steps, the run has 4: behind it the learning rate is --min-lr 0"
+        said = "schedule    2 steps, the run has 4: after that the learning rate is --min-lr 0"
         given = {"--steps": 4, "--schedule": "cosine", "--schedule-steps": 2}
         self.assertIn(said, self.run_ok(self.out(), given).stdout)
         for changes in ({"--schedule-steps": 4}, {"--schedule": "constant"}):
@@ -774,7 +774,7 @@ class Resume(Trainer):
         with open(path, "w") as f:
             f.writelines([lines[0], "garbage\n", *lines[1:]])
         done = self.run_ok(out, {"--steps": 3}, ["--resume"])
-        self.assertIn("log.jsonl: a line that is no JSON: it and the lines behind it are cut off and kept", done.stderr)
+        self.assertIn("log.jsonl: a line that is no JSON: it and the lines after it are cut off and kept", done.stderr)
         with open(path + ".cut-2") as f:
             self.assertEqual(f.readlines(), ["garbage\n", *lines[1:]])
         log_events(out)
