@@ -447,7 +447,7 @@ def draw(models, folder):
     try:
         import matplotlib
     except ImportError as e:
-        raise UserError("--pictures: %s; data/requirements.txt has it, data/README.md says how" % e)
+        raise UserError("--pictures: %s; pip install -r data/requirements.txt installs it" % e)
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
