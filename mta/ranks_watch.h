@@ -258,9 +258,9 @@ static inline void* watch_thread(void* arg) {
         }
         poll(list, (nfds_t)n, 200);
         double now = seconds_now();
-        // This process itself was stopped for a while: what it has not heard meanwhile means nothing.
-        for (int i = 0; i < w->size && now - before > 5; i++) {
-            w->peers[i].heard = w->peers[i].alive = w->peers[i].moved = now;
+        // This process, or the whole machine, stood still for a while: what it has not heard meanwhile means nothing.
+        for (int i = 0; i < w->size && now - before > 1; i++) {
+            w->peers[i].heard += now - before, w->peers[i].alive += now - before, w->peers[i].moved += now - before;
         }
         before = now;
         for (int i = 0; i < n; i++) {

@@ -1,5 +1,5 @@
 """What the Python tests share: where things are, safetensors files and shards read and written without any package,
-scripts run inside of a test's process, the verdict."""
+waits on a machine that stands still now and then, scripts run inside of a test's process, the verdict."""
 import array
 import contextlib
 import io
@@ -11,6 +11,7 @@ import struct
 import subprocess
 import sys
 import tempfile
+import time
 import unittest
 import zlib
 
@@ -85,6 +86,22 @@ def zip_all(*lists):
     lists = [list(x) for x in lists]
     assert len(set(map(len, lists))) == 1, "lengths %s" % [len(x) for x in lists]
     return zip(*lists)
+
+
+def awake(seconds):
+    """Sleeps so long in pieces, of which but one passes while this machine stands still, for however long."""
+    for _ in range(round(50 * seconds)):
+        time.sleep(0.02)
+
+
+def communicate(child, seconds):
+    """child.communicate() within so many seconds, counted like those of awake(); else TimeoutExpired."""
+    for left in range(round(10 * seconds), 0, -1):
+        try:
+            return child.communicate(timeout=0.1)
+        except subprocess.TimeoutExpired:
+            if left == 1:
+                raise
 
 
 def write_shard(path, tokens, vocab=32, width=2, magic=None, version=None, count=None, mask=None):

@@ -131,7 +131,7 @@ class Evidence(unittest.TestCase):
         trainings = []
 
         def popen(command, **options):
-            trainings.append(real(["sleep", "60"], start_new_session=True))
+            trainings.append(real(["sleep", "1000"], start_new_session=True))
             return trainings[-1]
 
         def commands(cell, out, trainer):
@@ -149,7 +149,7 @@ class Evidence(unittest.TestCase):
         ):
             evidence.run_cells(["again"], "", 2, self.out, TRAINER)
         self.addCleanup(trainings[0].kill)
-        self.assertEqual(trainings[0].wait(5), -signal.SIGTERM)
+        self.assertEqual(trainings[0].wait(100), -signal.SIGTERM)
 
     def test_costs_leave_what_is_not_theirs(self):
         """--out may be a folder with a `cost` of the user's."""

@@ -658,6 +658,7 @@ static void test_signal_in_a_write(void) {
     char byte = 0;
     Ranks quiet = {.rank = 1, .size = 2};
     CHECK(pipe(ends) == 0);
+    run_catch_signals(&quiet);
     pid_t pid = fork();
     if (pid == 0) {
         usleep(100000);
@@ -665,7 +666,6 @@ static void test_signal_in_a_write(void) {
         usleep(100000);
         _exit(write(ends[1], "x", 1) != 1);
     }
-    run_catch_signals(&quiet);
     CHECK(read(ends[0], &byte, 1) == 1 && run_signal == SIGUSR1);
     waitpid(pid, NULL, 0);
     close(ends[0]);

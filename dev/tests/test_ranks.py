@@ -20,7 +20,7 @@ import time
 import unittest
 import zlib
 
-from helpers import ROOT, main, read_bytes, write_shard, zip_all
+from helpers import ROOT, awake, communicate, main, read_bytes, write_shard, zip_all
 
 LONG = "--long" in sys.argv
 if LONG:
@@ -169,9 +169,9 @@ class Ranks(Runs):
         return subprocess.Popen(self.words(*args, **more), cwd=cwd, env=environment, stdin=stdin,
                                 stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace")
 
-    def finish(self, child):
+    def finish(self, child, seconds=TIMEOUT):
         try:
-            stdout, stderr = child.communicate(timeout=TIMEOUT)
+            stdout, stderr = communicate(child, seconds)
         except subprocess.TimeoutExpired:
             for pid in children(child.pid):
                 os.kill(pid, signal.SIGKILL)
@@ -354,7 +354,7 @@ class Score(Ranks):
         os.kill(pids[1], signal.SIGKILL)
         began = time.monotonic()
         try:
-            self.assertNotEqual(child.wait(timeout=10), 0)
+            self.assertNotEqual(child.wait(timeout=TIMEOUT), 0)  # its input stays open: nothing else would end it
         finally:
             print(f"a rank of --score is killed: {time.monotonic() - began:.2f} s to the end")
             done = self.finish(child)
@@ -483,9 +483,13 @@ class Resume(Ranks):
         self.run_ok(cwd, 2, {"--steps": 100, "--shards": 2, "--save-every": 0, "--save-minutes": 0.002,
                              "--eval-every": 0, "--sample-every": 0, "--sample-tokens": None})
         with open(os.path.join(cwd, "run", "log.jsonl")) as f:
-            times = [line["time"] for line in map(json.loads, f) if line["event"] in ("start", "save")]
-        self.assertGreater(len(times), 2)
-        self.assertTrue(all(b - a >= 0.11 for a, b in zip(times, times[1:-1])), times)
+            events = list(map(json.loads, f))
+        began, saves = events[0]["time"], [line["time"] for line in events if line.get("timed")]
+        self.assertGreater(len(saves), 1)
+        # The first comes at least 0.12 s behind the start, each other one behind the end of the save before it. A line of
+        # the log is written later than that end, by however long.
+        for n, saved in enumerate(saves, 1):
+            self.assertGreaterEqual(saved - began, 0.12 * n - 0.01, (began, saves))
 
     def test_before_there_were_shards(self):
         """A checkpoint as the first version wrote it, whose trainer.json has no settings, has one shard: it goes on
@@ -602,7 +606,7 @@ class Underway(Ranks):
     """A run of 4000 steps with a checkpoint every 10, of which something befalls one rank."""
 
     RUN = {"--steps": 4000, "--save-every": 10, "--keep": 3, "--eval-every": 0, "--sample-every": 0,
-           "--sample-tokens": None, "--rank-timeout": 3, "--shards": 4}
+           "--sample-tokens": None, "--rank-timeout": 60, "--shards": 4}
 
     def underway(self, ranks=4, changes=None, mpi=None):
         """A run that has saved once; its processes by rank."""
@@ -639,16 +643,21 @@ class Underway(Ranks):
 
 
 class Faults(Underway):
-    def ends(self, child, cwd, pieces, seconds, status=None):
+    # A lost connection is noticed though silence is not.
+    PATIENT = {"--rank-timeout": 0}
+    HASTY = {"--rank-timeout": 3}
+
+    def ends(self, child, cwd, pieces, seconds=TIMEOUT, status=None):
         """All processes end within so many seconds; one line of ours says why."""
         began = time.monotonic()
         pids = children(child.pid)
-        done = self.finish(child)
+        done = self.finish(child, seconds)
         took = time.monotonic() - began
-        while time.monotonic() - began < seconds and any(rank_of(pid) is not None for pid in pids):
+        for _ in range(50 * TIMEOUT):
+            if all(rank_of(pid) is None for pid in pids):
+                break
             time.sleep(0.02)
         self.assertEqual([pid for pid in pids if rank_of(pid) is not None], [])
-        self.assertLess(took, seconds)
         lines = own_lines(done.stderr)
         self.assertEqual(len(lines), 1, done.stderr)
         for piece in pieces + ["the last good checkpoint: run/step-"]:
@@ -659,28 +668,29 @@ class Faults(Underway):
         self.last_good(cwd, again=True)
 
     def test_a_rank_is_killed(self):
-        cwd, child, pids = self.underway()
+        cwd, child, pids = self.underway(changes=self.PATIENT)
         os.kill(pids[2], signal.SIGKILL)
-        self.ends(child, cwd, ["rank 2 (", "was lost in"], 5)
+        self.ends(child, cwd, ["rank 2 (", "was lost in"])
 
     def test_rank_0_is_killed(self):
-        cwd, child, pids = self.underway()
+        cwd, child, pids = self.underway(changes=self.PATIENT)
         os.kill(pids[0], signal.SIGKILL)
-        self.ends(child, cwd, ["rank 1 (", "rank 0 (", "was lost in"], 5)
+        self.ends(child, cwd, ["rank 1 (", "rank 0 (", "was lost in"])
 
     def test_a_rank_is_stopped(self):
-        cwd, child, pids = self.underway()
+        cwd, child, pids = self.underway(changes=self.HASTY)
         os.kill(pids[3], signal.SIGSTOP)
-        self.ends(child, cwd, ["rank 3 (", "is silent since it was"], 10, 71 if MPIS[0] == "openmpi" else None)
+        # Without --rank-timeout it would take 20 s.
+        self.ends(child, cwd, ["rank 3 (", "is silent since it was"], 20, 71 if MPIS[0] == "openmpi" else None)
 
     def test_a_rank_hangs(self):
         """Its main thread alone is stopped, as ptrace does it: it lives, sends beats and does nothing."""
-        cwd, child, pids = self.underway()
+        cwd, child, pids = self.underway(changes=self.HASTY)
         attach = "import ctypes, os, sys\npid = int(sys.argv[1])\n" \
                  "if ctypes.CDLL(None).ptrace(16, pid, None, None): sys.exit(1)\n" \
                  "while os.WIFSTOPPED(os.waitpid(pid, 0)[1]): pass"
         tracer = subprocess.Popen([sys.executable, "-c", attach, str(pids[1])])
-        self.ends(child, cwd, ["rank 1 (", "has stood still for"], 12)
+        self.ends(child, cwd, ["rank 1 (", "has stood still for"])  # without --rank-timeout it would take 300 s
         self.assertEqual(tracer.wait(), 0, "ptrace is not allowed here")
 
     @unittest.skipUnless(LONG, "--long")
@@ -705,9 +715,13 @@ class Faults(Underway):
     def test_a_mistake_in_the_middle(self):
         """A rank that cannot go on says why, and all end with its status."""
         cwd, child, pids = self.underway(2, {"--save-every": 400, "--shards": 2, "--save-minutes": 0.001})
+        os.kill(pids[0], signal.SIGSTOP)  # who writes there
+        while read_bytes(f"/proc/{pids[0]}/stat").rsplit(b")", 1)[1].split()[0] != b"T":
+            time.sleep(0.001)
         shutil.rmtree(os.path.join(cwd, "run"))
         with open(os.path.join(cwd, "run"), "w"):
             pass
+        os.kill(pids[0], signal.SIGCONT)
         done = self.finish(child)
         self.assertEqual(done.returncode, 1, done.stderr)
         self.assertEqual(len(own_lines(done.stderr)), 1, done.stderr)
@@ -813,20 +827,21 @@ class Hosts(Underway):
         """No launcher notices; both sides end, each by the other's silence. The launcher then waits for the other host:
         it is not ours to end."""
         cwd = self.place()
-        child = self.start(cwd, 2, dict(self.RUN, **{"--shards": 2}))
+        child = self.start(cwd, 2, dict(self.RUN, **{"--shards": 2, "--rank-timeout": 3}))
         try:
             while not glob.glob(os.path.join(cwd, "run", "step-*")):
                 self.assertIsNone(child.poll())
                 time.sleep(0.02)
-            time.sleep(1.2)  # until each has told the other that it is in a step
+            awake(1.2)  # until each has told the other that it is in a step
             trainers = [pid for pid in children(child.pid) if rank_of(pid) is not None] + \
                 [pid for pid in map(int, filter(str.isdigit, os.listdir("/proc"))) if rank_of(pid) is not None
                  and self.works_in(pid, cwd)]
             self.assertEqual(len(set(trainers)), 2)
-            began = time.monotonic()
+            began, looks = time.monotonic(), 0
             self.assertTrue(self.ip(f"link set {self.name}v2 down"))
             while any(rank_of(pid) is not None for pid in trainers):
-                self.assertLess(time.monotonic() - began, 12)
+                self.assertLess(looks, 1000, "without --rank-timeout it would take 20 s")
+                looks += 1
                 time.sleep(0.02)
             print(f"a cable is cut: {time.monotonic() - began:.2f} s to the end of both ranks")
         finally:

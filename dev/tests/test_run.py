@@ -615,7 +615,7 @@ class Resume(Trainer):
         words = self.arguments(out, {"--steps": 10 ** 6, "--save-every": 5}, ["--resume"])
         children = [self.launch(words), self.launch(words)]
         try:
-            deadline = time.time() + 30
+            deadline = time.time() + TIMEOUT
             while all(c.poll() is None for c in children) and time.time() < deadline:
                 time.sleep(0.05)
             ended = [c for c in children if c.poll() is not None]
@@ -1992,9 +1992,8 @@ class Failing(Trainer):
             time.sleep(0.01 if not child else 0.001)
 
     def stopped(self, child, sig=signal.SIGTERM):
-        """Sends the signal: it is answered on the screen at once, the run is saved and ends with 75."""
+        """Sends the signal: it is answered on the screen, the run is saved and ends with 75."""
         child.send_signal(sig)
-        self.assertTrue(select.select([child.stderr], [], [], 5)[0], "no answer")
         stdout, stderr = child.communicate(timeout=TIMEOUT)
         self.assertEqual(child.returncode, 75, stderr)
         self.assertIn("stopping", stderr)
@@ -2035,8 +2034,7 @@ class Failing(Trainer):
         child = self.launch(["nohup"] + self.arguments(out, {"--steps": 10 ** 6}))
         self.wait_for_step(out, child=child)
         child.send_signal(signal.SIGHUP)
-        time.sleep(0.5)
-        self.assertIsNone(child.poll())
+        self.wait_for_step(out, log_events(out, "step")[-1]["step"] + 50, child)
         self.stopped(child)
 
     def test_signal_during_evaluation_and_sampling(self):
@@ -2045,16 +2043,14 @@ class Failing(Trainer):
         for changes, event in (({"--val": self.path("big_val_*.bin"), "--eval-windows": 0, "--eval-every": 1}, "val"),
                                ({"--seq-len": 1000, "--batch-size": 1, "--sample-every": 1, "--sample-tokens": 10 ** 6,
                                  "--tokenizer": "toy",
-                                 "--sample-temperature": 0, "--num-hidden-layers": 12, "--val": None}, None)):
+                                 "--sample-temperature": 0, "--num-hidden-layers": 12, "--val": None}, "sample")):
             out = self.out()
             child = self.launch(self.arguments(out, dict(changes, **{"--steps": 10 ** 6})))
             self.wait_for_step(out, child=child)
             time.sleep(0.3)
-            start = time.time()
             self.stopped(child)
-            self.assertLess(time.time() - start, 10)
             self.assertEqual([os.path.basename(c) for c in checkpoints(out)], ["step-00000001"])
-            self.assertEqual(log_events(out, event)[:1] if event else [], [])
+            self.assertEqual(log_events(out, event), [])  # as all of them would have been, minutes later
 
     def test_signal_leaves_evaluation_and_sample_to_resume(self):
         """Also where it comes behind the last step, in the second of two sets: the log has every line once, and none of
@@ -2102,7 +2098,7 @@ class Failing(Trainer):
         self.assertIn("done: 1 steps", stdout)
 
     def test_second_signal_stops_at_once(self):
-        """In a step that takes seconds, two signals end the process without a save."""
+        """In a step that takes seconds, the first signal is answered and the second ends the process without a save."""
         for _ in range(5):  # the first signal may come just before the step notices it
             out = self.out()
             child = self.launch(self.arguments(out, {"--hidden-size": 256, "--num-hidden-layers": 8,
@@ -2112,18 +2108,18 @@ class Failing(Trainer):
             self.wait_for_file(os.path.join(out, "log.jsonl"))
             time.sleep(1)
             child.send_signal(signal.SIGINT)
-            time.sleep(0.3)
-            if child.poll() is not None or checkpoints(out):
+            self.assertTrue(select.select([child.stderr], [], [], TIMEOUT)[0])
+            if log_events(out, "step") or checkpoints(out):  # the answer came at the end of the step
                 child.communicate()
                 continue
             child.send_signal(signal.SIGINT)
-            start = time.time()
             child.communicate(timeout=TIMEOUT)
-            self.assertLess(time.time() - start, 10)
+            if child.returncode == 75:  # the step had come to its end
+                continue
             self.assertEqual(child.returncode, 128 + signal.SIGINT)
             self.assertEqual(checkpoints(out), [])
             return
-        self.fail("the steps were too short for this test")
+        self.fail("neither was the first signal answered in the middle of a step, nor did the second end it")
 
 
 class Golden(unittest.TestCase):

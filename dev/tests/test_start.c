@@ -15,7 +15,8 @@ enum { PATIENCE = 100, LIMIT = 1000 };
 // What the test and its processes share.
 typedef struct {
     int taken, met;  // ranks that rank 0 has answered, and ranks that all have met
-    int clock;       // seconds, as rank 0 sees them until all have met; 0: by its own clock
+    int clock;       // seconds, as rank 0 sees them; 0: by its own clock
+    int looks;       // of rank 0 at that clock
 } Shared;
 static Shared* shared(void) {
     static Shared* s = NULL;
@@ -30,6 +31,7 @@ static bool is_rank_0(void) { return getenv("RANK") && !strcmp(getenv("RANK"), "
 // The clock, which stands still for rank 0 where a test moves it.
 static double shared_seconds(void) {
     int moved = is_rank_0() ? counted(&shared()->clock) : 0;
+    if (moved) { count(&shared()->looks); }
     return moved ? moved : seconds_now();
 }
 
@@ -102,7 +104,7 @@ static Child start(void (*work)(const char*), const char* argument, const char* 
 
 // A test begins that counts, or that moves rank 0's clock; it shows no second 0.
 static void begin_counts(int clock) {
-    const Shared none = {0, 0, clock};
+    const Shared none = {0, 0, clock, 0};
     *shared() = none;
 }
 static void move_clock(int seconds) { __atomic_add_fetch(&shared()->clock, seconds, __ATOMIC_SEQ_CST); }
@@ -117,6 +119,12 @@ static bool wait_for(const int* what, int n) {
 static bool has_said(Child c, int milliseconds) {
     struct pollfd one = {c.out, POLLIN, 0};
     return poll(&one, 1, milliseconds) > 0;
+}
+
+// Returns when it stands still.
+static void stop(Child c) {
+    kill(c.pid, SIGSTOP);
+    CHECK(waitpid(c.pid, NULL, WUNTRACED) == c.pid);
 }
 
 // Its exit status, or 128 + the signal that ended it; text gets what it printed.
@@ -280,7 +288,8 @@ int gethostname(char* name, size_t n) {
 }
 
 // A rank that meets the others, and what it does then: "WHEN DEVICE THEN", where WHEN is milliseconds or late (see
-// start_ranks) and THEN is bye, stay or die, when all have met; cannot: it comes with a mistake.
+// start_ranks) and THEN is bye, stay, hasty (it stays, with the shortest --rank-timeout) or die, when all have met;
+// cannot: it comes with a mistake.
 static void meet(const char* argument) {
     static Ranks r;
     StartMistake mistake = {0, {{0}}};
@@ -301,9 +310,10 @@ static void meet(const char* argument) {
     for (int p = 0; p < r.size; p++) {
         if (strcmp(r.watch.peers[p].host, host_of(p))) { _exit(9); }
     }
+    if (!strcmp(then, "hasty")) { ranks_limit(&r, WATCH_LEAST); }
     count(&shared()->met);
     if (!strcmp(then, "die") && wait_for(&shared()->met, r.size)) { raise(SIGKILL); }
-    if (!strcmp(then, "stay")) { pause(); }
+    if (!strcmp(then, "stay") || !strcmp(then, "hasty")) { pause(); }
     watch_stop(&r.watch);
     _exit(0);
 }
@@ -706,16 +716,42 @@ static void test_a_host_is_lost(void) {
         children[p] = start(meet, "0 - stay", variables);
     }
     CHECK(wait_for(&shared()->met, 6));
-    for (int p = 0; p < 2; p++) {  // none of the two is to see the other's end
-        kill(children[p].pid, SIGSTOP);
-        CHECK(waitpid(children[p].pid, NULL, WUNTRACED) == children[p].pid);
-    }
+    for (int p = 0; p < 2; p++) { stop(children[p]); }  // none of the two is to see the other's end
     for (int p = 0; p < 2; p++) { kill(children[p].pid, SIGKILL); }
     for (int p = 0; p < 6; p++) {
         int got = ended(children[p], text, sizeof text);
         bool good = p == 2 ? strstr(text, "rank 0 (host0) was lost at the start; all ranks end") != NULL : !*text;
         check(got == (p < 2 ? 128 + SIGKILL : EXIT_RANK_LOST) && good, "a host is lost", text);
     }
+}
+
+// Lets rank 0's watch see a second pass, or several at once, until it ends.
+static void pass(Child root, int seconds) {
+    int looks = counted(&shared()->looks);
+    double end = seconds_now() + PATIENCE;
+    move_clock(seconds);
+    while (counted(&shared()->looks) < looks + 3 && !has_said(root, 1) && seconds_now() < end) {}
+}
+
+// Where the whole machine has stood still, nobody was silent; where one rank does, it was.
+static void test_who_stands_still(void) {
+    const char* const arguments[] = {"0 - hasty", "0 - hasty"};
+    char text[2048];
+    Child children[2];
+    begin_counts(1);
+    start_ranks(children, 2, arguments);
+    CHECK(wait_for(&shared()->met, 2));
+    pass(children[0], 1);
+    stop(children[1]);
+    pass(children[0], WATCH_LEAST + 1);
+    CHECK(!has_said(children[0], 0));
+    for (int i = 0; i < 2 * WATCH_LEAST && !has_said(children[0], 0); i++) { pass(children[0], 1); }
+    kill(children[1].pid, SIGKILL);
+    CHECK(ended(children[0], text, sizeof text) == EXIT_RANK_LOST);
+    check(strstr(text, "rank 1 (") && strstr(text, ") is silent since it was at the start; "), "one stands still",
+          text);
+    CHECK(ended(children[1], text, sizeof text) == 128 + SIGKILL && !*text);
+    begin_counts(0);
 }
 
 // ---- who has what
@@ -793,6 +829,7 @@ int main(void) {
     test_no_such_host();
     test_taken_port();
     test_a_host_is_lost();
+    test_who_stands_still();
     test_owners();
     return test_verdict();
 }
