@@ -123,7 +123,7 @@ class Values(Header):
 
     def run_program(self, planted=None):
         return subprocess.run([self.build("cudnn_values.cpp", self.COMMAND, planted)], capture_output=True, text=True,
-                              timeout=60, check=False)
+                              timeout=300, check=False)
 
     def test_graphs_are_attention(self):
         run = self.run_program()

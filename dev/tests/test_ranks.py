@@ -608,18 +608,22 @@ class Underway(Ranks):
     RUN = {"--steps": 4000, "--save-every": 10, "--keep": 3, "--eval-every": 0, "--sample-every": 0,
            "--sample-tokens": None, "--rank-timeout": 60, "--shards": 4}
 
+    def goes_on(self, child):
+        if child.poll() is not None:
+            self.fail(f"the run ended by itself, status {child.returncode}: {self.finish(child).stderr}")
+
     def underway(self, ranks=4, changes=None, mpi=None):
         """A run that has saved once; its processes by rank."""
         cwd = self.place()
         child = self.start(cwd, ranks, dict(self.RUN, **(changes or {})), mpi=mpi)
         end = time.monotonic() + TIMEOUT
         while not glob.glob(os.path.join(cwd, "run", "step-*")):
-            self.assertIsNone(child.poll(), "the run ended by itself")
+            self.goes_on(child)
             self.assertLess(time.monotonic(), end)
             time.sleep(0.02)
         saved = max(int(path[-8:]) for path in glob.glob(os.path.join(cwd, "run", "step-*")))
         while not any(e["step"] > saved for e in self.events(cwd, "step")):  # then every rank knows of it
-            self.assertIsNone(child.poll(), "the run ended by itself")
+            self.goes_on(child)
             time.sleep(0.02)
         pids = {rank_of(pid): pid for pid in children(child.pid)}
         pids.pop(None, None)
