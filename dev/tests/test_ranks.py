@@ -486,8 +486,8 @@ class Resume(Ranks):
             events = list(map(json.loads, f))
         began, saves = events[0]["time"], [line["time"] for line in events if line.get("timed")]
         self.assertGreater(len(saves), 1)
-        # The first comes at least 0.12 s behind the start, each other one behind the end of the save before it. A line of
-        # the log is written later than that end, by however long.
+        # The first comes at least 0.12 s behind the start, each other one so long behind the end of the one before. The
+        # line in the log is written later than that end, by however long.
         for n, saved in enumerate(saves, 1):
             self.assertGreaterEqual(saved - began, 0.12 * n - 0.01, (began, saves))
 
