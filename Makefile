@@ -32,9 +32,9 @@ BLAS := $(shell echo 'int main(void){return cblas_sgemm == 0;}' | \
 BLAS_LINK := $(if $(BLAS),$(BLAS_LIBS))
 endif
 
-# oneDNN 2 (libdnnl-dev) for the CPU trainer's products in bf16, --matmul bf16. NO_ONEDNN=1: without.
+# oneDNN 2 or 3 (libdnnl-dev) for the CPU trainer's products in bf16, --matmul bf16. NO_ONEDNN=1: without.
 ifndef NO_ONEDNN
-ONEDNN := $(shell echo 'int main(void){return dnnl_matmul_desc_init == 0;}' | \
+ONEDNN := $(shell echo '_Static_assert(DNNL_VERSION_MAJOR < 4, ""); int main(void){return dnnl_version == 0;}' | \
     $(CC) -include oneapi/dnnl/dnnl.h -x c - -ldnnl -o /dev/null 2>/dev/null && echo -DMTA_ONEDNN)
 ONEDNN_LINK := $(if $(ONEDNN),-ldnnl)
 endif

@@ -38,6 +38,7 @@
 
 #include "mta/config.h"
 #include "mta/exp.h"
+#include "mta/onednn.h"
 #include "mta/ranks_mpi.h"
 #include "mta/train.h"
 #include "mta/trainer.h"
@@ -55,9 +56,6 @@ enum { GEMM_ROWS = 6 };
 #include "mta/vector.h"
 #if defined(MTA_CBLAS) && defined(MTA_REAL_IS_FLOAT)
 #include <cblas.h>
-#endif
-#if defined(MTA_ONEDNN) && defined(MTA_REAL_IS_FLOAT)
-#include <oneapi/dnnl/dnnl.h>
 #endif
 
 static inline int min_int(int a, int b) { return a < b ? a : b; }
@@ -180,7 +178,7 @@ typedef struct {
 #if defined(MTA_REAL_IS_FLOAT) && defined(MTA_ONEDNN)
 #define MTA_BF16
 typedef dnnl_engine_t Bf16Engine;
-typedef dnnl_primitive_t Bf16Product;
+typedef DnnlProduct Bf16Product;
 #else
 typedef void *Bf16Engine, *Bf16Product;
 #endif
@@ -224,62 +222,18 @@ static void round_operand(const Products* p, const real* x, size_t n) {
 #define CHECK_ROUNDED(p, x, rows, cols, ld)  // dev/tests/test_products.c looks whether the copy is that of x
 #endif
 
-static void dnnl_check(dnnl_status_t status, const char* what) {
-    if (status != dnnl_success) { die("oneDNN: %s: status %d", what, (int)status); }
-}
-
-// A matrix (rows,cols), or the transpose of one (cols,rows); ld and sizes may be DNNL_RUNTIME_DIM_VAL.
-static dnnl_memory_desc_t dnnl_matrix(bool t, dnnl_dim_t rows, dnnl_dim_t cols, dnnl_dim_t ld, dnnl_data_type_t type) {
-    dnnl_memory_desc_t d;
-    dnnl_dims_t size = {rows, cols}, stride = {t ? 1 : ld, t ? ld : 1};
-    dnnl_check(dnnl_memory_desc_init_by_strides(&d, 2, size, type, stride), "a matrix");
-    return d;
-}
-
-// A product of any size: what is transposed, alpha and whether it adds to what is there (beta) are its own.
-static dnnl_primitive_t dnnl_product(dnnl_engine_t engine, bool ta, bool tb, float alpha, bool add) {
-    const dnnl_dim_t any = DNNL_RUNTIME_DIM_VAL;
-    dnnl_memory_desc_t A = dnnl_matrix(ta, any, any, any, dnnl_bf16), B = dnnl_matrix(tb, any, any, any, dnnl_bf16),
-                       out = dnnl_matrix(false, any, any, any, dnnl_f32);
-    dnnl_matmul_desc_t matmul;
-    dnnl_primitive_attr_t attributes;
-    dnnl_post_ops_t after;
-    dnnl_primitive_desc_t description;
-    dnnl_primitive_t product;
-    dnnl_check(dnnl_matmul_desc_init(&matmul, &A, &B, NULL, &out), "a product");
-    dnnl_check(dnnl_primitive_attr_create(&attributes), "attributes");
-    dnnl_check(dnnl_primitive_attr_set_output_scales(attributes, 1, 0, &alpha), "alpha");
-    dnnl_check(dnnl_post_ops_create(&after), "beta");
-    if (add) { dnnl_check(dnnl_post_ops_append_sum(after, 1), "beta"); }
-    dnnl_check(dnnl_primitive_attr_set_post_ops(attributes, after), "beta");
-    dnnl_check(dnnl_primitive_desc_create(&description, &matmul, attributes, engine, NULL), "a product in bf16");
-    dnnl_check(dnnl_primitive_create(&product, description), "a product in bf16");
-    dnnl_primitive_desc_destroy(description);
-    dnnl_post_ops_destroy(after);
-    dnnl_primitive_attr_destroy(attributes);
-    return product;
-}
-
-// A product in bf16, as gemm_real. oneDNN keeps to one thread, since every product here is inside a parallel loop.
+// A product in bf16, as gemm_real. On one thread, since every product here is inside a parallel loop.
 static void gemm_bf16(bool ta, bool tb, int M, int N, int K, real alpha, const real* A, size_t lda, const real* B,
                       size_t ldb, real beta, real* out, size_t ldo, const Products* p) {
     if (M <= 0 || N <= 0) { return; }
     assert((alpha == 1 || alpha == p->scale) && (beta == 0 || beta == 1));
-    dnnl_memory_desc_t d[3] = {dnnl_matrix(ta, M, K, (dnnl_dim_t)lda, dnnl_bf16),
-                               dnnl_matrix(tb, K, N, (dnnl_dim_t)ldb, dnnl_bf16),
-                               dnnl_matrix(false, M, N, (dnnl_dim_t)ldo, dnnl_f32)};
+    dnnl_memory_desc_t shape[3] = {dnnl_matrix(ta, M, K, (dnnl_dim_t)lda, dnnl_bf16),
+                                   dnnl_matrix(tb, K, N, (dnnl_dim_t)ldb, dnnl_bf16),
+                                   dnnl_matrix(false, M, N, (dnnl_dim_t)ldo, dnnl_f32)};
     void* const data[3] = {rounded_copy(p, A), rounded_copy(p, B), out};
     CHECK_ROUNDED(p, A, ta ? K : M, ta ? M : K, lda);
     CHECK_ROUNDED(p, B, tb ? N : K, tb ? K : N, ldb);
-    dnnl_exec_arg_t matrices[3] = {{DNNL_ARG_SRC, NULL}, {DNNL_ARG_WEIGHTS, NULL}, {DNNL_ARG_DST, NULL}};
-    dnnl_stream_t stream;
-    dnnl_check(dnnl_stream_create(&stream, p->engine, dnnl_stream_default_flags), "a stream");
-    for (int i = 0; i < 3; i++) {
-        dnnl_check(dnnl_memory_create(&matrices[i].memory, &d[i], p->engine, data[i]), "a matrix");
-    }
-    dnnl_check(dnnl_primitive_execute(p->product[ta][tb][alpha != 1][beta != 0], stream, 3, matrices), "a product");
-    for (int i = 0; i < 3; i++) { dnnl_memory_destroy(matrices[i].memory); }
-    dnnl_stream_destroy(stream);
+    dnnl_multiply(&p->product[ta][tb][alpha != 1][beta != 0], p->engine, shape, data);
 }
 #endif
 
@@ -318,7 +272,7 @@ static void products_free(Products* p) {
     if (!p) { return; }
     for (int i = 0; i < 3; i++) { free(p->of[i].copy); }
 #ifdef MTA_BF16
-    for (int i = 0; i < 16; i++) { dnnl_primitive_destroy(p->product[i & 1][i >> 1 & 1][i >> 2 & 1][i >> 3]); }
+    for (int i = 0; i < 16; i++) { dnnl_product_free(&p->product[i & 1][i >> 1 & 1][i >> 2 & 1][i >> 3]); }
     dnnl_engine_destroy(p->engine);
 #endif
     free(p);

@@ -5,6 +5,9 @@ HEADERS = $(wildcard mta/*.h) VERSION
 EMULATOR_HEADERS = $(wildcard dev/cuda_cpu/*.h)
 .SECONDARY:
 
+ONEDNN_FOUND = $(if $(ONEDNN),$(ONEDNN_LINK) $(shell echo DNNL_VERSION_MAJOR.DNNL_VERSION_MINOR | \
+    $(CC) -E -P -include oneapi/dnnl/dnnl.h - | tail -n 1 | tr -d ' '))
+
 .PHONY: FORCE help help_dev asan header_check nvcc_check bench_programs compile_commands
 help:
 	@echo "make train_mta        CPU trainer; MPI=1: for several processes, started by mpirun, mpiexec or srun"
@@ -20,7 +23,7 @@ help:
 	@echo "variables: CC, ARCH, OPT=-O3, NO_CBLAS=1, NO_ONEDNN=1, MPI=1, MPICC=mpicc, NO_NCCL=1, WERROR=1, NVCC"
 	@echo "found: compiler       $(CC), $(shell $(CC) -dumpmachine), $(or $(ARCH),its default instructions)"
 	@echo "       CBLAS          $(if $(BLAS),$(BLAS_LINK),none: plain OpenMP products)"
-	@echo "       oneDNN         $(or $(ONEDNN_LINK),none: no --matmul bf16 on the CPU (Debian: libdnnl-dev))"
+	@echo "       oneDNN         $(or $(ONEDNN_FOUND),none: no --matmul bf16 on the CPU (Debian: libdnnl-dev))"
 	@echo "       MPI            $(or $(shell command -v $(MPICC)),none: no MPI=1 here)"
 	@echo "       CUDA toolkit  " \
 	    "$(or $(shell $(NVCC) --version 2>/dev/null | grep -o 'release [0-9.]*'),none: no train_mta_cuda here)"

@@ -191,7 +191,7 @@ install_packages() {
     has clang || need+=(clang)
     compiles 'int main(void){return cblas_sgemm == 0;}' gcc -include cblas.h \
         $(pkg-config --cflags --libs openblas 2> /dev/null) -lopenblas || need+=(libopenblas-dev)
-    compiles 'int main(void){return dnnl_matmul_desc_init == 0;}' gcc -include oneapi/dnnl/dnnl.h -ldnnl ||
+    compiles 'int main(void){return dnnl_version == 0;}' gcc -include oneapi/dnnl/dnnl.h -ldnnl ||
         need+=(libdnnl-dev)
     compiles 'int main(void){return 0;}' clang -fopenmp || need+=(libomp-dev)
     compiles 'int LLVMFuzzerTestOneInput(void){return 0;}' clang -fsanitize=fuzzer,address ||

@@ -5,6 +5,8 @@ python3 dev/tests/test_help.py     (programs that are not built are skipped)
 """
 import glob
 import os
+import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -93,6 +95,22 @@ class Help(unittest.TestCase):
                     done = subprocess.run([path, *options], stdout=full, stderr=subprocess.PIPE, text=True, timeout=60)
                     self.assertEqual((done.returncode, done.stderr),
                                      (1, name + ": standard output: No space left on device\n"))
+
+    def test_make_help_tells_the_version_of_onednn(self):
+        """The Makefile takes oneDNN 2 and 3, whose functions differ, and no other: a header and a library of each."""
+        if not shutil.which("make") or not shutil.which("cc"):
+            self.skipTest("no make or no cc")
+        for major, minor, told in ((2, 6, "-ldnnl 2.6"), (3, 7, "-ldnnl 3.7"), (4, 0, "none: ")):
+            with self.subTest(major), tempfile.TemporaryDirectory() as folder:
+                os.makedirs(os.path.join(folder, "oneapi", "dnnl"))
+                with open(os.path.join(folder, "oneapi", "dnnl", "dnnl.h"), "w", encoding="utf-8") as f:
+                    f.write(f"#define DNNL_VERSION_MAJOR {major}\n#define DNNL_VERSION_MINOR {minor}\n"
+                            "int dnnl_version(void);\n")
+                subprocess.run(["cc", "-shared", "-x", "c", "-", "-o", os.path.join(folder, "libdnnl.so")],
+                               input="int dnnl_version(void) { return 0; }\n", text=True, check=True)
+                done = subprocess.run(["make", "-C", ROOT, "help", "CC=cc"], capture_output=True, text=True,
+                                      env=dict(os.environ, CPATH=folder, LIBRARY_PATH=folder))
+                self.assertRegex(done.stdout, r"(?m)^ *oneDNN +" + re.escape(told), done.stderr)
 
     def test_test_mta_names_its_options(self):
         path = os.path.join(BIN, "test_mta")
