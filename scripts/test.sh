@@ -183,7 +183,7 @@ has_aarch64() { has aarch64-linux-gnu-gcc && compiles '#include <stdio.h>
 int main(void){return 0;}' aarch64-linux-gnu-gcc && has qemu-aarch64; }
 
 install_packages() {
-    local need=()
+    local need=() missing=() package
     has gcc || need+=(gcc libc6-dev)
     has g++ || need+=(g++)
     has make || need+=(make)
@@ -194,7 +194,7 @@ install_packages() {
     compiles 'int main(void){return dnnl_version == 0;}' gcc -include oneapi/dnnl/dnnl.h -ldnnl ||
         need+=(libdnnl-dev)
     compiles 'int main(void){return 0;}' clang -fopenmp || need+=(libomp-dev)
-    compiles 'int LLVMFuzzerTestOneInput(void){return 0;}' clang -fsanitize=fuzzer,address ||
+    ! has clang || compiles 'int LLVMFuzzerTestOneInput(void){return 0;}' clang -fsanitize=fuzzer,address ||
         need+=("$(clang_runtime)")
     has python3 || need+=(python3)
     python3 -c 'import ensurepip' 2> /dev/null || need+=(python3-venv)
@@ -205,16 +205,21 @@ install_packages() {
     [ ${#need[@]} -eq 0 ] && return 0
     echo "installing ${need[*]}"
     as_root apt-get update -qq > build/log/apt.log 2>&1
-    as_root env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${need[@]}" \
-        >> build/log/apt.log 2>&1 ||
-        echo "could not install all of ${need[*]}: see build/log/apt.log; going on with what is here"
+    apt_install "${need[@]}" && return 0
+    # One that is unknown here must not keep the others out
+    for package in "${need[@]}"; do apt_install "$package" || missing+=("$package"); done
+    [ ${#missing[@]} -eq 0 ] || echo "could not install ${missing[*]}: see build/log/apt.log; going on with what is here"
+}
+apt_install() {
+    as_root env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "$@" \
+        >> build/log/apt.log 2>&1
 }
 
 # The package that holds clang's sanitizer and fuzzer runtimes, by clang's own version.
 clang_runtime() {
     local version
     version=$(clang --version 2> /dev/null | grep -oE 'version [0-9]+' | grep -oE '[0-9]+')
-    echo "libclang-rt-${version:-14}-dev"
+    echo "libclang-rt-$version-dev"
 }
 
 # make_venv FOLDER: the environment FOLDER/.venv with the packages of FOLDER/requirements.txt. A copy of that file in it

@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""Tests of scripts/quickstart.sh at its --tiny size, and of what it says when something is missing.
+"""Tests of scripts/quickstart.sh at its --tiny size, and of what it says when something is missing; what
+scripts/test.sh installs.
 
 python3 dev/tests/test_quickstart.py     (needs train_mta and infer_mta: MTA_BIN, default the repository)
 
@@ -260,6 +261,37 @@ class Quickstart(unittest.TestCase):
         self.assertIn("the same command continues", stderr)
         for log in logs:
             self.assertEqual(json.loads(read_text(log).splitlines()[-1])["reason"], "signal")
+
+
+class Installing(unittest.TestCase):
+    """What scripts/test.sh asks apt-get for on a bare system: that part of it, where nothing is there."""
+
+    def asked(self, unknown):
+        """Its output, and the packages of each call of an apt-get that knows all packages but one."""
+        with open(os.path.join(ROOT, "scripts", "test.sh"), encoding="utf-8") as f:
+            text = f.read()
+        part = text[text.index("as_root()"):text.index("# make_venv FOLDER")]
+        part += 'has() { false; }\ncompiles() { false; }\npython3() { false; }\n'
+        part += f'as_root() {{ echo "$*" >> asked; [[ " $* " != *" {unknown} "* ]]; }}\ninstall_packages\n'
+        with tempfile.TemporaryDirectory() as folder:
+            os.makedirs(os.path.join(folder, "build", "log"))
+            done = subprocess.run(["bash", "-c", part], cwd=folder, capture_output=True, text=True)
+            lines = read_text(os.path.join(folder, "asked")).splitlines()
+        self.assertEqual(done.stderr, "")
+        return done.stdout, [line.split("--no-install-recommends ")[1].split() for line in lines if "install" in line]
+
+    def test_a_bare_system(self):
+        """All at once; the runtimes of a clang that is not there yet have no version, and are asked for later."""
+        out, calls = self.asked("nothing")
+        self.assertEqual((len(calls), out), (1, "installing " + " ".join(calls[0]) + "\n"))
+        self.assertIn("clang", calls[0])
+        self.assertFalse([name for name in calls[0] if name.startswith("libclang-rt")])
+
+    def test_a_package_that_is_unknown(self):
+        """It keeps no other out."""
+        out, calls = self.asked("libdnnl-dev")
+        self.assertEqual(calls[1:], [[name] for name in calls[0]])
+        self.assertIn("could not install libdnnl-dev: see", out)
 
 
 if __name__ == "__main__":
