@@ -201,6 +201,7 @@ install_packages() {
     has mpicc.openmpi || need+=(libopenmpi-dev openmpi-bin)
     has mpicc.mpich || need+=(libmpich-dev mpich)
     { has slurmctld && has slurmd && has srun; } || need+=(slurm-wlm)
+    has ip || need+=(iproute2)
     has_aarch64 || need+=(gcc-aarch64-linux-gnu libc6-dev-arm64-cross qemu-user)
     [ ${#need[@]} -eq 0 ] && return 0
     echo "installing ${need[*]}"
