@@ -176,7 +176,8 @@ def cells_of(part):
             for attention in TOY_ATTENTIONS
         ]
     if part == "toy-long":  # thrice the steps: every seed of the task whose seeds still fell, one seed of the others
-        tasks = [(5, "last", seed) for seed in (1, 2, 3)] + [(8, "last", 1), (8, "first", 1), (5, "all", 1), (8, "all", 1)]
+        tasks = [(5, "last", seed) for seed in (1, 2, 3)]
+        tasks += [(8, "last", 1), (8, "first", 1), (5, "all", 1), (8, "all", 1)]
         return [
             toy_cell(part, n, kind, attention, seed, **TOY_BEST, steps=TOY_LONG_STEPS)
             for n, kind, seed in tasks

@@ -156,7 +156,7 @@ def toy_long(results):
     late, rows = 7 * evidence.TOY_LONG_STEPS // 10, []
     for n, kind in evidence.TOY_TASKS:
         for seed in sorted({seed for task, seed, _ in longer if task == f"n{n}_{kind}"}):
-            row = [f"N {n}, {kind}", seed]
+            row = [f"N {n}, {kind}", " and ".join(TOY_PAPER[a][f"n{n}_{kind}"] for a in PAIR), seed]
             for attention in PAIR:
                 before, after = (cells.get((f"n{n}_{kind}", seed, attention)) for cells in (short, longer))
                 at = [before and before["last"]["toy"], after and dict(after["curve"]["toy"]).get(late)]
@@ -167,12 +167,12 @@ def toy_long(results):
     head = [f"{a} {when}" for a in PAIR for when in (f"after {evidence.TOY_STEPS}", f"{late} of {end}", f"{end}")]
     lines = [
         "## The toy task with three times the steps", "",
-        f"How far from its plateau the table is: error in percent, {end} steps of fresh sequences (no sequence is "
-        "drawn twice); each learning rate falls to 0 at its own last step, which is why the last third of a run "
-        "always gains something.",
+        f"How far from its plateau the table above is: error in percent, {end} steps of fresh sequences (none is drawn "
+        f"twice). Each learning rate falls to 0 at its own last step. Where {end} steps end far below "
+        f"{evidence.TOY_STEPS}, the table above shows who learns faster, and this one who learns it at all.",
         "",
     ]
-    return lines + table(["task", "seed", *head], rows) + origin(results, "toy-long")
+    return lines + table(["task", "paper: plain and mta", "seed", *head], rows) + origin(results, "toy-long")
 
 
 def again(results):
