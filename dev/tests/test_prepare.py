@@ -9,7 +9,7 @@ without train_mta. --full: 20 kills at random moments of a longer preparation in
 
 import argparse
 import array
-import base64
+import binascii
 import contextlib
 import gzip
 import hashlib
@@ -1331,7 +1331,7 @@ class Encoders(Case):
     def ranks(self, n, name):
         """A rank file of n tokens: the bytes, then made-up ones."""
         tokens = [bytes([i]) for i in range(256)] + [b"%06d" % i for i in range(n - 256)]
-        lines = (base64.b64encode(token) + b" %d\n" % i for i, token in enumerate(tokens[:n]))
+        lines = (b"%s %d\n" % (binascii.b2a_base64(token, newline=False), i) for i, token in enumerate(tokens[:n]))
         return self.write(name, b"".join(lines))
 
     @unittest.skipUnless(PROGRAM and tiktoken, "needs infer_mta and tiktoken")
@@ -1345,7 +1345,8 @@ class Encoders(Case):
         write_lines(self.path("x.jsonl"), [(t, None) for t in texts], meta=False)
         self.write("long.txt", "".join(texts))
         gpt2 = os.path.join(os.path.dirname(RANKS), "gpt2.tiktoken")
-        for ranks, pattern in ((RANKS, None), (gpt2, None), (RANKS, "llama3"), (RANKS, "o200k_base")):
+        for ranks, pattern in ((RANKS, None), (RANKS, "llama3"), (RANKS, "o200k_base"), (gpt2, None)):
+            tokenizer.read_ranks(ranks)  # here, for all copies of this process
             sums = []
             for i, more in enumerate((("infer_mta", "--workers", "1"), ("tiktoken",), ("infer_mta", "--workers", "2"))):
                 out = self.path("o%d" % i)
@@ -1385,16 +1386,14 @@ class Encoders(Case):
 
     def test_the_number_of_ranks_tells_the_pattern(self):
         for n, pattern in tokenizer.PATTERN_OF_RANKS.items():
-            self.assertEqual(tokenizer.pattern_of(self.ranks(n, "tokenizer.model")), pattern)
+            ranks = tokenizer.read_ranks(self.ranks(n, "%d.tiktoken" % n))
             other = "gpt2" if pattern != "gpt2" else "Llama-3"
-            path = self.ranks(n, other + ".tiktoken")
-            with self.assertRaisesRegex(
-                tokenizer.UserError,
-                "%d ranks as %s has them, but its name says %s" % (n, pattern, other.lower().replace("-", "")),
-            ):
-                tokenizer.pattern_of(path)
-            self.assertEqual(tokenizer.pattern_of(path, "llama3"), "llama3")
-            tokenizer.read_ranks.cache_clear()
+            words = "%d ranks as %s has them, but its name says %s" % (n, pattern, other.lower().replace("-", ""))
+            with unittest.mock.patch("tokenizer.read_ranks", return_value=ranks):  # read once, under all names
+                self.assertEqual(tokenizer.pattern_of("tokenizer.model"), pattern)
+                with self.assertRaisesRegex(tokenizer.UserError, words):
+                    tokenizer.pattern_of(other + ".tiktoken")
+                self.assertEqual(tokenizer.pattern_of(other + ".tiktoken", "llama3"), "llama3")
         for name in ("tokenizer.model", "cl100k_base.tiktoken"):
             with self.assertRaisesRegex(tokenizer.UserError, "1000 ranks, which no known tokenizer has; add --pattern"):
                 tokenizer.pattern_of(self.ranks(1000, name))
@@ -1522,14 +1521,23 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
 @unittest.skipUnless(hub, "needs huggingface_hub")
 class Downloads(Case):
+    @classmethod
+    def setUpClass(cls):
+        """One server for all: its address is read when the package is loaded, here for all copies of this process."""
+        cls.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+        threading.Thread(target=cls.server.serve_forever, daemon=True).start()
+        cls.addClassCleanup(cls.server.server_close)
+        cls.addClassCleanup(cls.server.shutdown)
+        home = tempfile.TemporaryDirectory(prefix="test_prepare_home_")
+        cls.addClassCleanup(home.cleanup)
+        os.environ.update(HF_ENDPOINT="http://127.0.0.1:%d" % cls.server.server_port, HF_HOME=home.name,
+                          HF_HUB_DISABLE_TELEMETRY="1")
+        hub.hf_hub_download, hub.HfApi  # names that load it
+
     def setUp(self):
         super().setUp()
-        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
         self.server.repo, self.server.files, self.server.faults, self.server.requests = "some/mirror", {}, {}, []
         self.server.missing, self.server.always = set(), {}  # always: {"GETapi": status}
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
-        self.addCleanup(self.server.server_close)
-        self.addCleanup(self.server.shutdown)
         rng = random.Random(4)
         names = ["train/chunk%d/f%d.jsonl" % (i % 3, i) for i in range(6)] + [
             "validation/chunk1/v.jsonl",
@@ -1542,10 +1550,8 @@ class Downloads(Case):
         self.server.files["README.md"] = b"about"
 
     def download(self, *more, status=0):
-        environment = dict(HF_ENDPOINT="http://127.0.0.1:%d" % self.server.server_port, HF_HOME=self.path("home"),
-                           HF_HUB_DISABLE_TELEMETRY="1")
         options = ("--download", self.path("d"), "--repo", "some/mirror", "--retry-pause", "0.05", *more)
-        return run("slimpajama", *options, status=status, environment=environment)
+        return run("slimpajama", *options, status=status)
 
     def wanted(self):
         return sorted(n for n in self.server.files if n.startswith(("train/", "validation/")))
