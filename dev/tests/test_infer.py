@@ -9,6 +9,7 @@ import array
 import base64
 import fcntl
 import glob
+import importlib.util
 import json
 import math
 import os
@@ -27,8 +28,8 @@ import time
 import unittest
 import zlib
 
-from helpers import BIN as FOLDER, GOLDEN, ROOT, floats, main, png_size, read_bytes, read_safetensors, to_bf16, worst
-from helpers import write_safetensors, zip_all
+from helpers import BIN as FOLDER, GOLDEN, ROOT, call, floats, main, png_size, read_bytes, read_safetensors, to_bf16
+from helpers import worst, write_safetensors, zip_all
 
 BIN = os.path.join(FOLDER, "infer_mta")
 sys.path.insert(0, os.path.join(ROOT, "dev", "ref"))
@@ -1275,15 +1276,18 @@ class TextIO(unittest.TestCase):
 
     def test_picture_of_attention(self):
         """scripts/attention_map.py draws the weights over a prompt, whose tokens may be any characters."""
-        candidates = [sys.executable, os.path.join(ROOT, "data", ".venv", "bin", "python")]
-        probe = ["-c", "import matplotlib"]
-        has = lambda c: os.path.exists(c) and not subprocess.call([c] + probe, stderr=subprocess.DEVNULL)
-        draws = [c for c in candidates if has(c)]
-        if not draws:
-            self.skipTest("no matplotlib here")
+        python, other = sys.executable, os.path.join(ROOT, "data", ".venv", "bin", "python")
+        if not importlib.util.find_spec("matplotlib"):
+            python = other
+            if not os.path.exists(other) or subprocess.call([other, "-c", "import matplotlib"],
+                                                            stderr=subprocess.DEVNULL):
+                self.skipTest("no matplotlib here")
+        sys.path.insert(0, os.path.join(ROOT, "scripts"))
+        import attention_map
+
         out = os.path.join(self.tmp.name, "map.png")
-        script = os.path.join(ROOT, "scripts", "attention_map.py")
-        args = [draws[0], script, self.dir, "--infer", BIN, "--prompt", "a $b\n\u00e9", "--layer", "1", "--out", out]
+        options = [self.dir, "--infer", BIN, "--prompt", "a $b\n\u00e9", "--layer", "1", "--out", out]
+        args = [python, attention_map.__file__, *options]
         subprocess.run(args, check=True, stdout=subprocess.DEVNULL)
         with open(out, "rb") as f:
             self.assertEqual(f.read(8), b"\x89PNG\r\n\x1a\n")
@@ -1296,28 +1300,28 @@ class TextIO(unittest.TestCase):
         with open(written) as f:
             good = json.load(f)
         self.assertEqual(good["tokens"], ["<BOS>", "a"])
-        drawn = [draws[0], script, "--out", out, "--json"]
-        for more, words in ((["--head", "1_0"], "--head: got '1_0'"), (["--token-ids", "1"], "not allowed with"),
-                            (["--json", out], "--json FILE")):
-            p = subprocess.run(args + more, capture_output=True, text=True)
-            self.assertEqual((p.returncode, p.stderr.count("\n")), (1, 1), p.stderr)
-            self.assertIn(words, p.stderr)
-        for more, words in (([*drawn, written, "--layer", "0"], "--layer: no use beside --json"),
+        drawn = ["--out", out, "--json"]
+        here = [self.dir, "--infer", BIN]
+        for words, said in (([*options, "--head", "1_0"], "--head: got '1_0'"),
+                            ([*options, "--token-ids", "1"], "not allowed with"),
+                            ([*options, "--json", out], "--json FILE"),
+                            ([*drawn, written, "--layer", "0"], "--layer: no use beside --json"),
                             ([*drawn, written, "--prompt", ""], "--prompt: no use beside --json"),
-                            ([draws[0], script, self.dir, "--infer", BIN], "wanted --prompt TEXT")):
-            p = subprocess.run(more, capture_output=True, text=True)
-            self.assertEqual((p.returncode, p.stderr.count("\n")), (1, 1), p.stderr)
-            self.assertIn(words, p.stderr)
+                            (here, "wanted --prompt TEXT")):
+            self.refused_picture(attention_map, words, said)
         for bad in ([], {}, dict(good, tokens=[]), dict(good, after=[[None], [1, 2]]), dict(good, before=[[1]])):
             with open(odd, "w") as f:
                 json.dump(bad, f)
-            p = subprocess.run([*drawn, odd], capture_output=True, text=True)
-            self.assertEqual((p.returncode, p.stderr.count("\n")), (1, 1), p.stderr)
-            self.assertIn("no map as infer_mta", p.stderr)
-        subprocess.run([draws[0], script, self.dir, "--infer", BIN, "--prompt=--x", "--out", out], check=True,
+            self.refused_picture(attention_map, [*drawn, odd], "no map as infer_mta")
+        subprocess.run([python, attention_map.__file__, *here, "--prompt=--x", "--out", out], check=True,
                        stdout=subprocess.DEVNULL)
         p = subprocess.run(args + ["--head", "7"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         self.assertEqual((p.returncode, p.stderr.count(b"\n")), (1, 1), p.stderr)
+
+    def refused_picture(self, attention_map, options, said):
+        done = call(attention_map, *options)
+        self.assertEqual((done.returncode, done.stderr.count("\n")), (1, 1), done.stderr)
+        self.assertIn(said, done.stderr)
 
     def test_model_class_of_the_evaluation_harness(self):
         """scripts/lm_eval_mta.py through the calls of lm-evaluation-harness, whose two classes stand in here: each
