@@ -128,9 +128,8 @@ report_ended() {
 # mostly waits begins beside the build.
 FIRST_BUILT=(train_mta build/openmpi/train_mta build/mpich/train_mta nvcc_check build/races/test_mta_bf16)
 FIRST=(test_start test_ranks.py test_ranks_cuda.py "emulator bf16" "PTX executed" test_cuda_run.py test_prepare.py
-    test_run.py "emulator fp32" test_quickstart.py test_export.py operations fuzz test_lm_eval.py test_day.py
-    test_tokenizer.py test_infer.py test_aarch64.py "races golden" "test_mta without CBLAS, sanitizers" test_cudnn.py
-    "races fused attention" "emulator many heads, order 7, asan")
+    test_run.py "emulator fp32" test_quickstart.py operations fuzz test_tokenizer.py test_aarch64.py "races golden"
+    "test_mta without CBLAS, sanitizers" test_cudnn.py "races fused attention" "emulator many heads, order 7, asan")
 
 # make_programs STEP...: makes what these steps need, each program once, and build/log/ready/STEP when a step has all.
 make_programs() {
@@ -252,6 +251,9 @@ if [ $install -eq 1 ]; then
     make_venv data || no_venv data
     make_venv dev || no_venv dev
 fi
+# A python3 that is a script which looks for the real one (pyenv's) takes 0.1 s of a core at each start.
+real=$(python3 -c 'import sys; print(sys.executable)' 2> /dev/null)
+[ "$real" = "$(command -v python3)" ] || PATH=${real%/*}:$PATH
 python=python3 compare=""
 if [ $mode != check ]; then
     [ -x data/.venv/bin/python ] && python=data/.venv/bin/python
@@ -261,17 +263,19 @@ fi
 
 # ---- the steps
 
-# The Python tests drive the programs. Those that compare with PyTorch and its kin run in dev/.venv.
+# The Python tests drive the programs. Those that compare with PyTorch and its kin run in dev/.venv, as one step.
 EMULATED="build/train_mta_cuda_cpu build/train_mta_cuda_cpu_fp32"
+compared=()
 python_step() {
-    local source=dev/tests/$1 runner=$python runs=full
-    case $1 in test_help.py | test_layout.py) runs=both ;; esac
-    local compared='^ *(import|from) (torch|transformers|tokenizers|safetensors|lm_eval|tensorboard)\b'
-    if [ -n "$compare" ] && grep -qE "$compared" "$source"; then runner=$compare; fi
-    local built="train_mta infer_mta test_mta"
-    if [ $runs = full ]; then built+=" $EMULATED"; fi
+    local source=dev/tests/$1 runs=full built="train_mta infer_mta test_mta"
+    local kin='^ *(import|from) (torch|transformers|tokenizers|safetensors|lm_eval|tensorboard)\b'
+    if [ -n "$compare" ] && grep -qE "$kin" "$source"; then
+        [[ -n $only && $1 != *"$only"* ]] || compared+=("$source")
+        return
+    fi
+    case $1 in test_help.py | test_layout.py) runs=both ;; *) built+=" $EMULATED" ;; esac
     if [ "$1" = test_launchers.py ]; then built+=$ranked; fi
-    step $runs "$1" "$built" "$runner" "$source"
+    step $runs "$1" "$built" "$python" "$source"
 }
 # The CPU trainer on several processes, by each MPI that is here.
 ranked=""
@@ -288,6 +292,11 @@ if has python3; then
         name=$(basename "$source")
         case $name in test_ranks.py) ranks_step "$name" ;; *) python_step "$name" ;; esac
     done
+    if [ ${#compared[@]} -gt 0 ]; then
+        name=${compared[*]#dev/tests/}
+        FIRST=("$name" "${FIRST[@]}")
+        step full "$name" "train_mta infer_mta test_mta" "$compare" dev/tests/with_torch.py "${compared[@]}"
+    fi
     step check "infer_mta gives the golden logits, and the trainer's" "infer_mta test_mta" \
         python3 dev/tests/test_infer.py -k test_logits_of_every_position -k trainers_forward
     step check "a run with resume" train_mta python3 dev/tests/test_run.py -k ten_and_ten
