@@ -172,6 +172,12 @@ build/asan/%.o: %.c train_mta.c $(HEADERS) build/flags_c
 	@mkdir -p build/asan
 	$(CC) $(CFLAGS) $(SANITIZE) -c $< -o $@
 
+# Without its main: the tests call nothing of what only that calls, which takes two thirds of the compiler's time.
+LIBRARY = -DMTA_LIBRARY -Wno-unused-function
+build/asan/train_mta_library.o: train_mta.c $(HEADERS) build/flags_c
+	@mkdir -p build/asan
+	$(CC) $(CFLAGS) $(SANITIZE) $(LIBRARY) -c $< -o $@
+
 build/asan/test_mta: build/asan/test_mta.o build/asan/train_mta_library.o
 	$(CC) $(CFLAGS) $(SANITIZE) $^ -o $@ $(LDLIBS)
 
