@@ -288,7 +288,7 @@ SANITIZERS_undefined = address,undefined
 build/asan/cuda_cpu_bf16.o build/undefined/cuda_cpu_bf16.o: build/%/cuda_cpu_bf16.o: train_mta.cu $(HEADERS) \
     $(EMULATOR_HEADERS) build/flags_cxx
 	@mkdir -p build/$*
-	$(EMULATE) $(call ASAN_KERNELS,$(SANITIZERS_$*)) $(SIZES) -c $< -o $@
+	$(EMULATE) $(call ASAN_KERNELS,$(SANITIZERS_$*)) $(SIZES) $(LIBRARY) -c $< -o $@
 build/%/test_mta_cuda_cpu_bf16: build/test_mta.o build/train_mta_library.o build/%/cuda_cpu_bf16_library.o
 	$(CXX) $(CXXFLAGS) $(call ASAN_KERNELS,$(SANITIZERS_$*)) $^ -o $@ $(BLAS_LINK) $(ONEDNN_LINK) $(LDLIBS)
 
@@ -300,10 +300,10 @@ build/races/races.o: dev/cuda_cpu/races.cpp $(EMULATOR_HEADERS) build/flags_cxx
 	$(EMULATE) -O2 -c $< -o $@
 build/races/bf16.o: $(EMULATED)
 	@mkdir -p build/races
-	$(EMULATE) $(RACES) $(SIZES) -c $< -o $@
+	$(EMULATE) $(RACES) $(SIZES) $(LIBRARY) -c $< -o $@
 build/races/fp32.o: $(EMULATED)
 	@mkdir -p build/races
-	$(EMULATE) $(RACES) $(SIZES) -DPRECISION_FP32 -c $< -o $@
+	$(EMULATE) $(RACES) $(SIZES) $(LIBRARY) -DPRECISION_FP32 -c $< -o $@
 build/races/test_mta_%: build/test_mta.o build/train_mta_library.o build/races/%_library.o build/ops_reference.o \
     build/races/races.o
 	$(CXX) $(CXXFLAGS) $^ -o $@ $(BLAS_LINK) $(ONEDNN_LINK) $(LDLIBS)

@@ -44,6 +44,7 @@
 #define __host__
 #define __launch_bounds__(...)
 #define __align__(n) alignas(n)
+#define UNWATCHED __attribute__((no_sanitize_thread))  // races.cpp does not look at what such a function touches
 #define __shared__ static __attribute__((section("cuda_shared")))
 
 // ---- vector types
@@ -194,7 +195,7 @@ inline void set_thread(unsigned t) { machine.thread_idx = machine.thread_idxs[t]
 inline void fiber_create(Fiber* f);
 
 // What runs next: a fiber that can go on, else one for threads that have not started, else the scheduler.
-inline Fiber* next_fiber() {
+inline UNWATCHED Fiber* next_fiber() {
     Machine& m = machine;
     if (m.ready_at < m.ready.size()) { return m.current = m.ready[m.ready_at++]; }
     if (m.next == m.n_threads) { return &m.scheduler; }
@@ -248,7 +249,7 @@ inline void fiber_create(Fiber* f) {
 }
 
 // The running thread stops here until something puts its fiber on the ready list.
-inline void wait_for(const char* what, int line) {
+inline UNWATCHED void wait_for(const char* what, int line) {
     Fiber* self = machine.current;
     self->wait = what;
     self->line = line;
@@ -257,7 +258,7 @@ inline void wait_for(const char* what, int line) {
     set_thread(self->thread);
 }
 
-inline void barrier(int line) {
+inline UNWATCHED void barrier(int line) {
     Machine& m = machine;
     if (!m.at_barrier.empty() && m.at_barrier[0]->line != line) {
         fault("reaches the barrier of line %d while others wait at the one of line %d", line, m.at_barrier[0]->line);
@@ -268,8 +269,8 @@ inline void barrier(int line) {
 
 // Every lane of `mask` brings a value; returns all lanes' values. Lanes outside the mask read as all ones (NaN).
 // together: run once, by the lane that comes last, before any lane goes on.
-inline const uint64_t* warp_exchange(const char* what, unsigned mask, uint64_t value, int line,
-                                     void (*together)(const uint64_t*) = NULL) {
+inline UNWATCHED const uint64_t* warp_exchange(const char* what, unsigned mask, uint64_t value, int line,
+                                               void (*together)(const uint64_t*) = NULL) {
     Machine& m = machine;
     WarpOp* ops = m.warp_ops[m.current->thread / WARP];
     unsigned lane = m.current->thread % WARP;
@@ -431,14 +432,13 @@ template <typename T> inline T shfl_xor(int line, unsigned mask, T v, int flip) 
 }
 }  // namespace cuda_cpu
 
-// One fiber runs at a time, so plain read-modify-write is atomic; races.cpp does not look at it.
-#define ATOMIC __attribute__((no_sanitize_thread))
-template <typename T> static inline ATOMIC T atomicAdd(T* p, T v) {
+// One fiber runs at a time, so plain read-modify-write is atomic.
+template <typename T> static inline UNWATCHED T atomicAdd(T* p, T v) {
     T old = *p;
     *p = (T)(old + v);
     return old;
 }
-template <typename T> static inline ATOMIC T atomicMax(T* p, T v) {
+template <typename T> static inline UNWATCHED T atomicMax(T* p, T v) {
     T old = *p;
     *p = std::max(old, v);
     return old;

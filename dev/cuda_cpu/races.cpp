@@ -37,14 +37,22 @@ void watch(Range* r, char* begin, size_t bytes) {
     *r = Range{begin, bytes, (Cell*)calloc(bytes / 2 + 1, sizeof(Cell))};
 }
 Range* find(char* p) {
-    static Range* last = NULL;  // of device memory, in this launch: nothing is allocated or freed in one
+    // Of device memory, and of what lies between two allocations, in this launch: nothing is allocated or freed in one.
+    static Range* last = NULL;
+    static char *none_begin = NULL, *none_end = NULL;
     static uint32_t launch = 0;
     if (inside(shared, p)) { return &shared; }
     if (inside(fixed, p)) { return &fixed; }
-    if (last && launch == machine.launch_start && inside(*last, p)) { return last; }
-    auto a = allocations.upper_bound(p);
-    if (a == allocations.begin() || p >= (char*)(--a)->first + a->second) { return NULL; }
-    last = &ranges[(char*)a->first], launch = machine.launch_start;
+    if (launch != machine.launch_start) { launch = machine.launch_start, last = NULL, none_begin = none_end = NULL; }
+    if (last && inside(*last, p)) { return last; }
+    if (p >= none_begin && p < none_end) { return NULL; }
+    auto above = allocations.upper_bound(p), a = above;
+    char* below = above == allocations.begin() ? NULL : (char*)(--a)->first + a->second;
+    if (p >= below) {
+        none_begin = below, none_end = above == allocations.end() ? (char*)UINTPTR_MAX : (char*)above->first;
+        return NULL;
+    }
+    last = &ranges[(char*)a->first];
     watch(last, (char*)a->first, a->second);
     return last;
 }
@@ -62,7 +70,8 @@ void report(const Range* r, const char* p, const char* what, unsigned other, voi
 void touch(char* p, size_t n, bool write, void* pc) {
     Machine& m = machine;
     if (!m.kernel || !m.current || n < 2 ||
-        (p >= (char*)m.current->stack && p < (char*)m.current->stack + STACK_BYTES)) {
+        (p >= (char*)m.current->stack && p < (char*)m.current->stack + STACK_BYTES) ||
+        (p >= (char*)&m && p < (char*)(&m + 1))) {  // threadIdx and its kin
         return;
     }
     watch(&shared, m.shared, m.shared_bytes);
