@@ -11,7 +11,15 @@ struct __nv_bfloat16 {
         bool nan = (u & 0x7fffffffu) > 0x7f800000u;
         bits = nan ? (uint16_t)0x7fff : (uint16_t)((u + 0x7fffu + (u >> 16 & 1)) >> 16);
     }
-    operator float() const { return __uint_as_float((uint32_t)bits << 16); }
+    operator float() const {
+        float f;
+        value(&f, (uint32_t)bits);
+        return f;
+    }
+    template <typename F, typename W> static void value(F* to, const W& word) {  // as __half has it
+        W full = word << 16;
+        memcpy((void*)to, (const void*)&full, sizeof full);
+    }
 };
 struct alignas(4) __nv_bfloat162 {
     __nv_bfloat16 x, y;

@@ -28,7 +28,6 @@
 #include <algorithm>
 #include <functional>
 #include <map>
-#include <tuple>
 #include <type_traits>
 #include <vector>
 #if !defined(__x86_64__)
@@ -113,6 +112,15 @@ inline uint64_t environment_order() {  // CUDA_CPU_ORDER=N: what set_order(N) do
     return order ? strtoull(order, NULL, 10) : 0;
 }
 
+// An argument as the kernel's parameter has it; its type by its mangled name (Pf: float*).
+struct Argument {
+    const void* bytes;
+    size_t size;
+    const char* type;
+};
+// A kernel with its arguments: runs it as the current thread, or adds them to the list where one is given.
+typedef std::function<void(std::vector<Argument>* list)> Call;
+
 // Everything about the launch and block that runs. One CPU thread, hence plain globals.
 struct Machine {
     Fiber fibers[MAX_THREADS];
@@ -122,7 +130,7 @@ struct Machine {
     std::vector<unsigned> order;  // the order in which threads start
     Fiber* current;
     Fiber scheduler;
-    const std::function<void()>* body;  // the kernel with its arguments
+    const Call* body;
     const char* kernel;
     unsigned n_threads, next, finished;
     size_t ready_at;                 // the first of `ready` that has not gone on yet
@@ -197,7 +205,15 @@ inline void fiber_create(Fiber* f);
 // What runs next: a fiber that can go on, else one for threads that have not started, else the scheduler.
 inline UNWATCHED Fiber* next_fiber() {
     Machine& m = machine;
-    if (m.ready_at < m.ready.size()) { return m.current = m.ready[m.ready_at++]; }
+    if (m.ready_at < m.ready.size()) {
+        m.current = m.ready[m.ready_at++];
+        if (m.ready_at < m.ready.size()) {  // a stack is rarely in the cache's first level: fetch the one after this
+            const char* top = (const char*)m.ready[m.ready_at]->sp;
+            for (int line = 0; line < 4; line++) { __builtin_prefetch(top + 64 * line); }
+        }
+        return m.current;
+    }
+    m.ready.clear(), m.ready_at = 0;
     if (m.next == m.n_threads) { return &m.scheduler; }
     if (m.idle.empty()) { fault("more fibers than threads"); }
     m.current = m.idle.back();
@@ -220,7 +236,7 @@ inline void fiber_main() {
         while (m.next < m.n_threads) {
             self->thread = m.order[m.next++];
             set_thread(self->thread);
-            (*m.body)();
+            (*m.body)(NULL);
             if (m.thread_end) { m.thread_end(); }
             m.finished++;
         }
@@ -355,7 +371,7 @@ extern "C" char __start_cuda_shared[] __attribute__((weak));
 extern "C" char __stop_cuda_shared[] __attribute__((weak));
 
 // Runs every block of the grid. shared: bytes of dynamic shared memory.
-inline void run_grid(const char* kernel, dim3 grid, dim3 block, size_t shared, const std::function<void()>& body) {
+inline void run_grid(const char* kernel, dim3 grid, dim3 block, size_t shared, const Call& body) {
     Machine& m = machine;
     m.kernel = kernel, m.grid_dim = grid, m.block_dim = block, m.body = &body;
     m.n_threads = block.x * block.y * block.z;
@@ -404,7 +420,6 @@ template <typename T> inline T from_bits(uint64_t bits) {
     memcpy((void*)&v, &bits, sizeof(T));
     return v;
 }
-
 inline int lane() { return (int)(machine.current->thread % WARP); }
 
 }  // namespace cuda_cpu

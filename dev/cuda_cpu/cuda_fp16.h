@@ -20,9 +20,17 @@ struct __half {
         }
     }
     operator float() const {
-        uint32_t sign = (uint32_t)(bits & 0x8000u) << 16, rest = (uint32_t)(bits & 0x7fffu) << 13;
-        if (rest >= 31u << 23) { return __uint_as_float(sign | 0x7f800000u | rest); }  // infinity, NaN
-        return __uint_as_float(sign | rest) * 0x1p112f;  // the exponent's bias is 15 here, 127 there; subnormals too
+        float f;
+        value(&f, (uint32_t)bits);
+        return f;
+    }
+    // of the low 16 bits of a word; or of a vector of words a vector of numbers
+    template <typename F, typename W> static void value(F* to, const W& word) {
+        W sign = (word & 0x8000u) << 16, rest = (word & 0x7fffu) << 13, bits = sign | rest, full = bits | 0x7f800000u;
+        F finite, special;  // special: infinity, NaN
+        memcpy((void*)&finite, (const void*)&bits, sizeof bits);
+        memcpy((void*)&special, (const void*)&full, sizeof full);
+        *to = rest >= 31u << 23 ? special : finite * 0x1p112f;  // the exponent's bias is 15 here, 127 there
     }
 };
 struct alignas(4) __half2 {

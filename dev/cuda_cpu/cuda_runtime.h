@@ -204,13 +204,7 @@ inline cudaError_t query(Stream* stream, const Record* until, bool* asked) {
                                                      : cudaErrorNotReady);  // cudaGetLastError says it too
 }
 
-// A launch as a hook sees it, when its turn in the stream has come. Arguments as the kernel's parameters have them; a
-// type by its mangled name (Pf: float*).
-struct Argument {
-    const void* bytes;
-    size_t size;
-    const char* type;
-};
+// A launch as a hook sees it, when its turn in the stream has come.
 struct Launch {
     const char* name;
     const void* kernel;
@@ -222,13 +216,13 @@ struct Launch {
 // here, as often as it is called.
 inline void (*launch_hook)(const Launch& launch, const std::function<void()>& emulate) = NULL;
 
-template <typename... P, typename... A>
-inline void launch(const char* name, dim3 grid, dim3 block, size_t shared, Stream* stream, void (*kernel)(P...),
-                   A&&... args) {
-    auto limit = shared_limit.find((const void*)kernel);
+// Submits a launch unless a GPU would refuse it. What does not depend on the kernel's parameters stands here, compiled
+// once.
+inline void launch_call(const Launch& l, Stream* stream, const Call& call) {
+    auto limit = shared_limit.find(l.kernel);
     size_t allowed = limit == shared_limit.end() ? (size_t)DEFAULT_SHARED : limit->second;
-    size_t threads = (size_t)block.x * block.y * block.z;
-    if (planted_failure("launch") || planted_failure(name)) {
+    size_t threads = (size_t)l.block.x * l.block.y * l.block.z;
+    if (planted_failure("launch") || planted_failure(l.name)) {
         set_error(cudaErrorLaunchFailure);
         return;
     }
@@ -236,29 +230,39 @@ inline void launch(const char* name, dim3 grid, dim3 block, size_t shared, Strea
         set_error(cudaErrorInvalidResourceHandle);
         return;
     }
-    if (threads == 0 || threads > MAX_THREADS || block.z > 64 || grid.x == 0 || grid.y == 0 || grid.z == 0 ||
-        grid.x > 0x7fffffffu || grid.y > 65535 || grid.z > 65535 || shared > allowed || device_state() != cudaSuccess) {
+    if (threads == 0 || threads > MAX_THREADS || l.block.z > 64 || l.grid.x == 0 || l.grid.y == 0 || l.grid.z == 0 ||
+        l.grid.x > 0x7fffffffu || l.grid.y > 65535 || l.grid.z > 65535 || l.shared > allowed ||
+        device_state() != cudaSuccess) {
         set_error(device_state() != cudaSuccess ? device_state() : cudaErrorInvalidConfiguration);
         return;
     }
-    if (planted_hang("launch") || planted_hang(name)) {
+    if (planted_hang("launch") || planted_hang(l.name)) {
         submit_work(stream, [] { return false; });
     }
-    std::tuple<std::decay_t<P>...> params(std::forward<A>(args)...);  // evaluated and converted once, as a launch does
-    submit(stream, [=] {
-        std::function<void()> body = [&] { std::apply(kernel, params); },
-                              emulate = [&] { run_grid(name, grid, block, shared, body); };
+    submit(stream, [l, call] {
+        std::function<void()> emulate = [&] { run_grid(l.name, l.grid, l.block, l.shared, call); };
         if (!launch_hook) {
             emulate();
             return;
         }
-        Launch l = {name, (const void*)kernel, grid, block, shared, {}};
-        std::apply(
-            [&](const auto&... x) {
-                (l.arguments.push_back(Argument{&x, sizeof x, typeid(x).name()}), ...);
-            },
-            params);
-        launch_hook(l, emulate);
+        Launch named = l;
+        call(&named.arguments);
+        launch_hook(named, emulate);
+    });
+}
+template <typename T> struct Same {  // keeps an argument out of the deduction of the kernel's parameters
+    typedef T type;
+};
+// The arguments are evaluated and converted to the kernel's parameters once, as a launch does.
+template <typename... P>
+inline void launch(const char* name, dim3 grid, dim3 block, size_t shared, Stream* stream, void (*kernel)(P...),
+                   typename Same<P>::type... arguments) {
+    launch_call({name, (const void*)kernel, grid, block, shared, {}}, stream, [=](std::vector<Argument>* list) {
+        if (list) {
+            (list->push_back(Argument{&arguments, sizeof arguments, typeid(arguments).name()}), ...);
+        } else {
+            kernel(arguments...);
+        }
     });
 }
 }  // namespace cuda_cpu

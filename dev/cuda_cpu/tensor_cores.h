@@ -29,53 +29,57 @@ struct LdmatrixLane {
     unsigned* r;
 };
 
-template <typename T> inline float half_word(unsigned pair, int which) {  // T: __half or __nv_bfloat16
-    T x;
-    x.bits = (uint16_t)(which ? pair >> 16 : pair);
-    return x;
-}
+// 8 columns, so that every optimisation computes them at once; 8 pairs of 16 bits, the first of a pair in the low half
+typedef float MmaRow __attribute__((vector_size(32)));
+typedef uint32_t MmaPairs __attribute__((vector_size(32)));
 
-typedef float MmaRow __attribute__((vector_size(32)));  // 8 columns, so that every optimisation computes them at once
-
-template <typename T> inline void mma_warp(const uint64_t* lanes) {
+// A product touches registers alone: races.cpp has nothing to watch.
+template <typename T> inline UNWATCHED void mma_warp(const uint64_t* lanes) {
     tensor_counts.mma++;
-    float A[16][16];
-    MmaRow B[16], sum[16] = {};
+    MmaPairs A[16], B[8];  // pairs of columns; of rows
+    MmaRow even[8], odd[8], sum[16];
     for (int l = 0; l < WARP; l++) {
         const MmaLane* own = (const MmaLane*)lanes[l];
         int g = l / 4, t = l % 4;
-#pragma GCC unroll 8
-        for (int e = 0; e < 8; e++) {
-            A[g + e / 2 % 2 * 8][2 * t + e / 4 * 8 + e % 2] = half_word<T>(own->a[e / 2], e % 2);
-        }
-#pragma GCC unroll 4
-        for (int e = 0; e < 4; e++) { B[2 * t + e / 2 * 8 + e % 2][g] = half_word<T>(own->b[e / 2], e % 2); }
+        A[g][t] = own->a[0], A[g + 8][t] = own->a[1], A[g][4 + t] = own->a[2], A[g + 8][4 + t] = own->a[3];
+        B[t][g] = own->b[0], B[4 + t][g] = own->b[1];
     }
+    for (int k = 0; k < 8; k++) { T::value(&even[k], B[k] & 0xffffu), T::value(&odd[k], B[k] >> 16); }
     for (int i = 0; i < 16; i++) {
-        for (int k = 0; k < 16; k++) { sum[i] += A[i][k] * B[k]; }
+        MmaRow low, high;
+        T::value(&low, A[i] & 0xffffu), T::value(&high, A[i] >> 16), sum[i] = MmaRow{};
+#pragma GCC unroll 8
+        for (int k = 0; k < 8; k++) { sum[i] += low[k] * even[k], sum[i] += high[k] * odd[k]; }
     }
     for (int l = 0; l < WARP; l++) {
-        const MmaLane* own = (const MmaLane*)lanes[l];
-        for (int e = 0; e < 4; e++) { own->c[e] += sum[l / 4 + e / 2 * 8][2 * (l % 4) + e % 2]; }
+        float* c = ((const MmaLane*)lanes[l])->c;
+        int g = l / 4, t = l % 4;
+        c[0] += sum[g][2 * t], c[1] += sum[g][2 * t + 1], c[2] += sum[g + 8][2 * t], c[3] += sum[g + 8][2 * t + 1];
     }
 }
 
-template <bool TRANSPOSED> inline void ldmatrix_warp(const uint64_t* lanes) {
-    tensor_counts.ldmatrix++;
+// A row of 8 numbers in shared memory, of whatever type.
+typedef uint16_t LdmatrixRow __attribute__((vector_size(16), may_alias));
+template <bool TRANSPOSED> inline UNWATCHED void ldmatrix_distribute(const uint64_t* lanes, const LdmatrixRow* rows) {
     for (int l = 0; l < WARP; l++) {
-        const LdmatrixLane* own = (const LdmatrixLane*)lanes[l];
-        if ((uintptr_t)own->row % 16 != 0) {
-            fault("ldmatrix: the row of lane %d is not at a multiple of 16 bytes", l);
-        }
+        unsigned* r = ((const LdmatrixLane*)lanes[l])->r;
+        int a = l / 4, b = 2 * (l % 4);
         for (int m = 0; m < 4; m++) {
-            uint16_t x[2];
-            for (int e = 0; e < 2; e++) {
-                int row = TRANSPOSED ? 2 * (l % 4) + e : l / 4, column = TRANSPOSED ? l / 4 : 2 * (l % 4) + e;
-                x[e] = ((const LdmatrixLane*)lanes[8 * m + row])->row[column];
-            }
-            own->r[m] = (unsigned)x[0] | (unsigned)x[1] << 16;
+            const LdmatrixRow* x = rows + 8 * m;
+            r[m] = TRANSPOSED ? (unsigned)x[b][a] | (unsigned)x[b + 1][a] << 16
+                              : (unsigned)x[a][b] | (unsigned)x[a][b + 1] << 16;
         }
     }
+}
+template <bool TRANSPOSED> inline void ldmatrix_warp(const uint64_t* lanes) {
+    LdmatrixRow rows[WARP];
+    tensor_counts.ldmatrix++;
+    for (int l = 0; l < WARP; l++) {
+        const uint16_t* row = ((const LdmatrixLane*)lanes[l])->row;
+        if ((uintptr_t)row % 16 != 0) { fault("ldmatrix: the row of lane %d is not at a multiple of 16 bytes", l); }
+        rows[l] = *(const LdmatrixRow*)row;
+    }
+    ldmatrix_distribute<TRANSPOSED>(lanes, rows);
 }
 
 struct Copy {
