@@ -1360,9 +1360,9 @@ static std::vector<Operation> operations(void) {
           {1, 75, 16, 16, 8, 1, 1, 0, 0, 16, 16, 0, 32},
           {2, 75, 16, 16, 8, 6, 11, 1, 0, 16, 16, 0, 20},
           {1, 75, 16, 16, 8, 6, 11, 0, 1, 16, 16, 0, 20},
-          {1, 613, 16, 16, 8, 6, 11, 1, 1, 16, 16, 0, 256},
+          {1, 515, 16, 16, 8, 6, 11, 1, 1, 16, 16, 0, 256},
           {1, 613, 2, 2, 8, 6, 11, 1, 1, 2, 2, 0, 256}},
-         {}},  // mta-full as it is trained: chunks of 256, three of them
+         {}},  // mta-full as it is trained: chunks of 256, three of them (515: three queries in the last)
         {"head_output",
          "head_output_forward head_output_backward",
          "B T NH HS wide norm gate mix",
