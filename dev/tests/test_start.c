@@ -10,7 +10,7 @@
 // No check hangs on how long something takes on this machine, which may stand still for seconds: the test waits for
 // what its processes count, for PATIENCE seconds at most, which ends a process too. Ranks wait for each other for LIMIT
 // seconds, so that one that waits so long has failed.
-enum { PATIENCE = 100, LIMIT = 1000 };
+enum { PATIENCE = 300, LIMIT = 1000 };
 
 // What the test and its processes share.
 typedef struct {
