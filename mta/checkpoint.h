@@ -354,7 +354,7 @@ static inline void checkpoint_say_strange(const char* run) {
         path_join(path, sizeof path, run, entry->d_name);
         if (!dir_exists(path)) { continue; }
         make_one_line(path);
-        fprintf(stderr, "%s: %s: passed over: a checkpoint is called step-00000004, with eight digits or more\n",
+        fprintf(stderr, "%s: %s: ignored: a checkpoint is called step-00000004, with eight digits or more\n",
                 program_invocation_short_name, path);
     }
     if (d) { closedir(d); }
@@ -395,7 +395,7 @@ static inline long checkpoint_newest(const char* run, char* path_out, Text* pass
         if (checkpoint_verify(path_out, true, &why)) {
             found = steps[i];
         } else {
-            fprintf(stderr, "%s: checkpoint passed over: %s\n", program_invocation_short_name, why.text);
+            fprintf(stderr, "%s: checkpoint ignored: %s\n", program_invocation_short_name, why.text);
             if (passed_over) { text_printf(passed_over, "%s\n", why.text); }
         }
     }

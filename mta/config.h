@@ -669,9 +669,9 @@ static inline bool config_check_key(const Json* v, bool assume_llama, Error* e) 
     }
     if (always && !values[0]) { return fail(e, "%s: quantized weights are not supported", key); }
     if (values[0]) {
-        return fail(e, "%s: got %s, wanted %s%s", key, got, values, always ? "" : "; --assume-llama passes over it");
+        return fail(e, "%s: got %s, wanted %s%s", key, got, values, always ? "" : "; --assume-llama ignores it");
     }
-    return fail(e, "%.80s: got %s, and what this key does is not known here; --assume-llama passes over it", key, got);
+    return fail(e, "%.80s: got %s, and what this key does is not known here; --assume-llama ignores it", key, got);
 }
 
 // model_type and architectures into *family. They must be known and agree; under --assume-llama any other is taken for
@@ -736,7 +736,7 @@ static inline bool config_check_rope_key(const Json* v, const char* where, bool 
                  !strcmp(v->key, "rope_theta") || v->type == JSON_NULL || (!llama3 && !strcmp(v->key, "factor"));
     if (!strcmp(v->key, "partial_rotary_factor")) { return config_check_key(v, assume_llama, e); }
     return known || assume_llama ||
-           fail(e, "%s.%.60s: what this key does is not known here; --assume-llama passes over it", where, v->key);
+           fail(e, "%s.%.60s: what this key does is not known here; --assume-llama ignores it", where, v->key);
 }
 
 // rope_scaling, or rope_parameters, its newer name, which also holds rope_theta. "default", "llama3" and a "linear" of
@@ -827,7 +827,7 @@ static inline bool config_check_more(const Config* c, const Json* j, ConfigFamil
     if (assume_llama) { return true; }
     double usual = 1 / sqrt((double)config_head_size(c));
     if (scale && scale->type != JSON_NULL && !(scale->type == JSON_NUMBER && fabs(scale->number - usual) < 1e-9)) {
-        return fail(e, "attention_multiplier: got %g, wanted 1 / sqrt(head size) = %.9g; --assume-llama passes over it",
+        return fail(e, "attention_multiplier: got %g, wanted 1 / sqrt(head size) = %.9g; --assume-llama ignores it",
                     scale->number, usual);
     }
     if (types && types->type != JSON_ARRAY && types->type != JSON_NULL) {
@@ -835,13 +835,13 @@ static inline bool config_check_more(const Config* c, const Json* j, ConfigFamil
     }
     for (const Json* t = types ? types->child : NULL; t; t = t->next) {
         if (!json_text(t) || strcmp(t->string, "full_attention")) {
-            return fail(
-                e, "layer_types: got \"%.40s\", wanted full_attention in every layer; --assume-llama passes over it",
-                json_text(t) ? t->string : "?");
+            return fail(e,
+                        "layer_types: got \"%.40s\", wanted full_attention in every layer; --assume-llama ignores it",
+                        json_text(t) ? t->string : "?");
         }
     }
     if (map && map->type != JSON_NULL && family != FAMILY_MTA) {
-        return fail(e, "auto_map: the model brings code of its own; --assume-llama passes over it");
+        return fail(e, "auto_map: the model brings code of its own; --assume-llama ignores it");
     }
     return true;
 }

@@ -114,7 +114,7 @@ static inline const char* checkpoint_of(const char* dir, bool quiet) {
         Error e = {{0}};
         checkpoint_path(dir, steps[i], path);
         if (checkpoint_verify(path, false, &e)) { break; }
-        fprintf(stderr, "%s: checkpoint passed over: %s\n", program_invocation_short_name, e.text);
+        fprintf(stderr, "%s: checkpoint ignored: %s\n", program_invocation_short_name, e.text);
     }
     if (!n) { return dir; }
     if (i == n) { die("%s: none of its %d checkpoints is whole", dir, n); }

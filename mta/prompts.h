@@ -89,8 +89,8 @@ static inline void say_unknown_keys(const Json* request, const char* where, Text
         text_printf(&key, "\n%.60s\n", j->key);
         if (i == n && !(said->n && strstr(said->text, key.text))) {
             Error e = {{0}};
-            fail(&e, "%s: \"%.60s\" is passed over; a line has prompt, until, max_tokens, temperature, top_k, top_p",
-                 where, j->key);
+            fail(&e, "%s: \"%.60s\" is ignored; a line has prompt, until, max_tokens, temperature, top_k, top_p", where,
+                 j->key);
             fprintf(stderr, "%s: %s\n", program_invocation_short_name, e.text);
             text_append(said, key.text, key.n);
         }

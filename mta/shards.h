@@ -76,7 +76,7 @@ static inline bool shard_check(Shard* s, Error* e) {
     if (h[2] < 0) { return fail(e, "%s: the header counts %d tokens", s->path, h[2]); }
     if (h[3] < 0) { return fail(e, "%s: the header has a vocabulary of %d", s->path, h[3]); }
     if (h[5] != 0 && h[5] != 1) {
-        return fail(e, "%s: word 5 of the header is %d, wanted 0 (no mask) or 1 (mask beside)", s->path, h[5]);
+        return fail(e, "%s: word 5 of the header is %d, wanted 0 (no mask) or 1 (a mask in NAME.mask)", s->path, h[5]);
     }
     s->tokens = (uint64_t)h[2];
     s->bytes_per_token = h[0] == SHARD_MAGIC_U16 ? 2 : 4;
@@ -352,7 +352,7 @@ static inline bool source_open(LoaderSource* s, const char* pattern, const char*
         if (status == GLOB_NOMATCH) {
             return fail(e, "%s: no such shard; wanted .bin files made by data/prepare.py or data/toy_task.py", pattern);
         }
-        return fail(e, "%s: a folder on its way cannot be read", pattern);
+        return fail(e, "%s: one of its folders cannot be read", pattern);
     }
     s->shards = (Shard*)alloc_or_die(found.gl_pathc, sizeof(Shard), "the list of shards");
     bool good = found.gl_pathc < INT32_MAX, counts = false;

@@ -1,4 +1,4 @@
-// mta/tokenizer.h: text to token ids and back, the same ids as OpenAI's tiktoken (0.14.0) gives, none different.
+// mta/tokenizer.h: text to token ids and back: exactly the ids that OpenAI's tiktoken (0.14.0) gives.
 //
 // A tokenizer is built in (`bytes`, `toy`) or a rank file of tiktoken's format: one line a token, base64 of its bytes,
 // a space, its rank, which is its id. Llama 3's tokenizer.model is such a file. It does not say how text is split. Its

@@ -771,7 +771,7 @@ class Refusals(unittest.TestCase):
         p = run([run_dir] + ids, check=False)
         self.assertEqual((p.returncode, p.stdout.decode()), (0, want), p.stderr)
         self.assertIn("step-00000020: the newest checkpoint of " + run_dir, p.stderr.decode())
-        self.assertIn("checkpoint passed over: " + run_dir + "/step-00000100", p.stderr.decode())
+        self.assertIn("checkpoint ignored: " + run_dir + "/step-00000100", p.stderr.decode())
         os.remove(os.path.join(run_dir, "step-00000020", "model.safetensors"))
         p = run([run_dir, "--quiet"] + ids, check=False)
         self.assertEqual(p.returncode, 1)
@@ -1378,7 +1378,7 @@ class TextIO(unittest.TestCase):
         lines = b'{"prompt": "a", "max_tokens": 0}\n{"prompt": "a", "max_tokens": 0, "stop": ["b"], "id": 1}\n'
         lines += b'{"prompt": "a", "max_tokens": 0, "id": 2, "temprature": 0}\n'
         p = run([self.dir, "--prompts", "-", "--quiet"], stdin=lines, check=False)
-        for words in (b'line 2: "stop" is passed over', b'line 2: "id" is', b'line 3: "temprature" is'):
+        for words in (b'line 2: "stop" is ignored', b'line 2: "id" is', b'line 3: "temprature" is'):
             self.assertIn(words, p.stderr)
         self.assertEqual((p.stderr.count(b"\n"), p.stdout.count(b"\n")), (3, 3))
 

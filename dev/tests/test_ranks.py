@@ -438,7 +438,7 @@ class Resume(Ranks):
         os.truncate(newest, os.path.getsize(newest) - 1)
         done = self.run_ok(broken, 2, dict(changes, **{"--steps": 6}), ["--resume"])
         self.assertEqual(len(own_lines(done.stderr)), 1, done.stderr)
-        self.assertIn("checkpoint passed over: run/step-00000004/optimizer.safetensors", own_lines(done.stderr)[0])
+        self.assertIn("checkpoint ignored: run/step-00000004/optimizer.safetensors", own_lines(done.stderr)[0])
         self.assertIn("resumed from run/step-00000002", done.stdout)
         self.assertEqual(self.events(whole, "step", "val", "sample"), self.events(broken, "step", "val", "sample"))
 
@@ -640,7 +640,7 @@ class Underway(Ranks):
         step = steps[-1]
         done = self.run_ok(cwd, 1, dict(self.RUN, **{"--steps": step + 1, "--shards": None}), ["--resume"])
         self.assertIn(f"resumed from run/step-{step:08d}", done.stdout)
-        self.assertNotIn("passed over", done.stderr)
+        self.assertNotIn("checkpoint ignored", done.stderr)
         if again:
             last = self.events(cwd, "step")[-1]
             self.assertEqual((last["loss"], last["grad_norm"]), before[step + 1])

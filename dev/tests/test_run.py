@@ -762,7 +762,7 @@ class Resume(Trainer):
                        "--steps", "1", "--seq-len", "16"]):
             done = self.execute(words)
             for name in ("step-4", "step-x"):
-                self.assertEqual(done.stderr.count("%s: passed over: a checkpoint is called step-00000004" % name), 1,
+                self.assertEqual(done.stderr.count("%s: ignored: a checkpoint is called step-00000004" % name), 1,
                                  done.stderr)
             self.assertEqual((done.returncode, done.stderr.count("\n")), (0, 2), done.stderr)
 
@@ -1828,7 +1828,7 @@ class Refused(Trainer):
         words = [BINARY, "--model", "toy", "--out", self.path("none"), "--train", self.path("parts/*/a_train_*.bin")]
         done = subprocess.run(words, preexec_fn=lambda: os.setuid(65534), capture_output=True, text=True, cwd="/")
         os.chmod(self.path("parts", "closed"), 0o755)
-        self.assert_refused(done, "parts/*/a_train_*.bin: a folder on its way cannot be read")
+        self.assert_refused(done, "parts/*/a_train_*.bin: one of its folders cannot be read")
 
     def test_a_checkpoint_that_is_a_link(self):
         """--keep removes the link, not what it leads to."""
