@@ -138,7 +138,7 @@ static inline void train_options_table(Opt* table, TrainOptions* o) {
         "the same, counted in tokens: rounded up to whole steps; may be written as 1e9", 1, 1e15)
     ROW("--epochs", OPT_FLOAT, &o->epochs, NULL,
         "the same, counted in passes over all of --train: rounded up to whole steps", 1e-9, 1e9)
-    ROW("--lr", OPT_FLOAT, &o->lr, NULL, "peak learning rate (default: the preset's; 1.5e-4 for 880m)", 0, 1e3)
+    ROW("--lr", OPT_FLOAT, &o->lr, NULL, "peak learning rate (default: that of --model's preset, else 1.5e-4)", 0, 1e3)
     ROW("--schedule", OPT_CHOICE, &o->schedule, "linear|cosine|constant|wsd",
         "learning rate after warmup; wsd: constant, the last fifth linear", 0, 0)
     ROW("--schedule-steps", OPT_LONG, &o->schedule_steps, NULL, "length of the schedule where it is not --steps", 1,

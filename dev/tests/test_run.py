@@ -499,6 +499,8 @@ class Runs(Trainer):
         for name in ("--model", "--attention", "--train", "--val", "--out", "--resume", "--init-from", "--dry-run",
                      "--kq-conv-layers"):
             self.assertIn(name + " " if name not in ("--resume", "--dry-run") else name, done.stdout)
+        self.assertRegex(done.stdout, r"--dry-run +open --train, --val and the run of --resume, print parameters")
+        self.assertRegex(done.stdout, r"--lr X +peak learning rate \(default: that of --model's preset, else 1.5e-4\)")
         for line in done.stdout.splitlines():  # a default is said once, and is one that could be given
             self.assertLess(line.count("(default"), 2, line)
             self.assertNotIn("(default: -1)", line)
