@@ -667,9 +667,14 @@ def parquet_tasks(index, entry, at):
         yield ("rows", path, split, group, None), {"input": index, "offset": group + 1, "line": 0}
 
 
-# A text may be cut between a newline and an ASCII letter, where one visible ASCII character stands before the newline:
-# no piece of any of the patterns reaches across, so the tokens are those of the whole text.
-SAFE_CUT = re.compile(rb"[!-~]\n(?=[A-Za-z])")
+# A text may be cut between a newline and an ASCII letter, where one visible ASCII character stands before the newline;
+# or behind a letter, before a space and another letter or before a comma or full stop of Chinese and Japanese. No piece
+# of any of the patterns reaches across, so the tokens are those of the whole text. Letters are some that all versions
+# of Unicode have: Latin, Cyrillic, Arabic, Devanagari, Chinese, Korean.
+LETTER = (rb"(?:[A-Za-z]|\xd0[\x90-\xbf]|\xd1[\x80-\x8f]|\xd8[\xa7-\xba]|\xe0\xa4[\x85-\xb9]|[\xe5-\xe8][\x80-\xbf]{2}"
+          rb"|[\xeb\xec][\x80-\xbf]{2})")
+SAFE_CUT = re.compile(rb"[!-~]\n(?=[A-Za-z])|" + LETTER + rb"(?= " + LETTER + rb"|\xe3\x80[\x81\x82]|\xef\xbc\x8c)")
+CUT_REACH = 7  # bytes that the rule looks at, at most
 
 
 def text_tasks(index, entry, at, tell, whole):
@@ -713,7 +718,7 @@ def segment_end(f, start, end):
         if match:
             return at - len(overlap) + match.end()
         at += len(window) - len(overlap)
-        overlap = window[-2:]
+        overlap = window[1 - CUT_REACH :]
     return end
 
 

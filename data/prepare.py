@@ -63,6 +63,7 @@ SLIMPAJAMA = {
     "RedPajamaStackExchange": "stackexchange",
 }
 
+BATCH = 16 << 20  # bytes of text that are encoded at once: a row group of parquet may have gigabytes
 VAL_FRACTION = {"text": 0.05, "slimpajama": 0.001}  # by command, where none is given
 FOLDERS_DECIDE = "--val-fraction %g does nothing: folders or files decide what is validation; --split hash takes it"
 
@@ -93,16 +94,24 @@ class Worker:
             return {}, [(where, *payload)]
         if kind == "text":
             return self.text(path, split, where, payload)
-        documents, bad = [], []
+        sets, bad, documents, size = {}, [], [], 0
         for line, get in self.lines(where, payload) if kind == "lines" else self.rows(path, where):
             try:
                 documents.append((line, *self.document(split, *get())))
+                size += len(documents[-1][2])
             except BadDocument as e:
                 bad.append((line,) + e.args)
-        sets = {}
-        for (line, name, data), tokens in zip(
-            documents, self.tok.encode_all([d[2] for d in documents]) if documents else []
-        ):
+            if size >= BATCH:
+                self.encode(documents, sets, bad)
+                documents, size = [], 0
+        self.encode(documents, sets, bad)
+        bad.sort(key=lambda b: b[0])
+        return {name: (b"".join(p[0]), 0, p[1], p[2]) for name, p in sets.items()}, bad
+
+    def encode(self, documents, sets, bad):
+        """Adds the tokens of documents [(line, name of the set, UTF-8 bytes)] to `sets`, those without to `bad`."""
+        texts = [data for _, _, data in documents]
+        for (line, name, data), tokens in zip(documents, self.tok.encode_all(texts) if texts else []):
             if isinstance(tokens, BadDocument):
                 bad.append((line,) + tokens.args)
                 continue
@@ -110,8 +119,6 @@ class Worker:
             pieces[0] += (self.bos, tokens, self.eos)
             pieces[1].append(len(self.bos + self.eos + tokens) // self.tok.width)
             pieces[2] += len(data)
-        bad.sort(key=lambda b: b[0])
-        return {name: (b"".join(p[0]), 0, p[1], p[2]) for name, p in sets.items()}, bad
 
     def document(self, split, text, domain):
         """The set and the UTF-8 bytes of a document."""

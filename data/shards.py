@@ -33,7 +33,7 @@ MAGIC = {2: (20240520, 1), 4: (20240801, 7)}  # bytes a token -> llm.c's magic a
 HEADER_BYTES = 1024
 FORMAT = 1  # of manifest and state
 KEPT = 1 << 22  # tokens of a shard of which inspect shows the text
-SHARD_NAME = re.compile(r"(.+)_(train|val)_\d{6}\.bin")
+SHARD_NAME = re.compile(r"(.+)_(train|val)_\d{6,}\.bin")
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ import subprocess
 import zlib
 
 TOY = "abcdefghijklmnopqrstuvwxyz.#_"
+BATCH_MOST = 1 << 32  # bytes of a batch that infer_mta --tokenize --binary takes
 PROGRAM = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "infer_mta")
 
 # How text is cut into pieces before byte-pair merging: gpt2, cl100k_base and o200k_base as tiktoken 0.14.0 has them,
@@ -295,6 +296,10 @@ class Program:
 
     def encode_all(self, texts):
         batch = b"\xff".join(texts) + b"\xff"  # a byte that UTF-8 never holds
+        if len(batch) > BATCH_MOST:
+            if len(texts) > 1:
+                return [self.encode_all([text])[0] for text in texts]
+            return [BadDocument("tokenizer refused", "%d bytes in one piece, wanted less than 4 GiB" % len(texts[0]))]
         try:
             self.process.stdin.write(struct.pack("=Q", len(batch)))
             self.process.stdin.write(batch)

@@ -395,6 +395,71 @@ class Segments(Case):
         finally:
             inputs.SEGMENT = old
 
+    def test_tokens_are_the_same_where_a_text_is_cut_at_every_safe_place(self):
+        rng = random.Random(12)
+        parts = ["a", "bc", "D", "'s", "'S", "'ll", " ", " ", "\n", "\r\n", "1", "!", "/", "_",
+                 *"\u4e2d\u56fd\uff0c\u3002\u3001\u3000\u044f\u0411\ud55c\uae00\u0639\u0915",
+                 *"\u093f\u0301\u00e9\u017f\u00a0\U0001f600"]
+        text = "".join(rng.choice(parts) for _ in range(20000)).encode()
+        ends = [match.end() for match in inputs.SAFE_CUT.finditer(text)]
+        self.assertGreater(len(ends), 500)
+        segments = [text[i:j].decode() for i, j in zip([0, *ends], [*ends, len(text)])]
+        for pattern in tokenizer.PATTERNS:
+            encoding = tiktoken.Encoding("x", pat_str=tokenizer.PATTERNS[pattern],
+                                         mergeable_ranks=tokenizer.read_ranks(RANKS), special_tokens={})
+            self.assertEqual([i for ids in encoding.encode_ordinary_batch(segments) for i in ids],
+                             encoding.encode_ordinary(text.decode()))
+
+
+class Large(Case):
+    """What only texts of gigabytes have come to: too much of them at once."""
+
+    def test_texts_of_all_scripts_have_places_to_cut(self):
+        texts = {"crlf": "A line.\r\nAnother line\r\n", "one line": "no line ends here ", "upper": "ALL CAPITALS ",
+                 "chinese": "\u5929\u6c14\u5f88\u597d\uff0c\u53bb\u516c\u56ed\u3002\r\n",
+                 "russian": "\u0414\u043e\u0431\u0440\u044b\u0439 \u0434\u0435\u043d\u044c.\n",
+                 "korean": "\uc548\ub155 \uc138\uacc4.\n",
+                 "arabic": "\u0645\u0631\u062d\u0628\u0627 \u0639\u0627\u0644\u0645\n",
+                 "hindi": "\u0918\u0930 \u092e\u0928\n"}
+        with unittest.mock.patch.object(inputs, "SEGMENT", 1000):
+            for name, text in texts.items():
+                data = text.encode() * 200
+                path = self.write(name + ".txt", data)
+                plan = inputs.make_plan({path: path}, {"split": "", "val_fraction": 0, "seed": 0})
+                tasks = list(inputs.entry_tasks(0, plan[0], {"offset": 0}, lambda n: None, False))
+                self.assertEqual(b"".join(task[4] for task, _ in tasks), data)
+                self.assertLess(max(len(task[4]) for task, _ in tasks), 1100, name)
+
+    @unittest.skipUnless(pyarrow, "needs pyarrow")
+    def test_a_row_group_is_encoded_a_part_at_a_time(self):
+        rows = ["text %d" % i * (i % 50) for i in range(2000)]
+        pyarrow.parquet.write_table(pyarrow.table({"text": rows}), self.path("x.parquet"), row_group_size=2000)
+        worker = prepare.Worker({"tokenizer": "bytes", "pattern": None, "encoder": None, "val_fraction": 0.1, "seed": 0,
+                                 "text_field": "text", "domain_field": "", "name": "n", "command": "text"})
+        encode, sizes, results = worker.tok.encode_all, [], []
+        worker.tok.encode_all = lambda texts: sizes.append(sum(map(len, texts))) or encode(texts)
+        for batch in (prepare.BATCH, 5000):
+            with unittest.mock.patch.object(prepare, "BATCH", batch):
+                sizes.clear()
+                results.append(worker.run(("rows", self.path("x.parquet"), None, 0, None)))
+        self.assertEqual(sum(sizes), sum(map(len, rows)))
+        self.assertLess(max(sizes), 5000 + 50 * len("text 2000"))
+        self.assertEqual(results[0], results[1])
+        self.assertEqual([line for line, _, _ in results[0][1]], list(range(1, 2001, 50)))  # the empty ones
+
+    @unittest.skipUnless(os.path.exists(os.path.join(BIN, "infer_mta")), "needs infer_mta")
+    def test_a_text_of_more_than_the_encoder_takes_is_left_out_by_name(self):
+        lines = b"".join(b'{"text": "%s"}\n' % (b"abc " * n) for n in (2, 400, 3, 300, 5))
+        path = self.write("x.jsonl", lines)
+        with unittest.mock.patch.object(tokenizer, "BATCH_MOST", 1300):
+            shown = run("text", path, "--out", self.path("o"), "--tokenizer", RANKS, "--pattern", "cl100k_base",
+                        "--encoder", "infer_mta")
+        self.assertIn("x.jsonl:2: tokenizer refused: 1600 bytes in one piece, wanted less than 4 GiB; skipped", shown)
+        self.assertIn("left out: 1 tokenizer refused", shown)
+
+    def test_shards_are_known_by_their_names_beyond_a_million(self):
+        self.assertTrue(shards.SHARD_NAME.fullmatch("c4_train_1000000.bin"))
+
 
 class Bad(Case):
     def lines(self):
