@@ -4172,17 +4172,20 @@ static size_t memory_total(const MemoryPlan* p) {
     return p->weights + p->gradients + p->waiting + p->room + p->optimizer + p->activations + p->scratch;
 }
 
-// The largest micro-batch whose plan fits into `bytes`; 0: not even one sequence does.
+// The largest micro-batch whose plan fits into `bytes`, of BATCH_MOST sequences at most; 0: not even one does.
+enum { BATCH_MOST = 1024 };
 static int largest_batch(const Config* c, const ModelShape* shape, size_t bytes) {
     int fits = 0;
     ModelShape x = *shape;
-    for (x.B = 1; x.B <= 1024; x.B++) {
+    for (x.B = 1; x.B <= BATCH_MOST; x.B++) {
         MemoryPlan p = model_memory(c, &x);
         if (memory_total(&p) > bytes) { break; }
         fits = x.B;
     }
     return fits;
 }
+// Of the largest micro-batch: it may be larger than was looked for.
+static const char* or_more(int batch) { return batch == BATCH_MOST ? " or more" : ""; }
 
 // The tensors of layer l inside an arena.
 template <typename T> static LayerOf<T> model_layer(const Model* m, T* arena, int l) {
@@ -4240,13 +4243,16 @@ static bool memory_check(const Config* c, const ModelShape* x, Error* e) {
     size_t available = 0, total = 0, reserve = (size_t)MEMORY_RESERVE_MIB << 20;
     cudaCheck(cudaMemGetInfo(&available, &total));
     if (memory_total(&p) + reserve <= available) { return true; }
-    ModelShape least = *x;
-    least.recompute = RECOMPUTE_BLOCK;
+    ModelShape least = *x;  // nothing is computed again where nothing is trained
+    bool trains = x->recompute != FORWARD_ONLY;
+    least.recompute = trains ? RECOMPUTE_BLOCK : FORWARD_ONLY;
     size_t room = available > reserve ? available - reserve : 0;
     int fits = largest_batch(c, x, room), most = largest_batch(c, &least, room);
     char advice[128] = "not even one sequence fits: wanted a smaller --seq-len or model, or a larger GPU";
     if (most > 0) {
-        snprintf(advice, sizeof advice, "the largest that fits is %d sequences, %d with --recompute block", fits, most);
+        int n = snprintf(advice, sizeof advice, "the largest that fits is %d%s sequences", fits, or_more(fits));
+        char* rest = advice + n;
+        if (trains) { snprintf(rest, sizeof advice - n, ", %d%s with --recompute block", most, or_more(most)); }
     }
     return fail(e, "a micro-batch of %d x %d tokens needs %zu MiB, the GPU has %zu MiB free; %s", x->B, x->T,
                 (memory_total(&p) + reserve) >> 20, available >> 20, advice);
@@ -4913,8 +4919,9 @@ static void print_plan(Run* r, int chunk) {
         printf("device      no GPU found\n");
         return;
     }
-    printf("device      %s, %.1f MiB free of %.1f; the largest micro-batch that fits: %d\n", device.name,
-           (double)available / 1048576, (double)total / 1048576, largest_batch(&r->config, &shape, room));
+    int fits = largest_batch(&r->config, &shape, room);
+    printf("device      %s, %.1f MiB free of %.1f; the largest micro-batch that fits: %d%s\n", device.name,
+           (double)available / 1048576, (double)total / 1048576, fits, or_more(fits));
     fflush(stdout);
 }
 

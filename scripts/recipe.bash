@@ -54,7 +54,7 @@ choose_batch() {
     fi
     fits=$(env -u WORLD_SIZE -u OMPI_COMM_WORLD_SIZE -u PMI_SIZE -u SLURM_STEP_NUM_TASKS \
         ${gpus:+CUDA_VISIBLE_DEVICES="$gpus"} "$trainer" --batch-size 1 --dry-run "${plan[@]}" "$@" |
-        sed -n 's/.*largest micro-batch that fits: //p')
+        sed -n 's/.*largest micro-batch that fits: \([0-9]*\).*/\1/p')
     for ((b = 2; b <= sequences / ranks; b *= 2)); do
         if [ "$b" -le "${fits:-0}" ]; then batch=$b; fi
     done

@@ -414,6 +414,22 @@ class CudaRuns(Folder):
             self.assertIn("MiB of GPU memory for ", error)  # the plan let it through; the driver had less after all
         self.assertIn("not even one sequence fits", self.refused(env={"CUDA_CPU_MEMORY_MIB": "256"}))
 
+    @unittest.skipUnless(EMULATED, "skip: a real GPU cannot be pretended away")
+    def test_little_memory_to_evaluate(self):
+        """What is advised to --eval-only is what fits without gradients and optimizer, and nothing of --recompute,
+        which it does not take; a plan does not say that no more would fit than it has looked for."""
+        short = ["--seq-len", "2", "--tokens-per-step", "4", "--eval-windows", "1"]
+        self.train(BF16, "run", "--steps", "1", *short, "--vocab-size", "100000")
+        command = [BF16, "--init-from", self.path("run"), "--eval-only", "--val", self.path("a_val_*.bin"), "--seq-len",
+                   "24", "--max-position-embeddings", "24", "--batch-size"]
+        memory = {"CUDA_CPU_MEMORY_MIB": "590"}
+        error = self.execute([*command, "64"], memory).stderr
+        match = re.search(r"the GPU has \d+ MiB free; the largest that fits is (\d+) sequences\n$", error)
+        self.assertTrue(match, error)
+        self.assertEqual(self.execute([*command, match[1], "--eval-windows", "1"], memory).returncode, 0)
+        self.assertIn("the largest micro-batch that fits: 1024 or more\n",
+                      self.execute([BF16, *MODEL, "--dry-run"], {"CUDA_CPU_MEMORY_MIB": "80000"}).stdout)
+
     def test_what_cannot_be_served(self):
         large = ["--batch-size", "60000", "--seq-len", "40000", "--max-position-embeddings", "40000",
                  "--tokens-per-step", "2400000000"]

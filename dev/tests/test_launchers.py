@@ -33,7 +33,7 @@ with open(os.environ["STUB_LOG"], "a") as f:
     fcntl.flock(f, fcntl.LOCK_EX)
     f.write(json.dumps({"arguments": sys.argv[1:], "environment": dict(os.environ)}) + "\\n")
 if "--dry-run" in sys.argv:
-    print("device      a card; the largest micro-batch that fits: 40")
+    print("device      a card; the largest micro-batch that fits: 40 or more")
 """
 
 
