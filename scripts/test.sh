@@ -208,7 +208,8 @@ install_packages() {
     apt_install "${need[@]}" && return 0
     # One that is unknown here must not keep the others out
     for package in "${need[@]}"; do apt_install "$package" || missing+=("$package"); done
-    [ ${#missing[@]} -eq 0 ] || echo "could not install ${missing[*]}: see build/log/apt.log; going on with what is here"
+    [ ${#missing[@]} -eq 0 ] ||
+        echo "could not install ${missing[*]}: see build/log/apt.log; going on with what is here"
 }
 apt_install() {
     as_root env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "$@" \

@@ -420,6 +420,7 @@ template <typename T> inline T from_bits(uint64_t bits) {
     memcpy((void*)&v, &bits, sizeof(T));
     return v;
 }
+
 inline int lane() { return (int)(machine.current->thread % WARP); }
 
 }  // namespace cuda_cpu
