@@ -669,18 +669,18 @@ static inline void ranks_same(Ranks* r, const RanksSame* mine, int n) {
     free(all);
 }
 
-// The ranks of this run: one, unless a launcher started several, which open(ranks, launch) joins; NULL: this build
+// The ranks of this run: one, unless a launcher started several, which join(ranks, launch) does; NULL: this build
 // cannot, and `why` says it.
-static inline Ranks* ranks_of(void (*open)(Ranks*, const Launch*), const char* why) {
+static inline Ranks* ranks_of(void (*join)(Ranks*, const Launch*), const char* why) {
     static Ranks ranks;  // exit needs it after main
     Launch launch = launch_read();
     ranks.size = ranks.node = 1;
     if (launch.size < 2) { return &ranks; }
-    if (!open) {
+    if (!join) {
         ranks_yield_to_first(launch.rank);
         die("%s started %d processes, but this program is for one: %s", launch.launcher, launch.size, why);
     }
-    open(&ranks, &launch);
+    join(&ranks, &launch);
     return &ranks;
 }
 

@@ -47,7 +47,7 @@ optimise=-O2
 build() {
     if [ -x "$dir/fuzz_$1" ] && [ -z "$(find dev/fuzz/*.* mta infer_mta.c -newer "$dir/fuzz_$1")" ]; then return; fi
     "$clang" -std=gnu11 -gline-tables-only $optimise -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all \
-        -fno-sanitize-coverage=trace-cmp -Wno-psabi -I. "dev/fuzz/fuzz_$1.c" -lm -o "$dir/fuzz_$1"
+        -fno-sanitize-coverage=trace-cmp -Werror -Wno-psabi -I. "dev/fuzz/fuzz_$1.c" -lm -o "$dir/fuzz_$1"
 }
 
 # fuzz HARNESS N: N new inputs, after those that are kept; how many have run is added to `have`.
