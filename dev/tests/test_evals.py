@@ -178,7 +178,7 @@ class Formats(Case):
             dict(activity_label="A", ctx_a="a", ctx_b="b", endings=[], label=0),
             dict(good, choices={"text": ["a", "b"], "label": ["A", "B"]}),
             dict(good, context="\ud800"), dict(good, choices=["1", "0"], gold="1"), dict(good, gold="0_1"),
-            '{"context": "c", "choices": ["a", "b"], "gold": 0, "x": ' + "[" * 5000 + "]" * 5000 + "}",
+            '{"context": "c", "choices": ["a", "b"], "gold": 0, "x": ' + "[" * 100000 + "]" * 100000 + "}",
         ]  # fmt: skip
         path = self.write("in.jsonl", [line for record in bad for line in (record, good)])
         shown = run("choice", path, "--out", self.path("o.jsonl"))

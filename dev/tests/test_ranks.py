@@ -318,9 +318,15 @@ class Score(Ranks):
         passes = re.search(r"(\d+) passes over the weights", alone.stderr)[1]
         for mpi in MPIS:
             for ranks in (2, 3):
-                done = self.run_ok(cwd, ranks, self.NOTHING, self.flags("--score", "requests", "--out", mpi), mpi=mpi)
+                # Open MPI 5.0.7 loses pieces of what a rank writes to stdout between two writes to stderr.
+                apart = ["sh", "-c", 'exec "$@" 2>> errors', "sh", binary(mpi)]
+                done = self.run_ok(cwd, ranks, self.NOTHING, self.flags("--score", "requests", "--out", mpi), mpi=mpi,
+                                   program=apart)
                 self.assertEqual(done.stdout, alone.stdout, (mpi, ranks))
-                self.assertRegex(done.stderr, rf"scored 100 in [\d.]+ s, {passes} passes over the weights")
+                errors = os.path.join(cwd, "errors")
+                self.assertRegex(read_bytes(errors).decode(),
+                                 rf"scored 100 in [\d.]+ s, {passes} passes over the weights")
+                os.remove(errors)
                 with open(os.path.join(cwd, mpi, "log.jsonl")) as f:
                     [shares] = [line["ranks"] for line in map(json.loads, f) if line["event"] == "ranks"]
                 shutil.rmtree(os.path.join(cwd, mpi))
@@ -532,9 +538,10 @@ class Refusals(Ranks):
     ODD = 'if [ "${OMPI_COMM_WORLD_RANK:-$PMI_RANK}" = 1 ]; then cd "$1"; shift; program=$1; shift; more=$1; ' \
           'shift 2; exec "$program" "$@" $more; fi; shift 3; exec "$@"'
 
-    def refused(self, pieces, cwd, *args, **more):
-        done = self.finish(self.start(cwd, *args, **more))
-        self.assertEqual(done.returncode, 1, done.stdout + done.stderr)
+    def refused(self, pieces, cwd, *args, mpi=None, **more):
+        """MPICH 4.2's mpiexec now and then returns the status of a rank that it killed when the first ended."""
+        done = self.finish(self.start(cwd, *args, mpi=mpi, **more))
+        self.assertIn(done.returncode, (1, 9) if mpi == "mpich" else (1,), done.stdout + done.stderr)
         self.assertEqual(len(own_lines(done.stderr)), 1, done.stderr)
         for piece in pieces:
             self.assertIn(piece, own_lines(done.stderr)[0])
