@@ -1,28 +1,23 @@
 # mta.c: `make help` lists the targets and what was found. A C compiler suffices; a CBLAS and the CUDA toolkit are used
 # where they are here.
 
-# ARCH: this machine's own instructions, where the compiler makes code for this machine: CC=aarch64-linux-gnu-gcc alone
-# compiles for that one.
+# ARCH: this machine's own instructions, unless CC makes code for another (CC=aarch64-linux-gnu-gcc alone suffices), and
 # 512-bit vectors where there are any: the compiler's default of 256 halves the rate of softmax and SwiGLU.
 HOST := $(shell uname -m)
 WIDE = $(if $(filter x86_64,$(HOST)),-mprefer-vector-width=512)
 ARCH ?= $(if $(filter $(HOST)-%,$(shell $(CC) -dumpmachine)),-march=native $(WIDE))
 OPT ?= -O3
-# psabi: gcc notes that vectors as arguments changed their ABI once; infer_mta.c passes them between its own functions
-# only.
+# psabi: gcc notes that vectors as arguments changed their ABI once; infer_mta.c passes them to its own functions only.
 WARN = -Wall -Wextra -Wno-psabi $(if $(WERROR),-Werror)
-# No -ffast-math: masks use infinities, guards use isfinite. What is given up here is errno and floating-point traps, no
-# value changes.
+# No -ffast-math: masks use infinities, guards isfinite. Given up are errno and floating-point traps; no value changes.
 MATH = -fno-math-errno -fno-trapping-math
 OPENMP ?= -fopenmp
 VERSION_FLAG = -DMTA_VERSION='"$(shell cat VERSION)"'
-# -g1: the names and lines of a backtrace and of a profile; a debugger wants OPT='-O0 -g'. Whole debug information takes
-# a quarter of the compiler's time.
+# -g1: names and lines of a backtrace and a profile; -g takes a quarter longer. A debugger wants OPT='-O0 -g'.
 CFLAGS = -std=gnu11 -g1 $(OPT) $(ARCH) $(WARN) $(MATH) $(OPENMP) $(VERSION_FLAG)
 LDLIBS = -lm
 
-# A CBLAS for the CPU's matrix products: OpenBLAS by pkg-config or by trying to link. NO_CBLAS=1: the plain OpenMP
-# product of train_mta.c.
+# A CBLAS for matrix products: OpenBLAS by pkg-config or by trying to link. NO_CBLAS=1: train_mta.c's plain product.
 ifndef NO_CBLAS
 BLAS_CFLAGS := $(shell pkg-config --cflags openblas 2>/dev/null)
 BLAS_LIBS := $(shell pkg-config --libs openblas 2>/dev/null || echo -lopenblas)

@@ -641,7 +641,7 @@ def run_cells(parts, only, jobs, out, trainer):
 
 
 def main():
-    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(allow_abbrev=False, description=" ".join(__doc__.split("\n\n")[0].split()))
     parser.add_argument("parts", nargs="*", default=list(PARTS), metavar="PART")
     parser.add_argument("--plan", action="store_true")
     parser.add_argument("--report", action="store_true")

@@ -95,7 +95,7 @@ def fetch(package, folder):
 
 
 def main():
-    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(allow_abbrev=False, description=" ".join(__doc__.split("\n\n")[0].split()))
     parser.add_argument("--out", required=True)
     out = os.path.abspath(parser.parse_args().out)
     packages = os.path.join(out, "packages")
