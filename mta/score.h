@@ -25,7 +25,7 @@
 typedef struct {
     int fd;
     Text buffer;
-    size_t at;
+    size_t at, searched;  // the next line begins at `at`; so many bytes from there hold no newline
     bool end;
     long number;
 } Lines;
@@ -49,7 +49,8 @@ static inline char* lines_next(Lines* l, const char* name, bool wait, size_t* n)
     for (;;) {
         char* start = l->buffer.text ? l->buffer.text + l->at : NULL;
         size_t have = l->buffer.n - l->at;
-        char* newline = have ? (char*)memchr(start, '\n', have) : NULL;
+        char* newline = have ? (char*)memchr(start + l->searched, '\n', have - l->searched) : NULL;
+        l->searched = newline ? 0 : have;
         if (newline || (l->end && have)) {
             *n = newline ? (size_t)(newline - start) : have;
             start[*n] = 0;

@@ -952,6 +952,13 @@ class TextIO(unittest.TestCase):
         text = run(["--detokenize", "--tokenizer", "bytes"], stdin=c.encode())
         self.assertEqual(json.loads(text)["text"] + "\n", a)
 
+    def test_long_lines(self):
+        """Lines are read in pieces of 64 KiB: their ends before, at and after those of the pieces, the last without."""
+        lengths = [65535, 65536, 0, 1, 131071, 200000, 65535 - 131072 % 65536, 3]
+        lines = "\n".join('{"text": "%s"}' % ("a" * n) for n in lengths)
+        out = run(["--tokenize", "--tokenizer", "bytes"], stdin=lines.encode()).split("\n")
+        self.assertEqual([line.split().count("97") for line in out], [*lengths, 0])
+
     def test_byte_order_marks(self):
         """What editors of other systems put before a text belongs to none, as in data/prepare.py."""
         mark, plain = b"\xef\xbb\xbf", [self.dir, "--max-tokens", "9", "--quiet", "--echo"]
