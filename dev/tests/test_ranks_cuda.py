@@ -153,10 +153,11 @@ class Bits(Ranks):
                                     "--num-key-value-heads": 2, "--intermediate-size": 48, "--shards": 3})
 
     def test_sums_of_nccl(self):
-        """--reduce nccl: nearly the same, said in the plan and the log; and nothing changes for one process."""
+        """--reduce nccl: nearly the same, said in the plan and the log; and nothing changes for one process. In fp32:
+        the sum of four gradients that were rounded to bf16 is nearly always exact, in any order."""
         tree, nccl = self.place(), self.place()
-        self.run_ok(tree, 4, "bf16", {"--steps": 2})
-        out = self.run_ok(nccl, 4, "bf16", {"--steps": 2, "--reduce": "nccl"})
+        self.run_ok(tree, 4, "fp32", {"--steps": 2})
+        out = self.run_ok(nccl, 4, "fp32", {"--steps": 2, "--reduce": "nccl"})
         self.assertIn("--reduce nccl: NCCL adds the gradients in its own order", out)
         self.assertEqual(self.events(nccl, "start")[0]["reduce"], "nccl")
         a, b = self.events(tree, "step"), self.events(nccl, "step")
