@@ -851,7 +851,7 @@ class Hosts(Underway):
         """No launcher notices; both sides end, each by the other's silence. The launcher then waits for the other host:
         it is not ours to end."""
         cwd = self.place()
-        child = self.start(cwd, 2, dict(self.RUN, **{"--shards": 2, "--rank-timeout": 3}))
+        child = self.start(cwd, 2, dict(self.RUN, **{"--shards": 2, "--rank-timeout": 8}))
         try:
             while not glob.glob(os.path.join(cwd, "run", "step-*")):
                 self.assertIsNone(child.poll())

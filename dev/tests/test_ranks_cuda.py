@@ -185,7 +185,7 @@ class Bits(Ranks):
         answers = [self.run_ok(cwd, n, "bf16", nothing, flags) for n in (1, 2, 3)]
         self.assertEqual(answers[0].count("\n"), 60)
         self.assertEqual(answers, [answers[0]] * 3)
-        run = self.start(cwd, 3, "bf16", nothing, flags + ["--rank-timeout", "4"],
+        run = self.start(cwd, 3, "bf16", nothing, flags + ["--rank-timeout", "6"],
                          of_rank={1: {"CUDA_CPU_HANG": "embedding_forward_kernel<WIDE>:3"}})
         statuses, out, err = run.finish()
         self.assertEqual((set(statuses), out), ({71}, ""), err)
@@ -336,7 +336,7 @@ class Faults(Ranks):
     def test_a_gpu_hangs(self):
         """One rank's never finishes what it was given: a kernel of a step, of its update, of an evaluation or a sample,
         a copy for a checkpoint; or all wait for a message that never comes."""
-        fixed = dict(self.RUN, **dict(self.LITTLE, **{"--rank-timeout": 4, "--cuda-graphs": "off", "--shards": 2}))
+        fixed = dict(self.RUN, **dict(self.LITTLE, **{"--rank-timeout": 6, "--cuda-graphs": "off", "--shards": 2}))
         every = {"--eval-every": 1, "--sample-every": 1, "--sample-tokens": 14, "--save-every": 1, "--eval-windows": 20}
         forward, still = "embedding_forward_kernel<WIDE>", "has stood still for"
         cases = ((1, f"{forward}:9", {}, still, "in step 5"),
