@@ -154,9 +154,10 @@ inline bool advance(Stream* s, const Record* until = NULL) {
     return true;
 }
 // Calls `step` until it is true. What takes long waits for a process that may itself wait for another stream of this
-// one: after a while all of them go on, as on a GPU.
+// one: after a while all of them go on, as on a GPU. A wait that is long is looked at less often: many ranks may wait
+// on few cores.
 template <typename F> inline void wait_until(F&& step) {
-    for (double start = seconds(); !step(); usleep(20)) {
+    for (double start = seconds(); !step(); usleep(seconds() < start + 0.02 ? 20 : 500)) {
         for (size_t i = 0; i < streams.size() && seconds() > start + 2; i++) { advance(streams[i]); }
     }
 }
