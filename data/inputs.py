@@ -668,7 +668,7 @@ def parquet_tasks(index, entry, at):
 
 
 # A text may be cut between a newline and an ASCII letter, where one visible ASCII character stands before the newline;
-# or behind a letter, before a space and another letter or before a comma or full stop of Chinese and Japanese. No piece
+# or after a letter, before a space and another letter or before a comma or full stop of Chinese and Japanese. No piece
 # of any of the patterns reaches across, so the tokens are those of the whole text. Letters are some that all versions
 # of Unicode have: Latin, Cyrillic, Arabic, Devanagari, Chinese, Korean.
 LETTER = (rb"(?:[A-Za-z]|\xd0[\x90-\xbf]|\xd1[\x80-\x8f]|\xd8[\xa7-\xba]|\xe0\xa4[\x85-\xb9]|[\xe5-\xe8][\x80-\xbf]{2}"

@@ -175,14 +175,14 @@ def cells_of(part):
             for n, kind in TOY_TASKS
             for attention in TOY_ATTENTIONS
         ]
-    if part == "toy-long":  # thrice the steps: all seeds of the task whose plain seeds still fell, one of the others
-        both = [(5, "last", 1), (5, "last", 2), (5, "last", 3), (5, "all", 1)]
-        plain = [(8, "last", 1), (8, "first", 1), (8, "all", 1)]
-        cells = [(*task, attention) for task in both for attention in TOY_ATTENTIONS]
-        cells += [(*task, "transformer") for task in plain]
+    if part == "toy-long":  # the table of `toy` with thrice the steps; N 5, first, of seed 1 is in toy-tuning
+        tasks = [(5, "last", seed) for seed in (1, 2, 3)]
+        tasks += [(n, kind, seed) for seed in (1, 2, 3) for n, kind in TOY_TASKS if (n, kind) != (5, "last")]
+        tasks.remove((5, "first", 1))
         return [
             toy_cell(part, n, kind, attention, seed, **TOY_BEST, steps=TOY_LONG_STEPS)
-            for n, kind, seed, attention in cells
+            for n, kind, seed in tasks
+            for attention in TOY_ATTENTIONS
         ]
     if part == "again":  # two cells of the table by a seed that it has not seen
         return [toy_cell(part, 5, "first", attention, 4, **TOY_BEST, steps=TOY_STEPS) for attention in TOY_ATTENTIONS]

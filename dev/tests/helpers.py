@@ -89,7 +89,7 @@ def zip_all(*lists):
 
 
 def awake(seconds):
-    """Sleeps so long in pieces, of which but one passes while this machine stands still, for however long."""
+    """Sleeps so many seconds in pieces of 20 ms. While this machine stands still at most one of them passes."""
     for _ in range(round(50 * seconds)):
         time.sleep(0.02)
 
