@@ -92,20 +92,21 @@ static void gemm_real(bool ta, bool tb, int M, int N, int K, real alpha, const r
                 (int)lda, B, (int)ldb, beta, out, (int)ldo);
 }
 #else
-// Without a BLAS: blocks of A and B are packed so that the inner kernel reads both in order (Goto and van de Geijn,
-// "Anatomy of High-Performance Matrix Multiplication", 2008). The kernel keeps GEMM_ROWS x 2 vectors of sums in
-// registers.
+// Without a BLAS: blocks of A and B are packed so that the inner kernel reads B, and A if it is transposed, in order
+// (Goto and van de Geijn, "Anatomy of High-Performance Matrix Multiplication", 2008). The kernel keeps GEMM_ROWS x 2
+// vectors of sums in registers.
 enum { GEMM_COLS = 2 * LANES, GEMM_M = 8 * GEMM_ROWS, GEMM_N = 256, GEMM_K = 256 };
 
-// a (kc, GEMM_ROWS), b (kc, GEMM_COLS) packed; acc (GEMM_ROWS, GEMM_COLS)
-static void gemm_kernel(real* acc, const real* a, const real* b, int kc) {
+// a (GEMM_ROWS, kc), its values am apart from row to row and ak from column to column; b (kc, GEMM_COLS) packed;
+// acc (GEMM_ROWS, GEMM_COLS)
+INLINE void gemm_kernel(real* acc, const real* a, int am, int ak, const real* b, int kc) {
     Vec sum[GEMM_ROWS][2] = {{{0}}};
-    for (int k = 0; k < kc; k++, a += GEMM_ROWS, b += GEMM_COLS) {
+    for (int k = 0; k < kc; k++, a += ak, b += GEMM_COLS) {
         Vec b0 = load(b), b1 = load(b + LANES);
 #pragma GCC unroll 16
         for (int m = 0; m < GEMM_ROWS; m++) {
-            sum[m][0] += a[m] * b0;
-            sum[m][1] += a[m] * b1;
+            sum[m][0] += a[m * am] * b0;
+            sum[m][1] += a[m * am] * b1;
         }
     }
 #pragma GCC unroll 16
@@ -116,18 +117,31 @@ static void gemm_kernel(real* acc, const real* a, const real* b, int kc) {
 }
 
 // Panels of `width` rows (of a matrix (n, K)) or columns (of (K, n)): out[panel][k][width], zeros beyond n.
-static void gemm_pack(real* out, const real* X, size_t ld, bool k_is_row, int n, int kc, int width) {
-    for (int p = 0; p < n; p += width) {
+INLINE void gemm_pack(real* out, const real* X, size_t ld, bool k_is_row, int n, int kc, int width) {
+    for (int p = 0; p < n; p += width, out += (size_t)kc * width) {
         int w = min_int(width, n - p);
-        for (int k = 0; k < kc; k++, out += width) {
-            if (k_is_row) {
-                memcpy(out, X + (size_t)k * ld + p, (size_t)w * sizeof(real));
-            } else {
-                for (int x = 0; x < w; x++) { out[x] = X[(size_t)(p + x) * ld + k]; }
+        if (w < width) { memset(out, 0, (size_t)kc * width * sizeof(real)); }
+        if (!k_is_row) {
+            for (int x = 0; x < w; x++) {
+                const real* row = X + (size_t)(p + x) * ld;
+                for (int k = 0; k < kc; k++) { out[k * width + x] = row[k]; }
             }
-            for (int x = w; x < width; x++) { out[x] = 0; }
+        } else if (w == width) {  // a width that the compiler knows: vectors. gcc makes `rep movs` of the loop below
+            for (int k = 0; k < kc; k++) {
+                for (int x = 0; x < width; x++) { out[k * width + x] = X[(size_t)k * ld + p + x]; }
+            }
+        } else {
+            for (int k = 0; k < kc; k++) {
+                for (int x = 0; x < w; x++) { out[k * width + x] = X[(size_t)k * ld + p + x]; }
+            }
         }
     }
+}
+
+// out[m][GEMM_K] = A (mc,kc); zeros in the rows beyond, up to a multiple of GEMM_ROWS.
+static void gemm_copy(real* out, const real* A, size_t lda, int mc, int kc) {
+    for (int m = 0; m < mc; m++) { memcpy(out + m * GEMM_K, A + (size_t)m * lda, (size_t)kc * sizeof(real)); }
+    memset(out + mc * GEMM_K, 0, (size_t)(round_up(mc, GEMM_ROWS) - mc) * GEMM_K * sizeof(real));
 }
 
 static void gemm_real(bool ta, bool tb, int M, int N, int K, real alpha, const real* A, size_t lda, const real* B,
@@ -147,10 +161,18 @@ static void gemm_real(bool ta, bool tb, int M, int N, int K, real alpha, const r
             gemm_pack(pb, tb ? B + (size_t)n0 * ldb + k0 : B + (size_t)k0 * ldb + n0, ldb, !tb, nc, kc, GEMM_COLS);
             for (int m0 = 0; m0 < M; m0 += GEMM_M) {
                 int mc = min_int(GEMM_M, M - m0);
-                gemm_pack(pa, ta ? A + (size_t)k0 * lda + m0 : A + (size_t)m0 * lda + k0, lda, ta, mc, kc, GEMM_ROWS);
+                if (ta) {
+                    gemm_pack(pa, A + (size_t)k0 * lda + m0, lda, true, mc, kc, GEMM_ROWS);
+                } else {
+                    gemm_copy(pa, A + (size_t)m0 * lda + k0, lda, mc, kc);
+                }
                 for (int n = 0; n < nc; n += GEMM_COLS) {
                     for (int m = 0; m < mc; m += GEMM_ROWS) {
-                        gemm_kernel(acc, pa + (size_t)m * kc, pb + (size_t)n * kc, kc);
+                        if (ta) {
+                            gemm_kernel(acc, pa + (size_t)m * kc, 1, GEMM_ROWS, pb + (size_t)n * kc, kc);
+                        } else {
+                            gemm_kernel(acc, pa + (size_t)m * GEMM_K, GEMM_K, 1, pb + (size_t)n * kc, kc);
+                        }
                         for (int r = 0; r < min_int(GEMM_ROWS, mc - m); r++) {
                             real* o = out + (size_t)(m0 + m + r) * ldo + n0 + n;
                             int w = min_int(GEMM_COLS, nc - n);
