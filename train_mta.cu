@@ -686,11 +686,12 @@ static __device__ inline void rope_sum(Pack<float, W>* x, Pack<float, W>* y, con
 }
 
 // The reverse for S sequences: dq (q_parts,S,NH,T,HS), in fp32 where it was added up in memory, dk (S,NH,T,HS) and dv
-// (v_parts,S,NH,T,HS) become dqkv (S,T,NH+2*NKV,HS). Parts, and heads that share keys, are added in order, then rotated
-// back. Bytes an element of q: 4 a part and 2; of k and v: 2 a part (4 from the chunks) and 2.
+// (v_parts,S,NH,T,HS) become dqkv (S,T,NH+2*NKV,HS). Part p of dq begins with query p * q_step: above, nothing has been
+// written. Parts, and heads that share keys, are added in order, then rotated back. Bytes an element of q: 4 a part and
+// 2; of k and v: 2 a part (4 from the chunks) and 2.
 template <int W, typename FromQ, typename From>
 static __global__ void rope_backward_kernel(floatX* dqkv, const FromQ* dq, const From* dk, const From* dv, Rope r,
-                                            int S, int q_parts, int v_parts) {
+                                            int S, int q_parts, int q_step, int v_parts) {
     const int T = r.T, NH = r.NH, NKV = r.NKV, HS = r.HS, half = HS / 2, packs = half / W, heads = NH + 2 * NKV;
     size_t id = (size_t)blockIdx.x * blockDim.x + threadIdx.x, all = (size_t)S * NH * T * HS;
     if (id >= (size_t)S * T * heads * packs) { return; }
@@ -704,7 +705,7 @@ static __global__ void rope_backward_kernel(floatX* dqkv, const FromQ* dq, const
     // Add up the parts of each head, then the heads that share these keys or values.
     Pack<float, W> x = {}, y = {};
     if (which < NH) {
-        rope_sum<W>(&x, &y, dq, at, all, next, half, q_parts, 1);
+        rope_sum<W>(&x, &y, dq, at, all, next, half, min_int(q_parts, t / q_step + 1), 1);
     } else {
         rope_sum<W>(&x, &y, which < NH + NKV ? dk : dv, at, all, next, half, which < NH + NKV ? 1 : v_parts, share);
     }
@@ -728,11 +729,11 @@ static __global__ void rope_backward_kernel(floatX* dqkv, const FromQ* dq, const
 }
 template <typename FromQ, typename From>
 static void rope_backward(floatX* dqkv, const FromQ* dq, const From* dk, const From* dv, const Rope* r, int S,
-                          int q_parts, int v_parts, Cuda* g) {
+                          int q_parts, int q_step, int v_parts, Cuda* g) {
     int half = r->HS / 2, W = half % WIDE ? 1 : WIDE;
     auto kernel = half % WIDE ? rope_backward_kernel<1, FromQ, From> : rope_backward_kernel<WIDE, FromQ, From>;
     LAUNCH(kernel, ceil_div((size_t)S * r->T * (r->NH + 2 * r->NKV) * (half / W), 256), 256, 0, g->stream, dqkv, dq, dk,
-           dv, *r, S, q_parts, v_parts);
+           dv, *r, S, q_parts, q_step, v_parts);
     launchCheck(g->stream);
 }
 
@@ -793,6 +794,7 @@ static size_t mix16_parts_size(const Attention* a);
 static void mix16_maps(const Maps* m, float* stats, const Attention* a, Chunk c, bool backward, Cuda* g);
 static void mix16_maps_backward(TileX* d, TileX* other, const AttentionSums* sums, const Maps* m, const float* stats,
                                 const Attention* a, Chunk c, float* parts, Cuda* g);
+enum { FLASH_KEYS = 64 };  // keys of a tile
 static int flash_splits(int S, int NH, int T);
 static void flash_attention_forward(floatX* out, float* stats, const floatX* q, const floatX* k, const floatX* v,
                                     const Attention* a, Cuda* g);
@@ -1537,11 +1539,11 @@ static void attention_backward(floatX* dqkv, const AttentionSums* sums, const fl
         const floatX *dk = (const floatX*)scratch->dk, *dv = (const floatX*)scratch->dv;
         if (a->cudnn) {
             cudnn_attention_backward(sums, dout + b * sequence, out + b * sequence, &x, a, S, scratch, g);
-            rope_backward(dqkv + b * packed, (const floatX*)scratch->dq, dk, dv, rope, S, 1, mix_parts(a), g);
+            rope_backward(dqkv + b * packed, (const floatX*)scratch->dq, dk, dv, rope, S, 1, 1, mix_parts(a), g);
         } else if (a->flash) {
             flash_attention_backward(sums, dout + b * sequence, out + b * sequence, &x, a, S, scratch, g);
-            rope_backward(dqkv + b * packed, scratch->dq, dk, dv, rope, S, flash_splits(S, a->NH, a->T), mix_parts(a),
-                          g);
+            rope_backward(dqkv + b * packed, scratch->dq, dk, dv, rope, S, flash_splits(S, a->NH, a->T), FLASH_KEYS,
+                          mix_parts(a), g);
         } else {
             cudaCheck(cudaMemsetAsync(scratch->dk, 0, S * sequence * sizeof(float), g->stream));
             cudaCheck(cudaMemsetAsync(scratch->dv, 0, S * sequence * sizeof(float), g->stream));
@@ -1550,7 +1552,7 @@ static void attention_backward(floatX* dqkv, const AttentionSums* sums, const fl
                                          g);
             }
             rope_backward(dqkv + b * packed, scratch->dq, (const float*)scratch->dk, (const float*)scratch->dv, rope, S,
-                          1, 1, g);
+                          1, 1, 1, g);
         }
     }
 }
@@ -2657,7 +2659,7 @@ static AttentionShape cudnn_shape(const Attention* a, int S, bool pairs) {
 }
 
 #if !defined(PRECISION_FP32)
-enum { FLASH_WARPS = 8, FLASH_THREADS = FLASH_WARPS * WARP_SIZE, FLASH_KEYS = 64 };  // of a block; keys of a tile
+enum { FLASH_WARPS = 8, FLASH_THREADS = FLASH_WARPS * WARP_SIZE };  // of a block
 
 typedef struct {
     const floatX *q, *k, *v;  // (S,NH,T,HS), q and k rotated
@@ -3328,9 +3330,9 @@ template <typename F> static __device__ inline void backward_rows_below(const Ba
     }
 }
 
-// (4) dq += dS K for the tile's rows; HS is a multiple of 8
+// (4) dq += dS K for the tile's rows, = if nothing has been written there yet; HS is a multiple of 8
 template <typename F>
-static __device__ inline void backward_dq(float* dq, const BackwardBlock<F>& x, const Flash& f, int i0) {
+static __device__ inline void backward_dq(float* dq, const BackwardBlock<F>& x, const Flash& f, int i0, bool add) {
     float c[F::M][F::K_GROUPS][4] = {};
     columns_product<FLASH_KEYS, F::M, F::K_GROUPS, false, F::KEYS_PITCH, F::PITCH>(
         c, x.dscores + 16 * F::M * x.wr * F::KEYS_PITCH, x.k_rows + 2 * F::SIDE * F::PITCH + F::WIDTH / 2 * x.wc);
@@ -3340,8 +3342,10 @@ static __device__ inline void backward_dq(float* dq, const BackwardBlock<F>& x, 
         float* row = dq + (size_t)i * f.HS + F::WIDTH / 2 * x.wc + lane_column();
         UNROLL
         for (int g = 0; g < F::K_GROUPS; g++) {
-            add_pair(row + 8 * g, c[y / 2][g][e] * f.scale, c[y / 2][g][e + 1] * f.scale,
-                     i < f.T && F::WIDTH / 2 * x.wc + 8 * g < f.HS);
+            Pack<float, 2> sum = {{c[y / 2][g][e] * f.scale, c[y / 2][g][e + 1] * f.scale}};
+            bool valid = i < f.T && F::WIDTH / 2 * x.wc + 8 * g < f.HS;
+            add_pair(row + 8 * g, sum.v[0], sum.v[1], valid && add);
+            if (valid && !add) { store<2>(row + 8 * g, sum); }
         }
     }
 }
@@ -3463,7 +3467,7 @@ static __global__ void __launch_bounds__(FLASH_THREADS, 1)
             if constexpr (CQ > 0) { backward_rows_below(x, true); }
             columns_product<F::ROWS, 1, F::K_GROUPS, true, F::KEYS_PITCH, F::PITCH>(
                 dk_sum, x.dscores + 16 * x.wr, q_tile + F::HALO * F::PITCH + WIDTH / 2 * x.wc);
-            backward_dq(dq + blockIdx.x * all + x.head * size, x, f, i0);
+            backward_dq(dq + blockIdx.x * all + x.head * size, x, f, i0, j0 != (int)blockIdx.x * FLASH_KEYS);
         }
         backward_store<F>(dk + x.head * size, dk_sum[0], j0 + 16 * x.wr, WIDTH / 2 * x.wc, f.scale, f);
         UNROLL
@@ -3573,7 +3577,7 @@ static int prepare_blocks(int T) { return min_int(PREPARE_BLOCKS, ceil_div(T, RO
 
 // Gradients of the inputs
 typedef struct {
-    float* q;       // (splits,S,NH,T,HS)
+    float* q;       // (splits,S,NH,T,HS); part p from query p * FLASH_KEYS on
     floatX *k, *v;  // (S,NH,T,HS), (ch parts,S,NH,T,HS)
 } FlashGradients;
 
@@ -3601,7 +3605,6 @@ static void flash_prepare(const AttentionSums* sums, const floatX* dout, const f
 static void flash_backward(const FlashGradients* d, const AttentionSums* sums, const floatX* dout, const floatX* z,
                            const float* stats, const Flash* f, int ch, size_t shared, const FlashScratch* s, Cuda* g) {
     int splits = flash_splits(f->S, f->NH, f->T);
-    cudaCheck(cudaMemsetAsync(d->q, 0, (size_t)splits * f->S * f->NH * f->T * f->HS * sizeof(float), g->stream));
     flash_prepare(sums, dout, z, f, ch, s, g);
     flash_pick(f->HS, ch, f->conv, [&](auto width, auto heads, auto taps) {
         flash_rows<width(), heads(), taps()>(shared, [&](auto rows) {
