@@ -127,9 +127,9 @@ def toy(results):
         "decay (chosen for the plain Transformer by one seed of each setting of `toy-tuning`, which lie within the "
         "spread of seeds), no dropout. That a plain model fails however long it is trained is not shown; the section "
         "after this one has what three times the steps give. Sequences with a wrong answer token, of 1000 that "
-        f"training never saw, in percent; {seeds_of(chosen)}. Who repeats one of the question's two letters is right in "
-        "one of N cases, since it is the wanted letter with 2 / N and the right one of two with 1 / 2: a plain model "
-        "near that has found nothing. The paper's own size would take "
+        f"training never saw, in percent; {seeds_of(chosen)}. Who repeats one of the question's two letters is right "
+        "in one of N cases, since it is the wanted letter with 2 / N and the right one of two with 1 / 2: a plain "
+        "model near that has found nothing. The paper's own size would take "
         f"{paper_toy_flop():.1e} operations a run, 36 runs: about 4 hours of one H200 at a tenth of its 990 TFLOP/s, a "
         "prediction (`scripts/evidence.sh toy-paper`).",
         "",
