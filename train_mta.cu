@@ -10,9 +10,9 @@
 // adds the Cuda context. Attention comes twice: the chunked algorithm (a chunk of queries of all heads of some
 // sequences at a time), which serves every variant, and fused kernels for the common ones. Those, and all else that
 // only makes it fast, stand in sections of their own after the layers, "Fast paths", to be read last. Nothing of size T
-// x T. Deterministic: every sum has a fixed order, no floating-point atomics. dev/cuda_cpu compiles this file with a
-// C++ compiler and runs these kernels on a CPU; so launches go through LAUNCH, and dynamic shared memory through
-// DYNAMIC_SHARED.
+// x T. Deterministic: every sum has a fixed order; one thread alone adds to an address by atomics (add_pair).
+// dev/cuda_cpu compiles this file with a C++ compiler and runs these kernels on a CPU; so launches go through LAUNCH,
+// and dynamic shared memory through DYNAMIC_SHARED.
 //
 //   B batch   T positions   C channels   L layers   NH heads   NKV key/value heads   HS head size
 //   FF hidden units of the MLP   V vocabulary   N = B*T rows   S sequences of an attention batch
@@ -3083,8 +3083,8 @@ static __global__ void flash_prepare_kernel(floatX* dz, float* dots, unsigned* b
     }
 }
 
-// Backward: dk (S,NH,T,HS) and dv (CH parts) are set; dq (splits,S,NH,T,HS) is added to, in fp32; parts
-// (S,NH,splits,cq*ck) of the convolution's gradient.
+// Backward: dk (S,NH,T,HS), dv (CH parts) and dq (splits,S,NH,T,HS), in fp32, are set; of dq part p from query
+// p * FLASH_KEYS on, nothing is written above; parts (S,NH,splits,cq*ck) of the convolution's gradient.
 // Block (split, head, sequence) walks over the blocks of 64 keys split, split + splits, ...; what a block of keys
 // gathers stays in registers while the queries stream past. One block of the grid alone adds to its dq, so the order of
 // the sum is fixed. A tile of queries: (1) scores S; (2) P, dP = dZ Vcat^T, dL = P (dP - D); (3) dV += P^T dZ, dS = the
@@ -4635,6 +4635,7 @@ static void model_backward(Model* m, const int32_t* tokens, int B, int T) {
     Scratch* s = &m->scratch;
     Cuda* g = &m->cuda;
     int N = B * T;
+    assert(B <= m->B && T == m->T);  // flash_splits, and so the room for parts of gradients, is of this length
     for (int end = m->config.num_hidden_layers; end > 0;) {
         int begin = backward_stop(m, end);
         auto pass = [=] { layers_backward(m, begin, end, B, T); };

@@ -65,7 +65,7 @@ typedef struct {
     Losses (*forward)(void* model, const int32_t* tokens, const int32_t* targets, int B, int T, float* logits);
     // The logits (V) that follow n tokens.
     void (*last_logits)(void* model, const int32_t* tokens, int n, float* logits);
-    // The sum of the losses; dloss times its gradients is added to the gradient state.
+    // The sum of the losses; dloss times its gradients is added to the gradient state. T as create was told.
     double (*forward_backward)(void* model, const int32_t* tokens, const int32_t* targets, int B, int T, double dloss);
     // Clips to the global norm, applies AdamW as step `step` (1 = first). Returns the norm before clipping; not finite:
     // nothing changed.
