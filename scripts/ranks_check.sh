@@ -129,11 +129,13 @@ rate_of() {
 }
 check_speed() {
     local model=(--model 880m --seq-len 2048 --tokens-per-step 262144 --steps 10) one reduce rate share batch=1
+    local all=$ranks  # choose_batch sets ranks to those of a launcher, here none: 1
     if [ $small = yes ]; then
         model=(--model 1m --num-hidden-layers 1 --seq-len 16 --tokens-per-step $((16 * ranks)) --steps 5 --batch-size 1)
     fi
     model+=(--warmup 1 --eval-every 0 --save-every 0 --keep 1 --log-every 1)
     if [ $small = no ]; then choose_batch $((128 / ranks)) "${model[@]}"; fi
+    ranks=$all
     model+=(--batch-size "$batch")
     launch speed_1 1 "${model[@]}" --shards 1 || return
     one=$(rate_of speed_1)
@@ -151,8 +153,8 @@ check_speed() {
 trainer=${TRAINER:-$root/train_mta_cuda}
 if [ -z "${TRAINER:-}" ]; then
     capability=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2> /dev/null | head -n 1 | tr -d .)
-    case $capability in 90) capability=90a ;; esac
-    make -s train_mta_cuda NVCC_ARCH="sm_${capability:-90a}" || fail "make train_mta_cuda"
+    case $capability in 90 | "" | *[!0-9]*) capability=90a ;; esac  # nvidia-smi prints its errors there too
+    make -s train_mta_cuda NVCC_ARCH="sm_$capability" || fail "make train_mta_cuda"
 fi
 trainer=$(realpath -m "$trainer")
 [ -x "$trainer" ] || { fail "$trainer is missing"; exit 1; }

@@ -5,6 +5,7 @@ or hang; what the script makes of it.
 python3 dev/tests/test_gpu_check.py [-k PATTERN]
 """
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -30,13 +31,13 @@ case $name in
 esac
 """
 STUBS = {
-    "nvidia-smi": """[ -z "$NO_GPU" ] || exit 9
+    "nvidia-smi": """[ -z "$NO_GPU" ] || { echo -n "${NO_GPU#-}"; exit 9; }  # errors, too, go to standard output
 if [ "$1" = -L ]; then echo "GPU 0: NVIDIA H200"
 elif [ "$1" = --query-gpu=compute_mode ]; then echo "${EXCLUSIVE:-Default}"
 else echo "NVIDIA ${GPU:-H200}, 580.1, 143771 MiB, 9.0"; fi""",
     "nvcc": """if [ "$1" = --version ]; then echo "release 13.0, V13.0.88"; exit; fi
 [ -z "$NO_CUBLAS" ] || [ -e build/cublas/libcublas.so ] || { echo "cannot find -lcublas"; exit 1; }""",
-    "compute-sanitizer": 'echo "========= ERROR SUMMARY: 0 errors"',
+    "compute-sanitizer": 'echo "$@" >> build/sanitized; echo "========= ERROR SUMMARY: 0 errors"',
     "torch_python": """case $2 in
     *torch.cuda*) ;;
     *nvidia*) echo "$PACKAGES" ;;
@@ -112,6 +113,24 @@ class GpuCheck(Folder):
         self.assertNotIn("skip", table)
         with open(self.path("build/arch"), encoding="utf-8") as f:
             self.assertEqual(f.read(), "NVCC_ARCH=sm_90a\n")
+        with open(self.path("build/sanitized"), encoding="utf-8") as f:
+            self.sanitized(f.read().splitlines())
+
+    def sanitized(self, calls):
+        """The sanitizers look at every kernel of ours and at none of the libraries'."""
+        with open(os.path.join(ROOT, "train_mta.cu"), encoding="utf-8") as f:
+            ours = re.findall(r"__global__[^;{]*?(\w+)\(", re.sub(r"__launch_bounds__\([^)]*\)", "", f.read()))
+        self.assertGreater(len(ours), 30)
+        theirs = ["cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16_knob_7_64x128x192_4x1x1_cga1x1x1_kernel0_0",
+                  "cublasLt_fused_imma_dgemm_kernel_sm80", "gemmSN_NN_kernel", "splitKreduce_kernel"]
+        self.assertEqual(len(calls), 4)
+        for call in calls:
+            words = call.split()
+            wanted, unwanted = (words[words.index(option) + 1].replace("kns=", "").split(",")
+                                for option in ("--kernel-name", "--kernel-name-exclude"))
+            looked_at = [name for name in ours + theirs
+                         if any(w in name for w in wanted) and not any(w in name for w in unwanted)]
+            self.assertEqual(looked_at, ours)
 
     def test_what_fails_stops_nothing_else(self):
         table = self.check(FAILS="test_ops_cuda cuda_step", status=1)
@@ -225,8 +244,11 @@ esac\n""")
                       self.check("--part", "speed", NO_CUBLAS="1", PACKAGES=self.path("none")))
 
     def test_no_gpu(self):
-        child = self.begin(NO_GPU="1")
-        self.assertEqual((child.communicate()[0], child.returncode), ("gpu_check.sh: nvidia-smi finds no GPU\n", 1))
+        driver = "NVIDIA-SMI has failed because it couldn't communicate, as here, with the NVIDIA driver, 4 tries"
+        for says, told in (("-", ""), (driver, ": " + driver), ("No devices were found", ": No devices were found")):
+            child = self.begin(NO_GPU=says)
+            self.assertEqual((child.communicate()[0], child.returncode),
+                             (f"gpu_check.sh: nvidia-smi finds no GPU{told}\n", 1))
 
 
 if __name__ == "__main__":

@@ -42,6 +42,9 @@ if "--dry-run" in sys.argv:
 RUN = """#!/usr/bin/env python3
 import os, sys
 option = lambda name: sys.argv[sys.argv.index(name) + 1]
+if "--dry-run" in sys.argv:
+    print("largest micro-batch that fits: 40")
+    sys.exit()
 fault = os.environ["FAULT"] if os.environ["WORLD_SIZE"] == "2" else ""
 if fault == "dies" and os.environ["RANK"] == "1":
     sys.exit("stub: process 1 dies")
@@ -362,9 +365,9 @@ class Slurm(Emulated):
 
 
 class RanksCheck(Scripts):
-    def check(self, *options, failed=0, **environment):
+    def check(self, *options, failed=0, small=("--small",), **environment):
         work = os.path.join(self.folder, "work")
-        script = [os.path.join(ROOT, "scripts", "ranks_check.sh"), "--small", "--ranks", "2", "--work", work]
+        script = [os.path.join(ROOT, "scripts", "ranks_check.sh"), *small, "--ranks", "2", "--work", work]
         done = subprocess.run([*script, *options], capture_output=True, text=True, timeout=120,
                               env=dict(self.environment, **environment))
         self.assertEqual((done.returncode, done.stderr), (int(failed > 0), ""), done.stdout)
@@ -402,9 +405,11 @@ class RanksCheck(Scripts):
             self.assertEqual(os.listdir(work), ["precious"])
 
     def test_speed(self):
-        speed = self.check("--part", "speed", TRAINER=self.stub(RUN), FAULT="fast")
-        self.assertIn("speed   1 process: 100 tokens/s", speed)
-        self.assertIn("speed   2 processes, --reduce nccl: 180 tokens/s, 90.0% of 2 times one", speed)
+        """Of the small model, and of the one whose micro-batch is chosen by what fits."""
+        for small, batch in ((["--small"], 1), ([], 32)):
+            speed = self.check("--part", "speed", small=small, TRAINER=self.stub(RUN), FAULT="fast")
+            self.assertIn(f"speed   1 process: 100 tokens/s, {batch} sequences at once", speed)
+            self.assertIn("speed   2 processes, --reduce nccl: 180 tokens/s, 90.0% of 2 times one", speed)
 
     def test_on_the_emulator(self):
         done = self.check(TRAINER=TRAINER, CUDA_CPU_DEVICES="2", OMP_NUM_THREADS="1")
