@@ -121,7 +121,7 @@ class GpuCheck(Folder):
         with open(os.path.join(ROOT, "train_mta.cu"), encoding="utf-8") as f:
             ours = re.findall(r"__global__[^;{]*?(\w+)\(", re.sub(r"__launch_bounds__\([^)]*\)", "", f.read()))
         self.assertGreater(len(ours), 30)
-        theirs = ["cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16_knob_7_64x128x192_4x1x1_cga1x1x1_kernel0_0",
+        theirs = ["cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16_knob_7_64x128x192_4x1x1_kernel0_0",
                   "cublasLt_fused_imma_dgemm_kernel_sm80", "gemmSN_NN_kernel", "splitKreduce_kernel"]
         self.assertEqual(len(calls), 4)
         for call in calls:
