@@ -112,14 +112,14 @@ typedef struct {
 // The one variable that a signal handler may write.
 static volatile sig_atomic_t run_signal = 0;
 
-// The first signal is answered at once. Ctrl-C or SIGTERM a second time stops without saving; a terminal that closes
-// sends SIGHUP twice, and a cluster SIGUSR1 and then SIGTERM: those must not end a save.
+// The first signal is answered at once. Ctrl-C a second time stops without saving; a terminal that closes sends SIGHUP
+// twice, Slurm SIGTERM twice within milliseconds at a job's time limit, perhaps after SIGUSR1: those must not end a
+// save.
 static inline void run_on_signal(int number) {
-    static const char text[] =
-        "\nstopping after this micro-batch (several processes: this step), then saving; the same "
-        "signal again stops at once\n";
+    static const char text[] = "\nstopping after this micro-batch (several processes: this step), then saving; Ctrl-C "
+                               "again stops at once\n";
     int before = errno;
-    if (run_signal == number && (number == SIGINT || number == SIGTERM)) { _exit(128 + number); }
+    if (run_signal == number && number == SIGINT) { _exit(128 + number); }
     if (!run_signal && write(STDERR_FILENO, text, sizeof text - 1) < 0) {
         errno = before;
     }  // a terminal that is gone reads nothing
@@ -129,7 +129,7 @@ static inline void run_on_signal(int number) {
 
 // On a rank other than 0: what it does about a signal, all do at the end of the step, and rank 0 says so.
 static inline void run_on_signal_quietly(int number) {
-    if (run_signal == number && (number == SIGINT || number == SIGTERM)) { _exit(128 + number); }
+    if (run_signal == number && number == SIGINT) { _exit(128 + number); }
     run_signal = number;
 }
 
@@ -570,11 +570,17 @@ static inline void run_lock(Run* r, bool create) {
     path_join(path, sizeof path, r->options->out, "log.jsonl");
     int fd = r->lock < 0 ? open(path, O_WRONLY | O_APPEND | O_NONBLOCK | O_CLOEXEC | (create ? O_CREAT : 0), 0644) : -1;
     if (fd < 0) { return; }  // no log yet: a new run's comes into being once; what else is wrong, runlog_open says
-    if (flock(fd, LOCK_EX | LOCK_NB) == 0) {
+    // GPFS keeps a flock within the host, but not a lock of all bytes; what does not offer that one has the first.
+    struct flock all;
+    memset(&all, 0, sizeof all);
+    all.l_type = F_WRLCK, all.l_whence = SEEK_SET;
+    bool locked = flock(fd, LOCK_EX | LOCK_NB) == 0, taken = !locked && errno == EWOULDBLOCK;
+    if (locked && fcntl(fd, F_OFD_SETLK, &all)) { taken = errno == EAGAIN || errno == EACCES; }
+    if (locked && !taken) {
         r->lock = fd;
         return;
     }
-    if (errno == EWOULDBLOCK) {
+    if (taken) {
         die("--out: %s is in use by another run; wanted that one to end first, or another directory", r->options->out);
     }
     printf("no lock on %s (%s): two runs at once there would spoil it\n", path, strerror(errno));

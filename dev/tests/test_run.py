@@ -638,8 +638,8 @@ class Resume(Trainer):
         """Lustre without the option flock, for example: the run goes on and says so."""
         source, library = self.path("no_flock.c"), self.path("no_flock.so")
         with open(source, "w") as f:
-            f.write("#include <errno.h>\nint flock(int fd, int operation) { (void)fd; (void)operation; errno = ENOSYS; "
-                    "return -1; }\n")
+            f.write("#include <errno.h>\n#include <stdlib.h>\nint flock(int fd, int operation) { (void)fd; "
+                    "(void)operation; errno = ENOSYS; return getenv(\"ALONE\") ? 0 : -1; }\n")
         if shutil.which("cc") is None or subprocess.run(["cc", "-shared", "-fPIC", "-o", library, source]).returncode:
             self.skipTest("no C compiler")
         out = self.out()
@@ -647,6 +647,15 @@ class Resume(Trainer):
         self.assertEqual(done.returncode, 0, done.stderr)
         self.assertIn("no lock on", done.stdout)
         self.assertEqual(len(log_events(out, "step")), 6)
+        # GPFS: each host has an flock of its own, and one lock of the file's bytes for all.
+        child = self.launch(["env", "LD_PRELOAD=" + library, "ALONE=1"] + self.arguments(out, {"--steps": 10 ** 6},
+                                                                                         ["--resume"]))
+        self.wait_for_step(out, 8, child)
+        done = self.execute(["env", "LD_PRELOAD=" + library, "ALONE=1"] + self.arguments(out, {}, ["--resume"]))
+        self.assert_refused(done, "in use by another run")
+        child.send_signal(signal.SIGTERM)
+        child.communicate(timeout=TIMEOUT)
+        self.assertEqual(child.returncode, 75)
 
     def test_timed_checkpoints(self):
         """Each replaces the one before; --keep counts the others; a resume from one continues bit for bit."""
@@ -2027,18 +2036,20 @@ class Failing(Trainer):
                 self.run_ok(out, {"--steps": int(last[-8:]) + 1}, ["--resume"])
 
     def test_signals_that_come_in_pairs(self):
-        """A terminal that closes sends SIGHUP twice, a cluster SIGUSR1 and later SIGTERM: the run is saved all the
-        same."""
-        for first, second in ((signal.SIGHUP, signal.SIGHUP), (signal.SIGUSR1, signal.SIGTERM),
-                              (signal.SIGHUP, signal.SIGINT)):
+        """A terminal that closes sends SIGHUP twice; Slurm at a job's time limit SIGTERM, SIGCONT and SIGTERM within
+        milliseconds, SIGUSR1 before them where it was asked for: the run is saved all the same."""
+        limit = (signal.SIGTERM, signal.SIGCONT, signal.SIGTERM)
+        for *first, second in ((signal.SIGHUP, signal.SIGHUP), (signal.SIGHUP, signal.SIGINT), limit,
+                               (signal.SIGUSR1, *limit)):
             out = self.out()
             child = self.launch(self.arguments(out, {"--hidden-size": 128, "--num-hidden-layers": 4,
                                                      "--batch-size": 200, "--tokens-per-step": 16 * 200 * 100,
                                                      "--steps": 5}))
             self.wait_for_file(os.path.join(out, "log.jsonl"))
             time.sleep(0.2)
-            child.send_signal(first)
-            time.sleep(0.02)
+            for number in first:
+                child.send_signal(number)
+                time.sleep(0.02)
             self.stopped(child, second)
             self.assertEqual(len(checkpoints(out)), 1)
 
