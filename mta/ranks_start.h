@@ -80,7 +80,8 @@ static inline void ranks_yield_to_first(int rank) {
 // The first launcher that says it has started several processes. Slurm is the last: what torchrun and mpirun start
 // inside its jobs sees its variables too, those of another step. And it is the step's number of tasks that counts: a
 // job's script sees the job's, and is one process. srun --mpi=pmi2 sets MPICH's variables too, but for those of the
-// host: then its own tell more. (scripts/recipe.bash reads the same.)
+// host: then its own tell more. PMI_RANK and PMI_SIZE are Cray's (PALS) and Flux's too, with others for those of the
+// host. (scripts/recipe.bash reads the same.)
 static inline Launch launch_read(void) {
     static const struct Known {  // a name, since nvcc makes nothing of the size of one without
         const char *launcher, *rank, *size, *local, *local_size;
@@ -97,6 +98,9 @@ static inline Launch launch_read(void) {
         if (by_srun && launch_number(known[i].local, INT_MAX) < 0) { continue; }
         Launch l = {launch_number(known[i].rank, INT_MAX), size, launch_number(known[i].local, INT_MAX),
                     launch_number(known[i].local_size, INT_MAX), known[i].launcher};
+        static const char* const more[] = {"PMI_LOCAL_RANK", "FLUX_TASK_LOCAL_ID", "LOCAL_RANK"};
+        for (int k = 0; k < 3 && l.local < 0; k++) { l.local = launch_number(more[k], INT_MAX); }
+        if (i + 2 == KNOWN && l.local_size < 0) { l.local_size = launch_number("PMI_LOCAL_SIZE", INT_MAX); }
         if (l.rank < 0) {
             die("%s is %d, and %s is not set; wanted both or neither", known[i].size, size, known[i].rank);
         }
@@ -153,6 +157,8 @@ static inline void launch_host(const Launch* l, char* out, size_t n) {
     bool srun = !strcmp(l->launcher, "srun");
     const char *address = getenv("MASTER_ADDR"), *list = getenv(srun ? "SLURM_STEP_NODELIST" : "SLURM_JOB_NODELIST");
     bool here = l->local_size == l->size || (srun && launch_number("SLURM_STEP_NUM_NODES", INT_MAX) == 1);
+    const char* layout = srun ? getenv("SLURM_DISTRIBUTION") : NULL;
+    if (layout && !strncmp(layout, "arbitrary", 9)) { list = NULL; }  // the list is in another order than the ranks
     if (here || (address && *address)) {
         snprintf(out, n, "%s", here ? "127.0.0.1" : address);
     } else if (list && *list) {
@@ -162,12 +168,14 @@ static inline void launch_host(const Launch* l, char* out, size_t n) {
     }
 }
 
-// What tells this job from others on the same hosts; "" where the launcher does not say.
+// What tells this job from others on the same hosts; "" where the launcher does not say. Of torchrun its run's id
+// alone: its agents may be of several steps or jobs.
 static inline void launch_job(const Launch* l, char* out, size_t n) {
     const char* const names[] = {"TORCHELASTIC_RUN_ID", "PMIX_NAMESPACE", "SLURM_JOB_ID", "SLURM_STEP_ID"};
+    bool agents = !strcmp(l->launcher, "torchrun") && getenv(names[0]);
     Text job = {NULL, 0, 0};
     for (int i = 0; i < 4; i++) {
-        bool others = (i == 0 && strcmp(l->launcher, "torchrun")) || (i == 3 && strcmp(l->launcher, "srun"));
+        bool others = agents ? i > 0 : i == 0 || (i == 3 && strcmp(l->launcher, "srun"));
         const char* value = others ? NULL : getenv(names[i]);
         if (value && *value) { text_printf(&job, "%s=%s ", names[i], value); }
     }

@@ -28,6 +28,9 @@ case $part in
     all | bits | speed) ;;
     *) echo "ranks_check.sh: --part: got $part, wanted bits or speed" >&2; exit 1 ;;
 esac
+if [ -z "$ranks" ] && [ -n "${CUDA_VISIBLE_DEVICES:-}" ]; then  # nvidia-smi does not look at it
+    ranks=$(tr , '\n' <<< "$CUDA_VISIBLE_DEVICES" | grep -c .)
+fi
 ranks=${ranks:-$(nvidia-smi -L 2> /dev/null | grep -c '^GPU')}
 if ! [[ $ranks =~ ^[1-9][0-9]{0,8}$ ]] || [ "$ranks" -lt 2 ]; then
     echo "ranks_check.sh: got ${ranks:-no} GPUs, wanted two or more" >&2
@@ -154,7 +157,8 @@ trainer=${TRAINER:-$root/train_mta_cuda}
 if [ -z "${TRAINER:-}" ]; then
     capability=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2> /dev/null | head -n 1 | tr -d .)
     case $capability in 90 | "" | *[!0-9]*) capability=90a ;; esac  # nvidia-smi prints its errors there too
-    make -s train_mta_cuda NVCC_ARCH="sm_$capability" || fail "make train_mta_cuda"
+    PATH=$PATH:/usr/local/cuda/bin:/usr/local/nvidia/bin  # as gpu_check.sh
+    make -s train_mta_cuda NVCC_ARCH="sm_$capability" || { fail "make train_mta_cuda"; exit 1; }
 fi
 trainer=$(realpath -m "$trainer")
 [ -x "$trainer" ] || { fail "$trainer is missing"; exit 1; }

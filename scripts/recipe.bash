@@ -30,7 +30,8 @@ read_launcher() {
     while read -r number size local; do
         if [ "${!size:-1}" -gt 1 ]; then
             [ "$size${!local:-}" != PMI_SIZE ] || [ "${!size}" != "${SLURM_STEP_NUM_TASKS:-}" ] || continue
-            ranks=${!size} rank=${!number:-0} here=${!local:-0}
+            ranks=${!size} rank=${!number:-0}
+            here=${!local:-${PMI_LOCAL_RANK:-${FLUX_TASK_LOCAL_ID:-${LOCAL_RANK:-0}}}}
             return
         fi
     done <<< "RANK WORLD_SIZE LOCAL_RANK

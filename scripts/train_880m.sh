@@ -9,7 +9,10 @@
 #
 # On several GPUs a launcher starts it once for each, on one host or on several that see SHARDS and OUT:
 #   torchrun --no-python --nproc-per-node 8 scripts/train_880m.sh SHARDS OUT       (and --nnodes, --rdzv-endpoint)
+#            it kills 30 s after SIGTERM and dies of SIGUSR1 itself: --shutdown-timeout 180
+#            --signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1
 #   srun --nodes 4 --ntasks-per-node 8 --gpus-per-node 8 --signal=USR1@180 scripts/train_880m.sh SHARDS OUT
+#            (inside of a job --signal does nothing: there it is sbatch's, #SBATCH --signal=USR1@180)
 #   mpirun -n 8 scripts/train_880m.sh SHARDS OUT           (on several hosts MASTER_ADDR=HOST of the first, with -x)
 # The bits of the run depend on --shards and --batch-size alone: with both given, another number of GPUs continues it
 # exactly. --dry-run --ranks 32 --ranks-per-node 8 plans such a run without starting it.
@@ -20,8 +23,9 @@ root=$(cd "$(dirname "$0")/.." && pwd)
 source "$root/scripts/recipe.bash"
 usage="usage: scripts/train_880m.sh SHARDS OUT [ATTENTION] [options...]"
 shards=${1:?$usage} out=${2:?$usage}
-attention=${3:-mta}
-shift $(($# < 3 ? $# : 3))
+attention=mta
+shift 2
+case ${1:-} in -*) ;; *) attention=${1:-mta}; shift $(($# > 0)) ;; esac
 trainer=${TRAINER:-$root/train_mta_cuda}
 [ -x "$trainer" ] || { echo "train_880m.sh: $trainer is missing, run: make -C $root train_mta_cuda" >&2; exit 1; }
 [ -d "$shards" ] || {

@@ -156,6 +156,13 @@ class Launchers(Scripts):
                   "CUDA_VISIBLE_DEVICES": "3"} for i in range(2)]
         self.check(*self.start([], tasks), ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS"), 2, ("3", "3"))
 
+    def test_launchers_that_set_mpich_s_variables(self):
+        """Cray's PALS and Flux, each with one of its own for the number on the host."""
+        for local in ("PMI_LOCAL_RANK", "FLUX_TASK_LOCAL_ID"):
+            tasks = [{"PMI_RANK": str(i), "PMI_SIZE": "2", local: str(i)} for i in range(2)]
+            self.check(*self.start([], tasks), ("PMI_RANK", "PMI_SIZE"))
+            os.remove(self.log)
+
     def test_script_of_a_job(self):
         """One process, whatever sbatch says of the job: nothing changes."""
         plans, runs, printed = self.start([], [{"SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_JOB_ID": "7"}], 1)
@@ -204,8 +211,8 @@ class Trained(Emulated):
     def test_plan_of_the_paper(self):
         """Four machines of eight: what a rank holds and sends, in steps of a card of 81,559 MiB."""
         self.make_shards()
-        script = [os.path.join(ROOT, "scripts", "train_880m.sh"), self.shards, "out", "mta", "--dry-run", "--ranks",
-                  "32", "--ranks-per-node", "8"]
+        script = [os.path.join(ROOT, "scripts", "train_880m.sh"), self.shards, "out", "--dry-run", "--ranks", "32",
+                  "--ranks-per-node", "8"]  # mta without a word
         plan = subprocess.run(script, capture_output=True, text=True, timeout=120,
                               env=dict(self.environment, TRAINER=TRAINER, CUDA_CPU_MEMORY_MIB="81559"))
         self.assertEqual((plan.returncode, plan.stderr), (0, ""))
@@ -390,6 +397,34 @@ class RanksCheck(Scripts):
         script = [os.path.join(ROOT, "scripts", "ranks_check.sh"), "--ranks", "08"]
         done = subprocess.run(script, capture_output=True, text=True, env=self.environment)
         self.assertEqual((done.returncode, done.stderr), (1, "ranks_check.sh: got 08 GPUs, wanted two or more\n"))
+
+    def test_gpus_that_cuda_sees(self):
+        """nvidia-smi shows all that the machine has."""
+        bin = os.path.join(self.folder, "bin")
+        os.mkdir(bin)
+        os.rename(self.stub("#!/bin/sh\nfor i in 0 1 2 3 4 5 6 7; do echo \"GPU $i: NVIDIA H200\"; done\n"),
+                  os.path.join(bin, "nvidia-smi"))
+        script = [os.path.join(ROOT, "scripts", "ranks_check.sh"), "--small", "--part", "speed"]
+        for seen, count in (("2,3", 2), ("GPU-1,GPU-2,GPU-3", 3), (None, 8)):
+            variables = dict(self.environment, TRAINER=self.stub(RUN), FAULT="", PATH=bin + ":" + os.environ["PATH"])
+            variables.update({"CUDA_VISIBLE_DEVICES": seen} if seen else {})
+            done = subprocess.run(script, capture_output=True, text=True, timeout=120, env=variables, cwd=self.folder)
+            self.assertIn(f"speed   {count} processes, --reduce nccl", done.stdout + done.stderr)
+
+    def test_build_that_fails(self):
+        """What lies there from another commit is not checked in its place."""
+        copy = os.path.join(self.folder, "copy")
+        bin = os.path.join(copy, "bin")
+        shutil.copytree(os.path.join(ROOT, "scripts"), os.path.join(copy, "scripts"))
+        os.mkdir(bin)
+        for path, text in (("train_mta_cuda", RUN), ("bin/make", "#!/bin/sh\nexit 2\n")):
+            os.rename(self.stub(text), os.path.join(copy, path))
+        variables = dict(self.environment, FAULT="", PATH=bin + ":" + os.environ["PATH"])
+        variables.pop("TRAINER", None)
+        done = subprocess.run([os.path.join(copy, "scripts", "ranks_check.sh"), "--small", "--ranks", "2"], cwd=copy,
+                              capture_output=True, text=True, timeout=120, env=variables)
+        self.assertEqual((done.returncode, done.stdout.split("\n\n")[1]),
+                         (1, "FAIL    make train_mta_cuda\nranks_check: 1 failed\n"), done.stderr)
 
     def test_the_work_folder_is_the_user_s(self):
         """What lies in --work stays, whether the check begins or not."""

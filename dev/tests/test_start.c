@@ -189,6 +189,11 @@ static void test_launchers(void) {
     // MPICH.
     expect("PMI_RANK=2 PMI_SIZE=3 MPI_LOCALRANKID=2 MPI_LOCALNRANKS=3", 0, "MPICH's mpiexec 2/3 2/3 127.0.0.1:29533");
     expect("PMI_RANK=2 PMI_SIZE=3 MPI_LOCALRANKID=0 MPI_LOCALNRANKS=1 MASTER_ADDR=10.0.0.7", 0, "0/1 10.0.0.7:29533");
+    // Others that set MPICH's variables, with one of their own for the number on the host: Cray's PALS, Flux; or the
+    // user sets it.
+    expect("PMI_RANK=3 PMI_SIZE=4 PMI_LOCAL_RANK=1 PMI_LOCAL_SIZE=2 MASTER_ADDR=n1", 0, "3/4 1/2 n1:29533");
+    expect("PMI_RANK=3 PMI_SIZE=4 FLUX_TASK_LOCAL_ID=1 MASTER_ADDR=n1", 0, "3/4 1/-1 n1:29533");
+    expect("PMI_RANK=3 PMI_SIZE=4 LOCAL_RANK=1 MASTER_ADDR=n1", 0, "3/4 1/-1 n1:29533");
     // Slurm: its steps, not the script of a job, whatever the number of its tasks.
     expect("SLURM_PROCID=9 SLURM_STEP_NUM_TASKS=16 SLURM_NTASKS=16 SLURM_LOCALID=1 SLURM_STEP_NUM_NODES=2 "
            "SLURM_STEP_NODELIST=n[01,03],m2 MTA_PORT=7000",
@@ -199,6 +204,10 @@ static void test_launchers(void) {
     expect("SLURM_PROCID=5 SLURM_STEP_NUM_TASKS=6 SLURM_LOCALID=1 SLURM_STEP_NUM_NODES=3 "
            "SLURM_STEP_NODELIST=other-[1-2]x,node[001-004,7]",
            0, "srun 5/6 1/-1 other-1x:29533");
+    // Where the user orders the hosts, the list is sorted and does not begin with rank 0's.
+    expect("SLURM_PROCID=5 SLURM_STEP_NUM_TASKS=6 SLURM_LOCALID=1 SLURM_STEP_NUM_NODES=3 SLURM_DISTRIBUTION=arbitrary "
+           "SLURM_STEP_NODELIST=n[1-3]",
+           1, "srun does not say on which host rank 0 is; wanted MASTER_ADDR=HOST");
     // With --mpi=pmi2 srun gives MPICH's variables too, but not its number on the host.
     expect("PMI_RANK=1 PMI_SIZE=4 SLURM_PROCID=1 SLURM_STEP_NUM_TASKS=4 SLURM_LOCALID=1 SLURM_STEP_NUM_NODES=2 "
            "SLURM_STEP_NODELIST=node[001-002] SLURM_JOB_NODELIST=login,node[001-002]",
@@ -241,6 +250,26 @@ static void test_port_of_job(void) {
         CHECK(ports[i] >= START_JOB_PORT && ports[i] < START_JOB_PORT + 10000);
     }
     CHECK(ports[0] == ports[1] && ports[0] != ports[2] && ports[0] != ports[3] && ports[2] != ports[3]);
+}
+
+// torchrun's agents meet whichever steps and jobs they are of; another run of it is another.
+static void print_job(const char* argument) {
+    char text[256];
+    (void)argument;
+    Launch l = launch_read();
+    launch_job(&l, text, sizeof text);
+    printf("job %s", text);
+}
+static void test_name_of_job(void) {
+    static const char* const others[3] = {"TORCHELASTIC_RUN_ID=a PMIX_NAMESPACE=slurm.pmix.7.0 SLURM_JOB_ID=7",
+                                          "TORCHELASTIC_RUN_ID=a PMIX_NAMESPACE=slurm.pmix.8.1 SLURM_JOB_ID=8",
+                                          "TORCHELASTIC_RUN_ID=b PMIX_NAMESPACE=slurm.pmix.7.0 SLURM_JOB_ID=7"};
+    char text[3][256], variables[256];
+    for (int i = 0; i < 3; i++) {
+        snprintf(variables, sizeof variables, "RANK=0 WORLD_SIZE=2 LOCAL_RANK=0 LOCAL_WORLD_SIZE=1 %s", others[i]);
+        CHECK(ended(start(print_job, "", variables), text[i], sizeof text[i]) == 0);
+    }
+    CHECK(!strcmp(text[0], text[1]) && strcmp(text[0], text[2]) && strlen(text[0]) > strlen("job "));
 }
 
 static void print_device(const char* devices) {
@@ -810,6 +839,7 @@ int main(void) {
     test_launchers();
     test_refused_variables();
     test_port_of_job();
+    test_name_of_job();
     test_devices();
     test_meeting();
     test_limit_of_each();
