@@ -86,11 +86,18 @@ static inline void nccl_follow(NcclState* s) {
     ncclCudaCheck(r, cudaStreamWaitEvent(s->stream, s->ready, 0));
 }
 
+// Does message i send what the one before it sends? Then the stage holds it once.
+static inline bool nccl_again(const RanksMessage* list, int i) {
+    return i && !list[i].receive && !list[i - 1].receive && list[i].data == list[i - 1].data &&
+           list[i].bytes == list[i - 1].bytes;
+}
+
 // Room for a list's messages of host memory, in the stage and in the notes. Nothing is on the way.
 static inline void nccl_make_room(NcclState* s, const RanksMessage* list, int n) {
     size_t bytes = 0;
     for (int i = 0; i < n; i++) {
-        bytes += nccl_on_gpu(s->ranks, list[i].data) ? 0 : (list[i].bytes + 255) / 256 * 256;
+        bool none = nccl_again(list, i) || nccl_on_gpu(s->ranks, list[i].data);
+        bytes += none ? 0 : (list[i].bytes + 255) / 256 * 256;
     }
     if (bytes > s->stage_bytes) {
         ncclCudaCheck(s->ranks, cudaFree(s->stage));
@@ -115,8 +122,7 @@ static inline void nccl_start(void* state, const RanksMessage* list, int n) {
     ncclCheck(r, ncclGroupStart());
     for (int i = 0; i < n; i++) {
         const RanksMessage* m = &list[i];
-        bool host = !nccl_on_gpu(r, m->data), again = i && !m->receive && !list[i - 1].receive &&
-                                                      m->data == list[i - 1].data && m->bytes == list[i - 1].bytes;
+        bool host = !nccl_on_gpu(r, m->data), again = nccl_again(list, i);
         if (host && !again) {
             at = end;
             end += (m->bytes + 255) / 256 * 256;

@@ -141,6 +141,8 @@ int main() {
     for (size_t i = 0; i < text.size(); i++) { text[i] = r->rank ? 0 : (char)(i % 251); }
     ranks_from_root(r, text.data(), text.size());
     for (size_t i = 0; i < text.size(); i++) { need(text[i] == (char)(i % 251), "what rank 0 gave", i); }
+    size_t staged = ((NcclState*)r->state)->stage_bytes;  // one piece, however many it goes to
+    need(staged <= RANKS_PIECE + 256, "the stage, in bytes,", staged);
     ranks_close(r);
     return 0;
 }
