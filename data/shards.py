@@ -378,12 +378,12 @@ def inspect(args):
         )
         return
     print("tokenizer %s: %d documents start here (ids %d)" % (tok.name, starts, tok.bos))
-    if first[:1] != [0] and shard.tokens:
-        first = [0] + first  # the shard begins inside a document
+    inside = first[:1] != [0] and shard.tokens > 0  # the shard begins inside a document
+    first = [0] * inside + first
     for i, start in enumerate(first[: args.documents]):
         end = first[i + 1] if i + 1 < len(first) else shard.tokens
         text = tok.decode(n for n in ids[start:end] if n not in (tok.bos, tok.eos)).decode("utf-8", "replace")
-        begun = "" if ids[start : start + 1] == [tok.bos] else ", begun in the shard before"
+        begun = ", begun in the shard before" if inside and i == 0 else ""
         print("--- tokens %d to %d%s" % (start, end, begun))
         more = len(text) - args.characters
         rest = "%d characters more" % more if end <= len(ids) else "more"

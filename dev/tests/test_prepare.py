@@ -255,6 +255,18 @@ class Texts(Case):
             shards.inspect(args)  # of which a megabyte at a time is kept to be shown
         self.assertIn("--- tokens 0 to 1400002\na line [... more]\n", shown.getvalue())
 
+    def test_inspect_of_documents_beyond_what_is_kept(self):
+        """A later one has not begun in the shard before because its first id is not kept."""
+        lines = json.dumps({"text": "a line\n" * 200000}) + '\n{"text": "second"}\n{"text": "third"}\n'
+        run("text", self.write("two.jsonl", lines), "--out", self.path("o"), "--val-fraction", 0,
+            "--name", "two")
+        path, shown = self.path("o", "two_train_000000.bin"), io.StringIO()
+        args = argparse.Namespace(shard=path, tokenizer=None, pattern=None, documents=3, characters=6)
+        with unittest.mock.patch.object(shards, "KEPT", 1), contextlib.redirect_stdout(shown):
+            shards.inspect(args)
+        self.assertEqual(shown.getvalue().count("\n--- tokens "), 3)
+        self.assertNotIn("begun in the shard before", shown.getvalue())
+
     def test_shards_have_the_size_asked_for(self):
         run("text", self.write("a.txt", "x" * 5000), "--out", self.path("o"), "--shard-tokens", "1k", "--val-fraction",
             "0")
