@@ -94,7 +94,7 @@ headline "Tools"
 has() { command -v "$1" > /dev/null 2>&1; }
 compiles() { echo "$1" | ${CC:-gcc} -E - > /dev/null 2>&1; }
 missing_packages() {
-    has "${CC:-gcc}" || echo gcc
+    has ${CC:-gcc} || echo gcc
     compiles '#include <stdio.h>' || echo libc6-dev
     has make || echo make
     has python3 || echo python3
@@ -130,7 +130,7 @@ packages=$(missing_packages | tr '\n' ' ')
 if [ -n "$packages" ]; then
     if [ $install = no ]; then note "--no-install: going on without $packages"; else install_packages $packages; fi
 fi
-has "${CC:-gcc}" && compiles '#include <stdio.h>' ||
+has ${CC:-gcc} && compiles '#include <stdio.h>' ||
     fail "no C compiler: install gcc and libc6-dev, then run this again"
 has make || fail "no make: install it, then run this again"
 has python3 || fail "no python3: install it, then run this again"

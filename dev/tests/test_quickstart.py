@@ -182,6 +182,14 @@ class Quickstart(unittest.TestCase):
         self.assertEqual(done.returncode, 1)
         self.assertIn("sudo wants a password and there is no terminal", done.stdout)
 
+    def test_compiler_of_several_words(self):
+        """As make takes it: ccache gcc, gcc -m64."""
+        done = self.run_script("--tiny", "--no-install", "--out", "runs/c", PATH=self.stand_ins(make="exit 1\n"),
+                               CC="gcc -m64")
+        self.assertEqual(done.returncode, 1)
+        self.assertNotIn("no C compiler", done.stderr)
+        self.assertIn("building", done.stdout)
+
     def test_unknown_package(self):
         """A package that this system does not know keeps the others from being installed together: each is tried
         alone."""
