@@ -356,6 +356,8 @@ if has python3; then
     step full "faults: memory" "train_mta infer_mta build/faults.so" python3 dev/faults/faults.py memory
 fi
 step full "fuzz" "" bash dev/fuzz/run.sh 10000
+step full "benches in C" "" gcc -std=gnu11 -I. -Wall -Werror -Wno-unused-function -Wno-psabi -fopenmp -fsyntax-only \
+    dev/bench/cpu_step.c dev/bench/infer_step.c dev/bench/random_model.c
 if has clang; then
     openmp=-fopenmp
     compiles 'int main(void){return 0;}' clang -fopenmp || openmp=-Wno-unknown-pragmas

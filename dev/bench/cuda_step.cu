@@ -1,6 +1,6 @@
 // cuda_step.cu: speed of train_mta.cu's training step on this GPU: tokens/s, MFU, memory, and time by kernel class. It
 // includes the trainer, so what is measured is what ships; it adds only the clock around launches and products.
-//   make build/cuda_step && build/cuda_step MODEL ATTENTION T [B=0: 8192 tokens, or less if memory is short] [STEPS=5]
+//   make build/cuda_step && build/cuda_step MODEL ATTENTION T [B=0: 32768 tokens, or less if memory is short] [STEPS=5]
 // One line for a table, then (--classes) one line for each class that takes at least 1% of a step; cuDNN's own
 // launches, of attention with --cudnn, are in none. Random tokens, random weights.
 #include <cublas_v2.h>

@@ -37,7 +37,7 @@ static double token_seconds(Session* session, int T) {
     int32_t token = T % session->model.V;
     session->cache.T = T - 1;
     read_tokens(&session->model, &session->cache, &session->work, &token, 1, session->logits);
-    sample(session, &rng);
+    next_token(session, &rng);
     session->cache.T = T - 1;
     return seconds_now() - start;
 }
