@@ -8,7 +8,10 @@ ours and back.
 
 What differs: names; RoPE turns pairs (2t, 2t+1) of a head there and (t, t + HS/2) here, so the rows of wq and wk
 move; a head kernel after the softmax is stored (in, out) there and (out, in) here, while their all-head linear
-layers (wpsm, wposm) are (out, in) already; kernels have a dimension of 1 more there. Needs PyTorch."""
+layers (wpsm, wposm) are (out, in) already; kernels have a dimension of 1 more there; a tied head is a second key of
+the embedding there. --back writes what their generate.py loads: every key of their model, the sizes that give our width
+of the MLP, the form of the weights, and the tokenizer where they have it: bytes, toy (char there), or a rank file of
+Llama 3's pattern, by its path; of others it says so. Needs PyTorch."""
 
 import argparse
 import json
@@ -55,6 +58,7 @@ TOP_NAMES = {
     "norm.weight": "model.norm.weight",
     "output.weight": "lm_head.weight",
 }
+TIED = ("output.weight", "output.tied_module.weight")  # of a tied head; the second where it is a module of its own
 TRITON_NAMES = {
     "mta_conv_triton.weight": "mta_kernel",
     "mta_conv_after_sm_triton.weight": "mta_kernel_after_sm",
@@ -201,10 +205,10 @@ def to_ours(state, params):
     kv_heads = params.get("n_kv_heads") or heads
     tensors = {}
     for name, t in state.items():
-        if name == "output.weight" and params.get("weight_tying"):
+        if name in TIED and params.get("weight_tying"):
             if not torch.equal(t, state.get("tok_embeddings.weight", t)):
-                raise UserError("tensor output.weight is another than tok_embeddings.weight, but params.json says that "
-                                "they are one (weight_tying)")
+                raise UserError("tensor %s is another than tok_embeddings.weight, but params.json says that they are "
+                                "one (weight_tying)" % name)
             continue
         if name.startswith("rope_embeddings."):
             continue
@@ -252,6 +256,13 @@ def rope_theta(config):
     return said[0] if said else 10000.0
 
 
+def their_width(dim, hidden):
+    """The two keys of params.json that make an MLP of theirs `hidden` wide: int(factor * int(2 * 4 dim / 3)), rounded
+    up to a multiple. With our width as the multiple anything from 1 up to it will do, so that every width has a factor;
+    the half keeps rounding from taking 1 down to 0."""
+    return {"ffn_dim_multiplier": min(1.0, (hidden + 0.5) / (8 * dim // 3)), "multiple_of": hidden}
+
+
 def to_theirs(tensors, config):
     """Our tensors and config -> their state dict and model parameters."""
     theta = rope_theta(config)
@@ -271,11 +282,11 @@ def to_theirs(tensors, config):
             raise UserError("%s has no counterpart there" % name)
         t = their_form(rest, t, heads, kv_heads)
         state["layers.%d.%s" % (layer, theirs[rest])] = t.contiguous()
+    tied = "output.weight" not in state
+    if tied:
+        state[TIED[1]] = state["tok_embeddings.weight"]  # their load_state_dict is strict; stored once all the same
     norm, layers = config.get("head_norm", "none"), config.get("kq_conv_layers") or []
     mixed = config.get("head_mix_pre_softmax") or config.get("head_mix_post_softmax")
-    if (norm != "none" or config.get("head_gate")) and not mixed and len(layers) < config["num_hidden_layers"]:
-        raise UserError("config.json: head_norm or head_gate in a layer with neither convolution nor head mixing has "
-                        "no counterpart there: such a layer is plain")
     cq, ck = config.get("kq_conv_query_size", 6), config.get("kq_conv_key_size", 11)
     pre, post = bool(layers) and config.get("kq_conv_pre_softmax"), bool(layers) and config.get("kq_conv_post_softmax")
     mta = {
@@ -300,10 +311,11 @@ def to_theirs(tensors, config):
         "n_layers": config["num_hidden_layers"],
         "n_heads": heads,
         "n_kv_heads": kv_heads,
+        **their_width(dim, config["intermediate_size"]),
         "rope_theta": theta,
         "norm_eps": config.get("rms_norm_eps", 1e-6),
         "vocab_size": config["vocab_size"],
-        "weight_tying": "output.weight" not in state,
+        "weight_tying": tied,
         "max_seqlen": config.get("max_position_embeddings", 2048),
         "mta": mta,
     }
@@ -397,15 +409,39 @@ def convert(source, out, dtype, tokenizer, pattern):
     print("%s: %d tensors, %d parameters" % (out, len(tensors), sum(t.numel() for t in tensors.values())))
 
 
+def their_tokenizer(source, config):
+    """The name and the path by which their build_tokenizer makes a model's tokenizer, and if it does not, why. Its
+    tiktoken knows the pattern of Llama 3 alone, and the two ids after the ranks for a text's begin and end."""
+    name = config.get("tokenizer")
+    if not name:
+        return None, None, "config.json names none"
+    if name in ("bytes", "toy"):
+        return {"bytes": "bytes", "toy": "char"}[name], None, None
+    path = os.path.abspath(os.path.join(source, name))
+    try:
+        pattern = open_tokenizer(path, config.get("tokenizer_pattern"), encoder=False).name
+    except UserError as e:
+        return None, None, str(e)
+    if pattern != "llama3":
+        return None, None, "%s is split as %s, theirs as llama3" % (name, pattern)
+    return "tiktoken", path, None
+
+
 def convert_back(source, out):
     tensors, config = read_model(source)
     state, params = to_theirs(tensors, config)
+    name, path, why = their_tokenizer(source, config)
+    form = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[state["tok_embeddings.weight"].dtype]
+    written = {
+        "model": params,
+        "distributed": {"model_dtype": form},
+        "data": {"seq_len": params["max_seqlen"], "tokenizer": {"name": name, "path": path}},
+    }
     os.makedirs(out, exist_ok=True)
     torch.save({"model": state}, os.path.join(out, "consolidated.pth"))
     with open(os.path.join(out, "params.json"), "w", encoding="utf-8") as f:
-        json.dump({"model": params}, f, indent=2)
-    name = config.get("tokenizer")
-    lost = ", without the tokenizer %s, which params.json cannot name" % name if name else ""
+        json.dump(written, f, indent=2)
+    lost = "; params.json names no tokenizer, which generate.py there wants: %s" % why if why else ""
     print("%s: %d tensors%s" % (out, len(state), lost))
 
 

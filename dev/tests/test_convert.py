@@ -1,16 +1,17 @@
 #!/usr/bin/env python3
 """Tests of scripts/convert_ram.py: a model in the authors' form (interleaved RoPE, head kernels stored in, out),
-computed in that form, equals the converted one under our reference; and there and back is the identity, bit for bit.
-Skips without PyTorch."""
+computed in that form, equals the converted one under our reference; there and back is the identity, bit for bit; and
+what --back writes has the keys and sizes that their code wants. Skips without PyTorch."""
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
 import unittest
 
-from helpers import GOLDEN, ROOT, call, main
+from helpers import GOLDEN, ROOT, call, main, read_bytes
 
 sys.path.insert(0, os.path.join(ROOT, "dev", "ref"))
 sys.path.insert(0, os.path.join(ROOT, "scripts"))
@@ -33,7 +34,18 @@ KINDS = {
     ),
     "linear": dict(MTA, pre_sm_linear_head=True, post_sm_linear_head=True),
     "plain": {"use_mta": False},
+    "sparse": dict(MTA, add_gating=True),  # layer 0 has plain attention, and norm and gate all the same
+    "norm": {"use_mta": False, "group_norm": True, "layer_norm_rescale": True, "add_gating": True},
 }
+TIED = "output.tied_module.weight"  # a tied model's second key of its embedding
+
+
+def their_width(model):
+    """Of the MLP there: two thirds of 4 times the model's, times a factor, rounded up to a multiple."""
+    width, multiple = int(2 * (4 * model["dim"]) / 3), model.get("multiple_of", 256)
+    if model.get("ffn_dim_multiplier") is not None:
+        width = int(model["ffn_dim_multiplier"] * width)
+    return (width + multiple - 1) // multiple * multiple
 
 
 def their_state(mta, seed):
@@ -128,6 +140,7 @@ class Convert(unittest.TestCase):
         for seed, (kind, mta) in enumerate(KINDS.items()):
             with tempfile.TemporaryDirectory() as tmp:
                 state = their_state(mta, seed)
+                state[TIED] = state["tok_embeddings.weight"]
                 params = {
                     "model": {
                         "dim": 32, "n_layers": 2, "n_heads": 4, "rope_theta": 5000.0, "norm_eps": 1e-5,
@@ -158,9 +171,88 @@ class Convert(unittest.TestCase):
                 ids = torch.randint(0, 61, (23,), generator=torch.Generator().manual_seed(seed))
                 want, got = their_logits(ids, state, mta, 5000.0), mta_ref.forward(ids[None], weights, config)[0]
                 self.assertLess((want - got).abs().max().item(), 1e-9 * want.abs().max().item(), kind)
+                with open(os.path.join(paths[2], "params.json")) as f:
+                    model = json.load(f)["model"]
+                back = convert_ram.load_state(os.path.join(paths[2], "consolidated.pth"))
+                self.assertEqual(set(back), {TIED, *their_state(model["mta"], 0)}, kind)  # of a strict load
+                self.assertEqual(their_width(model), 48)
+                for name in set(back) & set(state):
+                    self.assertTrue(torch.equal(back[name], state[name]), name)
+                got = their_logits(ids, back, model["mta"], model["rope_theta"])
+                self.assertLess((want - got).abs().max().item(), 1e-9 * want.abs().max().item(), kind)
                 again = convert_ram.read_safetensors(os.path.join(paths[3], "model.safetensors"))
                 for name, t in convert_ram.read_safetensors(os.path.join(paths[1], "model.safetensors")).items():
                     self.assertTrue(torch.equal(t, again[name]), name)
+
+    def test_a_tied_head(self):
+        """A second key there, which must be the embedding; stored once."""
+        state = their_state({}, 1)
+        model = {"dim": 32, "n_heads": 4, "weight_tying": True}
+        for head, why in ((state["tok_embeddings.weight"].clone(), ""), (torch.zeros(61, 32), TIED + " is another")):
+            with tempfile.TemporaryDirectory() as tmp:
+                ours, back = os.path.join(tmp, "ours"), os.path.join(tmp, "back")
+                with open(os.path.join(tmp, "params.json"), "w") as f:
+                    json.dump(model, f)
+                torch.save(dict(state, **{TIED: head}), os.path.join(tmp, "consolidated.pth"))
+                done = call(convert_ram, tmp, ours)
+                self.assertEqual((done.returncode, done.stderr.count("\n")), (1, 1) if why else (0, 0), done.stderr)
+                self.assertIn(why, done.stderr)
+                self.assertEqual(os.path.exists(ours), not why)
+                if not why:
+                    self.assertEqual(call(convert_ram, "--back", ours, back).returncode, 0)
+                    again = convert_ram.load_state(os.path.join(back, "consolidated.pth"))
+                    self.assertEqual(again[TIED].data_ptr(), again["tok_embeddings.weight"].data_ptr())
+        state["output.weight"] = torch.ones(61, 32)
+        tensors, config = convert_ram.to_ours(state, dict(model, weight_tying=False))
+        again, params = convert_ram.to_theirs(tensors, config)
+        self.assertEqual((set(again), params["weight_tying"]), (set(state), False))
+
+    def test_the_width_there_is_ours(self):
+        """Of every preset, and of widths below and above the usual one, down to 1: a factor of 1 / 98 times 98 is
+        0 there."""
+        text = read_bytes(os.path.join(ROOT, "mta", "config.h")).decode()
+        presets = re.findall(r'^    \{"(\w+)", (\d+), \d+, \d+, (\d+), \d+', text, re.M)
+        names = re.search(r'#define MODEL_NAMES "(.*)"', text)[1].split(", ")
+        self.assertEqual([name for name, _, _ in presets], names)
+        sizes = [(int(dim), int(hidden)) for _, dim, hidden in presets]
+        sizes += [(4096, 11008), (4096, 14336), (37, 1)]
+        sizes += [(dim, hidden) for dim in (2, 32, 37, 100) for hidden in range(1, 4 * dim)]
+        for dim, hidden in sizes:
+            config = {"vocab_size": 1, "hidden_size": dim, "intermediate_size": hidden, "num_hidden_layers": 0,
+                      "num_attention_heads": 1}
+            model = convert_ram.to_theirs({"model.embed_tokens.weight": torch.zeros(1, dim)}, config)[1]
+            self.assertEqual(their_width(model), hidden, model)
+
+    def test_back_names_what_generate_reads(self):
+        """The form of the weights, and the tokenizer where the code there has it; else it is said why not."""
+        tensors = convert_ram.to_ours(their_state({}, 1), {"dim": 32, "n_heads": 4, "weight_tying": True})[0]
+        base = {"model_type": "llama", "vocab_size": 61, "hidden_size": 32, "intermediate_size": 48,
+                "num_hidden_layers": 2, "num_attention_heads": 4, "tie_word_embeddings": True,
+                "max_position_embeddings": 96}
+        ranks = "gpt2.tiktoken"
+        forms = (("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16))
+        for i, (more, name, why) in enumerate((
+                ({"tokenizer": "bytes"}, "bytes", ""), ({"tokenizer": "toy"}, "char", ""),
+                ({"tokenizer": ranks, "tokenizer_pattern": "llama3"}, "tiktoken", ""),
+                ({"tokenizer": ranks}, None, "gpt2.tiktoken is split as gpt2, theirs as llama3"),
+                ({"tokenizer": "lost"}, None, "lost: no such file"), ({}, None, "config.json names none"))):
+            form, dtype = forms[i % 3]
+            with tempfile.TemporaryDirectory() as tmp:
+                with open(os.path.join(tmp, "config.json"), "w") as f:
+                    json.dump(dict(base, **more), f)
+                with open(os.path.join(tmp, ranks), "wb") as f:
+                    f.write(read_bytes(os.path.join(GOLDEN, "tokenizers", ranks)))
+                state = {name: t.to(dtype) for name, t in tensors.items()}
+                convert_ram.write_safetensors(os.path.join(tmp, "model.safetensors"), state)
+                done = call(convert_ram, "--back", tmp, os.path.join(tmp, "out"))
+                self.assertEqual((done.returncode, done.stderr, done.stdout.count("\n")), (0, "", 1))
+                self.assertEqual("params.json names no tokenizer" in done.stdout, bool(why), done.stdout)
+                self.assertIn(why, done.stdout)
+                with open(os.path.join(tmp, "out", "params.json")) as f:
+                    params = json.load(f)
+                path = os.path.join(tmp, ranks) if name == "tiktoken" else None
+                self.assertEqual(params["data"], {"seq_len": 96, "tokenizer": {"name": name, "path": path}})
+                self.assertEqual(params["distributed"], {"model_dtype": form})
 
     def test_ids_that_end_a_text(self):
         """Those of the rank file, or none; of a plain model too, whose texts would end at the id 2, LLaMA's default."""
@@ -218,7 +310,7 @@ class Convert(unittest.TestCase):
                                  ({"model_type": "mta", "head_gate": True},
                                   dict(tensors, **{"model.layers.%d.self_attn.head_gate.%s" % (i, n): torch.ones(size)
                                                    for i in (0, 1) for n, size in (("weight", 8), ("bias", 1))}),
-                                  "such a layer is plain")):
+                                  "")):
             with tempfile.TemporaryDirectory() as tmp:
                 with open(os.path.join(tmp, "config.json"), "w") as f:
                     json.dump(dict(base, **more), f)
@@ -227,7 +319,7 @@ class Convert(unittest.TestCase):
                 self.assertEqual((done.returncode, done.stderr.count("\n")), (1, 1) if why else (0, 0), done.stderr)
                 self.assertIn(why, done.stderr)
                 self.assertEqual(os.path.exists(os.path.join(tmp, "out")), not why)
-                self.assertEqual("without the tokenizer bytes" in done.stdout, "tokenizer" in more)
+                self.assertEqual("names no tokenizer" in done.stdout, not why and "tokenizer" not in more)
 
     def test_refuses_what_it_cannot_read_or_would_pass_over(self):
         with tempfile.TemporaryDirectory() as tmp:
