@@ -395,6 +395,8 @@ class Planted(unittest.TestCase):
         ("slice", "ranks.h", "(char*)arena + part.begin * sum->bytes", "(char*)arena + (part.begin + 1) * sum->bytes"),
         ("places", "ranks_nccl.h", "(char*)data + (size_t)ranks_place(s->ranks, s->ranks->rank) * bytes",
          "(char*)data + (size_t)s->ranks->rank * bytes"),
+        ("stage", "ranks_nccl.h", "nccl_again(list, i) || nccl_on_gpu(s->ranks, list[i].data)",
+         "nccl_on_gpu(s->ranks, list[i].data)"),
         ("leaves", "ranks.h", "1 << (31 - __builtin_clz((unsigned)n - 1))", "n - 1"),
     )
 
@@ -455,6 +457,9 @@ class Planted(unittest.TestCase):
 
     def test_another_order_of_leaves(self):
         self.found("leaves")
+
+    def test_room_for_a_piece_once_for_each_that_it_goes_to(self):
+        self.found("stage")
 
 
 if __name__ == "__main__":
