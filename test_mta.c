@@ -1479,6 +1479,38 @@ static void test_states(const Trainer* tr) {
     tr->destroy(m);
 }
 
+// Logits of more rows than the classifier takes at once (32 of this vocabulary on the CPU, 64 on dev/cuda_cpu), the
+// middle ones not counted: losses and gradients of five sequences are those of each alone.
+static void test_classifier(const Trainer* tr) {
+    enum { B = 5, T = 16, N = B * T };
+    Config c = small_config("transformer");
+    c.vocab_size = 1 << 17;
+    int32_t *tokens = random_tokens(5, N, c.vocab_size), *targets = random_tokens(6, N, c.vocab_size);
+    void *all = make_model(tr, &c, B, T, 0), *one = make_model(tr, &c, 1, T, 0);
+    double apart = 0, off = 0, norm = 0;
+    size_t n = tr->tensors(all)->parameters;
+    for (int i = 2 * T; i < 4 * T; i++) { targets[i] = -100; }
+    perturb(tr, all, &c, 7);
+    perturb(tr, one, &c, 7);
+    double together = tr->forward_backward(all, tokens, targets, B, T, 1.0 / N);
+    for (int b = 0; b < B; b++) { apart += tr->forward_backward(one, tokens + b * T, targets + b * T, 1, T, 1.0 / N); }
+    float *got = get_all(tr, all, STATE_GRADIENT), *want = get_all(tr, one, STATE_GRADIENT);
+    for (size_t i = 0; i < n; i++) {
+        off += pow((double)got[i] - (double)want[i], 2);
+        norm += pow((double)want[i], 2);
+    }
+    double error = sqrt(off / norm), evaluated = tr->forward(all, tokens, targets, B, T, NULL).sum;
+    verdict(error < 1e-6 && fabs(together - apart) < 1e-9 * apart && evaluated == together && norm > 0,
+            "classifier in chunks of rows", "%s: gradients %.1e off; loss %.9g, each alone %.9g", tr->name, error,
+            together, apart);
+    tr->destroy(all);
+    tr->destroy(one);
+    free(tokens);
+    free(targets);
+    free(got);
+    free(want);
+}
+
 // What forward says beside the logits follows from them: each loss, the sum, which targets another id beats. The logits
 // after n tokens are the last row of n.
 static void test_losses(const Trainer* tr) {
@@ -1936,6 +1968,7 @@ static void test_trainer(const Trainer* tr) {
     if (wanted("masked")) { test_masked(tr); }
     if (wanted("states")) { test_states(tr); }
     if (wanted("losses")) { test_losses(tr); }
+    if (wanted("classifier")) { test_classifier(tr); }
     for (int k = 0; k < ATTENTION_KIND_COUNT * 2; k++) {
         for (size_t i = 0; wanted("beyond") && i < sizeof LARGE / sizeof *LARGE; i++) {
             test_large(tr, ATTENTION_KINDS[k / 2].name, &LARGE[i], k % 2 * 16);
@@ -2077,6 +2110,7 @@ int main(int argc, char** argv) {
     setenv("CUDA_CPU_SCRATCH", "1048576", 0);
     setenv("CUDA_CPU_MULTIPROCESSORS", "2", 0);
     setenv("CUDA_CPU_HEAD_BLOCKS", "6", 0);
+    setenv("CUDA_CPU_LOGITS", "4096", 0);
     if (argc == 2 && (!strcmp(argv[1], "--help") || !strcmp(argv[1], "-h"))) {
         printf("%s", USAGE);
         return 0;

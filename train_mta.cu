@@ -4057,8 +4057,11 @@ static Attention attention_of(const Model* m, const LayerOf<floatX>* w, int l, i
 }
 
 static int logit_stride(int V) { return round_up(V, 8); }
-static int logit_rows(int V, int N) {  // a GiB of logits: 4096 rows of 128,256 in bf16
-    return min_int(N, max_int(64, (int)(((size_t)1 << 30) / ((size_t)logit_stride(V) * sizeof(floatX)) / 64 * 64)));
+#if !defined(LOGITS)
+#define LOGITS ((size_t)1 << 30)  // bytes of a classifier chunk: 4096 rows of 128,256 in bf16
+#endif
+static int logit_rows(int V, int N) {
+    return min_int(N, max_int(64, (int)((size_t)LOGITS / ((size_t)logit_stride(V) * sizeof(floatX)) / 64 * 64)));
 }
 enum { NORM_BLOCKS = 1024 };  // of the gradient norm, at most
 

@@ -247,7 +247,8 @@ EMULATE = $(CXX) $(CXXFLAGS) -Idev/cuda_cpu -DMTA_NCCL -x c++
 SIZES = -DATTENTION_SCRATCH='cuda_cpu::size_setting("CUDA_CPU_SCRATCH", 1 << 30)' \
     -DHEAD_BLOCKS='cuda_cpu::size_setting("CUDA_CPU_HEAD_BLOCKS", 2048)' -DRANKS_ROOM='(1 << 18)' \
     -DBLAS_WORKSPACE='(size_t)cuda_cpu::size_setting("CUDA_CPU_BLAS_WORKSPACE", 32 << 20)' \
-    -DGRAPH_NODE='cuda_cpu::size_setting("CUDA_CPU_GRAPH_NODE", 10 << 10)'
+    -DGRAPH_NODE='cuda_cpu::size_setting("CUDA_CPU_GRAPH_NODE", 10 << 10)' \
+    -DLOGITS='cuda_cpu::size_setting("CUDA_CPU_LOGITS", 1 << 30)'
 
 # train_mta.cu is translated once for each precision, inside test_ops.cu: the trainer, test_mta_cuda_cpu and test_ops
 # are linked from that object. Its main is test_ops's; the trainer's is called train_main there.
