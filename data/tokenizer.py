@@ -31,8 +31,11 @@ PATTERNS = {
     r"""|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+""",
 }
 
-# The number of ranks of a known tokenizer tells its pattern. 200000: Llama 4's, which splits as o200k_base does.
-PATTERN_OF_RANKS = {50256: "gpt2", 100256: "cl100k_base", 128000: "llama3", 199998: "o200k_base", 200000: "o200k_base"}
+# The number of ranks of a known tokenizer tells its pattern. Llama 4 splits text as o200k_base does; its special ids
+# are others.
+LLAMA4_RANKS = 200000
+PATTERN_OF_RANKS = {50256: "gpt2", 100256: "cl100k_base", 128000: "llama3", 199998: "o200k_base",
+                    LLAMA4_RANKS: "o200k_base"}
 PATTERN_OF_NAME = (  # what the name of a rank file says; it must not contradict the number of ranks
     ("gpt2", ("gpt2", "gpt-2", "r50k")),
     ("cl100k_base", ("cl100k",)),
@@ -240,9 +243,10 @@ class RankTokenizer(Tokenizer):
     def __init__(self, path, pattern, encoder):
         self.name, self.path, self.file_name = pattern, path, pattern + ".tiktoken"
         n = len(read_ranks(path))
-        self.bos = n if pattern in ("gpt2", "llama3") else n + 1
-        self.eos = n + 1 if pattern == "llama3" else -1
-        self.vocab = n + {"gpt2": 1, "llama3": 256}.get(pattern, 21)
+        kind = "llama4" if pattern == "o200k_base" and n == LLAMA4_RANKS else pattern
+        self.bos = n if kind in ("gpt2", "llama3", "llama4") else n + 1
+        self.eos = n + 1 if kind in ("llama3", "llama4") else -1
+        self.vocab = n + {"gpt2": 1, "llama3": 256, "llama4": 2048}.get(kind, 21)
         self.width = 2 if self.vocab <= 65536 else 4
         self.tokens = None
         if encoder == "tiktoken":

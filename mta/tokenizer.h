@@ -2,8 +2,7 @@
 //
 // A tokenizer is built in (`bytes`, `toy`) or a rank file of tiktoken's format: one line a token, base64 of its bytes,
 // a space, its rank, which is its id. Llama 3's tokenizer.model is such a file. It does not say how text is split. Its
-// number of ranks does where it is a known tokenizer's (the n below, and Llama 4's 200000, which is taken as
-// o200k_base); of any other file the pattern must be given:
+// number of ranks does where it is a known tokenizer's (the n below); of any other file the pattern must be given:
 //   gpt2         '(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s
 //   cl100k_base  '(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+
 //                |\s++$|\s*[\r\n]|\s+(?!\S)|\s
@@ -26,6 +25,7 @@
 //   cl100k_base    n = 100256                    n+21 = 100277    n+1 <|endoftext|>         none
 //   o200k_base     n = 199998                    n+21 = 200019    n+1 <|endoftext|>         none
 //   llama3         n = 128000                    n+256 = 128256   n   <|begin_of_text|>     n+1   <|end_of_text|>
+//   o200k_base     n = 200000, Llama 4's         n+2048 = 202048  n   <|begin_of_text|>     n+1   <|end_of_text|>
 // A document is BOS, its tokens, EOS; where there is no EOS, the next document's BOS says that this one has ended.
 #ifndef MTA_TOKENIZER_H
 #define MTA_TOKENIZER_H
@@ -42,6 +42,8 @@ typedef enum {
     SPLIT_O200K_BASE,
     SPLIT_COUNT
 } SplitPattern;
+
+enum { LLAMA4_RANKS = 200000 };  // its text is split as o200k_base's is, its special ids are others
 
 static inline const char* split_pattern_name(int pattern) {
     static const char* const names[SPLIT_COUNT] = {"bytes", "toy", "gpt2", "cl100k_base", "llama3", "o200k_base"};
@@ -310,7 +312,7 @@ static inline SplitPattern split_pattern_of_ranks(int n_ranks) {
         case 100256: return SPLIT_CL100K_BASE;
         case 128000: return SPLIT_LLAMA3;
         case 199998: return SPLIT_O200K_BASE;
-        case 200000: return SPLIT_O200K_BASE;  // Llama 4's
+        case LLAMA4_RANKS: return SPLIT_O200K_BASE;
         default: return SPLIT_COUNT;
     }
 }
@@ -357,6 +359,10 @@ static inline void tokenizer_free(Tokenizer* t) {
     free(t);
 }
 
+static inline bool tokenizer_is_llama4(const Tokenizer* t) {
+    return t->pattern == SPLIT_O200K_BASE && t->n_ranks == LLAMA4_RANKS;
+}
+
 static inline void tokenizer_set_ids(Tokenizer* t) {  // vocabulary, BOS and EOS: the table at the head of this file
     int n = t->n_ranks;
     t->eos = -1;
@@ -388,6 +394,11 @@ static inline void tokenizer_set_ids(Tokenizer* t) {  // vocabulary, BOS and EOS
             t->vocab = n + 21;
             t->bos = n + 1;
             break;
+    }
+    if (tokenizer_is_llama4(t)) {
+        t->vocab = n + 2048;
+        t->bos = n;
+        t->eos = n + 1;
     }
 }
 
@@ -962,8 +973,8 @@ typedef struct {
 
 enum { SPECIAL_TEXT_MAX = 40 };  // bytes, with the NUL
 
-// Name of a special id (llama3's as Llama 3.1 has them), "" where the tokenizer gives the id no meaning. bytes' and
-// toy's specials have no text.
+// Name of a special id (llama3's as Llama 3.1 has them; of Llama 4's the ten for text), "" where the tokenizer gives
+// the id no meaning. bytes' and toy's specials have no text.
 static inline void tokenizer_special_text(const Tokenizer* t, int32_t id, char* text) {
     static const char* const llama3[11] = {"<|begin_of_text|>",
                                            "<|end_of_text|>",
@@ -976,6 +987,9 @@ static inline void tokenizer_special_text(const Tokenizer* t, int32_t id, char* 
                                            "<|eom_id|>",
                                            "<|eot_id|>",
                                            "<|python_tag|>"};
+    static const char* const llama4[10] = {"<|begin_of_text|>", "<|end_of_text|>",  "<|fim_prefix|>", "<|fim_middle|>",
+                                           "<|fim_suffix|>",    "<|header_start|>", "<|header_end|>", "<|eom|>",
+                                           "<|eot|>",           "<|step|>"};
     const char* name = "";
     text[0] = 0;
     if (t->pattern <= SPLIT_TOY || id < t->n_ranks || id >= t->vocab) { return; }
@@ -986,6 +1000,8 @@ static inline void tokenizer_special_text(const Tokenizer* t, int32_t id, char* 
             return;
         }
         name = llama3[i];
+    } else if (tokenizer_is_llama4(t)) {
+        name = i < 10 ? llama4[i] : "";
     } else if (id == t->bos) {
         name = "<|endoftext|>";
     } else if (i == 20) {

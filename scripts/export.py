@@ -383,7 +383,7 @@ def special_tokens(tok):
     """{id: name} of what stands around a document."""
     if tok.name == "bytes":
         return {256: "<|bos|>", 257: "<|eos|>", 258: "<|pad|>"}
-    if tok.name == "llama3":
+    if tok.eos >= 0:  # Llama 3's and 4's
         return {tok.bos: "<|begin_of_text|>", tok.eos: "<|end_of_text|>"}
     return {tok.bos: "<|endoftext|>"}
 

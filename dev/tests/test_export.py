@@ -526,6 +526,7 @@ class Tokenizers(Case):
         for name, n, bos, eos in (
             ("tokenizer.model", 128000, 128000, 128001),
             ("o200k_base.tiktoken", 199998, 199999, 199999),
+            ("llama4.model", 200000, 200000, 200001),
         ):
             with self.subTest(name):
                 file = os.path.join(FOLDER.name, name)

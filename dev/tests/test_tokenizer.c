@@ -275,6 +275,15 @@ static void test_known_numbers_of_ranks(void) {
         int n = cases[i].n,
             end = t ? (t->pattern == SPLIT_GPT2 ? n : n + 1) : 0;  // what ends a text: <|endoftext|>, <|end_of_text|>
         check(!t || (tokenizer_end(t) == end && end < tokenizer_vocab(t)), "the id that ends a text");
+        if (t && n == LLAMA4_RANKS) {
+            check(tokenizer_vocab(t) == 202048 && tokenizer_bos(t) == 200000 && tokenizer_eos(t) == 200001,
+                  "Llama 4's special ids");
+            Text got = decode_all(t, (const int32_t[]){200000, 200001, 200008, 200009, 200010, 202047, 202048}, 7);
+            check(!strcmp(got.text,
+                          "<|begin_of_text|><|end_of_text|><|eot|><|step|>\xEF\xBF\xBD\xEF\xBF\xBD\xEF\xBF\xBD"),
+                  "Llama 4's specials' names");
+            text_free(&got);
+        }
         tokenizer_free(t);
         unlink(path);
     }
