@@ -25,7 +25,8 @@ SEGMENT = 4 << 20  # bytes of one long text that a worker gets at once
 WHOLE = 1 << 30  # bytes of a JSON array, which is held in memory
 LINE_ENDINGS = (".jsonl", ".ndjson", ".json")
 BOM = codecs.BOM_UTF8
-REPOSITORY = "cerebras/SlimPajama-627B"
+REPOSITORY = "cerebras/SlimPajama-627B"  # gone from the hub in 2026; it may still be on a mirror that HF_ENDPOINT names
+COPY = "gmongaras/SlimPajama-627B_Reupload"  # a third party's
 ANOTHER = "file of another format"
 BROKEN_OFF = "truncated or damaged file"
 
@@ -221,7 +222,7 @@ def plan_by_folders(plan, files):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# SlimPajama's files, by the package huggingface_hub: it goes on with what was interrupted and asks HF_ENDPOINT
+# SlimPajama's files, by the package huggingface_hub, which asks HF_ENDPOINT
 
 
 def spread(entries, n):
@@ -255,6 +256,55 @@ def chosen_files(entries, max_files, max_bytes):
     return files
 
 
+# Lines of huggingface_hub's messages that are no reason: advice, and last what the hub says to whoever has no token and
+# asks for a repository that is not there.
+ADVICE = ("For more ", "Please make sure ", "If you are trying ", "Make sure ", "Invalid username or password")
+NEVER_PASS = (401, 403, 404, 410, 451)
+NEVER_PASS_EITHER = (  # what huggingface_hub, httpx and requests raise when they are offline, and for wrong names
+    "OfflineModeIsEnabled", "HFValidationError", "UnsupportedProtocol", "InvalidURL", "MissingSchema", "InvalidSchema",
+)
+GONE = (
+    "%s is gone from the hub since 2026: add --repo %s, a third party's copy (1.5 TB), or --repo NAME for another; now "
+    "the hub says: %s"
+)
+
+
+class Failure:
+    """Why a call of huggingface_hub failed, of the exception that it raised."""
+
+    def __init__(self, error):
+        while type(error).__name__ == "LocalEntryNotFoundError" and error.__cause__:  # which alone says why
+            error = error.__cause__
+        self.kind, self.text = type(error).__name__, str(error)
+        self.bad_token = "Invalid credentials" in self.text
+        self.status = getattr(getattr(error, "response", None), "status_code", 0)
+        self.hopeless = (
+            self.status in NEVER_PASS
+            or self.kind in NEVER_PASS_EITHER
+            or getattr(error, "errno", 0) in (errno.ENOSPC, errno.EACCES, errno.EROFS)
+        )
+
+    def no_repository(self):
+        """Whether the repository may not be there: the hub says 401 of it to whoever has no token."""
+        plain_401 = self.status == 401 and self.kind != "GatedRepoError" and not self.bad_token
+        return self.kind == "RepositoryNotFoundError" or plain_401
+
+    def reason(self):
+        """The message's lines as one, without advice and the request's number."""
+        lines = [line.strip() for line in self.text.split("\n")]
+        text = " ".join(line for line in lines if line and not line.startswith(ADVICE))
+        return re.sub(r" \((Request|Amzn Trace|Amz CF) ID: [^)]*\)", "", text)[:400] or self.kind
+
+    def hint(self):
+        if self.bad_token:
+            return "; the token in HF_TOKEN, or the one that `hf auth login` has kept, is not valid"
+        if self.kind == "GatedRepoError" or self.status == 403:
+            return "; set HF_TOKEN to a token of an account that may read it"
+        if self.status == 401:
+            return "; it is not there, or wants a token in HF_TOKEN; --repo NAME takes another copy"
+        return "; --repo NAME takes another copy" if self.no_repository() else ""
+
+
 def trying(what, call, args):
     """call(), again after failures that may pass, with pauses that double up to a minute; UserError after --retries of
     them."""
@@ -262,14 +312,13 @@ def trying(what, call, args):
         try:
             return call()
         except Exception as e:
-            status = getattr(getattr(e, "response", None), "status_code", 0)
-            why = str(e).strip().split("\n")[0][:200] or type(e).__name__
-            hint = "; set HF_TOKEN to a token that may read it?" if status in (401, 403) else ""
-            hopeless = status in (401, 403, 404, 410) or getattr(e, "errno", 0) in (
-                errno.ENOSPC, errno.EACCES, errno.EROFS,
-            )
-            if hopeless or tries > args.retries:
-                raise UserError("%s: %s%s, after %d tries" % (what, why, hint, tries))
+            failure = Failure(e)
+            why = failure.reason()
+            if failure.hopeless or tries > args.retries:
+                message = "%s: %s%s" % (what, why, failure.hint())
+                if what == REPOSITORY and failure.no_repository():
+                    message = GONE % (REPOSITORY, COPY, why)
+                raise UserError(message + (", after %d tries" % tries if tries > 1 else ""))
             pause = min(60, args.retry_pause * 2 ** (tries - 1))
             print("%s: %s; trying again in %.1f s" % (what, why, pause), file=sys.stderr)
             time.sleep(pause)
@@ -334,7 +383,7 @@ def download(args):
                 print("%.1f of %.1f GB" % (done / 1e9, total / 1e9), file=sys.stderr,
                       end="\r" if sys.stderr.isatty() else "\n")
     except KeyboardInterrupt:
-        print("prepare.py: interrupted; the same command goes on from here", file=sys.stderr, flush=True)
+        print("prepare.py: interrupted; the same command goes on, complete files stay", file=sys.stderr, flush=True)
         os._exit(1)  # without waiting for files that come
     print(
         "%d files are there, %.1f MB of them new; %d failed" % (len(files) - len(failed), new / 1e6, len(failed)),

@@ -967,8 +967,9 @@ def add_download_options(slim):
         slim.add_argument(name, help=text, **more)
 
     option("--download", "fetch SlimPajama's files into FOLDER first, or go on doing so", metavar="FOLDER")
-    option("--repo", "the data set on the Hugging Face hub, or at HF_ENDPOINT; default %(default)s",
-           default=inputs.REPOSITORY, metavar="NAME")
+    text = "the data set on the Hugging Face hub, or at HF_ENDPOINT; default %(default)s, which is gone from the hub "
+    text += "since 2026; a third party's copy is " + inputs.COPY
+    option("--repo", text, default=inputs.REPOSITORY, metavar="NAME")
     option("--max-files", "download no more than N files, spread over the data set", type=whole_number(0), metavar="N")
     option("--max-bytes", "download no more than N bytes", type=parse_count, metavar="N")
     option("--connections", "at once; default 8", type=whole_number(1), default=8, metavar="N")

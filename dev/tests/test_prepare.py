@@ -1558,8 +1558,10 @@ class Hub(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         server, path = self.server, self.path.split("?")[0]
         server.requests.append((self.command, path, self.headers.get("Range")))
-        if server.always.get(self.command + path.split("/")[1]):
-            return self.answer(server.always[self.command + path.split("/")[1]])
+        always = server.always.get(self.command + path.split("/")[1])
+        if always:
+            status, error = always if isinstance(always, tuple) else (always, {})
+            return self.answer(status, **error)
         if path == "/api/datasets/%s/tree/main" % server.repo:
             return self.wfile.write(
                 self.answer(200, json.dumps(self.listing()).encode(), Content_Type="application/json")
@@ -1583,6 +1585,9 @@ class Hub(http.server.BaseHTTPRequestHandler):
         if asked:
             known["Content_Range"] = "bytes %d-%d/%d" % (begin, len(data) - 1, len(data))
         body = self.answer(206 if asked else 200, data[begin:], **known)
+        if fault == "hang":
+            self.wfile.write(body[: len(body) // 2])
+            return server.go_on.wait(60)
         if fault == "corrupt":
             body = bytes([body[0] ^ 1]) + body[1:]
         self.wfile.write(body[: len(body) // 2] if fault == "cut" else body)
@@ -1614,7 +1619,8 @@ class Downloads(Case):
     def setUp(self):
         super().setUp()
         self.server.repo, self.server.files, self.server.faults, self.server.requests = "some/mirror", {}, {}, []
-        self.server.missing, self.server.always = set(), {}  # always: {"GETapi": status}
+        self.server.missing, self.server.always = set(), {}  # always: {"GETapi": status, or with headers (status, {})}
+        self.server.go_on = threading.Event()
         rng = random.Random(4)
         names = ["train/chunk%d/f%d.jsonl" % (i % 3, i) for i in range(6)] + [
             "validation/chunk1/v.jsonl",
@@ -1706,6 +1712,71 @@ class Downloads(Case):
             print("%s %d: %d requests in %.1f s" % (request, status, len(self.server.requests), time.time() - start))
             self.assertTrue(len(self.server.requests) < 300)
             self.assertEqual(self.there(), [])
+
+    def test_reasons_are_told_in_one_line_and_at_once(self):
+        """Of what no further try can change."""
+        plain = {"X_Error_Message": "Invalid username or password."}  # what the hub says without a token
+        to_log_in = dict(plain, X_Error_Code="RepoNotFound", X_Request_ID="Root=1-2")
+        gated = {"X_Error_Code": "GatedRepo", "X_Error_Message": "Access to dataset x is restricted. Ask at X."}
+        missing = "it is not there, or wants a token in HF_TOKEN; --repo NAME takes another copy\n"
+        listing, file = "GETapi", "HEADdatasets"
+        for request, status, error, words in (
+            (listing, 401, to_log_in, "some/mirror: 401 Client Error. Repository Not Found for url: "),
+            (listing, 401, to_log_in, missing),
+            (listing, 401, plain, missing),
+            (listing, 401, {"X_Error_Message": "Invalid credentials in Authorization header"}, "is not valid\n"),
+            (listing, 404, {"X_Error_Code": "RepoNotFound"}, "; --repo NAME takes another copy\n"),
+            (listing, 403, {"X_Error_Message": "No access from here"}, "403 Forbidden: No access from here."),
+            (file, 401, gated, "is restricted. Ask at X.; set HF_TOKEN"),
+            (file, 403, gated, "is restricted. Ask at X.; set HF_TOKEN"),
+            (file, 403, {"X_Error_Message": "No access from here"}, "403 Forbidden: No access from here."),
+            (file, 410, {}, "410 Gone"),
+        ):
+            with self.subTest(request=request, status=status, words=words):
+                self.server.always, self.server.requests = {request: (status, error)}, []
+                shown = self.download(status=1)
+                self.assertIn(words, shown)
+                self.assertNotIn("trying again", shown)
+                self.assertNotIn("Invalid username", shown)
+                self.assertNotIn("Root=", shown)
+                told = [line for line in shown.split("\n") if str(status) in line]
+                self.assertEqual(len(told), 1 if request == listing else 7, shown)
+
+    def test_the_original_is_gone(self):
+        """The first line says what to type; a mirror may still have it."""
+        no_repository = {"X_Error_Code": "RepoNotFound"}
+        for answer in ((401, {}), (401, no_repository), (404, no_repository)):
+            self.server.always = {"GETapi": answer}
+            shown = run("slimpajama", "--download", self.path("d"), status=1)
+            self.assertIn("add --repo gmongaras/SlimPajama-627B_Reupload", shown.split("\n")[0])
+            self.assertEqual(shown.count("\n"), 1)
+        self.server.always, self.server.repo = {}, inputs.REPOSITORY
+        run("slimpajama", "--download", self.path("d"))
+        self.assertEqual(self.there(), self.wanted())
+
+    def test_offline_and_wrong_names_end_at_once(self):
+        for environment, options, words in (
+            ({"HF_HUB_OFFLINE": "1"}, [], "offline mode is enabled"),
+            ({"HF_ENDPOINT": "localhost/x"}, [], "http"),
+            ({}, ["--repo", "a/b/c"], "a/b/c"),
+        ):
+            shown = run("slimpajama", "--download", self.path("d"), "--repo", "some/mirror", "--retry-pause", "0.01",
+                        *options, status=1, environment=environment)
+            self.assertIn(words, shown)
+            self.assertEqual(shown.count("\n"), 1, shown)
+
+    def test_a_copy_without_a_validation_split(self):
+        self.server.files = {
+            "data/train-%05d-of-00002.jsonl" % i: data for i, data in enumerate(list(self.server.files.values())[:2])
+        }
+        self.download("--out", self.path("o"), "--val-fraction", "0.3", "--tokenizer", "bytes")
+        found = [n for n in os.listdir(self.path("d", "data"))]
+        self.assertEqual(sorted("data/" + n for n in found), sorted(self.server.files))
+        with open(self.path("o", "manifest.json")) as f:
+            sets = json.load(f)["preparations"]["slimpajama"]["sets"].values()
+        split = [sum(s.get(name, {"documents": 0})["documents"] for s in sets) for name in ("train", "val")]
+        self.assertEqual(sum(split), 60)
+        self.assertTrue(5 < split[1] < 40, split)
 
     def test_what_cannot_be_had_is_named_and_the_rest_comes(self):
         missing = self.wanted()[2]
