@@ -5,7 +5,9 @@ detail).
 """
 
 import codecs
+import contextlib
 import errno
+import fcntl
 import functools
 import glob
 import hashlib
@@ -344,11 +346,41 @@ def fetch(hub, args, name, size, sha256):
     return size
 
 
+@contextlib.contextmanager
+def download_lock(folder):
+    """Held, together with others, while files come into `folder`. Who finds nobody else there removes what killed ones
+    have left: huggingface_hub, from 1.18 on, writes each try to a new file and goes on with none."""
+    try:
+        os.makedirs(os.path.join(folder, ".cache"), exist_ok=True)
+        lock = open(os.path.join(folder, ".cache", "lock"), "w")
+    except OSError as e:
+        raise UserError("%s: %s" % (e.filename or folder, e.strerror))
+    with lock:
+        with contextlib.suppress(OSError):  # another one is at work, or this file system has no locks
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            remove_left_over(os.path.join(folder, ".cache", "coming"))
+        with contextlib.suppress(OSError):
+            fcntl.flock(lock, fcntl.LOCK_SH)
+        yield
+
+
+def remove_left_over(folder):
+    found = [
+        os.path.join(where, name)
+        for where, _, names in os.walk(folder)
+        for name in names
+        if re.search(r"\.[0-9a-f]{8}\.incomplete$", name)  # without these digits: of an older version, which goes on
+    ]
+    size = sum(os.path.getsize(path) for path in found)
+    for path in found:
+        os.remove(path)
+    if found:
+        say("%d files that had come in part are removed, %.1f MB; they begin anew" % (len(found), size / 1e6))
+
+
 def download(args):
     """Fetches what is missing of the repository's files into args.download."""
     hub = need("huggingface_hub")
-    from concurrent.futures import ThreadPoolExecutor, as_completed
-
     utils = need("huggingface_hub.utils")
     utils.disable_progress_bars()
     utils.logging.set_verbosity_error()
@@ -368,6 +400,13 @@ def download(args):
             "%s: no .jsonl, .jsonl.zst, .jsonl.gz or .parquet file in a folder of this data set" % args.repo
         )
     files = chosen_files(entries, args.max_files, args.max_bytes)
+    with download_lock(args.download):
+        fetch_all(hub, args, files)
+
+
+def fetch_all(hub, args, files):
+    from concurrent.futures import ThreadPoolExecutor, as_completed
+
     total, done, new, failed, shown = sum(size for _, size, _ in files), 0, 0, [], time.monotonic()
     pool = ThreadPoolExecutor(max(1, args.connections))
     try:

@@ -1778,6 +1778,38 @@ class Downloads(Case):
         self.assertEqual(sum(split), 60)
         self.assertTrue(5 < split[1] < 40, split)
 
+    def test_what_a_killed_one_left_is_removed_but_not_what_a_living_one_writes(self):
+        def coming():
+            return [n for _, _, names in os.walk(self.path("d")) for n in names if n.endswith(".incomplete")]
+
+        names = self.wanted()
+        self.server.files[names[3]] += b" " * (24 << 20)  # the package writes 10 MB at a time
+        self.server.faults = {names[3]: ["hang"]}
+        args = ["slimpajama", "--download", self.path("d"), "--repo", "some/mirror"]
+        with open(os.devnull, "w") as out:
+            child = multiprocessing.get_context("fork").Process(target=main_in_a_copy, args=(args, out.fileno()))
+            child.start()
+        self.addCleanup(child.kill)
+        self.addCleanup(self.server.go_on.set)
+        for _ in range(600):
+            if len(coming()) == 1 and len(self.there()) == 6:
+                break
+            time.sleep(0.05)
+        self.assertEqual(len(coming()), 1)
+        self.assertEqual(self.there(), names[:3] + names[4:])
+        self.download("--max-files", "2")
+        self.assertEqual(len(coming()), 1, "a living one's file")
+        self.assertTrue(child.is_alive())
+        child.kill()
+        child.join()
+        self.server.requests = []
+        shown = self.download()
+        self.assertEqual(coming(), [])
+        if int(hub.__version__.split(".")[0]) > 1:
+            self.assertIn("1 files that had come in part are removed", shown)
+        self.assertEqual(self.there(), names)
+        self.assertEqual({r[1].split("/main/")[-1] for r in self.server.requests if "/resolve/" in r[1]}, {names[3]})
+
     def test_what_cannot_be_had_is_named_and_the_rest_comes(self):
         missing = self.wanted()[2]
         self.server.missing.add(missing)
