@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """infer_mta as a model of EleutherAI's lm-evaluation-harness (pip install lm-eval):
 
-    lm_eval_mta.py DIR --tasks lambada_openai,hellaswag,piqa [any flag of "lm_eval run": --limit, --num_fewshot, ...]
+    lm_eval_mta.py DIR --tasks lambada_openai,hellaswag,piqa [any flag of "lm_eval": --limit, --num_fewshot, ...]
     lm_eval_mta.py DIR --weights int8 --tasks wikitext --output_path results --log_samples
     lm_eval_mta.py DIR --trainer ./train_mta_cuda --batch_size 16 --tasks hellaswag       scores on the trainer's device
 
@@ -180,7 +180,8 @@ def main():
     from options import Parser, whole_number
 
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                    epilog="All other flags are the harness's own: see `lm_eval run --help`.")
+                    epilog="All other flags are the harness's own: see `lm_eval run --help`, in older versions "
+                           "`lm_eval --help`.")
     parser.add_argument("checkpoint", metavar="DIR")
     parser.add_argument("--weights", default="stored", choices=WEIGHTS)
     parser.add_argument("--threads", type=whole_number(0), default=0, metavar="N", help="0: all cores")
