@@ -1122,14 +1122,17 @@ static const Tokenizer* need_tokenizer(const Session* session) {
     return session->tokenizer;
 }
 
-// false: the tokenizer has no ids for it.
+// false: the tokenizer has no ids for it, or the context no room.
 static bool append_text(Session* session, const char* text, size_t n, Error* e) {
     int32_t* ids;
     size_t count;
     if (!tokenizer_encode(need_tokenizer(session), text, n, &ids, &count, e)) { return false; }
-    append_ids(session, ids, count);
+    size_t all = (size_t)session->n + count, room = (size_t)session->cache.capacity;
+    bool fits = all <= room || session->options.shift;
+    if (fits) { append_ids(session, ids, count); }
     free(ids);
-    return true;
+    return fits || fail(e, "%zu tokens, the context has %zu positions%s; shorten the prompt or use --shift", all, room,
+                        (int)room < session->model.c.max_position_embeddings ? " (--context)" : "");
 }
 
 static void append_bos(Session* session) {
@@ -1254,6 +1257,9 @@ static void answer_request(void* model, const Json* j, long number, const char* 
     Rng rng = rng_make((uint64_t)o->seed, (uint64_t)number);
     const Json* until = json_get(j, "until");
     o->max_tokens = (int)request_number(j, "max_tokens", o->max_tokens, 0, MAX_CONTEXT, true, where);
+    // The length that nobody asked for leaves half of a short context to the prompt.
+    bool asked = o->own_length || json_get(j, "max_tokens");
+    if (!asked && o->max_tokens >= session->cache.capacity) { o->max_tokens = session->cache.capacity / 2; }
     o->temperature = request_number(j, "temperature", o->temperature, 0, 100, false, where);
     o->top_k = (int)request_number(j, "top_k", o->top_k, 0, MAX_VOCAB, true, where);
     o->top_p = request_number(j, "top_p", o->top_p, 0, 1, false, where);

@@ -16,6 +16,7 @@ typedef struct {
     double temperature, top_p, min_p, repeat_penalty;
     OptList stops;
     bool mapped, interactive, echo, ignore_eos, shift, quiet, tokenize, detokenize, binary, assume_llama, no_verify;
+    bool own_length;  // --max-tokens was given
 } InferOptions;
 
 static inline InferOptions infer_options_default(void) {
@@ -219,6 +220,7 @@ static inline void infer_options_read(InferOptions* o, int argc, char** argv) {
                              {"--assume-llama", o->dir != NULL, "a checkpoint directory", false},
                              {"--no-verify", o->dir != NULL, "a checkpoint directory", false}};
     options_check_needs(table, needs, sizeof needs / sizeof *needs);
+    o->own_length = option_given(table, "--max-tokens");
     if (o->dir) { o->dir = checkpoint_of(o->dir, o->quiet); }
     if (alone && !o->tokenizer && !o->dir) { die("--tokenize needs --tokenizer NAME|FILE or a checkpoint directory"); }
 }

@@ -101,12 +101,13 @@ def generation_request(context, options, count):
 
 
 def config_file(checkpoint):
-    """Of a checkpoint, or of the newest one in a run's folder."""
+    """Of a checkpoint, or of the newest one in a run's folder that has one, as infer_mta looks for it."""
     path = os.path.join(checkpoint, "config.json")
     if os.path.exists(path):
         return path
-    steps = [int(name[5:]) for name in os.listdir(checkpoint) if re.fullmatch(r"step-\d{8,18}", name)]
-    return os.path.join(checkpoint, "step-%08d" % max(steps), "config.json") if steps else path
+    names = [name for name in os.listdir(checkpoint) if re.fullmatch(r"step-(?!0\d{8})\d{8,18}", name)]
+    files = [os.path.join(checkpoint, name, "config.json") for name in sorted(names, key=lambda name: int(name[5:]))]
+    return next(filter(os.path.exists, reversed(files)), path)
 
 
 @register_model("mta")

@@ -1250,7 +1250,7 @@ class TextIO(unittest.TestCase):
         self.assertEqual(p.wait(60), 0)
 
     def test_a_line_that_has_no_ids(self):
-        """Who types it at a terminal is told and goes on; of a file it is the end."""
+        """Who types it at a terminal is told and goes on, as of a line that is too long; of a file it is the end."""
         args = [BIN, os.path.join(ROOT, "dev", "models", "toy"), "--interactive", "--max-tokens", "3", "--quiet"]
         told = b"infer_mta: byte 0x41 at offset 0: the toy tokenizer has only a-z . # _\n"
         ours, theirs = pty.openpty()
@@ -1260,6 +1260,14 @@ class TextIO(unittest.TestCase):
             os.write(ours, b"ab\nAb\nab\n\4")
             out, error = p.communicate(timeout=60)
         self.assertEqual((p.returncode, error, out.count(b"> "), out.count(b"\n")), (0, told, 4, 2))
+        told_long = b"infer_mta: 47 tokens, the context has 45 positions; shorten the prompt or use --shift\n"
+        ours, theirs = pty.openpty()
+        self.addCleanup(os.close, ours)
+        with subprocess.Popen(args, stdin=theirs, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as p:
+            os.close(theirs)
+            os.write(ours, b"a" * 46 + b"\nab\n\4")
+            out, error = p.communicate(timeout=60)
+        self.assertEqual((p.returncode, error, out.count(b"> ")), (0, told_long, 3))
         p = subprocess.run(args, input=b"ab\nAb\nab\n", capture_output=True)
         self.assertEqual((p.returncode, p.stderr), (1, told.replace(b": byte", b": prompt: byte")))
 
@@ -1379,6 +1387,14 @@ class TextIO(unittest.TestCase):
         self.assertEqual(answers, [whole])
         cut = model.generate_until([Instance("abc", {"until": [whole[3]], "max_gen_toks": 9})])
         self.assertEqual(cut, [whole[: whole.index(whole[3])]])
+
+    def test_request_without_a_length(self):
+        """The default, 256 tokens, is no reason to refuse where the context is shorter; a length that was asked for is."""
+        self.assertEqual(run([self.dir, "--prompts", "-", "--quiet"], stdin=b'{"prompt": "a"}\n').count("\n"), 1)
+        asked = ((b'{"prompt": "a", "max_tokens": 256}\n', []), (b'{"prompt": "a"}\n', ["--max-tokens", "256"]))
+        for line, more in asked:
+            p = run([self.dir, "--prompts", "-", "--quiet", *more], stdin=line, check=False)
+            self.assertIn(b"and 256 to come, the context has 64 positions", p.stderr)
 
     def test_keys_of_a_request_that_are_passed_over(self):
         """Each is named once, where it is first seen."""

@@ -196,6 +196,16 @@ class Case(Folder):
 
 
 class Requests(Case):
+    def test_the_checkpoint_of_a_run(self):
+        """The newest that has a config.json; what has another name than a checkpoint is none, as for infer_mta."""
+        for name in ("step-00000010", "step-00000020", "step-000000030", "step-40"):
+            os.makedirs(os.path.join(self.folder, "run", name))
+        wanted = os.path.join(self.folder, "run", "step-00000010", "config.json")
+        for path in (wanted, os.path.join(self.folder, "run", "step-000000030", "config.json")):
+            with open(path, "w") as f:
+                f.write("{}")
+        self.assertEqual(lm_eval_mta.config_file(os.path.join(self.folder, "run")), wanted)
+
     def test_all_tasks_of_the_paper(self):
         for name, task in harness_tasks(TASKS).items():
             with self.subTest(name), contextlib.redirect_stderr(io.StringIO()):
