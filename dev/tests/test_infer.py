@@ -1389,7 +1389,7 @@ class TextIO(unittest.TestCase):
         self.assertEqual(cut, [whole[: whole.index(whole[3])]])
 
     def test_request_without_a_length(self):
-        """The default, 256 tokens, is no reason to refuse where the context is shorter; a length that was asked for is."""
+        """The default of 256 tokens is no reason to refuse in a shorter context; a length that was asked for is."""
         self.assertEqual(run([self.dir, "--prompts", "-", "--quiet"], stdin=b'{"prompt": "a"}\n').count("\n"), 1)
         asked = ((b'{"prompt": "a", "max_tokens": 256}\n', []), (b'{"prompt": "a"}\n', ["--max-tokens", "256"]))
         for line, more in asked:
