@@ -649,6 +649,8 @@ class Harness(Case):
 
         for name in ("step-99999999", "step-100000000", "step-old"):
             os.mkdir(self.path(name))
+            with open(self.path(name, "config.json"), "w") as f:
+                f.write("{}")
         self.assertEqual(lm_eval_mta.config_file(self.folder), self.path("step-100000000/config.json"))
 
     def test_arguments_that_the_model_does_not_have(self):
