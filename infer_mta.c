@@ -291,7 +291,7 @@ typedef struct {
     float *a, *b;       // blocks of score rows: (NH, rows, stride)
     size_t block;       // floats of each
     float* heads;       // (NH, R, HS rounded up to TILE): values before norm and gate
-    int R;              // queries of a block at most
+    int R;              // queries of a block at most, whatever the number of keys
     float* zero_row;    // (row) of zeros
     AttentionTap* tap;  // NULL: none
     size_t bytes;
@@ -299,17 +299,23 @@ typedef struct {
 
 static size_t row_stride(int T) { return round_up((size_t)T, TILE) + 2 * PAD; }
 
+// Queries of a block that sees T keys. A block of score rows stays near 8 MiB: with more rows a pass over the keys
+// serves more queries, with fewer it stays in the cache.
+enum { BLOCK_FLOATS = 2 << 20, BLOCK_QUERIES = 64 };
+static int block_queries(const Model* m, int chunk, int T) {
+    size_t fit = BLOCK_FLOATS / ((size_t)m->NH * row_stride(T)), extra = (size_t)m->cq - 1;
+    int R = fit > extra + BLOCK_QUERIES ? BLOCK_QUERIES : fit > extra + 1 ? (int)(fit - extra) : 1;
+    return R < chunk ? R : chunk;
+}
+
 static void work_open(Work* w, const Model* m, int chunk, int capacity) {
     size_t n = (size_t)chunk, C = (size_t)m->C, D = (size_t)(m->NH * m->HS), extra = (size_t)m->cq - 1,
-           NH = (size_t)m->NH;
+           NH = (size_t)m->NH, one = NH * (extra + 1) * row_stride(capacity);
     memset(w, 0, sizeof *w);
     w->chunk = chunk;
-    // A block of score rows stays near 8 MiB: with more rows a pass over the keys serves more queries, with fewer it
-    // stays in the cache.
-    size_t fit = ((size_t)8 << 20) / (NH * row_stride(capacity) * 4);
-    w->R = (int)(fit > extra + 64 ? 64 : fit > extra + 1 ? fit - extra : 1);
-    if (w->R > chunk) { w->R = chunk; }
+    w->R = BLOCK_QUERIES < chunk ? BLOCK_QUERIES : chunk;
     w->block = NH * (extra + (size_t)w->R) * row_stride(capacity);
+    if (w->block > BLOCK_FLOATS) { w->block = one > BLOCK_FLOATS ? one : BLOCK_FLOATS; }
     size_t head_floats = NH * (size_t)w->R * round_up((size_t)m->HS, TILE);
     struct {
         float** p;
@@ -705,16 +711,17 @@ static void attention(const Model* m, Cache* cache, Work* w, int l, int first, i
     const Layer* y = &m->layers[l];
     size_t D = (size_t)(m->NH * m->HS), KV = (size_t)(m->NKV * m->HS), before = (size_t)m->cq - 1, row = (size_t)first;
     float* q = w->q + row * D;
-    assert(keeps || n <= w->R);
+    int R = block_queries(m, w->chunk, cache->T + n);
+    assert(keeps || n <= R);
     cache_put(cache, m, l, w->k + row * KV, w->v + row * KV, n);
     if (y->conv_pre && before) { memcpy(q, cache_q(cache, m, l), before * D * 4); }
-    for (int i = 0; i < n; i += w->R) {
+    for (int i = 0; i < n; i += R) {
         Block b = {.m = m,
                    .cache = cache,
                    .w = w,
                    .l = l,
                    .p0 = cache->T + i,
-                   .R = n - i < w->R ? n - i : w->R,
+                   .R = n - i < R ? n - i : R,
                    .extra = y->conv_pre ? m->cq - 1 : 0,
                    .keeps = keeps};
         b.T = b.p0 + b.R;
@@ -740,7 +747,7 @@ static void swiglu(float* gate, const float* up, size_t n) {  // gate = silu(gat
 // Several sequences that all follow the T positions in the cache, or one: sequence k is the next lengths[k] of the
 // tokens, together n <= chunk. They go through the products side by side, so that one pass over the weights serves them
 // all; attention takes one after the other, each over the positions in the cache and its own. Their final normalised
-// states are left in w->xn (n, C). One sequence stays in the cache; of several, each at most w->R long, none does.
+// states are left in w->xn (n, C). One sequence stays in the cache; of several, each one block, none does.
 static void forward_sequences(const Model* m, Cache* cache, Work* w, const int32_t* tokens, const int* lengths,
                               int count) {
     size_t C = (size_t)m->C, D = (size_t)(m->NH * m->HS), KV = (size_t)(m->NKV * m->HS), FF = (size_t)m->FF;
@@ -1025,6 +1032,13 @@ static bool make_room(Session* session, int more) {
     return true;
 }
 
+// `all` tokens are more than the context holds.
+static bool context_full(const Session* session, size_t all, Error* e) {
+    int room = session->cache.capacity;
+    return fail(e, "%zu tokens, the context has %d positions%s; shorten the prompt or use --shift", all, room,
+                room < session->model.c.max_position_embeddings ? " (--context)" : "");
+}
+
 // Appends tokens to the session; too many are refused. With --shift those for which make_room has no room are cut to
 // the last that fit half the context, behind the first of all, and how many are not is said.
 static void append_ids(Session* session, const int32_t* ids, size_t n) {
@@ -1044,8 +1058,9 @@ static void append_ids(Session* session, const int32_t* ids, size_t n) {
         return;
     }
     if (n > (size_t)capacity || !make_room(session, (int)n)) {
-        die("%zu tokens, the context has %d positions%s; shorten the prompt or use --shift", (size_t)session->n + n,
-            capacity, capacity < session->model.c.max_position_embeddings ? " (--context)" : "");
+        Error e = {{0}};
+        context_full(session, (size_t)session->n + n, &e);
+        die("%s", e.text);
     }
     memcpy(session->ids + session->n, ids, n * sizeof(int32_t));
     session->n += (int)n;
@@ -1127,12 +1142,11 @@ static bool append_text(Session* session, const char* text, size_t n, Error* e) 
     int32_t* ids;
     size_t count;
     if (!tokenizer_encode(need_tokenizer(session), text, n, &ids, &count, e)) { return false; }
-    size_t all = (size_t)session->n + count, room = (size_t)session->cache.capacity;
-    bool fits = all <= room || session->options.shift;
+    size_t all = (size_t)session->n + count;
+    bool fits = all <= (size_t)session->cache.capacity || session->options.shift;
     if (fits) { append_ids(session, ids, count); }
     free(ids);
-    return fits || fail(e, "%zu tokens, the context has %zu positions%s; shorten the prompt or use --shift", all, room,
-                        (int)room < session->model.c.max_position_embeddings ? " (--context)" : "");
+    return fits || context_full(session, all, e);
 }
 
 static void append_bos(Session* session) {
@@ -1482,7 +1496,8 @@ static int batch_size(const Session* session, ScoreRequest* const* sorted, int k
         longest = q->n - 1 > longest ? q->n - 1 : longest;
         together += q->n - 1;
         if (q->n == q->context || next < from || next == first || again >= PASS) { break; }
-        if (longest - next > session->work.R || together - (size + 1) * next > session->work.chunk) { break; }
+        int chunk = session->work.chunk, block = block_queries(&session->model, chunk, longest);
+        if (longest - next > block || together - (size + 1) * next > chunk) { break; }
         *common = next;
     }
     return size;

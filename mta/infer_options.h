@@ -159,7 +159,8 @@ static inline void infer_options_read(InferOptions* o, int argc, char** argv) {
         {"--token-ids", OPT_STRING, &o->token_ids, "IDS", "ids to continue, taken as they are", 0, 0, false},
         {"--prompts", OPT_STRING, &o->prompts, "FILE",
          "JSON lines {\"prompt\"} to {\"text\", \"tokens\"}, - for standard input; a line may have until, a list of "
-         "texts that end the answer, and max_tokens, temperature, top_k, top_p of its own",
+         "texts that end the answer, and max_tokens (else --max-tokens; not given, at most half of the context), "
+         "temperature, top_k, top_p of its own",
          0, 0, false},
         {"--interactive", OPT_FLAG, &o->interactive, NULL, "read a line, continue, again; an empty line goes on", 0, 0,
          false},

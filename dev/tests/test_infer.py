@@ -342,6 +342,11 @@ class Golden(LogitsCase):
         context = c.row(0)[:6]
         lines = [{"context_ids": context, "continuation_ids": [k, k + 1, k + 2]} for k in (3, 9, 12, 20)]
         self.assertEqual(self.answers(c.dir, lines)[1], 2)  # the context, then all four
+        # nor does it change that the model could read far more than they are: Llama 3.1's number of positions
+        Case.write(c.dir + "_long", c.weights, dict(c.config, max_position_embeddings=131072))
+        self.assertEqual(self.answers(c.dir + "_long", lines), self.answers(c.dir, lines))
+        want = self.logits(c.dir, c.row(0))
+        self.assertEqual(self.logits(c.dir + "_long", c.row(0)), want)
 
     def test_several_samples(self):
         """A sample depends on its number and the seed, not on the samples before it; each is what it would be alone."""
