@@ -30,6 +30,12 @@ def split_name(text):
     return (None, text) if at is None else (text[:at], text[at + 1 :])
 
 
+def picture_name(text):
+    """A name in a picture of matplotlib's, where "$" begins a formula and a legend leaves out what begins with "_"."""
+    text = text.replace("$", r"\$")
+    return r"$\_$" + text[1:] if text.startswith("_") else text
+
+
 def refused(text, wanted):
     return argparse.ArgumentTypeError("got %r, wanted %s" % (text, wanted))
 

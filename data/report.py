@@ -14,7 +14,7 @@ import math
 import os
 import sys
 
-from options import split_name
+from options import picture_name, split_name
 from prepare import UserError
 from tokenizer import members
 
@@ -396,7 +396,7 @@ def draw_needles(pyplot, models, path):
                 ax.set_title("%d needle%s" % (count, "s" * (count > 1)), fontsize=10)
             if ax in axes[-1]:
                 ax.set_xlabel("length (tokens)", fontsize=9)
-        row[0].set_ylabel("%s\ndepth (%%)" % plain(m.name), fontsize=9)
+        row[0].set_ylabel("%s\ndepth (%%)" % picture_name(m.name), fontsize=9)
     figure.colorbar(picture, ax=axes, label="accuracy (%)", fraction=0.08, pad=0.02)
     figure.suptitle("Needles in a haystack", fontsize=11)
     figure.savefig(path, dpi=130)
@@ -419,8 +419,8 @@ def draw_babilong(pyplot, models, path):
         for i, m in enumerate(models):
             known = [mean_if_whole([percent(m.mean(t, distraction=d)) for t in shown]) for d in lengths]
             values = [math.nan if v is None else v for v in known]
-            ax.plot(at, values, "os^Dv<>pP*"[i % 10] + "-", color=colours[i % 10], label=plain(m.name), markersize=4,
-                    linewidth=1.5)
+            ax.plot(at, values, "os^Dv<>pP*"[i % 10] + "-", color=colours[i % 10], label=picture_name(m.name),
+                    markersize=4, linewidth=1.5)
         chances = [m.chance(t) for m in models for t in shown if t in m.tasks("babilong")]
         ax.axhline(100 * sum(chances) / len(chances), color="0.5", linestyle=":", linewidth=1.2, label="chance")
         ax.set_title(panel.upper() if panel != "mean" else "mean", fontsize=10)
@@ -435,11 +435,6 @@ def draw_babilong(pyplot, models, path):
     figure.suptitle("BabiLong", fontsize=11)
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
-
-
-def plain(text):
-    """A name in a picture: a dollar sign begins no formula."""
-    return text.replace("$", r"\$")
 
 
 def draw(models, folder):

@@ -17,7 +17,7 @@ import sys
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path[:0] = [HERE, os.path.join(os.path.dirname(HERE), "data")]
 from export import find_checkpoint  # noqa: E402
-from options import Parser, split_name  # noqa: E402
+from options import Parser, picture_name, split_name  # noqa: E402
 from runlog import log_events  # noqa: E402
 from tokenizer import UserError  # noqa: E402
 
@@ -133,11 +133,6 @@ def legend(ax):
                   frameon=False)
 
 
-def plain(text):
-    """A name in a picture: a dollar sign begins no formula."""
-    return text.replace("$", r"\$")
-
-
 def draw_training(ax, runs, colours):
     used = set()
     for run in runs:
@@ -145,7 +140,7 @@ def draw_training(ax, runs, colours):
             continue
         x, loss = run.steps[:, 0], run.steps[:, 1]
         width = max(1, len(x) // 50)
-        name = plain(run.label) if run.label not in used else None
+        name = picture_name(run.label) if run.label not in used else None
         used.add(run.label)
         if len(runs) == 1 and width > 1:
             ax.plot(x, loss, color=colours[run.label], alpha=0.25, linewidth=0.7)
@@ -174,11 +169,12 @@ def draw_validation(ax, runs, colours, column, scale):
             label = run.label if len(names) == 1 else name
             style = "-" if len(names) == 1 else DASHES[labels.index(run.label) % len(DASHES)]
             ax.plot(rows[good, 0], rows[good, column] * scale, style, color=colour, marker="o", markersize=2.5,
-                    linewidth=2.0 if colour == "black" else 1.3, label=plain(label) if label not in used else None)
+                    linewidth=2.0 if colour == "black" else 1.3,
+                    label=picture_name(label) if label not in used else None)
             used.add(label)
     if len(names) > 1 and len(labels) > 1 and used:
         for i, label in enumerate(labels):
-            ax.plot([], [], DASHES[i % len(DASHES)], color="0.35", linewidth=1.3, label=plain(label))
+            ax.plot([], [], DASHES[i % len(DASHES)], color="0.35", linewidth=1.3, label=picture_name(label))
 
 
 def draw(runs, title, out, x):
@@ -213,7 +209,7 @@ def draw(runs, title, out, x):
         ax.set_xlabel(AXES[x])
         ax.grid(alpha=0.25)
         legend(ax)
-    figure.suptitle(plain(title))
+    figure.suptitle(picture_name(title))
     figure.savefig(out, dpi=110)
     plt.close(figure)
 

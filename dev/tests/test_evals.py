@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import unittest
+from unittest import mock
 
 from helpers import BIN, ROOT, Folder, call, main, png_size, write_shard
 
@@ -593,6 +594,12 @@ class Report(Case):
             text = f.read()
         self.assertIn("![needles](p/needles.png)", text)
         self.assertIn("| **50.0** |", text)
+        from matplotlib import figure
+
+        with mock.patch.object(figure.Figure, "savefig", autospec=True) as saved:
+            picture("_new=" + a, b)  # a legend of matplotlib's leaves out what begins with "_"
+        named = [text.get_text() for legend in saved.call_args.args[0].legends for text in legend.get_texts()]
+        self.assertEqual(named, [r"$\_$new", r"b \$x\$", "chance"])
         run("report", a, "--pictures", self.folder, "--markdown", self.path("r.md"))
         with open(self.path("r.md")) as f:
             self.assertIn("![needles](needles.png)", f.read())

@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 import unittest
+from unittest import mock
 
 from helpers import ROOT, Folder, call, main, png_size, to_bf16, write_safetensors
 
@@ -100,6 +101,17 @@ class Plots(Folder):
         self.assertEqual(len({line.get_color() for line in ax.get_lines()}), 8)
         self.assertLessEqual(ax.get_legend().get_window_extent().y1, ax.get_window_extent().y0)
         plot_run.plt.close(figure)
+
+    def test_odd_names(self):
+        """A name that begins with "_", which a legend of matplotlib's leaves out, or that holds "$" stands in it."""
+        self.write_log("a", '{"event":"step","step":1,"loss":3}\n{"event":"val","step":1,"name":"_s","loss":2}\n'
+                            '{"event":"val","step":1,"name":"t","loss":2}\n')
+        with mock.patch.object(matplotlib.figure.Figure, "savefig", autospec=True) as saved:
+            done = call(plot_run, "_new=" + self.path("a"), "$5=" + self.path("a"))
+        self.assertEqual(done.returncode, 0, done.stderr)
+        figure = saved.call_args.args[0]
+        named = [[text.get_text() for text in ax.get_legend().get_texts()] for ax in figure.axes]
+        self.assertEqual(named, [[r"$\_$new", r"\$5"], [r"$\_$s", "t", r"$\_$new", r"\$5"]])
 
     def test_curves_refused(self):
         self.write_log("empty", "")
