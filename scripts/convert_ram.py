@@ -2,16 +2,17 @@
 """The checkpoints of the paper's authors (facebookresearch/RAM, projects/mta: consolidated.pth and params.json) to
 ours and back.
 
-    convert_ram.py RAM_DIR OUT_DIR [--dtype bf16] [--tokenizer FILE [--pattern NAME]]
+    convert_ram.py RAM_DIR OUT_DIR [--dtype bf16] [--tokenizer NAME|FILE [--pattern NAME]]
                                                                          RAM -> OUT_DIR/config.json, model.safetensors
     convert_ram.py --back DIR OUT_DIR                                    DIR -> OUT_DIR/params.json, consolidated.pth
 
 What differs: names; RoPE turns pairs (2t, 2t+1) of a head there and (t, t + HS/2) here, so the rows of wq and wk
 move; a head kernel after the softmax is stored (in, out) there and (out, in) here, while their all-head linear
 layers (wpsm, wposm) are (out, in) already; kernels have a dimension of 1 more there; a tied head is a second key of
-the embedding there. --back writes what their generate.py loads: every key of their model, the sizes that give our width
-of the MLP, the form of the weights, and the tokenizer where they have it: bytes, toy (char there), or a rank file of
-Llama 3's pattern, by its path; of others it says so. Needs PyTorch."""
+the embedding there. Without --tokenizer it is the one that params.json names: bytes, toy (char there), or a rank file,
+which is looked for at its path and beside consolidated.pth. --back writes what their generate.py loads: every key of
+their model, the sizes that give our width of the MLP, the form of the weights, and the tokenizer where they have it:
+bytes, toy, or a rank file of Llama 3's pattern, by its path; of others it says so. Needs PyTorch."""
 
 import argparse
 import json
@@ -380,11 +381,39 @@ def load_state(path):
 
 
 def tokenizer_keys(file, pattern):
-    """What config.json says of a rank file."""
+    """What config.json says of a tokenizer."""
     tok = open_tokenizer(file, pattern, encoder=False)
     keys = {"tokenizer": os.path.basename(file), "bos_token_id": tok.bos}
     keys["eos_token_id"] = tok.eos if tok.eos >= 0 else tok.bos
     return dict(keys, tokenizer_pattern=pattern) if pattern else keys
+
+
+THEIR_TOKENIZERS = {"bytes": "bytes", "char": "toy"}  # theirs: ours
+
+
+def tokenizer_of_theirs(source, params, vocab):
+    """The tokenizer that params.json names, its pattern, and if it cannot be had, why."""
+    data = params.get("data")
+    named = data.get("tokenizer") if isinstance(data, dict) else None
+    named = named if isinstance(named, dict) else {}
+    name, path, pattern = named.get("name"), named.get("path"), None
+    if not isinstance(name, str):
+        return None, None, "params.json names none"
+    ours = THEIR_TOKENIZERS.get(name)
+    if name == "tiktoken" and isinstance(path, str):
+        beside = os.path.join(source, os.path.basename(path))
+        ours, pattern = next((p for p in (path, beside) if os.path.isfile(p)), None), "llama3"
+        if not ours:
+            return None, None, "%s, which params.json names, is neither there nor in %s" % (path, source)
+    if not ours:
+        return None, None, "%s of params.json has no counterpart here" % name
+    try:
+        ids = open_tokenizer(ours, pattern, encoder=False).vocab
+    except UserError as e:
+        return None, None, str(e)
+    if ids > vocab:
+        return None, None, "%s has %d ids here, the model's vocabulary %d" % (os.path.basename(ours), ids, vocab)
+    return ours, pattern, None
 
 
 def convert(source, out, dtype, tokenizer, pattern):
@@ -398,15 +427,19 @@ def convert(source, out, dtype, tokenizer, pattern):
     tensors, config = to_ours(load_state(os.path.join(source, "consolidated.pth")), model)
     if dtype != "stored":
         tensors = {name: t.to(DTYPES[dtype.upper()]) for name, t in tensors.items()}
+    why = None
+    if not tokenizer:
+        tokenizer, pattern, why = tokenizer_of_theirs(source, params, config["vocab_size"])
     if tokenizer:
         config.update(tokenizer_keys(tokenizer, pattern))
     os.makedirs(out, exist_ok=True)
-    if tokenizer:
+    if tokenizer and os.path.isfile(tokenizer):
         shutil.copyfile(tokenizer, os.path.join(out, config["tokenizer"]))
     write_safetensors(os.path.join(out, "model.safetensors"), tensors)
     with open(os.path.join(out, "config.json"), "w", encoding="utf-8") as f:
         json.dump(config, f, indent=2)
-    print("%s: %d tensors, %d parameters" % (out, len(tensors), sum(t.numel() for t in tensors.values())))
+    said = "no tokenizer: %s; infer_mta --tokenizer names one" % why if why else "tokenizer %s" % config["tokenizer"]
+    print("%s: %d tensors, %d parameters; %s" % (out, len(tensors), sum(t.numel() for t in tensors.values()), said))
 
 
 def their_tokenizer(source, config):
@@ -415,8 +448,9 @@ def their_tokenizer(source, config):
     name = config.get("tokenizer")
     if not name:
         return None, None, "config.json names none"
-    if name in ("bytes", "toy"):
-        return {"bytes": "bytes", "toy": "char"}[name], None, None
+    built_in = [theirs for theirs, ours in THEIR_TOKENIZERS.items() if ours == name]
+    if built_in:
+        return built_in[0], None, None
     path = os.path.abspath(os.path.join(source, name))
     try:
         pattern = open_tokenizer(path, config.get("tokenizer_pattern"), encoder=False).name
@@ -453,7 +487,8 @@ def main():
     parser.add_argument("--dtype", choices=("stored", "bf16", "f16", "f32"), default="stored",
                         help="form of the weights (default: as stored)")
     parser.add_argument(
-        "--tokenizer", metavar="FILE", help="rank file to copy and name in config.json (Llama 3's tokenizer.model)"
+        "--tokenizer", metavar="NAME|FILE",
+        help="bytes, toy, or a rank file to copy and name in config.json (default: the one that params.json names)"
     )
     parser.add_argument("--pattern", choices=sorted(PATTERNS),
                         help="how it splits text, where its number of ranks does not tell")

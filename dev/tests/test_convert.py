@@ -273,6 +273,53 @@ class Convert(unittest.TestCase):
             done = call(convert_ram, tmp, os.path.join(tmp, "more"), "--pattern", "llama3")
             self.assertIn("no use without --tokenizer", done.stderr)
 
+    def test_tokenizer_of_params_json(self):
+        """The one that the authors' params.json names, the rank file beside the weights too; else it is said why not.
+        What --back writes comes back."""
+        ranks = read_bytes(os.path.join(GOLDEN, "tokenizers", "gpt2.tiktoken"))
+        tensors = their_state({}, 1)
+        with tempfile.TemporaryDirectory() as tmp:
+            def convert(vocab, tokenizer, *more):
+                with open(os.path.join(tmp, "params.json"), "w") as f:
+                    json.dump({"model": {"dim": 32, "n_heads": 4, "weight_tying": True}, "data": tokenizer}, f)
+                wide = {name: torch.zeros(vocab, 32) if name in ("tok_embeddings.weight", *convert_ram.TIED) else t
+                        for name, t in tensors.items()}
+                torch.save(wide, os.path.join(tmp, "consolidated.pth"))
+                out = tempfile.mkdtemp(dir=tmp)
+                done = call(convert_ram, tmp, out, *more)
+                self.assertEqual((done.returncode, done.stderr, done.stdout.count("\n")), (0, "", 1), done.stderr)
+                with open(os.path.join(out, "config.json")) as f:
+                    config = json.load(f)
+                keys = "tokenizer", "bos_token_id", "eos_token_id", "tokenizer_pattern"
+                return [config.get(k) for k in keys], done.stdout, out
+
+            named = lambda name, path=None: {"tokenizer": {"name": name, "path": path}}
+            nothing = [None] * 4
+            lost = "/home/somebody/tokenizer.model"
+            for vocab, tokenizer, want, said in (
+                    (259, named("bytes"), ["bytes", 256, 257, None], "; tokenizer bytes\n"),
+                    (32, named("char"), ["toy", 29, 30, None], "; tokenizer toy\n"),
+                    (258, named("bytes"), nothing, "bytes has 259 ids here, the model's vocabulary 258"),
+                    (300, named("sp"), nothing, "sp of params.json has no counterpart here"),
+                    (300, named("tiktoken", lost), nothing, lost + ", which params.json names, is neither there nor"),
+                    (300, named("tiktoken"), nothing, "no counterpart"), (300, {}, nothing, "params.json names none"),
+                    (300, {"tokenizer": "bytes"}, nothing, "params.json names none"),
+                    (300, [], nothing, "params.json names none")):
+                got, printed, out = convert(vocab, tokenizer)
+                self.assertEqual(got, want, tokenizer)
+                self.assertIn(said, printed)
+            with open(os.path.join(tmp, "tokenizer.model"), "wb") as f:
+                f.write(ranks)
+            got, _, out = convert(50600, named("tiktoken", lost))
+            self.assertEqual(got, ["tokenizer.model", 50256, 50257, "llama3"])
+            self.assertEqual(read_bytes(os.path.join(out, "tokenizer.model")), ranks)
+            back, again = os.path.join(tmp, "back"), os.path.join(tmp, "again")
+            self.assertEqual(call(convert_ram, "--back", out, back).stderr, "")
+            self.assertEqual(call(convert_ram, back, again).stderr, "")
+            self.assertEqual(*(read_bytes(os.path.join(d, "config.json")) for d in (out, again)))
+            got, printed, _ = convert(300, named("tiktoken", lost), "--tokenizer", "bytes")
+            self.assertEqual((got[0], got[3]), ("bytes", None))
+
     def test_as_a_program(self):
         """Started by its path, as a user does: one line of what is wrong."""
         script = os.path.join(ROOT, "scripts", "convert_ram.py")
