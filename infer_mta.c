@@ -167,7 +167,8 @@ static void model_open(Model* m, const char* dir, int want, int threads, bool la
 // ---------------------------------------------------------------------------------------------------------------------
 // The cache
 
-enum { PAD = 64 };  // zeros at both ends of a row of scores: a convolution reads up to 31 beyond, a vector 15 more
+// Zeros at both ends of a row of scores: a convolution reads up to 31 beyond, its two vectors 31 more.
+enum { PAD = 64 };
 
 typedef struct {
     int T, capacity;          // positions held, and at most
@@ -349,7 +350,7 @@ static void rmsnorm(float* out, const float* x, const float* weight, int n, floa
     float sum = 0;
 #pragma omp simd reduction(+ : sum)
     for (int i = 0; i < n; i++) { sum += x[i] * x[i]; }
-    float scale = isfinite(sum) ? 1.0f / sqrtf(sum / (float)n + eps) : NAN;  // of an overflow it would be 0
+    float scale = isfinite(sum) ? 1.0f / sqrtf(sum / (float)n + eps) : NAN;  // 1 / sqrt(inf) = 0 would hide it
 #pragma omp simd
     for (int i = 0; i < n; i++) { out[i] = x[i] * scale * weight[i]; }
 }
@@ -522,7 +523,7 @@ static void keep_probabilities(const Block* b, int h) {
 // Mixes the heads of group g, in -> out: out_o = sum_n weight[g,o,n] in_n. Sums run over n in order.
 static void head_mix_row(const Block* b, const float* weight, int ch, int g, int r) {
     const float* w = weight + (size_t)g * (size_t)(ch * ch);
-    int end = b->p0 + r;  // beyond it: see softmax_row and values
+    int end = b->p0 + r;  // the last key that the query sees; zeros follow, which products and convolutions read
     for (int o = 0; o < ch; o++) {
         float* out = block_row(b, b->out, g * ch + o, r) + PAD;
         for (int j = 0; j <= end; j += LANES) {
@@ -1104,8 +1105,9 @@ static void generate(Session* session, Rng* rng, bool as_ids) {
         session->tokenizer ? alloc_or_die(tokenizer_max_bytes(session->tokenizer) + 8, 1, "a token's text") : NULL;
     for (int i = 0; i < session->options.max_tokens && !interrupted && !stopped; i++) {
         if (!make_room(session, 0)) {
-            fprintf(stderr, "%s%s: the context of %d positions is full; --shift goes on\n",
-                    session->terminal ? "\n" : "", program_invocation_short_name, session->cache.capacity);
+            fprintf(stderr, "%s%s: the context of %d positions is full%s\n", session->terminal ? "\n" : "",
+                    program_invocation_short_name, session->cache.capacity,
+                    session->options.shift ? ", and too short for --shift" : "; --shift goes on");
             break;
         }
         if (session->cache.T < session->n) { feed(session); }
@@ -1181,7 +1183,11 @@ static void read_prompt(Session* session) {
         if (session->options.echo) { put_text(session, prompt, n); }
         free(text);
     }
-    if (!session->n) { die("the prompt is empty and the tokenizer has no BOS: nothing to continue"); }
+    if (!session->n) {
+        die("%s: nothing to continue", session->options.token_ids
+                                           ? "--token-ids: got no id, and ids are taken as they are, without BOS"
+                                           : "the prompt is empty and the tokenizer has no BOS");
+    }
 }
 
 static void run_samples(Session* session) {
@@ -1269,11 +1275,12 @@ static void answer_request(void* model, const Json* j, long number, const char* 
     Session* session = model;
     InferOptions options = session->options, *o = &session->options;
     Rng rng = rng_make((uint64_t)o->seed, (uint64_t)number);
-    const Json* until = json_get(j, "until");
+    const Json *until = json_get(j, "until"), *length = json_get(j, "max_tokens");
+    if (until && until->type == JSON_NULL) { until = NULL; }
     o->max_tokens = (int)request_number(j, "max_tokens", o->max_tokens, 0, MAX_CONTEXT, true, where);
     // The length that nobody asked for leaves half of a short context to the prompt.
-    bool asked = o->own_length || json_get(j, "max_tokens");
-    if (!asked && o->max_tokens >= session->cache.capacity) { o->max_tokens = session->cache.capacity / 2; }
+    bool asked = o->own_length || (length && length->type != JSON_NULL);
+    if (!asked && o->max_tokens > session->cache.capacity / 2) { o->max_tokens = session->cache.capacity / 2; }
     o->temperature = request_number(j, "temperature", o->temperature, 0, 100, false, where);
     o->top_k = (int)request_number(j, "top_k", o->top_k, 0, MAX_VOCAB, true, where);
     o->top_p = request_number(j, "top_p", o->top_p, 0, 1, false, where);
@@ -1334,7 +1341,8 @@ static bool is_file(const char* path, const struct stat* file) {
 // Refuses an output that would take the place of a file which the model is read from.
 static void refuse_input(const Session* session, const char* option, const char* path) {
     const SafeTensors* files = &session->model.files;
-    const char *const names[] = {"config.json", "generation_config.json", "manifest.json", session->model.c.tokenizer},
+    const char *const names[] = {"config.json", "generation_config.json", "manifest.json",
+                                 "model.safetensors.index.json", session->model.c.tokenizer},
                       *tokenizer = session->options.tokenizer;
     struct stat out;
     if (stat(path, &out)) { return; }

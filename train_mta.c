@@ -16,8 +16,8 @@
 //   are names that end in _pre and _post.
 //
 // Memory: nothing of size T x T. Attention works on a chunk of queries at a time and its backward recomputes the chunk
-// from q, k and the row's largest score and sum of exponentials. Threads: work is cut the same way whatever their
-// number, sums have a fixed order: same seed, same bits.
+// from q, k and the row's largest score and sum of exponentials. Threads: whatever their number, every sum has the
+// same order: same seed, same bits.
 
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE  // memmem and others, before the first header
@@ -423,7 +423,7 @@ static void rmsnorm_forward(real* out, real* rstd, const real* inp, const real* 
         real sum = 0;
 #pragma omp simd reduction(+ : sum)
         for (int c = 0; c < C; c++) { sum += x[c] * x[c]; }
-        real r = (real)(isfinite(sum) ? 1.0 / sqrt((double)sum / C + eps) : NAN);  // of an overflow it would be 0
+        real r = (real)(isfinite(sum) ? 1.0 / sqrt((double)sum / C + eps) : NAN);  // 1 / sqrt(inf) = 0 would hide it
         real s = r * (real)scale;
         rstd[n] = r;
         for (int c = 0; c < C; c++) { o[c] = x[c] * s * weight[c]; }

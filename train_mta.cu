@@ -1,4 +1,5 @@
-// train_mta.cu: trains a LLaMA-style language model with Multi-Token Attention (arXiv 2504.00927) on one NVIDIA GPU.
+// train_mta.cu: trains a LLaMA-style language model with Multi-Token Attention (arXiv 2504.00927) on NVIDIA
+// GPUs, one for each process.
 // The same sections, names and order as train_mta.c, which is the truth this file is tested against: read them in two
 // windows.
 //
@@ -10,9 +11,9 @@
 // adds the Cuda context. Attention comes twice: the chunked algorithm (a chunk of queries of all heads of some
 // sequences at a time), which serves every variant, and fused kernels for the common ones. Those, and all else that
 // only makes it fast, stand in sections of their own after the layers, "Fast paths", to be read last. Nothing of size T
-// x T. Deterministic: every sum has a fixed order; one thread alone adds to an address by atomics (add_pair).
-// dev/cuda_cpu compiles this file with a C++ compiler and runs these kernels on a CPU; so launches go through LAUNCH,
-// and dynamic shared memory through DYNAMIC_SHARED.
+// x T, but for cuDNN's workspace (mta/attention_cudnn.h). Deterministic: every sum has a fixed order; one thread alone
+// adds to an address by atomics (add_pair). dev/cuda_cpu compiles this file with a C++ compiler and runs these kernels
+// on a CPU; so launches go through LAUNCH, and dynamic shared memory through DYNAMIC_SHARED.
 //
 //   B batch   T positions   C channels   L layers   NH heads   NKV key/value heads   HS head size
 //   FF hidden units of the MLP   V vocabulary   N = B*T rows   S sequences of an attention batch

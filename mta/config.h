@@ -91,7 +91,7 @@ typedef struct {
 #define AT(member) offsetof(Config, member)
 static const ConfigField CONFIG_FIELDS[] = {
     {"vocab_size", FIELD_INT, PART_SIZES, AT(vocab_size), 32000, 1, MAX_VOCAB, CHANGE_MODEL, NULL, "--vocab-size",
-     "vocabulary (default: the model's or the shards', whichever is larger)"},
+     "vocabulary (default: a configuration file's; a preset's, or that of the shards or the tokenizer if larger)"},
     {"hidden_size", FIELD_INT, PART_SIZES, AT(hidden_size), 4096, 2, MAX_DIM, CHANGE_MODEL, NULL, "--hidden-size",
      "width of the residual stream"},
     {"intermediate_size", FIELD_INT, PART_SIZES, AT(intermediate_size), 11008, 1, MAX_DIM, CHANGE_MODEL, NULL,
@@ -104,7 +104,8 @@ static const ConfigField CONFIG_FIELDS[] = {
      NULL,  // 0: as heads
      "--num-key-value-heads", "key/value heads (grouped-query attention)"},
     {"max_position_embeddings", FIELD_INT, PART_CONTEXT, AT(max_position_embeddings), 2048, 1, MAX_CONTEXT, CHANGE_FREE,
-     NULL, "--max-position-embeddings", "context the model states (default: --seq-len)"},
+     NULL, "--max-position-embeddings",
+     "context the model states (default: --seq-len; a configuration file's if that is larger)"},
     {"rope_theta", FIELD_NUMBER, PART_NUMBERS, AT(rope_theta), 10000, 1e-3, 1e12, CHANGE_MODEL, NULL, "--rope-theta",
      "base of RoPE's frequencies"},
     {"rms_norm_eps", FIELD_NUMBER, PART_NUMBERS, AT(rms_norm_eps), 1e-6, 1e-20, 0.1, CHANGE_MODEL, NULL,
@@ -728,7 +729,7 @@ static inline void config_family_defaults(Config* c, ConfigFamily family) {
     }
 }
 
-// A key of rope_scaling or rope_parameters that is not one of those of its type.
+// Refuses a key of rope_scaling or rope_parameters that is not known; those of llama3 do nothing in another type.
 static inline bool config_check_rope_key(const Json* v, const char* where, bool llama3, bool assume_llama, Error* e) {
     char key[128];
     snprintf(key, sizeof key, "rope_scaling.%.60s", v->key);

@@ -5,8 +5,9 @@
 #include <stdint.h>
 #include <string.h>
 
-// e^x for arguments up to 88, relative error below 2e-7, written so that the compiler vectorises it: 2^n by the
-// exponent bits times a Taylor polynomial of e^r on |r| <= ln(2)/2. Below -87 it returns e^-87 = 1e-38. NaN stays NaN.
+// e^x for arguments from -87 to 88, relative error below 2e-7, written so that the compiler vectorises it: 2^n by the
+// exponent bits times a Taylor polynomial of e^r on |r| <= ln(2)/2. Below -87 it returns e^-87 = 1.6e-38, above 88
+// e^88 = 1.7e38, never 0 or infinity. NaN stays NaN.
 static inline __attribute__((always_inline)) float exp_float(float x) {
     x = x < -87.0f ? -87.0f : x;
     x = x > 88.0f ? 88.0f : x;

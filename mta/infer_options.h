@@ -144,7 +144,8 @@ static inline void infer_options_read(InferOptions* o, int argc, char** argv) {
         {"--pattern", OPT_CHOICE, &o->pattern, "gpt2|cl100k_base|llama3|o200k_base",
          "how text is split, where FILE's number of ranks does not tell", 0, 0, false},
         {"--weights", OPT_CHOICE, &o->weights, "stored|f32|bf16|int8",
-         "form of the matrices in memory; another than stored costs a copy", 0, 0, false},
+         "form of the matrices in memory; another than stored costs a copy, and so does generating (see --mapped)", 0,
+         0, false},
         {"--assume-llama", OPT_FLAG, &o->assume_llama, NULL,
          "read a config.json of another family, or with unknown keys, as LLaMA", 0, 0, false},
         {"--no-verify", OPT_FLAG, &o->no_verify, NULL, "do not check the files against DIR/manifest.json", 0, 0, false},
@@ -216,14 +217,16 @@ static inline void infer_options_read(InferOptions* o, int argc, char** argv) {
     options_check_uses(table, INFER_USES, sizeof INFER_USES / sizeof *INFER_USES, INFER_MODES,
                        sizeof INFER_MODES / sizeof *INFER_MODES, mode);
     const OptNeed needs[] = {{"--mapped", strcmp(o->weights, "stored") == 0, "--weights stored", false},
-                             {"--echo", !o->token_ids, "a text, not --token-ids,", false},
+                             {"--echo", !o->token_ids || mode == INFER_IDS, "a text, not --token-ids,", false},
                              {"--repeat-last", option_given(table, "--repeat-penalty"), "--repeat-penalty", false},
                              {"--assume-llama", o->dir != NULL, "a checkpoint directory", false},
                              {"--no-verify", o->dir != NULL, "a checkpoint directory", false}};
     options_check_needs(table, needs, sizeof needs / sizeof *needs);
     o->own_length = option_given(table, "--max-tokens");
     if (o->dir) { o->dir = checkpoint_of(o->dir, o->quiet); }
-    if (alone && !o->tokenizer && !o->dir) { die("--tokenize needs --tokenizer NAME|FILE or a checkpoint directory"); }
+    if (alone && !o->tokenizer && !o->dir) {
+        die("%s needs --tokenizer NAME|FILE or a checkpoint directory", o->tokenize ? "--tokenize" : "--detokenize");
+    }
 }
 
 // The tokenizer of --tokenizer, or the one that config.json names (a built-in name, or a file beside it). One that was

@@ -229,7 +229,7 @@ static inline int opt_distance(const char* a, size_t na, const char* b) {
 }
 
 // The option whose name is nearest to text (length n), NULL if none is near: at most a third of the letters differ, or
-// one starts the other.
+// the text, of four characters or more, is how the name begins.
 static inline const char* opt_nearest(const Opt* table, const char* text, size_t n) {
     const char* best = NULL;
     int best_distance = (int)n / 3 + 1;

@@ -81,11 +81,6 @@ static inline double plan_print_memory(const PlanMachine* machine, const PlanRow
     return (double)total;
 }
 
-// Bytes of a checkpoint's tensors: the weights as they are stored, m, v, and master weights where those are rounded.
-static inline double plan_checkpoint_bytes(const Run* r, const TensorList* list) {
-    return (double)list->parameters * (r->trainer->rounded ? 2 + 3 * 4 : 3 * 4);
-}
-
 // The file system of a path, or of the folder above it that is there.
 static inline bool plan_free_space(const char* path, double* bytes) {
     char dir[PATH_SIZE];
@@ -101,12 +96,14 @@ static inline bool plan_free_space(const char* path, double* bytes) {
     return known;
 }
 
-// Of a run at its fullest: the checkpoints that --keep keeps, that of --save-minutes, and the one being written.
+// Of a run at its fullest: the checkpoints that --keep keeps, that of --save-minutes, and the one being written, which
+// may be the last of those.
 static inline void plan_print_checkpoints(const Run* r, const TensorList* list) {
     const TrainOptions* o = r->options;
-    double each = plan_checkpoint_bytes(r, list), room = 0;
-    int64_t timed = o->save_minutes > 0, saves = o->save_every ? r->steps / o->save_every : 1;
-    int64_t kept = (r->keep && r->keep < saves ? r->keep : saves) + timed + 1;
+    double each = run_checkpoint_bytes(r, list), room = 0;
+    int64_t timed = o->save_minutes > 0, every = o->save_every,
+            saves = every ? r->steps / every + !!(r->steps % every) : 1;
+    int64_t before = saves > 0 ? saves - 1 : 0, kept = (r->keep && r->keep < before ? r->keep : before) + timed + 1;
     printf("checkpoints %.1f MiB each, at most %lld at a time: %.1f MiB", each / 1048576, (long long)kept,
            each * (double)kept / 1048576);
     if (o->out && plan_free_space(o->out, &room)) {
@@ -116,7 +113,7 @@ static inline void plan_print_checkpoints(const Run* r, const TensorList* list) 
     printf("\n");
 }
 
-// Where no peak is known, of a GPU that is stated.
+// Where the peak is not known the time is that of this GPU, which the line names.
 static const double PLAN_H100 = 989e12, PLAN_SHARE = 0.4;  // operations a second, and how much of them it reaches
 static inline void plan_print_time(const Run* r, const PlanMachine* machine) {
     char time[32];

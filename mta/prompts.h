@@ -64,7 +64,7 @@ static inline double request_number(const Json* j, const char* key, double other
     if (!field || field->type == JSON_NULL) { return otherwise; }
     if (field->type != JSON_NUMBER || !(field->number >= min && field->number <= max) ||
         (integer && !field->is_integer)) {
-        die("%s: %s: wanted %s from %g to %g", where, key, integer ? "an integer" : "a number", min, max);
+        die("%s: %s: wanted %s from %.15g to %.15g", where, key, integer ? "an integer" : "a number", min, max);
     }
     return field->number;
 }

@@ -5,8 +5,8 @@
 // before it. Streams never meet (the stream number is half of the counter), and an Rng is plain data: to save its
 // state, copy the struct, or keep rng.block and rng.used.
 //
-// permute_index shuffles 0..n-1 without a table: a Feistel network on the next power of two, walked until it falls
-// inside.
+// permute_index shuffles 0..n-1 without a table: a Feistel network on the next power of four, 256 at least, walked
+// until it falls inside.
 #ifndef MTA_RANDOM_H
 #define MTA_RANDOM_H
 #include <math.h>

@@ -8,7 +8,9 @@
 // arena is cut into buckets, of which every rank has its part: the gradients of a bucket can be added up while those of
 // others are still computed.
 //
-// Alone (size 1, or NULL for a model that was never shared out) every function here returns at once.
+// Alone (size 1, or NULL for a model that was never shared out) no function of a model's pass sends or waits: sums and
+// exchanges give back what this process has. What is for several ranks only (ranks_limit, ranks_ask, ranks_answer) is
+// not called then.
 #ifndef MTA_RANKS_H
 #define MTA_RANKS_H
 
@@ -21,7 +23,7 @@
 #include <sys/mman.h>
 
 enum {
-    RANKS_BLOCK = 1 << 16,  // elements of an arena that one rank owns; the order of the norm's sum hangs on it
+    RANKS_BLOCK = 1 << 16,  // elements of an arena that one rank owns; the order of the norm's sum depends on it
     RANKS_PIECE = 1 << 24,  // bytes that rank 0 gives to all at once
     MAX_RANKS = 4096,
     MAX_WAITING = 12  // sums of MAX_RANKS shards that wait

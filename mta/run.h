@@ -43,8 +43,8 @@ typedef struct {
     double loss, bits_per_byte;  // bits_per_byte NAN where it is not known
 } ValSet;
 
-// The learning rate: linear warmup to lr, then by kind ("linear", "cosine", "constant" or "wsd") down to min_lr at step
-// `steps`.
+// The learning rate: linear warmup to lr, then by kind ("linear", "cosine" or "wsd") down to min_lr at step `steps`; it
+// stays at lr where that is "constant".
 typedef struct {
     const char* kind;
     double lr, min_lr;
@@ -251,7 +251,7 @@ static inline void run_check_trained_tokenizer(const Run* r, const char* from) {
     }
 }
 
-// --tokenizer, else the shards' own, else the one that `config` names ("" = no such file). All that are known must be
+// --tokenizer, else the one that `config` names ("" = no such file), else the shards' own. All that are known must be
 // the same.
 static inline void run_open_tokenizer(Run* r, const char* config) {
     char path[PATH_SIZE] = "", named[PATH_SIZE] = "", pattern[32] = "";
@@ -544,9 +544,10 @@ static inline void run_settle_steps(Run* r) {
     }
     r->windows = (int)(r->tokens_per_step / T);
     r->batch_size = o->batch_size < r->windows ? o->batch_size : r->windows;
-    if (T * r->batch_size > INT32_MAX) {
-        die("--batch-size: %d sequences of %lld are %lld tokens at once, wanted at most %d", r->batch_size,
-            (long long)T, (long long)T * r->batch_size, INT32_MAX);
+    int heads = r->config.num_attention_heads, most = INT32_MAX / heads;  // tokens x heads are counted in int
+    if (T * r->batch_size > most) {
+        die("--batch-size: %d sequences of %lld are %lld tokens at once, wanted at most %d with %d heads",
+            r->batch_size, (long long)T, (long long)T * r->batch_size, most, heads);
     }
     if (!options_evaluate(o)) { run_settle_length(r); }
     int64_t tenth = r->steps / 10;
@@ -554,11 +555,13 @@ static inline void run_settle_steps(Run* r) {
                          o->schedule_steps ? o->schedule_steps : r->steps};
     r->schedule = schedule;
     bool constant = !strcmp(o->schedule, "constant");
-    if (constant && (o->min_lr > 0 || o->schedule_steps)) {
-        printf("--schedule constant: %s does nothing\n", o->min_lr > 0 ? "--min-lr" : "--schedule-steps");
-    }
+    if (constant && o->min_lr > 0) { printf("--schedule constant: --min-lr does nothing\n"); }
+    if (constant && o->schedule_steps) { printf("--schedule constant: --schedule-steps does nothing\n"); }
     if (strcmp(o->recompute, "none") && !strncmp(r->trainer->name, "cpu", 3) && !options_evaluate(o)) {
         printf("--recompute: it does nothing on the CPU, which keeps no more than its backward pass needs\n");
+    }
+    if (!o->cuda_graphs && !strncmp(r->trainer->name, "cpu", 3)) {
+        printf("--cuda-graphs: it does nothing on the CPU\n");
     }
     if (o->min_lr > schedule.lr) { die("--min-lr: got %g, wanted at most --lr %g", o->min_lr, schedule.lr); }
     r->eval_every = o->eval_every >= 0 ? o->eval_every : tenth > 0 ? tenth : 1;
@@ -679,8 +682,8 @@ static inline void run_settle_shards(Run* r) {
         die("--shards: got %d on %d ranks, this trainer has one shard on one process so far", r->shards, ranks);
     }
     if (r->shards > r->windows) {
-        die("--shards: got %d%s, a step has %d sequences", r->shards, o->shards ? "" : ", one for each rank",
-            r->windows);
+        const char* from = o->shards ? "" : r->resume_dir[0] ? ", as the checkpoint has it" : ", one for each rank";
+        die("--shards: got %d%s, a step has %d sequences", r->shards, from, r->windows);
     }
     if (options_evaluate(o) || shards_divide(r->shards, ranks)) { return; }
     Text can = {NULL, 0, 0};
@@ -807,6 +810,11 @@ static inline void run_open_val(Run* r) {
     free(copy);
 }
 
+// Bytes of a checkpoint's tensors: the weights as they are stored, m, v, and master weights where those are rounded.
+static inline double run_checkpoint_bytes(const Run* r, const TensorList* list) {
+    return (double)list->parameters * (r->trainer->rounded ? 2 + 3 * 4 : 3 * 4);
+}
+
 // Refuses a directory that cannot be written or has no room for one checkpoint.
 static inline void run_check_directory(const Run* r) {
     Error e = {{0}};
@@ -818,8 +826,7 @@ static inline void run_check_directory(const Run* r) {
     if (!write_file_synced(path, "1", 1, &e)) { die("--out: %s", e.text); }
     unlink(path);
     tensor_list(&list, &r->config);
-    double needed =
-        (double)list.numel * 14 + (1 << 20);  // fp32 weights, m, v; or bf16 weights, fp32 master weights, m, v
+    double needed = run_checkpoint_bytes(r, &list) + (1 << 20);
     tensor_list_free(&list);
     if (!statvfs(r->options->out, &fs) && fs.f_blocks > 0 && (double)fs.f_bavail * (double)fs.f_frsize < needed) {
         die("--out: %s has %.0f MiB free, one checkpoint needs %.0f", r->options->out,
@@ -1127,7 +1134,7 @@ static inline void run_log_line(Run* r, Text* t) {
 
 // ---- one step
 
-// Learning rate of step `step`, counted from 0: linear warmup, then the schedule down to min_lr.
+// Learning rate of step `step`, counted from 0: linear warmup, then the schedule.
 static inline double learning_rate(const Schedule* s, int64_t step) {
     if (step < s->warmup) { return s->lr * (double)(step + 1) / (double)s->warmup; }
     int64_t rest = s->steps - s->warmup;
@@ -1525,8 +1532,8 @@ static inline int run_by_seconds(const void* a, const void* b) {
     return (x > y) - (x < y);
 }
 
-// Warns of a rank that was slower than 1.2 times the middle one on average over 20 steps, once as long as it stays the
-// slowest. seconds: that each rank has worked in this step for one of its windows.
+// Warns of a rank that was slower than 1.2 times the middle one, and by a millisecond, on average over 20 steps, once
+// as long as it stays the slowest. seconds: that each rank has worked in this step for one of its windows.
 static inline void run_note_slow(Run* r, const double* seconds) {
     enum { STEPS = 20 };
     int n = r->ranks->size, slow = 0;

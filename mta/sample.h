@@ -1,5 +1,6 @@
 // mta/sample.h: how infer_mta draws the next token from its logits: a penalty of the tokens that stand before it, the
-// temperature, then the k best, of them the best that make top_p, of these all above min_p of the best.
+// temperature, then the k best, of them the best that make top_p, of these all with at least min_p times the
+// probability of the best.
 #ifndef MTA_SAMPLE_H
 #define MTA_SAMPLE_H
 

@@ -150,7 +150,7 @@ static inline bool rank_line_read(const char* path, uint32_t number, const char*
     size_t head = space ? (size_t)(space - p) : n;
     line->line = number;
     line->at = (uint32_t)bytes->n;
-    if (head / 4 * 3 > TOKEN_BYTES_MAX) {
+    if (head / 4 * 3 > TOKEN_BYTES_MAX + 2) {  // of the last group two bytes may be padding: asked again below
         return fail(e, "%s:%u: a token of more than %d bytes", path, number, TOKEN_BYTES_MAX);
     }
     if (!base64_decode(p, head, bytes)) {
@@ -158,6 +158,9 @@ static inline bool rank_line_read(const char* path, uint32_t number, const char*
                     number);
     }
     line->size = (uint32_t)bytes->n - line->at;
+    if (line->size > TOKEN_BYTES_MAX) {
+        return fail(e, "%s:%u: a token of more than %d bytes", path, number, TOKEN_BYTES_MAX);
+    }
     uint64_t rank = 0;
     size_t i = head + 1;
     for (; i < n && p[i] >= '0' && p[i] <= '9' && rank <= RANKS_MAX; i++) { rank = rank * 10 + (uint64_t)(p[i] - '0'); }

@@ -254,9 +254,6 @@ static inline StepResult step_result(const Step* s, const Batch* b, double norm)
 // ---------------------------------------------------------------------------------------------------------------------
 // Evaluation
 
-// Loss of every validation set over --eval-windows sequences spread evenly over it; with masks, the share of those
-// that have a wrong token among the sequences of which some are counted (teacher forcing). Stops early when a signal
-// comes. With several ranks each computes every so many-th batch, and all add the sums in the order of the batches.
 typedef struct {
     double sum;
     int64_t counted, asked, wrong;  // targets; sequences that have one, and of these the wrong ones
@@ -300,6 +297,9 @@ static inline void agree_to_stop(Run* r) {
     free(all);
 }
 
+// Loss of every validation set over --eval-windows sequences spread evenly over it; with masks, the share of those
+// that have a wrong token among the sequences of which some are counted (teacher forcing). Stops early when a signal
+// comes. With several ranks each computes every so many-th batch, and all add the sums in the order of the batches.
 static inline void evaluate(Run* r) {
     int size = r->ranks->size;
     EvalSum* parts = (EvalSum*)alloc_or_die((size_t)size, sizeof(EvalSum), "sums of an evaluation");

@@ -105,7 +105,8 @@ static inline void train_options_table(Opt* table, TrainOptions* o) {
 #define HEADING(name) ROW(name, OPT_HEADING, NULL, NULL, NULL, 0, 0)
     HEADING("Model")
     ROW("--model", OPT_STRING, &o->model, "NAME|config.json", MODEL_NAMES ", or a configuration file", 0, 0)
-    ROW("--attention", OPT_STRING, &o->attention, "KIND", ATTENTION_NAMES " (default: mta)", 0, 0)
+    ROW("--attention", OPT_STRING, &o->attention, "KIND",
+        ATTENTION_NAMES " (default: a configuration file's, else mta)", 0, 0)
     ROW("--init-from", OPT_STRING, &o->init_from, "DIR",
         "start from the weights of a checkpoint, or of a LLaMA or Mistral model", 0, 0)
     ROW("--assume-llama", OPT_FLAG, &o->assume_llama, NULL,
@@ -126,8 +127,8 @@ static inline void train_options_table(Opt* table, TrainOptions* o) {
         "token shards to evaluate on: a set of each NAME, without it one for each name before _val_", 0, 0)
     ROW("--verify-data", OPT_FLAG, &o->verify_data, NULL,
         "read every shard first and compare its checksum; sizes are always compared with manifest.json", 0, 0)
-    ROW("--seq-len", OPT_INT, &o->seq_len, NULL, "tokens of a sequence (default: the model's context, 2048 at most)", 1,
-        MAX_CONTEXT)
+    ROW("--seq-len", OPT_INT, &o->seq_len, NULL,
+        "tokens of a sequence (default: the model's context, 2048 at most; with --score all of it)", 1, MAX_CONTEXT)
     ROW("--batch-size", OPT_INT, &o->batch_size, NULL, "sequences computed at once", 1, 1 << 20)
     ROW("--tokens-per-step", OPT_LONG, &o->tokens_per_step, NULL,
         "tokens of an optimizer step (default: batch size x sequence length)", 1, any)
@@ -159,11 +160,11 @@ static inline void train_options_table(Opt* table, TrainOptions* o) {
     ROW("--attention-kernels", OPT_CHOICE, &o->attention_kernels, "own|cudnn",
         "cudnn: that library's, in layers without operations on scores before the softmax (CUDA; make CUDNN=1)", 0, 0)
     ROW("--cuda-graphs", OPT_SWITCH, &o->cuda_graphs, NULL,
-        "replay a micro-batch's launches as CUDA graphs; off: one by one, to find a fault", 0, 0)
+        "replay a micro-batch's launches as CUDA graphs; off: one by one, to find a fault (CUDA)", 0, 0)
     HEADING("Several processes (started by torchrun, mpirun, mpiexec or srun; on a CPU MPI=1 builds for them)")
     ROW("--shards", OPT_INT, &o->shards, NULL,
         "parts that a step's sequences are cut into; the bits depend on their number, not on that of the processes "
-        "(default: one for each process)",
+        "(default: as the run that --resume continues, else one for each process)",
         1, MAX_RANKS)
     ROW("--reduce", OPT_CHOICE, &o->reduce, "tree|nccl",
         "how gradients are added: in the shards' order, or by NCCL (CUDA), and then the bits depend on the processes",

@@ -377,7 +377,8 @@ static inline void settle_threads(char** argv) {
 }
 
 // Opens those of the descriptors 0 to 2 that are closed (daemons and `>&-` leave them so) on /dev/null. Otherwise a
-// file of ours would get such a number, and what is printed would be written into it. The first call of every main.
+// file of ours would get such a number, and what is printed would be written into it. Called by every main before it
+// opens a file that stays open.
 static inline void open_standard_files(void) {
     for (int fd = 0; fd <= 2; fd++) {
         if (fcntl(fd, F_GETFD) >= 0 || errno != EBADF) { continue; }
@@ -582,9 +583,9 @@ static inline void path_join(char* out, size_t n, const char* a, const char* b) 
 }
 
 // What a program prints as its result. A reader that went away (a closed pipe; SIGPIPE must be ignored) or a full disk
-// ends the program with one line.
+// ends the program with one line; also where an earlier printf met it, whose buffer is gone.
 static inline void put_out(const char* text, size_t n, bool flush) {
-    if ((n && fwrite(text, 1, n, stdout) != n) || (flush && fflush(stdout))) {
+    if ((n && fwrite(text, 1, n, stdout) != n) || (flush && fflush(stdout)) || ferror(stdout)) {
         fprintf(stderr, "%s: standard output: %s\n", program_invocation_short_name, strerror(errno));
         _exit(1);
     }

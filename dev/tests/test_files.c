@@ -51,6 +51,22 @@ static bool standard_files_open(int closed) {
     return waitpid(pid, &status, 0) == pid && status == 0;
 }
 
+// In a child: n characters are printed to a full disk by printf, whose buffer may have been written before put_out
+// asks.
+static bool full_disk_is_told(int n) {
+    pid_t pid = fork();
+    if (pid == 0) {
+        if (!freopen("/dev/full", "w", stdout) || !freopen("/dev/null", "w", stderr)) { _exit(2); }
+        static char buffer[64];
+        setvbuf(stdout, buffer, _IOFBF, sizeof buffer);
+        for (int i = 0; i < n; i++) { putchar('x'); }
+        put_out("", 0, true);
+        _exit(0);
+    }
+    int status = 0;
+    return waitpid(pid, &status, 0) == pid && WIFEXITED(status) && WEXITSTATUS(status) == 1;
+}
+
 // Limits of a tree whose /proc/self/cgroup has this line, and whose file below /sys/fs/cgroup these words; memory.stat
 // beside it counts 1000 bytes that do not give way, 400 of them of files in memory.
 static Limits limits_of(const char* line, const char* file, const char* words) {
@@ -110,6 +126,7 @@ static void test_limits(void) {
 
 static void test_util(void) {
     for (int closed = 0; closed < 8; closed++) { CHECK(standard_files_open(closed)); }
+    for (int n = 1; n <= 200; n++) { CHECK(full_disk_is_told(n)); }
     Error e = {{0}};
     CHECK(!fail(&e, "first %d", 1) && !fail(&e, "second") && !strcmp(e.text, "first 1"));
     char path[2000];

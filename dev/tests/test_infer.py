@@ -411,7 +411,9 @@ class Golden(LogitsCase):
         )
         self.assertEqual(p.returncode, 0)
         self.assertEqual(len(p.stdout.split()), 1)  # the last position's logits give one more
-        self.assertRegex(p.stderr, rb"\Ainfer_mta: the context of \d+ positions is full[^\n]*\n\Z")
+        self.assertRegex(p.stderr, rb"\Ainfer_mta: the context of \d+ positions is full; --shift goes on\n\Z")
+        p = run([c.dir, "--token-ids", "1", "--context", "1", "--shift", "--quiet"], check=False)
+        self.assertEqual(p.stderr, b"infer_mta: the context of 1 positions is full, and too short for --shift\n")
         out = run(
             [c.dir, "--token-ids", "1 2 3", "--max-tokens", str(3 * limit), "--quiet", "--temperature", "0", "--shift"]
         )
@@ -904,14 +906,14 @@ class Refusals(unittest.TestCase):
         self.assertEqual(p.wait(60), 0)
 
 
-def text_model(where, torch_free_seed=3):
+def text_model(where, torch_free_seed=3, **changes):
     """A byte-level checkpoint of random weights for the tests of text."""
     rng = random.Random(torch_free_seed)
     config = {
         "vocab_size": 259, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
         "num_key_value_heads": 1, "max_position_embeddings": 64, "tie_word_embeddings": True, "rms_norm_eps": 1e-5,
         "tokenizer": "bytes", "kq_conv_layers": [1], "kq_conv_pre_softmax": True, "kq_conv_post_softmax": True,
-        "kq_conv_query_size": 3, "kq_conv_key_size": 5, "head_mix_post_softmax": 2,
+        "kq_conv_query_size": 3, "kq_conv_key_size": 5, "head_mix_post_softmax": 2, **changes,
     }
     shapes = {"model.embed_tokens.weight": [259, 16], "model.norm.weight": [16]}
     for i in range(2):
@@ -1206,7 +1208,11 @@ class TextIO(unittest.TestCase):
 
     def test_no_output_takes_the_place_of_the_model(self):
         where = text_model(os.path.join(self.tmp.name, "own"))
-        for name in ("model.safetensors", "config.json"):
+        names = read_safetensors(os.path.join(where, "model.safetensors"))[0]
+        index = {"weight_map": {name: "model.safetensors" for name in names}}
+        with open(os.path.join(where, "model.safetensors.index.json"), "w") as f:
+            json.dump(index, f)
+        for name in ("model.safetensors", "config.json", "model.safetensors.index.json"):
             path = os.path.join(where, name)
             before = read_bytes(path)
             for option in ("--logits", "--attention-map"):
@@ -1394,8 +1400,15 @@ class TextIO(unittest.TestCase):
         self.assertEqual(cut, [whole[: whole.index(whole[3])]])
 
     def test_request_without_a_length(self):
-        """The default of 256 tokens is no reason to refuse in a shorter context; a length that was asked for is."""
-        self.assertEqual(run([self.dir, "--prompts", "-", "--quiet"], stdin=b'{"prompt": "a"}\n').count("\n"), 1)
+        """The default of 256 tokens is no reason to refuse in a context of less than twice that: half is left to the
+        prompt. A length that was asked for is. null is no value."""
+        lines = b'{"prompt": "a"}\n{"prompt": "a", "max_tokens": null, "until": null, "temperature": null}\n'
+        answers = run([self.dir, "--prompts", "-", "--quiet", "--temperature", "0"], stdin=lines).splitlines()
+        self.assertEqual(answers, answers[:1] * 2)
+        where = text_model(os.path.join(self.tmp.name, "of_320"), max_position_embeddings=320)
+        prompt = json.dumps({"prompt": "a" * 159}).encode() + b"\n"  # and BOS: half of it
+        answer = json.loads(run([where, "--prompts", "-", "--quiet", "--ignore-eos"], stdin=prompt))
+        self.assertEqual(answer["tokens"], 160)
         asked = ((b'{"prompt": "a", "max_tokens": 256}\n', []), (b'{"prompt": "a"}\n', ["--max-tokens", "256"]))
         for line, more in asked:
             p = run([self.dir, "--prompts", "-", "--quiet", *more], stdin=line, check=False)
@@ -1477,7 +1490,12 @@ class TextIO(unittest.TestCase):
         self.assertIn(b"--repeat-last does nothing without --repeat-penalty", p.stderr)
         p = run([self.dir, "--prompt", "a", "--mapped", "--weights", "int8", "--quiet"], check=False)
         self.assertIn(b"--mapped does nothing without --weights stored", p.stderr)
-        for words, why in ((["--logits", "x", "--score", "-"], "exclude each other"),
+        ids = ["--token-ids", "1", "--logits", os.path.join(self.tmp.name, "l"), "--echo"]
+        self.assertEqual(run([self.dir, *ids, "--quiet"], check=False).stderr.count(b"--echo"), 1)
+        p = run(["--detokenize"], stdin=b"1", check=False)
+        self.assertEqual(p.stderr, b"infer_mta: --detokenize needs --tokenizer NAME|FILE or a checkpoint directory\n")
+        for words, why in ((["--token-ids", ""], "--token-ids: got no id"),
+                           (["--logits", "x", "--score", "-"], "exclude each other"),
                            (["--prompt", "a", "--token-ids", "1"], "exclude each other"),
                            (["--prompt", "a", "--score", "-"], "--prompt: no use beside --score")):
             p = run([self.dir, *words, "--quiet"], check=False)

@@ -359,6 +359,10 @@ class Runs(Trainer):
         self.assertEqual(int(kept), 5 + 1 + 1)
         self.assertAlmostEqual(float(all_of_them), 7 * float(each), delta=0.2)
         self.assertGreater(float(free), 0)
+        for steps, every, keep, most in ((20, 0, 0, 2), (6, 2, 0, 4), (7, 2, 0, 5), (6, 2, 1, 3), (1, 1, 1, 2)):
+            few = self.execute([BINARY, "--model", "toy", "--dry-run", "--steps", str(steps), "--save-every",
+                                str(every), "--keep", str(keep)]).stdout  # and that of --save-minutes
+            self.assertIn("at most %d at a time" % most, few)
         self.assertRegex(plan, r"time        about .* GFLOP/s\)")
         large = self.execute([BINARY, "--model", "880m", "--batch-size", "512", "--dry-run"]).stdout
         self.assertIn("it does not fit", large)
@@ -757,9 +761,12 @@ class Resume(Trainer):
         for option in (*idle, "--no-verify", "--assume-llama"):
             if option != "--val":
                 self.assertEqual(said.count("%s does nothing without" % option), 1, said)
-        done = self.run_ok(self.out(), {"--schedule": "constant", "--min-lr": 1e-4, "--recompute": "block"})
-        self.assertIn("--schedule constant: --min-lr does nothing", done.stdout)
-        self.assertEqual("--recompute: it does nothing on the CPU" in done.stdout, NAME == "train_mta")
+        done = self.run_ok(self.out(), {"--schedule": "constant", "--min-lr": 1e-4, "--schedule-steps": 9,
+                                        "--recompute": "block", "--cuda-graphs": "off"})
+        for option in ("--min-lr", "--schedule-steps"):
+            self.assertIn("--schedule constant: %s does nothing" % option, done.stdout)
+        for option in ("--recompute", "--cuda-graphs"):
+            self.assertEqual(option + ": it does nothing on the CPU" in done.stdout, NAME == "train_mta")
 
     def test_a_directory_that_is_no_checkpoint_of_ours(self):
         """step-4 and step-x in a run are named, whoever looks for its checkpoints; a file of that name is nothing."""
@@ -1821,6 +1828,13 @@ class Refused(Trainer):
         os.remove(os.path.join(out, "log.jsonl"))
         os.mkfifo(os.path.join(out, "log.jsonl"))
         self.refused_again(out, "log.jsonl", {"--steps": 2}, ["--resume"])
+
+    def test_shards_of_a_resume(self):
+        """More than a step of the resume has sequences: where their number comes from is said."""
+        out = self.out()
+        self.run_ok(out, {"--steps": 1, "--shards": 2})
+        less = {"--steps": 2, "--batch-size": 1, "--tokens-per-step": 16}
+        self.refused_again(out, "--shards: got 2, as the checkpoint has it, a step has 1 sequences", less, ["--resume"])
 
     def refused_again(self, out, piece, changes, flags=()):
         """What is there stays."""

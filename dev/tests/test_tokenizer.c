@@ -214,6 +214,19 @@ static void test_opening(void) {
         tokenizer_free(t);
         text_free(&file);
     }
+    for (int n = TOKEN_BYTES_MAX - 2; n <= TOKEN_BYTES_MAX + 4; n++) {  // with every number of padding characters
+        unsigned char token[TOKEN_BYTES_MAX + 4];
+        memset(token, 'z', sizeof token);
+        Text file = {NULL, 0, 0};
+        text_append(&file, good.text, good.n);
+        add_rank(&file, token, n, 256);
+        Error e = {""};
+        Tokenizer* t = tokenizer_open(put("x.bin", file.text, file.n), "gpt2", &e);
+        check(n <= TOKEN_BYTES_MAX ? t != NULL : !t && strstr(e.text, "257: a token of more than 4096 bytes"),
+              "the longest token");
+        tokenizer_free(t);
+        text_free(&file);
+    }
     text_free(&good);
     const char* names[] = {"gpt2", "llama3", "no/such/file.tiktoken", "", "/", test_folder()};
     for (size_t i = 0; i < sizeof names / sizeof *names; i++) {
