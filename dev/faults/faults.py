@@ -207,6 +207,7 @@ class TrainerScenario:
 
     def __init__(self, name, start, options, wanted, settings=None):
         self.name, self.start, self.options, self.wanted, self.settings = name, start, options, wanted, settings or {}
+        self.ended = set()  # statuses under calls that failed
 
     def arguments(self, out, resume):
         return [TRAINER, *MODEL, "--train", self.data, "--out", out, *self.options, *(["--resume"] if resume else [])]
@@ -231,6 +232,8 @@ class TrainerScenario:
         """What is wrong after the fault and after a resume; "" = nothing."""
         before = self.lay(out)
         done, _ = faulty.run(self.arguments(out, bool(self.start)), at, kind, FAULT_UNDER=out, **self.settings)
+        if kind in ("ENOSPC", "EIO"):
+            self.ended.add(done.returncode)
         problem = ending(done, kind) or self.left(out, done, before) or self.resumed(out)
         return "%s, %s at call %d: %s" % (self.name, kind, at, problem) if problem else ""
 
@@ -330,7 +333,7 @@ class PrepareScenario:
                 )
             f.write("no json\n")
         must(self.arguments(whole))
-        self.wanted = digest(whole)
+        self.wanted, self.ended = digest(whole), set()
 
     def arguments(self, out):
         return [
@@ -348,6 +351,8 @@ class PrepareScenario:
 
     def trial(self, faulty, out, at, kind):
         done, _ = faulty.run(self.arguments(out), at, kind, FAULT_UNDER=out)
+        if kind in ("ENOSPC", "EIO"):
+            self.ended.add(done.returncode)
         problem = ending(done, kind) or self.left(out, done) or self.restarted(out)
         return "prepare.py, %s at call %d: %s" % (kind, at, problem) if problem else ""
 
@@ -402,6 +407,8 @@ def calls(o, verdict):
             with concurrent.futures.ThreadPoolExecutor(o.jobs) as pool:
                 for problem in pool.map(one, trials):
                     verdict.check(problem)
+            # All of that holds of a run without a fault too.
+            verdict.check("" if 1 in scenario.ended else "%s: no failing call ended it" % scenario.name)
             verdict.figures.append(
                 "%s: %d calls, %d faults in %.0f s" % (scenario.name, n, len(trials), time.time() - began)
             )
@@ -450,6 +457,7 @@ def kills(o, verdict):
                     if same and not bad_log(out)
                     else "after %d kills step %d is another, or the log: %s" % (done, newest, bad_log(out))
                 )
+        verdict.check("" if inside else "no kill came inside of a save")
         verdict.figures.append(
             "%d kills, %d of them inside of a save, %d steps, %.0f s" % (done, inside, newest, time.time() - began)
         )

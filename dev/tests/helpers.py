@@ -2,6 +2,7 @@
 waits on a machine that stands still now and then, scripts run inside of a test's process, the verdict."""
 import array
 import contextlib
+import fnmatch
 import io
 import json
 import math
@@ -166,13 +167,19 @@ def call(script, *arguments):
     return subprocess.CompletedProcess(arguments, status or 0, out.getvalue(), err.getvalue())
 
 
+def names_of(tests):
+    return sum(map(names_of, tests), []) if isinstance(tests, unittest.TestSuite) else [tests.id()]
+
+
 def main():
     """Runs the tests of the calling file, or those that -k names; says what was skipped and why; ends with the
     counts. A name that no test has is a mistake."""
-    result = unittest.main(module="__main__", exit=False, verbosity=1).result
+    program = unittest.main(module="__main__", exit=False, verbosity=1)
+    result, names = program.result, names_of(unittest.TestLoader().loadTestsFromModule(sys.modules["__main__"]))
     bad = len(result.failures) + len(result.errors)
-    if not result.testsRun + bad + len(result.skipped):
-        sys.exit("no test has such a name")
+    for pattern in program.testNamePatterns or ():
+        if not fnmatch.filter(names, pattern):
+            sys.exit("no test has such a name: " + pattern.strip("*"))
     # Of what did not pass the tests that were begun: a failure may be one of several parts of a test, or of a class.
     begun = {getattr(test, "test_case", test).id() for test, _ in result.failures + result.errors + result.skipped
              if isinstance(test, unittest.TestCase)}

@@ -272,6 +272,7 @@ class Convert(unittest.TestCase):
                 self.assertEqual(got, want)
             done = call(convert_ram, tmp, os.path.join(tmp, "more"), "--pattern", "llama3")
             self.assertIn("no use without --tokenizer", done.stderr)
+            self.assertEqual((done.returncode, os.path.exists(os.path.join(tmp, "more"))), (1, False))
 
     def test_tokenizer_of_params_json(self):
         """The one that the authors' params.json names, the rank file beside the weights too; else it is said why not.

@@ -7,6 +7,7 @@
 #include "check.h"
 #include <sys/wait.h>
 #include <unistd.h>
+#include <memory>
 #include <string>
 
 // ---- kernels that are right
@@ -763,6 +764,10 @@ static void test_races() {
             64);
     };
     check(reverse(true) && shift(true), "right kernels give the same bits under every order of threads");
+    setenv("CUDA_CPU_ORDER", "7", 1);
+    std::unique_ptr<cuda_cpu::Machine> begun(new cuda_cpu::Machine());
+    check(begun->order_seed == 7, "CUDA_CPU_ORDER chooses the order that a program begins with");
+    unsetenv("CUDA_CPU_ORDER");
     check(!reverse(false), "planted: a read after write past a missing barrier differs under a permuted order");
     check(!shift(false), "planted: a write after read past a missing barrier differs under a permuted order");
 }

@@ -206,7 +206,7 @@ class Formats(Case):
         scores = self.write("s.jsonl", [mark + '{"logprob": -1, "tokens": 1, "greedy": true}'] +
                             ['{"logprob": -2, "tokens": 1, "greedy": true}'])
         requests = self.write("r.jsonl", [(mark if i == 0 else "") + json.dumps(g) for i, g in enumerate(got)])
-        self.assertIn("1", run("report", requests, scores))
+        self.assertRegex(run("report", requests, scores), r"(?m)^in +1 ")
 
     def test_bad_lines_are_named(self):
         path = self.write(

@@ -666,8 +666,11 @@ class Refusals(unittest.TestCase):
     def test_places(self):
         self.refused("no checkpoint", self.folder, self.out)
         self.refused("no checkpoint", os.path.join(self.folder, "not there"), self.out)
+        files = lambda: {name: read_bytes(os.path.join(self.source, name)) for name in os.listdir(self.source)}
+        before = files()
         done = run(export, self.source, self.source, check=False)
         self.assertEqual((done.returncode, "not empty" in done.stderr), (1, True))
+        self.assertEqual(files(), before)
         os.mkdir(self.out)
         run(export, self.source, self.out)
         self.assertIn("config.json", os.listdir(self.out))

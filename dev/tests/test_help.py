@@ -73,9 +73,12 @@ class Help(unittest.TestCase):
                 self.assertNotEqual(done.returncode, 0, done.stdout + done.stderr)
 
     def test_a_name_that_no_test_has(self):
+        """Also beside one that a test has."""
         test = [sys.executable, os.path.join(ROOT, "dev", "tests", "test_layout.py"), "-k", "nothing_is_called_so"]
-        done = subprocess.run(test, capture_output=True, text=True)
-        self.assertEqual((done.returncode, done.stderr.splitlines()[-1]), (1, "no test has such a name"))
+        for more in ([], ["-k", "test_sections"]):
+            done = subprocess.run(test + more, capture_output=True, text=True)
+            self.assertEqual((done.returncode, done.stderr.splitlines()[-1]),
+                             (1, "no test has such a name: nothing_is_called_so"))
 
     def test_programs(self):
         for name in ("train_mta", "infer_mta", "test_mta"):

@@ -619,10 +619,14 @@ class Bad(Case):
 
     def test_a_clock_that_is_set_back(self):
         """The state was not saved until the clock had come back to where it was, and the rates were nonsense."""
-        path = self.write("a.jsonl", '{"text": "hello"}\n' * 9)
-        with unittest.mock.patch("time.time", side_effect=range(10**9, 0, -1000)):
-            shown = run("text", path, "--out", self.path("o"))
-        self.assertLess(int(re.search(r"9 documents, (\d+)/s", shown)[1]), 1000000, shown)
+        path, commit, saves = self.write("a.jsonl", '{"text": "hello"}\n' * 9), prepare.Preparation.commit, []
+        said = unittest.mock.patch.object(prepare.Preparation, "commit", lambda p: print("saved") or commit(p))
+        for seconds in (0, 3600):
+            with said, unittest.mock.patch("time.time", side_effect=range(10**9, 0, -1000)):
+                shown = run("text", path, "--save-seconds", seconds, "--out", self.path("o%d" % seconds))
+            saves.append(shown.count("saved\n"))
+            self.assertLess(int(re.search(r"9 documents, (\d+)/s", shown)[1]), 1000000, shown)
+        self.assertGreater(*saves)
 
     @unittest.skipUnless(pyarrow, "needs pyarrow")
     def test_parquet_with_a_column_twice(self):

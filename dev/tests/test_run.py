@@ -1570,7 +1570,9 @@ class Evaluation(Trainer):
 
     @unittest.skipUnless(os.path.exists(INFER), "infer_mta is not built")
     def test_golden_models_score_as_infer_mta_does(self):
-        for file in sorted(glob.glob(os.path.join(GOLDEN, "*.safetensors"))):
+        files = sorted(glob.glob(os.path.join(GOLDEN, "*.safetensors")))
+        self.assertGreater(len(files), 9)
+        for file in files:
             folder = self.path("golden_" + os.path.basename(file)[:-len(".safetensors")])
             config, texts = golden_checkpoint(file, folder)
             limit = config["max_position_embeddings"]
@@ -1683,7 +1685,7 @@ class Evaluation(Trainer):
     def test_refused(self):
         run, val = self.out(), self.path("a_val_*.bin")
         self.run_ok(run)
-        checkpoint = checkpoints(run)[-1]
+        checkpoint, before = checkpoints(run)[-1], tree(run)
         path = self.lines("one.jsonl", [{"context_ids": [1], "continuation_ids": [2]}])
         for pieces, options in (
             (["--train", "--score"], ["--score", path, "--train", val]),
@@ -1710,6 +1712,7 @@ class Evaluation(Trainer):
                                  (1, []), done.stderr)
                 if "--score" not in options:
                     self.assertEqual(done.stderr.count("\n"), 1, done.stderr)
+        self.assertTrue(tree(run) == before)
         self.assert_refused(self.execute([BINARY, "--score", path]), "--init-from")
         self.assert_refused(self.execute([BINARY, "--shift", *self.arguments(self.out())[1:]]), "--shift", "--score")
 
@@ -1758,16 +1761,18 @@ class Refused(Trainer):
                      {"--batch-size": 1 << 20, "--tokens-per-step": 1 << 33, "--seq-len": 1 << 20})
 
     def test_models(self):
-        self.refused(["32", "3"], {"--num-attention-heads": 3, "--num-key-value-heads": 3})
-        self.refused(["4", "3"], {"--num-attention-heads": 4, "--num-key-value-heads": 3})
-        self.refused(["odd", "6"], {"--kq-conv-key-size": 6})
-        self.refused(["0"], {"--kq-conv-query-size": 0})
-        self.refused(["3"], {"--head-mix-post-softmax": 3})
-        self.refused(["7"], {"--kq-conv-layers": "1,7"})
-        for layers in ("x", " 1", "+1", "1, 0", "1,"):
-            self.refused([layers], {"--kq-conv-layers": layers})
-        self.refused(["diff"], {"--attention-type": "diff", "--kq-conv-layers": "all"})
-        self.refused(["odd"], {"--hidden-size": 30, "--num-attention-heads": 2, "--intermediate-size": 30})
+        self.refused(["hidden_size 32", "num_attention_heads 3"],
+                     {"--num-attention-heads": 3, "--num-key-value-heads": 3})
+        self.refused(["num_attention_heads 4", "num_key_value_heads 3"],
+                     {"--num-attention-heads": 4, "--num-key-value-heads": 3})
+        self.refused(["kq_conv_key_size: got 6, wanted an odd"], {"--kq-conv-key-size": 6})
+        self.refused(['--kq-conv-query-size: got "0"'], {"--kq-conv-query-size": 0})
+        self.refused(["num_attention_heads 2", "head_mix_post_softmax 3"], {"--head-mix-post-softmax": 3})
+        for layers in ("1,7", "x", " 1", "+1", "1, 0", "1,"):
+            self.refused(['kq_conv_layers: got "%s"' % layers, "layers 0 to 1"], {"--kq-conv-layers": layers})
+        self.refused(["attention_type diff", "no kq_conv"], {"--attention-type": "diff", "--kq-conv-layers": "all"})
+        self.refused(["head size 15 is odd"],
+                     {"--hidden-size": 30, "--num-attention-heads": 2, "--intermediate-size": 30})
         path = self.path("broken.json")
         for text, pieces in (("{", ["broken.json"]), ("[]", ["broken.json"]),
                              ('{"hidden_size": "big"}', ["hidden_size"]), ('{"hidden_size": 1e30}', ["hidden_size"]),
