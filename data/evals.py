@@ -282,6 +282,7 @@ class Haystack:
         self.tokenizer = tokenizer
         self.known = {}
         self.repeated = False  # whether the warning was printed
+        self.short = {}  # {tokens that were asked for: the fewest that a question got}
 
     def size(self, sentence):
         """Tokens of a sentence with a space before it."""
@@ -311,6 +312,19 @@ class Haystack:
                   file=sys.stderr)
             self.repeated = True
         return taken
+
+    def note(self, asked, sentences):
+        """That these sentences stand for so many tokens."""
+        got = sum(map(self.size, sentences))
+        self.short[asked] = min(got, self.short.get(asked, got))
+
+    def say_short(self):
+        """A sentence is not cut: of a text with a long one, or with none that ends, less is taken than was asked
+        for."""
+        for asked, got in sorted(self.short.items()):
+            if got < 0.75 * asked:
+                print("%d tokens: a question has but %d, since the text has a sentence of %d; sentences end with a "
+                      "blank after . ! or ?" % (asked, got, max(self.known.values(), default=0)), file=sys.stderr)
 
 
 class NoRoom(UserError):
@@ -387,6 +401,7 @@ def needle_context(rng, haystack, needles, tokens, depth):
     if fixed > tokens:
         raise NoRoom("--length %d: %d needles and the question alone have %d tokens" % (tokens, needles, fixed))
     sentences = haystack.take(rng, tokens - fixed)
+    haystack.note(tokens, sentences + facts + [question])
     others = spread(rng, sentences, facts[1:])
     others.insert(round(depth / 100 * len(others)), facts[0])
     return " ".join(others + [question]), " %d" % numbers[0]
@@ -420,6 +435,7 @@ def needle(args):
 
             requests += room.take("%d needles in %d tokens" % (needles, tokens), make)
     room.check()
+    haystack.say_short()
     write_requests(args.out, [dict(r, item=i) for i, r in enumerate(requests)])
     print("%s: %d questions" % (args.out, len(requests)))
     return 0
@@ -564,7 +580,9 @@ def babilong_requests(rng, haystack, task, tokens, samples):
     out = []
     for item in range(samples):
         facts, question, answer, answers = TASKS[task](rng)
-        story = spread(rng, haystack.take(rng, tokens), facts)
+        around = haystack.take(rng, tokens)
+        haystack.note(tokens, around)
+        story = spread(rng, around, facts)
         context = " ".join(story) + "\nQuestion: %s\nAnswer:" % question
         for choice, word in enumerate(answers):
             out.append(
@@ -597,6 +615,7 @@ def babilong(args):
             before = (requests[-1]["item"] + 1) if requests else 0
             requests += [dict(r, item=before + r["item"]) for r in made]
     room.check()
+    haystack.say_short()
     write_requests(args.out, requests)
     items = len(room.taken) * args.samples
     print("%s: %d questions, %d requests" % (args.out, items, len(requests)))

@@ -357,6 +357,17 @@ class Generated(Case):
         self.assertEqual(shown.count("repeated"), 1, shown)
         self.assertNotIn("repeated", run(*command, "--distraction", "0,40"))
 
+    def test_a_text_of_long_sentences_is_said(self):
+        """A text without full stops, or with those of another script, is one sentence: nothing of it is taken."""
+        for text, few in (("walks over the river " * 500, True), ("\u6211\u4eec\u56de\u5bb6\u3002" * 900, True),
+                          ("He walks over the river. " * 500, False)):
+            with open(self.path("long.txt"), "w", encoding="utf-8") as f:
+                f.write(text)
+            for command in (("needle", "--needles", "2", "--length", "2000", "--depth", "50"),
+                            ("babilong", "--tasks", "1", "--distraction", "2000")):
+                shown = run(*command, "--text", self.path("long.txt"), "--samples", "2", "--out", self.path("l.jsonl"))
+                self.assertEqual("2000 tokens: a question has but " in shown, few, shown)
+
     def test_room(self):
         """Settings that do not fit a model's positions are named and left out; where none fits it is refused."""
         book, out = self.book(), self.path("r.jsonl")
