@@ -15,6 +15,8 @@
 #   --distraction N,... tokens around a story; default 0, a quarter of the context and half of it
 #   --seq-len N         tokens of a sequence; default the checkpoint's context, 4096 at most
 #   --batch-size N      sequences that the trainer computes at once (its default is 4)
+#   --shift             a context that is too long loses its earliest tokens, as in scripts/lm_eval_mta.py; else it is
+#                       refused
 #
 # TRAINER=PROGRAM scores; without it train_mta_cuda where it is built and there is a GPU, else train_mta. The report is
 # DIR/report.md, with report.csv, report.json, needles.png, babilong.png (those need matplotlib: data/.venv). Stopped
@@ -27,10 +29,12 @@ root=$(cd "$(dirname "$0")/.." && pwd)
 stop() { echo "evaluate.sh: $*" >&2; exit 1; }
 # whole WHAT VALUE: refuses what is no whole number from 1.
 whole() { [[ $2 =~ ^[1-9][0-9]{0,8}$ ]] || stop "$1: got \"$2\", wanted a whole number from 1"; }
-given=${1:-} val="" requests="" text="" out="" samples=100 lengths="" distraction="" positions="" batch=() seen=" "
+given=${1:-} val="" requests="" text="" out="" samples=100 lengths="" distraction="" positions="" batch=()
+cut="" seen=" "
 [ -n "$given" ] || stop "wanted a checkpoint; --help says more"
 shift
 while [ $# -gt 0 ]; do
+    if [ "$1" = --shift ]; then cut=--shift && shift && continue; fi
     [ $# -gt 1 ] || stop "$1: a value is missing; --help says more"
     [[ $seen != *" $1 "* ]] || stop "$1 is given twice"
     seen+="$1 "
@@ -146,7 +150,7 @@ make_requests() {
 score() {
     echo "scoring $1: $(wc -l < "$out/$1.jsonl") requests"
     "$TRAINER" --init-from "$checkpoint" --score "$out/$1.jsonl" --seq-len "$positions" "${batch[@]}" \
-        > "$out/$1.scores.partial"
+        $cut > "$out/$1.scores.partial"
 }
 
 # Sizes and headers, which hold checksums, of the shards behind --val [NAME=]GLOB,...; a folder may be called "a,b".
@@ -194,7 +198,7 @@ if [ -n "$requests" ]; then
         [ -e "$file" ] || continue
         found=$((found + 1))
         copy=$out/$(basename "$file")
-        if [ -e "$copy" ]; then
+        if [ -e "$copy" ] && { [ -e "$copy.made" ] || [ -e "${copy%.jsonl}.scores" ]; }; then
             cmp -s "$file" "$copy" || stop "$file is not what $copy was; wanted another --out"
         else
             cp "$file" "$copy.partial"
@@ -206,7 +210,13 @@ fi
 for file in "$out"/*.jsonl; do
     [ -e "$file" ] || continue
     name=$(basename "$file" .jsonl)
-    part "$out/$name.scores" "--seq-len $positions of CRC and size $(cksum < "$file")" score "$name"
+    # A copy that was never scored, as its requests were wrong, and that --requests has no longer.
+    if ! [ -e "$file.made" ] && ! [ -e "$out/$name.scores" ] && ! [ -e "${requests:-$out/none}/$name.jsonl" ]; then
+        echo "$file: not scored before and not in --requests: left out"
+        rm "$file"
+        continue
+    fi
+    part "$out/$name.scores" "--seq-len $positions${cut:+ $cut} of CRC and size $(cksum < "$file")" score "$name"
 done
 
 # ---- the report

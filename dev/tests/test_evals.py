@@ -772,6 +772,35 @@ class Evaluate(Case):
         shutil.copy(self.path("run/step-00000001/model.safetensors"), self.path("lr=3"))
         self.assertIn("another checkpoint", self.evaluate(*val, checkpoint="lr=3", status=1))
 
+    def test_requests_that_were_wrong(self):
+        """They can be mended, or taken away: a copy that was not scored holds nobody up. --shift cuts long contexts."""
+        os.makedirs(self.path("run"))
+        os.makedirs(self.path("requests"))
+        for name in ("run/config.json", "run/model.safetensors"):
+            self.write(name, [{"vocab_size": 259}])
+        with open(self.path("trainer"), "w") as f:  # scores each line that has a context
+            f.write('#!/bin/sh\ncase "$*" in *--shift*) echo cut >&2;; esac\n'
+                    'for file; do case $file in *.jsonl) grep -q no_context "$file" && exit 1; while read -r line; do '
+                    'echo \'{"logprob": -1, "tokens": 1, "greedy": true}\'; done < "$file";; esac; done\n')
+        os.chmod(self.path("trainer"), 0o755)
+        good = {"context": "c", "continuation": " d", "task": "good", "item": 0}
+        self.write("requests/good.jsonl", [good])
+        ask = lambda *more, **status: self.evaluate("--requests", self.path("requests"), "--out", self.path("o"), *more,
+                                                    **status)
+        for mend in (lambda: self.write("requests/bad.jsonl", [dict(good, task="bad")]),
+                     lambda: os.remove(self.path("requests/bad.jsonl"))):
+            self.write("requests/bad.jsonl", ["no_context"])
+            self.assertIn("bad.scores: not finished", ask(status=1))
+            mend()
+            said = ask()
+            self.assertEqual("bad.jsonl: not scored before and not in --requests: left out" in said,
+                             not os.path.exists(self.path("requests/bad.jsonl")), said)
+            shutil.rmtree(self.path("o"))
+        self.assertNotIn("cut", ask())
+        self.assertIn("was made with other options", ask("--shift", status=1))
+        shutil.rmtree(self.path("o"))
+        self.assertIn("cut", ask("--shift"))
+
     def test_shards_without_a_checksum_and_masks(self):
         """Tokens whose header has no checksum, as llm.c writes them, and masks: none changes behind a finished part."""
         os.makedirs(self.path("run"))
