@@ -21,7 +21,7 @@ from tokenizer import members
 SETTINGS = ("needles", "length", "depth", "distraction")
 MEASURES = ("accuracy", "acc_norm", "acc_bytes", "acc_token", "greedy")
 COLUMNS = ("questions", "accuracy", "stderr") + MEASURES[1:] + ("perplexity", "token_ppl")
-OF_VALIDATION = ("loss", "bits_per_byte", "tokens")  # columns of validation sets alone
+OF_VALIDATION = ("loss", "bits_per_byte", "tokens", "error")  # columns of validation sets alone
 
 # ----------------------------------------------------------------------------------------------------------------------
 # What was asked and answered
@@ -111,10 +111,11 @@ def mean_of(items):
 class Model:
     """items: [(task, {setting: number}, numbers of the question)]. validation: {set: its event in the log}. asked:
     {(checksum of a question, its item): its file}. questions: {(task, its settings): checksums}. kinds:
-    {task: what kind_of says}."""
+    {task: what kind_of says}. window: tokens of a sequence of the validation, None not known."""
 
     def __init__(self, name):
         self.name, self.items, self.validation, self.asked, self.questions, self.kinds = name, [], {}, {}, {}, {}
+        self.window = None
 
     def add(self, requests_path, scores_path):
         requests = read_lines(requests_path, ("continuation", "task", "item"))
@@ -156,9 +157,16 @@ class Model:
         for path in scores:
             self.add(path[: -len(".scores")] + ".jsonl", path)
         if os.path.exists(log):
-            self.validation = {e["name"]: e for e in read_lines(log, ("event",)) if e["event"] == "val"}
+            self.read_validation(read_lines(log, ("event",)))
         if not scores and not self.validation:
             raise UserError("%s: no NAME.scores and no validation/log.jsonl in it" % folder)
+
+    def read_validation(self, events):
+        for e in events:
+            if e["event"] == "start":
+                self.window = e.get("seq_len")
+            elif e["event"] == "val":
+                self.validation[e["name"]] = e
 
     def groups(self):
         """{(task, settings in their order): mean}: of each task, and of each of its settings; sorted, numbers as
@@ -229,11 +237,13 @@ def plain_table(title, models, columns, values):
 def validation_tables(models):
     models = [m for m in models if m.validation]
     sets = list(dict.fromkeys(name for m in models for name in m.validation))
-    for key, title, digits in (("perplexity", "Validation perplexity", 2),
-                               ("bits_per_byte", "Validation, bits per byte", 4)):
+    for key, title, digits, scale in (("perplexity", "Validation perplexity", 2, 1),
+                                      ("bits_per_byte", "Validation, bits per byte", 4, 1),
+                                      ("error", "Sequences with a wrong answer token, %", 1, 100)):
         values = [[m.validation.get(s, {}).get(key) for s in sets] for m in models]
         if any(v is not None for row in values for v in row):
-            yield plain_table(title, models, [(s, min, digits) for s in sets], values)
+            scaled = [[None if v is None else scale * v for v in row] for row in values]
+            yield plain_table(title, models, [(s, min, digits) for s in sets], scaled)
 
 
 def word_table(models):
@@ -295,6 +305,18 @@ def not_the_same(models):
         for key, questions in m.questions.items():
             groups.setdefault(key, set()).add(frozenset(questions))
     return sorted({task for (task, _), asked in groups.items() if len(asked) > 1})
+
+
+def other_windows(models):
+    """A line for each validation set on which models were not measured alike: over other tokens, or in windows of
+    another length, where each token has another context. Such figures do not compare."""
+    for name in dict.fromkeys(name for m in models for name in m.validation):
+        tokens = lambda m: m.validation[name].get("tokens")
+        how = {m.name: "%s tokens in windows of %s" % tuple("?" if n is None else n for n in (tokens(m), m.window))
+               for m in models if name in m.validation}
+        if len(set(how.values())) > 1:
+            yield "Not all models were validated alike on %s: %s." % (
+                name, "; ".join("%s on %s" % pair for pair in how.items()))
 
 
 def tables_of(models):
@@ -362,7 +384,8 @@ def write_csv(f, models):
             writer.writerow([m.name, "validation " + name] + [""] * len(SETTINGS) + row)
         for (task, settings), row in m.groups().items():
             cells = [dict(settings).get(k, "") for k in SETTINGS]
-            writer.writerow([m.name, task] + cells + ["" if row.get(c) is None else row[c] for c in COLUMNS] + [""] * 3)
+            writer.writerow([m.name, task] + cells + ["" if row.get(c) is None else row[c] for c in COLUMNS] +
+                            [""] * len(OF_VALIDATION))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -519,6 +542,7 @@ def report(args):
     other = not_the_same(models)
     if other:
         text += "\nNot all models were asked the same questions: %s.\n" % ", ".join(other)
+    text += "".join("\n%s\n" % line for line in other_windows(models))
     details = "\n".join(("### %s: every measure\n\n" % m.name if len(models) > 1 else "") + flat(m)
                         for m in models if m.items)
     if args.json:

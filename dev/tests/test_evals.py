@@ -590,6 +590,23 @@ class Report(Case):
         self.assertIn("NAME=FOLDER", run("report", a, a, status=1))
         self.assertIn("no NAME.scores", run("report", self.folder, status=1))
 
+    def test_validation_that_does_not_compare(self):
+        """Other windows (a model continued at 4096) or other tokens are said; masked sets have their error."""
+        for name, window, tokens in (("a", 2048, 2097152), ("b", 2048, 2097152), ("c", 4096, 2097152), ("d", 2048, 9)):
+            os.makedirs(self.path(name, "validation"))
+            events = [dict(event="val", name="s", loss=1.0, perplexity=math.e, tokens=tokens),
+                      dict(event="val", name="toy", loss=1.0, perplexity=math.e, tokens=5, error=0.125)]
+            start = {"event": "start", "seq_len": window}
+            self.write(name + "/validation/log.jsonl", [start] + events[: 2 - (name > "b")])
+        shown = run("report", self.path("a"), self.path("b"), "--csv", self.path("r.csv"))
+        self.assertNotIn("alike", shown)
+        self.assertRegex(shown, r"(?s)wrong answer token, %.*\| a +\| +- \| \*\*12\.5\*\* \|")
+        with open(self.path("r.csv"), newline="") as f:
+            self.assertEqual([r["error"] for r in csv.DictReader(f)], ["", "0.125"] * 2)
+        for other, how in (("c", "2097152 tokens in windows of 4096"), ("d", "9 tokens in windows of 2048")):
+            line = "Not all models were validated alike on s: a on 2097152 tokens in windows of 2048; %s on %s."
+            self.assertIn(line % (other, how), run("report", self.path("a"), self.path(other)))
+
     @unittest.skipUnless(PLOTS, "matplotlib is missing")
     def test_pictures(self):
         right = {(n, length, d): 0.5 for n in (2, 4) for length in (100, 200, 400) for d in (0, 50, 100)}
