@@ -125,7 +125,10 @@ def mmlu(record):
 
 def general(record):
     """{"context", "question" or "query"; "choices": [...]; "gold", "label" or "answer": number or the choice itself}"""
-    context = next(record[k] for k in ("context", "question", "query") if isinstance(record.get(k), str))
+    texts = [k for k in ("passage", "context", "question", "query") if isinstance(record.get(k), str)]
+    if len(texts) > 1:
+        raise ValueError("%s: one of them would be left out; wanted all of the prompt in context" % " and ".join(texts))
+    context = next(record[k] for k in texts if k != "passage")
     gold = next((record[k] for k in ("gold", "label", "answer") if record.get(k) is not None), None)
     if not isinstance(record["choices"], list) or not record["choices"]:
         raise ValueError("choices: wanted a list of texts")
@@ -168,9 +171,10 @@ FORMATS = {  # in the order in which a record is tried
 
 
 def format_of(record):
-    """OpenBookQA's authors publish records of ARC's fields; theirs have a number as id, ARC's the name of an exam."""
+    """OpenBookQA's authors publish records of ARC's fields; theirs have a number as id, ARC's the name of an exam.
+    A passage and a question with choices of their own are not answered by yes and no."""
     for name, (keys, _) in FORMATS.items():
-        if keys <= set(record):
+        if keys <= set(record) and not (name == "boolq" and "choices" in record):
             numbered = re.fullmatch(r"[0-9]+(-[0-9]+)?", str(record.get("id", "")))
             return "openbookqa" if name == "arc" and isinstance(record["question"], dict) and numbered else name
     raise ValueError(

@@ -111,11 +111,12 @@ def mean_of(items):
 class Model:
     """items: [(task, {setting: number}, numbers of the question)]. validation: {set: its event in the log}. asked:
     {(checksum of a question, its item): its file}. questions: {(task, its settings): checksums}. kinds:
-    {task: what kind_of says}. window: tokens of a sequence of the validation, None not known."""
+    {task: what kind_of says}. files: {task without settings: files that ask its questions}. window: tokens of a
+    sequence of the validation, None not known."""
 
     def __init__(self, name):
         self.name, self.items, self.validation, self.asked, self.questions, self.kinds = name, [], {}, {}, {}, {}
-        self.window = None
+        self.window, self.files = None, {}
 
     def add(self, requests_path, scores_path):
         requests = read_lines(requests_path, ("continuation", "task", "item"))
@@ -142,6 +143,8 @@ class Model:
                 raise UserError("%s: item %s: task %s has questions with choices and without, or of other settings" %
                                 (requests_path, first["item"], first["task"]))
             self.items.append((first["task"], settings, numbers))
+            if not settings and requests_path not in self.files.setdefault(first["task"], []):
+                self.files[first["task"]].append(requests_path)
             asked = [{k: v for k, v in request.items() if k != "item"} for request, _ in answers]
             question = hashlib.sha256(repr(asked).encode("utf-8", "replace")).digest()
             before = self.asked.setdefault((question, first["item"]), requests_path)
@@ -305,6 +308,15 @@ def not_the_same(models):
         for key, questions in m.questions.items():
             groups.setdefault(key, set()).add(frozenset(questions))
     return sorted({task for (task, _), asked in groups.items() if len(asked) > 1})
+
+
+def joined_files(models):
+    """A line for each task whose questions are those of several files: parts of one set, or sets of one name."""
+    for m in models:
+        for task, files in m.files.items():
+            if len(files) > 1:
+                yield "%s: %s has the questions of %s together; of two sets, give each a name (evals.py --task)." % (
+                    m.name, task, ", ".join(map(os.path.basename, files)))
 
 
 def other_windows(models):
@@ -542,7 +554,7 @@ def report(args):
     other = not_the_same(models)
     if other:
         text += "\nNot all models were asked the same questions: %s.\n" % ", ".join(other)
-    text += "".join("\n%s\n" % line for line in other_windows(models))
+    text += "".join("\n%s\n" % line for line in [*other_windows(models), *joined_files(models)])
     details = "\n".join(("### %s: every measure\n\n" % m.name if len(models) > 1 else "") + flat(m)
                         for m in models if m.items)
     if args.json:

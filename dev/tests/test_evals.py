@@ -208,6 +208,13 @@ class Formats(Case):
         requests = self.write("r.jsonl", [(mark if i == 0 else "") + json.dumps(g) for i, g in enumerate(got)])
         self.assertRegex(run("report", requests, scores), r"(?m)^in +1 ")
 
+    def test_a_passage_with_choices_of_its_own(self):
+        """Is no question of BoolQ, whose answers are yes and no; of two texts before the choices none is left out."""
+        for key in ("passage", "context"):
+            record = {key: "p", "question": "Which?", "choices": ["red", "blue"], "answer": 1}
+            shown = run("choice", self.write("race.jsonl", [record]), "--out", self.path("o"), status=1)
+            self.assertIn("race.jsonl:1: %s and question: one of them would be left out" % key, shown)
+
     def test_bad_lines_are_named(self):
         path = self.write(
             "in.jsonl",
@@ -589,6 +596,14 @@ class Report(Case):
         self.assertIn("no folder", run("report", a, self.path("r.csv"), status=1))
         self.assertIn("NAME=FOLDER", run("report", a, a, status=1))
         self.assertIn("no NAME.scores", run("report", self.folder, status=1))
+
+    def test_sets_of_one_name(self):
+        """Two sets that came as test.jsonl are one task of the report, which says so."""
+        for i, name in enumerate(("arc", "piqa")):
+            self.write(name + ".jsonl", [{"context": name, "continuation": " a", "task": "test", "item": 0}])
+            self.write(name + ".scores", [{"logprob": -1.0, "tokens": 1, "greedy": True}])
+            shown = run("report", self.folder) if i else run("report", *map(self.path, ("arc.jsonl", "arc.scores")))
+            self.assertEqual("test has the questions of arc.jsonl, piqa.jsonl together" in shown, i == 1, shown)
 
     def test_validation_that_does_not_compare(self):
         """Other windows (a model continued at 4096) or other tokens are said; masked sets have their error."""
