@@ -662,7 +662,7 @@ def main():
     ):
         p = commands.add_parser(name, help=text)
         p.add_argument("--out", required=True, metavar="FILE")
-        p.add_argument("--text", nargs="+", default=[], metavar="FILE", help="texts to distract with")
+        p.add_argument("--text", nargs="+", action="extend", default=[], metavar="FILE", help="texts to distract with")
         p.add_argument("--tokenizer", default="bytes", metavar="NAME|FILE", help="counts the tokens; default bytes")
         p.add_argument("--pattern", choices=list(PATTERNS),
                        help="how text is split; default: what the number of ranks tells")

@@ -16,6 +16,19 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, **settings):
         super().__init__(allow_abbrev=False, **settings)
 
+    def parse_known_args(self, args=None, namespace=None):
+        """Says that the last one counts where an option of a text is given twice, as the programs do
+        (mta/options.h)."""
+        words = list(sys.argv[1:] if args is None else args)
+        words = words[: words.index("--")] if "--" in words else words
+        given = [word.partition("=")[0] for word in words if word.startswith("--")]
+        for name in dict.fromkeys(name for name in given if given.count(name) > 1):
+            action = self._option_string_actions.get(name)
+            if type(action) is argparse._StoreAction and action.type is None:
+                print("%s: %s is given twice: the last one counts, the one before does not" % (self.prog, name),
+                      file=sys.stderr)
+        return super().parse_known_args(args, namespace)
+
     def error(self, message):
         self.exit(1, "%s: %s; --help lists all options\n" % (self.prog, message))
 

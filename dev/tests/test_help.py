@@ -72,6 +72,23 @@ class Help(unittest.TestCase):
                 done = subprocess.run([*command, "--hel"], capture_output=True, text=True, timeout=120, cwd="/")
                 self.assertNotEqual(done.returncode, 0, done.stdout + done.stderr)
 
+    def test_an_option_that_is_given_twice(self):
+        """The last one counts, as in the programs, which is said; of texts and lists of files all count."""
+        prepare, evals = (os.path.join(ROOT, "data", name) for name in ("prepare.py", "evals.py"))
+        with tempfile.TemporaryDirectory() as folder:
+            for name in "ab":
+                with open(os.path.join(folder, name), "w", encoding="utf-8") as f:
+                    f.write("The text %s goes on. " % name * 99)
+            for script, options, said in ((prepare, "text a --text-field=x --text-field y --out s", 1),
+                                          (prepare, "text a --val-fraction 0.5 --val-fraction 0.1 --out t", 0),
+                                          (evals, "needle --text a --text b --length 2k --samples 1 --out n", 0)):
+                done = subprocess.run([sys.executable, script, *options.split()], cwd=folder, capture_output=True,
+                                      text=True)
+                twice = ": --text-field is given twice: the last one counts, the one before does not\n"
+                self.assertEqual((done.returncode, done.stderr.count("twice"), twice in done.stderr), (0, said, said),
+                                 done.stderr)
+            self.assertIn(b"The text a goes on. The text b goes on.", read_bytes(os.path.join(folder, "n")))
+
     def test_a_name_that_no_test_has(self):
         """Also beside one that a test has."""
         test = [sys.executable, os.path.join(ROOT, "dev", "tests", "test_layout.py"), "-k", "nothing_is_called_so"]
