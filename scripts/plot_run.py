@@ -7,7 +7,8 @@ sets.
     data/.venv/bin/python scripts/plot_run.py runs/mta runs/plain --x hours
 
 A run is a folder with log.jsonl, or such a file; LABEL= in front of it names it. Runs of one label (seeds) look the
-same. Of several validation sets each has its colour, and the mean is black; several runs are then told apart by dashes.
+same; without labels no two do. Of several validation sets each has its colour, and the mean is black; several runs are
+then told apart by dashes.
 numpy and matplotlib are needed.
 """
 import json
@@ -214,10 +215,15 @@ def draw(runs, title, out, x):
     plt.close(figure)
 
 
-def split_label(text):
-    """LABEL=PATH, or a path whose last part is its label."""
-    label, path = split_name(text)
-    return os.path.basename(os.path.normpath(path)) if label is None else label, path
+def with_labels(texts):
+    """[(label, path)] of [LABEL=]PATH. Without a label it is the path's last part; where those of several runs are the
+    same (a/seed1, b/seed1), as many parts as tell them apart: runs look the same where a label says so alone."""
+    named = [split_name(text) for text in texts]
+    parts = {path: os.path.abspath(path).split(os.sep) for label, path in named if label is None}
+    n = 1
+    while len({tuple(p[-n:]) for p in parts.values()}) < len({tuple(p) for p in parts.values()}):
+        n += 1
+    return [(os.path.join(*parts[path][-n:]) if label is None else label, path) for label, path in named]
 
 
 def main():
@@ -231,7 +237,7 @@ def main():
     if missing:
         sys.exit(missing)
     try:
-        runs = [Run(*split_label(text), options.x) for text in options.runs]
+        runs = [Run(label, path, options.x) for label, path in with_labels(options.runs)]
         first = runs[0].path if os.path.isdir(runs[0].path) else os.path.dirname(runs[0].path)
         out = options.out or os.path.join(first, "curves.png")
         draw(runs, options.title or ", ".join(dict.fromkeys(run.label for run in runs)), out, options.x)

@@ -125,6 +125,14 @@ class Plots(Folder):
             self.assertEqual(done.stderr.count("\n"), 1, done.stderr)
             self.assertIn(words, done.stderr)
 
+    def test_runs_of_one_name(self):
+        """Two runs that are called alike in two folders are not drawn as seeds of one; a label joins them."""
+        a, b, c = (self.path(*names) for names in (("a", "seed1"), ("b", "seed1"), ("b", "x")))
+        labels = lambda *texts: [label for label, _ in plot_run.with_labels(texts)]
+        self.assertEqual(labels(a, b, "m=" + c), ["a/seed1", "b/seed1", "m"])
+        self.assertEqual(labels(a, c), ["seed1", "x"])
+        self.assertEqual(labels("m=" + a, "m=" + b, a, a), ["m", "m", "seed1", "seed1"])
+
     def test_a_mean_over_nothing(self):
         """Steps without a loss are a gap, not a loss of 0; a window of two has two values."""
         nan = math.nan
