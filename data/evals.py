@@ -33,6 +33,7 @@ import re
 import sys
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+from inputs import what_is  # noqa: E402
 from options import Parser, parse_count, whole_number  # noqa: E402
 from prepare import BadDocument, UserError, open_tokenizer  # noqa: E402
 from report import refuse_input, report  # noqa: E402
@@ -206,6 +207,9 @@ def convert(args):
             lines = f.read().removeprefix(codecs.BOM_UTF8).split(b"\n")
     except OSError as e:
         raise UserError("%s: %s" % (args.input, e.strerror))
+    what = what_is(lines[0])
+    if what:
+        raise UserError("%s: %s, wanted JSON lines" % (args.input, what))
     lines = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
     if labels is not None and len(labels) != len(lines):
         raise UserError("%s: %d labels for %d lines of %s" % (args.labels, len(labels), len(lines), args.input))
@@ -244,10 +248,12 @@ def convert(args):
                 raise UserError("%s:%d: %s; mend it, or --on-bad skip" % (args.input, number, why))
             print("%s:%d: %s; skipped" % (args.input, number, why), file=sys.stderr)
             bad += 1
+    if not items:
+        raise UserError("%s: 0 requests of %d lines, %s is not written" % (args.input, len(lines), args.out))
     write_requests(args.out, requests)
-    taken = ", as " + ", ".join(sorted(formats)) if formats else ""
+    taken = ", as " + ", ".join(sorted(formats))
     print("%s: %d questions, %d requests, %d lines left out%s" % (args.out, items, len(requests), bad, taken))
-    return 0 if items else 1
+    return 0
 
 
 def write_requests(path, requests):

@@ -78,7 +78,10 @@ def walk(item):
             folders.clear()
             continue
         seen.add((info.st_dev, info.st_ino))
-        folders[:] = sorted(f for f in folders if f != ".cache" and not re.fullmatch(r"\..+\.partial", f))
+        cache = os.path.join(folder, ".cache")
+        folders[:] = sorted(f for f in folders if not re.fullmatch(r"\..+\.partial", f))
+        if any(os.path.exists(os.path.join(cache, n)) for n in ("lock", "coming", "huggingface")):
+            folders.remove(".cache")  # --download's and huggingface_hub's: files that come in part
         for name in sorted(names):
             path = os.path.join(folder, name)
             if kind_of(name) != "text" or name.lower().endswith(".txt"):

@@ -166,7 +166,8 @@ class Worker:
                 except ValueError:
                     record = None
             if not isinstance(record, dict) or key not in record:
-                raise BadDocument("missing field", "no %s" % path)
+                there = ", ".join(sorted(record)[:8]) if isinstance(record, dict) else ""
+                raise BadDocument("missing field", "no %s%s" % (path, there and "; there: " + ascii(there)[1:-1]))
             record = record[key]
         return record
 
@@ -921,7 +922,8 @@ def report(out, name):
         counts = ", ".join("%d %s" % (n, kind) for kind, n in sorted(summary["bad"].items()))
         print("left out: %s; listed in %s" % (counts, os.path.join(out, name + ".bad.jsonl")))
     if not summary["sets"]:
-        raise UserError("%s: no document could be used" % out)
+        field = "; --text-field and --domain-field name the fields of a document" * ("missing field" in summary["bad"])
+        raise UserError("%s: no document could be used%s" % (out, field))
 
 
 # ----------------------------------------------------------------------------------------------------------------------

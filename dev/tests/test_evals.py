@@ -5,6 +5,7 @@ python3 dev/tests/test_evals.py
 """
 
 import csv
+import gzip
 import importlib.util
 import json
 import math
@@ -207,6 +208,17 @@ class Formats(Case):
                             ['{"logprob": -2, "tokens": 1, "greedy": true}'])
         requests = self.write("r.jsonl", [(mark if i == 0 else "") + json.dumps(g) for i, g in enumerate(got)])
         self.assertRegex(run("report", requests, scores), r"(?m)^in +1 ")
+
+    def test_a_file_of_another_kind(self):
+        """Is named, and nothing takes the place of requests that are there."""
+        out = self.write("o.jsonl", [{"mine": 1}])
+        for name, data, said in (("x.parquet", b"PAR1\n\xff", "x.parquet: parquet, wanted JSON lines"),
+                                 ("x.jsonl", gzip.compress(b"{}\n"), "x.jsonl: gzip data, wanted JSON lines"),
+                                 ("y.jsonl", b'{"body": 1}\n', "y.jsonl: 0 requests of 1 lines, ")):
+            with open(self.path(name), "wb") as f:
+                f.write(data)
+            self.assertIn(said, run("choice", self.path(name), "--out", out, status=1))
+            self.assertEqual(self.read("o.jsonl"), [{"mine": 1}])
 
     def test_a_passage_with_choices_of_its_own(self):
         """Is no question of BoolQ, whose answers are yes and no; of two texts before the choices none is left out."""

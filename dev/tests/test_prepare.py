@@ -903,6 +903,19 @@ class Kinds(Case):
         starts = [i for i, n in enumerate(ids) if n == 256] + [len(ids)]
         return [bytes(ids[a + 1 : b - 1]) for a, b in zip(starts, starts[1:])], shown
 
+    def test_a_folder_that_is_called_as_a_cache(self):
+        """Is read, but for that of --download. Fields that are there are named where the wanted one is not."""
+        os.makedirs(self.path("in", ".cache"))
+        self.write("in/.cache/x.jsonl", self.GOOD)
+        self.write("in/y.jsonl", b'{"body": "b", "title": "t"}\n' + self.GOOD)
+        documents, shown = self.read(self.path("in"))
+        self.assertEqual(documents, [b"good"] * 2)
+        self.assertIn("y.jsonl:1: missing field: no text; there: body, title; skipped", shown)
+        self.write("in/.cache/lock", b"")
+        self.assertEqual(self.read(self.path("in"))[0], [b"good"])
+        shown = self.read(self.path("in", "y.jsonl"), options=["--text-field", "x"], status=1)[1]
+        self.assertIn("no document could be used; --text-field", shown)
+
     def test_files_that_are_not_what_they_are_called_are_named(self):
         pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:%064d\nsize 5\n" % 0
         text = "a text\nof lines\n" * 3
