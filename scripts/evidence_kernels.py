@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
 """Key-query convolutions of a checkpoint: starts them elsewhere than at the identity, or says what they have learned.
 
+    python3 scripts/evidence_kernels.py patterns DIR        counts the patterns of a checkpoint, or a run's newest one
     python3 scripts/evidence_kernels.py random|mean DIR SEED
 
-writes DIR/model.safetensors anew with every kernel drawn from a normal distribution of variance 1 / taps, or with each
-tap 1 / taps; the same call gives the same bytes. scripts/evidence.py uses both, and kernels(DIR). Standard library
-only.
+The second writes DIR/model.safetensors anew with every kernel drawn from a normal distribution of variance 1 / taps, or
+with each tap 1 / taps; the same call gives the same bytes. scripts/evidence.py uses both, and kernels(DIR). Standard
+library only.
 """
 
 import array
@@ -15,13 +16,17 @@ import random
 import re
 import sys
 
+sys.path[:0] = [os.path.dirname(os.path.abspath(__file__))]
+from export import find_checkpoint  # noqa: E402
+from tokenizer import UserError  # noqa: E402
+
 KERNEL = re.compile(r"model\.layers\.(\d+)\.self_attn\.(kq_conv|kq_conv_post)\.weight")
 LEARNED = re.compile(r"model\.layers\.(\d+)\.self_attn\.(kq_conv|kq_conv_post|head_mix_pre|head_mix)\.weight")
 
 
 def kernels(folder):
-    """{(layer, name): floats} of a float32 checkpoint in one file: [head][query][key] of a convolution, where row cq -
-    1, key (ck - 1) / 2 is the identity's tap, and [group][head out][head in] of a mixing."""
+    """{(layer, name): floats} of a checkpoint in one file, F32 or BF16: [head][query][key] of a convolution, where row
+    cq - 1, key (ck - 1) / 2 is the identity's tap, and [group][head out][head in] of a mixing."""
     found = {}
     with open(os.path.join(folder, "model.safetensors"), "rb") as f:
         start = 8 + int.from_bytes(f.read(8), "little")
@@ -30,7 +35,12 @@ def kernels(folder):
             if not (match := LEARNED.fullmatch(name)):
                 continue
             f.seek(start + entry["data_offsets"][0])
-            taps = array.array("f", f.read(entry["data_offsets"][1] - entry["data_offsets"][0]))
+            raw = f.read(entry["data_offsets"][1] - entry["data_offsets"][0])
+            if entry["dtype"] == "BF16":
+                raw = b"".join(b"\0\0" + raw[i : i + 2] for i in range(0, len(raw), 2))
+            elif entry["dtype"] != "F32":
+                raise UserError("%s: %s is %s, wanted F32 or BF16" % (folder, name, entry["dtype"]))
+            taps = array.array("f", raw)
             heads, queries, keys = entry["shape"]
             found[int(match[1]), match[2]] = [
                 [list(taps[(h * queries + q) * keys : (h * queries + q + 1) * keys]) for q in range(queries)]
@@ -106,7 +116,14 @@ def start_at(kind, folder, seed):
 if __name__ == "__main__":
     if len(sys.argv) == 2 and sys.argv[1] in ("--help", "-h"):
         print(__doc__.strip())
+    elif len(sys.argv) == 3 and sys.argv[1] == "patterns":
+        try:
+            for tensor, kinds in counts(kernels(find_checkpoint(sys.argv[2]))).items():
+                print("%-13s" % tensor, ", ".join("%d %s" % (n, kind) for kind, n in sorted(kinds.items())))
+        except (UserError, OSError, ValueError) as error:
+            sys.exit("evidence_kernels.py: %s" % error)
     elif len(sys.argv) != 4 or sys.argv[1] not in ("random", "mean"):
-        sys.exit("evidence_kernels.py: wanted random or mean, a checkpoint and a seed; --help says more")
+        sys.exit("evidence_kernels.py: wanted patterns and a checkpoint, or random or mean, a checkpoint and a seed; "
+                 "--help says more")
     else:
         start_at(sys.argv[1], sys.argv[2], int(sys.argv[3]))

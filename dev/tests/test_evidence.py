@@ -4,6 +4,7 @@ unfinished one goes on, what is counted of kernels and answers is what it says.
     python3 dev/tests/test_evidence.py     (train_mta must be built)
 """
 
+import array
 import json
 import os
 import random
@@ -208,6 +209,22 @@ class Evidence(unittest.TestCase):
             evidence_kernels.counts({(0, "kq_conv"): [identity, diagonal], (1, "kq_conv"): [identity]}),
             {"kq_conv": {"identity": 2, "diagonal": 1}},
         )
+
+    def test_patterns_of_a_checkpoint(self):
+        """By the command; of bf16 the same as of f32, other types are refused."""
+        script = os.path.join(helpers.ROOT, "scripts", "evidence_kernels.py")
+        raw = array.array("f", [0, 1, 0, 0.5] * 2).tobytes()
+        for dtype, data in (("F32", raw), ("BF16", helpers.to_bf16(raw)), ("F16", raw[: len(raw) // 2])):
+            folder = os.path.join(self.out, dtype, "step-00000001")
+            os.makedirs(folder)
+            open(os.path.join(folder, "config.json"), "w").close()
+            helpers.write_safetensors(os.path.join(folder, "model.safetensors"),
+                                      {"model.layers.0.self_attn.head_mix.weight": (dtype, [2, 2, 2], data)})
+            done = subprocess.run([sys.executable, script, "patterns", os.path.dirname(folder)], capture_output=True,
+                                  text=True)
+            self.assertEqual((done.returncode, "wanted F32 or BF16" in done.stderr), (1, True) if dtype == "F16" else
+                             (0, False), done.stderr)
+            self.assertEqual(done.stdout, "" if dtype == "F16" else "head_mix      2 other\n")
 
     def test_what_a_few_seeds_tell(self):
         """Where one more seed lies with 95%: of draws that scatter normally, 19 of 20. Deviations are pooled by their
