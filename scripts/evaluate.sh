@@ -14,6 +14,7 @@
 #   --lengths N,...     tokens of a haystack; default half of the context and all of it (1000,2000 of 2048)
 #   --distraction N,... tokens around a story; default 0, a quarter of the context and half of it
 #   --seq-len N         tokens of a sequence; default the checkpoint's context, 4096 at most
+#   --tokenizer X       bytes, toy or a tiktoken rank file, where the checkpoint names none (another program's LLaMA)
 #   --batch-size N      sequences that the trainer computes at once (its default is 4)
 #   --shift             a context that is too long loses its earliest tokens, as in scripts/lm_eval_mta.py; else it is
 #                       refused
@@ -30,7 +31,7 @@ stop() { echo "evaluate.sh: $*" >&2; exit 1; }
 # whole WHAT VALUE: refuses what is no whole number from 1.
 whole() { [[ $2 =~ ^[1-9][0-9]{0,8}$ ]] || stop "$1: got \"$2\", wanted a whole number from 1"; }
 given=${1:-} val="" requests="" text="" out="" samples=100 lengths="" distraction="" positions="" batch=()
-cut="" seen=" "
+cut="" with=() seen=" "
 [ -n "$given" ] || stop "wanted a checkpoint; --help says more"
 shift
 while [ $# -gt 0 ]; do
@@ -47,6 +48,7 @@ while [ $# -gt 0 ]; do
         --lengths) lengths=$2 ;;
         --distraction) distraction=$2 ;;
         --seq-len) whole "$1" "$2"; positions=$2 ;;
+        --tokenizer) with=(--tokenizer "$2") ;;
         --batch-size) whole "$1" "$2"; batch=(--batch-size "$2") ;;
         *) stop "unknown option $1; --help lists all" ;;
     esac
@@ -89,6 +91,15 @@ positions=${positions:-$((context < 4096 ? context : 4096))}
 tokenizer=$(config tokenizer "")
 pattern=$(config tokenizer_pattern "")
 case $tokenizer in '' | bytes | toy) ;; *) tokenizer=$checkpoint/$tokenizer ;; esac
+by=""  # of a tokenizer that is given, for what is kept with a part
+if [ ${#with[@]} -gt 0 ]; then
+    tokenizer=${with[1]} pattern=""
+    case $tokenizer in
+        bytes | toy) by=" --tokenizer $tokenizer" ;;
+        *) [ -r "$tokenizer" ] || stop "--tokenizer: $tokenizer: no such file, or not readable"
+            by=" --tokenizer of CRC and size $(cksum < "$tokenizer")" ;;
+    esac
+fi
 
 # ---- the parts. One is finished when its file has its last name.
 
@@ -150,7 +161,7 @@ make_requests() {
 score() {
     echo "scoring $1: $(wc -l < "$out/$1.jsonl") requests"
     "$TRAINER" --init-from "$checkpoint" --score "$out/$1.jsonl" --seq-len "$positions" "${batch[@]}" \
-        $cut > "$out/$1.scores.partial"
+        "${with[@]}" $cut > "$out/$1.scores.partial"
 }
 
 # Sizes and headers, which hold checksums, of the shards behind --val [NAME=]GLOB,...; a folder may be called "a,b".
@@ -184,11 +195,10 @@ if [ -n "$val" ]; then
 fi
 if [ -n "$text" ]; then
     [ -n "$tokenizer" ] ||
-        stop "--text: $checkpoint/config.json names no tokenizer that counts its tokens; data/evals.py makes requests" \
-            "for --requests"
+        stop "--text: $checkpoint/config.json names no tokenizer that counts its tokens; --tokenizer NAME|FILE does"
     room=$((positions * 125 / 128))
     lengths=${lengths:-$((room / 2)),$room} distraction=${distraction:-0,$((room / 4)),$((room / 2))}
-    how="--text of CRC and size $(cksum < "$text") --samples $samples --seq-len $positions"
+    how="--text of CRC and size $(cksum < "$text") --samples $samples --seq-len $positions$by"
     part "$out/needle.jsonl" "$how --lengths $lengths" make_requests needle --length "$lengths"
     part "$out/babilong.jsonl" "$how --distraction $distraction" make_requests babilong --distraction "$distraction"
 fi
@@ -216,7 +226,7 @@ for file in "$out"/*.jsonl; do
         rm "$file"
         continue
     fi
-    part "$out/$name.scores" "--seq-len $positions${cut:+ $cut} of CRC and size $(cksum < "$file")" score "$name"
+    part "$out/$name.scores" "--seq-len $positions${cut:+ $cut}$by of CRC and size $(cksum < "$file")" score "$name"
 done
 
 # ---- the report

@@ -823,7 +823,8 @@ class Evaluate(Case):
         for name in ("run/config.json", "run/model.safetensors"):
             self.write(name, [{"vocab_size": 259}])
         with open(self.path("trainer"), "w") as f:  # scores each line that has a context
-            f.write('#!/bin/sh\ncase "$*" in *--shift*) echo cut >&2;; esac\n'
+            f.write('#!/bin/sh\ncase "$*" in *--shift*) echo cut >&2;; '
+                    '*--tokenizer\\ bytes*) echo by bytes >&2;; esac\n'
                     'for file; do case $file in *.jsonl) grep -q no_context "$file" && exit 1; while read -r line; do '
                     'echo \'{"logprob": -1, "tokens": 1, "greedy": true}\'; done < "$file";; esac; done\n')
         os.chmod(self.path("trainer"), 0o755)
@@ -844,6 +845,10 @@ class Evaluate(Case):
         self.assertIn("was made with other options", ask("--shift", status=1))
         shutil.rmtree(self.path("o"))
         self.assertIn("cut", ask("--shift"))
+        shutil.rmtree(self.path("o"))
+        self.assertIn("none: no such file", ask("--tokenizer", self.path("none"), status=1))
+        self.assertIn("by bytes", ask("--tokenizer", "bytes"))
+        self.assertIn("was made with other options", ask(status=1))
 
     def test_shards_without_a_checksum_and_masks(self):
         """Tokens whose header has no checksum, as llm.c writes them, and masks: none changes behind a finished part."""
