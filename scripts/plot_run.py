@@ -11,16 +11,13 @@ same; without labels no two do. Of several validation sets each has its colour, 
 then told apart by dashes.
 numpy and matplotlib are needed.
 """
-import json
 import os
 import sys
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path[:0] = [HERE, os.path.join(os.path.dirname(HERE), "data")]
-from export import find_checkpoint  # noqa: E402
 from options import Parser, picture_name, split_name  # noqa: E402
 from runlog import log_events  # noqa: E402
-from tokenizer import UserError  # noqa: E402
 
 try:
     import matplotlib
@@ -34,7 +31,6 @@ except ImportError as error:  # --help works without; main() says what is missin
                "run it with data/.venv/bin/python")
 
 DASHES = ["-", "--", ":", "-."]
-LN2 = 0.6931471805599453
 AXES = {"steps": "optimizer step", "tokens": "tokens", "hours": "hours"}
 
 
@@ -50,10 +46,10 @@ def number(x):
 
 class Run:
     """What a log says: steps (n, 2) of place on the axis and loss; val[name] (n, 3) of place, loss and error (NaN where
-    there is none); mean (n, 3) of several sets."""
+    there is none); mean (n, 3) of several sets; bits: of each validation, bits per byte over loss."""
 
     def __init__(self, label, path, x="steps"):
-        self.label, self.path = label, path
+        self.label, self.path, self.bits = label, path, []
         file = os.path.join(path, "log.jsonl") if os.path.isdir(path) else path
         steps, val, mean, places, clock = {}, {}, {}, {0: 0.0}, Clock()
         for event in log_events(file):
@@ -65,6 +61,8 @@ class Run:
             elif kind == "val":
                 val.setdefault(str(event.get("name", "val")),
                                {})[step] = (number(event.get("loss")), number(event.get("error")))
+                if event.get("bits_per_byte") and event.get("loss"):
+                    self.bits.append(event["bits_per_byte"] / event["loss"])
             elif kind == "val_mean":
                 mean[step] = (number(event.get("loss")), float("nan"))
         evaluated = {s for rows in [mean, *val.values()] for s in rows}
@@ -81,7 +79,6 @@ class Run:
             raise ValueError(f"{file}: no step and no validation in this log")
         if len(self.steps) and not np.isfinite(self.steps[:, 0]).all():
             raise ValueError(f"{file}: its steps do not tell the {x}; --x steps is always there")
-        self.bytes = is_byte_level(path)
 
 
 class Clock:
@@ -102,14 +99,12 @@ class Clock:
             self.tokens = tokens
 
 
-def is_byte_level(path):
-    """Does the run's newest checkpoint name the tokenizer `bytes`? Then a token is a byte, and loss / ln 2 is bits per
-    byte."""
-    try:
-        with open(os.path.join(find_checkpoint(path), "config.json"), encoding="utf-8") as f:
-            return json.load(f).get("tokenizer") == "bytes"
-    except (UserError, OSError, ValueError):
-        return False
+def bits_of_a_nat(runs):
+    """Bits per byte where the loss is 1 nat, as the validations of the logs have it: tokens around documents, or of
+    several bytes, count. None where a run does not tell it, or sets differ by more than the width of a curve."""
+    ratios = [ratio for run in runs for ratio in run.bits]
+    known = ratios and all(run.bits for run in runs if run.val)
+    return sum(ratios) / len(ratios) if known and max(ratios) < 1.005 * min(ratios) else None
 
 
 def smooth(y, width):
@@ -197,9 +192,10 @@ def draw(runs, title, out, x):
             draw_validation(ax, runs, colours, 1, 1.0)
             ax.set_ylabel("loss (nats per counted token)")
             ax.set_title("validation loss")
-            if all(run.bytes for run in runs):
-                ax.secondary_yaxis("right", functions=(lambda x: x / LN2,
-                                                       lambda x: x * LN2)).set_ylabel("bits per byte")
+            bits = bits_of_a_nat(runs)
+            if bits:
+                ax.secondary_yaxis("right", functions=(lambda x: x * bits,
+                                                       lambda x: x / bits)).set_ylabel("bits per byte")
         else:
             draw_validation(ax, runs, colours, 2, 100.0)
             ax.set_ylabel("sequences with a wrong answer token (%)")
