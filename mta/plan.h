@@ -195,6 +195,10 @@ static inline double train_print_plan(Run* r, const PlanMachine* machine, const 
     snprintf(r->device, sizeof r->device, "%.*s", (int)sizeof r->device - 1, machine->device);
     plan_print_model(r, &list);
     double total = plan_print_memory(machine, rows, n);
+    if (!o->seq_len && r->seq_len < r->config.max_position_embeddings) {
+        printf("positions   %d of the model's %d; --seq-len takes more\n", r->seq_len,
+               r->config.max_position_embeddings);
+    }
     if (options_evaluate(o)) {
         printf("at once     %d sequences of %d\n", r->batch_size, r->seq_len);
     } else {

@@ -347,6 +347,10 @@ class Runs(Trainer):
 
     def test_plan(self):
         """What a run needs is beside what there is; of a run that is too large nothing starts."""
+        long = [BINARY, "--model", "toy", "--max-position-embeddings", "4096", "--dry-run"]  # as one continued at 4096
+        said = "positions   2048 of the model's 4096; --seq-len takes more\n"
+        for more in ([], ["--seq-len", "2048"]):
+            self.assertEqual(said in self.execute(long + more).stdout, not more)
         plan = self.execute([BINARY, "--model", "880m", "--attention", "mta", "--batch-size", "1", "--dry-run", "--out",
                              self.path("not/yet/there"), "--steps", "10", "--save-every", "1", "--keep", "5"]).stdout
         self.assertFalse(os.path.exists(self.path("not")))
