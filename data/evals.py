@@ -401,8 +401,17 @@ CITIES = (
 ).split()
 
 
+def place(sizes, depth):
+    """Between which of sentences of so many tokens lies `depth` percent of all their tokens, nearest."""
+    before = [0]
+    for size in sizes:
+        before.append(before[-1] + size)
+    return min(range(len(before)), key=lambda i: abs(before[i] - depth / 100 * before[-1]))
+
+
 def needle_context(rng, haystack, needles, tokens, depth):
-    """`needles` facts, the first asked for and at `depth` percent, the others anywhere. -> (context, answer)"""
+    """`needles` facts, the first asked for and at `depth` percent of the tokens, as near as sentences allow, the others
+    anywhere. -> (context, answer)"""
     cities = rng.sample(CITIES, needles)
     numbers = rng.sample(range(1000000, 10000000), needles)
     facts = ["The secret number of %s is %d." % (c, n) for c, n in zip(cities, numbers)]
@@ -413,7 +422,7 @@ def needle_context(rng, haystack, needles, tokens, depth):
     sentences = haystack.take(rng, tokens - fixed)
     haystack.note(tokens, sentences + facts + [question])
     others = spread(rng, sentences, facts[1:])
-    others.insert(round(depth / 100 * len(others)), facts[0])
+    others.insert(place(list(map(haystack.size, others)), depth), facts[0])
     return " ".join(others + [question]), " %d" % numbers[0]
 
 

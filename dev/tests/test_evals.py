@@ -350,6 +350,18 @@ class Generated(Case):
             depth = r["context"].index("number of %s is" % asked) / r["context"].index("Question:")
             self.assertTrue(abs(depth - r["depth"] / 100) < 0.13, (depth, r["depth"]))
 
+    def test_depth_counts_tokens(self):
+        """Not sentences, of which a text may have long ones together."""
+        with open(self.path("uneven.txt"), "w") as f:
+            f.write(("Short one. " * 40 + "A sentence of the longer kind that goes on and on. " * 20) * 9)
+        run("needle", "--text", self.path("uneven.txt"), "--needles", "2", "--length", "2000", "--samples", "20",
+            "--out", self.path("n.jsonl"))
+        for r in self.read("n.jsonl"):
+            asked = re.search(r"What is the secret number of (\w+)\?", r["context"])[1]
+            fact = re.search(r"The secret number of %s is \d+\. ?" % asked, r["context"])
+            depth = 100 * fact.start() / (r["context"].index("Question:") - len(fact[0]))
+            self.assertLess(abs(depth - r["depth"]), 2.5, r["context"])
+
     def test_a_full_disk_leaves_what_was_there(self):
         command = [sys.executable, os.path.join(ROOT, "data", "evals.py"), "babilong", "--distraction", "0", "--out",
                    self.path("q.jsonl"), "--tasks", "1", "--samples"]
