@@ -223,7 +223,6 @@ for file in "$out"/*.jsonl; do
     # A copy that was never scored, as its requests were wrong, and that --requests has no longer.
     if ! [ -e "$file.made" ] && ! [ -e "$out/$name.scores" ] && ! [ -e "${requests:-$out/none}/$name.jsonl" ]; then
         echo "$file: not scored before and not in --requests: left out"
-        rm "$file"
         continue
     fi
     part "$out/$name.scores" "--seq-len $positions${cut:+ $cut}$by of CRC and size $(cksum < "$file")" score "$name"
