@@ -142,7 +142,10 @@ class Worker:
         job = self.job
         if not job["domain_field"]:
             return job["name"]
-        if not isinstance(domain, str) or not domain:
+        if domain is not None and not isinstance(domain, str):
+            kind = type(domain).__name__
+            raise BadDocument("field is not text", "%s is %s, wanted a string" % (job["domain_field"], kind))
+        if not domain:
             raise BadDocument("missing field", "no text in %s" % job["domain_field"])
         if job["command"] == "slimpajama":
             if domain not in SLIMPAJAMA:
@@ -189,7 +192,8 @@ class Worker:
         except UnicodeDecodeError as e:
             raise BadDocument("invalid UTF-8", inputs.describe_utf8(e))
         except ValueError as e:
-            raise BadDocument("broken JSON", str(e)[:200])
+            ends = "; lines end in CR alone, wanted LF" * (b"\r" in line.strip())
+            raise BadDocument("broken JSON", str(e)[:200] + ends)
         if not isinstance(record, dict):
             raise BadDocument("broken JSON", "%s, wanted an object" % type(record).__name__)
         return self.fields(record)

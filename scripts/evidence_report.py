@@ -405,8 +405,9 @@ def long(results):
         f"{evidence.LONG_THETAS[1]}, on questions with their answers: needles ({evidence_long.NEEDLES} facts, one is "
         f"asked for; the whole number "
         "must be the greedy continuation) and BabiLong's QA1 (the likeliest of six rooms; its stories have up to 450 "
-        "bytes, qa1_256 has no distraction, qa1_512 whole sentences of 62 bytes at most: 131 of its 200 questions have "
-        "none, so that it is little else than qa1_256 by other questions). 200 questions a set; those "
+        "bytes, qa1_256 has no distraction, qa1_512 whole sentences of 62 bytes at most: 131 of its 200 questions "
+        "(as counted at a1db8f5) have none, so that it is little else than qa1_256 by other questions). 200 questions "
+        "a set; those "
         "right, in percent, and nats of the right answer, which tell more where few are right (a number guessed digit "
         "by digit has 16.0, a room among six 1.8): mean and standard deviation over seeds. "
         "Neither model has learned to find needles, which are guessed: they compare nothing.",

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # scripts/finetune_4k.sh CHECKPOINT SHARDS OUT [more options of train_mta_cuda...]
 #
-# The paper's long-context stage: 10.5B more tokens at a context of 4096 from a checkpoint of scripts/train_880m.sh (a
-# step-XXXXXXXX directory), RoPE theta 500,000, weight decay 0, warmup 50, a fresh optimizer, the rest as before:
+# The paper's long-context stage: 10.5B more tokens at a context of 4096 from a checkpoint of scripts/train_880m.sh (or
+# a run, whose newest one it is), RoPE theta 500,000, weight decay 0, warmup 50, a fresh optimizer, the rest as before:
 # 40,000 steps of 64 sequences of 4096. The same command continues an interrupted run, and a launcher starts it on
 # several GPUs as it does train_880m.sh.
 set -euo pipefail
@@ -15,8 +15,8 @@ checkpoint=${1:?$usage} shards=${2:?$usage} out=${3:?$usage}
 shift 3
 trainer=${TRAINER:-$root/train_mta_cuda}
 [ -x "$trainer" ] || { echo "finetune_4k.sh: $trainer is missing, run: make -C $root train_mta_cuda" >&2; exit 1; }
-[ -e "$checkpoint/config.json" ] || {
-    echo "finetune_4k.sh: $checkpoint holds no config.json, wanted a checkpoint directory" >&2
+[ -e "$checkpoint/config.json" ] || compgen -G "$checkpoint/step-*/config.json" > /dev/null || {
+    echo "finetune_4k.sh: $checkpoint holds no config.json, wanted a checkpoint or a run with one" >&2
     exit 1
 }
 [ -d "$shards" ] || {

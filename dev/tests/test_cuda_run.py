@@ -343,7 +343,7 @@ class CudaRuns(Folder):
             run = script("train_880m.sh", shards, out, "mta", *small, "--seq-len", "32", "--steps", steps)
             self.assertEqual((run.returncode, run.stderr), (0, ""))
             self.assertNotIn("micro-batches of", run.stdout)  # --batch-size says it
-        run = script("finetune_4k.sh", os.path.join(out, "step-00000002"), shards, tuned, "--seq-len", "64",
+        run = script("finetune_4k.sh", out, shards, tuned, "--seq-len", "64",  # of a run the newest checkpoint
                      "--tokens-per-step", "128", "--batch-size", "1", "--steps", "2", "--eval-windows", "2")
         self.assertEqual((run.returncode, run.stderr), (0, ""))
         for folder, theta, decay, warmup in ((out, 100000, "0.05", "375"), (tuned, 500000, "0", "50")):
@@ -372,10 +372,14 @@ class CudaRuns(Folder):
                                               "attention: got"),
                                              ("train_880m.sh", (shards, out), {"TRAINER": self.path("none")},
                                               "is missing"),
-                                             ("finetune_4k.sh", (shards, shards, tuned), {}, "holds no config.json")):
+                                             ("finetune_4k.sh", (shards, shards, tuned), {}, "holds no config.json"),
+                                             ("finetune_4k.sh", (out, self.path("own"), tuned), {},
+                                              "own has no commoncrawl_train_*.bin")):
+            os.makedirs(self.path("own"), exist_ok=True)
             refused = script(name, *arguments, **more)
             self.assertEqual((refused.returncode, refused.stderr.count("\n")), (1, 1), refused.stderr)
             self.assertIn(words, refused.stderr)
+        self.assertEqual(os.listdir(self.path("own")), [])
 
     def refused(self, *options, env=None, **kwargs):
         """The one line of a refusal that comes before anything is allocated or written."""

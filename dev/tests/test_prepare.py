@@ -911,6 +911,13 @@ class Kinds(Case):
         documents, shown = self.read(self.path("in"))
         self.assertEqual(documents, [b"good"] * 2)
         self.assertIn("y.jsonl:1: missing field: no text; there: body, title; skipped", shown)
+        odd = self.write("odd.jsonl", b'{"text": "a", "year": 2020}\n{"text": "b", "year": "2021"}\n{"text": "c"}\n')
+        _, shown = self.read(odd, options=("--domain-field", "year"))
+        for words in ("odd.jsonl:1: field is not text: year is int, wanted a string", "odd.jsonl:3: missing field"):
+            self.assertIn(words, shown)
+        ends = self.write("cr.jsonl", self.GOOD.replace(b"\n", b"\r") * 2)
+        _, shown = self.read(ends, self.path("in", "y.jsonl"))
+        self.assertRegex(shown, r"cr.jsonl:1: broken JSON: .*; lines end in CR alone, wanted LF")
         self.write("in/.cache/lock", b"")
         self.assertEqual(self.read(self.path("in"))[0], [b"good"])
         shown = self.read(self.path("in", "y.jsonl"), options=["--text-field", "x"], status=1)[1]
@@ -1772,13 +1779,13 @@ class Downloads(Case):
         self.assertEqual(self.there(), self.wanted())
 
     def test_offline_and_wrong_names_end_at_once(self):
-        for environment, options, words in (
-            ({"HF_HUB_OFFLINE": "1"}, [], "offline mode is enabled"),
-            ({"HF_ENDPOINT": "localhost/x"}, [], "http"),
-            ({}, ["--repo", "a/b/c"], "a/b/c"),
+        for environment, repo, words in (
+            ({"HF_HUB_OFFLINE": "1"}, "some/mirror", "offline mode is enabled"),
+            ({"HF_ENDPOINT": "localhost/x"}, "some/mirror", "http"),
+            ({}, "a/b/c", "a/b/c"),
         ):
-            shown = run("slimpajama", "--download", self.path("d"), "--repo", "some/mirror", "--retry-pause", "0.01",
-                        *options, status=1, environment=environment)
+            shown = run("slimpajama", "--download", self.path("d"), "--repo", repo, "--retry-pause", "0.01", status=1,
+                        environment=environment)
             self.assertIn(words, shown)
             self.assertEqual(shown.count("\n"), 1, shown)
 
