@@ -173,9 +173,11 @@ FORMATS = {  # in the order in which a record is tried
 
 def format_of(record):
     """OpenBookQA's authors publish records of ARC's fields; theirs have a number as id, ARC's the name of an exam.
-    A passage and a question with choices of their own are not answered by yes and no."""
+    A passage and a question with choices of their own are not answered by yes and no; a text with a label is none whose
+    last word is asked for."""
+    other = {"boolq": {"choices"}, "lambada": {"label", "gold", "answer"}}
     for name, (keys, _) in FORMATS.items():
-        if keys <= set(record) and not (name == "boolq" and "choices" in record):
+        if keys <= set(record) and not other.get(name, set()) & set(record):
             numbered = re.fullmatch(r"[0-9]+(-[0-9]+)?", str(record.get("id", "")))
             return "openbookqa" if name == "arc" and isinstance(record["question"], dict) and numbered else name
     raise ValueError(

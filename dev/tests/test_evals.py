@@ -236,13 +236,14 @@ class Formats(Case):
                 {"x": 1},
                 {"goal": "G", "sol1": "s", "sol2": "t", "label": 0},
                 '{"goal": "G", "sol1": "s", "sol1": "r", "sol2": "t", "label": 0}',
+                {"text": "a good film", "label": 1},
             ],
         )
         shown = run("choice", path, "--out", self.path("o.jsonl"))
         for number, why in ((1, ""), (2, "gold is 5, wanted one of the 2 choices"), (3, "no format that is known"),
-                            (5, "the key sol1 occurs twice")):
+                            (5, "the key sol1 occurs twice"), (6, "no format that is known: it has label, text")):
             self.assertIn("%s:%d: %s" % (path, number, why), shown)
-        self.assertIn("1 questions, 2 requests, 4 lines left out", shown)
+        self.assertIn("1 questions, 2 requests, 5 lines left out", shown)
         self.assertIn("in.jsonl:1", run("choice", path, "--out", self.path("p.jsonl"), "--on-bad", "refuse", status=1))
         self.assertFalse(os.path.exists(self.path("p.jsonl")))
         self.assertIn("--task: '\\udce9' is not UTF-8", run("choice", path, "--out", self.path("p.jsonl"), "--task",
