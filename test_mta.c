@@ -1593,7 +1593,7 @@ static void test_config(void) {
     const struct {
         const char *model, *kind;
         size_t parameters;
-    } sizes[] = {// dev/MODEL.md
+    } sizes[] = {// of a transformer L (4 C^2 + 3 C FF + 2 C) + C + V C
                  {"880m", "transformer", 876553728}, {"880m", "mta", 876563136},
                  {"880m", "mta-full", 876583320},    {"880m", "talking-heads", 876566016},
                  {"880m", "diff", 876567552},        {"300m", "transformer", 388277248},

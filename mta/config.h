@@ -314,7 +314,7 @@ static inline bool config_check(const Config* c, Error* e) {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Presets (README.md, dev/MODEL.md) and kinds of attention
+// Presets and kinds of attention (dev/MODEL.md, Kinds)
 
 #define MODEL_NAMES "toy, 1m, 3m, 11m, 25m, 300m, 550m, 880m, 1b"
 #define ATTENTION_NAMES "transformer, mta, mta-full, talking-heads, diff"
@@ -324,7 +324,7 @@ static inline bool config_check(const Config* c, Error* e) {
 typedef struct {
     const char* name;
     int C, L, NH, FF, V, context, first_conv, conv_stride;
-    double rope_theta, lr;  // lr: peak learning rate, the paper's for 880m and toy, else what worked
+    double rope_theta, lr;  // lr: peak learning rate, the paper's for 880m and toy, else a guess (1m, 3m: RESULTS.md)
 } Preset;
 
 static const Preset PRESETS[] = {

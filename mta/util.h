@@ -350,8 +350,8 @@ static inline bool fewer_threads(char* text, size_t n) {
 // it cannot start again: under qemu-user, when its file was replaced, by way of the loader (ld.so PROGRAM).
 // - Threads that wait for others must not spin for long: on a machine with other work they take the core from the very
 //   thread that they wait for. Here they do so a thousand times, some 40 us, and sleep then. On an idle machine that is
-//   as fast as libgomp's own 300,000 (decoding of 25m, 300m), where none at all costs up to half; on a busy one it is 5
-//   to 15 times as fast. Where the user has set how threads wait, that holds.
+//   as fast as libgomp's own 300,000 (decoding of 25m, 300m), where none at all costs up to half; on a busy one it is
+//   about twice as fast (dev/experiments.tsv). Where the user has set how threads wait, that holds.
 // - OpenBLAS starts a thread for each core, for which there is no use here: the products are shared out among our own.
 //   Under a limit on memory (ulimit -v) each of them tries for ever to map 128 MiB, and exit() waits for them.
 // - OpenMP starts a thread for each core too, whatever share of their time a container may have (docker --cpus 2): more

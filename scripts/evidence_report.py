@@ -110,8 +110,9 @@ def origin(results, part):
 
 
 def paper_toy_flop():
-    """6 operations a parameter and token; 4 layers of 256 channels, MLP of 768, 100,000 steps of 64 x 321 tokens."""
-    return 6.0 * 4 * (4 * 256 * 256 + 3 * 256 * 768) * 100000 * 64 * 321
+    """As dev/MODEL.md counts a step; 4 layers of 256 channels, MLP of 768, 32 ids, 100,000 steps of 64 x 321 tokens."""
+    parameters = 4 * (4 * 256 * 256 + 3 * 256 * 768) + 256 * 32
+    return (6.0 * parameters + 3 * 4 * 2 * 256 * 321) * 100000 * 64 * 321
 
 
 def toy(results):
@@ -130,7 +131,7 @@ def toy(results):
         f"training never saw, in percent; {seeds_of(chosen)}. Who repeats one of the question's two letters is right "
         "in one of N cases, since it is the wanted letter with 2 / N and the right one of two with 1 / 2: a plain "
         "model near that has found nothing. The paper's own size would take "
-        f"{paper_toy_flop():.1e} operations a run, 36 runs: about 4 hours of one H200 at a tenth of its 990 TFLOP/s, a "
+        f"{paper_toy_flop():.1e} operations a run, 36 runs: about 5 hours of one H200 at a tenth of its 990 TFLOP/s, a "
         "prediction (`scripts/evidence.sh toy-paper`).",
         "",
     ]

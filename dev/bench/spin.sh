@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # dev/bench/spin.sh [ROUNDS=2]: what waiting in a loop costs on this machine, idle and with other work on it: tokens a
 # second of a training step and of decoding, with the waiting of these programs (a thousand turns, then sleep:
-# bound_spinning in mta/util.h), with libgomp's own (GOMP_SPINCOUNT=300000) and with none (OMP_WAIT_POLICY=passive), in
+# settle_threads in mta/util.h), with libgomp's own (GOMP_SPINCOUNT=300000) and with none (OMP_WAIT_POLICY=passive), in
 # turns. "busy": beside one endless loop for each core. About three minutes; wants the machine to itself. SPEED_DIR:
 # where a model of random weights is kept (default build/speed).
 set -eu

@@ -119,7 +119,7 @@ def configuration(task):
 
 
 def initial_weights(config, seed):
-    """As dev/MODEL.md, Initialisation."""
+    """As dev/MODEL.md, Initialisation; but what is beyond 3 sigma (0.3% of the weights) is taken modulo that."""
     generator = torch.Generator().manual_seed(seed)
     weights = {}
     for name, shape in mta_ref.names_and_shapes(config):

@@ -3,7 +3,8 @@ computes: make_golden.py --check DIR. A case file is a safetensors file with
 __metadata__ {"format": "mta-golden", "version": "1", "config": JSON}, the model's weights under their checkpoint names
 (F32), golden.tokens I32 [B,T], golden.targets I32 [B,T] (-100 = ignored), golden.logits F32 [B,T,V], golden.loss F32
 [1], grad.NAME F32.
-Computed in float64 from the float32 weights."""
+Computed in float64 from the float32 weights. Those of dev/golden are of seed 1; short, one_token and tall_kernel of
+seed 7."""
 import glob, json, os, sys
 
 import numpy as np

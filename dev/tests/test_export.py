@@ -375,6 +375,11 @@ class Models(Case):
                         self.assertTrue(torch.equal(p, torch.full_like(p, n == "head_norm.weight")), n)
                     elif n.startswith("lambda") or n == "head_gate.weight":
                         self.assertTrue(0.01 < p.std() < 1, n)
+                gate, largest = model.model.layers[0].self_attn.head_gate if config.head_gate else None, []
+                while gate and len(largest) < 500:  # of a normal that is not cut some of 4,000 lie beyond 3 sigma
+                    gate.start()
+                    largest.append(gate.weight.detach().abs().max().item())
+                self.assertLessEqual(max(largest, default=0), 3.001 * gate.std if gate else 0)
 
     def test_weights_on_disk(self):
         """Whichever module's weights lie on the disk, or a hook changes: the head is called as the others are."""
@@ -431,6 +436,8 @@ class Models(Case):
         ):
             with self.assertRaisesRegex(ValueError, why):
                 type(model.config)(**dict(SIZES, **dict(MTA, **bad)))
+        with self.assertRaisesRegex(Exception, "even"):  # by transformers where it asks first
+            type(model.config)(**dict(SIZES, hidden_size=36))
         for bad in (dict(attention_dropout=0.1), dict(kq_conv_layers=[7])):
             with self.assertRaisesRegex(ValueError, next(iter(bad))):
                 load(checkpoint("mta")[1], **bad)

@@ -45,6 +45,8 @@ class MtaConfig(LlamaConfig):
         for name, values in accepted.items():
             if getattr(self, name) not in values:
                 raise ValueError(f"{name}: got {getattr(self, name)!r}, wanted {' or '.join(map(str, values))}")
+        if self.hidden_size % (2 * heads):
+            raise ValueError(f"hidden_size: got {self.hidden_size} for {heads} heads, wanted heads of an even size")
         if self.kq_conv_key_size % 2 == 0:
             raise ValueError(f"kq_conv_key_size: got {self.kq_conv_key_size}, wanted an odd number")
         if not set(self.kq_conv_layers) <= set(layers):

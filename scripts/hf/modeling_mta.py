@@ -94,7 +94,7 @@ class HeadGate(nn.Module):
         self.std = std
 
     def start(self):
-        nn.init.normal_(self.weight, std=self.std)
+        nn.init.trunc_normal_(self.weight, std=self.std, a=-3 * self.std, b=3 * self.std)
         nn.init.zeros_(self.bias)
 
     def forward(self, x):
