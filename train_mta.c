@@ -2035,7 +2035,10 @@ int main(int argc, char** argv) {
     run_settle(&run, bf16 ? trainer_cpu_bf16() : trainer_cpu(), &options);
     print_plan(&run);
     run_open_data(&run);
-    if (options.dry_run) { return EXIT_DONE; }
+    if (options.dry_run) {
+        run_meet(&run);
+        return EXIT_DONE;
+    }
     run.model = run.trainer->create(&run.config, run.batch_size, run.seq_len, 0, !options_evaluate(&options), &e);
     int status = train(&run);
     run.trainer->destroy(run.model);

@@ -5048,7 +5048,10 @@ int main(int argc, char** argv) {
     int chunk = attention_kernels(&options, &run.config);
     print_plan(&run, chunk);
     run_open_data(&run);
-    if (options.dry_run) { return EXIT_DONE; }
+    if (options.dry_run) {
+        run_meet(&run);
+        return EXIT_DONE;
+    }
     ModelShape shape = model_shape(&run, chunk);
     Model* m = model_create(&run.config, &shape, run.ranks, &e);
     if (!m) { die("%s", e.text); }  // before the run directory is touched

@@ -562,7 +562,8 @@ static inline void ranks_close(Ranks* r) {
 
 // Before the first step all ranks come here, also those that a mistake ends: then the mistake is printed once. Rank 0
 // has printed its own; else that of the first other rank is, which begins with that rank and its host. All end with the
-// same status.
+// same status. A rank that leaves with status 0 has found none: a dry run is over, also where another rank has found
+// one in it.
 static inline void ranks_meet(Ranks* r, bool left, int status) {
     if (ranks_alone(r)) { return; }
     RanksWord mine, *all = (RanksWord*)alloc_or_die((size_t)r->size, sizeof mine, "what other ranks found");
@@ -574,8 +575,9 @@ static inline void ranks_meet(Ranks* r, bool left, int status) {
     ranks_exchange(r, &mine, sizeof mine, all);
     int first = -1, others = 0;
     for (int p = r->size - 1; p >= 0; p--) {
-        others += all[p].left;
-        first = all[p].left ? p : first;
+        bool mistake = all[p].left && all[p].status;
+        others += mistake;
+        if (mistake || (all[p].left && !others)) { first = p; }
     }
     if (first < 0) {
         free(all);
@@ -620,6 +622,7 @@ static inline void ranks_quiet(Ranks* r) {
     if (nowhere < 0 || kept < 0 || dup2(nowhere, STDOUT_FILENO) < 0 || dup2(kept, STDERR_FILENO) < 0) {
         die("rank %d: standard output and error: %s", r->rank, strerror(errno));
     }
+    signal_err = r->stderr_of_all;
 }
 
 // The ranks meet where address says, know each other's hosts and watch each other; rank and size are set. backend: what

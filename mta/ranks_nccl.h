@@ -38,9 +38,11 @@ typedef struct {
 // ---------------------------------------------------------------------------------------------------------------------
 // Failures
 
-// NCCL cannot be used any more: all ranks end. Where the cause is another rank, the watch tells.
+// NCCL cannot be used any more: all ranks end. Where the cause is another rank, the watch tells. As long as they
+// connect, what one finds is mostly found by all: rank 0 tells, and by that ends the others.
 __attribute__((noreturn)) static inline void nccl_fail(Ranks* r, const char* what, const char* call, bool another) {
-    for (unsigned left = another ? 2 * WATCH_SILENCE : 0; left;) { left = sleep(left); }  // a signal ends a sleep
+    unsigned left = another ? 2 * WATCH_SILENCE : !r->backend && r->rank ? 2 : 0;
+    while (left) { left = sleep(left); }  // a signal ends a sleep
     ranks_speak(r);
     fprintf(stderr, "%s: %s, in %.*s\n", program_invocation_short_name, what, (int)strcspn(call, "("), call);
     fflush(NULL);
@@ -295,8 +297,8 @@ static inline void ranks_open_nccl(Ranks* r, const Launch* launch) {
     nccl_make_stream(s);
     nccl_connect(s, id);
     r->backend = &backend;
-    ranks_quiet(r);
     nccl_use_once(s);  // before a model's memory is counted
+    ranks_quiet(r);    // only now: what NCCL_DEBUG asks for goes to standard output, and most fails at the first use
 }
 
 static inline Ranks* ranks_of_nccl(void) { return ranks_of(ranks_open_nccl, NULL); }

@@ -10,8 +10,8 @@
 // part comes all the same and says why; rank 0, if it refuses, stays until all have come and sends them away. What
 // remains is a rank that dies without a word before it comes.
 //
-// The environment may set MTA_PORT, where rank 0 listens, and MTA_START_SECONDS, how long the next rank may take to
-// come, or rank 0 to be reached.
+// The environment may set MTA_PORT, where rank 0 listens (with MPI, which tells it to all, it is any free one), and
+// MTA_START_SECONDS, how long the next rank may take to come, or rank 0 to be reached.
 #ifndef MTA_RANKS_START_H
 #define MTA_RANKS_START_H
 
@@ -169,13 +169,15 @@ static inline void launch_host(const Launch* l, char* out, size_t n) {
 }
 
 // What tells this job from others on the same hosts; "" where the launcher does not say. Of torchrun its run's id
-// alone: its agents may be of several steps or jobs.
+// alone: its agents may be of several steps or jobs. Of mpirun its own name of the run alone: what it starts by ssh on
+// other hosts does not see the job of Slurm in which it was called itself.
 static inline void launch_job(const Launch* l, char* out, size_t n) {
     const char* const names[] = {"TORCHELASTIC_RUN_ID", "PMIX_NAMESPACE", "SLURM_JOB_ID", "SLURM_STEP_ID"};
-    bool agents = !strcmp(l->launcher, "torchrun") && getenv(names[0]);
+    bool agents = !strcmp(l->launcher, "torchrun") && getenv(names[0]),
+         mpirun = !strcmp(l->launcher, "Open MPI's mpirun") && getenv(names[1]);
     Text job = {NULL, 0, 0};
     for (int i = 0; i < 4; i++) {
-        bool others = agents ? i > 0 : i == 0 || (i == 3 && strcmp(l->launcher, "srun"));
+        bool others = agents ? i > 0 : mpirun ? i != 1 : i == 0 || (i == 3 && strcmp(l->launcher, "srun"));
         const char* value = others ? NULL : getenv(names[i]);
         if (value && *value) { text_printf(&job, "%s=%s ", names[i], value); }
     }

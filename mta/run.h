@@ -893,28 +893,50 @@ static inline uint64_t run_hash_data(const Loader* l, uint64_t hash) {
     return hash;
 }
 
-// All ranks have the same program, arguments, model, checkpoint and data, and none has found a mistake.
-static inline void run_meet(Run* r) {
-    if (ranks_alone(r->ranks)) { return; }
-    Text arguments = {NULL, 0, 0}, config = {NULL, 0, 0};
+// All ranks have the same program and arguments, and so will send each other the same messages.
+static inline void run_meet_first(const TrainOptions* o) {
+    Text arguments = {NULL, 0, 0};
     char* program = NULL;
     size_t n = 0;
     Error e = {{0}};
-    for (int i = 1; i < r->options->argc; i++) { text_printf(&arguments, "%s\n", r->options->argv[i]); }
-    config_to_json(&r->config, "", &config);
+    if (ranks_alone(o->ranks)) { return; }
+    for (int i = 1; i < o->argc; i++) { text_printf(&arguments, "%s\n", o->argv[i]); }
     if (!read_file("/proc/self/exe", (size_t)1 << 32, &program, &n, &e)) { die("%s", e.text); }
-    uint64_t data = run_hash_data(&r->train, 1);
-    for (int i = 0; i < r->n_val; i++) { data = run_hash_data(&r->val[i].loader, data); }
     const RanksSame same[] = {{"another program file", ranks_hash(program, n)},
-                              {"other arguments", ranks_hash(arguments.text, arguments.n)},
-                              {"another config.json or tokenizer", ranks_hash(config.text, config.n)},
-                              {"other shards for --train or --val", data}};
+                              {"other arguments", ranks_hash(arguments.text, arguments.n)}};
     free(program);
     text_free(&arguments);
+    ranks_meet(o->ranks, false, 0);
+    ranks_same(o->ranks, same, (int)(sizeof same / sizeof same[0]));
+}
+
+// trainer.json of the checkpoint that is resumed, which every rank reads: in a directory that only looks the same it is
+// another one's. 0: none.
+static inline uint64_t run_hash_state(const Run* r) {
+    char path[PATH_SIZE], *text = NULL;
+    size_t n = 0;
+    Error e = {{0}};
+    if (!r->resume_dir[0]) { return 0; }
+    path_join(path, sizeof path, r->resume_dir, "trainer.json");
+    if (!read_file(path, TRAINER_MAX_BYTES, &text, &n, &e)) { die("--resume: %s", e.text); }
+    uint64_t hash = ranks_hash(text, n);
+    free(text);
+    return hash;
+}
+
+// All ranks have the same model, checkpoint and data, and none has found a mistake so far.
+static inline void run_meet(Run* r) {
+    if (ranks_alone(r->ranks)) { return; }
+    Text config = {NULL, 0, 0};
+    config_to_json(&r->config, "", &config);
+    uint64_t data = run_hash_data(&r->train, 1);
+    for (int i = 0; i < r->n_val; i++) { data = run_hash_data(&r->val[i].loader, data); }
+    const RanksSame same[] = {{"another config.json or tokenizer", ranks_hash(config.text, config.n)},
+                              {"another trainer.json in the checkpoint of --resume", run_hash_state(r)},
+                              {"other shards for --train or --val", data}};
     text_free(&config);
     ranks_meet(r->ranks, false, 0);
     ranks_same(r->ranks, same, (int)(sizeof same / sizeof same[0]));
-    ranks_met(r->ranks);
     ranks_limit(r->ranks, r->options->rank_timeout);
     ranks_saved(r->ranks, r->resume_dir);
 }

@@ -147,6 +147,7 @@ static inline void model_start(Run* r) {
     bool good = true;
     if (r->resume_dir[0]) {
         char path[PATH_SIZE];
+        ranks_met(r->ranks);  // from here on rank 0 sends what it reads
         path_join(path, sizeof path, r->resume_dir, "optimizer.safetensors");
         bool master = false;
         if (ranks_lead(r->ranks) && !safetensors_holds(path, MASTER_OF_EMBEDDING, &master, &e)) { die("%s", e.text); }
@@ -179,6 +180,7 @@ static inline void model_start(Run* r) {
     }
     if (!good) { die("%s", e.text); }
     text_free(&absent);
+    ranks_met(r->ranks);
     ranks_same_weights(r);
 }
 
@@ -716,6 +718,7 @@ static inline void train_begin(TrainOptions* options, int argc, char** argv, Ran
     Ranks* ranks = open_ranks();
     options_given(options, argc, argv);
     options->ranks = ranks;
+    run_meet_first(options);
 }
 
 // Trains r->model, which the trainer has made, to the end of the run or a signal. Returns the program's exit status.

@@ -387,12 +387,14 @@ static inline void open_standard_files(void) {
     }
 }
 
+// Where a signal handler, which has no other argument, prints: a rank whose standard error is kept for a while
+// (ranks_quiet of mta/ranks.h) would lose it with what is kept.
+static int signal_err = STDERR_FILENO;
+
 // Ends the program from a signal handler, by one line.
 __attribute__((noreturn)) static inline void end_by_signal(int number, const char* text) {
     const char* name = program_invocation_short_name;
-    if (write(STDERR_FILENO, name, strlen(name)) < 0 || write(STDERR_FILENO, text, strlen(text)) < 0) {
-        _exit(128 + number);
-    }
+    if (write(signal_err, name, strlen(name)) < 0 || write(signal_err, text, strlen(text)) < 0) { _exit(128 + number); }
     _exit(1);
 }
 

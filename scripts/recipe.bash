@@ -48,9 +48,10 @@ SLURM_PROCID SLURM_STEP_NUM_TASKS SLURM_LOCALID"
 
 # choose_batch SEQUENCES OPTIONS...: the largest micro-batch (batch) that fits and divides the SEQUENCES of a step and,
 # of several processes, its share of them. The plan with these options is made by a process alone, on the GPU that this
-# one will have. A --batch-size among the OPTIONS holds, since they stand behind this one.
+# one will have, and with the shards of the checkpoint in `out` that goes on: of more than one for each process the sums
+# wait in arenas of their own. A --batch-size among the OPTIONS holds, since they stand behind this one.
 choose_batch() {
-    local sequences=$1 gpus=${CUDA_VISIBLE_DEVICES:-} plan=() fits b
+    local sequences=$1 gpus=${CUDA_VISIBLE_DEVICES:-} plan=() fits saved b
     shift
     read_launcher
     batch=1
@@ -59,6 +60,8 @@ choose_batch() {
         case $gpus in *,*) gpus=$(cut -d, -f$((here + 1)) <<< "$gpus") ;; "") gpus=$here ;; esac
         plan=(--ranks "$ranks")
     fi
+    saved=$(sed -n 's/^  "shards": \([0-9]*\),$/\1/p' "$out"/step-*/trainer.json 2> /dev/null | tail -n 1) || true
+    if [ "${saved:-1}" -gt 1 ] && [ $((saved % ranks)) -eq 0 ]; then plan+=(--shards "$saved"); fi
     fits=$(env -u WORLD_SIZE -u OMPI_COMM_WORLD_SIZE -u PMI_SIZE -u SLURM_STEP_NUM_TASKS \
         ${gpus:+CUDA_VISIBLE_DEVICES="$gpus"} "$trainer" --batch-size 1 --dry-run "${plan[@]}" "$@" |
         sed -n 's/.*largest micro-batch that fits: \([0-9]*\).*/\1/p')

@@ -107,6 +107,17 @@ class Launchers(Scripts):
         self.assertEqual((len(plans), len(runs)), (size, size))
         return plans, runs, "".join(stdout for stdout, _ in texts)
 
+    def test_shards_of_the_checkpoint(self):
+        """The micro-batch is chosen beside the sums of as many shards as the run has that goes on."""
+        for step, shards in (("00000009", 4), ("00000010", 32)):
+            os.makedirs(os.path.join(self.folder, "out", "step-" + step))
+            with open(os.path.join(self.folder, "out", "step-" + step, "trainer.json"), "w") as f:
+                f.write('{\n  "format": 1,\n  "shards": %d,\n  "lr": 0.1\n}\n' % shards)
+        [plan], [run], _ = self.start([], size=1)
+        at = plan["arguments"].index("--shards")
+        self.assertEqual(plan["arguments"][at + 1], "32")
+        self.assertNotIn("--shards", run["arguments"])  # the trainer reads it there
+
     def check(self, plans, runs, printed, names, size=2, gpus=("0", "1"), batch="32"):
         """Plans of one process each, on a GPU of its own; runs with the launcher's variables and the same arguments."""
         number, count = names

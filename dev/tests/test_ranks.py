@@ -448,6 +448,19 @@ class Resume(Ranks):
         self.assertIn("resumed from run/step-00000002", done.stdout)
         self.assertEqual(self.events(whole, "step", "val", "sample"), self.events(broken, "step", "val", "sample"))
 
+    def test_another_run_in_its_place(self):
+        """Where --out is each host's own, rank 1's may hold a checkpoint of that step by another run."""
+        cwd, other = self.place(), self.place()
+        self.run_ok(cwd, 2, {"--steps": 2})
+        self.run_ok(other, 2, {"--steps": 2, "--tokens-per-step": 416})
+        elsewhere = 'if [ "${OMPI_COMM_WORLD_RANK:-$PMI_RANK}" = 1 ]; then cd "$1"; fi; shift; exec "$@"'
+        done = self.finish(self.start(cwd, 2, {}, ["--resume"],
+                                      program=["bash", "-c", elsewhere, "elsewhere", other, binary(MPIS[0])]))
+        self.assertNotEqual(done.returncode, 0, done.stdout)
+        self.assertEqual(len(own_lines(done.stderr)), 1, done.stderr)
+        self.assertRegex(own_lines(done.stderr)[0],
+                         r"rank 1 \(.*\) has another trainer.json in the checkpoint of --resume")
+
     def test_full_disk(self):
         """Where rank 0 writes a checkpoint: the oldest gives way, and the others give their part once more. Rank 0
         alone writes below --out; on --resume the others read what the model is and where the run stands."""
@@ -547,10 +560,10 @@ class Refusals(Ranks):
             self.assertIn(piece, own_lines(done.stderr)[0])
         self.assertFalse(glob.glob(os.path.join(cwd, "run", "step-*")))
 
-    def odd(self, pieces, folder=None, program=None, more=""):
+    def odd(self, pieces, folder=None, program=None, more="", flags=()):
         cwd, mpi = self.place(), MPIS[0]
         folder, program = folder or cwd, program or binary(mpi)
-        self.refused(pieces, cwd, 3, {}, mpi=mpi,
+        self.refused(pieces, cwd, 3, {}, flags, mpi=mpi,
                      program=["bash", "-c", self.ODD, "odd", folder, program, more, binary(mpi)])
 
     def test_of_all(self):
@@ -558,6 +571,14 @@ class Refusals(Ranks):
         self.refused(["4 shards cannot be divided over 3 ranks, only over 1, 2, 4; --shards 3 goes"], self.place(), 3,
                      {"--shards": 4})
         self.refused(["--shards: got 14, a step has 13 sequences"], self.place(), 1, {"--shards": 14})
+
+    def test_weights_that_none_can_take(self):
+        """All find it at once, and only after the meeting about the data: still one line, of no rank."""
+        cwd = self.place()
+        self.run_ok(cwd, 1, {"--steps": 2, "--out": "first"})
+        for _ in range(3):  # otherwise it was often another rank's line
+            self.refused(["train_mta: first/step-00000002/model.safetensors: tensor"], cwd, 3,
+                         {"--init-from": "first", "--intermediate-size": 192})
 
     def test_that_rank_0_finds(self):
         cwd = self.place()
@@ -568,6 +589,8 @@ class Refusals(Ranks):
 
     def test_other_arguments(self):
         self.odd(["rank 1 (", "other arguments than rank 0"], more="--lr 2e-3")
+        # With which it would send and wait for other messages than the others.
+        self.odd(["rank 1 (", "other arguments than rank 0"], more="--resume")
 
     def test_other_data(self):
         other = self.place()
@@ -577,6 +600,15 @@ class Refusals(Ranks):
         self.odd(["rank 1 (", "other shards for --train or --val than rank 0"], folder=other)
         os.remove(path)
         self.odd(["rank 1 (", "--train: a_train_*.bin: no such shard"], folder=other)
+
+    def test_in_a_dry_run(self):
+        """It looks at the data of all ranks, too."""
+        other = self.place()
+        path = os.path.join(other, "a_val_000000.bin")
+        os.remove(path)
+        self.odd(["rank 1 (", "--val: a_val_*.bin: no such shard"], folder=other, flags=["--dry-run"])
+        write_shard(path, [1] * (16 * 20 + 1), vocab=259)
+        self.odd(["rank 1 (", "other shards for --train or --val than rank 0"], folder=other, flags=["--dry-run"])
 
     def test_other_mask(self):
         """Of which no header tells."""
@@ -735,6 +767,23 @@ class Faults(Underway):
         self.assertRegex(done.stderr,
                          r"rank 1 \(.*\) is slow: [\d.]+ s for a sequence, the middle rank [\d.]+; all others wait for "
                          r"it")
+
+    def test_an_instruction_is_missing(self):
+        """Of a rank whose standard error is kept until all meet: it says so all the same."""
+        cwd = self.place()
+        child = self.start(cwd, 2, {"--shards": 2})
+        end, victim = time.monotonic() + TIMEOUT, None
+        while not victim:
+            self.goes_on(child)
+            self.assertLess(time.monotonic(), end)
+            for pid in children(child.pid):
+                if rank_of(pid) == 1 and "memfd:stderr" in os.readlink(f"/proc/{pid}/fd/2"):
+                    victim = pid
+            time.sleep(0.005)
+        os.kill(victim, signal.SIGILL)
+        done = self.finish(child)
+        self.assertNotEqual(done.returncode, 0)
+        self.assertRegex(done.stderr, r"train_mta: rank 1 \(.*\): this processor lacks an instruction")
 
     def test_a_mistake_in_the_middle(self):
         """A rank that cannot go on says why, and all end with its status."""

@@ -285,7 +285,7 @@ class Faults(Ranks):
                  (1, "ncclAllGather:6", {}, ("save", 4), "in step 5"),
                  (1, f"{forward}:5", every, ("step", 1), "in the evaluation after step 1"),
                  (0, f"{forward}:14", every, ("val_mean", 1), "in the samples after step 1"),
-                 (0, "cudaMemcpyAsync:231", every, ("sample", 1), "in the checkpoint of step 1"))
+                 (0, "cudaMemcpyAsync:235", every, ("sample", 1), "in the checkpoint of step 1"))
         places = [self.place() for _ in cases]
         runs = [self.start(cwd, 2, "bf16", dict(fixed, **changes), of_rank={rank: {"CUDA_CPU_HANG": call}})
                 for cwd, (rank, call, changes, _, _) in zip(places, cases)]
@@ -327,6 +327,16 @@ class Faults(Ranks):
                 self.assertIn(f"in {call.split(':')[0]}", err)
                 self.assertLessEqual(len(self.lines(err)), 2, err)  # both ranks may come to their N-th call
 
+    def test_nccl_does_not_connect(self):
+        """On all ranks, or on one of them."""
+        for rank, line in ((None, r"\w+: unhandled"), (1, r"\w+: rank 1 \(.*\): unhandled")):
+            fails = {"CUDA_CPU_FAIL": "ncclCommInitRankConfig:1"}
+            run = self.start(self.place(), 2, "bf16", more=None if rank else fails,
+                             of_rank={rank: fails} if rank else None)
+            statuses, _, err = run.finish()
+            self.assertEqual((set(statuses), len(self.lines(err))), ({70}, 1), err)
+            self.assertRegex(err, line + ".* system error.*, in ncclCommInitRankConfig")
+
     def test_memory_that_nccl_takes(self):
         """NCCL takes it at the first use, which comes before the model's is counted: what is too little for both is
         refused at the start, not in the first step."""
@@ -347,8 +357,8 @@ class Faults(Ranks):
                  (1, "adamw_kernel<8>:5", {}, still, "in step 5"),
                  (1, f"{forward}:5", every, still, "in the evaluation after step 1"),
                  (0, f"{forward}:14", every, still, "in the samples after step 1"),
-                 (0, "cudaMemcpyAsync:231", every, "", "in the checkpoint of step 1"),
-                 (1, "cudaMemcpyAsync:240", every, "", "in the checkpoint of step 1"),
+                 (0, "cudaMemcpyAsync:235", every, "", "in the checkpoint of step 1"),
+                 (1, "cudaMemcpyAsync:244", every, "", "in the checkpoint of step 1"),
                  (1, "ncclSend:100", {}, "and all others wait for each other", r"in .*step \d+"))
         places = [self.place() for _ in cases]
         for some in range(0, len(cases), 4):

@@ -270,6 +270,15 @@ static void test_name_of_job(void) {
         CHECK(ended(start(print_job, "", variables), text[i], sizeof text[i]) == 0);
     }
     CHECK(!strcmp(text[0], text[1]) && strcmp(text[0], text[2]) && strlen(text[0]) > strlen("job "));
+
+    // mpirun was called in a job of Slurm's, and started the second process by ssh.
+    static const char* const by_ssh[3] = {"PMIX_NAMESPACE=77 SLURM_JOB_ID=7", "PMIX_NAMESPACE=77",
+                                          "PMIX_NAMESPACE=78 SLURM_JOB_ID=7"};
+    for (int i = 0; i < 3; i++) {
+        snprintf(variables, sizeof variables, "OMPI_COMM_WORLD_RANK=%d OMPI_COMM_WORLD_SIZE=2 %s", i % 2, by_ssh[i]);
+        CHECK(ended(start(print_job, "", variables), text[i], sizeof text[i]) == 0);
+    }
+    CHECK(!strcmp(text[0], text[1]) && strcmp(text[0], text[2]) && strlen(text[0]) > strlen("job "));
 }
 
 static void print_device(const char* devices) {
