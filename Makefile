@@ -3,19 +3,33 @@
 
 # ARCH: this machine's own instructions, unless CC makes code for another (CC=aarch64-linux-gnu-gcc alone suffices), and
 # 512-bit vectors where there are any: the compiler's default of 256 halves the rate of softmax and SwiGLU.
+# What is no flag is not meant for us: jobs of Grid Engine have ARCH=lx-amd64. clang 14 for aarch64 has -mcpu=native
+# alone. A gcc of Spack or EasyBuild comes without cc.
+ifeq ($(origin CC)$(shell command -v cc 2>/dev/null),default)
+CC := gcc
+endif
 HOST := $(shell uname -m)
+TARGET := $(shell $(CC) -dumpmachine)
 WIDE = $(if $(filter x86_64,$(HOST)),-mprefer-vector-width=512)
-ARCH ?= $(if $(filter $(HOST)-%,$(shell $(CC) -dumpmachine)),-march=native $(WIDE))
+ifneq ($(if $(filter undefined,$(origin ARCH)),none)$(filter-out -%,$(ARCH)),)
+ARCH := $(if $(filter $(HOST)-%,$(TARGET)),$(shell for f in -march=native -mcpu=native; do \
+    $(CC) $$f -E -x c - </dev/null >/dev/null 2>&1 && echo $$f && break; done) $(WIDE))
+endif
 OPT ?= -O3
 # psabi: gcc notes that vectors as arguments changed their ABI once; infer_mta.c passes them to its own functions only.
-WARN = -Wall -Wextra -Wno-psabi $(if $(WERROR),-Werror)
+WARN = -Wall -Wextra -Wno-psabi $(if $(WERROR),-Werror) $(if $(OPENMP),,-Wno-unknown-pragmas -Wno-unused)
 # No -ffast-math: masks use infinities, guards isfinite. Given up are errno and floating-point traps; no value changes.
-MATH = -fno-math-errno -fno-trapping-math
+# icx has it by default.
+MATH = -fno-math-errno -fno-trapping-math $(if $(findstring icx,$(notdir $(CC))),-fp-model=precise)
 OPENMP ?= -fopenmp
 VERSION_FLAG = -DMTA_VERSION='"$(shell cat VERSION)"'
 # -g1: names and lines of a backtrace and a profile; -g takes a quarter longer. A debugger wants OPT='-O0 -g'.
+ifeq ($(origin CFLAGS),command line)
+$(error CFLAGS holds what the programs need, -fopenmp for example; wanted OPT or ARCH, or CC='gcc -FLAG')
+endif
 CFLAGS = -std=gnu11 -g1 $(OPT) $(ARCH) $(WARN) $(MATH) $(OPENMP) $(VERSION_FLAG)
-LDLIBS = -lm
+# glibc before 2.34 has threads in a library of their own, which -fopenmp brings; musl gives a thread 128 KiB of stack.
+LDLIBS = -lm -lpthread $(if $(findstring musl,$(TARGET) $(CC)),-Xlinker -z -Xlinker stack-size=8388608)
 
 # A CBLAS for matrix products: OpenBLAS by pkg-config or by trying to link. NO_CBLAS=1: train_mta.c's plain product.
 ifndef NO_CBLAS
@@ -24,7 +38,9 @@ BLAS_LIBS := $(shell pkg-config --libs openblas 2>/dev/null || echo -lopenblas)
 BLAS := $(shell echo 'int main(void){return cblas_sgemm == 0;}' | \
     $(CC) -include cblas.h -x c - $(BLAS_CFLAGS) $(BLAS_LIBS) -o /dev/null 2>/dev/null && \
     echo -DMTA_CBLAS $(BLAS_CFLAGS))
-BLAS_LINK := $(if $(BLAS),$(BLAS_LIBS))
+# A library that is not the system's (Spack's) is found again when the program starts.
+BLAS_LINK := $(if $(BLAS),$(BLAS_LIBS) $(patsubst -L%,-Xlinker -rpath -Xlinker %,\
+    $(filter-out -L/usr/lib%,$(filter -L%,$(BLAS_LIBS)))))
 endif
 
 # oneDNN 2 or 3 (libdnnl-dev) for the CPU trainer's products in bf16, --matmul bf16. NO_ONEDNN=1: without.
@@ -34,9 +50,11 @@ ONEDNN := $(shell echo '_Static_assert(DNNL_VERSION_MAJOR < 4, ""); int main(voi
 ONEDNN_LINK := $(if $(ONEDNN),-ldnnl)
 endif
 
-# MPI=1: the CPU trainer on several processes (Debian: libopenmpi-dev, or libmpich-dev). MPICC=mpicc.mpich: another MPI.
+# MPI=1: the CPU trainer on several processes (Debian: libopenmpi-dev, or libmpich-dev). MPICC=mpicc.mpich, a Cray's
+# MPICC=cc: another MPI.
 MPICC ?= mpicc
-MPI_CC = OMPI_CC='$(CC)' MPICH_CC='$(CC)' $(MPICC)
+# Where CC is such a wrapper itself (EasyBuild's CC=mpicc), it would call itself for ever.
+MPI_CC = $(if $(filter mpi%,$(notdir $(CC))),$(CC),OMPI_CC='$(CC)' MPICH_CC='$(CC)' $(MPICC))
 
 .PHONY: all check test clean
 all: train_mta infer_mta test_mta

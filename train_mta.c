@@ -1145,7 +1145,9 @@ static void attention_backward(real* dq, real* dk, real* dv, const AttentionSums
                 scores_backward(NULL, dk + ko, &dS, q + qo, k + ko, a, h + x, 1, lo, hi);
             }
             if (!sums->n) { continue; }
-#pragma omp task depend(in : mine[0]) depend(inout : sums->conv_pre[b * sums->n])
+            double* total = sums->conv_pre + b * sums->n;  // gcc 8 takes no member in a dependence
+            (void)total;
+#pragma omp task depend(in : mine[0]) depend(inout : total[0])
             attention_chunk_add(sums, &chunk, a, b, h, hi - lo);
         }
     }

@@ -20,11 +20,12 @@ help:
 	@echo "make check            the quick tests, under 90 s on two cores: before each commit"
 	@echo "make test             scripts/test.sh: every test; one of them: scripts/test.sh --only TEXT"
 	@echo "make help_dev         what else there is for development: emulator, sanitizers, benches (dev/dev.mk)"
-	@echo "variables: CC, ARCH, OPT=-O3, NO_CBLAS=1, NO_ONEDNN=1, MPI=1, MPICC=mpicc, NO_NCCL=1, WERROR=1, NVCC"
+	@echo "variables: CC, ARCH, OPT=-O3, OPENMP= (one thread), NO_CBLAS=1, NO_ONEDNN=1, MPI=1, MPICC=mpicc, NO_NCCL=1,"
+	@echo "           WERROR=1, NVCC; another CBLAS: BLAS_CFLAGS=-I/opt/blis/include BLAS_LIBS='-L/opt/blis/lib -lblis'"
 	@echo "found: compiler       $(CC), $(shell $(CC) -dumpmachine), $(or $(ARCH),its default instructions)"
-	@echo "       CBLAS          $(if $(BLAS),$(BLAS_LINK),none: plain OpenMP products)"
+	@echo "       CBLAS          $(if $(BLAS),$(BLAS_LIBS),none: plain OpenMP products)"
 	@echo "       oneDNN         $(or $(ONEDNN_FOUND),none: no --matmul bf16 on the CPU (Debian: libdnnl-dev))"
-	@echo "       MPI            $(or $(shell command -v $(MPICC)),none: no MPI=1 here)"
+	@echo "       MPI            $(or $(shell command -v $(MPICC) 2>/dev/null),none: no MPI=1 here)"
 	@echo "       CUDA toolkit  " \
 	    "$(or $(shell $(NVCC) --version 2>/dev/null | grep -o 'release [0-9.]*'),none: no train_mta_cuda here)"
 	@echo "       cuDNN          $(or $(CUDNN_HOME),none: no CUDNN=1 here (Python package nvidia-cudnn-cu13))"
@@ -71,13 +72,15 @@ PRECISION ?= BF16
 CUDA_DEFINES = $(if $(filter FP32,$(PRECISION)),-DPRECISION_FP32) $(if $(DEBUG_SYNC),-DDEBUG_SYNC)
 NVCCFLAGS = -std=c++17 -O3 -Xcompiler -Wall,-Wextra,-fopenmp $(VERSION_FLAG) $(NCCL)
 
-# NCCL for several GPUs, where it compiles and links; looked for once, when nvcc is needed. NO_NCCL=1: without.
-NCCL = $(eval NCCL := $(if $(NO_NCCL),,$(shell f=$$(mktemp) && echo 'int main() { return ncclGetVersion == 0; }' | \
+# NCCL 2.14 or later for several GPUs, where it compiles and links; looked for once, when nvcc is needed. NO_NCCL=1:
+# without.
+NCCL = $(eval NCCL := $(if $(NO_NCCL),,$(shell f=$$(mktemp) && echo 'int main() { return ncclCommFinalize == 0; }' | \
     $(NVCC) -include nccl.h -x c++ - -lnccl -o $$f 2>/dev/null && echo -DMTA_NCCL; rm -f $$f)))$(NCCL)
 
 # CUDNN=1: with attention by cuDNN, --attention-kernels cudnn. CUDNN_HOME: a folder with include/cudnn.h, and the
 # library in lib64 or lib, as the toolkit's may be, or nvidia/cudnn of the Python package nvidia-cudnn-cu13.
-CUDA_HOME := $(patsubst %/bin/nvcc,%,$(realpath $(shell command -v $(NVCC))))
+# `command` through a shell, as 2> has it: make 4.2 alone looks for a program of that name.
+CUDA_HOME := $(patsubst %/bin/nvcc,%,$(realpath $(shell command -v $(NVCC) 2>/dev/null)))
 ifndef CUDNN_HOME
 CUDNN_HOME := $(patsubst %/include/cudnn.h,%,$(firstword $(wildcard $(addsuffix /include/cudnn.h,\
     $(CUDA_HOME) /usr /usr/local dev/.venv/lib/python3*/site-packages/nvidia/cudnn))))
@@ -102,7 +105,8 @@ FLAGS_cxx = $(CXX) $(CXXFLAGS)
 FLAGS_nvcc = $(NVCC) $(NVCCFLAGS) $(NVCC_CODE) $(CUDA_DEFINES)
 build/flags_%: FORCE
 	@mkdir -p build
-	@echo '$(filter-out -Werror,$(FLAGS_$*))' | cmp -s - $@ || echo '$(filter-out -Werror,$(FLAGS_$*))' > $@
+	@test "$$(cat $@ 2>/dev/null)" = '$(filter-out -Werror,$(FLAGS_$*))' || \
+	    echo '$(filter-out -Werror,$(FLAGS_$*))' > $@
 
 # The commit, which a run's log names; with a plus where files differ from it. Not of a repository around this folder.
 # Linked, not compiled in: a commit compiles nothing again.
@@ -110,7 +114,8 @@ COMMIT = $(or $(shell test -z "$$(git rev-parse --show-prefix 2>/dev/null)" && \
     git describe --always --abbrev=12 --exclude='*' --dirty=+ 2>/dev/null),unknown)
 build/commit.c: FORCE
 	@mkdir -p build
-	@echo 'const char* mta_commit(void); const char* mta_commit(void) { return "$(COMMIT)"; }' | cmp -s - $@ || \
+	@test "$$(cat $@ 2>/dev/null)" = \
+	    'const char* mta_commit(void); const char* mta_commit(void) { return "$(COMMIT)"; }' || \
 	    echo 'const char* mta_commit(void); const char* mta_commit(void) { return "$(COMMIT)"; }' > $@
 build/commit.o: build/commit.c
 	@$(CC) $(CFLAGS) -c $< -o $@

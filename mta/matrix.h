@@ -35,6 +35,16 @@ enum { TILE = TILE_VECTORS * LANES };
 
 static inline Vec splat(float x) { return (Vec){x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x}; }
 
+static inline Vec to_float(IntVec x) {
+#if defined(__clang__) || __GNUC__ >= 9
+    return __builtin_convertvector(x, Vec);
+#else  // gcc 8 has no such builtin, and makes the same instructions of the loop
+    float f[LANES];
+    for (int i = 0; i < LANES; i++) { f[i] = (float)x[i]; }
+    return load(f);
+#endif
+}
+
 static inline Vec load_bf16(const uint16_t* p) {
 #ifdef __AVX512F__
     return (Vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16);
@@ -144,7 +154,7 @@ static inline const Int8Tile* tile_at(const Matrix* w, size_t row, size_t c) {
 // The weights of columns k, without their scales, one row a lane.
 static inline Vec tile_column(const Int8Tile* t, size_t k) {
     IntVec four = *(const IntVec*)t->q[k / 4];
-    return __builtin_convertvector(((four >> (int)(8 * (k % 4))) & 255) - 128, Vec);
+    return to_float(((four >> (int)(8 * (k % 4))) & 255) - 128);
 }
 
 // Always inline, so that the compiler sees the same loops in every program: of a loop that it does not turn into
@@ -262,7 +272,7 @@ static inline Vec dot_panel(const Int8Tile* t, size_t groups, const SplitGroup* 
             low[k % 2] = _mm512_dpbusd_epi32(low[k % 2], q, _mm512_set1_epi32(four[1]));
         }
         IntVec whole = (((IntVec)high[0] + (IntVec)high[1]) << 7) + (IntVec)low[0] + (IntVec)low[1];
-        sum += __builtin_convertvector(whole, Vec) * (load(t->scale) * g->scale);
+        sum += to_float(whole) * (load(t->scale) * g->scale);
 #else
         Vec part = splat(0);
         for (size_t k = 0; k < GROUP; k++) {
@@ -429,14 +439,20 @@ static inline void gemm_tile_bf16(int m, float* c, size_t ldc, const float* a, s
     gemm_tile_any(m, c, ldc, a, lda, b, true, K, add);
 }
 
+// Lanes of a and, from 16 on, of b. gcc has clang's builtin since 12.
+#if defined(__clang__) || __GNUC__ >= 12
+#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (IntVec){__VA_ARGS__})
+#endif
+
 // 16 x 16 transposed in place: four rounds of interleaving row i with row i + 8.
 static inline void transpose16(Vec* a) {
     Vec b[16];
     for (int round = 0; round < 4; round++) {
         for (int i = 0; i < 8; i++) {
-            b[2 * i] = __builtin_shufflevector(a[i], a[i + 8], 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
-            b[2 * i + 1] =
-                __builtin_shufflevector(a[i], a[i + 8], 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+            b[2 * i] = SHUFFLE(a[i], a[i + 8], 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+            b[2 * i + 1] = SHUFFLE(a[i], a[i + 8], 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
         }
         for (int i = 0; i < 16; i++) { a[i] = b[i]; }
     }

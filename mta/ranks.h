@@ -651,7 +651,11 @@ static inline void ranks_join(Ranks* r, StartAddress* address, const char* devic
     }
     r->node = ranks_of_node(r);
     watch_start(w);
+#ifdef __GLIBC__
     on_exit(ranks_on_exit, r);
+#else
+    die("ranks: this C library (musl) has no on_exit, by which a rank tells the others how it ended; wanted glibc");
+#endif
 }
 
 // What must be the same on all ranks: "got" says what a rank has that differs, "other arguments".

@@ -47,7 +47,7 @@ extern char* program_invocation_short_name;  // errno.h declares it only if _GNU
 #endif
 
 #if defined(__FINITE_MATH_ONLY__) && __FINITE_MATH_ONLY__
-#error "masks are infinities and guards ask isfinite: -Ofast, -ffast-math and -ffinite-math-only give other numbers"
+#error "masks are infinities and guards ask isfinite: -Ofast, -ffast-math, -ffinite-math-only, icx's default: refused"
 #endif
 
 #ifndef MTA_VERSION
@@ -408,12 +408,12 @@ static inline void unknown_instruction(int number) {
                   "on this machine, or make ARCH= for all processors of its kind\n");
 }
 
-// Signals that would end the program without a word. What a limit on the size of files stops becomes an error of
+// Before main, whose first lines may be of such instructions already.
+__attribute__((constructor)) static void settle_unknown_instructions(void) { signal(SIGILL, unknown_instruction); }
+
+// A signal that would end the program without a word: what a limit on the size of files stops becomes an error of
 // write(2). The trainers and infer_mta call it before they read anything.
-static inline void settle_signals(void) {
-    signal(SIGXFSZ, SIG_IGN);
-    signal(SIGILL, unknown_instruction);
-}
+static inline void settle_signals(void) { signal(SIGXFSZ, SIG_IGN); }
 
 typedef struct {
     const uint8_t* data;

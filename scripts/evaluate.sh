@@ -66,8 +66,11 @@ done
 checkpoint=$given
 if [ ! -e "$checkpoint/config.json" ]; then
     newest='import sys; sys.path.insert(0, sys.argv[1]); import export; print(export.find_checkpoint(sys.argv[2]))'
-    checkpoint=$(python3 -c "$newest" "$root/scripts" "$given" 2> /dev/null) ||
+    checkpoint=$(python3 -c "$newest" "$root/scripts" "$given" 2> /dev/null) || {
+        newest='import sys; sys.path.insert(0, sys.argv[1]); import options'  # which wants a Python that is new enough
+        why=$(python3 -c "$newest" "$root/data" 2>&1) || stop "${why#-c: }"
         stop "$given: no checkpoint, and no run with one"
+    }
     [ -e "$checkpoint/config.json" ] || stop "$checkpoint: no config.json in it; wanted a checkpoint"
 fi
 checkpoint=$(cd "$checkpoint" && pwd)

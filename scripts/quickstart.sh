@@ -92,7 +92,7 @@ trap stop INT TERM
 headline "Tools"
 
 has() { command -v "$1" > /dev/null 2>&1; }
-compiles() { echo "$1" | ${CC:-gcc} -E - > /dev/null 2>&1; }
+compiles() { echo "$1" | ${CC:-gcc} $(pkg-config --cflags openblas 2> /dev/null) -E - > /dev/null 2>&1; }
 missing_packages() {
     has ${CC:-gcc} || echo gcc
     compiles '#include <stdio.h>' || echo libc6-dev
@@ -134,6 +134,8 @@ has ${CC:-gcc} && compiles '#include <stdio.h>' ||
     fail "no C compiler: install gcc and libc6-dev, then run this again"
 has make || fail "no make: install it, then run this again"
 has python3 || fail "no python3: install it, then run this again"
+python3 -c 'import sys; sys.exit(sys.version_info < (3, 9))' ||
+    fail "python3 is $(python3 -V 2>&1), wanted 3.9 or later: a folder with such a python3 first on PATH will do"
 # nproc does not know the quota of a container (docker --cpus).
 cores=$(python3 -c 'import sys; sys.path.insert(0, "data"); import shards; print(shards.cores())') || exit 1
 threads=$((cores > 2 ? cores / 2 : 1))   # of each of two trainings side by side

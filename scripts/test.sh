@@ -189,6 +189,7 @@ install_packages() {
     has make || need+=(make)
     has pkg-config || need+=(pkg-config)
     has clang || need+=(clang)
+    has gcc-11 || need+=(gcc-11)
     compiles 'int main(void){return cblas_sgemm == 0;}' gcc -include cblas.h \
         $(pkg-config --cflags --libs openblas 2> /dev/null) -lopenblas || need+=(libopenblas-dev)
     compiles 'int main(void){return dnnl_version == 0;}' gcc -include oneapi/dnnl/dnnl.h -ldnnl ||
@@ -367,6 +368,16 @@ if has clang; then
 else
     skip "clang: none here"
 fi
+
+# Older compilers, of which each lacks a builtin that the next one has.
+older=0
+for old in gcc-8 gcc-9 gcc-10 gcc-11; do
+    has $old || continue
+    older=1
+    step full $old "" $old -std=gnu11 -march=native -Wall -Wextra -Wno-psabi -Werror -fopenmp -fsyntax-only \
+        train_mta.c infer_mta.c
+done
+[ $older -eq 1 ] || skip "older compilers: none of gcc-8 to gcc-11 here"
 
 # What takes long. --help names it.
 undefined=build/undefined/test_mta_cuda_cpu_bf16

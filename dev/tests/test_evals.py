@@ -919,6 +919,17 @@ class Evaluate(Case):
         self.assertIn("report.md was not made by evaluate.sh; wanted another --out", shown)
         self.assertEqual(self.read("report.md"), [{"mine": 1}])
 
+    def test_a_python_that_is_too_old(self):
+        """It says so, and not that there is no checkpoint."""
+        with open(self.path("python3"), "w") as f:
+            f.write("#!/bin/sh\necho '-c: Python 3.6 runs it, wanted 3.9 or later' >&2\nexit 1\n")
+        os.chmod(self.path("python3"), 0o755)
+        path = self.folder + os.pathsep + os.environ["PATH"]
+        shown = subprocess.run(["scripts/evaluate.sh", self.folder, "--text", "README.md"], cwd=ROOT,
+                               env=dict(os.environ, PATH=path), capture_output=True, text=True)
+        self.assertEqual((shown.returncode, shown.stderr),
+                         (1, "evaluate.sh: Python 3.6 runs it, wanted 3.9 or later\n"))
+
     def test_from_a_folder_that_cdpath_names(self):
         shown = subprocess.run(["scripts/evaluate.sh"], cwd=ROOT, env=dict(os.environ, CDPATH=f".:{ROOT}"),
                                capture_output=True, text=True)

@@ -132,6 +132,41 @@ class Help(unittest.TestCase):
                                       env=dict(os.environ, CPATH=folder, LIBRARY_PATH=folder))
                 self.assertRegex(done.stdout, r"(?m)^ *oneDNN +" + re.escape(told), done.stderr)
 
+    def test_make_where_a_cluster_has_set_things(self):
+        """Grid Engine's ARCH, EasyBuild's CC=mpicc, no cc, a CBLAS of Spack that ld.so does not know. Only said: -n."""
+        if not shutil.which("make") or not shutil.which("gcc"):
+            self.skipTest("no make or no gcc")
+
+        def said(*words, **variables):
+            environment = {k: v for k, v in os.environ.items() if k not in ("MAKEFLAGS", "MFLAGS", "CC", "ARCH")}
+            done = subprocess.run(["make", "-nB", "-C", ROOT, "NO_ONEDNN=1", *words], capture_output=True, text=True,
+                                  env=dict(environment, **variables))
+            self.assertEqual(done.returncode, 0, done.stderr)
+            return done.stdout
+
+        self.assertNotIn("lx-amd64", said("train_mta", "NO_CBLAS=1", ARCH="lx-amd64"))
+        self.assertIn(" -msse4 ", said("train_mta", "NO_CBLAS=1", ARCH="-msse4"))
+        self.assertNotIn("-march", said("train_mta", "NO_CBLAS=1", "ARCH="))
+        self.assertNotIn("OMPI_CC='mpicc'", said("train_mta", "NO_CBLAS=1", "CC=mpicc", "MPI=1"))
+        with tempfile.TemporaryDirectory() as folder:
+            for name in ("gcc", "sh", "uname", "cat", "mkdir"):
+                os.symlink(shutil.which(name), os.path.join(folder, name))
+            program = shutil.which("make")
+            done = subprocess.run([program, "-nB", "-C", ROOT, "NO_ONEDNN=1", "NO_CBLAS=1", "infer_mta"],
+                                  capture_output=True, text=True, env={"PATH": folder})
+            self.assertRegex(done.stdout, r"(?m)^gcc .*infer_mta\.c", done.stderr)
+        if not shutil.which("pkg-config"):
+            self.skipTest("no pkg-config")
+        with tempfile.TemporaryDirectory() as folder:
+            subprocess.run(["gcc", "-shared", "-x", "c", "-", "-o", os.path.join(folder, "libopenblas.so")],
+                           input="void cblas_sgemm(void) {}\n", text=True, check=True)
+            for name, text in (("cblas.h", "void cblas_sgemm(void);\n"),
+                               ("openblas.pc", "Name: openblas\nDescription: none\nVersion: 1\n"
+                                f"Cflags: -I{folder}\nLibs: -L{folder} -lopenblas\n")):
+                with open(os.path.join(folder, name), "w", encoding="utf-8") as f:
+                    f.write(text)
+            self.assertIn(f" -rpath -Xlinker {folder} ", said("train_mta", PKG_CONFIG_PATH=folder))
+
     def test_test_mta_names_its_options(self):
         path = os.path.join(BIN, "test_mta")
         if not os.path.exists(path):

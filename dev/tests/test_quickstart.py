@@ -221,6 +221,15 @@ class Quickstart(unittest.TestCase):
             self.assertEqual(done.returncode, 1, done.stdout)
             self.assertEqual(done.stderr, f"quickstart.sh: no {tool}: install it, then run this again\n")
 
+    def test_a_python_that_is_too_old(self):
+        """RHEL 8's python3 is 3.6."""
+        python = shutil.which("python3")
+        old = f'case "$*" in *version_info*) exit 1;; -V) echo Python 3.6.8;; *) exec {python} "$@";; esac\n'
+        done = self.run_script("--no-install", "--tiny", "--out", "runs/c", PATH=self.stand_ins(python3=old))
+        self.assertEqual((done.returncode, done.stderr),
+                         (1, "quickstart.sh: python3 is Python 3.6.8, wanted 3.9 or later: a folder with such a "
+                             "python3 first on PATH will do\n"))
+
     def test_own_text(self):
         text = os.path.join(self.folder, "my text.txt")
         with open(text, "w") as f:
