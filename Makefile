@@ -14,6 +14,7 @@ WIDE = $(if $(filter x86_64,$(HOST)),-mprefer-vector-width=512)
 ifneq ($(if $(filter undefined,$(origin ARCH)),none)$(filter-out -%,$(ARCH)),)
 ARCH := $(if $(filter $(HOST)-%,$(TARGET)),$(shell for f in -march=native -mcpu=native; do \
     $(CC) $$f -E -x c - </dev/null >/dev/null 2>&1 && echo $$f && break; done) $(WIDE))
+unexport ARCH  # a make below this one may be for another CC
 endif
 OPT ?= -O3
 # psabi: gcc notes that vectors as arguments changed their ABI once; infer_mta.c passes them to its own functions only.
@@ -40,7 +41,7 @@ BLAS := $(shell echo 'int main(void){return cblas_sgemm == 0;}' | \
     echo -DMTA_CBLAS $(BLAS_CFLAGS))
 # A library that is not the system's (Spack's) is found again when the program starts.
 BLAS_LINK := $(if $(BLAS),$(BLAS_LIBS) $(patsubst -L%,-Xlinker -rpath -Xlinker %,\
-    $(filter-out -L/usr/lib%,$(filter -L%,$(BLAS_LIBS)))))
+    $(filter-out -L -L/usr/lib%,$(filter -L%,$(BLAS_LIBS)))))
 endif
 
 # oneDNN 2 or 3 (libdnnl-dev) for the CPU trainer's products in bf16, --matmul bf16. NO_ONEDNN=1: without.
@@ -54,7 +55,8 @@ endif
 # MPICC=cc: another MPI.
 MPICC ?= mpicc
 # Where CC is such a wrapper itself (EasyBuild's CC=mpicc), it would call itself for ever.
-MPI_CC = $(if $(filter mpi%,$(notdir $(CC))),$(CC),OMPI_CC='$(CC)' MPICH_CC='$(CC)' $(MPICC))
+MPI_BY = $(if $(filter mpi%,$(notdir $(CC))),,OMPI_CC='$(CC)' MPICH_CC='$(CC)')
+MPI_CC = $(if $(MPI_BY),$(MPI_BY) $(MPICC),$(CC))
 
 .PHONY: all check test clean
 all: train_mta infer_mta test_mta

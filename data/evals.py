@@ -127,9 +127,10 @@ def mmlu(record):
 def general(record):
     """{"context", "question" or "query"; "choices": [...]; "gold", "label" or "answer": number or the choice itself}"""
     texts = [k for k in ("passage", "context", "question", "query") if isinstance(record.get(k), str)]
-    if len(texts) > 1:
-        raise ValueError("%s: one of them would be left out; wanted all of the prompt in context" % " and ".join(texts))
-    context = next(record[k] for k in texts if k != "passage")
+    full = [k for k in texts if record[k].strip()]
+    if len(full) > 1:
+        raise ValueError("%s: one of them would be left out; wanted all of the prompt in context" % " and ".join(full))
+    context = next(record[k] for k in full or texts if k != "passage")
     gold = next((record[k] for k in ("gold", "label", "answer") if record.get(k) is not None), None)
     if not isinstance(record["choices"], list) or not record["choices"]:
         raise ValueError("choices: wanted a list of texts")

@@ -169,7 +169,7 @@ class Worker:
                 except ValueError:
                     record = None
             if not isinstance(record, dict) or key not in record:
-                there = ", ".join(sorted(record)[:8]) if isinstance(record, dict) else ""
+                there = ", ".join(sorted(record)[:8])[:200] if isinstance(record, dict) else ""
                 raise BadDocument("missing field", "no %s%s" % (path, there and "; there: " + ascii(there)[1:-1]))
             record = record[key]
         return record

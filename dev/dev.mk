@@ -105,8 +105,8 @@ FLAGS_cxx = $(CXX) $(CXXFLAGS)
 FLAGS_nvcc = $(NVCC) $(NVCCFLAGS) $(NVCC_CODE) $(CUDA_DEFINES)
 build/flags_%: FORCE
 	@mkdir -p build
-	@test "$$(cat $@ 2>/dev/null)" = '$(filter-out -Werror,$(FLAGS_$*))' || \
-	    echo '$(filter-out -Werror,$(FLAGS_$*))' > $@
+	@new=$$(echo '$(filter-out -Werror,$(FLAGS_$*))'); test "$$(cat $@ 2>/dev/null)" = "$$new" || \
+	    printf '%s\n' "$$new" > $@
 
 # The commit, which a run's log names; with a plus where files differ from it. Not of a repository around this folder.
 # Linked, not compiled in: a commit compiles nothing again.
@@ -114,9 +114,8 @@ COMMIT = $(or $(shell test -z "$$(git rev-parse --show-prefix 2>/dev/null)" && \
     git describe --always --abbrev=12 --exclude='*' --dirty=+ 2>/dev/null),unknown)
 build/commit.c: FORCE
 	@mkdir -p build
-	@test "$$(cat $@ 2>/dev/null)" = \
-	    'const char* mta_commit(void); const char* mta_commit(void) { return "$(COMMIT)"; }' || \
-	    echo 'const char* mta_commit(void); const char* mta_commit(void) { return "$(COMMIT)"; }' > $@
+	@new='const char* mta_commit(void); const char* mta_commit(void) { return "$(COMMIT)"; }'; \
+	    test "$$(cat $@ 2>/dev/null)" = "$$new" || printf '%s\n' "$$new" > $@
 build/commit.o: build/commit.c
 	@$(CC) $(CFLAGS) -c $< -o $@
 
@@ -137,7 +136,7 @@ build/mpi/train_mta.o: train_mta.c $(HEADERS) build/flags_train_mta
 	$(MPI_CC) $(CFLAGS) $(BLAS) $(ONEDNN) -DMTA_MPI -c $< -o $@
 build/openmpi/train_mta build/mpich/train_mta: build/%/train_mta: train_mta.c $(HEADERS) build/commit.o build/flags_c
 	@mkdir -p build/$*
-	OMPI_CC='$(CC)' MPICH_CC='$(CC)' mpicc.$* $(CFLAGS) -O1 $(BLAS) $(ONEDNN) -DMTA_MPI $< build/commit.o -o $@ \
+	$(MPI_BY) mpicc.$* $(CFLAGS) -O1 $(BLAS) $(ONEDNN) -DMTA_MPI $< build/commit.o -o $@ \
 	    $(BLAS_LINK) $(ONEDNN_LINK) $(LDLIBS)
 
 build/%_nocblas.o: %.c $(HEADERS) build/flags_c

@@ -38,10 +38,10 @@ typedef struct {
 // ---------------------------------------------------------------------------------------------------------------------
 // Failures
 
-// NCCL cannot be used any more: all ranks end. Where the cause is another rank, the watch tells. As long as they
-// connect, what one finds is mostly found by all: rank 0 tells, and by that ends the others.
+// NCCL cannot be used any more: all ranks end. Where the cause is another rank, the watch tells. Until all have met,
+// what one finds is mostly found by all: rank 0 tells, and by that ends the others.
 __attribute__((noreturn)) static inline void nccl_fail(Ranks* r, const char* what, const char* call, bool another) {
-    unsigned left = another ? 2 * WATCH_SILENCE : !r->backend && r->rank ? 2 : 0;
+    unsigned left = another ? 2 * WATCH_SILENCE : !r->met && r->rank ? 2 : 0;
     while (left) { left = sleep(left); }  // a signal ends a sleep
     ranks_speak(r);
     fprintf(stderr, "%s: %s, in %.*s\n", program_invocation_short_name, what, (int)strcspn(call, "("), call);

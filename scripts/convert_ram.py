@@ -433,7 +433,7 @@ def convert(source, out, dtype, tokenizer, pattern):
     if tokenizer:
         config.update(tokenizer_keys(tokenizer, pattern))
     os.makedirs(out, exist_ok=True)
-    if tokenizer and os.path.isfile(tokenizer):
+    if tokenizer and tokenizer not in THEIR_TOKENIZERS.values():
         shutil.copyfile(tokenizer, os.path.join(out, config["tokenizer"]))
     write_safetensors(os.path.join(out, "model.safetensors"), tensors)
     with open(os.path.join(out, "config.json"), "w", encoding="utf-8") as f:

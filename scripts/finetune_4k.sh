@@ -15,7 +15,8 @@ checkpoint=${1:?$usage} shards=${2:?$usage} out=${3:?$usage}
 shift 3
 trainer=${TRAINER:-$root/train_mta_cuda}
 [ -x "$trainer" ] || { echo "finetune_4k.sh: $trainer is missing, run: make -C $root train_mta_cuda" >&2; exit 1; }
-[ -e "$checkpoint/config.json" ] || compgen -G "$checkpoint/step-*/config.json" > /dev/null || {
+found=("$checkpoint"/step-*/config.json)
+[ -e "$checkpoint/config.json" ] || [ -e "${found[0]}" ] || {
     echo "finetune_4k.sh: $checkpoint holds no config.json, wanted a checkpoint or a run with one" >&2
     exit 1
 }
@@ -23,7 +24,7 @@ trainer=${TRAINER:-$root/train_mta_cuda}
     echo "finetune_4k.sh: $shards is not a directory; data/README.md says how to make shards" >&2
     exit 1
 }
-write_recipe
+write_recipe "$@"
 
 recipe=(--init-from "$checkpoint" --seq-len 4096 --max-position-embeddings 4096 --rope-theta 500000
         --tokens-per-step 262144 --steps 40000 --lr 1.5e-4

@@ -61,8 +61,8 @@ class Run:
             elif kind == "val":
                 val.setdefault(str(event.get("name", "val")),
                                {})[step] = (number(event.get("loss")), number(event.get("error")))
-                if event.get("bits_per_byte") and event.get("loss"):
-                    self.bits.append(event["bits_per_byte"] / event["loss"])
+                if event.get("loss"):  # 0: a set that does not tell it, as one with a mask
+                    self.bits.append((event.get("bits_per_byte") or 0.0) / event["loss"])
             elif kind == "val_mean":
                 mean[step] = (number(event.get("loss")), float("nan"))
         evaluated = {s for rows in [mean, *val.values()] for s in rows}
@@ -101,7 +101,7 @@ class Clock:
 
 def bits_of_a_nat(runs):
     """Bits per byte where the loss is 1 nat, as the validations of the logs have it: tokens around documents, or of
-    several bytes, count. None where a run does not tell it, or sets differ by more than the width of a curve."""
+    several bytes, count. None where a set does not tell it, or sets differ by more than the width of a curve."""
     ratios = [ratio for run in runs for ratio in run.bits]
     known = ratios and all(run.bits for run in runs if run.val)
     return sum(ratios) / len(ratios) if known and max(ratios) < 1.005 * min(ratios) else None

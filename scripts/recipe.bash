@@ -1,12 +1,15 @@
 # recipe.bash: what train_880m.sh and finetune_4k.sh share; they source it.
 
-# write_recipe: SHARDS/recipe.txt, the weights of SlimPajama's domains, where it is missing: whole or not there, whoever
-# of several processes makes it. Other shards are told by a recipe of their own.
+# write_recipe OPTIONS...: SHARDS/recipe.txt, the weights of SlimPajama's domains, where it is missing: whole or not
+# there, whoever of several processes makes it. Other shards are told by a recipe of their own, or by --train among the
+# OPTIONS.
 write_recipe() {
-    local new set
+    local new set files
     [ ! -e "$shards/recipe.txt" ] || return 0
+    case " $* " in *" --train "* | *" --train="*) return 0 ;; esac
     for set in $(sed -n 's/^\([a-z0-9]*\)_train_.*/\1/p' "$root/data/slimpajama_weights.txt"); do
-        compgen -G "$shards/${set}_train_*.bin" > /dev/null && continue
+        files=("$shards/$set"_train_*.bin)  # no compgen -G, to which brackets in the folder's name are a pattern
+        [ ! -e "${files[0]}" ] || continue
         echo "${0##*/}: $shards has no ${set}_train_*.bin, which SlimPajama has; of other shards write" \
             "$shards/recipe.txt, a line GLOB = WEIGHT for each set" >&2
         exit 1

@@ -189,7 +189,8 @@ install_packages() {
     has make || need+=(make)
     has pkg-config || need+=(pkg-config)
     has clang || need+=(clang)
-    has gcc-11 || need+=(gcc-11)
+    # Debian 13 has none of these
+    has gcc-8 || has gcc-9 || has gcc-10 || has gcc-11 || ! apt-cache show gcc-11 > /dev/null 2>&1 || need+=(gcc-11)
     compiles 'int main(void){return cblas_sgemm == 0;}' gcc -include cblas.h \
         $(pkg-config --cflags --libs openblas 2> /dev/null) -lopenblas || need+=(libopenblas-dev)
     compiles 'int main(void){return dnnl_version == 0;}' gcc -include oneapi/dnnl/dnnl.h -ldnnl ||

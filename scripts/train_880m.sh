@@ -32,7 +32,7 @@ trainer=${TRAINER:-$root/train_mta_cuda}
     echo "train_880m.sh: $shards is not a directory; data/README.md says how to make shards" >&2
     exit 1
 }
-write_recipe
+write_recipe "$@"
 
 recipe=(--model 880m --attention "$attention" --seq-len 2048 --tokens-per-step 262144 --steps 400000 --lr 1.5e-4
         --schedule linear --warmup 375 --beta1 0.9 --beta2 0.98 --eps 1e-8 --weight-decay 0.05 --grad-clip 1

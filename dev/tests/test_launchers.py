@@ -83,7 +83,7 @@ class Scripts(Folder):
 class Launchers(Scripts):
     def setUp(self):
         super().setUp()
-        self.shards, self.log = (os.path.join(self.folder, name) for name in ("shards", "log"))
+        self.shards, self.log = (os.path.join(self.folder, name) for name in ("shards [1]", "log"))
         os.mkdir(self.shards)
         for name in ("commoncrawl", "c4", "github", "wikipedia", "stackexchange", "arxiv", "book"):
             open(os.path.join(self.shards, name + "_train_000000.bin"), "w").close()

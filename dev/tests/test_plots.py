@@ -127,13 +127,15 @@ class Plots(Folder):
 
     def test_bits_per_byte(self):
         """The axis says what the log says, BOS and EOS of short documents included, or is not there."""
-        for name, ratios in (("a", (1.8, 1.8)), ("b", (1.8, 1.803)), ("c", (1.44,)), ("d", (None,))):
+        for name, ratios in (("a", (1.8, 1.8)), ("b", (1.8, 1.803)), ("c", (1.44,)), ("d", (None,)),
+                             ("e", (1.8, None))):
             events = [{"event": "val", "step": 1, "name": str(i), "loss": 2.0, "bits_per_byte": r and 2 * r}
                       for i, r in enumerate(ratios)]
             self.write_log(name, "".join(json.dumps(e) + "\n" for e in events))
         bits = lambda *names: plot_run.bits_of_a_nat([plot_run.Run(n, self.path(n)) for n in names])
         self.assertAlmostEqual(bits("a", "b"), 1.80075)
         self.assertEqual((bits("c"), bits("a", "c"), bits("a", "d"), bits("d")), (1.44, None, None, None))
+        self.assertIsNone(bits("e"))  # a set with a mask in the same picture
 
     def test_runs_of_one_name(self):
         """Two runs that are called alike in two folders are not drawn as seeds of one; a label joins them."""
