@@ -1185,7 +1185,7 @@ static void read_prompt(Session* session) {
     }
     if (!session->n) {
         die("%s: nothing to continue", session->options.token_ids
-                                           ? "--token-ids: got no id, and ids are taken as they are, without BOS"
+                                           ? "--token-ids: the list is empty, and no BOS goes before ids"
                                            : "the prompt is empty and the tokenizer has no BOS");
     }
 }

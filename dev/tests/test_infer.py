@@ -1510,7 +1510,7 @@ class TextIO(unittest.TestCase):
         self.assertEqual(run([self.dir, *ids, "--quiet"], check=False).stderr.count(b"--echo"), 1)
         p = run(["--detokenize"], stdin=b"1", check=False)
         self.assertEqual(p.stderr, b"infer_mta: --detokenize needs --tokenizer NAME|FILE or a checkpoint directory\n")
-        for words, why in ((["--token-ids", ""], "--token-ids: got no id"),
+        for words, why in ((["--token-ids", ""], "--token-ids: the list is empty"),
                            (["--logits", "x", "--score", "-"], "exclude each other"),
                            (["--prompt", "a", "--token-ids", "1"], "exclude each other"),
                            (["--prompt", "a", "--score", "-"], "--prompt: no use beside --score")):
