@@ -545,6 +545,10 @@ static inline void run_settle_steps(Run* r) {
     r->windows = (int)(r->tokens_per_step / T);
     r->batch_size = o->batch_size < r->windows ? o->batch_size : r->windows;
     int heads = r->config.num_attention_heads, most = INT32_MAX / heads;  // tokens x heads are counted in int
+    if (T * r->batch_size > INT32_MAX) {
+        die("--batch-size: %d sequences of %lld are %lld tokens at once, wanted at most %d", r->batch_size,
+            (long long)T, (long long)T * r->batch_size, INT32_MAX);
+    }
     if (T * r->batch_size > most) {
         die("--batch-size: %d sequences of %lld are %lld tokens at once, wanted at most %d with %d heads",
             r->batch_size, (long long)T, (long long)T * r->batch_size, most, heads);

@@ -63,7 +63,7 @@ choose_batch() {
         case $gpus in *,*) gpus=$(cut -d, -f$((here + 1)) <<< "$gpus") ;; "") gpus=$here ;; esac
         plan=(--ranks "$ranks")
     fi
-    saved=$(sed -n 's/^  "shards": \([0-9]*\),$/\1/p' "$out"/step-*/trainer.json 2> /dev/null | tail -n 1) || true
+    saved=$(sed -n 's/^  "shards": \([0-9]*\),$/\1/p' "${out:-}"/step-*/trainer.json 2> /dev/null | tail -n 1) || true
     if [ "${saved:-1}" -gt 1 ] && [ $((saved % ranks)) -eq 0 ]; then plan+=(--shards "$saved"); fi
     fits=$(env -u WORLD_SIZE -u OMPI_COMM_WORLD_SIZE -u PMI_SIZE -u SLURM_STEP_NUM_TASKS \
         ${gpus:+CUDA_VISIBLE_DEVICES="$gpus"} "$trainer" --batch-size 1 --dry-run "${plan[@]}" "$@" |

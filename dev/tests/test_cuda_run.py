@@ -439,7 +439,7 @@ class CudaRuns(Folder):
                  "--tokens-per-step", "2400000000"]
         sequences = ["--batch-size", "70000", "--tokens-per-step", "1680000"]
         for options, words in ((["--hidden-size", "20"], "head size 5 is odd"),
-                               (large, "2400000000 tokens at once, wanted at most"),
+                               (large, "tokens at once, wanted at most 2147483647"),
                                (sequences, "at most 65535 sequences")):
             self.assertIn(words, self.refused(*options))
 

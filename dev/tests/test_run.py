@@ -1764,6 +1764,8 @@ class Refused(Trainer):
         self.refused(["--val", "no weight"], {"--val": self.path("a_val_*.bin") + "=2"})
         self.refused(["--batch-size", "2147483647"],
                      {"--batch-size": 1 << 20, "--tokens-per-step": 1 << 33, "--seq-len": 1 << 20})
+        self.refused(["1073741824 tokens at once, wanted at most 1073741823 with 2 heads"],
+                     {"--batch-size": 1 << 20, "--tokens-per-step": 1 << 30, "--seq-len": 1 << 10})
 
     def test_models(self):
         self.refused(["hidden_size 32", "num_attention_heads 3"],
