@@ -58,7 +58,10 @@ def is_triangle(rows, n):
 def load(path):
     """A map of infer_mta's: row i has the weights of query i over keys 0 to i."""
     with open(path, encoding="utf-8") as f:
-        data = json.load(f)
+        try:
+            data = json.load(f)
+        except ValueError as error:
+            raise UserError("%s: no JSON: %s" % (path, error))
     tokens = data.get("tokens") if isinstance(data, dict) else None
     good = isinstance(tokens, list) and tokens and all(isinstance(t, str) for t in tokens)
     good = good and all(type(data.get(key)) is int for key in ("layer", "head"))

@@ -9,8 +9,10 @@ writes into OUT, which is new or empty:
     configuration_mta.py, modeling_mta.py     of a model with MTA's or DIFF Transformer's attention: its code, for
         AutoModelForCausalLM.from_pretrained(OUT, trust_remote_code=True)   (transformers 4.57 and 5.24 are tested)
     tokenizer.json, tokenizer_config.json, generation_config.json     of a rank file or of `bytes`, for AutoTokenizer:
-        the same ids. Text that looks like a special token stays text; BOS goes before a text, as infer_mta does it.
-        A generation_config.json of DIR goes along as it is.
+        the same ids. Text that looks like a special token stays text (in a chat template too, but for
+        AutoTokenizer.from_pretrained(OUT, split_special_tokens=False)); BOS goes before a text, as infer_mta does it.
+        Where DIR has a tokenizer.json, as transformers saves it, or a generation_config.json, these go along as they
+        are.
     the rank file, so that infer_mta reads OUT too
 A plain model is LLaMA and needs no code. The tokenizer `toy` has no counterpart (it refuses most characters): its ids
 are written, no tokenizer. The standard library suffices; --bf16 needs numpy.
@@ -66,6 +68,10 @@ AUTO_MAP = {
     "AutoModel": "modeling_mta.MtaModel",
     "AutoModelForCausalLM": "modeling_mta.MtaForCausalLM",
 }
+# What transformers saves of a tokenizer: with tokens that were added, and a chat template.
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"
+)
 INDEX = "model.safetensors.index.json"
 WIDTHS = {"F32": 4, "BF16": 2, "F16": 2}  # bytes of a value
 PIECE = 1 << 24  # bytes read at once
@@ -464,17 +470,24 @@ def write_json(folder, name, value):
 def write_tokenizer(folder, config, out):
     """What there is of the tokenizer's files; returns a line about it."""
     name = config.get("tokenizer")
+    theirs = os.path.isfile(os.path.join(folder, "tokenizer.json"))
+    for file in TOKENIZER_FILES if theirs else ():
+        if os.path.isfile(os.path.join(folder, file)):
+            shutil.copyfile(os.path.join(folder, file), os.path.join(out, file))
+    if theirs and name in (None, "", "toy", "bytes"):
+        return "its tokenizer.json"
     if name in (None, "", "toy"):
         return "no tokenizer: %s" % ("toy has no counterpart in transformers" if name else "config.json names none")
     if not isinstance(name, str) or "/" in name:
         raise UserError("tokenizer: got %s, wanted a name or a file beside config.json" % json.dumps(name))
     path = name if name == "bytes" else os.path.join(folder, name)
     tok = open_tokenizer(path, config.get("tokenizer_pattern") or None, encoder=False)
-    write_json(out, "tokenizer.json", tokenizer_json(tok))
-    write_json(out, "tokenizer_config.json", tokenizer_config(tok, config.get("max_position_embeddings", 2048)))
+    if not theirs:
+        write_json(out, "tokenizer.json", tokenizer_json(tok))
+        write_json(out, "tokenizer_config.json", tokenizer_config(tok, config.get("max_position_embeddings", 2048)))
     if tok.path:
         shutil.copyfile(tok.path, os.path.join(out, name))
-    return "tokenizer %s" % tok.name
+    return "its tokenizer.json" if theirs else "tokenizer %s" % tok.name
 
 
 def export(folder, out, bf16):

@@ -13,6 +13,7 @@ import argparse
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -26,6 +27,10 @@ except ImportError:  # --help works without the harness; main() says what is mis
 ROOT = os.path.abspath(os.path.join(os.path.dirname(__file__), ".."))
 WEIGHTS = ["stored", "f32", "bf16", "int8"]
 NOT_STORED = "--weights %s: a trainer scores with the weights as they are stored"
+
+
+class Failed(RuntimeError):
+    """A program that ended before it had answered."""
 
 
 class Program:
@@ -58,7 +63,7 @@ class Program:
         writer.join()
         if len(answers) < len(lines) or (last and self.process.wait()):
             status = "exit status %d, %d answers to %d lines" % (self.process.wait(), len(answers), len(lines))
-            raise RuntimeError("%s: %s" % (" ".join(self.args), status))
+            raise Failed("%s: %s" % (" ".join(self.args), status))
         return answers
 
     def close(self):
@@ -114,10 +119,11 @@ def config_file(checkpoint):
 class MtaLM(LM):
     """checkpoint: a directory; infer: the program; weights, threads: its options. trainer: train_mta or train_mta_cuda,
     which then scores in its place, batch_size requests of the model's context at once, or more shorter ones. The
-    harness gives max_batch_size and device to every model, "cuda:0" by itself: they say nothing here."""
+    harness gives max_batch_size and device to every model, "cuda:0" by itself: they say nothing here, nor does path,
+    after which it names the folder of --output_path; without it that name is random."""
 
     def __init__(self, checkpoint, infer=os.path.join(ROOT, "infer_mta"), weights="stored", threads=0, max_gen_toks=256,
-                 trainer=None, batch_size=None, max_batch_size=None, device=None):
+                 trainer=None, batch_size=None, max_batch_size=None, device=None, path=None):
         super().__init__()
         if trainer and weights != "stored":
             raise ValueError(NOT_STORED % weights)
@@ -197,12 +203,19 @@ def main():
             pass
     except OSError as e:
         sys.exit("lm_eval_mta.py: %s: %s; wanted a checkpoint, or a run with one" % (e.filename, e.strerror))
+    needed = args.trainer or args.infer
+    if not shutil.which(needed):
+        sys.exit("lm_eval_mta.py: %s: no program; make %s" % (needed, os.path.basename(needed)))
     try:
         from lm_eval.__main__ import cli_evaluate
     except ImportError as e:
         sys.exit("lm_eval_mta.py: %s; install the harness: pip install lm-eval" % e)
-    sys.argv = ["lm_eval", "--model", "mta", "--model_args", json.dumps(vars(args)), *others]
-    cli_evaluate()
+    given = json.dumps(dict(vars(args), path=args.checkpoint))
+    sys.argv = ["lm_eval", "--model", "mta", "--model_args", given, *others]
+    try:
+        cli_evaluate()
+    except Failed as e:  # it has said why
+        sys.exit("lm_eval_mta.py: %s" % e)
 
 
 if __name__ == "__main__":

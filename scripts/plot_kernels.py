@@ -8,14 +8,13 @@ writes, for each kind the checkpoint has, kq_conv.png, kq_conv_post.png, head_mi
 where training started: the identity, 1 there and 0 elsewhere. Colours end at the largest weight beside those squares,
 which are often beyond. numpy and matplotlib are needed.
 """
-import json
 import os
 import re
 import sys
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path[:0] = [HERE, os.path.join(os.path.dirname(HERE), "data")]
-from export import find_checkpoint  # noqa: E402
+from export import find_checkpoint, read_header, weight_files  # noqa: E402
 from options import Parser  # noqa: E402
 from tokenizer import UserError  # noqa: E402
 
@@ -43,18 +42,12 @@ def read_tensors(path):
     """The tensors of one safetensors file whose names are WANTED: {(kind, layer): array}."""
     out = {}
     with open(path, "rb") as f:
-        size = os.fstat(f.fileno()).st_size
-        length = int.from_bytes(f.read(8), "little")
-        if length > size - 8:
-            raise ValueError(f"{path}: no safetensors file")
-        header = json.loads(f.read(length))
-        for name, entry in header.items():
+        for name, entry in read_header(path).items():
             match = WANTED.fullmatch(name)
             if not match:
                 continue
-            begin, end = entry["data_offsets"]
-            f.seek(8 + length + begin)
-            data = np.frombuffer(f.read(end - begin), dtype=DTYPES[entry["dtype"]])
+            f.seek(entry["begin"])
+            data = np.frombuffer(f.read(entry["end"] - entry["begin"]), dtype=DTYPES[entry["dtype"]])
             if entry["dtype"] == "BF16":
                 data = (data.astype(np.uint32) << 16).view(np.float32)
             out[match[2], int(match[1])] = data.reshape(entry["shape"]).astype(np.float64)
@@ -63,14 +56,8 @@ def read_tensors(path):
 
 def read_checkpoint(folder):
     """All of them, from model.safetensors or the files of its index."""
-    index = os.path.join(folder, "model.safetensors.index.json")
-    if not os.path.exists(os.path.join(folder, "model.safetensors")) and os.path.exists(index):
-        with open(index, encoding="utf-8") as f:
-            files = sorted(set(json.load(f)["weight_map"].values()))
-    else:
-        files = ["model.safetensors"]
     out = {}
-    for name in files:
+    for name in weight_files(folder)[0]:
         out.update(read_tensors(os.path.join(folder, name)))
     return out
 
@@ -78,7 +65,8 @@ def read_checkpoint(folder):
 def colour_limit(layers, identity):
     """Where the colours end: the largest weight beside the identity's ones, so that these do not make everything else
     look like zero."""
-    return max(max(np.abs(np.where(identity, 0, values)).max() for values in layers.values()), 0.01)
+    beside = (np.where(identity | ~np.isfinite(values), 0, values) for values in layers.values())
+    return max(max(np.abs(values).max() for values in beside), 0.01)
 
 
 def heat(ax, values, marks, limit):

@@ -61,13 +61,9 @@ def texts(event):
     return {}
 
 
-def convert(log, folder):
-    """Writes the events; how many values there were. Of a log that cannot be read all stays as it is."""
-    events = list(log_events(log))
-    os.makedirs(folder, exist_ok=True)
-    for old in glob.glob(os.path.join(glob.escape(folder), "events.out.tfevents.*")):
-        os.remove(old)
-    writer, n, clock = EventFileWriter(folder), 0, 0.0
+def converted(events):
+    """TensorBoard's events of a log's."""
+    out, clock = [], 0.0
     for event in events:
         values = [Summary.Value(tag=tag, simple_value=x) for tag, x in scalars(event).items()]
         for tag, text in texts(event).items():
@@ -75,10 +71,24 @@ def convert(log, folder):
                                         tensor=make_tensor_proto([text.encode()])))
         clock = event.get("time", clock)  # logs of earlier versions have no times
         if values:
-            writer.add_event(Event(wall_time=clock, step=int(event.get("step", 0)), summary=Summary(value=values)))
-            n += len(values)
+            out.append(Event(wall_time=clock, step=int(event.get("step", 0)), summary=Summary(value=values)))
+    return out
+
+
+def convert(log, folder):
+    """Writes the events; how many values there were. Of a log that cannot be read all stays as it is."""
+    try:
+        events = converted(log_events(log))
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{log}: an event that is none of a run: {type(error).__name__}: {error}") from None
+    os.makedirs(folder, exist_ok=True)
+    for old in glob.glob(os.path.join(glob.escape(folder), "events.out.tfevents.*")):
+        os.remove(old)
+    writer = EventFileWriter(folder)
+    for event in events:
+        writer.add_event(event)
     writer.close()
-    return n
+    return sum(len(event.summary.value) for event in events)
 
 
 def main():
@@ -97,7 +107,7 @@ def main():
         for run in options.runs:
             folder = options.out or os.path.join(run, "tensorboard")
             print(f"{folder}: {convert(os.path.join(run, 'log.jsonl'), folder)} values")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError) as error:
         sys.exit(f"to_tensorboard.py: {error}")
 
 

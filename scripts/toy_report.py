@@ -25,13 +25,16 @@ PAPER = {  # error in percent; the one standard deviation the paper's text gives
 
 def last_error(run):
     """(step, error in percent) of a run's last masked validation; None if it has none yet, or no log."""
-    found = None
+    found, names = None, set()
     try:
         for event in log_events(os.path.join(run, "log.jsonl")):
             if event.get("event") == "val" and event.get("error") is not None:
                 found = (event["step"], 100.0 * event["error"])
+                names.add(event.get("name"))
     except (FileNotFoundError, NotADirectoryError):
         return None
+    if len(names) > 1:
+        raise ValueError("%s: %d validation sets with a mask, wanted one" % (run, len(names)))
     return found
 
 
@@ -41,6 +44,8 @@ def read_task(folder):
     for name in sorted(os.listdir(folder)):
         match = re.fullmatch(r"([a-z-]+)_(\d+)", name)
         result = match and last_error(os.path.join(folder, name))
+        if result and int(match[2]) in out.get(match[1], {}):
+            raise ValueError("%s: two runs of %s with seed %d" % (folder, match[1], int(match[2])))
         if result:
             out.setdefault(match[1], {})[int(match[2])] = result
     return out
@@ -66,6 +71,9 @@ def print_task(name, task):
         paper = [PAPER.get(model, {}).get(f"n{n}_{kind}", "-") for n in (5, 8)]
         rows.append([model] + cells + [f"{statistics.mean(e for _, e in runs.values()):.1f}"] + paper)
     print_table(rows)
+    steps = [step for runs in task.values() for step, _ in runs.values()]
+    if min(steps) < max(steps):
+        print(f"  the runs are of different lengths: their last validations are of steps {min(steps)} to {max(steps)}")
     pairs = [(task["mta"][s][1], task["transformer"][s][1]) for s in seeds if s in task.get("mta", {})
              and s in task.get("transformer", {})]
     if pairs:
@@ -79,7 +87,7 @@ def main():
     folder = parser.parse_args().folder
     try:
         task = read_task(folder)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         sys.exit(f"toy_report.py: {error}")
     if not task:
         sys.exit(f"toy_report.py: no run with a masked validation set below {folder}")

@@ -209,6 +209,24 @@ class Models(Case):
                 few = dict(options, max_new_tokens=5, num_beams=3)
                 self.assertEqual(model.generate(x[1:], **few)[0, :20].tolist(), prompts[1])
 
+    def test_fewer_layers_propose(self):
+        """assistant_early_exit: the first layers propose tokens that all of them check; the text stays."""
+        model, x = load(checkpoint("mta-full")[1]), torch.tensor([IDS[:20]])
+        options = dict(max_new_tokens=8, do_sample=False, pad_token_id=258)
+        want = model.generate(x, **options).tolist()
+        self.assertEqual(model.generate(x, assistant_early_exit=1, **options).tolist(), want)
+        self.assertEqual(model.config.num_hidden_layers, 3)
+
+    def test_maps_under_autocast(self):
+        """Convolutions and mixings stay in fp32, as the Trainer's bf16=True has it too."""
+        model, seen = load(checkpoint("mta-full")[1]), set()
+        for module in model.modules():
+            if type(module).__name__ in ("KeyQueryConv", "HeadMix"):
+                module.register_forward_hook(lambda module, given, out: seen.update((given[0].dtype, out.dtype)))
+        with torch.autocast("cpu", torch.bfloat16):
+            model(torch.tensor([IDS]))
+        self.assertEqual(seen, {torch.float32})
+
     def test_a_cache_that_goes_on(self):
         """The whole text or its new tokens alone beside a cache that holds some: the text without one. A cache that has
         no token left to compute is refused."""
@@ -422,6 +440,12 @@ class Models(Case):
             model.generate(x, max_new_tokens=2, position_ids=torch.arange(4)[None])
         with self.assertRaisesRegex(ValueError, "wanted a DynamicCache"):
             model.generate(x, max_new_tokens=2, cache_implementation="static", disable_compile=True)
+        config = type(model.config)(**dict(SIZES, **MTA))
+        config.sliding_window = 2
+        with self.assertRaisesRegex(ValueError, "drops tokens"):
+            model(x, use_cache=True, **{CACHE: DynamicCache(config=config)})
+        with self.assertRaisesRegex(ValueError, "output_attentions"):
+            load(checkpoint("mta")[1], output_attentions=True)(x)
         for bad, why in (
             (dict(attention_type="new"), "wanted mta or diff"),
             (dict(head_norm="x"), "wanted none or group"),
@@ -800,6 +824,20 @@ class Refusals(unittest.TestCase):
         with open(path, "a") as f:
             f.write("]")
         self.refused("generation_config.json: no JSON")
+
+    def test_a_tokenizer_that_was_saved(self):
+        """A tokenizer.json of DIR, of another program or with tokens that a user has added, goes along as it is; what
+        belongs to it too, infer_mta's name of a tokenizer stays."""
+        files = {"tokenizer.json": "{}", "tokenizer_config.json": '{"extra": 1}', "chat_template.jinja": "{{ x }}"}
+        for name, text in files.items():
+            with open(os.path.join(self.source, name), "w") as f:
+                f.write(text)
+        for tokenizer in ("bytes", None, "toy"):
+            write_config(self.source, dict(self.config, tokenizer=tokenizer))
+            self.assertIn("its tokenizer.json", run(export, self.source, self.out).stdout)
+            for name, text in files.items():
+                self.assertEqual(read_bytes(os.path.join(self.out, name)).decode(), text)
+            shutil.rmtree(self.out)
 
     def test_the_newest(self):
         """Of a run the checkpoint with the largest number, whatever its digits; others' folders are none."""

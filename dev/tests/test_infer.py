@@ -1354,6 +1354,9 @@ class TextIO(unittest.TestCase):
             with open(odd, "w") as f:
                 json.dump(bad, f)
             self.refused_picture(attention_map, [*drawn, odd], "no map as infer_mta")
+        with open(odd, "w") as f:
+            f.write("[1")
+        self.refused_picture(attention_map, [*drawn, written, odd], "odd.json: no JSON")
         subprocess.run([python, attention_map.__file__, *here, "--prompt=--x", "--out", out], check=True,
                        stdout=subprocess.DEVNULL)
         p = subprocess.run(args + ["--head", "7"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)

@@ -441,6 +441,12 @@ class Model(Case):
             if why != "broken":
                 self.assertIn(why, done.stderr)
 
+    def test_no_program(self):
+        for option in ("--infer", "--trainer"):
+            done = call(lm_eval_mta, self.model, option, self.path("none"), "--tasks", "none")
+            self.assertEqual((done.returncode, done.stderr.count("\n")), (1, 1), done.stderr)
+            self.assertIn("no program", done.stderr)
+
     def test_the_command_with_the_harness_s_flags(self):
         """A local task of each kind of request, through lm_eval_mta.py itself."""
         data = self.write("data.jsonl", [{"q": "Which?", "c": ["one", "two words"], "a": i % 2} for i in range(4)])
@@ -464,6 +470,9 @@ class Model(Case):
         self.assertEqual(done.returncode, 0, done.stderr[-2000:])
         for name in tasks:
             self.assertIn("local_" + name, done.stdout)
+        result = next(f for f in os.listdir(self.folder) if f.startswith("out_"))
+        with open(self.path(result)) as f:
+            self.assertEqual(json.load(f)["model_name"], self.model)
         found = [os.path.join(d, f) for d, _, files in os.walk(self.folder)
                  for f in files if f.startswith("samples_local_")]
         self.assertEqual(len(found), 3)

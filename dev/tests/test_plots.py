@@ -7,6 +7,7 @@ import array
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 import unittest
@@ -25,6 +26,7 @@ except ImportError:
 sys.path.insert(0, os.path.join(ROOT, "scripts"))
 import plot_kernels  # noqa: E402
 import plot_run  # noqa: E402
+import toy_report  # noqa: E402
 
 
 def write_checkpoint(folder, tensors, dtype="F32"):
@@ -180,10 +182,51 @@ class Plots(Folder):
         done = call(plot_kernels, self.path("plain"))
         self.assertEqual(done.returncode, 1)
         self.assertIn("plain Transformer", done.stderr)
-        with open(self.path("plain", "step-00000001", "model.safetensors"), "wb") as f:
-            f.write(b"\xff" * 100)
+        name, weights = "model.layers.0.self_attn.kq_conv.weight", self.path("plain", "step-00000001")
+        for header in (None, [1], {name: {"dtype": "F32", "shape": [1, 1, 1], "data_offsets": None}}, {name: 1}):
+            text = json.dumps(header).encode()
+            with open(os.path.join(weights, "model.safetensors"), "wb") as f:
+                f.write(len(text).to_bytes(8, "little") + text if header else b"\xff" * 100)
+            done = call(plot_kernels, self.path("plain"))
+            self.assertEqual((done.returncode, done.stderr.count("\n")), (1, 1), done.stderr)
+        os.remove(os.path.join(weights, "model.safetensors"))
+        with open(os.path.join(weights, "model.safetensors.index.json"), "w") as f:
+            f.write('{"weight_map": null}')
         done = call(plot_kernels, self.path("plain"))
         self.assertEqual((done.returncode, done.stderr.count("\n")), (1, 1), done.stderr)
+
+    def test_colours_beside_a_weight_that_is_not_finite(self):
+        import numpy as np
+
+        values = np.array([[[np.nan, np.inf, 0.5], [0.25, 1.0, -0.75]]])
+        identity = np.array([[False] * 3, [False, True, False]])
+        self.assertEqual(plot_kernels.colour_limit({0: values}, identity), 0.75)
+
+
+class ToyReport(Folder):
+    """scripts/toy_report.py: what it would have to guess is refused or said."""
+
+    def report(self, **runs):
+        task = self.path("n5_all")
+        shutil.rmtree(task, ignore_errors=True)
+        for name, events in runs.items():
+            os.makedirs(os.path.join(task, name))
+            with open(os.path.join(task, name, "log.jsonl"), "w") as f:
+                f.writelines(json.dumps(dict(event="val", **e)) + "\n" for e in events)
+        return call(toy_report, task)
+
+    def test_one_set_and_one_run_a_seed(self):
+        a, b = dict(step=10, name="a", error=0.25), dict(step=10, name="b", error=0.9)
+        done = self.report(mta_1=[a, dict(a, step=20, error=0.125)], transformer_1=[dict(a, step=20)])
+        self.assertIn("25.0", done.stdout)
+        self.assertIn("12.5", done.stdout)
+        self.assertNotIn("lengths", done.stdout)
+        self.assertIn("of steps 10 to 20", self.report(mta_1=[a], transformer_1=[dict(a, step=20)]).stdout)
+        for runs, why in ((dict(mta_1=[a, b]), "2 validation sets"), (dict(mta_1=[a], mta_01=[a]), "two runs of mta"),
+                          (dict(mta_1=[dict(name="a", error=0.5)]), "step"), (dict(mta_1=[dict(a, error="x")]), "")):
+            done = self.report(**runs)
+            self.assertEqual((done.returncode, done.stdout, done.stderr.count("\n")), (1, "", 1), done.stderr)
+            self.assertIn(why, done.stderr)
 
 
 class WithoutMatplotlib(unittest.TestCase):

@@ -98,10 +98,16 @@ class TensorBoard(Folder):
         self.assertFalse(os.path.exists(self.path("nothing")))
         self.assertEqual(run(self.path("run")).returncode, 0)
         before = os.listdir(self.path("run", "tensorboard"))
-        with open(self.path("run", "log.jsonl"), "w") as f:
-            f.write("no log\n{}\n")
-        self.assertIn("log.jsonl:1: no JSON", run(self.path("run")).stderr)
-        self.assertEqual(os.listdir(self.path("run", "tensorboard")), before)
+        val = '{"event": "val", "step": 1, "loss": 1%s}\n'
+        for text, said in (("no log\n{}\n", "log.jsonl:1: no JSON"), (val % "", "log.jsonl: an event"),
+                           (val % ', "name": "x", "time": "now"', "log.jsonl: an event"),
+                           ('{"event": "step", "sources": 1}\n', "log.jsonl: an event")):
+            with open(self.path("run", "log.jsonl"), "w") as f:
+                f.write(text)
+            done = run(self.path("run"))
+            self.assertEqual((done.returncode, done.stderr.count("\n")), (1, 1), done.stderr)
+            self.assertIn(said, done.stderr)
+            self.assertEqual(os.listdir(self.path("run", "tensorboard")), before)
 
 
 class WithoutThePackage(unittest.TestCase):

@@ -9,6 +9,7 @@ starts `halo` queries earlier, and the cache of such a layer holds queries besid
 """
 
 import math
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +32,12 @@ CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "
 def wide(x):
     """At least fp32."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def in_fp32(x):
+    """Without autocast, as the Trainer has it for bf16=True: convolutions and mixings would compute in bf16."""
+    kind = x.device.type
+    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
 
 
 class RMSNorm(nn.Module):
@@ -164,15 +171,16 @@ class MtaAttention(nn.Module):
             visible = visible & padding[:, None, None, :end]
 
         scores = wide(q[:, :, first - before : end - before] @ k.transpose(2, 3)) / math.sqrt(HS)
-        scores = self.head_mix_pre(self.kq_conv(scores.where(visible, 0)))
-        maps = scores.masked_fill(~visible, torch.finfo(scores.dtype).min).softmax(-1).where(visible, 0)
-        maps = self.head_mix(self.kq_conv_post(maps).where(visible, 0)[:, :, start - first :])
+        with in_fp32(scores):
+            scores = self.head_mix_pre(self.kq_conv(scores.where(visible, 0)))
+            maps = scores.masked_fill(~visible, torch.finfo(scores.dtype).min).softmax(-1).where(visible, 0)
+            maps = self.head_mix(self.kq_conv_post(maps).where(visible, 0)[:, :, start - first :])
 
-        if self.diff:  # heads 2p and 2p + 1: the difference of their maps, on the values of both side by side
-            positive = (wide(self.lambda_q1) * self.lambda_k1).sum().exp()
-            negative = (wide(self.lambda_q2) * self.lambda_k2).sum().exp()
-            maps = maps[:, 0::2] - (positive - negative + self.lambda_init) * maps[:, 1::2]
-            v = torch.cat([v[:, 0::2], v[:, 1::2]], -1)
+            if self.diff:  # heads 2p and 2p + 1: the difference of their maps, on the values of both side by side
+                positive = (wide(self.lambda_q1) * self.lambda_k1).sum().exp()
+                negative = (wide(self.lambda_q2) * self.lambda_k2).sum().exp()
+                maps = maps[:, 0::2] - (positive - negative + self.lambda_init) * maps[:, 1::2]
+                v = torch.cat([v[:, 0::2], v[:, 1::2]], -1)
         out = self.head_norm(maps.to(v.dtype) @ v)
         if self.config.head_norm == "group_depth_scaled":
             out = out * (1 - self.lambda_init)
@@ -278,6 +286,10 @@ class MtaModel(MtaPreTrainedModel):
             cache = DynamicCache()
         if cache is not None and not isinstance(cache, DynamicCache):
             raise ValueError(f"the cache is a {type(cache).__name__}, wanted a DynamicCache")
+        if cache is not None and any(cache.is_sliding):
+            raise ValueError("the cache drops tokens (a sliding window), wanted one that keeps all")
+        if self.config.output_attentions:
+            raise ValueError("output_attentions: no map is kept")
         if cache is not None and self.training and torch.is_grad_enabled() and self.layers[0].gradient_checkpointing:
             raise ValueError("gradient checkpointing puts keys into a cache twice, wanted use_cache=False")
 
@@ -287,7 +299,7 @@ class MtaModel(MtaPreTrainedModel):
         rope = [f(angles).to(x.device, wide(x).dtype) for f in (torch.cos, torch.sin)]
         wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         states = ()
-        for layer in self.layers:
+        for layer in self.layers[: self.config.num_hidden_layers]:  # fewer: generate's assistant_early_exit
             states += (x,) if wanted else ()
             x = layer(x, rope, padding, cache)
         x = self.norm(x)
