@@ -485,7 +485,7 @@ def measure_cost(cell, out, trainer):
     return {
         **cell, "processor": processor(), "commit": commit(), "seconds": round(time.time() - began, 1), "last": last,
         "step_seconds": {a: [round(x, 5) for x in xs] for a, xs in seconds.items()}, "resident_bytes": peak,
-        "arguments": [a.replace(os.path.join(out, ""), "RUNS/") for a in command],
+        "arguments": [a.replace(os.path.join(out, ""), "RUNS/") for a in ["train_mta", *command[1:]]],
     }
 
 

@@ -95,6 +95,13 @@ class Evidence(unittest.TestCase):
             with open(path, encoding="utf-8") as f:
                 self.assertEqual(f.read(), before)
 
+    def test_no_cell_names_a_path_of_a_machine(self):
+        paths = []
+        for part in evidence.PARTS:
+            for cell in evidence.read_results(part).values():
+                paths += [a for a in cell.get("arguments", []) if a.startswith("/")]
+        self.assertEqual(paths, [])
+
     def test_a_stopped_cell_goes_on(self):
         log = os.path.join(self.out, "ablation", "transformer", "seed1", "log.jsonl")
 
