@@ -1725,6 +1725,7 @@ static void test_random_models(const Trainer* tr, int models, bool many_heads, b
     Rng rng = rng_make(17, many_heads ? 3 : 1);
     char worst_model[192] = "";
     double worst = 0, worst_loss = 0, parts[N_PARTS] = {0};
+    int unjudged = 0;
     for (int i = 0; i < models; i++) {
         int B, T;
         Config c = fused ? random_fused_config(&rng, &B, &T) : random_config(&rng, many_heads, &B, &T);
@@ -1741,6 +1742,7 @@ static void test_random_models(const Trainer* tr, int models, bool many_heads, b
         // worst is off by 0.97 (CUDA) and 0.6 (CPU) in bf16 and by 1.4e-4 in fp32, all of heads of 2; of the others by
         // 0.12 and 0.17 in bf16.
         if (!tr->exact && HS == 2 && models > 60 && isfinite(f.all)) {
+            unjudged++;
             f.all = 0;
             memset(f.part_together, 0, sizeof f.part_together);
         }
@@ -1763,9 +1765,11 @@ static void test_random_models(const Trainer* tr, int models, bool many_heads, b
     char title[128];
     title_of(title, sizeof title, tr,
              many_heads ? "models of many heads against the CPU" : "random models against the CPU", "");
-    verdict(good && worst_loss <= (tr->exact ? 2e-6 : 0.01), title,
-            "%d models, largest relative error %.2g (%s), of convolutions %.2g, of mixings %.2g, of the loss %.2g",
-            models, worst, worst_model, parts[PART_CONV], parts[PART_MIX], worst_loss);
+    verdict(
+        good && worst_loss <= (tr->exact ? 2e-6 : 0.01), title,
+        "%d models, of %d the loss alone, largest relative error %.2g (%s), of convolutions %.2g, of mixings %.2g, of "
+        "the loss %.2g",
+        models, unjudged, worst, worst_model, parts[PART_CONV], parts[PART_MIX], worst_loss);
 }
 
 // Ten optimizer steps from the same weights on the same batches: the losses stay within 1e-5 (fp32) or 0.02 (bf16) of

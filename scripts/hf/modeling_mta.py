@@ -25,6 +25,9 @@ from .configuration_mta import MtaConfig
 # The models whose labels transformers' Trainer shifts under label_smoothing_factor.
 MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["mta"] = "MtaForCausalLM"
 
+# Before torch 2.4 it cannot be asked.
+has_autocast = getattr(torch.amp, "is_autocast_available", ("cpu", "cuda").__contains__)
+
 # What transformers calls the cache in a model's output: past_key_values, since 5.2x cache.
 CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 
@@ -37,7 +40,7 @@ def wide(x):
 def in_fp32(x):
     """Without autocast, as the Trainer has it for bf16=True: convolutions and mixings would compute in bf16."""
     kind = x.device.type
-    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
+    return torch.autocast(kind, enabled=False) if has_autocast(kind) else nullcontext()
 
 
 class RMSNorm(nn.Module):
