@@ -4,8 +4,8 @@
     python3 scripts/evidence_kernels.py patterns DIR        counts the patterns of a checkpoint, or a run's newest one
     python3 scripts/evidence_kernels.py random|mean DIR SEED
 
-The second writes DIR/model.safetensors anew with every kernel drawn from a normal distribution of variance 1 / taps, or
-with each tap 1 / taps; the same call gives the same bytes. scripts/evidence.py uses both, and kernels(DIR). Standard
+The second writes DIR/model.safetensors (F32) anew with every kernel drawn from a normal distribution of variance 1 /
+taps, or with each tap 1 / taps; the same call gives the same bytes. scripts/evidence.py uses both, and kernels(DIR). Standard
 library only.
 """
 
@@ -106,6 +106,8 @@ def start_at(kind, folder, seed):
         if KERNEL.fullmatch(name):
             heads, queries, keys = entry["shape"]
             n = queries * keys
+            if entry["dtype"] != "F32":
+                raise UserError("%s: %s is %s, wanted F32" % (path, name, entry["dtype"]))
             taps = array.array("f", [dice.gauss(0, n**-0.5) if kind == "random" else 1 / n for _ in range(heads * n)])
             data[start + entry["data_offsets"][0] : start + entry["data_offsets"][1]] = taps.tobytes()
     with open(path + ".partial", "wb") as f:
@@ -116,14 +118,15 @@ def start_at(kind, folder, seed):
 if __name__ == "__main__":
     if len(sys.argv) == 2 and sys.argv[1] in ("--help", "-h"):
         print(__doc__.strip())
-    elif len(sys.argv) == 3 and sys.argv[1] == "patterns":
-        try:
+        sys.exit()
+    try:
+        if len(sys.argv) == 3 and sys.argv[1] == "patterns":
             for tensor, kinds in counts(kernels(find_checkpoint(sys.argv[2]))).items():
                 print("%-13s" % tensor, ", ".join("%d %s" % (n, kind) for kind, n in sorted(kinds.items())))
-        except (UserError, OSError, ValueError) as error:
-            sys.exit("evidence_kernels.py: %s" % error)
-    elif len(sys.argv) != 4 or sys.argv[1] not in ("random", "mean"):
-        sys.exit("evidence_kernels.py: wanted patterns and a checkpoint, or random or mean, a checkpoint and a seed; "
-                 "--help says more")
-    else:
-        start_at(sys.argv[1], sys.argv[2], int(sys.argv[3]))
+        elif len(sys.argv) == 4 and sys.argv[1] in ("random", "mean"):
+            start_at(sys.argv[1], sys.argv[2], int(sys.argv[3]))
+        else:
+            raise UserError("wanted patterns and a checkpoint, or random or mean, a checkpoint and a seed; --help says "
+                            "more")
+    except (UserError, OSError, ValueError) as error:
+        sys.exit("evidence_kernels.py: %s" % error)

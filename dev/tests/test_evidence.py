@@ -220,7 +220,7 @@ class Evidence(unittest.TestCase):
     def test_patterns_of_a_checkpoint(self):
         """By the command; of bf16 the same as of f32, other types are refused."""
         script = os.path.join(helpers.ROOT, "scripts", "evidence_kernels.py")
-        raw = array.array("f", [0, 1, 0, 0.5] * 2).tobytes()
+        raw = array.array("f", [1, -1, 0, 1] * 2).tobytes()
         for dtype, data in (("F32", raw), ("BF16", helpers.to_bf16(raw)), ("F16", raw[: len(raw) // 2])):
             folder = os.path.join(self.out, dtype, "step-00000001")
             os.makedirs(folder)
@@ -231,7 +231,19 @@ class Evidence(unittest.TestCase):
                                   text=True)
             self.assertEqual((done.returncode, "wanted F32 or BF16" in done.stderr), (1, True) if dtype == "F16" else
                              (0, False), done.stderr)
-            self.assertEqual(done.stdout, "" if dtype == "F16" else "head_mix      2 other\n")
+            self.assertEqual(done.stdout, "" if dtype == "F16" else "head_mix      2 contrast\n")
+
+    def test_other_kernels_of_bf16(self):
+        """Are refused, and the file stays: it would get floats where it says bf16."""
+        script = os.path.join(helpers.ROOT, "scripts", "evidence_kernels.py")
+        path = os.path.join(self.out, "model.safetensors")
+        helpers.write_safetensors(path, {"model.layers.0.self_attn.kq_conv.weight": ("BF16", [2, 1, 3], b"ab" * 6)})
+        before = helpers.read_bytes(path)
+        for kind in ("random", "mean"):
+            done = subprocess.run([sys.executable, script, kind, self.out, "1"], capture_output=True, text=True)
+            self.assertEqual((done.returncode, done.stderr.count("\n")), (1, 1), done.stderr)
+            self.assertIn("kq_conv.weight is BF16, wanted F32", done.stderr)
+            self.assertEqual(helpers.read_bytes(path), before)
 
     def test_what_a_few_seeds_tell(self):
         """Where one more seed lies with 95%: of draws that scatter normally, 19 of 20. Deviations are pooled by their
