@@ -1,4 +1,5 @@
 """Reads log.jsonl of a training run, whose lines mta/log.h lists."""
+import contextlib
 import json
 
 
@@ -15,3 +16,15 @@ def log_events(path):
             if not isinstance(event, dict):
                 raise ValueError("%s:%d: no event, wanted an object" % (path, number))
             yield event
+
+
+@contextlib.contextmanager
+def events_of_a_run(path):
+    """Around what takes values out of the events: where one is missing or of another kind, the log is named."""
+    try:
+        yield
+    except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
+        if isinstance(error, ValueError) and str(error).startswith(path):  # named already
+            raise
+        why = "no %s" % error if isinstance(error, KeyError) else error
+        raise ValueError("%s: an event that is none of a run: %s" % (path, why)) from None

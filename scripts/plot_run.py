@@ -17,7 +17,7 @@ import sys
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path[:0] = [HERE, os.path.join(os.path.dirname(HERE), "data")]
 from options import Parser, picture_name, split_name  # noqa: E402
-from runlog import log_events  # noqa: E402
+from runlog import events_of_a_run, log_events  # noqa: E402
 
 try:
     import matplotlib
@@ -51,6 +51,10 @@ class Run:
     def __init__(self, label, path, x="steps"):
         self.label, self.path, self.bits = label, path, []
         file = os.path.join(path, "log.jsonl") if os.path.isdir(path) else path
+        with events_of_a_run(file):
+            self.read(file, x)
+
+    def read(self, file, x):
         steps, val, mean, places, clock = {}, {}, {}, {0: 0.0}, Clock()
         for event in log_events(file):
             kind, step = event.get("event"), event.get("step")
@@ -237,7 +241,7 @@ def main():
         first = runs[0].path if os.path.isdir(runs[0].path) else os.path.dirname(runs[0].path)
         out = options.out or os.path.join(first, "curves.png")
         draw(runs, options.title or ", ".join(dict.fromkeys(run.label for run in runs)), out, options.x)
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError) as error:
         sys.exit(f"plot_run.py: {error}")
     print(out)
 

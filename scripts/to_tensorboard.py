@@ -18,7 +18,7 @@ import sys
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "data"))
 from options import Parser  # noqa: E402
-from runlog import log_events  # noqa: E402
+from runlog import events_of_a_run, log_events  # noqa: E402
 
 try:
     from tensorboard.compat.proto.event_pb2 import Event
@@ -77,10 +77,8 @@ def converted(events):
 
 def convert(log, folder):
     """Writes the events; how many values there were. Of a log that cannot be read all stays as it is."""
-    try:
+    with events_of_a_run(log):
         events = converted(log_events(log))
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{log}: an event that is none of a run: {type(error).__name__}: {error}") from None
     os.makedirs(folder, exist_ok=True)
     for old in glob.glob(os.path.join(glob.escape(folder), "events.out.tfevents.*")):
         os.remove(old)

@@ -14,7 +14,7 @@ import sys
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "data"))
 from options import Parser  # noqa: E402
-from runlog import log_events  # noqa: E402
+from runlog import events_of_a_run, log_events  # noqa: E402
 
 PAPER = {  # error in percent; the one standard deviation the paper's text gives is kept
     "transformer": {"n5_all": "51.6 +- 43.1", "n5_first": "78.2", "n5_last": "1.3", "n8_all": "31.2",
@@ -25,12 +25,13 @@ PAPER = {  # error in percent; the one standard deviation the paper's text gives
 
 def last_error(run):
     """(step, error in percent) of a run's last masked validation; None if it has none yet, or no log."""
-    found, names = None, set()
+    found, names, log = None, set(), os.path.join(run, "log.jsonl")
     try:
-        for event in log_events(os.path.join(run, "log.jsonl")):
-            if event.get("event") == "val" and event.get("error") is not None:
-                found = (event["step"], 100.0 * event["error"])
-                names.add(event.get("name"))
+        with events_of_a_run(log):
+            for event in log_events(log):
+                if event.get("event") == "val" and event.get("error") is not None:
+                    found = (int(event["step"]), 100.0 * float(event["error"]))
+                    names.add(event.get("name"))
     except (FileNotFoundError, NotADirectoryError):
         return None
     if len(names) > 1:
@@ -87,7 +88,7 @@ def main():
     folder = parser.parse_args().folder
     try:
         task = read_task(folder)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError) as error:
         sys.exit(f"toy_report.py: {error}")
     if not task:
         sys.exit(f"toy_report.py: no run with a masked validation set below {folder}")

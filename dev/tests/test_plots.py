@@ -119,8 +119,10 @@ class Plots(Folder):
         self.write_log("empty", "")
         self.write_log("holed", '{"event":"step","step":1,"loss":3}\n{"event":"st\n{"event":"step","step":3}\n')
         self.write_log("evaluated", '{"event":"val","step":7,"name":"x","loss":2}\n')
+        self.write_log("other", '{"event":"val","step":7,"name":"x","loss":2,"bits_per_byte":"3"}\n')
         for arguments, words in (([self.path("nothing")], "No such file"), ([self.path("empty")], "no step"),
                                  ([self.path("holed")], "log.jsonl:2: no JSON"),
+                                 ([self.path("other")], "other/log.jsonl: an event that is none of a run: "),
                                  ([self.path("evaluated"), "--x", "tokens"], "do not tell the tokens of step 7")):
             done = call(plot_run, *arguments)
             self.assertEqual(done.returncode, 1, arguments)
@@ -222,8 +224,10 @@ class ToyReport(Folder):
         self.assertIn("12.5", done.stdout)
         self.assertNotIn("lengths", done.stdout)
         self.assertIn("of steps 10 to 20", self.report(mta_1=[a], transformer_1=[dict(a, step=20)]).stdout)
+        none = "mta_1/log.jsonl: an event that is none of a run: "
         for runs, why in ((dict(mta_1=[a, b]), "2 validation sets"), (dict(mta_1=[a], mta_01=[a]), "two runs of mta"),
-                          (dict(mta_1=[dict(name="a", error=0.5)]), "step"), (dict(mta_1=[dict(a, error="x")]), "")):
+                          (dict(mta_1=[dict(name="a", error=0.5)]), none + "no 'step'"),
+                          (dict(mta_1=[dict(a, error="x")]), none), (dict(mta_1=[dict(a, step="x")]), none)):
             done = self.report(**runs)
             self.assertEqual((done.returncode, done.stdout, done.stderr.count("\n")), (1, "", 1), done.stderr)
             self.assertIn(why, done.stderr)

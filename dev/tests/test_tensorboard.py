@@ -101,7 +101,9 @@ class TensorBoard(Folder):
         val = '{"event": "val", "step": 1, "loss": 1%s}\n'
         for text, said in (("no log\n{}\n", "log.jsonl:1: no JSON"), (val % "", "log.jsonl: an event"),
                            (val % ', "name": "x", "time": "now"', "log.jsonl: an event"),
-                           ('{"event": "step", "sources": 1}\n', "log.jsonl: an event")):
+                           ('{"event": "step", "sources": 1}\n', "log.jsonl: an event"),
+                           ('{"event": "step", "loss": 1, "step": "x"}\n', "log.jsonl: an event"),
+                           ('{"event": "step", "loss": 1, "step": Infinity}\n', "log.jsonl: an event")):
             with open(self.path("run", "log.jsonl"), "w") as f:
                 f.write(text)
             done = run(self.path("run"))
