@@ -29,8 +29,11 @@ WEIGHTS = ["stored", "f32", "bf16", "int8"]
 NOT_STORED = "--weights %s: a trainer scores with the weights as they are stored"
 
 
+NO_PROGRAM = "%s: no program; make %s"
+
+
 class Failed(RuntimeError):
-    """A program that ended before it had answered."""
+    """A program that is not there, or that ended before it had answered."""
 
 
 class Program:
@@ -38,6 +41,8 @@ class Program:
 
     def __init__(self, args):
         self.args = args
+        if not shutil.which(args[0]):  # beside a trainer infer_mta is wanted by some tasks alone
+            raise Failed(NO_PROGRAM % (args[0], os.path.basename(args[0])))
         self.process = subprocess.Popen(
             args, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, encoding="utf-8"
         )
@@ -205,7 +210,7 @@ def main():
         sys.exit("lm_eval_mta.py: %s: %s; wanted a checkpoint, or a run with one" % (e.filename, e.strerror))
     needed = args.trainer or args.infer
     if not shutil.which(needed):
-        sys.exit("lm_eval_mta.py: %s: no program; make %s" % (needed, os.path.basename(needed)))
+        sys.exit("lm_eval_mta.py: " + NO_PROGRAM % (needed, os.path.basename(needed)))
     try:
         from lm_eval.__main__ import cli_evaluate
     except ImportError as e:
@@ -214,7 +219,7 @@ def main():
     sys.argv = ["lm_eval", "--model", "mta", "--model_args", given, *others]
     try:
         cli_evaluate()
-    except Failed as e:  # it has said why
+    except Failed as e:
         sys.exit("lm_eval_mta.py: %s" % e)
 
 

@@ -446,6 +446,10 @@ class Model(Case):
             done = call(lm_eval_mta, self.model, option, self.path("none"), "--tasks", "none")
             self.assertEqual((done.returncode, done.stderr.count("\n")), (1, 1), done.stderr)
             self.assertIn("no program", done.stderr)
+        lm = lm_eval_mta.MtaLM(self.model, infer=self.path("none"), trainer=TRAINER)  # these tasks want infer_mta too
+        for ask, arguments in ((lm.loglikelihood_rolling, ("a",)), (lm.generate_until, ("a", {}))):
+            with self.assertRaisesRegex(lm_eval_mta.Failed, "none: no program; make none"):
+                ask(instances("generate_until", [arguments]))
 
     def test_the_command_with_the_harness_s_flags(self):
         """A local task of each kind of request, through lm_eval_mta.py itself."""
