@@ -63,8 +63,22 @@ def hellaswag(record):
     return [(clean(context), " " + clean(ending)) for ending in record["endings"]], record.get("label")
 
 
+PROMPTS = ("passage", "article", "context", "question", "query")
+
+
+def prompts(record):
+    """The names of the texts before a record's choices, those that are not blank where there are any. Of two a format
+    would leave one out."""
+    texts = [k for k in PROMPTS if isinstance(record.get(k), str)]
+    full = [k for k in texts if record[k].strip()]
+    if len(full) > 1:
+        raise ValueError("%s: one of them would be left out; wanted all of the prompt in context" % " and ".join(full))
+    return full or texts
+
+
 def question_of(record):
     """ARC's and OpenBookQA's records, as their authors or as Hugging Face publish them -> question, choices, gold."""
+    prompts(record)
     question, choices = record.get("question_stem", record.get("question")), record.get("choices")
     if isinstance(question, dict):
         question, choices = question["stem"], question["choices"]
@@ -115,6 +129,7 @@ def winogrande(record):
 
 def mmlu(record):
     """The four choices stand in the context with their letters, and the letters are scored."""
+    prompts(record)
     subject, choices, answer = record["subject"].replace("_", " "), record["choices"], record["answer"]
     if not subject.strip() or len(choices) != 4 or not all(isinstance(c, str) for c in choices):
         raise ValueError("wanted a subject and 4 choices, got %r and %d" % (subject, len(choices)))
@@ -126,11 +141,7 @@ def mmlu(record):
 
 def general(record):
     """{"context", "question" or "query"; "choices": [...]; "gold", "label" or "answer": number or the choice itself}"""
-    texts = [k for k in ("passage", "context", "question", "query") if isinstance(record.get(k), str)]
-    full = [k for k in texts if record[k].strip()]
-    if len(full) > 1:
-        raise ValueError("%s: one of them would be left out; wanted all of the prompt in context" % " and ".join(full))
-    context = next(record[k] for k in full or texts if k != "passage")
+    context = next(record[k] for k in prompts(record) if k in ("context", "question", "query"))
     gold = next((record[k] for k in ("gold", "label", "answer") if record.get(k) is not None), None)
     if not isinstance(record["choices"], list) or not record["choices"]:
         raise ValueError("choices: wanted a list of texts")

@@ -222,10 +222,19 @@ class Formats(Case):
 
     def test_a_passage_with_choices_of_its_own(self):
         """Is no question of BoolQ, whose answers are yes and no; of two texts before the choices none is left out."""
-        for key in ("passage", "context"):
-            record = {key: "p", "question": "Which?", "choices": ["red", "blue"], "answer": 1}
-            shown = run("choice", self.write("race.jsonl", [record]), "--out", self.path("o"), status=1)
+        record = {"question": "Which?", "choices": ["red", "blue"], "answer": 1}
+        arc = {"text": ["a", "b"], "label": "AB"}
+        for key, other in (("passage", {}), ("context", {}), ("article", {}),
+                           ("context", {"subject": "colours", "choices": ["red", "blue", "green", "grey"]}),
+                           ("passage", {"answerKey": "B", "choices": arc})):
+            shown = run("choice", self.write("race.jsonl", [dict(record, **{key: "p"}, **other)]), "--out",
+                        self.path("o"), status=1)
             self.assertIn("race.jsonl:1: %s and question: one of them would be left out" % key, shown)
+        for key in ("passage", "context"):  # a blank one is none, and no passage goes without its question
+            self.assertEqual(self.convert(dict(record, **{key: " "}))[1]["context"], "Which?")
+        shown = run("choice", self.write("race.jsonl", [dict(record, passage="p", question=" ")]), "--out",
+                    self.path("o"), status=1)
+        self.assertIn("race.jsonl:1: no context", shown)
 
     def test_bad_lines_are_named(self):
         path = self.write(
@@ -853,6 +862,7 @@ class Evaluate(Case):
             said = ask()
             self.assertEqual("bad.jsonl: not scored before and not in --requests: left out" in said,
                              not os.path.exists(self.path("requests/bad.jsonl")), said)
+            self.assertTrue(os.path.exists(self.path("o/bad.jsonl")))  # left out, not taken away
             shutil.rmtree(self.path("o"))
         self.assertNotIn("cut", ask())
         self.assertIn("was made with other options", ask("--shift", status=1))
