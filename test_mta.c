@@ -2126,10 +2126,11 @@ int main(int argc, char** argv) {
     setenv("CUDA_CPU_HEAD_BLOCKS", "6", 0);
     setenv("CUDA_CPU_LOGITS", "4096", 0);
     if (argc == 2 && (!strcmp(argv[1], "--help") || !strcmp(argv[1], "-h"))) {
-        printf("%s", USAGE);
+        put_out(USAGE, strlen(USAGE), true);
         return 0;
     } else if (argc == 2 && !strcmp(argv[1], "--version")) {
         printf("%s %s\n", program_invocation_short_name, MTA_VERSION);
+        put_out("", 0, true);
         return 0;
     } else if (argc > 1 && !strcmp(argv[1], "--golden")) {
         if (argc == 2) { die("--golden: wanted one or more golden case files"); }
@@ -2166,5 +2167,6 @@ int main(int argc, char** argv) {
         if (passed + failed == 0) { die("--only %s: no test's name contains it", only); }
     }
     printf(skipped ? "%d passed, %d failed, %d skipped\n" : "%d passed, %d failed\n", passed, failed, skipped);
+    put_out("", 0, true);
     return failed != 0;
 }

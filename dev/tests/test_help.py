@@ -108,7 +108,8 @@ class Help(unittest.TestCase):
     def test_a_result_that_cannot_be_written(self):
         """--help, --version and a plan into a full disk: one line, exit 1."""
         for name, options in (("train_mta", ["--help"]), ("infer_mta", ["--help"]), ("infer_mta", ["--version"]),
-                              ("train_mta", ["--model", "toy", "--dry-run"])):
+                              ("train_mta", ["--model", "toy", "--dry-run"]), ("test_mta", ["--help"]),
+                              ("test_mta", ["--version"]), ("test_mta", ["--only", "rope"])):
             path = os.path.join(BIN, name)
             if os.path.exists(path) and os.path.exists("/dev/full"):
                 with self.subTest(name, options=options), open("/dev/full", "w") as full:
