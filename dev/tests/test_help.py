@@ -148,6 +148,9 @@ class Help(unittest.TestCase):
         self.assertNotIn("lx-amd64", said("train_mta", "NO_CBLAS=1", ARCH="lx-amd64"))
         self.assertIn(" -msse4 ", said("train_mta", "NO_CBLAS=1", ARCH="-msse4"))
         self.assertNotIn("-march", said("train_mta", "NO_CBLAS=1", "ARCH="))
+        done = subprocess.run(["make", "-n", "-C", ROOT, "infer_mta", "CFLAGS=-O2"], capture_output=True, text=True)
+        self.assertEqual((done.returncode, "wanted OPT or ARCH" in done.stderr, done.stdout.count("infer_mta.c")),
+                         (2, True, 0), done.stdout)
         self.assertNotIn("OMPI_CC='mpicc'", said("train_mta", "NO_CBLAS=1", "CC=mpicc", "MPI=1"))
         with tempfile.TemporaryDirectory() as folder:
             for name in ("gcc", "sh", "uname", "cat", "mkdir"):

@@ -118,6 +118,23 @@ class Launchers(Scripts):
         self.assertEqual(plan["arguments"][at + 1], "32")
         self.assertNotIn("--shards", run["arguments"])  # the trainer reads it there
 
+    def test_shards_of_others(self):
+        """No recipe of SlimPajama's is written beside them: --train among the options says which there are. A run
+        stands for its newest checkpoint."""
+        shards, run = self.path("others [2]"), self.path("run [3]")
+        os.mkdir(shards)
+        os.makedirs(os.path.join(run, "step-00000001"))
+        tune, train = ["finetune_4k.sh", run], ["train_880m.sh"]
+        for (name, *before), options, said in ((tune, [], "holds no config.json"),
+                                               (tune, [], "has no commoncrawl_train_*.bin"), (tune, ["--train=x"], ""),
+                                               (train, [], "has no commoncrawl_"), (train, ["--train", "x"], "")):
+            script = [os.path.join(ROOT, "scripts", name), *before, shards, "out", *options]
+            done = subprocess.run(script, cwd=self.folder, env=self.environment, capture_output=True, text=True)
+            self.assertEqual((done.returncode, done.stderr.count("\n")), (1, 1) if said else (0, 0), done.stderr)
+            self.assertIn(said, done.stderr)
+            self.assertEqual(os.listdir(shards), [])
+            open(os.path.join(run, "step-00000001", "config.json"), "w").close()
+
     def check(self, plans, runs, printed, names, size=2, gpus=("0", "1"), batch="32"):
         """Plans of one process each, on a GPU of its own; runs with the launcher's variables and the same arguments."""
         number, count = names
