@@ -2080,7 +2080,9 @@ static void test_double(void) {
     }
     if (wanted("schedules")) { test_schedules(); }
     if (wanted("memory")) { test_memory_plan(); }
+#ifdef _OPENMP  // one thread alone (make OPENMP=) shares nothing out
     if (wanted("balance")) { test_balance(); }
+#endif
     test_layers();
     test_attention();
     if (wanted("model")) { test_model_differences(); }

@@ -32,7 +32,7 @@ help:
 	@echo "       NCCL           $(if $(NCCL),-lnccl,none: train_mta_cuda is for one GPU here)"
 
 help_dev:
-	@echo "make test_mta_nocblas                        test_mta without CBLAS"
+	@echo "make test_mta_nocblas                        test_mta without CBLAS; build/one_thread/test_mta: without OpenMP"
 	@echo "make test_mta_cuda_cpu test_mta_cuda_cpu_bf16"
 	@echo "                                             tests of the CUDA trainer, its own kernels executed on the CPU by"
 	@echo "                                             dev/cuda_cpu (fp32, bf16); --models N: so many random models;"
@@ -147,6 +147,14 @@ build/test_mta.o: test_mta.c train_mta.c $(HEADERS) build/flags_c
 
 test_mta_nocblas: build/test_mta.o build/train_mta_nocblas_library.o
 	$(CC) $(CFLAGS) $^ -o $@ $(LDLIBS)
+
+# As make OPENMP= builds it.
+ONE_THREAD = $(CC) $(filter-out $(OPENMP),$(CFLAGS)) -Wno-unknown-pragmas -Wno-unused -O1
+build/one_thread/test_mta: test_mta.c train_mta.c $(HEADERS) build/flags_c
+	@mkdir -p build/one_thread
+	$(ONE_THREAD) $(BLAS) $(ONEDNN) -c train_mta.c -o build/one_thread/train_mta.o
+	$(OBJCOPY) --weaken-symbol=main build/one_thread/train_mta.o
+	$(ONE_THREAD) $< build/one_thread/train_mta.o -o $@ $(BLAS_LINK) $(ONEDNN_LINK) $(LDLIBS)
 
 build/test_%: dev/tests/test_%.c $(wildcard dev/tests/*.h) $(HEADERS) build/flags_c
 	$(CC) $(CFLAGS) -O1 -I. $< -o $@ $(LDLIBS)

@@ -5,8 +5,8 @@
     python3 scripts/evidence_kernels.py random|mean DIR SEED
 
 The second writes DIR/model.safetensors (F32) anew with every kernel drawn from a normal distribution of variance 1 /
-taps, or with each tap 1 / taps; the same call gives the same bytes. scripts/evidence.py uses both, and kernels(DIR). Standard
-library only.
+taps, or with each tap 1 / taps; the same call gives the same bytes. scripts/evidence.py uses both, and kernels(DIR).
+Standard library only.
 """
 
 import array

@@ -380,6 +380,8 @@ for old in gcc-8 gcc-9 gcc-10 gcc-11; do
 done
 [ $older -eq 1 ] || skip "older compilers: none of gcc-8 to gcc-11 here"
 
+step full "test_mta without OpenMP" build/one_thread/test_mta build/one_thread/test_mta
+
 # What takes long. --help names it.
 undefined=build/undefined/test_mta_cuda_cpu_bf16
 for order in "7 many heads" "1 random models" "1 golden"; do
