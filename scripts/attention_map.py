@@ -108,7 +108,7 @@ def draw(maps, out):
 def main():
     parser = Parser(description=__doc__)
     parser.add_argument("dir", metavar="DIR", nargs="?", help="checkpoint")
-    parser.add_argument("--json", metavar="FILE", nargs="+", help="draw these files")
+    parser.add_argument("--json", metavar="FILE", nargs="+", action="extend", help="draw these files")
     given = parser.add_mutually_exclusive_group()
     given.add_argument("--prompt", metavar="TEXT", help="text over which the heads attend")
     given.add_argument("--token-ids", metavar="IDS", help="or its ids")

@@ -1357,6 +1357,11 @@ class TextIO(unittest.TestCase):
         with open(odd, "w") as f:
             f.write("[1")
         self.refused_picture(attention_map, [*drawn, written, odd], "odd.json: no JSON")
+        sizes = []
+        for files in ([written], [written, "--json", written]):  # all are drawn
+            subprocess.run([python, attention_map.__file__, *drawn, *files], check=True, stdout=subprocess.DEVNULL)
+            sizes.append(png_size(out)[1])
+        self.assertGreater(sizes[1], 1.5 * sizes[0])
         subprocess.run([python, attention_map.__file__, *here, "--prompt=--x", "--out", out], check=True,
                        stdout=subprocess.DEVNULL)
         p = subprocess.run(args + ["--head", "7"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
