@@ -192,7 +192,8 @@ class Worker:
         except UnicodeDecodeError as e:
             raise BadDocument("invalid UTF-8", inputs.describe_utf8(e))
         except ValueError as e:
-            ends = "; lines end in CR alone, wanted LF" * (b"\r" in line.strip())
+            several = "Extra data" in str(e) and b"\r" in line.strip()  # a CR inside of a string ends no line
+            ends = "; lines end in CR alone, wanted LF" * several
             raise BadDocument("broken JSON", str(e)[:200] + ends)
         if not isinstance(record, dict):
             raise BadDocument("broken JSON", "%s, wanted an object" % type(record).__name__)

@@ -918,6 +918,9 @@ class Kinds(Case):
         ends = self.write("cr.jsonl", self.GOOD.replace(b"\n", b"\r") * 2)
         _, shown = self.read(ends, self.path("in", "y.jsonl"))
         self.assertRegex(shown, r"cr.jsonl:1: broken JSON: .*; lines end in CR alone, wanted LF")
+        inside = self.write("inside.jsonl", b'{"text": "a\rb"}\n' + self.GOOD)
+        self.assertIn("inside.jsonl:1: broken JSON: Invalid control character at: line 1 column 12 (char 11); skipped",
+                      self.read(inside)[1])
         self.write("in/.cache/lock", b"")
         self.assertEqual(self.read(self.path("in"))[0], [b"good"])
         shown = self.read(self.path("in", "y.jsonl"), options=["--text-field", "x"], status=1)[1]
