@@ -17,7 +17,7 @@ import re
 import sys
 
 sys.path[:0] = [os.path.dirname(os.path.abspath(__file__))]
-from export import find_checkpoint  # noqa: E402
+from export import find_checkpoint, read_tensors, weight_files  # noqa: E402
 from tokenizer import UserError  # noqa: E402
 
 KERNEL = re.compile(r"model\.layers\.(\d+)\.self_attn\.(kq_conv|kq_conv_post)\.weight")
@@ -25,27 +25,25 @@ LEARNED = re.compile(r"model\.layers\.(\d+)\.self_attn\.(kq_conv|kq_conv_post|he
 
 
 def kernels(folder):
-    """{(layer, name): floats} of a checkpoint in one file, F32 or BF16: [head][query][key] of a convolution, where row
-    cq - 1, key (ck - 1) / 2 is the identity's tap, and [group][head out][head in] of a mixing."""
+    """{(layer, name): floats} of a checkpoint, F32 or BF16: [head][query][key] of a convolution, where row cq - 1, key
+    (ck - 1) / 2 is the identity's tap, and [group][head out][head in] of a mixing."""
     found = {}
-    with open(os.path.join(folder, "model.safetensors"), "rb") as f:
-        start = 8 + int.from_bytes(f.read(8), "little")
-        header = json.loads(f.read(start - 8))
-        for name, entry in header.items():
-            if not (match := LEARNED.fullmatch(name)):
-                continue
-            f.seek(start + entry["data_offsets"][0])
-            raw = f.read(entry["data_offsets"][1] - entry["data_offsets"][0])
-            if entry["dtype"] == "BF16":
-                raw = b"".join(b"\0\0" + raw[i : i + 2] for i in range(0, len(raw), 2))
-            elif entry["dtype"] != "F32":
-                raise UserError("%s: %s is %s, wanted F32 or BF16" % (folder, name, entry["dtype"]))
-            taps = array.array("f", raw)
-            heads, queries, keys = entry["shape"]
-            found[int(match[1]), match[2]] = [
-                [list(taps[(h * queries + q) * keys : (h * queries + q + 1) * keys]) for q in range(queries)]
-                for h in range(heads)
-            ]
+    for name, entry in read_tensors(folder, *weight_files(folder)).items():
+        if not (match := LEARNED.fullmatch(name)):
+            continue
+        with open(entry["path"], "rb") as f:
+            f.seek(entry["begin"])
+            raw = f.read(entry["end"] - entry["begin"])
+        if entry["dtype"] == "BF16":
+            raw = b"".join(b"\0\0" + raw[i : i + 2] for i in range(0, len(raw), 2))
+        elif entry["dtype"] != "F32":
+            raise UserError("%s: %s is %s, wanted F32 or BF16" % (folder, name, entry["dtype"]))
+        taps = array.array("f", raw)
+        heads, queries, keys = entry["shape"]
+        found[int(match[1]), match[2]] = [
+            [list(taps[(h * queries + q) * keys : (h * queries + q + 1) * keys]) for q in range(queries)]
+            for h in range(heads)
+        ]
     return found
 
 

@@ -233,6 +233,17 @@ class Evidence(unittest.TestCase):
                              (0, False), done.stderr)
             self.assertEqual(done.stdout, "" if dtype == "F16" else "head_mix      2 contrast\n")
 
+            name = "model-00001-of-00001.safetensors"  # as transformers writes a large one
+            os.rename(os.path.join(folder, "model.safetensors"), os.path.join(folder, name))
+            with open(os.path.join(folder, "model.safetensors.index.json"), "w") as f:
+                json.dump({"weight_map": {"model.layers.0.self_attn.head_mix.weight": name}}, f)
+            again = subprocess.run([sys.executable, script, "patterns", folder], capture_output=True, text=True)
+            self.assertEqual((again.returncode, again.stdout), (done.returncode, done.stdout), again.stderr)
+            with open(os.path.join(folder, name), "wb") as f:
+                f.write(b"\xff" * 100)
+            broken = subprocess.run([sys.executable, script, "patterns", folder], capture_output=True, text=True)
+            self.assertEqual((broken.returncode, broken.stderr.count("\n")), (1, 1), broken.stderr)
+
     def test_other_kernels_of_bf16(self):
         """Are refused, and the file stays: it would get floats where it says bf16."""
         script = os.path.join(helpers.ROOT, "scripts", "evidence_kernels.py")
