@@ -493,16 +493,22 @@ JSON_TOKEN = re.compile(
 )
 
 
+def plain(word):
+    """The value of true, false, null or a number; one of more digits than Python's own reader takes is a float."""
+    if word in ("true", "false", "null"):
+        return {"true": True, "false": False, "null": None}[word]
+    return float(word) if len(word) > 4300 or any(c in word for c in ".eE") else int(word)
+
+
 def patient_decode(text, at, names=()):
-    """One JSON value from `at` on -> (value, end). Without recursion; a number stays text. Raises KeyTwice for one of
-    the keys `names`."""
+    """One JSON value from `at` on -> (value, end). Without recursion. Raises KeyTwice for one of the keys `names`."""
     root, stack, keys, expect = None, [], [], ("value",)
     while True:
         at = SPACE.match(text, at).end()
         token = JSON_TOKEN.match(text, at)
         mark, string, word = token.groups() if token else (None, None, None)
         if token and "value" in expect and (not mark or mark in "{["):
-            value = {} if mark == "{" else [] if mark == "[" else json.loads(string) if string else word
+            value = {} if mark == "{" else [] if mark == "[" else json.loads(string) if string else plain(word)
             if not stack:
                 root = value
             elif isinstance(stack[-1], list):
@@ -732,11 +738,25 @@ def fault_of_machine(e):
     return isinstance(e, MemoryError) or (isinstance(e, OSError) and e.errno is not None)
 
 
+@contextlib.contextmanager
+def parquet_file(path):
+    """A file of parquet, whatever bytes its name has: pyarrow wants a name as text to be UTF-8."""
+    with need("pyarrow").OSFile(os.fsencode(path)) as f, need("pyarrow.parquet").ParquetFile(f) as parquet:
+        yield parquet
+
+
+def rows_of(batch):
+    """The rows of a batch as Python has them; UnicodeDecodeError in the place of a row whose text is not UTF-8."""
+    try:
+        return batch.to_pylist()
+    except UnicodeDecodeError as e:
+        return [e] if batch.num_rows == 1 else [rows_of(batch.slice(i, 1))[0] for i in range(batch.num_rows)]
+
+
 def parquet_tasks(index, entry, at):
     path, split = entry["path"], entry.get("split")
-    parquet = need("pyarrow.parquet")
     try:
-        with parquet.ParquetFile(path) as f:
+        with parquet_file(path) as f:
             groups, rows = f.num_row_groups, f.metadata.num_rows
     except Exception as e:
         if fault_of_machine(e):
@@ -794,8 +814,11 @@ def text_tasks(index, entry, at, tell, whole):
                 stop = end if whole else segment_end(f, start, end)
                 tell(stop)
                 f.seek(start)
+                data = f.read(stop - start)
+                if len(data) < stop - start:
+                    refuse_changed(entry)
                 at = {"input": index, "offset": stop, "line": 0}
-                yield ("text", path, side, (start == begin, stop == end), f.read(stop - start)), at
+                yield ("text", path, side, (start == begin, stop == end), data), at
 
 
 def segment_end(f, start, end):
@@ -804,7 +827,10 @@ def segment_end(f, start, end):
     overlap = b""
     f.seek(min(at, end))
     while at < end:
-        window = overlap + f.read(min(1 << 16, end - at))
+        more = f.read(min(1 << 16, end - at))
+        if not more:  # the file has become shorter, which its reader will see
+            break
+        window = overlap + more
         match = SAFE_CUT.search(window)
         if match:
             return at - len(overlap) + match.end()
@@ -832,6 +858,25 @@ def not_utf8(path):
 
 def describe_utf8(e):
     return "byte 0x%02x: %s" % (e.object[e.start], e.reason) if e.start < len(e.object) else e.reason
+
+
+def refuse_changed(entry):
+    """A file that somebody writes to while it is read, such as a download: what was read is neither what was there
+    nor what will be."""
+    with contextlib.suppress(FileNotFoundError):  # removed once it was read
+        info = os.stat(entry["path"])
+        if (info.st_size, info.st_mtime_ns) != (entry["bytes"], entry["mtime"]):
+            text = "%s: changed while it was read; --overwrite prepares anew once nobody writes to it"
+            raise UserError(text % entry["path"])
+
+
+def unchanged(index, entry, tasks):
+    """The tasks of one input, the last of them only where the file is still what it was."""
+    for task, position in tasks:
+        if position["input"] > index:
+            refuse_changed(entry)
+        yield task, position
+    refuse_changed(entry)
 
 
 def entry_tasks(index, entry, at, tell, whole):
@@ -864,7 +909,9 @@ def read_tasks(plan, at, tell, whole, full):
         here, split = at if index == at["input"] else {"input": index, "offset": 0, "line": 0}, plan[index].get("split")
         begun = here["offset"] > 0 and plan[index]["kind"] == "text"
         tasks = (
-            entry_tasks(index, plan[index], here, lambda n: tell(before + n), whole) if begun or not full(split) else ()
+            unchanged(index, plan[index], entry_tasks(index, plan[index], here, lambda n: tell(before + n), whole))
+            if begun or not full(split)
+            else ()
         )
         for task, position in tasks:
             if full(split) and not goes_on(task):

@@ -200,11 +200,10 @@ class Worker:
         return self.fields(record)
 
     def rows(self, path, group):
-        parquet = need("pyarrow.parquet")
         wanted = [self.job["text_field"]] + ([self.job["domain_field"]] if self.job["domain_field"] else [])
         bad = None
         try:
-            with parquet.ParquetFile(path) as f:
+            with inputs.parquet_file(path) as f:
                 number = sum(f.metadata.row_group(i).num_rows for i in range(group))
                 names = f.schema_arrow.names
                 columns = sorted({w if w in names else w.split(".")[0] for w in wanted} & set(names))
@@ -213,8 +212,8 @@ class Worker:
                     bad = "ambiguous field", "the column %s occurs twice" % twice[0]
                 # Not the whole group at once: that takes more memory, and pyarrow cannot read 2 GiB of a nested column.
                 for batch in () if bad else f.iter_batches(4096, row_groups=[group], columns=columns):
-                    for number, row in enumerate(batch.to_pylist(), number + 1):
-                        yield number, lambda: self.fields(row)
+                    for number, row in enumerate(inputs.rows_of(batch), number + 1):
+                        yield number, lambda: self.row(row)
         except Exception as e:
             why = "parquet row group %d: %s" % (group, str(e).split("\n")[0] or "out of memory")
             if inputs.fault_of_machine(e):
@@ -226,6 +225,11 @@ class Worker:
                 raise BadDocument(*bad)
 
             yield 0, fail
+
+    def row(self, row):
+        if isinstance(row, UnicodeDecodeError):
+            raise BadDocument("invalid UTF-8", inputs.describe_utf8(row))
+        return self.fields(row)
 
     def text(self, path, split, where, data):
         """A text, or a segment of one."""
@@ -574,7 +578,7 @@ class Preparation:
             for key in sorted(k for k in self.sets if k.endswith("/train")):
                 self.give_validation(key)
         for s in self.sets.values():
-            if s.record["open"]:
+            if s.record["open"] and s.record["open"]["tokens"]:
                 s.finish_shard()
         self.state["stage"] = "publish"
         self.commit()
@@ -803,7 +807,15 @@ def already_there(out, job, plan):
     return True
 
 
+DOWNLOADS = {"--repo": inputs.REPOSITORY, "--max-files": None, "--max-bytes": None}  # what it is where none is given
+
+
 def prepare(args):
+    if args.command == "slimpajama" and not args.download:
+        for name, default in DOWNLOADS.items():
+            if getattr(args, name[2:].replace("-", "_")) != default:
+                raise UserError(name + ": wanted --download beside it, since it is about what is fetched; --max-tokens "
+                                "limits what is prepared")
     if args.command == "slimpajama" and args.download:
         inputs.download(args)
         args.inputs = args.inputs + [args.download]

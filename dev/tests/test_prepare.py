@@ -274,6 +274,14 @@ class Texts(Case):
         self.assertEqual(sizes, [1000] * 5 + [2])
         self.assertIn("6 shards good, 5002 tokens", run("verify", self.path("o")))
 
+    def test_no_shard_is_left_empty(self):
+        """The last document, which became validation, was alone in the last shard."""
+        lines = self.write("two.jsonl", '{"text": "abcd"}\n{"text": "x"}\n')
+        run("text", lines, "--shard-tokens", 6, "--val-fraction", "1e-9", "--out", self.path("o"))
+        self.assertEqual(sorted(os.listdir(self.path("o"))),
+                         ["manifest.json", "text_train_000000.bin", "text_val_000000.bin"])
+        run("verify", self.path("o"))
+
     def test_overwrite_is_of_its_own_name(self):
         """Shards of another preparation stay, also where --overwrite replaces one."""
         lines = self.write("code.jsonl", b'{"text": "print(1)", "lang": "python"}\n' * 3)
@@ -629,6 +637,28 @@ class Bad(Case):
         self.assertGreater(*saves)
 
     @unittest.skipUnless(pyarrow, "needs pyarrow")
+    def test_a_row_of_parquet_that_is_not_utf8(self):
+        """It took the rest of its row group along, as of a damaged file."""
+        rows = [b"row %d" % i for i in range(5000)]
+        rows[2], rows[4999] = b"caf\xe9 au lait", b"\xff"
+        text = pyarrow.Array.from_buffers(pyarrow.string(), 5000, pyarrow.array(rows).buffers())
+        pyarrow.parquet.write_table(pyarrow.table({"text": text}), self.path("x.parquet"))
+        shown = run("text", self.path("x.parquet"), "--val-fraction", 0, "--out", self.path("o"))
+        self.assertIn("x.parquet:3: invalid UTF-8: byte 0xe9", shown)
+        self.assertIn("x.parquet:5000: invalid UTF-8: byte 0xff", shown)
+        self.assertRegex(shown, r"text +train +4998 ")
+
+    @unittest.skipUnless(pyarrow, "needs pyarrow")
+    def test_parquet_whose_name_is_not_utf8(self):
+        """It was called damaged, and left out."""
+        pyarrow.parquet.write_table(pyarrow.table({"text": ["one", "two"]}), self.path("x.parquet"))
+        name = os.fsencode(self.path("caf")) + b"\xe9.parquet"
+        os.rename(self.path("x.parquet"), name)
+        for workers in (1, 2):
+            shown = run("text", os.fsdecode(name), "--workers", workers, "--out", self.path("o%d" % workers))
+            self.assertNotIn("left out", shown)
+
+    @unittest.skipUnless(pyarrow, "needs pyarrow")
     def test_parquet_with_a_column_twice(self):
         """Which of the two is meant, nobody knows; another column may be there twice."""
         one, two = pyarrow.array(["one"]), pyarrow.array(["two"])
@@ -681,6 +711,9 @@ class Bad(Case):
             shown = run("text", text, "--out", self.path("o"), *options, status=1)
             self.assertIn(message, shown)
             self.assertEqual(shown.count("\n"), 1, shown)
+        for options in (("--max-files", "1"), ("--max-bytes", "9"), ("--repo", "a/b")):  # all inputs were taken
+            shown = run("slimpajama", text, "--out", self.path("o"), *options, status=1)
+            self.assertIn(options[0] + ": wanted --download beside it", shown)
         # what NAME is made of
         for name, made in (("a b", "a_b"), ("\u00e9t\u00e9", "t_"), ("\u4e2d", "text"), ("2024-11_x", "2024-11_x")):
             out = self.path("o " + made)
@@ -740,6 +773,24 @@ class Verify(Case):
         os.remove(path)
         self.assertIn("No such file", run("verify", self.path("o"), status=1))
         self.assertIn("manifest.json", run("verify", self.folder, status=1))
+
+
+    def test_another_tokenizer_than_the_shards(self):
+        """Its vocabulary was the manifest's by the message, and --pattern alone did nothing, without a word."""
+        run("text", self.write("a.txt", document(random.Random(1), 4000)), "--out", self.path("o"))
+        path = self.path("o", "a_train_000000.bin")
+        said = "%s: made with a vocabulary of 259, --tokenizer toy has 32\n" % path
+        for command in ("inspect", "verify"):
+            self.assertIn(said, run(command, path, "--tokenizer", "toy", status=1))
+            self.assertIn("--pattern: wanted --tokenizer", run(command, path, "--pattern", "gpt2", status=1))
+        with open(path, "r+b") as f:
+            f.seek(12)
+            f.write(bytes(8))  # as llm.c's: no vocabulary, no checksum
+        other = shutil.copy(path, self.path("b.bin"))
+        run("verify", other, "--tokenizer", "bytes")
+        shown = run("verify", other, "--tokenizer", "toy", status=1)
+        self.assertIn("id 256 at token 0, the vocabulary has 32", shown)
+        self.assertIn("largest id 257, NOT BELOW THE VOCABULARY, 32", run("inspect", other, "--tokenizer", "toy"))
 
 
 class Restarts(Case):
@@ -1024,17 +1075,12 @@ class Kinds(Case):
                 return [value(depth + 1) for _ in range(rng.randrange(4))]
             if kind == 6:
                 return {rng.choice('ab\u00e9"\\') * rng.randrange(3): value(depth + 1) for _ in range(rng.randrange(4))}
-            return rng.choice([None, True, False, 'x\n"\\\u4e2d', "", "[{,:"])
-
-        def words(x):  # the patient reader keeps numbers and words as text
-            if isinstance(x, dict):
-                return {k: words(v) for k, v in x.items()}
-            return [words(v) for v in x] if isinstance(x, list) else x if isinstance(x, str) else json.dumps(x)
+            return rng.choice([None, True, False, 'x\n"\\\u4e2d', "", "[{,:", 0, -17, 2.5, 1e300])
 
         for _ in range(2000):
             x = value(0)
             text = json.dumps(x, ensure_ascii=rng.random() < 0.5, indent=rng.choice([None, 1]))
-            self.assertEqual(inputs.patient_decode(text, 0), (words(x), len(text)))
+            self.assertEqual(repr(inputs.patient_decode(text, 0)), repr((x, len(text))))
             at = rng.randrange(len(text))
             broken = text[:at] + rng.choice('[]{},:"x1') + text[at + rng.randrange(2) :]
             try:
@@ -1043,6 +1089,35 @@ class Kinds(Case):
                 self.assertRaises(ValueError, inputs.patient_decode, broken, 0)
             else:
                 self.assertEqual(inputs.patient_decode(broken, 0)[1], end)
+
+    def test_what_is_no_text_is_none_beside_deep_json(self):
+        """Numbers and null became texts where only the patient reader gets through."""
+        deep, digits = "[" * 3000 + "]" * 3000, "1" * 5000
+        lines = ['{"text": null, "d": %s}' % deep, '{"text": 17, "d": %s}' % deep, '{"text": %s}' % digits,
+                 '{"text": true, "d": %s}' % digits, '{"text": "good", "d": %s}' % deep]
+        documents, shown = self.read(self.write("deep.jsonl", "\n".join(lines)))
+        self.assertEqual(documents, [b"good"])
+        for line, kind in ((1, "NoneType"), (2, "int"), (3, "float"), (4, "bool")):
+            self.assertIn("deep.jsonl:%d: field is not text: text is %s, wanted a string" % (line, kind), shown)
+
+    def test_an_input_that_changes_while_it_is_read(self):
+        """A text that became shorter was waited for forever; a download that went on was a truncated file."""
+        for name, data in (("long.txt", b"a line\n" * 4000), ("a.jsonl", self.GOOD * 4000)):
+            for less in (True, False):
+                path, out, worked = self.write(name, data), self.path("o %s %d" % (name, less)), prepare.Worker.run
+
+                def change(worker, task):
+                    if os.path.getsize(path) == len(data):
+                        self.write(name, data[: len(data) // 2] if less else data + data)
+                    return worked(worker, task)
+
+                with unittest.mock.patch.object(prepare.Worker, "run", change), unittest.mock.patch.multiple(
+                    inputs, SEGMENT=1000, BLOCK=1000
+                ):
+                    shown = run("text", path, "--val-fraction", 0, "--out", out, status=1)
+                self.assertIn("%s: changed while it was read; --overwrite" % path, shown)
+                self.assertIn("of other inputs", run("text", path, "--val-fraction", 0, "--out", out, status=1))
+                run("text", path, "--val-fraction", 0, "--out", out, "--overwrite")
 
     def test_a_long_line_takes_time_in_proportion(self):
         def seconds(size):
