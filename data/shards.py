@@ -352,10 +352,24 @@ def places(numbers, wanted):
     return found
 
 
+def refuse_pattern_alone(args):
+    if args.pattern and not args.tokenizer:
+        raise UserError("--pattern: wanted --tokenizer beside it, the rank file whose text it splits")
+
+
+def refuse_other_vocabulary(shard, tok, given):
+    """given: --tokenizer, which need not be what the shard was made with."""
+    if given and shard.vocab not in (0, tok.vocab):
+        form = (shard.path, shard.vocab, given, tok.vocab)
+        raise UserError("%s: made with a vocabulary of %d, --tokenizer %s has %d" % form)
+
+
 def inspect(args):
+    refuse_pattern_alone(args)
     shard = Shard(args.shard)
     folder, name = os.path.split(args.shard)
     tok = tokenizer_of(folder or ".", name, args.tokenizer, args.pattern)
+    refuse_other_vocabulary(shard, tok, args.tokenizer)
     form = (args.shard, shard.size, shard.magic, shard.version, 8 * shard.width)
     print("%s: %d bytes, magic %d version %d (uint%d)" % form)
     crc = "%08x" % shard.crc if shard.crc else "unknown"
@@ -371,7 +385,8 @@ def inspect(args):
         if position < KEPT:
             ids += numbers.tolist()
         position += len(numbers)
-    print("largest id %d%s" % (largest, ", NOT BELOW THE VOCABULARY" if shard.vocab and largest >= shard.vocab else ""))
+    vocab = shard.vocab or (tok.vocab if tok else 0)
+    print("largest id %d%s" % (largest, ", NOT BELOW THE VOCABULARY, %d" % vocab if 0 < vocab <= largest else ""))
     if tok is None:
         print(
             "no manifest beside it names its tokenizer: give --tokenizer to see documents; the first ids: %s" % ids[:32]
@@ -390,15 +405,18 @@ def inspect(args):
         print(text if more <= 0 and end <= len(ids) else "%s [... %s]" % (text[: args.characters], rest))
 
 
-def verify_shard(path, entry, tok):
-    """Everything that can be wrong with one shard; entry: its part of the manifest or None. -> its tokens."""
+def verify_shard(path, entry, tok, given):
+    """Everything that can be wrong with one shard; entry: its part of the manifest or None; given: --tokenizer. -> its
+    tokens."""
     shard = Shard(path)
+    refuse_other_vocabulary(shard, tok, given)
     crc = starts = position = 0
+    vocab = shard.vocab or (tok.vocab if tok else 0)
     for data, numbers in shard.chunks():
         crc = zlib.crc32(data, crc)
-        if shard.vocab and largest_of(numbers) >= shard.vocab:
-            at = next(i for i, n in enumerate(numbers) if n >= shard.vocab)
-            form = (path, numbers[at], position + at, shard.vocab)
+        if vocab and largest_of(numbers) >= vocab:
+            at = next(i for i, n in enumerate(numbers) if n >= vocab)
+            form = (path, numbers[at], position + at, vocab)
             raise UserError("%s: id %d at token %d, the vocabulary has %d" % form)
         starts += len(places(numbers, tok.bos)) if tok else 0
         position += len(numbers)
@@ -461,6 +479,7 @@ def verify_preparation(folder, manifest, name):
 
 def verify(args):
     """Folders with a manifest, or single shards. Prints one line for each thing that is wrong."""
+    refuse_pattern_alone(args)
     wrong = good = tokens = 0
     for item in args.items:
         if os.path.isdir(item):
@@ -480,7 +499,7 @@ def verify(args):
         for name in shards:
             try:
                 tok = tokenizer_of(folder or ".", name, args.tokenizer, args.pattern)
-                tokens += verify_shard(os.path.join(folder, name), manifest["shards"].get(name), tok)
+                tokens += verify_shard(os.path.join(folder, name), manifest["shards"].get(name), tok, args.tokenizer)
                 good += 1
             except UserError as e:
                 print(e)
