@@ -606,7 +606,7 @@ static inline bool loader_read_recipe(Loader* l, const char* path, Error* e) {
     snprintf(dir, sizeof(dir), "%.*s", slash != NULL ? (int)(slash - path) + 1 : 0, path);
     bool good = strlen(text) == n || fail(e, "%s: not a text file", path);
     int number = 0;
-    for (char* line = text; good && line != NULL;) {
+    for (char* line = text + byte_order_mark(text, n); good && line != NULL;) {
         char* next = strchr(line, '\n');
         if (next != NULL) { *next++ = 0; }
         number++;

@@ -325,6 +325,10 @@ static void test_recipe(void) {
     check(opens(spec, 4, 1000, &l, &e) && l.n_sources == 1 && l.sources[0].share == 1,
           "an absolute name, no newline at the end", e.text);
     loader_close(&l);
+    const char* marked = "\xEF\xBB\xBF# from an editor of another system\r\nm0.bin=1\r\n";
+    spit(at("recipe.txt"), marked, strlen(marked));
+    check(opens(spec, 4, 1000, &l, &e) && l.n_sources == 1, "a recipe with a byte-order mark", e.text);
+    loader_close(&l);
     spit(at("recipe.txt"), "m0.bin=1\nm1.bin=lots\n", 21);
     refused(spec, 4, 1000, "line 2: weight \"lots\"", "above 0");
     spit(at("recipe.txt"), "# nothing\n", 10);
