@@ -287,6 +287,8 @@ def main():
         return
     if not options.out:
         raise UserError("--out: the folder of the shards is missing")
+    if not options.name or "/" in options.name:
+        raise UserError(f"--name {options.name}: wanted the start of a file's name")
     try:
         os.makedirs(options.out, exist_ok=True)
         lock = os.path.join(options.out, f".{options.name}.lock")
