@@ -745,6 +745,13 @@ def parquet_file(path):
         yield parquet
 
 
+def column_of(field, schema):
+    """[the longest beginning of a field a.b.c under which the file has columns], [] where there is none."""
+    parts, columns = field.split("."), [schema.column(i).path + "." for i in range(len(schema))]
+    names = [".".join(parts[:n]) for n in range(len(parts), 0, -1)]
+    return [name for name in names if any(column.startswith(name + ".") for column in columns)][:1]
+
+
 def rows_of(batch):
     """The rows of a batch as Python has them; UnicodeDecodeError in the place of a row whose text is not UTF-8."""
     try:

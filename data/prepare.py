@@ -206,8 +206,9 @@ class Worker:
             with inputs.parquet_file(path) as f:
                 number = sum(f.metadata.row_group(i).num_rows for i in range(group))
                 names = f.schema_arrow.names
-                columns = sorted({w if w in names else w.split(".")[0] for w in wanted} & set(names))
-                twice = [name for name in columns if names.count(name) > 1]
+                # Of an object only what is wanted: pyarrow makes no Python values of some dates beside it.
+                columns = sorted({column for w in wanted for column in inputs.column_of(w, f.schema)})
+                twice = [name for w in columns for name in (w, w.split(".")[0]) if names.count(name) > 1]
                 if twice:
                     bad = "ambiguous field", "the column %s occurs twice" % twice[0]
                 # Not the whole group at once: that takes more memory, and pyarrow cannot read 2 GiB of a nested column.

@@ -649,6 +649,24 @@ class Bad(Case):
         self.assertRegex(shown, r"text +train +4998 ")
 
     @unittest.skipUnless(pyarrow, "needs pyarrow")
+    def test_an_object_in_parquet_with_what_python_has_no_value_for(self):
+        """A date to the nanosecond beside the wanted field made the file a damaged one."""
+        kind = pyarrow.struct([("set", pyarrow.string()), ("when", pyarrow.timestamp("ns"))])
+        meta = [{"set": "a", "when": 1700000000123456789}, None, {"set": "b", "when": None}, {"set": None, "when": 1}]
+        table = {"text": ["one", "two", "three", "four"], "meta": pyarrow.array(meta, type=kind)}
+        pyarrow.parquet.write_table(pyarrow.table(table), self.path("x.parquet"))
+        shown = run("text", self.path("x.parquet"), "--domain-field", "meta.set", "--val-fraction", 0, "--out",
+                    self.path("o"))
+        self.assertIn("x.parquet:2: missing field: no meta.set", shown)
+        self.assertIn("x.parquet:4: missing field: no text in meta.set", shown)
+        self.assertEqual([set_tokens(self.path("o"), name, "train") for name in "ab"],
+                         [[256, *b"one", 257], [256, *b"three", 257]])
+        table["meta.set"] = ["flat"] * 4
+        pyarrow.parquet.write_table(pyarrow.table(table), self.path("y.parquet"))
+        shown = run("text", self.path("y.parquet"), "--domain-field", "meta.set", "--out", self.path("p"))
+        self.assertIn("y.parquet:1: ambiguous field: meta.set is there flat and nested", shown)
+
+    @unittest.skipUnless(pyarrow, "needs pyarrow")
     def test_parquet_whose_name_is_not_utf8(self):
         """It was called damaged, and left out."""
         pyarrow.parquet.write_table(pyarrow.table({"text": ["one", "two"]}), self.path("x.parquet"))
