@@ -398,6 +398,9 @@ def download(args):
     for name, _, _ in entries:
         if name.startswith("/") or ".." in name.split("/"):
             raise UserError("%s: the file %s would lie outside of %s" % (args.repo, ascii(name), args.download))
+    top = [f.path for f in listing if hasattr(f, "size") and kind_of(f.path) != "text" and "/" not in f.path]
+    if top:
+        say("%d files that lie in no folder of %s are not fetched, such as %s" % (len(top), args.repo, top[0]))
     if not entries:
         raise UserError(
             "%s: no .jsonl, .jsonl.zst, .jsonl.gz or .parquet file in a folder of this data set" % args.repo

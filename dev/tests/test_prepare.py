@@ -1930,6 +1930,12 @@ class Downloads(Case):
         self.assertEqual(self.there(), names)
         self.assertEqual({r[1].split("/main/")[-1] for r in self.server.requests if "/resolve/" in r[1]}, {names[3]})
 
+    def test_what_lies_in_no_folder_is_said(self):
+        self.server.files["more.parquet"] = self.server.files["infos.json"] = b"x"
+        said = "2 files that lie in no folder of some/mirror are not fetched, such as infos.json\n"
+        self.assertIn(said, self.download())
+        self.assertEqual(self.there(), self.wanted())
+
     def test_what_cannot_be_had_is_named_and_the_rest_comes(self):
         missing = self.wanted()[2]
         self.server.missing.add(missing)
