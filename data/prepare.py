@@ -35,7 +35,9 @@ from options import Parser, parse_count, real_number, whole_number  # noqa: E402
 from shards import (  # noqa: E402
     FORMAT,
     HEADER_BYTES,
+    NAME_WITH_SPLIT,
     SHARD_NAME,
+    SPLIT_IN_NAME,
     add_commands,
     cores,
     foreign_shard,
@@ -732,9 +734,11 @@ def make_job(args, files):
     kinds = {inputs.kind_of(path) for path in files}
     single = len(files) == 1 and kinds == {"text"}
     stem = os.path.basename(next(iter(files))).split(".")[0] if single else args.command
-    name = args.name or re.sub(r"[^A-Za-z0-9_-]+", "_", stem).lstrip("_-") or "text"
+    name = args.name or SPLIT_IN_NAME.sub("-", re.sub(r"[^A-Za-z0-9_-]+", "_", stem).lstrip("_-")) or "text"
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
         raise UserError("--name %s: wanted letters, digits, points, dashes and underscores" % ascii(name))
+    if SPLIT_IN_NAME.search(name):
+        raise UserError(NAME_WITH_SPLIT % name)
     if not args.text_field:
         raise UserError("--text-field: got \"\", wanted the name of the field that holds the text")
     fraction = VAL_FRACTION[args.command] if args.val_fraction is None else args.val_fraction

@@ -34,6 +34,8 @@ HEADER_BYTES = 1024
 FORMAT = 1  # of manifest and state
 KEPT = 1 << 22  # tokens of a shard of which inspect shows the text
 SHARD_NAME = re.compile(r"(.+)_(train|val)_\d{6,}\.bin")
+SPLIT_IN_NAME = re.compile(r"_(?=(train|val)(_|$))")  # with which x_train_val_000000.bin would be one of *_train_*.bin
+NAME_WITH_SPLIT = "--name %s: wanted no _train or _val in it, with which *_train_*.bin finds validation too"
 
 
 # ----------------------------------------------------------------------------------------------------------------------

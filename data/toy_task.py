@@ -30,8 +30,8 @@ import zlib
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 from options import Parser, whole_number  # noqa: E402
 from shards import (  # noqa: E402
-    FORMAT, HEADER_BYTES, cores, foreign_shard, locked, manifest_lock, read_manifest, run_program, shard_header,
-    sync_file, tokenizer_entry, write_manifest,
+    FORMAT, HEADER_BYTES, NAME_WITH_SPLIT, SPLIT_IN_NAME, cores, foreign_shard, locked, manifest_lock, read_manifest,
+    run_program, shard_header, sync_file, tokenizer_entry, write_manifest,
 )
 from tokenizer import ToyTokenizer, UserError, widened  # noqa: E402
 
@@ -289,6 +289,8 @@ def main():
         raise UserError("--out: the folder of the shards is missing")
     if not options.name or "/" in options.name:
         raise UserError(f"--name {options.name}: wanted the start of a file's name")
+    if SPLIT_IN_NAME.search(options.name):
+        raise UserError(NAME_WITH_SPLIT % options.name)
     try:
         os.makedirs(options.out, exist_ok=True)
         lock = os.path.join(options.out, f".{options.name}.lock")

@@ -716,6 +716,8 @@ class Bad(Case):
             (("--shard-tokens", "x"), "got 'x'"),
             (("--shard-tokens", "0"), "wanted 1 to"),
             (("--name", "a/b"), "wanted letters"),
+            (("--name", "a_train"), "--name a_train: wanted no _train or _val"),
+            (("--name", "a_val_b"), "--name a_val_b: wanted no _train"),
             (("--shard-toknes", "9"), "unrecognized arguments: --shard-toknes"),
             (("--shard", "9"), "unrecognized arguments: --shard"),
             (("--max-tokens", "0"), "wanted 1 or more"),
@@ -733,7 +735,9 @@ class Bad(Case):
             shown = run("slimpajama", text, "--out", self.path("o"), *options, status=1)
             self.assertIn(options[0] + ": wanted --download beside it", shown)
         # what NAME is made of
-        for name, made in (("a b", "a_b"), ("\u00e9t\u00e9", "t_"), ("\u4e2d", "text"), ("2024-11_x", "2024-11_x")):
+        for name, made in (("a b", "a_b"), ("\u00e9t\u00e9", "t_"), ("\u4e2d", "text"), ("2024-11_x", "2024-11_x"),
+                           ("wiki_train", "wiki-train"), ("a_val_b", "a-val_b"), ("_train", "train"),
+                           ("x_training", "x_training")):
             out = self.path("o " + made)
             run("text", self.write(name + ".txt", "hello\n" * 99), "--out", out)
             self.assertTrue(os.path.exists(os.path.join(out, made + "_train_000000.bin")), os.listdir(out))

@@ -248,7 +248,8 @@ class Toy(unittest.TestCase):
                     (("--n", 2, "--blocks", 1, "--test-samples", 1300, "--train-samples", 5), "found only 0 of 5"),
                     (("--train-samples", -1), "wanted 0 or more"), (("--kind", "some"), "--kind"),
                 (("--seed", "x"), "--seed"), (("--out", blocked), "File exists"),
-                    (("--name", "a/b"), "--name a/b: wanted"), (("--name", ""), "--name : wanted")):
+                    (("--name", "a/b"), "--name a/b: wanted"), (("--name", ""), "--name : wanted"),
+                    (("--name", "a_train"), "wanted no _train")):
                 out = () if "--out" in arguments else ("--out", os.path.join(folder, "x"))
                 done = run(*out, *arguments)
                 self.assertEqual(done.returncode, 1, (arguments, done.stdout, done.stderr))
