@@ -743,9 +743,11 @@ def fault_of_machine(e):
 
 @contextlib.contextmanager
 def parquet_file(path):
-    """A file of parquet, whatever bytes its name has: pyarrow wants a name as text to be UTF-8."""
-    with need("pyarrow").OSFile(os.fsencode(path)) as f, need("pyarrow.parquet").ParquetFile(f) as parquet:
-        yield parquet
+    """A file of parquet, whatever bytes its name has: pyarrow wants a name as text to be UTF-8. Where the file has
+    checksums, they are compared, which pyarrow leaves out unless it is told."""
+    with need("pyarrow").OSFile(os.fsencode(path)) as f:
+        with need("pyarrow.parquet").ParquetFile(f, page_checksum_verification=True) as parquet:
+            yield parquet
 
 
 def column_of(field, schema):

@@ -667,6 +667,19 @@ class Bad(Case):
         self.assertIn("y.parquet:1: ambiguous field: meta.set is there flat and nested", shown)
 
     @unittest.skipUnless(pyarrow, "needs pyarrow")
+    def test_checksums_in_parquet(self):
+        """A changed letter was taken as it was."""
+        table = pyarrow.table({"text": ["one", "brown fox", "three"]})
+        more = {"compression": "none", "use_dictionary": False, "write_page_checksum": True}
+        pyarrow.parquet.write_table(table, self.path("x.parquet"), row_group_size=1, **more)
+        run("text", self.path("x.parquet"), "--val-fraction", 0, "--out", self.path("o"))
+        with open(self.path("x.parquet"), "rb") as f:
+            self.write("x.parquet", f.read().replace(b"fox", b"gox"))
+        shown = run("text", self.path("x.parquet"), "--val-fraction", 0, "--out", self.path("p"))
+        self.assertRegex(shown, r"x\.parquet:0: truncated or damaged file: parquet row group 1: .*CRC")
+        self.assertEqual(set_tokens(self.path("p"), "text", "train"), [256, *b"one", 257, 256, *b"three", 257])
+
+    @unittest.skipUnless(pyarrow, "needs pyarrow")
     def test_parquet_whose_name_is_not_utf8(self):
         """It was called damaged, and left out."""
         pyarrow.parquet.write_table(pyarrow.table({"text": ["one", "two"]}), self.path("x.parquet"))
