@@ -276,6 +276,17 @@ def worker_run(task):
     return worker.run(task)
 
 
+@contextlib.contextmanager
+def interrupts_later():
+    """A process that is started in here never sees Ctrl-C, which is for this one, even before worker_start; here it
+    comes afterwards."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def start_workers(job, workers):
     """A pool of worker processes; None, after a warning, where the system has none, as a container without /dev/shm."""
     try:
@@ -303,7 +314,8 @@ def results(tasks, job, workers):
     waiting = collections.deque()
     try:
         for task, at in tasks:
-            waiting.append((task[:4], pool.submit(worker_run, task), at))
+            with interrupts_later():  # the pool starts a process when it has work for it
+                waiting.append((task[:4], pool.submit(worker_run, task), at))
             while len(waiting) > 4 * workers or waiting and waiting[0][1].done():
                 task, future, at = waiting.popleft()
                 yield task, future.result(), at

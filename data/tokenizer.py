@@ -11,6 +11,7 @@ import hashlib
 import os
 import struct
 import subprocess
+import weakref
 import zlib
 
 TOY = "abcdefghijklmnopqrstuvwxyz.#_"
@@ -297,6 +298,7 @@ class Program:
             env=environment,
             start_new_session=True,  # Ctrl-C is ours
         )
+        weakref.finalize(self, self.process.kill)  # before its pipes close, of which it would complain
 
     def encode_all(self, texts):
         batch = b"\xff".join(texts) + b"\xff"  # a byte that UTF-8 never holds

@@ -1598,6 +1598,47 @@ class Encoders(Case):
         shown = run(*options, *wanted, "--workers", "2", status=1, environment={"MTA_BIN": self.path("bin")})
         self.assertIn("ended with status 3", shown)
 
+    def interrupted(self, begun, options, environment):
+        """What is printed where Ctrl-C comes, to all of the terminal's processes, once the file `begun` is there."""
+        child = subprocess.Popen([sys.executable, PREPARE, "text", *options, "--out", self.path("o")], text=True,
+                                 stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
+                                 env=dict(os.environ, **environment))
+        end = time.monotonic() + 60
+        while not os.path.exists(begun) and time.monotonic() < end:
+            time.sleep(0.02)
+        os.killpg(child.pid, signal.SIGINT)
+        shown = child.communicate(timeout=60)[0]  # once its workers have ended, too
+        self.assertEqual(child.returncode, 1, shown)
+        return shown
+
+    def test_ctrl_c_is_one_line(self):
+        """infer_mta complained of a broken pipe, and workers that had just been started of KeyboardInterrupt."""
+        said, begun = "prepare.py: interrupted; the same command goes on from here\n", self.path("begun")
+        lines = self.write("a.jsonl", '{"text": "hello"}\n' * 9)
+        fake = self.write("bin/infer_mta", """#!%s
+import sys, time
+if "--help" in sys.argv:
+    sys.exit(print("--binary"))
+sys.stdin.buffer.read(8)
+open(%r, "w").close()
+time.sleep(1)
+try:
+    sys.stdout.buffer.write(bytes(36)), sys.stdout.flush()
+except BrokenPipeError:
+    sys.stderr.write("infer_mta: standard output: Broken pipe\\n")
+""" % (sys.executable, begun))
+        os.chmod(fake, 0o755)
+        options = [lines, "--tokenizer", RANKS, "--workers", "1"]
+        self.assertEqual(self.interrupted(begun, options, {"MTA_BIN": self.path("bin")}), said)
+        begun = self.path("begun 2")
+        self.write("start/sitecustomize.py", """import time
+if b"--multiprocessing-fork" in open("/proc/self/cmdline", "rb").read():
+    open(%r, "w").close()
+    time.sleep(1)
+""" % begun)
+        shown = self.interrupted(begun, [lines, "--workers", "2", "--name", "two"], {"PYTHONPATH": self.path("start")})
+        self.assertEqual(shown, said)
+
     def test_the_number_of_ranks_tells_the_pattern(self):
         for n, pattern in tokenizer.PATTERN_OF_RANKS.items():
             ranks = tokenizer.read_ranks(self.ranks(n, "%d.tiktoken" % n))
