@@ -13,6 +13,7 @@ import contextlib
 import glob
 import io
 import json
+import math
 import os
 import random
 import shutil
@@ -376,7 +377,8 @@ class Models(Case):
             self.close_to(body.eval()(torch.tensor([IDS])).last_hidden_state, want.hidden_states[-1], 1e-6)
 
     def test_what_a_checkpoint_lacks(self):
-        """A plain model under the configuration of another attention: what that adds starts as in a new model."""
+        """A plain model under the configuration of another attention: what that adds starts as in a new model. No
+        module leaves a tensor of its own without values: it has a start."""
         plain, x = checkpoint("transformer")[1], torch.tensor([IDS])
         want = load(plain)(x).logits
         for name in MODELS:
@@ -398,6 +400,10 @@ class Models(Case):
                     gate.start()
                     largest.append(gate.weight.detach().abs().max().item())
                 self.assertLessEqual(max(largest, default=0), 3.001 * gate.std if gate else 0)
+                for module in model.modules():
+                    own = [p.data.fill_(math.nan) for p in module.parameters(recurse=False)]
+                    model._init_weights(module)
+                    self.assertTrue(all(p.isfinite().all() for p in own), type(module).__name__)
 
     def test_weights_on_disk(self):
         """Whichever module's weights lie on the disk, or a hook changes: the head is called as the others are."""

@@ -160,7 +160,8 @@ class Files(unittest.TestCase):
     def test_names_in_hacking_are_there(self):
         """What HACKING.md writes as code is a word of some source."""
         names = set(re.findall(r"`([A-Za-z_]\w+)`", "\n".join(read("dev/HACKING.md"))))
-        names -= {"NAME_forward", "NAME_backward", "scalar_NAME", "head_bias", "logit_softcap"}
+        names -= {"NAME_forward", "NAME_backward", "scalar_NAME", "head_bias", "head_temperature",
+                  "logit_softcap"}
         self.assertGreater(len(names), 70)
         words = set(re.findall(r"\w+", "\n".join("\n".join(read(name)) for name in sources())))
         self.assertEqual(sorted(names - words), [])
@@ -256,7 +257,8 @@ class Additions(unittest.TestCase):
         """Where one is computed, converted or tested."""
         missing = []
         for name in ("scripts/hf/modeling_mta.py", "scripts/convert_ram.py", "dev/ref/mta_ref.py",
-                     "dev/ref/make_golden.py", "dev/tests/test_export.py"):
+                     "dev/ref/make_golden.py", "dev/tests/test_export.py", "dev/tests/test_infer.py",
+                     "dev/tests/test_steps.py"):
             words = set(re.findall(r"\w+", "\n".join(read(name))))
             missing += [(name, key) for key in self.attention if key not in words]
         self.assertEqual(missing, [])
