@@ -464,8 +464,7 @@ static inline bool checkpoint_extra(const SafeTensors* s, const StTensor* t, Err
     }
     bool same = t->dtype == embed->dtype && t->bytes == embed->bytes && !memcmp(t->data, embed->data, t->bytes);
     return same || fail(e,
-                        "%s: tensor lm_head.weight is another than model.embed_tokens.weight, but config.json says "
-                        "that they are one "
+                        "%s: tensor lm_head.weight is another than model.embed_tokens.weight, and this model's are one "
                         "(tie_word_embeddings)",
                         t->file);
 }

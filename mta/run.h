@@ -713,7 +713,8 @@ static inline void run_settle(Run* r, const Trainer* trainer, const TrainOptions
     if (o->score && ranks_lead(r->ranks)) { run_divert_output(r); }
     if (o->out && ranks_lead(r->ranks)) {
         if (!o->resume && !o->dry_run && run_holds_run(o->out)) {
-            die("--out: %s holds a run; --resume continues it, or choose another directory", o->out);
+            die("--out: %s holds a run; %schoose another directory", o->out,
+                options_evaluate(o) ? "" : "--resume continues it, or ");
         }
         if (!o->resume && !o->dry_run) { checkpoint_say_strange(o->out); }
         if (o->resume) { run_find_checkpoint(r); }

@@ -232,7 +232,7 @@ static inline void options_check_evaluation(const TrainOptions* o, const Opt* ta
     for (const Opt* row = table; row->name; row++) {
         if (row->type == OPT_HEADING) { of_model = of_model && strcmp(row->name, "Data") != 0; }
         if (row->given && !of_model && !options_serve_evaluation(o, row->name)) {
-            die("%s: %s has no use beside it; leave it out", row->name, mode);
+            die("%s: it has no use beside %s; leave it out", row->name, mode);
         }
     }
     if (!o->init_from) { die("%s: wanted --init-from DIR, a checkpoint", mode); }

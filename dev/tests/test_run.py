@@ -1499,6 +1499,12 @@ class InitFrom(Trainer):
                  "--steps": 1}
         self.assertIn('has head_norm "group", this run "group_depth_scaled"\n', self.run_ok(self.out(), again).stdout)
 
+    def test_a_head_of_its_own_under_a_preset(self):
+        """It is --model that ties them: config.json of the checkpoint does not."""
+        base = self.out()
+        self.run_ok(base, {"--tie-word-embeddings": "off", "--steps": 1})
+        self.refused(["lm_head.weight", "this model's are one (tie_word_embeddings)"], {"--init-from": base})
+
     def test_bad_checkpoints(self):
         base = self.out()
         self.run_ok(base, {"--steps": 2})
@@ -1694,7 +1700,7 @@ class Evaluation(Trainer):
         path = self.lines("one.jsonl", [{"context_ids": [1], "continuation_ids": [2]}])
         for pieces, options in (
             (["--train", "--score"], ["--score", path, "--train", val]),
-            (["--steps", "--eval-only"], ["--eval-only", "--val", val, "--steps", 3]),
+            (["--steps: it has no use beside --eval-only"], ["--eval-only", "--val", val, "--steps", 3]),
             (["--lr"], ["--score", path, "--lr", 1]),
             (["--resume"], ["--eval-only", "--val", val, "--resume"]),
             (["--val", "--score"], ["--score", path, "--val", val]),
@@ -1705,7 +1711,7 @@ class Evaluation(Trainer):
             (["--seq-len", "17", "16 positions"], ["--eval-only", "--val", val, "--seq-len", 17]),
             (["/no/such"], ["--score", "/no/such"]),
             (["/no/such"], ["--eval-only", "--val", "/no/such"]),
-            (["holds a run"], ["--eval-only", "--val", val, "--out", run]),
+            (["holds a run; choose another"], ["--eval-only", "--val", val, "--out", run]),
             (["line 1", "names no tokenizer"],
              ["--score", self.lines("text.jsonl", [{"context": "a", "continuation": "b"}])]),
             (["line 1", "0 to 31"],
