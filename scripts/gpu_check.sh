@@ -52,12 +52,32 @@ finish() {
 PATH=$PATH:/usr/local/cuda/bin:/usr/local/nvidia/bin
 export OMP_WAIT_POLICY=passive  # the tests share the cores: threads that wait sleep
 command -v nvcc > /dev/null || { echo "gpu_check.sh: no nvcc on PATH, wanted the CUDA toolkit" >&2; exit 1; }
-gpu=$(nvidia-smi --query-gpu=name,driver_version,memory.total,compute_cap --format=csv,noheader 2> /dev/null |
-    head -n 1)
+# The GPU that CUDA takes: the first that is visible; of different ones the most capable, which is made the visible one.
+# Both count them by their place in the machine.
+export CUDA_DEVICE_ORDER=PCI_BUS_ID
+visible=${CUDA_VISIBLE_DEVICES-all} of=()
+case $visible in
+    all | MIG-*) ;;
+    GPU-*-*-*-*-* | [0-9]*) of=(-i "${visible%%,*}") ;;
+    GPU-*) ;;  # nvidia-smi knows no abbreviations
+    *) echo "gpu_check.sh: CUDA_VISIBLE_DEVICES, '$visible', hides all GPUs" >&2; exit 1 ;;
+esac
+ask() { nvidia-smi "${of[@]}" --query-gpu="$1" --format=csv,noheader 2> /dev/null; }
+gpu=$(ask name,driver_version,memory.total,compute_cap)
+best=$(awk -F, '{gsub(/[ .]/, "", $4)} $4 + 0 > most + 0 {most = $4 + 0; at = NR} END {print at ? at : 1}' <<< "$gpu")
+if [ "$visible" = all ] && [ "$best" -gt 1 ]; then
+    export CUDA_VISIBLE_DEVICES=$((best - 1))
+    of=(-i "$CUDA_VISIBLE_DEVICES")
+fi
+gpu=$(sed -n "${best}p" <<< "$gpu")
 capability=$(awk -F, '{gsub(/[ .]/, "", $4); print $4}' <<< "$gpu")
 case $capability in  # nvidia-smi prints its errors where others print results
     "" | *[!0-9]*) echo "gpu_check.sh: nvidia-smi finds no GPU${gpu:+: $gpu}" >&2; exit 1 ;;
 esac
+if [ "$capability" -lt 80 ]; then
+    echo "gpu_check.sh: $gpu: wanted a compute capability of 8.0 or more (bf16)" >&2
+    exit 1
+fi
 case $capability in 90) arch=sm_90a ;; *) arch=sm_$capability ;; esac
 loader=${LD_LIBRARY_PATH:-}  # for PyTorch, which finds its own libraries, of other versions maybe
 mkdir -p build/log
@@ -65,8 +85,10 @@ trap finish EXIT
 trap 'fail "interrupted"; exit 1' INT TERM
 commit=$(git rev-parse --short HEAD 2> /dev/null || echo unknown)
 row "gpu     $gpu; $(nvcc --version | grep -oE 'release [0-9.]+'); $arch; commit $commit"
-exclusive=$(nvidia-smi --query-gpu=compute_mode --format=csv,noheader 2> /dev/null | grep -m 1 Exclusive)
+exclusive=$(ask compute_mode | head -n 1 | grep Exclusive)
 if [ -n "$exclusive" ]; then row "note    compute mode $exclusive: the tests run one after another"; fi
+mig=$(ask mig.mode.current | head -n 1 | grep Enabled)
+if [ -n "$mig" ]; then row "note    MIG: what is measured is a part of this GPU"; fi
 gpus=$(nvidia-smi -L 2> /dev/null | grep -c '^GPU')
 if [ "$gpus" -gt 1 ]; then row "note    $gpus GPUs here: scripts/ranks_check.sh compares all of them with one"; fi
 
@@ -245,10 +267,15 @@ run_tests() {
 }
 
 # predicted ATTENTION T: tokens/s of 880m by dev/SPEED.md's table, where it has this GPU: those named so by PCIe and NVL
-# are slower
+# are slower, parts of one too, and a GH200 has another memory
 predicted() {
     local column
-    case $gpu in *PCIe* | *NVL*) return 0 ;; *H100*) column=4 ;; *H200*) column=5 ;; *) return 0 ;; esac
+    case $mig$gpu in
+        Enabled* | *PCIe* | *NVL* | *GH200*) return 0 ;;
+        *H100*) column=4 ;;
+        *H200*) column=5 ;;
+        *) return 0 ;;
+    esac
     sed -n '/^| predicted /,/^$/p' dev/SPEED.md |
         awk -F' *[|] *' -v kind="\`$1\`" -v T="$2" -v column=$column \
             '$2 == kind && $3 == T {print "; predicted " $column}'

@@ -32,9 +32,14 @@ esac
 """
 STUBS = {
     "nvidia-smi": """[ -z "$NO_GPU" ] || { echo -n "${NO_GPU#-}"; exit 9; }  # errors, too, go to standard output
-if [ "$1" = -L ]; then echo "GPU 0: NVIDIA H200"
-elif [ "$1" = --query-gpu=compute_mode ]; then echo "${EXCLUSIVE:-Default}"
-else echo "NVIDIA ${GPU:-H200}, 580.1, 143771 MiB, 9.0"; fi""",
+if [ "$1" = -L ]; then echo "GPU 0: NVIDIA H200"; exit; fi
+line='1,$'
+if [ "$1" = -i ]; then line=$((${2%%,*} + 1)); shift 2; fi
+case $1 in
+    *compute_mode) echo "${EXCLUSIVE:-Default}" ;;
+    *mig.mode.current) echo "${MIG:-Disabled}" ;;
+    *) echo -e "NVIDIA ${GPU:-H200}, 580.1, 143771 MiB, ${CAPABILITY:-9.0}$OTHER_GPU" ;;
+esac | sed -n ${line}p""",
     "nvcc": """if [ "$1" = --version ]; then echo "release 13.0, V13.0.88"; exit; fi
 [ -z "$NO_CUBLAS" ] || [ -e build/cublas/libcublas.so ] || { echo "cannot find -lcublas"; exit 1; }""",
     "compute-sanitizer": 'echo "$@" >> build/sanitized; echo "========= ERROR SUMMARY: 0 errors"',
@@ -89,8 +94,9 @@ class GpuCheck(Folder):
     def begin(self, *options, **variables):
         path = self.path("bin") + ":" + os.environ["PATH"]
         command = [self.path("scripts/gpu_check.sh"), "--python", self.path("bin/torch_python"), *options]
-        return subprocess.Popen(command, env=dict(os.environ, PATH=path, **variables), stdout=subprocess.PIPE,
-                                stderr=subprocess.STDOUT, text=True)
+        environment = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"}
+        environment.update(variables, PATH=path)
+        return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
     def check(self, *options, status=0, **variables):
         """The table, the last lines of the output."""
@@ -180,9 +186,37 @@ esac\n""")
             self.assertNotIn(words, table)
 
     def test_predictions_are_of_the_gpu_that_they_name(self):
-        for gpu, there in (("H200", True), ("H100 PCIe", False)):
-            table = self.check("--part", "speed", GPU=gpu)
+        for gpu, mig, there in (("H200", "Disabled", True), ("H100 PCIe", "[N/A]", False), ("H200", "Enabled", False),
+                                ("GH200 480GB", "Disabled", False)):
+            table = self.check("--part", "speed", GPU=gpu, MIG=mig)
             self.assertEqual("; predicted " in table, there, table)
+            self.assertEqual("note    MIG: what is measured is a part of this GPU" in table, mig == "Enabled", table)
+
+    def test_the_gpu_that_is_taken(self):
+        """Of different ones the most capable; the one that is visible; the line in the table, the architecture and what
+        the programs see are of the same."""
+        self.write("program", PROGRAM.replace("case $name in\n", "case $name in\n    test_ops_cuda) echo "
+                                              "\"saw $CUDA_DEVICE_ORDER ${CUDA_VISIBLE_DEVICES-all}\" ;;\n"))
+        second = "\\nNVIDIA RTX 5090, 580.1, 32607 MiB, 12.0"
+        for visible, capability, line, arch in ((None, "8.9", "NVIDIA RTX 5090, 580.1, 32607 MiB, 12.0", "sm_120"),
+                                                ("0", "8.9", "NVIDIA H200, 580.1, 143771 MiB, 8.9", "sm_89"),
+                                                (None, "12.0", "NVIDIA H200, 580.1, 143771 MiB, 12.0", "sm_120")):
+            variables = {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
+            table = self.check("--part", "tests", OTHER_GPU=second, CAPABILITY=capability, **variables)
+            self.assertIn("gpu     %s; release 13.0; %s" % (line, arch), table)
+            with open(self.path("build/arch"), encoding="utf-8") as f:
+                self.assertEqual(f.read(), "NVCC_ARCH=%s\n" % arch)
+            seen = visible or ("1" if capability == "8.9" else "all")
+            self.assertIn("ok      operations: saw PCI_BUS_ID %s\n" % seen, table)
+
+    def test_refused_before_anything_is_built(self):
+        for variables, words in (({"CAPABILITY": "7.5"}, "wanted a compute capability of 8.0 or more (bf16)"),
+                                 ({"CUDA_VISIBLE_DEVICES": ""}, "CUDA_VISIBLE_DEVICES, '', hides all GPUs"),
+                                 ({"CUDA_VISIBLE_DEVICES": "-1"}, "CUDA_VISIBLE_DEVICES, '-1', hides all GPUs")):
+            child = self.begin(**variables)
+            output = child.communicate(timeout=100)[0]
+            self.assertEqual((child.returncode, output.count("\n")), (1, 1), output)
+            self.assertIn(words, output)
 
     def test_a_torch_that_is_still_looked_for_is_not_missing(self):
         """And it is not looked for any longer when the script has ended."""
