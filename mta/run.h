@@ -1212,7 +1212,7 @@ static inline void run_measure(Run* r) {
 
 // Counts a finished step of so many seconds, writes its log line, shows progress.
 static inline void run_log_step(Run* r, const StepResult* s, const Step* step, double seconds) {
-    char line[512], eta[32], rate_text[32];
+    char line[512], eta[32], rate_text[32], mfu_text[32] = "";  // "": the peak is not known
     int64_t tokens = r->tokens_per_step;
     bool skipped = !isfinite(s->loss) || !isfinite(s->grad_norm);
     double loss = step->counted ? s->loss : NAN, lr = step->hyper.lr;
@@ -1252,9 +1252,10 @@ static inline void run_log_step(Run* r, const StepResult* s, const Step* step, d
         text_printf(&t, "}");
     }
     run_log_line(r, &t);
-    snprintf(line, sizeof line, "step %lld/%lld  loss %.4f  norm %.3f  lr %.2e  %s tokens/s  MFU %.1f%%  ETA %s%s",
+    if (r->flops_per_second > 0) { snprintf(mfu_text, sizeof mfu_text, "  MFU %.1f%%", 100 * mfu); }
+    snprintf(line, sizeof line, "step %lld/%lld  loss %.4f  norm %.3f  lr %.2e  %s tokens/s%s  ETA %s%s",
              (long long)r->step, (long long)r->steps, loss, s->grad_norm, lr,
-             format_count(rate, rate_text, sizeof rate_text), 100 * mfu,
+             format_count(rate, rate_text, sizeof rate_text), mfu_text,
              format_duration((double)(r->steps - r->step) / average, eta, sizeof eta),
              skipped          ? "  update skipped: not finite"
              : !step->counted ? "  no target counts"

@@ -179,13 +179,11 @@ int main(int argc, char** argv) {
     profiling = false;
     MemoryPlan p = model_memory(&c, &shape);
     double rate = N / best, peak = matmul_rate(&device);
-    auto mfu = [&](double tokens_per_second) {
-        return peak > 0 ? 100 * tokens_per_second * model_flops_per_token(&c, T) / peak : 0.0;
-    };
-    char name[64];
+    char name[64], mfu[32] = " not known";  // of a GPU that card_rate does not have
+    if (peak > 0) { snprintf(mfu, sizeof mfu, " %5.1f%%", 100 * rate * model_flops_per_token(&c, T) / peak); }
     snprintf(name, sizeof name, "%s%s", argv[2], by_cudnn ? "-cudnn" : "");
-    printf("%-14s T %-5d B %-3d %9.0f tokens/s  MFU %5.1f%%  %8.0f MiB  loss %.3f  without graphs %.0f tokens/s\n",
-           name, T, B, rate, mfu(rate), (double)memory_total(&p) / 1048576, loss, N / direct);
+    printf("%-14s T %-5d B %-3d %9.0f tokens/s  MFU%s  %8.0f MiB  loss %.3f  without graphs %.0f tokens/s\n", name, T,
+           B, rate, mfu, (double)memory_total(&p) / 1048576, loss, N / direct);
     if (classes) { print_classes(N); }
     fflush(stdout);
     model_free(m);
