@@ -278,6 +278,9 @@ static int device_own(void) {
     return device;
 }
 
+// Does a GPU take no process more? One has it for itself, or they have all its memory.
+static bool device_full(cudaError_t e) { return e == cudaErrorDevicesUnavailable || e == cudaErrorMemoryAllocation; }
+
 // Is there a GPU that this build can use? False with one line that says what is missing.
 static bool cuda_open(Cuda* g, Error* e) {
     int devices = 0, driver = 0, runtime = 0;
@@ -294,7 +297,12 @@ static bool cuda_open(Cuda* g, Error* e) {
         return fail(e, "no usable NVIDIA GPU (%s); train_mta trains on the CPU",
                     status != cudaSuccess ? cudaGetErrorString(status) : "none found");
     }
-    cudaCheck(cudaSetDevice(device_own()));
+    status = cudaSetDevice(device_own());
+    if (status == cudaSuccess) {
+        status = cudaFree(NULL);
+    }  // makes the context, which toolkits before 12 leave to this
+    if (device_full(status)) { return fail(e, "this GPU takes no process more (%s)", cudaGetErrorString(status)); }
+    cudaCheck(status);
     cudaDeviceProp device;
     cudaCheck(cudaGetDeviceProperties(&device, device_own()));
     if (device.major < 8) {
@@ -311,7 +319,9 @@ static bool cuda_open(Cuda* g, Error* e) {
     }
     cudaCheck(status);
     cudaCheck(cudaStreamCreateWithFlags(&g->stream, cudaStreamNonBlocking));
-    blasCheck(cublasCreate(&g->blas));
+    cublasStatus_t blas = cublasCreate(&g->blas);
+    if (blas == CUBLAS_STATUS_ALLOC_FAILED) { return fail(e, "no GPU memory for cuBLAS"); }
+    blas_check(blas, "cublasCreate(&g->blas)", __FILE__, __LINE__);
     blasCheck(cublasSetStream(g->blas, g->stream));
     // Where cuBLAS cuts a product along K, it may add up the parts in the result's 16 bits unless it is told not to.
     blasCheck(cublasSetMathMode(
@@ -4918,13 +4928,22 @@ static void print_plan(Run* r, int chunk) {
                             {"activations", p.activations},
                             {"scratch", p.scratch}};
     size_t available = 0, total = 0, reserve = (size_t)MEMORY_RESERVE_MIB << 20;
-    if (found) { cudaCheck(cudaMemGetInfo(&available, &total)); }
+    cudaError_t status = found ? cudaMemGetInfo(&available, &total) : cudaSuccess;
+    if (device_full(status)) {
+        cudaGetLastError();
+    } else {
+        cudaCheck(status);
+    }
     size_t room = available > reserve ? available - reserve : 0;
     PlanMachine machine = {found ? device.name : "no GPU", found ? matmul_rate(&device) : 0, (double)room};
     train_print_plan(r, &machine, rows, (int)(sizeof rows / sizeof rows[0]));
     print_attention(r, chunk);
     if (!found) {
         printf("device      no GPU found\n");
+        return;
+    }
+    if (status != cudaSuccess) {
+        printf("device      %s, which takes no process more (%s)\n", device.name, cudaGetErrorString(status));
         return;
     }
     int fits = largest_batch(&r->config, &shape, room);

@@ -71,5 +71,5 @@ choose_batch() {
     for ((b = 2; b <= sequences / ranks; b *= 2)); do
         if [ "$b" -le "${fits:-0}" ]; then batch=$b; fi
     done
-    if [ "$rank" -eq 0 ]; then echo "micro-batches of $batch sequences (${fits:-no GPU, so 1} would fit)"; fi
+    if [ "$rank" -eq 0 ]; then echo "micro-batches of $batch sequences (${fits:-no free GPU, so 1} would fit)"; fi
 }

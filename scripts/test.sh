@@ -322,10 +322,13 @@ step long "races models" build/races/test_mta_bf16 \
     env CUDA_CPU_ORDER=7 build/races/test_mta_bf16 --only "random models" --models 10
 step full "races golden" build/races/test_mta_bf16 build/races/test_mta_bf16 --only golden
 step check "emulator golden cases" test_mta_cuda_cpu_bf16 ./test_mta_cuda_cpu_bf16 --only golden
+step full "emulator, device memory guarded" test_mta_cuda_cpu_bf16 \
+    env CUDA_CPU_GUARD=1 ./test_mta_cuda_cpu_bf16 --only golden
 step check "emulator ten models" test_mta_cuda_cpu_bf16 ./test_mta_cuda_cpu_bf16 --only "random models" --models 10
 step full "operations" build/test_ops build/test_ops
 step full "operations fp32" build/test_ops_fp32 build/test_ops_fp32
-step full "operations, order 7" build/test_ops env CUDA_CPU_ORDER=7 build/test_ops --quick
+step full "operations, order 7, device memory guarded" build/test_ops \
+    env CUDA_CPU_GUARD=1 CUDA_CPU_ORDER=7 build/test_ops --quick
 step full "races operations" build/races/test_ops build/races/test_ops --quick
 step full "races fused attention" build/races/test_ops build/races/test_ops --only "attention fused" --longest 71
 step full "the emulator itself" build/test_emulator build/test_emulator

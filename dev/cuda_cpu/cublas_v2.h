@@ -13,6 +13,7 @@
 typedef enum {
     CUBLAS_STATUS_SUCCESS = 0,
     CUBLAS_STATUS_NOT_INITIALIZED = 1,
+    CUBLAS_STATUS_ALLOC_FAILED = 3,
     CUBLAS_STATUS_INVALID_VALUE = 7,
     CUBLAS_STATUS_EXECUTION_FAILED = 13,
     CUBLAS_STATUS_NOT_SUPPORTED = 15
@@ -25,6 +26,7 @@ typedef enum { CUBLAS_GEMM_DEFAULT = -1 } cublasGemmAlgo_t;
 typedef enum { CUBLAS_DEFAULT_MATH, CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION = 16 } cublasMath_t;
 
 namespace cuda_cpu {
+enum { BLAS_BUFFERS = 32 << 20 };  // that a handle must be able to take of the device's memory
 struct Blas {
     cudaStream_t stream;
     void* workspace;
@@ -85,6 +87,7 @@ inline void gemm(bool ta, bool tb, int m, int n, int k, float alpha, const void*
 typedef cuda_cpu::Blas* cublasHandle_t;
 static inline cublasStatus_t cublasCreate(cublasHandle_t* h) {
     if (cuda_cpu::planted_failure("cublasCreate")) { return CUBLAS_STATUS_NOT_INITIALIZED; }
+    if (cuda_cpu::memory_total() < cuda_cpu::allocated + cuda_cpu::BLAS_BUFFERS) { return CUBLAS_STATUS_ALLOC_FAILED; }
     *h = new cuda_cpu::Blas{NULL, NULL, CUBLAS_DEFAULT_MATH};
     return CUBLAS_STATUS_SUCCESS;
 }
@@ -110,6 +113,7 @@ static inline const char* cublasGetStatusString(cublasStatus_t s) {
     switch (s) {
         case CUBLAS_STATUS_SUCCESS: return "success";
         case CUBLAS_STATUS_NOT_INITIALIZED: return "the library was not initialized";
+        case CUBLAS_STATUS_ALLOC_FAILED: return "the resource allocation failed";
         case CUBLAS_STATUS_EXECUTION_FAILED: return "the function failed to launch on the GPU";
         case CUBLAS_STATUS_NOT_SUPPORTED: return "the functionality is not supported";
         default: return "an unsupported value or parameter was passed to the function";

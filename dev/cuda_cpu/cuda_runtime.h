@@ -3,17 +3,20 @@
 // as late as a GPU may, and no further than it must: so that a missing event leaves stale data. What a copy or a memset
 // is told of as device memory must lie in one allocation, as the host's in none. CUDA_CPU_EAGER=1: a stream of high
 // priority works as early as it may, ahead of the others: so that what it should have waited for is missing. A captured
-// stream keeps its work in a graph, and what may not be called meanwhile breaks the capture. The
-// environment pretends other machines: CUDA_CPU_DEVICES=N (0: no GPU, default 1), CUDA_CPU_DRIVER=old,
+// stream keeps its work in a graph, and what may not be called meanwhile breaks the capture. CUDA_CPU_GUARD=1: the
+// host's own code cannot read or write device memory, which is closed but while a stream works. The environment
+// pretends other machines: CUDA_CPU_DEVICES=N (0: no GPU, default 1), CUDA_CPU_DRIVER=old,
 // CUDA_CPU_MEMORY_MIB=N, CUDA_CPU_CAPABILITY=75, CUDA_CPU_SHARED_KIB=N (shared memory of a block at most),
 // CUDA_CPU_GRAPH_NODE=N (bytes that a graph's node takes), CUDA_CPU_IMAGE=none or =invalid (no code for the device: the
-// two answers of a runtime); and failures: CUDA_CPU_FAIL=NAME:N, the N-th call of a function, the N-th launch of a
+// two answers of a runtime), CUDA_CPU_FULL=46 or =2 (other processes have the device for themselves, or its memory:
+// what makes a context fails so); and failures: CUDA_CPU_FAIL=NAME:N, the N-th call of a function, the N-th launch of a
 // kernel, or with launch:N the N-th of any. CUDA_CPU_HANG=NAME:N: that launch, or that cudaMemcpyAsync, never ends.
 #ifndef CUDA_CPU_RUNTIME_H
 #define CUDA_CPU_RUNTIME_H
 #include "cuda_cpu.h"
 #include <deque>
 #include <memory>
+#include <signal.h>
 #include <time.h>
 #include <typeinfo>
 #include <unistd.h>
@@ -25,6 +28,7 @@ typedef enum {
     cudaErrorInvalidConfiguration = 9,
     cudaErrorInvalidDevicePointer = 17,
     cudaErrorInsufficientDriver = 35,
+    cudaErrorDevicesUnavailable = 46,
     cudaErrorInvalidDeviceFunction = 98,
     cudaErrorNoDevice = 100,
     cudaErrorInvalidDevice = 101,
@@ -98,6 +102,36 @@ inline bool on_device(const void* p, size_t n) {
     auto a = std::prev(after);
     return (const char*)p + n <= (const char*)a->first + a->second;
 }
+// Where device memory is guarded, every allocation has pages of its own, which are open only while work is done.
+inline bool guarded = getenv("CUDA_CPU_GUARD") != NULL;
+inline int working = 0;
+inline size_t whole_pages(size_t n) {
+    size_t page = (size_t)sysconf(_SC_PAGESIZE);
+    return std::max<size_t>(1, (n + page - 1) / page) * page;
+}
+inline void open_memory(int access) {
+    for (const auto& a : allocations) { mprotect(a.first, whole_pages(a.second), access); }
+}
+struct Working {
+    Working() {
+        if (guarded && working++ == 0) { open_memory(PROT_READ | PROT_WRITE); }
+    }
+    ~Working() {
+        if (guarded && --working == 0) { open_memory(PROT_NONE); }
+    }
+};
+// Anything else that cannot be accessed ends the program as ever, when it is accessed again.
+inline void touched(int, siginfo_t* info, void*) {
+    if (on_device(info->si_addr, 1)) { fault("the host touches device memory"); }
+    signal(SIGSEGV, SIG_DFL);
+}
+inline void* guarded_block(size_t n) {
+    struct sigaction action = {};
+    action.sa_sigaction = touched, action.sa_flags = SA_SIGINFO;
+    sigaction(SIGSEGV, &action, NULL);
+    void* block = mmap(NULL, whole_pages(n), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    return block == MAP_FAILED ? NULL : block;
+}
 // Is this call of a function the one that a variable of the environment, NAME:N, speaks of? calls: of it so far.
 inline bool planted(const char* variable, const char* name, long* calls) {
     const char* plan = getenv(variable);
@@ -136,6 +170,11 @@ inline cudaError_t device_state() {
     if (driver && strcmp(driver, "old") == 0) { return cudaErrorInsufficientDriver; }
     return devices() == 0 ? cudaErrorNoDevice : cudaSuccess;
 }
+// What a call that makes the process's context, if it has none, returns before anything else.
+inline cudaError_t context() {
+    const char* full = getenv("CUDA_CPU_FULL");
+    return device_state() != cudaSuccess ? device_state() : set_error((cudaError_t)(full ? atoi(full) : 0));
+}
 inline double seconds() {
     struct timespec t;
     clock_gettime(CLOCK_MONOTONIC, &t);
@@ -143,6 +182,7 @@ inline double seconds() {
 }
 // Works a stream off, up to a record if there is one; false: not yet, it waits for something.
 inline bool advance(Stream* s, const Record* until = NULL) {
+    Working open;
     while (s && !(until && until->done) && !s->queue.empty()) {
         if (s->busy) { return false; }
         s->busy = true;
@@ -174,6 +214,7 @@ inline void finish_all(void) {
 // Runs the work now, or keeps it, for when somebody waits or if the stream is being captured into a graph.
 inline void submit_work(Stream* stream, const Work& work) {
     if (!stream) {
+        Working open;
         wait_until(work);
     } else if (stream->capture) {
         stream->capture->push_back(work);
@@ -295,6 +336,7 @@ static inline const char* cudaGetErrorString(cudaError_t e) {
         case cudaErrorInvalidConfiguration: return "invalid configuration argument";
         case cudaErrorInvalidDevicePointer: return "invalid device pointer";
         case cudaErrorInsufficientDriver: return "CUDA driver version is insufficient for CUDA runtime version";
+        case cudaErrorDevicesUnavailable: return "CUDA-capable device(s) is/are busy or unavailable";
         case cudaErrorNoDevice: return "no CUDA-capable device is detected";
         case cudaErrorInvalidDevice: return "invalid device ordinal";
         case cudaErrorInvalidResourceHandle: return "invalid resource handle";
@@ -323,7 +365,7 @@ static inline cudaError_t cudaSetDevice(int device) {
     if (cuda_cpu::device_state() != cudaSuccess) { return cuda_cpu::device_state(); }
     if (device < 0 || device >= cuda_cpu::devices()) { return cuda_cpu::set_error(cudaErrorInvalidDevice); }
     cuda_cpu::device = device;
-    return cudaSuccess;
+    return cuda_cpu::context();
 }
 static inline cudaError_t cudaGetDevice(int* device) {
     *device = cuda_cpu::device;
@@ -349,6 +391,7 @@ static inline cudaError_t cudaDriverGetVersion(int* v) {
 }
 static inline cudaError_t cudaMemGetInfo(size_t* free_bytes, size_t* total) {
     CUDA_CPU_CALL();
+    if (cuda_cpu::context()) { return cuda_cpu::context(); }
     *total = cuda_cpu::memory_total();
     *free_bytes = *total - std::min(*total, cuda_cpu::allocated);
     return cudaSuccess;
@@ -363,11 +406,17 @@ template <typename T> static inline cudaError_t cudaMalloc(T** p, size_t n) {
     *p = NULL;
     if (cuda_cpu::planted_failure("cudaMalloc")) { return cuda_cpu::set_error(cudaErrorMemoryAllocation); }
     CUDA_CPU_WAITS();
-    if (cuda_cpu::device_state() != cudaSuccess) { return cuda_cpu::device_state(); }
+    if (cuda_cpu::context()) { return cuda_cpu::context(); }
     void* block = NULL;  // aligned as cudaMalloc promises
     bool room = n <= cuda_cpu::memory_total() - std::min(cuda_cpu::memory_total(), cuda_cpu::allocated);
-    if (!room || posix_memalign(&block, 256, n ? n : 1) != 0) { return cuda_cpu::set_error(cudaErrorMemoryAllocation); }
+    if (room && cuda_cpu::guarded) {
+        block = cuda_cpu::guarded_block(n);
+    } else if (room && posix_memalign(&block, 256, n ? n : 1) != 0) {
+        block = NULL;
+    }
+    if (!block) { return cuda_cpu::set_error(cudaErrorMemoryAllocation); }
     memset(block, 0xff, n);
+    cuda_cpu::Working open;  // and closes it
     cuda_cpu::allocations[block] = n;
     cuda_cpu::allocated += n;
     *p = (T*)block;
@@ -375,13 +424,18 @@ template <typename T> static inline cudaError_t cudaMalloc(T** p, size_t n) {
 }
 static inline cudaError_t cudaFree(void* p) {
     CUDA_CPU_WAITS();
-    if (!p) { return cuda_cpu::device_state(); }  // without a driver even this fails
+    if (!p) { return cuda_cpu::context(); }  // without a driver even this fails
     cuda_cpu::finish_all();
     auto found = cuda_cpu::allocations.find(p);
     if (found == cuda_cpu::allocations.end()) { return cuda_cpu::set_error(cudaErrorInvalidDevicePointer); }
-    cuda_cpu::allocated -= found->second;
+    size_t n = found->second;
+    cuda_cpu::allocated -= n;
     cuda_cpu::allocations.erase(found);
-    free(p);
+    if (cuda_cpu::guarded) {
+        munmap(p, cuda_cpu::whole_pages(n));
+    } else {
+        free(p);
+    }
     return cudaSuccess;
 }
 // Where an address is: inside an allocation of the device, or anywhere else in the process.
@@ -403,6 +457,7 @@ static inline cudaError_t cuda_cpu_copies(void* to, const void* from, size_t n, 
 static inline cudaError_t cudaMemcpy(void* to, const void* from, size_t n, cudaMemcpyKind kind) {
     CUDA_CPU_WAITS();
     if (cuda_cpu_copies(to, from, n, kind)) { return cudaErrorInvalidValue; }
+    cuda_cpu::Working open;
     if (n) { memmove(to, from, n); }
     return cudaSuccess;
 }
@@ -419,6 +474,7 @@ static inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t n, 
 static inline cudaError_t cudaMemset(void* p, int value, size_t n) {
     CUDA_CPU_WAITS();
     if (n && !cuda_cpu::on_device(p, n)) { return cuda_cpu::set_error(cudaErrorInvalidValue); }
+    cuda_cpu::Working open;
     memset(p, value, n);
     return cudaSuccess;
 }

@@ -77,7 +77,9 @@ class CudaRuns(Folder):
             self.assertEqual(self.checkpoint("whole" + attention, 2), self.checkpoint("parts" + attention, 2))
 
     def test_checkpoint_files(self):
-        self.train(BF16, "run", "--steps", "2")
+        _, output = self.train(BF16, "run", "--steps", "2")
+        if EMULATED:  # no figure where the machine's peak is not known
+            self.assertIn(" tokens/s  ETA ", output)
         tensors = self.checkpoint("run", 2)
         name = "model.layers.0.self_attn.kq_conv.weight"
         self.assertEqual([tensors[name][0], tensors["m." + name][0], tensors["master." + name][0]],
@@ -395,8 +397,19 @@ class CudaRuns(Folder):
                            ({"CUDA_CPU_CAPABILITY": "75"}, "compute capability 7.5, wanted 8.0 or more"),
                            ({"CUDA_CPU_CAPABILITY": "80", "CUDA_CPU_IMAGE": "none"}, "make NVCC_ARCH=sm_80"),
                            ({"CUDA_CPU_CAPABILITY": "90", "CUDA_CPU_IMAGE": "none"}, "make NVCC_ARCH=sm_90a"),
-                           ({"CUDA_CPU_CAPABILITY": "100", "CUDA_CPU_IMAGE": "invalid"}, "make NVCC_ARCH=sm_100")):
+                           ({"CUDA_CPU_CAPABILITY": "100", "CUDA_CPU_IMAGE": "invalid"}, "make NVCC_ARCH=sm_100"),
+                           ({"CUDA_CPU_FULL": "46"}, "takes no process more (CUDA-capable device(s) is/are busy or"),
+                           ({"CUDA_CPU_FULL": "2"}, "takes no process more (out of memory)"),
+                           ({"CUDA_CPU_MEMORY_MIB": "16"}, "no GPU memory for cuBLAS")):
             self.assertIn(words, self.refused(env=env))
+
+    @unittest.skipUnless(EMULATED, "skip: a real GPU cannot be pretended away")
+    def test_a_plan_beside_who_has_the_gpu(self):
+        plan = self.ok([BF16, *MODEL, "--dry-run"]).stdout
+        full = self.execute([BF16, *MODEL, "--dry-run"], {"CUDA_CPU_FULL": "46"})
+        self.assertEqual((full.returncode, full.stderr), (0, ""))
+        self.assertIn("which takes no process more (CUDA-capable device(s) is/are busy or unavailable)\n", full.stdout)
+        self.assertEqual(re.sub(", of .*", "", plan).splitlines()[:-1], full.stdout.splitlines()[:-1])
 
     @unittest.skipUnless(EMULATED, "skip: a real GPU cannot be pretended away")
     def test_little_memory(self):

@@ -418,6 +418,31 @@ static void test_streams() {
     cudaStreamDestroy(s);
 }
 
+// The host's own code cannot touch guarded device memory, copies and kernels can.
+static void test_guard() {
+    cuda_cpu::guarded = true;
+    {
+        Device<float> x(1), y(5000);
+        cudaStream_t s;
+        float from = 5, to[2] = {};
+        cudaStreamCreate(&s);
+        cudaMemcpyAsync(x.p, &from, sizeof from, cudaMemcpyHostToDevice, s);
+        LAUNCH(scale_kernel, 1, 32, 0, s, x.p, 1, 2.0f);
+        cudaMemcpyAsync(&to[0], x.p, sizeof from, cudaMemcpyDeviceToHost, s);
+        cudaStreamSynchronize(s);
+        cudaMemset(y.p, 0, 20000);
+        LAUNCH(scale_kernel, 1, 32, 0, NULL, x.p, 1, 2.0f);
+        cudaMemcpy(&to[1], x.p, sizeof from, cudaMemcpyDeviceToHost);
+        check(to[0] == 10 && to[1] == 20, "what is guarded is open while a stream works");
+        check_fault([&] { from = *(volatile float*)y.p; }, "the host touches device memory",
+                    "planted: the host reads device memory");
+        check_fault([&] { *(volatile float*)x.p = from; }, "the host touches device memory",
+                    "planted: the host writes to device memory");
+        cudaStreamDestroy(s);
+    }
+    cuda_cpu::guarded = false;
+}
+
 // Work on a stream whose result another one reads, with and without an event between them.
 static void test_events() {
     Device<float> x(1), y(1);
@@ -664,6 +689,12 @@ static void test_runtime() {
     setenv("CUDA_CPU_DRIVER", "old", 1);
     check(cudaGetDeviceCount(&n) == cudaErrorInsufficientDriver, "and one with an old driver");
     unsetenv("CUDA_CPU_DRIVER");
+    setenv("CUDA_CPU_FULL", "46", 1);
+    size_t most = 0, left = 0;
+    check(cudaGetDeviceCount(&n) == cudaSuccess && cudaSetDevice(0) == cudaErrorDevicesUnavailable &&
+              cudaMemGetInfo(&left, &most) == cudaErrorDevicesUnavailable,
+          "and one that others have: there is no context to be had");
+    unsetenv("CUDA_CPU_FULL");
     cudaGetLastError();
     Device<float> z(64);
     LAUNCH(scale_kernel, 1, 1025, 0, NULL, z.p, 4, 1.0f);
@@ -927,6 +958,7 @@ int main() {
     test_gemm();
     test_graph();
     test_streams();
+    test_guard();
     test_events();
     test_devices();
     test_capture();
