@@ -9,7 +9,8 @@
 // natural logarithm of each row's sum of exp(score), the only thing that forward keeps for backward. There is no key
 // or value head that several query heads share and no mask but the causal one: the trainer repeats shared heads, cuts
 // all sequences to T tokens, and leaves targets that do not count to the loss; so cuDNN's padding masks, offsets and
-// dropout are never used. HS and VS are multiples of 8, HS at most 128, VS at most 256.
+// dropout are never used. HS and VS are multiples of 8, HS at most 128, VS at most 256; backward has engines for a VS
+// above 128, which is that of pairs of heads above 64, on Hopper (sm_90) alone: cuDNN 9.19, dev/tests/test_cudnn.py.
 //
 // Deterministic by the form of the graph of backward: dQ is the product dS K itself. cuDNN then keeps dS in bf16 in its
 // workspace, 2 B NH T^2 bytes, the one array of T x T in this project, which is why the trainer gives few sequences at
@@ -339,6 +340,7 @@ static inline bool cudnn_plan_build(const AttentionCudnn* c, CudnnPlan* p, Error
         cudnn_last_error(last, sizeof last);
         return fail(e, "cuDNN refused %s: %s; %s", g->what, cudnnGetErrorString(g->status), last);
     }
+    if (!n) { return fail(e, "cuDNN %zu has no engine for this on this GPU", cudnnGetVersion()); }
     for (int64_t i = 0; i < n; i++) {
         int64_t workspace = 0, got = 0;
         CudnnPart d = cudnn_make(g, CUDNN_BACKEND_EXECUTION_PLAN_DESCRIPTOR, "a plan");

@@ -5,8 +5,8 @@
 //
 // Refuses what the library refuses or must not be asked: sizes that do not fit together, two tensors of one number, a
 // tensor that nothing has computed, memory that is not aligned or reaches beyond its allocation, and a plan that is
-// built while a stream is captured. CUDA_CPU_FAIL=NAME:N makes the N-th call of cudnnCreate, cudnnBackendFinalize or
-// cudnnBackendExecute fail.
+// built while a stream is captured. For backward of values wider than 128 it has engines on sm_90 alone.
+// CUDA_CPU_FAIL=NAME:N makes the N-th call of cudnnCreate, cudnnBackendFinalize or cudnnBackendExecute fail.
 #ifndef CUDA_CPU_CUDNN_H
 #define CUDA_CPU_CUDNN_H
 #include <memory>
@@ -385,14 +385,26 @@ static inline cudnnStatus_t cudnnBackendSetAttribute(cudnnBackendDescriptor_t d,
 }
 
 namespace cuda_cpu {
-inline DnnGraph dnn_graph(const Descriptor* plan) {
-    const Descriptor *config = plan->at(CUDNN_ATTR_EXECUTION_PLAN_ENGINE_CONFIG),
-                     *graph = config->at(CUDNN_ATTR_ENGINEHEUR_OPERATION_GRAPH);
+// of a configuration of an engine, or of the question for engines
+inline DnnGraph dnn_asked(const Descriptor* config) {
+    const Descriptor* graph = config->at(CUDNN_ATTR_ENGINEHEUR_OPERATION_GRAPH);
     DnnGraph operations;
     for (size_t i = 0; i < graph->count<Descriptor*>(CUDNN_ATTR_OPERATIONGRAPH_OPS); i++) {
         operations.push_back(dnn_operation(graph->at(CUDNN_ATTR_OPERATIONGRAPH_OPS, i)));
     }
     return operations;
+}
+inline DnnGraph dnn_graph(const Descriptor* plan) {
+    return dnn_asked(plan->at(CUDNN_ATTR_EXECUTION_PLAN_ENGINE_CONFIG));
+}
+inline bool dnn_backward(const DnnGraph& graph) { return graph.size() > 16; }
+// Is there an engine for it on this device?
+inline bool dnn_served(const DnnGraph& graph) {
+    bool wide = false;
+    cudaDeviceProp device;
+    cudaGetDeviceProperties(&device, cuda_cpu::device);
+    for (const auto& o : graph) { wide = wide || (!o.y.is_virtual && o.y.sizes[3] > 128); }
+    return !wide || !dnn_backward(graph) || device.major == 9;
 }
 }  // namespace cuda_cpu
 static inline cudnnStatus_t cudnnBackendFinalize(cudnnBackendDescriptor_t d) {
@@ -405,14 +417,17 @@ static inline cudnnStatus_t cudnnBackendGetAttribute(cudnnBackendDescriptor_t d,
                                                      cudnnBackendAttributeType_t, int64_t room, int64_t* n,
                                                      void* values) {
     if (name == CUDNN_ATTR_ENGINEHEUR_RESULTS) {
-        for (*n = 0; *n < 2 && *n < room; ++*n) { ((cudnnBackendDescriptor_t*)values)[*n]->attributes = d->attributes; }
+        int64_t engines = cuda_cpu::dnn_served(cuda_cpu::dnn_asked(d)) ? 2 : 0;
+        for (*n = 0; *n < engines && *n < room; ++*n) {
+            ((cudnnBackendDescriptor_t*)values)[*n]->attributes = d->attributes;
+        }
     } else if (name ==
                CUDNN_ATTR_EXECUTION_PLAN_WORKSPACE_SIZE) {  // as the library wants it on sm_90: dS, and 256 bytes
         int64_t most = 0;
         cuda_cpu::DnnGraph graph = cuda_cpu::dnn_graph(d);
         for (const auto& o : graph) {
             const int64_t* s = o.y.sizes;
-            if (graph.size() > 16) {
+            if (cuda_cpu::dnn_backward(graph)) {
                 most = std::max(most, 2 * s[0] * s[1] * ((s[2] + 63) / 64 * 64) * ((s[2] + 127) / 128 * 128));
             }
         }

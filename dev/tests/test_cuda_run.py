@@ -219,6 +219,11 @@ class CudaRuns(Folder):
             _, error = self.train(program, "run", "--steps", "1", *options, attention=attention, status=1)
             self.assertIn(words, error)
         self.assertIn("no layer that it serves", self.refused(*options[-2:]))
+        kind, more = self.CUDNN[1]
+        _, error = self.train(BF16, "run", "--steps", "1", *more, "--hidden-size", "384", attention=kind, status=1,
+                              env={"CUDA_CPU_CAPABILITY": "80"})
+        self.assertIn("backward of 2 sequences of 24 tokens, 4 heads of 96, values of 192: cuDNN 91900 has no engine "
+                      "for this on this GPU", error)
         for call, words in (("cudnnCreate:1", "cuDNN cannot be used: CUDNN_STATUS_NOT_INITIALIZED"),
                             ("cudnnBackendFinalize:9", "cuDNN refused ")):
             _, error = self.train(BF16, "run", "--steps", "1", *options, attention=attention, status=1,

@@ -32,6 +32,11 @@ H200 = {
 SHAPES = [(4, 16, 2048, 64, 64), (4, 16, 2047, 64, 128), (4, 16, 2048, 96, 96), (4, 16, 2048, 96, 192),
           (4, 10, 2048, 128, 128), (1, 16, 4096, 128, 256), (1, 2, 64, 8, 16)]
 
+# What others than Hopper have: backward has no engine for values wider than 128.
+OTHERS = {"A100": {"deviceVer": 800, "multiProcessorCount": 108, "maxSharedMemoryPerBlockOptin": 166912},
+          "B200": {"deviceVer": 1000, "multiProcessorCount": 148}}
+NARROW, WIDE = (4, 16, 2048, 64, 128), (4, 16, 2048, 96, 192)
+
 # Mistakes planted into the header: a name, what stands there, what is put in its place. What has no meaning is refused
 # by the library; what has another meaning is noticed by its values.
 REFUSED = [
@@ -145,8 +150,11 @@ class Plans(Header):
             self.skipTest(reason)
         super().setUp()
         driver(self.folder.name)
+        self.device(H200)
+
+    def device(self, properties):
         with open(os.path.join(self.folder.name, "device.json"), "w", encoding="utf-8") as f:
-            json.dump(H200, f)
+            json.dump(properties, f)
 
     def plans(self, shapes, planted=None):
         """The lines of cudnn_plans for these shapes, two each."""
@@ -169,6 +177,14 @@ class Plans(Header):
             self.assertLessEqual(int(words[7]), int(words[9]), line)
             if words[0] == "backward":  # dS is there, so dQ is no sum by atomics
                 self.assertGreaterEqual(int(words[7]), 2 * int(words[1]) * int(words[2]) * int(words[3]) ** 2, line)
+
+    def test_wide_values_on_other_gpus(self):
+        for name, properties in OTHERS.items():
+            self.device(dict(H200, deviceName="NVIDIA " + name, **properties))
+            narrow, narrow_back, wide, wide_back = self.plans([NARROW, WIDE])[1:]
+            for line in (narrow, narrow_back, wide):
+                self.assertIn(" workspace ", line, name)
+            self.assertRegex(wide_back, r"has no engine for this on this GPU$", name)
 
     def test_planted_mistakes_are_refused(self):
         for planted in REFUSED:
