@@ -1830,13 +1830,32 @@ static bool compare_store(void* ctx, int group, int tensor, const float* data, E
     return true;
 }
 
-// --compare: a table of all gradients of a checkpoint on one batch, from --train's first windows or of seeded random
-// tokens.
+// What --compare lets pass. fp32: ten times and more of what is measured. bf16: of trained models of 1M, T from 2 on,
+// at most 0.034 in all, 0.16 in a tensor (T 2; 0.10 from 3 on), 0.03 in scalars; one of 16 heads without its gradient
+// is 0.25.
+static bool compare_agrees(const Frobenius* f, bool exact) {
+    return f->all <= (exact ? 1e-4 : 0.06) && f->worst <= (exact ? 1e-3 : 0.2) &&
+           f->small_together <= (exact ? 1e-3 : 0.3) &&
+           fabs(f->loss - f->want_loss) <= (exact ? 1e-5 : 0.01) * f->want_loss;
+}
+
+// The checkpoint that DIR is, or the newest of the run that it is, into dir (PATH_SIZE bytes), and its configuration.
+static void compare_open(const char* given, char* dir, Config* c) {
+    char path[PATH_SIZE];
+    Error e = {{0}};
+    path_join(path, sizeof path, given, "config.json");
+    if (file_exists(path) || checkpoint_newest(given, dir, NULL) < 0) { snprintf(dir, PATH_SIZE, "%s", given); }
+    path_join(path, sizeof path, dir, "config.json");
+    if (!file_exists(path)) { die("--compare: %s: no config.json in it, and no good checkpoint step-N", given); }
+    if (!checkpoint_verify_model(dir, &e) || !config_read(c, path, false, &e)) { die("--compare: %s", e.text); }
+}
+
+// --compare: a table of all gradients of a checkpoint on one batch, of windows of --train or of seeded random tokens.
 static void compare_checkpoint(const Trainer* tr, int argc, char** argv) {
     static const char* const no_prefix[] = {""};
-    const char *dir = argc > 2 ? argv[2] : NULL, *train = NULL;
+    const char* train = NULL;
     int B = 1, T = 256;
-    char path[PATH_SIZE];
+    char dir[PATH_SIZE];
     Config c;
     Error e = {{0}};
     for (int i = 3; i < argc; i += 2) {
@@ -1851,11 +1870,11 @@ static void compare_checkpoint(const Trainer* tr, int argc, char** argv) {
             die("--compare: unknown option %s, wanted --train GLOB, --seq-len N or --batch-size N", argv[i]);
         }
     }
-    if (!dir || (int64_t)B * T > 1 << 24) {
+    if (argc < 3 || (int64_t)B * T > 1 << 24) {
         die("--compare: wanted a checkpoint directory, and at most %d tokens", 1 << 24);
     }
-    path_join(path, sizeof path, dir, "config.json");
-    if (!config_read(&c, path, false, &e)) { die("%s", e.text); }
+    if (T < 2) { die("--seq-len: got 1, wanted 2 or more: one token attends to itself, whatever the scores"); }
+    compare_open(argv[2], dir, &c);
     int32_t *tokens = random_tokens(1, (size_t)B * T, c.vocab_size),
             *targets = random_tokens(2, (size_t)B * T, c.vocab_size);
     if (train) {
@@ -1867,6 +1886,7 @@ static void compare_checkpoint(const Trainer* tr, int argc, char** argv) {
             }
         }
         loader_close(&loader);
+        if (!counted(targets, B * T)) { die("--train: of %d x %d targets none counts, by its .mask", B, T); }
     }
     CompareTarget target = {tr, make_model(tr, &c, B, T, 0)};
     if (!checkpoint_read_tensors(dir, tr->tensors(target.m), no_prefix, 1, false, NULL, compare_store, &target, &e)) {
@@ -1875,9 +1895,68 @@ static void compare_checkpoint(const Trainer* tr, int argc, char** argv) {
     printf("%s: train_mta.c in fp32 against %s, %d x %d tokens%s\n", dir, tr->name, B, T, train ? "" : " at random");
     Frobenius f = frobenius(tr, target.m, tokens, targets, B, T, &c, true);
     printf("loss: cpu %.6f, gpu %.6f\n", f.want_loss, f.loss);
-    verdict(f.all <= (tr->exact ? 1e-4 : 0.1) && f.worst <= (tr->exact ? 1e-3 : 0.5), "CPU against GPU",
-            "relative error %.2g in all, worst %.2g (%s)", f.all, f.worst, f.name);
+    verdict(compare_agrees(&f, tr->exact), "CPU against GPU",
+            "relative error %.2g in all, worst %.2g (%s), biases of gates or vectors lambda %.2g", f.all, f.worst,
+            f.name, f.small_together);
     tr->destroy(target.m);
+    free(tokens);
+    free(targets);
+}
+
+// The CPU's gradients, of one kind of tensor so many times what they are, or its loss.
+static struct {
+    TensorKind kind;
+    float factor;
+    double loss_factor;
+} lie;
+static void lying_get(const void* m, StateKind kind, int tensor, size_t from, size_t n, float* data) {
+    const Trainer* cpu = trainer_cpu();
+    cpu->get(m, kind, tensor, from, n, data);
+    for (size_t i = 0; kind == STATE_GRADIENT && cpu->tensors(m)->specs[tensor].kind == lie.kind && i < n; i++) {
+        data[i] *= lie.factor;
+    }
+}
+static double lying_forward_backward(void* m, const int32_t* tokens, const int32_t* targets, int B, int T,
+                                     double dloss) {
+    return lie.loss_factor * trainer_cpu()->forward_backward(m, tokens, targets, B, T, dloss);
+}
+
+// --compare passes the truth, and sees a gradient of any kind of tensor that is missing, has the other sign or (but for
+// the small ones) is 1.4 times what it should be, and a loss that is 2% off.
+static void test_compare_agrees(const char* attention) {
+    static const float factors[] = {1, 0, -1, 1.4f};
+    Trainer liar = *trainer_cpu();
+    Config c = small_config(attention);
+    int B = 2, T = 19, tried = 0, wrong = 0;
+    char title[128], first[64] = "";
+    liar.get = lying_get;
+    liar.forward_backward = lying_forward_backward;
+    int32_t *tokens = random_tokens(3, (size_t)B * T, c.vocab_size),
+            *targets = random_tokens(4, (size_t)B * T, c.vocab_size);
+    for (int n = 0; n < 4 * (TENSOR_KINDS + 1); n++) {
+        int kind = n / 4;  // the last of them: the loss
+        void* m = make_model(&liar, &c, B, T, 0);
+        const TensorList* list = liar.tensors(m);
+        bool has = kind == TENSOR_KINDS,
+             small = kind == TENSOR_GATE_BIAS || (kind >= TENSOR_LAMBDA_Q1 && kind <= TENSOR_LAMBDA_K2);
+        for (int t = 0; t < list->n; t++) { has = has || (int)list->specs[t].kind == kind; }
+        lie.kind = (TensorKind)kind;
+        lie.factor = factors[n % 4];
+        lie.loss_factor = kind == TENSOR_KINDS && n % 4 ? 1.02 : 1;
+        if (has && !(small && n % 4 == 3)) {
+            perturb(&liar, m, &c, 5);
+            Frobenius f = frobenius(&liar, m, tokens, targets, B, T, &c, false);
+            bool truth = n % 4 == 0, exact = compare_agrees(&f, true), rounded = compare_agrees(&f, false);
+            tried++;
+            if (exact != truth || rounded != truth) {
+                wrong++;
+                snprintf(first, sizeof first, ", the last of kind %d, times %g", kind, (double)lie.factor);
+            }
+        }
+        liar.destroy(m);
+    }
+    title_of(title, sizeof title, &liar, "--compare sees a wrong gradient", attention);
+    verdict(tried > 40 && wrong == 0, title, "%d cases, %d wrong%s", tried, wrong, first);
     free(tokens);
     free(targets);
 }
@@ -2079,7 +2158,11 @@ static void test_cudnn(void) {
 
 // What test_mta alone runs: layers and models in double, and what needs no trainer.
 static void test_double(void) {
-    if (wanted("checkers")) { test_checkers(); }
+    if (wanted("checkers")) {
+        test_checkers();
+        test_compare_agrees("mta-full");
+        test_compare_agrees("diff");
+    }
     if (wanted("config")) {
         test_config();
         test_names();
@@ -2120,7 +2203,8 @@ static const char USAGE[] =
     "       test_mta --golden FILE...                  the named golden cases: a table per tensor\n"
     "       test_mta --write DIR [N]                   N golden cases of this trainer's own results (default 5)\n"
     "       test_mta_cuda --compare DIR [--train GLOB] [--seq-len N] [--batch-size N]\n"
-    "                                                  gradients of a checkpoint, CPU against GPU\n"
+    "                                                  gradients of a checkpoint, or of a run's newest, CPU against "
+    "GPU\n"
     "The exit status is the verdict. test_mta_cuda, test_mta_cuda_cpu and test_mta_cuda_cpu_bf16 take the same "
     "options.\n";
 

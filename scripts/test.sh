@@ -279,6 +279,7 @@ python_step() {
     fi
     case $1 in test_help.py | test_layout.py) runs=both ;; *) built+=" $EMULATED" ;; esac
     if [ "$1" = test_launchers.py ]; then built+=$ranked; fi
+    if [ "$1" = test_cuda_run.py ]; then built+=" test_mta_cuda_cpu_bf16"; fi
     step $runs "$1" "$built" "$python" "$source"
 }
 # The CPU trainer on several processes, by each MPI that is here.

@@ -3,8 +3,9 @@
 CUDA graphs, failing CUDA calls, missing GPU or memory, the scripts that train the paper's model.
 
 python3 dev/tests/test_cuda_run.py [-k PATTERN]
-Needs train_mta, build/train_mta_cuda_cpu (bf16) and build/train_mta_cuda_cpu_fp32; MTA_BIN: folder of train_mta;
-MTA_CUDA, MTA_CUDA_FP32: other binaries in place of the emulator's, as scripts/gpu_check.sh gives those for a GPU.
+Needs train_mta, build/train_mta_cuda_cpu (bf16), build/train_mta_cuda_cpu_fp32 and test_mta_cuda_cpu_bf16; MTA_BIN:
+folder of train_mta; MTA_CUDA, MTA_CUDA_FP32: other binaries in place of the emulator's, as scripts/gpu_check.sh gives
+those for a GPU.
 """
 import json
 import os
@@ -26,6 +27,7 @@ FP32 = os.environ.get("MTA_CUDA_FP32", os.path.join(ROOT, "build", "train_mta_cu
 REAL = next(filter(os.path.exists,
                    (os.path.join(ROOT, "build", "nvcc", "train_mta_cuda"), os.path.join(ROOT, "train_mta_cuda"))), None)
 EMULATED = "MTA_CUDA" not in os.environ
+COMPARE = os.path.join(ROOT, "test_mta_cuda_cpu_bf16" if EMULATED else "test_mta_cuda")
 MODEL = ["--model", "toy", "--hidden-size", "32", "--num-hidden-layers", "2", "--num-attention-heads", "4",
          "--num-key-value-heads", "4",
          "--intermediate-size", "48", "--vocab-size", "32", "--seq-len", "24", "--batch-size", "2", "--tokens-per-step",
@@ -508,6 +510,34 @@ class CudaRuns(Folder):
             f.truncate(1000)
         _, error = self.train(BF16, "cut", "--steps", "1", "--init-from", good, status=1)
         self.assertIn("model.safetensors", error)
+
+    @unittest.skipUnless(os.path.exists(COMPARE), "skip: there is no " + COMPARE)
+    def test_compare(self):
+        """test_mta_cuda --compare takes a checkpoint or a run, says which batch it took, and refuses what is damaged or
+        tells nothing."""
+        self.train(CPU, "run", "--steps", "1")
+        step = self.path("run/step-00000001")
+        compare = lambda *words: self.execute([COMPARE, "--compare", *map(str, words)])
+        for folder in (step, self.path("run")):
+            for words, said in ((["--seq-len", "9", "--batch-size", "2"], "2 x 9 tokens at random"),
+                                (["--train", self.path("a_train_*.bin"), "--seq-len", "24"], "1 x 24 tokens\n")):
+                done = compare(folder, *words)
+                self.assertEqual((done.returncode, done.stderr), (0, ""))
+                for text in (step + ": train_mta.c in fp32 against cuda bf16, " + said, "head_gate.bias", "loss: cpu"):
+                    self.assertIn(text, done.stdout)
+        write_shard(self.path("masked.bin"), [1] * 2000, mask=[0] * 1999 + [1])
+        os.mkdir(self.path("empty"))
+        for words, why in (([step, "--seq-len", "1"], "wanted 2 or more"), ([self.path("empty")], "no config.json"),
+                           ([step, "--train", self.path("masked.bin"), "--seq-len", "9"], "1 x 9 targets none counts")):
+            done = compare(*words)
+            self.assertEqual((done.returncode, done.stderr.count("\n")), (1, 1), done)
+            self.assertIn(why, done.stderr)
+        with open(os.path.join(step, "model.safetensors"), "r+b") as f:
+            f.seek(-4, os.SEEK_END)
+            f.write(b"\0\0\0\0")
+        done = compare(step)
+        self.assertEqual((done.returncode, done.stdout), (1, ""))
+        self.assertIn("the file is damaged", done.stderr)
 
     @unittest.skipUnless(REAL, "skip: nvcc built no train_mta_cuda here")
     @unittest.skipUnless(EMULATED, "skip: here is a GPU")
