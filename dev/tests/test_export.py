@@ -452,6 +452,10 @@ class Models(Case):
             model(x, use_cache=True, **{CACHE: DynamicCache(config=config)})
         with self.assertRaisesRegex(ValueError, "output_attentions"):
             load(checkpoint("mta")[1], output_attentions=True)(x)
+        for part in (model, model.model):  # PEFT's models pass it always
+            self.assertTrue(torch.equal(part(x, output_attentions=None)[0], part(x)[0]))
+            with self.assertRaisesRegex(ValueError, "output_attentions"):
+                part(x, output_attentions=True)
         for bad, why in (
             (dict(attention_type="new"), "wanted mta or diff"),
             (dict(head_norm="x"), "wanted none or group"),

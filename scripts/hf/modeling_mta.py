@@ -278,9 +278,9 @@ class MtaModel(MtaPreTrainedModel):
         self.post_init()
 
     def forward(self, input_ids=None, attention_mask=None, past_key_values=None, inputs_embeds=None, use_cache=None,
-                output_hidden_states=None, return_dict=None, cache=None):
+                output_hidden_states=None, return_dict=None, cache=None, output_attentions=None):
         """cache: past_key_values by its newer name. Positions are counted from the first token, padding or not: RoPE
-        depends on distances alone."""
+        depends on distances alone. output_attentions: PEFT passes it always, None if not asked for."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("wanted input_ids or inputs_embeds")
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
@@ -291,7 +291,7 @@ class MtaModel(MtaPreTrainedModel):
             raise ValueError(f"the cache is a {type(cache).__name__}, wanted a DynamicCache")
         if cache is not None and any(cache.is_sliding):
             raise ValueError("the cache drops tokens (a sliding window), wanted one that keeps all")
-        if self.config.output_attentions:
+        if output_attentions or self.config.output_attentions:
             raise ValueError("output_attentions: no map is kept")
         if cache is not None and self.training and torch.is_grad_enabled() and self.layers[0].gradient_checkpointing:
             raise ValueError("gradient checkpointing puts keys into a cache twice, wanted use_cache=False")
@@ -322,11 +322,12 @@ class MtaForCausalLM(MtaPreTrainedModel, GenerationMixin):
 
     def forward(self, input_ids=None, attention_mask=None, past_key_values=None, inputs_embeds=None, labels=None,
                 use_cache=None, output_hidden_states=None, return_dict=None, logits_to_keep=0, cache=None,
-                num_items_in_batch=None):
+                num_items_in_batch=None, output_attentions=None):
         """labels: the ids themselves, -100 where a token is no target; logits at t are of the token t + 1. The loss is
         the mean over the targets, or, of a step in several batches, their sum over num_items_in_batch."""
         out = self.model(
-            input_ids, attention_mask, past_key_values, inputs_embeds, use_cache, output_hidden_states, True, cache
+            input_ids, attention_mask, past_key_values, inputs_embeds, use_cache, output_hidden_states, True, cache,
+            output_attentions,
         )
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep  # the last, or which
         x = out.last_hidden_state if labels is not None else out.last_hidden_state[:, keep]
