@@ -87,7 +87,7 @@ inline void load(Warp& w, const Instruction& i, uint32_t lanes) {
         if (i.space == PARAM) {
             p = w.machine->parameter(i.offset);
         } else {
-            p = w.machine->access(w, l, i.space, address_of(w, i, 0, i.offset, l), (uint32_t)i.bytes * i.n_to, false);
+            p = w.machine->access(w, l, i.space, address_of(w, i, 0, i.offset, l), (uint32_t)i.bytes * i.n_to, READ);
         }
         for (int e = 0; e < i.n_to; e++) { put_any(w, i.to[e], l, extend(p + e * i.bytes, i.bytes, i.is_signed)); }
     });
@@ -96,7 +96,7 @@ inline void store(Warp& w, const Instruction& i, uint32_t lanes) {  // the addre
     int n = i.n_from - 1;
     each(lanes, [&](int l) {
         uint64_t address = address_of(w, i, 0, i.offset, l);
-        char* p = w.machine->access(w, l, i.space, address, (uint32_t)(i.bytes * n), true);
+        char* p = w.machine->access(w, l, i.space, address, (uint32_t)(i.bytes * n), WRITE);
         for (int e = 0; e < n; e++) {
             uint64_t v = get_any(w, i.from[1 + e], l);
             copy_element(p + e * i.bytes, &v, i.bytes);
@@ -104,16 +104,17 @@ inline void store(Warp& w, const Instruction& i, uint32_t lanes) {  // the addre
     });
 }
 
-// atom (with a destination: the old value) and red (elements): the address, the values. Float sums, integer maxima.
+// atom (with a destination: the old value) and red (elements): the address, the values. Float sums, which in global
+// memory flush what is subnormal; integer maxima.
 inline void atomic(Warp& w, const Instruction& i, uint32_t lanes) {
     Machine& x = *w.machine;
     int n = i.n_from - 1;
     each(lanes, [&](int l) {
         uint64_t at = address_of(w, i, 0, i.offset, l);
-        char* p = x.global(w, l, at, 4 * (uint32_t)n);
+        char* p = x.access(w, l, GLOBAL, at, 4 * (uint32_t)n, ATOMIC);
         for (int e = 0; e < n; e++) {
             uint32_t old = get<uint32_t>(p, e), given = get<uint32_t>(FROM(1 + e), l);
-            float sum = bits_as<float>(old) + bits_as<float>(given);
+            float sum = flush(flush(bits_as<float>(old)) + flush(bits_as<float>(given)));
             put<uint32_t>(p, e, i.is_float ? bits_as<uint32_t>(sum) : std::max(old, given));
             if (i.n_to) { put<uint32_t>(TO(0), l, old); }
         }
@@ -188,7 +189,7 @@ inline void load_matrix(Warp& w, const Instruction& i, uint32_t) {
         uint16_t x[8][8];
         for (int r = 0; r < 8; r++) {
             int l = 8 * n + r;
-            memcpy(x[r], w.machine->access(w, l, SHARED, address_of(w, i, 0, i.offset, l), 16, false), 16);
+            memcpy(x[r], w.machine->access(w, l, SHARED, address_of(w, i, 0, i.offset, l), 16, READ), 16);
         }
         for (int l = 0; l < WARP; l++) {
             int row = l / 4, column = l % 4 * 2;

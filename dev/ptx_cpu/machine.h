@@ -13,7 +13,8 @@
 //
 // The watch over races: bytes are watched in pairs (single bytes of global memory are not). Time is cut into epochs,
 // one from barrier to barrier: two threads that touch the same pair in one epoch, one of them writing, have no order;
-// nor have two blocks of one launch. Within a warp bar.warp.sync begins a new turn, which orders its lanes.
+// nor have two blocks of one launch. Within a warp bar.warp.sync begins a new turn, which orders its lanes. Atomics
+// race with what is none, not with each other.
 //
 // What it is not: ptxas and its SASS (which may fuse, move and spill), approximate functions that err (they are rounded
 // correctly here), memory order weaker than barriers, time.
@@ -53,6 +54,7 @@ struct Instruction;
 typedef void (*Execute)(Warp& w, const Instruction& i, uint32_t lanes);
 enum Kind : uint8_t { PLAIN, BRANCH, EXIT, SYNC, ALIGNED, BARRIER };
 enum Space : uint8_t { GLOBAL, SHARED, PARAM };
+enum Access : uint8_t { READ, WRITE, ATOMIC };
 
 struct Row {  // a register: where its 32 lanes begin in the register file, and its width; a predicate is one word, a
               // bit a lane
@@ -110,7 +112,7 @@ struct Region {  // of global memory
 struct alignas(32) Shadow {  // of two bytes: who touched them last; of four bytes a line of the cache
     uint32_t write_epoch, read_epoch, write_pc, read_pc, read_block;
     uint16_t writer, reader, write_turn, read_turn;
-    uint8_t in_flight, written;
+    uint8_t in_flight, written, atomic;
 };
 struct Added {  // of four bytes: the last float atomic
     uint32_t epoch, block;
@@ -163,7 +165,7 @@ class Machine {
                 const std::vector<Region>& regions);
 
     // For the instructions. An access of one lane, marked in the shadow: where the bytes are.
-    char* access(Warp& w, int lane, Space space, uint64_t address, uint32_t bytes, bool write);
+    char* access(Warp& w, int lane, Space space, uint64_t address, uint32_t bytes, Access how);
     char* global(Warp& w, int lane, uint64_t address, uint32_t bytes);
     char* shared(Warp& w, int lane, uint64_t address, uint32_t bytes);
     void copy_begin(Warp& w, int lane, const Copy& copy);
@@ -195,7 +197,7 @@ class Machine {
     void check(const Warp& w, uint32_t thread, uint32_t epoch, uint16_t other, uint16_t turn, uint32_t other_pc,
                bool is_global, bool write);
     void read_mark(Warp& w, int lane, Shadow* s, uint32_t bytes, bool is_global);
-    void write_mark(Warp& w, int lane, Shadow* s, uint32_t bytes, bool is_global, bool written = true);
+    void write_mark(Warp& w, int lane, Shadow* s, uint32_t bytes, bool is_global, Access how = WRITE);
     Page* page_of(uint64_t address);
     Shadow* shadow_of(uint64_t address) { return &page_of(address)->shadow[address % PAGE / 2]; }
     void start_warp(uint32_t n);
@@ -342,11 +344,13 @@ inline void Machine::read_mark(Warp& w, int lane, Shadow* s, uint32_t bytes, boo
         s->read_epoch = epoch_, s->read_turn = turn, s->read_pc = w.pc;
     }
 }
-inline void Machine::write_mark(Warp& w, int lane, Shadow* s, uint32_t bytes, bool is_global, bool written) {
+// how: READ for a copy that is begun, which writes later
+inline void Machine::write_mark(Warp& w, int lane, Shadow* s, uint32_t bytes, bool is_global, Access how) {
     uint16_t thread = (uint16_t)(w.index * WARP + lane);
     for (Shadow* end = s + (bytes + 1) / 2; s < end; s++) {
         if (s->in_flight) { fail(&w, "writes where a cp.async still may", lane); }
-        if (s->write_epoch >= launch_epoch_) {
+        bool atomics = how == ATOMIC && s->atomic && s->write_epoch >= launch_epoch_;
+        if (s->write_epoch >= launch_epoch_ && !atomics) {
             check(w, thread, s->write_epoch, s->writer, s->write_turn, s->write_pc, is_global, true);
         }
         if (s->read_epoch >= launch_epoch_) {
@@ -357,20 +361,22 @@ inline void Machine::write_mark(Warp& w, int lane, Shadow* s, uint32_t bytes, bo
                 check(w, thread, s->read_epoch, s->reader, s->read_turn, s->read_pc, is_global, true);
             }
         }
-        if (!written) { continue; }
-        s->write_epoch = epoch_, s->writer = thread, s->write_turn = (uint16_t)w.turn;
-        s->write_pc = w.pc, s->written = 1;
+        if (how == READ) { continue; }
+        if (atomics && s->write_epoch < block_epoch_) { continue; }  // of another block: what races with most
+        s->writer = atomics && s->write_epoch == epoch_ && s->writer != thread ? (uint16_t)MANY : thread;
+        s->write_epoch = epoch_, s->write_turn = (uint16_t)w.turn;
+        s->write_pc = w.pc, s->written = 1, s->atomic = how == ATOMIC;
     }
 }
-inline char* Machine::access(Warp& w, int lane, Space space, uint64_t address, uint32_t bytes, bool write) {
+inline char* Machine::access(Warp& w, int lane, Space space, uint64_t address, uint32_t bytes, Access how) {
     bool is_global = space == GLOBAL;
     char* p = is_global ? global(w, lane, address, bytes) : shared(w, lane, address, bytes);
     if (is_global && bytes == 1) { return p; }
     Shadow* s = is_global ? shadow_of(address) : &shared_shadow_[(address - SHARED_BASE) / 2];
-    if (write) {
-        write_mark(w, lane, s, bytes, is_global);
-    } else {
+    if (how == READ) {
         read_mark(w, lane, s, bytes, is_global);
+    } else {
+        write_mark(w, lane, s, bytes, is_global, how);
     }
     return p;
 }
@@ -390,7 +396,7 @@ inline void Machine::copy_begin(Warp& w, int lane, const Copy& c) {
     if (c.from % COPIED) { fail(&w, "cp.async: misaligned source", lane); }
     char* p = shared(w, lane, c.to, COPIED);
     Shadow* s = &shared_shadow_[(c.to - SHARED_BASE) / 2];
-    write_mark(w, lane, s, COPIED, false, false);
+    write_mark(w, lane, s, COPIED, false, READ);
     if (c.bytes) { global(w, lane, c.from, 1), global(w, lane, c.from + c.bytes - 1, 1); }
     memset(p, 0xff, COPIED);
     for (uint32_t b = 0; b < COPIED / 2; b++) { s[b].in_flight = 1; }

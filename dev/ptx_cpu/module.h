@@ -87,10 +87,16 @@ class Decoder {
     void need(size_t n) {
         if (arg.size() != n) { bad(format("%zu operands are wanted", n)); }
     }
-    void only(const std::set<string>& known) {
+    void only(const std::set<string>& known) {  // these, and last a type
         for (size_t n = 1; n < op.size(); n++) {
-            if (!known.count(op[n]) && op[n] != type) { bad("modifier ." + op[n]); }
+            bool is_type = bits && n + 1 == op.size();
+            if (!known.count(op[n]) && !is_type) { bad("modifier ." + op[n]); }
         }
+    }
+    // wider: integers may lie in wider registers
+    void check_width(const string& s, Row r, int width, bool wider) {
+        if (r.bits == width || (wider && r.bits > width)) { return; }
+        bad(format("register %s has %d bits, not %d", s.c_str(), r.bits, width));
     }
 
     Row new_row(int width) {
@@ -112,11 +118,9 @@ class Decoder {
     uint64_t number(const string& s, int width);
     Row constant(uint64_t value, int width);
     bool special(const string& s, Row* r);
-    Row source_row(const string& s, int width, bool any_width);
-    void from(const string& s, int width, bool any_width = false) {
-        i.from[i.n_from++] = source_row(s, width, any_width);
-    }
-    void to(const string& s, int width, bool any_width = false);
+    Row source_row(const string& s, int width, bool wider);
+    void from(const string& s, int width, bool wider = false) { i.from[i.n_from++] = source_row(s, width, wider); }
+    void to(const string& s, int width, bool wider = false);
     void space_of();
     void address(const string& s, int64_t* offset);
 
@@ -169,22 +173,21 @@ inline bool Decoder::special(const string& s, Row* r) {
     }
     return false;
 }
-inline Row Decoder::source_row(const string& s, int width, bool any_width) {
+inline Row Decoder::source_row(const string& s, int width, bool wider) {
     Row r;
-    if (find(s, &r)) {
-        if (!any_width && r.bits != width) { bad(format("register %s has %d bits, not %d", s.c_str(), r.bits, width)); }
+    if (find(s, &r) || special(s, &r)) {
+        check_width(s, r, width, wider);
         return r;
     }
     if (is_number(s)) { return constant(width == 1 ? (number(s, 64) ? ALL : 0) : number(s, width), width); }
-    if (special(s, &r)) { return r; }
     auto own = k->symbols.find(s);
     if (own != k->symbols.end()) { return constant(own->second, width); }
     bad("operand " + s);
 }
-inline void Decoder::to(const string& s, int width, bool any_width) {
+inline void Decoder::to(const string& s, int width, bool wider) {
     Row r;
     if (!find(s, &r)) { bad("destination " + s); }
-    if (!any_width && r.bits != width) { bad(format("register %s has %d bits, not %d", s.c_str(), r.bits, width)); }
+    check_width(s, r, width, wider);
     i.to[i.n_to++] = r;
 }
 inline void Decoder::space_of() {
@@ -199,10 +202,10 @@ inline void Decoder::address(const string& s, int64_t* offset) {
     string inside = trim(s.substr(1, s.size() - 2));
     size_t plus = inside.find('+');
     string base = trim(inside.substr(0, plus));
-    *offset = plus == string::npos ? 0 : strtoll(inside.c_str() + plus + 1, NULL, 0);
+    *offset = plus == string::npos ? 0 : (int64_t)number(trim(inside.substr(plus + 1)), 64);
     if (i.space != PARAM) { return from(base, i.space == GLOBAL ? 64 : 32, i.space != GLOBAL); }
     for (const Parameter& p : k->parameters) {
-        if (p.name == base) {
+        if (p.name == base && *offset >= 0 && *offset + bits / 8 <= p.bytes) {
             *offset += p.offset;
             return;
         }
@@ -213,13 +216,13 @@ inline void Decoder::address(const string& s, int64_t* offset) {
 // ---- each kind of instruction
 
 inline void Decoder::move() {
-    if (op[0] == "cvta") {  // to and from global: the same number
-        only({"to", "global", "u64"}), need(2), to(arg[0], 64), from(arg[1], 64);
-        if (op[1] != "to") { bad("cvta"); }
+    if (op[0] == "cvta") {  // from a generic address to a global one: the same number
+        if (op != Strings{"cvta", "to", "global", "u64"}) { bad("cvta"); }
+        need(2), to(arg[0], 64), from(arg[1], 64);
         i.execute = []() -> Execute { UNARY(uint64_t, uint64_t, a) }();
         return;
     }
-    need(2);
+    only({}), need(2);
     Strings into = elements(arg[0]), out = elements(arg[1]);
     for (const string& s : into) { to(s, bits / (int)into.size()); }
     for (const string& s : out) { from(s, bits / (int)out.size()); }
@@ -241,7 +244,7 @@ inline void Decoder::load_store() {
     bool is_load = op[0] == "ld";
     only({"global", "shared", "param", "v2", "v4", "v8"}), need(2), space_of();
     i.bytes = (uint8_t)(bits / 8), i.is_signed = type[0] == 's';
-    if (!i.bytes) { bad("type"); }
+    if (bits < 8 || bits > 64 || (!is_load && i.space == PARAM)) { bad("type or space"); }
     address(arg[is_load ? 1 : 0], &i.offset);
     Strings list = elements(arg[is_load ? 0 : 1]);
     if (list.size() != (has(op, "v2") ? 2u : has(op, "v4") ? 4u : has(op, "v8") ? 8u : 1u)) { bad("elements"); }
@@ -322,7 +325,7 @@ inline void Decoder::comparisons() {
     i.execute = comparison_of(op[1], type);
 }
 inline void Decoder::select() {
-    need(4), to(arg[0], bits), from(arg[1], bits), from(arg[2], bits), from(arg[3], 1);
+    only({}), need(4), to(arg[0], bits), from(arg[1], bits), from(arg[2], bits), from(arg[3], 1);
     i.execute = by_type("b" + std::to_string(bits), [](auto z) -> Execute {
         typedef decltype(z) T;
         return EXECUTE {
@@ -414,7 +417,7 @@ inline void Decoder::instruction(const string& s) {
 inline void Decoder::declare_registers(const string& s) {  // ".reg .b32 %r<24>" or ".reg .pred p, q"
     size_t at = s.find('.', 1), end = s.find_first_of(" \t", at);
     int width = bits_of(s.substr(at + 1, end - at - 1));
-    if (!width) { bad("type of a register"); }
+    if (width != 1 && width != 16 && width != 32 && width != 64) { bad("type of a register"); }
     for (const string& name : split(s.substr(end), ',')) {
         size_t angle = name.find('<');
         if (angle == string::npos) {

@@ -60,10 +60,10 @@ inline uint32_t fma_halves(uint32_t a, uint32_t b, uint32_t c) {
     return one(0) | one(16) << 16;
 }
 inline float flush(float x) { return fabsf(x) < 0x1p-126f ? copysignf(0.0f, x) : x; }  // .ftz
-// div.approx gives 0 where 2^126 < |b| < 2^128, and NaN for an infinite a.
+// div.approx takes the inverse of 2^126 < |b| < 2^128 as 0: that gives 0, of an infinite a or NaN NaN.
 inline float divide_approx(float a, float b) {
-    if (!(fabsf(b) > 0x1p126f && fabsf(b) < INFINITY)) { return (float)((double)a / b); }
-    return isinf(a) ? NAN : copysignf(0.0f, signbit(a) != signbit(b) ? -1.0f : 1.0f);
+    bool vanishes = fabsf(b) > 0x1p126f && fabsf(b) < INFINITY;
+    return vanishes ? a * copysignf(0.0f, b) : (float)((double)a / b);
 }
 __attribute__((noinline)) inline float rounded_fma(float a, float b, float c, int mode) {
     volatile float x = a, y = b, z = c;  // not moved across the change of mode

@@ -15,7 +15,8 @@ using std::string;
 static string kernel_text(const string& body, const string& bounds = ".maxntid 1024, 1, 1\n") {
     return ".extern .shared .align 16 .b8 bytes[];\n.visible .entry k(.param .u64 o, .param .u64 i, .param .u32 n)\n" +
            bounds +
-           "{\n.reg .pred %p<9>; .reg .b16 %rs<9>; .reg .b32 %r<40>; .reg .f32 %f<40>; .reg .b64 %rd<20>;\n"
+           "{\n.reg .pred %p<9>; .reg .b16 %rs<9>; .reg .b32 %r<40>; .reg .f32 %f<40>; .reg .b64 %rd<20>; .reg .f64 "
+           "%fd<9>;\n"
            "ld.param.u64 %rd1, [o]; ld.param.u64 %rd2, [i]; ld.param.u32 %r1, [n]; mov.u32 %r2, %tid.x; mov.u32 %r3, "
            "bytes;\n"
            "mul.wide.u32 %rd5, %r2, 4; add.s64 %rd3, %rd1, %rd5; add.s64 %rd4, %rd2, %rd5; mad.lo.s32 %r4, %r2, 4, "
@@ -112,35 +113,321 @@ static void test_half_sums() {
               "sums of halves", ptx::format("%x, %x, %x: %x, %x", a, b, c, sum, same).c_str());
     }
 }
-static void test_integers() {
-    std::vector<int> x(1024), out(1024 * 8);
-    for (int& v : x) { v = (int)random_bits() >> (random_bits() % 31); }
-    string bad = execute("mul.wide.u32 %rd6, %r2, 32; add.s64 %rd6, %rd1, %rd6; ld.global.u32 %r5, [%rd4]; xor.b32 "
-                         "%r6, %r2, 511; mul.wide.u32 %rd7, %r6, 4;"
-                         "add.s64 %rd7, %rd2, %rd7; ld.global.u32 %r6, [%rd7]; or.b32 %r6, %r6, 1;"
-                         "div.s32 %r7, %r5, %r6; rem.u32 %r8, %r5, %r6; mul.hi.s32 %r9, %r5, %r6; mul.wide.s32 %rd8, "
-                         "%r5, %r6; shr.s64 %rd8, %rd8, 20; cvt.u32.u64 %r10, %rd8;"
-                         "st.global.v4.u32 [%rd6], {%r7,%r8,%r9,%r10}; and.b32 %r11, %r6, 63; shr.s32 %r7, %r5, %r11; "
-                         "shl.b32 %r8, %r5, %r11; bfe.u32 %r12, %r5, 5, 9; xor.b32 %r8, %r8, %r12;"
-                         "bfi.b32 %r9, %r5, %r6, 20, 14; setp.lt.u32 %p1, %r5, %r6; selp.b32 %r10, %r6, %r5, %p1; "
-                         "st.global.v4.u32 [%rd6+16], {%r7,%r8,%r9,%r10};",
-                         {1, 1024, 0}, out, x);
-    check(bad.empty(), "integers run", bad.c_str());
-    for (size_t n = 0; n < x.size(); n++) {
-        int a = x[n], b = x[n ^ 511] | 1, s = b & 63, *o = &out[8 * n];
-        uint32_t ua = (uint32_t)a, ub = (uint32_t)b;
-        int64_t wide = (int64_t)a * b;
-        int want[8] = {b == -1 ? (int)(0 - ua) : a / b,
-                       (int)(ua % ub),
-                       (int)(wide >> 32),
-                       (int)(wide >> 20),
-                       s > 31 ? (a < 0 ? -1 : 0) : a >> s,
-                       (s > 31 ? 0 : (int)(ua << s)) ^ (int)(ua >> 5 & 511),
-                       (int)((ub & 0xfffff) | ua << 20),
-                       (int)(ua < ub ? ub : ua)};
-        for (int k = 0; k < 8; k++) {
-            check(o[k] == want[k], "integers", ptx::format("%d of %d, %d: %d, not %d", k, a, b, o[k], want[k]).c_str());
+
+// ---- each instruction that nvcc emits, alone
+
+// The sources of a thread, a, b and c, are %rd11 to 13; their low 32 bits %r11 to 13 and %f11 to 13, their low 16 %rs1
+// to 3; %fd1 is a's 32 bits as a double; %p2 is a < b, %p3 a < c, of 32 bits without sign; %rd17 the address of a. OUT
+// is an address of 8 bytes, 0 at first, in which stands what the type of `to` writes there: the register of 4 of its
+// kind (%rs4, %r4 is %r14: the first four are taken).
+struct Sources {
+    uint64_t a, b, c;
+    uint32_t ua, ub, uc;
+    int32_t sa, sb, sc;
+    uint16_t ha, hb, hc;
+    float fa, fb, fc;
+    size_t n;  // the kernel's
+};
+struct Row {
+    const char *to, *text;
+    uint64_t (*want)(const Sources& x);
+};
+static uint64_t bits(float f) { return ptx::bits_as<uint32_t>(f); }
+static float number(uint32_t b) { return ptx::bits_as<float>(b); }
+static uint64_t low(int64_t v, int n) { return (uint64_t)v & (((uint64_t)1 << n) - 1); }
+static float flushed(float f) { return isnan(f) || fabsf(f) >= 0x1p-126f ? f : copysignf(0, f); }
+static uint64_t two_floats(float low, float high) { return bits(low) | bits(high) << 32; }
+// The largest float that is at most a b + c, from the nearest one: the larger term first, what is left is exact enough.
+static float below(float a, float b, float c) {
+    __float128 p = (__float128)a * b, q = c, r = fmaf(a, b, c);
+    bool first = (p < 0 ? -p : p) > (q < 0 ? -q : q);
+    __float128 left = first ? (p - r) + q : (q - r) + p;
+    if (r == 0 && p == -q && (p != 0 || signbit(a) != signbit(b) || signbit(c))) { return -0.0f; }
+    return left < 0 ? nextafterf((float)r, -INFINITY) : (float)r;
+}
+static float larger(float a, float b) { return isnan(a) ? b : isnan(b) || a > b || (a == b && signbit(b)) ? a : b; }
+#define ROW(TO, TEXT, WANT)                                                          \
+    {                                                                                \
+        TO, TEXT, []([[maybe_unused]] const Sources& x) -> uint64_t { return WANT; } \
+    }
+static const Row ROWS[] = {
+    ROW("f32", "add.f32 %f14, %f11, %f12", bits(x.fa + x.fb)),
+    ROW("f32", "sub.f32 %f14, %f11, %f12", bits(x.fa - x.fb)),
+    ROW("f32", "mul.f32 %f14, %f11, %f12", bits(x.fa* x.fb)),
+    ROW("f32", "neg.f32 %f14, %f11", x.ua ^ 0x80000000u),
+    ROW("f32", "max.f32 %f14, %f11, %f12", bits(larger(x.fa, x.fb))),
+    ROW("f32", "min.f32 %f14, %f11, %f12", bits(-larger(-x.fa, -x.fb))),
+    ROW("f32", "fma.rn.f32 %f14, %f11, %f12, %f13", bits(fmaf(x.fa, x.fb, x.fc))),
+    ROW("f32", "fma.rm.f32 %f14, %f11, %f12, %f13", bits(below(x.fa, x.fb, x.fc))),
+    ROW("f32", "div.rn.f32 %f14, %f11, %f12", bits((float)((double)x.fa / x.fb))),
+    ROW("f32", "div.approx.f32 %f14, %f11, %f12",
+        bits((x.ub & 0x7fffffff) > 0x7e800000 && (x.ub & 0x7fffffff) < 0x7f800000
+                 ? (isfinite(x.fa) ? number((x.ua ^ x.ub) & 0x80000000u) : NAN)
+                 : (float)((double)x.fa / x.fb))),
+    ROW("f32", "rcp.rn.f32 %f14, %f11", bits((float)(1 / (double)x.fa))),
+    ROW("f32", "sqrt.rn.f32 %f14, %f11", bits((float)sqrt((double)x.fa))),
+    ROW("f32", "ex2.approx.f32 %f14, %f11", bits((float)exp2((double)x.fa))),
+    ROW("f32", "ex2.approx.ftz.f32 %f14, %f11", bits(flushed((float)exp2((double)x.fa)))),
+    ROW("f32", "cvt.sat.f32.f32 %f14, %f11",
+        bits(x.fa >= 1  ? 1
+             : x.fa > 0 ? x.fa
+                        : 0.0f)),
+    ROW("f32", "cvt.rmi.f32.f32 %f14, %f11", bits((float)floor((double)x.fa))),
+    ROW("f32", "cvt.rn.f32.s32 %f14, %r11", bits((float)x.sa)),
+    ROW("f32", "cvt.f32.bf16 %f14, %rs1", (uint64_t)x.ha << 16),
+    ROW("f32", "add.f64 %fd4, %fd1, 0d3E40000000000000; cvt.rn.f32.f64 %f14, %fd4",
+        bits((float)((double)x.fa + 0x1p-27))),
+    ROW("f32", "mov.b32 %f14, {0, %rs1}", (uint64_t)x.ha << 16),
+    ROW("f32", "add.f32 %f14, %f11, 0fBF800000", bits(x.fa - 1)),
+    ROW("b32", "cvt.rn.f16x2.f32 %r14, %f11, %f12", (uint64_t)ptx::f16_bits(x.fa) << 16 | ptx::f16_bits(x.fb)),
+    ROW("b32", "cvt.rn.bf16x2.f32 %r14, %f11, %f12", (uint64_t)ptx::bf16_bits(x.fa) << 16 | ptx::bf16_bits(x.fb)),
+    ROW("p", "setp.eq.f32 %p1, %f11, %f12", x.fa == x.fb),
+    ROW("p", "setp.equ.f32 %p1, %f11, %f12", x.fa == x.fb || isnan(x.fa) || isnan(x.fb)),
+    ROW("p", "setp.neu.f32 %p1, %f11, %f12", x.fa != x.fb),
+    ROW("p", "setp.lt.f32 %p1, %f11, %f12", x.fa < x.fb),
+    ROW("p", "setp.ge.f32 %p1, %f11, %f12", x.fa >= x.fb),
+    ROW("p", "setp.ltu.f32 %p1, %f11, %f12", x.fa < x.fb || isnan(x.fa) || isnan(x.fb)),
+    ROW("p", "setp.leu.f32 %p1, %f11, %f12", x.fa <= x.fb || isnan(x.fa) || isnan(x.fb)),
+    ROW("p", "setp.geu.f32 %p1, %f11, %f12", x.fa >= x.fb || isnan(x.fa) || isnan(x.fb)),
+    ROW("p", "setp.eq.s16 %p1, %rs1, %rs2", x.ha == x.hb),
+    ROW("p", "setp.ne.s16 %p1, %rs1, %rs2", x.ha != x.hb),
+    ROW("p", "setp.eq.b32 %p1, %r11, %r12", x.ua == x.ub),
+    ROW("p", "setp.ne.s32 %p1, %r11, %r12", x.ua != x.ub),
+    ROW("p", "setp.lt.s32 %p1, %r11, %r12", x.sa < x.sb),
+    ROW("p", "setp.le.s32 %p1, %r11, %r12", x.sa <= x.sb),
+    ROW("p", "setp.gt.s32 %p1, %r11, %r12", x.sa > x.sb),
+    ROW("p", "setp.ge.s32 %p1, %r11, %r12", x.sa >= x.sb),
+    ROW("p", "setp.lt.u32 %p1, %r11, %r12", x.ua < x.ub),
+    ROW("p", "setp.le.u32 %p1, %r11, %r12", x.ua <= x.ub),
+    ROW("p", "setp.gt.u32 %p1, %r11, %r12", x.ua > x.ub),
+    ROW("p", "setp.ge.u32 %p1, %r11, %r12", x.ua >= x.ub),
+    ROW("p", "setp.eq.b64 %p1, %rd11, %rd12", x.a == x.b),
+    ROW("p", "setp.ne.s64 %p1, %rd11, %rd12", x.a != x.b),
+    ROW("p", "setp.lt.s64 %p1, %rd11, %rd12", (int64_t)x.a < (int64_t)x.b),
+    ROW("p", "setp.lt.u64 %p1, %rd11, %rd12", x.a < x.b),
+    ROW("p", "setp.ge.u64 %p1, %rd11, %rd12", x.a >= x.b),
+    ROW("p", "and.pred %p1, %p2, %p3", x.ua < x.ub && x.ua < x.uc),
+    ROW("p", "or.pred %p1, %p2, %p3", x.ua < x.ub || x.ua < x.uc),
+    ROW("p", "not.pred %p1, %p2", x.ua >= x.ub),
+    ROW("p", "mov.pred %p1, %p2", x.ua < x.ub),
+    ROW("p", "mov.pred %p1, %p2; @%p3 mov.pred %p1, 0", x.ua < x.ub && x.ua >= x.uc),
+    ROW("p", "mov.pred %p1, -1; @!%p3 setp.lt.u32 %p1, %r11, %r12", x.ua < x.uc || x.ua < x.ub),
+    ROW("b16", "add.s16 %rs4, %rs1, -3", low(x.ha - 3, 16)),
+    ROW("b16", "sub.s16 %rs4, %rs1, %rs2", low(x.ha - x.hb, 16)),
+    ROW("b16", "mul.lo.s16 %rs4, %rs1, %rs2", low((int64_t)x.ha* x.hb, 16)),
+    ROW("b16", "mad.lo.s16 %rs4, %rs1, %rs2, %rs3", low((int64_t)x.ha* x.hb + x.hc, 16)),
+    ROW("b16", "mul.hi.u16 %rs4, %rs1, %rs2", (uint64_t)x.ha* x.hb >> 16),
+    ROW("b16", "and.b16 %rs4, %rs1, %rs2", x.ha& x.hb),
+    ROW("b16", "or.b16 %rs4, %rs1, %rs2", x.ha | x.hb),
+    ROW("b16", "shl.b16 %rs4, %rs1, %r12", x.ub > 15 ? 0 : low((int64_t)x.ha << x.ub, 16)),
+    ROW("b16", "shr.u16 %rs4, %rs1, %r12", x.ub > 15 ? 0 : x.ha >> x.ub),
+    ROW("b16", "selp.u16 %rs4, %rs1, %rs2, %p2", x.ua < x.ub ? x.ha : x.hb),
+    ROW("b16", "mov.u16 %rs4, %rs1", x.ha),
+    ROW("b16", "cvt.u16.u32 %rs4, %r11", x.ha),
+    ROW("b16", "cvt.u16.u64 %rs4, %rd11", x.ha),
+    ROW("b16", "mov.b32 {%rs5, %rs4}, %r11", x.ua >> 16),
+    ROW("b16", "ld.global.v4.u16 {%rs5, %rs6, %rs4, %rs7}, [%rd17]", x.a >> 32 & 0xffff),
+    ROW("b16", "cvt.rn.bf16.f32 %rs4, %f11", ptx::bf16_bits(x.fa)),
+    ROW("b32", "add.s32 %r14, %r11, %r12", low((int64_t)x.sa + x.sb, 32)),
+    ROW("b32", "sub.s32 %r14, %r11, %r12", low((int64_t)x.sa - x.sb, 32)),
+    ROW("b32", "mul.lo.s32 %r14, %r11, %r12", low((int64_t)x.sa* x.sb, 32)),
+    ROW("b32", "mad.lo.s32 %r14, %r11, %r12, %r13", low((int64_t)x.sa* x.sb + x.sc, 32)),
+    ROW("b32", "mul.hi.s32 %r14, %r11, %r12", low((int64_t)x.sa* x.sb >> 32, 32)),
+    ROW("b32", "mul.hi.u32 %r14, %r11, %r12", (uint64_t)x.ua* x.ub >> 32),
+    ROW("b32", "mul.wide.u16 %r14, %rs1, %rs2", (uint64_t)x.ha* x.hb),
+    ROW("b32", "or.b32 %r12, %r12, 1; div.s32 %r14, %r11, %r12", low((int64_t)x.sa / (x.sb | 1), 32)),
+    ROW("b32", "or.b32 %r12, %r12, 1; rem.s32 %r14, %r11, %r12", low((int64_t)x.sa % (x.sb | 1), 32)),
+    ROW("b32", "or.b32 %r12, %r12, 1; div.u32 %r14, %r11, %r12", x.ua / (x.ub | 1)),
+    ROW("b32", "or.b32 %r12, %r12, 1; rem.u32 %r14, %r11, %r12", x.ua % (x.ub | 1)),
+    ROW("b32", "max.s32 %r14, %r11, %r12", (uint32_t)std::max(x.sa, x.sb)),
+    ROW("b32", "min.s32 %r14, %r11, %r12", (uint32_t)std::min(x.sa, x.sb)),
+    ROW("b32", "max.u32 %r14, %r11, %r12", std::max(x.ua, x.ub)),
+    ROW("b32", "neg.s32 %r14, %r11", low(-(int64_t)x.sa, 32)),
+    ROW("b32", "not.b32 %r14, %r11", x.ua ^ 0xffffffffu),
+    ROW("b32", "and.b32 %r14, %r11, %r12", x.ua& x.ub),
+    ROW("b32", "or.b32 %r14, %r11, %r12", x.ua | x.ub),
+    ROW("b32", "xor.b32 %r14, %r11, %r12", x.ua ^ x.ub),
+    ROW("b32", "shl.b32 %r14, %r11, %r12", x.ub > 31 ? 0 : low((int64_t)x.ua << x.ub, 32)),
+    ROW("b32", "shr.s32 %r14, %r11, %r12", low((int64_t)x.sa >> std::min(x.ub, 63u), 32)),
+    ROW("b32", "shr.u32 %r14, %r11, %r12", x.ub > 31 ? 0 : x.ua >> x.ub),
+    ROW("b32", "bfe.u32 %r14, %r11, %r12, %r13",
+        (x.ub & 255) > 31 ? 0 : x.ua >> (x.ub & 255) & low(-1, std::min<int>(x.uc & 255, 32))),
+    ROW("b32", "bfi.b32 %r14, %r11, %r13, %r12, 14",
+        (x.ub & 255) > 31 ? x.uc : low((x.uc & ~(16383ull << (x.ub & 255))) | (x.ua & 16383ull) << (x.ub & 255), 32)),
+    ROW("b32", "selp.s32 %r14, %r11, 9, %p2", x.ua < x.ub ? x.ua : 9),
+    ROW("b32", "cvt.u32.u16 %r14, %rs1", x.ha),
+    ROW("b32", "cvt.u32.u64 %r14, %rd11", x.ua),
+    ROW("b32", "mov.b32 %r14, {%rs1, %rs2}", x.ha | (uint32_t)x.hb << 16),
+    ROW("b32", "mov.u32 %r14, %r11; @%p2 mov.u32 %r14, %r12", x.ua < x.ub ? x.ub : x.ua),
+    ROW("b32", "mov.b64 {%r15, %r14}, %rd11", x.a >> 32),
+    ROW("b32", "ld.global.v4.f32 {%f5, %f6, %f14, %f7}, [%rd17]; mov.b32 %r14, %f14", x.ub),
+    ROW("b32", "ld.global.u16 %r14, [%rd17+2]", x.ua >> 16),
+    ROW("b32", "ld.param.s8 %r14, [n+1]", low((int8_t)(x.n >> 8), 32)),
+    ROW("b64", "add.s64 %rd14, %rd11, %rd12", x.a + x.b),
+    ROW("b64", "sub.s64 %rd14, %rd11, %rd12", x.a - x.b),
+    ROW("b64", "mul.lo.s64 %rd14, %rd11, %rd12", x.a* x.b),
+    ROW("b64", "mad.lo.s64 %rd14, %rd11, %rd12, %rd13", x.a* x.b + x.c),
+    ROW("b64", "mul.wide.s32 %rd14, %r11, %r12", (uint64_t)((int64_t)x.sa* x.sb)),
+    ROW("b64", "mul.wide.u32 %rd14, %r11, %r12", (uint64_t)x.ua* x.ub),
+    ROW("b64", "or.b64 %rd12, %rd12, 1; div.u64 %rd14, %rd11, %rd12", x.a / (x.b | 1)),
+    ROW("b64", "and.b64 %rd14, %rd11, %rd12", x.a& x.b),
+    ROW("b64", "or.b64 %rd14, %rd11, %rd12", x.a | x.b),
+    ROW("b64", "shl.b64 %rd14, %rd11, %r12", x.ub > 63 ? 0 : x.a << x.ub),
+    ROW("b64", "shr.u64 %rd14, %rd11, %r12", x.ub > 63 ? 0 : x.a >> x.ub),
+    ROW("b64", "selp.b64 %rd14, %rd11, %rd12, %p2", x.ua < x.ub ? x.a : x.b),
+    ROW("b64", "cvt.s64.s32 %rd14, %r11", (uint64_t)(int64_t)x.sa),
+    ROW("b64", "cvt.u64.u32 %rd14, %r11", x.ua),
+    ROW("b64", "cvt.u64.u16 %rd14, %rs1", x.ha),
+    ROW("b64", "mov.b64 %rd14, {%r11, %r12}", x.ua | (uint64_t)x.ub << 32),
+    ROW("b64", "cvta.to.global.u64 %rd14, %rd11", x.a),
+    ROW("b64", "ld.global.s32 %rd14, [%rd17]", (uint64_t)(int64_t)x.sa),
+    ROW("b64",
+        "shl.b32 %r15, %r2, 4; add.s32 %r15, %r15, %r3; cp.async.cg.shared.global [%r15], [%rd17], 16, 12; "
+        "cp.async.commit_group; cp.async.wait_group 0; ld.shared.u64 %rd14, [%r15+8]",
+        x.ub),
+    ROW("", "st.global.u8 [OUT+1], %r11; st.global.u16 [OUT+2], %rs2", low(x.ha, 8) << 8 | (uint64_t)x.hb << 16),
+    ROW("", "st.global.v4.u16 [OUT], {%rs1, %rs2, %rs3, 7}",
+        x.ha | (uint64_t)x.hb << 16 | (uint64_t)x.hc << 32 | 7ull << 48),
+    ROW("", "st.global.u32 [OUT], %r11; @%p2 st.global.u32 [OUT+4], %r12", x.ua | (x.ua < x.ub ? x.b << 32 : 0)),
+    ROW("", "atom.global.max.u32 %r14, [OUT], %r11; atom.global.max.u32 %r14, [OUT], %r12; st.global.u32 [OUT+4], %r14",
+        std::max(x.ua, x.ub) | x.a << 32),
+    ROW("", "atom.global.add.f32 %f14, [OUT], %f11; atom.global.add.f32 %f14, [OUT], %f12; st.global.f32 [OUT+4], %f14",
+        two_floats(flushed(0 + flushed(x.fa) + flushed(x.fb)), flushed(0 + flushed(x.fa)))),
+    ROW("", "red.relaxed.gpu.global.add.v2.f32 [OUT], {%f11, %f12}",
+        two_floats(flushed(0 + flushed(x.fa)), flushed(0 + flushed(x.fb)))),
+};
+static void test_instructions() {
+    const size_t n = sizeof ROWS / sizeof *ROWS, threads = 1024;
+    static const uint32_t special[] = {
+        0,          1,          2,          15,         16,         17,         31,         32,         63,
+        64,         0x41,       0x110,      0x7fff,     0x8000,     0xffff,     0x10000,    0x7fffffff, 0x80000000,
+        0x80000001, 0xffffffff, 0x00800000, 0x007fffff, 0x3f800000, 0xbf800000, 0x3f000000, 0x7f800000, 0xff800000,
+        0x7fc00000, 0x7e800000, 0x7e800001, 0xff7fffff, 0x7f7fffff, 0xc2fc0000, 0x43000000, 0x33800000};
+    auto any = [&] {
+        return random_bits() % 2 ? special[random_bits() % (sizeof special / 4)] : (uint32_t)random_bits();
+    };
+    std::vector<uint64_t> in(4 * threads), out(n * threads);
+    for (size_t i = 0; i < in.size(); i++) {
+        bool same = i % 4 == 1 && random_bits() % 8 == 0;
+        in[i] = same ? in[i - 1] : any() | (uint64_t)(random_bits() % 2 ? any() : 0) << 32;
+        if (i % 4 && random_bits() % 4 == 0) { in[i] = random_bits() % 70; }  // a distance to shift by
+    }
+    string body =
+        ptx::format("mul.wide.u32 %%rd5, %%r2, 32; add.s64 %%rd17, %%rd2, %%rd5; mul.wide.u32 %%rd5, %%r2, %zu; "
+                    "add.s64 %%rd16, %%rd1, %%rd5;\n",
+                    8 * n);
+    for (size_t k = 0; k < n; k++) {
+        string at = ptx::format("%%rd16+%zu", 8 * k), to = ROWS[k].to, text = ROWS[k].text;
+        for (size_t o; (o = text.find("OUT")) != string::npos;) { text.replace(o, 3, at); }
+        for (const char* plus : {"+1]", "+2]", "+4]"}) {  // of an address that has an offset already
+            for (size_t o; (o = text.find(at + plus)) != string::npos;) {
+                text.replace(o, at.size() + 3, ptx::format("%%rd16+%zu]", 8 * k + (size_t)(plus[1] - '0')));
+            }
         }
+        body += "ld.global.u64 %rd11, [%rd17]; ld.global.u64 %rd12, [%rd17+8]; ld.global.u64 %rd13, [%rd17+16];"
+                "ld.global.u32 %r11, [%rd17]; ld.global.u32 %r12, [%rd17+8]; ld.global.u32 %r13, [%rd17+16];"
+                "ld.global.f32 %f11, [%rd17]; ld.global.f32 %f12, [%rd17+8]; ld.global.f32 %f13, [%rd17+16];"
+                "ld.global.u16 %rs1, [%rd17]; ld.global.u16 %rs2, [%rd17+8]; ld.global.u16 %rs3, [%rd17+16];"
+                "setp.lt.u32 %p2, %r11, %r12; setp.lt.u32 %p3, %r11, %r13; cvt.f64.f32 %fd1, %f11;\n" +
+                text + ";";
+        if (to == "p") { body += "selp.b32 %r14, 1, 0, %p1;"; }
+        if (!to.empty()) {
+            body += "st.global." + (to == "p" ? "b32" : to) + " [" + at + "], " +
+                    (to == "f32"   ? "%f14"
+                     : to == "b64" ? "%rd14"
+                     : to == "b16" ? "%rs4"
+                                   : "%r14") +
+                    ";\n";
+        }
+    }
+    string bad = execute(body, {1, threads, 16 * threads}, out, in);
+    check(bad.empty(), "each instruction runs", bad.c_str());
+    for (size_t i = 0; i < n * threads && bad.empty(); i++) {
+        const uint64_t* s = &in[i / n * 4];
+        Sources x = {s[0],
+                     s[1],
+                     s[2],
+                     (uint32_t)s[0],
+                     (uint32_t)s[1],
+                     (uint32_t)s[2],
+                     (int32_t)s[0],
+                     (int32_t)s[1],
+                     (int32_t)s[2],
+                     (uint16_t)s[0],
+                     (uint16_t)s[1],
+                     (uint16_t)s[2],
+                     number((uint32_t)s[0]),
+                     number((uint32_t)s[1]),
+                     number((uint32_t)s[2]),
+                     out.size()};
+        const Row& r = ROWS[i % n];
+        uint64_t want = r.want(x), got = out[i];
+        bool sum = strstr(r.text, ".add."), good = got == want;
+        for (int half = 0; half < 2 && !good && (sum || !strcmp(r.to, "f32")); half++) {  // NaN has many forms
+            uint32_t g = (uint32_t)(got >> 32 * half), v = (uint32_t)(want >> 32 * half);
+            if (g != v && !(isnan(number(g)) && isnan(number(v)))) { break; }
+            good = half == 1;
+        }
+        if (!good) {
+            check(false, r.text,
+                  ptx::format("%llx %llx %llx: %llx, not %llx", (unsigned long long)x.a, (unsigned long long)x.b,
+                              (unsigned long long)x.c, (unsigned long long)got, (unsigned long long)want)
+                      .c_str());
+            break;
+        }
+    }
+    check(true, "each instruction");
+}
+// Whatever is not known is refused when a kernel is decoded, by name.
+static void test_refusals() {
+    static const char unknown[] = R"(
+        sad.u32 %r5, %r2, %r2, %r2; add.s32 %r5, %rd1, %r2; add.sat.s32 %r5, %r2, %r2; add.cc.s32 %r5, %r2, %r2; add.ftz.f32 %f1, %f2, %f3; add.rz.f32 %f1, %f2, %f3;
+        mul.sat.f32 %f1, %f2, %f3; fma.rz.f32 %f1, %f2, %f3, %f4; fma.rn.ftz.f32 %f1, %f2, %f3, %f4;
+        fma.rn.relu.f16x2 %r5, %r6, %r7, %r8; max.NaN.f32 %f1, %f2, %f3; min.ftz.f32 %f1, %f2, %f3;
+        rcp.approx.f32 %f1, %f2; rsqrt.approx.f32 %f1, %f2; lg2.approx.f32 %f1, %f2; div.full.f32 %f1, %f2, %f3;
+        div.approx.ftz.f32 %f1, %f2, %f3; sqrt.approx.f32 %f1, %f2; ex2.approx.f16x2 %r5, %r6; abs.f32 %f1, %f2;
+        mul24.lo.s32 %r5, %r6, %r7; mad.wide.s32 %rd5, %r6, %r7, %rd6; mad.hi.s32 %r5, %r6, %r7, %r8;
+        mul.hi.s64 %rd5, %rd6, %rd7; bfe.s32 %r5, %r6, %r7, %r8; bfi.b64 %rd5, %rd6, %rd7, %r7, %r8;
+        lop3.b32 %r5, %r6, %r7, %r8, 1; prmt.b32 %r5, %r6, %r7, 1; shf.l.wrap.b32 %r5, %r6, %r7, %r8;
+        popc.b32 %r5, %r6; clz.b32 %r5, %r6; xor.pred %p1, %p2, %p3; mov.x.b32 %r5, %r6;
+        selp.x.b32 %r5, %r6, %r7, %p1; setp.lt.and.f32 %p1, %f1, %f2, %p2; setp.ltu.ftz.f32 %p1, %f1, %f2;
+        setp.num.f32 %p1, %f1, %f2; setp.lo.u32 %p1, %r5, %r6; setp.ltu.s32 %p1, %r5, %r6;
+        setp.lt.f64 %p1, %fd1, %fd2; setp.lt.s32 %p1|%p2, %r5, %r6; set.lt.u32.s32 %r5, %r6, %r7;
+        cvt.rz.f32.f64 %f1, %fd1; cvt.rni.f32.f32 %f1, %f2; cvt.rzi.s32.f32 %r5, %f2; cvt.rn.ftz.f32.f64 %f1, %fd1;
+        cvt.rn.relu.f16x2.f32 %r5, %f1, %f2; cvt.rz.bf16x2.f32 %r5, %f1, %f2; cvt.sat.s32.u32 %r5, %r6;
+        cvt.f32.s32 %f1, %r5; cvt.u32.u64 %rs1, %rd1; ld.u32 %r5, [%rd1]; ld.volatile.global.u32 %r5, [%rd1];
+        ld.global.nc.u32 %r5, [%rd1]; ld.relaxed.gpu.global.u32 %r5, [%rd1]; ld.const.u32 %r5, [%rd1];
+        ld.local.u32 %r5, [%rd1]; ld.global.b128 %rd5, [%rd1]; ld.global.u64 %r5, [%rd1]; ld.param.u32 %r5, [n+4];
+        ld.param.u64 %rd5, [m]; ld.global.u32 %r5, [%rd1+bytes]; ld.global.u32 %r5, [%r1]; ld.shared.u32 %r5, [%rs1];
+        ld.global.v2.u32 {%r5}, [%rd1]; st.param.u32 [n], %r5; st.global.wb.u32 [%rd1], %r5;
+        st.global.u64 [%rd1], %r5; cvta.shared.u64 %rd5, %rd6; cvta.to.shared.u64 %rd5, %rd6;
+        cvta.global.u64 %rd5, %rd6; atom.global.cas.b32 %r5, [%rd1], %r6, %r7; atom.global.add.u32 %r5, [%rd1], %r6;
+        atom.shared.add.f32 %f1, [%r3], %f2; atom.global.max.s32 %r5, [%rd1], %r6;
+        red.acquire.gpu.global.add.f32 [%rd1], %f1; red.relaxed.sys.global.add.f32 [%rd1], %f1;
+        red.relaxed.gpu.global.add.v4.f32 [%rd1], {%f1, %f2, %f3, %f4}; atom.global.add.noftz.f16x2 %r5, [%rd1], %r6;
+        bar.sync 1; bar.sync 0, 64; bar.arrive 0, 64; bar.arrive 0; bar.red.popc.u32 %r5, 0, %p1; barrier.sync 0;
+        bra.far end; bra end; ret.far; exit; trap; call f; membar.gl; fence.acq_rel.gpu; nanosleep.u32 5;
+        shfl.sync.idx.b32 %r5, %r6, 0, 31, -1; shfl.sync.down.b32 %r5, %r6, 1, 31, -1; shfl.bfly.b32 %r5, %r6, 1, 31;
+        vote.sync.any.pred %p1, %p2, -1; activemask.b32 %r5; redux.sync.add.s32 %r5, %r6, -1;
+        match.any.sync.b32 %r5, %r6, -1; mov.u32 %r5, %laneid; mov.u32 %r5, %tid.y; mov.u32 %r5, %clock;
+        mov.u64 %rd5, %tid.x; mov.u32 %r5, 1u; mov.f32 %f1, 0d3FF0000000000000;
+        cp.async.ca.shared.global [%r3], [%rd1], 16, 16; cp.async.cg.shared.global [%r3], [%rd1], 8, 8;
+        cp.async.cg.shared.global [%r3], [%rd1], 16; cp.async.cg.shared.global.L2::128B [%r3], [%rd1], 16, 16;
+        cp.async.wait_all; cp.async.bulk.commit_group; cp.async.mbarrier.arrive.shared.b64 [%r3];
+        ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%r5, %r6}, [%r3];
+        ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%r5}, [%r3];
+        mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%f1,%f2,%f3,%f4}, {%r5,%r6}, {%r7}, {%f1,%f2,%f3,%f4};
+        mma.sync.aligned.m16n8k16.row.col.f16.f16.f16.f16 {%r8,%r9}, {%r4,%r5,%r6,%r7}, {%r10,%r11}, {%r8,%r9};
+        .local .align 4 .b8 depot[4]; .reg .b128 %x; .reg .u8 %x;)";
+    for (const string& text : ptx::split(unknown, ';')) {
+        ptx::Module module;
+        string got;
+        try {
+            module.parse(kernel_text(text + ";"));
+            module.kernel("k");
+        } catch (ptx::Fault& f) { got = f.text; }
+        check(got.find(": line ") != string::npos, "what is not known is refused",
+              got.empty() ? text.c_str() : got.c_str());
     }
 }
 // A loop of another length in each lane, and a warp's sum of what came out.
@@ -258,6 +545,9 @@ struct Planted {
     "xor.b32 %r7, %r2, 33; shl.b32 %r7, %r7, 4; add.s32 %r7, %r7, %r3; ld.shared.f32 %f1, [%r7]; st.global.f32 " \
     "[%rd3], %f1;"
 #define STORE "st.shared.u32 [%r4], %r2;"
+#define HALF "setp.gt.u32 %p1, %r2, 15; "
+#define SHUFFLE "shfl.sync.bfly.b32 %r5, %r2, "
+#define MATRICES "ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%r5,%r6,%r7,%r8}, "
 static const Planted PLANTED[] = {
     {"copies that are right", "", {1, 64, 1024}, COPY "cp.async.wait_group 0; bar.sync 0;" NEIGHBOUR},
     {"no wait for copies", "has not yet brought", {1, 64, 1024}, COPY "bar.sync 0;" NEIGHBOUR},
@@ -306,9 +596,45 @@ static const Planted PLANTED[] = {
      "float atomics of several threads",
      {1, 64, 0},
      "mov.f32 %f1, 0f3F800000; red.relaxed.gpu.global.add.f32 [%rd1], %f1;"},
-    {"an unknown opcode", "opcode: sad.u32", {1, 32, 0}, "sad.u32 %r5, %r2, %r2, %r2;"},
-    {"an unknown modifier", "modifier .sat", {1, 32, 0}, "add.sat.s32 %r5, %r2, %r2;"},
-    {"a register of another width", "has 64 bits, not 32", {1, 32, 0}, "add.s32 %r5, %rd1, %r2;"},
+    {"atomics, read behind a barrier",
+     "",
+     {1, 64, 0},
+     "atom.global.max.u32 %r5, [%rd1], %r2; bar.sync 0; ld.global.u32 %r6, [%rd1];"},
+    {"atomics, read without a barrier",
+     "RACE of warps in global",
+     {1, 64, 0},
+     "atom.global.max.u32 %r5, [%rd1], %r2; ld.global.u32 %r6, [%rd1];"},
+    {"atomics of two blocks, read by one",
+     "RACE of blocks in global",
+     {2, 64, 0},
+     "atom.global.max.u32 %r5, [%rd1], %r2; bar.sync 0; ld.global.u32 %r6, [%rd1];"},
+    {"an atomic where another thread writes",
+     "RACE of warps in global",
+     {1, 64, 0},
+     "st.global.u32 [%rd3], %r2; xor.b32 %r5, %r2, 33; mul.wide.u32 %rd6, %r5, 4; add.s64 %rd6, %rd1, %rd6; "
+     "atom.global.max.u32 %r6, [%rd6], %r2;"},
+    {"bra.uni that diverges", "bra.uni diverges", {1, 32, 0}, HALF "@%p1 bra.uni end; end:"},
+    {"a shuffle under a predicate", "are predicated off", {1, 32, 0}, HALF "@%p1 " SHUFFLE "1, 31, -1;"},
+    {"a shuffle of two masks",
+     "lanes of different masks",
+     {1, 32, 0},
+     HALF "selp.b32 %r6, -65536, 65535, %p1; " SHUFFLE "1, 31, %r6;"},
+    {"a shuffle of others", "are not in their own mask", {1, 32, 0}, SHUFFLE "1, 31, 65535;"},
+    {"a shuffle of half a warp", "within a part of the warp", {1, 32, 0}, SHUFFLE "1, 15, -1;"},
+    {"two shuffles, each for all",
+     "lanes wait for each other",
+     {1, 32, 0},
+     HALF "@%p1 bra other; " SHUFFLE "1, 31, -1; bra end; other: " SHUFFLE "1, 31, -1; end:"},
+    {"a barrier under a predicate", "a predicate that differs", {1, 32, 0}, HALF "@%p1 bar.sync 0;"},
+    {"ldmatrix for half a warp", "lanes have returned", {1, 32, 512}, HALF "@%p1 ret; " MATRICES "[%r3];"},
+    {"a row of ldmatrix between two banks", "misaligned shared", {1, 32, 512}, MATRICES "[%r3+8];"},
+    {"misaligned global memory", "misaligned address", {1, 32, 0}, "ld.global.u32 %r5, [%rd3+2];"},
+    {"a copy of 17 bytes", "more bytes than its size", {1, 1, 16}, "cp.async.cg.shared.global [%r3], [%rd2], 16, 17;"},
+    {"a copy from between", "misaligned source", {1, 1, 16}, "cp.async.cg.shared.global [%r3], [%rd2+8], 16, 16;"},
+    {"a copy from nowhere",
+     "in no allocation",
+     {1, 1, 16},
+     "cp.async.cg.shared.global [%r3], [%rd2+100000000], 16, 4;"},
 };
 static void test_planted() {
     std::vector<float> out(64), in(1024, 1);
@@ -339,7 +665,8 @@ static void test_bounds() {
 
 int main(void) {
     test_conversions();
-    test_integers();
+    test_instructions();
+    test_refusals();
     test_divergence();
     test_product<__half>("f16");
     test_product<__nv_bfloat16>("bf16");
