@@ -104,7 +104,8 @@ static inline cublasStatus_t cublasSetMathMode(cublasHandle_t h, cublasMath_t ma
     h->math = math;
     return CUBLAS_STATUS_SUCCESS;
 }
-static inline cublasStatus_t cublasSetWorkspace(cublasHandle_t h, void* p, size_t) {
+static inline cublasStatus_t cublasSetWorkspace(cublasHandle_t h, void* p, size_t n) {
+    if (p && !cuda_cpu::on_device(p, n)) { cuda_cpu::fault("cublas: the workspace does not lie in device memory"); }
     if ((size_t)p % 256) { return CUBLAS_STATUS_INVALID_VALUE; }
     h->workspace = p;
     return CUBLAS_STATUS_SUCCESS;

@@ -460,7 +460,10 @@ template <typename T> static inline UNWATCHED T atomicMax(T* p, T v) {
     return old;
 }
 
-static inline float __fdividef(float a, float b) { return a / b; }
+// The inverse of 2^126 < |b| < 2^128 counts as 0.
+static inline float __fdividef(float a, float b) {
+    return fabsf(b) > 0x1p126f && fabsf(b) < INFINITY ? a * copysignf(0.0f, b) : a / b;
+}
 static inline unsigned __float_as_uint(float x) { return cuda_cpu::from_bits<unsigned>(cuda_cpu::to_bits(x)); }
 static inline float __uint_as_float(unsigned x) { return cuda_cpu::from_bits<float>(cuda_cpu::to_bits(x)); }
 

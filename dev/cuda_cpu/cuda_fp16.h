@@ -39,9 +39,13 @@ struct alignas(4) __half2 {
 typedef __half half;
 
 static inline __half2 __floats2half2_rn(float x, float y) { return __half2{x, y}; }
-// One rounding: a product of two halves and its sum with a third are exact in double where this decides.
+// One rounding: a product of two halves and its sum with a third are exact in double where this decides, and the float
+// between has an odd last bit if it is not.
 static inline __half fma_half(__half x, __half y, __half z) {
-    return __half((float)((double)(float)x * (float)y + (float)z));
+    double sum = (double)(float)x * (float)y + (float)z;
+    float f = (float)sum;
+    if (f != sum && sum == sum) { f = __uint_as_float((__float_as_uint(f) - (fabs(f) > fabs(sum))) | 1); }
+    return __half(f);
 }
 static inline __half2 __hfma2(__half2 x, __half2 y, __half2 z) {
     return __half2{fma_half(x.x, y.x, z.x), fma_half(x.y, y.y, z.y)};

@@ -70,6 +70,7 @@ struct Stream {
     int device;
     bool asked, busy;  // somebody has asked for the work of now; it is being worked off
     bool eager;        // works as soon as it may
+    bool destroyed;    // and is forgotten when its work is done
 };
 // That an event was recorded: in a stream, done when its turn has come. Later records of the event are others.
 struct Record {
@@ -80,6 +81,7 @@ struct Record {
 struct Event {
     std::shared_ptr<Record> last;
     bool captured, timed;
+    int device;
 };
 
 inline std::map<void*, size_t> allocations;         // device memory: address -> bytes
@@ -210,6 +212,11 @@ inline void finish_all(void) {
         for (Stream* s : streams) { done = advance(s) && done; }
         return done;
     });
+    for (size_t i = streams.size(); i-- > 0;) {
+        if (!streams[i]->destroyed) { continue; }
+        delete streams[i];
+        streams.erase(streams.begin() + (long)i);
+    }
 }
 // Runs the work now, or keeps it, for when somebody waits or if the stream is being captured into a graph.
 inline void submit_work(Stream* stream, const Work& work) {
@@ -506,7 +513,7 @@ static inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attr
 
 static inline cudaError_t cudaStreamCreate(cudaStream_t* s) {
     CUDA_CPU_CALL();
-    cuda_cpu::streams.push_back(*s = new cuda_cpu::Stream{NULL, {}, cuda_cpu::device, false, false, false});
+    cuda_cpu::streams.push_back(*s = new cuda_cpu::Stream{NULL, {}, cuda_cpu::device, false, false, false, false});
     return cudaSuccess;
 }
 static inline cudaError_t cudaStreamCreateWithFlags(cudaStream_t* s, unsigned) {
@@ -523,8 +530,10 @@ static inline cudaError_t cudaStreamCreateWithPriority(cudaStream_t* s, unsigned
     if (status == cudaSuccess) { (*s)->eager = priority < 0 && getenv("CUDA_CPU_EAGER"); }
     return status;
 }
+// Waits for nothing: what the stream has yet to do is done when somebody waits for the device.
 static inline cudaError_t cudaStreamDestroy(cudaStream_t s) {
-    cuda_cpu::finish(s);
+    s->destroyed = true;
+    if (!s->queue.empty()) { return cudaSuccess; }
     cuda_cpu::streams.erase(std::find(cuda_cpu::streams.begin(), cuda_cpu::streams.end(), s));
     delete s;
     return cudaSuccess;
@@ -540,7 +549,7 @@ static inline cudaError_t cudaStreamQuery(cudaStream_t s) {
 }
 static inline cudaError_t cudaEventCreateWithFlags(cudaEvent_t* e, unsigned flags) {
     CUDA_CPU_CALL();
-    *e = new cuda_cpu::Event{NULL, false, !(flags & cudaEventDisableTiming)};
+    *e = new cuda_cpu::Event{NULL, false, !(flags & cudaEventDisableTiming), cuda_cpu::device};
     return cudaSuccess;
 }
 static inline cudaError_t cudaEventCreate(cudaEvent_t* e) { return cudaEventCreateWithFlags(e, 0); }
@@ -550,6 +559,7 @@ static inline cudaError_t cudaEventDestroy(cudaEvent_t e) {
 }
 static inline cudaError_t cudaEventRecord(cudaEvent_t e, cudaStream_t s = NULL) {
     CUDA_CPU_CALL();
+    if (e->device != (s ? s->device : cuda_cpu::device)) { return cuda_cpu::set_error(cudaErrorInvalidResourceHandle); }
     e->captured = s && s->capture;
     auto record = std::make_shared<cuda_cpu::Record>(cuda_cpu::Record{s, false, false, 0});
     e->last = record;

@@ -227,6 +227,13 @@ static void test_half_types() {
         middle = __uint_as_float((b << 16) + 0x8000u), above = __uint_as_float((b << 16) + 0x8001u);
         ok = ok && __nv_bfloat16(middle).bits == (b % 2 ? b + 1 : b) && __nv_bfloat16(above).bits == b + 1;
     }
+    // 1.5 x 683/1024 is halfway between 1 and the next half: the least of all halves decides
+    __half least = (__half)0x1p-24f, none = (__half)0.0f, x = (__half)1.5f, y = (__half)(683 / 1024.0f);
+    ok = ok && (float)fma_half(x, y, least) == 1 + 0x1p-10f && (float)fma_half(x, y, none) == 1.0f &&
+         (float)fma_half((__half)-1.5f, y, least) == -1.0f && isnan((float)fma_half((__half)INFINITY, none, x));
+    check(__fdividef(1.0f, 0x1p126f) == 0x1p-126f && __fdividef(-1.0f, 0x1p127f) == 0 &&
+              isnan(__fdividef(INFINITY, 0x1p127f)) && __fdividef(1.0f, INFINITY) == 0,
+          "a quick division by more than 2^126 is 0");
     ok = ok && isinf((float)__half(65520.0f)) && (float)__half(65519.0f) == 65504.0f && (float)__half(1e-8f) == 0.0f;
     check(ok, "half and bfloat16 round to nearest even, all 65536 values and their midpoints");
 }
@@ -315,6 +322,8 @@ static void test_gemm() {
     cublasSetMathMode(h, (cublasMath_t)(CUBLAS_DEFAULT_MATH | CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION));
     check(allowed == CUBLAS_STATUS_NOT_SUPPORTED && halves() == CUBLAS_STATUS_SUCCESS,
           "a result of 16 bits whose parts may be added in 16 bits is refused");
+    check_fault([=] { cublasSetWorkspace(h, (void*)((size_t)host / 256 * 256), 256); }, "the workspace does not lie in",
+                "planted: a workspace in the host's memory");
     for (float* y : {host, x + 1}) {  // the host's, and four numbers of which the last lies behind the allocation
         auto run = [=] {
             cublasGemmEx(h, CUBLAS_OP_N, CUBLAS_OP_N, 2, 2, 1, &one, x, CUDA_R_32F, 2, x, CUDA_R_32F, 1, &one, y,
@@ -415,7 +424,11 @@ static void test_streams() {
     check(cudaMemsetAsync(&to, 0, 4, s) == cudaErrorInvalidValue && cudaMemset(x.p, 0, 5) == cudaErrorInvalidValue,
           "planted: a memset of the host's memory, or beyond an allocation");
     cudaGetLastError();
+    cudaMemcpyAsync(&to, y.p, sizeof to, cudaMemcpyDeviceToHost, s);
     cudaStreamDestroy(s);
+    check(to == 14, "planted: whoever destroys a stream has not waited for it");
+    cudaDeviceSynchronize();
+    check(to == 3, "the device does what the stream had yet to do");
 }
 
 // The host's own code cannot touch guarded device memory, copies and kernels can.
@@ -544,6 +557,12 @@ static void test_devices() {
     cudaGetLastError();
     LAUNCH(scale_kernel, 1, 32, 0, s, x.p, 1, 2.0f);
     check(cudaGetLastError() == cudaErrorInvalidResourceHandle, "planted: a launch into another device's stream");
+    cudaEvent_t e;
+    cudaEventCreate(&e);
+    check(cudaEventRecord(e, s) == cudaErrorInvalidResourceHandle && cudaEventRecord(e) == cudaSuccess &&
+              cudaGetLastError() == cudaErrorInvalidResourceHandle,
+          "planted: another device's event");
+    cudaEventDestroy(e);
     cudaStreamDestroy(s);
     unsetenv("CUDA_CPU_DEVICES");
 }
