@@ -14,34 +14,16 @@ inline bool has(const Strings& all, const char* what) { return std::find(all.beg
 #define EXECUTE [](Warp & w, const Instruction& i, uint32_t lanes)
 #define TO(n) (w.file + i.to[n].at)
 #define FROM(n) (w.file + i.from[n].at)
-// R from a (and b, and c of type C), all of type T, by an expression.
-#define UNARY(T, R, EXPRESSION)             \
-    return EXECUTE {                        \
-        char* to = TO(0);                   \
-        const char* p = FROM(0);            \
-        each(lanes, [&](int l) {            \
-            T a = get<T>(p, l);             \
-            put<R>(to, l, (R)(EXPRESSION)); \
-        });                                 \
-    };
-#define BINARY(T, R, EXPRESSION)                  \
-    return EXECUTE {                              \
-        char* to = TO(0);                         \
-        const char *p = FROM(0), *q = FROM(1);    \
-        each(lanes, [&](int l) {                  \
-            T a = get<T>(p, l), b = get<T>(q, l); \
-            put<R>(to, l, (R)(EXPRESSION));       \
-        });                                       \
-    };
-#define TERNARY(T, C, R, EXPRESSION)                         \
-    return EXECUTE {                                         \
-        char* to = TO(0);                                    \
-        const char *p = FROM(0), *q = FROM(1), *r = FROM(2); \
-        each(lanes, [&](int l) {                             \
-            T a = get<T>(p, l), b = get<T>(q, l);            \
-            C c = get<C>(r, l);                              \
-            put<R>(to, l, (R)(EXPRESSION));                  \
-        });                                                  \
+// R by an expression of the sources a, b, c, d of type T that an instruction has, and of n, b as a number of bits.
+#define LANES(T, R, EXPRESSION)                                                                        \
+    return EXECUTE {                                                                                   \
+        char* to = TO(0);                                                                              \
+        const char *p = FROM(0), *q = FROM(1), *r = FROM(2), *s = FROM(3);                             \
+        each(lanes, [&](int l) {                                                                       \
+            [[maybe_unused]] T a = get<T>(p, l), b = get<T>(q, l), c = get<T>(r, l), d = get<T>(s, l); \
+            [[maybe_unused]] uint32_t n = get<uint32_t>(q, l);                                         \
+            put<R>(to, l, (R)(EXPRESSION));                                                            \
+        });                                                                                            \
     };
 
 // g(a value of the C++ type) for a PTX type of integers
@@ -107,18 +89,16 @@ inline void store(Warp& w, const Instruction& i, uint32_t lanes) {  // the addre
 // atom (with a destination: the old value) and red (elements): the address, the values. Float sums, which in global
 // memory flush what is subnormal; integer maxima.
 inline void atomic(Warp& w, const Instruction& i, uint32_t lanes) {
-    Machine& x = *w.machine;
     int n = i.n_from - 1;
     each(lanes, [&](int l) {
-        uint64_t at = address_of(w, i, 0, i.offset, l);
-        char* p = x.access(w, l, GLOBAL, at, 4 * (uint32_t)n, ATOMIC);
+        char* p = w.machine->access(w, l, GLOBAL, address_of(w, i, 0, i.offset, l), 4 * (uint32_t)n,
+                                    i.is_float ? SUM : ATOMIC);
         for (int e = 0; e < n; e++) {
             uint32_t old = get<uint32_t>(p, e), given = get<uint32_t>(FROM(1 + e), l);
             float sum = flush(flush(bits_as<float>(old)) + flush(bits_as<float>(given)));
             put<uint32_t>(p, e, i.is_float ? bits_as<uint32_t>(sum) : std::max(old, given));
             if (i.n_to) { put<uint32_t>(TO(0), l, old); }
         }
-        if (i.is_float) { x.added(w, l, at); }
     });
 }
 
@@ -151,7 +131,6 @@ inline void copy_wait(Warp& w, const Instruction& i, uint32_t lanes) {  // for a
 // c (16,8) = a (16,16) b (16,8) + c: four registers of a, two of b, each with two numbers, the even column or row low;
 // four of c.
 inline void matrix_product(Warp& w, const Instruction& i, uint32_t) {
-    const float* f16 = f16_values();
     uint16_t bits[2][16][16];  // of a, then of b transposed
     double a[16][16], b[16][8], c[16][8];
     for (int e = 0; e < 6; e++) {
@@ -163,8 +142,8 @@ inline void matrix_product(Warp& w, const Instruction& i, uint32_t) {
         }
     }
     for (int r = 0; r < 16; r++) {
-        for (int k = 0; k < 16; k++) { a[r][k] = i.half ? f16[bits[0][r][k]] : bf16_value(bits[0][r][k]); }
-        for (int n = 0; n < 8; n++) { b[r][n] = i.half ? f16[bits[1][n][r]] : bf16_value(bits[1][n][r]); }
+        for (int k = 0; k < 16; k++) { a[r][k] = i.half ? f16_value(bits[0][r][k]) : bf16_value(bits[0][r][k]); }
+        for (int n = 0; n < 8; n++) { b[r][n] = i.half ? f16_value(bits[1][n][r]) : bf16_value(bits[1][n][r]); }
     }
     for (int e = 0; e < 4; e++) {
         for (int l = 0; l < WARP; l++) { c[l / 4 + e / 2 * 8][l % 4 * 2 + e % 2] = get<float>(FROM(6 + e), l); }
@@ -261,24 +240,24 @@ inline Execute comparison_of(const string& how, const string& type) {
 // ---- arithmetic. o: the opcode; how: its modifiers, with dots between them
 
 inline Execute float_of(const string& o, const string& how, const string& type) {
-    if (type == "f64" && o == "add" && how.empty()) { BINARY(double, double, a + b) }
-    if (type == "f16x2" && o == "fma" && how == "rn") { TERNARY(uint32_t, uint32_t, uint32_t, fma_halves(a, b, c)) }
+    if (type == "f64" && o == "add" && how.empty()) { LANES(double, double, a + b) }
+    if (type == "f16x2" && o == "fma" && how == "rn") { LANES(uint32_t, uint32_t, fma_halves(a, b, c)) }
     if (type != "f32") { return NULL; }
-    if (o == "add" && how.empty()) { BINARY(float, float, a + b) }
-    if (o == "sub" && how.empty()) { BINARY(float, float, a - b) }
-    if (o == "mul" && how.empty()) { BINARY(float, float, a* b) }
-    if (o == "neg" && how.empty()) { UNARY(float, float, -a) }
-    if (o == "max" && how.empty()) { BINARY(float, float, max_number(a, b)) }
-    if (o == "min" && how.empty()) { BINARY(float, float, min_number(a, b)) }
-    if (o == "fma" && how == "rn") { TERNARY(float, float, float, fmaf(a, b, c)) }
-    if (o == "fma" && how == "rm") { TERNARY(float, float, float, rounded_fma(a, b, c, FE_DOWNWARD)) }
-    if (o == "div" && how == "rn") { BINARY(float, float, a / b) }
-    if (o == "rcp" && how == "rn") { UNARY(float, float, 1.0f / a) }
-    if (o == "sqrt" && how == "rn") { UNARY(float, float, sqrtf(a)) }
+    if (o == "add" && how.empty()) { LANES(float, float, a + b) }
+    if (o == "sub" && how.empty()) { LANES(float, float, a - b) }
+    if (o == "mul" && how.empty()) { LANES(float, float, a* b) }
+    if (o == "neg" && how.empty()) { LANES(float, float, -a) }
+    if (o == "max" && how.empty()) { LANES(float, float, max_number(a, b)) }
+    if (o == "min" && how.empty()) { LANES(float, float, min_number(a, b)) }
+    if (o == "fma" && how == "rn") { LANES(float, float, fmaf(a, b, c)) }
+    if (o == "fma" && how == "rm") { LANES(float, float, rounded_fma(a, b, c, FE_DOWNWARD)) }
+    if (o == "div" && how == "rn") { LANES(float, float, a / b) }
+    if (o == "rcp" && how == "rn") { LANES(float, float, 1.0f / a) }
+    if (o == "sqrt" && how == "rn") { LANES(float, float, sqrtf(a)) }
     // What is approximate on a GPU, by up to 2 units in the last place, is rounded correctly here.
-    if (o == "div" && how == "approx") { BINARY(float, float, divide_approx(a, b)) }
-    if (o == "ex2" && how == "approx.ftz") { UNARY(float, float, flush((float)exp2((double)flush(a)))) }
-    if (o == "ex2" && how == "approx") { UNARY(float, float, exp2((double)a)) }
+    if (o == "div" && how == "approx") { LANES(float, float, divide_approx(a, b)) }
+    if (o == "ex2" && how == "approx.ftz") { LANES(float, float, flush((float)exp2((double)flush(a)))) }
+    if (o == "ex2" && how == "approx") { LANES(float, float, exp2((double)a)) }
     return NULL;
 }
 
@@ -287,58 +266,36 @@ template <typename T> inline Execute signed_arithmetic(const string& o, const st
     typedef Twice<T> W;
     constexpr bool is_signed = std::is_signed<T>::value;
     if constexpr (sizeof(T) < 8) {
-        if (o == "mul" && how == "hi") { BINARY(T, T, (W)a * (W)b >> (8 * sizeof(T))) }
-        if (o == "mul" && how == "wide") { BINARY(T, W, (W)a * (W)b) }
+        if (o == "mul" && how == "hi") { LANES(T, T, (W)a * (W)b >> (8 * sizeof(T))) }
+        if (o == "mul" && how == "wide") { LANES(T, W, (W)a * (W)b) }
     }
     // The quotient of a division by zero is not specified; the smallest number by -1 wraps.
-    if (o == "div") { BINARY(T, T, b == 0 ? (T)-1 : is_signed && b == (T)-1 ? (T)(0 - (Unsigned<T>)a) : (T)(a / b)) }
-    if (o == "rem") { BINARY(T, T, b == 0 ? a : is_signed && b == (T)-1 ? (T)0 : (T)(a % b)) }
-    if (o == "min") { BINARY(T, T, std::min(a, b)) }
-    if (o == "max") { BINARY(T, T, std::max(a, b)) }
-    if (o == "shr") {
-        return EXECUTE {
-            each(lanes, [&](int l) {
-                T a = get<T>(FROM(0), l);
-                uint32_t n = get<uint32_t>(FROM(1), l);
-                put<T>(TO(0), l, n >= 8 * sizeof(T) ? (T)(a < 0 ? -1 : 0) : (T)(a >> n));
-            });
-        };
-    }
+    if (o == "div") { LANES(T, T, b == 0 ? (T)-1 : is_signed && b == (T)-1 ? (T)(0 - (Unsigned<T>)a) : (T)(a / b)) }
+    if (o == "rem") { LANES(T, T, b == 0 ? a : is_signed && b == (T)-1 ? (T)0 : (T)(a % b)) }
+    if (o == "min") { LANES(T, T, std::min(a, b)) }
+    if (o == "max") { LANES(T, T, std::max(a, b)) }
+    if (o == "shr") { LANES(T, T, n >= 8 * sizeof(T) ? (a < 0 ? -1 : 0) : a >> n) }
     return NULL;
 }
 // What does not: T is unsigned.
 template <typename T> inline Execute arithmetic(const string& o, const string& how) {
-    if (o == "add") { BINARY(T, T, a + b) }
-    if (o == "sub") { BINARY(T, T, a - b) }
-    if (o == "mul" && how == "lo") { BINARY(T, T, (uint64_t)a * (uint64_t)b) }
-    if (o == "mad" && how == "lo") { TERNARY(T, T, T, (uint64_t)a * (uint64_t)b + c) }
-    if (o == "neg") { UNARY(T, T, 0 - a) }
-    if (o == "not") { UNARY(T, T, ~a) }
-    if (o == "and") { BINARY(T, T, a & b) }
-    if (o == "or") { BINARY(T, T, a | b) }
-    if (o == "xor") { BINARY(T, T, a ^ b) }
-    if (o == "shl") {
-        return EXECUTE {
-            each(lanes, [&](int l) {
-                uint32_t n = get<uint32_t>(FROM(1), l);
-                put<T>(TO(0), l, n >= 8 * sizeof(T) ? (T)0 : (T)(get<T>(FROM(0), l) << n));
-            });
-        };
-    }
+    if (o == "add") { LANES(T, T, a + b) }
+    if (o == "sub") { LANES(T, T, a - b) }
+    if (o == "mul" && how == "lo") { LANES(T, T, (uint64_t)a * (uint64_t)b) }
+    if (o == "mad" && how == "lo") { LANES(T, T, (uint64_t)a * (uint64_t)b + c) }
+    if (o == "neg") { LANES(T, T, 0 - a) }
+    if (o == "not") { LANES(T, T, ~a) }
+    if (o == "and") { LANES(T, T, a & b) }
+    if (o == "or") { LANES(T, T, a | b) }
+    if (o == "xor") { LANES(T, T, a ^ b) }
+    if (o == "shl") { LANES(T, T, n >= 8 * sizeof(T) ? 0 : a << n) }
     return NULL;
 }
-inline uint32_t mask_of(uint32_t bits) { return bits >= 32 ? ALL : (1u << bits) - 1; }
-inline void insert_bits(Warp& w, const Instruction& i, uint32_t lanes) {  // b with len bits of a at pos
-    each(lanes, [&](int l) {
-        uint32_t a = get<uint32_t>(FROM(0), l), b = get<uint32_t>(FROM(1), l);
-        uint32_t pos = get<uint32_t>(FROM(2), l) & 255, mask = mask_of(get<uint32_t>(FROM(3), l) & 255);
-        put<uint32_t>(TO(0), l, pos > 31 ? b : (b & ~(mask << pos)) | (a & mask) << pos);
-    });
-}
+inline uint32_t mask_of(uint32_t bits) { return (bits & 255) > 31 ? ALL : (1u << (bits & 255)) - 1; }
 inline Execute integer_of(const string& o, const string& how, const string& type) {
-    if (o == "bfi" && type == "b32") { return insert_bits; }
-    if (o == "bfe" && type == "u32") {
-        TERNARY(uint32_t, uint32_t, uint32_t, (b & 255) > 31 ? 0 : a >> (b & 255) & mask_of(c & 255))
+    if (o == "bfe" && type == "u32") { LANES(uint32_t, uint32_t, (b & 255) > 31 ? 0 : a >> (b & 255) & mask_of(c)) }
+    if (o == "bfi" && type == "b32") {  // b with d bits of a at c
+        LANES(uint32_t, uint32_t, (c & 255) > 31 ? b : (b & ~(mask_of(d) << (c & 255))) | (a & mask_of(d)) << (c & 255))
     }
     Execute found = by_type(type, [&](auto z) { return signed_arithmetic<decltype(z)>(o, how); });
     return found ? found : by_type(type, [&](auto z) { return arithmetic<Unsigned<decltype(z)>>(o, how); });
@@ -361,15 +318,15 @@ inline Execute predicate_of(const string& o) {
 // ---- conversions
 
 inline Execute float_from_float(const string& to, const string& from, const string& how) {
-    if (to == "f32" && from == "f16" && how.empty()) { UNARY(uint16_t, float, f16_values()[a]) }
-    if (to == "f32" && from == "bf16" && how.empty()) { UNARY(uint16_t, float, bf16_value(a)) }
-    if (to == "f16" && from == "f32" && how == "rn") { UNARY(float, uint16_t, f16_bits(a)) }
-    if (to == "bf16" && from == "f32" && how == "rn") { UNARY(float, uint16_t, bf16_bits(a)) }
-    if (to == "f64" && from == "f32" && how.empty()) { UNARY(float, double, a) }
-    if (to == "f32" && from == "f64" && how == "rn") { UNARY(double, float, a) }
+    if (to == "f32" && from == "f16" && how.empty()) { LANES(uint16_t, float, f16_value(a)) }
+    if (to == "f32" && from == "bf16" && how.empty()) { LANES(uint16_t, float, bf16_value(a)) }
+    if (to == "f16" && from == "f32" && how == "rn") { LANES(float, uint16_t, f16_bits(a)) }
+    if (to == "bf16" && from == "f32" && how == "rn") { LANES(float, uint16_t, bf16_bits(a)) }
+    if (to == "f64" && from == "f32" && how.empty()) { LANES(float, double, a) }
+    if (to == "f32" && from == "f64" && how == "rn") { LANES(double, float, a) }
     if (to != "f32" || from != "f32") { return NULL; }
-    if (how == "sat") { UNARY(float, float, a > 0 ? (a < 1 ? a : 1.0f) : 0.0f) }
-    if (how == "rmi") { UNARY(float, float, floorf(a)) }
+    if (how == "sat") { LANES(float, float, a > 0 ? (a < 1 ? a : 1.0f) : 0.0f) }
+    if (how == "rmi") { LANES(float, float, floorf(a)) }
     return NULL;
 }
 inline void resize(Warp& w, const Instruction& i, uint32_t lanes) {  // both registers may be wider than their types
@@ -384,13 +341,13 @@ inline Execute conversion_of(const string& to, const string& from, const string&
     auto is_integer = [](const string& t) { return t[0] == 's' || t[0] == 'u'; };
     if (two) {
         if (how != "rn" || from != "f32") { return NULL; }
-        if (to == "f16x2") { BINARY(float, uint32_t, (uint32_t)f16_bits(a) << 16 | f16_bits(b)) }
-        if (to == "bf16x2") { BINARY(float, uint32_t, (uint32_t)bf16_bits(a) << 16 | bf16_bits(b)) }
+        if (to == "f16x2") { LANES(float, uint32_t, (uint32_t)f16_bits(a) << 16 | f16_bits(b)) }
+        if (to == "bf16x2") { LANES(float, uint32_t, (uint32_t)bf16_bits(a) << 16 | bf16_bits(b)) }
         return NULL;
     }
     if (is_integer(to) && is_integer(from)) { return how.empty() ? resize : NULL; }
     if (is_integer(from) && how == "rn" && to == "f32") {
-        return by_type(from, [](auto z) -> Execute { UNARY(decltype(z), float, a) });
+        return by_type(from, [](auto z) -> Execute { LANES(decltype(z), float, a) });
     }
     return float_from_float(to, from, how);
 }

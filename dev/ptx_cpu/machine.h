@@ -54,7 +54,7 @@ struct Instruction;
 typedef void (*Execute)(Warp& w, const Instruction& i, uint32_t lanes);
 enum Kind : uint8_t { PLAIN, BRANCH, EXIT, SYNC, ALIGNED, BARRIER };
 enum Space : uint8_t { GLOBAL, SHARED, PARAM };
-enum Access : uint8_t { READ, WRITE, ATOMIC };
+enum Access : uint8_t { READ, WRITE, ATOMIC, SUM };  // SUM: an atomic of floats
 
 struct Row {  // a register: where its 32 lanes begin in the register file, and its width; a predicate is one word, a
               // bit a lane
@@ -114,14 +114,9 @@ struct alignas(32) Shadow {  // of two bytes: who touched them last; of four byt
     uint16_t writer, reader, write_turn, read_turn;
     uint8_t in_flight, written, atomic;
 };
-struct Added {  // of four bytes: the last float atomic
-    uint32_t epoch, block;
-    uint16_t thread;
-};
 enum { MANY = 0xffff, PAGE = 4096, PAGES = 256 };
 struct Page {
     Shadow shadow[PAGE / 2];
-    Added added[PAGE / 4];
 };
 enum { COPIED = 16 };
 struct Copy {  // of COPIED bytes: so many are read, the rest is zero
@@ -170,7 +165,6 @@ class Machine {
     char* shared(Warp& w, int lane, uint64_t address, uint32_t bytes);
     void copy_begin(Warp& w, int lane, const Copy& copy);
     void copies_land(Warp& w, int lane, const std::vector<Copy>& copies);
-    void added(Warp& w, int lane, uint64_t address);  // a float atomic
     const char* parameter(int64_t offset) const { return parameters_ + offset; }
     [[noreturn, gnu::cold]] void fail(const Warp* w, const string& what, int lane = -1);
 
@@ -271,9 +265,6 @@ inline void Machine::fail(const Warp* w, const string& what, int lane) {
     throw Fault{text};
 }
 inline char* Machine::global(Warp& w, int lane, uint64_t address, uint32_t bytes) {
-    if (address & (bytes - 1)) {  // bytes: a power of two
-        fail(&w, format("misaligned address %llx of %u bytes", (unsigned long long)address, bytes), lane);
-    }
     for (int turn = 0; turn < 2; turn++) {
         if (last_region_ < regions_.size()) {
             const Region& r = regions_[last_region_];
@@ -286,9 +277,6 @@ inline char* Machine::global(Warp& w, int lane, uint64_t address, uint32_t bytes
     fail(&w, format("global address %llx of %u bytes is in no allocation", (unsigned long long)address, bytes), lane);
 }
 inline char* Machine::shared(Warp& w, int lane, uint64_t address, uint32_t bytes) {
-    if (address & (bytes - 1)) {
-        fail(&w, format("misaligned shared address %llx of %u bytes", (unsigned long long)address, bytes), lane);
-    }
     if (address < SHARED_BASE || address + bytes > SHARED_BASE + shared_.size()) {
         fail(&w,
              format("shared address %lld of %u bytes, there are %zu", (long long)address - SHARED_BASE, bytes,
@@ -349,7 +337,10 @@ inline void Machine::write_mark(Warp& w, int lane, Shadow* s, uint32_t bytes, bo
     uint16_t thread = (uint16_t)(w.index * WARP + lane);
     for (Shadow* end = s + (bytes + 1) / 2; s < end; s++) {
         if (s->in_flight) { fail(&w, "writes where a cp.async still may", lane); }
-        bool atomics = how == ATOMIC && s->atomic && s->write_epoch >= launch_epoch_;
+        bool atomics = how >= ATOMIC && s->atomic && s->write_epoch >= launch_epoch_;
+        if (atomics && how == SUM && (s->write_epoch < block_epoch_ || s->writer != thread)) {
+            note("float atomics of several threads on one address: " + where(w.pc));
+        }
         if (s->write_epoch >= launch_epoch_ && !atomics) {
             check(w, thread, s->write_epoch, s->writer, s->write_turn, s->write_pc, is_global, true);
         }
@@ -365,11 +356,15 @@ inline void Machine::write_mark(Warp& w, int lane, Shadow* s, uint32_t bytes, bo
         if (atomics && s->write_epoch < block_epoch_) { continue; }  // of another block: what races with most
         s->writer = atomics && s->write_epoch == epoch_ && s->writer != thread ? (uint16_t)MANY : thread;
         s->write_epoch = epoch_, s->write_turn = (uint16_t)w.turn;
-        s->write_pc = w.pc, s->written = 1, s->atomic = how == ATOMIC;
+        s->write_pc = w.pc, s->written = 1, s->atomic = how >= ATOMIC;
     }
 }
 inline char* Machine::access(Warp& w, int lane, Space space, uint64_t address, uint32_t bytes, Access how) {
     bool is_global = space == GLOBAL;
+    if (address & (bytes - 1)) {  // bytes: a power of two
+        const char* name = is_global ? "global" : "shared";
+        fail(&w, format("misaligned %s address %llx of %u bytes", name, (unsigned long long)address, bytes), lane);
+    }
     char* p = is_global ? global(w, lane, address, bytes) : shared(w, lane, address, bytes);
     if (is_global && bytes == 1) { return p; }
     Shadow* s = is_global ? shadow_of(address) : &shared_shadow_[(address - SHARED_BASE) / 2];
@@ -380,25 +375,15 @@ inline char* Machine::access(Warp& w, int lane, Space space, uint64_t address, u
     }
     return p;
 }
-inline void Machine::added(Warp& w, int lane, uint64_t address) {
-    Added* last = &page_of(address)->added[address % PAGE / 4];
-    uint16_t thread = (uint16_t)(w.index * WARP + lane);
-    if (last->epoch >= launch_epoch_ && (last->block != block_number_ || last->thread != thread)) {
-        note("float atomics of several threads on one address: " + where(w.pc));
-    }
-    *last = {epoch_, block_number_, thread};
-}
 
-// The destination is poisoned, and nobody may touch it until the copies of this thread have landed: at its wait, as
-// late as a GPU may.
+// Nobody may touch the destination until the copies of this thread have landed: at its wait, as late as a GPU may.
 inline void Machine::copy_begin(Warp& w, int lane, const Copy& c) {
     if (c.bytes > COPIED) { fail(&w, "cp.async: more bytes than its size", lane); }
-    if (c.from % COPIED) { fail(&w, "cp.async: misaligned source", lane); }
-    char* p = shared(w, lane, c.to, COPIED);
+    if (c.from % COPIED || c.to % COPIED) { fail(&w, "cp.async: misaligned", lane); }
+    shared(w, lane, c.to, COPIED);
     Shadow* s = &shared_shadow_[(c.to - SHARED_BASE) / 2];
     write_mark(w, lane, s, COPIED, false, READ);
     if (c.bytes) { global(w, lane, c.from, 1), global(w, lane, c.from + c.bytes - 1, 1); }
-    memset(p, 0xff, COPIED);
     for (uint32_t b = 0; b < COPIED / 2; b++) { s[b].in_flight = 1; }
     w.lanes[lane].open.push_back(c);
 }
@@ -599,7 +584,7 @@ inline void Machine::launch(const Kernel& kernel, Dim grid, Dim block, uint32_t 
     shared_shadow_.assign(shared_.size() / 2 + 16, Shadow());
     while (warps_.size() < n_warps_) { warps_.emplace_back(new Warp), warps_.back()->machine = this; }
     files_.resize((size_t)n_warps_ * kernel.file_bytes + 64);
-    if (pages_.size() > 4096) {  // each has 17 times the memory that it watches
+    if (pages_.size() > 4096) {  // each has 16 times the memory that it watches
         pages_.clear();
         std::fill(recent_, recent_ + PAGES, Recent());
     }

@@ -16,21 +16,9 @@ template <typename To, typename From> inline To bits_as(From x) {
 }
 inline float bf16_value(uint32_t bits) { return bits_as<float>((bits & 0xffff) << 16); }
 inline float f16_value(uint32_t bits) {
-    int exponent = bits >> 10 & 31, mantissa = bits & 1023;
-    double v = exponent == 31 ? (mantissa ? (double)NAN : (double)INFINITY)
-                              : ldexp(exponent ? 1024 + mantissa : mantissa, std::max(exponent, 1) - 25);
-    return (float)(bits & 0x8000 ? -v : v);
-}
-// The same from a table: products of half precision ask 384 times.
-inline const float* f16_values() {
-    struct Table {
-        float value[65536];
-        Table() {
-            for (uint32_t i = 0; i < 65536; i++) { value[i] = f16_value(i); }
-        }
-    };
-    static const Table* table = new Table;
-    return table->value;
+    uint32_t sign = (bits & 0x8000) << 16, rest = (bits & 0x7fff) << 13;
+    bool finite = rest < 31u << 23;  // exponents count from -15, those of a float from -127
+    return bits_as<float>(sign | (finite ? bits_as<uint32_t>(bits_as<float>(rest) * 0x1p112f) : rest | 0x7f800000));
 }
 
 // x rounded to the nearest even number of a format with so many stored bits of mantissa and exponents from `smallest`.

@@ -29,7 +29,7 @@ struct Threads {
 // Runs a body on arrays of device memory; its fault or its first note, empty if there are none.
 template <typename To, typename From>
 static string execute(const string& body, Threads t, std::vector<To>& out, const std::vector<From>& in,
-                      bool truncate = false) {
+                      bool truncate = false, bool fuse = false) {
     ptx::Module module;
     ptx::Machine machine;
     struct {
@@ -41,7 +41,7 @@ static string execute(const string& body, Threads t, std::vector<To>& out, const
                                         {(uint64_t)in.data(), (uint64_t)(in.data() + in.size())}};
     std::sort(regions.begin(), regions.end(),
               [](const ptx::Region& a, const ptx::Region& b) { return a.begin < b.begin; });
-    machine.truncate = truncate;
+    machine.truncate = truncate, module.fuse = fuse;
     try {
         module.parse(kernel_text(body));
         machine.launch(module.kernel("k"), {t.blocks, 1, 1}, {t.threads, 1, 1}, t.shared, (const char*)&parameters,
@@ -72,6 +72,19 @@ static uint32_t nearest(double x, float (*value)(uint32_t), uint32_t infinity, d
     return sign | (below < above || (below == above && !(low & 1)) ? low : low + 1);
 }
 static void test_conversions() {
+    bool same = true;
+    for (uint32_t b = 0; b < 65536; b++) {
+        int exponent = b >> 10 & 31, mantissa = b & 1023;
+        float v = (float)ldexp(exponent ? 1024 + mantissa : mantissa, std::max(exponent, 1) - 25),
+              got = ptx::f16_value(b);
+        if (exponent == 31) { v = mantissa ? NAN : INFINITY; }
+        same = same && (isnan(v) ? isnan(got) : got == (b & 0x8000 ? -v : v)) && signbit(got) == (b >> 15 != 0);
+    }
+    check(same, "values of half precision");
+    const double terms[16] = {1, 0x3p-24}, small[16] = {1, 0x1p-25, 0x1p-25, 0x1p-25, 0x1p-25};
+    check(ptx::truncated_sum(terms, 16, 0) == 1 + 0x1p-23f && ptx::truncated_sum(small, 16, 0) == 1 &&
+              ptx::truncated_sum(small, 16, -0x1p-25f) == 1,
+          "sums as tensor cores cut them");
     std::vector<float> x = {
         0,        -0.0f,  INFINITY,       -INFINITY,      NAN,         65504,          65519,
         65520,    1e-8f,  5.96046448e-8f, 2.98023224e-8f, 3e-8f,       6.1035e-5f,     3.4e38f,
@@ -285,6 +298,13 @@ static const Row ROWS[] = {
         "shl.b32 %r15, %r2, 4; add.s32 %r15, %r15, %r3; cp.async.cg.shared.global [%r15], [%rd17], 16, 12; "
         "cp.async.commit_group; cp.async.wait_group 0; ld.shared.u64 %rd14, [%r15+8]",
         x.ub),
+    ROW("b32",
+        "shl.b32 %r15, %r2, 4; add.s32 %r15, %r15, %r3; st.shared.u32 [%r15], %r11; add.s32 %r16, %r15, -32768; "
+        "ld.shared.u32 %r14, [%r16+32768]",
+        x.ua),
+    ROW("p", "setp.ne.s32 %p1, %r2, %r2; shfl.sync.bfly.b32 %r14|%p1, %r11, 5, 31, -1", 1),
+    ROW("b32", "cvt.u16.u32 %r14, %r11", x.ha),
+    ROW("b32", "cvt.s16.s32 %r14, %r11", low((int16_t)x.ha, 32)),
     ROW("", "st.global.u8 [OUT+1], %r11; st.global.u16 [OUT+2], %rs2", low(x.ha, 8) << 8 | (uint64_t)x.hb << 16),
     ROW("", "st.global.v4.u16 [OUT], {%rs1, %rs2, %rs3, 7}",
         x.ha | (uint64_t)x.hb << 16 | (uint64_t)x.hc << 32 | 7ull << 48),
@@ -302,14 +322,14 @@ static void test_instructions() {
         0,          1,          2,          15,         16,         17,         31,         32,         63,
         64,         0x41,       0x110,      0x7fff,     0x8000,     0xffff,     0x10000,    0x7fffffff, 0x80000000,
         0x80000001, 0xffffffff, 0x00800000, 0x007fffff, 0x3f800000, 0xbf800000, 0x3f000000, 0x7f800000, 0xff800000,
-        0x7fc00000, 0x7e800000, 0x7e800001, 0xff7fffff, 0x7f7fffff, 0xc2fc0000, 0x43000000, 0x33800000};
+        0x7fc00000, 0x7e800000, 0x7e800001, 0xff7fffff, 0x7f7fffff, 0xc2fc0000, 0x43000000, 0x33800000, 0xc3020000};
     auto any = [&] {
         return random_bits() % 2 ? special[random_bits() % (sizeof special / 4)] : (uint32_t)random_bits();
     };
     std::vector<uint64_t> in(4 * threads), out(n * threads);
     for (size_t i = 0; i < in.size(); i++) {
         bool same = i % 4 == 1 && random_bits() % 8 == 0;
-        in[i] = same ? in[i - 1] : any() | (uint64_t)(random_bits() % 2 ? any() : 0) << 32;
+        in[i] = same ? in[i - 1] ^ (random_bits() % 2 << 31) : any() | (uint64_t)(random_bits() % 2 ? any() : 0) << 32;
         if (i % 4 && random_bits() % 4 == 0) { in[i] = random_bits() % 70; }  // a distance to shift by
     }
     string body =
@@ -381,7 +401,7 @@ static void test_instructions() {
 // Whatever is not known is refused when a kernel is decoded, by name.
 static void test_refusals() {
     static const char unknown[] = R"(
-        sad.u32 %r5, %r2, %r2, %r2; add.s32 %r5, %rd1, %r2; add.sat.s32 %r5, %r2, %r2; add.cc.s32 %r5, %r2, %r2; add.ftz.f32 %f1, %f2, %f3; add.rz.f32 %f1, %f2, %f3;
+        { .reg .b32 x; mov.u32 x, 1; } mov.u32 %r5, x; sad.u32 %r5, %r2, %r2, %r2; add.s32 %r5, %rd1, %r2; add.sat.s32 %r5, %r2, %r2; add.cc.s32 %r5, %r2, %r2; add.ftz.f32 %f1, %f2, %f3; add.rz.f32 %f1, %f2, %f3;
         mul.sat.f32 %f1, %f2, %f3; fma.rz.f32 %f1, %f2, %f3, %f4; fma.rn.ftz.f32 %f1, %f2, %f3, %f4;
         fma.rn.relu.f16x2 %r5, %r6, %r7, %r8; max.NaN.f32 %f1, %f2, %f3; min.ftz.f32 %f1, %f2, %f3;
         rcp.approx.f32 %f1, %f2; rsqrt.approx.f32 %f1, %f2; lg2.approx.f32 %f1, %f2; div.full.f32 %f1, %f2, %f3;
@@ -592,6 +612,28 @@ static const Planted PLANTED[] = {
      "ld.global.u32 %r5, [%rd3]; mov.u32 %r6, %ctaid.x; setp.eq.s32 %p1, %r6, 0; @%p1 bra end; st.global.u32 [%rd3], "
      "%r2; end:"},
     {"shared memory that nobody wrote", "before it is written", {1, 64, 256}, "ld.shared.u32 %r5, [%r4];"},
+    {"sums of two, of which one is another's",
+     "float atomics of several threads",
+     {1, 2, 0},
+     "setp.eq.s32 %p1, %r2, 0; mov.f32 %f1, 0f3F800000; @%p1 red.relaxed.gpu.global.add.v2.f32 [%rd1], {%f1,%f1}; "
+     "@!%p1 atom.global.add.f32 %f2, [%rd1+4], %f1;"},
+    {"a write where two have read",
+     "RACE of warps in shared",
+     {1, 64, 256},
+     STORE "bar.sync 0; ld.shared.u32 %r5, [%r3]; setp.eq.s32 %p1, %r2, 63; @%p1 st.shared.u32 [%r3], %r5;"},
+    {"a block writes what another copies",
+     "RACE of blocks in global",
+     {2, 1, 16},
+     "cp.async.cg.shared.global [%r3], [%rd1], 16, 16; cp.async.commit_group; cp.async.wait_group 0; "
+     "mov.u32 %r5, %ctaid.x; setp.eq.s32 %p1, %r5, 1; @%p1 st.global.u32 [%rd1], %r2;"},
+    {"shared memory that another block wrote",
+     "before it is written",
+     {2, 1, 16},
+     "mov.u32 %r5, %ctaid.x; setp.eq.s32 %p1, %r5, 0; @%p1 st.shared.u32 [%r4], %r2; @!%p1 ld.shared.u32 %r6, [%r4];"},
+    {"the last numbers and what is behind",
+     "in no allocation",
+     {1, 1, 0},
+     "ld.global.v4.f32 {%f1,%f2,%f3,%f4}, [%rd2+4080];"},
     {"a sum without an order",
      "float atomics of several threads",
      {1, 64, 0},
@@ -628,20 +670,62 @@ static const Planted PLANTED[] = {
     {"a barrier under a predicate", "a predicate that differs", {1, 32, 0}, HALF "@%p1 bar.sync 0;"},
     {"ldmatrix for half a warp", "lanes have returned", {1, 32, 512}, HALF "@%p1 ret; " MATRICES "[%r3];"},
     {"a row of ldmatrix between two banks", "misaligned shared", {1, 32, 512}, MATRICES "[%r3+8];"},
-    {"misaligned global memory", "misaligned address", {1, 32, 0}, "ld.global.u32 %r5, [%rd3+2];"},
+    {"misaligned global memory", "misaligned global address", {1, 32, 0}, "ld.global.u32 %r5, [%rd3+2];"},
     {"a copy of 17 bytes", "more bytes than its size", {1, 1, 16}, "cp.async.cg.shared.global [%r3], [%rd2], 16, 17;"},
-    {"a copy from between", "misaligned source", {1, 1, 16}, "cp.async.cg.shared.global [%r3], [%rd2+8], 16, 16;"},
+    {"a copy from between", "cp.async: misaligned", {1, 1, 16}, "cp.async.cg.shared.global [%r3], [%rd2+8], 16, 16;"},
     {"a copy from nowhere",
      "in no allocation",
      {1, 1, 16},
      "cp.async.cg.shared.global [%r3], [%rd2+100000000], 16, 4;"},
 };
 static void test_planted() {
-    std::vector<float> out(64), in(1024, 1);
+    std::vector<float> out(64), in(1022, 1);
     for (const Planted& p : PLANTED) {
         string got = execute(p.body, p.threads, out, in);
         bool good = *p.wanted ? got.find(p.wanted) != string::npos : got.empty();
         check(good, p.name, got.empty() ? "nothing was reported" : got.c_str());
+    }
+}
+
+// What a thread is told of its place, where shared variables lie, and the order of warps and blocks.
+static void test_places() {
+    for (uint64_t order : {0, 1}) {
+        ptx::Module module;
+        ptx::Machine machine;
+        std::vector<uint32_t> out(16);
+        const uint32_t* parameters[3] = {out.data(), NULL, NULL};
+        std::vector<ptx::Region> regions = {{(uint64_t)out.data(), (uint64_t)(out.data() + out.size())}};
+        machine.order = order;
+        module.parse(
+            ".shared .align 4 .b8 first[6];\n.shared .align 8 .b8 second[8];\n" +
+            kernel_text("st.global.u32 [%rd1], %r2; setp.eq.s32 %p1, %r2, 40; @!%p1 bra end;"
+                        "mov.u32 %r5, %ctaid.x; mov.u32 %r6, %ctaid.y; mov.u32 %r7, %ctaid.z; mov.u32 %r8, "
+                        "%ntid.x; st.global.v4.u32 [%rd1+16], {%r5,%r6,%r7,%r8};"
+                        "mov.u32 %r5, %nctaid.x; mov.u32 %r6, %nctaid.y; mov.u32 %r7, first; mov.u32 %r8, second;"
+                        "st.global.v4.u32 [%rd1+32], {%r5,%r6,%r7,%r8}; st.global.u32 [%rd1+48], %r3; end:"));
+        machine.launch(module.kernel("k"), {2, 3, 4}, {64, 1, 1}, 0, (const char*)parameters, regions);
+        bool up = order == 0;
+        std::vector<uint32_t> want = {
+            up ? 63u : 31u, 0, 0, 0, up ? 1u : 0u, up ? 2u : 0u, up ? 3u : 0u, 64, 2, 3, 1024, 1032, 1040, 0, 0, 0};
+        check(out == want, "places", ptx::format("%u, blocks %u %u %u", out[0], out[4], out[5], out[6]).c_str());
+    }
+}
+// PTX_FUSE: one rounding for a product and its sum, within a basic block.
+static void test_fused() {
+    std::vector<float> in(96), out(32 * 8);
+    for (float& v : in) { v = (float)((int)random_bits() >> 8) * 0x1p-20f; }
+    string bad = execute("mul.wide.u32 %rd6, %r2, 32; add.s64 %rd6, %rd1, %rd6; ld.global.f32 %f1, [%rd4];"
+                         "ld.global.f32 %f2, [%rd4+128]; ld.global.f32 %f3, [%rd4+256];"
+                         "mul.f32 %f4, %f1, %f2; add.f32 %f5, %f4, %f3; sub.f32 %f6, %f4, %f3; sub.f32 %f7, %f3, %f4;"
+                         "st.global.v4.f32 [%rd6], {%f5,%f6,%f7,%f4}; mul.f32 %f4, %f1, %f2; again: add.f32 %f5, %f4, "
+                         "%f3; mul.f32 %f4, %f1, %f2; mov.f32 %f8, %f1; mov.f32 %f1, %f2; add.f32 %f6, %f4, %f3;"
+                         "setp.eq.f32 %p1, %f8, %f2; @%p1 bra again; st.global.v2.f32 [%rd6+16], {%f5,%f6};",
+                         {1, 32, 0}, out, in, false, true);
+    check(bad.empty(), "fused products run", bad.c_str());
+    for (size_t l = 0; l < 32; l++) {
+        float a = in[l], b = in[32 + l], c = in[64 + l], product = a * b;
+        float want[6] = {fmaf(a, b, c), fmaf(a, b, -c), fmaf(-a, b, c), product, product + c, product + c};
+        check(memcmp(&out[8 * l], want, sizeof want) == 0, "fused products");
     }
 }
 
@@ -672,6 +756,8 @@ int main(void) {
     test_product<__nv_bfloat16>("bf16");
     test_half_sums();
     test_planted();
+    test_places();
+    test_fused();
     test_bounds();
     return test_verdict();
 }
