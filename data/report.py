@@ -315,8 +315,9 @@ def joined_files(models):
     for m in models:
         for task, files in m.files.items():
             if len(files) > 1:
+                names = list(map(os.path.basename, files))
                 yield "%s: %s has the questions of %s together; of two sets, give each a name (evals.py --task)." % (
-                    m.name, task, ", ".join(map(os.path.basename, files)))
+                    m.name, task, ", ".join(names if len(set(names)) == len(names) else files))
 
 
 def other_windows(models):

@@ -638,6 +638,10 @@ class Report(Case):
             self.write(name + ".scores", [{"logprob": -1.0, "tokens": 1, "greedy": True}])
             shown = run("report", self.folder) if i else run("report", *map(self.path, ("arc.jsonl", "arc.scores")))
             self.assertEqual("test has the questions of arc.jsonl, piqa.jsonl together" in shown, i == 1, shown)
+        os.mkdir(self.path("arc"))
+        other = [shutil.copy(self.path("piqa" + end), self.path("arc", "arc" + end)) for end in (".jsonl", ".scores")]
+        shown = run("report", *map(self.path, ("arc.jsonl", "arc.scores")), *other)
+        self.assertIn("the questions of %s, %s together" % (self.path("arc.jsonl"), other[0]), shown)
 
     def test_validation_that_does_not_compare(self):
         """Other windows (a model continued at 4096) or other tokens are said; masked sets have their error."""
