@@ -35,7 +35,8 @@ def last_error(run):
     except (FileNotFoundError, NotADirectoryError):
         return None
     if len(names) > 1:
-        raise ValueError("%s: %d validation sets with a mask, wanted one" % (run, len(names)))
+        named = ", ".join(sorted(map(str, names)))
+        raise ValueError("%s: %d validation sets with a mask (%s), wanted one" % (run, len(names), named))
     return found
 
 

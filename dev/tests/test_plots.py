@@ -225,7 +225,8 @@ class ToyReport(Folder):
         self.assertNotIn("lengths", done.stdout)
         self.assertIn("of steps 10 to 20", self.report(mta_1=[a], transformer_1=[dict(a, step=20)]).stdout)
         none = "mta_1/log.jsonl: an event that is none of a run: "
-        for runs, why in ((dict(mta_1=[a, b]), "2 validation sets"), (dict(mta_1=[a], mta_01=[a]), "two runs of mta"),
+        for runs, why in ((dict(mta_1=[a, b]), "2 validation sets with a mask (a, b), wanted"),
+                          (dict(mta_1=[a], mta_01=[a]), "two runs of mta"),
                           (dict(mta_1=[dict(name="a", error=0.5)]), none + "no 'step'"),
                           (dict(mta_1=[dict(a, error="x")]), none), (dict(mta_1=[dict(a, step="x")]), none)):
             done = self.report(**runs)
