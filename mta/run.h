@@ -1089,7 +1089,7 @@ static inline void run_compare_setting(const RunSetting* s, const Json* saved, T
 static inline void run_say_changes(Run* r, const Json* saved) {
     RunSetting settings[MAX_RUN_SETTINGS];
     if (r->step > r->steps) {
-        printf("--steps %lld: the checkpoint has %lld already\n", (long long)r->steps, (long long)r->step);
+        printf("--steps %lld%s: the checkpoint has %lld already\n", (long long)r->steps, r->length, (long long)r->step);
     }
     for (int i = 0, n = run_settings(r, settings); i < n; i++) {
         Text change = {NULL, 0, 0};

@@ -312,7 +312,7 @@ class Runs(Trainer):
         self.assertIn("for the rest at half", done.stdout)
         for few in (100, 1):
             done = self.run_ok(out, dict(base, **{"--tokens": few, "--tokens-per-step": 320}), ["--resume"])
-            self.assertIn("the checkpoint has 15 already", done.stdout)
+            self.assertRegex(done.stdout, r"--steps \d+ \(--tokens %d: .*\): the checkpoint has 15 already\n" % few)
 
     def test_a_dry_run_of_what_goes_on(self):
         """--resume --dry-run: the run's own model and length, what is done; what a start would refuse is refused."""
