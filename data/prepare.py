@@ -25,7 +25,6 @@ import re
 import signal
 import struct
 import sys
-import threading
 import time
 import zlib
 
@@ -40,7 +39,9 @@ from shards import (  # noqa: E402
     SPLIT_IN_NAME,
     add_commands,
     cores,
+    end_with,
     foreign_shard,
+    interrupts_later,
     manifest_lock,
     read_manifest,
     run_program,
@@ -259,32 +260,14 @@ worker = None  # of a worker process
 
 
 def worker_start(job, parent):
-    """Runs once in each worker process: it ends with its parent, however that ends."""
+    """Runs once in each worker process."""
     global worker
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-    def watch():
-        while os.getppid() == parent:
-            time.sleep(0.5)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
+    end_with(parent)
     worker = Worker(job)
 
 
 def worker_run(task):
     return worker.run(task)
-
-
-@contextlib.contextmanager
-def interrupts_later():
-    """A process that is started in here never sees Ctrl-C, which is for this one, even before worker_start; here it
-    comes afterwards."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def start_workers(job, workers):

@@ -15,8 +15,11 @@ import json
 import math
 import os
 import re
+import signal
 import struct
 import sys
+import threading
+import time
 import zlib
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
@@ -116,6 +119,29 @@ def run_program(main):
         os.dup2(1, 2)
         status = 1
     sys.exit(status)
+
+
+@contextlib.contextmanager
+def interrupts_later():
+    """A process that is started in here never sees Ctrl-C, which is for this one, even before end_with; here it comes
+    afterwards."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def end_with(parent):
+    """Of a worker process: it ends with its parent, however that ends, and Ctrl-C is its parent's."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def watch():
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 NO_SYNC = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EBADF, errno.EACCES, errno.EISDIR)

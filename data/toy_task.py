@@ -18,20 +18,20 @@ and starts at a multiple of S: train with --seq-len S. A sequence of the test se
 training set. The standard library suffices.
 """
 import argparse
+import collections
 import json
-import multiprocessing
 import os
 import random
 import re
-import signal
 import sys
 import zlib
+from concurrent.futures.process import BrokenProcessPool, ProcessPoolExecutor
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 from options import Parser, whole_number  # noqa: E402
 from shards import (  # noqa: E402
-    FORMAT, HEADER_BYTES, NAME_WITH_SPLIT, SPLIT_IN_NAME, cores, foreign_shard, locked, manifest_lock, read_manifest,
-    run_program, shard_header, sync_file, tokenizer_entry, write_manifest,
+    FORMAT, HEADER_BYTES, NAME_WITH_SPLIT, SPLIT_IN_NAME, cores, end_with, foreign_shard, interrupts_later, locked,
+    manifest_lock, read_manifest, run_program, shard_header, sync_file, tokenizer_entry, write_manifest,
 )
 from tokenizer import ToyTokenizer, UserError, widened  # noqa: E402
 
@@ -220,9 +220,20 @@ def train_chunks(task, seed, count, test_prompts, jobs):
     if jobs == 1 or count <= 4 * CHUNK:
         yield from map(train_chunk, work)
         return
-    # Ctrl-C is the parent's to handle
-    with multiprocessing.Pool(jobs, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
-        yield from pool.imap(train_chunk, work)
+    # Not a multiprocessing.Pool: it may wait forever where the writing ends early, and does where a worker dies.
+    pool, waiting = ProcessPoolExecutor(jobs, initializer=end_with, initargs=(os.getpid(),)), collections.deque()
+    try:
+        for job in work:
+            with interrupts_later():
+                waiting.append(pool.submit(train_chunk, job))
+            if len(waiting) > 4 * jobs:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    except BrokenProcessPool:
+        raise UserError("a worker process died (out of memory?); run the same command again, with fewer --jobs")
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def text(tokens):

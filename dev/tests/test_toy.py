@@ -12,9 +12,11 @@ import io
 import json
 import os
 import resource
+import signal
 import subprocess
 import sys
 import tempfile
+import time
 import unittest
 import unittest.mock
 import zlib
@@ -184,6 +186,40 @@ class Toy(unittest.TestCase):
             done = subprocess.run(words, capture_output=True, text=True,
                                   preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096)))
             self.assertEqual((done.returncode, done.stderr), (1, f"toy_task.py: {folder}: File too large\n"))
+
+    def ended_early(self, end, words=(), **more):
+        """What is printed where end(process) is done once the training set is being written by two workers."""
+        with tempfile.TemporaryDirectory() as folder:
+            words = [sys.executable, SCRIPT, "--out", folder, "--jobs", "2", "--train-samples", "300000", *words]
+            process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                                       start_new_session=True, **more)
+            try:
+                begun, late = os.path.join(folder, "toy_train_000000.bin.partial"), time.monotonic() + 60
+                while not (os.path.exists(begun) and os.path.getsize(begun)) and time.monotonic() < late:
+                    time.sleep(0.01)
+                end(process)
+                out, shown = process.communicate(timeout=60)
+                self.assertEqual((process.returncode, out), (1, ""), shown)
+                return shown.replace(folder, "FOLDER")
+            finally:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+
+    def test_an_end_while_workers_are_at_work(self):
+        """They and their parent waited for each other, forever."""
+        shown = self.ended_early(lambda process: os.killpg(process.pid, signal.SIGINT))
+        self.assertEqual(shown, "toy_task.py: interrupted\n")
+        limit = 4 << 20
+        shown = self.ended_early(lambda process: None, ["--test-samples", "9"],
+                                 preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
+        self.assertEqual(shown, "toy_task.py: FOLDER: File too large\n")
+
+        def kill_a_worker(process):
+            with open(f"/proc/{process.pid}/task/{process.pid}/children") as f:
+                os.kill(int(f.read().split()[-1]), signal.SIGKILL)
+
+        if os.path.exists(f"/proc/self/task/{os.getpid()}/children"):
+            self.assertIn("a worker process died", self.ended_early(kill_a_worker))
 
     def test_paper_sizes(self):
         self.check_task(5, 2, "all", 52, 321)
