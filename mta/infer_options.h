@@ -266,7 +266,8 @@ static inline Tokenizer* tokenizer_for(const InferOptions* o, const Config* c) {
         if (c && !checkpoint_check_tokenizer(o->dir, c, given, !o->no_verify, &why)) { die("%s", why.text); }
         tokenizer_free(own);
     } else if (c && c->tokenizer[0] && !own && !o->token_ids && !o->score) {
-        die("%s", e.text);
+        bool missing = !tokenizer_built_in(c->tokenizer) && !file_exists(path);  // transformers does not save it
+        die("%s%s", e.text, missing ? ": config.json names it; copy it there or give --tokenizer FILE" : "");
     }
     Tokenizer* t = given ? given : own;
     if (t && c && tokenizer_vocab(t) > c->vocab_size) {

@@ -481,6 +481,8 @@ def write_tokenizer(folder, config, out):
     if not isinstance(name, str) or "/" in name:
         raise UserError("tokenizer: got %s, wanted a name or a file beside config.json" % json.dumps(name))
     path = name if name == "bytes" else os.path.join(folder, name)
+    if theirs and not os.path.isfile(path):  # save_pretrained leaves it behind
+        raise UserError("%s: no such file, which config.json names for infer_mta; copy it there" % path)
     tok = open_tokenizer(path, config.get("tokenizer_pattern") or None, encoder=False)
     if not theirs:
         write_json(out, "tokenizer.json", tokenizer_json(tok))

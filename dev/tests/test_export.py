@@ -848,6 +848,8 @@ class Refusals(unittest.TestCase):
             for name, text in files.items():
                 self.assertEqual(read_bytes(os.path.join(self.out, name)).decode(), text)
             shutil.rmtree(self.out)
+        write_config(self.source, dict(self.config, tokenizer="gpt2.tiktoken"))  # which transformers does not save
+        self.refused("gpt2.tiktoken: no such file, which config.json names for infer_mta; copy it there")
 
     def test_the_newest(self):
         """Of a run the checkpoint with the largest number, whatever its digits; others' folders are none."""

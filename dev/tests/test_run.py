@@ -1223,11 +1223,12 @@ class Tokenizers(Trainer):
         shutil.copytree(checkpoints(out)[-1], copy)
         shutil.move(os.path.join(copy, "gpt2.tiktoken"), self.path("gpt2.tiktoken"))
         self.addCleanup(os.remove, self.path("gpt2.tiktoken"))
-        self.refused([os.path.join(copy, "gpt2.tiktoken"), "No such file"],
+        hint = "config.json names it; copy it there or give --tokenizer FILE"
+        self.refused([os.path.join(copy, "gpt2.tiktoken"), "No such file", hint],
                      {"--init-from": copy, "--model": None, "--train": self.path("a_train_*.bin"), "--val": None})
         done = subprocess.run([os.path.join(BIN, "infer_mta"), copy, "--prompt", "a"], cwd=self.folder,
                               capture_output=True, text=True)
-        self.assertEqual(done.stderr, f"infer_mta: {copy}/gpt2.tiktoken: No such file or directory\n")
+        self.assertEqual(done.stderr, f"infer_mta: {copy}/gpt2.tiktoken: No such file or directory: {hint}\n")
 
     def test_a_rank_file_that_is_not_the_manifest_s(self):
         """The checksum of the rank file that the shards were made with stands in the manifest."""
