@@ -35,10 +35,9 @@ import sys
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 from inputs import what_is  # noqa: E402
 from options import Parser, parse_count, whole_number  # noqa: E402
-from prepare import BadDocument, UserError, open_tokenizer  # noqa: E402
 from report import refuse_input, report  # noqa: E402
 from shards import run_program, write_synced  # noqa: E402
-from tokenizer import PATTERNS, members  # noqa: E402
+from tokenizer import PATTERNS, BadDocument, UserError, members, open_tokenizer  # noqa: E402
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Sets from files: a record -> [(context, continuation) of each choice], number of the gold one. Context and

@@ -15,8 +15,7 @@ import os
 import sys
 
 from options import picture_name, split_name
-from prepare import UserError
-from tokenizer import members
+from tokenizer import UserError, members
 
 SETTINGS = ("needles", "length", "depth", "distraction")
 MEASURES = ("accuracy", "acc_norm", "acc_bytes", "acc_token", "greedy")

@@ -44,6 +44,7 @@ import inputs  # noqa: E402
 import prepare  # noqa: E402
 import shards  # noqa: E402
 import tokenizer  # noqa: E402
+import worker  # noqa: E402
 
 try:
     import tiktoken
@@ -60,7 +61,7 @@ try:
 except ImportError:
     pyarrow = None
 
-DOMAINS = list(prepare.SLIMPAJAMA)
+DOMAINS = list(worker.SLIMPAJAMA)
 WORDS = (
     "the of and a to in is that for it as was with be by on not he his but at are this have from or had an they which "
     "one you were all her she there would their we him been has when who will no more if out so up said what its about "
@@ -333,7 +334,7 @@ class Domains(Case):
                                      mergeable_ranks=tokenizer.read_ranks(RANKS), special_tokens={})
         with open(self.path("o", "manifest.json")) as f:
             manifest = json.load(f)
-        for domain, name in prepare.SLIMPAJAMA.items():
+        for domain, name in worker.SLIMPAJAMA.items():
             wanted = [[100257] + encoding.encode_ordinary(t) for t, d in documents if d == domain]
             got = {split: set_tokens(self.path("o"), name, split) for split in ("train", "val")}
             rest = {split: ids[:] for split, ids in got.items()}
@@ -454,14 +455,14 @@ class Large(Case):
     def test_a_row_group_is_encoded_a_part_at_a_time(self):
         rows = ["text %d" % i * (i % 50) for i in range(2000)]
         pyarrow.parquet.write_table(pyarrow.table({"text": rows}), self.path("x.parquet"), row_group_size=2000)
-        worker = prepare.Worker({"tokenizer": "bytes", "pattern": None, "encoder": None, "val_fraction": 0.1, "seed": 0,
-                                 "text_field": "text", "domain_field": "", "name": "n", "command": "text"})
-        encode, sizes, results = worker.tok.encode_all, [], []
-        worker.tok.encode_all = lambda texts: sizes.append(sum(map(len, texts))) or encode(texts)
-        for batch in (prepare.BATCH, 5000):
-            with unittest.mock.patch.object(prepare, "BATCH", batch):
+        one = worker.Worker({"tokenizer": "bytes", "pattern": None, "encoder": None, "val_fraction": 0.1, "seed": 0,
+                             "text_field": "text", "domain_field": "", "name": "n", "command": "text"})
+        encode, sizes, results = one.tok.encode_all, [], []
+        one.tok.encode_all = lambda texts: sizes.append(sum(map(len, texts))) or encode(texts)
+        for batch in (worker.BATCH, 5000):
+            with unittest.mock.patch.object(worker, "BATCH", batch):
                 sizes.clear()
-                results.append(worker.run(("rows", self.path("x.parquet"), None, 0, None)))
+                results.append(one.run(("rows", self.path("x.parquet"), None, 0, None)))
         self.assertEqual(sum(sizes), sum(map(len, rows)))
         self.assertLess(max(sizes), 5000 + 50 * len("text 2000"))
         self.assertEqual(results[0], results[1])
@@ -1139,14 +1140,14 @@ class Kinds(Case):
         """A text that became shorter was waited for forever; a download that went on was a truncated file."""
         for name, data in (("long.txt", b"a line\n" * 4000), ("a.jsonl", self.GOOD * 4000)):
             for less in (True, False):
-                path, out, worked = self.write(name, data), self.path("o %s %d" % (name, less)), prepare.Worker.run
+                path, out, worked = self.write(name, data), self.path("o %s %d" % (name, less)), worker.Worker.run
 
                 def change(worker, task):
                     if os.path.getsize(path) == len(data):
                         self.write(name, data[: len(data) // 2] if less else data + data)
                     return worked(worker, task)
 
-                with unittest.mock.patch.object(prepare.Worker, "run", change), unittest.mock.patch.multiple(
+                with unittest.mock.patch.object(worker.Worker, "run", change), unittest.mock.patch.multiple(
                     inputs, SEGMENT=1000, BLOCK=1000
                 ):
                     shown = run("text", path, "--val-fraction", 0, "--out", out, status=1)
