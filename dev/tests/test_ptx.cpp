@@ -401,7 +401,8 @@ static void test_instructions() {
 // Whatever is not known is refused when a kernel is decoded, by name.
 static void test_refusals() {
     static const char unknown[] = R"(
-        { .reg .b32 x; mov.u32 x, 1; } mov.u32 %r5, x; sad.u32 %r5, %r2, %r2, %r2; add.s32 %r5, %rd1, %r2; add.sat.s32 %r5, %r2, %r2; add.cc.s32 %r5, %r2, %r2; add.ftz.f32 %f1, %f2, %f3; add.rz.f32 %f1, %f2, %f3;
+        { .reg .b32 x; mov.u32 x, 1; } mov.u32 %r5, x; sad.u32 %r5, %r2, %r2, %r2; add.s32 %r5, %rd1, %r2;
+        add.sat.s32 %r5, %r2, %r2; add.cc.s32 %r5, %r2, %r2; add.ftz.f32 %f1, %f2, %f3; add.rz.f32 %f1, %f2, %f3;
         mul.sat.f32 %f1, %f2, %f3; fma.rz.f32 %f1, %f2, %f3, %f4; fma.rn.ftz.f32 %f1, %f2, %f3, %f4;
         fma.rn.relu.f16x2 %r5, %r6, %r7, %r8; max.NaN.f32 %f1, %f2, %f3; min.ftz.f32 %f1, %f2, %f3;
         rcp.approx.f32 %f1, %f2; rsqrt.approx.f32 %f1, %f2; lg2.approx.f32 %f1, %f2; div.full.f32 %f1, %f2, %f3;
