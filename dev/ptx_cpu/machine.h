@@ -583,7 +583,8 @@ inline void Machine::launch(const Kernel& kernel, Dim grid, Dim block, uint32_t 
     shared_.assign(kernel.dynamic_at - SHARED_BASE + dynamic_bytes, 0);
     shared_shadow_.assign(shared_.size() / 2 + 16, Shadow());
     while (warps_.size() < n_warps_) { warps_.emplace_back(new Warp), warps_.back()->machine = this; }
-    files_.resize((size_t)n_warps_ * kernel.file_bytes + 64);
+    files_.resize((size_t)n_warps_ * kernel.file_bytes + 256);  // LANES may look behind the last row
+
     if (pages_.size() > 4096) {  // each has 16 times the memory that it watches
         pages_.clear();
         std::fill(recent_, recent_ + PAGES, Recent());
