@@ -848,6 +848,11 @@ class Refusals(unittest.TestCase):
             for name, text in files.items():
                 self.assertEqual(read_bytes(os.path.join(self.out, name)).decode(), text)
             shutil.rmtree(self.out)
+        os.remove(os.path.join(self.source, "tokenizer_config.json"))  # without it transformers 4 finds no class
+        run(export, self.source, self.out)
+        with open(os.path.join(self.out, "tokenizer_config.json")) as f:
+            self.assertEqual(json.load(f), {"tokenizer_class": "PreTrainedTokenizerFast"})
+        shutil.rmtree(self.out)
         write_config(self.source, dict(self.config, tokenizer="gpt2.tiktoken"))  # which transformers does not save
         self.refused("gpt2.tiktoken: no such file, which config.json names for infer_mta; copy it there")
 
