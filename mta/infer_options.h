@@ -134,55 +134,56 @@ static inline void infer_options_read(InferOptions* o, int argc, char** argv) {
         "       infer_mta DIR --interactive            turn by turn; Ctrl-C stops an answer, Ctrl-D the program\n"
         "       infer_mta --tokenize --tokenizer FILE  JSON lines {\"text\"} on standard input to lines of ids; "
         "--detokenize back\n"
-        "DIR is a checkpoint: config.json, model.safetensors and a tokenizer; of a run's directory its newest one. "
-        "Exit status 0 done, 1 a mistake of the "
-        "user's.";
+        "DIR is a checkpoint: config.json, model.safetensors and a tokenizer; for a run's directory, its newest one. "
+        "Exit status: 0 done, 1 a mistake in options or files.";
     Opt table[] = {
         {"Model", OPT_HEADING, NULL, NULL, NULL, 0, 0, false},
         {"--tokenizer", OPT_STRING, &o->tokenizer, "NAME|FILE",
          "bytes, toy or a tiktoken rank file; else the one config.json names", 0, 0, false},
         {"--pattern", OPT_CHOICE, &o->pattern, "gpt2|cl100k_base|llama3|o200k_base",
-         "how text is split, where FILE's number of ranks does not tell", 0, 0, false},
+         "how text is split; needed if the number of ranks in FILE does not determine it", 0, 0, false},
         {"--weights", OPT_CHOICE, &o->weights, "stored|f32|bf16|int8",
-         "form of the matrices in memory; another than stored costs a copy, and so does generating (see --mapped)", 0,
-         0, false},
+         "format of the matrices in memory; a format other than stored needs a copy, and so does generating (see "
+         "--mapped)",
+         0, 0, false},
         {"--assume-llama", OPT_FLAG, &o->assume_llama, NULL,
          "read a config.json of another family, or with unknown keys, as LLaMA", 0, 0, false},
         {"--no-verify", OPT_FLAG, &o->no_verify, NULL, "do not check the files against DIR/manifest.json", 0, 0, false},
         {"--mapped", OPT_FLAG, &o->mapped, NULL,
          "use stored weights in the mapped file: starts at once, no memory of its own, generates slower", 0, 0, false},
-        {"--cache", OPT_CHOICE, &o->cache, "f32|bf16", "form of cached keys and values", 0, 0, false},
-        {"--context", OPT_INT, &o->context, "N", "positions, at most the model's (0: those)", 0, MAX_CONTEXT, false},
-        {"--chunk", OPT_INT, &o->chunk, "N", "prompt tokens of one pass over the weights", 1, 65536, false},
+        {"--cache", OPT_CHOICE, &o->cache, "f32|bf16", "format of cached keys and values", 0, 0, false},
+        {"--context", OPT_INT, &o->context, "N", "positions of the context (0: the model's, which is the most)", 0,
+         MAX_CONTEXT, false},
+        {"--chunk", OPT_INT, &o->chunk, "N", "prompt tokens computed in one pass over the weights", 1, 65536, false},
         {"--threads", OPT_INT, &o->threads, "N", "0: all cores, fewer for small models", 0, 4096, false},
         {"Text", OPT_HEADING, NULL, NULL, NULL, 0, 0, false},
         {"--prompt", OPT_STRING, &o->prompt, "TEXT", "text to continue", 0, 0, false},
         {"--token-ids", OPT_STRING, &o->token_ids, "IDS", "ids to continue, taken as they are", 0, 0, false},
         {"--prompts", OPT_STRING, &o->prompts, "FILE",
-         "JSON lines {\"prompt\"} to {\"text\", \"tokens\"}, - for standard input; a line may have until, a list of "
-         "texts that end the answer, and max_tokens (else --max-tokens; not given, at most half of the context), "
-         "temperature, top_k, top_p of its own",
+         "JSON lines {\"prompt\"} to {\"text\", \"tokens\"}, - for standard input; a line may also have temperature, "
+         "top_k, top_p, until (a list of texts that end the answer) and max_tokens (else --max-tokens; if that is not "
+         "given, at most half of the context)",
          0, 0, false},
         {"--interactive", OPT_FLAG, &o->interactive, NULL, "read a line, continue, again; an empty line goes on", 0, 0,
          false},
         {"--echo", OPT_FLAG, &o->echo, NULL, "print the prompt too", 0, 0, false},
         {"--max-tokens", OPT_INT, &o->max_tokens, "N", "tokens to generate at most", 0, INT32_MAX, false},
         {"--stop", OPT_LIST, &o->stops, "TEXT",
-         "end where this text would come, which is not printed; may be given several times", 0, 0, false},
+         "stop before this text, which is not printed; may be given several times", 0, 0, false},
         {"--ignore-eos", OPT_FLAG, &o->ignore_eos, NULL, "go on after the end of a document", 0, 0, false},
         {"--shift", OPT_FLAG, &o->shift, NULL,
          "when the context is full, keep its first token and its later half and go on", 0, 0, false},
         {"Sampling", OPT_HEADING, NULL, NULL, NULL, 0, 0, false},
         {"--temperature", OPT_FLOAT, &o->temperature, "X", "0 is greedy", 0, 100, false},
         {"--top-k", OPT_INT, &o->top_k, "N", "only the N most probable tokens (0: all)", 0, MAX_VOCAB, false},
-        {"--top-p", OPT_FLOAT, &o->top_p, "X", "only the most probable tokens that make X of the probability", 0, 1,
+        {"--top-p", OPT_FLOAT, &o->top_p, "X", "only the most probable tokens whose probabilities add up to X", 0, 1,
          false},
         {"--min-p", OPT_FLOAT, &o->min_p, "X", "only tokens of at least X times the best one's probability", 0, 1,
          false},
         {"--repeat-penalty", OPT_FLOAT, &o->repeat_penalty, "X",
          "logits of recent tokens are divided (negative: multiplied) by X", 0.01, 100, false},
         {"--repeat-last", OPT_INT, &o->repeat_last, "N", "how many tokens are recent", 0, MAX_CONTEXT, false},
-        {"--seed", OPT_LONG, &o->seed, "N", "of what is sampled", 0, 0, false},
+        {"--seed", OPT_LONG, &o->seed, "N", "random seed of the sampling", 0, 0, false},
         {"--samples", OPT_INT, &o->samples, "N", "continuations of the prompt; a line of ---- between texts", 1,
          1000000, false},
         {"Scoring and looking inside", OPT_HEADING, NULL, NULL, NULL, 0, 0, false},
@@ -192,7 +193,7 @@ static inline void infer_options_read(InferOptions* o, int argc, char** argv) {
         {"--perplexity", OPT_STRING, &o->perplexity, "FILE",
          "the loss of a text: each token once, in windows of the context; nats, perplexity, bits per byte as JSON", 0,
          0, false},
-        {"--stride", OPT_INT, &o->stride, "N", "tokens by which a window moves on (0: half the context)", 0,
+        {"--stride", OPT_INT, &o->stride, "N", "tokens by which the window moves each time (0: half the context)", 0,
          MAX_CONTEXT, false},
         {"--logits", OPT_STRING, &o->logits, "FILE",
          "write the logits of each position of the prompt (safetensors), generate nothing", 0, 0, false},

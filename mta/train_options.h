@@ -116,19 +116,19 @@ static inline void train_options_table(Opt* table, TrainOptions* o) {
     ROW("--tokenizer", OPT_STRING, &o->tokenizer, "NAME|FILE",
         "bytes, toy or a tiktoken rank file, for samples and the checkpoint", 0, 0)
     ROW("--pattern", OPT_CHOICE, &o->pattern, "gpt2|cl100k_base|llama3|o200k_base",
-        "how text is split, where the rank file's number of ranks does not tell", 0, 0)
-    HEADING("Model, field by field (over what --model and --attention say)")
+        "how text is split; needed if the number of ranks in the file does not determine it", 0, 0)
+    HEADING("Model, field by field (overrides --model and --attention)")
     n += config_options(table + n, o->fields);
     HEADING("Data")
     ROW("--train", OPT_STRING, &o->train, "GLOB[=WEIGHT],...|@RECIPE", "token shards to train on", 0, 0)
     ROW("--mix", OPT_CHOICE, &o->mix, "token|document",
         "what the weights of --train are shares of: tokens, or draws of a document", 0, 0)
     ROW("--val", OPT_STRING, &o->val, "[NAME=]GLOB,...",
-        "token shards to evaluate on: a set of each NAME, without it one for each name before _val_", 0, 0)
+        "token shards to evaluate on: a set for each NAME; without NAME, a set for each file name before _val_", 0, 0)
     ROW("--verify-data", OPT_FLAG, &o->verify_data, NULL,
         "read every shard first and compare its checksum; sizes are always compared with manifest.json", 0, 0)
     ROW("--seq-len", OPT_INT, &o->seq_len, NULL,
-        "tokens of a sequence (default: the model's context, 2048 at most; with --score all of it)", 1, MAX_CONTEXT)
+        "tokens of a sequence (default: the model's context, at most 2048; with --score all of it)", 1, MAX_CONTEXT)
     ROW("--batch-size", OPT_INT, &o->batch_size, NULL, "sequences computed at once", 1, 1 << 20)
     ROW("--tokens-per-step", OPT_LONG, &o->tokens_per_step, NULL,
         "tokens of an optimizer step (default: batch size x sequence length)", 1, any)
@@ -142,8 +142,7 @@ static inline void train_options_table(Opt* table, TrainOptions* o) {
     ROW("--lr", OPT_FLOAT, &o->lr, NULL, "peak learning rate (default: that of --model's preset, else 1.5e-4)", 0, 1e3)
     ROW("--schedule", OPT_CHOICE, &o->schedule, "linear|cosine|constant|wsd",
         "learning rate after warmup; wsd: constant, the last fifth linear", 0, 0)
-    ROW("--schedule-steps", OPT_LONG, &o->schedule_steps, NULL, "length of the schedule where it is not --steps", 1,
-        any)
+    ROW("--schedule-steps", OPT_LONG, &o->schedule_steps, NULL, "steps of the schedule, if not --steps", 1, any)
     ROW("--warmup", OPT_LONG, &o->warmup, NULL, "steps of linear warmup", 0, any)
     ROW("--min-lr", OPT_FLOAT, &o->min_lr, NULL, "learning rate at the end of the schedule", 0, 1e3)
     // AdamW computes 1 - beta in fp32, which is 0 from 0.99999998 on: weights would be divided by eps.
@@ -152,28 +151,30 @@ static inline void train_options_table(Opt* table, TrainOptions* o) {
     ROW("--eps", OPT_FLOAT, &o->eps, NULL, "AdamW's epsilon", 1e-20, 1)
     ROW("--weight-decay", OPT_FLOAT, &o->weight_decay, NULL, "decoupled decay of every tensor", 0, 1e3)
     ROW("--grad-clip", OPT_FLOAT, &o->grad_clip, NULL, "largest global gradient norm, 0 = off", 0, 1e9)
-    ROW("--seed", OPT_LONG, &o->seed, NULL, "of initialisation, data order and samples", 0, 9e15)
+    ROW("--seed", OPT_LONG, &o->seed, NULL, "random seed of initialisation, data order and samples", 0, 9e15)
     ROW("--matmul", OPT_CHOICE, &o->matmul, "fp32|bf16",
-        "what products multiply (default: fp32 on the CPU; CUDA: as it was built, nothing else)", 0, 0)
+        "format of the operands of matrix products (default: fp32 on the CPU; CUDA: only the format it was built with)",
+        0, 0)
     ROW("--recompute", OPT_CHOICE, &o->recompute, "none|elementwise|block",
         "activations computed again in the backward pass (CUDA)", 0, 0)
     ROW("--attention-kernels", OPT_CHOICE, &o->attention_kernels, "own|cudnn",
-        "cudnn: that library's, in layers without operations on scores before the softmax (CUDA; make CUDNN=1)", 0, 0)
+        "cudnn: those of cuDNN, in layers without operations on the scores before the softmax (CUDA; make CUDNN=1)", 0,
+        0)
     ROW("--cuda-graphs", OPT_SWITCH, &o->cuda_graphs, NULL,
         "replay a micro-batch's launches as CUDA graphs; off: one by one, to find a fault (CUDA)", 0, 0)
     HEADING("Several processes (started by torchrun, mpirun, mpiexec or srun; on a CPU MPI=1 builds for them)")
     ROW("--shards", OPT_INT, &o->shards, NULL,
-        "parts that a step's sequences are cut into; the bits depend on their number, not on that of the processes "
-        "(default: as the run that --resume continues, else one for each process)",
+        "parts into which a step's sequences are cut; the bits of the results depend on N, not on the number of "
+        "processes (default: as in the run that --resume continues, else one per process)",
         1, MAX_RANKS)
     ROW("--reduce", OPT_CHOICE, &o->reduce, "tree|nccl",
-        "how gradients are added: in the shards' order, or by NCCL (CUDA), and then the bits depend on the processes",
+        "tree: add gradients in the order of the shards; nccl: by NCCL (CUDA), the bits depend on the number of "
+        "processes",
         0, 0)
     ROW("--rank-timeout", OPT_FLOAT, &o->rank_timeout, NULL,
         "seconds that a process may stand still before all end with status 71, 0 = for ever", 0, 1e6)
-    ROW("--ranks", OPT_INT, &o->n_ranks, NULL, "with --dry-run: plan for so many processes", 1, MAX_RANKS)
-    ROW("--ranks-per-node", OPT_INT, &o->ranks_per_node, NULL, "with --ranks: of which so many share a machine", 1,
-        MAX_RANKS)
+    ROW("--ranks", OPT_INT, &o->n_ranks, NULL, "with --dry-run: plan for this many processes", 1, MAX_RANKS)
+    ROW("--ranks-per-node", OPT_INT, &o->ranks_per_node, NULL, "with --ranks: processes on each machine", 1, MAX_RANKS)
     HEADING("Run")
     ROW("--out", OPT_STRING, &o->out, "DIR", "run directory: log.jsonl and checkpoints", 0, 0)
     ROW("--resume", OPT_FLAG, &o->resume, NULL, "continue from the newest good checkpoint in --out", 0, 0)
@@ -186,14 +187,15 @@ static inline void train_options_table(Opt* table, TrainOptions* o) {
     ROW("--save-minutes", OPT_FLOAT, &o->save_minutes, NULL,
         "minutes between further checkpoints, each of which replaces the one before; 0 = none", 0, 1e6)
     ROW("--keep", OPT_LONG, &o->keep, NULL,
-        "checkpoints kept, those of --save-minutes apart; 0 = all (default: as the run that --resume continues, else "
-        "2)",
+        "checkpoints kept, not counting those of --save-minutes; 0 = all (default: as in the run that --resume "
+        "continues, else 2)",
         0, 1e9)
     ROW("--sample-every", OPT_LONG, &o->sample_every, NULL, "steps between samples, 0 = none", 0, any)
     ROW("--sample-tokens", OPT_LONG, &o->sample_tokens, NULL, "tokens of a sample", 1, 1e6)
-    ROW("--sample-prompt", OPT_STRING, &o->sample_prompt, "TEXT", "what a sample continues", 0, 0)
-    ROW("--sample-temperature", OPT_FLOAT, &o->sample_temperature, NULL, "0 = the likeliest token", 0, 100)
-    ROW("--log-every", OPT_LONG, &o->log_every, NULL, "steps between lines that stay on the screen", 1, any)
+    ROW("--sample-prompt", OPT_STRING, &o->sample_prompt, "TEXT", "prompt that a sample continues", 0, 0)
+    ROW("--sample-temperature", OPT_FLOAT, &o->sample_temperature, NULL,
+        "sampling temperature, 0 = the most probable token", 0, 100)
+    ROW("--log-every", OPT_LONG, &o->log_every, NULL, "steps between progress lines that stay on the screen", 1, any)
     ROW("--dry-run", OPT_FLAG, &o->dry_run, NULL,
         "open --train, --val and the run of --resume, print parameters, memory and time, then stop", 0, 0)
     HEADING("A checkpoint without training (--init-from DIR, in which no tensor may be absent; --out is optional)")
@@ -201,7 +203,7 @@ static inline void train_options_table(Opt* table, TrainOptions* o) {
     ROW("--score", OPT_STRING, &o->score, "FILE",
         "JSON lines as infer_mta --score takes them, - for standard input; the same answers on standard output", 0, 0)
     ROW("--shift", OPT_FLAG, &o->shift, NULL,
-        "with --score: a context that is too long loses its earliest tokens, else it is refused", 0, 0)
+        "with --score: a context that is too long loses its earliest tokens (without --shift it is refused)", 0, 0)
 #undef ROW
 #undef HEADING
     Opt end = OPT_END;
