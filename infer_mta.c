@@ -134,7 +134,7 @@ static void model_open(Model* m, const char* dir, int want, int threads, bool la
     m->HS = config_head_size(c);
     size_t stored = 0;
     for (int i = 0; i < m->files.n_files; i++) { stored += m->files.maps[i].size; }
-    m->memory.copy = large_pages && stored < memory_available() / 4 * 3;
+    m->memory.copy = large_pages && (double)stored < 0.75 * memory_available(1);
     m->FF = c->intermediate_size;
     m->V = c->vocab_size;
     m->cq = c->kq_conv_query_size;

@@ -1926,7 +1926,7 @@ static void print_plan(Run* r) {
                             {"rounded to bf16", bf16 ? p.rounded : 0}};
     int n = (int)(sizeof rows / sizeof rows[0]);
     snprintf(device, sizeof device, "%s, %d threads", cpu_name(name, sizeof name), omp_get_max_threads());
-    PlanMachine machine = {device, matmul_rate(bf16), (double)memory_available() / ranks_here(r->ranks)};
+    PlanMachine machine = {device, matmul_rate(bf16), memory_available(ranks_here(r->ranks))};
     double total = train_print_plan(r, &machine, rows, n);
     r->measure = matmul_rate;
     ranks_meet(r->ranks, false, 0);  // all have looked at the memory before any takes some

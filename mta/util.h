@@ -25,6 +25,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/resource.h>
 #include <sys/stat.h>
 #include <time.h>
 #include <unistd.h>
@@ -36,6 +37,10 @@ static inline int omp_get_max_threads(void) { return 1; }
 static inline int omp_get_num_procs(void) { return 1; }
 static inline int omp_get_thread_num(void) { return 0; }
 static inline void omp_set_num_threads(int n) { (void)n; }
+static inline int omp_get_thread_limit(void) { return 1; }
+static inline int omp_get_num_places(void) { return 0; }
+static inline int omp_get_place_num_procs(int place) { return place * 0; }
+static inline void omp_get_place_proc_ids(int place, int* ids) { (void)place, (void)ids; }
 #endif
 
 #ifndef __cplusplus
@@ -231,8 +236,27 @@ static inline Limits machine_limits(const char* root) {
     return limits;
 }
 
-// Bytes that this process can still have, as the kernel estimates them; 0: it does not say.
-static inline size_t memory_available(void) {
+// Bytes that the limits of this process alone (ulimit -v and -d; Grid Engine's h_vmem) leave it; 1e300: there are none.
+static inline double memory_limit(void) {
+    const struct {
+        int number, column;  // of /proc/self/statm, which has pages
+    } kinds[] = {{RLIMIT_AS, 0}, {RLIMIT_DATA, 5}};
+    double pages[6] = {0}, left = 1e300;
+    FILE* f = fopen("/proc/self/statm", "r");
+    for (int i = 0; f && i < 6 && fscanf(f, "%lf", &pages[i]) == 1; i++) {}
+    if (f) { fclose(f); }
+    for (int i = 0; i < 2; i++) {
+        struct rlimit limit;
+        if (getrlimit(kinds[i].number, &limit) || limit.rlim_cur == RLIM_INFINITY) { continue; }
+        double bytes = (double)limit.rlim_cur - pages[kinds[i].column] * (double)sysconf(_SC_PAGESIZE);
+        left = bytes < left ? bytes : left;
+    }
+    return left > 1 ? left : 1;
+}
+
+// Bytes that this process, one of so many that share the machine, can still have, as the kernel estimates them; 0: it
+// does not say.
+static inline double memory_available(int processes) {
     char line[256];
     size_t kib = 0;
     FILE* f = fopen("/proc/meminfo", "r");
@@ -240,8 +264,10 @@ static inline size_t memory_available(void) {
         if (!strncmp(line, "MemAvailable:", 13)) { kib = strtoul(line + 13, NULL, 10); }
     }
     if (f) { fclose(f); }
-    double limit = machine_limits("").memory, free = (double)kib * 1024;
-    return limit < 1e300 && (!kib || limit < free) ? (size_t)limit : kib * 1024;
+    double of_all = machine_limits("").memory, own = memory_limit();
+    if (kib && (double)kib * 1024 < of_all) { of_all = (double)kib * 1024; }
+    double bytes = of_all / processes < own ? of_all / processes : own;
+    return bytes < 1e290 ? bytes : 0;
 }
 
 // What the processor calls itself, where the kernel tells.
@@ -337,11 +363,28 @@ extern "C" void openblas_set_num_threads(int) __attribute__((weak));
 extern void openblas_set_num_threads(int) __attribute__((weak));
 #endif
 
+// The cores that this process may run on. With OMP_PROC_BIND or OMP_PLACES, OpenMP has bound the first thread to one of
+// its places before main: to them belong those of all places.
+static inline bool allowed_cores(cpu_set_t* set) {
+    if (sched_getaffinity(0, sizeof *set, set)) { return false; }
+    for (int place = 0; place < omp_get_num_places(); place++) {
+        int n = omp_get_place_num_procs(place);
+        int* cores = (int*)calloc((size_t)n + 1, sizeof *cores);
+        if (!cores) { return false; }
+        omp_get_place_proc_ids(place, cores);
+        for (int i = 0; i < n; i++) {
+            if (cores[i] >= 0 && cores[i] < CPU_SETSIZE) { CPU_SET(cores[i], set); }
+        }
+        free(cores);
+    }
+    return true;
+}
+
 // Has this process a quota of time for fewer cores than it may run on? Then how many whole ones, as a text.
 static inline bool fewer_threads(char* text, size_t n) {
     cpu_set_t set;
     double cores = machine_limits("").cores;
-    int most = sched_getaffinity(0, sizeof set, &set) ? (int)sysconf(_SC_NPROCESSORS_ONLN) : CPU_COUNT(&set);
+    int most = allowed_cores(&set) ? CPU_COUNT(&set) : (int)sysconf(_SC_NPROCESSORS_ONLN);
     snprintf(text, n, "%d", cores < 1 ? 1 : cores < most ? (int)cores : most);
     return cores < most;
 }
@@ -364,6 +407,8 @@ static inline void settle_threads(char** argv) {
     const char* blas = openblas_set_num_threads ? getenv("OPENBLAS_NUM_THREADS") : "1";
     bool one = blas && !strcmp(blas, "1");
     char threads[32];
+    cpu_set_t cores;
+    if (omp_get_thread_limit() < omp_get_max_threads()) { omp_set_num_threads(omp_get_thread_limit()); }
     bool all = getenv("OMP_NUM_THREADS") || !fewer_threads(threads, sizeof threads);
     if (bound && one && all) { return; }
     ssize_t n = readlink("/proc/self/exe", path, sizeof path - 1);
@@ -372,6 +417,8 @@ static inline void settle_threads(char** argv) {
     if (slash && strncmp(slash, "/ld", 3) && (one || !setenv("OPENBLAS_NUM_THREADS", "1", 1)) &&
         (all || !setenv("OMP_NUM_THREADS", threads, 1)) &&
         (bound || (!setenv("GOMP_SPINCOUNT", "1000", 1) && !setenv("KMP_BLOCKTIME", "1", 1)))) {
+        // What starts again must not take the first thread's place for all that there is.
+        if (allowed_cores(&cores)) { sched_setaffinity(0, sizeof cores, &cores); }
         execv(path, argv);
     }
 }

@@ -120,8 +120,25 @@ static void test_limits(void) {
     }
     Limits none = machine_limits(at("nothing"));
     CHECK(none.memory == 1e300 && none.cores == 1e300);
-    size_t available = memory_available();
-    CHECK(available > 0 && (double)available <= machine_limits("").memory);
+    double available = memory_available(1), third = memory_available(3);
+    CHECK(available > 0 && available <= machine_limits("").memory);
+    CHECK(third < available / 2 && third > available / 5);  // others may take some in between
+    for (int i = 0; i < 2; i++) {                           // a limit of the process's own is for it alone
+        const int kind = i ? RLIMIT_DATA : RLIMIT_AS;
+        const rlim_t much = (rlim_t)1 << 50, left = (rlim_t)1 << 28;  // a sanitizer maps some 2^44
+        struct rlimit before, limit;
+        getrlimit(kind, &before);
+        limit = before;
+        limit.rlim_cur = much;
+        setrlimit(kind, &limit);
+        double used = (double)much - memory_limit();
+        CHECK(used > 0 && used < (double)much / 16);
+        limit.rlim_cur = (rlim_t)used + left;
+        setrlimit(kind, &limit);
+        available = memory_available(1), third = memory_available(3);
+        setrlimit(kind, &before);
+        CHECK(available <= (double)left && available > (double)left / 2 && third > (double)left / 2);
+    }
 }
 
 static void test_util(void) {

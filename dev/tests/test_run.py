@@ -1899,6 +1899,23 @@ class Refused(Trainer):
         self.assertRegex(stderr, "was cut off while it was read")
 
     @unsanitized
+    @unittest.skipIf(NAME != "train_mta", "skip: the plan of the CPU trainer names its threads")
+    def test_threads_follow_what_the_environment_allows(self):
+        """As many threads as cores, also where OMP_PROC_BIND has bound the first one before the program starts itself
+        again; no more than OMP_THREAD_LIMIT."""
+        cores = sorted(os.sched_getaffinity(0))
+        bare = {k: v for k, v in os.environ.items()
+                if not k.startswith(("OMP_", "GOMP_", "KMP_", "OPENBLAS_"))}
+        counts = []
+        for variables in ({}, {"OMP_PROC_BIND": "true"}, {"OMP_PROC_BIND": "close", "OMP_PLACES": "cores"},
+                          {"OMP_PLACES": "{%d}" % cores[0]}, {"OMP_THREAD_LIMIT": "1"},
+                          {"OMP_NUM_THREADS": "3", "OMP_THREAD_LIMIT": "2"}):
+            done = subprocess.run([BINARY, "--model", "1m", "--dry-run"], env=dict(bare, **variables), text=True,
+                                  capture_output=True, timeout=TIMEOUT)
+            counts.append(int(re.search(r", (\d+) threads, ", done.stdout)[1]))
+        self.assertLessEqual(counts[0], len(cores))
+        self.assertEqual(counts, [counts[0]] * 3 + [1, 1, 2])
+
     def test_little_address_space(self):
         """Under any ulimit -v the program ends: done, or one line (before main: what the loader or OpenBLAS says)."""
         environment = {k: v for k, v in os.environ.items() if k not in ("OMP_WAIT_POLICY", "OPENBLAS_NUM_THREADS")}
