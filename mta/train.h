@@ -705,6 +705,7 @@ static inline int evaluate_only(Run* r) {
         score(r);
     } else {
         evaluate(r);
+        if (!r->options->out) { put_out("", 0, true); }  // then what was printed is all there is of the result
     }
     return run_end(r);
 }

@@ -1542,9 +1542,9 @@ class Evaluation(Trainer):
 
     INFER = os.path.join(BIN, "infer_mta")
 
-    def alone(self, checkpoint, *options, stdin=None):
-        return subprocess.run([BINARY, "--init-from", checkpoint, *map(str, options)], input=stdin, capture_output=True,
-                              text=True, cwd=self.folder,
+    def alone(self, checkpoint, *options, stdin=None, stdout=subprocess.PIPE):
+        return subprocess.run([BINARY, "--init-from", checkpoint, *map(str, options)], input=stdin, stdout=stdout,
+                              stderr=subprocess.PIPE, text=True, cwd=self.folder,
                               env=dict(os.environ, OMP_NUM_THREADS="1", OMP_WAIT_POLICY="passive"), timeout=TIMEOUT,
                               check=False)
 
@@ -1663,6 +1663,12 @@ class Evaluation(Trainer):
         figures = [[line for line in text.splitlines() if "available" not in line]
                    for text in (self.alone(run, *options).stdout, done.stdout)]
         self.assertEqual(figures[0], figures[1])  # --out is optional
+        if os.path.exists("/dev/full"):  # without it, what cannot be printed is lost
+            for more, status, said in (([], 1, NAME + ": standard output: No space left on device\n"),
+                                       (["--out", self.out()], 0, "")):
+                with open("/dev/full", "w") as full:
+                    done = self.alone(run, *options, *more, stdout=full)
+                self.assertEqual((done.returncode, done.stderr), (status, said))
 
     def test_eval_first(self):
         first, plain = self.out(), self.out()
