@@ -13,6 +13,7 @@ import tempfile
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "data"))
 from export import find_checkpoint  # noqa: E402
 from options import Parser, whole_number  # noqa: E402
+from shards import run_program  # noqa: E402
 from tokenizer import UserError  # noqa: E402
 
 ROOT = os.path.abspath(os.path.join(os.path.dirname(__file__), ".."))
@@ -137,4 +138,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

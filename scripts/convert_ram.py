@@ -28,6 +28,7 @@ from export import (  # noqa: E402
     weight_files, without_extras,
 )
 from options import Parser  # noqa: E402
+from shards import run_program  # noqa: E402
 from tokenizer import PATTERNS, UserError, open_tokenizer  # noqa: E402
 
 try:
@@ -514,4 +515,4 @@ def main():
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

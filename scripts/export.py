@@ -31,6 +31,7 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 CODE = os.path.join(ROOT, "scripts", "hf")
 sys.path.insert(0, os.path.join(ROOT, "data"))
 from options import Parser  # noqa: E402
+from shards import run_program  # noqa: E402
 from tokenizer import PATTERNS, UserError, members, need, open_tokenizer, read_ranks  # noqa: E402
 
 # What mta.c writes into the config.json of a model with an attention of its own: LLaMA's keys, then those that
@@ -565,4 +566,4 @@ def main():
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

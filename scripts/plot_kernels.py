@@ -16,6 +16,7 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path[:0] = [HERE, os.path.join(os.path.dirname(HERE), "data")]
 from export import find_checkpoint, read_header, weight_files  # noqa: E402
 from options import Parser  # noqa: E402
+from shards import run_program  # noqa: E402
 from tokenizer import UserError  # noqa: E402
 
 try:
@@ -178,4 +179,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

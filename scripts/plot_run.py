@@ -18,6 +18,7 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path[:0] = [HERE, os.path.join(os.path.dirname(HERE), "data")]
 from options import Parser, picture_name, split_name  # noqa: E402
 from runlog import events_of_a_run, log_events  # noqa: E402
+from shards import run_program  # noqa: E402
 
 try:
     import matplotlib
@@ -247,4 +248,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

@@ -19,6 +19,7 @@ import sys
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "data"))
 from options import Parser  # noqa: E402
 from runlog import events_of_a_run, log_events  # noqa: E402
+from shards import run_program  # noqa: E402
 
 try:
     from tensorboard.compat.proto.event_pb2 import Event
@@ -110,4 +111,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

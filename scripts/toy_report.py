@@ -15,6 +15,7 @@ import sys
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "data"))
 from options import Parser  # noqa: E402
 from runlog import events_of_a_run, log_events  # noqa: E402
+from shards import run_program  # noqa: E402
 
 PAPER = {  # error in percent; the one standard deviation the paper's text gives is kept
     "transformer": {"n5_all": "51.6 +- 43.1", "n5_first": "78.2", "n5_last": "1.3", "n8_all": "31.2",
@@ -97,4 +98,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

@@ -117,6 +117,36 @@ class Help(unittest.TestCase):
                     self.assertEqual((done.returncode, done.stderr),
                                      (1, name + ": standard output: No space left on device\n"))
 
+    def test_scripts_whose_output_cannot_take_all(self):
+        """A full disk or a reader that goes away: one line or none, exit 1. An output of fewer characters gets \\ and a
+        number: the work is done by then, and a name is no reason to fail."""
+        with tempfile.TemporaryDirectory() as folder:
+            run = os.path.join(folder, "gr\u00f6\u00dfe")
+            os.makedirs(run)
+            toy = shutil.copytree(os.path.join(ROOT, "dev", "models", "toy"), os.path.join(run, "toy"))
+            scripts = sorted(path for path in SCRIPTS if path.endswith(".py") and b"run_program" in read_bytes(path))
+            self.assertGreater(len(scripts), 9)
+            export = os.path.join(ROOT, "scripts", "export.py")
+            for command in [[path, "--help"] for path in scripts] + [[export, toy, os.path.join(run, "x")]]:
+                command = [sys.executable, *command]
+                with self.subTest(os.path.relpath(command[1], ROOT)):
+                    if os.path.exists("/dev/full"):
+                        with open("/dev/full", "w") as full:
+                            done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60)
+                        said = os.path.basename(command[1]) + ": standard output: No space left on device\n"
+                        self.assertEqual((done.returncode, done.stderr), (1, said))
+            reader, writer = os.pipe()
+            os.close(reader)
+            shutil.rmtree(os.path.join(run, "x"), ignore_errors=True)
+            done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=60)
+            os.close(writer)
+            self.assertEqual((done.returncode, done.stderr), (1, ""))
+            shutil.rmtree(os.path.join(run, "x"))
+            done = subprocess.run(command, capture_output=True, text=True, timeout=60,
+                                  env=dict(os.environ, PYTHONIOENCODING="ascii"))
+            self.assertEqual((done.returncode, done.stderr), (0, ""))
+            self.assertIn("gr\\xf6\\xdfe/x: mta", done.stdout)
+
     def test_make_help_tells_the_version_of_onednn(self):
         """The Makefile takes oneDNN 2 and 3, whose functions differ, and no other: a header and a library of each."""
         if not shutil.which("make") or not shutil.which("cc"):
