@@ -67,13 +67,20 @@ static inline void checkpoint_path(const char* run, long step, char* path) {
     path_join(path, PATH_SIZE, run, name);
 }
 
+// A run's directory, which may have a name so long that those of its checkpoints' files are still paths; asked before
+// the first step too.
+static inline bool checkpoint_run_fits(const char* run, Error* e) {
+    enum { MOST = PATH_SIZE - 340 };  // /step-N of 18 digits, a file's name of 255 bytes
+    size_t n = strlen(run);
+    return n <= MOST || fail(e, "run directory name of %zu bytes is too long, wanted at most %d", n, MOST);
+}
+
 // Starts RUN/.step-N.partial; makes RUN if missing.
 static inline bool checkpoint_begin(CheckpointWriter* w, const char* run, long step, Error* e) {
     char name[64];
     memset(w, 0, sizeof *w);
     assert(step >= 0);
-    if (strlen(run) + 256 > PATH_SIZE) { return fail(e, "run directory name of %zu bytes is too long", strlen(run)); }
-    if (!make_dirs(run, e)) { return false; }
+    if (!checkpoint_run_fits(run, e) || !make_dirs(run, e)) { return false; }
     checkpoint_remove_partials(run);
     snprintf(w->run, sizeof w->run, "%s", run);
     checkpoint_path(run, step, w->final);

@@ -829,7 +829,7 @@ static inline void run_check_directory(const Run* r) {
     struct statvfs fs;
     char path[PATH_SIZE];
     TensorList list;
-    if (!make_dirs(r->options->out, &e)) { die("--out: %s", e.text); }
+    if (!checkpoint_run_fits(r->options->out, &e) || !make_dirs(r->options->out, &e)) { die("--out: %s", e.text); }
     path_join(path, sizeof path, r->options->out, ".writable");
     if (!write_file_synced(path, "1", 1, &e)) { die("--out: %s", e.text); }
     unlink(path);

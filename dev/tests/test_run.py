@@ -1854,6 +1854,20 @@ class Refused(Trainer):
         os.mkfifo(os.path.join(out, "log.jsonl"))
         self.refused_again(out, "log.jsonl", {"--steps": 2}, ["--resume"])
 
+    def test_a_folder_whose_name_is_very_long(self):
+        """A run saves, removes what is not to be kept and goes on, or it is refused before its first step."""
+        longest = 4096 - 340
+        for length in (longest, longest + 1, 4000, 4095):
+            out = os.path.join(self.out(), "")
+            out = (out + "/".join(["d" * 200] * 20))[:length]
+            if length == longest:
+                self.run_ok(out, {"--steps": 3, "--save-every": 1, "--keep": 1, "--val": None})
+                self.run_ok(out, {"--steps": 4, "--val": None}, ["--resume"])
+                self.assertEqual([name for name in os.listdir(out) if name != "log.jsonl"], ["step-00000004"])
+            else:
+                self.assert_refused(self.execute(self.arguments(out)), "too long")
+                self.assertFalse(os.path.exists(out))
+
     def test_shards_of_a_resume(self):
         """More than a step of the resume has sequences: where their number comes from is said."""
         out = self.out()
