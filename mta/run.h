@@ -97,6 +97,8 @@ typedef struct {
     Text passed_over;             // what was wrong with newer checkpoints than the one that is resumed, a line each
     Text changes;                 // what --resume changes, a JSON string each, comma separated
     int lock;                     // descriptor that holds the run's lock, -1 = none
+    char moved[PATH_SIZE];        // the run's directory where it was renamed since the start, "" = it is --out
+    uint64_t log_first;           // hash of the log's first line, by which the run knows its directory again
     int answers;                  // --score: standard output as the program got it, see run_divert_output
     double flops_per_token, flops_per_second;  // for MFU: the model's, and the machine's peak as the trainer states it
     double (*measure)(bool bf16);              // measures that peak again, NULL = it is not measured
@@ -574,10 +576,13 @@ static inline void run_settle_steps(Run* r) {
     r->eval_every = o->eval_every >= 0 ? o->eval_every : tenth > 0 ? tenth : 1;
 }
 
+// The run's directory.
+static inline const char* run_out(const Run* r) { return r->moved[0] ? r->moved : r->options->out; }
+
 // Keeps other programs out of the run, where its log is. A file system without locks is no reason not to run.
 static inline void run_lock(Run* r, bool create) {
     char path[PATH_SIZE];
-    path_join(path, sizeof path, r->options->out, "log.jsonl");
+    path_join(path, sizeof path, run_out(r), "log.jsonl");
     int fd = r->lock < 0 ? open(path, O_WRONLY | O_APPEND | O_NONBLOCK | O_CLOEXEC | (create ? O_CREAT : 0), 0644) : -1;
     if (fd < 0) { return; }  // no log yet: a new run's comes into being once; what else is wrong, runlog_open says
     // GPFS keeps a flock within the host, but not a lock of all bytes; what does not offer that one has the first.
@@ -591,7 +596,7 @@ static inline void run_lock(Run* r, bool create) {
         return;
     }
     if (taken) {
-        die("--out: %s is in use by another run; wanted that one to end first, or another directory", r->options->out);
+        die("--out: %s is in use by another run; wanted that one to end first, or another directory", run_out(r));
     }
     printf("no lock on %s (%s): two runs at once there would spoil it\n", path, strerror(errno));
     close(fd);
@@ -1300,6 +1305,19 @@ static inline void run_log_origin(const Run* r, Text* t) {
     }
 }
 
+// A hash of the first line of the log in `out`; 0: it has none. It tells the start of a run, to the millisecond.
+static inline uint64_t run_log_first(const char* out) {
+    char path[PATH_SIZE], *line = NULL;
+    size_t room = 0;
+    path_join(path, sizeof path, out, "log.jsonl");
+    FILE* f = fopen(path, "r");
+    ssize_t n = f ? getline(&line, &room, f) : -1;
+    uint64_t hash = n > 0 ? ranks_hash(line, (size_t)n) : 0;
+    free(line);
+    if (f) { fclose(f); }
+    return hash;
+}
+
 // Opens the log; only here, where the model has been read: a run that cannot start leaves none in the way of the next.
 static inline void run_log_start(Run* r, size_t parameters) {
     Text t = {NULL, 0, 0}, config = {NULL, 0, 0};
@@ -1339,7 +1357,10 @@ static inline void run_log_start(Run* r, size_t parameters) {
     if (r->changes.n) { text_printf(&t, ", \"changed\": [%s]", r->changes.text); }
     run_log_line(r, &t);
     text_free(&config);
-    if (out) { run_lock(r, false); }
+    if (out) {
+        run_lock(r, false);
+        r->log_first = run_log_first(out);
+    }
     r->started = r->saved_at = seconds_now();
     run_log_passed_over(r);
     if (r->resume_dir[0]) {
@@ -1502,7 +1523,7 @@ static inline bool run_save_texts(const Run* r, CheckpointWriter* w, Error* e) {
 static inline void run_saved_elsewhere(Run* r) {
     char path[PATH_SIZE];
     r->saved_step = r->step;
-    checkpoint_path(r->options->out, (long)r->step, path);
+    checkpoint_path(run_out(r), (long)r->step, path);
     ranks_saved(r->ranks, path);
 }
 
@@ -1514,11 +1535,11 @@ static inline void run_saved(Run* r, const char* path, double seconds) {
     r->saved_at = seconds_now();
     ranks_saved(r->ranks, path);
     if (r->timed_step >= 0 && r->timed_step != r->step) {
-        checkpoint_path(r->options->out, (long)r->timed_step, old);
+        checkpoint_path(run_out(r), (long)r->timed_step, old);
         checkpoint_remove_dir(old);
     }
     r->timed_step = r->timed ? r->step : -1;
-    if (!r->timed) { checkpoint_prune(r->options->out, (int)r->keep, (long)r->step); }
+    if (!r->timed) { checkpoint_prune(run_out(r), (int)r->keep, (long)r->step); }
     text_printf(&t, "{\"event\": \"save\", \"step\": %lld, \"seconds\": %.3f, %s\"path\": ", (long long)r->step,
                 seconds, r->timed ? "\"timed\": true, " : "");
     text_json_string(&t, path, strlen(path));
@@ -1533,7 +1554,7 @@ static inline void run_saved(Run* r, const char* path, double seconds) {
 static inline bool run_make_room(Run* r, const Error* e) {
     char line[128];
     if (!strstr(e->text, strerror(ENOSPC)) && !strstr(e->text, strerror(EDQUOT))) { return false; }
-    long removed = checkpoint_make_room(r->options->out, (long)r->saved_step);
+    long removed = checkpoint_make_room(run_out(r), (long)r->saved_step);
     if (removed < 0) { return false; }
     snprintf(line, sizeof line, "{\"event\": \"disk full\", \"step\": %lld, \"removed\": %ld}", (long long)r->step,
              removed);
@@ -1545,13 +1566,71 @@ static inline bool run_make_room(Run* r, const Error* e) {
 }
 
 // A checkpoint that could not be written: says so, names what is left, ends the program.
-static inline void run_save_failed(const Run* r, const Error* e) {
+__attribute__((noreturn)) static inline void run_save_failed(const Run* r, const Error* e) {
     char path[PATH_SIZE];
     if (r->saved_step < 0) {
         die("checkpoint of step %lld not saved: %s; there is no earlier one", (long long)r->step, e->text);
     }
-    checkpoint_path(r->options->out, (long)r->saved_step, path);
+    checkpoint_path(run_out(r), (long)r->saved_step, path);
     die("checkpoint of step %lld not saved: %s; the last good one is %s", (long long)r->step, e->text, path);
+}
+
+// Is the open log the file that is called `path`?
+static inline bool run_log_is(const Run* r, const char* path) {
+    struct stat held, named;
+    return !fstat(r->log.fd, &held) && !stat(path, &named) && held.st_dev == named.st_dev &&
+           held.st_ino == named.st_ino;
+}
+
+// Takes the directory of `path`, where the kernel says that the open log lies, for the run's if it is: renamed since.
+static inline bool run_was_moved(Run* r, char* path) {
+    char step[PATH_SIZE];
+    size_t n = strlen(path), end = strlen("/log.jsonl");
+    if (n <= end || strcmp(path + n - end, "/log.jsonl") || !run_log_is(r, path)) { return false; }
+    path[n - end] = 0;
+    if (r->saved_step >= 0) { checkpoint_path(path, (long)r->saved_step, step); }
+    return (r->saved_step < 0 || dir_exists(step)) && checkpoint_run_fits(path, NULL);
+}
+
+// Before a checkpoint is written: whoever has renamed or removed the run's directory may have begun another run under
+// its name, which must neither get this one's checkpoints nor lose its own to --keep. Where the directory has another
+// name, the run follows it; where the log is gone, or a copy is in its place, it goes on there. False: all is as it
+// was.
+static inline bool run_find_directory(Run* r) {
+    char path[PATH_SIZE], moved[PATH_SIZE], real[PATH_SIZE], link[64];
+    struct stat st;
+    Error e = {{0}};
+    path_join(path, sizeof path, run_out(r), "log.jsonl");
+    if (r->log.fd < 0 || run_log_is(r, path)) { return false; }
+    const char* name = program_invocation_short_name;
+    snprintf(link, sizeof link, "/proc/self/fd/%d", r->log.fd);
+    ssize_t n = readlink(link, moved, sizeof moved - 1);
+    moved[n > 0 ? n : 0] = 0;
+    // Some file systems give a file another number each time.
+    if (realpath(path, real) && !strcmp(real, moved)) { return false; }
+    if (run_was_moved(r, moved)) {
+        fprintf(stderr, "%s: --out: %s is called %s now, where the run goes on\n", name, run_out(r), moved);
+        snprintf(r->moved, sizeof r->moved, "%s", moved);
+        return true;
+    }
+    if (!stat(path, &st) && st.st_size > 0 && run_log_first(run_out(r)) != r->log_first) {
+        die("checkpoint of step %lld not saved: %s was renamed or removed, and holds another run now",
+            (long long)r->step, run_out(r));
+    }
+    int fd = make_dirs(run_out(r), &e) ? open(path, O_WRONLY | O_CREAT | O_APPEND | O_NONBLOCK | O_CLOEXEC, 0644) : -1;
+    if (fd < 0) {
+        fail(&e, "%s: cannot open for writing: %s", path, strerror(errno));
+        run_save_failed(r, &e);
+    }
+    fprintf(stderr, "%s: %s was removed or replaced: lines since then are lost, the next ones go into what is there\n",
+            name, path);
+    runlog_close(&r->log);
+    r->log.fd = fd;
+    r->log.size = lseek(fd, 0, SEEK_END);
+    if (r->lock >= 0) { close(r->lock); }
+    r->lock = -1;
+    run_lock(r, false);
+    return true;
 }
 
 static inline bool run_goes_on(const Run* r) {
@@ -1635,7 +1714,7 @@ static inline int run_end(Run* r) {
     progress_break(&r->progress);
     if (status == EXIT_NOT_FINITE) {
         char path[PATH_SIZE] = "none was saved";
-        if (r->saved_step >= 0) { checkpoint_path(r->options->out, (long)r->saved_step, path); }
+        if (r->saved_step >= 0) { checkpoint_path(run_out(r), (long)r->saved_step, path); }
         if (ranks_lead(r->ranks)) {
             fprintf(stderr,
                     "%s: loss or gradient norm was not finite in %d steps in a row, stopped at step %lld; the last "

@@ -614,7 +614,7 @@ static inline bool write_checkpoint(const Run* r, char* path, Error* e) {
                  optimizer = {r, OPTIMIZER_STATES, DT_F32, room};
     CheckpointWriter w;
     bool good =
-        checkpoint_begin(&w, r->options->out, (long)r->step, e) &&
+        checkpoint_begin(&w, run_out(r), (long)r->step, e) &&
         checkpoint_add_tensors(&w, "model.safetensors", list, NO_PREFIX, 1, weights.dtype, fetch_tensor, &weights, e) &&
         checkpoint_add_tensors(&w, "optimizer.safetensors", list, OPTIMIZER_PREFIXES, rounded ? 3 : 2, DT_F32,
                                fetch_tensor, &optimizer, e) &&
@@ -636,8 +636,9 @@ static inline void save(Run* r, bool timed) {
         return;
     }
     progress_break(&r->progress);
+    run_find_directory(r);
     while (!write_checkpoint(r, path, &e)) {
-        if (!run_make_room(r, &e)) { run_save_failed(r, &e); }
+        if (!run_find_directory(r) && !run_make_room(r, &e)) { run_save_failed(r, &e); }
         e.text[0] = 0;
     }
     ranks_ask_no_more(r->ranks);

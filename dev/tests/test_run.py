@@ -621,6 +621,48 @@ class Resume(Trainer):
         self.assertEqual(steps, list(range(1, len(steps) + 1)))
         self.run_ok(out, {"--steps": steps[-1] + 1}, ["--resume"])
 
+    def test_a_folder_that_is_renamed_or_removed_under_a_run(self):
+        """Another run under its name keeps its checkpoints; the first goes on where its folder is now, or ends with a
+        line. A log that an editor has replaced is written on."""
+        def rename(out):
+            os.rename(out, out + "-2")
+            self.run_ok(out)
+            return out + "-2"
+
+        def remove(out):
+            shutil.rmtree(out)
+            self.run_ok(out)
+
+        def edit(out):
+            shutil.copy(os.path.join(out, "log.jsonl"), out + "-copy")
+            os.rename(out + "-copy", os.path.join(out, "log.jsonl"))
+            return out
+
+        for change, status, said in ((rename, 75, "%s is called %s-2 now, where the run goes on"),
+                                     (remove, 1, "%s was renamed or removed, and holds another run now"),
+                                     (edit, 75, "%s/log.jsonl was removed or replaced: lines since then are lost")):
+            out = self.out()
+            options = {"--steps": 10**6, "--save-every": 300, "--keep": 1, "--val": None, "--log-every": 10**6}
+            child = self.launch(self.arguments(out, options))
+            self.wait_for_step(out, 1, child)
+            child.send_signal(signal.SIGSTOP)
+            now = change(out)
+            before = tree(out)
+            child.send_signal(signal.SIGCONT)
+            if now:
+                last, end = log_events(now)[-1]["step"], time.monotonic() + TIMEOUT
+                while not [e for e in log_events(now, "save") if e["step"] > last] and time.monotonic() < end:
+                    time.sleep(0.05)
+                child.send_signal(signal.SIGTERM)
+            stderr = child.communicate(timeout=TIMEOUT)[1]
+            self.assertEqual(child.returncode, status, stderr)
+            self.assertIn(said % ((out,) * said.count("%s")), stderr)
+            if change is not edit:
+                self.assertTrue(tree(out) == before, "the other run's folder has changed")
+            if now:
+                step = log_events(now, "stop")[0]["step"]
+                self.assertEqual([os.path.basename(c) for c in checkpoints(now)], ["step-%08d" % step])
+
     def test_two_that_resume_where_nothing_is(self):
         """The second finds no log either, and must not cut the first one's."""
         out = self.out()
