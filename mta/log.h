@@ -80,6 +80,20 @@ static inline bool runlog_set_aside(const RunLog* log, const char* rest, size_t 
     return true;
 }
 
+// A run's folder that was copied by hard links (cp -al) shares the log with the copy, which keeps its lines: the first
+// n bytes become a file of this run alone.
+static inline bool runlog_unshare(const RunLog* log, const char* text, size_t n, Error* e) {
+    char path[PATH_SIZE + 32];
+    struct stat st;
+    if (lstat(log->path, &st) || !S_ISREG(st.st_mode) || st.st_nlink < 2) { return true; }
+    snprintf(path, sizeof(path), "%s.own", log->path);
+    if (!write_file_synced(path, text, n, e)) { return false; }
+    if (rename(path, log->path) == 0) { return true; }
+    fail(e, "%s: cannot replace it: %s", log->path, strerror(errno));
+    unlink_regular(path);
+    return false;
+}
+
 // Opens run_dir/log.jsonl. resume_step -1: a new run, whose log must not exist. Otherwise the log is cut as runlog_keep
 // says (made, if it is missing) and appended to.
 static inline bool runlog_open(RunLog* log, const char* run_dir, long resume_step, const char* again, Error* e) {
@@ -100,7 +114,7 @@ static inline bool runlog_open(RunLog* log, const char* run_dir, long resume_ste
         char* text = NULL;
         if (!read_file(log->path, (size_t)1 << 40, &text, &n, e)) { return false; }
         keep = runlog_keep(text, n, resume_step, again);
-        bool good = runlog_set_aside(log, text + keep, n - keep, resume_step, e);
+        bool good = runlog_set_aside(log, text + keep, n - keep, resume_step, e) && runlog_unshare(log, text, keep, e);
         free(text);
         if (!good) { return false; }
     }

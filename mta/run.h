@@ -1318,10 +1318,17 @@ static inline uint64_t run_log_first(const char* out) {
     return hash;
 }
 
+// Is the log that is open the file with these numbers?
+static inline bool run_log_is(const Run* r, const struct stat* file) {
+    struct stat held;
+    return !fstat(r->log.fd, &held) && held.st_dev == file->st_dev && held.st_ino == file->st_ino;
+}
+
 // Opens the log; only here, where the model has been read: a run that cannot start leaves none in the way of the next.
 static inline void run_log_start(Run* r, size_t parameters) {
     Text t = {NULL, 0, 0}, config = {NULL, 0, 0};
     Error e = {{0}};
+    struct stat locked;
     // Of two that found no log, the second must not cut the first one's.
     const char* out = ranks_lead(r->ranks) ? r->options->out : NULL;  // rank 0's alone
     if (out && r->options->resume) {
@@ -1358,6 +1365,10 @@ static inline void run_log_start(Run* r, size_t parameters) {
     run_log_line(r, &t);
     text_free(&config);
     if (out) {
+        if (r->lock >= 0 && !fstat(r->lock, &locked) && !run_log_is(r, &locked)) {  // it was shared by hard links
+            close(r->lock);
+            r->lock = -1;
+        }
         run_lock(r, false);
         r->log_first = run_log_first(out);
     }
@@ -1575,18 +1586,12 @@ __attribute__((noreturn)) static inline void run_save_failed(const Run* r, const
     die("checkpoint of step %lld not saved: %s; the last good one is %s", (long long)r->step, e->text, path);
 }
 
-// Is the open log the file that is called `path`?
-static inline bool run_log_is(const Run* r, const char* path) {
-    struct stat held, named;
-    return !fstat(r->log.fd, &held) && !stat(path, &named) && held.st_dev == named.st_dev &&
-           held.st_ino == named.st_ino;
-}
-
 // Takes the directory of `path`, where the kernel says that the open log lies, for the run's if it is: renamed since.
 static inline bool run_was_moved(Run* r, char* path) {
     char step[PATH_SIZE];
+    struct stat st;
     size_t n = strlen(path), end = strlen("/log.jsonl");
-    if (n <= end || strcmp(path + n - end, "/log.jsonl") || !run_log_is(r, path)) { return false; }
+    if (n <= end || strcmp(path + n - end, "/log.jsonl") || stat(path, &st) || !run_log_is(r, &st)) { return false; }
     path[n - end] = 0;
     if (r->saved_step >= 0) { checkpoint_path(path, (long)r->saved_step, step); }
     return (r->saved_step < 0 || dir_exists(step)) && checkpoint_run_fits(path, NULL);
@@ -1601,7 +1606,7 @@ static inline bool run_find_directory(Run* r) {
     struct stat st;
     Error e = {{0}};
     path_join(path, sizeof path, run_out(r), "log.jsonl");
-    if (r->log.fd < 0 || run_log_is(r, path)) { return false; }
+    if (r->log.fd < 0 || (!stat(path, &st) && run_log_is(r, &st))) { return false; }
     const char* name = program_invocation_short_name;
     snprintf(link, sizeof link, "/proc/self/fd/%d", r->log.fd);
     ssize_t n = readlink(link, moved, sizeof moved - 1);

@@ -665,6 +665,23 @@ class Resume(Trainer):
                 step = log_events(now, "stop")[0]["step"]
                 self.assertEqual([os.path.basename(c) for c in checkpoints(now)], ["step-%08d" % step])
 
+    def test_a_folder_that_was_copied_by_hard_links(self):
+        """A resume in one changes nothing in the other, and holds the lock of its own log."""
+        out = self.out()
+        self.run_ok(out, {"--steps": 6, "--save-every": 2, "--keep": 0})
+        subprocess.run(["cp", "-al", out, out + "-2"], check=True)
+        shutil.rmtree(os.path.join(out, "step-00000006"))
+        before = tree(out + "-2")
+        options = {"--steps": 10**6, "--save-every": 0, "--val": None}
+        child = self.launch(self.arguments(out, options, ["--resume"]))
+        self.wait_for_step(out, 9, child)
+        self.assert_refused(self.execute(self.arguments(out, options, ["--resume"])), "in use by another run")
+        child.send_signal(signal.SIGTERM)
+        self.assertEqual((child.communicate(timeout=TIMEOUT) and child.returncode), 75)
+        self.assertTrue(tree(out + "-2") == before, "the other folder has changed")
+        self.assertEqual([e["step"] for e in log_events(out, "start")], [0, 4])
+        self.assertEqual([n for n in os.listdir(out) if not n.startswith("step-")], ["log.jsonl"])
+
     def test_two_that_resume_where_nothing_is(self):
         """The second finds no log either, and must not cut the first one's."""
         out = self.out()
