@@ -22,7 +22,7 @@ import shutil
 import struct
 import sys
 
-sys.path.insert(0, os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "data"))
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.dirname(os.path.realpath(__file__))), "data"))
 from export import (  # noqa: E402
     check_keys, check_tensors, check_values, model_tensors, pieces, read_config, read_header, read_tensors, verify,
     weight_files, without_extras,

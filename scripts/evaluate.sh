@@ -26,7 +26,7 @@
 set -euo pipefail
 unset CDPATH
 case ${1:-} in -h|--help) sed -n '2,/^set -/{/^set -/d;s/^# \{0,1\}//;p}' "$0"; exit 0 ;; esac
-root=$(cd "$(dirname "$0")/.." && pwd)
+root=$(cd "$(dirname "$(realpath "$0")")/.." && pwd)
 stop() { echo "evaluate.sh: $*" >&2; exit 1; }
 # whole WHAT VALUE: refuses what is no whole number from 1.
 whole() { [[ $2 =~ ^[1-9][0-9]{0,8}$ ]] || stop "$1: got \"$2\", wanted a whole number from 1"; }

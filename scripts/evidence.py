@@ -24,7 +24,7 @@ import zlib
 import evidence_kernels
 import evidence_long
 
-HERE = os.path.dirname(os.path.abspath(__file__))
+HERE = os.path.dirname(os.path.realpath(__file__))
 ROOT = os.path.dirname(HERE)
 RESULTS = os.path.join(ROOT, "dev", "evidence")
 

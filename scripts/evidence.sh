@@ -17,7 +17,7 @@
 # one resumes. It runs at the lowest priority, so that other work on the machine goes first.
 set -euo pipefail
 unset CDPATH
-cd "$(dirname "$0")/.."
+cd "$(dirname "$(realpath "$0")")/.."
 case " $* " in *" --help "* | *" -h "*)
     sed -n '2,/^set -/{/^set -/d;s/^# \{0,1\}//;p}' scripts/evidence.sh
     exit 0 ;;

@@ -16,7 +16,7 @@ import random
 import re
 import sys
 
-sys.path[:0] = [os.path.dirname(os.path.abspath(__file__))]
+sys.path[:0] = [os.path.dirname(os.path.realpath(__file__))]
 from export import find_checkpoint, read_tensors, weight_files  # noqa: E402
 from tokenizer import UserError  # noqa: E402
 

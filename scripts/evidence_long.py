@@ -11,7 +11,7 @@ import random
 import subprocess
 import sys
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+ROOT = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
 LENGTHS = (256, 512)  # tokens of a sequence at both stages
 NEEDLES = 2  # facts of one form, one of which is asked for
 DEPTHS = "0,25,50,75,100"  # percent

@@ -20,7 +20,7 @@ import shutil
 import subprocess
 import sys
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+ROOT = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
 LIMIT = 10 << 20  # bytes of a domain at most, so that none drowns the others
 PIECE = 8192      # bytes of a document of the dictionary, which is one file
 

@@ -27,7 +27,7 @@ import struct
 import sys
 import zlib
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+ROOT = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
 CODE = os.path.join(ROOT, "scripts", "hf")
 sys.path.insert(0, os.path.join(ROOT, "data"))
 from options import Parser  # noqa: E402

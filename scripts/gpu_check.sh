@@ -11,7 +11,7 @@
 # What is left out for lack of time or tools is said in the table. Exit status 1 if a test failed or a step did not run.
 set -u
 unset CDPATH
-cd "$(dirname "$0")/.." || exit 1
+cd "$(dirname "$(realpath "$0")")/.." || exit 1
 part=all python=""
 while [ $# -gt 0 ]; do
     case $1 in

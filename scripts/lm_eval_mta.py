@@ -24,7 +24,7 @@ try:
 except ImportError:  # --help works without the harness; main() says what is missing
     LM, register_model = object, lambda name: lambda model: model
 
-ROOT = os.path.abspath(os.path.join(os.path.dirname(__file__), ".."))
+ROOT = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
 WEIGHTS = ["stored", "f32", "bf16", "int8"]
 NOT_STORED = "--weights %s: a trainer scores with the weights as they are stored"
 

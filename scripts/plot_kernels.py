@@ -12,7 +12,7 @@ import os
 import re
 import sys
 
-HERE = os.path.dirname(os.path.abspath(__file__))
+HERE = os.path.dirname(os.path.realpath(__file__))
 sys.path[:0] = [HERE, os.path.join(os.path.dirname(HERE), "data")]
 from export import find_checkpoint, read_header, weight_files  # noqa: E402
 from options import Parser  # noqa: E402

@@ -14,7 +14,7 @@ numpy and matplotlib are needed.
 import os
 import sys
 
-HERE = os.path.dirname(os.path.abspath(__file__))
+HERE = os.path.dirname(os.path.realpath(__file__))
 sys.path[:0] = [HERE, os.path.join(os.path.dirname(HERE), "data")]
 from options import Parser, picture_name, split_name  # noqa: E402
 from runlog import events_of_a_run, log_events  # noqa: E402

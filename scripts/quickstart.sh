@@ -17,8 +17,8 @@
 # folder is touched.
 set -euo pipefail
 unset CDPATH
-caller=$PWD
-cd "$(dirname "$0")/.."
+caller=$(pwd -P)
+cd "$(dirname "$(realpath "$0")")/.."
 # A file as the caller named it, seen from here.
 from_here() {
     case $1 in

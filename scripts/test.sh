@@ -21,7 +21,7 @@
 # exit status is the verdict.
 set -u
 unset CDPATH
-cd "$(dirname "$0")/.." || exit 1
+cd "$(dirname "$(realpath "$0")")/.." || exit 1
 install=1 only="" mode=full
 while [ $# -gt 0 ]; do
     case $1 in

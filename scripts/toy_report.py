@@ -12,7 +12,7 @@ import re
 import statistics
 import sys
 
-sys.path.insert(0, os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "data"))
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.dirname(os.path.realpath(__file__))), "data"))
 from options import Parser  # noqa: E402
 from runlog import events_of_a_run, log_events  # noqa: E402
 from shards import run_program  # noqa: E402

@@ -19,7 +19,7 @@
 set -euo pipefail
 unset CDPATH
 case ${1:-} in -h|--help) sed -n '2,/^set -/{/^set -/d;s/^# \{0,1\}//;p}' "$0"; exit 0 ;; esac
-root=$(cd "$(dirname "$0")/.." && pwd)
+root=$(cd "$(dirname "$(realpath "$0")")/.." && pwd)
 source "$root/scripts/recipe.bash"
 usage="usage: scripts/train_880m.sh SHARDS OUT [ATTENTION] [options...]"
 shards=${1:?$usage} out=${2:?$usage}

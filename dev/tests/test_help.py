@@ -37,6 +37,22 @@ class Help(unittest.TestCase):
             with self.subTest(os.path.relpath(path, ROOT)):
                 self.check([by(path), "./" + os.path.basename(path)], os.path.dirname(path))
 
+    def test_scripts_by_a_link(self):
+        """As somebody puts them into a folder of PATH: what lies beside a script is found, and nothing is made beside
+        the link."""
+        with tempfile.TemporaryDirectory() as folder:
+            os.makedirs(os.path.join(folder, "bin"))
+            for path in SCRIPTS:
+                link = os.path.join(folder, "bin", os.path.basename(path))
+                os.symlink(path, link)
+                with self.subTest(os.path.relpath(path, ROOT)):
+                    self.check([by(path), link], folder)
+            evaluate = ["bash", os.path.join(folder, "bin", "evaluate.sh"), os.path.join(ROOT, "dev", "models", "toy")]
+            done = subprocess.run(evaluate + ["--val", "none"], capture_output=True, text=True, cwd=folder,
+                                  env=dict(os.environ, TRAINER=os.devnull))
+            self.assertIn("run: make -C %s " % ROOT, done.stderr)
+            self.assertEqual(os.listdir(folder), ["bin"])
+
     def test_sentences_are_whole_and_defaults_are_values(self):
         for name in ("data/toy_task.py", "dev/bench/kernel_report.py"):
             text = self.check([sys.executable, os.path.join(ROOT, name)])
