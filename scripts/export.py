@@ -475,7 +475,7 @@ def write_tokenizer(folder, config, out):
     for file in TOKENIZER_FILES if theirs else ():
         if os.path.isfile(os.path.join(folder, file)):
             shutil.copyfile(os.path.join(folder, file), os.path.join(out, file))
-    if theirs and not os.path.isfile(os.path.join(out, "tokenizer_config.json")):  # transformers 4 asks it for the class
+    if theirs and not os.path.isfile(os.path.join(out, "tokenizer_config.json")):  # in which transformers 4 looks
         write_json(out, "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast"})
     if theirs and name in (None, "", "toy", "bytes"):
         return "its tokenizer.json"
