@@ -6,11 +6,11 @@
 #   --long         also what takes long: the tests of train_mta and infer_mta as programs under the sanitizers; the
 #                  kernels under the address sanitizer, and their undefined behaviour; operations in another order of
 #                  threads at all shapes instead of one; test_mta without CBLAS in optimised code (else under the
-#                  sanitizers alone); 300 random models on the emulator instead of 24; a million inputs for the fuzzers
-#                  instead of 10,000; a million strings for the tokenizer; every system call and allocation, and many
-#                  kills, as faults; train_mta and test_mta for aarch64 in optimised code; races in random models, and
-#                  in fused attention of two sequences of 74 with heads of 128; nvcc for other architectures and what it
-#                  made for them
+#                  sanitizers alone), and without OpenMP; 300 random models on the emulator instead of 24; a million
+#                  inputs for the fuzzers instead of 10,000; a million strings for the tokenizer; every system call and
+#                  allocation, and many kills, as faults; train_mta and test_mta for aarch64 in optimised code; races in
+#                  random models, and in fused attention of two sequences of 74 with heads of 128; nvcc for other
+#                  architectures and what it made for them
 #   --no-install   installs nothing: what is missing is said and left out
 #   --only TEXT    the tests whose name contains TEXT, and what they need
 #
@@ -387,8 +387,6 @@ for old in gcc-8 gcc-9 gcc-10 gcc-11; do
 done
 [ $older -eq 1 ] || skip "older compilers: none of gcc-8 to gcc-11 here"
 
-step full "test_mta without OpenMP" build/one_thread/test_mta build/one_thread/test_mta
-
 # What takes long. --help names it.
 undefined=build/undefined/test_mta_cuda_cpu_bf16
 for order in "7 many heads" "1 random models" "1 golden"; do
@@ -396,6 +394,7 @@ for order in "7 many heads" "1 random models" "1 golden"; do
         $ASAN CUDA_CPU_ORDER="${order%% *}" $undefined --only "${order#* }" --models 14
 done
 step long "test_mta without CBLAS" test_mta_nocblas ./test_mta_nocblas
+step long "test_mta without OpenMP" build/one_thread/test_mta build/one_thread/test_mta
 step long "train_mta, sanitizers" build/asan/train_mta $ASAN MTA_BIN=build/asan "$python" dev/tests/test_run.py
 step long "infer_mta, sanitizers" "build/asan/infer_mta build/asan/train_mta" \
     $ASAN MTA_BIN=build/asan "$python" dev/tests/test_infer.py
