@@ -3094,18 +3094,29 @@ static __global__ void flash_prepare_kernel(floatX* dz, float* dots, unsigned* b
     }
 }
 
-// Backward: dk (S,NH,T,HS), dv (CH parts) and dq (splits,S,NH,T,HS), in fp32, are set; of dq part p from query
-// p * FLASH_KEYS on, nothing is written above; parts (S,NH,splits,cq*ck) of the convolution's gradient.
-// Block (split, head, sequence) walks over the blocks of 64 keys split, split + splits, ...; what a block of keys
-// gathers stays in registers while the queries stream past. One block of the grid alone adds to its dq, so the order of
-// the sum is fixed. A tile of queries: (1) scores S; (2) P, dP = dZ Vcat^T, dL = P (dP - D); (3) dV += P^T dZ, dS = the
-// transposed convolution of dL, dtheta; (4) dK += dS^T Q, dq += dS K. With pairs dZ_n[block o] = W[o,n] dO_o: V is
-// multiplied by W where a block of keys begins, dV at its end, and dO itself streams past, the same rows for both
-// heads. With a convolution S takes 16 keys more on both sides of the block and 16 rows above the tile, dL 8 keys more
-// and 8 rows below, carried from the tile before: queries come from the last to the first, since a row of dS needs the
-// rows of dL below it. Without one every other block of keys takes them from the first to the last, so that it begins
-// with what the block before it left in the L2 cache. To an element of dq the same thread adds at every block of keys.
-// Warps are 4 (queries, or keys for dK and dV) by 2 (columns).
+// Backward. Outputs, all in fp32: dk (S,NH,T,HS), dv (CH parts), dq (splits,S,NH,T,HS), and parts
+// (S,NH,splits,cq*ck) of the convolution's gradient. They are set, not added to; part p of dq is written from query
+// p * FLASH_KEYS on, and not above.
+//
+// Block (split, head, sequence) takes the blocks of 64 keys split, split + splits, ..., one after another. What a block
+// of keys sums up stays in registers while the queries stream past. Only one block of the grid adds to its part of dq,
+// and the same thread to an element at every block of keys, so the order of each sum is fixed.
+//
+// For each tile of queries:
+//   1. the scores S;
+//   2. P, dP = dZ Vcat^T, dL = P (dP - D);
+//   3. dV += P^T dZ; dS is the transposed convolution of dL; dtheta;
+//   4. dK += dS^T Q, dq += dS K.
+//
+// With pairs of heads dZ_n[block o] = W[o,n] dO_o. V is multiplied by W where a block of keys begins, and dV at its
+// end. So it is dO itself that streams past, the same rows for both heads.
+//
+// With a convolution S takes 16 more keys on both sides of the block, and 16 more rows above the tile. dL takes 8 more
+// keys, and 8 more rows below the tile, which are carried from the tile before: a row of dS needs the rows of dL below
+// it, so the queries come from the last to the first. Without a convolution every other block of keys takes them from
+// the first to the last: it begins with what the block before it left in the L2 cache.
+//
+// Warps are 4 (queries; for dK and dV keys) by 2 (columns).
 template <int WIDTH_, int CH_, int CQ_, int R> struct FlashBackward {
     enum {
         WIDTH = WIDTH_,

@@ -6,13 +6,18 @@ ours and back.
                                                                          RAM -> OUT_DIR/config.json, model.safetensors
     convert_ram.py --back DIR OUT_DIR                                    DIR -> OUT_DIR/params.json, consolidated.pth
 
-What differs: names; RoPE turns pairs (2t, 2t+1) of a head there and (t, t + HS/2) here, so the rows of wq and wk
-move; a head kernel after the softmax is stored (in, out) there and (out, in) here, while their all-head linear
-layers (wpsm, wposm) are (out, in) already; kernels have a dimension of 1 more there; a tied head is a second key of
-the embedding there. Without --tokenizer it is the one that params.json names: bytes, toy (char there), or a rank file,
-which is looked for at its path and beside consolidated.pth. --back writes what their generate.py loads: every key of
-their model, the sizes that give our width of the MLP, the form of the weights, and the tokenizer where they have it:
-bytes, toy, or a rank file of Llama 3's pattern, by its path; of others it says so. Needs PyTorch."""
+How the two forms differ, apart from names:
+- RoPE turns pairs (2t, 2t+1) of a head in theirs, (t, t + HS/2) in ours. So the rows of wq and wk move.
+- A head kernel after the softmax is stored as (in, out) in theirs, as (out, in) in ours. Their linear layers over all
+  heads (wpsm, wposm) are (out, in) already.
+- Their kernels have one more dimension, of size 1. A tied head is a second key of the embedding in theirs.
+
+Without --tokenizer it is the one that params.json names: bytes, toy (in theirs: char), or a rank file, which is looked
+for at its path and beside consolidated.pth.
+
+--back writes what the authors' generate.py loads: every key of their model, the sizes that give our width of the MLP,
+the type of the weights, and the tokenizer if their code has it: bytes, toy, or a rank file of Llama 3's pattern, by its
+path. Of another tokenizer it says that params.json names none. Needs PyTorch."""
 
 import argparse
 import json

@@ -120,19 +120,20 @@ def toy(results):
     lines = [
         "## The toy task: find the block that holds two letters",
         "",
-        f"Claim: a plain Transformer fails at it, MTA does not. The paper: 4 layers, 2 heads, 256 channels, sequences "
-        f"of 321 tokens (34 to 52 blocks), 100,000 "
-        f"steps, attention dropout 0.1. Here: {evidence.TOY_BEST['layers']} layers, 2 heads, "
-        f"{evidence.TOY_BEST['width']} channels, {evidence.TOY_BLOCKS} blocks, "
-        f"{evidence.TOY_STEPS} steps of 64 fresh sequences, learning rate {evidence.TOY_BEST['lr']:g} with linear "
-        "decay (chosen for the plain Transformer by one seed of each setting of `toy-tuning`, which lie within the "
-        "spread of seeds), no dropout. That a plain model fails however long it is trained is not shown; the section "
-        "after this one has what three times the steps give. Sequences with a wrong answer token, of 1000 that "
-        f"training never saw, in percent; {seeds_of(chosen)}. Who repeats one of the question's two letters is right "
-        "in one of N cases, since it is the wanted letter with 2 / N and the right one of two with 1 / 2: a plain "
-        "model near that has found nothing. The paper's own size would take "
-        f"{paper_toy_flop():.1e} operations a run, 36 runs: about 5 hours of one H200 at a tenth of its 990 TFLOP/s, a "
-        "prediction (`scripts/evidence.sh toy-paper`).",
+        "Claim: a plain Transformer fails at it, MTA does not.",
+        "- The paper: 4 layers, 2 heads, 256 channels, sequences of 321 tokens (34 to 52 blocks), 100,000 steps, "
+        "attention dropout 0.1.",
+        f"- Here: {evidence.TOY_BEST['layers']} layers, 2 heads, {evidence.TOY_BEST['width']} channels, "
+        f"{evidence.TOY_BLOCKS} blocks, {evidence.TOY_STEPS} steps of 64 fresh sequences, no dropout. The learning "
+        f"rate is {evidence.TOY_BEST['lr']:g} with linear decay. It was chosen for the plain Transformer, by one seed of "
+        "each setting of `toy-tuning`; these settings lie within the spread of seeds.",
+        "- Not shown: that a plain model fails however long it is trained. The next section has three times the steps.",
+        "- The table has the sequences with a wrong answer token, in percent, of 1000 that training never saw; "
+        f"{seeds_of(chosen)}.",
+        "- A model that repeats one of the question's two letters is right in one of N cases: the letter is the wanted "
+        "one in 2 / N of them, and then the right one of two in 1 / 2. A plain model near that has found nothing.",
+        f"- The paper's own size would take {paper_toy_flop():.1e} operations a run, for 36 runs: about 5 hours of one "
+        "H200 at a tenth of its 990 TFLOP/s, a prediction (`scripts/evidence.sh toy-paper`).",
         "",
     ]
     tasks = [f"n{n}_{kind}" for n, kind in evidence.TOY_TASKS]
@@ -400,18 +401,18 @@ def long(results):
         "## Longer context: trained at 256 tokens, continued at 512",
         "",
         "Claim: MTA is better at finding facts in a long text, at 2k tokens and, continued with another base of RoPE, "
-        "at 4k. Here: the 1m model "
-        f"of bytes, {evidence.LONG_STEPS} steps of 4096 tokens at 256 with base {evidence.LONG_THETAS[0]}, then "
-        f"{evidence.LONG_MORE_STEPS} at 512 with base "
-        f"{evidence.LONG_THETAS[1]}, on questions with their answers: needles ({evidence_long.NEEDLES} facts, one is "
-        f"asked for; the whole number "
-        "must be the greedy continuation) and BabiLong's QA1 (the likeliest of six rooms; its stories have up to 450 "
-        "bytes, qa1_256 has no distraction, qa1_512 whole sentences of 62 bytes at most: 131 of its 200 questions "
-        "(as counted at a1db8f5) have none, so that it is little else than qa1_256 by other questions). 200 questions "
-        "a set; those "
-        "right, in percent, and nats of the right answer, which tell more where few are right (a number guessed digit "
-        "by digit has 16.0, a room among six 1.8): mean and standard deviation over seeds. "
-        "Neither model has learned to find needles, which are guessed: they compare nothing.",
+        "at 4k. Here: the 1m model of bytes.",
+        f"- Training: {evidence.LONG_STEPS} steps of 4096 tokens at a length of 256 with RoPE's base "
+        f"{evidence.LONG_THETAS[0]}, then {evidence.LONG_MORE_STEPS} at 512 with base {evidence.LONG_THETAS[1]}, on "
+        "questions with their answers.",
+        f"- Needles: a text holds {evidence_long.NEEDLES} facts, and one is asked for. The whole number must be the "
+        "greedy continuation. Neither model has learned to find needles: both guess, so these sets compare nothing.",
+        "- BabiLong's QA1: the answer is the likeliest of six rooms. Its stories have up to 450 bytes. qa1_256 has no "
+        "distraction. qa1_512 has whole sentences of at most 62 bytes; 131 of its 200 questions have none (counted at "
+        "a1db8f5), so it is little else than qa1_256 with other questions.",
+        "- Each set has 200 questions. The table has the right answers in percent, and the nats of the right answer, "
+        "which tell more where few are right: a number guessed digit by digit has 16.0 nats, a room among six 1.8. "
+        "Each is a mean and standard deviation over seeds.",
         "",
     ]
     rows = []
