@@ -125,8 +125,8 @@ def toy(results):
         "attention dropout 0.1.",
         f"- Here: {evidence.TOY_BEST['layers']} layers, 2 heads, {evidence.TOY_BEST['width']} channels, "
         f"{evidence.TOY_BLOCKS} blocks, {evidence.TOY_STEPS} steps of 64 fresh sequences, no dropout. The learning "
-        f"rate is {evidence.TOY_BEST['lr']:g} with linear decay. It was chosen for the plain Transformer, by one seed of "
-        "each setting of `toy-tuning`; these settings lie within the spread of seeds.",
+        f"rate is {evidence.TOY_BEST['lr']:g} with linear decay. It was chosen for the plain Transformer, by one "
+        "seed of each setting of `toy-tuning`; these settings lie within the spread of seeds.",
         "- Not shown: that a plain model fails however long it is trained. The next section has three times the steps.",
         "- The table has the sequences with a wrong answer token, in percent, of 1000 that training never saw; "
         f"{seeds_of(chosen)}.",
