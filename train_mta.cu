@@ -298,9 +298,7 @@ static bool cuda_open(Cuda* g, Error* e) {
                     status != cudaSuccess ? cudaGetErrorString(status) : "none found");
     }
     status = cudaSetDevice(device_own());
-    if (status == cudaSuccess) {
-        status = cudaFree(NULL);
-    }  // makes the context, which toolkits before 12 leave to this
+    if (status == cudaSuccess) { status = cudaFree(NULL); }  // toolkits before 12 make the context here
     if (device_full(status)) { return fail(e, "this GPU takes no process more (%s)", cudaGetErrorString(status)); }
     cudaCheck(status);
     cudaDeviceProp device;

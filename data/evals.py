@@ -32,7 +32,7 @@ import random
 import re
 import sys
 
-sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+sys.path.insert(0, os.path.dirname(os.path.realpath(__file__)))
 from inputs import what_is  # noqa: E402
 from options import Parser, parse_count, whole_number  # noqa: E402
 from report import refuse_input, report  # noqa: E402

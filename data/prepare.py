@@ -27,7 +27,7 @@ import sys
 import time
 import zlib
 
-sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+sys.path.insert(0, os.path.dirname(os.path.realpath(__file__)))
 import inputs  # noqa: E402
 from options import Parser, parse_count, real_number, whole_number  # noqa: E402
 from shards import (  # noqa: E402

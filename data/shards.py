@@ -22,7 +22,7 @@ import threading
 import time
 import zlib
 
-sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+sys.path.insert(0, os.path.dirname(os.path.realpath(__file__)))
 from options import Parser, whole_number  # noqa: E402
 from tokenizer import PATTERNS, UserError, file_sums, members, open_tokenizer  # noqa: E402
 

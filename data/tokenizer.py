@@ -16,7 +16,7 @@ import zlib
 
 TOY = "abcdefghijklmnopqrstuvwxyz.#_"
 BATCH_MOST = 1 << 32  # bytes of a batch that infer_mta --tokenize --binary takes
-PROGRAM = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "infer_mta")
+PROGRAM = os.path.join(os.path.dirname(os.path.dirname(os.path.realpath(__file__))), "infer_mta")
 
 # How text is cut into pieces before byte-pair merging: gpt2, cl100k_base and o200k_base as tiktoken 0.14.0 has them,
 # llama3 as Meta published it.

@@ -27,7 +27,7 @@ import sys
 import zlib
 from concurrent.futures.process import BrokenProcessPool, ProcessPoolExecutor
 
-sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+sys.path.insert(0, os.path.dirname(os.path.realpath(__file__)))
 from options import Parser, whole_number  # noqa: E402
 from shards import (  # noqa: E402
     FORMAT, HEADER_BYTES, NAME_WITH_SPLIT, SPLIT_IN_NAME, cores, end_with, foreign_shard, interrupts_later, locked,

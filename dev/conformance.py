@@ -30,7 +30,7 @@ import itertools
 import os
 import sys
 
-HERE = os.path.dirname(os.path.abspath(__file__))
+HERE = os.path.dirname(os.path.realpath(__file__))
 sys.path.insert(0, os.path.join(HERE, "ref"))
 
 # of the largest value of a tensor; the golden files are rounded to float32 (6e-8)

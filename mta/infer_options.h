@@ -267,8 +267,7 @@ static inline Tokenizer* tokenizer_for(const InferOptions* o, const Config* c) {
         if (c && !checkpoint_check_tokenizer(o->dir, c, given, !o->no_verify, &why)) { die("%s", why.text); }
         tokenizer_free(own);
     } else if (c && c->tokenizer[0] && !own && !o->token_ids && !o->score) {
-        bool missing = !tokenizer_built_in(c->tokenizer) && !file_exists(path);  // transformers does not save it
-        die("%s%s", e.text, missing ? ": config.json names it; copy it there or give --tokenizer FILE" : "");
+        die("%s%s", e.text, tokenizer_missing(c->tokenizer, path));
     }
     Tokenizer* t = given ? given : own;
     if (t && c && tokenizer_vocab(t) > c->vocab_size) {

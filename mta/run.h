@@ -279,8 +279,8 @@ static inline void run_open_tokenizer(Run* r, const char* config) {
         return;
     }
     r->tokenizer = tokenizer_open(path, pattern[0] ? pattern : NULL, &e);
-    if (!r->tokenizer && has && !tokenizer_built_in(path) && !file_exists(path)) {
-        die("%s: config.json names it; copy it there or give --tokenizer FILE", e.text);
+    if (!r->tokenizer && has && tokenizer_missing(path, path)[0]) {
+        die("%s%s", e.text, tokenizer_missing(path, path));
     }
     if (!r->tokenizer ||
         (tokenizer_file(r->tokenizer) && !read_file(path, UINT32_MAX, &r->rank_file.text, &r->rank_file.n, &e))) {

@@ -420,6 +420,13 @@ static inline const uint8_t* unicode_classes(void) {
 
 static inline bool tokenizer_built_in(const char* name) { return !strcmp(name, "bytes") || !strcmp(name, "toy"); }
 
+// What to do where config.json names a rank file that is not at `path`, as after transformers' save_pretrained; else
+// "".
+static inline const char* tokenizer_missing(const char* name, const char* path) {
+    bool there = tokenizer_built_in(name) || file_exists(path);
+    return there ? "" : ": config.json names it; copy it there or give --tokenizer FILE";
+}
+
 // name_or_file: "bytes", "toy", or a rank file; pattern: how its ranks split text, NULL: as its number of them tells.
 // NULL and a message on failure.
 static inline Tokenizer* tokenizer_open(const char* name_or_file, const char* pattern, Error* e) {

@@ -39,7 +39,10 @@ static inline int omp_get_thread_num(void) { return 0; }
 static inline void omp_set_num_threads(int n) { (void)n; }
 static inline int omp_get_thread_limit(void) { return 1; }
 static inline int omp_get_num_places(void) { return 0; }
-static inline int omp_get_place_num_procs(int place) { return place * 0; }
+static inline int omp_get_place_num_procs(int place) {
+    (void)place;
+    return 0;
+}
 static inline void omp_get_place_proc_ids(int place, int* ids) { (void)place, (void)ids; }
 #endif
 

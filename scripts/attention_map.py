@@ -10,13 +10,12 @@ import subprocess
 import sys
 import tempfile
 
-sys.path.insert(0, os.path.join(os.path.dirname(os.path.dirname(os.path.realpath(__file__))), "data"))
+ROOT = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
+sys.path.insert(0, os.path.join(ROOT, "data"))
 from export import find_checkpoint  # noqa: E402
 from options import Parser, whole_number  # noqa: E402
 from shards import run_program  # noqa: E402
 from tokenizer import UserError  # noqa: E402
-
-ROOT = os.path.abspath(os.path.join(os.path.dirname(__file__), ".."))
 
 
 def parse_heads(text):

@@ -14,7 +14,8 @@
 //     or link races.cpp.
 // Tensor-core instructions and asynchronous copies: tensor_cores.h.
 // Not modelled: memory ordering between blocks, occupancy, independent progress inside a warp, textures, clusters.
-// Nor found: the host's own access to device memory; static shared memory that a launch has beside the dynamic.
+// Nor found: the host's own access to device memory, but with CUDA_CPU_GUARD=1 (cuda_runtime.h); static shared memory
+// that a launch has beside the dynamic.
 // Static __shared__ arrays inside function templates are not poisoned (g++ ignores sections there): use DYNAMIC_SHARED.
 #ifndef CUDA_CPU_H
 #define CUDA_CPU_H

@@ -52,6 +52,10 @@ class Help(unittest.TestCase):
                                   env=dict(os.environ, TRAINER=os.devnull))
             self.assertIn("run: make -C %s " % ROOT, done.stderr)
             self.assertEqual(os.listdir(folder), ["bin"])
+        places = [line for path in FILES if path.endswith(".py") for line in read_bytes(path).decode().splitlines()
+                  if "__file__" in line]
+        self.assertTrue(places)
+        self.assertEqual([line for line in places if "realpath(__file__)" not in line], [])  # the link's own place
 
     def test_sentences_are_whole_and_defaults_are_values(self):
         for name in ("data/toy_task.py", "dev/bench/kernel_report.py"):
