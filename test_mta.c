@@ -58,34 +58,39 @@ static const Tolerance DIFFERENCES = {1e-10,
 static const Tolerance ROUNDING_FP32 = {1e-7, 1e-5};    // the same sums in another order, fp32
 static const Tolerance ROUNDING_FP64 = {1e-14, 1e-11};  // the same in double
 // What rounding to bf16 does to gradients, relative Frobenius errors against fp32 on the same weights, as measured (the
-// CUDA trainer on dev/cuda_cpu): all gradients of a model together; then of the tensors of a part the worst one, or of
-// random models, whose tensors may all but vanish, all of a part together. A test allows half as much again. Small:
-// scalars and lambda vectors (see Frobenius).
+// CUDA trainer on dev/cuda_cpu): all gradients of a model together; then of the tensors of a part the worst one. A test
+// allows half as much again. Small: scalars and lambda vectors (see Frobenius).
 enum { PART_CONV, PART_MIX, PART_REST, N_PARTS };
 typedef struct {
     double all, part[N_PARTS], small;
 } Bf16Error;
+// The errors of random models, each over the effect of rounding (rounding_effect): typical is the geometric mean of all
+// models together, worst the largest of one, of the parts too; that of models with heads of 2 channels stands apart,
+// whose gradients are small differences, since their norm leaves one direction.
+typedef struct {
+    double typical, worst, worst_of_2;
+} Bf16Random;
 typedef struct {
     const char* trainer;
-    Bf16Error golden, real, random, many_heads;
+    Bf16Error golden, real;  // golden cases; real initialisation
+    Bf16Random random, many_heads;
 } Bf16Measured;
 static const Bf16Measured BF16_MEASURED[] = {
-    // golden cases, real initialisation, sixty random models, ten of many heads
     {"cuda bf16",
      {0.0389, {0.0509, 0.131, 0.0809}, 0.152},
      {0.0172, {0.0241, 0.0599, 0.0242}, 0.0302},
-     {0.0958, {0.232, 0.0547, 0.0959}, 0},
-     {0.0255, {0.0249, 0.0245, 0.0256}, 0}},
+     {0.78, 3.66, 6.38},
+     {0.81, 1.72, 0}},
     {"cuda bf16, cuDNN",  // the random ones all of layers that it serves
      {0.0389, {0.0509, 0.131, 0.0809}, 0.152},
      {0.0172, {0.0241, 0.0690, 0.0242}, 0.0302},
-     {0.0403, {0.0660, 0.0410, 0.0403}, 0},
-     {0, {0, 0, 0}, 0}},
+     {0.78, 1.88, 0},  // none of heads of 2
+     {0, 0, 0}},
     {"cpu bf16",
      {0.0575, {0.0684, 0.125, 0.123}, 0.0610},
      {0.0178, {0.0265, 0.0497, 0.0277}, 0.0302},
-     {0.0960, {0.521, 0.0757, 0.0957}, 0},
-     {0.0257, {0.0276, 0.0265, 0.0257}, 0}},
+     {0.81, 4.53, 7.82},
+     {0.85, 2.06, 0}},
 };
 
 typedef struct {
@@ -399,18 +404,14 @@ typedef struct {
     double loss, want_loss;
 } Frobenius;
 
-static Frobenius frobenius(const Trainer* tr, void* m, const int32_t* tokens, const int32_t* targets, int B, int T,
-                           const Config* c, bool table) {
+// Of the gradients that two models hold: m of `tr`, and ref of train_mta.c.
+static Frobenius gradients_compare(const Trainer* tr, const void* m, const void* ref, bool table) {
     const Trainer* cpu = trainer_cpu();
-    void* ref = make_model(cpu, c, B, T, 0);
     const TensorList* list = cpu->tensors(ref);
     Frobenius f;
     memset(&f, 0, sizeof f);
     double part[N_PARTS] = {0}, part_norm[N_PARTS] = {0};
     double all = 0, all_norm = 0, group[2] = {0}, group_norm[2] = {0};  // groups: biases, lambda vectors
-    copy_state(tr, m, cpu, ref, STATE_WEIGHT);
-    f.loss = mean_gradients(tr, m, tokens, targets, B, T);
-    f.want_loss = mean_gradients(cpu, ref, tokens, targets, B, T);
     for (int i = 0; i < list->n; i++) {
         size_t n = list->specs[i].numel, at = 0;
         float *got = floats(n), *want = floats(n);
@@ -468,8 +469,62 @@ static Frobenius frobenius(const Trainer* tr, void* m, const int32_t* tokens, co
         double err = group[k] == 0 ? 0 : sqrt(group[k] / group_norm[k]);
         if (!(err <= f.small_together)) { f.small_together = isnan(err) ? INFINITY : err; }
     }
+    return f;
+}
+
+static Frobenius frobenius(const Trainer* tr, void* m, const int32_t* tokens, const int32_t* targets, int B, int T,
+                           const Config* c, bool table) {
+    const Trainer* cpu = trainer_cpu();
+    void* ref = make_model(cpu, c, B, T, 0);
+    copy_state(tr, m, cpu, ref, STATE_WEIGHT);
+    double loss = mean_gradients(tr, m, tokens, targets, B, T),
+           want_loss = mean_gradients(cpu, ref, tokens, targets, B, T);
+    Frobenius f = gradients_compare(tr, m, ref, table);
+    f.loss = loss;
+    f.want_loss = want_loss;
     cpu->destroy(ref);
     return f;
+}
+
+// How much of a model's gradients and loss rounding can change: the same errors where only the weights change, each by
+// a random 2^-9 of itself, half a unit in the last place of bf16, all in fp32; root mean square of four draws. That
+// differs from model to model a thousandfold, and errors of bf16 are mostly 0.5 to 1.5 times as large
+// (experiments.tsv).
+typedef struct {
+    double all, part[N_PARTS], loss;
+} Rounding;
+static Rounding rounding_effect(const Trainer* tr, const void* m, const int32_t* tokens, const int32_t* targets, int B,
+                                int T, const Config* c, uint64_t seed) {
+    enum { DRAWS = 4 };
+    const Trainer* cpu = trainer_cpu();
+    Rounding r = {0, {0}, 0};
+    void* ref = make_model(cpu, c, B, T, 0);
+    copy_state(tr, m, cpu, ref, STATE_WEIGHT);
+    double want_loss = mean_gradients(cpu, ref, tokens, targets, B, T);
+    for (int k = 0; k < DRAWS; k++) {
+        void* changed = make_model(cpu, c, B, T, 0);
+        const TensorList* list = cpu->tensors(changed);
+        for (int i = 0; i < list->n; i++) {
+            size_t n = list->specs[i].numel;
+            float* w = floats(n);
+            Rng rng = rng_make(seed + (uint64_t)k, 2000 + (uint64_t)i);
+            cpu->get(ref, STATE_WEIGHT, i, 0, n, w);
+            for (size_t j = 0; j < n; j++) { w[j] *= 1 + (float)(ldexp(1, -9) * rng_normal(&rng)); }
+            cpu->set(changed, STATE_WEIGHT, i, w);
+            free(w);
+        }
+        double loss = mean_gradients(cpu, changed, tokens, targets, B, T);
+        Frobenius f = gradients_compare(cpu, changed, ref, false);
+        r.all += f.all * f.all / DRAWS;
+        r.loss += pow(loss / want_loss - 1, 2) / DRAWS;
+        for (int p = 0; p < N_PARTS; p++) { r.part[p] += f.part_together[p] * f.part_together[p] / DRAWS; }
+        cpu->destroy(changed);
+    }
+    cpu->destroy(ref);
+    r.all = sqrt(r.all);
+    r.loss = sqrt(r.loss);
+    for (int p = 0; p < N_PARTS; p++) { r.part[p] = sqrt(r.part[p]); }
+    return r;
 }
 
 static Bf16Measured bf16_measured(const Trainer* tr) {
@@ -1727,12 +1782,17 @@ static void test_real_initialisation(const Trainer* tr, const char* kind, int he
 
 // Models drawn at random, every field in any combination, at odd sizes, batches and chunks: loss and all gradients
 // against the CPU. many_heads: 16 or 32, mostly mixed in groups of 16, which bf16 does on tensor cores. fused: all of
-// random_fused_config.
+// random_fused_config. Errors are told in units: in fp32 of what a test allows, in bf16 of the effect of rounding.
 static void test_random_models(const Trainer* tr, int models, bool many_heads, bool fused) {
+    enum { LOSS = PART_REST, ALL, N_ERRORS };
+    static const char* const NAMES[N_ERRORS] = {"convolutions", "mixings", "loss", "all gradients"};
+    static const double EXACT[N_ERRORS] = {1e-4, 1e-4, 2e-6, 2e-5};
+    // The least effect of rounding: where gradients of a part vanish there is none, and a loss may hardly change by
+    // accident.
+    static const double LEAST[N_ERRORS] = {0.03, 0.03, 0.002, 0.002};
     Rng rng = rng_make(17, many_heads ? 3 : 1);
     char worst_model[192] = "";
-    double worst = 0, worst_loss = 0, parts[N_PARTS] = {0};
-    int unjudged = 0;
+    double worst[2] = {0}, logs = 0;  // of heads of 2 channels, of others
     for (int i = 0; i < models; i++) {
         int B, T;
         Config c = fused ? random_fused_config(&rng, &B, &T) : random_config(&rng, many_heads, &B, &T);
@@ -1744,39 +1804,37 @@ static void test_random_models(const Trainer* tr, int models, bool many_heads, b
         perturb_by(tr, m, &c, (uint64_t)i,
                    many_heads ? 0.1 * sqrt(4.0 / NH) : 0.1);  // a mixed head gathers noise from all heads
         Frobenius f = frobenius(tr, m, tokens, targets, B, T, &c, false);
-        worst_loss = larger(worst_loss, fabs(f.loss / f.want_loss - 1));
-        // Gradients of heads of 2 channels, whose norm leaves one direction, are small differences: of 300 models the
-        // worst is off by 0.97 (CUDA) and 0.6 (CPU) in bf16 and by 1.4e-4 in fp32, all of heads of 2; of the others by
-        // 0.12 and 0.17 in bf16.
-        if (!tr->exact && HS == 2 && models > 60 && isfinite(f.all)) {
-            unjudged++;
-            f.all = 0;
-            memset(f.part_together, 0, sizeof f.part_together);
+        Rounding r = {0, {0}, 0};
+        if (!tr->exact) { r = rounding_effect(tr, m, tokens, targets, B, T, &c, (uint64_t)i); }
+        const double found[] = {f.part_together[PART_CONV], f.part_together[PART_MIX], fabs(f.loss / f.want_loss - 1),
+                                f.all},
+                     effect[] = {r.part[PART_CONV], r.part[PART_MIX], r.loss, r.all};
+        for (int k = 0; k < N_ERRORS; k++) {
+            double units = found[k] / (tr->exact ? EXACT[k] : fmax(effect[k], LEAST[k]));
+            if (!(units <= fmax(worst[0], worst[1]))) {
+                snprintf(worst_model, sizeof worst_model, "model %d: %d heads of %d, T %d, %s, relative error %.2g", i,
+                         NH, HS, T, NAMES[k], found[k]);
+            }
+            worst[HS > 2] = larger(worst[HS > 2], isnan(units) ? INFINITY : units);
+            if (k == ALL) { logs += log(fmax(units, 0.01)) / models; }
         }
-        if (!(f.all <= worst)) {
-            worst = isnan(f.all) ? INFINITY : f.all;
-            snprintf(worst_model, sizeof worst_model, "model %d: %d heads of %d, T %d, %s", i, NH, HS, T, f.name);
-        }
-        for (int k = 0; k < N_PARTS; k++) { parts[k] = fmax(parts[k], f.part_together[k]); }
         tr->destroy(m);
         free(tokens);
         free(targets);
     }
-    bool good = worst <= 2e-5 && parts[PART_CONV] <= 1e-4 && parts[PART_MIX] <= 1e-4;
-    if (!tr->exact) {
-        Bf16Error found = bf16_error(worst, parts, 0);
-        Bf16Measured measured = bf16_measured(tr);
-        // More models find worse ones.
-        good = bf16_within(&found, many_heads ? &measured.many_heads : &measured.random, models > 60 ? 3 : 1.5);
-    }
     char title[128];
     title_of(title, sizeof title, tr,
              many_heads ? "models of many heads against the CPU" : "random models against the CPU", "");
-    verdict(
-        good && worst_loss <= (tr->exact ? 2e-6 : 0.01), title,
-        "%d models, of %d the loss alone, largest relative error %.2g (%s), of convolutions %.2g, of mixings %.2g, of "
-        "the loss %.2g",
-        models, unjudged, worst, worst_model, parts[PART_CONV], parts[PART_MIX], worst_loss);
+    bool good = fmax(worst[0], worst[1]) <= 1;
+    if (!tr->exact) {
+        Bf16Measured all = bf16_measured(tr);
+        Bf16Random measured = many_heads ? all.many_heads : all.random;
+        good = worst[0] <= 1.5 * measured.worst_of_2 && worst[1] <= 1.5 * measured.worst &&
+               (models < 10 || exp(logs) <= 1.5 * measured.typical);
+    }
+    verdict(good, title, "%d models, typical error %.2f %s, largest %.2f, with heads of 2 channels %.2f (%s)", models,
+            exp(logs), tr->exact ? "of what is allowed" : "times the effect of rounding", worst[1], worst[0],
+            worst_model);
 }
 
 // Ten optimizer steps from the same weights on the same batches: the losses stay within 1e-5 (fp32) or 0.02 (bf16) of

@@ -326,6 +326,7 @@ step check "emulator golden cases" test_mta_cuda_cpu_bf16 ./test_mta_cuda_cpu_bf
 step full "emulator, device memory guarded" test_mta_cuda_cpu_bf16 \
     env CUDA_CPU_GUARD=1 ./test_mta_cuda_cpu_bf16 --only golden
 step check "emulator ten models" test_mta_cuda_cpu_bf16 ./test_mta_cuda_cpu_bf16 --only "random models" --models 10
+step check "emulator many heads" test_mta_cuda_cpu_bf16 ./test_mta_cuda_cpu_bf16 --only "many heads" --models 10
 step full "operations" build/test_ops build/test_ops
 step full "operations fp32" build/test_ops_fp32 build/test_ops_fp32
 step full "operations, order 7, device memory guarded" build/test_ops \
