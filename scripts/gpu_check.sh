@@ -11,6 +11,7 @@
 # What is left out for lack of time or tools is said in the table. Exit status 1 if a test failed or a step did not run.
 set -u
 unset CDPATH
+export LC_ALL=C  # figures with a decimal point, in every locale
 cd "$(dirname "$(realpath "$0")")/.." || exit 1
 part=all python=""
 while [ $# -gt 0 ]; do

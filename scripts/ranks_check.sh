@@ -11,6 +11,7 @@
 # Exit status 1 if bits differ or a run fails.
 set -u
 unset CDPATH
+export LC_ALL=C  # figures with a decimal point, in every locale
 cd "$(dirname "$(realpath "$0")")/.." || exit 1
 root=$PWD ranks="" part=all small=no where=$PWD/build
 while [ $# -gt 0 ]; do

@@ -5,6 +5,7 @@
 # turns. "busy": beside one endless loop for each core. About three minutes; wants the machine to itself. SPEED_DIR:
 # where a model of random weights is kept (default build/speed).
 set -eu
+export LC_ALL=C  # figures with a decimal point, in every locale
 cd "$(dirname "$0")/../.."
 rounds=${1:-2} dir=${SPEED_DIR:-build/speed} work=$(mktemp -d) loops=()
 end() { [ ${#loops[@]} -eq 0 ] || kill "${loops[@]}" 2> /dev/null || true; rm -rf "$work"; }

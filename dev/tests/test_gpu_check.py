@@ -110,8 +110,15 @@ class GpuCheck(Folder):
         self.assertIn("\n==== took ", output)
         return output.split("\n==== took ")[1]
 
+    def commas(self):
+        """Variables of a locale with decimal commas, where it can be made here."""
+        command = ["localedef", "-i", "de_DE", "-f", "UTF-8", self.path("de_DE.UTF-8")]
+        if not shutil.which("localedef") or subprocess.run(command, capture_output=True).returncode:
+            return {}
+        return {"LOCPATH": self.path("."), "LC_ALL": "de_DE.UTF-8"}
+
     def test_all_is_well(self):
-        table = self.check(CUDNN_FOUND=self.cudnn(16))
+        table = self.check(CUDNN_FOUND=self.cudnn(16), **self.commas())
         self.assertTrue(table.endswith("gpu_check: all passed\n"), table)
         for words in ("NVIDIA H200, 580.1, 143771 MiB, 9.0; release 13.0; sm_90a", "ok      build with cuDNN: done",
                       "ok      operations: 9 passed, 0 failed", "ok      test_mta_cuda bf16: 9 passed",
