@@ -245,16 +245,19 @@ def processor():
     return os.uname().machine
 
 
+def git(*arguments):
+    """What git says of the checkout; nothing where there is no git, or no checkout of this user's."""
+    try:
+        return subprocess.run(["git", "-C", ROOT, *arguments], capture_output=True, text=True).stdout.strip()
+    except OSError:
+        return ""
+
+
 def commit():
-    """The commit of the checkout; "+" behind it where a program or a header that trains is changed."""
-    name = subprocess.run(
-        ["git", "-C", ROOT, "rev-parse", "--short", "HEAD"], capture_output=True, text=True
-    ).stdout.strip()
-    changed = subprocess.run(
-        ["git", "-C", ROOT, "status", "--porcelain", "--", "train_mta.c", "mta", "data", "Makefile"],
-        capture_output=True, text=True,
-    ).stdout
-    return name + ("+" if changed.strip() else "")
+    """The commit of the checkout, "unknown" without one; "+" behind it where a program or a header that trains is
+    changed."""
+    changed = git("status", "--porcelain", "--", "train_mta.c", "mta", "data", "Makefile")
+    return (git("rev-parse", "--short", "HEAD") or "unknown") + ("+" if changed else "")
 
 
 # ---- one cell

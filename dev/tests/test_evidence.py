@@ -95,6 +95,12 @@ class Evidence(unittest.TestCase):
             with open(path, encoding="utf-8") as f:
                 self.assertEqual(f.read(), before)
 
+    def test_the_commit_of_a_cell(self):
+        """A cell that trained for hours must not end for want of git, or outside a checkout."""
+        for root, path in ((evidence.ROOT, self.out), (self.out, os.environ["PATH"])):
+            with mock.patch.object(evidence, "ROOT", root), mock.patch.dict(os.environ, PATH=path):
+                self.assertEqual(evidence.commit(), "unknown")
+
     def test_no_cell_names_a_path_of_a_machine(self):
         paths = []
         for part in evidence.PARTS:
