@@ -334,6 +334,10 @@ class Slurm(Emulated):
         path = os.path.join(home, "slurm.conf")
         with open(path, "w") as f:
             f.write(SLURM.format(host=host, ports=ports, user=getpass.getuser(), folder=home))
+        version = subprocess.run(["slurmd", "-V"], capture_output=True, text=True).stdout
+        if tuple(map(int, re.findall(r"\d+", version)[:2])) >= (23, 11):  # it wants a cgroup, which containers lack
+            with open(os.path.join(home, "cgroup.conf"), "w") as f:
+                f.write("CgroupPlugin=disabled\n")
         self.environment["SLURM_CONF"] = path
         with open(os.path.join(home, "log"), "w") as log:
             for program in ("slurmctld", "slurmd"):
