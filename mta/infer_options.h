@@ -266,8 +266,16 @@ static inline Tokenizer* tokenizer_for(const InferOptions* o, const Config* c) {
         }
         if (c && !checkpoint_check_tokenizer(o->dir, c, given, !o->no_verify, &why)) { die("%s", why.text); }
         tokenizer_free(own);
-    } else if (c && c->tokenizer[0] && !own && !o->token_ids && !o->score) {
-        die("%s%s", e.text, tokenizer_missing(c->tokenizer, path));
+    } else if (c && c->tokenizer[0] && !own) {
+        // Ids need none; but without it one beyond its vocabulary may be drawn. So it may be absent, and no more.
+        bool absent = !tokenizer_built_in(c->tokenizer) && !file_exists(path);
+        if (!absent || o->pattern || (!o->token_ids && !o->score)) {
+            die("%s%s", e.text, tokenizer_missing(c->tokenizer, path));
+        }
+        if (o->token_ids && !o->quiet) {
+            fprintf(stderr, "%s: no such file, which config.json names as tokenizer: every id of the model may come\n",
+                    path);
+        }
     }
     Tokenizer* t = given ? given : own;
     if (t && c && tokenizer_vocab(t) > c->vocab_size) {

@@ -1557,6 +1557,32 @@ class TextIO(unittest.TestCase):
                 self.assertEqual(p.returncode, 1)
                 self.assertIn(b"260 ranks, which no known tokenizer has; add --pattern", p.stderr)
 
+    def test_ids_without_the_tokenizer_of_config_json(self):
+        """Ids need no tokenizer, but what may be drawn is what it has: one that is there and cannot be opened is
+        refused with ids too, one that is absent said."""
+        with open(os.path.join(self.dir, "config.json")) as f:
+            config = json.load(f)
+        request = b'{"context_ids": [97], "continuation_ids": [98]}\n'
+        both = ((["--token-ids", "97"], b""), (["--score", "-"], request))
+        for words, stdin in both:
+            p = run([self.dir, *words, "--pattern", "gpt2", "--quiet"], stdin=stdin, check=False)
+            self.assertEqual((p.returncode, p.stdout), (1, b""), p.stderr)
+            self.assertEqual(p.stderr, b"infer_mta: tokenizer bytes: built in, it takes no pattern gpt2\n")
+        where = os.path.join(self.tmp.name, "no_ranks")
+        shutil.copytree(self.dir, where)
+        with open(os.path.join(where, "config.json"), "w") as f:
+            json.dump(dict(config, tokenizer="x.bin", tokenizer_pattern="gpt2"), f)
+        for words, stdin in both:
+            p = run([where, *words, "--max-tokens", "3"], stdin=stdin, check=False)
+            self.assertEqual(p.returncode, 0, p.stderr)
+            self.assertEqual(b"x.bin: no such file" in p.stderr, words[0] == "--token-ids", p.stderr)
+        with open(os.path.join(where, "x.bin"), "wb") as f:
+            f.write(b"no ranks\n")
+        for words, stdin in both:
+            p = run([where, *words, "--quiet"], stdin=stdin, check=False)
+            self.assertEqual((p.returncode, p.stdout, p.stderr.count(b"\n")), (1, b"", 1), p.stderr)
+            self.assertIn(b"x.bin", p.stderr)
+
     def test_another_rank_file_of_the_same_size(self):
         """--tokenizer with as many ranks as the model's, but others: by the copy, by the manifest alone, by its
         name."""
