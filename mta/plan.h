@@ -45,17 +45,39 @@ static inline size_t plan_extra_parameters(const TensorList* list) {
     return n;
 }
 
+// The kind of attention whose operations a model has, whatever its layers with convolutions and their kernels' sizes;
+// with " with changed fields" where it is none of --attention's.
+static inline void plan_attention(const Run* r, char* out, size_t n) {
+    const Config* c = &r->config;
+    const Preset* preset = r->options->model ? preset_find(r->options->model) : NULL;
+    const char* given = r->options->attention                 ? r->options->attention
+                        : c->attention_type == ATTENTION_DIFF ? "diff"
+                                                              : "mta";
+    for (int i = 0; i < 2 * ATTENTION_KIND_COUNT; i++) {
+        bool toy = i >= ATTENTION_KIND_COUNT;  // which no other preset is
+        const char* name = ATTENTION_KINDS[i % ATTENTION_KIND_COUNT].name;
+        Config kind = *c;
+        Error e = {{0}};
+        if (toy && preset && strcmp(preset->name, "toy") != 0) { break; }
+        if (!config_set_attention(&kind, name, toy, &e)) { continue; }
+        kind.kq_conv_query_size = c->kq_conv_query_size;
+        kind.kq_conv_key_size = c->kq_conv_key_size;
+        if (config_same_model(c, &kind, &e)) {
+            snprintf(out, n, "%s", name);
+            return;
+        }
+    }
+    snprintf(out, n, "%s with changed fields", given);
+}
+
 static inline void plan_print_model(const Run* r, const TensorList* list) {
     const Config* c = &r->config;
-    char grouped[32];
+    char grouped[32], attention[64];
     size_t extra = plan_extra_parameters(list);
+    plan_attention(r, attention, sizeof attention);
     printf("model       %s, attention %s: %d layers, %d channels, %d heads of %d, vocabulary %d\n",
-           r->options->model ? r->options->model : "from the checkpoint",
-           config_is_plain(c)                    ? "transformer"
-           : r->options->attention               ? r->options->attention
-           : c->attention_type == ATTENTION_DIFF ? "diff"
-                                                 : "mta",
-           c->num_hidden_layers, c->hidden_size, c->num_attention_heads, config_head_size(c), c->vocab_size);
+           r->options->model ? r->options->model : "from the checkpoint", attention, c->num_hidden_layers,
+           c->hidden_size, c->num_attention_heads, config_head_size(c), c->vocab_size);
     printf("parameters  %zu (%s)\n", list->parameters, format_grouped(list->parameters, grouped, sizeof grouped));
     if (extra) {
         printf("of them     %s that a plain Transformer of this size lacks: %.4f%%\n",

@@ -373,6 +373,22 @@ class Runs(Trainer):
         self.assertNotIn("that a plain",
                          self.execute([BINARY, "--model", "toy", "--attention", "transformer", "--dry-run"]).stdout)
 
+    def test_the_kind_of_attention_of_a_checkpoint(self):
+        """The plan's first line names it by the model's operations, however it was made."""
+        full, conv = ["--attention", "mta-full"], ["--head-norm", "none", "--head-mix-post-softmax", "0"]
+        for more, kind, later in ((full, "mta-full", None), (["--attention", "talking-heads"], "talking-heads", None),
+                                  (["--model", "toy", "--kq-conv-key-size", "15"], "mta", None),
+                                  (["--model", "1m", *conv, "--kq-conv-layers", "none"], "transformer", None),
+                                  (["--model", "1m", "--head-norm", "none"], "mta with changed fields", None),
+                                  ([*full, "--head-gate", "off"], "mta-full with changed fields",
+                                   "mta with changed fields")):
+            out = self.out()
+            made = self.run_ok(out, {"--steps": 0, "--model": "toy", "--attention": None}, more)
+            done = self.execute([BINARY, "--eval-only", "--init-from", out, "--val", self.path("a_val_*.bin"),
+                                 "--dry-run"])
+            self.assertIn(", attention %s: " % kind, made.stdout)
+            self.assertIn("model       from the checkpoint, attention %s: " % (later or kind), done.stdout)
+
     def test_masked_set_reports_error(self):
         tokens = [5, 6, 7, 8] * 32 + [0]
         write_shard(self.path("m_train_000000.bin"), tokens * 4, mask=[1] * (4 * len(tokens)))
