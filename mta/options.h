@@ -62,9 +62,12 @@ static inline bool opt_takes_empty(const Opt* o) {
     return o->type != OPT_STRING || o->arg == NULL || strcmp(o->arg, "TEXT") == 0 || strcmp(o->arg, "IDS") == 0;
 }
 
-// What is accepted, for an error line: "a whole number from 1 to 8".
-static inline void opt_wanted(const Opt* o, char* out, size_t n) {
-    const char* kind = o->type == OPT_FLOAT ? "a number" : "a whole number";
+// What is accepted instead of `got` (NULL = nothing was given), for an error line: "a whole number from 1 to 8". The
+// limit of 64 bits is left out but for a whole number beyond it.
+static inline void opt_wanted(const Opt* o, const char* got, char* out, size_t n) {
+    const char* digits = got ? got + (got[0] == '-' || got[0] == '+') : "";
+    bool beyond = o->type == OPT_LONG && strlen(digits) > 18 && !digits[strspn(digits, "0123456789")];
+    const char *kind = o->type == OPT_FLOAT ? "a number" : "a whole number", *most = beyond ? ", below 2^63" : "";
     switch (o->type) {
         case OPT_SWITCH: snprintf(out, n, "on or off"); break;
         case OPT_CHOICE: snprintf(out, n, "one of %s", o->arg); break;
@@ -72,13 +75,13 @@ static inline void opt_wanted(const Opt* o, char* out, size_t n) {
         case OPT_LONG:
         case OPT_FLOAT:
             if (o->min != 0 || o->max != 0) {
-                if (o->max >= 1e15 || isinf(o->max)) {
-                    snprintf(out, n, "%s of at least %.15g", kind, o->min);
+                if (o->max >= 0x1p63) {
+                    snprintf(out, n, "%s of at least %.15g%s", kind, o->min, most);
                 } else {
-                    snprintf(out, n, "%s from %.15g to %.15g", kind, o->min, o->max);
+                    snprintf(out, n, "%s from %.15g to %.16g", kind, o->min, o->max);
                 }
             } else {
-                snprintf(out, n, "%s", kind);
+                snprintf(out, n, "%s%s", kind, most);
             }
             break;
         default: snprintf(out, n, "%s", opt_takes_empty(o) ? "a value" : o->arg); break;
@@ -359,10 +362,10 @@ static inline int options_parse(Opt* table, const char* usage, int argc, char** 
             *(bool*)o->value = true;
             continue;
         }
-        char wanted[256];
-        opt_wanted(o, wanted, sizeof(wanted));
         // A value that looks like an option is a forgotten value; --name=--VALUE says what is meant.
         const char* value = equals != NULL ? equals + 1 : i + 1 < argc ? argv[i + 1] : NULL;
+        char wanted[256];
+        opt_wanted(o, value, wanted, sizeof(wanted));
         if (value == NULL) { die("%s: the value is missing, wanted %s", o->name, wanted); }
         if (equals == NULL) {
             if (strncmp(value, "--", 2) == 0) {

@@ -10,7 +10,7 @@
 typedef struct {
     bool dry_run;
     int tie, batch;
-    int64_t steps;
+    int64_t steps, seed;
     double lr, eps;
     const char* out;
     const char *schedule, *prompt;
@@ -21,7 +21,8 @@ static Opt table[] = {{"Training", OPT_HEADING, NULL, NULL, NULL, 0, 0, false},
                       {"--dry-run", OPT_FLAG, &o.dry_run, NULL, "print the plan and stop", 0, 0, false},
                       {"--tie", OPT_SWITCH, &o.tie, NULL, "tie the head", 0, 0, false},
                       {"--batch-size", OPT_INT, &o.batch, NULL, "sequences", 1, 1000, false},
-                      {"--steps", OPT_LONG, &o.steps, NULL, "steps", 0, 1e18, false},
+                      {"--steps", OPT_LONG, &o.steps, NULL, "steps", 0, 1e300, false},
+                      {"--seed", OPT_LONG, &o.seed, NULL, "seed", 0, 9e15, false},
                       {"--lr", OPT_FLOAT, &o.lr, NULL, "learning rate", 0, 10, false},
                       {"--eps", OPT_FLOAT, &o.eps, NULL, "any number", 0, 0, false},
                       {"--out", OPT_STRING, &o.out, "DIR", "directory", 0, 0, false},
@@ -136,7 +137,8 @@ static void test_refused(void) {
     refused("--batch-size", " 4", NULL, "got \" 4\"", "whole number");
     refused("--batch-size", "99999999999999999999", NULL, "got \"9999", "whole number");
     refused("--steps", "-1", NULL, "--steps: got \"-1\"", "at least 0");
-    refused("--steps", "9223372036854775808", NULL, "got", "whole number");
+    refused("--steps", "9223372036854775808", NULL, "got", "a whole number of at least 0, below 2^63");
+    refused("--seed", "9000000000000001", NULL, "got", "a whole number from 0 to 9000000000000000");
     refused("--lr", "fast", NULL, "--lr: got \"fast\"", "a number from 0 to 10");
     refused("--lr", "nan", NULL, "got \"nan\"", "a number");
     refused("--lr", "1e999", NULL, "got \"1e999\"", "a number");
