@@ -60,6 +60,8 @@ def whole_number(least=None, most=None):
 
     def parse(text):
         number = int(text) if re.fullmatch("[-+]?[0-9]{1,18}", text) else None
+        if most is None and re.fullmatch("[-+]?[0-9]{19,}", text):
+            raise refused(text, wanted + ", of at most 18 digits")
         if number is None or (least is not None and number < least) or (most is not None and number > most):
             raise refused(text, wanted)
         return number
@@ -85,5 +87,5 @@ def parse_count(text):
     match = re.fullmatch(r"([0-9]{1,18}(?:\.[0-9]{1,18})?)([kKmMgGbB]?)", text)
     number = match and fractions.Fraction(match[1]) * {"": 1, "k": 10**3, "m": 10**6}.get(match[2].lower(), 10**9)
     if not match or number.denominator != 1:
-        raise refused(text, "a whole number such as 100000000 or 100M")
+        raise refused(text, "a whole number such as 100000000 or 100M, of at most 18 digits")
     return int(number)
