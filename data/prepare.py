@@ -662,6 +662,16 @@ def tokenise(args, p):
     progress.add(0, 0, total, force=True)
 
 
+def say_max_tokens(summary):
+    """Whether --max-tokens was reached: by all documents, or with a split by folders by those of each split."""
+    most = summary["options"]["max_tokens"]
+    limits = {"train": most, "val": (most + 19) // 20} if "split" in summary["options"] else {"": most}
+    for split, limit in limits.items():
+        tokens = sum(n["tokens"] for splits in summary["sets"].values() for s, n in splits.items() if split in ("", s))
+        print("--max-tokens %d: %s%s" % (most, split and "%s: " % split, "stopped after the block of documents that "
+              "reached %d" % limit if tokens >= limit else "all documents have fewer than %d" % limit))
+
+
 def report(out, name):
     """What the manifest says, as a table."""
     summary = read_manifest(out)["preparations"][name]
@@ -678,7 +688,7 @@ def report(out, name):
         if key != domain:
             print("%s is %s" % (key, domain))
     if "max_tokens" in summary["options"]:
-        print("stopped after the document that reached --max-tokens %d" % summary["options"]["max_tokens"])
+        say_max_tokens(summary)
     if summary["bad"]:
         counts = ", ".join("%d %s" % (n, kind) for kind, n in sorted(summary["bad"].items()))
         print("left out: %s; listed in %s" % (counts, os.path.join(out, name + ".bad.jsonl")))
@@ -714,7 +724,7 @@ def add_prepare_options(p, slim):
         option("--split", text + " alone", choices=["folders", "hash"], default="folders")
     option("--seed", "of that hash; default 0", type=whole_number(), default=0, metavar="N")
     option("--shard-tokens", "tokens in a shard, default 100M", type=parse_count, default=100000000, metavar="N")
-    text = "stop after the documents that bring N tokens; of splits by folders N of train and N/20 of validation"
+    text = "stop after the block of documents that reaches N tokens; split by folders: N of train, N/20 of validation"
     option("--max-tokens", text, type=parse_count, metavar="N")
     text = "a document that cannot be used is left out and listed in NAME.bad.jsonl (default), or ends the run"
     option("--on-bad", text, choices=["skip", "refuse"], default="skip")

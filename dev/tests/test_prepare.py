@@ -1376,6 +1376,10 @@ class Kinds(Case):
         self.assertTrue(
             100000 <= sizes[100000] < 1200000 and 3000000 <= sizes[3000000] < 4200000 < sizes[100000000], sizes
         )
+        for n, said in ((sizes[100000000], "stopped after the block of documents that reached"),
+                        (sizes[100000000] + 1, "all documents have fewer than")):
+            shown = run("text", self.path("*.jsonl"), "--max-tokens", n, "--overwrite", "--out", out)
+            self.assertIn("--max-tokens %d: %s %d\n" % (n, said, n), shown)
         self.write("a.txt", "x" * 500), self.write("b.txt", "y" * 500)
         run("text", self.path("a.txt"), self.path("b.txt"), "--max-tokens", "10", "--val-fraction", "0", "--out",
             self.path("t"))
