@@ -209,8 +209,14 @@ def read_labels(path, one):
 
 def convert(args):
     """Records of a file -> requests. A record that cannot be used is named, and left out or refused."""
+    if args.command == "lambada" and args.format not in ("auto", "lambada"):
+        raise UserError("--format %s: evals.py lambada makes no other than lambada; evals.py choice does" % args.format)
+    if args.labels is None and args.labels_from is not None:
+        raise UserError("--labels-from: wanted --labels FILE beside it")
+    if args.task == "":
+        raise UserError("--task: got '', wanted its name in the report")
     refuse_input(args.out, [args.input, args.labels])
-    labels = read_labels(args.labels, args.labels_from) if args.labels else None
+    labels = None if args.labels is None else read_labels(args.labels, args.labels_from or 0)
     task = args.task or re.sub(r"\.jsonl?$", "", os.path.basename(args.input))
     if task != task.encode("utf-8", "replace").decode():
         raise UserError("--task: %s is not UTF-8, wanted a name that is" % ascii(task))
@@ -236,6 +242,8 @@ def convert(args):
             pairs, gold = FORMATS[name][1](record)
             if len(pairs) < 2 and name != "lambada":
                 raise ValueError("%d choices, wanted at least 2" % len(pairs))
+            if labels is not None and name == "lambada":
+                raise ValueError("a passage has no choices, and --labels no use")
             if labels is not None:
                 own, gold = gold, labels[i]
                 if any(own in (n, str(n)) for n in range(len(pairs)) if n != gold):
@@ -680,7 +688,7 @@ def main():
         p.add_argument(
             "--labels", metavar="FILE", help="right answers, a number a line, where the records have none (PIQA, SIQA)"
         )
-        p.add_argument("--labels-from", type=whole_number(0, 1), metavar="0|1", default=0,
+        p.add_argument("--labels-from", type=whole_number(0, 1), metavar="0|1",
                        help="number of the first choice in --labels; default 0")
         p.add_argument("--on-bad", choices=["skip", "refuse"], default="skip",
                        help="a record that cannot be used is left out and printed (default), or ends the run")

@@ -474,8 +474,9 @@ def make_job(args, files):
     single = len(files) == 1 and kinds == {"text"}
     stem = os.path.basename(next(iter(files))).split(".")[0] if single else args.command
     name = args.name or SPLIT_IN_NAME.sub("-", re.sub(r"[^A-Za-z0-9_-]+", "_", stem).lstrip("_-")) or "text"
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
-        raise UserError("--name %s: wanted letters, digits, points, dashes and underscores" % ascii(name))
+    if args.name == "" or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+        got = ascii(name if args.name is None else args.name)
+        raise UserError("--name %s: wanted letters, digits, points, dashes and underscores" % got)
     if SPLIT_IN_NAME.search(name):
         raise UserError(NAME_WITH_SPLIT % name)
     if not args.text_field:

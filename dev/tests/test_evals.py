@@ -111,6 +111,18 @@ class Formats(Case):
             self.assertIn("wanted a number a line", run("choice", self.path("in.jsonl"), "--out", self.path("o"),
                                                         "--labels", labels, status=1))
 
+    def test_options_that_would_do_nothing(self):
+        labels, out = self.write("labels.lst", ["1"]), self.path("o")
+        passage = self.write("in.jsonl", [{"text": "He came back to the old house ."}])
+        for words, why in ((["lambada", passage, "--format", "piqa"], "--format piqa: "),
+                           (["lambada", passage, "--labels", labels], "in.jsonl:1: a passage has no choices"),
+                           (["choice", passage, "--labels", labels], "in.jsonl:1: a passage has no choices"),
+                           (["lambada", passage, "--labels", ""], ": No such file"),
+                           (["choice", passage, "--labels-from", "1"], "--labels-from: wanted --labels FILE beside it"),
+                           (["choice", passage, "--task", ""], "--task: got ''")):
+            self.assertIn(why, run(*words, "--out", out, status=1))
+            self.assertFalse(os.path.exists(out))
+
     def test_others(self):
         self.assertEqual(
             self.convert({"passage": "P.", "question": "is it", "answer": True})[1]["continuation"], " yes"

@@ -730,6 +730,7 @@ class Bad(Case):
             (("--shard-tokens", "x"), "got 'x'"),
             (("--shard-tokens", "0"), "wanted 1 to"),
             (("--name", "a/b"), "wanted letters"),
+            (("--name", ""), "--name '': wanted letters"),
             (("--name", "a_train"), "--name a_train: wanted no _train or _val"),
             (("--name", "a_val_b"), "--name a_val_b: wanted no _train"),
             (("--shard-toknes", "9"), "unrecognized arguments: --shard-toknes"),
