@@ -49,6 +49,11 @@ def picture_name(text):
     return r"$\_$" + text[1:] if text.startswith("_") else text
 
 
+def picture_format(path):
+    """For matplotlib's savefig, which would write to another file than the one that was named: to x.png for x."""
+    return None if os.path.splitext(path)[1] else "png"
+
+
 def refused(text, wanted):
     return argparse.ArgumentTypeError("got %r, wanted %s" % (text, wanted))
 

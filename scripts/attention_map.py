@@ -13,7 +13,7 @@ import tempfile
 ROOT = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
 sys.path.insert(0, os.path.join(ROOT, "data"))
 from export import find_checkpoint  # noqa: E402
-from options import Parser, whole_number  # noqa: E402
+from options import Parser, picture_format, whole_number  # noqa: E402
 from shards import run_program  # noqa: E402
 from tokenizer import UserError  # noqa: E402
 
@@ -102,7 +102,7 @@ def draw(maps, out):
             axis.set_xlabel("key: the token that is attended to", fontsize=9)
             axis.set_ylabel("query: the token that attends", fontsize=9)
             figure.colorbar(picture, ax=axis, shrink=0.7, label="weight")
-    figure.savefig(out, dpi=150 if len(maps) < 5 else 90)
+    figure.savefig(out, dpi=150 if len(maps) < 5 else 90, format=picture_format(out))
 
 
 def main():

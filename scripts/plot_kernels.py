@@ -165,7 +165,7 @@ def main():
         tensors = read_checkpoint(folder)
         if not tensors:
             raise ValueError(f"{folder}: no convolution kernel and no mixing matrix: a plain Transformer")
-        out = options.out or options.checkpoint
+        out = options.checkpoint if options.out is None else options.out
         os.makedirs(out, exist_ok=True)
         title = options.title or "/".join(os.path.normpath(os.path.abspath(folder)).split(os.sep)[-2:])
         for kind in KINDS:

@@ -16,7 +16,7 @@ import sys
 
 HERE = os.path.dirname(os.path.realpath(__file__))
 sys.path[:0] = [HERE, os.path.join(os.path.dirname(HERE), "data")]
-from options import Parser, picture_name, split_name  # noqa: E402
+from options import Parser, picture_format, picture_name, split_name  # noqa: E402
 from runlog import events_of_a_run, log_events  # noqa: E402
 from shards import run_program  # noqa: E402
 
@@ -212,7 +212,7 @@ def draw(runs, title, out, x):
         ax.grid(alpha=0.25)
         legend(ax)
     figure.suptitle(picture_name(title))
-    figure.savefig(out, dpi=110)
+    figure.savefig(out, dpi=110, format=picture_format(out))
     plt.close(figure)
 
 
@@ -240,7 +240,7 @@ def main():
     try:
         runs = [Run(label, path, options.x) for label, path in with_labels(options.runs)]
         first = runs[0].path if os.path.isdir(runs[0].path) else os.path.dirname(runs[0].path)
-        out = options.out or os.path.join(first, "curves.png")
+        out = os.path.join(first, "curves.png") if options.out is None else options.out
         draw(runs, options.title or ", ".join(dict.fromkeys(run.label for run in runs)), out, options.x)
     except (OSError, ValueError) as error:
         sys.exit(f"plot_run.py: {error}")

@@ -1362,8 +1362,9 @@ class TextIO(unittest.TestCase):
             subprocess.run([python, attention_map.__file__, *drawn, *files], check=True, stdout=subprocess.DEVNULL)
             sizes.append(png_size(out)[1])
         self.assertGreater(sizes[1], 1.5 * sizes[0])
-        subprocess.run([python, attention_map.__file__, *here, "--prompt=--x", "--out", out], check=True,
+        subprocess.run([python, attention_map.__file__, *here, "--prompt=--x", "--out", out[:-4]], check=True,
                        stdout=subprocess.DEVNULL)
+        png_size(out[:-4])  # the file that was named, not that with an ending
         p = subprocess.run(args + ["--head", "7"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         self.assertEqual((p.returncode, p.stderr.count(b"\n")), (1, 1), p.stderr)
 

@@ -65,6 +65,16 @@ class Plots(Folder):
         two = png_size(self.path("b", "curves.png"))
         self.assertGreater(three[0], two[0], "a masked set adds a panel")
 
+    def test_the_file_that_is_named(self):
+        """A name without an ending is taken as it is, and an empty one is none."""
+        self.write_log("a", '{"event":"step","step":1,"loss":3}\n')
+        self.assertEqual(call(plot_run, self.path("a"), "--out", self.path("curves")).returncode, 0)
+        png_size(self.path("curves"))
+        for out in ("", self.path("a")):
+            done = call(plot_run, self.path("a"), "--out", out)
+            self.assertNotEqual(done.returncode, 0, done.stdout)
+        self.assertEqual(sorted(os.listdir(self.path("a")) + os.listdir(self.path())), ["a", "curves", "log.jsonl"])
+
     def test_seven_domains(self):
         """Against steps, tokens and hours; the places are those of the log, pauses between two parts of a run left out.
         The legend lies below the curves."""
