@@ -36,6 +36,10 @@ cut="" with=() seen=" "
 shift
 while [ $# -gt 0 ]; do
     if [ "$1" = --shift ]; then cut=--shift && shift && continue; fi
+    case $1 in
+        --shift=*) stop "unknown option $1; --help lists all" ;;
+        --*=*) set -- "${1%%=*}" "${1#*=}" "${@:2}" ;;
+    esac
     [ $# -gt 1 ] || stop "$1: a value is missing; --help says more"
     [[ $seen != *" $1 "* ]] || stop "$1 is given twice"
     seen+="$1 "
@@ -52,6 +56,7 @@ while [ $# -gt 0 ]; do
         --batch-size) whole "$1" "$2"; batch=(--batch-size "$2") ;;
         *) stop "unknown option $1; --help lists all" ;;
     esac
+    [ -n "$2" ] || stop "$1: got \"\", wanted a value"
     shift 2
 done
 [ -n "$val$requests$text" ] || stop "nothing to evaluate on: wanted --val, --requests or --text"

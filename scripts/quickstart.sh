@@ -36,12 +36,12 @@ TOY_MODEL=(--model toy --hidden-size 64 --num-hidden-layers 2 --num-attention-he
 TEXT_STEPS=300 TEXT_BATCH=16 TEXT_WINDOWS=100
 TEXT_MODEL=(--model 1m --attention mta --tokenizer bytes --seq-len 256 --lr 3e-3 --schedule linear --warmup 20)
 
-install=yes text="" out=runs/quickstart size=""
+install=yes text="" with_text=no out=runs/quickstart size=""
 while [ $# -gt 0 ]; do
     case $1 in
         --no-install) install=no ;;
-        --text) text=$(from_here "${2:-}"); shift ;;
-        --text=*) text=$(from_here "${1#*=}") ;;
+        --text) with_text=yes text=$(from_here "${2:-}"); shift ;;
+        --text=*) with_text=yes text=$(from_here "${1#*=}") ;;
         --out) out=$(from_here "${2:-}"); shift ;;
         --out=*) out=$(from_here "${1#*=}") ;;
         --tiny) size=--tiny; TOY_STEPS=4 TOY_BATCH=8 TOY_TESTS=100 TEXT_STEPS=4 TEXT_BATCH=2 TEXT_WINDOWS=8 ;;
@@ -65,7 +65,7 @@ headline() { printf '\n%s%s%s  %s%d s%s\n' "$bold" "$*" "$normal" "$dim" $((SECO
 note() { echo "note: $*"; }
 fail() { echo "quickstart.sh: $*" >&2; exit 1; }
 
-if [ -n "$text" ] && ! { [ -r "$text" ] && [ -f "$text" ]; }; then
+if [ $with_text = yes ] && ! { [ -r "$text" ] && [ -f "$text" ]; }; then
     fail "--text: $text: no such file, or not readable"
 fi
 [ -n "$out" ] || fail "--out: the folder is missing"

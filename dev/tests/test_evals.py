@@ -930,7 +930,10 @@ class Evaluate(Case):
                                  ([*val, "--requests", "none"], "none is no directory"),
                                  (["--text", self.path("none")], "no such file"),
                                  ([*val, "--sample", "9"], "unknown option --sample"),
-                                 (["--val"], "a value is missing")):
+                                 (["--val"], "a value is missing"), (["--val="], '--val: got ""'),
+                                 ([*val, "--out", ""], '--out: got ""'),
+                                 (["--val=x", "--shift", "--samples=9"], "--samples: wanted --text FILE beside it"),
+                                 ([*val, "--shift=on"], "unknown option --shift=on")):
             shown = self.evaluate(*options, status=1)
             self.assertIn(message, shown)
             self.assertEqual(shown.count("\n"), 1, shown)

@@ -246,7 +246,8 @@ class Quickstart(unittest.TestCase):
 
     def test_options(self):
         for words, piece in ((("--sideways",), "unknown option --sideways"), (("--text",), "value of the last option"),
-                             (("--text", "/no/such"), "no such file"), (("--out", "/proc/x"), "cannot write there")):
+                             (("--text", "/no/such"), "no such file"), (("--text", ""), "--text: : no such file"),
+                             (("--text=",), "--text: : no such file"), (("--out", "/proc/x"), "cannot write there")):
             done = self.run_script(*words)
             self.assertEqual((done.returncode, done.stderr.count("\n")), (1, 1), done.stderr)
             self.assertIn(piece, done.stderr)
