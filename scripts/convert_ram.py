@@ -422,6 +422,22 @@ def tokenizer_of_theirs(source, params, vocab):
     return ours, pattern, None
 
 
+def check_tokenizer(given, pattern, theirs, their_pattern, vocab):
+    """Refuses --tokenizer where the model has no such ids, or params.json names another one that is there."""
+    tok = open_tokenizer(given, pattern, encoder=False)
+    if tok.vocab > vocab:
+        raise UserError("--tokenizer: %s has %d ids, the model's vocabulary %d" % (given, tok.vocab, vocab))
+    if not theirs:
+        return
+    of_theirs = open_tokenizer(theirs, their_pattern, encoder=False)
+    same = (tok.name, tok.vocab) == (of_theirs.name, of_theirs.vocab)
+    if same and theirs not in THEIR_TOKENIZERS.values():
+        with open(given, "rb") as mine, open(theirs, "rb") as their:
+            same = mine.read() == their.read()
+    if not same:
+        raise UserError("--tokenizer: %s, but params.json names %s, which is another" % (given, theirs))
+
+
 def convert(source, out, dtype, tokenizer, pattern):
     with open(os.path.join(source, "params.json"), encoding="utf-8") as f:
         params = json.load(f)
@@ -433,9 +449,12 @@ def convert(source, out, dtype, tokenizer, pattern):
     tensors, config = to_ours(load_state(os.path.join(source, "consolidated.pth")), model)
     if dtype != "stored":
         tensors = {name: t.to(DTYPES[dtype.upper()]) for name, t in tensors.items()}
-    why = None
-    if not tokenizer:
-        tokenizer, pattern, why = tokenizer_of_theirs(source, params, config["vocab_size"])
+    theirs, their_pattern, why = tokenizer_of_theirs(source, params, config["vocab_size"])
+    if tokenizer is None:
+        tokenizer, pattern = theirs, their_pattern
+    else:
+        why = None
+        check_tokenizer(tokenizer, pattern, theirs, their_pattern, config["vocab_size"])
     if tokenizer:
         config.update(tokenizer_keys(tokenizer, pattern))
     os.makedirs(out, exist_ok=True)
@@ -499,9 +518,9 @@ def main():
     parser.add_argument("--pattern", choices=sorted(PATTERNS),
                         help="how it splits text, where its number of ranks does not tell")
     args = parser.parse_args()
-    if args.back and (args.dtype != "stored" or args.tokenizer):
-        parser.error("--%s: it has no use beside --back" % ("tokenizer" if args.tokenizer else "dtype"))
-    if args.pattern and not args.tokenizer:
+    if args.back and (args.dtype != "stored" or args.tokenizer is not None):
+        parser.error("--%s: it has no use beside --back" % ("dtype" if args.tokenizer is None else "tokenizer"))
+    if args.pattern and args.tokenizer is None:
         parser.error("--pattern: it has no use without --tokenizer")
     try:
         if torch is None:

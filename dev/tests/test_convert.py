@@ -260,9 +260,12 @@ class Convert(unittest.TestCase):
         with tempfile.TemporaryDirectory() as tmp:
             with open(os.path.join(tmp, "params.json"), "w") as f:
                 json.dump({"dim": 32, "n_heads": 4, "weight_tying": True}, f)
-            torch.save(their_state({}, 1), os.path.join(tmp, "consolidated.pth"))
+            state = their_state({}, 1)
+            wide = {name: torch.zeros(50400, 32) for name in ("tok_embeddings.weight", *convert_ram.TIED)}
+            torch.save(dict(state, **{k: v for k, v in wide.items() if k in state}),
+                       os.path.join(tmp, "consolidated.pth"))
             for more, want in (([], (None, None, None)), (["--tokenizer", ranks], (50256, 50256, None)),
-                               (["--tokenizer", ranks, "--pattern", "llama3"], (50256, 50257, "llama3"))):
+                               (["--tokenizer", ranks, "--pattern", "cl100k_base"], (50257, 50257, "cl100k_base"))):
                 out = os.path.join(tmp, "out%d" % len(more))
                 self.assertEqual(call(convert_ram, tmp, out, *more).stderr, "")
                 with open(os.path.join(out, "config.json")) as f:
@@ -320,6 +323,24 @@ class Convert(unittest.TestCase):
             self.assertEqual(*(read_bytes(os.path.join(d, "config.json")) for d in (out, again)))
             got, printed, _ = convert(300, named("tiktoken", lost), "--tokenizer", "bytes")
             self.assertEqual((got[0], got[3]), ("bytes", None))
+            given, other = os.path.join(tmp, "given.model"), os.path.join(tmp, "other.model")
+            for path, data in ((given, ranks), (other, ranks.replace(b" 5\n", b" -\n").replace(b" 6\n", b" 5\n")
+                                               .replace(b" -\n", b" 6\n"))):
+                with open(path, "wb") as f:
+                    f.write(data)
+            same = convert(50600, named("tiktoken", lost), "--tokenizer", given, "--pattern", "llama3")[0]
+            self.assertEqual(same, ["given.model", 50256, 50257, "llama3"])
+            for words, why in ((["bytes"], "params.json names"), ([given, "--pattern", "cl100k_base"], "is another"),
+                               ([other, "--pattern", "llama3"], "is another"), ([""], "no such file")):
+                done = call(convert_ram, tmp, os.path.join(tmp, "no"), "--tokenizer", *words)
+                self.assertEqual((done.returncode, done.stdout, done.stderr.count("\n")), (1, "", 1), done.stderr)
+                self.assertIn(why, done.stderr)
+                self.assertFalse(os.path.exists(os.path.join(tmp, "no")))
+            with open(os.path.join(tmp, "params.json"), "w") as f:
+                json.dump({"dim": 32, "n_heads": 4, "weight_tying": True}, f)
+            torch.save(tensors, os.path.join(tmp, "consolidated.pth"))
+            done = call(convert_ram, tmp, os.path.join(tmp, "no"), "--tokenizer", "bytes")
+            self.assertIn("--tokenizer: bytes has 259 ids, the model's vocabulary 61", done.stderr)
 
     def test_as_a_program(self):
         """Started by its path, as a user does: one line of what is wrong."""
