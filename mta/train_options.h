@@ -259,6 +259,10 @@ static inline void options_check_useful(const TrainOptions* o, const Opt* table)
         {"--sample-prompt", o->sample_every > 0, samples, false},
         {"--sample-temperature", o->sample_every > 0, samples, false}};
     options_check_needs(table, needs, sizeof needs / sizeof *needs);
+    if (o->ranks_per_node > 0 && o->n_ranks > o->ranks_per_node && o->n_ranks % o->ranks_per_node) {
+        die("--ranks-per-node: got %d, wanted a divisor of --ranks %d: as many on each machine", o->ranks_per_node,
+            o->n_ranks);
+    }
     if (o->rank_timeout > 0 && o->rank_timeout < WATCH_LEAST) {
         die("--rank-timeout: got %g, wanted 0 or at least %d: processes tell each other once a second where they are",
             o->rank_timeout, WATCH_LEAST);

@@ -837,6 +837,8 @@ class Resume(Trainer):
             option = flags[0] if flags and flags[0] != "--dry-run" else list(changes)[-1]
             with self.subTest(option):
                 self.refused(["%s: wanted %s" % (option, wanted), "beside it"], changes, flags)
+        self.refused(["--ranks-per-node: got 4, wanted a divisor of --ranks 6: as many on each machine"],
+                     {"--ranks": 6, "--ranks-per-node": 4}, ["--dry-run"])
         idle = {"--sample-tokens": 5, "--sample-prompt": "a", "--sample-temperature": 1, "--val": None,
                 "--eval-every": 1, "--eval-windows": 1}
         said = self.run_ok(self.out(), idle, ["--no-verify", "--assume-llama"]).stderr
