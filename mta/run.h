@@ -808,7 +808,6 @@ static inline void run_open_val(Run* r) {
     char* copy = copy_or_die(o->val);
     for (char* rest = copy; rest;) {
         char* part = spec_part(&rest);
-        if (!*part) { continue; }
         char* equals = part + strcspn(part, "=/*?[");  // of a NAME; a folder may be called "lr=3"
         if (*equals != '=') { equals = NULL; }
         char* glob = equals ? equals + 1 : part;
@@ -819,7 +818,6 @@ static inline void run_open_val(Run* r) {
         for (int i = 0; i < n; i++) { run_open_val_set(r, glob, sets[i], sets[i], i == 0); }
         if (!n) { run_open_val_set(r, glob, NULL, equals ? part : NULL, true); }
     }
-    if (!r->n_val) { die("--val: got \"%s\", wanted [NAME=]GLOB,...", o->val); }
     free(copy);
 }
 

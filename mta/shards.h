@@ -573,7 +573,7 @@ static inline bool loader_add_source(Loader* l, char* text, const char* dir, con
         weight = strtod(equals + 1, &end);
         while (end[0] == ' ' || end[0] == '\t') { end++; }
         if (end == equals + 1 || *end != 0 || strpbrk(equals + 1, "xX") != NULL || !(weight > 0 && weight < 1e30)) {
-            return fail(e, "%s: weight \"%s\" of %.*s, wanted a number above 0", where, equals + 1,
+            return fail(e, "%s: weight \"%s\" of %.*s, wanted a number above 0 and below 1e30", where, equals + 1,
                         (int)(equals - text), text);
         }
         do { *equals-- = 0; } while (equals > text && (*equals == ' ' || *equals == '\t'));

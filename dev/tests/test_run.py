@@ -1844,6 +1844,8 @@ class Refused(Trainer):
         self.refused(["--train"], {"--train": None})
         self.refused(["--val", "NAME"], {"--val": ""})
         self.refused(["--val", "NAME"], {"--val": "a="})
+        for empty in ("%s,", ",%s", "%s,,b=%s"):  # a variable that is not set
+            self.refused(["--val", "NAME"], {"--val": empty.replace("%s", self.path("a_val_*.bin"))})
         self.refused(["--val", "called a", "NAME="], {"--val": ",".join([self.path("a_val_*.bin")] * 2)})
         self.refused(["--val", "NAME"], {"--val": "=" + self.path("a_val_*.bin")})
         self.refused(["--sample-prompt", "byte 0x48"],

@@ -292,10 +292,10 @@ static void test_mixing(void) {
     check(opens(spec, 4, 1000, &l, &e) && l.sources[0].share == 0.5 && l.sources[1].share == 0.5,
           "weight 1 without a weight", e.text);
     loader_close(&l);
-    const char* bad[] = {"=0", "=-1", "=x", "=", "=nan", "=inf", "=1x"};
-    for (int i = 0; i < 7; i++) {
+    const char* bad[] = {"=0", "=-1", "=x", "=", "=nan", "=inf", "=1x", "=1e30"};
+    for (int i = 0; i < 8; i++) {
         snprintf(spec, sizeof(spec), "%s%s", at("m0.bin"), bad[i]);
-        refused(spec, 4, 1000, "weight", "wanted a number above 0");
+        refused(spec, 4, 1000, "weight", "wanted a number above 0 and below 1e30");
     }
     snprintf(spec, sizeof(spec), "%s,,%s", at("m0.bin"), at("m1.bin"));
     refused(spec, 4, 1000, "empty name", "GLOB[=WEIGHT]");
