@@ -12,6 +12,9 @@ if sys.version_info < (3, 9):
     sys.exit("%s: Python %d.%d runs it, wanted 3.9 or later" % (os.path.basename(sys.argv[0]), *sys.version_info[:2]))
 
 
+NAMED = ("FILE", "DIR", "FOLDER", "PROGRAM", "NAME|FILE")  # metavars of what is there or is made
+
+
 class Parser(argparse.ArgumentParser):
     def __init__(self, **settings):
         super().__init__(allow_abbrev=False, **settings)
@@ -27,7 +30,11 @@ class Parser(argparse.ArgumentParser):
             if type(action) is argparse._StoreAction and action.type is None:
                 print("%s: %s is given twice: the last one counts, the one before does not" % (self.prog, name),
                       file=sys.stderr)
-        return super().parse_known_args(args, namespace)
+        parsed, rest = super().parse_known_args(args, namespace)
+        for action in self._actions:  # an empty TEXT is one, but no file
+            if action.option_strings and action.metavar in NAMED and getattr(parsed, action.dest, None) == "":
+                self.error('%s: got "", wanted %s' % (action.option_strings[0], action.metavar))
+        return parsed, rest
 
     def error(self, message):
         self.exit(1, "%s: %s; --help lists all options\n" % (self.prog, message))

@@ -155,7 +155,7 @@ def draw_mixing(kind, layers, title, out):
 def main():
     parser = Parser(description=__doc__.split("\n\n")[0])
     parser.add_argument("checkpoint", help="checkpoint folder, or a run's folder for its newest checkpoint")
-    parser.add_argument("--out", help="folder of the pictures (default: the given folder)")
+    parser.add_argument("--out", metavar="DIR", help="folder of the pictures (default: the given folder)")
     parser.add_argument("--title", help="first line of the heading (default: the checkpoint's folder)")
     options = parser.parse_args()
     if missing:

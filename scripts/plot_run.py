@@ -230,7 +230,7 @@ def with_labels(texts):
 def main():
     parser = Parser(description=__doc__.split("\n\n")[0])
     parser.add_argument("runs", nargs="+", metavar="[LABEL=]RUN", help="folder with log.jsonl, or the file")
-    parser.add_argument("--out", help="PNG to write (default: curves.png in the first run's folder)")
+    parser.add_argument("--out", metavar="FILE", help="PNG to write (default: curves.png in the first run's folder)")
     parser.add_argument("--x", choices=list(AXES), default="steps",
                         help="what the curves are drawn against (default: steps)")
     parser.add_argument("--title", help="heading (default: the names of the runs)")

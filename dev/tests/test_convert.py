@@ -331,7 +331,7 @@ class Convert(unittest.TestCase):
             same = convert(50600, named("tiktoken", lost), "--tokenizer", given, "--pattern", "llama3")[0]
             self.assertEqual(same, ["given.model", 50256, 50257, "llama3"])
             for words, why in ((["bytes"], "params.json names"), ([given, "--pattern", "cl100k_base"], "is another"),
-                               ([other, "--pattern", "llama3"], "is another"), ([""], "no such file")):
+                               ([other, "--pattern", "llama3"], "is another"), ([""], 'got "", wanted NAME|FILE')):
                 done = call(convert_ram, tmp, os.path.join(tmp, "no"), "--tokenizer", *words)
                 self.assertEqual((done.returncode, done.stdout, done.stderr.count("\n")), (1, "", 1), done.stderr)
                 self.assertIn(why, done.stderr)

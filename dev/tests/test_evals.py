@@ -117,7 +117,7 @@ class Formats(Case):
         for words, why in ((["lambada", passage, "--format", "piqa"], "--format piqa: "),
                            (["lambada", passage, "--labels", labels], "in.jsonl:1: a passage has no choices"),
                            (["choice", passage, "--labels", labels], "in.jsonl:1: a passage has no choices"),
-                           (["lambada", passage, "--labels", ""], ": No such file"),
+                           (["lambada", passage, "--labels", ""], '--labels: got ""'),
                            (["choice", passage, "--labels-from", "1"], "--labels-from: wanted --labels FILE beside it"),
                            (["choice", passage, "--task", ""], "--task: got ''")):
             self.assertIn(why, run(*words, "--out", out, status=1))

@@ -109,6 +109,18 @@ class Help(unittest.TestCase):
                                  done.stderr)
             self.assertIn(b"The text a goes on. The text b goes on.", read_bytes(os.path.join(folder, "n")))
 
+    def test_a_name_of_a_file_that_is_empty(self):
+        """Of no script it is as if the option were not given: an unset variable is a mistake."""
+        for script, words in (("data/evals.py", "report x --json="), ("data/evals.py", "lambada x --out="),
+                              ("data/evals.py", "report x --pictures="), ("data/prepare.py", "text x --out="),
+                              ("data/prepare.py", "text x --out o --tokenizer="), ("data/toy_task.py", "--out="),
+                              ("scripts/plot_run.py", "x --out="), ("scripts/plot_kernels.py", "x --out="),
+                              ("scripts/attention_map.py", "x --prompt a --infer=")):
+            done = subprocess.run([sys.executable, os.path.join(ROOT, script), *words.split()], capture_output=True,
+                                  text=True)
+            self.assertEqual((done.returncode, done.stderr.count("\n")), (1, 1), done.stderr)
+            self.assertIn('%s: got "", wanted ' % words.split()[-1].rstrip("="), done.stderr)
+
     def test_a_name_that_no_test_has(self):
         """Also beside one that a test has."""
         test = [sys.executable, os.path.join(ROOT, "dev", "tests", "test_layout.py"), "-k", "nothing_is_called_so"]
