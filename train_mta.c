@@ -1830,9 +1830,9 @@ static double gradient_norm(const Model* m) {
     return sqrt(total);
 }
 
-// AdamW with decoupled decay on every tensor (MODEL.md eq. 15); step counts from 1. Gradients are scaled down to the
-// norm grad_clip (0 = off). Returns the norm before clipping. If it is not finite nothing is changed: the caller counts
-// and decides.
+// AdamW with decoupled decay on every tensor (MODEL.md eq. 15); step counts updates from 1. Gradients are scaled down
+// to the norm grad_clip (0 = off). Returns the norm before clipping. If it is not finite nothing is changed: the caller
+// counts and decides.
 static double model_update(Model* m, const AdamW* h, long step) {
     double norm = gradient_norm(m);
     if (!isfinite(norm)) { return norm; }

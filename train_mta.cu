@@ -4785,9 +4785,9 @@ static __global__ void adamw_kernel(floatX* weights, float* master, float* m, fl
     if (!EXACT) { store<W>(weights + i, rounded); }
 }
 
-// AdamW with decoupled decay on every tensor (MODEL.md eq. 15); step counts from 1. Gradients are scaled down to the
-// norm grad_clip (0 = off). Returns the norm before clipping. If it is not finite nothing is changed: the caller counts
-// and decides.
+// AdamW with decoupled decay on every tensor (MODEL.md eq. 15); step counts updates from 1. Gradients are scaled down
+// to the norm grad_clip (0 = off). Returns the norm before clipping. If it is not finite nothing is changed: the caller
+// counts and decides.
 static double model_update(Model* m, const AdamW* h, long step) {
     Cuda* g = &m->cuda;
     double norm = gradient_norm(m, g);

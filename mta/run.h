@@ -1126,6 +1126,9 @@ static inline bool run_take_state(Run* r, const Json* j, const char* path, Error
         return fail(e, "%s: its format is not the one that this version writes, 1; wanted the version that saved it",
                     path);
     }
+    if (r->skipped > r->step) {
+        return fail(e, "%s: skipped %lld, wanted at most step, %lld", path, (long long)r->skipped, (long long)r->step);
+    }
     if (r->step != r->saved_step) {
         return fail(e, "%s: step %lld, wanted %lld as the directory's name says", path, (long long)r->step,
                     (long long)r->saved_step);
@@ -1184,12 +1187,13 @@ static inline double learning_rate(const Schedule* s, int64_t step) {
 static inline Step run_load_step(Run* r) {
     const TrainOptions* o = r->options;
     AdamW hyper = {learning_rate(&r->schedule, r->step), o->beta1, o->beta2, o->eps, o->weight_decay, o->grad_clip};
-    Step s = {r->tokens,   r->targets,
-              r->windows,  r->batch_size,
-              r->seq_len,  0,
-              r->step + 1, hyper,
-              r->shards,   ranks_own(r->ranks, (size_t)r->shards),
-              r->losses,   !ranks_alone(r->ranks)};
+    int64_t update = r->step + 1 - r->skipped;
+    Step s = {r->tokens,  r->targets,
+              r->windows, r->batch_size,
+              r->seq_len, 0,
+              update,     hyper,
+              r->shards,  ranks_own(r->ranks, (size_t)r->shards),
+              r->losses,  !ranks_alone(r->ranks)};
     Error e = {{0}};
     size_t T = (size_t)r->seq_len, V = (size_t)r->shards, windows = (size_t)r->windows;
     size_t begin = windows * s.own.begin / V, end = windows * s.own.end / V;  // what this process computes

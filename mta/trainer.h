@@ -28,7 +28,7 @@ typedef struct {
     const int32_t *tokens, *targets;
     int windows, B, T;
     int64_t counted;  // targets >= 0
-    int64_t number;   // of the step, 1 = first
+    int64_t number;   // of its update, 1 = first: those that were skipped are in no moment, and not counted
     AdamW hyper;
     int shards;      // the windows are cut into as many runs (mta/ranks.h)
     Span own;        // this process computes these shards
@@ -67,8 +67,8 @@ typedef struct {
     void (*last_logits)(void* model, const int32_t* tokens, int n, float* logits);
     // The sum of the losses; dloss times its gradients is added to the gradient state. T as create was told.
     double (*forward_backward)(void* model, const int32_t* tokens, const int32_t* targets, int B, int T, double dloss);
-    // Clips to the global norm, applies AdamW as step `step` (1 = first). Returns the norm before clipping; not finite:
-    // nothing changed.
+    // Clips to the global norm, applies AdamW as update `step` (1 = first). Returns the norm before clipping; not
+    // finite: nothing changed.
     double (*update)(void* model, const AdamW* hyper, long step);
     // All of it: gradients of the step's mean loss, and the update unless loss or norm is not finite.
     StepResult (*train_step)(void* model, const Step* step);

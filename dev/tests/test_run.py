@@ -28,7 +28,7 @@ import unittest
 import zlib
 
 from helpers import BIN, GOLDEN, ROOT, golden_checkpoint, main, read_bytes, read_safetensors, write_safetensors
-from helpers import write_shard, zip_all
+from helpers import values, write_shard, zip_all
 
 BINARY = os.path.join(BIN, os.environ.get("TRAINER", "train_mta"))
 NAME = os.path.basename(BINARY)
@@ -2158,6 +2158,43 @@ class Failing(Trainer):
         self.assertTrue(set(due) & set(skipped))
         self.assertEqual({e["step"] for e in log_events(out, "save") if e["step"] > 3},
                          {next(step for step in range(first, 40) if step not in skipped) for first in due})
+
+    def test_a_skipped_update_does_not_count_in_adamw(self):
+        """The t of the bias correction is that of the updates that m and v hold, also after a resume. A trainer.json
+        with more skipped updates than steps is refused: there is no such t."""
+        out = self.out()
+        changes = {"--seq-len": 1, "--batch-size": 1, "--tie-word-embeddings": "off", "--save-every": 1, "--keep": 0,
+                   "--val": None, "--weight-decay": 0, "--lr": 1e-2, "--beta1": 0.9, "--beta2": 0.98}
+        self.overflowing(out, ["lm_head.weight"], changes, lambda i: 3e38 if i < 2 else 0)
+        self.run_ok(out, {**changes, "--steps": 8}, ["--resume"])
+        self.run_ok(out, {**changes, "--steps": 16}, ["--resume"])
+        steps = {e["step"]: e for e in log_events(out, "step")}
+        saved = [int(path[-8:]) for path in checkpoints(out)]
+        name, compared = "model.norm.weight", 0
+        for step in saved:
+            if step < 4 or step - 1 not in saved or not steps[step]["skipped"]:
+                continue
+            tensors = {}
+            for at in (step - 1, step):
+                for part in ("model", "optimizer"):
+                    held = read_safetensors(os.path.join(out, "step-%08d" % at, part + ".safetensors"))[0]
+                    tensors.update({(at, n): values(t) for n, t in held.items()})
+            weight = "master." + name if (step, "master." + name) in tensors else name
+            t = step - steps[step]["skipped"]
+            for before, after, m, v in zip_all(*(tensors[key] for key in ((step - 1, weight), (step, weight),
+                                                                          (step, "m." + name), (step, "v." + name)))):
+                change = 1e-2 * m / (1 - 0.9 ** t) / (math.sqrt(v / (1 - 0.98 ** t)) + 1e-8)
+                self.assertAlmostEqual(before - after, change, delta=1e-6 + 1e-3 * abs(change))
+                compared += abs(change) > 1e-4
+        self.assertGreater(compared, 100)
+        path = os.path.join(checkpoints(out)[-1], "trainer.json")
+        with open(path, encoding="utf-8") as f:
+            state = json.load(f)
+        with open(path, "w", encoding="utf-8") as f:
+            json.dump({**state, "skipped": state["step"] + 1}, f)
+        mend_manifest(checkpoints(out)[-1])
+        self.assertIn("trainer.json: skipped 17, wanted at most step, 16",
+                      self.execute(self.arguments(out, {**changes, "--steps": 18}, ["--resume"])).stderr)
 
     def wait_for_file(self, path, child=None):
         """Until the file is there or, where it is one that goes away again, the child has ended."""
