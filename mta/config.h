@@ -105,7 +105,8 @@ static const ConfigField CONFIG_FIELDS[] = {
      "--num-key-value-heads", "key/value heads (grouped-query attention)"},
     {"max_position_embeddings", FIELD_INT, PART_CONTEXT, AT(max_position_embeddings), 2048, 1, MAX_CONTEXT, CHANGE_FREE,
      NULL, "--max-position-embeddings",
-     "context length of the model (default: --seq-len; a configuration file's if that is larger)"},
+     "context length of the model (default: --seq-len; a configuration file's, or the resumed run's, if that is "
+     "larger)"},
     {"rope_theta", FIELD_NUMBER, PART_NUMBERS, AT(rope_theta), 10000, 1e-3, 1e12, CHANGE_MODEL, NULL, "--rope-theta",
      "base of RoPE's frequencies"},
     {"rms_norm_eps", FIELD_NUMBER, PART_NUMBERS, AT(rms_norm_eps), 1e-6, 1e-20, 0.1, CHANGE_MODEL, NULL,

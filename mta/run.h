@@ -56,6 +56,7 @@ typedef struct {
     void* model;                  // the trainer's own
     const TrainOptions* options;  // what was given
     Config config;                // from here on: what was settled
+    int saved_context;            // max_position_embeddings of the checkpoint that is resumed
     int seq_len;                  // T
     int batch_size;               // sequences computed at once
     Ranks* ranks;                 // the processes of the run
@@ -454,7 +455,14 @@ static inline void run_configure(Run* r) {
     if (!config_override(c, o->fields, PART_CONTEXT, &e)) { die("%s", e.text); }
     bool whole = o->score || c->max_position_embeddings < 2048;  // --score serves what infer_mta serves
     r->seq_len = o->seq_len ? o->seq_len : whole ? c->max_position_embeddings : 2048;
-    if (!context_given && (preset || r->seq_len > c->max_position_embeddings)) {
+    Config saved;  // the checkpoint's that is resumed; its context is the run's unless another is given
+    if (r->resume_dir[0]) {
+        path_join(path, sizeof path, r->resume_dir, "config.json");
+        if (!config_read(&saved, path, false, &e)) { die("%s", e.text); }
+        r->saved_context = saved.max_position_embeddings;
+        if (preset && !context_given) { c->max_position_embeddings = r->saved_context; }
+    }
+    if (!context_given && ((preset && !r->resume_dir[0]) || r->seq_len > c->max_position_embeddings)) {
         c->max_position_embeddings = r->seq_len;
     }
     if (r->seq_len > c->max_position_embeddings) {
@@ -464,11 +472,8 @@ static inline void run_configure(Run* r) {
     if (r->init_dir[0] && !r->resume_dir[0]) { run_check_init(r, preset != NULL || (o->model && options_evaluate(o))); }
     r->schedule.lr = o->lr >= 0 ? o->lr : preset ? preset->lr : 1.5e-4;
     if (!config_check(c, &e)) { die("model: %s", e.text); }
-    if (r->resume_dir[0]) {
-        Config saved;
-        path_join(path, sizeof path, r->resume_dir, "config.json");
-        if (!config_read(&saved, path, false, &e)) { die("%s", e.text); }
-        if (!config_same_model(c, &saved, &e)) { die("--resume: %s is another model: %s", r->resume_dir, e.text); }
+    if (r->resume_dir[0] && !config_same_model(c, &saved, &e)) {
+        die("--resume: %s is another model: %s", r->resume_dir, e.text);
     }
 }
 
@@ -1090,23 +1095,33 @@ static inline void run_compare_setting(const RunSetting* s, const Json* saved, T
     }
 }
 
-// What is not as it was when the checkpoint was saved, and changes the numbers that follow: a line each, kept for the
-// log too.
+// Prints what is not as it was when the checkpoint was saved, and keeps it for the log. Frees the text; none: all is.
+static inline void run_say_change(Run* r, Text* change) {
+    if (!change->n) { return; }
+    make_one_line(change->text);
+    printf("changed on --resume: %s\n", change->text);
+    text_printf(&r->changes, "%s", r->changes.n ? ", " : "");
+    text_json_string(&r->changes, change->text, strlen(change->text));
+    text_free(change);
+}
+
+// What is not as it was when the checkpoint was saved, and changes the numbers that follow, or what the model says of
+// itself.
 static inline void run_say_changes(Run* r, const Json* saved) {
     RunSetting settings[MAX_RUN_SETTINGS];
+    Text context = {NULL, 0, 0};
     if (r->step > r->steps) {
         printf("--steps %lld%s: the checkpoint has %lld already\n", (long long)r->steps, r->length, (long long)r->step);
     }
     for (int i = 0, n = run_settings(r, settings); i < n; i++) {
         Text change = {NULL, 0, 0};
         run_compare_setting(&settings[i], json_get(saved, settings[i].key), &change);
-        if (!change.n) { continue; }
-        make_one_line(change.text);
-        printf("changed on --resume: %s\n", change.text);
-        text_printf(&r->changes, "%s", r->changes.n ? ", " : "");
-        text_json_string(&r->changes, change.text, strlen(change.text));
-        text_free(&change);
+        run_say_change(r, &change);
     }
+    if (r->config.max_position_embeddings != r->saved_context) {
+        text_printf(&context, "max-position-embeddings %d -> %d", r->saved_context, r->config.max_position_embeddings);
+    }
+    run_say_change(r, &context);
 }
 
 static inline bool run_state_says(const Json* j, const char* key) {

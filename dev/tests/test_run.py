@@ -828,6 +828,30 @@ class Resume(Trainer):
         return [line[len("changed on --resume: "):]
                 for line in done.stdout.splitlines() if line.startswith("changed on --resume: ")]
 
+    def test_a_resume_keeps_the_context(self):
+        """A run of a preset whose model was given a longer context: it keeps it, and another one, as an option or in a
+        file, is said."""
+        def context(step):
+            with open(os.path.join(out, "step-%08d" % step, "config.json"), encoding="utf-8") as f:
+                return json.load(f)["max_position_embeddings"]
+
+        out, option = self.out(), "--max-position-embeddings"
+        self.run_ok(out, {"--steps": 1, "--keep": 0, option: 64})
+        self.assertEqual(self.changed(self.run_ok(out, {"--steps": 2}, ["--resume"])), ["steps 1 -> 2"])
+        done = self.run_ok(out, {"--steps": 3, option: 128}, ["--resume"])
+        self.assertEqual(self.changed(done), ["steps 2 -> 3", "max-position-embeddings 64 -> 128"])
+        self.assertEqual(log_events(out, "start")[-1]["changed"], self.changed(done))
+        file = dict.fromkeys((n for n in SMALL if n.startswith(("--attention", "--hidden", "--num", "--inter",
+                                                                "--vocab", "--kq"))))
+        file["--model"] = self.path("longer.json")
+        with open(os.path.join(out, "step-00000003", "config.json"), encoding="utf-8") as f:
+            config = json.load(f)
+        with open(file["--model"], "w", encoding="utf-8") as f:
+            json.dump({**config, "max_position_embeddings": 256}, f)
+        self.assertEqual(self.changed(self.run_ok(out, {"--steps": 4, **file}, ["--resume"])),
+                         ["steps 3 -> 4", "max-position-embeddings 128 -> 256"])
+        self.assertEqual([context(step) for step in (2, 3, 4)], [64, 128, 256])
+
     def test_options_without_use(self):
         """What would do nothing without another option is refused by name, or said."""
         for changes, flags, wanted in (({"--val": None}, ["--eval-first"], "--val"), ({}, ["--shift"], "--score"),
