@@ -13,6 +13,7 @@ from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
+import transformers
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache, GenerationMixin, PreTrainedModel
@@ -240,7 +241,11 @@ class MtaPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module):
         """Starts a module as the trainers do: in a new model, and where a checkpoint lacks its tensors (a LLaMA's under
-        an MtaConfig), which have no values before."""
+        an MtaConfig), which have no values before. Some versions of transformers ask for modules too of which all was
+        loaded; these tensors are marked, and stay."""
+        own = list(module.parameters(recurse=False))
+        if own and all(getattr(tensor, "_is_hf_initialized", False) for tensor in own):
+            return
         if isinstance(module, (nn.Linear, nn.Embedding)):
             std = module.weight.shape[1] ** -0.5
             nn.init.trunc_normal_(module.weight, std=std, a=-3 * std, b=3 * std)
@@ -316,6 +321,8 @@ class MtaForCausalLM(MtaPreTrainedModel, GenerationMixin):
 
     def __init__(self, config):
         super().__init__(config)
+        if config.tie_word_embeddings and transformers.__version__ == "5.3.0":
+            raise ImportError("transformers 5.3.0 does not load the tied head of such a model, wanted another version")
         self.model = MtaModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
