@@ -392,7 +392,13 @@ def special_tokens(tok):
         return {256: "<|bos|>", 257: "<|eos|>", 258: "<|pad|>"}
     if tok.eos >= 0:  # Llama 3's and 4's
         return {tok.bos: "<|begin_of_text|>", tok.eos: "<|end_of_text|>"}
-    return {tok.bos: "<|endoftext|>"}
+    return {tok.bos: "<|endoftext|>", **unused_tokens(tok)}
+
+
+def unused_tokens(tok):
+    """{id: name} of the ids between the ranks and BOS: without a name each would be a hole, and len(tokenizer), to which
+    users resize a model's embedding, less than the largest id and one."""
+    return {i: "<|unused_%d|>" % i for i in range(len(read_ranks(tok.path)), tok.bos)}
 
 
 def tokenizer_json(tok):

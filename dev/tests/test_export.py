@@ -573,6 +573,7 @@ class Tokenizers(Case):
         self.assertEqual(tokenizer(text, "x").input_ids, [bos] + want + [bos] + x)
         self.assertEqual(tokenizer.decode([bos] + want, skip_special_tokens=True), text)
         self.assertEqual(tokenizer.decode([eos] + want), tokenizer.eos_token + text)
+        self.assertEqual(sorted(tokenizer.get_vocab().values()), list(range(len(tokenizer))))
 
     def test_special_ids_of_large_ones(self):
         import test_tokenizer
