@@ -14,6 +14,7 @@ import glob
 import json
 import math
 import os
+import re
 import sys
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.dirname(os.path.realpath(__file__))), "data"))
@@ -49,14 +50,22 @@ def scalars(event):
     return {}
 
 
+MARKDOWN = re.compile(r"[][\\`*_{}()<>#~|&!]")
+
+
+def row(name, value):
+    """A row of a table; the value as it is, whatever of it has a meaning in Markdown, as the * of a glob has."""
+    text = value if isinstance(value, str) else json.dumps(value)
+    return "%s | %s" % (name, MARKDOWN.sub(lambda c: "&#%d;" % ord(c.group()), text))
+
+
 def texts(event):
     """{tag: text in Markdown} of an event."""
     if event.get("event") == "sample":
-        return {"sample": "    " + event["text"].replace("\n", "\n    ")}
+        return {"sample": "    " + re.sub("\r\n?|\n", "\n    ", event["text"])}  # Markdown's lines end in CR too
     if event.get("event") == "start":
-        rows = ["%s | %s" % (k, json.dumps(v) if isinstance(v, (dict, list)) else v)
-                for k, v in event.items() if k not in ("event", "config")]
-        config = ["%s | %s" % (k, json.dumps(v)) for k, v in event.get("config", {}).items()]
+        rows = [row(k, v) for k, v in event.items() if k not in ("event", "config")]
+        config = [row(k, v) for k, v in event.get("config", {}).items()]
         return {"run": "\n".join(["field | value", "---|---"] + rows),
                 "config": "\n".join(["field | value", "---|---"] + config)}
     return {}

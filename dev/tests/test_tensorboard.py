@@ -3,9 +3,11 @@
 
 dev/.venv/bin/python dev/tests/test_tensorboard.py    (skipped without the package tensorboard)
 """
+import html
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import unittest
@@ -14,6 +16,7 @@ from helpers import ROOT, Folder, main
 
 try:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.plugin_util import markdown_to_safe_html
     from tensorboard.util import tensor_util
     HAS = True
 except ImportError:
@@ -84,6 +87,23 @@ class TensorBoard(Folder):
         self.assertIn("hidden_size | 8", text("config"))
         self.assertIn("host | h", text("run"))
         self.assertEqual(reader.SummaryMetadata("sample").plugin_data.plugin_name, "text")
+
+    def test_texts_as_they_are_shown(self):
+        """What has a meaning in Markdown stays in arguments and configuration; a sample stays one block of code."""
+        glob, name = "a=x/t_train_*.bin,y/t_*.bin", "<b>\\* [x](y) `z` &amp; | __p__ #~~q~~ | {0}"
+        sample = "one\r\ntwo\rthree *4* _5_ <b>\n\n6"
+        self.log("run", [{"event": "start", "step": 0, "host": name, "arguments": ["--train", glob], "time": 1.0,
+                          "config": {"tokenizer": name}},
+                         {"event": "sample", "step": 1, "text": sample, "time": 2.0}])
+        self.assertEqual(run(self.path("run")).returncode, 0)
+        reader = self.read(self.path("run", "tensorboard"))
+        page = lambda tag: markdown_to_safe_html(tensor_util.make_ndarray(reader.Tensors(tag)[0].tensor_proto).item())
+        cells = lambda tag: [html.unescape(cell) for cell in re.findall("<td>(.*)</td>", page(tag))]
+        self.assertEqual(cells("run"), ["step", "0", "host", name, "arguments", json.dumps(["--train", glob]), "time",
+                                        "1.0"])
+        self.assertEqual(cells("config"), ["tokenizer", name])
+        shown = re.fullmatch("<pre><code>(.*)\n</code></pre>", page("sample"), re.DOTALL)
+        self.assertEqual(html.unescape(shown[1]), "one\ntwo\nthree *4* _5_ <b>\n\n6")
 
     def test_refused(self):
         self.log("run", self.events()[:3])
