@@ -23,6 +23,7 @@ import argparse
 import json
 import os
 import pickle
+import re
 import shutil
 import struct
 import sys
@@ -81,6 +82,8 @@ KNOWN_KEYS = set(
     "init_method head_kernel_size group_norm layer_norm_rescale curse_norm pre_sm_linear_head post_sm_linear_head "
     "add_gating gate_1d".split()
 )
+NUMBERS = {"dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "rope_theta", "norm_eps", "max_seqlen"}
+ABSENT = {"n_heads", "n_kv_heads", "head_dim"}  # may be null
 DTYPES = torch and {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
@@ -152,6 +155,43 @@ def shapes_of(tensors, kind):
     return {split_layer(n, "model.layers")[0]: tuple(t.shape) for n, t in tensors.items() if n.endswith(end)}
 
 
+def floats_of(name, t):
+    """A tensor of consolidated.pth without its gradient; refused where it is none, or holds no plain numbers."""
+    kind = t.dtype if isinstance(t, torch.Tensor) and t.layout == torch.strided and not t.is_meta else type(t).__name__
+    if kind not in (*DTYPES.values(), torch.float64):
+        kind = str(kind).replace("torch.", "")
+        raise UserError("tensor %s: got %s, wanted a tensor of float32, bfloat16 or float16" % (name, kind))
+    return t.detach()
+
+
+def check_whole(tensors, config):
+    """Refuses a part of a model, and tensors of other sizes."""
+    wanted, form = model_tensors(config), "consolidated.pth: %s, as it is called here, "
+    for name in sorted(set(wanted) ^ set(tensors)):
+        raise UserError(form % name + ("is missing" if name in wanted else "is not one of this model"))
+    for name, shape in wanted.items():
+        if tuple(tensors[name].shape) != shape:
+            raise UserError(form % name + "is %s, wanted %s" % (list(tensors[name].shape), list(shape)))
+
+
+def check_said(mta, layers, before, after, pre, post):
+    """Refuses tensors of which params.json says something else: a layer whose kernel is missing would be a plain one.
+    before, after: layers with convolutions; pre, post: how many heads are mixed."""
+    on, places = mta.get("use_mta"), mta.get("mta_layers")
+    chosen = set(range(layers)) & set(range(layers) if places is None else map(int, str(places).split(",")))
+    for name, prefix, absent, found in (("mta_kernel", "", 1, before), ("mta_kernel_after_sm", "after_sm_", None, after)):
+        sizes = [mta.get(prefix + key, absent) for key in ("query_kernel_size", "key_kernel_size")]
+        wanted = chosen if on and None not in sizes else set()
+        if set(found) != wanted:
+            raise UserError("params.json: %s in the layers %s, but the tensors have it in %s" %
+                            (name, sorted(wanted), sorted(found)))
+    for keys, found in ((["pre_sm_linear_head"], pre), (["post_sm_linear_head", "head_kernel_size"], post)):
+        said = any(on and mta.get(key) for key in keys)
+        if said != bool(found):
+            raise UserError("params.json: %s %s set, but the tensors mix %s heads there" %
+                            (" or ".join(keys), "is" if said else "is not", "some" if found else "no"))
+
+
 def only(what, sizes, absent):
     """The one element of a set of sizes; `absent` of an empty one."""
     if len(sizes) > 1:
@@ -174,6 +214,7 @@ def our_config(tensors, params, heads, kv_heads):
     cq, ck = only("kernels", {shape[1:] for shape in [*before.values(), *after.values()]}, (6, 11))
     pre, post = (only("head mixings", {shape[1] for shape in shapes_of(tensors, kind).values()}, 0)
                  for kind in ("head_mix_pre", "head_mix"))
+    check_said(mta, layers, before, after, pre, post)
     norm = "none" if not mta.get("group_norm") else "group_depth_scaled" if mta.get("layer_norm_rescale") else "group"
     plain = not (before or after or pre or post or norm != "none" or mta.get("add_gating"))
     return {
@@ -208,10 +249,13 @@ def our_config(tensors, params, heads, kv_heads):
 def to_ours(state, params):
     """Their state dict and model parameters -> our tensors and config."""
     refuse_unknown(params, params.get("mta") or {})
+    for key in sorted(NUMBERS & set(params)):
+        if type(params[key]) not in (int, float) and (params[key] is not None or key not in ABSENT):
+            raise UserError("params.json: %s: got %s, wanted a number" % (key, json.dumps(params[key])))
     heads = params.get("n_heads") or params["dim"] // params["head_dim"]
     kv_heads = params.get("n_kv_heads") or heads
     tensors = {}
-    for name, t in state.items():
+    for name, t in ((str(name), t) for name, t in state.items()):
         if name in TIED and params.get("weight_tying"):
             if not torch.equal(t, state.get("tok_embeddings.weight", t)):
                 raise UserError("tensor %s is another than tok_embeddings.weight, but params.json says that they are "
@@ -223,12 +267,14 @@ def to_ours(state, params):
         if ours in tensors:
             raise UserError("tensor %s is a second one for %s" % (name, ours))
         try:
-            tensors[ours] = our_form(rest, t, heads, kv_heads)
-        except RuntimeError:
+            tensors[ours] = our_form(rest, floats_of(name, t), heads, kv_heads)
+        except (RuntimeError, ValueError):
             raise UserError("tensor %s: its shape %s does not fit %d heads" % (name, list(t.shape), heads)) from None
     if "lm_head.weight" not in tensors and not params.get("weight_tying"):
         raise UserError("tensor output.weight is missing, and params.json does not say weight_tying")
-    return tensors, our_config(tensors, params, heads, kv_heads)
+    config = our_config(tensors, params, heads, kv_heads)
+    check_whole(tensors, config)
+    return tensors, config
 
 
 def their_form(rest, t, heads, kv_heads):
@@ -378,8 +424,12 @@ def read_model(folder):
 def load_state(path):
     """The tensors of consolidated.pth, which holds them alone or under "model"."""
     try:
-        state = torch.load(path, map_location="cpu")
+        state = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, pickle.UnpicklingError) as e:
+        other = re.search(r"GLOBAL (\S+) was not an allowed", str(e))
+        if other:  # PyTorch's text is of how to trust it
+            raise UserError("%s: it holds %s too, wanted tensors alone: save the model's state_dict() anew" %
+                            (path, other[1]))
         raise UserError("%s: PyTorch does not read it: %s" % (path, (str(e) or type(e).__name__).split("\n")[0]))
     if not isinstance(state, dict):
         raise UserError("%s: holds a %s, wanted a dictionary of tensors" % (path, type(state).__name__))
@@ -449,6 +499,9 @@ def convert(source, out, dtype, tokenizer, pattern):
     tensors, config = to_ours(load_state(os.path.join(source, "consolidated.pth")), model)
     if dtype != "stored":
         tensors = {name: t.to(DTYPES[dtype.upper()]) for name, t in tensors.items()}
+    doubles = next((name for name, t in tensors.items() if t.dtype not in DTYPES.values()), None)
+    if doubles:
+        raise UserError("consolidated.pth: %s, as it is called here, is float64: --dtype says what it becomes" % doubles)
     theirs, their_pattern, why = tokenizer_of_theirs(source, params, config["vocab_size"])
     if tokenizer is None:
         tokenizer, pattern = theirs, their_pattern

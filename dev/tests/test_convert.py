@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import unittest
+from argparse import Namespace
 
 from helpers import GOLDEN, ROOT, call, main, read_bytes
 
@@ -414,6 +415,50 @@ class Convert(unittest.TestCase):
                 done = call(convert_ram, "--back", tmp, out, *more)
                 self.assertEqual((done.returncode, done.stderr.count("\n")), (1, 1), done.stderr)
                 self.assertIn("no use beside --back", done.stderr)
+
+    def test_a_part_of_a_model_is_none(self):
+        """Each tensor that is missing, and each that params.json says otherwise of: with a kernel less a layer was a
+        plain one, without a word."""
+        for kind, mta in KINDS.items():
+            state, model = their_state(mta, 1), {"dim": 32, "n_heads": 4, "weight_tying": True, "mta": mta}
+            convert_ram.to_ours(state, model)
+            for name in state:
+                with self.subTest(kind, without=name), self.assertRaises((convert_ram.UserError, KeyError)):
+                    convert_ram.to_ours({n: t for n, t in state.items() if n != name}, model)
+            missing = {n: t for n, t in state.items() if not re.search("kernel|wpsm|wposm", n)}
+            if len(missing) < len(state):
+                with self.subTest(kind), self.assertRaisesRegex(convert_ram.UserError, "^params.json: .* but the"):
+                    convert_ram.to_ours(missing, model)
+        for more, why in (({"n_kv_heads": 2}, "k_proj.weight, as it is called here, is .32, 32., wanted .16, 32."),
+                          ({"mta": dict(MTA, mta_layers="0")}, r"mta_kernel in the layers .0., but .* have it in .1."),
+                          ({"mta": dict(MTA, mta_layers=None)}, r"in the layers .0, 1., but .* have it in .1."),
+                          ({"mta": dict(MTA, head_kernel_size=2)}, "head_kernel_size is set, but .* mix no heads"),
+                          ({"n_heads": "4"}, 'n_heads: got "4", wanted a number'),
+                          ({"rope_theta": None}, "rope_theta: got null, wanted a number")):
+            with self.assertRaisesRegex(convert_ram.UserError, why):
+                convert_ram.to_ours(their_state(MTA, 1), dict({"dim": 32, "n_heads": 4, "weight_tying": True,
+                                                               "mta": MTA}, **more))
+
+    def test_kinds_of_numbers(self):
+        """Parameters are tensors; doubles want --dtype; what is quantised, or none, is refused."""
+        state, first = their_state({}, 1), "norm.weight"
+        kept = {n: torch.nn.Parameter(t) for n, t in state.items()}
+        for more, options, why in (
+            ({}, (), ""), (kept, (), ""), (kept, ("--dtype", "bf16"), ""),
+            ({first: state[first].double()}, (), "model.norm.weight, as it is called here, is float64: --dtype"),
+            ({first: state[first].double()}, ("--dtype", "f32"), ""),
+            ({first: state[first].to(torch.int8)}, ("--dtype", "f32"), "tensor norm.weight: got int8, wanted"),
+            ({first: [1.0] * 32}, (), "tensor norm.weight: got list, wanted"),
+            ({1: torch.zeros(1)}, (), "tensor 1 is unknown"),
+            ({"args": Namespace()}, (), "it holds argparse.Namespace too"),
+        ):
+            with self.subTest(why, options=options), tempfile.TemporaryDirectory() as tmp:
+                with open(os.path.join(tmp, "params.json"), "w") as f:
+                    json.dump({"dim": 32, "n_heads": 4, "weight_tying": True}, f)
+                torch.save({**state, **more}, os.path.join(tmp, "consolidated.pth"))
+                done = call(convert_ram, tmp, os.path.join(tmp, "out"), *options)
+                self.assertEqual((done.returncode, done.stderr.count("\n")), (1, 1) if why else (0, 0), done.stderr)
+                self.assertIn(why, done.stderr)
 
     def test_refuses_what_has_no_counterpart(self):
         with self.assertRaisesRegex(convert_ram.UserError, "sliding_window"):
