@@ -1,7 +1,9 @@
 """The workers of prepare.py: the tasks of inputs.py -> packed tokens by set, in one process or in several."""
 
 import collections
+import contextlib
 import hashlib
+import itertools
 import os
 import struct
 import sys
@@ -38,6 +40,7 @@ class Worker:
         paths = [job["text_field"], job["domain_field"] or job["text_field"]]
         self.names = {name for path in paths for name in (path, *path.split("."))}
         self.decoder = inputs.decoder_of(self.names)
+        self.parquet, self.opened = None, contextlib.ExitStack()  # as of open_parquet
 
     def run(self, task):
         """-> (sets, bad): {name: (packed tokens, leading tokens, [tokens of each document that starts], text bytes)}
@@ -151,23 +154,34 @@ class Worker:
             raise BadDocument("broken JSON", "%s, wanted an object" % type(record).__name__)
         return self.fields(record)
 
+    def open_parquet(self, path):
+        """The file, and how many rows stand before each of its row groups. It stays open for its next groups: what says
+        where they are grows with their number, so to read it anew for each takes hours where there are 30,000."""
+        if not self.parquet or self.parquet[0] != path:
+            self.opened.close()
+            f = self.opened.enter_context(inputs.parquet_file(path))
+            rows = [f.metadata.row_group(i).num_rows for i in range(f.num_row_groups)]
+            self.parquet = path, f, [0, *itertools.accumulate(rows)]
+        return self.parquet[1:]
+
     def rows(self, path, group):
         wanted = [self.job["text_field"]] + ([self.job["domain_field"]] if self.job["domain_field"] else [])
         bad = None
         try:
-            with inputs.parquet_file(path) as f:
-                number = sum(f.metadata.row_group(i).num_rows for i in range(group))
-                names = f.schema_arrow.names
-                # Of an object only what is wanted: pyarrow makes no Python values of some dates beside it.
-                columns = sorted({column for w in wanted for column in inputs.column_of(w, f.schema)})
-                twice = [name for w in columns for name in (w, w.split(".")[0]) if names.count(name) > 1]
-                if twice:
-                    bad = "ambiguous field", "the column %s occurs twice" % twice[0]
-                # Not the whole group at once: that takes more memory, and pyarrow cannot read 2 GiB of a nested column.
-                for batch in () if bad else f.iter_batches(4096, row_groups=[group], columns=columns):
-                    for number, row in enumerate(inputs.rows_of(batch), number + 1):
-                        yield number, lambda: self.row(row)
+            f, before = self.open_parquet(path)
+            number, names = before[group], f.schema_arrow.names
+            # Of an object only what is wanted: pyarrow makes no Python values of some dates beside it.
+            columns = sorted({column for w in wanted for column in inputs.column_of(w, f.schema)})
+            twice = [name for w in columns for name in (w, w.split(".")[0]) if names.count(name) > 1]
+            if twice:
+                bad = "ambiguous field", "the column %s occurs twice" % twice[0]
+            # Not the whole group at once: that takes more memory, and pyarrow cannot read 2 GiB of a nested column.
+            for batch in () if bad else f.iter_batches(4096, row_groups=[group], columns=columns):
+                for number, row in enumerate(inputs.rows_of(batch), number + 1):
+                    yield number, lambda: self.row(row)
         except Exception as e:
+            self.opened.close()
+            self.parquet = None
             why = "parquet row group %d: %s" % (group, str(e).split("\n")[0] or "out of memory")
             if inputs.fault_of_machine(e):
                 raise UserError("%s: %s" % (path, why))
