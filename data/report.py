@@ -438,6 +438,11 @@ def draw_needles(pyplot, models, path):
     pyplot.close(figure)
 
 
+def point_of(i):
+    """With one of ten colours no two of 100 models look the same."""
+    return "os^Dv<>pP*"[(i + i // 10) % 10]
+
+
 def draw_babilong(pyplot, models, path):
     """A panel for each task and their mean: accuracy over distraction, a curve for each model, chance dotted."""
     models = [m for m in models if m.tasks("babilong")]
@@ -454,8 +459,8 @@ def draw_babilong(pyplot, models, path):
         for i, m in enumerate(models):
             known = [mean_if_whole([percent(m.mean(t, distraction=d)) for t in shown]) for d in lengths]
             values = [math.nan if v is None else v for v in known]
-            ax.plot(at, values, "os^Dv<>pP*"[i % 10] + "-", color=colours[i % 10], label=picture_name(m.name),
-                    markersize=4, linewidth=1.5)
+            ax.plot(at, values, point_of(i) + "-", color=colours[i % 10], label=picture_name(m.name), markersize=4,
+                    linewidth=1.5)
         chances = [m.chance(t) for m in models for t in shown if t in m.tasks("babilong")]
         ax.axhline(100 * sum(chances) / len(chances), color="0.5", linestyle=":", linewidth=1.2, label="chance")
         ax.set_title(panel.upper() if panel != "mean" else "mean", fontsize=10)

@@ -8,7 +8,7 @@ sets.
 
 A run is a folder with log.jsonl, or such a file; LABEL= in front of it names it. Runs of one label (seeds) look the
 same; without labels no two do. Of several validation sets each has its colour, and the mean is black; several runs are
-then told apart by dashes.
+then told apart by dashes, more than four by the shape of their points too.
 numpy and matplotlib are needed.
 """
 import os
@@ -32,12 +32,22 @@ except ImportError as error:  # --help works without; main() says what is missin
                "run it with data/.venv/bin/python")
 
 DASHES = ["-", "--", ":", "-."]
+POINTS = "os^Dv<>p*h"
 AXES = {"steps": "optimizer step", "tokens": "tokens", "hours": "hours"}
 
 
 def colour_of(i):
-    """Ten that tell apart, then their ten lighter ones."""
-    return plt.get_cmap("tab10")(i) if i < 10 else plt.get_cmap("tab20")(2 * (i % 10) + 1)
+    """Ten that tell apart, then their ten lighter ones, then 40 shades."""
+    if i < 20:
+        return plt.get_cmap("tab10")(i) if i < 10 else plt.get_cmap("tab20")(2 * (i % 10) + 1)
+    return plt.get_cmap("tab20b" if i // 20 % 2 else "tab20c")(i % 20)
+
+
+def line_of(labels, label):
+    """How a run's curves of several sets look: dashes and points that no other of 40 has."""
+    i, several = labels.index(label), len(labels) > len(DASHES)
+    point = POINTS[i // len(DASHES) % len(POINTS)]
+    return {"linestyle": DASHES[i % len(DASHES)], "marker": point, "markersize": 4.5 if several else 2.5}
 
 
 def number(x):
@@ -168,14 +178,15 @@ def draw_validation(ax, runs, colours, column, scale):
             if not good.any():
                 continue
             label = run.label if len(names) == 1 else name
-            style = "-" if len(names) == 1 else DASHES[labels.index(run.label) % len(DASHES)]
-            ax.plot(rows[good, 0], rows[good, column] * scale, style, color=colour, marker="o", markersize=2.5,
+            look = line_of(labels if len(names) > 1 else [run.label], run.label)
+            ax.plot(rows[good, 0], rows[good, column] * scale, color=colour, **look,
                     linewidth=2.0 if colour == "black" else 1.3,
                     label=picture_name(label) if label not in used else None)
             used.add(label)
     if len(names) > 1 and len(labels) > 1 and used:
-        for i, label in enumerate(labels):
-            ax.plot([], [], DASHES[i % len(DASHES)], color="0.35", linewidth=1.3, label=picture_name(label))
+        for label in labels:
+            look = dict(line_of(labels, label), **({} if len(labels) > len(DASHES) else {"marker": None}))
+            ax.plot([], [], color="0.35", linewidth=1.3, label=picture_name(label), **look)
 
 
 def draw(runs, title, out, x):

@@ -23,6 +23,7 @@ from helpers import BIN, ROOT, Folder, call, main, png_size, write_shard
 
 sys.path.insert(0, os.path.join(ROOT, "data"))
 import evals  # noqa: E402
+import report  # noqa: E402
 
 PLOTS = importlib.util.find_spec("matplotlib") is not None
 
@@ -671,6 +672,10 @@ class Report(Case):
         for other, how in (("c", "2097152 tokens in windows of 4096"), ("d", "9 tokens in windows of 2048")):
             line = "Not all models were validated alike on s: a on 2097152 tokens in windows of 2048; %s on %s."
             self.assertIn(line % (other, how), run("report", self.path("a"), self.path(other)))
+
+    def test_no_two_models_of_a_picture_look_the_same(self):
+        """The eleventh looked as the first."""
+        self.assertEqual(len({(i % 10, report.point_of(i)) for i in range(100)}), 100)
 
     @unittest.skipUnless(PLOTS, "matplotlib is missing")
     def test_pictures(self):

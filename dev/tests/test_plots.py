@@ -114,6 +114,23 @@ class Plots(Folder):
         self.assertLessEqual(ax.get_legend().get_window_extent().y1, ax.get_window_extent().y0)
         plot_run.plt.close(figure)
 
+    def test_many_runs_and_sets_look_different(self):
+        """Beyond four runs of several sets, and beyond twenty runs or sets, two looked the same."""
+        names = ["s%d" % i for i in range(25)]
+        for i in range(12):
+            self.write_log("m%d" % i, "".join(json.dumps({"event": "val", "step": 1, "name": n, "loss": 2.0}) + "\n"
+                                              for n in names))
+        runs = [plot_run.Run("m%d" % i, self.path("m%d" % i), "steps") for i in range(12)]
+        figure, ax = plot_run.plt.subplots()
+        plot_run.draw_validation(ax, runs, {run.label: plot_run.colour_of(i) for i, run in enumerate(runs)}, 1, 1.0)
+        look = lambda line: (line.get_color(), line.get_linestyle(), line.get_marker())
+        drawn = [look(line) for line in ax.get_lines() if len(line.get_xdata())]
+        self.assertEqual((len(drawn), len(set(drawn))), (12 * 25, 12 * 25))
+        named = [look(line)[1:] for line in ax.get_lines() if not len(line.get_xdata())]
+        self.assertEqual(named, [look(ax.get_lines()[25 * i])[1:] for i in range(12)])
+        plot_run.plt.close(figure)
+        self.assertEqual(len({plot_run.colour_of(i) for i in range(60)}), 60)
+
     def test_odd_names(self):
         """A name that begins with "_", which a legend of matplotlib's leaves out, or that holds "$" stands in it."""
         self.write_log("a", '{"event":"step","step":1,"loss":3}\n{"event":"val","step":1,"name":"_s","loss":2}\n'
