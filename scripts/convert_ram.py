@@ -179,7 +179,8 @@ def check_said(mta, layers, before, after, pre, post):
     before, after: layers with convolutions; pre, post: how many heads are mixed."""
     on, places = mta.get("use_mta"), mta.get("mta_layers")
     chosen = set(range(layers)) & set(range(layers) if places is None else map(int, str(places).split(",")))
-    for name, prefix, absent, found in (("mta_kernel", "", 1, before), ("mta_kernel_after_sm", "after_sm_", None, after)):
+    kernels = ("mta_kernel", "", 1, before), ("mta_kernel_after_sm", "after_sm_", None, after)
+    for name, prefix, absent, found in kernels:
         sizes = [mta.get(prefix + key, absent) for key in ("query_kernel_size", "key_kernel_size")]
         wanted = chosen if on and None not in sizes else set()
         if set(found) != wanted:
@@ -501,7 +502,8 @@ def convert(source, out, dtype, tokenizer, pattern):
         tensors = {name: t.to(DTYPES[dtype.upper()]) for name, t in tensors.items()}
     doubles = next((name for name, t in tensors.items() if t.dtype not in DTYPES.values()), None)
     if doubles:
-        raise UserError("consolidated.pth: %s, as it is called here, is float64: --dtype says what it becomes" % doubles)
+        text = "consolidated.pth: %s, as it is called here, is float64: --dtype says what it becomes"
+        raise UserError(text % doubles)
     theirs, their_pattern, why = tokenizer_of_theirs(source, params, config["vocab_size"])
     if tokenizer is None:
         tokenizer, pattern = theirs, their_pattern

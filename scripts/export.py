@@ -396,8 +396,8 @@ def special_tokens(tok):
 
 
 def unused_tokens(tok):
-    """{id: name} of the ids between the ranks and BOS: without a name each would be a hole, and len(tokenizer), to which
-    users resize a model's embedding, less than the largest id and one."""
+    """{id: name} of the ids between the ranks and BOS: without a name each would be a hole, and len(tokenizer), to
+    which users resize a model's embedding, less than the largest id and one."""
     return {i: "<|unused_%d|>" % i for i in range(len(read_ranks(tok.path)), tok.bos)}
 
 
