@@ -69,10 +69,12 @@ AUTO_MAP = {
     "AutoModel": "modeling_mta.MtaModel",
     "AutoModelForCausalLM": "modeling_mta.MtaForCausalLM",
 }
-# What transformers saves of a tokenizer: with tokens that were added, and a chat template.
+# What transformers saves of a tokenizer: with tokens that were added, a chat template, and what its class was read from.
 TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
+    "tokenizer.model", "vocab.json", "merges.txt",
 )
+CHAT_TEMPLATES = "additional_chat_templates"  # those of names, each a file in this folder
 INDEX = "model.safetensors.index.json"
 WIDTHS = {"F32": 4, "BF16": 2, "F16": 2}  # bytes of a value
 PIECE = 1 << 24  # bytes read at once
@@ -481,12 +483,15 @@ def write_tokenizer(folder, config, out):
     for file in TOKENIZER_FILES if theirs else ():
         if os.path.isfile(os.path.join(folder, file)):
             shutil.copyfile(os.path.join(folder, file), os.path.join(out, file))
+    if theirs and os.path.isdir(os.path.join(folder, CHAT_TEMPLATES)):
+        shutil.copytree(os.path.join(folder, CHAT_TEMPLATES), os.path.join(out, CHAT_TEMPLATES))
     if theirs and not os.path.isfile(os.path.join(out, "tokenizer_config.json")):  # in which transformers 4 looks
         write_json(out, "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast"})
     if theirs and name in (None, "", "toy", "bytes"):
         return "its tokenizer.json"
     if name in (None, "", "toy"):
-        return "no tokenizer: %s" % ("toy has no counterpart in transformers" if name else "config.json names none")
+        none = "config.json names none, and there is no tokenizer.json"
+        return "no tokenizer: %s" % ("toy has no counterpart in transformers" if name else none)
     if not isinstance(name, str) or "/" in name:
         raise UserError("tokenizer: got %s, wanted a name or a file beside config.json" % json.dumps(name))
     path = name if name == "bytes" else os.path.join(folder, name)

@@ -852,7 +852,10 @@ class Refusals(unittest.TestCase):
     def test_a_tokenizer_that_was_saved(self):
         """A tokenizer.json of DIR, of another program or with tokens that a user has added, goes along as it is; what
         belongs to it too, infer_mta's name of a tokenizer stays."""
-        files = {"tokenizer.json": "{}", "tokenizer_config.json": '{"extra": 1}', "chat_template.jinja": "{{ x }}"}
+        more = "additional_chat_templates"
+        files = {"tokenizer.json": "{}", "tokenizer_config.json": '{"extra": 1}', "chat_template.jinja": "{{ x }}",
+                 "tokenizer.model": "sp", "vocab.json": "{ }", "merges.txt": "#", more + "/tool_use.jinja": "{{ y }}"}
+        os.mkdir(os.path.join(self.source, more))
         for name, text in files.items():
             with open(os.path.join(self.source, name), "w") as f:
                 f.write(text)
