@@ -86,6 +86,10 @@ def question_of(record):
     else:
         texts, names = [c["text"] for c in choices], [c["label"] for c in choices]
     answer = record.get("answerKey")
+    if len(texts) != len(names) or len(set(names)) < len(names):
+        raise ValueError("%d choices with the labels %s, wanted a label of its own for each" % (len(texts), names))
+    if answer and answer.strip() not in names:
+        raise ValueError("answerKey is %s, wanted one of the labels %s" % (answer, names))
     return question, texts, names.index(answer.strip()) if answer else None
 
 

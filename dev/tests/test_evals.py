@@ -174,6 +174,12 @@ class Formats(Case):
             ({"endings": ["a", "b"], "ctx": "C", "label": 0}, "no field 'activity_label'"),
             ({"question": "Q", "subject": "", "choices": list("abcd"), "answer": 0}, "wanted a subject"),
             ({"question": "Q", "subject": "s", "choices": list("abc"), "answer": 0}, "4 choices, got 's' and 3"),
+            ({"question": "Q", "choices": {"text": ["a", "b", "c"], "label": ["A", "A", "C"]}, "answerKey": "A"},
+             "3 choices with the labels ['A', 'A', 'C'], wanted a label of its own"),
+            ({"question": "Q", "choices": {"text": ["a", "b", "c"], "label": ["A", "B"]}, "answerKey": "B"},
+             "3 choices with the labels ['A', 'B']"),
+            ({"question_stem": "Q", "choices": {"text": ["a", "b"], "label": ["a", "b"]}, "answerKey": "B"},
+             "answerKey is B, wanted one of the labels ['a', 'b']"),  # as a data set on the hub had them
             ({"text": "word"}, "a text of several words"),
             ({"text": "it ends in a blank "}, "that ends with a word"),
         ):
