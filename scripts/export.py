@@ -506,10 +506,27 @@ def write_tokenizer(folder, config, out):
     return "its tokenizer.json" if theirs else "tokenizer %s" % tok.name
 
 
+def with_old_keys(path, config):
+    """Of RoPE what transformers 5 saves in keys of transformers 4 too, which takes 10000 where it finds no rope_theta."""
+    rope, config = config.get("rope_parameters") or {}, dict(config)
+    if not isinstance(rope, dict):
+        raise UserError("%s: rope_parameters: got %s, wanted an object" % (path, json.dumps(rope)))
+    scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
+    theta, kind = (rope.get("rope_theta"), config.get("rope_theta")), scaling.get("rope_type", scaling.get("type"))
+    if None not in theta and theta[0] != theta[1]:
+        raise UserError("%s: rope_theta: got %s, and %s in rope_parameters, wanted one" % (path, theta[1], theta[0]))
+    if theta[0] is not None:
+        config["rope_theta"] = theta[0]
+    if kind not in (None, "default") and config.get("rope_scaling") is None:
+        config["rope_scaling"] = scaling
+    return config
+
+
 def export(folder, out, bf16):
     if not os.path.isfile(os.path.join(folder, "config.json")):
         raise UserError("%s: no such file, wanted a checkpoint" % os.path.join(folder, "config.json"))
-    config = read_config(os.path.join(folder, "config.json"))
+    path = os.path.join(folder, "config.json")
+    config = with_old_keys(path, read_config(path))
     files, placed = weight_files(folder)
     verify(folder, ["config.json", *files, config.get("tokenizer") or ""])
     stored = read_tensors(folder, files, placed)

@@ -873,6 +873,24 @@ class Refusals(unittest.TestCase):
         write_config(self.source, dict(self.config, tokenizer="gpt2.tiktoken"))  # which transformers does not save
         self.refused("gpt2.tiktoken: no such file, which config.json names for infer_mta; copy it there")
 
+    def test_rope_as_transformers_5_saves_it(self):
+        """In the keys of transformers 4 too, which took a plain model's rope_theta for 10000."""
+        config = dict(self.config, model_type="llama", rope_theta=None)
+        tensors = {n: t for n, t in self.tensors.items() if n in export.model_tensors(config)}
+        write_safetensors(os.path.join(self.source, "model.safetensors"), tensors)
+        for rope, more in ((dict(rope_type="default"), {}), (LLAMA3, {}), (LLAMA3, dict(rope_scaling=LLAMA3))):
+            write_config(self.source, dict(config, rope_parameters=dict(rope, rope_theta=5e5), **more))
+            run(export, self.source, self.out)
+            with open(os.path.join(self.out, "config.json")) as f:
+                got = json.load(f)
+            self.assertEqual((got["rope_theta"], got.get("rope_scaling")), (5e5, LLAMA3 if rope is LLAMA3 else None))
+            self.assertEqual(got["rope_parameters"], dict(rope, rope_theta=5e5))
+            shutil.rmtree(self.out)
+        write_config(self.source, dict(config, rope_theta=1e4, rope_parameters=dict(rope_theta=5e5)))
+        self.refused("rope_theta: got 10000.0, and 500000.0 in rope_parameters, wanted one")
+        write_config(self.source, dict(config, rope_parameters=[1]))
+        self.refused("rope_parameters: got [1], wanted an object")
+
     def test_the_newest(self):
         """Of a run the checkpoint with the largest number, whatever its digits; others' folders are none."""
         for name in ("step-00000009", "step-100000000", "step-99999999", "step-9", "step-0999999999", "step-x"):
