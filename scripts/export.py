@@ -69,7 +69,7 @@ AUTO_MAP = {
     "AutoModel": "modeling_mta.MtaModel",
     "AutoModelForCausalLM": "modeling_mta.MtaForCausalLM",
 }
-# What transformers saves of a tokenizer: with tokens that were added, a chat template, and what its class was read from.
+# What transformers saves of a tokenizer: with tokens that were added, a chat template, what its class was read from.
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
     "tokenizer.model", "vocab.json", "merges.txt",
@@ -507,7 +507,8 @@ def write_tokenizer(folder, config, out):
 
 
 def with_old_keys(path, config):
-    """Of RoPE what transformers 5 saves in keys of transformers 4 too, which takes 10000 where it finds no rope_theta."""
+    """Of RoPE what transformers 5 saves, in the keys of transformers 4 too, which takes 10000 where it finds no
+    rope_theta."""
     rope, config = config.get("rope_parameters") or {}, dict(config)
     if not isinstance(rope, dict):
         raise UserError("%s: rope_parameters: got %s, wanted an object" % (path, json.dumps(rope)))
