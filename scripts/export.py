@@ -204,7 +204,8 @@ def model_tensors(c):
 
 
 def read_header(path):
-    """{name: {"dtype", "shape", "path", "begin", "end"}} of a safetensors file: where each tensor's bytes are."""
+    """{name: {"dtype", "shape", "path", "begin", "end", "format"}} of a safetensors file: where each tensor's bytes
+    are, and whose form the file says it has. Refused where a reader of safetensors would refuse it."""
     with open(path, "rb") as f:
         head, size = f.read(8), os.path.getsize(path)
         length = struct.unpack("<Q", head)[0] if len(head) == 8 else 1 << 40
@@ -217,15 +218,26 @@ def read_header(path):
     start = 8 + length
     if not isinstance(header, dict):
         raise UserError("%s: its header is no JSON object" % path)
-    header.pop("__metadata__", None)
+    more = header.pop("__metadata__", None) or {}
+    if not isinstance(more, dict) or not all(isinstance(value, str) for value in more.values()):
+        raise UserError("%s: __metadata__: wanted an object of texts" % path)
     for name, t in header.items():
         try:
             begin, end = t.pop("data_offsets")
-            t.update(path=path, begin=start + begin, end=start + end, shape=list(t["shape"]), dtype=t["dtype"])
+            t.update(path=path, begin=start + begin, end=start + end, shape=list(t["shape"]), dtype=t["dtype"],
+                     format=more.get("format"))
         except (AttributeError, KeyError, TypeError, ValueError):
             raise UserError("%s: tensor %s: wanted its dtype, shape and data_offsets" % (path, name))
         if not start <= t["begin"] <= t["end"] <= size:
             raise UserError("%s: tensor %s is not inside of the file" % (path, name))
+    at = start
+    for name, t in sorted(header.items(), key=lambda entry: (entry[1]["begin"], entry[1]["end"])):
+        if t["begin"] != at:
+            raise UserError("%s: tensor %s begins at byte %d of the data, wanted %d" %
+                            (path, name, t["begin"] - start, at - start))
+        at = t["end"]
+    if at != size:
+        raise UserError("%s: the tensors end at byte %d of the data, the file at %d" % (path, at - start, size - start))
     return header
 
 
@@ -536,7 +548,8 @@ def export(folder, out, bf16):
 
     weights = os.path.join(out, "model.safetensors")
     bf16 = bf16 and {t["dtype"] for t in tensors.values()} != {"BF16"}
-    if bf16 or len(files) > 1 or len(tensors) < len(stored):
+    ours = all(t["format"] == "pt" for t in stored.values())  # transformers 4 reads no file of none or of TensorFlow's
+    if bf16 or len(files) > 1 or len(tensors) < len(stored) or not ours:
         write_tensors(tensors, weights, bf16)
     else:
         shutil.copyfile(os.path.join(folder, files[0]), weights)

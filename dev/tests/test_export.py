@@ -780,6 +780,32 @@ class Refusals(unittest.TestCase):
         os.remove(os.path.join(self.source, "config.json"))
         self.refused("no checkpoint")
 
+    def test_files_that_no_reader_takes(self):
+        """They went along as they were, with success."""
+        path = os.path.join(self.source, "model.safetensors")
+        good = read_bytes(path)
+        n = int.from_bytes(good[:8], "little")
+        header, data = json.loads(good[8 : 8 + n]), good[8 + n :]
+        moved = {k: dict(t, data_offsets=[x + 8 for x in t["data_offsets"]]) if "data_offsets" in t else t
+                 for k, t in header.items()}
+        for head, body, why in ((header, data + b"xx", "the tensors end at byte %d of the data, the file at %d" %
+                                 (len(data), len(data) + 2)),
+                                (moved, bytes(8) + data, "begins at byte 8 of the data, wanted 0"),
+                                (dict(header, __metadata__={"n": 5}), data, "__metadata__: wanted an object of texts"),
+                                (dict(header, __metadata__={"format": "tf"}), data, ""),
+                                ({k: t for k, t in header.items() if k != "__metadata__"}, data, "")):
+            text = json.dumps(head).encode()
+            with open(path, "wb") as f:
+                f.write(len(text).to_bytes(8, "little") + text + body)
+            if why:
+                self.refused(why)
+                continue
+            run(export, self.source, self.out)  # the form that all versions of transformers take
+            got = read_bytes(os.path.join(self.out, "model.safetensors"))
+            said = json.loads(got[8 : 8 + int.from_bytes(got[:8], "little")])
+            self.assertEqual((said["__metadata__"], got[-len(data) :]), ({"format": "pt"}, data))
+            shutil.rmtree(self.out)
+
     def split(self):
         """The model in two files under an index, as other programs save large ones."""
         os.remove(os.path.join(self.source, "model.safetensors"))
