@@ -401,7 +401,6 @@ static inline void run_configure(Run* r) {
     char path[PATH_SIZE];
     const Preset* preset = o->model ? preset_find(o->model) : NULL;
     const char* base = o->model;
-    bool loaded = false;  // from a file, whose attention fields hold unless --attention is given
     if (o->init_from) {
         if (!dir_exists(o->init_from)) { die("--init-from: %s is not a directory", o->init_from); }
         path_join(path, sizeof path, o->init_from, "config.json");
@@ -424,26 +423,22 @@ static inline void run_configure(Run* r) {
             die("--model: got \"%s\", wanted one of %s or a config.json", base, MODEL_NAMES);
         }
         if (!config_read(c, path, o->assume_llama, &e)) { die("%s", e.text); }
-        loaded = true;
     }
     run_override_fields(c, o);
-    if (preset &&
-        options_field_given(o, "num_hidden_layers")) {  // the preset's pattern of layers, over another number of them
-        for (int l = 0; l < c->num_hidden_layers; l++) {
-            c->kq_conv_layer[l] = l >= preset->first_conv && (l - preset->first_conv) % preset->conv_stride == 0;
-        }
+    // The preset's pattern of layers, over another number of them where that was given.
+    for (int l = 0; preset && l < c->num_hidden_layers; l++) {
+        c->kq_conv_layer[l] = l >= preset->first_conv && (l - preset->first_conv) % preset->conv_stride == 0;
     }
-    if (o->attention || !loaded) {
-        if (!config_set_attention(c, o->attention ? o->attention : "mta", preset && !strcmp(preset->name, "toy"), &e)) {
-            die("--%s", e.text);
-        }
+    const char* attention = o->attention ? o->attention : preset ? "mta" : NULL;  // NULL: as the file has it
+    if (attention && !config_set_attention(c, attention, preset && !strcmp(preset->name, "toy"), &e)) {
+        die("--%s", e.text);
     }
     if (!config_override(c, o->fields, PART_ATTENTION, &e)) { die("%s", e.text); }
     run_shard_tokenizer(r);
     int shard_vocabulary = r->shard_tokenizer.vocab_size;
     const char* from = r->resume_dir[0] ? r->resume_dir : r->init_dir;
     if (from[0]) { path_join(path, sizeof path, from, "config.json"); }
-    run_open_tokenizer(r, (from[0] || loaded) && file_exists(path) ? path : "");
+    run_open_tokenizer(r, (from[0] || !preset) && file_exists(path) ? path : "");
     int needed = r->tokenizer ? tokenizer_vocab(r->tokenizer) : 0;
     if (shard_vocabulary > needed) { needed = shard_vocabulary; }
     if (preset && !options_field_given(o, "vocab_size") && needed > c->vocab_size) { c->vocab_size = needed; }
