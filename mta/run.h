@@ -257,17 +257,15 @@ static inline void run_check_trained_tokenizer(const Run* r, const char* from) {
 // --tokenizer, else the one that `config` names ("" = no such file), else the shards' own. All that are known must be
 // the same.
 static inline void run_open_tokenizer(Run* r, const char* config) {
-    char path[PATH_SIZE] = "", named[PATH_SIZE] = "", pattern[32] = "";
+    char path[PATH_SIZE] = "", pattern[32] = "";
     Error e = {{0}};
     const TrainOptions* o = r->options;
     const ShardTokenizer* s = &r->shard_tokenizer;
-    bool has = !o->tokenizer && config[0] && run_named_tokenizer(config, o->assume_llama, named, pattern);
+    bool has = !o->tokenizer && config[0] && run_named_tokenizer(config, o->assume_llama, path, pattern);
     if (o->tokenizer) {
         snprintf(path, sizeof path, "%s", o->tokenizer);
         snprintf(pattern, sizeof pattern, "%s", o->pattern ? o->pattern : "");
-    } else if (has) {
-        snprintf(path, sizeof path, "%s", named);
-    } else if (s->name[0]) {
+    } else if (!has && s->name[0]) {
         snprintf(path, sizeof path, "%s", s->path[0] ? s->path : s->name);
         snprintf(pattern, sizeof pattern, "%s", s->path[0] ? s->name : "");
     }
