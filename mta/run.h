@@ -557,7 +557,6 @@ static inline void run_settle_steps(Run* r) {
             r->batch_size, (long long)T, (long long)T * r->batch_size, most, heads);
     }
     if (!options_evaluate(o)) { run_settle_length(r); }
-    int64_t tenth = r->steps / 10;
     Schedule schedule = {o->schedule, r->schedule.lr, o->min_lr, o->warmup,
                          o->schedule_steps ? o->schedule_steps : r->steps};
     r->schedule = schedule;
@@ -571,7 +570,7 @@ static inline void run_settle_steps(Run* r) {
         printf("--cuda-graphs: it does nothing on the CPU\n");
     }
     if (o->min_lr > schedule.lr) { die("--min-lr: got %g, wanted at most --lr %g", o->min_lr, schedule.lr); }
-    r->eval_every = o->eval_every >= 0 ? o->eval_every : tenth > 0 ? tenth : 1;
+    r->eval_every = o->eval_every >= 0 ? o->eval_every : r->steps >= 10 ? r->steps / 10 : 1;
 }
 
 // The run's directory.
