@@ -645,20 +645,12 @@ static inline const char* run_matmul(const Run* r) { return r->trainer->exact ? 
 
 // The checkpoint that rank 0 has found, to all. The tensors are read by rank 0 alone.
 static inline void run_share_checkpoint(Run* r) {
-    struct {
-        int64_t step;
-        char dir[PATH_SIZE];
-    } found;
     if (ranks_alone(r->ranks)) { return; }
     ranks_meet(r->ranks, false, 0);
-    memset(&found, 0, sizeof found);
-    found.step = r->saved_step;
-    snprintf(found.dir, sizeof found.dir, "%s", r->resume_dir);
-    ranks_from_root(r->ranks, &found, sizeof found);
-    r->saved_step = found.step;
-    snprintf(r->resume_dir, sizeof r->resume_dir, "%s", found.dir);
-    if (found.dir[0] && !dir_exists(found.dir)) {
-        die("--resume: %s is not there; wanted --out on a file system that all ranks see", found.dir);
+    ranks_from_root(r->ranks, &r->saved_step, sizeof r->saved_step);
+    ranks_from_root(r->ranks, r->resume_dir, sizeof r->resume_dir);
+    if (r->resume_dir[0] && !dir_exists(r->resume_dir)) {
+        die("--resume: %s is not there; wanted --out on a file system that all ranks see", r->resume_dir);
     }
 }
 
