@@ -169,13 +169,10 @@ static inline bool shard_write(const char* path, const uint32_t* tokens, size_t 
     uint8_t* data = file + SHARD_HEADER_BYTES;
     bool good = true;
     for (size_t i = 0; i < n; i++) {
-        if (bytes_per_token == 2) {
-            uint16_t x = (uint16_t)tokens[i];
-            if (x != tokens[i]) { good = fail(e, "%s: token id %u does not fit into two bytes", path, tokens[i]); }
-            memcpy(data + 2 * i, &x, 2);
-        } else {
-            memcpy(data + 4 * i, &tokens[i], 4);
+        if (bytes_per_token == 2 && tokens[i] > UINT16_MAX) {
+            good = fail(e, "%s: token id %u does not fit into two bytes", path, tokens[i]);
         }
+        memcpy(data + i * (size_t)bytes_per_token, &tokens[i], (size_t)bytes_per_token);
     }
     uint32_t crc = crc32_update(0, data, bytes);
     int32_t h[6];
