@@ -865,15 +865,7 @@ static inline uint64_t loader_order(const Loader* l, int s, uint64_t d) {
     return permute_index(d % n, n, key);
 }
 
-// Takes the next window without reading it: source and window number. A process of several takes all and reads its own.
-static inline void loader_take(Loader* l, int* source, uint64_t* window) {
-    int s = loader_turn(l);
-    *source = s;
-    *window = loader_order(l, s, l->sources[s].drawn);
-    l->sources[s].drawn++;
-    l->position++;
-}
-
+// Takes n windows without reading them: a process of several takes all and reads its own.
 static inline void loader_skip(Loader* l, uint64_t n) {
     for (; n > 0; n--) {
         l->sources[loader_turn(l)].drawn++;
@@ -883,9 +875,9 @@ static inline void loader_skip(Loader* l, uint64_t n) {
 
 // The next window: tokens (T), targets (T, IGNORED_TARGET where masked).
 static inline bool loader_next(Loader* l, int32_t* tokens, int32_t* targets, Error* e) {
-    int s = 0;
-    uint64_t w = 0;
-    loader_take(l, &s, &w);
+    int s = loader_turn(l);
+    uint64_t w = loader_order(l, s, l->sources[s].drawn++);
+    l->position++;
     return source_window(&l->sources[s], w, l->seq_len, l->vocab_size, tokens, targets, e);
 }
 
