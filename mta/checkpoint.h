@@ -54,11 +54,12 @@ static inline void checkpoint_remove_partials(const char* run) {
 }
 
 // Gives up: the partial directory is removed. Harmless after a commit, an abort or a failure, each of which has done so
-// already.
-static inline void checkpoint_abort(CheckpointWriter* w) {
+// already. Returns false, so that a step that fails can return it.
+static inline bool checkpoint_abort(CheckpointWriter* w) {
     if (w->open) { checkpoint_remove_dir(w->partial); }
     w->open = false;
     text_free(&w->manifest);
+    return false;
 }
 
 static inline void checkpoint_path(const char* run, long step, char* path) {
@@ -108,10 +109,7 @@ static inline void checkpoint_list_file(CheckpointWriter* w, const char* name, u
 static inline bool checkpoint_add_text(CheckpointWriter* w, const char* name, const char* text, size_t n, Error* e) {
     char path[PATH_SIZE];
     checkpoint_file_path(w, name, path);
-    if (!write_file_synced(path, text, n, e)) {
-        checkpoint_abort(w);
-        return false;
-    }
+    if (!write_file_synced(path, text, n, e)) { return checkpoint_abort(w); }
     checkpoint_list_file(w, name, n, crc32_update(0, text, n));
     return true;
 }
@@ -158,10 +156,7 @@ static inline bool checkpoint_add_tensors(CheckpointWriter* w, const char* name,
     good = good && st_writer_close(&out, &bytes, &crc, e);
     free(entries);
     free(names);
-    if (!good) {
-        checkpoint_abort(w);
-        return false;
-    }
+    if (!good) { return checkpoint_abort(w); }
     checkpoint_list_file(w, name, bytes, crc);
     return true;
 }
@@ -196,10 +191,7 @@ static inline bool checkpoint_commit(CheckpointWriter* w, char* path_out, Error*
     path_join(path, sizeof path, w->partial, "manifest.json");
     bool good = write_file_synced(path, all.text, all.n, e) && sync_dir(w->partial, e) && checkpoint_rename(w, e);
     text_free(&all);
-    if (!good) {
-        checkpoint_abort(w);
-        return false;
-    }
+    if (!good) { return checkpoint_abort(w); }
     w->open = false;
     text_free(&w->manifest);
     if (path_out) { snprintf(path_out, PATH_SIZE, "%s", w->final); }
