@@ -367,42 +367,17 @@ static inline bool tokenizer_is_llama4(const Tokenizer* t) {
 }
 
 static inline void tokenizer_set_ids(Tokenizer* t) {  // vocabulary, BOS and EOS: the table at the head of this file
-    int n = t->n_ranks;
-    t->eos = -1;
-    switch (t->pattern) {
-        case SPLIT_BYTES:
-            t->n_ranks = 256;
-            t->vocab = 259;
-            t->bos = 256;
-            t->eos = 257;
-            t->longest = 1;
-            break;
-        case SPLIT_TOY:
-            t->n_ranks = 29;
-            t->vocab = 32;
-            t->bos = 29;
-            t->eos = 30;
-            t->longest = 1;
-            break;
-        case SPLIT_GPT2:
-            t->vocab = n + 1;
-            t->bos = n;
-            break;
-        case SPLIT_LLAMA3:
-            t->vocab = n + 256;
-            t->bos = n;
-            t->eos = n + 1;
-            break;
-        default:
-            t->vocab = n + 21;
-            t->bos = n + 1;
-            break;
+    static const struct {
+        int specials, bos, eos;  // how many; of them BOS and EOS, counted from 0, -1 none
+    } table[SPLIT_COUNT + 1] = {{3, 0, 1}, {3, 0, 1}, {1, 0, -1}, {21, 1, -1}, {256, 0, 1}, {21, 1, -1}, {2048, 0, 1}};
+    int row = tokenizer_is_llama4(t) ? SPLIT_COUNT : (int)t->pattern;
+    if (t->pattern <= SPLIT_TOY) {
+        t->n_ranks = t->pattern == SPLIT_TOY ? 29 : 256;
+        t->longest = 1;
     }
-    if (tokenizer_is_llama4(t)) {
-        t->vocab = n + 2048;
-        t->bos = n;
-        t->eos = n + 1;
-    }
+    t->vocab = t->n_ranks + table[row].specials;
+    t->bos = t->n_ranks + table[row].bos;
+    t->eos = table[row].eos < 0 ? -1 : t->n_ranks + table[row].eos;
 }
 
 // The class of every code point (0x110000 of them), spread out from the ranges when a tokenizer first asks for it.
