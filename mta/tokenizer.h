@@ -886,17 +886,15 @@ static inline void id_list_reserve(IdList* l, size_t more) {
     l->cap = cap;
 }
 
+static const char TOY_LETTERS[] = "abcdefghijklmnopqrstuvwxyz.#_";  // in the order of their ids
+
 static inline bool encode_toy(const char* text, size_t n, IdList* out, Error* e) {
     for (size_t i = 0; i < n; i++) {
-        unsigned char c = (unsigned char)text[i];
-        if (c >= 'a' && c <= 'z') {
-            out->ids[out->n++] = c - 'a';
-            continue;
+        const char* letter = text[i] ? strchr(TOY_LETTERS, text[i]) : NULL;
+        if (!letter) {
+            return fail(e, "byte 0x%02x at offset %zu: the toy tokenizer has only a-z . # _", (uint8_t)text[i], i);
         }
-        if (c != '.' && c != '#' && c != '_') {
-            return fail(e, "byte 0x%02x at offset %zu: the toy tokenizer has only a-z . # _", c, i);
-        }
-        out->ids[out->n++] = c == '.' ? 26 : c == '#' ? 27 : 28;
+        out->ids[out->n++] = (int32_t)(letter - TOY_LETTERS);
     }
     return true;
 }
@@ -1053,7 +1051,7 @@ static inline size_t tokenizer_decode(const Tokenizer* t, TokenStream* s, int32_
     }
     if (t->pattern == SPLIT_BYTES) { return stream_byte(s, (unsigned char)id, out); }
     if (t->pattern == SPLIT_TOY) {
-        out[0] = "abcdefghijklmnopqrstuvwxyz.#_"[id];
+        out[0] = TOY_LETTERS[id];
         return 1;
     }
     for (uint32_t i = t->start[id]; i < t->start[id + 1]; i++) {
