@@ -37,7 +37,7 @@ from inputs import what_is  # noqa: E402
 from options import Parser, parse_count, whole_number  # noqa: E402
 from report import refuse_input, report  # noqa: E402
 from shards import run_program, write_synced  # noqa: E402
-from tokenizer import PATTERNS, BadDocument, UserError, members, open_tokenizer  # noqa: E402
+from tokenizer import PATTERNS, BadDocument, UserError, members, naming, open_tokenizer  # noqa: E402
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Sets from files: a record -> [(context, continuation) of each choice], number of the gold one. Context and
@@ -203,10 +203,8 @@ def format_of(record):
 
 def read_labels(path, one):
     try:
-        with open(path, encoding="utf-8-sig") as f:
+        with naming(path), open(path, encoding="utf-8-sig") as f:
             return [whole(line) - one for line in f.read().split()]
-    except OSError as e:
-        raise UserError("%s: %s" % (path, e.strerror))
     except ValueError as e:
         raise UserError("%s: wanted a number a line: %s" % (path, e))
 
@@ -225,11 +223,8 @@ def convert(args):
     if task != task.encode("utf-8", "replace").decode():
         raise UserError("--task: %s is not UTF-8, wanted a name that is" % ascii(task))
     requests, bad, items, formats = [], 0, 0, set()
-    try:
-        with open(args.input, "rb") as f:
-            lines = f.read().removeprefix(codecs.BOM_UTF8).split(b"\n")
-    except OSError as e:
-        raise UserError("%s: %s" % (args.input, e.strerror))
+    with naming(args.input), open(args.input, "rb") as f:
+        lines = f.read().removeprefix(codecs.BOM_UTF8).split(b"\n")
     what = what_is(lines[0])
     if what:
         raise UserError("%s: %s, wanted JSON lines" % (args.input, what))
@@ -284,14 +279,12 @@ def convert(args):
 def write_requests(path, requests):
     """The whole file or none of it: on a full disk the one that was there before stays."""
     data = "".join(json.dumps(request, ensure_ascii=False) + "\n" for request in requests).encode()
-    try:
+    with naming(path):
         if path.startswith("/dev/") or os.path.exists(path) and not os.path.isfile(path):
             with open(path, "wb") as f:
                 f.write(data)
         else:
             write_synced(os.path.realpath(path), data)
-    except OSError as e:
-        raise UserError("%s: %s" % (path, e.strerror))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -305,10 +298,9 @@ class Haystack:
         text = []
         for path in paths:
             try:
-                with open(path, encoding="utf-8-sig") as f:  # without a byte-order mark, as Project Gutenberg's have
+                # without a byte-order mark, as Project Gutenberg's have
+                with naming(path), open(path, encoding="utf-8-sig") as f:
                     text.append(f.read())
-            except OSError as e:
-                raise UserError("%s: %s" % (path, e.strerror))
             except UnicodeDecodeError as e:
                 raise UserError("%s: not UTF-8 at byte %d" % (path, e.start))
         self.sentences = [

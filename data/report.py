@@ -15,7 +15,7 @@ import os
 import sys
 
 from options import picture_name, split_name
-from tokenizer import UserError, members
+from tokenizer import UserError, members, naming
 
 SETTINGS = ("needles", "length", "depth", "distraction")
 MEASURES = ("accuracy", "acc_norm", "acc_bytes", "acc_token", "greedy")
@@ -38,7 +38,7 @@ def is_request(record):
 def read_lines(path, keys):
     records = []
     try:
-        with open(path, "rb") as f:
+        with naming(path), open(path, "rb") as f:
             for number, line in enumerate(f, 1):
                 if line.strip():
                     record = json.loads(line.decode("utf-8-sig"), object_pairs_hook=members)
@@ -52,8 +52,6 @@ def read_lines(path, keys):
                         raise UserError("%s:%d: wanted texts as continuation and task, and numbers as item and choice" %
                                         (path, number))
                     records.append(record)
-    except OSError as e:
-        raise UserError("%s: %s" % (path, e.strerror))
     except (ValueError, RecursionError) as e:
         raise UserError("%s:%d: broken JSON: %s" % (path, number, e))
     return records
@@ -532,11 +530,9 @@ def refuse_input(path, inputs):
 
 
 def write(path, text):
-    try:
-        with open(path, "w", encoding="utf-8", errors="backslashreplace") as f:  # names of folders need not be UTF-8
-            f.write(text)
-    except OSError as e:
-        raise UserError("%s: %s" % (path, e.strerror))
+    # names of folders need not be UTF-8
+    with naming(path), open(path, "w", encoding="utf-8", errors="backslashreplace") as f:
+        f.write(text)
 
 
 def check_outputs(args):
@@ -570,18 +566,13 @@ def report(args):
                 rows[m.name]["validation " + name] = {c: event[c] for c in COLUMNS + OF_VALIDATION if c in event}
         write(args.json, json.dumps(rows if len(models) > 1 else rows[models[0].name], indent=1) + "\n")
     if args.csv:
-        try:
-            with open(args.csv, "w", encoding="utf-8", errors="backslashreplace", newline="") as f:
-                write_csv(f, models)
-        except OSError as e:
-            raise UserError("%s: %s" % (args.csv, e.strerror))
+        with naming(args.csv), open(args.csv, "w", encoding="utf-8", errors="backslashreplace", newline="") as f:
+            write_csv(f, models)
     pictures = []
     if args.pictures:
-        try:
+        with naming(args.pictures):
             os.makedirs(args.pictures, exist_ok=True)
             pictures = draw(models, args.pictures)
-        except OSError as e:
-            raise UserError("%s: %s" % (args.pictures, e.strerror))
     if args.markdown:
         base = os.path.relpath(args.pictures, os.path.dirname(args.markdown) or ".") if pictures else ""
         links = "".join("\n![%s](%s)\n" % (name[:-4], os.path.normpath(os.path.join(base, name)).replace(" ", "%20"))

@@ -24,7 +24,7 @@ import zlib
 
 sys.path.insert(0, os.path.dirname(os.path.realpath(__file__)))
 from options import Parser, whole_number  # noqa: E402
-from tokenizer import PATTERNS, UserError, file_sums, members, open_tokenizer  # noqa: E402
+from tokenizer import PATTERNS, UserError, file_sums, members, naming, open_tokenizer  # noqa: E402
 
 # What every entry of a manifest has, and of which type.
 ENTRIES = {
@@ -327,12 +327,9 @@ class Shard:
 
     def __init__(self, path):
         self.path = path
-        try:
-            with open(path, "rb") as f:
-                header = f.read(HEADER_BYTES)
-                self.size = os.fstat(f.fileno()).st_size
-        except OSError as e:
-            raise UserError("%s: %s" % (path, e.strerror))
+        with naming(path), open(path, "rb") as f:
+            header = f.read(HEADER_BYTES)
+            self.size = os.fstat(f.fileno()).st_size
         if len(header) < HEADER_BYTES:
             raise UserError("%s: %d bytes, a shard has a header of %d" % (path, len(header), HEADER_BYTES))
         magic, version, self.tokens, self.vocab, crc, self.mask = struct.unpack("<6i", header[:24])
@@ -468,12 +465,9 @@ def verify_shard(path, entry, tok, given):
 def verify_mask(path, shard):
     if shard.mask != 1:
         raise UserError("%s: word 5 of the header is %d, wanted 0 (no mask) or 1 (mask)" % (shard.path, shard.mask))
-    try:
-        with open(path, "rb") as f:
-            size = os.fstat(f.fileno()).st_size
-            bad = any(chunk.translate(None, b"\0\1") for chunk in iter(lambda: f.read(1 << 20), b""))
-    except OSError as e:
-        raise UserError("%s: %s" % (path, e.strerror))
+    with naming(path), open(path, "rb") as f:
+        size = os.fstat(f.fileno()).st_size
+        bad = any(chunk.translate(None, b"\0\1") for chunk in iter(lambda: f.read(1 << 20), b""))
     if size != shard.tokens:
         raise UserError("%s: %d bytes, wanted one for each of the %d tokens" % (path, size, shard.tokens))
     if bad:

@@ -6,6 +6,7 @@ pattern) stands here and in mta/tokenizer.h; dev/tests/test_tokenizer.py compare
 """
 
 import base64
+import contextlib
 import functools
 import hashlib
 import os
@@ -59,6 +60,15 @@ def reason(error, path):
     except OSError as of_link:
         return of_link.strerror
     return error.strerror
+
+
+@contextlib.contextmanager
+def naming(path):
+    """Around what uses a file: where the system refuses, the path is named."""
+    try:
+        yield
+    except OSError as e:
+        raise UserError("%s: %s" % (path, e.strerror))
 
 
 class BadDocument(Exception):
