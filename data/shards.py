@@ -213,12 +213,10 @@ def read_manifest(folder, wanted=False):
         return {"preparations": {}, "shards": {}}
     except OSError as e:
         raise UserError("%s: %s" % (path, e.strerror))
-    except json.JSONDecodeError:
+    except (json.JSONDecodeError, KeyError, TypeError, AttributeError, RecursionError):
         raise UserError("%s: not a manifest of prepare.py" % path)
     except ValueError as e:  # a key twice, bytes that are no UTF-8
         raise UserError("%s: not a manifest of prepare.py: %s" % (path, e))
-    except (KeyError, TypeError, AttributeError, RecursionError):
-        raise UserError("%s: not a manifest of prepare.py" % path)
 
 
 @contextlib.contextmanager
