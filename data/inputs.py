@@ -242,9 +242,7 @@ def chosen_files(entries, max_files, max_bytes):
     for entry in sorted(entries):
         parts[split_of(entry[0]) or "train"].append(entry)
     if parts["test"]:
-        print(
-            "%d files of the test split are not fetched: they are not trained on" % len(parts["test"]), file=sys.stderr
-        )
+        say("%d files of the test split are not fetched: they are not trained on" % len(parts["test"]))
 
     def pick(n):
         val = min(max(1, n // 20, n - len(parts["train"])), len(parts["val"])) if n > 1 else 0
@@ -325,7 +323,7 @@ def trying(what, call, args):
                     message = GONE % (REPOSITORY, COPY, why)
                 raise UserError(message + (", after %d tries" % tries if tries > 1 else ""))
             pause = min(60, args.retry_pause * 2 ** (tries - 1))
-            print("%s: %s; trying again in %.1f s" % (what, why, pause), file=sys.stderr)
+            say("%s: %s; trying again in %.1f s" % (what, why, pause))
             time.sleep(pause)
 
 
@@ -430,12 +428,9 @@ def fetch_all(hub, args, files):
     except KeyboardInterrupt:
         print("prepare.py: interrupted; the same command goes on, complete files stay", file=sys.stderr, flush=True)
         os._exit(1)  # without waiting for files that come
-    print(
-        "%d files are there, %.1f MB of them new; %d failed" % (len(files) - len(failed), new / 1e6, len(failed)),
-        file=sys.stderr,
-    )
+    say("%d files are there, %.1f MB of them new; %d failed" % (len(files) - len(failed), new / 1e6, len(failed)))
     for line in failed:
-        print(line, file=sys.stderr)
+        say(line)
     if failed:
         raise UserError(
             "%d of %d files could not be downloaded; the same command goes on with them" % (len(failed), len(files))
