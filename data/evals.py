@@ -505,14 +505,8 @@ class World:
     """People who walk, take things along and put them down. trail: the rooms in which a thing has been, in order."""
 
     def __init__(self, rng):
-        self.rng, self.facts, self.where, self.holder, self.place, self.trail = (
-            rng,
-            [],
-            {},
-            {},
-            {},
-            {t: [] for t in THINGS},
-        )
+        self.rng, self.facts, self.where, self.holder, self.place = rng, [], {}, {}, {}
+        self.trail = {t: [] for t in THINGS}
 
     def enter(self, thing, room):
         if self.trail[thing][-1:] != [room]:
