@@ -20,6 +20,7 @@ are written, no tokenizer. The standard library suffices; --bf16 needs numpy.
 
 import argparse
 import json
+import math
 import os
 import re
 import shutil
@@ -301,7 +302,7 @@ def check_tensors(where, tensors, wanted):
             raise UserError("%s: tensor %s: got %s, wanted %s" % (t["path"], name, t["shape"], list(shape)))
         if t["dtype"] not in WIDTHS:
             raise UserError("%s: tensor %s: got %s, wanted F32, BF16 or F16" % (t["path"], name, t["dtype"]))
-        if t["end"] - t["begin"] != numel(shape) * WIDTHS[t["dtype"]]:
+        if t["end"] - t["begin"] != math.prod(shape) * WIDTHS[t["dtype"]]:
             raise UserError("%s: tensor %s: %d bytes do not make its shape" % (t["path"], name, t["end"] - t["begin"]))
 
 
@@ -330,7 +331,7 @@ def write_tensors(tensors, path, bf16):
     out, at = {"__metadata__": {"format": "pt"}}, 0
     for name in names:
         dtype = "BF16" if bf16 else tensors[name]["dtype"]
-        size = numel(tensors[name]["shape"]) * WIDTHS[dtype]
+        size = math.prod(tensors[name]["shape"]) * WIDTHS[dtype]
         out[name] = {"dtype": dtype, "shape": tensors[name]["shape"], "data_offsets": [at, at + size]}
         at += size
     text = json.dumps(out).encode()
@@ -569,15 +570,8 @@ def export(folder, out, bf16):
         write_json(out, "generation_config.json", read_json(theirs))
     elif "eos_token_id" in ids:
         write_json(out, "generation_config.json", ids)
-    count = sum(numel(t["shape"]) for t in tensors.values())
+    count = sum(math.prod(t["shape"]) for t in tensors.values())
     return "%s, %d parameters, %s" % (config["model_type"], count, said)
-
-
-def numel(shape):
-    n = 1
-    for size in shape:
-        n *= size
-    return n
 
 
 def main():

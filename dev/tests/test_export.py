@@ -106,7 +106,7 @@ def random_tensors(config):
     """Tensors of a model, far enough from where training starts that every one of them counts."""
     rng, tensors = random.Random(7), {}
     for name, shape in export.model_tensors(dict(export.ATTENTION, **config)).items():
-        n, spread = export.numel(shape), 0.5 if "embed" in name else 1.3 * shape[-1] ** -0.5
+        n, spread = math.prod(shape), 0.5 if "embed" in name else 1.3 * shape[-1] ** -0.5
         values = [spread * rng.gauss(0, 1) for _ in range(n)]
         if "kq_conv" in name or "head_mix" in name or "lambda" in name or "gate." in name and "proj" not in name:
             values = [0.3 * rng.gauss(0, 1) for _ in range(n)]
