@@ -30,8 +30,8 @@ import sys
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.dirname(os.path.realpath(__file__))), "data"))
 from export import (  # noqa: E402
-    check_keys, check_tensors, check_values, model_tensors, pieces, read_config, read_header, read_tensors, verify,
-    weight_files, without_extras,
+    check_keys, check_tensors, check_values, model_tensors, pieces, read_config, read_tensors, verify, weight_files,
+    without_extras,
 )
 from options import Parser  # noqa: E402
 from shards import run_program  # noqa: E402
@@ -401,11 +401,6 @@ def load_tensors(headers):
             data = bytearray(b"".join(pieces(f, t)))
         out[name] = torch.frombuffer(data, dtype=DTYPES[t["dtype"]]).view(t["shape"])
     return out
-
-
-def read_safetensors(path):
-    """name -> tensor of a file, copied."""
-    return load_tensors(read_header(path))
 
 
 def read_model(folder):

@@ -49,6 +49,11 @@ def their_width(model):
     return (width + multiple - 1) // multiple * multiple
 
 
+def tensors_of(folder):
+    """name -> tensor of a model of ours."""
+    return convert_ram.load_tensors(convert_ram.read_tensors(folder, ["model.safetensors"], None))
+
+
 def their_state(mta, seed):
     """A random model of two layers in the authors' names and shapes."""
     g = torch.Generator().manual_seed(seed)
@@ -163,10 +168,7 @@ class Convert(unittest.TestCase):
                 with open(os.path.join(paths[1], "config.json")) as f:
                     config = json.load(f)
                 self.assertEqual(config["max_position_embeddings"], 64)
-                weights = {
-                    k: v.double()
-                    for k, v in convert_ram.read_safetensors(os.path.join(paths[1], "model.safetensors")).items()
-                }
+                weights = {k: v.double() for k, v in tensors_of(paths[1]).items()}
                 shapes = {k: tuple(v.shape) for k, v in weights.items()}
                 self.assertEqual(dict(mta_ref.names_and_shapes(config)), shapes)
                 ids = torch.randint(0, 61, (23,), generator=torch.Generator().manual_seed(seed))
@@ -181,8 +183,8 @@ class Convert(unittest.TestCase):
                     self.assertTrue(torch.equal(back[name], state[name]), name)
                 got = their_logits(ids, back, model["mta"], model["rope_theta"])
                 self.assertLess((want - got).abs().max().item(), 1e-9 * want.abs().max().item(), kind)
-                again = convert_ram.read_safetensors(os.path.join(paths[3], "model.safetensors"))
-                for name, t in convert_ram.read_safetensors(os.path.join(paths[1], "model.safetensors")).items():
+                again = tensors_of(paths[3])
+                for name, t in tensors_of(paths[1]).items():
                     self.assertTrue(torch.equal(t, again[name]), name)
 
     def test_a_tied_head(self):
