@@ -520,18 +520,15 @@ def measure_cells(only, out, trainer):
             else measure_cost(cell, out, trainer)
         )
         keep(result)
-        print(
-            f"cost/{cell['name']}: "
-            + ", ".join(f"{k} {v:g}" for k, v in result["last"].items())
-            + f"  {result['seconds']:.0f} s",
-            flush=True,
-        )
 
 
 def keep(result):
+    """The line of a cell goes to its part's file, and what it found is said."""
     os.makedirs(RESULTS, exist_ok=True)
     with open(os.path.join(RESULTS, result["part"] + ".jsonl"), "a", encoding="utf-8") as f:
         f.write(json.dumps(result) + "\n")
+    last = ", ".join(f"{k} {v:g}" for k, v in result["last"].items())
+    print(f"{result['part']}/{result['name']}: {last}  {result['seconds']:.0f} s", flush=True)
 
 
 # ---- the plan, and running it
@@ -600,12 +597,6 @@ def train_cells(waiting, running, stop, jobs, out, trainer):
             result = result_of(cell, out, trainer) if process.returncode == 0 else None
             if result:
                 keep(result)
-                print(
-                    f"{cell['part']}/{cell['name']}: "
-                    + ", ".join(f"{k} {v:g}" for k, v in result["last"].items())
-                    + f"  {result['seconds']:.0f} s",
-                    flush=True,
-                )
             elif not stop:
                 print(
                     f"evidence.py: {cell['part']}/{cell['name']} ended with status {process.returncode}; see {out}",
