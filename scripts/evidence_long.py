@@ -19,49 +19,19 @@ TRAINED, SCORED = 20000, 40  # questions of a length to train on; scored ones of
 SETS = tuple(f"{task}_{length}" for task in ("needle", "qa1") for length in LENGTHS)
 
 
-def evals(kind, *options):
-    subprocess.run(
-        [sys.executable, os.path.join(ROOT, "data", "evals.py"), kind, *options], check=True, stdout=subprocess.DEVNULL
-    )
+def run(program, *options):
+    """A program of data/, without what it prints."""
+    command = [sys.executable, os.path.join(ROOT, "data", program), *options]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
 
 
 def questions(path, task, length, samples, seed, text):
     """Questions; those of 512 tokens and all needles stay below `length` with their answer, QA1 of "256" has no
     distraction and up to 450."""
+    kind = ["babilong", "--tasks", "1", "--distraction", str(max(0, length - 450))]
     if task == "needle":
-        evals(
-            "needle",
-            "--out",
-            path,
-            "--text",
-            text,
-            "--needles",
-            str(NEEDLES),
-            "--length",
-            str(length - 16),
-            "--depth",
-            DEPTHS,
-            "--samples",
-            str(samples),
-            "--seed",
-            str(seed),
-        )
-    else:
-        evals(
-            "babilong",
-            "--out",
-            path,
-            "--text",
-            text,
-            "--tasks",
-            "1",
-            "--distraction",
-            str(max(0, length - 450)),
-            "--samples",
-            str(samples),
-            "--seed",
-            str(seed),
-        )
+        kind = ["needle", "--needles", str(NEEDLES), "--length", str(length - 16), "--depth", DEPTHS]
+    run("evals.py", *kind, "--out", path, "--text", text, "--samples", str(samples), "--seed", str(seed))
 
 
 def make(out, text):
@@ -97,22 +67,8 @@ def make(out, text):
     random.Random(1).shuffle(documents)
     with open(os.path.join(out, "questions_documents.jsonl"), "w", encoding="utf-8") as f:
         f.writelines(json.dumps({"text": d}) + "\n" for d in documents)
-    subprocess.run(
-        [
-            sys.executable,
-            os.path.join(ROOT, "data", "prepare.py"),
-            "text",
-            os.path.join(out, "questions_documents.jsonl"),
-            "--tokenizer",
-            "bytes",
-            "--name",
-            "questions",
-            "--out",
-            os.path.join(out, "shards"),
-        ],
-        check=True,
-        stdout=subprocess.DEVNULL,
-    )
+    run("prepare.py", "text", os.path.join(out, "questions_documents.jsonl"), "--tokenizer", "bytes", "--name",
+        "questions", "--out", os.path.join(out, "shards"))
     with open(os.path.join(out, "done"), "w", encoding="utf-8") as f:
         f.write("shards and questions are complete\n")
 
