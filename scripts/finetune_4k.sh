@@ -20,10 +20,6 @@ found=("$checkpoint"/step-*/config.json)
     echo "finetune_4k.sh: $checkpoint holds no config.json, wanted a checkpoint or a run with one" >&2
     exit 1
 }
-[ -d "$shards" ] || {
-    echo "finetune_4k.sh: $shards is not a directory; data/README.md says how to make shards" >&2
-    exit 1
-}
 write_recipe "$@"
 
 recipe=(--init-from "$checkpoint" --seq-len 4096 --max-position-embeddings 4096 --rope-theta 500000

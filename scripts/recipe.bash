@@ -5,6 +5,10 @@
 # OPTIONS.
 write_recipe() {
     local new set files
+    [ -d "$shards" ] || {
+        echo "${0##*/}: $shards is not a directory; data/README.md says how to make shards" >&2
+        exit 1
+    }
     [ ! -e "$shards/recipe.txt" ] || return 0
     case " $* " in *" --train "* | *" --train="*) return 0 ;; esac
     for set in $(sed -n 's/^\([a-z0-9]*\)_train_.*/\1/p' "$root/data/slimpajama_weights.txt"); do

@@ -28,10 +28,6 @@ shift 2
 case ${1:-} in -*) ;; *) attention=${1:-mta}; shift $(($# > 0)) ;; esac
 trainer=${TRAINER:-$root/train_mta_cuda}
 [ -x "$trainer" ] || { echo "train_880m.sh: $trainer is missing, run: make -C $root train_mta_cuda" >&2; exit 1; }
-[ -d "$shards" ] || {
-    echo "train_880m.sh: $shards is not a directory; data/README.md says how to make shards" >&2
-    exit 1
-}
 write_recipe "$@"
 
 recipe=(--model 880m --attention "$attention" --seq-len 2048 --tokens-per-step 262144 --steps 400000 --lr 1.5e-4
