@@ -36,20 +36,13 @@ static inline void philox4x32(uint32_t* ctr, const uint32_t* key) {
 }
 
 static inline Rng rng_make(uint64_t seed, uint64_t stream) {
-    Rng r;
-    r.seed = seed;
-    r.stream = stream;
-    r.block = 0;
-    r.word[0] = r.word[1] = r.word[2] = r.word[3] = 0;
-    r.used = 4;
+    Rng r = {seed, stream, 0, {0, 0, 0, 0}, 4};
     return r;
 }
 
 static inline uint32_t rng_u32(Rng* r) {
     if (r->used == 4) {
-        uint32_t key[2];
-        key[0] = (uint32_t)r->seed;
-        key[1] = (uint32_t)(r->seed >> 32);
+        const uint32_t key[2] = {(uint32_t)r->seed, (uint32_t)(r->seed >> 32)};
         r->word[0] = (uint32_t)r->block;
         r->word[1] = (uint32_t)(r->block >> 32);
         r->word[2] = (uint32_t)r->stream;
