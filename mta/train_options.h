@@ -216,14 +216,10 @@ static inline bool options_evaluate(const TrainOptions* o) { return o->eval_only
 
 // Of the options after those of the model: what --eval-only and --score take. The others are of training.
 static inline bool options_serve_evaluation(const TrainOptions* o, const char* name) {
-    static const char* const both[] = {"--seq-len",     "--batch-size",  "--matmul",  "--attention-kernels",
-                                       "--cuda-graphs", "--out",         "--dry-run", "--eval-only",
-                                       "--score",       "--rank-timeout"};
-    for (size_t i = 0; i < sizeof both / sizeof both[0]; i++) {
-        if (!strcmp(name, both[i])) { return true; }
-    }
-    return o->score ? !strcmp(name, "--shift")
-                    : !strcmp(name, "--val") || !strcmp(name, "--eval-windows") || !strcmp(name, "--verify-data");
+    const char* both = "--seq-len|--batch-size|--matmul|--attention-kernels|--cuda-graphs|--out|--dry-run|--eval-only|"
+                       "--score|--rank-timeout";
+    const char* own = o->score ? "--shift" : "--val|--eval-windows|--verify-data";
+    return choice_index(both, name) >= 0 || choice_index(own, name) >= 0;
 }
 
 // Refuses what --eval-only or --score would leave out without a word, and what they lack.
