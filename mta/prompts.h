@@ -80,14 +80,11 @@ static inline void prompt_put(const Text* text, int tokens) {
 
 // Says which keys of a request are not known, each once: `said` (owned by the caller) holds them, a line each.
 static inline void say_unknown_keys(const Json* request, const char* where, Text* said) {
-    static const char* const known[] = {"prompt", "until", "max_tokens", "temperature", "top_k", "top_p"};
-    const size_t n = sizeof known / sizeof *known;
     for (const Json* j = request->type == JSON_OBJECT ? request->child : NULL; j; j = j->next) {
         Text key = {NULL, 0, 0};
-        size_t i = 0;
-        while (i < n && strcmp(known[i], j->key)) { i++; }
+        bool known = choice_index("prompt|until|max_tokens|temperature|top_k|top_p", j->key) >= 0;
         text_printf(&key, "\n%.60s\n", j->key);
-        if (i == n && !(said->n && strstr(said->text, key.text))) {
+        if (!known && !(said->n && strstr(said->text, key.text))) {
             Error e = {{0}};
             fail(&e, "%s: \"%.60s\" is ignored; a line has prompt, until, max_tokens, temperature, top_k, top_p", where,
                  j->key);
