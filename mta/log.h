@@ -182,12 +182,6 @@ static inline Progress progress_make(FILE* out) {
     return p;
 }
 
-// Columns of the terminal, 0 where there is none to ask.
-static inline int progress_columns(const Progress* p) {
-    struct winsize w;
-    return p->terminal && ioctl(fileno(p->out), TIOCGWINSZ, &w) == 0 ? w.ws_col : 0;
-}
-
 // Shows `text` (plain ASCII, no newline). On a terminal it replaces the line before, cut to the width, at most ten
 // times a second unless keep; elsewhere it is printed as a line if keep is set and dropped if not. keep: this line is
 // to stay.
@@ -199,7 +193,8 @@ static inline void progress_line(Progress* p, const char* text, bool keep) {
         return;
     }
     if (!keep && now - p->last < 0.1) { return; }
-    int columns = progress_columns(p);
+    struct winsize w;
+    int columns = ioctl(fileno(p->out), TIOCGWINSZ, &w) == 0 ? w.ws_col : 0;  // 0: nobody knows
     int length = (int)strlen(text);
     if (!keep && columns > 1 && length > columns - 1) { length = columns - 1; }
     fprintf(p->out, "\r%.*s\033[K%s", length, text, keep ? "\n" : "");
