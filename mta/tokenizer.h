@@ -464,11 +464,12 @@ static inline const char* tokenizer_file(const Tokenizer* t) { return t->file[0]
 
 // A name for a copy of the rank file that tells its pattern, such as cl100k_base.tiktoken; of a built-in one its own
 // name.
-static inline const char* tokenizer_file_name(const Tokenizer* t) {
+static inline const char* split_pattern_file(int pattern) {
     static const char* const names[SPLIT_COUNT] = {
         "bytes", "toy", "gpt2.tiktoken", "cl100k_base.tiktoken", "llama3.tiktoken", "o200k_base.tiktoken"};
-    return names[t->pattern];
+    return names[pattern];
 }
+static inline const char* tokenizer_file_name(const Tokenizer* t) { return split_pattern_file(t->pattern); }
 
 // What config.json keeps of the pattern: its name where the number of ranks does not tell it, else "".
 static inline const char* tokenizer_kept_pattern(const Tokenizer* t) {
@@ -478,13 +479,9 @@ static inline const char* tokenizer_kept_pattern(const Tokenizer* t) {
 // The pattern of a checkpoint's own copy of a rank file, by the name that tokenizer_file_name gave it; NULL: another
 // name.
 static inline const char* tokenizer_copy_pattern(const char* path) {
-    const char *slash = strrchr(path, '/'), *name = slash ? slash + 1 : path, *dot = strchr(name, '.');
+    const char *slash = strrchr(path, '/'), *name = slash ? slash + 1 : path;
     for (int i = SPLIT_GPT2; i < SPLIT_COUNT; i++) {
-        const char* pattern = split_pattern_name(i);
-        if (dot && !strcmp(dot, ".tiktoken") && strlen(pattern) == (size_t)(dot - name) &&
-            !memcmp(name, pattern, strlen(pattern))) {
-            return pattern;
-        }
+        if (!strcmp(name, split_pattern_file(i))) { return split_pattern_name(i); }
     }
     return NULL;
 }
