@@ -6,8 +6,6 @@
 
 #include <stdint.h>
 
-#define UNICODE_VERSION "16.0.0"
-
 enum { CLASS_OTHER, CLASS_UPPER, CLASS_LOWER, CLASS_LETTER, CLASS_MARK, CLASS_NUMBER, CLASS_SPACE };
 
 // Each entry is a first code point times 8 plus the class from there to the next entry's first code point.

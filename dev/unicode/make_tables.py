@@ -72,7 +72,6 @@ def main():
         "OTHER the rest."
     )
     print("// clang-format off\n#ifndef MTA_UNICODE_TABLES_H\n#define MTA_UNICODE_TABLES_H\n\n#include <stdint.h>\n")
-    print('#define UNICODE_VERSION "%s"\n' % args.unicode_version)
     print("enum { CLASS_OTHER, CLASS_UPPER, CLASS_LOWER, CLASS_LETTER, CLASS_MARK, CLASS_NUMBER, CLASS_SPACE };\n")
     print("// Each entry is a first code point times 8 plus the class from there to the next entry's first code point.")
     print("enum { UNICODE_RANGES = %d };" % len(ranges))
