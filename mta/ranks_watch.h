@@ -65,11 +65,7 @@ typedef struct {
     pthread_mutex_t lock;  // of what both threads use: sending, self, checkpoint, timeout, over
 } Watch;
 
-static inline double watch_busy(void) {
-    struct timespec t;
-    clock_gettime(CLOCK_PROCESS_CPUTIME_ID, &t);
-    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
-}
+static inline double watch_busy(void) { return clock_seconds(CLOCK_PROCESS_CPUTIME_ID); }
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Messages

@@ -646,11 +646,12 @@ static inline void put_out(const char* text, size_t n, bool flush) {
 // ---------------------------------------------------------------------------------------------------------------------
 // Time
 
-static inline double seconds_now(void) {  // monotonic
+static inline double clock_seconds(clockid_t clock) {
     struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
+    clock_gettime(clock, &t);
     return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
 }
+static inline double seconds_now(void) { return clock_seconds(CLOCK_MONOTONIC); }
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Texts
