@@ -212,16 +212,12 @@ static inline void progress_break(Progress* p) {
 
 // 93784 s as "1d 02:03", 3723 s as "1:02:03", 83 s as "1:23".
 static inline const char* format_duration(double seconds, char* out, size_t n) {
+    long s = seconds >= 0 && seconds < 1e9 ? (long)(seconds + 0.5) : 0;
     if (!(seconds >= 0 && seconds < 1e15)) {
         snprintf(out, n, "?");
-        return out;
-    }
-    if (seconds >= 1e9) {
+    } else if (seconds >= 1e9) {
         snprintf(out, n, "%.0f years", seconds / (365.25 * 86400));
-        return out;
-    }
-    long s = (long)(seconds + 0.5);
-    if (s >= 86400) {
+    } else if (s >= 86400) {
         snprintf(out, n, "%ldd %02ld:%02ld", s / 86400, s / 3600 % 24, s / 60 % 60);
     } else if (s >= 3600) {
         snprintf(out, n, "%ld:%02ld:%02ld", s / 3600, s / 60 % 60, s % 60);
@@ -235,10 +231,7 @@ static inline const char* format_duration(double seconds, char* out, size_t n) {
 static inline const char* format_count(double x, char* out, size_t n) {
     const char* unit[] = {"", "k", "M", "G", "T"};
     int u = 0;
-    while (x >= 999.5 && u < 4) {
-        x /= 1000;
-        u++;
-    }
+    for (; x >= 999.5 && u < 4; u++) { x /= 1000; }
     snprintf(out, n, "%.*f%s", u == 0 || x >= 99.95 ? 0 : x >= 9.995 ? 1 : 2, x, unit[u]);
     return out;
 }
