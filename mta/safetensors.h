@@ -288,18 +288,13 @@ static inline bool safetensors_open(SafeTensors* s, const char* path, Error* e) 
     return false;
 }
 
+static inline int st_name_order(const void* name, const void* tensor) {
+    return strcmp((const char*)name, ((const StTensor*)tensor)->name);
+}
+
 static inline const StTensor* safetensors_find(const SafeTensors* s, const char* name) {
-    int low = 0, high = s->n;
-    while (low < high) {
-        int mid = low + (high - low) / 2, order = strcmp(s->tensors[mid].name, name);
-        if (order == 0) { return &s->tensors[mid]; }
-        if (order < 0) {
-            low = mid + 1;
-        } else {
-            high = mid;
-        }
-    }
-    return NULL;
+    if (!s->n) { return NULL; }
+    return (const StTensor*)bsearch(name, s->tensors, (size_t)s->n, sizeof *s->tensors, st_name_order);
 }
 
 // The files that the index's weight_map names. They must be plain names: an index cannot point out of its directory.
