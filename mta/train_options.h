@@ -79,13 +79,9 @@ static inline int config_options(Opt* table, FieldValue* fields) {
     for (int i = 0; i < CONFIG_FIELD_COUNT; i++) {
         const ConfigField* f = &CONFIG_FIELDS[i];
         if (!f->flag) { continue; }
-        Opt row = {
-            f->flag, types[f->type], &fields[i], f->type == FIELD_LAYERS ? "LIST|all|none" : f->words, f->help, 0,
-            0,       false};
-        if (f->type == FIELD_INT || f->type == FIELD_NUMBER) {
-            row.min = f->min;
-            row.max = f->max;
-        }
+        const char* arg = f->type == FIELD_LAYERS ? "LIST|all|none" : f->words;
+        bool number = f->type == FIELD_INT || f->type == FIELD_NUMBER;
+        Opt row = {f->flag, types[f->type], &fields[i], arg, f->help, number ? f->min : 0, number ? f->max : 0, false};
         table[n++] = row;
     }
     return n;
