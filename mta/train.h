@@ -645,12 +645,6 @@ static inline void save(Run* r, bool timed) {
     run_saved(r, path, seconds_now() - start);
 }
 
-// Is it time for a checkpoint of --save-minutes? The last step has its own.
-static inline bool timed_save_due(const Run* r) {
-    return r->options->save_minutes > 0 && r->step < r->steps &&
-           seconds_now() - r->saved_at >= 60 * r->options->save_minutes;
-}
-
 // At the end of a step the ranks agree on what only one of them knows: a signal, and rank 0's clock. own: seconds that
 // this one has worked for one of its windows.
 static inline void agree(Run* r, double own) {
@@ -658,7 +652,9 @@ static inline void agree(Run* r, double own) {
         int signal, timed_save;
         double own;
     } Word;
-    r->timed_save = timed_save_due(r);
+    // Is it time for a checkpoint of --save-minutes? The last step has its own.
+    r->timed_save = r->options->save_minutes > 0 && r->step < r->steps &&
+                    seconds_now() - r->saved_at >= 60 * r->options->save_minutes;
     if (ranks_alone(r->ranks)) { return; }
     Word mine = {(int)run_signal, r->timed_save, own}, *all;
     all = (Word*)alloc_or_die((size_t)r->ranks->size, sizeof mine, "words of ranks");
