@@ -38,13 +38,6 @@ typedef struct {
     double available;         // bytes of memory that a model may take, 0 = not known
 } PlanMachine;
 
-// Parameters that a plain Transformer of these sizes does not have.
-static inline size_t plan_extra_parameters(const TensorList* list) {
-    size_t n = 0;
-    for (int i = 0; i < list->n; i++) { n += tensor_is_mta(&list->specs[i]) ? list->specs[i].numel : 0; }
-    return n;
-}
-
 // The kind of attention whose operations a model has, whatever its layers with convolutions and their kernels' sizes;
 // with " with changed fields" where it is none of --attention's.
 static inline void plan_attention(const Run* r, char* out, size_t n) {
@@ -73,7 +66,8 @@ static inline void plan_attention(const Run* r, char* out, size_t n) {
 static inline void plan_print_model(const Run* r, const TensorList* list) {
     const Config* c = &r->config;
     char grouped[32], attention[64];
-    size_t extra = plan_extra_parameters(list);
+    size_t extra = 0;  // parameters that a plain Transformer of these sizes does not have
+    for (int i = 0; i < list->n; i++) { extra += tensor_is_mta(&list->specs[i]) ? list->specs[i].numel : 0; }
     plan_attention(r, attention, sizeof attention);
     printf("model       %s, attention %s: %d layers, %d channels, %d heads of %d, vocabulary %d\n",
            r->options->model ? r->options->model : "from the checkpoint", attention, c->num_hidden_layers,
