@@ -1531,14 +1531,6 @@ static inline bool run_save_texts(const Run* r, CheckpointWriter* w, Error* e) {
     return good;
 }
 
-// The same for a rank whose checkpoint rank 0 has written.
-static inline void run_saved_elsewhere(Run* r) {
-    char path[PATH_SIZE];
-    r->saved_step = r->step;
-    checkpoint_path(run_out(r), (long)r->step, path);
-    ranks_saved(r->ranks, path);
-}
-
 // After a checkpoint was committed to `path`: removes those that are not to be kept.
 static inline void run_saved(Run* r, const char* path, double seconds) {
     char line[PATH_SIZE + 64], old[PATH_SIZE];

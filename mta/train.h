@@ -632,7 +632,9 @@ static inline void save(Run* r, bool timed) {
     ranks_at(r->ranks, AT_CHECKPOINT, r->step);
     if (!ranks_lead(r->ranks)) {
         fetch_for_root(r);
-        run_saved_elsewhere(r);
+        r->saved_step = r->step;
+        checkpoint_path(run_out(r), (long)r->step, path);
+        ranks_saved(r->ranks, path);
         return;
     }
     progress_break(&r->progress);
