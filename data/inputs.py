@@ -891,11 +891,8 @@ def entry_tasks(index, entry, at, tell, whole):
     try:
         if entry["bytes"] == 0 and entry["kind"] != "text":
             detail = "0 bytes: a download that failed?"
-            yield ("bad", entry["path"], entry.get("split"), 0, (BROKEN_OFF, detail)), {
-                "input": index + 1,
-                "offset": 0,
-                "line": 0,
-            }
+            end = {"input": index + 1, "offset": 0, "line": 0}
+            yield ("bad", entry["path"], entry.get("split"), 0, (BROKEN_OFF, detail)), end
         elif entry["kind"] == "parquet":
             yield from parquet_tasks(index, entry, at)
         elif entry["kind"] == "text":
