@@ -88,10 +88,8 @@ ABLATION = {
     "retrofit: plain, then plain": ("transformer", []),
     "retrofit: plain, then mta from the identity": ("mta", conv()),
 }
-RETROFIT, START = (
-    "retrofit: ",
-    "kernels start ",
-)  # rows that train a plain Transformer first; whose kernels do not start at the identity
+RETROFIT = "retrofit: "  # rows that train a plain Transformer first
+START = "kernels start "  # rows whose kernels do not start at the identity
 
 LANGUAGE_MODELS = ("1m", "3m")
 LANGUAGE_ATTENTIONS = ("transformer", "diff", "talking-heads", "mta", "mta-full")
@@ -102,19 +100,16 @@ LANGUAGE_RATES = {"1m": (1.5e-3, 3e-3, 6e-3, 1.2e-2), "3m": (1.5e-3, 3e-3, 6e-3)
 LANGUAGE_LR = {"1m": 6e-3, "3m": 3e-3}  # settled by the part language-tuning, for the plain Transformer
 
 LONG_ATTENTIONS, LONG_SEEDS = ("transformer", "mta"), (1, 2)
-LONG_STEPS, LONG_MORE_STEPS, LONG_THETAS = (
-    2000, 500, (10000, 50000),
-)  # at 256 tokens, then at 512 with the second base of RoPE
+LONG_STEPS, LONG_MORE_STEPS = 2000, 500  # at 256 tokens, then at 512
+LONG_THETAS = (10000, 50000)  # RoPE's base of the one and of the other
 
 COST_ATTENTIONS = ("diff", "talking-heads", "mta", "mta-full")
 COST_MODELS = {
     32: ("1m", []), 64: ("11m", []), 128: ("25m", ["--num-attention-heads", "4", "--num-key-value-heads", "4"]),
 }  # by head size
 COST_LENGTHS = (512, 1024, 2048, 4096)
-COST_ROUNDS, COST_STEPS = (
-    3,
-    {32: 10, 64: 5, 128: 4},
-)  # rounds of both programs in turns; steps of one by head size, the first of which does not count
+COST_ROUNDS = 3  # of both programs in turns
+COST_STEPS = {32: 10, 64: 5, 128: 4}  # of a round by head size, the first of which does not count
 COST_PLANS = (2048, 4096)  # lengths of the 880m model whose memory on a GPU is planned, 4 sequences at once
 
 
@@ -514,12 +509,10 @@ def plan_memory(cell, emulator):
 def measure_cells(only, out, trainer):
     """The cells of the part `cost`, one after the other: nothing else may run meanwhile."""
     for cell in [c for c in cells_of("cost") if only in c["name"] and c["name"] not in read_results("cost")]:
-        result = (
-            plan_memory(cell, os.path.join(ROOT, "build", "train_mta_cuda_cpu"))
-            if cell["task"] == "plan"
-            else measure_cost(cell, out, trainer)
-        )
-        keep(result)
+        if cell["task"] == "plan":
+            keep(plan_memory(cell, os.path.join(ROOT, "build", "train_mta_cuda_cpu")))
+        else:
+            keep(measure_cost(cell, out, trainer))
 
 
 def keep(result):
@@ -556,10 +549,8 @@ def print_plan(parts, only):
             seconds += guess or 0
             unknown += not done and guess is None
             open_cells += not done
-            print(
-                f"{'done' if done else 'open'}  {part}/{cell['name']}"
-                + (f"  about {guess / 60:.0f} min" if guess else "")
-            )
+            about = f"  about {guess / 60:.0f} min" if guess else ""
+            print(f"{'done' if done else 'open'}  {part}/{cell['name']}{about}")
         print(
             f"{part}: {len(cells)} cells, {len(cells) - open_cells} done; the others take about {seconds / 3600:.1f} h "
             f"of one core"
@@ -585,12 +576,9 @@ def train_cells(waiting, running, stop, jobs, out, trainer):
             folder = os.path.join(out, cell["part"], cell["name"])
             os.makedirs(folder, exist_ok=True)
             with open(folder + ".txt", "a", encoding="utf-8") as log:
-                running[
-                    subprocess.Popen(
-                        ["sh", "-c", "trap : TERM; " + command], stdout=log, stderr=log, env=environment,
-                        start_new_session=True,
-                    )
-                ] = cell
+                process = subprocess.Popen(["sh", "-c", "trap : TERM; " + command], stdout=log, stderr=log,
+                                           env=environment, start_new_session=True)
+                running[process] = cell
         time.sleep(0.5)
         for process in [p for p in running if p.poll() is not None]:
             cell = running.pop(process)
