@@ -132,6 +132,22 @@ def interrupts_later():
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
+def outcome(pool, future, seconds=5):
+    """The result of a future of a ProcessPoolExecutor. A worker that is killed while it hands over a result leaves the
+    pool waiting for the rest of it, forever: where one is dead and nothing comes in that time, all end, and the pool is
+    broken."""
+    from concurrent.futures import wait
+
+    while not wait([future], seconds).done:
+        workers = list((pool._processes or {}).values())
+        if not all(worker.is_alive() for worker in workers):
+            for worker in workers:
+                worker.kill()
+            pool._result_queue._writer.close()  # now the pool, too, finds that nobody writes any more
+            break
+    return future.result()
+
+
 def end_with(parent):
     """Of a worker process: it ends with its parent, however that ends, and Ctrl-C is its parent's."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)

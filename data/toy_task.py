@@ -31,7 +31,7 @@ sys.path.insert(0, os.path.dirname(os.path.realpath(__file__)))
 from options import Parser, whole_number  # noqa: E402
 from shards import (  # noqa: E402
     FORMAT, HEADER_BYTES, NAME_WITH_SPLIT, SPLIT_IN_NAME, cores, end_with, foreign_shard, interrupts_later, locked,
-    manifest_lock, read_manifest, run_program, shard_header, sync_file, tokenizer_entry, write_manifest,
+    manifest_lock, outcome, read_manifest, run_program, shard_header, sync_file, tokenizer_entry, write_manifest,
 )
 from tokenizer import ToyTokenizer, UserError, widened  # noqa: E402
 
@@ -227,9 +227,9 @@ def train_chunks(task, seed, count, test_prompts, jobs):
             with interrupts_later():
                 waiting.append(pool.submit(train_chunk, job))
             if len(waiting) > 4 * jobs:
-                yield waiting.popleft().result()
+                yield outcome(pool, waiting.popleft())
         while waiting:
-            yield waiting.popleft().result()
+            yield outcome(pool, waiting.popleft())
     except BrokenProcessPool:
         raise UserError("a worker process died (out of memory?); run the same command again, with fewer --jobs")
     finally:

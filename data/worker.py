@@ -9,7 +9,7 @@ import struct
 import sys
 
 import inputs
-from shards import end_with, interrupts_later
+from shards import end_with, interrupts_later, outcome
 from tokenizer import BadDocument, KeyTwice, UserError, need, open_tokenizer
 
 # SlimPajama's names of its sources -> the names of our shards
@@ -264,10 +264,10 @@ def results(tasks, job, workers):
                 waiting.append((task[:4], pool.submit(worker_run, task), at))
             while len(waiting) > 4 * workers or waiting and waiting[0][1].done():
                 task, future, at = waiting.popleft()
-                yield task, future.result(), at
+                yield task, outcome(pool, future), at
         while waiting:
             task, future, at = waiting.popleft()
-            yield task, future.result(), at
+            yield task, outcome(pool, future), at
     except BrokenProcessPool:
         raise UserError(
             "a worker process died (out of memory?); run the same command again to go on, with fewer --workers"

@@ -10,9 +10,12 @@ import contextlib
 import filecmp
 import io
 import json
+import multiprocessing
+import multiprocessing.connection
 import os
 import resource
 import signal
+import struct
 import subprocess
 import sys
 import tempfile
@@ -20,6 +23,7 @@ import time
 import unittest
 import unittest.mock
 import zlib
+from concurrent.futures.process import BrokenProcessPool, ProcessPoolExecutor
 
 from helpers import BIN, ROOT, main, read_bytes
 
@@ -27,7 +31,17 @@ SCRIPT = os.path.join(ROOT, "data", "toy_task.py")
 INFER = os.path.join(BIN, "infer_mta")
 MODEL = os.path.join(ROOT, "dev", "models", "toy")
 sys.path.insert(0, os.path.join(ROOT, "data"))
+import shards  # noqa: E402
 import toy_task  # noqa: E402
+
+
+def die_halfway():
+    """Of a worker process: what it sends is announced as a thousand bytes, of which one comes."""
+    def send(connection, _):
+        os.write(connection.fileno(), struct.pack("!i", 1000) + b"x")
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    multiprocessing.connection.Connection._send_bytes = send
 
 
 def run(*arguments):
@@ -220,6 +234,16 @@ class Toy(unittest.TestCase):
 
         if os.path.exists(f"/proc/self/task/{os.getpid()}/children"):
             self.assertIn("a worker process died", self.ended_early(kill_a_worker))
+
+    def test_a_worker_is_killed_while_it_hands_over_a_result(self):
+        """The pool waited for the rest of it, forever, and so did toy_task.py and prepare.py."""
+        for context in map(multiprocessing.get_context, ("fork", "spawn")):
+            pool = ProcessPoolExecutor(2, mp_context=context, initializer=die_halfway)
+            try:
+                with self.assertRaises(BrokenProcessPool):
+                    shards.outcome(pool, pool.submit(len, ""), 0.3)
+            finally:
+                pool.shutdown()
 
     def test_paper_sizes(self):
         self.check_task(5, 2, "all", 52, 321)
