@@ -591,6 +591,8 @@ def prepare_into(args, job, plan):
     digest = hashlib.sha256(json.dumps(determined, sort_keys=True).encode()).hexdigest()
     unfinished = os.path.exists(os.path.join(args.out, ".%s.partial" % job["name"], "state.json"))
     if not unfinished and already_there(args.out, job, plan):
+        bad = read_manifest(args.out)["preparations"][job["name"]]["bad"]
+        refuse_left_out(args, bad, os.path.join(args.out, job["name"] + ".bad.jsonl"), "--overwrite prepares it anew")
         print("%s: %s is complete already; --overwrite prepares it anew" % (args.out, job["name"]))
         say_newer(args.out, plan)
         report(args.out, job["name"])
@@ -599,6 +601,8 @@ def prepare_into(args, job, plan):
     p.open(args.overwrite)
     try:
         if p.resumed:
+            bad = p.state["bad"]["counts"]
+            refuse_left_out(args, bad, p.path("bad.jsonl"), "remove %s to start anew" % p.work)
             print("going on where an earlier run stopped: %d documents are done" % p.documents(), file=sys.stderr)
         if p.state["stage"] == "tokenise":
             tokenise(args, p)
@@ -607,6 +611,13 @@ def prepare_into(args, job, plan):
     finally:
         p.leave()
     report(args.out, job["name"])
+
+
+def refuse_left_out(args, counts, listed, anew):
+    """--on-bad refuse is of all documents, also of those that an earlier call with --on-bad skip left out."""
+    if args.on_bad == "refuse" and counts:
+        text = "--on-bad refuse: an earlier call left out %d documents, listed in %s; %s"
+        raise UserError(text % (sum(counts.values()), listed, anew))
 
 
 def say_newer(out, plan):

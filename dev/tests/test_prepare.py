@@ -544,6 +544,9 @@ class Bad(Case):
         run("text", path, "--out", self.path("o"))
         run("text", path, "--out", self.path("p"))
         self.assertEqual(digest(self.path("o")), digest(self.path("p")))
+        shown = run("text", path, "--out", self.path("o"), "--on-bad", "refuse", status=1)  # of all documents
+        self.assertIn("an earlier call left out 7 documents, listed in %s; --overwrite" % self.path("o/text.bad.jsonl"),
+                      shown)
 
     def test_text_that_is_not_utf8(self):
         good = self.write("good.txt", document(random.Random(1), 3000))
@@ -976,6 +979,12 @@ class Restarts(Case):
         child.kill()
         child.wait()
         self.assertIn("unfinished preparation of other", run(*options, "--seed", "1", status=1))
+        state = self.path("o", ".slimpajama.partial", "state.json")
+        with open(state) as f:
+            left_out = json.load(f)
+        with open(state, "w") as f:
+            json.dump(dict(left_out, bad=dict(left_out["bad"], counts={"empty document": 1})), f)
+        self.assertIn("an earlier call left out 1 documents", run(*options, "--on-bad", "refuse", status=1))
         run(*options, "--seed", "1", "--overwrite")
         run(*options[:-1], self.path("p"), "--seed", "1")
         self.assertEqual(digest(self.path("o")), digest(self.path("p")))
