@@ -709,6 +709,11 @@ static inline void run_settle(Run* r, const Trainer* trainer, const TrainOptions
     }
     if (o->score && ranks_lead(r->ranks)) { run_divert_output(r); }
     if (o->out && ranks_lead(r->ranks)) {
+        char state[PATH_SIZE];
+        path_join(state, sizeof state, o->out, "trainer.json");
+        if (!run_holds_run(o->out) && file_exists(state)) {  // a run would begin inside of it, also with --resume
+            die("--out: %s is a checkpoint, wanted the directory of a run", o->out);
+        }
         if (!o->resume && !o->dry_run && run_holds_run(o->out)) {
             die("--out: %s holds a run; %schoose another directory", o->out,
                 options_evaluate(o) ? "" : "--resume continues it, or ");

@@ -1030,6 +1030,17 @@ class Resume(Trainer):
         self.assertIn("step 0", done.stdout + done.stderr)
         self.assertEqual(len(checkpoints(out)), 1)
 
+    def test_a_checkpoint_in_place_of_the_run(self):
+        """As --out it is a mistake: a run began inside of it, with --resume from step 0."""
+        out = self.out()
+        self.run_ok(out, {"--steps": 1})
+        [checkpoint] = checkpoints(out)
+        files = tree(out)
+        for flags in ([], ["--resume"], ["--dry-run"]):
+            self.refused(["--out: %s is a checkpoint, wanted the directory of a run" % checkpoint], flags=flags,
+                         out=checkpoint)
+        self.assertEqual(tree(out), files)
+
     def test_resume_where_the_checkpoints_are_gone(self):
         """The log says that there was one: weeks of it are not cut for a run from step 0."""
         out = self.out()
