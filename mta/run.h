@@ -167,6 +167,24 @@ static inline void run_override_fields(Config* c, const TrainOptions* o) {
     for (int l = c->num_hidden_layers; l < MAX_LAYERS; l++) { c->kq_conv_layer[l] = false; }
 }
 
+// Options for convolutions in a model in which no layer comes to have one: those that ask for one are refused, the
+// sizes are said to do nothing.
+static inline void run_check_convolutions(const Config* c, const TrainOptions* o) {
+    bool before_or_after = c->kq_conv_pre_softmax || c->kq_conv_post_softmax;
+    for (int i = 0; i < CONFIG_FIELD_COUNT && !config_any_conv(c); i++) {
+        const ConfigField* f = &CONFIG_FIELDS[i];
+        if (f->change != CHANGE_CONV || !field_given(f, o->fields[i])) { continue; }
+        if (f->type == FIELD_INT) {
+            printf("%s does nothing: no layer has a convolution\n", f->flag);
+        } else if (f->type == FIELD_SWITCH && o->fields[i].integer) {
+            die("%s on: no layer has a convolution; --kq-conv-layers says which are to have one", f->flag);
+        } else if (f->type == FIELD_LAYERS && !before_or_after && strcmp(o->fields[i].text, "none") != 0) {
+            die("%s %s: their convolutions are off; wanted --kq-conv-pre-softmax on or --kq-conv-post-softmax on",
+                f->flag, o->fields[i].text);
+        }
+    }
+}
+
 static inline bool run_holds_run(const char* dir) {
     char path[PATH_SIZE];
     long* steps;
@@ -432,6 +450,7 @@ static inline void run_configure(Run* r) {
         die("--%s", e.text);
     }
     if (!config_override(c, o->fields, PART_ATTENTION, &e)) { die("%s", e.text); }
+    run_check_convolutions(c, o);
     run_shard_tokenizer(r);
     int shard_vocabulary = r->shard_tokenizer.vocab_size;
     const char* from = r->resume_dir[0] ? r->resume_dir : r->init_dir;

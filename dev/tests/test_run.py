@@ -1907,6 +1907,16 @@ class Refused(Trainer):
         for layers in ("1,7", "x", " 1", "+1", "1, 0", "1,"):
             self.refused(['kq_conv_layers: got "%s"' % layers, "layers 0 to 1"], {"--kq-conv-layers": layers})
         self.refused(["attention_type diff", "no kq_conv"], {"--attention-type": "diff", "--kq-conv-layers": "all"})
+        none, off = "on: no layer has a convolution", "their convolutions are off"
+        for kind, changes, words in (("transformer", {"pre-softmax": "on"}, none), ("diff", {"post-softmax": "on"}, none),
+                                     ("mta", {"layers": "none", "pre-softmax": "on"}, none),
+                                     ("transformer", {"layers": "1"}, "--kq-conv-layers 1: " + off),
+                                     ("mta", {"layers": "all", "pre-softmax": "off"}, off)):
+            with self.subTest(kind=kind, changes=changes):  # what was asked for would not come to be
+                changes = {"--kq-conv-" + name: value for name, value in changes.items()}
+                self.refused([words], dict(changes, **{"--attention": kind}), ["--dry-run"])
+        said = self.run_ok(self.out(), {"--attention": "transformer", "--kq-conv-layers": "none"}, ["--dry-run"]).stdout
+        self.assertIn("--kq-conv-key-size does nothing: no layer has a convolution", said)
         self.refused(["head size 15 is odd"],
                      {"--hidden-size": 30, "--num-attention-heads": 2, "--intermediate-size": 30})
         path = self.path("broken.json")
