@@ -37,6 +37,7 @@ typedef struct {
     // rope_scaling of type "llama3" (factor 0 = none): frequencies of long wavelengths are divided by factor
     double rope_factor, rope_low_freq_factor, rope_high_freq_factor;
     int rope_original_context;
+    int sliding_window;  // positions that attention sees in the file that was read, no fewer than its context; 0 = all
     int bos_token_id, eos_token_id;           // -1 = none
     int other_eos[MAX_EOS - 1], n_other_eos;  // of a list of eos_token_id, those after the first
     char tokenizer[256];                      // built-in name or rank file beside config.json, "" = unknown
@@ -797,7 +798,7 @@ static inline bool config_read_ropes(Config* c, const Json* j, bool assume_llama
 }
 
 // Positions that attention is limited to: only none, or no fewer than the context.
-static inline bool config_check_window(const Config* c, const Json* j, ConfigFamily family, Error* e) {
+static inline bool config_check_window(Config* c, const Json* j, ConfigFamily family, Error* e) {
     const Json *v = json_get(j, "sliding_window"), *use = json_get(j, "use_sliding_window");
     double window = family == FAMILY_MISTRAL && !v ? 4096 : 0;  // MistralConfig's where the key is absent; null is none
     if (use && use->type != JSON_BOOL && use->type != JSON_NULL) {
@@ -812,11 +813,12 @@ static inline bool config_check_window(const Config* c, const Json* j, ConfigFam
         return fail(e, "sliding_window: got %g%s, wanted none below the context of %d: attention sees all positions",
                     window, v ? "" : " (mistral's where the key is absent)", c->max_position_embeddings);
     }
+    c->sliding_window = window > 0 && window <= MAX_CONTEXT ? (int)window : 0;
     return true;
 }
 
 // Keys whose good values depend on others.
-static inline bool config_check_more(const Config* c, const Json* j, ConfigFamily family, bool assume_llama, Error* e) {
+static inline bool config_check_more(Config* c, const Json* j, ConfigFamily family, bool assume_llama, Error* e) {
     const Json *dim = json_get(j, "head_dim"), *scale = json_get(j, "attention_multiplier"),
                *types = json_get(j, "layer_types");
     const Json* map = json_get(j, "auto_map");

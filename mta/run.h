@@ -384,6 +384,14 @@ static inline void run_say_ends(const Run* r, Config* init) {
     text_free(&theirs);
 }
 
+// Says that a model has had a window that a longer context would show: attention sees all positions here.
+static inline void run_say_window(const Run* r, const Config* theirs, const char* where) {
+    if (theirs->sliding_window && r->config.max_position_embeddings > theirs->sliding_window) {
+        printf("%s has sliding_window %d; here attention sees all of the %d positions\n", where, theirs->sliding_window,
+               r->config.max_position_embeddings);
+    }
+}
+
 // Refuses an --init-from whose files are damaged, whose mathematics is not known, or of which a preset would replace
 // what no tensor shows; to evaluate it, more positions than it has.
 static inline void run_check_init(const Run* r, bool preset) {
@@ -407,6 +415,7 @@ static inline void run_check_init(const Run* r, bool preset) {
         die("--seq-len: got %d, %s has %d positions; --max-position-embeddings says that it may have more", r->seq_len,
             r->init_dir, c.max_position_embeddings);
     }
+    run_say_window(r, &c, r->init_dir);
 }
 
 // Which model: a checkpoint that is resumed, a preset, a configuration file, or --init-from's.
@@ -481,6 +490,7 @@ static inline void run_configure(Run* r) {
         die("--seq-len: got %d, wanted at most --max-position-embeddings %d", r->seq_len, c->max_position_embeddings);
     }
     run_check_sample_prompt(r);
+    if (!preset && base == o->model) { run_say_window(r, c, base); }
     if (r->init_dir[0] && !r->resume_dir[0]) { run_check_init(r, preset != NULL || (o->model && options_evaluate(o))); }
     r->schedule.lr = o->lr >= 0 ? o->lr : preset ? preset->lr : 1.5e-4;
     if (!config_check(c, &e)) { die("model: %s", e.text); }

@@ -288,6 +288,16 @@ class Refused(Folders):
             with self.subTest(**{k: "absent" if v is DROP else v for k, v in changes.items()}):
                 self.refused(self.model(changed(mistral, changes)), "sliding_window")
 
+    def test_a_context_longer_than_the_window(self):
+        """Up to its context such a model is a full one; beyond, it is another than transformers computes, and said."""
+        folder, said = self.model(changed(PLAIN, {"sliding_window": 64})), "sliding_window 64; here attention sees all"
+        preset = ["--model", "toy", "--attention", "transformer", "--num-attention-heads", 4, "--num-key-value-heads",
+                  2, "--rope-theta", PLAIN["rope_theta"], "--rms-norm-eps", PLAIN["rms_norm_eps"]]
+        for words in ([], ["--model", os.path.join(folder, "config.json")], preset):
+            with self.subTest(words):
+                self.assertIn(said, self.train(folder, *words, "--seq-len", "128").stdout)
+                self.assertNotIn(said, self.train(folder, *words, "--seq-len", "64").stdout)
+
     def test_a_head_that_is_not_the_embedding(self):
         config = dict(PLAIN, tie_word_embeddings=True)
         weights = random_weights(PLAIN)

@@ -267,7 +267,8 @@ class Runs(Trainer):
         for e in (e for e in events if e["event"] == "step"):
             self.assertGreater(e["mfu"], 0)
         for path in checkpoints(out):  # what is not the same twice is no part of a checkpoint
-            self.assertNotIn(f'"{socket.gethostname()}"'.encode(), read_bytes(os.path.join(path, "trainer.json")))
+            state = read_bytes(os.path.join(path, "trainer.json"))
+            self.assertNotIn(f'"{socket.gethostname()}"'.encode(), state)
 
     def test_length_by_tokens_or_epochs(self):
         """Rounded up to whole steps, which is said; two lengths that differ are refused; --resume without one keeps
@@ -1908,7 +1909,8 @@ class Refused(Trainer):
             self.refused(['kq_conv_layers: got "%s"' % layers, "layers 0 to 1"], {"--kq-conv-layers": layers})
         self.refused(["attention_type diff", "no kq_conv"], {"--attention-type": "diff", "--kq-conv-layers": "all"})
         none, off = "on: no layer has a convolution", "their convolutions are off"
-        for kind, changes, words in (("transformer", {"pre-softmax": "on"}, none), ("diff", {"post-softmax": "on"}, none),
+        for kind, changes, words in (("transformer", {"pre-softmax": "on"}, none),
+                                     ("diff", {"post-softmax": "on"}, none),
                                      ("mta", {"layers": "none", "pre-softmax": "on"}, none),
                                      ("transformer", {"layers": "1"}, "--kq-conv-layers 1: " + off),
                                      ("mta", {"layers": "all", "pre-softmax": "off"}, off)):
