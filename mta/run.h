@@ -1076,7 +1076,7 @@ static inline void run_state_json(const Run* r, Text* t) {
     text_printf(t, "  \"random\": {\"seed\": %lld, \"step\": %lld},\n  \"loader\": ", (long long)r->options->seed,
                 (long long)r->step);
     text_append(t, r->loader_state.text, r->loader_state.n);
-    text_printf(t, ",\n  \"compiler\": ");
+    text_printf(t, ",\n  \"version\": \"" MTA_VERSION "\",\n  \"compiler\": ");
     text_json_string(t, __VERSION__, strlen(__VERSION__));
     text_printf(t, ",\n  \"arguments\": [");
     for (int i = 1; i < r->options->argc; i++) {

@@ -269,6 +269,7 @@ class Runs(Trainer):
         for path in checkpoints(out):  # what is not the same twice is no part of a checkpoint
             state = read_bytes(os.path.join(path, "trainer.json"))
             self.assertNotIn(f'"{socket.gethostname()}"'.encode(), state)
+            self.assertEqual(json.loads(state)["version"], version)
 
     def test_length_by_tokens_or_epochs(self):
         """Rounded up to whole steps, which is said; two lengths that differ are refused; --resume without one keeps
