@@ -76,6 +76,7 @@ typedef struct {
     char resume_dir[PATH_SIZE];      // checkpoint that is continued, "" = none
     ShardTokenizer shard_tokenizer;  // what the training shards say of theirs
     Tokenizer* tokenizer;            // NULL = unknown: no samples
+    char tokenizer_from[PATH_SIZE];  // what named it: --tokenizer, a config.json or the shards' manifest.json
     Text rank_file;  // of the tokenizer, which goes into every checkpoint: it may lie in one that --keep removes
     Loader train;
     ValSet val[MAX_VAL_SETS];
@@ -240,12 +241,12 @@ static inline void run_check_tokenizer(const Run* r, const ShardTokenizer* s) {
     }
     if (same && tokenizer_file(t) && s->bytes > 0 &&
         ((int64_t)r->rank_file.n != s->bytes || crc32_update(0, r->rank_file.text, r->rank_file.n) != s->crc)) {
-        die("--tokenizer: %s: %zu bytes, CRC-32 %08x, but the manifest.json beside %s says %lld and %08x",
+        die("%s: %s: %zu bytes, CRC-32 %08x, but the manifest.json beside %s says %lld and %08x", r->tokenizer_from,
             tokenizer_file(t), r->rank_file.n, crc32_update(0, r->rank_file.text, r->rank_file.n), s->shard,
             (long long)s->bytes, s->crc);
     }
     if (!same) {
-        die("--tokenizer: %s is %s (%d ids), but %s was made with %s",
+        die("%s: %s is %s (%d ids), but %s was made with %s", r->tokenizer_from,
             tokenizer_file(t) ? tokenizer_file(t) : tokenizer_name(t), tokenizer_name(t), tokenizer_vocab(t), s->shard,
             shard_tokenizer_text(s, text, sizeof text));
     }
@@ -280,12 +281,14 @@ static inline void run_open_tokenizer(Run* r, const char* config) {
     const TrainOptions* o = r->options;
     const ShardTokenizer* s = &r->shard_tokenizer;
     bool has = !o->tokenizer && config[0] && run_named_tokenizer(config, o->assume_llama, path, pattern);
+    snprintf(r->tokenizer_from, sizeof r->tokenizer_from, "%s", has ? config : "--tokenizer");
     if (o->tokenizer) {
         snprintf(path, sizeof path, "%s", o->tokenizer);
         snprintf(pattern, sizeof pattern, "%s", o->pattern ? o->pattern : "");
     } else if (!has && s->name[0]) {
         snprintf(path, sizeof path, "%s", s->path[0] ? s->path : s->name);
         snprintf(pattern, sizeof pattern, "%s", s->path[0] ? s->name : "");
+        snprintf(r->tokenizer_from, sizeof r->tokenizer_from, "the manifest.json beside %.4000s", s->shard);
     }
     if (!path[0] && !o->tokenizer) {
         if (s->shard[0]) {
@@ -301,7 +304,7 @@ static inline void run_open_tokenizer(Run* r, const char* config) {
     }
     if (!r->tokenizer ||
         (tokenizer_file(r->tokenizer) && !read_file(path, UINT32_MAX, &r->rank_file.text, &r->rank_file.n, &e))) {
-        die("--tokenizer: %s", e.text);
+        die("%s: %s", r->tokenizer_from, e.text);
     }
     run_check_tokenizer(r, s);
     run_say_taken(r, s);
@@ -469,7 +472,7 @@ static inline void run_configure(Run* r) {
     if (shard_vocabulary > needed) { needed = shard_vocabulary; }
     if (preset && !options_field_given(o, "vocab_size") && needed > c->vocab_size) { c->vocab_size = needed; }
     if (r->tokenizer && tokenizer_vocab(r->tokenizer) > c->vocab_size) {
-        die("--tokenizer: %s has %d ids, the model's vocabulary is %d", tokenizer_file_name(r->tokenizer),
+        die("%s: %s has %d ids, the model's vocabulary is %d", r->tokenizer_from, tokenizer_file_name(r->tokenizer),
             tokenizer_vocab(r->tokenizer), c->vocab_size);
     }
     bool context_given = options_field_given(o, "max_position_embeddings");

@@ -1286,7 +1286,11 @@ class Tokenizers(Trainer):
                                               "--steps": 1})))
         out = self.out()
         self.run_ok(out, dict(toy, **{"--vocab-size": 259, "--steps": 1}))
-        self.refused(("toy", "bytes"), dict(other, **{"--init-from": checkpoints(out)[-1], "--vocab-size": 259}))
+        # who names the tokenizer is blamed, not an option that was not given
+        self.refused(("%s: %s: toy" % (NAME, os.path.join(checkpoints(out)[-1], "config.json")), "bytes"),
+                     dict(other, **{"--init-from": checkpoints(out)[-1], "--vocab-size": 259}))
+        os.remove(self.path("r2/r.tiktoken"))
+        self.refused(("the manifest.json beside ", "r2/r.tiktoken: No such file"), dict(two, **wide))
 
     def test_the_tokenizer_that_the_weights_were_trained_with(self):
         """--tokenizer and --pattern beside --init-from and --resume: another pattern or rank file is refused."""
