@@ -228,6 +228,20 @@ class Models(Case):
             model(torch.tensor([IDS]))
         self.assertEqual(seen, {torch.float32})
 
+    def test_whatever_the_default_device_is(self):
+        """torch.set_default_device("cuda") puts what names no device there; "meta" shows it on a CPU."""
+        x, options = torch.tensor([IDS[:30]]), dict(max_new_tokens=4, do_sample=False, pad_token_id=258)
+        for name in ("mta-full", "diff", "scaled RoPE"):
+            with self.subTest(name):
+                model = load(checkpoint(name)[1])
+                model.config.query_chunk = 9
+                want, text = model(x, labels=x), model.generate(x, **options).tolist()
+                with torch.device("meta"):
+                    got, again = model(x, labels=x), model.generate(x, **options).tolist()
+                    got.loss.backward()
+                self.close_to(got.logits, want.logits, 1e-6)
+                self.assertEqual((got.loss.item(), again), (want.loss.item(), text))
+
     def test_a_cache_that_goes_on(self):
         """The whole text or its new tokens alone beside a cache that holds some: the text without one. A cache that has
         no token left to compute is refused."""

@@ -87,7 +87,7 @@ class HeadMix(nn.Module):
 
     def start(self):
         """As the identity."""
-        self.weight.copy_(torch.eye(self.weight.shape[1]))
+        self.weight.copy_(torch.eye(self.weight.shape[1], device=self.weight.device))
 
     def forward(self, maps):
         groups, ch, _ = self.weight.shape
@@ -113,10 +113,10 @@ class HeadGate(nn.Module):
 
 
 def rope_frequencies(config):
-    """Radians per position of the HS / 2 pairs of a head, with Llama 3's scaling where configured."""
+    """Radians per position of the HS / 2 pairs of a head, with Llama 3's scaling where configured; on the CPU."""
     rope = getattr(config, "rope_parameters", None) or dict(config.rope_scaling or {}, rope_theta=config.rope_theta)
     kind, size = rope.get("rope_type", rope.get("type", "default")), config.hidden_size // config.num_attention_heads
-    f = rope["rope_theta"] ** (-torch.arange(0, size, 2, dtype=torch.float64) / size)
+    f = rope["rope_theta"] ** (-torch.arange(0, size, 2, dtype=torch.float64, device="cpu") / size)
     if kind == "llama3":
         turns = rope["original_max_position_embeddings"] * f / (2 * math.pi)  # within the original context
         low, high = rope["low_freq_factor"], rope["high_freq_factor"]
@@ -303,7 +303,8 @@ class MtaModel(MtaPreTrainedModel):
 
         past, T = cache.get_seq_length() if cache is not None else 0, x.shape[1]
         padding = padding_of(attention_mask, past + T)
-        angles = torch.arange(past, past + T, dtype=torch.float64)[:, None] * rope_frequencies(self.config).cpu()
+        places = torch.arange(past, past + T, dtype=torch.float64, device="cpu")  # whatever the default device is
+        angles = places[:, None] * rope_frequencies(self.config)
         rope = [f(angles).to(x.device, wide(x).dtype) for f in (torch.cos, torch.sin)]
         wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         states = ()
