@@ -12,6 +12,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import sys
 
 from options import picture_name, split_name
@@ -343,17 +344,22 @@ def cell(value, digits):
     return "-" if value is None else "%.*f" % (digits, value) if value < 1e6 else "%.2e" % value
 
 
-def markdown(table, several):
-    """A table in Markdown whose columns stand below each other as plain text too."""
+def in_markdown(name):
+    """A name as a page of Markdown shows it: *, < and an _ at the end of a word would be marks there, and vanish."""
+    return re.sub(r"[\\`*<\[]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])", r"\\\g<0>", name)
+
+
+def markdown(table, several, name=str):
+    """A table in Markdown whose columns stand below each other as plain text too. name(text): how names are written."""
     title, leading, columns, groups = table
-    lines = [leading + [c[0] for c in columns]]
+    lines = [leading + [name(c[0]) for c in columns]]
     for group in groups:
         bests = []
         for i, (_, better, _) in enumerate(columns):
             known = [values[i] for _, values in group if values[i] is not None]
             bests.append(better(known) if known and several and len(group) > 1 else None)
         for cells, values in group:
-            row = list(cells)
+            row = list(map(name, cells))
             for (_, _, digits), value, best in zip(columns, values, bests):
                 text = cell(value, digits)
                 row.append("**%s**" % text if value is not None and value == best else text)
@@ -551,11 +557,13 @@ def check_outputs(args):
 def report(args):
     check_outputs(args)
     models = models_of(args.files)
-    text = "\n".join(markdown(t, len(models) > 1) for t in tables_of(models))
+    tables = list(tables_of(models))
+    text = "\n".join(markdown(t, len(models) > 1) for t in tables)
+    page = "\n".join(markdown(t, len(models) > 1, in_markdown) for t in tables)
     other = not_the_same(models)
-    if other:
-        text += "\nNot all models were asked the same questions: %s.\n" % ", ".join(other)
-    text += "".join("\n%s\n" % line for line in [*other_windows(models), *joined_files(models)])
+    notes = "\nNot all models were asked the same questions: %s.\n" % ", ".join(other) if other else ""
+    notes += "".join("\n%s\n" % line for line in [*other_windows(models), *joined_files(models)])
+    text, page = text + notes, page + in_markdown(notes)
     details = "\n".join(("### %s: every measure\n\n" % m.name if len(models) > 1 else "") + flat(m)
                         for m in models if m.items)
     if args.json:
@@ -577,6 +585,6 @@ def report(args):
         base = os.path.relpath(args.pictures, os.path.dirname(args.markdown) or ".") if pictures else ""
         links = "".join("\n![%s](%s)\n" % (name[:-4], os.path.normpath(os.path.join(base, name)).replace(" ", "%20"))
                         for name in pictures)
-        write(args.markdown, text + links + ("\n```\n%s```\n" % details if details else ""))
+        write(args.markdown, page + links + ("\n```\n%s```\n" % details if details else ""))
     sys.stdout.write(text + ("\n" if text and details else "") + details)
     return 0

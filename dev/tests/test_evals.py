@@ -679,6 +679,18 @@ class Report(Case):
             line = "Not all models were validated alike on s: a on 2097152 tokens in windows of 2048; %s on %s."
             self.assertIn(line % (other, how), run("report", self.path("a"), self.path(other)))
 
+    def test_names_on_a_page_of_markdown(self):
+        """Their marks vanished there, as GitHub shows it; on the terminal they are as they are."""
+        right = {(2, 100, 0): 0.5}
+        names = ["__a_b__", "a*b*", "<i>", "`x` [y](z)", "plain_name|1"]
+        folders = [self.evaluation("m%d" % i, right, {"s": 1.0}) for i in range(len(names))]
+        shown = run("report", *("%s=%s" % pair for pair in zip(names, folders)), "--markdown", self.path("r.md"))
+        with open(self.path("r.md")) as f:
+            text = f.read().split("```")[0]
+        for name, escaped in zip(names, (r"\_\_a_b\_\_", r"a\*b\*", r"\<i>", r"\`x\` \[y](z)", r"plain_name\|1")):
+            self.assertIn("| %s " % name.replace("|", r"\|"), shown)
+            self.assertIn("| %s " % escaped, text)
+
     def test_no_two_models_of_a_picture_look_the_same(self):
         """The eleventh looked as the first."""
         self.assertEqual(len({(i % 10, report.point_of(i)) for i in range(100)}), 100)
