@@ -731,9 +731,9 @@ def line_tasks(index, entry, at, tell):
 
 
 def fault_of_machine(e):
-    """Whether an exception of pyarrow is about memory, a disk or a network: then no document may be left out because of
-    it. pyarrow's errors about what a file holds have no errno."""
-    return isinstance(e, MemoryError) or (isinstance(e, OSError) and e.errno is not None)
+    """Whether an exception of pyarrow is about memory, a disk, a network or pyarrow itself: then no document may be
+    left out because of it. pyarrow's errors about what a file holds have no errno."""
+    return isinstance(e, (MemoryError, UserError)) or (isinstance(e, OSError) and e.errno is not None)
 
 
 @contextlib.contextmanager

@@ -50,7 +50,7 @@ from shards import (  # noqa: E402
     write_synced,
 )
 from tokenizer import (  # noqa: E402
-    PATTERNS, UserError, file_sums, find_encoder, need, open_tokenizer, reason,
+    PATTERNS, UserError, file_sums, find_encoder, need, open_tokenizer, reason, refuse_old,
 )
 from worker import results  # noqa: E402
 
@@ -495,6 +495,8 @@ def make_job(args, files):
         ("zstandard", "lines.zst" in kinds),
         ("pyarrow", "parquet" in kinds),
     ):
+        if wanted:
+            refuse_old(package)
         if wanted and importlib.util.find_spec(package) is None:
             need(package)
     by_folders = args.split == "folders" and {"val", "test"} & {inputs.split_of(below) for below in files.values()}

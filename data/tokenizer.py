@@ -9,7 +9,9 @@ import base64
 import contextlib
 import functools
 import hashlib
+import importlib.metadata
 import os
+import re
 import struct
 import subprocess
 import weakref
@@ -93,15 +95,33 @@ def members(pairs, names=None):
     return record
 
 
+OLDEST = {"tiktoken": (0, 9), "zstandard": (0, 19), "pyarrow": (15, 0)}  # that has what is asked of a package here
+INSTALL = ("python3 -m venv data/.venv && data/.venv/bin/pip install -r data/requirements.txt, then run "
+           "data/.venv/bin/python data/prepare.py")
+
+
+@functools.lru_cache(maxsize=None)
+def refuse_old(package):
+    """Refuses a package that lacks what is asked of it: each document, or file, would fail by itself and be left
+    out."""
+    try:
+        version = importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return
+    oldest = OLDEST.get(package, ())
+    if tuple(map(int, re.findall("[0-9]+", version)))[: len(oldest)] < oldest:
+        text = "the package %s %s is too old, wanted %d.%d or later: %s"
+        raise UserError(text % (package, version, *oldest, INSTALL))
+
+
 def need(module):
     """Imports an optional package, or says how to get it."""
+    package = module.split(".")[0]
+    refuse_old(package)
     try:
         return __import__(module, fromlist=["_"])
     except ImportError:
-        raise UserError(
-            "the package %s is needed and not installed: python3 -m venv data/.venv && data/.venv/bin/pip install "
-            "-r data/requirements.txt, then run data/.venv/bin/python data/prepare.py" % module.split(".")[0]
-        )
+        raise UserError("the package %s is needed and not installed: %s" % (package, INSTALL))
 
 
 # ----------------------------------------------------------------------------------------------------------------------

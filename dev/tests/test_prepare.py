@@ -604,6 +604,22 @@ class Bad(Case):
                 self.assertNotIn("truncated", shown)
                 self.assertRegex(shown, r"(?m)^prepare\.py: .*x\.parquet: .*(malloc of size 1 failed|I/O error)$")
 
+    def test_packages_that_are_too_old(self):
+        """They lack what is asked of them: each document, or file, was left out as one that is damaged."""
+        self.write("x.parquet", b"PAR1")
+        self.write("x.jsonl.zst", b"\x28\xb5\x2f\xfd")
+        self.write("x.jsonl", '{"text": "hello"}\n')
+        ranks = ["--tokenizer", RANKS, "--pattern", "cl100k_base", "--encoder", "tiktoken"]
+        for file, package, version, oldest, more in (("x.parquet", "pyarrow", "14.0.2", "15.0", []),
+                                                     ("x.jsonl.zst", "zstandard", "0.18.0", "0.19", []),
+                                                     ("x.jsonl", "tiktoken", "0.8.0", "0.9", ranks)):
+            tokenizer.refuse_old.cache_clear()
+            with unittest.mock.patch("importlib.metadata.version", lambda name, version=version: version):
+                shown = run("text", self.path(file), "--out", self.path("o"), *more, status=1)
+            said = "the package %s %s is too old, wanted %s or later: python3 -m venv" % (package, version, oldest)
+            self.assertIn(said, shown)
+        tokenizer.refuse_old.cache_clear()
+
     @unittest.skipUnless(zstandard, "needs zstandard")
     def test_a_machine_without_memory_is_no_damaged_zst(self):
         path = self.write("a.jsonl.zst", zstandard.ZstdCompressor().compress(b'{"text": "hello"}\n' * 9))
