@@ -95,7 +95,9 @@ def members(pairs, names=None):
     return record
 
 
-OLDEST = {"tiktoken": (0, 9), "zstandard": (0, 19), "pyarrow": (15, 0)}  # that has what is asked of a package here
+# The first versions that have what is asked of a package here. Earlier ones of huggingface_hub leave links in a folder,
+# the files in their cache.
+OLDEST = {"tiktoken": (0, 9), "zstandard": (0, 19), "pyarrow": (15, 0), "huggingface_hub": (0, 23)}
 INSTALL = ("python3 -m venv data/.venv && data/.venv/bin/pip install -r data/requirements.txt, then run "
            "data/.venv/bin/python data/prepare.py")
 

@@ -610,12 +610,16 @@ class Bad(Case):
         self.write("x.jsonl.zst", b"\x28\xb5\x2f\xfd")
         self.write("x.jsonl", '{"text": "hello"}\n')
         ranks = ["--tokenizer", RANKS, "--pattern", "cl100k_base", "--encoder", "tiktoken"]
-        for file, package, version, oldest, more in (("x.parquet", "pyarrow", "14.0.2", "15.0", []),
-                                                     ("x.jsonl.zst", "zstandard", "0.18.0", "0.19", []),
-                                                     ("x.jsonl", "tiktoken", "0.8.0", "0.9", ranks)):
+        out = ["--out", self.path("o")]
+        for package, version, oldest, command in (
+            ("pyarrow", "14.0.2", "15.0", ["text", self.path("x.parquet"), *out]),
+            ("zstandard", "0.18.0", "0.19", ["text", self.path("x.jsonl.zst"), *out]),
+            ("tiktoken", "0.8.0", "0.9", ["text", self.path("x.jsonl"), *out, *ranks]),
+            ("huggingface_hub", "0.22.2", "0.23", ["slimpajama", "--download", self.path("d"), "--repo", "a/b"]),
+        ):
             tokenizer.refuse_old.cache_clear()
             with unittest.mock.patch("importlib.metadata.version", lambda name, version=version: version):
-                shown = run("text", self.path(file), "--out", self.path("o"), *more, status=1)
+                shown = run(*command, status=1)
             said = "the package %s %s is too old, wanted %s or later: python3 -m venv" % (package, version, oldest)
             self.assertIn(said, shown)
         tokenizer.refuse_old.cache_clear()
