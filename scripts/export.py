@@ -9,8 +9,9 @@ writes into OUT, which is new or empty:
     configuration_mta.py, modeling_mta.py     of a model with MTA's or DIFF Transformer's attention: its code, for
         AutoModelForCausalLM.from_pretrained(OUT, trust_remote_code=True)   (transformers 4.57 and 5.24 are tested)
     tokenizer.json, tokenizer_config.json, generation_config.json     of a rank file or of `bytes`, for AutoTokenizer:
-        the same ids. Text that looks like a special token stays text (in a chat template too, but for
-        AutoTokenizer.from_pretrained(OUT, split_special_tokens=False)); BOS goes before a text, as infer_mta does it.
+        the same ids. Text that looks like a special token stays text (in a chat template too, and where TRL's trainers
+        write the end of a text, but for AutoTokenizer.from_pretrained(OUT, split_special_tokens=False)); BOS goes
+        before a text, as infer_mta does it.
         Where DIR has a tokenizer.json, as transformers saves it, or a generation_config.json, these go along as they
         are.
     the rank file, so that infer_mta reads OUT too

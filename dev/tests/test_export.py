@@ -607,6 +607,8 @@ class Tokenizers(Case):
         text = "na\u00efve <|eos|>\0\r\n\U0001f600  x"
         self.assertEqual(tokenizer(text).input_ids, [256, *text.encode()])
         self.assertEqual((tokenizer.eos_token_id, tokenizer.pad_token_id), (257, 258))
+        marks = AutoTokenizer.from_pretrained(checkpoint("mta")[1], trust_remote_code=True, split_special_tokens=False)
+        self.assertEqual(marks("a<|eos|>").input_ids, [256, 97, 257])  # as TRL's trainers end a text
         self.assertEqual(tokenizer.decode([*text.encode()]), text)
         self.assertEqual(tokenizer(["a", "bcd"], padding=True).input_ids, [[258, 258, 256, 97], [256, 98, 99, 100]])
 
