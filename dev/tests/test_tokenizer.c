@@ -374,6 +374,53 @@ static void test_long_runs(void) {
     text_free(&ranks);
 }
 
+// Joins of more ranks than the queue has room for at first: it grows.
+static void test_many_ranks(void) {
+    Text ranks = make_ranks(false);
+    unsigned char tokens[1200][16], seen[1200] = {0};
+    size_t sizes[1200] = {0};
+    uint32_t seed = 1;
+    int n = 0;
+    for (int i = 0; i < 26; i++) { tokens[n][0] = (unsigned char)('a' + i), sizes[n++] = 1; }
+    while (n < 1200) {  // any two earlier tokens, most often of one letter
+        int of[2];
+        for (int k = 0; k < 2; k++) {
+            seed = seed * 1664525 + 1013904223;
+            of[k] = (int)((seed >> 8) % (uint32_t)(seed >> 30 ? 26 : n));
+        }
+        size_t size = sizes[of[0]] + sizes[of[1]];
+        if (size > sizeof tokens[0]) { continue; }
+        memcpy(tokens[n], tokens[of[0]], sizes[of[0]]);
+        memcpy(tokens[n] + sizes[of[0]], tokens[of[1]], sizes[of[1]]);
+        sizes[n] = size;
+        bool again = false;
+        for (int i = 0; i < n; i++) { again = again || (sizes[i] == size && !memcmp(tokens[i], tokens[n], size)); }
+        n += !again;
+    }
+    for (int rank = 256, i = 700; rank < 256 + n - 26; i = (i + 701) % n) {  // in no order: long ones may come first
+        if (i >= 26 && !seen[i]) { add_rank(&ranks, tokens[i], sizes[i], rank++); }
+        seen[i] = 1;
+    }
+    Error e = {""};
+    Tokenizer* t = tokenizer_open(put("many.tiktoken", ranks.text, ranks.n), "gpt2", &e);
+    if (!t) { die("%s", e.text); }
+    int32_t short_ids[MERGE_SHORT], long_ids[MERGE_SHORT];
+    bool all = true;
+    for (int round = 0; round < 2000; round++) {
+        char text[MERGE_SHORT];
+        uint32_t letters = 2 + (uint32_t)round % 25;
+        for (size_t i = 0; i < sizeof text; i++) {
+            seed = seed * 1664525 + 1013904223;
+            text[i] = (char)('a' + (seed >> 16) % letters);
+        }
+        size_t a = merge_short(t, text, sizeof text, short_ids), b = merge_long(t, text, sizeof text, long_ids);
+        all = all && a == b && memcmp(short_ids, long_ids, a * sizeof *short_ids) == 0;
+    }
+    check(all, "a scan and a queue of many ranks merge alike");
+    tokenizer_free(t);
+    text_free(&ranks);
+}
+
 // Random bytes: refused exactly where they are no UTF-8; random characters of all planes come back as they were.
 static void test_random(void) {
     Text ranks = make_ranks(true);
@@ -453,6 +500,7 @@ int main(void) {
     test_known_numbers_of_ranks();
     test_specials();
     test_long_runs();
+    test_many_ranks();
     test_random();
     test_damaged_files();
     remove_tree(test_folder());
