@@ -175,6 +175,18 @@ class CudaRuns(Folder):
                 if folder == folders[0]:
                     self.assertLess(abs(sum(errors)) / len(errors), min(distance, 0.02))
 
+    def test_logits_that_no_target_wants_are_left_out(self):
+        """Long contexts: chunks of 64 rows without a continuation have no logits, and the scores keep their bits."""
+        self.train(CPU, "run", "--steps", "1", "--max-position-embeddings", "256", attention="transformer")
+        requests = self.path("requests")
+        with open(requests, "w", encoding="utf-8") as f:
+            for n in (1, 63, 64, 150, 240):
+                f.write(json.dumps({"context_ids": [i * 7 % 23 for i in range(n)], "continuation_ids": [5, 9]}) + "\n")
+        command = [BF16, "--init-from", self.path("run/step-00000001"), "--score", requests]
+        whole, chunks = (self.execute(command, {"CUDA_CPU_LOGITS": size}) for size in ("1073741824", "1024"))
+        self.assertEqual((whole.returncode, whole.stdout.count("\n")), (0, 5), whole.stderr)
+        self.assertEqual((chunks.returncode, chunks.stdout), (0, whole.stdout), chunks.stderr)
+
     def test_evaluation_alone(self):
         """--eval-only says what the run's own last evaluation said, bit for bit; --eval-first's loss is that of the
         start."""
