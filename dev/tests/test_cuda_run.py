@@ -186,6 +186,9 @@ class CudaRuns(Folder):
         whole, chunks = (self.execute(command, {"CUDA_CPU_LOGITS": size}) for size in ("1073741824", "1024"))
         self.assertEqual((whole.returncode, whole.stdout.count("\n")), (0, 5), whole.stderr)
         self.assertEqual((chunks.returncode, chunks.stdout), (0, whole.stdout), chunks.stderr)
+        want = self.ok([INFER, self.path("run/step-00000001"), "--score", requests]).stdout
+        for got, line in zip_all(chunks.stdout.splitlines(), want.splitlines()):
+            self.assertLess(abs(json.loads(got)["logprob"] - json.loads(line)["logprob"]), 0.1)
 
     def test_evaluation_alone(self):
         """--eval-only says what the run's own last evaluation said, bit for bit; --eval-first's loss is that of the
