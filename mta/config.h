@@ -850,6 +850,18 @@ static inline bool config_check_more(Config* c, const Json* j, ConfigFamily fami
     return true;
 }
 
+// Words are compared as C strings, which end at a NUL: what follows one would be passed over.
+static inline bool config_check_text(const Json* j, const char* key, Error* e) {
+    for (const Json* v = j->child; v; v = v->next) {
+        const char* name = v->key ? v->key : key;
+        if (v->type == JSON_STRING && strlen(v->string) != v->length) {
+            return fail(e, "%.80s: wanted a text without NUL", name);
+        }
+        if (!config_check_text(v, name, e)) { return false; }
+    }
+    return true;
+}
+
 // Reads a parsed config.json. Right or refused: only families whose mathematics is known, with their own defaults for
 // absent keys (neither model_type nor architectures: LLaMA's, without token ids), and no key that is not known.
 // assume_llama: an unknown family is taken for LLaMA and unknown keys are passed over, on the user's word.
@@ -857,6 +869,7 @@ static inline bool config_from_json(Config* c, const Json* j, bool assume_llama,
     ConfigFamily family;
     *c = config_default();
     if (!j || j->type != JSON_OBJECT) { return fail(e, "wanted a JSON object"); }
+    if (!config_check_text(j, "", e)) { return false; }
     if (!config_read_family(j, assume_llama, &family, e)) { return false; }
     for (const Json* v = j->child; v; v = v->next) {
         if (!config_check_key(v, assume_llama, e)) { return false; }

@@ -269,7 +269,12 @@ class Refused(Folders):
                 ({"rope_scaling": {"rope_type": "default", "type": "mrope"}}, "differ"),
                 ({"rope_theta": 5e5, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}},
                  "rope_parameters says 10000"),
-                ({"rope_scaling": dict(LLAMA3, rope_theta=5e5)}, "rope_scaling says 500000")):
+                ({"rope_scaling": dict(LLAMA3, rope_theta=5e5)}, "rope_scaling says 500000"),
+                # C's strings end at a NUL: these were the known words before it.
+                ({"model_type": "llama\0x"}, "model_type: wanted a text without NUL"),
+                ({"architectures": ["LlamaForCausalLM\0x"]}, "architectures: wanted a text without NUL"),
+                ({"hidden_act": "silu\0x"}, "hidden_act: wanted a text without NUL"),
+                ({"rope_scaling": dict(LLAMA3, rope_type="llama3\0x")}, "rope_type: wanted a text without NUL")):
             with self.subTest(piece=piece, **{k: "absent" if v is DROP else v for k, v in changes.items()}):
                 self.refused(self.model(changed(PLAIN, changes), random_weights(PLAIN)), piece)
 
