@@ -126,12 +126,15 @@ def toy(results):
         f"- Here: {evidence.TOY_BEST['layers']} layers, 2 heads, {evidence.TOY_BEST['width']} channels, "
         f"{evidence.TOY_BLOCKS} blocks, {evidence.TOY_STEPS} steps of 64 fresh sequences, no dropout. The learning "
         f"rate is {evidence.TOY_BEST['lr']:g} with linear decay. It was chosen for the plain Transformer, by one "
-        "seed of each setting of `toy-tuning`; these settings lie within the spread of seeds.",
-        "- Not shown: that a plain model fails however long it is trained. The next section has three times the steps.",
-        "- The table has the sequences with a wrong answer token, in percent, of 1000 that training never saw; "
-        f"{seeds_of(chosen)}.",
-        "- A model that repeats one of the question's two letters is right in one of N cases: the letter is the wanted "
-        "one in 2 / N of them, and then the right one of two in 1 / 2. A plain model near that has found nothing.",
+        "seed of each setting of `toy-tuning`. The errors of these settings differ by no more than those of different "
+        "seeds.",
+        "- This does not show that a plain model fails even if it is trained much longer. The next section has three "
+        "times the steps.",
+        "- The table has the share of sequences with a wrong answer token, in percent, of 1000 sequences that training "
+        f"never saw; {seeds_of(chosen)}.",
+        "- A model that only repeats one of the question's two letters is right in one of N cases: with probability 2 "
+        "/ N the wanted letter is one of the two, and then it repeats the right one in half of the cases. A plain "
+        "model near that error has learned nothing about blocks.",
         f"- The paper's own size would take {paper_toy_flop():.1e} operations a run, for 36 runs: about 5 hours of one "
         "H200 at a tenth of its 990 TFLOP/s, a prediction (`scripts/evidence.sh toy-paper`).",
         "",
@@ -176,9 +179,10 @@ def toy_long(results):
     head = [f"{a} {when}" for a in PAIR for when in (f"after {evidence.TOY_STEPS}", f"{late} of {end}", f"{end}")]
     lines = [
         "## The toy task with three times the steps", "",
-        f"How far from its plateau the table above is: error in percent, {end} steps of fresh sequences (none is drawn "
-        f"twice). Each learning rate falls to 0 at its own last step. Where {end} steps end far below "
-        f"{evidence.TOY_STEPS}, the table above shows who learns faster, and this one who learns it at all.",
+        f"The table above may be far from its plateau. This one has errors in percent during {end} steps of fresh "
+        f"sequences (none is drawn twice). In each run the learning rate falls to 0 at its last step. Where the error "
+        f"after {end} steps is far below that after {evidence.TOY_STEPS}, the table above shows which model learns "
+        "faster, and this one which model learns the task at all.",
         "",
     ]
     return lines + table(["task", "paper: plain and mta", "seed", *head], rows) + origin(results, "toy-long")
@@ -198,9 +202,10 @@ def again(results):
         rows.append([r["task"], r["attention"], mine, another_seed(seen, 100), at, spread(seen, 100), len(seen)])
     lines = [
         "## Run again by another seed", "",
-        "Two cells of the toy table with seed 4, error in percent. With 95% a new seed lies within the mean ± t s "
-        "sqrt(1 + 1/n), t of Student, s the standard deviation of the n seeds, if errors scatter normally; the range "
-        "of three seeds it leaves half the time.",
+        "Two cells of the toy table were trained again with seed 4; errors in percent. If errors are normally "
+        "distributed, a new seed lies within mean ± t s sqrt(1 + 1/n) with a probability of 95%. Here s is the "
+        "standard deviation of the n seeds, and t is Student's. It lies outside the range of three seeds in half of "
+        "all cases.",
         "",
     ]
     head = ["task", "attention", "seed 4", "expected with 95%", "the table's range", "mean, deviation", "seeds"]
@@ -212,8 +217,8 @@ def toy_tuning(results):
     the plateau they are."""
     lines = [
         "## How the baseline of the toy task was chosen", "",
-        "N 5, first letter, one seed: error in percent on the way. Each row's learning rate falls to 0 at its own last "
-        "step.",
+        "N 5, first letter, one seed: error in percent during training. In each row the learning rate falls to 0 at "
+        "the last step of that row.",
         "",
     ]
     rows = []
@@ -235,14 +240,13 @@ def language(results):
     lines = [
         "## Language: validation loss",
         "",
-        "Claim: at equal size, data and steps MTA models have a lower validation loss than the plain Transformer; the "
-        "paper at 880M parameters: perplexity "
-        + ", ".join(f"{a} {p}" for a, p in LANGUAGE_PAPER.items())
-        + ". Here: bytes as tokens, five domains of Debian's documentation, sequences of 256, "
-        f"{evidence.LANGUAGE_STEPS} steps of 4096 tokens, products in {evidence.LANGUAGE_MATMUL}, the learning rate "
-        f"tuned for the plain Transformer (`language-tuning`). Nats a byte; mean and standard "
-        "deviation over seeds; the last column is the mean of the domains minus that of the plain Transformer of the "
-        "same seed.",
+        "Claim: at equal size, data and steps MTA models have a lower validation loss than the plain Transformer.",
+        "- The paper: 880M parameters, perplexity " + ", ".join(f"{a} {p}" for a, p in LANGUAGE_PAPER.items()) + ".",
+        "- Here: bytes as tokens, five domains of Debian's documentation, sequences of 256, "
+        f"{evidence.LANGUAGE_STEPS} steps of 4096 tokens, products in {evidence.LANGUAGE_MATMUL}. The learning rate "
+        "was tuned for the plain Transformer (`language-tuning`).",
+        "- The tables have nats a byte, mean and standard deviation over seeds. The last column is the mean of the "
+        "domains minus that of the plain Transformer of the same seed.",
         "",
     ]
     exact = [r for r in results if r["matmul"] != evidence.LANGUAGE_MATMUL]
@@ -276,8 +280,9 @@ def language(results):
             ]
     if exact:
         lines += [
-            "Another arithmetic moves where a run ends, as another seed does; beside the differences in the table that "
-            "is much. (Over three seeds of the quickstart's text model bf16 changes the mean by 0.0008: SPEED.md.)",
+            "Rounding changes the loss at the end of a run as another seed does. Compared with the differences in the "
+            "table that is much. (Over three seeds of the quickstart's text model bf16 changes the mean by 0.0008: "
+            "SPEED.md.)",
             "",
         ]
     return lines + origin(results, "language")
@@ -362,14 +367,14 @@ def ablation(results):
     lines = [
         "## Ablation: which operation the toy task needs",
         "",
-        f"The paper's, 880M, mean validation perplexity: {ABLATION_PAPER}. Here: N 5, first letter, 2 layers of 2 or "
-        f"4 heads, {evidence.TOY_BEST['width']} "
-        f"channels, {evidence.ABLATION_STEPS} steps of 64 sequences, learning rate {evidence.TOY_BEST['lr']:g}; a "
-        f"retrofit takes as many steps "
-        f"again. Wrong sequences in percent; {seeds_of(results)} (the last column says how many a "
-        "row has). The task asks for a match of two letters, which a convolution before the softmax finds, if it "
-        "stands in the first layer, and heads alone do not; the rows below 10% are mostly not told apart. Nothing of "
-        "this speaks of language.",
+        f"- The paper: 880M parameters, mean validation perplexity: {ABLATION_PAPER}.",
+        f"- Here: N 5, first letter, 2 layers of 2 or 4 heads, {evidence.TOY_BEST['width']} channels, "
+        f"{evidence.ABLATION_STEPS} steps of 64 sequences, learning rate {evidence.TOY_BEST['lr']:g}. A retrofit "
+        "trains for as many steps once more.",
+        f"- The table has wrong sequences in percent; {seeds_of(results)}. The last column is the number of seeds.",
+        "- The task asks where two letters occur together. A convolution before the softmax finds that, if it is in "
+        "the first layer. Mixing heads alone does not.",
+        "- Most rows below 10% do not differ by more than chance explains. None of this says anything about language.",
         "",
     ]
     rows, groups = [], {}
@@ -388,9 +393,9 @@ def ablation(results):
         s = pooled(some)
         if s:
             lines += [
-                f"Rows {name}: between seeds an error scatters by {s:.2f} points (pooled standard deviation). Two "
-                f"rows of n seeds, chosen beforehand, are told apart where they differ by more than 2 s sqrt(2/n): "
-                + ", ".join(f"{2 * s * (2 / n) ** 0.5:.1f} points by {count(n)}" for n in (1, 2, 3, 10)) + ".",
+                f"Rows {name}: the pooled standard deviation s over seeds is {s:.2f} points. Two rows of n seeds that "
+                "were chosen beforehand differ by more than chance explains if their distance is above 2 s sqrt(2/n): "
+                + ", ".join(f"{2 * s * (2 / n) ** 0.5:.1f} points with {count(n)}" for n in (1, 2, 3, 10)) + ".",
                 "",
             ]
     return lines + table(["row", "error, %", "range", "seeds"], rows) + origin(results, "ablation")
@@ -441,15 +446,16 @@ def patterns():
     lines = [
         "## Patterns: what the kernels have learned",
         "",
-        "The paper shows kernels near the identity, diagonals, one-sided ones, and heads that are subtracted from "
-        "others, without counts. All kernels start at the identity, so that the counts say how far they have left it. "
-        "A convolution counts as identity where its identity tap has 90% of the squared weights; as diagonal where "
-        "taps that move along with the "
-        "query have 60%, two of them at least 10%; as one-sided where the keys before or the keys behind have 60% of "
-        "what is not the identity's "
-        "tap. A mixing counts as identity where its diagonal has 90%, as contrast where a head is subtracted from "
-        "another "
-        "with 10% of its row (scripts/evidence_kernels.py).",
+        "The paper shows kernels of four kinds, without counts: near the identity, diagonal, one-sided, and heads "
+        "that are subtracted from others. All kernels start at the identity, so the counts say how many have left it. "
+        "A kernel's kind is decided by shares of its squared weights (scripts/evidence_kernels.py).",
+        "- Convolution, identity: the identity's tap has at least 90%.",
+        "- Convolution, diagonal: the taps that move along with the query have at least 60%, and two of them at least "
+        "10% each.",
+        "- Convolution, one-sided: of what is outside the identity's tap, the keys before it have at least 60%, or "
+        "the keys after it.",
+        "- Mixing, identity: the diagonal has at least 90%. Mixing, contrast: a head is subtracted from another with "
+        "at least 10% of its row.",
         "",
     ]
     groups = {}
@@ -502,11 +508,11 @@ def cost(results):
     lines = [
         "## Cost: the step and the memory beside the plain Transformer's",
         "",
-        "The last rows of both tables are the paper's own code on H200s: another machine and size, not "
-        "to be compared one to one. Here: the CPU trainer with all threads, one sequence a "
-        "step, whole steps with the update, in turns with the plain Transformer of the same size (median of three "
-        "rounds, the fastest step of each); memory is the "
-        "program's largest resident size.",
+        "- The last rows of both tables are the paper's own code on H200s. Machine and size are others, so they do not "
+        "compare directly.",
+        "- Here: the CPU trainer with all threads, one sequence a step, whole steps with the update. Models take "
+        "turns with the plain Transformer of the same size: the median of three rounds, of each the fastest step. "
+        "Memory is the program's largest resident size.",
         "",
     ]
     for quantity in ("time", "memory"):
@@ -647,8 +653,8 @@ def hours():
         spent = sum(r["seconds"] for r in done) / 3600
         machines = ", ".join(sorted({r["processor"] for r in done})) or "-"
         rows.append([part, len(done), len(evidence.cells_of(part)), f"{spent:.1f}", machines])
-    how = "By the clock: one thread for each cell, all threads for `cost`; much of it beside other work on two cores, "
-    how += "pauses included."
+    how = "By the clock, pauses included: one thread for each cell, all threads for `cost`. Often other programs ran "
+    how += "on the same two cores."
     lines = ["## Machine hours", "", how, ""]
     return lines + table(["part", "cells done", "of", "hours", "processor"], rows)
 
@@ -684,11 +690,10 @@ def write():
     lines = [
         "# Results: the paper's claims, and what was found here",
         "",
-        "`scripts/evidence.sh --report` writes this page from the cells in [dev/evidence](evidence); one cell is one "
-        "training run on the CPU (of `cost` a measurement or a plan), and its line there has "
-        "its options, curve, seconds, processor and commit. `scripts/evidence.sh --plan` lists what is open. Small "
-        "models only: nobody has trained the 880M model "
-        "with this code.",
+        "`scripts/evidence.sh --report` writes this page from the cells in [dev/evidence](evidence). A cell is one "
+        "training run on the CPU; in the part `cost` it is a measurement or a plan. Each cell has one line there, with "
+        "its options, curve, seconds, processor and commit. `scripts/evidence.sh --plan` lists the cells that are "
+        "missing. All models are small: nobody has trained the 880M model with this code.",
         "",
     ]
     missing = {part: len(evidence.cells_of(part)) - len(evidence.read_results(part)) for part in PARTS}
@@ -697,11 +702,15 @@ def write():
         lines += [f"**Still open**, cells: {still}.", ""]
     lines += [
         "## Verdicts, the unfavourable ones first", "",
-        "One rule for all: the difference to the plain model of the same seed; favourable or unfavourable where the "
-        "95% interval of its mean, mean ± t s / sqrt(n) with Student's t (12.7 for two seeds, 4.3 for three), leaves "
-        "out 0, else undecided. That takes differences to scatter normally, and corrects nothing for the number of "
-        "rows: by chance one in twenty would be decided. The rule was made stricter, and seed 3 of language at 1m "
-        "added, after two seeds had been seen: they had shown mta 0.030 nats below the plain model.",
+        "One rule holds for all rows.",
+        "- Each model is compared with the plain model of the same seed. The 95% interval of the mean difference is "
+        "mean ± t s / sqrt(n), with Student's t (12.7 for two seeds, 4.3 for three). If it contains 0 the verdict is "
+        "undecided, otherwise favourable or unfavourable.",
+        "- The rule assumes that differences are normally distributed. It is not corrected for the number of rows: "
+        "of twenty rows without any effect about one would be decided by chance.",
+        "- After the results of two seeds were known, the rule was made stricter, and a third seed was added to "
+        "language at 1m. With two seeds mta was 0.030 nats below the plain model.",
+        "",
         "", *verdicts(),
     ]
     for part, section in PARTS.items():
