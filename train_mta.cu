@@ -1982,11 +1982,11 @@ static void crossentropy_forward_backward(float* losses, unsigned char* wrong, f
 // =====================================================================================================================
 // Fast paths: tensor cores
 //
-// A warp multiplies tiles of 16-bit elements; ldmatrix feeds it from shared memory, copy_async feeds that (PTX manual:
-// mma.m16n8k16, movmatrix.m8n8, ldmatrix.m8n8.x4, cp.async). dev/cuda_cpu/tensor_cores.h has the same functions for the
-// CPU.
-// All are volatile, since the lanes of a warp execute them together: the compiler moves none under a branch. ldmatrix
-// and the copies clobber "memory": it moves no access past them. Today that costs no instruction.
+// A warp multiplies tiles of 16-bit elements. ldmatrix loads them from shared memory into registers, and copy_async
+// copies from device memory into shared memory (PTX manual: mma.m16n8k16, movmatrix.m8n8, ldmatrix.m8n8.x4, cp.async).
+// dev/cuda_cpu/tensor_cores.h has the same functions for the CPU.
+// All are volatile, because the lanes of a warp execute them together: the compiler must not move one into a branch.
+// ldmatrix and the copies clobber "memory", so the compiler moves no access past them. That costs no instruction.
 
 #if defined(CUDA_CPU)
 #include "tensor_cores.h"
@@ -2122,11 +2122,12 @@ template <int PITCH, typename T> static __device__ inline void load_b_transposed
 // =====================================================================================================================
 // Fast paths: the convolution on tensor cores
 
-// kq_conv for kernels within BAND_TAPS x (2 BAND + 1) in the bf16 build. 8 output columns j .. j+7 of a row are, for
-// each tap a, the columns j-8 .. j+15 of its row times a banded (Toeplitz) 24 x 8 matrix, T[c,n] = weight[a, c-8-n+r]:
-// two taps are one step of mma.m16n8k16 for each 8 of the 24 columns, so 9 products a block of 16 x 8; the taps' rows
-// are addresses of ldmatrix, T is 18 constant registers, and what is loaded for 8 input columns serves the three blocks
-// of outputs that reach them. A block owns BAND_ROWS x CONV_COLS outputs, a warp 16 rows.
+// kq_conv for kernels of at most BAND_TAPS x (2 BAND + 1), in the bf16 build. It is a product of matrices: for a row of
+// the kernel (a tap a), the output columns j .. j+7 are the input columns j-8 .. j+15 of one row times a banded
+// (Toeplitz) 24 x 8 matrix, T[c,n] = weight[a, c-8-n+r].
+// Two taps are one mma.m16n8k16 for each 8 of the 24 columns. So a block of 16 x 8 outputs takes 9 products. Each tap's
+// row is an address of ldmatrix, and T stays in 18 registers. 8 loaded input columns are used by three blocks of
+// outputs. A block of threads owns BAND_ROWS x CONV_COLS outputs, a warp 16 rows of them.
 enum { BAND = PACK, BAND_TAPS = 6, BAND_ROWS = CONV_THREADS / WARP_SIZE * 16, BAND_BLOCKS = CONV_COLS / 8 };
 enum {
     BAND_PITCH = CONV_COLS + 2 * BAND + PACK,
@@ -2299,13 +2300,13 @@ static void kq_conv_band_backward_weight(double* dweight, const TileX* dout, con
 // =====================================================================================================================
 // Fast paths: head_mix, softmax, head_mix of groups of 16 heads in one kernel
 //
-// On tensor cores, in the bf16 build (MODEL.md eq. 5, 6, 8): one read of the logits, one write.
-// Mixing multiplies the column of a key's 16 heads by a 16 x 16 matrix: 8 keys are one mma.m16n8k16 (forward in fp16
-// like the maps, backward in bf16 like the gradients, both summed in fp32). A warp takes 32 keys of a row at a time:
-// lane l has keys 8 (l%4) .. +7 of the heads l/4 and l/4 + 8, one 16-byte access each, and its keys 2t, 2t+1 go through
-// product t; so a result lies where the input lay, and a pair of keys of one head is also what a product over keys (the
-// weights' gradients) takes. As the second operand a product wants pairs of heads of one key: transpose8 turns the one
-// into the other.
+// On tensor cores, in the bf16 build (MODEL.md eq. 5, 6, 8). The logits are read once and the result is written once.
+// Mixing multiplies, for each key, the vector of its 16 heads by a 16 x 16 matrix. One mma.m16n8k16 does this for 8
+// keys: forward in fp16 like the maps, backward in bf16 like the gradients, both summed in fp32.
+// A warp takes 32 keys of a row at a time. Lane l holds the keys 8 (l%4) .. +7 of the heads l/4 and l/4 + 8, one access
+// of 16 bytes for each head. Product t takes the keys 2t and 2t+1 of each lane. So a result is in the registers where
+// the input was. The gradients of the weights are products over keys, which take pairs of keys of one head, as they are
+// held. Mixing takes pairs of heads of one key as its second operand; transpose8 makes these of the former.
 
 enum {
     MIX16_WARPS = 4,
@@ -2642,19 +2643,20 @@ static void mix16_maps_backward(TileX* d, TileX* other, const AttentionSums* sum
 // =====================================================================================================================
 // Fast paths: all of attention in one kernel
 //
-// Fused attention (MODEL.md, Fused attention): nothing but its result leaves the chip. For bf16 layers whose only
-// operations on scores are a convolution before softmax and the mixing of pairs of heads after it; all other layers,
-// and the fp32 build, take the chunks above.
+// Fused attention (MODEL.md, Fused attention) writes only its result to device memory. It serves layers of the bf16
+// build whose only operations on scores are a convolution before softmax and the mixing of pairs of heads after it. All
+// other layers, and the fp32 build, are computed chunk by chunk as above.
 //
-// Mixing after softmax is linear in the values: with Vcat the values of the group's CH heads side by side, Z_n = P_n
-// Vcat and O_o = sum_n W[o,n] Z_n[block o]. So a head needs no other head: it is plain flash attention with wide
-// values, and head_output below mixes the Z (MODEL.md eq. 8). Z, dZ and dV come in CH parts of (B,NH,T,HS): part p of
-// value head o is what the p-th head of its group gives to it.
+// Mixing after softmax is linear in the values. Vcat has the values of the group's CH heads side by side; then Z_n =
+// P_n Vcat and O_o = sum_n W[o,n] Z_n[block o]. So a head needs no other head: each is plain flash attention with wide
+// values, and head_output mixes the Z (MODEL.md eq. 8). Z, dZ and dV have CH parts of (B,NH,T,HS): part p of value head
+// o is the share of the p-th head of its group.
 //
-// The convolution is matrix work. Of 8 keys j..j+7 of a row, the scores j-8..j+15 of a tap's row (u queries back) times
-// a banded (Toeplitz) matrix of the tap's weights: CQ taps are 3 CQ steps of 8 columns, two of which make one 16x8x16
-// product; a tap's row is another address, its matrix constant registers. Scores and their gradients stand in shared
-// memory as fp16: 11 bits, where bf16 has 8; the gradients scaled by a power of two.
+// The convolution is a product of matrices, as in kq_conv_band: for 8 keys j..j+7 of a row, the scores j-8..j+15 of a
+// tap's row (u queries back) times a banded (Toeplitz) matrix of the tap's weights. CQ taps are 3 CQ steps of 8
+// columns, and two steps are one 16x8x16 product. Each tap's row is another address; its matrix stays in registers.
+// Scores and their gradients are kept in shared memory in fp16, which has 11 bits where bf16 has 8. The gradients are
+// scaled by a power of two.
 
 enum {
     FLASH_HEAD = 128,
@@ -3799,9 +3801,9 @@ static bool cudnn_plans(AttentionCudnn* c, const Attention* a, int B, bool pairs
 // =====================================================================================================================
 // Fast paths: the launches of a pass as a CUDA graph
 //
-// A pass over all layers is thousands of launches where attention goes chunk by chunk; as a graph the host pays for
-// one. Capture freezes every pointer, scalar and grid: what changes from one micro-batch to the next lies in device
-// memory or is launched outside of the pass.
+// A pass over all layers has thousands of launches if attention is computed chunk by chunk. As a graph they are one
+// launch for the host. A graph keeps every pointer, scalar and grid of its capture, so whatever changes from one
+// micro-batch to the next is in device memory, or is launched outside of the pass.
 
 typedef struct {
     int calls;

@@ -1,14 +1,15 @@
-// mta/ranks_nccl.h: NCCL as what carries messages between the ranks of the CUDA trainer, one GPU each: where nccl.h was
-// found, with -DMTA_NCCL. The launcher's environment and a meeting at rank 0 (mta/ranks_start.h) stand for MPI, which
-// the CUDA trainer does not link.
+// mta/ranks_nccl.h: NCCL carries the messages between the ranks of the CUDA trainer, which have one GPU each. It is
+// compiled with -DMTA_NCCL, where nccl.h was found. The CUDA trainer does not link MPI: ranks find each other by the
+// launcher's environment and a meeting at rank 0 (mta/ranks_start.h).
 //
-// One communicator that never blocks, on a stream of its own: who waits looks whether the stream is done and whether
-// NCCL has failed, so that the watch can end any wait. What lies in the host's memory goes through a stage on the GPU.
-// The stream first waits, by an event, for what the trainer's stream has been given to compute until then, and not for
-// what it is given later: so gradients are sent, and added up in this stream, while the backward pass goes on. The way
-// back needs no event: the trainer's stream gets work that reads them only once the host has seen this one done.
+// There is one communicator. It never blocks and has a stream of its own. A rank that waits asks again and again
+// whether the stream is done and whether NCCL has failed, so the watch can end any wait. Data in the host's memory is
+// copied through a buffer on the GPU (the stage). Before it sends, the stream waits by an event for all work that the
+// trainer's stream has been given so far. It does not wait for later work, so gradients are sent and added up in this
+// stream while the backward pass goes on. The other direction needs no event: the host gives the trainer's stream work
+// that reads the sums only after it has seen that this stream is done.
 //
-// NCCL's number of a rank is its place (ranks_place), so that all parts that it gathers are where their owners are.
+// NCCL's number of a rank is its place (ranks_place), so that gathered parts are in the order of their owners.
 #ifndef MTA_RANKS_NCCL_H
 #define MTA_RANKS_NCCL_H
 
