@@ -182,7 +182,8 @@ def toy_long(results):
         f"The table above may be far from its plateau. This one has errors in percent during {end} steps of fresh "
         f"sequences (none is drawn twice). In each run the learning rate falls to 0 at its last step. Where the error "
         f"after {end} steps is far below that after {evidence.TOY_STEPS}, the table above shows which model learns "
-        "faster, and this one which model learns the task at all.",
+        "faster, and this one which model learns the task at all. Two of its runs are cells of `toy-tuning` (N 5, "
+        "first, seed 1).",
         "",
     ]
     return lines + table(["task", "paper: plain and mta", "seed", *head], rows) + origin(results, "toy-long")
@@ -357,7 +358,7 @@ def draw_toy(results):
 ABLATION_PAPER = (
     "all four with gate 10.90, all four with the norm scaled by depth 10.92, without the convolution after the softmax "
     "10.95, convolution before "
-    "and heads after 11.09, the same without a norm 11.16, convolution after and heads after 11.11, convolution and "
+    "and heads after 11.09, these two without a norm 11.16, convolution after and heads after 11.11, convolution and "
     "heads before 11.10, "
     "heads alone 11.04, convolution before alone 11.23 (8 x 13: 11.31), plain 11.25"
 )
@@ -374,6 +375,7 @@ def ablation(results):
         f"- The table has wrong sequences in percent; {seeds_of(results)}. The last column is the number of seeds.",
         "- The task asks where two letters occur together. A convolution before the softmax finds that, if it is in "
         "the first layer. Mixing heads alone does not.",
+        "- In names of rows \"the same\" means the convolution before the softmax.",
         "- Most rows below 10% do not differ by more than chance explains. None of this says anything about language.",
         "",
     ]
@@ -414,7 +416,7 @@ def long(results):
         "greedy continuation. Neither model has learned to find needles: both guess, so these sets compare nothing.",
         "- BabiLong's QA1: the answer is the likeliest of six rooms. Its stories have up to 450 bytes. qa1_256 has no "
         "distraction. qa1_512 has whole sentences of at most 62 bytes; 131 of its 200 questions have none (counted at "
-        "a1db8f5), so it is little else than qa1_256 with other questions.",
+        "a1db8f5), so it is almost the same as qa1_256, with other questions.",
         "- Each set has 200 questions. The table has the right answers in percent, and the nats of the right answer, "
         "which tell more where few are right: a number guessed digit by digit has 16.0 nats, a room among six 1.8. "
         "Each is a mean and standard deviation over seeds.",
@@ -447,8 +449,9 @@ def patterns():
         "## Patterns: what the kernels have learned",
         "",
         "The paper shows kernels of four kinds, without counts: near the identity, diagonal, one-sided, and heads "
-        "that are subtracted from others. All kernels start at the identity, so the counts say how many have left it. "
-        "A kernel's kind is decided by shares of its squared weights (scripts/evidence_kernels.py).",
+        "that are subtracted from others. Kernels start at the identity, but for those of two rows of the ablation "
+        "(at random, as the mean). So the counts say how many have left it. Each kernel is counted once, by the first "
+        "kind below that fits; shares are those of its squared weights (scripts/evidence_kernels.py).",
         "- Convolution, identity: the identity's tap has at least 90%.",
         "- Convolution, diagonal: the taps that move along with the query have at least 60%, and two of them at least "
         "10% each.",
