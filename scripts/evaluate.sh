@@ -1,28 +1,28 @@
 #!/usr/bin/env bash
-# scripts/evaluate.sh CHECKPOINT [--val GLOB] [--requests DIR] [--text FILE] [--out DIR] [options]: all that a
-# checkpoint is worth, in one report.
+# scripts/evaluate.sh CHECKPOINT [--val GLOB] [--requests DIR] [--text FILE] [--out DIR] [options]: evaluates a
+# checkpoint and writes one report.
 #
 #   CHECKPOINT          a step-XXXXXXXX directory, or a run: its newest checkpoint
-#   --val GLOB          token shards, a set for each name before _val_: loss, perplexity, bits per byte over 2.1
-#                       million tokens of each
-#   --requests DIR      every *.jsonl in it is scored: what data/evals.py lambada, choice, needle, babilong wrote
-#   --text FILE         a text: needles in a haystack and BabiLong are made from it, as long as the checkpoint's
-#                       context allows; settings that do not fit it are named and left out (in bytes, 10 needles alone
-#                       have some 500 tokens)
+#   --val GLOB          token shards: loss, perplexity and bits per byte of each set, over 2.1 million tokens. Shards
+#                       with the same name before _val_ are one set
+#   --requests DIR      scores every *.jsonl in it, as written by data/evals.py lambada, choice, needle and babilong
+#   --text FILE         makes needles in a haystack and BabiLong from this text, as long as the checkpoint's context
+#                       allows. Settings that do not fit into the context are named and left out (10 needles alone
+#                       have about 500 bytes)
 #   --out DIR           default: RUN/eval/step-XXXXXXXX
 #   --samples N         questions of each setting of --text, default 100 (the paper: 500 needles)
 #   --lengths N,...     tokens of a haystack; default half of the context and all of it (1000,2000 of 2048)
 #   --distraction N,... tokens around a story; default 0, a quarter of the context and half of it
 #   --seq-len N         tokens of a sequence; default the checkpoint's context, 4096 at most
-#   --tokenizer X       bytes, toy or a tiktoken rank file, where the checkpoint names none (another program's LLaMA)
+#   --tokenizer X       bytes, toy or a tiktoken rank file; for a checkpoint that names none (another program's LLaMA)
 #   --batch-size N      sequences that the trainer computes at once (its default is 4)
-#   --shift             a context that is too long loses its earliest tokens, as in scripts/lm_eval_mta.py; else it is
-#                       refused
+#   --shift             takes the earliest tokens away from a context that is too long, as scripts/lm_eval_mta.py does.
+#                       Without it such a context is refused
 #
-# TRAINER=PROGRAM scores; without it train_mta_cuda where it is built and there is a GPU, else train_mta. The report is
-# DIR/report.md, with report.csv, report.json, needles.png, babilong.png (those need matplotlib: data/.venv). Stopped
-# by anything, the same command goes on: a finished part is not repeated. Several checkpoints side by side: python3
-# data/evals.py report A=DIR_A B=DIR_B --markdown report.md --pictures .
+# The trainer computes everything: TRAINER=PROGRAM, else train_mta_cuda if it is built and there is a GPU, else
+# train_mta. The report is DIR/report.md, with report.csv, report.json, needles.png and babilong.png (the pictures need
+# matplotlib, which data/.venv has). If it is stopped, the same command continues and repeats no finished part.
+# To compare several checkpoints: python3 data/evals.py report A=DIR_A B=DIR_B --markdown report.md --pictures .
 set -euo pipefail
 unset CDPATH
 case ${1:-} in -h|--help) sed -n '2,/^set -/{/^set -/d;s/^# \{0,1\}//;p}' "$0"; exit 0 ;; esac

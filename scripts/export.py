@@ -1,22 +1,21 @@
 #!/usr/bin/env python3
-"""A checkpoint of mta.c for transformers and what builds on it:
+"""Makes a checkpoint of mta.c into a model for transformers and the programs that build on it:
 
-    export.py DIR OUT [--bf16]      DIR: a checkpoint, or a run's folder, of which the newest one is taken; also the
-        LLaMA of another program, in one file or in several under model.safetensors.index.json
+    export.py DIR OUT [--bf16]      DIR: a checkpoint; or a run's folder, whose newest checkpoint is taken; or a LLaMA
+        of another program, in one file or in several with model.safetensors.index.json
 
-writes into OUT, which is new or empty:
+writes into OUT, which must be new or empty:
     model.safetensors, config.json      the weights as they are stored (--bf16: rounded to bf16), without the optimizer
     configuration_mta.py, modeling_mta.py     of a model with MTA's or DIFF Transformer's attention: its code, for
         AutoModelForCausalLM.from_pretrained(OUT, trust_remote_code=True)   (transformers 4.57 and 5.24 are tested)
     tokenizer.json, tokenizer_config.json, generation_config.json     of a rank file or of `bytes`, for AutoTokenizer:
-        the same ids. Text that looks like a special token stays text (in a chat template too, and where TRL's trainers
-        write the end of a text, but for AutoTokenizer.from_pretrained(OUT, split_special_tokens=False)); BOS goes
-        before a text, as infer_mta does it.
-        Where DIR has a tokenizer.json, as transformers saves it, or a generation_config.json, these go along as they
-        are.
+        the same ids. BOS goes before a text, as infer_mta does it. Text that looks like a special token stays text,
+        in a chat template too. TRL's trainers write the end of a text as text; for them load the tokenizer by
+        AutoTokenizer.from_pretrained(OUT, split_special_tokens=False).
+        If DIR has a tokenizer.json, as transformers saves it, or a generation_config.json, it is copied as it is.
     the rank file, so that infer_mta reads OUT too
-A plain model is LLaMA and needs no code. The tokenizer `toy` has no counterpart (it refuses most characters): its ids
-are written, no tokenizer. The standard library suffices; --bf16 needs numpy.
+A plain model is LLaMA and needs no code. The tokenizer `toy` has no counterpart in transformers, since it refuses most
+characters: no tokenizer is written. The standard library suffices; --bf16 needs numpy.
 """
 
 import argparse

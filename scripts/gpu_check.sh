@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# scripts/gpu_check.sh [--part tests|speed] [--python PYTHON]: tests and speed of train_mta.cu on the GPU of this
-# machine, at most 9 minutes, the table last, also after Ctrl-C or SIGTERM. Needs nvcc; compute-sanitizer and a PyTorch
-# with CUDA are used where they are. What the toolkit lacks of cuBLAS and cuDNN is taken from the Python packages that
-# PyTorch came with.
+# scripts/gpu_check.sh [--part tests|speed] [--python PYTHON]: tests train_mta.cu and measures its speed on the GPU of
+# this machine, in at most 9 minutes. The table comes last, also after Ctrl-C or SIGTERM. It needs nvcc. It uses
+# compute-sanitizer and a PyTorch with CUDA if they are there. If the toolkit lacks cuBLAS or cuDNN, it takes them from
+# the Python packages that PyTorch came with.
 #
-#   tests   every operation alone, test_mta_cuda in bf16 and fp32, compute-sanitizer's memcheck and racecheck on tiny
-#           shapes, runs (resume, checkpoints that change sides)
+#   tests   every operation alone; test_mta_cuda in bf16 and fp32; compute-sanitizer's memcheck and racecheck on tiny
+#           shapes; runs (resume, checkpoints from CPU to GPU and back)
 #   speed   steps of 880m at T 2048 and 4096 for each attention: tokens/s, MFU, memory, and where the time goes; the
 #           same model in PyTorch
-# What is left out for lack of time or tools is said in the table. Exit status 1 if a test failed or a step did not run.
+# The table names what was left out for lack of time or tools. Exit status 1 if a test failed or a step did not run.
 set -u
 unset CDPATH
 export LC_ALL=C  # figures with a decimal point, in every locale
