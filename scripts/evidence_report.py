@@ -713,7 +713,6 @@ def write():
         "of twenty rows without any effect about one would be decided by chance.",
         "- After the results of two seeds were known, the rule was made stricter, and a third seed was added to "
         "language at 1m. With two seeds mta was 0.030 nats below the plain model.",
-        "",
         "", *verdicts(),
     ]
     for part, section in PARTS.items():
